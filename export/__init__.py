@@ -1,0 +1,1 @@
+"""Once per model, on the server: Hugging Face weights → bundle."""

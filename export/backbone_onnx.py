@@ -1,0 +1,68 @@
+"""The frozen backbone's own ONNX, made and checked against torch by optimum: an independent witness for our graphs."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx
+from onnx import numpy_helper
+from optimum.exporters.onnx import export, validate_model_outputs
+from optimum.exporters.tasks import TasksManager
+from optimum.utils import DummyVisionInputGenerator
+
+from export.graph import WeightFile
+from export.weights import Backbone
+
+OPSET = 17
+INLINE_BYTES = 4096
+TOLERANCE = 1e-3  # optimum's own for vision transformers
+
+
+def write_backbone_onnx(source: Backbone, path: Path, weight_file: WeightFile) -> None:
+    """Writes `path`: normalised pixels (B, 3, S, S) → last hidden state, its weights kept in `weight_file`.
+
+    Raises ValueError (optimum's) if ONNX Runtime and torch disagree by more than TOLERANCE.
+    """
+    make_config = TasksManager.get_exporter_config_constructor(
+        "onnx", model_type=source.family.model_type, task="feature-extraction", library_name="transformers"
+    )
+    model_config = copy.deepcopy(source.backbone.config)
+    model_config.image_size = source.image_size
+    config = make_config(model_config)
+    # optimum's own generator for DINOv2 reads the image size from a preprocessor file, which a folder need not have
+    config.DUMMY_INPUT_GENERATOR_CLASSES = (DummyVisionInputGenerator,)
+    shapes = {"batch_size": 2}
+    with tempfile.TemporaryDirectory() as folder, _quiet():
+        raw = Path(folder) / "model.onnx"
+        _, outputs = export(source.backbone, config, raw, opset=OPSET, input_shapes=shapes)
+        validate_model_outputs(config, source.backbone, raw, outputs, TOLERANCE, shapes, use_subprocess=False)
+        model = onnx.load(str(raw))
+    for index, tensor in enumerate(model.graph.initializer):
+        if len(tensor.raw_data) > INLINE_BYTES:
+            stored = weight_file.tensor(tensor.name, numpy_helper.to_array(tensor))
+            model.graph.initializer[index].CopyFrom(stored)
+    path.write_bytes(model.SerializeToString(deterministic=True))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Tracer warnings and optimum's log lines say nothing to our user; a failed check still raises."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(previous)

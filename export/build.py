@@ -1,0 +1,195 @@
+"""python -m export.build: a backbone's weights → a bundle."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import typer
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from safetensors.numpy import save_file
+
+from export.backbone_onnx import write_backbone_onnx
+from export.families import MODELS
+from export.graph import WEIGHTS_FILE, WeightFile
+from export.graphs import LORA_TARGETS, GraphWriter, expert_layout, gate_layout
+from export.parity import check_parity
+from export.reference import initial_expert
+from export.transformer import Transformer
+from export.weights import Backbone, load_backbone
+from protocol.bundle import (
+    MANIFEST,
+    Bundle,
+    Dims,
+    FileEntry,
+    LoraSpec,
+    Manifest,
+    PeftSpec,
+    Preprocessing,
+    file_sha256,
+)
+from protocol.errors import ConfigError, InputError
+from protocol.layout import Layout, Vector
+from shell.cli import application, console
+
+app = application("Export a frozen vision backbone as a bundle for edge devices.")
+
+
+@app.command()
+def build(
+    model: str = typer.Option(
+        help=f"One of {', '.join(MODELS)}, or a transformers folder of these families."
+    ),
+    weights: str | None = typer.Option(
+        None, help="A transformers folder, or 'random'. Default: the model's own, from the hub."
+    ),
+    classes: str = typer.Option("100", help="Number of classes, or their names separated by commas."),
+    classes_from: Path | None = typer.Option(
+        None, help="Take the class names from this folder's subfolders."
+    ),
+    levels: int | None = typer.Option(None, min=1, help="Highest SAL level to export. Default: every block."),
+    image_size: int | None = typer.Option(None, help="Pixels per side. Default: the model's own."),
+    rank: int = typer.Option(4, min=1, help="LoRA rank r; alpha is 2r."),
+    revision: str | None = typer.Option(None, help="Pin the hub revision (a commit)."),
+    out: Path | None = typer.Option(None, help="Folder to write. Default: bundles/MODEL."),
+    seed: int = typer.Option(0, help="Of the LoRA start, and of random weights."),
+) -> None:
+    names = class_names(classes, classes_from)
+    source = load_backbone(model, weights, len(names), image_size, revision, seed)
+    out = out or Path("bundles") / source.name
+    columns = (TextColumn("{task.description:<28}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("backbone (optimum)", total=None)
+        for done, total, what in build_bundle(
+            source, names, levels, LoraSpec(rank=rank, alpha=2 * rank, targets=LORA_TARGETS), out, seed
+        ):
+            progress.update(task, completed=done, total=total, description=what)
+    bundle = Bundle(out)
+    report(bundle)
+
+
+def report(bundle: Bundle) -> None:
+    m = bundle.manifest
+    size = sum(entry.size for entry in m.files.values())
+    console.print(f"bundle            {bundle.root}  ({size / 1e6:.1f} MB, SHA-256 {bundle.sha256[:12]}…)")
+    console.print(
+        f"model             {m.model}, {m.dims.blocks} blocks, levels 1–{m.levels}, {m.dims.classes} classes"
+    )
+    console.print(f"backbone          {m.backbone_parameters:,} parameters, frozen")
+    console.print(
+        f"tuned at level {m.levels:<2} {m.tuned_parameters:,} parameters, share {m.tuned_share:.5f}"
+    )
+
+
+def class_names(classes: str, folder: Path | None) -> tuple[str, ...]:
+    """Raises ConfigError or InputError if there are fewer than two classes or a name stands twice."""
+    if folder is not None:
+        if not folder.is_dir():
+            raise InputError(f"--classes-from {folder} is not a folder")
+        names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+    elif classes.isdigit():
+        names = [f"class-{index}" for index in range(int(classes))]
+    else:
+        names = [name.strip() for name in classes.split(",")]
+    if len(names) < 2 or len(set(names)) != len(names) or not all(names):
+        raise ConfigError(
+            f"need at least two different class names, got {len(set(names))}: {', '.join(names[:5])}"
+        )
+    return tuple(names)
+
+
+def build_bundle(
+    source: Backbone, classes: tuple[str, ...], levels: int | None, lora: LoraSpec, out: Path, seed: int
+) -> Iterator[tuple[int, int, str]]:
+    """Writes the bundle at `out`, replacing one that is there; yields (steps done, steps, what is being done).
+
+    Raises ConfigError for impossible levels, BundleError if a graph differs from torch + PEFT.
+    """
+    family, size = source.family, source.image_size
+    geometry = family.geometry(source.backbone.config, size)
+    levels = levels or geometry.blocks
+    if levels > geometry.blocks:
+        raise ConfigError(f"--levels {levels} is more than the model's {geometry.blocks} blocks")
+    if out.exists() and not (out / MANIFEST).exists() and any(out.iterdir()):
+        raise ConfigError(f"--out {out} exists and is not a bundle; choose another folder")
+    steps = 1 + 4 * levels + 2 + 2
+    preprocessing = Preprocessing(size=size, mean=family.mean, std=family.std)
+    layout = expert_layout(family, geometry.blocks, geometry.hidden, lora.rank, len(classes))
+    gate = gate_layout(geometry.hidden)
+    peft = PeftSpec(
+        base=source.base,
+        revision=source.revision,
+        prefix=family.backbone,
+        head_width=geometry.hidden,
+        classifier_width=family.classifier_width * geometry.hidden,
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
+        root = Path(scratch) / "bundle"
+        root.mkdir()
+        done = 0
+        yield done, steps, "backbone (optimum)"
+        with WeightFile(root / WEIGHTS_FILE) as weight_file:
+            writer = GraphWriter(
+                root=root,
+                family=family,
+                transformer=Transformer(geometry, lora.alpha / lora.rank),
+                weights=family.weights(source.backbone, size),
+                weight_file=weight_file,
+                preprocessing=preprocessing,
+                experts=layout,
+                gate=gate,
+                classes=len(classes),
+                levels=levels,
+            )
+            for done, name in enumerate(writer.write_all(), start=1):
+                yield done, steps, name
+            write_backbone_onnx(source, root / "backbone.onnx", weight_file)
+        expert = initial_expert(source, lora, peft, layout, geometry.blocks, seed)[: layout.size(levels)]
+        save_file({"expert": expert, "gate": initial_gate(gate, seed)}, root / "init.safetensors")
+        files = {
+            path.name: FileEntry(size=path.stat().st_size, sha256=file_sha256(path))
+            for path in sorted(root.iterdir())
+        }
+        manifest = Manifest(
+            model=source.name,
+            family=family.model_type,
+            preprocessing=preprocessing,
+            dims=Dims(
+                tokens=geometry.tokens, hidden=geometry.hidden, blocks=geometry.blocks, classes=len(classes)
+            ),
+            lora=lora,
+            levels=levels,
+            classes=classes,
+            expert_layout=tuple(slot for slot in layout.slots if slot.end <= layout.size(levels)),
+            gate_layout=gate.slots,
+            peft=peft,
+            backbone_parameters=sum(p.numel() for p in source.backbone.parameters()),
+            tuned_parameters=layout.size(levels),
+            files=files,
+        )
+        (root / MANIFEST).write_text(manifest.model_dump_json(indent=1))
+        for level in sorted({1, levels}):
+            yield done + 1, steps, f"compare with PEFT, level {level}"
+            check_parity(Bundle(root), source, level, seed)
+        if out.exists():
+            shutil.rmtree(out)
+        root.rename(out)
+    yield steps, steps, "done"
+
+
+def initial_gate(layout: Layout, seed: int) -> Vector:
+    """The gate adapter's start (G,): a Kaiming-uniform first layer and zeros, so both experts weigh the same."""
+    rng = np.random.default_rng(seed)
+    vector = np.zeros(layout.total, np.float32)
+    down = layout.split(vector)["gate.down.weight"]
+    bound = (1 / down.shape[1]) ** 0.5
+    down[:] = rng.uniform(-bound, bound, down.shape)
+    return vector
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,80 @@
+"""A bundle's graphs against torch + PEFT over the whole model: what no wrong family or graph gets past."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnxruntime
+import torch
+
+from export.reference import loss_and_gradient, normalised
+from export.weights import Backbone
+from protocol.bundle import Bundle
+from protocol.errors import BundleError
+from protocol.layout import Vector
+
+TOLERANCE = 1e-4
+BATCH = 2
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Largest relative differences found at one level."""
+
+    level: int
+    loss: float
+    gradient: float
+    logits: float
+
+
+def check_parity(bundle: Bundle, source: Backbone, level: int, seed: int) -> Parity:
+    """Raises BundleError if loss, gradient or logits at `level` differ from torch + PEFT by more than TOLERANCE."""
+    manifest = bundle.manifest
+    rng = np.random.default_rng(seed)
+    size = manifest.preprocessing.size
+    pixels = rng.integers(0, 256, (BATCH, size, size, 3), dtype=np.uint8)
+    labels = rng.integers(0, manifest.dims.classes, BATCH)
+    theta: Vector = bundle.initial()[0][: bundle.expert.size(level)]
+    theta = (theta + rng.normal(0, 0.02, theta.size)).astype(np.float32)
+    loss, gradient, logits = loss_and_gradient(
+        source,
+        manifest.lora,
+        manifest.peft,
+        bundle.expert,
+        level,
+        theta,
+        normalised(pixels, manifest.preprocessing),
+        torch.from_numpy(labels),
+    )
+    (hidden,) = _run(bundle, "features.onnx", [f"hidden_{level}"], pixels=pixels)
+    ours_loss, ours_gradient = _run(
+        bundle,
+        f"step-{level}.onnx",
+        ["loss", "gradient"],
+        hidden=hidden,
+        labels=labels,
+        weights=np.full(BATCH, 1 / BATCH, np.float32),
+        gate=np.zeros(BATCH, np.float32),
+        other=np.full(BATCH, -1e4, np.float32),
+        bias=np.zeros(manifest.dims.classes, np.float32),
+        theta=theta,
+    )
+    (ours_logits,) = _run(bundle, f"predict-{level}.onnx", ["logits"], hidden=hidden, theta=theta)
+    found = Parity(
+        level,
+        loss=abs(float(ours_loss) - loss) / abs(loss),
+        gradient=float(np.abs(ours_gradient - gradient).max() / np.abs(gradient).max()),
+        logits=float(np.abs(ours_logits - logits).max() / np.abs(logits).max()),
+    )
+    if max(found.loss, found.gradient, found.logits) > TOLERANCE:
+        raise BundleError(
+            f"the graphs of level {level} differ from torch + PEFT: {found}; this family is not supported"
+        )
+    return found
+
+
+def _run(bundle: Bundle, name: str, outputs: list[str], **inputs: np.ndarray) -> list[np.ndarray]:
+    session = onnxruntime.InferenceSession(str(bundle.path(name)), providers=["CPUExecutionProvider"])
+    results: list[np.ndarray] = session.run(outputs, inputs)
+    return results

@@ -1,0 +1,114 @@
+"""Where a backbone's weights come from: the hub, a local transformers folder, or a seed."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForImageClassification
+
+from export.families import FAMILIES, MODELS, Family
+from protocol.errors import ConfigError, WeightsError
+
+RANDOM = "random"
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A transformers classification model with `classes` outputs, and where it came from."""
+
+    name: str
+    family: Family
+    model: Any
+    image_size: int
+    base: str  # what `from_pretrained` takes to load it again
+    revision: str | None
+
+    @property
+    def backbone(self) -> Any:
+        return getattr(self.model, self.family.backbone)
+
+
+def load_backbone(
+    model: str, weights: str | None, classes: int, image_size: int | None, revision: str | None, seed: int
+) -> Backbone:
+    """The model `model` (a name of MODELS or a transformers folder) with `weights` ("random", a folder, or None for
+    the model's own).
+
+    Raises ConfigError for an unknown model, WeightsError if the weights cannot be had or are of another family.
+    """
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    spec = MODELS.get(model)
+    if spec is None and not Path(model).is_dir():
+        raise ConfigError(
+            f"--model {model!r} is neither a known model ({', '.join(MODELS)}) nor a transformers folder"
+        )
+    source = weights or (spec.hub if spec else model)
+    if weights not in (None, RANDOM) and not Path(source).is_dir():
+        raise WeightsError(f"--weights {source!r} is not a folder; give a transformers folder or 'random'")
+    config = _config(model, source, classes, revision)
+    family = FAMILIES.get(config.model_type)
+    if family is None or (spec and family is not spec.family):
+        wanted = spec.family.model_type if spec else ", ".join(FAMILIES)
+        raise WeightsError(f"{source} holds a model of type {config.model_type!r}, expected {wanted}")
+    config._attn_implementation = "eager"
+    torch.manual_seed(seed)
+    if source == RANDOM:
+        loaded = AutoModelForImageClassification.from_config(config)
+    else:
+        loaded = _load(source, config, revision)
+    return Backbone(
+        name=model if spec else Path(model).resolve().name,
+        family=family,
+        model=loaded.eval(),
+        image_size=image_size or (spec.image_size if spec else config.image_size),
+        base=str(Path(source).resolve()) if Path(source).is_dir() else source,
+        revision=revision,
+    )
+
+
+def _config(model: str, source: str, classes: int, revision: str | None) -> Any:
+    if source == RANDOM and model in MODELS:
+        spec = MODELS[model]
+        return AutoConfig.for_model(spec.family.model_type, num_labels=classes, **spec.config)
+    try:
+        where = model if source == RANDOM else source
+        return AutoConfig.from_pretrained(where, num_labels=classes, revision=revision)
+    except (OSError, ValueError) as error:
+        raise _unreachable(source, error) from error
+
+
+def _load(source: str, config: Any, revision: str | None) -> Any:
+    try:
+        loaded, info = AutoModelForImageClassification.from_pretrained(
+            source,
+            config=config,
+            revision=revision,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            use_safetensors=True,
+            torch_dtype=torch.float32,
+        )
+    except (OSError, ValueError) as error:
+        raise _unreachable(source, error) from error
+    missing = [key for key in info["missing_keys"] if not key.startswith("classifier.")]
+    if missing:
+        raise WeightsError(
+            f"{source} lacks weights of the backbone, first {missing[0]!r}; is the copy complete?"
+        )
+    return loaded
+
+
+def _unreachable(source: str, error: Exception) -> WeightsError:
+    if Path(source).is_dir():
+        return WeightsError(f"{source} is not a usable transformers folder: {str(error).splitlines()[0]}")
+    return WeightsError(
+        f"cannot fetch {source} from the Hugging Face hub; without a connection pass --weights FOLDER "
+        "(a downloaded copy with config.json and model.safetensors), or --weights random for shapes and benchmarks"
+    )

@@ -1,0 +1,168 @@
+"""The bundle: a frozen backbone exported once, immutable, addressed by the SHA-256 of its manifest.
+
+    manifest.json           this module's `Manifest`
+    backbone.weights        the frozen weights, once, as ONNX external data of every graph
+    backbone.onnx           pixels → last hidden state: the backbone's own ONNX, for any tool
+    features.onnx           pixels → hidden state below each level's suffix, pooled feature
+    lift-{j}.onnx           hidden state, LoRA of block j → hidden state above block j
+    step-{k}.onnx           level k: hidden state, labels, weights, trainables → loss, gradient
+    predict-{k}.onnx        level k: hidden state, trainables → class logits, class-token feature
+    personal-{k}.onnx       level k: pixels, both experts, gate → class probabilities (a template)
+    gate-step.onnx, gate-predict.onnx
+    init.safetensors        the trainables every run starts from
+
+The files lie side by side because ONNX refuses external data outside a model's own folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from protocol.errors import BundleError
+from protocol.layout import Layout, Slot, Vector
+
+MANIFEST = "manifest.json"
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Preprocessing(_Frozen):
+    """Resize the shorter side to `size` (bicubic), crop the centre, scale to 0…1, normalise per channel."""
+
+    size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+class Dims(_Frozen):
+    """`tokens` N, `hidden` D, `blocks` L, `classes` C."""
+
+    tokens: int
+    hidden: int
+    blocks: int
+    classes: int
+
+
+class LoraSpec(_Frozen):
+    rank: int = 4
+    alpha: int = 8
+    targets: tuple[str, ...]
+
+
+class PeftSpec(_Frozen):
+    """How the global expert becomes a PEFT adapter: `base` for `from_pretrained`, the backbone's key `prefix`, and the
+    input widths of our head and of transformers' classifier (one that also reads mean-pooled patches gets zeros there).
+    """
+
+    base: str
+    revision: str | None
+    prefix: str
+    head_width: int
+    classifier_width: int
+
+
+class FileEntry(_Frozen):
+    size: int
+    sha256: str
+
+
+class Manifest(_Frozen):
+    schema_version: Literal[1] = 1
+    model: str
+    family: str
+    preprocessing: Preprocessing
+    dims: Dims
+    lora: LoraSpec
+    levels: int
+    classes: tuple[str, ...]
+    expert_layout: tuple[Slot, ...]
+    gate_layout: tuple[Slot, ...]
+    peft: PeftSpec
+    backbone_parameters: int
+    tuned_parameters: int
+    files: dict[str, FileEntry]
+
+    @property
+    def tuned_share(self) -> float:
+        """Trainables of the highest level as a share of the backbone's parameters."""
+        return self.tuned_parameters / self.backbone_parameters
+
+
+class Bundle:
+    """A bundle on disk whose manifest has been read; `verify` checks every byte."""
+
+    def __init__(self, root: Path) -> None:
+        """Raises BundleError if there is no readable manifest of a known schema at `root`."""
+        self.root = root
+        path = root / MANIFEST
+        try:
+            raw = path.read_bytes()
+        except OSError as error:
+            raise BundleError(
+                f"no bundle at {root}: {path.name} is not readable; make one with python -m export.build"
+            ) from error
+        try:
+            self.manifest = Manifest.model_validate_json(raw)
+            self.expert = Layout(self.manifest.expert_layout)
+            self.gate = Layout(self.manifest.gate_layout)
+        except (ValidationError, ValueError) as error:
+            raise BundleError(
+                f"{path} is not a bundle manifest of schema 1; build the bundle again with python -m export.build"
+            ) from error
+        self.sha256 = hashlib.sha256(raw).hexdigest()
+
+    def verify(self) -> None:
+        """Raises BundleError naming the first file that is missing or whose bytes have changed."""
+        for name, entry in self.manifest.files.items():
+            path = self.path(name)
+            if not path.is_file():
+                raise BundleError(f"bundle {self.root}: {name} is missing; copy or build the bundle again")
+            if path.stat().st_size != entry.size or file_sha256(path) != entry.sha256:
+                raise BundleError(
+                    f"bundle {self.root}: {name} has been altered (SHA-256); copy or build it again"
+                )
+
+    def path(self, name: str) -> Path:
+        """Raises BundleError if `name` leads out of the bundle."""
+        path = self.root / name
+        if not path.resolve().is_relative_to(self.root.resolve()):
+            raise BundleError(f"bundle {self.root}: the manifest names {name!r}, outside the bundle")
+        return path
+
+    def initial(self) -> tuple[Vector, Vector]:
+        """The trainables every run starts from: expert at the highest level (P,), gate adapter (G,)."""
+        try:
+            tensors = load_file(self.path("init.safetensors"))
+        except (OSError, SafetensorError) as error:
+            raise BundleError(
+                f"bundle {self.root}: init.safetensors is not readable; build it again"
+            ) from error
+        return np.asarray(tensors["expert"], np.float32), np.asarray(tensors["gate"], np.float32)
+
+    @property
+    def features_key(self) -> str:
+        """Changes whenever the frozen features of an image could: weights, graph, preprocessing."""
+        files = self.manifest.files
+        parts = (
+            files["backbone.weights"].sha256,
+            files["features.onnx"].sha256,
+            self.manifest.preprocessing.model_dump_json(),
+        )
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,45 @@
+"""Every error a user can cause, as one tree. Each carries the exit code its process ends with.
+
+FedFMSLError              1   something a user can mend; its text is one line: what, where, what to do
+├── ConfigError           2   an option or a setting has an unusable value
+├── InputError            3   images, folders or class names cannot be used
+├── BundleError           4   a bundle is missing, altered, or of another model
+├── WeightsError          5   model weights cannot be found, fetched or recognised
+├── BrokerError           6   the MQTT broker cannot be reached or refuses us
+├── MessageError          7   a message does not fit the contract (never fatal to its receiver)
+└── RunError              8   a run cannot go on: too few devices, a process that ended early
+"""
+
+from __future__ import annotations
+
+
+class FedFMSLError(Exception):
+    exit_code = 1
+
+
+class ConfigError(FedFMSLError):
+    exit_code = 2
+
+
+class InputError(FedFMSLError):
+    exit_code = 3
+
+
+class BundleError(FedFMSLError):
+    exit_code = 4
+
+
+class WeightsError(FedFMSLError):
+    exit_code = 5
+
+
+class BrokerError(FedFMSLError):
+    exit_code = 6
+
+
+class MessageError(FedFMSLError):
+    exit_code = 7
+
+
+class RunError(FedFMSLError):
+    exit_code = 8

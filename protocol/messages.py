@@ -1,0 +1,150 @@
+"""Every message of the wire, as a pydantic model. Times are unix seconds; accuracies are shares of one."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from protocol.errors import MessageError
+
+
+class Message(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Stage(str, Enum):
+    """What a round asks of a device. `global` and `personal` are the paper's stages 1 and 2, the others are ours."""
+
+    STATISTICS = "statistics"  # class sums of the frozen feature: the head's starting point
+    GLOBAL = "global"  # stage 1: train the global expert
+    PERSONAL = "personal"  # stage 2: train the local expert and the gate adapter
+    BASELINE = "baseline"  # train alone, for comparison; nothing is aggregated
+    EVALUATE = "evaluate"  # measure on the test slice, write the personalized model
+    FINISHED = "finished"  # nothing more to do
+
+
+class Training(Message):
+    """How a device trains in this round. Learning rates are AdamW's."""
+
+    epochs: int = Field(ge=1)
+    batch_size: int = Field(ge=1)
+    expert_lr: float = Field(gt=0)
+    head_lr: float = Field(gt=0)
+    weight_decay: float = Field(ge=0)
+    gate_lr: float = Field(gt=0)
+    gate_steps: int = Field(ge=0)
+    seed: int
+
+
+class Sal(Message):
+    """The capability queue's settings, which local experts and baselines share with the server."""
+
+    window: int = Field(ge=2)
+    epsilon: float = Field(ge=0)
+    step: int = Field(ge=1)
+    max_level: int = Field(ge=1)
+
+
+class ServerStatus(Message):
+    online: bool
+    run: str
+    bundle: str = ""  # SHA-256 of the bundle
+    bundle_url: str = ""
+    model: str = ""
+
+
+class Round(Message):
+    """The announcement of a round, retained. `expert` and `gate` are the SHA-256 of global blobs ("" = none yet)."""
+
+    run: str
+    round: int
+    stage: Stage
+    index: int  # within its stage, from 0
+    of: int  # rounds of this stage
+    level: int
+    deadline: float
+    expert: str = ""
+    gate: str = ""
+    training: Training
+    sal: Sal
+
+
+class Globals(Message):
+    """Header of a blob of global tensors (an expert or a gate adapter)."""
+
+    run: str
+    round: int
+
+
+class DeviceStatus(Message):
+    """Retained, last will. `process` changes with every start, so that a server can tell a restart from a repeat."""
+
+    device: str
+    online: bool
+    process: str = ""
+    bundle: str = ""
+    level_cap: int = 0
+    train: int = 0
+    held_out: int = 0
+    test: int = 0
+    error: str = ""
+
+
+class Progress(Message):
+    device: str
+    round: int
+    activity: str
+    done: int
+    total: int
+
+
+class Update(Message):
+    """Header of a client update. `samples` weighs it; `level` is the level it was trained at."""
+
+    run: str
+    round: int
+    device: str
+    stage: Stage
+    level: int = Field(ge=0)
+    samples: int = Field(ge=0)
+    metrics: dict[str, float] = {}
+    counts: dict[str, list[int]] = {}
+    seconds: dict[str, float] = {}
+    peak_rss_mb: float = Field(0.0, ge=0)
+    bytes_down: int = Field(0, ge=0)
+
+
+class Verdict(str, Enum):
+    ACCEPTED = "accepted"
+    DUPLICATE = "duplicate"
+    LATE = "late"
+    REJECTED = "rejected"
+
+
+class Ack(Message):
+    run: str
+    round: int
+    device: str
+    verdict: Verdict
+    reason: str = ""
+
+
+M = TypeVar("M", bound=Message)
+
+
+def parse(message_type: type[M], payload: bytes, cap: int = 64 * 1024) -> M:
+    """Raises MessageError if the payload is longer than `cap` bytes or not a valid message of that type."""
+    if len(payload) > cap:
+        raise MessageError(f"{message_type.__name__} of {len(payload)} bytes: more than {cap}")
+    try:
+        return message_type.model_validate_json(payload)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "payload"
+        raise MessageError(f"not a valid {message_type.__name__}: {where}: {first['msg']}") from error
+
+
+def encode(message: Message) -> bytes:
+    return message.model_dump_json().encode()

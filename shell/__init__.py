@@ -1,0 +1,1 @@
+"""The thin shell that every process shares: command line, files, MQTT link."""

@@ -1,0 +1,30 @@
+"""One way to end: a command either succeeds, or prints one line and exits with the error's code."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import typer
+from rich.console import Console
+
+from protocol.errors import FedFMSLError
+
+console = Console()
+
+
+class _Application(typer.Typer):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().__call__(*args, **kwargs)
+        except FedFMSLError as error:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            sys.exit(error.exit_code)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            sys.exit(130)
+
+
+def application(help_text: str) -> typer.Typer:
+    """A typer application whose FedFMSLErrors end in one line on stderr and their exit code."""
+    return _Application(help=help_text, add_completion=False, pretty_exceptions_enable=False)
