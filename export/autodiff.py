@@ -1,7 +1,8 @@
 """Reverse-mode differentiation while a graph is being written (ours).
 
 Each primitive emits its forward nodes and notes how its gradient is emitted; `gradients` then writes the backward pass
-in reverse order. A gradient is only emitted where something trainable lies below it, so a frozen weight costs nothing
+in reverse order.
+A gradient is only emitted where something trainable lies below it, so a frozen weight costs nothing
 and the lowest active block never computes the gradient of its input.
 
 Activations are two-dimensional, (B·N, D), so that every projection is one Gemm; attention alone looks at (B, H, N, D/H).
@@ -200,9 +201,7 @@ class Tape:
         total = _log_add(self.graph, own, other)
         loss = op("Neg", op("ReduceSum", op("Mul", weights, total), keepdims=0))
         share = op("Mul", weights, op("Exp", op("Sub", own, total)))
-        one_hot = op(
-            "OneHot", labels, self.graph.const(classes, np.int64), self.graph.const([0.0, 1.0]), axis=-1
-        )
+        one_hot = op("OneHot", labels, self.graph.const(classes, np.int64), self.graph.const([0.0, 1.0]), axis=-1)
         gradient = op("Mul", op("Sub", op("Exp", log_p), one_hot), op("Unsqueeze", share, self.graph.ints(1)))
         self._gradients[logits.name] = gradient
         return loss

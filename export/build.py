@@ -40,16 +40,12 @@ app = application("Export a frozen vision backbone as a bundle for edge devices.
 
 @app.command()
 def build(
-    model: str = typer.Option(
-        help=f"One of {', '.join(MODELS)}, or a transformers folder of these families."
-    ),
+    model: str = typer.Option(help=f"One of {', '.join(MODELS)}, or a transformers folder of these families."),
     weights: str | None = typer.Option(
         None, help="A transformers folder, or 'random'. Default: the model's own, from the hub."
     ),
     classes: str = typer.Option("100", help="Number of classes, or their names separated by commas."),
-    classes_from: Path | None = typer.Option(
-        None, help="Take the class names from this folder's subfolders."
-    ),
+    classes_from: Path | None = typer.Option(None, help="Take the class names from this folder's subfolders."),
     levels: int | None = typer.Option(None, min=1, help="Highest SAL level to export. Default: every block."),
     image_size: int | None = typer.Option(None, help="Pixels per side. Default: the model's own."),
     rank: int = typer.Option(4, min=1, help="LoRA rank r; alpha is 2r."),
@@ -75,13 +71,9 @@ def report(bundle: Bundle) -> None:
     m = bundle.manifest
     size = sum(entry.size for entry in m.files.values())
     console.print(f"bundle            {bundle.root}  ({size / 1e6:.1f} MB, SHA-256 {bundle.sha256[:12]}…)")
-    console.print(
-        f"model             {m.model}, {m.dims.blocks} blocks, levels 1–{m.levels}, {m.dims.classes} classes"
-    )
+    console.print(f"model             {m.model}, {m.dims.blocks} blocks, levels 1–{m.levels}, {m.dims.classes} classes")
     console.print(f"backbone          {m.backbone_parameters:,} parameters, frozen")
-    console.print(
-        f"tuned at level {m.levels:<2} {m.tuned_parameters:,} parameters, share {m.tuned_share:.5f}"
-    )
+    console.print(f"tuned at level {m.levels:<2} {m.tuned_parameters:,} parameters, share {m.tuned_share:.5f}")
 
 
 def class_names(classes: str, folder: Path | None) -> tuple[str, ...]:
@@ -95,9 +87,7 @@ def class_names(classes: str, folder: Path | None) -> tuple[str, ...]:
     else:
         names = [name.strip() for name in classes.split(",")]
     if len(names) < 2 or len(set(names)) != len(names) or not all(names):
-        raise ConfigError(
-            f"need at least two different class names, got {len(set(names))}: {', '.join(names[:5])}"
-        )
+        raise ConfigError(f"need at least two different class names, got {len(set(names))}: {', '.join(names[:5])}")
     return tuple(names)
 
 
@@ -151,16 +141,13 @@ def build_bundle(
         expert = initial_expert(source, lora, peft, layout, geometry.blocks, seed)[: layout.size(levels)]
         save_file({"expert": expert, "gate": initial_gate(gate, seed)}, root / "init.safetensors")
         files = {
-            path.name: FileEntry(size=path.stat().st_size, sha256=file_sha256(path))
-            for path in sorted(root.iterdir())
+            path.name: FileEntry(size=path.stat().st_size, sha256=file_sha256(path)) for path in sorted(root.iterdir())
         }
         manifest = Manifest(
             model=source.name,
             family=family.model_type,
             preprocessing=preprocessing,
-            dims=Dims(
-                tokens=geometry.tokens, hidden=geometry.hidden, blocks=geometry.blocks, classes=len(classes)
-            ),
+            dims=Dims(tokens=geometry.tokens, hidden=geometry.hidden, blocks=geometry.blocks, classes=len(classes)),
             lora=lora,
             levels=levels,
             classes=classes,

@@ -41,13 +41,9 @@ class Family:
     def geometry(self, config: Any, image_size: int) -> Geometry:
         """Raises ConfigError for an image size or a variant that this family's graphs do not cover."""
         if image_size % config.patch_size:
-            raise ConfigError(
-                f"--image-size {image_size} is not a multiple of the patch size {config.patch_size}"
-            )
+            raise ConfigError(f"--image-size {image_size} is not a multiple of the patch size {config.patch_size}")
         if config.hidden_act != "gelu" or getattr(config, "use_swiglu_ffn", False):
-            raise ConfigError(
-                f"{config.model_type} with activation {config.hidden_act!r} or SwiGLU is not supported"
-            )
+            raise ConfigError(f"{config.model_type} with activation {config.hidden_act!r} or SwiGLU is not supported")
         return Geometry(
             tokens=(image_size // config.patch_size) ** 2 + 1,
             hidden=config.hidden_size,
@@ -78,9 +74,7 @@ class Family:
                 weight = state[f"{source}.weight"]
                 weights[f"blocks.{block}.{name}.weight"] = np.ascontiguousarray(weight.T)
                 bias = state.get(f"{source}.bias")
-                weights[f"blocks.{block}.{name}.bias"] = (
-                    np.zeros(weight.shape[0], np.float32) if bias is None else bias
-                )
+                weights[f"blocks.{block}.{name}.bias"] = np.zeros(weight.shape[0], np.float32) if bias is None else bias
         return weights
 
 

@@ -37,9 +37,7 @@ class WeightFile:
         self._file = self._path.open("wb")
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._file.close()
 
     def tensor(self, name: str, array: Array) -> TensorProto:
@@ -52,9 +50,7 @@ class WeightFile:
             self._file.write(b"\0" * (self._offsets[key] - self._size))
             self._file.write(data)
             self._size = self._offsets[key] + len(data)
-        tensor = TensorProto(
-            name=name, dims=array.shape, data_type=helper.np_dtype_to_tensor_dtype(array.dtype)
-        )
+        tensor = TensorProto(name=name, dims=array.shape, data_type=helper.np_dtype_to_tensor_dtype(array.dtype))
         tensor.data_location = TensorProto.EXTERNAL
         entries = {"location": WEIGHTS_FILE, "offset": self._offsets[key], "length": len(data)}
         for entry, value in entries.items():

@@ -149,9 +149,7 @@ class GraphWriter:
             bias = graph.input(f"{expert}_bias", np.float32, [self.classes])
             logits, _ = self._expert(tape, x, level, parameters)
             joint.append(graph.op("LogSoftmax", graph.op("Add", logits.name, bias), axis=-1))
-        stacked = graph.op(
-            "Concat", *(graph.op("Unsqueeze", log_p, graph.ints(1)) for log_p in joint), axis=1
-        )
+        stacked = graph.op("Concat", *(graph.op("Unsqueeze", log_p, graph.ints(1)) for log_p in joint), axis=1)
         weighted = graph.op("Add", stacked, graph.op("Unsqueeze", log_gate, graph.ints(2)))
         mixed = graph.op("ReduceLogSumExp", weighted, graph.ints(1), keepdims=0)
         graph.output(graph.op("Exp", mixed), "probabilities", ["B", self.classes])
@@ -160,9 +158,7 @@ class GraphWriter:
     def gate_predict(self) -> Graph:
         """pooled feature (B, D) → log weights of the global and the local expert (B, 2)."""
         graph = self._graph("gate-predict")
-        log_gate = self._log_gate(
-            graph, Tape(graph), self._pooled(graph), self._gate_theta(graph, trainable=False)
-        )
+        log_gate = self._log_gate(graph, Tape(graph), self._pooled(graph), self._gate_theta(graph, trainable=False))
         graph.output(log_gate, "log_gate", ["B", 2])
         return graph
 
@@ -199,9 +195,7 @@ class GraphWriter:
     def _pooled(self, graph: Graph) -> Var:
         return Var(graph.input("pooled", np.float32, ["B", self.transformer.geometry.hidden]))
 
-    def _parameters(
-        self, graph: Graph, theta: str, layout: Layout, part: slice, trainable: bool
-    ) -> dict[str, Var]:
+    def _parameters(self, graph: Graph, theta: str, layout: Layout, part: slice, trainable: bool) -> dict[str, Var]:
         """The tensors of `theta`, which holds `part` of the layout's vector."""
         variables = {}
         for slot in layout.slots:
@@ -243,9 +237,7 @@ class GraphWriter:
         normal = Var(graph.op("LayerNormalization", pooled.name, ones))
         down = tape.broadcast(parameters["gate.down.bias"])
         inner = tape.gelu(tape.project(normal, parameters["gate.down.weight"], plus=down))
-        return tape.project(
-            inner, parameters["gate.up.weight"], plus=tape.broadcast(parameters["gate.up.bias"])
-        )
+        return tape.project(inner, parameters["gate.up.weight"], plus=tape.broadcast(parameters["gate.up.bias"]))
 
     def _log_gate(self, graph: Graph, tape: Tape, pooled: Var, parameters: Mapping[str, Var]) -> str:
         return graph.op("LogSoftmax", self._gate_logits(graph, tape, pooled, parameters).name, axis=-1)

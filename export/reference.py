@@ -39,9 +39,7 @@ def peft_model(source: Backbone, lora: LoraSpec, level: int, seed: int) -> Itera
         model.unload()
 
 
-def initial_expert(
-    source: Backbone, lora: LoraSpec, peft: PeftSpec, layout: Layout, level: int, seed: int
-) -> Vector:
+def initial_expert(source: Backbone, lora: LoraSpec, peft: PeftSpec, layout: Layout, level: int, seed: int) -> Vector:
     """PEFT's own start (A Kaiming, B zero) with a zero head, as a flat vector (P,)."""
     with peft_model(source, lora, level, seed) as model:
         state = {key: tensor.numpy() for key, tensor in get_peft_model_state_dict(model).items()}
@@ -63,9 +61,7 @@ def loss_and_gradient(
 ) -> tuple[float, Vector, Array]:
     """Mean cross-entropy, its gradient (P,) and the logits (B, C) of the whole model at `theta`."""
     with peft_model(source, lora, level, seed=0) as model:
-        state = {
-            key: torch.from_numpy(array.copy()) for key, array in to_peft(peft, layout.split(theta)).items()
-        }
+        state = {key: torch.from_numpy(array.copy()) for key, array in to_peft(peft, layout.split(theta)).items()}
         set_peft_model_state_dict(model, state)
         logits = model(pixel_values=pixels).logits
         loss = torch.nn.functional.cross_entropy(logits, labels)

@@ -50,15 +50,11 @@ class Transformer:
         scaled = graph.op("Mul", graph.op("Cast", pixels, to=1), graph.const(1 / (255 * std)))
         normal = graph.op("Transpose", graph.op("Sub", scaled, graph.const(mean / std)), perm=[0, 3, 1, 2])
         stride = [g.patch, g.patch]
-        patches = graph.op(
-            "Conv", normal, graph.frozen("patch.weight"), graph.frozen("patch.bias"), strides=stride
-        )
+        patches = graph.op("Conv", normal, graph.frozen("patch.weight"), graph.frozen("patch.bias"), strides=stride)
         columns = graph.op("Reshape", patches, graph.ints(0, g.hidden, g.tokens - 1))
         # a row of zeros in front, to which "position" adds the class token together with its position
         padded = graph.op("Pad", graph.op("Transpose", columns, perm=[0, 2, 1]), graph.ints(0, 1, 0, 0, 0, 0))
-        return Var(
-            graph.op("Reshape", graph.op("Add", padded, graph.frozen("position")), graph.ints(-1, g.hidden))
-        )
+        return Var(graph.op("Reshape", graph.op("Add", padded, graph.frozen("position")), graph.ints(-1, g.hidden)))
 
     def block(self, tape: Tape, x: Var, index: int, lora: Lora, class_token_only: bool = False) -> Var:
         """Block `index` on (B·N, D). With `class_token_only` the result is (B, D): exact for the last block, of which

@@ -46,9 +46,7 @@ def load_backbone(
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     spec = MODELS.get(model)
     if spec is None and not Path(model).is_dir():
-        raise ConfigError(
-            f"--model {model!r} is neither a known model ({', '.join(MODELS)}) nor a transformers folder"
-        )
+        raise ConfigError(f"--model {model!r} is neither a known model ({', '.join(MODELS)}) nor a transformers folder")
     source = weights or (spec.hub if spec else model)
     if weights not in (None, RANDOM) and not Path(source).is_dir():
         raise WeightsError(f"--weights {source!r} is not a folder; give a transformers folder or 'random'")
@@ -99,9 +97,7 @@ def _load(source: str, config: Any, revision: str | None) -> Any:
         raise _unreachable(source, error) from error
     missing = [key for key in info["missing_keys"] if not key.startswith("classifier.")]
     if missing:
-        raise WeightsError(
-            f"{source} lacks weights of the backbone, first {missing[0]!r}; is the copy complete?"
-        )
+        raise WeightsError(f"{source} lacks weights of the backbone, first {missing[0]!r}; is the copy complete?")
     return loaded
 
 

@@ -127,9 +127,7 @@ class Bundle:
             if not path.is_file():
                 raise BundleError(f"bundle {self.root}: {name} is missing; copy or build the bundle again")
             if path.stat().st_size != entry.size or file_sha256(path) != entry.sha256:
-                raise BundleError(
-                    f"bundle {self.root}: {name} has been altered (SHA-256); copy or build it again"
-                )
+                raise BundleError(f"bundle {self.root}: {name} has been altered (SHA-256); copy or build it again")
 
     def path(self, name: str) -> Path:
         """Raises BundleError if `name` leads out of the bundle."""
@@ -143,9 +141,7 @@ class Bundle:
         try:
             tensors = load_file(self.path("init.safetensors"))
         except (OSError, SafetensorError) as error:
-            raise BundleError(
-                f"bundle {self.root}: init.safetensors is not readable; build it again"
-            ) from error
+            raise BundleError(f"bundle {self.root}: init.safetensors is not readable; build it again") from error
         return np.asarray(tensors["expert"], np.float32), np.asarray(tensors["gate"], np.float32)
 
     @property

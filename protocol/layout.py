@@ -66,7 +66,8 @@ class Layout:
 
     def size(self, level: int) -> int:
         """Number of trainables at `level`: the head and the LoRA of `level` blocks."""
-        return [part.stop for part in self.parts.values()][level]
+        ends: list[int] = [part.stop for part in self.parts.values()]
+        return ends[level]
 
     def names(self, level: int) -> list[str]:
         return [slot.name for slot in self.slots if slot.end <= self.size(level)]

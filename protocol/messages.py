@@ -26,21 +26,27 @@ class Stage(str, Enum):
 
 
 class Training(Message):
-    """How a device trains in this round. Learning rates are AdamW's."""
+    """How a device trains an expert in this round, with AdamW. The head is not decayed."""
 
     epochs: int = Field(ge=1)
-    batch_size: int = Field(ge=1)
-    expert_lr: float = Field(gt=0)
-    head_lr: float = Field(gt=0)
-    weight_decay: float = Field(ge=0)
-    gate_lr: float = Field(gt=0)
-    gate_steps: int = Field(ge=0)
-    seed: int
+    batch_size: int = Field(default=16, ge=1)
+    learning_rate: float = Field(gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    seed: int = 0
+
+
+class Trigger(str, Enum):
+    """What makes SAL activate more blocks (see `protocol.sal`)."""
+
+    CAPABILITY_QUEUE = "capability-queue"
+    FIXED_SCHEDULE = "fixed-schedule"
+    ALL_AT_ONCE = "all-at-once"  # plain LoRA, the ablation
 
 
 class Sal(Message):
-    """The capability queue's settings, which local experts and baselines share with the server."""
+    """When to activate more blocks: server and devices follow the same rule."""
 
+    trigger: Trigger = Trigger.CAPABILITY_QUEUE
     window: int = Field(ge=2)
     epsilon: float = Field(ge=0)
     step: int = Field(ge=1)
@@ -56,26 +62,29 @@ class ServerStatus(Message):
 
 
 class Round(Message):
-    """The announcement of a round, retained. `expert` and `gate` are the SHA-256 of global blobs ("" = none yet)."""
+    """The announcement of a round, retained. `expert` (the global expert), `start` (the head of class means it started
+    from) and `gate` are the SHA-256 of global blobs ("" = none yet)."""
 
     run: str
     round: int
     stage: Stage
     index: int  # within its stage, from 0
     of: int  # rounds of this stage
+    repetitions: int = 1  # how often a device goes through its local epochs within the round
     level: int
     deadline: float
     expert: str = ""
+    start: str = ""
     gate: str = ""
     training: Training
     sal: Sal
 
 
 class Globals(Message):
-    """Header of a blob of global tensors (an expert or a gate adapter)."""
+    """Header of a blob of global tensors. It names no round: what has not changed keeps its SHA-256."""
 
     run: str
-    round: int
+    kind: str
 
 
 class DeviceStatus(Message):
@@ -94,7 +103,6 @@ class DeviceStatus(Message):
 
 class Progress(Message):
     device: str
-    round: int
     activity: str
     done: int
     total: int
@@ -111,9 +119,9 @@ class Update(Message):
     samples: int = Field(ge=0)
     metrics: dict[str, float] = {}
     counts: dict[str, list[int]] = {}
-    seconds: dict[str, float] = {}
-    peak_rss_mb: float = Field(0.0, ge=0)
-    bytes_down: int = Field(0, ge=0)
+    seconds: float = Field(default=0.0, ge=0)
+    peak_rss_mb: float = Field(default=0.0, ge=0)
+    bytes_down: int = Field(default=0, ge=0)
 
 
 class Verdict(str, Enum):

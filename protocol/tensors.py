@@ -42,9 +42,7 @@ def unpack(blob: bytes, header_type: type[Header]) -> tuple[Header, dict[str, ND
         metadata = json.loads(blob[8 : 8 + length])["__metadata__"]
         return header_type.model_validate_json(metadata["header"]), tensors
     except (SafetensorError, ValidationError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise MessageError(
-            f"not a valid {header_type.__name__} blob: {str(error).splitlines()[0]}"
-        ) from error
+        raise MessageError(f"not a valid {header_type.__name__} blob: {str(error).splitlines()[0]}") from error
 
 
 def blob_hash(blob: bytes) -> str:

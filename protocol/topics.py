@@ -15,7 +15,7 @@ def check_name(kind: str, name: str) -> str:
     """A run's or device's name as it may stand in a topic. Raises ConfigError."""
     if not _NAME.fullmatch(name):
         raise ConfigError(
-            f"{kind} name {name!r} is unusable: use 1–64 letters, digits, '.', '_' or '-', starting with a letter or digit"
+            f"{kind} name {name!r} is unusable: use 1–64 letters, digits, '.', '_' or '-', the first a letter or digit"
         )
     return name
 

@@ -1,0 +1,133 @@
+"""python -m devices.trial: a whole federated run on this machine, every device a process of its own.
+
+It composes what can also be used by hand: export.build, trainer_server, edge_runtime. It adds the split of one folder
+of photos among devices, and the report.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import typer
+
+from devices.assets import ASSETS, PHOTOS, WEIGHTS, fetch
+from devices.fleet import Fleet
+from devices.live import LiveView
+from devices.photos import find_photos, unpack_groceries
+from devices.report import write_report
+from devices.split import write_fleet
+from protocol.errors import ConfigError, RunError
+from protocol.topics import check_name
+from shell.cli import application, console
+
+app = application("Run a whole federated trial on this machine: real photos, a real backbone, a broker, N devices.")
+
+
+@app.command()
+def trial(
+    name: str = typer.Option("trial", help="The run's name; everything is written to runs/NAME."),
+    images: Path | None = typer.Option(
+        None, help="Own photos: DIR/<class>/… or DIR/{train,test}/<class>/… Default: groceries, fetched once."
+    ),
+    classes_from_folders: bool = typer.Option(
+        False, "--classes-from-folders", help="Every subfolder of --images is a class (the default; see --classes)."
+    ),
+    classes: str | None = typer.Option(None, help="Only these classes of --images, separated by commas."),
+    model: str = typer.Option("dinov2-s14", help="As for export.build."),
+    weights: str | None = typer.Option(None, help="As for export.build. Default: DINOv2 ViT-S/14, fetched once."),
+    image_size: int | None = typer.Option(None, help="Pixels per side. Default: 140, or --model's own."),
+    levels: int = typer.Option(3, min=1, help="Highest SAL level."),
+    devices: int = typer.Option(6, min=1),
+    alpha: float = typer.Option(0.5, min=1e-3, help="Dirichlet α of the devices' shares: smaller is more unequal."),
+    seed: int = typer.Option(0),
+    broker: str | None = typer.Option(None, help="mqtt://host:port. Default: an embedded broker."),
+    stage1_rounds: int = typer.Option(12, min=1),
+    stage2_rounds: int = typer.Option(5, min=1),
+    round_timeout: float = typer.Option(120, min=1, help="Seconds after which a round ends without the missing."),
+    baseline: bool = typer.Option(True, help="Also train every device alone, for comparison."),
+) -> None:
+    started = time.monotonic()
+    if classes and classes_from_folders:
+        raise ConfigError("--classes and --classes-from-folders exclude each other")
+    if (classes or classes_from_folders) and images is None:
+        raise ConfigError("--classes and --classes-from-folders go with --images")
+    folder = Path("runs") / check_name("run", name)
+    photos = images or unpack_groceries(fetch(PHOTOS), ASSETS / "groceries")
+    train, test = find_photos(photos, classes.split(",") if classes else None)
+    if images is None and model == "dinov2-s14" and weights is None:
+        weights, image_size = str(_dinov2()), image_size or 140
+    _clear(folder)
+    roots = write_fleet(train, test, folder / "photos", devices, alpha, seed)
+    console.print(f"photos     {sum(map(len, train.values()))} to train on, {sum(map(len, test.values()))} to test on")
+    seconds = {"export": _export(folder / "bundle", list(train), model, weights, image_size, levels, seed)}
+    threads = str(max(1, (os.cpu_count() or 1) // devices))
+    with Fleet(folder / "logs") as fleet:
+        address = broker or fleet.start_broker()
+        console.print(f"broker     {address}{'' if broker else '  (embedded)'}")
+        server = fleet.start(
+            "server",
+            "trainer_server",
+            *("--run", name, "--bundle", str(folder / "bundle"), "--broker", address, "--out", str(folder)),
+            *("--devices", str(devices), "--seed", str(seed), "--round-timeout", str(round_timeout)),
+            *("--stage1-rounds", str(stage1_rounds), "--stage2-rounds", str(stage2_rounds)),
+            *(["--baseline"] if baseline else []),
+        )
+        for root in roots:
+            fleet.start(
+                root.name,
+                "edge_runtime",
+                *("run", "--run", name, "--device", root.name, "--images", str(root), "--broker", address),
+                *("--state", str(folder / "devices" / root.name), "--bundle", str(folder / "bundle")),
+                *("--threads", threads),
+                restarts=True,
+            )
+        with LiveView(address, name, folder) as view:
+            fleet.wait(server, view.refresh)
+    for root in roots:
+        shutil.rmtree(folder / "devices" / root.name / "cache", ignore_errors=True)
+    seconds["total"] = time.monotonic() - started
+    write_report(folder, seed=seed, alpha=alpha, seconds=seconds)
+
+
+def _dinov2() -> Path:
+    """The transformers folder of the trial's backbone, rebuilt once from the fetched ONNX file."""
+    folder = ASSETS / "dinov2-s14"
+    if not (folder / "model.safetensors").is_file():
+        _python("export.rebuild", str(fetch(WEIGHTS)), str(folder))
+    return folder
+
+
+def _export(
+    out: Path, classes: list[str], model: str, weights: str | None, image_size: int | None, levels: int, seed: int
+) -> float:
+    """Seconds it took."""
+    started = time.monotonic()
+    arguments = ["--model", model, "--classes", ",".join(classes), "--levels", str(levels), "--seed", str(seed)]
+    arguments += ["--weights", weights] if weights else []
+    arguments += ["--image-size", str(image_size)] if image_size else []
+    _python("export.build", *arguments, "--out", str(out))
+    return time.monotonic() - started
+
+
+def _python(*arguments: str) -> None:
+    """Raises RunError if the module fails; it has said why itself."""
+    result = subprocess.run([sys.executable, "-m", *arguments], check=False)
+    if result.returncode:
+        raise RunError(f"python -m {arguments[0]} failed with exit code {result.returncode}")
+
+
+def _clear(folder: Path) -> None:
+    """Removes an earlier run of this name. Raises ConfigError if something else is there."""
+    if folder.is_dir() and any(folder.iterdir()):
+        if not (folder / "photos").is_dir():
+            raise ConfigError(f"{folder} holds something that is not a trial; choose another --name")
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    app()

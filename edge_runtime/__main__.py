@@ -1,0 +1,116 @@
+"""python -m edge_runtime: the daemon, and the commands around it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import typer
+
+from edge_runtime.device import Device
+from edge_runtime.download import fetch_bundle, find_server
+from edge_runtime.engine import StepGraphEngine
+from edge_runtime.features import FeatureCache
+from edge_runtime.gate import Gate
+from edge_runtime.images import scan
+from edge_runtime.predict import predict_files
+from edge_runtime.probe import measure_cap, probe_levels
+from edge_runtime.service import Service, device_link, progress_to
+from edge_runtime.store import DeviceStore
+from protocol.bundle import Bundle
+from protocol.topics import Topics
+from shell.cli import application, console
+
+app = application("Adapt a vision model to the images of this device, in a federated run.")
+
+
+@app.command()
+def run(
+    run: str = typer.Option(help="The run's name."),
+    images: Path = typer.Option(help="Folder of images: DIR/<class>/… or DIR/train/<class>/… and DIR/test/<class>/…"),
+    broker: str = typer.Option("mqtt://localhost:1883", help="mqtt://[user:password@]host[:port]"),
+    state: Path = typer.Option(Path("device"), help="Where this device keeps what it must not lose."),
+    device: str | None = typer.Option(None, help="This device's name, at its first start. Default: from the host's."),
+    bundle: Path | None = typer.Option(None, help="A bundle's folder. Default: fetched from the run's server."),
+    threads: int = typer.Option(0, min=0, help="Threads to compute with. 0: one per core."),
+    memory_mb: int | None = typer.Option(
+        None, min=1, help="Memory a training step may take. Default: half of what there is."
+    ),
+    step_seconds: float = typer.Option(60.0, min=0.001, help="Longest time a training step may take."),
+) -> None:
+    """Take part in a run until it is finished."""
+    topics, store = Topics(run), DeviceStore(state)
+    name = store.identity(device)
+    threads = threads or os.cpu_count() or 1
+    link = device_link(broker, topics, name)
+    link.connect()
+    opened = Bundle(bundle) if bundle else fetch_bundle(find_server(link, topics), state / "bundles")
+    opened.verify()
+    slices = scan(images, opened.manifest.classes)
+    for path in slices.unreadable:
+        console.print(f"skipped, not a readable image: {path}")
+    report = progress_to(link, topics, name)
+    report("measuring", 0, 1)
+    cap = measure_cap(opened, store, threads, memory_mb, step_seconds)
+    console.print(
+        f"device {name}: {len(slices.train)} images to train on, {len(slices.held_out)} held out, "
+        f"{len(slices.test)} to test on; level cap {cap}"
+    )
+    node = Device(
+        name=name,
+        bundle=opened,
+        slices=slices,
+        cache=FeatureCache(store.cache, opened, threads, report),
+        engine=StepGraphEngine(opened, threads),
+        gate=Gate(opened, threads),
+        store=store,
+        level_cap=cap,
+        report=report,
+    )
+    Service(node, run, link).serve()
+
+
+@app.command()
+def predict(
+    files: list[Path] = typer.Argument(help="Images, or folders of images."),
+    model: Path = typer.Option(help="A personalized model (.onnx)."),
+    top: int = typer.Option(3, min=1, help="Classes to show for each image."),
+    as_json: bool = typer.Option(False, "--json", help="One JSON object per image, with every class."),
+) -> None:
+    """Classify images with a personalized model."""
+    for path, probabilities in predict_files(model, files):
+        if as_json:
+            print(json.dumps({"file": str(path), "probabilities": probabilities}))
+            continue
+        best = sorted(probabilities.items(), key=lambda item: -item[1])[:top]
+        console.print(f"{path}: " + ", ".join(f"{name} {value:.1%}" for name, value in best), highlight=False)
+
+
+@app.command()
+def personalize(
+    bundle: Path = typer.Option(help="The bundle's folder."),
+    state: Path = typer.Option(help="The device's state folder."),
+    out: Path | None = typer.Option(None, help="File to write. Default: personalized.onnx in the state folder."),
+) -> None:
+    """Write this device's personalized model as one self-contained ONNX file."""
+    from edge_runtime.personalize import write_model  # the only user of the onnx package
+
+    store = DeviceStore(state)
+    path = out or store.personalized
+    write_model(Bundle(bundle), store, path)
+    print(path)
+
+
+@app.command(hidden=True)
+def probe(
+    bundle: Path = typer.Option(),
+    threads: int = typer.Option(1, min=1),
+) -> None:
+    """Train one step at each level in turn; print seconds and peak memory of each as it ends."""
+    for line in probe_levels(Bundle(bundle), threads):
+        print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    app()

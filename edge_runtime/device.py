@@ -1,0 +1,81 @@
+"""What every local computation works with: this device's images, caches, engine and gate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_runtime.engine import Engine, Floats
+from edge_runtime.features import FeatureCache, HiddenStates, Report
+from edge_runtime.gate import Gate
+from edge_runtime.images import LabelledImage, Slices
+from edge_runtime.mixture import class_mask, log_class_prior
+from edge_runtime.store import DeviceStore
+from edge_runtime.training import predict, predict_log
+from protocol.bundle import Bundle
+from protocol.layout import Vector
+
+Images = tuple[LabelledImage, ...]
+
+
+@dataclass(frozen=True)
+class Device:
+    name: str
+    bundle: Bundle
+    slices: Slices
+    cache: FeatureCache
+    engine: Engine
+    gate: Gate
+    store: DeviceStore
+    level_cap: int
+    report: Report
+
+    @property
+    def classes(self) -> int:
+        return self.bundle.manifest.dims.classes
+
+    @cached_property
+    def counts(self) -> NDArray[np.int64]:
+        """This device's images per class (C,), the test slice left out."""
+        return self.slices.class_counts(self.classes)
+
+    @cached_property
+    def mask(self) -> Floats:
+        """Restricts a softmax to the classes this device holds (C,)."""
+        return class_mask(self.counts)
+
+    @cached_property
+    def prior(self) -> Floats:
+        """This device's log class prior (C,)."""
+        return log_class_prior(self.counts)
+
+    def completed(self, theta: Vector) -> Vector:
+        """An expert of any level as a vector of the bundle's highest: blocks not yet active get their start."""
+        full = self.bundle.initial()[0]
+        full[: theta.size] = theta
+        return full
+
+    def level_of(self, theta: Vector) -> int:
+        """The level whose trainables `theta` (P,) are."""
+        return next(k for k in range(self.bundle.manifest.levels + 1) if self.bundle.expert.size(k) == theta.size)
+
+    def hidden(self, images: Images, expert: Vector, level: int) -> HiddenStates:
+        """States below the suffix of `level`, with the LoRA of `expert` in the active blocks further down."""
+        return self.cache.lifted(images, self.level_of(expert), level, expert)
+
+    def logits(self, images: Images, expert: Vector) -> Floats:
+        """Class logits (n, C) of an expert at its own level, all of whose lower blocks are frozen."""
+        level = self.level_of(expert)
+        self.engine.load(level)
+        self.engine.set(expert)
+        return predict(self.engine, self.cache.frozen(images, level), self.classes)
+
+    def log_p(self, images: Images, expert: Vector, bias: Floats) -> Floats:
+        """Class log-probabilities (n, C) of such an expert's logits + bias."""
+        level = self.level_of(expert)
+        self.engine.load(level)
+        self.engine.set(expert)
+        return predict_log(self.engine, self.cache.frozen(images, level), bias)

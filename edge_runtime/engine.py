@@ -1,0 +1,137 @@
+"""Engines train and evaluate experts. `StepGraphEngine` runs a bundle's step graphs on plain ONNX Runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from edge_runtime.optimizer import AdamW
+from protocol.bundle import Bundle
+from protocol.errors import BundleError
+from protocol.layout import Vector
+
+Floats = NDArray[np.float32]
+NEVER = -1e4  # a log-probability so low that float32's exp of it is zero
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A training batch. The loss of image i is −log(exp(gateᵢ) p(yᵢ) + exp(otherᵢ)), p the softmax of logits + bias.
+
+    `hidden` (B, N, D), `labels` (B,), `gate` and `other` (B,), `bias` (C,).
+    """
+
+    hidden: Floats
+    labels: NDArray[np.int64]
+    gate: Floats
+    other: Floats
+    bias: Floats
+
+
+class Engine(Protocol):
+    """Trains and evaluates one expert at one level at a time, on the hidden states below that level's suffix."""
+
+    def load(self, level: int) -> None:
+        """Makes `level` the level of everything that follows; parameters and optimizer state are dropped."""
+
+    def set(self, theta: Vector, optimizer: AdamW | None = None) -> None:
+        """Sets the trainables (P,), and the optimizer if they are to be trained."""
+
+    def get(self) -> Vector: ...
+
+    def step(self, batch: Batch) -> float:
+        """One optimizer step on the batch's mean loss, which is returned."""
+
+    def predict(self, hidden: Floats) -> Floats:
+        """Class logits (B, C) of hidden states (B, N, D)."""
+
+
+class StepGraphEngine:
+    """Runs the gradient as an ordinary inference graph, in micro-batches, with AdamW outside it."""
+
+    def __init__(self, bundle: Bundle, threads: int, micro_batch: int = 8) -> None:
+        self._bundle = bundle
+        self._threads = threads
+        self._micro_batch = micro_batch
+        self._sessions: dict[str, onnxruntime.InferenceSession] = {}
+        self._level = 0
+        self._theta: Vector = np.empty(0, np.float32)
+        self._optimizer: AdamW | None = None
+
+    def load(self, level: int) -> None:
+        if level != self._level:
+            self._sessions.clear()
+            self._level = level
+        self._theta = np.empty(0, np.float32)
+        self._optimizer = None
+
+    def set(self, theta: Vector, optimizer: AdamW | None = None) -> None:
+        self._theta = theta
+        self._optimizer = optimizer
+
+    def get(self) -> Vector:
+        return self._theta
+
+    def step(self, batch: Batch) -> float:
+        if self._optimizer is None:
+            raise RuntimeError("step() needs an optimizer: call set(theta, optimizer) first")
+        size = len(batch.labels)
+        loss, gradient = 0.0, np.zeros_like(self._theta)
+        for start in range(0, size, self._micro_batch):
+            part = slice(start, start + self._micro_batch)
+            part_loss, part_gradient = self._run(
+                "step",
+                ["loss", "gradient"],
+                hidden=batch.hidden[part],
+                labels=batch.labels[part],
+                weights=np.full(len(batch.labels[part]), 1 / size, np.float32),
+                gate=batch.gate[part],
+                other=batch.other[part],
+                bias=batch.bias,
+                theta=self._theta,
+            )
+            loss += float(part_loss)
+            gradient += part_gradient
+        self._theta = self._optimizer.step(self._theta, gradient)
+        return loss
+
+    def predict(self, hidden: Floats) -> Floats:
+        (logits,) = self._run("predict", ["logits"], hidden=hidden, theta=self._theta)
+        return logits
+
+    def _run(self, kind: str, outputs: list[str], **inputs: NDArray[Any]) -> list[Floats]:
+        if kind not in self._sessions:
+            self._sessions[kind] = open_session(self._bundle, f"{kind}-{self._level}.onnx", self._threads)
+        return run(self._sessions[kind], outputs, inputs)
+
+
+def open_session(bundle: Bundle, name: str, threads: int) -> onnxruntime.InferenceSession:
+    """Raises BundleError if ONNX Runtime cannot read the graph."""
+    return session_for(bundle.path(name), threads)
+
+
+def session_for(path: Path, threads: int) -> onnxruntime.InferenceSession:
+    """Raises BundleError if ONNX Runtime cannot read the file."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    options.enable_cpu_mem_arena = False  # an arena never gives memory back, and a device has little
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # devices have other things to do
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's own exceptions have no common base
+        raise BundleError(f"{path} is not a graph ONNX Runtime can run: {str(error).splitlines()[0]}") from error
+
+
+def run(session: onnxruntime.InferenceSession, outputs: list[str], inputs: Mapping[str, NDArray[Any]]) -> list[Floats]:
+    """Runs only what `outputs` need."""
+    options = onnxruntime.RunOptions()
+    options.only_execute_path_to_fetches = True
+    results: list[Floats] = session.run(outputs, dict(inputs), options)
+    return results

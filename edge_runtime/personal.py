@@ -1,0 +1,190 @@
+"""Stage 2: the local expert, which never leaves the device, and the gate adapter, which does every round."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from pydantic import BaseModel
+
+from edge_runtime.device import Device, Images
+from edge_runtime.engine import Floats
+from edge_runtime.images import labels_of
+from edge_runtime.mixture import accuracy, gate_statistics, mix, of_labels
+from edge_runtime.stages import Globals, Outcome, seed_of
+from edge_runtime.training import Targets, expert_optimizer, predict_log, train
+from protocol.errors import MessageError
+from protocol.layout import Vector
+from protocol.messages import Round, Sal
+from protocol.sal import SalState, first_level, observe
+from protocol.tensors import pack, unpack
+from shell.files import write_atomically
+
+
+class _Header(BaseModel):
+    run: str
+    round: int
+    level: int
+    queue: tuple[float, ...]
+    seen: int
+    best_level: int
+    best_nll: float
+
+
+@dataclass(frozen=True)
+class LocalExpert:
+    """`theta` and `best` are vectors of the bundle's highest level (P,); the blocks below the level are the global
+    expert's. `best`, at `best_level`, had the lowest held-out negative log-likelihood of the mixture so far."""
+
+    theta: Vector
+    sal: SalState
+    best: Vector
+    best_level: int
+    best_nll: float
+    round: int = -1  # of stage 2
+
+    @classmethod
+    def from_global(cls, device: Device, expert: Vector, sal: Sal) -> LocalExpert:
+        """The global expert, with the device's class prior in the head's bias, at SAL's first level."""
+        theta = device.completed(expert)
+        device.bundle.expert.split(theta)["classifier.bias"][:] += device.prior
+        start = SalState(level=first_level(sal))
+        return cls(theta, start, theta, start.level, np.inf)
+
+    @classmethod
+    def load(cls, device: Device, run: str) -> LocalExpert | None:
+        """The one kept from earlier rounds of the same run, if there is one."""
+        try:
+            header, tensors = unpack(device.store.personal.read_bytes(), _Header)
+        except (OSError, MessageError):
+            return None
+        if header.run != run:
+            return None
+        theta, best = (np.asarray(tensors[name], np.float32) for name in ("theta", "best"))
+        sal = SalState(header.level, header.queue, header.seen)
+        return cls(theta, sal, best, header.best_level, header.best_nll, header.round)
+
+    def save(self, device: Device, run: str) -> None:
+        header = _Header(
+            run=run,
+            round=self.round,
+            level=self.sal.level,
+            queue=self.sal.queue,
+            seen=self.sal.seen,
+            best_level=self.best_level,
+            best_nll=self.best_nll,
+        )
+        blob = pack(header, {"theta": self.theta, "best": self.best})
+        write_atomically(device.store.personal, blob, durable=True)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A device's MoFM over some images: log gate weights (n, 2) and both experts' class log-probabilities (n, C)."""
+
+    log_gate: Floats
+    global_log_p: Floats
+    local_log_p: Floats
+
+    @property
+    def log_p(self) -> Floats:
+        return mix(self.log_gate, self.global_log_p, self.local_log_p)
+
+
+def mixture(device: Device, images: Images, given: Globals, theta: Vector, level: int) -> Mixture:
+    """The mixture of the global expert, with the device's prior, and a local expert at `level`."""
+    pooled = device.cache.pooled(images, device.level_of(given.expert))
+    return Mixture(
+        log_gate=device.gate.weights(given.gate, pooled),
+        global_log_p=device.log_p(images, given.expert, device.prior),
+        local_log_p=local_log_p(device, images, given, theta, level),
+    )
+
+
+def local_log_p(device: Device, images: Images, given: Globals, theta: Vector, level: int) -> Floats:
+    """Class log-probabilities (n, C) of a local expert, over the classes this device holds."""
+    device.engine.load(level)
+    device.engine.set(theta[: device.bundle.expert.size(level)])
+    return predict_log(device.engine, device.hidden(images, given.expert, level), device.mask)
+
+
+class ModelHeader(BaseModel):
+    """What a personalized model is made of, beside its tensors. Ends up in the ONNX file's metadata."""
+
+    run: str
+    round: int
+    device: str
+    level: int
+
+
+def personal_model(device: Device, task: Round, given: Globals, expert: LocalExpert) -> bytes:
+    """The device's MoFM as a blob: its tensors are the inputs of the bundle's template `personal-{level}.onnx`."""
+    level = max(device.level_of(given.expert), expert.best_level)
+    size = device.bundle.expert.size(level)
+    header = ModelHeader(run=task.run, round=task.round, device=device.name, level=level)
+    tensors = {
+        "global_theta": device.completed(given.expert)[:size],
+        "local_theta": expert.best[:size],
+        "gate_theta": given.gate,
+        "global_bias": device.prior,
+        "local_bias": device.mask,
+    }
+    return pack(header, tensors)
+
+
+def train_personal(device: Device, task: Round, given: Globals) -> Outcome:
+    """Local epochs of the local expert on the mixture's likelihood, then steps of the gate on the held-out slice."""
+    slices = device.slices
+    expert = LocalExpert.load(device, task.run)
+    if expert is None or task.index == 0:
+        expert = LocalExpert.from_global(device, given.expert, task.sal)
+        before = mixture(device, slices.held_out, given, expert.theta, expert.sal.level)
+        expert = replace(expert, best_nll=_nll(before, slices.held_out))
+    if expert.round < task.index:
+        expert = _train_local(device, task, given, expert)
+        expert.save(device, task.run)
+    return _train_gate(device, given, expert)
+
+
+def _train_local(device: Device, task: Round, given: Globals, expert: LocalExpert) -> LocalExpert:
+    engine, layout, images, level = device.engine, device.bundle.expert, device.slices.train, expert.sal.level
+    labels = labels_of(images)
+    log_gate = device.gate.weights(given.gate, device.cache.pooled(images, device.level_of(given.expert)))
+    global_log_p = of_labels(device.log_p(images, given.expert, device.prior), labels)
+    targets = Targets(labels, gate=log_gate[:, 1], other=log_gate[:, 0] + global_log_p)
+    engine.load(level)
+    size = layout.size(level)
+    engine.set(expert.theta[:size], expert_optimizer(layout, size, task.training))
+    hidden = device.hidden(images, given.expert, level)
+    train(engine, hidden, targets, device.mask, task.training, seed_of(device, task), device.report)
+    theta = expert.theta.copy()
+    theta[:size] = engine.get()
+    after = mixture(device, device.slices.held_out, given, theta, level)
+    nll = _nll(after, device.slices.held_out)
+    sal = observe(task.sal, expert.sal, accuracy(after.local_log_p, labels_of(device.slices.held_out)))
+    expert = replace(expert, theta=theta, sal=sal, round=task.index)
+    return replace(expert, best=theta, best_level=level, best_nll=nll) if nll < expert.best_nll else expert
+
+
+def _train_gate(device: Device, given: Globals, expert: LocalExpert) -> Outcome:
+    images = device.slices.held_out
+    labels = labels_of(images)
+    seen = mixture(device, images, given, expert.best, expert.best_level)
+    expert_log_p = np.stack([of_labels(seen.global_log_p, labels), of_labels(seen.local_log_p, labels)], axis=1)
+    pooled = device.cache.pooled(images, device.level_of(given.expert))
+    gate = device.gate.train(given.gate, pooled, expert_log_p)
+    weight, entropy = gate_statistics(seen.log_gate)
+    metrics = {
+        "held_out_mofm": accuracy(seen.log_p, labels),
+        "held_out_local": accuracy(seen.local_log_p, labels),
+        "held_out_global_prior": accuracy(seen.global_log_p, labels),
+        "mean_local_weight": weight,
+        "gate_entropy": entropy,
+        "local_level": float(expert.sal.level),
+    }
+    tensors = device.bundle.gate.split(gate)
+    return Outcome(tensors, samples=len(images), level=expert.sal.level, metrics=metrics)
+
+
+def _nll(seen: Mixture, images: Images) -> float:
+    return float(-of_labels(seen.log_p, labels_of(images)).mean())

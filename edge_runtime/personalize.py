@@ -1,0 +1,44 @@
+"""The personalized model, MoFM(global expert, own local expert, latest gate), as one self-contained ONNX file.
+
+The bundle holds it as a template whose experts are inputs. Here they become constants, and the frozen weights, external
+until now, are copied in. The only module of this room that needs the onnx package.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import onnx
+from onnx import numpy_helper
+from onnx.external_data_helper import load_external_data_for_model
+
+from edge_runtime.personal import ModelHeader
+from edge_runtime.store import DeviceStore
+from protocol.bundle import Bundle
+from protocol.errors import InputError
+from protocol.tensors import unpack
+from shell.files import write_atomically
+
+
+def write_model(bundle: Bundle, store: DeviceStore, path: Path) -> None:
+    """Raises InputError if this device has no personalized model yet, BundleError if the bundle is not the run's."""
+    if not store.mixture.is_file():
+        raise InputError(f"{store.root} holds no personalized model yet; it is there once a run has been evaluated")
+    header, tensors = unpack(store.mixture.read_bytes(), ModelHeader)
+    model = onnx.load(str(bundle.path(f"personal-{header.level}.onnx")), load_external_data=False)
+    load_external_data_for_model(model, str(bundle.root))
+    inputs = [value for value in model.graph.input if value.name not in tensors]
+    del model.graph.input[:]
+    model.graph.input.extend(inputs)
+    for name, tensor in tensors.items():
+        model.graph.initializer.append(numpy_helper.from_array(tensor, name))
+    metadata = {
+        **{key: str(value) for key, value in header.model_dump().items()},
+        "model": bundle.manifest.model,
+        "bundle": bundle.sha256,
+        "classes": json.dumps(bundle.manifest.classes),
+        "preprocessing": bundle.manifest.preprocessing.model_dump_json(),
+    }
+    onnx.helper.set_model_props(model, metadata)
+    write_atomically(path, model.SerializeToString(deterministic=True))

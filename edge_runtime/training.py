@@ -1,0 +1,78 @@
+"""Local training of one expert on cached hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_runtime.engine import NEVER, Batch, Engine, Floats
+from edge_runtime.features import HiddenStates, Report
+from edge_runtime.mixture import log_softmax
+from edge_runtime.optimizer import AdamW
+from protocol.layout import HEAD, Layout
+from protocol.messages import Training
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What each image is trained towards: its label (n,), the log weight of this expert `gate` (n,), and `other` (n,),
+    the log of the other expert's weighted likelihood of the label."""
+
+    labels: NDArray[np.int64]
+    gate: Floats
+    other: Floats
+
+    @classmethod
+    def cross_entropy(cls, labels: NDArray[np.int64]) -> Targets:
+        """Without another expert."""
+        size = len(labels)
+        return cls(labels, np.zeros(size, np.float32), np.full(size, NEVER, np.float32))
+
+
+def expert_optimizer(layout: Layout, size: int, training: Training) -> AdamW:
+    """A fresh AdamW for the first `size` trainables, which decays the LoRA but not the head."""
+    decay = np.full(size, training.weight_decay, np.float32)
+    decay[layout.parts[HEAD]] = 0.0
+    return AdamW(training.learning_rate, decay)
+
+
+def train(
+    engine: Engine,
+    hidden: HiddenStates,
+    targets: Targets,
+    bias: Floats,
+    training: Training,
+    seed: Sequence[int],
+    report: Report,
+) -> float:
+    """`training.epochs` shuffled epochs; returns the last epoch's mean loss. `bias` (C,) is added to the logits."""
+    rng = np.random.default_rng(seed)
+    size, done, loss = len(hidden), 0, 0.0
+    for _ in range(training.epochs):
+        loss = 0.0
+        for chosen in np.array_split(rng.permutation(size), -(-size // training.batch_size)):
+            batch = Batch(
+                hidden.batch(chosen),
+                targets.labels[chosen],
+                targets.gate[chosen],
+                targets.other[chosen],
+                bias,
+            )
+            loss += engine.step(batch) * len(chosen) / size
+            done += len(chosen)
+            report("training", done, size * training.epochs)
+    return loss
+
+
+def predict(engine: Engine, hidden: HiddenStates, classes: int) -> Floats:
+    """Class logits (n, C)."""
+    logits = [engine.predict(batch) for batch in hidden.batches()]
+    return np.concatenate(logits) if logits else np.empty((0, classes), np.float32)
+
+
+def predict_log(engine: Engine, hidden: HiddenStates, bias: Floats) -> Floats:
+    """Class log-probabilities (n, C) of the softmax of logits + bias (C,)."""
+    return log_softmax(predict(engine, hidden, len(bias)) + bias)
