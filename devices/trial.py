@@ -48,7 +48,7 @@ def trial(
     broker: str | None = typer.Option(None, help="mqtt://host:port. Default: an embedded broker."),
     stage1_rounds: int = typer.Option(12, min=1),
     stage2_rounds: int = typer.Option(5, min=1),
-    round_timeout: float = typer.Option(120, min=1, help="Seconds after which a round ends without the missing."),
+    round_timeout: float = typer.Option(300, min=1, help="Seconds after which a round ends without the missing."),
     baseline: bool = typer.Option(True, help="Also train every device alone, for comparison."),
 ) -> None:
     started = time.monotonic()
