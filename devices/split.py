@@ -45,14 +45,14 @@ def write_fleet(
 
     Raises ConfigError if a device would be left without images, InputError if a class has fewer than two.
     """
-    rng = np.random.default_rng(seed)
     if folder.exists():
         shutil.rmtree(folder)
     roots = [folder / f"device-{index}" for index in range(devices)]
     for root in roots:
         (root / "train").mkdir(parents=True)
         (root / "test").mkdir()
-    for name, images in sorted(train.items()):
+    for position, (name, images) in enumerate(sorted(train.items())):
+        rng = np.random.default_rng([seed, position])
         if len(images) < LEAST:
             raise InputError(f"class {name!r} has {len(images)} image(s), at least {LEAST} are needed")
         tested = test.get(name, ())

@@ -1,7 +1,7 @@
 """The daemon's decisions as a state machine without I/O: `advance(state, event) -> (state, commands)`.
 
-It follows the newest announced round: fetch the globals it names, work, send the update, and send it again after every
-reconnection until the server has acknowledged it.
+It follows the newest round that the present server has announced: fetch the globals it names, work, send the update,
+and send it again after every reconnection until the server has acknowledged it.
 """
 
 from __future__ import annotations
@@ -87,32 +87,35 @@ Command = Fetch | Work | Send | Settle | Leave
 
 @dataclass(frozen=True)
 class State:
-    """`held`: global blobs on disk. `unsettled`: rounds whose update the server has not acknowledged. `done`: the last
-    round worked on."""
+    """`session`: the one this device last worked in. `present`: that of the server that is online. `announced`: the
+    newest round seen. `done`: the last round worked on. `held`: global blobs on disk. `unsettled`: rounds of `session`
+    whose update has not been acknowledged."""
 
     bundle: str
+    session: str = ""
+    present: str = ""
+    announced: Round | None = None
+    done: int = 0
     held: frozenset[str] = frozenset()
     unsettled: frozenset[int] = frozenset()
-    current: Round | None = None
-    done: int = 0
 
 
 def advance(state: State, event: Event) -> tuple[State, list[Command]]:
+    """The next state, and what the shell has to do, in order."""
     if isinstance(event, ServerSeen):
-        return state, _check_server(state, event.status)
+        return _meet_server(state, event.status)
     if isinstance(event, RoundSeen):
-        return _follow(state, event.round)
+        state = replace(state, announced=event.round)
+        return state, _fetch_missing(state)
     if isinstance(event, GlobalArrived):
         return replace(state, held=state.held | {event.sha256}), []
-    if isinstance(event, Idle):
-        return _work_if_ready(state)
     if isinstance(event, WorkDone):
         return replace(state, unsettled=state.unsettled | {event.round}), [Send(event.round)]
     if isinstance(event, Reconnected):
         return state, [Send(round_) for round_ in sorted(state.unsettled)]
-    if event.ack.verdict is Verdict.REJECTED or event.ack.round in state.unsettled:
-        return replace(state, unsettled=state.unsettled - {event.ack.round}), [Settle(event.ack)]
-    return state, []
+    if isinstance(event, AckSeen):
+        return _settle(state, event.ack)
+    return _act(state)
 
 
 def wanted(announced: Round) -> set[str]:
@@ -120,28 +123,46 @@ def wanted(announced: Round) -> set[str]:
     return {sha256 for sha256 in (announced.expert, announced.start, announced.gate) if sha256}
 
 
-def _check_server(state: State, status: ServerStatus) -> list[Command]:
-    if status.online and status.bundle != state.bundle:
-        return [
+def _meet_server(state: State, status: ServerStatus) -> tuple[State, list[Command]]:
+    if not status.online:
+        return replace(state, present=""), []
+    if status.bundle != state.bundle:
+        return state, [
             Leave(
                 f"run {status.run!r} uses another bundle (model {status.model}, SHA-256 {status.bundle[:12]}…) than "
                 f"this device ({state.bundle[:12]}…); give it the run's bundle, or none to fetch it from the server"
             )
         ]
-    return []
+    state = replace(state, present=status.session)
+    return state, _fetch_missing(state)
 
 
-def _follow(state: State, announced: Round) -> tuple[State, list[Command]]:
+def _fetch_missing(state: State) -> list[Command]:
+    if state.announced is None or state.announced.session != state.present:
+        return []
+    return [Fetch(sha256) for sha256 in sorted(wanted(state.announced) - state.held)]
+
+
+def _settle(state: State, ack: Ack) -> tuple[State, list[Command]]:
+    if ack.session != state.session or ack.round not in state.unsettled:
+        return state, []
+    return replace(state, unsettled=state.unsettled - {ack.round}), [Settle(ack)]
+
+
+def _act(state: State) -> tuple[State, list[Command]]:
+    """Nothing is waiting: start on the announced round if it is new and all it needs is here, or leave if that was all.
+
+    A finished run is only this device's business if it took part in it; else it waits for the next of that name.
+    """
+    announced = state.announced
+    if announced is None:
+        return state, []
     if announced.stage is Stage.FINISHED:
-        return replace(state, current=None), [Leave()]
-    if announced.round == state.done or (state.current and announced.round == state.current.round):
+        return state, [Leave()] if announced.session == state.session else []
+    new = announced.session != state.session or announced.round not in {state.done, *state.unsettled}
+    if not new or announced.session != state.present or not wanted(announced) <= state.held:
         return state, []
-    return replace(state, current=announced), [Fetch(sha256) for sha256 in sorted(wanted(announced) - state.held)]
-
-
-def _work_if_ready(state: State) -> tuple[State, list[Command]]:
-    if state.current is None or not wanted(state.current) <= state.held:
-        return state, []
-    held = state.held & wanted(state.current)  # what the round does not name is dropped from disk
-    work = Work(state.current)
-    return replace(state, current=None, done=work.round.round, held=held), [work]
+    unsettled = state.unsettled if announced.session == state.session else frozenset()
+    held = state.held & wanted(announced)  # what the round does not name is dropped from disk
+    state = replace(state, session=announced.session, done=announced.round, unsettled=unsettled, held=held)
+    return state, [Work(announced)]

@@ -17,6 +17,7 @@ from edge_runtime.store import DeviceStore
 from edge_runtime.training import predict, predict_log
 from protocol.bundle import Bundle
 from protocol.layout import Vector
+from protocol.messages import Sal
 
 Images = tuple[LabelledImage, ...]
 
@@ -51,6 +52,10 @@ class Device:
     def prior(self) -> Floats:
         """This device's log class prior (C,)."""
         return log_class_prior(self.counts)
+
+    def within_cap(self, sal: Sal) -> Sal:
+        """The rule for levels that are this device's own business: never past what it can bear."""
+        return sal.model_copy(update={"max_level": min(sal.max_level, self.level_cap)})
 
     def completed(self, theta: Vector) -> Vector:
         """An expert of any level as a vector of the bundle's highest: blocks not yet active get their start."""

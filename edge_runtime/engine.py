@@ -11,6 +11,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from edge_runtime.memory import release_free_memory
 from edge_runtime.optimizer import AdamW
 from protocol.bundle import Bundle
 from protocol.errors import BundleError
@@ -67,6 +68,7 @@ class StepGraphEngine:
     def load(self, level: int) -> None:
         if level != self._level:
             self._sessions.clear()
+            release_free_memory()
             self._level = level
         self._theta = np.empty(0, np.float32)
         self._optimizer = None

@@ -25,7 +25,7 @@ from shell.files import write_atomically
 
 
 class _Header(BaseModel):
-    run: str
+    session: str
     level: int
 
 
@@ -37,7 +37,8 @@ def train_alone(device: Device, task: Round, _: Globals) -> Outcome:
     theta = device.bundle.initial()[0]
     head = head_of_class_means(own["class_sums"], own["class_counts"], float(own["norm_sum"][0]))
     theta[: head.size] = head
-    sal = SalState(level=first_level(task.sal))
+    rule = device.within_cap(task.sal)
+    sal = SalState(level=first_level(rule))
     best: tuple[tuple[float, float], Vector] | None = None
     for repetition in range(task.repetitions + 1):
         level, size = sal.level, layout.size(sal.level)
@@ -55,9 +56,9 @@ def train_alone(device: Device, task: Round, _: Globals) -> Outcome:
         if best is None or score > best[0]:
             best = score, theta[:size].copy()
         if repetition:
-            sal = observe(task.sal, sal, score[0])
+            sal = observe(rule, sal, score[0])
     assert best is not None
-    header = _Header(run=task.run, level=device.level_of(best[1]))
+    header = _Header(session=task.session, level=device.level_of(best[1]))
     write_atomically(device.store.baseline, pack(header, {"theta": best[1]}))
     return Outcome(samples=len(slices.train), level=header.level, metrics={"held_out_local_only": best[0][0]})
 
@@ -69,7 +70,7 @@ def evaluate(device: Device, task: Round, given: Globals) -> Outcome:
     images = device.slices.test
     labels = labels_of(images)
     nothing = np.zeros_like(device.prior)
-    expert = LocalExpert.load(device, task.run) or LocalExpert.from_global(device, given.expert, task.sal)
+    expert = LocalExpert.load(device, task.session) or LocalExpert.from_global(device, given.expert, task.sal)
     seen = mixture(device, images, given, expert.best, expert.best_level)
     models = {
         "class_means": device.log_p(images, given.start, nothing),
@@ -78,7 +79,7 @@ def evaluate(device: Device, task: Round, given: Globals) -> Outcome:
         "local_expert": seen.local_log_p,
         "mofm": seen.log_p,
     }
-    alone = _load_alone(device, task.run)
+    alone = _load_alone(device, task.session)
     if alone is not None:
         models["local_only"] = device.log_p(images, alone, device.mask)
     weight, entropy = gate_statistics(seen.log_gate) if len(images) else (0.0, 0.0)
@@ -86,7 +87,7 @@ def evaluate(device: Device, task: Round, given: Globals) -> Outcome:
     counts = {"test": _per_class(device, labels)}
     for name in ("class_means", "global"):
         counts[name] = _per_class(device, labels[models[name].argmax(axis=1) == labels])
-    probabilities = {i.path.name: p.tolist() for i, p in zip(images, np.exp(seen.log_p), strict=True)}
+    probabilities = {str(i.path): p.tolist() for i, p in zip(images, np.exp(seen.log_p), strict=True)}
     results = {"run": task.run, "accuracy": metrics, "probabilities": probabilities}
     write_atomically(device.store.results, json.dumps(results).encode())
     write_atomically(device.store.mixture, personal_model(device, task, given, expert), durable=True)
@@ -103,9 +104,9 @@ def _per_class(device: Device, labels: NDArray[np.int64]) -> list[int]:
     return counts
 
 
-def _load_alone(device: Device, run: str) -> Vector | None:
+def _load_alone(device: Device, session: str) -> Vector | None:
     try:
         header, tensors = unpack(device.store.baseline.read_bytes(), _Header)
     except (OSError, MessageError):
         return None
-    return np.asarray(tensors["theta"], np.float32) if header.run == run else None
+    return np.asarray(tensors["theta"], np.float32) if header.session == session else None

@@ -19,11 +19,12 @@ from numpy.typing import NDArray
 
 from edge_runtime.engine import Floats, open_session, run
 from edge_runtime.images import LabelledImage, load_pixels
+from edge_runtime.memory import release_free_memory
 from protocol.bundle import Bundle
 from protocol.layout import Vector
 from shell.files import write_atomically
 
-BATCH = 8
+BATCH = 4  # larger ones are no faster, and take memory
 Report = Callable[[str, int, int], None]  # activity, done, total
 
 
@@ -81,11 +82,10 @@ class FeatureCache:
         One pass over missing images also stores the state of the next level and the pooled feature, so that a level
         change finds its features waiting.
         """
-        ahead = min(level + 1, self._bundle.manifest.levels)
-        folder = self._folder(f"level-{level}")
+        folder = self._folders_of(level)[level]
         missing = self._missing(folder, images)
         if missing:
-            self._extract(missing, {level: folder, ahead: self._folder(f"level-{ahead}")})
+            self._extract(missing, level)
         return HiddenStates(folder, images, self._shape, self._dtype)
 
     def lifted(self, images: Sequence[LabelledImage], from_level: int, to_level: int, theta: Vector) -> HiddenStates:
@@ -108,20 +108,22 @@ class FeatureCache:
                 self._store(folder, missing[done : done + len(hidden)], hidden)
                 done += len(hidden)
                 self._report("features", done, len(missing))
+            del sessions, session
+            release_free_memory()
         return HiddenStates(folder, images, self._shape, self._dtype)
 
     def pooled(self, images: Sequence[LabelledImage], level: int) -> Floats:
-        """The frozen backbone's pooled features (n, D); `level` says which hidden states to store on the way."""
+        """The frozen backbone's pooled features (n, D). A pass over missing images stores what `frozen` would."""
         folder = self._folder("pooled")
         missing = [image for image in images if not self._is_stored(folder, image, self._shape[1] * 4)]
         if missing:
-            self._extract(missing, {level: self._folder(f"level-{level}")})
+            self._extract(missing, level)
         rows = [np.frombuffer((folder / image.sha256).read_bytes(), np.float32) for image in images]
         return np.stack(rows) if rows else np.empty((0, self._shape[1]), np.float32)
 
     def drop_unused(self) -> None:
-        """Deletes every state that nobody asked for since the last call."""
-        keep = {path.name for path in map(self._folder, self._used)}
+        """Deletes every state that nobody asked for since the last call; pooled features are small and stay."""
+        keep = {path.name for path in map(self._folder, [*self._used, "pooled"])}
         if self._root.is_dir():
             for folder in self._root.iterdir():
                 if folder.name not in keep:
@@ -143,7 +145,13 @@ class FeatureCache:
         except OSError:
             return False
 
-    def _extract(self, images: Sequence[LabelledImage], folders: dict[int, Path]) -> None:
+    def _folders_of(self, level: int) -> dict[int, Path]:
+        """Where the frozen states of a level, and of the next, are kept."""
+        ahead = min(level + 1, self._bundle.manifest.levels)
+        return {wanted: self._folder(f"level-{wanted}") for wanted in (level, ahead)}
+
+    def _extract(self, images: Sequence[LabelledImage], level: int) -> None:
+        folders = self._folders_of(level)
         pooled = self._folder("pooled")
         session = open_session(self._bundle, "features.onnx", self._threads)
         outputs = [f"hidden_{level}" for level in folders]
@@ -156,6 +164,8 @@ class FeatureCache:
             for image, feature in zip(part, features, strict=True):
                 write_atomically(pooled / image.sha256, feature.tobytes())
             self._report("features", start + len(part), len(images))
+        del session
+        release_free_memory()
 
     def _store(self, folder: Path, images: Sequence[LabelledImage], hidden: Floats) -> None:
         for image, state in zip(images, hidden.astype(self._dtype), strict=True):

@@ -22,7 +22,7 @@ from shell.files import write_atomically
 
 
 class _Header(BaseModel):
-    run: str
+    session: str
     round: int
     level: int
     queue: tuple[float, ...]
@@ -48,25 +48,25 @@ class LocalExpert:
         """The global expert, with the device's class prior in the head's bias, at SAL's first level."""
         theta = device.completed(expert)
         device.bundle.expert.split(theta)["classifier.bias"][:] += device.prior
-        start = SalState(level=first_level(sal))
+        start = SalState(level=first_level(device.within_cap(sal)))
         return cls(theta, start, theta, start.level, np.inf)
 
     @classmethod
-    def load(cls, device: Device, run: str) -> LocalExpert | None:
-        """The one kept from earlier rounds of the same run, if there is one."""
+    def load(cls, device: Device, session: str) -> LocalExpert | None:
+        """The one kept from earlier rounds of the same session, if there is one."""
         try:
             header, tensors = unpack(device.store.personal.read_bytes(), _Header)
         except (OSError, MessageError):
             return None
-        if header.run != run:
+        if header.session != session:
             return None
         theta, best = (np.asarray(tensors[name], np.float32) for name in ("theta", "best"))
         sal = SalState(header.level, header.queue, header.seen)
         return cls(theta, sal, best, header.best_level, header.best_nll, header.round)
 
-    def save(self, device: Device, run: str) -> None:
+    def save(self, device: Device, session: str) -> None:
         header = _Header(
-            run=run,
+            session=session,
             round=self.round,
             level=self.sal.level,
             queue=self.sal.queue,
@@ -135,14 +135,14 @@ def personal_model(device: Device, task: Round, given: Globals, expert: LocalExp
 def train_personal(device: Device, task: Round, given: Globals) -> Outcome:
     """Local epochs of the local expert on the mixture's likelihood, then steps of the gate on the held-out slice."""
     slices = device.slices
-    expert = LocalExpert.load(device, task.run)
+    expert = LocalExpert.load(device, task.session)
     if expert is None or task.index == 0:
         expert = LocalExpert.from_global(device, given.expert, task.sal)
         before = mixture(device, slices.held_out, given, expert.theta, expert.sal.level)
         expert = replace(expert, best_nll=_nll(before, slices.held_out))
     if expert.round < task.index:
         expert = _train_local(device, task, given, expert)
-        expert.save(device, task.run)
+        expert.save(device, task.session)
     return _train_gate(device, given, expert)
 
 
@@ -161,7 +161,9 @@ def _train_local(device: Device, task: Round, given: Globals, expert: LocalExper
     theta[:size] = engine.get()
     after = mixture(device, device.slices.held_out, given, theta, level)
     nll = _nll(after, device.slices.held_out)
-    sal = observe(task.sal, expert.sal, accuracy(after.local_log_p, labels_of(device.slices.held_out)))
+    sal = observe(
+        device.within_cap(task.sal), expert.sal, accuracy(after.local_log_p, labels_of(device.slices.held_out))
+    )
     expert = replace(expert, theta=theta, sal=sal, round=task.index)
     return replace(expert, best=theta, best_level=level, best_nll=nll) if nll < expert.best_nll else expert
 

@@ -31,7 +31,7 @@ def write_model(bundle: Bundle, store: DeviceStore, path: Path) -> None:
     inputs = [value for value in model.graph.input if value.name not in tensors]
     del model.graph.input[:]
     model.graph.input.extend(inputs)
-    for name, tensor in tensors.items():
+    for name, tensor in sorted(tensors.items()):  # safetensors gives them in any order
         model.graph.initializer.append(numpy_helper.from_array(tensor, name))
     metadata = {
         **{key: str(value) for key, value in header.model_dump().items()},

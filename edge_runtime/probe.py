@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ import numpy as np
 from pydantic import BaseModel, ValidationError
 
 from edge_runtime.engine import Batch, StepGraphEngine
+from edge_runtime.memory import peak_rss_mb
 from edge_runtime.optimizer import AdamW
 from edge_runtime.store import DeviceStore
 from edge_runtime.training import Targets
@@ -75,8 +75,7 @@ def probe_levels(bundle: Bundle, threads: int) -> Iterator[dict[str, float]]:
         engine.set(bundle.initial()[0][:size], AdamW(1e-3, np.zeros(size, np.float32)))
         started = time.perf_counter()
         engine.step(batch)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        yield {"level": level, "seconds": time.perf_counter() - started, "peak_rss_mb": peak}
+        yield {"level": level, "seconds": time.perf_counter() - started, "peak_rss_mb": peak_rss_mb()}
 
 
 def _measure(bundle: Bundle, threads: int, budget: float, step_seconds: float) -> list[dict[str, float]]:

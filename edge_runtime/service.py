@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import secrets
 import subprocess
 import sys
 import time
@@ -35,6 +33,7 @@ from edge_runtime.daemon import (
 from edge_runtime.device import Device
 from edge_runtime.evaluation import evaluate, train_alone
 from edge_runtime.features import Report
+from edge_runtime.memory import peak_rss_mb
 from edge_runtime.personal import train_personal
 from edge_runtime.stages import Globals, Outcome, statistics, train_global
 from edge_runtime.stages import Work as StageWork
@@ -109,15 +108,15 @@ class Service:
         self._topics = Topics(run)
         self._link = link
         self._bytes_down = 0
-        self._process = secrets.token_hex(4)
         self._assemblers: dict[str, Assembler] = {}
         self._last: paho.MQTTMessageInfo | None = None
 
     def serve(self) -> None:
         """Until the run has finished. Raises FedFMSLError if this device cannot take part."""
         topics, name = self._topics, self._device.name
-        outbox = self._device.store.outbox(self._run)
-        state = State(bundle=self._device.bundle.sha256, unsettled=frozenset(outbox))
+        session = self._device.store.session
+        outbox = self._device.store.outbox(session)
+        state = State(bundle=self._device.bundle.sha256, session=session, unsettled=frozenset(outbox))
         self._link.subscribe(topics.ack(name))
         self._link.subscribe(topics.server_status)
         self._link.subscribe(topics.round)
@@ -170,7 +169,9 @@ class Service:
             return None
 
     def _global_chunk(self, received: Received) -> Event | None:
-        sha256 = received.topic.split("/")[3]
+        sha256 = self._topics.globals_of(received.topic)
+        if sha256 is None:  # not asked for: amqtt sends a new client what is retained for any other
+            return None
         self._bytes_down += len(received.payload)
         blob = self._assemblers.setdefault(sha256, Assembler()).add(received.payload)
         if blob is None:
@@ -199,6 +200,7 @@ class Service:
 
     def _work(self, task: Round) -> WorkDone:
         started = time.perf_counter()
+        self._device.store.enter(task.session)
         self._device.store.drop_globals(keep=wanted(task))
         outcome = STAGES[task.stage](self._device, task, self._globals(task))
         self._device.cache.drop_unused()
@@ -214,6 +216,7 @@ class Service:
         bytes_down, self._bytes_down = self._bytes_down, 0
         return Update(
             run=self._run,
+            session=task.session,
             round=task.round,
             device=self._device.name,
             stage=task.stage,
@@ -222,7 +225,7 @@ class Service:
             metrics=dict(outcome.metrics),
             counts=dict(outcome.counts),
             seconds=seconds,
-            peak_rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            peak_rss_mb=peak_rss_mb(),
             bytes_down=bytes_down,
         )
 
@@ -239,7 +242,8 @@ class Service:
         return join(tensors)
 
     def _send(self, round_: int) -> None:
-        blob = self._device.store.outbox(self._run).get(round_)
+        store = self._device.store
+        blob = store.outbox(store.session).get(round_)
         if blob is not None:
             for index, chunk in enumerate(chunks(blob)):
                 self._publish(self._topics.update_chunk(self._device.name, round_, index), chunk)
@@ -249,7 +253,6 @@ class Service:
         status = DeviceStatus(
             device=device.name,
             online=online,
-            process=self._process,
             bundle=device.bundle.sha256,
             level_cap=device.level_cap,
             train=len(slices.train),

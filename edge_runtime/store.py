@@ -69,6 +69,16 @@ class DeviceStore:
         write_atomically(path, name.encode(), durable=True)
         return name
 
+    @property
+    def session(self) -> str:
+        """The session of a run this device last worked in."""
+        path = self.root / "session"
+        return path.read_text().strip() if path.is_file() else ""
+
+    def enter(self, session: str) -> None:
+        if session != self.session:
+            write_atomically(self.root / "session", session.encode(), durable=True)
+
     def global_blob(self, sha256: str) -> bytes | None:
         """A received blob, if it is here and whole."""
         path = self.root / "globals" / sha256
@@ -90,8 +100,8 @@ class DeviceStore:
     def put_outbox(self, round_: int, blob: bytes) -> None:
         write_atomically(self.root / "outbox" / str(round_), blob, durable=True)
 
-    def outbox(self, run: str) -> dict[int, bytes]:
-        """Unacknowledged updates of `run` by round; those of other runs are removed."""
+    def outbox(self, session: str) -> dict[int, bytes]:
+        """Unacknowledged updates of a session by round; those of other sessions are removed."""
         found = {}
         folder = self.root / "outbox"
         for path in sorted(folder.iterdir()) if folder.is_dir() else []:
@@ -100,7 +110,7 @@ class DeviceStore:
                 update, _ = unpack(blob, Update)
             except MessageError:
                 update = None
-            if update is not None and update.run == run:
+            if update is not None and update.session == session:
                 found[update.round] = blob
             else:
                 path.unlink(missing_ok=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageClassification
 
 from export.families import FAMILIES, MODELS, Family
@@ -93,11 +94,15 @@ def _load(source: str, config: Any, revision: str | None) -> Any:
             use_safetensors=True,
             torch_dtype=torch.float32,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise _unreachable(source, error) from error
-    missing = [key for key in info["missing_keys"] if not key.startswith("classifier.")]
+    absent = [*info["missing_keys"], *info["mismatched_keys"]]
+    missing = [key for key in absent if not key.startswith("classifier.")]
     if missing:
-        raise WeightsError(f"{source} lacks weights of the backbone, first {missing[0]!r}; is the copy complete?")
+        raise WeightsError(
+            f"{source} lacks weights of the backbone in the shapes of its config, first {missing[0]!r}; "
+            "is the copy complete?"
+        )
     return loaded
 
 

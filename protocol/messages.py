@@ -54,8 +54,12 @@ class Sal(Message):
 
 
 class ServerStatus(Message):
+    """Retained, last will. `session` is made anew for each run of a name: what an earlier one left behind, on the
+    broker or on a device, is told apart by it."""
+
     online: bool
     run: str
+    session: str
     bundle: str = ""  # SHA-256 of the bundle
     bundle_url: str = ""
     model: str = ""
@@ -66,6 +70,7 @@ class Round(Message):
     from) and `gate` are the SHA-256 of global blobs ("" = none yet)."""
 
     run: str
+    session: str
     round: int
     stage: Stage
     index: int  # within its stage, from 0
@@ -88,11 +93,10 @@ class Globals(Message):
 
 
 class DeviceStatus(Message):
-    """Retained, last will. `process` changes with every start, so that a server can tell a restart from a repeat."""
+    """Retained, last will."""
 
     device: str
     online: bool
-    process: str = ""
     bundle: str = ""
     level_cap: int = 0
     train: int = 0
@@ -109,14 +113,15 @@ class Progress(Message):
 
 
 class Update(Message):
-    """Header of a client update. `samples` weighs it; `level` is the level it was trained at."""
+    """Header of a client update. `samples` weighs it (exactly, as a float); `level` is the level it was trained at."""
 
     run: str
+    session: str
     round: int
     device: str
     stage: Stage
     level: int = Field(ge=0)
-    samples: int = Field(ge=0)
+    samples: int = Field(ge=0, le=2**53)
     metrics: dict[str, float] = {}
     counts: dict[str, list[int]] = {}
     seconds: float = Field(default=0.0, ge=0)
@@ -132,7 +137,10 @@ class Verdict(str, Enum):
 
 
 class Ack(Message):
+    """The server's word on an update."""
+
     run: str
+    session: str
     round: int
     device: str
     verdict: Verdict

@@ -30,7 +30,7 @@ _MAGIC = b"FMS1"
 
 
 def pack(header: BaseModel, tensors: Tensors) -> bytes:
-    contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    contiguous = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
     return save(contiguous, metadata={"header": header.model_dump_json()})
 
 

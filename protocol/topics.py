@@ -54,3 +54,13 @@ class Topics:
         """The device a topic belongs to, or None."""
         parts = topic.split("/")
         return parts[3] if parts[:3] == [ROOT, self.run, "devices"] and len(parts) > 4 else None
+
+    def update_of(self, topic: str) -> tuple[str, str] | None:
+        """The device and the round that an update chunk's topic names, or None if it is not one's topic."""
+        parts = topic.split("/")
+        return (parts[3], parts[5]) if self.device_of(topic) and parts[4] == "update" and len(parts) == 7 else None
+
+    def globals_of(self, topic: str) -> str | None:
+        """The SHA-256 that a global blob's topic names, or None if it is not one's topic."""
+        parts = topic.split("/")
+        return parts[3] if parts[:3] == [ROOT, self.run, "globals"] and len(parts) == 5 else None

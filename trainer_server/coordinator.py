@@ -19,7 +19,7 @@ from protocol.bundle import Bundle
 from protocol.errors import MessageError
 from protocol.head import head_of_class_means
 from protocol.layout import Layout, Vector
-from protocol.messages import Ack, DeviceStatus, Globals, Round, Stage, Update, Verdict
+from protocol.messages import Ack, DeviceStatus, Globals, Round, Sal, Stage, Update, Verdict
 from protocol.sal import SalState, first_level, observe
 from protocol.tensors import Tensors, blob_hash, pack
 from trainer_server.aggregation import weighted_average, weighted_mean
@@ -113,6 +113,7 @@ class Plan:
 
     config: RunConfig
     bundle: Bundle
+    session: str
 
     @cached_property
     def schedule(self) -> list[Step]:
@@ -168,7 +169,8 @@ def advance(plan: Plan, state: State, event: Event, now: float) -> tuple[State, 
         state = _see_update(plan, state, event, commands)
     if state.announced is None:
         return _maybe_start(plan, state, now, commands)
-    if state.expected <= set(state.updates) or now >= _deadline(plan, state):
+    complete = len(state.updates) >= plan.config.min_updates and state.expected <= set(state.updates)
+    if complete or now >= _deadline(plan, state):
         return _close(plan, state, state.announced, now, commands)
     return state, commands
 
@@ -199,9 +201,15 @@ def _see_device(plan: Plan, state: State, status: DeviceStatus, commands: list[C
 def _see_update(plan: Plan, state: State, event: UpdateSeen, commands: list[Command]) -> State:
     update = event.update
     verdict, reason = _judge(plan, state, update, event.tensors)
-    commands.append(
-        Reply(Ack(run=update.run, round=update.round, device=update.device, verdict=verdict, reason=reason))
+    ack = Ack(
+        run=update.run,
+        session=update.session,
+        round=update.round,
+        device=update.device,
+        verdict=verdict,
+        reason=reason,
     )
+    commands.append(Reply(ack))
     if verdict is Verdict.REJECTED:
         commands.append(Note(f"update of {update.device} for round {update.round} rejected: {reason}"))
     if verdict is not Verdict.ACCEPTED:
@@ -217,6 +225,8 @@ def _see_update(plan: Plan, state: State, event: UpdateSeen, commands: list[Comm
 def _judge(plan: Plan, state: State, update: Update, tensors: Tensors) -> tuple[Verdict, str]:
     if update.run != plan.config.run:
         return Verdict.REJECTED, f"belongs to run {update.run!r}, this is {plan.config.run!r}"
+    if update.session != plan.session:
+        return Verdict.REJECTED, "belongs to an earlier run of this name"
     if (update.round, update.device) in state.accepted:
         return Verdict.DUPLICATE, "already counted"
     if state.announced is None or update.round > state.round:
@@ -226,18 +236,20 @@ def _judge(plan: Plan, state: State, update: Update, tensors: Tensors) -> tuple[
     if update.stage is not state.announced.stage:
         return Verdict.REJECTED, f"stage {update.stage.value}, announced was {state.announced.stage.value}"
     try:
-        _check_tensors(plan, update.stage, tensors)
+        _check_tensors(plan, state.announced, tensors)
     except MessageError as error:
         return Verdict.REJECTED, str(error)
     return Verdict.ACCEPTED, ""
 
 
-def _check_tensors(plan: Plan, stage: Stage, tensors: Tensors) -> None:
-    """Raises MessageError unless the tensors are what `stage` asks for, in name, shape, dtype and finiteness."""
+def _check_tensors(plan: Plan, announced: Round, tensors: Tensors) -> None:
+    """Raises MessageError unless the tensors are what the round asks for, in name, shape, dtype and finiteness."""
+    stage = announced.stage
     if stage is Stage.GLOBAL:
         if "classifier.weight" not in tensors:
             raise MessageError("the update holds no classifier")
-        plan.bundle.expert.join(tensors)
+        if plan.bundle.expert.join(tensors).size > plan.bundle.expert.size(announced.level):
+            raise MessageError(f"the update holds blocks above level {announced.level}")
     elif stage is Stage.PERSONAL:
         _whole(plan.bundle.gate, tensors)
     elif stage is Stage.STATISTICS:
@@ -286,6 +298,7 @@ def _open(plan: Plan, state: State, position: int, now: float, commands: list[Co
             commands.append(PublishGlobals(hashes[kind], blob))
     announced = Round(
         run=config.run,
+        session=plan.session,
         round=number,
         stage=stage,
         index=step.index,
@@ -297,7 +310,7 @@ def _open(plan: Plan, state: State, position: int, now: float, commands: list[Co
         gate=hashes["gate"],
         repetitions=config.stage1_rounds if stage is Stage.BASELINE else 1,
         training=config.stage2 if stage is Stage.PERSONAL else config.stage1,
-        sal=config.stage2_sal if stage is Stage.PERSONAL else config.stage1_sal,
+        sal=_sal_of(plan, state, stage),
     )
     commands.append(Announce(announced))
     opened = replace(
@@ -310,6 +323,15 @@ def _open(plan: Plan, state: State, position: int, now: float, commands: list[Co
         updates={},
     )
     return opened, commands
+
+
+def _sal_of(plan: Plan, state: State, stage: Stage) -> Sal:
+    """The rule of a stage. After stage 1 nobody activates more blocks than the global expert has."""
+    config = plan.config
+    if stage in (Stage.STATISTICS, Stage.GLOBAL):
+        return config.stage1_sal
+    rule = config.stage2_sal if stage is Stage.PERSONAL else config.stage1_sal
+    return rule.model_copy(update={"max_level": state.sal.level})
 
 
 def _globals(plan: Plan, state: State) -> dict[str, Tensors]:

@@ -8,13 +8,14 @@ RUN/global_expert/       the global expert as a PEFT adapter, renewed after ever
 from __future__ import annotations
 
 import json
+import secrets
 import time
 from pathlib import Path
 
 import paho.mqtt.client as paho
 
 from protocol.bundle import Bundle
-from protocol.errors import MessageError, RunError
+from protocol.errors import ConfigError, MessageError, RunError
 from protocol.messages import DeviceStatus, ServerStatus, Stage, Update, encode, parse
 from protocol.tensors import Assembler, chunks, unpack
 from protocol.topics import Topics
@@ -41,17 +42,20 @@ from trainer_server.coordinator import (
     next_deadline,
 )
 
+ROUNDS = "rounds.jsonl"
 LOOK_SECONDS = 1.0  # the longest the clock goes unlooked at
 
 
 class Service:
     def __init__(self, config: RunConfig, bundle: Bundle, broker: str, folder: Path, bundle_url: str) -> None:
-        self._plan = Plan(config, bundle)
+        session = secrets.token_hex(8)
+        self._plan = Plan(config, bundle, session)
         self._folder = folder
         self._topics = Topics(config.run)
         self._status = ServerStatus(
             online=True,
             run=config.run,
+            session=session,
             bundle=bundle.sha256,
             bundle_url=bundle_url,
             model=bundle.manifest.model,
@@ -63,7 +67,12 @@ class Service:
         self._last: paho.MQTTMessageInfo | None = None
 
     def run(self) -> None:
-        """Until the run has ended. Raises BrokerError, or RunError if the run had to be given up."""
+        """Until the run has ended.
+
+        Raises ConfigError if the folder holds another run, BrokerError, or RunError if the run had to be given up.
+        """
+        if (self._folder / ROUNDS).exists():
+            raise ConfigError(f"{self._folder} already holds a run; choose another --out, or remove it")
         self._folder.mkdir(parents=True, exist_ok=True)
         self._link.connect()
         self._link.subscribe(self._topics.status("+"))
@@ -85,28 +94,32 @@ class Service:
             self._link.close(self._last)
 
     def _event(self, received: object) -> Event:
-        """What a message means to the coordinator; one that means nothing is noted and dropped."""
-        if not isinstance(received, Received):
+        """What a message means to the coordinator; one that means nothing is noted and dropped. One that nobody asked
+        for is only dropped: amqtt sends a new client what is retained for any other."""
+        device = self._topics.device_of(received.topic) if isinstance(received, Received) else None
+        if not isinstance(received, Received) or device is None:
             return ClockTicked()
-        device = self._topics.device_of(received.topic) or ""
         try:
             if received.topic == self._topics.status(device):
                 status = parse(DeviceStatus, received.payload)
                 if status.device != device:
                     raise MessageError(f"names device {status.device!r}")
                 return StatusSeen(status)
-            return self._chunk(device, received)
+            return self._chunk(received)
         except MessageError as error:
             self._note(f"dropped a message on {received.topic}: {error}")
             return ClockTicked()
 
-    def _chunk(self, device: str, received: Received) -> Event:
-        round_ = received.topic.split("/")[5]
-        assembler, size = self._uploads.pop((device, round_), (Assembler(), 0))
+    def _chunk(self, received: Received) -> Event:
+        named = self._topics.update_of(received.topic)
+        if named is None:
+            return ClockTicked()
+        device, round_ = named
+        assembler, size = self._uploads.pop(named, (Assembler(), 0))
         size += len(received.payload)
         blob = assembler.add(received.payload)
         if blob is None:
-            self._uploads[device, round_] = assembler, size
+            self._uploads[named] = assembler, size
             return ClockTicked()
         update, tensors = unpack(blob, Update)
         if update.device != device or str(update.round) != round_:
@@ -153,7 +166,7 @@ class Service:
             "missing": list(record.missing),
             "repeated": record.repeated,
         }
-        with (self._folder / "rounds.jsonl").open("a") as file:
+        with (self._folder / ROUNDS).open("a") as file:
             file.write(json.dumps(line) + "\n")
         if record.missing:
             self._note(f"round {record.round.round} ended at its deadline without {', '.join(record.missing)}")

@@ -1,0 +1,67 @@
+"""python -m benchmarks.accuracy: whole trials over seeds and α, as one table with means and spread.
+
+Runs `devices.trial` once per α and seed (about five minutes each on two cores) and reads its report.json.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from protocol.errors import RunError
+from shell.cli import application
+
+MODELS = ("class_means", "local_only", "global", "global_prior", "local_expert", "mofm")
+
+app = application("Trials over several seeds and degrees of inequality.")
+
+
+@app.command()
+def accuracy(
+    alpha: list[float] = typer.Option([0.5, 0.1], help="Dirichlet α; give it several times."),
+    seeds: int = typer.Option(3, min=1, help="Seeds 0 … n-1."),
+    out: Path = typer.Option(Path("benchmarks/accuracy.md"), help="Table to write."),
+) -> None:
+    lines = [
+        "Test accuracy over the devices' own label distributions, sample-weighted: mean ± standard deviation over seeds.",
+        f"Made by `python -m benchmarks.accuracy --seeds {seeds}`.",
+        "",
+        f"| α | {' | '.join(MODELS)} | gate: local weight | training, s |",
+        f"|---|{'---|' * (len(MODELS) + 2)}",
+    ]
+    for value in alpha:
+        reports = [_trial(value, seed) for seed in range(seeds)]
+        cells = [_spread([report["accuracy"][name]["mean"] for report in reports]) for name in MODELS]
+        cells.append(_spread([report["gate"]["mean_local_weight"] for report in reports]))
+        training = [sum(report["seconds"][part] for part in ("features", "stage1", "stage2")) for report in reports]
+        cells.append(f"{statistics.mean(training):.0f}")
+        lines.append(f"| {value} | {' | '.join(cells)} |")
+        for seed, report in enumerate(reports):
+            cells = [f"{report['accuracy'][name]['mean']:.3f}" for name in MODELS]
+            lines.append(f"| {value}, seed {seed} | {' | '.join(cells)} | {report['gate']['mean_local_weight']:.2f} | |")
+    out.write_text("\n".join(lines) + "\n")
+    print(out.read_text())
+
+
+def _trial(alpha: float, seed: int) -> dict[str, Any]:
+    name = f"accuracy-{alpha}-{seed}"
+    command = [sys.executable, "-m", "devices.trial", "--name", name, "--alpha", str(alpha), "--seed", str(seed)]
+    if subprocess.run(command, check=False).returncode:
+        raise RunError(f"the trial {name} failed; its logs are in runs/{name}/logs")
+    report: dict[str, Any] = json.loads((Path("runs") / name / "report.json").read_text())
+    return report
+
+
+def _spread(values: list[float]) -> str:
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):.3f} ± {deviation:.3f}"
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,156 @@
+"""What tests of every kind are made of: tiny backbones with nothing trivial in their weights, their bundles, photos."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from peft.utils import set_peft_model_state_dict
+from PIL import Image
+from transformers import Dinov2Config, Dinov2ForImageClassification, ViTConfig, ViTForImageClassification
+
+from edge_runtime.engine import open_session, run
+from export.build import build_bundle
+from export.graphs import LORA_TARGETS
+from export.reference import normalised, peft_model
+from export.weights import Backbone, load_backbone
+from protocol.bundle import Bundle, LoraSpec
+from protocol.layout import Vector
+from protocol.peft_names import from_peft, to_peft
+
+CLASSES = ("apple", "kiwi", "lemon", "plum")
+IMAGE_SIZE = 32
+LAYERS = 3
+LORA = LoraSpec(rank=4, alpha=8, targets=LORA_TARGETS)
+_SHAPE: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": LAYERS, "patch_size": 8, "num_labels": 2}
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Built:
+    """A bundle and the torch model it was made of."""
+
+    source: Backbone
+    bundle: Bundle
+
+
+def write_vit(folder: Path, seed: int = 0, **config: Any) -> Path:
+    """A random ViT as a transformers folder; `config` overrides its shape."""
+    shape = {**_SHAPE, "num_attention_heads": 2, "image_size": IMAGE_SIZE, "intermediate_size": 64, **config}
+    return _save(ViTForImageClassification(ViTConfig(**shape)), folder, seed)
+
+
+def write_dinov2(folder: Path, seed: int = 0, **config: Any) -> Path:
+    """A random DINOv2 as a transformers folder, trained, as it were, on larger images than it is exported for."""
+    shape = {**_SHAPE, "num_attention_heads": 4, "image_size": IMAGE_SIZE + 8, "mlp_ratio": 2, **config}
+    return _save(Dinov2ForImageClassification(Dinov2Config(**shape)), folder, seed)
+
+
+def _save(model: Any, folder: Path, seed: int) -> Path:
+    """Every parameter is drawn anew, so that none is accidentally one or zero, and no activation is tiny."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if name.endswith("lambda1") or ("norm" in name and name.endswith("weight")):
+                parameter.copy_(1 + 0.3 * noise)
+            elif parameter.ndim == 1:
+                parameter.copy_(0.3 * noise)
+            else:
+                parameter.copy_(noise / parameter[0].numel() ** 0.5)
+    model.save_pretrained(folder)
+    return folder
+
+
+def build(
+    weights: Path, out: Path, levels: int | None = None, classes: Sequence[str] = CLASSES, seed: int = 0
+) -> Built:
+    """The bundle of a transformers folder, at IMAGE_SIZE."""
+    source = load_backbone(str(weights), None, len(classes), IMAGE_SIZE, None, seed)
+    for _ in build_bundle(source, tuple(classes), levels, LORA, out, seed):
+        pass
+    return Built(source, Bundle(out))
+
+
+def write_photos(folder: Path, per_class: int = 10, classes: Sequence[str] = CLASSES, seed: int = 0) -> Path:
+    """FOLDER/<class>/NN.jpg: each class has its own colour and stripes, each photo its own noise and size."""
+    rng = np.random.default_rng(seed)
+    for label, name in enumerate(classes):
+        angle = 2 * np.pi * label / len(classes)
+        colour = 128 + 90 * np.cos(angle + np.array([0.0, 2.1, 4.2]))
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for index in range(per_class):
+            height, width = rng.integers(36, 56, 2)
+            rows, columns = np.mgrid[:height, :width]
+            stripes = 30 * np.sin((rows * np.cos(angle) + columns * np.sin(angle)) / 3 + rng.uniform(0, 6))
+            image = colour + stripes[..., None] + rng.normal(0, 12, (height, width, 3))
+            pixels = np.clip(image, 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{index:02}.jpg", quality=92)
+    return folder
+
+
+def random_pixels(size: int, seed: int) -> NDArray[np.uint8]:
+    """`size` images as a bundle of IMAGE_SIZE takes them."""
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 256, (size, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
+
+
+def random_theta(bundle: Bundle, level: int, seed: int) -> Vector:
+    """Trainables of a level, none of them zero."""
+    theta = bundle.initial()[0][: bundle.expert.size(level)]
+    return np.asarray(theta + np.random.default_rng(seed).normal(0, 0.1, theta.size), np.float32)
+
+
+def run_graph(bundle: Bundle, name: str, outputs: Sequence[str], **inputs: NDArray[Any]) -> list[Floats]:
+    return run(open_session(bundle, name, threads=1), list(outputs), inputs)
+
+
+def torch_step(
+    built: Built, theta: Vector, pixels: NDArray[np.uint8], loss_of: Callable[[torch.Tensor], torch.Tensor]
+) -> tuple[float, Vector]:
+    """The loss that `loss_of` makes of the logits of the whole model, torch + PEFT, and its gradient (P,)."""
+    bundle, spec = built.bundle, built.bundle.manifest.peft
+    with torch_expert(built, theta) as model:
+        loss = loss_of(model(pixel_values=normalised(pixels, bundle.manifest.preprocessing)).logits)
+        loss.backward()
+        gradients = {name: tensor.grad.numpy() for name, tensor in trainables(model).items()}
+    return loss.item(), bundle.expert.join(from_peft(spec, gradients))
+
+
+class torch_expert:  # noqa: N801 - a context manager
+    """torch + PEFT over the whole model, with the trainables `theta` (P,) of whatever level."""
+
+    def __init__(self, built: Built, theta: Vector) -> None:
+        bundle = built.bundle
+        level = next(k for k in range(bundle.manifest.levels + 1) if bundle.expert.size(k) == theta.size)
+        self._context = peft_model(built.source, bundle.manifest.lora, level, seed=0)
+        tensors = to_peft(bundle.manifest.peft, bundle.expert.split(theta))
+        self._state = {key: torch.from_numpy(tensor.copy()) for key, tensor in tensors.items()}
+
+    def __enter__(self) -> Any:
+        model = self._context.__enter__()
+        set_peft_model_state_dict(model, self._state)
+        return model
+
+    def __exit__(self, *reason: Any) -> None:
+        self._context.__exit__(*reason)
+
+
+def trainables(model: Any) -> dict[str, Any]:
+    """A PEFT model's trainable parameters under the names of `adapter_model.safetensors`."""
+    return {
+        name.replace(".default", "").replace(".modules_to_save", ""): parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def relative_error(ours: NDArray[Any] | float, theirs: NDArray[Any] | float) -> float:
+    """The largest difference, as a share of the largest value."""
+    return float(np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max())
