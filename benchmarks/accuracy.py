@@ -29,7 +29,7 @@ def accuracy(
     out: Path = typer.Option(Path("benchmarks/accuracy.md"), help="Table to write."),
 ) -> None:
     lines = [
-        "Test accuracy over the devices' own label distributions, sample-weighted: mean ± standard deviation over seeds.",
+        "Test accuracy over the devices' own label distributions, sample-weighted: mean ± standard deviation of seeds.",
         f"Made by `python -m benchmarks.accuracy --seeds {seeds}`.",
         "",
         f"| α | {' | '.join(MODELS)} | gate: local weight | training, s |",
@@ -44,7 +44,8 @@ def accuracy(
         lines.append(f"| {value} | {' | '.join(cells)} |")
         for seed, report in enumerate(reports):
             cells = [f"{report['accuracy'][name]['mean']:.3f}" for name in MODELS]
-            lines.append(f"| {value}, seed {seed} | {' | '.join(cells)} | {report['gate']['mean_local_weight']:.2f} | |")
+            cells.append(f"{report['gate']['mean_local_weight']:.2f}")
+            lines.append(f"| {value}, seed {seed} | {' | '.join(cells)} | |")
     out.write_text("\n".join(lines) + "\n")
     print(out.read_text())
 

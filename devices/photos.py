@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pyarrow.parquet
 
-from edge_runtime.images import SUFFIXES
+from edge_runtime.images import image_files, is_readable
 from protocol.errors import InputError
+from shell.cli import console
 
 Photos = dict[str, list[Path]]  # class → its images
 
@@ -39,6 +40,7 @@ def unpack_groceries(parquet: Path, folder: Path) -> Path:
 def find_photos(folder: Path, classes: list[str] | None, test_share: float = 0.2) -> tuple[Photos, Photos]:
     """Training and test photos by class, from DIR/{train,test}/<class>/… or DIR/<class>/…, where the last of each class
     in the order of their names are the test photos (neighbours in name are often near-duplicates, which must not leak).
+    Unreadable ones are named and left out.
 
     Raises InputError if a folder is missing or holds no images.
     """
@@ -49,8 +51,9 @@ def find_photos(folder: Path, classes: list[str] | None, test_share: float = 0.2
     if not train:
         raise InputError(f"image folder {folder} holds no images; put them into one subfolder per class")
     if presplit:
-        return train, _by_class(folder / "test", list(train))
-    test: Photos = {}
+        test = _by_class(folder / "test", None)
+        return train, {name: test[name] for name in train if name in test}
+    test = {}
     for name, paths in train.items():
         kept = max(2, len(paths) - round(test_share * len(paths)))
         train[name], test[name] = paths[:kept], paths[kept:]
@@ -59,10 +62,15 @@ def find_photos(folder: Path, classes: list[str] | None, test_share: float = 0.2
 
 def _by_class(folder: Path, classes: list[str] | None) -> Photos:
     names = classes or sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
-    found = {
-        name: sorted(path for path in (folder / name).rglob("*") if path.suffix.lower() in SUFFIXES) for name in names
-    }
+    found = {name: [path for path in image_files(folder / name) if _check(path)] for name in names}
     empty = [name for name, paths in found.items() if not paths]
     if classes and empty:
         raise InputError(f"class {empty[0]!r} has no images in {folder}")
     return {name: paths for name, paths in found.items() if paths}
+
+
+def _check(path: Path) -> bool:
+    readable = is_readable(path)
+    if not readable:
+        console.print(f"skipped, not a readable image: {path}")
+    return readable

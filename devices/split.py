@@ -60,7 +60,7 @@ def write_fleet(
         for kind, paths, share in (("train", images, shares[0]), ("test", tested, shares[1])):
             for root, indices in zip(roots, share, strict=True):
                 for index in indices:
-                    target = root / kind / name / paths[index].name
+                    target = root / kind / name / f"{index:04}-{paths[index].name}"  # names may recur in subfolders
                     target.parent.mkdir(exist_ok=True)
                     shutil.copyfile(paths[index], target)
     empty = [root.name for root in roots if not any((root / "train").iterdir())]

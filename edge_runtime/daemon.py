@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from protocol.messages import Ack, Round, ServerStatus, Stage, Verdict
+from protocol.messages import Ack, Round, ServerStatus, Stage
 
 
 @dataclass(frozen=True)

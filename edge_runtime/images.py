@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from protocol.bundle import Preprocessing
 from protocol.errors import InputError
@@ -50,17 +50,24 @@ def labels_of(images: Sequence[LabelledImage]) -> NDArray[np.int64]:
     return np.array([image.label for image in images], np.int64)
 
 
+def image_files(folder: Path) -> list[Path]:
+    """The files at any depth below `folder` that are named like images, in the order of their names."""
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+
+
+def is_readable(path: Path) -> bool:
+    return _decoded(path) is not None
+
+
 def load_pixels(path: Path, preprocessing: Preprocessing) -> Pixels:
     """One image as (S, S, 3) uint8 RGB: shorter side resized to S, centre cropped.
 
     Raises InputError if it cannot be decoded.
     """
     size = preprocessing.size
-    try:
-        with Image.open(path) as file:
-            image = file.convert("RGB")
-    except (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path} is not a readable image") from error
+    image = _decoded(path)
+    if image is None:
+        raise InputError(f"{path} is not a readable image")
     scale = size / min(image.size)
     width, height = (max(size, round(side * scale)) for side in image.size)
     image = image.resize((width, height), Image.Resampling.BICUBIC)
@@ -81,7 +88,9 @@ def scan(folder: Path, classes: Sequence[str]) -> Slices:
     by_class = _by_class(folder / "train" if presplit else folder, classes, unreadable)
     if not by_class:
         raise InputError(f"image folder {folder} holds no images; put them into one subfolder per class")
-    test = _flat(_by_class(folder / "test", classes, unreadable)) if presplit else []
+    known = {image.sha256 for image in _flat(by_class)}
+    tests = _flat(_by_class(folder / "test", classes, unreadable)) if presplit else []
+    test = [image for image in tests if image.sha256 not in known]  # an image cannot test what it has trained
     train: list[LabelledImage] = []
     held_out: list[LabelledImage] = []
     for label, images in by_class.items():
@@ -102,7 +111,7 @@ def _by_class(folder: Path, classes: Sequence[str], unreadable: list[Path]) -> d
     """Readable images per class, ordered by content hash; an image that stands twice counts once."""
     found: dict[int, list[LabelledImage]] = {}
     for subfolder in sorted(entry for entry in folder.iterdir() if entry.is_dir()):
-        paths = sorted(path for path in subfolder.rglob("*") if path.suffix.lower() in SUFFIXES)
+        paths = image_files(subfolder)
         if not paths:
             continue
         if subfolder.name not in classes:
@@ -114,7 +123,7 @@ def _by_class(folder: Path, classes: Sequence[str], unreadable: list[Path]) -> d
         images = {}
         for path in paths:
             data = path.read_bytes()
-            if _decodes(path):
+            if is_readable(path):
                 sha256 = hashlib.sha256(data).hexdigest()
                 images[sha256] = LabelledImage(path, sha256, label)
             else:
@@ -124,13 +133,16 @@ def _by_class(folder: Path, classes: Sequence[str], unreadable: list[Path]) -> d
     return found
 
 
-def _decodes(path: Path) -> bool:
+def _decoded(path: Path) -> Image.Image | None:
+    """The upright RGB image, or None if the file cannot be decoded."""
     try:
         with Image.open(path) as file:
-            file.load()
+            image = ImageOps.exif_transpose(file)
+            if image.mode.startswith("I;16"):  # Pillow would clip 16 bits to white instead of scaling them
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            return image.convert("RGB")
     except (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return False
-    return True
+        return None
 
 
 def _flat(by_class: dict[int, list[LabelledImage]]) -> list[LabelledImage]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from edge_runtime.engine import run, session_for
-from edge_runtime.images import SUFFIXES, load_pixels
+from edge_runtime.images import image_files, load_pixels
 from protocol.bundle import Preprocessing
 from protocol.errors import BundleError, InputError
 
@@ -41,7 +41,7 @@ def predict_files(model: Path, files: Sequence[Path]) -> Iterator[tuple[Path, di
 
 def _images(path: Path) -> list[Path]:
     if path.is_dir():
-        return sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+        return image_files(path)
     if not path.is_file():
         raise InputError(f"image {path} does not exist")
     return [path]

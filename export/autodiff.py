@@ -1,11 +1,10 @@
 """Reverse-mode differentiation while a graph is being written (ours).
 
 Each primitive emits its forward nodes and notes how its gradient is emitted; `gradients` then writes the backward pass
-in reverse order.
-A gradient is only emitted where something trainable lies below it, so a frozen weight costs nothing
+in reverse order. A gradient is only emitted where something trainable lies below it, so a frozen weight costs nothing
 and the lowest active block never computes the gradient of its input.
 
-Activations are two-dimensional, (B·N, D), so that every projection is one Gemm; attention alone looks at (B, H, N, D/H).
+Activations are two-dimensional, (B·N, D), so that every projection is one Gemm; only attention sees (B, H, N, D/H).
 """
 
 from __future__ import annotations

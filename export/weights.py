@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForImageClassification
 
 from export.families import FAMILIES, MODELS, Family
 from protocol.errors import ConfigError, WeightsError
+from shell.cli import console
 
 RANDOM = "random"
 
@@ -51,6 +52,8 @@ def load_backbone(
     source = weights or (spec.hub if spec else model)
     if weights not in (None, RANDOM) and not Path(source).is_dir():
         raise WeightsError(f"--weights {source!r} is not a folder; give a transformers folder or 'random'")
+    if source != RANDOM and not Path(source).is_dir():
+        console.print(f"fetching {source} from the hub, or its cache")
     config = _config(model, source, classes, revision)
     family = FAMILIES.get(config.model_type)
     if family is None or (spec and family is not spec.family):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -12,6 +12,9 @@ from protocol.errors import MessageError
 
 class Message(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+Sha256 = Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")]  # "" where there is none; also a file's name, so checked
 
 
 class Stage(str, Enum):
@@ -60,7 +63,7 @@ class ServerStatus(Message):
     online: bool
     run: str
     session: str
-    bundle: str = ""  # SHA-256 of the bundle
+    bundle: Sha256 = ""
     bundle_url: str = ""
     model: str = ""
 
@@ -78,9 +81,9 @@ class Round(Message):
     repetitions: int = 1  # how often a device goes through its local epochs within the round
     level: int
     deadline: float
-    expert: str = ""
-    start: str = ""
-    gate: str = ""
+    expert: Sha256 = ""
+    start: Sha256 = ""
+    gate: Sha256 = ""
     training: Training
     sal: Sal
 
@@ -97,7 +100,7 @@ class DeviceStatus(Message):
 
     device: str
     online: bool
-    bundle: str = ""
+    bundle: Sha256 = ""
     level_cap: int = 0
     train: int = 0
     held_out: int = 0

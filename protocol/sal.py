@@ -35,7 +35,8 @@ def first_level(sal: Sal) -> int:
 def _capability_queue(sal: Sal, state: SalState) -> bool:
     """The queue is full and its best accuracy improves on its first by less than `epsilon`, relatively."""
     first, best = state.queue[0], max(state.queue)
-    return len(state.queue) == sal.window and best - first < sal.epsilon * first
+    gained = best > first and best - first >= sal.epsilon * first
+    return len(state.queue) == sal.window and not gained
 
 
 def _fixed_schedule(sal: Sal, state: SalState) -> bool:

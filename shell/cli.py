@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+from types import FrameType
 from typing import Any
 
 import typer
@@ -15,6 +17,7 @@ console = Console()
 
 class _Application(typer.Typer):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        signal.signal(signal.SIGTERM, _terminate)
         try:
             return super().__call__(*args, **kwargs)
         except FedFMSLError as error:
@@ -23,6 +26,11 @@ class _Application(typer.Typer):
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             sys.exit(130)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    """Being told to end is an exit like any other: what was opened is closed, what was started is ended."""
+    sys.exit(128 + number)
 
 
 def application(help_text: str) -> typer.Typer:

@@ -21,11 +21,11 @@ class ArtifactServer:
     def __init__(self, root: Path, address: str) -> None:
         """`address` is HOST:PORT. Raises ConfigError if it is neither, RunError if it cannot be served on."""
         host, _, port = address.rpartition(":")
-        if not host or not port.isdigit():
+        if not host or not port.isdigit() or not 0 < int(port) < 2**16:
             raise ConfigError(f"--serve {address!r} is not HOST:PORT")
         self.url = f"http://{address}/bundle"
         app = Starlette(routes=[Mount("/bundle", StaticFiles(directory=root))])
-        self._server = uvicorn.Server(uvicorn.Config(app, host=host, port=int(port), log_level="error"))
+        self._server = uvicorn.Server(uvicorn.Config(app, host=host, port=int(port), log_level="critical"))
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._ended = threading.Event()
         self._thread.start()

@@ -23,23 +23,19 @@ from shell.cli import console
 from shell.link import Link, Received, Will
 from trainer_server.adapter import write_adapter
 from trainer_server.config import RunConfig
-from trainer_server.coordinator import (
+from trainer_server.coordinator import Plan, State, advance, initial_state, next_deadline
+from trainer_server.events import (
     Announce,
     ClockTicked,
     Command,
     Event,
     Note,
-    Plan,
     PublishGlobals,
     Record,
     Reply,
-    State,
     StatusSeen,
     Stop,
     UpdateSeen,
-    advance,
-    initial_state,
-    next_deadline,
 )
 
 ROUNDS = "rounds.jsonl"

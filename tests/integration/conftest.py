@@ -1,0 +1,40 @@
+"""What the processes of integration tests work on: the tiny ViT's bundle, each device's photos, and a broker."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from device_photos import write_photos
+from processes import Broker, Processes
+from support import CLASSES, Built, build
+
+
+@pytest.fixture(scope="session")
+def bundle(vit: Built) -> Path:
+    return vit.bundle.root
+
+
+@pytest.fixture(scope="session")
+def other_bundle(vit_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the same backbone, with other bytes."""
+    return build(vit_folder, tmp_path_factory.mktemp("bundles") / "other", levels=1, seed=1).bundle.root
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Three devices of unequal classes and sizes; device-1 has split off its test slice itself."""
+    folder = tmp_path_factory.mktemp("devices")
+    write_photos(folder / "device-0", {"apple": 10, "kiwi": 10}, seed=0)
+    write_photos(folder / "device-1" / "train", {"kiwi": 10, "lemon": 5}, seed=1)
+    write_photos(folder / "device-1" / "test", {"kiwi": 4, "lemon": 4}, seed=2)
+    write_photos(folder / "device-2", dict.fromkeys(CLASSES, 20), seed=3)
+    return {path.name: path for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture(scope="session")
+def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
+    """The embedded broker; every test takes a run's name of its own."""
+    with Processes(tmp_path_factory.mktemp("broker")) as processes:
+        yield processes.start_broker()

@@ -1,0 +1,146 @@
+"""A device that has no bundle: over HTTP from the run's server, resumed where it was cut off, refused if altered."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from processes import Broker, Ended, Process, Processes, free_port, run_module
+
+from edge_runtime import download
+from edge_runtime.download import fetch_bundle, find_server
+from protocol.bundle import MANIFEST, Bundle
+from protocol.errors import BundleError, RunError
+from protocol.messages import ServerStatus
+from protocol.topics import Topics
+from shell.link import Link
+from trainer_server.artifacts import ArtifactServer
+
+WEIGHTS = "backbone.weights"
+
+
+@pytest.fixture
+def served(bundle: Path, tmp_path: Path) -> Iterator[tuple[ServerStatus, Path]]:
+    """What the server announces, and the folder that it serves."""
+    root = shutil.copytree(bundle, tmp_path / "served")
+    server = ArtifactServer(root, f"127.0.0.1:{free_port()}")
+    yield ServerStatus(online=True, run="fetch", session="1", bundle=Bundle(root).sha256, bundle_url=server.url), root
+    server.close()
+
+
+def test_what_is_fetched_is_the_bundle_and_is_not_fetched_twice(
+    served: tuple[ServerStatus, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, _ = served
+    first = fetch_bundle(status, tmp_path / "device")
+    first.verify()
+    assert first.sha256 == status.bundle
+    assert capsys.readouterr().out.count("fetching") == len(first.manifest.files) + 1
+    assert fetch_bundle(status, tmp_path / "device").root == first.root
+    assert "fetching" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("share", [0.3, 1.0], ids=["cut off in the middle", "cut off before it was renamed"])
+def test_a_download_that_was_cut_off_is_resumed(
+    served: tuple[ServerStatus, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], share: float
+) -> None:
+    status, root = served
+    whole = (root / WEIGHTS).read_bytes()
+    have = int(share * len(whole))
+    target = tmp_path / "device" / status.bundle
+    target.mkdir(parents=True)
+    (target / f"{WEIGHTS}.part").write_bytes(whole[:have])
+    fetch_bundle(status, tmp_path / "device").verify()
+    assert f"fetching {WEIGHTS} from byte {have}" in capsys.readouterr().out
+    assert not (target / f"{WEIGHTS}.part").exists()
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, MANIFEST])
+def test_a_changed_byte_on_the_way_is_refused_and_nothing_of_it_kept(
+    served: tuple[ServerStatus, Path], tmp_path: Path, name: str
+) -> None:
+    status, root = served
+    good = (root / name).read_bytes()
+    (root / name).write_bytes(good[:-2] + bytes([good[-2] ^ 1]) + good[-1:])
+    with pytest.raises(BundleError, match=f"{name} does not have the announced SHA-256"):
+        fetch_bundle(status, tmp_path / "device")
+    target = tmp_path / "device" / status.bundle
+    assert not (target / name).exists()
+    assert not (target / f"{name}.part").exists()
+
+    (root / name).write_bytes(good)
+    fetch_bundle(status, tmp_path / "device").verify()
+
+
+def test_a_part_of_something_else_is_thrown_away(served: tuple[ServerStatus, Path], tmp_path: Path) -> None:
+    status, _ = served
+    target = tmp_path / "device" / status.bundle
+    target.mkdir(parents=True)
+    (target / f"{WEIGHTS}.part").write_bytes(b"something else")
+    with pytest.raises(BundleError, match="thrown away"):
+        fetch_bundle(status, tmp_path / "device")
+    fetch_bundle(status, tmp_path / "device").verify()
+
+
+def test_a_server_that_is_gone_is_named(bundle: Path, tmp_path: Path) -> None:
+    url = f"http://127.0.0.1:{free_port()}/bundle"
+    status = ServerStatus(online=True, run="fetch", session="1", bundle=Bundle(bundle).sha256, bundle_url=url)
+    with pytest.raises(BundleError, match=f"cannot fetch {url}/{MANIFEST}.*start again to resume"):
+        fetch_bundle(status, tmp_path / "device")
+
+
+def test_a_file_that_the_server_lacks_is_named(served: tuple[ServerStatus, Path], tmp_path: Path) -> None:
+    status, root = served
+    (root / WEIGHTS).unlink()
+    with pytest.raises(BundleError, match=f"cannot fetch .*{WEIGHTS}: HTTP 404"):
+        fetch_bundle(status, tmp_path / "device")
+
+
+def test_a_run_without_a_server_is_named(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(download, "SERVER_SECONDS", 0.3)
+    link = Link(broker.url, "nobody")
+    link.connect()
+    try:
+        with pytest.raises(RunError, match=r"no server of run 'deserted'.*is --run right"):
+            find_server(link, Topics("deserted"))
+    finally:
+        link.close()
+
+
+@pytest.fixture(scope="module")
+def waiting_server(broker: Broker, bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+    """The server of run "waiting", which waits for more devices than there will be."""
+    folder = tmp_path_factory.mktemp("waiting")
+    with Processes(folder / "logs") as processes:
+        yield processes.start_module(
+            "server",
+            "trainer_server",
+            *("--run", "waiting", "--bundle", str(bundle), "--broker", broker.url),
+            *("--out", str(folder), "--devices", "9"),
+        )
+
+
+def join_waiting(broker: Broker, photos: Path, state: Path, *arguments: str) -> Ended:
+    return run_module(
+        "edge_runtime",
+        *("run", "--run", "waiting", "--images", str(photos), "--broker", broker.url, "--state", str(state)),
+        *arguments,
+    )
+
+
+def test_a_device_with_another_bundle_is_told_so(
+    waiting_server: Process, broker: Broker, other_bundle: Path, photos: dict[str, Path], tmp_path: Path
+) -> None:
+    ended = join_waiting(broker, photos["device-0"], tmp_path, "--bundle", str(other_bundle))
+    ended.assert_error(8, "run 'waiting' uses another bundle", "tiny-vit", "give it the run's bundle, or none")
+    assert waiting_server.running
+
+
+def test_a_device_without_a_bundle_learns_that_the_server_serves_none(
+    waiting_server: Process, broker: Broker, photos: dict[str, Path], tmp_path: Path
+) -> None:
+    ended = join_waiting(broker, photos["device-0"], tmp_path)
+    ended.assert_error(4, "does not serve its bundle", "--serve HOST:PORT", "--bundle")
+    assert waiting_server.running

@@ -1,0 +1,326 @@
+"""Whatever a user gets wrong ends in one line that names the thing and says what to do, and in its own exit code."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from processes import Broker, free_port, run_module
+from support import CLASSES
+
+from edge_runtime.personal import ModelHeader
+from edge_runtime.personalize import write_model
+from edge_runtime.store import DeviceStore
+from protocol.bundle import Bundle
+from protocol.tensors import pack
+
+CONFIG, INPUT, BUNDLE, WEIGHTS, BROKER, RUN = 2, 3, 4, 5, 6, 8
+
+
+@dataclass(frozen=True)
+class World:
+    """What is right, for the tests to get one thing of it wrong; `scratch` is theirs, and where commands run."""
+
+    broker: Broker
+    bundle: Path
+    backbone: Path
+    photos: Path
+    taken: int  # a port that somebody else listens on
+    free: int  # a port that nobody listens on
+    scratch: Path
+
+    def device(self, **replaced: str | Path) -> list[str]:
+        options: dict[str, str | Path] = {
+            "run": "wrong",
+            "images": self.photos,
+            "broker": self.broker.url,
+            "bundle": self.bundle,
+        }
+        options |= {"state": self.scratch / "state", "threads": "1"}
+        return ["edge_runtime", "run", *as_options(options | replaced)]
+
+    def server(self, **replaced: str | Path) -> list[str]:
+        options: dict[str, str | Path] = {
+            "run": "wrong",
+            "bundle": self.bundle,
+            "devices": "1",
+            "broker": self.broker.url,
+        }
+        return ["trainer_server", *as_options(options | {"out": self.scratch / "server"} | replaced)]
+
+    def trial(self, *flags: str, **replaced: str | Path) -> list[str]:
+        options: dict[str, str | Path] = {"images": self.photos, "model": self.backbone, "devices": "2"}
+        return ["devices.trial", *flags, *as_options(options | replaced)]
+
+    def predict(self, model: Path, image: Path) -> list[str]:
+        return ["edge_runtime", "predict", "--model", str(model), str(image)]
+
+    def any_photo(self) -> Path:
+        return next(self.photos.rglob("*.jpg"))
+
+    def folder(self, name: str) -> Path:
+        made = self.scratch / name
+        made.mkdir()
+        return made
+
+    def altered_bundle(self) -> Path:
+        """With one byte of the frozen weights changed."""
+        copy = shutil.copytree(self.bundle, self.scratch / "altered")
+        data = bytearray((copy / "backbone.weights").read_bytes())
+        data[len(data) // 2] ^= 1
+        (copy / "backbone.weights").write_bytes(data)
+        return copy
+
+    def one_photo_of(self, name: str) -> Path:
+        copy = shutil.copytree(self.photos, self.scratch / "photos")
+        for path in sorted((copy / name).iterdir())[1:]:
+            path.unlink()
+        return copy
+
+    def unknown_class(self) -> Path:
+        copy = shutil.copytree(self.photos, self.scratch / "photos")
+        (copy / CLASSES[0]).rename(copy / "durian")
+        return copy
+
+    def text_file(self) -> Path:
+        path = self.scratch / "notes.jpg"
+        path.write_text("not a photo")
+        return path
+
+    def another_devices_state(self) -> Path:
+        state = self.folder("state")
+        (state / "identity").write_text("balcony")
+        return state
+
+
+def as_options(options: dict[str, str | Path]) -> list[str]:
+    return [text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+
+
+@pytest.fixture
+def world(broker: Broker, bundle: Path, vit_folder: Path, photos: dict[str, Path], tmp_path: Path) -> Iterator[World]:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        taken = listener.getsockname()[1]
+        yield World(broker, bundle, vit_folder, photos["device-0"], taken, free_port(), tmp_path)
+
+
+@pytest.fixture(scope="module")
+def personalized(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A personalized model of experts that have learned nothing."""
+    opened, store = Bundle(bundle), DeviceStore(tmp_path_factory.mktemp("state"))
+    expert, gate = opened.initial()
+    theta, nothing = expert[: opened.expert.size(1)], np.zeros(len(CLASSES), np.float32)
+    tensors = {"global_theta": theta, "local_theta": theta, "gate_theta": gate}
+    header = ModelHeader(run="none", round=1, device="none", level=1)
+    store.mixture.write_bytes(pack(header, {**tensors, "global_bias": nothing, "local_bias": nothing}))
+    write_model(opened, store, store.personalized)
+    return store.personalized
+
+
+@dataclass(frozen=True)
+class Wrong:
+    what: str
+    command: Callable[[World], list[str]]
+    code: int
+    says: tuple[str, ...]
+
+
+CASES = [
+    Wrong(
+        "a device finds no broker",
+        lambda w: w.device(broker=f"mqtt://127.0.0.1:{w.free}"),
+        BROKER,
+        ("no MQTT broker at 127.0.0.1:", "start one or give another --broker"),
+    ),
+    Wrong(
+        "a server finds no broker",
+        lambda w: w.server(broker=f"mqtt://127.0.0.1:{w.free}"),
+        BROKER,
+        ("no MQTT broker at 127.0.0.1:", "start one or give another --broker"),
+    ),
+    Wrong(
+        "a broker's name that nobody knows",
+        lambda w: w.device(broker="mqtt://broker.invalid"),
+        BROKER,
+        ("no MQTT broker at broker.invalid:1883", "--broker"),
+    ),
+    *(
+        Wrong(
+            f"the broker address {url}",
+            lambda w, url=url: w.device(broker=url),
+            CONFIG,
+            (url, "broker address"),
+        )
+        for url in ("localhost:1883", "http://localhost", "mqtt://", "mqtt://localhost:99999", "mqtt://localhost:x")
+    ),
+    Wrong(
+        "an image folder that does not exist",
+        lambda w: w.device(images=w.scratch / "nowhere"),
+        INPUT,
+        ("nowhere does not exist",),
+    ),
+    Wrong(
+        "an empty image folder",
+        lambda w: w.device(images=w.folder("empty")),
+        INPUT,
+        ("empty holds no images", "one subfolder per class"),
+    ),
+    Wrong(
+        "a class folder with one image",
+        lambda w: w.device(images=w.one_photo_of(CLASSES[1])),
+        INPUT,
+        (repr(CLASSES[1]), "at least two", "add images or remove the folder"),
+    ),
+    Wrong(
+        "a class folder that the bundle does not know",
+        lambda w: w.device(images=w.unknown_class()),
+        INPUT,
+        ("durian", *CLASSES, "rename or remove the folder"),
+    ),
+    Wrong(
+        "a device's bundle with a changed byte",
+        lambda w: w.device(bundle=w.altered_bundle()),
+        BUNDLE,
+        ("backbone.weights has been altered", "copy or build it again"),
+    ),
+    Wrong(
+        "a server's bundle with a changed byte",
+        lambda w: w.server(bundle=w.altered_bundle()),
+        BUNDLE,
+        ("backbone.weights has been altered", "copy or build it again"),
+    ),
+    Wrong(
+        "a folder that is no bundle",
+        lambda w: w.server(bundle=w.folder("nothing")),
+        BUNDLE,
+        ("nothing", "python -m export.build"),
+    ),
+    *(
+        Wrong(f"a run's name {name!r} at {room}", command, CONFIG, (repr(name), "letters, digits"))
+        for name in ("a/b", "+", "")
+        for room, command in (
+            ("a device", lambda w, name=name: w.device(run=name)),
+            ("the server", lambda w, name=name: w.server(run=name)),
+            ("a trial", lambda w, name=name: w.trial(name=name)),
+        )
+    ),
+    Wrong(
+        "a device's name",
+        lambda w: w.device(device="on the balcony"),
+        CONFIG,
+        ("'on the balcony'", "letters, digits"),
+    ),
+    Wrong(
+        "a state folder of another device",
+        lambda w: w.device(device="kitchen", state=w.another_devices_state()),
+        CONFIG,
+        ("'balcony'", "'kitchen'", "use another folder"),
+    ),
+    Wrong(
+        "a memory budget that nothing fits into",
+        lambda w: w.device(memory_mb="1"),
+        CONFIG,
+        ("level 1 needs", "budget of 1 MB"),
+    ),
+    Wrong(
+        "a port to serve on that is taken",
+        lambda w: w.server(serve=f"127.0.0.1:{w.taken}"),
+        RUN,
+        ("cannot serve the bundle on 127.0.0.1:", "choose another --serve"),
+    ),
+    *(
+        Wrong(
+            f"an address to serve on: {address}", lambda w, a=address: w.server(serve=a), CONFIG, (address, "--serve")
+        )
+        for address in ("8000", "127.0.0.1:http", "127.0.0.1:99999")
+    ),
+    Wrong(
+        "a level above the bundle's",
+        lambda w: w.server(max_level="9"),
+        CONFIG,
+        ("--max-level 9", "levels up to 3"),
+    ),
+    Wrong(
+        "a personalized model before any run",
+        lambda w: ["edge_runtime", "personalize", "--bundle", str(w.bundle), "--state", str(w.scratch)],
+        INPUT,
+        ("no personalized model yet", "once a run has been evaluated"),
+    ),
+    Wrong(
+        "a prediction without the model",
+        lambda w: w.predict(w.scratch / "personalized.onnx", w.any_photo()),
+        BUNDLE,
+        ("personalized.onnx does not exist", "state folder"),
+    ),
+    Wrong(
+        "a prediction with an ONNX file of another kind",
+        lambda w: w.predict(w.bundle / "backbone.onnx", w.any_photo()),
+        BUNDLE,
+        ("backbone.onnx", "not a personalized model"),
+    ),
+    Wrong(
+        "a prediction with something that is no ONNX file",
+        lambda w: w.predict(w.any_photo(), w.any_photo()),
+        BUNDLE,
+        (".jpg", "ONNX"),
+    ),
+    Wrong(
+        "a trial with both ways to choose classes",
+        lambda w: w.trial("--classes-from-folders", classes="apple,kiwi"),
+        CONFIG,
+        ("--classes and --classes-from-folders exclude each other",),
+    ),
+    Wrong(
+        "a trial with classes but no photos",
+        lambda w: ["devices.trial", "--classes-from-folders"],
+        CONFIG,
+        ("go with --images",),
+    ),
+    Wrong(
+        "a trial on an empty folder",
+        lambda w: w.trial(images=w.folder("empty")),
+        INPUT,
+        ("empty holds no images", "one subfolder per class"),
+    ),
+    Wrong(
+        "a trial with a class that has no photos",
+        lambda w: w.trial(classes="apple,durian"),
+        INPUT,
+        ("durian",),
+    ),
+]
+
+
+@pytest.mark.parametrize("wrong", CASES, ids=lambda wrong: wrong.what)
+def test_one_line_says_what_is_wrong_and_what_to_do(world: World, wrong: Wrong) -> None:
+    run_module(*wrong.command(world), cwd=world.scratch).assert_error(wrong.code, *wrong.says)
+
+
+def test_predict_names_a_file_that_is_no_image(world: World, personalized: Path) -> None:
+    ended = run_module(*world.predict(personalized, world.text_file()))
+    ended.assert_error(INPUT, "notes.jpg is not a readable image")
+
+
+def test_predict_names_a_folder_without_images(world: World, personalized: Path) -> None:
+    run_module(*world.predict(personalized, world.folder("empty"))).assert_error(INPUT, "no images in", "empty")
+
+
+def test_an_unknown_model_is_answered_with_the_known_ones(world: World) -> None:
+    from export.families import MODELS
+
+    ended = run_module("export.build", "--model", "nope", cwd=world.scratch)
+    ended.assert_error(CONFIG, "'nope'", *MODELS, "transformers folder")
+
+
+def test_without_the_hub_export_says_how_to_do_without_it(world: World) -> None:
+    # offline, because the hub's client tries an unreachable address for half a minute
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(world.scratch)}
+    ended = run_module("export.build", "--model", "vit-b16", cwd=world.scratch, environment=offline)
+    ended.assert_error(WEIGHTS, "google/vit-base-patch16-224-in21k", "hub", "--weights FOLDER", "--weights random")

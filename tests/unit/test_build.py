@@ -1,0 +1,203 @@
+"""What python -m export.build accepts, refuses and writes."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from support import CLASSES, IMAGE_SIZE, LAYERS, LORA, Built, build, random_pixels, relative_error, run_graph, write_vit
+from transformers import AutoModel, BertConfig, BertModel, ViTConfig
+
+from export import parity
+from export.build import build_bundle, class_names
+from export.families import MODELS, VIT
+from export.graph import OPSET
+from export.graphs import expert_layout
+from export.parity import check_parity
+from export.reference import normalised
+from export.weights import load_backbone
+from protocol.bundle import Bundle
+from protocol.errors import BundleError, ConfigError, InputError, WeightsError
+
+
+def cli(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "export.build", *arguments], capture_output=True, text=True, check=False
+    )
+
+
+def test_two_builds_are_the_same_byte_for_byte(vit: Built, vit_folder: Path, tmp_path: Path) -> None:
+    assert build(vit_folder, tmp_path / "again").bundle.sha256 == vit.bundle.sha256
+    assert build(vit_folder, tmp_path / "other", seed=1).bundle.sha256 != vit.bundle.sha256
+
+
+def test_frozen_weights_are_stored_once_however_many_levels(tmp_path: Path) -> None:
+    folder = write_vit(tmp_path / "wide", hidden_size=384, num_hidden_layers=2, intermediate_size=1536)
+    manifest = build(folder, tmp_path / "bundle").bundle.manifest
+    assert manifest.levels == 2
+    assert sum(entry.size for entry in manifest.files.values()) <= 1.05 * 4 * manifest.backbone_parameters
+
+
+def test_the_bundle_holds_every_file_its_docstring_names_and_only_standard_operators(built: Built) -> None:
+    bundle, levels = built.bundle, range(1, LAYERS + 1)
+    graphs = {"backbone", "features", "gate-step", "gate-predict", *(f"lift-{block}" for block in range(LAYERS - 1))}
+    graphs |= {f"{kind}-{level}" for kind in ("step", "predict", "personal") for level in levels}
+    names = {f"{graph}.onnx" for graph in graphs}
+    assert set(bundle.manifest.files) == names | {"backbone.weights", "init.safetensors"}
+    assert {path.name for path in bundle.root.iterdir()} == {*bundle.manifest.files, "manifest.json"}
+    for name in names:
+        model = onnx.load(str(bundle.path(name)), load_external_data=False)
+        assert {opset.domain for opset in model.opset_import} == {""}
+        assert max(opset.version for opset in model.opset_import) <= OPSET
+        assert not model.functions
+
+
+def test_the_manifest_counts_backbone_and_trainables(built: Built) -> None:
+    manifest = built.bundle.manifest
+    lora = LAYERS * 2 * 2 * LORA.rank * 32
+    assert manifest.backbone_parameters == sum(p.numel() for p in built.source.backbone.parameters())
+    assert manifest.tuned_parameters == built.bundle.initial()[0].size == 32 * 4 + 4 + lora
+    assert manifest.tuned_share == manifest.tuned_parameters / manifest.backbone_parameters
+
+
+def test_the_initial_expert_is_pefts_start_with_a_zero_head(built: Built) -> None:
+    parts = built.bundle.expert.split(built.bundle.initial()[0])
+    for name, part in parts.items():
+        assert np.any(part) == ("lora_A" in name), name
+
+
+def test_vit_b16_with_a_hundred_classes_tunes_less_than_a_third_of_a_percent() -> None:
+    config = ViTConfig(**MODELS["vit-b16"].config)
+    with torch.device("meta"):
+        backbone = AutoModel.from_config(config, add_pooling_layer=False)
+    layout = expert_layout(VIT, config.num_hidden_layers, config.hidden_size, rank=4, classes=100)
+    assert layout.size(12) - layout.size(0) == 147_456  # the figure of fedfmsl.md
+    assert layout.total / sum(p.numel() for p in backbone.parameters()) < 0.003
+
+
+def test_fewer_levels_give_the_same_graphs_and_a_shorter_layout(vit: Built, vit_folder: Path, tmp_path: Path) -> None:
+    low = build(vit_folder, tmp_path / "low", levels=1).bundle
+    assert low.manifest.levels == 1
+    assert low.expert.total == vit.bundle.expert.size(1)
+    assert np.array_equal(low.initial()[0], vit.bundle.initial()[0][: low.expert.total])
+    pixels = random_pixels(2, seed=0)
+    ours, theirs = (run_graph(b, "features.onnx", ["hidden_1"], pixels=pixels)[0] for b in (low, vit.bundle))
+    assert np.array_equal(ours, theirs)
+
+
+def test_a_backbone_without_qkv_bias_is_exported_right(tmp_path: Path) -> None:
+    made = build(write_vit(tmp_path / "weights", qkv_bias=False), tmp_path / "bundle")
+    pixels = random_pixels(2, seed=3)
+    with torch.no_grad():
+        wanted = made.source.backbone(pixel_values=normalised(pixels, made.bundle.manifest.preprocessing))
+    (pooled,) = run_graph(made.bundle, "features.onnx", ["pooled"], pixels=pixels)
+    assert relative_error(pooled, wanted.last_hidden_state[:, 0].numpy()) < 1e-5
+
+
+def test_the_parity_check_catches_a_graph_that_is_slightly_wrong(
+    vit: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert check_parity(vit.bundle, vit.source, LAYERS, seed=1).gradient < parity.TOLERANCE
+    shutil.copytree(vit.bundle.root, tmp_path / "bundle")
+    weights = tmp_path / "bundle" / "backbone.weights"
+    raw = np.frombuffer(weights.read_bytes(), np.float32).copy()
+    raw[:1000] *= 1.01
+    weights.write_bytes(raw.tobytes())
+    with pytest.raises(BundleError, match="differ from torch"):
+        check_parity(Bundle(tmp_path / "bundle"), vit.source, LAYERS, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("classes", "names"),
+    [("3", ("class-0", "class-1", "class-2")), ("cat, dog", ("cat", "dog"))],
+)
+def test_class_names_are_counted_or_listed(classes: str, names: tuple[str, ...]) -> None:
+    assert class_names(classes, None) == names
+
+
+@pytest.mark.parametrize("classes", ["1", "cat", "cat,cat", "cat,,dog", ""])
+def test_fewer_than_two_different_class_names_are_refused(classes: str) -> None:
+    with pytest.raises(ConfigError, match="two different class names"):
+        class_names(classes, None)
+
+
+def test_class_names_come_from_a_folders_subfolders(photos: Path, tmp_path: Path) -> None:
+    assert class_names("100", photos) == CLASSES
+    with pytest.raises(InputError, match="not a folder"):
+        class_names("100", tmp_path / "nowhere")
+
+
+def test_an_unknown_model_lists_the_known_ones() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_backbone("resnet-50", None, 4, None, None, 0)
+    assert all(name in str(caught.value) for name in MODELS)
+
+
+def test_weights_of_another_type_are_refused(vit_folder: Path, tmp_path: Path) -> None:
+    BertModel(
+        BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=9)
+    ).save_pretrained(tmp_path)
+    for model, weights in (("vit-b16", tmp_path), (str(tmp_path), None), ("dinov2-s14", vit_folder)):
+        with pytest.raises(WeightsError, match=r"holds a model of type '(bert|vit)', expected"):
+            load_backbone(model, str(weights) if weights else None, 4, None, None, 0)
+
+
+@pytest.mark.parametrize("damage", ["no config", "no weights", "truncated", "a tensor missing", "a tensor reshaped"])
+def test_an_incomplete_weights_folder_is_one_clear_error(vit_folder: Path, tmp_path: Path, damage: str) -> None:
+    folder = shutil.copytree(vit_folder, tmp_path / "copy")
+    weights = folder / "model.safetensors"
+    if damage == "no config":
+        (folder / "config.json").unlink()
+    elif damage == "no weights":
+        weights.unlink()
+    elif damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-1000])
+    elif damage == "a tensor missing":
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": LAYERS + 1}))
+    else:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 80}))
+    with pytest.raises(WeightsError, match=re.escape(str(folder))):
+        load_backbone(str(folder), None, 4, None, None, 0)
+
+
+@pytest.mark.parametrize(
+    ("size", "levels", "message"),
+    [
+        (IMAGE_SIZE + 1, None, "not a multiple of the patch size"),
+        (IMAGE_SIZE * 2, None, "takes images of 32 px only"),
+        (IMAGE_SIZE, LAYERS + 1, "more than the model's 3 blocks"),
+    ],
+)
+def test_impossible_sizes_and_levels_are_refused(
+    vit_folder: Path, tmp_path: Path, size: int, levels: int | None, message: str
+) -> None:
+    source = load_backbone(str(vit_folder), None, 4, size, None, 0)
+    with pytest.raises(ConfigError, match=message):
+        list(build_bundle(source, CLASSES, levels, LORA, tmp_path / "out", 0))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_no_bundle_is_never_overwritten(vit_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    source = load_backbone(str(vit_folder), None, 4, None, None, 0)
+    with pytest.raises(ConfigError, match="is not a bundle"):
+        list(build_bundle(source, CLASSES, 1, LORA, tmp_path, 0))
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_the_command_without_a_connection_says_what_to_do_in_one_line() -> None:
+    result = cli("--model", "vit-b16", "--classes", "4")
+    assert result.returncode == WeightsError.exit_code
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("error: cannot fetch google/vit-base-patch16-224-in21k")
+    assert "--weights FOLDER" in line

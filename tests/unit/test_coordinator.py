@@ -1,0 +1,502 @@
+"""The coordinator as a state machine, driven by a fleet that answers at once, and aggregation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from support import LAYERS, Built
+
+from protocol.head import head_of_class_means
+from protocol.layout import Layout
+from protocol.messages import DeviceStatus, Globals, Round, Sal, Stage, Training, Trigger, Update, Verdict
+from protocol.tensors import unpack
+from trainer_server.aggregation import weighted_average, weighted_mean
+from trainer_server.config import RunConfig
+from trainer_server.coordinator import Plan, State, advance, initial_state, next_deadline
+from trainer_server.events import (
+    Announce,
+    ClockTicked,
+    Command,
+    Event,
+    Note,
+    PublishGlobals,
+    Record,
+    Reply,
+    StatusSeen,
+    Stop,
+    UpdateSeen,
+)
+
+ROUND_SECONDS, JOIN_SECONDS = 100.0, 50.0
+RULE = Sal(window=2, epsilon=0.02, step=1, max_level=LAYERS)
+Tensors = dict[str, NDArray[Any]]
+
+
+def plan_of(bundle_owner: Built, devices: int = 3, **config: Any) -> Plan:
+    settings_: dict[str, Any] = {
+        "run": "r",
+        "devices": devices,
+        "join_timeout": JOIN_SECONDS,
+        "round_timeout": ROUND_SECONDS,
+        "stage1_rounds": 4,
+        "stage2_rounds": 2,
+        "stage1_sal": RULE,
+        "stage2_sal": RULE,
+        **config,
+    }
+    return Plan(RunConfig(**settings_), bundle_owner.bundle, session="s")
+
+
+def answer(plan: Plan, announced: Round, device: str, accuracy: float = 0.5, **change: Any) -> UpdateSeen:
+    """A valid update of `device`, its values drawn from its name and the round; `change` replaces some of it."""
+    bundle, rng = plan.bundle, np.random.default_rng([abs(announced.round), *device.encode()])
+
+    def drawn(*shape: int) -> NDArray[np.float32]:
+        return rng.normal(size=shape).astype(np.float32)
+
+    dims, tensors = bundle.manifest.dims, Tensors()
+    if announced.stage is Stage.STATISTICS:
+        counts = rng.integers(1, 9, dims.classes).astype(np.float32)
+        tensors = {"class_sums": drawn(dims.classes, dims.hidden), "class_counts": counts, "norm_sum": drawn(1) ** 2}
+    elif announced.stage is Stage.GLOBAL:
+        tensors = bundle.expert.split(drawn(bundle.expert.size(announced.level)))
+    elif announced.stage is Stage.PERSONAL:
+        tensors = bundle.gate.split(drawn(bundle.gate.total))
+    fields: dict[str, Any] = {
+        "run": announced.run,
+        "session": announced.session,
+        "round": announced.round,
+        "device": device,
+        "stage": announced.stage,
+        "level": announced.level,
+        "samples": int(rng.integers(1, 50)),
+        "metrics": {"held_out_global": accuracy},
+    }
+    tensors = change.pop("tensors", tensors)
+    return UpdateSeen(Update(**{**fields, **change}), tensors, size=10)
+
+
+@dataclass
+class Run:
+    """A run without I/O: events in, all commands kept."""
+
+    plan: Plan
+    now: float = 0.0
+    commands: list[Command] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.state: State = initial_state(self.plan, self.now)
+
+    def feed(self, *events: Event) -> list[Command]:
+        """The commands that these events cause."""
+        fresh: list[Command] = []
+        for event in events:
+            self.state, commands = advance(self.plan, self.state, event, self.now)
+            fresh += commands
+        self.commands += fresh
+        return fresh
+
+    def online(self, *devices: str, online: bool = True) -> list[Command]:
+        return self.feed(*(StatusSeen(self.status(name, online=online)) for name in devices))
+
+    def status(self, device: str, **change: Any) -> DeviceStatus:
+        return DeviceStatus(**{"device": device, "online": True, "bundle": self.plan.bundle.sha256, **change})
+
+    def answers(self, devices: Iterable[str], **change: Any) -> list[Command]:
+        announced = self.announced
+        return self.feed(*(answer(self.plan, announced, device, **change) for device in devices))
+
+    def until_stop(self, devices: list[str], accuracy: Callable[[Round], float] = lambda _: 0.5) -> Stop:
+        while not self.of(Stop):
+            self.answers(devices, accuracy=accuracy(self.announced))
+        stop: Stop = self.of(Stop)[0]
+        return stop
+
+    @property
+    def announced(self) -> Round:
+        assert self.state.announced is not None
+        return self.state.announced
+
+    def of(self, kind: type[Any]) -> list[Any]:
+        return [command for command in self.commands if isinstance(command, kind)]
+
+    @property
+    def verdicts(self) -> list[Verdict]:
+        return [reply.ack.verdict for reply in self.of(Reply)]
+
+
+ABC = ["a", "b", "c"]
+
+
+def started(built: Built, devices: list[str] = ABC, **config: Any) -> Run:
+    run = Run(plan_of(built, len(devices), **config))
+    run.online(*devices)
+    return run
+
+
+# a whole run
+
+
+@pytest.mark.parametrize("baseline", [True, False])
+def test_a_run_goes_through_its_stages_in_order_and_stops(vit: Built, baseline: bool) -> None:
+    run = started(vit, baseline=baseline)
+    assert run.until_stop(ABC).error == ""
+    announced = [command.round for command in run.of(Announce)]
+    stages = [(r.stage.value, r.index, r.of) for r in announced]
+    assert stages == [
+        ("statistics", 0, 1),
+        *(("global", index, 4) for index in range(4)),
+        *(("personal", index, 2) for index in range(2)),
+        *([("baseline", 0, 1)] if baseline else []),
+        ("evaluate", 0, 1),
+        ("finished", 0, 1),
+    ]
+    assert [r.round for r in announced] == list(range(1, len(announced) + 1))
+    assert set(run.verdicts) == {Verdict.ACCEPTED}
+    assert len(run.verdicts) == 3 * (len(announced) - 1)
+    assert [record.round.round for record in run.of(Record)] == [r.round for r in announced[:-1]]
+
+
+def test_nothing_starts_before_every_device_is_there(vit: Built) -> None:
+    run = Run(plan_of(vit, devices=2))
+    run.online("a")
+    run.online("a", online=False)
+    assert not run.of(Announce)
+    run.online("b")
+    run.now = JOIN_SECONDS - 1
+    run.feed(ClockTicked())
+    assert not run.of(Announce)
+    run.now = next_deadline(run.plan, run.state)
+    run.feed(ClockTicked())
+    assert run.state.expected == {"b"}
+
+
+def test_a_run_whom_nobody_joins_stops_with_the_reason(vit: Built) -> None:
+    run = Run(plan_of(vit))
+    run.now = JOIN_SECONDS
+    run.feed(ClockTicked())
+    (stop,) = run.of(Stop)
+    assert "0 devices joined" in stop.error
+
+
+def test_every_announced_global_was_published_before_and_reads_as_what_it_is(vit: Built) -> None:
+    run = started(vit)
+    run.until_stop(ABC)
+    blobs: dict[str, bytes] = {}
+    for command in run.commands:
+        if isinstance(command, PublishGlobals):
+            blobs[command.sha256] = command.blob
+        if isinstance(command, Announce):
+            announced, layout = command.round, run.plan.bundle.expert
+            if announced.stage is Stage.STATISTICS:
+                assert (announced.expert, announced.start, announced.gate) == ("", "", "")
+                continue
+            for kind, size in (("expert", layout.size(announced.level)), ("start", layout.size(1))):
+                header, tensors = unpack(blobs[getattr(announced, kind)], Globals)
+                assert header == Globals(run="r", kind=kind)
+                assert layout.join(tensors).size == size
+            assert run.plan.bundle.gate.join(unpack(blobs[announced.gate], Globals)[1]).any()
+
+
+def test_the_global_expert_starts_from_the_class_means_of_all_devices(vit: Built) -> None:
+    run = started(vit)
+    updates = [answer(run.plan, run.announced, device) for device in ABC]
+    run.feed(*updates)
+    sums, counts, norms = (
+        np.stack([np.asarray(update.tensors[name], np.float64) for update in updates]).sum(axis=0)
+        for name in ("class_sums", "class_counts", "norm_sum")
+    )
+    wanted = head_of_class_means(sums.astype(np.float32), counts.astype(np.float32), norms.item())
+    head, initial = run.state.expert[: wanted.size], vit.bundle.initial()[0]
+    assert np.allclose(head, wanted, rtol=1e-5)
+    assert np.array_equal(run.state.expert[wanted.size :], initial[wanted.size :])
+    assert np.array_equal(run.state.start, run.state.expert[: vit.bundle.expert.size(1)])
+
+
+def test_sal_raises_the_level_on_a_plateau_of_the_devices_accuracy_and_not_after_the_last_round(vit: Built) -> None:
+    flat = started(vit, stage1_rounds=4)
+    flat.until_stop(ABC)
+    rising = started(vit, stage1_rounds=4)
+    rising.until_stop(ABC, accuracy=lambda announced: 0.1 * announced.round)
+    assert [c.round.level for c in flat.of(Announce) if c.round.stage is Stage.GLOBAL] == [1, 1, 2, 2]
+    assert [c.round.level for c in flat.of(Announce)][-1] == 2
+    assert {c.round.level for c in rising.of(Announce)} == {1}
+
+
+def test_all_at_once_trains_every_level_from_the_first_round(vit: Built) -> None:
+    run = started(vit, stage1_sal=RULE.model_copy(update={"trigger": Trigger.ALL_AT_ONCE}))
+    run.until_stop(ABC)
+    assert {command.round.level for command in run.of(Announce)} == {LAYERS}
+
+
+def test_personal_rounds_follow_the_rule_and_training_of_stage_2(vit: Built) -> None:
+    training, rule = Training(epochs=3, learning_rate=0.5), RULE.model_copy(update={"window": 7})
+    run = started(vit, baseline=True, stage2=training, stage2_sal=rule)
+    run.until_stop(ABC)
+    for announced in (command.round for command in run.of(Announce)):
+        personal = announced.stage is Stage.PERSONAL
+        assert (announced.training == training) == personal
+        assert (announced.sal.window == 7) == personal
+        early = announced.stage in (Stage.STATISTICS, Stage.GLOBAL)
+        assert announced.sal.max_level == (LAYERS if early else announced.level)  # no higher than the global expert
+        assert announced.repetitions == (4 if announced.stage is Stage.BASELINE else 1)
+
+
+# what becomes of an update
+
+
+def test_a_duplicate_a_late_and_an_early_update_are_told_so_and_change_nothing(vit: Built) -> None:
+    run = started(vit)
+    first = run.announced
+    run.answers(["a"])
+    before = run.state
+    run.answers(["a"])
+    run.feed(answer(run.plan, first.model_copy(update={"round": 2}), "b"))
+    assert run.state == before
+    run.now = ROUND_SECONDS
+    run.feed(ClockTicked())
+    before = run.state
+    run.feed(answer(run.plan, first, "c"), answer(run.plan, first, "a"))
+    assert run.state == before
+    assert run.verdicts == [
+        Verdict.ACCEPTED,
+        Verdict.DUPLICATE,
+        Verdict.REJECTED,
+        Verdict.LATE,
+        Verdict.DUPLICATE,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("stage", "change", "reason"),
+    [
+        (Stage.STATISTICS, {"run": "other"}, "belongs to run 'other'"),
+        (Stage.STATISTICS, {"session": "before"}, "earlier run of this name"),
+        (Stage.STATISTICS, {"stage": Stage.GLOBAL}, "announced was statistics"),
+        (Stage.STATISTICS, {"tensors": {}}, "0 tensors, expected 3"),
+        (Stage.STATISTICS, {"tensors": {"class_sums": np.ones((1, 1), np.float32)}}, "expected 3"),
+        (Stage.GLOBAL, {"tensors": {}}, "no classifier"),
+        (Stage.GLOBAL, {"tensors": {"classifier.weight": np.full((4, 32), np.nan, np.float32)}}, "not finite"),
+        (Stage.GLOBAL, {"tensors": {"classifier.weight": np.ones((4, 32))}}, "float64"),
+        (Stage.PERSONAL, {"tensors": {"gate.down.weight": np.ones((16, 32), np.float32)}}, "1 tensors"),
+        (Stage.EVALUATE, {"tensors": {"local": np.ones(1, np.float32)}}, "takes no tensors"),
+    ],
+)
+def test_an_update_that_does_not_fit_is_rejected_with_its_reason(
+    vit: Built, stage: Stage, change: dict[str, Any], reason: str
+) -> None:
+    run = started(vit, stage1_rounds=1, stage2_rounds=1)
+    while run.announced.stage is not stage:
+        run.answers(ABC)
+    before = run.state
+    (reply, note) = run.answers(["a"], **change)
+    assert isinstance(reply, Reply)
+    assert reply.ack.verdict is Verdict.REJECTED
+    assert reason in reply.ack.reason
+    assert isinstance(note, Note)
+    assert run.state == before
+    run.answers(["a"])
+    assert run.verdicts[-1] is Verdict.ACCEPTED  # it may mend its ways
+
+
+def test_an_update_with_blocks_above_the_announced_level_is_rejected_and_one_below_is_not(vit: Built) -> None:
+    run = started(vit, stage1_sal=RULE.model_copy(update={"trigger": Trigger.ALL_AT_ONCE, "max_level": 2}))
+    run.answers(ABC)
+    for device, level in zip(ABC, (1, 2, 3), strict=True):
+        run.feed(answer(run.plan, run.announced.model_copy(update={"level": level}), device))
+    assert run.verdicts[3:] == [Verdict.ACCEPTED, Verdict.ACCEPTED, Verdict.REJECTED]
+
+
+def test_a_device_that_joins_during_a_round_is_counted_but_not_waited_for(vit: Built) -> None:
+    run = started(vit)
+    run.online("late")
+    run.answers(["late", *ABC])
+    assert set(run.verdicts) == {Verdict.ACCEPTED}
+    assert run.of(Record)[0].updates.keys() == {"late", *ABC}
+    assert run.state.expected == {"late", *ABC}
+
+
+# rounds that do not go as they should
+
+
+def test_a_round_ends_at_its_deadline_with_those_who_answered(vit: Built) -> None:
+    run = started(vit)
+    run.answers(["a", "c"])
+    run.online("b", online=False)
+    run.now = next_deadline(run.plan, run.state) - 0.1
+    assert run.feed(ClockTicked()) == []
+    run.now = run.announced.deadline
+    run.feed(ClockTicked())
+    (record,) = run.of(Record)
+    assert (record.missing, record.repeated, record.updates.keys()) == (("b",), False, {"a", "c"})
+    assert run.announced.stage is Stage.GLOBAL
+    assert run.state.expected == {"a", "c"}
+
+
+def test_a_round_with_too_few_updates_is_repeated_and_at_last_given_up(vit: Built) -> None:
+    run = started(vit, min_updates=2, max_repeats=2)
+    run.answers(ABC)
+    expert, index = run.state.expert, run.announced.index
+    for repeat in range(3):
+        assert (run.announced.stage, run.announced.index) == (Stage.GLOBAL, index), repeat
+        run.answers(["a"])
+        run.now += ROUND_SECONDS
+        run.feed(ClockTicked())
+    (stop,) = run.of(Stop)
+    assert "3 times in a row" in stop.error
+    assert run.announced.stage is Stage.FINISHED  # so that devices leave too
+    assert np.array_equal(run.state.expert, expert)
+    assert [record.repeated for record in run.of(Record)] == [False, True, True, True]
+
+
+def test_repeats_are_counted_anew_after_a_round_that_succeeded(vit: Built) -> None:
+    run = started(vit, max_repeats=1)
+    for _ in range(3):
+        run.now += ROUND_SECONDS
+        run.feed(ClockTicked())
+        run.answers(ABC)
+    assert not run.of(Stop)
+
+
+def test_a_round_that_opens_while_nobody_is_online_waits_for_its_deadline(vit: Built) -> None:
+    run = started(vit)
+    run.online(*ABC, online=False)
+    run.now = ROUND_SECONDS
+    run.feed(ClockTicked())
+    assert run.state.expected == frozenset()
+    number = run.announced.round
+    run.feed(*[ClockTicked()] * 20)
+    run.online("a")
+    assert run.announced.round == number
+    run.answers(["a"])
+    assert run.verdicts == [Verdict.ACCEPTED]
+
+
+def test_a_device_with_another_bundle_or_an_error_is_left_out_and_noted(vit: Built, dinov2: Built) -> None:
+    run = Run(plan_of(vit, devices=2))
+    other = run.status("x", bundle=dinov2.bundle.sha256)
+    run.feed(StatusSeen(other), StatusSeen(run.status("y", online=False, error="no images")))
+    run.online("a")
+    assert not run.of(Announce)
+    run.online("b")
+    assert run.state.expected == {"a", "b"}
+    notes = " | ".join(note.text for note in run.of(Note))
+    assert "x has another bundle" in notes
+    assert "y cannot take part: no images" in notes
+
+
+# determinism
+
+
+def test_another_order_of_arrival_gives_bitwise_the_same_globals(vit: Built) -> None:
+    finals, hashes = [], []
+    for order in (ABC, ABC[::-1], ["b", "a", "c"]):
+        run = started(vit)
+        run.until_stop(order)
+        finals.append((run.state.expert.tobytes(), run.state.gate.tobytes(), run.state.start.tobytes()))
+        hashes.append([(c.round.expert, c.round.start, c.round.gate) for c in run.of(Announce)])
+    assert finals[0] == finals[1] == finals[2]
+    assert hashes[0] == hashes[1] == hashes[2]
+
+
+EVENTS = st.lists(
+    st.one_of(
+        st.tuples(st.just("status"), st.sampled_from(ABC), st.booleans(), st.sampled_from(["", "f" * 64])),
+        st.tuples(
+            st.just("update"),
+            st.sampled_from(ABC),
+            st.integers(-2, 1),
+            st.sampled_from(["", "run", "stage", "no tensors", "nan", "lower level"]),
+        ),
+        st.tuples(st.just("clock"), st.sampled_from([-5.0, 0.0, 1.0, ROUND_SECONDS])),
+    ),
+    max_size=60,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(EVENTS, st.integers(1, 2))
+def test_no_sequence_of_events_raises_and_no_update_counts_twice(vit: Built, events: Any, min_updates: int) -> None:
+    run = Run(plan_of(vit, devices=2, min_updates=min_updates, stage1_rounds=2, stage2_rounds=1, max_repeats=2))
+    run.online("a", "b")
+    for kind, *detail in events:
+        if run.of(Stop):
+            break
+        if kind == "status":
+            device, online, bundle = detail
+            run.feed(StatusSeen(run.status(device, online=online, bundle=bundle or run.plan.bundle.sha256)))
+        elif kind == "clock":
+            run.now += detail[0]
+            run.feed(ClockTicked())
+        else:
+            device, shift, flaw = detail
+            announced = run.announced.model_copy(update={"round": run.announced.round + shift})
+            event, change = answer(run.plan, announced, device), dict[str, Any]()
+            if flaw == "run":
+                change = {"run": "other"}
+            elif flaw == "stage":
+                change = {"stage": Stage.FINISHED}
+            elif flaw == "no tensors":
+                change = {"tensors": {}}
+            elif flaw == "nan":
+                change = {"tensors": {name: np.full_like(tensor, np.nan) for name, tensor in event.tensors.items()}}
+            elif flaw == "lower level":
+                change = {"tensors": dict(list(event.tensors.items())[:2]), "samples": 0}
+            run.feed(answer(run.plan, announced, device, **change))
+    accepted = [(r.ack.round, r.ack.device) for r in run.of(Reply) if r.ack.verdict is Verdict.ACCEPTED]
+    assert len(accepted) == len(set(accepted))
+    counted = [(record.round.round, name) for record in run.of(Record) for name in record.updates]
+    assert sorted(counted) == sorted(pair for pair in accepted if pair[0] != run.state.round or run.of(Stop))
+    assert np.isfinite(run.state.expert).all()
+    rounds = [command.round.round for command in run.of(Announce)]
+    assert rounds == list(range(1, len(rounds) + 1))
+
+
+# aggregation
+
+LAYOUT = Layout.build([("head", "w", (3,)), ("1", "a", (2,)), ("0", "b", (2,))])
+
+
+@settings(max_examples=100)
+@given(
+    st.lists(st.tuples(st.sampled_from([3, 5, 7]), st.integers(0, 20)), max_size=5),
+    st.sampled_from([3, 5, 7]),
+    st.integers(0, 99),
+)
+def test_each_part_is_the_weighted_mean_over_those_who_trained_it(
+    shape: list[tuple[int, int]], size: int, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    current = rng.normal(size=size).astype(np.float32)
+    given_ = [(rng.normal(size=length).astype(np.float32), float(weight)) for length, weight in shape]
+    result = weighted_mean(current, LAYOUT, given_)
+    assert result.dtype == np.float32
+    for part in (slice(0, 3), slice(3, 5), slice(5, 7)):
+        if part.stop > size:
+            continue
+        trained = [(vector[part], weight) for vector, weight in given_ if vector.size >= part.stop and weight]
+        if trained:
+            wanted = np.average([v for v, _ in trained], axis=0, weights=[w for _, w in trained])
+            assert np.allclose(result[part], wanted, atol=1e-6)
+        else:
+            assert np.array_equal(result[part], current[part])
+    assert weighted_mean(current, LAYOUT, given_).tobytes() == result.tobytes()
+
+
+def test_aggregation_leaves_its_arguments_as_they_were() -> None:
+    current, update = np.zeros(7, np.float32), np.ones(7, np.float32)
+    weighted_mean(current, LAYOUT, [(update, 2.0)])
+    assert not current.any()
+    assert update.all()
+
+
+def test_weighted_average_of_nothing_is_zero() -> None:
+    assert weighted_average([]) == weighted_average([(0.7, 0.0)]) == 0.0
+    assert weighted_average([(1.0, 1.0), (0.0, 3.0)]) == 0.25

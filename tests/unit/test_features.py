@@ -1,0 +1,183 @@
+"""The feature cache: what it gives equals a direct run; what it keeps is never stale."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support import CLASSES, LAYERS, Built, Floats, random_theta, relative_error, run_graph, torch_expert
+
+import edge_runtime.features as features
+from edge_runtime.features import FeatureCache
+from edge_runtime.images import LabelledImage, load_pixels, scan
+from export.reference import normalised
+
+Images = tuple[LabelledImage, ...]
+
+
+@pytest.fixture(scope="module")
+def images(photos: Path) -> Images:
+    """More than a batch, and not a multiple of one."""
+    return scan(photos, CLASSES).train[:11]
+
+
+def pixels_of(built: Built, images: Images) -> np.ndarray:
+    return np.stack([load_pixels(image.path, built.bundle.manifest.preprocessing) for image in images])
+
+
+def whole(cache_states: features.HiddenStates) -> Floats:
+    return cache_states.batch(range(len(cache_states)))
+
+
+def forbid_sessions(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a graph is run again")
+
+    monkeypatch.setattr(features, "open_session", refuse)
+
+
+@pytest.mark.parametrize("level", [1, 2, LAYERS])
+def test_cached_states_equal_a_direct_run_and_are_computed_once(
+    built: Built, images: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, level: int
+) -> None:
+    cache = FeatureCache(tmp_path, built.bundle, threads=1)
+    direct, pooled = run_graph(
+        built.bundle, "features.onnx", [f"hidden_{level}", "pooled"], pixels=pixels_of(built, images)
+    )
+    first = whole(cache.frozen(images, level))
+    assert relative_error(first, direct) < 1e-3
+    assert first.dtype == np.float32
+    forbid_sessions(monkeypatch)
+    again = FeatureCache(tmp_path, built.bundle, threads=1)
+    assert np.array_equal(whole(again.frozen(images, level)), first)
+    assert np.array_equal(np.concatenate(list(again.frozen(images, level).batches())), first)
+    again.frozen(images, min(level + 1, LAYERS))  # the next level's states came from the same pass
+    assert relative_error(again.pooled(images, level), pooled) < 1e-5
+
+
+def test_only_missing_images_are_computed(
+    vit: Built, images: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = FeatureCache(tmp_path, vit.bundle, threads=1)
+    cache.frozen(images[:6], 1)
+    loaded: list[Path] = []
+
+    def counted(path: Path, preprocessing: Any) -> np.ndarray:
+        loaded.append(path)
+        return load_pixels(path, preprocessing)
+
+    monkeypatch.setattr(features, "load_pixels", counted)
+    cache.frozen(images, 1)
+    assert loaded == [image.path for image in images[6:]]
+
+
+def test_precise_states_are_bitwise_those_of_the_graph(vit: Built, images: Images, tmp_path: Path) -> None:
+    cache = FeatureCache(tmp_path, vit.bundle, threads=1)
+    rough = whole(cache.frozen(images, 1))
+    exact = whole(cache.precise().frozen(images, 1))
+    (direct,) = run_graph(vit.bundle, "features.onnx", ["hidden_1"], pixels=pixels_of(vit, images))
+    assert relative_error(exact, direct) < 1e-6
+    assert not np.array_equal(rough, exact)
+
+
+@pytest.mark.parametrize("to_level", [1, 2])
+def test_lifted_states_equal_torch_with_peft_below_the_level(
+    built: Built, images: Images, tmp_path: Path, to_level: int
+) -> None:
+    cache = FeatureCache(tmp_path, built.bundle, threads=1, dtype=np.float32)
+    theta = random_theta(built.bundle, LAYERS, 3)
+    states = whole(cache.lifted(images, LAYERS, to_level, theta))
+    with torch_expert(built, theta) as model:
+        values = normalised(pixels_of(built, images), built.bundle.manifest.preprocessing)
+        hidden = model(pixel_values=values, output_hidden_states=True).hidden_states
+    assert relative_error(states, hidden[LAYERS - to_level].detach().numpy()) < 1e-5
+
+
+def test_lifted_states_lead_to_the_same_logits_as_the_whole_expert(
+    built: Built, images: Images, tmp_path: Path
+) -> None:
+    bundle = built.bundle
+    cache = FeatureCache(tmp_path, bundle, threads=1, dtype=np.float32)
+    theta = random_theta(bundle, LAYERS, 4)
+    logits = [
+        run_graph(
+            bundle,
+            f"predict-{level}.onnx",
+            ["logits"],
+            hidden=whole(cache.lifted(images, LAYERS, level, theta)),
+            theta=theta[: bundle.expert.size(level)],
+        )[0]
+        for level in (1, 2, LAYERS)
+    ]
+    assert relative_error(logits[0], logits[2]) < 1e-5
+    assert relative_error(logits[1], logits[2]) < 1e-5
+
+
+def test_lifted_states_are_keyed_by_the_lora_they_passed_and_by_nothing_else(
+    vit: Built, images: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = FeatureCache(tmp_path, vit.bundle, threads=1)
+    theta, part = random_theta(vit.bundle, LAYERS, 5), vit.bundle.expert.parts["0"]
+    other, same = theta.copy(), theta.copy()
+    other[part] += 0.1
+    same[: part.start] += 0.1  # head and upper blocks
+    one, two = cache.lifted(images, LAYERS, 2, theta), cache.lifted(images, LAYERS, 2, other)
+    assert one.folder != two.folder
+    assert not np.array_equal(whole(one), whole(two))
+    frozen = cache.frozen(images, 2)
+    forbid_sessions(monkeypatch)
+    assert cache.lifted(images, LAYERS, 2, same).folder == one.folder
+    assert cache.lifted(images, 2, 2, theta[: vit.bundle.expert.size(2)]).folder == frozen.folder
+
+
+@pytest.mark.parametrize("torn", [b"", b"\0" * 10])
+def test_a_torn_file_is_computed_again(vit: Built, images: Images, tmp_path: Path, torn: bytes) -> None:
+    cache, theta = FeatureCache(tmp_path, vit.bundle, threads=1), random_theta(vit.bundle, LAYERS, 6)
+    before = [whole(cache.frozen(images, 1)), whole(cache.lifted(images, LAYERS, 2, theta)), cache.pooled(images, 1)]
+    for folder in tmp_path.iterdir():
+        (folder / images[2].sha256).write_bytes(torn)
+    after = [whole(cache.frozen(images, 1)), whole(cache.lifted(images, LAYERS, 2, theta)), cache.pooled(images, 1)]
+    for old, new in zip(before, after, strict=True):
+        assert np.allclose(old, new, atol=1e-5)
+
+
+def test_another_bundles_states_are_never_taken(vit: Built, dinov2: Built, images: Images, tmp_path: Path) -> None:
+    one = FeatureCache(tmp_path, vit.bundle, threads=1).frozen(images, 1)
+    two = FeatureCache(tmp_path, dinov2.bundle, threads=1).frozen(images, 1)
+    assert one.folder != two.folder
+
+
+def test_states_that_nobody_asked_for_are_dropped(
+    vit: Built, images: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = FeatureCache(tmp_path, vit.bundle, threads=1)
+    theta = random_theta(vit.bundle, LAYERS, 7)
+    old = cache.lifted(images, LAYERS, 2, theta).folder
+    cache.drop_unused()
+    assert old.is_dir()
+    kept = [cache.frozen(images, 1).folder, cache.lifted(images, LAYERS, 2, theta * 2).folder]
+    cache.pooled(images, 1)
+    cache.drop_unused()
+    assert not old.exists()
+    assert all(folder.is_dir() for folder in kept)
+    forbid_sessions(monkeypatch)
+    cache.pooled(images, 1)
+
+
+def test_no_images_have_no_features(vit: Built, tmp_path: Path) -> None:
+    cache = FeatureCache(tmp_path, vit.bundle, threads=1)
+    assert cache.pooled((), 1).shape == (0, 32)
+    assert list(cache.frozen((), 1).batches()) == []
+
+
+def test_the_cache_survives_a_move_of_the_photos(
+    vit: Built, photos: Path, images: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = FeatureCache(tmp_path / "cache", vit.bundle, threads=1)
+    before = whole(cache.frozen(images, 1))
+    moved = scan(shutil.copytree(photos, tmp_path / "moved"), CLASSES).train[:11]
+    forbid_sessions(monkeypatch)
+    assert np.array_equal(whole(cache.frozen(moved, 1)), before)

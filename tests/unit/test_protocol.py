@@ -1,0 +1,341 @@
+"""The contract: layouts, blobs, chunks, messages, bundles on disk, PEFT's names, the head of class means."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from support import Built, random_theta
+
+from protocol.bundle import Bundle
+from protocol.errors import BundleError, ConfigError, FedFMSLError, MessageError
+from protocol.head import SCALE, head_of_class_means
+from protocol.layout import Layout, Slot, Vector
+from protocol.messages import DeviceStatus, Progress, Round, ServerStatus, Stage, Update, encode, parse
+from protocol.peft_names import from_peft, to_peft
+from protocol.tensors import CHUNK_BYTES, Assembler, chunks, pack, unpack
+from protocol.topics import Topics
+
+SHAPES = st.lists(st.integers(1, 4), max_size=3).map(tuple)
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> Layout:
+    shapes = draw(st.lists(SHAPES, min_size=1, max_size=6))
+    return Layout.build([(str(i // 2), f"t{i}", shape) for i, shape in enumerate(shapes)])
+
+
+def vector_of(layout: Layout, seed: int) -> Vector:
+    return np.random.default_rng(seed).normal(size=layout.total).astype(np.float32)
+
+
+UPDATE = Update(
+    run="r", session="s", round=3, device="d", stage=Stage.GLOBAL, level=1, samples=5, metrics={"loss": 0.5}
+)
+
+
+# layout
+
+
+@given(layouts(), st.integers(0, 9), st.data())
+def test_joining_what_was_split_gives_the_vector_back(layout: Layout, seed: int, data: st.DataObject) -> None:
+    vector = vector_of(layout, seed)
+    end = data.draw(st.sampled_from([slot.end for slot in layout.slots]))
+    tensors = layout.split(vector[:end])
+    shuffled = dict(data.draw(st.permutations(list(tensors.items()))))
+    assert np.array_equal(layout.join(shuffled), vector[:end])
+    assert layout.join({}).size == 0
+
+
+@given(layouts(), st.integers(0, 9), st.data())
+def test_join_refuses_whatever_is_not_the_first_slots_in_shape_and_finite(
+    layout: Layout, seed: int, data: st.DataObject
+) -> None:
+    tensors: dict[str, NDArray[Any]] = dict(layout.split(vector_of(layout, seed)))
+    name = data.draw(st.sampled_from(list(tensors)))
+    wrong = {
+        "dtype": tensors[name].astype(np.float64),
+        "shape": tensors[name][np.newaxis],
+        "nan": np.full_like(tensors[name], np.nan),
+        "infinite": np.full_like(tensors[name], -np.inf),
+    }
+    with pytest.raises(MessageError, match=name):
+        layout.join({**tensors, name: wrong[data.draw(st.sampled_from(list(wrong)))]})
+    with pytest.raises(MessageError):
+        layout.join({**tensors, "more": tensors[name]})
+    if name != layout.slots[-1].name:
+        with pytest.raises(MessageError):
+            layout.join({key: tensor for key, tensor in tensors.items() if key != name})
+
+
+def test_a_layout_with_a_gap_is_refused() -> None:
+    with pytest.raises(ValueError, match="starts at 3, expected 2"):
+        Layout([Slot(name="a", shape=(2,), offset=0, part="p"), Slot(name="b", shape=(1,), offset=3, part="p")])
+
+
+def test_a_higher_level_only_appends_from_the_head_towards_the_input(vit: Built) -> None:
+    layout, levels = vit.bundle.expert, range(vit.bundle.manifest.levels + 1)
+    assert list(layout.parts) == ["head", "2", "1", "0"]
+    for level in levels:
+        assert layout.names(level) == list(layout.split(np.zeros(layout.size(level), np.float32)))
+    assert [len(layout.names(level)) for level in levels] == [2, 6, 10, 14]
+
+
+# blobs and chunks
+
+
+@given(layouts(), st.integers(0, 9))
+def test_unpacking_what_was_packed_gives_header_and_tensors_back(layout: Layout, seed: int) -> None:
+    tensors = layout.split(vector_of(layout, seed))
+    header, found = unpack(pack(UPDATE, tensors), Update)
+    assert header == UPDATE
+    assert found.keys() == tensors.keys()
+    assert all(np.array_equal(found[name], tensors[name]) for name in tensors)
+
+
+def test_a_view_that_is_not_contiguous_is_packed_as_it_reads() -> None:
+    tensor = np.arange(12, dtype=np.float32).reshape(3, 4)
+    _, found = unpack(pack(UPDATE, {"t": tensor.T, "s": tensor[:, ::2]}), Update)
+    assert np.array_equal(found["t"], tensor.T)
+    assert np.array_equal(found["s"], tensor[:, ::2])
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+TENSOR = st.fixed_dictionaries(
+    {},
+    optional={
+        "dtype": st.sampled_from(["F32", "BF16", "F8_E4M3", "BOOL", "F4", "U64", "C64", "?"]),
+        "shape": st.lists(st.integers(-1, 2**70), max_size=2),
+        "data_offsets": st.lists(st.integers(0, 16), max_size=3),
+    },
+)
+METADATA = st.fixed_dictionaries({}, optional={"header": st.just(UPDATE.model_dump_json()) | st.text(max_size=9)})
+SAFETENSORS_LIKE = st.builds(
+    lambda header, body: struct.pack("<Q", len(header)) + header + body,
+    st.one_of(
+        st.binary(max_size=40),
+        JSON.map(lambda value: json.dumps(value).encode()),
+        st.dictionaries(st.sampled_from(["a", "b"]), TENSOR | JSON, max_size=2).flatmap(
+            lambda tensors: METADATA.map(lambda meta: json.dumps({"__metadata__": meta, **tensors}).encode())
+        ),
+    ),
+    st.binary(max_size=16),
+)
+
+
+@settings(max_examples=2000)
+@given(st.binary(max_size=300) | SAFETENSORS_LIKE)
+def test_unpacking_any_bytes_raises_nothing_but_a_message_error(blob: bytes) -> None:
+    try:
+        header, _ = unpack(blob, Update)
+    except MessageError:
+        return
+    assert header == UPDATE
+
+
+@settings(max_examples=1000)
+@given(st.data())
+def test_a_blob_with_some_bytes_changed_is_refused_or_well_formed(data: st.DataObject) -> None:
+    blob = bytearray(pack(UPDATE, {"a": np.ones(3, np.float32), "b": np.zeros((2, 2), np.float32)}))
+    for _ in range(data.draw(st.integers(1, 3))):
+        blob[data.draw(st.integers(0, len(blob) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        header, tensors = unpack(bytes(blob[: data.draw(st.integers(0, len(blob)))]), Update)
+    except MessageError:
+        return
+    assert isinstance(header, Update)
+    assert all(isinstance(tensor, np.ndarray) for tensor in tensors.values())
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 5 * CHUNK_BYTES), st.data())
+def test_chunks_add_up_in_any_order_and_with_repeats(size: int, data: st.DataObject) -> None:
+    blob = np.random.default_rng(size).bytes(size)
+    pieces = list(chunks(blob))
+    assert len(pieces) == max(1, -(-size // CHUNK_BYTES))
+    order = data.draw(st.permutations(range(len(pieces))))
+    repeats = data.draw(st.lists(st.sampled_from(order[:-1]), max_size=4)) if len(order) > 1 else []
+    assembler = Assembler()
+    assert all(assembler.add(pieces[index]) is None for index in [*order[:-1], *repeats])
+    assert assembler.add(pieces[order[-1]]) == blob
+
+
+def test_a_blob_that_breaks_off_gives_way_to_the_next() -> None:
+    old, new = (np.random.default_rng(seed).bytes(2 * CHUNK_BYTES) for seed in (0, 1))
+    assembler = Assembler()
+    assert assembler.add(next(chunks(old))) is None
+    first, second = chunks(new)
+    assert assembler.add(second) is None
+    assert assembler.add(first) == new
+
+
+@pytest.mark.parametrize("where", ["body", "magic", "count", "short", "long"])
+def test_a_corrupt_chunk_is_a_message_error_and_the_blob_can_be_sent_again(where: str) -> None:
+    blob = np.random.default_rng(2).bytes(CHUNK_BYTES + 10)
+    first, last = chunks(blob)
+    bad = {
+        "body": last[:-1] + bytes([last[-1] ^ 1]),
+        "magic": b"XXXX" + last[4:],
+        "count": last[:8] + b"\xff" * 4 + last[12:],
+        "short": last[:20],
+        "long": first + b"more",
+    }[where]
+    assembler = Assembler()
+    assembler.add(first)
+    with pytest.raises(MessageError):
+        assembler.add(bad)
+    assert [assembler.add(chunk) for chunk in (first, last)][-1] == blob
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_as_a_chunk_raise_nothing_but_a_message_error(chunk: bytes) -> None:
+    with pytest.raises(MessageError):
+        Assembler().add(chunk)
+
+
+# messages
+
+
+@settings(max_examples=500)
+@given(st.binary(max_size=100) | JSON.map(lambda value: json.dumps(value).encode()))
+def test_parsing_junk_raises_nothing_but_a_message_error(payload: bytes) -> None:
+    for kind in (Round, Update, DeviceStatus, Progress):
+        with pytest.raises(MessageError, match=kind.__name__):
+            parse(kind, payload)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"samples": -1},
+        {"samples": 10**400},
+        {"level": -1},
+        {"stage": "dessert"},
+        {"metrics": {"loss": "much"}},
+        {"seconds": -1.0},
+        {"surprise": 1},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_an_update_with_an_impossible_field_is_refused(change: dict[str, Any]) -> None:
+    payload = json.dumps({**UPDATE.model_dump(mode="json"), **change}).encode()
+    with pytest.raises(MessageError, match=next(iter(change))):
+        parse(Update, payload)
+
+
+@pytest.mark.parametrize("number", [b"NaN", b"Infinity", b"-1e999"])
+def test_a_number_that_is_not_finite_is_refused(number: bytes) -> None:
+    with pytest.raises(MessageError, match="finite"):
+        parse(Update, encode(UPDATE).replace(b"0.5", number))
+
+
+def test_messages_survive_the_wire_and_long_ones_are_refused() -> None:
+    assert parse(Update, encode(UPDATE)) == UPDATE
+    status = ServerStatus(online=True, session="s", run="r" * 70_000)
+    with pytest.raises(MessageError, match="more than"):
+        parse(ServerStatus, encode(status))
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "+", "#", "-x", "a" * 65, "ü", "a b", "a\n"])
+def test_names_that_would_break_a_topic_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="unusable"):
+        Topics(name)
+
+
+def test_the_device_of_a_topic_is_found_only_in_device_topics_of_the_run() -> None:
+    topics = Topics("r")
+    for topic in (topics.status("d"), topics.ack("d"), topics.update_chunk("d", 1, 0), topics.progress("d")):
+        assert topics.device_of(topic) == "d"
+    for topic in (topics.round, topics.server_status, topics.globals_chunk("ab", 0), Topics("s").status("d")):
+        assert topics.device_of(topic) is None
+
+
+# bundles on disk
+
+
+@pytest.mark.parametrize("damage", ["changed", "shortened", "missing"])
+def test_verify_names_the_file_that_is_not_as_it_was_built(vit: Built, tmp_path: Path, damage: str) -> None:
+    vit.bundle.verify()
+    root = shutil.copytree(vit.bundle.root, tmp_path / "copy")
+    for name in vit.bundle.manifest.files:
+        path, data = root / name, (root / name).read_bytes()
+        path.unlink()
+        if damage != "missing":
+            path.write_bytes(data[:-1] + (bytes([data[-1] ^ 1]) if damage == "changed" else b""))
+        with pytest.raises(BundleError, match=name):
+            Bundle(root).verify()
+        path.write_bytes(data)
+    Bundle(root).verify()
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{}", b"\xff", b'{"schema_version": 2}'])
+def test_a_folder_without_a_manifest_of_this_schema_is_no_bundle(tmp_path: Path, content: bytes | None) -> None:
+    if content is not None:
+        (tmp_path / "manifest.json").write_bytes(content)
+    with pytest.raises(BundleError, match=r"export\.build"):
+        Bundle(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd"])
+def test_a_manifest_cannot_name_files_outside_the_bundle(vit: Built, name: str) -> None:
+    with pytest.raises(BundleError, match="outside the bundle"):
+        vit.bundle.path(name)
+
+
+def test_the_features_key_follows_weights_and_preprocessing(vit: Built, dinov2: Built, tmp_path: Path) -> None:
+    root = shutil.copytree(vit.bundle.root, tmp_path / "copy")
+    manifest = (root / "manifest.json").read_text()
+    assert Bundle(root).features_key == vit.bundle.features_key != dinov2.bundle.features_key
+    (root / "manifest.json").write_text(manifest.replace('"mean": [\n   0.5', '"mean": [\n   0.25'))
+    assert Bundle(root).features_key != vit.bundle.features_key
+
+
+def test_every_error_has_an_exit_code_of_its_own() -> None:
+    kinds: list[type[FedFMSLError]] = [FedFMSLError, *FedFMSLError.__subclasses__()]
+    assert len({kind.exit_code for kind in kinds}) == len(kinds)
+
+
+# PEFT's names and the head
+
+
+def test_trainables_survive_pefts_names_and_the_wider_classifier(built: Built) -> None:
+    bundle, spec = built.bundle, built.bundle.manifest.peft
+    theta = random_theta(bundle, bundle.manifest.levels, 0)
+    renamed = to_peft(spec, bundle.expert.split(theta))
+    assert all(name.startswith("base_model.model.") for name in renamed)
+    assert renamed["base_model.model.classifier.weight"].shape == (4, spec.classifier_width)
+    assert np.array_equal(bundle.expert.join(from_peft(spec, renamed)), theta)
+
+
+@settings(max_examples=50)
+@given(st.integers(2, 5), st.integers(2, 6), st.integers(0, 99))
+def test_the_first_head_points_along_the_class_means_and_scores_about_scaled_cosines(
+    classes: int, width: int, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    features = rng.normal(1, 1, (40, width)).astype(np.float32)
+    labels = rng.integers(0, classes - 1, 40)  # nobody has the last class
+    one_hot = np.eye(classes)[labels]
+    norms = np.linalg.norm(features, axis=1)
+    head = head_of_class_means(
+        (one_hot.T @ features).astype(np.float32), one_hot.sum(axis=0).astype(np.float32), float(norms.sum())
+    )
+    weight, bias = head[: classes * width].reshape(classes, width), head[classes * width :]
+    assert head.dtype == np.float32
+    assert not bias.any()
+    assert not weight[-1].any()
+    for label in set(labels.tolist()):
+        mean = features[labels == label].mean(axis=0)
+        assert np.allclose(weight[label], SCALE * mean / np.linalg.norm(mean) / norms.mean(), rtol=1e-4, atol=1e-4)

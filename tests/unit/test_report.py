@@ -1,0 +1,197 @@
+"""What a run's record becomes in its report, in numbers worked out by hand."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from support import Built
+
+from devices.report import build_report, write_report
+from devices.rounds import ClosedRound
+from protocol.errors import RunError
+from protocol.messages import Round, Sal, Stage, Training, Update
+
+SECONDS = {"export": 30.0, "total": 100.0}
+NAMES_OTHERS_READ = {
+    *("seed", "alpha", "devices", "classes", "model", "rounds", "seconds", "accuracy", "accuracy_global_test", "gate"),
+    *("levels", "tuned_share", "tuned_parameters", "backbone_parameters"),
+    *("bytes_up_per_device_round", "bytes_down_per_device_round", "device_peak_rss_mb"),
+}
+GATE = {"mean_local_weight": 0.5, "gate_entropy": 0.6}
+
+
+def update(device: str, stage: Stage, samples: int, **said: Any) -> Update:
+    return Update(run="run", session="one", round=1, device=device, stage=stage, level=1, samples=samples, **said)
+
+
+def closed(stage: Stage, *updates: Update, index: int = 0, level: int = 1, **said: Any) -> ClosedRound:
+    announced = Round(
+        run="run",
+        session="one",
+        round=1,
+        stage=stage,
+        index=index,
+        of=2,
+        level=level,
+        deadline=0.0,
+        training=Training(epochs=1, learning_rate=0.1),
+        sal=Sal(window=2, epsilon=0.1, step=1, max_level=3),
+    )
+    sizes = {u.device: 1000 * (place + 1) for place, u in enumerate(updates)}
+    defaults: dict[str, Any] = {"seconds": 2.0, "bytes_up": sizes, "missing": (), "repeated": False}
+    return ClosedRound(round=announced, updates={u.device: u for u in updates}, **{**defaults, **said})
+
+
+def trained(index: int, level: int, **said: Any) -> ClosedRound:
+    metrics = {"held_out_global": 0.5}
+    both = (update(name, Stage.GLOBAL, 8, metrics=metrics, bytes_down=4000, peak_rss_mb=90.0) for name in ("a", "b"))
+    return closed(Stage.GLOBAL, *both, index=index, level=level, **said)
+
+
+def personalized(**said: Any) -> ClosedRound:
+    metrics = {"held_out_mofm": 0.75, "held_out_local": 0.5, "held_out_global_prior": 0.5, "local_level": 2.0}
+    both = (update(name, Stage.PERSONAL, 4, metrics=metrics, bytes_down=1000) for name in ("a", "b"))
+    return closed(Stage.PERSONAL, *both, **said)
+
+
+def evaluated(baseline: bool = True) -> ClosedRound:
+    """Device a has 3 test images of class 0 and one of class 1, b has 12 of class 1, c none."""
+    alone = {"local_only": 0.25} if baseline else {}
+    of_a = {"class_means": 0.5, "global": 0.75, "global_prior": 0.75, "local_expert": 1.0, "mofm": 1.0, **alone}
+    of_b = {"class_means": 0.5, "global": 0.25, "global_prior": 0.5, "local_expert": 0.5, "mofm": 0.75, **alone}
+    of_c = dict.fromkeys(of_a, 0.0)
+    return closed(
+        Stage.EVALUATE,
+        update(
+            "a",
+            Stage.EVALUATE,
+            4,
+            metrics={**of_a, "mean_local_weight": 0.8, "gate_entropy": 0.2},
+            counts={"test": [3, 1, 0], "class_means": [2, 0, 0], "global": [3, 0, 0]},
+            peak_rss_mb=120.0,
+        ),
+        update(
+            "b",
+            Stage.EVALUATE,
+            12,
+            metrics={**of_b, **GATE},
+            counts={"test": [0, 12, 0], "class_means": [0, 6, 0], "global": [0, 3, 0]},
+            peak_rss_mb=110.0,
+        ),
+        update("c", Stage.EVALUATE, 0, metrics={**of_c, **GATE}, counts={name: [0, 0, 0] for name in ("test", *of_c)}),
+        seconds=5.0,
+    )
+
+
+def whole_run(baseline: bool = True) -> list[ClosedRound]:
+    start = closed(Stage.STATISTICS, update("a", Stage.STATISTICS, 8), update("b", Stage.STATISTICS, 8), seconds=7.0)
+    alone = [closed(Stage.BASELINE, update("a", Stage.BASELINE, 8), seconds=9.0)] if baseline else []
+    return [start, trained(0, 1), trained(1, 2), personalized(), *alone, evaluated(baseline)]
+
+
+@pytest.fixture
+def folder(vit: Built, tmp_path: Path) -> Path:
+    (tmp_path / "bundle").mkdir()
+    shutil.copy(vit.bundle.root / "manifest.json", tmp_path / "bundle")
+    return tmp_path
+
+
+def record(folder: Path, rounds: list[ClosedRound]) -> None:
+    (folder / "rounds.jsonl").write_text("".join(f"{r.model_dump_json()}\n" for r in rounds))
+
+
+def report_of(built: Built, rounds: list[ClosedRound]) -> dict[str, Any]:
+    return build_report(rounds, built.bundle.manifest, 3, 0.5, SECONDS)
+
+
+def test_the_numbers_are_those_of_the_last_evaluation(vit: Built) -> None:
+    report = report_of(vit, whole_run())
+    assert report.keys() >= NAMES_OTHERS_READ
+    assert (report["seed"], report["alpha"], report["devices"], report["classes"]) == (3, 0.5, 3, 4)
+    assert report["rounds"] == {"stage1": 2, "stage2": 1}
+    assert report["levels"] == [1, 2]
+    assert report["accuracy"]["global"] == {"mean": 0.375, "per_device": {"a": 0.75, "b": 0.25}}
+    assert report["accuracy"]["mofm"] == {"mean": 0.8125, "per_device": {"a": 1.0, "b": 0.75}}
+    assert report["gate"] == {"mean_local_weight": 0.575, "entropy": 0.5}
+
+
+def test_the_global_test_weighs_every_class_alike(vit: Built) -> None:
+    expected = {"class_means": (2 / 3 + 6 / 13) / 2, "global": (3 / 3 + 3 / 13) / 2}
+    assert report_of(vit, whole_run())["accuracy_global_test"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_costs_are_per_device_and_round_of_both_stages(vit: Built) -> None:
+    report = report_of(vit, whole_run())
+    spent = {"export": 30.0, "features": 7.0, "stage1": 4.0, "stage2": 2.0, "baseline": 9.0, "evaluation": 5.0}
+    assert report["seconds"] == {**spent, "total": 100.0}
+    assert report["bytes_up_per_device_round"] == 1500.0
+    assert report["bytes_down_per_device_round"] == 3000.0
+    assert report["device_peak_rss_mb"] == 120.0
+    assert report["device_peak_rss_mb_per_device"] == {"a": 120.0, "b": 110.0, "c": 0.0}
+
+
+def test_without_a_baseline_there_is_no_local_only(vit: Built, folder: Path) -> None:
+    assert "local_only" not in report_of(vit, whole_run(baseline=False))["accuracy"]
+    record(folder, whole_run(baseline=False))
+    write_report(folder, seed=0, alpha=0.5, seconds=SECONDS)
+    assert "local only" not in (folder / "report.html").read_text()
+
+
+def test_a_repeated_round_counts_once_but_took_its_time(vit: Built) -> None:
+    first, *others = whole_run()
+    report = report_of(vit, [first, trained(0, 1, repeated=True, missing=("d",)), *others])
+    assert report["rounds"]["stage1"] == 2
+    assert report["levels"] == [1, 2]
+    assert report["seconds"]["stage1"] == 6.0
+    assert report["devices"] == 4
+
+
+def test_a_model_that_some_devices_lack_is_averaged_over_the_others(vit: Built, folder: Path) -> None:
+    rounds = whole_run()
+    del rounds[-1].updates["b"].metrics["local_only"]
+    assert report_of(vit, rounds)["accuracy"]["local_only"] == {"mean": 0.25, "per_device": {"a": 0.25}}
+    record(folder, rounds)
+    write_report(folder, seed=0, alpha=0.5, seconds=SECONDS)
+
+
+def test_the_same_rounds_give_the_same_bytes(folder: Path) -> None:
+    record(folder, whole_run())
+    written = []
+    for _ in range(2):
+        write_report(folder, seed=0, alpha=0.5, seconds=SECONDS)
+        written.append([(folder / f"report.{kind}").read_bytes() for kind in ("json", "html", "png")])
+    assert written[0] == written[1]
+    assert json.loads(written[0][0])["accuracy"]["mofm"]["mean"] == 0.8125
+
+
+def test_the_page_needs_nothing_else_and_the_picture_has_its_size(folder: Path) -> None:
+    model = folder / "devices" / "a" / "personalized.onnx"
+    model.parent.mkdir(parents=True)
+    model.touch()
+    record(folder, whole_run())
+    write_report(folder, seed=0, alpha=0.5, seconds=SECONDS)
+    page = (folder / "report.html").read_text()
+    assert page.count("<img ") == page.count('src="data:image/svg+xml;base64,') == 4
+    assert 'href="devices/a/personalized.onnx"' in page
+    assert "devices/b/personalized.onnx" not in page
+    assert "<script" not in page
+    assert Image.open(folder / "report.png").size == (1600, 1000)
+
+
+@pytest.mark.parametrize("rounds", [whole_run()[:-1], []])
+def test_a_run_without_evaluation_is_one_clear_error(vit: Built, rounds: list[ClosedRound]) -> None:
+    with pytest.raises(RunError, match="no evaluation"):
+        report_of(vit, rounds)
+
+
+def test_an_unreadable_record_is_one_clear_error(folder: Path) -> None:
+    with pytest.raises(RunError, match="cannot be read"):
+        write_report(folder, seed=0, alpha=0.5, seconds=SECONDS)
+    (folder / "rounds.jsonl").write_text('{"round": 1')
+    with pytest.raises(RunError, match="damaged"):
+        write_report(folder, seed=0, alpha=0.5, seconds=SECONDS)

@@ -1,0 +1,69 @@
+"""SAL: when more blocks are activated."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from protocol.messages import Sal, Trigger
+from protocol.sal import SalState, first_level, observe
+
+RULES = st.builds(
+    Sal,
+    trigger=st.sampled_from(Trigger),
+    window=st.integers(2, 5),
+    epsilon=st.floats(0, 0.5),
+    step=st.integers(1, 4),
+    max_level=st.integers(1, 12),
+)
+
+
+def levels(sal: Sal, accuracies: list[float]) -> list[int]:
+    state, seen = SalState(level=first_level(sal)), []
+    for accuracy in accuracies:
+        state = observe(sal, state, accuracy)
+        seen.append(state.level)
+    return seen
+
+
+@given(RULES, st.lists(st.floats(0, 1), max_size=40))
+def test_levels_grow_by_steps_at_most_once_per_window_and_never_past_the_highest(
+    sal: Sal, accuracies: list[float]
+) -> None:
+    seen = [first_level(sal), *levels(sal, accuracies)]
+    growth = [after - before for before, after in itertools.pairwise(seen)]
+    assert all(
+        step in (0, sal.step) or (step > 0 and after == sal.max_level)
+        for step, after in zip(growth, seen[1:], strict=True)
+    )
+    assert max(seen) <= sal.max_level
+    grown = [-1, *(index for index, step in enumerate(growth) if step)]
+    assert all(later - earlier >= sal.window for earlier, later in itertools.pairwise(grown))
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "level"),
+    [
+        ([0.5, 0.5], 1),  # the queue is not full
+        ([0.5, 0.5, 0.5], 2),  # full, no gain
+        ([0.5, 0.509, 0.4], 2),  # the best gains less than 2 %
+        ([0.5, 0.52, 0.4], 1),  # more than 2 %, though the last is low
+        ([0.5, 0.6, 0.7, 0.7, 0.7], 2),  # it slides until the gain is gone
+        ([0.5] * 5, 2),  # emptied by a growth: two are not enough
+        ([0.5] * 6, 3),
+        ([0.5] * 60, 4),
+    ],
+)
+def test_the_capability_queue_triggers_on_a_plateau(accuracies: list[float], level: int) -> None:
+    sal = Sal(window=3, epsilon=0.02, step=1, max_level=4)
+    assert levels(sal, accuracies)[-1] == level
+
+
+@given(st.lists(st.floats(0, 1), min_size=7, max_size=7))
+def test_a_fixed_schedule_and_all_at_once_do_not_look_at_accuracies(accuracies: list[float]) -> None:
+    fixed = Sal(trigger=Trigger.FIXED_SCHEDULE, window=3, epsilon=0.1, step=2, max_level=9)
+    assert levels(fixed, accuracies) == [1, 1, 3, 3, 3, 5, 5]
+    assert levels(fixed.model_copy(update={"trigger": Trigger.ALL_AT_ONCE}), accuracies) == [9] * 7
