@@ -1,6 +1,7 @@
 """python -m benchmarks.accuracy: whole trials over seeds and α, as one table with means and spread.
 
-Runs `devices.trial` once per α and seed (about five minutes each on two cores) and reads its report.json.
+Runs `devices.trial` once per α and seed (about five minutes each on two cores) and reads its report.json. A trial that
+has finished is not run again, so that an interrupted call can be repeated: remove runs/accuracy-* to start over.
 """
 
 from __future__ import annotations
@@ -52,10 +53,11 @@ def accuracy(
 
 def _trial(alpha: float, seed: int) -> dict[str, Any]:
     name = f"accuracy-{alpha}-{seed}"
+    path = Path("runs") / name / "report.json"
     command = [sys.executable, "-m", "devices.trial", "--name", name, "--alpha", str(alpha), "--seed", str(seed)]
-    if subprocess.run(command, check=False).returncode:
+    if not path.is_file() and subprocess.run(command, check=False).returncode:
         raise RunError(f"the trial {name} failed; its logs are in runs/{name}/logs")
-    report: dict[str, Any] = json.loads((Path("runs") / name / "report.json").read_text())
+    report: dict[str, Any] = json.loads(path.read_text())
     return report
 
 

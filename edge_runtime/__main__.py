@@ -60,7 +60,7 @@ def run(
     node = Device(
         name=name,
         bundle=opened,
-        slices=slices,
+        scanned=slices,
         cache=FeatureCache(store.cache, opened, threads, report),
         engine=StepGraphEngine(opened, threads),
         gate=Gate(opened, threads),

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from edge_runtime.engine import Engine, Floats
 from edge_runtime.features import FeatureCache, HiddenStates, Report
 from edge_runtime.gate import Gate
-from edge_runtime.images import LabelledImage, Slices
+from edge_runtime.images import LabelledImage, Slices, hold_out_look_alikes
 from edge_runtime.mixture import class_mask, log_class_prior
 from edge_runtime.store import DeviceStore
 from edge_runtime.training import predict, predict_log
@@ -26,7 +26,7 @@ Images = tuple[LabelledImage, ...]
 class Device:
     name: str
     bundle: Bundle
-    slices: Slices
+    scanned: Slices
     cache: FeatureCache
     engine: Engine
     gate: Gate
@@ -39,9 +39,14 @@ class Device:
         return self.bundle.manifest.dims.classes
 
     @cached_property
+    def slices(self) -> Slices:
+        images = self.scanned.train + self.scanned.held_out
+        return hold_out_look_alikes(self.scanned, self.cache.pooled(images, level=1))
+
+    @cached_property
     def counts(self) -> NDArray[np.int64]:
         """This device's images per class (C,), the test slice left out."""
-        return self.slices.class_counts(self.classes)
+        return self.scanned.class_counts(self.classes)
 
     @cached_property
     def mask(self) -> Floats:

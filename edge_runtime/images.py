@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +48,28 @@ class Slices:
 
 def labels_of(images: Sequence[LabelledImage]) -> NDArray[np.int64]:
     return np.array([image.label for image in images], np.int64)
+
+
+def hold_out_look_alikes(slices: Slices, features: NDArray[np.float32]) -> Slices:
+    """Deals the training and held-out images anew: what is held out of each class are images that look alike (ours).
+
+    A camera takes many pictures of one scene. Held out at random, each has a twin that was trained on, and looks easier
+    than what the camera will see next. `features` (n, D) are of `slices.train + slices.held_out`; each class gives the
+    image with the least hash and those most similar to it, as many as were held out before.
+    """
+    images = slices.train + slices.held_out
+    directions = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+    chosen: set[int] = set()
+    for label, count in enumerate(np.bincount(labels_of(slices.held_out))):
+        members = sorted((i for i, image in enumerate(images) if image.label == label), key=lambda i: images[i].sha256)
+        if members:
+            similarity = directions[members] @ directions[members[0]]
+            chosen.update(members[i] for i in np.argsort(-similarity, kind="stable")[:count])
+    return replace(
+        slices,
+        train=tuple(image for i, image in enumerate(images) if i not in chosen),
+        held_out=tuple(image for i, image in enumerate(images) if i in chosen),
+    )
 
 
 def image_files(folder: Path) -> list[Path]:

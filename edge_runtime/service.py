@@ -249,7 +249,7 @@ class Service:
                 self._publish(self._topics.update_chunk(self._device.name, round_, index), chunk)
 
     def _announce(self, online: bool = True, error: str = "") -> None:
-        device, slices = self._device, self._device.slices
+        device, slices = self._device, self._device.scanned
         status = DeviceStatus(
             device=device.name,
             online=online,

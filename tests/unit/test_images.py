@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from support import CLASSES, write_photos
 
-from edge_runtime.images import Slices, labels_of, load_pixels, scan
+from edge_runtime.images import Slices, hold_out_look_alikes, labels_of, load_pixels, scan
 from protocol.bundle import Preprocessing
 from protocol.errors import InputError
 
@@ -179,3 +179,18 @@ def test_an_image_is_turned_upright_as_its_orientation_tag_says(tmp_path: Path) 
     image.save(tmp_path / "tagged.png", exif=turned)
     upright, tagged = (load_pixels(tmp_path / name, PREPROCESSING) for name in ("upright.png", "tagged.png"))
     assert np.array_equal(upright, tagged)
+
+
+def test_what_is_held_out_of_a_class_looks_alike_and_is_as_much_as_before(tmp_path: Path) -> None:
+    slices = scan(write_photos(tmp_path, 13), CLASSES)
+    images = slices.train + slices.held_out
+    rng = np.random.default_rng(3)
+    scenes = rng.normal(size=(2, 8))
+    scene_of = {image: index % 2 for index, image in enumerate(sorted(images, key=lambda i: i.sha256))}
+    features = np.array([scenes[scene_of[i]] + rng.normal(size=8) * 0.01 for i in images], np.float32)
+    dealt = hold_out_look_alikes(slices, features)
+    assert {*dealt.train, *dealt.held_out} == set(images)
+    for label in range(len(CLASSES)):
+        held_out = [image for image in dealt.held_out if image.label == label]
+        assert len(held_out) == sum(image.label == label for image in slices.held_out) == 2
+        assert len({scene_of[image] for image in held_out}) == 1
