@@ -10,7 +10,7 @@ from protocol.bundle import Bundle
 from protocol.layout import Vector
 
 # Ours, chosen on held-out images: slices are small, and a gate that is trained longer collapses onto one expert.
-STEPS = 2
+STEPS = 5
 LEARNING_RATE = 1e-3
 WEIGHT_DECAY = 0.1
 LEAST_LOG_P = -30.0
