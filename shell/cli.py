@@ -12,7 +12,7 @@ from rich.console import Console
 
 from protocol.errors import FedFMSLError
 
-console = Console()
+console = Console(soft_wrap=True)  # a log line stays one line, however narrow the terminal
 
 
 class _Application(typer.Typer):
