@@ -38,8 +38,8 @@ def trial(
         False, "--classes-from-folders", help="Every subfolder of --images is a class (the default; see --classes)."
     ),
     classes: str | None = typer.Option(None, help="Only these classes of --images, separated by commas."),
-    model: str = typer.Option("dinov2-s14", help="As for export.build."),
-    weights: str | None = typer.Option(None, help="As for export.build. Default: DINOv2 ViT-S/14, fetched once."),
+    model: str | None = typer.Option(None, help="As for export.build. Default: DINOv2 ViT-S/14, fetched once."),
+    weights: str | None = typer.Option(None, help="As for export.build; goes with --model."),
     image_size: int | None = typer.Option(None, help="Pixels per side. Default: 140, or --model's own."),
     levels: int = typer.Option(3, min=1, help="Highest SAL level."),
     devices: int = typer.Option(6, min=1),
@@ -56,11 +56,13 @@ def trial(
         raise ConfigError("--classes and --classes-from-folders exclude each other")
     if (classes or classes_from_folders) and images is None:
         raise ConfigError("--classes and --classes-from-folders go with --images")
+    if weights and model is None:
+        raise ConfigError("--weights goes with --model")
     folder = Path("runs") / check_name("run", name)
     photos = images or unpack_groceries(fetch(PHOTOS), ASSETS / "groceries")
     train, test = find_photos(photos, classes.split(",") if classes else None)
-    if images is None and model == "dinov2-s14" and weights is None:
-        weights, image_size = str(_dinov2()), image_size or 140
+    if model is None:
+        model, weights, image_size = "dinov2-s14", str(_dinov2()), image_size or 140
     _clear(folder)
     roots = write_fleet(train, test, folder / "photos", devices, alpha, seed)
     console.print(f"photos     {sum(map(len, train.values()))} to train on, {sum(map(len, test.values()))} to test on")
