@@ -14,7 +14,7 @@ from edge_runtime.gate import Gate
 from edge_runtime.images import LabelledImage, Slices, hold_out_look_alikes
 from edge_runtime.mixture import class_mask, log_class_prior
 from edge_runtime.store import DeviceStore
-from edge_runtime.training import predict, predict_log
+from edge_runtime.training import predict_log
 from protocol.bundle import Bundle
 from protocol.layout import Vector
 from protocol.messages import Sal
@@ -76,15 +76,8 @@ class Device:
         """States below the suffix of `level`, with the LoRA of `expert` in the active blocks further down."""
         return self.cache.lifted(images, self.level_of(expert), level, expert)
 
-    def logits(self, images: Images, expert: Vector) -> Floats:
-        """Class logits (n, C) of an expert at its own level, all of whose lower blocks are frozen."""
-        level = self.level_of(expert)
-        self.engine.load(level)
-        self.engine.set(expert)
-        return predict(self.engine, self.cache.frozen(images, level), self.classes)
-
     def log_p(self, images: Images, expert: Vector, bias: Floats) -> Floats:
-        """Class log-probabilities (n, C) of such an expert's logits + bias."""
+        """Class log-probabilities (n, C) of logits + bias of an expert at its own level, nothing trained below it."""
         level = self.level_of(expert)
         self.engine.load(level)
         self.engine.set(expert)

@@ -67,12 +67,7 @@ def train(
     return loss
 
 
-def predict(engine: Engine, hidden: HiddenStates, classes: int) -> Floats:
-    """Class logits (n, C)."""
-    logits = [engine.predict(batch) for batch in hidden.batches()]
-    return np.concatenate(logits) if logits else np.empty((0, classes), np.float32)
-
-
 def predict_log(engine: Engine, hidden: HiddenStates, bias: Floats) -> Floats:
     """Class log-probabilities (n, C) of the softmax of logits + bias (C,)."""
-    return log_softmax(predict(engine, hidden, len(bias)) + bias)
+    logits = [engine.predict(batch) for batch in hidden.batches()]
+    return log_softmax(np.concatenate(logits) + bias) if logits else np.empty((0, len(bias)), np.float32)
