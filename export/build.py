@@ -19,7 +19,7 @@ from export.graphs import GraphWriter, expert_layout, gate_layout
 from export.parity import check_parity
 from export.reference import initial_expert
 from export.transformer import Transformer
-from export.weights import Backbone, load_backbone
+from export.weights import RANDOM, Backbone, load_backbone
 from protocol.bundle import (
     MANIFEST,
     Bundle,
@@ -104,12 +104,12 @@ def build_bundle(
     if out.exists() and not (out / MANIFEST).exists() and any(out.iterdir()):
         raise ConfigError(f"--out {out} exists and is not a bundle; choose another folder")
     steps = 1 + 4 * levels + 2 + 2
-    preprocessing = Preprocessing(size=size, mean=family.mean, std=family.std)
+    preprocessing = Preprocessing(size=size, mean=source.mean, std=source.std)
     layout = expert_layout(family, geometry, lora.rank, len(classes))
     gate = gate_layout(geometry.feature)
     peft = PeftSpec(
-        base=source.base,
-        revision=source.revision,
+        base=source.origin.base if source.origin else RANDOM,
+        revision=source.origin.commit if source.origin else None,
         prefix=family.backbone,
         layers_pattern=family.layers_pattern,
         head_width=geometry.feature,

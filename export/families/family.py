@@ -24,6 +24,7 @@ RGB = tuple[float, float, float]
 HALF: RGB = (0.5, 0.5, 0.5)
 IMAGENET_MEAN: RGB = (0.485, 0.456, 0.406)
 IMAGENET_STD: RGB = (0.229, 0.224, 0.225)
+ACTIVATIONS = ("gelu", "quick_gelu")
 LORA_TARGETS = ("query", "value")  # canonical names of the projections that carry LoRA
 
 
@@ -45,6 +46,8 @@ class Family:
     mean: RGB = HALF
     std: RGB = HALF
     classifier_width: int = 1  # of the reference, in multiples of the feature's width
+    witness: Callable[[Any], Any] | None = None  # reference → what optimum exports, if that is not its backbone
+    text_tower: type[Any] | None = None  # class of `text_embeds` in the feature's space and of their `logit_scale`
 
     def projection(self, block: int, target: str) -> str:
         """Name, within the backbone, of a block's projection that carries LoRA."""
@@ -98,8 +101,9 @@ def patches(config: Any, size: int) -> int:
 def vision_geometry(config: Any, size: int) -> Geometry:
     """Of a pre-norm vision transformer with one class token. Raises ConfigError for an image size or an activation that
     its graphs do not cover."""
-    if config.hidden_act != "gelu":
-        raise ConfigError(f"{config.model_type} with activation {config.hidden_act!r} is not supported, only 'gelu'")
+    if config.hidden_act not in ACTIVATIONS:
+        known = " and ".join(ACTIVATIONS)
+        raise ConfigError(f"{config.model_type} with activation {config.hidden_act!r} is not supported, only {known}")
     return Geometry(
         tokens=patches(config, size) + 1,
         hidden=config.hidden_size,
@@ -107,6 +111,7 @@ def vision_geometry(config: Any, size: int) -> Geometry:
         blocks=config.num_hidden_layers,
         heads=config.num_attention_heads,
         epsilon=config.layer_norm_eps,
+        activation=config.hidden_act,
         patch=config.patch_size,
     )
 

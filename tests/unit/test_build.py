@@ -63,8 +63,11 @@ def test_the_bundle_holds_every_file_its_docstring_names_and_only_standard_opera
 def test_the_manifest_counts_backbone_and_trainables(built: Built) -> None:
     manifest = built.bundle.manifest
     lora = LAYERS * 2 * 2 * RANK * 32
-    assert manifest.backbone_parameters == sum(p.numel() for p in built.source.backbone.parameters())
-    assert manifest.tuned_parameters == built.bundle.initial()[0].size == 32 * 4 + 4 + lora
+    model, head = built.source.model, manifest.dims.feature * 4 + 4
+    assert manifest.backbone_parameters == sum(
+        p.numel() for p in (set(model.parameters()) - set(model.classifier.parameters()))
+    )
+    assert manifest.tuned_parameters == built.bundle.initial()[0].size == head + lora
     assert manifest.tuned_share == manifest.tuned_parameters / manifest.backbone_parameters
 
 
