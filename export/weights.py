@@ -124,8 +124,8 @@ def load_backbone(
     )
 
 
-def load_pretrained(kind: type[Any], origin: Origin, config: Any, optional: str = "classifier.") -> Any:
-    """A model of class `kind` in fp32; only parameters whose names begin with `optional` may be drawn anew.
+def load_pretrained(kind: type[Any], origin: Origin, config: Any) -> Any:
+    """A model of class `kind` in fp32, of which only a classifier may be missing in the weights.
 
     Raises WeightsError if there are no safetensors, or not all that are needed in the shapes of `config`.
     """
@@ -142,11 +142,10 @@ def load_pretrained(kind: type[Any], origin: Origin, config: Any, optional: str 
     except (OSError, ValueError, SafetensorError) as error:
         raise origin.error(error) from error
     absent = [*info["missing_keys"], *info["mismatched_keys"]]
-    missing = [key for key in absent if not key.startswith(optional)]
+    missing = [key for key in absent if not key.startswith("classifier.")]
     if missing:
         raise WeightsError(
-            f"{origin.source} lacks weights of the backbone in the shapes of its config, first {missing[0]!r}; "
-            "is the copy complete?"
+            f"{origin.source} lacks weights in the shapes of its config, first {missing[0]!r}; is the copy complete?"
         )
     return loaded
 

@@ -47,7 +47,7 @@ class Family:
     std: RGB = HALF
     classifier_width: int = 1  # of the reference, in multiples of the feature's width
     witness: Callable[[Any], Any] | None = None  # reference → what optimum exports, if that is not its backbone
-    text_tower: type[Any] | None = None  # class of `text_embeds` in the feature's space and of their `logit_scale`
+    text_tower: type[Any] | None = None  # class with `text_embeds` in the feature's space, and `logit_scale`
 
     def projection(self, block: int, target: str) -> str:
         """Name, within the backbone, of a block's projection that carries LoRA."""
