@@ -41,7 +41,9 @@ def peft_model(source: Backbone, lora: LoraSpec, level: int, seed: int) -> Itera
 def initial_expert(source: Backbone, lora: LoraSpec, peft: PeftSpec, layout: Layout, level: int, seed: int) -> Vector:
     """PEFT's own start (A Kaiming, B zero) with a zero head, as a flat vector (P,)."""
     with peft_model(source, lora, level, seed) as model:
-        state = {key: tensor.numpy() for key, tensor in get_peft_model_state_dict(model).items()}
+        # not "auto", for which PEFT would ask the hub whether the vocabulary is the base's
+        found = get_peft_model_state_dict(model, save_embedding_layers=False)
+        state = {key: tensor.numpy() for key, tensor in found.items()}
     tensors = from_peft(peft, state)
     for name in ("classifier.weight", "classifier.bias"):
         tensors[name] = np.zeros_like(tensors[name])

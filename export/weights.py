@@ -137,6 +137,8 @@ def load_pretrained(kind: type[Any], origin: Origin, config: Any) -> Any:
             output_loading_info=True,
             use_safetensors=True,
             torch_dtype=torch.float32,
+            # it looks for an adapter beside the weights, and at "main" if not told
+            adapter_kwargs={"revision": origin.options["revision"]},
             **origin.options,
         )
     except (OSError, ValueError, SafetensorError) as error:

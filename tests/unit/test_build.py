@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -30,12 +31,6 @@ from protocol.bundle import Bundle
 from protocol.errors import BundleError, ConfigError, InputError, WeightsError
 
 ROOT = Path(__file__).parents[2]
-
-
-def cli(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "export.build", *arguments], capture_output=True, text=True, check=False
-    )
 
 
 def test_two_builds_are_the_same_byte_for_byte(vit: Built, vit_folder: Path, tmp_path: Path) -> None:
@@ -197,6 +192,31 @@ def test_an_incomplete_weights_folder_is_one_clear_error(vit_folder: Path, tmp_p
 
 
 @pytest.mark.parametrize(
+    ("processor", "mean", "std"),
+    [
+        ({"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)),
+        ({"do_normalize": False, "image_mean": [0.1, 0.2, 0.3]}, (0, 0, 0), (1, 1, 1)),
+        ({}, VIT.mean, VIT.std),
+    ],
+)
+def test_images_are_normalised_as_the_weights_own_processor_does(
+    vit_folder: Path, tmp_path: Path, processor: dict[str, Any], mean: tuple[float, ...], std: tuple[float, ...]
+) -> None:
+    folder = shutil.copytree(vit_folder, tmp_path / "copy")
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    preprocessing = build(folder, tmp_path / "bundle", levels=1).bundle.manifest.preprocessing
+    assert (preprocessing.mean, preprocessing.std) == (mean, std)
+
+
+@pytest.mark.parametrize("text", ["{", '{"image_mean": 0.5}', '{"image_std": ["a", "b", "c"]}'])
+def test_a_processor_that_makes_no_sense_is_one_clear_error(vit_folder: Path, tmp_path: Path, text: str) -> None:
+    folder = shutil.copytree(vit_folder, tmp_path / "copy")
+    (folder / "preprocessor_config.json").write_text(text)
+    with pytest.raises(WeightsError, match=re.escape(str(folder))):
+        load_backbone(str(folder), None, 4, None, None, 0)
+
+
+@pytest.mark.parametrize(
     ("size", "levels", "message"),
     [
         (IMAGE_SIZE + 1, None, "not a multiple of the patch size"),
@@ -219,11 +239,3 @@ def test_a_folder_that_is_no_bundle_is_never_overwritten(vit_folder: Path, tmp_p
     with pytest.raises(ConfigError, match="is not a bundle"):
         list(build_bundle(source, CLASSES, 1, source.family.lora(RANK), tmp_path, 0))
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
-
-
-def test_the_command_without_a_connection_says_what_to_do_in_one_line() -> None:
-    result = cli("--model", "vit-b16", "--classes", "4")
-    assert result.returncode == WeightsError.exit_code
-    (line,) = result.stderr.strip().splitlines()
-    assert line.startswith("error: cannot fetch google/vit-base-patch16-224-in21k")
-    assert "--weights FOLDER" in line
