@@ -58,21 +58,33 @@ class Transformer:
 
     def block(self, tape: Tape, x: Var, index: int, lora: Lora, class_token_only: bool = False) -> Var:
         """Block `index` on (B·N, D). With `class_token_only` the result is (B, D): exact for the last block, of which
-        only the class token goes on; keys and values are still needed of every token."""
+        only the class token goes on."""
         g, key = self.geometry, f"blocks.{index}"
         normal = tape.layer_norm(x, f"{key}.norm1", g.epsilon)
-        asking = normal
         if class_token_only:
-            asking = tape.class_token(normal, g.tokens, g.hidden)
             x = tape.class_token(x, g.tokens, g.hidden)
-        q = self._project(tape, asking, f"{key}.query", lora.get("query"))
-        k = self._project(tape, normal, f"{key}.key", lora.get("key"))
-        v = self._project(tape, normal, f"{key}.value", lora.get("value"))
-        queries = 1 if class_token_only else g.tokens
-        mixed = tape.attention(q, k, v, g.heads, queries, g.tokens, g.hidden)
+            mixed = self._class_token_attention(tape, normal, key, lora)
+        else:
+            q = self._project(tape, normal, f"{key}.query", lora.get("query"))
+            k = tape.linear(normal, f"{key}.key")
+            v = self._project(tape, normal, f"{key}.value", lora.get("value"))
+            mixed = tape.attention(q, k, v, g.heads, g.tokens, g.hidden)
         x = self._residual(tape, x, tape.linear(mixed, f"{key}.output"), f"{key}.scale1")
         inner = tape.gelu(tape.linear(tape.layer_norm(x, f"{key}.norm2", g.epsilon), f"{key}.up"))
         return self._residual(tape, x, tape.linear(inner, f"{key}.down"), f"{key}.scale2")
+
+    def _class_token_attention(self, tape: Tape, normal: Var, key: str, lora: Lora) -> Var:
+        """The class token's attention (B, D) over `normal` (B·N, D), without a key or a value of any token (ours).
+
+        q·(W x) = (Wᵀ q)·x, so each head's query goes through the key weights instead of every token; the key's bias
+        only shifts a softmax. And a sum of values is the value of the sum, so tokens are summed first.
+        """
+        g = self.geometry
+        q = self._project(tape, tape.class_token(normal, g.tokens, g.hidden), f"{key}.query", lora.get("query"))
+        asked = tape.linear_transposed(tape.spread_heads(q, g.heads, g.hidden), f"{key}.key")
+        pooled = tape.pool(asked, normal, g.heads, g.tokens, g.hidden)
+        v = self._project(tape, pooled, f"{key}.value", lora.get("value"))
+        return tape.join_heads(v, g.heads, g.hidden)
 
     def suffix(self, tape: Tape, hidden: Var, first: int, lora: Mapping[int, Lora]) -> Var:
         """Blocks `first` … L-1 and the final norm: (B·N, D) → the class token's feature (B, D)."""
