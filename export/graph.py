@@ -20,6 +20,7 @@ OPSET = 20
 IR_VERSION = 10  # the newest that ONNX Runtime 1.19 reads
 ALIGNMENT = 4096  # a page, so that a memory map needs no copy
 WEIGHTS_FILE = "backbone.weights"
+INLINE_BYTES = 4096
 
 Array = NDArray[Any]
 Dim = int | str
@@ -89,10 +90,14 @@ class Graph:
         return key in self._weights
 
     def const(self, value: Any, dtype: type[np.generic] = np.float32) -> str:
-        """A small constant, stored in the graph itself; equal ones share a name."""
+        """A constant, stored in the graph itself if it is small; equal ones share a name."""
         array = np.asarray(value, dtype)
         name = f"const.{array.dtype}.{hashlib.sha256(array.tobytes() + str(array.shape).encode()).hexdigest()[:12]}"
-        self._initializers.setdefault(name, numpy_helper.from_array(array, name))
+        if name not in self._initializers:
+            inline = array.nbytes <= INLINE_BYTES
+            self._initializers[name] = (
+                numpy_helper.from_array(array, name) if inline else self._weight_file.tensor(name, array)
+            )
         return name
 
     def ints(self, *values: int) -> str:
