@@ -18,6 +18,7 @@ import typer
 from rich.progress import Progress
 
 from benchmarks.contestants import Setting
+from protocol.bundle import Bundle
 from protocol.errors import RunError
 from shell.cli import application, console
 
@@ -74,7 +75,7 @@ def compare(
     settings = [Setting(folder, model, weights, batch, threads, seed) for folder in folders]
     workers = [Worker(name, settings[0]) for name in (PRODUCT, REFERENCE, *(f"torch-suffix-{k}" for k in wanted))]
     for setting in settings:
-        label = "fp32"
+        label = Bundle(setting.bundle).manifest.precision
         workers += [Worker(f"step-graph-{label}-{k}", setting) for k in wanted]
     visits: dict[str, list[dict[str, float]]] = {worker.name: [] for worker in workers}
     with Progress(console=console, transient=True) as progress:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from export.frozen import Frozen
 from export.graph import Graph
 
 
@@ -28,8 +29,9 @@ class Var:
 
 
 class Tape:
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, frozen: Frozen) -> None:
         self.graph = graph
+        self._frozen = frozen
         self._backward: list[tuple[Var, Callable[[str], None]]] = []
         self._gradients: dict[str, str] = {}
 
@@ -70,21 +72,19 @@ class Tape:
 
     def linear(self, x: Var, key: str) -> Var:
         """x (·, I) through the frozen `key.weight` (I, O) and `key.bias` (O,)."""
-        op, weight = self.graph.op, self.graph.frozen(f"{key}.weight")
 
         def backward(g: str) -> None:
-            self._accumulate(x, lambda: op("Gemm", g, weight, transB=1))
+            self._accumulate(x, lambda: self._frozen.transposed(g, key))
 
-        return self._record(op("Gemm", x.name, weight, self.graph.frozen(f"{key}.bias")), [x], backward)
+        return self._record(self._frozen.linear(x.name, key), [x], backward)
 
     def linear_transposed(self, x: Var, key: str) -> Var:
         """x (·, O) through the transpose of the frozen `key.weight` (I, O), without a bias."""
-        op, weight = self.graph.op, self.graph.frozen(f"{key}.weight")
 
         def backward(g: str) -> None:
-            self._accumulate(x, lambda: op("Gemm", g, weight))
+            self._accumulate(x, lambda: self._frozen.product(g, key))
 
-        return self._record(op("Gemm", x.name, weight, transB=1), [x], backward)
+        return self._record(self._frozen.transposed(x.name, key), [x], backward)
 
     def project(self, x: Var, weight: Var, plus: Var, factor: float = 1.0) -> Var:
         """factor · x Wᵀ + plus, with a trainable weight (O, I); `plus` is (·, O), or a trainable bias (O,)."""

@@ -28,6 +28,7 @@ from protocol.bundle import (
     LoraSpec,
     Manifest,
     PeftSpec,
+    Precision,
     Preprocessing,
     file_sha256,
 )
@@ -49,6 +50,7 @@ def build(
     levels: int | None = typer.Option(None, min=1, help="Highest SAL level to export. Default: every block."),
     image_size: int | None = typer.Option(None, help="Pixels per side. Default: the model's own."),
     rank: int = typer.Option(4, min=1, help="LoRA rank r; alpha is 2r."),
+    precision: Precision = typer.Option("fp32", help="Of the frozen weights; int8 is faster and takes less memory."),
     revision: str | None = typer.Option(None, help="Pin the hub revision (a commit)."),
     out: Path | None = typer.Option(None, help="Folder to write. Default: bundles/MODEL."),
     seed: int = typer.Option(0, help="Of the LoRA start, and of random weights."),
@@ -60,7 +62,7 @@ def build(
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("backbone (optimum)", total=None)
         for done, total, what in build_bundle(
-            source, names, levels, LoraSpec(rank=rank, alpha=2 * rank, targets=LORA_TARGETS), out, seed
+            source, names, levels, LoraSpec(rank=rank, alpha=2 * rank, targets=LORA_TARGETS), out, seed, precision
         ):
             progress.update(task, completed=done, total=total, description=what)
     bundle = Bundle(out)
@@ -92,7 +94,13 @@ def class_names(classes: str, folder: Path | None) -> tuple[str, ...]:
 
 
 def build_bundle(
-    source: Backbone, classes: tuple[str, ...], levels: int | None, lora: LoraSpec, out: Path, seed: int
+    source: Backbone,
+    classes: tuple[str, ...],
+    levels: int | None,
+    lora: LoraSpec,
+    out: Path,
+    seed: int,
+    precision: Precision = "fp32",
 ) -> Iterator[tuple[int, int, str]]:
     """Writes the bundle at `out`, replacing one that is there; yields (steps done, steps, what is being done).
 
@@ -134,10 +142,12 @@ def build_bundle(
                 gate=gate,
                 classes=len(classes),
                 levels=levels,
+                precision=precision,
             )
             for done, name in enumerate(writer.write_all(), start=1):
                 yield done, steps, name
-            write_backbone_onnx(source, root / "backbone.onnx", weight_file)
+            if precision == "fp32":  # it is the backbone's own, with weights that an int8 bundle does not have
+                write_backbone_onnx(source, root / "backbone.onnx", weight_file)
         expert = initial_expert(source, lora, peft, layout, geometry.blocks, seed)[: layout.size(levels)]
         save_file({"expert": expert, "gate": initial_gate(gate, seed)}, root / "init.safetensors")
         files = {
@@ -146,6 +156,7 @@ def build_bundle(
         manifest = Manifest(
             model=source.name,
             family=family.model_type,
+            precision=precision,
             preprocessing=preprocessing,
             dims=Dims(tokens=geometry.tokens, hidden=geometry.hidden, blocks=geometry.blocks, classes=len(classes)),
             lora=lora,

@@ -82,9 +82,16 @@ class Graph:
 
     def frozen(self, key: str) -> str:
         """A frozen weight of the backbone."""
-        if key not in self._initializers:
-            self._initializers[key] = self._weight_file.tensor(key, self._weights[key])
-        return key
+        return self.stored(key, self._weights[key])
+
+    def stored(self, name: str, array: Array) -> str:
+        """A constant in the weight file."""
+        if name not in self._initializers:
+            self._initializers[name] = self._weight_file.tensor(name, array)
+        return name
+
+    def weight(self, key: str) -> Array:
+        return self._weights[key]
 
     def has(self, key: str) -> bool:
         return key in self._weights
