@@ -19,6 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 OPSET = 20
 RUNTIME_DOMAIN = "com.microsoft"
+VERSIONS = {"": OPSET, RUNTIME_DOMAIN: 1}
 IR_VERSION = 10  # the newest that ONNX Runtime 1.19 reads
 ALIGNMENT = 4096  # a page, so that a memory map needs no copy
 WEIGHTS_FILE = "backbone.weights"
@@ -125,9 +126,10 @@ class Graph:
         graph = helper.make_graph(
             self._nodes, self._name, self._inputs, self._outputs, list(self._initializers.values())
         )
+        domains = sorted({node.domain for node in self._nodes})
         return helper.make_model(
             graph,
-            opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(RUNTIME_DOMAIN, 1)],
+            opset_imports=[helper.make_opsetid(domain, VERSIONS[domain]) for domain in domains],
             ir_version=IR_VERSION,
             producer_name="fedfmsl-edge",
         )
