@@ -29,6 +29,7 @@ from protocol.bundle import (
     LoraSpec,
     Manifest,
     PeftSpec,
+    Precision,
     Preprocessing,
     ZeroShot,
     file_sha256,
@@ -51,6 +52,7 @@ def build(
     levels: int | None = typer.Option(None, min=1, help="Highest SAL level to export. Default: every block."),
     image_size: int | None = typer.Option(None, help="Pixels per side. Default: the model's own."),
     rank: int = typer.Option(4, min=1, help="LoRA rank r; alpha is 2r."),
+    precision: Precision = typer.Option("fp32", help="Of the frozen weights; int8 is faster and takes less memory."),
     prompt: list[str] | None = typer.Option(
         None, help="Template of CLIP's prompts, '{}' for the class name; may be repeated. Default: a few of ours."
     ),
@@ -65,7 +67,9 @@ def build(
     columns = (TextColumn("{task.description:<28}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("backbone (optimum)", total=None)
-        for done, total, what in build_bundle(source, names, levels, source.family.lora(rank), out, seed, zero_shot):
+        for done, total, what in build_bundle(
+            source, names, levels, source.family.lora(rank), out, seed, precision, zero_shot
+        ):
             progress.update(task, completed=done, total=total, description=what)
     bundle = Bundle(out)
     report(bundle)
@@ -118,6 +122,7 @@ def build_bundle(
     lora: LoraSpec,
     out: Path,
     seed: int,
+    precision: Precision = "fp32",
     zero_shot: ZeroShot | None = None,
 ) -> Iterator[tuple[int, int, str]]:
     """Writes the bundle at `out`, replacing one that is there; yields (steps done, steps, what is being done).
@@ -161,10 +166,12 @@ def build_bundle(
                 gate=gate,
                 classes=len(classes),
                 levels=levels,
+                precision=precision,
             )
             for done, name in enumerate(writer.write_all(), start=1):
                 yield done, steps, name
-            write_backbone_onnx(source, root / "backbone.onnx", weight_file)
+            if precision == "fp32":  # it is the backbone's own, with weights that an int8 bundle does not have
+                write_backbone_onnx(source, root / "backbone.onnx", weight_file)
         expert = initial_expert(source, lora, peft, layout, geometry.blocks, seed)[: layout.size(levels)]
         initial = {"expert": expert, "gate": initial_gate(gate, seed)}
         if zero_shot:
@@ -176,6 +183,7 @@ def build_bundle(
         manifest = Manifest(
             model=source.name,
             family=family.model_type,
+            precision=precision,
             preprocessing=preprocessing,
             dims=Dims(
                 tokens=geometry.tokens,

@@ -30,6 +30,7 @@ from protocol.errors import BundleError
 from protocol.layout import Layout, Slot, Vector
 
 MANIFEST = "manifest.json"
+Precision = Literal["fp32", "int8"]  # of the frozen projections
 
 
 class _Frozen(BaseModel):
@@ -83,6 +84,7 @@ class Manifest(_Frozen):
     schema_version: Literal[1] = 1
     model: str
     family: str
+    precision: Precision
     preprocessing: Preprocessing
     dims: Dims
     lora: LoraSpec
