@@ -8,6 +8,8 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from transformers import AutoModel, BertConfig, BertModel, ViTConfig
 from export import parity
 from export.build import build_bundle, class_names
 from export.families import MODELS
+from export.families.family import Family
 from export.families.vit import VIT
 from export.graph import OPSET
 from export.graphs import expert_layout
@@ -134,6 +137,65 @@ def test_the_parity_check_catches_a_graph_that_is_slightly_wrong(
     weights.write_bytes(raw.tobytes())
     with pytest.raises(BundleError, match="differ from torch"):
         check_parity(Bundle(tmp_path / "bundle"), vit.source, LAYERS, seed=1)
+
+
+def without(name: str) -> Callable[[Family], Family]:
+    """A family that forgets a canonical weight outside the blocks."""
+
+    def change(family: Family) -> Family:
+        def outer(model: Any, size: int) -> dict[str, Any]:
+            return {key: array for key, array in family.outer(model, size).items() if key != f"{name}.weight"}
+
+        return replace(family, outer=outer)
+
+    return change
+
+
+def of_keys(**keys: str | None) -> Callable[[Family], Family]:
+    """A family that takes some weights of a block for others, or leaves them out."""
+
+    def change(family: Family) -> Family:
+        wanted = {**family.block_keys, **keys}
+        return replace(family, block_keys={name: key for name, key in wanted.items() if key is not None})
+
+    return change
+
+
+def of_geometry(**fields: Any) -> Callable[[Family], Family]:
+    return lambda family: replace(family, geometry=lambda *given: replace(family.geometry(*given), **fields))
+
+
+def forget_the_distillation_token(family: Family) -> Family:
+    def outer(model: Any, size: int) -> dict[str, Any]:
+        weights = family.outer(model, size)
+        weights["position"][:, 1] = weights["position"][:, 2]
+        return weights
+
+    return replace(family, outer=outer)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        pytest.param("vit", of_keys(norm1="layernorm_after", norm2="layernorm_before"), id="norms swapped"),
+        pytest.param("vit", of_keys(query="attention.attention.key"), id="key for query"),
+        pytest.param("vit", of_geometry(epsilon=1e-3), id="epsilon"),
+        pytest.param("vit", of_geometry(norm="post"), id="norm after"),
+        pytest.param("deit", forget_the_distillation_token, id="a special token"),
+        pytest.param("dinov2", of_keys(scale2=None), id="no layer scale"),
+        pytest.param("clip", of_geometry(activation="gelu"), id="activation"),
+        pytest.param("clip", without("embed_norm"), id="no norm after the embeddings"),
+        pytest.param("clip", without("norm"), id="no last norm"),
+    ],
+)
+def test_a_family_that_is_wrong_does_not_get_past_the_build(
+    request: pytest.FixtureRequest, tmp_path: Path, name: str, wrong: Callable[[Family], Family]
+) -> None:
+    right: Built = request.getfixturevalue(name)
+    source = replace(right.source, family=wrong(right.source.family))
+    with pytest.raises(BundleError, match="this family is not supported"):
+        list(build_bundle(source, CLASSES, 1, source.family.lora(RANK), tmp_path / "out", 0))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
