@@ -25,10 +25,10 @@ from protocol.bundle import (
     Bundle,
     Dims,
     FileEntry,
+    ImagePreprocessing,
     LoraSpec,
     Manifest,
     PeftSpec,
-    Preprocessing,
     file_sha256,
 )
 from protocol.errors import ConfigError, InputError
@@ -106,7 +106,7 @@ def build_bundle(
     if out.exists() and not (out / MANIFEST).exists() and any(out.iterdir()):
         raise ConfigError(f"--out {out} exists and is not a bundle; choose another folder")
     steps = 1 + 4 * levels + 2 + 2
-    preprocessing = Preprocessing(size=size, mean=family.mean, std=family.std)
+    preprocessing = ImagePreprocessing(size=size, mean=family.mean, std=family.std)
     layout = expert_layout(family, geometry.blocks, geometry.hidden, lora.rank, len(classes))
     gate = gate_layout(geometry.hidden)
     peft = PeftSpec(

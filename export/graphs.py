@@ -15,7 +15,7 @@ from export.autodiff import Tape, Var
 from export.families import Family
 from export.graph import Array, Graph, WeightFile
 from export.transformer import Lora, Transformer
-from protocol.bundle import Preprocessing
+from protocol.bundle import ImagePreprocessing
 from protocol.layout import HEAD, Layout
 
 GATE_WIDTH = 16
@@ -56,7 +56,7 @@ class GraphWriter:
     transformer: Transformer
     weights: Mapping[str, Array]
     weight_file: WeightFile
-    preprocessing: Preprocessing
+    preprocessing: ImagePreprocessing
     experts: Layout
     gate: Layout
     classes: int

@@ -10,7 +10,7 @@ import torch
 
 from export.reference import loss_and_gradient, normalised
 from export.weights import Backbone
-from protocol.bundle import Bundle
+from protocol.bundle import Bundle, ImagePreprocessing
 from protocol.errors import BundleError
 from protocol.layout import Vector
 
@@ -32,6 +32,7 @@ def check_parity(bundle: Bundle, source: Backbone, level: int, seed: int) -> Par
     """Raises BundleError if loss, gradient or logits at `level` differ from torch + PEFT by more than TOLERANCE."""
     manifest = bundle.manifest
     rng = np.random.default_rng(seed)
+    assert isinstance(manifest.preprocessing, ImagePreprocessing)
     size = manifest.preprocessing.size
     pixels = rng.integers(0, 256, (BATCH, size, size, 3), dtype=np.uint8)
     labels = rng.integers(0, manifest.dims.classes, BATCH)

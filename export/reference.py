@@ -14,7 +14,7 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from export.graph import Array
 from export.graphs import LORA_TARGETS
 from export.weights import Backbone
-from protocol.bundle import LoraSpec, PeftSpec, Preprocessing
+from protocol.bundle import ImagePreprocessing, LoraSpec, PeftSpec
 from protocol.layout import Layout, Vector
 from protocol.peft_names import from_peft, to_peft
 
@@ -74,7 +74,7 @@ def loss_and_gradient(
     return float(loss.detach()), layout.join(from_peft(peft, gradients)), logits.detach().numpy()
 
 
-def normalised(pixels: Array, preprocessing: Preprocessing) -> torch.Tensor:
+def normalised(pixels: Array, preprocessing: ImagePreprocessing) -> torch.Tensor:
     """uint8 RGB (B, S, S, 3) → what transformers calls pixel_values, (B, 3, S, S)."""
     scaled = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (preprocessing.mean, preprocessing.std))

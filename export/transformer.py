@@ -19,7 +19,7 @@ import numpy as np
 
 from export.autodiff import Tape, Var
 from export.graph import Graph
-from protocol.bundle import Preprocessing
+from protocol.bundle import ImagePreprocessing
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Transformer:
     geometry: Geometry
     lora_factor: float  # alpha / r
 
-    def embed(self, graph: Graph, pixels: str, preprocessing: Preprocessing) -> Var:
+    def embed(self, graph: Graph, pixels: str, preprocessing: ImagePreprocessing) -> Var:
         """uint8 RGB pixels (B, S, S, 3) → embedded tokens (B·N, D)."""
         g = self.geometry
         mean, std = np.asarray(preprocessing.mean), np.asarray(preprocessing.std)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import Built, build, write_dinov2, write_photos, write_vit
+from support import Built, build, write_dinov2, write_photos, write_texts, write_vit
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # of the processes that tests start; no test talks to the hub
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other
@@ -48,3 +48,9 @@ def built(request: pytest.FixtureRequest) -> Built:
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Ten photos of each class. Read only: copy it to change it."""
     return write_photos(tmp_path_factory.mktemp("photos"))
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten texts of each class. Read only: copy it to change it."""
+    return write_texts(tmp_path_factory.mktemp("texts"))

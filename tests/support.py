@@ -12,6 +12,10 @@ import torch
 from numpy.typing import NDArray
 from peft.utils import set_peft_model_state_dict
 from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import BertProcessing
 from transformers import Dinov2Config, Dinov2ForImageClassification, ViTConfig, ViTForImageClassification
 
 from edge_runtime.engine import open_session, run
@@ -26,6 +30,7 @@ from protocol.peft_names import from_peft, to_peft
 CLASSES = ("apple", "kiwi", "lemon", "plum")
 IMAGE_SIZE = 32
 LAYERS = 3
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 LORA = LoraSpec(rank=4, alpha=8, targets=LORA_TARGETS)
 _SHAPE: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": LAYERS, "patch_size": 8, "num_labels": 2}
 
@@ -93,6 +98,30 @@ def write_photos(folder: Path, per_class: int = 10, classes: Sequence[str] = CLA
             pixels = np.clip(image, 0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(folder / name / f"{index:02}.jpg", quality=92)
     return folder
+
+
+WORDS = ("a", "big", "ripe", "sweet", "basket", "of", "from", "the", "tree", *CLASSES)
+
+
+def write_texts(folder: Path, per_class: int = 10, classes: Sequence[str] = CLASSES, seed: int = 0) -> Path:
+    """FOLDER/<class>/NN.txt: between 3 and 40 words, in which those of its class are more frequent."""
+    rng = np.random.default_rng(seed)
+    for name in classes:
+        odds = np.array([5.0 if word == name else 1.0 for word in WORDS])
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for index in range(per_class):
+            words = rng.choice(WORDS, rng.integers(3, 40), p=odds / odds.sum())
+            (folder / name / f"{index:02}.txt").write_text(f"{' '.join(words)}.\n")
+    return folder
+
+
+def write_tokenizer(path: Path) -> Path:
+    """A tokenizer of whole words as BERT's is built: [CLS] … [SEP], [PAD] is 0."""
+    tokenizer = Tokenizer(WordLevel({token: i for i, token in enumerate((*SPECIAL, ".", *WORDS))}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.post_processor = BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    tokenizer.save(str(path))
+    return path
 
 
 def random_pixels(size: int, seed: int) -> NDArray[np.uint8]:

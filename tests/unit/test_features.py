@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,18 @@ from support import CLASSES, LAYERS, Built, Floats, random_theta, relative_error
 
 import edge_runtime.features as features
 from edge_runtime.features import FeatureCache
-from edge_runtime.images import LabelledImage, load_pixels, scan
+from edge_runtime.images import load_pixels
+from edge_runtime.inputs import IMAGES, Reader
+from edge_runtime.samples import Sample, scan
 from export.reference import normalised
 
-Images = tuple[LabelledImage, ...]
+Images = tuple[Sample, ...]
 
 
 @pytest.fixture(scope="module")
 def images(photos: Path) -> Images:
     """More than a batch, and not a multiple of one."""
-    return scan(photos, CLASSES).train[:11]
+    return scan(photos, CLASSES, IMAGES).train[:11]
 
 
 def pixels_of(built: Built, images: Images) -> np.ndarray:
@@ -64,12 +67,13 @@ def test_only_missing_images_are_computed(
     cache = FeatureCache(tmp_path, vit.bundle, threads=1)
     cache.frozen(images[:6], 1)
     loaded: list[Path] = []
+    read = Reader.batch
 
-    def counted(path: Path, preprocessing: Any) -> np.ndarray:
-        loaded.append(path)
-        return load_pixels(path, preprocessing)
+    def counted(reader: Reader, paths: Sequence[Path]) -> dict[str, np.ndarray]:
+        loaded.extend(paths)
+        return read(reader, paths)
 
-    monkeypatch.setattr(features, "load_pixels", counted)
+    monkeypatch.setattr(Reader, "batch", counted)
     cache.frozen(images, 1)
     assert loaded == [image.path for image in images[6:]]
 
@@ -178,6 +182,6 @@ def test_the_cache_survives_a_move_of_the_photos(
 ) -> None:
     cache = FeatureCache(tmp_path / "cache", vit.bundle, threads=1)
     before = whole(cache.frozen(images, 1))
-    moved = scan(shutil.copytree(photos, tmp_path / "moved"), CLASSES).train[:11]
+    moved = scan(shutil.copytree(photos, tmp_path / "moved"), CLASSES, IMAGES).train[:11]
     forbid_sessions(monkeypatch)
     assert np.array_equal(whole(cache.frozen(moved, 1)), before)
