@@ -34,7 +34,7 @@ def write_backbone_onnx(source: Backbone, path: Path, weight_file: WeightFile) -
         "onnx", model_type=source.family.model_type, task="feature-extraction", library_name="transformers"
     )
     model_config = copy.deepcopy(source.backbone.config)
-    model_config.image_size = source.image_size
+    model_config.image_size = source.size
     config = make_config(model_config)
     # optimum's own generator for DINOv2 reads the image size from a preprocessor file, which a folder need not have
     config.DUMMY_INPUT_GENERATOR_CLASSES = (DummyVisionInputGenerator,)

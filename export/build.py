@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from export.backbone_onnx import write_backbone_onnx
 from export.families import MODELS
 from export.graph import WEIGHTS_FILE, WeightFile
-from export.graphs import LORA_TARGETS, GraphWriter, expert_layout, gate_layout
+from export.graphs import GraphWriter, expert_layout, gate_layout
 from export.parity import check_parity
 from export.reference import initial_expert
 from export.transformer import Transformer
@@ -59,9 +59,7 @@ def build(
     columns = (TextColumn("{task.description:<28}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("backbone (optimum)", total=None)
-        for done, total, what in build_bundle(
-            source, names, levels, LoraSpec(rank=rank, alpha=2 * rank, targets=LORA_TARGETS), out, seed
-        ):
+        for done, total, what in build_bundle(source, names, levels, source.family.lora(rank), out, seed):
             progress.update(task, completed=done, total=total, description=what)
     bundle = Bundle(out)
     report(bundle)
@@ -98,8 +96,8 @@ def build_bundle(
 
     Raises ConfigError for impossible levels, BundleError if a graph differs from torch + PEFT.
     """
-    family, size = source.family, source.image_size
-    geometry = family.geometry(source.backbone.config, size)
+    family, size = source.family, source.size
+    geometry = family.geometry(source.model.config, size)
     levels = levels or geometry.blocks
     if levels > geometry.blocks:
         raise ConfigError(f"--levels {levels} is more than the model's {geometry.blocks} blocks")
@@ -107,14 +105,15 @@ def build_bundle(
         raise ConfigError(f"--out {out} exists and is not a bundle; choose another folder")
     steps = 1 + 4 * levels + 2 + 2
     preprocessing = ImagePreprocessing(size=size, mean=family.mean, std=family.std)
-    layout = expert_layout(family, geometry.blocks, geometry.hidden, lora.rank, len(classes))
-    gate = gate_layout(geometry.hidden)
+    layout = expert_layout(family, geometry, lora.rank, len(classes))
+    gate = gate_layout(geometry.feature)
     peft = PeftSpec(
         base=source.base,
         revision=source.revision,
         prefix=family.backbone,
-        head_width=geometry.hidden,
-        classifier_width=family.classifier_width * geometry.hidden,
+        layers_pattern=family.layers_pattern,
+        head_width=geometry.feature,
+        classifier_width=family.classifier_width * geometry.feature,
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
@@ -127,7 +126,7 @@ def build_bundle(
                 root=root,
                 family=family,
                 transformer=Transformer(geometry, lora.alpha / lora.rank),
-                weights=family.weights(source.backbone, size),
+                weights=family.weights(source.model, size),
                 weight_file=weight_file,
                 preprocessing=preprocessing,
                 experts=layout,
@@ -147,14 +146,20 @@ def build_bundle(
             model=source.name,
             family=family.model_type,
             preprocessing=preprocessing,
-            dims=Dims(tokens=geometry.tokens, hidden=geometry.hidden, blocks=geometry.blocks, classes=len(classes)),
+            dims=Dims(
+                tokens=geometry.tokens,
+                hidden=geometry.hidden,
+                feature=geometry.feature,
+                blocks=geometry.blocks,
+                classes=len(classes),
+            ),
             lora=lora,
             levels=levels,
             classes=classes,
             expert_layout=tuple(slot for slot in layout.slots if slot.end <= layout.size(levels)),
             gate_layout=gate.slots,
             peft=peft,
-            backbone_parameters=sum(p.numel() for p in source.backbone.parameters()),
+            backbone_parameters=source.parameters,
             tuned_parameters=layout.size(levels),
             files=files,
         )

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForImageClassification
+from transformers import PretrainedConfig
 
-from export.families import FAMILIES, MODELS, Family
+from export.families import FAMILIES, MODELS
+from export.families.family import Family
 from protocol.errors import ConfigError, WeightsError
 from shell.cli import console
 
@@ -26,13 +27,18 @@ class Backbone:
     name: str
     family: Family
     model: Any
-    image_size: int
+    size: int  # pixels per side, or tokens
     base: str  # what `from_pretrained` takes to load it again
     revision: str | None
 
     @property
     def backbone(self) -> Any:
         return getattr(self.model, self.family.backbone)
+
+    @property
+    def parameters(self) -> int:
+        """How many are frozen."""
+        return sum(p.numel() for name, p in self.model.named_parameters() if not name.startswith("classifier."))
 
 
 def load_backbone(
@@ -54,41 +60,42 @@ def load_backbone(
         raise WeightsError(f"--weights {source!r} is not a folder; give a transformers folder or 'random'")
     if source != RANDOM and not Path(source).is_dir():
         console.print(f"fetching {source} from the hub, or its cache")
-    config = _config(model, source, classes, revision)
-    family = FAMILIES.get(config.model_type)
-    if family is None or (spec and family is not spec.family):
-        wanted = spec.family.model_type if spec else ", ".join(FAMILIES)
-        raise WeightsError(f"{source} holds a model of type {config.model_type!r}, expected {wanted}")
+    if spec and source == RANDOM:
+        family = spec.family
+        config = family.reference.config_class(num_labels=classes, **spec.config)
+    else:
+        where = model if source == RANDOM else source
+        family = _family(where, revision, (spec.family,) if spec else tuple(FAMILIES.values()))
+        config = family.reference.config_class.from_pretrained(where, num_labels=classes, revision=revision)
     config._attn_implementation = "eager"
     torch.manual_seed(seed)
-    if source == RANDOM:
-        loaded = AutoModelForImageClassification.from_config(config)
-    else:
-        loaded = _load(source, config, revision)
+    loaded = family.reference(config) if source == RANDOM else _load(family, source, config, revision)
     return Backbone(
         name=model if spec else Path(model).resolve().name,
         family=family,
         model=loaded.eval(),
-        image_size=image_size or (spec.image_size if spec else config.image_size),
+        size=image_size or (spec.size if spec else config.image_size),
         base=str(Path(source).resolve()) if Path(source).is_dir() else source,
         revision=revision,
     )
 
 
-def _config(model: str, source: str, classes: int, revision: str | None) -> Any:
-    if source == RANDOM and model in MODELS:
-        spec = MODELS[model]
-        return AutoConfig.for_model(spec.family.model_type, num_labels=classes, **spec.config)
+def _family(source: str, revision: str | None, expected: tuple[Family, ...]) -> Family:
+    """Which of the expected families `source` is of. Raises WeightsError if none."""
     try:
-        where = model if source == RANDOM else source
-        return AutoConfig.from_pretrained(where, num_labels=classes, revision=revision)
+        found = PretrainedConfig.get_config_dict(source, revision=revision)[0].get("model_type")
     except (OSError, ValueError) as error:
         raise _unreachable(source, error) from error
+    for family in expected:
+        if family.model_type == found:
+            return family
+    wanted = ", ".join(family.model_type for family in expected)
+    raise WeightsError(f"{source} holds a model of type {found!r}, expected {wanted}")
 
 
-def _load(source: str, config: Any, revision: str | None) -> Any:
+def _load(family: Family, source: str, config: Any, revision: str | None) -> Any:
     try:
-        loaded, info = AutoModelForImageClassification.from_pretrained(
+        loaded, info = family.reference.from_pretrained(
             source,
             config=config,
             revision=revision,

@@ -60,10 +60,11 @@ Preprocessing = Annotated[ImagePreprocessing | TextPreprocessing, Field(discrimi
 
 
 class Dims(_Frozen):
-    """`tokens` N, `hidden` D, `blocks` L, `classes` C."""
+    """`tokens` N, `hidden` D, `feature` F (what head and gate read), `blocks` L, `classes` C."""
 
     tokens: int
     hidden: int
+    feature: int
     blocks: int
     classes: int
 
@@ -75,13 +76,15 @@ class LoraSpec(_Frozen):
 
 
 class PeftSpec(_Frozen):
-    """How the global expert becomes a PEFT adapter: `base` for `from_pretrained`, the backbone's key `prefix`, and the
-    input widths of our head and of transformers' classifier (one that also reads mean-pooled patches gets zeros there).
+    """How the global expert becomes a PEFT adapter: `base` for `from_pretrained`, the backbone's key `prefix`, PEFT's
+    name of its list of blocks, and the input widths of our head and of transformers' classifier (one that also reads
+    mean-pooled patches gets zeros there).
     """
 
     base: str
     revision: str | None
     prefix: str
+    layers_pattern: str
     head_width: int
     classifier_width: int
 

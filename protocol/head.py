@@ -10,8 +10,8 @@ SCALE = 20.0  # ours: how sharp the start is, in logits between the best and an 
 
 
 def head_of_class_means(sums: Vector, counts: Vector, norm_sum: float) -> Vector:
-    """Sums (C, D) and counts (C,) of the feature per class, and the sum of all features' norms → the head, weight
-    (C, D) and bias (C,), flat.
+    """Sums (C, F) and counts (C,) of the feature per class, and the sum of all features' norms → the head, weight
+    (C, F) and bias (C,), flat.
 
     The weights are the means' directions over the mean norm, so that logits are about SCALE · cosine while the head
     stays the linear one that transformers' classifiers have. A class nobody has gets zeros.

@@ -20,18 +20,17 @@ from transformers import Dinov2Config, Dinov2ForImageClassification, ViTConfig, 
 
 from edge_runtime.engine import open_session, run
 from export.build import build_bundle
-from export.graphs import LORA_TARGETS
 from export.reference import normalised, peft_model
 from export.weights import Backbone, load_backbone
-from protocol.bundle import Bundle, LoraSpec
+from protocol.bundle import Bundle
 from protocol.layout import Vector
 from protocol.peft_names import from_peft, to_peft
 
 CLASSES = ("apple", "kiwi", "lemon", "plum")
 IMAGE_SIZE = 32
 LAYERS = 3
+RANK = 4
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
-LORA = LoraSpec(rank=4, alpha=8, targets=LORA_TARGETS)
 _SHAPE: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": LAYERS, "patch_size": 8, "num_labels": 2}
 
 Floats = NDArray[np.float32]
@@ -78,7 +77,7 @@ def build(
 ) -> Built:
     """The bundle of a transformers folder, at IMAGE_SIZE."""
     source = load_backbone(str(weights), None, len(classes), IMAGE_SIZE, None, seed)
-    for _ in build_bundle(source, tuple(classes), levels, LORA, out, seed):
+    for _ in build_bundle(source, tuple(classes), levels, source.family.lora(RANK), out, seed):
         pass
     return Built(source, Bundle(out))
 

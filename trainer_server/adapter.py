@@ -29,7 +29,7 @@ def write_adapter(bundle: Bundle, expert: Vector, level: int, folder: Path) -> N
         "bias": "none",
         "target_modules": list(manifest.lora.targets),
         "layers_to_transform": list(range(blocks - level, blocks)),
-        "layers_pattern": "layer",
+        "layers_pattern": manifest.peft.layers_pattern,
         "modules_to_save": ["classifier"],
         "inference_mode": True,
     }

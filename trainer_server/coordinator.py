@@ -215,7 +215,7 @@ def _statistics_layout(bundle: Bundle) -> Layout:
     dims = bundle.manifest.dims
     return Layout.build(
         [
-            ("statistics", "class_sums", (dims.classes, dims.hidden)),
+            ("statistics", "class_sums", (dims.classes, dims.feature)),
             ("statistics", "class_counts", (dims.classes,)),
             ("statistics", "norm_sum", (1,)),
         ]

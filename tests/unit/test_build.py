@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from support import CLASSES, IMAGE_SIZE, LAYERS, LORA, Built, build, random_pixels, relative_error, run_graph, write_vit
+from support import CLASSES, IMAGE_SIZE, LAYERS, RANK, Built, build, random_pixels, relative_error, run_graph, write_vit
 from transformers import AutoModel, BertConfig, BertModel, ViTConfig
 
 from export import parity
@@ -62,7 +62,7 @@ def test_the_bundle_holds_every_file_its_docstring_names_and_only_standard_opera
 
 def test_the_manifest_counts_backbone_and_trainables(built: Built) -> None:
     manifest = built.bundle.manifest
-    lora = LAYERS * 2 * 2 * LORA.rank * 32
+    lora = LAYERS * 2 * 2 * RANK * 32
     assert manifest.backbone_parameters == sum(p.numel() for p in built.source.backbone.parameters())
     assert manifest.tuned_parameters == built.bundle.initial()[0].size == 32 * 4 + 4 + lora
     assert manifest.tuned_share == manifest.tuned_parameters / manifest.backbone_parameters
@@ -78,7 +78,7 @@ def test_vit_b16_with_a_hundred_classes_tunes_less_than_a_third_of_a_percent() -
     config = ViTConfig(**MODELS["vit-b16"].config)
     with torch.device("meta"):
         backbone = AutoModel.from_config(config, add_pooling_layer=False)
-    layout = expert_layout(VIT, config.num_hidden_layers, config.hidden_size, rank=4, classes=100)
+    layout = expert_layout(VIT, VIT.geometry(config, 224), rank=4, classes=100)
     assert layout.size(12) - layout.size(0) == 147_456  # the figure of fedfmsl.md
     assert layout.total / sum(p.numel() for p in backbone.parameters()) < 0.003
 
@@ -183,7 +183,7 @@ def test_impossible_sizes_and_levels_are_refused(
 ) -> None:
     source = load_backbone(str(vit_folder), None, 4, size, None, 0)
     with pytest.raises(ConfigError, match=message):
-        list(build_bundle(source, CLASSES, levels, LORA, tmp_path / "out", 0))
+        list(build_bundle(source, CLASSES, levels, source.family.lora(RANK), tmp_path / "out", 0))
     assert not (tmp_path / "out").exists()
 
 
@@ -191,7 +191,7 @@ def test_a_folder_that_is_no_bundle_is_never_overwritten(vit_folder: Path, tmp_p
     (tmp_path / "thesis.txt").write_text("years of work")
     source = load_backbone(str(vit_folder), None, 4, None, None, 0)
     with pytest.raises(ConfigError, match="is not a bundle"):
-        list(build_bundle(source, CLASSES, 1, LORA, tmp_path, 0))
+        list(build_bundle(source, CLASSES, 1, source.family.lora(RANK), tmp_path, 0))
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 

@@ -64,7 +64,7 @@ def answer(plan: Plan, announced: Round, device: str, accuracy: float = 0.5, **c
     dims, tensors = bundle.manifest.dims, Tensors()
     if announced.stage is Stage.STATISTICS:
         counts = rng.integers(1, 9, dims.classes).astype(np.float32)
-        tensors = {"class_sums": drawn(dims.classes, dims.hidden), "class_counts": counts, "norm_sum": drawn(1) ** 2}
+        tensors = {"class_sums": drawn(dims.classes, dims.feature), "class_counts": counts, "norm_sum": drawn(1) ** 2}
     elif announced.stage is Stage.GLOBAL:
         tensors = bundle.expert.split(drawn(bundle.expert.size(announced.level)))
     elif announced.stage is Stage.PERSONAL:
