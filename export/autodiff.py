@@ -170,8 +170,13 @@ class Tape:
 
         return self._record(first, [x], lambda g: self._accumulate(x, lambda: gradient(g)))
 
-    def attention(self, q: Var, k: Var, v: Var, heads: int, queries: int, tokens: int, hidden: int) -> Var:
-        """Softmax attention of `queries` tokens over `tokens`: (B·Q, D), (B·N, D), (B·N, D) → (B·Q, D)."""
+    def attention(
+        self, q: Var, k: Var, v: Var, heads: int, queries: int, tokens: int, hidden: int, mask: str | None = None
+    ) -> Var:
+        """Softmax attention of `queries` tokens over `tokens`: (B·Q, D), (B·N, D), (B·N, D) → (B·Q, D).
+
+        `mask` (B, 1, 1, N), a constant, is added to the scores.
+        """
         op, ints = self.graph.op, self.graph.ints
         width = hidden // heads
         factor = self.graph.const(1 / math.sqrt(width))
@@ -189,7 +194,8 @@ class Tape:
         qh = op("Mul", to_heads(q.name, queries, (0, 2, 1, 3)), factor)
         kt = to_heads(k.name, tokens, (0, 2, 3, 1))
         vh = to_heads(v.name, tokens, (0, 2, 1, 3))
-        weights = op("Softmax", op("MatMul", qh, kt), axis=-1)
+        scores = op("MatMul", qh, kt)
+        weights = op("Softmax", scores if mask is None else op("Add", scores, mask), axis=-1)
         out = from_heads(op("MatMul", weights, vh))
 
         def backward(g: str) -> None:

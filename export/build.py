@@ -22,10 +22,10 @@ from export.transformer import Transformer
 from export.weights import Backbone, load_backbone
 from protocol.bundle import (
     MANIFEST,
+    TOKENIZER,
     Bundle,
     Dims,
     FileEntry,
-    ImagePreprocessing,
     LoraSpec,
     Manifest,
     PeftSpec,
@@ -35,7 +35,7 @@ from protocol.errors import ConfigError, InputError
 from protocol.layout import Layout, Vector
 from shell.cli import application, console
 
-app = application("Export a frozen vision backbone as a bundle for edge devices.")
+app = application("Export a frozen backbone as a bundle for edge devices.")
 
 
 @app.command()
@@ -47,14 +47,18 @@ def build(
     classes: str = typer.Option("100", help="Number of classes, or their names separated by commas."),
     classes_from: Path | None = typer.Option(None, help="Take the class names from this folder's subfolders."),
     levels: int | None = typer.Option(None, min=1, help="Highest SAL level to export. Default: every block."),
-    image_size: int | None = typer.Option(None, help="Pixels per side. Default: the model's own."),
+    image_size: int | None = typer.Option(None, help="Pixels per side, for a vision model. Default: the model's own."),
+    max_tokens: int | None = typer.Option(None, min=3, help="Tokens per text, for a text model. Default: 128."),
+    tokenizer: Path | None = typer.Option(
+        None, help="A text model's tokenizer.json. Default: the one beside the weights."
+    ),
     rank: int = typer.Option(4, min=1, help="LoRA rank r; alpha is 2r."),
     revision: str | None = typer.Option(None, help="Pin the hub revision (a commit)."),
     out: Path | None = typer.Option(None, help="Folder to write. Default: bundles/MODEL."),
     seed: int = typer.Option(0, help="Of the LoRA start, and of random weights."),
 ) -> None:
     names = class_names(classes, classes_from)
-    source = load_backbone(model, weights, len(names), image_size, revision, seed)
+    source = load_backbone(model, weights, len(names), image_size, revision, seed, max_tokens, tokenizer)
     out = out or Path("bundles") / source.name
     columns = (TextColumn("{task.description:<28}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
@@ -104,7 +108,7 @@ def build_bundle(
     if out.exists() and not (out / MANIFEST).exists() and any(out.iterdir()):
         raise ConfigError(f"--out {out} exists and is not a bundle; choose another folder")
     steps = 1 + 4 * levels + 2 + 2
-    preprocessing = ImagePreprocessing(size=size, mean=family.mean, std=family.std)
+    preprocessing = family.preprocessing(source.model.config, size)
     layout = expert_layout(family, geometry, lora.rank, len(classes))
     gate = gate_layout(geometry.feature)
     peft = PeftSpec(
@@ -137,6 +141,8 @@ def build_bundle(
             for done, name in enumerate(writer.write_all(), start=1):
                 yield done, steps, name
             write_backbone_onnx(source, root / "backbone.onnx", weight_file)
+        if source.tokenizer:
+            (root / TOKENIZER).write_text(source.tokenizer, encoding="utf-8")
         expert = initial_expert(source, lora, peft, layout, geometry.blocks, seed)[: layout.size(levels)]
         save_file({"expert": expert, "gate": initial_gate(gate, seed)}, root / "init.safetensors")
         files = {

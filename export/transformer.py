@@ -2,7 +2,8 @@
 
 Every supported family is these few operations with its own weights (see `export.families`):
 
-    patch.weight (D, 3, p, p), patch.bias (D,)
+    patch.weight (D, 3, p, p), patch.bias (D,)      of an image
+    words (V, D)                           of a text, of V known tokens
     position (1, N, D)                     its first rows are the special tokens plus their positions
     embed_norm.{weight,bias} (D,)          only where a norm follows the embeddings
     blocks.{i}.norm1|norm2.{weight,bias} (D,)
@@ -54,6 +55,11 @@ class Transformer:
     geometry: Geometry
     lora_factor: float  # alpha / r
 
+    def embed_tokens(self, graph: Graph, tokens: str) -> Var:
+        """Token ids (B, N) of texts → embedded tokens (B·N, D)."""
+        words = graph.op("Gather", graph.frozen("words"), tokens)
+        return self._embedded(graph, graph.op("Add", words, graph.frozen("position")))
+
     def embed(self, graph: Graph, pixels: str, preprocessing: ImagePreprocessing) -> Var:
         """uint8 RGB pixels (B, S, S, 3) → embedded tokens (B·N, D)."""
         g = self.geometry
@@ -67,9 +73,12 @@ class Transformer:
         padded = graph.op("Pad", graph.op("Transpose", columns, perm=[0, 2, 1]), graph.ints(0, g.special, 0, 0, 0, 0))
         return self._embedded(graph, graph.op("Add", padded, graph.frozen("position")))
 
-    def block(self, tape: Tape, x: Var, index: int, lora: Lora, class_token_only: bool = False) -> Var:
+    def block(
+        self, tape: Tape, x: Var, index: int, lora: Lora, class_token_only: bool = False, mask: str | None = None
+    ) -> Var:
         """Block `index` on (B·N, D). With `class_token_only` the result is (B, D): exact for the last block, of which
-        only the class token goes on; keys and values are still needed of every token."""
+        only the class token goes on; keys and values are still needed of every token, but for those that `mask`
+        (B, 1, 1, N) keeps out."""
         g, key = self.geometry, f"blocks.{index}"
         post = g.norm == "post"
         normal = x if post else tape.layer_norm(x, f"{key}.norm1", g.epsilon)
@@ -81,7 +90,7 @@ class Transformer:
         k = self._project(tape, normal, f"{key}.key", lora.get("key"))
         v = self._project(tape, normal, f"{key}.value", lora.get("value"))
         queries = 1 if class_token_only else g.tokens
-        mixed = tape.attention(q, k, v, g.heads, queries, g.tokens, g.hidden)
+        mixed = tape.attention(q, k, v, g.heads, queries, g.tokens, g.hidden, mask)
         x = self._residual(tape, x, tape.linear(mixed, f"{key}.output"), f"{key}.scale1")
         if post:
             x = tape.layer_norm(x, f"{key}.norm1", g.epsilon)
@@ -90,11 +99,11 @@ class Transformer:
         x = self._residual(tape, x, tape.linear(inner, f"{key}.down"), f"{key}.scale2")
         return tape.layer_norm(x, f"{key}.norm2", g.epsilon) if post else x
 
-    def suffix(self, tape: Tape, hidden: Var, first: int, lora: Mapping[int, Lora]) -> Var:
+    def suffix(self, tape: Tape, hidden: Var, first: int, lora: Mapping[int, Lora], mask: str | None = None) -> Var:
         """Blocks `first` … L-1 and the tail: (B·N, D) → the class token's feature (B, F)."""
         last = self.geometry.blocks - 1
         for index in range(first, last + 1):
-            hidden = self.block(tape, hidden, index, lora.get(index, {}), class_token_only=index == last)
+            hidden = self.block(tape, hidden, index, lora.get(index, {}), class_token_only=index == last, mask=mask)
         return self.tail(tape, hidden)
 
     def tail(self, tape: Tape, x: Var) -> Var:

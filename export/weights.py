@@ -14,10 +14,12 @@ from transformers import PretrainedConfig
 
 from export.families import FAMILIES, MODELS
 from export.families.family import Family
+from export.tokenizer import read_tokenizer
 from protocol.errors import ConfigError, WeightsError
 from shell.cli import console
 
 RANDOM = "random"
+MAX_TOKENS = 128  # unless --max-tokens says otherwise
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Backbone:
     family: Family
     model: Any
     size: int  # pixels per side, or tokens
+    tokenizer: str  # JSON, of a text model
     base: str  # what `from_pretrained` takes to load it again
     revision: str | None
 
@@ -42,12 +45,20 @@ class Backbone:
 
 
 def load_backbone(
-    model: str, weights: str | None, classes: int, image_size: int | None, revision: str | None, seed: int
+    model: str,
+    weights: str | None,
+    classes: int,
+    image_size: int | None = None,
+    revision: str | None = None,
+    seed: int = 0,
+    max_tokens: int | None = None,
+    tokenizer: Path | None = None,
 ) -> Backbone:
     """The model `model` (a name of MODELS or a transformers folder) with `weights` ("random", a folder, or None for
-    the model's own).
+    the model's own), for images of `image_size` px or texts of `max_tokens` from `tokenizer`.
 
-    Raises ConfigError for an unknown model, WeightsError if the weights cannot be had or are of another family.
+    Raises ConfigError for an unknown model or an option it does not take, WeightsError if weights or tokenizer cannot
+    be had or are of another family.
     """
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -67,6 +78,17 @@ def load_backbone(
         where = model if source == RANDOM else source
         family = _family(where, revision, (spec.family,) if spec else tuple(FAMILIES.values()))
         config = family.reference.config_class.from_pretrained(where, num_labels=classes, revision=revision)
+    json = ""
+    if family.input == "pixels":
+        if max_tokens or tokenizer:
+            raise ConfigError(f"--max-tokens and --tokenizer do not go with {model}, which reads images")
+        size = image_size or (spec.size if spec else config.image_size)
+    else:
+        if image_size:
+            raise ConfigError(f"--image-size does not go with {model}, which reads texts; see --max-tokens")
+        size = max_tokens or (spec.size if spec else min(MAX_TOKENS, config.max_position_embeddings))
+        beside = source if source != RANDOM else None if spec else model
+        json = read_tokenizer(tokenizer, beside, revision, config.vocab_size)
     config._attn_implementation = "eager"
     torch.manual_seed(seed)
     loaded = family.reference(config) if source == RANDOM else _load(family, source, config, revision)
@@ -74,7 +96,8 @@ def load_backbone(
         name=model if spec else Path(model).resolve().name,
         family=family,
         model=loaded.eval(),
-        size=image_size or (spec.size if spec else config.image_size),
+        size=size,
+        tokenizer=json,
         base=str(Path(source).resolve()) if Path(source).is_dir() else source,
         revision=revision,
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import Built, build, write_dinov2, write_photos, write_texts, write_vit
+from support import Built, build, write_bert, write_dinov2, write_photos, write_texts, write_vit
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # of the processes that tests start; no test talks to the hub
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other
@@ -35,6 +35,18 @@ def vit(vit_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Built:
 def dinov2(dinov2_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Built:
     """The DINOv2's bundle at every level. Read only: copy it to change it."""
     return build(dinov2_folder, tmp_path_factory.mktemp("bundles") / "dinov2")
+
+
+@pytest.fixture(scope="session")
+def bert_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random BERT, with its tokenizer, as a transformers folder."""
+    return write_bert(tmp_path_factory.mktemp("weights") / "tiny-bert")
+
+
+@pytest.fixture(scope="session")
+def bert(bert_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """The BERT's bundle at every level. Read only: copy it to change it."""
+    return build(bert_folder, tmp_path_factory.mktemp("bundles") / "bert")
 
 
 @pytest.fixture(scope="session", params=["vit", "dinov2"])

@@ -16,19 +16,27 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import BertProcessing
-from transformers import Dinov2Config, Dinov2ForImageClassification, ViTConfig, ViTForImageClassification
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from edge_runtime.engine import open_session, run
 from export.build import build_bundle
 from export.reference import normalised, peft_model
 from export.weights import Backbone, load_backbone
-from protocol.bundle import Bundle
+from protocol.bundle import TOKENIZER, Bundle
 from protocol.layout import Vector
 from protocol.peft_names import from_peft, to_peft
 
 CLASSES = ("apple", "kiwi", "lemon", "plum")
 IMAGE_SIZE = 32
 LAYERS = 3
+MAX_TOKENS = 12
 RANK = 4
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 _SHAPE: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": LAYERS, "patch_size": 8, "num_labels": 2}
@@ -56,13 +64,21 @@ def write_dinov2(folder: Path, seed: int = 0, **config: Any) -> Path:
     return _save(Dinov2ForImageClassification(Dinov2Config(**shape)), folder, seed)
 
 
+def write_bert(folder: Path, seed: int = 0, **config: Any) -> Path:
+    """A random BERT as a transformers folder, with its tokenizer."""
+    shape = {**_SHAPE, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 32, **config}
+    model = BertForSequenceClassification(BertConfig(max_position_embeddings=MAX_TOKENS + 4, **shape))
+    write_tokenizer(_save(model, folder, seed) / TOKENIZER)
+    return folder
+
+
 def _save(model: Any, folder: Path, seed: int) -> Path:
     """Every parameter is drawn anew, so that none is accidentally one or zero, and no activation is tiny."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if name.endswith("lambda1") or ("norm" in name and name.endswith("weight")):
+            if name.endswith("lambda1") or ("norm" in name.lower() and name.endswith("weight")):
                 parameter.copy_(1 + 0.3 * noise)
             elif parameter.ndim == 1:
                 parameter.copy_(0.3 * noise)
@@ -75,8 +91,9 @@ def _save(model: Any, folder: Path, seed: int) -> Path:
 def build(
     weights: Path, out: Path, levels: int | None = None, classes: Sequence[str] = CLASSES, seed: int = 0
 ) -> Built:
-    """The bundle of a transformers folder, at IMAGE_SIZE."""
-    source = load_backbone(str(weights), None, len(classes), IMAGE_SIZE, None, seed)
+    """The bundle of a transformers folder, at IMAGE_SIZE or MAX_TOKENS."""
+    size = {"max_tokens": MAX_TOKENS} if (weights / TOKENIZER).is_file() else {"image_size": IMAGE_SIZE}
+    source = load_backbone(str(weights), None, len(classes), revision=None, seed=seed, **size)
     for _ in build_bundle(source, tuple(classes), levels, source.family.lora(RANK), out, seed):
         pass
     return Built(source, Bundle(out))

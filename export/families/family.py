@@ -17,7 +17,7 @@ import torch
 
 from export.graph import Array
 from export.transformer import Geometry
-from protocol.bundle import LoraSpec
+from protocol.bundle import ImagePreprocessing, LoraSpec, Preprocessing, TextPreprocessing
 from protocol.errors import ConfigError
 
 RGB = tuple[float, float, float]
@@ -54,6 +54,12 @@ class Family:
     def layers_pattern(self) -> str:
         """What PEFT calls the list of blocks."""
         return self.layers.rpartition(".")[2]
+
+    def preprocessing(self, config: Any, size: int) -> Preprocessing:
+        """What becomes of a sample before the graphs see it."""
+        if self.input == "tokens":
+            return TextPreprocessing(max_tokens=size, pad_id=config.pad_token_id)
+        return ImagePreprocessing(size=size, mean=self.mean, std=self.std)
 
     def lora(self, rank: int) -> LoraSpec:
         """LoRA of alpha 2r on this family's query and value projections, under PEFT's names of them."""
