@@ -19,7 +19,8 @@ from export.graphs import GraphWriter, expert_layout, gate_layout
 from export.parity import check_parity
 from export.reference import initial_expert
 from export.transformer import Transformer
-from export.weights import Backbone, load_backbone
+from export.weights import RANDOM, Backbone, load_backbone
+from export.zero_shot import TEMPLATES, zero_shot_head
 from protocol.bundle import (
     MANIFEST,
     TOKENIZER,
@@ -29,9 +30,10 @@ from protocol.bundle import (
     LoraSpec,
     Manifest,
     PeftSpec,
+    ZeroShot,
     file_sha256,
 )
-from protocol.errors import ConfigError, InputError
+from protocol.errors import ConfigError, InputError, WeightsError
 from protocol.layout import Layout, Vector
 from shell.cli import application, console
 
@@ -53,20 +55,46 @@ def build(
         None, help="A text model's tokenizer.json. Default: the one beside the weights."
     ),
     rank: int = typer.Option(4, min=1, help="LoRA rank r; alpha is 2r."),
+    prompt: list[str] | None = typer.Option(
+        None, help="Template of CLIP's prompts, '{}' for the class name; may be repeated. Default: a few of ours."
+    ),
     revision: str | None = typer.Option(None, help="Pin the hub revision (a commit)."),
     out: Path | None = typer.Option(None, help="Folder to write. Default: bundles/MODEL."),
     seed: int = typer.Option(0, help="Of the LoRA start, and of random weights."),
 ) -> None:
     names = class_names(classes, classes_from)
-    source = load_backbone(model, weights, len(names), image_size, revision, seed, max_tokens, tokenizer)
+    source = load_backbone(model, weights, len(names), image_size or max_tokens, revision, seed, tokenizer)
+    _check_input(source, image_size, max_tokens, tokenizer)
     out = out or Path("bundles") / source.name
+    zero_shot = _zero_shot(source, names, prompt)
     columns = (TextColumn("{task.description:<28}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("backbone (optimum)", total=None)
-        for done, total, what in build_bundle(source, names, levels, source.family.lora(rank), out, seed):
+        for done, total, what in build_bundle(source, names, levels, source.family.lora(rank), out, seed, zero_shot):
             progress.update(task, completed=done, total=total, description=what)
     bundle = Bundle(out)
     report(bundle)
+
+
+def _check_input(source: Backbone, image_size: int | None, max_tokens: int | None, tokenizer: Path | None) -> None:
+    """Raises ConfigError for options of the other kind of input."""
+    if source.family.input == "tokens" and image_size:
+        raise ConfigError(f"--image-size does not go with {source.name}, which reads texts; see --max-tokens")
+    if source.family.input == "pixels" and (max_tokens or tokenizer):
+        raise ConfigError(f"--max-tokens and --tokenizer do not go with {source.name}, which reads images")
+
+
+def _zero_shot(source: Backbone, classes: tuple[str, ...], prompts: list[str] | None) -> ZeroShot | None:
+    """None, and a line that says why, where the weights do not bring what it takes and no prompt was asked for."""
+    if source.family.text_tower is None and not prompts:
+        return None
+    try:
+        return zero_shot_head(source, classes, prompts or TEMPLATES)
+    except WeightsError as error:
+        if prompts:
+            raise
+        console.print(f"no zero-shot head: {error}")
+        return None
 
 
 def report(bundle: Bundle) -> None:
@@ -75,6 +103,9 @@ def report(bundle: Bundle) -> None:
     console.print(f"bundle            {bundle.root}  ({size / 1e6:.1f} MB, SHA-256 {bundle.sha256[:12]}…)")
     console.print(f"model             {m.model}, {m.dims.blocks} blocks, levels 1–{m.levels}, {m.dims.classes} classes")
     console.print(f"backbone          {m.backbone_parameters:,} parameters, frozen")
+    zero_shot = bundle.zero_shot()
+    if zero_shot:
+        console.print(f"zero-shot head    {len(zero_shot.rows)} classes, for --head zero-shot")
     console.print(f"tuned at level {m.levels:<2} {m.tuned_parameters:,} parameters, share {m.tuned_share:.5f}")
 
 
@@ -94,7 +125,13 @@ def class_names(classes: str, folder: Path | None) -> tuple[str, ...]:
 
 
 def build_bundle(
-    source: Backbone, classes: tuple[str, ...], levels: int | None, lora: LoraSpec, out: Path, seed: int
+    source: Backbone,
+    classes: tuple[str, ...],
+    levels: int | None,
+    lora: LoraSpec,
+    out: Path,
+    seed: int,
+    zero_shot: ZeroShot | None = None,
 ) -> Iterator[tuple[int, int, str]]:
     """Writes the bundle at `out`, replacing one that is there; yields (steps done, steps, what is being done).
 
@@ -108,12 +145,12 @@ def build_bundle(
     if out.exists() and not (out / MANIFEST).exists() and any(out.iterdir()):
         raise ConfigError(f"--out {out} exists and is not a bundle; choose another folder")
     steps = 1 + 4 * levels + 2 + 2
-    preprocessing = family.preprocessing(source.model.config, size)
+    preprocessing = source.preprocessing
     layout = expert_layout(family, geometry, lora.rank, len(classes))
     gate = gate_layout(geometry.feature)
     peft = PeftSpec(
-        base=source.base,
-        revision=source.revision,
+        base=source.origin.base if source.origin else RANDOM,
+        revision=source.origin.commit if source.origin else None,
         prefix=family.backbone,
         layers_pattern=family.layers_pattern,
         head_width=geometry.feature,
@@ -144,7 +181,10 @@ def build_bundle(
         if source.tokenizer:
             (root / TOKENIZER).write_text(source.tokenizer, encoding="utf-8")
         expert = initial_expert(source, lora, peft, layout, geometry.blocks, seed)[: layout.size(levels)]
-        save_file({"expert": expert, "gate": initial_gate(gate, seed)}, root / "init.safetensors")
+        initial = {"expert": expert, "gate": initial_gate(gate, seed)}
+        if zero_shot:
+            initial |= {"zero_shot": zero_shot.rows, "zero_shot_scale": np.array([zero_shot.scale], np.float32)}
+        save_file(initial, root / "init.safetensors")
         files = {
             path.name: FileEntry(size=path.stat().st_size, sha256=file_sha256(path)) for path in sorted(root.iterdir())
         }

@@ -9,7 +9,7 @@
     predict-{k}.onnx        level k: hidden state, trainables → class logits, class-token feature
     personal-{k}.onnx       level k: pixels, both experts, gate → class probabilities (a template)
     gate-step.onnx, gate-predict.onnx
-    init.safetensors        the trainables every run starts from
+    init.safetensors        the trainables every run starts from; a zero-shot head where there is a text tower
     tokenizer.json          of a text model: how texts become tokens, a file of Hugging Face's `tokenizers`
 
 "pixels" stands for (B, S, S, 3) uint8; a text model's graphs take "tokens", (B, N) int64, in their place.
@@ -20,6 +20,7 @@ The files lie side by side because ONNX refuses external data outside a model's 
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -116,6 +117,15 @@ class Manifest(_Frozen):
         return self.tuned_parameters / self.backbone_parameters
 
 
+@dataclass(frozen=True)
+class ZeroShot:
+    """Each class's direction in the feature's space, `rows` (C, F) of length one, and the `scale` that the model gives
+    the cosines of images with them."""
+
+    rows: Vector
+    scale: float
+
+
 class Bundle:
     """A bundle on disk whose manifest has been read; `verify` checks every byte."""
 
@@ -157,11 +167,21 @@ class Bundle:
 
     def initial(self) -> tuple[Vector, Vector]:
         """The trainables every run starts from: expert at the highest level (P,), gate adapter (G,)."""
+        tensors = self._init()
+        return np.asarray(tensors["expert"], np.float32), np.asarray(tensors["gate"], np.float32)
+
+    def zero_shot(self) -> ZeroShot | None:
+        """The head made of class names alone, where the bundle has one."""
+        tensors = self._init()
+        if "zero_shot" not in tensors:
+            return None
+        return ZeroShot(np.asarray(tensors["zero_shot"], np.float32), float(tensors["zero_shot_scale"][0]))
+
+    def _init(self) -> dict[str, Vector]:
         try:
-            tensors = load_file(self.path("init.safetensors"))
+            return load_file(self.path("init.safetensors"))
         except (OSError, SafetensorError) as error:
             raise BundleError(f"bundle {self.root}: init.safetensors is not readable; build it again") from error
-        return np.asarray(tensors["expert"], np.float32), np.asarray(tensors["gate"], np.float32)
 
     def tokenizer(self) -> str:
         """The JSON of a text model's tokenizer; empty for another model."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,10 @@ from tokenizers.processors import BertProcessing
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    CLIPConfig,
+    CLIPModel,
+    DeiTConfig,
+    DeiTForImageClassification,
     Dinov2Config,
     Dinov2ForImageClassification,
     ViTConfig,
@@ -26,9 +31,11 @@ from transformers import (
 )
 
 from edge_runtime.engine import open_session, run
+from export import reference
 from export.build import build_bundle
-from export.reference import normalised, peft_model
+from export.reference import peft_model, torch_inputs
 from export.weights import Backbone, load_backbone
+from export.zero_shot import TEMPLATES, zero_shot_head
 from protocol.bundle import TOKENIZER, Bundle
 from protocol.layout import Vector
 from protocol.peft_names import from_peft, to_peft
@@ -40,6 +47,9 @@ MAX_TOKENS = 12
 RANK = 4
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 _SHAPE: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": LAYERS, "patch_size": 8, "num_labels": 2}
+
+_LETTERS = "abcdefghijklmnopqrstuvwxyz.-"
+FEATURE = 20  # of CLIP
 
 Floats = NDArray[np.float32]
 
@@ -72,6 +82,40 @@ def write_bert(folder: Path, seed: int = 0, **config: Any) -> Path:
     return folder
 
 
+def write_deit(folder: Path, seed: int = 0) -> Path:
+    """A random DeiT as a transformers folder."""
+    shape = {**_SHAPE, "num_attention_heads": 2, "image_size": IMAGE_SIZE, "intermediate_size": 64}
+    return _save(DeiTForImageClassification(DeiTConfig(**shape)), folder, seed)
+
+
+def write_clip(folder: Path, seed: int = 0) -> Path:
+    """A random CLIP, both towers, as a transformers folder with a tokenizer of letters. Its features are narrower than
+    its hidden state."""
+    vision = {**_SHAPE, "num_attention_heads": 2, "image_size": IMAGE_SIZE, "intermediate_size": 64}
+    end = 2 * len(_LETTERS) + 1
+    text = {
+        "vocab_size": end + 1,
+        "bos_token_id": end - 1,
+        "eos_token_id": end,
+        "pad_token_id": end,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "max_position_embeddings": 40,
+    }
+    towers = {
+        "vision_config": {**vision, "projection_dim": FEATURE},
+        "text_config": {**text, "projection_dim": FEATURE},
+    }
+    _save(CLIPModel(CLIPConfig(**towers, projection_dim=FEATURE)), folder, seed)
+    tokens = [*_LETTERS, *(f"{letter}</w>" for letter in _LETTERS), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "CLIPTokenizer"}))
+    return folder
+
+
 def _save(model: Any, folder: Path, seed: int) -> Path:
     """Every parameter is drawn anew, so that none is accidentally one or zero, and no activation is tiny."""
     generator = torch.Generator().manual_seed(seed)
@@ -80,7 +124,7 @@ def _save(model: Any, folder: Path, seed: int) -> Path:
             noise = torch.randn(parameter.shape, generator=generator)
             if name.endswith("lambda1") or ("norm" in name.lower() and name.endswith("weight")):
                 parameter.copy_(1 + 0.3 * noise)
-            elif parameter.ndim == 1:
+            elif parameter.ndim < 2:
                 parameter.copy_(0.3 * noise)
             else:
                 parameter.copy_(noise / parameter[0].numel() ** 0.5)
@@ -91,10 +135,12 @@ def _save(model: Any, folder: Path, seed: int) -> Path:
 def build(
     weights: Path, out: Path, levels: int | None = None, classes: Sequence[str] = CLASSES, seed: int = 0
 ) -> Built:
-    """The bundle of a transformers folder, at IMAGE_SIZE or MAX_TOKENS."""
-    size = {"max_tokens": MAX_TOKENS} if (weights / TOKENIZER).is_file() else {"image_size": IMAGE_SIZE}
-    source = load_backbone(str(weights), None, len(classes), revision=None, seed=seed, **size)
-    for _ in build_bundle(source, tuple(classes), levels, source.family.lora(RANK), out, seed):
+    """The bundle of a transformers folder, at IMAGE_SIZE or MAX_TOKENS; with a zero-shot head where there is a text
+    tower."""
+    size = MAX_TOKENS if (weights / TOKENIZER).is_file() else IMAGE_SIZE
+    source = load_backbone(str(weights), None, len(classes), size, None, seed)
+    zero_shot = zero_shot_head(source, classes, TEMPLATES) if source.family.text_tower else None
+    for _ in build_bundle(source, tuple(classes), levels, source.family.lora(RANK), out, seed, zero_shot):
         pass
     return Built(source, Bundle(out))
 
@@ -140,10 +186,15 @@ def write_tokenizer(path: Path) -> Path:
     return path
 
 
-def random_pixels(size: int, seed: int) -> NDArray[np.uint8]:
-    """`size` images as a bundle of IMAGE_SIZE takes them."""
-    rng = np.random.default_rng(seed)
-    return rng.integers(0, 256, (size, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
+def random_samples(built: Built, size: int, seed: int) -> NDArray[Any]:
+    """`size` samples as the bundle's graphs take them, pixels (B, S, S, 3) or tokens (B, N)."""
+    preprocessing = built.bundle.manifest.preprocessing
+    return reference.random_samples(built.source, preprocessing, size, np.random.default_rng(seed))
+
+
+def as_input(built: Built, samples: NDArray[Any]) -> dict[str, NDArray[Any]]:
+    """Under the name that the bundle's graphs have for them."""
+    return {built.source.family.input: samples}
 
 
 def random_theta(bundle: Bundle, level: int, seed: int) -> Vector:
@@ -157,12 +208,12 @@ def run_graph(bundle: Bundle, name: str, outputs: Sequence[str], **inputs: NDArr
 
 
 def torch_step(
-    built: Built, theta: Vector, pixels: NDArray[np.uint8], loss_of: Callable[[torch.Tensor], torch.Tensor]
+    built: Built, theta: Vector, samples: NDArray[Any], loss_of: Callable[[torch.Tensor], torch.Tensor]
 ) -> tuple[float, Vector]:
     """The loss that `loss_of` makes of the logits of the whole model, torch + PEFT, and its gradient (P,)."""
     bundle, spec = built.bundle, built.bundle.manifest.peft
     with torch_expert(built, theta) as model:
-        loss = loss_of(model(pixel_values=normalised(pixels, bundle.manifest.preprocessing)).logits)
+        loss = loss_of(model(**torch_inputs(samples, bundle.manifest.preprocessing)).logits)
         loss.backward()
         gradients = {name: tensor.grad.numpy() for name, tensor in trainables(model).items()}
     return loss.item(), bundle.expert.join(from_peft(spec, gradients))
@@ -185,6 +236,24 @@ class torch_expert:  # noqa: N801 - a context manager
 
     def __exit__(self, *reason: Any) -> None:
         self._context.__exit__(*reason)
+
+
+def features_of(built: Built, samples: NDArray[Any]) -> Floats:
+    """What transformers gives the classifier, of it the part that ours reads (B, F)."""
+    seen: list[torch.Tensor] = []
+    hook = built.source.model.classifier.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        built.source.model(**torch_inputs(samples, built.bundle.manifest.preprocessing))
+    hook.remove()
+    return seen[0][:, : built.bundle.manifest.dims.feature].numpy()
+
+
+def hidden_states(model: Any, inputs: Mapping[str, torch.Tensor]) -> list[Floats]:
+    """A torch model's states (B, N, D) below each block and above the last, with zeros for padded tokens as in ours."""
+    with torch.no_grad():
+        states = model(**inputs, output_hidden_states=True).hidden_states
+    real = inputs["attention_mask"][..., None] if "attention_mask" in inputs else 1
+    return [(state * real).numpy() for state in states]
 
 
 def trainables(model: Any) -> dict[str, Any]:

@@ -17,13 +17,14 @@ import torch
 
 from export.graph import Array
 from export.transformer import Geometry
-from protocol.bundle import ImagePreprocessing, LoraSpec, Preprocessing, TextPreprocessing
+from protocol.bundle import LoraSpec
 from protocol.errors import ConfigError
 
 RGB = tuple[float, float, float]
 HALF: RGB = (0.5, 0.5, 0.5)
 IMAGENET_MEAN: RGB = (0.485, 0.456, 0.406)
 IMAGENET_STD: RGB = (0.229, 0.224, 0.225)
+ACTIVATIONS = ("gelu", "quick_gelu")
 LORA_TARGETS = ("query", "value")  # canonical names of the projections that carry LoRA
 
 
@@ -45,6 +46,8 @@ class Family:
     mean: RGB = HALF
     std: RGB = HALF
     classifier_width: int = 1  # of the reference, in multiples of the feature's width
+    witness: Callable[[Any], Any] | None = None  # reference → what optimum exports, if that is not its backbone
+    text_tower: type[Any] | None = None  # class with `text_embeds` in the feature's space, and `logit_scale`
 
     def projection(self, block: int, target: str) -> str:
         """Name, within the backbone, of a block's projection that carries LoRA."""
@@ -54,12 +57,6 @@ class Family:
     def layers_pattern(self) -> str:
         """What PEFT calls the list of blocks."""
         return self.layers.rpartition(".")[2]
-
-    def preprocessing(self, config: Any, size: int) -> Preprocessing:
-        """What becomes of a sample before the graphs see it."""
-        if self.input == "tokens":
-            return TextPreprocessing(max_tokens=size, pad_id=config.pad_token_id)
-        return ImagePreprocessing(size=size, mean=self.mean, std=self.std)
 
     def lora(self, rank: int) -> LoraSpec:
         """LoRA of alpha 2r on this family's query and value projections, under PEFT's names of them."""
@@ -104,8 +101,9 @@ def patches(config: Any, size: int) -> int:
 def vision_geometry(config: Any, size: int) -> Geometry:
     """Of a pre-norm vision transformer with one class token. Raises ConfigError for an image size or an activation that
     its graphs do not cover."""
-    if config.hidden_act != "gelu":
-        raise ConfigError(f"{config.model_type} with activation {config.hidden_act!r} is not supported, only 'gelu'")
+    if config.hidden_act not in ACTIVATIONS:
+        known = " and ".join(ACTIVATIONS)
+        raise ConfigError(f"{config.model_type} with activation {config.hidden_act!r} is not supported, only {known}")
     return Geometry(
         tokens=patches(config, size) + 1,
         hidden=config.hidden_size,
@@ -113,6 +111,7 @@ def vision_geometry(config: Any, size: int) -> Geometry:
         blocks=config.num_hidden_layers,
         heads=config.num_attention_heads,
         epsilon=config.layer_norm_eps,
+        activation=config.hidden_act,
         patch=config.patch_size,
     )
 
