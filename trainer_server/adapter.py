@@ -1,4 +1,15 @@
-"""The global expert as a PEFT adapter folder, which `PeftModel.from_pretrained` loads. Written without torch."""
+"""The global expert as a PEFT adapter folder, which `PeftModel.from_pretrained` loads. Written without torch.
+
+The base it goes over has a linear `classifier` of as many outputs as `labels.json` has names:
+
+    vit, dinov2    AutoModelForImageClassification.from_pretrained(BASE, num_labels=C)
+    deit           DeiTForImageClassification.from_pretrained(BASE, num_labels=C)
+    clip           export.families.clip.CLIPVisionClassifier.from_pretrained(BASE, num_labels=C), or without this
+                   package CLIPVisionModelWithProjection, given `classifier = torch.nn.Linear(F, C)`, which reads its
+                   `image_embeds`
+
+BASE is the hub's name at the revision in adapter_config.json, or the transformers folder of the name there.
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -29,7 +30,8 @@ from transformers import AutoModel, GPT2Config, ViTConfig
 
 from export import parity
 from export.build import build_bundle, class_names
-from export.families import MODELS, VIT
+from export.families import MODELS
+from export.families.vit import VIT
 from export.graph import OPSET
 from export.graphs import expert_layout
 from export.parity import check_parity
@@ -37,6 +39,8 @@ from export.reference import normalised
 from export.weights import load_backbone
 from protocol.bundle import Bundle
 from protocol.errors import BundleError, ConfigError, InputError, WeightsError
+
+ROOT = Path(__file__).parents[2]
 
 
 def cli(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -48,6 +52,25 @@ def cli(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_two_builds_are_the_same_byte_for_byte(vit: Built, vit_folder: Path, tmp_path: Path) -> None:
     assert build(vit_folder, tmp_path / "again").bundle.sha256 == vit.bundle.sha256
     assert build(vit_folder, tmp_path / "other", seed=1).bundle.sha256 != vit.bundle.sha256
+
+
+def test_builds_in_fresh_processes_from_copies_of_the_weights_are_the_same(clip_folder: Path, tmp_path: Path) -> None:
+    """Neither paths, nor the order of sets, nor the number of threads get into a bundle."""
+    made = []
+    for name, threads in (("here", "1"), ("there", "2")):
+        copy = shutil.copytree(clip_folder, tmp_path / name / "weights" / "clip")
+        ended = subprocess.run(
+            [sys.executable, "-m", "export.build", "--model", str(copy), "--classes", "fig,plum,kiwi", "--out", "out"],
+            cwd=tmp_path / name,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": threads, "OMP_NUM_THREADS": threads},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert ended.returncode == 0, ended.stderr
+        made.append(Bundle(tmp_path / name / "out"))
+    assert made[0].sha256 == made[1].sha256
+    assert made[0].zero_shot() is not None
 
 
 def test_frozen_weights_are_stored_once_however_many_levels(tmp_path: Path) -> None:
