@@ -23,7 +23,7 @@ from devices.photos import unpack_groceries
 from devices.report import write_report
 from devices.split import write_fleet
 from edge_runtime.inputs import Kind
-from protocol.bundle import Bundle
+from protocol.bundle import Bundle, Precision
 from protocol.errors import ConfigError, InputError, RunError
 from protocol.topics import check_name
 from shell.cli import application, console
@@ -44,6 +44,7 @@ def trial(
     model: str | None = typer.Option(None, help="As for export.build. Default: DINOv2 ViT-S/14, fetched once."),
     weights: str | None = typer.Option(None, help="As for export.build; goes with --model."),
     image_size: int | None = typer.Option(None, help="Pixels per side. Default: 140, or --model's own."),
+    precision: Precision = typer.Option("fp32", help="As for export.build."),
     levels: int = typer.Option(3, min=1, help="Highest SAL level."),
     devices: int = typer.Option(6, min=1),
     alpha: float = typer.Option(0.5, min=1e-3, help="Dirichlet α of the devices' shares: smaller is more unequal."),
@@ -71,7 +72,8 @@ def trial(
     roots = write_fleet(train, test, folder / "samples", devices, alpha, seed)
     counts = [sum(map(len, of_class.values())) for of_class in (train, test)]
     console.print(f"{kind.noun + 's':<10} {counts[0]} to train on, {counts[1]} to test on")
-    seconds = {"export": _export(folder / "bundle", list(train), model, weights, image_size, levels, seed)}
+    options = _options(list(train), model, weights, image_size, levels, precision, seed)
+    seconds = {"export": _export(folder / "bundle", options)}
     _check_kind(Bundle(folder / "bundle"), samples, kind)
     threads = str(max(1, (os.cpu_count() or 1) // devices))
     with Fleet(folder / "logs") as fleet:
@@ -110,15 +112,27 @@ def _dinov2() -> Path:
     return folder
 
 
-def _export(
-    out: Path, classes: list[str], model: str, weights: str | None, image_size: int | None, levels: int, seed: int
-) -> float:
+def _options(
+    classes: list[str],
+    model: str,
+    weights: str | None,
+    image_size: int | None,
+    levels: int,
+    precision: Precision,
+    seed: int,
+) -> list[str]:
+    """The command line of export.build."""
+    options = ["--model", model, "--classes", ",".join(classes), "--levels", str(levels), "--seed", str(seed)]
+    options += ["--precision", precision]
+    options += ["--weights", weights] if weights else []
+    options += ["--image-size", str(image_size)] if image_size else []
+    return options
+
+
+def _export(out: Path, options: list[str]) -> float:
     """Seconds it took."""
     started = time.monotonic()
-    arguments = ["--model", model, "--classes", ",".join(classes), "--levels", str(levels), "--seed", str(seed)]
-    arguments += ["--weights", weights] if weights else []
-    arguments += ["--image-size", str(image_size)] if image_size else []
-    _python("export.build", *arguments, "--out", str(out))
+    _python("export.build", *options, "--out", str(out))
     return time.monotonic() - started
 
 

@@ -13,11 +13,13 @@ from numpy.typing import NDArray
 
 from edge_runtime.memory import release_free_memory
 from edge_runtime.optimizer import AdamW
-from protocol.bundle import Bundle
+from protocol.bundle import Bundle, Dims
 from protocol.errors import BundleError
 from protocol.layout import Vector
 
 Floats = NDArray[np.float32]
+ACTIVATION_BYTES = 128 * 2**20
+BLOCK_STATES, LAST_BLOCK_STATES = 15, 4  # what a block keeps, in hidden states (B, N, D): measured on ViT-B/16
 NEVER = -1e4  # a log-probability so low that float32's exp of it is zero
 
 
@@ -56,10 +58,12 @@ class Engine(Protocol):
 class StepGraphEngine:
     """Runs the gradient as an ordinary inference graph, in micro-batches, with AdamW outside it."""
 
-    def __init__(self, bundle: Bundle, threads: int, micro_batch: int = 8) -> None:
+    def __init__(self, bundle: Bundle, threads: int, micro_batch: int | None = None) -> None:
+        """`micro_batch` in images; by default as many as keep the activations of a level below ACTIVATION_BYTES."""
         self._bundle = bundle
         self._threads = threads
-        self._micro_batch = micro_batch
+        self._asked_micro_batch = micro_batch
+        self._micro_batch = 1
         self._sessions: dict[str, onnxruntime.InferenceSession] = {}
         self._level = 0
         self._theta: Vector = np.empty(0, np.float32)
@@ -70,6 +74,7 @@ class StepGraphEngine:
             self._sessions.clear()
             release_free_memory()
             self._level = level
+            self._micro_batch = self._asked_micro_batch or default_micro_batch(self._bundle.manifest.dims, level)
         self._theta = np.empty(0, np.float32)
         self._optimizer = None
 
@@ -113,6 +118,13 @@ class StepGraphEngine:
         return run(self._sessions[kind], outputs, inputs)
 
 
+def default_micro_batch(dims: Dims, level: int) -> int:
+    """Images whose activations, kept for the way back, take at most ACTIVATION_BYTES. Smaller ones cost little time,
+    as long as a product still has hundreds of rows."""
+    state = 4 * dims.tokens * dims.hidden
+    return max(1, int(ACTIVATION_BYTES / (state * (LAST_BLOCK_STATES + BLOCK_STATES * (level - 1)))))
+
+
 def open_session(bundle: Bundle, name: str, threads: int) -> onnxruntime.InferenceSession:
     """Raises BundleError if ONNX Runtime cannot read the graph."""
     return session_for(bundle.path(name), threads)
@@ -123,7 +135,8 @@ def session_for(path: Path, threads: int) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    options.enable_cpu_mem_arena = False  # an arena never gives memory back, and a device has little
+    # The arena saves the page faults of large tensors (a third of a step's time); patterns would hold memory twice.
+    options.enable_mem_pattern = False
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # devices have other things to do
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

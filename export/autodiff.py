@@ -14,7 +14,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
+from export.frozen import Frozen
 from export.graph import Graph
 
 
@@ -27,8 +29,9 @@ class Var:
 
 
 class Tape:
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, frozen: Frozen) -> None:
         self.graph = graph
+        self._frozen = frozen
         self._backward: list[tuple[Var, Callable[[str], None]]] = []
         self._gradients: dict[str, str] = {}
 
@@ -69,12 +72,19 @@ class Tape:
 
     def linear(self, x: Var, key: str) -> Var:
         """x (·, I) through the frozen `key.weight` (I, O) and `key.bias` (O,)."""
-        op, weight = self.graph.op, self.graph.frozen(f"{key}.weight")
 
         def backward(g: str) -> None:
-            self._accumulate(x, lambda: op("Gemm", g, weight, transB=1))
+            self._accumulate(x, lambda: self._frozen.transposed(g, key))
 
-        return self._record(op("Gemm", x.name, weight, self.graph.frozen(f"{key}.bias")), [x], backward)
+        return self._record(self._frozen.linear(x.name, key), [x], backward)
+
+    def linear_transposed(self, x: Var, key: str) -> Var:
+        """x (·, O) through the transpose of the frozen `key.weight` (I, O), without a bias."""
+
+        def backward(g: str) -> None:
+            self._accumulate(x, lambda: self._frozen.product(g, key))
+
+        return self._record(self._frozen.transposed(x.name, key), [x], backward)
 
     def project(self, x: Var, weight: Var, plus: Var, factor: float = 1.0) -> Var:
         """factor · x Wᵀ + plus, with a trainable weight (O, I); `plus` is (·, O), or a trainable bias (O,)."""
@@ -130,11 +140,11 @@ class Tape:
         op, const = self.graph.op, self.graph.const
 
         def gradient(g: str) -> str:
-            erf = op("Erf", op("Mul", x.name, const(math.sqrt(0.5))))
-            cdf = op("Mul", op("Add", erf, const(1.0)), const(0.5))
-            density = op("Exp", op("Mul", op("Mul", x.name, x.name), const(-0.5)))
-            slope = op("Mul", op("Mul", x.name, density), const(1 / math.sqrt(2 * math.pi)))
-            return op("Mul", g, op("Add", cdf, slope))
+            # Φ + x·φ = ½ (1 + erf u + 2/√π · u · exp(−u²)) with u = x/√2; every pass over memory counts here
+            u = op("Mul", x.name, const(math.sqrt(0.5)))
+            density = op("Exp", op("Sub", const(math.log(2 / math.sqrt(math.pi))), op("Mul", u, u)))
+            twice = op("Add", op("Add", op("Erf", u), op("Mul", u, density)), const(1.0))
+            return op("Mul", op("Mul", g, const(0.5)), twice)
 
         return self._record(op("Gelu", x.name), [x], lambda g: self._accumulate(x, lambda: gradient(g)))
 
@@ -170,45 +180,95 @@ class Tape:
 
         return self._record(first, [x], lambda g: self._accumulate(x, lambda: gradient(g)))
 
-    def attention(
-        self, q: Var, k: Var, v: Var, heads: int, queries: int, tokens: int, hidden: int, mask: str | None = None
-    ) -> Var:
-        """Softmax attention of `queries` tokens over `tokens`: (B·Q, D), (B·N, D), (B·N, D) → (B·Q, D).
-
-        `mask` (B, 1, 1, N), a constant, is added to the scores.
-        """
+    def attention(self, q: Var, k: Var, v: Var, heads: int, tokens: int, hidden: int, mask: str | None = None) -> Var:
+        """Softmax attention of all tokens over all tokens: three times (B·N, D) → (B·N, D). `mask` (B, 1, 1, N), a
+        constant, is added to the scores."""
         op, ints = self.graph.op, self.graph.ints
         width = hidden // heads
         factor = self.graph.const(1 / math.sqrt(width))
 
-        def to_heads(x: str, count: int, perm: Sequence[int]) -> str:
-            return op("Transpose", op("Reshape", x, ints(-1, count, heads, width)), perm=list(perm))
-
-        def from_heads(x: str) -> str:
-            return op("Reshape", op("Transpose", x, perm=[0, 2, 1, 3]), ints(-1, hidden))
+        def to_heads(x: str, perm: Sequence[int]) -> str:
+            return op("Transpose", op("Reshape", x, ints(-1, tokens, heads, width)), perm=list(perm))
 
         def swap(x: str) -> str:
             return op("Transpose", x, perm=[0, 1, 3, 2])
 
-        # (B, H, Q, d), (B, H, d, N), (B, H, N, d)
-        qh = op("Mul", to_heads(q.name, queries, (0, 2, 1, 3)), factor)
-        kt = to_heads(k.name, tokens, (0, 2, 3, 1))
-        vh = to_heads(v.name, tokens, (0, 2, 1, 3))
+        def from_heads(x: str) -> str:
+            return op("Reshape", op("Transpose", x, perm=[0, 2, 1, 3]), ints(-1, hidden))
+
+        # (B, H, N, d), (B, H, d, N), (B, H, N, d)
+        qh = op("Mul", to_heads(q.name, (0, 2, 1, 3)), factor)
+        kt = to_heads(k.name, (0, 2, 3, 1))
+        vh = to_heads(v.name, (0, 2, 1, 3))
         scores = op("MatMul", qh, kt)
         weights = op("Softmax", scores if mask is None else op("Add", scores, mask), axis=-1)
-        out = from_heads(op("MatMul", weights, vh))
+        out = op("MatMul", weights, vh)
 
         def backward(g: str) -> None:
-            gh = to_heads(g, queries, (0, 2, 1, 3))
+            gh = to_heads(g, (0, 2, 1, 3))
             self._accumulate(v, lambda: from_heads(op("MatMul", swap(weights), gh)))
             if q.trainable or k.trainable:
-                gw = op("MatMul", gh, swap(vh))
-                along = op("ReduceSum", op("Mul", gw, weights), ints(-1))
-                gs = op("Mul", weights, op("Sub", gw, along))
+                gs = self._softmax_gradient(weights, op("MatMul", gh, swap(vh)), op("Mul", gh, out))
                 self._accumulate(q, lambda: from_heads(op("Mul", op("MatMul", gs, swap(kt)), factor)))
                 self._accumulate(k, lambda: from_heads(op("MatMul", swap(gs), qh)))
 
-        return self._record(out, [q, k, v], backward)
+        return self._record(from_heads(out), [q, k, v], backward)
+
+    def pool(self, q: Var, x: Var, heads: int, tokens: int, hidden: int, mask: str | None = None) -> Var:
+        """Each head's softmax attention over the tokens themselves: (B·H, D), (B·N, D) → (B·H, D). `mask`
+        (B, 1, 1, N), a constant, is added to the scores."""
+        op, ints = self.graph.op, self.graph.ints
+
+        def swap(y: str) -> str:
+            return op("Transpose", y, perm=[0, 2, 1])
+
+        queries = op("Reshape", q.name, ints(-1, heads, hidden))
+        states = op("Reshape", x.name, ints(-1, tokens, hidden))
+        scores = op("MatMul", queries, swap(states))
+        weights = op("Softmax", scores if mask is None else op("Add", scores, op("Squeeze", mask, ints(1))), axis=-1)
+        out = op("MatMul", weights, states)
+
+        def flat(y: str) -> str:
+            return op("Reshape", y, ints(-1, hidden))
+
+        def backward(g: str) -> None:
+            gh = op("Reshape", g, ints(-1, heads, hidden))
+            gs = self._softmax_gradient(weights, op("MatMul", gh, swap(states)), op("Mul", gh, out))
+            self._accumulate(q, lambda: flat(op("MatMul", gs, states)))
+            self._accumulate(x, lambda: flat(op("MatMul", swap(gs), queries)))
+            self._accumulate(x, lambda: flat(op("MatMul", swap(weights), gh)))
+
+        return self._record(flat(out), [q, x], backward)
+
+    def spread_heads(self, x: Var, heads: int, hidden: int) -> Var:
+        """(B, D) → (B·H, D): row h keeps the columns of head h, over √d, the others are zero."""
+        op, ints = self.graph.op, self.graph.ints
+        scaled = self.graph.const(_head_columns(heads, hidden) / math.sqrt(hidden // heads))
+
+        def backward(g: str) -> None:
+            rows = op("Mul", op("Reshape", g, ints(-1, heads, hidden)), scaled)
+            self._accumulate(x, lambda: op("ReduceSum", rows, ints(1), keepdims=0))
+
+        rows = op("Mul", op("Unsqueeze", x.name, ints(1)), scaled)
+        return self._record(op("Reshape", rows, ints(-1, hidden)), [x], backward)
+
+    def join_heads(self, x: Var, heads: int, hidden: int) -> Var:
+        """(B·H, D) → (B, D): the columns of head h are taken from row h."""
+        op, ints = self.graph.op, self.graph.ints
+        mask = self.graph.const(_head_columns(heads, hidden))
+
+        def backward(g: str) -> None:
+            rows = op("Mul", op("Unsqueeze", g, ints(1)), mask)
+            self._accumulate(x, lambda: op("Reshape", rows, ints(-1, hidden)))
+
+        rows = op("Mul", op("Reshape", x.name, ints(-1, heads, hidden)), mask)
+        return self._record(op("ReduceSum", rows, ints(1), keepdims=0), [x], backward)
+
+    def _softmax_gradient(self, weights: str, gradient: str, gradient_out: str) -> str:
+        """The gradient of the scores from that of the weights. Its row sums Σ w·∂w equal those of ∂out·out, which is
+        d wide instead of N (Dao et al. 2022)."""
+        op = self.graph.op
+        return op("Mul", weights, op("Sub", gradient, op("ReduceSum", gradient_out, self.graph.ints(-1))))
 
     def expert_loss(
         self, logits: Var, labels: str, weights: str, gate: str, other: str, bias: str, classes: int
@@ -249,3 +309,8 @@ def _log_add(graph: Graph, a: str, b: str) -> str:
     high, low = graph.op("Max", a, b), graph.op("Min", a, b)
     rest = graph.op("Log", graph.op("Add", graph.const(1.0), graph.op("Exp", graph.op("Sub", low, high))))
     return graph.op("Add", high, rest)
+
+
+def _head_columns(heads: int, hidden: int) -> NDArray[np.float32]:
+    """(H, D): one where the column belongs to the head."""
+    return np.repeat(np.eye(heads, dtype=np.float32), hidden // heads, axis=1)

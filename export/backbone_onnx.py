@@ -17,11 +17,10 @@ from optimum.exporters.onnx import export, validate_model_outputs
 from optimum.exporters.tasks import TasksManager
 from optimum.utils import DummyVisionInputGenerator
 
-from export.graph import WeightFile
+from export.graph import INLINE_BYTES, WeightFile
 from export.weights import Backbone
 
 OPSET = 17
-INLINE_BYTES = 4096
 TOLERANCE = 1e-3  # optimum's own for vision transformers
 
 

@@ -30,6 +30,7 @@ from protocol.bundle import (
     LoraSpec,
     Manifest,
     PeftSpec,
+    Precision,
     ZeroShot,
     file_sha256,
 )
@@ -55,6 +56,7 @@ def build(
         None, help="A text model's tokenizer.json. Default: the one beside the weights."
     ),
     rank: int = typer.Option(4, min=1, help="LoRA rank r; alpha is 2r."),
+    precision: Precision = typer.Option("fp32", help="Of the frozen weights; int8 is faster and takes less memory."),
     prompt: list[str] | None = typer.Option(
         None, help="Template of CLIP's prompts, '{}' for the class name; may be repeated. Default: a few of ours."
     ),
@@ -70,7 +72,9 @@ def build(
     columns = (TextColumn("{task.description:<28}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("backbone (optimum)", total=None)
-        for done, total, what in build_bundle(source, names, levels, source.family.lora(rank), out, seed, zero_shot):
+        for done, total, what in build_bundle(
+            source, names, levels, source.family.lora(rank), out, seed, precision, zero_shot
+        ):
             progress.update(task, completed=done, total=total, description=what)
     bundle = Bundle(out)
     report(bundle)
@@ -131,6 +135,7 @@ def build_bundle(
     lora: LoraSpec,
     out: Path,
     seed: int,
+    precision: Precision = "fp32",
     zero_shot: ZeroShot | None = None,
 ) -> Iterator[tuple[int, int, str]]:
     """Writes the bundle at `out`, replacing one that is there; yields (steps done, steps, what is being done).
@@ -174,10 +179,12 @@ def build_bundle(
                 gate=gate,
                 classes=len(classes),
                 levels=levels,
+                precision=precision,
             )
             for done, name in enumerate(writer.write_all(), start=1):
                 yield done, steps, name
-            write_backbone_onnx(source, root / "backbone.onnx", weight_file)
+            if precision == "fp32":  # it is the backbone's own, with weights that an int8 bundle does not have
+                write_backbone_onnx(source, root / "backbone.onnx", weight_file)
         if source.tokenizer:
             (root / TOKENIZER).write_text(source.tokenizer, encoding="utf-8")
         expert = initial_expert(source, lora, peft, layout, geometry.blocks, seed)[: layout.size(levels)]
@@ -191,6 +198,7 @@ def build_bundle(
         manifest = Manifest(
             model=source.name,
             family=family.model_type,
+            precision=precision,
             preprocessing=preprocessing,
             dims=Dims(
                 tokens=geometry.tokens,

@@ -1,6 +1,7 @@
 """A small ONNX graph builder, and the file that holds every frozen weight once.
 
-Only standard operators of opset 20 are emitted, so any ONNX Runtime from 1.19 on runs the graphs.
+Only standard operators of opset 20 are emitted, and for int8 one of ONNX Runtime's own (see `export.frozen`), so any
+ONNX Runtime from 1.19 on runs the graphs.
 """
 
 from __future__ import annotations
@@ -17,9 +18,12 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 OPSET = 20
+RUNTIME_DOMAIN = "com.microsoft"
+VERSIONS = {"": OPSET, RUNTIME_DOMAIN: 1}
 IR_VERSION = 10  # the newest that ONNX Runtime 1.19 reads
 ALIGNMENT = 4096  # a page, so that a memory map needs no copy
 WEIGHTS_FILE = "backbone.weights"
+INLINE_BYTES = 4096
 
 Array = NDArray[Any]
 Dim = int | str
@@ -81,18 +85,29 @@ class Graph:
 
     def frozen(self, key: str) -> str:
         """A frozen weight of the backbone."""
-        if key not in self._initializers:
-            self._initializers[key] = self._weight_file.tensor(key, self._weights[key])
-        return key
+        return self.stored(key, self._weights[key])
+
+    def stored(self, name: str, array: Array) -> str:
+        """A constant in the weight file."""
+        if name not in self._initializers:
+            self._initializers[name] = self._weight_file.tensor(name, array)
+        return name
+
+    def weight(self, key: str) -> Array:
+        return self._weights[key]
 
     def has(self, key: str) -> bool:
         return key in self._weights
 
     def const(self, value: Any, dtype: type[np.generic] = np.float32) -> str:
-        """A small constant, stored in the graph itself; equal ones share a name."""
+        """A constant, stored in the graph itself if it is small; equal ones share a name."""
         array = np.asarray(value, dtype)
         name = f"const.{array.dtype}.{hashlib.sha256(array.tobytes() + str(array.shape).encode()).hexdigest()[:12]}"
-        self._initializers.setdefault(name, numpy_helper.from_array(array, name))
+        if name not in self._initializers:
+            inline = array.nbytes <= INLINE_BYTES
+            self._initializers[name] = (
+                numpy_helper.from_array(array, name) if inline else self._weight_file.tensor(name, array)
+            )
         return name
 
     def ints(self, *values: int) -> str:
@@ -111,9 +126,10 @@ class Graph:
         graph = helper.make_graph(
             self._nodes, self._name, self._inputs, self._outputs, list(self._initializers.values())
         )
+        domains = sorted({node.domain for node in self._nodes})
         return helper.make_model(
             graph,
-            opset_imports=[helper.make_opsetid("", OPSET)],
+            opset_imports=[helper.make_opsetid(domain, VERSIONS[domain]) for domain in domains],
             ir_version=IR_VERSION,
             producer_name="fedfmsl-edge",
         )

@@ -14,9 +14,10 @@ import onnx
 
 from export.autodiff import Tape, Var
 from export.families.family import LORA_TARGETS, Family
+from export.frozen import PRECISIONS
 from export.graph import Array, Graph, WeightFile
 from export.transformer import Geometry, Lora, Transformer
-from protocol.bundle import Preprocessing, TextPreprocessing
+from protocol.bundle import Precision, Preprocessing, TextPreprocessing
 from protocol.layout import HEAD, Layout
 
 GATE_WIDTH = 16
@@ -77,6 +78,7 @@ class GraphWriter:
     gate: Layout
     classes: int
     levels: int
+    precision: Precision
 
     def write_all(self) -> Iterator[str]:
         """Yields the name of each file once it is written."""
@@ -97,7 +99,7 @@ class GraphWriter:
         A caller that fetches only some outputs runs only what they need.
         """
         g, graph = self.transformer.geometry, self._graph("features")
-        tape = Tape(graph)
+        tape = self._tape(graph)
         x, padding = self._samples(graph)
         for block in range(g.blocks):
             level = g.blocks - block
@@ -111,7 +113,7 @@ class GraphWriter:
     def lift(self, block: int) -> Graph:
         """hidden state below `block`, its LoRA → hidden state above it (B, N, D)."""
         graph = self._graph(f"lift-{block}")
-        tape, (hidden, padding) = Tape(graph), self._hidden(graph)
+        tape, (hidden, padding) = self._tape(graph), self._hidden(graph)
         part = self.experts.parts[str(block)]
         theta = graph.input("theta", np.float32, [part.stop - part.start])
         loras = self._loras(self._parameters(graph, theta, self.experts, part, trainable=False))
@@ -122,7 +124,7 @@ class GraphWriter:
     def step(self, level: int) -> Graph:
         """One LoRA step's loss and gradient (P,), for cross-entropy and the MoFM likelihood alike."""
         graph = self._graph(f"step-{level}")
-        tape, (hidden, padding) = Tape(graph), self._hidden(graph)
+        tape, (hidden, padding) = self._tape(graph), self._hidden(graph)
         labels = graph.input("labels", np.int64, ["B"])
         weights, gate, other = (graph.input(name, np.float32, ["B"]) for name in ("weights", "gate", "other"))
         bias = graph.input("bias", np.float32, [self.classes])
@@ -135,7 +137,7 @@ class GraphWriter:
     def predict(self, level: int) -> Graph:
         """hidden state, trainables → `logits` (B, C) and the class token's `feature` (B, F)."""
         graph = self._graph(f"predict-{level}")
-        tape, (hidden, padding) = Tape(graph), self._hidden(graph)
+        tape, (hidden, padding) = self._tape(graph), self._hidden(graph)
         parameters = self._theta(graph, "theta", level, trainable=False)
         logits, feature = self._expert(tape, hidden, padding, level, parameters)
         graph.output(logits.name, "logits", ["B", self.classes])
@@ -149,7 +151,7 @@ class GraphWriter:
         The frozen prefix is shared; above it the backbone (for the gate) and both experts part.
         """
         g, graph = self.transformer.geometry, self._graph(f"personal-{level}")
-        tape = Tape(graph)
+        tape = self._tape(graph)
         x, padding = self._samples(graph)
         first = g.blocks - level
         for block in range(first):
@@ -172,20 +174,25 @@ class GraphWriter:
     def gate_predict(self) -> Graph:
         """pooled feature (B, F) → log weights of the global and the local expert (B, 2)."""
         graph = self._graph("gate-predict")
-        log_gate = self._log_gate(graph, Tape(graph), self._pooled(graph), self._gate_theta(graph, trainable=False))
+        log_gate = self._log_gate(
+            graph, self._tape(graph), self._pooled(graph), self._gate_theta(graph, trainable=False)
+        )
         graph.output(log_gate, "log_gate", ["B", 2])
         return graph
 
     def gate_step(self) -> Graph:
         """pooled feature, both experts' log-likelihoods of the label (B, 2) → loss, gradient (G,)."""
         graph = self._graph("gate-step")
-        tape, pooled = Tape(graph), self._pooled(graph)
+        tape, pooled = self._tape(graph), self._pooled(graph)
         expert_log_p = graph.input("expert_log_p", np.float32, ["B", 2])
         weights = graph.input("weights", np.float32, ["B"])
         parameters = self._gate_theta(graph, trainable=True)
         loss = tape.gate_loss(self._gate_logits(graph, tape, pooled, parameters), expert_log_p, weights)
         self._emit(graph, tape, loss, list(parameters.values()))
         return graph
+
+    def _tape(self, graph: Graph) -> Tape:
+        return Tape(graph, PRECISIONS[self.precision](graph))
 
     def _graph(self, name: str) -> Graph:
         return Graph(name, self.weights, self.weight_file)

@@ -18,9 +18,8 @@ from protocol.layout import Layout, Vector
 from protocol.peft_names import from_peft, to_peft
 
 
-@contextmanager
-def peft_model(source: Backbone, lora: LoraSpec, level: int, seed: int) -> Iterator[Any]:
-    """The classification model with PEFT's LoRA on the `level` last blocks; the model is restored on leaving."""
+def add_lora(source: Backbone, lora: LoraSpec, level: int, seed: int) -> Any:
+    """The classification model with PEFT's LoRA on the `level` last blocks. It changes `source.model`."""
     blocks = source.backbone.config.num_hidden_layers
     torch.manual_seed(seed)
     config = LoraConfig(
@@ -31,7 +30,13 @@ def peft_model(source: Backbone, lora: LoraSpec, level: int, seed: int) -> Itera
         layers_pattern=source.family.layers_pattern,
         modules_to_save=["classifier"],
     )
-    model = get_peft_model(source.model, config)
+    return get_peft_model(source.model, config)
+
+
+@contextmanager
+def peft_model(source: Backbone, lora: LoraSpec, level: int, seed: int) -> Iterator[Any]:
+    """The same, but the model is restored on leaving."""
+    model = add_lora(source, lora, level, seed)
     try:
         yield model
     finally:

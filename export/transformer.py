@@ -23,6 +23,7 @@ from typing import Literal
 import numpy as np
 
 from export.autodiff import Tape, Var
+from export.frozen import Float32
 from export.graph import Graph
 from protocol.bundle import ImagePreprocessing
 
@@ -77,20 +78,18 @@ class Transformer:
         self, tape: Tape, x: Var, index: int, lora: Lora, class_token_only: bool = False, mask: str | None = None
     ) -> Var:
         """Block `index` on (B·N, D). With `class_token_only` the result is (B, D): exact for the last block, of which
-        only the class token goes on; keys and values are still needed of every token, but for those that `mask`
-        (B, 1, 1, N) keeps out."""
+        only the class token goes on. `mask` (B, 1, 1, N) keeps padded tokens out."""
         g, key = self.geometry, f"blocks.{index}"
         post = g.norm == "post"
         normal = x if post else tape.layer_norm(x, f"{key}.norm1", g.epsilon)
-        asking = normal
         if class_token_only:
-            asking = tape.class_token(normal, g.tokens, g.hidden)
             x = tape.class_token(x, g.tokens, g.hidden)
-        q = self._project(tape, asking, f"{key}.query", lora.get("query"))
-        k = self._project(tape, normal, f"{key}.key", lora.get("key"))
-        v = self._project(tape, normal, f"{key}.value", lora.get("value"))
-        queries = 1 if class_token_only else g.tokens
-        mixed = tape.attention(q, k, v, g.heads, queries, g.tokens, g.hidden, mask)
+            mixed = self._class_token_attention(tape, normal, key, lora, mask)
+        else:
+            q = self._project(tape, normal, f"{key}.query", lora.get("query"))
+            k = tape.linear(normal, f"{key}.key")
+            v = self._project(tape, normal, f"{key}.value", lora.get("value"))
+            mixed = tape.attention(q, k, v, g.heads, g.tokens, g.hidden, mask)
         x = self._residual(tape, x, tape.linear(mixed, f"{key}.output"), f"{key}.scale1")
         if post:
             x = tape.layer_norm(x, f"{key}.norm1", g.epsilon)
@@ -98,6 +97,19 @@ class Transformer:
         inner = self._activate(tape, tape.linear(normal, f"{key}.up"))
         x = self._residual(tape, x, tape.linear(inner, f"{key}.down"), f"{key}.scale2")
         return tape.layer_norm(x, f"{key}.norm2", g.epsilon) if post else x
+
+    def _class_token_attention(self, tape: Tape, normal: Var, key: str, lora: Lora, mask: str | None) -> Var:
+        """The class token's attention (B, D) over `normal` (B·N, D), without a key or a value of any token (ours).
+
+        q·(W x) = (Wᵀ q)·x, so each head's query goes through the key weights instead of every token; the key's bias
+        only shifts a softmax. And a sum of values is the value of the sum, so tokens are summed first.
+        """
+        g = self.geometry
+        q = self._project(tape, tape.class_token(normal, g.tokens, g.hidden), f"{key}.query", lora.get("query"))
+        asked = tape.linear_transposed(tape.spread_heads(q, g.heads, g.hidden), f"{key}.key")
+        pooled = tape.pool(asked, normal, g.heads, g.tokens, g.hidden, mask)
+        v = self._project(tape, pooled, f"{key}.value", lora.get("value"))
+        return tape.join_heads(v, g.heads, g.hidden)
 
     def suffix(self, tape: Tape, hidden: Var, first: int, lora: Mapping[int, Lora], mask: str | None = None) -> Var:
         """Blocks `first` … L-1 and the tail: (B·N, D) → the class token's feature (B, F)."""
@@ -118,7 +130,9 @@ class Transformer:
     def _embedded(self, graph: Graph, tokens: str) -> Var:
         """(B, N, D) → (B·N, D), normed where the family does so."""
         x = Var(graph.op("Reshape", tokens, graph.ints(-1, self.geometry.hidden)))
-        return Tape(graph).layer_norm(x, "embed_norm", self.geometry.epsilon) if graph.has("embed_norm.weight") else x
+        if not graph.has("embed_norm.weight"):
+            return x
+        return Tape(graph, Float32(graph)).layer_norm(x, "embed_norm", self.geometry.epsilon)
 
     def _activate(self, tape: Tape, x: Var) -> Var:
         return tape.quick_gelu(x) if self.geometry.activation == "quick_gelu" else tape.gelu(x)

@@ -34,6 +34,7 @@ from protocol.layout import Layout, Slot, Vector
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
+Precision = Literal["fp32", "int8"]  # of the frozen projections
 
 
 class _Frozen(BaseModel):
@@ -99,6 +100,7 @@ class Manifest(_Frozen):
     schema_version: Literal[1] = 1
     model: str
     family: str
+    precision: Precision
     preprocessing: Preprocessing
     dims: Dims
     lora: LoraSpec

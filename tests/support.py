@@ -36,7 +36,7 @@ from export.build import build_bundle
 from export.reference import peft_model, torch_inputs
 from export.weights import Backbone, load_backbone
 from export.zero_shot import TEMPLATES, zero_shot_head
-from protocol.bundle import TOKENIZER, Bundle
+from protocol.bundle import TOKENIZER, Bundle, Precision
 from protocol.layout import Vector
 from protocol.peft_names import from_peft, to_peft
 
@@ -133,14 +133,20 @@ def _save(model: Any, folder: Path, seed: int) -> Path:
 
 
 def build(
-    weights: Path, out: Path, levels: int | None = None, classes: Sequence[str] = CLASSES, seed: int = 0
+    weights: Path,
+    out: Path,
+    levels: int | None = None,
+    classes: Sequence[str] = CLASSES,
+    seed: int = 0,
+    precision: Precision = "fp32",
 ) -> Built:
     """The bundle of a transformers folder, at IMAGE_SIZE or MAX_TOKENS; with a zero-shot head where there is a text
     tower."""
     size = MAX_TOKENS if (weights / TOKENIZER).is_file() else IMAGE_SIZE
     source = load_backbone(str(weights), None, len(classes), size, None, seed)
     zero_shot = zero_shot_head(source, classes, TEMPLATES) if source.family.text_tower else None
-    for _ in build_bundle(source, tuple(classes), levels, source.family.lora(RANK), out, seed, zero_shot):
+    lora = source.family.lora(RANK)
+    for _ in build_bundle(source, tuple(classes), levels, lora, out, seed, precision, zero_shot):
         pass
     return Built(source, Bundle(out))
 

@@ -1,0 +1,157 @@
+"""What is compared: each contestant is a training step on a batch of random images, set up in a process of its own.
+
+torch-whole        transformers + PEFT over the whole model, LoRA on all blocks: a federated client written in torch
+torch-suffix-{k}   transformers + PEFT over the `k` last blocks on the cached hidden state
+{engine}-{k}       this project's engine of that name at level k, on the same cached state
+product            ONNX Runtime's own product of two 2048 × 2048 matrices: what the machine gives
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edge_runtime.engine import Batch, StepGraphEngine
+from edge_runtime.memory import peak_rss_mb
+from edge_runtime.optimizer import AdamW
+from edge_runtime.training import Targets
+from protocol.bundle import Bundle, ImagePreprocessing
+
+LEARNING_RATE = 1e-3
+PRODUCT_SIDE = 2048
+VISIT_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all contestants share. `model` and `weights` as for export.build."""
+
+    bundle: Path
+    model: str
+    weights: str | None
+    batch: int
+    threads: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """`step` is one training step (or product); `flops` what its products take."""
+
+    step: Callable[[], object]
+    flops: int
+
+
+def make(name: str, setting: Setting) -> Contestant:
+    if name == "product":
+        return _product(setting)
+    if name == "torch-whole":
+        return _torch(setting, level=None)
+    kind, _, level = name.rpartition("-")
+    return _torch(setting, int(level)) if kind == "torch-suffix" else _engine(setting, int(level))
+
+
+def _engine(setting: Setting, level: int) -> Contestant:
+    from benchmarks.flops import graph_flops
+
+    bundle = Bundle(setting.bundle)
+    dims, size = bundle.manifest.dims, bundle.expert.size(level)
+    rng = np.random.default_rng(setting.seed)
+    targets = Targets.cross_entropy(rng.integers(0, dims.classes, setting.batch))
+    hidden = rng.normal(size=(setting.batch, dims.tokens, dims.hidden)).astype(np.float32)
+    batch = Batch(hidden, targets.labels, targets.gate, targets.other, np.zeros(dims.classes, np.float32))
+    engine = StepGraphEngine(bundle, setting.threads)
+    engine.load(level)
+    engine.set(bundle.initial()[0][:size], AdamW(LEARNING_RATE, np.zeros(size, np.float32)))
+    return Contestant(lambda: engine.step(batch), graph_flops(bundle.path(f"step-{level}.onnx"), setting.batch))
+
+
+def _torch(setting: Setting, level: int | None) -> Contestant:
+    """The whole model on pixels, or its `level` last blocks on a hidden state."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from export.reference import add_lora
+    from export.weights import load_backbone
+
+    torch.set_num_threads(setting.threads)
+    manifest = Bundle(setting.bundle).manifest
+    assert isinstance(manifest.preprocessing, ImagePreprocessing)
+    dims, size = manifest.dims, manifest.preprocessing.size
+    source = load_backbone(setting.model, setting.weights, dims.classes, size, None, setting.seed)
+    source.model.set_attn_implementation("sdpa")  # what transformers takes by itself
+    model = add_lora(source, manifest.lora, level or dims.blocks, setting.seed)
+    model.train()
+    labels = torch.randint(0, dims.classes, (setting.batch,))
+    pixels = torch.randn(setting.batch, 3, size, size)
+    hidden = torch.randn(setting.batch, dims.tokens, dims.hidden)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
+    backbone = source.backbone
+    classify = torch.nn.Linear(dims.hidden, dims.classes)
+
+    def logits() -> Any:
+        if level is None:
+            return model(pixel_values=pixels).logits
+        state = hidden
+        for block in backbone.encoder.layer[-level:]:
+            out = block(state)
+            state = out[0] if isinstance(out, tuple) else out
+        return classify(backbone.layernorm(state)[:, 0])
+
+    def step() -> None:
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(logits(), labels).backward()
+        optimizer.step()
+
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return Contestant(step, counter.get_total_flops())
+
+
+def _product(setting: Setting) -> Contestant:
+    import onnxruntime
+    from onnx import TensorProto, helper, numpy_helper
+
+    side = PRODUCT_SIDE
+    matrix = np.random.default_rng(setting.seed).normal(size=(side, side)).astype(np.float32)
+    value = {name: helper.make_tensor_value_info(name, TensorProto.FLOAT, [side, side]) for name in "xy"}
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])],
+        "product",
+        [value["x"]],
+        [value["y"]],
+        [numpy_helper.from_array(matrix, "w")],
+    )
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = setting.threads
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return Contestant(lambda: session.run(["y"], {"x": matrix}), 2 * side**3)
+
+
+def answer_visits(name: str, setting: Setting) -> None:
+    """Median seconds of a step during each visit, and the process's peak memory so far, as lines of JSON."""
+    contestant = make(name, setting)
+    contestant.step()
+    print(json.dumps({"flops": contestant.flops}), flush=True)
+    for _ in sys.stdin:
+        contestant.step()  # what others left in the caches is not this contestant's
+        seconds: list[float] = []
+        while sum(seconds) < VISIT_SECONDS:
+            started = time.perf_counter()
+            contestant.step()
+            seconds.append(time.perf_counter() - started)
+        print(json.dumps({"seconds": statistics.median(seconds), "peak_rss_mb": peak_rss_mb()}), flush=True)
+
+
+if __name__ == "__main__":
+    fields = json.loads(sys.argv[2])
+    answer_visits(sys.argv[1], Setting(**{**fields, "bundle": Path(fields["bundle"])}))

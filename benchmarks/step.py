@@ -1,0 +1,154 @@
+"""python -m benchmarks.step: one training step of every contestant, interleaved, each in a process of its own.
+
+All contestants are set up first; then they are visited in turn, `--rounds` times, and only one computes at a time. So a
+machine that is slower for a while is slower for all. Times are medians with their spread, memory is the process's peak.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import typer
+from rich.progress import Progress
+
+from benchmarks.contestants import Setting
+from protocol.bundle import Bundle, TextPreprocessing
+from protocol.errors import ConfigError, RunError
+from shell.cli import application, console
+
+LEVELS = (1, 2, 4, 8, 12)
+REFERENCE = "torch-whole"
+PRODUCT = "product"
+
+app = application("Time and memory of a training step, against torch + PEFT.")
+
+
+class Worker:
+    """A contestant in its own process. It answers each line on its standard input with one visit's measurements."""
+
+    def __init__(self, name: str, setting: Setting) -> None:
+        self.name = name
+        command = [sys.executable, "-m", "benchmarks.contestants", name, json.dumps(vars(setting), default=str)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.flops = int(self._answer()["flops"])
+
+    def visit(self) -> dict[str, float]:
+        """Median `seconds` of a step, and the process's peak memory `peak_rss_mb` so far."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def close(self) -> None:
+        self._process.communicate()
+
+    def _answer(self) -> dict[str, float]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RunError(f"the contestant {self.name} ended early; what it said stands above")
+        answer: dict[str, float] = json.loads(line)
+        return answer
+
+
+@app.command()
+def compare(
+    model: str = typer.Option("vit-b16", help="As for export.build."),
+    weights: str | None = typer.Option("random", help="As for export.build."),
+    bundle: list[Path] = typer.Option([], help="Bundles of it; give it several times. Default: built once."),
+    levels: str = typer.Option(",".join(map(str, LEVELS)), help="SAL levels, separated by commas."),
+    batch: int = typer.Option(8, min=1),
+    threads: int = typer.Option(0, min=0, help="0: one per core."),
+    rounds: int = typer.Option(7, min=2, help="Visits to each contestant."),
+    seed: int = typer.Option(0),
+    out: Path | None = typer.Option(None, "--json", help="File to write the measurements to."),
+) -> None:
+    folders = bundle or [_built(model, weights)]
+    if any(isinstance(Bundle(folder).manifest.preprocessing, TextPreprocessing) for folder in folders):
+        raise ConfigError("this comparison is of vision models; give another --model or --bundle")
+    threads = threads or os.cpu_count() or 1
+    wanted = [int(level) for level in levels.split(",")]
+    settings = [Setting(folder, model, weights, batch, threads, seed) for folder in folders]
+    workers = [Worker(name, settings[0]) for name in (PRODUCT, REFERENCE, *(f"torch-suffix-{k}" for k in wanted))]
+    for setting in settings:
+        label = Bundle(setting.bundle).manifest.precision
+        workers += [Worker(f"step-graph-{label}-{k}", setting) for k in wanted]
+    visits: dict[str, list[dict[str, float]]] = {worker.name: [] for worker in workers}
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("visits", total=rounds * len(workers))
+        for worker in workers * rounds:
+            visits[worker.name].append(worker.visit())
+            progress.advance(task)
+    for worker in workers:
+        worker.close()
+    results = _results(workers, visits, batch)
+    _show(results)
+    if out:
+        machine = {"processor": _processor(), "threads": threads, "batch": batch, "model": model, "seed": seed}
+        out.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
+
+
+def _results(
+    workers: list[Worker], visits: dict[str, list[dict[str, float]]], batch: int
+) -> dict[str, dict[str, float]]:
+    """Ratios are medians of the rounds' own ratios, so that a change of the machine's speed divides out."""
+    results: dict[str, dict[str, float]] = {}
+    rates = [workers[0].flops / visit["seconds"] for visit in visits[PRODUCT]]
+    reference = [visit["seconds"] for visit in visits[REFERENCE]]
+    for worker in workers:
+        seconds = [visit["seconds"] for visit in visits[worker.name]]
+        median = statistics.median(seconds)
+        results[worker.name] = {
+            "seconds": median,
+            "seconds_min": min(seconds),
+            "seconds_max": max(seconds),
+            "images_per_second": batch / median,
+            "times_faster": statistics.median(r / s for r, s in zip(reference, seconds, strict=True)),
+            "peak_rss_mb": max(visit["peak_rss_mb"] for visit in visits[worker.name]),
+            "gflop": worker.flops / 1e9,
+            "share_of_product_rate": statistics.median(
+                worker.flops / s / rate for s, rate in zip(seconds, rates, strict=True)
+            ),
+        }
+    return results
+
+
+def _show(results: dict[str, dict[str, float]]) -> None:
+    """A Markdown table, as benchmarks/README.md has it."""
+    torch = results[REFERENCE]
+    print("| contestant | ms per step | lowest–highest | images/s | × torch | peak MB | of torch's | GFLOP | of rate |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for name, r in results.items():
+        lowest, highest = 1e3 * r["seconds_min"], 1e3 * r["seconds_max"]
+        print(
+            f"| {name} | {1e3 * r['seconds']:.1f} | {lowest:.1f}–{highest:.1f} | {r['images_per_second']:.1f} "
+            f"| {r['times_faster']:.1f} | {r['peak_rss_mb']:.0f} | {r['peak_rss_mb'] / torch['peak_rss_mb']:.2f} "
+            f"| {r['gflop']:.1f} | {r['share_of_product_rate']:.0%} |"
+        )
+
+
+def _built(model: str, weights: str | None) -> Path:
+    folder = Path("bundles") / f"benchmark-{model}"
+    if not (folder / "manifest.json").is_file():
+        command = [sys.executable, "-m", "export.build", "--model", model, "--out", str(folder)]
+        command += ["--weights", weights] if weights else []
+        if subprocess.run(command, check=False).returncode:
+            raise RunError(f"the bundle of {model} could not be built")
+    return folder
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.machine()
+
+
+if __name__ == "__main__":
+    app()
