@@ -23,8 +23,10 @@ from devices.report import write_report
 from devices.split import write_fleet
 from protocol.bundle import Precision
 from protocol.errors import ConfigError, RunError
+from protocol.messages import EngineChoice
 from protocol.topics import check_name
 from shell.cli import application, console
+from shell.ort_training import require_ort_training
 
 app = application("Run a whole federated trial on this machine: real photos, a real backbone, a broker, N devices.")
 
@@ -44,6 +46,7 @@ def trial(
     image_size: int | None = typer.Option(None, help="Pixels per side. Default: 140, or --model's own."),
     precision: Precision = typer.Option("fp32", help="As for export.build."),
     levels: int = typer.Option(3, min=1, help="Highest SAL level."),
+    engine: EngineChoice = typer.Option("auto", help="What trains on the devices; ort-training is also exported for."),
     devices: int = typer.Option(6, min=1),
     alpha: float = typer.Option(0.5, min=1e-3, help="Dirichlet α of the devices' shares: smaller is more unequal."),
     seed: int = typer.Option(0),
@@ -58,6 +61,8 @@ def trial(
         raise ConfigError("--classes and --classes-from-folders exclude each other")
     if (classes or classes_from_folders) and images is None:
         raise ConfigError("--classes and --classes-from-folders go with --images")
+    if engine == "ort-training":
+        require_ort_training("--engine ort-training")
     if weights and model is None:
         raise ConfigError("--weights goes with --model")
     folder = Path("runs") / check_name("run", name)
@@ -68,7 +73,7 @@ def trial(
     _clear(folder)
     roots = write_fleet(train, test, folder / "photos", devices, alpha, seed)
     console.print(f"photos     {sum(map(len, train.values()))} to train on, {sum(map(len, test.values()))} to test on")
-    options = _options(list(train), model, weights, image_size, levels, precision, seed)
+    options = _options(list(train), model, weights, image_size, levels, precision, engine, seed)
     seconds = {"export": _export(folder / "bundle", options)}
     threads = str(max(1, (os.cpu_count() or 1) // devices))
     with Fleet(folder / "logs") as fleet:
@@ -88,7 +93,7 @@ def trial(
                 "edge_runtime",
                 *("run", "--run", name, "--device", root.name, "--images", str(root), "--broker", address),
                 *("--state", str(folder / "devices" / root.name), "--bundle", str(folder / "bundle")),
-                *("--threads", threads),
+                *("--threads", threads, "--engine", engine),
                 restarts=True,
             )
         with LiveView(address, name, folder) as view:
@@ -114,11 +119,13 @@ def _options(
     image_size: int | None,
     levels: int,
     precision: Precision,
+    engine: EngineChoice,
     seed: int,
 ) -> list[str]:
     """The command line of export.build."""
     options = ["--model", model, "--classes", ",".join(classes), "--levels", str(levels), "--seed", str(seed)]
     options += ["--precision", precision]
+    options += ["--ort-training"] if engine == "ort-training" else []
     options += ["--weights", weights] if weights else []
     options += ["--image-size", str(image_size)] if image_size else []
     return options

@@ -10,6 +10,8 @@
     personal-{k}.onnx       level k: pixels, both experts, gate → class probabilities (a template)
     gate-step.onnx, gate-predict.onnx
     init.safetensors        the trainables every run starts from
+    ort-training-{k}.onnx, ort-training-{k}.checkpoint, ort-training-optimizer.onnx
+                            level k's step for onnxruntime-training, where it was asked for
 
 The files lie side by side because ONNX refuses external data outside a model's own folder.
 """
