@@ -70,6 +70,7 @@ class FeatureCache:
         self._report = report
         dims = bundle.manifest.dims
         self._shape = (dims.tokens, dims.hidden)
+        self._feature = dims.feature
         self._used: set[str] = set()
 
     def precise(self) -> FeatureCache:
@@ -113,13 +114,13 @@ class FeatureCache:
         return HiddenStates(folder, images, self._shape, self._dtype)
 
     def pooled(self, images: Sequence[LabelledImage], level: int) -> Floats:
-        """The frozen backbone's pooled features (n, D). A pass over missing images stores what `frozen` would."""
+        """The frozen backbone's pooled features (n, F). A pass over missing images stores what `frozen` would."""
         folder = self._folder("pooled")
-        missing = [image for image in images if not self._is_stored(folder, image, self._shape[1] * 4)]
+        missing = [image for image in images if not self._is_stored(folder, image, self._feature * 4)]
         if missing:
             self._extract(missing, level)
         rows = [np.frombuffer((folder / image.sha256).read_bytes(), np.float32) for image in images]
-        return np.stack(rows) if rows else np.empty((0, self._shape[1]), np.float32)
+        return np.stack(rows) if rows else np.empty((0, self._feature), np.float32)
 
     def drop_unused(self) -> None:
         """Deletes every state that nobody asked for since the last call; pooled features are small and stay."""

@@ -24,7 +24,7 @@ class Gate:
         self._predict = open_session(bundle, "gate-predict.onnx", threads)
 
     def weights(self, theta: Vector, pooled: Floats) -> Floats:
-        """Log weights (n, 2) of the global and the local expert, from pooled features (n, D)."""
+        """Log weights (n, 2) of the global and the local expert, from pooled features (n, F)."""
         (log_gate,) = run(self._predict, ["log_gate"], {"pooled": pooled, "gate_theta": theta})
         return log_gate
 

@@ -1,4 +1,4 @@
-"""`OrtTrainingEngine` trains with onnxruntime-training 1.19.2, on artifacts it made itself of the graphs of a bundle."""
+"""`OrtTrainingEngine` trains with onnxruntime-training 1.19.2, on artifacts that it made itself of our graphs."""
 
 from __future__ import annotations
 

@@ -148,6 +148,26 @@ class Tape:
 
         return self._record(op("Gelu", x.name), [x], lambda g: self._accumulate(x, lambda: gradient(g)))
 
+    def quick_gelu(self, x: Var) -> Var:
+        """CLIP's approximation of GELU, x·σ(1.702 x)."""
+        op, const = self.graph.op, self.graph.const
+        gate = op("Sigmoid", op("Mul", x.name, const(1.702)))
+
+        def gradient(g: str) -> str:
+            inner = op("Mul", op("Mul", x.name, const(1.702)), op("Sub", const(1.0), gate))
+            return op("Mul", op("Mul", g, gate), op("Add", inner, const(1.0)))
+
+        return self._record(op("Mul", x.name, gate), [x], lambda g: self._accumulate(x, lambda: gradient(g)))
+
+    def tanh(self, x: Var) -> Var:
+        op = self.graph.op
+        y = op("Tanh", x.name)
+
+        def gradient(g: str) -> str:
+            return op("Mul", g, op("Sub", self.graph.const(1.0), op("Mul", y, y)))
+
+        return self._record(y, [x], lambda g: self._accumulate(x, lambda: gradient(g)))
+
     def class_token(self, x: Var, tokens: int, hidden: int) -> Var:
         """Token 0 of each image: (B·N, D) → (B, D)."""
         op, ints = self.graph.op, self.graph.ints

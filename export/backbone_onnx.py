@@ -29,19 +29,20 @@ def write_backbone_onnx(source: Backbone, path: Path, weight_file: WeightFile) -
 
     Raises ValueError (optimum's) if ONNX Runtime and torch disagree by more than TOLERANCE.
     """
+    backbone = source.backbone if source.family.witness is None else source.family.witness(source.model)
+    model_config = copy.deepcopy(backbone.config)
     make_config = TasksManager.get_exporter_config_constructor(
-        "onnx", model_type=source.family.model_type, task="feature-extraction", library_name="transformers"
+        "onnx", model_type=model_config.model_type, task="feature-extraction", library_name="transformers"
     )
-    model_config = copy.deepcopy(source.backbone.config)
-    model_config.image_size = source.image_size
+    model_config.image_size = source.size
     config = make_config(model_config)
     # optimum's own generator for DINOv2 reads the image size from a preprocessor file, which a folder need not have
     config.DUMMY_INPUT_GENERATOR_CLASSES = (DummyVisionInputGenerator,)
     shapes = {"batch_size": 2}
     with tempfile.TemporaryDirectory() as folder, _quiet():
         raw = Path(folder) / "model.onnx"
-        _, outputs = export(source.backbone, config, raw, opset=OPSET, input_shapes=shapes)
-        validate_model_outputs(config, source.backbone, raw, outputs, TOLERANCE, shapes, use_subprocess=False)
+        _, outputs = export(backbone, config, raw, opset=OPSET, input_shapes=shapes)
+        validate_model_outputs(config, backbone, raw, outputs, TOLERANCE, shapes, use_subprocess=False)
         model = onnx.load(str(raw))
     for index, tensor in enumerate(model.graph.initializer):
         if len(tensor.raw_data) > INLINE_BYTES:

@@ -15,12 +15,13 @@ from safetensors.numpy import save_file
 from export.backbone_onnx import write_backbone_onnx
 from export.families import MODELS
 from export.graph import WEIGHTS_FILE, WeightFile
-from export.graphs import LORA_TARGETS, GraphWriter, expert_layout, gate_layout
+from export.graphs import GraphWriter, expert_layout, gate_layout
 from export.ort_training import write_artifacts
 from export.parity import check_parity
 from export.reference import initial_expert
 from export.transformer import Transformer
-from export.weights import Backbone, load_backbone
+from export.weights import RANDOM, Backbone, load_backbone
+from export.zero_shot import TEMPLATES, zero_shot_head
 from protocol.bundle import (
     MANIFEST,
     Bundle,
@@ -31,9 +32,10 @@ from protocol.bundle import (
     PeftSpec,
     Precision,
     Preprocessing,
+    ZeroShot,
     file_sha256,
 )
-from protocol.errors import ConfigError, InputError
+from protocol.errors import ConfigError, InputError, WeightsError
 from protocol.layout import Layout, Vector
 from shell.cli import application, console
 from shell.ort_training import require_ort_training
@@ -56,6 +58,9 @@ def build(
     ort_training: bool = typer.Option(
         False, "--ort-training", help="Also write what onnxruntime-training trains with, where a device has it."
     ),
+    prompt: list[str] | None = typer.Option(
+        None, help="Template of CLIP's prompts, '{}' for the class name; may be repeated. Default: a few of ours."
+    ),
     revision: str | None = typer.Option(None, help="Pin the hub revision (a commit)."),
     out: Path | None = typer.Option(None, help="Folder to write. Default: bundles/MODEL."),
     seed: int = typer.Option(0, help="Of the LoRA start, and of random weights."),
@@ -65,22 +70,29 @@ def build(
     names = class_names(classes, classes_from)
     source = load_backbone(model, weights, len(names), image_size, revision, seed)
     out = out or Path("bundles") / source.name
+    zero_shot = _zero_shot(source, names, prompt)
     columns = (TextColumn("{task.description:<28}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("backbone (optimum)", total=None)
         for done, total, what in build_bundle(
-            source,
-            names,
-            levels,
-            LoraSpec(rank=rank, alpha=2 * rank, targets=LORA_TARGETS),
-            out,
-            seed,
-            precision,
-            ort_training,
+            source, names, levels, source.family.lora(rank), out, seed, precision, zero_shot, ort_training
         ):
             progress.update(task, completed=done, total=total, description=what)
     bundle = Bundle(out)
     report(bundle)
+
+
+def _zero_shot(source: Backbone, classes: tuple[str, ...], prompts: list[str] | None) -> ZeroShot | None:
+    """None, and a line that says why, where the weights do not bring what it takes and no prompt was asked for."""
+    if source.family.text_tower is None and not prompts:
+        return None
+    try:
+        return zero_shot_head(source, classes, prompts or TEMPLATES)
+    except WeightsError as error:
+        if prompts:
+            raise
+        console.print(f"no zero-shot head: {error}")
+        return None
 
 
 def report(bundle: Bundle) -> None:
@@ -89,6 +101,9 @@ def report(bundle: Bundle) -> None:
     console.print(f"bundle            {bundle.root}  ({size / 1e6:.1f} MB, SHA-256 {bundle.sha256[:12]}…)")
     console.print(f"model             {m.model}, {m.dims.blocks} blocks, levels 1–{m.levels}, {m.dims.classes} classes")
     console.print(f"backbone          {m.backbone_parameters:,} parameters, frozen")
+    zero_shot = bundle.zero_shot()
+    if zero_shot:
+        console.print(f"zero-shot head    {len(zero_shot.rows)} classes, for --head zero-shot")
     console.print(f"tuned at level {m.levels:<2} {m.tuned_parameters:,} parameters, share {m.tuned_share:.5f}")
 
 
@@ -115,14 +130,15 @@ def build_bundle(
     out: Path,
     seed: int,
     precision: Precision = "fp32",
+    zero_shot: ZeroShot | None = None,
     ort_training: bool = False,
 ) -> Iterator[tuple[int, int, str]]:
     """Writes the bundle at `out`, replacing one that is there; yields (steps done, steps, what is being done).
 
     Raises ConfigError for impossible levels or precisions, BundleError if a graph differs from torch + PEFT.
     """
-    family, size = source.family, source.image_size
-    geometry = family.geometry(source.backbone.config, size)
+    family, size = source.family, source.size
+    geometry = family.geometry(source.model.config, size)
     levels = levels or geometry.blocks
     if levels > geometry.blocks:
         raise ConfigError(f"--levels {levels} is more than the model's {geometry.blocks} blocks")
@@ -131,15 +147,16 @@ def build_bundle(
     if ort_training and precision != "fp32":
         raise ConfigError(f"--ort-training trains in fp32 only, not with --precision {precision}")
     steps = 1 + (4 + ort_training) * levels + 2 + 2
-    preprocessing = Preprocessing(size=size, mean=family.mean, std=family.std)
-    layout = expert_layout(family, geometry.blocks, geometry.hidden, lora.rank, len(classes))
-    gate = gate_layout(geometry.hidden)
+    preprocessing = Preprocessing(size=size, mean=source.mean, std=source.std)
+    layout = expert_layout(family, geometry, lora.rank, len(classes))
+    gate = gate_layout(geometry.feature)
     peft = PeftSpec(
-        base=source.base,
-        revision=source.revision,
+        base=source.origin.base if source.origin else RANDOM,
+        revision=source.origin.commit if source.origin else None,
         prefix=family.backbone,
-        head_width=geometry.hidden,
-        classifier_width=family.classifier_width * geometry.hidden,
+        layers_pattern=family.layers_pattern,
+        head_width=geometry.feature,
+        classifier_width=family.classifier_width * geometry.feature,
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
@@ -152,7 +169,7 @@ def build_bundle(
                 root=root,
                 family=family,
                 transformer=Transformer(geometry, lora.alpha / lora.rank),
-                weights=family.weights(source.backbone, size),
+                weights=family.weights(source.model, size),
                 weight_file=weight_file,
                 preprocessing=preprocessing,
                 experts=layout,
@@ -169,7 +186,10 @@ def build_bundle(
             if precision == "fp32":  # it is the backbone's own, with weights that an int8 bundle does not have
                 write_backbone_onnx(source, root / "backbone.onnx", weight_file)
         expert = initial_expert(source, lora, peft, layout, geometry.blocks, seed)[: layout.size(levels)]
-        save_file({"expert": expert, "gate": initial_gate(gate, seed)}, root / "init.safetensors")
+        initial = {"expert": expert, "gate": initial_gate(gate, seed)}
+        if zero_shot:
+            initial |= {"zero_shot": zero_shot.rows, "zero_shot_scale": np.array([zero_shot.scale], np.float32)}
+        save_file(initial, root / "init.safetensors")
         files = {
             path.name: FileEntry(size=path.stat().st_size, sha256=file_sha256(path)) for path in sorted(root.iterdir())
         }
@@ -178,14 +198,20 @@ def build_bundle(
             family=family.model_type,
             precision=precision,
             preprocessing=preprocessing,
-            dims=Dims(tokens=geometry.tokens, hidden=geometry.hidden, blocks=geometry.blocks, classes=len(classes)),
+            dims=Dims(
+                tokens=geometry.tokens,
+                hidden=geometry.hidden,
+                feature=geometry.feature,
+                blocks=geometry.blocks,
+                classes=len(classes),
+            ),
             lora=lora,
             levels=levels,
             classes=classes,
             expert_layout=tuple(slot for slot in layout.slots if slot.end <= layout.size(levels)),
             gate_layout=gate.slots,
             peft=peft,
-            backbone_parameters=sum(p.numel() for p in source.backbone.parameters()),
+            backbone_parameters=source.parameters,
             tuned_parameters=layout.size(levels),
             files=files,
         )

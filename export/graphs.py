@@ -1,5 +1,6 @@
 """The graphs of a bundle, composed from the transformer and the tape. Shapes use the letters of the method:
-B batch, N tokens, D hidden size, L blocks, C classes, P trainables of a level, G trainables of the gate adapter.
+B batch, N tokens, D hidden size, F width of the feature, L blocks, C classes, P trainables of a level, G trainables of
+the gate adapter.
 """
 
 from __future__ import annotations
@@ -12,35 +13,34 @@ import numpy as np
 import onnx
 
 from export.autodiff import Tape, Var
-from export.families import Family
+from export.families.family import LORA_TARGETS, Family
 from export.frozen import PRECISIONS
 from export.graph import Array, Graph, WeightFile
-from export.transformer import Lora, Transformer
+from export.transformer import Geometry, Lora, Transformer
 from protocol.bundle import Precision, Preprocessing
 from protocol.layout import HEAD, Layout
 
 GATE_WIDTH = 16
-LORA_TARGETS = ("query", "value")
 
 
-def expert_layout(family: Family, blocks: int, hidden: int, rank: int, classes: int) -> Layout:
+def expert_layout(family: Family, geometry: Geometry, rank: int, classes: int) -> Layout:
     """Head first, then LoRA block by block from the head towards the input."""
     shapes: list[tuple[str, str, tuple[int, ...]]] = [
-        (HEAD, "classifier.weight", (classes, hidden)),
+        (HEAD, "classifier.weight", (classes, geometry.feature)),
         (HEAD, "classifier.bias", (classes,)),
     ]
-    for block in reversed(range(blocks)):
+    for block in reversed(range(geometry.blocks)):
         for target in LORA_TARGETS:
             module = family.projection(block, target)
-            shapes.append((str(block), f"{module}.lora_A.weight", (rank, hidden)))
-            shapes.append((str(block), f"{module}.lora_B.weight", (hidden, rank)))
+            shapes.append((str(block), f"{module}.lora_A.weight", (rank, geometry.hidden)))
+            shapes.append((str(block), f"{module}.lora_B.weight", (geometry.hidden, rank)))
     return Layout.build(shapes)
 
 
-def gate_layout(hidden: int) -> Layout:
+def gate_layout(feature: int) -> Layout:
     return Layout.build(
         [
-            ("gate", "gate.down.weight", (GATE_WIDTH, hidden)),
+            ("gate", "gate.down.weight", (GATE_WIDTH, feature)),
             ("gate", "gate.down.bias", (GATE_WIDTH,)),
             ("gate", "gate.up.weight", (2, GATE_WIDTH)),
             ("gate", "gate.up.bias", (2,)),
@@ -78,7 +78,7 @@ class GraphWriter:
         yield self._save("gate-predict.onnx", self.gate_predict())
 
     def features(self) -> Graph:
-        """pixels → the hidden state below each level's suffix, `hidden_{k}` (B, N, D), and `pooled` (B, D).
+        """pixels → the hidden state below each level's suffix, `hidden_{k}` (B, N, D), and `pooled` (B, F).
 
         A caller that fetches only some outputs runs only what they need.
         """
@@ -91,8 +91,8 @@ class GraphWriter:
                 images = graph.op("Reshape", x.name, graph.ints(-1, g.tokens, g.hidden))
                 graph.output(images, f"hidden_{level}", ["B", g.tokens, g.hidden])
             x = self.transformer.block(tape, x, block, {}, class_token_only=level == 1)
-        pooled = tape.layer_norm(x, "norm", g.epsilon)
-        graph.output(pooled.name, "pooled", ["B", g.hidden])
+        pooled = self.transformer.tail(tape, x)
+        graph.output(pooled.name, "pooled", ["B", g.feature])
         return graph
 
     def lift(self, block: int) -> Graph:
@@ -126,13 +126,13 @@ class GraphWriter:
         return graph
 
     def predict(self, level: int) -> Graph:
-        """hidden state, trainables → `logits` (B, C) and the class token's `feature` (B, D)."""
+        """hidden state, trainables → `logits` (B, C) and the class token's `feature` (B, F)."""
         graph = self._graph(f"predict-{level}")
         tape, hidden = self._tape(graph), self._hidden(graph)
         parameters = self._theta(graph, "theta", level, trainable=False)
         logits, feature = self._expert(tape, hidden, level, parameters)
         graph.output(logits.name, "logits", ["B", self.classes])
-        graph.output(feature.name, "feature", ["B", self.transformer.geometry.hidden])
+        graph.output(feature.name, "feature", ["B", self.transformer.geometry.feature])
         return graph
 
     def personal(self, level: int) -> Graph:
@@ -163,7 +163,7 @@ class GraphWriter:
         return graph
 
     def gate_predict(self) -> Graph:
-        """pooled feature (B, D) → log weights of the global and the local expert (B, 2)."""
+        """pooled feature (B, F) → log weights of the global and the local expert (B, 2)."""
         graph = self._graph("gate-predict")
         log_gate = self._log_gate(
             graph, self._tape(graph), self._pooled(graph), self._gate_theta(graph, trainable=False)
@@ -205,7 +205,7 @@ class GraphWriter:
         return Var(graph.op("Reshape", hidden, graph.ints(-1, g.hidden)))
 
     def _pooled(self, graph: Graph) -> Var:
-        return Var(graph.input("pooled", np.float32, ["B", self.transformer.geometry.hidden]))
+        return Var(graph.input("pooled", np.float32, ["B", self.transformer.geometry.feature]))
 
     def _parameters(self, graph: Graph, theta: str, layout: Layout, part: slice, trainable: bool) -> dict[str, Var]:
         """The tensors of `theta`, which holds `part` of the layout's vector."""
@@ -253,8 +253,8 @@ class GraphWriter:
         return tape.expert_loss(logits, labels, weights, gate, other, bias, self.classes)
 
     def _gate_logits(self, graph: Graph, tape: Tape, pooled: Var, parameters: Mapping[str, Var]) -> Var:
-        """LayerNorm (its affine part lies in the next layer), D → 16, GELU, 16 → 2 (ours)."""
-        ones = graph.const(np.ones(self.transformer.geometry.hidden))
+        """LayerNorm (its affine part lies in the next layer), F → 16, GELU, 16 → 2 (ours)."""
+        ones = graph.const(np.ones(self.transformer.geometry.feature))
         normal = Var(graph.op("LayerNormalization", pooled.name, ones))
         down = tape.broadcast(parameters["gate.down.bias"])
         inner = tape.gelu(tape.project(normal, parameters["gate.down.weight"], plus=down))

@@ -12,7 +12,6 @@ from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 
 from export.graph import Array
-from export.graphs import LORA_TARGETS
 from export.weights import Backbone
 from protocol.bundle import LoraSpec, PeftSpec, Preprocessing
 from protocol.layout import Layout, Vector
@@ -26,9 +25,9 @@ def add_lora(source: Backbone, lora: LoraSpec, level: int, seed: int) -> Any:
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
-        target_modules=list(LORA_TARGETS),
+        target_modules=list(lora.targets),
         layers_to_transform=list(range(blocks - level, blocks)),
-        layers_pattern="layer",
+        layers_pattern=source.family.layers_pattern,
         modules_to_save=["classifier"],
     )
     return get_peft_model(source.model, config)

@@ -3,36 +3,83 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import constants
+from huggingface_hub.utils import get_session
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForImageClassification
+from transformers import PretrainedConfig
+from transformers.models.auto.image_processing_auto import get_image_processor_config
 
-from export.families import FAMILIES, MODELS, Family
+from export.families import FAMILIES, MODELS
+from export.families.family import RGB, Family
 from protocol.errors import ConfigError, WeightsError
 from shell.cli import console
 
 RANDOM = "random"
+HUB_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What transformers is told wherever it reads a file: a folder, or a hub repository, of which only what is `cached`
+    is read where the hub does not answer. `revision` is what the user pinned, `commit` what it meant."""
+
+    source: str
+    revision: str | None = None
+    cached: bool = False
+    commit: str | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"revision": self.revision or "main", "local_files_only": self.cached}
+
+    @property
+    def base(self) -> str:
+        """The hub's name, or the folder's; its path would differ from machine to machine."""
+        folder = Path(self.source)
+        return folder.resolve().name if folder.is_dir() else self.source
+
+    def error(self, error: Exception) -> WeightsError:
+        """What to tell a user whom transformers told `error`."""
+        said = str(error).splitlines()[0]
+        if Path(self.source).is_dir():
+            return WeightsError(f"{self.source} is not a usable transformers folder: {said}")
+        if not self.cached:
+            return WeightsError(f"cannot fetch {self.source} at revision {self.options['revision']}: {said}")
+        return WeightsError(
+            f"cannot fetch {self.source} from the Hugging Face hub; without a connection pass --weights FOLDER "
+            "(a downloaded copy with config.json and model.safetensors), or --weights random for shapes and benchmarks"
+        )
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """A transformers classification model with `classes` outputs, and where it came from."""
+    """A transformers classification model with `classes` outputs, and where it came from (None: of a seed).
+
+    `mean` and `std` are those its weights were trained with.
+    """
 
     name: str
     family: Family
     model: Any
-    image_size: int
-    base: str  # what `from_pretrained` takes to load it again
-    revision: str | None
+    size: int  # pixels per side, or tokens
+    mean: RGB
+    std: RGB
+    origin: Origin | None
 
     @property
     def backbone(self) -> Any:
         return getattr(self.model, self.family.backbone)
+
+    @property
+    def parameters(self) -> int:
+        """How many are frozen."""
+        return sum(p.numel() for name, p in self.model.named_parameters() if not name.startswith("classifier."))
 
 
 def load_backbone(
@@ -52,67 +99,100 @@ def load_backbone(
     source = weights or (spec.hub if spec else model)
     if weights not in (None, RANDOM) and not Path(source).is_dir():
         raise WeightsError(f"--weights {source!r} is not a folder; give a transformers folder or 'random'")
-    if source != RANDOM and not Path(source).is_dir():
-        console.print(f"fetching {source} from the hub, or its cache")
-    config = _config(model, source, classes, revision)
-    family = FAMILIES.get(config.model_type)
-    if family is None or (spec and family is not spec.family):
-        wanted = spec.family.model_type if spec else ", ".join(FAMILIES)
-        raise WeightsError(f"{source} holds a model of type {config.model_type!r}, expected {wanted}")
-    config._attn_implementation = "eager"
-    torch.manual_seed(seed)
-    if source == RANDOM:
-        loaded = AutoModelForImageClassification.from_config(config)
+    if revision and (source == RANDOM or Path(source).is_dir()):
+        raise ConfigError(f"--revision {revision} pins weights of the hub, but these are {source}")
+    if spec and source == RANDOM:
+        family, origin = spec.family, None
+        config = family.reference.config_class(num_labels=classes, **spec.config)
     else:
-        loaded = _load(source, config, revision)
+        expected = (spec.family,) if spec else tuple(FAMILIES.values())
+        family, config, origin = _look(model if source == RANDOM else source, revision, classes, expected)
+    config._attn_implementation = "eager"
+    mean, std = _normalisation(family, origin) if origin else (family.mean, family.std)
+    if source == RANDOM:
+        origin = None
+    torch.manual_seed(seed)
+    loaded = load_pretrained(family.reference, origin, config) if origin else family.reference(config)
     return Backbone(
         name=model if spec else Path(model).resolve().name,
         family=family,
         model=loaded.eval(),
-        image_size=image_size or (spec.image_size if spec else config.image_size),
-        base=str(Path(source).resolve()) if Path(source).is_dir() else source,
-        revision=revision,
+        size=image_size or (spec.size if spec else config.image_size),
+        mean=mean,
+        std=std,
+        origin=origin,
     )
 
 
-def _config(model: str, source: str, classes: int, revision: str | None) -> Any:
-    if source == RANDOM and model in MODELS:
-        spec = MODELS[model]
-        return AutoConfig.for_model(spec.family.model_type, num_labels=classes, **spec.config)
-    try:
-        where = model if source == RANDOM else source
-        return AutoConfig.from_pretrained(where, num_labels=classes, revision=revision)
-    except (OSError, ValueError) as error:
-        raise _unreachable(source, error) from error
+def load_pretrained(kind: type[Any], origin: Origin, config: Any) -> Any:
+    """A model of class `kind` in fp32, of which only a classifier may be missing in the weights.
 
-
-def _load(source: str, config: Any, revision: str | None) -> Any:
+    Raises WeightsError if there are no safetensors, or not all that are needed in the shapes of `config`.
+    """
     try:
-        loaded, info = AutoModelForImageClassification.from_pretrained(
-            source,
+        loaded, info = kind.from_pretrained(
+            origin.source,
             config=config,
-            revision=revision,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             use_safetensors=True,
             torch_dtype=torch.float32,
+            **origin.options,
         )
     except (OSError, ValueError, SafetensorError) as error:
-        raise _unreachable(source, error) from error
+        raise origin.error(error) from error
     absent = [*info["missing_keys"], *info["mismatched_keys"]]
     missing = [key for key in absent if not key.startswith("classifier.")]
     if missing:
         raise WeightsError(
-            f"{source} lacks weights of the backbone in the shapes of its config, first {missing[0]!r}; "
-            "is the copy complete?"
+            f"{origin.source} lacks weights in the shapes of its config, first {missing[0]!r}; is the copy complete?"
         )
     return loaded
 
 
-def _unreachable(source: str, error: Exception) -> WeightsError:
-    if Path(source).is_dir():
-        return WeightsError(f"{source} is not a usable transformers folder: {str(error).splitlines()[0]}")
-    return WeightsError(
-        f"cannot fetch {source} from the Hugging Face hub; without a connection pass --weights FOLDER "
-        "(a downloaded copy with config.json and model.safetensors), or --weights random for shapes and benchmarks"
-    )
+def _look(source: str, revision: str | None, classes: int, expected: tuple[Family, ...]) -> tuple[Family, Any, Origin]:
+    """The family and config of `source`, and the commit that `revision` means. Raises WeightsError if it is of none of
+    the expected families."""
+    origin = Origin(source, revision)
+    if not Path(source).is_dir():
+        origin = replace(origin, cached=not _hub_answers())
+        console.print(
+            f"{source}: from the cache, the hub does not answer" if origin.cached else f"{source}: from the hub"
+        )
+    try:
+        described, _ = PretrainedConfig.get_config_dict(source, **origin.options)
+        found = described.get("model_type")
+        for family in expected:
+            kind = family.reference.config_class
+            if found in (family.model_type, kind.model_type):
+                config = kind.from_pretrained(source, num_labels=classes, **origin.options)
+                return family, config, replace(origin, commit=described.get("_commit_hash"))
+    except (OSError, ValueError) as error:
+        raise origin.error(error) from error
+    wanted = ", ".join(family.model_type for family in expected)
+    raise WeightsError(f"{source} holds a model of type {found!r}, expected {wanted}")
+
+
+def _hub_answers() -> bool:
+    """Asked once, because the hub's client tries an unreachable address for half a minute, and that for every file."""
+    try:
+        get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
+    except OSError:  # requests' own errors are such, and so is the one for HF_HUB_OFFLINE
+        return False
+    return True
+
+
+def _normalisation(family: Family, origin: Origin) -> tuple[RGB, RGB]:
+    """Mean and standard deviation that the weights' own image processor subtracts and divides by, else the family's."""
+    try:
+        processor = get_image_processor_config(origin.source, **origin.options)
+        if not processor.get("do_normalize", True):
+            return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+        return _rgb(processor.get("image_mean", family.mean)), _rgb(processor.get("image_std", family.std))
+    except (OSError, ValueError, TypeError) as error:
+        raise origin.error(error) from error
+
+
+def _rgb(values: Any) -> RGB:
+    red, green, blue = map(float, values)
+    return red, green, blue

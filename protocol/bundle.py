@@ -9,7 +9,7 @@
     predict-{k}.onnx        level k: hidden state, trainables → class logits, class-token feature
     personal-{k}.onnx       level k: pixels, both experts, gate → class probabilities (a template)
     gate-step.onnx, gate-predict.onnx
-    init.safetensors        the trainables every run starts from
+    init.safetensors        the trainables every run starts from; a zero-shot head where there is a text tower
     ort-training-{k}.onnx, ort-training-{k}.checkpoint, ort-training-optimizer.onnx
                             level k's step for onnxruntime-training, where it was asked for
 
@@ -19,6 +19,7 @@ The files lie side by side because ONNX refuses external data outside a model's 
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -47,10 +48,11 @@ class Preprocessing(_Frozen):
 
 
 class Dims(_Frozen):
-    """`tokens` N, `hidden` D, `blocks` L, `classes` C."""
+    """`tokens` N, `hidden` D, `feature` F (what head and gate read), `blocks` L, `classes` C."""
 
     tokens: int
     hidden: int
+    feature: int
     blocks: int
     classes: int
 
@@ -62,13 +64,15 @@ class LoraSpec(_Frozen):
 
 
 class PeftSpec(_Frozen):
-    """How the global expert becomes a PEFT adapter: `base` for `from_pretrained`, the backbone's key `prefix`, and the
-    input widths of our head and of transformers' classifier (one that also reads mean-pooled patches gets zeros there).
+    """How the global expert becomes a PEFT adapter: `base` for `from_pretrained`, the backbone's key `prefix`, PEFT's
+    name of its list of blocks, and the input widths of our head and of transformers' classifier (one that also reads
+    mean-pooled patches gets zeros there).
     """
 
     base: str
     revision: str | None
     prefix: str
+    layers_pattern: str
     head_width: int
     classifier_width: int
 
@@ -99,6 +103,15 @@ class Manifest(_Frozen):
     def tuned_share(self) -> float:
         """Trainables of the highest level as a share of the backbone's parameters."""
         return self.tuned_parameters / self.backbone_parameters
+
+
+@dataclass(frozen=True)
+class ZeroShot:
+    """Each class's direction in the feature's space, `rows` (C, F) of length one, and the `scale` that the model gives
+    the cosines of images with them."""
+
+    rows: Vector
+    scale: float
 
 
 class Bundle:
@@ -142,11 +155,21 @@ class Bundle:
 
     def initial(self) -> tuple[Vector, Vector]:
         """The trainables every run starts from: expert at the highest level (P,), gate adapter (G,)."""
+        tensors = self._init()
+        return np.asarray(tensors["expert"], np.float32), np.asarray(tensors["gate"], np.float32)
+
+    def zero_shot(self) -> ZeroShot | None:
+        """The head made of class names alone, where the bundle has one."""
+        tensors = self._init()
+        if "zero_shot" not in tensors:
+            return None
+        return ZeroShot(np.asarray(tensors["zero_shot"], np.float32), float(tensors["zero_shot_scale"][0]))
+
+    def _init(self) -> dict[str, Vector]:
         try:
-            tensors = load_file(self.path("init.safetensors"))
+            return load_file(self.path("init.safetensors"))
         except (OSError, SafetensorError) as error:
             raise BundleError(f"bundle {self.root}: init.safetensors is not readable; build it again") from error
-        return np.asarray(tensors["expert"], np.float32), np.asarray(tensors["gate"], np.float32)
 
     @property
     def features_key(self) -> str:

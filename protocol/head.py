@@ -1,4 +1,5 @@
-"""The head that training starts from: class means of the frozen feature (FedNCM, Legate et al. 2023)."""
+"""The heads that training can start from: class means of the frozen feature (FedNCM, Legate et al. 2023), or directions
+known beforehand."""
 
 from __future__ import annotations
 
@@ -10,14 +11,19 @@ SCALE = 20.0  # ours: how sharp the start is, in logits between the best and an 
 
 
 def head_of_class_means(sums: Vector, counts: Vector, norm_sum: float) -> Vector:
-    """Sums (C, D) and counts (C,) of the feature per class, and the sum of all features' norms → the head, weight
-    (C, D) and bias (C,), flat.
+    """Sums (C, F) and counts (C,) of the feature per class, and the sum of all features' norms → the head, weight
+    (C, F) and bias (C,), flat. A class nobody has gets zeros."""
+    means: Vector = np.asarray(sums / np.maximum(counts, 1)[:, None], np.float32)
+    return head_along(means, SCALE, counts, norm_sum)
 
-    The weights are the means' directions over the mean norm, so that logits are about SCALE · cosine while the head
-    stays the linear one that transformers' classifiers have. A class nobody has gets zeros.
+
+def head_along(directions: Vector, scale: float, counts: Vector, norm_sum: float) -> Vector:
+    """The head, flat, that looks along `directions` (C, F); counts (C,) and the sum of norms are all features'.
+
+    The weights are divided by the features' mean norm, so that logits are about `scale` · cosine while the head stays
+    the linear one that transformers' classifiers have.
     """
-    means = sums / np.maximum(counts, 1)[:, None]
-    lengths = np.linalg.norm(means, axis=1, keepdims=True)
+    lengths = np.linalg.norm(directions, axis=1, keepdims=True)
     mean_norm = max(norm_sum / max(float(counts.sum()), 1.0), 1e-12)
-    weight = SCALE * means / np.maximum(lengths, 1e-12) / mean_norm
+    weight = scale * directions / np.maximum(lengths, 1e-12) / mean_norm
     return np.concatenate([weight.ravel(), np.zeros(len(counts))]).astype(np.float32)

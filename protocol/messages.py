@@ -73,8 +73,8 @@ class ServerStatus(Message):
 
 
 class Round(Message):
-    """The announcement of a round, retained. `expert` (the global expert), `start` (the head of class means it started
-    from) and `gate` are the SHA-256 of global blobs ("" = none yet)."""
+    """The announcement of a round, retained. `expert` (the global expert), `start` (the one it started from)
+    and `gate` are the SHA-256 of global blobs ("" = none yet)."""
 
     run: str
     session: str

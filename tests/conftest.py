@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import Built, build, write_dinov2, write_photos, write_vit
+from support import Built, build, write_clip, write_deit, write_dinov2, write_photos, write_vit
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # of the processes that tests start; no test talks to the hub
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other
@@ -37,7 +37,25 @@ def dinov2(dinov2_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Bui
     return build(dinov2_folder, tmp_path_factory.mktemp("bundles") / "dinov2")
 
 
-@pytest.fixture(scope="session", params=["vit", "dinov2"])
+@pytest.fixture(scope="session")
+def deit(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """A DeiT's bundle at every level. Read only: copy it to change it."""
+    return build(write_deit(tmp_path_factory.mktemp("weights") / "tiny-deit"), tmp_path_factory.mktemp("bundles") / "d")
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random CLIP as a transformers folder."""
+    return write_clip(tmp_path_factory.mktemp("weights") / "tiny-clip")
+
+
+@pytest.fixture(scope="session")
+def clip(clip_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """The CLIP's bundle at every level. Read only: copy it to change it."""
+    return build(clip_folder, tmp_path_factory.mktemp("bundles") / "clip")
+
+
+@pytest.fixture(scope="session", params=["vit", "dinov2", "deit", "clip"])
 def built(request: pytest.FixtureRequest) -> Built:
     """Each family's bundle in turn."""
     made: Built = request.getfixturevalue(request.param)

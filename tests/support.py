@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,22 +13,34 @@ import torch
 from numpy.typing import NDArray
 from peft.utils import set_peft_model_state_dict
 from PIL import Image
-from transformers import Dinov2Config, Dinov2ForImageClassification, ViTConfig, ViTForImageClassification
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    DeiTConfig,
+    DeiTForImageClassification,
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from edge_runtime.engine import open_session, run
 from export.build import build_bundle
-from export.graphs import LORA_TARGETS
 from export.reference import normalised, peft_model
 from export.weights import Backbone, load_backbone
-from protocol.bundle import Bundle, LoraSpec
+from export.zero_shot import TEMPLATES, zero_shot_head
+from protocol.bundle import Bundle, Precision
 from protocol.layout import Vector
 from protocol.peft_names import from_peft, to_peft
 
 CLASSES = ("apple", "kiwi", "lemon", "plum")
 IMAGE_SIZE = 32
 LAYERS = 3
-LORA = LoraSpec(rank=4, alpha=8, targets=LORA_TARGETS)
+RANK = 4
 _SHAPE: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": LAYERS, "patch_size": 8, "num_labels": 2}
+
+_LETTERS = "abcdefghijklmnopqrstuvwxyz.-"
+FEATURE = 20  # of CLIP
 
 Floats = NDArray[np.float32]
 
@@ -52,6 +65,40 @@ def write_dinov2(folder: Path, seed: int = 0, **config: Any) -> Path:
     return _save(Dinov2ForImageClassification(Dinov2Config(**shape)), folder, seed)
 
 
+def write_deit(folder: Path, seed: int = 0) -> Path:
+    """A random DeiT as a transformers folder."""
+    shape = {**_SHAPE, "num_attention_heads": 2, "image_size": IMAGE_SIZE, "intermediate_size": 64}
+    return _save(DeiTForImageClassification(DeiTConfig(**shape)), folder, seed)
+
+
+def write_clip(folder: Path, seed: int = 0) -> Path:
+    """A random CLIP, both towers, as a transformers folder with a tokenizer of letters. Its features are narrower than
+    its hidden state."""
+    vision = {**_SHAPE, "num_attention_heads": 2, "image_size": IMAGE_SIZE, "intermediate_size": 64}
+    end = 2 * len(_LETTERS) + 1
+    text = {
+        "vocab_size": end + 1,
+        "bos_token_id": end - 1,
+        "eos_token_id": end,
+        "pad_token_id": end,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "max_position_embeddings": 40,
+    }
+    towers = {
+        "vision_config": {**vision, "projection_dim": FEATURE},
+        "text_config": {**text, "projection_dim": FEATURE},
+    }
+    _save(CLIPModel(CLIPConfig(**towers, projection_dim=FEATURE)), folder, seed)
+    tokens = [*_LETTERS, *(f"{letter}</w>" for letter in _LETTERS), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "CLIPTokenizer"}))
+    return folder
+
+
 def _save(model: Any, folder: Path, seed: int) -> Path:
     """Every parameter is drawn anew, so that none is accidentally one or zero, and no activation is tiny."""
     generator = torch.Generator().manual_seed(seed)
@@ -60,7 +107,7 @@ def _save(model: Any, folder: Path, seed: int) -> Path:
             noise = torch.randn(parameter.shape, generator=generator)
             if name.endswith("lambda1") or ("norm" in name and name.endswith("weight")):
                 parameter.copy_(1 + 0.3 * noise)
-            elif parameter.ndim == 1:
+            elif parameter.ndim < 2:
                 parameter.copy_(0.3 * noise)
             else:
                 parameter.copy_(noise / parameter[0].numel() ** 0.5)
@@ -69,11 +116,18 @@ def _save(model: Any, folder: Path, seed: int) -> Path:
 
 
 def build(
-    weights: Path, out: Path, levels: int | None = None, classes: Sequence[str] = CLASSES, seed: int = 0
+    weights: Path,
+    out: Path,
+    levels: int | None = None,
+    classes: Sequence[str] = CLASSES,
+    seed: int = 0,
+    precision: Precision = "fp32",
 ) -> Built:
-    """The bundle of a transformers folder, at IMAGE_SIZE."""
+    """The bundle of a transformers folder, at IMAGE_SIZE; with a zero-shot head where there is a text tower."""
     source = load_backbone(str(weights), None, len(classes), IMAGE_SIZE, None, seed)
-    for _ in build_bundle(source, tuple(classes), levels, LORA, out, seed):
+    zero_shot = zero_shot_head(source, classes, TEMPLATES) if source.family.text_tower else None
+    lora = source.family.lora(RANK)
+    for _ in build_bundle(source, tuple(classes), levels, lora, out, seed, precision, zero_shot):
         pass
     return Built(source, Bundle(out))
 
@@ -140,6 +194,16 @@ class torch_expert:  # noqa: N801 - a context manager
 
     def __exit__(self, *reason: Any) -> None:
         self._context.__exit__(*reason)
+
+
+def features_of(built: Built, pixels: NDArray[np.uint8]) -> Floats:
+    """What transformers gives the classifier, of it the part that ours reads (B, F)."""
+    seen: list[torch.Tensor] = []
+    hook = built.source.model.classifier.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        built.source.model(pixel_values=normalised(pixels, built.bundle.manifest.preprocessing))
+    hook.remove()
+    return seen[0][:, : built.bundle.manifest.dims.feature].numpy()
 
 
 def trainables(model: Any) -> dict[str, Any]:

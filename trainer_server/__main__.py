@@ -12,7 +12,7 @@ from protocol.messages import Sal, Training, Trigger
 from protocol.topics import check_name
 from shell.cli import application, console
 from trainer_server.artifacts import ArtifactServer
-from trainer_server.config import RunConfig
+from trainer_server.config import Head, RunConfig
 from trainer_server.service import Service
 
 app = application("Coordinate a federated run: both stages of FedFMSL, over MQTT.")
@@ -38,6 +38,7 @@ def serve(
     sal: Trigger = typer.Option(Trigger.CAPABILITY_QUEUE, help="When to activate more blocks."),
     max_level: int | None = typer.Option(None, min=1, help="Highest level. Default: the bundle's."),
     epsilon: float = typer.Option(0.02, min=0, help="Relative gain below which SAL activates more blocks."),
+    head: Head = typer.Option(Head.CLASS_MEANS, help="What stage 1 starts from; zero-shot is for a bundle of CLIP."),
     baseline: bool = typer.Option(False, help="Also let every device train alone, for comparison."),
     seed: int = typer.Option(0),
 ) -> None:
@@ -47,6 +48,11 @@ def serve(
     level = max_level or opened.manifest.levels
     if level > opened.manifest.levels:
         raise ConfigError(f"--max-level {level}: the bundle has levels up to {opened.manifest.levels}")
+    if head is Head.ZERO_SHOT and opened.zero_shot() is None:
+        raise ConfigError(
+            f"--head zero-shot: the bundle of {opened.manifest.model} has no such head; build one of clip-vit-b16 with "
+            "its weights, or choose class-means"
+        )
     rule = Sal(trigger=sal, window=3, epsilon=epsilon, step=1, max_level=level)
     config = RunConfig(
         run=check_name("run", run),
@@ -57,6 +63,7 @@ def serve(
         stage1_rounds=stage1_rounds,
         stage2_rounds=stage2_rounds,
         baseline=baseline,
+        head=head,
         stage1=Training(epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, seed=seed),
         stage2=Training(epochs=1, batch_size=batch_size, learning_rate=local_learning_rate, seed=seed),
         stage1_sal=rule,

@@ -1,4 +1,15 @@
-"""The global expert as a PEFT adapter folder, which `PeftModel.from_pretrained` loads. Written without torch."""
+"""The global expert as a PEFT adapter folder, which `PeftModel.from_pretrained` loads. Written without torch.
+
+The base it goes over has a linear `classifier` of as many outputs as `labels.json` has names:
+
+    vit, dinov2    AutoModelForImageClassification.from_pretrained(BASE, num_labels=C)
+    deit           DeiTForImageClassification.from_pretrained(BASE, num_labels=C)
+    clip           export.families.clip.CLIPVisionClassifier.from_pretrained(BASE, num_labels=C), or without this
+                   package CLIPVisionModelWithProjection, given `classifier = torch.nn.Linear(F, C)`, which reads its
+                   `image_embeds`
+
+BASE is the hub's name at the revision in adapter_config.json, or the transformers folder of the name there.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +40,7 @@ def write_adapter(bundle: Bundle, expert: Vector, level: int, folder: Path) -> N
         "bias": "none",
         "target_modules": list(manifest.lora.targets),
         "layers_to_transform": list(range(blocks - level, blocks)),
-        "layers_pattern": "layer",
+        "layers_pattern": manifest.peft.layers_pattern,
         "modules_to_save": ["classifier"],
         "inference_mode": True,
     }

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+from enum import Enum
+
 from pydantic import BaseModel, ConfigDict, Field
 
 from protocol.messages import Sal, Training
+
+
+class Head(str, Enum):
+    """What stage 1 starts from: the class means of the devices' features, the directions that a text tower gives the
+    class names, or nothing."""
+
+    CLASS_MEANS = "class-means"
+    ZERO_SHOT = "zero-shot"
+    ZEROS = "zeros"
 
 
 class RunConfig(BaseModel):
@@ -22,6 +33,7 @@ class RunConfig(BaseModel):
     stage1_rounds: int = Field(default=12, ge=1)
     stage2_rounds: int = Field(default=4, ge=1)
     baseline: bool = False
+    head: Head = Head.CLASS_MEANS
     stage1: Training = Training(epochs=2, learning_rate=2e-3)
     stage2: Training = Training(epochs=1, learning_rate=5e-4)
     stage1_sal: Sal

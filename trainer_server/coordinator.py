@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 
 from protocol.bundle import Bundle
 from protocol.errors import MessageError
-from protocol.head import head_of_class_means
+from protocol.head import head_along, head_of_class_means
 from protocol.layout import Layout, Vector
 from protocol.messages import Ack, DeviceStatus, Globals, Round, Sal, Stage, Update, Verdict
 from protocol.sal import SalState, first_level, observe
 from protocol.tensors import Tensors, blob_hash, pack
 from trainer_server.aggregation import weighted_average, weighted_mean
-from trainer_server.config import RunConfig
+from trainer_server.config import Head, RunConfig
 from trainer_server.events import (
     Announce,
     Command,
@@ -80,7 +80,7 @@ class Plan:
 @dataclass(frozen=True)
 class State:
     """`position` in the schedule, -1 while devices are gathering. `expert` (P,) is of the bundle's highest level, its
-    blocks above SAL's level untrained; `start` (P₁,) is the expert of class means, `gate` (G,) the gate adapter."""
+    blocks above SAL's level untrained; `start` (P₁,) is what stage 1 starts from, `gate` (G,) the gate adapter."""
 
     expert: Vector
     gate: Vector
@@ -215,7 +215,7 @@ def _statistics_layout(bundle: Bundle) -> Layout:
     dims = bundle.manifest.dims
     return Layout.build(
         [
-            ("statistics", "class_sums", (dims.classes, dims.hidden)),
+            ("statistics", "class_sums", (dims.classes, dims.feature)),
             ("statistics", "class_counts", (dims.classes,)),
             ("statistics", "norm_sum", (1,)),
         ]
@@ -282,7 +282,7 @@ def _sal_of(plan: Plan, state: State, stage: Stage) -> Sal:
 
 
 def _globals(plan: Plan, state: State) -> dict[str, Tensors]:
-    """What devices are told: the global expert at its level, the expert of class means, the gate adapter."""
+    """What devices are told: the global expert at its level, the expert it started from, the gate adapter."""
     expert = state.expert[: plan.bundle.expert.size(state.sal.level)]
     return {
         "expert": plan.bundle.expert.split(expert),
@@ -324,8 +324,7 @@ def _aggregate(plan: Plan, state: State, closing: Round) -> State:
     contributions = [state.updates[name] for name in sorted(state.updates)]
     layout = plan.bundle.expert
     if closing.stage is Stage.STATISTICS:
-        sums = _statistics_layout(plan.bundle).split(_sum_of(plan, contributions))
-        head = head_of_class_means(sums["class_sums"], sums["class_counts"], float(sums["norm_sum"][0]))
+        head = _first_head(plan, _statistics_layout(plan.bundle).split(_sum_of(plan, contributions)))
         expert = state.expert.copy()
         expert[: head.size] = head
         return replace(state, expert=expert, start=expert[: layout.size(1)])
@@ -342,6 +341,18 @@ def _aggregate(plan: Plan, state: State, closing: Round) -> State:
         gates = [(plan.bundle.gate.join(c.tensors), float(c.update.samples)) for c in contributions]
         return replace(state, gate=weighted_mean(state.gate, plan.bundle.gate, gates))
     return state
+
+
+def _first_head(plan: Plan, sums: Mapping[str, Vector]) -> Vector:
+    """The head, flat, that stage 1 starts from, after all devices' statistics."""
+    counts, norm_sum = sums["class_counts"], float(sums["norm_sum"][0])
+    if plan.config.head is Head.CLASS_MEANS:
+        return head_of_class_means(sums["class_sums"], counts, norm_sum)
+    if plan.config.head is Head.ZEROS:
+        return np.zeros(plan.bundle.expert.size(0), np.float32)
+    zero_shot = plan.bundle.zero_shot()
+    assert zero_shot is not None  # or the run would not have been started
+    return head_along(zero_shot.rows, zero_shot.scale, counts, norm_sum)
 
 
 def _sum_of(plan: Plan, contributions: list[Contribution]) -> Vector:

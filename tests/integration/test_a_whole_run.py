@@ -171,7 +171,7 @@ def test_the_adapter_is_the_announced_global_expert(run: Finished) -> None:
     np.testing.assert_array_equal(bundle.expert.join(tensors), announced_expert(run))
 
 
-def test_the_adapters_logits_in_torch_are_the_global_experts(run: Finished) -> None:
+def test_the_adapters_logits_in_torch_are_the_global_experts(run: Finished, vit_folder: Path) -> None:
     import torch
     from peft import PeftModel
     from transformers import AutoModelForImageClassification
@@ -185,7 +185,7 @@ def test_the_adapters_logits_in_torch_are_the_global_experts(run: Finished) -> N
     (ours,) = predict.run(["logits"], {"hidden": hidden, "theta": announced_expert(run)})
 
     base = AutoModelForImageClassification.from_pretrained(
-        manifest.peft.base, num_labels=manifest.dims.classes, ignore_mismatched_sizes=True
+        vit_folder, num_labels=manifest.dims.classes, ignore_mismatched_sizes=True
     )
     model = PeftModel.from_pretrained(base, str(run.adapter)).eval()
     mean, std = (np.array(v, np.float32) for v in (manifest.preprocessing.mean, manifest.preprocessing.std))

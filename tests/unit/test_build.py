@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -13,12 +14,13 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from support import CLASSES, IMAGE_SIZE, LAYERS, LORA, Built, build, random_pixels, relative_error, run_graph, write_vit
+from support import CLASSES, IMAGE_SIZE, LAYERS, RANK, Built, build, random_pixels, relative_error, run_graph, write_vit
 from transformers import AutoModel, BertConfig, BertModel, ViTConfig
 
 from export import parity
 from export.build import build_bundle, class_names
-from export.families import MODELS, VIT
+from export.families import MODELS
+from export.families.vit import VIT
 from export.graph import OPSET
 from export.graphs import expert_layout
 from export.parity import check_parity
@@ -26,6 +28,8 @@ from export.reference import normalised
 from export.weights import load_backbone
 from protocol.bundle import Bundle
 from protocol.errors import BundleError, ConfigError, InputError, WeightsError
+
+ROOT = Path(__file__).parents[2]
 
 
 def cli(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -37,6 +41,25 @@ def cli(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_two_builds_are_the_same_byte_for_byte(vit: Built, vit_folder: Path, tmp_path: Path) -> None:
     assert build(vit_folder, tmp_path / "again").bundle.sha256 == vit.bundle.sha256
     assert build(vit_folder, tmp_path / "other", seed=1).bundle.sha256 != vit.bundle.sha256
+
+
+def test_builds_in_fresh_processes_from_copies_of_the_weights_are_the_same(clip_folder: Path, tmp_path: Path) -> None:
+    """Neither paths, nor the order of sets, nor the number of threads get into a bundle."""
+    made = []
+    for name, threads in (("here", "1"), ("there", "2")):
+        copy = shutil.copytree(clip_folder, tmp_path / name / "weights" / "clip")
+        ended = subprocess.run(
+            [sys.executable, "-m", "export.build", "--model", str(copy), "--classes", "fig,plum,kiwi", "--out", "out"],
+            cwd=tmp_path / name,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": threads, "OMP_NUM_THREADS": threads},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert ended.returncode == 0, ended.stderr
+        made.append(Bundle(tmp_path / name / "out"))
+    assert made[0].sha256 == made[1].sha256
+    assert made[0].zero_shot() is not None
 
 
 def test_frozen_weights_are_stored_once_however_many_levels(tmp_path: Path) -> None:
@@ -62,9 +85,12 @@ def test_the_bundle_holds_every_file_its_docstring_names_and_only_standard_opera
 
 def test_the_manifest_counts_backbone_and_trainables(built: Built) -> None:
     manifest = built.bundle.manifest
-    lora = LAYERS * 2 * 2 * LORA.rank * 32
-    assert manifest.backbone_parameters == sum(p.numel() for p in built.source.backbone.parameters())
-    assert manifest.tuned_parameters == built.bundle.initial()[0].size == 32 * 4 + 4 + lora
+    lora = LAYERS * 2 * 2 * RANK * 32
+    model, head = built.source.model, manifest.dims.feature * 4 + 4
+    assert manifest.backbone_parameters == sum(
+        p.numel() for p in (set(model.parameters()) - set(model.classifier.parameters()))
+    )
+    assert manifest.tuned_parameters == built.bundle.initial()[0].size == head + lora
     assert manifest.tuned_share == manifest.tuned_parameters / manifest.backbone_parameters
 
 
@@ -78,7 +104,7 @@ def test_vit_b16_with_a_hundred_classes_tunes_less_than_a_third_of_a_percent() -
     config = ViTConfig(**MODELS["vit-b16"].config)
     with torch.device("meta"):
         backbone = AutoModel.from_config(config, add_pooling_layer=False)
-    layout = expert_layout(VIT, config.num_hidden_layers, config.hidden_size, rank=4, classes=100)
+    layout = expert_layout(VIT, VIT.geometry(config, 224), rank=4, classes=100)
     assert layout.size(12) - layout.size(0) == 147_456  # the figure of fedfmsl.md
     assert layout.total / sum(p.numel() for p in backbone.parameters()) < 0.003
 
@@ -183,7 +209,7 @@ def test_impossible_sizes_and_levels_are_refused(
 ) -> None:
     source = load_backbone(str(vit_folder), None, 4, size, None, 0)
     with pytest.raises(ConfigError, match=message):
-        list(build_bundle(source, CLASSES, levels, LORA, tmp_path / "out", 0))
+        list(build_bundle(source, CLASSES, levels, source.family.lora(RANK), tmp_path / "out", 0))
     assert not (tmp_path / "out").exists()
 
 
@@ -191,7 +217,7 @@ def test_a_folder_that_is_no_bundle_is_never_overwritten(vit_folder: Path, tmp_p
     (tmp_path / "thesis.txt").write_text("years of work")
     source = load_backbone(str(vit_folder), None, 4, None, None, 0)
     with pytest.raises(ConfigError, match="is not a bundle"):
-        list(build_bundle(source, CLASSES, 1, LORA, tmp_path, 0))
+        list(build_bundle(source, CLASSES, 1, source.family.lora(RANK), tmp_path, 0))
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 

@@ -18,7 +18,7 @@ from protocol.layout import Layout
 from protocol.messages import DeviceStatus, Globals, Round, Sal, Stage, Training, Trigger, Update, Verdict
 from protocol.tensors import unpack
 from trainer_server.aggregation import weighted_average, weighted_mean
-from trainer_server.config import RunConfig
+from trainer_server.config import Head, RunConfig
 from trainer_server.coordinator import Plan, State, advance, initial_state, next_deadline
 from trainer_server.events import (
     Announce,
@@ -64,7 +64,7 @@ def answer(plan: Plan, announced: Round, device: str, accuracy: float = 0.5, **c
     dims, tensors = bundle.manifest.dims, Tensors()
     if announced.stage is Stage.STATISTICS:
         counts = rng.integers(1, 9, dims.classes).astype(np.float32)
-        tensors = {"class_sums": drawn(dims.classes, dims.hidden), "class_counts": counts, "norm_sum": drawn(1) ** 2}
+        tensors = {"class_sums": drawn(dims.classes, dims.feature), "class_counts": counts, "norm_sum": drawn(1) ** 2}
     elif announced.stage is Stage.GLOBAL:
         tensors = bundle.expert.split(drawn(bundle.expert.size(announced.level)))
     elif announced.stage is Stage.PERSONAL:
@@ -218,6 +218,23 @@ def test_the_global_expert_starts_from_the_class_means_of_all_devices(vit: Built
     assert np.allclose(head, wanted, rtol=1e-5)
     assert np.array_equal(run.state.expert[wanted.size :], initial[wanted.size :])
     assert np.array_equal(run.state.start, run.state.expert[: vit.bundle.expert.size(1)])
+
+
+@pytest.mark.parametrize("head", [Head.ZEROS, Head.ZERO_SHOT])
+def test_the_global_expert_starts_from_the_head_that_was_asked_for(clip: Built, head: Head) -> None:
+    run = started(clip, head=head)
+    updates = [answer(run.plan, run.announced, device) for device in ABC]
+    run.feed(*updates)
+    layout, zero_shot = clip.bundle.expert, clip.bundle.zero_shot()
+    start = layout.split(run.state.start)
+    assert not start["classifier.bias"].any()
+    assert np.array_equal(run.state.start, run.state.expert[: layout.size(1)])
+    if head is Head.ZEROS:
+        assert not start["classifier.weight"].any()
+        return
+    assert zero_shot is not None
+    norm = sum(u.tensors["norm_sum"].item() for u in updates) / sum(u.tensors["class_counts"].sum() for u in updates)
+    assert np.allclose(start["classifier.weight"] * norm, zero_shot.scale * zero_shot.rows, rtol=1e-4)
 
 
 def test_sal_raises_the_level_on_a_plateau_of_the_devices_accuracy_and_not_after_the_last_round(vit: Built) -> None:

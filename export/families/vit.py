@@ -1,0 +1,44 @@
+"""ViT (Dosovitskiy et al. 2021)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import ViTForImageClassification
+
+from export.families.family import Family, affine, array, native_only, vision_geometry
+from export.graph import Array
+
+BLOCK_KEYS = {
+    "norm1": "layernorm_before",
+    "query": "attention.attention.query",
+    "key": "attention.attention.key",
+    "value": "attention.attention.value",
+    "output": "attention.output.dense",
+    "norm2": "layernorm_after",
+    "up": "intermediate.dense",
+    "down": "output.dense",
+}
+
+
+def _outer(model: Any, size: int) -> dict[str, Array]:
+    native_only(model.config, size)
+    embeddings = model.vit.embeddings
+    position = array(embeddings.position_embeddings).copy()
+    position[:, 0] += array(embeddings.cls_token)[0]
+    return {
+        **affine("patch", embeddings.patch_embeddings.projection),
+        "position": position,
+        **affine("norm", model.vit.layernorm),
+    }
+
+
+VIT = Family(
+    model_type="vit",
+    reference=ViTForImageClassification,
+    backbone="vit",
+    layers="encoder.layer",
+    block_keys=BLOCK_KEYS,
+    geometry=vision_geometry,
+    outer=_outer,
+)

@@ -1,0 +1,68 @@
+"""A head without training, from the class names: what a text tower that shares the feature's space says of them
+(Radford et al. 2021, prompt ensembling)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoTokenizer
+
+from export.weights import Backbone, Origin, load_pretrained
+from protocol.bundle import ZeroShot
+from protocol.errors import ConfigError, WeightsError
+
+TEMPLATES = (  # ours: what a camera sees of a thing
+    "a photo of a {}.",
+    "a photo of the {}.",
+    "a photo of several {}.",
+    "a close-up photo of a {}.",
+    "a blurry photo of a {}.",
+)
+
+
+def zero_shot_head(source: Backbone, classes: Sequence[str], templates: Sequence[str]) -> ZeroShot:
+    """The directions of the classes, each the mean of those of its prompts; an underscore in a name is a space.
+
+    Computed in fp64, so that the fp32 result does not depend on the number of threads.
+
+    Raises ConfigError for a template that does not say where the class name goes, WeightsError if the backbone's
+    weights came without text tower or tokenizer.
+    """
+    for template in templates:
+        if template.count("{}") != 1:
+            raise ConfigError(f"--prompt {template!r} must hold '{{}}' once, where the class name goes")
+    origin, kind = source.origin, source.family.text_tower
+    if origin is None or kind is None:
+        raise WeightsError(f"{source.name} with these weights has no text tower to make one with")
+    config = kind.config_class.from_pretrained(origin.source, **origin.options)
+    tower = load_pretrained(kind, origin, config).double().eval()
+    tokenizer, longest = _tokenizer(origin), config.max_position_embeddings
+    rows = []
+    with torch.no_grad(), _double():
+        for name in classes:
+            prompts = [template.replace("{}", name.replace("_", " ")) for template in templates]
+            tokens = tokenizer(prompts, padding=True, truncation=True, max_length=longest, return_tensors="pt")
+            texts = torch.nn.functional.normalize(tower(**tokens).text_embeds, dim=1)
+            rows.append(torch.nn.functional.normalize(texts.mean(dim=0), dim=0).numpy())
+    return ZeroShot(np.stack(rows).astype(np.float32), scale=tower.logit_scale.detach().exp().item())
+
+
+@contextmanager
+def _double() -> Iterator[None]:
+    """transformers makes its causal mask in the default type, which cannot hold the lowest fp64."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def _tokenizer(origin: Origin) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(origin.source, **origin.options)
+    except (OSError, ValueError, TypeError) as error:  # TypeError is how transformers says that vocab.json is missing
+        raise WeightsError(f"{origin.source} brings no usable tokenizer") from error

@@ -1,0 +1,66 @@
+"""The global expert as a PEFT adapter: what it gives in torch, over the base that `trainer_server.adapter` names."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from support import CLASSES, Built, random_pixels, random_theta, relative_error, run_graph
+from transformers import AutoModelForImageClassification, CLIPVisionModelWithProjection, DeiTForImageClassification
+
+from export.families.clip import CLIPVisionClassifier
+from export.reference import normalised
+from trainer_server.adapter import write_adapter
+
+LEVEL = 2
+BASES = {
+    "vit": AutoModelForImageClassification,
+    "dinov2": AutoModelForImageClassification,
+    "deit": DeiTForImageClassification,
+    "clip": CLIPVisionClassifier,
+}
+
+
+@pytest.fixture
+def adapter(built: Built, tmp_path: Path) -> Path:
+    write_adapter(built.bundle, random_theta(built.bundle, LEVEL, seed=8), LEVEL, tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def our_logits(built: Built) -> torch.Tensor:
+    pixels, theta = random_pixels(3, seed=4), random_theta(built.bundle, LEVEL, seed=8)
+    (hidden,) = run_graph(built.bundle, "features.onnx", [f"hidden_{LEVEL}"], pixels=pixels)
+    (logits,) = run_graph(built.bundle, f"predict-{LEVEL}.onnx", ["logits"], hidden=hidden, theta=theta)
+    return torch.from_numpy(logits)
+
+
+def values_of(built: Built) -> torch.Tensor:
+    return normalised(random_pixels(3, seed=4), built.bundle.manifest.preprocessing)
+
+
+def test_logits_over_the_named_base_are_those_of_the_graphs(built: Built, adapter: Path) -> None:
+    manifest = built.bundle.manifest
+    assert built.source.origin is not None
+    base = BASES[manifest.family].from_pretrained(
+        built.source.origin.source, num_labels=len(CLASSES), ignore_mismatched_sizes=True
+    )
+    model = PeftModel.from_pretrained(base, adapter).eval()
+    with torch.no_grad():
+        logits = model(pixel_values=values_of(built)).logits
+    assert relative_error(our_logits(built).numpy(), logits.numpy()) < 1e-5
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == Path(built.source.origin.source).name
+
+
+@pytest.mark.parametrize("built", ["clip"], indirect=True)
+def test_clips_adapter_goes_over_transformers_own_class_too(built: Built, adapter: Path) -> None:
+    assert built.source.origin is not None
+    base = CLIPVisionModelWithProjection.from_pretrained(built.source.origin.source)
+    base.classifier = torch.nn.Linear(base.config.projection_dim, len(CLASSES))
+    model = PeftModel.from_pretrained(base, adapter).eval()
+    with torch.no_grad():
+        logits = model.base_model.model.classifier(model(pixel_values=values_of(built)).image_embeds)
+    assert relative_error(our_logits(built).numpy(), logits.numpy()) < 1e-5

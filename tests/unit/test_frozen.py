@@ -1,0 +1,83 @@
+"""Bundles with int8 weights: how far they are from float32, and what must not depend on the batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support import CLASSES, LAYERS, Built, build, random_pixels, random_theta, run_graph, torch_step
+
+from edge_runtime.engine import NEVER
+from export.frozen import quantise
+
+B = 6
+
+
+@pytest.fixture(scope="module")
+def int8(vit_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Built:
+    return build(vit_folder, tmp_path_factory.mktemp("bundles") / "int8", precision="int8")
+
+
+@given(seed=st.integers(0, 2**32 - 1), rows=st.integers(1, 40), columns=st.integers(1, 9), spread=st.floats(0, 4))
+def test_a_quantised_weight_is_off_by_at_most_half_a_step_of_its_column(
+    seed: int, rows: int, columns: int, spread: float
+) -> None:
+    rng = np.random.default_rng(seed)
+    weight = (rng.normal(size=(rows, columns)) * np.exp(spread * rng.normal(size=columns))).astype(np.float32)
+    whole, scale = quantise(weight)
+    assert whole.dtype == np.int8
+    assert np.abs(whole.astype(int)).max() <= 127
+    assert (np.abs(whole * scale - weight) <= 0.501 * scale + 1e-30).all()
+
+
+def test_a_column_of_zeros_stays_one() -> None:
+    whole, scale = quantise(np.zeros((4, 2), np.float32))
+    assert not whole.any()
+    assert np.isfinite(scale).all()
+
+
+@pytest.mark.parametrize("level", [1, 2, LAYERS])
+def test_loss_and_gradient_are_near_those_of_torch(int8: Built, level: int) -> None:
+    pixels, theta = random_pixels(B, seed=1), random_theta(int8.bundle, level, seed=2)
+    labels = np.arange(B) % len(CLASSES)
+    hidden = run_graph(int8.bundle, "features.onnx", [f"hidden_{level}"], pixels=pixels)[0]
+    ours_loss, ours = run_graph(
+        int8.bundle,
+        f"step-{level}.onnx",
+        ["loss", "gradient"],
+        hidden=hidden,
+        labels=labels,
+        weights=np.full(B, 1 / B, np.float32),
+        gate=np.zeros(B, np.float32),
+        other=np.full(B, NEVER, np.float32),
+        bias=np.zeros(len(CLASSES), np.float32),
+        theta=theta,
+    )
+    loss, gradient = torch_step(
+        int8, theta, pixels, lambda logits: torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels))
+    )
+    cosine = ours @ gradient / (np.linalg.norm(ours) * np.linalg.norm(gradient))
+    assert cosine > 0.995
+    assert abs(float(ours_loss) - loss) < 0.05 * loss
+
+
+def test_what_becomes_of_an_image_does_not_depend_on_its_batch(int8: Built) -> None:
+    pixels = random_pixels(B, seed=3)
+    together = run_graph(int8.bundle, "features.onnx", ["hidden_1", "pooled"], pixels=pixels)
+    for index in range(B):
+        alone = run_graph(int8.bundle, "features.onnx", ["hidden_1", "pooled"], pixels=pixels[index : index + 1])
+        for one, many in zip(alone, together, strict=True):
+            np.testing.assert_allclose(one[0], many[index], rtol=1e-4, atol=1e-5)
+
+
+def test_no_frozen_projection_is_left_in_float32(int8: Built) -> None:
+    hidden = int8.bundle.manifest.dims.hidden
+    for name in ("features.onnx", "step-2.onnx", "personal-2.onnx"):
+        model = onnx.load(str(int8.bundle.path(name)), load_external_data=False)
+        floats = [t for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT and len(t.dims) == 2]
+        assert all(min(t.dims) < hidden or t.name == "patch.weight" for t in floats), name
