@@ -32,6 +32,7 @@ from export.zero_shot import TEMPLATES, zero_shot_head
 from protocol.bundle import Bundle, Precision
 from protocol.layout import Vector
 from protocol.peft_names import from_peft, to_peft
+from shell.ort_training import has_ort_training
 
 CLASSES = ("apple", "kiwi", "lemon", "plum")
 IMAGE_SIZE = 32
@@ -123,11 +124,13 @@ def build(
     seed: int = 0,
     precision: Precision = "fp32",
 ) -> Built:
-    """The bundle of a transformers folder, at IMAGE_SIZE; with a zero-shot head where there is a text tower."""
+    """The bundle of a transformers folder, at IMAGE_SIZE; with a zero-shot head where there is a text tower, and for
+    onnxruntime-training where that is what the tests run with."""
     source = load_backbone(str(weights), None, len(classes), IMAGE_SIZE, None, seed)
     zero_shot = zero_shot_head(source, classes, TEMPLATES) if source.family.text_tower else None
     lora = source.family.lora(RANK)
-    for _ in build_bundle(source, tuple(classes), levels, lora, out, seed, precision, zero_shot):
+    ort_training = precision == "fp32" and has_ort_training()
+    for _ in build_bundle(source, tuple(classes), levels, lora, out, seed, precision, zero_shot, ort_training):
         pass
     return Built(source, Bundle(out))
 
@@ -163,6 +166,11 @@ def random_theta(bundle: Bundle, level: int, seed: int) -> Vector:
 
 def run_graph(bundle: Bundle, name: str, outputs: Sequence[str], **inputs: NDArray[Any]) -> list[Floats]:
     return run(open_session(bundle, name, threads=1), list(outputs), inputs)
+
+
+def hidden_of(built: Built, pixels: NDArray[np.uint8], level: int) -> Floats:
+    """Hidden states below the suffix of a level, nothing trained underneath (B, N, D)."""
+    return run_graph(built.bundle, "features.onnx", [f"hidden_{level}"], pixels=pixels)[0]
 
 
 def torch_step(
