@@ -21,9 +21,9 @@ import numpy as np
 
 from edge_runtime.engine import Batch, StepGraphEngine
 from edge_runtime.memory import peak_rss_mb
-from edge_runtime.optimizer import AdamW
 from edge_runtime.training import Targets
 from protocol.bundle import Bundle, ImagePreprocessing
+from protocol.messages import Training
 
 LEARNING_RATE = 1e-3
 PRODUCT_SIDE = 2048
@@ -70,7 +70,7 @@ def _engine(setting: Setting, level: int) -> Contestant:
     batch = Batch(hidden, targets.labels, targets.gate, targets.other, np.zeros(dims.classes, np.float32))
     engine = StepGraphEngine(bundle, setting.threads)
     engine.load(level)
-    engine.set(bundle.initial()[0][:size], AdamW(LEARNING_RATE, np.zeros(size, np.float32)))
+    engine.set(bundle.initial()[0][:size], Training(epochs=1, learning_rate=LEARNING_RATE))
     return Contestant(lambda: engine.step(batch), graph_flops(bundle.path(f"step-{level}.onnx"), setting.batch))
 
 

@@ -79,6 +79,7 @@ def build_report(
         "backbone_parameters": manifest.backbone_parameters,
         "bytes_up_per_device_round": _mean(size for r in exchanged for size in r.bytes_up.values()),
         "bytes_down_per_device_round": _mean(u.bytes_down for r in exchanged for u in r.updates.values()),
+        "engines": sorted({update.engine for r in rounds for update in r.updates.values()} - {""}),
         "device_peak_rss_mb": max(rss.values()),
         "device_peak_rss_mb_per_device": rss,
     }

@@ -10,7 +10,7 @@ import typer
 
 from edge_runtime.device import Device
 from edge_runtime.download import fetch_bundle, find_server
-from edge_runtime.engine import StepGraphEngine
+from edge_runtime.engines import open_engine
 from edge_runtime.features import FeatureCache
 from edge_runtime.gate import Gate
 from edge_runtime.inputs import reader_of
@@ -20,6 +20,7 @@ from edge_runtime.samples import scan
 from edge_runtime.service import Service, device_link, progress_to
 from edge_runtime.store import DeviceStore
 from protocol.bundle import Bundle
+from protocol.messages import EngineChoice
 from protocol.topics import Topics
 from shell.cli import application, console
 
@@ -34,6 +35,9 @@ def run(
     state: Path = typer.Option(Path("device"), help="Where this device keeps what it must not lose."),
     device: str | None = typer.Option(None, help="This device's name, at its first start. Default: from the host's."),
     bundle: Path | None = typer.Option(None, help="A bundle's folder. Default: fetched from the run's server."),
+    engine: EngineChoice = typer.Option(
+        "auto", help="What trains. auto: onnxruntime-training where it is installed and the bundle is built for it."
+    ),
     threads: int = typer.Option(0, min=0, help="Threads to compute with. 0: one per core."),
     memory_mb: int | None = typer.Option(
         None, min=1, help="Memory a training step may take. Default: half of what there is."
@@ -48,23 +52,24 @@ def run(
     link.connect()
     opened = Bundle(bundle) if bundle else fetch_bundle(find_server(link, topics), state / "bundles")
     opened.verify()
+    trainer = open_engine(engine, opened, threads)
     kind = reader_of(opened).kind
     slices = scan(images, opened.manifest.classes, kind)
     for path in slices.unreadable:
         console.print(f"skipped, not a readable {kind.noun}: {path}")
     report = progress_to(link, topics, name)
     report("measuring", 0, 1)
-    cap = measure_cap(opened, store, threads, memory_mb, step_seconds)
+    cap = measure_cap(opened, store, trainer.name, threads, memory_mb, step_seconds)
     console.print(
         f"device {name}: {len(slices.train)} {kind.noun}s to train on, {len(slices.held_out)} held out, "
-        f"{len(slices.test)} to test on; level cap {cap}"
+        f"{len(slices.test)} to test on; engine {trainer.name}, level cap {cap}"
     )
     node = Device(
         name=name,
         bundle=opened,
         scanned=slices,
         cache=FeatureCache(store.cache, opened, threads, report),
-        engine=StepGraphEngine(opened, threads),
+        engine=trainer,
         gate=Gate(opened, threads),
         store=store,
         level_cap=cap,
@@ -107,10 +112,12 @@ def personalize(
 @app.command(hidden=True)
 def probe(
     bundle: Path = typer.Option(),
+    engine: EngineChoice = typer.Option("auto"),
     threads: int = typer.Option(1, min=1),
 ) -> None:
     """Train one step at each level in turn; print seconds and peak memory of each as it ends."""
-    for line in probe_levels(Bundle(bundle), threads):
+    opened = Bundle(bundle)
+    for line in probe_levels(opened, open_engine(engine, opened, threads)):
         print(json.dumps(line), flush=True)
 
 

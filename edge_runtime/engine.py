@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,10 +12,11 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from edge_runtime.memory import release_free_memory
-from edge_runtime.optimizer import AdamW
+from edge_runtime.optimizer import AdamW, expert_decay
 from protocol.bundle import Bundle, Dims
 from protocol.errors import BundleError
 from protocol.layout import Vector
+from protocol.messages import EngineName, Training
 
 Floats = NDArray[np.float32]
 ACTIVATION_BYTES = 128 * 2**20
@@ -36,15 +37,31 @@ class Batch:
     other: Floats
     bias: Floats
 
+    def micro_batches(self, size: int) -> Iterator[dict[str, NDArray[Any]]]:
+        """A step's inputs for at most `size` images each, their weights being shares of the batch's mean."""
+        images = len(self.labels)
+        for start in range(0, images, size):
+            part = slice(start, start + size)
+            yield {
+                "hidden": self.hidden[part],
+                "labels": self.labels[part],
+                "weights": np.full(len(self.labels[part]), 1 / images, np.float32),
+                "gate": self.gate[part],
+                "other": self.other[part],
+                "bias": self.bias,
+            }
+
 
 class Engine(Protocol):
     """Trains and evaluates one expert at one level at a time, on the hidden states below that level's suffix."""
 
+    name: EngineName
+
     def load(self, level: int) -> None:
         """Makes `level` the level of everything that follows; parameters and optimizer state are dropped."""
 
-    def set(self, theta: Vector, optimizer: AdamW | None = None) -> None:
-        """Sets the trainables (P,), and the optimizer if they are to be trained."""
+    def set(self, theta: Vector, training: Training | None = None) -> None:
+        """Sets the trainables (P,), with a fresh AdamW by the settings of `training` if they are to be trained."""
 
     def get(self) -> Vector: ...
 
@@ -57,6 +74,8 @@ class Engine(Protocol):
 
 class StepGraphEngine:
     """Runs the gradient as an ordinary inference graph, in micro-batches, with AdamW outside it."""
+
+    name: EngineName = "step-graph"
 
     def __init__(self, bundle: Bundle, threads: int, micro_batch: int | None = None) -> None:
         """`micro_batch` in images; by default as many as keep the activations of a level below ACTIVATION_BYTES."""
@@ -78,31 +97,22 @@ class StepGraphEngine:
         self._theta = np.empty(0, np.float32)
         self._optimizer = None
 
-    def set(self, theta: Vector, optimizer: AdamW | None = None) -> None:
+    def set(self, theta: Vector, training: Training | None = None) -> None:
         self._theta = theta
-        self._optimizer = optimizer
+        self._optimizer = None
+        if training is not None:
+            decay = expert_decay(self._bundle.expert, theta.size, training.weight_decay)
+            self._optimizer = AdamW(training.learning_rate, decay)
 
     def get(self) -> Vector:
         return self._theta
 
     def step(self, batch: Batch) -> float:
         if self._optimizer is None:
-            raise RuntimeError("step() needs an optimizer: call set(theta, optimizer) first")
-        size = len(batch.labels)
+            raise RuntimeError("step() needs an optimizer: call set(theta, training) first")
         loss, gradient = 0.0, np.zeros_like(self._theta)
-        for start in range(0, size, self._micro_batch):
-            part = slice(start, start + self._micro_batch)
-            part_loss, part_gradient = self._run(
-                "step",
-                ["loss", "gradient"],
-                hidden=batch.hidden[part],
-                labels=batch.labels[part],
-                weights=np.full(len(batch.labels[part]), 1 / size, np.float32),
-                gate=batch.gate[part],
-                other=batch.other[part],
-                bias=batch.bias,
-                theta=self._theta,
-            )
+        for inputs in batch.micro_batches(self._micro_batch):
+            part_loss, part_gradient = self._run("step", ["loss", "gradient"], theta=self._theta, **inputs)
             loss += float(part_loss)
             gradient += part_gradient
         self._theta = self._optimizer.step(self._theta, gradient)
@@ -132,16 +142,20 @@ def open_session(bundle: Bundle, name: str, threads: int) -> onnxruntime.Inferen
 
 def session_for(path: Path, threads: int) -> onnxruntime.InferenceSession:
     """Raises BundleError if ONNX Runtime cannot read the file."""
+    try:
+        return onnxruntime.InferenceSession(str(path), session_options(threads), providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's own exceptions have no common base
+        raise BundleError(f"{path} is not a graph ONNX Runtime can run: {str(error).splitlines()[0]}") from error
+
+
+def session_options(threads: int) -> onnxruntime.SessionOptions:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     # The arena saves the page faults of large tensors (a third of a step's time); patterns would hold memory twice.
     options.enable_mem_pattern = False
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # devices have other things to do
-    try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime's own exceptions have no common base
-        raise BundleError(f"{path} is not a graph ONNX Runtime can run: {str(error).splitlines()[0]}") from error
+    return options
 
 
 def run(session: onnxruntime.InferenceSession, outputs: list[str], inputs: Mapping[str, NDArray[Any]]) -> list[Floats]:

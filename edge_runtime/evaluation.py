@@ -14,7 +14,7 @@ from edge_runtime.mixture import accuracy, gate_statistics, of_labels
 from edge_runtime.personal import LocalExpert, mixture, personal_model
 from edge_runtime.samples import labels_of
 from edge_runtime.stages import Globals, Outcome, class_sums, seed_of
-from edge_runtime.training import Targets, expert_optimizer, predict_log, train
+from edge_runtime.training import Targets, predict_log, train
 from protocol.errors import MessageError
 from protocol.head import head_of_class_means
 from protocol.layout import Vector
@@ -43,7 +43,7 @@ def train_alone(device: Device, task: Round, _: Globals) -> Outcome:
     for repetition in range(task.repetitions + 1):
         level, size = sal.level, layout.size(sal.level)
         engine.load(level)
-        engine.set(theta[:size], expert_optimizer(layout, size, task.training))
+        engine.set(theta[:size], task.training)
         if repetition:  # the start is a candidate too
             hidden = device.cache.frozen(slices.train, level)
             targets = Targets.cross_entropy(labels_of(slices.train))

@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 from pydantic import BaseModel, ValidationError
 
-from edge_runtime.engine import Batch, StepGraphEngine
+from edge_runtime.engine import Batch, Engine
 from edge_runtime.memory import peak_rss_mb
-from edge_runtime.optimizer import AdamW
 from edge_runtime.store import DeviceStore
 from edge_runtime.training import Targets
 from protocol.bundle import Bundle
 from protocol.errors import ConfigError
+from protocol.messages import EngineName, Training
 from shell.files import write_atomically
 
 MEMORY_SHARE = 0.5
@@ -30,23 +30,33 @@ class _Measured(BaseModel):
     """Kept on disk, so that a device gives the same answer at every start."""
 
     bundle: str
+    engine: str
     threads: int
     memory_mb: float
     step_seconds: float
     levels: list[dict[str, float]]
 
 
-def measure_cap(bundle: Bundle, store: DeviceStore, threads: int, memory_mb: int | None, step_seconds: float) -> int:
+def measure_cap(
+    bundle: Bundle, store: DeviceStore, engine: EngineName, threads: int, memory_mb: int | None, step_seconds: float
+) -> int:
     """Runs levels in a process of its own, which may die of them, up to the first that does not fit.
 
     Raises ConfigError if not even level 1 fits.
     """
     budget = memory_mb or MEMORY_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**20
     path = store.root / "levels.json"
-    asked = _Measured(bundle=bundle.sha256, threads=threads, memory_mb=budget, step_seconds=step_seconds, levels=[])
+    asked = _Measured(
+        bundle=bundle.sha256,
+        engine=engine,
+        threads=threads,
+        memory_mb=budget,
+        step_seconds=step_seconds,
+        levels=[],
+    )
     measured = _read(path)
     if measured is None or measured.model_copy(update={"levels": []}) != asked:
-        measured = asked.model_copy(update={"levels": _measure(bundle, threads, budget, step_seconds)})
+        measured = asked.model_copy(update={"levels": _measure(bundle, engine, threads, budget, step_seconds)})
         write_atomically(path, measured.model_dump_json().encode())
     cap = 0
     for line in measured.levels:
@@ -61,24 +71,25 @@ def measure_cap(bundle: Bundle, store: DeviceStore, threads: int, memory_mb: int
     return cap
 
 
-def probe_levels(bundle: Bundle, threads: int) -> Iterator[dict[str, float]]:
+def probe_levels(bundle: Bundle, engine: Engine) -> Iterator[dict[str, float]]:
     """One training step of 8 random images at each level: level, seconds, peak_rss_mb."""
     dims = bundle.manifest.dims
     rng = np.random.default_rng(0)
-    engine = StepGraphEngine(bundle, threads)
     targets = Targets.cross_entropy(rng.integers(0, dims.classes, BATCH))
     hidden = rng.normal(size=(BATCH, dims.tokens, dims.hidden)).astype(np.float32)
     batch = Batch(hidden, targets.labels, targets.gate, targets.other, np.zeros(dims.classes, np.float32))
     for level in range(1, bundle.manifest.levels + 1):
         size = bundle.expert.size(level)
         engine.load(level)
-        engine.set(bundle.initial()[0][:size], AdamW(1e-3, np.zeros(size, np.float32)))
+        engine.set(bundle.initial()[0][:size], Training(epochs=1, learning_rate=1e-3))
         started = time.perf_counter()
         engine.step(batch)
         yield {"level": level, "seconds": time.perf_counter() - started, "peak_rss_mb": peak_rss_mb()}
 
 
-def _measure(bundle: Bundle, threads: int, budget: float, step_seconds: float) -> list[dict[str, float]]:
+def _measure(
+    bundle: Bundle, engine: EngineName, threads: int, budget: float, step_seconds: float
+) -> list[dict[str, float]]:
     command = [
         sys.executable,
         "-m",
@@ -86,6 +97,8 @@ def _measure(bundle: Bundle, threads: int, budget: float, step_seconds: float) -
         "probe",
         "--bundle",
         str(bundle.root),
+        "--engine",
+        engine,
         "--threads",
         str(threads),
     ]

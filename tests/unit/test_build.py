@@ -43,6 +43,7 @@ from export.reference import normalised
 from export.weights import load_backbone
 from protocol.bundle import Bundle
 from protocol.errors import BundleError, ConfigError, InputError, WeightsError
+from shell.ort_training import has_ort_training
 
 ROOT = Path(__file__).parents[2]
 
@@ -84,6 +85,9 @@ def test_the_bundle_holds_every_file_its_docstring_names_and_only_standard_opera
     graphs |= {f"{kind}-{level}" for kind in ("step", "predict", "personal") for level in levels}
     names = {f"{graph}.onnx" for graph in graphs}
     others = {"backbone.weights", "init.safetensors"} | ({"tokenizer.json"} if bundle.tokenizer() else set())
+    if has_ort_training():
+        others |= {f"ort-training-{level}.{kind}" for level in levels for kind in ("onnx", "checkpoint")}
+        others |= {"ort-training-optimizer.onnx"}
     assert set(bundle.manifest.files) == names | others
     assert {path.name for path in bundle.root.iterdir()} == {*bundle.manifest.files, "manifest.json"}
     for name in names:
