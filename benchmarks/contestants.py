@@ -23,7 +23,7 @@ from edge_runtime.engine import Batch, StepGraphEngine
 from edge_runtime.memory import peak_rss_mb
 from edge_runtime.optimizer import AdamW
 from edge_runtime.training import Targets
-from protocol.bundle import Bundle
+from protocol.bundle import Bundle, ImagePreprocessing
 
 LEARNING_RATE = 1e-3
 PRODUCT_SIDE = 2048
@@ -84,6 +84,7 @@ def _torch(setting: Setting, level: int | None) -> Contestant:
 
     torch.set_num_threads(setting.threads)
     manifest = Bundle(setting.bundle).manifest
+    assert isinstance(manifest.preprocessing, ImagePreprocessing)
     dims, size = manifest.dims, manifest.preprocessing.size
     source = load_backbone(setting.model, setting.weights, dims.classes, size, None, setting.seed)
     source.model.set_attn_implementation("sdpa")  # what transformers takes by itself

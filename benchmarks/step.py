@@ -18,8 +18,8 @@ import typer
 from rich.progress import Progress
 
 from benchmarks.contestants import Setting
-from protocol.bundle import Bundle
-from protocol.errors import RunError
+from protocol.bundle import Bundle, TextPreprocessing
+from protocol.errors import ConfigError, RunError
 from shell.cli import application, console
 
 LEVELS = (1, 2, 4, 8, 12)
@@ -70,6 +70,8 @@ def compare(
     out: Path | None = typer.Option(None, "--json", help="File to write the measurements to."),
 ) -> None:
     folders = bundle or [_built(model, weights)]
+    if any(isinstance(Bundle(folder).manifest.preprocessing, TextPreprocessing) for folder in folders):
+        raise ConfigError("this comparison is of vision models; give another --model or --bundle")
     threads = threads or os.cpu_count() or 1
     wanted = [int(level) for level in levels.split(",")]
     settings = [Setting(folder, model, weights, batch, threads, seed) for folder in folders]

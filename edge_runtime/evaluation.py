@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from edge_runtime.device import Device
-from edge_runtime.images import labels_of
 from edge_runtime.mixture import accuracy, gate_statistics, of_labels
 from edge_runtime.personal import LocalExpert, mixture, personal_model
+from edge_runtime.samples import labels_of
 from edge_runtime.stages import Globals, Outcome, class_sums, seed_of
 from edge_runtime.training import Targets, expert_optimizer, predict_log, train
 from protocol.errors import MessageError

@@ -92,7 +92,7 @@ def test_the_folder_holds_the_pictures_the_adapter_and_every_personalized_model(
 
 
 def test_a_personalized_model_of_a_trial_predicts(folder: Path) -> None:
-    photo = next((folder / "photos" / NAMES[0]).rglob("*.jpg"))
+    photo = next((folder / "samples" / NAMES[0]).rglob("*.jpg"))
     model = folder / "devices" / NAMES[0] / "personalized.onnx"
     ended = run_module("edge_runtime", "predict", "--model", str(model), str(photo), "--json")
     assert ended.code == 0, ended.stderr

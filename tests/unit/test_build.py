@@ -17,8 +17,19 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from support import CLASSES, IMAGE_SIZE, LAYERS, RANK, Built, build, random_pixels, relative_error, run_graph, write_vit
-from transformers import AutoModel, BertConfig, BertModel, ViTConfig
+from support import (
+    CLASSES,
+    IMAGE_SIZE,
+    LAYERS,
+    RANK,
+    Built,
+    build,
+    random_samples,
+    relative_error,
+    run_graph,
+    write_vit,
+)
+from transformers import AutoModel, GPT2Config, ViTConfig
 
 from export import parity
 from export.build import build_bundle, class_names
@@ -72,7 +83,8 @@ def test_the_bundle_holds_every_file_its_docstring_names_and_only_standard_opera
     graphs = {"backbone", "features", "gate-step", "gate-predict", *(f"lift-{block}" for block in range(LAYERS - 1))}
     graphs |= {f"{kind}-{level}" for kind in ("step", "predict", "personal") for level in levels}
     names = {f"{graph}.onnx" for graph in graphs}
-    assert set(bundle.manifest.files) == names | {"backbone.weights", "init.safetensors"}
+    others = {"backbone.weights", "init.safetensors"} | ({"tokenizer.json"} if bundle.tokenizer() else set())
+    assert set(bundle.manifest.files) == names | others
     assert {path.name for path in bundle.root.iterdir()} == {*bundle.manifest.files, "manifest.json"}
     for name in names:
         model = onnx.load(str(bundle.path(name)), load_external_data=False)
@@ -112,14 +124,14 @@ def test_fewer_levels_give_the_same_graphs_and_a_shorter_layout(vit: Built, vit_
     assert low.manifest.levels == 1
     assert low.expert.total == vit.bundle.expert.size(1)
     assert np.array_equal(low.initial()[0], vit.bundle.initial()[0][: low.expert.total])
-    pixels = random_pixels(2, seed=0)
+    pixels = random_samples(vit, 2, seed=0)
     ours, theirs = (run_graph(b, "features.onnx", ["hidden_1"], pixels=pixels)[0] for b in (low, vit.bundle))
     assert np.array_equal(ours, theirs)
 
 
 def test_a_backbone_without_qkv_bias_is_exported_right(tmp_path: Path) -> None:
     made = build(write_vit(tmp_path / "weights", qkv_bias=False), tmp_path / "bundle")
-    pixels = random_pixels(2, seed=3)
+    pixels = random_samples(made, 2, seed=3)
     with torch.no_grad():
         wanted = made.source.backbone(pixel_values=normalised(pixels, made.bundle.manifest.preprocessing))
     (pooled,) = run_graph(made.bundle, "features.onnx", ["pooled"], pixels=pixels)
@@ -225,11 +237,9 @@ def test_an_unknown_model_lists_the_known_ones() -> None:
 
 
 def test_weights_of_another_type_are_refused(vit_folder: Path, tmp_path: Path) -> None:
-    BertModel(
-        BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=9)
-    ).save_pretrained(tmp_path)
+    GPT2Config().save_pretrained(tmp_path)
     for model, weights in (("vit-b16", tmp_path), (str(tmp_path), None), ("dinov2-s14", vit_folder)):
-        with pytest.raises(WeightsError, match=r"holds a model of type '(bert|vit)', expected"):
+        with pytest.raises(WeightsError, match=r"holds a model of type '(gpt2|vit)', expected"):
             load_backbone(model, str(weights) if weights else None, 4, None, None, 0)
 
 

@@ -10,8 +10,10 @@ from support import (
     LAYERS,
     Built,
     Floats,
+    as_input,
     features_of,
-    random_pixels,
+    hidden_states,
+    random_samples,
     random_theta,
     relative_error,
     run_graph,
@@ -23,7 +25,7 @@ from support import (
 from edge_runtime.engine import NEVER, Batch, StepGraphEngine
 from edge_runtime.mixture import log_softmax, mix
 from edge_runtime.optimizer import AdamW
-from export.reference import loss_and_gradient, normalised
+from export.reference import loss_and_gradient, torch_inputs
 from protocol.layout import HEAD
 from protocol.peft_names import from_peft
 
@@ -32,12 +34,12 @@ LEVELS = [1, 2, LAYERS]
 C = len(CLASSES)
 
 
-def hidden_of(built: Built, pixels: np.ndarray, level: int) -> Floats:
-    return run_graph(built.bundle, "features.onnx", [f"hidden_{level}"], pixels=pixels)[0]
+def hidden_of(built: Built, samples: np.ndarray, level: int) -> Floats:
+    return run_graph(built.bundle, "features.onnx", [f"hidden_{level}"], **as_input(built, samples))[0]
 
 
 def step_graph(
-    built: Built, level: int, theta: Floats, pixels: np.ndarray, labels: np.ndarray, **given: Floats
+    built: Built, level: int, theta: Floats, samples: np.ndarray, labels: np.ndarray, **given: Floats
 ) -> tuple[float, Floats]:
     size = len(labels)
     defaults = {
@@ -50,7 +52,7 @@ def step_graph(
         built.bundle,
         f"step-{level}.onnx",
         ["loss", "gradient"],
-        hidden=hidden_of(built, pixels, level),
+        hidden=hidden_of(built, samples, level),
         labels=labels,
         theta=theta,
         **{**defaults, **given},
@@ -68,8 +70,8 @@ def step_graph(
     ],
 )
 def test_loss_gradient_and_logits_equal_torch_and_peft(built: Built, level: int, labels: list[int]) -> None:
-    pixels, theta, wanted = (
-        random_pixels(len(labels), seed=level),
+    samples, theta, wanted = (
+        random_samples(built, len(labels), seed=level),
         random_theta(built.bundle, level, 1),
         np.array(labels),
     )
@@ -81,12 +83,12 @@ def test_loss_gradient_and_logits_equal_torch_and_peft(built: Built, level: int,
         built.bundle.expert,
         level,
         theta,
-        normalised(pixels, manifest.preprocessing),
+        torch_inputs(samples, manifest.preprocessing),
         torch.from_numpy(wanted),
     )
-    our_loss, our_gradient = step_graph(built, level, theta, pixels, wanted)
+    our_loss, our_gradient = step_graph(built, level, theta, samples, wanted)
     (our_logits,) = run_graph(
-        built.bundle, f"predict-{level}.onnx", ["logits"], hidden=hidden_of(built, pixels, level), theta=theta
+        built.bundle, f"predict-{level}.onnx", ["logits"], hidden=hidden_of(built, samples, level), theta=theta
     )
     assert relative_error(our_loss, loss) < TOLERANCE
     assert relative_error(our_logits, logits) < TOLERANCE
@@ -97,7 +99,7 @@ def test_loss_gradient_and_logits_equal_torch_and_peft(built: Built, level: int,
 @pytest.mark.parametrize("level", LEVELS)
 def test_weights_mask_and_mixture_loss_equal_torch_autograd(built: Built, level: int) -> None:
     rng = np.random.default_rng(level)
-    pixels, labels = random_pixels(5, seed=7), np.array([0, 1, 3, 1, 0])
+    samples, labels = random_samples(built, 5, seed=7), np.array([0, 1, 3, 1, 0])
     theta = random_theta(built.bundle, level, 2)
     given = {
         "weights": np.array([0.5, 0.0, 0.1, 2.0, 0.25], np.float32),
@@ -111,8 +113,8 @@ def test_weights_mask_and_mixture_loss_equal_torch_autograd(built: Built, level:
         own = torch.log_softmax(logits + bias, dim=1)[torch.arange(5), torch.from_numpy(labels)]
         return -(weights * torch.logaddexp(gate + own, other)).sum()
 
-    loss, gradient = torch_step(built, theta, pixels, mixture_loss)
-    our_loss, our_gradient = step_graph(built, level, theta, pixels, labels, **given)
+    loss, gradient = torch_step(built, theta, samples, mixture_loss)
+    our_loss, our_gradient = step_graph(built, level, theta, samples, labels, **given)
     assert relative_error(our_loss, loss) < TOLERANCE
     assert relative_error(our_gradient, gradient) < TOLERANCE
 
@@ -121,7 +123,7 @@ def test_weights_mask_and_mixture_loss_equal_torch_autograd(built: Built, level:
 def test_masked_classes_get_no_gradient(vit: Built, level: int) -> None:
     bias = np.array([0, NEVER, 0, NEVER], np.float32)
     _, gradient = step_graph(
-        vit, level, random_theta(vit.bundle, level, 3), random_pixels(4, 3), np.array([0, 2, 2, 0]), bias=bias
+        vit, level, random_theta(vit.bundle, level, 3), random_samples(vit, 4, 3), np.array([0, 2, 2, 0]), bias=bias
     )
     head = vit.bundle.expert.split(gradient)["classifier.weight"]
     assert np.all(head[[1, 3]] == 0)
@@ -135,7 +137,7 @@ def test_twenty_adamw_steps_of_the_engine_equal_torch_over_the_whole_model(
 ) -> None:
     bundle, manifest = built.bundle, built.bundle.manifest
     rng = np.random.default_rng(5)
-    pixels, labels = random_pixels(24, seed=5), rng.integers(0, C, 24)
+    samples, labels = random_samples(built, 24, seed=5), rng.integers(0, C, 24)
     batches = [rng.choice(24, size, replace=False) for size in (8, 7, 4, 1) * 5]
     theta, rate, decay = random_theta(bundle, level, 4), 1e-3, 0.05
 
@@ -144,7 +146,7 @@ def test_twenty_adamw_steps_of_the_engine_equal_torch_over_the_whole_model(
     engine = StepGraphEngine(bundle, threads=1, micro_batch=micro_batch)
     engine.load(level)
     engine.set(theta, AdamW(rate, per_parameter))
-    hidden = hidden_of(built, pixels, level)
+    hidden = hidden_of(built, samples, level)
     zeros, never, bias = np.zeros(24, np.float32), np.full(24, NEVER, np.float32), np.zeros(C, np.float32)
     losses = [engine.step(Batch(hidden[b], labels[b], zeros[b], never[b], bias)) for b in batches]
 
@@ -154,10 +156,11 @@ def test_twenty_adamw_steps_of_the_engine_equal_torch_over_the_whole_model(
         optimizer = torch.optim.AdamW(
             [{"params": head, "weight_decay": 0.0}, {"params": lora, "weight_decay": decay}], lr=rate
         )
-        images, wanted, theirs = normalised(pixels, manifest.preprocessing), torch.from_numpy(labels), []
+        inputs, wanted, theirs = torch_inputs(samples, manifest.preprocessing), torch.from_numpy(labels), []
         for batch in batches:
             optimizer.zero_grad()
-            loss = torch.nn.functional.cross_entropy(model(pixel_values=images[batch]).logits, wanted[batch])
+            chosen = {name: tensor[batch] for name, tensor in inputs.items()}
+            loss = torch.nn.functional.cross_entropy(model(**chosen).logits, wanted[batch])
             loss.backward()
             for parameter in head:  # transformers' DINOv2 classifier also reads the mean patch; ours does not
                 parameter.grad[..., 32:] = 0
@@ -180,31 +183,33 @@ def test_an_engine_without_an_optimizer_refuses_to_train(vit: Built) -> None:
 
 
 def test_features_pooled_and_optimums_backbone_equal_transformers(built: Built) -> None:
-    pixels = random_pixels(3, seed=11)
-    values = normalised(pixels, built.bundle.manifest.preprocessing)
+    samples = random_samples(built, 3, seed=11)
+    inputs = torch_inputs(samples, built.bundle.manifest.preprocessing)
     with torch.no_grad():
-        last = built.source.backbone(pixel_values=values).last_hidden_state.numpy()
-    (pooled,) = run_graph(built.bundle, "features.onnx", ["pooled"], pixels=pixels)
-    (witness,) = run_graph(built.bundle, "backbone.onnx", ["last_hidden_state"], pixel_values=values.numpy())
-    assert relative_error(pooled, features_of(built, pixels)) < TOLERANCE
+        last = built.source.backbone(**inputs).last_hidden_state.numpy()
+    given = {name: tensor.numpy() for name, tensor in inputs.items()}
+    if built.source.family.input == "tokens":
+        given["token_type_ids"] = np.zeros_like(samples)
+    (pooled,) = run_graph(built.bundle, "features.onnx", ["pooled"], **as_input(built, samples))
+    (witness,) = run_graph(built.bundle, "backbone.onnx", ["last_hidden_state"], **given)
+    assert relative_error(pooled, features_of(built, samples)) < TOLERANCE
     assert relative_error(witness, last) < 1e-4
 
 
 def test_hidden_states_and_lifts_equal_the_blocks_of_transformers_with_peft(built: Built) -> None:
-    pixels, theta = random_pixels(3, seed=12), random_theta(built.bundle, LAYERS, 6)
-    values = normalised(pixels, built.bundle.manifest.preprocessing)
-    with torch.no_grad():
-        frozen = built.source.backbone(pixel_values=values, output_hidden_states=True).hidden_states
-        with torch_expert(built, theta) as model:
-            adapted = model(pixel_values=values, output_hidden_states=True).hidden_states
+    samples, theta = random_samples(built, 3, seed=12), random_theta(built.bundle, LAYERS, 6)
+    inputs = torch_inputs(samples, built.bundle.manifest.preprocessing)
+    frozen = hidden_states(built.source.backbone, inputs)
+    with torch_expert(built, theta) as model:
+        adapted = hidden_states(model, inputs)
     for level in LEVELS:
-        assert relative_error(hidden_of(built, pixels, level), frozen[LAYERS - level].numpy()) < TOLERANCE
+        assert relative_error(hidden_of(built, samples, level), frozen[LAYERS - level]) < TOLERANCE
     for block in range(LAYERS - 1):
         lora = theta[built.bundle.expert.parts[str(block)]]
-        below, above = adapted[block].numpy(), adapted[block + 1].numpy()
+        below, above = adapted[block], adapted[block + 1]
         (lifted,) = run_graph(built.bundle, f"lift-{block}.onnx", ["lifted"], hidden=below, theta=lora)
         assert relative_error(lifted, above) < TOLERANCE
-        assert relative_error(lifted, frozen[block + 1].numpy()) > 100 * TOLERANCE  # the LoRA does something
+        assert relative_error(lifted, frozen[block + 1]) > 100 * TOLERANCE  # the LoRA does something
 
 
 def torch_gate(pooled: torch.Tensor, parts: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -246,14 +251,15 @@ def test_the_initial_gate_weighs_both_experts_the_same(built: Built) -> None:
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_the_personalized_graph_equals_the_mixture_of_its_experts_and_gate(built: Built, level: int) -> None:
-    bundle, pixels, rng = built.bundle, random_pixels(5, seed=13), np.random.default_rng(level)
+    bundle, rng = built.bundle, np.random.default_rng(level)
+    samples = as_input(built, random_samples(built, 5, seed=13))
     thetas = {expert: random_theta(bundle, level, seed) for seed, expert in enumerate(("global", "local"))}
     biases = {
         "global": np.log(rng.dirichlet(np.ones(C))).astype(np.float32),
         "local": np.array([0, NEVER, 0, 0], np.float32),
     }
     gate_theta = rng.normal(0, 0.5, bundle.gate.total).astype(np.float32)
-    hidden, pooled = run_graph(bundle, "features.onnx", [f"hidden_{level}", "pooled"], pixels=pixels)
+    hidden, pooled = run_graph(bundle, "features.onnx", [f"hidden_{level}", "pooled"], **samples)
     log_p = [
         log_softmax(
             run_graph(bundle, f"predict-{level}.onnx", ["logits"], hidden=hidden, theta=thetas[expert])[0]
@@ -266,7 +272,7 @@ def test_the_personalized_graph_equals_the_mixture_of_its_experts_and_gate(built
         bundle,
         f"personal-{level}.onnx",
         ["probabilities", "gate"],
-        pixels=pixels,
+        **samples,
         gate_theta=gate_theta,
         **{f"{expert}_theta": theta for expert, theta in thetas.items()},
         **{f"{expert}_bias": bias for expert, bias in biases.items()},
