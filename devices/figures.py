@@ -15,7 +15,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 NAMES = {
-    "class_means": "class means",
+    "start": "class means",
     "local_only": "local only",
     "global": "global",
     "global_prior": "global + prior",
@@ -23,7 +23,7 @@ NAMES = {
     "mofm": "MoFM",
 }
 COLOURS = {
-    "class_means": "#9a9a9a",
+    "start": "#9a9a9a",
     "local_only": "#e69f00",
     "global": "#0072b2",
     "global_prior": "#56b4e9",
@@ -69,12 +69,14 @@ class Point:
 
 @dataclass(frozen=True)
 class Shown:
-    """What the panels show: test accuracies, the devices' numbers of test images, and the rounds of both stages."""
+    """What the panels show: test accuracies, how many `samples` ("photos") each device tested, and the rounds
+    of both stages."""
 
     headline: str
     means: Mapping[str, float]
     accuracies: Accuracies
-    images: Mapping[str, int]
+    samples: str
+    tested: Mapping[str, int]
     points: Sequence[Point]
 
     @property
@@ -120,9 +122,9 @@ def accuracy_by_model(figure: Figure | SubFigure, shown: Shown) -> str:
         spread = [place + 0.5 * ((index + 0.5) / len(values) - 0.5) for index in range(len(values))]
         axes.plot(spread, values, "o", markersize=5, color=INK, markeredgecolor="white", markeredgewidth=0.8)
     axes.set_xticks(range(len(models)), [NAMES[model].replace(" ", "\n", 1) for model in models], color=INK)
-    axes.set_title("test accuracy: mean over all test photos (bar), each device (dot)")
+    axes.set_title(f"test accuracy: mean over all test {shown.samples} (bar), each device (dot)")
     _percent(axes, 0.0)
-    return _titled(figure, f"MoFM is right on {shown.means['mofm']:.0%} of the devices' own test photos")
+    return _titled(figure, f"MoFM is right on {shown.means['mofm']:.0%} of the devices' own test {shown.samples}")
 
 
 def accuracy_by_round(figure: Figure | SubFigure, shown: Shown) -> str:
@@ -138,7 +140,7 @@ def accuracy_by_round(figure: Figure | SubFigure, shown: Shown) -> str:
         if curve:
             label = "global, among the device's classes" if model == "global" else NAMES[model]
             above.plot(*zip(*curve, strict=True), marker=marker, markersize=5, color=COLOURS[model], label=label)
-    above.set_title("held-out accuracy, mean over the devices' held-out photos")
+    above.set_title(f"held-out accuracy, mean over the devices' held-out {shown.samples}")
     above.legend(loc="best", labelcolor=INK, fontsize=10, frameon=True, edgecolor="white", framealpha=1.0)
     _percent(above, max(0.0, min(values, default=0.0) - 0.1))
     edges = [at - 0.5 for at in range(1, len(shown.points) + 2)]
@@ -153,7 +155,7 @@ def accuracy_by_round(figure: Figure | SubFigure, shown: Shown) -> str:
 
 def accuracy_by_device(figure: Figure | SubFigure, shown: Shown) -> str:
     axes = figure.subplots()
-    devices = list(shown.images)
+    devices = list(shown.tested)
     models = [model for model in ("local_only", "global", "mofm") if model in shown.means]
     for row, device in enumerate(devices):
         values = [shown.accuracies[model][device] for model in models if device in shown.accuracies[model]]
@@ -163,7 +165,8 @@ def accuracy_by_device(figure: Figure | SubFigure, shown: Shown) -> str:
         rows = [row for row, device in enumerate(devices) if device in held]
         at = [held[devices[row]] for row in rows]
         axes.plot(at, rows, marker, markersize=10, color=COLOURS[model], label=NAMES[model])
-    axes.set_yticks(range(len(devices)), [f"{name}\n{shown.images[name]} photos" for name in devices], color=INK)
+    tested = [f"{name}\n{shown.tested[name]} {shown.samples}" for name in devices]
+    axes.set_yticks(range(len(devices)), tested, color=INK)
     axes.set_ylim(len(devices) - 0.5, -0.5)
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.grid(axis="x")

@@ -28,7 +28,7 @@ STAGES = {
     Stage.GLOBAL: "stage 1, global expert",
     Stage.PERSONAL: "stage 2, local experts and gate",
     Stage.BASELINE: "every device alone, for comparison",
-    Stage.EVALUATE: "evaluation on the test photos",
+    Stage.EVALUATE: "evaluation on the test slice",
     Stage.FINISHED: "finished",
 }
 LAST_NOTES = 3

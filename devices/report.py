@@ -24,6 +24,7 @@ from shell.cli import console
 from shell.files import write_atomically
 
 DIGITS = 6
+SAMPLES = {"image": "photos", "text": "texts"}
 
 Report = dict[str, Any]
 
@@ -49,7 +50,7 @@ def build_report(
     evaluations = counted(rounds, Stage.EVALUATE)
     tested = {name: update for name, update in evaluations[-1].updates.items() if update.samples} if evaluations else {}
     if not tested:
-        raise RunError("the run has no evaluation of any device's test images, so there is nothing to report")
+        raise RunError("the run has no evaluation of any device's test slice, so there is nothing to report")
     evaluation, stage1, stage2 = evaluations[-1], counted(rounds, Stage.GLOBAL), counted(rounds, Stage.PERSONAL)
     exchanged = [r for r in rounds if r.round.stage in (Stage.GLOBAL, Stage.PERSONAL)]
     rss: dict[str, float] = {}
@@ -62,10 +63,11 @@ def build_report(
         "classes": len(manifest.classes),
         "class_names": list(manifest.classes),
         "model": manifest.model,
+        "samples": SAMPLES[manifest.preprocessing.kind],
         "rounds": {"stage1": len(stage1), "stage2": len(stage2)},
         "seconds": _seconds(rounds, seconds),
         "accuracy": _accuracy(evaluation, tested),
-        "accuracy_global_test": {name: _rounded(_balanced(tested, name)) for name in ("class_means", "global")},
+        "accuracy_global_test": {name: _rounded(_balanced(tested, name)) for name in ("start", "global")},
         "test_images": {name: update.samples for name, update in sorted(tested.items())},
         "gate": {
             "mean_local_weight": _rounded(evaluation.mean("mean_local_weight") or 0.0),
@@ -84,7 +86,7 @@ def build_report(
 
 
 def _accuracy(evaluation: ClosedRound, tested: dict[str, Update]) -> Report:
-    """Of every model that at least one device has: its mean over all test images, and each device's."""
+    """Of every model that at least one device has: its mean over all that was tested, and each device's."""
     accuracy = {}
     for model in NAMES:
         mean = evaluation.mean(model)
@@ -98,7 +100,7 @@ def _accuracy(evaluation: ClosedRound, tested: dict[str, Update]) -> Report:
 
 
 def _balanced(tested: dict[str, Update], model: str) -> float:
-    """Accuracy as if every class had as many test images as any other: the mean of the classes' recalls."""
+    """Accuracy as if every class had been tested as often as any other: the mean of the classes' recalls."""
     right = [sum(column) for column in zip(*(u.counts[model] for u in tested.values()), strict=True)]
     images = [sum(column) for column in zip(*(u.counts["test"] for u in tested.values()), strict=True)]
     recalls: list[float] = [hits / total for hits, total in zip(right, images, strict=True) if total]
@@ -144,7 +146,8 @@ def _shown(report: Report, rounds: Sequence[ClosedRound]) -> Shown:
         headline=_headline(report),
         means={model: values["mean"] for model, values in accuracy.items()},
         accuracies={model: values["per_device"] for model, values in accuracy.items()},
-        images=report["test_images"],
+        samples=report["samples"],
+        tested=report["test_images"],
         points=points,
     )
 
@@ -185,7 +188,7 @@ th:first-child, td:first-child {{ padding-left: 0; text-align: left }}
 <div class="pictures">{pictures}</div>
 <h2>Test accuracy</h2>
 {accuracies}
-<h2>Rounds, with accuracy on held-out photos</h2>
+<h2>Rounds, with accuracy on held-out {samples}</h2>
 {rounds}
 <h2>Models to use</h2>
 {models}
@@ -211,6 +214,7 @@ def _page(name: str, report: Report, rounds: Sequence[ClosedRound], shown: Shown
         summary=html.escape(_summary(report)),
         pictures="\n".join(pictures),
         accuracies=_html_table(_accuracy_rows(report)),
+        samples=report["samples"],
         rounds=_html_table(_round_rows(rounds)),
         models="\n".join(models),
     )
@@ -228,7 +232,7 @@ def _summary(report: Report) -> str:
 
 def _accuracy_rows(report: Report) -> list[list[str]]:
     accuracy, images = report["accuracy"], report["test_images"]
-    rows = [["device", "test photos", *(NAMES[model] for model in accuracy)]]
+    rows = [["device", f"test {report['samples']}", *(NAMES[model] for model in accuracy)]]
     for device in images:
         values = (values["per_device"].get(device) for values in accuracy.values())
         rows.append([device, str(images[device]), *("" if v is None else f"{v:.1%}" for v in values)])

@@ -1,4 +1,4 @@
-"""One folder of labelled images → one folder for each device of a fleet, with unequal shares of every class."""
+"""One folder of labelled samples → one folder for each device of a fleet, with unequal shares of every class."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import numpy as np
 
 from protocol.errors import ConfigError, InputError
 
-LEAST = 2  # images of a class that a device needs if it has any: one to train on, one to hold out
+LEAST = 2  # samples of a class that a device needs if it has any: one to train on, one to hold out
 
-Shares = list[list[int]]  # for each device, indices of its images
+Shares = list[list[int]]  # for each device, indices of its samples
 
 
 def dirichlet_shares(
     train: Sequence[int], test: Sequence[int], devices: int, alpha: float, rng: np.random.Generator
 ) -> tuple[Shares, Shares]:
-    """One class's images (`train` and `test` indices) among devices, by the same Dirichlet(α) proportions.
+    """One class's samples (`train` and `test` indices) among devices, by the same Dirichlet(α) proportions.
 
-    A device gets at least LEAST training images of the class or none, and test images only if it trains on the class.
+    A device gets at least LEAST training samples of the class or none, and test samples only if it trains on the class.
     """
     proportions = rng.dirichlet(np.full(devices, alpha))
     counts = _round(proportions, len(train))
@@ -41,9 +41,9 @@ def write_fleet(
     alpha: float,
     seed: int,
 ) -> list[Path]:
-    """Copies the images of each class into `folder`/device-N/{train,test}/<class>/ and returns the devices' folders.
+    """Copies the files of each class into `folder`/device-N/{train,test}/<class>/ and returns the devices' folders.
 
-    Raises ConfigError if a device would be left without images, InputError if a class has fewer than two.
+    Raises ConfigError if a device would be left without any, InputError if a class has fewer than two.
     """
     if folder.exists():
         shutil.rmtree(folder)
@@ -51,13 +51,13 @@ def write_fleet(
     for root in roots:
         (root / "train").mkdir(parents=True)
         (root / "test").mkdir()
-    for position, (name, images) in enumerate(sorted(train.items())):
+    for position, (name, trained) in enumerate(sorted(train.items())):
         rng = np.random.default_rng([seed, position])
-        if len(images) < LEAST:
-            raise InputError(f"class {name!r} has {len(images)} image(s), at least {LEAST} are needed")
+        if len(trained) < LEAST:
+            raise InputError(f"class {name!r} has {len(trained)} file(s), at least {LEAST} are needed")
         tested = test.get(name, ())
-        shares = dirichlet_shares(range(len(images)), range(len(tested)), devices, alpha, rng)
-        for kind, paths, share in (("train", images, shares[0]), ("test", tested, shares[1])):
+        shares = dirichlet_shares(range(len(trained)), range(len(tested)), devices, alpha, rng)
+        for kind, paths, share in (("train", trained, shares[0]), ("test", tested, shares[1])):
             for root, indices in zip(roots, share, strict=True):
                 for index in indices:
                     target = root / kind / name / f"{index:04}-{paths[index].name}"  # names may recur in subfolders
@@ -66,7 +66,7 @@ def write_fleet(
     empty = [root.name for root in roots if not any((root / "train").iterdir())]
     if empty:
         raise ConfigError(
-            f"{', '.join(empty)} would get no images with alpha {alpha}, seed {seed} and {devices} devices; "
+            f"{', '.join(empty)} would get nothing with alpha {alpha}, seed {seed} and {devices} devices; "
             "use a larger alpha, fewer devices or another seed"
         )
     return roots

@@ -1,7 +1,7 @@
 """python -m devices.trial: a whole federated run on this machine, every device a process of its own.
 
 It composes what can also be used by hand: export.build, trainer_server, edge_runtime. It adds the split of one folder
-of photos among devices, and the report.
+of photos or texts among devices, and the report.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ from pathlib import Path
 import typer
 
 from devices.assets import ASSETS, PHOTOS, WEIGHTS, fetch
+from devices.dataset import find_files, kind_of
 from devices.fleet import Fleet
 from devices.live import LiveView
-from devices.photos import find_photos, unpack_groceries
+from devices.photos import unpack_groceries
 from devices.report import write_report
 from devices.split import write_fleet
-from protocol.bundle import Precision
-from protocol.errors import ConfigError, RunError
+from edge_runtime.inputs import Kind
+from protocol.bundle import Bundle, Precision
+from protocol.errors import ConfigError, InputError, RunError
 from protocol.messages import EngineChoice
 from protocol.topics import check_name
 from shell.cli import application, console
@@ -35,7 +37,7 @@ app = application("Run a whole federated trial on this machine: real photos, a r
 def trial(
     name: str = typer.Option("trial", help="The run's name; everything is written to runs/NAME."),
     images: Path | None = typer.Option(
-        None, help="Own photos: DIR/<class>/… or DIR/{train,test}/<class>/… Default: groceries, fetched once."
+        None, help="Own photos, or texts: DIR/<class>/… or DIR/{train,test}/<class>/… Default: groceries, fetched once."
     ),
     classes_from_folders: bool = typer.Option(
         False, "--classes-from-folders", help="Every subfolder of --images is a class (the default; see --classes)."
@@ -66,15 +68,18 @@ def trial(
     if weights and model is None:
         raise ConfigError("--weights goes with --model")
     folder = Path("runs") / check_name("run", name)
-    photos = images or unpack_groceries(fetch(PHOTOS), ASSETS / "groceries")
-    train, test = find_photos(photos, classes.split(",") if classes else None)
+    samples = images or unpack_groceries(fetch(PHOTOS), ASSETS / "groceries")
+    kind = kind_of(samples)
+    train, test = find_files(samples, kind, classes.split(",") if classes else None)
     if model is None:
         model, weights, image_size = "dinov2-s14", str(_dinov2()), image_size or 140
     _clear(folder)
-    roots = write_fleet(train, test, folder / "photos", devices, alpha, seed)
-    console.print(f"photos     {sum(map(len, train.values()))} to train on, {sum(map(len, test.values()))} to test on")
+    roots = write_fleet(train, test, folder / "samples", devices, alpha, seed)
+    counts = [sum(map(len, of_class.values())) for of_class in (train, test)]
+    console.print(f"{kind.noun + 's':<10} {counts[0]} to train on, {counts[1]} to test on")
     options = _options(list(train), model, weights, image_size, levels, precision, engine, seed)
     seconds = {"export": _export(folder / "bundle", options)}
+    _check_kind(Bundle(folder / "bundle"), samples, kind)
     threads = str(max(1, (os.cpu_count() or 1) // devices))
     with Fleet(folder / "logs") as fleet:
         address = broker or fleet.start_broker()
@@ -138,6 +143,15 @@ def _export(out: Path, options: list[str]) -> float:
     return time.monotonic() - started
 
 
+def _check_kind(bundle: Bundle, samples: Path, kind: Kind) -> None:
+    manifest = bundle.manifest
+    if manifest.preprocessing.kind != kind.noun:
+        raise InputError(
+            f"{samples} holds {kind.noun}s, but model {manifest.model} takes {manifest.preprocessing.kind}s; "
+            "choose another --model"
+        )
+
+
 def _python(*arguments: str) -> None:
     """Raises RunError if the module fails; it has said why itself."""
     result = subprocess.run([sys.executable, "-m", *arguments], check=False)
@@ -148,7 +162,7 @@ def _python(*arguments: str) -> None:
 def _clear(folder: Path) -> None:
     """Removes an earlier run of this name. Raises ConfigError if something else is there."""
     if folder.is_dir() and any(folder.iterdir()):
-        if not (folder / "photos").is_dir():
+        if not (folder / "samples").is_dir():
             raise ConfigError(f"{folder} holds something that is not a trial; choose another --name")
         shutil.rmtree(folder)
 

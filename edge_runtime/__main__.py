@@ -13,9 +13,10 @@ from edge_runtime.download import fetch_bundle, find_server
 from edge_runtime.engines import open_engine
 from edge_runtime.features import FeatureCache
 from edge_runtime.gate import Gate
-from edge_runtime.images import scan
+from edge_runtime.inputs import reader_of
 from edge_runtime.predict import predict_files
 from edge_runtime.probe import measure_cap, probe_levels
+from edge_runtime.samples import scan
 from edge_runtime.service import Service, device_link, progress_to
 from edge_runtime.store import DeviceStore
 from protocol.bundle import Bundle
@@ -23,13 +24,13 @@ from protocol.messages import EngineChoice
 from protocol.topics import Topics
 from shell.cli import application, console
 
-app = application("Adapt a vision model to the images of this device, in a federated run.")
+app = application("Adapt a foundation model to the images or texts of this device, in a federated run.")
 
 
 @app.command()
 def run(
     run: str = typer.Option(help="The run's name."),
-    images: Path = typer.Option(help="Folder of images: DIR/<class>/… or DIR/train/<class>/… and DIR/test/<class>/…"),
+    images: Path = typer.Option(help="Folder of images, or of texts: DIR/<class>/… or DIR/{train,test}/<class>/…"),
     broker: str = typer.Option("mqtt://localhost:1883", help="mqtt://[user:password@]host[:port]"),
     state: Path = typer.Option(Path("device"), help="Where this device keeps what it must not lose."),
     device: str | None = typer.Option(None, help="This device's name, at its first start. Default: from the host's."),
@@ -52,14 +53,15 @@ def run(
     opened = Bundle(bundle) if bundle else fetch_bundle(find_server(link, topics), state / "bundles")
     opened.verify()
     trainer = open_engine(engine, opened, threads)
-    slices = scan(images, opened.manifest.classes)
+    kind = reader_of(opened).kind
+    slices = scan(images, opened.manifest.classes, kind)
     for path in slices.unreadable:
-        console.print(f"skipped, not a readable image: {path}")
+        console.print(f"skipped, not a readable {kind.noun}: {path}")
     report = progress_to(link, topics, name)
     report("measuring", 0, 1)
     cap = measure_cap(opened, store, trainer.name, threads, memory_mb, step_seconds)
     console.print(
-        f"device {name}: {len(slices.train)} images to train on, {len(slices.held_out)} held out, "
+        f"device {name}: {len(slices.train)} {kind.noun}s to train on, {len(slices.held_out)} held out, "
         f"{len(slices.test)} to test on; engine {trainer.name}, level cap {cap}"
     )
     node = Device(
@@ -78,12 +80,12 @@ def run(
 
 @app.command()
 def predict(
-    files: list[Path] = typer.Argument(help="Images, or folders of images."),
+    files: list[Path] = typer.Argument(help="Images (or texts, as the model takes), or folders of them."),
     model: Path = typer.Option(help="A personalized model (.onnx)."),
-    top: int = typer.Option(3, min=1, help="Classes to show for each image."),
-    as_json: bool = typer.Option(False, "--json", help="One JSON object per image, with every class."),
+    top: int = typer.Option(3, min=1, help="Classes to show for each file."),
+    as_json: bool = typer.Option(False, "--json", help="One JSON object per file, with every class."),
 ) -> None:
-    """Classify images with a personalized model."""
+    """Classify images or texts with a personalized model."""
     for path, probabilities in predict_files(model, files):
         if as_json:
             print(json.dumps({"file": str(path), "probabilities": probabilities}))

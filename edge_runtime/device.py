@@ -1,4 +1,4 @@
-"""What every local computation works with: this device's images, caches, engine and gate."""
+"""What every local computation works with: this device's samples, caches, engine and gate."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from numpy.typing import NDArray
 from edge_runtime.engine import Engine, Floats
 from edge_runtime.features import FeatureCache, HiddenStates, Report
 from edge_runtime.gate import Gate
-from edge_runtime.images import LabelledImage, Slices, hold_out_look_alikes
 from edge_runtime.mixture import class_mask, log_class_prior
+from edge_runtime.samples import Sample, Slices, hold_out_look_alikes
 from edge_runtime.store import DeviceStore
 from edge_runtime.training import predict_log
 from protocol.bundle import Bundle
 from protocol.layout import Vector
 from protocol.messages import Sal
 
-Images = tuple[LabelledImage, ...]
+Samples = tuple[Sample, ...]
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Device:
 
     @cached_property
     def counts(self) -> NDArray[np.int64]:
-        """This device's images per class (C,), the test slice left out."""
+        """This device's samples per class (C,), the test slice left out."""
         return self.scanned.class_counts(self.classes)
 
     @cached_property
@@ -72,11 +72,11 @@ class Device:
         """The level whose trainables `theta` (P,) are."""
         return next(k for k in range(self.bundle.manifest.levels + 1) if self.bundle.expert.size(k) == theta.size)
 
-    def hidden(self, images: Images, expert: Vector, level: int) -> HiddenStates:
+    def hidden(self, images: Samples, expert: Vector, level: int) -> HiddenStates:
         """States below the suffix of `level`, with the LoRA of `expert` in the active blocks further down."""
         return self.cache.lifted(images, self.level_of(expert), level, expert)
 
-    def log_p(self, images: Images, expert: Vector, bias: Floats) -> Floats:
+    def log_p(self, images: Samples, expert: Vector, bias: Floats) -> Floats:
         """Class log-probabilities (n, C) of logits + bias of an expert at its own level, nothing trained below it."""
         level = self.level_of(expert)
         self.engine.load(level)

@@ -18,8 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_runtime.engine import Floats, open_session, run
-from edge_runtime.images import LabelledImage, load_pixels
+from edge_runtime.inputs import reader_of
 from edge_runtime.memory import release_free_memory
+from edge_runtime.samples import Sample
 from protocol.bundle import Bundle
 from protocol.layout import Vector
 from shell.files import write_atomically
@@ -33,7 +34,7 @@ class HiddenStates:
     """The cached states of some images, read as they are needed. `len()` images; `batch()` gives (B, N, D)."""
 
     folder: Path
-    images: Sequence[LabelledImage]
+    images: Sequence[Sample]
     shape: tuple[int, int]
     dtype: np.dtype[Any]
 
@@ -77,7 +78,7 @@ class FeatureCache:
         """The same with states in fp32, for what is computed only once."""
         return FeatureCache(self._root, self._bundle, self._threads, self._report, np.float32)
 
-    def frozen(self, images: Sequence[LabelledImage], level: int) -> HiddenStates:
+    def frozen(self, images: Sequence[Sample], level: int) -> HiddenStates:
         """Below the suffix of `level`, nothing but frozen weights underneath.
 
         One pass over missing images also stores the state of the next level and the pooled feature, so that a level
@@ -89,7 +90,7 @@ class FeatureCache:
             self._extract(missing, level)
         return HiddenStates(folder, images, self._shape, self._dtype)
 
-    def lifted(self, images: Sequence[LabelledImage], from_level: int, to_level: int, theta: Vector) -> HiddenStates:
+    def lifted(self, images: Sequence[Sample], from_level: int, to_level: int, theta: Vector) -> HiddenStates:
         """Below the suffix of `to_level`, with `theta`'s LoRA in the blocks between it and `from_level`."""
         if from_level <= to_level:
             return self.frozen(images, to_level)
@@ -113,7 +114,7 @@ class FeatureCache:
             release_free_memory()
         return HiddenStates(folder, images, self._shape, self._dtype)
 
-    def pooled(self, images: Sequence[LabelledImage], level: int) -> Floats:
+    def pooled(self, images: Sequence[Sample], level: int) -> Floats:
         """The frozen backbone's pooled features (n, F). A pass over missing images stores what `frozen` would."""
         folder = self._folder("pooled")
         missing = [image for image in images if not self._is_stored(folder, image, self._feature * 4)]
@@ -135,12 +136,12 @@ class FeatureCache:
         self._used.add(name)
         return self._root / f"{self._bundle.features_key}-{self._dtype.name}-{name}"
 
-    def _missing(self, folder: Path, images: Collection[LabelledImage]) -> list[LabelledImage]:
+    def _missing(self, folder: Path, images: Collection[Sample]) -> list[Sample]:
         size = self._shape[0] * self._shape[1] * self._dtype.itemsize
         return [image for image in images if not self._is_stored(folder, image, size)]
 
     @staticmethod
-    def _is_stored(folder: Path, image: LabelledImage, size: int) -> bool:
+    def _is_stored(folder: Path, image: Sample, size: int) -> bool:
         try:
             return (folder / image.sha256).stat().st_size == size
         except OSError:
@@ -151,15 +152,15 @@ class FeatureCache:
         ahead = min(level + 1, self._bundle.manifest.levels)
         return {wanted: self._folder(f"level-{wanted}") for wanted in (level, ahead)}
 
-    def _extract(self, images: Sequence[LabelledImage], level: int) -> None:
+    def _extract(self, images: Sequence[Sample], level: int) -> None:
         folders = self._folders_of(level)
         pooled = self._folder("pooled")
+        reader = reader_of(self._bundle)
         session = open_session(self._bundle, "features.onnx", self._threads)
         outputs = [f"hidden_{level}" for level in folders]
         for start in range(0, len(images), BATCH):
             part = images[start : start + BATCH]
-            pixels = np.stack([load_pixels(image.path, self._bundle.manifest.preprocessing) for image in part])
-            *states, features = run(session, [*outputs, "pooled"], {"pixels": pixels})
+            *states, features = run(session, [*outputs, "pooled"], reader.batch([image.path for image in part]))
             for folder, hidden in zip(folders.values(), states, strict=True):
                 self._store(folder, part, hidden)
             for image, feature in zip(part, features, strict=True):
@@ -168,6 +169,6 @@ class FeatureCache:
         del session
         release_free_memory()
 
-    def _store(self, folder: Path, images: Sequence[LabelledImage], hidden: Floats) -> None:
+    def _store(self, folder: Path, images: Sequence[Sample], hidden: Floats) -> None:
         for image, state in zip(images, hidden.astype(self._dtype), strict=True):
             write_atomically(folder / image.sha256, state.tobytes())

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 from pydantic import BaseModel
 
-from edge_runtime.device import Device, Images
+from edge_runtime.device import Device, Samples
 from edge_runtime.engine import Floats
-from edge_runtime.images import labels_of
 from edge_runtime.mixture import accuracy, gate_statistics, mix, of_labels
+from edge_runtime.samples import labels_of
 from edge_runtime.stages import Globals, Outcome, seed_of
 from edge_runtime.training import Targets, predict_log, train
 from protocol.errors import MessageError
@@ -91,7 +91,7 @@ class Mixture:
         return mix(self.log_gate, self.global_log_p, self.local_log_p)
 
 
-def mixture(device: Device, images: Images, given: Globals, theta: Vector, level: int) -> Mixture:
+def mixture(device: Device, images: Samples, given: Globals, theta: Vector, level: int) -> Mixture:
     """The mixture of the global expert, with the device's prior, and a local expert at `level`."""
     pooled = device.cache.pooled(images, device.level_of(given.expert))
     return Mixture(
@@ -101,7 +101,7 @@ def mixture(device: Device, images: Images, given: Globals, theta: Vector, level
     )
 
 
-def local_log_p(device: Device, images: Images, given: Globals, theta: Vector, level: int) -> Floats:
+def local_log_p(device: Device, images: Samples, given: Globals, theta: Vector, level: int) -> Floats:
     """Class log-probabilities (n, C) of a local expert, over the classes this device holds."""
     device.engine.load(level)
     device.engine.set(theta[: device.bundle.expert.size(level)])
@@ -188,5 +188,5 @@ def _train_gate(device: Device, given: Globals, expert: LocalExpert) -> Outcome:
     return Outcome(tensors, samples=len(images), level=expert.sal.level, metrics=metrics)
 
 
-def _nll(seen: Mixture, images: Images) -> float:
+def _nll(seen: Mixture, images: Samples) -> float:
     return float(-of_labels(seen.log_p, labels_of(images)).mean())

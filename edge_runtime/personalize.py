@@ -39,6 +39,7 @@ def write_model(bundle: Bundle, store: DeviceStore, path: Path) -> None:
         "bundle": bundle.sha256,
         "classes": json.dumps(bundle.manifest.classes),
         "preprocessing": bundle.manifest.preprocessing.model_dump_json(),
+        "tokenizer": bundle.tokenizer(),
     }
     onnx.helper.set_model_props(model, metadata)
     write_atomically(path, model.SerializeToString(deterministic=True))

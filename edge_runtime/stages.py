@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from edge_runtime.device import Device
-from edge_runtime.images import labels_of
 from edge_runtime.mixture import accuracy
+from edge_runtime.samples import labels_of
 from edge_runtime.training import Targets, predict_log, train
 from protocol.layout import Vector
 from protocol.messages import Round, Stage

@@ -180,8 +180,9 @@ class Tape:
 
         return self._record(first, [x], lambda g: self._accumulate(x, lambda: gradient(g)))
 
-    def attention(self, q: Var, k: Var, v: Var, heads: int, tokens: int, hidden: int) -> Var:
-        """Softmax attention of all tokens over all tokens: three times (B·N, D) → (B·N, D)."""
+    def attention(self, q: Var, k: Var, v: Var, heads: int, tokens: int, hidden: int, mask: str | None = None) -> Var:
+        """Softmax attention of all tokens over all tokens: three times (B·N, D) → (B·N, D). `mask` (B, 1, 1, N), a
+        constant, is added to the scores."""
         op, ints = self.graph.op, self.graph.ints
         width = hidden // heads
         factor = self.graph.const(1 / math.sqrt(width))
@@ -199,7 +200,8 @@ class Tape:
         qh = op("Mul", to_heads(q.name, (0, 2, 1, 3)), factor)
         kt = to_heads(k.name, (0, 2, 3, 1))
         vh = to_heads(v.name, (0, 2, 1, 3))
-        weights = op("Softmax", op("MatMul", qh, kt), axis=-1)
+        scores = op("MatMul", qh, kt)
+        weights = op("Softmax", scores if mask is None else op("Add", scores, mask), axis=-1)
         out = op("MatMul", weights, vh)
 
         def backward(g: str) -> None:
@@ -212,8 +214,9 @@ class Tape:
 
         return self._record(from_heads(out), [q, k, v], backward)
 
-    def pool(self, q: Var, x: Var, heads: int, tokens: int, hidden: int) -> Var:
-        """Each head's softmax attention over the tokens themselves: (B·H, D), (B·N, D) → (B·H, D)."""
+    def pool(self, q: Var, x: Var, heads: int, tokens: int, hidden: int, mask: str | None = None) -> Var:
+        """Each head's softmax attention over the tokens themselves: (B·H, D), (B·N, D) → (B·H, D). `mask`
+        (B, 1, 1, N), a constant, is added to the scores."""
         op, ints = self.graph.op, self.graph.ints
 
         def swap(y: str) -> str:
@@ -221,7 +224,8 @@ class Tape:
 
         queries = op("Reshape", q.name, ints(-1, heads, hidden))
         states = op("Reshape", x.name, ints(-1, tokens, hidden))
-        weights = op("Softmax", op("MatMul", queries, swap(states)), axis=-1)
+        scores = op("MatMul", queries, swap(states))
+        weights = op("Softmax", scores if mask is None else op("Add", scores, op("Squeeze", mask, ints(1))), axis=-1)
         out = op("MatMul", weights, states)
 
         def flat(y: str) -> str:

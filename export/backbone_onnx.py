@@ -25,7 +25,8 @@ TOLERANCE = 1e-3  # optimum's own for vision transformers
 
 
 def write_backbone_onnx(source: Backbone, path: Path, weight_file: WeightFile) -> None:
-    """Writes `path`: normalised pixels (B, 3, S, S) → last hidden state, its weights kept in `weight_file`.
+    """Writes `path`: normalised pixels (B, 3, S, S), or tokens (B, N) and their mask → last hidden state, its weights
+    kept in `weight_file`.
 
     Raises ValueError (optimum's) if ONNX Runtime and torch disagree by more than TOLERANCE.
     """
@@ -34,11 +35,15 @@ def write_backbone_onnx(source: Backbone, path: Path, weight_file: WeightFile) -
     make_config = TasksManager.get_exporter_config_constructor(
         "onnx", model_type=model_config.model_type, task="feature-extraction", library_name="transformers"
     )
-    model_config.image_size = source.size
-    config = make_config(model_config)
-    # optimum's own generator for DINOv2 reads the image size from a preprocessor file, which a folder need not have
-    config.DUMMY_INPUT_GENERATOR_CLASSES = (DummyVisionInputGenerator,)
     shapes = {"batch_size": 2}
+    if source.family.input == "tokens":
+        shapes["sequence_length"] = source.size
+        config = make_config(model_config)
+    else:
+        model_config.image_size = source.size
+        config = make_config(model_config)
+        # optimum's own generator for DINOv2 reads the image size from a preprocessor file, which need not be there
+        config.DUMMY_INPUT_GENERATOR_CLASSES = (DummyVisionInputGenerator,)
     with tempfile.TemporaryDirectory() as folder, _quiet():
         raw = Path(folder) / "model.onnx"
         _, outputs = export(backbone, config, raw, opset=OPSET, input_shapes=shapes)

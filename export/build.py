@@ -24,6 +24,7 @@ from export.weights import RANDOM, Backbone, load_backbone
 from export.zero_shot import TEMPLATES, zero_shot_head
 from protocol.bundle import (
     MANIFEST,
+    TOKENIZER,
     Bundle,
     Dims,
     FileEntry,
@@ -31,7 +32,6 @@ from protocol.bundle import (
     Manifest,
     PeftSpec,
     Precision,
-    Preprocessing,
     ZeroShot,
     file_sha256,
 )
@@ -40,7 +40,7 @@ from protocol.layout import Layout, Vector
 from shell.cli import application, console
 from shell.ort_training import require_ort_training
 
-app = application("Export a frozen vision backbone as a bundle for edge devices.")
+app = application("Export a frozen backbone as a bundle for edge devices.")
 
 
 @app.command()
@@ -52,7 +52,11 @@ def build(
     classes: str = typer.Option("100", help="Number of classes, or their names separated by commas."),
     classes_from: Path | None = typer.Option(None, help="Take the class names from this folder's subfolders."),
     levels: int | None = typer.Option(None, min=1, help="Highest SAL level to export. Default: every block."),
-    image_size: int | None = typer.Option(None, help="Pixels per side. Default: the model's own."),
+    image_size: int | None = typer.Option(None, help="Pixels per side, for a vision model. Default: the model's own."),
+    max_tokens: int | None = typer.Option(None, min=3, help="Tokens per text, for a text model. Default: 128."),
+    tokenizer: Path | None = typer.Option(
+        None, help="A text model's tokenizer.json. Default: the one beside the weights."
+    ),
     rank: int = typer.Option(4, min=1, help="LoRA rank r; alpha is 2r."),
     precision: Precision = typer.Option("fp32", help="Of the frozen weights; int8 is faster and takes less memory."),
     ort_training: bool = typer.Option(
@@ -68,18 +72,27 @@ def build(
     if ort_training:
         require_ort_training("--ort-training")
     names = class_names(classes, classes_from)
-    source = load_backbone(model, weights, len(names), image_size, revision, seed)
+    source = load_backbone(model, weights, len(names), image_size or max_tokens, revision, seed, tokenizer)
+    _check_input(source, image_size, max_tokens, tokenizer)
     out = out or Path("bundles") / source.name
-    zero_shot = _zero_shot(source, names, prompt)
     columns = (TextColumn("{task.description:<28}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task("backbone (optimum)", total=None)
+        task = progress.add_task("class names", total=None)
+        zero_shot = _zero_shot(source, names, prompt)
         for done, total, what in build_bundle(
             source, names, levels, source.family.lora(rank), out, seed, precision, zero_shot, ort_training
         ):
             progress.update(task, completed=done, total=total, description=what)
     bundle = Bundle(out)
     report(bundle)
+
+
+def _check_input(source: Backbone, image_size: int | None, max_tokens: int | None, tokenizer: Path | None) -> None:
+    """Raises ConfigError for options of the other kind of input."""
+    if source.family.input == "tokens" and image_size:
+        raise ConfigError(f"--image-size does not go with {source.name}, which reads texts; see --max-tokens")
+    if source.family.input == "pixels" and (max_tokens or tokenizer):
+        raise ConfigError(f"--max-tokens and --tokenizer do not go with {source.name}, which reads images")
 
 
 def _zero_shot(source: Backbone, classes: tuple[str, ...], prompts: list[str] | None) -> ZeroShot | None:
@@ -147,7 +160,7 @@ def build_bundle(
     if ort_training and precision != "fp32":
         raise ConfigError(f"--ort-training trains in fp32 only, not with --precision {precision}")
     steps = 1 + (4 + ort_training) * levels + 2 + 2
-    preprocessing = Preprocessing(size=size, mean=source.mean, std=source.std)
+    preprocessing = source.preprocessing
     layout = expert_layout(family, geometry, lora.rank, len(classes))
     gate = gate_layout(geometry.feature)
     peft = PeftSpec(
@@ -185,6 +198,8 @@ def build_bundle(
                 yield done, steps, write_artifacts(writer, level)
             if precision == "fp32":  # it is the backbone's own, with weights that an int8 bundle does not have
                 write_backbone_onnx(source, root / "backbone.onnx", weight_file)
+        if source.tokenizer:
+            (root / TOKENIZER).write_text(source.tokenizer, encoding="utf-8")
         expert = initial_expert(source, lora, peft, layout, geometry.blocks, seed)[: layout.size(levels)]
         initial = {"expert": expert, "gate": initial_gate(gate, seed)}
         if zero_shot:

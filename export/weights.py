@@ -14,13 +14,17 @@ from huggingface_hub.utils import get_session
 from safetensors import SafetensorError
 from transformers import PretrainedConfig
 from transformers.models.auto.image_processing_auto import get_image_processor_config
+from transformers.utils import cached_file
 
 from export.families import FAMILIES, MODELS
 from export.families.family import RGB, Family
+from export.tokenizer import read_tokenizer
+from protocol.bundle import TOKENIZER, ImagePreprocessing, Preprocessing, TextPreprocessing
 from protocol.errors import ConfigError, WeightsError
 from shell.cli import console
 
 RANDOM = "random"
+MAX_TOKENS = 128  # unless --max-tokens says otherwise
 HUB_SECONDS = 5.0
 
 
@@ -70,11 +74,19 @@ class Backbone:
     size: int  # pixels per side, or tokens
     mean: RGB
     std: RGB
+    tokenizer: str  # JSON, of a text model
     origin: Origin | None
 
     @property
     def backbone(self) -> Any:
         return getattr(self.model, self.family.backbone)
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """What becomes of a sample before the graphs see it."""
+        if self.family.input == "tokens":
+            return TextPreprocessing(max_tokens=self.size, pad_id=self.model.config.pad_token_id)
+        return ImagePreprocessing(size=self.size, mean=self.mean, std=self.std)
 
     @property
     def parameters(self) -> int:
@@ -83,12 +95,19 @@ class Backbone:
 
 
 def load_backbone(
-    model: str, weights: str | None, classes: int, image_size: int | None, revision: str | None, seed: int
+    model: str,
+    weights: str | None,
+    classes: int,
+    size: int | None,
+    revision: str | None,
+    seed: int,
+    tokenizer: Path | None = None,
 ) -> Backbone:
     """The model `model` (a name of MODELS or a transformers folder) with `weights` ("random", a folder, or None for
-    the model's own).
+    the model's own), for images of `size` px, or texts of `size` tokens of `tokenizer` (None: the weights' own).
 
-    Raises ConfigError for an unknown model, WeightsError if the weights cannot be had or are of another family.
+    Raises ConfigError for an unknown model, or one that needs a tokenizer; WeightsError if weights or tokenizer cannot
+    be had or are of another family.
     """
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -111,17 +130,38 @@ def load_backbone(
     mean, std = _normalisation(family, origin) if origin else (family.mean, family.std)
     if source == RANDOM:
         origin = None
+    json = ""
+    if family.input == "tokens":
+        json = read_tokenizer(tokenizer or _tokenizer_of(origin), config.vocab_size)
     torch.manual_seed(seed)
     loaded = load_pretrained(family.reference, origin, config) if origin else family.reference(config)
     return Backbone(
         name=model if spec else Path(model).resolve().name,
         family=family,
         model=loaded.eval(),
-        size=image_size or (spec.size if spec else config.image_size),
+        size=size or (spec.size if spec else _own_size(family, config)),
         mean=mean,
         std=std,
+        tokenizer=json,
         origin=origin,
     )
+
+
+def _own_size(family: Family, config: Any) -> int:
+    """Pixels per side or tokens of a model without a name."""
+    if family.input == "tokens":
+        return min(MAX_TOKENS, int(config.max_position_embeddings))
+    return int(config.image_size)
+
+
+def _tokenizer_of(origin: Origin | None) -> Path:
+    """The file beside the weights. Raises ConfigError or WeightsError if there is none."""
+    if origin is None:
+        raise ConfigError(f"random weights bring no tokenizer; add --tokenizer FILE, the {TOKENIZER} of such a model")
+    try:
+        return Path(cached_file(origin.source, TOKENIZER, **origin.options))
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{origin.source} has no {TOKENIZER}; add --tokenizer FILE") from error
 
 
 def load_pretrained(kind: type[Any], origin: Origin, config: Any) -> Any:
@@ -137,6 +177,8 @@ def load_pretrained(kind: type[Any], origin: Origin, config: Any) -> Any:
             output_loading_info=True,
             use_safetensors=True,
             torch_dtype=torch.float32,
+            # it looks for an adapter beside the weights, and at "main" if not told
+            adapter_kwargs={"revision": origin.options["revision"]},
             **origin.options,
         )
     except (OSError, ValueError, SafetensorError) as error:

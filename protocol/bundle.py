@@ -10,8 +10,11 @@
     personal-{k}.onnx       level k: pixels, both experts, gate → class probabilities (a template)
     gate-step.onnx, gate-predict.onnx
     init.safetensors        the trainables every run starts from; a zero-shot head where there is a text tower
+    tokenizer.json          of a text model: how texts become tokens, a file of Hugging Face's `tokenizers`
     ort-training-{k}.onnx, ort-training-{k}.checkpoint, ort-training-optimizer.onnx
                             level k's step for onnxruntime-training, where it was asked for
+
+"pixels" stands for (B, S, S, 3) uint8; a text model's graphs take "tokens", (B, N) int64, in their place.
 
 The files lie side by side because ONNX refuses external data outside a model's own folder.
 """
@@ -21,10 +24,10 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
@@ -32,6 +35,7 @@ from protocol.errors import BundleError
 from protocol.layout import Layout, Slot, Vector
 
 MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.json"
 Precision = Literal["fp32", "int8"]  # of the frozen projections
 
 
@@ -39,12 +43,24 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Preprocessing(_Frozen):
+class ImagePreprocessing(_Frozen):
     """Resize the shorter side to `size` (bicubic), crop the centre, scale to 0…1, normalise per channel."""
 
+    kind: Literal["image"] = "image"
     size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+
+
+class TextPreprocessing(_Frozen):
+    """Tokenize as the bundle's `tokenizer.json` says, cut off after `max_tokens`, fill up to it with `pad_id`."""
+
+    kind: Literal["text"] = "text"
+    max_tokens: int
+    pad_id: int
+
+
+Preprocessing = Annotated[ImagePreprocessing | TextPreprocessing, Field(discriminator="kind")]
 
 
 class Dims(_Frozen):
@@ -171,13 +187,21 @@ class Bundle:
         except (OSError, SafetensorError) as error:
             raise BundleError(f"bundle {self.root}: init.safetensors is not readable; build it again") from error
 
+    def tokenizer(self) -> str:
+        """The JSON of a text model's tokenizer; empty for another model."""
+        if TOKENIZER not in self.manifest.files:
+            return ""
+        try:
+            return self.path(TOKENIZER).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise BundleError(f"bundle {self.root}: {TOKENIZER} is not readable; build it again") from error
+
     @property
     def features_key(self) -> str:
-        """Changes whenever the frozen features of an image could: weights, graph, preprocessing."""
+        """Changes whenever the frozen features of a sample could: weights, graph, preprocessing."""
         files = self.manifest.files
         parts = (
-            files["backbone.weights"].sha256,
-            files["features.onnx"].sha256,
+            *(files[name].sha256 for name in ("backbone.weights", "features.onnx", TOKENIZER) if name in files),
             self.manifest.preprocessing.model_dump_json(),
         )
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]

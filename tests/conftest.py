@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import Built, build, write_clip, write_deit, write_dinov2, write_photos, write_vit
+from support import Built, build, write_bert, write_clip, write_deit, write_dinov2, write_photos, write_texts, write_vit
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # of the processes that tests start; no test talks to the hub
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other
@@ -55,7 +55,19 @@ def clip(clip_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Built:
     return build(clip_folder, tmp_path_factory.mktemp("bundles") / "clip")
 
 
-@pytest.fixture(scope="session", params=["vit", "dinov2", "deit", "clip"])
+@pytest.fixture(scope="session")
+def bert_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random BERT, with its tokenizer, as a transformers folder."""
+    return write_bert(tmp_path_factory.mktemp("weights") / "tiny-bert")
+
+
+@pytest.fixture(scope="session")
+def bert(bert_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """The BERT's bundle at every level. Read only: copy it to change it."""
+    return build(bert_folder, tmp_path_factory.mktemp("bundles") / "bert")
+
+
+@pytest.fixture(scope="session", params=["vit", "dinov2", "deit", "clip", "bert"])
 def built(request: pytest.FixtureRequest) -> Built:
     """Each family's bundle in turn."""
     made: Built = request.getfixturevalue(request.param)
@@ -66,3 +78,9 @@ def built(request: pytest.FixtureRequest) -> Built:
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Ten photos of each class. Read only: copy it to change it."""
     return write_photos(tmp_path_factory.mktemp("photos"))
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten texts of each class. Read only: copy it to change it."""
+    return write_texts(tmp_path_factory.mktemp("texts"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,13 @@ import torch
 from numpy.typing import NDArray
 from peft.utils import set_peft_model_state_dict
 from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import BertProcessing
 from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
     CLIPConfig,
     CLIPModel,
     DeiTConfig,
@@ -25,11 +31,12 @@ from transformers import (
 )
 
 from edge_runtime.engine import open_session, run
+from export import reference
 from export.build import build_bundle
-from export.reference import normalised, peft_model
+from export.reference import peft_model, torch_inputs
 from export.weights import Backbone, load_backbone
 from export.zero_shot import TEMPLATES, zero_shot_head
-from protocol.bundle import Bundle, Precision
+from protocol.bundle import TOKENIZER, Bundle, Precision
 from protocol.layout import Vector
 from protocol.peft_names import from_peft, to_peft
 from shell.ort_training import has_ort_training
@@ -37,7 +44,9 @@ from shell.ort_training import has_ort_training
 CLASSES = ("apple", "kiwi", "lemon", "plum")
 IMAGE_SIZE = 32
 LAYERS = 3
+MAX_TOKENS = 12
 RANK = 4
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 _SHAPE: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": LAYERS, "patch_size": 8, "num_labels": 2}
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyz.-"
@@ -64,6 +73,14 @@ def write_dinov2(folder: Path, seed: int = 0, **config: Any) -> Path:
     """A random DINOv2 as a transformers folder, trained, as it were, on larger images than it is exported for."""
     shape = {**_SHAPE, "num_attention_heads": 4, "image_size": IMAGE_SIZE + 8, "mlp_ratio": 2, **config}
     return _save(Dinov2ForImageClassification(Dinov2Config(**shape)), folder, seed)
+
+
+def write_bert(folder: Path, seed: int = 0, **config: Any) -> Path:
+    """A random BERT as a transformers folder, with its tokenizer."""
+    shape = {**_SHAPE, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 32, **config}
+    model = BertForSequenceClassification(BertConfig(max_position_embeddings=MAX_TOKENS + 4, **shape))
+    write_tokenizer(_save(model, folder, seed) / TOKENIZER)
+    return folder
 
 
 def write_deit(folder: Path, seed: int = 0) -> Path:
@@ -106,7 +123,7 @@ def _save(model: Any, folder: Path, seed: int) -> Path:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if name.endswith("lambda1") or ("norm" in name and name.endswith("weight")):
+            if name.endswith("lambda1") or ("norm" in name.lower() and name.endswith("weight")):
                 parameter.copy_(1 + 0.3 * noise)
             elif parameter.ndim < 2:
                 parameter.copy_(0.3 * noise)
@@ -124,9 +141,10 @@ def build(
     seed: int = 0,
     precision: Precision = "fp32",
 ) -> Built:
-    """The bundle of a transformers folder, at IMAGE_SIZE; with a zero-shot head where there is a text tower, and for
-    onnxruntime-training where that is what the tests run with."""
-    source = load_backbone(str(weights), None, len(classes), IMAGE_SIZE, None, seed)
+    """The bundle of a transformers folder, at IMAGE_SIZE or MAX_TOKENS; with a zero-shot head where there is a text
+    tower, and for onnxruntime-training where that is what the tests run with."""
+    size = MAX_TOKENS if (weights / TOKENIZER).is_file() else IMAGE_SIZE
+    source = load_backbone(str(weights), None, len(classes), size, None, seed)
     zero_shot = zero_shot_head(source, classes, TEMPLATES) if source.family.text_tower else None
     lora = source.family.lora(RANK)
     ort_training = precision == "fp32" and has_ort_training()
@@ -152,10 +170,39 @@ def write_photos(folder: Path, per_class: int = 10, classes: Sequence[str] = CLA
     return folder
 
 
-def random_pixels(size: int, seed: int) -> NDArray[np.uint8]:
-    """`size` images as a bundle of IMAGE_SIZE takes them."""
+WORDS = ("a", "big", "ripe", "sweet", "basket", "of", "from", "the", "tree", *CLASSES)
+
+
+def write_texts(folder: Path, per_class: int = 10, classes: Sequence[str] = CLASSES, seed: int = 0) -> Path:
+    """FOLDER/<class>/NN.txt: between 3 and 40 words, in which those of its class are more frequent."""
     rng = np.random.default_rng(seed)
-    return rng.integers(0, 256, (size, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
+    for name in classes:
+        odds = np.array([5.0 if word == name else 1.0 for word in WORDS])
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for index in range(per_class):
+            words = rng.choice(WORDS, rng.integers(3, 40), p=odds / odds.sum())
+            (folder / name / f"{index:02}.txt").write_text(f"{' '.join(words)}.\n")
+    return folder
+
+
+def write_tokenizer(path: Path) -> Path:
+    """A tokenizer of whole words as BERT's is built: [CLS] … [SEP], [PAD] is 0."""
+    tokenizer = Tokenizer(WordLevel({token: i for i, token in enumerate((*SPECIAL, ".", *WORDS))}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.post_processor = BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    tokenizer.save(str(path))
+    return path
+
+
+def random_samples(built: Built, size: int, seed: int) -> NDArray[Any]:
+    """`size` samples as the bundle's graphs take them, pixels (B, S, S, 3) or tokens (B, N)."""
+    preprocessing = built.bundle.manifest.preprocessing
+    return reference.random_samples(built.source, preprocessing, size, np.random.default_rng(seed))
+
+
+def as_input(built: Built, samples: NDArray[Any]) -> dict[str, NDArray[Any]]:
+    """Under the name that the bundle's graphs have for them."""
+    return {built.source.family.input: samples}
 
 
 def random_theta(bundle: Bundle, level: int, seed: int) -> Vector:
@@ -168,18 +215,18 @@ def run_graph(bundle: Bundle, name: str, outputs: Sequence[str], **inputs: NDArr
     return run(open_session(bundle, name, threads=1), list(outputs), inputs)
 
 
-def hidden_of(built: Built, pixels: NDArray[np.uint8], level: int) -> Floats:
+def hidden_of(built: Built, samples: NDArray[Any], level: int) -> Floats:
     """Hidden states below the suffix of a level, nothing trained underneath (B, N, D)."""
-    return run_graph(built.bundle, "features.onnx", [f"hidden_{level}"], pixels=pixels)[0]
+    return run_graph(built.bundle, "features.onnx", [f"hidden_{level}"], **as_input(built, samples))[0]
 
 
 def torch_step(
-    built: Built, theta: Vector, pixels: NDArray[np.uint8], loss_of: Callable[[torch.Tensor], torch.Tensor]
+    built: Built, theta: Vector, samples: NDArray[Any], loss_of: Callable[[torch.Tensor], torch.Tensor]
 ) -> tuple[float, Vector]:
     """The loss that `loss_of` makes of the logits of the whole model, torch + PEFT, and its gradient (P,)."""
     bundle, spec = built.bundle, built.bundle.manifest.peft
     with torch_expert(built, theta) as model:
-        loss = loss_of(model(pixel_values=normalised(pixels, bundle.manifest.preprocessing)).logits)
+        loss = loss_of(model(**torch_inputs(samples, bundle.manifest.preprocessing)).logits)
         loss.backward()
         gradients = {name: tensor.grad.numpy() for name, tensor in trainables(model).items()}
     return loss.item(), bundle.expert.join(from_peft(spec, gradients))
@@ -204,14 +251,22 @@ class torch_expert:  # noqa: N801 - a context manager
         self._context.__exit__(*reason)
 
 
-def features_of(built: Built, pixels: NDArray[np.uint8]) -> Floats:
+def features_of(built: Built, samples: NDArray[Any]) -> Floats:
     """What transformers gives the classifier, of it the part that ours reads (B, F)."""
     seen: list[torch.Tensor] = []
     hook = built.source.model.classifier.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     with torch.no_grad():
-        built.source.model(pixel_values=normalised(pixels, built.bundle.manifest.preprocessing))
+        built.source.model(**torch_inputs(samples, built.bundle.manifest.preprocessing))
     hook.remove()
     return seen[0][:, : built.bundle.manifest.dims.feature].numpy()
+
+
+def hidden_states(model: Any, inputs: Mapping[str, torch.Tensor]) -> list[Floats]:
+    """A torch model's states (B, N, D) below each block and above the last, with zeros for padded tokens as in ours."""
+    with torch.no_grad():
+        states = model(**inputs, output_hidden_states=True).hidden_states
+    real = inputs["attention_mask"][..., None] if "attention_mask" in inputs else 1
+    return [(state * real).numpy() for state in states]
 
 
 def trainables(model: Any) -> dict[str, Any]:

@@ -7,6 +7,7 @@ The base it goes over has a linear `classifier` of as many outputs as `labels.js
     clip           export.families.clip.CLIPVisionClassifier.from_pretrained(BASE, num_labels=C), or without this
                    package CLIPVisionModelWithProjection, given `classifier = torch.nn.Linear(F, C)`, which reads its
                    `image_embeds`
+    bert           AutoModelForSequenceClassification.from_pretrained(BASE, num_labels=C)
 
 BASE is the hub's name at the revision in adapter_config.json, or the transformers folder of the name there.
 """

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from export.families.bert import BERT
 from export.families.clip import CLIP
 from export.families.deit import DEIT
 from export.families.dinov2 import DINOV2
 from export.families.family import Family
 from export.families.vit import VIT
 
-FAMILIES = {family.model_type: family for family in (VIT, DEIT, DINOV2, CLIP)}
+FAMILIES = {family.model_type: family for family in (VIT, DEIT, DINOV2, CLIP, BERT)}
 
 
 @dataclass(frozen=True)
@@ -37,4 +38,10 @@ MODELS = {
     ),
     "dinov2-b14": ModelSpec("facebook/dinov2-base", DINOV2, 224, {"image_size": 518}),
     "clip-vit-b16": ModelSpec("openai/clip-vit-base-patch16", CLIP, 224, {"patch_size": 16}),
+    "minilm-l6": ModelSpec(
+        "sentence-transformers/all-MiniLM-L6-v2",
+        BERT,
+        128,
+        {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},
+    ),
 }

@@ -16,7 +16,7 @@ from shell.ort_training import has_ort_training
 
 DEVICES, STAGE1, STAGE2 = 3, 2, 1
 NAMES = [f"device-{index}" for index in range(DEVICES)]
-ACCURACIES = {"class_means", "local_only", "global", "global_prior", "local_expert", "mofm"}
+ACCURACIES = {"start", "local_only", "global", "global_prior", "local_expert", "mofm"}
 ENGINE = "ort-training" if has_ort_training() else "step-graph"
 REPORT = {
     *("seed", "alpha", "devices", "classes", "model", "rounds", "seconds", "accuracy", "accuracy_global_test", "gate"),
@@ -60,7 +60,7 @@ def test_the_report_has_every_name_that_others_read(report: dict[str, Any]) -> N
     assert set(report["rounds"]) == {"stage1", "stage2"}
     assert set(report["seconds"]) >= {"export", "features", "stage1", "stage2", "total"}
     assert set(report["accuracy"]) == ACCURACIES
-    assert set(report["accuracy_global_test"]) == {"class_means", "global"}
+    assert set(report["accuracy_global_test"]) == {"start", "global"}
     assert set(report["gate"]) == {"mean_local_weight", "entropy"}
 
 
@@ -97,7 +97,7 @@ def test_the_folder_holds_the_pictures_the_adapter_and_every_personalized_model(
 
 
 def test_a_personalized_model_of_a_trial_predicts(folder: Path) -> None:
-    photo = next((folder / "photos" / NAMES[0]).rglob("*.jpg"))
+    photo = next((folder / "samples" / NAMES[0]).rglob("*.jpg"))
     model = folder / "devices" / NAMES[0] / "personalized.onnx"
     ended = run_module("edge_runtime", "predict", "--model", str(model), str(photo), "--json")
     assert ended.code == 0, ended.stderr

@@ -258,6 +258,12 @@ CASES = [
         ("--max-level 9", "levels up to 3"),
     ),
     Wrong(
+        "a head of class names with a bundle that has none",
+        lambda w: w.server(head="zero-shot"),
+        CONFIG,
+        ("--head zero-shot", "has no such head", "clip-vit-b16", "class-means"),
+    ),
+    Wrong(
         "a personalized model before any run",
         lambda w: ["edge_runtime", "personalize", "--bundle", str(w.bundle), "--state", str(w.scratch)],
         INPUT,

@@ -8,11 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from support import CLASSES, Built, random_pixels, random_theta, relative_error, run_graph
-from transformers import AutoModelForImageClassification, CLIPVisionModelWithProjection, DeiTForImageClassification
+from support import CLASSES, Built, as_input, random_samples, random_theta, relative_error, run_graph
+from transformers import (
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    CLIPVisionModelWithProjection,
+    DeiTForImageClassification,
+)
 
 from export.families.clip import CLIPVisionClassifier
-from export.reference import normalised
+from export.reference import torch_inputs
 from trainer_server.adapter import write_adapter
 
 LEVEL = 2
@@ -21,6 +26,7 @@ BASES = {
     "dinov2": AutoModelForImageClassification,
     "deit": DeiTForImageClassification,
     "clip": CLIPVisionClassifier,
+    "bert": AutoModelForSequenceClassification,
 }
 
 
@@ -31,14 +37,14 @@ def adapter(built: Built, tmp_path: Path) -> Path:
 
 
 def our_logits(built: Built) -> torch.Tensor:
-    pixels, theta = random_pixels(3, seed=4), random_theta(built.bundle, LEVEL, seed=8)
-    (hidden,) = run_graph(built.bundle, "features.onnx", [f"hidden_{LEVEL}"], pixels=pixels)
+    samples, theta = random_samples(built, 3, seed=4), random_theta(built.bundle, LEVEL, seed=8)
+    (hidden,) = run_graph(built.bundle, "features.onnx", [f"hidden_{LEVEL}"], **as_input(built, samples))
     (logits,) = run_graph(built.bundle, f"predict-{LEVEL}.onnx", ["logits"], hidden=hidden, theta=theta)
     return torch.from_numpy(logits)
 
 
-def values_of(built: Built) -> torch.Tensor:
-    return normalised(random_pixels(3, seed=4), built.bundle.manifest.preprocessing)
+def inputs_of(built: Built) -> dict[str, torch.Tensor]:
+    return torch_inputs(random_samples(built, 3, seed=4), built.bundle.manifest.preprocessing)
 
 
 def test_logits_over_the_named_base_are_those_of_the_graphs(built: Built, adapter: Path) -> None:
@@ -49,7 +55,7 @@ def test_logits_over_the_named_base_are_those_of_the_graphs(built: Built, adapte
     )
     model = PeftModel.from_pretrained(base, adapter).eval()
     with torch.no_grad():
-        logits = model(pixel_values=values_of(built)).logits
+        logits = model(**inputs_of(built)).logits
     assert relative_error(our_logits(built).numpy(), logits.numpy()) < 1e-5
     config = json.loads((adapter / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == Path(built.source.origin.source).name
@@ -62,5 +68,5 @@ def test_clips_adapter_goes_over_transformers_own_class_too(built: Built, adapte
     base.classifier = torch.nn.Linear(base.config.projection_dim, len(CLASSES))
     model = PeftModel.from_pretrained(base, adapter).eval()
     with torch.no_grad():
-        logits = model.base_model.model.classifier(model(pixel_values=values_of(built)).image_embeds)
+        logits = model.base_model.model.classifier(model(**inputs_of(built)).image_embeds)
     assert relative_error(our_logits(built).numpy(), logits.numpy()) < 1e-5

@@ -8,18 +8,33 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 import torch
-from support import CLASSES, IMAGE_SIZE, LAYERS, RANK, Built, build, random_pixels, relative_error, run_graph, write_vit
-from transformers import AutoModel, BertConfig, BertModel, ViTConfig
+from support import (
+    CLASSES,
+    IMAGE_SIZE,
+    LAYERS,
+    RANK,
+    Built,
+    build,
+    random_samples,
+    relative_error,
+    run_graph,
+    write_vit,
+)
+from transformers import AutoModel, GPT2Config, ViTConfig
 
 from export import parity
 from export.build import build_bundle, class_names
 from export.families import MODELS
+from export.families.family import Family
 from export.families.vit import VIT
 from export.graph import OPSET
 from export.graphs import expert_layout
@@ -31,12 +46,6 @@ from protocol.errors import BundleError, ConfigError, InputError, WeightsError
 from shell.ort_training import has_ort_training
 
 ROOT = Path(__file__).parents[2]
-
-
-def cli(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "export.build", *arguments], capture_output=True, text=True, check=False
-    )
 
 
 def test_two_builds_are_the_same_byte_for_byte(vit: Built, vit_folder: Path, tmp_path: Path) -> None:
@@ -77,7 +86,7 @@ def test_the_bundle_holds_every_file_its_docstring_names_and_only_standard_opera
     graphs = {"backbone", "features", "gate-step", "gate-predict", *(f"lift-{block}" for block in range(LAYERS - 1))}
     graphs |= {f"{kind}-{level}" for kind in ("step", "predict", "personal") for level in levels}
     names = {f"{graph}.onnx" for graph in graphs}
-    others = {"backbone.weights", "init.safetensors"}
+    others = {"backbone.weights", "init.safetensors"} | ({"tokenizer.json"} if bundle.tokenizer() else set())
     if has_ort_training():
         others |= {f"ort-training-{level}.{kind}" for level in levels for kind in ("onnx", "checkpoint")}
         others |= {"ort-training-optimizer.onnx"}
@@ -121,14 +130,14 @@ def test_fewer_levels_give_the_same_graphs_and_a_shorter_layout(vit: Built, vit_
     assert low.manifest.levels == 1
     assert low.expert.total == vit.bundle.expert.size(1)
     assert np.array_equal(low.initial()[0], vit.bundle.initial()[0][: low.expert.total])
-    pixels = random_pixels(2, seed=0)
+    pixels = random_samples(vit, 2, seed=0)
     ours, theirs = (run_graph(b, "features.onnx", ["hidden_1"], pixels=pixels)[0] for b in (low, vit.bundle))
     assert np.array_equal(ours, theirs)
 
 
 def test_a_backbone_without_qkv_bias_is_exported_right(tmp_path: Path) -> None:
     made = build(write_vit(tmp_path / "weights", qkv_bias=False), tmp_path / "bundle")
-    pixels = random_pixels(2, seed=3)
+    pixels = random_samples(made, 2, seed=3)
     with torch.no_grad():
         wanted = made.source.backbone(pixel_values=normalised(pixels, made.bundle.manifest.preprocessing))
     (pooled,) = run_graph(made.bundle, "features.onnx", ["pooled"], pixels=pixels)
@@ -146,6 +155,65 @@ def test_the_parity_check_catches_a_graph_that_is_slightly_wrong(
     weights.write_bytes(raw.tobytes())
     with pytest.raises(BundleError, match="differ from torch"):
         check_parity(Bundle(tmp_path / "bundle"), vit.source, LAYERS, seed=1)
+
+
+def without(name: str) -> Callable[[Family], Family]:
+    """A family that forgets a canonical weight outside the blocks."""
+
+    def change(family: Family) -> Family:
+        def outer(model: Any, size: int) -> dict[str, Any]:
+            return {key: array for key, array in family.outer(model, size).items() if key != f"{name}.weight"}
+
+        return replace(family, outer=outer)
+
+    return change
+
+
+def of_keys(**keys: str | None) -> Callable[[Family], Family]:
+    """A family that takes some weights of a block for others, or leaves them out."""
+
+    def change(family: Family) -> Family:
+        wanted = {**family.block_keys, **keys}
+        return replace(family, block_keys={name: key for name, key in wanted.items() if key is not None})
+
+    return change
+
+
+def of_geometry(**fields: Any) -> Callable[[Family], Family]:
+    return lambda family: replace(family, geometry=lambda *given: replace(family.geometry(*given), **fields))
+
+
+def forget_the_distillation_token(family: Family) -> Family:
+    def outer(model: Any, size: int) -> dict[str, Any]:
+        weights = family.outer(model, size)
+        weights["position"][:, 1] = weights["position"][:, 2]
+        return weights
+
+    return replace(family, outer=outer)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        pytest.param("vit", of_keys(norm1="layernorm_after", norm2="layernorm_before"), id="norms swapped"),
+        pytest.param("vit", of_keys(query="attention.attention.key"), id="key for query"),
+        pytest.param("vit", of_geometry(epsilon=1e-3), id="epsilon"),
+        pytest.param("vit", of_geometry(norm="post"), id="norm after"),
+        pytest.param("deit", forget_the_distillation_token, id="a special token"),
+        pytest.param("dinov2", of_keys(scale2=None), id="no layer scale"),
+        pytest.param("clip", of_geometry(activation="gelu"), id="activation"),
+        pytest.param("clip", without("embed_norm"), id="no norm after the embeddings"),
+        pytest.param("clip", without("norm"), id="no last norm"),
+    ],
+)
+def test_a_family_that_is_wrong_does_not_get_past_the_build(
+    request: pytest.FixtureRequest, tmp_path: Path, name: str, wrong: Callable[[Family], Family]
+) -> None:
+    right: Built = request.getfixturevalue(name)
+    source = replace(right.source, family=wrong(right.source.family))
+    with pytest.raises(BundleError, match="this family is not supported"):
+        list(build_bundle(source, CLASSES, 1, source.family.lora(RANK), tmp_path / "out", 0))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -175,11 +243,9 @@ def test_an_unknown_model_lists_the_known_ones() -> None:
 
 
 def test_weights_of_another_type_are_refused(vit_folder: Path, tmp_path: Path) -> None:
-    BertModel(
-        BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=9)
-    ).save_pretrained(tmp_path)
+    GPT2Config().save_pretrained(tmp_path)
     for model, weights in (("vit-b16", tmp_path), (str(tmp_path), None), ("dinov2-s14", vit_folder)):
-        with pytest.raises(WeightsError, match=r"holds a model of type '(bert|vit)', expected"):
+        with pytest.raises(WeightsError, match=r"holds a model of type '(gpt2|vit)', expected"):
             load_backbone(model, str(weights) if weights else None, 4, None, None, 0)
 
 
@@ -199,6 +265,31 @@ def test_an_incomplete_weights_folder_is_one_clear_error(vit_folder: Path, tmp_p
     else:
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 80}))
+    with pytest.raises(WeightsError, match=re.escape(str(folder))):
+        load_backbone(str(folder), None, 4, None, None, 0)
+
+
+@pytest.mark.parametrize(
+    ("processor", "mean", "std"),
+    [
+        ({"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)),
+        ({"do_normalize": False, "image_mean": [0.1, 0.2, 0.3]}, (0, 0, 0), (1, 1, 1)),
+        ({}, VIT.mean, VIT.std),
+    ],
+)
+def test_images_are_normalised_as_the_weights_own_processor_does(
+    vit_folder: Path, tmp_path: Path, processor: dict[str, Any], mean: tuple[float, ...], std: tuple[float, ...]
+) -> None:
+    folder = shutil.copytree(vit_folder, tmp_path / "copy")
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    preprocessing = build(folder, tmp_path / "bundle", levels=1).bundle.manifest.preprocessing
+    assert (preprocessing.mean, preprocessing.std) == (mean, std)
+
+
+@pytest.mark.parametrize("text", ["{", '{"image_mean": 0.5}', '{"image_std": ["a", "b", "c"]}'])
+def test_a_processor_that_makes_no_sense_is_one_clear_error(vit_folder: Path, tmp_path: Path, text: str) -> None:
+    folder = shutil.copytree(vit_folder, tmp_path / "copy")
+    (folder / "preprocessor_config.json").write_text(text)
     with pytest.raises(WeightsError, match=re.escape(str(folder))):
         load_backbone(str(folder), None, 4, None, None, 0)
 
@@ -226,11 +317,3 @@ def test_a_folder_that_is_no_bundle_is_never_overwritten(vit_folder: Path, tmp_p
     with pytest.raises(ConfigError, match="is not a bundle"):
         list(build_bundle(source, CLASSES, 1, source.family.lora(RANK), tmp_path, 0))
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
-
-
-def test_the_command_without_a_connection_says_what_to_do_in_one_line() -> None:
-    result = cli("--model", "vit-b16", "--classes", "4")
-    assert result.returncode == WeightsError.exit_code
-    (line,) = result.stderr.strip().splitlines()
-    assert line.startswith("error: cannot fetch google/vit-base-patch16-224-in21k")
-    assert "--weights FOLDER" in line

@@ -21,7 +21,7 @@ from support import (
     Floats,
     build,
     hidden_of,
-    random_pixels,
+    random_samples,
     random_theta,
     relative_error,
     run_graph,
@@ -34,7 +34,7 @@ from edge_runtime.engine import NEVER, Batch, Engine, StepGraphEngine
 from edge_runtime.engines import open_engine
 from edge_runtime.ort_training import OrtTrainingEngine, TrainingSession
 from export.build import build_bundle
-from export.reference import normalised
+from export.reference import torch_inputs
 from protocol.bundle import Bundle
 from protocol.errors import BundleError, ConfigError
 from protocol.messages import Training
@@ -112,15 +112,15 @@ def test_loss_and_every_gradient_equal_torch_and_peft(
     built: Built, level: int, given: Inputs, differentiate: Differentiate
 ) -> None:
     size = len(given["labels"])
-    pixels, theta = random_pixels(size, seed=level), random_theta(built.bundle, level, 1)
+    samples, theta = random_samples(built, size, seed=level), random_theta(built.bundle, level, 1)
 
     def loss_of(logits: torch.Tensor) -> torch.Tensor:
         labels, weights, gate, other, bias = (torch.from_numpy(given[key]) for key in given)
         own = torch.log_softmax(logits + bias, dim=1)[torch.arange(size), labels]
         return -(weights * torch.logaddexp(gate + own, other)).sum()
 
-    loss, gradient = torch_step(built, theta, pixels, loss_of)
-    inputs = {"hidden": hidden_of(built, pixels, level), **given}
+    loss, gradient = torch_step(built, theta, samples, loss_of)
+    inputs = {"hidden": hidden_of(built, samples, level), **given}
     our_loss, our_gradient = differentiate(built.bundle, level, theta, inputs)
     assert relative_error(our_loss, loss) < TOLERANCE
     ours = built.bundle.expert.split(our_gradient)
@@ -132,7 +132,7 @@ def test_loss_and_every_gradient_equal_torch_and_peft(
 @each_gradient
 def test_masked_classes_get_no_gradient(vit: Built, level: int, differentiate: Differentiate) -> None:
     given = {**cross_entropy(0, 2, 2, 0), "bias": np.array([0, NEVER, 0, NEVER], np.float32)}
-    inputs = {"hidden": hidden_of(vit, random_pixels(4, 3), level), **given}
+    inputs = {"hidden": hidden_of(vit, random_samples(vit, 4, 3), level), **given}
     _, gradient = differentiate(vit.bundle, level, random_theta(vit.bundle, level, 3), inputs)
     head = vit.bundle.expert.split(gradient)["classifier.weight"]
     assert np.all(np.abs(head[[1, 3]]) < 1e-30)  # beside AdamW's epsilon it is nothing
@@ -147,14 +147,14 @@ def test_twenty_steps_equal_torchs_adamw_over_the_whole_model(
 ) -> None:
     bundle, manifest = built.bundle, built.bundle.manifest
     rng = np.random.default_rng(5)
-    pixels, labels = random_pixels(24, seed=5), rng.integers(0, C, 24)
+    samples, labels = random_samples(built, 24, seed=5), rng.integers(0, C, 24)
     batches = [rng.choice(24, size, replace=False) for size in (8, 7, 4, 1) * 5]
     theta, rate, decay = random_theta(bundle, level, 4), 1e-3, 0.05
 
     engine = engine_of(bundle, threads=1, micro_batch=micro_batch)
     engine.load(level)
     engine.set(theta, Training(epochs=1, learning_rate=rate, weight_decay=decay))
-    hidden = hidden_of(built, pixels, level)
+    hidden = hidden_of(built, samples, level)
     zeros, never, bias = np.zeros(24, np.float32), np.full(24, NEVER, np.float32), np.zeros(C, np.float32)
     losses = [engine.step(Batch(hidden[b], labels[b], zeros[b], never[b], bias)) for b in batches]
 
@@ -164,17 +164,18 @@ def test_twenty_steps_equal_torchs_adamw_over_the_whole_model(
         optimizer = torch.optim.AdamW(
             [{"params": head, "weight_decay": 0.0}, {"params": lora, "weight_decay": decay}], lr=rate
         )
-        images, wanted, theirs = normalised(pixels, manifest.preprocessing), torch.from_numpy(labels), []
+        inputs, wanted, theirs = torch_inputs(samples, manifest.preprocessing), torch.from_numpy(labels), []
         for batch in batches:
             optimizer.zero_grad()
-            loss = torch.nn.functional.cross_entropy(model(pixel_values=images[batch]).logits, wanted[batch])
+            chosen = {name: tensor[batch] for name, tensor in inputs.items()}
+            loss = torch.nn.functional.cross_entropy(model(**chosen).logits, wanted[batch])
             loss.backward()
             for parameter in head:  # transformers' DINOv2 classifier also reads the mean patch; ours does not
                 parameter.grad[..., 32:] = 0
             optimizer.step()
             theirs.append(loss.item())
         state = {name: p.detach().numpy() for name, p in trainables(model).items()}
-        logits = model(pixel_values=images).logits.detach().numpy()
+        logits = model(**inputs).logits.detach().numpy()
         trained = bundle.expert.join(from_peft(manifest.peft, state))
     assert np.abs(trained - theta).max() > 10 * rate  # they have moved
     assert np.abs(engine.get() - trained).max() < 1e-4
@@ -187,7 +188,7 @@ def test_every_training_starts_with_a_fresh_optimizer_from_the_given_vector(
     vit: Built, engine_of: Callable[..., Engine]
 ) -> None:
     engine = engine_of(vit.bundle, threads=1)
-    hidden, one = hidden_of(vit, random_pixels(4, 1), 2), np.zeros(4, np.float32)
+    hidden, one = hidden_of(vit, random_samples(vit, 4, 1), 2), np.zeros(4, np.float32)
     batch = Batch(hidden, np.array([0, 1, 2, 3]), one, one + NEVER, np.zeros(C, np.float32))
     theta = random_theta(vit.bundle, 2, 0)
     ends = []

@@ -3,29 +3,38 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from support import CLASSES, LAYERS, Built, Floats, random_theta, relative_error, run_graph, torch_expert
+from support import CLASSES, LAYERS, Built, Floats, hidden_states, random_theta, relative_error, run_graph, torch_expert
 
 import edge_runtime.features as features
 from edge_runtime.features import FeatureCache
-from edge_runtime.images import LabelledImage, load_pixels, scan
-from export.reference import normalised
+from edge_runtime.inputs import IMAGES, TEXTS, Reader, reader_of
+from edge_runtime.samples import Sample, scan
+from export.reference import torch_inputs
 
-Images = tuple[LabelledImage, ...]
+Samples = tuple[Sample, ...]
 
 
 @pytest.fixture(scope="module")
-def images(photos: Path) -> Images:
+def images(photos: Path) -> Samples:
     """More than a batch, and not a multiple of one."""
-    return scan(photos, CLASSES).train[:11]
+    return scan(photos, CLASSES, IMAGES).train[:11]
 
 
-def pixels_of(built: Built, images: Images) -> np.ndarray:
-    return np.stack([load_pixels(image.path, built.bundle.manifest.preprocessing) for image in images])
+@pytest.fixture
+def samples(built: Built, photos: Path, texts: Path) -> Samples:
+    """The same, of the kind that the bundle takes."""
+    kind = reader_of(built.bundle).kind
+    return scan(texts if kind is TEXTS else photos, CLASSES, kind).train[:11]
+
+
+def inputs_of(built: Built, samples: Samples) -> dict[str, np.ndarray]:
+    return reader_of(built.bundle).batch([sample.path for sample in samples])
 
 
 def whole(cache_states: features.HiddenStates) -> Floats:
@@ -41,63 +50,64 @@ def forbid_sessions(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("level", [1, 2, LAYERS])
 def test_cached_states_equal_a_direct_run_and_are_computed_once(
-    built: Built, images: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, level: int
+    built: Built, samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, level: int
 ) -> None:
     cache = FeatureCache(tmp_path, built.bundle, threads=1)
     direct, pooled = run_graph(
-        built.bundle, "features.onnx", [f"hidden_{level}", "pooled"], pixels=pixels_of(built, images)
+        built.bundle, "features.onnx", [f"hidden_{level}", "pooled"], **inputs_of(built, samples)
     )
-    first = whole(cache.frozen(images, level))
+    first = whole(cache.frozen(samples, level))
     assert relative_error(first, direct) < 1e-3
     assert first.dtype == np.float32
     forbid_sessions(monkeypatch)
     again = FeatureCache(tmp_path, built.bundle, threads=1)
-    assert np.array_equal(whole(again.frozen(images, level)), first)
-    assert np.array_equal(np.concatenate(list(again.frozen(images, level).batches())), first)
-    again.frozen(images, min(level + 1, LAYERS))  # the next level's states came from the same pass
-    assert relative_error(again.pooled(images, level), pooled) < 1e-5
+    assert np.array_equal(whole(again.frozen(samples, level)), first)
+    assert np.array_equal(np.concatenate(list(again.frozen(samples, level).batches())), first)
+    again.frozen(samples, min(level + 1, LAYERS))  # the next level's states came from the same pass
+    assert relative_error(again.pooled(samples, level), pooled) < 1e-5
 
 
 def test_only_missing_images_are_computed(
-    vit: Built, images: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    vit: Built, images: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = FeatureCache(tmp_path, vit.bundle, threads=1)
     cache.frozen(images[:6], 1)
     loaded: list[Path] = []
+    read = Reader.batch
 
-    def counted(path: Path, preprocessing: Any) -> np.ndarray:
-        loaded.append(path)
-        return load_pixels(path, preprocessing)
+    def counted(reader: Reader, paths: Sequence[Path]) -> dict[str, np.ndarray]:
+        loaded.extend(paths)
+        return read(reader, paths)
 
-    monkeypatch.setattr(features, "load_pixels", counted)
+    monkeypatch.setattr(Reader, "batch", counted)
     cache.frozen(images, 1)
     assert loaded == [image.path for image in images[6:]]
 
 
-def test_precise_states_are_bitwise_those_of_the_graph(vit: Built, images: Images, tmp_path: Path) -> None:
+def test_precise_states_are_bitwise_those_of_the_graph(vit: Built, images: Samples, tmp_path: Path) -> None:
     cache = FeatureCache(tmp_path, vit.bundle, threads=1)
     rough = whole(cache.frozen(images, 1))
     exact = whole(cache.precise().frozen(images, 1))
-    (direct,) = run_graph(vit.bundle, "features.onnx", ["hidden_1"], pixels=pixels_of(vit, images))
+    (direct,) = run_graph(vit.bundle, "features.onnx", ["hidden_1"], **inputs_of(vit, images))
     assert relative_error(exact, direct) < 1e-6
     assert not np.array_equal(rough, exact)
 
 
 @pytest.mark.parametrize("to_level", [1, 2])
 def test_lifted_states_equal_torch_with_peft_below_the_level(
-    built: Built, images: Images, tmp_path: Path, to_level: int
+    built: Built, samples: Samples, tmp_path: Path, to_level: int
 ) -> None:
     cache = FeatureCache(tmp_path, built.bundle, threads=1, dtype=np.float32)
     theta = random_theta(built.bundle, LAYERS, 3)
-    states = whole(cache.lifted(images, LAYERS, to_level, theta))
+    states = whole(cache.lifted(samples, LAYERS, to_level, theta))
     with torch_expert(built, theta) as model:
-        values = normalised(pixels_of(built, images), built.bundle.manifest.preprocessing)
-        hidden = model(pixel_values=values, output_hidden_states=True).hidden_states
-    assert relative_error(states, hidden[LAYERS - to_level].detach().numpy()) < 1e-5
+        (values,) = inputs_of(built, samples).values()
+        hidden = hidden_states(model, torch_inputs(values, built.bundle.manifest.preprocessing))
+    assert relative_error(states, hidden[LAYERS - to_level]) < 1e-5
 
 
 def test_lifted_states_lead_to_the_same_logits_as_the_whole_expert(
-    built: Built, images: Images, tmp_path: Path
+    built: Built, samples: Samples, tmp_path: Path
 ) -> None:
     bundle = built.bundle
     cache = FeatureCache(tmp_path, bundle, threads=1, dtype=np.float32)
@@ -107,7 +117,7 @@ def test_lifted_states_lead_to_the_same_logits_as_the_whole_expert(
             bundle,
             f"predict-{level}.onnx",
             ["logits"],
-            hidden=whole(cache.lifted(images, LAYERS, level, theta)),
+            hidden=whole(cache.lifted(samples, LAYERS, level, theta)),
             theta=theta[: bundle.expert.size(level)],
         )[0]
         for level in (1, 2, LAYERS)
@@ -117,7 +127,7 @@ def test_lifted_states_lead_to_the_same_logits_as_the_whole_expert(
 
 
 def test_lifted_states_are_keyed_by_the_lora_they_passed_and_by_nothing_else(
-    vit: Built, images: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    vit: Built, images: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = FeatureCache(tmp_path, vit.bundle, threads=1)
     theta, part = random_theta(vit.bundle, LAYERS, 5), vit.bundle.expert.parts["0"]
@@ -134,7 +144,7 @@ def test_lifted_states_are_keyed_by_the_lora_they_passed_and_by_nothing_else(
 
 
 @pytest.mark.parametrize("torn", [b"", b"\0" * 10])
-def test_a_torn_file_is_computed_again(vit: Built, images: Images, tmp_path: Path, torn: bytes) -> None:
+def test_a_torn_file_is_computed_again(vit: Built, images: Samples, tmp_path: Path, torn: bytes) -> None:
     cache, theta = FeatureCache(tmp_path, vit.bundle, threads=1), random_theta(vit.bundle, LAYERS, 6)
     before = [whole(cache.frozen(images, 1)), whole(cache.lifted(images, LAYERS, 2, theta)), cache.pooled(images, 1)]
     for folder in tmp_path.iterdir():
@@ -144,14 +154,14 @@ def test_a_torn_file_is_computed_again(vit: Built, images: Images, tmp_path: Pat
         assert np.allclose(old, new, atol=1e-5)
 
 
-def test_another_bundles_states_are_never_taken(vit: Built, dinov2: Built, images: Images, tmp_path: Path) -> None:
+def test_another_bundles_states_are_never_taken(vit: Built, dinov2: Built, images: Samples, tmp_path: Path) -> None:
     one = FeatureCache(tmp_path, vit.bundle, threads=1).frozen(images, 1)
     two = FeatureCache(tmp_path, dinov2.bundle, threads=1).frozen(images, 1)
     assert one.folder != two.folder
 
 
 def test_states_that_nobody_asked_for_are_dropped(
-    vit: Built, images: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    vit: Built, images: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = FeatureCache(tmp_path, vit.bundle, threads=1)
     theta = random_theta(vit.bundle, LAYERS, 7)
@@ -174,10 +184,10 @@ def test_no_images_have_no_features(vit: Built, tmp_path: Path) -> None:
 
 
 def test_the_cache_survives_a_move_of_the_photos(
-    vit: Built, photos: Path, images: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    vit: Built, photos: Path, images: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = FeatureCache(tmp_path / "cache", vit.bundle, threads=1)
     before = whole(cache.frozen(images, 1))
-    moved = scan(shutil.copytree(photos, tmp_path / "moved"), CLASSES).train[:11]
+    moved = scan(shutil.copytree(photos, tmp_path / "moved"), CLASSES, IMAGES).train[:11]
     forbid_sessions(monkeypatch)
     assert np.array_equal(whole(cache.frozen(moved, 1)), before)

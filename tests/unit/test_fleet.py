@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from support import CLASSES, write_photos
 
 from devices.assets import Asset, fetch
-from devices.photos import Photos, find_photos
+from devices.dataset import Files, find_files, kind_of
 from devices.split import LEAST, dirichlet_shares, write_fleet
-from edge_runtime.images import scan
+from edge_runtime.inputs import IMAGES, TEXTS
+from edge_runtime.samples import scan
 from protocol.bundle import file_sha256
 from protocol.errors import ConfigError, InputError
 
@@ -54,12 +55,12 @@ def listing(roots: list[Path]) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def found(photos: Path) -> tuple[Photos, Photos]:
-    return find_photos(photos, None)
+def found(photos: Path) -> tuple[Files, Files]:
+    return find_files(photos, IMAGES, None)
 
 
 def test_a_fleets_folders_hold_every_photo_once_and_devices_can_read_them(
-    photos: Path, found: tuple[Photos, Photos], tmp_path: Path
+    photos: Path, found: tuple[Files, Files], tmp_path: Path
 ) -> None:
     roots = write_fleet(*found, tmp_path / "fleet", devices=3, alpha=0.5, seed=1)
     assert [root.name for root in roots] == ["device-0", "device-1", "device-2"]
@@ -68,12 +69,12 @@ def test_a_fleets_folders_hold_every_photo_once_and_devices_can_read_them(
         dealt = Counter(path.read_bytes() for root in roots for path in (root / kind).rglob("*.jpg"))
         assert dealt == Counter(path.read_bytes() for paths in of_class.values() for path in paths)
     for root in roots:
-        slices = scan(root, CLASSES)
+        slices = scan(root, CLASSES, IMAGES)
         assert slices.held_out
         assert {image.label for image in slices.test} <= {image.label for image in slices.train}
 
 
-def test_the_same_seed_gives_the_same_fleet_and_another_another(found: tuple[Photos, Photos], tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_fleet_and_another_another(found: tuple[Files, Files], tmp_path: Path) -> None:
     fleets = [listing(write_fleet(*found, tmp_path / "fleet", devices=3, alpha=0.5, seed=seed)) for seed in (1, 1, 2)]
     assert fleets[0] == fleets[1] != fleets[2]
 
@@ -85,14 +86,14 @@ def test_photos_of_one_name_in_two_subfolders_of_a_class_are_both_dealt(tmp_path
     assert copies(tmp_path / "fleet") == copies(tmp_path / "in")
 
 
-def test_a_device_that_would_get_nothing_is_named(found: tuple[Photos, Photos], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"device-\d.* would get no images with alpha 0\.01"):
+def test_a_device_that_would_get_nothing_is_named(found: tuple[Files, Files], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"device-\d.* would get nothing with alpha 0\.01"):
         write_fleet(*found, tmp_path / "fleet", devices=12, alpha=0.01, seed=0)
 
 
 def test_a_class_with_one_training_photo_is_refused(photos: Path, tmp_path: Path) -> None:
     one = {"kiwi": sorted((photos / "kiwi").iterdir())[:1]}
-    with pytest.raises(InputError, match=r"'kiwi' has 1 image"):
+    with pytest.raises(InputError, match=r"'kiwi' has 1 file"):
         write_fleet(one, {}, tmp_path / "fleet", devices=1, alpha=1.0, seed=0)
 
 
@@ -100,7 +101,7 @@ def test_a_class_with_one_training_photo_is_refused(photos: Path, tmp_path: Path
 
 
 def test_the_last_photos_of_each_class_in_the_order_of_names_are_for_the_test(photos: Path) -> None:
-    train, test = find_photos(photos, None, test_share=0.3)
+    train, test = find_files(photos, IMAGES, None, test_share=0.3)
     assert list(train) == list(test) == list(CLASSES)
     for name in CLASSES:
         assert [path.name for path in train[name]] == [f"{index:02}.jpg" for index in range(7)]
@@ -110,20 +111,19 @@ def test_the_last_photos_of_each_class_in_the_order_of_names_are_for_the_test(ph
 def test_a_split_that_is_there_is_kept(photos: Path, tmp_path: Path) -> None:
     for kind in ("train", "test"):
         shutil.copytree(photos, tmp_path / kind)
-    train, test = find_photos(tmp_path, None)
+    train, test = find_files(tmp_path, IMAGES, None)
     assert {path.relative_to(tmp_path).parts[0] for paths in train.values() for path in paths} == {"train"}
     assert {path.relative_to(tmp_path).parts[0] for paths in test.values() for path in paths} == {"test"}
 
 
 def test_only_the_asked_for_classes_are_found(photos: Path) -> None:
-    train, test = find_photos(photos, ["plum", "kiwi"])
+    train, test = find_files(photos, IMAGES, ["plum", "kiwi"])
     assert list(train) == list(test) == ["plum", "kiwi"]
 
 
 @pytest.mark.parametrize(
     ("folder", "classes", "message"),
     [
-        ("nowhere", None, "does not exist"),
         ("", None, "holds no images"),
         ("", ["kiwi"], "'kiwi' has no images"),
     ],
@@ -132,7 +132,30 @@ def test_folders_without_photos_are_refused(
     tmp_path: Path, folder: str, classes: list[str] | None, message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
-        find_photos(tmp_path / folder, classes)
+        find_files(tmp_path / folder, IMAGES, classes)
+
+
+def test_a_folder_is_of_the_kind_that_most_of_its_files_are(photos: Path, texts: Path, tmp_path: Path) -> None:
+    mixed = shutil.copytree(texts, tmp_path / "texts")
+    assert kind_of(mixed) is TEXTS
+    shutil.copyfile(next(photos.rglob("*.jpg")), mixed / "logo.jpg")
+    assert kind_of(mixed) is TEXTS
+    described = shutil.copytree(photos, tmp_path / "photos")
+    (described / "README.txt").write_text("Photos of fruit.")
+    assert kind_of(described) is IMAGES
+    (tmp_path / "empty").mkdir()
+    for name, message in (("nowhere", "does not exist"), ("empty", "holds no images and no texts")):
+        with pytest.raises(InputError, match=message):
+            kind_of(tmp_path / name)
+
+
+def test_texts_are_dealt_like_photos(texts: Path, tmp_path: Path) -> None:
+    found = find_files(texts, TEXTS, None)
+    roots = write_fleet(*found, tmp_path / "fleet", devices=2, alpha=5, seed=1)
+    assert sorted(path.read_text() for path in (tmp_path / "fleet").rglob("*.txt")) == sorted(
+        path.read_text() for path in texts.rglob("*.txt")
+    )
+    assert all(scan(root, CLASSES, TEXTS).train for root in roots)
 
 
 # assets

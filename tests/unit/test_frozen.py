@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support import CLASSES, LAYERS, Built, build, random_pixels, random_theta, run_graph, torch_step
+from support import CLASSES, LAYERS, Built, as_input, build, random_samples, random_theta, run_graph, torch_step
 
 from edge_runtime.engine import NEVER
 from export.frozen import quantise
@@ -18,9 +18,10 @@ from export.frozen import quantise
 B = 6
 
 
-@pytest.fixture(scope="module")
-def int8(vit_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Built:
-    return build(vit_folder, tmp_path_factory.mktemp("bundles") / "int8", precision="int8")
+@pytest.fixture(scope="module", params=["vit_folder", "bert_folder"])
+def int8(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Built:
+    weights: Path = request.getfixturevalue(request.param)
+    return build(weights, tmp_path_factory.mktemp("bundles") / "int8", precision="int8")
 
 
 @given(seed=st.integers(0, 2**32 - 1), rows=st.integers(1, 40), columns=st.integers(1, 9), spread=st.floats(0, 4))
@@ -43,9 +44,9 @@ def test_a_column_of_zeros_stays_one() -> None:
 
 @pytest.mark.parametrize("level", [1, 2, LAYERS])
 def test_loss_and_gradient_are_near_those_of_torch(int8: Built, level: int) -> None:
-    pixels, theta = random_pixels(B, seed=1), random_theta(int8.bundle, level, seed=2)
+    samples, theta = random_samples(int8, B, seed=1), random_theta(int8.bundle, level, seed=2)
     labels = np.arange(B) % len(CLASSES)
-    hidden = run_graph(int8.bundle, "features.onnx", [f"hidden_{level}"], pixels=pixels)[0]
+    hidden = run_graph(int8.bundle, "features.onnx", [f"hidden_{level}"], **as_input(int8, samples))[0]
     ours_loss, ours = run_graph(
         int8.bundle,
         f"step-{level}.onnx",
@@ -59,7 +60,7 @@ def test_loss_and_gradient_are_near_those_of_torch(int8: Built, level: int) -> N
         theta=theta,
     )
     loss, gradient = torch_step(
-        int8, theta, pixels, lambda logits: torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels))
+        int8, theta, samples, lambda logits: torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels))
     )
     cosine = ours @ gradient / (np.linalg.norm(ours) * np.linalg.norm(gradient))
     assert cosine > 0.995
@@ -67,10 +68,12 @@ def test_loss_and_gradient_are_near_those_of_torch(int8: Built, level: int) -> N
 
 
 def test_what_becomes_of_an_image_does_not_depend_on_its_batch(int8: Built) -> None:
-    pixels = random_pixels(B, seed=3)
-    together = run_graph(int8.bundle, "features.onnx", ["hidden_1", "pooled"], pixels=pixels)
+    samples = random_samples(int8, B, seed=3)
+    together = run_graph(int8.bundle, "features.onnx", ["hidden_1", "pooled"], **as_input(int8, samples))
     for index in range(B):
-        alone = run_graph(int8.bundle, "features.onnx", ["hidden_1", "pooled"], pixels=pixels[index : index + 1])
+        alone = run_graph(
+            int8.bundle, "features.onnx", ["hidden_1", "pooled"], **as_input(int8, samples[index : index + 1])
+        )
         for one, many in zip(alone, together, strict=True):
             np.testing.assert_allclose(one[0], many[index], rtol=1e-4, atol=1e-5)
 
@@ -80,4 +83,4 @@ def test_no_frozen_projection_is_left_in_float32(int8: Built) -> None:
     for name in ("features.onnx", "step-2.onnx", "personal-2.onnx"):
         model = onnx.load(str(int8.bundle.path(name)), load_external_data=False)
         floats = [t for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT and len(t.dims) == 2]
-        assert all(min(t.dims) < hidden or t.name == "patch.weight" for t in floats), name
+        assert all(min(t.dims) < hidden or t.name in ("patch.weight", "words") for t in floats), name

@@ -9,9 +9,11 @@ from support import (
     CLASSES,
     LAYERS,
     Built,
+    as_input,
     features_of,
     hidden_of,
-    random_pixels,
+    hidden_states,
+    random_samples,
     random_theta,
     relative_error,
     run_graph,
@@ -20,7 +22,7 @@ from support import (
 
 from edge_runtime.engine import NEVER
 from edge_runtime.mixture import log_softmax, mix
-from export.reference import normalised
+from export.reference import torch_inputs
 
 TOLERANCE = 1e-5
 LEVELS = [1, 2, LAYERS]
@@ -29,41 +31,43 @@ C = len(CLASSES)
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_logits_equal_torch_and_peft(built: Built, level: int) -> None:
-    pixels, theta = random_pixels(5, seed=level), random_theta(built.bundle, level, 1)
+    samples, theta = random_samples(built, 5, seed=level), random_theta(built.bundle, level, 1)
     with torch.no_grad(), torch_expert(built, theta) as model:
-        logits = model(pixel_values=normalised(pixels, built.bundle.manifest.preprocessing)).logits.numpy()
+        logits = model(**torch_inputs(samples, built.bundle.manifest.preprocessing)).logits.numpy()
     (ours,) = run_graph(
-        built.bundle, f"predict-{level}.onnx", ["logits"], hidden=hidden_of(built, pixels, level), theta=theta
+        built.bundle, f"predict-{level}.onnx", ["logits"], hidden=hidden_of(built, samples, level), theta=theta
     )
     assert relative_error(ours, logits) < TOLERANCE
 
 
 def test_features_pooled_and_optimums_backbone_equal_transformers(built: Built) -> None:
-    pixels = random_pixels(3, seed=11)
-    values = normalised(pixels, built.bundle.manifest.preprocessing)
+    samples = random_samples(built, 3, seed=11)
+    inputs = torch_inputs(samples, built.bundle.manifest.preprocessing)
     with torch.no_grad():
-        last = built.source.backbone(pixel_values=values).last_hidden_state.numpy()
-    (pooled,) = run_graph(built.bundle, "features.onnx", ["pooled"], pixels=pixels)
-    (witness,) = run_graph(built.bundle, "backbone.onnx", ["last_hidden_state"], pixel_values=values.numpy())
-    assert relative_error(pooled, features_of(built, pixels)) < TOLERANCE
+        last = built.source.backbone(**inputs).last_hidden_state.numpy()
+    given = {name: tensor.numpy() for name, tensor in inputs.items()}
+    if built.source.family.input == "tokens":
+        given["token_type_ids"] = np.zeros_like(samples)
+    (pooled,) = run_graph(built.bundle, "features.onnx", ["pooled"], **as_input(built, samples))
+    (witness,) = run_graph(built.bundle, "backbone.onnx", ["last_hidden_state"], **given)
+    assert relative_error(pooled, features_of(built, samples)) < TOLERANCE
     assert relative_error(witness, last) < 1e-4
 
 
 def test_hidden_states_and_lifts_equal_the_blocks_of_transformers_with_peft(built: Built) -> None:
-    pixels, theta = random_pixels(3, seed=12), random_theta(built.bundle, LAYERS, 6)
-    values = normalised(pixels, built.bundle.manifest.preprocessing)
-    with torch.no_grad():
-        frozen = built.source.backbone(pixel_values=values, output_hidden_states=True).hidden_states
-        with torch_expert(built, theta) as model:
-            adapted = model(pixel_values=values, output_hidden_states=True).hidden_states
+    samples, theta = random_samples(built, 3, seed=12), random_theta(built.bundle, LAYERS, 6)
+    inputs = torch_inputs(samples, built.bundle.manifest.preprocessing)
+    frozen = hidden_states(built.source.backbone, inputs)
+    with torch_expert(built, theta) as model:
+        adapted = hidden_states(model, inputs)
     for level in LEVELS:
-        assert relative_error(hidden_of(built, pixels, level), frozen[LAYERS - level].numpy()) < TOLERANCE
+        assert relative_error(hidden_of(built, samples, level), frozen[LAYERS - level]) < TOLERANCE
     for block in range(LAYERS - 1):
         lora = theta[built.bundle.expert.parts[str(block)]]
-        below, above = adapted[block].numpy(), adapted[block + 1].numpy()
+        below, above = adapted[block], adapted[block + 1]
         (lifted,) = run_graph(built.bundle, f"lift-{block}.onnx", ["lifted"], hidden=below, theta=lora)
         assert relative_error(lifted, above) < TOLERANCE
-        assert relative_error(lifted, frozen[block + 1].numpy()) > 100 * TOLERANCE  # the LoRA does something
+        assert relative_error(lifted, frozen[block + 1]) > 100 * TOLERANCE  # the LoRA does something
 
 
 def torch_gate(pooled: torch.Tensor, parts: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -105,14 +109,15 @@ def test_the_initial_gate_weighs_both_experts_the_same(built: Built) -> None:
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_the_personalized_graph_equals_the_mixture_of_its_experts_and_gate(built: Built, level: int) -> None:
-    bundle, pixels, rng = built.bundle, random_pixels(5, seed=13), np.random.default_rng(level)
+    bundle, rng = built.bundle, np.random.default_rng(level)
+    samples = as_input(built, random_samples(built, 5, seed=13))
     thetas = {expert: random_theta(bundle, level, seed) for seed, expert in enumerate(("global", "local"))}
     biases = {
         "global": np.log(rng.dirichlet(np.ones(C))).astype(np.float32),
         "local": np.array([0, NEVER, 0, 0], np.float32),
     }
     gate_theta = rng.normal(0, 0.5, bundle.gate.total).astype(np.float32)
-    hidden, pooled = run_graph(bundle, "features.onnx", [f"hidden_{level}", "pooled"], pixels=pixels)
+    hidden, pooled = run_graph(bundle, "features.onnx", [f"hidden_{level}", "pooled"], **samples)
     log_p = [
         log_softmax(
             run_graph(bundle, f"predict-{level}.onnx", ["logits"], hidden=hidden, theta=thetas[expert])[0]
@@ -125,7 +130,7 @@ def test_the_personalized_graph_equals_the_mixture_of_its_experts_and_gate(built
         bundle,
         f"personal-{level}.onnx",
         ["probabilities", "gate"],
-        pixels=pixels,
+        **samples,
         gate_theta=gate_theta,
         **{f"{expert}_theta": theta for expert, theta in thetas.items()},
         **{f"{expert}_bias": bias for expert, bias in biases.items()},

@@ -1,0 +1,181 @@
+"""Folders of images or texts, as users have them, and the slices they become."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from support import CLASSES, write_photos
+
+from edge_runtime.images import load_pixels
+from edge_runtime.inputs import IMAGES, TEXTS
+from edge_runtime.samples import Slices, hold_out_look_alikes, labels_of, scan
+from protocol.bundle import ImagePreprocessing
+from protocol.errors import InputError
+
+PREPROCESSING = ImagePreprocessing(size=32, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+
+
+@pytest.fixture
+def folder(photos: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(photos, tmp_path / "photos")
+
+
+def split(folder: Path) -> Path:
+    """The photos as a user would have split them, the first three of each class for the test."""
+    for name in CLASSES:
+        for index, path in enumerate(sorted((folder / name).iterdir())):
+            target = folder / ("test" if index < 3 else "train") / name / path.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(target)
+        (folder / name).rmdir()
+    return folder
+
+
+def contents(slices: Slices) -> list[list[tuple[str, int]]]:
+    return [[(i.sha256, i.label) for i in part] for part in (slices.train, slices.held_out, slices.test)]
+
+
+def test_a_flat_folder_is_split_per_class_without_overlap(folder: Path) -> None:
+    slices = scan(folder, CLASSES, IMAGES)
+    assert [np.bincount(labels_of(s)).tolist() for s in (slices.train, slices.held_out, slices.test)] == [
+        [6] * 4,
+        [2] * 4,
+        [2] * 4,
+    ]
+    images = [*slices.train, *slices.held_out, *slices.test]
+    assert {i.path for i in images} == set(folder.rglob("*.jpg"))
+    assert all(i.path.parent.name == CLASSES[i.label] for i in images)
+    assert all(hashlib.sha256(i.path.read_bytes()).hexdigest() == i.sha256 for i in images)
+    assert slices.class_counts(5).tolist() == [8, 8, 8, 8, 0]
+
+
+def test_a_folder_with_train_and_test_keeps_the_users_test_slice(folder: Path) -> None:
+    slices = scan(split(folder), CLASSES, IMAGES)
+    assert {i.path for i in slices.test} == set((folder / "test").rglob("*.jpg"))
+    assert np.bincount(labels_of(slices.train)).tolist() == [6] * 4
+    assert np.bincount(labels_of(slices.held_out)).tolist() == [1] * 4
+
+
+@pytest.mark.parametrize("presplit", [True, False])
+def test_slices_are_the_same_under_other_names_and_dates(folder: Path, presplit: bool) -> None:
+    root = split(folder) if presplit else folder
+    before = contents(scan(root, CLASSES, IMAGES))
+    for index, path in enumerate(sorted(root.rglob("*.jpg"), reverse=True)):
+        path.rename(path.with_name(f"renamed-{index}.JPEG"))
+    assert contents(scan(root, CLASSES, IMAGES)) == before
+
+
+def test_labels_follow_the_bundles_order_of_classes(folder: Path) -> None:
+    slices = scan(folder, ("plum", "x", "lemon", "kiwi", "apple"), IMAGES)
+    assert {(i.path.parent.name, i.label) for i in slices.train} == {
+        ("plum", 0),
+        ("lemon", 2),
+        ("kiwi", 3),
+        ("apple", 4),
+    }
+
+
+@pytest.mark.parametrize(("count", "sizes"), [(2, [1, 1, 0]), (3, [1, 1, 1]), (4, [2, 1, 1])])
+def test_small_classes_still_train_and_hold_out(tmp_path: Path, count: int, sizes: list[int]) -> None:
+    slices = scan(write_photos(tmp_path, count), CLASSES, IMAGES)
+    assert [len(part) for part in (slices.train, slices.held_out, slices.test)] == [4 * size for size in sizes]
+
+
+def test_a_class_with_one_image_is_refused_by_name(folder: Path) -> None:
+    for path in sorted((folder / "kiwi").iterdir())[1:]:
+        path.unlink()
+    with pytest.raises(InputError, match=r"'kiwi'.*one readable image"):
+        scan(folder, CLASSES, IMAGES)
+
+
+def test_an_image_that_stands_twice_counts_once(folder: Path) -> None:
+    before = contents(scan(folder, CLASSES, IMAGES))
+    for path in list((folder / "kiwi").iterdir()):
+        shutil.copyfile(path, path.with_name(f"copy of {path.name}"))
+    assert contents(scan(folder, CLASSES, IMAGES)) == before
+
+
+def test_a_class_the_bundle_does_not_know_is_refused_with_those_it_does(folder: Path) -> None:
+    (folder / "lemon").rename(folder / "lime")
+    with pytest.raises(InputError, match=r"lime is not a class.*apple, kiwi, lemon, plum"):
+        scan(folder, CLASSES, IMAGES)
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "empty classes", "no subfolders", "presplit"])
+def test_a_folder_without_images_is_refused(tmp_path: Path, kind: str) -> None:
+    root = tmp_path / "images"
+    if kind != "missing":
+        root.mkdir()
+    for name in {"empty classes": ["kiwi"], "presplit": ["train", "test"]}.get(kind, []):
+        (root / name).mkdir()
+    if kind == "no subfolders":
+        Image.new("RGB", (8, 8)).save(root / "a.png")
+    with pytest.raises(InputError, match="does not exist" if kind == "missing" else "holds no images"):
+        scan(root, CLASSES, IMAGES)
+
+
+def test_unreadable_images_are_skipped_and_named(folder: Path) -> None:
+    whole = sorted((folder / "plum").iterdir())[0]
+    bad = {
+        "truncated.jpg": whole.read_bytes()[:-400],
+        "empty.png": b"",
+        "text.jpeg": b"not an image",
+        "page.webp": b"RIFF\0\0\0\0WEBP",
+    }
+    before = contents(scan(folder, CLASSES, IMAGES))
+    for name, data in bad.items():
+        (folder / "plum" / name).write_bytes(data)
+    (folder / "plum" / "notes.txt").write_text("not for us")
+    (folder / "plum" / "folder.jpg").mkdir()
+    slices = scan(folder, CLASSES, IMAGES)
+    assert {path.name for path in slices.unreadable} == set(bad)
+    assert contents(slices) == before
+    for name in bad:
+        with pytest.raises(InputError, match=name):
+            load_pixels(folder / "plum" / name, PREPROCESSING)
+
+
+def test_what_is_held_out_of_a_class_looks_alike_and_is_as_much_as_before(tmp_path: Path) -> None:
+    slices = scan(write_photos(tmp_path, 13), CLASSES, IMAGES)
+    images = slices.train + slices.held_out
+    rng = np.random.default_rng(3)
+    scenes = rng.normal(size=(2, 8))
+    scene_of = {image: index % 2 for index, image in enumerate(sorted(images, key=lambda i: i.sha256))}
+    features = np.array([scenes[scene_of[i]] + rng.normal(size=8) * 0.01 for i in images], np.float32)
+    dealt = hold_out_look_alikes(slices, features)
+    assert {*dealt.train, *dealt.held_out} == set(images)
+    for label in range(len(CLASSES)):
+        held_out = [image for image in dealt.held_out if image.label == label]
+        assert len(held_out) == sum(image.label == label for image in slices.held_out) == 2
+        assert len({scene_of[image] for image in held_out}) == 1
+
+
+def test_texts_are_sliced_like_images_and_unreadable_ones_are_named(texts: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(texts, tmp_path / "texts")
+    before = contents(scan(folder, CLASSES, TEXTS))
+    bad = {"latin.txt": "Köln".encode("latin-1"), "empty.txt": b"", "blank.TXT": b" \n\t", "cut.txt": "ü".encode()[:1]}
+    for name, data in bad.items():
+        (folder / CLASSES[0] / name).write_bytes(data)
+    (folder / CLASSES[0] / "photo.jpg").write_bytes(b"not for us")
+    slices = scan(folder, CLASSES, TEXTS)
+    assert {path.name for path in slices.unreadable} == set(bad)
+    assert contents(slices) == before
+    assert {sample.path for part in (slices.train, slices.held_out, slices.test) for sample in part} == {
+        *texts_of(folder, without=set(bad))
+    }
+
+
+def texts_of(folder: Path, without: set[str]) -> list[Path]:
+    return [path for path in folder.rglob("*.txt") if path.name not in without]
+
+
+def test_a_folder_of_the_other_kind_holds_nothing(texts: Path, photos: Path) -> None:
+    with pytest.raises(InputError, match=f"text folder {photos} holds no texts"):
+        scan(photos, CLASSES, TEXTS)
+    with pytest.raises(InputError, match=f"image folder {texts} holds no images"):
+        scan(texts, CLASSES, IMAGES)
