@@ -67,7 +67,7 @@ def build_report(
         "rounds": {"stage1": len(stage1), "stage2": len(stage2)},
         "seconds": _seconds(rounds, seconds),
         "accuracy": _accuracy(evaluation, tested),
-        "accuracy_global_test": {name: _rounded(_balanced(tested, name)) for name in ("class_means", "global")},
+        "accuracy_global_test": {name: _rounded(_balanced(tested, name)) for name in ("start", "global")},
         "test_images": {name: update.samples for name, update in sorted(tested.items())},
         "gate": {
             "mean_local_weight": _rounded(evaluation.mean("mean_local_weight") or 0.0),

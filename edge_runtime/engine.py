@@ -5,20 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 
 from edge_runtime.memory import release_free_memory
 from edge_runtime.optimizer import AdamW, expert_decay
+from edge_runtime.runtime import onnxruntime
 from protocol.bundle import Bundle, Dims
 from protocol.errors import BundleError
 from protocol.layout import Vector
 from protocol.messages import EngineName, Training
 
 Floats = NDArray[np.float32]
+InferenceSession: TypeAlias = Any  # of whichever ONNX Runtime there is
 ACTIVATION_BYTES = 128 * 2**20
 BLOCK_STATES, LAST_BLOCK_STATES = 15, 4  # what a block keeps, in hidden states (B, N, D): measured on ViT-B/16
 NEVER = -1e4  # a log-probability so low that float32's exp of it is zero
@@ -83,7 +84,7 @@ class StepGraphEngine:
         self._threads = threads
         self._asked_micro_batch = micro_batch
         self._micro_batch = 1
-        self._sessions: dict[str, onnxruntime.InferenceSession] = {}
+        self._sessions: dict[str, InferenceSession] = {}
         self._level = 0
         self._theta: Vector = np.empty(0, np.float32)
         self._optimizer: AdamW | None = None
@@ -135,12 +136,12 @@ def default_micro_batch(dims: Dims, level: int) -> int:
     return max(1, int(ACTIVATION_BYTES / (state * (LAST_BLOCK_STATES + BLOCK_STATES * (level - 1)))))
 
 
-def open_session(bundle: Bundle, name: str, threads: int) -> onnxruntime.InferenceSession:
+def open_session(bundle: Bundle, name: str, threads: int) -> InferenceSession:
     """Raises BundleError if ONNX Runtime cannot read the graph."""
     return session_for(bundle.path(name), threads)
 
 
-def session_for(path: Path, threads: int) -> onnxruntime.InferenceSession:
+def session_for(path: Path, threads: int) -> InferenceSession:
     """Raises BundleError if ONNX Runtime cannot read the file."""
     try:
         return onnxruntime.InferenceSession(str(path), session_options(threads), providers=["CPUExecutionProvider"])
@@ -148,7 +149,7 @@ def session_for(path: Path, threads: int) -> onnxruntime.InferenceSession:
         raise BundleError(f"{path} is not a graph ONNX Runtime can run: {str(error).splitlines()[0]}") from error
 
 
-def session_options(threads: int) -> onnxruntime.SessionOptions:
+def session_options(threads: int) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
@@ -158,7 +159,7 @@ def session_options(threads: int) -> onnxruntime.SessionOptions:
     return options
 
 
-def run(session: onnxruntime.InferenceSession, outputs: list[str], inputs: Mapping[str, NDArray[Any]]) -> list[Floats]:
+def run(session: InferenceSession, outputs: list[str], inputs: Mapping[str, NDArray[Any]]) -> list[Floats]:
     """Runs only what `outputs` need."""
     options = onnxruntime.RunOptions()
     options.only_execute_path_to_fetches = True

@@ -73,7 +73,7 @@ def evaluate(device: Device, task: Round, given: Globals) -> Outcome:
     expert = LocalExpert.load(device, task.session) or LocalExpert.from_global(device, given.expert, task.sal)
     seen = mixture(device, images, given, expert.best, expert.best_level)
     models = {
-        "class_means": device.log_p(images, given.start, nothing),
+        "start": device.log_p(images, given.start, nothing),
         "global": device.log_p(images, given.expert, nothing),
         "global_prior": seen.global_log_p,
         "local_expert": seen.local_log_p,
@@ -85,7 +85,7 @@ def evaluate(device: Device, task: Round, given: Globals) -> Outcome:
     weight, entropy = gate_statistics(seen.log_gate) if len(images) else (0.0, 0.0)
     metrics = {name: accuracy(log_p, labels) for name, log_p in models.items()}
     counts = {"test": _per_class(device, labels)}
-    for name in ("class_means", "global"):
+    for name in ("start", "global"):
         counts[name] = _per_class(device, labels[models[name].argmax(axis=1) == labels])
     probabilities = {str(i.path): p.tolist() for i, p in zip(images, np.exp(seen.log_p), strict=True)}
     results = {"run": task.run, "accuracy": metrics, "probabilities": probabilities}

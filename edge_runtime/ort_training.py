@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 
-from edge_runtime.engine import (
-    Batch,
-    Floats,
-    default_micro_batch,
-    open_session,
-    run,
-    session_options,
-)
+from edge_runtime.engine import Batch, Floats, InferenceSession, default_micro_batch, open_session, run, session_options
 from edge_runtime.memory import release_free_memory
 from edge_runtime.optimizer import expert_decay
+from edge_runtime.runtime import onnxruntime, training_api
 from protocol.bundle import Bundle
 from protocol.errors import BundleError
 from protocol.layout import Vector
@@ -42,7 +31,7 @@ class TrainingSession:
 
     def __init__(self, bundle: Bundle, level: int, theta: Vector, learning_rate: float, threads: int) -> None:
         """Raises BundleError if onnxruntime-training cannot read the level's artifacts."""
-        api, root = _api(), bundle.root
+        api, root = training_api(), bundle.root
         try:
             self.state = api.CheckpointState.load_checkpoint(root / f"ort-training-{level}.checkpoint")
             self._module = api.Module(
@@ -97,7 +86,7 @@ class OrtTrainingEngine:
         self._theta: Vector = np.empty(0, np.float32)
         self._training: Training | None = None
         self._session: TrainingSession | None = None
-        self._predict: onnxruntime.InferenceSession | None = None
+        self._predict: InferenceSession | None = None
 
     def load(self, level: int) -> None:
         self.set(np.empty(0, np.float32))
@@ -134,14 +123,3 @@ class OrtTrainingEngine:
             self._predict = open_session(self._bundle, f"predict-{self._level}.onnx", self._threads)
         (logits,) = run(self._predict, ["logits"], {"hidden": hidden, "theta": self._theta})
         return logits
-
-
-def _api() -> Any:
-    """onnxruntime.training.api, which needs no torch. The package around it does (microsoft/onnxruntime#22070): where
-    it could not be imported, an empty one in its place leads to the same modules."""
-    name = "onnxruntime.training"
-    if name not in sys.modules:
-        package = ModuleType(name)
-        package.__path__ = [str(Path(onnxruntime.__file__).parent / "training")]
-        sys.modules[name] = package
-    return importlib.import_module(f"{name}.api")

@@ -75,10 +75,10 @@ def build(
     source = load_backbone(model, weights, len(names), image_size or max_tokens, revision, seed, tokenizer)
     _check_input(source, image_size, max_tokens, tokenizer)
     out = out or Path("bundles") / source.name
-    zero_shot = _zero_shot(source, names, prompt)
     columns = (TextColumn("{task.description:<28}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task("backbone (optimum)", total=None)
+        task = progress.add_task("class names", total=None)
+        zero_shot = _zero_shot(source, names, prompt)
         for done, total, what in build_bundle(
             source, names, levels, source.family.lora(rank), out, seed, precision, zero_shot, ort_training
         ):
