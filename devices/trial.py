@@ -26,7 +26,7 @@ from edge_runtime.inputs import Kind
 from protocol.bundle import Bundle, Precision
 from protocol.errors import ConfigError, InputError, RunError
 from protocol.topics import check_name
-from shell.cli import application, console
+from shell.cli import application, byte_size, console
 
 app = application("Run a whole federated trial on this machine: real photos, a real backbone, a broker, N devices.")
 
@@ -53,6 +53,9 @@ def trial(
     stage1_rounds: int = typer.Option(12, min=1),
     stage2_rounds: int = typer.Option(5, min=1),
     round_timeout: float = typer.Option(300, min=1, help="Seconds after which a round ends without the missing."),
+    memory: str | None = typer.Option(
+        None, help="Memory each device may take, like 512MB. Default: as edge_runtime's."
+    ),
     baseline: bool = typer.Option(True, help="Also train every device alone, for comparison."),
 ) -> None:
     started = time.monotonic()
@@ -60,6 +63,7 @@ def trial(
         raise ConfigError("--classes and --classes-from-folders exclude each other")
     if (classes or classes_from_folders) and images is None:
         raise ConfigError("--classes and --classes-from-folders go with --images")
+    byte_size("--memory", memory)
     if weights and model is None:
         raise ConfigError("--weights goes with --model")
     folder = Path("runs") / check_name("run", name)
@@ -93,7 +97,7 @@ def trial(
                 "edge_runtime",
                 *("run", "--run", name, "--device", root.name, "--images", str(root), "--broker", address),
                 *("--state", str(folder / "devices" / root.name), "--bundle", str(folder / "bundle")),
-                *("--threads", threads),
+                *("--threads", threads, *(["--memory", memory] if memory else [])),
                 restarts=True,
             )
         with LiveView(address, name, folder) as view:

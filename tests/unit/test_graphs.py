@@ -22,7 +22,7 @@ from support import (
     trainables,
 )
 
-from edge_runtime.engine import NEVER, Batch, StepGraphEngine
+from edge_runtime.engine import NEVER, Batch, Fit, StepGraphEngine
 from edge_runtime.mixture import log_softmax, mix
 from edge_runtime.optimizer import AdamW
 from export.reference import loss_and_gradient, torch_inputs
@@ -131,10 +131,8 @@ def test_masked_classes_get_no_gradient(vit: Built, level: int) -> None:
 
 
 @pytest.mark.parametrize("level", [1, LAYERS])
-@pytest.mark.parametrize("micro_batch", [3, 8])
-def test_twenty_adamw_steps_of_the_engine_equal_torch_over_the_whole_model(
-    built: Built, level: int, micro_batch: int
-) -> None:
+@pytest.mark.parametrize("fit", [Fit(3), Fit(8), Fit(8, lean=True)])
+def test_twenty_adamw_steps_of_the_engine_equal_torch_over_the_whole_model(built: Built, level: int, fit: Fit) -> None:
     bundle, manifest = built.bundle, built.bundle.manifest
     rng = np.random.default_rng(5)
     samples, labels = random_samples(built, 24, seed=5), rng.integers(0, C, 24)
@@ -143,7 +141,7 @@ def test_twenty_adamw_steps_of_the_engine_equal_torch_over_the_whole_model(
 
     per_parameter = np.full(theta.size, decay, np.float32)
     per_parameter[bundle.expert.parts[HEAD]] = 0.0
-    engine = StepGraphEngine(bundle, threads=1, micro_batch=micro_batch)
+    engine = StepGraphEngine(bundle, threads=1, fits={level: fit})
     engine.load(level)
     engine.set(theta, AdamW(rate, per_parameter))
     hidden = hidden_of(built, samples, level)
