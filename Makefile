@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python -m
 INSTALLED := $(VENV)/.installed
+# onnxruntime-training: another package named onnxruntime, so it lies beside the environment and not in it
+TRAINING := $(VENV)/ort-training
 
 .PHONY: trial test install clean
 
@@ -15,6 +17,10 @@ test: install
 	$(RUN) ruff format --check .
 	$(RUN) mypy
 	$(RUN) pytest
+	@if [ -d $(TRAINING)/onnxruntime ]; then \
+		echo "once more what concerns engines, with onnxruntime-training" && \
+		PYTHONPATH=$(CURDIR)/$(TRAINING) $(RUN) pytest tests/unit/test_engines.py tests/unit/test_build.py; \
+	else echo "onnxruntime-training has no wheel here: its engine is not tested"; fi
 
 install: $(INSTALLED)
 
@@ -23,6 +29,8 @@ $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(RUN) pip install --quiet --disable-pip-version-check --editable .[dev]
+	$(RUN) pip install --quiet --disable-pip-version-check --no-deps --target $(TRAINING) \
+		onnxruntime-training-cpu==1.19.2 || true
 	touch $@
 
 clean:

@@ -18,7 +18,7 @@ import typer
 from protocol.errors import RunError
 from shell.cli import application
 
-MODELS = ("class_means", "local_only", "global", "global_prior", "local_expert", "mofm")
+MODELS = ("start", "local_only", "global", "global_prior", "local_expert", "mofm")
 
 app = application("Trials over several seeds and degrees of inequality.")
 

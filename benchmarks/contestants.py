@@ -19,11 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from edge_runtime.engine import Batch, StepGraphEngine
+from edge_runtime.engine import Batch
+from edge_runtime.engines import open_engine
 from edge_runtime.memory import peak_rss_mb
-from edge_runtime.optimizer import AdamW
 from edge_runtime.training import Targets
 from protocol.bundle import Bundle, ImagePreprocessing
+from protocol.messages import EngineChoice, Training
 
 LEARNING_RATE = 1e-3
 PRODUCT_SIDE = 2048
@@ -56,10 +57,12 @@ def make(name: str, setting: Setting) -> Contestant:
     if name == "torch-whole":
         return _torch(setting, level=None)
     kind, _, level = name.rpartition("-")
-    return _torch(setting, int(level)) if kind == "torch-suffix" else _engine(setting, int(level))
+    if kind == "torch-suffix":
+        return _torch(setting, int(level))
+    return _engine("ort-training" if kind == "ort-training" else "step-graph", setting, int(level))
 
 
-def _engine(setting: Setting, level: int) -> Contestant:
+def _engine(choice: EngineChoice, setting: Setting, level: int) -> Contestant:
     from benchmarks.flops import graph_flops
 
     bundle = Bundle(setting.bundle)
@@ -68,9 +71,9 @@ def _engine(setting: Setting, level: int) -> Contestant:
     targets = Targets.cross_entropy(rng.integers(0, dims.classes, setting.batch))
     hidden = rng.normal(size=(setting.batch, dims.tokens, dims.hidden)).astype(np.float32)
     batch = Batch(hidden, targets.labels, targets.gate, targets.other, np.zeros(dims.classes, np.float32))
-    engine = StepGraphEngine(bundle, setting.threads)
+    engine = open_engine(choice, bundle, setting.threads)
     engine.load(level)
-    engine.set(bundle.initial()[0][:size], AdamW(LEARNING_RATE, np.zeros(size, np.float32)))
+    engine.set(bundle.initial()[0][:size], Training(epochs=1, learning_rate=LEARNING_RATE))
     return Contestant(lambda: engine.step(batch), graph_flops(bundle.path(f"step-{level}.onnx"), setting.batch))
 
 

@@ -32,10 +32,13 @@ app = application("Time and memory of a training step, against torch + PEFT.")
 class Worker:
     """A contestant in its own process. It answers each line on its standard input with one visit's measurements."""
 
-    def __init__(self, name: str, setting: Setting) -> None:
+    def __init__(self, name: str, setting: Setting, runtime: Path | None = None) -> None:
+        """`runtime` is a folder with the ONNX Runtime to take instead of the installed one."""
         self.name = name
         command = [sys.executable, "-m", "benchmarks.contestants", name, json.dumps(vars(setting), default=str)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=_environment(runtime)
+        )
         self.flops = int(self._answer()["flops"])
 
     def visit(self) -> dict[str, float]:
@@ -61,15 +64,20 @@ class Worker:
 def compare(
     model: str = typer.Option("vit-b16", help="As for export.build."),
     weights: str | None = typer.Option("random", help="As for export.build."),
-    bundle: list[Path] = typer.Option([], help="Bundles of it; give it several times. Default: built once."),
+    bundle: list[Path] = typer.Option(
+        [], help="Bundles of it; give it several times. Default: fp32 and int8, built once."
+    ),
     levels: str = typer.Option(",".join(map(str, LEVELS)), help="SAL levels, separated by commas."),
     batch: int = typer.Option(8, min=1),
     threads: int = typer.Option(0, min=0, help="0: one per core."),
+    ort_training: Path | None = typer.Option(
+        None, help="Folder that onnxruntime-training-cpu was installed to with pip's --target, to compare it too."
+    ),
     rounds: int = typer.Option(7, min=2, help="Visits to each contestant."),
     seed: int = typer.Option(0),
     out: Path | None = typer.Option(None, "--json", help="File to write the measurements to."),
 ) -> None:
-    folders = bundle or [_built(model, weights)]
+    folders = bundle or [_built(model, weights, precision, ort_training) for precision in ("fp32", "int8")]
     if any(isinstance(Bundle(folder).manifest.preprocessing, TextPreprocessing) for folder in folders):
         raise ConfigError("this comparison is of vision models; give another --model or --bundle")
     threads = threads or os.cpu_count() or 1
@@ -79,6 +87,8 @@ def compare(
     for setting in settings:
         label = Bundle(setting.bundle).manifest.precision
         workers += [Worker(f"step-graph-{label}-{k}", setting) for k in wanted]
+        if ort_training and label == "fp32":
+            workers += [Worker(f"ort-training-{k}", setting, ort_training) for k in wanted]
     visits: dict[str, list[dict[str, float]]] = {worker.name: [] for worker in workers}
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("visits", total=rounds * len(workers))
@@ -133,14 +143,23 @@ def _show(results: dict[str, dict[str, float]]) -> None:
         )
 
 
-def _built(model: str, weights: str | None) -> Path:
-    folder = Path("bundles") / f"benchmark-{model}"
+def _built(model: str, weights: str | None, precision: str, ort_training: Path | None) -> Path:
+    with_training = ort_training is not None and precision == "fp32"
+    folder = Path("bundles") / f"benchmark-{model}-{precision}{'-training' if with_training else ''}"
     if not (folder / "manifest.json").is_file():
         command = [sys.executable, "-m", "export.build", "--model", model, "--out", str(folder)]
-        command += ["--weights", weights] if weights else []
-        if subprocess.run(command, check=False).returncode:
+        command += ["--precision", precision, *(["--weights", weights] if weights else [])]
+        command += ["--ort-training"] if with_training else []
+        if subprocess.run(command, env=_environment(ort_training if with_training else None), check=False).returncode:
             raise RunError(f"the bundle of {model} could not be built")
     return folder
+
+
+def _environment(runtime: Path | None) -> dict[str, str]:
+    if runtime is None:
+        return dict(os.environ)
+    paths = [str(runtime.resolve()), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def _processor() -> str:

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 NAMES = {
-    "class_means": "class means",
+    "start": "class means",
     "local_only": "local only",
     "global": "global",
     "global_prior": "global + prior",
@@ -23,7 +23,7 @@ NAMES = {
     "mofm": "MoFM",
 }
 COLOURS = {
-    "class_means": "#9a9a9a",
+    "start": "#9a9a9a",
     "local_only": "#e69f00",
     "global": "#0072b2",
     "global_prior": "#56b4e9",

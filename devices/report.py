@@ -67,7 +67,7 @@ def build_report(
         "rounds": {"stage1": len(stage1), "stage2": len(stage2)},
         "seconds": _seconds(rounds, seconds),
         "accuracy": _accuracy(evaluation, tested),
-        "accuracy_global_test": {name: _rounded(_balanced(tested, name)) for name in ("class_means", "global")},
+        "accuracy_global_test": {name: _rounded(_balanced(tested, name)) for name in ("start", "global")},
         "test_images": {name: update.samples for name, update in sorted(tested.items())},
         "gate": {
             "mean_local_weight": _rounded(evaluation.mean("mean_local_weight") or 0.0),
@@ -79,6 +79,7 @@ def build_report(
         "backbone_parameters": manifest.backbone_parameters,
         "bytes_up_per_device_round": _mean(size for r in exchanged for size in r.bytes_up.values()),
         "bytes_down_per_device_round": _mean(u.bytes_down for r in exchanged for u in r.updates.values()),
+        "engines": sorted({update.engine for r in rounds for update in r.updates.values()} - {""}),
         "device_peak_rss_mb": max(rss.values()),
         "device_peak_rss_mb_per_device": rss,
     }

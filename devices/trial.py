@@ -25,8 +25,10 @@ from devices.split import write_fleet
 from edge_runtime.inputs import Kind
 from protocol.bundle import Bundle, Precision
 from protocol.errors import ConfigError, InputError, RunError
+from protocol.messages import EngineChoice
 from protocol.topics import check_name
 from shell.cli import application, byte_size, console
+from shell.ort_training import require_ort_training
 
 app = application("Run a whole federated trial on this machine: real photos, a real backbone, a broker, N devices.")
 
@@ -46,6 +48,7 @@ def trial(
     image_size: int | None = typer.Option(None, help="Pixels per side. Default: 140, or --model's own."),
     precision: Precision = typer.Option("fp32", help="As for export.build."),
     levels: int = typer.Option(3, min=1, help="Highest SAL level."),
+    engine: EngineChoice = typer.Option("auto", help="What trains on the devices; ort-training is also exported for."),
     devices: int = typer.Option(6, min=1),
     alpha: float = typer.Option(0.5, min=1e-3, help="Dirichlet α of the devices' shares: smaller is more unequal."),
     seed: int = typer.Option(0),
@@ -64,6 +67,8 @@ def trial(
     if (classes or classes_from_folders) and images is None:
         raise ConfigError("--classes and --classes-from-folders go with --images")
     byte_size("--memory", memory)
+    if engine == "ort-training":
+        require_ort_training("--engine ort-training")
     if weights and model is None:
         raise ConfigError("--weights goes with --model")
     folder = Path("runs") / check_name("run", name)
@@ -76,7 +81,7 @@ def trial(
     roots = write_fleet(train, test, folder / "samples", devices, alpha, seed)
     counts = [sum(map(len, of_class.values())) for of_class in (train, test)]
     console.print(f"{kind.noun + 's':<10} {counts[0]} to train on, {counts[1]} to test on")
-    options = _options(list(train), model, weights, image_size, levels, precision, seed)
+    options = _options(list(train), model, weights, image_size, levels, precision, engine, seed)
     seconds = {"export": _export(folder / "bundle", options)}
     _check_kind(Bundle(folder / "bundle"), samples, kind)
     threads = str(max(1, (os.cpu_count() or 1) // devices))
@@ -97,7 +102,7 @@ def trial(
                 "edge_runtime",
                 *("run", "--run", name, "--device", root.name, "--images", str(root), "--broker", address),
                 *("--state", str(folder / "devices" / root.name), "--bundle", str(folder / "bundle")),
-                *("--threads", threads, *(["--memory", memory] if memory else [])),
+                *("--threads", threads, "--engine", engine, *(["--memory", memory] if memory else [])),
                 restarts=True,
             )
         with LiveView(address, name, folder) as view:
@@ -123,11 +128,13 @@ def _options(
     image_size: int | None,
     levels: int,
     precision: Precision,
+    engine: EngineChoice,
     seed: int,
 ) -> list[str]:
     """The command line of export.build."""
     options = ["--model", model, "--classes", ",".join(classes), "--levels", str(levels), "--seed", str(seed)]
     options += ["--precision", precision]
+    options += ["--ort-training"] if engine == "ort-training" else []
     options += ["--weights", weights] if weights else []
     options += ["--image-size", str(image_size)] if image_size else []
     return options

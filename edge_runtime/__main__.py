@@ -11,7 +11,8 @@ import typer
 from edge_runtime.cache import DiskCache
 from edge_runtime.device import Device
 from edge_runtime.download import fetch_bundle, find_server
-from edge_runtime.engine import Fit, StepGraphEngine
+from edge_runtime.engine import Fit
+from edge_runtime.engines import open_engine
 from edge_runtime.features import FeatureCache
 from edge_runtime.gate import Gate
 from edge_runtime.inputs import reader_of
@@ -21,6 +22,7 @@ from edge_runtime.samples import scan
 from edge_runtime.service import Service, device_link, progress_to
 from edge_runtime.store import DeviceStore
 from protocol.bundle import Bundle
+from protocol.messages import EngineChoice
 from protocol.topics import Topics
 from shell.cli import application, byte_size, console
 
@@ -35,6 +37,9 @@ def run(
     state: Path = typer.Option(Path("device"), help="Where this device keeps what it must not lose."),
     device: str | None = typer.Option(None, help="This device's name, at its first start. Default: from the host's."),
     bundle: Path | None = typer.Option(None, help="A bundle's folder. Default: fetched from the run's server."),
+    engine: EngineChoice = typer.Option(
+        "auto", help="What trains. auto: onnxruntime-training where it is installed and the bundle is built for it."
+    ),
     threads: int = typer.Option(0, min=0, help="Threads to compute with. 0: one per core."),
     memory: str | None = typer.Option(None, help="Memory it may take, like 512MB. Default: half of what there is."),
     cache: str | None = typer.Option(
@@ -52,6 +57,7 @@ def run(
     link.connect()
     opened = Bundle(bundle) if bundle else fetch_bundle(find_server(link, topics), state / "bundles")
     opened.verify()
+    trainer = open_engine(engine, opened, threads)
     kind = reader_of(opened).kind
     slices = scan(images, opened.manifest.classes, kind)
     for path in slices.unreadable:
@@ -60,19 +66,19 @@ def run(
     report("measuring", 0, 1)
     samples = slices.train + slices.held_out + slices.test
     largest = max((kind.extent(sample.path), sample.path) for sample in samples)
-    plan = make_plan(opened, store, threads, largest, memory_bytes, step_seconds)
+    plan = make_plan(opened, store, trainer.name, threads, largest, memory_bytes, step_seconds)
     console.print(
         f"device {name}: {len(slices.train)} {kind.noun}s to train on, {len(slices.held_out)} held out, "
-        f"{len(slices.test)} to test on; level cap {plan.level_cap}"
+        f"{len(slices.test)} to test on; engine {trainer.name}, level cap {plan.level_cap}"
     )
-    engine = StepGraphEngine(opened, threads, plan.fits)
+    trainer = open_engine(trainer.name, opened, threads, plan.fits)
     disk = DiskCache(store.cache, cache_bytes)
     node = Device(
         name=name,
         bundle=opened,
         scanned=slices,
-        cache=FeatureCache(disk, opened, threads, report, plan.feature_batch, engine.release),
-        engine=engine,
+        cache=FeatureCache(disk, opened, threads, report, plan.feature_batch, trainer.release),
+        engine=trainer,
         gate=Gate(opened, threads),
         store=store,
         level_cap=plan.level_cap,
@@ -115,6 +121,7 @@ def personalize(
 @app.command(hidden=True)
 def probe(
     bundle: Path = typer.Option(),
+    engine: EngineChoice = typer.Option("auto"),
     threads: int = typer.Option(1, min=1),
     sample: Path = typer.Option(help="What to pass through the backbone."),
     feature_batch: int = typer.Option(1, min=1),
@@ -123,7 +130,8 @@ def probe(
     lean: bool = typer.Option(False),
 ) -> None:
     """Work as a daemon does, level by level from the first; print what each took as it ends."""
-    for line in probe_levels(Bundle(bundle), threads, sample, feature_batch, first, Fit(micro_batch, lean)):
+    fit = Fit(micro_batch, lean)
+    for line in probe_levels(Bundle(bundle), engine, threads, sample, feature_batch, first, fit):
         print(line.model_dump_json(), flush=True)
 
 

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 
 from edge_runtime.memory import release_free_memory
-from edge_runtime.optimizer import AdamW
+from edge_runtime.optimizer import AdamW, expert_decay
+from edge_runtime.runtime import onnxruntime
 from protocol.bundle import Bundle, Dims
 from protocol.errors import BundleError
 from protocol.layout import Vector
+from protocol.messages import EngineName, Training
 
 Floats = NDArray[np.float32]
+InferenceSession: TypeAlias = Any  # of whichever ONNX Runtime there is
 ACTIVATION_BYTES = 128 * 2**20
 BLOCK_STATES, LAST_BLOCK_STATES = 15, 4  # what a block keeps, in hidden states (B, N, D): measured on ViT-B/16
 NEVER = -1e4  # a log-probability so low that float32's exp of it is zero
@@ -36,6 +38,20 @@ class Batch:
     other: Floats
     bias: Floats
 
+    def micro_batches(self, size: int) -> Iterator[dict[str, NDArray[Any]]]:
+        """A step's inputs for at most `size` images each, their weights being shares of the batch's mean."""
+        images = len(self.labels)
+        for start in range(0, images, size):
+            part = slice(start, start + size)
+            yield {
+                "hidden": self.hidden[part],
+                "labels": self.labels[part],
+                "weights": np.full(len(self.labels[part]), 1 / images, np.float32),
+                "gate": self.gate[part],
+                "other": self.other[part],
+                "bias": self.bias,
+            }
+
 
 @dataclass(frozen=True)
 class Fit:
@@ -49,11 +65,13 @@ class Fit:
 class Engine(Protocol):
     """Trains and evaluates one expert at one level at a time, on the hidden states below that level's suffix."""
 
+    name: EngineName
+
     def load(self, level: int) -> None:
         """Makes `level` the level of everything that follows; parameters and optimizer state are dropped."""
 
-    def set(self, theta: Vector, optimizer: AdamW | None = None) -> None:
-        """Sets the trainables (P,), and the optimizer if they are to be trained."""
+    def set(self, theta: Vector, training: Training | None = None) -> None:
+        """Sets the trainables (P,), with a fresh AdamW by the settings of `training` if they are to be trained."""
 
     def get(self) -> Vector: ...
 
@@ -70,13 +88,15 @@ class Engine(Protocol):
 class StepGraphEngine:
     """Runs the gradient as an ordinary inference graph, in micro-batches, with AdamW outside it."""
 
+    name: EngineName = "step-graph"
+
     def __init__(self, bundle: Bundle, threads: int, fits: Mapping[int, Fit] | None = None) -> None:
         """`fits` by level. Default: as many images at once as keep a level's activations below ACTIVATION_BYTES."""
         self._bundle = bundle
         self._threads = threads
         self._fits = fits or {}
         self._fit = Fit(1)
-        self._sessions: dict[str, onnxruntime.InferenceSession] = {}
+        self._sessions: dict[str, InferenceSession] = {}
         self._level = 0
         self._theta: Vector = np.empty(0, np.float32)
         self._optimizer: AdamW | None = None
@@ -89,31 +109,22 @@ class StepGraphEngine:
         self._theta = np.empty(0, np.float32)
         self._optimizer = None
 
-    def set(self, theta: Vector, optimizer: AdamW | None = None) -> None:
+    def set(self, theta: Vector, training: Training | None = None) -> None:
         self._theta = theta
-        self._optimizer = optimizer
+        self._optimizer = None
+        if training is not None:
+            decay = expert_decay(self._bundle.expert, theta.size, training.weight_decay)
+            self._optimizer = AdamW(training.learning_rate, decay)
 
     def get(self) -> Vector:
         return self._theta
 
     def step(self, batch: Batch) -> float:
         if self._optimizer is None:
-            raise RuntimeError("step() needs an optimizer: call set(theta, optimizer) first")
-        size = len(batch.labels)
+            raise RuntimeError("step() needs an optimizer: call set(theta, training) first")
         loss, gradient = 0.0, np.zeros_like(self._theta)
-        for start in range(0, size, self._fit.micro_batch):
-            part = slice(start, start + self._fit.micro_batch)
-            part_loss, part_gradient = self._run(
-                "step",
-                ["loss", "gradient"],
-                hidden=batch.hidden[part],
-                labels=batch.labels[part],
-                weights=np.full(len(batch.labels[part]), 1 / size, np.float32),
-                gate=batch.gate[part],
-                other=batch.other[part],
-                bias=batch.bias,
-                theta=self._theta,
-            )
+        for inputs in batch.micro_batches(self._fit.micro_batch):
+            part_loss, part_gradient = self._run("step", ["loss", "gradient"], theta=self._theta, **inputs)
             loss += float(part_loss)
             gradient += part_gradient
         self._theta = self._optimizer.step(self._theta, gradient)
@@ -144,16 +155,22 @@ def default_micro_batch(dims: Dims, level: int) -> int:
     return max(1, int(ACTIVATION_BYTES / (state * (LAST_BLOCK_STATES + BLOCK_STATES * (level - 1)))))
 
 
-def open_session(bundle: Bundle, name: str, threads: int, prepack: bool = True) -> onnxruntime.InferenceSession:
+def open_session(bundle: Bundle, name: str, threads: int, prepack: bool = True) -> InferenceSession:
     """Raises BundleError if ONNX Runtime cannot read the graph."""
     return session_for(bundle.path(name), threads, prepack)
 
 
-def session_for(path: Path, threads: int, prepack: bool = True) -> onnxruntime.InferenceSession:
-    """With `prepack` weights are copied into the order that products read them in.
+def session_for(path: Path, threads: int, prepack: bool = True) -> InferenceSession:
+    """Raises BundleError if ONNX Runtime cannot read the file."""
+    options = session_options(threads, prepack)
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's own exceptions have no common base
+        raise BundleError(f"{path} is not a graph ONNX Runtime can run: {str(error).splitlines()[0]}") from error
 
-    Raises BundleError if ONNX Runtime cannot read the file.
-    """
+
+def session_options(threads: int, prepack: bool = True) -> Any:
+    """With `prepack` weights are copied into the order that products read them in."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
@@ -161,13 +178,10 @@ def session_for(path: Path, threads: int, prepack: bool = True) -> onnxruntime.I
     options.enable_mem_pattern = False
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # devices have other things to do
     options.add_session_config_entry("session.disable_prepacking", "0" if prepack else "1")
-    try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime's own exceptions have no common base
-        raise BundleError(f"{path} is not a graph ONNX Runtime can run: {str(error).splitlines()[0]}") from error
+    return options
 
 
-def run(session: onnxruntime.InferenceSession, outputs: list[str], inputs: Mapping[str, NDArray[Any]]) -> list[Floats]:
+def run(session: InferenceSession, outputs: list[str], inputs: Mapping[str, NDArray[Any]]) -> list[Floats]:
     """Runs only what `outputs` need."""
     options = onnxruntime.RunOptions()
     options.only_execute_path_to_fetches = True

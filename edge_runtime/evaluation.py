@@ -14,7 +14,7 @@ from edge_runtime.mixture import accuracy, gate_statistics, of_labels
 from edge_runtime.personal import LocalExpert, mixture, personal_model
 from edge_runtime.samples import labels_of
 from edge_runtime.stages import Globals, Outcome, class_sums, seed_of
-from edge_runtime.training import Targets, expert_optimizer, predict_log, train
+from edge_runtime.training import Targets, predict_log, train
 from protocol.errors import MessageError
 from protocol.head import head_of_class_means
 from protocol.layout import Vector
@@ -43,7 +43,7 @@ def train_alone(device: Device, task: Round, _: Globals) -> Outcome:
     for repetition in range(task.repetitions + 1):
         level, size = sal.level, layout.size(sal.level)
         engine.load(level)
-        engine.set(theta[:size], expert_optimizer(layout, size, task.training))
+        engine.set(theta[:size], task.training)
         if repetition:  # the start is a candidate too
             hidden = device.cache.frozen(slices.train, level)
             targets = Targets.cross_entropy(labels_of(slices.train))
@@ -73,7 +73,7 @@ def evaluate(device: Device, task: Round, given: Globals) -> Outcome:
     expert = LocalExpert.load(device, task.session) or LocalExpert.from_global(device, given.expert, task.sal)
     seen = mixture(device, images, given, expert.best, expert.best_level)
     models = {
-        "class_means": device.log_p(images, given.start, nothing),
+        "start": device.log_p(images, given.start, nothing),
         "global": device.log_p(images, given.expert, nothing),
         "global_prior": seen.global_log_p,
         "local_expert": seen.local_log_p,
@@ -85,7 +85,7 @@ def evaluate(device: Device, task: Round, given: Globals) -> Outcome:
     weight, entropy = gate_statistics(seen.log_gate) if len(images) else (0.0, 0.0)
     metrics = {name: accuracy(log_p, labels) for name, log_p in models.items()}
     counts = {"test": _per_class(device, labels)}
-    for name in ("class_means", "global"):
+    for name in ("start", "global"):
         counts[name] = _per_class(device, labels[models[name].argmax(axis=1) == labels])
     probabilities = {str(i.path): p.tolist() for i, p in zip(images, np.exp(seen.log_p), strict=True)}
     results = {"run": task.run, "accuracy": metrics, "probabilities": probabilities}

@@ -1,12 +1,19 @@
-"""AdamW (Loshchilov & Hutter 2019) on one flat vector, as torch.optim.AdamW computes it."""
+"""AdamW (Loshchilov & Hutter 2019) on one flat vector, as torch.optim.AdamW computes it, and what it decays."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from protocol.layout import Vector
+from protocol.layout import HEAD, Layout, Vector
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
+
+
+def expert_decay(layout: Layout, size: int, weight_decay: float) -> Vector:
+    """The decay of each of the first `size` trainables (P,): the LoRA's, while the head has none."""
+    decay = np.full(size, weight_decay, np.float32)
+    decay[layout.parts[HEAD]] = 0.0
+    return decay
 
 
 class AdamW:

@@ -12,7 +12,7 @@ from edge_runtime.engine import Floats
 from edge_runtime.mixture import accuracy, gate_statistics, mix, of_labels
 from edge_runtime.samples import labels_of
 from edge_runtime.stages import Globals, Outcome, seed_of
-from edge_runtime.training import Targets, expert_optimizer, predict_log, train
+from edge_runtime.training import Targets, predict_log, train
 from protocol.errors import MessageError
 from protocol.layout import Vector
 from protocol.messages import Round, Sal
@@ -154,7 +154,7 @@ def _train_local(device: Device, task: Round, given: Globals, expert: LocalExper
     targets = Targets(labels, gate=log_gate[:, 1], other=log_gate[:, 0] + global_log_p)
     engine.load(level)
     size = layout.size(level)
-    engine.set(expert.theta[:size], expert_optimizer(layout, size, task.training))
+    engine.set(expert.theta[:size], task.training)
     hidden = device.hidden(images, given.expert, level)
     train(engine, hidden, targets, device.mask, task.training, seed_of(device, task), device.report)
     theta = expert.theta.copy()

@@ -21,17 +21,18 @@ import numpy as np
 from pydantic import BaseModel, ValidationError
 
 from edge_runtime.cache import DiskCache
-from edge_runtime.engine import Batch, Fit, StepGraphEngine, default_micro_batch
+from edge_runtime.engine import Batch, Fit, default_micro_batch
+from edge_runtime.engines import open_engine
 from edge_runtime.features import BATCH as FEATURE_BATCH
 from edge_runtime.features import FeatureCache
 from edge_runtime.gate import Gate
 from edge_runtime.memory import peak_rss
-from edge_runtime.optimizer import AdamW
 from edge_runtime.samples import Sample
 from edge_runtime.store import DeviceStore
 from edge_runtime.training import Targets
 from protocol.bundle import Bundle, file_sha256
 from protocol.errors import ConfigError
+from protocol.messages import EngineChoice, EngineName, Training
 from shell.files import write_atomically
 
 MEMORY_SHARE = 0.5  # of the machine's, where nobody says how much
@@ -67,6 +68,7 @@ class _Question(BaseModel):
     """All that the answer depends on."""
 
     bundle: str
+    engine: EngineName
     threads: int
     memory: int
     step_seconds: float
@@ -83,6 +85,7 @@ class _Answered(BaseModel):
 def make_plan(
     bundle: Bundle,
     store: DeviceStore,
+    engine: EngineName,
     threads: int,
     largest: tuple[int, Path],
     memory: int | None,
@@ -96,7 +99,12 @@ def make_plan(
     budget = memory or int(MEMORY_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     path = store.root / "plan.json"
     question = _Question(
-        bundle=bundle.sha256, threads=threads, memory=budget, step_seconds=step_seconds, largest=largest[0]
+        bundle=bundle.sha256,
+        engine=engine,
+        threads=threads,
+        memory=budget,
+        step_seconds=step_seconds,
+        largest=largest[0],
     )
     with contextlib.suppress(OSError, ValidationError):
         kept = _Answered.model_validate_json(path.read_bytes())
@@ -104,7 +112,7 @@ def make_plan(
             return kept.plan
 
     def measure(feature_batch: int, first: int, fit: Fit) -> Iterator[Measured]:
-        return _measured(bundle, threads, largest[1], feature_batch, first, fit)
+        return _measured(bundle, engine, threads, largest[1], feature_batch, first, fit)
 
     plan = plan_within(measure, bundle, budget - RESERVE, step_seconds)
     if not plan.fits:
@@ -142,7 +150,7 @@ def plan_within(measure: Measure, bundle: Bundle, budget: int, step_seconds: flo
 
 
 def probe_levels(
-    bundle: Bundle, threads: int, sample: Path, feature_batch: int, first: int, fit: Fit
+    bundle: Bundle, choice: EngineChoice, threads: int, sample: Path, feature_batch: int, first: int, fit: Fit
 ) -> Iterator[Measured]:
     """Does what a daemon does: a pass over `feature_batch` times the sample, then each level's prediction and step."""
     with contextlib.suppress(OSError):  # if memory runs out it is this process that has to go
@@ -157,15 +165,16 @@ def probe_levels(
         cache.lifted(samples, levels, 1, theta)
         yield _line(PASSES, feature_batch, started)
     fits = {k: Fit(min(fit.micro_batch, default_micro_batch(dims, k)), fit.lean) for k in range(first, levels + 1)}
-    engine = StepGraphEngine(bundle, threads, fits)
+    engine = open_engine(choice, bundle, threads, fits)
     hidden = np.random.default_rng(0).standard_normal((BATCH, dims.tokens, dims.hidden), np.float32)
     for level, each in fits.items():
         size, trainables = each.micro_batch, theta[: bundle.expert.size(level)]
         targets = Targets.cross_entropy(np.zeros(size, np.int64))
         batch = Batch(hidden[:size], targets.labels, targets.gate, targets.other, np.zeros(dims.classes, np.float32))
         engine.load(level)
-        engine.set(trainables, AdamW(1e-3, np.zeros_like(trainables)))
+        engine.set(trainables)
         engine.predict(hidden[:feature_batch])
+        engine.set(trainables, Training(epochs=1, learning_rate=1e-3))
         engine.step(batch)
         started = time.perf_counter()
         engine.step(batch)
@@ -178,11 +187,22 @@ def _line(level: int, size: int, started: float) -> Measured:
 
 
 def _measured(
-    bundle: Bundle, threads: int, sample: Path, feature_batch: int, first: int, fit: Fit
+    bundle: Bundle, engine: EngineName, threads: int, sample: Path, feature_batch: int, first: int, fit: Fit
 ) -> Iterator[Measured]:
     """`probe_levels` in a process of its own, which is ended when nobody wants more lines."""
-    command = [sys.executable, "-m", "edge_runtime", "probe", "--bundle", str(bundle.root), "--threads", str(threads)]
-    command += ["--sample", str(sample), "--feature-batch", str(feature_batch), "--first", str(first)]
+    command = [sys.executable, "-m", "edge_runtime", "probe", "--bundle", str(bundle.root)]
+    command += [
+        "--engine",
+        engine,
+        "--threads",
+        str(threads),
+        "--sample",
+        str(sample),
+        "--feature-batch",
+        str(feature_batch),
+        "--first",
+        str(first),
+    ]
     command += ["--micro-batch", str(fit.micro_batch), *(["--lean"] if fit.lean else [])]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         try:

@@ -224,6 +224,7 @@ class Service:
             samples=outcome.samples,
             metrics=dict(outcome.metrics),
             counts=dict(outcome.counts),
+            engine=self._device.engine.name,
             seconds=seconds,
             peak_rss_mb=peak_rss_mb(),
             bytes_down=bytes_down,

@@ -11,7 +11,7 @@ import numpy as np
 from edge_runtime.device import Device
 from edge_runtime.mixture import accuracy
 from edge_runtime.samples import labels_of
-from edge_runtime.training import Targets, expert_optimizer, predict_log, train
+from edge_runtime.training import Targets, predict_log, train
 from protocol.layout import Vector
 from protocol.messages import Round, Stage
 from protocol.tensors import Tensors
@@ -63,7 +63,7 @@ def train_global(device: Device, task: Round, given: Globals) -> Outcome:
     level = min(task.level, device.level_cap)
     theta = given.expert[: layout.size(level)]
     engine.load(level)
-    engine.set(theta, expert_optimizer(layout, theta.size, task.training))
+    engine.set(theta, task.training)
     held_out = predict_log(engine, device.hidden(slices.held_out, given.expert, level), device.mask)
     hidden = device.hidden(slices.train, given.expert, level)
     targets = Targets.cross_entropy(labels_of(slices.train))

@@ -11,8 +11,6 @@ from numpy.typing import NDArray
 from edge_runtime.engine import NEVER, Batch, Engine, Floats
 from edge_runtime.features import HiddenStates, Report
 from edge_runtime.mixture import log_softmax
-from edge_runtime.optimizer import AdamW
-from protocol.layout import HEAD, Layout
 from protocol.messages import Training
 
 
@@ -30,13 +28,6 @@ class Targets:
         """Without another expert."""
         size = len(labels)
         return cls(labels, np.zeros(size, np.float32), np.full(size, NEVER, np.float32))
-
-
-def expert_optimizer(layout: Layout, size: int, training: Training) -> AdamW:
-    """A fresh AdamW for the first `size` trainables, which decays the LoRA but not the head."""
-    decay = np.full(size, training.weight_decay, np.float32)
-    decay[layout.parts[HEAD]] = 0.0
-    return AdamW(training.learning_rate, decay)
 
 
 def train(

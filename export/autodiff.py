@@ -285,10 +285,11 @@ class Tape:
         own = op("Add", gate, op("Squeeze", op("GatherElements", log_p, column, axis=1), self.graph.ints(1)))
         total = _log_add(self.graph, own, other)
         loss = op("Neg", op("ReduceSum", op("Mul", weights, total), keepdims=0))
-        share = op("Mul", weights, op("Exp", op("Sub", own, total)))
-        one_hot = op("OneHot", labels, self.graph.const(classes, np.int64), self.graph.const([0.0, 1.0]), axis=-1)
-        gradient = op("Mul", op("Sub", op("Exp", log_p), one_hot), op("Unsqueeze", share, self.graph.ints(1)))
-        self._gradients[logits.name] = gradient
+        if logits.trainable:
+            share = op("Mul", weights, op("Exp", op("Sub", own, total)))
+            one_hot = op("OneHot", labels, self.graph.const(classes, np.int64), self.graph.const([0.0, 1.0]), axis=-1)
+            gradient = op("Mul", op("Sub", op("Exp", log_p), one_hot), op("Unsqueeze", share, self.graph.ints(1)))
+            self._gradients[logits.name] = gradient
         return loss
 
     def gate_loss(self, logits: Var, expert_log_p: str, weights: str) -> str:

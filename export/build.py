@@ -16,6 +16,7 @@ from export.backbone_onnx import write_backbone_onnx
 from export.families import MODELS
 from export.graph import WEIGHTS_FILE, WeightFile
 from export.graphs import GraphWriter, expert_layout, gate_layout
+from export.ort_training import write_artifacts
 from export.parity import check_parity
 from export.reference import initial_expert
 from export.transformer import Transformer
@@ -37,6 +38,7 @@ from protocol.bundle import (
 from protocol.errors import ConfigError, InputError, WeightsError
 from protocol.layout import Layout, Vector
 from shell.cli import application, console
+from shell.ort_training import require_ort_training
 
 app = application("Export a frozen backbone as a bundle for edge devices.")
 
@@ -57,6 +59,9 @@ def build(
     ),
     rank: int = typer.Option(4, min=1, help="LoRA rank r; alpha is 2r."),
     precision: Precision = typer.Option("fp32", help="Of the frozen weights; int8 is faster and takes less memory."),
+    ort_training: bool = typer.Option(
+        False, "--ort-training", help="Also write what onnxruntime-training trains with, where a device has it."
+    ),
     prompt: list[str] | None = typer.Option(
         None, help="Template of CLIP's prompts, '{}' for the class name; may be repeated. Default: a few of ours."
     ),
@@ -64,16 +69,18 @@ def build(
     out: Path | None = typer.Option(None, help="Folder to write. Default: bundles/MODEL."),
     seed: int = typer.Option(0, help="Of the LoRA start, and of random weights."),
 ) -> None:
+    if ort_training:
+        require_ort_training("--ort-training")
     names = class_names(classes, classes_from)
     source = load_backbone(model, weights, len(names), image_size or max_tokens, revision, seed, tokenizer)
     _check_input(source, image_size, max_tokens, tokenizer)
     out = out or Path("bundles") / source.name
-    zero_shot = _zero_shot(source, names, prompt)
     columns = (TextColumn("{task.description:<28}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task("backbone (optimum)", total=None)
+        task = progress.add_task("class names", total=None)
+        zero_shot = _zero_shot(source, names, prompt)
         for done, total, what in build_bundle(
-            source, names, levels, source.family.lora(rank), out, seed, precision, zero_shot
+            source, names, levels, source.family.lora(rank), out, seed, precision, zero_shot, ort_training
         ):
             progress.update(task, completed=done, total=total, description=what)
     bundle = Bundle(out)
@@ -137,10 +144,11 @@ def build_bundle(
     seed: int,
     precision: Precision = "fp32",
     zero_shot: ZeroShot | None = None,
+    ort_training: bool = False,
 ) -> Iterator[tuple[int, int, str]]:
     """Writes the bundle at `out`, replacing one that is there; yields (steps done, steps, what is being done).
 
-    Raises ConfigError for impossible levels, BundleError if a graph differs from torch + PEFT.
+    Raises ConfigError for impossible levels or precisions, BundleError if a graph differs from torch + PEFT.
     """
     family, size = source.family, source.size
     geometry = family.geometry(source.model.config, size)
@@ -149,7 +157,9 @@ def build_bundle(
         raise ConfigError(f"--levels {levels} is more than the model's {geometry.blocks} blocks")
     if out.exists() and not (out / MANIFEST).exists() and any(out.iterdir()):
         raise ConfigError(f"--out {out} exists and is not a bundle; choose another folder")
-    steps = 1 + 4 * levels + 2 + 2
+    if ort_training and precision != "fp32":
+        raise ConfigError(f"--ort-training trains in fp32 only, not with --precision {precision}")
+    steps = 1 + (4 + ort_training) * levels + 2 + 2
     preprocessing = source.preprocessing
     layout = expert_layout(family, geometry, lora.rank, len(classes))
     gate = gate_layout(geometry.feature)
@@ -183,6 +193,9 @@ def build_bundle(
             )
             for done, name in enumerate(writer.write_all(), start=1):
                 yield done, steps, name
+            for level in range(1, levels + 1) if ort_training else ():
+                done += 1
+                yield done, steps, write_artifacts(writer, level)
             if precision == "fp32":  # it is the backbone's own, with weights that an int8 bundle does not have
                 write_backbone_onnx(source, root / "backbone.onnx", weight_file)
         if source.tokenizer:

@@ -110,6 +110,11 @@ class Graph:
             )
         return name
 
+    def parameter(self, name: str, shape: Sequence[int]) -> str:
+        """A trainable as onnxruntime-training takes it: an initializer of zeros, for a checkpoint to fill."""
+        self._initializers[name] = numpy_helper.from_array(np.zeros(shape, np.float32), name)
+        return name
+
     def ints(self, *values: int) -> str:
         return self.const(values, np.int64)
 

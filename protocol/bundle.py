@@ -11,6 +11,8 @@
     gate-step.onnx, gate-predict.onnx
     init.safetensors        the trainables every run starts from; a zero-shot head where there is a text tower
     tokenizer.json          of a text model: how texts become tokens, a file of Hugging Face's `tokenizers`
+    ort-training-{k}.onnx, ort-training-{k}.checkpoint, ort-training-optimizer.onnx
+                            level k's step for onnxruntime-training, where it was asked for
 
 "pixels" stands for (B, S, S, 3) uint8; a text model's graphs take "tokens", (B, N) int64, in their place.
 

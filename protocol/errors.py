@@ -2,7 +2,7 @@
 
 FedFMSLError              1   something a user can mend; its text is one line: what, where, what to do
 ├── ConfigError           2   an option or a setting has an unusable value
-├── InputError            3   images, folders or class names cannot be used
+├── InputError            3   images, texts, folders or class names cannot be used
 ├── BundleError           4   a bundle is missing, altered, or of another model
 ├── WeightsError          5   model weights cannot be found, fetched or recognised
 ├── BrokerError           6   the MQTT broker cannot be reached or refuses us

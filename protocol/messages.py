@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -26,6 +26,10 @@ class Stage(str, Enum):
     BASELINE = "baseline"  # train alone, for comparison; nothing is aggregated
     EVALUATE = "evaluate"  # measure on the test slice, write the personalized model
     FINISHED = "finished"  # nothing more to do
+
+
+EngineName = Literal["step-graph", "ort-training"]
+EngineChoice = Literal["auto", "step-graph", "ort-training"]
 
 
 class Training(Message):
@@ -127,6 +131,7 @@ class Update(Message):
     samples: int = Field(ge=0, le=2**53)
     metrics: dict[str, float] = {}
     counts: dict[str, list[int]] = {}
+    engine: str = ""
     seconds: float = Field(default=0.0, ge=0)
     peak_rss_mb: float = Field(default=0.0, ge=0)
     bytes_down: int = Field(default=0, ge=0)

@@ -39,6 +39,7 @@ from export.zero_shot import TEMPLATES, zero_shot_head
 from protocol.bundle import TOKENIZER, Bundle, Precision
 from protocol.layout import Vector
 from protocol.peft_names import from_peft, to_peft
+from shell.ort_training import has_ort_training
 
 CLASSES = ("apple", "kiwi", "lemon", "plum")
 IMAGE_SIZE = 32
@@ -141,12 +142,13 @@ def build(
     precision: Precision = "fp32",
 ) -> Built:
     """The bundle of a transformers folder, at IMAGE_SIZE or MAX_TOKENS; with a zero-shot head where there is a text
-    tower."""
+    tower, and for onnxruntime-training where that is what the tests run with."""
     size = MAX_TOKENS if (weights / TOKENIZER).is_file() else IMAGE_SIZE
     source = load_backbone(str(weights), None, len(classes), size, None, seed)
     zero_shot = zero_shot_head(source, classes, TEMPLATES) if source.family.text_tower else None
     lora = source.family.lora(RANK)
-    for _ in build_bundle(source, tuple(classes), levels, lora, out, seed, precision, zero_shot):
+    ort_training = precision == "fp32" and has_ort_training()
+    for _ in build_bundle(source, tuple(classes), levels, lora, out, seed, precision, zero_shot, ort_training):
         pass
     return Built(source, Bundle(out))
 
@@ -211,6 +213,11 @@ def random_theta(bundle: Bundle, level: int, seed: int) -> Vector:
 
 def run_graph(bundle: Bundle, name: str, outputs: Sequence[str], **inputs: NDArray[Any]) -> list[Floats]:
     return run(open_session(bundle, name, threads=1), list(outputs), inputs)
+
+
+def hidden_of(built: Built, samples: NDArray[Any], level: int) -> Floats:
+    """Hidden states below the suffix of a level, nothing trained underneath (B, N, D)."""
+    return run_graph(built.bundle, "features.onnx", [f"hidden_{level}"], **as_input(built, samples))[0]
 
 
 def torch_step(

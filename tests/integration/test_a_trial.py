@@ -12,14 +12,17 @@ from processes import Ended, run_module
 from support import CLASSES
 
 from protocol.bundle import Bundle
+from shell.ort_training import has_ort_training
 
 DEVICES, STAGE1, STAGE2 = 3, 2, 1
 NAMES = [f"device-{index}" for index in range(DEVICES)]
-ACCURACIES = {"class_means", "local_only", "global", "global_prior", "local_expert", "mofm"}
+ACCURACIES = {"start", "local_only", "global", "global_prior", "local_expert", "mofm"}
+ENGINE = "ort-training" if has_ort_training() else "step-graph"
 REPORT = {
     *("seed", "alpha", "devices", "classes", "model", "rounds", "seconds", "accuracy", "accuracy_global_test", "gate"),
     *("levels", "tuned_share", "tuned_parameters", "backbone_parameters"),
     *("bytes_up_per_device_round", "bytes_down_per_device_round", "device_peak_rss_mb"),
+    "engines",
 }
 
 
@@ -35,6 +38,7 @@ def ended(directory: Path, vit_folder: Path) -> Ended:
         "devices.trial",
         *("--images", str(photos), "--classes-from-folders", "--model", str(vit_folder), "--devices", str(DEVICES)),
         *("--stage1-rounds", str(STAGE1), "--stage2-rounds", str(STAGE2), "--alpha", "5", "--name", "tiny"),
+        *("--engine", ENGINE),
         cwd=directory,
     )
 
@@ -56,7 +60,7 @@ def test_the_report_has_every_name_that_others_read(report: dict[str, Any]) -> N
     assert set(report["rounds"]) == {"stage1", "stage2"}
     assert set(report["seconds"]) >= {"export", "features", "stage1", "stage2", "total"}
     assert set(report["accuracy"]) == ACCURACIES
-    assert set(report["accuracy_global_test"]) == {"class_means", "global"}
+    assert set(report["accuracy_global_test"]) == {"start", "global"}
     assert set(report["gate"]) == {"mean_local_weight", "entropy"}
 
 
@@ -64,6 +68,7 @@ def test_the_report_says_what_was_run(report: dict[str, Any], folder: Path) -> N
     manifest = Bundle(folder / "bundle").manifest
     assert (report["seed"], report["alpha"], report["model"]) == (0, 5.0, "tiny-vit")
     assert report["rounds"] == {"stage1": STAGE1, "stage2": STAGE2}
+    assert report["engines"] == [ENGINE]
     assert len(report["levels"]) >= STAGE1
     assert report["tuned_share"] == manifest.tuned_share
     assert report["tuned_parameters"] == manifest.tuned_parameters

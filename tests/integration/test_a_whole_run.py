@@ -28,7 +28,7 @@ DEVICES = ("device-0", "device-1", "device-2")
 WITHOUT_BUNDLE = "device-2"
 CORRUPT = Path("train", "lemon", "torn.jpg")  # in device-1's photos
 FORBIDDEN = ("torch", "transformers", "onnx", "peft", "optimum")
-ACCURACIES = ("class_means", "global", "global_prior", "local_expert", "local_only", "mofm")
+ACCURACIES = ("start", "global", "global_prior", "local_expert", "local_only", "mofm")
 
 
 @dataclass(frozen=True)

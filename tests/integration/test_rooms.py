@@ -79,7 +79,7 @@ def extras_of(extra: str | None) -> set[str]:
     found = set()
     for requirement in requires("fedfmsl-edge") or []:
         name = re.match(r"[A-Za-z0-9._-]+", requirement)
-        marker = re.search(r"extra == ['\"](\w+)['\"]", requirement)
+        marker = re.search(r"extra == ['\"]([\w-]+)['\"]", requirement)
         if name and (marker[1] if marker else None) in (None, extra):
             found.add(name[0].lower())
     return found

@@ -18,6 +18,7 @@ from edge_runtime.personalize import write_model
 from edge_runtime.store import DeviceStore
 from protocol.bundle import Bundle
 from protocol.tensors import pack
+from shell.ort_training import has_ort_training
 
 CONFIG, INPUT, BUNDLE, WEIGHTS, BROKER, RUN = 2, 3, 4, 5, 6, 8
 
@@ -236,6 +237,15 @@ CASES = [
             ("--cache", "-2GB", lambda w: w.device(cache="-2GB")),
             ("--memory", "512 apples", lambda w: w.trial(memory="512 apples")),
         )
+    ),
+    *(
+        Wrong(f"an engine that is not installed, at {room}", command, CONFIG, (option, "pip install"))
+        for room, option, command in (
+            ("a device", "--engine ort-training", lambda w: w.device(engine="ort-training")),
+            ("a trial", "--engine ort-training", lambda w: w.trial(engine="ort-training")),
+            ("the export", "--ort-training", lambda w: ["export.build", "--model", "vit-b16", "--ort-training"]),
+        )
+        if not has_ort_training()
     ),
     Wrong(
         "a port to serve on that is taken",

@@ -43,6 +43,7 @@ from export.reference import normalised
 from export.weights import load_backbone
 from protocol.bundle import Bundle
 from protocol.errors import BundleError, ConfigError, InputError, WeightsError
+from shell.ort_training import has_ort_training
 
 ROOT = Path(__file__).parents[2]
 
@@ -55,12 +56,14 @@ def test_two_builds_are_the_same_byte_for_byte(vit: Built, vit_folder: Path, tmp
 def test_builds_in_fresh_processes_from_copies_of_the_weights_are_the_same(clip_folder: Path, tmp_path: Path) -> None:
     """Neither paths, nor the order of sets, nor the number of threads get into a bundle."""
     made = []
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    options = ["--classes", "fig,plum,kiwi", "--out", "out", *(["--ort-training"] if has_ort_training() else [])]
     for name, threads in (("here", "1"), ("there", "2")):
         copy = shutil.copytree(clip_folder, tmp_path / name / "weights" / "clip")
         ended = subprocess.run(
-            [sys.executable, "-m", "export.build", "--model", str(copy), "--classes", "fig,plum,kiwi", "--out", "out"],
+            [sys.executable, "-m", "export.build", "--model", str(copy), *options],
             cwd=tmp_path / name,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": threads, "OMP_NUM_THREADS": threads},
+            env={**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": threads, "OMP_NUM_THREADS": threads},
             capture_output=True,
             text=True,
             check=False,
@@ -84,6 +87,9 @@ def test_the_bundle_holds_every_file_its_docstring_names_and_only_standard_opera
     graphs |= {f"{kind}-{level}" for kind in ("step", "predict", "personal") for level in levels}
     names = {f"{graph}.onnx" for graph in graphs}
     others = {"backbone.weights", "init.safetensors"} | ({"tokenizer.json"} if bundle.tokenizer() else set())
+    if has_ort_training():
+        others |= {f"ort-training-{level}.{kind}" for level in levels for kind in ("onnx", "checkpoint")}
+        others |= {"ort-training-optimizer.onnx"}
     assert set(bundle.manifest.files) == names | others
     assert {path.name for path in bundle.root.iterdir()} == {*bundle.manifest.files, "manifest.json"}
     for name in names:

@@ -62,8 +62,8 @@ def personalized(**said: Any) -> ClosedRound:
 def evaluated(baseline: bool = True) -> ClosedRound:
     """Device a has 3 test images of class 0 and one of class 1, b has 12 of class 1, c none."""
     alone = {"local_only": 0.25} if baseline else {}
-    of_a = {"class_means": 0.5, "global": 0.75, "global_prior": 0.75, "local_expert": 1.0, "mofm": 1.0, **alone}
-    of_b = {"class_means": 0.5, "global": 0.25, "global_prior": 0.5, "local_expert": 0.5, "mofm": 0.75, **alone}
+    of_a = {"start": 0.5, "global": 0.75, "global_prior": 0.75, "local_expert": 1.0, "mofm": 1.0, **alone}
+    of_b = {"start": 0.5, "global": 0.25, "global_prior": 0.5, "local_expert": 0.5, "mofm": 0.75, **alone}
     of_c = dict.fromkeys(of_a, 0.0)
     return closed(
         Stage.EVALUATE,
@@ -72,7 +72,7 @@ def evaluated(baseline: bool = True) -> ClosedRound:
             Stage.EVALUATE,
             4,
             metrics={**of_a, "mean_local_weight": 0.8, "gate_entropy": 0.2},
-            counts={"test": [3, 1, 0], "class_means": [2, 0, 0], "global": [3, 0, 0]},
+            counts={"test": [3, 1, 0], "start": [2, 0, 0], "global": [3, 0, 0]},
             peak_rss_mb=120.0,
         ),
         update(
@@ -80,7 +80,7 @@ def evaluated(baseline: bool = True) -> ClosedRound:
             Stage.EVALUATE,
             12,
             metrics={**of_b, **GATE},
-            counts={"test": [0, 12, 0], "class_means": [0, 6, 0], "global": [0, 3, 0]},
+            counts={"test": [0, 12, 0], "start": [0, 6, 0], "global": [0, 3, 0]},
             peak_rss_mb=110.0,
         ),
         update("c", Stage.EVALUATE, 0, metrics={**of_c, **GATE}, counts={name: [0, 0, 0] for name in ("test", *of_c)}),
@@ -121,7 +121,7 @@ def test_the_numbers_are_those_of_the_last_evaluation(vit: Built) -> None:
 
 
 def test_the_global_test_weighs_every_class_alike(vit: Built) -> None:
-    expected = {"class_means": (2 / 3 + 6 / 13) / 2, "global": (3 / 3 + 3 / 13) / 2}
+    expected = {"start": (2 / 3 + 6 / 13) / 2, "global": (3 / 3 + 3 / 13) / 2}
     assert report_of(vit, whole_run())["accuracy_global_test"] == pytest.approx(expected, abs=1e-6)
 
 

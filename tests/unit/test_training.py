@@ -18,10 +18,9 @@ from edge_runtime.mixture import (
     mix,
     of_labels,
 )
-from edge_runtime.optimizer import AdamW
-from edge_runtime.training import Targets, expert_optimizer
+from edge_runtime.optimizer import AdamW, expert_decay
+from edge_runtime.training import Targets
 from protocol.layout import Layout
-from protocol.messages import Training
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
@@ -51,7 +50,7 @@ def test_adamw_leaves_its_arguments_as_they_were() -> None:
 
 def test_the_head_is_not_decayed_but_the_lora_is() -> None:
     layout = Layout.build([("head", "w", (2,)), ("0", "a", (3,))])
-    optimizer = expert_optimizer(layout, 5, Training(epochs=1, learning_rate=0.1, weight_decay=0.5))
+    optimizer = AdamW(0.1, expert_decay(layout, 5, 0.5))
     theta = optimizer.step(np.ones(5, np.float32), np.zeros(5, np.float32))
     assert np.allclose(theta, [1, 1, 0.95, 0.95, 0.95])
 

@@ -1,0 +1,264 @@
+"""Both engines against torch + PEFT over the whole model.
+
+The engine of onnxruntime-training needs that package instead of the plain runtime, so `make test` runs this file twice.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from support import (
+    CLASSES,
+    LAYERS,
+    Built,
+    Floats,
+    build,
+    hidden_of,
+    random_samples,
+    random_theta,
+    relative_error,
+    run_graph,
+    torch_expert,
+    torch_step,
+    trainables,
+)
+
+from edge_runtime.engine import NEVER, Batch, Engine, Fit, StepGraphEngine
+from edge_runtime.engines import open_engine
+from edge_runtime.ort_training import OrtTrainingEngine, TrainingSession
+from export.build import build_bundle
+from export.reference import torch_inputs
+from protocol.bundle import Bundle
+from protocol.errors import BundleError, ConfigError
+from protocol.messages import Training
+from protocol.peft_names import from_peft
+from shell.ort_training import has_ort_training
+
+TOLERANCE = 1e-5
+# ONNX Runtime 1.19 sums in another order, and in a post-norm block a little more is left of that.
+TOLERANCES = {"bert": 2e-5} if has_ort_training() else {}
+LEVELS = [1, 2, LAYERS]
+C = len(CLASSES)
+Inputs = dict[str, NDArray[Any]]
+
+with_ort_training = pytest.mark.skipif(not has_ort_training(), reason="plain ONNX Runtime is what is installed")
+without_ort_training = pytest.mark.skipif(has_ort_training(), reason="onnxruntime-training is what is installed")
+
+
+def step_graph(bundle: Bundle, level: int, theta: Floats, inputs: Inputs) -> tuple[float, Floats]:
+    loss, gradient = run_graph(bundle, f"step-{level}.onnx", ["loss", "gradient"], theta=theta, **inputs)
+    return float(loss), gradient
+
+
+def ort_training(bundle: Bundle, level: int, theta: Floats, inputs: Inputs) -> tuple[float, Floats]:
+    session = TrainingSession(bundle, level, theta, learning_rate=1e-3, threads=1)
+    loss = session.add_gradient(inputs)
+    assert np.array_equal(session.get(), theta)
+    return loss, bundle.expert.join({name: parameter.grad for name, parameter in session.state.parameters})
+
+
+Differentiate = Callable[[Bundle, int, Floats, Inputs], tuple[float, Floats]]
+each_gradient = pytest.mark.parametrize(
+    "differentiate",
+    [pytest.param(step_graph, id="step-graph"), pytest.param(ort_training, id="ort-training", marks=with_ort_training)],
+)
+each_engine = pytest.mark.parametrize(
+    "engine_of",
+    [
+        pytest.param(StepGraphEngine, id="step-graph"),
+        pytest.param(OrtTrainingEngine, id="ort-training", marks=with_ort_training),
+    ],
+)
+
+
+def cross_entropy(*labels: int, weights: tuple[float, ...] | None = None) -> Inputs:
+    size = len(labels)
+    return {
+        "labels": np.array(labels),
+        "weights": np.array(weights or (1 / size,) * size, np.float32),
+        "gate": np.zeros(size, np.float32),
+        "other": np.full(size, NEVER, np.float32),
+        "bias": np.zeros(C, np.float32),
+    }
+
+
+MIXTURE: Inputs = {
+    "labels": np.array([0, 1, 3, 1, 0]),
+    "weights": np.array([0.5, 0.0, 0.1, 2.0, 0.25], np.float32),
+    "gate": np.log(np.array([0.3, 0.9, 0.5, 0.1, 0.7], np.float32)),
+    "other": np.array([-0.5, -1.0, -8.0, NEVER, -2.0], np.float32),
+    "bias": np.array([0.3, -0.7, NEVER, 0.0], np.float32),
+}
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(
+    "given",
+    [
+        pytest.param(cross_entropy(2), id="batch of one"),
+        pytest.param(cross_entropy(1, 1, 1), id="one class"),
+        pytest.param(cross_entropy(0, 1, 2, 3, 3, 0, 1), id="odd batch"),
+        pytest.param(cross_entropy(3, 0, 2, weights=(0.5, 0.5, 0.0)), id="padding"),
+        pytest.param(MIXTURE, id="mixture"),
+    ],
+)
+@each_gradient
+def test_loss_and_every_gradient_equal_torch_and_peft(
+    built: Built, level: int, given: Inputs, differentiate: Differentiate
+) -> None:
+    size = len(given["labels"])
+    samples, theta = random_samples(built, size, seed=level), random_theta(built.bundle, level, 1)
+
+    def loss_of(logits: torch.Tensor) -> torch.Tensor:
+        labels, weights, gate, other, bias = (torch.from_numpy(given[key]) for key in given)
+        own = torch.log_softmax(logits + bias, dim=1)[torch.arange(size), labels]
+        return -(weights * torch.logaddexp(gate + own, other)).sum()
+
+    loss, gradient = torch_step(built, theta, samples, loss_of)
+    inputs = {"hidden": hidden_of(built, samples, level), **given}
+    our_loss, our_gradient = differentiate(built.bundle, level, theta, inputs)
+    assert relative_error(our_loss, loss) < TOLERANCE
+    ours = built.bundle.expert.split(our_gradient)
+    tolerance = TOLERANCES.get(built.bundle.manifest.family, TOLERANCE)
+    for name, part in built.bundle.expert.split(gradient).items():  # each tensor on its own scale
+        assert relative_error(ours[name], part) < tolerance, name
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@each_gradient
+def test_masked_classes_get_no_gradient(vit: Built, level: int, differentiate: Differentiate) -> None:
+    given = {**cross_entropy(0, 2, 2, 0), "bias": np.array([0, NEVER, 0, NEVER], np.float32)}
+    inputs = {"hidden": hidden_of(vit, random_samples(vit, 4, 3), level), **given}
+    _, gradient = differentiate(vit.bundle, level, random_theta(vit.bundle, level, 3), inputs)
+    head = vit.bundle.expert.split(gradient)["classifier.weight"]
+    assert np.all(np.abs(head[[1, 3]]) < 1e-30)  # beside AdamW's epsilon it is nothing
+    assert np.all(np.abs(head[[0, 2]]).max(axis=1) > 0)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("fit", [Fit(3), Fit(8), Fit(8, lean=True)], ids=str)
+@each_engine
+def test_twenty_steps_equal_torchs_adamw_over_the_whole_model(
+    built: Built, level: int, fit: Fit, engine_of: Callable[..., Engine]
+) -> None:
+    bundle, manifest = built.bundle, built.bundle.manifest
+    rng = np.random.default_rng(5)
+    samples, labels = random_samples(built, 24, seed=5), rng.integers(0, C, 24)
+    batches = [rng.choice(24, size, replace=False) for size in (8, 7, 4, 1) * 5]
+    theta, rate, decay = random_theta(bundle, level, 4), 1e-3, 0.05
+
+    engine = engine_of(bundle, threads=1, fits={level: fit})
+    engine.load(level)
+    engine.set(theta, Training(epochs=1, learning_rate=rate, weight_decay=decay))
+    hidden = hidden_of(built, samples, level)
+    zeros, never, bias = np.zeros(24, np.float32), np.full(24, NEVER, np.float32), np.zeros(C, np.float32)
+    losses = []
+    for b in batches:
+        losses.append(engine.step(Batch(hidden[b], labels[b], zeros[b], never[b], bias)))
+        engine.release()
+
+    with torch_expert(built, theta) as model:
+        head = [p for name, p in trainables(model).items() if "classifier" in name]
+        lora = [p for name, p in trainables(model).items() if "classifier" not in name]
+        optimizer = torch.optim.AdamW(
+            [{"params": head, "weight_decay": 0.0}, {"params": lora, "weight_decay": decay}], lr=rate
+        )
+        inputs, wanted, theirs = torch_inputs(samples, manifest.preprocessing), torch.from_numpy(labels), []
+        for batch in batches:
+            optimizer.zero_grad()
+            chosen = {name: tensor[batch] for name, tensor in inputs.items()}
+            loss = torch.nn.functional.cross_entropy(model(**chosen).logits, wanted[batch])
+            loss.backward()
+            for parameter in head:  # transformers' DINOv2 classifier also reads the mean patch; ours does not
+                parameter.grad[..., 32:] = 0
+            optimizer.step()
+            theirs.append(loss.item())
+        state = {name: p.detach().numpy() for name, p in trainables(model).items()}
+        logits = model(**inputs).logits.detach().numpy()
+        trained = bundle.expert.join(from_peft(manifest.peft, state))
+    assert np.abs(trained - theta).max() > 10 * rate  # they have moved
+    assert np.abs(engine.get() - trained).max() < 1e-4
+    assert losses == pytest.approx(theirs, rel=1e-4)
+    assert relative_error(engine.predict(hidden), logits) < 1e-3
+
+
+@each_engine
+def test_every_training_starts_with_a_fresh_optimizer_from_the_given_vector(
+    vit: Built, engine_of: Callable[..., Engine]
+) -> None:
+    engine = engine_of(vit.bundle, threads=1)
+    hidden, one = hidden_of(vit, random_samples(vit, 4, 1), 2), np.zeros(4, np.float32)
+    batch = Batch(hidden, np.array([0, 1, 2, 3]), one, one + NEVER, np.zeros(C, np.float32))
+    theta = random_theta(vit.bundle, 2, 0)
+    ends = []
+    for _ in range(2):
+        engine.load(2)
+        engine.set(theta, Training(epochs=1, learning_rate=1e-2))
+        for _ in range(3):
+            engine.step(batch)
+        ends.append(engine.get())
+    assert np.array_equal(*ends)
+    assert not np.array_equal(ends[0], theta)
+
+
+@each_engine
+def test_an_engine_without_an_optimizer_refuses_to_train(vit: Built, engine_of: Callable[..., Engine]) -> None:
+    engine = engine_of(vit.bundle, threads=1)
+    engine.load(1)
+    engine.set(random_theta(vit.bundle, 1, 0), Training(epochs=1, learning_rate=1e-3))
+    engine.load(1)  # drops it
+    with pytest.raises(RuntimeError, match="optimizer"):
+        engine.step(Batch(*(np.zeros(1, np.float32),) * 5))  # type: ignore[arg-type]
+
+
+@with_ort_training
+def test_onnxruntime_training_is_chosen_where_the_bundle_is_built_for_it(
+    vit: Built, vit_folder: Path, tmp_path: Path
+) -> None:
+    assert open_engine("auto", vit.bundle, 1).name == "ort-training"
+    assert open_engine("step-graph", vit.bundle, 1).name == "step-graph"
+    int8 = build(vit_folder, tmp_path / "int8", precision="int8").bundle
+    assert open_engine("auto", int8, 1).name == "step-graph"
+    with pytest.raises(ConfigError, match=r"holds nothing for it; build it with .* --ort-training"):
+        open_engine("ort-training", int8, 1)
+
+
+@with_ort_training
+def test_damaged_artifacts_are_one_clear_error(vit: Built, tmp_path: Path) -> None:
+    shutil.copytree(vit.bundle.root, tmp_path / "bundle")
+    (tmp_path / "bundle" / "ort-training-1.onnx").write_bytes(b"not a graph")
+    with pytest.raises(BundleError, match="level 1 is nothing onnxruntime-training can train"):
+        TrainingSession(Bundle(tmp_path / "bundle"), 1, random_theta(vit.bundle, 1, 0), 1e-3, threads=1)
+
+
+@with_ort_training
+def test_writing_artifacts_is_silent_and_leaves_the_working_directory_alone(
+    vit_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "temp.onnx").write_text("somebody's")  # onnxruntime-training would delete it
+    build(vit_folder, Path("bundle"), levels=1)
+    assert (tmp_path / "temp.onnx").read_text() == "somebody's"
+    assert {path.name for path in tmp_path.iterdir()} == {"temp.onnx", "bundle"}
+    assert "onnxruntime" not in capfd.readouterr().err
+
+
+@with_ort_training
+def test_int8_has_no_gradient_of_onnxruntime_trainings_own(vit: Built, tmp_path: Path) -> None:
+    steps = build_bundle(vit.source, CLASSES, 1, vit.bundle.manifest.lora, tmp_path / "b", 0, "int8", ort_training=True)
+    with pytest.raises(ConfigError, match="fp32 only"):
+        list(steps)
+
+
+@without_ort_training
+def test_without_onnxruntime_training_the_step_graph_is_chosen(vit: Built) -> None:
+    assert open_engine("auto", vit.bundle, 1).name == "step-graph"
+    with pytest.raises(ConfigError, match="--engine ort-training needs onnxruntime-training"):
+        open_engine("ort-training", vit.bundle, 1)
