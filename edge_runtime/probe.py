@@ -68,7 +68,7 @@ class _Question(BaseModel):
     """All that the answer depends on."""
 
     bundle: str
-    engine: str
+    engine: EngineName
     threads: int
     memory: int
     step_seconds: float
@@ -172,8 +172,9 @@ def probe_levels(
         targets = Targets.cross_entropy(np.zeros(size, np.int64))
         batch = Batch(hidden[:size], targets.labels, targets.gate, targets.other, np.zeros(dims.classes, np.float32))
         engine.load(level)
-        engine.set(trainables, Training(epochs=1, learning_rate=1e-3))
+        engine.set(trainables)
         engine.predict(hidden[:feature_batch])
+        engine.set(trainables, Training(epochs=1, learning_rate=1e-3))
         engine.step(batch)
         started = time.perf_counter()
         engine.step(batch)
@@ -189,18 +190,10 @@ def _measured(
     bundle: Bundle, engine: EngineName, threads: int, sample: Path, feature_batch: int, first: int, fit: Fit
 ) -> Iterator[Measured]:
     """`probe_levels` in a process of its own, which is ended when nobody wants more lines."""
-    command = [sys.executable, "-m", "edge_runtime", "probe", "--bundle", str(bundle.root), "--threads", str(threads)]
-    command += [
-        "--engine",
-        engine,
-        "--sample",
-        str(sample),
-        "--feature-batch",
-        str(feature_batch),
-        "--first",
-        str(first),
-    ]
-    command += ["--micro-batch", str(fit.micro_batch), *(["--lean"] if fit.lean else [])]
+    options: dict[str, object] = {"bundle": bundle.root, "engine": engine, "threads": threads, "sample": sample}
+    options |= {"feature-batch": feature_batch, "first": first, "micro-batch": fit.micro_batch}
+    command = [sys.executable, "-m", "edge_runtime", "probe", *(["--lean"] if fit.lean else [])]
+    command += [text for name, value in options.items() for text in (f"--{name}", str(value))]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         try:
             for text in process.stdout or ():

@@ -159,7 +159,10 @@ def test_twenty_steps_equal_torchs_adamw_over_the_whole_model(
     engine.set(theta, Training(epochs=1, learning_rate=rate, weight_decay=decay))
     hidden = hidden_of(built, samples, level)
     zeros, never, bias = np.zeros(24, np.float32), np.full(24, NEVER, np.float32), np.zeros(C, np.float32)
-    losses = [engine.step(Batch(hidden[b], labels[b], zeros[b], never[b], bias)) for b in batches]
+    losses = []
+    for b in batches:
+        losses.append(engine.step(Batch(hidden[b], labels[b], zeros[b], never[b], bias)))
+        engine.release()
 
     with torch_expert(built, theta) as model:
         head = [p for name, p in trainables(model).items() if "classifier" in name]

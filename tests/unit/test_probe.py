@@ -16,9 +16,11 @@ from edge_runtime.engine import Fit, default_micro_batch
 from edge_runtime.probe import BATCH, PASSES, Measured, make_plan, plan_within
 from edge_runtime.store import DeviceStore
 from protocol.errors import ConfigError
+from protocol.messages import EngineName
 
 GB = 10**9
 FEATURE_BATCHES = (4, 2, 1)
+ENGINE: EngineName = "step-graph"
 
 
 @dataclass
