@@ -27,7 +27,7 @@ from protocol.bundle import Bundle, Precision
 from protocol.errors import ConfigError, InputError, RunError
 from protocol.messages import EngineChoice
 from protocol.topics import check_name
-from shell.cli import application, console
+from shell.cli import application, byte_size, console
 from shell.ort_training import require_ort_training
 
 app = application("Run a whole federated trial on this machine: real photos, a real backbone, a broker, N devices.")
@@ -56,6 +56,9 @@ def trial(
     stage1_rounds: int = typer.Option(12, min=1),
     stage2_rounds: int = typer.Option(5, min=1),
     round_timeout: float = typer.Option(300, min=1, help="Seconds after which a round ends without the missing."),
+    memory: str | None = typer.Option(
+        None, help="Memory each device may take, like 512MB. Default: as edge_runtime's."
+    ),
     baseline: bool = typer.Option(True, help="Also train every device alone, for comparison."),
 ) -> None:
     started = time.monotonic()
@@ -65,6 +68,7 @@ def trial(
         raise ConfigError("--classes and --classes-from-folders go with --images")
     if engine == "ort-training":
         require_ort_training("--engine ort-training")
+    byte_size("--memory", memory)
     if weights and model is None:
         raise ConfigError("--weights goes with --model")
     folder = Path("runs") / check_name("run", name)
@@ -98,7 +102,7 @@ def trial(
                 "edge_runtime",
                 *("run", "--run", name, "--device", root.name, "--images", str(root), "--broker", address),
                 *("--state", str(folder / "devices" / root.name), "--bundle", str(folder / "bundle")),
-                *("--threads", threads, "--engine", engine),
+                *("--threads", threads, "--engine", engine, *(["--memory", memory] if memory else [])),
                 restarts=True,
             )
         with LiveView(address, name, folder) as view:

@@ -8,21 +8,23 @@ from pathlib import Path
 
 import typer
 
+from edge_runtime.cache import DiskCache
 from edge_runtime.device import Device
 from edge_runtime.download import fetch_bundle, find_server
+from edge_runtime.engine import Fit
 from edge_runtime.engines import open_engine
 from edge_runtime.features import FeatureCache
 from edge_runtime.gate import Gate
 from edge_runtime.inputs import reader_of
 from edge_runtime.predict import predict_files
-from edge_runtime.probe import measure_cap, probe_levels
+from edge_runtime.probe import make_plan, probe_levels
 from edge_runtime.samples import scan
 from edge_runtime.service import Service, device_link, progress_to
 from edge_runtime.store import DeviceStore
 from protocol.bundle import Bundle
 from protocol.messages import EngineChoice
 from protocol.topics import Topics
-from shell.cli import application, console
+from shell.cli import application, byte_size, console
 
 app = application("Adapt a foundation model to the images or texts of this device, in a federated run.")
 
@@ -39,12 +41,15 @@ def run(
         "auto", help="What trains. auto: onnxruntime-training where it is installed and the bundle is built for it."
     ),
     threads: int = typer.Option(0, min=0, help="Threads to compute with. 0: one per core."),
-    memory_mb: int | None = typer.Option(
-        None, min=1, help="Memory a training step may take. Default: half of what there is."
+    memory: str | None = typer.Option(None, help="Memory it may take, like 512MB. Default: half of what there is."),
+    cache: str | None = typer.Option(
+        None,
+        help="Disk that features may take, like 2GB; others are computed each time. Default: half of what is free.",
     ),
     step_seconds: float = typer.Option(60.0, min=0.001, help="Longest time a training step may take."),
 ) -> None:
     """Take part in a run until it is finished."""
+    memory_bytes, cache_bytes = byte_size("--memory", memory), byte_size("--cache", cache)
     topics, store = Topics(run), DeviceStore(state)
     name = store.identity(device)
     threads = threads or os.cpu_count() or 1
@@ -52,27 +57,31 @@ def run(
     link.connect()
     opened = Bundle(bundle) if bundle else fetch_bundle(find_server(link, topics), state / "bundles")
     opened.verify()
-    trainer = open_engine(engine, opened, threads)
+    chosen = open_engine(engine, opened, threads).name
     kind = reader_of(opened).kind
     slices = scan(images, opened.manifest.classes, kind)
     for path in slices.unreadable:
         console.print(f"skipped, not a readable {kind.noun}: {path}")
     report = progress_to(link, topics, name)
     report("measuring", 0, 1)
-    cap = measure_cap(opened, store, trainer.name, threads, memory_mb, step_seconds)
+    samples = slices.train + slices.held_out + slices.test
+    largest = max((kind.extent(sample.path), sample.path) for sample in samples)
+    plan = make_plan(opened, store, chosen, threads, largest, memory_bytes, step_seconds)
     console.print(
         f"device {name}: {len(slices.train)} {kind.noun}s to train on, {len(slices.held_out)} held out, "
-        f"{len(slices.test)} to test on; engine {trainer.name}, level cap {cap}"
+        f"{len(slices.test)} to test on; engine {chosen}, level cap {plan.level_cap}"
     )
+    trainer = open_engine(chosen, opened, threads, plan.fits)
+    disk = DiskCache(store.cache, cache_bytes)
     node = Device(
         name=name,
         bundle=opened,
         scanned=slices,
-        cache=FeatureCache(store.cache, opened, threads, report),
+        cache=FeatureCache(disk, opened, threads, report, plan.feature_batch, trainer.release),
         engine=trainer,
         gate=Gate(opened, threads),
         store=store,
-        level_cap=cap,
+        level_cap=plan.level_cap,
         report=report,
     )
     Service(node, run, link).serve()
@@ -114,11 +123,16 @@ def probe(
     bundle: Path = typer.Option(),
     engine: EngineChoice = typer.Option("auto"),
     threads: int = typer.Option(1, min=1),
+    sample: Path = typer.Option(help="What to pass through the backbone."),
+    feature_batch: int = typer.Option(1, min=1),
+    first: int = typer.Option(1, min=1),
+    micro_batch: int = typer.Option(1, min=1),
+    lean: bool = typer.Option(False),
 ) -> None:
-    """Train one step at each level in turn; print seconds and peak memory of each as it ends."""
-    opened = Bundle(bundle)
-    for line in probe_levels(opened, open_engine(engine, opened, threads)):
-        print(json.dumps(line), flush=True)
+    """Work as a daemon does, level by level from the first; print what each took as it ends."""
+    fit = Fit(micro_batch, lean)
+    for line in probe_levels(Bundle(bundle), engine, threads, sample, feature_batch, first, fit):
+        print(line.model_dump_json(), flush=True)
 
 
 if __name__ == "__main__":

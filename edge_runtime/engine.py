@@ -53,6 +53,15 @@ class Batch:
             }
 
 
+@dataclass(frozen=True)
+class Fit:
+    """What a level may take of the device's memory: images at once, and, if it has to be `lean`, one open graph at a
+    time whose weights are not packed for speed, which would be a second copy of them."""
+
+    micro_batch: int
+    lean: bool = False
+
+
 class Engine(Protocol):
     """Trains and evaluates one expert at one level at a time, on the hidden states below that level's suffix."""
 
@@ -72,18 +81,21 @@ class Engine(Protocol):
     def predict(self, hidden: Floats) -> Floats:
         """Class logits (B, C) of hidden states (B, N, D)."""
 
+    def release(self) -> None:
+        """Frees what memory it can; everything that was set stays."""
+
 
 class StepGraphEngine:
     """Runs the gradient as an ordinary inference graph, in micro-batches, with AdamW outside it."""
 
     name: EngineName = "step-graph"
 
-    def __init__(self, bundle: Bundle, threads: int, micro_batch: int | None = None) -> None:
-        """`micro_batch` in images; by default as many as keep the activations of a level below ACTIVATION_BYTES."""
+    def __init__(self, bundle: Bundle, threads: int, fits: Mapping[int, Fit] | None = None) -> None:
+        """`fits` by level; see `fit_of` for the default."""
         self._bundle = bundle
         self._threads = threads
-        self._asked_micro_batch = micro_batch
-        self._micro_batch = 1
+        self._fits = fits or {}
+        self._fit = Fit(1)
         self._sessions: dict[str, InferenceSession] = {}
         self._level = 0
         self._theta: Vector = np.empty(0, np.float32)
@@ -91,10 +103,9 @@ class StepGraphEngine:
 
     def load(self, level: int) -> None:
         if level != self._level:
-            self._sessions.clear()
-            release_free_memory()
+            self.release()
             self._level = level
-            self._micro_batch = self._asked_micro_batch or default_micro_batch(self._bundle.manifest.dims, level)
+            self._fit = fit_of(self._fits, self._bundle, level)
         self._theta = np.empty(0, np.float32)
         self._optimizer = None
 
@@ -112,7 +123,7 @@ class StepGraphEngine:
         if self._optimizer is None:
             raise RuntimeError("step() needs an optimizer: call set(theta, training) first")
         loss, gradient = 0.0, np.zeros_like(self._theta)
-        for inputs in batch.micro_batches(self._micro_batch):
+        for inputs in batch.micro_batches(self._fit.micro_batch):
             part_loss, part_gradient = self._run("step", ["loss", "gradient"], theta=self._theta, **inputs)
             loss += float(part_loss)
             gradient += part_gradient
@@ -123,10 +134,23 @@ class StepGraphEngine:
         (logits,) = self._run("predict", ["logits"], hidden=hidden, theta=self._theta)
         return logits
 
+    def release(self) -> None:
+        if self._sessions:
+            self._sessions.clear()
+            release_free_memory()
+
     def _run(self, kind: str, outputs: list[str], **inputs: NDArray[Any]) -> list[Floats]:
         if kind not in self._sessions:
-            self._sessions[kind] = open_session(self._bundle, f"{kind}-{self._level}.onnx", self._threads)
+            lean = self._fit.lean
+            if lean:
+                self.release()
+            self._sessions[kind] = open_session(self._bundle, f"{kind}-{self._level}.onnx", self._threads, not lean)
         return run(self._sessions[kind], outputs, inputs)
+
+
+def fit_of(fits: Mapping[int, Fit], bundle: Bundle, level: int) -> Fit:
+    """The level's, or else as many images at once as keep its activations below ACTIVATION_BYTES."""
+    return fits.get(level) or Fit(default_micro_batch(bundle.manifest.dims, level))
 
 
 def default_micro_batch(dims: Dims, level: int) -> int:
@@ -136,26 +160,29 @@ def default_micro_batch(dims: Dims, level: int) -> int:
     return max(1, int(ACTIVATION_BYTES / (state * (LAST_BLOCK_STATES + BLOCK_STATES * (level - 1)))))
 
 
-def open_session(bundle: Bundle, name: str, threads: int) -> InferenceSession:
+def open_session(bundle: Bundle, name: str, threads: int, prepack: bool = True) -> InferenceSession:
     """Raises BundleError if ONNX Runtime cannot read the graph."""
-    return session_for(bundle.path(name), threads)
+    return session_for(bundle.path(name), threads, prepack)
 
 
-def session_for(path: Path, threads: int) -> InferenceSession:
+def session_for(path: Path, threads: int, prepack: bool = True) -> InferenceSession:
     """Raises BundleError if ONNX Runtime cannot read the file."""
+    options = session_options(threads, prepack)
     try:
-        return onnxruntime.InferenceSession(str(path), session_options(threads), providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's own exceptions have no common base
         raise BundleError(f"{path} is not a graph ONNX Runtime can run: {str(error).splitlines()[0]}") from error
 
 
-def session_options(threads: int) -> Any:
+def session_options(threads: int, prepack: bool = True) -> Any:
+    """With `prepack` weights are copied into the order that products read them in."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     # The arena saves the page faults of large tensors (a third of a step's time); patterns would hold memory twice.
     options.enable_mem_pattern = False
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # devices have other things to do
+    options.add_session_config_entry("session.disable_prepacking", "0" if prepack else "1")
     return options
 
 

@@ -1,56 +1,57 @@
-"""The feature cache: the hidden state of each image below the active blocks, computed once and kept on disk (ours).
+"""The features of samples: the hidden state of each below the active blocks, computed once and kept on disk (ours).
 
 While a SAL level lasts everything below its suffix is constant, so a step starts from the cached state. A state is
-stored, as a rule in fp16, in a file named after the image's content, in a folder whose name is a hash of all it depends
-on: frozen weights, graph, preprocessing, level, and the LoRA applied on the way. It can be missing, but never stale.
+stored, as a rule in fp16, in a file named after the sample's content, in a folder whose name is a hash of all it
+depends on: frozen weights, graph, preprocessing, level, and the LoRA applied on the way. It can be missing, but never
+stale. One that the disk has no room for is computed each time it is needed.
 """
 
 from __future__ import annotations
 
 import hashlib
-import shutil
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_runtime.cache import DiskCache, Worth
 from edge_runtime.engine import Floats, open_session, run
 from edge_runtime.inputs import reader_of
 from edge_runtime.memory import release_free_memory
 from edge_runtime.samples import Sample
-from protocol.bundle import Bundle
+from protocol.bundle import Bundle, file_sha256
+from protocol.errors import InputError
 from protocol.layout import Vector
-from shell.files import write_atomically
 
 BATCH = 4  # larger ones are no faster, and take memory
+LIFTED_AT_ONCE = 16  # samples between which a lift's graphs are opened again: only one is, at any time
+POOLED = "pooled"
 Report = Callable[[str, int, int], None]  # activity, done, total
+Computed = Iterator[tuple[Sequence[Sample], Floats]]  # some samples and their states (B, N, D), one after the other
 
 
 @dataclass(frozen=True)
 class HiddenStates:
-    """The cached states of some images, read as they are needed. `len()` images; `batch()` gives (B, N, D)."""
+    """The states of some samples, read (or, if need be, computed) as they are needed."""
 
-    folder: Path
-    images: Sequence[Sample]
-    shape: tuple[int, int]
-    dtype: np.dtype[Any]
+    folder: str
+    samples: Sequence[Sample]
+    batch_size: int
+    read: Callable[[Sequence[Sample]], Floats]
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.samples)
 
     def batch(self, indices: Sequence[int] | NDArray[np.int64] | range) -> Floats:
-        states = np.empty((len(indices), *self.shape), self.dtype)
-        for row, index in enumerate(indices):
-            data = (self.folder / self.images[index].sha256).read_bytes()
-            states[row] = np.frombuffer(data, self.dtype).reshape(self.shape)
-        return states.astype(np.float32, copy=False)
+        """(B, N, D) of the samples at `indices`."""
+        return self.read([self.samples[index] for index in indices])
 
     def batches(self) -> Iterator[Floats]:
-        for start in range(0, len(self), BATCH):
-            yield self.batch(range(start, min(start + BATCH, len(self))))
+        for start in range(0, len(self), self.batch_size):
+            yield self.read(self.samples[start : start + self.batch_size])
 
 
 class FeatureCache:
@@ -58,117 +59,158 @@ class FeatureCache:
 
     def __init__(
         self,
-        root: Path,
+        disk: DiskCache,
         bundle: Bundle,
         threads: int,
         report: Report = lambda *_: None,
+        batch_size: int = BATCH,
+        make_room: Callable[[], None] = lambda: None,
         dtype: type[np.floating[Any]] = np.float16,
     ) -> None:
-        self._dtype = np.dtype(dtype)
-        self._root = root
+        """`batch_size` samples go through the backbone at once; `make_room` frees memory before they do."""
+        self._disk = disk
         self._bundle = bundle
         self._threads = threads
         self._report = report
+        self._batch_size = batch_size
+        self._make_room = make_room
+        self._dtype = np.dtype(dtype)
         dims = bundle.manifest.dims
         self._shape = (dims.tokens, dims.hidden)
         self._feature = dims.feature
-        self._used: set[str] = set()
 
     def precise(self) -> FeatureCache:
         """The same with states in fp32, for what is computed only once."""
-        return FeatureCache(self._root, self._bundle, self._threads, self._report, np.float32)
+        return FeatureCache(
+            self._disk, self._bundle, self._threads, self._report, self._batch_size, self._make_room, np.float32
+        )
 
-    def frozen(self, images: Sequence[Sample], level: int) -> HiddenStates:
+    def frozen(self, samples: Sequence[Sample], level: int) -> HiddenStates:
         """Below the suffix of `level`, nothing but frozen weights underneath.
 
-        One pass over missing images also stores the state of the next level and the pooled feature, so that a level
+        One pass over missing samples also stores the state of the next level and the pooled feature, so that a level
         change finds its features waiting.
         """
-        folder = self._folders_of(level)[level]
-        missing = self._missing(folder, images)
-        if missing:
-            self._extract(missing, level)
-        return HiddenStates(folder, images, self._shape, self._dtype)
+        folder = self._folders(level)[f"hidden_{level}"]
+        for _ in self._extract(self._to_store(folder, samples), level):
+            pass
+        return self._states(folder, samples, partial(self._frozen, level=level))
 
-    def lifted(self, images: Sequence[Sample], from_level: int, to_level: int, theta: Vector) -> HiddenStates:
+    def lifted(self, samples: Sequence[Sample], from_level: int, to_level: int, theta: Vector) -> HiddenStates:
         """Below the suffix of `to_level`, with `theta`'s LoRA in the blocks between it and `from_level`."""
         if from_level <= to_level:
-            return self.frozen(images, to_level)
-        manifest = self._bundle.manifest
-        blocks = range(manifest.dims.blocks - from_level, manifest.dims.blocks - to_level)
-        loras = {block: theta[self._bundle.expert.parts[str(block)]] for block in blocks}
+            return self.frozen(samples, to_level)
+        blocks = self._bundle.manifest.dims.blocks
+        parts = self._bundle.expert.parts
+        loras = {block: theta[parts[str(block)]] for block in range(blocks - from_level, blocks - to_level)}
         digest = hashlib.sha256(b"".join(lora.tobytes() for lora in loras.values())).hexdigest()[:16]
-        folder = self._folder(f"level-{to_level}-above-{from_level}-{digest}")
-        missing = self._missing(folder, images)
-        if missing:
-            states = self.frozen(missing, from_level)
-            sessions = {block: open_session(self._bundle, f"lift-{block}.onnx", self._threads) for block in blocks}
-            done = 0
-            for hidden in states.batches():
-                for block, session in sessions.items():
-                    (hidden,) = run(session, ["lifted"], {"hidden": hidden, "theta": loras[block]})
-                self._store(folder, missing[done : done + len(hidden)], hidden)
-                done += len(hidden)
-                self._report("features", done, len(missing))
-            del sessions, session
-            release_free_memory()
-        return HiddenStates(folder, images, self._shape, self._dtype)
+        folder = self._folder(f"level-{to_level}-above-{from_level}-{digest}", Worth.DERIVED)
+        lift = partial(self._lift, from_level=from_level, loras=loras)
+        missing, done = self._to_store(folder, samples), 0
+        for part, states in lift(missing):
+            self._store(folder, part, states)
+            done += len(part)
+            self._report("features", done, len(missing))
+        return self._states(folder, samples, lift)
 
-    def pooled(self, images: Sequence[Sample], level: int) -> Floats:
-        """The frozen backbone's pooled features (n, F). A pass over missing images stores what `frozen` would."""
-        folder = self._folder("pooled")
-        missing = [image for image in images if not self._is_stored(folder, image, self._feature * 4)]
-        if missing:
-            self._extract(missing, level)
-        rows = [np.frombuffer((folder / image.sha256).read_bytes(), np.float32) for image in images]
-        return np.stack(rows) if rows else np.empty((0, self._feature), np.float32)
+    def pooled(self, samples: Sequence[Sample], level: int) -> Floats:
+        """The frozen backbone's pooled features (n, F). A pass over missing samples stores what `frozen` would."""
+        folder = self._folder(POOLED, Worth.SMALL)
+        rows = {sample.sha256: self._disk.get(folder, sample.sha256) for sample in samples}
+        for part, features in self._extract([s for s in samples if rows[s.sha256] is None], level):
+            rows.update((sample.sha256, row.tobytes()) for sample, row in zip(part, features, strict=True))
+        data = b"".join(rows[sample.sha256] or b"" for sample in samples)
+        return np.frombuffer(data, np.float32).reshape(-1, self._feature)
 
     def drop_unused(self) -> None:
         """Deletes every state that nobody asked for since the last call; pooled features are small and stay."""
-        keep = {path.name for path in map(self._folder, [*self._used, "pooled"])}
-        if self._root.is_dir():
-            for folder in self._root.iterdir():
-                if folder.name not in keep:
-                    shutil.rmtree(folder, ignore_errors=True)
-        self._used = set()
+        self._folder(POOLED, Worth.SMALL)
+        self._disk.drop_unused()
 
-    def _folder(self, name: str) -> Path:
-        self._used.add(name)
-        return self._root / f"{self._bundle.features_key}-{self._dtype.name}-{name}"
+    def _folder(self, name: str, worth: Worth) -> str:
+        folder = f"{self._bundle.features_key}-{self._dtype.name}-{name}"
+        self._disk.ask_for(folder, worth)
+        return folder
 
-    def _missing(self, folder: Path, images: Collection[Sample]) -> list[Sample]:
-        size = self._shape[0] * self._shape[1] * self._dtype.itemsize
-        return [image for image in images if not self._is_stored(folder, image, size)]
-
-    @staticmethod
-    def _is_stored(folder: Path, image: Sample, size: int) -> bool:
-        try:
-            return (folder / image.sha256).stat().st_size == size
-        except OSError:
-            return False
-
-    def _folders_of(self, level: int) -> dict[int, Path]:
-        """Where the frozen states of a level, and of the next, are kept."""
+    def _folders(self, level: int) -> dict[str, str]:
+        """Where the outputs of a pass are kept: the frozen states of a level, and of the next, and the features."""
         ahead = min(level + 1, self._bundle.manifest.levels)
-        return {wanted: self._folder(f"level-{wanted}") for wanted in (level, ahead)}
+        return {
+            f"hidden_{ahead}": self._folder(f"level-{ahead}", Worth.AHEAD),
+            f"hidden_{level}": self._folder(f"level-{level}", Worth.PRESENT),
+            POOLED: self._folder(POOLED, Worth.SMALL),
+        }
 
-    def _extract(self, images: Sequence[Sample], level: int) -> None:
-        folders = self._folders_of(level)
-        pooled = self._folder("pooled")
+    def _to_store(self, folder: str, samples: Sequence[Sample]) -> list[Sample]:
+        """Those that are missing, as many as there is room for."""
+        missing = [sample for sample in samples if not self._disk.has(folder, sample.sha256)]
+        return missing[: self._disk.room(folder, self._dtype.itemsize * self._shape[0] * self._shape[1])]
+
+    def _states(
+        self, folder: str, samples: Sequence[Sample], compute: Callable[[Sequence[Sample]], Computed]
+    ) -> HiddenStates:
+        return HiddenStates(folder, samples, self._batch_size, partial(self._read, folder, compute))
+
+    def _read(self, folder: str, compute: Callable[[Sequence[Sample]], Computed], samples: Sequence[Sample]) -> Floats:
+        states = np.empty((len(samples), *self._shape), np.float32)
+        missing = []
+        for row, sample in enumerate(samples):
+            data = self._disk.get(folder, sample.sha256)
+            if data is None:
+                missing.append(row)
+            else:
+                states[row] = np.frombuffer(data, self._dtype).reshape(self._shape)
+        for part, found in compute([samples[row] for row in missing]):
+            self._store(folder, part, found)
+            rows, missing = missing[: len(part)], missing[len(part) :]
+            states[rows] = found.astype(self._dtype)  # what it would be if it came from the disk
+        return states
+
+    def _store(self, folder: str, samples: Sequence[Sample], rows: Floats) -> None:
+        dtype = self._dtype if rows.ndim == 3 else rows.dtype  # pooled features are kept as they are
+        for sample, row in zip(samples, rows, strict=True):
+            self._disk.put(folder, sample.sha256, row.astype(dtype).tobytes())
+
+    def _extract(self, samples: Sequence[Sample], level: int) -> Computed:
+        """Passes that store all they find; yields samples and their pooled features (B, F)."""
+        folders, done = self._folders(level), 0
+        for part, found in self._passes(samples, list(folders)):
+            for folder, rows in zip(folders.values(), found, strict=True):
+                self._store(folder, part, rows)
+            done += len(part)
+            self._report("features", done, len(samples))
+            yield part, found[-1]
+
+    def _frozen(self, samples: Sequence[Sample], level: int) -> Computed:
+        return ((part, states) for part, (states,) in self._passes(samples, [f"hidden_{level}"]))
+
+    def _passes(self, samples: Sequence[Sample], outputs: list[str]) -> Iterator[tuple[Sequence[Sample], list[Floats]]]:
+        """Raises InputError if a sample is not what it was when it was looked at first."""
+        if not samples:
+            return
         reader = reader_of(self._bundle)
+        self._make_room()
         session = open_session(self._bundle, "features.onnx", self._threads)
-        outputs = [f"hidden_{level}" for level in folders]
-        for start in range(0, len(images), BATCH):
-            part = images[start : start + BATCH]
-            *states, features = run(session, [*outputs, "pooled"], reader.batch([image.path for image in part]))
-            for folder, hidden in zip(folders.values(), states, strict=True):
-                self._store(folder, part, hidden)
-            for image, feature in zip(part, features, strict=True):
-                write_atomically(pooled / image.sha256, feature.tobytes())
-            self._report("features", start + len(part), len(images))
+        for start in range(0, len(samples), self._batch_size):
+            part = samples[start : start + self._batch_size]
+            for sample in part:
+                if not sample.path.is_file() or file_sha256(sample.path) != sample.sha256:
+                    raise InputError(f"{sample.path} has changed since this device was started; start it again")
+            yield part, run(session, outputs, reader.batch([sample.path for sample in part]))
         del session
         release_free_memory()
 
-    def _store(self, folder: Path, images: Sequence[Sample], hidden: Floats) -> None:
-        for image, state in zip(images, hidden.astype(self._dtype), strict=True):
-            write_atomically(folder / image.sha256, state.tobytes())
+    def _lift(self, samples: Sequence[Sample], from_level: int, loras: Mapping[int, Vector]) -> Computed:
+        states = self.frozen(samples, from_level)
+        for start in range(0, len(samples), LIFTED_AT_ONCE):
+            part = samples[start : start + LIFTED_AT_ONCE]
+            hidden = states.read(part)
+            self._make_room()
+            for block, lora in loras.items():
+                session = open_session(self._bundle, f"lift-{block}.onnx", self._threads)
+                for some in range(0, len(part), self._batch_size):
+                    now = slice(some, some + self._batch_size)
+                    (hidden[now],) = run(session, ["lifted"], {"hidden": hidden[now], "theta": lora})
+                del session
+            release_free_memory()
+            yield part, hidden

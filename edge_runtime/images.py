@@ -20,6 +20,13 @@ def is_readable(path: Path) -> bool:
     return _decoded(path) is not None
 
 
+def pixel_count(path: Path) -> int:
+    """Of a readable image, before it is resized."""
+    with Image.open(path) as file:
+        width, height = file.size
+    return width * height
+
+
 def load_pixels(path: Path, preprocessing: ImagePreprocessing) -> Pixels:
     """One image as (S, S, 3) uint8 RGB: shorter side resized to S, centre cropped.
 

@@ -22,14 +22,15 @@ class Kind:
     noun: str
     suffixes: frozenset[str]
     is_readable: Callable[[Path], bool]
+    extent: Callable[[Path], int]  # what the memory that reading a file takes grows with
 
     def files(self, folder: Path) -> list[Path]:
         """The files at any depth below `folder` that are named like it, in the order of their names."""
         return sorted(path for path in folder.rglob("*") if path.suffix.lower() in self.suffixes and path.is_file())
 
 
-IMAGES = Kind("image", images.SUFFIXES, images.is_readable)
-TEXTS = Kind("text", texts.SUFFIXES, texts.is_readable)
+IMAGES = Kind("image", images.SUFFIXES, images.is_readable, images.pixel_count)
+TEXTS = Kind("text", texts.SUFFIXES, texts.is_readable, texts.length)
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,17 @@ from pathlib import Path
 _HIGH_WATER = re.compile(r"^VmHWM:\s*(\d+) kB$", re.MULTILINE)
 
 
-def peak_rss_mb() -> float:
-    """Peak resident memory in MB. Linux starts `ru_maxrss` of a new process with its parent's, so /proc goes first."""
+def peak_rss() -> int:
+    """Peak resident memory in bytes. A new process inherits its parent's `ru_maxrss` on Linux, so /proc goes first."""
     try:
         found = _HIGH_WATER.search(Path("/proc/self/status").read_text())
     except OSError:
         found = None
-    return (int(found[1]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 1024
+    return (int(found[1]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * 1024
+
+
+def peak_rss_mb() -> float:
+    return peak_rss() / 2**20
 
 
 def release_free_memory() -> None:

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_runtime.engine import Batch, Floats, InferenceSession, default_micro_batch, open_session, run, session_options
+from edge_runtime.engine import (
+    Batch,
+    Fit,
+    Floats,
+    InferenceSession,
+    fit_of,
+    open_session,
+    run,
+    session_options,
+)
 from edge_runtime.memory import release_free_memory
 from edge_runtime.optimizer import expert_decay
 from edge_runtime.runtime import onnxruntime, training_api
@@ -29,14 +39,15 @@ class TrainingSession:
     `state.parameters` holds each trainable's `data` and `grad` by its name in the layout.
     """
 
-    def __init__(self, bundle: Bundle, level: int, theta: Vector, learning_rate: float, threads: int) -> None:
-        """Raises BundleError if onnxruntime-training cannot read the level's artifacts."""
+    def __init__(self, bundle: Bundle, level: int, theta: Vector, learning_rate: float, options: Any) -> None:
+        """`options` are the graph's, of `session_options`.
+
+        Raises BundleError if onnxruntime-training cannot read the level's artifacts.
+        """
         api, root = training_api(), bundle.root
         try:
             self.state = api.CheckpointState.load_checkpoint(root / f"ort-training-{level}.checkpoint")
-            self._module = api.Module(
-                root / f"ort-training-{level}.onnx", self.state, session_options=session_options(threads)
-            )
+            self._module = api.Module(root / f"ort-training-{level}.onnx", self.state, session_options=options)
             self.put(theta)  # first of all: an optimizer of parameters without values crashes
             self._optimizer = api.Optimizer(root / OPTIMIZER, self._module)
         except Exception as error:  # ONNX Runtime's own exceptions have no common base
@@ -76,12 +87,12 @@ class OrtTrainingEngine:
 
     name: EngineName = "ort-training"
 
-    def __init__(self, bundle: Bundle, threads: int, micro_batch: int | None = None) -> None:
-        """`micro_batch` in images; by default as for the step graphs."""
+    def __init__(self, bundle: Bundle, threads: int, fits: Mapping[int, Fit] | None = None) -> None:
+        """`fits` by level; by default as for the step graphs."""
         self._bundle = bundle
         self._threads = threads
-        self._asked_micro_batch = micro_batch
-        self._micro_batch = 1
+        self._fits = fits or {}
+        self._fit = Fit(1)
         self._level = 0
         self._theta: Vector = np.empty(0, np.float32)
         self._training: Training | None = None
@@ -91,10 +102,9 @@ class OrtTrainingEngine:
     def load(self, level: int) -> None:
         self.set(np.empty(0, np.float32))
         if level != self._level:
-            self._predict = None
-            release_free_memory()
+            self.release()
             self._level = level
-            self._micro_batch = self._asked_micro_batch or default_micro_batch(self._bundle.manifest.dims, level)
+            self._fit = fit_of(self._fits, self._bundle, level)
 
     def set(self, theta: Vector, training: Training | None = None) -> None:
         self._theta = theta
@@ -109,9 +119,12 @@ class OrtTrainingEngine:
             raise RuntimeError("step() needs an optimizer: call set(theta, training) first")
         rate = self._training.learning_rate
         if self._session is None:
-            self._session = TrainingSession(self._bundle, self._level, self._theta, rate, self._threads)
+            if self._fit.lean:
+                self.release()
+            options = session_options(self._threads, prepack=not self._fit.lean)
+            self._session = TrainingSession(self._bundle, self._level, self._theta, rate, options)
         self._session.drop_gradient()
-        loss = sum(self._session.add_gradient(inputs) for inputs in batch.micro_batches(self._micro_batch))
+        loss = sum(self._session.add_gradient(inputs) for inputs in batch.micro_batches(self._fit.micro_batch))
         decay = expert_decay(self._bundle.expert, self._theta.size, self._training.weight_decay)
         self._session.put(self._theta * (1 - np.float32(rate) * decay))
         self._session.update()
@@ -120,6 +133,13 @@ class OrtTrainingEngine:
 
     def predict(self, hidden: Floats) -> Floats:
         if self._predict is None:
-            self._predict = open_session(self._bundle, f"predict-{self._level}.onnx", self._threads)
+            lean = self._fit.lean
+            self._predict = open_session(self._bundle, f"predict-{self._level}.onnx", self._threads, not lean)
         (logits,) = run(self._predict, ["logits"], {"hidden": hidden, "theta": self._theta})
         return logits
+
+    def release(self) -> None:
+        """The training session stays: the optimizer's state cannot be had without it."""
+        if self._predict is not None:
+            self._predict = None
+            release_free_memory()

@@ -7,11 +7,12 @@ until now, are copied in. The only module of this room that needs the onnx packa
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import onnx
 from onnx import numpy_helper
-from onnx.external_data_helper import load_external_data_for_model
+from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
 
 from edge_runtime.personal import ModelHeader
 from edge_runtime.store import DeviceStore
@@ -27,7 +28,10 @@ def write_model(bundle: Bundle, store: DeviceStore, path: Path) -> None:
         raise InputError(f"{store.root} holds no personalized model yet; it is there once a run has been evaluated")
     header, tensors = unpack(store.mixture.read_bytes(), ModelHeader)
     model = onnx.load(str(bundle.path(f"personal-{header.level}.onnx")), load_external_data=False)
-    load_external_data_for_model(model, str(bundle.root))
+    frozen = [tensor for tensor in model.graph.initializer if uses_external_data(tensor)]
+    small = [tensor for tensor in model.graph.initializer if not uses_external_data(tensor)]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(small)
     inputs = [value for value in model.graph.input if value.name not in tensors]
     del model.graph.input[:]
     model.graph.input.extend(inputs)
@@ -42,4 +46,18 @@ def write_model(bundle: Bundle, store: DeviceStore, path: Path) -> None:
         "tokenizer": bundle.tokenizer(),
     }
     onnx.helper.set_model_props(model, metadata)
-    write_atomically(path, model.SerializeToString(deterministic=True))
+    write_atomically(path, _serialized(model, frozen, bundle))
+
+
+def _serialized(model: onnx.ModelProto, frozen: Sequence[onnx.TensorProto], bundle: Bundle) -> Iterator[bytes]:
+    """The model with its frozen weights, of which only one is in memory at a time: where one serialized message follows
+    another, protobuf reads both as one, their lists joined."""
+    yield model.SerializeToString(deterministic=True)
+    for reference in frozen:
+        model = onnx.ModelProto()
+        tensor = model.graph.initializer.add()
+        tensor.CopyFrom(reference)
+        load_external_data_for_tensor(tensor, str(bundle.root))
+        tensor.data_location = onnx.TensorProto.DEFAULT
+        del tensor.external_data[:]
+        yield model.SerializeToString(deterministic=True)

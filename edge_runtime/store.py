@@ -9,7 +9,7 @@ STATE/cache/             the feature cache
 STATE/results.json       the last evaluation
 STATE/mixture            what the personalized model is made of
 STATE/personalized.onnx  the personalized model
-STATE/levels.json        seconds and memory of a step at each level
+STATE/plan.json          what fits into its memory, as measured
 """
 
 from __future__ import annotations

@@ -19,6 +19,11 @@ def is_readable(path: Path) -> bool:
     return _text(path) is not None
 
 
+def length(path: Path) -> int:
+    """In bytes."""
+    return path.stat().st_size
+
+
 class TextTokenizer:
     """A file of Hugging Face's `tokenizers`, and the length a bundle takes."""
 

@@ -8,9 +8,10 @@ from types import FrameType
 from typing import Any
 
 import typer
+from pydantic import ByteSize, TypeAdapter, ValidationError
 from rich.console import Console
 
-from protocol.errors import FedFMSLError
+from protocol.errors import ConfigError, FedFMSLError
 
 console = Console(soft_wrap=True)  # a log line stays one line, however narrow the terminal
 
@@ -36,3 +37,13 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 def application(help_text: str) -> typer.Typer:
     """A typer application whose FedFMSLErrors end in one line on stderr and their exit code."""
     return _Application(help=help_text, add_completion=False, pretty_exceptions_enable=False)
+
+
+def byte_size(option: str, text: str | None) -> int | None:
+    """Bytes that a size such as 512MB or 2GiB means. Raises ConfigError, naming the option, if it means none."""
+    if text is None:
+        return None
+    try:
+        return int(TypeAdapter(ByteSize).validate_python(text))
+    except ValidationError as error:
+        raise ConfigError(f"{option} {text!r} is not a size; write it like 512MB or 2GB") from error

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 
-def write_atomically(path: Path, data: bytes, durable: bool = False) -> None:
-    """Writes `path` so that a reader, or a later start, sees the old bytes or all of the new. With `durable` they also
-    survive a power cut right after the call."""
+def write_atomically(path: Path, data: bytes | Iterable[bytes], durable: bool = False) -> None:
+    """Writes `path` so that a reader, or a later start, sees the old bytes or all of the new (which may come in parts).
+    With `durable` they also survive a power cut right after the call."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    with scratch.open("wb") as file:
-        file.write(data)
-        if durable:
-            file.flush()
-            os.fsync(file.fileno())
-    scratch.replace(path)
+    try:
+        with scratch.open("wb") as file:
+            file.writelines([data] if isinstance(data, bytes) else data)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        scratch.replace(path)
+    except OSError:  # a full disk, most likely, which the rest of the file makes no emptier
+        scratch.unlink(missing_ok=True)
+        raise

@@ -226,9 +226,17 @@ CASES = [
     ),
     Wrong(
         "a memory budget that nothing fits into",
-        lambda w: w.device(memory_mb="1"),
+        lambda w: w.device(memory="1MB"),
         CONFIG,
-        ("level 1 needs", "budget of 1 MB"),
+        ("level 1 needs", "more than the budget of 1MB", "give it --memory"),
+    ),
+    *(
+        Wrong(f"{option} {text}", command, CONFIG, (option, repr(text), "512MB"))
+        for option, text, command in (
+            ("--memory", "much", lambda w: w.device(memory="much")),
+            ("--cache", "-2GB", lambda w: w.device(cache="-2GB")),
+            ("--memory", "512 apples", lambda w: w.trial(memory="512 apples")),
+        )
     ),
     *(
         Wrong(f"an engine that is not installed, at {room}", command, CONFIG, (option, "pip install"))

@@ -1,8 +1,7 @@
-"""The daemon's decisions, the device's disk, and the measured level cap."""
+"""The daemon's decisions, and the device's disk."""
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support import LAYERS, Built
 
 from edge_runtime.daemon import (
     AckSeen,
@@ -31,7 +29,6 @@ from edge_runtime.daemon import (
     WorkDone,
     advance,
 )
-from edge_runtime.probe import measure_cap
 from edge_runtime.store import DeviceStore
 from protocol.errors import ConfigError
 from protocol.messages import Ack, Round, Sal, ServerStatus, Stage, Training, Update, Verdict
@@ -217,37 +214,3 @@ def test_the_session_a_device_works_in_survives_a_restart(tmp_path: Path) -> Non
     assert DeviceStore(tmp_path).session == ""
     DeviceStore(tmp_path).enter("s")
     assert DeviceStore(tmp_path).session == "s"
-
-
-# the level cap
-
-
-def test_the_level_cap_is_measured_once_for_a_budget(
-    vit: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store = DeviceStore(tmp_path)
-    assert measure_cap(vit.bundle, store, "step-graph", 1, memory_mb=100_000, step_seconds=1e6) == LAYERS
-    monkeypatch.setattr(subprocess, "Popen", None)  # a second measurement would need it
-    assert measure_cap(vit.bundle, store, "step-graph", 1, memory_mb=100_000, step_seconds=1e6) == LAYERS
-    with pytest.raises(TypeError):
-        measure_cap(vit.bundle, store, "step-graph", 2, memory_mb=100_000, step_seconds=1e6)
-
-
-def test_a_budget_too_small_for_the_first_level_is_refused_with_what_it_needs(vit: Built, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"level 1 needs \d+ MB, more than the budget of 1 MB"):
-        measure_cap(vit.bundle, DeviceStore(tmp_path), "step-graph", 1, memory_mb=1, step_seconds=60)
-
-
-def test_the_cap_is_the_last_level_before_the_first_that_does_not_fit(vit: Built, tmp_path: Path) -> None:
-    store = DeviceStore(tmp_path)
-    lines = [{"level": level, "seconds": 1.0, "peak_rss_mb": peak} for level, peak in ((1, 50), (2, 101), (3, 60))]
-    kept = {
-        "bundle": vit.bundle.sha256,
-        "engine": "step-graph",
-        "threads": 1,
-        "memory_mb": 100.0,
-        "step_seconds": 2.0,
-        "levels": lines,
-    }
-    (tmp_path / "levels.json").write_text(str(kept).replace("'", '"'))
-    assert measure_cap(vit.bundle, store, "step-graph", 1, memory_mb=100, step_seconds=2.0) == 1

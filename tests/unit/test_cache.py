@@ -1,0 +1,155 @@
+"""The cache on disk: whole files or none, within its budget, and on a full disk too."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edge_runtime.cache import BLOCK, SHARE_OF_FREE_DISK, DiskCache, Worth
+
+
+def kept(root: Path) -> set[str]:
+    return {f"{path.parent.name}/{path.name}" for path in root.glob("*/*")}
+
+
+def filled(root: Path, budget: int, **folders: Worth) -> DiskCache:
+    """A cache whose folders, in this order, have been asked for and hold one file of a block each."""
+    cache = DiskCache(root, budget)
+    for folder, worth in folders.items():
+        cache.ask_for(folder, worth)
+        assert cache.put(folder, "a", b"x")
+    return cache
+
+
+def test_what_is_worth_least_goes_first(tmp_path: Path) -> None:
+    cache = filled(tmp_path, 4 * BLOCK, gone=Worth.SMALL, ahead=Worth.AHEAD, derived=Worth.DERIVED, small=Worth.SMALL)
+    cache.drop_unused()
+    for folder, worth in (("ahead", Worth.AHEAD), ("derived", Worth.DERIVED), ("small", Worth.SMALL)):
+        cache.ask_for(folder, worth)
+    cache.ask_for("present", Worth.PRESENT)
+    assert cache.put("present", "a", b"x")
+    assert kept(tmp_path) == {"ahead/a", "derived/a", "small/a", "present/a"}  # nobody has asked for "gone" any more
+    assert cache.put("present", "b", b"x")
+    assert kept(tmp_path) == {"derived/a", "small/a", "present/a", "present/b"}
+    assert cache.put("present", "c", b"x")
+    assert kept(tmp_path) == {"small/a", "present/a", "present/b", "present/c"}
+    assert not cache.put("present", "d", b"x")
+    assert not cache.put("derived", "d", b"x")
+    assert kept(tmp_path) == {"small/a", "present/a", "present/b", "present/c"}
+
+
+def test_nothing_is_deleted_for_what_would_not_fit_all_the_same(tmp_path: Path) -> None:
+    cache = filled(tmp_path, 3 * BLOCK, small=Worth.SMALL, ahead=Worth.AHEAD)
+    cache.ask_for("present", Worth.PRESENT)
+    assert cache.room("present", BLOCK) == 1
+    assert not cache.put("present", "large", bytes(3 * BLOCK))
+    assert kept(tmp_path) == {"small/a", "ahead/a"}
+
+
+def test_a_smaller_budget_at_the_next_start_is_reached_with_what_is_asked_for_kept_longest(tmp_path: Path) -> None:
+    filled(tmp_path, 5 * BLOCK, one=Worth.PRESENT, two=Worth.PRESENT, three=Worth.AHEAD, four=Worth.DERIVED)
+    cache = DiskCache(tmp_path, 2 * BLOCK)
+    cache.ask_for("two", Worth.PRESENT)
+    cache.ask_for("three", Worth.AHEAD)
+    cache.ask_for("four", Worth.DERIVED)
+    cache.drop_unused()
+    assert kept(tmp_path) == {"two/a", "four/a"}
+    assert cache.used == 2 * BLOCK
+
+
+def test_a_file_that_was_being_written_when_the_power_went_is_no_file(tmp_path: Path) -> None:
+    filled(tmp_path, BLOCK, folder=Worth.PRESENT)
+    (tmp_path / "folder" / ".b.4711").write_bytes(b"half of")
+    cache = DiskCache(tmp_path, BLOCK)
+    assert kept(tmp_path) == {"folder/a"}
+    assert cache.used == BLOCK
+
+
+def test_a_file_that_somebody_deleted_is_not_there(tmp_path: Path) -> None:
+    cache = filled(tmp_path, BLOCK, folder=Worth.PRESENT)
+    shutil.rmtree(tmp_path / "folder")
+    assert cache.get("folder", "a") is None
+    assert cache.used == 0
+    assert cache.put("folder", "a", b"again")
+    assert cache.get("folder", "a") == b"again"
+
+
+def test_without_a_budget_it_takes_a_share_of_the_free_disk(tmp_path: Path) -> None:
+    room = DiskCache(tmp_path).room("any", 100) * BLOCK
+    assert room == pytest.approx(SHARE_OF_FREE_DISK * shutil.disk_usage(tmp_path).free, rel=0.1)
+
+
+Operations = st.lists(
+    st.tuples(
+        st.sampled_from(["put", "get", "ask", "drop", "again"]),
+        st.integers(0, 3),  # folder
+        st.integers(0, 4),  # file
+        st.integers(0, 2 * BLOCK),  # length
+        st.sampled_from(Worth),
+    ),
+    max_size=40,
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(operations=Operations, blocks=st.integers(0, 6))
+def test_it_never_takes_more_than_its_budget_nor_gives_what_was_not_put(
+    operations: list[tuple[str, int, int, int, Worth]], blocks: int
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        root, put = Path(folder), {}
+        cache = DiskCache(root, blocks * BLOCK)
+        for kind, where, what, length, worth in operations:
+            key = str(where), str(what)
+            if kind == "put" and cache.put(*key, data := os.urandom(length)):
+                put[key] = data
+                assert cache.get(*key) == data
+            elif kind == "get":
+                assert cache.get(*key) in (None, put.get(key))
+            elif kind == "ask":
+                cache.ask_for(key[0], worth)
+            elif kind == "drop":
+                cache.drop_unused()
+            elif kind == "again":
+                cache = DiskCache(root, blocks * BLOCK)
+            taken = sum(-(-path.stat().st_size // BLOCK) * BLOCK for path in root.glob("*/*"))
+            assert taken == cache.used <= blocks * BLOCK
+
+
+FULL_DISK = """
+import sys
+from pathlib import Path
+from edge_runtime.cache import BLOCK, DiskCache, Worth
+root = Path(sys.argv[1])
+cache = DiskCache(root, 1000 * BLOCK)
+cache.ask_for("ahead", Worth.AHEAD)
+cache.ask_for("present", Worth.PRESENT)
+ahead = [cache.put("ahead", str(n), bytes([n]) * (BLOCK - 4)) for n in range(40)]
+present = [cache.put("present", str(n), bytes([n]) * (BLOCK - 4)) for n in range(40)]
+assert ahead.count(True) > 5 and not all(ahead), ahead  # as many as the disk has room for
+assert present.count(True) > 5 and not all(present), present  # in place of the others
+assert not any(cache.get("ahead", str(n)) for n in range(40))
+assert [cache.get("present", str(n)) is not None for n in range(40)] == present
+assert not [path for path in root.glob("*/.*")]
+"""
+
+
+def test_a_full_disk_is_a_smaller_budget(tmp_path: Path) -> None:
+    unshare = shutil.which("unshare")
+    mount = f"mount -t tmpfs -o size=100k tmpfs {tmp_path}"
+    spaces = [str(unshare), "--user", "--map-root-user", "--mount", "sh", "-c"]
+    if unshare is None or subprocess.run([*spaces, mount], capture_output=True, check=False).returncode:
+        pytest.skip("no small file system can be mounted here")
+    command = f'{mount} && exec "$0" -c "$1" {tmp_path}/cache'
+    done = subprocess.run(
+        [*spaces, command, sys.executable, FULL_DISK], capture_output=True, text=True, check=False, env={**os.environ}
+    )
+    assert done.returncode == 0, done.stderr

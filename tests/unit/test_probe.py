@@ -1,0 +1,144 @@
+"""What fits into a device's memory and time: the choice, and the measurement behind it."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support import LAYERS, Built
+
+from edge_runtime.engine import Fit, default_micro_batch
+from edge_runtime.probe import BATCH, PASSES, Measured, make_plan, plan_within
+from edge_runtime.store import DeviceStore
+from protocol.errors import ConfigError
+from protocol.messages import EngineName
+
+GB = 10**9
+FEATURE_BATCHES = (4, 2, 1)
+ENGINE: EngineName = "step-graph"
+
+
+@dataclass
+class Machine:
+    """One whose memory and time are known. It kills a process that takes more than `memory`, without a word."""
+
+    levels: int
+    micro_batch: int  # what is tried first at any level
+    memory: int = 10 * GB
+    pass_bytes: int = 0
+    level_bytes: int = 0
+    sample_bytes: int = 0
+    seconds: float = 1.0
+    started: list[tuple[int, int, Fit]] = field(default_factory=list)
+
+    def passes(self, feature_batch: int) -> int:
+        return self.pass_bytes + feature_batch * self.sample_bytes
+
+    def step(self, level: int, fit: Fit) -> int:
+        return level * (self.level_bytes // (2 if fit.lean else 1) + fit.micro_batch * self.sample_bytes)
+
+    def measure(self, feature_batch: int, first: int, fit: Fit) -> Iterator[Measured]:
+        self.started.append((feature_batch, first, fit))
+        peak = self.passes(feature_batch)
+        if peak > self.memory:
+            return
+        yield Measured(level=PASSES, micro_batch=feature_batch, seconds=0, peak_rss=peak)
+        for level in range(first, self.levels + 1):
+            tried = Fit(min(fit.micro_batch, self.micro_batch), fit.lean)
+            peak = max(peak, self.step(level, tried))
+            if peak > self.memory:
+                return
+            seconds = self.seconds * level
+            yield Measured(level=level, micro_batch=tried.micro_batch, seconds=seconds, peak_rss=peak)
+
+
+def machine(built: Built, **costs: int) -> Machine:
+    manifest = built.bundle.manifest
+    return Machine(manifest.levels, min(BATCH, default_micro_batch(manifest.dims, 1)), **costs)
+
+
+def test_with_plenty_of_memory_everything_is_as_fast_as_it_can_be(vit: Built) -> None:
+    plan = plan_within(machine(vit, level_bytes=1000).measure, vit.bundle, GB, step_seconds=60)
+    assert plan.feature_batch == 4
+    assert plan.fits == {level: Fit(BATCH) for level in range(1, LAYERS + 1)}
+
+
+def test_a_process_that_dies_of_a_level_ends_it_as_one_that_takes_too_much(vit: Built) -> None:
+    patient = machine(vit, level_bytes=1000, sample_bytes=100)
+    mortal = machine(vit, level_bytes=1000, sample_bytes=100, memory=3500)
+    wanted = plan_within(patient.measure, vit.bundle, 3500, step_seconds=60)
+    assert plan_within(mortal.measure, vit.bundle, 10 * GB, step_seconds=60) == wanted
+    assert wanted.fits == {1: Fit(16), 2: Fit(4), 3: Fit(1)}
+
+
+def test_the_first_level_that_is_too_slow_ends_it(vit: Built) -> None:
+    plan = plan_within(machine(vit).measure, vit.bundle, GB, step_seconds=2.5)
+    assert plan.level_cap == 2
+
+
+@given(
+    budget=st.integers(0, 20_000),
+    pass_bytes=st.integers(0, 8_000),
+    level_bytes=st.integers(0, 8_000),
+    sample_bytes=st.integers(0, 400),
+    memory=st.integers(0, 20_000),
+)
+def test_what_is_planned_fits_and_nothing_larger_would(
+    vit: Built, budget: int, pass_bytes: int, level_bytes: int, sample_bytes: int, memory: int
+) -> None:
+    m = machine(vit, pass_bytes=pass_bytes, level_bytes=level_bytes, sample_bytes=sample_bytes, memory=memory)
+    plan, most = plan_within(m.measure, vit.bundle, budget, step_seconds=1e9), min(budget, memory)
+    if m.passes(1) > most:
+        assert not plan.fits
+        return
+    assert plan.feature_batch == max(size for size in FEATURE_BATCHES if m.passes(size) <= most)
+    assert list(plan.fits) == list(range(1, plan.level_cap + 1))
+    ladder = [Fit(16), Fit(8), Fit(4), Fit(2), Fit(1), Fit(1, lean=True)]
+    for level, fit in plan.fits.items():
+        assert fit == next(each for each in ladder if m.step(level, each) <= most)
+    if plan.level_cap < m.levels:
+        assert m.step(plan.level_cap + 1, ladder[-1]) > most
+    assert len(m.started) <= len(FEATURE_BATCHES) + len(ladder)  # each takes seconds
+
+
+def plan_of(built: Built, store: DeviceStore, photo: Path, memory: int, step_seconds: float = 1e6) -> object:
+    return make_plan(built.bundle, store, "step-graph", 1, (1, photo), memory, step_seconds)
+
+
+@pytest.fixture
+def photo(photos: Path) -> Path:
+    return next(photos.rglob("*.jpg"))
+
+
+def test_it_is_measured_once_for_a_budget(
+    vit: Built, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = DeviceStore(tmp_path)
+    plan = plan_of(vit, store, photo, 100 * GB)
+    assert plan.level_cap == LAYERS
+    monkeypatch.setattr(subprocess, "Popen", None)  # a second measurement would need it
+    assert plan_of(vit, store, photo, 100 * GB) == plan
+    with pytest.raises(TypeError):
+        plan_of(vit, store, photo, 99 * GB)
+
+
+def test_a_budget_nothing_fits_into_is_refused_with_one_that_does(vit: Built, photo: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"level 1 needs \d+MB, more than the budget of 10MB") as refused:
+        plan_of(vit, DeviceStore(tmp_path), photo, 10**7)
+    least = int(str(refused.value).split("MB, more than")[0].split()[-1])
+    assert plan_of(vit, DeviceStore(tmp_path), photo, least * 10**6).level_cap >= 1
+
+
+def test_a_time_nothing_fits_into_is_refused_with_what_it_takes(vit: Built, photo: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"level 1 takes \d+.\d s, longer than --step-seconds 1e-09"):
+        plan_of(vit, DeviceStore(tmp_path), photo, 100 * GB, step_seconds=1e-9)
+
+
+def test_a_sample_that_cannot_be_read_is_not_taken_for_a_lack_of_memory(vit: Built, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="could not be measured"):
+        plan_of(vit, DeviceStore(tmp_path), tmp_path / "nothing.jpg", 100 * GB)
