@@ -190,20 +190,10 @@ def _measured(
     bundle: Bundle, engine: EngineName, threads: int, sample: Path, feature_batch: int, first: int, fit: Fit
 ) -> Iterator[Measured]:
     """`probe_levels` in a process of its own, which is ended when nobody wants more lines."""
-    command = [sys.executable, "-m", "edge_runtime", "probe", "--bundle", str(bundle.root)]
-    command += [
-        "--engine",
-        engine,
-        "--threads",
-        str(threads),
-        "--sample",
-        str(sample),
-        "--feature-batch",
-        str(feature_batch),
-        "--first",
-        str(first),
-    ]
-    command += ["--micro-batch", str(fit.micro_batch), *(["--lean"] if fit.lean else [])]
+    options: dict[str, object] = {"bundle": bundle.root, "engine": engine, "threads": threads, "sample": sample}
+    options |= {"feature-batch": feature_batch, "first": first, "micro-batch": fit.micro_batch}
+    command = [sys.executable, "-m", "edge_runtime", "probe", *(["--lean"] if fit.lean else [])]
+    command += [text for name, value in options.items() for text in (f"--{name}", str(value))]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         try:
             for text in process.stdout or ():
