@@ -77,7 +77,7 @@ def compare(
     seed: int = typer.Option(0),
     out: Path | None = typer.Option(None, "--json", help="File to write the measurements to."),
 ) -> None:
-    folders = bundle or [_built(model, weights, precision, ort_training) for precision in ("fp32", "int8")]
+    folders = bundle or [built(model, weights, precision, ort_training) for precision in ("fp32", "int8")]
     if any(isinstance(Bundle(folder).manifest.preprocessing, TextPreprocessing) for folder in folders):
         raise ConfigError("this comparison is of vision models; give another --model or --bundle")
     threads = threads or os.cpu_count() or 1
@@ -143,7 +143,8 @@ def _show(results: dict[str, dict[str, float]]) -> None:
         )
 
 
-def _built(model: str, weights: str | None, precision: str, ort_training: Path | None) -> Path:
+def built(model: str, weights: str | None, precision: str, ort_training: Path | None = None) -> Path:
+    """The model's bundle, built if it is not there."""
     with_training = ort_training is not None and precision == "fp32"
     folder = Path("bundles") / f"benchmark-{model}-{precision}{'-training' if with_training else ''}"
     if not (folder / "manifest.json").is_file():

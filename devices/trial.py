@@ -66,9 +66,9 @@ def trial(
         raise ConfigError("--classes and --classes-from-folders exclude each other")
     if (classes or classes_from_folders) and images is None:
         raise ConfigError("--classes and --classes-from-folders go with --images")
-    byte_size("--memory", memory)
     if engine == "ort-training":
         require_ort_training("--engine ort-training")
+    byte_size("--memory", memory)
     if weights and model is None:
         raise ConfigError("--weights goes with --model")
     folder = Path("runs") / check_name("run", name)

@@ -57,7 +57,7 @@ def run(
     link.connect()
     opened = Bundle(bundle) if bundle else fetch_bundle(find_server(link, topics), state / "bundles")
     opened.verify()
-    trainer = open_engine(engine, opened, threads)
+    chosen = open_engine(engine, opened, threads).name
     kind = reader_of(opened).kind
     slices = scan(images, opened.manifest.classes, kind)
     for path in slices.unreadable:
@@ -66,12 +66,12 @@ def run(
     report("measuring", 0, 1)
     samples = slices.train + slices.held_out + slices.test
     largest = max((kind.extent(sample.path), sample.path) for sample in samples)
-    plan = make_plan(opened, store, trainer.name, threads, largest, memory_bytes, step_seconds)
+    plan = make_plan(opened, store, chosen, threads, largest, memory_bytes, step_seconds)
     console.print(
         f"device {name}: {len(slices.train)} {kind.noun}s to train on, {len(slices.held_out)} held out, "
-        f"{len(slices.test)} to test on; engine {trainer.name}, level cap {plan.level_cap}"
+        f"{len(slices.test)} to test on; engine {chosen}, level cap {plan.level_cap}"
     )
-    trainer = open_engine(trainer.name, opened, threads, plan.fits)
+    trainer = open_engine(chosen, opened, threads, plan.fits)
     disk = DiskCache(store.cache, cache_bytes)
     node = Device(
         name=name,

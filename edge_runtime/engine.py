@@ -91,7 +91,7 @@ class StepGraphEngine:
     name: EngineName = "step-graph"
 
     def __init__(self, bundle: Bundle, threads: int, fits: Mapping[int, Fit] | None = None) -> None:
-        """`fits` by level. Default: as many images at once as keep a level's activations below ACTIVATION_BYTES."""
+        """`fits` by level; see `fit_of` for the default."""
         self._bundle = bundle
         self._threads = threads
         self._fits = fits or {}
@@ -105,7 +105,7 @@ class StepGraphEngine:
         if level != self._level:
             self.release()
             self._level = level
-            self._fit = self._fits.get(level) or Fit(default_micro_batch(self._bundle.manifest.dims, level))
+            self._fit = fit_of(self._fits, self._bundle, level)
         self._theta = np.empty(0, np.float32)
         self._optimizer = None
 
@@ -146,6 +146,11 @@ class StepGraphEngine:
                 self.release()
             self._sessions[kind] = open_session(self._bundle, f"{kind}-{self._level}.onnx", self._threads, not lean)
         return run(self._sessions[kind], outputs, inputs)
+
+
+def fit_of(fits: Mapping[int, Fit], bundle: Bundle, level: int) -> Fit:
+    """The level's, or else as many images at once as keep its activations below ACTIVATION_BYTES."""
+    return fits.get(level) or Fit(default_micro_batch(bundle.manifest.dims, level))
 
 
 def default_micro_batch(dims: Dims, level: int) -> int:

@@ -13,7 +13,7 @@ from edge_runtime.engine import (
     Fit,
     Floats,
     InferenceSession,
-    default_micro_batch,
+    fit_of,
     open_session,
     run,
     session_options,
@@ -39,14 +39,15 @@ class TrainingSession:
     `state.parameters` holds each trainable's `data` and `grad` by its name in the layout.
     """
 
-    def __init__(self, bundle: Bundle, level: int, theta: Vector, learning_rate: float, threads: int) -> None:
-        """Raises BundleError if onnxruntime-training cannot read the level's artifacts."""
+    def __init__(self, bundle: Bundle, level: int, theta: Vector, learning_rate: float, options: Any) -> None:
+        """`options` are the graph's, of `session_options`.
+
+        Raises BundleError if onnxruntime-training cannot read the level's artifacts.
+        """
         api, root = training_api(), bundle.root
         try:
             self.state = api.CheckpointState.load_checkpoint(root / f"ort-training-{level}.checkpoint")
-            self._module = api.Module(
-                root / f"ort-training-{level}.onnx", self.state, session_options=session_options(threads)
-            )
+            self._module = api.Module(root / f"ort-training-{level}.onnx", self.state, session_options=options)
             self.put(theta)  # first of all: an optimizer of parameters without values crashes
             self._optimizer = api.Optimizer(root / OPTIMIZER, self._module)
         except Exception as error:  # ONNX Runtime's own exceptions have no common base
@@ -103,7 +104,7 @@ class OrtTrainingEngine:
         if level != self._level:
             self.release()
             self._level = level
-            self._fit = self._fits.get(level) or Fit(default_micro_batch(self._bundle.manifest.dims, level))
+            self._fit = fit_of(self._fits, self._bundle, level)
 
     def set(self, theta: Vector, training: Training | None = None) -> None:
         self._theta = theta
@@ -120,7 +121,8 @@ class OrtTrainingEngine:
         if self._session is None:
             if self._fit.lean:
                 self.release()
-            self._session = TrainingSession(self._bundle, self._level, self._theta, rate, self._threads)
+            options = session_options(self._threads, prepack=not self._fit.lean)
+            self._session = TrainingSession(self._bundle, self._level, self._theta, rate, options)
         self._session.drop_gradient()
         loss = sum(self._session.add_gradient(inputs) for inputs in batch.micro_batches(self._fit.micro_batch))
         decay = expert_decay(self._bundle.expert, self._theta.size, self._training.weight_decay)
@@ -131,11 +133,13 @@ class OrtTrainingEngine:
 
     def predict(self, hidden: Floats) -> Floats:
         if self._predict is None:
-            self._predict = open_session(self._bundle, f"predict-{self._level}.onnx", self._threads)
+            lean = self._fit.lean
+            self._predict = open_session(self._bundle, f"predict-{self._level}.onnx", self._threads, not lean)
         (logits,) = run(self._predict, ["logits"], {"hidden": hidden, "theta": self._theta})
         return logits
 
     def release(self) -> None:
-        """What is being trained stays open: its optimizer's state cannot be had without it."""
-        self._predict = None
-        release_free_memory()
+        """The training session stays: the optimizer's state cannot be had without it."""
+        if self._predict is not None:
+            self._predict = None
+            release_free_memory()

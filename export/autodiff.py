@@ -233,7 +233,8 @@ class Tape:
 
         def backward(g: str) -> None:
             gh = op("Reshape", g, ints(-1, heads, hidden))
-            gs = self._softmax_gradient(weights, op("MatMul", gh, swap(states)), op("Mul", gh, out))
+            gw = op("MatMul", gh, swap(states))
+            gs = self._softmax_gradient(weights, gw, op("Mul", gw, weights))
             self._accumulate(q, lambda: flat(op("MatMul", gs, states)))
             self._accumulate(x, lambda: flat(op("MatMul", swap(gs), queries)))
             self._accumulate(x, lambda: flat(op("MatMul", swap(weights), gh)))
@@ -264,11 +265,11 @@ class Tape:
         rows = op("Mul", op("Reshape", x.name, ints(-1, heads, hidden)), mask)
         return self._record(op("ReduceSum", rows, ints(1), keepdims=0), [x], backward)
 
-    def _softmax_gradient(self, weights: str, gradient: str, gradient_out: str) -> str:
-        """The gradient of the scores from that of the weights. Its row sums Σ w·∂w equal those of ∂out·out, which is
-        d wide instead of N (Dao et al. 2022)."""
+    def _softmax_gradient(self, weights: str, gradient: str, terms: str) -> str:
+        """The gradient of the scores from that of the weights. The row sums of `terms` are Σ w·∂w, as are those of
+        ∂out·out (Dao et al. 2022): the narrower is faster, and w·∂w loses fewer digits."""
         op = self.graph.op
-        return op("Mul", weights, op("Sub", gradient, op("ReduceSum", gradient_out, self.graph.ints(-1))))
+        return op("Mul", weights, op("Sub", gradient, op("ReduceSum", terms, self.graph.ints(-1))))
 
     def expert_loss(
         self, logits: Var, labels: str, weights: str, gate: str, other: str, bias: str, classes: int

@@ -19,7 +19,7 @@ SHELL = {"paho", "typer", "rich", "shell"}
 # What each room may import beside itself and the standard library.
 MAY_IMPORT = {
     "protocol": BASE,
-    "shell": {"protocol", *SHELL},
+    "shell": {"protocol", "pydantic", *SHELL},
     "trainer_server": {"protocol", "starlette", "uvicorn", *BASE, *SHELL},
     "edge_runtime": {"protocol", "onnxruntime", "PIL", *BASE, *SHELL},
 }

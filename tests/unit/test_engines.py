@@ -30,7 +30,7 @@ from support import (
     trainables,
 )
 
-from edge_runtime.engine import NEVER, Batch, Engine, Fit, StepGraphEngine
+from edge_runtime.engine import NEVER, Batch, Engine, Fit, StepGraphEngine, session_options
 from edge_runtime.engines import open_engine
 from edge_runtime.ort_training import OrtTrainingEngine, TrainingSession
 from export.build import build_bundle
@@ -58,7 +58,7 @@ def step_graph(bundle: Bundle, level: int, theta: Floats, inputs: Inputs) -> tup
 
 
 def ort_training(bundle: Bundle, level: int, theta: Floats, inputs: Inputs) -> tuple[float, Floats]:
-    session = TrainingSession(bundle, level, theta, learning_rate=1e-3, threads=1)
+    session = TrainingSession(bundle, level, theta, learning_rate=1e-3, options=session_options(1))
     loss = session.add_gradient(inputs)
     assert np.array_equal(session.get(), theta)
     return loss, bundle.expert.join({name: parameter.grad for name, parameter in session.state.parameters})
@@ -143,10 +143,10 @@ def test_masked_classes_get_no_gradient(vit: Built, level: int, differentiate: D
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("fit", [Fit(3), Fit(8), Fit(8, lean=True)], ids=str)
+@pytest.mark.parametrize(("micro_batch", "lean"), [(3, False), (8, False), (2, True)])
 @each_engine
 def test_twenty_steps_equal_torchs_adamw_over_the_whole_model(
-    built: Built, level: int, fit: Fit, engine_of: Callable[..., Engine]
+    built: Built, level: int, micro_batch: int, lean: bool, engine_of: Callable[..., Engine]
 ) -> None:
     bundle, manifest = built.bundle, built.bundle.manifest
     rng = np.random.default_rng(5)
@@ -154,7 +154,7 @@ def test_twenty_steps_equal_torchs_adamw_over_the_whole_model(
     batches = [rng.choice(24, size, replace=False) for size in (8, 7, 4, 1) * 5]
     theta, rate, decay = random_theta(bundle, level, 4), 1e-3, 0.05
 
-    engine = engine_of(bundle, threads=1, fits={level: fit})
+    engine = engine_of(bundle, threads=1, fits={level: Fit(micro_batch, lean)})
     engine.load(level)
     engine.set(theta, Training(epochs=1, learning_rate=rate, weight_decay=decay))
     hidden = hidden_of(built, samples, level)
@@ -235,7 +235,7 @@ def test_damaged_artifacts_are_one_clear_error(vit: Built, tmp_path: Path) -> No
     shutil.copytree(vit.bundle.root, tmp_path / "bundle")
     (tmp_path / "bundle" / "ort-training-1.onnx").write_bytes(b"not a graph")
     with pytest.raises(BundleError, match="level 1 is nothing onnxruntime-training can train"):
-        TrainingSession(Bundle(tmp_path / "bundle"), 1, random_theta(vit.bundle, 1, 0), 1e-3, threads=1)
+        TrainingSession(Bundle(tmp_path / "bundle"), 1, random_theta(vit.bundle, 1, 0), 1e-3, session_options(1))
 
 
 @with_ort_training

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from support import LAYERS, Built
 
 from edge_runtime.engine import Fit, default_micro_batch
-from edge_runtime.probe import BATCH, PASSES, Measured, Plan, make_plan, plan_within
+from edge_runtime.probe import BATCH, PASSES, Measured, make_plan, plan_within
 from edge_runtime.store import DeviceStore
 from protocol.errors import ConfigError
 from protocol.messages import EngineName
@@ -106,8 +106,8 @@ def test_what_is_planned_fits_and_nothing_larger_would(
     assert len(m.started) <= len(FEATURE_BATCHES) + len(ladder)  # each takes seconds
 
 
-def plan_of(built: Built, store: DeviceStore, photo: Path, memory: int, step_seconds: float = 1e6) -> Plan:
-    return make_plan(built.bundle, store, ENGINE, 1, (1, photo), memory, step_seconds)
+def plan_of(built: Built, store: DeviceStore, photo: Path, memory: int, step_seconds: float = 1e6) -> object:
+    return make_plan(built.bundle, store, "step-graph", 1, (1, photo), memory, step_seconds)
 
 
 @pytest.fixture

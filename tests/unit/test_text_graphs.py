@@ -64,9 +64,8 @@ def test_padded_and_full_texts_equal_torch_and_peft_with_an_attention_mask(
     )
     assert relative_error(float(our_loss), loss) < TOLERANCE
     assert relative_error(logits_of(bert, tokens, theta, level), logits) < TOLERANCE
-    assert relative_error(our_gradient, gradient) < TOLERANCE
-    for name, part in bert.bundle.expert.split(gradient).items():  # torch's own distance from fp64 is 5e-6 on these
-        assert relative_error(bert.bundle.expert.split(our_gradient)[name], part) < 3 * TOLERANCE, name
+    for name, part in bert.bundle.expert.split(gradient).items():
+        assert relative_error(bert.bundle.expert.split(our_gradient)[name], part) < TOLERANCE, name
 
 
 @pytest.mark.parametrize("level", LEVELS)

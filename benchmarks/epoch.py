@@ -1,0 +1,101 @@
+"""python -m benchmarks.epoch: local rounds as a device lives them, against the same in torch + PEFT.
+
+New images, rounds of E epochs with one change of level on the way, evaluation on held-out images after each. The torch
+side has no levels: each of its rounds is like the others, so only some are run, and the output says how many.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import typer
+from PIL import Image
+
+from benchmarks.local_rounds import Seconds, Setting
+from benchmarks.step import built
+from protocol.errors import RunError
+from shell.cli import application
+
+SIDE = 256  # of the random images, before they are resized
+
+app = application("A device's local rounds, against torch + PEFT.")
+
+
+@app.command()
+def epoch(
+    model: str = typer.Option("vit-b16", help="As for export.build."),
+    weights: str | None = typer.Option("random", help="As for export.build."),
+    bundle: list[Path] = typer.Option([], help="Bundles of it; may be repeated. Default: fp32 and int8, built once."),
+    images: int = typer.Option(200, min=5),
+    levels: str = typer.Option("1,1,1,2,2", help="The level of each round."),
+    epochs: int = typer.Option(2, min=1, help="Local epochs of a round."),
+    batch: int = typer.Option(16, min=1),
+    torch_rounds: int = typer.Option(1, min=1, help="Rounds that torch really runs; their time is scaled to all."),
+    threads: int = typer.Option(0, min=0, help="0: one per core."),
+    seed: int = typer.Option(0),
+    out: Path | None = typer.Option(None, "--json", help="File to write the measurements to."),
+) -> None:
+    folders = bundle or [built(model, weights, precision) for precision in ("fp32", "int8")]
+    rounds = tuple(int(level) for level in levels.split(","))
+    results: dict[str, dict[str, float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        photos = Path(folder) / "images"
+        write_images(photos, images, seed)
+        for index, root in enumerate(folders):
+            scratch = str(Path(folder) / f"cache-{index}")
+            common = (model, weights, str(photos), scratch)
+            rest = (epochs, batch, threads or os.cpu_count() or 1, seed)
+            name = json.loads((root / "manifest.json").read_text())["precision"]
+            results[f"edge, {name}"] = _row(_run("edge", Setting(str(root), *common, rounds, *rest)), 1.0)
+        measured = _run("torch", Setting(str(folders[0]), *common, rounds[:torch_rounds], *rest))
+        results["torch + PEFT"] = _row(measured, len(rounds) / torch_rounds)
+    theirs = results["torch + PEFT"]["total"]
+    print(f"{images} images, {len(rounds)} rounds of {epochs} epochs at levels {levels}; ", end="")
+    print(f"torch ran {torch_rounds} of the rounds, scaled to {len(rounds)}\n")
+    print("| | features, s | training, s | evaluation, s | total, s | × torch | peak MB |")
+    print("|---|---|---|---|---|---|---|")
+    for name, row in results.items():
+        row["times_faster"] = theirs / row["total"]
+        parts = " | ".join(f"{row[part]:.1f}" for part in ("features", "training", "evaluation", "total"))
+        print(f"| {name} | {parts} | {row['times_faster']:.1f} | {row['peak_rss_mb']:.0f} |")
+    if out:
+        out.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def write_images(folder: Path, count: int, seed: int) -> None:
+    """Random JPEG files: what they show does not matter here, how long they take does."""
+    rng = np.random.default_rng(seed)
+    folder.mkdir()
+    for index in range(count):
+        coarse = rng.integers(0, 256, (SIDE // 16, SIDE // 16, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize((SIDE, SIDE)).save(folder / f"{index:05}.jpg")
+
+
+def _run(side: str, setting: Setting) -> Seconds:
+    command = [sys.executable, "-m", "benchmarks.local_rounds", side, json.dumps(asdict(setting))]
+    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if result.returncode:
+        raise RunError(f"the {side} side ended early; what it said stands above")
+    return Seconds(**json.loads(result.stdout.splitlines()[-1]))
+
+
+def _row(spent: Seconds, scale: float) -> dict[str, float]:
+    """`scale` is for what is done in every round."""
+    row = {
+        "features": spent.features,
+        "training": spent.training * scale,
+        "evaluation": spent.evaluation * scale,
+        "peak_rss_mb": spent.peak_rss_mb,
+    }
+    return {**row, "total": row["features"] + row["training"] + row["evaluation"]}
+
+
+if __name__ == "__main__":
+    app()

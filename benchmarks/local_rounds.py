@@ -1,0 +1,142 @@
+"""The local work of a device over some rounds of stage 1, in two ways, each in a process of its own.
+
+    edge     this project: features of the new images once, epochs on the cached states, evaluation on held-out images
+    torch    transformers + PEFT over the whole model, as a federated client written in torch would do it; it keeps the
+             decoded images in memory
+
+`benchmarks.epoch` starts this module; it prints the seconds of each part as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edge_runtime.cache import DiskCache
+from edge_runtime.engine import StepGraphEngine
+from edge_runtime.features import FeatureCache
+from edge_runtime.images import load_pixels
+from edge_runtime.memory import peak_rss_mb
+from edge_runtime.samples import Sample, labels_of
+from edge_runtime.training import Targets, predict_log, train
+from protocol.bundle import Bundle, ImagePreprocessing, file_sha256
+from protocol.messages import Training
+
+HELD_OUT = 0.2
+
+
+@dataclass(frozen=True)
+class Setting:
+    """`levels` of each round. `images` is a folder of JPEG files; a file's label is its number modulo the classes."""
+
+    bundle: str
+    model: str
+    weights: str | None
+    images: str
+    scratch: str
+    levels: tuple[int, ...]
+    epochs: int
+    batch: int
+    threads: int
+    seed: int
+
+
+@dataclass
+class Seconds:
+    """Wall-clock time, summed over all rounds."""
+
+    features: float = 0.0
+    training: float = 0.0
+    evaluation: float = 0.0
+    peak_rss_mb: float = 0.0
+
+
+def edge(setting: Setting) -> Seconds:
+    bundle, spent = Bundle(Path(setting.bundle)), Seconds()
+    train_on, held_out = _slices(setting, bundle.manifest.dims.classes)
+    cache = FeatureCache(DiskCache(Path(setting.scratch)), bundle, setting.threads)
+    engine = StepGraphEngine(bundle, setting.threads)
+    training = Training(epochs=setting.epochs, batch_size=setting.batch, learning_rate=1e-3)
+    bias = np.zeros(bundle.manifest.dims.classes, np.float32)
+    theta = bundle.initial()[0]
+    targets = Targets.cross_entropy(labels_of(train_on))
+    for round_, level in enumerate(setting.levels):
+        size = bundle.expert.size(level)
+        started = time.perf_counter()
+        cache.pooled([*train_on, *held_out], level)
+        hidden, unseen = cache.frozen(train_on, level), cache.frozen(held_out, level)
+        spent.features += time.perf_counter() - started
+        started = time.perf_counter()
+        engine.load(level)
+        engine.set(theta[:size], training)
+        train(engine, hidden, targets, bias, training, [setting.seed, round_], lambda *_: None)
+        theta[:size] = engine.get()
+        spent.training += time.perf_counter() - started
+        started = time.perf_counter()
+        predict_log(engine, unseen, bias)
+        spent.evaluation += time.perf_counter() - started
+    return spent
+
+
+def torch(setting: Setting) -> Seconds:
+    import torch
+
+    from export.reference import add_lora, torch_inputs
+    from export.weights import load_backbone
+
+    torch.set_num_threads(setting.threads)
+    manifest, spent = Bundle(Path(setting.bundle)).manifest, Seconds()
+    preprocessing = manifest.preprocessing
+    assert isinstance(preprocessing, ImagePreprocessing)
+    train_on, held_out = _slices(setting, manifest.dims.classes)
+    source = load_backbone(
+        setting.model, setting.weights, manifest.dims.classes, preprocessing.size, None, setting.seed
+    )
+    source.model.set_attn_implementation("sdpa")  # what transformers takes by itself
+    model = add_lora(source, manifest.lora, manifest.dims.blocks, setting.seed)
+    started = time.perf_counter()
+    pixels = {s.sha256: load_pixels(s.path, preprocessing) for s in (*train_on, *held_out)}
+    spent.features = time.perf_counter() - started
+
+    def batch(samples: list[Sample]) -> dict[str, Any]:
+        return torch_inputs(np.stack([pixels[sample.sha256] for sample in samples]), preprocessing)
+
+    rng = np.random.default_rng(setting.seed)
+    for _ in setting.levels:
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        started = time.perf_counter()
+        model.train()
+        for _ in range(setting.epochs):
+            for chosen in np.array_split(rng.permutation(len(train_on)), -(-len(train_on) // setting.batch)):
+                samples = [train_on[index] for index in chosen]
+                optimizer.zero_grad()
+                labels = torch.from_numpy(labels_of(samples))
+                torch.nn.functional.cross_entropy(model(**batch(samples)).logits, labels).backward()
+                optimizer.step()
+        spent.training += time.perf_counter() - started
+        started = time.perf_counter()
+        model.eval()
+        with torch.inference_mode():
+            for start in range(0, len(held_out), setting.batch):
+                model(**batch(held_out[start : start + setting.batch]))
+        spent.evaluation += time.perf_counter() - started
+    return spent
+
+
+def _slices(setting: Setting, classes: int) -> tuple[list[Sample], list[Sample]]:
+    paths = sorted(Path(setting.images).glob("*.jpg"))
+    samples = [Sample(path, file_sha256(path), index % classes) for index, path in enumerate(paths)]
+    held_out = round(HELD_OUT * len(samples))
+    return samples[held_out:], samples[:held_out]
+
+
+if __name__ == "__main__":
+    spent = {"edge": edge, "torch": torch}[sys.argv[1]](Setting(**json.loads(sys.argv[2])))
+    spent.peak_rss_mb = peak_rss_mb()
+    print(json.dumps(asdict(spent)))
