@@ -1,0 +1,59 @@
+"""A device with a memory budget, in a process that the kernel gives no more."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from device_photos import write_photos
+from processes import Broker, Federation, Observer, Processes
+from support import CLASSES, build, write_vit
+
+from edge_runtime.engine import Fit, default_micro_batch
+from edge_runtime.probe import BATCH, Plan
+from protocol.bundle import Bundle
+from protocol.messages import Round, Stage
+
+LEVELS = 6
+SHAPE = {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768, "patch_size": 2}
+MB = 10**6
+BUDGET = 180 * MB
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """So wide, 257 tokens of 192 values, that it matters how many images are trained on at once."""
+    weights = write_vit(tmp_path_factory.mktemp("weights"), num_hidden_layers=LEVELS, **SHAPE)
+    return build(weights, tmp_path_factory.mktemp("bundles") / "wide").bundle
+
+
+def test_a_run_stays_within_its_budget(wide: Bundle, broker: Broker, tmp_path: Path) -> None:
+    """The kernel's limit is on a process's data, which is all but what it maps of files. Unlike the budget it counts
+    memory that is never touched, and leaves out the code of libraries (some 45 MB)."""
+    photos = tmp_path / "photos"
+    write_photos(photos, dict.fromkeys(CLASSES, 8), seed=0)
+    with Processes(tmp_path / "logs") as processes:
+        federation = Federation("bounded", broker, wide.root, {"device-0": photos}, tmp_path, processes)
+        with Observer(broker, "bounded") as observer:
+            server = federation.start_server("--stage1-rounds", "1", "--stage2-rounds", "1", "--sal", "all-at-once")
+            device = processes.start(
+                "device",
+                *("sh", "-c", f'ulimit -d {BUDGET // 1024} && exec "$@"', "sh"),
+                *(sys.executable, "-m", "edge_runtime", "run", "--run", "bounded", "--device", "device-0"),
+                *("--images", str(photos), "--bundle", str(wide.root), "--broker", broker.url),
+                *("--state", str(federation.state("device-0")), "--threads", "1", "--memory", f"{BUDGET // MB}MB"),
+                environment={"OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"},  # so less of it is never touched
+            )
+            observer.wait(Round, lambda r: r.stage is Stage.FINISHED, "the end of the run")
+            assert device.wait().code == server.wait().code == 0
+    plan = Plan(**json.loads((federation.state("device-0") / "plan.json").read_text())["plan"])
+    assert plan.level_cap == LEVELS
+    usual = min(BATCH, default_micro_batch(wide.manifest.dims, LEVELS))
+    assert plan.fits[LEVELS] in [Fit(size) for size in range(1, usual)] + [Fit(1, lean=True)]
+    lines = (federation.server_folder / "rounds.jsonl").read_text().splitlines()
+    updates = [json.loads(line)["updates"]["device-0"] for line in lines]
+    assert max(update["level"] for update in updates) == LEVELS
+    assert max(update["peak_rss_mb"] for update in updates) * 2**20 <= BUDGET
+    assert (federation.state("device-0") / "personalized.onnx").is_file()
