@@ -39,12 +39,10 @@ class TrainingSession:
     `state.parameters` holds each trainable's `data` and `grad` by its name in the layout.
     """
 
-    def __init__(self, bundle: Bundle, level: int, theta: Vector, learning_rate: float, options: Any) -> None:
-        """`options` are the graph's, of `session_options`.
-
-        Raises BundleError if onnxruntime-training cannot read the level's artifacts.
-        """
+    def __init__(self, bundle: Bundle, level: int, theta: Vector, learning_rate: float, threads: int) -> None:
+        """Raises BundleError if onnxruntime-training cannot read the level's artifacts."""
         api, root = training_api(), bundle.root
+        options = session_options(threads, prepack=False)  # a Module takes no other
         try:
             self.state = api.CheckpointState.load_checkpoint(root / f"ort-training-{level}.checkpoint")
             self._module = api.Module(root / f"ort-training-{level}.onnx", self.state, session_options=options)
@@ -121,8 +119,7 @@ class OrtTrainingEngine:
         if self._session is None:
             if self._fit.lean:
                 self.release()
-            options = session_options(self._threads, prepack=not self._fit.lean)
-            self._session = TrainingSession(self._bundle, self._level, self._theta, rate, options)
+            self._session = TrainingSession(self._bundle, self._level, self._theta, rate, self._threads)
         self._session.drop_gradient()
         loss = sum(self._session.add_gradient(inputs) for inputs in batch.micro_batches(self._fit.micro_batch))
         decay = expert_decay(self._bundle.expert, self._theta.size, self._training.weight_decay)

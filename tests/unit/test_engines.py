@@ -30,7 +30,7 @@ from support import (
     trainables,
 )
 
-from edge_runtime.engine import NEVER, Batch, Engine, Fit, StepGraphEngine, session_options
+from edge_runtime.engine import NEVER, Batch, Engine, Fit, StepGraphEngine
 from edge_runtime.engines import open_engine
 from edge_runtime.ort_training import OrtTrainingEngine, TrainingSession
 from export.build import build_bundle
@@ -58,7 +58,7 @@ def step_graph(bundle: Bundle, level: int, theta: Floats, inputs: Inputs) -> tup
 
 
 def ort_training(bundle: Bundle, level: int, theta: Floats, inputs: Inputs) -> tuple[float, Floats]:
-    session = TrainingSession(bundle, level, theta, learning_rate=1e-3, options=session_options(1))
+    session = TrainingSession(bundle, level, theta, learning_rate=1e-3, threads=1)
     loss = session.add_gradient(inputs)
     assert np.array_equal(session.get(), theta)
     return loss, bundle.expert.join({name: parameter.grad for name, parameter in session.state.parameters})
@@ -235,7 +235,7 @@ def test_damaged_artifacts_are_one_clear_error(vit: Built, tmp_path: Path) -> No
     shutil.copytree(vit.bundle.root, tmp_path / "bundle")
     (tmp_path / "bundle" / "ort-training-1.onnx").write_bytes(b"not a graph")
     with pytest.raises(BundleError, match="level 1 is nothing onnxruntime-training can train"):
-        TrainingSession(Bundle(tmp_path / "bundle"), 1, random_theta(vit.bundle, 1, 0), 1e-3, session_options(1))
+        TrainingSession(Bundle(tmp_path / "bundle"), 1, random_theta(vit.bundle, 1, 0), 1e-3, threads=1)
 
 
 @with_ort_training
