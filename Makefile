@@ -19,7 +19,8 @@ test: install
 	$(RUN) pytest
 	@if [ -d $(TRAINING)/onnxruntime ]; then \
 		echo "once more what concerns engines, with onnxruntime-training" && \
-		PYTHONPATH=$(CURDIR)/$(TRAINING) $(RUN) pytest tests/unit/test_engines.py tests/unit/test_build.py; \
+		PYTHONPATH=$(CURDIR)/$(TRAINING) $(RUN) pytest tests/unit/test_engines.py tests/unit/test_build.py \
+			tests/integration/test_rooms.py tests/integration/test_a_trial.py; \
 	else echo "onnxruntime-training has no wheel here: its engine is not tested"; fi
 
 install: $(INSTALLED)
