@@ -94,6 +94,7 @@ class OrtTrainingEngine:
         self._level = 0
         self._theta: Vector = np.empty(0, np.float32)
         self._training: Training | None = None
+        self._kept: Vector = np.empty(0, np.float32)  # of each parameter, by the decay of a step
         self._session: TrainingSession | None = None
         self._predict: InferenceSession | None = None
 
@@ -107,6 +108,9 @@ class OrtTrainingEngine:
     def set(self, theta: Vector, training: Training | None = None) -> None:
         self._theta = theta
         self._training = training
+        if training is not None:
+            decay = expert_decay(self._bundle.expert, theta.size, training.weight_decay)
+            self._kept = 1 - np.float32(training.learning_rate) * decay
         self._session = None  # the optimizer's state cannot be had without its session
 
     def get(self) -> Vector:
@@ -115,15 +119,14 @@ class OrtTrainingEngine:
     def step(self, batch: Batch) -> float:
         if self._training is None:
             raise RuntimeError("step() needs an optimizer: call set(theta, training) first")
-        rate = self._training.learning_rate
         if self._session is None:
             if self._fit.lean:
                 self.release()
+            rate = self._training.learning_rate
             self._session = TrainingSession(self._bundle, self._level, self._theta, rate, self._threads)
         self._session.drop_gradient()
         loss = sum(self._session.add_gradient(inputs) for inputs in batch.micro_batches(self._fit.micro_batch))
-        decay = expert_decay(self._bundle.expert, self._theta.size, self._training.weight_decay)
-        self._session.put(self._theta * (1 - np.float32(rate) * decay))
+        self._session.put(self._theta * self._kept)
         self._session.update()
         self._theta = self._session.get()
         return loss
