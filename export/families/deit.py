@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import DeiTForImageClassification
 
-from export.families.family import IMAGENET_MEAN, IMAGENET_STD, Family, affine, array, native_only, vision_geometry
-from export.families.vit import BLOCK_KEYS
+from export.families.family import IMAGENET_MEAN, IMAGENET_STD, Family, array, native_only, vision_geometry
+from export.families.vit import BLOCK_KEYS, outer_weights
 from export.graph import Array
 from export.transformer import Geometry
 
@@ -23,13 +23,8 @@ def _outer(model: Any, size: int) -> dict[str, Array]:
     native_only(model.config, size)
     embeddings = model.deit.embeddings
     position = array(embeddings.position_embeddings).copy()
-    position[:, 0] += array(embeddings.cls_token)[0]
     position[:, 1] += array(embeddings.distillation_token)[0]
-    return {
-        **affine("patch", embeddings.patch_embeddings.projection),
-        "position": position,
-        **affine("norm", model.deit.layernorm),
-    }
+    return outer_weights(model.deit, position)
 
 
 DEIT = Family(

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from transformers import Dinov2ForImageClassification
 
-from export.families.family import IMAGENET_MEAN, IMAGENET_STD, Family, affine, array, patches, vision_geometry
+from export.families.family import IMAGENET_MEAN, IMAGENET_STD, Family, array, patches, vision_geometry
+from export.families.vit import outer_weights
 from export.graph import Array
 from export.transformer import Geometry
 from protocol.errors import ConfigError
@@ -22,13 +23,7 @@ def _geometry(config: Any, size: int) -> Geometry:
 def _outer(model: Any, size: int) -> dict[str, Array]:
     embeddings, config = model.dinov2.embeddings, model.config
     like = torch.empty(1, patches(config, size) + 1, config.hidden_size)
-    position = array(embeddings.interpolate_pos_encoding(like, size, size)).copy()
-    position[:, 0] += array(embeddings.cls_token)[0]
-    return {
-        **affine("patch", embeddings.patch_embeddings.projection),
-        "position": position,
-        **affine("norm", model.dinov2.layernorm),
-    }
+    return outer_weights(model.dinov2, array(embeddings.interpolate_pos_encoding(like, size, size)).copy())
 
 
 DINOV2 = Family(

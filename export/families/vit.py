@@ -21,16 +21,19 @@ BLOCK_KEYS = {
 }
 
 
+def outer_weights(backbone: Any, position: Array) -> dict[str, Array]:
+    """Of a backbone with ViT's names outside its blocks; to `position` (1, N, D) the class token is added."""
+    position[:, 0] += array(backbone.embeddings.cls_token)[0]
+    return {
+        **affine("patch", backbone.embeddings.patch_embeddings.projection),
+        "position": position,
+        **affine("norm", backbone.layernorm),
+    }
+
+
 def _outer(model: Any, size: int) -> dict[str, Array]:
     native_only(model.config, size)
-    embeddings = model.vit.embeddings
-    position = array(embeddings.position_embeddings).copy()
-    position[:, 0] += array(embeddings.cls_token)[0]
-    return {
-        **affine("patch", embeddings.patch_embeddings.projection),
-        "position": position,
-        **affine("norm", model.vit.layernorm),
-    }
+    return outer_weights(model.vit, array(model.vit.embeddings.position_embeddings).copy())
 
 
 VIT = Family(
