@@ -20,6 +20,7 @@ from PIL import Image
 
 from benchmarks.local_rounds import Seconds, Setting
 from benchmarks.step import built
+from protocol.bundle import Bundle
 from protocol.errors import RunError
 from shell.cli import application
 
@@ -52,8 +53,9 @@ def epoch(
             scratch = str(Path(folder) / f"cache-{index}")
             common = (model, weights, str(photos), scratch)
             rest = (epochs, batch, threads or os.cpu_count() or 1, seed)
-            name = json.loads((root / "manifest.json").read_text())["precision"]
-            results[f"edge, {name}"] = _row(_run("edge", Setting(str(root), *common, rounds, *rest)), 1.0)
+            results[f"edge, {Bundle(root).manifest.precision}"] = _row(
+                _run("edge", Setting(str(root), *common, rounds, *rest)), 1.0
+            )
         measured = _run("torch", Setting(str(folders[0]), *common, rounds[:torch_rounds], *rest))
         results["torch + PEFT"] = _row(measured, len(rounds) / torch_rounds)
     theirs = results["torch + PEFT"]["total"]
