@@ -60,9 +60,26 @@ class Sal(Message):
     max_level: int = Field(ge=1)
 
 
+class Encoding(str, Enum):
+    """How the values of an update travel (see `protocol.encoding`)."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+    INT8 = "int8"
+
+
+class Privacy(Message):
+    """DP-FedAvg, noised on the devices (ours): an update is clipped to L2 norm `clip` and gets Gaussian noise of
+    standard deviation noise_multiplier · clip / √shares; `shares` is the least number of updates in an aggregate."""
+
+    clip: float = Field(gt=0)
+    noise_multiplier: float = Field(gt=0)
+    shares: int = Field(ge=1)
+
+
 class ServerStatus(Message):
-    """Retained, last will. `session` is made anew for each run of a name: what an earlier one left behind, on the
-    broker or on a device, is told apart by it."""
+    """Retained, last will. `session` is made anew for each run of a name, and kept when its server starts again:
+    what an earlier run left behind, on the broker or on a device, is told apart by it."""
 
     online: bool
     run: str
@@ -74,7 +91,8 @@ class ServerStatus(Message):
 
 class Round(Message):
     """The announcement of a round, retained. `expert` (the global expert), `start` (the one it started from)
-    and `gate` are the SHA-256 of global blobs ("" = none yet)."""
+    and `gate` are the SHA-256 of global blobs ("" = none yet). `seconds`: how long answers are waited for.
+    `chosen`: the devices that are asked; none are named where all are."""
 
     run: str
     session: str
@@ -84,12 +102,15 @@ class Round(Message):
     of: int  # rounds of this stage
     repetitions: int = 1  # how often a device goes through its local epochs within the round
     level: int
-    deadline: float
+    seconds: float
+    chosen: tuple[str, ...] = ()
     expert: Sha256 = ""
     start: Sha256 = ""
     gate: Sha256 = ""
     training: Training
     sal: Sal
+    encoding: Encoding = Encoding.FP32
+    privacy: Privacy | None = None
 
 
 class Globals(Message):
@@ -100,10 +121,11 @@ class Globals(Message):
 
 
 class DeviceStatus(Message):
-    """Retained, last will."""
+    """Retained, last will. `instance` is made anew at each start of a device: by it, two with one name are noticed."""
 
     device: str
     online: bool
+    instance: str = Field(default="", max_length=32)
     bundle: Sha256 = ""
     level_cap: int = 0
     train: int = 0
@@ -120,7 +142,8 @@ class Progress(Message):
 
 
 class Update(Message):
-    """Header of a client update. `samples` weighs it (exactly, as a float); `level` is the level it was trained at."""
+    """Header of a client update: the trained values less the globals that the round named (statistics: the sums
+    themselves). `samples` weighs it (exactly, as a float); `level` is the level it was trained at."""
 
     run: str
     session: str

@@ -6,7 +6,7 @@ from enum import Enum
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from protocol.messages import Sal, Training
+from protocol.messages import Encoding, Privacy, Sal, Training
 
 
 class Head(str, Enum):
@@ -18,18 +18,73 @@ class Head(str, Enum):
     ZEROS = "zeros"
 
 
+class Selection(str, Enum):
+    """Which of the devices online a training round asks."""
+
+    ALL = "all"
+    RANDOM = "random"  # a share of them, drawn anew for each round
+    CAPABLE = "capable"  # those that can train the round's level
+
+
+class Rule(str, Enum):
+    """How updates become one. The mean is weighted by samples; the others give every update one voice."""
+
+    MEAN = "mean"
+    TRIMMED_MEAN = "trimmed-mean"
+    MEDIAN = "median"
+
+
+class Optimizer(str, Enum):
+    """What the server does with the aggregated update (Reddi et al., ICLR 2021)."""
+
+    FEDAVG = "fedavg"
+    FEDAVGM = "fedavgm"
+    FEDADAM = "fedadam"
+
+
+class Aggregation(BaseModel):
+    """`trim`: the share of updates cut off at each end by the trimmed mean. `clip`: the L2 norm that an update is
+    scaled down to (none: as it is). `learning_rate`, `momentum` (FedAvgM; β₁ of FedAdam), `beta2` and `tau` (FedAdam's)
+    are the server optimizer's."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rule: Rule = Rule.MEAN
+    trim: float = Field(default=0.1, ge=0, lt=0.5)
+    clip: float | None = Field(default=None, gt=0)
+    optimizer: Optimizer = Optimizer.FEDAVG
+    learning_rate: float = Field(default=1.0, gt=0)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.99, ge=0, lt=1)
+    tau: float = Field(default=1e-3, gt=0)
+
+
 class RunConfig(BaseModel):
-    """Times in seconds. `devices` are waited for before the run starts, `join_timeout` at the longest; a round closes
-    when all its devices have answered or after `round_timeout`, and is repeated with fewer than `min_updates`."""
+    """Times in seconds. `devices` are waited for before the run starts, `join_timeout` at the longest.
+
+    A training round asks the devices that `selection` picks (`fraction` of those online where it is random) and closes
+    when the share `enough` of them has answered or after `round_timeout`; with fewer than `min_updates` it is repeated,
+    `max_repeats` times in a row at most (none: for as long as it takes). With `max_staleness` 0 an update for a closed
+    round is late; else it counts, discounted, in the present one if it is at most that many rounds old (FedBuff).
+
+    An update whose L2 norm exceeds `max_norm`, or that claims more than `max_samples`, is refused. `delta` is the δ
+    that ε is reported for. With `audit` every update is kept, so that the run can be replayed.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     run: str
     devices: int = Field(ge=1)
     min_updates: int = Field(default=1, ge=1)
+    enough: float = Field(default=1.0, gt=0, le=1)
+    selection: Selection = Selection.ALL
+    fraction: float = Field(default=1.0, gt=0, le=1)
+    max_staleness: int = Field(default=0, ge=0)
     join_timeout: float = Field(default=600.0, gt=0)
     round_timeout: float = Field(default=600.0, gt=0)
-    max_repeats: int = Field(default=5, ge=0)
+    max_repeats: int | None = Field(default=None, ge=0)
+    max_norm: float = Field(default=1000.0, gt=0)
+    max_samples: int = Field(default=1_000_000, ge=1)
     stage1_rounds: int = Field(default=12, ge=1)
     stage2_rounds: int = Field(default=4, ge=1)
     baseline: bool = False
@@ -38,3 +93,9 @@ class RunConfig(BaseModel):
     stage2: Training = Training(epochs=1, learning_rate=5e-4)
     stage1_sal: Sal
     stage2_sal: Sal
+    aggregation: Aggregation = Aggregation()
+    encoding: Encoding = Encoding.FP32
+    privacy: Privacy | None = None
+    delta: float = Field(default=1e-5, gt=0, lt=1)
+    seed: int = 0
+    audit: bool = False

@@ -251,7 +251,7 @@ def _open(plan: Plan, state: State, position: int, now: float, commands: list[Co
         index=step.index,
         of=step.of,
         level=state.sal.level,
-        deadline=now + config.round_timeout,
+        seconds=config.round_timeout,
         expert=hashes["expert"],
         start=hashes["start"],
         gate=hashes["gate"],

@@ -349,7 +349,7 @@ def test_a_round_ends_at_its_deadline_with_those_who_answered(vit: Built) -> Non
     run.online("b", online=False)
     run.now = next_deadline(run.plan, run.state) - 0.1
     assert run.feed(ClockTicked()) == []
-    run.now = run.announced.deadline
+    run.now = next_deadline(run.plan, run.state)
     run.feed(ClockTicked())
     (record,) = run.of(Record)
     assert (record.missing, record.repeated, record.updates.keys()) == (("b",), False, {"a", "c"})

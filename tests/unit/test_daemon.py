@@ -40,7 +40,7 @@ HERE = ServerSeen(ServerStatus(online=True, run="r", session="s", bundle=BUNDLE)
 
 
 def round_(number: int, stage: Stage = Stage.GLOBAL, session: str = "s", **globals_: str) -> Round:
-    fields: dict[str, Any] = {"index": 0, "of": 1, "level": 1, "deadline": 0.0, "sal": SAL, **globals_}
+    fields: dict[str, Any] = {"index": 0, "of": 1, "level": 1, "seconds": 1.0, "sal": SAL, **globals_}
     training = Training(epochs=1, learning_rate=1.0)
     return Round(run="r", session=session, round=number, stage=stage, training=training, **fields)
 

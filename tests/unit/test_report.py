@@ -38,7 +38,7 @@ def closed(stage: Stage, *updates: Update, index: int = 0, level: int = 1, **sai
         index=index,
         of=2,
         level=level,
-        deadline=0.0,
+        seconds=1.0,
         training=Training(epochs=1, learning_rate=0.1),
         sal=Sal(window=2, epsilon=0.1, step=1, max_level=3),
     )
