@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 # onnxruntime-training: another package named onnxruntime, so it lies beside the environment and not in it
 TRAINING := $(VENV)/ort-training
 
-.PHONY: trial test install clean
+.PHONY: trial test faults install clean
 
 trial: install
 	$(RUN) devices.trial
@@ -22,6 +22,10 @@ test: install
 		PYTHONPATH=$(CURDIR)/$(TRAINING) $(RUN) pytest tests/unit/test_engines.py tests/unit/test_build.py \
 			tests/integration/test_rooms.py tests/integration/test_a_trial.py; \
 	else echo "onnxruntime-training has no wheel here: its engine is not tested"; fi
+
+# every fault in its long form; make test runs the short one
+faults: install
+	$(RUN) pytest tests/faults --full
 
 install: $(INSTALLED)
 

@@ -13,6 +13,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # of the processes that tests start; no test
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="the long form of tests/faults (make faults), not the short")
+
+
 @pytest.fixture(scope="session")
 def vit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random ViT as a transformers folder."""
