@@ -91,8 +91,9 @@ def trial(
         server = fleet.start(
             "server",
             "trainer_server",
-            *("--run", name, "--bundle", str(folder / "bundle"), "--broker", address, "--out", str(folder)),
+            *("start", "--run", name, "--bundle", str(folder / "bundle"), "--broker", address, "--out", str(folder)),
             *("--devices", str(devices), "--seed", str(seed), "--round-timeout", str(round_timeout)),
+            *("--max-repeats", "5"),
             *("--stage1-rounds", str(stage1_rounds), "--stage2-rounds", str(stage2_rounds)),
             *(["--baseline"] if baseline else []),
         )

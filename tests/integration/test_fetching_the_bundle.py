@@ -117,7 +117,7 @@ def waiting_server(broker: Broker, bundle: Path, tmp_path_factory: pytest.TempPa
         yield processes.start_module(
             "server",
             "trainer_server",
-            *("--run", "waiting", "--bundle", str(bundle), "--broker", broker.url),
+            *("start", "--run", "waiting", "--bundle", str(bundle), "--broker", broker.url),
             *("--out", str(folder), "--devices", "9"),
         )
 

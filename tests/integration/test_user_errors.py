@@ -52,7 +52,7 @@ class World:
             "devices": "1",
             "broker": self.broker.url,
         }
-        return ["trainer_server", *as_options(options | {"out": self.scratch / "server"} | replaced)]
+        return ["trainer_server", "start", *as_options(options | {"out": self.scratch / "server"} | replaced)]
 
     def trial(self, *flags: str, **replaced: str | Path) -> list[str]:
         options: dict[str, str | Path] = {"images": self.photos, "model": self.backbone, "devices": "2"}
