@@ -1,4 +1,4 @@
-"""The coordinator as a state machine, driven by a fleet that answers at once, and aggregation."""
+"""The coordinator as a state machine, driven by a fleet that answers at once."""
 
 from __future__ import annotations
 
@@ -14,10 +14,8 @@ from numpy.typing import NDArray
 from support import LAYERS, Built
 
 from protocol.head import head_of_class_means
-from protocol.layout import Layout
 from protocol.messages import DeviceStatus, Globals, Round, Sal, Stage, Training, Trigger, Update, Verdict
 from protocol.tensors import unpack
-from trainer_server.aggregation import weighted_average, weighted_mean
 from trainer_server.config import Head, RunConfig
 from trainer_server.coordinator import Plan, State, advance, initial_state, next_deadline
 from trainer_server.events import (
@@ -474,46 +472,3 @@ def test_no_sequence_of_events_raises_and_no_update_counts_twice(vit: Built, eve
     assert np.isfinite(run.state.expert).all()
     rounds = [command.round.round for command in run.of(Announce)]
     assert rounds == list(range(1, len(rounds) + 1))
-
-
-# aggregation
-
-LAYOUT = Layout.build([("head", "w", (3,)), ("1", "a", (2,)), ("0", "b", (2,))])
-
-
-@settings(max_examples=100)
-@given(
-    st.lists(st.tuples(st.sampled_from([3, 5, 7]), st.integers(0, 20)), max_size=5),
-    st.sampled_from([3, 5, 7]),
-    st.integers(0, 99),
-)
-def test_each_part_is_the_weighted_mean_over_those_who_trained_it(
-    shape: list[tuple[int, int]], size: int, seed: int
-) -> None:
-    rng = np.random.default_rng(seed)
-    current = rng.normal(size=size).astype(np.float32)
-    given_ = [(rng.normal(size=length).astype(np.float32), float(weight)) for length, weight in shape]
-    result = weighted_mean(current, LAYOUT, given_)
-    assert result.dtype == np.float32
-    for part in (slice(0, 3), slice(3, 5), slice(5, 7)):
-        if part.stop > size:
-            continue
-        trained = [(vector[part], weight) for vector, weight in given_ if vector.size >= part.stop and weight]
-        if trained:
-            wanted = np.average([v for v, _ in trained], axis=0, weights=[w for _, w in trained])
-            assert np.allclose(result[part], wanted, atol=1e-6)
-        else:
-            assert np.array_equal(result[part], current[part])
-    assert weighted_mean(current, LAYOUT, given_).tobytes() == result.tobytes()
-
-
-def test_aggregation_leaves_its_arguments_as_they_were() -> None:
-    current, update = np.zeros(7, np.float32), np.ones(7, np.float32)
-    weighted_mean(current, LAYOUT, [(update, 2.0)])
-    assert not current.any()
-    assert update.all()
-
-
-def test_weighted_average_of_nothing_is_zero() -> None:
-    assert weighted_average([]) == weighted_average([(0.7, 0.0)]) == 0.0
-    assert weighted_average([(1.0, 1.0), (0.0, 3.0)]) == 0.25
