@@ -44,7 +44,8 @@ def aggregate(
 
     The mean reads every contribution once and one at a time, so that its memory does not depend on their number. The
     other rules need all values of a coordinate at once: they work through slices of at most SLICE_BYTES and read every
-    contribution anew for each, that is ⌈4 · size · n / SLICE_BYTES⌉ times. The same order gives the same bits.
+    contribution anew for each, about 4 · size · n / SLICE_BYTES times, and once per level at least. The same order
+    gives the same bits.
     """
     delta = np.zeros(size)
     regions = [r for r in _regions(layout, size, contributions) if len(r.voices) >= least]
@@ -115,10 +116,11 @@ def _mean_of_the_inner(
     """Per coordinate, the unweighted mean of n values without the `cut(n)` least and as many of the greatest."""
     for region in regions:
         n = len(region.voices)
-        width = max(1, SLICE_BYTES // (4 * n))
+        width = min(max(1, SLICE_BYTES // (4 * n)), region.span.stop - region.span.start)
+        room = np.empty((width, n), np.float32)
         for start in range(region.span.start, region.span.stop, width):
             piece = slice(start, min(start + width, region.span.stop))
-            values = np.empty((piece.stop - piece.start, n), np.float32)
+            values = room[: piece.stop - piece.start]
             for column, contribution in enumerate(region.voices):
                 values[:, column] = _read(settings, contribution)[piece]
             values.sort(axis=1)
