@@ -37,6 +37,7 @@ from edge_runtime.memory import peak_rss_mb
 from edge_runtime.personal import train_personal
 from edge_runtime.stages import Globals, Outcome, statistics, train_global
 from edge_runtime.stages import Work as StageWork
+from edge_runtime.updates import prepare
 from protocol.errors import FedFMSLError, MessageError, RunError
 from protocol.layout import Vector
 from protocol.messages import (
@@ -203,6 +204,9 @@ class Service:
         self._device.store.enter(task.session)
         self._device.store.drop_globals(keep=wanted(task))
         outcome = STAGES[task.stage](self._device, task, self._globals(task))
+        # noise from the operating system's entropy: a server that knew the seed could subtract it
+        rng = np.random.default_rng()
+        outcome = prepare(self._device.bundle, self._device.store.residual, task, outcome, rng)
         self._device.cache.drop_unused()
         if task.stage is Stage.EVALUATE:
             write_personalized(self._device)

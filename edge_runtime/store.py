@@ -4,6 +4,7 @@ STATE/identity           the device's name, made once
 STATE/globals/SHA256     global blobs it has received
 STATE/outbox/ROUND       updates the server has not acknowledged yet
 STATE/personal           the local expert (never leaves the device)
+STATE/residual           what encoding has lost of the last update
 STATE/baseline           the expert trained alone, where a run asks for it
 STATE/cache/             the feature cache
 STATE/results.json       the last evaluation
@@ -36,6 +37,10 @@ class DeviceStore:
     @property
     def personal(self) -> Path:
         return self.root / "personal"
+
+    @property
+    def residual(self) -> Path:
+        return self.root / "residual"
 
     @property
     def baseline(self) -> Path:

@@ -83,11 +83,11 @@ def class_statistics(plan: Plan, update: Update, tensors: Tensors) -> Vector:
         raise MessageError(f"the update holds {len(tensors)} tensors, expected {len(plan.statistics.slots)}")
     flat = plan.statistics.join(tensors)
     sums, counts, norm = (np.asarray(tensors[slot.name], np.float64) for slot in plan.statistics.slots)
-    if counts.min() < 0 or norm[0] < 0:
-        raise MessageError("the update holds negative counts or norms")
-    _bound(float(norm[0]), plan.config.max_norm * max(update.samples, 1), "sum of norms")
+    _bound(float(np.abs(norm[0])), plan.config.max_norm * max(update.samples, 1), "sum of norms")
     if plan.config.privacy is not None:  # noise keeps no inequality
         return flat
+    if counts.min() < 0 or norm[0] < 0:
+        raise MessageError("the update holds negative counts or norms")
     if counts.sum() > update.samples:
         raise MessageError(f"the update counts {counts.sum():.0f} images and claims {update.samples} samples")
     if np.linalg.norm(sums, axis=1).sum() > norm[0] * (1 + ROUNDING):  # the triangle inequality

@@ -1,4 +1,4 @@
-"""The coordinator as a state machine, driven by a fleet that answers at once, and aggregation."""
+"""The coordinator as a state machine, driven by a fleet that answers at once."""
 
 from __future__ import annotations
 
