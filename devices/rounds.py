@@ -8,11 +8,11 @@ from pathlib import Path
 from protocol.errors import MessageError, RunError
 from protocol.messages import Message, Round, Stage, Update, parse
 
-LONGEST_LINE = 1 << 26  # bytes: a record grows with the number of devices
-
 
 class ClosedRound(Message):
     """A line of rounds.jsonl (see `trainer_server.service`)."""
+
+    max_bytes = 1 << 26  # it grows with the number of devices
 
     round: Round
     seconds: float
@@ -42,7 +42,7 @@ def held_out_of(update: Update) -> dict[str, float]:
 
 def parse_round(line: str) -> ClosedRound:
     """Raises MessageError if it is not a record of a closed round."""
-    return parse(ClosedRound, line.encode(), LONGEST_LINE)
+    return parse(ClosedRound, line.encode())
 
 
 def read_rounds(folder: Path) -> list[ClosedRound]:

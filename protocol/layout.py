@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from protocol.errors import MessageError
+from protocol.errors import MessageError, one_line
 
 Vector = NDArray[np.float32]
 HEAD = "head"
@@ -84,7 +84,7 @@ class Layout:
         """
         slots = self.slots[: len(tensors)]
         if {slot.name for slot in slots} != set(tensors):
-            raise MessageError(f"tensors {sorted(tensors)[:3]}… do not fit this model's layout of trainables")
+            raise MessageError(f"tensors {one_line(sorted(tensors)[:3])}… do not fit this model's layout of trainables")
         for slot in slots:
             tensor = tensors[slot.name]
             if tensor.dtype != np.float32 or tensor.shape != slot.shape:

@@ -17,7 +17,7 @@ import paho.mqtt.client as paho
 from protocol.bundle import Bundle
 from protocol.errors import ConfigError, MessageError, RunError
 from protocol.messages import DeviceStatus, ServerStatus, Stage, Update, encode, parse
-from protocol.tensors import Assembler, chunks, unpack
+from protocol.tensors import MAX_BLOB_BYTES, Assembler, chunks, unpack
 from protocol.topics import Topics
 from shell.cli import console
 from shell.link import Link, Received, Will
@@ -58,7 +58,7 @@ class Service:
         )
         will = Will(self._topics.server_status, encode(self._status.model_copy(update={"online": False})))
         self._link = Link(broker, f"fedfmsl-server-{config.run}", will)
-        self._uploads: dict[tuple[str, str], tuple[Assembler, int]] = {}
+        self._uploads: dict[tuple[str, int], tuple[Assembler, int]] = {}
         self._published: dict[str, int] = {}  # blob → number of its retained chunks
         self._last: paho.MQTTMessageInfo | None = None
 
@@ -111,14 +111,14 @@ class Service:
         if named is None:
             return ClockTicked()
         device, round_ = named
-        assembler, size = self._uploads.pop(named, (Assembler(), 0))
+        assembler, size = self._uploads.pop(named, (Assembler(MAX_BLOB_BYTES), 0))
         size += len(received.payload)
         blob = assembler.add(received.payload)
         if blob is None:
             self._uploads[named] = assembler, size
             return ClockTicked()
         update, tensors = unpack(blob, Update)
-        if update.device != device or str(update.round) != round_:
+        if update.device != device or update.round != round_:
             raise MessageError(f"the update inside is of {update.device!r}, round {update.round}")
         return UpdateSeen(update, tensors, size)
 

@@ -454,7 +454,7 @@ def test_no_sequence_of_events_raises_and_no_update_counts_twice(vit: Built, eve
             run.feed(ClockTicked())
         else:
             device, shift, flaw = detail
-            announced = run.announced.model_copy(update={"round": run.announced.round + shift})
+            announced = run.announced.model_copy(update={"round": max(run.announced.round + shift, 0)})
             event, change = answer(run.plan, announced, device), dict[str, Any]()
             if flaw == "run":
                 change = {"run": "other"}
