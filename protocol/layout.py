@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from math import prod
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from protocol.errors import MessageError, one_line
 
@@ -27,7 +28,7 @@ class Slot(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     name: str
-    shape: tuple[int, ...]
+    shape: tuple[Annotated[int, Field(ge=0, le=2**31)], ...] = Field(max_length=8)
     offset: int
     part: str
 
