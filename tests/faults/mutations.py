@@ -41,7 +41,7 @@ class Mutator:
     def changed(self, data: bytes) -> bytes:
         for _ in range(self.random.choice((1, 1, 1, 2, 2, 3, 4))):
             data = self.random.choice(MUTATIONS)(self, data)
-        if self.random.random() < 0.001:
+        if self.random.random() < 0.002:
             data = _swollen(self, data)
         return data[:MOST]
 
