@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
+import http.client
 import time
 import urllib.error
 import urllib.request
 from pathlib import Path
 
-from protocol.bundle import MANIFEST, Bundle, file_sha256
+from protocol.bundle import MANIFEST, MAX_MANIFEST_BYTES, Bundle, file_sha256
 from protocol.errors import BundleError, MessageError, RunError
 from protocol.messages import ServerStatus, parse
 from protocol.topics import Topics
@@ -45,14 +45,15 @@ def fetch_bundle(server: ServerStatus, folder: Path) -> Bundle:
     if not server.bundle_url:
         raise BundleError("the server does not serve its bundle; start it with --serve HOST:PORT, or give --bundle")
     root.mkdir(parents=True, exist_ok=True)
-    _fetch(f"{server.bundle_url}/{MANIFEST}", root / MANIFEST, server.bundle)
+    _fetch(f"{server.bundle_url}/{MANIFEST}", root / MANIFEST, server.bundle, MAX_MANIFEST_BYTES)
     bundle = Bundle(root)
     for name, entry in bundle.manifest.files.items():
-        _fetch(f"{server.bundle_url}/{name}", bundle.path(name), entry.sha256)
+        _fetch(f"{server.bundle_url}/{name}", bundle.path(name), entry.sha256, entry.size)
     return bundle
 
 
-def _fetch(url: str, path: Path, sha256: str) -> None:
+def _fetch(url: str, path: Path, sha256: str, most: int) -> None:
+    """Reads no further than `most` bytes of the file."""
     if path.is_file() and file_sha256(path) == sha256:
         return
     part = path.with_name(path.name + ".part")
@@ -64,11 +65,14 @@ def _fetch(url: str, path: Path, sha256: str) -> None:
             urllib.request.urlopen(request, timeout=HTTP_SECONDS) as response,
             part.open("ab" if response.status == 206 else "wb") as file,
         ):
-            shutil.copyfileobj(response, file, BLOCK)
+            left = most - file.tell()
+            while left > 0 and (block := response.read(min(BLOCK, left))):
+                file.write(block)
+                left -= len(block)
     except urllib.error.HTTPError as error:
         if error.code != 416:  # 416: nothing is missing of the part we have
             raise BundleError(f"cannot fetch {url}: HTTP {error.code}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, OverflowError, http.client.HTTPException) as error:
         raise BundleError(f"cannot fetch {url}: {error}; start again to resume") from error
     if file_sha256(part) != sha256:
         part.unlink()

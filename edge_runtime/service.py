@@ -53,7 +53,7 @@ from protocol.messages import (
     parse,
 )
 from protocol.messages import Globals as GlobalsHeader
-from protocol.tensors import Assembler, Tensors, blob_hash, chunks, pack, unpack
+from protocol.tensors import Assembler, Tensors, blob_bytes, blob_hash, chunks, pack, unpack
 from protocol.topics import Topics
 from shell.cli import console
 from shell.link import Connected, Link, Received, Will
@@ -109,7 +109,7 @@ class Service:
         self._topics = Topics(run)
         self._link = link
         self._bytes_down = 0
-        self._assemblers: dict[str, Assembler] = {}
+        self._assemblers: dict[str, Assembler] = {}  # of the globals that were asked for
         self._last: paho.MQTTMessageInfo | None = None
 
     def serve(self) -> None:
@@ -171,10 +171,10 @@ class Service:
 
     def _global_chunk(self, received: Received) -> Event | None:
         sha256 = self._topics.globals_of(received.topic)
-        if sha256 is None:  # not asked for: amqtt sends a new client what is retained for any other
+        if sha256 not in self._assemblers:  # amqtt sends a new client what is retained for any other
             return None
         self._bytes_down += len(received.payload)
-        blob = self._assemblers.setdefault(sha256, Assembler()).add(received.payload)
+        blob = self._assemblers[sha256].add(received.payload)
         if blob is None:
             return None
         if blob_hash(blob) != sha256:
@@ -188,6 +188,9 @@ class Service:
         if isinstance(command, Fetch):
             if self._device.store.global_blob(command.sha256) is not None:
                 return GlobalArrived(command.sha256)
+            bundle = self._device.bundle
+            cap_bytes = blob_bytes(max(bundle.expert.total, bundle.gate.total))
+            self._assemblers.setdefault(command.sha256, Assembler(cap_bytes))
             self._link.subscribe(self._topics.globals_chunk(command.sha256, "+"))
         elif isinstance(command, Work):
             return self._work(command.round)

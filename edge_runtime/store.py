@@ -65,7 +65,10 @@ class DeviceStore:
         """
         path = self.root / "identity"
         if path.is_file():
-            name = path.read_text().strip()
+            try:
+                name = check_name("device", path.read_text().strip())
+            except (UnicodeDecodeError, ConfigError) as error:
+                raise ConfigError(f"{path} holds no device's name; restore it, or use another folder") from error
             if wanted and wanted != name:
                 raise ConfigError(f"--state {self.root} belongs to device {name!r}, not {wanted!r}; use another folder")
             return name

@@ -33,21 +33,26 @@ from safetensors.numpy import load_file
 
 from protocol.errors import BundleError
 from protocol.layout import Layout, Slot, Vector
+from protocol.messages import Count, Number, Positive
 
 MANIFEST = "manifest.json"
+MAX_MANIFEST_BYTES = 4 * 1024 * 1024
 TOKENIZER = "tokenizer.json"
 Precision = Literal["fp32", "int8"]  # of the frozen projections
 
 
+FileName = Annotated[str, Field(pattern=r"^[0-9A-Za-z][0-9A-Za-z._-]{0,127}$")]  # of a file beside the manifest
+
+
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ImagePreprocessing(_Frozen):
     """Resize the shorter side to `size` (bicubic), crop the centre, scale to 0…1, normalise per channel."""
 
     kind: Literal["image"] = "image"
-    size: int
+    size: Positive
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
@@ -56,8 +61,8 @@ class TextPreprocessing(_Frozen):
     """Tokenize as the bundle's `tokenizer.json` says, cut off after `max_tokens`, fill up to it with `pad_id`."""
 
     kind: Literal["text"] = "text"
-    max_tokens: int
-    pad_id: int
+    max_tokens: Positive
+    pad_id: Number
 
 
 Preprocessing = Annotated[ImagePreprocessing | TextPreprocessing, Field(discriminator="kind")]
@@ -66,11 +71,11 @@ Preprocessing = Annotated[ImagePreprocessing | TextPreprocessing, Field(discrimi
 class Dims(_Frozen):
     """`tokens` N, `hidden` D, `feature` F (what head and gate read), `blocks` L, `classes` C."""
 
-    tokens: int
-    hidden: int
-    feature: int
-    blocks: int
-    classes: int
+    tokens: Positive
+    hidden: Positive
+    feature: Positive
+    blocks: Positive
+    classes: Positive
 
 
 class LoraSpec(_Frozen):
@@ -94,8 +99,8 @@ class PeftSpec(_Frozen):
 
 
 class FileEntry(_Frozen):
-    size: int
-    sha256: str
+    size: Count
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
 class Manifest(_Frozen):
@@ -106,14 +111,14 @@ class Manifest(_Frozen):
     preprocessing: Preprocessing
     dims: Dims
     lora: LoraSpec
-    levels: int
+    levels: int = Field(ge=1, le=1024)
     classes: tuple[str, ...]
     expert_layout: tuple[Slot, ...]
     gate_layout: tuple[Slot, ...]
     peft: PeftSpec
-    backbone_parameters: int
-    tuned_parameters: int
-    files: dict[str, FileEntry]
+    backbone_parameters: int = Field(ge=1)
+    tuned_parameters: int = Field(ge=0)
+    files: dict[FileName, FileEntry]
 
     @property
     def tuned_share(self) -> float:
@@ -138,7 +143,8 @@ class Bundle:
         self.root = root
         path = root / MANIFEST
         try:
-            raw = path.read_bytes()
+            with path.open("rb") as file:
+                raw = file.read(MAX_MANIFEST_BYTES + 1)
         except OSError as error:
             raise BundleError(
                 f"no bundle at {root}: {path.name} is not readable; make one with python -m export.build"
@@ -147,6 +153,8 @@ class Bundle:
             self.manifest = Manifest.model_validate_json(raw)
             self.expert = Layout(self.manifest.expert_layout)
             self.gate = Layout(self.manifest.gate_layout)
+            if len(self.expert.parts) != self.manifest.levels + 1 or not self.gate.slots:
+                raise ValueError("the layouts are not those of these levels")
         except (ValidationError, ValueError) as error:
             raise BundleError(
                 f"{path} is not a bundle manifest of schema 1; build the bundle again with python -m export.build"

@@ -12,6 +12,15 @@ FedFMSLError              1   something a user can mend; its text is one line: w
 
 from __future__ import annotations
 
+LINE = 300  # characters of a text that comes from elsewhere
+
+
+def one_line(text: object) -> str:
+    """A text that may hold what a stranger wrote, as it may stand in an error's: one short line, only of printable
+    characters."""
+    line = " ".join(str(text)[: 10 * LINE].split())
+    return "".join(c if c.isprintable() else "?" for c in line)[:LINE]
+
 
 class FedFMSLError(Exception):
     exit_code = 1

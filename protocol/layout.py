@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from math import prod
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
-from protocol.errors import MessageError
+from protocol.errors import MessageError, one_line
 
 Vector = NDArray[np.float32]
 HEAD = "head"
@@ -27,7 +28,7 @@ class Slot(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     name: str
-    shape: tuple[int, ...]
+    shape: tuple[Annotated[int, Field(ge=0, le=2**31)], ...] = Field(max_length=8)
     offset: int
     part: str
 
@@ -84,7 +85,7 @@ class Layout:
         """
         slots = self.slots[: len(tensors)]
         if {slot.name for slot in slots} != set(tensors):
-            raise MessageError(f"tensors {sorted(tensors)[:3]}… do not fit this model's layout of trainables")
+            raise MessageError(f"tensors {one_line(sorted(tensors)[:3])}… do not fit this model's layout of trainables")
         for slot in slots:
             tensor = tensors[slot.name]
             if tensor.dtype != dtype or tensor.shape != slot.shape:

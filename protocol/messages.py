@@ -1,20 +1,36 @@
-"""Every message of the wire, as a pydantic model. Times are unix seconds; accuracies are shares of one."""
+"""Every message of the wire, as a pydantic model. Times are unix seconds; accuracies are shares of one.
+
+Whoever writes a message may be anybody: each field has a bound, and each message a greatest length.
+"""
 
 from __future__ import annotations
 
 from enum import Enum
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from protocol.errors import MessageError
+from protocol.errors import MessageError, one_line
+from protocol.topics import MAX_NUMBER, NAME
+
+Name = Annotated[str, Field(pattern=f"^{NAME}$")]  # of a run or a device
+Session = Annotated[str, Field(pattern=r"^[0-9A-Za-z-]{1,64}$")]
+Sha256 = Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")]  # "" where there is none; also a file's name, so checked
+Url = Annotated[str, Field(pattern=r"^(https?://[!-~]+)?$", max_length=2048)]
+Key = Annotated[str, Field(pattern=r"^[0-9A-Za-z._-]{1,64}$")]
+Text = Annotated[str, AfterValidator(one_line)]  # for people; what is too long for a line is cut off, not refused
+Number = Annotated[int, Field(ge=0, le=MAX_NUMBER)]
+Positive = Annotated[int, Field(ge=1, le=MAX_NUMBER)]
+Level = Annotated[int, Field(ge=0, le=1024)]
+Count = Annotated[int, Field(ge=0, le=2**53)]  # exact as a float, too
+Amount = Annotated[float, Field(ge=0, le=2**53)]
 
 
 class Message(BaseModel):
+    """`max_bytes`: of its JSON, where it travels alone."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-Sha256 = Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")]  # "" where there is none; also a file's name, so checked
+    max_bytes: ClassVar[int] = 64 * 1024
 
 
 class Stage(str, Enum):
@@ -35,11 +51,11 @@ EngineChoice = Literal["auto", "step-graph", "ort-training"]
 class Training(Message):
     """How a device trains an expert in this round, with AdamW. The head is not decayed."""
 
-    epochs: int = Field(ge=1)
-    batch_size: int = Field(default=16, ge=1)
+    epochs: Positive
+    batch_size: Positive = 16
     learning_rate: float = Field(gt=0)
     weight_decay: float = Field(default=0.01, ge=0)
-    seed: int = 0
+    seed: Count = 0
 
 
 class Trigger(str, Enum):
@@ -54,10 +70,10 @@ class Sal(Message):
     """When to activate more blocks: server and devices follow the same rule."""
 
     trigger: Trigger = Trigger.CAPABILITY_QUEUE
-    window: int = Field(ge=2)
+    window: int = Field(ge=2, le=MAX_NUMBER)
     epsilon: float = Field(ge=0)
-    step: int = Field(ge=1)
-    max_level: int = Field(ge=1)
+    step: Positive
+    max_level: int = Field(ge=1, le=1024)
 
 
 class Encoding(str, Enum):
@@ -74,7 +90,7 @@ class Privacy(Message):
 
     clip: float = Field(gt=0)
     noise_multiplier: float = Field(gt=0)
-    shares: int = Field(ge=1)
+    shares: Positive
 
 
 class ServerStatus(Message):
@@ -82,11 +98,11 @@ class ServerStatus(Message):
     what an earlier run left behind, on the broker or on a device, is told apart by it."""
 
     online: bool
-    run: str
-    session: str
+    run: Name
+    session: Session
     bundle: Sha256 = ""
-    bundle_url: str = ""
-    model: str = ""
+    bundle_url: Url = ""
+    model: Text = ""
 
 
 class Round(Message):
@@ -94,16 +110,18 @@ class Round(Message):
     and `gate` are the SHA-256 of global blobs ("" = none yet). `seconds`: how long answers are waited for.
     `chosen`: the devices that are asked; none are named where all are."""
 
-    run: str
-    session: str
-    round: int
+    max_bytes = 192 * 1024  # most of it for `chosen`
+
+    run: Name
+    session: Session
+    round: Number
     stage: Stage
-    index: int  # within its stage, from 0
-    of: int  # rounds of this stage
-    repetitions: int = 1  # how often a device goes through its local epochs within the round
-    level: int
-    seconds: float
-    chosen: tuple[str, ...] = ()
+    index: Number  # within its stage, from 0
+    of: Number  # rounds of this stage
+    repetitions: Positive = 1  # how often a device goes through its local epochs within the round
+    level: Level
+    seconds: Amount = Field(gt=0)
+    chosen: tuple[Name, ...] = Field(default=(), max_length=5000, fail_fast=True)
     expert: Sha256 = ""
     start: Sha256 = ""
     gate: Sha256 = ""
@@ -116,48 +134,48 @@ class Round(Message):
 class Globals(Message):
     """Header of a blob of global tensors. It names no round: what has not changed keeps its SHA-256."""
 
-    run: str
-    kind: str
+    run: Name
+    kind: Key
 
 
 class DeviceStatus(Message):
     """Retained, last will. `instance` is made anew at each start of a device: by it, two with one name are noticed."""
 
-    device: str
+    device: Name
     online: bool
     instance: str = Field(default="", max_length=32)
     bundle: Sha256 = ""
-    level_cap: int = 0
-    train: int = 0
-    held_out: int = 0
-    test: int = 0
-    error: str = ""
+    level_cap: Level = 0
+    train: Count = 0
+    held_out: Count = 0
+    test: Count = 0
+    error: Text = ""
 
 
 class Progress(Message):
-    device: str
-    activity: str
-    done: int
-    total: int
+    device: Name
+    activity: Text
+    done: Count
+    total: Count
 
 
 class Update(Message):
     """Header of a client update: the trained values less the globals that the round named (statistics: the sums
-    themselves). `samples` weighs it (exactly, as a float); `level` is the level it was trained at."""
+    themselves). `samples` weighs it; `level` is the level it was trained at."""
 
-    run: str
-    session: str
-    round: int
-    device: str
+    run: Name
+    session: Session
+    round: Number
+    device: Name
     stage: Stage
-    level: int = Field(ge=0)
-    samples: int = Field(ge=0, le=2**53)
-    metrics: dict[str, float] = {}
-    counts: dict[str, list[int]] = {}
-    engine: str = ""
-    seconds: float = Field(default=0.0, ge=0)
-    peak_rss_mb: float = Field(default=0.0, ge=0)
-    bytes_down: int = Field(default=0, ge=0)
+    level: Level
+    samples: Count
+    metrics: dict[Key, float] = Field(default={}, max_length=64)
+    counts: dict[Key, Annotated[list[Count], Field(max_length=4096, fail_fast=True)]] = Field(default={}, max_length=16)
+    engine: str = Field(default="", max_length=32)
+    seconds: Amount = 0.0
+    peak_rss_mb: Amount = 0.0
+    bytes_down: Count = 0
 
 
 class Verdict(str, Enum):
@@ -170,27 +188,34 @@ class Verdict(str, Enum):
 class Ack(Message):
     """The server's word on an update."""
 
-    run: str
-    session: str
-    round: int
-    device: str
+    run: Name
+    session: Session
+    round: Number
+    device: Name
     verdict: Verdict
-    reason: str = ""
+    reason: Text = ""
 
 
 M = TypeVar("M", bound=Message)
 
 
-def parse(message_type: type[M], payload: bytes, cap: int = 64 * 1024) -> M:
-    """Raises MessageError if the payload is longer than `cap` bytes or not a valid message of that type."""
-    if len(payload) > cap:
-        raise MessageError(f"{message_type.__name__} of {len(payload)} bytes: more than {cap}")
+def parse(message_type: type[M], payload: bytes) -> M:
+    """Raises MessageError if the payload is longer than the type's `max_bytes` or not a valid message of that type."""
+    if len(payload) > message_type.max_bytes:
+        raise MessageError(f"{message_type.__name__} of {len(payload)} bytes: more than {message_type.max_bytes}")
     try:
         return message_type.model_validate_json(payload)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "payload"
-        raise MessageError(f"not a valid {message_type.__name__}: {where}: {first['msg']}") from error
+        raise MessageError(f"not a valid {message_type.__name__}: {first_of(error)}") from None
+
+
+def first_of(error: ValidationError) -> str:
+    """The first thing that is wrong, in one line; of very many, only how many: to list them takes megabytes."""
+    if error.error_count() > 100:
+        return f"{error.error_count()} errors"
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    where = ".".join(str(part) for part in first["loc"]) or "payload"
+    return one_line(f"{where}: {first['msg']}")
 
 
 def encode(message: Message) -> bytes:

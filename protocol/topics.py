@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from protocol.errors import ConfigError
 
 ROOT = "fedfmsl"
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"  # of a run or a device
+MAX_NUMBER = 2**31  # of a round
+_NAME, _SHA256, _NUMBER = (re.compile(pattern) for pattern in (NAME, "[0-9a-f]{64}", "0|[1-9][0-9]{0,9}"))
 
 
 def check_name(kind: str, name: str) -> str:
@@ -53,14 +55,19 @@ class Topics:
     def device_of(self, topic: str) -> str | None:
         """The device a topic belongs to, or None."""
         parts = topic.split("/")
-        return parts[3] if parts[:3] == [ROOT, self.run, "devices"] and len(parts) > 4 else None
+        known = parts[:3] == [ROOT, self.run, "devices"] and len(parts) > 4
+        return parts[3] if known and _NAME.fullmatch(parts[3]) else None
 
-    def update_of(self, topic: str) -> tuple[str, str] | None:
+    def update_of(self, topic: str) -> tuple[str, int] | None:
         """The device and the round that an update chunk's topic names, or None if it is not one's topic."""
-        parts = topic.split("/")
-        return (parts[3], parts[5]) if self.device_of(topic) and parts[4] == "update" and len(parts) == 7 else None
+        device, parts = self.device_of(topic), topic.split("/")
+        if device is None or parts[4] != "update" or len(parts) != 7:
+            return None
+        round_, index = (int(part) if _NUMBER.fullmatch(part) else MAX_NUMBER + 1 for part in parts[5:])
+        return (device, round_) if max(round_, index) <= MAX_NUMBER else None
 
     def globals_of(self, topic: str) -> str | None:
         """The SHA-256 that a global blob's topic names, or None if it is not one's topic."""
         parts = topic.split("/")
-        return parts[3] if parts[:3] == [ROOT, self.run, "globals"] and len(parts) == 5 else None
+        known = parts[:3] == [ROOT, self.run, "globals"] and len(parts) == 5
+        return parts[3] if known and _SHA256.fullmatch(parts[3]) else None

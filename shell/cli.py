@@ -13,7 +13,8 @@ from rich.console import Console
 
 from protocol.errors import ConfigError, FedFMSLError
 
-console = Console(soft_wrap=True)  # a log line stays one line, however narrow the terminal
+# A log line stays one line, however narrow the terminal; what a stranger has put into it is not read as rich's markup.
+console = Console(soft_wrap=True, markup=False, emoji=False)
 
 
 class _Application(typer.Typer):

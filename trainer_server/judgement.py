@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from protocol.encoding import decode
 
+from protocol.encoding import decode
 from protocol.errors import MessageError
 from protocol.layout import Vector
 from protocol.messages import Stage, Update, Verdict

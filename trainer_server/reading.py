@@ -37,7 +37,7 @@ def status(out: Path = OUT, as_json: bool = typer.Option(False, "--json", help="
         "index": announced.index + 1 if announced else 0,
         "of": announced.of if announced else 0,
         "level": announced.level if announced else 0,
-        "asked": sorted(kept[0].expected) if kept else [],
+        "asked": kept[0].expected if kept else [],
         "answered": sorted(store.waiting()),
         "closed rounds": len(closed),
         "repeated": [r.repeated for r in closed if r.repeated],
@@ -91,7 +91,7 @@ def export(out: Path = OUT, to: Path = typer.Option(help="Folder to write the PE
     """Write the global expert as it stands as a PEFT adapter: at any time, also while the server is at work."""
     store = RunStore(out)
     bundle = open_bundle(store)
-    kept = store.snapshot()
+    kept = store.state()
     if kept is None or not kept[0].start.size:
         raise RunError(f"{out} has no global expert yet: its first round has not been closed")
     state = kept[0]

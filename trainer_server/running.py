@@ -82,7 +82,7 @@ def plan_of(store: RunStore, bundle: Bundle) -> Plan:
 
 def present(store: RunStore, plan: Plan) -> tuple[State, float]:
     """Where a run stands, and at which second of its clock: what was kept last, and all that was logged since."""
-    state, at = store.snapshot() or (initial_state(plan, 0.0), 0.0)
+    state, at = store.state() or (initial_state(plan, 0.0), 0.0)
     for logged in store.events():
         state, _ = advance(plan, state, logged.event, logged.at)
         at = logged.at

@@ -19,7 +19,7 @@ import paho.mqtt.client as paho
 
 from protocol.errors import MessageError, RunError
 from protocol.messages import DeviceStatus, ServerStatus, Stage, Update, encode, parse
-from protocol.tensors import chunks, unpack
+from protocol.tensors import blob_bytes, chunks, unpack
 from protocol.topics import Topics
 from shell.cli import console
 from shell.link import Connected, Link, Oversize, Received
@@ -46,7 +46,6 @@ from trainer_server.uploads import Upload, Uploads
 
 LOOK_SECONDS = 1.0  # the longest the clock goes unlooked at
 BATCH = 64  # messages that share one commit
-HEADER_BYTES = 64 * 1024  # an update's, at most
 FINISHED = "finished"
 
 
@@ -71,7 +70,7 @@ class Service:
         self._topics = Topics(plan.config.run)
         self._clock = RunClock(at)
         largest = max(plan.bundle.expert.total, plan.bundle.gate.total, plan.statistics.total)
-        self._uploads = Uploads(store.folder / "uploads", 4 * largest + HEADER_BYTES)
+        self._uploads = Uploads(store.folder / "uploads", blob_bytes(largest))
         self._published: dict[str, int] = {}  # blob → number of its retained chunks
         self._refused: Counter[tuple[str, str]] = Counter()  # not yet in the store
         self._last_refusal: dict[tuple[str, str], str] = {}

@@ -22,12 +22,12 @@ from pydantic import BaseModel
 
 from protocol.errors import MessageError, RunError
 from protocol.messages import DeviceStatus, Update, parse
-from protocol.tensors import Tensors, blob_hash, unpack
+from protocol.tensors import Header, Tensors, blob_hash, pack, unpack
 from shell.files import write_atomically
 from trainer_server.config import RunConfig
 from trainer_server.events import ClockTicked, Event, StatusSeen, UpdateSeen
 from trainer_server.rounds import ClosedRound
-from trainer_server.snapshot import from_blob, to_blob
+from trainer_server.snapshot import Snapshot, vectors_of
 from trainer_server.state import State
 
 DATABASE = "run.sqlite"
@@ -39,7 +39,9 @@ CREATE TABLE IF NOT EXISTS events (
     seq INTEGER PRIMARY KEY AUTOINCREMENT, at REAL NOT NULL, kind TEXT NOT NULL, body TEXT NOT NULL,
     sha256 TEXT, size INTEGER
 );
-CREATE TABLE IF NOT EXISTS snapshots (seq INTEGER PRIMARY KEY, at REAL NOT NULL, sha256 TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS snapshots (
+    seq INTEGER PRIMARY KEY, at REAL NOT NULL, state TEXT NOT NULL, sha256 TEXT NOT NULL
+);
 CREATE TABLE IF NOT EXISTS rounds (round INTEGER PRIMARY KEY, closed_at REAL NOT NULL, record TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS refusals (
     device TEXT NOT NULL, kind TEXT NOT NULL, count INTEGER NOT NULL, last TEXT NOT NULL, PRIMARY KEY (device, kind)
@@ -70,6 +72,10 @@ class Refused:
     kind: str
     count: int
     last: str
+
+
+class _Vectors(BaseModel):
+    """Header of a state's vectors."""
 
 
 class RunStore:
@@ -123,11 +129,11 @@ class RunStore:
 
     def read(self, sha256: str) -> Tensors:
         """The tensors of an accepted update. Raises RunError if the file is missing or has been altered."""
-        return self._update(sha256)[1]
+        return self._unpacked(sha256, Update)[1]
 
-    def _update(self, sha256: str) -> tuple[Update, Tensors]:
+    def _unpacked(self, sha256: str, header_type: type[Header]) -> tuple[Header, Tensors]:
         try:
-            return unpack(self._blob(sha256), Update)
+            return unpack(self._blob(sha256), header_type)
         except MessageError as error:
             raise RunError(f"{self.tensors / sha256}: {error}") from error
 
@@ -174,12 +180,13 @@ class RunStore:
 
         Raises OSError or sqlite3.Error if the disk refuses; what was kept before is still there then.
         """
-        blob = to_blob(state)
+        blob = pack(_Vectors(), vectors_of(state))
         sha256 = blob_hash(blob)
+        snapshot = Snapshot.of(state).model_dump_json()
         write_atomically(self.tensors / sha256, blob, durable=True)
         with self._transaction():
             (last,) = self._db.execute("SELECT coalesce(max(seq), 0) FROM events").fetchone()
-            self._db.execute("INSERT OR REPLACE INTO snapshots VALUES (?, ?, ?)", (last, at, sha256))
+            self._db.execute("INSERT OR REPLACE INTO snapshots VALUES (?, ?, ?, ?)", (last, at, snapshot, sha256))
             if not self.origin.config.audit:
                 self._db.execute("DELETE FROM events WHERE seq <= ?", (last,))
                 self._db.execute("DELETE FROM snapshots WHERE seq < ?", (last,))
@@ -201,17 +208,18 @@ class RunStore:
 
     # reading
 
-    def snapshot(self) -> tuple[State, float] | None:
-        """The state that was kept last, and when; none of a run whose first round has not opened."""
-        row = self._db.execute("SELECT sha256, at FROM snapshots ORDER BY seq DESC LIMIT 1").fetchone()
-        return (self.state(row[0]), row[1]) if row else None
+    def snapshot(self) -> tuple[Snapshot, float] | None:
+        """What was kept last, and when; none of a run whose first round has not opened."""
+        row = self._db.execute("SELECT state, at FROM snapshots ORDER BY seq DESC LIMIT 1").fetchone()
+        return (Snapshot.model_validate_json(row[0]), row[1]) if row else None
 
-    def state(self, sha256: str) -> State:
-        """Raises RunError if the file is missing or has been altered."""
-        try:
-            return from_blob(self._blob(sha256))
-        except MessageError as error:
-            raise RunError(f"{self.tensors / sha256}: {error}") from error
+    def state(self) -> tuple[State, float] | None:
+        """As `snapshot`, with the vectors. Raises RunError if their file is missing or has been altered."""
+        row = self._db.execute("SELECT state, sha256, at FROM snapshots ORDER BY seq DESC LIMIT 1").fetchone()
+        if row is None:
+            return None
+        _, vectors = self._unpacked(row[1], _Vectors)
+        return Snapshot.model_validate_json(row[0]).state(vectors), row[2]
 
     def events(self, since_snapshot: bool = True) -> Iterator[Logged]:
         """In their order, with the tensors of updates. Raises RunError as `read` does."""
@@ -224,7 +232,7 @@ class RunStore:
         if kind == "status":
             return StatusSeen(parse(DeviceStatus, body.encode()))
         if kind == "update":
-            update, tensors = self._update(sha256)
+            update, tensors = self._unpacked(sha256, Update)
             return UpdateSeen(update, tensors, sha256, size)
         return ClockTicked()
 

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from protocol.messages import Ack, DeviceStatus, Message, Round, ServerStatus, parse
-from protocol.tensors import Assembler
+from protocol.tensors import MAX_BLOB_BYTES, Assembler
 from protocol.topics import ROOT, Topics
 from shell.link import Link, Received
 from trainer_server.store import RunStore
@@ -226,7 +226,7 @@ class Observer:
         elif topic == self._topics.ack(device):
             self.seen.append(parse(Ack, payload))
         elif sha256 is not None:
-            blob = self._assemblers.setdefault(sha256, Assembler()).add(payload)
+            blob = self._assemblers.setdefault(sha256, Assembler(MAX_BLOB_BYTES)).add(payload)
             if blob is not None:
                 self.blobs[sha256] = blob
 

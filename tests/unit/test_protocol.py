@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import struct
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,28 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from support import Built, random_theta
 
-from protocol.bundle import Bundle
-from protocol.errors import BundleError, ConfigError, FedFMSLError, MessageError
+from protocol.bundle import MAX_MANIFEST_BYTES, Bundle
+from protocol.errors import LINE, BundleError, ConfigError, FedFMSLError, MessageError
 from protocol.head import SCALE, head_of_class_means
 from protocol.layout import Layout, Slot, Vector
-from protocol.messages import DeviceStatus, Progress, Round, ServerStatus, Stage, Update, encode, parse
+from protocol.messages import (
+    Ack,
+    DeviceStatus,
+    Progress,
+    Round,
+    Sal,
+    ServerStatus,
+    Stage,
+    Training,
+    Update,
+    Verdict,
+    encode,
+    parse,
+)
 from protocol.peft_names import from_peft, to_peft
-from protocol.tensors import CHUNK_BYTES, Assembler, chunks, pack, unpack
+from protocol.tensors import CHUNK_BYTES, MAX_BLOB_BYTES, MAX_HEADER_BYTES, MAX_TENSORS, Assembler, chunks, pack, unpack
 from protocol.topics import Topics
+from shell.cli import console
 
 SHAPES = st.lists(st.integers(1, 4), max_size=3).map(tuple)
 
@@ -39,6 +54,20 @@ def vector_of(layout: Layout, seed: int) -> Vector:
 
 UPDATE = Update(
     run="r", session="s", round=3, device="d", stage=Stage.GLOBAL, level=1, samples=5, metrics={"loss": 0.5}
+)
+
+
+ROUND = Round(
+    run="r",
+    session="s",
+    round=3,
+    stage=Stage.GLOBAL,
+    index=0,
+    of=1,
+    level=1,
+    seconds=60,
+    training=Training(epochs=1, learning_rate=1e-3),
+    sal=Sal(window=2, epsilon=0, step=1, max_level=3),
 )
 
 
@@ -159,29 +188,95 @@ def test_a_blob_with_some_bytes_changed_is_refused_or_well_formed(data: st.DataO
     assert all(isinstance(tensor, np.ndarray) for tensor in tensors.values())
 
 
+def blob_of(tensors: str, body: bytes = b"") -> bytes:
+    """A safetensors file with a valid header of ours and these entries of tensors, in JSON."""
+    metadata = json.dumps({"header": UPDATE.model_dump_json()})
+    text = f'{{"__metadata__":{metadata}{"," if tensors else ""}{tensors}}}'.encode()
+    return struct.pack("<Q", len(text)) + text + body
+
+
+def entry(name: str, dtype: str, shape: str, *offsets: int) -> str:
+    return f'"{name}":{{"dtype":"{dtype}","shape":{shape},"data_offsets":{list(offsets)}}}'
+
+
+HOSTILE = {
+    "the same bytes twice": blob_of(f"{entry('a', 'F32', '[1]', 0, 4)},{entry('b', 'F32', '[1]', 0, 4)}", bytes(4)),
+    "bytes of no tensor": blob_of(entry("a", "F32", "[1]", 0, 4), bytes(8)),
+    "empty and huge": blob_of(entry("a", "F32", f"[0,{2**63}]", 0, 0)),
+    "empty and too huge": blob_of(entry("a", "F32", f"[0,{2**64 - 1}]", 0, 0)),
+    "product overflows": blob_of(entry("a", "F32", f"[{2**62},{2**62}]", 0, 4), bytes(4)),
+    "many dimensions": blob_of(entry("a", "F32", json.dumps([1] * 65), 0, 4), bytes(4)),
+    "not finite": blob_of(entry("a", "F32", "[NaN]", 0, 4), bytes(4)),
+    "a name twice": blob_of(f"{entry('a', 'F32', '[1]', 0, 4)},{entry('a', 'F32', '[1]', 4, 8)}", bytes(8)),
+    "deep": blob_of('"a":' + "[" * 100_000),
+    "deep where nobody looks": blob_of(entry("a", "F32", "[0]", 0, 0)[:-1] + ',"x":' + "[" * 9000 + "]" * 9000 + "}"),
+    "header of 100 MB": struct.pack("<Q", 10**8) + b"{}",
+    "header longer than any": struct.pack("<Q", 2**64 - 1) + b"{}",
+    "header above the cap": blob_of(",".join(entry(f"{i}" * 99, "F32", "[0]", 0, 0) for i in range(4000))),
+    "too many tensors": blob_of(",".join(entry(f"{i}", "I8", "[0]", 0, 0) for i in range(MAX_TENSORS + 1))),
+    **{dtype: blob_of(entry("a", dtype, "[8]", 0, 8 * size), bytes(8 * size)) for dtype, size in
+       {"F64": 8, "BF16": 2, "F8_E4M3": 1, "U8": 1, "BOOL": 1, "I64": 8, "C64": 8}.items()},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_a_hostile_blob_is_refused_in_one_line_without_much_memory(what: str) -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(MessageError) as refused:
+            unpack(HOSTILE[what], Update)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < len(HOSTILE[what]) + 16 * 1024 * 1024
+    assert len(str(refused.value)) < 500
+    assert str(refused.value).isprintable()
+
+
+def test_a_header_of_nothing_but_brackets_takes_a_bounded_multiple_of_its_length() -> None:
+    blob = blob_of(entry("a", "F32", "[0]", 0, 0)[:-1] + ',"x":[' + "{}," * 170_000 + "0]}")
+    assert len(blob) < MAX_HEADER_BYTES + 8
+    tracemalloc.start()
+    try:
+        _, tensors = unpack(blob, Update)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert list(tensors) == ["a"]
+    assert peak < 32 * MAX_HEADER_BYTES
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.int8])
+def test_the_types_that_values_travel_as_come_through(dtype: type[np.generic]) -> None:
+    tensor = np.arange(6).astype(dtype).reshape(2, 3)
+    _, found = unpack(pack(UPDATE, {"t": tensor}), Update)
+    assert found["t"].dtype == dtype
+    assert np.array_equal(found["t"], tensor)
+
+
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 5 * CHUNK_BYTES), st.data())
+@given(st.integers(1, 5 * CHUNK_BYTES), st.data())
 def test_chunks_add_up_in_any_order_and_with_repeats(size: int, data: st.DataObject) -> None:
     blob = np.random.default_rng(size).bytes(size)
     pieces = list(chunks(blob))
-    assert len(pieces) == max(1, -(-size // CHUNK_BYTES))
+    assert len(pieces) == -(-size // CHUNK_BYTES)
     order = data.draw(st.permutations(range(len(pieces))))
     repeats = data.draw(st.lists(st.sampled_from(order[:-1]), max_size=4)) if len(order) > 1 else []
-    assembler = Assembler()
+    assembler = Assembler(MAX_BLOB_BYTES)
     assert all(assembler.add(pieces[index]) is None for index in [*order[:-1], *repeats])
     assert assembler.add(pieces[order[-1]]) == blob
 
 
 def test_a_blob_that_breaks_off_gives_way_to_the_next() -> None:
     old, new = (np.random.default_rng(seed).bytes(2 * CHUNK_BYTES) for seed in (0, 1))
-    assembler = Assembler()
+    assembler = Assembler(MAX_BLOB_BYTES)
     assert assembler.add(next(chunks(old))) is None
     first, second = chunks(new)
     assert assembler.add(second) is None
     assert assembler.add(first) == new
 
 
-@pytest.mark.parametrize("where", ["body", "magic", "count", "short", "long"])
+@pytest.mark.parametrize("where", ["body", "magic", "count", "short", "long", "not full", "empty"])
 def test_a_corrupt_chunk_is_a_message_error_and_the_blob_can_be_sent_again(where: str) -> None:
     blob = np.random.default_rng(2).bytes(CHUNK_BYTES + 10)
     first, last = chunks(blob)
@@ -191,18 +286,30 @@ def test_a_corrupt_chunk_is_a_message_error_and_the_blob_can_be_sent_again(where
         "count": last[:8] + b"\xff" * 4 + last[12:],
         "short": last[:20],
         "long": first + b"more",
+        "not full": first[:-1],
+        "empty": last[:-10],
     }[where]
-    assembler = Assembler()
+    assembler = Assembler(MAX_BLOB_BYTES)
     assembler.add(first)
     with pytest.raises(MessageError):
         assembler.add(bad)
     assert [assembler.add(chunk) for chunk in (first, last)][-1] == blob
 
 
+def test_a_blob_above_the_receivers_cap_is_refused_at_its_first_chunk() -> None:
+    assembler = Assembler(CHUNK_BYTES + 1)
+    fitting, larger = (np.random.default_rng(size).bytes(size) for size in (CHUNK_BYTES + 1, 2 * CHUNK_BYTES + 1))
+    with pytest.raises(MessageError, match="not expected"):
+        assembler.add(next(chunks(larger)))
+    assert [assembler.add(chunk) for chunk in chunks(fitting)][-1] == fitting
+    with pytest.raises(MessageError, match="not expected"):
+        Assembler(10 * MAX_BLOB_BYTES).add(struct.pack(">4sII32s", b"FMS1", 0, 700, bytes(32)) + bytes(CHUNK_BYTES))
+
+
 @given(st.binary(max_size=200))
 def test_any_bytes_as_a_chunk_raise_nothing_but_a_message_error(chunk: bytes) -> None:
     with pytest.raises(MessageError):
-        Assembler().add(chunk)
+        Assembler(MAX_BLOB_BYTES).add(chunk)
 
 
 # messages
@@ -226,6 +333,21 @@ def test_parsing_junk_raises_nothing_but_a_message_error(payload: bytes) -> None
         {"metrics": {"loss": "much"}},
         {"seconds": -1.0},
         {"surprise": 1},
+        {"round": -1},
+        {"round": 2**31 + 1},
+        {"level": 1025},
+        {"device": "a/b"},
+        {"device": "d\n"},
+        {"run": "x" * 65},
+        {"session": ""},
+        {"session": "s" * 65},
+        {"session": "../s"},
+        {"engine": "e" * 33},
+        {"metrics": {f"m{i}": 0.0 for i in range(65)}},
+        {"metrics": {"a b": 0.0}},
+        {"counts": {f"c{i}": [1] for i in range(17)}},
+        {"counts": {"test": [1] * 4097}},
+        {"counts": {"test": [-1]}},
     ],
     ids=lambda change: next(iter(change)),
 )
@@ -241,11 +363,59 @@ def test_a_number_that_is_not_finite_is_refused(number: bytes) -> None:
         parse(Update, encode(UPDATE).replace(b"0.5", number))
 
 
+def test_a_round_names_at_most_five_thousand_devices_and_each_by_a_valid_name() -> None:
+    asked = ROUND.model_copy(update={"chosen": tuple(f"device-{number}" for number in range(5000))})
+    assert parse(Round, encode(asked)) == asked
+    for chosen in ((*asked.chosen, "one-more"), ("a/b",), ("",)):
+        with pytest.raises(MessageError, match="chosen"):
+            parse(Round, encode(ROUND.model_copy(update={"chosen": chosen})))
+
+
+@pytest.mark.parametrize("seconds", [0, -1, 1e300])
+def test_a_round_lasts_a_time(seconds: float) -> None:
+    with pytest.raises(MessageError, match="seconds"):
+        parse(Round, encode(ROUND.model_copy(update={"seconds": seconds})))
+
+
+def test_what_a_stranger_writes_for_people_becomes_one_short_plain_line() -> None:
+    hostile = "a\n\x1b[31mb\u202e" + "c" * 9000
+    ack = Ack(run="r", session="s", round=1, device="d", verdict=Verdict.REJECTED, reason=hostile)
+    assert ack.reason.startswith("a ?[31mb?ccc")
+    assert len(ack.reason) == LINE
+    with pytest.raises(MessageError) as refused:
+        parse(Update, json.dumps({**UPDATE.model_dump(mode="json"), hostile: 1}).encode())
+    assert str(refused.value).isprintable()
+    assert len(str(refused.value)) < 2 * LINE
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b"[" * 60_000,
+        b'{"round":' + b"9" * 60_000 + b"}",
+        b'{"run":"\xff"}',
+        b'{"run":"\\ud800"}',
+        b"{" + b",".join(b'"%d":0' % number for number in range(6000)) + b"}",
+        b'{"chosen":[' + b'"",' * 15_000 + b'""]}',
+    ],
+    ids=["deep", "huge number", "not UTF-8", "half a surrogate", "many fields", "many names"],
+)
+def test_a_payload_that_costs_more_than_it_says_is_refused_cheaply(payload: bytes) -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(MessageError, match="not a valid Round"):
+            parse(Round, payload)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 8 * 1024 * 1024
+
+
 def test_messages_survive_the_wire_and_long_ones_are_refused() -> None:
     assert parse(Update, encode(UPDATE)) == UPDATE
-    status = ServerStatus(online=True, session="s", run="r" * 70_000)
-    with pytest.raises(MessageError, match="more than"):
-        parse(ServerStatus, encode(status))
+    for kind in (ServerStatus, Round, Update):
+        with pytest.raises(MessageError, match="more than"):
+            parse(kind, b" " * (kind.max_bytes + 1))
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "+", "#", "-x", "a" * 65, "ü", "a b", "a\n"])
@@ -260,6 +430,48 @@ def test_the_device_of_a_topic_is_found_only_in_device_topics_of_the_run() -> No
         assert topics.device_of(topic) == "d"
     for topic in (topics.round, topics.server_status, topics.globals_chunk("ab", 0), Topics("s").status("d")):
         assert topics.device_of(topic) is None
+
+
+HOSTILE_TOPICS = [
+    "",
+    "/",
+    "#",
+    "fedfmsl",
+    "fedfmsl/r/devices",
+    "fedfmsl/r/devices//update/1/0",
+    "fedfmsl/r/devices/../update/1/0",
+    "fedfmsl/r/devices/[/x]/update/1/0",
+    "fedfmsl/r/devices/d\n/update/1/0",
+    "fedfmsl/r/devices/ü/update/1/0",
+    f"fedfmsl/r/devices/{'d' * 65}/update/1/0",
+    "fedfmsl/r/globals//0",
+    "fedfmsl/r/globals/../0",
+    f"fedfmsl/r/globals/{'A' * 64}/0",
+    "/" * 65_535,
+]
+
+
+@pytest.mark.parametrize("topic", HOSTILE_TOPICS, ids=range(len(HOSTILE_TOPICS)))
+def test_a_hostile_topic_is_nobodys(topic: str) -> None:
+    topics = Topics("r")
+    assert topics.device_of(topic) is None
+    assert topics.update_of(topic) is None
+    assert topics.globals_of(topic) is None
+
+
+@pytest.mark.parametrize(
+    "number", ["", "-1", "+1", "01", "1.0", "1e3", "0x1", " 1", "1_0", "²", "١", "2147483649", "9" * 5000]
+)
+def test_an_update_is_of_a_round_that_is_a_plain_number(number: str) -> None:
+    topics = Topics("r")
+    assert topics.update_of(topics.update_chunk("d", 2**31, 7)) == ("d", 2**31)
+    assert topics.update_of(topics.update_chunk("d", number, 0)) is None
+    assert topics.update_of(topics.update_chunk("d", 0, number)) is None
+
+
+def test_what_a_stranger_has_written_is_printed_and_not_read_as_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    console.print("dropped [/x] [red]of[/red] :smile:")
+    assert capsys.readouterr().out == "dropped [/x] [red]of[/red] :smile:\n"
 
 
 # bundles on disk
@@ -284,6 +496,29 @@ def test_verify_names_the_file_that_is_not_as_it_was_built(vit: Built, tmp_path:
 def test_a_folder_without_a_manifest_of_this_schema_is_no_bundle(tmp_path: Path, content: bytes | None) -> None:
     if content is not None:
         (tmp_path / "manifest.json").write_bytes(content)
+    with pytest.raises(BundleError, match=r"export\.build"):
+        Bundle(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"files": {"../secret": {"size": 1, "sha256": "0" * 64}}},
+        {"files": {"a\0b": {"size": 1, "sha256": "0" * 64}}},
+        {"files": {"": {"size": 1, "sha256": "0" * 64}}},
+        {"files": {"a": {"size": -1, "sha256": "0" * 64}}},
+        {"files": {"a": {"size": 1, "sha256": "../x"}}},
+        {"levels": 2},
+        {"gate_layout": []},
+        {"expert_layout": []},
+        {"backbone_parameters": 0},
+        {"model": "m" * MAX_MANIFEST_BYTES},
+    ],
+    ids=lambda change: str(change)[:40],
+)
+def test_a_manifest_that_does_not_hold_together_is_refused(vit: Built, tmp_path: Path, change: dict[str, Any]) -> None:
+    manifest = vit.bundle.manifest.model_dump(mode="json")
+    (tmp_path / "manifest.json").write_text(json.dumps({**manifest, **change}))
     with pytest.raises(BundleError, match=r"export\.build"):
         Bundle(tmp_path)
 

@@ -19,13 +19,14 @@ from trainer_server.coordinator import advance
 from trainer_server.events import ClockTicked, Event, Record, StatusSeen, Stop, UpdateSeen
 from trainer_server.running import open_bundle, open_run, present, replayed
 from trainer_server.running import plan_of as plan_in
-from trainer_server.snapshot import to_blob
+from trainer_server.snapshot import Snapshot, vectors_of
 from trainer_server.state import Plan, State
 from trainer_server.store import DATABASE, Logged, RunStore
 
 
 def same(one: State, other: State) -> bool:
-    return to_blob(one) == to_blob(other) and one.updates == other.updates
+    vectors = [{name: tensor.tobytes() for name, tensor in vectors_of(state).items()} for state in (one, other)]
+    return vectors[0] == vectors[1] and Snapshot.of(one) == Snapshot.of(other) and one.updates == other.updates
 
 
 class Server:

@@ -1,0 +1,374 @@
+"""Every decoder against mutated inputs: only the documented error comes out, and memory stays below the decoder's cap.
+
+A hundredth of the inputs in the short form, a million and more in the long.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import tracemalloc
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from mutations import BlobMutator, Mutator
+from pydantic import BaseModel
+from support import Built
+
+from edge_runtime.cache import DiskCache
+from edge_runtime.evaluation import _Header as Alone
+from edge_runtime.personal import ModelHeader
+from edge_runtime.personal import _Header as LocalExpert
+from edge_runtime.store import DeviceStore
+from protocol.bundle import MANIFEST, Bundle
+from protocol.errors import BundleError, ConfigError, FedFMSLError, MessageError
+from protocol.layout import Layout
+from protocol.messages import (
+    Ack,
+    DeviceStatus,
+    Encoding,
+    Globals,
+    Message,
+    Privacy,
+    Progress,
+    Round,
+    Sal,
+    ServerStatus,
+    Stage,
+    Training,
+    Update,
+    Verdict,
+    encode,
+    parse,
+)
+from protocol.tensors import CHUNK_BYTES, DTYPES, Assembler, blob_hash, chunks, pack, unpack
+from protocol.topics import MAX_NUMBER, NAME, Topics
+from trainer_server.uploads import Uploads
+
+MIB = 1 << 20
+SHORT = 100  # the long form tries so many times as many
+SAMPLED = 50  # one input in so many is decoded under tracemalloc, and every one that is
+LONG = 128 * 1024  # bytes or longer
+INPUTS = 32 * MIB  # what making the inputs takes, which the resident memory holds too
+SHA = "ab" * 32
+
+MESSAGES: list[Message] = [
+    ServerStatus(
+        online=True, run="r", session="5e55", bundle=SHA, bundle_url="http://10.0.0.1:8000/b", model="vit-b16"
+    ),
+    Round(
+        run="r",
+        session="5e55",
+        round=7,
+        stage=Stage.GLOBAL,
+        index=2,
+        of=12,
+        level=3,
+        seconds=600.0,
+        chosen=("device-0", "device-1", "pi.kitchen"),
+        expert=SHA,
+        start=SHA,
+        training=Training(epochs=2, learning_rate=2e-3),
+        sal=Sal(window=3, epsilon=0.02, step=1, max_level=12),
+        encoding=Encoding.INT8,
+        privacy=Privacy(clip=1.0, noise_multiplier=0.8, shares=4),
+    ),
+    DeviceStatus(device="d", online=True, instance="abc", bundle=SHA, level_cap=12, train=80, test=20, error="no disk"),
+    Progress(device="d", activity="training", done=3, total=9),
+    Update(
+        run="r",
+        session="5e55",
+        round=7,
+        device="d",
+        stage=Stage.GLOBAL,
+        level=3,
+        samples=80,
+        metrics={"loss": 0.5, "held_out_global": 0.9},
+        counts={"test": [3, 0, 4], "global": [2, 0, 4]},
+        engine="step-graph",
+        seconds=3.5,
+        peak_rss_mb=512.0,
+        bytes_down=100_000,
+    ),
+    Ack(run="r", session="5e55", round=7, device="d", verdict=Verdict.REJECTED, reason="too large"),
+    Globals(run="r", kind="expert"),
+]
+HEADERS: list[BaseModel] = [
+    next(message for message in MESSAGES if isinstance(message, Update)),
+    Globals(run="r", kind="expert"),
+    LocalExpert(session="s", round=1, level=2, queue=(0.5, 0.6), seen=2, best_level=1, best_nll=0.3),
+    Alone(session="s", level=2),
+    ModelHeader(run="r", round=1, device="d", level=2),
+]
+TENSORS = {
+    "classifier.weight": np.ones((4, 8), np.float32),
+    "vit.encoder.layer.2.lora_A.weight": np.ones((4, 8), np.float16),
+    "q": np.arange(9, dtype=np.int8),
+}
+
+
+@dataclass
+class Target:
+    """`draw` makes inputs, `decode` says whether it accepted one. `cap`: bytes of memory that it may take meanwhile."""
+
+    draw: Callable[[], bytes]
+    decode: Callable[[bytes], bool]
+    cap: int
+
+
+def accepts(
+    decode: Callable[[bytes], object], error: type[FedFMSLError], check: Callable[[Any], bool]
+) -> Callable[[bytes], bool]:
+    """Lets nothing but `error` pass, in one short line; what is accepted must pass the check."""
+
+    def decoded(data: bytes) -> bool:
+        try:
+            result = decode(data)
+        except error as refused:
+            text = str(refused)
+            assert "\n" not in text
+            assert len(text) < 1000
+            return False
+        assert check(result)
+        return result is not None
+
+    return decoded
+
+
+def messages(kind: type[Message], rng: random.Random) -> Target:
+    seeds = [encode(message) for message in MESSAGES if isinstance(message, kind)]
+    whole = accepts(
+        lambda data: parse(kind, data), MessageError, lambda message: parse(kind, encode(message)) == message
+    )
+    return Target(Mutator(seeds, rng), whole, cap=96 * MIB)
+
+
+def blobs(header: BaseModel, rng: random.Random) -> Target:
+    seeds = [pack(header, TENSORS), pack(header, {}), pack(header, {"theta": np.zeros(40, np.float32)})]
+
+    def check(result: Any) -> bool:
+        return all(tensor.dtype in DTYPES for tensor in result[1].values())
+
+    decode = accepts(lambda data: unpack(data, type(header)), MessageError, check)
+    return Target(BlobMutator(seeds, rng), decode, cap=32 * MIB)
+
+
+class Stream:
+    """The chunks of a few blobs, mutated or not, in any order."""
+
+    def __init__(self, rng: random.Random) -> None:
+        blobs = [pack(HEADERS[0], {"t": np.full(size, size, np.float32)}) for size in (3, 70, CHUNK_BYTES // 3)]
+        self.chunks = [chunk for blob in blobs for chunk in chunks(blob)]
+        self._mutator = Mutator(self.chunks, rng)
+
+    def __call__(self) -> bytes:
+        return self._mutator() if self._mutator.random.random() < 0.7 else self._mutator.random.choice(self.chunks)
+
+
+def assembler(rng: random.Random, cap_bytes: int) -> Target:
+    made = Assembler(cap_bytes)
+    stream = Stream(rng)
+
+    def check(blob: bytes | None) -> bool:
+        return blob is None or len(blob) <= cap_bytes
+
+    return Target(stream, accepts(made.add, MessageError, check), cap=4 * cap_bytes + MIB)
+
+
+def uploads(rng: random.Random, cap_bytes: int, folder: Path) -> Target:
+    made = Uploads(folder, cap_bytes)
+
+    def add(data: bytes) -> bytes | None:
+        upload = made.add(rng.choice("abc"), rng.randrange(2), data)
+        if upload is None:
+            return None
+        assert upload.path.read_bytes() == upload.blob
+        assert blob_hash(upload.blob) == upload.sha256
+        made.drop(upload)
+        assert len([*folder.iterdir()]) <= 6
+        return upload.blob
+
+    def check(blob: bytes | None) -> bool:
+        return blob is None or len(blob) <= cap_bytes
+
+    return Target(Stream(rng), accepts(add, MessageError, check), cap=4 * cap_bytes + MIB)
+
+
+def topics(rng: random.Random) -> Target:
+    of_run = Topics("r")
+    seeds = [of_run.update_chunk("d", 7, 0), of_run.status("pi.kitchen"), of_run.globals_chunk(SHA, 3), of_run.round]
+
+    def decode(data: bytes) -> bool:
+        topic = data.decode(errors="replace")
+        device, update, sha256 = of_run.device_of(topic), of_run.update_of(topic), of_run.globals_of(topic)
+        assert device is None or re.fullmatch(NAME, device)
+        assert sha256 is None or re.fullmatch("[0-9a-f]{64}", sha256)
+        if update is not None:
+            assert update[0] == device
+            assert 0 <= update[1] <= MAX_NUMBER
+            assert topic.startswith(of_run.update_chunk(device, update[1], ""))
+        return bool(device or sha256)
+
+    return Target(Mutator([seed.encode() for seed in seeds], rng), decode, cap=8 * MIB)
+
+
+def layout(rng: random.Random) -> Target:
+    """Of blobs that `unpack` lets pass."""
+    made = Layout.build([("head", "a", (2, 3)), ("head", "b", (2,)), ("0", "c", (1, 1))])
+    ends = {0, *(slot.end for slot in made.slots)}
+    seeds = [pack(HEADERS[1], made.split(np.arange(end, dtype=np.float32))) for end in ends]
+
+    def join(data: bytes) -> np.ndarray[Any, Any]:
+        _, tensors = unpack(data, Globals)
+        return made.join(tensors)
+
+    def check(vector: np.ndarray[Any, Any]) -> bool:
+        return vector.size in ends and vector.dtype == np.float32 and bool(np.isfinite(vector).all())
+
+    return Target(BlobMutator(seeds, rng), accepts(join, MessageError, check), cap=32 * MIB)
+
+
+def manifest(rng: random.Random, folder: Path, built: Built) -> Target:
+    """Of a bundle that was fetched, and of its files' names, which are asked for next."""
+
+    def read(data: bytes) -> list[Path]:
+        (folder / MANIFEST).write_bytes(data)
+        bundle = Bundle(folder)
+        assert bundle.expert.total >= bundle.expert.size(bundle.manifest.levels) >= 0
+        assert bundle.manifest.tuned_share >= 0
+        return [bundle.path(name) for name in bundle.manifest.files]
+
+    def check(paths: list[Path]) -> bool:
+        return all(path.parent == folder for path in paths)
+
+    seed = Bundle(built.bundle.root).manifest.model_dump_json().encode()
+    return Target(Mutator([seed], rng), accepts(read, BundleError, check), cap=96 * MIB)
+
+
+def identity(rng: random.Random, folder: Path) -> Target:
+    def read(data: bytes) -> str:
+        (folder / "identity").write_bytes(data)
+        return DeviceStore(folder).identity(None)
+
+    def check(name: str) -> bool:
+        return re.fullmatch(NAME, name) is not None
+
+    return Target(Mutator([b"pi.kitchen", b"device-0"], rng), accepts(read, ConfigError, check), cap=MIB)
+
+
+def kept_global(rng: random.Random, folder: Path) -> Target:
+    store = DeviceStore(folder)
+    blob = pack(HEADERS[1], TENSORS)
+    store.keep_global(blob)
+
+    def decode(data: bytes) -> bool:
+        (folder / "globals" / blob_hash(blob)).write_bytes(data)
+        found = store.global_blob(blob_hash(blob))
+        assert found is None or found == blob
+        return found is not None
+
+    return Target(Mutator([blob], rng), decode, cap=4 * MIB)
+
+
+def cached(rng: random.Random, folder: Path) -> Target:
+    cache = DiskCache(folder, budget=MIB)
+    states = rng.randbytes(300)
+    cache.put("states", "a", states)
+    stored = (folder / "states" / "a").read_bytes()
+
+    def decode(data: bytes) -> bool:
+        cache.put("states", "a", states)
+        (folder / "states" / "a").write_bytes(data)
+        found = cache.get("states", "a")
+        assert found is None or found == states
+        return found is not None
+
+    return Target(Mutator([stored], rng), decode, cap=4 * MIB)
+
+
+Make = Callable[[random.Random, Path, Built], Target]
+DECODERS: dict[str, tuple[int, Make]] = {  # with the inputs that the long form tries
+    **{
+        f"parse {kind.__name__}": (60_000, lambda rng, folder, built, kind=kind: messages(kind, rng))
+        for kind in map(type, MESSAGES)
+    },
+    **{
+        f"unpack {header.__class__.__module__}.{type(header).__name__}": (
+            50_000,
+            lambda rng, folder, built, header=header: blobs(header, rng),
+        )
+        for header in HEADERS
+    },
+    "Assembler": (120_000, lambda rng, folder, built: assembler(rng, 3 * CHUNK_BYTES)),
+    "Uploads": (80_000, lambda rng, folder, built: uploads(rng, 3 * CHUNK_BYTES, folder)),
+    "Topics": (150_000, lambda rng, folder, built: topics(rng)),
+    "Layout": (50_000, lambda rng, folder, built: layout(rng)),
+    "Bundle": (20_000, manifest),
+    "identity": (20_000, lambda rng, folder, built: identity(rng, folder)),
+    "global blob": (20_000, lambda rng, folder, built: kept_global(rng, folder)),
+    "cache": (20_000, lambda rng, folder, built: cached(rng, folder)),
+}
+
+
+def memory_now_and_at_most() -> tuple[int, int]:
+    """Resident bytes of this process, and the most since this was last called."""
+    found = {}
+    for line in Path("/proc/self/status").read_text().splitlines():
+        key, _, value = line.partition(":")
+        if key in ("VmRSS", "VmHWM"):
+            found[key] = int(value.split()[0]) * 1024
+    Path("/proc/self/clear_refs").write_text("5")
+    return found["VmRSS"], found["VmHWM"]
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_mutated_inputs_give_only_the_documented_error_and_take_no_more_memory_than_the_cap(
+    name: str,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    vit: Built,
+    record_property: Callable[[str, object], None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    inputs, make = DECODERS[name]
+    full = request.config.getoption("--full")
+    count = inputs if full else inputs // SHORT
+    target = make(random.Random(name), tmp_path, vit)
+    before, _ = memory_now_and_at_most()
+    accepted = highest = 0
+    for number in range(count):
+        data = target.draw()
+        sampled = number % SAMPLED == 0 or len(data) >= LONG
+        if sampled:
+            tracemalloc.start()
+        try:
+            accepted += target.decode(data)
+        except BaseException as error:
+            error.add_note(f"input {number} of {name}: {data[:2000]!r}")
+            raise
+        finally:
+            if sampled:
+                highest = max(highest, tracemalloc.get_traced_memory()[1])
+                tracemalloc.stop()
+    resident = memory_now_and_at_most()[1] - before
+    text = (
+        f"{name}: {count} inputs, {accepted} accepted, "
+        f"at most {highest / MIB:.1f} MiB allocated, {resident / MIB:.1f} MiB resident"
+    )
+    record_property("inputs", count)
+    record_property("accepted", accepted)
+    if full:
+        with capsys.disabled():
+            print(f"\n{text}", end="")
+    else:
+        print(text)
+    assert highest <= target.cap
+    assert resident <= target.cap + INPUTS
+
+
+def test_the_long_form_tries_a_million_inputs() -> None:
+    assert sum(inputs for inputs, _ in DECODERS.values()) >= 1_000_000

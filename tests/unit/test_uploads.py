@@ -1,0 +1,211 @@
+"""The server's reassembly of updates on disk: exact, bounded, and undisturbed by a full disk."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import tracemalloc
+from collections import Counter
+from collections.abc import Iterator
+from itertools import zip_longest
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from protocol.errors import MessageError
+from protocol.tensors import CHUNK_BYTES, chunks
+from trainer_server.uploads import PARTIALS, Upload, Uploads
+
+CAP = 1 << 20
+
+
+def random_blob(seed: int, length: int) -> bytes:
+    return np.random.default_rng(seed).bytes(length)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "uploads"
+
+
+@pytest.fixture
+def uploads(folder: Path) -> Uploads:
+    return Uploads(folder, CAP)
+
+
+def send(uploads: Uploads, device: str, round_: int, blob: bytes) -> Upload:
+    *before, last = chunks(blob)
+    assert all(uploads.add(device, round_, chunk) is None for chunk in before)
+    upload = uploads.add(device, round_, last)
+    assert upload is not None
+    return upload
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    sizes=st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 4 * CHUNK_BYTES)), min_size=1, max_size=4).filter(
+        lambda sizes: max(Counter(device for device, _ in sizes).values()) <= PARTIALS
+    ),
+    data=st.data(),
+)
+def test_chunks_of_several_devices_add_up_in_any_order_and_with_repeats(
+    tmp_path_factory: pytest.TempPathFactory, sizes: list[tuple[str, int]], data: st.DataObject
+) -> None:
+    uploads = Uploads(tmp_path_factory.mktemp("uploads"), CAP)
+    blobs = {(device, round_): random_blob(round_, size) for round_, (device, size) in enumerate(sizes)}
+    pieces = [(key, chunk) for key, blob in blobs.items() for chunk in chunks(blob)]
+    repeated = pieces + data.draw(st.lists(st.sampled_from(pieces), max_size=6))
+    order = data.draw(st.permutations(repeated))
+    received: dict[tuple[str, int], int] = dict.fromkeys(blobs, 0)
+    whole: dict[tuple[str, int], Upload] = {}
+    for key, chunk in order:
+        if key in whole:  # the server has answered it by then, and what comes late would start it anew
+            continue
+        received[key] += len(chunk)
+        upload = uploads.add(*key, chunk)
+        if upload is not None:
+            whole[key] = upload
+    assert whole.keys() == blobs.keys()
+    for key, upload in whole.items():
+        assert upload.blob == blobs[key] == upload.path.read_bytes()
+        assert upload.sha256 == hashlib.sha256(blobs[key]).hexdigest()
+        assert upload.size == received[key]
+
+
+def test_a_late_update_and_the_next_rounds_do_not_starve_each_other(uploads: Uploads) -> None:
+    late, new = random_blob(0, 3 * CHUNK_BYTES), random_blob(1, 3 * CHUNK_BYTES)
+    found = [
+        uploads.add("d", round_, chunk)
+        for pair in zip(chunks(late), chunks(new), strict=True)
+        for round_, chunk in enumerate(pair)
+    ]
+    assert [upload.blob for upload in found if upload] == [late, new]
+
+
+def test_a_third_unfinished_blob_takes_the_place_of_the_one_that_has_rested_longest(
+    uploads: Uploads, folder: Path
+) -> None:
+    first, second, third = ([*chunks(random_blob(seed, 2 * CHUNK_BYTES))] for seed in range(3))
+    for round_, blob in ((1, first), (2, second), (1, first), (3, third)):
+        assert uploads.add("d", round_, blob[0]) is None
+        assert uploads.add("another", round_, blob[0]) is None
+    assert len([*folder.iterdir()]) == 4
+    assert uploads.add("d", 1, first[1]) is not None
+    assert uploads.add("d", 3, third[1]) is not None
+    assert uploads.add("d", 2, second[1]) is None  # has given way, and begins again
+    assert uploads.add("d", 2, second[0]) is not None
+
+
+def test_what_is_sent_again_after_it_was_whole_is_whole_again(uploads: Uploads, folder: Path) -> None:
+    blob = random_blob(0, 3 * CHUNK_BYTES + 5)
+    first, again = send(uploads, "d", 1, blob), send(uploads, "d", 1, blob)
+    assert first.path != again.path
+    uploads.drop(first)
+    uploads.drop(again)
+    assert not [*folder.iterdir()]
+
+
+def test_one_blob_of_two_devices_is_two_uploads(uploads: Uploads) -> None:
+    first, last = chunks(random_blob(0, 2 * CHUNK_BYTES))
+    assert uploads.add("a", 1, first) is None
+    assert uploads.add("b", 1, last) is None
+    assert uploads.add("a", 1, last) is not None
+
+
+def test_a_blob_that_is_not_what_was_announced_is_refused_and_can_be_sent_again(uploads: Uploads, folder: Path) -> None:
+    blob = random_blob(0, 2 * CHUNK_BYTES)
+    first, last = chunks(blob)
+    uploads.add("d", 1, first)
+    with pytest.raises(MessageError, match="SHA-256"):
+        uploads.add("d", 1, last[:-1] + bytes([last[-1] ^ 1]))
+    assert not [*folder.iterdir()]
+    assert send(uploads, "d", 1, blob).blob == blob
+
+
+def test_a_blob_above_the_cap_is_refused_at_its_first_chunk(folder: Path) -> None:
+    uploads = Uploads(folder, CHUNK_BYTES + 1)
+    assert send(uploads, "d", 1, random_blob(0, 2 * CHUNK_BYTES))  # as many chunks as the cap has
+    with pytest.raises(MessageError, match="not expected"):
+        uploads.add("d", 1, next(chunks(random_blob(0, 2 * CHUNK_BYTES + 1))))
+
+
+def test_what_is_kept_is_under_its_name_and_what_was_unfinished_is_gone_at_the_next_start(
+    uploads: Uploads, folder: Path, tmp_path: Path
+) -> None:
+    blob = random_blob(0, 2 * CHUNK_BYTES)
+    upload = send(uploads, "d", 1, blob)
+    target = tmp_path / upload.sha256
+    uploads.add("d", 2, next(chunks(random_blob(1, 2 * CHUNK_BYTES))))
+    uploads.keep(upload, target)
+    uploads.keep(send(uploads, "e", 1, blob), target)  # the same content once more
+    assert target.read_bytes() == blob
+    assert len([*folder.iterdir()]) == 1
+    Uploads(folder, CAP)
+    assert not [*folder.iterdir()]
+
+
+def test_memory_stays_small_while_three_hundred_devices_send(folder: Path) -> None:
+    """Everybody's update of one megabyte, chunk by chunk in turn, all but the last."""
+    uploads = Uploads(folder, CAP)
+    pieces = [*chunks(random_blob(0, CAP))]
+    devices = [f"device-{number}" for number in range(300)]
+    tracemalloc.start()
+    try:
+        for chunk in pieces[:-1]:
+            for device in devices:
+                assert uploads.add(device, 1, chunk) is None
+        unfinished, peak = tracemalloc.get_traced_memory()
+        tracemalloc.reset_peak()
+        for device in devices:
+            upload = uploads.add(device, 1, pieces[-1])
+            assert upload is not None
+            uploads.drop(upload)
+            del upload
+        finished, peak_of_finishing = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert unfinished < len(devices) * 1500
+    assert peak < unfinished + 4 * CHUNK_BYTES
+    assert peak_of_finishing < unfinished + 3 * CAP
+    assert finished < unfinished
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of one megabyte."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"this process may not mount a small disk: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk_refuses_what_does_not_fit_and_goes_on_once_there_is_room(small_disk: Path) -> None:
+    uploads = Uploads(small_disk / "uploads", CAP)
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(bytes(CAP - 4 * CHUNK_BYTES))
+    blobs = {device: random_blob(seed, 3 * CHUNK_BYTES) for seed, device in enumerate("ab")}
+    refused = 0
+    done: dict[str, bytes] = {}
+    for pair in zip_longest(*(chunks(blob) for blob in blobs.values())):
+        for device, chunk in zip(blobs, pair, strict=True):
+            try:
+                upload = uploads.add(device, 1, chunk)
+            except OSError:
+                refused += 1
+            else:
+                assert upload is None or done.setdefault(device, upload.blob) == blobs[device]
+    assert refused
+    ballast.unlink()
+    for device, blob in blobs.items():
+        for chunk in chunks(blob):
+            upload = uploads.add(device, 1, chunk)
+            if upload is not None:
+                uploads.keep(upload, small_disk / upload.sha256)
+                done[device] = upload.blob
+    assert done == blobs
