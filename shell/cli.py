@@ -15,6 +15,19 @@ from protocol.errors import ConfigError, FedFMSLError
 
 console = Console(soft_wrap=True)  # a log line stays one line, however narrow the terminal
 
+# The options of every command that talks to a broker.
+BROKER = typer.Option(
+    "mqtt://localhost:1883",
+    envvar="FEDFMSL_BROKER",
+    help="mqtt[s]:// or ws[s]://[user:password@]host[:port]; user and password also by FEDFMSL_USER, FEDFMSL_PASSWORD.",
+)
+IDENTITY = typer.Option(
+    None, envvar="FEDFMSL_IDENTITY", help="File of devices.provision: who we are, and whom to trust, over TLS."
+)
+INSECURE = typer.Option(
+    False, "--insecure", envvar="FEDFMSL_INSECURE", help="Let traffic leave this machine unencrypted."
+)
+
 
 class _Application(typer.Typer):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
