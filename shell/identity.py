@@ -101,6 +101,15 @@ def read_identity(path: Path) -> Identity:
     return identity
 
 
+def device_name(wanted: str | None, identity: Path | None) -> str | None:
+    """The name that a device's identity gives it. Raises ConfigError if another is wanted: the broker would drop what
+    is published under it without a word."""
+    name = read_identity(identity).name if identity else None
+    if wanted and name and wanted != name:
+        raise ConfigError(f"--device {wanted!r}: identity {identity} is of {name!r}; leave --device away")
+    return name or wanted
+
+
 def client_context(identity: Identity | None) -> ssl.SSLContext:
     """Of TLS 1.2 or newer, with the peer's certificate and name checked; without an identity, against the system's."""
     return identity.client_context() if identity else _client_context("")

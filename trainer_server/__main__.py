@@ -10,7 +10,7 @@ from protocol.bundle import Bundle
 from protocol.errors import ConfigError
 from protocol.messages import Sal, Training, Trigger
 from protocol.topics import check_name
-from shell.cli import application, console
+from shell.cli import BROKER, IDENTITY, INSECURE, application, console
 from trainer_server.artifacts import ArtifactServer
 from trainer_server.config import Head, RunConfig
 from trainer_server.service import Service
@@ -23,7 +23,9 @@ def serve(
     run: str = typer.Option(help="The run's name; devices give the same."),
     bundle: Path = typer.Option(help="The bundle's folder."),
     devices: int = typer.Option(min=1, help="Devices to wait for before the run starts."),
-    broker: str = typer.Option("mqtt://localhost:1883", help="mqtt://[user:password@]host[:port]"),
+    broker: str = BROKER,
+    identity: Path | None = IDENTITY,
+    insecure: bool = INSECURE,
     out: Path | None = typer.Option(None, help="Folder of the run. Default: runs/RUN/server."),
     serve: str | None = typer.Option(None, help="HOST:PORT to serve the bundle on, for devices that have none."),
     min_updates: int = typer.Option(1, min=1, help="Updates without which a round is repeated."),
@@ -69,10 +71,10 @@ def serve(
         stage1_sal=rule,
         stage2_sal=rule.model_copy(update={"window": 2, "epsilon": epsilon / 2}),
     )
-    artifacts = ArtifactServer(bundle, serve) if serve else None
+    artifacts = ArtifactServer(bundle, serve, identity, insecure) if serve else None
     try:
         folder = out or Path("runs") / run / "server"
-        Service(config, opened, broker, folder, artifacts.url if artifacts else "").run()
+        Service(config, opened, broker, folder, artifacts.url if artifacts else "", identity, insecure).run()
     finally:
         if artifacts:
             artifacts.close()

@@ -43,7 +43,16 @@ LOOK_SECONDS = 1.0  # the longest the clock goes unlooked at
 
 
 class Service:
-    def __init__(self, config: RunConfig, bundle: Bundle, broker: str, folder: Path, bundle_url: str) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        bundle: Bundle,
+        broker: str,
+        folder: Path,
+        bundle_url: str,
+        identity: Path | None = None,
+        insecure: bool = False,
+    ) -> None:
         session = secrets.token_hex(8)
         self._plan = Plan(config, bundle, session)
         self._folder = folder
@@ -57,7 +66,7 @@ class Service:
             model=bundle.manifest.model,
         )
         will = Will(self._topics.server_status, encode(self._status.model_copy(update={"online": False})))
-        self._link = Link(broker, f"fedfmsl-server-{config.run}", will)
+        self._link = Link(broker, f"fedfmsl-server-{config.run}", will, identity=identity, insecure=insecure)
         self._uploads: dict[tuple[str, str], tuple[Assembler, int]] = {}
         self._published: dict[str, int] = {}  # blob → number of its retained chunks
         self._last: paho.MQTTMessageInfo | None = None
