@@ -126,11 +126,13 @@ class Tail:
 class LiveView:
     """On a terminal a picture that is renewed; elsewhere (CI, a log) one line for each closed round."""
 
-    def __init__(self, broker: str, run: str, folder: Path) -> None:
+    def __init__(
+        self, broker: str, run: str, folder: Path, identity: Path | None = None, insecure: bool = False
+    ) -> None:
         self._seen = Seen(Topics(run))
         self._folder, self._shown = folder, 0  # the last closed round that is shown
         self._notes = Tail(folder / "notes.log")
-        self._link = Link(broker, f"fedfmsl-view-{run}-{secrets.token_hex(4)}")
+        self._link = Link(broker, f"fedfmsl-view-{run}-{secrets.token_hex(4)}", identity=identity, insecure=insecure)
         self._live = Live(console=console, auto_refresh=False) if console.is_terminal else None
         self._started = time.monotonic()
 

@@ -7,6 +7,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import paho.mqtt.client as paho
@@ -69,10 +70,10 @@ PROGRESS_SECONDS = 0.5
 LOOK_SECONDS = 1.0
 
 
-def device_link(broker: str, topics: Topics, name: str) -> Link:
+def device_link(broker: str, topics: Topics, name: str, identity: Path | None = None, insecure: bool = False) -> Link:
     """A device's persistent link, with the last will that says it is gone."""
     will = Will(topics.status(name), encode(DeviceStatus(device=name, online=False)))
-    return Link(broker, f"fedfmsl-{topics.run}-{name}", will, persistent=True)
+    return Link(broker, f"fedfmsl-{topics.run}-{name}", will, True, identity, insecure)
 
 
 def progress_to(link: Link, topics: Topics, name: str) -> Report:

@@ -16,6 +16,19 @@ from protocol.errors import ConfigError, FedFMSLError
 # A log line stays one line, however narrow the terminal; what a stranger has put into it is not read as rich's markup.
 console = Console(soft_wrap=True, markup=False, emoji=False)
 
+# The options of every command that talks to a broker.
+BROKER = typer.Option(
+    "mqtt://localhost:1883",
+    envvar="FEDFMSL_BROKER",
+    help="mqtt[s]:// or ws[s]://[user:password@]host[:port]; user and password also by FEDFMSL_USER, FEDFMSL_PASSWORD.",
+)
+IDENTITY = typer.Option(
+    None, envvar="FEDFMSL_IDENTITY", help="File of devices.provision: who we are, and whom to trust, over TLS."
+)
+INSECURE = typer.Option(
+    False, "--insecure", envvar="FEDFMSL_INSECURE", help="Let traffic leave this machine unencrypted."
+)
+
 
 class _Application(typer.Typer):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -12,7 +12,7 @@ from protocol.bundle import Bundle
 from protocol.errors import ConfigError
 from protocol.messages import Encoding, Privacy, Sal, Training, Trigger
 from protocol.topics import check_name
-from shell.cli import application, console
+from shell.cli import BROKER, IDENTITY, INSECURE, application, console
 from trainer_server.artifacts import ArtifactServer
 from trainer_server.config import Aggregation, Head, Optimizer, Rule, RunConfig, Selection
 from trainer_server.reading import OUT, export, replay, rounds, status
@@ -21,13 +21,7 @@ from trainer_server.store import RunStore
 
 app = application("Coordinate a federated run: both stages of FedFMSL, over MQTT.")
 
-BROKER = typer.Option(
-    "mqtt://localhost:1883", envvar="FEDFMSL_BROKER", help="mqtt[s]:// or ws[s]://[user:password@]host[:port]"
-)
 SERVE = typer.Option(None, help="HOST:PORT to serve the bundle on, for devices that have none.")
-IDENTITY = typer.Option(None, envvar="FEDFMSL_IDENTITY", help="Key and certificates (see devices.provision), for TLS.")
-INSECURE = typer.Option(False, help="Allow connections that are not encrypted beyond this machine.")
-
 ROUNDS, WHO, HOW, SECRET = "Rounds", "Which updates count", "How updates become one", "Privacy"
 
 
@@ -192,7 +186,7 @@ def resume(
 def _coordinate(
     store: RunStore, bundle: Bundle, broker: str, serve: str | None, identity: Path | None, insecure: bool
 ) -> None:
-    artifacts = ArtifactServer(bundle, serve, identity, insecure) if serve else None
+    artifacts = ArtifactServer(bundle.root, serve, identity, insecure) if serve else None
     try:
         go_on(store, bundle, broker, artifacts.url if artifacts else "", identity, insecure)
     finally:

@@ -111,9 +111,7 @@ class RunConfig(BaseModel):
         if self.privacy is None:
             return self
         if self.aggregation.rule is not Rule.MEAN or self.aggregation.clip or self.max_staleness:
-            raise ValueError(
-                "privacy is accounted for the plain mean of updates that are not late: choose no other rule"
-            )
+            raise ValueError("privacy is accounted for the plain mean of updates in time: choose no other rule")
         if self.encoding is not Encoding.FP32:
             raise ValueError("privacy is accounted for updates that are not rounded: choose no encoding")
         if Trigger.CAPABILITY_QUEUE in (self.stage1_sal.trigger, self.stage2_sal.trigger):

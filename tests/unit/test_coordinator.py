@@ -666,7 +666,7 @@ def test_a_device_that_has_not_announced_itself_is_refused(vit: Built) -> None:
         ({"min_updates": 4}, "needs 4 updates"),
         ({"fraction": 0.5}, "selection random"),
         ({"privacy": PRIVACY}, "capability queue"),
-        ({"privacy": PRIVACY, "max_staleness": 1}, "not late"),
+        ({"privacy": PRIVACY, "max_staleness": 1}, "in time"),
         ({"privacy": PRIVACY, "aggregation": Aggregation(rule=Rule.MEDIAN)}, "no other rule"),
         ({"privacy": PRIVACY, "encoding": Encoding.INT8}, "not rounded"),
     ],
