@@ -12,7 +12,7 @@ one order, so of any number of twins the youngest stays.
 
 from __future__ import annotations
 
-import zlib
+import random
 from dataclasses import dataclass, replace
 
 from protocol.messages import Ack, DeviceStatus, Round, ServerStatus, Stage
@@ -177,7 +177,7 @@ def advance(state: State, event: Event) -> tuple[State, list[Command]]:
 def patience(device: str, attempt: int) -> float:
     """Seconds for which an answer to the transmission `attempt` (from 0) is waited for: each time twice as long, and on
     one device longer than on another, so that a fleet does not send again in step."""
-    spread = SPREAD * zlib.crc32(f"{device} {attempt}".encode()) / 2**32
+    spread = SPREAD * random.Random(f"{device} {attempt}").random()
     return min(FIRST_PATIENCE * 2 ** min(attempt, 10), LONGEST_PATIENCE) * (1 + spread)
 
 
