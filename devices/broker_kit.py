@@ -75,8 +75,9 @@ cafile {folder}/ca.crt
 certfile {folder}/broker.crt
 keyfile {folder}/broker.key
 tls_version tlsv1.2
-{certificates}# A client's id is its name, whatever id it gives: nobody ends another's connection, or takes over its session, by
-# connecting with its id. It also means one connection per name: two processes with one identity end each other's.
+{certificates}# A client's id is its name, whatever id it gives: nobody ends another's connection, or takes over its
+# session, by connecting with its id. It also means one connection per name: two processes with one identity end each
+# other's.
 use_username_as_clientid true
 
 # Where only 443 leads out, mqtts://HOST:443 passes most firewalls: take `listener 443` above. A proxy that wants HTTP

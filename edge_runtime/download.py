@@ -10,7 +10,7 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
-from protocol.bundle import MANIFEST, Bundle, file_sha256
+from protocol.bundle import MANIFEST, MAX_MANIFEST_BYTES, Bundle, file_sha256
 from protocol.errors import BundleError, MessageError, RunError
 from protocol.messages import ServerStatus, parse
 from protocol.topics import Topics
