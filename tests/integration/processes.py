@@ -255,8 +255,10 @@ class Federation:
         return [closed.model_dump(mode="json") for closed in RunStore(self.server_folder).rounds()]
 
     def start_server(self, *arguments: str) -> Process:
+        """Once more after it has ended: it goes on with its run."""
+        lives = sum(name.startswith("server") for name in self.processes.started)
         return self.processes.start_module(
-            "server",
+            f"server-{lives}" if lives else "server",
             "trainer_server",
             *("start", "--run", self.run, "--bundle", str(self.bundle)),
             *("--broker", self.broker.url, "--out", str(self.server_folder), "--devices", str(len(self.photos))),

@@ -1,0 +1,83 @@
+"""SIGKILL for the server in the middle of a round, and the same command again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from processes import Broker, Federation, Observer, Processes, run_module
+
+from protocol.messages import Ack, Round, Stage, Verdict
+from protocol.tensors import unpack
+from protocol.messages import Globals
+from trainer_server.store import RunStore
+
+ROUNDS = ("--stage1-rounds", "2", "--stage2-rounds", "2", "--audit")
+
+
+def finish(federation: Federation, observer: Observer) -> bytes:
+    """The bytes of the last global expert, once everybody has left with exit code 0."""
+    last = observer.wait(Round, lambda r: r.stage is Stage.FINISHED, "the end")
+    codes = {name: process.wait().code for name, process in federation.devices.items()}
+    assert set(codes.values()) == {0}, codes
+    _, tensors = unpack(observer.blobs[last.expert], Globals)
+    return b"".join(tensor.tobytes() for _, tensor in sorted(tensors.items()))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    broker: Broker, bundle: Path, photos: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> bytes:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    with Processes(folder / "logs") as processes, Observer(broker, "undisturbed") as observer:
+        federation = Federation("undisturbed", broker, bundle, photos, folder, processes)
+        federation.start_server(*ROUNDS)
+        for name in photos:
+            federation.start_device(name, "--bundle", str(bundle))
+        return finish(federation, observer)
+
+
+def test_a_killed_server_goes_on_in_the_same_round_with_what_it_had_acknowledged(
+    broker: Broker, bundle: Path, photos: dict[str, Path], tmp_path: Path, undisturbed: bytes
+) -> None:
+    slow = "device-2"
+    with Processes(tmp_path / "logs") as processes, Observer(broker, "killed") as observer:
+        federation = Federation("killed", broker, bundle, photos, tmp_path, processes)
+        server = federation.start_server(*ROUNDS)
+        for name in photos:
+            federation.start_device(name, "--bundle", str(bundle))
+        for stage in (Stage.STATISTICS, Stage.GLOBAL, Stage.PERSONAL, Stage.EVALUATE):
+            killed = observer.wait(Round, lambda r, stage=stage: r.stage is stage, stage.value)
+            federation.devices[slow].pause()  # so that the round stays open
+            for name in set(photos) - {slow}:
+                observer.wait(Ack, lambda a, name=name: (a.device, a.round) == (name, killed.round), f"{name}'s ack")
+            server.kill()
+            since = len(observer.seen)
+            server = federation.start_server(*ROUNDS)
+            again = observer.wait(Round, lambda r: True, "the round, announced again", since)
+            assert again == killed
+            assert sorted(RunStore(federation.server_folder).waiting()) == sorted(set(photos) - {slow})
+            federation.devices[slow].resume()
+        assert finish(federation, observer) == undisturbed
+        assert server.wait().code == 0
+    acks = [(ack.round, ack.device) for ack in observer.seen if isinstance(ack, Ack) and ack.verdict is Verdict.ACCEPTED]
+    assert len(acks) == len(set(acks)) == 6 * len(photos)
+    assert not any(closed["missing"] or closed["repeated"] for closed in federation.rounds())
+
+    out = ("--out", str(federation.server_folder))
+    replayed = run_module("trainer_server", "replay", *out)
+    assert (replayed.code, replayed.stderr) == (0, "")
+    assert "7 rounds done over, 6 of them compared" in replayed.stdout
+    status = json.loads(run_module("trainer_server", "status", *out, "--json").stdout)
+    assert (status["ended"], status["closed rounds"], status["repeated"]) == ("finished", 6, [])
+    adapter = run_module("trainer_server", "export", *out, "--to", str(tmp_path / "adapter"))
+    assert adapter.code == 0
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "adapter" / file).read_bytes() == (
+            federation.server_folder / "global_expert" / file
+        ).read_bytes()
+    listed = run_module("trainer_server", "rounds", *out, "--json").stdout.splitlines()
+    assert [json.loads(line)["round"]["round"] for line in listed] == [1, 2, 3, 4, 5, 6]
+    ended = run_module("trainer_server", "resume", *out, "--broker", broker.url)
+    assert (ended.code, ended.stdout.splitlines()[-1]) == (0, "run finished")
