@@ -257,7 +257,7 @@ def identity(rng: random.Random, folder: Path) -> Target:
     def check(name: str) -> bool:
         return re.fullmatch(NAME, name) is not None
 
-    return Target(Mutator([b"pi.kitchen", b"device-0"], rng), accepts(read, ConfigError, check), cap=MIB)
+    return Target(Mutator([b"pi.kitchen", b"device-0"], rng), accepts(read, ConfigError, check), cap=8 * MIB)
 
 
 def kept_global(rng: random.Random, folder: Path) -> Target:
