@@ -16,12 +16,13 @@ from rich.table import Table
 from rich.text import Text
 
 from devices.figures import NAMES
-from devices.rounds import ClosedRound, held_out_of, parse_round
-from protocol.errors import MessageError
+from protocol.errors import MessageError, RunError
 from protocol.messages import DeviceStatus, Progress, Round, ServerStatus, Stage, parse
 from protocol.topics import Topics
 from shell.cli import console
 from shell.link import Link, Received
+from trainer_server.rounds import ClosedRound, held_out_of
+from trainer_server.store import RunStore
 
 STAGES = {
     Stage.STATISTICS: "class means",
@@ -125,10 +126,13 @@ class Tail:
 class LiveView:
     """On a terminal a picture that is renewed; elsewhere (CI, a log) one line for each closed round."""
 
-    def __init__(self, broker: str, run: str, folder: Path) -> None:
+    def __init__(
+        self, broker: str, run: str, folder: Path, identity: Path | None = None, insecure: bool = False
+    ) -> None:
         self._seen = Seen(Topics(run))
-        self._rounds, self._notes = Tail(folder / "rounds.jsonl"), Tail(folder / "notes.log")
-        self._link = Link(broker, f"fedfmsl-view-{run}-{secrets.token_hex(4)}")
+        self._folder, self._shown = folder, 0  # the last closed round that is shown
+        self._notes = Tail(folder / "notes.log")
+        self._link = Link(broker, f"fedfmsl-view-{run}-{secrets.token_hex(4)}", identity=identity, insecure=insecure)
         self._live = Live(console=console, auto_refresh=False) if console.is_terminal else None
         self._started = time.monotonic()
 
@@ -152,8 +156,8 @@ class LiveView:
         while event := self._link.next_event(0):
             if isinstance(event, Received):
                 self._take(event)
-        for line in self._rounds.lines():
-            self._close(line)
+        for closed in self._closed():
+            self._close(closed)
         self._seen.notes = [*self._seen.notes, *self._notes.lines()][-LAST_NOTES:]
         if self._live:
             self._live.update(picture(self._seen, time.monotonic() - self._started), refresh=True)
@@ -164,12 +168,18 @@ class LiveView:
         except MessageError as error:
             self._seen.notes.append(f"unreadable message on {event.topic}: {error}")
 
-    def _close(self, line: str) -> None:
+    def _closed(self) -> list[ClosedRound]:
         try:
-            closed = parse_round(line)
-        except MessageError as error:
-            self._seen.notes.append(f"unreadable record of a round: {error}")
-            return
+            store = RunStore(self._folder)
+        except RunError:  # the server is only starting
+            return []
+        try:
+            return store.rounds(after=self._shown)
+        finally:
+            store.close()
+
+    def _close(self, closed: ClosedRound) -> None:
+        self._shown = closed.round.round
         self._seen.close(closed)
         if not self._live:
             console.print(summary(closed), markup=False, highlight=False, soft_wrap=True)

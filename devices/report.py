@@ -1,6 +1,6 @@
 """What came out of a run: report.json for programs, report.html and report.png for people.
 
-Everything is read from the run's folder (the server's rounds.jsonl and the bundle), so the same rounds give the same
+Everything is read from the run's folder (the server's records and the bundle), so the same rounds give the same
 report.
 """
 
@@ -16,12 +16,13 @@ from typing import Any
 from rich.table import Table
 
 from devices.figures import NAMES, Point, Shown, png, svgs
-from devices.rounds import ClosedRound, counted, read_rounds
 from protocol.bundle import Bundle, Manifest
 from protocol.errors import RunError
 from protocol.messages import Stage, Update
 from shell.cli import console
 from shell.files import write_atomically
+from trainer_server.rounds import ClosedRound, counted
+from trainer_server.store import RunStore
 
 DIGITS = 6
 SAMPLES = {"image": "photos", "text": "texts"}
@@ -31,8 +32,9 @@ Report = dict[str, Any]
 
 def write_report(folder: Path, *, seed: int, alpha: float, seconds: dict[str, float]) -> None:
     """Writes report.json, report.html and report.png into the run's folder. `seconds`: what only the caller could
-    measure, "export" and "total". Raises RunError if the run has not got as far as its evaluation."""
-    rounds = read_rounds(folder)
+    measure, "export" and "total". Raises RunError if the folder holds no run, or one that has not
+    got as far as its evaluation."""
+    rounds = RunStore(folder).rounds()
     report = build_report(rounds, Bundle(folder / "bundle").manifest, seed, alpha, seconds)
     report["files"] = _files(folder, report)
     text = json.dumps(report, indent=1, sort_keys=True, ensure_ascii=False)

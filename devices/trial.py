@@ -27,7 +27,7 @@ from protocol.bundle import Bundle, Precision
 from protocol.errors import ConfigError, InputError, RunError
 from protocol.messages import EngineChoice
 from protocol.topics import check_name
-from shell.cli import application, byte_size, console
+from shell.cli import IDENTITY, INSECURE, application, byte_size, console
 from shell.ort_training import require_ort_training
 
 app = application("Run a whole federated trial on this machine: real photos, a real backbone, a broker, N devices.")
@@ -52,7 +52,9 @@ def trial(
     devices: int = typer.Option(6, min=1),
     alpha: float = typer.Option(0.5, min=1e-3, help="Dirichlet α of the devices' shares: smaller is more unequal."),
     seed: int = typer.Option(0),
-    broker: str | None = typer.Option(None, help="mqtt://host:port. Default: an embedded broker."),
+    broker: str | None = typer.Option(None, help="As for the server. Default: an embedded broker."),
+    identity: Path | None = IDENTITY,
+    insecure: bool = INSECURE,
     stage1_rounds: int = typer.Option(12, min=1),
     stage2_rounds: int = typer.Option(5, min=1),
     round_timeout: float = typer.Option(300, min=1, help="Seconds after which a round ends without the missing."),
@@ -84,6 +86,7 @@ def trial(
     options = _options(list(train), model, weights, image_size, levels, precision, engine, seed)
     seconds = {"export": _export(folder / "bundle", options)}
     _check_kind(Bundle(folder / "bundle"), samples, kind)
+    access = [*(["--identity", str(identity)] if identity else []), *(["--insecure"] if insecure else [])]
     threads = str(max(1, (os.cpu_count() or 1) // devices))
     with Fleet(folder / "logs") as fleet:
         address = broker or fleet.start_broker()
@@ -91,10 +94,12 @@ def trial(
         server = fleet.start(
             "server",
             "trainer_server",
-            *("--run", name, "--bundle", str(folder / "bundle"), "--broker", address, "--out", str(folder)),
+            *("start", "--run", name, "--bundle", str(folder / "bundle"), "--broker", address, "--out", str(folder)),
             *("--devices", str(devices), "--seed", str(seed), "--round-timeout", str(round_timeout)),
+            *("--max-repeats", "5"),
             *("--stage1-rounds", str(stage1_rounds), "--stage2-rounds", str(stage2_rounds)),
             *(["--baseline"] if baseline else []),
+            *access,
         )
         for root in roots:
             fleet.start(
@@ -103,9 +108,10 @@ def trial(
                 *("run", "--run", name, "--device", root.name, "--images", str(root), "--broker", address),
                 *("--state", str(folder / "devices" / root.name), "--bundle", str(folder / "bundle")),
                 *("--threads", threads, "--engine", engine, *(["--memory", memory] if memory else [])),
+                *access,
                 restarts=True,
             )
-        with LiveView(address, name, folder) as view:
+        with LiveView(address, name, folder, identity, insecure) as view:
             fleet.wait(server, view.refresh)
     for root in roots:
         shutil.rmtree(folder / "devices" / root.name / "cache", ignore_errors=True)

@@ -24,7 +24,8 @@ from edge_runtime.store import DeviceStore
 from protocol.bundle import Bundle
 from protocol.messages import EngineChoice
 from protocol.topics import Topics
-from shell.cli import application, byte_size, console
+from shell.cli import BROKER, IDENTITY, INSECURE, application, byte_size, console
+from shell.identity import device_name
 
 app = application("Adapt a foundation model to the images or texts of this device, in a federated run.")
 
@@ -33,9 +34,13 @@ app = application("Adapt a foundation model to the images or texts of this devic
 def run(
     run: str = typer.Option(help="The run's name."),
     images: Path = typer.Option(help="Folder of images, or of texts: DIR/<class>/… or DIR/{train,test}/<class>/…"),
-    broker: str = typer.Option("mqtt://localhost:1883", help="mqtt://[user:password@]host[:port]"),
+    broker: str = BROKER,
+    identity: Path | None = IDENTITY,
+    insecure: bool = INSECURE,
     state: Path = typer.Option(Path("device"), help="Where this device keeps what it must not lose."),
-    device: str | None = typer.Option(None, help="This device's name, at its first start. Default: from the host's."),
+    device: str | None = typer.Option(
+        None, help="This device's name, at its first start. Default: the identity's, or from the host's."
+    ),
     bundle: Path | None = typer.Option(None, help="A bundle's folder. Default: fetched from the run's server."),
     engine: EngineChoice = typer.Option(
         "auto", help="What trains. auto: onnxruntime-training where it is installed and the bundle is built for it."
@@ -51,11 +56,11 @@ def run(
     """Take part in a run until it is finished."""
     memory_bytes, cache_bytes = byte_size("--memory", memory), byte_size("--cache", cache)
     topics, store = Topics(run), DeviceStore(state)
-    name = store.identity(device)
+    name = store.identity(device_name(device, identity))
     threads = threads or os.cpu_count() or 1
-    link = device_link(broker, topics, name)
+    link = device_link(broker, topics, name, identity, insecure)
     link.connect()
-    opened = Bundle(bundle) if bundle else fetch_bundle(find_server(link, topics), state / "bundles")
+    opened = Bundle(bundle) if bundle else fetch_bundle(find_server(link, topics), state / "bundles", identity)
     opened.verify()
     chosen = open_engine(engine, opened, threads).name
     kind = reader_of(opened).kind

@@ -7,19 +7,17 @@ full disk neither: what does not fit is not kept.
 
 from __future__ import annotations
 
-import errno
 import shutil
 import zlib
 from collections import Counter
 from enum import IntEnum
 from pathlib import Path
 
-from shell.files import write_atomically
+from shell.files import FULL, write_atomically
 
 SHARE_OF_FREE_DISK = 0.5  # what a cache may take where nobody says
 BLOCK = 4096  # a file takes whole blocks of the disk
 CHECKSUM = 4  # bytes, at the end of each file
-FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 class Worth(IntEnum):
@@ -111,6 +109,14 @@ class DiskCache:
         while self.used > self._budget and self._evict((True, Worth.SMALL)):
             pass
         self._asked.clear()
+
+    def give_way(self) -> None:
+        """Deletes everything, and from now on takes no more than its share of what is free then: somebody else needs
+        the disk."""
+        for folder, files in self._files.items():
+            for name in list(files):
+                self._remove(folder, name)
+        self._budget = min(self._budget, round(SHARE_OF_FREE_DISK * shutil.disk_usage(self._root).free))
 
     def _rank(self, folder: str) -> tuple[bool, Worth]:
         """What nobody has asked for lately goes before what somebody has."""

@@ -1,11 +1,13 @@
-"""The bundle from the run's server: announced over MQTT, fetched over HTTP, verified before use, resumed if cut off."""
+"""The bundle from the run's server: announced over MQTT, fetched over HTTP(S), resumed, verified before use."""
 
 from __future__ import annotations
 
 import http.client
+import ssl
 import time
 import urllib.error
 import urllib.request
+from dataclasses import dataclass
 from pathlib import Path
 
 from protocol.bundle import MANIFEST, MAX_MANIFEST_BYTES, Bundle, file_sha256
@@ -13,10 +15,12 @@ from protocol.errors import BundleError, MessageError, RunError
 from protocol.messages import ServerStatus, parse
 from protocol.topics import Topics
 from shell.cli import console
+from shell.identity import client_context, explain, read_identity
 from shell.link import Link, Received
 
 SERVER_SECONDS = 60
 HTTP_SECONDS = 30
+RETRY_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0)  # between attempts that bring nothing: a server's restart, a cut line
 BLOCK = 1 << 18
 
 
@@ -36,7 +40,7 @@ def find_server(link: Link, topics: Topics) -> ServerStatus:
     raise RunError(f"no server of run {topics.run!r} within {SERVER_SECONDS} s; is it started, is --run right?")
 
 
-def fetch_bundle(server: ServerStatus, folder: Path) -> Bundle:
+def fetch_bundle(server: ServerStatus, folder: Path, identity: Path | None = None) -> Bundle:
     """The announced bundle, in a subfolder of `folder` named by its SHA-256; files already there are not fetched again.
 
     Raises BundleError if it cannot be fetched, or what comes is not what was announced.
@@ -45,36 +49,84 @@ def fetch_bundle(server: ServerStatus, folder: Path) -> Bundle:
     if not server.bundle_url:
         raise BundleError("the server does not serve its bundle; start it with --serve HOST:PORT, or give --bundle")
     root.mkdir(parents=True, exist_ok=True)
-    _fetch(f"{server.bundle_url}/{MANIFEST}", root / MANIFEST, server.bundle, MAX_MANIFEST_BYTES)
+    tls = client_context(read_identity(identity) if identity else None)
+    _fetch(_File(f"{server.bundle_url}/{MANIFEST}", root / MANIFEST, server.bundle, None), tls)
     bundle = Bundle(root)
     for name, entry in bundle.manifest.files.items():
-        _fetch(f"{server.bundle_url}/{name}", bundle.path(name), entry.sha256, entry.size)
+        _fetch(_File(f"{server.bundle_url}/{name}", bundle.path(name), entry.sha256, entry.size), tls)
     return bundle
 
 
-def _fetch(url: str, path: Path, sha256: str, most: int) -> None:
-    """Reads no further than `most` bytes of the file."""
-    if path.is_file() and file_sha256(path) == sha256:
+@dataclass(frozen=True)
+class _File:
+    url: str
+    path: Path
+    sha256: str
+    size: int | None  # bytes; of the manifest nobody has said it
+
+    @property
+    def part(self) -> Path:
+        """What has come of it, after whatever way to be cut off."""
+        return self.path.with_name(self.path.name + ".part")
+
+    @property
+    def have(self) -> int:
+        return self.part.stat().st_size if self.part.is_file() else 0
+
+    @property
+    def limit(self) -> int:
+        return MAX_MANIFEST_BYTES if self.size is None else self.size
+
+
+def _fetch(file: _File, tls: ssl.SSLContext) -> None:
+    if file.path.is_file() and file_sha256(file.path) == file.sha256:
         return
-    part = path.with_name(path.name + ".part")
-    have = part.stat().st_size if part.is_file() else 0
-    console.print(f"fetching {path.name}" + (f" from byte {have}" if have else ""))
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    try:
-        with (
-            urllib.request.urlopen(request, timeout=HTTP_SECONDS) as response,
-            part.open("ab" if response.status == 206 else "wb") as file,
-        ):
-            left = most - file.tell()
-            while left > 0 and (block := response.read(min(BLOCK, left))):
-                file.write(block)
+    if file.have > file.limit:
+        file.part.unlink()
+    console.print(f"fetching {file.path.name}" + (f" from byte {file.have}" if file.have else ""))
+    _resume(file, tls)
+    if file_sha256(file.part) != file.sha256:
+        file.part.unlink()
+        raise BundleError(f"{file.url} does not have the announced SHA-256; what came was thrown away")
+    file.part.replace(file.path)
+
+
+def _resume(file: _File, tls: ssl.SSLContext) -> None:
+    """Fetches what is missing, going on where the connection was cut as long as every attempt or the next few bring
+    something. Raises BundleError if they do not."""
+    waits = list(RETRY_SECONDS)
+    while file.size is None or file.have < file.size or not file.part.is_file():
+        before = file.have
+        try:
+            return _receive(file, tls)
+        except urllib.error.HTTPError as error:
+            if error.code == 416:  # nothing is missing of the part we have
+                return None
+            raise BundleError(f"cannot fetch {file.url}: HTTP {error.code}") from error
+        except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError) as error:
+            cause = getattr(error, "reason", error) if isinstance(error, urllib.error.URLError) else error
+            if isinstance(cause, ssl.SSLError) and not isinstance(cause, ssl.SSLEOFError):  # waiting mends nothing
+                raise BundleError(f"cannot fetch {file.url}: {explain(cause)}") from error
+            if file.have > before:
+                waits = list(RETRY_SECONDS)
+            if not waits:
+                raise BundleError(f"cannot fetch {file.url}: {cause}; start again to resume") from error
+            time.sleep(waits.pop(0))
+        except (OSError, ValueError) as error:  # this device's disk, or no address
+            raise BundleError(f"cannot fetch {file.url}: {error}; start again to resume") from error
+    return None
+
+
+def _receive(file: _File, tls: ssl.SSLContext) -> None:
+    """One request. If-Range: of a file that has changed meanwhile the whole comes (200), never the rest (206)."""
+    headers = {"Range": f"bytes={file.have}-", "If-Range": f'"{file.sha256}"'} if file.have else {}
+    request = urllib.request.Request(file.url, headers=headers)
+    with urllib.request.urlopen(request, timeout=HTTP_SECONDS, context=tls) as response:
+        resumed = response.status == 206
+        left = file.limit - (file.have if resumed else 0) + 1  # one more than there should be tells that there is more
+        with file.part.open("ab" if resumed else "wb") as out:
+            while left and (block := response.read(min(BLOCK, left))):
+                out.write(block)
                 left -= len(block)
-    except urllib.error.HTTPError as error:
-        if error.code != 416:  # 416: nothing is missing of the part we have
-            raise BundleError(f"cannot fetch {url}: HTTP {error.code}") from error
-    except (OSError, ValueError, OverflowError, http.client.HTTPException) as error:
-        raise BundleError(f"cannot fetch {url}: {error}; start again to resume") from error
-    if file_sha256(part) != sha256:
-        part.unlink()
-        raise BundleError(f"{url} does not have the announced SHA-256; what came was thrown away")
-    part.replace(path)
+        if left and response.length:
+            raise ConnectionError(f"cut off {response.length} bytes before its end")

@@ -127,6 +127,10 @@ class FeatureCache:
         self._folder(POOLED, Worth.SMALL)
         self._disk.drop_unused()
 
+    def give_way(self) -> None:
+        """Deletes everything: it can be computed again, and somebody else needs the disk."""
+        self._disk.give_way()
+
     def _folder(self, name: str, worth: Worth) -> str:
         folder = f"{self._bundle.features_key}-{self._dtype.name}-{name}"
         self._disk.ask_for(folder, worth)

@@ -184,8 +184,7 @@ def _train_gate(device: Device, given: Globals, expert: LocalExpert) -> Outcome:
         "gate_entropy": entropy,
         "local_level": float(expert.sal.level),
     }
-    tensors = device.bundle.gate.split(gate)
-    return Outcome(tensors, samples=len(images), level=expert.sal.level, metrics=metrics)
+    return Outcome(delta=gate - given.gate, samples=len(images), level=expert.sal.level, metrics=metrics)
 
 
 def _nll(seen: Mixture, images: Samples) -> float:

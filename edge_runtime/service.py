@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
+import secrets
 import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import paho.mqtt.client as paho
@@ -19,15 +24,21 @@ from edge_runtime.daemon import (
     GlobalArrived,
     Idle,
     Leave,
+    Overdue,
     Reconnected,
     RoundSeen,
+    Say,
+    SelfSeen,
     Send,
     ServerSeen,
     Settle,
+    ShowSelf,
     State,
     Work,
     WorkDone,
+    WorkFailed,
     advance,
+    patience,
     wanted,
 )
 from edge_runtime.device import Device
@@ -37,6 +48,7 @@ from edge_runtime.memory import peak_rss_mb
 from edge_runtime.personal import train_personal
 from edge_runtime.stages import Globals, Outcome, statistics, train_global
 from edge_runtime.stages import Work as StageWork
+from edge_runtime.updates import prepare
 from protocol.errors import FedFMSLError, MessageError, RunError
 from protocol.layout import Vector
 from protocol.messages import (
@@ -55,7 +67,7 @@ from protocol.messages import Globals as GlobalsHeader
 from protocol.tensors import Assembler, Tensors, blob_bytes, blob_hash, chunks, pack, unpack
 from protocol.topics import Topics
 from shell.cli import console
-from shell.link import Connected, Link, Received, Will
+from shell.link import Connected, Disconnected, Link, Received, Will
 
 STAGES: dict[Stage, StageWork] = {
     Stage.STATISTICS: statistics,
@@ -66,12 +78,15 @@ STAGES: dict[Stage, StageWork] = {
 }
 PROGRESS_SECONDS = 0.5
 LOOK_SECONDS = 1.0
+DISK_SECONDS = (1.0, 60.0)  # from one attempt to write to the next: at first, and at most
+INSTANCE = secrets.token_hex(8)  # this process, among all that ever have this device's name
 
 
-def device_link(broker: str, topics: Topics, name: str) -> Link:
-    """A device's persistent link, with the last will that says it is gone."""
-    will = Will(topics.status(name), encode(DeviceStatus(device=name, online=False)))
-    return Link(broker, f"fedfmsl-{topics.run}-{name}", will, persistent=True)
+def device_link(broker: str, topics: Topics, name: str, identity: Path | None = None, insecure: bool = False) -> Link:
+    """A device's link, with the last will that says it is gone. Two processes of one name do not push each other off
+    the broker; and nothing depends on what a broker keeps for somebody who is away."""
+    will = Will(topics.status(name), encode(DeviceStatus(device=name, online=False, instance=INSTANCE)))
+    return Link(broker, f"fedfmsl-{topics.run}-{name}-{INSTANCE}", will, identity=identity, insecure=insecure)
 
 
 def progress_to(link: Link, topics: Topics, name: str) -> Report:
@@ -92,13 +107,57 @@ def progress_to(link: Link, topics: Topics, name: str) -> Report:
 def write_personalized(device: Device) -> None:
     """In a process of its own: it needs the onnx package, which the daemon has no memory to spare for.
 
-    Raises RunError if that process fails.
+    Raises RunError if that process fails, OSError if there was no room for what it wrote.
     """
     command = [sys.executable, "-m", "edge_runtime", "personalize"]
     command += ["--bundle", str(device.bundle.root), "--state", str(device.store.root)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode == os.EX_IOERR:
+        raise OSError(errno.ENOSPC, "no room for the personalized model")
     if result.returncode:
         raise RunError(f"the personalized model could not be written: {result.stderr.strip()}")
+
+
+class Unanswered:
+    """The updates that were sent and not acknowledged: which of them is still on its way, and when the server's answer
+    is overdue. The server's time begins when the last of them has reached the broker."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        self._last_chunks: dict[int, paho.MQTTMessageInfo] = {}
+        self._attempt = 0
+        self._since = 0.0
+
+    def sent(self, round_: int, last_chunk: paho.MQTTMessageInfo) -> None:
+        self._last_chunks[round_] = last_chunk
+        self._since = time.monotonic()
+
+    def settled(self, round_: int) -> None:
+        self._last_chunks.pop(round_, None)
+        self._attempt = 0
+
+    def start_over(self) -> None:
+        """The server has shown itself, or the broker: what was sent before may have been lost with them."""
+        self._attempt = 0
+
+    def on_its_way(self, round_: int) -> bool:
+        """Whether paho still has it, and delivers it in the end, over a reconnection too."""
+        info = self._last_chunks.get(round_)
+        try:
+            return info is not None and not info.is_published()
+        except (RuntimeError, ValueError):  # it was published without a connection
+            return False
+
+    def overdue(self) -> bool:
+        """To be asked again and again; True once for each time that all that is unanswered ought to be sent again."""
+        now = time.monotonic()
+        if any(self.on_its_way(round_) for round_ in self._last_chunks):
+            self._since = now
+        if not self._last_chunks or now < self._since + patience(self._device, self._attempt):
+            return False
+        self._attempt += 1
+        self._since = now
+        return True
 
 
 class Service:
@@ -107,62 +166,91 @@ class Service:
         self._run = run
         self._topics = Topics(run)
         self._link = link
+        self._connected = True
         self._bytes_down = 0
-        self._assemblers: dict[str, Assembler] = {}  # of the globals that were asked for
+        self._fetching: dict[str, Assembler] = {}
+        self._unanswered = Unanswered(device.name)
+        self._disk_seconds = 0.0  # to wait before what could not be written is tried once more; 0: all could
         self._last: paho.MQTTMessageInfo | None = None
+        store = device.store
+        store.drop_scraps()
+        unsettled = store.unsettled(store.session)
+        self._state = State(
+            device=device.name,
+            instance=INSTANCE,
+            bundle=device.bundle.sha256,
+            session=store.session,
+            done=max({store.settled, *unsettled}),
+            unsettled=unsettled,
+        )
 
     def serve(self) -> None:
         """Until the run has finished. Raises FedFMSLError if this device cannot take part."""
         topics, name = self._topics, self._device.name
-        session = self._device.store.session
-        outbox = self._device.store.outbox(session)
-        state = State(bundle=self._device.bundle.sha256, session=session, unsettled=frozenset(outbox))
         self._link.subscribe(topics.ack(name))
         self._link.subscribe(topics.server_status)
         self._link.subscribe(topics.round)
+        self._link.subscribe(topics.status(name))
         self._announce()
+        leave = Leave()
         try:
-            self._follow(state, [Send(round_) for round_ in sorted(outbox)])
-            self._announce(online=False)
+            leave = self._follow()
         except FedFMSLError as error:
-            self._announce(online=False, error=str(error))
+            leave = Leave(str(error))
             raise
         finally:
+            if not leave.quietly:
+                self._announce(online=False, error=leave.error)
             self._link.close(self._last)
+        if leave.error:
+            raise RunError(leave.error)
 
-    def _follow(self, state: State, commands: Sequence[Command]) -> None:
+    def _follow(self) -> Leave:
         """Events in, commands out, until one of them is to leave."""
         wait = 0.0
         while True:
-            todo = deque(commands)
+            event = self._event(wait)
+            wait = 0.0 if event else LOOK_SECONDS
+            if event is None and self._connected and self._unanswered.overdue():
+                event = Overdue()
+            todo = deque(self._advance(event or Idle()))
             while todo:
                 command = todo.popleft()
                 if isinstance(command, Leave):
-                    if command.error:
-                        raise RunError(command.error)
-                    return
+                    return command
                 result = self._carry_out(command)
                 if result is not None:
-                    state, more = advance(state, result)
-                    todo.extend(more)
-            event = self._event(wait)
-            wait = 0.0 if event else LOOK_SECONDS
-            state, commands = advance(state, event or Idle())
+                    todo.extend(self._advance(result))
+
+    def _advance(self, event: Event) -> list[Command]:
+        self._state, commands = advance(self._state, event)
+        return commands
 
     def _event(self, timeout: float) -> Event | None:
         received = self._link.next_event(timeout)
+        if isinstance(received, Disconnected):
+            if self._connected:
+                console.print(f"no connection to the broker ({received.reason}); trying again and again")
+            self._connected = False
         if isinstance(received, Connected):
+            if not self._connected:
+                console.print("connected to the broker again")
+            self._connected = True
+            self._unanswered.start_over()
             self._announce()
             return Reconnected()
         if not isinstance(received, Received) or not received.payload:
             return None
         try:
             if received.topic == self._topics.server_status:
+                self._unanswered.start_over()
                 return ServerSeen(parse(ServerStatus, received.payload))
             if received.topic == self._topics.round:
                 return RoundSeen(parse(Round, received.payload))
             if received.topic == self._topics.ack(self._device.name):
                 return AckSeen(parse(Ack, received.payload))
+            if received.topic == self._topics.status(self._device.name):
+                return SelfSeen(parse(DeviceStatus, received.payload))
             return self._global_chunk(received)
         except MessageError as error:
             console.print(f"dropped a message on {received.topic}: {error}")
@@ -170,48 +258,83 @@ class Service:
 
     def _global_chunk(self, received: Received) -> Event | None:
         sha256 = self._topics.globals_of(received.topic)
-        if sha256 not in self._assemblers:  # amqtt sends a new client what is retained for any other
+        if sha256 not in self._fetching:  # amqtt sends a new client what is retained for any other
             return None
         self._bytes_down += len(received.payload)
-        blob = self._assemblers[sha256].add(received.payload)
+        blob = self._fetching[sha256].add(received.payload)
         if blob is None:
             return None
         if blob_hash(blob) != sha256:
             raise MessageError(f"the blob under {sha256[:12]}… has another SHA-256")
+        self._forget(sha256)
+        while True:
+            try:
+                self._device.store.keep_global(blob)
+            except OSError as error:
+                self._wait_for_disk(error)
+            else:
+                self._disk_seconds = 0.0
+                return GlobalArrived(sha256)
+
+    def _forget(self, sha256: str) -> None:
         self._link.unsubscribe(self._topics.globals_chunk(sha256, "+"))
-        del self._assemblers[sha256]
-        self._device.store.keep_global(blob)
-        return GlobalArrived(sha256)
+        del self._fetching[sha256]
+
+    def _wait_for_disk(self, error: OSError) -> None:
+        """What could not be written is tried anew after this; nothing of it has been sent. Says so when it begins, and
+        frees what can be made or fetched again."""
+        first, longest = DISK_SECONDS
+        if not self._disk_seconds:
+            where = f"--state {self._device.store.root}"
+            console.print(f"{where} does not take what has to be kept ({error}); it is tried again until there is room")
+        with contextlib.suppress(OSError):  # a disk that has become read-only, which somebody may mend
+            self._device.cache.give_way()
+            self._device.store.drop_globals(keep=wanted(self._state.announced))
+        time.sleep(self._disk_seconds)
+        self._disk_seconds = min(max(2 * self._disk_seconds, first), longest)
 
     def _carry_out(self, command: Command) -> Event | None:
         if isinstance(command, Fetch):
             if self._device.store.global_blob(command.sha256) is not None:
                 return GlobalArrived(command.sha256)
+            for sha256 in self._fetching.keys() - wanted(self._state.announced):
+                self._forget(sha256)
             bundle = self._device.bundle
             cap_bytes = blob_bytes(max(bundle.expert.total, bundle.gate.total))
-            self._assemblers.setdefault(command.sha256, Assembler(cap_bytes))
+            self._fetching.setdefault(command.sha256, Assembler(cap_bytes))
             self._link.subscribe(self._topics.globals_chunk(command.sha256, "+"))
         elif isinstance(command, Work):
             return self._work(command.round)
         elif isinstance(command, Send):
             self._send(command.round)
         elif isinstance(command, Settle):
-            self._device.store.drop_outbox(command.ack.round)
-            if command.ack.verdict is not Verdict.ACCEPTED:
-                console.print(f"update of round {command.ack.round}: {command.ack.verdict.value} {command.ack.reason}")
+            self._settle(command.ack)
+        elif isinstance(command, ShowSelf):
+            self._announce()
+        elif isinstance(command, Say):
+            console.print(command.text)
         return None
 
-    def _work(self, task: Round) -> WorkDone:
+    def _work(self, task: Round) -> WorkDone | WorkFailed:
         started = time.perf_counter()
-        self._device.store.enter(task.session)
-        self._device.store.drop_globals(keep=wanted(task))
-        outcome = STAGES[task.stage](self._device, task, self._globals(task))
-        self._device.cache.drop_unused()
-        if task.stage is Stage.EVALUATE:
-            write_personalized(self._device)
-        seconds = time.perf_counter() - started
-        update = self._update(task, outcome, seconds)
-        self._device.store.put_outbox(task.round, pack(update, outcome.tensors))
+        try:
+            if self._device.store.enter(task.session):
+                self._unanswered = Unanswered(self._device.name)
+            self._device.store.drop_globals(keep=wanted(task))
+            outcome = STAGES[task.stage](self._device, task, self._globals(task))
+            # noise from the operating system's entropy: a server that knew the seed could subtract it
+            rng = np.random.default_rng()
+            outcome = prepare(self._device.bundle, self._device.store.residual, task, outcome, rng)
+            self._device.cache.drop_unused()
+            if task.stage is Stage.EVALUATE:
+                write_personalized(self._device)
+            seconds = time.perf_counter() - started
+            update = self._update(task, outcome, seconds)
+            self._device.store.put_outbox(task.round, pack(update, outcome.tensors))
+        except OSError as error:
+            self._wait_for_disk(error)
+            return WorkFailed(task.round)
+        self._disk_seconds = 0.0
         console.print(f"round {task.round}: {task.stage.value} done in {seconds:.1f} s")
         return WorkDone(task.round)
 
@@ -239,24 +362,41 @@ class Service:
         return Globals(expert, start, self._vector(task.gate, self._device.bundle.gate.join))
 
     def _vector(self, sha256: str, join: Callable[[Tensors], Vector]) -> Vector:
-        blob = self._device.store.global_blob(sha256) if sha256 else None
-        if blob is None:
+        if not sha256:
             return np.empty(0, np.float32)
+        blob = self._device.store.global_blob(sha256)
+        if blob is None:
+            raise RunError(
+                f"the global blob {sha256[:12]}… has gone or changed on the disk; start again to fetch it anew"
+            )
         _, tensors = unpack(blob, GlobalsHeader)
         return join(tensors)
 
     def _send(self, round_: int) -> None:
-        store = self._device.store
-        blob = store.outbox(store.session).get(round_)
+        """Unless it is being sent anyway: what paho has not delivered yet survives a reconnection in its queue."""
+        if not self._connected or self._unanswered.on_its_way(round_):
+            return
+        blob = self._device.store.update(round_)
         if blob is not None:
-            for index, chunk in enumerate(chunks(blob)):
-                self._publish(self._topics.update_chunk(self._device.name, round_, index), chunk)
+            topics, name = self._topics, self._device.name
+            sent = [self._publish(topics.update_chunk(name, round_, i), chunk) for i, chunk in enumerate(chunks(blob))]
+            self._unanswered.sent(round_, sent[-1])
+
+    def _settle(self, ack: Ack) -> None:
+        self._unanswered.settled(ack.round)
+        try:
+            self._device.store.settle(ack.round)
+        except OSError as error:  # no harm: after a restart it is sent once more, and answered once more
+            console.print(f"the update of round {ack.round} is kept, though acknowledged ({error})")
+        if ack.verdict is not Verdict.ACCEPTED:
+            console.print(f"update of round {ack.round}: {ack.verdict.value} {ack.reason}")
 
     def _announce(self, online: bool = True, error: str = "") -> None:
         device, slices = self._device, self._device.scanned
         status = DeviceStatus(
             device=device.name,
             online=online,
+            instance=INSTANCE,
             bundle=device.bundle.sha256,
             level_cap=device.level_cap,
             train=len(slices.train),
@@ -266,5 +406,6 @@ class Service:
         )
         self._publish(self._topics.status(device.name), encode(status), retain=True)
 
-    def _publish(self, topic: str, payload: bytes, retain: bool = False) -> None:
+    def _publish(self, topic: str, payload: bytes, retain: bool = False) -> paho.MQTTMessageInfo:
         self._last = self._link.publish(topic, payload, retain)
+        return self._last

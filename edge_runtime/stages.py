@@ -28,9 +28,12 @@ class Globals:
 
 @dataclass(frozen=True)
 class Outcome:
-    """`samples` weighs the tensors; `level` is the level they were trained at."""
+    """What a stage leaves for the server: `tensors` as they are, or a `delta`, the trained values less the global ones,
+    which is still to be made into tensors (see `edge_runtime.updates`): (P,) of an expert at `level`, the level it was
+    trained at, or (G,) of the gate. `samples` weighs it."""
 
     tensors: Tensors = field(default_factory=dict)
+    delta: Vector | None = None
     samples: int = 0
     level: int = 0
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -69,7 +72,7 @@ def train_global(device: Device, task: Round, given: Globals) -> Outcome:
     targets = Targets.cross_entropy(labels_of(slices.train))
     loss = train(engine, hidden, targets, device.mask, task.training, seed_of(device, task), device.report)
     metrics = {"held_out_global": accuracy(held_out, labels_of(slices.held_out)), "loss": loss}
-    return Outcome(layout.split(engine.get()), samples=len(slices.train), level=level, metrics=metrics)
+    return Outcome(delta=engine.get() - theta, samples=len(slices.train), level=level, metrics=metrics)
 
 
 def seed_of(device: Device, task: Round) -> list[int]:

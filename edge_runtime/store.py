@@ -1,9 +1,11 @@
 """What a device keeps on its disk, so that a restart is the same device with the same local expert.
 
 STATE/identity           the device's name, made once
+STATE/session            the session it last worked in, and the last round of it whose update was acknowledged
 STATE/globals/SHA256     global blobs it has received
 STATE/outbox/ROUND       updates the server has not acknowledged yet
 STATE/personal           the local expert (never leaves the device)
+STATE/residual           what encoding has lost of the last update
 STATE/baseline           the expert trained alone, where a run asks for it
 STATE/cache/             the feature cache
 STATE/results.json       the last evaluation
@@ -16,13 +18,14 @@ from __future__ import annotations
 
 import secrets
 import socket
+import tempfile
 from pathlib import Path
 
 from protocol.errors import ConfigError, MessageError
 from protocol.messages import Update
 from protocol.tensors import blob_hash, unpack
 from protocol.topics import check_name
-from shell.files import write_atomically
+from shell.files import FULL, write_atomically
 
 
 class DeviceStore:
@@ -36,6 +39,10 @@ class DeviceStore:
     @property
     def personal(self) -> Path:
         return self.root / "personal"
+
+    @property
+    def residual(self) -> Path:
+        return self.root / "residual"
 
     @property
     def baseline(self) -> Path:
@@ -56,9 +63,11 @@ class DeviceStore:
     def identity(self, wanted: str | None) -> str:
         """This device's name: made at the first start (`wanted`, or from the host's name), kept for ever after.
 
-        Raises ConfigError if the state folder belongs to another device than `wanted`.
+        Raises ConfigError if the state folder belongs to another device than `wanted`, or cannot be written to.
         """
         path = self.root / "identity"
+        name = check_name("device", wanted) if wanted else ""
+        self._check_writable()
         if path.is_file():
             try:
                 name = check_name("device", path.read_text().strip())
@@ -68,19 +77,51 @@ class DeviceStore:
                 raise ConfigError(f"--state {self.root} belongs to device {name!r}, not {wanted!r}; use another folder")
             return name
         host = "".join(c for c in socket.gethostname() if c.isalnum() or c in "-_") or "device"
-        name = check_name("device", wanted or f"{host[:40]}-{secrets.token_hex(4)}")
+        name = wanted or check_name("device", f"{host[:40]}-{secrets.token_hex(4)}")
         write_atomically(path, name.encode(), durable=True)
         return name
+
+    def _check_writable(self) -> None:
+        """A full disk is no reason: it is waited for."""
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.root):
+                pass
+        except OSError as error:
+            if error.errno not in FULL:
+                raise ConfigError(
+                    f"--state {self.root} cannot be written to ({error.strerror}); give a folder that this user may "
+                    "write to, on a disk that is not read-only"
+                ) from error
+
+    def drop_scraps(self) -> None:
+        """What a process left behind that was ended while it wrote. To be called before anything is written."""
+        for folder in (self.root, self.root / "globals", self.root / "outbox"):
+            for path in folder.glob(".*.*"):
+                path.unlink(missing_ok=True)
 
     @property
     def session(self) -> str:
         """The session of a run this device last worked in."""
-        path = self.root / "session"
-        return path.read_text().strip() if path.is_file() else ""
+        return self._position()[0]
 
-    def enter(self, session: str) -> None:
-        if session != self.session:
-            write_atomically(self.root / "session", session.encode(), durable=True)
+    @property
+    def settled(self) -> int:
+        """The last round of that session whose update was acknowledged, or 0."""
+        return self._position()[1]
+
+    def _position(self) -> tuple[str, int]:
+        path = self.root / "session"
+        session, _, settled = path.read_text().partition(" ") if path.is_file() else ("", "", "")
+        return session, int(settled) if settled.isdecimal() else 0
+
+    def enter(self, session: str) -> bool:
+        """Whether it is a new one: what lies in the outbox of another is of no use then."""
+        if session == self.session:
+            return False
+        write_atomically(self.root / "session", session.encode(), durable=True)
+        self.unsettled(session)
+        return True
 
     def global_blob(self, sha256: str) -> bytes | None:
         """A received blob, if it is here and whole."""
@@ -91,7 +132,7 @@ class DeviceStore:
         return blob if blob_hash(blob) == sha256 else None
 
     def keep_global(self, blob: bytes) -> None:
-        write_atomically(self.root / "globals" / blob_hash(blob), blob)
+        write_atomically(self.root / "globals" / blob_hash(blob), blob)  # if it is lost, it is fetched again
 
     def drop_globals(self, keep: set[str]) -> None:
         folder = self.root / "globals"
@@ -103,21 +144,29 @@ class DeviceStore:
     def put_outbox(self, round_: int, blob: bytes) -> None:
         write_atomically(self.root / "outbox" / str(round_), blob, durable=True)
 
-    def outbox(self, session: str) -> dict[int, bytes]:
-        """Unacknowledged updates of a session by round; those of other sessions are removed."""
-        found = {}
+    def update(self, round_: int) -> bytes | None:
+        """The unacknowledged update of a round, if there is one."""
+        path = self.root / "outbox" / str(round_)
+        return path.read_bytes() if path.is_file() else None
+
+    def unsettled(self, session: str) -> frozenset[int]:
+        """The rounds of a session whose updates have not been acknowledged. What else lies in the outbox, of another
+        session or unreadable, is removed."""
+        found = set()
         folder = self.root / "outbox"
-        for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-            blob = path.read_bytes()
+        for path in list(folder.iterdir()) if folder.is_dir() else []:
             try:
-                update, _ = unpack(blob, Update)
+                update, _ = unpack(path.read_bytes(), Update)
             except MessageError:
                 update = None
-            if update is not None and update.session == session:
-                found[update.round] = blob
+            if update is not None and update.session == session and path.name == str(update.round):
+                found.add(update.round)
             else:
                 path.unlink(missing_ok=True)
-        return found
+        return frozenset(found)
 
-    def drop_outbox(self, round_: int) -> None:
+    def settle(self, round_: int) -> None:
+        """The update of this round need not be kept, nor made again after a restart."""
+        session, settled = self._position()
+        write_atomically(self.root / "session", f"{session} {max(settled, round_)}".encode(), durable=True)
         (self.root / "outbox" / str(round_)).unlink(missing_ok=True)

@@ -8,6 +8,7 @@ import numpy as np
 from protocol.layout import Vector
 
 SCALE = 20.0  # ours: how sharp the start is, in logits between the best and an orthogonal class
+LEAST_NORM = 1 / 64  # of a mean feature norm, over √F (ours): no backbone's is as short, but privacy's noise can say so
 
 
 def head_of_class_means(sums: Vector, counts: Vector, norm_sum: float) -> Vector:
@@ -24,6 +25,6 @@ def head_along(directions: Vector, scale: float, counts: Vector, norm_sum: float
     the linear one that transformers' classifiers have.
     """
     lengths = np.linalg.norm(directions, axis=1, keepdims=True)
-    mean_norm = max(norm_sum / max(float(counts.sum()), 1.0), 1e-12)
+    mean_norm = max(norm_sum / max(float(counts.sum()), 1.0), LEAST_NORM * directions.shape[1] ** 0.5)
     weight = scale * directions / np.maximum(lengths, 1e-12) / mean_norm
     return np.concatenate([weight.ravel(), np.zeros(len(counts))]).astype(np.float32)

@@ -77,21 +77,20 @@ class Layout:
         """The tensors a vector holds (as views). A shorter vector holds only the first slots."""
         return {s.name: vector[s.offset : s.end].reshape(s.shape) for s in self.slots if s.end <= vector.size}
 
-    def join(self, tensors: Mapping[str, NDArray[np.generic]]) -> Vector:
+    def join(self, tensors: Mapping[str, NDArray[np.generic]], dtype: type[np.generic] = np.float32) -> Vector:
         """The inverse of `split`.
 
         Raises MessageError if the tensors are not exactly the first slots of this layout, in their shapes, as
-        finite float32.
+        finite `dtype`.
         """
         slots = self.slots[: len(tensors)]
         if {slot.name for slot in slots} != set(tensors):
             raise MessageError(f"tensors {one_line(sorted(tensors)[:3])}… do not fit this model's layout of trainables")
         for slot in slots:
             tensor = tensors[slot.name]
-            if tensor.dtype != np.float32 or tensor.shape != slot.shape:
-                raise MessageError(
-                    f"tensor {slot.name!r} is {tensor.dtype}{list(tensor.shape)}, expected float32{list(slot.shape)}"
-                )
+            if tensor.dtype != dtype or tensor.shape != slot.shape:
+                wanted = f"{np.dtype(dtype)}{list(slot.shape)}"
+                raise MessageError(f"tensor {slot.name!r} is {tensor.dtype}{list(tensor.shape)}, expected {wanted}")
             if not np.isfinite(tensor).all():
                 raise MessageError(f"tensor {slot.name!r} holds values that are not finite")
         if not slots:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from types import FrameType
@@ -12,9 +13,23 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 from rich.console import Console
 
 from protocol.errors import ConfigError, FedFMSLError
+from shell.files import FULL
 
 # A log line stays one line, however narrow the terminal; what a stranger has put into it is not read as rich's markup.
 console = Console(soft_wrap=True, markup=False, emoji=False)
+
+# The options of every command that talks to a broker.
+BROKER = typer.Option(
+    "mqtt://localhost:1883",
+    envvar="FEDFMSL_BROKER",
+    help="mqtt[s]:// or ws[s]://[user:password@]host[:port]; user and password also by FEDFMSL_USER, FEDFMSL_PASSWORD.",
+)
+IDENTITY = typer.Option(
+    None, envvar="FEDFMSL_IDENTITY", help="File of devices.provision: who we are, and whom to trust, over TLS."
+)
+INSECURE = typer.Option(
+    False, "--insecure", envvar="FEDFMSL_INSECURE", help="Let traffic leave this machine unencrypted."
+)
 
 
 class _Application(typer.Typer):
@@ -25,6 +40,11 @@ class _Application(typer.Typer):
         except FedFMSLError as error:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
             sys.exit(error.exit_code)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            print(f"error: no room on the disk ({error}); free some and start again", file=sys.stderr)
+            sys.exit(os.EX_IOERR)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             sys.exit(130)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterable
 from pathlib import Path
 
+FULL = {errno.ENOSPC, errno.EDQUOT}  # what an OSError says when there is no room
+
 
 def write_atomically(path: Path, data: bytes | Iterable[bytes], durable: bool = False) -> None:
     """Writes `path` so that a reader, or a later start, sees the old bytes or all of the new (which may come in parts).
-    With `durable` they also survive a power cut right after the call."""
+    With `durable` they also survive a power cut right after the call: their bytes, and their name in the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:

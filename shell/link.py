@@ -1,31 +1,48 @@
 """The MQTT link: one paho client behind a queue of what happened. Used by the server, the devices and the trial's view.
 
-paho's thread only puts events into the queue; whoever owns the link takes them out, so nothing here needs a lock.
+paho's thread only puts events into the queue; whoever owns the link takes them out, so nothing here needs a lock. The
+queue is short: when it is full, paho's thread waits, the broker's messages with it, and the memory stays what it is.
 """
 
 from __future__ import annotations
 
 import contextlib
 import queue
-import socket
+import ssl
+import threading
 from dataclasses import dataclass
-from urllib.parse import urlsplit
+from pathlib import Path
 
 import paho.mqtt.client as paho
-from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.reasoncodes import ReasonCode
 
-from protocol.errors import BrokerError, ConfigError
+from protocol.errors import BrokerError
+from shell.address import parse_address, require_loopback
+from shell.capped import MAX_PAYLOAD, CappedClient
+from shell.identity import client_context, explain, read_identity
 
 CONNECT_SECONDS = 10
-KEEPALIVE_SECONDS = 20
+KEEPALIVE_SECONDS = 15  # a connection that is dead without a word is noticed after twice that, at the latest
 QOS = 1
+MAX_EVENTS = 256
+LOOK_SECONDS = 0.2  # how soon a thread that waits for room in the queue sees that nobody will make any
+
+# What brokers say in MQTT 3.1.1 when they do not like a name or password, as paho words it.
+_REFUSED = ("Not authorized", "Bad user name or password")
 
 
 @dataclass(frozen=True)
 class Received:
     topic: str
     payload: bytes
+
+
+@dataclass(frozen=True)
+class Oversize:
+    """A message longer than MAX_PAYLOAD came, and was thrown away unread."""
+
+    topic: str
+    size: int  # bytes
 
 
 @dataclass(frozen=True)
@@ -38,7 +55,7 @@ class Disconnected:
     reason: str
 
 
-LinkEvent = Received | Connected | Disconnected
+LinkEvent = Received | Oversize | Connected | Disconnected
 
 
 @dataclass(frozen=True)
@@ -50,24 +67,34 @@ class Will:
 
 
 class Link:
-    def __init__(self, broker: str, client_id: str, will: Will | None = None, persistent: bool = False) -> None:
-        """`broker` is mqtt://[user:password@]host[:port]. A persistent client's subscriptions and unread messages
-        survive its absence. Raises ConfigError for another kind of address."""
-        self.events: queue.SimpleQueue[LinkEvent] = queue.SimpleQueue()
-        parts = urlsplit(broker)
-        try:
-            self._host, self._port = parts.hostname or "", parts.port or 1883
-        except ValueError as error:
-            raise ConfigError(f"broker address {broker!r}: {error}") from error
-        if parts.scheme != "mqtt" or not self._host:
-            raise ConfigError(f"broker address {broker!r} is not of the form mqtt://host:port")
+    def __init__(
+        self,
+        broker: str,
+        client_id: str,
+        will: Will | None = None,
+        persistent: bool = False,
+        identity: Path | None = None,
+        insecure: bool = False,
+    ) -> None:
+        """`broker` is mqtt[s]:// or ws[s]://[user:password@]host[:port][/path] (see `shell.address`); `identity` is for
+        mqtts and wss (see `shell.identity`). A persistent client's subscriptions and unread messages survive its
+        absence. Raises ConfigError for another kind of address or file, and for an unencrypted way to another machine
+        unless it is `insecure`."""
+        self.events: queue.Queue[LinkEvent] = queue.Queue(MAX_EVENTS)
+        self._address = address = parse_address(broker)
+        if not address.encrypted and not insecure:
+            require_loopback(f"what goes to {address.host}", address.host, f"use {address.scheme}s:// with --identity")
         self._subscriptions: set[str] = set()
-        self._client = paho.Client(
-            CallbackAPIVersion.VERSION2, client_id, clean_session=not persistent, protocol=paho.MQTTv311
-        )
+        self._answered = threading.Event()
+        self._refusal: str | None = None
+        self._closing = False
+        self._client = CappedClient(client_id, persistent, address.websocket)
         self._client.max_queued_messages_set(0)
-        if parts.username:
-            self._client.username_pw_set(parts.username, parts.password)
+        self._client.ws_set_options(address.path)
+        if address.encrypted:
+            self._client.tls_set_context(client_context(read_identity(identity) if identity else None))
+        if address.user:
+            self._client.username_pw_set(address.user, address.password)
         if will:
             self._client.will_set(will.topic, will.payload, QOS, retain=True)
         self._client.on_connect = self._on_connect
@@ -76,20 +103,19 @@ class Link:
 
     def connect(self) -> None:
         """Connects and keeps connected until `close`. Raises BrokerError if the first attempt fails."""
-        where = f"MQTT broker at {self._host}:{self._port}"
+        where = f"MQTT broker at {self._address.host}:{self._address.port}"
         try:
-            self._client.connect(self._host, self._port, KEEPALIVE_SECONDS)
-        except (OSError, socket.gaierror) as error:
+            self._client.connect(self._address.host, self._address.port, KEEPALIVE_SECONDS)
+        except ssl.SSLError as error:
+            raise BrokerError(f"no trust in the {where}: {explain(error)}") from error
+        except (OSError, ValueError) as error:
             raise BrokerError(f"no {where} ({error}); start one or give another --broker") from error
         self._client.loop_start()
-        try:
-            event = self.events.get(timeout=CONNECT_SECONDS)
-        except queue.Empty:
-            event = Disconnected(f"no answer within {CONNECT_SECONDS} s")
-        if isinstance(event, Disconnected):
-            self._client.loop_stop()
-            raise BrokerError(f"the {where} refused us: {event.reason}; check user, password and --broker")
-        self.events.put(event)
+        if not self._answered.wait(CONNECT_SECONDS):
+            self._refusal = f"no answer within {CONNECT_SECONDS} s; check --broker and its port"
+        if self._refusal is not None:
+            self.close()
+            raise BrokerError(f"the {where} refused us: {self._refusal}")
 
     def subscribe(self, topic: str) -> None:
         """Also after every reconnection."""
@@ -111,11 +137,14 @@ class Link:
             return None
 
     def close(self, last: paho.MQTTMessageInfo | None = None) -> None:
-        """Leaves in good order; waits a while for `last`, and with it all that was published before it."""
+        """Leaves in good order; waits a while for `last`, and with it all that was published before it. What still
+        comes in is thrown away, so that a full queue holds nobody up."""
+        self._closing = True
         if last is not None:
             # a client that is not connected cannot wait: the broker's last will speaks for it
             with contextlib.suppress(RuntimeError, ValueError):
                 last.wait_for_publish(CONNECT_SECONDS)
+        self._client.leaving.set()
         self._client.disconnect()
         self._client.loop_stop()
 
@@ -123,16 +152,42 @@ class Link:
         self, client: paho.Client, data: object, flags: paho.ConnectFlags, reason: ReasonCode, _: object
     ) -> None:
         if reason.is_failure:
-            self.events.put(Disconnected(str(reason)))
+            hint = "user, password and identity" if str(reason) in _REFUSED else "--broker"
+            self._lost(f"{reason}; check {hint}")
             return
-        for topic in self._subscriptions:
+        for topic in self._subscriptions.copy():
             client.subscribe(topic, QOS)
-        self.events.put(Connected())
+        self._answered.set()
+        self._put(Connected())
 
     def _on_disconnect(
         self, client: paho.Client, data: object, flags: paho.DisconnectFlags, reason: ReasonCode, _: object
     ) -> None:
-        self.events.put(Disconnected(str(reason)))
+        error, self._client.last_error = self._client.last_error, None
+        tls = isinstance(error, ssl.SSLError)
+        self._lost(explain(error) if tls else f"{error or reason}; check --broker, user and password")
+
+    def _lost(self, reason: str) -> None:
+        if not self._answered.is_set():
+            self._refusal = reason
+            self._answered.set()
+        self._put(Disconnected(reason))
 
     def _on_message(self, client: paho.Client, data: object, message: paho.MQTTMessage) -> None:
-        self.events.put(Received(message.topic, bytes(message.payload)))
+        try:
+            topic = message.topic
+        except UnicodeDecodeError:  # not a topic, so not one of ours
+            return
+        head = 2 + len(topic.encode()) + (2 if message.qos else 0)
+        size = self._client.announced - head
+        if size > MAX_PAYLOAD:
+            self._put(Oversize(topic, size))
+        else:
+            self._put(Received(topic, bytes(message.payload)))
+
+    def _put(self, event: LinkEvent) -> None:
+        """Waits for room as long as somebody may make some."""
+        while not self._closing:
+            with contextlib.suppress(queue.Full):
+                self.events.put(event, timeout=LOOK_SECONDS)
+                return

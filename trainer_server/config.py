@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from enum import Enum
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from protocol.messages import Encoding, Privacy, Sal, Training
+from protocol.messages import Encoding, Privacy, Sal, Training, Trigger
 
 
 class Head(str, Enum):
@@ -99,3 +99,24 @@ class RunConfig(BaseModel):
     delta: float = Field(default=1e-5, gt=0, lt=1)
     seed: int = 0
     audit: bool = False
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> RunConfig:
+        if self.min_updates > self.devices:
+            raise ValueError(
+                f"a round needs {self.min_updates} updates, but the run starts with {self.devices} devices"
+            )
+        if self.fraction < 1 and self.selection is not Selection.RANDOM:
+            raise ValueError("a fraction of the devices is only drawn by selection random")
+        if self.privacy is None:
+            return self
+        if self.aggregation.rule is not Rule.MEAN or self.aggregation.clip or self.max_staleness:
+            raise ValueError("privacy is accounted for the plain mean of updates in time: choose no other rule")
+        if self.encoding is not Encoding.FP32:
+            raise ValueError("privacy is accounted for updates that are not rounded: choose no encoding")
+        if Trigger.CAPABILITY_QUEUE in (self.stage1_sal.trigger, self.stage2_sal.trigger):
+            raise ValueError(
+                "under privacy devices do not report accuracies, which SAL's capability queue needs: choose --sal "
+                "fixed-schedule or all-at-once"
+            )
+        return self

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from protocol.messages import Ack, DeviceStatus, Round, Update
 from protocol.tensors import Tensors
+from trainer_server.rounds import ClosedRound
 
 
 @dataclass(frozen=True)
@@ -16,14 +16,17 @@ class StatusSeen:
 
 @dataclass(frozen=True)
 class UpdateSeen:
+    """A whole update. `sha256` is its blob's, `size` the bytes it took on the wire."""
+
     update: Update
     tensors: Tensors
-    size: int  # bytes on the wire
+    sha256: str
+    size: int
 
 
 @dataclass(frozen=True)
 class ClockTicked:
-    pass
+    """Nothing has come for now: rounds open and close only here, so that all that has come before is counted."""
 
 
 Event = StatusSeen | UpdateSeen | ClockTicked
@@ -46,15 +49,19 @@ class Reply:
 
 
 @dataclass(frozen=True)
-class Record:
-    """A closed round, for the run's log."""
+class Refuse:
+    """Something that does not count, and never costs the round: who sent it, what kind of thing is wrong, the rest."""
 
-    round: Round
-    seconds: float
-    updates: Mapping[str, Update]
-    bytes_up: Mapping[str, int]
-    missing: tuple[str, ...]
-    repeated: bool
+    device: str
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """A round has closed: for the run's log."""
+
+    closed: ClosedRound
 
 
 @dataclass(frozen=True)
@@ -71,4 +78,4 @@ class Stop:
     error: str = ""
 
 
-Command = PublishGlobals | Announce | Reply | Record | Note | Stop
+Command = PublishGlobals | Announce | Reply | Refuse | Record | Note | Stop

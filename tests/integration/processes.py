@@ -14,12 +14,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from protocol.messages import Ack, DeviceStatus, Message, Round, ServerStatus, parse
 from protocol.tensors import MAX_BLOB_BYTES, Assembler
 from protocol.topics import ROOT, Topics
 from shell.link import Link, Received
+from trainer_server.store import RunStore
 
 SECONDS = 90.0  # what anything may take at most, on a busy machine
 MOSQUITTO = shutil.which("mosquitto", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
@@ -249,11 +250,15 @@ class Federation:
     def server_folder(self) -> Path:
         return self.folder / "server"
 
+    def rounds(self) -> list[dict[str, Any]]:
+        """The server's records of closed rounds."""
+        return [closed.model_dump(mode="json") for closed in RunStore(self.server_folder).rounds()]
+
     def start_server(self, *arguments: str) -> Process:
         return self.processes.start_module(
             "server",
             "trainer_server",
-            *("--run", self.run, "--bundle", str(self.bundle)),
+            *("start", "--run", self.run, "--bundle", str(self.bundle)),
             *("--broker", self.broker.url, "--out", str(self.server_folder), "--devices", str(len(self.photos))),
             *("--learning-rate", "0.01", "--local-learning-rate", "0.01", *arguments),
         )

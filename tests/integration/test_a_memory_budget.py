@@ -52,8 +52,7 @@ def test_a_run_stays_within_its_budget(wide: Bundle, broker: Broker, tmp_path: P
     assert plan.level_cap == LEVELS
     usual = min(BATCH, default_micro_batch(wide.manifest.dims, LEVELS))
     assert plan.fits[LEVELS] in [Fit(size) for size in range(1, usual)] + [Fit(1, lean=True)]
-    lines = (federation.server_folder / "rounds.jsonl").read_text().splitlines()
-    updates = [json.loads(line)["updates"]["device-0"] for line in lines]
+    updates = [closed["updates"]["device-0"] for closed in federation.rounds()]
     assert max(update["level"] for update in updates) == LEVELS
     assert max(update["peak_rss_mb"] for update in updates) * 2**20 <= BUDGET
     assert (federation.state("device-0") / "personalized.onnx").is_file()

@@ -91,8 +91,7 @@ def finish(kind: str, bundle: Path, photos: dict[str, Path], folder: Path) -> Fi
             last = observer.wait(Round, lambda r: r.stage is Stage.FINISHED, "the end")
             codes = {name: device.wait().code for name, device in federation.devices.items()}
             codes["server"] = server.wait().code
-    lines = (federation.server_folder / "rounds.jsonl").read_text().splitlines()
-    return Finished(federation, broker.kind, codes, [json.loads(x) for x in lines], last, observer.blobs, libraries)
+    return Finished(federation, broker.kind, codes, federation.rounds(), last, observer.blobs, libraries)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -33,5 +32,5 @@ def test_devices_start_from_the_scaled_directions_of_the_class_names(
     assert np.allclose(weight / lengths[:, None], zero_shot.rows, atol=1e-6)
     assert np.allclose(lengths, lengths[0])  # the scale over the mean norm of the devices' features
     assert not start["classifier.bias"].any()
-    last = json.loads((federation.server_folder / "rounds.jsonl").read_text().splitlines()[-1])
+    last = federation.rounds()[-1]
     assert set(last["updates"]) == set(given)

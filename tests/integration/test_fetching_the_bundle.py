@@ -84,7 +84,8 @@ def test_a_part_of_something_else_is_thrown_away(served: tuple[ServerStatus, Pat
     fetch_bundle(status, tmp_path / "device").verify()
 
 
-def test_a_server_that_is_gone_is_named(bundle: Path, tmp_path: Path) -> None:
+def test_a_server_that_is_gone_is_named(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(download, "RETRY_SECONDS", (0.0, 0.0))
     url = f"http://127.0.0.1:{free_port()}/bundle"
     status = ServerStatus(online=True, run="fetch", session="1", bundle=Bundle(bundle).sha256, bundle_url=url)
     with pytest.raises(BundleError, match=f"cannot fetch {url}/{MANIFEST}.*start again to resume"):
@@ -117,7 +118,7 @@ def waiting_server(broker: Broker, bundle: Path, tmp_path_factory: pytest.TempPa
         yield processes.start_module(
             "server",
             "trainer_server",
-            *("--run", "waiting", "--bundle", str(bundle), "--broker", broker.url),
+            *("start", "--run", "waiting", "--bundle", str(bundle), "--broker", broker.url),
             *("--out", str(folder), "--devices", "9"),
         )
 

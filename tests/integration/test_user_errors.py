@@ -52,7 +52,7 @@ class World:
             "devices": "1",
             "broker": self.broker.url,
         }
-        return ["trainer_server", *as_options(options | {"out": self.scratch / "server"} | replaced)]
+        return ["trainer_server", "start", *as_options(options | {"out": self.scratch / "server"} | replaced)]
 
     def trial(self, *flags: str, **replaced: str | Path) -> list[str]:
         options: dict[str, str | Path] = {"images": self.photos, "model": self.backbone, "devices": "2"}
@@ -148,9 +148,22 @@ CASES = [
     ),
     Wrong(
         "a broker's name that nobody knows",
-        lambda w: w.device(broker="mqtt://broker.invalid"),
+        lambda w: w.device(broker="mqtts://broker.invalid"),
         BROKER,
-        ("no MQTT broker at broker.invalid:1883", "--broker"),
+        ("no MQTT broker at broker.invalid:8883", "--broker"),
+    ),
+    *(
+        Wrong(
+            f"an unencrypted way to another machine, at {room}",
+            command,
+            CONFIG,
+            ("192.0.2.1 would travel unencrypted", "--identity", "--insecure"),
+        )
+        for room, command in (
+            ("a device", lambda w: w.device(broker="ws://192.0.2.1")),
+            ("the server", lambda w: w.server(broker="mqtt://192.0.2.1")),
+            ("its bundle", lambda w: w.server(serve="192.0.2.1:8000")),
+        )
     ),
     *(
         Wrong(
@@ -159,7 +172,14 @@ CASES = [
             CONFIG,
             (url, "broker address"),
         )
-        for url in ("localhost:1883", "http://localhost", "mqtt://", "mqtt://localhost:99999", "mqtt://localhost:x")
+        for url in (
+            "localhost:1883",
+            "http://localhost",
+            "mqtt://",
+            "mqtt://localhost:99999",
+            "mqtt://localhost:x",
+            "mqtt://:1883",
+        )
     ),
     Wrong(
         "an image folder that does not exist",

@@ -1,4 +1,4 @@
-"""The coordinator as a state machine, driven by a fleet that answers at once, and aggregation."""
+"""The coordinator as a state machine, driven by a fleet that answers at once."""
 
 from __future__ import annotations
 
@@ -14,12 +14,22 @@ from numpy.typing import NDArray
 from support import LAYERS, Built
 
 from protocol.head import head_of_class_means
-from protocol.layout import Layout
-from protocol.messages import DeviceStatus, Globals, Round, Sal, Stage, Training, Trigger, Update, Verdict
-from protocol.tensors import unpack
-from trainer_server.aggregation import weighted_average, weighted_mean
-from trainer_server.config import Head, RunConfig
-from trainer_server.coordinator import Plan, State, advance, initial_state, next_deadline
+from protocol.messages import (
+    DeviceStatus,
+    Encoding,
+    Globals,
+    Privacy,
+    Round,
+    Sal,
+    Stage,
+    Training,
+    Trigger,
+    Update,
+    Verdict,
+)
+from protocol.tensors import blob_hash, pack, unpack
+from trainer_server.config import Aggregation, Head, Rule, RunConfig, Selection
+from trainer_server.coordinator import advance, next_deadline
 from trainer_server.events import (
     Announce,
     ClockTicked,
@@ -28,15 +38,19 @@ from trainer_server.events import (
     Note,
     PublishGlobals,
     Record,
+    Refuse,
     Reply,
     StatusSeen,
     Stop,
     UpdateSeen,
 )
+from trainer_server.state import Plan, State, initial_state
 
 ROUND_SECONDS, JOIN_SECONDS = 100.0, 50.0
+PRIVACY = Privacy(clip=1.0, noise_multiplier=1.0, shares=1)
 RULE = Sal(window=2, epsilon=0.02, step=1, max_level=LAYERS)
 Tensors = dict[str, NDArray[Any]]
+KEPT: dict[str, Tensors] = {}  # tensors of updates by SHA-256
 
 
 def plan_of(bundle_owner: Built, devices: int = 3, **config: Any) -> Plan:
@@ -51,7 +65,7 @@ def plan_of(bundle_owner: Built, devices: int = 3, **config: Any) -> Plan:
         "stage2_sal": RULE,
         **config,
     }
-    return Plan(RunConfig(**settings_), bundle_owner.bundle, session="s")
+    return Plan(RunConfig(**settings_), bundle_owner.bundle, session="s", read=KEPT.__getitem__)
 
 
 def answer(plan: Plan, announced: Round, device: str, accuracy: float = 0.5, **change: Any) -> UpdateSeen:
@@ -61,10 +75,14 @@ def answer(plan: Plan, announced: Round, device: str, accuracy: float = 0.5, **c
     def drawn(*shape: int) -> NDArray[np.float32]:
         return rng.normal(size=shape).astype(np.float32)
 
+    samples = int(rng.integers(40, 90))
+
     dims, tensors = bundle.manifest.dims, Tensors()
     if announced.stage is Stage.STATISTICS:
         counts = rng.integers(1, 9, dims.classes).astype(np.float32)
-        tensors = {"class_sums": drawn(dims.classes, dims.feature), "class_counts": counts, "norm_sum": drawn(1) ** 2}
+        sums = drawn(dims.classes, dims.feature)
+        norm_sum = np.array([np.linalg.norm(sums, axis=1).sum() * 1.5], np.float32)
+        tensors = {"class_sums": sums, "class_counts": counts, "norm_sum": norm_sum}
     elif announced.stage is Stage.GLOBAL:
         tensors = bundle.expert.split(drawn(bundle.expert.size(announced.level)))
     elif announced.stage is Stage.PERSONAL:
@@ -76,11 +94,14 @@ def answer(plan: Plan, announced: Round, device: str, accuracy: float = 0.5, **c
         "device": device,
         "stage": announced.stage,
         "level": announced.level,
-        "samples": int(rng.integers(1, 50)),
+        "samples": samples,
         "metrics": {"held_out_global": accuracy},
     }
     tensors = change.pop("tensors", tensors)
-    return UpdateSeen(Update(**{**fields, **change}), tensors, size=10)
+    update = Update(**{**fields, **change})
+    sha256 = blob_hash(pack(update, tensors))
+    KEPT[sha256] = tensors
+    return UpdateSeen(update, tensors, sha256, size=10)
 
 
 @dataclass
@@ -95,9 +116,9 @@ class Run:
         self.state: State = initial_state(self.plan, self.now)
 
     def feed(self, *events: Event) -> list[Command]:
-        """The commands that these events cause."""
+        """The commands that these events, and a look at the clock after them, cause."""
         fresh: list[Command] = []
-        for event in events:
+        for event in (*events, ClockTicked()):
             self.state, commands = advance(self.plan, self.state, event, self.now)
             fresh += commands
         self.commands += fresh
@@ -161,7 +182,7 @@ def test_a_run_goes_through_its_stages_in_order_and_stops(vit: Built, baseline: 
     assert [r.round for r in announced] == list(range(1, len(announced) + 1))
     assert set(run.verdicts) == {Verdict.ACCEPTED}
     assert len(run.verdicts) == 3 * (len(announced) - 1)
-    assert [record.round.round for record in run.of(Record)] == [r.round for r in announced[:-1]]
+    assert [record.closed.round.round for record in run.of(Record)] == [r.round for r in announced[:-1]]
 
 
 def test_nothing_starts_before_every_device_is_there(vit: Built) -> None:
@@ -171,17 +192,17 @@ def test_nothing_starts_before_every_device_is_there(vit: Built) -> None:
     assert not run.of(Announce)
     run.online("b")
     run.now = JOIN_SECONDS - 1
-    run.feed(ClockTicked())
+    run.feed()
     assert not run.of(Announce)
     run.now = next_deadline(run.plan, run.state)
-    run.feed(ClockTicked())
+    run.feed()
     assert run.state.expected == {"b"}
 
 
 def test_a_run_whom_nobody_joins_stops_with_the_reason(vit: Built) -> None:
     run = Run(plan_of(vit))
     run.now = JOIN_SECONDS
-    run.feed(ClockTicked())
+    run.feed()
     (stop,) = run.of(Stop)
     assert "0 devices joined" in stop.error
 
@@ -278,7 +299,7 @@ def test_a_duplicate_a_late_and_an_early_update_are_told_so_and_change_nothing(v
     run.feed(answer(run.plan, first.model_copy(update={"round": 2}), "b"))
     assert run.state == before
     run.now = ROUND_SECONDS
-    run.feed(ClockTicked())
+    run.feed()
     before = run.state
     run.feed(answer(run.plan, first, "c"), answer(run.plan, first, "a"))
     assert run.state == before
@@ -299,10 +320,10 @@ def test_a_duplicate_a_late_and_an_early_update_are_told_so_and_change_nothing(v
         (Stage.STATISTICS, {"stage": Stage.GLOBAL}, "announced was statistics"),
         (Stage.STATISTICS, {"tensors": {}}, "0 tensors, expected 3"),
         (Stage.STATISTICS, {"tensors": {"class_sums": np.ones((1, 1), np.float32)}}, "expected 3"),
-        (Stage.GLOBAL, {"tensors": {}}, "no classifier"),
+        (Stage.GLOBAL, {"tensors": {}}, "0 values"),
         (Stage.GLOBAL, {"tensors": {"classifier.weight": np.full((4, 32), np.nan, np.float32)}}, "not finite"),
         (Stage.GLOBAL, {"tensors": {"classifier.weight": np.ones((4, 32))}}, "float64"),
-        (Stage.PERSONAL, {"tensors": {"gate.down.weight": np.ones((16, 32), np.float32)}}, "1 tensors"),
+        (Stage.PERSONAL, {"tensors": {"gate.down.weight": np.ones((16, 32), np.float32)}}, "512 values, expected 562"),
         (Stage.EVALUATE, {"tensors": {"local": np.ones(1, np.float32)}}, "takes no tensors"),
     ],
 )
@@ -313,11 +334,11 @@ def test_an_update_that_does_not_fit_is_rejected_with_its_reason(
     while run.announced.stage is not stage:
         run.answers(ABC)
     before = run.state
-    (reply, note) = run.answers(["a"], **change)
+    (reply, refusal) = run.answers(["a"], **change)
     assert isinstance(reply, Reply)
     assert reply.ack.verdict is Verdict.REJECTED
     assert reason in reply.ack.reason
-    assert isinstance(note, Note)
+    assert isinstance(refusal, Refuse)
     assert run.state == before
     run.answers(["a"])
     assert run.verdicts[-1] is Verdict.ACCEPTED  # it may mend its ways
@@ -336,7 +357,7 @@ def test_a_device_that_joins_during_a_round_is_counted_but_not_waited_for(vit: B
     run.online("late")
     run.answers(["late", *ABC])
     assert set(run.verdicts) == {Verdict.ACCEPTED}
-    assert run.of(Record)[0].updates.keys() == {"late", *ABC}
+    assert run.of(Record)[0].closed.updates.keys() == {"late", *ABC}
     assert run.state.expected == {"late", *ABC}
 
 
@@ -348,11 +369,11 @@ def test_a_round_ends_at_its_deadline_with_those_who_answered(vit: Built) -> Non
     run.answers(["a", "c"])
     run.online("b", online=False)
     run.now = next_deadline(run.plan, run.state) - 0.1
-    assert run.feed(ClockTicked()) == []
+    assert run.feed() == []
     run.now = next_deadline(run.plan, run.state)
-    run.feed(ClockTicked())
-    (record,) = run.of(Record)
-    assert (record.missing, record.repeated, record.updates.keys()) == (("b",), False, {"a", "c"})
+    run.feed()
+    closed = run.of(Record)[0].closed
+    assert (closed.missing, closed.repeated, closed.updates.keys()) == (("b",), "", {"a", "c"})
     assert run.announced.stage is Stage.GLOBAL
     assert run.state.expected == {"a", "c"}
 
@@ -365,19 +386,19 @@ def test_a_round_with_too_few_updates_is_repeated_and_at_last_given_up(vit: Buil
         assert (run.announced.stage, run.announced.index) == (Stage.GLOBAL, index), repeat
         run.answers(["a"])
         run.now += ROUND_SECONDS
-        run.feed(ClockTicked())
+        run.feed()
     (stop,) = run.of(Stop)
     assert "3 times in a row" in stop.error
     assert run.announced.stage is Stage.FINISHED  # so that devices leave too
     assert np.array_equal(run.state.expert, expert)
-    assert [record.repeated for record in run.of(Record)] == [False, True, True, True]
+    assert [bool(record.closed.repeated) for record in run.of(Record)] == [False, True, True, True]
 
 
 def test_repeats_are_counted_anew_after_a_round_that_succeeded(vit: Built) -> None:
     run = started(vit, max_repeats=1)
     for _ in range(3):
         run.now += ROUND_SECONDS
-        run.feed(ClockTicked())
+        run.feed()
         run.answers(ABC)
     assert not run.of(Stop)
 
@@ -386,7 +407,7 @@ def test_a_round_that_opens_while_nobody_is_online_waits_for_its_deadline(vit: B
     run = started(vit)
     run.online(*ABC, online=False)
     run.now = ROUND_SECONDS
-    run.feed(ClockTicked())
+    run.feed()
     assert run.state.expected == frozenset()
     number = run.announced.round
     run.feed(*[ClockTicked()] * 20)
@@ -451,7 +472,7 @@ def test_no_sequence_of_events_raises_and_no_update_counts_twice(vit: Built, eve
             run.feed(StatusSeen(run.status(device, online=online, bundle=bundle or run.plan.bundle.sha256)))
         elif kind == "clock":
             run.now += detail[0]
-            run.feed(ClockTicked())
+            run.feed()
         else:
             device, shift, flaw = detail
             announced = run.announced.model_copy(update={"round": max(run.announced.round + shift, 0)})
@@ -469,51 +490,187 @@ def test_no_sequence_of_events_raises_and_no_update_counts_twice(vit: Built, eve
             run.feed(answer(run.plan, announced, device, **change))
     accepted = [(r.ack.round, r.ack.device) for r in run.of(Reply) if r.ack.verdict is Verdict.ACCEPTED]
     assert len(accepted) == len(set(accepted))
-    counted = [(record.round.round, name) for record in run.of(Record) for name in record.updates]
+    counted = [(r.closed.round.round, name) for r in run.of(Record) for name in r.closed.updates]
     assert sorted(counted) == sorted(pair for pair in accepted if pair[0] != run.state.round or run.of(Stop))
     assert np.isfinite(run.state.expert).all()
     rounds = [command.round.round for command in run.of(Announce)]
     assert rounds == list(range(1, len(rounds) + 1))
 
 
-# aggregation
-
-LAYOUT = Layout.build([("head", "w", (3,)), ("1", "a", (2,)), ("0", "b", (2,))])
+# whom a round asks, and when it has enough
 
 
-@settings(max_examples=100)
-@given(
-    st.lists(st.tuples(st.sampled_from([3, 5, 7]), st.integers(0, 20)), max_size=5),
-    st.sampled_from([3, 5, 7]),
-    st.integers(0, 99),
+def trained(run: Run) -> Run:
+    """In its first round of stage 1."""
+    run.answers(ABC)
+    assert run.announced.stage is Stage.GLOBAL
+    return run
+
+
+def test_a_training_round_closes_when_the_share_that_is_enough_has_answered(vit: Built) -> None:
+    run = started(vit, enough=0.6)
+    run.answers(["a", "b"])
+    assert run.announced.stage is Stage.STATISTICS  # what everything is built on waits for all
+    run.answers(["c"])
+    run.answers(["b"])
+    assert run.announced.index == 0
+    run.answers(["c"])
+    assert run.announced.index == 1
+    closed = run.of(Record)[-1].closed
+    assert (closed.updates.keys(), closed.missing, closed.repeated) == ({"b", "c"}, ("a",), "")
+
+
+def test_enough_is_never_fewer_than_a_round_needs(vit: Built) -> None:
+    run = trained(started(vit, enough=0.1, min_updates=2))
+    run.answers(["a"])
+    assert run.announced.index == 0
+    run.answers(["b"])
+    assert run.announced.index == 1
+
+
+def test_a_random_selection_asks_a_share_of_the_devices_and_others_do_not_count(vit: Built) -> None:
+    names = [f"d{i}" for i in range(10)]
+    run = started(vit, names, selection=Selection.RANDOM, fraction=0.3, stage1_rounds=6)
+    run.answers(names)
+    asked = []
+    while run.announced.stage is Stage.GLOBAL:
+        chosen = run.announced.chosen
+        assert len(chosen) == 3
+        asked.append(chosen)
+        (stranger, *_) = set(names) - set(chosen)
+        reply, _ = run.answers([stranger])
+        assert reply.ack.verdict is Verdict.REJECTED
+        assert "was not asked" in reply.ack.reason
+        run.answers(chosen)
+    assert len(set(asked)) > 1
+    again = started(vit, names, selection=Selection.RANDOM, fraction=0.3, stage1_rounds=6)
+    again.answers(names)
+    assert again.announced.chosen == asked[0]
+    run.until_stop(names)
+    assert [c.round.chosen for c in run.of(Announce) if c.round.stage in (Stage.STATISTICS, Stage.EVALUATE)] == [(), ()]
+
+
+def test_a_selection_by_capability_asks_those_who_can_train_the_whole_level(vit: Built) -> None:
+    rule = RULE.model_copy(update={"trigger": Trigger.ALL_AT_ONCE, "max_level": 2})
+    run = Run(plan_of(vit, selection=Selection.CAPABLE, stage1_sal=rule))
+    run.feed(*(StatusSeen(run.status(name, level_cap=cap)) for name, cap in zip(ABC, (1, 2, 3), strict=True)))
+    run.answers(ABC)
+    assert run.announced.chosen == ("b", "c")
+    run.answers(["b", "c"])
+    assert run.announced.index == 1
+
+
+def test_where_nobody_can_train_the_level_the_most_capable_are_asked(vit: Built) -> None:
+    rule = RULE.model_copy(update={"trigger": Trigger.ALL_AT_ONCE, "max_level": 3})
+    run = Run(plan_of(vit, selection=Selection.CAPABLE, stage1_sal=rule, min_updates=2))
+    run.feed(*(StatusSeen(run.status(name, level_cap=cap)) for name, cap in zip(ABC, (1, 2, 1), strict=True)))
+    run.answers(ABC)
+    assert run.announced.chosen == ("a", "b")
+
+
+# late updates that count
+
+
+def test_a_late_update_counts_with_a_discount_where_the_operator_allows_it(vit: Built) -> None:
+    """Of two updates of the same size in one round, one a round late: its weight is 1/√2 of what it would be."""
+    run = trained(started(vit, max_staleness=1, enough=0.6))
+    first = run.announced
+    run.answers(["a", "b"])
+    second, before = run.announced, run.state.expert
+    assert second.index == 1
+    late, fresh = answer(run.plan, first, "c", samples=10), answer(run.plan, second, "a", samples=10)
+    run.feed(late, fresh)
+    assert run.verdicts[-2:] == [Verdict.ACCEPTED, Verdict.ACCEPTED]
+    assert run.announced.index == 2
+    layout = vit.bundle.expert
+    deltas = [layout.join(event.tensors).astype(np.float64) for event in (late, fresh)]
+    wanted = before[: deltas[0].size] + np.average(deltas, axis=0, weights=[0.5**0.5, 1])
+    assert np.allclose(run.state.expert[: wanted.size], wanted, atol=1e-6)
+    run.feed(late)
+    assert run.verdicts[-1] is Verdict.DUPLICATE
+
+
+def test_an_update_that_is_too_late_or_of_another_stage_is_late_all_the_same(vit: Built) -> None:
+    run = trained(started(vit, max_staleness=1, enough=0.3, stage1_rounds=3))
+    first = run.announced
+    run.answers(["a"])
+    run.answers(["a"])
+    run.feed(answer(run.plan, first, "b"))
+    assert run.verdicts[-1] is Verdict.LATE
+    last = run.announced
+    run.answers(["a"])
+    assert run.announced.stage is Stage.PERSONAL
+    run.feed(answer(run.plan, last, "b"))
+    assert run.verdicts[-1] is Verdict.LATE
+
+
+# what is too much
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"samples": 1001}, "claims 1001 samples, more than 1000"),
+        ({"level": 0}, "not those of its level 0"),
+        ({"level": 3}, "above the announced 1"),
+    ],
 )
-def test_each_part_is_the_weighted_mean_over_those_who_trained_it(
-    shape: list[tuple[int, int]], size: int, seed: int
-) -> None:
-    rng = np.random.default_rng(seed)
-    current = rng.normal(size=size).astype(np.float32)
-    given_ = [(rng.normal(size=length).astype(np.float32), float(weight)) for length, weight in shape]
-    result = weighted_mean(current, LAYOUT, given_)
-    assert result.dtype == np.float32
-    for part in (slice(0, 3), slice(3, 5), slice(5, 7)):
-        if part.stop > size:
-            continue
-        trained = [(vector[part], weight) for vector, weight in given_ if vector.size >= part.stop and weight]
-        if trained:
-            wanted = np.average([v for v, _ in trained], axis=0, weights=[w for _, w in trained])
-            assert np.allclose(result[part], wanted, atol=1e-6)
-        else:
-            assert np.array_equal(result[part], current[part])
-    assert weighted_mean(current, LAYOUT, given_).tobytes() == result.tobytes()
+def test_an_update_that_claims_too_much_is_rejected(vit: Built, change: dict[str, Any], reason: str) -> None:
+    run = trained(started(vit, max_samples=1000))
+    reply, refusal = run.answers(["a"], **change)
+    assert reply.ack.verdict is Verdict.REJECTED
+    assert reason in reply.ack.reason
+    assert refusal.device == "a"
 
 
-def test_aggregation_leaves_its_arguments_as_they_were() -> None:
-    current, update = np.zeros(7, np.float32), np.ones(7, np.float32)
-    weighted_mean(current, LAYOUT, [(update, 2.0)])
-    assert not current.any()
-    assert update.all()
+def test_an_update_of_too_large_a_norm_is_rejected(vit: Built) -> None:
+    run = trained(started(vit, max_norm=5.0))
+    (reply, _) = run.answers(["a"])
+    assert "norm is" in reply.ack.reason
+    small = {name: tensor * np.float32(0.01) for name, tensor in answer(run.plan, run.announced, "a").tensors.items()}
+    (reply, *_) = run.answers(["a"], tensors=small)
+    assert reply.ack.verdict is Verdict.ACCEPTED
 
 
-def test_weighted_average_of_nothing_is_zero() -> None:
-    assert weighted_average([]) == weighted_average([(0.7, 0.0)]) == 0.0
-    assert weighted_average([(1.0, 1.0), (0.0, 3.0)]) == 0.25
+@pytest.mark.parametrize(
+    ("flaw", "reason"),
+    [
+        ({"class_counts": -1.0}, "negative counts"),
+        ({"class_counts": 1e9}, "counts 4000000000 images"),
+        ({"norm_sum": 1e-3}, "longer than its sum of norms"),
+        ({"norm_sum": 1e9}, "sum of norms is"),
+    ],
+)
+def test_statistics_that_cannot_be_are_rejected(vit: Built, flaw: dict[str, float], reason: str) -> None:
+    run = started(vit)
+    tensors = dict(answer(run.plan, run.announced, "a").tensors)
+    for name, value in flaw.items():
+        tensors[name] = np.full_like(tensors[name], value)
+    (reply, _) = run.answers(["a"], tensors=tensors)
+    assert reply.ack.verdict is Verdict.REJECTED
+    assert reason in reply.ack.reason
+
+
+def test_a_device_that_has_not_announced_itself_is_refused(vit: Built) -> None:
+    run = started(vit)
+    (reply, _) = run.answers(["stranger"])
+    assert reply.ack.reason == "has not announced itself"
+
+
+# settings that do not go together
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"min_updates": 4}, "needs 4 updates"),
+        ({"fraction": 0.5}, "selection random"),
+        ({"privacy": PRIVACY}, "capability queue"),
+        ({"privacy": PRIVACY, "max_staleness": 1}, "in time"),
+        ({"privacy": PRIVACY, "aggregation": Aggregation(rule=Rule.MEDIAN)}, "no other rule"),
+        ({"privacy": PRIVACY, "encoding": Encoding.INT8}, "not rounded"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(vit: Built, change: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        plan_of(vit, **change)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from edge_runtime.daemon import (
     AckSeen,
@@ -19,19 +21,25 @@ from edge_runtime.daemon import (
     GlobalArrived,
     Idle,
     Leave,
+    Overdue,
     Reconnected,
     RoundSeen,
+    Say,
+    SelfSeen,
     Send,
     ServerSeen,
     Settle,
+    ShowSelf,
     State,
     Work,
     WorkDone,
+    WorkFailed,
     advance,
+    patience,
 )
 from edge_runtime.store import DeviceStore
 from protocol.errors import ConfigError
-from protocol.messages import Ack, Round, Sal, ServerStatus, Stage, Training, Update, Verdict
+from protocol.messages import Ack, DeviceStatus, Round, Sal, ServerStatus, Stage, Training, Update, Verdict
 from protocol.tensors import blob_hash, pack
 
 BUNDLE, OTHER_BUNDLE, E, E1, E2, G, H = (digit * 64 for digit in "0123456")
@@ -49,9 +57,13 @@ def ack(number: int, verdict: Verdict = Verdict.ACCEPTED, session: str = "s") ->
     return Ack(run="r", session=session, round=number, device="d", verdict=verdict)
 
 
+def device(**fields: Any) -> State:
+    return State(device="d", instance="me", bundle=BUNDLE, **fields)
+
+
 def drive(events: Sequence[Event], state: State | None = None) -> tuple[State, list[Command]]:
     """The state after some events, and all commands."""
-    state, commands = state or State(bundle=BUNDLE), []
+    state, commands = state or device(), []
     for event in events:
         state, more = advance(state, event)
         commands += more
@@ -91,19 +103,70 @@ def test_of_several_waiting_rounds_only_the_newest_is_worked_on() -> None:
 def test_a_round_announced_again_is_not_worked_on_again() -> None:
     state, _ = drive([HERE, RoundSeen(round_(1)), Idle(), WorkDone(1)])
     assert drive([RoundSeen(round_(1)), Idle()], state)[1] == []
-    restarted = State(bundle=BUNDLE, session="s", unsettled=frozenset({1}))  # its update lies in the outbox
+    restarted = device(session="s", done=1)  # its update lies in the outbox, or has been settled
     assert drive([HERE, RoundSeen(round_(1)), Idle()], restarted)[1] == []
 
 
-def test_unsettled_updates_are_sent_again_after_every_reconnection() -> None:
-    state, _ = drive([HERE], State(bundle=BUNDLE, session="s", unsettled=frozenset({4, 2})))
-    state, commands = drive([Reconnected(), AckSeen(ack(2, Verdict.LATE)), Reconnected()], state)
+def test_a_round_that_names_others_is_let_pass_and_the_next_is_followed() -> None:
+    for_others, for_all = round_(1, expert=E, chosen=("a", "b")), round_(2, Stage.EVALUATE, expert=E)
+    state, commands = drive([HERE, RoundSeen(for_others), Idle(), Idle()])
+    assert commands == []
+    assert drive([RoundSeen(for_all), GlobalArrived(E), Idle()], state)[1] == [Fetch(E), Work(for_all)]
+    for_us = round_(2, chosen=("b", "d"))
+    assert drive([RoundSeen(for_us), Idle()], state)[1] == [Work(for_us)]
+
+
+def test_work_that_could_not_be_kept_is_done_again_or_the_newest_instead() -> None:
+    state, _ = drive([HERE, RoundSeen(round_(4)), Idle()])
+    assert drive([WorkFailed(4), Idle()], state)[1] == [Work(round_(4))]
+    assert drive([WorkFailed(4), RoundSeen(round_(5)), Idle(), Idle()], state)[1] == [Work(round_(5))]
+
+
+UNSETTLED = device(session="s", done=4, unsettled=frozenset({4, 2}))
+GONE = ServerSeen(HERE.status.model_copy(update={"online": False}))
+OTHER_SESSION = ServerSeen(HERE.status.model_copy(update={"session": "s2"}))
+
+
+@pytest.mark.parametrize("event", [HERE, Reconnected(), Overdue()], ids=str)
+def test_unsettled_updates_are_sent_again_whenever_they_may_have_been_lost(event: Event) -> None:
+    state, commands = drive([HERE], UNSETTLED)
+    assert commands == [Send(2), Send(4)]
+    state, commands = drive([event, AckSeen(ack(2, Verdict.LATE)), event], state)
     assert commands == [Send(2), Send(4), Settle(ack(2, Verdict.LATE)), Send(4)]
+
+
+@pytest.mark.parametrize("event", [Reconnected(), Overdue(), Idle()], ids=str)
+@pytest.mark.parametrize("server", [GONE, OTHER_SESSION], ids=["gone", "of another session"])
+def test_unsettled_updates_are_sent_to_the_server_of_their_session_and_to_no_other(
+    event: Event, server: ServerSeen
+) -> None:
+    state, _ = drive([HERE, server], UNSETTLED)
+    state, commands = drive([event], state)
+    assert commands == []
+    assert drive([HERE], state)[1][-2:] == [Send(2), Send(4)]
+
+
+def test_a_server_that_is_gone_is_mentioned_once_and_so_is_its_return() -> None:
+    said = [command for command in drive([HERE, GONE, GONE, Idle(), HERE, HERE])[1] if isinstance(command, Say)]
+    assert [say.text for say in said] == [
+        "the server of run r is offline; waiting for it",
+        "the server of run r is online",
+    ]
+    assert drive([HERE, RoundSeen(round_(9, Stage.FINISHED)), GONE])[1] == []  # it has nothing more to do
+
+
+def test_patience_grows_to_a_limit_and_differs_between_devices() -> None:
+    waits = [patience("d", attempt) for attempt in range(9)]
+    assert all(30 * 2**n <= wait <= 45 * 2**n for n, wait in enumerate(waits[:4]))
+    assert all(300 <= wait <= 450 for wait in waits[4:])
+    assert patience("d", 2000) <= 450
+    fleet = [patience(f"device-{n}", 0) for n in range(300)]
+    assert all(sum(30 + 1.5 * tenth <= wait < 31.5 + 1.5 * tenth for wait in fleet) >= 20 for tenth in range(10))
 
 
 @pytest.mark.parametrize("verdict", Verdict)
 def test_any_verdict_settles_an_update_once(verdict: Verdict) -> None:
-    state = State(bundle=BUNDLE, session="s", unsettled=frozenset({1}))
+    state = device(session="s", unsettled=frozenset({1}))
     assert drive([AckSeen(ack(1, verdict)), AckSeen(ack(1, verdict))], state)[1] == [Settle(ack(1, verdict))]
     assert drive([AckSeen(ack(1, verdict, session="before"))], state)[1] == []
 
@@ -120,36 +183,76 @@ def test_a_run_with_another_bundle_is_left_with_a_reason() -> None:
     _, (command,) = drive([ServerSeen(other)])
     assert isinstance(command, Leave)
     assert "another bundle (model vit-b16" in command.error
-    assert drive([ServerSeen(other.model_copy(update={"online": False}))])[1] == []
+    (say,) = drive([ServerSeen(other.model_copy(update={"online": False}))])[1]
+    assert isinstance(say, Say)
 
 
 def test_a_round_of_a_server_that_is_gone_waits_for_the_next_server() -> None:
-    gone = ServerSeen(HERE.status.model_copy(update={"online": False}))
-    again = ServerSeen(HERE.status.model_copy(update={"session": "s2"}))
-    state, commands = drive([HERE, gone, RoundSeen(round_(5, expert=E)), Idle()])
-    assert commands == []
-    state, commands = drive([again, Idle(), RoundSeen(round_(1, session="s2")), Idle()], state)
-    assert commands == [Work(round_(1, session="s2"))]
+    state, commands = drive([HERE, GONE, RoundSeen(round_(5, expert=E)), Idle()])
+    assert [command for command in commands if not isinstance(command, Say)] == []
+    state, commands = drive([OTHER_SESSION, Idle(), RoundSeen(round_(1, session="s2")), Idle()], state)
+    assert commands[1:] == [Work(round_(1, session="s2"))]
 
 
+def seen(instance: str, online: bool = True) -> SelfSeen:
+    return SelfSeen(DeviceStatus(device="d", online=online, instance=instance))
+
+
+def test_what_stood_under_its_name_before_is_a_former_life() -> None:
+    former = [seen("before"), seen("me"), seen("before"), seen("me", online=False)]
+    state, commands = drive([HERE, RoundSeen(round_(1)), *former, Idle()])
+    assert commands == [Work(round_(1))]
+    assert drive([seen("before", online=False)], state)[1] == [ShowSelf()]  # its last will comes late
+
+
+def test_a_device_leaves_for_a_younger_twin_and_says_what_to_do() -> None:
+    _, commands = drive([seen("me"), seen("twin")])
+    (leave,) = commands
+    assert isinstance(leave, Leave)
+    assert leave.quietly
+    assert "another device has come as 'd'" in leave.error and "--device" in leave.error
+
+
+@given(st.permutations("abcde"), st.data())
+def test_of_any_number_of_twins_the_one_that_shows_itself_last_stays(names: list[str], data: st.DataObject) -> None:
+    """Each subscribes at any time before it shows itself, and is told what is retained first."""
+    since = [data.draw(st.integers(0, position)) for position in range(len(names))]
+    stay = []
+    for name, first in zip(names, since, strict=True):
+        state = State(device="d", instance=name, bundle=BUNDLE)
+        _, commands = drive([seen(other) for other in names[max(first - 1, 0) :]], state)
+        stay += [] if any(isinstance(command, Leave) for command in commands) else [name]
+    assert stay == [names[-1]]
+
+
+SESSIONS = st.sampled_from(["s", "s2"])
 EVENTS = st.one_of(
     st.just(Idle()),
     st.just(Reconnected()),
-    st.sampled_from(["s", "s2"]).map(lambda s: ServerSeen(HERE.status.model_copy(update={"session": s}))),
+    st.just(Overdue()),
     st.builds(
-        lambda number, session, expert: RoundSeen(round_(number, session=session, expert=expert)),
+        lambda session, online: ServerSeen(HERE.status.model_copy(update={"session": session, "online": online})),
+        SESSIONS,
+        st.booleans(),
+    ),
+    st.builds(
+        lambda number, session, expert, chosen: RoundSeen(
+            round_(number, session=session, expert=expert, chosen=chosen)
+        ),
         st.integers(1, 4),
-        st.sampled_from(["s", "s2"]),
+        SESSIONS,
         st.sampled_from(["", E1, E2]),
+        st.sampled_from([(), ("d",), ("e",)]),
     ),
     st.sampled_from([E1, E2]).map(GlobalArrived),
-    st.builds(ack, st.integers(1, 4), st.sampled_from(Verdict), st.sampled_from(["s", "s2"])).map(AckSeen),
+    st.builds(ack, st.integers(1, 4), st.sampled_from(Verdict), SESSIONS).map(AckSeen),
+    st.sampled_from(["me", "before"]).map(seen),
 )
 
 
 @given(st.lists(EVENTS, max_size=40))
 def test_whatever_happens_work_has_its_globals_and_a_present_server(events: list[Event]) -> None:
-    state = State(bundle=BUNDLE)
+    state = device()
     for event in events:
         before = state
         state, commands = advance(state, event)
@@ -160,8 +263,72 @@ def test_whatever_happens_work_has_its_globals_and_a_present_server(events: list
                 assert command.round == before.announced
                 assert command.round.session == before.present == state.session
                 assert {command.round.expert} - {""} <= before.held
+                assert command.round.chosen in ((), ("d",))
                 state, (send,) = advance(state, WorkDone(command.round.round))
                 assert send == Send(command.round.round)
+
+
+class Outbox(RuleBasedStateMachine):
+    """A device and what a broker, a server and a crash may do to it, against a model that remembers everything."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state, self.session = device(), ""
+        self.worked: Counter[tuple[str, int]] = Counter()  # by session and round, without the attempts that failed
+        self.kept: set[int] = set()  # updates of the session that nobody has acknowledged
+        self.settled = 0
+
+    def happen(self, event: Event, fails: bool = False) -> list[Command]:
+        """Carries out what there is to do, as the shell does; returns all of it."""
+        self.state, commands = advance(self.state, event)
+        for command in list(commands):
+            if isinstance(command, Work):
+                task = command.round
+                if task.session != self.session:
+                    self.kept, self.settled = set(), 0
+                self.session = task.session
+                assert task.round > self.settled
+                if fails:
+                    commands += self.happen(WorkFailed(task.round))
+                else:
+                    self.worked[task.session, task.round] += 1
+                    self.kept.add(task.round)
+                    commands += self.happen(WorkDone(task.round))
+            elif isinstance(command, Settle):
+                assert command.ack.round in self.kept
+                self.kept.discard(command.ack.round)
+                self.settled = max(self.settled, command.ack.round)
+        return commands
+
+    @rule(event=EVENTS, fails=st.booleans())
+    def something_happens(self, event: Event, fails: bool) -> None:
+        self.happen(event, fails)
+
+    @rule(session=SESSIONS)
+    def the_server_shows_itself(self, session: str) -> None:
+        sent = self.happen(ServerSeen(HERE.status.model_copy(update={"session": session})))
+        expected = sorted(self.kept) if session == self.session else []
+        assert [command.round for command in sent if isinstance(command, Send)] == expected
+
+    @rule(event=st.sampled_from([Reconnected(), Overdue()]))
+    def an_update_may_be_lost(self, event: Event) -> None:
+        sent = self.happen(event)
+        expected = sorted(self.kept) if self.state.present == self.session else []
+        assert [command.round for command in sent if isinstance(command, Send)] == expected
+
+    @rule()
+    def the_device_is_killed_and_started_again(self) -> None:
+        done = max({self.settled, *self.kept})
+        self.state = device(session=self.session, done=done, unsettled=frozenset(self.kept))
+
+    @invariant()
+    def nothing_is_dropped_and_nothing_done_twice(self) -> None:
+        assert self.state.unsettled == self.kept
+        assert not self.worked or max(self.worked.values()) == 1
+
+
+TestOutbox = Outbox.TestCase
+TestOutbox.settings = settings(max_examples=300, stateful_step_count=30, deadline=None)
 
 
 # the device's disk
@@ -184,17 +351,51 @@ def test_a_devices_name_is_made_once_and_kept(tmp_path: Path) -> None:
     assert not (tmp_path / "d").exists()
 
 
+def test_a_state_folder_that_is_none_is_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"--state .*file cannot be written to \(File exists\)"):
+        DeviceStore(tmp_path / "file").identity(None)
+
+
 def test_the_outbox_survives_a_restart_and_drops_what_is_of_another_session_or_torn(tmp_path: Path) -> None:
     store = DeviceStore(tmp_path)
+    store.enter("s")
     for number in (2, 10):
         store.put_outbox(number, blob_of(number))
     store.put_outbox(3, blob_of(3, session="before"))
     store.put_outbox(4, blob_of(4)[:-5])
-    assert DeviceStore(tmp_path).outbox("s") == {2: blob_of(2), 10: blob_of(10)}
-    store.drop_outbox(2)
-    store.drop_outbox(77)
-    assert {path.name for path in (tmp_path / "outbox").iterdir()} == {"10"}
-    assert DeviceStore(tmp_path / "new").outbox("s") == {}
+    store.put_outbox(5, blob_of(6))
+    again = DeviceStore(tmp_path)
+    assert again.unsettled(again.session) == {2, 10}
+    assert {path.name for path in (tmp_path / "outbox").iterdir()} == {"2", "10"}
+    assert again.update(2) == blob_of(2)
+    again.settle(2)
+    assert again.update(2) is None
+    assert DeviceStore(tmp_path / "new").unsettled("s") == frozenset()
+
+
+def test_a_settled_round_is_remembered_for_as_long_as_its_session_lasts(tmp_path: Path) -> None:
+    store = DeviceStore(tmp_path)
+    assert store.settled == 0
+    assert store.enter("s")
+    store.put_outbox(3, blob_of(3))
+    store.settle(7)
+    store.settle(2)  # late
+    assert (DeviceStore(tmp_path).session, DeviceStore(tmp_path).settled) == ("s", 7)
+    assert not store.enter("s")
+    assert store.enter("s2")
+    assert (DeviceStore(tmp_path).session, DeviceStore(tmp_path).settled) == ("s2", 0)
+    assert list((tmp_path / "outbox").iterdir()) == []
+
+
+def test_what_a_killed_process_left_half_written_is_cleared_away(tmp_path: Path) -> None:
+    store = DeviceStore(tmp_path)
+    store.put_outbox(1, blob_of(1))
+    store.identity("d")
+    for scrap in (tmp_path / ".personalized.onnx.17", tmp_path / "outbox" / ".2.17"):
+        scrap.write_bytes(b"half")
+    store.drop_scraps()
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["1", "identity", "outbox"]
 
 
 def test_globals_are_kept_by_content_and_a_torn_one_is_not_there(tmp_path: Path) -> None:

@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from support import Built
+from support import LAYERS, Built
 
 from devices.report import build_report, write_report
-from devices.rounds import ClosedRound
 from protocol.errors import RunError
 from protocol.messages import Round, Sal, Stage, Training, Update
+from trainer_server.config import RunConfig
+from trainer_server.rounds import ClosedRound
+from trainer_server.store import Origin, RunStore
 
 SECONDS = {"export": 30.0, "total": 100.0}
 NAMES_OTHERS_READ = {
@@ -43,7 +45,7 @@ def closed(stage: Stage, *updates: Update, index: int = 0, level: int = 1, **sai
         sal=Sal(window=2, epsilon=0.1, step=1, max_level=3),
     )
     sizes = {u.device: 1000 * (place + 1) for place, u in enumerate(updates)}
-    defaults: dict[str, Any] = {"seconds": 2.0, "bytes_up": sizes, "missing": (), "repeated": False}
+    defaults: dict[str, Any] = {"seconds": 2.0, "bytes_up": sizes, "missing": ()}
     return ClosedRound(round=announced, updates={u.device: u for u in updates}, **{**defaults, **said})
 
 
@@ -102,7 +104,11 @@ def folder(vit: Built, tmp_path: Path) -> Path:
 
 
 def record(folder: Path, rounds: list[ClosedRound]) -> None:
-    (folder / "rounds.jsonl").write_text("".join(f"{r.model_dump_json()}\n" for r in rounds))
+    sal = Sal(window=2, epsilon=0.02, step=1, max_level=LAYERS)
+    config = RunConfig(run="r", devices=2, stage1_sal=sal, stage2_sal=sal)
+    store = RunStore.create(folder, Origin(config=config, session="s", bundle=folder / "bundle", sha256="f" * 64))
+    numbered = [(one, one.round.model_copy(update={"round": number})) for number, one in enumerate(rounds, start=1)]
+    store.commit([], [one.model_copy(update={"round": round_}) for one, round_ in numbered])
 
 
 def report_of(built: Built, rounds: list[ClosedRound]) -> dict[str, Any]:
@@ -144,7 +150,7 @@ def test_without_a_baseline_there_is_no_local_only(vit: Built, folder: Path) -> 
 
 def test_a_repeated_round_counts_once_but_took_its_time(vit: Built) -> None:
     first, *others = whole_run()
-    report = report_of(vit, [first, trained(0, 1, repeated=True, missing=("d",)), *others])
+    report = report_of(vit, [first, trained(0, 1, repeated="too few", missing=("d",)), *others])
     assert report["rounds"]["stage1"] == 2
     assert report["levels"] == [1, 2]
     assert report["seconds"]["stage1"] == 6.0
@@ -190,8 +196,8 @@ def test_a_run_without_evaluation_is_one_clear_error(vit: Built, rounds: list[Cl
 
 
 def test_an_unreadable_record_is_one_clear_error(folder: Path) -> None:
-    with pytest.raises(RunError, match="cannot be read"):
+    with pytest.raises(RunError, match="no run at"):
         write_report(folder, seed=0, alpha=0.5, seconds=SECONDS)
-    (folder / "rounds.jsonl").write_text('{"round": 1')
-    with pytest.raises(RunError, match="damaged"):
+    (folder / "run.sqlite").write_text("torn")
+    with pytest.raises(RunError, match="cannot be read"):
         write_report(folder, seed=0, alpha=0.5, seconds=SECONDS)

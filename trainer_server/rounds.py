@@ -1,25 +1,22 @@
-"""The record of a run's closed rounds, as the server writes it: one line of rounds.jsonl each."""
+"""The record of a closed round: what the server remembers of it, and what tables and figures are made of."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
-from protocol.errors import MessageError, RunError
-from protocol.messages import Message, Round, Stage, Update, parse
+from protocol.messages import Message, Round, Stage, Update
 
 
 class ClosedRound(Message):
-    """A line of rounds.jsonl (see `trainer_server.service`)."""
-
-    max_bytes = 1 << 26  # it grows with the number of devices
+    """`seconds` it was open, `bytes_up` on the wire by device, `missing` those who were asked in vain; `repeated` says
+    why the round led to nothing, if it did."""
 
     round: Round
     seconds: float
     updates: dict[str, Update]
     bytes_up: dict[str, int]
     missing: tuple[str, ...]
-    repeated: bool
+    repeated: str = ""
 
     @property
     def held_out(self) -> dict[str, float]:
@@ -38,22 +35,6 @@ class ClosedRound(Message):
 def held_out_of(update: Update) -> dict[str, float]:
     """One device's held-out accuracies by model."""
     return {_model(name): value for name, value in update.metrics.items() if name.startswith("held_out_")}
-
-
-def parse_round(line: str) -> ClosedRound:
-    """Raises MessageError if it is not a record of a closed round."""
-    return parse(ClosedRound, line.encode())
-
-
-def read_rounds(folder: Path) -> list[ClosedRound]:
-    """Raises RunError if the run has left no readable record."""
-    path = folder / "rounds.jsonl"
-    try:
-        return [parse_round(line) for line in path.read_text().splitlines()]
-    except OSError as error:
-        raise RunError(f"{path} cannot be read, so there is nothing to report ({error.strerror})") from error
-    except MessageError as error:
-        raise RunError(f"{path} is damaged: {error}") from error
 
 
 def counted(rounds: Sequence[ClosedRound], stage: Stage) -> list[ClosedRound]:

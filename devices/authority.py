@@ -1,0 +1,139 @@
+"""A small certificate authority: who belongs to a fleet. Certificates in, certificates out; files are for others."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+CA_DAYS = 3650
+IDENTITY_DAYS = 825  # the longest that common TLS libraries take a certificate for
+CLOCK_SKEW = timedelta(days=1)  # a device's clock may be behind before it first meets a time server
+
+CLIENT, SERVER = ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH
+
+
+@dataclass(frozen=True)
+class Issued:
+    certificate: x509.Certificate
+    key: ec.EllipticCurvePrivateKey
+
+    @property
+    def certificate_pem(self) -> str:
+        return pem(self.certificate)
+
+    @property
+    def key_pem(self) -> str:
+        return self.key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        ).decode()
+
+
+@dataclass(frozen=True)
+class Authority(Issued):
+    """Elliptic curve P-256: what the smallest devices' TLS libraries and AWS IoT take."""
+
+    def issue(
+        self,
+        name: str,
+        usages: Sequence[x509.ObjectIdentifier],
+        hosts: Sequence[str] = (),
+        days: int = IDENTITY_DAYS,
+        now: datetime | None = None,
+    ) -> Issued:
+        """A key and its certificate of common name `name`, for `usages`; a server's also for the `hosts` (names or
+        addresses) it is reached by."""
+        key = ec.generate_private_key(ec.SECP256R1())
+        usage = x509.KeyUsage(True, False, False, False, False, False, False, False, False)  # only to sign
+        builder = (
+            _builder(name, self.certificate.subject, key, days, now)
+            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+            .add_extension(usage, critical=True)
+            .add_extension(x509.ExtendedKeyUsage(usages), critical=False)
+            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self.key.public_key()), critical=False)
+        )
+        if hosts:
+            names = x509.SubjectAlternativeName([_general_name(host) for host in hosts])
+            builder = builder.add_extension(names, critical=False)
+        return Issued(builder.sign(self.key, hashes.SHA256()), key)
+
+    def revocation_list(self, serials: Iterable[int], now: datetime | None = None) -> str:
+        """In PEM. Valid as long as the CA: mosquitto refuses everybody once the list is too old."""
+        start = (now or _now()) - CLOCK_SKEW
+        builder = (
+            x509.CertificateRevocationListBuilder()
+            .issuer_name(self.certificate.subject)
+            .last_update(start)
+            .next_update(self.certificate.not_valid_after_utc)
+        )
+        for serial in serials:
+            revoked = x509.RevokedCertificateBuilder().serial_number(serial).revocation_date(start).build()
+            builder = builder.add_revoked_certificate(revoked)
+        return builder.sign(self.key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM).decode()
+
+
+def make_authority(name: str, now: datetime | None = None) -> Authority:
+    key = ec.generate_private_key(ec.SECP256R1())
+    usage = x509.KeyUsage(False, False, False, False, False, True, True, False, False)  # to sign certificates and CRLs
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    builder = (
+        _builder(name, subject, key, CA_DAYS, now)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(usage, critical=True)
+    )
+    return Authority(builder.sign(key, hashes.SHA256()), key)
+
+
+def load_authority(certificate: bytes, key: bytes) -> Authority:
+    """Raises ValueError if they are not a certificate and an elliptic curve's private key in PEM."""
+    loaded = serialization.load_pem_private_key(key, password=None)
+    if not isinstance(loaded, ec.EllipticCurvePrivateKey):
+        raise ValueError("the key is not of an elliptic curve")
+    return Authority(x509.load_pem_x509_certificate(certificate), loaded)
+
+
+def serial_of(certificate: bytes) -> int:
+    """Of the first certificate among blocks of PEM. Raises ValueError if there is none."""
+    return x509.load_pem_x509_certificates(certificate)[0].serial_number
+
+
+def revoked_serials(revocation_list: bytes) -> list[int]:
+    """Raises ValueError if it is not a revocation list in PEM."""
+    return [revoked.serial_number for revoked in x509.load_pem_x509_crl(revocation_list)]
+
+
+def pem(certificate: x509.Certificate) -> str:
+    return certificate.public_bytes(serialization.Encoding.PEM).decode()
+
+
+def _builder(
+    name: str, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, days: int, now: datetime | None
+) -> x509.CertificateBuilder:
+    start = (now or _now()) - CLOCK_SKEW
+    return (
+        x509.CertificateBuilder()
+        .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]))
+        .issuer_name(issuer)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(start)
+        .not_valid_after(start + timedelta(days=days))
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+    )
+
+
+def _general_name(host: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(host))
+    except ValueError:
+        return x509.DNSName(host)
+
+
+def _now() -> datetime:
+    return datetime.now(timezone.utc)

@@ -1,0 +1,317 @@
+"""A fleet as devices.provision makes it, on a real mosquitto: its members get in, nobody else, and nobody further."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from fleets import (
+    HOSTS,
+    LONG_AGO,
+    Fleet,
+    authority_of,
+    expired_identity,
+    foreign_identity,
+    provision,
+    start_fleet,
+    write_identity,
+)
+from processes import MOSQUITTO, Broker, Ended, Federation, Processes, free_port, run_module
+
+from devices.authority import SERVER, make_authority
+from protocol.bundle import Bundle
+from protocol.errors import BrokerError
+from protocol.topics import Topics
+from shell.link import Connected, Link, LinkEvent, Received, Will
+
+pytestmark = pytest.mark.skipif(not MOSQUITTO, reason="mosquitto is not installed (apt-get install mosquitto)")
+
+BROKER = 6
+DEVICES = ("device-0", "device-1", "mallory")
+TOPICS = Topics("orchard")
+LAST = b"the last message"  # that is sent: what has not come before it does not come
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
+    with Processes(tmp_path_factory.mktemp("logs")) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def fleet(processes: Processes, tmp_path_factory: pytest.TempPathFactory) -> Fleet:
+    """With the identities of three devices, and that of one which has been revoked."""
+    pki = tmp_path_factory.mktemp("fleet") / "pki"
+    provision(pki, *HOSTS, *DEVICES, "lost")
+    shutil.copy(pki / "devices" / "lost.pem", pki / "lost.pem")
+    provision(pki, "--revoke", "lost")
+    return start_fleet(pki, processes)
+
+
+@pytest.fixture
+def connect(fleet: Fleet) -> Iterator[Callable[..., Link]]:
+    """Links of the fleet's members by name, closed afterwards."""
+    links: list[Link] = []
+
+    def connected(name: str, client_id: str = "", will: Will | None = None, url: str = "") -> Link:
+        identity = fleet.server if name == "server" else fleet.device(name)
+        link = Link(url or fleet.url, client_id or name, will, identity=identity)
+        links.append(link)
+        link.connect()
+        assert isinstance(link.next_event(10), Connected)
+        return link
+
+    yield connected
+    for link in links:
+        link.close()
+
+
+def until_last(link: Link) -> list[LinkEvent]:
+    """What comes before the last message."""
+    events: list[LinkEvent] = []
+    while True:
+        event = link.next_event(10)
+        assert event is not None, f"the last message did not come, but {events}"
+        if isinstance(event, Received) and event.payload == LAST:
+            return events
+        events.append(event)
+
+
+def publish(link: Link, topic: str, payload: bytes = b"x", retain: bool = False) -> None:
+    link.publish(topic, payload, retain).wait_for_publish(10)
+
+
+def join(url: str, photos: Path, state: Path, *arguments: str, environment: dict[str, str] | None = None) -> Ended:
+    """A device's own command, to its end."""
+    command = ("run", "--run", "orchard", "--images", str(photos), "--broker", url, "--state", str(state))
+    return run_module("edge_runtime", *command, *arguments, environment=environment)
+
+
+def coordinate(url: str, bundle: Path, out: Path, *arguments: str) -> Ended:
+    command = ("--run", "orchard", "--bundle", str(bundle), "--broker", url, "--out", str(out), "--devices", "1")
+    return run_module("trainer_server", *command, *arguments)
+
+
+STRANGERS: dict[str, tuple[Callable[[Fleet, Path], Path], str]] = {
+    "nobody": (
+        lambda fleet, folder: write_identity(folder / "x.pem", None, authority_of(fleet.pki)),
+        "it asks for a certificate; give one with --identity",
+    ),
+    "another CA's": (lambda fleet, folder: foreign_identity(fleet.pki, folder / "x.pem"), "another CA"),
+    "expired": (lambda fleet, folder: expired_identity(fleet.pki, folder / "x.pem"), "our certificate has expired"),
+    "revoked": (lambda fleet, folder: fleet.pki / "lost.pem", "our certificate is revoked"),
+}
+
+
+@pytest.mark.parametrize("stranger", STRANGERS)
+def test_a_device_that_is_none_of_the_fleets_is_refused_in_one_line(
+    fleet: Fleet, photos: dict[str, Path], tmp_path: Path, stranger: str
+) -> None:
+    make, says = STRANGERS[stranger]
+    ended = join(fleet.url, photos["device-0"], tmp_path / "state", "--identity", str(make(fleet, tmp_path)))
+    ended.assert_error(BROKER, f"MQTT broker at localhost:{fleet.port} refused us", says)
+
+
+@pytest.mark.parametrize("stranger", ["nobody", "revoked"])
+def test_a_server_that_is_none_of_the_fleets_is_refused_in_one_line(
+    fleet: Fleet, bundle: Path, tmp_path: Path, stranger: str
+) -> None:
+    make, says = STRANGERS[stranger]
+    ended = coordinate(fleet.url, bundle, tmp_path / "out", "--identity", str(make(fleet, tmp_path)))
+    ended.assert_error(BROKER, f"MQTT broker at localhost:{fleet.port} refused us", says)
+
+
+def test_a_broker_of_another_ca_is_not_trusted(fleet: Fleet, photos: dict[str, Path], tmp_path: Path) -> None:
+    other = write_identity(tmp_path / "ca.pem", None, make_authority("somebody else"))
+    ended = join(fleet.url, photos["device-0"], tmp_path / "state", "--identity", str(other))
+    ended.assert_error(BROKER, "no trust in the MQTT broker", "not of the identity file's CA", "--identity")
+
+
+def test_a_broker_without_an_identity_given_is_not_trusted(
+    fleet: Fleet, photos: dict[str, Path], tmp_path: Path
+) -> None:
+    ended = join(fleet.url, photos["device-0"], tmp_path / "state")
+    ended.assert_error(BROKER, "no trust in the MQTT broker", "--identity")
+
+
+def test_a_broker_by_another_name_than_its_certificates_is_not_trusted(
+    fleet: Fleet, photos: dict[str, Path], tmp_path: Path
+) -> None:
+    url = f"mqtts://127.0.0.2:{fleet.port}"
+    ended = join(url, photos["device-0"], tmp_path / "state", "--identity", str(fleet.device("device-0")))
+    ended.assert_error(BROKER, "no trust in the MQTT broker", "of another address", "--host")
+
+
+def test_a_broker_whose_certificate_has_expired_is_not_trusted(fleet: Fleet, tmp_path: Path) -> None:
+    pki = shutil.copytree(fleet.pki, tmp_path / "pki")
+    issued = authority_of(pki).issue("localhost", [SERVER], ["localhost"], days=30, now=LONG_AGO)
+    (pki / "broker" / "broker.crt").write_text(issued.certificate_pem)
+    (pki / "broker" / "broker.key").write_text(issued.key_pem)
+    conf = pki / "broker" / "mosquitto.conf"
+    conf.write_text(conf.read_text().replace(str(fleet.pki), str(pki)))
+    with Processes(tmp_path / "logs") as processes:
+        expired = start_fleet(pki, processes)
+        with pytest.raises(BrokerError, match=r"its certificate has expired; renew it, or set this machine's clock"):
+            Link(expired.url, "device-0", identity=fleet.device("device-0")).connect()
+
+
+def test_a_port_that_speaks_no_tls_is_named(broker: Broker, fleet: Fleet) -> None:
+    with pytest.raises(BrokerError, match="it does not speak TLS on this port"):
+        Link(broker.url.replace("mqtt:", "mqtts:"), "x", identity=fleet.device("device-0")).connect()
+
+
+def test_a_revoked_identity_is_refused_once_the_broker_has_been_restarted(tmp_path: Path) -> None:
+    pki = tmp_path / "pki"
+    provision(pki, *HOSTS, "stolen")
+    stolen = Path(shutil.copy(pki / "devices" / "stolen.pem", tmp_path / "stolen.pem"))
+    with Processes(tmp_path / "before") as processes:
+        link = Link(start_fleet(pki, processes).url, "stolen", identity=stolen)
+        link.connect()
+        link.close()
+    provision(pki, "--revoke", "stolen")
+    provision(pki, "stolen")  # the name may be used again
+    with Processes(tmp_path / "after") as processes:
+        fleet = start_fleet(pki, processes)
+        with pytest.raises(BrokerError, match="our certificate is revoked"):
+            Link(fleet.url, "stolen", identity=stolen).connect()
+        link = Link(fleet.url, "stolen", identity=fleet.device("stolen"))
+        link.connect()
+        link.close()
+
+
+def test_a_device_says_nothing_in_anothers_name(connect: Callable[..., Link]) -> None:
+    server, mallory = connect("server"), connect("mallory")
+    server.subscribe("#")
+    for topic in (
+        TOPICS.update_chunk("device-0", 1, 0),
+        TOPICS.status("device-0"),
+        TOPICS.progress("device-0"),
+        TOPICS.ack("device-0"),
+        TOPICS.ack("mallory"),
+        TOPICS.round,
+        TOPICS.server_status,
+        TOPICS.globals_chunk("0" * 64, 0),
+        "fedfmsl/orchard/devices/mallory/update",
+        "fedfmsl/orchard/devices/mallory/else",
+        "elsewhere",
+        "$SYS/broker/version",
+    ):
+        publish(mallory, topic, retain=True)
+    publish(mallory, TOPICS.progress("mallory"))
+    publish(mallory, TOPICS.update_chunk("mallory", 1, 0))
+    publish(mallory, TOPICS.status("mallory"), LAST)
+    topics = [event.topic for event in until_last(server) if isinstance(event, Received)]
+    assert topics == [TOPICS.progress("mallory"), TOPICS.update_chunk("mallory", 1, 0)]
+
+
+def test_a_device_hears_nothing_that_is_anothers(connect: Callable[..., Link]) -> None:
+    server, device, mallory = connect("server"), connect("device-0"), connect("mallory")
+    for pattern in ("#", "fedfmsl/+/devices/+/ack", TOPICS.ack("device-0"), TOPICS.update_chunk("device-0", "+", "+")):
+        mallory.subscribe(pattern)
+    publish(device, TOPICS.update_chunk("device-0", 1, 0))
+    publish(device, TOPICS.status("device-0"))
+    publish(server, TOPICS.ack("device-0"))
+    publish(server, TOPICS.round)
+    publish(server, TOPICS.globals_chunk("0" * 64, 0))
+    publish(server, TOPICS.ack("mallory"), LAST)
+    topics = {event.topic for event in until_last(mallory) if isinstance(event, Received)}
+    assert topics == {TOPICS.round, TOPICS.globals_chunk("0" * 64, 0)}
+
+
+@pytest.mark.parametrize("client_id", ["device-0", "fedfmsl-orchard-device-0"])
+def test_a_device_does_not_end_anothers_connection_by_its_client_id(
+    connect: Callable[..., Link], client_id: str
+) -> None:
+    device, server = connect("device-0", "fedfmsl-orchard-device-0"), connect("server")
+    device.subscribe(TOPICS.ack("device-0"))
+    mallory = connect("mallory", client_id)
+    publish(server, TOPICS.ack("device-0"), LAST)
+    assert until_last(device) == []
+    publish(server, TOPICS.ack("mallory"), LAST)
+    assert mallory.next_event(0.2) is None  # nor has it taken over the other's subscriptions
+
+
+def test_a_last_will_in_anothers_name_is_not_taken(fleet: Fleet, connect: Callable[..., Link]) -> None:
+    server = connect("server")
+    server.subscribe(TOPICS.status("+"))
+    with pytest.raises(BrokerError, match="Not authorized"):
+        connect("mallory", will=Will(TOPICS.status("device-0"), b"gone"))
+    publish(connect("device-1"), TOPICS.status("device-1"), LAST)
+    assert until_last(server) == []
+
+
+def test_a_device_takes_its_identitys_name_and_no_other(fleet: Fleet, photos: dict[str, Path], tmp_path: Path) -> None:
+    ended = join(
+        fleet.url,
+        photos["device-0"],
+        tmp_path / "state",
+        *("--identity", str(fleet.device("device-0")), "--device", "device-1"),
+    )
+    ended.assert_error(2, "--device 'device-1'", "'device-0'", "leave --device away")
+
+
+def test_messages_travel_over_a_websocket(fleet: Fleet, connect: Callable[..., Link]) -> None:
+    server, device = connect("server"), connect("device-0", url=fleet.websocket_url)
+    server.subscribe(TOPICS.update_chunk("+", "+", "+"))
+    device.subscribe(TOPICS.round)
+    chunk = bytes(range(256)) * 400
+    publish(device, TOPICS.update_chunk("device-0", 1, 0), chunk)
+    publish(device, TOPICS.update_chunk("device-0", 1, 1), LAST)
+    assert until_last(server) == [Received(TOPICS.update_chunk("device-0", 1, 0), chunk)]
+    publish(server, TOPICS.round, chunk)
+    publish(server, TOPICS.round, LAST)
+    assert until_last(device) == [Received(TOPICS.round, chunk)]
+
+
+def test_a_user_gets_in_with_its_password_only(
+    photos: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pki = tmp_path / "pki"
+    printed = provision(pki, *HOSTS, "--user", "device-0", "device-1").stdout + provision(pki, "--user", "late").stdout
+    passwords = {line.split()[0]: line.split()[1] for line in printed.splitlines() if not line.startswith("wrote")}
+    assert set(passwords) == {"server", "device-0", "device-1", "late"}
+    provision(pki, "--revoke", "device-1")
+    with Processes(tmp_path / "logs") as processes:
+        fleet = start_fleet(pki, processes)
+        authority = pki / "ca.crt"
+        links = {}
+        for name in ("server", "late"):
+            monkeypatch.setenv("FEDFMSL_USER", name)
+            monkeypatch.setenv("FEDFMSL_PASSWORD", passwords[name])
+            links[name] = Link(fleet.url, name, identity=authority)
+            links[name].connect()
+        links["server"].subscribe("#")
+        publish(links["late"], TOPICS.status("device-0"))
+        publish(links["late"], TOPICS.status("late"), LAST)
+        assert until_last(links["server"]) == [Connected()]
+        for link in links.values():
+            link.close()
+        for user, password in (("device-0", "guessed"), ("device-1", passwords["device-1"]), ("", "")):
+            ended = join(
+                fleet.url,
+                photos["device-0"],
+                tmp_path / "state",
+                *("--identity", str(authority)),
+                environment={"FEDFMSL_USER": user, "FEDFMSL_PASSWORD": password},
+            )
+            ended.assert_error(BROKER, "refused us: Not authorized; check user, password and identity")
+
+
+def test_a_whole_run_over_mutual_tls(
+    fleet: Fleet, bundle: Path, photos: dict[str, Path], processes: Processes, tmp_path: Path
+) -> None:
+    mine = {name: photos[name] for name in ("device-0", "device-1")}
+    federation = Federation("orchard", Broker("mosquitto", fleet.url), bundle, mine, tmp_path, processes)
+    server = federation.start_server(
+        *("--identity", str(fleet.server), "--serve", f"localhost:{free_port()}"),
+        *("--stage1-rounds", "1", "--stage2-rounds", "1"),
+    )
+    for name in mine:
+        federation.start_device(name, "--identity", str(fleet.device(name)))
+    for name, device in federation.devices.items():
+        ended = device.wait()
+        assert ended.code == 0, f"{name}: {ended.stderr}"
+        Bundle(federation.state(name) / "bundles" / Bundle(bundle).sha256).verify()
+    assert server.wait().code == 0

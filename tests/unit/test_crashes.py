@@ -1,0 +1,214 @@
+"""A device that is killed between any two of its writes, and started again on what it left behind."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import pytest
+from support import CLASSES, Built, random_theta
+
+from edge_runtime.cache import DiskCache
+from edge_runtime.daemon import RoundSeen, WorkDone, WorkFailed
+from edge_runtime.device import Device
+from edge_runtime.engines import open_engine
+from edge_runtime.features import FeatureCache
+from edge_runtime.gate import Gate
+from edge_runtime.inputs import reader_of
+from edge_runtime.samples import scan
+from edge_runtime.service import Service, device_link
+from edge_runtime.store import DeviceStore
+from protocol.messages import Globals, Round, Sal, Stage, Training, Update
+from protocol.tensors import blob_hash, pack, unpack
+from protocol.topics import Topics
+
+RUN, SESSION = "r", "s"
+SAL = Sal(window=2, epsilon=1.0, step=1, max_level=2)  # it activates more blocks as soon as it can
+BROKER = "mqtt://127.0.0.1:9"  # nothing here is sent
+VOLATILE = {"seconds", "peak_rss_mb", "bytes_down"}
+
+
+class Killed(BaseException):
+    """As SIGKILL: nothing in the daemon can catch it."""
+
+
+class Writes:
+    """Counts what takes its place on the disk, and makes one of the writes fail, right before or right after it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.names: list[str] = []
+        self._fails: Callable[[int, str], bool] = lambda number, name: False
+        self._error: BaseException = Killed()
+        self._after = False
+        replace = os.replace
+
+        def counted(source: Path, target: Path) -> None:
+            fails = self._fails(len(self.names), str(target))
+            self.names.append(str(target))
+            if not fails or self._after:
+                replace(source, target)
+            if fails:
+                raise self._error
+
+        monkeypatch.setattr(os, "replace", counted)
+
+    def of(self, work: Callable[[], object]) -> list[str]:
+        """The files that are written, in order."""
+        self.names = []
+        work()
+        return self.names
+
+    @contextmanager
+    def failing(self, fails: Callable[[int, str], bool], error: BaseException, after: bool = False) -> Iterator[None]:
+        """`fails` is told a write's number and the file's name."""
+        self.names, self._fails, self._error, self._after = [], fails, error, after
+        yield
+        self._fails = lambda number, name: False
+
+
+@pytest.fixture
+def writes(monkeypatch: pytest.MonkeyPatch) -> Writes:
+    return Writes(monkeypatch)
+
+
+def started(vit: Built, photos: Path, folder: Path, name: str = "d") -> tuple[Device, Service]:
+    """A daemon as `python -m edge_runtime run` makes one, before it talks to anybody."""
+    bundle = vit.bundle
+    store = DeviceStore(folder)
+    slices = scan(photos, CLASSES, reader_of(bundle).kind)
+    device = Device(
+        name=store.identity(name),
+        bundle=bundle,
+        scanned=slices,
+        cache=FeatureCache(DiskCache(store.cache, 2**30), bundle, threads=1),
+        engine=open_engine("step-graph", bundle, 1),
+        gate=Gate(bundle, 1),
+        store=store,
+        level_cap=2,
+        report=lambda *_: None,
+    )
+    return device, Service(device, RUN, device_link(BROKER, Topics(RUN), device.name))
+
+
+def rounds(vit: Built) -> tuple[list[Round], list[bytes]]:
+    """Every stage but the last in the order of a run, and the global blobs that they name."""
+    bundle = vit.bundle
+    expert = bundle.expert.split(random_theta(bundle, 2, seed=1))
+    start = bundle.expert.split(random_theta(bundle, 1, seed=2))
+    gate = bundle.gate.split(bundle.initial()[1])
+    named = {"expert": expert, "start": start, "gate": gate}
+    blobs = {kind: pack(Globals(run=RUN, kind=kind), tensors) for kind, tensors in named.items()}
+    hashes = {kind: blob_hash(blob) for kind, blob in blobs.items()}
+    steps = [(Stage.STATISTICS, 0), (Stage.GLOBAL, 0), (Stage.GLOBAL, 1)]
+    steps += [(Stage.PERSONAL, index) for index in range(3)] + [(Stage.BASELINE, 0)]
+    announced = [
+        Round(
+            run=RUN,
+            session=SESSION,
+            round=number,
+            stage=stage,
+            index=index,
+            of=3,
+            level=2,
+            seconds=60.0,
+            training=Training(epochs=1, batch_size=8, learning_rate=0.01),
+            sal=SAL,
+            **({} if stage is Stage.STATISTICS else hashes),
+        )
+        for number, (stage, index) in enumerate(steps, start=1)
+    ]
+    return announced, list(blobs.values())
+
+
+def kept(folder: Path, task: Round) -> dict[str, object]:
+    """What the round left behind: the update that would be sent, without what time has written into its header, and
+    the experts that stay."""
+    update, tensors = unpack(DeviceStore(folder).update(task.round) or b"", Update)
+    files = {name: (folder / name).read_bytes() for name in ("personal", "baseline") if (folder / name).is_file()}
+    return {**update.model_dump(exclude=VOLATILE), **{name: tensors[name].tobytes() for name in tensors}, **files}
+
+
+def worth_trying(written: list[str]) -> list[int]:
+    """The numbers of all writes but those of features, of which there are hundreds; of them three."""
+    features = [number for number, name in enumerate(written) if "/cache/" in name]
+    others = [number for number in range(len(written)) if number not in features]
+    return sorted({*others, *features[:: len(features) // 2 or 1]})
+
+
+def give(device: Device, blobs: list[bytes]) -> None:
+    """As if they had come over the wire."""
+    for blob in blobs:
+        device.store.keep_global(blob)
+
+
+def test_a_round_that_was_interrupted_anywhere_gives_the_same_update_to_the_bit(
+    vit: Built, photos: Path, tmp_path: Path, writes: Writes
+) -> None:
+    device, service = started(vit, photos, tmp_path / "undisturbed")
+    tasks, blobs = rounds(vit)
+    for task in tasks:
+        give(device, blobs)
+        before = shutil.copytree(device.store.root, tmp_path / "before")
+        written = writes.of(partial(service._work, task))
+        assert written[-1].endswith(f"/outbox/{task.round}")
+        for fatal, after in itertools.product(worth_trying(written), (False, True)):
+            folder = shutil.copytree(before, tmp_path / "disturbed")
+            _, victim = started(vit, photos, folder)
+            with (
+                writes.failing(lambda number, _, fatal=fatal: number == fatal, Killed(), after),
+                pytest.raises(Killed),
+            ):
+                victim._work(task)
+            survivor, restarted = started(vit, photos, folder)
+            if task.round not in survivor.store.unsettled(SESSION):  # else it is only to be sent
+                assert restarted._work(task) == WorkDone(task.round)
+            where = f"{task.stage.value} {task.index}, killed {'after' if after else 'before'} {written[fatal]}"
+            assert kept(folder, task) == kept(device.store.root, task), where
+            shutil.rmtree(folder)
+        shutil.rmtree(before)
+
+
+def test_a_round_for_which_there_was_no_room_gives_the_same_update_to_the_bit(
+    vit: Built,
+    photos: Path,
+    tmp_path: Path,
+    writes: Writes,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Nothing that could not be kept is sent; the same process tries the same again, and has mentioned it once."""
+    monkeypatch.setattr("edge_runtime.service.DISK_SECONDS", (0.01, 0.02))
+    (device, undisturbed), (full_device, full) = (
+        started(vit, photos, tmp_path / name) for name in ("undisturbed", "full")
+    )
+    tasks, blobs = rounds(vit)
+    full_disk = OSError(errno.ENOSPC, "No space left on device")
+    for task in tasks:
+        give(device, blobs)
+        give(full_device, blobs)
+        full._advance(RoundSeen(task))
+        written = [Path(name).name for name in writes.of(partial(undisturbed._work, task)) if "/cache/" not in name]
+        for file in written:
+            with writes.failing(lambda _, name, file=file: Path(name).name == file, full_disk):
+                assert full._work(task) == WorkFailed(task.round), file
+        assert full._work(task) == WorkDone(task.round)
+        assert kept(full_device.store.root, task) == kept(device.store.root, task)
+    lines = [line for line in capfd.readouterr().out.splitlines() if "No space left" in line]
+    assert len(lines) == len(tasks)
+
+
+def test_another_device_with_the_same_images_gives_another_update(vit: Built, photos: Path, tmp_path: Path) -> None:
+    """What is compared to the bit above does depend on what is drawn."""
+    tasks, blobs = rounds(vit)
+    for name in ("one", "two"):
+        device, service = started(vit, photos, tmp_path / name, name)
+        give(device, blobs)
+        service._work(tasks[1])
+    one, two = (unpack(DeviceStore(tmp_path / name).update(2) or b"", Update)[1] for name in ("one", "two"))
+    assert all(one[name].tobytes() != two[name].tobytes() for name in one)

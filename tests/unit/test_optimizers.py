@@ -1,0 +1,83 @@
+"""The server's optimizers against the formulas of their papers, written out value by value."""
+
+from __future__ import annotations
+
+from math import sqrt
+
+import numpy as np
+import pytest
+
+from trainer_server.aggregation import Aggregate
+from trainer_server.config import Aggregation, Optimizer
+from trainer_server.optimizers import Moments, step
+
+SIZE = 6
+ALL = (slice(0, SIZE),)
+
+
+def updates(rounds: int, trained: tuple[slice, ...] = ALL) -> list[Aggregate]:
+    rng = np.random.default_rng(3)
+    return [Aggregate(rng.normal(size=SIZE) * 10.0 ** rng.integers(-3, 2, SIZE), trained) for _ in range(rounds)]
+
+
+def run(settings: Aggregation, rounds: list[Aggregate]) -> np.ndarray:
+    current, moments = np.ones(SIZE, np.float32), Moments.zeros(SIZE)
+    for aggregate in rounds:
+        current, moments = step(settings, current, aggregate, moments)
+    return current
+
+
+def test_fedavg_adds_the_update_and_rounds_once() -> None:
+    rng = np.random.default_rng(0)
+    current = rng.normal(size=1000).astype(np.float32)
+    delta = rng.normal(size=1000) * 10.0 ** rng.integers(-9, 9, 1000)
+    result, _ = step(Aggregation(), current, Aggregate(delta, (slice(0, 1000),)), Moments.zeros(1000))
+    assert result.dtype == np.float32
+    assert np.array_equal(result, (current.astype(np.float64) + delta).astype(np.float32))
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.3])
+def test_fedavgm_is_the_papers(rate: float) -> None:
+    settings = Aggregation(optimizer=Optimizer.FEDAVGM, learning_rate=rate, momentum=0.7)
+    rounds = updates(9)
+    result = run(settings, rounds)
+    for index in range(SIZE):
+        x, v = 1.0, 0.0
+        for aggregate in rounds:
+            v = 0.7 * v + aggregate.delta[index]
+            x += rate * v
+        assert result[index] == pytest.approx(x, rel=1e-5, abs=1e-5)
+
+
+def test_fedadam_is_the_papers_algorithm_2() -> None:
+    settings = Aggregation(optimizer=Optimizer.FEDADAM, learning_rate=0.1, momentum=0.8, beta2=0.95, tau=1e-2)
+    rounds = updates(9)
+    result = run(settings, rounds)
+    for index in range(SIZE):
+        x, m, v = 1.0, 0.0, 0.0
+        for aggregate in rounds:
+            delta = aggregate.delta[index]
+            m = 0.8 * m + 0.2 * delta
+            v = 0.95 * v + 0.05 * delta**2
+            x += 0.1 * m / (sqrt(v) + 1e-2)
+        assert result[index] == pytest.approx(x, rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", Optimizer)
+def test_what_nobody_trained_keeps_its_values_and_moments(optimizer: Optimizer) -> None:
+    settings = Aggregation(optimizer=optimizer)
+    first, second = updates(1)[0], updates(1, (slice(0, 2),))[0]
+    current, moments = step(settings, np.ones(SIZE, np.float32), first, Moments.zeros(SIZE))
+    result, after = step(settings, current, second, moments)
+    for before, later in ((current, result), (moments.first, after.first), (moments.second, after.second)):
+        assert before[2:].tobytes() == later[2:].tobytes()
+    assert (result[:2] != current[:2]).all()
+
+
+@pytest.mark.parametrize("optimizer", Optimizer)
+def test_a_step_leaves_its_arguments_as_they_were(optimizer: Optimizer) -> None:
+    current, moments = np.ones(SIZE, np.float32), Moments.zeros(SIZE)
+    step(Aggregation(optimizer=optimizer), current, updates(1)[0], moments)
+    assert current.tolist() == [1] * SIZE
+    assert not moments.first.any()
+    assert not moments.second.any()

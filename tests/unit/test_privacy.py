@@ -1,0 +1,151 @@
+"""Noise on the device, and what the accountant says of it."""
+
+from __future__ import annotations
+
+from math import erf, exp, log, sqrt
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edge_runtime.privacy import privatize, privatize_statistics
+from protocol.head import head_of_class_means
+from protocol.layout import Vector
+from protocol.messages import Privacy
+from trainer_server.privacy import epsilon
+
+CLASSES, FEATURE = 5, 48
+ALMOST_NONE = Privacy(clip=1.0, noise_multiplier=1e-7, shares=1)
+
+
+def sums(rng: np.random.Generator, images: int = 30) -> dict[str, Vector]:
+    """The statistics of a device that holds images of every class but the last."""
+    means = np.random.default_rng(7).normal(size=(CLASSES, FEATURE))
+    labels = np.arange(images) % (CLASSES - 1)
+    features = means[labels] + 0.3 * rng.normal(size=(images, FEATURE))
+    one_hot = np.eye(CLASSES)[labels]
+    return {
+        "class_sums": (one_hot.T @ features).astype(np.float32),
+        "class_counts": one_hot.sum(axis=0).astype(np.float32),
+        "norm_sum": np.array([np.linalg.norm(features, axis=1).sum()], np.float32),
+    }
+
+
+@given(st.floats(1e-3, 1e3), st.floats(1e-3, 1e3), st.integers(0, 99))
+def test_without_noise_a_longer_update_is_cut_to_the_norm_and_a_shorter_one_is_kept(
+    clip: float, length: float, seed: int
+) -> None:
+    direction = np.random.default_rng(seed).normal(size=20)
+    delta = (direction / np.linalg.norm(direction) * length).astype(np.float32)
+    quiet = Privacy(clip=clip, noise_multiplier=1e-12, shares=1)
+    result = privatize(delta, quiet, np.random.default_rng(0))
+    assert np.linalg.norm(result) == pytest.approx(min(clip, length), rel=1e-5)
+    assert result @ delta == pytest.approx(np.linalg.norm(result) * np.linalg.norm(delta), rel=1e-5)
+
+
+@pytest.mark.parametrize("shares", [1, 16])
+def test_the_noise_is_gaussian_of_the_promised_deviation(shares: int) -> None:
+    privacy = Privacy(clip=3.0, noise_multiplier=0.8, shares=shares)
+    noise = privatize(np.zeros(200_000, np.float32), privacy, np.random.default_rng(1))
+    deviation = 0.8 * 3.0 / sqrt(shares)
+    assert noise.mean() == pytest.approx(0, abs=5 * deviation / sqrt(noise.size))
+    assert noise.std() == pytest.approx(deviation, rel=0.01)
+    assert (np.abs(noise) < deviation).mean() == pytest.approx(erf(1 / sqrt(2)), abs=0.005)
+
+
+def test_the_shares_of_as_many_devices_make_the_whole_noise() -> None:
+    privacy, rng = Privacy(clip=2.0, noise_multiplier=1.5, shares=10), np.random.default_rng(2)
+    total = sum(privatize(np.zeros(20_000, np.float32), privacy, rng).astype(np.float64) for _ in range(10))
+    assert np.std(total) == pytest.approx(1.5 * 2.0, rel=0.02)
+
+
+def test_two_updates_never_share_their_noise() -> None:
+    privacy, delta = Privacy(clip=1.0, noise_multiplier=1.0, shares=1), np.zeros(8, np.float32)
+    one, two = (privatize(delta, privacy, np.random.default_rng()) for _ in range(2))
+    assert not np.isclose(one, two).any()
+
+
+def test_with_next_to_no_noise_the_head_is_that_of_the_plain_class_means() -> None:
+    rng = np.random.default_rng(3)
+    plain = [sums(rng) for _ in range(4)]
+    private = [privatize_statistics(one, ALMOST_NONE, rng) for one in plain]
+
+    def head(all_: list[dict[str, Vector]]) -> Vector:
+        total = {name: np.sum([one[name] for one in all_], axis=0) for name in all_[0]}
+        return head_of_class_means(total["class_sums"], total["class_counts"], float(total["norm_sum"][0]))
+
+    held = (CLASSES - 1) * FEATURE  # of the class that nobody holds only the noise's direction is left
+    assert np.allclose(head(private)[:held], head(plain)[:held], rtol=0.02, atol=0.01)
+    assert not np.allclose(head(private)[:held], 1.1 * head(plain)[:held], rtol=0.02, atol=0.01)
+
+
+@given(st.integers(0, 99), st.floats(1e-3, 1e4), st.integers(0, 40))
+def test_no_device_can_move_the_private_statistics_by_more_than_their_sensitivity(
+    seed: int, scale: float, images: int
+) -> None:
+    own = {
+        name: tensor * np.float32(scale if name != "class_counts" else 1)
+        for name, tensor in sums(np.random.default_rng(seed), images).items()
+    }
+    sent = privatize_statistics(own, ALMOST_NONE, np.random.default_rng(0))
+    largest = 4 * sqrt(FEATURE)
+    u = np.append(sent["class_sums"].ravel(), sent["norm_sum"] / largest) / sqrt(2)
+    assert np.linalg.norm(u) <= 1 + 1e-5
+
+
+def test_the_private_statistics_hold_the_noise_of_their_sensitivity() -> None:
+    privacy, rng = Privacy(clip=99.0, noise_multiplier=0.5, shares=4), np.random.default_rng(4)
+    own, drawn = sums(rng), [privatize_statistics(sums(np.random.default_rng(5)), privacy, rng) for _ in range(400)]
+    assert np.std([one["class_sums"] for one in drawn], axis=0).mean() == pytest.approx(sqrt(2) * 0.25, rel=0.02)
+    norms = np.std([one["norm_sum"] for one in drawn])
+    assert norms == pytest.approx(sqrt(2) * 0.25 * 4 * sqrt(FEATURE), rel=0.1)
+    assert {name: tensor.shape for name, tensor in drawn[0].items()} == {name: t.shape for name, t in own.items()}
+    assert all(tensor.dtype == np.float32 for tensor in drawn[0].values())
+
+
+def test_the_private_counts_are_the_same_for_any_images() -> None:
+    rng = np.random.default_rng(6)
+    counts = [privatize_statistics(sums(rng, images), ALMOST_NONE, rng)["class_counts"] for images in (0, 3, 40)]
+    assert all(np.array_equal(c, np.full(CLASSES, 1 / CLASSES, np.float32)) for c in counts)
+
+
+def test_a_negative_sum_of_norms_still_gives_a_head_of_bounded_logits() -> None:
+    rng = np.random.default_rng(0)
+    directions, counts = rng.normal(size=(CLASSES, FEATURE)).astype(np.float32), np.full(CLASSES, 0.2, np.float32)
+    head = head_of_class_means(directions, counts, -3.0)
+    assert np.isfinite(head).all()
+    assert np.abs(head).max() <= 20 * 64 / sqrt(FEATURE)
+
+
+def gaussian_delta(epsilon_: float, mu: float) -> float:
+    """The exact δ of a Gaussian mechanism (Balle and Wang, ICML 2018, Theorem 8) of sensitivity over deviation `mu`."""
+
+    def phi(x: float) -> float:
+        return (1 + erf(x / sqrt(2))) / 2
+
+    return phi(mu / 2 - epsilon_ / mu) - exp(epsilon_) * phi(-mu / 2 - epsilon_ / mu)
+
+
+@pytest.mark.parametrize("noise", [0.7, 1.1, 4.0])
+@pytest.mark.parametrize("rounds", [1, 17, 200])
+def test_epsilon_lies_between_the_exact_value_and_the_first_renyi_bound(noise: float, rounds: int) -> None:
+    privacy, delta = Privacy(clip=1.0, noise_multiplier=noise, shares=8), 1e-5
+    spent = epsilon(privacy, rounds, delta)
+    # Mironov 2017, Proposition 3 over the Gaussian's α/(2σ²) per round, at its best α
+    first_bound = rounds / (2 * noise**2) + sqrt(2 * rounds * log(1 / delta)) / noise
+    assert spent <= first_bound * 1.01  # the library tries a grid of orders
+    if spent < 500:
+        assert gaussian_delta(spent, sqrt(rounds) / noise) <= delta
+        assert gaussian_delta(0.7 * spent, sqrt(rounds) / noise) > delta
+
+
+def test_epsilon_grows_with_rounds_and_falls_with_noise_and_delta() -> None:
+    def spent(noise: float = 1.0, rounds: int = 10, delta: float = 1e-5) -> float:
+        return epsilon(Privacy(clip=1.0, noise_multiplier=noise, shares=1), rounds, delta)
+
+    assert epsilon(Privacy(clip=1.0, noise_multiplier=1.0, shares=1), 0, 1e-5) == 0
+    assert spent(rounds=5) < spent(rounds=10) < spent(rounds=11)
+    assert spent(noise=2.0) < spent(noise=1.5) < spent()
+    assert spent(delta=1e-3) < spent() < spent(delta=1e-9)
+    assert spent() == epsilon(Privacy(clip=7.0, noise_multiplier=1.0, shares=30), 10, 1e-5)

@@ -1,0 +1,109 @@
+"""What a real device sends after each stage: real photos, ONNX Runtime and files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support import Built
+
+from edge_runtime.cache import DiskCache
+from edge_runtime.device import Device
+from edge_runtime.engine import StepGraphEngine
+from edge_runtime.features import FeatureCache
+from edge_runtime.gate import Gate
+from edge_runtime.inputs import reader_of
+from edge_runtime.personal import train_personal
+from edge_runtime.samples import scan
+from edge_runtime.stages import Globals, class_sums, statistics, train_global
+from edge_runtime.store import DeviceStore
+from edge_runtime.updates import prepare
+from protocol.encoding import decode
+from protocol.head import head_of_class_means
+from protocol.layout import Vector
+from protocol.messages import Encoding, Privacy, Round, Sal, Stage, Training
+from protocol.tensors import Tensors
+
+TRAINING = Training(epochs=2, learning_rate=1e-2)
+SAL = Sal(window=2, epsilon=0.1, step=1, max_level=2)
+
+
+@pytest.fixture
+def device(vit: Built, photos: Path, tmp_path: Path) -> Device:
+    store = DeviceStore(tmp_path)
+    engine = StepGraphEngine(vit.bundle, threads=1)
+    return Device(
+        name="d",
+        bundle=vit.bundle,
+        scanned=scan(photos, vit.bundle.manifest.classes, reader_of(vit.bundle).kind),
+        cache=FeatureCache(DiskCache(store.cache), vit.bundle, threads=1),
+        engine=engine,
+        gate=Gate(vit.bundle, threads=1),
+        store=store,
+        level_cap=1,
+        report=lambda *_: None,
+    )
+
+
+def task(stage: Stage, level: int = 1, **change: Any) -> Round:
+    fields: dict[str, Any] = {"run": "r", "session": "s", "round": 3, "index": 0, "of": 2, "seconds": 9.0, **change}
+    return Round(**fields, stage=stage, level=level, training=TRAINING, sal=SAL)
+
+
+def given(device: Device, level: int) -> Globals:
+    expert, gate = device.bundle.initial()
+    return Globals(expert[: device.bundle.expert.size(level)], expert[: device.bundle.expert.size(1)], gate)
+
+
+def head(sums: Tensors) -> Vector:
+    named = {name: np.asarray(tensor, np.float32) for name, tensor in sums.items()}
+    return head_of_class_means(named["class_sums"], named["class_counts"], float(named["norm_sum"][0]))
+
+
+def test_stage_1_gives_what_it_moved_at_the_level_the_device_can_bear(device: Device) -> None:
+    globals_ = given(device, level=2)
+    before = globals_.expert.copy()
+    outcome = train_global(device, task(Stage.GLOBAL, level=2), globals_)
+    size = device.bundle.expert.size(1)
+    assert outcome.level == 1
+    assert outcome.delta is not None
+    assert outcome.delta.shape == (size,)
+    assert outcome.delta.any()
+    assert np.array_equal(globals_.expert, before)
+    assert np.array_equal(outcome.delta, device.engine.get() - before[:size])
+
+
+def test_stage_2_gives_what_the_gate_moved(device: Device) -> None:
+    globals_ = given(device, level=1)
+    before = globals_.gate.copy()
+    outcome = train_personal(device, task(Stage.PERSONAL), globals_)
+    assert outcome.delta is not None
+    assert outcome.delta.shape == (device.bundle.gate.total,)
+    assert 0 < np.abs(outcome.delta).max() < 0.1  # a few steps of a small rate
+    assert np.array_equal(globals_.gate, before)
+
+
+@pytest.mark.parametrize("encoding", Encoding)
+@pytest.mark.parametrize("stage", [Stage.GLOBAL, Stage.PERSONAL])
+def test_what_is_sent_is_what_was_trained_but_for_the_encoding(
+    device: Device, stage: Stage, encoding: Encoding
+) -> None:
+    round_, globals_ = task(stage, encoding=encoding), given(device, level=1)
+    work, layout = (
+        (train_global, device.bundle.expert) if stage is Stage.GLOBAL else (train_personal, device.bundle.gate)
+    )
+    outcome = work(device, round_, globals_)
+    assert outcome.delta is not None
+    sent = prepare(device.bundle, device.store.residual, round_, outcome, np.random.default_rng(0))
+    assert np.abs(decode(layout, sent.tensors, encoding) - outcome.delta).max() <= np.abs(outcome.delta).max() / 250
+
+
+def test_private_statistics_of_real_features_give_nearly_the_same_head(device: Device) -> None:
+    quiet = Privacy(clip=1.0, noise_multiplier=1e-6, shares=1)
+    round_ = task(Stage.STATISTICS, privacy=quiet)
+    outcome = statistics(device, round_, given(device, level=1))
+    sent = prepare(device.bundle, device.store.residual, round_, outcome, np.random.default_rng(0))
+    wanted = head(class_sums(device, 1))
+    assert np.allclose(head(sent.tensors), wanted, atol=1e-3 * np.abs(wanted).max())

@@ -1,0 +1,215 @@
+"""The server's disk: whatever instant it dies at, what it has said is still true when it starts again."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from support import Built
+from test_coordinator import ABC, Run, answer, plan_of
+
+from protocol.errors import ConfigError, RunError
+from protocol.messages import Stage
+from protocol.tensors import pack
+from shell.files import write_atomically
+from trainer_server.coordinator import advance
+from trainer_server.events import ClockTicked, Event, Record, StatusSeen, Stop, UpdateSeen
+from trainer_server.running import open_bundle, open_run, present, replayed
+from trainer_server.running import plan_of as plan_in
+from trainer_server.snapshot import Snapshot, vectors_of
+from trainer_server.state import Plan, State
+from trainer_server.store import DATABASE, Logged, RunStore
+
+
+def same(one: State, other: State) -> bool:
+    vectors = [{name: tensor.tobytes() for name, tensor in vectors_of(state).items()} for state in (one, other)]
+    return vectors[0] == vectors[1] and Snapshot.of(one) == Snapshot.of(other) and one.updates == other.updates
+
+
+class Server:
+    """A server's loop without the network: advance, commit, keep."""
+
+    def __init__(self, store: RunStore, plan: Plan) -> None:
+        self.store, self.plan = store, plan
+        self.state, self.now = present(store, plan)
+
+    def feed(self, event: Event) -> None:
+        self.now += 1.0
+        state, commands = advance(self.plan, self.state, event, self.now)
+        if isinstance(event, UpdateSeen) and state is not self.state:
+            write_atomically(self.store.tensors / event.sha256, pack(event.update, event.tensors))
+        if state is self.state:
+            return
+        rounds = [command.closed for command in commands if isinstance(command, Record)]
+        ended = next((c.error or "finished" for c in commands if isinstance(c, Stop)), None)
+        self.store.commit([Logged(self.now, event)], rounds, ended=ended)
+        self.state = state
+        if isinstance(event, ClockTicked):
+            self.store.keep(state, self.now)
+
+    def answers(self) -> Iterator[Event]:
+        assert self.state.announced is not None
+        for device in ABC:
+            yield answer(self.plan, self.state.announced, device)
+            yield ClockTicked()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "run"
+
+
+def opened(vit: Built, folder: Path, **config: object) -> Server:
+    settings = plan_of(vit, stage1_rounds=2, stage2_rounds=1, **config).config
+    store = open_run(folder, settings, vit.bundle)
+    return Server(store, plan_in(store, vit.bundle))
+
+
+def run_to_its_end(server: Server) -> Iterator[Server]:
+    """After every event the server dies; its successor, which has only the folder, is given back."""
+    folder, bundle = server.store.folder, server.plan.bundle
+    statuses = [StatusSeen(Run(server.plan).status(name)) for name in ABC]
+    todo: list[Event] = [*statuses, ClockTicked()]
+    while server.store.ended is None:
+        for event in todo:
+            server.feed(event)
+            before = server.state
+            server.store.close()
+            store = RunStore(folder)
+            server = Server(store, plan_in(store, bundle))
+            assert same(server.state, before)
+            yield server
+        todo = list(server.answers())
+
+
+@pytest.mark.parametrize("audit", [False, True])
+def test_a_server_that_dies_after_any_event_goes_on_in_the_same_state(vit: Built, folder: Path, audit: bool) -> None:
+    for server in run_to_its_end(opened(vit, folder, audit=audit)):
+        last = server
+    undisturbed = Run(replace(last.plan, read=plan_of(vit).read))
+    undisturbed.online(*ABC)
+    undisturbed.until_stop(ABC)
+    assert last.store.ended == "finished"
+    assert last.state.expert.tobytes() == undisturbed.state.expert.tobytes()
+    assert last.state.gate.tobytes() == undisturbed.state.gate.tobytes()
+    assert [c.round.round for c in last.store.rounds()] == list(range(1, 6))
+
+
+def test_only_what_the_present_round_needs_is_kept_on_disk(vit: Built, folder: Path) -> None:
+    most = max(len(list(server.store.tensors.iterdir())) for server in run_to_its_end(opened(vit, folder)))
+    assert most == 1 + len(ABC)  # the state at the opening, and the round's updates
+
+
+def test_a_run_with_an_audit_is_done_over_bit_by_bit(vit: Built, folder: Path) -> None:
+    for server in run_to_its_end(opened(vit, folder, audit=True)):
+        last = server
+    again = list(replayed(last.store, last.plan))
+    assert again[:-1] == [closed.round for closed in last.store.rounds()]
+    assert again[-1] == last.state.announced
+    assert again[-1].stage is Stage.FINISHED
+
+
+def test_without_an_audit_a_run_cannot_be_done_over(vit: Built, folder: Path) -> None:
+    server = opened(vit, folder)
+    with pytest.raises(RunError, match="without --audit"):
+        list(replayed(server.store, server.plan))
+
+
+def test_a_crash_between_the_event_and_the_state_after_it_loses_nothing(vit: Built, folder: Path) -> None:
+    """A round has closed in the log, and the server died before it could keep the state."""
+    server = opened(vit, folder)
+    for event in (*(StatusSeen(Run(server.plan).status(name)) for name in ABC), ClockTicked()):
+        server.feed(event)
+    for device in ABC:
+        server.feed(answer(server.plan, server.state.announced, device))
+    state, commands = advance(server.plan, server.state, ClockTicked(), server.now)
+    server.store.commit([Logged(server.now, ClockTicked())], [c.closed for c in commands if isinstance(c, Record)])
+    server.store.close()
+    store = RunStore(folder)
+    successor, _ = present(store, plan_in(store, vit.bundle))
+    assert successor.round == 2
+    assert same(successor, state)
+
+
+def test_a_commit_is_whole_or_has_not_happened(vit: Built, folder: Path) -> None:
+    server = opened(vit, folder)
+    event = Logged(1.0, StatusSeen(Run(server.plan).status("a")))
+    unstorable = {("a", "kind"): (2**70, "an integer that SQLite cannot hold")}
+    with pytest.raises(OverflowError):
+        server.store.commit([event], refusals=unstorable)
+    assert list(server.store.events()) == []
+    server.store.commit([event])
+    assert list(server.store.events()) == [event]
+
+
+def test_refusals_are_added_up(vit: Built, folder: Path) -> None:
+    store = opened(vit, folder).store
+    store.commit([], refusals={("a", "late"): (2, "round 1"), ("b", "tensors"): (1, "nan")})
+    store.commit([], refusals={("a", "late"): (3, "round 2")})
+    assert [(r.device, r.kind, r.count, r.last) for r in store.refusals()] == [
+        ("a", "late", 5, "round 2"),
+        ("b", "tensors", 1, "nan"),
+    ]
+
+
+# what goes wrong
+
+
+def test_two_servers_do_not_work_in_one_folder(vit: Built, folder: Path) -> None:
+    first, second = opened(vit, folder).store, RunStore(folder)
+    with first.owned(), pytest.raises(RunError, match="another server is at work"), second.owned():
+        pass
+    with second.owned():
+        pass
+
+
+def test_other_settings_than_the_runs_are_named(vit: Built, folder: Path) -> None:
+    opened(vit, folder)
+    with pytest.raises(ConfigError, match=r"stage1_rounds = 2, not 3.*resume"):
+        open_run(folder, plan_of(vit, stage1_rounds=3, stage2_rounds=1).config, vit.bundle)
+
+
+def test_another_bundle_than_the_runs_is_refused(vit: Built, dinov2: Built, folder: Path) -> None:
+    server = opened(vit, folder)
+    with pytest.raises(ConfigError, match="another bundle"):
+        open_run(folder, server.plan.config, dinov2.bundle)
+    assert open_bundle(server.store).sha256 == vit.bundle.sha256
+
+
+def test_a_lost_or_altered_update_is_named(vit: Built, folder: Path) -> None:
+    server = opened(vit, folder)
+    for event in (*(StatusSeen(Run(server.plan).status(name)) for name in ABC), ClockTicked()):
+        server.feed(event)
+    update = answer(server.plan, server.state.announced, "a")
+    server.feed(update)
+    path = server.store.tensors / update.sha256
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    with pytest.raises(RunError, match=f"{update.sha256} has been altered"):
+        present(server.store, server.plan)
+    path.unlink()
+    with pytest.raises(RunError, match="cannot be read"):
+        present(server.store, server.plan)
+    path.write_bytes(whole)
+    assert same(present(server.store, server.plan)[0], server.state)
+
+
+def test_a_folder_without_a_run_and_one_with_something_else_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="no run at"):
+        RunStore(tmp_path)
+    (tmp_path / DATABASE).write_bytes(b"x" * 5000)
+    with pytest.raises(RunError, match="cannot be read"):
+        RunStore(tmp_path)
+    (tmp_path / DATABASE).unlink()
+    sqlite3.connect(tmp_path / DATABASE).close()
+    with pytest.raises(RunError, match="cannot be read"):
+        RunStore(tmp_path)
+
+
+def test_creating_a_run_where_nothing_can_be_written_is_one_clear_error(vit: Built, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="cannot be written"):
+        open_run(tmp_path / "file" / "run", plan_of(vit).config, vit.bundle)
