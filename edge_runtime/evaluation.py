@@ -107,6 +107,6 @@ def _per_class(device: Device, labels: NDArray[np.int64]) -> list[int]:
 def _load_alone(device: Device, session: str) -> Vector | None:
     try:
         header, tensors = unpack(device.store.baseline.read_bytes(), _Header)
-    except (OSError, MessageError):
+        return np.asarray(tensors["theta"], np.float32) if header.session == session else None
+    except (OSError, MessageError, KeyError):
         return None
-    return np.asarray(tensors["theta"], np.float32) if header.session == session else None

@@ -56,11 +56,11 @@ class LocalExpert:
         """The one kept from earlier rounds of the same session, if there is one."""
         try:
             header, tensors = unpack(device.store.personal.read_bytes(), _Header)
-        except (OSError, MessageError):
+            theta, best = (np.asarray(tensors[name], np.float32) for name in ("theta", "best"))
+        except (OSError, MessageError, KeyError):
             return None
-        if header.session != session:
+        if header.session != session or {theta.shape, best.shape} != {(device.bundle.expert.total,)}:
             return None
-        theta, best = (np.asarray(tensors[name], np.float32) for name in ("theta", "best"))
         sal = SalState(header.level, header.queue, header.seen)
         return cls(theta, sal, best, header.best_level, header.best_nll, header.round)
 

@@ -16,6 +16,7 @@ STATE/plan.json          what fits into its memory, as measured
 
 from __future__ import annotations
 
+import re
 import secrets
 import socket
 import tempfile
@@ -112,8 +113,9 @@ class DeviceStore:
 
     def _position(self) -> tuple[str, int]:
         path = self.root / "session"
-        session, _, settled = path.read_text().partition(" ") if path.is_file() else ("", "", "")
-        return session, int(settled) if settled.isdecimal() else 0
+        text = path.read_text(errors="replace").strip() if path.is_file() else ""
+        found = re.fullmatch(r"([0-9A-Za-z-]{1,64})(?: ([0-9]{1,10}))?", text)
+        return (found[1], int(found[2] or 0)) if found else ("", 0)
 
     def enter(self, session: str) -> bool:
         """Whether it is a new one: what lies in the outbox of another is of no use then."""

@@ -25,6 +25,8 @@ from edge_runtime.personal import ModelHeader
 from edge_runtime.personal import _Header as LocalExpert
 from edge_runtime.store import DeviceStore
 from protocol.bundle import MANIFEST, Bundle
+from protocol.encoding import decode as decode_vector
+from protocol.encoding import encode as encode_vector
 from protocol.errors import BundleError, ConfigError, FedFMSLError, MessageError
 from protocol.layout import Layout
 from protocol.messages import (
@@ -216,15 +218,15 @@ def topics(rng: random.Random) -> Target:
     return Target(Mutator([seed.encode() for seed in seeds], rng), decode, cap=8 * MIB)
 
 
-def layout(rng: random.Random) -> Target:
+def layout(encoding: Encoding, rng: random.Random) -> Target:
     """Of blobs that `unpack` lets pass."""
     made = Layout.build([("head", "a", (2, 3)), ("head", "b", (2,)), ("0", "c", (1, 1))])
     ends = {0, *(slot.end for slot in made.slots)}
-    seeds = [pack(HEADERS[1], made.split(np.arange(end, dtype=np.float32))) for end in ends]
+    seeds = [pack(HEADERS[1], encode_vector(made, np.arange(end, dtype=np.float32), encoding)) for end in ends]
 
     def join(data: bytes) -> np.ndarray[Any, Any]:
         _, tensors = unpack(data, Globals)
-        return made.join(tensors)
+        return decode_vector(made, tensors, encoding)
 
     def check(vector: np.ndarray[Any, Any]) -> bool:
         return vector.size in ends and vector.dtype == np.float32 and bool(np.isfinite(vector).all())
@@ -257,7 +259,33 @@ def identity(rng: random.Random, folder: Path) -> Target:
     def check(name: str) -> bool:
         return re.fullmatch(NAME, name) is not None
 
-    return Target(Mutator([b"pi.kitchen", b"device-0"], rng), accepts(read, ConfigError, check), cap=MIB)
+    return Target(Mutator([b"pi.kitchen", b"device-0"], rng), accepts(read, ConfigError, check), cap=8 * MIB)
+
+
+def session(rng: random.Random, folder: Path) -> Target:
+    def decode(data: bytes) -> bool:
+        (folder / "session").write_bytes(data)
+        store = DeviceStore(folder)
+        assert re.fullmatch("[0-9A-Za-z-]{0,64}", store.session)
+        assert 0 <= store.settled < 10**10
+        return bool(store.session)
+
+    return Target(Mutator([b"5e55 7", b"0123456789abcdef"], rng), decode, cap=8 * MIB)
+
+
+def outbox(rng: random.Random, folder: Path) -> Target:
+    """What cannot be read, or is of another session or round, is removed."""
+    store = DeviceStore(folder)
+    (folder / "outbox").mkdir()
+
+    def decode(data: bytes) -> bool:
+        (folder / "outbox" / "7").write_bytes(data)
+        rounds = store.unsettled("5e55")
+        assert rounds <= {7}
+        assert (store.update(7) == data) == (7 in rounds)
+        return bool(rounds)
+
+    return Target(BlobMutator([pack(HEADERS[0], TENSORS)], rng), decode, cap=32 * MIB)
 
 
 def kept_global(rng: random.Random, folder: Path) -> Target:
@@ -306,9 +334,14 @@ DECODERS: dict[str, tuple[int, Make]] = {  # with the inputs that the long form 
     "Assembler": (120_000, lambda rng, folder, built: assembler(rng, 3 * CHUNK_BYTES)),
     "Uploads": (80_000, lambda rng, folder, built: uploads(rng, 3 * CHUNK_BYTES, folder)),
     "Topics": (150_000, lambda rng, folder, built: topics(rng)),
-    "Layout": (50_000, lambda rng, folder, built: layout(rng)),
+    **{
+        f"Layout {encoding.value}": (40_000, lambda rng, folder, built, encoding=encoding: layout(encoding, rng))
+        for encoding in Encoding
+    },
     "Bundle": (20_000, manifest),
     "identity": (20_000, lambda rng, folder, built: identity(rng, folder)),
+    "session": (20_000, lambda rng, folder, built: session(rng, folder)),
+    "outbox": (20_000, lambda rng, folder, built: outbox(rng, folder)),
     "global blob": (20_000, lambda rng, folder, built: kept_global(rng, folder)),
     "cache": (20_000, lambda rng, folder, built: cached(rng, folder)),
 }
