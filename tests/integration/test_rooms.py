@@ -23,7 +23,11 @@ MAY_IMPORT = {
     "trainer_server": {"protocol", "starlette", "uvicorn", *BASE, *SHELL},
     "edge_runtime": {"protocol", "onnxruntime", "PIL", *BASE, *SHELL},
 }
-STAND_ALONE = {"edge_runtime/personalize.py": "onnx", "edge_runtime/texts.py": "tokenizers"}
+STAND_ALONE = {
+    "edge_runtime/personalize.py": "onnx",
+    "edge_runtime/texts.py": "tokenizers",
+    "trainer_server/privacy.py": "dp_accounting",
+}
 
 
 def imports(path: Path) -> set[str]:
