@@ -75,9 +75,8 @@ cafile {folder}/ca.crt
 certfile {folder}/broker.crt
 keyfile {folder}/broker.key
 tls_version tlsv1.2
-{certificates}# A client's id is its name, whatever id it gives: nobody ends another's connection, or takes over its
-# session, by connecting with its id. It also means one connection per name: two processes with one identity end each
-# other's.
+{certificates}# A client's id is its name, whatever id it gives: nobody ends another's connection, or takes its session,
+# by connecting with its id. It also means one connection per name: two processes with one identity end each other's.
 use_username_as_clientid true
 
 # Where only 443 leads out, mqtts://HOST:443 passes most firewalls: take `listener 443` above. A proxy that wants HTTP
@@ -90,9 +89,9 @@ use_username_as_clientid true
 {who}allow_anonymous false
 acl_file {folder}/acl
 
-# Chunks are 96 KiB and their head (protocol/tensors.py), announcements of rounds up to 128 KiB; a longer message is
-# nobody's of ours.
-message_size_limit 262144
+# Chunks are 96 KiB and their head (protocol/tensors.py), announcements of rounds up to 128 KiB; what is longer is not
+# ours. Its sender is cut off before it is read (message_size_limit would read all of it first, up to 256 MB).
+max_packet_size 262144
 
 # A queued message that is dropped is waited for in vain: no limit to their number (the server publishes the 700 chunks
 # of the largest expert at once). The limit to their bytes is what the server may still have to read, 1,000 devices'

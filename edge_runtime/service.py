@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import secrets
 import subprocess
@@ -348,7 +349,7 @@ class Service:
             stage=task.stage,
             level=outcome.level,
             samples=outcome.samples,
-            metrics=dict(outcome.metrics),
+            metrics={name: value for name, value in outcome.metrics.items() if math.isfinite(value)},
             counts=dict(outcome.counts),
             engine=self._device.engine.name,
             seconds=seconds,

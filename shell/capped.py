@@ -6,6 +6,7 @@ which TLS ended a connection; and after an outage all clients come back in step.
 
 from __future__ import annotations
 
+import contextlib
 import random
 import threading
 
@@ -52,6 +53,17 @@ class CappedClient(paho.Client):
             raise
         except OSError as error:
             self.last_error = error
+            raise
+
+    def _sock_send(self, buf: bytes | bytearray) -> int:
+        try:
+            return super()._sock_send(buf)
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            self.last_error = error
+            with contextlib.suppress(BlockingIOError, ConnectionError):
+                self._sock_recv(1)  # a peer that will not have us says why, and is gone: its alert waits to be read
             raise
 
     def _create_socket(self) -> paho.SocketLike:

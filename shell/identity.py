@@ -40,6 +40,7 @@ _ALERTS = {
     "DECRYPT_ERROR": "our certificate is not of its CA; ask the operator for another --identity",
     "HANDSHAKE_FAILURE": "it found no common ground; does it ask for a certificate (--identity)?",
     "WRONG_VERSION_NUMBER": "it does not speak TLS on this port; check the port",
+    "EOF": "it ended the connection without a word; does it speak TLS on this port, does it want us?",
 }
 
 

@@ -109,7 +109,8 @@ class Link:
         except ssl.SSLError as error:
             raise BrokerError(f"no trust in the {where}: {explain(error)}") from error
         except (OSError, ValueError) as error:
-            raise BrokerError(f"no {where} ({error}); start one or give another --broker") from error
+            tls = " that speaks TLS there," if self._address.encrypted else ""
+            raise BrokerError(f"no {where} ({error}); start one{tls} or give another --broker") from error
         self._client.loop_start()
         if not self._answered.wait(CONNECT_SECONDS):
             self._refusal = f"no answer within {CONNECT_SECONDS} s; check --broker and its port"

@@ -66,7 +66,7 @@ def start(
     baseline: bool = typer.Option(
         False, help="Also let every device train alone, for comparison.", rich_help_panel=ROUNDS
     ),
-    seed: int = typer.Option(0, rich_help_panel=ROUNDS),
+    seed: int = typer.Option(0, min=0, rich_help_panel=ROUNDS),
     min_updates: int = typer.Option(1, min=1, help="Updates without which a round is repeated.", rich_help_panel=WHO),
     max_repeats: int | None = typer.Option(
         None, min=0, help="Repeats in a row after which the run is given up. Default: never.", rich_help_panel=WHO

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 from processes import Broker, Federation, Observer, Processes, run_module
 
-from protocol.messages import Ack, Round, Stage, Verdict
+from protocol.messages import Ack, Globals, Round, Stage, Verdict
 from protocol.tensors import unpack
-from protocol.messages import Globals
 from trainer_server.store import RunStore
 
 ROUNDS = ("--stage1-rounds", "2", "--stage2-rounds", "2", "--audit")
@@ -61,7 +60,9 @@ def test_a_killed_server_goes_on_in_the_same_round_with_what_it_had_acknowledged
             federation.devices[slow].resume()
         assert finish(federation, observer) == undisturbed
         assert server.wait().code == 0
-    acks = [(ack.round, ack.device) for ack in observer.seen if isinstance(ack, Ack) and ack.verdict is Verdict.ACCEPTED]
+    acks = [
+        (ack.round, ack.device) for ack in observer.seen if isinstance(ack, Ack) and ack.verdict is Verdict.ACCEPTED
+    ]
     assert len(acks) == len(set(acks)) == 6 * len(photos)
     assert not any(closed["missing"] or closed["repeated"] for closed in federation.rounds())
 
