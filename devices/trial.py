@@ -51,7 +51,7 @@ def trial(
     engine: EngineChoice = typer.Option("auto", help="What trains on the devices; ort-training is also exported for."),
     devices: int = typer.Option(6, min=1),
     alpha: float = typer.Option(0.5, min=1e-3, help="Dirichlet α of the devices' shares: smaller is more unequal."),
-    seed: int = typer.Option(0),
+    seed: int = typer.Option(0, min=0),
     broker: str | None = typer.Option(None, help="As for the server. Default: an embedded broker."),
     identity: Path | None = IDENTITY,
     insecure: bool = INSECURE,
