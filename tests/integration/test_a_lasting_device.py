@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from daemons import RUN, started
-from processes import MOSQUITTO, SECONDS, Broker, Federation, Observer, Processes, answers, wait_until
+from processes import MOSQUITTO, SECONDS, Broker, Ended, Federation, Observer, Processes, answers, wait_until
 from support import Built, write_photos
 
 from edge_runtime.daemon import wanted
@@ -114,7 +114,11 @@ def test_a_broker_that_was_killed_in_mid_round_and_has_forgotten_everything_cost
         with Observer(broker, "forgotten") as observer:
             federation = Federation("forgotten", broker, bundle, photos, tmp_path, processes)
             start_all(federation)
-            hold_in_mid_round(federation, observer)
+            begun = hold_in_mid_round(federation, observer)
+            for name in set(photos) - {HOLDER}:
+                observer.wait(
+                    Ack, lambda a, name=name: (a.device, a.round) == (name, begun.round), f"the answer to {name}"
+                )
             since = len(observer.seen)
             start_again(processes, broker)
             observer.wait(DeviceStatus, lambda s: s.device == FIRST and s.online, "a device that is back", since)
@@ -136,10 +140,10 @@ def start_again(processes: Processes, broker: Broker) -> None:
 class SmallDisk:
     """A file system of DISK_BYTES at `folder`, which only one process sees, and those who look through its root."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, mode: str = "rw") -> None:
         self.folder = folder
         folder.mkdir(parents=True)
-        mount = f"mount -t tmpfs -o size={DISK_BYTES} tmpfs {folder}"
+        mount = f"mount -t tmpfs -o {mode},size={DISK_BYTES} tmpfs {folder}"
         if UNSHARE is None or subprocess.run([*SPACES, mount], capture_output=True, check=False).returncode:
             pytest.skip("no small file system can be mounted here")
         self.command = (*SPACES, f'{mount} && exec "$0" "$@"')
@@ -201,6 +205,15 @@ def test_a_model_for_which_there_is_no_room_is_refused_in_one_line(tmp_path: Pat
     )
     assert done.returncode == 74
     assert done.stderr.startswith("error: no room on the disk (") and len(done.stderr.splitlines()) == 1
+
+
+def test_a_state_folder_that_is_read_only_is_refused_before_anything_else(tmp_path: Path) -> None:
+    disk = SmallDisk(tmp_path / "disk", "ro")
+    command = ("-m", "edge_runtime", "run", "--run", "r", "--images", str(tmp_path), "--state", str(disk.folder))
+    done = subprocess.run(
+        [*disk.command, sys.executable, *command], capture_output=True, text=True, check=False, timeout=SECONDS
+    )
+    Ended(done.returncode, done.stdout, done.stderr).assert_error(2, "cannot be written to", "Read-only", "--state")
 
 
 @pytest.fixture
