@@ -178,7 +178,7 @@ def patience(device: str, attempt: int) -> float:
     """Seconds for which an answer to the transmission `attempt` (from 0) is waited for: each time twice as long, and on
     one device longer than on another, so that a fleet does not send again in step."""
     spread = SPREAD * random.Random(f"{device} {attempt}").random()
-    return min(FIRST_PATIENCE * 2 ** min(attempt, 10), LONGEST_PATIENCE) * (1 + spread)
+    return min(FIRST_PATIENCE * 2.0 ** min(attempt, 10), LONGEST_PATIENCE) * (1 + spread)
 
 
 def wanted(announced: Round | None) -> set[str]:

@@ -23,6 +23,7 @@ from protocol.tensors import blob_hash, pack, unpack
 
 SESSION = "s"
 SAL = Sal(window=2, epsilon=1.0, step=1, max_level=2)  # it activates more blocks as soon as it can
+EXPERTS = ("personal", "baseline", "mixture")
 VOLATILE = {"seconds", "peak_rss_mb", "bytes_down"}
 
 
@@ -64,13 +65,19 @@ class Writes:
         self._fails = lambda number, name: False
 
 
+@pytest.fixture(autouse=True)
+def no_personalized_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is written by a process of its own, out of the mixture that is kept, and takes seconds."""
+    monkeypatch.setattr("edge_runtime.service.write_personalized", lambda device: None)
+
+
 @pytest.fixture
 def writes(monkeypatch: pytest.MonkeyPatch) -> Writes:
     return Writes(monkeypatch)
 
 
 def rounds(vit: Built) -> tuple[list[Round], list[bytes]]:
-    """Every stage but the last in the order of a run, and the global blobs that they name."""
+    """Every stage in the order of a run, and the global blobs that they name."""
     bundle = vit.bundle
     expert = bundle.expert.split(random_theta(bundle, 2, seed=1))
     start = bundle.expert.split(random_theta(bundle, 1, seed=2))
@@ -79,7 +86,7 @@ def rounds(vit: Built) -> tuple[list[Round], list[bytes]]:
     blobs = {kind: pack(Globals(run=RUN, kind=kind), tensors) for kind, tensors in named.items()}
     hashes = {kind: blob_hash(blob) for kind, blob in blobs.items()}
     steps = [(Stage.STATISTICS, 0), (Stage.GLOBAL, 0), (Stage.GLOBAL, 1)]
-    steps += [(Stage.PERSONAL, index) for index in range(3)] + [(Stage.BASELINE, 0)]
+    steps += [(Stage.PERSONAL, index) for index in range(3)] + [(Stage.BASELINE, 0), (Stage.EVALUATE, 0)]
     announced = [
         Round(
             run=RUN,
@@ -103,7 +110,7 @@ def kept(folder: Path, task: Round) -> dict[str, object]:
     """What the round left behind: the update that would be sent, without what time has written into its header, and
     the experts that stay."""
     update, tensors = unpack(DeviceStore(folder).update(task.round) or b"", Update)
-    files = {name: (folder / name).read_bytes() for name in ("personal", "baseline") if (folder / name).is_file()}
+    files = {name: (folder / name).read_bytes() for name in EXPERTS if (folder / name).is_file()}
     return {**update.model_dump(exclude=VOLATILE), **{name: tensors[name].tobytes() for name in tensors}, **files}
 
 
