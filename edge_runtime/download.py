@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import math
 import ssl
 import time
 import urllib.error
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from protocol.bundle import MANIFEST, MAX_MANIFEST_BYTES, Bundle, file_sha256
-from protocol.errors import BundleError, MessageError, RunError
+from protocol.errors import BundleError, MessageError
 from protocol.messages import ServerStatus, parse
 from protocol.topics import Topics
 from shell.cli import console
@@ -19,17 +20,21 @@ from shell.identity import client_context, explain, read_identity
 from shell.link import Link, Received
 
 SERVER_SECONDS = 60
+LOOK_SECONDS = 1.0
 HTTP_SECONDS = 30
 RETRY_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0)  # between attempts that bring nothing: a server's restart, a cut line
 BLOCK = 1 << 18
 
 
 def find_server(link: Link, topics: Topics) -> ServerStatus:
-    """The status of the run's server. Raises RunError if none shows itself within a minute."""
+    """The status of the run's server, for which it waits as long as it takes; after a minute it says so."""
     link.subscribe(topics.server_status)
-    end = time.monotonic() + SERVER_SECONDS
-    while (left := end - time.monotonic()) > 0:
-        event = link.next_event(left)
+    patience = time.monotonic() + SERVER_SECONDS
+    while True:
+        event = link.next_event(LOOK_SECONDS)
+        if time.monotonic() > patience:
+            patience = math.inf
+            console.print(f"no server of run {topics.run!r} yet; is it started, is --run right? waiting for it")
         if isinstance(event, Received) and event.topic == topics.server_status and event.payload:
             try:
                 status = parse(ServerStatus, event.payload)
@@ -37,7 +42,6 @@ def find_server(link: Link, topics: Topics) -> ServerStatus:
                 continue
             if status.online:
                 return status
-    raise RunError(f"no server of run {topics.run!r} within {SERVER_SECONDS} s; is it started, is --run right?")
 
 
 def fetch_bundle(server: ServerStatus, folder: Path, identity: Path | None = None) -> Bundle:

@@ -154,6 +154,7 @@ class Unanswered:
         now = time.monotonic()
         if any(self.on_its_way(round_) for round_ in self._last_chunks):
             self._since = now
+            return False
         if not self._last_chunks or now < self._since + patience(self._device, self._attempt):
             return False
         self._attempt += 1

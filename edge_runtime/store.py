@@ -97,9 +97,11 @@ class DeviceStore:
 
     def drop_scraps(self) -> None:
         """What a process left behind that was ended while it wrote. To be called before anything is written."""
-        for folder in (self.root, self.root / "globals", self.root / "outbox"):
-            for path in folder.glob(".*.*"):
-                path.unlink(missing_ok=True)
+        large = (self.personal, self.baseline, self.residual, self.results, self.mixture, self.personalized)
+        scraps = [scrap for folder in ("globals", "outbox") for scrap in (self.root / folder).glob(".*")]
+        scraps += [scrap for path in large for scrap in path.parent.glob(f".{path.name}.*")]
+        for scrap in scraps:
+            scrap.unlink(missing_ok=True)
 
     @property
     def session(self) -> str:

@@ -26,11 +26,10 @@ class CappedClient(paho.Client):
     end and handed on cut off, with `announced` saying how long it was: paho then acknowledges it like any other, so the
     broker does not send it again and again."""
 
-    def __init__(self, client_id: str, persistent: bool, websocket: bool) -> None:
+    def __init__(self, client_id: str, websocket: bool) -> None:
         super().__init__(
             CallbackAPIVersion.VERSION2,
             client_id,
-            clean_session=not persistent,
             protocol=paho.MQTTv311,
             transport="websockets" if websocket else "tcp",
         )

@@ -72,14 +72,14 @@ class Link:
         broker: str,
         client_id: str,
         will: Will | None = None,
-        persistent: bool = False,
         identity: Path | None = None,
         insecure: bool = False,
     ) -> None:
         """`broker` is mqtt[s]:// or ws[s]://[user:password@]host[:port][/path] (see `shell.address`); `identity` is for
-        mqtts and wss (see `shell.identity`). A persistent client's subscriptions and unread messages survive its
-        absence. Raises ConfigError for another kind of address or file, and for an unencrypted way to another machine
-        unless it is `insecure`."""
+        mqtts and wss (see `shell.identity`). Nothing depends on what a broker keeps for a client that is away.
+
+        Raises ConfigError for another kind of address or file, and for an unencrypted way to another machine unless it
+        is `insecure`."""
         self.events: queue.Queue[LinkEvent] = queue.Queue(MAX_EVENTS)
         self._address = address = parse_address(broker)
         if not address.encrypted and not insecure:
@@ -88,7 +88,7 @@ class Link:
         self._answered = threading.Event()
         self._refusal: str | None = None
         self._closing = False
-        self._client = CappedClient(client_id, persistent, address.websocket)
+        self._client = CappedClient(client_id, address.websocket)
         self._client.max_queued_messages_set(0)
         self._client.ws_set_options(address.path)
         if address.encrypted:

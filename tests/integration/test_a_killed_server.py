@@ -50,7 +50,8 @@ def test_a_killed_server_goes_on_in_the_same_round_with_what_it_had_acknowledged
             killed = observer.wait(Round, lambda r, stage=stage: r.stage is stage, stage.value)
             federation.devices[slow].pause()  # so that the round stays open
             for name in set(photos) - {slow}:
-                observer.wait(Ack, lambda a, name=name: (a.device, a.round) == (name, killed.round), f"{name}'s ack")
+                key = (name, killed.round)
+                observer.wait(Ack, lambda a, key=key: (a.device, a.round) == key, f"{name}'s ack")
             server.kill()
             since = len(observer.seen)
             server = federation.start_server(*ROUNDS)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from processes import Broker, Ended, Process, Processes, free_port, run_module
+from processes import SECONDS, Broker, Ended, Process, Processes, free_port, run_module, wait_until
 
 from edge_runtime import download
 from edge_runtime.download import fetch_bundle, find_server
 from protocol.bundle import MANIFEST, Bundle
-from protocol.errors import BundleError, RunError
-from protocol.messages import ServerStatus
+from protocol.errors import BundleError
+from protocol.messages import ServerStatus, encode
 from protocol.topics import Topics
 from shell.link import Link
 from trainer_server.artifacts import ArtifactServer
@@ -99,15 +100,24 @@ def test_a_file_that_the_server_lacks_is_named(served: tuple[ServerStatus, Path]
         fetch_bundle(status, tmp_path / "device")
 
 
-def test_a_run_without_a_server_is_named(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(download, "SERVER_SECONDS", 0.3)
-    link = Link(broker.url, "nobody")
-    link.connect()
-    try:
-        with pytest.raises(RunError, match=r"no server of run 'deserted'.*is --run right"):
-            find_server(link, Topics("deserted"))
-    finally:
-        link.close()
+def test_a_server_is_waited_for_and_that_is_said(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(download, "SERVER_SECONDS", 0.0)
+    topics, status = Topics("deserted"), ServerStatus(online=True, run="deserted", session="1")
+    device, server = Link(broker.url, "device"), Link(broker.url, "server")
+    device.connect()
+    server.connect()
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(find_server, device, topics)
+        server.publish(topics.server_status, b"not a status", retain=True)
+        server.publish(topics.server_status, encode(status.model_copy(update={"online": False})))
+        wait_until(lambda: "no server of run 'deserted' yet" in capsys.readouterr().out, "a word about it")
+        assert not found.done()
+        server.publish(topics.server_status, encode(status), retain=True)
+        assert found.result(SECONDS) == status
+    device.close()
+    server.close()
 
 
 @pytest.fixture(scope="module")

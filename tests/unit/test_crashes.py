@@ -12,25 +12,18 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from support import CLASSES, Built, random_theta
+from daemons import RUN, started
+from support import Built, random_theta
 
-from edge_runtime.cache import DiskCache
 from edge_runtime.daemon import RoundSeen, WorkDone, WorkFailed
 from edge_runtime.device import Device
-from edge_runtime.engines import open_engine
-from edge_runtime.features import FeatureCache
-from edge_runtime.gate import Gate
-from edge_runtime.inputs import reader_of
-from edge_runtime.samples import scan
-from edge_runtime.service import Service, device_link
 from edge_runtime.store import DeviceStore
 from protocol.messages import Globals, Round, Sal, Stage, Training, Update
 from protocol.tensors import blob_hash, pack, unpack
-from protocol.topics import Topics
 
-RUN, SESSION = "r", "s"
+SESSION = "s"
 SAL = Sal(window=2, epsilon=1.0, step=1, max_level=2)  # it activates more blocks as soon as it can
-BROKER = "mqtt://127.0.0.1:9"  # nothing here is sent
+EXPERTS = ("personal", "baseline", "mixture")
 VOLATILE = {"seconds", "peak_rss_mb", "bytes_down"}
 
 
@@ -72,32 +65,19 @@ class Writes:
         self._fails = lambda number, name: False
 
 
+@pytest.fixture(autouse=True)
+def no_personalized_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is written by a process of its own, out of the mixture that is kept, and takes seconds."""
+    monkeypatch.setattr("edge_runtime.service.write_personalized", lambda device: None)
+
+
 @pytest.fixture
 def writes(monkeypatch: pytest.MonkeyPatch) -> Writes:
     return Writes(monkeypatch)
 
 
-def started(vit: Built, photos: Path, folder: Path, name: str = "d") -> tuple[Device, Service]:
-    """A daemon as `python -m edge_runtime run` makes one, before it talks to anybody."""
-    bundle = vit.bundle
-    store = DeviceStore(folder)
-    slices = scan(photos, CLASSES, reader_of(bundle).kind)
-    device = Device(
-        name=store.identity(name),
-        bundle=bundle,
-        scanned=slices,
-        cache=FeatureCache(DiskCache(store.cache, 2**30), bundle, threads=1),
-        engine=open_engine("step-graph", bundle, 1),
-        gate=Gate(bundle, 1),
-        store=store,
-        level_cap=2,
-        report=lambda *_: None,
-    )
-    return device, Service(device, RUN, device_link(BROKER, Topics(RUN), device.name))
-
-
 def rounds(vit: Built) -> tuple[list[Round], list[bytes]]:
-    """Every stage but the last in the order of a run, and the global blobs that they name."""
+    """Every stage in the order of a run, and the global blobs that they name."""
     bundle = vit.bundle
     expert = bundle.expert.split(random_theta(bundle, 2, seed=1))
     start = bundle.expert.split(random_theta(bundle, 1, seed=2))
@@ -106,7 +86,7 @@ def rounds(vit: Built) -> tuple[list[Round], list[bytes]]:
     blobs = {kind: pack(Globals(run=RUN, kind=kind), tensors) for kind, tensors in named.items()}
     hashes = {kind: blob_hash(blob) for kind, blob in blobs.items()}
     steps = [(Stage.STATISTICS, 0), (Stage.GLOBAL, 0), (Stage.GLOBAL, 1)]
-    steps += [(Stage.PERSONAL, index) for index in range(3)] + [(Stage.BASELINE, 0)]
+    steps += [(Stage.PERSONAL, index) for index in range(3)] + [(Stage.BASELINE, 0), (Stage.EVALUATE, 0)]
     announced = [
         Round(
             run=RUN,
@@ -130,7 +110,7 @@ def kept(folder: Path, task: Round) -> dict[str, object]:
     """What the round left behind: the update that would be sent, without what time has written into its header, and
     the experts that stay."""
     update, tensors = unpack(DeviceStore(folder).update(task.round) or b"", Update)
-    files = {name: (folder / name).read_bytes() for name in ("personal", "baseline") if (folder / name).is_file()}
+    files = {name: (folder / name).read_bytes() for name in EXPERTS if (folder / name).is_file()}
     return {**update.model_dump(exclude=VOLATILE), **{name: tensors[name].tobytes() for name in tensors}, **files}
 
 
@@ -150,7 +130,7 @@ def give(device: Device, blobs: list[bytes]) -> None:
 def test_a_round_that_was_interrupted_anywhere_gives_the_same_update_to_the_bit(
     vit: Built, photos: Path, tmp_path: Path, writes: Writes
 ) -> None:
-    device, service = started(vit, photos, tmp_path / "undisturbed")
+    device, service, _ = started(vit, photos, tmp_path / "undisturbed")
     tasks, blobs = rounds(vit)
     for task in tasks:
         give(device, blobs)
@@ -159,13 +139,13 @@ def test_a_round_that_was_interrupted_anywhere_gives_the_same_update_to_the_bit(
         assert written[-1].endswith(f"/outbox/{task.round}")
         for fatal, after in itertools.product(worth_trying(written), (False, True)):
             folder = shutil.copytree(before, tmp_path / "disturbed")
-            _, victim = started(vit, photos, folder)
+            _, victim, _ = started(vit, photos, folder)
             with (
                 writes.failing(lambda number, _, fatal=fatal: number == fatal, Killed(), after),
                 pytest.raises(Killed),
             ):
                 victim._work(task)
-            survivor, restarted = started(vit, photos, folder)
+            survivor, restarted, _ = started(vit, photos, folder)
             if task.round not in survivor.store.unsettled(SESSION):  # else it is only to be sent
                 assert restarted._work(task) == WorkDone(task.round)
             where = f"{task.stage.value} {task.index}, killed {'after' if after else 'before'} {written[fatal]}"
@@ -184,7 +164,7 @@ def test_a_round_for_which_there_was_no_room_gives_the_same_update_to_the_bit(
 ) -> None:
     """Nothing that could not be kept is sent; the same process tries the same again, and has mentioned it once."""
     monkeypatch.setattr("edge_runtime.service.DISK_SECONDS", (0.01, 0.02))
-    (device, undisturbed), (full_device, full) = (
+    (device, undisturbed, _), (full_device, full, _) = (
         started(vit, photos, tmp_path / name) for name in ("undisturbed", "full")
     )
     tasks, blobs = rounds(vit)
@@ -207,7 +187,7 @@ def test_another_device_with_the_same_images_gives_another_update(vit: Built, ph
     """What is compared to the bit above does depend on what is drawn."""
     tasks, blobs = rounds(vit)
     for name in ("one", "two"):
-        device, service = started(vit, photos, tmp_path / name, name)
+        device, service, _ = started(vit, photos, tmp_path / name, name)
         give(device, blobs)
         service._work(tasks[1])
     one, two = (unpack(DeviceStore(tmp_path / name).update(2) or b"", Update)[1] for name in ("one", "two"))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import paho.mqtt.client as paho
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -37,6 +38,7 @@ from edge_runtime.daemon import (
     advance,
     patience,
 )
+from edge_runtime.service import Unanswered
 from edge_runtime.store import DeviceStore
 from protocol.errors import ConfigError
 from protocol.messages import Ack, DeviceStatus, Round, Sal, ServerStatus, Stage, Training, Update, Verdict
@@ -394,8 +396,23 @@ def test_what_a_killed_process_left_half_written_is_cleared_away(tmp_path: Path)
     store.identity("d")
     for scrap in (tmp_path / ".personalized.onnx.17", tmp_path / "outbox" / ".2.17"):
         scrap.write_bytes(b"half")
+    (tmp_path / ".bashrc.old").write_text("somebody else's")
     store.drop_scraps()
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["1", "identity", "outbox"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [".bashrc.old", "1", "identity", "outbox"]
+
+
+def test_an_answer_is_overdue_only_after_the_whole_update_has_reached_the_broker(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("edge_runtime.daemon.FIRST_PATIENCE", 0.0)
+    unanswered, last_chunk = Unanswered("d"), paho.MQTTMessageInfo(1)
+    assert not unanswered.overdue()
+    unanswered.sent(3, last_chunk)
+    assert unanswered.on_its_way(3) and not unanswered.overdue()
+    last_chunk._set_as_published()
+    assert not unanswered.on_its_way(3) and unanswered.overdue()
+    unanswered.settled(3)
+    assert not unanswered.overdue()
 
 
 def test_globals_are_kept_by_content_and_a_torn_one_is_not_there(tmp_path: Path) -> None:

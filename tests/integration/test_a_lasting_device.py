@@ -1,0 +1,273 @@
+"""What may befall a device and its broker in a month: a twin, a full disk, a broker that forgets, an answer that is
+lost."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from daemons import RUN, started
+from processes import MOSQUITTO, SECONDS, Broker, Ended, Federation, Observer, Processes, answers, wait_until
+from support import Built, write_photos
+
+from edge_runtime.daemon import wanted
+from edge_runtime.store import DeviceStore
+from protocol.messages import Ack, DeviceStatus, Round, Sal, ServerStatus, Stage, Training, Verdict, encode
+from protocol.tensors import Assembler
+from protocol.topics import Topics
+from shell.link import Link, Received
+
+KINDS = ["amqtt", pytest.param("mosquitto", marks=pytest.mark.skipif(not MOSQUITTO, reason="needs a mosquitto"))]
+FIRST, HOLDER = "device-0", "device-1"
+ROUNDS = ("--stage1-rounds", "6", "--stage2-rounds", "2")
+UNSHARE = shutil.which("unshare")
+SPACES = (str(UNSHARE), "--user", "--map-root-user", "--mount", "sh", "-c")
+DISK_BYTES = 4 << 20
+
+
+def start_all(federation: Federation, *but: str) -> None:
+    federation.start_server(*ROUNDS)
+    for name in set(federation.photos) - set(but):
+        federation.start_device(name, "--bundle", str(federation.bundle))
+
+
+def hold_in_mid_round(federation: Federation, observer: Observer) -> Round:
+    """Stops one device in a round of stage 1 that it knows all about and has not finished, so that it stays open."""
+    holder, store = federation.devices[HOLDER], DeviceStore(federation.state(HOLDER))
+    begun = observer.wait(Round, lambda r: r.stage is Stage.GLOBAL, "stage 1")
+    while begun.stage is Stage.GLOBAL:
+        holder.pause()
+        finished = store.settled >= begun.round or store.update(begun.round) is not None
+        if not finished and all(store.global_blob(sha256) for sha256 in wanted(begun)):
+            return begun
+        holder.resume()
+        newer = begun.round + 1 if finished else begun.round
+        begun = observer.wait(Round, lambda r, newer=newer: r.round >= newer, f"round {newer}")
+    raise AssertionError("the holder was never caught in the middle of a round")
+
+
+def finished_rounds(federation: Federation, observer: Observer) -> list[dict[str, Any]]:
+    """The log of a run that has ended well for the server and every device of it, in which nobody was missed."""
+    observer.wait(Round, lambda r: r.stage is Stage.FINISHED, "the end")
+    server = federation.processes.started["server"]
+    ended = {name: process.wait() for name, process in {"server": server, **federation.devices}.items()}
+    assert {name: each.code for name, each in ended.items()} == dict.fromkeys(ended, 0), ended
+    assert not any("Traceback" in each.stdout + each.stderr for each in ended.values())
+    rounds = [json.loads(line) for line in (federation.server_folder / "rounds.jsonl").read_text().splitlines()]
+    assert all(sorted(line["updates"]) == sorted(federation.photos) for line in rounds)
+    assert not any(line["repeated"] for line in rounds)
+    return rounds
+
+
+def accepted(observer: Observer) -> Counter[tuple[str, int]]:
+    """How often an update of a device's for a round was counted."""
+    acks = (message for message in observer.seen if isinstance(message, Ack))
+    return Counter((ack.device, ack.round) for ack in acks if ack.verdict is Verdict.ACCEPTED)
+
+
+@pytest.mark.parametrize("copied", [False, True], ids=["the same --device", "a copied state folder"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_of_two_devices_with_one_identity_the_older_leaves_and_the_run_goes_on(
+    kind: str, copied: bool, bundle: Path, photos: dict[str, Path], tmp_path: Path
+) -> None:
+    with Processes(tmp_path / "logs") as processes:
+        broker = processes.start_broker(kind)
+        with Observer(broker, "twins") as observer:
+            federation = Federation("twins", broker, bundle, photos, tmp_path, processes)
+            start_all(federation)
+            hold_in_mid_round(federation, observer)
+            state = tmp_path / "twin"
+            if copied:
+                shutil.copytree(federation.state(FIRST), state)
+            older = federation.devices.pop(FIRST)
+            federation.devices[FIRST] = processes.start_module(
+                "twin",
+                "edge_runtime",
+                *("run", "--run", "twins", "--images", str(photos[FIRST]), "--bundle", str(bundle)),
+                *("--broker", broker.url, "--state", str(state), "--threads", "1"),
+                *([] if copied else ["--device", FIRST]),
+            )
+            ended = older.wait()
+            ended.assert_error(8, f"another device has come as '{FIRST}'", "--device", "--state")
+            federation.devices[HOLDER].resume()
+            finished_rounds(federation, observer)
+            instances = [m.instance for m in observer.seen if isinstance(m, DeviceStatus) and m.device == FIRST]
+            assert len(set(instances)) == 2
+            assert instances == sorted(instances, key=instances.index)  # neither shows itself again after the other
+            assert set(accepted(observer).values()) == {1}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_broker_that_was_killed_in_mid_round_and_has_forgotten_everything_costs_nothing(
+    kind: str, bundle: Path, photos: dict[str, Path], tmp_path: Path
+) -> None:
+    with Processes(tmp_path / "logs") as processes:
+        broker = processes.start_broker(kind)
+        with Observer(broker, "forgotten") as observer:
+            federation = Federation("forgotten", broker, bundle, photos, tmp_path, processes)
+            start_all(federation)
+            begun = hold_in_mid_round(federation, observer)
+            for name in set(photos) - {HOLDER}:
+                observer.wait(
+                    Ack, lambda a, name=name: (a.device, a.round) == (name, begun.round), f"the answer to {name}"
+                )
+            since = len(observer.seen)
+            start_again(processes, broker)
+            observer.wait(DeviceStatus, lambda s: s.device == FIRST and s.online, "a device that is back", since)
+            federation.devices[HOLDER].resume()
+            finished_rounds(federation, observer)
+            assert "connected to the broker again" in federation.devices[HOLDER].stdout
+
+
+def start_again(processes: Processes, broker: Broker) -> None:
+    """The broker, on the same port, with nothing of what it knew."""
+    port = broker.url.rpartition(":")[2]
+    processes.started[f"broker-{broker.kind}"].kill()
+    mosquitto = [str(MOSQUITTO), "-p", port]
+    amqtt = [sys.executable, "-m", "devices.broker", "--port", port]
+    processes.start("broker-again", *(mosquitto if broker.kind == "mosquitto" else amqtt))
+    wait_until(lambda: answers(int(port)), "the broker's return")
+
+
+class SmallDisk:
+    """A file system of DISK_BYTES at `folder`, which only one process sees, and those who look through its root."""
+
+    def __init__(self, folder: Path, mode: str = "rw") -> None:
+        self.folder = folder
+        folder.mkdir(parents=True)
+        mount = f"mount -t tmpfs -o {mode},size={DISK_BYTES} tmpfs {folder}"
+        if UNSHARE is None or subprocess.run([*SPACES, mount], capture_output=True, check=False).returncode:
+            pytest.skip("no small file system can be mounted here")
+        self.command = (*SPACES, f'{mount} && exec "$0" "$@"')
+        self.seen_from_here = folder
+
+    def seen_by(self, process: int) -> None:
+        self.seen_from_here = Path(f"/proc/{process}/root{self.folder}")
+
+    def fill(self) -> None:
+        """Takes whatever room there is."""
+        for size in (1 << 16, 1 << 12):
+            try:
+                with (self.seen_from_here / "ballast").open("ab", buffering=0) as file:
+                    while file.write(bytes(size)) == size:
+                        pass
+            except OSError:
+                continue
+
+    def empty(self) -> None:
+        (self.seen_from_here / "ballast").unlink()
+
+
+def test_a_device_whose_disk_is_full_waits_for_room_and_finishes_the_run(
+    broker: Broker, bundle: Path, photos: dict[str, Path], tmp_path: Path
+) -> None:
+    disk = SmallDisk(tmp_path / "devices" / FIRST)
+    with Processes(tmp_path / "logs") as processes, Observer(broker, "full") as observer:
+        federation = Federation("full", broker, bundle, photos, tmp_path, processes)
+        start_all(federation, FIRST)
+        device = federation.devices[FIRST] = processes.start(
+            FIRST,
+            *(*disk.command, sys.executable, "-m", "edge_runtime", "run", "--run", "full", "--device", FIRST),
+            *("--images", str(photos[FIRST]), "--bundle", str(bundle), "--threads", "1"),
+            *("--broker", broker.url, "--state", str(federation.state(FIRST))),
+        )
+        begun = hold_in_mid_round(federation, observer)
+        disk.seen_by(device.pid)
+        disk.fill()
+        federation.devices[HOLDER].resume()
+
+        def waits_for_room() -> bool:
+            disk.fill()
+            return "does not take what has to be kept" in device.stdout
+
+        wait_until(waits_for_room, "the device to mention its full disk")
+        disk.empty()
+        rounds = finished_rounds(federation, observer)
+        assert rounds[-1]["round"]["round"] > begun.round
+        assert set(accepted(observer).values()) == {1}
+
+
+def test_a_model_for_which_there_is_no_room_is_refused_in_one_line(tmp_path: Path) -> None:
+    disk = SmallDisk(tmp_path / "disk")
+    program = "from shell.cli import application\napp = application('')\n@app.command()\ndef main() -> None:\n"
+    program += "    from shell.files import write_atomically\n    from pathlib import Path\n"
+    program += f"    write_atomically(Path({str(disk.folder / 'model')!r}), bytes({2 * DISK_BYTES}))\napp()"
+    done = subprocess.run(
+        [*disk.command, sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=SECONDS
+    )
+    assert done.returncode == 74
+    assert done.stderr.startswith("error: no room on the disk (") and len(done.stderr.splitlines()) == 1
+
+
+def test_a_state_folder_that_is_read_only_is_refused_before_anything_else(tmp_path: Path) -> None:
+    disk = SmallDisk(tmp_path / "disk", "ro")
+    command = ("-m", "edge_runtime", "run", "--run", "r", "--images", str(tmp_path), "--state", str(disk.folder))
+    done = subprocess.run(
+        [*disk.command, sys.executable, *command], capture_output=True, text=True, check=False, timeout=SECONDS
+    )
+    Ended(done.returncode, done.stdout, done.stderr).assert_error(2, "cannot be written to", "Read-only", "--state")
+
+
+@pytest.fixture
+def photos_of_one(tmp_path: Path) -> Path:
+    return write_photos(tmp_path / "photos", per_class=3)
+
+
+def test_an_update_that_nobody_answers_is_sent_again_until_somebody_does(
+    broker: Broker, vit: Built, photos_of_one: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edge_runtime.daemon.FIRST_PATIENCE", 0.2)
+    device, service, link = started(vit, photos_of_one, tmp_path / "state", "unheard", broker.url)
+    server, topics = Link(broker.url, "a-server-that-overhears"), Topics(RUN)
+    server.connect()
+    server.subscribe(topics.update_chunk(device.name, "+", "+"))
+    status = ServerStatus(online=True, run=RUN, session="s", bundle=vit.bundle.sha256)
+    server.publish(topics.server_status, encode(status), retain=True)
+    task = Round(
+        run=RUN,
+        session="s",
+        round=1,
+        stage=Stage.STATISTICS,
+        index=0,
+        of=1,
+        level=1,
+        seconds=60.0,
+        training=Training(epochs=1, learning_rate=1.0),
+        sal=Sal(window=2, epsilon=0.1, step=1, max_level=1),
+    )
+    server.publish(topics.round, encode(task), retain=True)
+    link.connect()
+    daemon = threading.Thread(target=service.serve)
+    daemon.start()
+    try:
+        updates = whole_updates(server, topics)
+        assert len({next(updates) for _ in range(3)}) == 1  # the same bytes each time
+        ack = Ack(run=RUN, session="s", round=1, device=device.name, verdict=Verdict.DUPLICATE)
+        server.publish(topics.ack(device.name), encode(ack))
+        wait_until(lambda: device.store.settled == 1, "the device to hear")
+    finally:
+        finished = task.model_copy(update={"round": 2, "stage": Stage.FINISHED})
+        server.publish(topics.round, encode(finished), retain=True)
+        daemon.join(SECONDS)
+        server.close()
+    assert not daemon.is_alive()
+    assert device.store.unsettled("s") == frozenset()
+
+
+def whole_updates(server: Link, topics: Topics) -> Iterator[bytes]:
+    assembler = Assembler()
+    while True:
+        event = server.next_event(SECONDS)
+        assert event is not None
+        if isinstance(event, Received) and topics.update_of(event.topic):
+            blob = assembler.add(event.payload)
+            if blob is not None:
+                yield blob
