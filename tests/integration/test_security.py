@@ -198,7 +198,7 @@ def test_a_device_says_nothing_in_anothers_name(connect: Callable[..., Link]) ->
         "fedfmsl/orchard/devices/mallory/else",
         "elsewhere",
     ):
-        publish(mallory, topic, retain=True)
+        mallory.publish(topic, b"x", retain=True, qos=0)  # at QoS 1 mosquitto 2.0 ends the connection as well
     publish(mallory, TOPICS.progress("mallory"))
     publish(mallory, TOPICS.update_chunk("mallory", 1, 0))
     publish(mallory, TOPICS.status("mallory"), LAST)
