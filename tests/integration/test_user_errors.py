@@ -157,7 +157,7 @@ CASES = [
             f"an unencrypted way to another machine, at {room}",
             command,
             CONFIG,
-            ("192.0.2.1 would travel unencrypted", "--identity", "--insecure"),
+            ("192.0.2.1", "would travel unencrypted", "--identity", "--insecure"),
         )
         for room, command in (
             ("a device", lambda w: w.device(broker="ws://192.0.2.1")),
