@@ -59,8 +59,8 @@ password_file {folder}/passwords
         ""
         if passwords
         else f"""\
-# Who: the common name of a certificate of our CA that is not revoked. mosquitto reads the list when it starts: restart
-# it after --revoke.
+# Who: the common name of a certificate of our CA that is not revoked. After --revoke send mosquitto a SIGHUP (systemctl
+# reload), and nobody comes in with it any more; who is in stays until its connection ends: restart it to be sure.
 require_certificate true
 use_identity_as_username true
 crlfile {folder}/revoked.crl

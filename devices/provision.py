@@ -119,7 +119,7 @@ def _revoke(pki: Path, authority: Authority, names: list[str]) -> None:
     for name, file in zip(names, certificates, strict=True):
         file.unlink()
         (pki / "devices" / f"{name}.pem").unlink(missing_ok=True)
-    console.print(f"wrote {path}; copy it to the broker and restart it")
+    console.print(f"wrote {path}; copy it to the broker and restart that, which also cuts off who is in")
 
 
 def _add_users(path: Path, names: list[str]) -> None:

@@ -114,7 +114,9 @@ def _resume(file: _File, tls: ssl.SSLContext) -> None:
             if file.have > before:
                 waits = list(RETRY_SECONDS)
             if not waits:
-                raise BundleError(f"cannot fetch {file.url}: {cause}; start again to resume") from error
+                # uvicorn closes without a word on who has no certificate, or another fleet's
+                tls_hint = ", with the fleet's --identity" if file.url.startswith("https:") else ""
+                raise BundleError(f"cannot fetch {file.url}: {cause}; start again to resume{tls_hint}") from error
             time.sleep(waits.pop(0))
         except (OSError, ValueError) as error:  # this device's disk, or no address
             raise BundleError(f"cannot fetch {file.url}: {error}; start again to resume") from error

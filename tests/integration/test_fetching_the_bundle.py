@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import shutil
+import socket
+import threading
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from fleets import write_identity
 from processes import SECONDS, Broker, Ended, Process, Processes, free_port, run_module, wait_until
 
+from devices.authority import CLIENT, SERVER, make_authority
 from edge_runtime import download
 from edge_runtime.download import fetch_bundle, find_server
-from protocol.bundle import MANIFEST, Bundle
+from protocol.bundle import MANIFEST, Bundle, file_sha256
 from protocol.errors import BundleError
 from protocol.messages import ServerStatus, encode
 from protocol.topics import Topics
@@ -118,6 +124,109 @@ def test_a_server_is_waited_for_and_that_is_said(
         assert found.result(SECONDS) == status
     device.close()
     server.close()
+
+
+def get(url: str, **headers: str) -> tuple[int, dict[str, str], bytes]:
+    request = urllib.request.Request(url, headers={name.replace("_", "-"): value for name, value in headers.items()})
+    try:
+        with urllib.request.urlopen(request, timeout=10) as response:
+            return response.status, dict(response.headers), response.read()
+    except urllib.error.HTTPError as error:
+        return error.code, dict(error.headers), error.read()
+
+
+def test_a_files_etag_is_its_sha256(served: tuple[ServerStatus, Path]) -> None:
+    status, root = served
+    for name in (WEIGHTS, MANIFEST):
+        etag = f'"{file_sha256(root / name)}"'
+        assert get(f"{status.bundle_url}/{name}")[1]["etag"] == etag
+        code, headers, body = get(f"{status.bundle_url}/{name}", If_None_Match=f'"other", {etag}')
+        assert (code, headers["etag"], body) == (304, etag, b"")
+
+
+def test_a_rest_is_sent_of_the_same_version_only(served: tuple[ServerStatus, Path]) -> None:
+    status, root = served
+    url, whole = f"{status.bundle_url}/{WEIGHTS}", (root / WEIGHTS).read_bytes()
+    code, _, body = get(url, Range="bytes=100-", If_Range=f'"{file_sha256(root / WEIGHTS)}"')
+    assert (code, body) == (206, whole[100:])
+    code, _, body = get(url, Range="bytes=100-", If_Range='"another version"')
+    assert (code, body) == (200, whole)
+
+
+@pytest.mark.parametrize("name", ["secret", "../outside", "..%2Foutside", "%2e%2e/outside", "", "/etc/passwd", "sub/x"])
+def test_only_what_the_manifest_names_is_served(served: tuple[ServerStatus, Path], name: str) -> None:
+    status, root = served
+    (root / "secret").write_text("in the folder, but not of the bundle")
+    (root.parent / "outside").write_text("not even in the folder")
+    assert get(f"{status.bundle_url}/{name}")[0] == 404
+
+
+def test_no_more_is_read_than_the_manifest_says(
+    served: tuple[ServerStatus, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status, root = served
+    monkeypatch.setattr(download, "BLOCK", 1000)
+    size = (root / WEIGHTS).stat().st_size
+    with (root / WEIGHTS).open("ab") as file:
+        file.write(bytes(10_000_000))
+    written: list[int] = []
+    real = download.file_sha256
+    monkeypatch.setattr(download, "file_sha256", lambda path: written.append(path.stat().st_size) or real(path))
+    with pytest.raises(BundleError, match="thrown away"):
+        fetch_bundle(status, tmp_path / "device")
+    assert max(written) == size + 1
+
+
+def test_a_download_goes_on_over_cuts_of_the_line(
+    served: tuple[ServerStatus, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(download, "RETRY_SECONDS", (0.0,))
+    status, _ = served
+    port = int(status.bundle_url.split(":")[2].split("/")[0])
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=cut_after, args=(listener, port, 200_000), daemon=True).start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/bundle"
+        fetch_bundle(status.model_copy(update={"bundle_url": url}), tmp_path / "device").verify()
+
+
+def cut_after(listener: socket.socket, port: int, limit: int) -> None:
+    """A line that is cut whenever so many bytes have come over it."""
+    while True:
+        try:
+            client, _ = listener.accept()
+        except OSError:
+            return
+        with client, socket.create_connection(("127.0.0.1", port)) as server:
+            server.sendall(client.recv(65536))
+            left = limit
+            while left and (data := server.recv(min(left, 65536))):
+                client.sendall(data)
+                left -= len(data)
+
+
+def test_over_tls_a_bundle_is_for_the_fleet_only(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(download, "RETRY_SECONDS", (0.0,))
+    ours, theirs = make_authority("ours"), make_authority("theirs")
+    server = write_identity(tmp_path / "server.pem", ours.issue("server", [SERVER], ["localhost"]), ours)
+    device = write_identity(tmp_path / "device.pem", ours.issue("device", [CLIENT]), ours)
+    nobody = write_identity(tmp_path / "nobody.pem", None, ours)
+    foreign = write_identity(tmp_path / "foreign.pem", theirs.issue("device", [CLIENT]), ours)
+    trusting = write_identity(tmp_path / "trusting.pem", ours.issue("device", [CLIENT]), theirs)
+    served = ArtifactServer(bundle, f"localhost:{free_port()}", server)
+    try:
+        url = served.url
+        assert url.startswith("https://")
+        status = ServerStatus(online=True, run="tls", session="1", bundle=Bundle(bundle).sha256, bundle_url=url)
+        fetch_bundle(status, tmp_path / "fetched", device).verify()
+        for identity, says in (
+            (nobody, "--identity"),
+            (foreign, "--identity"),
+            (trusting, "not of the identity file's CA"),
+        ):
+            with pytest.raises(BundleError, match=says):
+                fetch_bundle(status, tmp_path / identity.stem, identity)
+    finally:
+        served.close()
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,106 @@
+"""Identity files: what is read out of them, and which are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from devices.authority import CLIENT, SERVER, Authority, Issued, make_authority
+from protocol.errors import ConfigError
+from shell.identity import device_name, read_identity
+
+
+@pytest.fixture(scope="module")
+def authority() -> Authority:
+    return make_authority("test")
+
+
+@pytest.fixture(scope="module")
+def issued(authority: Authority) -> Issued:
+    return authority.issue("kitchen", [CLIENT, SERVER], ["localhost"])
+
+
+def write(path: Path, *parts: str, mode: int = 0o600) -> Path:
+    path.write_text("".join(parts))
+    path.chmod(mode)
+    return path
+
+
+def test_an_identity_knows_its_name_and_its_ca(authority: Authority, issued: Issued, tmp_path: Path) -> None:
+    path = write(tmp_path / "x.pem", issued.key_pem, issued.certificate_pem, authority.certificate_pem)
+    identity = read_identity(path)
+    assert identity.name == "kitchen"
+    (trusted,) = identity.client_context().get_ca_certs()
+    assert trusted["subject"] == ((("commonName", "test"),),)
+    assert identity.client_context().check_hostname
+    identity.server_context()
+
+
+def test_a_file_of_windows_is_read_as_well(authority: Authority, issued: Issued, tmp_path: Path) -> None:
+    text = issued.key_pem + issued.certificate_pem + authority.certificate_pem
+    (tmp_path / "x.pem").write_bytes(text.replace("\n", "\r\n").encode())
+    (tmp_path / "x.pem").chmod(0o600)
+    assert read_identity(tmp_path / "x.pem").name == "kitchen"
+
+
+def test_a_cas_certificate_alone_checks_others_but_is_nobody(authority: Authority, tmp_path: Path) -> None:
+    identity = read_identity(write(tmp_path / "ca.crt", authority.certificate_pem, mode=0o644))  # nothing secret
+    assert identity.name is None
+    assert len(identity.client_context().get_ca_certs()) == 1
+    with pytest.raises(ConfigError, match="which a server needs; give the server's --identity"):
+        identity.server_context()
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o644])
+def test_a_key_that_others_may_read_is_refused(authority: Authority, issued: Issued, tmp_path: Path, mode: int) -> None:
+    path = write(tmp_path / "x.pem", issued.key_pem, issued.certificate_pem, authority.certificate_pem, mode=mode)
+    with pytest.raises(ConfigError, match=f"private key that others may read; chmod 600 {path}"):
+        read_identity(path)
+
+
+def test_a_key_of_another_certificate_is_refused(authority: Authority, issued: Issued, tmp_path: Path) -> None:
+    other = authority.issue("other", [CLIENT])
+    path = write(tmp_path / "x.pem", other.key_pem, issued.certificate_pem, authority.certificate_pem)
+    with pytest.raises(ConfigError, match="do not go together"):
+        read_identity(path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "no PEM",
+        "-----BEGIN CERTIFICATE-----\nMAA=\n-----END CERTIFICATE-----\n",
+        "-----BEGIN CERTIFICATE-----\n????\n-----END CERTIFICATE-----\n",
+        "-----BEGIN PRIVATE KEY-----\nMAA=\n-----END PRIVATE KEY-----\n",
+        "-----BEGIN PRIVATE KEY-----\nMAA=\n-----END PRIVATE KEY-----\n"
+        "-----BEGIN CERTIFICATE-----\nMAA=\n-----END CERTIFICATE-----\n",
+        "\N{SNOWMAN}",
+    ],
+)
+def test_a_file_that_is_no_identity_is_named(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError, match=r"x\.pem") as caught:
+        read_identity(write(tmp_path / "x.pem", text))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_cut_certificate_is_named(authority: Authority, issued: Issued, tmp_path: Path) -> None:
+    lines = issued.certificate_pem.splitlines(keepends=True)
+    for cut in range(1, len(lines) - 2):
+        path = write(tmp_path / "x.pem", issued.key_pem, *lines[:cut], lines[-1], authority.certificate_pem)
+        with pytest.raises(ConfigError):
+            read_identity(path)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="not readable"):
+        read_identity(tmp_path / "nowhere.pem")
+
+
+def test_a_device_is_called_what_its_certificate_says(authority: Authority, issued: Issued, tmp_path: Path) -> None:
+    path = write(tmp_path / "x.pem", issued.key_pem, issued.certificate_pem, authority.certificate_pem)
+    assert device_name(None, path) == device_name("kitchen", path) == "kitchen"
+    assert device_name("other", None) == "other"
+    with pytest.raises(ConfigError, match=r"--device 'other'.*leave --device away"):
+        device_name("other", path)

@@ -1,0 +1,229 @@
+"""The link against a real mosquitto that lets everybody in, and a WebSocket that a stranger speaks."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from protocol.errors import ConfigError
+from shell.address import parse_address
+from shell.capped import MAX_PAYLOAD
+from shell.link import MAX_EVENTS, Connected, Link, LinkEvent, Oversize, Received
+
+MOSQUITTO = shutil.which("mosquitto", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
+needs_mosquitto = pytest.mark.skipif(not MOSQUITTO, reason="mosquitto is not installed (apt-get install mosquitto)")
+HUGE = 100_000_000
+SPARE = 8 << 20  # bytes that receiving something huge may take
+
+
+@pytest.fixture(scope="module")
+def port() -> Iterator[int]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        free: int = probe.getsockname()[1]
+    broker = subprocess.Popen([str(MOSQUITTO), "-p", str(free)], stderr=subprocess.DEVNULL)
+    for _ in range(500):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", free)) == 0:
+                break
+        time.sleep(0.02)
+    yield free
+    broker.terminate()
+    broker.wait()
+
+
+def connected(port: int, name: str, topic: str = "") -> Link:
+    link = Link(f"mqtt://127.0.0.1:{port}", name)
+    link.connect()
+    assert link.next_event(10) == Connected()
+    if topic:  # which is subscribed to once a message on it comes back
+        link.subscribe(f"{topic}/#")
+        link.publish(f"{topic}/ready", b"")
+        assert link.next_event(10) == Received(f"{topic}/ready", b"")
+    return link
+
+
+def peak_rss() -> int:
+    """Bytes this process has had in memory at most."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) * 1024
+
+
+def next_events(link: Link, count: int) -> list[LinkEvent | None]:
+    return [link.next_event(30) for _ in range(count)]
+
+
+def send(port: int, topic: str, size: int, scratch: Path) -> None:
+    """From a process of its own, which needs the memory that this one must not."""
+    scratch.write_bytes(b"")
+    os.truncate(scratch, size)
+    script = (
+        "import sys, paho.mqtt.client as paho\n"
+        "c = paho.Client(paho.CallbackAPIVersion.VERSION2)\n"
+        "c.connect('127.0.0.1', int(sys.argv[1])); c.loop_start()\n"
+        "c.publish(sys.argv[2], open(sys.argv[3], 'rb').read(), 1).wait_for_publish(60); c.disconnect()\n"
+    )
+    subprocess.run([sys.executable, "-c", script, str(port), topic, str(scratch)], check=True, timeout=90)
+
+
+@needs_mosquitto
+def test_a_message_of_the_largest_size_arrives_and_a_longer_one_is_reported(port: int, tmp_path: Path) -> None:
+    link = connected(port, "largest", "largest")
+    for size in (MAX_PAYLOAD, MAX_PAYLOAD + 1, 1):
+        send(port, "largest/x", size, tmp_path / "payload")
+    whole, longer, after = next_events(link, 3)
+    link.close()
+    assert whole == Received("largest/x", bytes(MAX_PAYLOAD))
+    assert longer == Oversize("largest/x", MAX_PAYLOAD + 1)
+    assert after == Received("largest/x", b"\0")
+
+
+@needs_mosquitto
+def test_100_megabytes_are_thrown_away_without_being_held_and_do_not_come_again(port: int, tmp_path: Path) -> None:
+    name = "huge-receiver"
+    link = Link(f"mqtt://127.0.0.1:{port}", name, persistent=True)
+    link.connect()
+    link.subscribe("huge/#")
+    assert link.next_event(10) == Connected()
+    before = peak_rss()
+    send(port, "huge/x", HUGE, tmp_path / "payload")
+    assert link.next_event(60) == Oversize("huge/x", HUGE)
+    assert peak_rss() - before < SPARE
+    send(port, "huge/x", 3, tmp_path / "payload")
+    assert link.next_event(10) == Received("huge/x", bytes(3))
+    link.close()
+    again = Link(f"mqtt://127.0.0.1:{port}", name, persistent=True)
+    again.connect()
+    assert again.next_event(10) == Connected()
+    send(port, "huge/x", 4, tmp_path / "payload")
+    assert again.next_event(10) == Received("huge/x", bytes(4))  # and nothing before it
+    again.close()
+
+
+def speak_websocket(listener: socket.socket, size: int) -> None:
+    """A broker's part: takes the client in, and sends it one frame with a PUBLISH of `size` bytes, and a short one."""
+    peer, _ = listener.accept()
+    with peer:
+        asked = b""
+        while b"\r\n\r\n" not in asked:
+            asked += peer.recv(4096)
+        key = next(line for line in asked.decode().splitlines() if line.lower().startswith("sec-websocket-key"))
+        digest = hashlib.sha1((key.split(": ")[1] + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11").encode()).digest()
+        accept = base64.b64encode(digest).decode()
+        head = ("HTTP/1.1 101 Switching Protocols", "Upgrade: websocket", "Connection: Upgrade")
+        peer.sendall("\r\n".join([*head, f"Sec-WebSocket-Accept: {accept}", "\r\n"]).encode())
+        peer.recv(4096)  # CONNECT
+        peer.sendall(b"\x82\x04\x20\x02\x00\x00")  # CONNACK
+        peer.sendall(b"\x89\x02hi")  # a ping, which is none of MQTT's business
+        left, length = 3 + size, b""
+        while True:  # MQTT's own way to write a length
+            left, low = divmod(left, 128)
+            length += bytes([low | (128 if left else 0)])
+            if not left:
+                break
+        packet = b"\x30" + length + b"\x00\x01t"
+        peer.sendall(b"\x82\x7f" + struct.pack("!Q", len(packet) + size) + packet)
+        block = bytes(1 << 16)
+        for start in range(0, size, len(block)):
+            peer.sendall(block[: size - start])
+        peer.sendall(b"\x82\x06\x30\x04\x00\x01tx")
+        while peer.recv(4096):
+            pass
+
+
+def test_100_megabytes_in_one_websocket_frame_are_not_held_either() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        speaker = threading.Thread(target=speak_websocket, args=(listener, HUGE), daemon=True)
+        speaker.start()
+        link = Link(f"ws://127.0.0.1:{listener.getsockname()[1]}", "frames")
+        link.connect()
+        before = peak_rss()
+        assert next_events(link, 3) == [Connected(), Oversize("t", HUGE), Received("t", b"x")]
+        assert peak_rss() - before < SPARE
+        link.close()
+        speaker.join(10)
+
+
+@needs_mosquitto
+def test_a_link_that_nobody_empties_holds_a_few_messages_and_loses_none(port: int) -> None:
+    sender, reader = connected(port, "sender"), connected(port, "reader", "flood")
+    count = 3 * MAX_EVENTS
+    for number in range(count):
+        last = sender.publish("flood/x", str(number).encode())
+    last.wait_for_publish(30)
+    while reader.events.qsize() < MAX_EVENTS:
+        time.sleep(0.02)
+    reader.publish("elsewhere", b"x")  # a full queue holds nobody up who publishes
+    got = [event.payload for event in next_events(reader, count) if isinstance(event, Received)]
+    assert got == [str(number).encode() for number in range(count)]
+    sender.close()
+    reader.close()
+
+
+@needs_mosquitto
+def test_a_link_whose_queue_is_full_closes_nevertheless(port: int) -> None:
+    sender, reader = connected(port, "sender2"), connected(port, "reader2", "full")
+    for number in range(2 * MAX_EVENTS):
+        last = sender.publish("full/x", str(number).encode())
+    last.wait_for_publish(30)
+    while reader.events.qsize() < MAX_EVENTS:
+        time.sleep(0.02)
+    closing = threading.Thread(target=reader.close, args=(reader.publish("full/bye", b"x"),))
+    closing.start()
+    closing.join(20)
+    assert not closing.is_alive()
+    sender.close()
+
+
+@pytest.mark.parametrize(
+    ("broker", "expected"),
+    [
+        ("mqtt://localhost", ("localhost", 1883, "", "")),
+        ("mqtts://u:p%40ss@broker.example", ("broker.example", 8883, "u", "p@ss")),
+        ("ws://127.0.0.1:9001/path", ("127.0.0.1", 9001, "", "")),
+        ("wss://[::1]", ("::1", 443, "", "")),
+    ],
+)
+def test_an_address_has_its_schemes_defaults(broker: str, expected: tuple[str, int, str, str]) -> None:
+    address = parse_address(broker)
+    assert (address.host, address.port, address.user, address.password) == expected
+
+
+def test_user_and_password_may_stand_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDFMSL_USER", "kitchen")
+    monkeypatch.setenv("FEDFMSL_PASSWORD", "secret")
+    address = parse_address("mqtts://broker.example")
+    assert (address.user, address.password) == ("kitchen", "secret")
+    assert parse_address("mqtts://other@broker.example").user == "other"
+    assert "secret" not in repr(address)
+
+
+def test_an_error_about_an_address_does_not_show_its_password() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_address("http://me:secret@broker.example")
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "127.8.8.8", "[::1]"])
+def test_this_machine_may_be_spoken_to_in_the_clear(host: str) -> None:
+    Link(f"mqtt://{host}", "x")
+
+
+@pytest.mark.parametrize("host", ["broker.example", "192.0.2.1", "localhost.example", "[2001:db8::1]", "0.0.0.0"])
+@pytest.mark.parametrize("scheme", ["mqtt", "ws"])
+def test_another_machine_may_not_unless_it_is_said(scheme: str, host: str) -> None:
+    with pytest.raises(ConfigError, match=rf"would travel unencrypted; use {scheme}s:// with --identity, or say"):
+        Link(f"{scheme}://{host}", "x")
+    Link(f"{scheme}://{host}", "x", insecure=True)

@@ -1,0 +1,124 @@
+"""What devices.provision writes, and what it refuses to write."""
+
+from __future__ import annotations
+
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from devices.broker_kit import password_line
+from devices.provision import app
+from protocol.errors import ConfigError
+from shell.identity import read_identity
+
+HOSTS = ("--host", "broker.example", "--host", "192.0.2.1")
+
+
+def provision(pki: Path, *arguments: str) -> str:
+    """What it prints. Raises what the command raises."""
+    return CliRunner().invoke(app, ["--pki", str(pki), *arguments], catch_exceptions=False).stdout
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_ca_a_kit_and_identities_are_made_that_nobody_else_reads(tmp_path: Path) -> None:
+    provision(tmp_path / "pki", *HOSTS, "kitchen", "balcony")
+    made = files(tmp_path / "pki")
+    assert set(made) == {
+        *("ca.crt", "ca.key", "server.pem"),
+        *("devices/kitchen.pem", "devices/balcony.pem", "issued/kitchen.crt", "issued/balcony.crt"),
+        *(f"broker/{name}" for name in ("mosquitto.conf", "acl", "ca.crt", "broker.crt", "broker.key", "revoked.crl")),
+    }
+    modes = {stat.S_IMODE((tmp_path / "pki" / name).stat().st_mode) for name in made}
+    assert modes == {0o600}
+    assert read_identity(tmp_path / "pki" / "server.pem").name == "server"
+    assert read_identity(tmp_path / "pki" / "devices" / "kitchen.pem").name == "kitchen"
+
+
+def test_the_brokers_and_the_servers_certificate_name_every_host(tmp_path: Path) -> None:
+    provision(tmp_path / "pki", *HOSTS)
+    for name in ("broker/broker.crt", "server.pem"):
+        command = ["openssl", "x509", "-noout", "-ext", "subjectAltName", "-in", str(tmp_path / "pki" / name)]
+        shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert "DNS:broker.example, IP Address:192.0.2.1" in shown
+
+
+def test_nothing_is_overwritten(tmp_path: Path) -> None:
+    pki = tmp_path / "pki"
+    provision(pki, *HOSTS, "kitchen")
+    (pki / "devices" / "kitchen.pem").unlink()  # moved to the device, which must not lose its counterpart
+    before = files(pki)
+    with pytest.raises(ConfigError, match=r"kitchen.* already exists and is not overwritten"):
+        provision(pki, "kitchen")
+    with pytest.raises(ConfigError, match="already holds a CA"):
+        provision(pki, *HOSTS)
+    assert files(pki) == before
+
+
+def test_a_revoked_name_may_be_given_again_and_is_listed_once_for_each(tmp_path: Path) -> None:
+    pki = tmp_path / "pki"
+    provision(pki, *HOSTS, "kitchen", "balcony")
+    for _ in range(2):
+        provision(pki, "--revoke", "kitchen")
+        assert not (pki / "devices" / "kitchen.pem").exists()
+        provision(pki, "kitchen")
+    command = ["openssl", "crl", "-noout", "-text", "-in", str(pki / "broker" / "revoked.crl")]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.count("Serial Number") == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ((), "nothing to do"),
+        (("kitchen",), "holds no CA; make one with --host"),
+        (("--host", "-not a host-é"), "give a host's name or address"),
+        ((*HOSTS, "server"), "is the server's; choose another"),
+        ((*HOSTS, "a/b"), "unusable"),
+        ((*HOSTS, "+"), "unusable"),
+        (("--revoke", "../ca"), "unusable"),
+        (("--revoke", "kitchen", "balcony"), "say --revoke before each"),
+    ],
+)
+def test_what_cannot_be_made_is_named_and_leaves_nothing(tmp_path: Path, arguments: tuple[str, ...], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        provision(tmp_path / "pki", *arguments)
+    assert files(tmp_path) == {}
+
+
+@pytest.mark.parametrize("kind", [(), ("--user",)])
+def test_a_name_that_was_never_given_cannot_be_revoked(tmp_path: Path, kind: tuple[str, ...]) -> None:
+    provision(tmp_path / "pki", *HOSTS, *kind)
+    with pytest.raises(ConfigError, match="stranger"):
+        provision(tmp_path / "pki", "--revoke", "stranger")
+
+
+@pytest.mark.parametrize(("made", "added"), [((), ("--user",)), (("--user",), ())])
+def test_a_broker_has_either_certificates_or_users(
+    tmp_path: Path, made: tuple[str, ...], added: tuple[str, ...]
+) -> None:
+    provision(tmp_path / "pki", *HOSTS, *made)
+    with pytest.raises(
+        ConfigError, match=r"asks for (certificates; leave --user away|users and passwords; say --user)"
+    ):
+        provision(tmp_path / "pki", "kitchen", *added)
+
+
+def test_a_password_is_printed_once_and_kept_as_a_hash(tmp_path: Path) -> None:
+    pki = tmp_path / "pki"
+    printed = provision(pki, *HOSTS, "--user", "kitchen")
+    (password,) = [line.split()[1] for line in printed.splitlines() if line.startswith("kitchen ")]
+    assert all(password.encode() not in data for data in files(pki).values())
+    assert (pki / "broker" / "passwords").read_text().count("$7$101$") == 2  # and the server's
+    with pytest.raises(ConfigError, match="already has kitchen"):
+        provision(pki, "--user", "kitchen")
+    provision(pki, "--revoke", "kitchen")
+    assert "kitchen" not in (pki / "broker" / "passwords").read_text()
+
+
+def test_two_users_with_one_password_have_different_hashes() -> None:
+    assert password_line("a", "secret").partition(":")[2] != password_line("b", "secret").partition(":")[2]
