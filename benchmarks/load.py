@@ -149,9 +149,7 @@ def _seconds(tally: dict[str, Any]) -> list[float]:
     """Of each round of stage 1, from its announcement to the next one's."""
     heard = list(tally["rounds"].values())
     return [
-        after["announced"] - before["announced"]
-        for before, after in pairwise(heard)
-        if before["stage"] == "global"
+        after["announced"] - before["announced"] for before, after in pairwise(heard) if before["stage"] == "global"
     ]
 
 

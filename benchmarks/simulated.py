@@ -47,7 +47,7 @@ from edge_runtime.daemon import (
 )
 from protocol.bundle import Bundle
 from protocol.errors import BrokerError, ConfigError, RunError
-from protocol.messages import Ack, DeviceStatus, Round, ServerStatus, encode, parse
+from protocol.messages import Ack, DeviceStatus, Round, ServerStatus, Verdict, encode, parse
 from protocol.tensors import Assembler, chunks, pack
 from protocol.topics import Topics
 from shell.cli import application
@@ -71,7 +71,8 @@ class RoundSeconds:
 
 @dataclass
 class Tally:
-    """What a fleet has seen. `updates` counts each once, `sends` every time it went out; bytes are payloads'."""
+    """What a fleet has seen. `updates` counts each once, `sends` every time it went out; bytes are payloads'.
+    `counted`: by round, the devices that were told that their update counts (accepted, now or before)."""
 
     updates: int = 0
     sends: int = 0
@@ -79,6 +80,7 @@ class Tally:
     bytes_up: int = 0
     bytes_down: int = 0
     acks: dict[str, int] = field(default_factory=dict)
+    counted: dict[int, list[str]] = field(default_factory=dict)
     rounds: dict[int, RoundSeconds] = field(default_factory=dict)
 
 
@@ -297,6 +299,8 @@ class Fleet:
 
     def settled(self, ack: Ack) -> None:
         self.tally.acks[ack.verdict.value] = self.tally.acks.get(ack.verdict.value, 0) + 1
+        if ack.verdict in (Verdict.ACCEPTED, Verdict.DUPLICATE):
+            self.tally.counted.setdefault(ack.round, []).append(ack.device)
         if ack.round in self.tally.rounds:
             self.tally.rounds[ack.round].last_ack = self._clock()
 

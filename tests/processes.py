@@ -103,6 +103,10 @@ class Process:
         return self.log.with_suffix(".err").read_text(errors="replace")
 
     @property
+    def pid(self) -> int:
+        return self._popen.pid
+
+    @property
     def running(self) -> bool:
         return self._popen.poll() is None
 
@@ -164,9 +168,15 @@ class Processes:
         return self.started[name]
 
     def start_module(
-        self, name: str, module: str, *arguments: str, environment: Mapping[str, str] | None = None
+        self,
+        name: str,
+        module: str,
+        *arguments: str,
+        environment: Mapping[str, str] | None = None,
+        launcher: Sequence[str] = ("-m",),
     ) -> Process:
-        return self.start(name, sys.executable, "-m", module, *arguments, environment=environment)
+        """`python -m module arguments`, or with another `launcher` of modules than -m."""
+        return self.start(name, sys.executable, *launcher, module, *arguments, environment=environment)
 
     def start_broker(self, kind: str = "amqtt") -> Broker:
         port = free_port()
@@ -210,10 +220,17 @@ class Observer:
             assert left > 0, f"waited {SECONDS:.0f} s in vain for {what}; seen last: {self.seen[-3:]}"
             self._take(left)
 
-    def _take(self, seconds: float) -> None:
+    def catch_up(self) -> int:
+        """Takes in what has come by now; returns how many messages that makes in all, for `since`."""
+        while self._take(0):
+            pass
+        return len(self.seen)
+
+    def _take(self, seconds: float) -> bool:
+        """False if nothing has come."""
         event = self._link.next_event(seconds)
         if not isinstance(event, Received) or not event.payload:
-            return
+            return event is not None
         topic, payload = event.topic, event.payload
         device, sha256 = self._topics.device_of(topic) or "nobody", self._topics.globals_of(topic)
         if topic == self._topics.server_status:
@@ -228,6 +245,7 @@ class Observer:
             blob = self._assemblers.setdefault(sha256, Assembler()).add(payload)
             if blob is not None:
                 self.blobs[sha256] = blob
+        return True
 
 
 @dataclass
