@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
+from protocol.errors import MessageError
 from protocol.messages import Ack, DeviceStatus, Message, Round, ServerStatus, parse
 from protocol.tensors import Assembler
 from protocol.topics import ROOT, Topics
@@ -191,7 +192,7 @@ class Processes:
 
 
 class Observer:
-    """Sees every message of a run, and remembers all of them."""
+    """Sees every message of a run, and remembers all of them; what is none stands in `unreadable`, by its topic."""
 
     def __init__(self, broker: Broker, run: str) -> None:
         self._topics = Topics(run)
@@ -199,6 +200,7 @@ class Observer:
         self._assemblers: dict[str, Assembler] = {}
         self.blobs: dict[str, bytes] = {}
         self.seen: list[Message] = []
+        self.unreadable: list[str] = []
         self._link.connect()
         self._link.subscribe(f"{ROOT}/{run}/#")
 
@@ -229,9 +231,14 @@ class Observer:
     def _take(self, seconds: float) -> bool:
         """False if nothing has come."""
         event = self._link.next_event(seconds)
-        if not isinstance(event, Received) or not event.payload:
-            return event is not None
-        topic, payload = event.topic, event.payload
+        if isinstance(event, Received) and event.payload:
+            try:
+                self._remember(event.topic, event.payload)
+            except MessageError:
+                self.unreadable.append(event.topic)
+        return event is not None
+
+    def _remember(self, topic: str, payload: bytes) -> None:
         device, sha256 = self._topics.device_of(topic) or "nobody", self._topics.globals_of(topic)
         if topic == self._topics.server_status:
             self.seen.append(parse(ServerStatus, payload))
@@ -245,7 +252,6 @@ class Observer:
             blob = self._assemblers.setdefault(sha256, Assembler()).add(payload)
             if blob is not None:
                 self.blobs[sha256] = blob
-        return True
 
 
 @dataclass

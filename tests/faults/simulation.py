@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from brokers import RestartableBroker
 from processes import Observer, Process, Processes
 from table import Trial
 
+from benchmarks.simulated import device_names
 from protocol.bundle import Bundle
 from protocol.messages import Ack, Round, Stage, Verdict
 
@@ -113,11 +115,11 @@ class Outcome:
         was counted twice, or not as it was sent."""
         return sum(ours != theirs for ours, theirs in zip(self.results, undisturbed, strict=True))
 
-    def trial(self, undisturbed: Results, recovery: float) -> Trial:
+    def trial(self, undisturbed: Results, recovery: float | None = None) -> Trial:
         """Asserts what must hold after every fault in which no device was given up."""
         assert self.complete, [(line["round"]["round"], line["missing"], line["repeated"]) for line in self.rounds]
         trial = Trial(self.lost, self.double(undisturbed), self.repeated, recovery)
-        assert (trial.lost, trial.double) == (0, 0)
+        assert (trial.lost, trial.double) == (0, 0), list(zip(self.results, undisturbed, strict=True))
         return trial
 
 
@@ -129,9 +131,15 @@ def in_stage_1(observer: Observer, index: int = 1) -> Round:
 
 
 @contextmanager
-def recovering(observer: Observer, seconds: Callable[[float], None]) -> Iterator[None]:
-    """Tells how long it took, from leaving the block, until the next update was accepted."""
-    yield
+def recovering(simulation: Simulation, observer: Observer) -> Iterator[list[float]]:
+    """Yields what will hold how long it took, from leaving the block, until every device had an update accepted."""
+    seconds: list[float] = []
+    yield seconds
     since, mended = observer.catch_up(), time.monotonic()
-    observer.wait(Ack, lambda a: a.verdict is Verdict.ACCEPTED, "an update accepted after the fault", since)
-    seconds(time.monotonic() - mended)
+    for device in device_names(simulation.devices):
+        observer.wait(Ack, partial(_accepted, device), f"an update of {device} after the fault", since)
+    seconds.append(time.monotonic() - mended)
+
+
+def _accepted(device: str, ack: Ack) -> bool:
+    return ack.device == device and ack.verdict is Verdict.ACCEPTED

@@ -20,12 +20,13 @@ HEAD = (
 @dataclass(frozen=True)
 class Trial:
     """A fault once: acknowledged updates that are not in the result, updates that are in it twice, rounds that were
-    repeated, and the seconds from the fault's end to the next accepted update."""
+    repeated, and the seconds from the fault's end until every device had an update accepted again (none where the fault
+    lasted to the end of the run)."""
 
     lost: int
     double: int
     repeated: int
-    recovery: float
+    recovery: float | None
 
 
 @dataclass
@@ -43,9 +44,10 @@ class FaultTable:
             HEAD,
         ]
         for fault, trials in self.trials.items():
-            seconds = sorted(trial.recovery for trial in trials)
+            seconds = sorted(trial.recovery for trial in trials if trial.recovery is not None)
+            spread = [f"{seconds[len(seconds) // 2]:.1f}", f"{seconds[-1]:.1f}"] if seconds else ["–", "–"]
             sums = [sum(getattr(trial, name) for trial in trials) for name in ("lost", "double", "repeated")]
-            cells = [len(trials), *sums, f"{seconds[len(seconds) // 2]:.1f}", f"{seconds[-1]:.1f}"]
+            cells = [len(trials), *sums, *spread]
             lines.append(f"| {fault} | {' | '.join(map(str, cells))} |")
         return "\n".join(lines)
 

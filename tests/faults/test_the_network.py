@@ -17,12 +17,11 @@ THINK = (0.1, 0.6)
 def test_devices_whose_connections_are_cut_lose_nothing(
     simulation: Simulation, undisturbed: Undisturbed, table: FaultTable, attempt: int
 ) -> None:
-    seconds: list[float] = []
     with Proxy(simulation.broker.port, seed=attempt) as proxy, Observer(simulation.broker, RUN) as observer:
         simulation.start_server()
         simulation.start_fleet("--seed", str(attempt), url=proxy.url, think=THINK)
         in_stage_1(observer)
-        with recovering(observer, seconds.append):
+        with recovering(simulation, observer) as seconds:
             assert proxy.cut() == simulation.devices
         outcome = simulation.finish()
     assert outcome.tally["connections"] >= 2 * simulation.devices
@@ -32,12 +31,11 @@ def test_devices_whose_connections_are_cut_lose_nothing(
 def test_devices_that_find_nobody_for_a_while_lose_nothing(
     simulation: Simulation, undisturbed: Undisturbed, table: FaultTable, attempt: int
 ) -> None:
-    seconds: list[float] = []
     with Proxy(simulation.broker.port, seed=attempt) as proxy, Observer(simulation.broker, RUN) as observer:
         simulation.start_server()
         simulation.start_fleet("--seed", str(attempt), url=proxy.url, think=THINK)
         in_stage_1(observer)
-        with recovering(observer, seconds.append):
+        with recovering(simulation, observer) as seconds:
             proxy.refuse()
             proxy.cut()
             time.sleep(3)  # the fault is that it lasts
@@ -76,7 +74,7 @@ def test_devices_behind_a_bad_network_lose_nothing(
         outcome = simulation.finish()
         assert bool(proxy.repeated) == bool(repeat)
         assert bool(proxy.swapped) == bool(swap)
-    table.add(f"{fault}, {simulation.broker.kind}", outcome.trial(undisturbed(simulation.devices), 0.0))
+    table.add(f"{fault}, {simulation.broker.kind}", outcome.trial(undisturbed(simulation.devices)))
 
 
 def test_devices_that_join_all_at_once_are_all_counted(
@@ -88,5 +86,5 @@ def test_devices_that_join_all_at_once_are_all_counted(
     outcome = simulation.finish()
     table.add(
         f"{simulation.devices} devices joining at once, {simulation.broker.kind}",
-        outcome.trial(undisturbed(simulation.devices), 0.0),
+        outcome.trial(undisturbed(simulation.devices)),
     )
