@@ -91,7 +91,7 @@ def undisturbed(layout: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Und
                 simulation.start_server()
                 simulation.start_fleet()
                 outcome = simulation.finish()
-                assert outcome.complete
+                assert all(outcome.complete)
                 known[devices] = outcome.results
         return known[devices]
 
