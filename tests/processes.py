@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
+from protocol.errors import MessageError
 from protocol.messages import Ack, DeviceStatus, Message, Round, ServerStatus, parse
 from protocol.tensors import MAX_BLOB_BYTES, Assembler
 from protocol.topics import ROOT, Topics
@@ -104,6 +105,10 @@ class Process:
         return self.log.with_suffix(".err").read_text(errors="replace")
 
     @property
+    def pid(self) -> int:
+        return self._popen.pid
+
+    @property
     def running(self) -> bool:
         return self._popen.poll() is None
 
@@ -169,9 +174,15 @@ class Processes:
         return self.started[name]
 
     def start_module(
-        self, name: str, module: str, *arguments: str, environment: Mapping[str, str] | None = None
+        self,
+        name: str,
+        module: str,
+        *arguments: str,
+        environment: Mapping[str, str] | None = None,
+        launcher: Sequence[str] = ("-m",),
     ) -> Process:
-        return self.start(name, sys.executable, "-m", module, *arguments, environment=environment)
+        """`python -m module arguments`, or with another `launcher` of modules than -m."""
+        return self.start(name, sys.executable, *launcher, module, *arguments, environment=environment)
 
     def start_broker(self, kind: str = "amqtt") -> Broker:
         port = free_port()
@@ -186,7 +197,7 @@ class Processes:
 
 
 class Observer:
-    """Sees every message of a run, and remembers all of them."""
+    """Sees every message of a run, and remembers all of them; what is none stands in `unreadable`, by its topic."""
 
     def __init__(self, broker: Broker, run: str) -> None:
         self._topics = Topics(run)
@@ -194,6 +205,7 @@ class Observer:
         self._assemblers: dict[str, Assembler] = {}
         self.blobs: dict[str, bytes] = {}
         self.seen: list[Message] = []
+        self.unreadable: list[str] = []
         self._link.connect()
         self._link.subscribe(f"{ROOT}/{run}/#")
 
@@ -215,11 +227,23 @@ class Observer:
             assert left > 0, f"waited {SECONDS:.0f} s in vain for {what}; seen last: {self.seen[-3:]}"
             self._take(left)
 
-    def _take(self, seconds: float) -> None:
+    def catch_up(self) -> int:
+        """Takes in what has come by now; returns how many messages that makes in all, for `since`."""
+        while self._take(0):
+            pass
+        return len(self.seen)
+
+    def _take(self, seconds: float) -> bool:
+        """False if nothing has come."""
         event = self._link.next_event(seconds)
-        if not isinstance(event, Received) or not event.payload:
-            return
-        topic, payload = event.topic, event.payload
+        if isinstance(event, Received) and event.payload:
+            try:
+                self._remember(event.topic, event.payload)
+            except MessageError:
+                self.unreadable.append(event.topic)
+        return event is not None
+
+    def _remember(self, topic: str, payload: bytes) -> None:
         device, sha256 = self._topics.device_of(topic) or "nobody", self._topics.globals_of(topic)
         if topic == self._topics.server_status:
             self.seen.append(parse(ServerStatus, payload))

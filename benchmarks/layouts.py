@@ -1,0 +1,128 @@
+"""What simulated devices need of a model, without a model: a bundle of nothing but its layout, and updates that fit it.
+
+The server reads a bundle's manifest and its initial trainables, so a layout alone is enough for a whole run.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from protocol.bundle import (
+    MANIFEST,
+    Bundle,
+    Dims,
+    FileEntry,
+    ImagePreprocessing,
+    LoraSpec,
+    Manifest,
+    PeftSpec,
+    file_sha256,
+)
+from protocol.layout import HEAD, Layout
+from protocol.messages import Round, Stage, Update
+from protocol.tensors import Tensors
+
+INIT = "init.safetensors"
+GATE_WIDTH = 32
+STEP = 0.01  # standard deviation of an update's values
+HALF = (0.5, 0.5, 0.5)
+VIT_B16_PARAMETERS = 85_798_656
+
+
+def layout_bundle(
+    folder: Path, levels: int = 12, hidden: int = 768, blocks: int = 12, rank: int = 4, classes: int = 100
+) -> Bundle:
+    """Writes a bundle that has the layout of ViT-B/16's trainables (or of a smaller ViT's) and no weights.
+
+    Whoever trains needs a real one; the server and `benchmarks.simulated` do not.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    shapes: list[tuple[str, str, tuple[int, ...]]] = [
+        (HEAD, "classifier.weight", (classes, hidden)),
+        (HEAD, "classifier.bias", (classes,)),
+    ]
+    for block in reversed(range(blocks - levels, blocks)):
+        for target in ("query", "value"):
+            module = f"encoder.layer.{block}.attention.attention.{target}"
+            shapes.append((str(block), f"{module}.lora_A.weight", (rank, hidden)))
+            shapes.append((str(block), f"{module}.lora_B.weight", (hidden, rank)))
+    expert = Layout.build(shapes)
+    gate = Layout.build(
+        [
+            ("gate", "gate.down.weight", (GATE_WIDTH, hidden)),
+            ("gate", "gate.down.bias", (GATE_WIDTH,)),
+            ("gate", "gate.up.weight", (2, GATE_WIDTH)),
+            ("gate", "gate.up.bias", (2,)),
+        ]
+    )
+    rng = np.random.default_rng(0)
+    initial = {name: rng.normal(0, STEP, size) for name, size in (("expert", expert.total), ("gate", gate.total))}
+    save_file({name: values.astype(np.float32) for name, values in initial.items()}, folder / INIT)
+    manifest = Manifest(
+        model="layout-only",
+        family="vit",
+        precision="fp32",
+        preprocessing=ImagePreprocessing(size=224, mean=HALF, std=HALF),
+        dims=Dims(tokens=197, hidden=hidden, feature=hidden, blocks=blocks, classes=classes),
+        lora=LoraSpec(rank=rank, alpha=2 * rank, targets=("query", "value")),
+        levels=levels,
+        classes=tuple(f"class-{index}" for index in range(classes)),
+        expert_layout=expert.slots,
+        gate_layout=gate.slots,
+        peft=PeftSpec(
+            base="layout-only",
+            revision=None,
+            prefix="vit",
+            layers_pattern="layer",
+            head_width=hidden,
+            classifier_width=hidden,
+        ),
+        backbone_parameters=VIT_B16_PARAMETERS,
+        tuned_parameters=expert.total,
+        files={INIT: FileEntry(size=(folder / INIT).stat().st_size, sha256=file_sha256(folder / INIT))},
+    )
+    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1))
+    return Bundle(folder)
+
+
+def update_of(bundle: Bundle, device: str, task: Round, level_cap: int) -> tuple[Update, Tensors]:
+    """What a simulated device answers to a round: a function of its name, the stage and the index within the stage
+    alone, so that two runs that count the same updates come to the same globals, bit for bit."""
+    rng = np.random.default_rng([*device.encode(), list(Stage).index(task.stage), task.index])
+    samples = 20 + sum(device.encode()) % 100
+    level = min(task.level, level_cap)
+    tensors: Tensors = {}
+    if task.stage is Stage.STATISTICS:
+        tensors = _statistics(bundle, samples, rng)
+    elif task.stage is Stage.GLOBAL:
+        values = STEP * rng.standard_normal(bundle.expert.size(level), np.float32)
+        tensors = bundle.expert.split(values)
+    elif task.stage is Stage.PERSONAL:
+        tensors = bundle.gate.split(STEP * rng.standard_normal(bundle.gate.total, np.float32))
+    update = Update(
+        run=task.run,
+        session=task.session,
+        round=task.round,
+        device=device,
+        stage=task.stage,
+        level=level,
+        samples=samples,
+        metrics={"held_out_global": float(rng.uniform(0.5, 0.9))} if task.stage is Stage.GLOBAL else {},
+    )
+    return update, tensors
+
+
+def _statistics(bundle: Bundle, samples: int, rng: np.random.Generator) -> Tensors:
+    """Of `samples` features of length one, dealt to the classes at random; those of a class all point the same way."""
+    dims = bundle.manifest.dims
+    counts = np.bincount(rng.integers(0, dims.classes, samples), minlength=dims.classes)
+    directions = rng.standard_normal((dims.classes, dims.feature), np.float32)
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    return {
+        "class_sums": (counts[:, None] * directions).astype(np.float32),
+        "class_counts": counts.astype(np.float32),
+        "norm_sum": np.array([samples], np.float32),
+    }

@@ -1,0 +1,221 @@
+"""python -m benchmarks.load: one server, one mosquitto, and more and more simulated devices.
+
+For each number of devices a whole run: a real mosquitto, the real server, and `benchmarks.simulated` as the fleet, each
+a process of its own, with updates of ViT-B/16's size at level 1. What each process has taken is read from /proc.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import typer
+
+from benchmarks.layouts import layout_bundle
+from benchmarks.simulated import SPARE_FILES, allow_files
+from protocol.errors import BrokerError, ConfigError, RunError
+from shell.cli import application, console
+
+LOOK_SECONDS = 0.2
+BROKER_SECONDS = 10
+BROKER_SETTINGS = "allow_anonymous true\nmax_queued_messages 0\nmessage_size_limit 262144\n"
+TICKS = os.sysconf("SC_CLK_TCK")
+
+app = application("How rounds slow down as devices are added, and what is the limit.")
+
+
+@dataclass
+class Watched:
+    """A process, and what it had taken when it was last looked at."""
+
+    process: subprocess.Popen[str]
+    peak_rss_mb: float = 0.0
+    cpu_seconds: float = 0.0
+    written_mb: float = 0.0
+
+    def look(self) -> None:
+        """What /proc says; a process that has ended keeps what was seen before."""
+        root = Path("/proc", str(self.process.pid))
+        try:
+            status = dict(line.split(":", 1) for line in (root / "status").read_text().splitlines())
+            times = (root / "stat").read_text().rpartition(")")[2].split()
+            written = dict(line.split(": ") for line in (root / "io").read_text().splitlines())["write_bytes"]
+            self.peak_rss_mb = int(status["VmHWM"].split()[0]) / 1024
+        except (OSError, KeyError):
+            return
+        self.cpu_seconds = (int(times[11]) + int(times[12])) / TICKS
+        self.written_mb = int(written) / 1e6
+
+
+@dataclass
+class Measured:
+    """A run with so many devices. `rounds`: seconds from the announcement of each round of stage 1 to that of the next;
+    CPU seconds and wall seconds are of the whole run."""
+
+    devices: int
+    rounds: list[float]
+    wall: float
+    processes: dict[str, Watched] = field(repr=False)
+
+    @property
+    def mean(self) -> float:
+        return sum(self.rounds) / len(self.rounds)
+
+    def cells(self) -> list[str]:
+        server = self.processes["server"]
+        cpu = [f"{process.cpu_seconds:.1f}" for process in self.processes.values()]
+        return [
+            f"{self.devices:,}",
+            f"{self.mean:.2f}",
+            f"{max(self.rounds):.2f}",
+            f"{server.peak_rss_mb:.0f}",
+            f"{server.written_mb:.0f}",
+            f"{self.wall:.1f}",
+            *cpu,
+        ]
+
+
+@app.command()
+def load(
+    devices: str = typer.Option("10,100,1000", help="Numbers of devices, separated by commas."),
+    rounds: int = typer.Option(10, min=1, help="Rounds of stage 1."),
+    server: list[str] = typer.Option([], help="One more argument for the server; give it several times."),
+    plot: Path = typer.Option(Path("docs/load.png"), help="Picture to write."),
+    work: Path | None = typer.Option(None, help="Folder for bundle, broker and runs. Default: a temporary one."),
+) -> None:
+    try:
+        counts = [int(count) for count in devices.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"--devices {devices!r} is not a list of numbers like 10,100,1000") from error
+    allow_files(max(counts) + SPARE_FILES)  # mosquitto inherits what this process may have
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = work or Path(scratch)
+        bundle = layout_bundle(folder / "bundle")
+        size = 4 * bundle.expert.size(1)
+        results = []
+        for count in counts:
+            console.print(f"{count} devices", style="bold")
+            results.append(measure(folder, bundle.root, count, rounds, server))
+    _show(results, size)
+    _plot(results, size, plot)
+
+
+def measure(folder: Path, bundle: Path, devices: int, rounds: int, extra: Sequence[str]) -> Measured:
+    """One run. Raises RunError if the server or the fleet fails, BrokerError if mosquitto does not come up."""
+    port = _free_port()
+    out = folder / f"{devices}-devices"
+    out.mkdir()
+    (out / "mosquitto.conf").write_text(f"listener {port} 127.0.0.1\n{BROKER_SETTINGS}")
+    url = ["--run", "load", "--bundle", str(bundle), "--devices", str(devices), "--broker", f"mqtt://127.0.0.1:{port}"]
+    stages = ["--stage1-rounds", str(rounds), "--stage2-rounds", "1", "--max-level", "1"]
+    module = [sys.executable, "-m"]
+    processes: dict[str, Watched] = {}
+    started = time.monotonic()
+    try:
+        processes["broker"] = _start(out, "broker", [_mosquitto(), "-c", str(out / "mosquitto.conf")])
+        _wait_for(port, processes["broker"])
+        arguments = [*url, "--out", str(out / "server"), *stages, *extra]
+        processes["server"] = _start(out, "server", [*module, "trainer_server", *arguments])
+        processes["fleet"] = _start(out, "fleet", [*module, "benchmarks.simulated", *url])
+        while any(processes[name].process.poll() is None for name in ("server", "fleet")):
+            for name, watched in processes.items():
+                watched.look()
+                if watched.process.poll():
+                    raise RunError(f"{name} failed with {devices} devices: {_last_line(out / f'{name}.log')}")
+            time.sleep(LOOK_SECONDS)
+        processes["broker"].look()
+    finally:
+        for watched in processes.values():
+            watched.process.terminate()
+            watched.process.wait()
+    tally = json.loads((out / "fleet.log").read_text().splitlines()[-1])
+    order = ("server", "broker", "fleet")
+    return Measured(devices, _seconds(tally), time.monotonic() - started, {name: processes[name] for name in order})
+
+
+def _seconds(tally: dict[str, Any]) -> list[float]:
+    """Of each round of stage 1, from its announcement to the next one's."""
+    heard = list(tally["rounds"].values())
+    return [
+        after["announced"] - before["announced"] for before, after in pairwise(heard) if before["stage"] == "global"
+    ]
+
+
+def _start(folder: Path, name: str, command: Sequence[str]) -> Watched:
+    with (folder / f"{name}.log").open("w") as log:
+        return Watched(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, text=True))
+
+
+def _mosquitto() -> str:
+    """Raises BrokerError if it is not installed."""
+    found = shutil.which("mosquitto", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
+    if found is None:
+        raise BrokerError("mosquitto is not installed; apt-get install mosquitto")
+    return found
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def _wait_for(port: int, broker: Watched) -> None:
+    end = time.monotonic() + BROKER_SECONDS
+    while time.monotonic() < end and broker.process.poll() is None:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.05)
+    raise BrokerError(f"mosquitto did not come up on port {port}; run it by hand to see why")
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(errors="replace").splitlines()
+    return lines[-1] if lines else "it printed nothing"
+
+
+def _show(results: Sequence[Measured], size: int) -> None:
+    """A Markdown table, as benchmarks/README.md has it."""
+    print(f"Updates of {size / 1e3:.0f} KB; seconds per round of stage 1; CPU seconds of the whole run.\n")
+    print("| devices | s per round | longest | server, peak MB | written, MB | wall, s | server CPU | broker | fleet |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for result in results:
+        print(f"| {' | '.join(result.cells())} |")
+    first, last = (result.processes["server"].peak_rss_mb for result in (results[0], results[-1]))
+    busiest = max(results[-1].processes.items(), key=lambda item: item[1].cpu_seconds)
+    print(f"\nServer's peak memory, {results[-1].devices} devices to {results[0].devices}: {last / first:.2f} times.")
+    share = busiest[1].cpu_seconds / results[-1].wall
+    print(f"Busiest at {results[-1].devices} devices: {busiest[0]}, {share:.0%} of one core over the run.")
+
+
+def _plot(results: Sequence[Measured], size: int, path: Path) -> None:
+    figure, axes = plt.subplots(figsize=(6, 4), dpi=150)
+    counts = [result.devices for result in results]
+    axes.loglog(counts, [result.mean for result in results], "o-", label="mean")
+    axes.loglog(counts, [max(result.rounds) for result in results], "v:", label="longest")
+    axes.set_xlabel("devices")
+    axes.set_ylabel("seconds per round")
+    axes.set_title(f"Updates of {size / 1e3:.0f} KB, mosquitto, {os.cpu_count()} cores", fontsize=10)
+    axes.grid(True, which="both", alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    app()

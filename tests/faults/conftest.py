@@ -1,0 +1,98 @@
+"""What fault tests share: a bundle without weights, the undisturbed run to compare with, and the fault table.
+
+A test with an `attempt` is run once, and in the long form (--full) several times; the attempt is also its seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from brokers import KINDS, RestartableBroker, versions
+from processes import MOSQUITTO, Processes
+from simulation import Results, Simulation
+from table import FaultTable, is_whole, write
+
+from benchmarks.layouts import layout_bundle
+from protocol.bundle import Bundle
+
+ATTEMPTS = 5
+RELIABILITY = Path(__file__).parents[2] / "docs" / "reliability.md"
+TABLE = pytest.StashKey[FaultTable]()
+Undisturbed = Callable[[int], Results]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "attempt" in metafunc.fixturenames:
+        metafunc.parametrize("attempt", range(ATTEMPTS if metafunc.config.getoption("--full") else 1))
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """A table of the whole suite is written down; one of a part of it, or with failures in it, is not."""
+    table = session.config.stash.get(TABLE, None)
+    if table and exitstatus == pytest.ExitCode.OK and is_whole(session.config.invocation_params.args):
+        write(RELIABILITY, table.markdown(versions()))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    table = config.stash.get(TABLE, None)
+    if table and config.getoption("--full"):
+        terminalreporter.write_line(table.markdown(versions()))
+
+
+@pytest.fixture(scope="session")
+def table(pytestconfig: pytest.Config) -> FaultTable:
+    return pytestconfig.stash.setdefault(TABLE, FaultTable())
+
+
+@pytest.fixture(scope="session")
+def full(pytestconfig: pytest.Config) -> bool:
+    return bool(pytestconfig.getoption("--full"))
+
+
+@pytest.fixture(scope="session")
+def layout(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """Updates of 0.3 MB, which is four chunks."""
+    return layout_bundle(tmp_path_factory.mktemp("bundles") / "layout", 2, hidden=384, blocks=3, classes=200)
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    """Each kind of broker in turn."""
+    if request.param == "mosquitto" and MOSQUITTO is None:
+        pytest.skip("mosquitto is not installed")
+    return str(request.param)
+
+
+@pytest.fixture
+def processes(tmp_path: Path) -> Iterator[Processes]:
+    with Processes(tmp_path / "logs") as started:
+        yield started
+
+
+@pytest.fixture
+def simulation(kind: str, layout: Bundle, processes: Processes, tmp_path: Path) -> Simulation:
+    """A broker, and nothing else started yet."""
+    return Simulation(processes, RestartableBroker(processes, tmp_path, kind), layout, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(layout: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    """The results of a run with so many devices to which nothing happens; each is run once."""
+    known: dict[int, Results] = {}
+
+    def results(devices: int) -> Results:
+        if devices not in known:
+            folder = tmp_path_factory.mktemp("undisturbed")
+            with Processes(folder / "logs") as processes:
+                broker = RestartableBroker(processes, folder, "mosquitto" if MOSQUITTO else "amqtt")
+                simulation = Simulation(processes, broker, layout, folder, devices)
+                simulation.start_server()
+                simulation.start_fleet()
+                outcome = simulation.finish()
+                assert all(outcome.complete)
+                known[devices] = outcome.results
+        return known[devices]
+
+    return results

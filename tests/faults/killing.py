@@ -1,0 +1,64 @@
+"""python tests/faults/killing.py MODULE:NAME before|after CALL MODULE_TO_RUN ARGUMENTS…
+
+Runs a module as `python -m` does, in a process that SIGKILLs itself before or after the CALL-th call (from 1) of a
+function or method. It is a real process with its real code, and the kernel ends it: only the instant is chosen here.
+A function that another module has imported by name is called under that module's name.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import itertools
+import operator
+import os
+import runpy
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+
+def launcher(point: str, when: str, call: int = 1) -> tuple[str, ...]:
+    """For `Processes.start_module`."""
+    return (__file__, point, when, str(call))
+
+
+def arm(point: str, when: str, call: int) -> None:
+    """From now on the call at that point is this process's last. Raises LookupError, AttributeError or ImportError if
+    there is no such point."""
+    if when not in ("before", "after"):
+        raise LookupError(f"{when!r}: before or after a call?")
+    module, _, path = point.partition(":")
+    parent, _, name = path.rpartition(".")
+    holder: Any = importlib.import_module(module)
+    if parent:
+        holder = operator.attrgetter(parent)(holder)
+    function: Callable[..., Any] = getattr(holder, name)
+    calls = itertools.count(1)
+
+    @functools.wraps(function)
+    def last(*args: Any, **kwargs: Any) -> Any:
+        now = next(calls) == call
+        if now and when == "before":
+            die()
+        result = function(*args, **kwargs)
+        if now:
+            die()
+        return result
+
+    setattr(holder, name, last)
+
+
+def die() -> NoReturn:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("nobody survives SIGKILL")
+
+
+if __name__ == "__main__":
+    _, point, when, call, module, *arguments = sys.argv
+    sys.path[0] = str(Path.cwd())  # as with -m
+    sys.argv = [module, *arguments]
+    arm(point, when, int(call))
+    runpy.run_module(module, run_name="__main__", alter_sys=True)

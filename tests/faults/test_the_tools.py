@@ -1,0 +1,322 @@
+"""Tools that did nothing would let every fault test pass: here they are seen to do what they say."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from brokers import RestartableBroker
+from hostile import publish
+from killing import launcher
+from machine import Clock, small_disk
+from processes import MOSQUITTO, Observer, Processes
+from proxy import LOOPBACK, Packets, Proxy
+from table import BEGIN, END, FaultTable, Trial, is_whole, write
+
+from protocol.messages import ServerStatus, encode
+from shell.link import Link, Received
+
+SECONDS = 10.0
+
+
+def packet(number: int, qos: int = 1, size: int = 200) -> bytes:
+    """A PUBLISH whose payload is its number; its length takes two bytes, or as many as the size needs."""
+    topic = b"\x00\x01t"
+    body = topic + (number.to_bytes(2, "big") if qos else b"") + bytes([number]) * size
+    length, left = b"", len(body)
+    while left > 0x7F:
+        length, left = length + bytes([left & 0x7F | 0x80]), left >> 7
+    return bytes([0x30 | qos << 1]) + length + bytes([left]) + body
+
+
+PING = b"\xc0\x00"
+
+
+@contextmanager
+def connection(proxy: Proxy, listener: socket.socket) -> Iterator[tuple[socket.socket, socket.socket]]:
+    """A client's socket and the broker's, with the proxy in between."""
+    with socket.create_connection((LOOPBACK, proxy.port), SECONDS) as client:
+        broker, _ = listener.accept()
+        broker.settimeout(SECONDS)
+        with broker:
+            yield client, broker
+
+
+@pytest.fixture
+def listener() -> Iterator[socket.socket]:
+    with socket.create_server((LOOPBACK, 0)) as server:
+        server.settimeout(SECONDS)
+        yield server
+
+
+@pytest.fixture
+def proxy(listener: socket.socket) -> Iterator[Proxy]:
+    with Proxy(listener.getsockname()[1], seed=1) as made:
+        yield made
+
+
+def receive(sock: socket.socket, size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        data += sock.recv(size - len(data)) or pytest.fail(f"closed after {len(data)} of {size} bytes")
+    return data
+
+
+def numbers(data: bytes) -> list[int]:
+    """Of the PUBLISH packets in it; 0 for a PINGREQ."""
+    return [0 if each == PING else each[-1] for each in Packets().feed(data)]
+
+
+def test_packets_are_split_wherever_the_stream_is_torn() -> None:
+    stream = [packet(1), PING, packet(2, size=20_000), packet(3, qos=0, size=1)]
+    for step in (1, 2, 3, 7, 1000):
+        splitter, data = Packets(), b"".join(stream)
+        assert [p for i in range(0, len(data), step) for p in splitter.feed(data[i : i + step])] == stream
+
+
+def test_without_a_fault_every_byte_passes_both_ways(proxy: Proxy, listener: socket.socket) -> None:
+    data = b"".join(packet(number) for number in range(100)) + PING
+    with connection(proxy, listener) as (client, broker):
+        client.sendall(data)
+        assert receive(broker, len(data)) == data
+        broker.sendall(bytes(100_000))
+        assert receive(client, 100_000) == bytes(100_000)
+        client.close()
+        assert broker.recv(1) == b""
+
+
+def test_a_repeated_publish_has_the_same_packet_identifier(proxy: Proxy, listener: socket.socket) -> None:
+    proxy.repeat = 1.0
+    with connection(proxy, listener) as (client, broker):
+        client.sendall(packet(7) + packet(8, qos=0) + PING)
+        expected = [packet(7), bytes([packet(7)[0] | 0x08]) + packet(7)[1:], packet(8, qos=0), PING]
+        assert receive(broker, sum(map(len, expected))) == b"".join(expected)
+    assert proxy.repeated == 1
+
+
+def test_a_share_of_publishes_is_repeated(proxy: Proxy, listener: socket.socket) -> None:
+    proxy.repeat = 0.05
+    with connection(proxy, listener) as (client, broker):
+        client.sendall(b"".join(packet(number % 256) for number in range(1000)) + PING)
+        data = receive(broker, 1000 * len(packet(0)) + len(PING))
+        assert 20 < proxy.repeated < 100
+        data += receive(broker, proxy.repeated * len(packet(0)))
+    assert len(numbers(data)) == 1001 + proxy.repeated
+
+
+def test_neighbouring_publishes_are_swapped_and_none_is_kept(proxy: Proxy, listener: socket.socket) -> None:
+    proxy.swap = 1.0
+    with connection(proxy, listener) as (client, broker):
+        sent = packet(1) + packet(2) + packet(3) + PING + packet(4) + packet(5) + packet(6)
+        client.sendall(sent)
+        assert numbers(receive(broker, len(sent))) == [2, 1, 3, 0, 5, 4, 6]
+    assert proxy.swapped == 2
+
+
+def test_latency_delays_each_way_and_keeps_the_bandwidth(proxy: Proxy, listener: socket.socket) -> None:
+    proxy.latency = 0.3
+    with connection(proxy, listener) as (client, broker):
+        started = time.monotonic()
+        for number in range(1, 6):
+            client.sendall(packet(number))
+        assert numbers(receive(broker, 5 * len(packet(0)))) == [1, 2, 3, 4, 5]
+        broker.sendall(b"x")
+        receive(client, 1)
+        assert 0.6 <= time.monotonic() - started < 5 * 0.6  # not each packet after the other
+
+
+def test_a_cut_is_felt_by_both_sides_and_a_new_connection_passes(proxy: Proxy, listener: socket.socket) -> None:
+    with connection(proxy, listener) as (client, broker):
+        client.sendall(PING)
+        receive(broker, len(PING))
+        assert proxy.cut() == 1
+        for side in (client, broker):
+            assert gone(side)
+    with connection(proxy, listener) as (client, broker):
+        client.sendall(PING)
+        assert receive(broker, len(PING)) == PING
+
+
+def gone(side: socket.socket) -> bool:
+    try:
+        return side.recv(1) == b""
+    except ConnectionResetError:
+        return True
+
+
+def test_half_open_connections_pass_nothing_and_tell_nobody(proxy: Proxy, listener: socket.socket) -> None:
+    with connection(proxy, listener) as (client, broker):
+        client.sendall(PING)
+        receive(broker, len(PING))
+        assert proxy.half_open() == 1
+        client.sendall(PING)
+        broker.sendall(PING)
+        for side in (client, broker):
+            side.settimeout(0.3)
+            with pytest.raises(TimeoutError):
+                side.recv(1)
+        with connection(proxy, listener) as (other, other_broker):  # a new one passes
+            other.sendall(PING)
+            assert receive(other_broker, len(PING)) == PING
+        client.close()
+        with pytest.raises(TimeoutError):  # the broker is not told of that either
+            broker.recv(1)
+
+
+def test_nobody_answers_while_connections_are_refused(proxy: Proxy, listener: socket.socket) -> None:
+    with connection(proxy, listener) as (client, broker):
+        proxy.refuse()
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection((LOOPBACK, proxy.port), SECONDS)
+        client.sendall(PING)
+        assert receive(broker, len(PING)) == PING
+    proxy.admit()
+    with connection(proxy, listener) as (client, broker):
+        client.sendall(PING)
+        assert receive(broker, len(PING)) == PING
+
+
+VICTIM = """
+from pathlib import Path
+import sys
+
+def write(path, text):
+    Path(path).write_text(text)
+
+class Writer:
+    def again(self, path, text):
+        write(path, text)
+
+def main(path):
+    for text in ("one", "two", "three"):
+        Writer().again(path, text)
+"""
+MAIN = "import sys\nfrom victim import main\nmain(sys.argv[1])\n"
+
+
+@pytest.mark.parametrize(
+    ("point", "when", "call", "written"),
+    [
+        ("victim:write", "before", 1, None),
+        ("victim:write", "before", 3, "two"),
+        ("victim:Writer.again", "after", 2, "two"),
+        ("victim:Writer.again", "after", 3, "three"),
+    ],
+)
+def test_a_process_is_killed_at_its_instant_and_not_at_another(
+    tmp_path: Path, point: str, when: str, call: int, written: str | None
+) -> None:
+    (tmp_path / "victim.py").write_text(VICTIM)
+    (tmp_path / "program.py").write_text(MAIN)
+    command = [sys.executable, *launcher(point, when, call), "program", "out"]
+    done = subprocess.run(command, cwd=tmp_path, check=False, capture_output=True)
+    assert done.returncode == -9, done.stderr
+    out = tmp_path / "out"
+    assert (out.read_text() if out.exists() else None) == written
+
+
+def test_a_call_that_never_comes_kills_nobody(tmp_path: Path) -> None:
+    (tmp_path / "victim.py").write_text(VICTIM)
+    (tmp_path / "program.py").write_text(MAIN)
+    command = [sys.executable, *launcher("victim:write", "before", 4), "program", "out"]
+    assert subprocess.run(command, cwd=tmp_path, check=False).returncode == 0
+
+
+def test_a_point_that_does_not_exist_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "victim.py").write_text(VICTIM)
+    (tmp_path / "program.py").write_text(MAIN)
+    command = [sys.executable, *launcher("victim:erase", "before"), "program", "out"]
+    done = subprocess.run(command, cwd=tmp_path, check=False, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "erase" in done.stderr
+
+
+def test_a_full_disk_takes_no_byte_until_it_is_freed(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", 2) as disk:
+        (disk.root / "before").write_bytes(bytes(10_000))
+        disk.fill()
+        with pytest.raises(OSError, match="No space left"):
+            (disk.root / "more").write_bytes(bytes(10_000))
+        disk.free()
+        (disk.root / "more").write_bytes(bytes(10_000))
+
+
+CLOCKS = """
+import sys, time
+for line in sys.stdin:
+    print(time.time(), time.monotonic(), flush=True)
+"""
+
+
+def test_a_clock_jumps_under_a_running_process_and_its_monotonic_one_does_not(tmp_path: Path) -> None:
+    clock = Clock(tmp_path)
+    with subprocess.Popen(
+        [sys.executable, "-c", CLOCKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=clock.environment
+    ) as process:
+        assert process.stdin
+        assert process.stdout
+
+        def look() -> tuple[float, float]:
+            process.stdin.write("\n")
+            process.stdin.flush()
+            wall, monotonic = map(float, process.stdout.readline().split())
+            return wall - time.time(), monotonic - time.monotonic()
+
+        for jump in (0, 3600, -3600, 0):
+            clock.jump(jump)
+            wall, monotonic = look()
+            assert abs(wall - jump) < 2
+            assert abs(monotonic) < 2
+        process.stdin.close()
+
+
+@pytest.mark.skipif(MOSQUITTO is None, reason="mosquitto is not installed")
+@pytest.mark.parametrize(("persistent", "end"), [(False, "stop"), (True, "stop"), (True, "kill")])
+def test_a_restarted_mosquitto_remembers_if_it_is_to(
+    tmp_path: Path, processes: Processes, persistent: bool, end: str
+) -> None:
+    broker = RestartableBroker(processes, tmp_path, "mosquitto", persistent)
+    assert publish(broker.url, [("kept", b"first"), ("kept", b"second")], retain=True)
+    time.sleep(1.5 if end == "kill" else 0)  # it looks once a second whether it should save
+    getattr(broker, end)()
+    broker.start()
+    link = Link(broker.url, "reader")
+    link.connect()
+    link.subscribe("kept")
+    events = [link.next_event(0.5) for _ in range(3)]
+    link.close()
+    assert (Received("kept", b"second") in events) == persistent
+
+
+def test_a_stranger_is_heard(tmp_path: Path, kind: str, processes: Processes) -> None:
+    broker = RestartableBroker(processes, tmp_path, kind)
+    said = ServerStatus(online=True, run="x", session="stranger")
+    with Observer(broker, "x") as observer:
+        threading.Timer(0.3, publish, (broker.url, [("fedfmsl/x/server/status", encode(said))])).start()
+        assert observer.wait(ServerStatus, lambda s: True, "the stranger") == said
+
+
+def test_the_table_adds_up_what_was_tried_and_keeps_the_prose(tmp_path: Path) -> None:
+    table, path = FaultTable(), tmp_path / "reliability.md"
+    for seconds, repeated in ((1.0, 0), (3.0, 1), (2.0, 0)):
+        table.add("cut", Trial(lost=0, double=0, repeated=repeated, recovery=seconds))
+    path.write_text(f"Before.\n{BEGIN}\nold\n{END}\nAfter.\n")
+    write(path, table.markdown("brokers"))
+    text = path.read_text()
+    assert "| cut | 3 | 0 | 0 | 1 | 2.0 | 3.0 |" in text
+    assert "old" not in text
+    assert text.startswith("Before.\n")
+    assert text.endswith("\nAfter.\n")
+
+
+def test_only_the_whole_suite_in_its_long_form_makes_the_table() -> None:
+    assert is_whole(["tests/faults", "--full"])
+    for arguments in (["tests/faults"], ["--full"], ["tests/faults", "--full", "-k", "cut"], []):
+        assert not is_whole(arguments)
