@@ -127,7 +127,7 @@ def measure(folder: Path, bundle: Path, devices: int, rounds: int, extra: Sequen
         processes["broker"] = _start(out, "broker", [_mosquitto(), "-c", str(out / "mosquitto.conf")])
         _wait_for(port, processes["broker"])
         arguments = [*url, "--out", str(out / "server"), *stages, *extra]
-        processes["server"] = _start(out, "server", [*module, "trainer_server", *arguments])
+        processes["server"] = _start(out, "server", [*module, "trainer_server", "start", *arguments])
         processes["fleet"] = _start(out, "fleet", [*module, "benchmarks.simulated", *url])
         while any(processes[name].process.poll() is None for name in ("server", "fleet")):
             for name, watched in processes.items():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 import json
+import math
 import random
 import resource
 import secrets
@@ -35,20 +36,24 @@ from edge_runtime.daemon import (
     GlobalArrived,
     Idle,
     Leave,
+    Overdue,
     Reconnected,
     RoundSeen,
+    SelfSeen,
     Send,
     ServerSeen,
     Settle,
+    ShowSelf,
     State,
     Work,
     WorkDone,
     advance,
+    patience,
 )
 from protocol.bundle import Bundle
 from protocol.errors import BrokerError, ConfigError, RunError
 from protocol.messages import Ack, DeviceStatus, Round, ServerStatus, Verdict, encode, parse
-from protocol.tensors import Assembler, chunks, pack
+from protocol.tensors import MAX_BLOB_BYTES, Assembler, chunks, pack
 from protocol.topics import Topics
 from shell.cli import application
 from shell.link import KEEPALIVE_SECONDS, QOS
@@ -94,7 +99,6 @@ class Device:
         self.inbox: deque[Event] = deque()
         self._fleet = fleet
         self._topics = fleet.topics
-        self._state = State(bundle=fleet.bundle.sha256)
         self._outbox: dict[int, bytes] = {}
         self._assemblers: dict[str, Assembler] = {}
         self._todo: deque[Command] = deque()
@@ -106,14 +110,21 @@ class Device:
             bundle=fleet.bundle.sha256,
             level_cap=fleet.level_cap,
         )
-        self._subscriptions = {self._topics.ack(name), self._topics.server_status, self._topics.round}
+        self._state = State(name, self._status.instance, fleet.bundle.sha256)
+        self._attempts = 0
+        self._overdue = math.inf  # when an answer to what was sent last is waited for no longer
+        self._subscriptions = {
+            self._topics.ack(name),
+            self._topics.server_status,
+            self._topics.round,
+            self._topics.status(name),
+        }
         self.client = self._client()
 
     def _client(self) -> paho.Client:
         client = paho.Client(
             CallbackAPIVersion.VERSION2,
-            f"fedfmsl-{self._topics.run}-{self.name}",
-            clean_session=False,
+            f"fedfmsl-{self._topics.run}-{self.name}-{self._status.instance}",
             protocol=paho.MQTTv311,
         )
         client.max_queued_messages_set(0)
@@ -141,6 +152,9 @@ class Device:
                 if not self._fleet.tally.connections:
                     raise
         if not self.busy and not self.left:
+            if now >= self._overdue:
+                self._overdue = math.inf
+                self._advance(Overdue())
             self._advance(Idle())
 
     def turn(self) -> None:
@@ -176,7 +190,10 @@ class Device:
             self._send(command.round)
         elif isinstance(command, Settle):
             self._outbox.pop(command.ack.round, None)
+            self._attempts, self._overdue = 0, math.inf
             self._fleet.settled(command.ack)
+        elif isinstance(command, ShowSelf):
+            self.client.publish(self._topics.status(self.name), encode(self._status), QOS, retain=True)
         elif isinstance(command, Leave):
             if command.error:
                 raise RunError(f"{self.name} left: {command.error}")
@@ -189,6 +206,8 @@ class Device:
         if blob is None:
             return
         self._fleet.tally.sends += 1
+        self._overdue = time.monotonic() + patience(self.name, self._attempts)
+        self._attempts += 1
         for index, chunk in enumerate(chunks(blob)):
             self._fleet.tally.bytes_up += len(chunk)
             self.client.publish(self._topics.update_chunk(self.name, round_, index), chunk, QOS)
@@ -220,12 +239,14 @@ class Device:
             self._hear(RoundSeen(announced))
         elif topic == self._topics.ack(self.name):
             self._hear(AckSeen(parse(Ack, payload)))
+        elif topic == self._topics.status(self.name):
+            self._hear(SelfSeen(parse(DeviceStatus, payload)))
         elif (sha256 := self._topics.globals_of(topic)) is not None:
             self._global_chunk(sha256, payload)
 
     def _global_chunk(self, sha256: str, chunk: bytes) -> None:
         """A finished blob has the SHA-256 that its chunks announce, and is not needed: the daemon only asks for it."""
-        if self._assemblers.setdefault(sha256, Assembler()).add(chunk) is not None:
+        if self._assemblers.setdefault(sha256, Assembler(MAX_BLOB_BYTES)).add(chunk) is not None:
             del self._assemblers[sha256]
             topic = self._topics.globals_chunk(sha256, "+")
             self._subscriptions.discard(topic)

@@ -113,10 +113,6 @@ class Process:
         return self._popen.poll() is None
 
     @property
-    def pid(self) -> int:
-        return self._popen.pid
-
-    @property
     def libraries(self) -> set[str]:
         """Names of the shared libraries it has in memory."""
         lines = Path(f"/proc/{self._popen.pid}/maps").read_text().splitlines()

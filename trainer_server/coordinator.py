@@ -72,7 +72,8 @@ def _see_device(plan: Plan, state: State, status: DeviceStatus) -> tuple[State, 
     if status.online and status.bundle != plan.bundle.sha256:
         commands.append(Note(f"{status.device} has another bundle ({status.bundle[:12]}…) and is left out"))
         status = status.model_copy(update={"online": False})
-    if status == before:
+    stale = before is not None and not status.online and status.instance != before.instance
+    if status == before or stale:  # the last will of an earlier connection says nothing of the present one
         return state, []
     if status.error and (before is None or before.error != status.error):
         commands.append(Note(f"{status.device} cannot take part: {status.error}"))

@@ -19,6 +19,7 @@ from table import Trial
 from benchmarks.simulated import device_names
 from protocol.bundle import Bundle
 from protocol.messages import Ack, Round, Stage, Verdict
+from trainer_server.store import RunStore
 
 RUN = "faults"  # of every run: it is part of what is hashed
 STAGE1, STAGE2 = 3, 1
@@ -47,8 +48,8 @@ class Simulation:
         server = self.processes.start_module(
             f"server-{len(self.servers)}",
             "trainer_server",
-            *("--run", RUN, "--bundle", str(self.bundle.root), "--devices", str(self.devices)),
-            *("--broker", url or self.broker.url, "--out", str(self.out)),
+            *("start", "--run", RUN, "--bundle", str(self.bundle.root), "--devices", str(self.devices)),
+            *("--broker", url or self.broker.url, "--out", str(self.out), "--audit"),
             *("--stage1-rounds", str(STAGE1), "--stage2-rounds", str(STAGE2), "--max-level", "1"),
             *("--round-timeout", str(ROUND_TIMEOUT), *arguments),
             launcher=launcher,
@@ -76,7 +77,7 @@ class Simulation:
 
 def closed_rounds(out: Path) -> list[dict[str, Any]]:
     """The server's own record."""
-    return [json.loads(line) for line in (out / "rounds.jsonl").read_text().splitlines()]
+    return [closed.model_dump(mode="json") for closed in RunStore(out).rounds()]
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class Outcome:
 
     @property
     def repeated(self) -> int:
-        return sum(line["repeated"] for line in self.rounds)
+        return sum(bool(line["repeated"]) for line in self.rounds)
 
     @property
     def complete(self) -> list[bool]:

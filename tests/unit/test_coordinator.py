@@ -361,6 +361,15 @@ def test_a_device_that_joins_during_a_round_is_counted_but_not_waited_for(vit: B
     assert run.state.expected == {"late", *ABC}
 
 
+def test_the_last_will_of_a_devices_former_life_does_not_take_it_offline(vit: Built) -> None:
+    run = Run(plan_of(vit, devices=2))
+    run.feed(StatusSeen(run.status("a", instance="new")))
+    run.feed(StatusSeen(run.status("a", instance="old", online=False)))
+    assert run.state.online == {"a"}
+    run.feed(StatusSeen(run.status("a", instance="new", online=False)))
+    assert not run.state.online
+
+
 # rounds that do not go as they should
 
 
