@@ -7,12 +7,12 @@ INSTALLED := $(VENV)/.installed
 # onnxruntime-training: another package named onnxruntime, so it lies beside the environment and not in it
 TRAINING := $(VENV)/ort-training
 
-.PHONY: trial test faults install clean
+.PHONY: trial test faults tools install clean
 
 trial: install
 	$(RUN) devices.trial
 
-test: install
+test: install tools
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
 	$(RUN) mypy
@@ -24,8 +24,15 @@ test: install
 	else echo "onnxruntime-training has no wheel here: its engine is not tested"; fi
 
 # every fault in its long form; make test runs the short one
-faults: install
+faults: install tools
 	$(RUN) pytest tests/faults --full
+
+# what the tests want beyond Python: a real broker, and a clock that jumps. Without them some tests are skipped, and say so
+tools:
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null && ! { PATH=$$PATH:/usr/sbin command -v mosquitto && \
+		command -v faketime; } > /dev/null; then \
+		apt-get update -q > /dev/null && apt-get install -qy --no-install-recommends mosquitto faketime > /dev/null; \
+	fi || true
 
 install: $(INSTALLED)
 
