@@ -17,9 +17,10 @@ from edge_runtime.features import FeatureCache
 from edge_runtime.gate import Gate
 from edge_runtime.inputs import reader_of
 from edge_runtime.predict import predict_files
+from edge_runtime.presence import device_link, progress_to
 from edge_runtime.probe import make_plan, probe_levels
 from edge_runtime.samples import scan
-from edge_runtime.service import Service, device_link, progress_to
+from edge_runtime.service import Service
 from edge_runtime.store import DeviceStore
 from protocol.bundle import Bundle
 from protocol.messages import EngineChoice

@@ -6,13 +6,11 @@ import contextlib
 import errno
 import math
 import os
-import secrets
 import subprocess
 import sys
 import time
 from collections import deque
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import paho.mqtt.client as paho
@@ -39,23 +37,22 @@ from edge_runtime.daemon import (
     WorkDone,
     WorkFailed,
     advance,
-    patience,
     wanted,
 )
 from edge_runtime.device import Device
 from edge_runtime.evaluation import evaluate, train_alone
-from edge_runtime.features import Report
 from edge_runtime.memory import peak_rss_mb
 from edge_runtime.personal import train_personal
+from edge_runtime.presence import INSTANCE, status_of
 from edge_runtime.stages import Globals, Outcome, statistics, train_global
 from edge_runtime.stages import Work as StageWork
+from edge_runtime.unanswered import Unanswered
 from edge_runtime.updates import prepare
 from protocol.errors import FedFMSLError, MessageError, RunError
 from protocol.layout import Vector
 from protocol.messages import (
     Ack,
     DeviceStatus,
-    Progress,
     Round,
     ServerStatus,
     Stage,
@@ -68,7 +65,7 @@ from protocol.messages import Globals as GlobalsHeader
 from protocol.tensors import Assembler, Tensors, blob_bytes, blob_hash, chunks, pack, unpack
 from protocol.topics import Topics
 from shell.cli import console
-from shell.link import Connected, Disconnected, Link, Received, Will
+from shell.link import Connected, Disconnected, Link, Received
 
 STAGES: dict[Stage, StageWork] = {
     Stage.STATISTICS: statistics,
@@ -77,32 +74,8 @@ STAGES: dict[Stage, StageWork] = {
     Stage.BASELINE: train_alone,
     Stage.EVALUATE: evaluate,
 }
-PROGRESS_SECONDS = 0.5
 LOOK_SECONDS = 1.0
 DISK_SECONDS = (1.0, 60.0)  # from one attempt to write to the next: at first, and at most
-INSTANCE = secrets.token_hex(8)  # this process, among all that ever have this device's name
-
-
-def device_link(broker: str, topics: Topics, name: str, identity: Path | None = None, insecure: bool = False) -> Link:
-    """A device's link, with the last will that says it is gone. Two processes of one name do not push each other off
-    the broker; and nothing depends on what a broker keeps for somebody who is away."""
-    will = Will(topics.status(name), encode(DeviceStatus(device=name, online=False, instance=INSTANCE)))
-    return Link(broker, f"fedfmsl-{topics.run}-{name}-{INSTANCE}", will, identity=identity, insecure=insecure)
-
-
-def progress_to(link: Link, topics: Topics, name: str) -> Report:
-    """Tells whoever watches how far a computation is, now and then."""
-    last = 0.0
-
-    def report(activity: str, done: int, total: int) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if done >= total or now - last > PROGRESS_SECONDS:
-            last = now
-            progress = Progress(device=name, activity=activity, done=done, total=total)
-            link.publish(topics.progress(name), encode(progress), qos=0)
-
-    return report
 
 
 def write_personalized(device: Device) -> None:
@@ -117,49 +90,6 @@ def write_personalized(device: Device) -> None:
         raise OSError(errno.ENOSPC, "no room for the personalized model")
     if result.returncode:
         raise RunError(f"the personalized model could not be written: {result.stderr.strip()}")
-
-
-class Unanswered:
-    """The updates that were sent and not acknowledged: which of them is still on its way, and when the server's answer
-    is overdue. The server's time begins when the last of them has reached the broker."""
-
-    def __init__(self, device: str) -> None:
-        self._device = device
-        self._last_chunks: dict[int, paho.MQTTMessageInfo] = {}
-        self._attempt = 0
-        self._since = 0.0
-
-    def sent(self, round_: int, last_chunk: paho.MQTTMessageInfo) -> None:
-        self._last_chunks[round_] = last_chunk
-        self._since = time.monotonic()
-
-    def settled(self, round_: int) -> None:
-        self._last_chunks.pop(round_, None)
-        self._attempt = 0
-
-    def start_over(self) -> None:
-        """The server has shown itself, or the broker: what was sent before may have been lost with them."""
-        self._attempt = 0
-
-    def on_its_way(self, round_: int) -> bool:
-        """Whether paho still has it, and delivers it in the end, over a reconnection too."""
-        info = self._last_chunks.get(round_)
-        try:
-            return info is not None and not info.is_published()
-        except (RuntimeError, ValueError):  # it was published without a connection
-            return False
-
-    def overdue(self) -> bool:
-        """To be asked again and again; True once for each time that all that is unanswered ought to be sent again."""
-        now = time.monotonic()
-        if any(self.on_its_way(round_) for round_ in self._last_chunks):
-            self._since = now
-            return False
-        if not self._last_chunks or now < self._since + patience(self._device, self._attempt):
-            return False
-        self._attempt += 1
-        self._since = now
-        return True
 
 
 class Service:
@@ -394,19 +324,8 @@ class Service:
             console.print(f"update of round {ack.round}: {ack.verdict.value} {ack.reason}")
 
     def _announce(self, online: bool = True, error: str = "") -> None:
-        device, slices = self._device, self._device.scanned
-        status = DeviceStatus(
-            device=device.name,
-            online=online,
-            instance=INSTANCE,
-            bundle=device.bundle.sha256,
-            level_cap=device.level_cap,
-            train=len(slices.train),
-            held_out=len(slices.held_out),
-            test=len(slices.test),
-            error=error,
-        )
-        self._publish(self._topics.status(device.name), encode(status), retain=True)
+        status = status_of(self._device, online, error)
+        self._publish(self._topics.status(status.device), encode(status), retain=True)
 
     def _publish(self, topic: str, payload: bytes, retain: bool = False) -> paho.MQTTMessageInfo:
         self._last = self._link.publish(topic, payload, retain)

@@ -12,8 +12,9 @@ from edge_runtime.engines import open_engine
 from edge_runtime.features import FeatureCache
 from edge_runtime.gate import Gate
 from edge_runtime.inputs import reader_of
+from edge_runtime.presence import device_link
 from edge_runtime.samples import scan
-from edge_runtime.service import Service, device_link
+from edge_runtime.service import Service
 from edge_runtime.store import DeviceStore
 from protocol.topics import Topics
 from shell.link import Link

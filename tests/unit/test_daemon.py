@@ -38,8 +38,8 @@ from edge_runtime.daemon import (
     advance,
     patience,
 )
-from edge_runtime.service import Unanswered
 from edge_runtime.store import DeviceStore
+from edge_runtime.unanswered import Unanswered
 from protocol.errors import ConfigError
 from protocol.messages import Ack, DeviceStatus, Round, Sal, ServerStatus, Stage, Training, Update, Verdict
 from protocol.tensors import blob_hash, pack
