@@ -20,12 +20,11 @@ GRACE_SECONDS = 10
 
 @dataclass
 class Worker:
-    """One process with its own log. A daemon that is killed is started again, as its service manager would do it."""
+    """One process with its own log."""
 
     name: str
     arguments: Sequence[str]
     log: Path
-    restarts: bool = False
     process: subprocess.Popen[bytes] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -44,11 +43,13 @@ class Worker:
 
 
 class Fleet:
-    """Leaving it, by whatever way, leaves no process behind."""
+    """Whichever process is killed is started again with the same command, as its service manager would do it. Leaving
+    the fleet, by whatever way, leaves no process behind."""
 
     def __init__(self, logs: Path) -> None:
         self._logs = logs
         self.workers: list[Worker] = []
+        self._broker: Worker | None = None
 
     def __enter__(self) -> Fleet:
         return self
@@ -63,8 +64,8 @@ class Fleet:
                 worker.process.kill()
                 worker.process.wait()
 
-    def start(self, name: str, *arguments: str, restarts: bool = False) -> Worker:
-        worker = Worker(name, arguments, self._logs / f"{name}.log", restarts)
+    def start(self, name: str, *arguments: str) -> Worker:
+        worker = Worker(name, arguments, self._logs / f"{name}.log")
         self.workers.append(worker)
         return worker
 
@@ -73,7 +74,7 @@ class Fleet:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        worker = self.start("broker", "devices.broker", "--port", str(port))
+        worker = self._broker = self.start("broker", "devices.broker", "--port", str(port))
         end = time.monotonic() + BROKER_SECONDS
         while time.monotonic() < end and worker.process.poll() is None:
             with socket.socket() as probe:
@@ -87,7 +88,7 @@ class Fleet:
 
         Raises RunError, with what it printed last, if any process ends with an error.
         """
-        daemons = [worker for worker in self.workers if worker.restarts]
+        daemons = [worker for worker in self.workers if worker not in (until, self._broker)]
         while until.process.poll() is None or any(worker.process.poll() is None for worker in daemons):
             look()
             for worker in self.workers:
@@ -102,7 +103,7 @@ class Fleet:
         code = worker.process.poll()
         if code is None or code == 0:
             return
-        if code < 0 and worker.restarts and server.process.poll() is None:
+        if code < 0 and (worker is server or server.process.poll() is None):
             worker.start()
             return
         raise RunError(f"{worker.name} ended early: {worker.last_line()} (its log: {worker.log})")

@@ -109,7 +109,6 @@ def trial(
                 *("--state", str(folder / "devices" / root.name), "--bundle", str(folder / "bundle")),
                 *("--threads", threads, "--engine", engine, *(["--memory", memory] if memory else [])),
                 *access,
-                restarts=True,
             )
         with LiveView(address, name, folder, identity, insecure) as view:
             fleet.wait(server, view.refresh)
