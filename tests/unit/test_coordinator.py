@@ -683,3 +683,15 @@ def test_a_device_that_has_not_announced_itself_is_refused(vit: Built) -> None:
 def test_settings_that_do_not_go_together_are_refused(vit: Built, change: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         plan_of(vit, **change)
+
+
+# what a single device could do to all others
+
+
+@pytest.mark.parametrize("accuracy", [1e308, -0.1, 1.1])
+def test_an_accuracy_that_is_none_is_rejected(vit: Built, accuracy: float) -> None:
+    """Weighted by samples it would be infinite, which no snapshot holds: the server could not start again."""
+    run = trained(started(vit))
+    reply, refusal = run.answers(["a"], accuracy=accuracy)
+    assert reply.ack.verdict is Verdict.REJECTED
+    assert (refusal.device, refusal.kind) == ("a", "metrics")
