@@ -54,7 +54,7 @@ class Scene:
     def run_to_its_end(self) -> None:
         since = 0
         while True:
-            announced = self.observer.wait(Round, lambda r: r.round > since, "the next round")
+            announced = self.observer.wait(Round, lambda r, since=since: r.round > since, "the next round")
             if announced.stage is Stage.FINISHED:
                 break
             since = announced.round
