@@ -35,7 +35,7 @@ from trainer_server.rounds import ClosedRound
 from trainer_server.selection import select
 from trainer_server.state import TRAINING, Accepted, Plan, State
 
-MAX_DEVICES = 10_000
+MAX_DEVICES = 2500  # a Round may have to name all of them, within its `max_bytes`
 REMEMBERED_ROUNDS = 2  # for so long an update that is sent once more is called a duplicate, and then late
 
 
@@ -118,7 +118,9 @@ def _open(plan: Plan, state: State, position: int, now: float) -> tuple[State, l
     config, number, step = plan.config, state.round + 1, plan.schedule[position]
     stage, level = step.stage, state.sal.level
     online = {name: state.devices[name] for name in state.online}
-    asked = select(config, online, level, number) if stage in TRAINING else state.online
+    # a round that is repeated asks everybody: the same choice could be in vain for ever
+    chooses = stage in TRAINING and not state.repeats
+    asked = select(config, online, level, number) if chooses else state.online
     oldest = number - max(config.max_staleness, REMEMBERED_ROUNDS)
     announced = Round(
         run=config.run,

@@ -12,6 +12,7 @@ from protocol.errors import MessageError
 from protocol.layout import Vector
 from protocol.messages import Stage, Update, Verdict
 from protocol.tensors import Tensors
+from trainer_server.rounds import held_out_of
 from trainer_server.state import Plan, State
 
 ROUNDING = 1e-3  # relative: what a device's own sums may differ by
@@ -52,6 +53,8 @@ def judge(plan: Plan, state: State, update: Update, tensors: Tensors) -> Judgeme
         return rejected("not asked", f"was not asked in round {update.round}")
     if update.samples > config.max_samples:
         return rejected("samples", f"claims {update.samples} samples, more than {config.max_samples}")
+    if not all(0 <= accuracy <= 1 for accuracy in held_out_of(update).values()):
+        return rejected("metrics", "claims a held-out accuracy that is no share of one")
     if update.level > announced.level:
         return rejected("tensors", f"is of level {update.level}, above the announced {announced.level}")
     try:

@@ -115,10 +115,12 @@ class Service:
                     state = self._take(received, state, now, logged, commands)
             if logged:
                 self._store.commit(logged)
+                self._disk_error = ""
         except (OSError, sqlite3.Error) as error:
-            self._disk_refuses(error)  # nothing of it has happened, and the devices will send it again
+            # nothing of it has happened: devices send their updates again, and the broker what it has retained
+            self._disk_refuses(error)
+            self._link.subscribe(self._topics.status("+"))
             return
-        self._disk_error = ""
         self._state = state
         for command in commands:
             self._carry_out(command)
@@ -129,7 +131,7 @@ class Service:
         """The state after one message; one that does not fit the contract is refused."""
         sender = self._sender(received.topic)
         try:
-            event, upload = self._read(received)
+            event, upload = self._read(received, state)
         except MessageError as error:
             self._refuse(sender, "unreadable", f"a message on {received.topic[:200]}: {error}")
             return state
@@ -145,7 +147,7 @@ class Service:
             logged.append(Logged(now, replace(event, tensors={}) if isinstance(event, UpdateSeen) else event))
         return after
 
-    def _read(self, received: Received) -> tuple[Event | None, Upload | None]:
+    def _read(self, received: Received, state: State) -> tuple[Event | None, Upload | None]:
         """What a message means. Raises MessageError if it does not fit the contract. One that nobody asked for means
         nothing: amqtt sends a new client what is retained for any other."""
         device = self._topics.device_of(received.topic)
@@ -159,7 +161,7 @@ class Service:
         named = self._topics.update_of(received.topic)
         if named is None:
             return None, None
-        if device not in self._state.devices:
+        if device not in state.devices:
             raise MessageError(f"device {device!r} has not announced itself")
         upload = self._uploads.add(*named, received.payload)
         if upload is None:
@@ -185,7 +187,8 @@ class Service:
         ended = (stop.error or FINISHED) if stop else None
         rounds = [command.closed for command in commands if isinstance(command, Record)]
         try:
-            self._store.commit([Logged(now, ClockTicked())], rounds, self._take_refusals(), ended)
+            self._store.commit([Logged(now, ClockTicked())], rounds, self._refusals(), ended)
+            self._refused.clear()
             self._state = state
             self._store.keep(state, now)
         except (OSError, sqlite3.Error) as error:
@@ -263,10 +266,9 @@ class Service:
             self._noted.add(who)
             self._note(f"refused from {who[0]} ({kind}): {text}")
 
-    def _take_refusals(self) -> dict[tuple[str, str], tuple[int, str]]:
-        taken = {who: (count, self._last_refusal[who]) for who, count in self._refused.items()}
-        self._refused.clear()
-        return taken
+    def _refusals(self) -> dict[tuple[str, str], tuple[int, str]]:
+        """Those that are not yet in the store."""
+        return {who: (count, self._last_refusal[who]) for who, count in self._refused.items()}
 
     def _disk_refuses(self, error: OSError | sqlite3.Error) -> None:
         if str(error) != self._disk_error:

@@ -26,10 +26,12 @@ from protocol.messages import (
     Trigger,
     Update,
     Verdict,
+    encode,
+    parse,
 )
 from protocol.tensors import blob_hash, pack, unpack
 from trainer_server.config import Aggregation, Head, Rule, RunConfig, Selection
-from trainer_server.coordinator import advance, next_deadline
+from trainer_server.coordinator import MAX_DEVICES, advance, next_deadline
 from trainer_server.events import (
     Announce,
     ClockTicked,
@@ -683,3 +685,33 @@ def test_a_device_that_has_not_announced_itself_is_refused(vit: Built) -> None:
 def test_settings_that_do_not_go_together_are_refused(vit: Built, change: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         plan_of(vit, **change)
+
+
+# what a single device could do to all others
+
+
+@pytest.mark.parametrize("accuracy", [1e308, -0.1, 1.1])
+def test_an_accuracy_that_is_none_is_rejected(vit: Built, accuracy: float) -> None:
+    """Weighted by samples it would be infinite, which no snapshot holds: the server could not start again."""
+    run = trained(started(vit))
+    reply, refusal = run.answers(["a"], accuracy=accuracy)
+    assert reply.ack.verdict is Verdict.REJECTED
+    assert (refusal.device, refusal.kind) == ("a", "metrics")
+
+
+def test_a_repeated_round_asks_everybody(vit: Built) -> None:
+    """Or a device that claims to be the most capable, and never answers, would be all that is ever asked."""
+    rule = RULE.model_copy(update={"trigger": Trigger.ALL_AT_ONCE})
+    run = Run(plan_of(vit, selection=Selection.CAPABLE, stage1_sal=rule))
+    run.feed(*(StatusSeen(run.status(name, level_cap=cap)) for name, cap in zip(ABC, (1, 1, 1024), strict=True)))
+    trained(run)
+    assert run.announced.chosen == ("c",)
+    run.now += ROUND_SECONDS
+    run.feed()
+    assert (run.announced.stage, run.announced.chosen, run.state.expected) == (Stage.GLOBAL, (), frozenset(ABC))
+
+
+def test_the_longest_announcement_is_one_that_devices_read(vit: Built) -> None:
+    names = [f"{number:064}" for number in range(MAX_DEVICES)]
+    longest = trained(started(vit)).announced.model_copy(update={"chosen": tuple(names)})
+    assert parse(Round, encode(longest)) == longest
