@@ -96,6 +96,7 @@ class Machine(RuleBasedStateMachine):
         self.everybody = True  # nobody in particular was chosen
         self.accepted: dict[tuple[int, str], Update] = {}
         self.counted: set[tuple[int, str]] = set()
+        self.taught: dict[tuple[int, str], Tensors] = {}
         for device in ("a", "b"):
             self.status(device, True, 1)
 
@@ -147,6 +148,7 @@ class Machine(RuleBasedStateMachine):
         if wanted is Verdict.ACCEPTED:
             self.accepted[update.round, device] = update
             self.counted.add((update.round, device))
+            self.taught[update.round, device] = tensors
         assert self.state.updates.keys() == self.accepted.keys()
 
     @precondition(lambda self: not self.over)
@@ -279,12 +281,9 @@ class Machine(RuleBasedStateMachine):
 
     def state_of(self, key: tuple[int, str], layout: Any) -> tuple[float, Any]:
         update = self.accepted[key]
-        tensors = self.blobs[self.sent(update)]
+        tensors = self.taught[key]
         vector = np.concatenate([np.ravel(tensors[slot.name]) for slot in layout.slots if slot.name in tensors])
         return update.samples / math.sqrt(1 + self.round - update.round), vector.astype(np.float64)
-
-    def sent(self, update: Update) -> str:
-        return next(s for s, tensors in self.blobs.items() if blob_hash(pack(update, tensors)) == s)
 
 
 def test_the_coordinator_does_what_a_simple_model_of_rounds_says(
