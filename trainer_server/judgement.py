@@ -86,8 +86,10 @@ def class_statistics(plan: Plan, update: Update, tensors: Tensors) -> Vector:
         raise MessageError(f"the update holds {len(tensors)} tensors, expected {len(plan.statistics.slots)}")
     flat = plan.statistics.join(tensors)
     sums, counts, norm = (np.asarray(tensors[slot.name], np.float64) for slot in plan.statistics.slots)
-    _bound(float(np.abs(norm[0])), plan.config.max_norm * max(update.samples, 1), "sum of norms")
-    if plan.config.privacy is not None:  # noise keeps no inequality
+    largest = plan.config.max_norm * max(update.samples, 1)
+    _bound(float(np.abs(norm[0])), largest, "sum of norms")
+    if plan.config.privacy is not None:  # noise keeps no inequality, but is not without bounds
+        _bound(float(np.linalg.norm(np.asarray(flat, np.float64))), largest, "norm")
         return flat
     if counts.min() < 0 or norm[0] < 0:
         raise MessageError("the update holds negative counts or norms")

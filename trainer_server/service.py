@@ -46,6 +46,7 @@ from trainer_server.uploads import Upload, Uploads
 
 LOOK_SECONDS = 1.0  # the longest the clock goes unlooked at
 BATCH = 64  # messages that share one commit
+NOTES_BYTES = 8 * 1024 * 1024  # of notes.log; what is older lies in notes.log.1, what is still older is gone
 FINISHED = "finished"
 
 
@@ -278,8 +279,11 @@ class Service:
 
     def _note(self, text: str) -> None:
         console.print(text)
-        with contextlib.suppress(OSError), (self._store.folder / "notes.log").open("a") as file:
+        path = self._store.folder / "notes.log"
+        with contextlib.suppress(OSError), path.open("a") as file:
             file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {text}\n")
+            if file.tell() > NOTES_BYTES:
+                path.replace(path.with_suffix(".log.1"))
 
     def _publish(self, topic: str, payload: bytes, retain: bool = False) -> None:
         self._last = self._link.publish(topic, payload, retain)

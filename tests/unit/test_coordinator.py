@@ -715,3 +715,14 @@ def test_the_longest_announcement_is_one_that_devices_read(vit: Built) -> None:
     names = [f"{number:064}" for number in range(MAX_DEVICES)]
     longest = trained(started(vit)).announced.model_copy(update={"chosen": tuple(names)})
     assert parse(Round, encode(longest)) == longest
+
+
+@pytest.mark.parametrize("name", ["class_sums", "class_counts"])
+def test_noised_statistics_too_are_bounded(vit: Built, name: str) -> None:
+    rule = RULE.model_copy(update={"trigger": Trigger.FIXED_SCHEDULE})
+    run = started(vit, privacy=PRIVACY, stage1_sal=rule, stage2_sal=rule)
+    tensors = dict(answer(run.plan, run.announced, "a").tensors)
+    reply, *_ = run.answers(["a"], tensors={**tensors, name: np.full_like(tensors[name], 1e38)})
+    assert (reply.ack.verdict, "norm is" in reply.ack.reason) == (Verdict.REJECTED, True)
+    reply, *_ = run.answers(["a"], tensors=tensors)
+    assert reply.ack.verdict is Verdict.ACCEPTED

@@ -115,3 +115,16 @@ def test_a_flood_of_garbage_costs_no_round_and_fills_no_log(vit: Built, broker: 
         (refused,) = RunStore(s.folder).refusals()
         assert (refused.device, refused.kind, refused.count) == ("a", "unreadable", garbage)
         assert len(s.notes) < 2000
+
+
+def test_the_notes_take_no_more_room_than_two_files_whatever_a_device_causes(
+    vit: Built, broker: Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer_server.service.NOTES_BYTES", 1000)
+    with scene(vit, broker, tmp_path / "run", "notes") as s:
+        s.show()
+        for online in (False, True) * 200:  # every one of them is noted
+            s.link.publish(s.topics.status("a"), encode(Run(s.plan).status("a", online=online)), retain=True)
+        s.run_to_its_end()
+        assert (s.folder / "notes.log.1").stat().st_size < 1200
+        assert len(s.notes) < 1200
