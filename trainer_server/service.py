@@ -13,7 +13,8 @@ import contextlib
 import sqlite3
 import time
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import paho.mqtt.client as paho
 
@@ -59,6 +60,18 @@ class RunClock:
         return self._offset + time.monotonic()
 
 
+@dataclass
+class _Batch:
+    """What a look at the link has come to; none of it has happened before it is on the disk. `files`: where the updates
+    lie that count from then on, and where they are to be kept."""
+
+    state: State
+    now: float
+    logged: list[Logged] = field(default_factory=list)
+    commands: list[Command] = field(default_factory=list)
+    files: dict[Path, Path] = field(default_factory=dict)
+
+
 class Service:
     def __init__(self, plan: Plan, state: State, at: float, store: RunStore, link: Link, status: ServerStatus) -> None:
         """Goes on from `state`, which was the state at the second `at` of the run's clock."""
@@ -97,10 +110,8 @@ class Service:
 
     def _hear(self) -> None:
         """What has come since the last look: advance, commit, act."""
-        state, now = self._state, self._clock.now()
-        logged: list[Logged] = []
-        commands: list[Command] = []
-        wait = min(LOOK_SECONDS, next_deadline(self._plan, state) - now)
+        batch = _Batch(self._state, self._clock.now())
+        wait = min(LOOK_SECONDS, next_deadline(self._plan, batch.state) - batch.now)
         try:
             for _ in range(BATCH):
                 received = self._link.next_event(wait)
@@ -112,38 +123,42 @@ class Service:
                 elif isinstance(received, Oversize):
                     self._refuse(self._sender(received.topic), "too large", f"{received.size} bytes")
                 elif isinstance(received, Received):
-                    state = self._take(received, state, now, logged, commands)
-            if logged:
-                self._store.commit(logged)
+                    self._take(received, batch)
+            if batch.files:
+                self._uploads.keep(batch.files)
+            if batch.logged:
+                self._store.commit(batch.logged)
         except (OSError, sqlite3.Error) as error:
             self._disk_refuses(error)  # nothing of it has happened, and the devices will send it again
+            for path in batch.files:
+                with contextlib.suppress(OSError):
+                    path.unlink(missing_ok=True)
             return
         self._disk_error = ""
-        self._state = state
-        for command in commands:
+        self._state = batch.state
+        for command in batch.commands:
             self._carry_out(command)
 
-    def _take(
-        self, received: Received, state: State, now: float, logged: list[Logged], commands: list[Command]
-    ) -> State:
-        """The state after one message; one that does not fit the contract is refused."""
+    def _take(self, received: Received, batch: _Batch) -> None:
+        """Goes on with the batch; a message that does not fit the contract is refused."""
         sender = self._sender(received.topic)
         try:
             event, upload = self._read(received)
         except MessageError as error:
             self._refuse(sender, "unreadable", f"a message on {received.topic[:200]}: {error}")
-            return state
+            return
         if event is None:
-            return state
-        after, more = advance(self._plan, state, event, now)
-        commands += more
-        if upload is not None and after is state:
-            self._uploads.drop(upload)
+            return
+        after, commands = advance(self._plan, batch.state, event, batch.now)
+        batch.commands += commands
+        if after is not batch.state:
+            logged = replace(event, tensors={}) if isinstance(event, UpdateSeen) else event
+            batch.logged.append(Logged(batch.now, logged))
+            if upload is not None:
+                batch.files[upload.path] = self._store.tensors / upload.sha256
         elif upload is not None:
-            self._uploads.keep(upload, self._store.tensors / upload.sha256)
-        if after is not state:
-            logged.append(Logged(now, replace(event, tensors={}) if isinstance(event, UpdateSeen) else event))
-        return after
+            self._uploads.drop(upload)
+        batch.state = after
 
     def _read(self, received: Received) -> tuple[Event | None, Upload | None]:
         """What a message means. Raises MessageError if it does not fit the contract. One that nobody asked for means
