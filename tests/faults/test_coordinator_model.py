@@ -93,7 +93,7 @@ class Machine(RuleBasedStateMachine):
         self.position, self.round, self.opened, self.repeats = -1, 0, 0.0, 0
         self.known: dict[str, bool] = {}  # device → whether it is online, and ours
         self.asked: set[str] = set()
-        self.everybody = True  # nobody in particular was chosen
+        self.history: dict[int, tuple[Stage, set[str] | None]] = {}  # round → stage, and who was chosen, if not all
         self.accepted: dict[tuple[int, str], Update] = {}
         self.counted: set[tuple[int, str]] = set()
         self.taught: dict[tuple[int, str], Tensors] = {}
@@ -127,7 +127,9 @@ class Machine(RuleBasedStateMachine):
     )
     def send(self, device: str, shift: int, flaw: str) -> None:
         present_round = self.announced[-1]
-        task = present_round.model_copy(update={"round": max(present_round.round + shift, 0)})
+        number = max(present_round.round + shift, 0)
+        invented = present_round.model_copy(update={"round": number})
+        task = next((announced for announced in self.announced if announced.round == number), invented)
         update, tensors = update_of(BUNDLE[0], device, task, 2)
         flawed = flaw in HEADERS
         update = update.model_copy(update=HEADERS.get(flaw, {}))
@@ -150,6 +152,15 @@ class Machine(RuleBasedStateMachine):
             self.counted.add((update.round, device))
             self.taught[update.round, device] = tensors
         assert self.state.updates.keys() == self.accepted.keys()
+
+    @precondition(lambda self: not self.over and self.announced)
+    @rule()
+    def answers(self) -> None:
+        """Everybody who is asked answers, and the round closes: this is how a run gets anywhere."""
+        for device in sorted(self.asked):
+            if (self.round, device) not in self.counted:
+                self.send(device, 0, "")
+        self.tick(0.0, False)
 
     @precondition(lambda self: not self.over)
     @rule(seconds=st.sampled_from([0.0, 0.0, 0.0, 1.0, JOIN, TIMEOUT, 1e6]), dies=st.sampled_from([False, False, True]))
@@ -204,7 +215,18 @@ class Machine(RuleBasedStateMachine):
         self.state, _ = present(self.store, self.plan)
         for name, vector in vectors_of(before).items():
             assert vectors_of(self.state)[name].tobytes() == vector.tobytes()
-        for field in ("position", "round", "repeats", "announced", "devices", "expected", "updates", "counted", "sal"):
+        for field in (
+            "position",
+            "round",
+            "repeats",
+            "announced",
+            "devices",
+            "expected",
+            "updates",
+            "recent",
+            "counted",
+            "sal",
+        ):
             assert getattr(self.state, field) == getattr(before, field), field
 
     @precondition(lambda self: self.over)
@@ -233,7 +255,8 @@ class Machine(RuleBasedStateMachine):
         online = {name for name, there in self.known.items() if there}
         self.position, self.round, self.opened = position, self.round + 1, self.now
         assert (opened.round, opened.stage) == (self.round, self.stages[position])
-        self.asked, self.everybody = set(opened.chosen) or online, not opened.chosen
+        self.asked = set(opened.chosen) or online
+        self.history[self.round] = (opened.stage, set(opened.chosen) or None)
         assert self.asked <= online
         if opened.stage in TRAINED and not self.repeats and self.config.selection is Selection.RANDOM:
             wanted = max(math.ceil(len(online) / 2), self.config.min_updates)
@@ -252,17 +275,18 @@ class Machine(RuleBasedStateMachine):
         return len(self.accepted) >= self.config.min_updates and len(who) >= share * len(self.asked)
 
     def verdict(self, update: Update, flawed: bool) -> Verdict:
-        stage, age = self.stages[self.position], self.round - update.round
+        age = self.round - update.round
         if update.run != "r" or update.session != self.plan.session or update.device not in self.known:
             return Verdict.REJECTED
         if (update.round, update.device) in self.counted:
             return Verdict.DUPLICATE
         if age < 0:
             return Verdict.REJECTED
-        if age > self.config.max_staleness or (age > 0 and update.stage is not stage):
+        stage, chosen = self.history.get(update.round, (None, None))
+        if age > self.config.max_staleness or stage is not self.stages[self.position]:
             return Verdict.LATE
-        uninvited = age == 0 and not self.everybody and update.device not in self.asked
-        return Verdict.REJECTED if uninvited or flawed else Verdict.ACCEPTED
+        uninvited = chosen is not None and update.device not in chosen
+        return Verdict.REJECTED if uninvited or flawed or update.stage is not stage else Verdict.ACCEPTED
 
     def check_vector(self, kind: str, before: Any, learns: bool) -> None:
         """Every part is the mean, or the median, of what those say who trained it; naively, in float64."""

@@ -615,6 +615,19 @@ def test_an_update_that_is_too_late_or_of_another_stage_is_late_all_the_same(vit
     assert run.verdicts[-1] is Verdict.LATE
 
 
+def test_a_late_update_of_a_device_that_was_not_asked_does_not_count(vit: Built) -> None:
+    names = [f"d{i}" for i in range(4)]
+    run = started(vit, names, selection=Selection.RANDOM, fraction=0.5, max_staleness=1)
+    run.answers(names)
+    first = run.announced
+    (stranger, *_) = set(names) - set(first.chosen)
+    run.answers(first.chosen)
+    reply, _ = run.feed(answer(run.plan, first, stranger))
+    assert "was not asked" in reply.ack.reason
+    forged = answer(run.plan, first, first.chosen[0], stage=Stage.PERSONAL, round=first.round)
+    assert run.feed(forged)[0].ack.verdict is not Verdict.ACCEPTED
+
+
 # what is too much
 
 
