@@ -19,7 +19,7 @@ from protocol.tensors import CHUNK_BYTES, Chunk
 from shell.files import sync
 
 PARTIALS = 2  # of one device: a late update may cross the next round's
-SYNCS = 8  # at once: the file system's journal writes them together
+SYNCS = 8  # of files at once
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class Uploads:
         self._folder = folder
         self._cap_bytes = cap_bytes
         self._numbers = count()
+        self._syncs = ThreadPoolExecutor(SYNCS)
         self._partials: dict[str, dict[_Blob, _Partial]] = {}  # by device, the one that has rested longest first
         folder.mkdir(parents=True, exist_ok=True)
         for path in folder.iterdir():
@@ -87,12 +88,10 @@ class Uploads:
             raise MessageError("the chunks do not add up to the announced SHA-256")
         return Upload(partial.path, whole, chunk.digest.hex(), partial.size)
 
-    @staticmethod
-    def keep(files: Mapping[Path, Path]) -> None:
+    def keep(self, files: Mapping[Path, Path]) -> None:
         """Moves the files of whole blobs to their targets, on the same disk; they survive a power cut from now on. They
         go together, because a disk takes hardly longer to sync many files at once than one. Raises OSError."""
-        with ThreadPoolExecutor(SYNCS) as pool:
-            list(pool.map(sync, files))
+        list(self._syncs.map(sync, files))
         for path, target in files.items():
             path.replace(target)
         for folder in {target.parent for target in files.values()}:
