@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 from brokers import KINDS, RestartableBroker, versions
+from oracle import Reference, reference
 from processes import MOSQUITTO, Processes
-from simulation import Results, Simulation
+from simulation import Simulation
 from table import FaultTable, is_whole, write
 
 from benchmarks.layouts import layout_bundle
@@ -20,7 +21,7 @@ from protocol.bundle import Bundle
 ATTEMPTS = 5
 RELIABILITY = Path(__file__).parents[2] / "docs" / "reliability.md"
 TABLE = pytest.StashKey[FaultTable]()
-Undisturbed = Callable[[int], Results]
+Undisturbed = Callable[[int], Reference]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -79,10 +80,10 @@ def simulation(kind: str, layout: Bundle, processes: Processes, tmp_path: Path) 
 
 @pytest.fixture(scope="session")
 def undisturbed(layout: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
-    """The results of a run with so many devices to which nothing happens; each is run once."""
-    known: dict[int, Results] = {}
+    """A run with so many devices to which nothing happens; each is run once."""
+    known: dict[int, Reference] = {}
 
-    def results(devices: int) -> Results:
+    def of(devices: int) -> Reference:
         if devices not in known:
             folder = tmp_path_factory.mktemp("undisturbed")
             with Processes(folder / "logs") as processes:
@@ -90,9 +91,9 @@ def undisturbed(layout: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Und
                 simulation = Simulation(processes, broker, layout, folder, devices)
                 simulation.start_server()
                 simulation.start_fleet()
-                outcome = simulation.finish()
-                assert all(outcome.complete)
-                known[devices] = outcome.results
+                simulation.finish()
+                known[devices] = reference(simulation.out)
+                assert len(known[devices].devices) == devices
         return known[devices]
 
-    return results
+    return of

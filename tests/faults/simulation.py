@@ -1,5 +1,4 @@
-"""One run of the real server with simulated devices, and the question after every fault: is anything lost or counted
-twice?"""
+"""One run of the real server with simulated devices."""
 
 from __future__ import annotations
 
@@ -13,18 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from brokers import RestartableBroker
+from oracle import Findings, Reference, examine
 from processes import Observer, Process, Processes
-from table import Trial
+from table import COUNTS, Trial
 
 from benchmarks.simulated import device_names
 from protocol.bundle import Bundle
 from protocol.messages import Ack, Round, Stage, Verdict
-from trainer_server.store import RunStore
+from trainer_server.state import Key
 
 RUN = "faults"  # of every run: it is part of what is hashed
 STAGE1, STAGE2 = 3, 1
 ROUND_TIMEOUT = 60  # seconds; nothing here may need them
-Results = list[tuple[str, int, int, str, str, str]]
 
 
 @dataclass
@@ -72,61 +71,30 @@ class Simulation:
         for process in (self.servers[-1], self.fleets[-1]):
             ended = process.wait()
             assert ended.code == 0, (process.log.name, ended.code, ended.stdout[-2000:], ended.stderr[-2000:])
-        return Outcome(closed_rounds(self.out), json.loads(self.fleets[-1].stdout.splitlines()[-1]))
-
-
-def closed_rounds(out: Path) -> list[dict[str, Any]]:
-    """The server's own record."""
-    return [closed.model_dump(mode="json") for closed in RunStore(out).rounds()]
+        return Outcome(self.out, json.loads(self.fleets[-1].stdout.splitlines()[-1]))
 
 
 @dataclass(frozen=True)
 class Outcome:
-    rounds: list[dict[str, Any]]
-    tally: dict[str, Any]  # of the fleet
+    """A run that has ended: the server's folder, and what the fleet has seen."""
+
+    out: Path
+    tally: dict[str, Any]
 
     @property
-    def results(self) -> Results:
-        """What each round that led to something started from: its stage, index and level, and the hashes of its
-        globals. The last, which measures, starts from what the run has come to."""
-        return [
-            tuple(line["round"][key] for key in ("stage", "index", "level", "expert", "start", "gate"))
-            for line in self.rounds
-            if not line["repeated"]
-        ]
+    def told(self) -> set[Key]:
+        """Updates whose device was told that they count."""
+        return {(int(number), name) for number, names in self.tally["counted"].items() for name in names}
 
-    @property
-    def lost(self) -> int:
-        """Updates that a device was told are counted, and that the server's record does not have."""
-        recorded = {(line["round"]["round"], name) for line in self.rounds for name in line["updates"]}
-        told = {(int(number), name) for number, names in self.tally["counted"].items() for name in names}
-        return len(told - recorded)
+    def trial(self, undisturbed: Reference, recovery: float | None = None) -> Trial:
+        return judged(examine(self.out, self.told, undisturbed), recovery)
 
-    @property
-    def repeated(self) -> int:
-        return sum(bool(line["repeated"]) for line in self.rounds)
 
-    @property
-    def complete(self) -> list[bool]:
-        """Of each round that led to something: whether it has an update of every device."""
-        everybody = max(len(line["updates"]) for line in self.rounds)
-        return [len(line["updates"]) == everybody for line in self.rounds if not line["repeated"]]
-
-    def double(self, undisturbed: Results) -> int:
-        """Rounds with another result than those of the undisturbed run, though they have the same updates: one of them
-        was counted twice, or not as it was sent. A round without a device that was away leads elsewhere, so that what
-        comes after it cannot be compared."""
-        same = [ours == theirs for ours, theirs in zip(self.results, undisturbed, strict=True)]
-        comparable = [all(self.complete[:index]) for index in range(len(same))]
-        return sum(compare and not equal for equal, compare in zip(same, comparable, strict=True))
-
-    def trial(self, undisturbed: Results, recovery: float | None = None) -> Trial:
-        """Asserts what must hold after every fault: no round has waited for its deadline, nothing is lost, nothing
-        counted twice."""
-        late = {line["round"]["round"]: line["missing"] for line in self.rounds if line["missing"]}
-        trial = Trial(self.lost, self.double(undisturbed), self.repeated, recovery)
-        assert (trial, late) == (Trial(0, 0, 0, recovery), {})
-        return trial
+def judged(findings: Findings, recovery: float | None = None) -> Trial:
+    """Asserts what must hold after every fault: nothing is lost, nothing counted twice, and no round has waited for its
+    deadline."""
+    assert (findings.lost, findings.double, findings.repeated, findings.missing) == (0, 0, 0, {}), findings
+    return Trial(**{name: getattr(findings, name) for name in COUNTS}, recovery=recovery)
 
 
 def in_stage_1(observer: Observer, index: int = 1) -> Round:

@@ -16,6 +16,7 @@ from protocol.bundle import Bundle
 from protocol.messages import Round, Stage, Update
 from protocol.tensors import Tensors, chunks, pack
 from protocol.topics import Topics
+from trainer_server.store import RunStore
 
 THINK = (0.2, 0.8)
 STRANGER, VICTIM = "stranger", "device-0000"
@@ -89,5 +90,5 @@ def test_what_a_stranger_says_costs_nothing(
         with recovering(simulation, observer) as seconds:
             assert publish(simulation.broker.url, messages(simulation.bundle, begun)[fault])
         outcome = simulation.finish()
-    assert STRANGER not in {name for line in outcome.rounds for name in line["updates"]}
+    assert STRANGER not in {name for closed in RunStore(outcome.out).rounds() for name in closed.updates}
     table.add(f"{fault}, {simulation.broker.kind}", outcome.trial(undisturbed(simulation.devices), *seconds))
