@@ -3,7 +3,6 @@ lost."""
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
@@ -61,7 +60,7 @@ def finished_rounds(federation: Federation, observer: Observer) -> list[dict[str
     ended = {name: process.wait() for name, process in {"server": server, **federation.devices}.items()}
     assert {name: each.code for name, each in ended.items()} == dict.fromkeys(ended, 0), ended
     assert not any("Traceback" in each.stdout + each.stderr for each in ended.values())
-    rounds = [json.loads(line) for line in (federation.server_folder / "rounds.jsonl").read_text().splitlines()]
+    rounds = federation.rounds()
     assert all(sorted(line["updates"]) == sorted(federation.photos) for line in rounds)
     assert not any(line["repeated"] for line in rounds)
     return rounds
