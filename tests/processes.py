@@ -130,7 +130,13 @@ class Process:
         assert self._popen.wait(SECONDS) == -signal.SIGKILL
 
     def wait(self) -> Ended:
-        code = self._popen.wait(SECONDS)
+        try:
+            code = self._popen.wait(SECONDS)
+        except subprocess.TimeoutExpired:
+            said = (self.stdout + self.stderr)[-500:]
+            raise AssertionError(
+                f"waited {SECONDS:.0f} s in vain for {self.log.name} to end; it said: {said}"
+            ) from None
         return Ended(code, self.stdout, self.stderr)
 
     def end(self) -> None:

@@ -18,7 +18,7 @@ from table import FaultTable, is_whole, write
 from benchmarks.layouts import layout_bundle
 from protocol.bundle import Bundle
 
-ATTEMPTS = 5
+ATTEMPTS = 2
 RELIABILITY = Path(__file__).parents[2] / "docs" / "reliability.md"
 TABLE = pytest.StashKey[FaultTable]()
 Undisturbed = Callable[[int], Reference]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,7 +23,7 @@ from trainer_server.state import Key
 
 RUN = "faults"  # of every run: it is part of what is hashed
 STAGE1, STAGE2 = 3, 1
-ROUND_TIMEOUT = 60  # seconds; nothing here may need them
+ROUND_TIMEOUT = 80  # seconds; nothing here may need them
 
 
 @dataclass
@@ -42,7 +42,13 @@ class Simulation:
     def out(self) -> Path:
         return self.folder / "server"
 
-    def start_server(self, *arguments: str, url: str | None = None, launcher: Sequence[str] = ("-m",)) -> Process:
+    def start_server(
+        self,
+        *arguments: str,
+        url: str | None = None,
+        launcher: Sequence[str] = ("-m",),
+        environment: Mapping[str, str] | None = None,
+    ) -> Process:
         """The same command each time."""
         server = self.processes.start_module(
             f"server-{len(self.servers)}",
@@ -52,49 +58,69 @@ class Simulation:
             *("--stage1-rounds", str(STAGE1), "--stage2-rounds", str(STAGE2), "--max-level", "1"),
             *("--round-timeout", str(ROUND_TIMEOUT), *arguments),
             launcher=launcher,
+            environment=environment,
         )
         self.servers.append(server)
         return server
 
-    def start_fleet(self, *arguments: str, url: str | None = None, think: tuple[float, float] = (0.0, 0.0)) -> Process:
+    def start_fleet(
+        self,
+        *arguments: str,
+        url: str | None = None,
+        think: tuple[float, float] = (0.0, 0.0),
+        first: int = 0,
+        devices: int | None = None,
+    ) -> Process:
+        """All devices, or so many from the first on."""
         fleet = self.processes.start_module(
             f"fleet-{len(self.fleets)}",
             "benchmarks.simulated",
-            *("--run", RUN, "--bundle", str(self.bundle.root), "--devices", str(self.devices)),
+            *("--run", RUN, "--bundle", str(self.bundle.root)),
+            *("--first", str(first), "--devices", str(devices or self.devices)),
             *("--broker", url or self.broker.url, "--think", *map(str, think), *arguments),
         )
         self.fleets.append(fleet)
         return fleet
 
-    def finish(self) -> Outcome:
-        """Once the last server and the last fleet have left in good order."""
-        for process in (self.servers[-1], self.fleets[-1]):
+    def finish(self, driven_out: Collection[Process] = ()) -> Outcome:
+        """Once the last server and the fleets have left: in good order, but for those that had to go."""
+        for process in (self.servers[-1], *self.fleets):
             ended = process.wait()
-            assert ended.code == 0, (process.log.name, ended.code, ended.stdout[-2000:], ended.stderr[-2000:])
-        return Outcome(self.out, json.loads(self.fleets[-1].stdout.splitlines()[-1]))
+            good = (ended.code == 0) != (process in driven_out)
+            assert good, (process.log.name, ended.code, ended.stdout[-2000:], ended.stderr[-2000:])
+        return Outcome(self.out, [json.loads(fleet.stdout.splitlines()[-1]) for fleet in self.fleets])
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A run that has ended: the server's folder, and what the fleet has seen."""
+    """A run that has ended: the server's folder, and what each fleet has seen."""
 
     out: Path
-    tally: dict[str, Any]
+    tallies: list[dict[str, Any]]
+
+    @property
+    def connections(self) -> int:
+        return sum(tally["connections"] for tally in self.tallies)
 
     @property
     def told(self) -> set[Key]:
         """Updates whose device was told that they count."""
-        return {(int(number), name) for number, names in self.tally["counted"].items() for name in names}
+        return {
+            (int(number), name)
+            for tally in self.tallies
+            for number, names in tally["counted"].items()
+            for name in names
+        }
 
-    def trial(self, undisturbed: Reference, recovery: float | None = None) -> Trial:
-        return judged(examine(self.out, self.told, undisturbed), recovery)
+    def trial(self, undisturbed: Reference, recovery: float | None = None, times: int = 1) -> Trial:
+        return judged(examine(self.out, self.told, undisturbed), recovery, times)
 
 
-def judged(findings: Findings, recovery: float | None = None) -> Trial:
+def judged(findings: Findings, recovery: float | None = None, times: int = 1) -> Trial:
     """Asserts what must hold after every fault: nothing is lost, nothing counted twice, and no round has waited for its
     deadline."""
     assert (findings.lost, findings.double, findings.repeated, findings.missing) == (0, 0, 0, {}), findings
-    return Trial(**{name: getattr(findings, name) for name in COUNTS}, recovery=recovery)
+    return Trial(**{name: getattr(findings, name) for name in COUNTS}, recovery=recovery, times=times)
 
 
 def in_stage_1(observer: Observer, index: int = 1) -> Round:
