@@ -129,7 +129,7 @@ class Service:
         """The state after one message; one that does not fit the contract is refused."""
         sender = self._sender(received.topic)
         try:
-            event, upload = self._read(received)
+            event, upload = self._read(received, state)
         except MessageError as error:
             self._refuse(sender, "unreadable", f"a message on {received.topic[:200]}: {error}")
             return state
@@ -145,7 +145,7 @@ class Service:
             logged.append(Logged(now, replace(event, tensors={}) if isinstance(event, UpdateSeen) else event))
         return after
 
-    def _read(self, received: Received) -> tuple[Event | None, Upload | None]:
+    def _read(self, received: Received, state: State) -> tuple[Event | None, Upload | None]:
         """What a message means. Raises MessageError if it does not fit the contract. One that nobody asked for means
         nothing: amqtt sends a new client what is retained for any other."""
         device = self._topics.device_of(received.topic)
@@ -159,7 +159,7 @@ class Service:
         named = self._topics.update_of(received.topic)
         if named is None:
             return None, None
-        if device not in self._state.devices:
+        if device not in state.devices:
             raise MessageError(f"device {device!r} has not announced itself")
         upload = self._uploads.add(*named, received.payload)
         if upload is None:
