@@ -1,7 +1,4 @@
-"""What fault tests share: a bundle without weights, the undisturbed run to compare with, and the fault table.
-
-A test with an `attempt` is run once, and in the long form (--full) several times; the attempt is also its seed.
-"""
+"""What fault tests share: a bundle without weights, the undisturbed run to compare with, and the fault table."""
 
 from __future__ import annotations
 
@@ -18,15 +15,9 @@ from table import FaultTable, is_whole, write
 from benchmarks.layouts import layout_bundle
 from protocol.bundle import Bundle
 
-ATTEMPTS = 2
 RELIABILITY = Path(__file__).parents[2] / "docs" / "reliability.md"
 TABLE = pytest.StashKey[FaultTable]()
 Undisturbed = Callable[[int], Reference]
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "attempt" in metafunc.fixturenames:
-        metafunc.parametrize("attempt", range(ATTEMPTS if metafunc.config.getoption("--full") else 1))
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

@@ -14,7 +14,7 @@ from table import FaultTable
 
 from protocol.bundle import Bundle
 
-THINK = (0.2, 0.8)
+THINK = (0.2, 0.6)
 AWAY_SECONDS = 2.0  # the fault is that it lasts
 
 
@@ -35,7 +35,6 @@ def test_a_broker_that_is_restarted_in_mid_round_costs_nothing(
     tmp_path: Path,
     undisturbed: Undisturbed,
     table: FaultTable,
-    attempt: int,
     full: bool,
     kind: str,
     persistent: bool,
@@ -49,7 +48,7 @@ def test_a_broker_that_is_restarted_in_mid_round_costs_nothing(
     simulation = Simulation(processes, broker, layout, tmp_path)
     with Observer(broker, RUN) as observer:
         simulation.start_server()
-        simulation.start_fleet("--seed", str(attempt), think=THINK)
+        simulation.start_fleet(think=THINK)
         in_stage_1(observer)
         with recovering(simulation, observer) as seconds:
             (broker.kill if end == "kill" else broker.stop)()
