@@ -130,7 +130,13 @@ class Process:
         assert self._popen.wait(SECONDS) == -signal.SIGKILL
 
     def wait(self) -> Ended:
-        code = self._popen.wait(SECONDS)
+        try:
+            code = self._popen.wait(SECONDS)
+        except subprocess.TimeoutExpired:
+            said = (self.stdout + self.stderr)[-500:]
+            raise AssertionError(
+                f"waited {SECONDS:.0f} s in vain for {self.log.name} to end; it said: {said}"
+            ) from None
         return Ended(code, self.stdout, self.stderr)
 
     def end(self) -> None:
@@ -290,16 +296,23 @@ class Federation:
         )
 
     def start_device(
-        self, device: str, *arguments: str, again: bool = False, environment: Mapping[str, str] | None = None
+        self,
+        device: str,
+        *arguments: str,
+        again: bool = False,
+        environment: Mapping[str, str] | None = None,
+        launcher: Sequence[str] = ("-m",),
     ) -> Process:
         """`again` with the state folder of its first start, which alone knows its name."""
+        lives = sum(name == device or name.startswith(f"{device}-again") for name in self.processes.started)
         self.devices[device] = self.processes.start_module(
-            f"{device}-again" if again else device,
+            f"{device}-again-{lives}" if again else device,
             "edge_runtime",
             *("run", "--run", self.run, "--images", str(self.photos[device])),
             *("--broker", self.broker.url, "--state", str(self.state(device)), "--threads", "1"),
             *([] if again else ["--device", device]),
             *arguments,
             environment=environment,
+            launcher=launcher,
         )
         return self.devices[device]

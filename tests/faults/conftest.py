@@ -1,7 +1,4 @@
-"""What fault tests share: a bundle without weights, the undisturbed run to compare with, and the fault table.
-
-A test with an `attempt` is run once, and in the long form (--full) several times; the attempt is also its seed.
-"""
+"""What fault tests share: a bundle without weights, the undisturbed run to compare with, and the fault table."""
 
 from __future__ import annotations
 
@@ -10,22 +7,17 @@ from pathlib import Path
 
 import pytest
 from brokers import KINDS, RestartableBroker, versions
+from oracle import Reference, reference
 from processes import MOSQUITTO, Processes
-from simulation import Results, Simulation
+from simulation import Simulation
 from table import FaultTable, is_whole, write
 
 from benchmarks.layouts import layout_bundle
 from protocol.bundle import Bundle
 
-ATTEMPTS = 5
 RELIABILITY = Path(__file__).parents[2] / "docs" / "reliability.md"
 TABLE = pytest.StashKey[FaultTable]()
-Undisturbed = Callable[[int], Results]
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "attempt" in metafunc.fixturenames:
-        metafunc.parametrize("attempt", range(ATTEMPTS if metafunc.config.getoption("--full") else 1))
+Undisturbed = Callable[[int], Reference]
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
@@ -79,10 +71,10 @@ def simulation(kind: str, layout: Bundle, processes: Processes, tmp_path: Path) 
 
 @pytest.fixture(scope="session")
 def undisturbed(layout: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
-    """The results of a run with so many devices to which nothing happens; each is run once."""
-    known: dict[int, Results] = {}
+    """A run with so many devices to which nothing happens; each is run once."""
+    known: dict[int, Reference] = {}
 
-    def results(devices: int) -> Results:
+    def of(devices: int) -> Reference:
         if devices not in known:
             folder = tmp_path_factory.mktemp("undisturbed")
             with Processes(folder / "logs") as processes:
@@ -90,9 +82,9 @@ def undisturbed(layout: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Und
                 simulation = Simulation(processes, broker, layout, folder, devices)
                 simulation.start_server()
                 simulation.start_fleet()
-                outcome = simulation.finish()
-                assert all(outcome.complete)
-                known[devices] = outcome.results
+                simulation.finish()
+                known[devices] = reference(simulation.out)
+                assert len(known[devices].devices) == devices
         return known[devices]
 
-    return results
+    return of

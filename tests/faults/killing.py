@@ -2,13 +2,15 @@
 
 Runs a module as `python -m` does, in a process that SIGKILLs itself before or after the CALL-th call (from 1) of a
 function or method. It is a real process with its real code, and the kernel ends it: only the instant is chosen here.
-A function that another module has imported by name is called under that module's name.
+A function that another module has imported by name is called under that module's name. After a publish means once the
+broker has it.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import itertools
 import operator
 import os
@@ -18,6 +20,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
+
+import paho.mqtt.client as paho
+
+DELIVERY_SECONDS = 10.0
 
 
 def launcher(point: str, when: str, call: int = 1) -> tuple[str, ...]:
@@ -45,10 +51,13 @@ def arm(point: str, when: str, call: int) -> None:
             die()
         result = function(*args, **kwargs)
         if now:
+            if isinstance(result, paho.MQTTMessageInfo):
+                result.wait_for_publish(DELIVERY_SECONDS)
             die()
         return result
 
-    setattr(holder, name, last)
+    static = isinstance(inspect.getattr_static(holder, name), staticmethod)
+    setattr(holder, name, staticmethod(last) if static else last)
 
 
 def die() -> NoReturn:

@@ -17,6 +17,7 @@ READ_BYTES = 64 * 1024
 PUBLISH, DUPLICATE = 3, 0x08
 HELD_SECONDS = 0.05  # a packet to be swapped with the next waits no longer for one
 LOOPBACK = "127.0.0.1"
+SECONDS = 90.0  # no switch takes longer
 
 
 class Packets:
@@ -118,7 +119,7 @@ class Proxy:
         return self._run(self._half_open())
 
     def _run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(SECONDS)
 
     async def _admit(self) -> None:
         self._server = await asyncio.start_server(self._connect, LOOPBACK, self.port, backlog=1024)

@@ -12,21 +12,27 @@ from pathlib import Path
 BEGIN, END = "<!-- the fault table: begin -->", "<!-- the fault table: end -->"
 COMMAND = ("tests/faults", "--full")
 HEAD = (
-    "| fault | times | lost updates | counted twice | repeated rounds | seconds to recover, median | longest |\n"
-    "|---|---|---|---|---|---|---|"
+    "| fault | times | lost updates | counted twice | repeated rounds | rounds done over | of these also in an "
+    "undisturbed run | seconds to recover, median | longest |\n"
+    "|---|---|---|---|---|---|---|---|---|"
 )
+COUNTS = ("lost", "double", "repeated", "recomputed", "compared")
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A fault once: acknowledged updates that are not in the result, updates that are in it twice, rounds that were
-    repeated, and the seconds from the fault's end until every device had an update accepted again (none where the fault
-    lasted to the end of the run)."""
+    """A fault once, or `times` in one run: acknowledged updates that are not in the result; updates that are in it
+    twice, and rounds that come out otherwise; rounds that were repeated; rounds done over from the log, and those of
+    them that an undisturbed run has too; and the seconds from the fault's end until every device had an update accepted
+    again (none where the fault lasted to the end of the run)."""
 
     lost: int
     double: int
     repeated: int
+    recomputed: int
+    compared: int
     recovery: float | None
+    times: int = 1
 
 
 @dataclass
@@ -46,8 +52,8 @@ class FaultTable:
         for fault, trials in self.trials.items():
             seconds = sorted(trial.recovery for trial in trials if trial.recovery is not None)
             spread = [f"{seconds[len(seconds) // 2]:.1f}", f"{seconds[-1]:.1f}"] if seconds else ["–", "–"]
-            sums = [sum(getattr(trial, name) for trial in trials) for name in ("lost", "double", "repeated")]
-            cells = [len(trials), *sums, *spread]
+            sums = [sum(getattr(trial, name) for trial in trials) for name in ("times", *COUNTS)]
+            cells = [*sums, *spread]
             lines.append(f"| {fault} | {' | '.join(map(str, cells))} |")
         return "\n".join(lines)
 

@@ -306,11 +306,11 @@ def test_a_stranger_is_heard(tmp_path: Path, kind: str, processes: Processes) ->
 def test_the_table_adds_up_what_was_tried_and_keeps_the_prose(tmp_path: Path) -> None:
     table, path = FaultTable(), tmp_path / "reliability.md"
     for seconds, repeated in ((1.0, 0), (3.0, 1), (2.0, 0)):
-        table.add("cut", Trial(lost=0, double=0, repeated=repeated, recovery=seconds))
+        table.add("cut", Trial(lost=0, double=0, repeated=repeated, recomputed=7, compared=5, recovery=seconds))
     path.write_text(f"Before.\n{BEGIN}\nold\n{END}\nAfter.\n")
     write(path, table.markdown("brokers"))
     text = path.read_text()
-    assert "| cut | 3 | 0 | 0 | 1 | 2.0 | 3.0 |" in text
+    assert "| cut | 3 | 0 | 0 | 1 | 21 | 15 | 2.0 | 3.0 |" in text
     assert "old" not in text
     assert text.startswith("Before.\n")
     assert text.endswith("\nAfter.\n")

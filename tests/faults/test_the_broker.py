@@ -1,0 +1,60 @@
+"""The broker ends in the middle of a round and comes back, with what it knew or without."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+from brokers import RestartableBroker
+from conftest import Undisturbed
+from processes import MOSQUITTO, Observer, Processes
+from simulation import RUN, Simulation, in_stage_1, recovering
+from table import FaultTable
+
+from protocol.bundle import Bundle
+
+THINK = (0.2, 0.6)
+AWAY_SECONDS = 2.0  # the fault is that it lasts
+
+
+@pytest.mark.parametrize(
+    ("kind", "persistent", "end"),
+    [
+        ("mosquitto", False, "kill"),
+        ("mosquitto", False, "stop"),
+        ("mosquitto", True, "kill"),
+        ("mosquitto", True, "stop"),
+        ("amqtt", False, "kill"),
+        ("amqtt", False, "stop"),
+    ],
+)
+def test_a_broker_that_is_restarted_in_mid_round_costs_nothing(
+    layout: Bundle,
+    processes: Processes,
+    tmp_path: Path,
+    undisturbed: Undisturbed,
+    table: FaultTable,
+    full: bool,
+    kind: str,
+    persistent: bool,
+    end: str,
+) -> None:
+    if not full and (kind, persistent, end) not in (("mosquitto", True, "kill"), ("amqtt", False, "kill")):
+        pytest.skip("one by one in the long form only (--full)")
+    if kind == "mosquitto" and MOSQUITTO is None:
+        pytest.skip("mosquitto is not installed")
+    broker = RestartableBroker(processes, tmp_path, kind, persistent, autosave=20)
+    simulation = Simulation(processes, broker, layout, tmp_path)
+    with Observer(broker, RUN) as observer:
+        simulation.start_server()
+        simulation.start_fleet(think=THINK)
+        in_stage_1(observer)
+        with recovering(simulation, observer) as seconds:
+            (broker.kill if end == "kill" else broker.stop)()
+            time.sleep(AWAY_SECONDS)
+            broker.start()
+        outcome = simulation.finish()
+    memory = {"amqtt": "", "mosquitto": ", persistent" if persistent else ", forgetful"}[kind]
+    name = f"broker restarted ({'SIGKILL' if end == 'kill' else 'SIGTERM'}{memory}), {kind}"
+    table.add(name, outcome.trial(undisturbed(simulation.devices), *seconds))

@@ -1,0 +1,82 @@
+"""The server's machine: a disk that is full for a while, a clock that jumps. And two devices with one identity."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from conftest import Undisturbed
+from machine import Clock, small_disk
+from processes import Observer, wait_until
+from simulation import RUN, Simulation, in_stage_1, recovering
+from table import FaultTable
+
+from benchmarks.simulated import device_names
+from protocol.messages import Ack, DeviceStatus, Verdict
+
+THINK = (0.2, 0.8)
+FULL_SECONDS = 3.0  # the fault is that it lasts
+DISK_MEGABYTES = 40
+DAY = 86_400.0
+
+
+def test_a_server_whose_disk_is_full_waits_until_it_is_not(
+    simulation: Simulation, undisturbed: Undisturbed, table: FaultTable, full: bool
+) -> None:
+    if not full or simulation.broker.kind == "amqtt":
+        pytest.skip("devices wait half a minute before they send again: in the long form only (--full), on mosquitto")
+    with small_disk(simulation.out, DISK_MEGABYTES) as disk, Observer(simulation.broker, RUN) as observer:
+        server = simulation.start_server()
+        simulation.start_fleet(think=THINK)
+        in_stage_1(observer)
+        with recovering(simulation, observer) as seconds:
+            disk.fill()
+            wait_until(lambda: "the run waits for it" in server.stdout, "the server says that its disk is full")
+            time.sleep(FULL_SECONDS)
+            assert server.running
+            disk.free()
+        trial = simulation.finish().trial(undisturbed(simulation.devices), *seconds)
+    table.add(f"server's disk full, {simulation.broker.kind}", trial)
+
+
+@pytest.mark.parametrize("days", [1, -1])
+def test_a_jump_of_the_servers_clock_ends_no_round(
+    simulation: Simulation, undisturbed: Undisturbed, table: FaultTable, full: bool, days: int
+) -> None:
+    if simulation.broker.kind == "amqtt" or (days < 0 and not full):
+        pytest.skip("backwards in the long form only (--full); on one kind of broker")
+    clock = Clock(simulation.folder)
+    with Observer(simulation.broker, RUN) as observer:
+        simulation.start_server(environment=clock.environment)
+        simulation.start_fleet(think=THINK)
+        in_stage_1(observer)
+        with recovering(simulation, observer) as seconds:
+            clock.jump(days * DAY)
+        outcome = simulation.finish()
+    trial = outcome.trial(undisturbed(simulation.devices), *seconds)
+    table.add(f"server's clock {days:+} day, {simulation.broker.kind}", trial)
+
+
+def test_of_two_devices_with_one_identity_the_older_leaves_and_nothing_counts_twice(
+    simulation: Simulation, undisturbed: Undisturbed, table: FaultTable, full: bool
+) -> None:
+    if not full and simulation.broker.kind == "amqtt":
+        pytest.skip("on amqtt in the long form only (--full)")
+    name = device_names(1)[0]
+    with Observer(simulation.broker, RUN) as observer:
+        simulation.start_server()
+        simulation.start_fleet(think=THINK, first=1, devices=simulation.devices - 1)
+        elder = simulation.start_fleet(think=THINK, devices=1)
+        in_stage_1(observer)
+        before = {m.instance for m in observer.seen if isinstance(m, DeviceStatus) and m.device == name}
+        since, struck = observer.catch_up(), time.monotonic()
+        simulation.start_fleet(think=THINK, devices=1)
+        observer.wait(DeviceStatus, lambda s: s.device == name and s.instance not in before, "the twin", since)
+        ended = elder.wait()
+        assert f"another device has come as '{name}'" in ended.stderr
+        counts = (Verdict.ACCEPTED, Verdict.DUPLICATE)
+        observer.wait(Ack, lambda a: a.device == name and a.verdict in counts, "the twin's update", since)
+        seconds = time.monotonic() - struck
+        outcome = simulation.finish(driven_out=[elder])
+    trial = outcome.trial(undisturbed(simulation.devices), seconds)
+    table.add(f"two devices with one identity, {simulation.broker.kind}", trial)
