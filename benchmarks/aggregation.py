@@ -219,7 +219,8 @@ def _table() -> list[str]:
         results = _results(name)
         if results.keys() <= reference.keys() and results:
             lines.append(_row(configuration, results, reference))
-    return [*lines, "", *NOTES]
+    missing = [f"`{name}`" for name in CONFIGURATIONS if not _results(name)]
+    return [*lines, "", *NOTES, *([f"- Not run yet: {', '.join(missing)}."] if missing else [])]
 
 
 def _results(name: str) -> dict[int, dict[str, Any]]:
