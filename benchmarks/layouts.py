@@ -21,6 +21,7 @@ from protocol.bundle import (
     PeftSpec,
     file_sha256,
 )
+from protocol.encoding import encode
 from protocol.layout import HEAD, Layout
 from protocol.messages import Round, Stage, Update
 from protocol.tensors import Tensors
@@ -99,9 +100,10 @@ def update_of(bundle: Bundle, device: str, task: Round, level_cap: int) -> tuple
         tensors = _statistics(bundle, samples, rng)
     elif task.stage is Stage.GLOBAL:
         values = STEP * rng.standard_normal(bundle.expert.size(level), np.float32)
-        tensors = bundle.expert.split(values)
+        tensors = encode(bundle.expert, values, task.encoding)
     elif task.stage is Stage.PERSONAL:
-        tensors = bundle.gate.split(STEP * rng.standard_normal(bundle.gate.total, np.float32))
+        values = STEP * rng.standard_normal(bundle.gate.total, np.float32)
+        tensors = encode(bundle.gate, values, task.encoding)
     update = Update(
         run=task.run,
         session=task.session,

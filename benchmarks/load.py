@@ -26,7 +26,10 @@ import typer
 from benchmarks.layouts import layout_bundle
 from benchmarks.simulated import SPARE_FILES, allow_files
 from protocol.errors import BrokerError, ConfigError, RunError
+from protocol.messages import Stage
 from shell.cli import application, console
+from trainer_server.rounds import counted
+from trainer_server.store import RunStore
 
 LOOK_SECONDS = 0.2
 BROKER_SECONDS = 10
@@ -62,9 +65,10 @@ class Watched:
 @dataclass
 class Measured:
     """A run with so many devices. `rounds`: seconds from the announcement of each round of stage 1 to that of the next;
-    CPU seconds and wall seconds are of the whole run."""
+    CPU seconds and wall seconds are of the whole run. `size`: bytes of an update of stage 1 on the wire."""
 
     devices: int
+    size: float
     rounds: list[float]
     wall: float
     processes: dict[str, Watched] = field(repr=False)
@@ -103,13 +107,12 @@ def load(
     with tempfile.TemporaryDirectory() as scratch:
         folder = work or Path(scratch)
         bundle = layout_bundle(folder / "bundle")
-        size = 4 * bundle.expert.size(1)
         results = []
         for count in counts:
             console.print(f"{count} devices", style="bold")
             results.append(measure(folder, bundle.root, count, rounds, server))
-    _show(results, size)
-    _plot(results, size, plot)
+    _show(results)
+    _plot(results, plot)
 
 
 def measure(folder: Path, bundle: Path, devices: int, rounds: int, extra: Sequence[str]) -> Measured:
@@ -142,7 +145,13 @@ def measure(folder: Path, bundle: Path, devices: int, rounds: int, extra: Sequen
             watched.process.wait()
     tally = json.loads((out / "fleet.log").read_text().splitlines()[-1])
     order = ("server", "broker", "fleet")
-    return Measured(devices, _seconds(tally), time.monotonic() - started, {name: processes[name] for name in order})
+    wall, taken = time.monotonic() - started, {name: processes[name] for name in order}
+    return Measured(devices, _update_size(out / "server"), _seconds(tally), wall, taken)
+
+
+def _update_size(run: Path) -> float:
+    sizes = [size for one in counted(RunStore(run).rounds(), Stage.GLOBAL) for size in one.bytes_up.values()]
+    return sum(sizes) / len(sizes)
 
 
 def _seconds(tally: dict[str, Any]) -> list[float]:
@@ -188,9 +197,9 @@ def _last_line(log: Path) -> str:
     return lines[-1] if lines else "it printed nothing"
 
 
-def _show(results: Sequence[Measured], size: int) -> None:
+def _show(results: Sequence[Measured]) -> None:
     """A Markdown table, as benchmarks/README.md has it."""
-    print(f"Updates of {size / 1e3:.0f} KB; seconds per round of stage 1; CPU seconds of the whole run.\n")
+    print(f"Updates of {results[0].size / 1e3:.0f} KB; seconds per round of stage 1; CPU seconds of the whole run.\n")
     print("| devices | s per round | longest | server, peak MB | written, MB | wall, s | server CPU | broker | fleet |")
     print("|---|---|---|---|---|---|---|---|---|")
     for result in results:
@@ -202,14 +211,14 @@ def _show(results: Sequence[Measured], size: int) -> None:
     print(f"Busiest at {results[-1].devices} devices: {busiest[0]}, {share:.0%} of one core over the run.")
 
 
-def _plot(results: Sequence[Measured], size: int, path: Path) -> None:
+def _plot(results: Sequence[Measured], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(6, 4), dpi=150)
     counts = [result.devices for result in results]
     axes.loglog(counts, [result.mean for result in results], "o-", label="mean")
     axes.loglog(counts, [max(result.rounds) for result in results], "v:", label="longest")
     axes.set_xlabel("devices")
     axes.set_ylabel("seconds per round")
-    axes.set_title(f"Updates of {size / 1e3:.0f} KB, mosquitto, {os.cpu_count()} cores", fontsize=10)
+    axes.set_title(f"Updates of {results[0].size / 1e3:.0f} KB, mosquitto, {os.cpu_count()} cores", fontsize=10)
     axes.grid(True, which="both", alpha=0.3)
     axes.legend()
     figure.tight_layout()

@@ -23,15 +23,15 @@ def write_atomically(path: Path, data: bytes | Iterable[bytes], durable: bool = 
                 os.fsync(file.fileno())
         scratch.replace(path)
         if durable:
-            sync_folder(path.parent)
+            sync(path.parent)
     except OSError:  # a full disk, most likely, which the rest of the file makes no emptier
         scratch.unlink(missing_ok=True)
         raise
 
 
-def sync_folder(folder: Path) -> None:
-    """What was renamed into the folder stays there over a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """A file's bytes, or what was renamed into a folder, survive a power cut from now on. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

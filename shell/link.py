@@ -24,7 +24,7 @@ from shell.identity import client_context, explain, read_identity
 CONNECT_SECONDS = 10
 KEEPALIVE_SECONDS = 15  # a connection that is dead without a word is noticed after twice that, at the latest
 QOS = 1
-MAX_EVENTS = 256
+MAX_EVENTS = 32
 LOOK_SECONDS = 0.2  # how soon a thread that waits for room in the queue sees that nobody will make any
 
 # What brokers say in MQTT 3.1.1 when they do not like a name or password, as paho words it.

@@ -186,6 +186,11 @@ def resume(
 def _coordinate(
     store: RunStore, bundle: Bundle, broker: str, serve: str | None, identity: Path | None, insecure: bool
 ) -> None:
+    run = store.origin.config.run
+    if store.ended is not None:
+        console.print(f"run {run!r} at {store.folder} has ended ({store.ended}); for a new one choose another --out")
+    elif store.snapshot() is not None:
+        console.print(f"going on with run {run!r} at {store.folder}")
     artifacts = ArtifactServer(bundle.root, serve, identity, insecure) if serve else None
     try:
         go_on(store, bundle, broker, artifacts.url if artifacts else "", identity, insecure)

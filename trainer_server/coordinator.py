@@ -32,10 +32,10 @@ from trainer_server.events import (
 from trainer_server.judgement import judge
 from trainer_server.learning import learn
 from trainer_server.rounds import ClosedRound
-from trainer_server.selection import select
+from trainer_server.selection import ROUNDING, select
 from trainer_server.state import TRAINING, Accepted, Plan, State
 
-MAX_DEVICES = 10_000
+MAX_DEVICES = 2500  # a Round may have to name all of them, within its `max_bytes`
 REMEMBERED_ROUNDS = 2  # for so long an update that is sent once more is called a duplicate, and then late
 
 
@@ -61,19 +61,23 @@ def is_complete(plan: Plan, state: State, announced: Round) -> bool:
     """Whether enough have answered. Where late updates count, it does not matter who; else those who were asked."""
     share = plan.config.enough if announced.stage in TRAINING else 1.0
     answers = len(state.updates) if plan.config.max_staleness else len(state.answered & state.expected)
-    return len(state.updates) >= plan.config.min_updates and answers >= math.ceil(share * len(state.expected))
+    return len(state.updates) >= plan.config.min_updates and answers >= math.ceil(
+        share * len(state.expected) - ROUNDING
+    )
 
 
 def _see_device(plan: Plan, state: State, status: DeviceStatus) -> tuple[State, list[Command]]:
     before = state.devices.get(status.device)
     if before is None and len(state.devices) >= MAX_DEVICES:
         return state, [Refuse(status.device, "too many devices", f"more than {MAX_DEVICES} devices")]
+    stale = before is not None and not status.online and status.instance != before.instance
+    if stale:  # the last will of an earlier connection says nothing of the present one
+        return state, []
     commands: list[Command] = []
     if status.online and status.bundle != plan.bundle.sha256:
         commands.append(Note(f"{status.device} has another bundle ({status.bundle[:12]}…) and is left out"))
         status = status.model_copy(update={"online": False})
-    stale = before is not None and not status.online and status.instance != before.instance
-    if status == before or stale:  # the last will of an earlier connection says nothing of the present one
+    if status == before:
         return state, []
     if status.error and (before is None or before.error != status.error):
         commands.append(Note(f"{status.device} cannot take part: {status.error}"))
@@ -118,8 +122,11 @@ def _open(plan: Plan, state: State, position: int, now: float) -> tuple[State, l
     config, number, step = plan.config, state.round + 1, plan.schedule[position]
     stage, level = step.stage, state.sal.level
     online = {name: state.devices[name] for name in state.online}
-    asked = select(config, online, level, number) if stage in TRAINING else state.online
+    # a round that is repeated asks everybody: the same choice could be in vain for ever
+    chooses = stage in TRAINING and not state.repeats
+    asked = select(config, online, level, number) if chooses else state.online
     oldest = number - max(config.max_staleness, REMEMBERED_ROUNDS)
+    closed = [*state.recent, *([state.announced] if state.announced else [])]
     announced = Round(
         run=config.run,
         session=plan.session,
@@ -145,6 +152,7 @@ def _open(plan: Plan, state: State, position: int, now: float) -> tuple[State, l
         since=now,
         expected=asked,
         updates={},
+        recent=tuple(closed[len(closed) - config.max_staleness :]) if config.max_staleness else (),
         counted=frozenset(key for key in state.counted if key[0] >= oldest),
     )
     return state, announcement(plan, state, announced)

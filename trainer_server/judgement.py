@@ -12,6 +12,7 @@ from protocol.errors import MessageError
 from protocol.layout import Vector
 from protocol.messages import Stage, Update, Verdict
 from protocol.tensors import Tensors
+from trainer_server.rounds import held_out_of
 from trainer_server.state import Plan, State
 
 ROUNDING = 1e-3  # relative: what a device's own sums may differ by
@@ -43,17 +44,19 @@ def judge(plan: Plan, state: State, update: Update, tensors: Tensors) -> Judgeme
         return Judgement(Verdict.DUPLICATE, "repeated", "already counted")
     if announced is None or update.round > state.round:
         return rejected("other round", f"round {update.round} has not been announced")
-    age = state.round - update.round
-    if age > config.max_staleness or (age and update.stage is not announced.stage):
+    task = next((round_ for round_ in (announced, *state.recent) if round_.round == update.round), None)
+    if task is None or task.stage is not announced.stage:
         return Judgement(Verdict.LATE, "late", f"round {update.round} is closed, the present one is {state.round}")
-    if update.stage is not announced.stage:
-        return rejected("other stage", f"stage {update.stage.value}, announced was {announced.stage.value}")
-    if not age and announced.chosen and update.device not in announced.chosen:
+    if update.stage is not task.stage:
+        return rejected("other stage", f"stage {update.stage.value}, announced was {task.stage.value}")
+    if task.chosen and update.device not in task.chosen:
         return rejected("not asked", f"was not asked in round {update.round}")
     if update.samples > config.max_samples:
         return rejected("samples", f"claims {update.samples} samples, more than {config.max_samples}")
-    if update.level > announced.level:
-        return rejected("tensors", f"is of level {update.level}, above the announced {announced.level}")
+    if not all(0 <= accuracy <= 1 for accuracy in held_out_of(update).values()):
+        return rejected("metrics", "claims a held-out accuracy that is no share of one")
+    if update.level > task.level:
+        return rejected("tensors", f"is of level {update.level}, above the announced {task.level}")
     try:
         CHECKS[update.stage](plan, update, tensors)
     except MessageError as error:
@@ -83,8 +86,10 @@ def class_statistics(plan: Plan, update: Update, tensors: Tensors) -> Vector:
         raise MessageError(f"the update holds {len(tensors)} tensors, expected {len(plan.statistics.slots)}")
     flat = plan.statistics.join(tensors)
     sums, counts, norm = (np.asarray(tensors[slot.name], np.float64) for slot in plan.statistics.slots)
-    _bound(float(np.abs(norm[0])), plan.config.max_norm * max(update.samples, 1), "sum of norms")
-    if plan.config.privacy is not None:  # noise keeps no inequality
+    largest = plan.config.max_norm * max(update.samples, 1)
+    _bound(float(np.abs(norm[0])), largest, "sum of norms")
+    if plan.config.privacy is not None:  # noise keeps no inequality, but is not without bounds
+        _bound(float(np.linalg.norm(np.asarray(flat, np.float64))), largest, "norm")
         return flat
     if counts.min() < 0 or norm[0] < 0:
         raise MessageError("the update holds negative counts or norms")

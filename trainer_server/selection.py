@@ -11,6 +11,7 @@ from protocol.messages import DeviceStatus
 from trainer_server.config import RunConfig, Selection
 
 Devices = Mapping[str, DeviceStatus]
+ROUNDING = 1e-9  # 0.07 of 100 are 7, whatever 0.07 · 100 is in binary
 
 
 def select(config: RunConfig, online: Devices, level: int, round_: int) -> frozenset[str]:
@@ -24,7 +25,7 @@ def _all(config: RunConfig, online: Devices, level: int, round_: int) -> frozens
 
 def _random(config: RunConfig, online: Devices, level: int, round_: int) -> frozenset[str]:
     """A share of them, but no fewer than a round needs."""
-    wanted = max(math.ceil(config.fraction * len(online)), config.min_updates)
+    wanted = max(math.ceil(config.fraction * len(online) - ROUNDING), config.min_updates)
     drawn = np.random.default_rng([config.seed, round_]).permutation(sorted(online))[:wanted]
     return frozenset(str(name) for name in drawn)
 

@@ -12,14 +12,14 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 import time
-from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import paho.mqtt.client as paho
 
 from protocol.errors import MessageError, RunError
-from protocol.messages import DeviceStatus, ServerStatus, Stage, Update, encode, parse
-from protocol.tensors import blob_bytes, chunks, unpack
+from protocol.messages import DeviceStatus, ServerStatus, Stage, encode, parse
+from protocol.tensors import blob_bytes, chunks
 from protocol.topics import Topics
 from shell.cli import console
 from shell.link import Connected, Link, Oversize, Received
@@ -29,7 +29,6 @@ from trainer_server.events import (
     Announce,
     ClockTicked,
     Command,
-    Event,
     Note,
     PublishGlobals,
     Record,
@@ -37,15 +36,17 @@ from trainer_server.events import (
     Reply,
     StatusSeen,
     Stop,
-    UpdateSeen,
 )
+from trainer_server.intake import Intake
+from trainer_server.refusals import Refusals
 from trainer_server.rounds import ClosedRound
 from trainer_server.state import Plan, State
 from trainer_server.store import Logged, RunStore
-from trainer_server.uploads import Upload, Uploads
+from trainer_server.uploads import Uploads
 
 LOOK_SECONDS = 1.0  # the longest the clock goes unlooked at
 BATCH = 64  # messages that share one commit
+NOTES_BYTES = 8 * 1024 * 1024  # of notes.log; what is older lies in notes.log.1, what is still older is gone
 FINISHED = "finished"
 
 
@@ -57,6 +58,24 @@ class RunClock:
 
     def now(self) -> float:
         return self._offset + time.monotonic()
+
+
+# By device the last status that changed the state, and before one of being offline the last of being online, without
+# which nobody could tell whether it was an earlier life's.
+Statuses = dict[str, list[Logged]]
+
+
+@dataclass
+class _Batch:
+    """What a look at the link has come to; none of it has happened before it is on the disk. `files`: where the updates
+    lie that count from then on, and where they are to be kept."""
+
+    state: State
+    now: float
+    statuses: Statuses
+    logged: list[Logged] = field(default_factory=list)
+    commands: list[Command] = field(default_factory=list)
+    files: dict[Path, Path] = field(default_factory=dict)
 
 
 class Service:
@@ -71,10 +90,13 @@ class Service:
         self._clock = RunClock(at)
         largest = max(plan.bundle.expert.total, plan.bundle.gate.total, plan.statistics.total)
         self._uploads = Uploads(store.folder / "uploads", blob_bytes(largest))
+        self._intake = Intake(self._topics, self._uploads)
         self._published: dict[str, int] = {}  # blob → number of its retained chunks
-        self._refused: Counter[tuple[str, str]] = Counter()  # not yet in the store
-        self._last_refusal: dict[tuple[str, str], str] = {}
-        self._noted: set[tuple[str, str]] = set()
+        self._statuses: Statuses = {}  # not yet in the store
+        self._refusals = Refusals()
+        self._elders: set[str] = set()  # sessions of servers that were here before this one's status came back to it
+        self._shown = False
+        self._superseded = False
         self._disk_error = ""
         self._last: paho.MQTTMessageInfo | None = None
 
@@ -83,6 +105,7 @@ class Service:
         self._link.connect()
         self._link.subscribe(self._topics.status("+"))
         self._link.subscribe(self._topics.update_chunk("+", "+", "+"))
+        self._link.subscribe(self._topics.server_status)
         try:
             if self._store.ended is not None:  # it may have died before it told anybody
                 self._publish_present()
@@ -90,17 +113,16 @@ class Service:
                 self._hear()
                 self._tick()
         finally:
-            self._publish_status(online=False)
+            if not self._superseded:  # what stands there now is another's
+                self._publish_status(online=False)
             self._link.close(self._last)
         if self._store.ended != FINISHED:
             raise RunError(self._store.ended)
 
     def _hear(self) -> None:
         """What has come since the last look: advance, commit, act."""
-        state, now = self._state, self._clock.now()
-        logged: list[Logged] = []
-        commands: list[Command] = []
-        wait = min(LOOK_SECONDS, next_deadline(self._plan, state) - now)
+        batch = _Batch(self._state, self._clock.now(), self._statuses.copy())
+        wait = min(LOOK_SECONDS, next_deadline(self._plan, batch.state) - batch.now)
         try:
             for _ in range(BATCH):
                 received = self._link.next_event(wait)
@@ -112,66 +134,72 @@ class Service:
                 elif isinstance(received, Oversize):
                     self._refuse(self._sender(received.topic), "too large", f"{received.size} bytes")
                 elif isinstance(received, Received):
-                    state = self._take(received, state, now, logged, commands)
-            if logged:
-                self._store.commit(logged)
+                    self._take(received, batch)
+            self._make_durable(batch)
         except (OSError, sqlite3.Error) as error:
-            self._disk_refuses(error)  # nothing of it has happened, and the devices will send it again
+            # nothing of it has happened: devices send their updates again, and the broker what it has retained
+            self._disk_refuses(error)
+            for path in batch.files:
+                with contextlib.suppress(OSError):
+                    path.unlink(missing_ok=True)
+            self._link.subscribe(self._topics.status("+"))
             return
-        self._disk_error = ""
-        self._state = state
-        for command in commands:
+        self._state = batch.state
+        for command in batch.commands:
             self._carry_out(command)
 
-    def _take(
-        self, received: Received, state: State, now: float, logged: list[Logged], commands: list[Command]
-    ) -> State:
-        """The state after one message; one that does not fit the contract is refused."""
-        sender = self._sender(received.topic)
+    def _take(self, received: Received, batch: _Batch) -> None:
+        """Goes on with the batch; a message that does not fit the contract is refused."""
+        if received.topic == self._topics.server_status:
+            self._meet_server(received.payload)
+            return
         try:
-            event, upload = self._read(received, state)
+            event, upload = self._intake.read(received, batch.state.devices)
         except MessageError as error:
-            self._refuse(sender, "unreadable", f"a message on {received.topic[:200]}: {error}")
-            return state
+            about = f"a message on {received.topic[:200]}: {error}"
+            self._refuse(self._sender(received.topic), "unreadable", about)
+            return
         if event is None:
-            return state
-        after, more = advance(self._plan, state, event, now)
-        commands += more
-        if upload is not None and after is state:
-            self._uploads.drop(upload)
-        elif upload is not None:
-            self._uploads.keep(upload, self._store.tensors / upload.sha256)
-        if after is not state:
-            logged.append(Logged(now, replace(event, tensors={}) if isinstance(event, UpdateSeen) else event))
-        return after
+            return
+        after, commands = advance(self._plan, batch.state, event, batch.now)
+        batch.commands += commands
+        if after is batch.state:
+            if upload is not None:
+                self._uploads.drop(upload)
+            return
+        batch.state = after
+        if isinstance(event, StatusSeen):
+            _keep_last(batch.statuses, event.status, Logged(batch.now, event))
+        else:
+            batch.logged.append(Logged(batch.now, replace(event, tensors={})))
+            if upload is not None:
+                batch.files[upload.path] = self._store.tensors / upload.sha256
 
-    def _read(self, received: Received, state: State) -> tuple[Event | None, Upload | None]:
-        """What a message means. Raises MessageError if it does not fit the contract. One that nobody asked for means
-        nothing: amqtt sends a new client what is retained for any other."""
-        device = self._topics.device_of(received.topic)
-        if device is None or not received.payload:
-            return None, None
-        if received.topic == self._topics.status(device):
-            status = parse(DeviceStatus, received.payload)
-            if status.device != device:
-                raise MessageError(f"names device {status.device!r}")
-            return StatusSeen(status), None
-        named = self._topics.update_of(received.topic)
-        if named is None:
-            return None, None
-        if device not in state.devices:
-            raise MessageError(f"device {device!r} has not announced itself")
-        upload = self._uploads.add(*named, received.payload)
-        if upload is None:
-            return None, None
+    def _make_durable(self, batch: _Batch) -> None:
+        """Updates at once. Who is there need not be: the broker has it retained, and a device that comes and goes all
+        the time would fill the log. The last that is known of each goes in with the next thing that must."""
+        if batch.logged:
+            self._uploads.keep(batch.files)
+            self._store.commit([*_flat(batch.statuses), *batch.logged])
+            self._statuses, self._disk_error = {}, ""
+        else:
+            self._statuses = batch.statuses
+
+    def _meet_server(self, payload: bytes) -> None:
+        """Raises RunError if another server has shown itself under this run's name after this one has."""
         try:
-            update, tensors = unpack(upload.blob, Update)
-            if (update.device, update.round) != named:
-                raise MessageError(f"the update inside is of {update.device!r}, round {update.round}")
+            status = parse(ServerStatus, payload)
         except MessageError:
-            self._uploads.drop(upload)
-            raise
-        return UpdateSeen(update, tensors, upload.sha256, upload.size), upload
+            return
+        if status.session == self._plan.session:
+            self._shown = True
+        elif status.online and not self._shown:
+            self._elders.add(status.session)
+        elif status.online and status.session not in self._elders:
+            self._superseded = True
+            raise RunError(
+                f"another server has come for run {self._plan.config.run!r}; end one of them, or give it another --run"
+            )
 
     def _tick(self) -> None:
         """Opens and closes rounds."""
@@ -185,8 +213,10 @@ class Service:
         ended = (stop.error or FINISHED) if stop else None
         rounds = [command.closed for command in commands if isinstance(command, Record)]
         try:
-            self._store.commit([Logged(now, ClockTicked())], rounds, self._take_refusals(), ended)
-            self._state = state
+            events = [*_flat(self._statuses), Logged(now, ClockTicked())]
+            self._store.commit(events, rounds, self._refusals.pending(), ended)
+            self._refusals.stored()
+            self._state, self._statuses, self._disk_error = state, {}, ""
             self._store.keep(state, now)
         except (OSError, sqlite3.Error) as error:
             self._disk_refuses(error)
@@ -255,18 +285,9 @@ class Service:
         return device if device in self._state.devices else "a stranger"
 
     def _refuse(self, device: str, kind: str, text: str) -> None:
-        """Counts it; only the first of its kind is noted, so that nobody can fill the log."""
-        who = (device if device in self._state.devices else "a stranger", kind)
-        self._refused[who] += 1
-        self._last_refusal[who] = text
-        if who not in self._noted:
-            self._noted.add(who)
-            self._note(f"refused from {who[0]} ({kind}): {text}")
-
-    def _take_refusals(self) -> dict[tuple[str, str], tuple[int, str]]:
-        taken = {who: (count, self._last_refusal[who]) for who, count in self._refused.items()}
-        self._refused.clear()
-        return taken
+        who = device if device in self._state.devices else "a stranger"
+        if self._refusals.add(who, kind, text):
+            self._note(f"refused from {who} ({kind}): {text}")
 
     def _disk_refuses(self, error: OSError | sqlite3.Error) -> None:
         if str(error) != self._disk_error:
@@ -276,11 +297,24 @@ class Service:
 
     def _note(self, text: str) -> None:
         console.print(text)
-        with contextlib.suppress(OSError), (self._store.folder / "notes.log").open("a") as file:
+        path = self._store.folder / "notes.log"
+        with contextlib.suppress(OSError), path.open("a") as file:
             file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {text}\n")
+            if file.tell() > NOTES_BYTES:
+                path.replace(path.with_suffix(".log.1"))
 
     def _publish(self, topic: str, payload: bytes, retain: bool = False) -> None:
         self._last = self._link.publish(topic, payload, retain)
+
+
+def _keep_last(statuses: Statuses, status: DeviceStatus, logged: Logged) -> None:
+    earlier = statuses.get(status.device, [])[:1]
+    shown = [one for one in earlier if isinstance(one.event, StatusSeen) and one.event.status.online]
+    statuses[status.device] = [logged] if status.online else [*shown, logged]
+
+
+def _flat(statuses: Statuses) -> list[Logged]:
+    return [logged for of_device in statuses.values() for logged in of_device]
 
 
 def _names(devices: tuple[str, ...]) -> str:

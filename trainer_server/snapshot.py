@@ -24,6 +24,7 @@ class Snapshot(BaseModel):
     round: int
     repeats: int
     announced: Round | None
+    recent: tuple[Round, ...]
     devices: list[DeviceStatus]
     expected: list[str]
     counted: list[tuple[int, str]]
@@ -39,6 +40,7 @@ class Snapshot(BaseModel):
             round=state.round,
             repeats=state.repeats,
             announced=state.announced,
+            recent=state.recent,
             devices=list(state.devices.values()),
             expected=sorted(state.expected),
             counted=sorted(state.counted),
@@ -59,6 +61,7 @@ class Snapshot(BaseModel):
             round=self.round,
             repeats=self.repeats,
             announced=self.announced,
+            recent=self.recent,
             devices={status.device: status for status in self.devices},
             expected=frozenset(self.expected),
             counted=frozenset(self.counted),

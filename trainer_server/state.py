@@ -86,8 +86,9 @@ class State:
     """`position` in the schedule, -1 while devices are gathering. `expert` (P,) is of the bundle's highest level, its
     blocks above SAL's level untrained; `start` (P₁,) is what stage 1 starts from, `gate` (G,) the gate adapter; each
     has its server optimizer's moments. `since`: when the round was announced, by the run's clock. `expected`: the
-    devices that were asked. `updates`: what the present round will be made of. `counted`: every update accepted in the
-    rounds that one could still come from, or come again from."""
+    devices that were asked. `updates`: what the present round will be made of. `recent`: rounds that
+    are closed and whose updates may still count. `counted`: every update accepted in the rounds that one could still
+    come from, or come again from."""
 
     expert: Vector
     gate: Vector
@@ -103,6 +104,7 @@ class State:
     devices: Mapping[str, DeviceStatus] = field(default_factory=dict)
     expected: frozenset[str] = frozenset()
     updates: Mapping[Key, Accepted] = field(default_factory=dict)
+    recent: tuple[Round, ...] = ()
     counted: frozenset[Key] = frozenset()
 
     @property

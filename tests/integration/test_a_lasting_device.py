@@ -20,7 +20,7 @@ from support import Built, write_photos
 from edge_runtime.daemon import wanted
 from edge_runtime.store import DeviceStore
 from protocol.messages import Ack, DeviceStatus, Round, Sal, ServerStatus, Stage, Training, Verdict, encode
-from protocol.tensors import Assembler
+from protocol.tensors import MAX_BLOB_BYTES, Assembler
 from protocol.topics import Topics
 from shell.link import Link, Received
 
@@ -262,7 +262,7 @@ def test_an_update_that_nobody_answers_is_sent_again_until_somebody_does(
 
 
 def whole_updates(server: Link, topics: Topics) -> Iterator[bytes]:
-    assembler = Assembler()
+    assembler = Assembler(MAX_BLOB_BYTES)
     while True:
         event = server.next_event(SECONDS)
         assert event is not None

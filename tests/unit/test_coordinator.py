@@ -26,10 +26,12 @@ from protocol.messages import (
     Trigger,
     Update,
     Verdict,
+    encode,
+    parse,
 )
 from protocol.tensors import blob_hash, pack, unpack
 from trainer_server.config import Aggregation, Head, Rule, RunConfig, Selection
-from trainer_server.coordinator import advance, next_deadline
+from trainer_server.coordinator import MAX_DEVICES, advance, next_deadline
 from trainer_server.events import (
     Announce,
     ClockTicked,
@@ -613,6 +615,19 @@ def test_an_update_that_is_too_late_or_of_another_stage_is_late_all_the_same(vit
     assert run.verdicts[-1] is Verdict.LATE
 
 
+def test_a_late_update_of_a_device_that_was_not_asked_does_not_count(vit: Built) -> None:
+    names = [f"d{i}" for i in range(4)]
+    run = started(vit, names, selection=Selection.RANDOM, fraction=0.5, max_staleness=1)
+    run.answers(names)
+    first = run.announced
+    (stranger, *_) = set(names) - set(first.chosen)
+    run.answers(first.chosen)
+    reply, _ = run.feed(answer(run.plan, first, stranger))
+    assert "was not asked" in reply.ack.reason
+    forged = answer(run.plan, first, first.chosen[0], stage=Stage.PERSONAL, round=first.round)
+    assert run.feed(forged)[0].ack.verdict is not Verdict.ACCEPTED
+
+
 # what is too much
 
 
@@ -683,3 +698,44 @@ def test_a_device_that_has_not_announced_itself_is_refused(vit: Built) -> None:
 def test_settings_that_do_not_go_together_are_refused(vit: Built, change: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         plan_of(vit, **change)
+
+
+# what a single device could do to all others
+
+
+@pytest.mark.parametrize("accuracy", [1e308, -0.1, 1.1])
+def test_an_accuracy_that_is_none_is_rejected(vit: Built, accuracy: float) -> None:
+    """Weighted by samples it would be infinite, which no snapshot holds: the server could not start again."""
+    run = trained(started(vit))
+    reply, refusal = run.answers(["a"], accuracy=accuracy)
+    assert reply.ack.verdict is Verdict.REJECTED
+    assert (refusal.device, refusal.kind) == ("a", "metrics")
+
+
+def test_a_repeated_round_asks_everybody(vit: Built) -> None:
+    """Or a device that claims to be the most capable, and never answers, would be all that is ever asked."""
+    rule = RULE.model_copy(update={"trigger": Trigger.ALL_AT_ONCE})
+    run = Run(plan_of(vit, selection=Selection.CAPABLE, stage1_sal=rule))
+    run.feed(*(StatusSeen(run.status(name, level_cap=cap)) for name, cap in zip(ABC, (1, 1, 1024), strict=True)))
+    trained(run)
+    assert run.announced.chosen == ("c",)
+    run.now += ROUND_SECONDS
+    run.feed()
+    assert (run.announced.stage, run.announced.chosen, run.state.expected) == (Stage.GLOBAL, (), frozenset(ABC))
+
+
+def test_the_longest_announcement_is_one_that_devices_read(vit: Built) -> None:
+    names = [f"{number:064}" for number in range(MAX_DEVICES)]
+    longest = trained(started(vit)).announced.model_copy(update={"chosen": tuple(names)})
+    assert parse(Round, encode(longest)) == longest
+
+
+@pytest.mark.parametrize("name", ["class_sums", "class_counts"])
+def test_noised_statistics_too_are_bounded(vit: Built, name: str) -> None:
+    rule = RULE.model_copy(update={"trigger": Trigger.FIXED_SCHEDULE})
+    run = started(vit, privacy=PRIVACY, stage1_sal=rule, stage2_sal=rule)
+    tensors = dict(answer(run.plan, run.announced, "a").tensors)
+    reply, *_ = run.answers(["a"], tensors={**tensors, name: np.full_like(tensors[name], 1e38)})
+    assert (reply.ack.verdict, "norm is" in reply.ack.reason) == (Verdict.REJECTED, True)
+    reply, *_ = run.answers(["a"], tensors=tensors)
+    assert reply.ack.verdict is Verdict.ACCEPTED

@@ -139,8 +139,8 @@ def test_what_is_kept_is_under_its_name_and_what_was_unfinished_is_gone_at_the_n
     upload = send(uploads, "d", 1, blob)
     target = tmp_path / upload.sha256
     uploads.add("d", 2, next(chunks(random_blob(1, 2 * CHUNK_BYTES))))
-    uploads.keep(upload, target)
-    uploads.keep(send(uploads, "e", 1, blob), target)  # the same content once more
+    uploads.keep({upload.path: target})
+    uploads.keep({send(uploads, "e", 1, blob).path: target})  # the same content once more
     assert target.read_bytes() == blob
     assert len([*folder.iterdir()]) == 1
     Uploads(folder, CAP)
@@ -206,6 +206,6 @@ def test_a_full_disk_refuses_what_does_not_fit_and_goes_on_once_there_is_room(sm
         for chunk in chunks(blob):
             upload = uploads.add(device, 1, chunk)
             if upload is not None:
-                uploads.keep(upload, small_disk / upload.sha256)
+                uploads.keep({upload.path: small_disk / upload.sha256})
                 done[device] = upload.blob
     assert done == blobs

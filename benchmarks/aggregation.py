@@ -1,0 +1,253 @@
+"""python -m benchmarks.aggregation: what encodings, robust rules, server optimizers, hostile devices, privacy and
+sampling do to accuracy, as one table over seeds.
+
+The data, model and settings of `devices.trial`, run in one process (see `benchmarks.federation`), after
+`python -m devices.assets` and `python -m export.rebuild assets/dinov2-s14.onnx assets/dinov2-s14`. What has been run
+lies in runs/aggregation/results, one JSON file for each configuration and seed, and is not run again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from benchmarks.federation import History, accuracies, federate, honest, open_devices, scaled
+from devices.assets import ASSETS, PHOTOS, fetch
+from devices.dataset import find_files, kind_of
+from devices.photos import unpack_groceries
+from devices.split import write_fleet
+from edge_runtime.stages import Outcome
+from protocol.bundle import Bundle
+from protocol.errors import ConfigError, RunError
+from protocol.messages import Encoding, Privacy, Sal, Stage, Training, Trigger
+from shell.cli import application
+from shell.files import write_atomically
+from trainer_server.config import Aggregation, Optimizer, Rule, RunConfig, Selection
+from trainer_server.privacy import epsilon
+from trainer_server.rounds import counted
+
+FOLDER = Path("runs") / "aggregation"
+MODELS = ("start", "global", "global_prior", "local_expert", "mofm")
+DEVICES, ALPHA, DELTA = 6, 0.5, 1e-5
+HOSTILE, FACTOR = "device-0", -10.0
+CLIP = 0.7  # the median norm of the updates of stage 1 in `reference`
+SAL = Sal(window=3, epsilon=0.02, step=1, max_level=3)
+
+NOTES = [
+    "- A hostile device is device-0: it sends −10 times its difference in every round of both stages, and honest "
+    "statistics. Its own photos do not count in these rows, nor in what they are compared with.",
+    f"- Private: clip {CLIP} for both stages, noise shared by six devices, ε at δ = {DELTA:g} after 18 rounds "
+    "(statistics, 12, 5) by `trainer_server.privacy`. Levels follow a fixed schedule there, for accuracies are not "
+    "reported: compare with that row.",
+    "- Not shown: more than six devices, other α, other data; several hostile devices, or ones that act together or "
+    "stay just below a clip; late updates; bytes down, which are fp32 whatever the encoding.",
+]
+
+app = application("What aggregation, compression and privacy cost in accuracy.")
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """`settings` of the server beside the trial's. `hostile`: device-0 sends −10 times its difference."""
+
+    text: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    sal: Trigger = Trigger.CAPABILITY_QUEUE
+    hostile: bool = False
+    feedback: bool = True
+
+
+def _aggregation(**settings: Any) -> dict[str, Any]:
+    return {"aggregation": Aggregation(**settings)}
+
+
+def _private(noise: float) -> Configuration:
+    privacy = Privacy(clip=CLIP, noise_multiplier=noise, shares=DEVICES)
+    settings = {"privacy": privacy, "min_updates": DEVICES, "delta": DELTA}
+    return Configuration(f"private: clip {CLIP}, noise {noise}", settings, Trigger.FIXED_SCHEDULE)
+
+
+TRIMMED, MEDIAN, CLIPPED = (
+    _aggregation(rule=Rule.TRIMMED_MEAN, trim=0.2),
+    _aggregation(rule=Rule.MEDIAN),
+    _aggregation(clip=CLIP),
+)
+CONFIGURATIONS = {
+    "reference": Configuration("mean, fp32 (reference)"),
+    "fp16": Configuration("fp16", {"encoding": Encoding.FP16}),
+    "int8": Configuration("int8, error feedback", {"encoding": Encoding.INT8}),
+    "int8-forgetful": Configuration("int8, no error feedback", {"encoding": Encoding.INT8}, feedback=False),
+    "trimmed-mean": Configuration("trimmed mean, 0.2", TRIMMED),
+    "median": Configuration("median", MEDIAN),
+    "clip": Configuration(f"mean, clip {CLIP}", CLIPPED),
+    "fedavgm": Configuration(
+        "FedAvgM, rate 0.1, momentum 0.9", _aggregation(optimizer=Optimizer.FEDAVGM, learning_rate=0.1)
+    ),
+    "fedadam": Configuration(
+        "FedAdam, rate 0.01, τ 0.001", _aggregation(optimizer=Optimizer.FEDADAM, learning_rate=1e-2)
+    ),
+    "hostile-mean": Configuration("one hostile: mean", hostile=True),
+    "hostile-trimmed-mean": Configuration("one hostile: trimmed mean, 0.2", TRIMMED, hostile=True),
+    "hostile-median": Configuration("one hostile: median", MEDIAN, hostile=True),
+    "hostile-clip": Configuration(f"one hostile: mean, clip {CLIP}", CLIPPED, hostile=True),
+    "fixed-schedule": Configuration("fixed schedule of levels, not private", sal=Trigger.FIXED_SCHEDULE),
+    "private-0.1": _private(0.1),
+    "private-0.3": _private(0.3),
+    "private-1.0": _private(1.0),
+    "half": Configuration("a random half of the devices each round", {"selection": Selection.RANDOM, "fraction": 0.5}),
+}
+
+
+@app.command()
+def aggregation(
+    only: list[str] = typer.Option([], help="Names of configurations; give it several times. Default: all."),
+    seeds: int = typer.Option(3, min=1, help="Seeds 0 … n-1."),
+    threads: int = typer.Option(0, min=0, help="Threads to compute with. 0: one per core."),
+    out: Path = typer.Option(Path("benchmarks/aggregation.md"), help="Table to write, of all that has been run."),
+) -> None:
+    unknown = set(only) - CONFIGURATIONS.keys()
+    if unknown:
+        raise ConfigError(f"--only {sorted(unknown)[0]}: there are {', '.join(CONFIGURATIONS)}")
+    for name in only or CONFIGURATIONS:
+        for seed in range(seeds):
+            path = _path(name, seed)
+            if not path.is_file():
+                result = _run(CONFIGURATIONS[name], seed, threads or os.cpu_count() or 1)
+                write_atomically(path, json.dumps(result, indent=1).encode())
+                print(f"{name}, seed {seed}: {result['seconds']:.0f} s", file=sys.stderr, flush=True)
+    out.write_text("\n".join(_table()) + "\n")
+    print(out.read_text())
+
+
+def _path(name: str, seed: int) -> Path:
+    return FOLDER / "results" / f"{name}-{seed}.json"
+
+
+def _run(configuration: Configuration, seed: int, threads: int) -> dict[str, Any]:
+    bundle, folders = _bundle(seed), _split(seed)
+    devices = open_devices(bundle, folders, FOLDER / "devices", FOLDER / "cache", threads)
+    started = time.monotonic()
+    tamper = _hostile if configuration.hostile else honest
+    history = federate(_config(configuration, seed), devices, tamper, configuration.feedback)
+    return {"seconds": time.monotonic() - started, **_summary(history)}
+
+
+def _config(configuration: Configuration, seed: int) -> RunConfig:
+    """The trial's settings, and what the configuration has beside them."""
+    sal = SAL.model_copy(update={"trigger": configuration.sal})
+    return RunConfig(
+        run="aggregation",
+        devices=DEVICES,
+        stage1_rounds=12,
+        stage2_rounds=5,
+        stage1=Training(epochs=2, batch_size=16, learning_rate=2e-3, seed=seed),
+        stage2=Training(epochs=1, batch_size=16, learning_rate=5e-4, seed=seed),
+        stage1_sal=sal,
+        stage2_sal=sal.model_copy(update={"window": 2, "epsilon": SAL.epsilon / 2}),
+        seed=seed,
+        **configuration.settings,
+    )
+
+
+def _hostile(device: str, outcome: Outcome) -> Outcome:
+    return scaled(outcome, FACTOR) if device == HOSTILE else outcome
+
+
+def _summary(history: History) -> dict[str, Any]:
+    stage1, stage2 = counted(history.rounds, Stage.GLOBAL), counted(history.rounds, Stage.PERSONAL)
+    return {
+        "devices": accuracies(history, MODELS),
+        "held_out": {**stage1[-1].held_out, **stage2[-1].held_out},
+        "levels": [closed.round.level for closed in stage1],
+        "bytes_up": statistics.mean(size for closed in stage1 + stage2 for size in closed.bytes_up.values()),
+        "norms": {stage.value: norms for stage, norms in history.norms.items()},
+    }
+
+
+def _bundle(seed: int) -> Bundle:
+    """The trial's of this seed, built once."""
+    folder = FOLDER / f"bundle-{seed}"
+    if not folder.is_dir():
+        classes = ",".join(find_files(_photos(), kind_of(_photos()), None)[0])
+        command = ["export.build", "--model", "dinov2-s14", "--weights", str(ASSETS / "dinov2-s14"), "--classes"]
+        command += [classes, "--image-size", "140", "--levels", "3", "--seed", str(seed), "--out", str(folder)]
+        if subprocess.run([sys.executable, "-m", *command], check=False).returncode:
+            raise RunError(f"the bundle {folder} could not be built")
+    return Bundle(folder)
+
+
+def _split(seed: int) -> list[Path]:
+    """The devices' photos of this seed, written once."""
+    folder = FOLDER / f"samples-{seed}"
+    if not folder.is_dir():
+        train, test = find_files(_photos(), kind_of(_photos()), None)
+        write_fleet(train, test, folder, DEVICES, ALPHA, seed)
+    return sorted(folder.iterdir())
+
+
+def _photos() -> Path:
+    return unpack_groceries(fetch(PHOTOS), ASSETS / "groceries")
+
+
+def _table() -> list[str]:
+    """Of all results there are."""
+    reference = _results("reference")
+    lines = [
+        "Groceries, DINOv2 ViT-S/14 at 140 px, 6 devices, Dirichlet α = 0.5, 12 + 5 rounds, levels up to 3: the trial, "
+        "in one process. Accuracy on the devices' own test photos, weighted by their number: mean ± standard deviation "
+        "over the seeds; beside it the mean difference to the reference with the same seeds, over the same photos. "
+        "Made by `python -m benchmarks.aggregation`.",
+        "",
+        "| configuration | seeds | global | difference | mofm | difference | KiB up per device and round | ε |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, configuration in CONFIGURATIONS.items():
+        results = _results(name)
+        if results.keys() <= reference.keys() and results:
+            lines.append(_row(configuration, results, reference))
+    return [*lines, "", *NOTES]
+
+
+def _results(name: str) -> dict[int, dict[str, Any]]:
+    """By seed."""
+    paths = sorted((FOLDER / "results").glob(f"{name}-[0-9].json"))
+    return {int(path.stem[-1]): json.loads(path.read_text()) for path in paths}
+
+
+def _row(configuration: Configuration, results: dict[int, dict[str, Any]], reference: dict[int, dict[str, Any]]) -> str:
+    cells = [configuration.text, str(len(results))]
+    for model in ("global", "mofm"):
+        found = {seed: _accuracy(result, model, configuration.hostile) for seed, result in results.items()}
+        gained = [value - _accuracy(reference[seed], model, configuration.hostile) for seed, value in found.items()]
+        cells += [_spread(list(found.values())), f"{statistics.mean(gained):+.3f}"]
+    cells.append(f"{statistics.mean(result['bytes_up'] for result in results.values()) / 1024:.1f}")
+    return f"| {' | '.join([*cells, _epsilon(configuration)])} |"
+
+
+def _accuracy(result: dict[str, Any], model: str, hostile: bool) -> float:
+    """Over the devices' test photos; a hostile device's own do not count."""
+    devices = [found for name, found in result["devices"].items() if not (hostile and name == HOSTILE)]
+    return float(sum(d[model] * d["test"] for d in devices) / sum(d["test"] for d in devices))
+
+
+def _epsilon(configuration: Configuration) -> str:
+    privacy = configuration.settings.get("privacy")
+    return f"{epsilon(privacy, 1 + 12 + 5, DELTA):.3g}" if privacy else "–"
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,170 @@
+"""A whole federated run in one process, without network: the server's state machine, and the devices' stages one after
+the other. What travels is packed and unpacked as it is on the wire, so that its bytes are counted; no message is lost.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from edge_runtime.cache import DiskCache
+from edge_runtime.device import Device
+from edge_runtime.engine import StepGraphEngine
+from edge_runtime.features import FeatureCache
+from edge_runtime.gate import Gate
+from edge_runtime.inputs import reader_of
+from edge_runtime.samples import scan
+from edge_runtime.service import STAGES
+from edge_runtime.stages import Globals, Outcome
+from edge_runtime.store import DeviceStore
+from edge_runtime.updates import prepare
+from protocol.bundle import Bundle
+from protocol.errors import RunError
+from protocol.layout import Layout, Vector
+from protocol.messages import DeviceStatus, Round, Stage, Update, Verdict
+from protocol.messages import Globals as GlobalsHeader
+from protocol.tensors import Tensors, blob_hash, chunks, pack, unpack
+from trainer_server.config import RunConfig
+from trainer_server.coordinator import advance
+from trainer_server.events import ClockTicked, Command, PublishGlobals, Record, Reply, StatusSeen, Stop, UpdateSeen
+from trainer_server.rounds import ClosedRound
+from trainer_server.state import Plan, initial_state
+
+Tamper = Callable[[str, Outcome], Outcome]  # what a device makes of its own outcome before it is prepared
+
+
+def honest(_: str, outcome: Outcome) -> Outcome:
+    return outcome
+
+
+@dataclass
+class History:
+    """`norms`: of every difference that was computed, before anything was made of it, L2, by stage."""
+
+    rounds: list[ClosedRound] = field(default_factory=list)
+    norms: dict[Stage, list[float]] = field(default_factory=dict)
+
+
+def open_devices(bundle: Bundle, folders: Sequence[Path], states: Path, cache: Path, threads: int) -> list[Device]:
+    """One for each folder of photos. They share engine, gate and feature cache: they take turns, and what is cached is
+    named after all that it depends on. Every feature that a run could ask for is computed here, once."""
+    disk, engine, gate = DiskCache(cache), StepGraphEngine(bundle, threads), Gate(bundle, threads)
+    features = FeatureCache(disk, bundle, threads)
+    devices = []
+    for folder in folders:
+        scanned = scan(folder, bundle.manifest.classes, reader_of(bundle).kind)
+        for level in range(1, bundle.manifest.levels + 1):
+            features.frozen(scanned.train + scanned.held_out, level)
+            features.precise().frozen(scanned.test, level)
+        store = DeviceStore(states / folder.name)
+        store.root.mkdir(parents=True, exist_ok=True)
+        level_cap = bundle.manifest.levels
+        devices.append(Device(folder.name, bundle, scanned, features, engine, gate, store, level_cap, lambda *_: None))
+    disk.drop_unused()  # what an earlier run has lifted to its own experts
+    return devices
+
+
+def federate(config: RunConfig, devices: Sequence[Device], tamper: Tamper = honest, feedback: bool = True) -> History:
+    """The run from its first round to its last. Without `feedback` what encoding loses is forgotten every round.
+
+    Raises RunError if the server refuses an update, or gives the run up.
+    """
+    blobs: dict[str, Tensors] = {}
+    bundle = devices[0].bundle
+    plan = Plan(config, bundle, str(uuid.uuid4()), blobs.__getitem__)
+    state, history = initial_state(plan, 0.0), History()
+    for device in devices:
+        state, _ = advance(plan, state, StatusSeen(_status(device)), 0.0)
+    while True:
+        state, commands = advance(plan, state, ClockTicked(), 0.0)
+        blobs.clear()
+        history.rounds += [command.closed for command in commands if isinstance(command, Record)]
+        if _stopped(commands):
+            return history
+        task = state.announced
+        assert task is not None
+        given = _read_globals(bundle, task, commands)
+        for device in devices:
+            if task.chosen and device.name not in task.chosen:
+                continue
+            outcome = STAGES[task.stage](device, task, given)
+            if outcome.delta is not None:
+                history.norms.setdefault(task.stage, []).append(float(np.linalg.norm(outcome.delta)))
+            if not feedback:
+                device.store.residual.unlink(missing_ok=True)
+            # seeded, as a device's own noise is not, so that the table can be made again
+            rng = np.random.default_rng([config.seed, task.round, *device.name.encode()])
+            sent = prepare(bundle, device.store.residual, task, tamper(device.name, outcome), rng)
+            event = _arrived(pack(_update(device, task, sent), sent.tensors))
+            blobs[event.sha256] = event.tensors
+            state, commands = advance(plan, state, event, 0.0)
+            _check_accepted(commands)
+
+
+def _status(device: Device) -> DeviceStatus:
+    return DeviceStatus(device=device.name, online=True, bundle=device.bundle.sha256, level_cap=device.level_cap)
+
+
+def _stopped(commands: Iterable[Command]) -> bool:
+    """Whether the run has finished. Raises RunError if it was given up."""
+    for command in commands:
+        if isinstance(command, Stop) and command.error:
+            raise RunError(command.error)
+    return any(isinstance(command, Stop) for command in commands)
+
+
+def _read_globals(bundle: Bundle, task: Round, commands: Iterable[Command]) -> Globals:
+    blobs = {command.sha256: command.blob for command in commands if isinstance(command, PublishGlobals)}
+
+    def vector(sha256: str, layout: Layout) -> Vector:
+        return layout.join(unpack(blobs[sha256], GlobalsHeader)[1]) if sha256 else np.empty(0, np.float32)
+
+    return Globals(
+        vector(task.expert, bundle.expert), vector(task.start, bundle.expert), vector(task.gate, bundle.gate)
+    )
+
+
+def _update(device: Device, task: Round, sent: Outcome) -> Update:
+    return Update(
+        run=task.run,
+        session=task.session,
+        round=task.round,
+        device=device.name,
+        stage=task.stage,
+        level=sent.level,
+        samples=sent.samples,
+        metrics={name: value for name, value in sent.metrics.items() if np.isfinite(value)},
+        counts=dict(sent.counts),
+        engine=device.engine.name,
+    )
+
+
+def _arrived(blob: bytes) -> UpdateSeen:
+    update, tensors = unpack(blob, Update)
+    return UpdateSeen(update, tensors, blob_hash(blob), sum(map(len, chunks(blob))))
+
+
+def _check_accepted(commands: Iterable[Command]) -> None:
+    for command in commands:
+        if isinstance(command, Reply) and command.ack.verdict is not Verdict.ACCEPTED:
+            raise RunError(f"round {command.ack.round}, {command.ack.device}: {command.ack.reason}")
+
+
+def scaled(outcome: Outcome, factor: float) -> Outcome:
+    """An outcome whose difference is `factor` times what was trained."""
+    if outcome.delta is None:
+        return outcome
+    return replace(outcome, delta=np.asarray(factor * outcome.delta, np.float32))
+
+
+def accuracies(history: History, models: Iterable[str]) -> Mapping[str, dict[str, float]]:
+    """Of every device: its test samples ("test") and the accuracy of each model on them."""
+    (evaluation,) = [closed for closed in history.rounds if closed.round.stage is Stage.EVALUATE]
+    return {
+        name: {"test": float(update.samples), **{model: update.metrics[model] for model in models}}
+        for name, update in evaluation.updates.items()
+    }

@@ -1,0 +1,20 @@
+"""Many devices at once take the server's time, and not its memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from processes import MOSQUITTO
+
+from benchmarks.load import measure
+from protocol.bundle import Bundle
+
+FEW, MANY = 10, 200
+ROUNDS = 2
+
+
+@pytest.mark.skipif(MOSQUITTO is None, reason="mosquitto is not installed")
+def test_the_servers_peak_memory_with_many_devices_is_that_with_a_few(layout: Bundle, tmp_path: Path) -> None:
+    few, many = (measure(tmp_path, layout.root, devices, ROUNDS, []) for devices in (FEW, MANY))
+    assert many.processes["server"].peak_rss_mb < 1.2 * few.processes["server"].peak_rss_mb
