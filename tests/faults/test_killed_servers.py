@@ -15,7 +15,7 @@ from processes import Observer
 from simulation import RUN, Simulation
 from table import FaultTable, Trial
 
-from protocol.messages import Ack, Message, Round, Stage, Verdict
+from protocol.messages import Ack, Message, Round, ServerStatus, Stage, Verdict
 
 THINK = (0.1, 0.4)
 STORE, SERVICE = "trainer_server.store:RunStore", "trainer_server.service:Service"
@@ -56,7 +56,8 @@ def killed(simulation: Simulation, undisturbed: Reference, kills: Sequence[Kill]
         else:
             since, restarted = observer.catch_up(), time.monotonic()
             simulation.start_server()
-            observer.wait(Message, _goes_on, "an update that counts, or the end", since)
+            observer.wait(ServerStatus, lambda status: status.online, "the server, back again", since)
+            observer.wait(Message, _goes_on, "an update that counts, or the end", len(observer.seen))
             restarted = time.monotonic() - restarted
         assert times
         return simulation.finish().trial(undisturbed, restarted or None, times)
