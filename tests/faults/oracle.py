@@ -12,6 +12,7 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 from protocol.messages import Round
@@ -58,9 +59,9 @@ def examine(out: Path, told: Iterable[Key], undisturbed: Reference) -> Findings:
     twice = sum(count - 1 for count in times.values()) + len(recorded ^ set(times))
     compared, otherwise = _compare(closed, announced, undisturbed)
     for again in (replayed(store, plan), undisturbed_by(plan, store.events(since_snapshot=False))):
-        otherwise += sum(ours != theirs for ours, theirs in zip(announced, again, strict=True))
+        otherwise += sum(ours != theirs for ours, theirs in zip_longest(announced, again))
     return Findings(
-        lost=len(set(told) - recorded) + len(set(told) - set(times) - (set(told) - recorded)),
+        lost=len(set(told) - (recorded & set(times))),
         double=twice + otherwise,
         repeated=sum(bool(one.repeated) for one in closed),
         recomputed=len(announced),

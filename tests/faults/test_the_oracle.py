@@ -1,0 +1,115 @@
+"""An oracle that saw nothing would let every fault test pass: here it is shown what it has to see."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sqlite3
+from pathlib import Path
+
+import pytest
+from oracle import Findings, Reference, examine, reference
+
+from benchmarks.layouts import update_of
+from benchmarks.simulated import device_names
+from protocol.bundle import Bundle
+from protocol.messages import DeviceStatus, Sal, Stage
+from protocol.tensors import blob_hash, pack
+from trainer_server.config import RunConfig
+from trainer_server.coordinator import advance
+from trainer_server.events import ClockTicked, Event, Record, StatusSeen, UpdateSeen
+from trainer_server.running import plan_of
+from trainer_server.state import Key, State, initial_state
+from trainer_server.store import DATABASE, Logged, Origin, RunStore
+
+DEVICES = device_names(3)
+SAL = Sal(window=3, epsilon=0.02, step=1, max_level=1)
+
+
+def run_without_a_network(out: Path, bundle: Bundle) -> None:
+    """What a server leaves behind."""
+    config = RunConfig(run="r", devices=3, stage1_rounds=2, stage2_rounds=1, stage1_sal=SAL, stage2_sal=SAL, audit=True)
+    store = RunStore.create(out, Origin(config=config, session="s", bundle=bundle.root, sha256=bundle.sha256))
+    plan = plan_of(store, bundle)
+    state = initial_state(plan, 0.0)
+
+    def happens(state: State, event: Event) -> State:
+        state, commands = advance(plan, state, event, 0.0)
+        closed = [command.closed for command in commands if isinstance(command, Record)]
+        store.commit([Logged(0.0, event)], closed)
+        if isinstance(event, ClockTicked):
+            store.keep(state, 0.0)
+        return state
+
+    for name in DEVICES:
+        state = happens(state, StatusSeen(DeviceStatus(device=name, online=True, bundle=bundle.sha256)))
+    state = happens(state, ClockTicked())
+    while state.announced and state.announced.stage is not Stage.FINISHED:
+        for name in DEVICES:
+            update, tensors = update_of(bundle, name, state.announced, 1)
+            blob = pack(update, tensors)
+            (store.tensors / blob_hash(blob)).write_bytes(blob)
+            state = happens(state, UpdateSeen(update, tensors, blob_hash(blob), len(blob)))
+        state = happens(state, ClockTicked())
+    store.close()
+
+
+@pytest.fixture(scope="module")
+def finished(layout: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("finished")
+    run_without_a_network(out, layout)
+    return out
+
+
+EVERYTHING: set[Key] = {(round_, device) for round_ in range(1, 6) for device in DEVICES}
+
+
+def after(change: str, finished: Path, tmp_path: Path, told: set[Key] = EVERYTHING) -> Findings:
+    """What is found once SQL has changed the server's record."""
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    with sqlite3.connect(out / DATABASE) as db:
+        db.executescript(change)
+    return examine(out, told, reference(finished))
+
+
+def test_a_run_to_which_nothing_happened_is_found_to_be_whole(finished: Path, tmp_path: Path) -> None:
+    assert after("", finished, tmp_path) == Findings(0, 0, 0, recomputed=6, compared=6, missing={})
+
+
+def test_an_update_that_was_only_acknowledged_is_lost(finished: Path, tmp_path: Path) -> None:
+    assert after("", finished, tmp_path, {*EVERYTHING, (3, "device-0009")}).lost == 1
+
+
+def test_an_update_that_is_in_the_log_twice_is_double(finished: Path, tmp_path: Path) -> None:
+    again = (
+        "INSERT INTO events (at, kind, body, sha256, size) SELECT at, kind, body, sha256, size FROM events "
+        "WHERE kind = 'update' ORDER BY seq DESC LIMIT 1"
+    )
+    assert after(again, finished, tmp_path).double == 1
+
+
+def test_an_update_of_which_the_log_knows_nothing_is_found(finished: Path, tmp_path: Path) -> None:
+    """The records say that it counted."""
+    findings = after(
+        "DELETE FROM events WHERE seq = (SELECT min(seq) FROM events WHERE kind = 'update')", finished, tmp_path
+    )
+    assert findings.lost == 1
+    assert findings.double > 0
+
+
+def test_a_round_that_comes_out_otherwise_is_found(finished: Path, tmp_path: Path) -> None:
+    with sqlite3.connect(finished / DATABASE) as db:
+        (record,) = db.execute("SELECT record FROM rounds WHERE round = 3").fetchone()
+    changed = json.loads(record)
+    changed["round"]["expert"] = "0" * 64
+    findings = after(f"UPDATE rounds SET record = '{json.dumps(changed)}' WHERE round = 3", finished, tmp_path)
+    assert findings.double == 3  # done over, done over in another order, and beside the undisturbed run
+
+
+def test_a_device_that_was_not_heard_ends_the_comparison_and_not_the_recomputation(
+    finished: Path, tmp_path: Path
+) -> None:
+    known = reference(finished)
+    findings = examine(finished, EVERYTHING, Reference(known.devices | {"device-0009"}, known.outcomes))
+    assert (findings.double, findings.recomputed, findings.compared) == (0, 6, 1)
