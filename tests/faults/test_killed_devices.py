@@ -144,8 +144,8 @@ def test_a_device_killed_at_each_of_its_states_is_the_same_device_afterwards(
 def test_a_device_whose_disk_is_full_waits_until_it_is_not(
     federation: Federation, kind: str, undisturbed_real: Reference, table: FaultTable, full: bool
 ) -> None:
-    if not full and kind == "amqtt":
-        pytest.skip("on amqtt in the long form only (--full)")
+    if not full:
+        pytest.skip("in the long form only (--full); another such test is in tests/integration")
     with small_disk(federation.state(VICTIM), DISK_MEGABYTES) as disk, Observer(federation.broker, RUN) as observer:
         real = Real(federation, observer)
         real.start_server()
