@@ -127,7 +127,7 @@ def test_a_device_killed_at_each_of_its_states_is_the_same_device_afterwards(
             real.start(VICTIM, launcher(point, when, call))
             ended = federation.devices[VICTIM].wait()
             assert ended.code == -signal.SIGKILL, (state, ended.stdout[-1000:], ended.stderr[-1000:])
-            if state == HALF_SENT:
+            if state == HALF_SENT and kind == "mosquitto":  # amqtt may not have passed it on
                 uploads = federation.server_folder / "uploads"
                 wait_until(lambda: any(uploads.iterdir()), "the server has a part of the update")  # noqa: B023
             observer.catch_up()
