@@ -19,7 +19,7 @@ from protocol.messages import Round
 from trainer_server.coordinator import advance
 from trainer_server.events import Announce, ClockTicked, UpdateSeen
 from trainer_server.rounds import ClosedRound
-from trainer_server.running import open_bundle, plan_of, replayed
+from trainer_server.running import open_bundle, plan_of, present, replayed
 from trainer_server.state import Key, Plan, initial_state
 from trainer_server.store import Logged, RunStore
 
@@ -55,7 +55,7 @@ def examine(out: Path, told: Iterable[Key], undisturbed: Reference) -> Findings:
     closed = store.rounds()
     times = Counter(_keys(store.events(since_snapshot=False)))
     recorded = {(one.round.round, device) for one in closed for device in one.updates}
-    announced = _announced(store, closed)
+    announced = _announced(store, plan, closed)
     twice = sum(count - 1 for count in times.values()) + len(recorded ^ set(times))
     compared, otherwise = _compare(closed, announced, undisturbed)
     for again in (replayed(store, plan), undisturbed_by(plan, store.events(since_snapshot=False))):
@@ -73,7 +73,8 @@ def examine(out: Path, told: Iterable[Key], undisturbed: Reference) -> Findings:
 def reference(out: Path) -> Reference:
     store = RunStore(out)
     closed = store.rounds()
-    return Reference(frozenset(closed[0].updates), [outcome(one) for one in _announced(store, closed)])
+    rounds = _announced(store, plan_of(store, open_bundle(store)), closed)
+    return Reference(frozenset(closed[0].updates), [outcome(one) for one in rounds])
 
 
 def outcome(announced: Round) -> Outcome:
@@ -110,12 +111,12 @@ def _keys(events: Iterable[Logged]) -> Iterator[Key]:
             yield logged.event.update.round, logged.event.update.device
 
 
-def _announced(store: RunStore, closed: list[ClosedRound]) -> list[Round]:
-    """Every round of a run that has ended; the last of them is never closed."""
-    kept = store.snapshot()
-    assert kept is not None
-    assert kept[0].announced is not None
-    return [*(one.round for one in closed), kept[0].announced]
+def _announced(store: RunStore, plan: Plan, closed: list[ClosedRound]) -> list[Round]:
+    """Every round of a run that has ended. The last of them is never closed: it is where the run stands, which a server
+    that was killed at the very end knows from its log alone."""
+    last = present(store, plan)[0].announced
+    assert last is not None
+    return [*(one.round for one in closed), last]
 
 
 def _compare(closed: list[ClosedRound], announced: list[Round], undisturbed: Reference) -> tuple[int, int]:

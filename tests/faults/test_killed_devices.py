@@ -127,7 +127,7 @@ def test_a_device_killed_at_each_of_its_states_is_the_same_device_afterwards(
             real.start(VICTIM, launcher(point, when, call))
             ended = federation.devices[VICTIM].wait()
             assert ended.code == -signal.SIGKILL, (state, ended.stdout[-1000:], ended.stderr[-1000:])
-            if state == HALF_SENT:
+            if state == HALF_SENT and kind == "mosquitto":  # amqtt may not have passed it on
                 uploads = federation.server_folder / "uploads"
                 wait_until(lambda: any(uploads.iterdir()), "the server has a part of the update")  # noqa: B023
             observer.catch_up()
@@ -144,8 +144,8 @@ def test_a_device_killed_at_each_of_its_states_is_the_same_device_afterwards(
 def test_a_device_whose_disk_is_full_waits_until_it_is_not(
     federation: Federation, kind: str, undisturbed_real: Reference, table: FaultTable, full: bool
 ) -> None:
-    if not full and kind == "amqtt":
-        pytest.skip("on amqtt in the long form only (--full)")
+    if not full:
+        pytest.skip("in the long form only (--full); another such test is in tests/integration")
     with small_disk(federation.state(VICTIM), DISK_MEGABYTES) as disk, Observer(federation.broker, RUN) as observer:
         real = Real(federation, observer)
         real.start_server()

@@ -43,8 +43,8 @@ def test_a_server_whose_disk_is_full_waits_until_it_is_not(
 def test_a_jump_of_the_servers_clock_ends_no_round(
     simulation: Simulation, undisturbed: Undisturbed, table: FaultTable, full: bool, days: int
 ) -> None:
-    if simulation.broker.kind == "amqtt" or (days < 0 and not full):
-        pytest.skip("backwards in the long form only (--full); on one kind of broker")
+    if not full or simulation.broker.kind == "amqtt":
+        pytest.skip("in the long form only (--full), on one kind of broker")
     clock = Clock(simulation.folder)
     with Observer(simulation.broker, RUN) as observer:
         simulation.start_server(environment=clock.environment)
@@ -60,8 +60,8 @@ def test_a_jump_of_the_servers_clock_ends_no_round(
 def test_of_two_devices_with_one_identity_the_older_leaves_and_nothing_counts_twice(
     simulation: Simulation, undisturbed: Undisturbed, table: FaultTable, full: bool
 ) -> None:
-    if not full and simulation.broker.kind == "amqtt":
-        pytest.skip("on amqtt in the long form only (--full)")
+    if not full:
+        pytest.skip("with simulated devices in the long form only (--full); with real ones in tests/integration")
     name = device_names(1)[0]
     with Observer(simulation.broker, RUN) as observer:
         simulation.start_server()
