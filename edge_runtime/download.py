@@ -21,6 +21,7 @@ from shell.link import Link, Received
 
 SERVER_SECONDS = 60
 LOOK_SECONDS = 1.0
+ASK_SECONDS = 5.0
 HTTP_SECONDS = 30
 RETRY_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0)  # between attempts that bring nothing: a server's restart, a cut line
 BLOCK = 1 << 18
@@ -28,9 +29,11 @@ BLOCK = 1 << 18
 
 def find_server(link: Link, topics: Topics) -> ServerStatus:
     """The status of the run's server, for which it waits as long as it takes; after a minute it says so."""
-    link.subscribe(topics.server_status)
-    patience = time.monotonic() + SERVER_SECONDS
+    patience, asked = time.monotonic() + SERVER_SECONDS, -math.inf
     while True:
+        if time.monotonic() > asked + ASK_SECONDS:  # again and again: amqtt can lose what comes while one subscribes
+            asked = time.monotonic()
+            link.subscribe(topics.server_status)
         event = link.next_event(LOOK_SECONDS)
         if time.monotonic() > patience:
             patience = math.inf

@@ -75,6 +75,7 @@ STAGES: dict[Stage, StageWork] = {
     Stage.EVALUATE: evaluate,
 }
 LOOK_SECONDS = 1.0
+ASK_SECONDS = 30.0  # without a server
 DISK_SECONDS = (1.0, 60.0)  # from one attempt to write to the next: at first, and at most
 
 
@@ -120,10 +121,10 @@ class Service:
         """Until the run has finished. Raises FedFMSLError if this device cannot take part."""
         topics, name = self._topics, self._device.name
         self._link.subscribe(topics.ack(name))
-        self._link.subscribe(topics.server_status)
-        self._link.subscribe(topics.round)
         self._link.subscribe(topics.status(name))
+        self._subscribe()
         self._announce()
+        console.print(f"waiting for the server of run {self._run!r}")
         leave = Leave()
         try:
             leave = self._follow()
@@ -136,11 +137,20 @@ class Service:
             self._link.close(self._last)
         if leave.error:
             raise RunError(leave.error)
+        console.print(f"run {self._run!r} has finished; this device's model is {self._device.store.personalized}")
+
+    def _subscribe(self) -> None:
+        """To what the run's server says to everybody."""
+        self._link.subscribe(self._topics.server_status)
+        self._link.subscribe(self._topics.round)
 
     def _follow(self) -> Leave:
         """Events in, commands out, until one of them is to leave."""
-        wait = 0.0
+        wait, asked = 0.0, time.monotonic()
         while True:
+            if not self._state.present and time.monotonic() > asked + ASK_SECONDS:
+                asked = time.monotonic()
+                self._subscribe()  # anew: amqtt can lose what comes while one subscribes
             event = self._event(wait)
             wait = 0.0 if event else LOOK_SECONDS
             if event is None and self._connected and self._unanswered.overdue():

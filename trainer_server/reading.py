@@ -9,7 +9,7 @@ from typing import Any
 import typer
 from rich.table import Table
 
-from protocol.errors import RunError
+from protocol.errors import ConfigError, RunError
 from protocol.messages import Stage
 from shell.cli import console
 from trainer_server.adapter import write_adapter
@@ -95,7 +95,10 @@ def export(out: Path = OUT, to: Path = typer.Option(help="Folder to write the PE
     if kept is None or not kept[0].start.size:
         raise RunError(f"{out} has no global expert yet: its first round has not been closed")
     state = kept[0]
-    write_adapter(bundle, state.expert[: bundle.expert.size(state.sal.level)], state.sal.level, to)
+    try:
+        write_adapter(bundle, state.expert[: bundle.expert.size(state.sal.level)], state.sal.level, to)
+    except OSError as error:
+        raise ConfigError(f"--to {to} cannot be written ({error.strerror}); choose another folder") from error
     print(to)
 
 

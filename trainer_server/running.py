@@ -35,6 +35,8 @@ def open_run(folder: Path, config: RunConfig, bundle: Bundle) -> RunStore:
         except (OSError, sqlite3.Error) as error:
             raise RunError(f"{folder} cannot be written ({error}); choose another --out, or free some space") from error
     store = RunStore(folder)
+    if store.untouched():  # a start that got no further, for want of a broker perhaps, binds nobody
+        store.renew(config, bundle)
     was = store.origin
     if was.sha256 != bundle.sha256:
         raise ConfigError(f"{folder} holds a run with another bundle ({was.bundle}); choose another --out")

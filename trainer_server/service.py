@@ -10,6 +10,7 @@ it acted on. So an acknowledgement that has left is true for ever, and what a fu
 from __future__ import annotations
 
 import contextlib
+import math
 import sqlite3
 import time
 from dataclasses import dataclass, field, replace
@@ -22,7 +23,7 @@ from protocol.messages import DeviceStatus, ServerStatus, Stage, encode, parse
 from protocol.tensors import blob_bytes, chunks
 from protocol.topics import Topics
 from shell.cli import console
-from shell.link import Connected, Link, Oversize, Received
+from shell.link import Connected, Disconnected, Link, Oversize, Received
 from trainer_server.adapter import write_adapter
 from trainer_server.coordinator import advance, announcement, next_deadline
 from trainer_server.events import (
@@ -44,6 +45,7 @@ from trainer_server.state import Plan, State
 from trainer_server.store import Logged, RunStore
 from trainer_server.uploads import Uploads
 
+ECHO_SECONDS = 10.0  # in which the broker sends us our own status
 LOOK_SECONDS = 1.0  # the longest the clock goes unlooked at
 BATCH = 64  # messages that share one commit
 NOTES_BYTES = 8 * 1024 * 1024  # of notes.log; what is older lies in notes.log.1, what is still older is gone
@@ -96,6 +98,7 @@ class Service:
         self._refusals = Refusals()
         self._elders: set[str] = set()  # sessions of servers that were here before this one's status came back to it
         self._shown = False
+        self._connected_at = math.inf  # until it has been looked at whether the broker lets us speak
         self._superseded = False
         self._disk_error = ""
         self._last: paho.MQTTMessageInfo | None = None
@@ -106,6 +109,9 @@ class Service:
         self._link.subscribe(self._topics.status("+"))
         self._link.subscribe(self._topics.update_chunk("+", "+", "+"))
         self._link.subscribe(self._topics.server_status)
+        if self._state.announced is None:
+            config = self._plan.config
+            console.print(f"waiting for {config.devices} devices, for at most {config.join_timeout:.0f} s")
         try:
             if self._store.ended is not None:  # it may have died before it told anybody
                 self._publish_present()
@@ -130,7 +136,10 @@ class Service:
                     break
                 wait = 0.0
                 if isinstance(received, Connected):
+                    self._connected_at = self._clock.now()
                     self._publish_present()
+                elif isinstance(received, Disconnected):
+                    console.print(f"no connection to the broker ({received.reason}); trying again and again")
                 elif isinstance(received, Oversize):
                     self._refuse(self._sender(received.topic), "too large", f"{received.size} bytes")
                 elif isinstance(received, Received):
@@ -193,9 +202,9 @@ class Service:
             return
         if status.session == self._plan.session:
             self._shown = True
-        elif status.online and not self._shown:
+        elif not self._shown:
             self._elders.add(status.session)
-        elif status.online and status.session not in self._elders:
+        elif status.session not in self._elders:  # also if it says that it is gone: that we came back has pushed it off
             self._superseded = True
             raise RunError(
                 f"another server has come for run {self._plan.config.run!r}; end one of them, or give it another --run"
@@ -204,6 +213,10 @@ class Service:
     def _tick(self) -> None:
         """Opens and closes rounds."""
         now = self._clock.now()
+        if now > self._connected_at + ECHO_SECONDS:
+            self._connected_at = math.inf
+            if not self._shown:
+                self._note("the broker does not pass on what this server says; is --identity the server's own?")
         state, commands = advance(self._plan, self._state, ClockTicked(), now)
         if not commands:
             return

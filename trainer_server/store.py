@@ -20,6 +20,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
+from protocol.bundle import Bundle
 from protocol.errors import MessageError, RunError
 from protocol.messages import DeviceStatus, Update, parse
 from protocol.tensors import Header, Tensors, blob_hash, pack, unpack
@@ -146,6 +147,17 @@ class RunStore:
         if blob_hash(blob) != sha256:
             raise RunError(f"{path} has been altered (SHA-256); restore it from a backup")
         return blob
+
+    def untouched(self) -> bool:
+        """Whether nothing has happened in this run yet."""
+        query = "SELECT (SELECT count(*) FROM snapshots) + (SELECT count(*) FROM events) = 0"
+        return self.ended is None and bool(self._db.execute(query).fetchone()[0])
+
+    def renew(self, config: RunConfig, bundle: Bundle) -> None:
+        """Other settings for a run in which nothing has happened yet."""
+        renewed = {"config": config, "bundle": bundle.root.absolute(), "sha256": bundle.sha256}
+        self.origin = self.origin.model_copy(update=renewed)
+        self._db.execute("UPDATE run SET origin = ?", (self.origin.model_dump_json(),))
 
     # writing
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import queue
 import shutil
 import socket
 import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -114,14 +114,14 @@ def test_a_server_is_waited_for_and_that_is_said(
     device, server = Link(broker.url, "device"), Link(broker.url, "server")
     device.connect()
     server.connect()
-    with ThreadPoolExecutor(1) as pool:
-        found = pool.submit(find_server, device, topics)
-        server.publish(topics.server_status, b"not a status", retain=True)
-        server.publish(topics.server_status, encode(status.model_copy(update={"online": False})))
-        wait_until(lambda: "no server of run 'deserted' yet" in capsys.readouterr().out, "a word about it")
-        assert not found.done()
-        server.publish(topics.server_status, encode(status), retain=True)
-        assert found.result(SECONDS) == status
+    found: queue.Queue[ServerStatus] = queue.Queue()
+    threading.Thread(target=lambda: found.put(find_server(device, topics)), daemon=True).start()
+    server.publish(topics.server_status, b"not a status", retain=True)
+    server.publish(topics.server_status, encode(status.model_copy(update={"online": False})))
+    wait_until(lambda: "no server of run 'deserted' yet" in capsys.readouterr().out, "a word about it")
+    assert found.empty()
+    server.publish(topics.server_status, encode(status), retain=True)
+    assert found.get(timeout=SECONDS) == status
     device.close()
     server.close()
 

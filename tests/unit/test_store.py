@@ -167,13 +167,24 @@ def test_two_servers_do_not_work_in_one_folder(vit: Built, folder: Path) -> None
 
 
 def test_other_settings_than_the_runs_are_named(vit: Built, folder: Path) -> None:
-    opened(vit, folder)
+    server = opened(vit, folder)
+    server.feed(StatusSeen(Run(server.plan).status("a")))
     with pytest.raises(ConfigError, match=r"stage1_rounds = 2, not 3.*resume"):
         open_run(folder, plan_of(vit, stage1_rounds=3, stage2_rounds=1).config, vit.bundle)
 
 
+def test_a_start_in_which_nothing_has_happened_binds_nobody(vit: Built, dinov2: Built, folder: Path) -> None:
+    """Of a server that found no broker, say."""
+    session = opened(vit, folder).store.origin.session
+    config = plan_of(vit, stage1_rounds=9).config
+    open_run(folder, config, dinov2.bundle).close()
+    origin = RunStore(folder).origin
+    assert (origin.config, origin.sha256, origin.session) == (config, dinov2.bundle.sha256, session)
+
+
 def test_another_bundle_than_the_runs_is_refused(vit: Built, dinov2: Built, folder: Path) -> None:
     server = opened(vit, folder)
+    server.feed(StatusSeen(Run(server.plan).status("a")))
     with pytest.raises(ConfigError, match="another bundle"):
         open_run(folder, server.plan.config, dinov2.bundle)
     assert open_bundle(server.store).sha256 == vit.bundle.sha256
