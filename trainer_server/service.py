@@ -98,6 +98,7 @@ class Service:
         self._refusals = Refusals()
         self._elders: set[str] = set()  # sessions of servers that were here before this one's status came back to it
         self._shown = False
+        self._connections = 0
         self._connected_at = math.inf  # until it has been looked at whether the broker lets us speak
         self._superseded = False
         self._disk_error = ""
@@ -137,6 +138,7 @@ class Service:
                 wait = 0.0
                 if isinstance(received, Connected):
                     self._connected_at = self._clock.now()
+                    self._connections += 1
                     self._publish_present()
                 elif isinstance(received, Disconnected):
                     console.print(f"no connection to the broker ({received.reason}); trying again and again")
@@ -204,7 +206,8 @@ class Service:
             self._shown = True
         elif not self._shown:
             self._elders.add(status.session)
-        elif status.session not in self._elders:  # also if it says that it is gone: that we came back has pushed it off
+        elif status.session not in self._elders and (status.online or self._connections > 1):
+            # one that says it is gone, too, once we have come back: it is our coming back that has pushed it off
             self._superseded = True
             raise RunError(
                 f"another server has come for run {self._plan.config.run!r}; end one of them, or give it another --run"

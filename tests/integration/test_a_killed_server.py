@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from processes import Broker, Federation, Observer, Processes, run_module
 
-from protocol.messages import Ack, Globals, Round, Stage, Verdict
+from protocol.messages import Ack, Globals, Round, ServerStatus, Stage, Verdict
 from protocol.tensors import unpack
 from trainer_server.store import RunStore
 
@@ -83,3 +83,14 @@ def test_a_killed_server_goes_on_in_the_same_round_with_what_it_had_acknowledged
     assert [json.loads(line)["round"]["round"] for line in listed] == [1, 2, 3, 4, 5, 6]
     ended = run_module("trainer_server", "resume", *out, "--broker", broker.url)
     assert (ended.code, ended.stdout.splitlines()[-1]) == (0, "run finished")
+
+
+def test_of_two_servers_of_one_run_the_older_leaves_and_says_why(
+    broker: Broker, bundle: Path, photos: dict[str, Path], tmp_path: Path
+) -> None:
+    with Processes(tmp_path / "logs") as processes, Observer(broker, "twins") as observer:
+        older = Federation("twins", broker, bundle, photos, tmp_path / "older", processes).start_server()
+        observer.wait(ServerStatus, lambda s: s.online, "the first server")
+        younger = Federation("twins", broker, bundle, photos, tmp_path / "younger", processes).start_server()
+        older.wait().assert_error(8, "another server has come for run 'twins'", "another --run")
+        assert younger.running
