@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from processes import Broker, Federation, Observer, Processes, run_module
+from processes import MOSQUITTO, Broker, Federation, Observer, Processes, run_module
 
 from protocol.messages import Ack, Globals, Round, ServerStatus, Stage, Verdict
 from protocol.tensors import unpack
@@ -85,12 +85,15 @@ def test_a_killed_server_goes_on_in_the_same_round_with_what_it_had_acknowledged
     assert (ended.code, ended.stdout.splitlines()[-1]) == (0, "run finished")
 
 
+@pytest.mark.skipif(not MOSQUITTO, reason="mosquitto is not installed, and amqtt ends no connection for another's sake")
 def test_of_two_servers_of_one_run_the_older_leaves_and_says_why(
-    broker: Broker, bundle: Path, photos: dict[str, Path], tmp_path: Path
+    bundle: Path, photos: dict[str, Path], tmp_path: Path
 ) -> None:
-    with Processes(tmp_path / "logs") as processes, Observer(broker, "twins") as observer:
-        older = Federation("twins", broker, bundle, photos, tmp_path / "older", processes).start_server()
-        observer.wait(ServerStatus, lambda s: s.online, "the first server")
-        younger = Federation("twins", broker, bundle, photos, tmp_path / "younger", processes).start_server()
-        older.wait().assert_error(8, "another server has come for run 'twins'", "another --run")
-        assert younger.running
+    with Processes(tmp_path / "logs") as processes:
+        broker = processes.start_broker("mosquitto")
+        with Observer(broker, "twins") as observer:
+            older = Federation("twins", broker, bundle, photos, tmp_path / "older", processes).start_server()
+            observer.wait(ServerStatus, lambda s: s.online, "the first server")
+            younger = Federation("twins", broker, bundle, photos, tmp_path / "younger", processes).start_server()
+            older.wait().assert_error(8, "another server has come for run 'twins'", "another --run")
+            assert younger.running
