@@ -106,12 +106,18 @@ def test_a_file_that_the_server_lacks_is_named(served: tuple[ServerStatus, Path]
         fetch_bundle(status, tmp_path / "device")
 
 
+@pytest.fixture
+def own_broker(tmp_path: Path) -> Iterator[Broker]:
+    with Processes(tmp_path / "logs") as processes:
+        yield processes.start_broker()
+
+
 def test_a_server_is_waited_for_and_that_is_said(
-    broker: Broker, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    own_broker: Broker, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(download, "SERVER_SECONDS", 0.0)
     topics, status = Topics("deserted"), ServerStatus(online=True, run="deserted", session="1")
-    device, server = Link(broker.url, "device"), Link(broker.url, "server")
+    device, server = Link(own_broker.url, "device"), Link(own_broker.url, "server")
     device.connect()
     server.connect()
     found: queue.Queue[ServerStatus] = queue.Queue()
