@@ -35,6 +35,8 @@ from trainer_server.rounds import ClosedRound
 from trainer_server.selection import ROUNDING, select
 from trainer_server.state import TRAINING, Accepted, Plan, State
 
+Blobs = dict[str, tuple[str, bytes]]  # of each kind of globals, SHA-256 and blob
+
 MAX_DEVICES = 2500  # a Round may have to name all of them, within its `max_bytes`
 REMEMBERED_ROUNDS = 2  # for so long an update that is sent once more is called a duplicate, and then late
 
@@ -127,6 +129,7 @@ def _open(plan: Plan, state: State, position: int, now: float) -> tuple[State, l
     asked = select(config, online, level, number) if chooses else state.online
     oldest = number - max(config.max_staleness, REMEMBERED_ROUNDS)
     closed = [*state.recent, *([state.announced] if state.announced else [])]
+    blobs = globals_of(plan, state, stage)
     announced = Round(
         run=config.run,
         session=plan.session,
@@ -142,7 +145,7 @@ def _open(plan: Plan, state: State, position: int, now: float) -> tuple[State, l
         sal=_sal_of(plan, state, stage),
         encoding=config.encoding,
         privacy=config.privacy,
-        **{kind: sha256 for kind, (sha256, _) in globals_of(plan, state, stage).items()},
+        **{kind: sha256 for kind, (sha256, _) in blobs.items()},
     )
     state = replace(
         state,
@@ -155,16 +158,19 @@ def _open(plan: Plan, state: State, position: int, now: float) -> tuple[State, l
         recent=tuple(closed[len(closed) - config.max_staleness :]) if config.max_staleness else (),
         counted=frozenset(key for key in state.counted if key[0] >= oldest),
     )
-    return state, announcement(plan, state, announced)
+    return state, _announce(blobs, announced)
 
 
 def announcement(plan: Plan, state: State, announced: Round) -> list[Command]:
     """What makes the present round known: also after a restart, and to a broker that has forgotten it."""
-    blobs = globals_of(plan, state, announced.stage).values()
-    return [*(PublishGlobals(sha256, blob) for sha256, blob in blobs), Announce(announced)]
+    return _announce(globals_of(plan, state, announced.stage), announced)
 
 
-def globals_of(plan: Plan, state: State, stage: Stage) -> dict[str, tuple[str, bytes]]:
+def _announce(blobs: Blobs, announced: Round) -> list[Command]:
+    return [*(PublishGlobals(sha256, blob) for sha256, blob in blobs.values()), Announce(announced)]
+
+
+def globals_of(plan: Plan, state: State, stage: Stage) -> Blobs:
     """What devices are told, as (SHA-256, blob): the global expert at its level, the expert it started from, the gate
     adapter. There is none of them before the statistics."""
     if stage is Stage.STATISTICS:
