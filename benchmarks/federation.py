@@ -21,7 +21,7 @@ from edge_runtime.samples import scan
 from edge_runtime.service import STAGES
 from edge_runtime.stages import Globals, Outcome
 from edge_runtime.store import DeviceStore
-from edge_runtime.updates import prepare
+from edge_runtime.updates import header_of, prepare
 from protocol.bundle import Bundle
 from protocol.errors import RunError
 from protocol.layout import Layout, Vector
@@ -99,7 +99,7 @@ def federate(config: RunConfig, devices: Sequence[Device], tamper: Tamper = hone
             # seeded, as a device's own noise is not, so that the table can be made again
             rng = np.random.default_rng([config.seed, task.round, *device.name.encode()])
             sent = prepare(bundle, device.store.residual, task, tamper(device.name, outcome), rng)
-            event = _arrived(pack(_update(device, task, sent), sent.tensors))
+            event = _arrived(pack(header_of(device, task, sent), sent.tensors))
             blobs[event.sha256] = event.tensors
             state, commands = advance(plan, state, event, 0.0)
             _check_accepted(commands)
@@ -125,21 +125,6 @@ def _read_globals(bundle: Bundle, task: Round, commands: Iterable[Command]) -> G
 
     return Globals(
         vector(task.expert, bundle.expert), vector(task.start, bundle.expert), vector(task.gate, bundle.gate)
-    )
-
-
-def _update(device: Device, task: Round, sent: Outcome) -> Update:
-    return Update(
-        run=task.run,
-        session=task.session,
-        round=task.round,
-        device=device.name,
-        stage=task.stage,
-        level=sent.level,
-        samples=sent.samples,
-        metrics={name: value for name, value in sent.metrics.items() if np.isfinite(value)},
-        counts=dict(sent.counts),
-        engine=device.engine.name,
     )
 
 

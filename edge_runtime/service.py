@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import math
 import os
 import subprocess
 import sys
@@ -44,10 +43,10 @@ from edge_runtime.evaluation import evaluate, train_alone
 from edge_runtime.memory import peak_rss_mb
 from edge_runtime.personal import train_personal
 from edge_runtime.presence import INSTANCE, status_of
-from edge_runtime.stages import Globals, Outcome, statistics, train_global
+from edge_runtime.stages import Globals, statistics, train_global
 from edge_runtime.stages import Work as StageWork
 from edge_runtime.unanswered import Unanswered
-from edge_runtime.updates import prepare
+from edge_runtime.updates import header_of, prepare
 from protocol.errors import FedFMSLError, MessageError, RunError
 from protocol.layout import Vector
 from protocol.messages import (
@@ -56,7 +55,6 @@ from protocol.messages import (
     Round,
     ServerStatus,
     Stage,
-    Update,
     Verdict,
     encode,
     parse,
@@ -271,7 +269,10 @@ class Service:
             if task.stage is Stage.EVALUATE:
                 write_personalized(self._device)
             seconds = time.perf_counter() - started
-            update = self._update(task, outcome, seconds)
+            bytes_down, self._bytes_down = self._bytes_down, 0
+            update = header_of(
+                self._device, task, outcome, seconds=seconds, peak_rss_mb=peak_rss_mb(), bytes_down=bytes_down
+            )
             self._device.store.put_outbox(task.round, pack(update, outcome.tensors))
         except OSError as error:
             self._wait_for_disk(error)
@@ -279,24 +280,6 @@ class Service:
         self._disk_seconds = 0.0
         console.print(f"round {task.round}: {task.stage.value} done in {seconds:.1f} s")
         return WorkDone(task.round)
-
-    def _update(self, task: Round, outcome: Outcome, seconds: float) -> Update:
-        bytes_down, self._bytes_down = self._bytes_down, 0
-        return Update(
-            run=self._run,
-            session=task.session,
-            round=task.round,
-            device=self._device.name,
-            stage=task.stage,
-            level=outcome.level,
-            samples=outcome.samples,
-            metrics={name: value for name, value in outcome.metrics.items() if math.isfinite(value)},
-            counts=dict(outcome.counts),
-            engine=self._device.engine.name,
-            seconds=seconds,
-            peak_rss_mb=peak_rss_mb(),
-            bytes_down=bytes_down,
-        )
 
     def _globals(self, task: Round) -> Globals:
         layout = self._device.bundle.expert

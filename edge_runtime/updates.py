@@ -6,19 +6,21 @@ to the next, so that over the rounds nothing is lost but the last update's rest.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from pydantic import BaseModel
 
+from edge_runtime.device import Device
 from edge_runtime.privacy import privatize, privatize_statistics
 from edge_runtime.stages import Outcome
 from protocol.bundle import Bundle
 from protocol.encoding import decode, encode
 from protocol.errors import MessageError
 from protocol.layout import Layout, Vector
-from protocol.messages import Encoding, Privacy, Round, Stage
+from protocol.messages import Encoding, Privacy, Round, Stage, Update
 from protocol.tensors import Tensors, pack, unpack
 from shell.files import write_atomically
 
@@ -39,6 +41,33 @@ def prepare(bundle: Bundle, residual: Path, task: Round, outcome: Outcome, rng: 
     tensors, after = with_feedback(layout, outcome.delta, before, task.encoding)
     _save(residual, task, before, after)
     return replace(outcome, tensors=tensors)
+
+
+def header_of(
+    device: Device,
+    task: Round,
+    outcome: Outcome,
+    *,
+    seconds: float = 0.0,
+    peak_rss_mb: float = 0.0,
+    bytes_down: int = 0,
+) -> Update:
+    """What goes with the tensors of a round's outcome. A metric that is no number is left out."""
+    return Update(
+        run=task.run,
+        session=task.session,
+        round=task.round,
+        device=device.name,
+        stage=task.stage,
+        level=outcome.level,
+        samples=outcome.samples,
+        metrics={name: value for name, value in outcome.metrics.items() if math.isfinite(value)},
+        counts=dict(outcome.counts),
+        engine=device.engine.name,
+        seconds=seconds,
+        peak_rss_mb=peak_rss_mb,
+        bytes_down=bytes_down,
+    )
 
 
 def _private(task: Round, privacy: Privacy, outcome: Outcome, rng: np.random.Generator) -> Outcome:
