@@ -159,6 +159,61 @@ class Progress(Message):
     total: Count
 
 
+class Activity(str, Enum):
+    """What a device is doing."""
+
+    STARTING = "starting"  # fetching the bundle, measuring
+    WAITING = "waiting"  # for the server, or for the next round
+    WORKING = "working"
+    PAUSED = "paused"  # its governor does not let it train
+    STOPPED = "stopped"
+
+
+class Health(Message):
+    """Retained. How a device is, for whoever looks after it; nothing in a run depends on it. `time` and `started` are
+    unix seconds, sizes bytes, temperatures °C; `others` is the share of the processors that others use, `slowdown` how
+    much longer a training step takes than when it was measured. `paused` says why it is."""
+
+    device: Name
+    time: Amount
+    started: Amount
+    version: Text = ""
+    board: Text = ""
+    activity: Activity
+    paused: Text = ""
+    round: Number = 0
+    stage: Text = ""
+    level: Level = 0
+    level_cap: Level = 0
+    slowdown: Amount = 1.0
+    temperature: float | None = Field(default=None, ge=-273, le=1000)
+    others: float | None = Field(default=None, ge=0, le=1)
+    on_battery: bool | None = None
+    metered: bool | None = None
+    memory: Count = 0
+    disk_free: Count = 0
+    cache: Count = 0
+    train: Count = 0
+    held_out: Count = 0
+    test: Count = 0
+    set_aside: Count = 0
+    unacknowledged: Count = 0
+    rounds_done: Count = 0
+
+
+class Prediction(Message):
+    """What the personalized model says of one file, retained. `label` is a class, or `unknown`; `round` is the one that
+    the model is of; `probabilities` are calibrated."""
+
+    device: Name
+    file: Text
+    time: Amount
+    label: Text
+    confidence: float = Field(ge=0, le=1)
+    probabilities: dict[Text, float] = Field(max_length=4096)
+    round: Number
+
+
 class Update(Message):
     """Header of a client update: the trained values less the globals that the round named (statistics: the sums
     themselves). `samples` weighs it; `level` is the level it was trained at."""

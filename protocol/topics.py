@@ -46,6 +46,12 @@ class Topics:
     def progress(self, device: str) -> str:
         return f"{ROOT}/{self.run}/devices/{device}/progress"
 
+    def health(self, device: str) -> str:
+        return f"{ROOT}/{self.run}/devices/{device}/health"
+
+    def prediction(self, device: str) -> str:
+        return f"{ROOT}/{self.run}/devices/{device}/prediction"
+
     def update_chunk(self, device: str, round_: int | str, index: int | str) -> str:
         return f"{ROOT}/{self.run}/devices/{device}/update/{round_}/{index}"
 
