@@ -110,6 +110,12 @@ class DiskCache:
             pass
         self._asked.clear()
 
+    def drop_others(self, names: set[str]) -> None:
+        """Deletes every file that has another name than these, in every folder."""
+        for folder, files in self._files.items():
+            for name in files.keys() - names:
+                self._remove(folder, name)
+
     def give_way(self) -> None:
         """Deletes everything, and from now on takes no more than its share of what is free then: somebody else needs
         the disk."""
