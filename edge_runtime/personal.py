@@ -148,14 +148,16 @@ def train_personal(device: Device, task: Round, given: Globals) -> Outcome:
 
 def _train_local(device: Device, task: Round, given: Globals, expert: LocalExpert) -> LocalExpert:
     engine, layout, images, level = device.engine, device.bundle.expert, device.slices.train, expert.sal.level
+    trained = min(level, device.level_cap)  # the cap may have been lowered since
     labels = labels_of(images)
     log_gate = device.gate.weights(given.gate, device.cache.pooled(images, device.level_of(given.expert)))
     global_log_p = of_labels(device.log_p(images, given.expert, device.prior), labels)
     targets = Targets(labels, gate=log_gate[:, 1], other=log_gate[:, 0] + global_log_p)
-    engine.load(level)
-    size = layout.size(level)
+    engine.load(trained)
+    size = layout.size(trained)
     engine.set(expert.theta[:size], task.training)
-    hidden = device.hidden(images, given.expert, level)
+    applied = max(level, device.level_of(given.expert))  # further down the local expert is the global one
+    hidden = device.hidden(images, expert.theta[: layout.size(applied)], trained)
     train(engine, hidden, targets, device.mask, task.training, seed_of(device, task), device.report)
     theta = expert.theta.copy()
     theta[:size] = engine.get()
