@@ -51,10 +51,12 @@ class Measured(BaseModel):
 
 
 class Plan(BaseModel):
-    """`feature_batch` samples per pass; how each level fits, from level 1 to the level cap."""
+    """`feature_batch` samples per pass; how each level fits, from level 1 to the level cap, and the `seconds` that a
+    step of BATCH samples takes there."""
 
     feature_batch: int
     fits: dict[int, Fit]
+    seconds: dict[int, float]
 
     @property
     def level_cap(self) -> int:
@@ -124,7 +126,7 @@ def make_plan(
 def plan_within(measure: Measure, bundle: Bundle, budget: int, step_seconds: float) -> Plan:
     """The most that fits. A process's peak covers all it has done, so all of it fits, or `measure` is left."""
     levels, dims = bundle.manifest.levels, bundle.manifest.dims
-    feature_batch, fit, fits = FEATURE_BATCH, Fit(BATCH), dict[int, Fit]()
+    feature_batch, fit, fits, seconds = FEATURE_BATCH, Fit(BATCH), dict[int, Fit](), dict[int, float]()
     while len(fits) < levels:
         todo = PASSES  # what ends the measurement, if the process dies of it without a word
         for line in measure(feature_batch, len(fits) + 1, fit):
@@ -132,8 +134,9 @@ def plan_within(measure: Measure, bundle: Bundle, budget: int, step_seconds: flo
                 break
             if line.level != PASSES:
                 if line.seconds > step_seconds:
-                    return Plan(feature_batch=feature_batch, fits=fits)
+                    return Plan(feature_batch=feature_batch, fits=fits, seconds=seconds)
                 fits[line.level] = Fit(line.micro_batch, fit.lean)
+                seconds[line.level] = line.seconds
             todo = len(fits) + 1
         if todo > levels:
             break
@@ -146,7 +149,7 @@ def plan_within(measure: Measure, bundle: Bundle, budget: int, step_seconds: flo
         else:
             tried = min(fit.micro_batch, default_micro_batch(dims, todo))
             fit = Fit(tried // 2) if tried > 1 else Fit(1, lean=True)
-    return Plan(feature_batch=feature_batch, fits=fits)
+    return Plan(feature_batch=feature_batch, fits=fits, seconds=seconds)
 
 
 def probe_levels(
