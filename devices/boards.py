@@ -17,6 +17,7 @@ from typing import Literal
 
 import typer
 
+from edge_runtime.sensors import thermal_zones
 from shell.cli import application, console
 
 Kind = Literal["raspberry-pi", "jetson", "generic"]
@@ -24,7 +25,7 @@ Kind = Literal["raspberry-pi", "jetson", "generic"]
 # The zones that tell how hot the processors are, by their types: cpu-thermal, CPU-therm, soc2-thermal, tj-thermal,
 # x86_pkg_temp, bigcore0-thermal … and not iwlwifi, or a Jetson's PMIC-Die, which says 100 °C all its life.
 _PROCESSORS = re.compile(r"cpu|gpu|soc|core|pkg|package|^tj", re.IGNORECASE)
-_PLAUSIBLE = range(1, 125)  # °C; a sensor without power says −256, one that is none 0
+_BELIEVABLE_TRIP = 40.0  # °C; some kernels have trip points that say 0, or −274
 
 # Where each kind is told to stop (ours): below the point from which on it slows itself down.
 _RASPBERRY_PI = 75.0  # its firmware throttles from 80 on; a 3B+ lowers its clock from 60 on, which it trains on with
@@ -103,7 +104,7 @@ def look(root: Path = Path("/")) -> Board:
         model=tree or _read(root / "sys/class/dmi/id/product_name") or "unknown",
         cores=_cores(_read(root / "sys/devices/system/cpu/present")),
         memory=int(total[1]) * 1024 if total else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        zones=_processor_zones(list(_zones(root))),
+        zones=tuple(_zones(root)),
         power=(*_throttled(root), *_over_current(root)),
         # Raspberry Pi OS starts its kernel with cgroup_disable=memory
         bounds_memory="memory" in _read(root / "sys/fs/cgroup/cgroup.controllers").split()
@@ -118,18 +119,21 @@ def _cores(present: str) -> int:
 
 
 def _zones(root: Path) -> Iterator[Zone]:
-    """All that can be read now: a Jetson's cv0 has no power, and some drivers answer with an error."""
-    for folder in sorted((root / "sys/class/thermal").glob("thermal_zone*")):
-        celsius = _celsius(folder / "temp")
-        if (name := _read(folder / "type")) and celsius is not None:
-            types = {path.name[:-5]: _read(path) for path in folder.glob("trip_point_*_type")}
-            trips = [_celsius(folder / f"{trip}_temp") for trip, type_ in types.items() if type_ == "passive"]
-            yield Zone(name, celsius, min((trip for trip in trips if trip is not None), default=None))
+    """Those of the processors, or where none is known to be, all; of several with one name, the lowest trip point."""
+    celsius = thermal_zones(root)
+    names = [name for name in celsius if _PROCESSORS.search(name)] or list(celsius)
+    folders = list((root / "sys/class/thermal").glob("thermal_zone*"))
+    for name in sorted(names):
+        trips = [trip for folder in folders if _read(folder / "type") == name for trip in _trips(folder)]
+        yield Zone(name, celsius[name], min(trips, default=None))
 
 
-def _processor_zones(zones: list[Zone]) -> tuple[Zone, ...]:
-    """Where none is known to be the processors', all."""
-    return tuple(zone for zone in zones if _PROCESSORS.search(zone.name)) or tuple(zones)
+def _trips(folder: Path) -> Iterator[float]:
+    """Where the kernel begins to slow a zone's processors down, in °C."""
+    for path in folder.glob("trip_point_*_type"):
+        text = _read(path.with_name(path.name.replace("_type", "_temp")))
+        if _read(path) == "passive" and text.isdigit() and int(text) / 1000 >= _BELIEVABLE_TRIP:
+            yield int(text) / 1000
 
 
 def _throttled(root: Path) -> Iterator[str]:
@@ -156,26 +160,12 @@ def _hwmon(root: Path, driver: str) -> list[Path]:
     return [path for path in sorted(root.glob("sys/class/hwmon/hwmon*")) if _read(path / "name") == driver]
 
 
-def _celsius(path: Path) -> float | None:
-    """Of thousandths; None where it cannot be read or cannot be."""
-    text = _read(path)
-    celsius = int(text) / 1000 if re.fullmatch(r"-?\d+", text) else 0.0
-    return celsius if int(celsius) in _PLAUSIBLE else None
-
-
 def _read(path: Path) -> str:
-    """A small file's text without what ends it, "" if it cannot be read. By the system call: a sensor that has nothing
-    to say answers EAGAIN, which Python's own files turn into a TypeError."""
+    """A small file's text without what ends it, "" if it cannot be read."""
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        return path.read_text(errors="replace").strip("\0 \n\t")
     except OSError:
         return ""
-    try:
-        return os.read(descriptor, 4096).decode(errors="replace").strip("\0 \n\t")
-    except OSError:
-        return ""
-    finally:
-        os.close(descriptor)
 
 
 def _whole_mb(size: float) -> int:
