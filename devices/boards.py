@@ -37,6 +37,10 @@ _THROTTLED = {0: "under-voltage", 1: "frequency capped", 2: "throttled", 3: "sof
 _SINCE_BOOT = 16
 _OVER_CURRENT = {"oc1": "under-voltage", "oc2": "average over-current", "oc3": "peak over-current"}  # Orin's soctherm
 
+# Shares of a board's memory (ours): between what the daemon plans with, and where the kernel takes pages back and
+# kills, there is room for the process that classifies.
+MEMORY_PLANNED, MEMORY_HIGH, MEMORY_MAX = 0.5, 0.65, 0.75
+
 _MB = 1_000_000
 
 
@@ -74,17 +78,16 @@ class Board:
 
     @property
     def limits(self) -> Limits:
-        """One core of several stays free for what the device is there for, and half of the memory (ours). Between
-        what the daemon plans with and what the kernel kills at there is room for a process that classifies."""
+        """One core of several stays free for what the device is there for (ours)."""
         threads = max(1, self.cores - 1)
         trips = [zone.trip for zone in self.zones if zone.trip is not None]
         generic = min(trips) - _BELOW_TRIP if trips else _GENERIC
         return Limits(
             threads=threads,
             cpu_quota=100 * threads,
-            memory=_whole_mb(self.memory * 0.5),
-            memory_high=_whole_mb(self.memory * 0.65),
-            memory_max=_whole_mb(self.memory * 0.75),
+            memory=_whole_mb(self.memory * MEMORY_PLANNED),
+            memory_high=_whole_mb(self.memory * MEMORY_HIGH),
+            memory_max=_whole_mb(self.memory * MEMORY_MAX),
             max_temperature={"raspberry-pi": _RASPBERRY_PI, "jetson": _JETSON, "generic": generic}[self.kind],
             thermal_zones=tuple(zone.name for zone in self.zones),
         )

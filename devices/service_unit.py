@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from devices.boards import Limits
+from devices.boards import MEMORY_HIGH, MEMORY_MAX, Limits
 
 NAME, USER = "fedfmsl", "fedfmsl"
 STATE = Path("/var/lib") / NAME
@@ -27,12 +27,11 @@ class Service:
     config: Path
     reads: Sequence[Path]
     writes: Sequence[Path]
-    limits: Limits
+    limits: Limits | None  # of the board, where it is known
 
 
 def service_unit(service: Service, systemd: int = 0) -> str:
     """For a systemd of that version; of one that is not known only what every one knows."""
-    limits = service.limits
     needed = " ".join(_quoted(path) for path in (*service.reads, *service.writes))
     writes = "".join(f"ReadWritePaths={_quoted(path)}\n" for path in service.writes)
     pauses = (
@@ -74,9 +73,7 @@ TimeoutStopSec=2min
 LimitCORE=0
 
 # What it may take: of the board's memory and processors, and only what nobody else wants just now.
-MemoryHigh={limits.memory_high}
-MemoryMax={limits.memory_max}
-CPUQuota={limits.cpu_quota}%
+{_bounds(service.limits)}
 CPUWeight=20
 IOWeight=20
 Nice=10
@@ -117,6 +114,12 @@ SystemCallErrorNumber=EPERM
 [Install]
 WantedBy=multi-user.target
 """
+
+
+def _bounds(limits: Limits | None) -> str:
+    if limits is None:
+        return f"MemoryHigh={MEMORY_HIGH:.0%}\nMemoryMax={MEMORY_MAX:.0%}"
+    return f"MemoryHigh={limits.memory_high}\nMemoryMax={limits.memory_max}\nCPUQuota={limits.cpu_quota}%"
 
 
 def _quoted(path: Path) -> str:
