@@ -206,12 +206,12 @@ def with_settings(
         parameters += [_parameter(key, _typed(key), _option(model, key)) for key in model.model_fields]
         parameters += [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
         signature = inspect.Signature(parameters)
-        vars(wrapped).update(
-            __name__=command.__name__,
-            __doc__=command.__doc__,
-            __signature__=signature,
-            __annotations__={each.name: each.annotation for each in parameters},
-        )
+        wrapped.__name__, wrapped.__doc__ = (
+            command.__name__,
+            command.__doc__,
+        )  # what the command is called, and its help
+        wrapped.__annotations__ = {each.name: each.annotation for each in parameters}
+        vars(wrapped)["__signature__"] = signature
         return wrapped
 
     return decorate
