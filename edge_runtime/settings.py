@@ -20,7 +20,7 @@ import typer
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
-from edge_runtime.governor import Hours
+from edge_runtime.governor import Hours, Limits
 from protocol.errors import ConfigError, one_line
 from protocol.messages import EngineChoice
 from protocol.topics import check_name
@@ -136,6 +136,10 @@ class Settings(LinkSettings):
         None, description="Folder whose files are classified as they come, with this device's newest model."
     )
     metrics: str | None = Field(None, description="HOST:PORT to tell Prometheus on. Default: none.")
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(self.hours, self.max_temperature, self.mains_only, self.max_load, self.on_metered)
 
 
 M = TypeVar("M", bound=StateSettings)
