@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import subprocess
@@ -20,6 +21,7 @@ from edge_runtime.memory import peak_rss_mb
 from edge_runtime.model import keep_personal_model
 from edge_runtime.pace import Pace
 from edge_runtime.personal import train_personal
+from edge_runtime.samples import SetAside
 from edge_runtime.stages import Globals, statistics, train_global
 from edge_runtime.stages import Work as StageWork
 from edge_runtime.updates import header_of, prepare
@@ -28,7 +30,10 @@ from protocol.layout import Vector
 from protocol.messages import Globals as GlobalsHeader
 from protocol.messages import Round, Stage
 from protocol.tensors import Tensors, pack, unpack
+from shell.files import write_atomically
+from shell.log import fields, log
 
+SHOWN = 10  # of the files that are set aside at once, in the log
 STAGES: dict[Stage, StageWork] = {
     Stage.STATISTICS: statistics,
     Stage.GLOBAL: train_global,
@@ -45,6 +50,8 @@ class Worker:
         self.device = device
         self.pace = pace
         self._folder = folder
+        self._listed: frozenset[SetAside] = frozenset()
+        self._list_set_aside()
 
     def look(self) -> bool:
         """Looks at the folder and at the level cap. Returns whether that has changed what others know of this device.
@@ -55,13 +62,32 @@ class Worker:
         scanned, cap = self._folder.look(), self.pace.cap.level
         if scanned == before.scanned and cap == before.level_cap:
             return False
+        if cap != before.level_cap:
+            slower = f"{self.pace.cap.slowdown:.1f} times as long as measured"
+            log.info(f"level cap {cap} instead of {before.level_cap}: steps take {slower}", **fields(level_cap=cap))
         self.device = replace(before, scanned=scanned, level_cap=cap)
+        self._list_set_aside()
         return True
+
+    def _list_set_aside(self) -> None:
+        """On the disk all files that are not used, in the log those that have not been there yet."""
+        now = self.device.scanned.set_aside
+        new = [one for one in now if one not in self._listed]
+        if not new and len(now) == len(self._listed):
+            return
+        for one in new[:SHOWN]:
+            log.warning(f"set aside: {one}", **fields(file=str(one.path), reason=one.reason))
+        if len(new) > SHOWN:
+            log.warning(f"set aside: {len(new) - SHOWN} more; all are in {self.device.store.set_aside}")
+        self._listed = frozenset(now)
+        with contextlib.suppress(OSError):  # it is only for people
+            write_atomically(self.device.store.set_aside, "".join(f"{one}\n" for one in now).encode())
 
     def work(self, task: Round, bytes_down: int) -> float:
         """Leaves the update in the outbox, and the personalized model as of this round. Returns the seconds it took.
 
-        Raises OSError if the disk does not take what has to be kept; what was changed until then does no harm to
+        Raises SampleChangedError if a file is not any more what it was at the last look, which has to be repeated, and
+        OSError if the disk does not take what has to be kept; what was changed until then does no harm to
         another attempt.
         """
         started, device = time.perf_counter(), self.device
