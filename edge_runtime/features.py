@@ -127,6 +127,15 @@ class FeatureCache:
         self._folder(POOLED, Worth.SMALL)
         self._disk.drop_unused()
 
+    @property
+    def used(self) -> int:
+        """Bytes of disk."""
+        return self._disk.used
+
+    def relieve(self) -> None:
+        """Deletes what the disk has to be kept free of."""
+        self._disk.relieve()
+
     def give_way(self) -> None:
         """Deletes everything: it can be computed again, and somebody else needs the disk."""
         self._disk.give_way()
