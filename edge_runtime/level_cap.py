@@ -16,6 +16,7 @@ from statistics import quantiles
 from edge_runtime.probe import BATCH, Plan
 
 SLACK = 1.5  # times what a step was measured at, at the highest level: the pace that was promised
+UNHURRIED = 2.0  # seconds: nobody waits for a device whose steps take less, whatever they were measured at
 RETURN = 0.8  # of the pace: what a step at a higher level must be expected to take before the cap is raised to it
 STEPS = 12  # that are looked at
 
@@ -42,7 +43,7 @@ class LevelCap:
     def bears(self, level: int, share: float = 1.0) -> bool:
         """Whether a step at `level` is expected to take at most this share of what was promised. A device that is as
         fast as when it was measured bears all that was planned."""
-        promised = min(SLACK * self.measured[max(self.measured)], self.step_seconds)
+        promised = min(max(SLACK * self.measured[max(self.measured)], UNHURRIED), self.step_seconds)
         return level == 1 or self.measured[level] * self.slowdown <= max(share * promised, self.measured[level])
 
 

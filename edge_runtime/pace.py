@@ -8,9 +8,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from datetime import datetime
+from typing import Protocol
 
 from edge_runtime.engine import Batch, Engine, Floats
-from edge_runtime.features import Report
 from edge_runtime.governor import Limits, Readings, forbids
 from edge_runtime.level_cap import LevelCap, observe
 from protocol.layout import Vector
@@ -18,45 +18,49 @@ from protocol.messages import Training
 
 LOOK_SECONDS = 2.0  # from one look at the sensors to the next
 
-Wait = Callable[[str], None]  # why; returns after a second or so, or raises to abandon what is being computed
+
+class Host(Protocol):
+    """Whoever is at work: told how far it is, and what goes on in a pause."""
+
+    def progress(self, activity: str, done: int, total: int) -> None: ...
+
+    def pause(self, reason: str) -> None:
+        """Called again and again in a pause, each time for a second or so, and once with "" when it is over. Raises to
+        abandon what is being computed."""
 
 
 class Pace:
-    """A Report that pauses, and keeps the level cap. `wait` is what is done in a pause, again and again: whoever serves
-    sets it, to go on serving meanwhile."""
+    """A Report that pauses, and keeps the level cap."""
 
-    def __init__(self, limits: Limits, read: Callable[[], Readings], report: Report, cap: LevelCap) -> None:
-        """`read` looks at the sensors; progress is told to `report`."""
-        self.wait: Wait = lambda reason: time.sleep(LOOK_SECONDS)
+    def __init__(self, limits: Limits, read: Callable[[], Readings], cap: LevelCap, host: Host) -> None:
+        """`read` looks at the sensors."""
         self.reason = ""  # of the pause that is on
         self.readings = Readings()  # the newest
         self.cap = cap
+        self.host = host
         self._limits = limits
         self._read = read
-        self._report = report
         self._due = 0.0
 
     def __call__(self, activity: str, done: int, total: int) -> None:
-        self._report(activity, done, total)
+        self.host.progress(activity, done, total)
         self.keep()
 
     def keep(self) -> None:
         """Pauses if it is time to look, and training forbidden. To be called often: mostly it only reads the clock."""
-        if time.monotonic() >= self._due:
-            self.hold()
+        if time.monotonic() < self._due or not self.look():
+            return
+        while self.reason:
+            self.host.pause(self.reason)
+            self.look()
+        self.host.pause("")
 
-    def hold(self) -> None:
-        """Returns when training is allowed. Raises what `wait` raises."""
-        try:
-            while True:
-                self.readings = self._read()
-                self.reason = forbids(self._limits, self.readings, datetime.now(), paused=bool(self.reason))
-                if not self.reason:
-                    break
-                self.wait(self.reason)
-        finally:
-            self.reason = ""
+    def look(self) -> str:
+        """Why training is forbidden just now; "" if it is not."""
         self._due = time.monotonic() + LOOK_SECONDS
+        self.readings = self._read()
+        self.reason = forbids(self._limits, self.readings, datetime.now(), paused=bool(self.reason))
+        return self.reason
 
     def stepped(self, level: int, seconds: float, samples: int) -> None:
         """What a training step took."""

@@ -139,7 +139,8 @@ class Globals(Message):
 
 
 class DeviceStatus(Message):
-    """Retained, last will. `instance` is made anew at each start of a device: by it, two with one name are noticed."""
+    """Retained, last will. `instance` is made anew at each start of a device: by it, two with one name are noticed.
+    `paused` says why it may not train at present: rounds that open meanwhile do not wait for it."""
 
     device: Name
     online: bool
@@ -149,6 +150,7 @@ class DeviceStatus(Message):
     train: Count = 0
     held_out: Count = 0
     test: Count = 0
+    paused: Text = ""
     error: Text = ""
 
 

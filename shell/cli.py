@@ -1,4 +1,4 @@
-"""One way to end: a command either succeeds, or prints one line and exits with the error's code."""
+"""One way to end: a command either succeeds, or says in a line what is wrong and exits with the error's code."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ class _Application(typer.Typer):
         try:
             return super().__call__(*args, **kwargs)
         except FedFMSLError as error:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            for line in error.lines:
+                print(f"error: {line}", file=sys.stderr)
             sys.exit(error.exit_code)
         except OSError as error:
             if error.errno not in FULL:

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 MODELS = {"torch", "transformers", "peft", "optimum", "onnxscript"}
-BASE = {"numpy", "pydantic", "safetensors"}
+BASE = {"numpy", "pydantic", "pydantic_core", "safetensors"}
 SHELL = {"paho", "typer", "rich", "shell"}
 
 # What each room may import beside itself and the standard library.
@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "protocol": BASE,
     "shell": {"protocol", "pydantic", *SHELL},
     "trainer_server": {"protocol", "starlette", "uvicorn", *BASE, *SHELL},
-    "edge_runtime": {"protocol", "onnxruntime", "PIL", *BASE, *SHELL},
+    "edge_runtime": {"protocol", "onnxruntime", "PIL", "tomli", *BASE, *SHELL},
 }
 STAND_ALONE = {
     "edge_runtime/personalize.py": "onnx",
@@ -91,7 +91,7 @@ def extras_of(extra: str | None) -> set[str]:
 
 def test_the_edge_extra_lists_neither_torch_nor_what_needs_it() -> None:
     assert extras_of("edge") == {
-        *("numpy", "paho-mqtt", "pydantic", "rich", "safetensors", "typer"),
+        *("numpy", "paho-mqtt", "pydantic", "rich", "safetensors", "tomli", "typer"),
         *("onnx", "onnxruntime", "pillow"),
     }
 

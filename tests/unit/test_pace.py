@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -53,12 +53,19 @@ def looks_always(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("edge_runtime.pace.LOOK_SECONDS", 0.0)
 
 
-def pace_of(
-    thermometer: Thermometer, report: Callable[[str, int, int], None] = lambda *_: None, seconds: float = 1.0
-) -> Pace:
+@dataclass
+class Host:
+    """What a test does as a computation goes on, and in its pauses."""
+
+    progress: Callable[[str, int, int], None] = lambda *_: None
+    pause: Callable[[str], None] = lambda _: None
+
+
+def pace_of(thermometer: Thermometer, host: Host | None = None, seconds: float = 1.0) -> Pace:
     """`seconds`: what a step at level 1 is said to have been measured at."""
     plan = Plan(feature_batch=4, fits=dict.fromkeys((1, 2), Fit(BATCH)), seconds={1: seconds, 2: 2 * seconds})
-    return Pace(Limits(max_temperature=75.0), Sensors(root=thermometer.root).read, report, LevelCap.planned(plan, 60.0))
+    read = Sensors(root=thermometer.root).read
+    return Pace(Limits(max_temperature=75.0), read, LevelCap.planned(plan, 60.0), host or Host())
 
 
 def paced(device: Device, pace: Pace) -> Device:
@@ -83,15 +90,16 @@ def test_a_pause_in_the_middle_changes_nothing(
 
     def wait(reason: str) -> None:
         waited.append((reason, progress[-1]))
-        thermometer.set(next(cooling))
+        if reason:
+            thermometer.set(next(cooling))
 
-    pace = pace_of(thermometer, report)
-    pace.wait = wait
+    pace = pace_of(thermometer, Host(report, wait))
     outcome = work(paced(device, pace), task(stage), given(device, level=1))
     assert [reason for reason, _ in waited] == [
         "80.0 °C, above --max-temperature 75",
         "76.0 °C, above --max-temperature 75",
         "72.0 °C, not yet 5 °C below --max-temperature 75",
+        "",
     ]
     ((activity, done, total),) = {at for _, at in waited}  # nothing went on until it had become cool
     assert activity == during
@@ -117,11 +125,9 @@ def test_a_round_can_be_given_up_in_a_pause_and_begun_again(device: Device, ther
         if activity == "training":
             thermometer.set(80.0)
 
-    pace = pace_of(thermometer, overheat)
-    pace.wait = give_up
+    pace = pace_of(thermometer, Host(overheat, give_up))
     with pytest.raises(GivenUpError):
         train_global(paced(device, pace), task(Stage.GLOBAL), given(device, level=1))
-    assert pace.reason == ""
     again, undisturbed = (
         train_global(each, task(Stage.GLOBAL), given(device, level=1))
         for each in (paced(device, pace_of(cool(thermometer))), device)
@@ -157,11 +163,11 @@ def test_steps_are_timed_but_for_the_first_and_without_pauses(device: Device, th
             thermometer.set(80.0)
 
     def wait(reason: str) -> None:
-        time.sleep(pause)
-        thermometer.set(50.0)
+        if reason:
+            time.sleep(pause)
+            thermometer.set(50.0)
 
-    pace = pace_of(thermometer, overheat, seconds=1.0)
-    pace.wait = wait
+    pace = pace_of(thermometer, Host(overheat, wait))
     train_global(paced(device, pace), task(Stage.GLOBAL), given(device, level=1))
     assert len(pace.cap.ratios) == steps - 1 > 1
     assert max(pace.cap.ratios) < pause
@@ -169,8 +175,9 @@ def test_steps_are_timed_but_for_the_first_and_without_pauses(device: Device, th
 
 @pytest.mark.parametrize(("seconds", "level"), [(1e-9, 1), (1e9, 2)])
 def test_a_training_slower_than_measured_lowers_the_cap(
-    seconds: float, level: int, device: Device, thermometer: Thermometer
+    seconds: float, level: int, device: Device, thermometer: Thermometer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("edge_runtime.level_cap.UNHURRIED", 0.0)
     pace = pace_of(thermometer, seconds=seconds)
     governed = paced(device, pace)
     while len(pace.cap.ratios) < STEPS:
