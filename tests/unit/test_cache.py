@@ -186,10 +186,11 @@ cache.relieve()
 assert free() == 10 and not list((root / "ahead").iterdir()), free()
 assert not cache.put("ahead", "new", data)
 assert cache.get("present", str(room - 3)) == data
-(root.parent / "another's").write_bytes(bytes(15 * BLOCK))
-cache.relieve()
+for size in (9, 5):
+    (root.parent / str(size)).write_bytes(bytes(size * BLOCK))
+    cache.relieve()
 assert cache.used == 0 and not cache.put("present", "0", data)  # there is nothing left to give
-(root.parent / "another's").unlink()
+(root.parent / "9").unlink()
 assert cache.put("present", "0", data)
 """
 
