@@ -119,7 +119,7 @@ class DiskCache:
         self._make_room(self.used - self._budget, (True, Worth.SMALL))
         self._asked.clear()
 
-    def relieve(self) -> None:
+    def keep_free(self) -> None:
         """Deletes as much as is missing from what the disk has to keep free, what is worth least first."""
         with contextlib.suppress(OSError):  # a disk that has become read-only, which somebody may mend
             self._make_room(-self._spare(), EVERYTHING)

@@ -132,9 +132,9 @@ class FeatureCache:
         """Bytes of disk."""
         return self._disk.used
 
-    def relieve(self) -> None:
-        """Deletes what the disk has to be kept free of."""
-        self._disk.relieve()
+    def keep_free(self) -> None:
+        """Deletes as much as is missing from what the disk has to keep free."""
+        self._disk.keep_free()
 
     def give_way(self) -> None:
         """Deletes everything: it can be computed again, and somebody else needs the disk."""

@@ -178,17 +178,17 @@ assert room == free() - 10 > 5, room
 assert [cache.put("ahead", str(n), data) for n in range(room + 3)] == [True] * room + [False] * 3
 assert cache.room("present", BLOCK - 4) == room and cache.room("ahead", BLOCK - 4) == 0
 assert all(cache.put("present", str(n), data) for n in range(room - 2))  # in place of the others
-cache.relieve()
+cache.keep_free()
 assert free() == 10 and cache.used == room * BLOCK
 (root.parent / "another's").write_bytes(bytes(4 * BLOCK))
 assert cache.room("present", BLOCK - 4) == cache.room("ahead", BLOCK - 4) == 0
-cache.relieve()
+cache.keep_free()
 assert free() == 10 and not list((root / "ahead").iterdir()), free()
 assert not cache.put("ahead", "new", data)
 assert cache.get("present", str(room - 3)) == data
 for size in (9, 5):
     (root.parent / str(size)).write_bytes(bytes(size * BLOCK))
-    cache.relieve()
+    cache.keep_free()
 assert cache.used == 0 and not cache.put("present", "0", data)  # there is nothing left to give
 (root.parent / "9").unlink()
 assert cache.put("present", "0", data)
