@@ -177,7 +177,7 @@ def _network_manager_says(interface: str) -> bool | None:
 def _text(path: Path) -> str | None:
     try:
         return path.read_text(errors="replace").strip()
-    except OSError:  # some drivers refuse to be read while what they measure is off
+    except (OSError, TypeError):  # what is off may refuse to be read; EAGAIN, a Jetson's cv0, becomes a TypeError
         return None
 
 

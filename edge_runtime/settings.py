@@ -20,7 +20,7 @@ import typer
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
-from edge_runtime.governor import Hours
+from edge_runtime.governor import Hours, Limits
 from protocol.errors import ConfigError, one_line
 from protocol.messages import EngineChoice
 from protocol.topics import check_name
@@ -137,6 +137,10 @@ class Settings(LinkSettings):
     )
     metrics: str | None = Field(None, description="HOST:PORT to tell Prometheus on. Default: none.")
 
+    @property
+    def limits(self) -> Limits:
+        return Limits(self.hours, self.max_temperature, self.mains_only, self.max_load, self.on_metered)
+
 
 M = TypeVar("M", bound=StateSettings)
 
@@ -161,8 +165,32 @@ class SettingsError(ConfigError):
         return self._problems
 
 
-def with_settings(model: type[M]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Makes a command `command(settings, …)` take --config and an option for every key of `model`, beside its own."""
+def read_settings(model: type[M], config: Path | None, given: Mapping[str, Given]) -> M:
+    """The settings of `model` out of the file and what was given otherwise. Raises SettingsError."""
+    problems: list[str] = []
+    values = {**(_read_file(config, problems) if config else {}), **given}
+    known = {key: each for key, each in values.items() if key in model.model_fields}
+    try:
+        settings = model.model_validate({key: each.value for key, each in known.items()})
+    except ValidationError as error:
+        problems += [_explain(details, known, config) for details in error.errors()]
+    if problems:
+        raise SettingsError(problems)
+    return settings
+
+
+CONFIG = typer.Option(
+    None, "--config", envvar=f"{PREFIX}CONFIG", help="TOML file of all the settings below; flags go before it."
+)
+
+
+def with_settings(
+    model: type[M],
+    file: Any = CONFIG,
+    read: Callable[[type[M], Path | None, Mapping[str, Given]], Any] = read_settings,
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Makes a command `command(settings, …)` take the file, by a parameter of typer's, and an option for every key of
+    `model`, beside its own. `read` makes the command's first argument of them."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         _, *own = inspect.signature(command, eval_str=True).parameters.values()
@@ -176,35 +204,21 @@ def with_settings(model: type[M]) -> Callable[[Callable[..., None]], Callable[..
                     from_environment = source is not None and source.name == "ENVIRONMENT"
                     name = f"{PREFIX}{key.upper()}" if from_environment else flag_of(key)
                     given[key] = Given(value, f"{name} {_shown(str(value))}")
-            command(read_settings(model, config, given), **mine)
+            command(read(model, config, given), **mine)
 
-        parameters = [_parameter("context", typer.Context), _parameter("config", Path | None, _CONFIG)]
+        parameters = [_parameter("context", typer.Context), _parameter("config", Path | None, file)]
         parameters += [_parameter(key, _typed(key), _option(model, key)) for key in model.model_fields]
         parameters += [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
         signature = inspect.Signature(parameters)
-        vars(wrapped).update(
-            __name__=command.__name__,
-            __doc__=command.__doc__,
-            __signature__=signature,
-            __annotations__={each.name: each.annotation for each in parameters},
-        )
+        wrapped.__name__, wrapped.__doc__ = (
+            command.__name__,
+            command.__doc__,
+        )  # what the command is called, and its help
+        wrapped.__annotations__ = {each.name: each.annotation for each in parameters}
+        vars(wrapped)["__signature__"] = signature
         return wrapped
 
     return decorate
-
-
-def read_settings(model: type[M], config: Path | None, given: Mapping[str, Given]) -> M:
-    """The settings of `model` out of the file and what was given otherwise. Raises SettingsError."""
-    problems: list[str] = []
-    values = {**(_read_file(config, problems) if config else {}), **given}
-    known = {key: each for key, each in values.items() if key in model.model_fields}
-    try:
-        settings = model.model_validate({key: each.value for key, each in known.items()})
-    except ValidationError as error:
-        problems += [_explain(details, known, config) for details in error.errors()]
-    if problems:
-        raise SettingsError(problems)
-    return settings
 
 
 def flag_of(key: str) -> str:
@@ -265,9 +279,6 @@ def _explain(details: ErrorDetails, values: Mapping[str, Given], config: Path | 
 
 
 _PATHS = frozenset(key for key, field in Settings.model_fields.items() if "Path" in str(field.annotation))
-_CONFIG = typer.Option(
-    None, "--config", envvar=f"{PREFIX}CONFIG", help="TOML file of all the settings below; flags go before it."
-)
 
 
 def _option(model: type[StateSettings], key: str) -> Any:

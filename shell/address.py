@@ -53,6 +53,11 @@ def parse_address(broker: str) -> Address:
     )
 
 
+def netloc(host: str) -> str:
+    """A host's name or address as it stands in a URL: IPv6 in brackets."""
+    return f"[{host}]" if ":" in host else host
+
+
 def require_loopback(what: str, host: str, instead: str) -> None:
     """Raises ConfigError if what would travel in the clear would leave this machine; `instead` says what to do."""
     if not is_loopback(host):
