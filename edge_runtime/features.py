@@ -127,6 +127,15 @@ class FeatureCache:
         self._folder(POOLED, Worth.SMALL)
         self._disk.drop_unused()
 
+    @property
+    def used(self) -> int:
+        """Bytes of disk."""
+        return self._disk.used
+
+    def keep_free(self) -> None:
+        """Deletes as much as is missing from what the disk has to keep free."""
+        self._disk.keep_free()
+
     def give_way(self) -> None:
         """Deletes everything: it can be computed again, and somebody else needs the disk."""
         self._disk.give_way()

@@ -12,6 +12,7 @@ STATE/results.json       the last evaluation
 STATE/mixture            what the personalized model is made of
 STATE/personalized.onnx  the personalized model
 STATE/plan.json          what fits into its memory, as measured
+STATE/health.json        how it is, as it last said
 """
 
 from __future__ import annotations
@@ -60,6 +61,10 @@ class DeviceStore:
     @property
     def personalized(self) -> Path:
         return self.root / "personalized.onnx"
+
+    @property
+    def health(self) -> Path:
+        return self.root / "health.json"
 
     def identity(self, wanted: str | None) -> str:
         """This device's name: made at the first start (`wanted`, or from the host's name), kept for ever after.

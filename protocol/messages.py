@@ -192,6 +192,7 @@ class Health(Message):
     others: float | None = Field(default=None, ge=0, le=1)
     on_battery: bool | None = None
     metered: bool | None = None
+    throttled: bool | None = None
     memory: Count = 0
     disk_free: Count = 0
     cache: Count = 0
