@@ -15,9 +15,9 @@ from edge_runtime.cache import DiskCache
 from edge_runtime.device import Device
 from edge_runtime.engine import StepGraphEngine
 from edge_runtime.features import FeatureCache
+from edge_runtime.folder import scan
 from edge_runtime.gate import Gate
 from edge_runtime.inputs import reader_of
-from edge_runtime.samples import scan
 from edge_runtime.service import STAGES
 from edge_runtime.stages import Globals, Outcome
 from edge_runtime.store import DeviceStore

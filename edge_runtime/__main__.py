@@ -14,12 +14,12 @@ from edge_runtime.download import fetch_bundle, find_server
 from edge_runtime.engine import Fit
 from edge_runtime.engines import open_engine
 from edge_runtime.features import FeatureCache
+from edge_runtime.folder import SETTLE_SECONDS, SampleFolder
 from edge_runtime.gate import Gate
 from edge_runtime.inputs import reader_of
 from edge_runtime.predict import predict_files
 from edge_runtime.presence import device_link, progress_to
 from edge_runtime.probe import make_plan, probe_levels
-from edge_runtime.samples import scan
 from edge_runtime.service import Service
 from edge_runtime.store import DeviceStore
 from protocol.bundle import Bundle
@@ -64,15 +64,14 @@ def run(
     opened = Bundle(bundle) if bundle else fetch_bundle(find_server(link, topics), state / "bundles", identity)
     opened.verify()
     chosen = open_engine(engine, opened, threads).name
-    kind = reader_of(opened).kind
-    slices = scan(images, opened.manifest.classes, kind)
-    for path in slices.unreadable:
-        console.print(f"skipped, not a readable {kind.noun}: {path}")
     report = progress_to(link, topics, name)
+    kind = reader_of(opened).kind
+    slices = SampleFolder(images, opened, store, report=report).look(patience=SETTLE_SECONDS)
+    for each in slices.set_aside:
+        console.print(f"set aside: {each}")
     report("measuring", 0, 1)
-    samples = slices.train + slices.held_out + slices.test
-    largest = max((kind.extent(sample.path), sample.path) for sample in samples)
-    plan = make_plan(opened, store, chosen, threads, largest, memory_bytes, step_seconds)
+    largest = max(slices.samples, key=lambda sample: sample.extent)
+    plan = make_plan(opened, store, chosen, threads, (largest.extent, largest.path), memory_bytes, step_seconds)
     console.print(
         f"device {name}: {len(slices.train)} {kind.noun}s to train on, {len(slices.held_out)} held out, "
         f"{len(slices.test)} to test on; engine {chosen}, level cap {plan.level_cap}"

@@ -124,6 +124,12 @@ class DiskCache:
         with contextlib.suppress(OSError):  # a disk that has become read-only, which somebody may mend
             self._make_room(-self._spare(), EVERYTHING)
 
+    def drop_others(self, names: set[str]) -> None:
+        """Deletes every file that has another name than these, in every folder."""
+        for folder, files in self._files.items():
+            for name in files.keys() - names:
+                self._remove(folder, name)
+
     def give_way(self) -> None:
         """Deletes everything, and from now on takes no more than its share of what is free then: somebody else needs
         the disk."""

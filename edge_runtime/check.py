@@ -85,11 +85,15 @@ def _state(settings: Settings, seen: _Seen) -> Iterator[Finding]:
     seen.running = is_locked(state)
     existing = next(path for path in (state.absolute(), *state.absolute().parents) if path.exists())
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise ConfigError(f"{existing} cannot be written to by this user; check as the daemon's user, or give it the folder")
+        raise ConfigError(
+            f"{existing} cannot be written to by this user; check as the daemon's user, or give it the folder"
+        )
     free = shutil.disk_usage(existing).free
     text = f"{state}, {_size(free)} free"
     if free < settings.keep_free:
-        yield Finding("state", f"{text}, less than --keep-free: no features are kept, every round takes longer", doubtful=True)
+        yield Finding(
+            "state", f"{text}, less than --keep-free: no features are kept, every round takes longer", doubtful=True
+        )
     else:
         yield Finding("state", text)
 
@@ -199,7 +203,8 @@ def _memory(settings: Settings, seen: _Seen) -> Iterator[Finding]:
     )
     took = time.monotonic() - started
     yield Finding(
-        "memory", f"a round at level 1 takes {_size(least)}, a step {seconds:.2f} s (measured in {took:.0f} s); engine {engine}"
+        "memory",
+        f"a round at level 1 takes {_size(least)}, a step {seconds:.2f} s (measured in {took:.0f} s); engine {engine}",
     )
 
 
@@ -214,7 +219,9 @@ def _governor(settings: Settings, seen: _Seen) -> Iterator[Finding]:
     heat = "no temperature" if readings.temperature is None else f"{readings.temperature:.1f} °C"
     forbidden = forbids(limits, readings, datetime.now(), paused=False)
     power = "on battery" if readings.on_battery else "on mains"
-    yield Finding("governor", f"{heat}, {power}; " + (f"would pause now: {forbidden}" if forbidden else "would train now"))
+    yield Finding(
+        "governor", f"{heat}, {power}; " + (f"would pause now: {forbidden}" if forbidden else "would train now")
+    )
 
 
 def _watch(settings: Settings, seen: _Seen) -> Iterator[Finding]:

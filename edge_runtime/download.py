@@ -60,9 +60,7 @@ def hear_server(link: Link, topics: Topics, seconds: float, beat: Beat = lambda:
     return None
 
 
-def fetch_bundle(
-    server: ServerStatus, folder: Path, identity: Path | None = None, beat: Beat = lambda: None
-) -> Bundle:
+def fetch_bundle(server: ServerStatus, folder: Path, identity: Path | None = None, beat: Beat = lambda: None) -> Bundle:
     """The announced bundle, in a subfolder of `folder` named by its SHA-256; files already there are not fetched again.
 
     Raises BundleError if it cannot be fetched, or what comes is not what was announced.

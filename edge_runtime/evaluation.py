@@ -65,9 +65,9 @@ def train_alone(device: Device, task: Round, _: Globals) -> Outcome:
 
 def evaluate(device: Device, task: Round, given: Globals) -> Outcome:
     """Accuracy of every model on the test slice, which nothing before has looked at; the personalized model is kept."""
+    images = device.slices.test
     # fp32 states, so that these are the very probabilities that the personalized model gives
     device = replace(device, cache=device.cache.precise())
-    images = device.scanned.test
     labels = labels_of(images)
     nothing = np.zeros_like(device.prior)
     expert = LocalExpert.load(device, task.session) or LocalExpert.from_global(device, given.expert, task.sal)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -29,12 +30,14 @@ class _Header(BaseModel):
     seen: int
     best_level: int
     best_nll: float
+    held_out: str = ""
 
 
 @dataclass(frozen=True)
 class LocalExpert:
     """`theta` and `best` are vectors of the bundle's highest level (P,); the blocks below the level are the global
-    expert's. `best`, at `best_level`, had the lowest held-out negative log-likelihood of the mixture so far."""
+    expert's. `best`, at `best_level`, had the lowest held-out negative log-likelihood of the mixture so far; `held_out`
+    says on which slice (see `_name_of`)."""
 
     theta: Vector
     sal: SalState
@@ -42,6 +45,7 @@ class LocalExpert:
     best_level: int
     best_nll: float
     round: int = -1  # of stage 2
+    held_out: str = ""
 
     @classmethod
     def from_global(cls, device: Device, expert: Vector, sal: Sal) -> LocalExpert:
@@ -62,7 +66,7 @@ class LocalExpert:
         if header.session != session or {theta.shape, best.shape} != {(device.bundle.expert.total,)}:
             return None
         sal = SalState(header.level, header.queue, header.seen)
-        return cls(theta, sal, best, header.best_level, header.best_nll, header.round)
+        return cls(theta, sal, best, header.best_level, header.best_nll, header.round, header.held_out)
 
     def save(self, device: Device, session: str) -> None:
         header = _Header(
@@ -73,6 +77,7 @@ class LocalExpert:
             seen=self.sal.seen,
             best_level=self.best_level,
             best_nll=self.best_nll,
+            held_out=self.held_out,
         )
         blob = pack(header, {"theta": self.theta, "best": self.best})
         write_atomically(device.store.personal, blob, durable=True)
@@ -138,8 +143,9 @@ def train_personal(device: Device, task: Round, given: Globals) -> Outcome:
     expert = LocalExpert.load(device, task.session)
     if expert is None or task.index == 0:
         expert = LocalExpert.from_global(device, given.expert, task.sal)
-        before = mixture(device, slices.held_out, given, expert.theta, expert.sal.level)
-        expert = replace(expert, best_nll=_nll(before, slices.held_out))
+    if expert.held_out != _name_of(slices.held_out):  # samples have come or gone: only on the same can two be compared
+        before = mixture(device, slices.held_out, given, expert.best, expert.best_level)
+        expert = replace(expert, best_nll=_nll(before, slices.held_out), held_out=_name_of(slices.held_out))
     if expert.round < task.index:
         expert = _train_local(device, task, given, expert)
         expert.save(device, task.session)
@@ -187,6 +193,12 @@ def _train_gate(device: Device, given: Globals, expert: LocalExpert) -> Outcome:
         "local_level": float(expert.sal.level),
     }
     return Outcome(delta=gate - given.gate, samples=len(images), level=expert.sal.level, metrics=metrics)
+
+
+def _name_of(slice_: Samples) -> str:
+    """The same for the same contents and labels."""
+    said = sorted(f"{sample.sha256} {sample.label}" for sample in slice_)
+    return hashlib.sha256("\n".join(said).encode()).hexdigest()
 
 
 def _nll(seen: Mixture, images: Samples) -> float:

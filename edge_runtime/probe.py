@@ -129,7 +129,9 @@ def measure_least(
     """Bytes of memory and seconds per step of the least that there is, a round at level 1. Raises ConfigError if it
     does not fit."""
     budget = _budget(memory)
-    lines = _least(lambda feature_batch, first, fit: _measured(bundle, engine, threads, sample, feature_batch, first, fit))
+    lines = _least(
+        lambda feature_batch, first, fit: _measured(bundle, engine, threads, sample, feature_batch, first, fit)
+    )
     if len(lines) < 2 or lines[-1].peak_rss + RESERVE > budget or lines[-1].seconds > step_seconds:
         raise ConfigError(_refusal(lines, budget, step_seconds))
     return lines[-1].peak_rss + RESERVE, lines[-1].seconds

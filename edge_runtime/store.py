@@ -13,6 +13,7 @@ STATE/mixture            what the personalized model is made of
 STATE/personalized.onnx  the personalized model
 STATE/plan.json          what fits into its memory, as measured
 STATE/health.json        how it is, as it last said
+STATE/samples.sqlite     what it has read of its samples, and which slice each is of (see edge_runtime.ledger)
 """
 
 from __future__ import annotations
@@ -49,6 +50,10 @@ class DeviceStore:
     @property
     def baseline(self) -> Path:
         return self.root / "baseline"
+
+    @property
+    def samples(self) -> Path:
+        return self.root / "samples.sqlite"
 
     @property
     def results(self) -> Path:

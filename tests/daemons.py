@@ -10,10 +10,10 @@ from edge_runtime.cache import DiskCache
 from edge_runtime.device import Device
 from edge_runtime.engines import open_engine
 from edge_runtime.features import FeatureCache
+from edge_runtime.folder import scan
 from edge_runtime.gate import Gate
 from edge_runtime.inputs import reader_of
 from edge_runtime.presence import device_link
-from edge_runtime.samples import scan
 from edge_runtime.service import Service
 from edge_runtime.store import DeviceStore
 from protocol.topics import Topics

@@ -77,15 +77,11 @@ class World:
         (copy / "backbone.weights").write_bytes(data)
         return copy
 
-    def one_photo_of(self, name: str) -> Path:
-        copy = shutil.copytree(self.photos, self.scratch / "photos")
-        for path in sorted((copy / name).iterdir())[1:]:
-            path.unlink()
-        return copy
-
-    def unknown_class(self) -> Path:
-        copy = shutil.copytree(self.photos, self.scratch / "photos")
-        (copy / CLASSES[0]).rename(copy / "durian")
+    def one_photo(self, name: str) -> Path:
+        """Of a class, and nothing else."""
+        copy = self.folder("photos")
+        (copy / name).mkdir()
+        shutil.copy(self.any_photo(), copy / name)
         return copy
 
     def text_file(self) -> Path:
@@ -194,16 +190,16 @@ CASES = [
         ("empty holds no images", "one subfolder per class"),
     ),
     Wrong(
-        "a class folder with one image",
-        lambda w: w.device(images=w.one_photo_of(CLASSES[1])),
+        "one image in all",
+        lambda w: w.device(images=w.one_photo(CLASSES[1])),
         INPUT,
-        (repr(CLASSES[1]), "at least two", "add images or remove the folder"),
+        (CLASSES[1], "at least two", "add more"),
     ),
     Wrong(
-        "a class folder that the bundle does not know",
-        lambda w: w.device(images=w.unknown_class()),
+        "no class folder that the bundle knows",
+        lambda w: w.device(images=w.one_photo("durian")),
         INPUT,
-        ("durian", *CLASSES, "rename or remove the folder"),
+        ("'durian'", *CLASSES, "rename or remove the folder"),
     ),
     Wrong(
         "a device's bundle with a changed byte",

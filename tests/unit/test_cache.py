@@ -87,6 +87,15 @@ def test_without_a_budget_it_takes_a_share_of_the_free_disk(tmp_path: Path) -> N
     assert room == pytest.approx(SHARE_OF_FREE_DISK * shutil.disk_usage(tmp_path).free, rel=0.1)
 
 
+def test_files_of_other_names_go_from_every_folder_and_their_room_is_free(tmp_path: Path) -> None:
+    cache = filled(tmp_path, 4 * BLOCK, one=Worth.SMALL, two=Worth.PRESENT)
+    for folder in ("one", "two"):
+        assert cache.put(folder, "b", b"x")
+    cache.drop_others({"b", "c"})
+    assert kept(tmp_path) == {"one/b", "two/b"}
+    assert cache.used == 2 * BLOCK
+
+
 Operations = st.lists(
     st.tuples(
         st.sampled_from(["put", "get", "ask", "drop", "again"]),

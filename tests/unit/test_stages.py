@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,14 +12,17 @@ import numpy as np
 import pytest
 from support import Built
 
+import edge_runtime.features as features
 from edge_runtime.cache import DiskCache
 from edge_runtime.device import Device
 from edge_runtime.engine import Batch, StepGraphEngine
 from edge_runtime.features import FeatureCache
+from edge_runtime.folder import SampleFolder, scan
 from edge_runtime.gate import Gate
 from edge_runtime.inputs import reader_of
-from edge_runtime.personal import LocalExpert, train_personal
-from edge_runtime.samples import scan
+from edge_runtime.mixture import of_labels
+from edge_runtime.personal import LocalExpert, mixture, train_personal
+from edge_runtime.samples import Slices, labels_of
 from edge_runtime.stages import Globals, class_sums, statistics, train_global
 from edge_runtime.store import DeviceStore
 from edge_runtime.updates import prepare
@@ -153,3 +158,75 @@ def test_private_statistics_of_real_features_give_nearly_the_same_head(device: D
     sent = prepare(device.bundle, device.store.residual, round_, outcome, np.random.default_rng(0))
     wanted = head(class_sums(device, 1))
     assert np.allclose(head(sent.tensors), wanted, atol=1e-3 * np.abs(wanted).max())
+
+
+@pytest.fixture
+def watched(device: Device, photos: Path, tmp_path: Path) -> tuple[Device, SampleFolder]:
+    """The device with a folder of its own, whose files nobody has been writing for long."""
+    root = shutil.copytree(photos, tmp_path / "photos")
+    for path in root.rglob("*"):
+        os.utime(path, (1e9, 1e9))
+    folder = SampleFolder(root, device.bundle, device.store)
+    return replace(device, scanned=folder.look()), folder
+
+
+def contents(slices: Slices) -> list[list[str]]:
+    return [[each.sha256 for each in part] for part in (slices.train, slices.held_out, slices.test)]
+
+
+def test_slices_are_dealt_once_and_are_the_same_at_the_next_look(
+    watched: tuple[Device, SampleFolder], device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, folder = watched
+    assert contents(before.slices) == contents(device.slices)
+    after = replace(before, scanned=folder.look())
+    monkeypatch.setattr(features, "open_session", lambda *_: pytest.fail("a graph is run to deal again"))
+    assert after.slices == before.slices
+
+
+def test_newcomers_are_trained_on_and_what_has_left_is_not(watched: tuple[Device, SampleFolder]) -> None:
+    device, folder = watched
+    round_ = task(Stage.STATISTICS)
+    first = statistics(device, round_, given(device, level=1))
+    left, like = [each for each in device.slices.train if each.label == 0][:2]
+    for number in range(20):
+        twin = like.path.with_name(f"new-{number}.jpg")
+        twin.write_bytes(like.path.read_bytes() + bytes([number]))
+        os.utime(twin, (1e9, 1e9))
+    left.path.unlink()
+    after = replace(device, scanned=folder.look())
+    second = statistics(after, round_, given(device, level=1))
+    tested = sum(each.path.name.startswith("new-") for each in after.slices.test)
+    assert 0 < tested < 10
+    more = 20 - tested - 1
+    assert second.samples == first.samples + more
+    assert second.tensors["class_counts"][0] == first.tensors["class_counts"][0] + more
+    assert after.counts[0] == device.counts[0] + more
+    assert contents(after.slices)[1] == contents(device.slices)[1]  # each looks like what is trained on
+
+
+def test_the_best_expert_is_measured_anew_when_the_held_out_slice_has_changed(
+    watched: tuple[Device, SampleFolder],
+) -> None:
+    device, folder = watched
+    globals_ = given(device, level=1)
+    train_personal(device, task(Stage.PERSONAL), globals_)
+    first = kept(device)
+    unbeatable = replace(first, best_nll=-1e9)
+    unbeatable.save(device, "s")
+    train_personal(device, task(Stage.PERSONAL, index=1), globals_)
+    assert kept(device).best_nll == -1e9
+    for sample in device.slices.held_out[1:]:
+        sample.path.unlink()
+    after = replace(device, scanned=folder.look())
+    train_personal(after, task(Stage.PERSONAL, index=2), globals_)
+    last = kept(after)
+    held_out = after.slices.held_out
+    seen = mixture(after, held_out, globals_, last.best, last.best_level)
+    assert last.best_nll == pytest.approx(-of_labels(seen.log_p, labels_of(held_out)).mean(), abs=1e-3)
+
+
+def kept(device: Device) -> LocalExpert:
+    expert = LocalExpert.load(device, "s")
+    assert expert is not None
+    return expert
