@@ -38,10 +38,11 @@ from edge_runtime.daemon import (
 )
 from edge_runtime.device import Device
 from edge_runtime.presence import INSTANCE, progress_to, status_of
+from edge_runtime.samples import SampleChangedError
 from edge_runtime.unanswered import Unanswered
 from edge_runtime.vitals import Vitals
 from edge_runtime.work import Worker, write_personalized
-from protocol.errors import FedFMSLError, InputError, MessageError, RunError, SamplesChanged
+from protocol.errors import FedFMSLError, InputError, MessageError, RunError
 from protocol.messages import (
     Ack,
     Activity,
@@ -64,7 +65,7 @@ DISK_SECONDS = (1.0, 60.0)  # from one attempt to write to the next: at first, a
 FOLDER_SECONDS = 60.0  # from one look at the folder to the next, between rounds
 
 
-class _GivenUp(Exception):
+class _GivenUpError(Exception):
     """The round that is being worked on is no longer worth it: it is not the newest, or the device has to leave."""
 
 
@@ -197,6 +198,9 @@ class Service:
                 self._trouble = str(error)
                 log.warning(f"{error}; waiting for it")
             return False
+        except OSError as error:
+            self._wait_for_disk(error)
+            return False
         self._trouble = ""
         return True
 
@@ -205,7 +209,7 @@ class Service:
         self._beat(Activity.WORKING)
 
     def pause(self, reason: str) -> None:
-        """While training is forbidden: a look at what has come. Raises _GivenUp if the round is not to be gone on
+        """While training is forbidden: a look at what has come. Raises _GivenUpError if the round is not to be gone on
         with."""
         self._announce_pause(reason)
         if not reason:
@@ -216,7 +220,7 @@ class Service:
         if event is not None:
             self._handle(event)
         if self._leave is not None or self._state.announced != working:
-            raise _GivenUp
+            raise _GivenUpError
 
     def _announce_pause(self, reason: str) -> None:
         """Rounds that open do not wait for a device that pauses."""
@@ -357,9 +361,10 @@ class Service:
                 self._unanswered = Unanswered(self._device.name)
             bytes_down, self._bytes_down = self._bytes_down, 0
             seconds = self._worker.work(task, bytes_down)
-        except _GivenUp:
+        except _GivenUpError:
             return WorkFailed(task.round)
-        except SamplesChanged as error:
+        except SampleChangedError as error:
+            self._worker.look_again_at(error.path)
             log.info(f"round {task.round} is begun anew: {error}", **fields(round=task.round))
             return WorkFailed(task.round)
         except OSError as error:

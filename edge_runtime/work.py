@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
@@ -69,6 +70,10 @@ class Worker:
         self._list_set_aside()
         return True
 
+    def look_again_at(self, path: Path) -> None:
+        """At the next look: it has changed."""
+        self._folder.forget(path)
+
     def _list_set_aside(self) -> None:
         """On the disk all files that are not used, in the log those that have not been there yet."""
         now = self.device.scanned.set_aside
@@ -99,6 +104,7 @@ class Worker:
         outcome = prepare(device.bundle, store.residual, task, outcome, np.random.default_rng())
         keep_personal_model(device, task, given)
         device.cache.drop_unused()
+        device.cache.drop_others(device.scanned.samples)
         if task.stage is Stage.EVALUATE:
             write_personalized(device)
         seconds = time.perf_counter() - started
