@@ -41,6 +41,7 @@ from edge_runtime.daemon import (
 from edge_runtime.device import Device
 from edge_runtime.evaluation import evaluate, train_alone
 from edge_runtime.memory import peak_rss_mb
+from edge_runtime.model import keep_personal_model
 from edge_runtime.personal import train_personal
 from edge_runtime.presence import INSTANCE, status_of
 from edge_runtime.stages import Globals, statistics, train_global
@@ -261,7 +262,9 @@ class Service:
             if self._device.store.enter(task.session):
                 self._unanswered = Unanswered(self._device.name)
             self._device.store.drop_globals(keep=wanted(task))
-            outcome = STAGES[task.stage](self._device, task, self._globals(task))
+            given = self._globals(task)
+            outcome = STAGES[task.stage](self._device, task, given)
+            keep_personal_model(self._device, task, given)
             # noise from the operating system's entropy: a server that knew the seed could subtract it
             rng = np.random.default_rng()
             outcome = prepare(self._device.bundle, self._device.store.residual, task, outcome, rng)

@@ -3,14 +3,16 @@
 STATE/identity           the device's name, made once
 STATE/session            the session it last worked in, and the last round of it whose update was acknowledged
 STATE/globals/SHA256     global blobs it has received
+STATE/bundles/SHA256/    bundles it has fetched
 STATE/outbox/ROUND       updates the server has not acknowledged yet
 STATE/personal           the local expert (never leaves the device)
 STATE/residual           what encoding has lost of the last update
 STATE/baseline           the expert trained alone, where a run asks for it
 STATE/cache/             the feature cache
 STATE/results.json       the last evaluation
-STATE/mixture            what the personalized model is made of
-STATE/personalized.onnx  the personalized model
+STATE/mixture            the personalized model of the last round: what is its own of it
+STATE/personalized.onnx  the personalized model as one file, as it was evaluated
+STATE/lock               held by the process that works on this folder
 STATE/plan.json          what fits into its memory, as measured
 """
 
@@ -60,6 +62,11 @@ class DeviceStore:
     @property
     def personalized(self) -> Path:
         return self.root / "personalized.onnx"
+
+    @property
+    def bundles(self) -> Path:
+        """What has been fetched, each in a folder named by its SHA-256."""
+        return self.root / "bundles"
 
     def identity(self, wanted: str | None) -> str:
         """This device's name: made at the first start (`wanted`, or from the host's name), kept for ever after.
