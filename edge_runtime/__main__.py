@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import typer
 
 from edge_runtime.cache import DiskCache
+from edge_runtime.classifier import Classifier, FileClassifier, StateClassifier
 from edge_runtime.device import Device
 from edge_runtime.download import fetch_bundle, find_server
 from edge_runtime.engine import Fit
@@ -16,14 +18,19 @@ from edge_runtime.engines import open_engine
 from edge_runtime.features import FeatureCache
 from edge_runtime.gate import Gate
 from edge_runtime.inputs import reader_of
-from edge_runtime.predict import predict_files
+from edge_runtime.lock import locked
+from edge_runtime.predict import predict_files, printer, quiet_without_a_reader
 from edge_runtime.presence import device_link, progress_to
 from edge_runtime.probe import make_plan, probe_levels
+from edge_runtime.publish import Publisher
 from edge_runtime.samples import scan
 from edge_runtime.service import Service
+from edge_runtime.settings import PredictSettings, with_settings
 from edge_runtime.store import DeviceStore
+from edge_runtime.stream import Inbox, wait_for_a_model, watched
 from protocol.bundle import Bundle
-from protocol.messages import EngineChoice
+from protocol.errors import ConfigError
+from protocol.messages import EngineChoice, Prediction
 from protocol.topics import Topics
 from shell.cli import BROKER, IDENTITY, INSECURE, application, byte_size, console
 from shell.identity import device_name
@@ -94,33 +101,56 @@ def run(
 
 
 @app.command()
+@with_settings(PredictSettings)
 def predict(
-    files: list[Path] = typer.Argument(help="Images (or texts, as the model takes), or folders of them."),
-    model: Path = typer.Option(help="A personalized model (.onnx)."),
+    settings: PredictSettings,
+    files: list[Path] | None = typer.Argument(None, help="Images (or texts, as the model takes), or folders of them."),
+    model: Path | None = typer.Option(
+        None, help="A personalized model (.onnx). Default: the newest in the state folder."
+    ),
+    watch: Path | None = typer.Option(None, help="Classify what lies in this folder or arrives, until interrupted."),
+    new: bool = typer.Option(False, "--new", help="Of the watched folder only what arrives from now on."),
+    unknown: float | None = typer.Option(
+        None, min=0, max=1, help="Confidence below which a file is unknown. Default: the model's own."
+    ),
     top: int = typer.Option(3, min=1, help="Classes to show for each file."),
     as_json: bool = typer.Option(False, "--json", help="One JSON object per file, with every class."),
+    publish: bool = typer.Option(False, "--publish", help="Also publish them in the run, where no daemon does."),
 ) -> None:
     """Classify images or texts with a personalized model."""
-    for path, probabilities in predict_files(model, files):
-        if as_json:
-            print(json.dumps({"file": str(path), "probabilities": probabilities}))
-            continue
-        best = sorted(probabilities.items(), key=lambda item: -item[1])[:top]
-        console.print(f"{path}: " + ", ".join(f"{name} {value:.1%}" for name, value in best), highlight=False)
+    if bool(files) == bool(watch) or (new and not watch):
+        raise ConfigError("say what to classify: files or folders, or --watch FOLDER (--new: only what will arrive)")
+    inbox = Inbox(watch, only_new=new) if watch else None
+    with contextlib.ExitStack() as until_the_end, quiet_without_a_reader():
+        if model is not None:
+            classifier: Classifier = FileClassifier(model, unknown)
+        else:
+            store = DeviceStore(settings.state)
+            if publish:
+                until_the_end.enter_context(locked(store.root, "where a daemon runs, set its `watch` instead"))
+            if inbox is not None:
+                wait_for_a_model(store)
+            classifier = StateClassifier(store, settings.bundle, unknown)
+        tell: list[Callable[[Prediction | None], None]] = [printer(as_json, top)]
+        if publish:
+            tell.append(until_the_end.enter_context(Publisher(classifier, settings)).tell)
+        for prediction in watched(classifier, inbox) if inbox else predict_files(classifier, files or []):
+            for each in tell:
+                each(prediction)
 
 
 @app.command()
 def personalize(
-    bundle: Path = typer.Option(help="The bundle's folder."),
     state: Path = typer.Option(help="The device's state folder."),
+    bundle: Path | None = typer.Option(None, help="The bundle's folder. Default: the model's, in the state folder."),
     out: Path | None = typer.Option(None, help="File to write. Default: personalized.onnx in the state folder."),
 ) -> None:
-    """Write this device's personalized model as one self-contained ONNX file."""
+    """Write this device's personalized model, as of its last round, as one self-contained ONNX file."""
     from edge_runtime.personalize import write_model  # the only user of the onnx package
 
     store = DeviceStore(state)
     path = out or store.personalized
-    write_model(Bundle(bundle), store, path)
+    write_model(store, path, bundle)
     print(path)
 
 

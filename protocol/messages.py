@@ -207,6 +207,8 @@ class Prediction(Message):
     """What the personalized model says of one file, retained. `label` is a class, or `unknown`; `round` is the one that
     the model is of; `probabilities` are calibrated."""
 
+    max_bytes = 192 * 1024  # most of it for `probabilities`
+
     device: Name
     file: Text
     time: Amount
