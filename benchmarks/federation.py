@@ -17,6 +17,7 @@ from edge_runtime.engine import StepGraphEngine
 from edge_runtime.features import FeatureCache
 from edge_runtime.gate import Gate
 from edge_runtime.inputs import reader_of
+from edge_runtime.model import keep_personal_model
 from edge_runtime.samples import scan
 from edge_runtime.service import STAGES
 from edge_runtime.stages import Globals, Outcome
@@ -92,6 +93,7 @@ def federate(config: RunConfig, devices: Sequence[Device], tamper: Tamper = hone
             if task.chosen and device.name not in task.chosen:
                 continue
             outcome = STAGES[task.stage](device, task, given)
+            keep_personal_model(device, task, given)
             if outcome.delta is not None:
                 history.norms.setdefault(task.stage, []).append(float(np.linalg.norm(outcome.delta)))
             if not feedback:
