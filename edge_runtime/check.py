@@ -1,9 +1,10 @@
-"""Everything a run will need, looked at before it does: nothing is written, and what is wrong says what to do (ours)."""
+"""All that a run will need, looked at before it does: nothing is written, and what is wrong says what to do (ours)."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import secrets
 import shutil
 import tempfile
 import time
@@ -12,13 +13,12 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
-from edge_runtime.download import fetch_manifest, server_within
+from edge_runtime.download import fetch_manifest, hear_server
 from edge_runtime.engines import open_engine
 from edge_runtime.folder import SampleFolder
-from edge_runtime.governor import Limits, forbids
+from edge_runtime.governor import forbids
 from edge_runtime.inputs import reader_of
 from edge_runtime.lock import is_locked
-from edge_runtime.presence import device_link
 from edge_runtime.probe import measure_least
 from edge_runtime.sensors import Sensors
 from edge_runtime.settings import Settings
@@ -27,7 +27,9 @@ from protocol.bundle import MANIFEST, Bundle
 from protocol.errors import BundleError, ConfigError, FedFMSLError
 from protocol.messages import ServerStatus
 from protocol.topics import Topics
+from shell.address import parse_address
 from shell.identity import device_name, read_identity
+from shell.link import Link
 
 SERVER_SECONDS = 10.0  # in which a server that is there has been heard
 SOON = timedelta(days=30)  # before a certificate ends
@@ -125,8 +127,8 @@ def _identity(settings: Settings, seen: _Seen) -> Iterator[Finding]:
     now = datetime.now(timezone.utc)
     if not start <= now <= end:
         raise ConfigError(
-            f"the certificate in {settings.identity} is valid from {start:%Y-%m-%d} to {end:%Y-%m-%d}, and this machine's "
-            f"clock says {now:%Y-%m-%d}; set the clock, or ask the operator for another"
+            f"the certificate in {settings.identity} is valid from {start:%Y-%m-%d} to {end:%Y-%m-%d}, and this "
+            f"machine's clock says {now:%Y-%m-%d}; set the clock, or ask the operator for another"
         )
     yield Finding("identity", f"{name}, until {end:%Y-%m-%d}", doubtful=end - now < SOON)
 
@@ -135,13 +137,13 @@ def _broker(settings: Settings, seen: _Seen) -> Iterator[Finding]:
     if seen.running:
         yield Finding("broker", "the daemon is at work and speaks for this device: see edge_runtime status")
         return
-    name = device_name(settings.device, settings.identity) or "unnamed"
-    topics = Topics(settings.run)
-    link = device_link(settings.broker, topics, f"check-{name}"[:64], settings.identity, settings.insecure, will=False)
+    topics, address = Topics(settings.run), parse_address(settings.broker)
+    client = f"fedfmsl-check-{secrets.token_hex(8)}"
+    link = Link(settings.broker, client, identity=settings.identity, insecure=settings.insecure)
     link.connect()
     try:
-        yield Finding("broker", f"{link.address} lets this device in")
-        seen.server = server_within(link, topics, SERVER_SECONDS)
+        yield Finding("broker", f"{address.host}:{address.port} lets this device in")
+        seen.server = hear_server(link, topics, SERVER_SECONDS)
     finally:
         link.close()
     if seen.server is None:
@@ -154,13 +156,13 @@ def _bundle(settings: Settings, seen: _Seen) -> Iterator[Finding]:
     announced = seen.server.bundle if seen.server else ""
     store = DeviceStore(settings.state)
     root = settings.bundle or (store.bundles / announced if announced else _newest(store.bundles))
-    if root is not None and (root / MANIFEST).is_file() or settings.bundle:
+    if (root is not None and (root / MANIFEST).is_file()) or settings.bundle:
         assert root is not None
         bundle = Bundle(root)
         bundle.verify()
         if announced and bundle.sha256 != announced:
             raise BundleError(
-                f"bundle {root} is not the one of run {settings.run!r}; leave --bundle away to fetch that from the server"
+                f"bundle {root} is not that of run {settings.run!r}; leave --bundle away to fetch it from the server"
             )
         seen.bundle = bundle
         yield Finding("bundle", f"{bundle.manifest.model} at {root}, every byte as it should be")

@@ -1,4 +1,4 @@
-"""From settings to a daemon at work: everything opened, measured and put together, in the order in which it can fail."""
+"""From settings to a daemon at work: all is opened, measured and put together, in the order in which it can fail."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from edge_runtime.lock import locked
 from edge_runtime.metrics import serve_metrics
 from edge_runtime.pace import Pace, PacedEngine
 from edge_runtime.presence import device_link, progress_to
-from edge_runtime.probe import Plan, make_plan
+from edge_runtime.probe import make_plan
 from edge_runtime.sensors import Sensors, board
 from edge_runtime.service import Service
 from edge_runtime.settings import Settings

@@ -9,11 +9,10 @@ from datetime import timedelta
 from pydantic import ValidationError
 
 from edge_runtime.store import DeviceStore
-from edge_runtime.vitals import BEAT_SECONDS
 from protocol.errors import RunError
-from protocol.messages import Activity, Health
+from protocol.messages import HEALTH_SECONDS, Activity, Health
 
-SILENCE = 3 * BEAT_SECONDS + 30  # seconds after which a daemon that has written nothing is taken for dead
+SILENCE = 3 * HEALTH_SECONDS + 30  # seconds after which a daemon that has written nothing is taken for dead
 SHOWN = 20  # of the files that are set aside
 
 

@@ -16,13 +16,11 @@ from edge_runtime.memory import rss
 from edge_runtime.pace import Pace
 from edge_runtime.sensors import board
 from edge_runtime.store import DeviceStore
-from protocol.messages import Activity, Health, encode
+from protocol.messages import HEALTH_SECONDS, Activity, Health, encode
 from protocol.topics import Topics
 from shell.files import write_atomically
 from shell.link import Link
 from shell.sd_notify import Watchdog, notify
-
-BEAT_SECONDS = 60.0
 
 
 class Vitals:
@@ -45,12 +43,12 @@ class Vitals:
         notify("READY=1")
 
     def beat(self, device: Device | None, activity: Activity, state: State | None = None, paused: str = "") -> None:
-        """To be called often: it feeds the watchdog, and tells all when the activity has changed or BEAT_SECONDS have
+        """To be called often: it feeds the watchdog, and tells all when the activity has changed or HEALTH_SECONDS have
         passed. Without a connection nobody is told: the next beat comes soon enough."""
         self._watchdog()
         if self.newest and self.newest.activity is activity and time.monotonic() < self._due:
             return
-        self._due = time.monotonic() + BEAT_SECONDS
+        self._due = time.monotonic() + HEALTH_SECONDS
         now = {"activity": activity, "paused": paused, "rounds_done": self.rounds_done, **self._measured()}
         known = {**(_of_device(device) if device else {}), **(_of_state(state) if state else {})}
         self.newest = Health.model_validate({**self._same, **now, **known})
@@ -79,7 +77,7 @@ def _of_device(device: Device) -> Mapping[str, Any]:
         "train": len(slices.train),
         "held_out": len(slices.held_out),
         "test": len(slices.test),
-        "set_aside": len(slices.unreadable),
+        "set_aside": len(slices.set_aside),
     }
 
 

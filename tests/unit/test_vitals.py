@@ -74,7 +74,7 @@ def test_it_tells_how_it_is_when_it_does_something_else_and_now_and_then(
     assert (paused.activity, paused.paused) == (Activity.PAUSED, "81.5 °C, above --max-temperature 75")
     assert paused == vitals.newest == Health.model_validate_json(device.store.health.read_bytes())
 
-    monkeypatch.setattr("edge_runtime.vitals.BEAT_SECONDS", 0.0)
+    monkeypatch.setattr("edge_runtime.vitals.HEALTH_SECONDS", 0.0)
     vitals.beat(device, Activity.WAITING, state)
     vitals.beat(device, Activity.WAITING, state)
     assert heard(carer).time < heard(carer).time
@@ -89,7 +89,7 @@ def test_it_tells_how_it_is_when_it_does_something_else_and_now_and_then(
 def test_without_a_connection_nothing_piles_up(
     vit: Built, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edge_runtime.vitals.BEAT_SECONDS", 0.0)
+    monkeypatch.setattr("edge_runtime.vitals.HEALTH_SECONDS", 0.0)
     device, _, link = started(vit, photos, tmp_path / "state")
     vitals = Vitals(link, Topics(RUN), "d", device.store, Readings)
     for _ in range(100):
