@@ -37,7 +37,6 @@ def service_unit(service: Service, systemd: int = 0) -> str:
     pauses = (
         "RestartSec=10s\nRestartSteps=6\nRestartMaxDelaySec=10min" if systemd >= _STEPS_SINCE else "RestartSec=1min"
     )
-    start = f"{_quoted(service.python)} -m edge_runtime run --config {_quoted(service.config)}".replace("$", "$$")
     return f"""\
 # Written by devices.install, which replaces it; what is to last goes into `systemctl edit {NAME}`.
 
@@ -53,7 +52,7 @@ StartLimitIntervalSec=0
 [Service]
 Type=notify
 NotifyAccess=main
-ExecStart={start}
+ExecStart={_quoted(service.python)} -m edge_runtime run --config {_quoted(service.config)}
 User={USER}
 Group={USER}
 StateDirectory={NAME}

@@ -16,6 +16,10 @@ MODELS = {"torch", "transformers", "peft", "optimum", "onnxscript"}
 BASE = {"numpy", "pydantic", "pydantic_core", "safetensors"}
 SHELL = {"paho", "typer", "rich", "shell"}
 
+# What only other extras than `edge` bring, or have a use for.
+NOT_OF_EDGE = {"amqtt", "cryptography", "dp_accounting", "export", "matplotlib", "onnx", "pyarrow", "starlette"}
+NOT_OF_EDGE |= {"tokenizers", "trainer_server", "uvicorn", "yaml"}
+
 # What each room may import beside itself and the standard library.
 MAY_IMPORT = {
     "protocol": BASE,
@@ -70,6 +74,8 @@ def test_export_knows_nothing_of_server_and_devices(path: Path) -> None:
         ("edge_runtime.__main__", {*MODELS, "onnx", "tokenizers", "export", "trainer_server", "starlette", "uvicorn"}),
         ("edge_runtime.service", {*MODELS, "onnx", "tokenizers", "prometheus_client", "export", "trainer_server"}),
         ("trainer_server.__main__", {*MODELS, "onnx", "onnxruntime", "export", "edge_runtime", "PIL"}),
+        ("devices.install", {*MODELS, *NOT_OF_EDGE}),
+        ("devices.boards", {*MODELS, *NOT_OF_EDGE}),
         ("protocol.bundle", {*MODELS, "onnx", "onnxruntime", "paho", "shell"}),
     ],
 )
