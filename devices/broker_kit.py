@@ -5,11 +5,13 @@ from __future__ import annotations
 import base64
 import hashlib
 import secrets
+import shlex
 from pathlib import Path
 
 from protocol.topics import ROOT
 
 SERVER = "server"  # the run's server: its identity's common name, or its user
+HOME_ASSISTANT = "homeassistant"  # likewise; also the prefix that it and the devices speak below
 
 # Of PBKDF2, mosquitto's own default. Our passwords are random and long, so more rounds would only make the broker,
 # which counts them in its one thread, slow when a fleet comes back.
@@ -31,12 +33,24 @@ def acl() -> str:
 pattern write {ROOT}/+/devices/%u/status
 pattern write {ROOT}/+/devices/%u/progress
 pattern write {ROOT}/+/devices/%u/update/#
+pattern write {ROOT}/+/devices/%u/health
+pattern write {ROOT}/+/devices/%u/prediction
 # it reads what the server tells everybody, and what it tells this device.
 pattern read {ROOT}/+/devices/%u/status
 pattern read {ROOT}/+/devices/%u/ack
 pattern read {ROOT}/+/server/status
 pattern read {ROOT}/+/round
 pattern read {ROOT}/+/globals/#
+# It introduces itself to Home Assistant, under its own name (its setting home_assistant is the first part here).
+pattern write {HOME_ASSISTANT}/+/%u/#
+
+# Home Assistant hears who introduces itself, how it is and what it sees; it tells when it has been started.
+user {HOME_ASSISTANT}
+topic read {HOME_ASSISTANT}/#
+topic write {HOME_ASSISTANT}/status
+topic read {ROOT}/+/devices/+/status
+topic read {ROOT}/+/devices/+/health
+topic read {ROOT}/+/devices/+/prediction
 
 # The server reads and writes everything of a run. A second server at the same time needs a name of its own (see
 # use_username_as_clientid in mosquitto.conf): make an identity like a device's, and add its two lines here.
@@ -67,7 +81,7 @@ crlfile {folder}/revoked.crl
 """
     )
     return f"""\
-# Written by devices.provision for mosquitto 2.0 or newer: mosquitto -c {folder}/mosquitto.conf
+# Written by devices.provision for mosquitto 2.0 or newer: mosquitto -c {shlex.quote(f"{folder}/mosquitto.conf")}
 # Keys are readable by their owner only: let the files belong to the user that mosquitto runs as.
 
 listener 8883

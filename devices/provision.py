@@ -2,15 +2,19 @@
 
 PKI/ca.key              signs; keep it off the broker and the devices
 PKI/server.pem          the run's server (--identity)
-PKI/devices/NAME.pem    a device's (--identity): move it there
+PKI/devices/NAME.toml   a device's, with the run and the broker: carry it there, for devices.install (or as --identity)
+PKI/homeassistant.crt, .key     Home Assistant's, if it is among the names
 PKI/issued/NAME.crt     what can be taken back
+PKI/fleet.toml          the run and the broker of devices that are still to come
 PKI/broker/             the kit: copy it to the broker
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from urllib.parse import quote, urlsplit
 
 import typer
 
@@ -24,12 +28,18 @@ from devices.authority import (
     revoked_serials,
     serial_of,
 )
+from devices.broker_kit import HOME_ASSISTANT, acl, mosquitto_conf, new_password, password_line
 from devices.broker_kit import SERVER as SERVER_NAME
-from devices.broker_kit import acl, mosquitto_conf, new_password, password_line
+from devices.compose import compose_yaml
+from devices.settings_file import read_table, settings_text
 from protocol.errors import ConfigError
 from protocol.topics import check_name
+from shell.address import netloc, parse_address
 from shell.cli import application, console
 from shell.files import write_atomically
+
+FLEET = "fleet.toml"
+SOURCE = Path(__file__).parents[1]
 
 app = application("Make a CA, a broker's configuration and devices' identities; revoke them.")
 
@@ -39,6 +49,8 @@ def provision(
     names: list[str] = typer.Argument(None, metavar="[DEVICE]...", help="Devices to make identities for."),
     pki: Path = typer.Option(Path("pki"), help="Folder of the CA."),
     host: list[str] = typer.Option([], help="A name or address that broker and server are reached by; makes the CA."),
+    run: str | None = typer.Option(None, help="The run that devices are for. Kept for those to come."),
+    broker: str | None = typer.Option(None, help="Where devices find it. Default: mqtts:// the first host. Kept."),
     user: bool = typer.Option(False, "--user", help="Users and passwords instead of certificates; TLS stays."),
     revoke: list[str] = typer.Option([], metavar="DEVICE", help="Take a device's identity or user back."),
     kit: Path | None = typer.Option(None, help="Where the kit will lie on the broker. Default: where it is made."),
@@ -53,28 +65,50 @@ def provision(
     os.umask(0o077)  # most of what is written is secret
     if not (names or host or revoke):
         raise ConfigError("nothing to do: give --host to make a CA, names of devices, or --revoke a device")
-    if host:
-        _make(pki, host, (kit or pki / "broker").absolute(), user)
-    elif not (pki / "ca.key").is_file():
+    if not host and not (pki / "ca.key").is_file():
         raise ConfigError(f"{pki} holds no CA; make one with --host, the broker's name")
-    broker = pki / "broker"
-    passwords = broker / "passwords" if (broker / "passwords").is_file() else None
-    if names and user != (passwords is not None):
-        kind = "users and passwords; say --user" if passwords else "certificates; leave --user away"
+    fleet = _fleet(pki, host, run, broker) if host or names else {}
+    if host:
+        _make(pki, host, (kit or pki / "broker").absolute(), user, fleet)
+    passwords = pki / "broker" / "passwords"
+    if names and user != passwords.is_file():
+        kind = "certificates; leave --user away" if user else "users and passwords; say --user"
         raise ConfigError(f"the broker of {pki} asks for {kind}")
-    if passwords:
-        _add_users(passwords, names or [])
-        _drop_users(passwords, revoke)
+    if fleet:
+        write_atomically(pki / FLEET, settings_text(("What devices to come are told.", fleet)).encode(), durable=True)
+    if passwords.is_file():
+        _add_users(pki, names or [], fleet)
+        _drop_users(pki, revoke)
     else:
         authority = _load(pki)
         for name in names or []:
             issued = authority.issue(name, [CLIENT])
             _write(pki / "issued" / f"{name}.crt", issued.certificate_pem)  # first: nothing leaves that is not in it
-            _write_identity(pki / "devices" / f"{name}.pem", issued, authority)
+            if name == HOME_ASSISTANT:  # it wants them one by one
+                _write(pki / f"{name}.crt", issued.certificate_pem)
+                _write(pki / f"{name}.key", issued.key_pem)
+            else:
+                _write_device(pki, name, fleet, {"identity": _identity(issued, authority)})
         _revoke(pki, authority, revoke)
 
 
-def _make(pki: Path, hosts: list[str], kit: Path, user: bool) -> None:
+def _fleet(pki: Path, hosts: list[str], run: str | None, broker: str | None) -> dict[str, str]:
+    """What devices are told: what is given, or else was before. Raises ConfigError if that is nothing usable."""
+    known = read_table(pki / FLEET) if (pki / FLEET).is_file() else {}
+    fleet = {"run": run or known.get("run"), "broker": broker or known.get("broker")}
+    if hosts:
+        fleet["broker"] = broker or f"mqtts://{netloc(hosts[0])}"
+    told = {key: value for key, value in fleet.items() if value}
+    if "broker" not in told:
+        raise ConfigError(f"{pki} does not say where the broker is; give --broker, like mqtts://fleet.example")
+    if not parse_address(told["broker"]).encrypted:
+        raise ConfigError(f"--broker {broker}: the kit's broker speaks TLS only; write it as mqtts:// or wss://")
+    if run:
+        check_name("run", run)
+    return told
+
+
+def _make(pki: Path, hosts: list[str], kit: Path, user: bool, fleet: Mapping[str, str]) -> None:
     broker = pki / "broker"
     if (pki / "ca.key").exists():
         raise ConfigError(f"{pki} already holds a CA; leave --host away to add devices, or give another --pki")
@@ -89,11 +123,12 @@ def _make(pki: Path, hosts: list[str], kit: Path, user: bool) -> None:
     _write(broker / "revoked.crl", authority.revocation_list([]))
     _write(broker / "acl", acl())
     _write(broker / "mosquitto.conf", mosquitto_conf(kit, user))
+    _write(broker / "compose.yaml", compose_yaml(kit, hosts[0], fleet.get("run"), SOURCE))
     # the server also serves the bundle over HTTPS, under the same names
-    _write_identity(pki / "server.pem", authority.issue(SERVER_NAME, [SERVER, CLIENT], hosts), authority)
+    _write(pki / "server.pem", _identity(authority.issue(SERVER_NAME, [SERVER, CLIENT], hosts), authority))
     if user:
         _write(broker / "passwords", "")
-        _add_users(broker / "passwords", [SERVER_NAME])
+        _add_users(pki, [SERVER_NAME], fleet)
     _write(pki / "ca.crt", authority.certificate_pem)
     _write(pki / "ca.key", authority.key_pem)  # the last: without it nothing here counts as made
 
@@ -118,11 +153,13 @@ def _revoke(pki: Path, authority: Authority, names: list[str]) -> None:
     write_atomically(path, authority.revocation_list(serials).encode(), durable=True)
     for name, file in zip(names, certificates, strict=True):
         file.unlink()
-        (pki / "devices" / f"{name}.pem").unlink(missing_ok=True)
+        _forget(pki, name)
     console.print(f"wrote {path}; copy it to the broker and restart that, which also cuts off who is in")
 
 
-def _add_users(path: Path, names: list[str]) -> None:
+def _add_users(pki: Path, names: list[str], fleet: Mapping[str, str]) -> None:
+    """A device's password stands in its file, the others' are printed."""
+    path = pki / "broker" / "passwords"
     lines = path.read_text().splitlines(keepends=True)
     known = {line.partition(":")[0] for line in lines}
     if taken := known & set(names):
@@ -130,23 +167,46 @@ def _add_users(path: Path, names: list[str]) -> None:
     for name in names:
         password = new_password()
         lines.append(password_line(name, password))
-        console.print(f"{name} {password}", highlight=False)
+        if name in (SERVER_NAME, HOME_ASSISTANT):
+            console.print(f"{name} {password}", highlight=False)
+            continue
+        parts = urlsplit(fleet["broker"])
+        who = f"{quote(name)}:{quote(password, safe='')}@{parts.netloc.rpartition('@')[2]}"
+        address = parts._replace(netloc=who).geturl()
+        authority = (pki / "ca.crt").read_text()
+        _write_device(pki, name, {**fleet, "broker": address}, {"device": name, "identity": authority})
     _replace_users(path, lines)
 
 
-def _drop_users(path: Path, names: list[str]) -> None:
+def _drop_users(pki: Path, names: list[str]) -> None:
+    path = pki / "broker" / "passwords"
     lines = path.read_text().splitlines(keepends=True)
     if missing := set(names) - {line.partition(":")[0] for line in lines}:
         raise ConfigError(f"{path} has no {', '.join(sorted(missing))}")
     _replace_users(path, [line for line in lines if line.partition(":")[0] not in names])
+    for name in names:
+        _forget(pki, name)
 
 
 def _replace_users(path: Path, lines: list[str]) -> None:
     write_atomically(path, "".join(lines).encode(), durable=True)
 
 
-def _write_identity(path: Path, issued: Issued, authority: Authority) -> None:
-    _write(path, issued.key_pem + issued.certificate_pem + authority.certificate_pem)
+def _write_device(pki: Path, name: str, fleet: Mapping[str, str], own: Mapping[str, str]) -> None:
+    path = pki / "devices" / f"{name}.toml"
+    about = f"Who {name} is, and whom it trusts. Secret: this file belongs on {name}, and nowhere else."
+    _write(path, settings_text((f"Written by devices.provision for {name}.", fleet), (about, own)))
+    console.print(f"carry it to {name}, and there: python -m devices.install {path.name} --images DIR")
+
+
+def _forget(pki: Path, name: str) -> None:
+    own = [f"{name}.crt", f"{name}.key"] if name == HOME_ASSISTANT else [f"devices/{name}.toml"]
+    for file in own:
+        (pki / file).unlink(missing_ok=True)
+
+
+def _identity(issued: Issued, authority: Authority) -> str:
+    return issued.key_pem + issued.certificate_pem + authority.certificate_pem
 
 
 def _write(path: Path, text: str) -> None:

@@ -127,6 +127,15 @@ class FeatureCache:
         self._folder(POOLED, Worth.SMALL)
         self._disk.drop_unused()
 
+    @property
+    def used(self) -> int:
+        """Bytes of disk."""
+        return self._disk.used
+
+    def keep_free(self) -> None:
+        """Deletes as much as is missing from what the disk has to keep free."""
+        self._disk.keep_free()
+
     def drop_others(self, samples: Iterable[Sample]) -> None:
         """Deletes every state and feature of other samples than these: they have left."""
         self._disk.drop_others({sample.sha256 for sample in samples})

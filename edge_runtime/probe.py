@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -51,10 +51,12 @@ class Measured(BaseModel):
 
 
 class Plan(BaseModel):
-    """`feature_batch` samples per pass; how each level fits, from level 1 to the level cap."""
+    """`feature_batch` samples per pass; how each level fits, from level 1 to the level cap, and the `seconds` that a
+    step of BATCH samples takes there."""
 
     feature_batch: int
     fits: dict[int, Fit]
+    seconds: dict[int, float]
 
     @property
     def level_cap(self) -> int:
@@ -96,7 +98,7 @@ def make_plan(
 
     Raises ConfigError if not even level 1 fits.
     """
-    budget = memory or int(MEMORY_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    budget = _budget(memory)
     path = store.root / "plan.json"
     question = _Question(
         bundle=bundle.sha256,
@@ -116,15 +118,29 @@ def make_plan(
 
     plan = plan_within(measure, bundle, budget - RESERVE, step_seconds)
     if not plan.fits:
-        raise ConfigError(_refusal(measure, budget, step_seconds))
+        raise ConfigError(_refusal(_least(measure), budget, step_seconds))
     write_atomically(path, _Answered(question=question, plan=plan).model_dump_json().encode())
     return plan
+
+
+def measure_least(
+    bundle: Bundle, engine: EngineName, threads: int, sample: Path, memory: int | None, step_seconds: float
+) -> tuple[int, float]:
+    """Bytes of memory and seconds per step of the least that there is, a round at level 1. Raises ConfigError if it
+    does not fit."""
+    budget = _budget(memory)
+    lines = _least(
+        lambda feature_batch, first, fit: _measured(bundle, engine, threads, sample, feature_batch, first, fit)
+    )
+    if len(lines) < 2 or lines[-1].peak_rss + RESERVE > budget or lines[-1].seconds > step_seconds:
+        raise ConfigError(_refusal(lines, budget, step_seconds))
+    return lines[-1].peak_rss + RESERVE, lines[-1].seconds
 
 
 def plan_within(measure: Measure, bundle: Bundle, budget: int, step_seconds: float) -> Plan:
     """The most that fits. A process's peak covers all it has done, so all of it fits, or `measure` is left."""
     levels, dims = bundle.manifest.levels, bundle.manifest.dims
-    feature_batch, fit, fits = FEATURE_BATCH, Fit(BATCH), dict[int, Fit]()
+    feature_batch, fit, fits, seconds = FEATURE_BATCH, Fit(BATCH), dict[int, Fit](), dict[int, float]()
     while len(fits) < levels:
         todo = PASSES  # what ends the measurement, if the process dies of it without a word
         for line in measure(feature_batch, len(fits) + 1, fit):
@@ -132,8 +148,9 @@ def plan_within(measure: Measure, bundle: Bundle, budget: int, step_seconds: flo
                 break
             if line.level != PASSES:
                 if line.seconds > step_seconds:
-                    return Plan(feature_batch=feature_batch, fits=fits)
+                    return Plan(feature_batch=feature_batch, fits=fits, seconds=seconds)
                 fits[line.level] = Fit(line.micro_batch, fit.lean)
+                seconds[line.level] = line.seconds
             todo = len(fits) + 1
         if todo > levels:
             break
@@ -146,7 +163,7 @@ def plan_within(measure: Measure, bundle: Bundle, budget: int, step_seconds: flo
         else:
             tried = min(fit.micro_batch, default_micro_batch(dims, todo))
             fit = Fit(tried // 2) if tried > 1 else Fit(1, lean=True)
-    return Plan(feature_batch=feature_batch, fits=fits)
+    return Plan(feature_batch=feature_batch, fits=fits, seconds=seconds)
 
 
 def probe_levels(
@@ -202,9 +219,17 @@ def _measured(
             process.kill()
 
 
-def _refusal(measure: Measure, budget: int, step_seconds: float) -> str:
+def _budget(memory: int | None) -> int:
+    return memory or int(MEMORY_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def _least(measure: Measure) -> list[Measured]:
+    """A pass and a step at level 1 with as little as can be; fewer than two if it ended early."""
+    return [line for line, _ in zip(measure(1, 1, Fit(1, lean=True)), (PASSES, 1), strict=False)]
+
+
+def _refusal(lines: Sequence[Measured], budget: int, step_seconds: float) -> str:
     """Why nothing fits, from what the least there is takes."""
-    lines = [line for line, _ in zip(measure(1, 1, Fit(1, lean=True)), (PASSES, 1), strict=False)]
     if len(lines) < 2:
         return (
             "what a round at level 1 needs could not be measured: it ended early, most likely for want of memory; "

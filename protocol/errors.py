@@ -23,7 +23,13 @@ def one_line(text: object) -> str:
 
 
 class FedFMSLError(Exception):
+    """`lines`: what is said of it, one line for each thing that is wrong."""
+
     exit_code = 1
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        return (" ".join(str(self).split()),)
 
 
 class ConfigError(FedFMSLError):

@@ -139,7 +139,8 @@ class Globals(Message):
 
 
 class DeviceStatus(Message):
-    """Retained, last will. `instance` is made anew at each start of a device: by it, two with one name are noticed."""
+    """Retained, last will. `instance` is made anew at each start of a device: by it, two with one name are noticed.
+    `paused` says why it may not train at present: rounds that open meanwhile do not wait for it."""
 
     device: Name
     online: bool
@@ -149,6 +150,7 @@ class DeviceStatus(Message):
     train: Count = 0
     held_out: Count = 0
     test: Count = 0
+    paused: Text = ""
     error: Text = ""
 
 
@@ -167,6 +169,9 @@ class Activity(str, Enum):
     WORKING = "working"
     PAUSED = "paused"  # its governor does not let it train
     STOPPED = "stopped"
+
+
+HEALTH_SECONDS = 60.0  # from one to the next, while nothing changes
 
 
 class Health(Message):
@@ -190,6 +195,7 @@ class Health(Message):
     others: float | None = Field(default=None, ge=0, le=1)
     on_battery: bool | None = None
     metered: bool | None = None
+    throttled: bool | None = None
     memory: Count = 0
     disk_free: Count = 0
     cache: Count = 0
@@ -204,6 +210,8 @@ class Health(Message):
 class Prediction(Message):
     """What the personalized model says of one file, retained. `label` is a class, or `unknown`; `round` is the one that
     the model is of; `probabilities` are calibrated."""
+
+    max_bytes = 192 * 1024  # most of it for `probabilities`
 
     device: Name
     file: Text

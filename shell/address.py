@@ -35,7 +35,7 @@ def parse_address(broker: str) -> Address:
     """An address like mqtts://host, with its parts' defaults filled in. User and password, where the address has none,
     are those of the environment (FEDFMSL_USER, FEDFMSL_PASSWORD), which does not show them to everybody as a command
     line does. Raises ConfigError if it is not such an address."""
-    shown = f"broker address {_without_password(broker)!r}"
+    shown = f"broker address {without_password(broker)!r}"
     try:
         parts = urlsplit(broker)
         host, port = parts.hostname, parts.port
@@ -53,6 +53,11 @@ def parse_address(broker: str) -> Address:
     )
 
 
+def netloc(host: str) -> str:
+    """A host's name or address as it stands in a URL: IPv6 in brackets."""
+    return f"[{host}]" if ":" in host else host
+
+
 def require_loopback(what: str, host: str, instead: str) -> None:
     """Raises ConfigError if what would travel in the clear would leave this machine; `instead` says what to do."""
     if not is_loopback(host):
@@ -68,6 +73,7 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def _without_password(broker: str) -> str:
+def without_password(broker: str) -> str:
+    """An address as it may be shown."""
     scheme, separator, rest = broker.partition("://")
     return f"{scheme}{separator}{rest.rpartition('@')[2]}"

@@ -1,4 +1,4 @@
-"""One way to end: a command either succeeds, or prints one line and exits with the error's code."""
+"""One way to end: a command either succeeds, or says in a line what is wrong and exits with the error's code."""
 
 from __future__ import annotations
 
@@ -17,6 +17,12 @@ from shell.files import FULL
 
 # A log line stays one line, however narrow the terminal; what a stranger has put into it is not read as rich's markup.
 console = Console(soft_wrap=True, markup=False, emoji=False)
+
+
+def notice(text: str) -> None:
+    """A line for people, beside an output that may be for programs."""
+    print(text, file=sys.stderr, flush=True)
+
 
 # The options of every command that talks to a broker.
 BROKER = typer.Option(
@@ -38,7 +44,8 @@ class _Application(typer.Typer):
         try:
             return super().__call__(*args, **kwargs)
         except FedFMSLError as error:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            for line in error.lines:
+                print(f"error: {line}", file=sys.stderr)
             sys.exit(error.exit_code)
         except OSError as error:
             if error.errno not in FULL:

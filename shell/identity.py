@@ -12,6 +12,7 @@ import re
 import ssl
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 
 from protocol.errors import ConfigError
@@ -19,7 +20,8 @@ from protocol.errors import ConfigError
 _BLOCK = re.compile(r"-----BEGIN ([A-Z0-9 ]+)-----\n.*?-----END \1-----", re.DOTALL)
 _CERTIFICATE, _KEY = "CERTIFICATE", "PRIVATE KEY"
 _COMMON_NAME = b"\x55\x04\x03"  # 2.5.4.3 in DER
-_VERSION_TAG = 0xA0
+_VERSION_TAG, _UTC_TIME = 0xA0, 0x17
+_VALIDITY, _SUBJECT = 3, 4  # behind the serial number, the algorithm and the issuer
 LONGEST = 1 << 20  # bytes of an identity file
 
 # What verification fails with (OpenSSL's X509_V_ERR_…) and a peer's alerts, as parts of a name: what to do about it.
@@ -49,6 +51,7 @@ class Identity:
     path: Path
     name: str | None  # the common name of its certificate; None where there is only a CA's
     authorities: str  # the CA's certificates in PEM, "" for those that the system trusts
+    valid: tuple[datetime, datetime] | None = None  # from when until when its certificate is
 
     def client_context(self) -> ssl.SSLContext:
         return self._loaded(_client_context(self.authorities))
@@ -80,9 +83,9 @@ def read_identity(path: Path) -> Identity:
     try:
         if path.stat().st_size > LONGEST:
             raise ConfigError(f"identity {path} is not a PEM file with a key and certificates: too long")
-        text = path.read_text("ascii")
+        text = path.read_text("utf-8", errors="replace")  # around the blocks there may be anything
         mode = path.stat().st_mode
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise ConfigError(f"identity {path} is not readable ({error}); make one with devices.provision") from error
     blocks = [(match[1], match[0]) for match in _BLOCK.finditer(text.replace("\r\n", "\n"))]
     certificates = [block for kind, block in blocks if kind == _CERTIFICATE]
@@ -93,11 +96,12 @@ def read_identity(path: Path) -> Identity:
         raise ConfigError(f"identity {path} holds a private key that others may read; chmod 600 {path}")
     own, authorities = (certificates[0], certificates[1:]) if has_key else (None, certificates)
     try:
-        name = common_name(ssl.PEM_cert_to_DER_cert(own)) if own else None
+        der = ssl.PEM_cert_to_DER_cert(own) if own else None
+        name, valid = (common_name(der), validity(der)) if der is not None else (None, None)
         _client_context("\n".join(authorities))
     except (ValueError, IndexError, ssl.SSLError) as error:
         raise ConfigError(f"identity {path} holds a certificate that is none ({error})") from error
-    identity = Identity(path, name, "\n".join(authorities))
+    identity = Identity(path, name, "\n".join(authorities), valid)
     identity.client_context()
     return identity
 
@@ -117,20 +121,35 @@ def client_context(identity: Identity | None) -> ssl.SSLContext:
 
 
 def common_name(certificate: bytes) -> str:
-    """Of the subject of a certificate in DER. Raises ValueError or IndexError if it has none, or is none.
-
-    The standard library shows a certificate only of a live connection's peer, and `cryptography` is too large for a
-    device: so this steps over the fields that stand before it (RFC 5280, 4.1).
-    """
-    (_, whole), *_ = _fields(certificate)
-    (_, signed), *_ = _fields(whole)
-    _serial, _algorithm, _issuer, _validity, subject, *_ = (v for tag, v in _fields(signed) if tag != _VERSION_TAG)
-    for _, names in _fields(subject):
+    """Of the subject of a certificate in DER. Raises ValueError or IndexError if it has none, or is none."""
+    for _, names in _fields(_signed(certificate)[_SUBJECT]):
         for _, attribute in _fields(names):
             (_, kind), (_, value) = _fields(attribute)
             if kind == _COMMON_NAME:
                 return value.decode()
     raise ValueError("it names nobody")
+
+
+def validity(certificate: bytes) -> tuple[datetime, datetime]:
+    """From when until when a certificate in DER is valid. Raises ValueError or IndexError if it is none."""
+    start, end = (_time(tag, value) for tag, value in _fields(_signed(certificate)[_VALIDITY]))
+    return start, end
+
+
+def _time(tag: int, value: bytes) -> datetime:
+    """Two digits of a year are of 1950 to 2049 (RFC 5280, 4.1.2.5.1)."""
+    text = value.decode("ascii")
+    if tag == _UTC_TIME:
+        text = ("19" if int(text[:2]) >= 50 else "20") + text
+    return datetime.strptime(text, "%Y%m%d%H%M%SZ").replace(tzinfo=timezone.utc)
+
+
+def _signed(certificate: bytes) -> list[bytes]:
+    """What is signed of a certificate in DER, field by field, from the serial number on (RFC 5280, 4.1). The standard
+    library shows a certificate only of a live connection's peer, and `cryptography` is too large for a device."""
+    (_, whole), *_ = _fields(certificate)
+    (_, signed), *_ = _fields(whole)
+    return [value for tag, value in _fields(signed) if tag != _VERSION_TAG]
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, bytes]]:

@@ -85,6 +85,8 @@ def _see_device(plan: Plan, state: State, status: DeviceStatus) -> tuple[State, 
         commands.append(Note(f"{status.device} cannot take part: {status.error}"))
     elif before is None or before.online != status.online:
         commands.append(Note(f"{status.device} is {'online' if status.online else 'offline'}"))
+    elif bool(before.paused) != bool(status.paused):
+        commands.append(Note(f"{status.device} {f'pauses: {status.paused}' if status.paused else 'goes on'}"))
     return replace(state, devices={**state.devices, status.device: status}), commands
 
 
@@ -123,10 +125,10 @@ def _open(plan: Plan, state: State, position: int, now: float) -> tuple[State, l
     """Chooses devices, publishes what the round of that position needs, and announces it."""
     config, number, step = plan.config, state.round + 1, plan.schedule[position]
     stage, level = step.stage, state.sal.level
-    online = {name: state.devices[name] for name in state.online}
+    ready = {name: state.devices[name] for name in state.ready}
     # a round that is repeated asks everybody: the same choice could be in vain for ever
     chooses = stage in TRAINING and not state.repeats
-    asked = select(config, online, level, number) if chooses else state.online
+    asked = select(config, ready, level, number) if chooses else state.ready
     oldest = number - max(config.max_staleness, REMEMBERED_ROUNDS)
     closed = [*state.recent, *([state.announced] if state.announced else [])]
     blobs = globals_of(plan, state, stage)
@@ -139,7 +141,7 @@ def _open(plan: Plan, state: State, position: int, now: float) -> tuple[State, l
         of=step.of,
         level=level,
         seconds=config.round_timeout,
-        chosen=tuple(sorted(asked)) if asked != state.online else (),
+        chosen=tuple(sorted(asked)) if asked != state.ready else (),
         repetitions=config.stage1_rounds if stage is Stage.BASELINE else 1,
         training=config.stage2 if stage is Stage.PERSONAL else config.stage1,
         sal=_sal_of(plan, state, stage),

@@ -112,6 +112,11 @@ class State:
         return frozenset(name for name, status in self.devices.items() if status.online)
 
     @property
+    def ready(self) -> frozenset[str]:
+        """Who is online and may train at present."""
+        return frozenset(name for name in self.online if not self.devices[name].paused)
+
+    @property
     def answered(self) -> frozenset[str]:
         return frozenset(device for _, device in self.updates)
 

@@ -63,7 +63,15 @@ class Fleet:
         return self.pki / "server.pem"
 
     def device(self, name: str) -> Path:
-        return self.pki / "devices" / f"{name}.pem"
+        return self.pki / "devices" / f"{name}.toml"
+
+
+def home_assistant(pki: Path) -> Path:
+    """Its two files and the CA's as one identity file."""
+    path = pki / "homeassistant.pem"
+    path.write_text("".join((pki / name).read_text() for name in ("homeassistant.key", "homeassistant.crt", "ca.crt")))
+    path.chmod(0o600)
+    return path
 
 
 def start_fleet(pki: Path, processes: Processes) -> Fleet:

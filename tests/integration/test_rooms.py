@@ -13,17 +13,22 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 MODELS = {"torch", "transformers", "peft", "optimum", "onnxscript"}
-BASE = {"numpy", "pydantic", "safetensors"}
+BASE = {"numpy", "pydantic", "pydantic_core", "safetensors"}
 SHELL = {"paho", "typer", "rich", "shell"}
+
+# What only other extras than `edge` bring, or have a use for.
+NOT_OF_EDGE = {"amqtt", "cryptography", "dp_accounting", "export", "matplotlib", "onnx", "pyarrow", "starlette"}
+NOT_OF_EDGE |= {"tokenizers", "trainer_server", "uvicorn", "yaml"}
 
 # What each room may import beside itself and the standard library.
 MAY_IMPORT = {
     "protocol": BASE,
     "shell": {"protocol", "pydantic", *SHELL},
     "trainer_server": {"protocol", "starlette", "uvicorn", *BASE, *SHELL},
-    "edge_runtime": {"protocol", "onnxruntime", "PIL", *BASE, *SHELL},
+    "edge_runtime": {"protocol", "onnxruntime", "PIL", "tomli", *BASE, *SHELL},
 }
 STAND_ALONE = {
+    "edge_runtime/metrics.py": "prometheus_client",
     "edge_runtime/personalize.py": "onnx",
     "edge_runtime/texts.py": "tokenizers",
     "trainer_server/privacy.py": "dp_accounting",
@@ -67,8 +72,10 @@ def test_export_knows_nothing_of_server_and_devices(path: Path) -> None:
     ("module", "never"),
     [
         ("edge_runtime.__main__", {*MODELS, "onnx", "tokenizers", "export", "trainer_server", "starlette", "uvicorn"}),
-        ("edge_runtime.service", {*MODELS, "onnx", "tokenizers", "export", "trainer_server"}),
+        ("edge_runtime.service", {*MODELS, "onnx", "tokenizers", "prometheus_client", "export", "trainer_server"}),
         ("trainer_server.__main__", {*MODELS, "onnx", "onnxruntime", "export", "edge_runtime", "PIL"}),
+        ("devices.install", {*MODELS, *NOT_OF_EDGE}),
+        ("devices.boards", {*MODELS, *NOT_OF_EDGE}),
         ("protocol.bundle", {*MODELS, "onnx", "onnxruntime", "paho", "shell"}),
     ],
 )
@@ -91,8 +98,8 @@ def extras_of(extra: str | None) -> set[str]:
 
 def test_the_edge_extra_lists_neither_torch_nor_what_needs_it() -> None:
     assert extras_of("edge") == {
-        *("numpy", "paho-mqtt", "pydantic", "rich", "safetensors", "typer"),
-        *("onnx", "onnxruntime", "pillow"),
+        *("numpy", "paho-mqtt", "pydantic", "rich", "safetensors", "tomli", "typer"),
+        *("onnx", "onnxruntime", "pillow", "prometheus-client"),
     }
 
 

@@ -16,6 +16,7 @@ from fleets import (
     authority_of,
     expired_identity,
     foreign_identity,
+    home_assistant,
     provision,
     start_fleet,
     write_identity,
@@ -23,10 +24,13 @@ from fleets import (
 from processes import MOSQUITTO, Broker, Ended, Federation, Processes, free_port, run_module, wait_until
 
 from devices.authority import SERVER, make_authority
+from devices.broker_kit import HOME_ASSISTANT
+from devices.settings_file import read_table
 from protocol.bundle import Bundle
 from protocol.errors import BrokerError
 from protocol.topics import Topics
-from shell.link import Connected, Link, LinkEvent, Received, Will
+from shell.address import parse_address
+from shell.link import Connected, Disconnected, Link, LinkEvent, Received, Will
 
 pytestmark = pytest.mark.skipif(not MOSQUITTO, reason="mosquitto is not installed (apt-get install mosquitto)")
 
@@ -46,8 +50,8 @@ def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
 def fleet(processes: Processes, tmp_path_factory: pytest.TempPathFactory) -> Fleet:
     """With the identities of three devices, and that of one which has been revoked."""
     pki = tmp_path_factory.mktemp("fleet") / "pki"
-    provision(pki, *HOSTS, *DEVICES, "lost")
-    shutil.copy(pki / "devices" / "lost.pem", pki / "lost.pem")
+    provision(pki, *HOSTS, *DEVICES, "lost", HOME_ASSISTANT)
+    shutil.copy(pki / "devices" / "lost.toml", pki / "lost.toml")
     provision(pki, "--revoke", "lost")
     return start_fleet(pki, processes)
 
@@ -59,6 +63,7 @@ def connect(fleet: Fleet) -> Iterator[Callable[..., Link]]:
 
     def connected(name: str, client_id: str = "", will: Will | None = None, url: str = "") -> Link:
         identity = fleet.server if name == "server" else fleet.device(name)
+        identity = home_assistant(fleet.pki) if name == HOME_ASSISTANT else identity
         link = Link(url or fleet.url, client_id or name, will, identity=identity)
         links.append(link)
         link.connect()
@@ -83,6 +88,18 @@ def until_last(link: Link) -> list[LinkEvent]:
 
 def publish(link: Link, topic: str, payload: bytes = b"x", retain: bool = False) -> None:
     link.publish(topic, payload, retain).wait_for_publish(10)
+
+
+def attempt(connect: Callable[..., Link], name: str, topic: str, allowed: str) -> None:
+    """Publishes on a connection of its own. The broker has had it once it acknowledges what came after it, which is
+    allowed, or ends the connection, which mosquitto 2.0 does."""
+    link = connect(name)
+    link.publish(topic, b"x", retain=True, qos=0)
+    after = link.publish(allowed, b"x")
+    wait_until(
+        lambda: after.rc > 0 or after.is_published() or isinstance(link.next_event(0), Disconnected), f"{topic} denied"
+    )
+    link.close()
 
 
 def join(url: str, photos: Path, state: Path, *arguments: str, environment: dict[str, str] | None = None) -> Ended:
@@ -115,7 +132,7 @@ STRANGERS: dict[str, tuple[Callable[[Fleet, Path], Path], str]] = {
     ),
     "another CA's": (lambda fleet, folder: foreign_identity(fleet.pki, folder / "x.pem"), "another CA"),
     "expired": (lambda fleet, folder: expired_identity(fleet.pki, folder / "x.pem"), "our certificate has expired"),
-    "revoked": (lambda fleet, folder: fleet.pki / "lost.pem", "our certificate is revoked"),
+    "revoked": (lambda fleet, folder: fleet.pki / "lost.toml", "our certificate is revoked"),
 }
 
 
@@ -180,7 +197,7 @@ def test_a_port_that_speaks_no_tls_is_named(broker: Broker, fleet: Fleet) -> Non
 def test_a_revoked_identity_is_refused_once_the_broker_has_been(tmp_path: Path, restart: bool) -> None:
     pki = tmp_path / "pki"
     provision(pki, *HOSTS, "stolen")
-    stolen = Path(shutil.copy(pki / "devices" / "stolen.pem", tmp_path / "stolen.pem"))
+    stolen = Path(shutil.copy(pki / "devices" / "stolen.toml", tmp_path / "stolen.toml"))
     with Processes(tmp_path / "before") as before, Processes(tmp_path / "after") as after:
         fleet = start_fleet(pki, before)
         link = Link(fleet.url, "stolen", identity=stolen)
@@ -202,27 +219,62 @@ def test_a_revoked_identity_is_refused_once_the_broker_has_been(tmp_path: Path, 
 
 
 def test_a_device_says_nothing_in_anothers_name(connect: Callable[..., Link]) -> None:
-    server, mallory = connect("server"), connect("mallory")
+    server = connect("server")
     server.subscribe("#")
     for topic in (
         TOPICS.update_chunk("device-0", 1, 0),
         TOPICS.status("device-0"),
         TOPICS.progress("device-0"),
+        TOPICS.health("device-0"),
+        TOPICS.prediction("device-0"),
         TOPICS.ack("device-0"),
         TOPICS.ack("mallory"),
         TOPICS.round,
         TOPICS.server_status,
         TOPICS.globals_chunk("0" * 64, 0),
-        "fedfmsl/orchard/devices/mallory/update",
         "fedfmsl/orchard/devices/mallory/else",
         "elsewhere",
     ):
-        mallory.publish(topic, b"x", retain=True, qos=0)  # at QoS 1 mosquitto 2.0 ends the connection as well
-    publish(mallory, TOPICS.progress("mallory"))
-    publish(mallory, TOPICS.update_chunk("mallory", 1, 0))
+        attempt(connect, "mallory", topic, TOPICS.progress("mallory"))
+    mallory, mine = connect("mallory"), [TOPICS.update_chunk("mallory", 1, 0)]
+    mine += [TOPICS.progress("mallory"), TOPICS.health("mallory"), TOPICS.prediction("mallory")]
+    for topic in mine:
+        publish(mallory, topic)
     publish(mallory, TOPICS.status("mallory"), LAST)
-    topics = [event.topic for event in until_last(server) if isinstance(event, Received)]
-    assert topics == [TOPICS.progress("mallory"), TOPICS.update_chunk("mallory", 1, 0)]
+    assert {event.topic for event in until_last(server) if isinstance(event, Received)} == set(mine)
+
+
+def test_a_device_introduces_itself_to_home_assistant_and_nobody_else(connect: Callable[..., Link]) -> None:
+    home, device = connect(HOME_ASSISTANT), connect("device-0")
+    home.subscribe("#")
+    for topic in (
+        "homeassistant/sensor/device-0/seen/config",
+        "homeassistant/sensor/mallory-2/config",
+        "homeassistant/mallory/config",
+        "homeassistant/status",
+    ):
+        attempt(connect, "mallory", topic, TOPICS.progress("mallory"))
+    mine = ["homeassistant/sensor/device-0/seen/config", TOPICS.prediction("device-0"), TOPICS.health("device-0")]
+    for topic in (*mine, TOPICS.update_chunk("device-0", 1, 0)):  # the last is not for its ears
+        publish(device, topic)
+    publish(device, TOPICS.status("device-0"), LAST)
+    assert [event.topic for event in until_last(home) if isinstance(event, Received)] == mine
+
+
+def test_home_assistant_hears_and_says_no_more_than_it_needs(connect: Callable[..., Link]) -> None:
+    server, device = connect("server"), connect("device-0")
+    for link in (server, device):
+        link.subscribe("#")
+    for topic in (TOPICS.round, TOPICS.status("device-0"), "homeassistant/sensor/device-0/seen/config"):
+        attempt(connect, HOME_ASSISTANT, topic, "homeassistant/status")
+    home = connect(HOME_ASSISTANT)
+    home.subscribe("homeassistant/status")
+    publish(home, "homeassistant/status", LAST)
+    assert until_last(home) == []
+    publish(server, TOPICS.ack("device-0"), LAST)
+    assert until_last(device) == []
+    publish(device, TOPICS.update_chunk("device-0", 1, 0), LAST)
+    assert [event for event in until_last(server) if isinstance(event, Received)] == []
 
 
 def test_a_device_hears_nothing_that_is_anothers(connect: Callable[..., Link]) -> None:
@@ -289,9 +341,11 @@ def test_a_user_gets_in_with_its_password_only(
     photos: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pki = tmp_path / "pki"
-    printed = provision(pki, *HOSTS, "--user", "device-0", "device-1").stdout + provision(pki, "--user", "late").stdout
-    passwords = {line.split()[0]: line.split()[1] for line in printed.splitlines() if not line.startswith("wrote")}
-    assert set(passwords) == {"server", "device-0", "device-1", "late"}
+    printed = provision(pki, *HOSTS, "--user", "device-0", "device-1").stdout
+    provision(pki, "--user", "late")
+    passwords = {path.stem: parse_address(read_table(path)["broker"]).password for path in pki.glob("devices/*.toml")}
+    assert set(passwords) == {"device-0", "device-1", "late"}
+    (passwords["server"],) = (line.split()[1] for line in printed.splitlines() if line.startswith("server "))
     provision(pki, "--revoke", "device-1")
     with Processes(tmp_path / "logs") as processes:
         fleet = start_fleet(pki, processes)
@@ -317,6 +371,16 @@ def test_a_user_gets_in_with_its_password_only(
                 environment={"FEDFMSL_USER": user, "FEDFMSL_PASSWORD": password},
             )
             ended.assert_error(BROKER, "refused us: Not authorized; check user, password and identity")
+
+
+def test_a_kit_may_lie_in_a_folder_with_a_space_and_a_sharp(tmp_path: Path) -> None:
+    pki = tmp_path / "our #1 pki"
+    provision(pki, *HOSTS, "device-0")
+    with Processes(tmp_path / "logs") as processes:
+        fleet = start_fleet(pki, processes)
+        link = Link(fleet.url, "device-0", identity=fleet.device("device-0"))
+        link.connect()
+        link.close()
 
 
 def test_a_whole_run_over_mutual_tls(

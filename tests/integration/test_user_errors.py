@@ -13,7 +13,7 @@ import pytest
 from processes import Broker, free_port, run_module
 from support import CLASSES
 
-from edge_runtime.personal import ModelHeader
+from edge_runtime.model import ModelHeader
 from edge_runtime.personalize import write_model
 from edge_runtime.store import DeviceStore
 from protocol.bundle import Bundle
@@ -115,9 +115,20 @@ def personalized(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     expert, gate = opened.initial()
     theta, nothing = expert[: opened.expert.size(1)], np.zeros(len(CLASSES), np.float32)
     tensors = {"global_theta": theta, "local_theta": theta, "gate_theta": gate}
-    header = ModelHeader(run="none", round=1, device="none", level=1)
+    header = ModelHeader(
+        run="none",
+        session="none",
+        round=1,
+        device="none",
+        level=1,
+        bundle=opened.sha256,
+        expert="",
+        gate="",
+        temperature=1.0,
+        threshold=0.0,
+    )
     store.mixture.write_bytes(pack(header, {**tensors, "global_bias": nothing, "local_bias": nothing}))
-    write_model(opened, store, store.personalized)
+    write_model(store, store.personalized, bundle)
     return store.personalized
 
 
@@ -291,7 +302,7 @@ CASES = [
         "a personalized model before any run",
         lambda w: ["edge_runtime", "personalize", "--bundle", str(w.bundle), "--state", str(w.scratch)],
         INPUT,
-        ("no personalized model yet", "once a run has been evaluated"),
+        ("no personalized model yet", "once its first round is done"),
     ),
     Wrong(
         "a prediction without the model",

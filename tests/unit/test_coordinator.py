@@ -201,6 +201,30 @@ def test_nothing_starts_before_every_device_is_there(vit: Built) -> None:
     assert run.state.expected == {"b"}
 
 
+def test_rounds_do_not_wait_for_a_device_that_may_not_train_and_count_it_if_it_comes(vit: Built) -> None:
+    run = started(vit)
+    run.feed(StatusSeen(run.status("c", paused="81 °C")))
+    run.answers(ABC)  # it was asked before it paused
+    assert run.announced.stage is Stage.GLOBAL and run.state.expected == {"a", "b"} and not run.announced.chosen
+    before = run.announced
+    run.answers(["c"])  # it has gone on meanwhile
+    assert run.announced == before and run.verdicts[-1] is Verdict.ACCEPTED
+    run.feed(StatusSeen(run.status("c")))
+    run.answers(["a", "b"])
+    assert sorted(run.of(Record)[-1].closed.updates) == ABC
+    assert run.state.expected == set(ABC)
+    assert [note.text for note in run.of(Note)][-2:] == ["c pauses: 81 °C", "c goes on"]
+
+
+def test_devices_that_may_not_train_yet_have_joined_all_the_same(vit: Built) -> None:
+    run = Run(plan_of(vit, devices=2))
+    run.feed(*(StatusSeen(run.status(name, paused="outside of --hours")) for name in "ab"))
+    assert run.announced.stage is Stage.STATISTICS and not run.state.expected
+    run.feed(*(StatusSeen(run.status(name)) for name in "ab"))
+    run.answers("ab")
+    assert run.announced.stage is Stage.GLOBAL and run.state.expected == {"a", "b"}
+
+
 def test_a_run_whom_nobody_joins_stops_with_the_reason(vit: Built) -> None:
     run = Run(plan_of(vit))
     run.now = JOIN_SECONDS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime, timezone
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,21 @@ def test_an_identity_knows_its_name_and_its_ca(authority: Authority, issued: Iss
     assert trusted["subject"] == ((("commonName", "test"),),)
     assert identity.client_context().check_hostname
     identity.server_context()
+
+
+def test_an_identity_knows_from_when_until_when_it_is_valid(authority: Authority, tmp_path: Path) -> None:
+    now = datetime(2048, 12, 31, 23, 59, 58, tzinfo=timezone.utc)  # it ends after 2049, where the year has four digits
+    issued = authority.issue("kitchen", [CLIENT], days=500, now=now)
+    identity = read_identity(write(tmp_path / "x.pem", issued.key_pem, issued.certificate_pem))
+    assert identity.valid == (issued.certificate.not_valid_before_utc, issued.certificate.not_valid_after_utc)
+
+
+def test_an_identity_may_stand_in_any_text(authority: Authority, issued: Issued, tmp_path: Path) -> None:
+    pem = issued.key_pem + issued.certificate_pem + authority.certificate_pem
+    path = write(tmp_path / "kitchen.toml", f'images = "/data/früchte"\nidentity = """\n{pem}"""\nrun = "orchard"\n')
+    identity = read_identity(path)
+    assert identity.name == "kitchen"
+    assert len(identity.client_context().get_ca_certs()) == 1
 
 
 def test_a_file_of_windows_is_read_as_well(authority: Authority, issued: Issued, tmp_path: Path) -> None:

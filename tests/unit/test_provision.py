@@ -11,7 +11,9 @@ from typer.testing import CliRunner
 
 from devices.broker_kit import password_line
 from devices.provision import app
+from devices.settings_file import read_table
 from protocol.errors import ConfigError
+from shell.address import parse_address
 from shell.identity import read_identity
 
 HOSTS = ("--host", "broker.example", "--host", "192.0.2.1")
@@ -31,13 +33,14 @@ def test_a_ca_a_kit_and_identities_are_made_that_nobody_else_reads(tmp_path: Pat
     made = files(tmp_path / "pki")
     assert set(made) == {
         *("ca.crt", "ca.key", "server.pem"),
-        *("devices/kitchen.pem", "devices/balcony.pem", "issued/kitchen.crt", "issued/balcony.crt"),
+        *("fleet.toml", "devices/kitchen.toml", "devices/balcony.toml", "issued/kitchen.crt", "issued/balcony.crt"),
         *(f"broker/{name}" for name in ("mosquitto.conf", "acl", "ca.crt", "broker.crt", "broker.key", "revoked.crl")),
+        "broker/compose.yaml",
     }
     modes = {stat.S_IMODE((tmp_path / "pki" / name).stat().st_mode) for name in made}
     assert modes == {0o600}
     assert read_identity(tmp_path / "pki" / "server.pem").name == "server"
-    assert read_identity(tmp_path / "pki" / "devices" / "kitchen.pem").name == "kitchen"
+    assert read_identity(tmp_path / "pki" / "devices" / "kitchen.toml").name == "kitchen"
 
 
 def test_the_brokers_and_the_servers_certificate_name_every_host(tmp_path: Path) -> None:
@@ -51,7 +54,7 @@ def test_the_brokers_and_the_servers_certificate_name_every_host(tmp_path: Path)
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
     pki = tmp_path / "pki"
     provision(pki, *HOSTS, "kitchen")
-    (pki / "devices" / "kitchen.pem").unlink()  # moved to the device, which must not lose its counterpart
+    (pki / "devices" / "kitchen.toml").unlink()  # moved to the device, which must not lose its counterpart
     before = files(pki)
     with pytest.raises(ConfigError, match=r"kitchen.* already exists and is not overwritten"):
         provision(pki, "kitchen")
@@ -65,7 +68,7 @@ def test_a_revoked_name_may_be_given_again_and_is_listed_once_for_each(tmp_path:
     provision(pki, *HOSTS, "kitchen", "balcony")
     for _ in range(2):
         provision(pki, "--revoke", "kitchen")
-        assert not (pki / "devices" / "kitchen.pem").exists()
+        assert not (pki / "devices" / "kitchen.toml").exists()
         provision(pki, "kitchen")
     command = ["openssl", "crl", "-noout", "-text", "-in", str(pki / "broker" / "revoked.crl")]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.count("Serial Number") == 2
@@ -78,6 +81,9 @@ def test_a_revoked_name_may_be_given_again_and_is_listed_once_for_each(tmp_path:
         (("kitchen",), "holds no CA; make one with --host"),
         (("--host", "-not a host-é"), "give a host's name or address"),
         ((*HOSTS, "server"), "is the server's; choose another"),
+        ((*HOSTS, "--broker", "mqtt://broker.example"), "speaks TLS only"),
+        ((*HOSTS, "--broker", "broker.example"), "not of the form"),
+        ((*HOSTS, "--run", "a/b"), "run name 'a/b' is unusable"),
         ((*HOSTS, "a/b"), "unusable"),
         ((*HOSTS, "+"), "unusable"),
         (("--revoke", "../ca"), "unusable"),
@@ -110,14 +116,72 @@ def test_a_broker_has_either_certificates_or_users(
 
 def test_a_password_is_printed_once_and_kept_as_a_hash(tmp_path: Path) -> None:
     pki = tmp_path / "pki"
-    printed = provision(pki, *HOSTS, "--user", "kitchen")
-    (password,) = [line.split()[1] for line in printed.splitlines() if line.startswith("kitchen ")]
-    assert all(password.encode() not in data for data in files(pki).values())
-    assert (pki / "broker" / "passwords").read_text().count("$7$101$") == 2  # and the server's
+    printed = provision(pki, *HOSTS, "--user", "kitchen", "homeassistant")
+    passwords = [line.split()[1] for line in printed.splitlines() if line.startswith(("server ", "homeassistant "))]
+    assert len(passwords) == 2
+    assert all(password.encode() not in data for data in files(pki).values() for password in passwords)
+    assert (pki / "broker" / "passwords").read_text().count("$7$101$") == 3  # and kitchen's
     with pytest.raises(ConfigError, match="already has kitchen"):
         provision(pki, "--user", "kitchen")
     provision(pki, "--revoke", "kitchen")
     assert "kitchen" not in (pki / "broker" / "passwords").read_text()
+    assert not (pki / "devices" / "kitchen.toml").exists()
+
+
+def test_a_devices_file_says_all_that_it_needs(tmp_path: Path) -> None:
+    pki = tmp_path / "pki"
+    provision(pki, *HOSTS, "--run", "orchard", "kitchen")
+    path = pki / "devices" / "kitchen.toml"
+    settings = read_table(path)
+    assert list(settings) == ["run", "broker", "identity"]
+    assert (settings["run"], settings["broker"]) == ("orchard", "mqtts://broker.example")
+    alone = tmp_path / "identity.pem"
+    alone.write_text(settings["identity"])
+    alone.chmod(0o600)
+    assert read_identity(alone).name == read_identity(path).name == "kitchen"
+    assert read_identity(path).authorities == read_identity(pki / "server.pem").authorities
+    read_identity(path).client_context()  # OpenSSL reads what Python does
+
+
+def test_a_users_file_holds_its_name_and_password(tmp_path: Path) -> None:
+    pki = tmp_path / "pki"
+    printed = provision(pki, "--host", "2001:db8::1", "--user", "--run", "orchard", "kitchen")
+    settings = read_table(pki / "devices" / "kitchen.toml")
+    address = parse_address(settings["broker"])
+    assert (address.host, address.port, address.user, settings["device"]) == ("2001:db8::1", 8883, "kitchen", "kitchen")
+    assert len(address.password) >= 32 and address.password not in printed
+    assert "PRIVATE KEY" not in settings["identity"]
+
+
+def test_what_was_said_of_the_fleet_is_kept_for_devices_to_come(tmp_path: Path) -> None:
+    pki = tmp_path / "pki"
+    provision(pki, *HOSTS, "first")
+    assert "run" not in read_table(pki / "devices" / "first.toml")
+    provision(pki, "--run", "orchard", "--broker", "wss://broker.example/mqtt", "second")
+    provision(pki, "third")
+    second, third = (read_table(pki / "devices" / f"{name}.toml") for name in ("second", "third"))
+    assert (third["run"], third["broker"]) == (second["run"], second["broker"])
+    assert (third["run"], third["broker"]) == ("orchard", "wss://broker.example/mqtt")
+
+
+def test_home_assistant_gets_its_certificate_and_key_one_by_one(tmp_path: Path) -> None:
+    pki = tmp_path / "pki"
+    provision(pki, *HOSTS, "homeassistant")
+    command = ["openssl", "verify", "-CAfile", str(pki / "ca.crt"), str(pki / "homeassistant.crt")]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
+    assert "PRIVATE KEY" in (pki / "homeassistant.key").read_text()
+    assert not (pki / "devices" / "homeassistant.toml").exists()
+    provision(pki, "--revoke", "homeassistant")
+    assert not list(pki.glob("homeassistant.*"))
+
+
+def test_a_device_called_like_a_file_of_the_ca_takes_nothing_with_it(tmp_path: Path) -> None:
+    pki = tmp_path / "pki"
+    provision(pki, *HOSTS, "ca", "fleet")
+    before = set(files(pki))
+    provision(pki, "--revoke", "ca", "--revoke", "fleet")
+    gone = before - set(files(pki))
+    assert gone == {"devices/ca.toml", "devices/fleet.toml", "issued/ca.crt", "issued/fleet.crt"}
 
 
 def test_two_users_with_one_password_have_different_hashes() -> None:

@@ -15,7 +15,7 @@ from support import Built
 import edge_runtime.features as features
 from edge_runtime.cache import DiskCache
 from edge_runtime.device import Device
-from edge_runtime.engine import StepGraphEngine
+from edge_runtime.engine import Batch, StepGraphEngine
 from edge_runtime.features import FeatureCache
 from edge_runtime.folder import SampleFolder, scan
 from edge_runtime.gate import Gate
@@ -29,7 +29,7 @@ from edge_runtime.updates import prepare
 from protocol.encoding import decode
 from protocol.head import head_of_class_means
 from protocol.layout import Vector
-from protocol.messages import Encoding, Privacy, Round, Sal, Stage, Training
+from protocol.messages import Encoding, Privacy, Round, Sal, Stage, Training, Trigger
 from protocol.tensors import Tensors
 
 TRAINING = Training(epochs=2, learning_rate=1e-2)
@@ -89,6 +89,51 @@ def test_stage_2_gives_what_the_gate_moved(device: Device) -> None:
     assert outcome.delta.shape == (device.bundle.gate.total,)
     assert 0 < np.abs(outcome.delta).max() < 0.1  # a few steps of a small rate
     assert np.array_equal(globals_.gate, before)
+
+
+class Losses(StepGraphEngine):
+    """Notes what each step's loss was."""
+
+    def step(self, batch: Batch) -> float:
+        self.seen = [*getattr(self, "seen", []), super().step(batch)]
+        return self.seen[-1]
+
+
+def stage_2(device: Device, level_cap: int, index: int) -> tuple[LocalExpert, list[float], set[str]]:
+    """The local expert after a round of plain LoRA, each step's loss, and the folders of features made on the way."""
+    everything = SAL.model_copy(update={"trigger": Trigger.ALL_AT_ONCE})
+    engine = Losses(device.bundle, threads=1)
+    before = {path.name for path in device.store.cache.iterdir()}
+    round_ = task(Stage.PERSONAL, level=2, index=index).model_copy(update={"sal": everything})
+    train_personal(replace(device, engine=engine, level_cap=level_cap), round_, given(device, level=2))
+    expert = LocalExpert.load(device, "s")
+    assert expert is not None
+    return expert, engine.seen, {path.name for path in device.store.cache.iterdir()} - before
+
+
+def test_a_local_expert_beyond_a_lowered_cap_is_trained_whole_but_only_above_it(device: Device) -> None:
+    before, _, _ = stage_2(device, level_cap=2, index=0)
+    kept = device.store.personal.read_bytes()
+    _, wanted, made = stage_2(device, level_cap=2, index=1)
+    assert not made
+    device.store.personal.write_bytes(kept)
+    after, losses, made = stage_2(device, level_cap=1, index=1)
+    assert losses[0] == pytest.approx(wanted[0], rel=1e-3)  # the same model, but for states in fp16
+    assert len(made) == 1 and "level-1-above-2-" in made.pop()
+    above = device.bundle.expert.size(1)
+    assert (after.theta[:above] != before.theta[:above]).mean() > 0.9
+    assert np.array_equal(after.theta[above:], before.theta[above:])
+    assert after.sal.level == 2  # where it is trained again once the cap has been raised
+    assert after.best_nll <= before.best_nll
+
+
+def test_a_local_expert_takes_the_features_of_the_global_one_below_its_level(device: Device) -> None:
+    globals_ = given(device, level=2)
+    hidden = device.hidden(device.slices.train, globals_.expert, 1)
+    folders = {path.name for path in device.store.cache.iterdir()}
+    train_personal(device, task(Stage.PERSONAL), globals_)
+    assert hidden.folder in folders
+    assert {path.name for path in device.store.cache.iterdir() if "-above-" in path.name} == {hidden.folder}
 
 
 @pytest.mark.parametrize("encoding", Encoding)

@@ -1,0 +1,94 @@
+"""The service's unit, as systemd's own programs judge it, and what of its restrictions can be had without systemd."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from devices import host
+from devices.boards import Limits
+from devices.service_unit import NAME, Service, service_unit
+
+LIMITS = Limits(3, 300, 1_900_000_000, 2_500_000_000, 2_900_000_000, 75.0, ("cpu-thermal",))
+VERSION = host.systemd_version()
+DENY_WRITE_EXECUTE = 65  # PR_SET_MDWE of prctl(2), since Linux 6.3: what MemoryDenyWriteExecute= stands for
+LAUNCH = f"""
+import ctypes, os, sys
+if ctypes.CDLL(None).prctl({DENY_WRITE_EXECUTE}, 1, 0, 0, 0):
+    sys.exit("not on this kernel")
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
+
+with_systemd = pytest.mark.skipif(VERSION < 250, reason="systemd 250 or newer is not installed")
+
+
+def write_unit(folder: Path, systemd: int = VERSION, **changes: object) -> Path:
+    values = {
+        "python": Path(sys.executable),
+        "config": Path("/etc/fedfmsl/device.toml"),
+        "reads": [Path("/data/our photos, 100%")],
+        "writes": [Path("/mnt/a disk/state")],
+        "limits": LIMITS,
+        **changes,
+    }
+    path = folder / f"{NAME}.service"
+    path.write_text(service_unit(Service(**values), systemd))  # type: ignore[arg-type]
+    return path
+
+
+def systemd_analyze(*arguments: str) -> str:
+    """What it says, on both streams."""
+    command = ["systemd-analyze", *arguments]
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False).stdout
+
+
+@with_systemd
+@pytest.mark.parametrize("changes", [{}, {"limits": None, "writes": []}], ids=["board", "card"])
+def test_systemd_finds_nothing_wrong_with_the_unit(tmp_path: Path, changes: dict[str, object]) -> None:
+    assert systemd_analyze("verify", str(write_unit(tmp_path, **changes))) == ""
+
+
+@with_systemd
+def test_systemd_reads_paths_as_they_are_meant(tmp_path: Path) -> None:
+    said = systemd_analyze("verify", "--man=no", str(write_unit(tmp_path, python=Path("/a b/100%/$x/python"))))
+    assert "Command /a b/100%/$x/python is not executable: No such file or directory" in said
+
+
+@with_systemd
+def test_the_service_is_exposed_to_little(tmp_path: Path) -> None:
+    said = systemd_analyze("security", "--offline=true", str(write_unit(tmp_path)))
+    score = re.search(rf"exposure level for {NAME}.service: ([\d.]+)", said)
+    assert score and float(score[1]) <= 2.0, said
+
+
+def test_pauses_grow_where_systemd_knows_how_and_are_long_where_it_does_not(tmp_path: Path) -> None:
+    old, new = (write_unit(tmp_path, systemd=version).read_text() for version in (252, 254))
+    assert "RestartSec=1min\n" in old and "RestartSteps" not in old
+    assert "RestartSteps=6\nRestartMaxDelaySec=10min\n" in new
+    for text in (old, new):
+        assert "StartLimitIntervalSec=0\n" in text and "RestartPreventExitStatus=2\n" in text
+
+
+def run_without_new_code(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Python in a process that gets no memory to write and execute, nor do its children."""
+    command = [sys.executable, "-c", LAUNCH, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if "not on this kernel" in done.stderr:
+        pytest.skip("Linux 6.3 or newer is needed")
+    return done
+
+
+def test_the_daemon_trains_without_memory_that_is_writable_and_executable(
+    bundle: Path, photos: dict[str, Path]
+) -> None:
+    photo = next(photos["device-0"].rglob("*.jpg"))
+    measuring = ("-m", "edge_runtime", "probe", "--bundle", str(bundle), "--sample", str(photo))
+    done = run_without_new_code(*measuring)
+    assert done.returncode == 0, done.stderr
+    assert '"level":2' in done.stdout
+    forbidden = run_without_new_code("-c", "import mmap; mmap.mmap(-1, 4096, prot=mmap.PROT_WRITE | mmap.PROT_EXEC)")
+    assert "PermissionError" in forbidden.stderr

@@ -1,0 +1,248 @@
+"""What devices.install lays out, and what it refuses to."""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from devices import host
+from devices.install import CONFIG, UNIT, WANTED, app
+from devices.provision import app as provision
+from devices.settings_file import read_table, settings_text
+from edge_runtime.settings import Settings, SettingsError, read_settings
+from protocol.errors import ConfigError
+from shell.identity import read_identity
+
+LIMITS = {"threads": 3, "memory": 1_988_000_000, "max_temperature": 75.0, "thermal_zones": ["cpu-thermal"]}
+PI = {
+    "proc/meminfo": "MemTotal:       3884360 kB\n",
+    "proc/device-tree/model": "Raspberry Pi 4 Model B Rev 1.5\0",
+    "sys/devices/system/cpu/present": "0-3\n",
+    "sys/class/thermal/thermal_zone0/type": "cpu-thermal\n",
+    "sys/class/thermal/thermal_zone0/temp": "48686\n",
+    "sys/class/hwmon/hwmon1/name": "rpi_volt\n",
+    "sys/class/hwmon/hwmon1/in0_lcrit_alarm": "1\n",
+    "sys/fs/cgroup/cgroup.controllers": "cpuset cpu io pids\n",
+}
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may become another user")
+
+
+@pytest.fixture
+def carried(tmp_path: Path) -> Path:
+    arguments = ["--pki", str(tmp_path / "pki"), "--host", "fleet.example", "--run", "orchard", "kitchen"]
+    assert CliRunner().invoke(provision, arguments).exit_code == 0
+    os.umask(0o022)
+    return tmp_path / "pki" / "devices" / "kitchen.toml"
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    for name, text in PI.items():
+        (tmp_path / "root" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "root" / name).write_text(text)
+    return tmp_path / "root"
+
+
+def install(root: Path, *arguments: str | Path) -> str:
+    """What it prints. Raises what the command raises."""
+    command = [*map(str, arguments), "--root", str(root)]
+    return CliRunner().invoke(app, command, catch_exceptions=False).stdout
+
+
+def below(root: Path, path: Path) -> Path:
+    return root / path.relative_to("/")
+
+
+def test_the_carried_files_values_the_boards_and_those_said_make_the_settings(carried: Path, root: Path) -> None:
+    install(root, carried, "--images", "photos", "--hours", "22:00-06:00,Sat 10:00-18:00", "--cache", "2GB")
+    config = below(root, CONFIG)
+    assert stat.S_IMODE(config.stat().st_mode) == 0o600
+    table = read_table(config)
+    identity = table.pop("identity")
+    assert identity == read_table(carried)["identity"]
+    assert table == {
+        **LIMITS,
+        "run": "orchard",
+        "broker": "mqtts://fleet.example",
+        "images": str(Path("photos").absolute()),
+        "hours": ["22:00-06:00", "Sat 10:00-18:00"],
+        "cache": 2_000_000_000,
+        "state": "/var/lib/fedfmsl",
+    }
+    assert "# Of this board, Raspberry Pi 4 Model B Rev 1.5.\nthreads = 3" in config.read_text()
+    settings = read_settings(Settings, config, {})
+    assert settings.identity == config and read_identity(config).name == "kitchen"
+
+
+def test_what_is_said_goes_before_what_the_board_and_the_file_say(carried: Path, root: Path) -> None:
+    said = ("--memory", "300MB", "--max-temperature", "60", "--state", "/mnt/ssd/state", "--run", "meadow")
+    install(root, carried, "--images", "/data", *said)
+    table = read_table(below(root, CONFIG))
+    assert (table["memory"], table["max_temperature"]) == (300_000_000, 60)
+    assert (table["state"], table["run"], table["threads"]) == ("/mnt/ssd/state", "meadow", 3)
+    assert "\nReadWritePaths=/mnt/ssd/state\n" in below(root, UNIT).read_text()
+
+
+def test_a_second_installation_replaces_the_first(carried: Path, root: Path) -> None:
+    install(root, carried, "--images", "/old", "--mains-only")
+    install(root, carried, "--images", "/new")
+    table = read_table(below(root, CONFIG))
+    assert table["images"] == "/new" and "mains_only" not in table
+    assert below(root, WANTED).readlink() == UNIT
+
+
+def test_the_service_runs_this_python_with_what_this_board_can_bear(carried: Path, root: Path) -> None:
+    install(root, carried, "--images", "/data")
+    unit = below(root, UNIT).read_text()
+    assert f"\nExecStart={sys.executable} -m edge_runtime run --config /etc/fedfmsl/device.toml\n" in unit
+    assert "\nMemoryHigh=2585000000\nMemoryMax=2983000000\nCPUQuota=300%\n" in unit
+
+
+def test_an_sd_card_does_not_tell_its_board(carried: Path, tmp_path: Path) -> None:
+    printed = install(tmp_path / "card", carried, "--images", "/data")
+    assert not LIMITS.keys() & read_table(below(tmp_path / "card", CONFIG)).keys()
+    assert "\nMemoryMax=75%\n" in below(tmp_path / "card", UNIT).read_text()
+    assert "useradd --system" in printed and "chown fedfmsl: /etc/fedfmsl/device.toml" in printed
+
+
+def test_what_is_odd_about_a_board_or_left_lying_about_is_said(carried: Path, root: Path) -> None:
+    printed = install(root, carried, "--images", "/data")
+    for part in ("under-voltage now", "cgroup_enable=memory", f"{carried} holds the device's key"):
+        assert part in printed
+
+
+def test_it_takes_away_what_it_laid_out_and_nothing_else(carried: Path, root: Path) -> None:
+    before = sorted(path for path in root.rglob("*") if path.is_file())
+    install(root, carried, "--images", "/data")
+    state = root / "var/lib/fedfmsl/state"
+    state.parent.mkdir(parents=True)
+    state.touch()
+    install(root, "--uninstall")
+    assert sorted(path for path in root.rglob("*") if path.is_file()) == sorted([*before, state])
+    assert not below(root, CONFIG).parent.exists() and not below(root, WANTED).is_symlink()
+    install(root, "--uninstall")
+
+
+def test_a_users_file_is_installed_as_well(tmp_path: Path, root: Path) -> None:
+    arguments = ["--pki", str(tmp_path / "pki"), "--host", "fleet.example", "--run", "orchard", "--user", "kitchen"]
+    assert CliRunner().invoke(provision, arguments).exit_code == 0
+    install(root, tmp_path / "pki" / "devices" / "kitchen.toml", "--images", "/data")
+    table = read_table(below(root, CONFIG))
+    assert table["device"] == "kitchen" and table["broker"].startswith("mqtts://kitchen:")
+
+
+def test_an_identity_of_ones_own_goes_along(carried: Path, root: Path, tmp_path: Path) -> None:
+    plain = tmp_path / "plain.toml"
+    plain.write_text(settings_text(("", {"run": "orchard", "broker": "mqtts://fleet.example"})))
+    install(root, plain, "--images", "/data", "--identity", carried)
+    assert read_identity(below(root, CONFIG)).name == "kitchen"
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "says"),
+    [
+        ("", (), "--run is missing"),
+        ('run = "orchard"\n', (), "--images is missing"),
+        ('run = "orchard"\n', ("--images", "/data", "--hours", "late"), "--hours 'late'"),
+        ('run = "orchard"\nimages = "/data"\nidentity = "-----BEGIN CERTIFICATE-----"\n', (), "no certificate in PEM"),
+        ("run = orchard\n", ("--images", "/data"), "is not TOML"),
+        (None, ("--images", "/data"), "cannot be read"),
+    ],
+)
+def test_what_cannot_be_installed_is_named_and_leaves_nothing(
+    tmp_path: Path, text: str | None, arguments: tuple[str, ...], says: str
+) -> None:
+    path = tmp_path / "carried.toml"
+    if text is not None:
+        path.write_text(text)
+        path.chmod(0o600)
+    with pytest.raises(ConfigError, match=says) as caught:
+        install(tmp_path / "root", path, *arguments)
+    assert all("\n" not in line for line in caught.value.lines)
+    assert not (tmp_path / "root").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ((), "which device is it"),
+        (("--uninstall", "--purge"), "--purge goes with --uninstall, and without --root"),
+        (("--purge",), "--purge goes with --uninstall"),
+    ],
+)
+def test_what_does_not_go_together_is_said(tmp_path: Path, arguments: tuple[str, ...], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        install(tmp_path, *arguments)
+
+
+NOBODY = "nobody"
+
+
+@pytest.fixture
+def open_folder(tmp_path: Path) -> Path:
+    """One that everybody may enter, with a readable file two folders below; pytest's own are its user's alone."""
+    for folder in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
+        folder.chmod(0o755)
+    images = tmp_path / "images"
+    (images / "train" / "apple").mkdir(parents=True)
+    (images / "train" / "apple" / "1.jpg").write_bytes(b"x")
+    return images
+
+
+@as_root
+def test_what_the_services_user_may_read_is_no_problem(open_folder: Path) -> None:
+    (open_folder / "gone.jpg").symlink_to("nowhere")
+    assert list(host.unreadable(open_folder, NOBODY)) == []
+
+
+@as_root
+@pytest.mark.parametrize(
+    ("path", "mode", "says"),
+    [
+        ("..", 0o700, "cannot enter {parent}; chmod o+x {parent}, then install again"),
+        (".", 0o700, "cannot read {images}; chmod -R o+rX {images}, then install again"),
+        ("train/apple", 0o711, "cannot read {images}/train/apple; chmod -R o+rX {images}"),
+        ("train/apple/1.jpg", 0o600, "cannot read {images}/train/apple/1.jpg; chmod -R o+rX {images}"),
+    ],
+)
+def test_what_keeps_the_services_user_out_is_named_with_what_mends_it(
+    open_folder: Path, path: str, mode: int, says: str
+) -> None:
+    (open_folder / path).chmod(mode)
+    (problem,) = host.unreadable(open_folder, NOBODY)
+    assert says.format(parent=open_folder.parent, images=open_folder) in problem
+
+
+@as_root
+def test_where_its_group_may_read_the_user_joins_it(open_folder: Path) -> None:
+    os.chown(open_folder, -1, 44)  # Debian's group video
+    open_folder.chmod(0o750)
+    (problem,) = host.unreadable(open_folder, NOBODY)
+    assert "usermod --append --groups video nobody" in problem
+
+
+@as_root
+def test_a_folder_that_it_may_not_write_to_is_named(open_folder: Path) -> None:
+    (problem,) = host.unwritable(open_folder, NOBODY)
+    assert f"chown nobody: {open_folder}" in problem
+    assert list(host.unwritable(open_folder / "to be made", NOBODY)) == []
+
+
+@as_root
+def test_a_python_that_it_cannot_run_is_named(open_folder: Path) -> None:
+    python = open_folder / "python"
+    python.symlink_to(sys.executable)
+    open_folder.chmod(0o700)
+    (problem,) = host.unusable(python, NOBODY)
+    assert f"cannot run the daemon with {python}" in problem and "/opt/fedfmsl" in problem
+
+
+def test_all_that_is_wrong_is_said_at_once(carried: Path, root: Path) -> None:
+    with pytest.raises(SettingsError) as caught:
+        install(root, carried, "--images", "/data", "--hours", "late", "--memory", "much")
+    assert len(caught.value.lines) == 2
