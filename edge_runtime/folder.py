@@ -68,7 +68,7 @@ class SampleFolder:
             _check(slices, self._folder, self._kind)
             ledger.forget_others({file.name for file in listing.files})  # not when an empty folder waits for its disk
         if self._largest == UNLIMITED:
-            self._largest = max(self._kind.ordinary, *(sample.extent for sample in slices.samples))
+            self._largest, _ = largest(slices.samples, self._kind)
         return slices
 
     def forget(self, path: Path) -> None:
@@ -93,6 +93,13 @@ class SampleFolder:
                 self._report("looking", index, len(files))
             yield _outcome(file, content, self._kind, self._largest)
         ledger.keep_contents(fresh)
+
+
+def largest(samples: Sequence[Sample], kind: Kind) -> tuple[int, Path]:
+    """What a memory plan is made for: the extent and the file of the sample that takes most memory to read. All that
+    are ordinary count the same, so that it is not made anew for each that comes."""
+    most = max(samples, key=lambda sample: sample.extent)
+    return max(most.extent, kind.ordinary), most.path
 
 
 def scan(folder: Path, classes: Sequence[str], kind: Kind) -> Slices:

@@ -14,7 +14,7 @@ from edge_runtime.device import Device
 from edge_runtime.download import fetch_bundle, find_server
 from edge_runtime.engines import open_engine
 from edge_runtime.features import FeatureCache, Report
-from edge_runtime.folder import SampleFolder
+from edge_runtime.folder import SampleFolder, largest
 from edge_runtime.gate import Gate
 from edge_runtime.home_assistant import Described, discovery
 from edge_runtime.inputs import reader_of
@@ -84,8 +84,8 @@ def _worker(
     folder = SampleFolder(settings.images, bundle, store, settings.labels, starting.progress)
     scanned = folder.look(patience=SETTLE_SECONDS)
     starting.progress("measuring", 0, 1)
-    largest = max((sample.extent, sample.path) for sample in scanned.samples)
-    plan = make_plan(bundle, store, engine, threads, largest, settings.memory, settings.step_seconds)
+    most = largest(scanned.samples, kind)
+    plan = make_plan(bundle, store, engine, threads, most, settings.memory, settings.step_seconds)
     log.info(
         f"device {name}: {len(scanned.train)} {kind.noun}s to train on, {len(scanned.held_out)} held out, "
         f"{len(scanned.test)} to test on; engine {engine}, level cap {plan.level_cap}",

@@ -16,7 +16,7 @@ from support import CLASSES, Built, write_texts
 
 import edge_runtime.folder as folder_module
 from edge_runtime import ledger
-from edge_runtime.folder import SETTLE_SECONDS, TOO_LARGE, SampleFolder, scan
+from edge_runtime.folder import SETTLE_SECONDS, TOO_LARGE, SampleFolder, largest, scan
 from edge_runtime.inputs import IMAGES
 from edge_runtime.samples import Sample, Slices, deal_newcomers
 from edge_runtime.store import DeviceStore
@@ -253,6 +253,12 @@ def test_an_image_larger_than_any_at_the_start_is_set_aside_if_it_takes_much_mem
     assert "large.png" not in reads
     assert "plum/large.png" in names(SampleFolder(photos, vit.bundle, store).look().samples)  # measured with it
     assert set_aside(folder.look(), photos) == {"plum/large.png": TOO_LARGE}
+
+
+def test_a_memory_plan_is_not_made_anew_for_each_ordinary_image_that_comes() -> None:
+    small, ordinary, huge = (Sample(Path(f"{extent}.png"), "", 0, extent) for extent in (1, 2**20, 2**24))
+    assert largest([small], IMAGES)[0] == largest([ordinary, small], IMAGES)[0]
+    assert largest([small, huge, ordinary], IMAGES) == (2**24, huge.path)
 
 
 def test_a_file_that_may_not_be_read_is_set_aside_until_it_may(
