@@ -55,7 +55,7 @@ Looks = st.lists(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(looks=Looks, relabelled=st.sets(st.integers(0, 29), max_size=3))
 def test_however_samples_come_and_go_none_is_tested_and_trained_and_every_class_trains_and_holds_out(
     looks: list[tuple[set[int], set[int] | None]], relabelled: set[int]
@@ -95,7 +95,8 @@ def test_a_sample_changes_over_only_where_its_class_had_lost_a_whole_slice(looks
         assert len(changed) <= 1
         if changed:
             assert len({*old} - {Slice.TEST}) == 1
-            assert len(old) == len(parts_of(slices))  # a newcomer would have filled the slice
+            new = {part for sha256, part in parts_of(slices).items() if sha256 not in before}
+            assert new <= {Slice.TEST}  # any other would have filled the slice
 
 
 def test_the_order_of_samples_does_not_change_when_others_come() -> None:
