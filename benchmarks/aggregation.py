@@ -142,11 +142,11 @@ def _run(configuration: Configuration, seed: int, threads: int) -> dict[str, Any
     devices = open_devices(bundle, folders, FOLDER / "devices", FOLDER / "cache", threads)
     started = time.monotonic()
     tamper = _hostile if configuration.hostile else honest
-    history = federate(_config(configuration, seed), devices, tamper, configuration.feedback)
+    history = federate(trial_config(configuration, seed), devices, tamper, configuration.feedback)
     return {"seconds": time.monotonic() - started, **_summary(history)}
 
 
-def _config(configuration: Configuration, seed: int) -> RunConfig:
+def trial_config(configuration: Configuration, seed: int) -> RunConfig:
     """The trial's settings, and what the configuration has beside them."""
     sal = SAL.model_copy(update={"trigger": configuration.sal})
     return RunConfig(
@@ -182,7 +182,7 @@ def _bundle(seed: int) -> Bundle:
     """The trial's of this seed, built once."""
     folder = FOLDER / f"bundle-{seed}"
     if not folder.is_dir():
-        classes = ",".join(find_files(_photos(), kind_of(_photos()), None)[0])
+        classes = ",".join(find_files(groceries(), kind_of(groceries()), None)[0])
         command = ["export.build", "--model", "dinov2-s14", "--weights", str(ASSETS / "dinov2-s14"), "--classes"]
         command += [classes, "--image-size", "140", "--levels", "3", "--seed", str(seed), "--out", str(folder)]
         if subprocess.run([sys.executable, "-m", *command], check=False).returncode:
@@ -194,12 +194,12 @@ def _split(seed: int) -> list[Path]:
     """The devices' photos of this seed, written once."""
     folder = FOLDER / f"samples-{seed}"
     if not folder.is_dir():
-        train, test = find_files(_photos(), kind_of(_photos()), None)
+        train, test = find_files(groceries(), kind_of(groceries()), None)
         write_fleet(train, test, folder, DEVICES, ALPHA, seed)
     return sorted(folder.iterdir())
 
 
-def _photos() -> Path:
+def groceries() -> Path:
     return unpack_groceries(fetch(PHOTOS), ASSETS / "groceries")
 
 

@@ -15,13 +15,14 @@ from edge_runtime.cache import DiskCache
 from edge_runtime.device import Device
 from edge_runtime.engine import StepGraphEngine
 from edge_runtime.features import FeatureCache
+from edge_runtime.folder import scan
 from edge_runtime.gate import Gate
 from edge_runtime.inputs import reader_of
-from edge_runtime.samples import scan
-from edge_runtime.service import STAGES
+from edge_runtime.model import keep_personal_model
 from edge_runtime.stages import Globals, Outcome
 from edge_runtime.store import DeviceStore
 from edge_runtime.updates import header_of, prepare
+from edge_runtime.work import STAGES
 from protocol.bundle import Bundle
 from protocol.errors import RunError
 from protocol.layout import Layout, Vector
@@ -92,6 +93,7 @@ def federate(config: RunConfig, devices: Sequence[Device], tamper: Tamper = hone
             if task.chosen and device.name not in task.chosen:
                 continue
             outcome = STAGES[task.stage](device, task, given)
+            keep_personal_model(device, task, given)
             if outcome.delta is not None:
                 history.norms.setdefault(task.stage, []).append(float(np.linalg.norm(outcome.delta)))
             if not feedback:

@@ -8,11 +8,12 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_runtime import ledger
 from edge_runtime.engine import Engine, Floats
 from edge_runtime.features import FeatureCache, HiddenStates, Report
 from edge_runtime.gate import Gate
 from edge_runtime.mixture import class_mask, log_class_prior
-from edge_runtime.samples import Sample, Slices, hold_out_look_alikes
+from edge_runtime.samples import Sample, Slices, deal_newcomers
 from edge_runtime.store import DeviceStore
 from edge_runtime.training import predict_log
 from protocol.bundle import Bundle
@@ -40,8 +41,11 @@ class Device:
 
     @cached_property
     def slices(self) -> Slices:
-        images = self.scanned.train + self.scanned.held_out
-        return hold_out_look_alikes(self.scanned, self.cache.pooled(images, level=1))
+        """`scanned`, with newcomers dealt; kept before anybody trains on them, so that none changes over later."""
+        slices = deal_newcomers(self.scanned, self.cache.pooled(self.scanned.undealt, level=1))
+        with ledger.opened(self.store.samples) as kept:
+            kept.keep_slices(slices)
+        return slices
 
     @cached_property
     def counts(self) -> NDArray[np.int64]:

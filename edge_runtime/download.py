@@ -8,6 +8,7 @@ import ssl
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +16,9 @@ from protocol.bundle import MANIFEST, MAX_MANIFEST_BYTES, Bundle, file_sha256
 from protocol.errors import BundleError, MessageError
 from protocol.messages import ServerStatus, parse
 from protocol.topics import Topics
-from shell.cli import console
 from shell.identity import client_context, explain, read_identity
 from shell.link import Link, Received
+from shell.log import log
 
 SERVER_SECONDS = 60
 LOOK_SECONDS = 1.0
@@ -27,17 +28,28 @@ RETRY_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0)  # between attempts that bring nothin
 BLOCK = 1 << 18
 
 
-def find_server(link: Link, topics: Topics) -> ServerStatus:
+Beat = Callable[[], None]  # called again and again while something takes long
+
+
+def find_server(link: Link, topics: Topics, beat: Beat = lambda: None) -> ServerStatus:
     """The status of the run's server, for which it waits as long as it takes; after a minute it says so."""
-    patience, asked = time.monotonic() + SERVER_SECONDS, -math.inf
-    while True:
+    status = hear_server(link, topics, SERVER_SECONDS, beat)
+    if status is None:
+        log.info(f"no server of run {topics.run!r} yet; is it started, is --run right? waiting for it")
+    while status is None:
+        status = hear_server(link, topics, SERVER_SECONDS, beat)
+    return status
+
+
+def hear_server(link: Link, topics: Topics, seconds: float, beat: Beat = lambda: None) -> ServerStatus | None:
+    """The status of the run's server, if it is online within so many seconds."""
+    patience, asked = time.monotonic() + seconds, -math.inf
+    while time.monotonic() < patience:
         if time.monotonic() > asked + ASK_SECONDS:  # again and again: amqtt can lose what comes while one subscribes
             asked = time.monotonic()
             link.subscribe(topics.server_status)
         event = link.next_event(LOOK_SECONDS)
-        if time.monotonic() > patience:
-            patience = math.inf
-            console.print(f"no server of run {topics.run!r} yet; is it started, is --run right? waiting for it")
+        beat()
         if isinstance(event, Received) and event.topic == topics.server_status and event.payload:
             try:
                 status = parse(ServerStatus, event.payload)
@@ -45,23 +57,30 @@ def find_server(link: Link, topics: Topics) -> ServerStatus:
                 continue
             if status.online:
                 return status
+    return None
 
 
-def fetch_bundle(server: ServerStatus, folder: Path, identity: Path | None = None) -> Bundle:
+def fetch_bundle(server: ServerStatus, folder: Path, identity: Path | None = None, beat: Beat = lambda: None) -> Bundle:
     """The announced bundle, in a subfolder of `folder` named by its SHA-256; files already there are not fetched again.
 
     Raises BundleError if it cannot be fetched, or what comes is not what was announced.
     """
+    bundle = fetch_manifest(server, folder, identity)
+    tls = client_context(read_identity(identity) if identity else None)
+    for name, entry in bundle.manifest.files.items():
+        _fetch(_File(f"{server.bundle_url}/{name}", bundle.path(name), entry.sha256, entry.size), tls, beat)
+    return bundle
+
+
+def fetch_manifest(server: ServerStatus, folder: Path, identity: Path | None = None) -> Bundle:
+    """The announced bundle, of which only the manifest is there. Raises BundleError as `fetch_bundle` does."""
     root = folder / server.bundle
     if not server.bundle_url:
         raise BundleError("the server does not serve its bundle; start it with --serve HOST:PORT, or give --bundle")
     root.mkdir(parents=True, exist_ok=True)
     tls = client_context(read_identity(identity) if identity else None)
     _fetch(_File(f"{server.bundle_url}/{MANIFEST}", root / MANIFEST, server.bundle, None), tls)
-    bundle = Bundle(root)
-    for name, entry in bundle.manifest.files.items():
-        _fetch(_File(f"{server.bundle_url}/{name}", bundle.path(name), entry.sha256, entry.size), tls)
-    return bundle
+    return Bundle(root)
 
 
 @dataclass(frozen=True)
@@ -85,27 +104,27 @@ class _File:
         return MAX_MANIFEST_BYTES if self.size is None else self.size
 
 
-def _fetch(file: _File, tls: ssl.SSLContext) -> None:
+def _fetch(file: _File, tls: ssl.SSLContext, beat: Beat = lambda: None) -> None:
     if file.path.is_file() and file_sha256(file.path) == file.sha256:
         return
     if file.have > file.limit:
         file.part.unlink()
-    console.print(f"fetching {file.path.name}" + (f" from byte {file.have}" if file.have else ""))
-    _resume(file, tls)
+    log.info(f"fetching {file.path.name}" + (f" from byte {file.have}" if file.have else ""))
+    _resume(file, tls, beat)
     if file_sha256(file.part) != file.sha256:
         file.part.unlink()
         raise BundleError(f"{file.url} does not have the announced SHA-256; what came was thrown away")
     file.part.replace(file.path)
 
 
-def _resume(file: _File, tls: ssl.SSLContext) -> None:
+def _resume(file: _File, tls: ssl.SSLContext, beat: Beat) -> None:
     """Fetches what is missing, going on where the connection was cut as long as every attempt or the next few bring
     something. Raises BundleError if they do not."""
     waits = list(RETRY_SECONDS)
     while file.size is None or file.have < file.size or not file.part.is_file():
         before = file.have
         try:
-            return _receive(file, tls)
+            return _receive(file, tls, beat)
         except urllib.error.HTTPError as error:
             if error.code == 416:  # nothing is missing of the part we have
                 return None
@@ -126,7 +145,7 @@ def _resume(file: _File, tls: ssl.SSLContext) -> None:
     return None
 
 
-def _receive(file: _File, tls: ssl.SSLContext) -> None:
+def _receive(file: _File, tls: ssl.SSLContext, beat: Beat) -> None:
     """One request. If-Range: of a file that has changed meanwhile the whole comes (200), never the rest (206)."""
     headers = {"Range": f"bytes={file.have}-", "If-Range": f'"{file.sha256}"'} if file.have else {}
     request = urllib.request.Request(file.url, headers=headers)
@@ -136,6 +155,7 @@ def _receive(file: _File, tls: ssl.SSLContext) -> None:
         with file.part.open("ab" if resumed else "wb") as out:
             while left and (block := response.read(min(BLOCK, left))):
                 out.write(block)
+                beat()
                 left -= len(block)
         if left and response.length:
             raise ConnectionError(f"cut off {response.length} bytes before its end")

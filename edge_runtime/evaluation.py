@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from edge_runtime.device import Device
-from edge_runtime.mixture import accuracy, gate_statistics, of_labels
-from edge_runtime.personal import LocalExpert, mixture, personal_model
+from edge_runtime.mixture import accuracy, gate_statistics, nll, of_labels
+from edge_runtime.model import personal_model
+from edge_runtime.personal import LocalExpert, mixture
 from edge_runtime.samples import labels_of
-from edge_runtime.stages import Globals, Outcome, class_sums, seed_of
+from edge_runtime.stages import Globals, Outcome, class_mean_expert, seed_of
 from edge_runtime.training import Targets, predict_log, train
 from protocol.errors import MessageError
-from protocol.head import head_of_class_means
 from protocol.layout import Vector
 from protocol.messages import Round
 from protocol.sal import SalState, first_level, observe
@@ -33,10 +33,7 @@ def train_alone(device: Device, task: Round, _: Globals) -> Outcome:
     """The baseline without a federation: own class means, then the same epochs and rule of levels; the best on the
     held-out slice is kept."""
     slices, engine, layout = device.slices, device.engine, device.bundle.expert
-    own = class_sums(device, 1)
-    theta = device.bundle.initial()[0]
-    head = head_of_class_means(own["class_sums"], own["class_counts"], float(own["norm_sum"][0]))
-    theta[: head.size] = head
+    theta = class_mean_expert(device)
     rule = device.within_cap(task.sal)
     sal = SalState(level=first_level(rule))
     best: tuple[tuple[float, float], Vector] | None = None
@@ -64,10 +61,11 @@ def train_alone(device: Device, task: Round, _: Globals) -> Outcome:
 
 
 def evaluate(device: Device, task: Round, given: Globals) -> Outcome:
-    """Accuracy of every model on the test slice, which nothing before has looked at; the personalized model is kept."""
+    """Accuracy of every model on the test slice, which nothing before has looked at."""
+    images = device.slices.test
+    model = personal_model(device, task, given)
     # fp32 states, so that these are the very probabilities that the personalized model gives
     device = replace(device, cache=device.cache.precise())
-    images = device.scanned.test
     labels = labels_of(images)
     nothing = np.zeros_like(device.prior)
     expert = LocalExpert.load(device, task.session) or LocalExpert.from_global(device, given.expert, task.sal)
@@ -87,14 +85,20 @@ def evaluate(device: Device, task: Round, given: Globals) -> Outcome:
     counts = {"test": _per_class(device, labels)}
     for name in ("start", "global"):
         counts[name] = _per_class(device, labels[models[name].argmax(axis=1) == labels])
-    probabilities = {str(i.path): p.tolist() for i, p in zip(images, np.exp(seen.log_p), strict=True)}
+    calibrated = model.calibrated(seen.log_p)
+    probabilities = {str(i.path): p.tolist() for i, p in zip(images, np.exp(calibrated), strict=True)}
     results = {"run": task.run, "accuracy": metrics, "probabilities": probabilities}
     write_atomically(device.store.results, json.dumps(results).encode())
-    write_atomically(device.store.mixture, personal_model(device, task, given, expert), durable=True)
     return Outcome(
         samples=len(images),
         level=expert.best_level,
-        metrics={**metrics, "mean_local_weight": weight, "gate_entropy": entropy},
+        metrics={
+            **metrics,
+            "mean_local_weight": weight,
+            "gate_entropy": entropy,
+            "mofm_nll": nll(calibrated, labels),
+            "mofm_nll_uncalibrated": nll(seen.log_p, labels),
+        },
         counts=counts,
     )
 

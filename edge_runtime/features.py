@@ -9,7 +9,7 @@ stale. One that the disk has no room for is computed each time it is needed.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,7 +21,7 @@ from edge_runtime.cache import DiskCache, Worth
 from edge_runtime.engine import Floats, open_session, run
 from edge_runtime.inputs import reader_of
 from edge_runtime.memory import release_free_memory
-from edge_runtime.samples import Sample
+from edge_runtime.samples import Sample, SampleChangedError
 from protocol.bundle import Bundle, file_sha256
 from protocol.errors import InputError
 from protocol.layout import Vector
@@ -127,6 +127,19 @@ class FeatureCache:
         self._folder(POOLED, Worth.SMALL)
         self._disk.drop_unused()
 
+    @property
+    def used(self) -> int:
+        """Bytes of disk."""
+        return self._disk.used
+
+    def keep_free(self) -> None:
+        """Deletes as much as is missing from what the disk has to keep free."""
+        self._disk.keep_free()
+
+    def drop_others(self, samples: Iterable[Sample]) -> None:
+        """Deletes every state and feature of other samples than these: they have left."""
+        self._disk.drop_others({sample.sha256 for sample in samples})
+
     def give_way(self) -> None:
         """Deletes everything: it can be computed again, and somebody else needs the disk."""
         self._disk.give_way()
@@ -189,7 +202,7 @@ class FeatureCache:
         return ((part, states) for part, (states,) in self._passes(samples, [f"hidden_{level}"]))
 
     def _passes(self, samples: Sequence[Sample], outputs: list[str]) -> Iterator[tuple[Sequence[Sample], list[Floats]]]:
-        """Raises InputError if a sample is not what it was when it was looked at first."""
+        """Raises SampleChangedError if a sample is not what it was when its folder was looked at."""
         if not samples:
             return
         reader = reader_of(self._bundle)
@@ -197,10 +210,13 @@ class FeatureCache:
         session = open_session(self._bundle, "features.onnx", self._threads)
         for start in range(0, len(samples), self._batch_size):
             part = samples[start : start + self._batch_size]
-            for sample in part:
-                if not sample.path.is_file() or file_sha256(sample.path) != sample.sha256:
-                    raise InputError(f"{sample.path} has changed since this device was started; start it again")
-            yield part, run(session, outputs, reader.batch([sample.path for sample in part]))
+            _check_unchanged(part)
+            try:
+                batch = reader.batch([sample.path for sample in part])
+            except InputError:
+                _check_unchanged(part)
+                raise
+            yield part, run(session, outputs, batch)
         del session
         release_free_memory()
 
@@ -218,3 +234,13 @@ class FeatureCache:
                 del session
             release_free_memory()
             yield part, hidden
+
+
+def _check_unchanged(samples: Sequence[Sample]) -> None:
+    for sample in samples:
+        try:
+            unchanged = file_sha256(sample.path) == sample.sha256
+        except OSError:  # it has gone, perhaps with its whole disk
+            unchanged = False
+        if not unchanged:
+            raise SampleChangedError(sample.path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,29 +18,36 @@ from protocol.bundle import Bundle, Preprocessing, TextPreprocessing
 
 @dataclass(frozen=True)
 class Kind:
-    """`noun` names it in messages, and in the manifest's preprocessing."""
+    """`noun` names it in messages, and in the manifest's preprocessing. `ordinary` is an extent (see `Reader`) up to
+    which reading takes no memory to speak of."""
 
     noun: str
     suffixes: frozenset[str]
     is_readable: Callable[[Path], bool]
-    extent: Callable[[Path], int]  # what the memory that reading a file takes grows with
+    ordinary: int
 
     def files(self, folder: Path) -> list[Path]:
         """The files at any depth below `folder` that are named like it, in the order of their names."""
-        return sorted(path for path in folder.rglob("*") if path.suffix.lower() in self.suffixes and path.is_file())
+        return sorted(path for path in folder.rglob("*") if self.has_name(path.name) and path.is_file())
+
+    def has_name(self, name: str) -> bool:
+        """Whether a file is named like it."""
+        return posixpath.splitext(name)[1].lower() in self.suffixes
 
 
-IMAGES = Kind("image", images.SUFFIXES, images.is_readable, images.pixel_count)
-TEXTS = Kind("text", texts.SUFFIXES, texts.is_readable, texts.length)
+IMAGES = Kind("image", images.SUFFIXES, images.is_readable, ordinary=2**22)
+TEXTS = Kind("text", texts.SUFFIXES, texts.is_readable, ordinary=2**18)
 
 
 @dataclass(frozen=True)
 class Reader:
-    """Reads files as the input of one bundle's graphs, or of one personalized model's."""
+    """Reads files as the input of one bundle's graphs, or of one personalized model's. `extent` is what the memory that
+    reading a file takes grows with: decoded pixels, or bytes of text."""
 
     kind: Kind
     input: str
     load: Callable[[Path], NDArray[Any]]
+    extent: Callable[[Path], int]
 
     def batch(self, paths: Sequence[Path]) -> dict[str, NDArray[Any]]:
         """`pixels` (B, S, S, 3) uint8 or `tokens` (B, N) int64. Raises InputError if a file cannot be read."""
@@ -52,8 +60,9 @@ def reader_for(preprocessing: Preprocessing, tokenizer: str) -> Reader:
     Raises ConfigError or BundleError if texts cannot be tokenized here.
     """
     if isinstance(preprocessing, TextPreprocessing):
-        return Reader(TEXTS, "tokens", texts.TextTokenizer(tokenizer, preprocessing).load)
-    return Reader(IMAGES, "pixels", partial(images.load_pixels, preprocessing=preprocessing))
+        return Reader(TEXTS, "tokens", texts.TextTokenizer(tokenizer, preprocessing).load, texts.length)
+    load = partial(images.load_pixels, preprocessing=preprocessing)
+    return Reader(IMAGES, "pixels", load, partial(images.pixel_count, size=preprocessing.size))
 
 
 def reader_of(bundle: Bundle) -> Reader:

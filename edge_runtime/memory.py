@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 import resource
 from pathlib import Path
 
 _HIGH_WATER = re.compile(r"^VmHWM:\s*(\d+) kB$", re.MULTILINE)
+_STATM = Path("/proc/self/statm")
 
 
 def peak_rss() -> int:
@@ -17,6 +19,14 @@ def peak_rss() -> int:
     except OSError:
         found = None
     return (int(found[1]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * 1024
+
+
+def rss() -> int:
+    """Resident memory in bytes; 0 where the system does not say."""
+    try:
+        return int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
 
 
 def peak_rss_mb() -> float:

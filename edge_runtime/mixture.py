@@ -43,6 +43,11 @@ def accuracy(log_p: Floats, labels: Labels) -> float:
     return float((log_p.argmax(axis=1) == labels).mean()) if len(labels) else 0.0
 
 
+def nll(log_p: Floats, labels: Labels) -> float:
+    """Mean negative log-likelihood in nats; without images 0."""
+    return float(-of_labels(log_p, labels).mean()) if len(labels) else 0.0
+
+
 def gate_statistics(log_gate: Floats) -> tuple[float, float]:
     """Mean weight of the local expert, and mean entropy in nats (at most log 2)."""
     gate = np.exp(log_gate)

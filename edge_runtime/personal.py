@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -9,7 +10,7 @@ from pydantic import BaseModel
 
 from edge_runtime.device import Device, Samples
 from edge_runtime.engine import Floats
-from edge_runtime.mixture import accuracy, gate_statistics, mix, of_labels
+from edge_runtime.mixture import accuracy, gate_statistics, mix, nll, of_labels
 from edge_runtime.samples import labels_of
 from edge_runtime.stages import Globals, Outcome, seed_of
 from edge_runtime.training import Targets, predict_log, train
@@ -29,12 +30,14 @@ class _Header(BaseModel):
     seen: int
     best_level: int
     best_nll: float
+    held_out: str = ""
 
 
 @dataclass(frozen=True)
 class LocalExpert:
     """`theta` and `best` are vectors of the bundle's highest level (P,); the blocks below the level are the global
-    expert's. `best`, at `best_level`, had the lowest held-out negative log-likelihood of the mixture so far."""
+    expert's. `best`, at `best_level`, had the lowest held-out negative log-likelihood of the mixture so far; `held_out`
+    says on which slice (see `_name_of`)."""
 
     theta: Vector
     sal: SalState
@@ -42,6 +45,7 @@ class LocalExpert:
     best_level: int
     best_nll: float
     round: int = -1  # of stage 2
+    held_out: str = ""
 
     @classmethod
     def from_global(cls, device: Device, expert: Vector, sal: Sal) -> LocalExpert:
@@ -62,7 +66,7 @@ class LocalExpert:
         if header.session != session or {theta.shape, best.shape} != {(device.bundle.expert.total,)}:
             return None
         sal = SalState(header.level, header.queue, header.seen)
-        return cls(theta, sal, best, header.best_level, header.best_nll, header.round)
+        return cls(theta, sal, best, header.best_level, header.best_nll, header.round, header.held_out)
 
     def save(self, device: Device, session: str) -> None:
         header = _Header(
@@ -73,6 +77,7 @@ class LocalExpert:
             seen=self.sal.seen,
             best_level=self.best_level,
             best_nll=self.best_nll,
+            held_out=self.held_out,
         )
         blob = pack(header, {"theta": self.theta, "best": self.best})
         write_atomically(device.store.personal, blob, durable=True)
@@ -108,38 +113,16 @@ def local_log_p(device: Device, images: Samples, given: Globals, theta: Vector, 
     return predict_log(device.engine, device.hidden(images, given.expert, level), device.mask)
 
 
-class ModelHeader(BaseModel):
-    """What a personalized model is made of, beside its tensors. Ends up in the ONNX file's metadata."""
-
-    run: str
-    round: int
-    device: str
-    level: int
-
-
-def personal_model(device: Device, task: Round, given: Globals, expert: LocalExpert) -> bytes:
-    """The device's MoFM as a blob: its tensors are the inputs of the bundle's template `personal-{level}.onnx`."""
-    level = max(device.level_of(given.expert), expert.best_level)
-    size = device.bundle.expert.size(level)
-    header = ModelHeader(run=task.run, round=task.round, device=device.name, level=level)
-    tensors = {
-        "global_theta": device.completed(given.expert)[:size],
-        "local_theta": expert.best[:size],
-        "gate_theta": given.gate,
-        "global_bias": device.prior,
-        "local_bias": device.mask,
-    }
-    return pack(header, tensors)
-
-
 def train_personal(device: Device, task: Round, given: Globals) -> Outcome:
     """Local epochs of the local expert on the mixture's likelihood, then steps of the gate on the held-out slice."""
     slices = device.slices
     expert = LocalExpert.load(device, task.session)
     if expert is None or task.index == 0:
         expert = LocalExpert.from_global(device, given.expert, task.sal)
-        before = mixture(device, slices.held_out, given, expert.theta, expert.sal.level)
-        expert = replace(expert, best_nll=_nll(before, slices.held_out))
+    if expert.held_out != _name_of(slices.held_out):  # samples have come or gone: only on the same can two be compared
+        before = mixture(device, slices.held_out, given, expert.best, expert.best_level)
+        score = nll(before.log_p, labels_of(slices.held_out))
+        expert = replace(expert, best_nll=score, held_out=_name_of(slices.held_out))
     if expert.round < task.index:
         expert = _train_local(device, task, given, expert)
         expert.save(device, task.session)
@@ -148,24 +131,25 @@ def train_personal(device: Device, task: Round, given: Globals) -> Outcome:
 
 def _train_local(device: Device, task: Round, given: Globals, expert: LocalExpert) -> LocalExpert:
     engine, layout, images, level = device.engine, device.bundle.expert, device.slices.train, expert.sal.level
+    trained = min(level, device.level_cap)  # the cap may have been lowered since
     labels = labels_of(images)
     log_gate = device.gate.weights(given.gate, device.cache.pooled(images, device.level_of(given.expert)))
     global_log_p = of_labels(device.log_p(images, given.expert, device.prior), labels)
     targets = Targets(labels, gate=log_gate[:, 1], other=log_gate[:, 0] + global_log_p)
-    engine.load(level)
-    size = layout.size(level)
+    engine.load(trained)
+    size = layout.size(trained)
     engine.set(expert.theta[:size], task.training)
-    hidden = device.hidden(images, given.expert, level)
+    applied = max(level, device.level_of(given.expert))  # further down the local expert is the global one
+    hidden = device.hidden(images, expert.theta[: layout.size(applied)], trained)
     train(engine, hidden, targets, device.mask, task.training, seed_of(device, task), device.report)
     theta = expert.theta.copy()
     theta[:size] = engine.get()
     after = mixture(device, device.slices.held_out, given, theta, level)
-    nll = _nll(after, device.slices.held_out)
-    sal = observe(
-        device.within_cap(task.sal), expert.sal, accuracy(after.local_log_p, labels_of(device.slices.held_out))
-    )
+    unseen = labels_of(device.slices.held_out)
+    sal = observe(device.within_cap(task.sal), expert.sal, accuracy(after.local_log_p, unseen))
     expert = replace(expert, theta=theta, sal=sal, round=task.index)
-    return replace(expert, best=theta, best_level=level, best_nll=nll) if nll < expert.best_nll else expert
+    cost = nll(after.log_p, unseen)
+    return replace(expert, best=theta, best_level=level, best_nll=cost) if cost < expert.best_nll else expert
 
 
 def _train_gate(device: Device, given: Globals, expert: LocalExpert) -> Outcome:
@@ -187,5 +171,7 @@ def _train_gate(device: Device, given: Globals, expert: LocalExpert) -> Outcome:
     return Outcome(delta=gate - given.gate, samples=len(images), level=expert.sal.level, metrics=metrics)
 
 
-def _nll(seen: Mixture, images: Samples) -> float:
-    return float(-of_labels(seen.log_p, labels_of(images)).mean())
+def _name_of(slice_: Samples) -> str:
+    """The same for the same contents and labels."""
+    said = sorted(f"{sample.sha256} {sample.label}" for sample in slice_)
+    return hashlib.sha256("\n".join(said).encode()).hexdigest()

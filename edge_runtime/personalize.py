@@ -14,19 +14,20 @@ import onnx
 from onnx import numpy_helper
 from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
 
-from edge_runtime.personal import ModelHeader
+from edge_runtime.model import bundle_of, read_personal_model
 from edge_runtime.store import DeviceStore
 from protocol.bundle import Bundle
-from protocol.errors import InputError
-from protocol.tensors import unpack
 from shell.files import write_atomically
 
 
-def write_model(bundle: Bundle, store: DeviceStore, path: Path) -> None:
-    """Raises InputError if this device has no personalized model yet, BundleError if the bundle is not the run's."""
-    if not store.mixture.is_file():
-        raise InputError(f"{store.root} holds no personalized model yet; it is there once a run has been evaluated")
-    header, tensors = unpack(store.mixture.read_bytes(), ModelHeader)
+def write_model(store: DeviceStore, path: Path, bundle_path: Path | None = None) -> None:
+    """The bundle is by default the one that the device has fetched.
+
+    Raises InputError if this device has no personalized model yet, BundleError if there is no bundle, or another.
+    """
+    own = read_personal_model(store)
+    header, tensors = own.header, own.inputs
+    bundle = bundle_of(store, header, bundle_path)
     model = onnx.load(str(bundle.path(f"personal-{header.level}.onnx")), load_external_data=False)
     frozen = [tensor for tensor in model.graph.initializer if uses_external_data(tensor)]
     small = [tensor for tensor in model.graph.initializer if not uses_external_data(tensor)]
@@ -40,7 +41,6 @@ def write_model(bundle: Bundle, store: DeviceStore, path: Path) -> None:
     metadata = {
         **{key: str(value) for key, value in header.model_dump().items()},
         "model": bundle.manifest.model,
-        "bundle": bundle.sha256,
         "classes": json.dumps(bundle.manifest.classes),
         "preprocessing": bundle.manifest.preprocessing.model_dump_json(),
         "tokenizer": bundle.tokenizer(),

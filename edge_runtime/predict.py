@@ -1,48 +1,67 @@
-"""Classify images or texts with a personalized model: one ONNX file that says itself what it needs."""
+"""Classify images or texts, files or whole folders of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+import select
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from pydantic import BaseModel, Json, ValidationError
-
-from edge_runtime.engine import run, session_for
-from edge_runtime.inputs import Kind, reader_for
-from protocol.bundle import Preprocessing
-from protocol.errors import BundleError, InputError
-
-THREADS = 0  # as many as there are cores
+from edge_runtime.classifier import Classifier
+from edge_runtime.inputs import Kind
+from protocol.errors import InputError
+from protocol.messages import Prediction
 
 
-class _Metadata(BaseModel):
-    """What of a personalized model's metadata is needed to use it (see `edge_runtime.personalize`)."""
+def predict_files(classifier: Classifier, files: Sequence[Path]) -> Iterator[Prediction]:
+    """One for each image or text of `files` and of the folders in it.
 
-    classes: Json[list[str]]
-    preprocessing: Json[Preprocessing]
-    tokenizer: str
-
-
-def predict_files(model: Path, files: Sequence[Path]) -> Iterator[tuple[Path, dict[str, float]]]:
-    """(path, probability of each class) for each image or text of `files` and of the folders in it.
-
-    Raises BundleError if `model` is not a personalized model, InputError if there is no file of the kind it takes, or
-    an unreadable one, ConfigError if what it needs for texts is not installed.
+    Raises InputError if there is no file of the kind that the model takes, or an unreadable one.
     """
-    if not model.is_file():
-        raise BundleError(f"model {model} does not exist; a device writes it as personalized.onnx in its state folder")
-    session = session_for(model, THREADS)
-    try:
-        metadata = _Metadata.model_validate(session.get_modelmeta().custom_metadata_map)
-    except ValidationError as error:
-        raise BundleError(f"{model} is an ONNX file, but not a personalized model of this project") from error
-    reader = reader_for(metadata.preprocessing, metadata.tokenizer)
-    paths = [path for file in files for path in _files(file, reader.kind)]
+    kind = classifier.kind
+    paths = [path for file in files for path in _files(file, kind)]
     if not paths:
-        raise InputError(f"no {reader.kind.noun}s in {', '.join(map(str, files))}")
-    for path in paths:
-        (probabilities,) = run(session, ["probabilities"], reader.batch([path]))
-        yield path, {name: float(p) for name, p in zip(metadata.classes, probabilities[0], strict=True)}
+        raise InputError(f"no {kind.noun}s in {', '.join(map(str, files))}")
+    return map(classifier.classify, paths)
+
+
+def printer(as_json: bool, top: int) -> Callable[[Prediction | None], None]:
+    """What prints one line for each prediction: all of it as JSON, or the `top` most probable classes.
+
+    None stands for a pause. Raises BrokenPipeError if nobody reads any more.
+    """
+
+    def tell(prediction: Prediction | None) -> None:
+        if prediction is not None:
+            print(prediction.model_dump_json() if as_json else _in_words(prediction, top), flush=True)
+        elif _reader_has_gone():
+            raise BrokenPipeError
+
+    return tell
+
+
+@contextmanager
+def quiet_without_a_reader() -> Iterator[None]:
+    """That nobody reads the output any more, as when the daemon was killed, is an end like any other."""
+    try:
+        yield
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python flushes when it ends
+
+
+def _reader_has_gone() -> bool:
+    poll = select.poll()
+    poll.register(sys.stdout, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _in_words(prediction: Prediction, top: int) -> str:
+    best = sorted(prediction.probabilities.items(), key=lambda item: -item[1])[:top]
+    shares = ", ".join(f"{name} {value:.1%}" for name, value in best)
+    known = prediction.label in prediction.probabilities
+    return f"{prediction.file}: {shares if known else f'{prediction.label} ({shares})'}"
 
 
 def _files(path: Path, kind: Kind) -> list[Path]:

@@ -38,7 +38,7 @@ def progress_to(link: Link, topics: Topics, name: str) -> Report:
     return report
 
 
-def status_of(device: Device, online: bool, error: str) -> DeviceStatus:
+def status_of(device: Device, online: bool, paused: str, error: str) -> DeviceStatus:
     slices = device.scanned
     return DeviceStatus(
         device=device.name,
@@ -49,5 +49,6 @@ def status_of(device: Device, online: bool, error: str) -> DeviceStatus:
         train=len(slices.train),
         held_out=len(slices.held_out),
         test=len(slices.test),
+        paused=paused,
         error=error,
     )

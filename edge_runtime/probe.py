@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -98,7 +98,7 @@ def make_plan(
 
     Raises ConfigError if not even level 1 fits.
     """
-    budget = memory or int(MEMORY_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    budget = _budget(memory)
     path = store.root / "plan.json"
     question = _Question(
         bundle=bundle.sha256,
@@ -118,9 +118,23 @@ def make_plan(
 
     plan = plan_within(measure, bundle, budget - RESERVE, step_seconds)
     if not plan.fits:
-        raise ConfigError(_refusal(measure, budget, step_seconds))
+        raise ConfigError(_refusal(_least(measure), budget, step_seconds))
     write_atomically(path, _Answered(question=question, plan=plan).model_dump_json().encode())
     return plan
+
+
+def measure_least(
+    bundle: Bundle, engine: EngineName, threads: int, sample: Path, memory: int | None, step_seconds: float
+) -> tuple[int, float]:
+    """Bytes of memory and seconds per step of the least that there is, a round at level 1. Raises ConfigError if it
+    does not fit."""
+    budget = _budget(memory)
+    lines = _least(
+        lambda feature_batch, first, fit: _measured(bundle, engine, threads, sample, feature_batch, first, fit)
+    )
+    if len(lines) < 2 or lines[-1].peak_rss + RESERVE > budget or lines[-1].seconds > step_seconds:
+        raise ConfigError(_refusal(lines, budget, step_seconds))
+    return lines[-1].peak_rss + RESERVE, lines[-1].seconds
 
 
 def plan_within(measure: Measure, bundle: Bundle, budget: int, step_seconds: float) -> Plan:
@@ -205,9 +219,17 @@ def _measured(
             process.kill()
 
 
-def _refusal(measure: Measure, budget: int, step_seconds: float) -> str:
+def _budget(memory: int | None) -> int:
+    return memory or int(MEMORY_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def _least(measure: Measure) -> list[Measured]:
+    """A pass and a step at level 1 with as little as can be; fewer than two if it ended early."""
+    return [line for line, _ in zip(measure(1, 1, Fit(1, lean=True)), (PASSES, 1), strict=False)]
+
+
+def _refusal(lines: Sequence[Measured], budget: int, step_seconds: float) -> str:
     """Why nothing fits, from what the least there is takes."""
-    lines = [line for line, _ in zip(measure(1, 1, Fit(1, lean=True)), (PASSES, 1), strict=False)]
     if len(lines) < 2:
         return (
             "what a round at level 1 needs could not be measured: it ended early, most likely for want of memory; "

@@ -36,6 +36,12 @@ def thermal_zones(root: Path = Path("/")) -> dict[str, float]:
     return found
 
 
+def board(root: Path = Path("/")) -> str:
+    """What the machine calls itself; "" where it does not."""
+    names = (_text(root / name) for name in ("proc/device-tree/model", "sys/class/dmi/id/product_name"))
+    return next((name.strip("\0 ") for name in names if name), "")
+
+
 class Sensors:
     """Looks at them whenever it is asked to."""
 

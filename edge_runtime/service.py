@@ -1,17 +1,15 @@
-"""The shell around the daemon: MQTT, disk, and the computation itself, which runs between two looks at the queue."""
+"""The shell around the daemon: MQTT, disk, and the computation itself, which runs between two looks at the queue.
+
+While the computation pauses, which may be for hours, the looks go on: so the device stays there for the server and for
+whoever looks after it, and gives the round up once a newer one is announced.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import os
-import subprocess
-import sys
 import time
 from collections import deque
-from collections.abc import Callable
 
-import numpy as np
 import paho.mqtt.client as paho
 
 from edge_runtime.daemon import (
@@ -39,67 +37,69 @@ from edge_runtime.daemon import (
     wanted,
 )
 from edge_runtime.device import Device
-from edge_runtime.evaluation import evaluate, train_alone
-from edge_runtime.memory import peak_rss_mb
-from edge_runtime.personal import train_personal
-from edge_runtime.presence import INSTANCE, status_of
-from edge_runtime.stages import Globals, statistics, train_global
-from edge_runtime.stages import Work as StageWork
+from edge_runtime.presence import INSTANCE, progress_to, status_of
+from edge_runtime.samples import SampleChangedError
 from edge_runtime.unanswered import Unanswered
-from edge_runtime.updates import header_of, prepare
-from protocol.errors import FedFMSLError, MessageError, RunError
-from protocol.layout import Vector
+from edge_runtime.vitals import Vitals
+from edge_runtime.work import Worker, write_personalized
+from protocol.errors import FedFMSLError, InputError, MessageError, RunError
 from protocol.messages import (
     Ack,
+    Activity,
     DeviceStatus,
+    Prediction,
     Round,
     ServerStatus,
-    Stage,
     Verdict,
     encode,
     parse,
 )
-from protocol.messages import Globals as GlobalsHeader
-from protocol.tensors import Assembler, Tensors, blob_bytes, blob_hash, chunks, pack, unpack
+from protocol.tensors import Assembler, blob_bytes, blob_hash, chunks
 from protocol.topics import Topics
-from shell.cli import console
 from shell.link import Connected, Disconnected, Link, Received
+from shell.log import fields, log
 
-STAGES: dict[Stage, StageWork] = {
-    Stage.STATISTICS: statistics,
-    Stage.GLOBAL: train_global,
-    Stage.PERSONAL: train_personal,
-    Stage.BASELINE: train_alone,
-    Stage.EVALUATE: evaluate,
-}
 LOOK_SECONDS = 1.0
 ASK_SECONDS = 30.0  # without a server
 DISK_SECONDS = (1.0, 60.0)  # from one attempt to write to the next: at first, and at most
+FOLDER_SECONDS = 60.0  # from one look at the folder to the next, between rounds
 
 
-def write_personalized(device: Device) -> None:
-    """In a process of its own: it needs the onnx package, which the daemon has no memory to spare for.
-
-    Raises RunError if that process fails, OSError if there was no room for what it wrote.
-    """
-    command = [sys.executable, "-m", "edge_runtime", "personalize"]
-    command += ["--bundle", str(device.bundle.root), "--state", str(device.store.root)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if result.returncode == os.EX_IOERR:
-        raise OSError(errno.ENOSPC, "no room for the personalized model")
-    if result.returncode:
-        raise RunError(f"the personalized model could not be written: {result.stderr.strip()}")
+class _GivenUpError(Exception):
+    """The round that is being worked on is no longer worth it: it is not the newest, or the device has to leave."""
 
 
 class Service:
-    def __init__(self, device: Device, run: str, link: Link) -> None:
-        self._device = device
+    """The host of the worker's pace (see `edge_runtime.pace`)."""
+
+    def __init__(
+        self,
+        worker: Worker,
+        run: str,
+        link: Link,
+        vitals: Vitals,
+        introduction: tuple[str, bytes] | None = None,
+        stays: bool = False,
+    ) -> None:
+        """`introduction`: topic and payload of what introduces this device to Home Assistant. With `stays` it is still
+        of use once the run has finished, and waits for the next of that name."""
+        self._worker = worker
         self._run = run
         self._topics = Topics(run)
         self._link = link
+        self._vitals = vitals
+        self._introduction = introduction
+        self._stays = stays
+        self._tell = progress_to(link, self._topics, worker.device.name)
+        self._paused = ""  # why, as it was announced
+        self._leave: Leave | None = None
+        self._finished = ""  # the session of the run that it has stayed after
+        self._trouble = ""  # with the folder, as it was said
+        self._looked = 0.0  # at the folder
         self._connected = True
         self._bytes_down = 0
         self._fetching: dict[str, Assembler] = {}
+        device = worker.device
         self._unanswered = Unanswered(device.name)
         self._disk_seconds = 0.0  # to wait before what could not be written is tried once more; 0: all could
         self._last: paho.MQTTMessageInfo | None = None
@@ -114,6 +114,11 @@ class Service:
             done=max({store.settled, *unsettled}),
             unsettled=unsettled,
         )
+        worker.pace.host = self
+
+    @property
+    def _device(self) -> Device:
+        return self._worker.device
 
     def serve(self) -> None:
         """Until the run has finished. Raises FedFMSLError if this device cannot take part."""
@@ -122,20 +127,28 @@ class Service:
         self._link.subscribe(topics.status(name))
         self._subscribe()
         self._announce()
-        console.print(f"waiting for the server of run {self._run!r}")
+        log.info(f"waiting for the server of run {self._run!r}")
+        self._vitals.ready()
         leave = Leave()
         try:
             leave = self._follow()
+            if not leave.error:
+                self._finish()
         except FedFMSLError as error:
             leave = Leave(str(error))
             raise
         finally:
             if not leave.quietly:
                 self._announce(online=False, error=leave.error)
+                self._beat(Activity.STOPPED)
             self._link.close(self._last)
         if leave.error:
             raise RunError(leave.error)
-        console.print(f"run {self._run!r} has finished; this device's model is {self._device.store.personalized}")
+
+    def predicted(self, prediction: Prediction) -> None:
+        """Publishes what this device's model says of a file. To be called in any thread."""
+        said = prediction.model_copy(update={"device": self._device.name})
+        self._link.publish(self._topics.prediction(self._device.name), encode(said), retain=True)
 
     def _subscribe(self) -> None:
         """To what the run's server says to everybody."""
@@ -145,22 +158,103 @@ class Service:
     def _follow(self) -> Leave:
         """Events in, commands out, until one of them is to leave."""
         wait, asked = 0.0, time.monotonic()
-        while True:
+        while self._leave is None:
             if not self._state.present and time.monotonic() > asked + ASK_SECONDS:
                 asked = time.monotonic()
                 self._subscribe()  # anew: amqtt can lose what comes while one subscribes
             event = self._event(wait)
             wait = 0.0 if event else LOOK_SECONDS
-            if event is None and self._connected and self._unanswered.overdue():
-                event = Overdue()
-            todo = deque(self._advance(event or Idle()))
-            while todo:
-                command = todo.popleft()
-                if isinstance(command, Leave):
-                    return command
-                result = self._carry_out(command)
-                if result is not None:
-                    todo.extend(self._advance(result))
+            if event is None:
+                self._look_around()
+            self._handle(event or Idle())
+        return self._leave
+
+    def _handle(self, event: Event) -> None:
+        todo = deque(self._advance(event))
+        while todo and self._leave is None:
+            command = todo.popleft()
+            result = self._carry_out(command)
+            if result is not None:
+                todo.extend(self._advance(result))
+
+    def _look_around(self) -> None:
+        """What is looked at between rounds, now and then."""
+        if self._connected and self._unanswered.overdue():
+            self._handle(Overdue())
+        self._announce_pause(self._worker.pace.look())
+        if time.monotonic() > self._looked + FOLDER_SECONDS:
+            self._look_at_folder()
+        self._device.cache.keep_free()
+        self._beat(Activity.PAUSED if self._paused else Activity.WAITING)
+
+    def _look_at_folder(self) -> bool:
+        """Whether there is something to train on. It is said once if there is not."""
+        self._looked = time.monotonic()
+        try:
+            if self._worker.look():
+                self._announce()
+        except InputError as error:
+            if str(error) != self._trouble:
+                self._trouble = str(error)
+                log.warning(f"{error}; waiting for it")
+            return False
+        except OSError as error:
+            self._wait_for_disk(error)
+            return False
+        self._trouble = ""
+        return True
+
+    def progress(self, activity: str, done: int, total: int) -> None:
+        self._tell(activity, done, total)
+        self._beat(Activity.WORKING)
+
+    def pause(self, reason: str) -> None:
+        """While training is forbidden: a look at what has come. Raises _GivenUpError if the round is not to be gone on
+        with."""
+        self._announce_pause(reason)
+        if not reason:
+            return
+        self._beat(Activity.PAUSED)
+        working = self._state.announced
+        event = self._event(LOOK_SECONDS)
+        if event is not None:
+            self._handle(event)
+        if self._leave is not None or self._state.announced != working:
+            raise _GivenUpError
+
+    def _announce_pause(self, reason: str) -> None:
+        """Rounds that open do not wait for a device that pauses."""
+        changed = bool(reason) != bool(self._paused)
+        self._paused = reason
+        if changed:
+            log.info(f"pauses: {reason}" if reason else "goes on", **fields(paused=reason))
+            self._announce()
+
+    def _beat(self, activity: Activity) -> None:
+        self._vitals.beat(self._device, activity, self._state, self._paused)
+
+    def _take_leave(self, leave: Leave) -> None:
+        """A device that is still of use stays."""
+        if leave.error or not self._stays:
+            self._leave = leave
+        elif self._finished != self._state.session:
+            self._finish()
+            log.info("it stays, classifies what comes, and waits for the next run of this name")
+
+    def _finish(self) -> None:
+        self._finished = self._state.session
+        store = self._device.store
+        try:
+            if store.is_model_newer:  # the evaluation was missed
+                write_personalized(self._device)
+        except (OSError, RunError) as error:
+            log.warning(f"{store.personalized} could not be written ({error}); edge_runtime personalize tries it again")
+        log.info(f"run {self._run!r} has finished; this device's model is {store.personalized}")
+
+    def _introduce(self) -> None:
+        """To Home Assistant, whose broker may know nothing of us."""
+        if self._introduction is not None:
+            self._publish(*self._introduction, retain=True)
 
     def _advance(self, event: Event) -> list[Command]:
         self._state, commands = advance(self._state, event)
@@ -170,13 +264,14 @@ class Service:
         received = self._link.next_event(timeout)
         if isinstance(received, Disconnected):
             if self._connected:
-                console.print(f"no connection to the broker ({received.reason}); trying again and again")
+                log.info(f"no connection to the broker ({received.reason}); trying again and again")
             self._connected = False
         if isinstance(received, Connected):
             if not self._connected:
-                console.print("connected to the broker again")
+                log.info("connected to the broker again")
             self._connected = True
             self._unanswered.start_over()
+            self._introduce()
             self._announce()
             return Reconnected()
         if not isinstance(received, Received) or not received.payload:
@@ -193,7 +288,7 @@ class Service:
                 return SelfSeen(parse(DeviceStatus, received.payload))
             return self._global_chunk(received)
         except MessageError as error:
-            console.print(f"dropped a message on {received.topic}: {error}")
+            log.info(f"dropped a message on {received.topic}: {error}")
             return None
 
     def _global_chunk(self, received: Received) -> Event | None:
@@ -226,7 +321,7 @@ class Service:
         first, longest = DISK_SECONDS
         if not self._disk_seconds:
             where = f"--state {self._device.store.root}"
-            console.print(f"{where} does not take what has to be kept ({error}); it is tried again until there is room")
+            log.info(f"{where} does not take what has to be kept ({error}); it is tried again until there is room")
         with contextlib.suppress(OSError):  # a disk that has become read-only, which somebody may mend
             self._device.cache.give_way()
             self._device.store.drop_globals(keep=wanted(self._state.announced))
@@ -252,50 +347,35 @@ class Service:
         elif isinstance(command, ShowSelf):
             self._announce()
         elif isinstance(command, Say):
-            console.print(command.text)
+            log.info(command.text)
+        elif isinstance(command, Leave):
+            self._take_leave(command)
         return None
 
     def _work(self, task: Round) -> WorkDone | WorkFailed:
-        started = time.perf_counter()
+        if not self._look_at_folder():
+            time.sleep(LOOK_SECONDS)
+            return WorkFailed(task.round)
         try:
             if self._device.store.enter(task.session):
                 self._unanswered = Unanswered(self._device.name)
-            self._device.store.drop_globals(keep=wanted(task))
-            outcome = STAGES[task.stage](self._device, task, self._globals(task))
-            # noise from the operating system's entropy: a server that knew the seed could subtract it
-            rng = np.random.default_rng()
-            outcome = prepare(self._device.bundle, self._device.store.residual, task, outcome, rng)
-            self._device.cache.drop_unused()
-            if task.stage is Stage.EVALUATE:
-                write_personalized(self._device)
-            seconds = time.perf_counter() - started
             bytes_down, self._bytes_down = self._bytes_down, 0
-            update = header_of(
-                self._device, task, outcome, seconds=seconds, peak_rss_mb=peak_rss_mb(), bytes_down=bytes_down
-            )
-            self._device.store.put_outbox(task.round, pack(update, outcome.tensors))
+            seconds = self._worker.work(task, bytes_down)
+        except _GivenUpError:
+            return WorkFailed(task.round)
+        except SampleChangedError as error:
+            self._worker.look_again_at(error.path)
+            log.info(f"round {task.round} is begun anew: {error}", **fields(round=task.round))
+            return WorkFailed(task.round)
         except OSError as error:
             self._wait_for_disk(error)
             return WorkFailed(task.round)
         self._disk_seconds = 0.0
-        console.print(f"round {task.round}: {task.stage.value} done in {seconds:.1f} s")
+        log.info(
+            f"round {task.round}: {task.stage.value} done in {seconds:.1f} s",
+            **fields(round=task.round, stage=task.stage.value, level=task.level, seconds=round(seconds, 3)),
+        )
         return WorkDone(task.round)
-
-    def _globals(self, task: Round) -> Globals:
-        layout = self._device.bundle.expert
-        expert, start = (self._vector(sha256, layout.join) for sha256 in (task.expert, task.start))
-        return Globals(expert, start, self._vector(task.gate, self._device.bundle.gate.join))
-
-    def _vector(self, sha256: str, join: Callable[[Tensors], Vector]) -> Vector:
-        if not sha256:
-            return np.empty(0, np.float32)
-        blob = self._device.store.global_blob(sha256)
-        if blob is None:
-            raise RunError(
-                f"the global blob {sha256[:12]}… has gone or changed on the disk; start again to fetch it anew"
-            )
-        _, tensors = unpack(blob, GlobalsHeader)
-        return join(tensors)
 
     def _send(self, round_: int) -> None:
         """Unless it is being sent anyway: what paho has not delivered yet survives a reconnection in its queue."""
@@ -312,12 +392,12 @@ class Service:
         try:
             self._device.store.settle(ack.round)
         except OSError as error:  # no harm: after a restart it is sent once more, and answered once more
-            console.print(f"the update of round {ack.round} is kept, though acknowledged ({error})")
+            log.info(f"the update of round {ack.round} is kept, though acknowledged ({error})")
         if ack.verdict is not Verdict.ACCEPTED:
-            console.print(f"update of round {ack.round}: {ack.verdict.value} {ack.reason}")
+            log.info(f"update of round {ack.round}: {ack.verdict.value} {ack.reason}")
 
     def _announce(self, online: bool = True, error: str = "") -> None:
-        status = status_of(self._device, online, error)
+        status = status_of(self._device, online, self._paused, error)
         self._publish(self._topics.status(status.device), encode(status), retain=True)
 
     def _publish(self, topic: str, payload: bytes, retain: bool = False) -> paho.MQTTMessageInfo:

@@ -20,7 +20,7 @@ import typer
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
-from edge_runtime.governor import Hours
+from edge_runtime.governor import Hours, Limits
 from protocol.errors import ConfigError, one_line
 from protocol.messages import EngineChoice
 from protocol.topics import check_name
@@ -70,10 +70,9 @@ class StateSettings(BaseModel):
     state: File = Field(Path("device"), description="Folder for what this device must not lose.")
 
 
-class LinkSettings(StateSettings):
-    """What is needed to speak for it."""
+class BrokerSettings(StateSettings):
+    """Where something is said of it, and as whom."""
 
-    run: RunName = Field(description="The run's name.")
     broker: Broker = Field(
         "mqtt://localhost:1883",
         description="mqtt[s]:// or ws[s]://[user:password@]host[:port]; user and password also by FEDFMSL_USER, "
@@ -83,13 +82,26 @@ class LinkSettings(StateSettings):
         None, description="File of devices.provision: who we are, and whom to trust, over TLS. In a file also its text."
     )
     insecure: bool = Field(False, description="Let traffic leave this machine unencrypted.")
-    device: DeviceName | None = Field(
-        None, description="This device's name, at its first start. Default: the identity's, or from the host's."
-    )
     home_assistant: str = Field(
         "homeassistant",
         pattern=r"^[A-Za-z0-9_-]*$",
         description="Discovery prefix of Home Assistant, to which predictions are introduced. Empty: they are not.",
+    )
+
+
+class PredictSettings(BrokerSettings):
+    """What is needed to use its model."""
+
+    run: RunName | None = Field(None, description="The run to publish in.")
+    bundle: File | None = Field(None, description="A bundle's folder. Default: the model's, in the state folder.")
+
+
+class LinkSettings(BrokerSettings):
+    """What is needed to speak for it."""
+
+    run: RunName = Field(description="The run's name.")
+    device: DeviceName | None = Field(
+        None, description="This device's name, at its first start. Default: the identity's, or from the host's."
     )
     log: LogForm = Field("text", description="text, or json: one object per line.")
     log_file: File | None = Field(None, description="Also log to this file; a few megabytes of it are kept.")
@@ -136,6 +148,10 @@ class Settings(LinkSettings):
         None, description="Folder whose files are classified as they come, with this device's newest model."
     )
     metrics: str | None = Field(None, description="HOST:PORT to tell Prometheus on. Default: none.")
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(self.hours, self.max_temperature, self.mains_only, self.max_load, self.on_metered)
 
 
 M = TypeVar("M", bound=StateSettings)

@@ -12,6 +12,7 @@ from edge_runtime.device import Device
 from edge_runtime.mixture import accuracy
 from edge_runtime.samples import labels_of
 from edge_runtime.training import Targets, predict_log, train
+from protocol.head import head_of_class_means
 from protocol.layout import Vector
 from protocol.messages import Round, Stage
 from protocol.tensors import Tensors
@@ -58,6 +59,16 @@ def class_sums(device: Device, level: int) -> dict[str, Vector]:
         "class_counts": one_hot.sum(axis=0).astype(np.float32),
         "norm_sum": np.array([np.linalg.norm(pooled, axis=1).sum()], np.float32),
     }
+
+
+def class_mean_expert(device: Device) -> Vector:
+    """An expert of the bundle's highest level (P,) that has trained nothing but the head of this device's own class
+    means."""
+    own = class_sums(device, 1)
+    theta = device.bundle.initial()[0]
+    head = head_of_class_means(own["class_sums"], own["class_counts"], float(own["norm_sum"][0]))
+    theta[: head.size] = head
+    return theta
 
 
 def train_global(device: Device, task: Round, given: Globals) -> Outcome:

@@ -3,15 +3,20 @@
 STATE/identity           the device's name, made once
 STATE/session            the session it last worked in, and the last round of it whose update was acknowledged
 STATE/globals/SHA256     global blobs it has received
+STATE/bundles/SHA256/    bundles it has fetched
 STATE/outbox/ROUND       updates the server has not acknowledged yet
 STATE/personal           the local expert (never leaves the device)
 STATE/residual           what encoding has lost of the last update
 STATE/baseline           the expert trained alone, where a run asks for it
 STATE/cache/             the feature cache
 STATE/results.json       the last evaluation
-STATE/mixture            what the personalized model is made of
-STATE/personalized.onnx  the personalized model
+STATE/mixture            the personalized model of the last round: what is its own of it
+STATE/personalized.onnx  the personalized model as one file, as it was evaluated
+STATE/lock               held by the process that works on this folder
 STATE/plan.json          what fits into its memory, as measured
+STATE/health.json        how it is, as it last said
+STATE/set-aside.txt      the files of its folder that it does not use, and why
+STATE/samples.sqlite     what it has read of its samples, and which slice each is of (see edge_runtime.ledger)
 """
 
 from __future__ import annotations
@@ -50,6 +55,10 @@ class DeviceStore:
         return self.root / "baseline"
 
     @property
+    def samples(self) -> Path:
+        return self.root / "samples.sqlite"
+
+    @property
     def results(self) -> Path:
         return self.root / "results.json"
 
@@ -60,6 +69,25 @@ class DeviceStore:
     @property
     def personalized(self) -> Path:
         return self.root / "personalized.onnx"
+
+    @property
+    def health(self) -> Path:
+        return self.root / "health.json"
+
+    @property
+    def bundles(self) -> Path:
+        """What has been fetched, each in a folder named by its SHA-256."""
+        return self.root / "bundles"
+
+    @property
+    def set_aside(self) -> Path:
+        return self.root / "set-aside.txt"
+
+    @property
+    def is_model_newer(self) -> bool:
+        """Than the file that was made of it."""
+        made = self.personalized.stat().st_mtime if self.personalized.is_file() else 0.0
+        return self.mixture.is_file() and self.mixture.stat().st_mtime > made
 
     def identity(self, wanted: str | None) -> str:
         """This device's name: made at the first start (`wanted`, or from the host's name), kept for ever after.

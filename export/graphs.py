@@ -152,8 +152,9 @@ class GraphWriter:
     def personal(self, level: int) -> Graph:
         """The personalized model as a template: a device turns all inputs but pixels or tokens into constants.
 
-        `global_bias` (C,) is the device's log class prior, `local_bias` (C,) masks the classes it does not hold.
-        The frozen prefix is shared; above it the backbone (for the gate) and both experts part.
+        `global_bias` (C,) is the device's log class prior, `local_bias` (C,) masks the classes it does not hold, and
+        probabilities are the softmax of the mixture's log p / `temperature` (1,). The frozen prefix is shared; above it
+        the backbone (for the gate) and both experts part.
         """
         g, graph = self.transformer.geometry, self._graph(f"personal-{level}")
         tape = self._tape(graph)
@@ -173,7 +174,8 @@ class GraphWriter:
         stacked = graph.op("Concat", *(graph.op("Unsqueeze", log_p, graph.ints(1)) for log_p in joint), axis=1)
         weighted = graph.op("Add", stacked, graph.op("Unsqueeze", log_gate, graph.ints(2)))
         mixed = graph.op("ReduceLogSumExp", weighted, graph.ints(1), keepdims=0)
-        graph.output(graph.op("Exp", mixed), "probabilities", ["B", self.classes])
+        tempered = graph.op("Div", mixed, graph.input("temperature", np.float32, [1]))
+        graph.output(graph.op("Softmax", tempered, axis=-1), "probabilities", ["B", self.classes])
         return graph
 
     def gate_predict(self) -> Graph:

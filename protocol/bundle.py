@@ -7,7 +7,7 @@
     lift-{j}.onnx           hidden state, LoRA of block j → hidden state above block j
     step-{k}.onnx           level k: hidden state, labels, weights, trainables → loss, gradient
     predict-{k}.onnx        level k: hidden state, trainables → class logits, class-token feature
-    personal-{k}.onnx       level k: pixels, both experts, gate → class probabilities (a template)
+    personal-{k}.onnx       level k: pixels, both experts, gate, temperature → class probabilities (a template)
     gate-step.onnx, gate-predict.onnx
     init.safetensors        the trainables every run starts from; a zero-shot head where there is a text tower
     tokenizer.json          of a text model: how texts become tokens, a file of Hugging Face's `tokenizers`
@@ -104,7 +104,7 @@ class FileEntry(_Frozen):
 
 
 class Manifest(_Frozen):
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     model: str
     family: str
     precision: Precision
@@ -157,7 +157,7 @@ class Bundle:
                 raise ValueError("the layouts are not those of these levels")
         except (ValidationError, ValueError) as error:
             raise BundleError(
-                f"{path} is not a bundle manifest of schema 1; build the bundle again with python -m export.build"
+                f"{path} is not a bundle manifest of schema 2; build the bundle again with python -m export.build"
             ) from error
         self.sha256 = hashlib.sha256(raw).hexdigest()
 

@@ -171,6 +171,9 @@ class Activity(str, Enum):
     STOPPED = "stopped"
 
 
+HEALTH_SECONDS = 60.0  # from one to the next, while nothing changes
+
+
 class Health(Message):
     """Retained. How a device is, for whoever looks after it; nothing in a run depends on it. `time` and `started` are
     unix seconds, sizes bytes, temperatures °C; `others` is the share of the processors that others use, `slowdown` how
@@ -192,6 +195,7 @@ class Health(Message):
     others: float | None = Field(default=None, ge=0, le=1)
     on_battery: bool | None = None
     metered: bool | None = None
+    throttled: bool | None = None
     memory: Count = 0
     disk_free: Count = 0
     cache: Count = 0
@@ -206,6 +210,8 @@ class Health(Message):
 class Prediction(Message):
     """What the personalized model says of one file, retained. `label` is a class, or `unknown`; `round` is the one that
     the model is of; `probabilities` are calibrated."""
+
+    max_bytes = 192 * 1024  # most of it for `probabilities`
 
     device: Name
     file: Text

@@ -52,6 +52,10 @@ class Topics:
     def prediction(self, device: str) -> str:
         return f"{ROOT}/{self.run}/devices/{device}/prediction"
 
+    def predicting(self, device: str) -> str:
+        """Whether somebody who is not the daemon publishes predictions, retained."""
+        return f"{ROOT}/{self.run}/devices/{device}/prediction/status"
+
     def update_chunk(self, device: str, round_: int | str, index: int | str) -> str:
         return f"{ROOT}/{self.run}/devices/{device}/update/{round_}/{index}"
 

@@ -18,6 +18,12 @@ from shell.files import FULL
 # A log line stays one line, however narrow the terminal; what a stranger has put into it is not read as rich's markup.
 console = Console(soft_wrap=True, markup=False, emoji=False)
 
+
+def notice(text: str) -> None:
+    """A line for people, beside an output that may be for programs."""
+    print(text, file=sys.stderr, flush=True)
+
+
 # The options of every command that talks to a broker.
 BROKER = typer.Option(
     "mqtt://localhost:1883",

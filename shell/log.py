@@ -18,6 +18,7 @@ FILE_BYTES, FILES = 2 * 1024 * 1024, 2  # of a log file, and older ones beside i
 _PRIORITIES = {logging.INFO: "<6>", logging.WARNING: "<4>", logging.ERROR: "<3>"}  # as journald reads them
 
 log = logging.getLogger("fedfmsl")
+log.setLevel(logging.INFO)
 
 
 def fields(**values: Any) -> dict[str, Any]:
@@ -27,7 +28,6 @@ def fields(**values: Any) -> dict[str, Any]:
 
 def set_up_log(form: LogForm = "text", file: Path | None = None) -> None:
     """Raises ConfigError if the file cannot be written."""
-    log.setLevel(logging.INFO)
     log.propagate = False
     log.handlers.clear()
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]

@@ -4,23 +4,38 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from support import CLASSES, Built
+from support import Built
 
 from edge_runtime.cache import DiskCache
 from edge_runtime.device import Device
+from edge_runtime.engine import Fit
 from edge_runtime.engines import open_engine
 from edge_runtime.features import FeatureCache
+from edge_runtime.folder import SampleFolder
 from edge_runtime.gate import Gate
-from edge_runtime.inputs import reader_of
+from edge_runtime.governor import Limits, Readings
+from edge_runtime.level_cap import LevelCap
+from edge_runtime.pace import Pace, PacedEngine
 from edge_runtime.presence import device_link
-from edge_runtime.samples import scan
+from edge_runtime.probe import BATCH, Plan
 from edge_runtime.service import Service
 from edge_runtime.store import DeviceStore
+from edge_runtime.vitals import Vitals
+from edge_runtime.work import Worker
 from protocol.topics import Topics
 from shell.link import Link
 
 RUN = "r"
 NOWHERE = "mqtt://127.0.0.1:9"
+LEVEL_CAP = 2
+
+
+class Nobody:
+    """Hosts a pace before the service does."""
+
+    def progress(self, activity: str, done: int, total: int) -> None: ...
+
+    def pause(self, reason: str) -> None: ...
 
 
 def started(
@@ -29,17 +44,21 @@ def started(
     """A daemon as `python -m edge_runtime run` makes one, before it talks to anybody; its link is not connected."""
     bundle = built.bundle
     store = DeviceStore(folder)
-    slices = scan(photos, CLASSES, reader_of(bundle).kind)
+    levels = range(1, LEVEL_CAP + 1)
+    plan = Plan(feature_batch=4, fits=dict.fromkeys(levels, Fit(BATCH)), seconds=dict.fromkeys(levels, 1.0))
+    pace = Pace(Limits(), Readings, LevelCap.planned(plan, step_seconds=60.0), Nobody())
+    samples = SampleFolder(photos, bundle, store)
     device = Device(
         name=store.identity(name),
         bundle=bundle,
-        scanned=slices,
-        cache=FeatureCache(DiskCache(store.cache, 2**30), bundle, threads=1),
-        engine=open_engine("step-graph", bundle, 1),
+        scanned=samples.look(patience=3.0),
+        cache=FeatureCache(DiskCache(store.cache, 2**30), bundle, 1, pace),
+        engine=PacedEngine(open_engine("step-graph", bundle, 1), pace),
         gate=Gate(bundle, 1),
         store=store,
-        level_cap=2,
-        report=lambda *_: None,
+        level_cap=LEVEL_CAP,
+        report=pace,
     )
     link = device_link(broker, Topics(RUN), device.name)
-    return device, Service(device, RUN, link), link
+    vitals = Vitals(link, Topics(RUN), device.name, store, Readings)
+    return device, Service(Worker(device, samples, pace), RUN, link, vitals), link

@@ -21,7 +21,7 @@ from support import Built
 
 from edge_runtime.cache import DiskCache
 from edge_runtime.evaluation import _Header as Alone
-from edge_runtime.personal import ModelHeader
+from edge_runtime.model import ModelHeader
 from edge_runtime.personal import _Header as LocalExpert
 from edge_runtime.store import DeviceStore
 from protocol.bundle import MANIFEST, Bundle
@@ -104,7 +104,18 @@ HEADERS: list[BaseModel] = [
     Globals(run="r", kind="expert"),
     LocalExpert(session="s", round=1, level=2, queue=(0.5, 0.6), seen=2, best_level=1, best_nll=0.3),
     Alone(session="s", level=2),
-    ModelHeader(run="r", round=1, device="d", level=2),
+    ModelHeader(
+        run="r",
+        session="s",
+        round=1,
+        device="d",
+        level=2,
+        bundle=SHA,
+        expert=SHA,
+        gate="",
+        temperature=1.5,
+        threshold=0.3,
+    ),
 ]
 TENSORS = {
     "classifier.weight": np.ones((4, 8), np.float32),

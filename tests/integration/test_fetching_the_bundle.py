@@ -38,20 +38,21 @@ def served(bundle: Path, tmp_path: Path) -> Iterator[tuple[ServerStatus, Path]]:
 
 
 def test_what_is_fetched_is_the_bundle_and_is_not_fetched_twice(
-    served: tuple[ServerStatus, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    served: tuple[ServerStatus, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     status, _ = served
     first = fetch_bundle(status, tmp_path / "device")
     first.verify()
     assert first.sha256 == status.bundle
-    assert capsys.readouterr().out.count("fetching") == len(first.manifest.files) + 1
+    assert caplog.text.count("fetching") == len(first.manifest.files) + 1
+    caplog.clear()
     assert fetch_bundle(status, tmp_path / "device").root == first.root
-    assert "fetching" not in capsys.readouterr().out
+    assert "fetching" not in caplog.text
 
 
 @pytest.mark.parametrize("share", [0.3, 1.0], ids=["cut off in the middle", "cut off before it was renamed"])
 def test_a_download_that_was_cut_off_is_resumed(
-    served: tuple[ServerStatus, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], share: float
+    served: tuple[ServerStatus, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, share: float
 ) -> None:
     status, root = served
     whole = (root / WEIGHTS).read_bytes()
@@ -60,7 +61,7 @@ def test_a_download_that_was_cut_off_is_resumed(
     target.mkdir(parents=True)
     (target / f"{WEIGHTS}.part").write_bytes(whole[:have])
     fetch_bundle(status, tmp_path / "device").verify()
-    assert f"fetching {WEIGHTS} from byte {have}" in capsys.readouterr().out
+    assert f"fetching {WEIGHTS} from byte {have}" in caplog.text
     assert not (target / f"{WEIGHTS}.part").exists()
 
 
@@ -113,7 +114,7 @@ def own_broker(tmp_path: Path) -> Iterator[Broker]:
 
 
 def test_a_server_is_waited_for_and_that_is_said(
-    own_broker: Broker, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    own_broker: Broker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(download, "SERVER_SECONDS", 0.0)
     topics, status = Topics("deserted"), ServerStatus(online=True, run="deserted", session="1")
@@ -124,7 +125,7 @@ def test_a_server_is_waited_for_and_that_is_said(
     threading.Thread(target=lambda: found.put(find_server(device, topics)), daemon=True).start()
     server.publish(topics.server_status, b"not a status", retain=True)
     server.publish(topics.server_status, encode(status.model_copy(update={"online": False})))
-    wait_until(lambda: "no server of run 'deserted' yet" in capsys.readouterr().out, "a word about it")
+    wait_until(lambda: "no server of run 'deserted' yet" in caplog.text, "a word about it")
     assert found.empty()
     server.publish(topics.server_status, encode(status), retain=True)
     assert found.get(timeout=SECONDS) == status

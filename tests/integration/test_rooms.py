@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "edge_runtime": {"protocol", "onnxruntime", "PIL", "tomli", *BASE, *SHELL},
 }
 STAND_ALONE = {
+    "edge_runtime/metrics.py": "prometheus_client",
     "edge_runtime/personalize.py": "onnx",
     "edge_runtime/texts.py": "tokenizers",
     "trainer_server/privacy.py": "dp_accounting",
@@ -71,7 +72,7 @@ def test_export_knows_nothing_of_server_and_devices(path: Path) -> None:
     ("module", "never"),
     [
         ("edge_runtime.__main__", {*MODELS, "onnx", "tokenizers", "export", "trainer_server", "starlette", "uvicorn"}),
-        ("edge_runtime.service", {*MODELS, "onnx", "tokenizers", "export", "trainer_server"}),
+        ("edge_runtime.service", {*MODELS, "onnx", "tokenizers", "prometheus_client", "export", "trainer_server"}),
         ("trainer_server.__main__", {*MODELS, "onnx", "onnxruntime", "export", "edge_runtime", "PIL"}),
         ("devices.install", {*MODELS, *NOT_OF_EDGE}),
         ("devices.boards", {*MODELS, *NOT_OF_EDGE}),
@@ -98,7 +99,7 @@ def extras_of(extra: str | None) -> set[str]:
 def test_the_edge_extra_lists_neither_torch_nor_what_needs_it() -> None:
     assert extras_of("edge") == {
         *("numpy", "paho-mqtt", "pydantic", "rich", "safetensors", "tomli", "typer"),
-        *("onnx", "onnxruntime", "pillow"),
+        *("onnx", "onnxruntime", "pillow", "prometheus-client"),
     }
 
 

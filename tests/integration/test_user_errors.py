@@ -13,7 +13,7 @@ import pytest
 from processes import Broker, free_port, run_module
 from support import CLASSES
 
-from edge_runtime.personal import ModelHeader
+from edge_runtime.model import ModelHeader
 from edge_runtime.personalize import write_model
 from edge_runtime.store import DeviceStore
 from protocol.bundle import Bundle
@@ -77,15 +77,11 @@ class World:
         (copy / "backbone.weights").write_bytes(data)
         return copy
 
-    def one_photo_of(self, name: str) -> Path:
-        copy = shutil.copytree(self.photos, self.scratch / "photos")
-        for path in sorted((copy / name).iterdir())[1:]:
-            path.unlink()
-        return copy
-
-    def unknown_class(self) -> Path:
-        copy = shutil.copytree(self.photos, self.scratch / "photos")
-        (copy / CLASSES[0]).rename(copy / "durian")
+    def one_photo(self, name: str) -> Path:
+        """Of a class, and nothing else."""
+        copy = self.folder("photos")
+        (copy / name).mkdir()
+        shutil.copy(self.any_photo(), copy / name)
         return copy
 
     def text_file(self) -> Path:
@@ -119,9 +115,20 @@ def personalized(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     expert, gate = opened.initial()
     theta, nothing = expert[: opened.expert.size(1)], np.zeros(len(CLASSES), np.float32)
     tensors = {"global_theta": theta, "local_theta": theta, "gate_theta": gate}
-    header = ModelHeader(run="none", round=1, device="none", level=1)
+    header = ModelHeader(
+        run="none",
+        session="none",
+        round=1,
+        device="none",
+        level=1,
+        bundle=opened.sha256,
+        expert="",
+        gate="",
+        temperature=1.0,
+        threshold=0.0,
+    )
     store.mixture.write_bytes(pack(header, {**tensors, "global_bias": nothing, "local_bias": nothing}))
-    write_model(opened, store, store.personalized)
+    write_model(store, store.personalized, bundle)
     return store.personalized
 
 
@@ -194,16 +201,16 @@ CASES = [
         ("empty holds no images", "one subfolder per class"),
     ),
     Wrong(
-        "a class folder with one image",
-        lambda w: w.device(images=w.one_photo_of(CLASSES[1])),
+        "one image in all",
+        lambda w: w.device(images=w.one_photo(CLASSES[1])),
         INPUT,
-        (repr(CLASSES[1]), "at least two", "add images or remove the folder"),
+        (CLASSES[1], "at least two", "add more"),
     ),
     Wrong(
-        "a class folder that the bundle does not know",
-        lambda w: w.device(images=w.unknown_class()),
+        "no class folder that the bundle knows",
+        lambda w: w.device(images=w.one_photo("durian")),
         INPUT,
-        ("durian", *CLASSES, "rename or remove the folder"),
+        ("'durian'", *CLASSES, "rename or remove the folder"),
     ),
     Wrong(
         "a device's bundle with a changed byte",
@@ -295,7 +302,7 @@ CASES = [
         "a personalized model before any run",
         lambda w: ["edge_runtime", "personalize", "--bundle", str(w.bundle), "--state", str(w.scratch)],
         INPUT,
-        ("no personalized model yet", "once a run has been evaluated"),
+        ("no personalized model yet", "once its first round is done"),
     ),
     Wrong(
         "a prediction without the model",

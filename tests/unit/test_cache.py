@@ -87,6 +87,15 @@ def test_without_a_budget_it_takes_a_share_of_the_free_disk(tmp_path: Path) -> N
     assert room == pytest.approx(SHARE_OF_FREE_DISK * shutil.disk_usage(tmp_path).free, rel=0.1)
 
 
+def test_files_of_other_names_go_from_every_folder_and_their_room_is_free(tmp_path: Path) -> None:
+    cache = filled(tmp_path, 4 * BLOCK, one=Worth.SMALL, two=Worth.PRESENT)
+    for folder in ("one", "two"):
+        assert cache.put(folder, "b", b"x")
+    cache.drop_others({"b", "c"})
+    assert kept(tmp_path) == {"one/b", "two/b"}
+    assert cache.used == 2 * BLOCK
+
+
 Operations = st.lists(
     st.tuples(
         st.sampled_from(["put", "get", "ask", "drop", "again"]),
@@ -142,14 +151,58 @@ assert not [path for path in root.glob("*/.*")]
 """
 
 
-def test_a_full_disk_is_a_smaller_budget(tmp_path: Path) -> None:
+def on_a_small_disk(program: str, folder: Path) -> None:
+    """Runs it with a folder on a disk of 25 blocks."""
     unshare = shutil.which("unshare")
-    mount = f"mount -t tmpfs -o size=100k tmpfs {tmp_path}"
+    mount = f"mount -t tmpfs -o size=100k tmpfs {folder}"
     spaces = [str(unshare), "--user", "--map-root-user", "--mount", "sh", "-c"]
     if unshare is None or subprocess.run([*spaces, mount], capture_output=True, check=False).returncode:
         pytest.skip("no small file system can be mounted here")
-    command = f'{mount} && exec "$0" -c "$1" {tmp_path}/cache'
+    command = f'{mount} && exec "$0" -c "$1" {folder}/cache'
     done = subprocess.run(
-        [*spaces, command, sys.executable, FULL_DISK], capture_output=True, text=True, check=False, env={**os.environ}
+        [*spaces, command, sys.executable, program], capture_output=True, text=True, check=False, env={**os.environ}
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_full_disk_is_a_smaller_budget(tmp_path: Path) -> None:
+    on_a_small_disk(FULL_DISK, tmp_path)
+
+
+KEPT_FREE = """
+import shutil, sys
+from pathlib import Path
+from edge_runtime.cache import BLOCK, DiskCache, Worth
+root = Path(sys.argv[1])
+cache = DiskCache(root, 1000 * BLOCK, keep_free=10 * BLOCK)
+data = bytes(BLOCK - 4)
+
+def free():
+    return shutil.disk_usage(root).free // BLOCK
+
+cache.ask_for("ahead", Worth.AHEAD)
+cache.ask_for("present", Worth.PRESENT)
+room = cache.room("ahead", BLOCK - 4)
+assert room == free() - 10 > 5, room
+assert [cache.put("ahead", str(n), data) for n in range(room + 3)] == [True] * room + [False] * 3
+assert cache.room("present", BLOCK - 4) == room and cache.room("ahead", BLOCK - 4) == 0
+assert all(cache.put("present", str(n), data) for n in range(room - 2))  # in place of the others
+cache.keep_free()
+assert free() == 10 and cache.used == room * BLOCK
+(root.parent / "another's").write_bytes(bytes(4 * BLOCK))
+assert cache.room("present", BLOCK - 4) == cache.room("ahead", BLOCK - 4) == 0
+cache.keep_free()
+assert free() == 10 and not list((root / "ahead").iterdir()), free()
+assert not cache.put("ahead", "new", data)
+assert cache.get("present", str(room - 3)) == data
+for size in (9, 5):
+    (root.parent / str(size)).write_bytes(bytes(size * BLOCK))
+    cache.keep_free()
+assert cache.used == 0 and not cache.put("present", "0", data)  # there is nothing left to give
+(root.parent / "9").unlink()
+assert cache.put("present", "0", data)
+"""
+
+
+def test_some_of_the_disk_stays_free_for_others(tmp_path: Path) -> None:
+    on_a_small_disk(KEPT_FREE, tmp_path)

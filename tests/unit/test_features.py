@@ -14,10 +14,10 @@ from support import CLASSES, LAYERS, Built, Floats, hidden_states, random_theta,
 import edge_runtime.features as features
 from edge_runtime.cache import DiskCache
 from edge_runtime.features import FeatureCache
+from edge_runtime.folder import scan
 from edge_runtime.inputs import IMAGES, TEXTS, Reader, reader_of
-from edge_runtime.samples import Sample, scan
+from edge_runtime.samples import Sample, SampleChangedError
 from export.reference import torch_inputs
-from protocol.errors import InputError
 
 Samples = tuple[Sample, ...]
 
@@ -301,9 +301,49 @@ def test_memory_is_made_free_before_graphs_are_opened(
     assert done == ["room", "features.onnx", "room", "lift-0.onnx"]
 
 
-def test_a_photo_that_has_changed_is_not_taken_for_what_it_was(vit: Built, photos: Path, tmp_path: Path) -> None:
+def change(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"more")
+
+
+def spoil(path: Path) -> None:
+    path.write_bytes(b"no image")
+
+
+@pytest.mark.parametrize(("happens", "late"), [(change, False), (spoil, False), (spoil, True), (Path.unlink, True)])
+def test_a_photo_that_has_changed_is_not_taken_for_what_it_was(
+    vit: Built,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    happens: Callable[[Path], None],
+    late: bool,
+) -> None:
+    """Nor for a broken one, if it happens between the look at its content and that at its pixels."""
     moved = scan(shutil.copytree(photos, tmp_path / "photos"), CLASSES, IMAGES).train[:3]
-    moved[1].path.write_bytes(moved[0].path.read_bytes())
+    changed, read = moved[1].path, Reader.batch
+
+    def disturbed(reader: Reader, paths: Sequence[Path]) -> dict[str, np.ndarray]:
+        happens(changed)
+        return read(reader, paths)
+
+    if late:
+        monkeypatch.setattr(Reader, "batch", disturbed)
+    else:
+        happens(changed)
     cache = FeatureCache(DiskCache(tmp_path / "cache"), vit.bundle, threads=1)
-    with pytest.raises(InputError, match=f"{moved[1].path.name} has changed"):
+    with pytest.raises(SampleChangedError, match=f"{changed.name} has changed") as raised:
         cache.frozen(moved, 1)
+    assert raised.value.path == changed
+
+
+def test_states_of_samples_that_have_left_are_dropped(vit: Built, images: Samples, tmp_path: Path) -> None:
+    cache = FeatureCache(DiskCache(tmp_path), vit.bundle, threads=1)
+    cache.pooled(images, 1)
+    cache.lifted(images, LAYERS, 1, random_theta(vit.bundle, LAYERS, 7))
+    cache.precise().frozen(images, 1)
+    stayed = images[2:5]
+    cache.drop_others(stayed)
+    folders = list(tmp_path.iterdir())
+    assert len(folders) > 3
+    for folder in folders:
+        assert {path.name for path in folder.iterdir()} == {sample.sha256 for sample in stayed}

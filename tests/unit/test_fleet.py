@@ -18,8 +18,8 @@ from support import CLASSES, write_photos
 from devices.assets import Asset, fetch
 from devices.dataset import Files, find_files, kind_of
 from devices.split import LEAST, dirichlet_shares, write_fleet
+from edge_runtime.folder import scan
 from edge_runtime.inputs import IMAGES, TEXTS
-from edge_runtime.samples import scan
 from protocol.bundle import file_sha256
 from protocol.errors import ConfigError, InputError
 

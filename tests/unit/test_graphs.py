@@ -20,6 +20,7 @@ from support import (
     torch_expert,
 )
 
+from edge_runtime.calibration import calibrated
 from edge_runtime.engine import NEVER
 from edge_runtime.mixture import log_softmax, mix
 from export.reference import torch_inputs
@@ -107,8 +108,11 @@ def test_the_initial_gate_weighs_both_experts_the_same(built: Built) -> None:
     assert np.allclose(np.exp(log_gate), 0.5, atol=1e-6)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.4, 3.0])
 @pytest.mark.parametrize("level", LEVELS)
-def test_the_personalized_graph_equals_the_mixture_of_its_experts_and_gate(built: Built, level: int) -> None:
+def test_the_personalized_graph_equals_the_mixture_of_its_experts_and_gate(
+    built: Built, level: int, temperature: float
+) -> None:
     bundle, rng = built.bundle, np.random.default_rng(level)
     samples = as_input(built, random_samples(built, 5, seed=13))
     thetas = {expert: random_theta(bundle, level, seed) for seed, expert in enumerate(("global", "local"))}
@@ -132,9 +136,10 @@ def test_the_personalized_graph_equals_the_mixture_of_its_experts_and_gate(built
         ["probabilities", "gate"],
         **samples,
         gate_theta=gate_theta,
+        temperature=np.array([temperature], np.float32),
         **{f"{expert}_theta": theta for expert, theta in thetas.items()},
         **{f"{expert}_bias": bias for expert, bias in biases.items()},
     )
     assert np.allclose(gate, np.exp(log_gate), atol=1e-6)
-    assert np.allclose(probabilities, np.exp(mix(log_gate, *log_p)), atol=1e-5)
+    assert np.allclose(probabilities, np.exp(calibrated(mix(log_gate, *log_p), temperature)), atol=1e-5)
     assert np.allclose(probabilities.sum(axis=1), 1, atol=1e-5)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edge_runtime.images import load_pixels
+from edge_runtime.images import REDUCING_GAP, load_pixels, pixel_count
 from protocol.bundle import ImagePreprocessing
 
 SIZE = 32
@@ -55,3 +55,30 @@ def test_an_image_is_turned_upright_as_its_orientation_tag_says(tmp_path: Path) 
     image.save(tmp_path / "tagged.png", exif=turned)
     upright, tagged = (load_pixels(tmp_path / name, PREPROCESSING) for name in ("upright.png", "tagged.png"))
     assert np.array_equal(upright, tagged)
+
+
+@pytest.mark.parametrize("quality", [{"lossless": True}, {}])
+def test_webp_is_read(tmp_path: Path, quality: dict[str, bool]) -> None:
+    grey = np.full((50, 40, 3), 200, np.uint8)
+    Image.fromarray(grey).save(tmp_path / "a.webp", **quality)
+    assert np.abs(load_pixels(tmp_path / "a.webp", PREPROCESSING).astype(int) - 200).max() < 4
+
+
+def test_a_large_photo_is_decoded_smaller_and_looks_the_same(tmp_path: Path) -> None:
+    rows, columns = np.mgrid[:1800, :2400]
+    waves = 128 + 100 * np.sin(rows / 90)[..., None] * np.cos(columns[..., None] / np.array([70, 110, 150]))
+    photo = Image.fromarray(waves.astype(np.uint8))
+    photo.save(tmp_path / "photo.jpg", quality=95)
+    photo.save(tmp_path / "progressive.jpg", quality=95, progressive=True)
+    photo.save(tmp_path / "photo.png")
+    assert pixel_count(tmp_path / "photo.jpg", SIZE) == 225 * 300
+    assert pixel_count(tmp_path / "photo.jpg", 600 // REDUCING_GAP) == 900 * 1200
+    assert pixel_count(tmp_path / "progressive.jpg", SIZE) == pixel_count(tmp_path / "photo.png", SIZE) == 1800 * 2400
+    whole = load_pixels(tmp_path / "photo.png", PREPROCESSING).astype(int)
+    for name in ("photo.jpg", "progressive.jpg"):
+        assert np.abs(load_pixels(tmp_path / name, PREPROCESSING).astype(int) - whole).max() < 6
+
+
+def test_what_is_no_image_takes_no_pixels(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_text("no image")
+    assert pixel_count(tmp_path / "a.jpg", SIZE) == pixel_count(tmp_path / "missing.jpg", SIZE) == 0

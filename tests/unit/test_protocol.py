@@ -492,7 +492,7 @@ def test_verify_names_the_file_that_is_not_as_it_was_built(vit: Built, tmp_path:
     Bundle(root).verify()
 
 
-@pytest.mark.parametrize("content", [None, b"", b"{}", b"\xff", b'{"schema_version": 2}'])
+@pytest.mark.parametrize("content", [None, b"", b"{}", b"\xff", b'{"schema_version": 1}'])
 def test_a_folder_without_a_manifest_of_this_schema_is_no_bundle(tmp_path: Path, content: bytes | None) -> None:
     if content is not None:
         (tmp_path / "manifest.json").write_bytes(content)

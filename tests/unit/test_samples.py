@@ -11,9 +11,10 @@ import pytest
 from PIL import Image
 from support import CLASSES, write_photos
 
+from edge_runtime.folder import scan
 from edge_runtime.images import load_pixels
 from edge_runtime.inputs import IMAGES, TEXTS
-from edge_runtime.samples import Slices, hold_out_look_alikes, labels_of, scan
+from edge_runtime.samples import Slices, deal_newcomers, labels_of
 from protocol.bundle import ImagePreprocessing
 from protocol.errors import InputError
 
@@ -86,10 +87,30 @@ def test_small_classes_still_train_and_hold_out(tmp_path: Path, count: int, size
     assert [len(part) for part in (slices.train, slices.held_out, slices.test)] == [4 * size for size in sizes]
 
 
-def test_a_class_with_one_image_is_refused_by_name(folder: Path) -> None:
-    for path in sorted((folder / "kiwi").iterdir())[1:]:
+def reasons(slices: Slices, folder: Path) -> dict[str, str]:
+    return {each.path.relative_to(folder).as_posix(): each.reason for each in slices.set_aside}
+
+
+def keep_one_of(folder: Path) -> Path:
+    kept, *others = sorted(folder.iterdir())
+    for path in others:
         path.unlink()
-    with pytest.raises(InputError, match=r"'kiwi'.*one readable image"):
+    return kept
+
+
+def test_a_class_with_one_image_is_set_aside_until_there_are_two(folder: Path) -> None:
+    only = keep_one_of(folder / "kiwi")
+    slices = scan(folder, CLASSES, IMAGES)
+    assert slices.class_counts(4).tolist() == [8, 0, 8, 8]
+    (reason,) = reasons(slices, folder).values()
+    assert {each.path for each in slices.set_aside} == {only}
+    assert "needs at least two" in reason
+
+
+def test_a_folder_in_which_every_class_has_one_image_is_refused(folder: Path) -> None:
+    for name in CLASSES:
+        keep_one_of(folder / name)
+    with pytest.raises(InputError, match=r"no images to train on: .*apple.*at least two"):
         scan(folder, CLASSES, IMAGES)
 
 
@@ -100,10 +121,56 @@ def test_an_image_that_stands_twice_counts_once(folder: Path) -> None:
     assert contents(scan(folder, CLASSES, IMAGES)) == before
 
 
-def test_a_class_the_bundle_does_not_know_is_refused_with_those_it_does(folder: Path) -> None:
+def test_a_class_the_bundle_does_not_know_is_set_aside_with_those_it_does(folder: Path) -> None:
     (folder / "lemon").rename(folder / "lime")
-    with pytest.raises(InputError, match=r"lime is not a class.*apple, kiwi, lemon, plum"):
-        scan(folder, CLASSES, IMAGES)
+    (folder / "notes").mkdir()
+    (folder / "notes" / "a.txt").write_text("no image, so nothing is missed")
+    slices = scan(folder, CLASSES, IMAGES)
+    assert slices.class_counts(4).tolist() == [8, 8, 0, 8]
+    (reason,) = reasons(slices, folder).values()
+    assert reason.startswith("class 'lime' is not of this bundle, which knows apple, kiwi, lemon, plum")
+
+
+def test_a_folder_of_unknown_classes_is_refused_with_the_known_ones(folder: Path) -> None:
+    with pytest.raises(InputError, match=r"no images to train on: .*'apple' is not.* knows pear, quince; rename"):
+        scan(folder, ("pear", "quince"), IMAGES)
+
+
+def test_the_same_image_under_two_classes_is_of_neither(folder: Path) -> None:
+    whole = contents(scan(folder, CLASSES, IMAGES))
+    twice, other = sorted((folder / "kiwi").iterdir())[0], folder / "plum" / "copy.jpg"
+    shutil.copyfile(twice, other)
+    slices = scan(folder, CLASSES, IMAGES)
+    found = {each.path: each.reason for each in slices.set_aside}
+    assert set(found) == {twice, other}
+    assert str(other) in found[twice]
+    assert "'plum'" in found[twice]
+    assert str(twice) in found[other]
+    assert "'kiwi'" in found[other]
+    assert slices.class_counts(4).sum() + len(slices.test) == sum(map(len, whole)) - 1
+
+
+def test_what_is_not_for_us_is_named_unless_a_system_has_left_it(folder: Path) -> None:
+    before = contents(scan(folder, CLASSES, IMAGES))
+    for name in ("kiwi/movie.mp4", "kiwi/deep/notes.txt", "lost.jpg"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes((folder / "plum" / "00.jpg").read_bytes())
+    for name in ("kiwi/.hidden.jpg", "kiwi/Thumbs.db", "kiwi/.DS_Store", "kiwi/._00.jpg", ".trash/a.jpg", "README.md"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes((folder / "plum" / "00.jpg").read_bytes())
+    slices = scan(folder, CLASSES, IMAGES)
+    assert contents(slices) == before
+    assert set(reasons(slices, folder)) == {"kiwi/movie.mp4", "kiwi/deep/notes.txt", "lost.jpg"}
+
+
+def test_an_image_that_lies_in_both_slices_of_the_user_is_not_tested_on(folder: Path) -> None:
+    root = split(folder)
+    before = contents(scan(root, CLASSES, IMAGES))
+    trained = sorted((root / "train" / "kiwi").iterdir())[0]
+    shutil.copyfile(trained, root / "test" / "kiwi" / "again.jpg")
+    slices = scan(root, CLASSES, IMAGES)
+    assert contents(slices) == before
+    assert set(reasons(slices, root)) == {"test/kiwi/again.jpg"}
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty", "empty classes", "no subfolders", "presplit"])
@@ -130,10 +197,9 @@ def test_unreadable_images_are_skipped_and_named(folder: Path) -> None:
     before = contents(scan(folder, CLASSES, IMAGES))
     for name, data in bad.items():
         (folder / "plum" / name).write_bytes(data)
-    (folder / "plum" / "notes.txt").write_text("not for us")
     (folder / "plum" / "folder.jpg").mkdir()
     slices = scan(folder, CLASSES, IMAGES)
-    assert {path.name for path in slices.unreadable} == set(bad)
+    assert reasons(slices, folder) == {f"plum/{name}": "not a readable image" for name in bad}
     assert contents(slices) == before
     for name in bad:
         with pytest.raises(InputError, match=name):
@@ -142,12 +208,14 @@ def test_unreadable_images_are_skipped_and_named(folder: Path) -> None:
 
 def test_what_is_held_out_of_a_class_looks_alike_and_is_as_much_as_before(tmp_path: Path) -> None:
     slices = scan(write_photos(tmp_path, 13), CLASSES, IMAGES)
-    images = slices.train + slices.held_out
+    images = slices.undealt
+    assert images == slices.train + slices.held_out
     rng = np.random.default_rng(3)
     scenes = rng.normal(size=(2, 8))
     scene_of = {image: index % 2 for index, image in enumerate(sorted(images, key=lambda i: i.sha256))}
     features = np.array([scenes[scene_of[i]] + rng.normal(size=8) * 0.01 for i in images], np.float32)
-    dealt = hold_out_look_alikes(slices, features)
+    dealt = deal_newcomers(slices, features)
+    assert not dealt.undealt
     assert {*dealt.train, *dealt.held_out} == set(images)
     for label in range(len(CLASSES)):
         held_out = [image for image in dealt.held_out if image.label == label]
@@ -161,9 +229,8 @@ def test_texts_are_sliced_like_images_and_unreadable_ones_are_named(texts: Path,
     bad = {"latin.txt": "Köln".encode("latin-1"), "empty.txt": b"", "blank.TXT": b" \n\t", "cut.txt": "ü".encode()[:1]}
     for name, data in bad.items():
         (folder / CLASSES[0] / name).write_bytes(data)
-    (folder / CLASSES[0] / "photo.jpg").write_bytes(b"not for us")
     slices = scan(folder, CLASSES, TEXTS)
-    assert {path.name for path in slices.unreadable} == set(bad)
+    assert reasons(slices, folder) == {f"{CLASSES[0]}/{name}": "not a readable text" for name in bad}
     assert contents(slices) == before
     assert {sample.path for part in (slices.train, slices.held_out, slices.test) for sample in part} == {
         *texts_of(folder, without=set(bad))

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from processes import wait_until
 
-from edge_runtime.sensors import Sensors, thermal_zones
+from edge_runtime.sensors import Sensors, board, thermal_zones
 
 THERMAL = "sys/class/thermal/thermal_zone"
 SUPPLY = "sys/class/power_supply"
@@ -194,6 +194,15 @@ def test_network_manager_is_asked_again_of_another_interface(network_manager: Pa
     network_manager.write_text("yes")
     lay_out(tmp_path, routes(("wlan0", 100)))
     assert sensors.read().metered is True
+
+
+def test_a_machine_is_called_what_it_calls_itself(tmp_path: Path) -> None:
+    assert board(tmp_path) == ""
+    lay_out(tmp_path, {"sys/class/dmi/id/product_name": "Standard PC"})
+    assert board(tmp_path) == "Standard PC"
+    (tmp_path / "proc/device-tree").mkdir(parents=True)
+    (tmp_path / "proc/device-tree/model").write_bytes(b"Raspberry Pi 5 Model B Rev 1.0\0")
+    assert board(tmp_path) == "Raspberry Pi 5 Model B Rev 1.0"
 
 
 def test_where_nothing_is_told_nothing_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,21 +12,24 @@ import numpy as np
 import pytest
 from support import Built
 
+import edge_runtime.features as features
 from edge_runtime.cache import DiskCache
 from edge_runtime.device import Device
-from edge_runtime.engine import StepGraphEngine
+from edge_runtime.engine import Batch, StepGraphEngine
 from edge_runtime.features import FeatureCache
+from edge_runtime.folder import SampleFolder, scan
 from edge_runtime.gate import Gate
 from edge_runtime.inputs import reader_of
-from edge_runtime.personal import train_personal
-from edge_runtime.samples import scan
+from edge_runtime.mixture import of_labels
+from edge_runtime.personal import LocalExpert, mixture, train_personal
+from edge_runtime.samples import Slices, labels_of
 from edge_runtime.stages import Globals, class_sums, statistics, train_global
 from edge_runtime.store import DeviceStore
 from edge_runtime.updates import prepare
 from protocol.encoding import decode
 from protocol.head import head_of_class_means
 from protocol.layout import Vector
-from protocol.messages import Encoding, Privacy, Round, Sal, Stage, Training
+from protocol.messages import Encoding, Privacy, Round, Sal, Stage, Training, Trigger
 from protocol.tensors import Tensors
 
 TRAINING = Training(epochs=2, learning_rate=1e-2)
@@ -85,6 +91,51 @@ def test_stage_2_gives_what_the_gate_moved(device: Device) -> None:
     assert np.array_equal(globals_.gate, before)
 
 
+class Losses(StepGraphEngine):
+    """Notes what each step's loss was."""
+
+    def step(self, batch: Batch) -> float:
+        self.seen = [*getattr(self, "seen", []), super().step(batch)]
+        return self.seen[-1]
+
+
+def stage_2(device: Device, level_cap: int, index: int) -> tuple[LocalExpert, list[float], set[str]]:
+    """The local expert after a round of plain LoRA, each step's loss, and the folders of features made on the way."""
+    everything = SAL.model_copy(update={"trigger": Trigger.ALL_AT_ONCE})
+    engine = Losses(device.bundle, threads=1)
+    before = {path.name for path in device.store.cache.iterdir()}
+    round_ = task(Stage.PERSONAL, level=2, index=index).model_copy(update={"sal": everything})
+    train_personal(replace(device, engine=engine, level_cap=level_cap), round_, given(device, level=2))
+    expert = LocalExpert.load(device, "s")
+    assert expert is not None
+    return expert, engine.seen, {path.name for path in device.store.cache.iterdir()} - before
+
+
+def test_a_local_expert_beyond_a_lowered_cap_is_trained_whole_but_only_above_it(device: Device) -> None:
+    before, _, _ = stage_2(device, level_cap=2, index=0)
+    kept = device.store.personal.read_bytes()
+    _, wanted, made = stage_2(device, level_cap=2, index=1)
+    assert not made
+    device.store.personal.write_bytes(kept)
+    after, losses, made = stage_2(device, level_cap=1, index=1)
+    assert losses[0] == pytest.approx(wanted[0], rel=1e-3)  # the same model, but for states in fp16
+    assert len(made) == 1 and "level-1-above-2-" in made.pop()
+    above = device.bundle.expert.size(1)
+    assert (after.theta[:above] != before.theta[:above]).mean() > 0.9
+    assert np.array_equal(after.theta[above:], before.theta[above:])
+    assert after.sal.level == 2  # where it is trained again once the cap has been raised
+    assert after.best_nll <= before.best_nll
+
+
+def test_a_local_expert_takes_the_features_of_the_global_one_below_its_level(device: Device) -> None:
+    globals_ = given(device, level=2)
+    hidden = device.hidden(device.slices.train, globals_.expert, 1)
+    folders = {path.name for path in device.store.cache.iterdir()}
+    train_personal(device, task(Stage.PERSONAL), globals_)
+    assert hidden.folder in folders
+    assert {path.name for path in device.store.cache.iterdir() if "-above-" in path.name} == {hidden.folder}
+
+
 @pytest.mark.parametrize("encoding", Encoding)
 @pytest.mark.parametrize("stage", [Stage.GLOBAL, Stage.PERSONAL])
 def test_what_is_sent_is_what_was_trained_but_for_the_encoding(
@@ -107,3 +158,75 @@ def test_private_statistics_of_real_features_give_nearly_the_same_head(device: D
     sent = prepare(device.bundle, device.store.residual, round_, outcome, np.random.default_rng(0))
     wanted = head(class_sums(device, 1))
     assert np.allclose(head(sent.tensors), wanted, atol=1e-3 * np.abs(wanted).max())
+
+
+@pytest.fixture
+def watched(device: Device, photos: Path, tmp_path: Path) -> tuple[Device, SampleFolder]:
+    """The device with a folder of its own, whose files nobody has been writing for long."""
+    root = shutil.copytree(photos, tmp_path / "photos")
+    for path in root.rglob("*"):
+        os.utime(path, (1e9, 1e9))
+    folder = SampleFolder(root, device.bundle, device.store)
+    return replace(device, scanned=folder.look()), folder
+
+
+def contents(slices: Slices) -> list[list[str]]:
+    return [[each.sha256 for each in part] for part in (slices.train, slices.held_out, slices.test)]
+
+
+def test_slices_are_dealt_once_and_are_the_same_at_the_next_look(
+    watched: tuple[Device, SampleFolder], device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, folder = watched
+    assert contents(before.slices) == contents(device.slices)
+    after = replace(before, scanned=folder.look())
+    monkeypatch.setattr(features, "open_session", lambda *_: pytest.fail("a graph is run to deal again"))
+    assert after.slices == before.slices
+
+
+def test_newcomers_are_trained_on_and_what_has_left_is_not(watched: tuple[Device, SampleFolder]) -> None:
+    device, folder = watched
+    round_ = task(Stage.STATISTICS)
+    first = statistics(device, round_, given(device, level=1))
+    left, like = [each for each in device.slices.train if each.label == 0][:2]
+    for number in range(20):
+        twin = like.path.with_name(f"new-{number}.jpg")
+        twin.write_bytes(like.path.read_bytes() + bytes([number]))
+        os.utime(twin, (1e9, 1e9))
+    left.path.unlink()
+    after = replace(device, scanned=folder.look())
+    second = statistics(after, round_, given(device, level=1))
+    tested = sum(each.path.name.startswith("new-") for each in after.slices.test)
+    assert 0 < tested < 10
+    more = 20 - tested - 1
+    assert second.samples == first.samples + more
+    assert second.tensors["class_counts"][0] == first.tensors["class_counts"][0] + more
+    assert after.counts[0] == device.counts[0] + more
+    assert contents(after.slices)[1] == contents(device.slices)[1]  # each looks like what is trained on
+
+
+def test_the_best_expert_is_measured_anew_when_the_held_out_slice_has_changed(
+    watched: tuple[Device, SampleFolder],
+) -> None:
+    device, folder = watched
+    globals_ = given(device, level=1)
+    train_personal(device, task(Stage.PERSONAL), globals_)
+    first = kept(device)
+    unbeatable = replace(first, best_nll=-1e9)
+    unbeatable.save(device, "s")
+    train_personal(device, task(Stage.PERSONAL, index=1), globals_)
+    assert kept(device).best_nll == -1e9
+    for sample in device.slices.held_out[1:]:
+        sample.path.unlink()
+    after = replace(device, scanned=folder.look())
+    train_personal(after, task(Stage.PERSONAL, index=2), globals_)
+    last = kept(after)
+    held_out = after.slices.held_out
+    seen = mixture(after, held_out, globals_, last.best, last.best_level)
+    assert last.best_nll == pytest.approx(-of_labels(seen.log_p, labels_of(held_out)).mean(), abs=1e-3)
+
+
+def kept(device: Device) -> LocalExpert:
+    expert = LocalExpert.load(device, "s")
+    assert expert is not None
+    return expert

@@ -153,6 +153,7 @@ def test_the_personalized_graph_takes_tokens_and_sees_no_padding(bert: Built) ->
         local_theta=theta,
         global_bias=bias,
         local_bias=bias,
+        temperature=np.ones(1, np.float32),
     )[0]
     logits = torch.from_numpy(logits_of(bert, tokens, theta, 2))
     assert np.allclose(probabilities, torch.softmax(logits, dim=1), atol=1e-6)

@@ -1,0 +1,81 @@
+"""Temperatures and thresholds of slices as small as a device's."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edge_runtime.calibration import ALPHA, calibrated, fit_temperature, unknown_below
+from edge_runtime.mixture import Labels, log_softmax, nll
+
+Floats = np.ndarray
+
+
+def draw(size: int, temperature: float, seed: int = 0, classes: int = 5) -> tuple[Floats, Labels]:
+    """log p (n, C), and labels drawn from what it would be at `temperature`."""
+    rng = np.random.default_rng(seed)
+    log_p = log_softmax(rng.normal(0, 3, (size, classes)).astype(np.float32))
+    cumulated = np.exp(calibrated(log_p, temperature)).cumsum(axis=1)
+    labels = (rng.random((size, 1)) > cumulated).sum(axis=1).clip(max=classes - 1)
+    return log_p, labels
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.5])
+def test_with_many_images_the_temperature_is_the_one_that_labels_follow(temperature: float) -> None:
+    fitted = fit_temperature(*draw(20_000, temperature))
+    assert fitted == pytest.approx(temperature, rel=0.05)
+
+
+def test_no_other_temperature_near_it_costs_less() -> None:
+    log_p, labels = draw(2_000, 2.0)
+    fitted = fit_temperature(log_p, labels)
+    best = nll(calibrated(log_p, fitted), labels)
+    assert best < nll(log_p, labels)
+    for other in (0.9 * fitted, 1.1 * fitted):
+        assert best < nll(calibrated(log_p, other), labels)
+
+
+@pytest.mark.parametrize("size", [1, 3, 30, 300])
+def test_a_slice_that_is_all_correct_does_not_make_the_model_certain(size: int) -> None:
+    """Its likelihood alone would have the temperature go to zero."""
+    log_p = np.log(np.tile(np.array([[0.9, 0.05, 0.05]], np.float32), (size, 1)))
+    assert 0.2 < fit_temperature(log_p, np.zeros(size, np.int64)) < 1
+
+
+def test_the_fewer_images_the_nearer_to_one() -> None:
+    temperatures = [fit_temperature(*(part[:size] for part in draw(1_000, 4.0))) for size in (0, 4, 40, 1_000)]
+    assert temperatures[0] == 1.0
+    assert abs(np.log(temperatures[1])) < abs(np.log(temperatures[3]))
+    assert temperatures[3] == pytest.approx(4.0, rel=0.2)
+
+
+def test_a_class_that_is_ruled_out_stays_ruled_out() -> None:
+    log_p = np.array([[-1e4, np.log(0.7), np.log(0.3)]], np.float32)
+    for temperature in (0.1, 1.0, 10.0):
+        assert np.exp(calibrated(log_p, temperature))[0, 0] == 0
+
+
+@given(st.integers(1, 60), st.floats(0.1, 10), st.integers(0, 2**32 - 1))
+def test_calibration_keeps_the_order_of_classes(size: int, temperature: float, seed: int) -> None:
+    log_p, _ = draw(size, 1.0, seed)
+    after = calibrated(log_p, temperature)
+    assert np.array_equal(after.argmax(axis=1), log_p.argmax(axis=1))
+    assert np.allclose(np.exp(after).sum(axis=1), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize(("size", "rank"), [(0, 0), (18, 0), (19, 1), (38, 1), (39, 2), (100, 5)])
+def test_the_threshold_is_the_confidence_of_that_rank(size: int, rank: int) -> None:
+    confidences = np.random.default_rng(size).permutation(np.linspace(0.2, 0.9, size)).astype(np.float32)
+    wanted = np.sort(confidences)[rank - 1] if rank else 0.0
+    assert unknown_below(confidences) == pytest.approx(wanted)
+
+
+def test_of_new_images_like_the_held_out_ones_at_most_alpha_are_unknown() -> None:
+    rng = np.random.default_rng(0)
+    shares = []
+    for _ in range(2_000):
+        drawn = rng.beta(5, 2, 60).astype(np.float32)
+        shares.append((drawn[50:] < unknown_below(drawn[:50])).mean())
+    assert 0.02 < np.mean(shares) < ALPHA + 0.01

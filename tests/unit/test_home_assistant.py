@@ -1,0 +1,134 @@
+"""Discovery messages against the schema of Home Assistant's MQTT integration (device discovery and its sensors)."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+import pytest
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
+
+from edge_runtime.home_assistant import Described, discovery
+from protocol.errors import ConfigError
+from protocol.messages import Activity, Health, Prediction
+from protocol.topics import Topics
+
+Template = str
+TOPIC = re.compile(r"(?P<component>\w+)/(?:(?P<node_id>[a-zA-Z0-9_-]+)/)?(?P<object_id>[a-zA-Z0-9_-]+)/config")
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Sensor(Strict):
+    """The options of an MQTT sensor that we use, and its rules between them."""
+
+    platform: Literal["sensor"]
+    unique_id: str
+    name: str
+    state_topic: str
+    value_template: Template
+    json_attributes_topic: str | None = None
+    device_class: Literal["enum", "temperature"] | None = None
+    options: list[str] | None = Field(default=None, min_length=1)
+    state_class: Literal["measurement"] | None = None
+    unit_of_measurement: str | None = None
+    entity_category: Literal["diagnostic"] | None = None
+    suggested_display_precision: int | None = Field(default=None, ge=0)
+
+    @model_validator(mode="after")
+    def rules(self) -> Sensor:
+        assert (self.options is not None) == (self.device_class == "enum")
+        if self.options is not None:
+            assert self.state_class is self.unit_of_measurement is None
+            assert len(set(self.options)) == len(self.options)
+        if self.device_class == "temperature":
+            assert self.unit_of_measurement in ("°C", "°F", "K")
+        return self
+
+
+class Device(Strict):
+    identifiers: list[str] = Field(min_length=1)
+    name: str
+    manufacturer: str
+    model: str | None = None
+    sw_version: str | None = None
+
+
+class Origin(Strict):
+    name: str
+    sw_version: str | None = None
+
+
+class Availability(Strict):
+    topic: str
+    value_template: Template
+
+
+class Discovery(Strict):
+    device: Device
+    origin: Origin
+    availability: list[Availability]
+    qos: Literal[0, 1, 2]
+    components: dict[str, Sensor]
+
+
+KITCHEN = Described("orchard", "kitchen", ("apple", "plum"), model="Raspberry Pi 5", version="0.1.0")
+
+
+def made(device: Described, health: bool) -> tuple[str, Discovery]:
+    topic, payload = discovery("homeassistant", device, "some/topic", health)
+    return topic, Discovery.model_validate_json(payload)
+
+
+@pytest.mark.parametrize("health", [False, True])
+def test_the_message_is_one_that_home_assistant_takes(health: bool) -> None:
+    topic, message = made(KITCHEN, health)
+    found = TOPIC.fullmatch(topic.removeprefix("homeassistant/"))
+    assert found is not None
+    assert found.groups() == ("device", "orchard", "kitchen")
+    assert set(message.components) == {"class", "confidence"} | ({"temperature", "activity"} if health else set())
+    assert message.availability[0].topic == "some/topic"
+    assert len({sensor.unique_id for sensor in message.components.values()}) == len(message.components)
+    assert (message.device.model, message.device.sw_version) == ("Raspberry Pi 5", "0.1.0")
+
+
+def test_sensors_read_fields_that_our_messages_have() -> None:
+    topics = Topics("orchard")
+    read = {topics.prediction("kitchen"): Prediction, topics.health("kitchen"): Health}
+    for sensor in made(KITCHEN, health=True)[1].components.values():
+        (field,) = re.findall(r"value_json\.(\w+)", sensor.value_template)
+        assert field in read[sensor.state_topic].model_fields
+        assert sensor.json_attributes_topic in (None, sensor.state_topic)
+
+
+def test_every_state_is_among_the_options() -> None:
+    components = made(KITCHEN, health=True)[1].components
+    assert components["class"].options == ["apple", "plum", "unknown"]
+    assert components["activity"].options == [activity.value for activity in Activity]
+    odd = Described("orchard", "kitchen", ("unknown", "plum"))
+    assert made(odd, health=False)[1].components["class"].options == ["unknown", "plum"]
+
+
+def test_no_two_devices_share_an_identity() -> None:
+    names = [("a-b", "c"), ("a", "b-c"), ("a", "b"), ("b", "a")]
+    messages = [made(Described(run, name, ("apple",)), health=True) for run, name in names]
+    assert len({topic for topic, _ in messages}) == len(names)
+    assert len({message.device.identifiers[0] for _, message in messages}) == len(names)
+    assert len({sensor.unique_id for _, message in messages for sensor in message.components.values()}) == 4 * len(
+        names
+    )
+
+
+def test_what_is_not_known_is_left_out() -> None:
+    _, payload = discovery("homeassistant", Described("orchard", "kitchen", ("apple",)), "t", health=False)
+    device = TypeAdapter(dict[str, object]).validate_json(payload)["device"]
+    assert device == {"identifiers": ["fedfmsl/orchard/kitchen"], "name": "kitchen", "manufacturer": "FedFMSL Edge"}
+
+
+@pytest.mark.parametrize(("run", "name", "wrong"), [("orchard", "pi.kitchen", "device"), ("v1.2", "kitchen", "run")])
+def test_a_name_that_home_assistant_takes_in_no_topic_is_refused_in_one_line(run: str, name: str, wrong: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^{wrong} name .*--home-assistant ") as caught:
+        discovery("homeassistant", Described(run, name, ("apple",)), "t", health=False)
+    assert "\n" not in str(caught.value)

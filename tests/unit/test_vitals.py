@@ -1,0 +1,121 @@
+"""How a device says that it is, on a real broker, to a service manager, and on its disk."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from daemons import RUN, started
+from processes import SECONDS, Broker, Processes
+from support import Built
+from test_stages import task
+
+from edge_runtime.daemon import State
+from edge_runtime.governor import Readings
+from edge_runtime.vitals import Vitals
+from protocol.messages import Activity, Health, Stage, parse
+from protocol.topics import Topics
+from shell.link import Link, Received
+
+WARM = Readings(temperature=61.5, on_battery=False, others=0.25)
+
+
+@pytest.fixture(scope="module")
+def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
+    with Processes(tmp_path_factory.mktemp("logs")) as processes:
+        yield processes.start_broker()
+
+
+@pytest.fixture
+def carer(broker: Broker) -> Iterator[Link]:
+    link = Link(broker.url, "who-looks-after-it")
+    link.connect()
+    link.subscribe(Topics(RUN).health("+"))
+    yield link
+    link.close()
+
+
+def heard(carer: Link) -> Health:
+    while True:
+        event = carer.next_event(SECONDS)
+        assert event is not None
+        if isinstance(event, Received) and event.payload:
+            return parse(Health, event.payload)
+
+
+def test_it_tells_how_it_is_when_it_does_something_else_and_now_and_then(
+    vit: Built, photos: Path, tmp_path: Path, broker: Broker, carer: Link, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device, _, link = started(vit, photos, tmp_path / "state", "kitchen", broker.url)
+    link.connect()
+    vitals = Vitals(link, Topics(RUN), "kitchen", device.store, lambda: WARM)
+    vitals.beat(None, Activity.STARTING)
+    starting = heard(carer)
+    assert (starting.device, starting.activity, starting.temperature) == ("kitchen", Activity.STARTING, 61.5)
+    assert 10e6 < starting.memory < 10e9 and starting.disk_free > 0
+    assert starting.train == 0
+
+    announced = task(Stage.GLOBAL, level=2)
+    state = State("kitchen", "", "", announced=announced, unsettled=frozenset({1, 2}))
+    device.cache.pooled(device.scanned.train, level=1)
+    vitals.rounds_done = 2
+    vitals.beat(device, Activity.WORKING, state)
+    vitals.beat(device, Activity.WORKING, replace(state, unsettled=frozenset()))  # nothing that cannot wait
+    vitals.beat(device, Activity.PAUSED, state, "81.5 °C, above --max-temperature 75")
+    working, paused = heard(carer), heard(carer)
+    assert working.activity is Activity.WORKING
+    assert (working.round, working.stage, working.level, working.level_cap) == (3, "global", 2, device.level_cap)
+    assert (working.unacknowledged, working.rounds_done) == (2, 2)
+    assert (working.train, working.held_out) == (len(device.scanned.train), len(device.scanned.held_out))
+    assert working.cache == device.cache.used > 0
+    assert (paused.activity, paused.paused) == (Activity.PAUSED, "81.5 °C, above --max-temperature 75")
+    assert paused == vitals.newest == Health.model_validate_json(device.store.health.read_bytes())
+
+    monkeypatch.setattr("edge_runtime.vitals.HEALTH_SECONDS", 0.0)
+    vitals.beat(device, Activity.WAITING, state)
+    vitals.beat(device, Activity.WAITING, state)
+    assert heard(carer).time < heard(carer).time
+    late = Link(broker.url, "who-comes-later")
+    late.connect()
+    late.subscribe(Topics(RUN).health("kitchen"))
+    assert heard(late) == vitals.newest  # retained
+    late.close()
+    link.close()
+
+
+def test_without_a_connection_nothing_piles_up(
+    vit: Built, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edge_runtime.vitals.HEALTH_SECONDS", 0.0)
+    device, _, link = started(vit, photos, tmp_path / "state")
+    vitals = Vitals(link, Topics(RUN), "d", device.store, Readings)
+    for _ in range(100):
+        vitals.beat(device, Activity.WAITING)
+    assert not link._client.want_write()
+    assert not link._client._out_messages
+    assert Health.model_validate_json(device.store.health.read_bytes()).activity is Activity.WAITING
+
+
+def test_a_service_manager_hears_what_it_does(
+    vit: Built, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(SECONDS)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        device, _, link = started(vit, photos, tmp_path / "state")
+        vitals = Vitals(link, Topics(RUN), "d", device.store, Readings)
+        vitals.beat(None, Activity.STARTING)
+        vitals.ready()
+        vitals.beat(device, Activity.PAUSED, paused="outside of --hours 22:00-06:00")
+        vitals.beat(device, Activity.STOPPED)
+        words = [manager.recv(4096).decode() for _ in range(4)]
+    assert words == [
+        "STATUS=starting",
+        "READY=1",
+        "STATUS=paused: outside of --hours 22:00-06:00",
+        "STATUS=stopped\nSTOPPING=1",
+    ]
