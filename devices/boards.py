@@ -17,6 +17,7 @@ from typing import Literal
 
 import typer
 
+from edge_runtime.sensors import board as board_name
 from edge_runtime.sensors import thermal_zones
 from shell.cli import application, console
 
@@ -95,16 +96,16 @@ class Board:
 
 def look(root: Path = Path("/")) -> Board:
     """What the kernel of the system whose tree lies at `root` says of its board."""
-    tree = _read(root / "proc/device-tree/model") or _read(root / "sys/firmware/devicetree/base/model")
+    model = board_name(root)
     kind: Kind = "generic"
-    if tree.startswith("Raspberry Pi"):
+    if model.startswith("Raspberry Pi"):
         kind = "raspberry-pi"
-    elif _read(root / "etc/nv_tegra_release") or re.search("jetson|tegra", tree, re.IGNORECASE):
+    elif _read(root / "etc/nv_tegra_release") or re.search("jetson|tegra", model, re.IGNORECASE):
         kind = "jetson"
     total = re.search(r"^MemTotal:\s*(\d+) kB", _read(root / "proc/meminfo"), re.MULTILINE)
     return Board(
         kind=kind,
-        model=tree or _read(root / "sys/class/dmi/id/product_name") or "unknown",
+        model=model or "unknown",
         cores=_cores(_read(root / "sys/devices/system/cpu/present")),
         memory=int(total[1]) * 1024 if total else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         zones=tuple(_zones(root)),

@@ -42,7 +42,7 @@ pattern read {ROOT}/+/server/status
 pattern read {ROOT}/+/round
 pattern read {ROOT}/+/globals/#
 # It introduces itself to Home Assistant, under its own name (its setting home_assistant is the first part here).
-pattern write {HOME_ASSISTANT}/+/%u/#
+pattern write {HOME_ASSISTANT}/device/+/%u/config
 
 # Home Assistant hears who introduces itself, how it is and what it sees; it tells when it has been started.
 user {HOME_ASSISTANT}

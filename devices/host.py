@@ -47,10 +47,11 @@ def unreadable(path: Path, user: str) -> Iterator[str]:
     may_not = ["!", "-readable", "-o", "-type", "d", "!", "-executable"]
     found = _as(user, ["find", "-L", *inside, "(", *may_not, ")", "-print", "-quit"]).stdout.splitlines()
     if found:
-        least, group = (0o050 if path.is_dir() else 0o040), _group(Path(found[0]))
-        by_group = Path(found[0]).stat().st_mode & least == least
+        first = Path(found[0])
+        wanted, group = (0o050 if first.is_dir() else 0o040), _group(first)
+        by_group = first.stat().st_mode & wanted == wanted
         mend = _join(user, group) if by_group and group else f"chmod -R o+rX {shlex.quote(str(path))}"
-        yield f"the service's user cannot read {found[0]}; {mend}, then install again"
+        yield f"the service's user cannot read {first}; {mend}, then install again"
 
 
 def unwritable(folder: Path, user: str) -> Iterator[str]:

@@ -64,8 +64,8 @@ Restart=on-failure
 {pauses}
 RestartPreventExitStatus={WRONG_SETTING}
 SuccessExitStatus={TERMINATED}
-# Until it is ready it fetches a bundle and measures what it can bear, which takes long on a slow line and a slow board.
-TimeoutStartSec=1h
+# It is ready once the broker has let it in; before that a slow board reads a lot of Python off its card.
+TimeoutStartSec=5min
 # It says that it lives between two pieces of work; the longest, images through the backbone, takes minutes.
 WatchdogSec=10min
 TimeoutStopSec=2min

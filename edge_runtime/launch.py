@@ -20,7 +20,6 @@ from edge_runtime.home_assistant import Described, discovery
 from edge_runtime.inputs import reader_of
 from edge_runtime.level_cap import LevelCap
 from edge_runtime.lock import locked
-from edge_runtime.metrics import serve_metrics
 from edge_runtime.pace import Pace, PacedEngine
 from edge_runtime.presence import device_link, progress_to
 from edge_runtime.probe import make_plan
@@ -51,6 +50,8 @@ def launch(settings: Settings) -> None:
         sensors = Sensors(zones=settings.thermal_zones)
         vitals = Vitals(link, topics, name, store, sensors.read)
         if settings.metrics:
+            from edge_runtime.metrics import serve_metrics  # 12 MB that others can do without
+
             serve_metrics(settings.metrics, lambda: vitals.newest, settings.insecure)
         link.connect()
         vitals.ready()

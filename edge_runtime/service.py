@@ -128,7 +128,6 @@ class Service:
         self._subscribe()
         self._announce()
         log.info(f"waiting for the server of run {self._run!r}")
-        self._vitals.ready()
         leave = Leave()
         try:
             leave = self._follow()
@@ -361,6 +360,7 @@ class Service:
                 self._unanswered = Unanswered(self._device.name)
             bytes_down, self._bytes_down = self._bytes_down, 0
             seconds = self._worker.work(task, bytes_down)
+            self._vitals.rounds_done += 1
         except _GivenUpError:
             return WorkFailed(task.round)
         except SampleChangedError as error:

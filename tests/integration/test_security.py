@@ -26,6 +26,7 @@ from processes import MOSQUITTO, Broker, Ended, Federation, Processes, free_port
 from devices.authority import SERVER, make_authority
 from devices.broker_kit import HOME_ASSISTANT
 from devices.settings_file import read_table
+from edge_runtime.home_assistant import Described, discovery
 from protocol.bundle import Bundle
 from protocol.errors import BrokerError
 from protocol.topics import Topics
@@ -100,6 +101,11 @@ def attempt(connect: Callable[..., Link], name: str, topic: str, allowed: str) -
         lambda: after.rc > 0 or after.is_published() or isinstance(link.next_event(0), Disconnected), f"{topic} denied"
     )
     link.close()
+
+
+def introduction(device: str) -> str:
+    """The topic on which a daemon introduces a device to Home Assistant."""
+    return discovery("homeassistant", Described("orchard", device, ["apple"]), TOPICS.status(device), health=True)[0]
 
 
 def join(url: str, photos: Path, state: Path, *arguments: str, environment: dict[str, str] | None = None) -> Ended:
@@ -248,13 +254,13 @@ def test_a_device_introduces_itself_to_home_assistant_and_nobody_else(connect: C
     home, device = connect(HOME_ASSISTANT), connect("device-0")
     home.subscribe("#")
     for topic in (
-        "homeassistant/sensor/device-0/seen/config",
-        "homeassistant/sensor/mallory-2/config",
-        "homeassistant/mallory/config",
+        introduction("device-0"),
+        introduction("mallory").replace("/config", "/else"),
+        "homeassistant/sensor/orchard/mallory/config",
         "homeassistant/status",
     ):
         attempt(connect, "mallory", topic, TOPICS.progress("mallory"))
-    mine = ["homeassistant/sensor/device-0/seen/config", TOPICS.prediction("device-0"), TOPICS.health("device-0")]
+    mine = [introduction("device-0"), TOPICS.prediction("device-0"), TOPICS.health("device-0")]
     for topic in (*mine, TOPICS.update_chunk("device-0", 1, 0)):  # the last is not for its ears
         publish(device, topic)
     publish(device, TOPICS.status("device-0"), LAST)
@@ -265,7 +271,7 @@ def test_home_assistant_hears_and_says_no_more_than_it_needs(connect: Callable[.
     server, device = connect("server"), connect("device-0")
     for link in (server, device):
         link.subscribe("#")
-    for topic in (TOPICS.round, TOPICS.status("device-0"), "homeassistant/sensor/device-0/seen/config"):
+    for topic in (TOPICS.round, TOPICS.status("device-0"), introduction("device-0")):
         attempt(connect, HOME_ASSISTANT, topic, "homeassistant/status")
     home = connect(HOME_ASSISTANT)
     home.subscribe("homeassistant/status")
@@ -281,6 +287,7 @@ def test_a_device_hears_nothing_that_is_anothers(connect: Callable[..., Link]) -
     server, device, mallory = connect("server"), connect("device-0"), connect("mallory")
     for pattern in ("#", "fedfmsl/+/devices/+/ack", TOPICS.ack("device-0"), TOPICS.update_chunk("device-0", "+", "+")):
         mallory.subscribe(pattern)
+    publish(mallory, TOPICS.progress("mallory"))  # once that is acknowledged, so are the subscriptions before it
     publish(device, TOPICS.update_chunk("device-0", 1, 0))
     publish(device, TOPICS.status("device-0"))
     publish(server, TOPICS.ack("device-0"))

@@ -45,7 +45,6 @@ def memory(kilobytes: int) -> dict[str, str]:
 
 PI_4 = {
     "proc/device-tree/model": "Raspberry Pi 4 Model B Rev 1.5\0",
-    "sys/firmware/devicetree/base/model": "Raspberry Pi 4 Model B Rev 1.5\0",
     **cores(4),
     **memory(3884360),
     **zones(cpu_thermal=48.686),
@@ -57,7 +56,7 @@ PI_4 = {
     "sys/fs/cgroup/cgroup.controllers": "cpuset cpu io pids\n",
 }
 PI_5 = {
-    "sys/firmware/devicetree/base/model": "Raspberry Pi 5 Model B Rev 1.0\0",
+    "proc/device-tree/model": "Raspberry Pi 5 Model B Rev 1.0\0",
     **cores(4),
     **memory(8256432),
     **zones(cpu_thermal=55.1),

@@ -223,7 +223,13 @@ def test_where_its_group_may_read_the_user_joins_it(open_folder: Path) -> None:
     os.chown(open_folder, -1, 44)  # Debian's group video
     open_folder.chmod(0o750)
     (problem,) = host.unreadable(open_folder, NOBODY)
-    assert "usermod --append --groups video nobody" in problem
+    assert f"cannot read {open_folder}; usermod --append --groups video nobody" in problem
+    open_folder.chmod(0o755)
+    photo = open_folder / "train" / "apple" / "1.jpg"
+    os.chown(photo, -1, 44)
+    photo.chmod(0o640)
+    (problem,) = host.unreadable(open_folder, NOBODY)
+    assert f"cannot read {photo}; usermod --append --groups video nobody" in problem
 
 
 @as_root
