@@ -36,8 +36,8 @@ def find_server(link: Link, topics: Topics, beat: Beat = lambda: None) -> Server
     status = hear_server(link, topics, SERVER_SECONDS, beat)
     if status is None:
         log.info(f"no server of run {topics.run!r} yet; is it started, is --run right? waiting for it")
-    while status is None:
-        status = hear_server(link, topics, SERVER_SECONDS, beat)
+        status = hear_server(link, topics, math.inf, beat)
+    assert status is not None
     return status
 
 

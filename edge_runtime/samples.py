@@ -49,7 +49,7 @@ class SampleChangedError(InputError):
     """A sample's file is not what it was when the folder was looked at: it has to be looked at again."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(f"{path} has changed since the folder was looked at; start this device again")
+        super().__init__(f"{path} has changed since the folder was looked at")
         self.path = path
 
 

@@ -63,6 +63,7 @@ LOOK_SECONDS = 1.0
 ASK_SECONDS = 30.0  # without a server
 DISK_SECONDS = (1.0, 60.0)  # from one attempt to write to the next: at first, and at most
 FOLDER_SECONDS = 60.0  # from one look at the folder to the next, between rounds
+FOLDER_SHARE = 0.01  # of the time, at most, for these looks: a folder of many files is looked at less often
 
 
 class _GivenUpError(Exception):
@@ -95,7 +96,7 @@ class Service:
         self._leave: Leave | None = None
         self._finished = ""  # the session of the run that it has stayed after
         self._trouble = ""  # with the folder, as it was said
-        self._looked = 0.0  # at the folder
+        self._next_look = 0.0  # at the folder
         self._connected = True
         self._bytes_down = 0
         self._fetching: dict[str, Assembler] = {}
@@ -181,14 +182,14 @@ class Service:
         if self._connected and self._unanswered.overdue():
             self._handle(Overdue())
         self._announce_pause(self._worker.pace.look())
-        if time.monotonic() > self._looked + FOLDER_SECONDS:
+        if time.monotonic() > self._next_look:
             self._look_at_folder()
         self._device.cache.keep_free()
         self._beat(Activity.PAUSED if self._paused else Activity.WAITING)
 
     def _look_at_folder(self) -> bool:
         """Whether there is something to train on. It is said once if there is not."""
-        self._looked = time.monotonic()
+        started = time.monotonic()
         try:
             if self._worker.look():
                 self._announce()
@@ -200,6 +201,9 @@ class Service:
         except OSError as error:
             self._wait_for_disk(error)
             return False
+        finally:
+            now = time.monotonic()
+            self._next_look = now + max(FOLDER_SECONDS, (now - started) / FOLDER_SHARE)
         self._trouble = ""
         return True
 
@@ -263,7 +267,7 @@ class Service:
         received = self._link.next_event(timeout)
         if isinstance(received, Disconnected):
             if self._connected:
-                log.info(f"no connection to the broker ({received.reason}); trying again and again")
+                log.warning(f"no connection to the broker ({received.reason}); trying again and again")
             self._connected = False
         if isinstance(received, Connected):
             if not self._connected:
@@ -287,7 +291,7 @@ class Service:
                 return SelfSeen(parse(DeviceStatus, received.payload))
             return self._global_chunk(received)
         except MessageError as error:
-            log.info(f"dropped a message on {received.topic}: {error}")
+            log.warning(f"dropped a message on {received.topic}: {error}")
             return None
 
     def _global_chunk(self, received: Received) -> Event | None:
@@ -320,7 +324,7 @@ class Service:
         first, longest = DISK_SECONDS
         if not self._disk_seconds:
             where = f"--state {self._device.store.root}"
-            log.info(f"{where} does not take what has to be kept ({error}); it is tried again until there is room")
+            log.warning(f"{where} does not take what has to be kept ({error}); it is tried again until there is room")
         with contextlib.suppress(OSError):  # a disk that has become read-only, which somebody may mend
             self._device.cache.give_way()
             self._device.store.drop_globals(keep=wanted(self._state.announced))
@@ -364,7 +368,6 @@ class Service:
         except _GivenUpError:
             return WorkFailed(task.round)
         except SampleChangedError as error:
-            self._worker.look_again_at(error.path)
             log.info(f"round {task.round} is begun anew: {error}", **fields(round=task.round))
             return WorkFailed(task.round)
         except OSError as error:
@@ -392,7 +395,7 @@ class Service:
         try:
             self._device.store.settle(ack.round)
         except OSError as error:  # no harm: after a restart it is sent once more, and answered once more
-            log.info(f"the update of round {ack.round} is kept, though acknowledged ({error})")
+            log.warning(f"the update of round {ack.round} is kept, though acknowledged ({error})")
         if ack.verdict is not Verdict.ACCEPTED:
             log.info(f"update of round {ack.round}: {ack.verdict.value} {ack.reason}")
 

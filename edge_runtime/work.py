@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 
@@ -22,7 +21,7 @@ from edge_runtime.memory import peak_rss_mb
 from edge_runtime.model import keep_personal_model
 from edge_runtime.pace import Pace
 from edge_runtime.personal import train_personal
-from edge_runtime.samples import SetAside
+from edge_runtime.samples import SampleChangedError, SetAside
 from edge_runtime.stages import Globals, statistics, train_global
 from edge_runtime.stages import Work as StageWork
 from edge_runtime.updates import header_of, prepare
@@ -70,10 +69,6 @@ class Worker:
         self._list_set_aside()
         return True
 
-    def look_again_at(self, path: Path) -> None:
-        """At the next look: it has changed."""
-        self._folder.forget(path)
-
     def _list_set_aside(self) -> None:
         """On the disk all files that are not used, in the log those that have not been there yet."""
         now = self.device.scanned.set_aside
@@ -99,7 +94,11 @@ class Worker:
         store = device.store
         store.drop_globals(keep=wanted(task))
         given = self._globals(task)
-        outcome = STAGES[task.stage](device, task, given)
+        try:
+            outcome = STAGES[task.stage](device, task, given)
+        except SampleChangedError as error:
+            self._folder.forget(error.path)
+            raise
         # noise from the operating system's entropy: a server that knew the seed could subtract it
         outcome = prepare(device.bundle, store.residual, task, outcome, np.random.default_rng())
         keep_personal_model(device, task, given)

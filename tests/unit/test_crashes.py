@@ -161,7 +161,7 @@ def test_a_round_for_which_there_was_no_room_gives_the_same_update_to_the_bit(
     tmp_path: Path,
     writes: Writes,
     monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Nothing that could not be kept is sent; the same process tries the same again, and has mentioned it once."""
     monkeypatch.setattr("edge_runtime.service.DISK_SECONDS", (0.01, 0.02))
@@ -181,8 +181,8 @@ def test_a_round_for_which_there_was_no_room_gives_the_same_update_to_the_bit(
                 assert full._work(task) == WorkFailed(task.round), file
         assert full._work(task) == WorkDone(task.round)
         assert kept(full_device.store.root, task) == kept(device.store.root, task)
-    lines = [line for line in capfd.readouterr().out.splitlines() if "No space left" in line]
-    assert len(lines) == len(tasks)
+    said = [record for record in caplog.records if "No space left" in record.getMessage()]
+    assert len(said) == len(tasks)
 
 
 def test_another_device_with_the_same_images_gives_another_update(vit: Built, photos: Path, tmp_path: Path) -> None:
