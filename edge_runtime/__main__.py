@@ -43,7 +43,7 @@ def check(settings: Settings) -> None:
     code = 0
     for finding in look_over(settings):
         code = code or finding.code
-        mark = "wrong" if finding.code else "mind" if finding.doubtful else "good"
+        mark = "wrong" if finding.code else "note" if finding.doubtful else "good"
         console.print(f"{mark:5}  {finding.what:9}  {finding.text}")
     sys.exit(code)
 

@@ -48,6 +48,8 @@ def launch(settings: Settings) -> None:
     with locked(store.root, "end it first, or give this one another --state"), contextlib.ExitStack() as until_the_end:
         link = device_link(settings.broker, topics, name, settings.identity, settings.insecure)
         sensors = Sensors(zones=settings.thermal_zones)
+        if settings.max_temperature is not None and sensors.read().temperature is None:
+            log.warning("--max-temperature is without effect: no thermal zone can be read; see --thermal-zones")
         vitals = Vitals(link, topics, name, store, sensors.read)
         if settings.metrics:
             from edge_runtime.metrics import serve_metrics  # 12 MB that others can do without

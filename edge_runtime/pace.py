@@ -34,7 +34,7 @@ class Pace:
 
     def __init__(self, limits: Limits, read: Callable[[], Readings], cap: LevelCap, host: Host) -> None:
         """`read` looks at the sensors."""
-        self.reason = ""  # of the pause that is on
+        self.reason = ""  # why training is forbidden, by the last look
         self.readings = Readings()  # the newest
         self.cap = cap
         self.host = host
@@ -48,12 +48,14 @@ class Pace:
 
     def keep(self) -> None:
         """Pauses if it is time to look, and training forbidden. To be called often: mostly it only reads the clock."""
-        if time.monotonic() < self._due or not self.look():
+        pausing = bool(self.reason)
+        if not pausing and time.monotonic() < self._due:
             return
-        while self.reason:
+        while self.look():
+            pausing = True
             self.host.pause(self.reason)
-            self.look()
-        self.host.pause("")
+        if pausing:
+            self.host.pause("")
 
     def look(self) -> str:
         """Why training is forbidden just now; "" if it is not."""

@@ -362,9 +362,8 @@ class Service:
         try:
             if self._device.store.enter(task.session):
                 self._unanswered = Unanswered(self._device.name)
-            bytes_down, self._bytes_down = self._bytes_down, 0
-            seconds = self._worker.work(task, bytes_down)
-            self._vitals.rounds_done += 1
+            self._worker.pace.keep()
+            seconds = self._worker.work(task, self._bytes_down)
         except _GivenUpError:
             return WorkFailed(task.round)
         except SampleChangedError as error:
@@ -373,7 +372,8 @@ class Service:
         except OSError as error:
             self._wait_for_disk(error)
             return WorkFailed(task.round)
-        self._disk_seconds = 0.0
+        self._disk_seconds, self._bytes_down = 0.0, 0
+        self._vitals.rounds_done += 1
         log.info(
             f"round {task.round}: {task.stage.value} done in {seconds:.1f} s",
             **fields(round=task.round, stage=task.stage.value, level=task.level, seconds=round(seconds, 3)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from support import Built
@@ -28,6 +29,7 @@ from shell.link import Link
 RUN = "r"
 NOWHERE = "mqtt://127.0.0.1:9"
 LEVEL_CAP = 2
+LIMITS = Limits()
 
 
 class Nobody:
@@ -39,14 +41,22 @@ class Nobody:
 
 
 def started(
-    built: Built, photos: Path, folder: Path, name: str = "d", broker: str = NOWHERE
+    built: Built,
+    photos: Path,
+    folder: Path,
+    name: str = "d",
+    broker: str = NOWHERE,
+    run: str = RUN,
+    limits: Limits = LIMITS,
+    read: Callable[[], Readings] = Readings,
 ) -> tuple[Device, Service, Link]:
-    """A daemon as `python -m edge_runtime run` makes one, before it talks to anybody; its link is not connected."""
+    """A daemon as `python -m edge_runtime run` makes one, before it talks to anybody; its link is not connected. `read`
+    stands for its sensors."""
     bundle = built.bundle
     store = DeviceStore(folder)
     levels = range(1, LEVEL_CAP + 1)
     plan = Plan(feature_batch=4, fits=dict.fromkeys(levels, Fit(BATCH)), seconds=dict.fromkeys(levels, 1.0))
-    pace = Pace(Limits(), Readings, LevelCap.planned(plan, step_seconds=60.0), Nobody())
+    pace = Pace(limits, read, LevelCap.planned(plan, step_seconds=60.0), Nobody())
     samples = SampleFolder(photos, bundle, store)
     device = Device(
         name=store.identity(name),
@@ -59,6 +69,6 @@ def started(
         level_cap=LEVEL_CAP,
         report=pace,
     )
-    link = device_link(broker, Topics(RUN), device.name)
-    vitals = Vitals(link, Topics(RUN), device.name, store, Readings)
-    return device, Service(Worker(device, samples, pace), RUN, link, vitals), link
+    link = device_link(broker, Topics(run), device.name)
+    vitals = Vitals(link, Topics(run), device.name, store, read)
+    return device, Service(Worker(device, samples, pace), run, link, vitals), link

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from protocol.errors import MessageError
-from protocol.messages import Ack, DeviceStatus, Message, Round, ServerStatus, parse
+from protocol.messages import Ack, DeviceStatus, Health, Message, Prediction, Round, ServerStatus, parse
 from protocol.tensors import MAX_BLOB_BYTES, Assembler
 from protocol.topics import ROOT, Topics
 from shell.link import Link, Received
@@ -255,6 +255,10 @@ class Observer:
             self.seen.append(parse(DeviceStatus, payload))
         elif topic == self._topics.ack(device):
             self.seen.append(parse(Ack, payload))
+        elif topic == self._topics.health(device):
+            self.seen.append(parse(Health, payload))
+        elif topic == self._topics.prediction(device):
+            self.seen.append(parse(Prediction, payload))
         elif sha256 is not None:
             blob = self._assemblers.setdefault(sha256, Assembler(MAX_BLOB_BYTES)).add(payload)
             if blob is not None:

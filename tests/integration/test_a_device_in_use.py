@@ -1,0 +1,142 @@
+"""A device as its owner has it: one file of settings, looked over, asked how it is, used while and after it learns."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from processes import Broker, Ended, Federation, Observer, Process, Processes, free_port, run_module, wait_until
+from prometheus_client.parser import text_string_to_metric_families
+from support import CLASSES
+
+from protocol.messages import Activity, DeviceStatus, Health, Prediction, Round, Stage
+
+DEVICE, RUN = "device-0", "in-use"
+
+
+@dataclass(frozen=True)
+class Device:
+    """`config` is its file of settings."""
+
+    config: Path
+    inbox: Path
+    state: Path
+    metrics: int
+    federation: Federation
+    observer: Observer
+
+    def ask(self, command: str, *arguments: str) -> Ended:
+        return run_module("edge_runtime", command, "--config", str(self.config), *arguments)
+
+    def a_photo(self) -> Path:
+        return min((self.config.parent / "photos" / "kiwi").iterdir())
+
+    def start(self, name: str = DEVICE) -> Process:
+        return self.federation.processes.start_module(name, "edge_runtime", "run", "--config", str(self.config))
+
+
+@pytest.fixture
+def device(broker: Broker, bundle: Path, photos: dict[str, Path], tmp_path: Path) -> Iterator[Device]:
+    port, inbox, state = free_port(), tmp_path / "inbox", tmp_path / "state"
+    inbox.mkdir()
+    images = shutil.copytree(photos[DEVICE], tmp_path / "photos")
+    (images / "apple" / "torn.jpg").write_bytes(b"\xff\xd8 torn")
+    config = tmp_path / "device.toml"
+    config.write_text(
+        f'run = "{RUN}"\ndevice = "{DEVICE}"\nbroker = "{broker.url}"\nimages = "photos"\nstate = "state"\n'
+        f'bundle = "{bundle}"\nthreads = 1\nwatch = "inbox"\nmetrics = "127.0.0.1:{port}"\nlog = "json"\n'
+        'log_file = "log/device.log"\n'
+    )
+    with Processes(tmp_path / "logs") as processes, Observer(broker, RUN) as observer:
+        federation = Federation(RUN, broker, bundle, {DEVICE: images}, tmp_path, processes)
+        yield Device(config, inbox, state, port, federation, observer)
+
+
+def test_it_is_looked_over_asked_and_used(device: Device) -> None:
+    before = device.ask("check")
+    assert before.code == 0, before.stdout
+    for said in ("good   broker", "note   server", "good   bundle", "good   samples", "torn.jpg", "good   memory"):
+        assert said in before.stdout
+    assert not device.state.exists()
+    device.ask("status").assert_error(8, "no daemon has worked with --state")
+
+    server = device.federation.start_server("--stage1-rounds", "3", "--stage2-rounds", "2")
+    daemon = device.start()
+    device.observer.wait(Round, lambda r: r.stage is Stage.GLOBAL, "stage 1")
+    device.start("twin").wait().assert_error(2, "is in use by another process", "--state")
+    there = device.ask("status")
+    assert there.code == 0, there.stderr
+    assert DEVICE in there.stdout and "torn.jpg: not a readable image" in there.stdout
+    assert "the daemon is at work" in device.ask("check").stdout
+
+    device.observer.wait(Round, lambda r: r.stage is Stage.FINISHED, "the end of the run")
+    assert server.wait().code == 0
+    shutil.copyfile(device.a_photo(), device.inbox / "late.jpg")
+    seen = device.observer.wait(Prediction, lambda p: "late.jpg" in p.file, "what the finished model says")
+    assert seen.device == DEVICE and seen.label in (*CLASSES, "unknown")
+    assert sum(seen.probabilities.values()) == pytest.approx(1, abs=1e-4)
+    assert daemon.running
+    health = device.observer.wait(Health, lambda h: h.rounds_done > 5, "its health")
+    told = metrics_of(device.metrics)
+    assert told["fedfmsl_samples", "train"] == health.train
+    assert told["fedfmsl_samples", "set_aside"] == 1
+
+    daemon.end()
+    assert daemon.wait().code == 128 + 15
+    device.observer.wait(DeviceStatus, lambda s: not s.online, "its leaving")
+    assert device.observer.wait(Health, lambda h: h.activity is Activity.STOPPED, "its last health")
+    device.ask("status").assert_error(8, "the daemon has stopped")
+    lines = [json.loads(line) for line in daemon.stdout.splitlines()]
+    assert {"round", "stage", "seconds"} <= {key for line in lines for key in line}
+    assert (device.config.parent / "log/device.log").read_text().splitlines() == daemon.stdout.splitlines()
+
+
+def metrics_of(port: int) -> dict[tuple[str, str], float]:
+    """By name and first label."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as response:
+        families = text_string_to_metric_families(response.read().decode())
+    return {(s.name, next(iter(s.labels.values()), "")): s.value for family in families for s in family.samples}
+
+
+def test_a_run_that_was_missed_leaves_a_model_of_the_last_round_all_the_same(device: Device) -> None:
+    device.federation.start_server("--stage1-rounds", "2", "--stage2-rounds", "1")
+    daemon = device.start()
+    device.observer.wait(Round, lambda r: r.stage is Stage.GLOBAL and r.index == 1, "a second round of stage 1")
+    wait_until((device.state / "mixture").is_file, "its model")
+    daemon.kill()
+    made = run_module(
+        "edge_runtime", "personalize", "--state", str(device.state), "--bundle", str(device.federation.bundle)
+    )
+    assert made.code == 0, made.stderr
+    model = str(device.state / "personalized.onnx")
+    said = run_module("edge_runtime", "predict", "--model", model, str(device.a_photo()))
+    assert said.code == 0 and any(name in said.stdout for name in (*CLASSES, "unknown"))
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "parts"),
+    [
+        ({"images": "nowhere"}, 3, ["wrong  samples", "nowhere does not exist"]),
+        ({"broker": "mqtt://127.0.0.1:9"}, 6, ["wrong  broker", "no MQTT broker at 127.0.0.1:9"]),
+        ({"max_temperature": "75", "thermal_zones": "none"}, 2, ["wrong  governor", "no thermal zone can be read"]),
+        ({"watch": "nowhere"}, 2, ["wrong  watch", "no folder that this user may read"]),
+        ({"memory": "1MB"}, 2, ["wrong  memory", "more than the budget of 1MB"]),
+        ({"identity": "nowhere.pem"}, 2, ["wrong  identity", "not readable"]),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_check_names_what_is_wrong_and_looks_on(
+    device: Device, change: dict[str, str], code: int, parts: list[str]
+) -> None:
+    flags = [text for key, value in change.items() for text in (f"--{key.replace('_', '-')}", value)]
+    ended = device.ask("check", *flags)
+    assert "Traceback" not in ended.stdout + ended.stderr
+    assert ended.code == code, ended.stdout
+    for part in parts:
+        assert part in ended.stdout
+    assert "governor" in ended.stdout  # the last but one, whatever was wrong before

@@ -1,0 +1,87 @@
+"""A daemon whose owner does not always let it train: the run goes on meanwhile, and it goes on with the run."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+from daemons import started
+from processes import SECONDS, Broker, Federation, Observer, Processes
+from support import Built
+
+from edge_runtime.governor import Limits, Readings
+from protocol.messages import Ack, Activity, DeviceStatus, Health, Round, Stage, Verdict
+
+FREE, GOVERNED = "device-0", "device-1"
+LIMIT = 75.0
+ROUNDS = ("--stage1-rounds", "60", "--stage2-rounds", "2")
+
+
+@dataclass
+class Heat:
+    """What a thermometer says."""
+
+    temperature: float
+
+    def read(self) -> Readings:
+        return Readings(temperature=self.temperature)
+
+
+def is_counted(ack: Ack) -> bool:
+    """Not late, as the update may be for the round in whose middle it goes on."""
+    return ack.device == GOVERNED and ack.verdict is Verdict.ACCEPTED
+
+
+def test_rounds_go_on_without_a_device_that_is_too_hot_and_it_joins_the_newest_when_it_has_cooled(
+    vit: Built, broker: Broker, photos: dict[str, Path], tmp_path: Path
+) -> None:
+    heat = Heat(90.0)
+    both = {name: photos[name] for name in (FREE, GOVERNED)}
+    with Processes(tmp_path / "logs") as processes, Observer(broker, "hot") as observer:
+        federation = Federation("hot", broker, vit.bundle.root, both, tmp_path, processes)
+        device, service, link = started(
+            vit,
+            both[GOVERNED],
+            federation.state(GOVERNED),
+            GOVERNED,
+            broker.url,
+            "hot",
+            Limits(max_temperature=LIMIT),
+            heat.read,
+        )
+        link.connect()
+        daemon = threading.Thread(target=service.serve)
+        daemon.start()
+        paused = observer.wait(DeviceStatus, lambda s: s.device == GOVERNED and bool(s.paused), "its pause")
+        assert paused.online and paused.paused == f"90.0 °C, above --max-temperature {LIMIT:g}"
+
+        server = federation.start_server(*ROUNDS)
+        federation.start_device(FREE, "--bundle", str(vit.bundle.root))
+        observer.wait(Round, lambda r: r.stage is Stage.GLOBAL and r.index > 1, "some rounds without it")
+        health = observer.wait(Health, lambda h: h.activity is Activity.PAUSED, "its health")
+        assert health.temperature == 90.0 and health.paused == paused.paused
+
+        begun = observer.catch_up()
+        heat.temperature = 50.0
+        observer.wait(DeviceStatus, lambda s: s.device == GOVERNED and not s.paused, "it goes on", begun)
+        counted = observer.wait(Ack, is_counted, "an update of its own that counts", begun)
+        assert counted.round > 3
+
+        begun = observer.catch_up()
+        heat.temperature = 76.0
+        observer.wait(DeviceStatus, lambda s: s.device == GOVERNED and bool(s.paused), "another pause", begun)
+        heat.temperature = 71.0  # below the limit, and not yet far enough below it
+        observer.wait(
+            Round, lambda r: r.round > counted.round + 2 and r.stage is Stage.GLOBAL, "rounds without it", begun
+        )
+        heat.temperature = 60.0
+        observer.wait(Round, lambda r: r.stage is Stage.FINISHED, "the end")
+        daemon.join(SECONDS)
+        assert not daemon.is_alive()
+        assert server.wait().code == 0
+    rounds = federation.rounds()
+    assert not any(line["missing"] for line in rounds[:3]), "it was waited for"
+    took_part = [GOVERNED in line["updates"] for line in rounds]
+    assert not any(took_part[:3]) and any(took_part)
+    assert device.store.mixture.is_file()
