@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 # onnxruntime-training: another package named onnxruntime, so it lies beside the environment and not in it
 TRAINING := $(VENV)/ort-training
 
-.PHONY: trial test faults tools install clean
+.PHONY: trial test test-arm64 faults tools tools-arm64 install clean
 
 trial: install
 	$(RUN) devices.trial
@@ -23,6 +23,10 @@ test: install tools
 			tests/integration/test_rooms.py tests/integration/test_a_trial.py; \
 	else echo "onnxruntime-training has no wheel here: its engine is not tested"; fi
 
+# a Raspberry Pi in software: qemu, and Debian's arm64 programs in .arm64/
+test-arm64: install tools tools-arm64
+	$(RUN) pytest tests/arm64 --override-ini norecursedirs= -rs
+
 # every fault in its long form; make test runs the short one
 faults: install tools
 	$(RUN) pytest tests/faults --full
@@ -32,6 +36,12 @@ tools:
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null && ! { PATH=$$PATH:/usr/sbin command -v mosquitto && \
 		command -v faketime; } > /dev/null; then \
 		apt-get update -q > /dev/null && apt-get install -qy --no-install-recommends mosquitto faketime > /dev/null; \
+	fi || true
+
+tools-arm64:
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null && ! { command -v mmdebstrap && \
+		command -v qemu-aarch64-static; } > /dev/null; then \
+		apt-get update -q > /dev/null && apt-get install -qy --no-install-recommends mmdebstrap qemu-user-static > /dev/null; \
 	fi || true
 
 install: $(INSTALLED)
@@ -46,4 +56,4 @@ $(INSTALLED): pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) .arm64 runs

@@ -129,13 +129,13 @@ class Process:
         self._popen.kill()
         assert self._popen.wait(SECONDS) == -signal.SIGKILL
 
-    def wait(self) -> Ended:
+    def wait(self, seconds: float = SECONDS) -> Ended:
         try:
-            code = self._popen.wait(SECONDS)
+            code = self._popen.wait(seconds)
         except subprocess.TimeoutExpired:
             said = (self.stdout + self.stderr)[-500:]
             raise AssertionError(
-                f"waited {SECONDS:.0f} s in vain for {self.log.name} to end; it said: {said}"
+                f"waited {seconds:.0f} s in vain for {self.log.name} to end; it said: {said}"
             ) from None
         return Ended(code, self.stdout, self.stderr)
 
@@ -217,16 +217,18 @@ class Observer:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._link.close()
 
-    def wait(self, kind: type[M], matches: Callable[[M], bool], what: str, since: int = 0) -> M:
+    def wait(
+        self, kind: type[M], matches: Callable[[M], bool], what: str, since: int = 0, seconds: float = SECONDS
+    ) -> M:
         """The first message of that kind that matches, seen after the first `since` or still to come."""
-        end, checked = time.monotonic() + SECONDS, since
+        end, checked = time.monotonic() + seconds, since
         while True:
             for message in self.seen[checked:]:
                 if isinstance(message, kind) and matches(message):
                     return message
             checked = len(self.seen)
             left = end - time.monotonic()
-            assert left > 0, f"waited {SECONDS:.0f} s in vain for {what}; seen last: {self.seen[-3:]}"
+            assert left > 0, f"waited {seconds:.0f} s in vain for {what}; seen last: {self.seen[-3:]}"
             self._take(left)
 
     def catch_up(self) -> int:

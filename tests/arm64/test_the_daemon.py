@@ -1,0 +1,114 @@
+"""The emulated board's daemon, from the project's wheel, in a federation with a server and a device on the host."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from board import Board
+from bundles import export
+from device_photos import write_photos
+from processes import Federation, Process, Processes, free_port
+from recording import Recorder, replay
+from safetensors.numpy import load_file
+from support import CLASSES, write_vit
+
+from edge_runtime.store import DeviceStore
+from protocol.messages import Progress, Round, Stage
+from protocol.tensors import Tensors
+
+TOLERANCE = 1e-4
+RUN, PI, PC = "orchard", "pi", "pc"
+STATE = "/var/lib/fedfmsl"
+SHAPE = {"hidden_size": 192, "num_hidden_layers": 12, "num_attention_heads": 3, "intermediate_size": 768}
+ROUNDS = ("--stage1-rounds", "4", "--stage2-rounds", "3", "--sal", "fixed-schedule")  # each ends at level 2
+RATES = ("--learning-rate", "0.002", "--local-learning-rate", "0.0005")  # a run's own, where nobody says otherwise
+PATIENCE = 900.0  # seconds; an emulated daemon starts, measures and trains some 30 times slower
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a ViT-Ti/16 at 64 px with random weights, up to level 2."""
+    folder = tmp_path_factory.mktemp("bundle")
+    vit = write_vit(folder / "vit", patch_size=16, image_size=64, **SHAPE)
+    return export(folder / "out", str(vit), levels=2, image_size=64)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("photos")
+    return {
+        PI: write_photos(folder / PI, {"apple": 6, "kiwi": 5, "lemon": 5}, seed=1),
+        PC: write_photos(folder / PC, dict.fromkeys(CLASSES, 8), seed=2),
+    }
+
+
+def start_pi(board: Board, federation: Federation, life: str) -> Process:
+    """With the same command in each of its lives; the bundle it fetches from the server."""
+    command = [
+        *("python3", "-m", "edge_runtime", "run", "--run", RUN, "--images", "/home/pi/photos", "--device", PI),
+        *("--broker", federation.broker.url, "--state", STATE, "--memory", "512MB", "--threads", "2"),
+    ]
+    return federation.processes.start(life, *board.command(*command))
+
+
+def killed_once(board: Board, federation: Federation, recorder: Recorder) -> None:
+    """A whole run in which the emulated device is killed while it works on the second round of stage 1."""
+    federation.start_server("--serve", f"127.0.0.1:{free_port()}", *ROUNDS, *RATES)
+    federation.start_device(PC, "--bundle", str(federation.bundle))
+    first = start_pi(board, federation, "pi-first-life")
+    second_round = recorder.wait(
+        Round, lambda r: (r.stage, r.index) == (Stage.GLOBAL, 1), "stage 1's second round", seconds=PATIENCE
+    )
+    at_work = recorder.wait(
+        Progress,
+        lambda p: p.device == PI,
+        "it to be at work",
+        since=recorder.seen.index(second_round),
+        seconds=PATIENCE,
+    )
+    first.kill()
+    assert (PI, second_round.round) not in recorder.answers, f"killed too late, after {at_work}"
+    second = start_pi(board, federation, "pi-second-life")
+    recorder.wait(Round, lambda r: r.stage is Stage.FINISHED, "the run's end", seconds=PATIENCE)
+    assert second.wait(PATIENCE).code == 0, second.stderr
+
+
+def difference(one: Tensors, other: Tensors) -> float:
+    """The largest of any value of any tensor."""
+    assert one.keys() == other.keys()
+    differences = (np.abs(np.asarray(value, np.float64) - other[name]) for name, value in one.items())
+    return max((float(each.max()) for each in differences), default=0.0)
+
+
+def test_its_updates_are_those_of_a_device_on_x86_64(
+    board: Board, bundle: Path, photos: dict[str, Path], tmp_path: Path
+) -> None:
+    """In both stages, though killed on the way. A daemon of the same name and photos on this machine hears the same
+    announcements and globals, and every value of every update is compared."""
+    shutil.copytree(photos[PI], board.path("/home/pi/photos"))
+    with Processes(tmp_path / "arm64-logs") as processes:
+        federation = Federation(RUN, processes.start_broker("mosquitto"), bundle, photos, tmp_path / "arm64", processes)
+        with Recorder(federation.broker, RUN) as recorded:
+            killed_once(board, federation, recorded)
+    with Processes(tmp_path / "x86-64-logs") as processes:
+        again = Federation(RUN, processes.start_broker("mosquitto"), bundle, photos, tmp_path / "x86-64", processes)
+        with Recorder(again.broker, RUN) as recorder:
+            device = again.start_device(PI, "--bundle", str(bundle), "--memory", "512MB")
+            replay(recorded, PI, again.broker, recorder)
+            assert device.wait().code == 0, device.stderr
+    asked = [announced for announced in recorded.rounds if announced.stage is not Stage.FINISHED]
+    assert [r.stage for r in asked] == [Stage.STATISTICS, *[Stage.GLOBAL] * 4, *[Stage.PERSONAL] * 3, Stage.EVALUATE]
+    largest: dict[str, float] = {}
+    for announced in asked:
+        emulated, real = (seen.answers[PI, announced.round] for seen in (recorded, recorder))
+        assert (emulated.header.level, emulated.header.samples) == (real.header.level, real.header.samples)
+        stage = announced.stage.value
+        largest[stage] = max(largest.get(stage, 0.0), difference(emulated.tensors, real.tensors))
+    local = [load_file(DeviceStore(folder).personal) for folder in (board.path(STATE), again.state(PI))]
+    largest["local expert"] = difference(*local)
+    assert [r.level for r in asked if r.stage is Stage.GLOBAL] == [1, 1, 1, 2]
+    print("largest difference:", largest)
+    assert max(largest.values()) < TOLERANCE
