@@ -3,7 +3,8 @@ and on photos of fruit that nobody has trained on.
 
 The data, model and settings of `devices.trial` at α = 0.5, run in one process (see `benchmarks.federation`), but for
 two classes that are left out, other ones for each seed; after `python -m devices.assets` and
-`python -m export.rebuild assets/dinov2-s14.onnx assets/dinov2-s14`.
+`python -m export.rebuild assets/dinov2-s14.onnx assets/dinov2-s14`. What the models of a seed have said lies in
+runs/calibration, and is not asked again: the table is made of it.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -25,17 +26,18 @@ from benchmarks.federation import federate, open_devices
 from devices.assets import ASSETS
 from devices.dataset import find_files, kind_of
 from devices.split import write_fleet
-from edge_runtime.calibration import calibrated
+from edge_runtime.calibration import calibrated, fit_temperature, unknown_below
 from edge_runtime.classifier import StateClassifier
 from edge_runtime.device import Device
 from edge_runtime.engine import Floats
 from edge_runtime.mixture import Labels, accuracy, nll
-from edge_runtime.model import PersonalModel, read_personal_model
+from edge_runtime.model import read_personal_model
 from edge_runtime.samples import labels_of
 from protocol.bundle import Bundle
 from protocol.errors import RunError
 from shell.cli import application
 
+FOLDER = Path("runs") / "calibration"
 LEFT_OUT = 2  # classes
 COLUMNS = ("photos", "accuracy", "NLL", "calibrated", "ECE", "calibrated", "T", "known called unknown", "foreign")
 BINS = 15  # of the expected calibration error, of equal width, as Guo et al. have them
@@ -44,22 +46,26 @@ app = application("What calibration is worth.")
 
 
 @dataclass(frozen=True)
-class Seen:
-    """One device's model on its own test photos, and on the foreign ones: log-probabilities (n, C) as it gives them."""
+class Said:
+    """What one device's model said, before calibration: log-probabilities (n, C) of its held-out, its test and foreign
+    photos."""
 
-    model: PersonalModel
-    held_out: int
-    log_p: Floats
-    labels: Labels
+    held_out: Floats
+    held_out_labels: Labels
+    test: Floats
+    test_labels: Labels
     foreign: Floats
 
-    @property
-    def before(self) -> Floats:
-        """Of its own test photos, without the temperature."""
-        return calibrated(self.log_p, 1 / self.model.header.temperature)
+    @cached_property
+    def temperature(self) -> float:
+        return fit_temperature(self.held_out, self.held_out_labels)
+
+    @cached_property
+    def threshold(self) -> float:
+        return unknown_below(np.exp(calibrated(self.held_out, self.temperature).max(axis=1)))
 
     def unknown(self, log_p: Floats) -> int:
-        return int((np.exp(log_p.max(axis=1)) < self.model.header.threshold).sum())
+        return int((np.exp(calibrated(log_p, self.temperature).max(axis=1)) < self.threshold).sum())
 
 
 @app.command()
@@ -73,8 +79,10 @@ def calibration(
     print(f"| {header} |\n|{'---|' * 10}", flush=True)
     rows = []
     for seed in range(seeds):
-        with tempfile.TemporaryDirectory() as folder:
-            rows.append(_row(_federate(Path(folder), seed, threads or os.cpu_count() or 1)))
+        path = FOLDER / f"said-{seed}.npz"
+        if not path.is_file():
+            _save(path, _ask(seed, threads or os.cpu_count() or 1))
+        rows.append(_row(_load(path)))
         print(f"| {seed} | {' | '.join(f'{value:.3g}' for value in rows[-1])} |", flush=True)
     if len(rows) > 1:
         spread = [
@@ -91,42 +99,54 @@ def expected_calibration_error(log_p: Floats, labels: Labels) -> float:
     return sum(gaps) / len(labels)
 
 
-def _federate(folder: Path, seed: int, threads: int) -> list[Seen]:
+def _ask(seed: int, threads: int) -> list[Said]:
+    """Trains the fleet of a seed, and has every device's model say what it sees."""
     train, test = find_files(groceries(), kind_of(groceries()), None)
     left_out = np.random.default_rng(seed).choice(sorted(train), LEFT_OUT, replace=False).tolist()
     foreign = [path for name in left_out for path in test[name]]
     for name in left_out:
         del train[name], test[name]
+    bundle = FOLDER / f"bundle-{seed}"
     command = ["export.build", "--model", "dinov2-s14", "--weights", str(ASSETS / "dinov2-s14"), "--image-size", "140"]
-    command += ["--classes", ",".join(train), "--levels", "3", "--seed", str(seed), "--out", str(folder / "bundle")]
-    if subprocess.run([sys.executable, "-m", *command], check=False, stdout=sys.stderr).returncode:
-        raise RunError("the bundle could not be built")
-    bundle = Bundle(folder / "bundle")
-    homes = write_fleet(train, test, folder / "samples", DEVICES, ALPHA, seed)
-    devices = open_devices(bundle, homes, folder / "devices", folder / "cache", threads)
+    command += ["--classes", ",".join(train), "--levels", "3", "--seed", str(seed), "--out", str(bundle)]
+    if not bundle.is_dir() and subprocess.run([sys.executable, "-m", *command], check=False).returncode:
+        raise RunError(f"the bundle {bundle} could not be built")
+    homes = write_fleet(train, test, FOLDER / f"samples-{seed}", DEVICES, ALPHA, seed)
+    devices = open_devices(Bundle(bundle), homes, FOLDER / f"devices-{seed}", FOLDER / "cache", threads)
     federate(trial_config(CONFIGURATIONS["reference"], seed), devices)
-    return [_seen(device, foreign) for device in devices]
+    return [_said(device, foreign) for device in devices]
 
 
-def _seen(device: Device, foreign: Sequence[Path]) -> Seen:
+def _said(device: Device, foreign: Sequence[Path]) -> Said:
     classifier = StateClassifier(device.store, device.bundle.root)
+    temperature = read_personal_model(device.store).header.temperature
 
     def log_p(paths: Sequence[Path]) -> Floats:
         rows = [list(classifier.classify(path).probabilities.values()) for path in paths]
-        return np.log(np.maximum(np.array(rows, np.float32).reshape(len(rows), device.classes), 1e-38))
+        given = np.log(np.maximum(np.array(rows, np.float32).reshape(len(rows), device.classes), 1e-38))
+        return calibrated(given, 1 / temperature)
 
-    test = device.scanned.test
-    own = log_p([sample.path for sample in test])
-    model, held_out = read_personal_model(device.store), len(device.slices.held_out)
-    return Seen(model, held_out, own, labels_of(test), log_p(foreign))
+    held_out, test = device.slices.held_out, device.scanned.test
+    mine = log_p([sample.path for sample in held_out]), labels_of(held_out)
+    return Said(*mine, log_p([sample.path for sample in test]), labels_of(test), log_p(foreign))
 
 
-def _row(seen: list[Seen]) -> list[float]:
-    labels = np.concatenate([each.labels for each in seen])
-    before, after = (np.concatenate([getattr(each, name) for each in seen]) for name in ("before", "log_p"))
-    temperatures = [each.model.header.temperature for each in seen]
-    for header, size in ((each.model.header, each.held_out) for each in seen):
-        print(f"{header.device}: {size} held out, T {header.temperature:.2f}, {header.threshold:.2f}", file=sys.stderr)
+def _save(path: Path, said: Sequence[Said]) -> None:
+    names = [each.name for each in fields(Said)]
+    arrays = {f"{number} {name}": getattr(each, name) for number, each in enumerate(said) for name in names}
+    np.savez(path, **arrays)
+
+
+def _load(path: Path) -> list[Said]:
+    with np.load(path, allow_pickle=False) as arrays:
+        names = [each.name for each in fields(Said)]
+        return [Said(*(arrays[f"{number} {name}"] for name in names)) for number in range(DEVICES)]
+
+
+def _row(said: list[Said]) -> list[float]:
+    labels = np.concatenate([each.test_labels for each in said])
+    before = np.concatenate([each.test for each in said])
+    after = np.concatenate([calibrated(each.test, each.temperature) for each in said])
     return [
         len(labels),
         accuracy(after, labels),
@@ -134,9 +154,9 @@ def _row(seen: list[Seen]) -> list[float]:
         nll(after, labels),
         expected_calibration_error(before, labels),
         expected_calibration_error(after, labels),
-        statistics.mean(temperatures),
-        sum(each.unknown(each.log_p) for each in seen) / len(labels),
-        sum(each.unknown(each.foreign) for each in seen) / sum(len(each.foreign) for each in seen),
+        statistics.mean(each.temperature for each in said),
+        sum(each.unknown(each.test) for each in said) / len(labels),
+        sum(each.unknown(each.foreign) for each in said) / sum(len(each.foreign) for each in said),
     ]
 
 

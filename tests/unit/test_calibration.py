@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_runtime.calibration import ALPHA, calibrated, fit_temperature, unknown_below
+from edge_runtime.calibration import ALPHA, PRIOR_MEDIAN, calibrated, fit_temperature, unknown_below
 from edge_runtime.mixture import Labels, log_softmax, nll
 
 Floats = np.ndarray
@@ -37,17 +37,17 @@ def test_no_other_temperature_near_it_costs_less() -> None:
         assert best < nll(calibrated(log_p, other), labels)
 
 
-@pytest.mark.parametrize("size", [1, 3, 30, 300])
-def test_a_slice_that_is_all_correct_does_not_make_the_model_certain(size: int) -> None:
+@pytest.mark.parametrize("size", [1, 3, 14])
+def test_a_small_slice_that_is_all_correct_does_not_make_the_model_surer(size: int) -> None:
     """Its likelihood alone would have the temperature go to zero."""
     log_p = np.log(np.tile(np.array([[0.9, 0.05, 0.05]], np.float32), (size, 1)))
-    assert 0.2 < fit_temperature(log_p, np.zeros(size, np.int64)) < 1
+    assert 1 < fit_temperature(log_p, np.zeros(size, np.int64)) < PRIOR_MEDIAN
 
 
-def test_the_fewer_images_the_nearer_to_one() -> None:
+def test_the_fewer_images_the_nearer_to_the_prior() -> None:
     temperatures = [fit_temperature(*(part[:size] for part in draw(1_000, 4.0))) for size in (0, 4, 40, 1_000)]
-    assert temperatures[0] == 1.0
-    assert abs(np.log(temperatures[1])) < abs(np.log(temperatures[3]))
+    assert temperatures[0] == pytest.approx(PRIOR_MEDIAN)
+    assert abs(np.log(temperatures[1] / PRIOR_MEDIAN)) < abs(np.log(temperatures[3] / PRIOR_MEDIAN))
     assert temperatures[3] == pytest.approx(4.0, rel=0.2)
 
 
