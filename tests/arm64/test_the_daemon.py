@@ -24,7 +24,6 @@ RUN, PI, PC = "orchard", "pi", "pc"
 STATE = "/var/lib/fedfmsl"
 SHAPE = {"hidden_size": 192, "num_hidden_layers": 12, "num_attention_heads": 3, "intermediate_size": 768}
 ROUNDS = ("--stage1-rounds", "4", "--stage2-rounds", "3", "--sal", "fixed-schedule")  # each ends at level 2
-RATES = ("--learning-rate", "0.002", "--local-learning-rate", "0.0005")  # a run's own, where nobody says otherwise
 PATIENCE = 900.0  # seconds; an emulated daemon starts, measures and trains some 30 times slower
 
 
@@ -56,7 +55,7 @@ def start_pi(board: Board, federation: Federation, life: str) -> Process:
 
 def killed_once(board: Board, federation: Federation, recorder: Recorder) -> None:
     """A whole run in which the emulated device is killed while it works on the second round of stage 1."""
-    federation.start_server("--serve", f"127.0.0.1:{free_port()}", *ROUNDS, *RATES)
+    federation.start_server("--serve", f"127.0.0.1:{free_port()}", *ROUNDS, "--head", "zeros")
     federation.start_device(PC, "--bundle", str(federation.bundle))
     first = start_pi(board, federation, "pi-first-life")
     second_round = recorder.wait(
@@ -106,9 +105,12 @@ def test_its_updates_are_those_of_a_device_on_x86_64(
         emulated, real = (seen.answers[PI, announced.round] for seen in (recorded, recorder))
         assert (emulated.header.level, emulated.header.samples) == (real.header.level, real.header.samples)
         stage = announced.stage.value
+        for n in emulated.tensors:
+            a, b = np.asarray(emulated.tensors[n], float), np.asarray(real.tensors[n], float)
+            print(stage, announced.index, n, np.abs(a - b).max(), np.abs(b).max(), np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-12), emulated.header.metrics.get("loss"))
         largest[stage] = max(largest.get(stage, 0.0), difference(emulated.tensors, real.tensors))
     local = [load_file(DeviceStore(folder).personal) for folder in (board.path(STATE), again.state(PI))]
     largest["local expert"] = difference(*local)
     assert [r.level for r in asked if r.stage is Stage.GLOBAL] == [1, 1, 1, 2]
     print("largest difference:", largest)
-    assert max(largest.values()) < TOLERANCE
+    assert 0
