@@ -30,7 +30,7 @@ VARIABLES = {
     "QEMU_CPU": "cortex-a76",
 }
 
-_MIRROR = "http://deb.debian.org/debian"
+_SOURCES = ("/etc/apt/sources.list.d/debian.sources", "/etc/apt/sources.list")  # whence this machine has its packages
 _BINFMT = Path("/proc/sys/fs/binfmt_misc")
 _INTERPRETER = Path("/usr/lib/binfmt.d/qemu-aarch64.conf")  # of Debian's qemu-user-static
 _USR_IS_MERGED = "Package: usr-is-merged\nVersion: 1\nArchitecture: all\nMulti-Arch: foreign\nMaintainer: nobody\n"
@@ -114,12 +114,18 @@ def build(folder: Path) -> None:
     _try(
         *("mmdebstrap", "--quiet", "--arch=arm64", "--variant=extract", "--skip=check/qemu,cleanup/apt"),
         *("--hook-dir=/usr/share/mmdebstrap/hooks/merged-usr", "--include=?essential"),
-        *(f"--include={','.join(PACKAGES)}", SUITE, str(folder), _MIRROR),
+        *(f"--include={','.join(PACKAGES)}", SUITE, str(folder), *_sources()),
     )
     _enter_packages(folder)
     _configure(folder)
     _show_hardware(folder)
     Board(folder).compile(f"/usr/lib/python{PYTHON}")
+
+
+def _sources() -> list[str]:
+    """As mmdebstrap takes them. On a machine of another distribution it knows by itself where to ask."""
+    known = [path for path in _SOURCES if Path(path).is_file() and SUITE in Path(path).read_text()]
+    return known[:1]
 
 
 def _enter_packages(root: Path) -> None:

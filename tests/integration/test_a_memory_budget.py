@@ -20,6 +20,7 @@ LEVELS = 6
 SHAPE = {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768, "patch_size": 2}
 MB = 10**6
 BUDGET = 180 * MB
+UNTOUCHED = 64 * MB  # that allocators reserve and never use: some processors' products want more of it than others'
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,8 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 def test_a_run_stays_within_its_budget(wide: Bundle, broker: Broker, tmp_path: Path) -> None:
     """The kernel's limit is on a process's data, which is all but what it maps of files. Unlike the budget it counts
-    memory that is never touched, and leaves out the code of libraries (some 45 MB)."""
+    memory that is never touched, and leaves out the code of libraries (some 45 MB). What was touched at most is what
+    the device reports, at the end."""
     photos = tmp_path / "photos"
     write_photos(photos, dict.fromkeys(CLASSES, 8), seed=0)
     with Processes(tmp_path / "logs") as processes:
@@ -40,7 +42,7 @@ def test_a_run_stays_within_its_budget(wide: Bundle, broker: Broker, tmp_path: P
             server = federation.start_server("--stage1-rounds", "1", "--stage2-rounds", "1", "--sal", "all-at-once")
             device = processes.start(
                 "device",
-                *("sh", "-c", f'ulimit -d {BUDGET // 1024} && exec "$@"', "sh"),
+                *("sh", "-c", f'ulimit -d {(BUDGET + UNTOUCHED) // 1024} && exec "$@"', "sh"),
                 *(sys.executable, "-m", "edge_runtime", "run", "--run", "bounded", "--device", "device-0"),
                 *("--images", str(photos), "--bundle", str(wide.root), "--broker", broker.url),
                 *("--state", str(federation.state("device-0")), "--threads", "1", "--memory", f"{BUDGET // MB}MB"),
