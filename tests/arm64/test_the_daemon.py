@@ -21,10 +21,9 @@ from edge_runtime.store import DeviceStore
 from protocol.messages import Progress, Round, Stage
 from protocol.tensors import Tensors
 
-TOLERANCE = (
-    1e-4  # of any value. AdamW divides a gradient by its size: of one near zero, rounding becomes part of a step
-)
-OF_THE_NORM = 1e-3
+# AdamW divides a gradient by its own size: of one that is nearly zero, rounding becomes a visible part of a step.
+TOLERANCE = 1e-4  # of any single value
+OF_THE_NORM = 1e-3  # of all of an update's together
 RUN, PI, PC = "orchard", "pi", "pc"
 STATE = "/var/lib/fedfmsl"
 SHAPE = {"hidden_size": 192, "num_hidden_layers": 12, "num_attention_heads": 3, "intermediate_size": 768}
@@ -109,7 +108,8 @@ def test_its_updates_are_those_of_a_device_on_x86_64(
     asked = [announced for announced in recorded.rounds if announced.stage is not Stage.FINISHED]
     assert [r.stage for r in asked] == [Stage.STATISTICS, *[Stage.GLOBAL] * 4, *[Stage.PERSONAL] * 3, Stage.EVALUATE]
     assert [r.level for r in asked if r.stage is Stage.GLOBAL] == [1, 1, 1, 2]
-    assert (recorded.answers[PI, asked[-1].round].header.counts) == recorder.answers[PI, asked[-1].round].header.counts
+    evaluations = [seen.answers[PI, asked[-1].round].header for seen in (recorded, recorder)]
+    assert evaluations[0].counts == evaluations[1].counts
     compared: dict[str, tuple[float, float]] = {}
     for announced in asked[:-1]:
         emulated, real = (seen.answers[PI, announced.round] for seen in (recorded, recorder))
