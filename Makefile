@@ -25,7 +25,7 @@ test: install tools
 
 # a Raspberry Pi in software: qemu, and Debian's arm64 programs in .arm64/
 test-arm64: install tools tools-arm64
-	$(RUN) pytest tests/arm64 --override-ini norecursedirs= -rs
+	$(RUN) pytest tests/arm64 --numprocesses 2 --dist loadfile -rs
 
 # every fault in its long form; make test runs the short one
 faults: install tools

@@ -80,6 +80,12 @@ class Board:
         """Where a file of the board lies on the host."""
         return self.root / inside.lstrip("/")
 
+    def compile(self, inside: str) -> None:
+        """Python modules below a folder, or each emulated process would have to; the host is much faster at it. Only
+        the same version's byte code will do: elsewhere it just takes longer."""
+        if f"{sys.version_info.major}.{sys.version_info.minor}" == PYTHON:
+            compileall.compile_dir(str(self.path(inside)), quiet=2, stripdir=str(self.root))
+
     def copy(self, root: Path) -> Board:
         """Another one with the same files, to do with as one likes."""
         subprocess.run(["cp", "--archive", "--reflink=auto", str(self.root), str(root)], check=True)
@@ -102,23 +108,18 @@ def require_emulation() -> None:
             raise NoBoardError(f"the kernel takes no interpreter for arm64 programs: {error}") from error
 
 
-def build(folder: Path) -> Board:
-    """Makes the board's file system at `folder`, which only the whole of it ever lies at. Takes some 20 s: packages are
-    unpacked and entered as installed, but their scripts, which would take minutes, are not run."""
-    unfinished = folder.with_name(f"{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.parent.mkdir(parents=True, exist_ok=True)
+def build(folder: Path) -> None:
+    """Makes the board's file system at `folder`. Takes some 20 s: packages are unpacked and entered as installed, but
+    their scripts, which would take five minutes, are not run. Raises NoBoardError if that fails."""
     _try(
         *("mmdebstrap", "--quiet", "--arch=arm64", "--variant=extract", "--skip=check/qemu,cleanup/apt"),
         *("--hook-dir=/usr/share/mmdebstrap/hooks/merged-usr", "--include=?essential"),
-        *(f"--include={','.join(PACKAGES)}", SUITE, str(unfinished), *_sources()),
+        *(f"--include={','.join(PACKAGES)}", SUITE, str(folder), *_sources()),
     )
-    _enter_packages(unfinished)
-    _configure(unfinished)
-    _show_hardware(unfinished)
-    _compile_library(unfinished)
-    unfinished.rename(folder)
-    return Board(folder)
+    _enter_packages(folder)
+    _configure(folder)
+    _show_hardware(folder)
+    Board(folder).compile(f"/usr/lib/python{PYTHON}")
 
 
 def _sources() -> list[str]:
@@ -163,13 +164,6 @@ def _show_hardware(root: Path) -> None:
     for name in ("possible", "present", "online"):
         (processors / name).write_text(f"0-{CORES - 1}\n")
     (tree / "model").write_bytes(MODEL.encode() + b"\0")
-
-
-def _compile_library(root: Path) -> None:
-    """Python's own modules, or each emulated process would compile them. Only the same Python's byte code will do."""
-    library = root / f"usr/lib/python{PYTHON}"
-    if f"{sys.version_info.major}.{sys.version_info.minor}" == PYTHON:
-        compileall.compile_dir(str(library), quiet=2, stripdir=str(root), maxlevels=4)
 
 
 def _try(*command: str) -> None:

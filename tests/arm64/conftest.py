@@ -3,30 +3,51 @@ why."""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import board as board_module
 import pytest
-from board import HERE, PACKAGES, PYTHON, SUITE, Board, NoBoardError, build, require_emulation
+from board import HERE, PYTHON, Board, NoBoardError, build, require_emulation
 from processes import MOSQUITTO, Processes
 from wheels import REPOSITORY, build_wheel, download, install
 
 
-def _key(*parts: str) -> str:
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
+@contextmanager
+def alone() -> Iterator[None]:
+    """make test-arm64 runs two processes of tests; what both need, one of them makes."""
+    HERE.mkdir(exist_ok=True)
+    with (HERE / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def kept(kind: str, made_of: Path, make: Callable[[Path], object]) -> Path:
+    """A folder that stays from one run to the next, until the file `made_of` changes."""
+    folder = HERE / f"{kind}-{hashlib.sha256(made_of.read_bytes()).hexdigest()[:12]}"
+    with alone():
+        if not folder.exists():
+            for old in HERE.glob(f"{kind}-*"):
+                shutil.rmtree(old)
+            unfinished = HERE / f"{kind}-unfinished"
+            make(unfinished)
+            unfinished.rename(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
 def base() -> Board:
-    """The system, with nothing of ours on it. Made once and kept; read only: copy it to change it."""
+    """The system, with nothing of ours on it. Read only: copy it to change it."""
     if MOSQUITTO is None:
         pytest.skip("mosquitto is not installed (make test-arm64 installs it with apt-get)")
     try:
-        require_emulation()
-        source = Path(build.__code__.co_filename).read_text()
-        folder = HERE / f"root-{_key(SUITE, *PACKAGES, source)}"
-        return Board(folder) if folder.exists() else build(folder)
+        with alone():
+            require_emulation()
+        return Board(kept("root", Path(board_module.__file__), build))
     except NoBoardError as reason:
         pytest.skip(f"no emulated board: {reason}")
 
@@ -34,18 +55,14 @@ def base() -> Board:
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The project's."""
-    return build_wheel(tmp_path_factory.mktemp("dist"))
+    with alone():
+        return build_wheel(tmp_path_factory.mktemp("dist"))
 
 
 @pytest.fixture(scope="session")
 def wheels(wheel: Path) -> Path:
-    """A folder of what it needs on the board. Downloaded once and kept until pyproject.toml changes."""
-    folder = HERE / f"wheels-{_key(PYTHON, (REPOSITORY / 'pyproject.toml').read_text())}"
-    if not folder.exists():
-        unfinished = folder.with_name(f"{folder.name}.unfinished")
-        download(wheel, PYTHON, unfinished)
-        unfinished.rename(folder)
-    return folder
+    """A folder of what it needs on the board."""
+    return kept("wheels", REPOSITORY / "pyproject.toml", lambda folder: download(wheel, PYTHON, folder))
 
 
 @pytest.fixture(scope="session")

@@ -40,7 +40,7 @@ def main(folder: str, level: str, out: str, image: str = "") -> None:
     loss = engine.step(Batch(hidden, targets.labels, targets.gate, targets.other, np.zeros(dims.classes, np.float32)))
     print(f"step {time.perf_counter() - started:.1f} s, loss {loss:.6f}")
     np.savez(out, hidden=hidden, loss=loss, step=engine.get() - theta)
-    print(re.findall(r"Vm(?:Peak|HWM):.*", Path("/proc/self/status").read_text()))
+    print(*re.findall(r"Vm(?:Peak|HWM):.*", Path("/proc/self/status").read_text()), sep="\n")
 
 
 main(*sys.argv[1:])
