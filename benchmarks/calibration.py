@@ -39,7 +39,17 @@ from shell.cli import application
 
 FOLDER = Path("runs") / "calibration"
 LEFT_OUT = 2  # classes
-COLUMNS = ("photos", "accuracy", "NLL", "calibrated", "ECE", "calibrated", "T", "known called unknown", "foreign")
+COLUMNS = (
+    "photos",
+    "accuracy",
+    "NLL",
+    "with T",
+    "ECE",
+    "with T",
+    "T",
+    "known called unknown",
+    "foreign called unknown",
+)
 BINS = 15  # of the expected calibration error, of equal width, as Guo et al. have them
 
 app = application("What calibration is worth.")
@@ -73,10 +83,7 @@ def calibration(
     seeds: int = typer.Option(3, min=1, help="Seeds 0 … n-1."),
     threads: int = typer.Option(0, min=0, help="Threads to compute with. 0: one per core."),
 ) -> None:
-    header = (
-        "seed | test photos | accuracy | NLL before | after | ECE before | after | T | known called unknown | foreign"
-    )
-    print(f"| {header} |\n|{'---|' * 10}", flush=True)
+    print(f"| seed | {' | '.join(COLUMNS)} |\n|{'---|' * (1 + len(COLUMNS))}", flush=True)
     rows = []
     for seed in range(seeds):
         path = FOLDER / f"said-{seed}.npz"
@@ -85,10 +92,9 @@ def calibration(
         rows.append(_row(_load(path)))
         print(f"| {seed} | {' | '.join(f'{value:.3g}' for value in rows[-1])} |", flush=True)
     if len(rows) > 1:
-        spread = [
-            f"{statistics.mean(column):.3f} ± {statistics.stdev(column):.3f}" for column in zip(*rows, strict=True)
-        ]
-        print(f"| all | {' | '.join(spread)} |")
+        columns = list(zip(*rows, strict=True))
+        cells = [f"{statistics.mean(column):.3g} ± {statistics.stdev(column):.2g}" for column in columns]
+        print(f"| all | {' | '.join(cells)} |")
 
 
 def expected_calibration_error(log_p: Floats, labels: Labels) -> float:

@@ -75,8 +75,8 @@ class BrokerSettings(StateSettings):
 
     broker: Broker = Field(
         "mqtt://localhost:1883",
-        description="mqtt[s]:// or ws[s]://[user:password@]host[:port]; user and password also by FEDFMSL_USER, "
-        "FEDFMSL_PASSWORD.",
+        description="mqtt, mqtts, ws or wss://HOST, or HOST:PORT; user and password as USER:PASSWORD@HOST, or by "
+        "FEDFMSL_USER and FEDFMSL_PASSWORD.",
     )
     identity: File | None = Field(
         None, description="File of devices.provision: who we are, and whom to trust, over TLS. In a file also its text."
@@ -298,7 +298,7 @@ def _option(model: type[StateSettings], key: str) -> Any:
     names = (flag_of(key),) if _typed(key) != bool | None else (f"{flag_of(key)}/--no-{flag_of(key)[2:]}",)
     help_text = f"{field.description}"
     if not field.is_required() and field.default not in (None, (), "", False):
-        help_text += f" [default: {_default(field.default)}]"
+        help_text += f" Default: {_default(field.default)}."
     return typer.Option(None, *names, envvar=f"{PREFIX}{key.upper()}", help=help_text, show_default=False)
 
 

@@ -28,7 +28,8 @@ def notice(text: str) -> None:
 BROKER = typer.Option(
     "mqtt://localhost:1883",
     envvar="FEDFMSL_BROKER",
-    help="mqtt[s]:// or ws[s]://[user:password@]host[:port]; user and password also by FEDFMSL_USER, FEDFMSL_PASSWORD.",
+    help="mqtt, mqtts, ws or wss://HOST, or HOST:PORT; user and password as USER:PASSWORD@HOST, or by FEDFMSL_USER and "
+    "FEDFMSL_PASSWORD.",
 )
 IDENTITY = typer.Option(
     None, envvar="FEDFMSL_IDENTITY", help="File of devices.provision: who we are, and whom to trust, over TLS."

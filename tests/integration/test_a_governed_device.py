@@ -15,7 +15,14 @@ from protocol.messages import Ack, Activity, DeviceStatus, Health, Round, Stage,
 
 FREE, GOVERNED = "device-0", "device-1"
 LIMIT = 75.0
-ROUNDS = ("--stage1-rounds", "60", "--stage2-rounds", "2")
+ROUNDS = (
+    "--stage1-rounds",
+    "60",
+    "--stage2-rounds",
+    "2",
+    "--round-timeout",
+    "5",
+)  # which one that pauses when asked costs
 
 
 @dataclass
