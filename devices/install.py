@@ -97,6 +97,7 @@ def _settings(order: Order, board: Board | None) -> str:
     parts: list[tuple[str, dict[str, Value]]] = [
         ("Said on installation.", {key: value for key, value in wanted.items() if key in order.said}),
         ("Where the service keeps what it must not lose.", {} if "state" in wanted else {"state": str(STATE)}),
+        ("A service does not end with a run.", {} if "stay" in wanted else {"stay": True}),
         (f"Of this board, {board.model}." if board else "", _of_board(board, wanted) if board else {}),
         (f"Of {order.carried.name}.", {key: value for key, value in wanted.items() if key not in order.said}),
     ]
@@ -188,8 +189,8 @@ def _uninstall(root: Path, purge: bool) -> None:
     if with_systemd:
         host.reload_services()
     if purge:
+        host.remove_user(USER)  # first: it fails as long as a daemon works, which may not lose its state then
         shutil.rmtree(STATE, ignore_errors=True)
-        host.remove_user(USER)
     console.print(f"removed {UNIT} and {CONFIG}" + (f", {STATE} and user {USER}" if purge else f"; {STATE} stays"))
 
 

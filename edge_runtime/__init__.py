@@ -1,1 +1,6 @@
 """The device: images or texts, features, engines, both experts, the gate, and the daemon around them. No torch."""
+
+import os
+
+# before it is loaded: ONNX Runtime 1.32 keeps a device's id and tells its maker of every session, unless told not to
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

@@ -31,6 +31,7 @@ from edge_runtime.vitals import Vitals
 from edge_runtime.watcher import Watcher
 from edge_runtime.work import Worker
 from protocol.bundle import Bundle
+from protocol.errors import InputError
 from protocol.messages import Activity
 from protocol.topics import Topics
 from shell.identity import device_name
@@ -43,6 +44,8 @@ SETTLE_SECONDS = 3.0  # that the first look at the folder waits for files that m
 def launch(settings: Settings) -> None:
     """Takes part in the run until it has finished. Raises FedFMSLError if that is not possible."""
     set_up_log(settings.log, settings.log_file)
+    if not settings.images.is_dir():
+        raise InputError(f"--images folder {settings.images} does not exist; make or mount it, or give another")
     topics, store = Topics(settings.run), DeviceStore(settings.state)
     name = store.identity(device_name(settings.device, settings.identity))
     with locked(store.root, "end it first, or give this one another --state"), contextlib.ExitStack() as until_the_end:
@@ -64,7 +67,8 @@ def launch(settings: Settings) -> None:
         if settings.watch and settings.home_assistant:
             described = Described(settings.run, name, worker.device.bundle.manifest.classes, board(), _version())
             introduction = discovery(settings.home_assistant, described, topics.status(name), health=True)
-        service = Service(worker, settings.run, link, vitals, introduction, stays=settings.watch is not None)
+        stays = settings.stay or settings.watch is not None
+        service = Service(worker, settings.run, link, vitals, introduction, stays)
         if settings.watch:
             bundle = worker.device.bundle.root
             until_the_end.enter_context(Watcher(settings.watch, store.root, bundle, service.predicted))
@@ -79,6 +83,7 @@ def _worker(
     if settings.bundle:
         bundle = Bundle(settings.bundle)
     else:
+        log.info(f"waiting for the server of run {settings.run!r}, which has the bundle")
         server = find_server(link, topics, starting.beat)
         bundle = fetch_bundle(server, store.bundles, settings.identity, starting.beat)
     bundle.verify()

@@ -10,7 +10,7 @@ from prometheus_client.registry import Collector
 
 from protocol.errors import ConfigError
 from protocol.messages import Activity, Health
-from shell.address import require_loopback
+from shell.address import listening_on
 
 # Of what is one number: its name, the field of Health, and what it is.
 GAUGES = (
@@ -38,15 +38,11 @@ def serve_metrics(address: str, newest: Callable[[], Health | None], insecure: b
 
     Raises ConfigError if that is no address, is taken, or is one that others reach, unless that is `insecure`.
     """
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 2**16:
-        raise ConfigError(f"--metrics {address!r} is not HOST:PORT")
-    if not insecure:
-        require_loopback(f"what --metrics {address} tells", host, "let it listen on 127.0.0.1")
+    host, port = listening_on(address, f"what --metrics {address} tells", insecure)
     registry = CollectorRegistry()
     registry.register(_Newest(newest))
     try:
-        start_http_server(int(port), host.strip("[]"), registry)
+        start_http_server(port, host, registry)
     except OSError as error:
         raise ConfigError(f"--metrics {address} cannot be listened on ({error}); choose another port") from error
 

@@ -22,7 +22,7 @@ from edge_runtime.samples import labels_of
 from edge_runtime.stages import Globals, class_mean_expert
 from edge_runtime.store import DeviceStore
 from protocol.bundle import Bundle
-from protocol.errors import BundleError, InputError, MessageError
+from protocol.errors import BundleError, ConfigError, InputError, MessageError
 from protocol.messages import Level, Name, Number, Round, Session, Sha256
 from protocol.tensors import pack, unpack
 from shell.files import write_atomically
@@ -111,6 +111,10 @@ def read_personal_model(store: DeviceStore) -> PersonalModel:
     """Raises InputError if this device has none yet, or none that can be read."""
     try:
         header, tensors = unpack(store.mixture.read_bytes(), ModelHeader)
+    except PermissionError as error:
+        raise ConfigError(
+            f"{store.root} may not be read by this user; ask as its daemon's (sudo -u fedfmsl)"
+        ) from error
     except OSError as error:
         raise InputError(
             f"{store.root} holds no personalized model yet; a device has one once its first round is done"

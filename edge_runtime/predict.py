@@ -13,18 +13,31 @@ from edge_runtime.classifier import Classifier
 from edge_runtime.inputs import Kind
 from protocol.errors import InputError
 from protocol.messages import Prediction
+from shell.cli import notice
 
 
 def predict_files(classifier: Classifier, files: Sequence[Path]) -> Iterator[Prediction]:
     """One for each image or text of `files` and of the folders in it.
 
-    Raises InputError if there is no file of the kind that the model takes, or an unreadable one.
+    Raises InputError if there is no file of the kind that the model takes, and in the end if some could not be read:
+    of several each is mentioned.
     """
     kind = classifier.kind
     paths = [path for file in files for path in _files(file, kind)]
     if not paths:
         raise InputError(f"no {kind.noun}s in {', '.join(map(str, files))}")
-    return map(classifier.classify, paths)
+    unread: list[InputError] = []
+    for path in paths:
+        try:
+            yield classifier.classify(path)
+        except InputError as error:
+            unread.append(error)
+            if len(paths) > 1:
+                notice(str(error))
+    if len(paths) > 1 and unread:
+        raise InputError(f"{len(unread)} of {len(paths)} {kind.noun}s could not be classified")
+    if unread:
+        raise unread[0]
 
 
 def printer(as_json: bool, top: int) -> Callable[[Prediction | None], None]:

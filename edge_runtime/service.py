@@ -82,8 +82,8 @@ class Service:
         introduction: tuple[str, bytes] | None = None,
         stays: bool = False,
     ) -> None:
-        """`introduction`: topic and payload of what introduces this device to Home Assistant. With `stays` it is still
-        of use once the run has finished, and waits for the next of that name."""
+        """`introduction`: topic and payload of what introduces this device to Home Assistant. With `stays` it waits,
+        once the run has finished, for the next of that name."""
         self._worker = worker
         self._run = run
         self._topics = Topics(run)
@@ -127,6 +127,7 @@ class Service:
         self._link.subscribe(topics.ack(name))
         self._link.subscribe(topics.status(name))
         self._subscribe()
+        self._introduce()
         self._announce()
         log.info(f"waiting for the server of run {self._run!r}")
         leave = Leave()
@@ -237,12 +238,12 @@ class Service:
         self._vitals.beat(self._device, activity, self._state, self._paused)
 
     def _take_leave(self, leave: Leave) -> None:
-        """A device that is still of use stays."""
+        """A run that has finished is no reason to, for a device that stays."""
         if leave.error or not self._stays:
             self._leave = leave
         elif self._finished != self._state.session:
             self._finish()
-            log.info("it stays, classifies what comes, and waits for the next run of this name")
+            log.info("this device stays, and waits for the next run of this name")
 
     def _finish(self) -> None:
         self._finished = self._state.session

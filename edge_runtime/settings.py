@@ -17,14 +17,24 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_core import ErrorDetails
 
 from edge_runtime.governor import Hours, Limits
 from protocol.errors import ConfigError, one_line
 from protocol.messages import EngineChoice
 from protocol.topics import check_name
-from shell.address import parse_address, without_password
+from shell.address import listening_on, parse_address, without_password
 from shell.log import LogForm
 
 if sys.version_info >= (3, 11):
@@ -131,7 +141,9 @@ class Settings(LinkSettings):
     )
     step_seconds: float = Field(60.0, ge=0.001, description="Longest time a training step may take.")
     hours: Annotated[tuple[Hours, ...], Listed] = Field(
-        (), description="When it may train, local time: 22:00-06:00 or Sat-Sun 08:00-20:00. Default: always."
+        (),
+        description="When it may train, local time: 22:00-06:00 or Sat-Sun 08:00-20:00, several with commas. "
+        "Default: always.",
     )
     max_temperature: float | None = Field(
         None, ge=0, le=120, description="°C above which it does not train. Default: no limit."
@@ -147,7 +159,20 @@ class Settings(LinkSettings):
     watch: File | None = Field(
         None, description="Folder whose files are classified as they come, with this device's newest model."
     )
+    stay: bool = Field(
+        False, description="Wait for the next run of the name once one has finished; with --watch it always does."
+    )
     metrics: str | None = Field(None, description="HOST:PORT to tell Prometheus on. Default: none.")
+
+    @field_validator("metrics")
+    @classmethod
+    def _may_listen(cls, address: str | None, info: ValidationInfo) -> str | None:
+        if address is not None:
+            try:
+                listening_on(address, "what it tells", bool(info.data.get("insecure")))
+            except ConfigError as error:
+                raise ValueError(str(error)) from error
+        return address
 
     @property
     def limits(self) -> Limits:

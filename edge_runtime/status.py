@@ -9,7 +9,7 @@ from datetime import timedelta
 from pydantic import ValidationError
 
 from edge_runtime.store import DeviceStore
-from protocol.errors import RunError
+from protocol.errors import ConfigError, RunError
 from protocol.messages import HEALTH_SECONDS, Activity, Health
 
 SILENCE = 3 * HEALTH_SECONDS + 30  # seconds after which a daemon that has written nothing is taken for dead
@@ -20,6 +20,10 @@ def read_health(store: DeviceStore) -> Health:
     """Raises RunError if no daemon has ever worked on this state folder."""
     try:
         return Health.model_validate_json(store.health.read_bytes())
+    except PermissionError as error:
+        raise ConfigError(
+            f"{store.root} may not be read by this user; ask as its daemon's (sudo -u fedfmsl)"
+        ) from error
     except (OSError, ValidationError) as error:
         raise RunError(
             f"no daemon has worked with --state {store.root} yet; is that the right folder (--config, --state)?"

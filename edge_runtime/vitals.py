@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from edge_runtime.daemon import State
@@ -63,10 +64,18 @@ class Vitals:
         return {
             "time": time.time(),
             "memory": rss(),
-            "disk_free": shutil.disk_usage(self._store.root).free,
+            "disk_free": _free(self._store.root),
             "slowdown": self.pace.cap.slowdown if self.pace else 1.0,
             **vars(self._read()),
         }
+
+
+def _free(folder: Path) -> int:
+    """Bytes; 0 if the folder has gone."""
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return 0
 
 
 def _of_device(device: Device) -> Mapping[str, Any]:

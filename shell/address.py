@@ -58,6 +58,17 @@ def netloc(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
+def listening_on(address: str, what: str, insecure: bool) -> tuple[str, int]:
+    """Host and port of HOST:PORT, for `what` is told there in the clear. Raises ConfigError if it is no such address,
+    or one that others reach, unless that is `insecure`."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 2**16:
+        raise ConfigError(f"{address!r} is not HOST:PORT")
+    if not insecure:
+        require_loopback(what, host, "let it listen on 127.0.0.1")
+    return host.strip("[]"), int(port)
+
+
 def require_loopback(what: str, host: str, instead: str) -> None:
     """Raises ConfigError if what would travel in the clear would leave this machine; `instead` says what to do."""
     if not is_loopback(host):

@@ -166,7 +166,12 @@ class Link:
     ) -> None:
         error, self._client.last_error = self._client.last_error, None
         tls = isinstance(error, ssl.SSLError)
-        self._lost(explain(error) if tls else f"{error or reason}; check --broker, user and password")
+        if tls:
+            self._lost(explain(error))
+        elif self._answered.is_set():
+            self._lost(f"{error or 'it ended the connection'}; is it up, does another process use this identity?")
+        else:
+            self._lost(f"{error or reason}; check --broker, user and password")
 
     def _lost(self, reason: str) -> None:
         if not self._answered.is_set():
