@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from processes import Broker, Ended, Federation, Observer, Process, Processes, free_port, run_module, wait_until
+from processes import (
+    SECONDS,
+    Broker,
+    Ended,
+    Federation,
+    Observer,
+    Process,
+    Processes,
+    free_port,
+    run_module,
+    wait_until,
+)
 from prometheus_client.parser import text_string_to_metric_families
 from support import CLASSES
 
 from protocol.messages import Activity, DeviceStatus, Health, Prediction, Round, Stage
+from shell.link import Link, Received
 
 DEVICE, RUN = "device-0", "in-use"
 
@@ -116,6 +131,37 @@ def test_a_run_that_was_missed_leaves_a_model_of_the_last_round_all_the_same(dev
     model = str(device.state / "personalized.onnx")
     said = run_module("edge_runtime", "predict", "--model", model, str(device.a_photo()))
     assert said.code == 0 and any(name in said.stdout for name in (*CLASSES, "unknown"))
+
+
+def test_one_that_fetched_its_bundle_is_introduced_to_home_assistant_as_well(device: Device, broker: Broker) -> None:
+    text = device.config.read_text()
+    device.config.write_text("".join(line for line in text.splitlines(True) if not line.startswith("bundle")))
+    home = Link(broker.url, "home-assistant")
+    home.connect()
+    home.subscribe(f"homeassistant/device/{RUN}/#")
+    device.federation.start_server(
+        "--serve", f"127.0.0.1:{free_port()}", "--stage1-rounds", "1", "--stage2-rounds", "1"
+    )
+    daemon = device.start()
+    events = iter(lambda: home.next_event(SECONDS), None)
+    heard = (event for event in events if isinstance(event, Received))
+    introduced = next(event for event in heard if event.topic.startswith("homeassistant/"))  # amqtt sends others, too
+    home.close()
+    assert json.loads(introduced.payload)["device"]["name"] == DEVICE
+    device.observer.wait(Round, lambda r: r.stage is Stage.FINISHED, "the end of the run")
+    assert daemon.running
+
+
+def test_nothing_is_kept_or_told_of_a_session_by_onnx_runtime(device: Device, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    code = "import sys; from edge_runtime.engine import open_session; from protocol.bundle import Bundle; "
+    code += "from pathlib import Path; open_session(Bundle(Path(sys.argv[1])), 'gate-predict.onnx', 1)"
+    environment = {**os.environ, "HOME": str(home)}
+    environment.pop("ORT_DISABLE_TELEMETRY", None)
+    command = [sys.executable, "-c", code, str(device.federation.bundle)]
+    subprocess.run(command, env=environment, check=True, timeout=SECONDS)
+    assert list(home.rglob("*")) == []
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,7 @@ def test_the_carried_files_values_the_boards_and_those_said_make_the_settings(ca
         "hours": ["22:00-06:00", "Sat 10:00-18:00"],
         "cache": 2_000_000_000,
         "state": "/var/lib/fedfmsl",
+        "stay": True,
     }
     assert "# Of this board, Raspberry Pi 4 Model B Rev 1.5.\nthreads = 3" in config.read_text()
     settings = read_settings(Settings, config, {})
