@@ -75,6 +75,8 @@ def check_parity(bundle: Bundle, source: Backbone, level: int, seed: int) -> Par
 
 
 def _run(bundle: Bundle, name: str, outputs: list[str], **inputs: np.ndarray) -> list[np.ndarray]:
-    session = onnxruntime.InferenceSession(str(bundle.path(name)), providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.x64quantprecision", "1")  # as the devices' (edge_runtime.engine)
+    session = onnxruntime.InferenceSession(str(bundle.path(name)), options, providers=["CPUExecutionProvider"])
     results: list[np.ndarray] = session.run(outputs, inputs)
     return results

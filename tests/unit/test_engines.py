@@ -42,8 +42,9 @@ from protocol.peft_names import from_peft
 from shell.ort_training import has_ort_training
 
 TOLERANCE = 1e-5
-# ONNX Runtime 1.19 sums in another order, and in a post-norm block a little more is left of that.
-TOLERANCES = {"bert": 2e-5} if has_ort_training() else {}
+# ONNX Runtime 1.19 sums in another order, and 1.32 where a processor has no AVX-512; in a post-norm block a little more
+# is left of that (1.1e-5 was seen of either).
+TOLERANCES = {"bert": 2e-5}
 LEVELS = [1, 2, LAYERS]
 C = len(CLASSES)
 Inputs = dict[str, NDArray[Any]]
