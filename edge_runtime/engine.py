@@ -17,6 +17,7 @@ from protocol.bundle import Bundle, Dims
 from protocol.errors import BundleError
 from protocol.layout import Vector
 from protocol.messages import EngineName, Training
+from shell.int8 import keep_int8_exact
 
 Floats = NDArray[np.float32]
 InferenceSession: TypeAlias = Any  # of whichever ONNX Runtime there is
@@ -182,8 +183,7 @@ def session_options(threads: int, prepack: bool = True) -> Any:
     # The arena saves the page faults of large tensors (a third of a step's time); patterns would hold memory twice.
     options.enable_mem_pattern = False
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # devices have other things to do
-    # x86-64 processors without VNNI saturate in int8 products of signed weights; they take unsigned ones then, slower
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    keep_int8_exact(options, onnxruntime.__version__)
     options.add_session_config_entry("session.disable_prepacking", "0" if prepack else "1")
     return options
 

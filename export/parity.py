@@ -13,6 +13,7 @@ from export.weights import Backbone
 from protocol.bundle import Bundle, Precision
 from protocol.errors import BundleError
 from protocol.layout import Vector
+from shell.int8 import keep_int8_exact
 
 # int8, of two random samples: DINOv2 0.04, MiniLM 0.22 (on real texts the cosine of its gradient with fp32's is 0.99)
 TOLERANCE: dict[Precision, float] = {"fp32": 1e-4, "int8": 0.3}
@@ -76,7 +77,7 @@ def check_parity(bundle: Bundle, source: Backbone, level: int, seed: int) -> Par
 
 def _run(bundle: Bundle, name: str, outputs: list[str], **inputs: np.ndarray) -> list[np.ndarray]:
     options = onnxruntime.SessionOptions()
-    options.add_session_config_entry("session.x64quantprecision", "1")  # as the devices' (edge_runtime.engine)
+    keep_int8_exact(options, onnxruntime.__version__)
     session = onnxruntime.InferenceSession(str(bundle.path(name)), options, providers=["CPUExecutionProvider"])
     results: list[np.ndarray] = session.run(outputs, inputs)
     return results
