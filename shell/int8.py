@@ -1,5 +1,5 @@
-"""int8 products of ONNX Runtime on x86-64 processors without VNNI (before 2019): those of signed weights saturate there.
-Newer releases can take unsigned ones, which are slower and exact."""
+"""int8 products of ONNX Runtime on x86-64 processors without VNNI (before 2019): of signed weights they saturate.
+Newer releases can take unsigned ones there, which are slower and exact."""
 
 from __future__ import annotations
 
