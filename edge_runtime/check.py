@@ -15,7 +15,7 @@ from pathlib import Path
 
 from edge_runtime.download import fetch_manifest, hear_server
 from edge_runtime.engines import open_engine
-from edge_runtime.folder import SampleFolder
+from edge_runtime.folder import SampleFolder, largest
 from edge_runtime.governor import forbids
 from edge_runtime.inputs import reader_of
 from edge_runtime.lock import is_locked
@@ -53,7 +53,7 @@ class _Seen:
     server: ServerStatus | None = None
     bundle: Bundle | None = None
     running: bool = False
-    largest: tuple[int, Path] | None = None
+    largest: Path | None = None  # of the samples
     scratch: Path = field(default_factory=Path)
 
 
@@ -186,7 +186,7 @@ def _samples(settings: Settings, seen: _Seen) -> Iterator[Finding]:
     kind = reader_of(seen.bundle).kind
     slices = SampleFolder(settings.images, seen.bundle, DeviceStore(seen.scratch), settings.labels).look()
     samples = slices.samples
-    seen.largest = max((sample.extent, sample.path) for sample in samples)
+    _, seen.largest = largest(samples, kind)
     classes = len({sample.label for sample in samples})
     text = f"{len(samples)} {kind.noun}s of {classes} classes in {settings.images}"
     yield Finding("samples", text)
@@ -200,9 +200,7 @@ def _memory(settings: Settings, seen: _Seen) -> Iterator[Finding]:
     threads = settings.threads or os.cpu_count() or 1
     engine = open_engine(settings.engine, seen.bundle, threads).name
     started = time.monotonic()
-    least, seconds = measure_least(
-        seen.bundle, engine, threads, seen.largest[1], settings.memory, settings.step_seconds
-    )
+    least, seconds = measure_least(seen.bundle, engine, threads, seen.largest, settings.memory, settings.step_seconds)
     took = time.monotonic() - started
     yield Finding(
         "memory",

@@ -65,7 +65,9 @@ def launch(settings: Settings) -> None:
         vitals.pace = worker.pace
         introduction = None
         if settings.watch and settings.home_assistant:
-            described = Described(settings.run, name, worker.device.bundle.manifest.classes, board(), _version())
+            described = Described(
+                settings.run, name, worker.device.bundle.manifest.classes, board(), version("fedfmsl-edge")
+            )
             introduction = discovery(settings.home_assistant, described, topics.status(name), health=True)
         stays = settings.stay or settings.watch is not None
         service = Service(worker, settings.run, link, vitals, introduction, stays)
@@ -131,7 +133,3 @@ class _Starting:
     def pause(self, reason: str) -> None:
         self.beat()
         time.sleep(1.0)
-
-
-def _version() -> str:
-    return version("fedfmsl-edge")

@@ -125,9 +125,10 @@ class DeviceStore:
 
     def drop_scraps(self) -> None:
         """What a process left behind that was ended while it wrote. To be called before anything is written."""
-        large = (self.personal, self.baseline, self.residual, self.results, self.mixture, self.personalized)
+        files = [self.personal, self.baseline, self.residual, self.results, self.mixture, self.personalized]
+        files += [self.health, self.set_aside]
         scraps = [scrap for folder in ("globals", "outbox") for scrap in (self.root / folder).glob(".*")]
-        scraps += [scrap for path in large for scrap in path.parent.glob(f".{path.name}.*")]
+        scraps += [scrap for path in files for scrap in path.parent.glob(f".{path.name}.*")]
         for scrap in scraps:
             scrap.unlink(missing_ok=True)
 
