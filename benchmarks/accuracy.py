@@ -15,8 +15,8 @@ from typing import Any
 
 import typer
 
-from protocol.errors import RunError
-from shell.cli import application
+from fedfmsl.common.cli import application
+from fedfmsl.errors import RunError
 
 MODELS = ("start", "local_only", "global", "global_prior", "local_expert", "mofm")
 

@@ -2,7 +2,7 @@
 sampling do to accuracy, as one table over seeds.
 
 The data, model and settings of `devices.trial`, run in one process (see `benchmarks.federation`), after
-`python -m devices.assets` and `python -m export.rebuild assets/dinov2-s14.onnx assets/dinov2-s14`. What has been run
+`python -m devices.trial.assets` and `python -m export.rebuild assets/dinov2-s14.onnx assets/dinov2-s14`. What has been run
 lies in runs/aggregation/results, one JSON file for each configuration and seed, and is not run again.
 """
 
@@ -22,19 +22,19 @@ from typing import Any
 import typer
 
 from benchmarks.federation import History, accuracies, federate, honest, open_devices, scaled
-from devices.assets import ASSETS, PHOTOS, fetch
-from devices.dataset import find_files, kind_of
-from devices.photos import unpack_groceries
-from devices.split import write_fleet
-from edge_runtime.stages import Outcome
-from protocol.bundle import Bundle
-from protocol.errors import ConfigError, RunError
-from protocol.messages import Encoding, Privacy, Sal, Stage, Training, Trigger
-from shell.cli import application
-from shell.files import write_atomically
+from devices.trial.assets import ASSETS, PHOTOS, fetch
+from devices.trial.dataset import find_files, kind_of
+from devices.trial.photos import unpack_groceries
+from devices.trial.split import write_fleet
+from edge_runtime.training.stages import Outcome
+from fedfmsl.algorithms.accounting import epsilon
+from fedfmsl.common.cli import application
+from fedfmsl.common.files import write_atomically
+from fedfmsl.errors import ConfigError, RunError
+from fedfmsl.protocol.bundle import Bundle
+from fedfmsl.protocol.messages import Encoding, Privacy, Sal, Stage, Training, Trigger
 from trainer_server.config import Aggregation, Optimizer, Rule, RunConfig, Selection
-from trainer_server.privacy import epsilon
-from trainer_server.rounds import counted
+from trainer_server.coordinator.records import counted
 
 FOLDER = Path("runs") / "aggregation"
 MODELS = ("start", "global", "global_prior", "local_expert", "mofm")
@@ -51,7 +51,7 @@ NOTES = [
     "- A hostile device is device-0: it sends −10 times its difference in every round of both stages, and honest "
     "statistics. Its own photos do not count in these rows, nor in what they are compared with.",
     f"- Private: clip {CLIP} for both stages, noise shared by six devices, ε at δ = {DELTA:g} after 18 rounds "
-    "(statistics, 12, 5) by `trainer_server.privacy`. Levels follow a fixed schedule there, for accuracies are not "
+    "(statistics, 12, 5) by `fedfmsl.algorithms.accounting`. Levels follow a fixed schedule there, for accuracies are not "
     "reported: compare with that row.",
     "- Not shown: more than six devices, other α, other data; several hostile devices, or ones that act together or "
     "stay just below a clip; late updates; bytes down, which are fp32 whatever the encoding.",

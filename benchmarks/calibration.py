@@ -2,7 +2,7 @@
 and on photos of fruit that nobody has trained on.
 
 The data, model and settings of `devices.trial` at α = 0.5, run in one process (see `benchmarks.federation`), but for
-two classes that are left out, other ones for each seed; after `python -m devices.assets` and
+two classes that are left out, other ones for each seed; after `python -m devices.trial.assets` and
 `python -m export.rebuild assets/dinov2-s14.onnx assets/dinov2-s14`. What the models of a seed have said lies in
 runs/calibration, and is not asked again: the table is made of it.
 """
@@ -23,19 +23,19 @@ import typer
 
 from benchmarks.aggregation import ALPHA, CONFIGURATIONS, DEVICES, groceries, trial_config
 from benchmarks.federation import federate, open_devices
-from devices.assets import ASSETS
-from devices.dataset import find_files, kind_of
-from devices.split import write_fleet
-from edge_runtime.calibration import calibrated, fit_temperature, unknown_below
-from edge_runtime.classifier import StateClassifier
-from edge_runtime.device import Device
-from edge_runtime.engine import Floats
-from edge_runtime.mixture import Labels, accuracy, nll
-from edge_runtime.model import read_personal_model
-from edge_runtime.samples import labels_of
-from protocol.bundle import Bundle
-from protocol.errors import RunError
-from shell.cli import application
+from devices.trial.assets import ASSETS
+from devices.trial.dataset import find_files, kind_of
+from devices.trial.split import write_fleet
+from edge_runtime.data.samples import labels_of
+from edge_runtime.inference.classifier import StateClassifier
+from edge_runtime.training.context import Device
+from edge_runtime.training.model import read_personal_model
+from fedfmsl.algorithms.arrays import Floats, Labels
+from fedfmsl.algorithms.calibration import calibrated, fit_temperature, unknown_below
+from fedfmsl.algorithms.mixture import accuracy, nll
+from fedfmsl.common.cli import application
+from fedfmsl.errors import RunError
+from fedfmsl.protocol.bundle import Bundle
 
 FOLDER = Path("runs") / "calibration"
 LEFT_OUT = 2  # classes

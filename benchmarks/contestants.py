@@ -19,12 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from edge_runtime.engine import Batch
-from edge_runtime.engines import open_engine
-from edge_runtime.memory import peak_rss_mb
-from edge_runtime.training import Targets
-from protocol.bundle import Bundle, ImagePreprocessing
-from protocol.messages import EngineChoice, Training
+from edge_runtime.engines.base import Batch
+from edge_runtime.engines.factory import open_engine
+from edge_runtime.engines.memory import peak_rss_mb
+from edge_runtime.training.loop import Targets
+from fedfmsl.protocol.bundle import Bundle, ImagePreprocessing
+from fedfmsl.protocol.messages import EngineChoice, Training
 
 LEARNING_RATE = 1e-3
 PRODUCT_SIDE = 2048

@@ -20,9 +20,9 @@ from PIL import Image
 
 from benchmarks.local_rounds import Seconds, Setting
 from benchmarks.step import built
-from protocol.bundle import Bundle
-from protocol.errors import RunError
-from shell.cli import application
+from fedfmsl.common.cli import application
+from fedfmsl.errors import RunError
+from fedfmsl.protocol.bundle import Bundle
 
 SIDE = 256  # of the random images, before they are resized
 

@@ -11,29 +11,39 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_runtime.cache import DiskCache
-from edge_runtime.device import Device
-from edge_runtime.engine import StepGraphEngine
-from edge_runtime.features import FeatureCache
-from edge_runtime.folder import scan
-from edge_runtime.gate import Gate
-from edge_runtime.inputs import reader_of
-from edge_runtime.model import keep_personal_model
-from edge_runtime.stages import Globals, Outcome
+from edge_runtime.daemon.worker import STAGES
+from edge_runtime.data.cache import DiskCache
+from edge_runtime.data.features import FeatureCache
+from edge_runtime.data.folder import scan
+from edge_runtime.data.inputs import reader_of
+from edge_runtime.engines.base import StepGraphEngine
 from edge_runtime.store import DeviceStore
-from edge_runtime.updates import header_of, prepare
-from edge_runtime.work import STAGES
-from protocol.bundle import Bundle
-from protocol.errors import RunError
-from protocol.layout import Layout, Vector
-from protocol.messages import DeviceStatus, Round, Stage, Update, Verdict
-from protocol.messages import Globals as GlobalsHeader
-from protocol.tensors import Tensors, blob_hash, chunks, pack, unpack
+from edge_runtime.training.context import Device
+from edge_runtime.training.gate import Gate
+from edge_runtime.training.model import keep_personal_model
+from edge_runtime.training.stages import Globals, Outcome
+from edge_runtime.training.updates import header_of, prepare
+from fedfmsl.algorithms.arrays import Vector
+from fedfmsl.errors import RunError
+from fedfmsl.protocol.bundle import Bundle
+from fedfmsl.protocol.layout import Layout
+from fedfmsl.protocol.messages import DeviceStatus, Round, Stage, Update, Verdict
+from fedfmsl.protocol.messages import Globals as GlobalsHeader
+from fedfmsl.protocol.tensors import Tensors, blob_hash, chunks, pack, unpack
 from trainer_server.config import RunConfig
-from trainer_server.coordinator import advance
-from trainer_server.events import ClockTicked, Command, PublishGlobals, Record, Reply, StatusSeen, Stop, UpdateSeen
-from trainer_server.rounds import ClosedRound
-from trainer_server.state import Plan, initial_state
+from trainer_server.coordinator.advance import advance
+from trainer_server.coordinator.events import (
+    ClockTicked,
+    Command,
+    PublishGlobals,
+    Record,
+    Reply,
+    StatusSeen,
+    Stop,
+    UpdateSeen,
+)
+from trainer_server.coordinator.records import ClosedRound
+from trainer_server.coordinator.state import Plan, initial_state
 
 Tamper = Callable[[str, Outcome], Outcome]  # what a device makes of its own outcome before it is prepared
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from protocol.bundle import (
+from fedfmsl.protocol.bundle import (
     MANIFEST,
     Bundle,
     Dims,
@@ -21,10 +21,10 @@ from protocol.bundle import (
     PeftSpec,
     file_sha256,
 )
-from protocol.encoding import encode
-from protocol.layout import HEAD, Layout
-from protocol.messages import Round, Stage, Update
-from protocol.tensors import Tensors
+from fedfmsl.protocol.encoding import encode
+from fedfmsl.protocol.layout import HEAD, Layout
+from fedfmsl.protocol.messages import Round, Stage, Update
+from fedfmsl.protocol.tensors import Tensors
 
 INIT = "init.safetensors"
 GATE_WIDTH = 32

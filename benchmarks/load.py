@@ -25,11 +25,11 @@ import typer
 
 from benchmarks.layouts import layout_bundle
 from benchmarks.simulated import SPARE_FILES, allow_files
-from protocol.errors import BrokerError, ConfigError, RunError
-from protocol.messages import Stage
-from shell.cli import application, console
-from trainer_server.rounds import counted
-from trainer_server.store import RunStore
+from fedfmsl.common.cli import application, console
+from fedfmsl.errors import BrokerError, ConfigError, RunError
+from fedfmsl.protocol.messages import Stage
+from trainer_server.coordinator.records import counted
+from trainer_server.storage.run_store import RunStore
 
 LOOK_SECONDS = 0.2
 BROKER_SECONDS = 10

@@ -18,15 +18,15 @@ from typing import Any
 
 import numpy as np
 
-from edge_runtime.cache import DiskCache
-from edge_runtime.engine import StepGraphEngine
-from edge_runtime.features import FeatureCache
-from edge_runtime.images import load_pixels
-from edge_runtime.memory import peak_rss_mb
-from edge_runtime.samples import Sample, labels_of
-from edge_runtime.training import Targets, predict_log, train
-from protocol.bundle import Bundle, ImagePreprocessing, file_sha256
-from protocol.messages import Training
+from edge_runtime.data.cache import DiskCache
+from edge_runtime.data.features import FeatureCache
+from edge_runtime.data.images import load_pixels
+from edge_runtime.data.samples import Sample, labels_of
+from edge_runtime.engines.base import StepGraphEngine
+from edge_runtime.engines.memory import peak_rss_mb
+from edge_runtime.training.loop import Targets, predict_log, train
+from fedfmsl.protocol.bundle import Bundle, ImagePreprocessing, file_sha256
+from fedfmsl.protocol.messages import Training
 
 HELD_OUT = 0.2
 

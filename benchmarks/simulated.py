@@ -24,12 +24,12 @@ import typer
 
 from benchmarks.layouts import update_of
 from benchmarks.simulated_device import Device
-from protocol.bundle import Bundle
-from protocol.errors import BrokerError, ConfigError
-from protocol.messages import Ack, Round, Verdict
-from protocol.tensors import pack
-from protocol.topics import Topics
-from shell.cli import application
+from fedfmsl.common.cli import application
+from fedfmsl.errors import BrokerError, ConfigError
+from fedfmsl.protocol.bundle import Bundle
+from fedfmsl.protocol.messages import Ack, Round, Verdict
+from fedfmsl.protocol.tensors import pack
+from fedfmsl.protocol.topics import Topics
 
 LOOK_SECONDS = 1.0
 SPARE_FILES = 64  # open ones that are not a device's connection

@@ -1,4 +1,4 @@
-"""One simulated device: its own MQTT connection, and the daemon's own state machine (`edge_runtime.daemon`). Outbox and
+"""One simulated device: its own MQTT connection, and the daemon's own state machine (`edge_runtime.daemon.state`). Outbox and
 globals are remembered, not stored; the computation is its fleet's (see `benchmarks.simulated`)."""
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import paho.mqtt.client as paho
 from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.reasoncodes import ReasonCode
 
-from edge_runtime.daemon import (
+from edge_runtime.daemon.state import (
     AckSeen,
     Command,
     Event,
@@ -36,10 +36,10 @@ from edge_runtime.daemon import (
     advance,
     patience,
 )
-from protocol.errors import BrokerError, RunError
-from protocol.messages import Ack, DeviceStatus, Round, ServerStatus, encode, parse
-from protocol.tensors import MAX_BLOB_BYTES, Assembler, chunks
-from shell.link import KEEPALIVE_SECONDS, QOS
+from fedfmsl.errors import BrokerError, RunError
+from fedfmsl.protocol.messages import Ack, DeviceStatus, Round, ServerStatus, encode, parse
+from fedfmsl.protocol.tensors import MAX_BLOB_BYTES, Assembler, chunks
+from fedfmsl.transport.link import KEEPALIVE_SECONDS, QOS
 
 if TYPE_CHECKING:
     from benchmarks.simulated import Fleet

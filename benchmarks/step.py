@@ -18,9 +18,9 @@ import typer
 from rich.progress import Progress
 
 from benchmarks.contestants import Setting
-from protocol.bundle import Bundle, TextPreprocessing
-from protocol.errors import ConfigError, RunError
-from shell.cli import application, console
+from fedfmsl.common.cli import application, console
+from fedfmsl.errors import ConfigError, RunError
+from fedfmsl.protocol.bundle import Bundle, TextPreprocessing
 
 LEVELS = (1, 2, 4, 8, 12)
 REFERENCE = "torch-whole"

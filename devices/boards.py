@@ -17,9 +17,9 @@ from typing import Literal
 
 import typer
 
-from edge_runtime.sensors import board as board_name
-from edge_runtime.sensors import thermal_zones
-from shell.cli import application, console
+from edge_runtime.resources.sensors import board as board_name
+from edge_runtime.resources.sensors import thermal_zones
+from fedfmsl.common.cli import application, console
 
 Kind = Literal["raspberry-pi", "jetson", "generic"]
 

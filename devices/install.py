@@ -19,15 +19,15 @@ from pathlib import Path
 
 import typer
 
-from devices import host
 from devices.boards import Board, look
-from devices.service_unit import NAME, STATE, USER, Service, service_unit
-from devices.settings_file import Value, settings_text
+from devices.provisioning import host
+from devices.provisioning.service_unit import NAME, STATE, USER, Service, service_unit
+from devices.provisioning.settings_file import Value, settings_text
 from edge_runtime.settings import Given, Settings, SettingsError, read_settings, with_settings
-from protocol.errors import ConfigError
-from shell.cli import application, console
-from shell.files import write_atomically
-from shell.identity import read_identity
+from fedfmsl.common.cli import application, console
+from fedfmsl.common.files import write_atomically
+from fedfmsl.errors import ConfigError
+from fedfmsl.transport.identity import read_identity
 
 HERE = Path("/")
 CONFIG = Path("/etc") / NAME / "device.toml"

@@ -18,7 +18,7 @@ from urllib.parse import quote, urlsplit
 
 import typer
 
-from devices.authority import (
+from devices.provisioning.authority import (
     CLIENT,
     SERVER,
     Authority,
@@ -28,15 +28,15 @@ from devices.authority import (
     revoked_serials,
     serial_of,
 )
-from devices.broker_kit import HOME_ASSISTANT, acl, mosquitto_conf, new_password, password_line
-from devices.broker_kit import SERVER as SERVER_NAME
-from devices.compose import compose_yaml
-from devices.settings_file import read_table, settings_text
-from protocol.errors import ConfigError
-from protocol.topics import check_name
-from shell.address import netloc, parse_address
-from shell.cli import application, console
-from shell.files import write_atomically
+from devices.provisioning.broker_kit import HOME_ASSISTANT, acl, mosquitto_conf, new_password, password_line
+from devices.provisioning.broker_kit import SERVER as SERVER_NAME
+from devices.provisioning.compose import compose_yaml
+from devices.provisioning.settings_file import read_table, settings_text
+from fedfmsl.common.cli import application, console
+from fedfmsl.common.files import write_atomically
+from fedfmsl.errors import ConfigError
+from fedfmsl.protocol.topics import check_name
+from fedfmsl.transport.address import netloc, parse_address
 
 FLEET = "fleet.toml"
 SOURCE = Path(__file__).parents[1]

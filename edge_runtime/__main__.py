@@ -15,12 +15,12 @@ import typer
 
 from edge_runtime.settings import PredictSettings, Settings, StateSettings, with_settings
 from edge_runtime.store import DeviceStore
-from protocol.errors import ConfigError
-from protocol.messages import EngineChoice, Prediction
-from shell.cli import application, console
+from fedfmsl.common.cli import application, console
+from fedfmsl.errors import ConfigError
+from fedfmsl.protocol.messages import EngineChoice, Prediction
 
 if TYPE_CHECKING:
-    from edge_runtime.classifier import Classifier
+    from edge_runtime.inference.classifier import Classifier
 
 app = application("Adapt a foundation model to the images or texts of this device, in a federated run.")
 
@@ -29,7 +29,7 @@ app = application("Adapt a foundation model to the images or texts of this devic
 @with_settings(Settings)
 def run(settings: Settings) -> None:
     """Take part in a run until it is finished; with --watch, also classify what comes, and go on with that."""
-    from edge_runtime.launch import launch
+    from edge_runtime.daemon.launch import launch
 
     launch(settings)
 
@@ -38,7 +38,7 @@ def run(settings: Settings) -> None:
 @with_settings(Settings)
 def check(settings: Settings) -> None:
     """Look over all that a run needs: clock, disk, broker, certificate, bundle, images, memory. Writes nothing."""
-    from edge_runtime.check import look_over
+    from edge_runtime.preflight import look_over
 
     code = 0
     for finding in look_over(settings):
@@ -55,7 +55,7 @@ def status(
     as_json: bool = typer.Option(False, "--json", help="The health message, as one JSON object."),
 ) -> None:
     """Show how this device is; fails if its daemon does not work."""
-    from edge_runtime.status import check_alive, describe, read_health
+    from edge_runtime.daemon.status import check_alive, describe, read_health
 
     store = DeviceStore(settings.state)
     health = read_health(store)
@@ -85,11 +85,11 @@ def predict(
     publish: bool = typer.Option(False, "--publish", help="Also publish them in the run, where no daemon does."),
 ) -> None:
     """Classify images or texts with a personalized model."""
-    from edge_runtime.classifier import FileClassifier, StateClassifier
-    from edge_runtime.lock import locked
-    from edge_runtime.predict import predict_files, printer, quiet_without_a_reader
-    from edge_runtime.publish import Publisher
-    from edge_runtime.stream import Inbox, wait_for_a_model, watched
+    from edge_runtime.daemon.lock import locked
+    from edge_runtime.inference.classifier import FileClassifier, StateClassifier
+    from edge_runtime.inference.predict import predict_files, printer, quiet_without_a_reader
+    from edge_runtime.inference.publish import Publisher
+    from edge_runtime.inference.stream import Inbox, wait_for_a_model, watched
 
     if bool(files) == bool(watch) or (new and not watch):
         raise ConfigError("say what to classify: files or folders, or --watch FOLDER (--new: only what will arrive)")
@@ -119,7 +119,7 @@ def personalize(
     out: Path | None = typer.Option(None, help="File to write. Default: personalized.onnx in the state folder."),
 ) -> None:
     """Write this device's personalized model, as of its last round, as one self-contained ONNX file."""
-    from edge_runtime.personalize import write_model  # the only user of the onnx package
+    from edge_runtime.inference.export_onnx import write_model  # the only user of the onnx package
 
     store = DeviceStore(state)
     path = out or store.personalized
@@ -139,9 +139,9 @@ def probe(
     lean: bool = typer.Option(False),
 ) -> None:
     """Work as a daemon does, level by level from the first; print what each took as it ends."""
-    from edge_runtime.engine import Fit
-    from edge_runtime.probe import probe_levels
-    from protocol.bundle import Bundle
+    from edge_runtime.engines.base import Fit
+    from edge_runtime.resources.probe import probe_levels
+    from fedfmsl.protocol.bundle import Bundle
 
     fit = Fit(micro_batch, lean)
     for line in probe_levels(Bundle(bundle), engine, threads, sample, feature_batch, first, fit):

@@ -30,12 +30,12 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
-from edge_runtime.governor import Hours, Limits
-from protocol.errors import ConfigError, one_line
-from protocol.messages import EngineChoice
-from protocol.topics import check_name
-from shell.address import listening_on, parse_address, without_password
-from shell.log import LogForm
+from edge_runtime.resources.governor import Hours, Limits
+from fedfmsl.common.log import LogForm
+from fedfmsl.errors import ConfigError, one_line
+from fedfmsl.protocol.messages import EngineChoice
+from fedfmsl.protocol.topics import check_name
+from fedfmsl.transport.address import listening_on, parse_address, without_password
 
 if sys.version_info >= (3, 11):
     import tomllib

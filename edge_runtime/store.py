@@ -16,7 +16,7 @@ STATE/lock               held by the process that works on this folder
 STATE/plan.json          what fits into its memory, as measured
 STATE/health.json        how it is, as it last said
 STATE/set-aside.txt      the files of its folder that it does not use, and why
-STATE/samples.sqlite     what it has read of its samples, and which slice each is of (see edge_runtime.ledger)
+STATE/samples.sqlite     what it has read of its samples, and which slice each is of (see edge_runtime.data.ledger)
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ import socket
 import tempfile
 from pathlib import Path
 
-from protocol.errors import ConfigError, MessageError
-from protocol.messages import Update
-from protocol.tensors import blob_hash, unpack
-from protocol.topics import check_name
-from shell.files import FULL, write_atomically
+from fedfmsl.common.files import FULL, write_atomically
+from fedfmsl.errors import ConfigError, MessageError
+from fedfmsl.protocol.messages import Update
+from fedfmsl.protocol.tensors import blob_hash, unpack
+from fedfmsl.protocol.topics import check_name
 
 
 class DeviceStore:

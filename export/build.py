@@ -22,7 +22,11 @@ from export.reference import initial_expert
 from export.transformer import Transformer
 from export.weights import RANDOM, Backbone, load_backbone
 from export.zero_shot import TEMPLATES, zero_shot_head
-from protocol.bundle import (
+from fedfmsl.algorithms.arrays import Vector
+from fedfmsl.common.cli import application, console
+from fedfmsl.common.ort_training import require_ort_training
+from fedfmsl.errors import ConfigError, InputError, WeightsError
+from fedfmsl.protocol.bundle import (
     MANIFEST,
     TOKENIZER,
     Bundle,
@@ -35,10 +39,7 @@ from protocol.bundle import (
     ZeroShot,
     file_sha256,
 )
-from protocol.errors import ConfigError, InputError, WeightsError
-from protocol.layout import Layout, Vector
-from shell.cli import application, console
-from shell.ort_training import require_ort_training
+from fedfmsl.protocol.layout import Layout
 
 app = application("Export a frozen backbone as a bundle for edge devices.")
 

@@ -17,8 +17,8 @@ from export.families.family import LORA_TARGETS, Family
 from export.frozen import PRECISIONS
 from export.graph import Array, Graph, WeightFile
 from export.transformer import Geometry, Lora, Transformer
-from protocol.bundle import Precision, Preprocessing, TextPreprocessing
-from protocol.layout import HEAD, Layout
+from fedfmsl.protocol.bundle import Precision, Preprocessing, TextPreprocessing
+from fedfmsl.protocol.layout import HEAD, Layout
 
 GATE_WIDTH = 16
 

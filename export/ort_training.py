@@ -21,7 +21,7 @@ from onnx import TensorProto, helper
 
 from export.graph import IR_VERSION
 from export.graphs import GraphWriter
-from protocol.errors import BundleError
+from fedfmsl.errors import BundleError
 
 # What distinguishes torch.optim.AdamW: epsilon, and where it is added. Decay differs by parameter: the device's part.
 TORCHS_ADAMW = {"adam_mode": 0, "epsilon": 1e-8, "weight_decay": 0.0}

@@ -10,10 +10,10 @@ import torch
 
 from export.reference import loss_and_gradient, random_samples, torch_inputs
 from export.weights import Backbone
-from protocol.bundle import Bundle, Precision
-from protocol.errors import BundleError
-from protocol.layout import Vector
-from shell.int8 import keep_int8_exact
+from fedfmsl.algorithms.arrays import Vector
+from fedfmsl.common.int8 import keep_int8_exact
+from fedfmsl.errors import BundleError
+from fedfmsl.protocol.bundle import Bundle, Precision
 
 # int8, of two random samples: DINOv2 0.04, MiniLM 0.22 (on real texts the cosine of its gradient with fp32's is 0.99)
 TOLERANCE: dict[Precision, float] = {"fp32": 1e-4, "int8": 0.3}

@@ -18,8 +18,8 @@ import typer
 from onnx import numpy_helper
 from transformers import Dinov2Config, Dinov2Model
 
-from protocol.errors import WeightsError
-from shell.cli import application
+from fedfmsl.common.cli import application
+from fedfmsl.errors import WeightsError
 
 PREFIX = "backbone."
 _MATMUL = re.compile(r"/backbone/(encoder/.*)/MatMul$")

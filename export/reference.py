@@ -13,9 +13,10 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 
 from export.graph import Array
 from export.weights import Backbone
-from protocol.bundle import ImagePreprocessing, LoraSpec, PeftSpec, Preprocessing, TextPreprocessing
-from protocol.layout import Layout, Vector
-from protocol.peft_names import from_peft, to_peft
+from fedfmsl.algorithms.arrays import Vector
+from fedfmsl.protocol.bundle import ImagePreprocessing, LoraSpec, PeftSpec, Preprocessing, TextPreprocessing
+from fedfmsl.protocol.layout import Layout
+from fedfmsl.protocol.peft_names import from_peft, to_peft
 
 
 def add_lora(source: Backbone, lora: LoraSpec, level: int, seed: int) -> Any:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from protocol.errors import WeightsError
+from fedfmsl.errors import WeightsError
 
 
 def read_tokenizer(path: Path, vocabulary: int) -> str:

@@ -25,7 +25,7 @@ import numpy as np
 from export.autodiff import Tape, Var
 from export.frozen import Float32
 from export.graph import Graph
-from protocol.bundle import ImagePreprocessing
+from fedfmsl.protocol.bundle import ImagePreprocessing
 
 
 @dataclass(frozen=True)

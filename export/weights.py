@@ -19,9 +19,9 @@ from transformers.utils import cached_file
 from export.families import FAMILIES, MODELS
 from export.families.family import RGB, Family
 from export.tokenizer import read_tokenizer
-from protocol.bundle import TOKENIZER, ImagePreprocessing, Preprocessing, TextPreprocessing
-from protocol.errors import ConfigError, WeightsError
-from shell.cli import console
+from fedfmsl.common.cli import console
+from fedfmsl.errors import ConfigError, WeightsError
+from fedfmsl.protocol.bundle import TOKENIZER, ImagePreprocessing, Preprocessing, TextPreprocessing
 
 RANDOM = "random"
 MAX_TOKENS = 128  # unless --max-tokens says otherwise

@@ -12,8 +12,8 @@ import torch
 from transformers import AutoTokenizer
 
 from export.weights import Backbone, Origin, load_pretrained
-from protocol.bundle import ZeroShot
-from protocol.errors import ConfigError, WeightsError
+from fedfmsl.errors import ConfigError, WeightsError
+from fedfmsl.protocol.bundle import ZeroShot
 
 TEMPLATES = (  # ours: what a camera sees of a thing
     "a photo of a {}.",

@@ -7,7 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import Built, build, write_bert, write_clip, write_deit, write_dinov2, write_photos, write_texts, write_vit
+from support.builds import (
+    Built,
+    build,
+    write_bert,
+    write_clip,
+    write_deit,
+    write_dinov2,
+    write_photos,
+    write_texts,
+    write_vit,
+)
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # of the processes that tests start; no test talks to the hub
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other

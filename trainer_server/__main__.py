@@ -1,4 +1,4 @@
-"""python -m trainer_server: coordinates runs. What it tells about them is in `trainer_server.reading`."""
+"""python -m trainer_server: coordinates runs. What it tells about them is in `trainer_server.inspect`."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 import typer
 from pydantic import ValidationError
 
-from protocol.bundle import Bundle
-from protocol.errors import ConfigError
-from protocol.messages import Encoding, Privacy, Sal, Training, Trigger
-from protocol.topics import check_name
-from shell.cli import BROKER, IDENTITY, INSECURE, application, console
-from trainer_server.artifacts import ArtifactServer
+from fedfmsl.common.cli import BROKER, IDENTITY, INSECURE, application, console
+from fedfmsl.errors import ConfigError
+from fedfmsl.protocol.bundle import Bundle
+from fedfmsl.protocol.messages import Encoding, Privacy, Sal, Training, Trigger
+from fedfmsl.protocol.topics import check_name
 from trainer_server.config import Aggregation, Head, Optimizer, Rule, RunConfig, Selection
-from trainer_server.reading import OUT, export, replay, rounds, status
-from trainer_server.running import go_on, open_bundle, open_run
-from trainer_server.store import RunStore
+from trainer_server.inspect import OUT, export, replay, rounds, status
+from trainer_server.service.bundle_http import ArtifactServer
+from trainer_server.service.lifecycle import go_on, open_bundle, open_run
+from trainer_server.storage.run_store import RunStore
 
 app = application("Coordinate a federated run: both stages of FedFMSL, over MQTT.")
 

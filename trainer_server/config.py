@@ -6,7 +6,7 @@ from enum import Enum
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from protocol.messages import Encoding, Privacy, Sal, Training, Trigger
+from fedfmsl.protocol.messages import Encoding, Privacy, Sal, Training, Trigger
 
 
 class Head(str, Enum):

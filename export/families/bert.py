@@ -12,7 +12,7 @@ from transformers import BertForSequenceClassification
 from export.families.family import Family, affine, array
 from export.graph import Array
 from export.transformer import Geometry
-from protocol.errors import ConfigError
+from fedfmsl.errors import ConfigError
 
 
 def _geometry(config: Any, size: int) -> Geometry:

@@ -11,7 +11,7 @@ from export.families.family import IMAGENET_MEAN, IMAGENET_STD, Family, array, p
 from export.families.vit import outer_weights
 from export.graph import Array
 from export.transformer import Geometry
-from protocol.errors import ConfigError
+from fedfmsl.errors import ConfigError
 
 
 def _geometry(config: Any, size: int) -> Geometry:

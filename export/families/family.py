@@ -17,8 +17,8 @@ import torch
 
 from export.graph import Array
 from export.transformer import Geometry
-from protocol.bundle import LoraSpec
-from protocol.errors import ConfigError
+from fedfmsl.errors import ConfigError
+from fedfmsl.protocol.bundle import LoraSpec
 
 RGB = tuple[float, float, float]
 HALF: RGB = (0.5, 0.5, 0.5)

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import board as board_module
 import pytest
-from board import HERE, PYTHON, Board, NoBoardError, build, require_emulation
-from processes import MOSQUITTO, Processes
-from wheels import REPOSITORY, build_wheel, download, install
+import support.arm64_board as board_module
+from support.arm64_board import HERE, PYTHON, Board, NoBoardError, build, require_emulation
+from support.arm64_wheels import REPOSITORY, build_wheel, download, install
+from support.processes import MOSQUITTO, Processes
 
 
 @contextmanager

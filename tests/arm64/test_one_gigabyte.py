@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from board import Board
-from bundles import export
-from device_photos import write_photos
-from support import CLASSES
+from support.arm64_board import Board
+from support.arm64_bundles import export
+from support.builds import CLASSES
+from support.device_photos import write_photos
 
 LIMIT = 2**30
 LEVEL = 2

@@ -8,18 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from board import Board
-from bundles import export
-from device_photos import write_photos
-from processes import Federation, Process, Processes, free_port
-from recording import Recorder, replay
 from safetensors.numpy import load_file
-from support import CLASSES
+from support.arm64_board import Board
+from support.arm64_bundles import export
+from support.arm64_recording import Recorder, replay
+from support.builds import CLASSES
+from support.device_photos import write_photos
+from support.processes import Federation, Process, Processes, free_port
 from transformers import ViTConfig, ViTForImageClassification
 
 from edge_runtime.store import DeviceStore
-from protocol.messages import Progress, Round, Stage
-from protocol.tensors import Tensors
+from fedfmsl.protocol.messages import Progress, Round, Stage
+from fedfmsl.protocol.tensors import Tensors
 
 # AdamW divides a gradient by its own size: of one that is nearly zero, rounding becomes a visible part of a step.
 TOLERANCE = 1e-4  # of any single value

@@ -11,12 +11,12 @@ import socket
 from pathlib import Path
 
 import pytest
-from board import Board
-from device_photos import write_photos
-from fleets import Fleet, provision, start_fleet
-from processes import Broker, Federation, Process, Processes, free_port, wait_until
-from support import Built
-from wheels import REPOSITORY
+from support.arm64_board import Board
+from support.arm64_wheels import REPOSITORY
+from support.builds import Built
+from support.device_photos import write_photos
+from support.fleets import Fleet, provision, start_fleet
+from support.processes import Broker, Federation, Process, Processes, free_port, wait_until
 
 SECTION = "Put it on a Raspberry Pi"
 RUN, DEVICE, HOST = "orchard", "kitchen", "fleet.example"

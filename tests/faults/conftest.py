@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from brokers import KINDS, RestartableBroker, versions
-from oracle import Reference, reference
-from processes import MOSQUITTO, Processes
-from simulation import Simulation
-from table import FaultTable, is_whole, write
+from support.brokers import KINDS, RestartableBroker, versions
+from support.oracle import Reference, reference
+from support.processes import MOSQUITTO, Processes
+from support.simulation import Simulation
+from support.table import FaultTable, is_whole, write
 
 from benchmarks.layouts import layout_bundle
-from protocol.bundle import Bundle
+from fedfmsl.protocol.bundle import Bundle
 
 RELIABILITY = Path(__file__).parents[2] / "docs" / "reliability.md"
 TABLE = pytest.StashKey[FaultTable]()

@@ -15,16 +15,26 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
 from benchmarks.layouts import layout_bundle, update_of
-from protocol.bundle import Bundle
-from protocol.messages import DeviceStatus, Round, Sal, Stage, Update, Verdict
-from protocol.tensors import Tensors, blob_hash, pack
+from fedfmsl.protocol.bundle import Bundle
+from fedfmsl.protocol.messages import DeviceStatus, Round, Sal, Stage, Update, Verdict
+from fedfmsl.protocol.tensors import Tensors, blob_hash, pack
 from trainer_server.config import Aggregation, Rule, RunConfig, Selection
-from trainer_server.coordinator import advance
-from trainer_server.events import Announce, ClockTicked, Command, Event, Record, Reply, StatusSeen, Stop, UpdateSeen
-from trainer_server.running import open_run, plan_of, present, replayed
-from trainer_server.snapshot import vectors_of
-from trainer_server.state import Plan, initial_state
-from trainer_server.store import Logged, RunStore
+from trainer_server.coordinator.advance import advance
+from trainer_server.coordinator.events import (
+    Announce,
+    ClockTicked,
+    Command,
+    Event,
+    Record,
+    Reply,
+    StatusSeen,
+    Stop,
+    UpdateSeen,
+)
+from trainer_server.coordinator.state import Plan, initial_state
+from trainer_server.service.lifecycle import open_run, plan_of, present, replayed
+from trainer_server.storage.run_store import Logged, RunStore
+from trainer_server.storage.snapshot import vectors_of
 
 TIMEOUT, JOIN, MAX_NORM, MAX_SAMPLES = 100.0, 50.0, 50.0, 1000
 DEVICES = ["a", "b", "c", "d"]

@@ -15,21 +15,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-from mutations import BlobMutator, Mutator
 from pydantic import BaseModel
-from support import Built
+from support.builds import Built
+from support.mutations import BlobMutator, Mutator
 
-from edge_runtime.cache import DiskCache
-from edge_runtime.evaluation import _Header as Alone
-from edge_runtime.model import ModelHeader
-from edge_runtime.personal import _Header as LocalExpert
+from edge_runtime.data.cache import DiskCache
 from edge_runtime.store import DeviceStore
-from protocol.bundle import MANIFEST, Bundle
-from protocol.encoding import decode as decode_vector
-from protocol.encoding import encode as encode_vector
-from protocol.errors import BundleError, ConfigError, FedFMSLError, MessageError
-from protocol.layout import Layout
-from protocol.messages import (
+from edge_runtime.training.evaluation import _Header as Alone
+from edge_runtime.training.local_expert import _Header as LocalExpert
+from edge_runtime.training.model import ModelHeader
+from fedfmsl.errors import BundleError, ConfigError, FedFMSLError, MessageError
+from fedfmsl.protocol.bundle import MANIFEST, Bundle
+from fedfmsl.protocol.encoding import decode as decode_vector
+from fedfmsl.protocol.encoding import encode as encode_vector
+from fedfmsl.protocol.layout import Layout
+from fedfmsl.protocol.messages import (
     Ack,
     DeviceStatus,
     Encoding,
@@ -47,9 +47,9 @@ from protocol.messages import (
     encode,
     parse,
 )
-from protocol.tensors import CHUNK_BYTES, DTYPES, Assembler, blob_hash, chunks, pack, unpack
-from protocol.topics import MAX_NUMBER, NAME, Topics
-from trainer_server.uploads import Uploads
+from fedfmsl.protocol.tensors import CHUNK_BYTES, DTYPES, Assembler, blob_hash, chunks, pack, unpack
+from fedfmsl.protocol.topics import MAX_NUMBER, NAME, Topics
+from trainer_server.storage.uploads import Uploads
 
 MIB = 1 << 20
 SHORT = 100  # the long form tries so many times as many

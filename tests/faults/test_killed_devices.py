@@ -9,24 +9,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from brokers import RestartableBroker
-from device_photos import write_photos
-from killing import launcher
-from machine import small_disk
-from oracle import Reference, examine, reference
-from processes import MOSQUITTO, Federation, Observer, Processes, wait_until
-from simulation import ROUND_TIMEOUT, judged
-from support import CLASSES, build
-from table import FaultTable, Trial
+from support.brokers import RestartableBroker
+from support.builds import CLASSES, build
+from support.device_photos import write_photos
+from support.killing import launcher
+from support.machine import small_disk
+from support.oracle import Reference, examine, reference
+from support.processes import MOSQUITTO, Federation, Observer, Processes, wait_until
+from support.simulation import ROUND_TIMEOUT, judged
+from support.table import FaultTable, Trial
 
-from protocol.messages import Ack, Round, Stage, Verdict
+from fedfmsl.protocol.messages import Ack, Round, Stage, Verdict
 
 RUN = "real"
 VICTIM, OTHERS = "device-0", ("device-1", "device-2")
 MANY = 2000  # classes, so that an update is more than one chunk
 FULL_SECONDS = 2.0  # the fault is that it lasts
 DISK_MEGABYTES = 40
-STORE, SERVICE = "edge_runtime.store:DeviceStore", "edge_runtime.service:Service"
+STORE, SERVICE = "edge_runtime.store:DeviceStore", "edge_runtime.daemon.loop:Service"
 HALF_SENT = "when its update is half sent"
 Kill = tuple[str, str, str, int]  # its name in the table, and see `killing.arm`
 KILLS: list[Kill] = [
@@ -37,11 +37,11 @@ KILLS: list[Kill] = [
     ("when the ack is noted, the update still kept", "edge_runtime.store:write_atomically", "after", 1),
     ("before globals are kept", f"{STORE}.keep_global", "before", 1),
     ("when globals are kept", f"{STORE}.keep_global", "after", 1),
-    ("while training", "edge_runtime.engine:StepGraphEngine.step", "before", 3),
-    ("before the residual is saved", "edge_runtime.updates:_save", "before", 1),
-    ("when the residual is saved", "edge_runtime.updates:_save", "after", 1),
-    ("before the local expert is saved", "edge_runtime.personal:LocalExpert.save", "before", 1),
-    ("when the local expert is saved", "edge_runtime.personal:LocalExpert.save", "after", 1),
+    ("while training", "edge_runtime.engines.base:StepGraphEngine.step", "before", 3),
+    ("before the residual is saved", "edge_runtime.training.updates:_save", "before", 1),
+    ("when the residual is saved", "edge_runtime.training.updates:_save", "after", 1),
+    ("before the local expert is saved", "edge_runtime.training.local_expert:LocalExpert.save", "before", 1),
+    ("when the local expert is saved", "edge_runtime.training.local_expert:LocalExpert.save", "after", 1),
     ("after the ack and the update's removal", f"{STORE}.settle", "after", 1),
 ]
 SHORT = {HALF_SENT, "when the residual is saved", "when the local expert is saved"}

@@ -9,16 +9,16 @@ from collections.abc import Sequence
 
 import pytest
 from conftest import Undisturbed
-from killing import launcher
-from oracle import Reference
-from processes import Observer
-from simulation import RUN, Simulation
-from table import FaultTable, Trial
+from support.killing import launcher
+from support.oracle import Reference
+from support.processes import Observer
+from support.simulation import RUN, Simulation
+from support.table import FaultTable, Trial
 
-from protocol.messages import Ack, Message, Round, ServerStatus, Stage, Verdict
+from fedfmsl.protocol.messages import Ack, Message, Round, ServerStatus, Stage, Verdict
 
 THINK = (0.1, 0.4)
-STORE, SERVICE = "trainer_server.store:RunStore", "trainer_server.service:Service"
+STORE, SERVICE = "trainer_server.storage.run_store:RunStore", "trainer_server.service.loop:Service"
 RUNS = 2  # in the long form
 Kill = tuple[str, str, int]  # see `killing.arm`
 STATES = {
@@ -26,16 +26,16 @@ STATES = {
     "after a commit": (f"{STORE}.commit", "after", 5),
     "before the state is kept": (f"{STORE}.keep", "before", 2),
     "between the last commit and the announcement": (f"{STORE}.keep", "after", 2),
-    "before an update's file is kept": ("trainer_server.uploads:Uploads.keep", "before", 6),
-    "after an update's file is kept": ("trainer_server.uploads:Uploads.keep", "after", 6),
+    "before an update's file is kept": ("trainer_server.storage.uploads:Uploads.keep", "before", 6),
+    "after an update's file is kept": ("trainer_server.storage.uploads:Uploads.keep", "after", 6),
     "before an acknowledgement or another command": (f"{SERVICE}._carry_out", "before", 8),
     "after an acknowledgement or another command": (f"{SERVICE}._carry_out", "after", 8),
-    "after the broker has what it published": ("shell.link:Link.publish", "after", 12),
+    "after the broker has what it published": ("fedfmsl.transport.link:Link.publish", "after", 12),
     "while devices gather": (f"{SERVICE}._take", "before", 3),
 }
 ROUNDS = 7  # that are opened in a run, the last of them FINISHED
 ENDS = {
-    "before the end is committed": [("trainer_server.coordinator:_close", "after", ROUNDS - 1)],
+    "before the end is committed": [("trainer_server.coordinator.advance:_close", "after", ROUNDS - 1)],
     "after the end is committed, nobody told": [(f"{STORE}.keep", "after", ROUNDS)],
     "when the end has been announced": [(f"{SERVICE}._announce", "after", ROUNDS)],
 }

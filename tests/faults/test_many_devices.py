@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from processes import MOSQUITTO
+from support.processes import MOSQUITTO
 
 from benchmarks.load import measure
-from protocol.bundle import Bundle
+from fedfmsl.protocol.bundle import Bundle
 
 FEW, MANY = 10, 200
 ROUNDS = 2

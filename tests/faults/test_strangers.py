@@ -9,16 +9,16 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 from conftest import Undisturbed
-from hostile import publish
-from processes import Observer
-from simulation import RUN, Simulation, in_stage_1, recovering
-from table import FaultTable, Trial
+from support.hostile import publish
+from support.processes import Observer
+from support.simulation import RUN, Simulation, in_stage_1, recovering
+from support.table import FaultTable, Trial
 
-from protocol.bundle import Bundle
-from protocol.messages import DeviceStatus, Round, Update, encode
-from protocol.tensors import Tensors, chunks, pack
-from protocol.topics import Topics
-from trainer_server.store import RunStore
+from fedfmsl.protocol.bundle import Bundle
+from fedfmsl.protocol.messages import DeviceStatus, Round, Update, encode
+from fedfmsl.protocol.tensors import Tensors, chunks, pack
+from fedfmsl.protocol.topics import Topics
+from trainer_server.storage.run_store import RunStore
 
 THINK = (0.4, 0.8)
 STRANGER, VICTIM = "stranger", "device-0000"

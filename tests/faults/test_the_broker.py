@@ -6,13 +6,13 @@ import time
 from pathlib import Path
 
 import pytest
-from brokers import RestartableBroker
 from conftest import Undisturbed
-from processes import MOSQUITTO, Observer, Processes
-from simulation import RUN, Simulation, in_stage_1, recovering
-from table import FaultTable
+from support.brokers import RestartableBroker
+from support.processes import MOSQUITTO, Observer, Processes
+from support.simulation import RUN, Simulation, in_stage_1, recovering
+from support.table import FaultTable
 
-from protocol.bundle import Bundle
+from fedfmsl.protocol.bundle import Bundle
 
 THINK = (0.2, 0.6)
 AWAY_SECONDS = 2.0  # the fault is that it lasts

@@ -6,13 +6,13 @@ import time
 
 import pytest
 from conftest import Undisturbed
-from machine import Clock, small_disk
-from processes import Observer, wait_until
-from simulation import RUN, Simulation, in_stage_1, recovering
-from table import FaultTable
+from support.machine import Clock, small_disk
+from support.processes import Observer, wait_until
+from support.simulation import RUN, Simulation, in_stage_1, recovering
+from support.table import FaultTable
 
 from benchmarks.simulated import device_names
-from protocol.messages import Ack, DeviceStatus, Verdict
+from fedfmsl.protocol.messages import Ack, DeviceStatus, Verdict
 
 THINK = (0.2, 0.8)
 FULL_SECONDS = 3.0  # the fault is that it lasts

@@ -8,19 +8,19 @@ import sqlite3
 from pathlib import Path
 
 import pytest
-from oracle import Findings, Reference, examine, reference
+from support.oracle import Findings, Reference, examine, reference
 
 from benchmarks.layouts import update_of
 from benchmarks.simulated import device_names
-from protocol.bundle import Bundle
-from protocol.messages import DeviceStatus, Sal, Stage
-from protocol.tensors import blob_hash, pack
+from fedfmsl.protocol.bundle import Bundle
+from fedfmsl.protocol.messages import DeviceStatus, Sal, Stage
+from fedfmsl.protocol.tensors import blob_hash, pack
 from trainer_server.config import RunConfig
-from trainer_server.coordinator import advance
-from trainer_server.events import ClockTicked, Event, Record, StatusSeen, UpdateSeen
-from trainer_server.running import plan_of
-from trainer_server.state import Key, State, initial_state
-from trainer_server.store import DATABASE, Logged, Origin, RunStore
+from trainer_server.coordinator.advance import advance
+from trainer_server.coordinator.events import ClockTicked, Event, Record, StatusSeen, UpdateSeen
+from trainer_server.coordinator.state import Key, State, initial_state
+from trainer_server.service.lifecycle import plan_of
+from trainer_server.storage.run_store import DATABASE, Logged, Origin, RunStore
 
 DEVICES = device_names(3)
 SAL = Sal(window=3, epsilon=0.02, step=1, max_level=1)

@@ -12,16 +12,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from brokers import RestartableBroker
-from hostile import publish
-from killing import launcher
-from machine import Clock, small_disk
-from processes import MOSQUITTO, Observer, Processes
-from proxy import LOOPBACK, Packets, Proxy
-from table import BEGIN, END, FaultTable, Trial, is_whole, write
+from support.brokers import RestartableBroker
+from support.hostile import publish
+from support.killing import launcher
+from support.machine import Clock, small_disk
+from support.processes import MOSQUITTO, Observer, Processes
+from support.proxy import LOOPBACK, Packets, Proxy
+from support.table import BEGIN, END, FaultTable, Trial, is_whole, write
 
-from protocol.messages import ServerStatus, encode
-from shell.link import Link, Received
+from fedfmsl.protocol.messages import ServerStatus, encode
+from fedfmsl.transport.link import Link, Received
 
 SECONDS = 10.0
 

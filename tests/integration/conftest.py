@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from device_photos import write_photos
-from processes import Broker, Processes
-from support import CLASSES, Built, build
+from support.builds import CLASSES, Built, build
+from support.device_photos import write_photos
+from support.processes import Broker, Processes
 
 
 @pytest.fixture(scope="session")

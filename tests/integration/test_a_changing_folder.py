@@ -8,12 +8,12 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
-from device_photos import write_photos
-from processes import Broker, Federation, Observer, Processes
+from support.device_photos import write_photos
+from support.processes import Broker, Federation, Observer, Processes
 from test_a_lasting_device import FIRST, HOLDER, finished_rounds, hold_in_mid_round, start_all
 
 from edge_runtime.store import DeviceStore
-from protocol.messages import Ack, DeviceStatus, Stage
+from fedfmsl.protocol.messages import Ack, DeviceStatus, Stage
 
 LONG_AGO = 1_600_000_000
 

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from processes import (
+from prometheus_client.parser import text_string_to_metric_families
+from support.builds import CLASSES
+from support.processes import (
     SECONDS,
     Broker,
     Ended,
@@ -25,11 +27,9 @@ from processes import (
     run_module,
     wait_until,
 )
-from prometheus_client.parser import text_string_to_metric_families
-from support import CLASSES
 
-from protocol.messages import Activity, DeviceStatus, Health, Prediction, Round, Stage
-from shell.link import Link, Received
+from fedfmsl.protocol.messages import Activity, DeviceStatus, Health, Prediction, Round, Stage
+from fedfmsl.transport.link import Link, Received
 
 DEVICE, RUN = "device-0", "in-use"
 
@@ -155,7 +155,9 @@ def test_one_that_fetched_its_bundle_is_introduced_to_home_assistant_as_well(dev
 def test_nothing_is_kept_or_told_of_a_session_by_onnx_runtime(device: Device, tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.mkdir()
-    code = "import sys; from edge_runtime.engine import open_session; from protocol.bundle import Bundle; "
+    code = (
+        "import sys; from edge_runtime.engines.base import open_session; from fedfmsl.protocol.bundle import Bundle; "
+    )
     code += "from pathlib import Path; open_session(Bundle(Path(sys.argv[1])), 'gate-predict.onnx', 1)"
     environment = {**os.environ, "HOME": str(home)}
     environment.pop("ORT_DISABLE_TELEMETRY", None)

@@ -6,12 +6,12 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-from daemons import started
-from processes import SECONDS, Broker, Federation, Observer, Processes
-from support import Built
+from support.builds import Built
+from support.daemons import started
+from support.processes import SECONDS, Broker, Federation, Observer, Processes
 
-from edge_runtime.governor import Limits, Readings
-from protocol.messages import Ack, Activity, DeviceStatus, Health, Round, Stage, Verdict
+from edge_runtime.resources.governor import Limits, Readings
+from fedfmsl.protocol.messages import Ack, Activity, DeviceStatus, Health, Round, Stage, Verdict
 
 FREE, GOVERNED = "device-0", "device-1"
 LIMIT = 75.0

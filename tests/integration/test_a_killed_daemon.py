@@ -6,11 +6,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from processes import Broker, Federation, Observer, Processes
 from pydantic import BaseModel
+from support.processes import Broker, Federation, Observer, Processes
 
-from protocol.messages import Ack, DeviceStatus, Round, Stage, Verdict
-from protocol.tensors import unpack
+from fedfmsl.protocol.messages import Ack, DeviceStatus, Round, Stage, Verdict
+from fedfmsl.protocol.tensors import unpack
 
 STAGE2 = 5
 VICTIM, HOLDER, OTHER = "device-0", "device-1", "device-2"

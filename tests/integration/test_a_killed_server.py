@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-from processes import MOSQUITTO, Broker, Federation, Observer, Processes, run_module
+from support.processes import MOSQUITTO, Broker, Federation, Observer, Processes, run_module
 
-from protocol.messages import Ack, Globals, Round, ServerStatus, Stage, Verdict
-from protocol.tensors import unpack
-from trainer_server.store import RunStore
+from fedfmsl.protocol.messages import Ack, Globals, Round, ServerStatus, Stage, Verdict
+from fedfmsl.protocol.tensors import unpack
+from trainer_server.storage.run_store import RunStore
 
 ROUNDS = ("--stage1-rounds", "2", "--stage2-rounds", "2", "--audit")
 

@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from daemons import RUN, started
-from processes import MOSQUITTO, SECONDS, Broker, Ended, Federation, Observer, Processes, answers, wait_until
-from support import Built, write_photos
+from support.builds import Built, write_photos
+from support.daemons import RUN, started
+from support.processes import MOSQUITTO, SECONDS, Broker, Ended, Federation, Observer, Processes, answers, wait_until
 
-from edge_runtime.daemon import wanted
+from edge_runtime.daemon.state import wanted
 from edge_runtime.store import DeviceStore
-from protocol.messages import Ack, DeviceStatus, Round, Sal, ServerStatus, Stage, Training, Verdict, encode
-from protocol.tensors import MAX_BLOB_BYTES, Assembler
-from protocol.topics import Topics
-from shell.link import Link, Received
+from fedfmsl.protocol.messages import Ack, DeviceStatus, Round, Sal, ServerStatus, Stage, Training, Verdict, encode
+from fedfmsl.protocol.tensors import MAX_BLOB_BYTES, Assembler
+from fedfmsl.protocol.topics import Topics
+from fedfmsl.transport.link import Link, Received
 
 KINDS = ["amqtt", pytest.param("mosquitto", marks=pytest.mark.skipif(not MOSQUITTO, reason="needs a mosquitto"))]
 FIRST, HOLDER = "device-0", "device-1"
@@ -131,7 +131,7 @@ def start_again(processes: Processes, broker: Broker) -> None:
     port = broker.url.rpartition(":")[2]
     processes.started[f"broker-{broker.kind}"].kill()
     mosquitto = [str(MOSQUITTO), "-p", port]
-    amqtt = [sys.executable, "-m", "devices.broker", "--port", port]
+    amqtt = [sys.executable, "-m", "devices.trial.broker", "--port", port]
     processes.start("broker-again", *(mosquitto if broker.kind == "mosquitto" else amqtt))
     wait_until(lambda: answers(int(port)), "the broker's return")
 
@@ -196,8 +196,8 @@ def test_a_device_whose_disk_is_full_waits_for_room_and_finishes_the_run(
 
 def test_a_model_for_which_there_is_no_room_is_refused_in_one_line(tmp_path: Path) -> None:
     disk = SmallDisk(tmp_path / "disk")
-    program = "from shell.cli import application\napp = application('')\n@app.command()\ndef main() -> None:\n"
-    program += "    from shell.files import write_atomically\n    from pathlib import Path\n"
+    program = "from fedfmsl.common.cli import application\napp = application('')\n@app.command()\ndef main() -> None:\n"
+    program += "    from fedfmsl.common.files import write_atomically\n    from pathlib import Path\n"
     program += f"    write_atomically(Path({str(disk.folder / 'model')!r}), bytes({2 * DISK_BYTES}))\napp()"
     done = subprocess.run(
         [*disk.command, sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=SECONDS
@@ -223,7 +223,7 @@ def photos_of_one(tmp_path: Path) -> Path:
 def test_an_update_that_nobody_answers_is_sent_again_until_somebody_does(
     broker: Broker, vit: Built, photos_of_one: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edge_runtime.daemon.FIRST_PATIENCE", 0.2)
+    monkeypatch.setattr("edge_runtime.daemon.state.FIRST_PATIENCE", 0.2)
     device, service, link = started(vit, photos_of_one, tmp_path / "state", "unheard", broker.url)
     server, topics = Link(broker.url, "a-server-that-overhears"), Topics(RUN)
     server.connect()

@@ -7,14 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from device_photos import write_photos
-from processes import Broker, Federation, Observer, Processes
-from support import CLASSES, build, write_vit
+from support.builds import CLASSES, build, write_vit
+from support.device_photos import write_photos
+from support.processes import Broker, Federation, Observer, Processes
 
-from edge_runtime.engine import Fit, default_micro_batch
-from edge_runtime.probe import BATCH, Plan
-from protocol.bundle import Bundle
-from protocol.messages import Round, Stage
+from edge_runtime.engines.base import Fit, default_micro_batch
+from edge_runtime.resources.probe import BATCH, Plan
+from fedfmsl.protocol.bundle import Bundle
+from fedfmsl.protocol.messages import Round, Stage
 
 LEVELS = 6
 SHAPE = {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768, "patch_size": 2}

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from device_photos import write_photos
-from processes import Ended, run_module
-from support import CLASSES
+from support.builds import CLASSES
+from support.device_photos import write_photos
+from support.processes import Ended, run_module
 
-from protocol.bundle import Bundle
-from shell.ort_training import has_ort_training
+from fedfmsl.common.ort_training import has_ort_training
+from fedfmsl.protocol.bundle import Bundle
 
 DEVICES, STAGE1, STAGE2 = 3, 2, 1
 NAMES = [f"device-{index}" for index in range(DEVICES)]

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
-from processes import Ended, run_module
 from safetensors.numpy import load_file
-from support import CLASSES, write_photos, write_texts
+from support.builds import CLASSES, write_photos, write_texts
+from support.processes import Ended, run_module
 
-from edge_runtime.inputs import reader_of
-from protocol.bundle import Bundle
-from protocol.peft_names import from_peft
+from edge_runtime.data.inputs import reader_of
+from fedfmsl.protocol.bundle import Bundle
+from fedfmsl.protocol.peft_names import from_peft
 
 DEVICES, INPUT, STAGE1 = 2, 3, 3
 

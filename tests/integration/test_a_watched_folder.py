@@ -14,18 +14,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from daemons import started
-from models import another_model, globals_of, keep, round_of
-from processes import SECONDS, Broker, Processes, run_module, wait_until
-from support import CLASSES, Built, write_photos
+from support.builds import CLASSES, Built, write_photos
+from support.daemons import started
+from support.models import another_model, globals_of, keep, round_of
+from support.processes import SECONDS, Broker, Processes, run_module, wait_until
 
-from edge_runtime.lock import locked
-from edge_runtime.model import keep_personal_model, read_personal_model
+from edge_runtime.daemon.lock import locked
+from edge_runtime.inference.watcher import NICENESS, Watcher
 from edge_runtime.store import DeviceStore
-from edge_runtime.watcher import NICENESS, Watcher
-from protocol.messages import DeviceStatus, Message, Prediction, Stage, parse
-from protocol.topics import Topics
-from shell.link import Link, Received
+from edge_runtime.training.model import keep_personal_model, read_personal_model
+from fedfmsl.protocol.messages import DeviceStatus, Message, Prediction, Stage, parse
+from fedfmsl.protocol.topics import Topics
+from fedfmsl.transport.link import Link, Received
 
 CONFIG, INPUT = 2, 3
 
@@ -118,7 +118,7 @@ def test_it_ends_when_nobody_reads_what_it_says(store: DeviceStore, inbox: Path)
 def test_a_daemons_watcher_outlives_the_process_it_runs(
     store: DeviceStore, inbox: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("edge_runtime.watcher.RESTART_SECONDS", (0.01, 0.1))
+    monkeypatch.setattr("edge_runtime.inference.watcher.RESTART_SECONDS", (0.01, 0.1))
     seen: queue.Queue[Prediction] = queue.Queue()
     (bundle,) = store.bundles.iterdir()
     with Watcher(inbox, store.root, bundle, seen.put) as watcher:

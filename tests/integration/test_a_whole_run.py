@@ -14,14 +14,14 @@ import onnx
 import onnxruntime
 import pytest
 from numpy.typing import NDArray
-from processes import MOSQUITTO, Federation, Observer, Process, Processes, free_port, run_module
 from safetensors.numpy import load_file
+from support.processes import MOSQUITTO, Federation, Observer, Process, Processes, free_port, run_module
 
-from edge_runtime.images import load_pixels
-from protocol.bundle import Bundle
-from protocol.messages import Globals, Round, Stage
-from protocol.peft_names import from_peft
-from protocol.tensors import unpack
+from edge_runtime.data.images import load_pixels
+from fedfmsl.protocol.bundle import Bundle
+from fedfmsl.protocol.messages import Globals, Round, Stage
+from fedfmsl.protocol.peft_names import from_peft
+from fedfmsl.protocol.tensors import unpack
 
 STAGE1, STAGE2 = 4, 2
 RUN = "whole"  # of both runs: it is part of what is hashed

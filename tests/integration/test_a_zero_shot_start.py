@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from processes import Broker, Federation, Observer, Processes
-from support import Built
+from support.builds import Built
+from support.processes import Broker, Federation, Observer, Processes
 
-from protocol.messages import Globals, Round, Stage
-from protocol.tensors import unpack
+from fedfmsl.protocol.messages import Globals, Round, Stage
+from fedfmsl.protocol.tensors import unpack
 
 
 def test_devices_start_from_the_scaled_directions_of_the_class_names(

@@ -12,18 +12,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fleets import write_identity
-from processes import SECONDS, Broker, Ended, Process, Processes, free_port, run_module, wait_until
+from support.fleets import write_identity
+from support.processes import SECONDS, Broker, Ended, Process, Processes, free_port, run_module, wait_until
 
-from devices.authority import CLIENT, SERVER, make_authority
+from devices.provisioning.authority import CLIENT, SERVER, make_authority
 from edge_runtime import download
-from edge_runtime.download import fetch_bundle, find_server
-from protocol.bundle import MANIFEST, Bundle, file_sha256
-from protocol.errors import BundleError
-from protocol.messages import ServerStatus, encode
-from protocol.topics import Topics
-from shell.link import Link
-from trainer_server.artifacts import ArtifactServer
+from edge_runtime.daemon.download import fetch_bundle, find_server
+from fedfmsl.errors import BundleError
+from fedfmsl.protocol.bundle import MANIFEST, Bundle, file_sha256
+from fedfmsl.protocol.messages import ServerStatus, encode
+from fedfmsl.protocol.topics import Topics
+from fedfmsl.transport.link import Link
+from trainer_server.service.bundle_http import ArtifactServer
 
 WEIGHTS = "backbone.weights"
 

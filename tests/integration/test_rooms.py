@@ -72,11 +72,11 @@ def test_export_knows_nothing_of_server_and_devices(path: Path) -> None:
     ("module", "never"),
     [
         ("edge_runtime.__main__", {*MODELS, "onnx", "tokenizers", "export", "trainer_server", "starlette", "uvicorn"}),
-        ("edge_runtime.service", {*MODELS, "onnx", "tokenizers", "prometheus_client", "export", "trainer_server"}),
+        ("edge_runtime.daemon.loop", {*MODELS, "onnx", "tokenizers", "prometheus_client", "export", "trainer_server"}),
         ("trainer_server.__main__", {*MODELS, "onnx", "onnxruntime", "export", "edge_runtime", "PIL"}),
         ("devices.install", {*MODELS, *NOT_OF_EDGE}),
         ("devices.boards", {*MODELS, *NOT_OF_EDGE}),
-        ("protocol.bundle", {*MODELS, "onnx", "onnxruntime", "paho", "shell"}),
+        ("fedfmsl.protocol.bundle", {*MODELS, "onnx", "onnxruntime", "paho", "shell"}),
     ],
 )
 def test_a_process_loads_nothing_of_it_by_detours(module: str, never: set[str]) -> None:

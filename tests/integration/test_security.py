@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from fleets import (
+from support.fleets import (
     HOSTS,
     LONG_AGO,
     Fleet,
@@ -21,17 +21,17 @@ from fleets import (
     start_fleet,
     write_identity,
 )
-from processes import MOSQUITTO, Broker, Ended, Federation, Processes, free_port, run_module, wait_until
+from support.processes import MOSQUITTO, Broker, Ended, Federation, Processes, free_port, run_module, wait_until
 
-from devices.authority import SERVER, make_authority
-from devices.broker_kit import HOME_ASSISTANT
-from devices.settings_file import read_table
-from edge_runtime.home_assistant import Described, discovery
-from protocol.bundle import Bundle
-from protocol.errors import BrokerError
-from protocol.topics import Topics
-from shell.address import parse_address
-from shell.link import Connected, Disconnected, Link, LinkEvent, Received, Will
+from devices.provisioning.authority import SERVER, make_authority
+from devices.provisioning.broker_kit import HOME_ASSISTANT
+from devices.provisioning.settings_file import read_table
+from edge_runtime.inference.home_assistant import Described, discovery
+from fedfmsl.errors import BrokerError
+from fedfmsl.protocol.bundle import Bundle
+from fedfmsl.protocol.topics import Topics
+from fedfmsl.transport.address import parse_address
+from fedfmsl.transport.link import Connected, Disconnected, Link, LinkEvent, Received, Will
 
 pytestmark = pytest.mark.skipif(not MOSQUITTO, reason="mosquitto is not installed (apt-get install mosquitto)")
 

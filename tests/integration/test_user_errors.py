@@ -10,15 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from processes import Broker, free_port, run_module
-from support import CLASSES
+from support.builds import CLASSES
+from support.processes import Broker, free_port, run_module
 
-from edge_runtime.model import ModelHeader
-from edge_runtime.personalize import write_model
+from edge_runtime.inference.export_onnx import write_model
 from edge_runtime.store import DeviceStore
-from protocol.bundle import Bundle
-from protocol.tensors import pack
-from shell.ort_training import has_ort_training
+from edge_runtime.training.model import ModelHeader
+from fedfmsl.common.ort_training import has_ort_training
+from fedfmsl.protocol.bundle import Bundle
+from fedfmsl.protocol.tensors import pack
 
 CONFIG, INPUT, BUNDLE, WEIGHTS, BROKER, RUN = 2, 3, 4, 5, 6, 8
 

@@ -1,4 +1,4 @@
-"""The global expert as a PEFT adapter: what it gives in torch, over the base that `trainer_server.adapter` names."""
+"""The global expert as a PEFT adapter: what it gives in torch, over the base that `trainer_server.storage.peft_adapter` names."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from support import CLASSES, Built, as_input, random_samples, random_theta, relative_error, run_graph
+from support.builds import CLASSES, Built, as_input, random_samples, random_theta, relative_error, run_graph
 from transformers import (
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
@@ -18,7 +18,7 @@ from transformers import (
 
 from export.families.clip import CLIPVisionClassifier
 from export.reference import torch_inputs
-from trainer_server.adapter import write_adapter
+from trainer_server.storage.peft_adapter import write_adapter
 
 LEVEL = 2
 BASES = {

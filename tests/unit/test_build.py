@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from support import (
+from support.builds import (
     CLASSES,
     IMAGE_SIZE,
     LAYERS,
@@ -41,9 +41,9 @@ from export.graphs import expert_layout
 from export.parity import check_parity
 from export.reference import normalised
 from export.weights import load_backbone
-from protocol.bundle import Bundle
-from protocol.errors import BundleError, ConfigError, InputError, WeightsError
-from shell.ort_training import has_ort_training
+from fedfmsl.common.ort_training import has_ort_training
+from fedfmsl.errors import BundleError, ConfigError, InputError, WeightsError
+from fedfmsl.protocol.bundle import Bundle
 
 ROOT = Path(__file__).parents[2]
 

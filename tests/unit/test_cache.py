@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_runtime.cache import BLOCK, SHARE_OF_FREE_DISK, DiskCache, Worth
+from edge_runtime.data.cache import BLOCK, SHARE_OF_FREE_DISK, DiskCache, Worth
 
 
 def kept(root: Path) -> set[str]:
@@ -136,7 +136,7 @@ def test_it_never_takes_more_than_its_budget_nor_gives_what_was_not_put(
 FULL_DISK = """
 import sys
 from pathlib import Path
-from edge_runtime.cache import BLOCK, DiskCache, Worth
+from edge_runtime.data.cache import BLOCK, DiskCache, Worth
 root = Path(sys.argv[1])
 cache = DiskCache(root, 1000 * BLOCK)
 cache.ask_for("ahead", Worth.AHEAD)
@@ -172,7 +172,7 @@ def test_a_full_disk_is_a_smaller_budget(tmp_path: Path) -> None:
 KEPT_FREE = """
 import shutil, sys
 from pathlib import Path
-from edge_runtime.cache import BLOCK, DiskCache, Worth
+from edge_runtime.data.cache import BLOCK, DiskCache, Worth
 root = Path(sys.argv[1])
 cache = DiskCache(root, 1000 * BLOCK, keep_free=10 * BLOCK)
 data = bytes(BLOCK - 4)

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_runtime.calibration import ALPHA, PRIOR_MEDIAN, calibrated, fit_temperature, unknown_below
-from edge_runtime.mixture import Labels, log_softmax, nll
+from fedfmsl.algorithms.arrays import Labels
+from fedfmsl.algorithms.calibration import ALPHA, PRIOR_MEDIAN, calibrated, fit_temperature, unknown_below
+from fedfmsl.algorithms.mixture import log_softmax, nll
 
 Floats = np.ndarray
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from setuptools import find_packages
 
-from devices.compose import compose_yaml
+from devices.provisioning.compose import compose_yaml
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = (ROOT / "devices" / "Dockerfile").read_text()

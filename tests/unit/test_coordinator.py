@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from support import LAYERS, Built
+from support.builds import LAYERS, Built
 
-from protocol.head import head_of_class_means
-from protocol.messages import (
+from fedfmsl.algorithms.class_means import head_of_class_means
+from fedfmsl.protocol.messages import (
     DeviceStatus,
     Encoding,
     Globals,
@@ -29,10 +29,10 @@ from protocol.messages import (
     encode,
     parse,
 )
-from protocol.tensors import blob_hash, pack, unpack
+from fedfmsl.protocol.tensors import blob_hash, pack, unpack
 from trainer_server.config import Aggregation, Head, Rule, RunConfig, Selection
-from trainer_server.coordinator import MAX_DEVICES, advance, next_deadline
-from trainer_server.events import (
+from trainer_server.coordinator.advance import MAX_DEVICES, advance, next_deadline
+from trainer_server.coordinator.events import (
     Announce,
     ClockTicked,
     Command,
@@ -46,7 +46,7 @@ from trainer_server.events import (
     Stop,
     UpdateSeen,
 )
-from trainer_server.state import Plan, State, initial_state
+from trainer_server.coordinator.state import Plan, State, initial_state
 
 ROUND_SECONDS, JOIN_SECONDS = 100.0, 50.0
 PRIVACY = Privacy(clip=1.0, noise_multiplier=1.0, shares=1)

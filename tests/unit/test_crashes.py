@@ -12,14 +12,14 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from daemons import RUN, started
-from support import Built, random_theta
+from support.builds import Built, random_theta
+from support.daemons import RUN, started
 
-from edge_runtime.daemon import RoundSeen, WorkDone, WorkFailed
-from edge_runtime.device import Device
+from edge_runtime.daemon.state import RoundSeen, WorkDone, WorkFailed
 from edge_runtime.store import DeviceStore
-from protocol.messages import Globals, Round, Sal, Stage, Training, Update
-from protocol.tensors import blob_hash, pack, unpack
+from edge_runtime.training.context import Device
+from fedfmsl.protocol.messages import Globals, Round, Sal, Stage, Training, Update
+from fedfmsl.protocol.tensors import blob_hash, pack, unpack
 
 SESSION = "s"
 SAL = Sal(window=2, epsilon=1.0, step=1, max_level=2)  # it activates more blocks as soon as it can
@@ -69,7 +69,7 @@ class Writes:
 @pytest.fixture(autouse=True)
 def no_personalized_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is written by a process of its own, out of the mixture that is kept, and takes seconds."""
-    monkeypatch.setattr("edge_runtime.service.write_personalized", lambda device: None)
+    monkeypatch.setattr("edge_runtime.daemon.loop.write_personalized", lambda device: None)
 
 
 @pytest.fixture
@@ -164,7 +164,7 @@ def test_a_round_for_which_there_was_no_room_gives_the_same_update_to_the_bit(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Nothing that could not be kept is sent; the same process tries the same again, and has mentioned it once."""
-    monkeypatch.setattr("edge_runtime.service.DISK_SECONDS", (0.01, 0.02))
+    monkeypatch.setattr("edge_runtime.daemon.loop.DISK_SECONDS", (0.01, 0.02))
     (device, undisturbed, _), (full_device, full, _) = (
         started(vit, photos, tmp_path / name) for name in ("undisturbed", "full")
     )

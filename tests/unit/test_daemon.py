@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from edge_runtime.daemon import (
+from edge_runtime.daemon.retransmit import Unanswered
+from edge_runtime.daemon.state import (
     AckSeen,
     Command,
     Event,
@@ -39,10 +40,9 @@ from edge_runtime.daemon import (
     patience,
 )
 from edge_runtime.store import DeviceStore
-from edge_runtime.unanswered import Unanswered
-from protocol.errors import ConfigError
-from protocol.messages import Ack, DeviceStatus, Round, Sal, ServerStatus, Stage, Training, Update, Verdict
-from protocol.tensors import blob_hash, pack
+from fedfmsl.errors import ConfigError
+from fedfmsl.protocol.messages import Ack, DeviceStatus, Round, Sal, ServerStatus, Stage, Training, Update, Verdict
+from fedfmsl.protocol.tensors import blob_hash, pack
 
 BUNDLE, OTHER_BUNDLE, E, E1, E2, G, H = (digit * 64 for digit in "0123456")
 SAL = Sal(window=2, epsilon=0.1, step=1, max_level=2)
@@ -404,7 +404,7 @@ def test_what_a_killed_process_left_half_written_is_cleared_away(tmp_path: Path)
 def test_an_answer_is_overdue_only_after_the_whole_update_has_reached_the_broker(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("edge_runtime.daemon.FIRST_PATIENCE", 0.0)
+    monkeypatch.setattr("edge_runtime.daemon.state.FIRST_PATIENCE", 0.0)
     unanswered, last_chunk = Unanswered("d"), paho.MQTTMessageInfo(1)
     assert not unanswered.overdue()
     unanswered.sent(3, last_chunk)

@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_runtime.samples import HELD_OUT_SHARE, LEAST, TEST_SHARE, Sample, Slice, Slices, deal, deal_newcomers
+from edge_runtime.data.samples import HELD_OUT_SHARE, LEAST, TEST_SHARE, Sample, Slice, Slices, deal, deal_newcomers
 
 CLASSES = 2
 PARTS = (Slice.TRAIN, Slice.HELD_OUT, Slice.TEST)

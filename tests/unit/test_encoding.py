@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from protocol.encoding import SCALES, decode, encode
-from protocol.errors import MessageError
-from protocol.layout import Layout
-from protocol.messages import Encoding, Globals
-from protocol.tensors import pack, unpack
+from fedfmsl.errors import MessageError
+from fedfmsl.protocol.encoding import SCALES, decode, encode
+from fedfmsl.protocol.layout import Layout
+from fedfmsl.protocol.messages import Encoding, Globals
+from fedfmsl.protocol.tensors import pack, unpack
 
 LAYOUT = Layout.build([("head", "w", (2, 3)), ("head", "b", (2,)), ("1", "a", (4,)), ("0", "c", (1, 2))])
 SIZES = (8, 12, 14)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from support import (
+from support.builds import (
     CLASSES,
     LAYERS,
     Built,
@@ -30,16 +30,17 @@ from support import (
     trainables,
 )
 
-from edge_runtime.engine import NEVER, Batch, Engine, Fit, StepGraphEngine
-from edge_runtime.engines import open_engine
-from edge_runtime.ort_training import OrtTrainingEngine, TrainingSession
+from edge_runtime.engines.base import Batch, Engine, Fit, StepGraphEngine
+from edge_runtime.engines.factory import open_engine
+from edge_runtime.engines.ort_training import OrtTrainingEngine, TrainingSession
 from export.build import build_bundle
 from export.reference import torch_inputs
-from protocol.bundle import Bundle
-from protocol.errors import BundleError, ConfigError
-from protocol.messages import Training
-from protocol.peft_names import from_peft
-from shell.ort_training import has_ort_training
+from fedfmsl.algorithms.arrays import NEVER
+from fedfmsl.common.ort_training import has_ort_training
+from fedfmsl.errors import BundleError, ConfigError
+from fedfmsl.protocol.bundle import Bundle
+from fedfmsl.protocol.messages import Training
+from fedfmsl.protocol.peft_names import from_peft
 
 TOLERANCE = 1e-5
 # ONNX Runtime 1.19 sums in another order, and 1.32 where a processor has no AVX-512; in a post-norm block a little more

@@ -9,14 +9,24 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import CLASSES, LAYERS, Built, Floats, hidden_states, random_theta, relative_error, run_graph, torch_expert
+from support.builds import (
+    CLASSES,
+    LAYERS,
+    Built,
+    Floats,
+    hidden_states,
+    random_theta,
+    relative_error,
+    run_graph,
+    torch_expert,
+)
 
-import edge_runtime.features as features
-from edge_runtime.cache import DiskCache
-from edge_runtime.features import FeatureCache
-from edge_runtime.folder import scan
-from edge_runtime.inputs import IMAGES, TEXTS, Reader, reader_of
-from edge_runtime.samples import Sample, SampleChangedError
+import edge_runtime.data.features as features
+from edge_runtime.data.cache import DiskCache
+from edge_runtime.data.features import FeatureCache
+from edge_runtime.data.folder import scan
+from edge_runtime.data.inputs import IMAGES, TEXTS, Reader, reader_of
+from edge_runtime.data.samples import Sample, SampleChangedError
 from export.reference import torch_inputs
 
 Samples = tuple[Sample, ...]

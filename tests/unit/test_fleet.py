@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import CLASSES, write_photos
+from support.builds import CLASSES, write_photos
 
-from devices.assets import Asset, fetch
-from devices.dataset import Files, find_files, kind_of
-from devices.split import LEAST, dirichlet_shares, write_fleet
-from edge_runtime.folder import scan
-from edge_runtime.inputs import IMAGES, TEXTS
-from protocol.bundle import file_sha256
-from protocol.errors import ConfigError, InputError
+from devices.trial.assets import Asset, fetch
+from devices.trial.dataset import Files, find_files, kind_of
+from devices.trial.split import LEAST, dirichlet_shares, write_fleet
+from edge_runtime.data.folder import scan
+from edge_runtime.data.inputs import IMAGES, TEXTS
+from fedfmsl.errors import ConfigError, InputError
+from fedfmsl.protocol.bundle import file_sha256
 
 
 @settings(max_examples=300, deadline=None)

@@ -12,15 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from support import CLASSES, Built, write_texts
+from support.builds import CLASSES, Built, write_texts
 
-import edge_runtime.folder as folder_module
-from edge_runtime import ledger
-from edge_runtime.folder import SETTLE_SECONDS, TOO_LARGE, SampleFolder, largest, scan
-from edge_runtime.inputs import IMAGES
-from edge_runtime.samples import Sample, Slices, deal_newcomers
+import edge_runtime.data.folder as folder_module
+from edge_runtime.data import ledger
+from edge_runtime.data.folder import SETTLE_SECONDS, TOO_LARGE, SampleFolder, largest, scan
+from edge_runtime.data.inputs import IMAGES
+from edge_runtime.data.samples import Sample, Slices, deal_newcomers
 from edge_runtime.store import DeviceStore
-from protocol.errors import ConfigError, InputError
+from fedfmsl.errors import ConfigError, InputError
 
 LONG_AGO = 1_600_000_000
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support import CLASSES, LAYERS, Built, as_input, build, random_samples, random_theta, run_graph, torch_step
+from support.builds import CLASSES, LAYERS, Built, as_input, build, random_samples, random_theta, run_graph, torch_step
 
-from edge_runtime.engine import NEVER
 from export.frozen import quantise
+from fedfmsl.algorithms.arrays import NEVER
 
 B = 6
 

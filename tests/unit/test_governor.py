@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from edge_runtime.governor import DAY, DAYS, Hours, Limits, Readings, forbids
+from edge_runtime.resources.governor import DAY, DAYS, Hours, Limits, Readings, forbids
 
 MONDAY = datetime(2026, 11, 23)
 MINUTES = st.integers(0, DAY - 1)

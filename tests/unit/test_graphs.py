@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from support import (
+from support.builds import (
     CLASSES,
     LAYERS,
     Built,
@@ -20,10 +20,10 @@ from support import (
     torch_expert,
 )
 
-from edge_runtime.calibration import calibrated
-from edge_runtime.engine import NEVER
-from edge_runtime.mixture import log_softmax, mix
 from export.reference import torch_inputs
+from fedfmsl.algorithms.arrays import NEVER
+from fedfmsl.algorithms.calibration import calibrated
+from fedfmsl.algorithms.mixture import log_softmax, mix
 
 TOLERANCE = 1e-5
 LEVELS = [1, 2, LAYERS]

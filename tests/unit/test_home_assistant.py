@@ -8,10 +8,10 @@ from typing import Literal
 import pytest
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
-from edge_runtime.home_assistant import Described, discovery
-from protocol.errors import ConfigError
-from protocol.messages import Activity, Health, Prediction
-from protocol.topics import Topics
+from edge_runtime.inference.home_assistant import Described, discovery
+from fedfmsl.errors import ConfigError
+from fedfmsl.protocol.messages import Activity, Health, Prediction
+from fedfmsl.protocol.topics import Topics
 
 Template = str
 TOPIC = re.compile(r"(?P<component>\w+)/(?:(?P<node_id>[a-zA-Z0-9_-]+)/)?(?P<object_id>[a-zA-Z0-9_-]+)/config")

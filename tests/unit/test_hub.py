@@ -17,11 +17,11 @@ from socketserver import BaseRequestHandler, ThreadingTCPServer
 
 import numpy as np
 import pytest
-from support import CLASSES, IMAGE_SIZE, Built, build, write_clip
+from support.builds import CLASSES, IMAGE_SIZE, Built, build, write_clip
 
 from export.weights import load_backbone
-from protocol.bundle import Bundle
-from protocol.errors import ConfigError, WeightsError
+from fedfmsl.errors import ConfigError, WeightsError
+from fedfmsl.protocol.bundle import Bundle
 
 ROOT = Path(__file__).parents[2]
 REPOSITORY = "openai/clip-vit-base-patch16"

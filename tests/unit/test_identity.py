@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from devices.authority import CLIENT, SERVER, Authority, Issued, make_authority
-from protocol.errors import ConfigError
-from shell.identity import device_name, read_identity
+from devices.provisioning.authority import CLIENT, SERVER, Authority, Issued, make_authority
+from fedfmsl.errors import ConfigError
+from fedfmsl.transport.identity import device_name, read_identity
 
 
 @pytest.fixture(scope="module")

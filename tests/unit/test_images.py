@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edge_runtime.images import REDUCING_GAP, load_pixels, pixel_count
-from protocol.bundle import ImagePreprocessing
+from edge_runtime.data.images import REDUCING_GAP, load_pixels, pixel_count
+from fedfmsl.protocol.bundle import ImagePreprocessing
 
 SIZE = 32
 PREPROCESSING = ImagePreprocessing(size=SIZE, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))

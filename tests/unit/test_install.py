@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from devices import host
 from devices.install import CONFIG, UNIT, WANTED, app
 from devices.provision import app as provision
-from devices.settings_file import read_table, settings_text
+from devices.provisioning import host
+from devices.provisioning.settings_file import read_table, settings_text
 from edge_runtime.settings import Settings, SettingsError, read_settings
-from protocol.errors import ConfigError
-from shell.identity import read_identity
+from fedfmsl.errors import ConfigError
+from fedfmsl.transport.identity import read_identity
 
 LIMITS = {"threads": 3, "memory": 1_988_000_000, "max_temperature": 75.0, "thermal_zones": ["cpu-thermal"]}
 PI = {

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from shell.int8 import has_vnni, keep_int8_exact
+from fedfmsl.common.int8 import has_vnni, keep_int8_exact
 
 
 class Options:

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_runtime.engine import Fit
-from edge_runtime.level_cap import SLACK, STEPS, UNHURRIED, LevelCap, observe
-from edge_runtime.probe import BATCH, Plan
+from edge_runtime.engines.base import Fit
+from edge_runtime.resources.level_cap import SLACK, STEPS, UNHURRIED, LevelCap, observe
+from edge_runtime.resources.probe import BATCH, Plan
 
 SECONDS = {1: 4.0, 2: 8.0, 3: 12.0, 4: 16.0}
 

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import pytest
 
-from protocol.errors import ConfigError
-from shell.address import parse_address
-from shell.capped import MAX_PAYLOAD
-from shell.link import MAX_EVENTS, Connected, Link, LinkEvent, Oversize, Received
+from fedfmsl.errors import ConfigError
+from fedfmsl.transport.address import parse_address
+from fedfmsl.transport.bounded_client import MAX_PAYLOAD
+from fedfmsl.transport.link import MAX_EVENTS, Connected, Link, LinkEvent, Oversize, Received
 
 MOSQUITTO = shutil.which("mosquitto", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
 needs_mosquitto = pytest.mark.skipif(not MOSQUITTO, reason="mosquitto is not installed (apt-get install mosquitto)")

@@ -10,9 +10,9 @@ import urllib.request
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from edge_runtime.metrics import serve_metrics
-from protocol.errors import ConfigError
-from protocol.messages import Activity, Health
+from edge_runtime.daemon.metrics import serve_metrics
+from fedfmsl.errors import ConfigError
+from fedfmsl.protocol.messages import Activity, Health
 
 HEALTH = Health(
     device="kitchen",

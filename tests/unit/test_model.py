@@ -8,22 +8,22 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from daemons import started
-from models import SHA, globals_of, round_of
-from support import Built, run_graph
+from support.builds import Built, run_graph
+from support.daemons import started
+from support.models import SHA, globals_of, round_of
 
-from edge_runtime.calibration import fit_temperature
-from edge_runtime.engine import run, session_for
-from edge_runtime.evaluation import evaluate, train_alone
-from edge_runtime.inputs import reader_of
-from edge_runtime.mixture import nll
-from edge_runtime.model import keep_personal_model, personal_model, read_personal_model
-from edge_runtime.personal import LocalExpert, mixture, train_personal
-from edge_runtime.personalize import write_model
-from edge_runtime.samples import labels_of
-from edge_runtime.stages import Globals, Work, statistics, train_global
-from protocol.errors import BundleError, InputError
-from protocol.messages import Stage
+from edge_runtime.data.inputs import reader_of
+from edge_runtime.data.samples import labels_of
+from edge_runtime.engines.base import run, session_for
+from edge_runtime.inference.export_onnx import write_model
+from edge_runtime.training.evaluation import evaluate, train_alone
+from edge_runtime.training.local_expert import LocalExpert, mixture, train_personal
+from edge_runtime.training.model import keep_personal_model, personal_model, read_personal_model
+from edge_runtime.training.stages import Globals, Work, statistics, train_global
+from fedfmsl.algorithms.calibration import fit_temperature
+from fedfmsl.algorithms.mixture import nll
+from fedfmsl.errors import BundleError, InputError
+from fedfmsl.protocol.messages import Stage
 
 NOTHING = np.empty(0, np.float32)
 

@@ -7,9 +7,9 @@ from math import sqrt
 import numpy as np
 import pytest
 
-from trainer_server.aggregation import Aggregate
+from fedfmsl.algorithms.aggregation import Aggregate
+from fedfmsl.algorithms.server_optimizers import Moments, step
 from trainer_server.config import Aggregation, Optimizer
-from trainer_server.optimizers import Moments, step
 
 SIZE = 6
 ALL = (slice(0, SIZE),)

@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 from test_stages import device, given, task
 
-from edge_runtime.cache import DiskCache
-from edge_runtime.device import Device
-from edge_runtime.engine import Fit
-from edge_runtime.features import FeatureCache
-from edge_runtime.governor import Limits
-from edge_runtime.level_cap import STEPS, LevelCap
-from edge_runtime.pace import Pace, PacedEngine
-from edge_runtime.personal import train_personal
-from edge_runtime.probe import BATCH, Plan
-from edge_runtime.sensors import Sensors
-from edge_runtime.stages import Work, train_global
-from protocol.messages import Stage
+from edge_runtime.data.cache import DiskCache
+from edge_runtime.data.features import FeatureCache
+from edge_runtime.engines.base import Fit
+from edge_runtime.resources.governor import Limits
+from edge_runtime.resources.level_cap import STEPS, LevelCap
+from edge_runtime.resources.probe import BATCH, Plan
+from edge_runtime.resources.sensors import Sensors
+from edge_runtime.resources.throttle import Pace, PacedEngine
+from edge_runtime.training.context import Device
+from edge_runtime.training.local_expert import train_personal
+from edge_runtime.training.stages import Work, train_global
+from fedfmsl.protocol.messages import Stage
 
 __all__ = ["device"]  # the fixture
 
@@ -50,7 +50,7 @@ def thermometer(tmp_path: Path) -> Thermometer:
 
 @pytest.fixture(autouse=True)
 def looks_always(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edge_runtime.pace.LOOK_SECONDS", 0.0)
+    monkeypatch.setattr("edge_runtime.resources.throttle.LOOK_SECONDS", 0.0)
 
 
 @dataclass
@@ -144,7 +144,7 @@ def cool(thermometer: Thermometer) -> Thermometer:
 def test_the_sensors_are_looked_at_now_and_then(
     device: Device, thermometer: Thermometer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edge_runtime.pace.LOOK_SECONDS", 3600.0)
+    monkeypatch.setattr("edge_runtime.resources.throttle.LOOK_SECONDS", 3600.0)
     pace = pace_of(thermometer)
     pace("training", 1, 2)
     assert pace.readings.temperature == 50.0
@@ -177,7 +177,7 @@ def test_steps_are_timed_but_for_the_first_and_without_pauses(device: Device, th
 def test_a_training_slower_than_measured_lowers_the_cap(
     seconds: float, level: int, device: Device, thermometer: Thermometer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edge_runtime.level_cap.UNHURRIED", 0.0)
+    monkeypatch.setattr("edge_runtime.resources.level_cap.UNHURRIED", 0.0)
     pace = pace_of(thermometer, seconds=seconds)
     governed = paced(device, pace)
     while len(pace.cap.ratios) < STEPS:

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_runtime.privacy import privatize, privatize_statistics
-from protocol.head import head_of_class_means
-from protocol.layout import Vector
-from protocol.messages import Privacy
-from trainer_server.privacy import epsilon
+from fedfmsl.algorithms.accounting import epsilon
+from fedfmsl.algorithms.arrays import Vector
+from fedfmsl.algorithms.class_means import head_of_class_means
+from fedfmsl.algorithms.privacy import privatize, privatize_statistics
+from fedfmsl.protocol.messages import Privacy
 
 CLASSES, FEATURE = 5, 48
 ALMOST_NONE = Privacy(clip=1.0, noise_multiplier=1e-7, shares=1)

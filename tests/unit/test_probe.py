@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support import LAYERS, Built
+from support.builds import LAYERS, Built
 
-from edge_runtime.engine import Fit, default_micro_batch
-from edge_runtime.probe import BATCH, PASSES, Measured, make_plan, plan_within
+from edge_runtime.engines.base import Fit, default_micro_batch
+from edge_runtime.resources.probe import BATCH, PASSES, Measured, make_plan, plan_within
 from edge_runtime.store import DeviceStore
-from protocol.errors import ConfigError
-from protocol.messages import EngineName
+from fedfmsl.errors import ConfigError
+from fedfmsl.protocol.messages import EngineName
 
 GB = 10**9
 FEATURE_BATCHES = (4, 2, 1)

@@ -14,13 +14,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from support import Built, random_theta
+from support.builds import Built, random_theta
 
-from protocol.bundle import MAX_MANIFEST_BYTES, Bundle
-from protocol.errors import LINE, BundleError, ConfigError, FedFMSLError, MessageError
-from protocol.head import SCALE, head_of_class_means
-from protocol.layout import Layout, Slot, Vector
-from protocol.messages import (
+from fedfmsl.algorithms.arrays import Vector
+from fedfmsl.algorithms.class_means import SCALE, head_of_class_means
+from fedfmsl.common.cli import console
+from fedfmsl.errors import LINE, BundleError, ConfigError, FedFMSLError, MessageError
+from fedfmsl.protocol.bundle import MAX_MANIFEST_BYTES, Bundle
+from fedfmsl.protocol.layout import Layout, Slot
+from fedfmsl.protocol.messages import (
     Ack,
     DeviceStatus,
     Progress,
@@ -34,10 +36,18 @@ from protocol.messages import (
     encode,
     parse,
 )
-from protocol.peft_names import from_peft, to_peft
-from protocol.tensors import CHUNK_BYTES, MAX_BLOB_BYTES, MAX_HEADER_BYTES, MAX_TENSORS, Assembler, chunks, pack, unpack
-from protocol.topics import Topics
-from shell.cli import console
+from fedfmsl.protocol.peft_names import from_peft, to_peft
+from fedfmsl.protocol.tensors import (
+    CHUNK_BYTES,
+    MAX_BLOB_BYTES,
+    MAX_HEADER_BYTES,
+    MAX_TENSORS,
+    Assembler,
+    chunks,
+    pack,
+    unpack,
+)
+from fedfmsl.protocol.topics import Topics
 
 SHAPES = st.lists(st.integers(1, 4), max_size=3).map(tuple)
 

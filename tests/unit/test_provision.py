@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from devices.broker_kit import password_line
 from devices.provision import app
-from devices.settings_file import read_table
-from protocol.errors import ConfigError
-from shell.address import parse_address
-from shell.identity import read_identity
+from devices.provisioning.broker_kit import password_line
+from devices.provisioning.settings_file import read_table
+from fedfmsl.errors import ConfigError
+from fedfmsl.transport.address import parse_address
+from fedfmsl.transport.identity import read_identity
 
 HOSTS = ("--host", "broker.example", "--host", "192.0.2.1")
 

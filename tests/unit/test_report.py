@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from support import LAYERS, Built
+from support.builds import LAYERS, Built
 
-from devices.report import build_report, write_report
-from protocol.errors import RunError
-from protocol.messages import Round, Sal, Stage, Training, Update
+from devices.trial.report import build_report, write_report
+from fedfmsl.errors import RunError
+from fedfmsl.protocol.messages import Round, Sal, Stage, Training, Update
 from trainer_server.config import RunConfig
-from trainer_server.rounds import ClosedRound
-from trainer_server.store import Origin, RunStore
+from trainer_server.coordinator.records import ClosedRound
+from trainer_server.storage.run_store import Origin, RunStore
 
 SECONDS = {"export": 30.0, "total": 100.0}
 NAMES_OTHERS_READ = {

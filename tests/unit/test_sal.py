@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protocol.messages import Sal, Trigger
-from protocol.sal import SalState, first_level, observe
+from fedfmsl.algorithms.sal import SalState, first_level, observe
+from fedfmsl.protocol.messages import Sal, Trigger
 
 RULES = st.builds(
     Sal,

@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from support import CLASSES, write_photos
+from support.builds import CLASSES, write_photos
 
-from edge_runtime.folder import scan
-from edge_runtime.images import load_pixels
-from edge_runtime.inputs import IMAGES, TEXTS
-from edge_runtime.samples import Slices, deal_newcomers, labels_of
-from protocol.bundle import ImagePreprocessing
-from protocol.errors import InputError
+from edge_runtime.data.folder import scan
+from edge_runtime.data.images import load_pixels
+from edge_runtime.data.inputs import IMAGES, TEXTS
+from edge_runtime.data.samples import Slices, deal_newcomers, labels_of
+from fedfmsl.errors import InputError
+from fedfmsl.protocol.bundle import ImagePreprocessing
 
 PREPROCESSING = ImagePreprocessing(size=32, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 

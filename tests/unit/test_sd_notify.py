@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from shell.sd_notify import Watchdog, notify
+from fedfmsl.common.systemd import Watchdog, notify
 
 
 @pytest.fixture(params=["a file", "abstract"])
@@ -44,7 +44,7 @@ def test_the_watchdog_is_fed_twice_as_often_as_it_must_be(
 ) -> None:
     monkeypatch.setenv("WATCHDOG_USEC", "60000000")
     now = 1000.0
-    monkeypatch.setattr("shell.sd_notify.time.monotonic", lambda: now)
+    monkeypatch.setattr("fedfmsl.common.systemd.time.monotonic", lambda: now)
     watchdog = Watchdog()
     fed = []
     for now in (1000.0, 1001.0, 1029.9, 1030.0, 1059.0, 1061.0):  # noqa: B007 - it is the clock

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from processes import wait_until
+from support.processes import wait_until
 
-from edge_runtime.sensors import Sensors, board, thermal_zones
+from edge_runtime.resources.sensors import Sensors, board, thermal_zones
 
 THERMAL = "sys/class/thermal/thermal_zone"
 SUPPLY = "sys/class/power_supply"

@@ -10,17 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from processes import Broker, Observer, Processes, wait_until
-from support import Built
+from support.builds import Built
+from support.processes import Broker, Observer, Processes, wait_until
 from test_coordinator import Run, answer, plan_of
 
-from protocol.messages import Ack, Round, Stage, Verdict, encode
-from protocol.tensors import chunks, pack
-from protocol.topics import Topics
-from shell.link import Link
-from trainer_server.running import go_on, open_run
-from trainer_server.state import Plan
-from trainer_server.store import DATABASE, RunStore
+from fedfmsl.protocol.messages import Ack, Round, Stage, Verdict, encode
+from fedfmsl.protocol.tensors import chunks, pack
+from fedfmsl.protocol.topics import Topics
+from fedfmsl.transport.link import Link
+from trainer_server.coordinator.state import Plan
+from trainer_server.service.lifecycle import go_on, open_run
+from trainer_server.storage.run_store import DATABASE, RunStore
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,7 @@ def test_a_flood_of_garbage_costs_no_round_and_fills_no_log(vit: Built, broker: 
 def test_the_notes_take_no_more_room_than_two_files_whatever_a_device_causes(
     vit: Built, broker: Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("trainer_server.service.NOTES_BYTES", 1000)
+    monkeypatch.setattr("trainer_server.service.loop.NOTES_BYTES", 1000)
     with scene(vit, broker, tmp_path / "run", "notes") as s:
         s.show()
         for online in (False, True) * 200:  # every one of them is noted

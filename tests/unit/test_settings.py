@@ -12,10 +12,10 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from devices.authority import CLIENT, make_authority
+from devices.provisioning.authority import CLIENT, make_authority
 from edge_runtime.settings import LinkSettings, Settings, SettingsError, StateSettings, read_settings, with_settings
-from protocol.errors import ConfigError
-from shell.identity import read_identity
+from fedfmsl.errors import ConfigError
+from fedfmsl.transport.identity import read_identity
 
 NEEDED = 'run = "orchard"\nimages = "photos"\n'
 

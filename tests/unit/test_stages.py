@@ -10,27 +10,27 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import Built
+from support.builds import Built
 
-import edge_runtime.features as features
-from edge_runtime.cache import DiskCache
-from edge_runtime.device import Device
-from edge_runtime.engine import Batch, StepGraphEngine
-from edge_runtime.features import FeatureCache
-from edge_runtime.folder import SampleFolder, scan
-from edge_runtime.gate import Gate
-from edge_runtime.inputs import reader_of
-from edge_runtime.mixture import of_labels
-from edge_runtime.personal import LocalExpert, mixture, train_personal
-from edge_runtime.samples import Slices, labels_of
-from edge_runtime.stages import Globals, class_sums, statistics, train_global
+import edge_runtime.data.features as features
+from edge_runtime.data.cache import DiskCache
+from edge_runtime.data.features import FeatureCache
+from edge_runtime.data.folder import SampleFolder, scan
+from edge_runtime.data.inputs import reader_of
+from edge_runtime.data.samples import Slices, labels_of
+from edge_runtime.engines.base import Batch, StepGraphEngine
 from edge_runtime.store import DeviceStore
-from edge_runtime.updates import prepare
-from protocol.encoding import decode
-from protocol.head import head_of_class_means
-from protocol.layout import Vector
-from protocol.messages import Encoding, Privacy, Round, Sal, Stage, Training, Trigger
-from protocol.tensors import Tensors
+from edge_runtime.training.context import Device
+from edge_runtime.training.gate import Gate
+from edge_runtime.training.local_expert import LocalExpert, mixture, train_personal
+from edge_runtime.training.stages import Globals, class_sums, statistics, train_global
+from edge_runtime.training.updates import prepare
+from fedfmsl.algorithms.arrays import Vector
+from fedfmsl.algorithms.class_means import head_of_class_means
+from fedfmsl.algorithms.mixture import of_labels
+from fedfmsl.protocol.encoding import decode
+from fedfmsl.protocol.messages import Encoding, Privacy, Round, Sal, Stage, Training, Trigger
+from fedfmsl.protocol.tensors import Tensors
 
 TRAINING = Training(epochs=2, learning_rate=1e-2)
 SAL = Sal(window=2, epsilon=0.1, step=1, max_level=2)

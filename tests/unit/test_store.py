@@ -8,20 +8,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support import Built
+from support.builds import Built
 from test_coordinator import ABC, Run, answer, plan_of
 
-from protocol.errors import ConfigError, RunError
-from protocol.messages import Stage
-from protocol.tensors import pack
-from shell.files import write_atomically
-from trainer_server.coordinator import advance
-from trainer_server.events import ClockTicked, Event, Record, StatusSeen, Stop, UpdateSeen
-from trainer_server.running import open_bundle, open_run, present, replayed
-from trainer_server.running import plan_of as plan_in
-from trainer_server.snapshot import Snapshot, vectors_of
-from trainer_server.state import Plan, State
-from trainer_server.store import DATABASE, Logged, RunStore
+from fedfmsl.common.files import write_atomically
+from fedfmsl.errors import ConfigError, RunError
+from fedfmsl.protocol.messages import Stage
+from fedfmsl.protocol.tensors import pack
+from trainer_server.coordinator.advance import advance
+from trainer_server.coordinator.events import ClockTicked, Event, Record, StatusSeen, Stop, UpdateSeen
+from trainer_server.coordinator.state import Plan, State
+from trainer_server.service.lifecycle import open_bundle, open_run, present, replayed
+from trainer_server.service.lifecycle import plan_of as plan_in
+from trainer_server.storage.run_store import DATABASE, Logged, RunStore
+from trainer_server.storage.snapshot import Snapshot, vectors_of
 
 
 def same(one: State, other: State) -> bool:

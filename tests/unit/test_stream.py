@@ -14,21 +14,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from daemons import started
-from models import another_model, globals_of, keep, round_of
-from support import CLASSES, Built, write_photos
+from support.builds import CLASSES, Built, write_photos
+from support.daemons import started
+from support.models import another_model, globals_of, keep, round_of
 
-from edge_runtime.calibration import UNKNOWN
-from edge_runtime.classifier import FileClassifier, StateClassifier
-from edge_runtime.lock import is_locked, locked
-from edge_runtime.model import keep_personal_model, read_personal_model
-from edge_runtime.personalize import write_model
-from edge_runtime.predict import predict_files
+from edge_runtime.daemon.lock import is_locked, locked
+from edge_runtime.inference.classifier import FileClassifier, StateClassifier
+from edge_runtime.inference.export_onnx import write_model
+from edge_runtime.inference.predict import predict_files
+from edge_runtime.inference.stream import PATIENCE_SECONDS, Inbox, wait_for_a_model, watched
 from edge_runtime.store import DeviceStore
-from edge_runtime.stream import PATIENCE_SECONDS, Inbox, wait_for_a_model, watched
-from protocol.errors import BundleError, ConfigError, InputError
-from protocol.messages import Prediction, Stage
-from shell.files import write_atomically
+from edge_runtime.training.model import keep_personal_model, read_personal_model
+from fedfmsl.algorithms.calibration import UNKNOWN
+from fedfmsl.common.files import write_atomically
+from fedfmsl.errors import BundleError, ConfigError, InputError
+from fedfmsl.protocol.messages import Prediction, Stage
 
 OLD = time.time() - 3600
 

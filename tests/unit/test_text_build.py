@@ -7,15 +7,15 @@ import shutil
 from pathlib import Path
 
 import pytest
-from support import CLASSES, MAX_TOKENS, RANK, Built, write_tokenizer
+from support.builds import CLASSES, MAX_TOKENS, RANK, Built, write_tokenizer
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from typer.testing import CliRunner
 
 from export.build import app, build_bundle
 from export.weights import load_backbone
-from protocol.bundle import Bundle, TextPreprocessing
-from protocol.errors import BundleError, ConfigError, FedFMSLError, WeightsError
+from fedfmsl.errors import BundleError, ConfigError, FedFMSLError, WeightsError
+from fedfmsl.protocol.bundle import Bundle, TextPreprocessing
 
 
 def test_a_text_bundle_says_how_to_read_a_text(bert: Built, bert_folder: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from support import CLASSES, LAYERS, MAX_TOKENS, Built, random_theta, relative_error, run_graph, torch_expert
+from support.builds import CLASSES, LAYERS, MAX_TOKENS, Built, random_theta, relative_error, run_graph, torch_expert
 
 from export.reference import loss_and_gradient, torch_inputs
 

@@ -6,11 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import SPECIAL, WORDS, write_tokenizer
+from support.builds import SPECIAL, WORDS, write_tokenizer
 
-from edge_runtime.inputs import TEXTS, reader_for
-from protocol.bundle import TextPreprocessing
-from protocol.errors import BundleError, ConfigError, InputError
+from edge_runtime.data.inputs import TEXTS, reader_for
+from fedfmsl.errors import BundleError, ConfigError, InputError
+from fedfmsl.protocol.bundle import TextPreprocessing
 
 N = 8
 PREPROCESSING = TextPreprocessing(max_tokens=N, pad_id=0)

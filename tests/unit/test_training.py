@@ -8,8 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_runtime.engine import NEVER
-from edge_runtime.mixture import (
+from edge_runtime.engines.optimizer import AdamW, expert_decay
+from edge_runtime.training.loop import Targets
+from fedfmsl.algorithms.arrays import NEVER
+from fedfmsl.algorithms.mixture import (
     accuracy,
     class_mask,
     gate_statistics,
@@ -18,9 +20,7 @@ from edge_runtime.mixture import (
     mix,
     of_labels,
 )
-from edge_runtime.optimizer import AdamW, expert_decay
-from edge_runtime.training import Targets
-from protocol.layout import Layout
+from fedfmsl.protocol.layout import Layout
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])

@@ -10,15 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from support import LAYERS, Built
+from support.builds import LAYERS, Built
 
-from edge_runtime.stages import Outcome
-from edge_runtime.updates import prepare, with_feedback
-from protocol.encoding import SCALES, decode, encode
-from protocol.errors import MessageError
-from protocol.layout import Layout
-from protocol.messages import Encoding, Privacy, Round, Sal, Stage, Training
-from protocol.tensors import Tensors
+from edge_runtime.training.stages import Outcome
+from edge_runtime.training.updates import prepare, with_feedback
+from fedfmsl.errors import MessageError
+from fedfmsl.protocol.encoding import SCALES, decode, encode
+from fedfmsl.protocol.layout import Layout
+from fedfmsl.protocol.messages import Encoding, Privacy, Round, Sal, Stage, Training
+from fedfmsl.protocol.tensors import Tensors
 
 LAYOUT = Layout.build([("head", "w", (2, 5)), ("1", "a", (6,)), ("0", "b", (4,))])
 COARSE = (Encoding.FP16, Encoding.INT8)

@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from protocol.errors import MessageError
-from protocol.tensors import CHUNK_BYTES, chunks
-from trainer_server.uploads import PARTIALS, Upload, Uploads
+from fedfmsl.errors import MessageError
+from fedfmsl.protocol.tensors import CHUNK_BYTES, chunks
+from trainer_server.storage.uploads import PARTIALS, Upload, Uploads
 
 CAP = 1 << 20
 

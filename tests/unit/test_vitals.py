@@ -8,17 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from daemons import RUN, started
-from processes import SECONDS, Broker, Processes
-from support import Built
+from support.builds import Built
+from support.daemons import RUN, started
+from support.processes import SECONDS, Broker, Processes
 from test_stages import task
 
-from edge_runtime.daemon import State
-from edge_runtime.governor import Readings
-from edge_runtime.vitals import Vitals
-from protocol.messages import Activity, Health, Stage, parse
-from protocol.topics import Topics
-from shell.link import Link, Received
+from edge_runtime.daemon.health import Vitals
+from edge_runtime.daemon.state import State
+from edge_runtime.resources.governor import Readings
+from fedfmsl.protocol.messages import Activity, Health, Stage, parse
+from fedfmsl.protocol.topics import Topics
+from fedfmsl.transport.link import Link, Received
 
 WARM = Readings(temperature=61.5, on_battery=False, others=0.25)
 
@@ -76,7 +76,7 @@ def test_it_tells_how_it_is_when_it_does_something_else_and_now_and_then(
     assert (paused.activity, paused.paused) == (Activity.PAUSED, "81.5 °C, above --max-temperature 75")
     assert paused == vitals.newest == Health.model_validate_json(device.store.health.read_bytes())
 
-    monkeypatch.setattr("edge_runtime.vitals.HEALTH_SECONDS", 0.0)
+    monkeypatch.setattr("edge_runtime.daemon.health.HEALTH_SECONDS", 0.0)
     vitals.beat(device, Activity.WAITING, state)
     vitals.beat(device, Activity.WAITING, state)
     assert heard(carer).time < heard(carer).time
@@ -91,7 +91,7 @@ def test_it_tells_how_it_is_when_it_does_something_else_and_now_and_then(
 def test_without_a_connection_nothing_piles_up(
     vit: Built, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edge_runtime.vitals.HEALTH_SECONDS", 0.0)
+    monkeypatch.setattr("edge_runtime.daemon.health.HEALTH_SECONDS", 0.0)
     device, _, link = started(vit, photos, tmp_path / "state")
     vitals = Vitals(link, Topics(RUN), "d", device.store, Readings)
     for _ in range(100):

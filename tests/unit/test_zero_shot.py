@@ -10,15 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support import CLASSES, FEATURE, IMAGE_SIZE, Built, features_of, write_clip
+from support.builds import CLASSES, FEATURE, IMAGE_SIZE, Built, features_of, write_clip
 from transformers import AutoTokenizer, CLIPModel, CLIPVisionModelWithProjection
 
 from export.reference import normalised
 from export.weights import load_backbone
 from export.zero_shot import zero_shot_head
-from protocol.bundle import Bundle
-from protocol.errors import ConfigError, WeightsError
-from protocol.head import head_along
+from fedfmsl.algorithms.class_means import head_along
+from fedfmsl.errors import ConfigError, WeightsError
+from fedfmsl.protocol.bundle import Bundle
 
 
 def test_probabilities_of_the_zero_shot_head_are_clips_own(clip: Built, clip_folder: Path) -> None:

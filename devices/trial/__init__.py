@@ -1,0 +1,1 @@
+"""python -m devices.trial: a whole run on one machine, and its report."""

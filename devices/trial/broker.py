@@ -1,0 +1,47 @@
+"""python -m devices.trial.broker: amqtt as a broker on this machine, for trials and tests. In the field use mosquitto."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+
+import typer
+from amqtt.broker import Broker
+
+from fedfmsl.common.cli import application
+from fedfmsl.errors import BrokerError
+
+app = application("Run a small MQTT broker (amqtt, MQTT 3.1.1) until interrupted.")
+
+
+@app.command()
+def broker(
+    port: int = typer.Option(1883, min=1, max=65535),
+    bind: str = typer.Option("127.0.0.1", help="Address to listen on; it lets everybody in, so keep it on loopback."),
+) -> None:
+    logging.disable(logging.ERROR)
+    asyncio.run(_serve(f"{bind}:{port}"))
+
+
+async def _serve(address: str) -> None:
+    config = {
+        "listeners": {"default": {"type": "tcp", "bind": address, "max_connections": 0}},
+        "plugins": {"amqtt.plugins.authentication.AnonymousAuthPlugin": {"allow_anonymous": True}},
+    }
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    instance = Broker(config)
+    try:
+        await instance.start()
+    except Exception as error:  # amqtt wraps whatever went wrong in exceptions of several kinds
+        raise BrokerError(f"no broker could be started on {address} ({error}); choose another --port") from error
+    print(f"broker on mqtt://{address}", flush=True)
+    await stop.wait()
+    await instance.shutdown()
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,1 @@
+"""The daemon: its state machine, and the I/O around it."""

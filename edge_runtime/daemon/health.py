@@ -1,0 +1,97 @@
+"""How a device is, for whoever looks after it: told on the broker, to systemd, and written down beside its state."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from edge_runtime.daemon.state import State
+from edge_runtime.engines.memory import rss
+from edge_runtime.resources.governor import Readings
+from edge_runtime.resources.sensors import board
+from edge_runtime.resources.throttle import Pace
+from edge_runtime.store import DeviceStore
+from edge_runtime.training.context import Device
+from fedfmsl.common.files import write_atomically
+from fedfmsl.common.systemd import Watchdog, notify
+from fedfmsl.protocol.messages import HEALTH_SECONDS, Activity, Health, encode
+from fedfmsl.protocol.topics import Topics
+from fedfmsl.transport.link import Link
+
+
+class Vitals:
+    """What is measured beside the work. `newest` is what was last told."""
+
+    def __init__(self, link: Link, topics: Topics, name: str, store: DeviceStore, read: Callable[[], Readings]) -> None:
+        """`read` looks at the sensors."""
+        self.newest: Health | None = None
+        self.pace: Pace | None = None  # once there is one
+        self.rounds_done = 0  # since the start
+        self._link = link
+        self._topic = topics.health(name)
+        self._store = store
+        self._read = read
+        self._same = {"device": name, "started": time.time(), "version": version("fedfmsl-edge"), "board": board()}
+        self._watchdog = Watchdog()
+        self._due = 0.0
+
+    def ready(self) -> None:
+        notify("READY=1")
+
+    def beat(self, device: Device | None, activity: Activity, state: State | None = None, paused: str = "") -> None:
+        """To be called often: it feeds the watchdog, and tells all when the activity has changed or HEALTH_SECONDS have
+        passed. Without a connection nobody is told: the next beat comes soon enough."""
+        self._watchdog()
+        if self.newest and self.newest.activity is activity and time.monotonic() < self._due:
+            return
+        self._due = time.monotonic() + HEALTH_SECONDS
+        now = {"activity": activity, "paused": paused, "rounds_done": self.rounds_done, **self._measured()}
+        known = {**(_of_device(device) if device else {}), **(_of_state(state) if state else {})}
+        self.newest = Health.model_validate({**self._same, **now, **known})
+        self._link.publish(self._topic, encode(self.newest), retain=True, qos=0)
+        with contextlib.suppress(OSError):  # a full disk has been mentioned already
+            write_atomically(self._store.health, encode(self.newest))
+        about = f": {paused}" if paused else f", round {self.newest.round}" if self.newest.round else ""
+        stopping = "\nSTOPPING=1" if activity is Activity.STOPPED else ""
+        notify(f"STATUS={activity.value}{about}{stopping}")
+
+    def _measured(self) -> Mapping[str, Any]:
+        return {
+            "time": time.time(),
+            "memory": rss(),
+            "disk_free": _free(self._store.root),
+            "slowdown": self.pace.cap.slowdown if self.pace else 1.0,
+            **vars(self._read()),
+        }
+
+
+def _free(folder: Path) -> int:
+    """Bytes; 0 if the folder has gone."""
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return 0
+
+
+def _of_device(device: Device) -> Mapping[str, Any]:
+    slices = device.scanned
+    return {
+        "level_cap": device.level_cap,
+        "cache": device.cache.used,
+        "train": len(slices.train),
+        "held_out": len(slices.held_out),
+        "test": len(slices.test),
+        "set_aside": len(slices.set_aside),
+    }
+
+
+def _of_state(state: State) -> Mapping[str, Any]:
+    known: dict[str, Any] = {"unacknowledged": len(state.unsettled)}
+    if state.announced is not None:
+        known |= {"round": state.announced.round, "stage": state.announced.stage.value, "level": state.announced.level}
+    return known

@@ -1,0 +1,264 @@
+"""The daemon's decisions as a state machine without I/O: `advance(state, event) -> (state, commands)`.
+
+It follows the newest round that the present server has announced and that asks this device: fetch the globals it
+names, work, send the update, and send it again until the server has acknowledged it. Time is the shell's business: it
+says when an answer is overdue, after as many seconds as `patience` gives.
+
+Two devices of one name cannot both stay (ours). Every process publishes its status, with an instance of its own, and
+reads what stands under that name: who showed itself before its own status came back to it is older (a former life, as a
+rule), who shows itself later is a younger twin, for which it leaves. The broker brings the statuses of one name into
+one order, so of any number of twins the youngest stays.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+
+from fedfmsl.protocol.messages import Ack, DeviceStatus, Round, ServerStatus, Stage
+
+FIRST_PATIENCE, LONGEST_PATIENCE = 30.0, 300.0  # seconds
+SPREAD = 0.5  # the share by which one device's patience is longer than another's, at most
+
+
+@dataclass(frozen=True)
+class ServerSeen:
+    status: ServerStatus
+
+
+@dataclass(frozen=True)
+class RoundSeen:
+    round: Round
+
+
+@dataclass(frozen=True)
+class GlobalArrived:
+    sha256: str
+
+
+@dataclass(frozen=True)
+class WorkDone:
+    """The update of this round lies in the outbox."""
+
+    round: int
+
+
+@dataclass(frozen=True)
+class WorkFailed:
+    """It could not be kept (a full disk, most likely); what was changed on the way does no harm to another attempt."""
+
+    round: int
+
+
+@dataclass(frozen=True)
+class AckSeen:
+    ack: Ack
+
+
+@dataclass(frozen=True)
+class SelfSeen:
+    """What stands under this device's own name."""
+
+    status: DeviceStatus
+
+
+@dataclass(frozen=True)
+class Reconnected:
+    pass
+
+
+@dataclass(frozen=True)
+class Overdue:
+    """The server has had its time to answer what was sent last."""
+
+
+@dataclass(frozen=True)
+class Idle:
+    """No event is waiting. Work starts only now, so a device that was slow goes straight to the newest round."""
+
+
+Event = (
+    ServerSeen | RoundSeen | GlobalArrived | WorkDone | WorkFailed | AckSeen | SelfSeen | Reconnected | Overdue | Idle
+)
+
+
+@dataclass(frozen=True)
+class Fetch:
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Work:
+    round: Round
+
+
+@dataclass(frozen=True)
+class Send:
+    """The update of this round, from the outbox."""
+
+    round: int
+
+
+@dataclass(frozen=True)
+class Settle:
+    """The server has spoken: the update of this round need not be kept."""
+
+    ack: Ack
+
+
+@dataclass(frozen=True)
+class ShowSelf:
+    """Publish this device's status: another one stands in its place."""
+
+
+@dataclass(frozen=True)
+class Say:
+    """What somebody who looks after this device may want to know."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Leave:
+    """Nothing more to do; `error` says why if something was wrong. With `quietly` the device's name is another's now:
+    no status may be published."""
+
+    error: str = ""
+    quietly: bool = False
+
+
+Command = Fetch | Work | Send | Settle | ShowSelf | Say | Leave
+
+
+@dataclass(frozen=True)
+class State:
+    """`session`: the one this device last worked in. `present`: that of the server that is online. `announced`: the
+    newest round seen. `done`: the last round worked on. `held`: global blobs on disk. `unsettled`: rounds of `session`
+    whose update has not been acknowledged. `elders`: instances of this name that were there before this one's status
+    had come back to it (`shown`). `waiting`: it has been said that there is no server."""
+
+    device: str
+    instance: str
+    bundle: str
+    session: str = ""
+    present: str = ""
+    announced: Round | None = None
+    done: int = 0
+    held: frozenset[str] = frozenset()
+    unsettled: frozenset[int] = frozenset()
+    elders: frozenset[str] = frozenset()
+    shown: bool = False
+    waiting: bool = False
+
+
+def advance(state: State, event: Event) -> tuple[State, list[Command]]:
+    """The next state, and what the shell has to do, in order."""
+    if isinstance(event, ServerSeen):
+        return _meet_server(state, event.status)
+    if isinstance(event, RoundSeen):
+        state = replace(state, announced=event.round, held=state.held & wanted(event.round))
+        return state, _fetch_missing(state)
+    if isinstance(event, GlobalArrived):
+        return replace(state, held=state.held | {event.sha256}), []
+    if isinstance(event, WorkDone):
+        state = replace(state, unsettled=state.unsettled | {event.round})
+        return state, [Send(event.round)]
+    if isinstance(event, WorkFailed):
+        return replace(state, done=event.round - 1), []
+    if isinstance(event, Reconnected | Overdue):
+        return state, _send_unsettled(state)
+    if isinstance(event, AckSeen):
+        return _settle(state, event.ack)
+    if isinstance(event, SelfSeen):
+        return _meet_self(state, event.status)
+    return _act(state)
+
+
+def patience(device: str, attempt: int) -> float:
+    """Seconds for which an answer to the transmission `attempt` (from 0) is waited for: each time twice as long, and on
+    one device longer than on another, so that a fleet does not send again in step."""
+    spread = SPREAD * random.Random(f"{device} {attempt}").random()
+    doubled = FIRST_PATIENCE * float(2 ** min(attempt, 10))
+    return min(doubled, LONGEST_PATIENCE) * (1 + spread)
+
+
+def wanted(announced: Round | None) -> set[str]:
+    """The global blobs a round needs."""
+    return {announced.expert, announced.start, announced.gate} - {""} if announced else set()
+
+
+def _meet_server(state: State, status: ServerStatus) -> tuple[State, list[Command]]:
+    if not status.online:
+        over = state.announced is not None and state.announced.stage is Stage.FINISHED
+        gone = replace(state, present="", waiting=not over)
+        return gone, [
+            Say(f"the server of run {status.run} is offline; waiting for it")
+        ] if gone.waiting > state.waiting else []
+    if status.bundle != state.bundle:
+        return state, [
+            Leave(
+                f"run {status.run!r} uses another bundle (model {status.model}, SHA-256 {status.bundle[:12]}…) than "
+                f"this device ({state.bundle[:12]}…); give it the run's bundle, or none to fetch it from the server"
+            )
+        ]
+    said = [Say(f"the server of run {status.run} is online")] if state.waiting else []
+    state = replace(state, present=status.session, waiting=False)
+    return state, [*said, *_send_unsettled(state), *_fetch_missing(state)]
+
+
+def _meet_self(state: State, status: DeviceStatus) -> tuple[State, list[Command]]:
+    """A status of another instance that is offline is the last will of a former life, or of a twin that has left."""
+    if status.instance == state.instance:
+        return replace(state, shown=True), []
+    if not state.shown:
+        return replace(state, elders=state.elders | {status.instance}), []
+    if not status.online:
+        return state, [ShowSelf()]
+    if status.instance in state.elders:
+        return state, []
+    error = (
+        f"another device has come as {state.device!r} and takes this one's place; if they are two, give one of them "
+        "an identity of its own: another --device name, and an empty --state folder"
+    )
+    return state, [Leave(error, quietly=True)]
+
+
+def _send_unsettled(state: State) -> list[Command]:
+    """To the server of their session, and to no other."""
+    return [Send(round_) for round_ in sorted(state.unsettled)] if state.present == state.session else []
+
+
+def _fetch_missing(state: State) -> list[Command]:
+    if state.announced is None or not _concerns(state, state.announced):
+        return []
+    return [Fetch(sha256) for sha256 in sorted(wanted(state.announced) - state.held)]
+
+
+def _concerns(state: State, announced: Round) -> bool:
+    """Whether a round is the present server's, asks something of this device, and has not been worked on."""
+    asked = announced.stage is not Stage.FINISHED and (not announced.chosen or state.device in announced.chosen)
+    new = announced.session != state.session or announced.round > state.done
+    return asked and new and announced.session == state.present
+
+
+def _settle(state: State, ack: Ack) -> tuple[State, list[Command]]:
+    if ack.session != state.session or ack.round not in state.unsettled:
+        return state, []
+    return replace(state, unsettled=state.unsettled - {ack.round}), [Settle(ack)]
+
+
+def _act(state: State) -> tuple[State, list[Command]]:
+    """Nothing is waiting: start on the announced round if it is new and all it needs is here, or leave if that was all.
+
+    A finished run is only this device's business if it took part in it; else it waits for the next of that name.
+    """
+    announced = state.announced
+    if announced is None:
+        return state, []
+    if announced.stage is Stage.FINISHED:
+        return state, [Leave()] if announced.session == state.session else []
+    if not _concerns(state, announced) or not wanted(announced) <= state.held:
+        return state, []
+    unsettled = state.unsettled if announced.session == state.session else frozenset()
+    state = replace(state, session=announced.session, done=announced.round, unsettled=unsettled)
+    return state, [Work(announced)]

@@ -1,0 +1,1 @@
+"""Samples: from files in a folder to cached features."""

@@ -1,0 +1,1 @@
+"""Engines: they train and evaluate experts on ONNX Runtime."""

@@ -1,0 +1,1 @@
+"""What the machine allows: sensors, governor, memory and time measurements, level cap."""

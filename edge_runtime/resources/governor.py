@@ -1,0 +1,109 @@
+"""Whether a device may train just now: a decision over what its owner allows and what was read (ours).
+
+Nothing here reads a sensor or a clock (see `edge_runtime.resources.sensors` and `edge_runtime.resources.throttle`). What is not known forbids
+nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from pydantic import GetCoreSchemaHandler
+from pydantic_core import core_schema
+
+DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
+DAY, WEEK = 24 * 60, 7 * 24 * 60  # minutes
+COOLER = 5.0  # °C below its limit, from where a device that paused for its temperature goes on
+QUIETER = 0.8  # of its limit, likewise for what others use
+
+_DAY, _TIME = "|".join(DAYS), r"(?:[01]?\d|2[0-3]):[0-5]\d"
+_WHEN = re.compile(rf"(?:({_DAY})(?:-({_DAY}))? )?({_TIME})-({_TIME}|24:00)")
+
+
+@dataclass(frozen=True)
+class Hours:
+    """Some time of some days, by the device's own clock. `days` are the first and the last of the days on which it
+    begins, 0 being Monday; `begin` and `end` are minutes of the day. Where `end` is not after `begin` it is the next
+    day's."""
+
+    days: tuple[int, int]
+    begin: int
+    end: int
+
+    @classmethod
+    def parse(cls, text: str) -> Hours:
+        """Raises ValueError, with what may be written, for anything but 22:00-06:00, Sat 10:00-18:00 and the like."""
+        found = _WHEN.fullmatch(" ".join(text.split()))
+        if found is None:
+            raise ValueError(f"{text!r} are no hours; write 22:00-06:00, Sat 10:00-18:00 or Mon-Fri 18:00-07:00")
+        first, last, *times = found.groups()
+        days = (DAYS.index(first), DAYS.index(last or first)) if first else (0, len(DAYS) - 1)
+        begin, end = (60 * int(hour) + int(minute) for hour, _, minute in (time.partition(":") for time in times))
+        return cls(days, begin, end)
+
+    def __contains__(self, now: datetime) -> bool:
+        minute = now.weekday() * DAY + now.hour * 60 + now.minute
+        first, last = self.days
+        length = (self.end - self.begin) % DAY or DAY
+        begins = (DAY * (first + day) + self.begin for day in range((last - first) % len(DAYS) + 1))
+        return any((minute - begin) % WEEK < length for begin in begins)
+
+    def __str__(self) -> str:
+        first, last = (DAYS[day] for day in self.days)
+        days = "" if self.days == (0, len(DAYS) - 1) else f"{first} " if first == last else f"{first}-{last} "
+        begin, end = (f"{time // 60:02}:{time % 60:02}" for time in (self.begin, self.end))
+        return f"{days}{begin}-{end}"
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        """A string of that form is a value of this type in a pydantic model."""
+        return core_schema.no_info_plain_validator_function(
+            lambda value: cls.parse(str(value)), serialization=core_schema.to_string_ser_schema()
+        )
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the owner of a device allows; by default everything. `max_temperature` in °C, `max_load` the share of all
+    processors that others may use."""
+
+    hours: tuple[Hours, ...] = ()
+    max_temperature: float | None = None
+    mains_only: bool = False
+    max_load: float | None = None
+    on_metered: bool = True
+
+
+@dataclass(frozen=True)
+class Readings:
+    """What the sensors say; None where they do not. `temperature` in °C, `others` the share of all processors that
+    other processes use, `throttled` whether the processor is kept from its full speed."""
+
+    temperature: float | None = None
+    on_battery: bool | None = None
+    others: float | None = None
+    metered: bool | None = None
+    throttled: bool | None = None
+
+
+def forbids(limits: Limits, readings: Readings, now: datetime, paused: bool) -> str:
+    """Why the device may not train, in one phrase; "" if it may. One that has `paused` has to be cooler and quieter
+    than one that has not, so that it does not go on for a moment only."""
+    if limits.hours and not any(now in hours for hours in limits.hours):
+        return f"outside of --hours {', '.join(map(str, limits.hours))}"
+    hot, cool = readings.temperature, COOLER if paused else 0.0
+    if limits.max_temperature is not None and hot is not None and hot > limits.max_temperature - cool:
+        above = "above" if hot > limits.max_temperature else f"not yet {COOLER:g} °C below"
+        return f"{hot:.1f} °C, {above} --max-temperature {limits.max_temperature:g}"
+    if limits.mains_only and readings.on_battery:
+        return "on battery, with --mains-only"
+    quiet = QUIETER if paused else 1.0
+    if limits.max_load is not None and readings.others is not None and readings.others > limits.max_load * quiet:
+        above = "above" if readings.others > limits.max_load else f"not yet below {QUIETER:.0%} of"
+        return f"others use {readings.others:.0%} of the processors, {above} --max-load {limits.max_load:g}"
+    if not limits.on_metered and readings.metered:
+        return "on a metered network, with --no-on-metered"
+    return ""

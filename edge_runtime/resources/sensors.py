@@ -1,0 +1,193 @@
+"""What Linux says of the machine: plain files, and NetworkManager's word where it is there (ours).
+
+A file that is missing or unreadable, or that says nonsense, tells nothing; what nothing tells is unknown. A look at
+everything takes a few milliseconds.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from edge_runtime.resources.governor import Readings
+
+BELIEVABLE = (-40.0, 150.0)  # °C
+PLACEBO = "PMIC-Die"  # a thermal zone of Jetsons that says 100 °C, always
+MOBILE = ("wwan", "ppp", "rmnet")  # what interfaces of modems are called
+NMCLI_SECONDS, NMCLI_VALID_SECONDS = 2.0, 60.0
+FAMILY_SECONDS = 30.0  # how long it is not asked again which processes are ours: that takes a look at all there are
+LEAST_TICKS = 50  # between two looks at the processors' time, for their difference to mean anything
+NOW = 0xF  # of a Raspberry Pi's get_throttled: the bits that are not history
+
+
+def thermal_zones(root: Path = Path("/")) -> dict[str, float]:
+    """°C by the zones' names; of several with one name, the hottest."""
+    found: dict[str, float] = {}
+    low, high = BELIEVABLE
+    for zone in root.glob("sys/class/thermal/thermal_zone*"):
+        name, temperature = _text(zone / "type"), _number(zone / "temp")
+        if name and name != PLACEBO and temperature is not None and low <= temperature / 1000 <= high:
+            found[name] = max(temperature / 1000, found.get(name, low))
+    return found
+
+
+def board(root: Path = Path("/")) -> str:
+    """What the machine calls itself; "" where it does not."""
+    names = (_text(root / name) for name in ("proc/device-tree/model", "sys/class/dmi/id/product_name"))
+    return next((name.strip("\0 ") for name in names if name), "")
+
+
+class Sensors:
+    """Looks at them whenever it is asked to."""
+
+    def __init__(self, zones: Sequence[str] = (), root: Path = Path("/")) -> None:
+        """Of the thermal zones only those named in `zones` count, or all. `root` is where /proc and /sys lie."""
+        self._zones = zones
+        self._root = root
+        self._processors = _Processors(root)
+        self._networks = _Networks(root)
+
+    def read(self) -> Readings:
+        return Readings(
+            temperature=self._temperature(),
+            on_battery=_on_battery(self._root),
+            others=self._processors.others(),
+            metered=self._networks.metered(),
+            throttled=_throttled(self._root),
+        )
+
+    def _temperature(self) -> float | None:
+        zones = thermal_zones(self._root)
+        return max((zones[name] for name in self._zones or zones if name in zones), default=None)
+
+
+def _on_battery(root: Path) -> bool:
+    """Whether a battery of the machine, not of a mouse, is being emptied and nothing else feeds it. A machine that
+    speaks of no battery has none."""
+    supplies = [path for path in root.glob("sys/class/power_supply/*") if _text(path / "scope") != "Device"]
+    emptied = any(_text(path / "status") == "Discharging" for path in supplies)
+    fed = any(_text(path / "type") != "Battery" and (_number(path / "online") or 0) > 0 for path in supplies)
+    return emptied and not fed
+
+
+def _throttled(root: Path) -> bool | None:
+    """Whether a board's firmware holds its processor back or misses voltage, or the kernel caps its frequency."""
+    said = [int(text, 16) & NOW for text in _texts(root, "sys/devices/platform/soc*/soc*firmware/get_throttled")]
+    alarms = root.glob("sys/class/hwmon/hwmon*/in0_lcrit_alarm")
+    said += [_number(alarm) or 0 for alarm in alarms if _text(alarm.parent / "name") == "rpi_volt"]
+    for policy in root.glob("sys/devices/system/cpu/cpufreq/policy*"):
+        allowed, possible = _number(policy / "scaling_max_freq"), _number(policy / "cpuinfo_max_freq")
+        if allowed is not None and possible is not None:
+            said.append(allowed < possible)
+    return any(said) if said else None
+
+
+class _Processors:
+    """How busy others keep the processors, between one look and the next."""
+
+    def __init__(self, root: Path) -> None:
+        self._proc = root / "proc"
+        self._ours: list[int] = []  # this process and its descendants
+        self._until = 0.0  # that list is looked up anew
+        self._before: tuple[int, int] | None = None  # ticks in all, and of others
+        self._share: float | None = None
+
+    def others(self) -> float | None:
+        now = self._ticks()
+        if now is None or self._before is None:
+            self._before = now
+            return None
+        total, others = now[0] - self._before[0], now[1] - self._before[1]
+        if total >= LEAST_TICKS:
+            self._before = now
+            self._share = min(max(others / total, 0.0), 1.0)
+        return self._share
+
+    def _ticks(self) -> tuple[int, int] | None:
+        try:
+            with (self._proc / "stat").open() as file:
+                user, nice, system, idle, waiting, *rest = map(int, file.readline().split()[1:9])
+            if time.monotonic() > self._until:
+                self._ours = self._family()
+                self._until = time.monotonic() + FAMILY_SECONDS
+        except (OSError, ValueError):
+            return None
+        busy = user + nice + system + sum(rest)
+        return busy + idle + waiting, busy - sum(self._stat(process)[1] for process in self._ours)
+
+    def _family(self) -> list[int]:
+        children = defaultdict(list)
+        for path in self._proc.iterdir():
+            if path.name.isdigit():
+                children[self._stat(int(path.name))[0]].append(int(path.name))
+        found = [os.getpid()]
+        for process in found:  # and those that are found on the way
+            found += children[process]
+        return found
+
+    def _stat(self, process: int) -> tuple[int, int]:
+        """Its parent, and its ticks with those of its ended children; nothing of a process that has ended itself."""
+        fields = (_text(self._proc / str(process) / "stat") or "").rpartition(")")[2].split()
+        return (int(fields[1]), sum(map(int, fields[11:15]))) if fields else (0, 0)
+
+
+class _Networks:
+    """Whether the way to the Internet is one that costs by the byte."""
+
+    def __init__(self, root: Path) -> None:
+        self._routes = root / "proc" / "net" / "route"
+        self._asked: tuple[str, float] | None = None  # about which interface, when
+        self._answer: bool | None = None
+
+    def metered(self) -> bool | None:
+        interface = self._default_interface()
+        if interface is None:
+            return None
+        if interface.startswith(MOBILE):
+            return True
+        if self._asked is None or self._asked[0] != interface or time.monotonic() > self._asked[1]:
+            self._answer = _network_manager_says(interface)
+            self._asked = interface, time.monotonic() + NMCLI_VALID_SECONDS
+        return self._answer
+
+    def _default_interface(self) -> str | None:
+        lines = (line.split() for line in (_text(self._routes) or "").splitlines()[1:])
+        routes = [(int(line[6]), line[0]) for line in lines if len(line) > 7 and line[1] == line[7] == "00000000"]
+        return min(routes)[1] if routes else None
+
+
+def _network_manager_says(interface: str) -> bool | None:
+    """It says yes, no, unknown, and "(guessed)" where nobody has told it."""
+    nmcli = shutil.which("nmcli")
+    if nmcli is None:
+        return None
+    command = [nmcli, "-g", "GENERAL.METERED", "device", "show", interface]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=NMCLI_SECONDS)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {"yes": True, "no": False}.get(done.stdout.split("(")[0].strip())
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text(errors="replace").strip()
+    except (OSError, TypeError):  # what is off may refuse to be read; EAGAIN, a Jetson's cv0, becomes a TypeError
+        return None
+
+
+def _texts(root: Path, pattern: str) -> Iterator[str]:
+    return (text for path in root.glob(pattern) if (text := _text(path)))
+
+
+def _number(path: Path) -> int | None:
+    text = _text(path)
+    try:
+        return int(text) if text else None
+    except ValueError:
+        return None

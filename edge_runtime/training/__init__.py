@@ -1,0 +1,1 @@
+"""What a device computes in each stage of a run."""

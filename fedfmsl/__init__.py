@@ -1,0 +1,1 @@
+"""FedFMSL: the public API. Importing it needs numpy only."""

@@ -1,0 +1,1 @@
+"""What every process uses: command line, log, atomic files, systemd notifications."""

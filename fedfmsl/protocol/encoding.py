@@ -1,0 +1,85 @@
+"""How the values of an update travel: as they are, in half precision, or as 8-bit integers with a scale per tensor.
+
+What a coarser encoding loses is the sender's to add to its next update (error feedback, see `edge_runtime.training.updates`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedfmsl.algorithms.arrays import Vector
+from fedfmsl.errors import MessageError
+from fedfmsl.protocol.layout import Layout
+from fedfmsl.protocol.messages import Encoding
+from fedfmsl.protocol.tensors import Tensors
+
+SCALES = "scales"  # beside the int8 tensors: the value of one step (k,) of each, in the layout's order
+_STEPS = 127
+_FP16_MAX = float(np.finfo(np.float16).max)
+_LARGEST_SCALE = float(np.finfo(np.float32).max) / 256  # no 8-bit integer of such steps overflows float32
+
+
+def encode(layout: Layout, vector: Vector, encoding: Encoding) -> Tensors:
+    """The tensors of a vector (P,), or of one that holds only the layout's first slots. Values that an encoding cannot
+    reach are cut to its largest; what is not finite stays so, and `decode` refuses it."""
+    return _CODECS[encoding][0](layout, vector)
+
+
+def decode(layout: Layout, tensors: Tensors, encoding: Encoding) -> Vector:
+    """The inverse of `encode`, of as many values as the tensors hold and at most the layout's.
+
+    Raises MessageError if the tensors are not exactly the first slots of this layout in their shapes, in the encoding's
+    types, and finite.
+    """
+    return _CODECS[encoding][1](layout, tensors)
+
+
+def _to_fp16(layout: Layout, vector: Vector) -> Tensors:
+    return {
+        name: np.clip(tensor, -_FP16_MAX, _FP16_MAX).astype(np.float16) for name, tensor in layout.split(vector).items()
+    }
+
+
+def _from_fp16(layout: Layout, tensors: Tensors) -> Vector:
+    return layout.join(tensors, np.float16)
+
+
+def _to_int8(layout: Layout, vector: Vector) -> Tensors:
+    """Symmetric, to the nearest of the steps -127 … 127."""
+    encoded: dict[str, NDArray[np.generic]] = {}
+    scales = []
+    for name, tensor in layout.split(vector).items():
+        peak = np.abs(tensor).max() / np.float32(_STEPS)
+        # rounded up, so that the largest value is within 127 steps also where float32 is coarse, and no step is zero
+        scale = np.minimum(np.nextafter(peak, np.float32(np.inf)), np.float32(_LARGEST_SCALE))
+        with np.errstate(invalid="ignore"):  # a scale that is not a number is what `decode` refuses
+            steps = np.rint(tensor / np.float64(scale))
+            encoded[name] = np.clip(steps, -_STEPS, _STEPS).astype(np.int8)
+        scales.append(scale)
+    return {**encoded, SCALES: np.array(scales, np.float32)}
+
+
+def _from_int8(layout: Layout, tensors: Tensors) -> Vector:
+    steps = {name: tensor for name, tensor in tensors.items() if name != SCALES}
+    scales = tensors.get(SCALES)
+    if scales is None or scales.dtype != np.float32 or scales.shape != (len(steps),):
+        found = "missing" if scales is None else f"{scales.dtype}{list(scales.shape)}"
+        raise MessageError(f"tensor {SCALES!r} is {found}, expected float32[{len(steps)}]")
+    values = np.asarray(scales, np.float32)
+    if not ((values >= 0) & (values <= _LARGEST_SCALE)).all():
+        raise MessageError(f"tensor {SCALES!r} holds values that are not finite, negative or too large")
+    vector = layout.join(steps, np.int8)
+    for slot, scale in zip(layout.slots, values, strict=False):
+        vector[slot.offset : slot.end] *= scale
+    return vector
+
+
+_Codec = tuple[Callable[[Layout, Vector], Tensors], Callable[[Layout, Tensors], Vector]]
+_CODECS: dict[Encoding, _Codec] = {
+    Encoding.FP32: (Layout.split, Layout.join),
+    Encoding.FP16: (_to_fp16, _from_fp16),
+    Encoding.INT8: (_to_int8, _from_int8),
+}

@@ -1,0 +1,98 @@
+"""The named layout of trainables: where each tensor lies in one flat fp32 vector.
+
+The head comes first, then the LoRA of block L-1, L-2, … down to block 0 (SAL's order, ours). The trainables of
+level k are therefore simply the first `size(k)` values of the full vector, and a level change only appends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from math import prod
+from typing import Annotated
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from fedfmsl.algorithms.arrays import Vector
+from fedfmsl.errors import MessageError, one_line
+
+HEAD = "head"
+
+
+class Slot(BaseModel):
+    """One trainable tensor: its name, shape, first index in the flat vector, and the part it belongs to
+    (`"head"`, `"gate"`, or a block's number as text)."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    shape: tuple[Annotated[int, Field(ge=0, le=2**31)], ...] = Field(max_length=8)
+    offset: int
+    part: str
+
+    @property
+    def end(self) -> int:
+        return self.offset + prod(self.shape)
+
+
+class Layout:
+    """An ordered, gap-free sequence of slots over one flat vector."""
+
+    def __init__(self, slots: Sequence[Slot]) -> None:
+        self.slots = tuple(slots)
+        offset = 0
+        for slot in self.slots:
+            if slot.offset != offset:
+                raise ValueError(f"slot {slot.name!r} starts at {slot.offset}, expected {offset}")
+            offset = slot.end
+        self.parts: dict[str, slice] = {
+            part: slice(group[0].offset, group[-1].end)
+            for part, group in ((p, list(g)) for p, g in groupby(self.slots, key=lambda s: s.part))
+        }
+
+    @classmethod
+    def build(cls, shapes: Sequence[tuple[str, str, tuple[int, ...]]]) -> Layout:
+        """Layout from (part, name, shape) triples in order."""
+        slots, offset = [], 0
+        for part, name, shape in shapes:
+            slots.append(Slot(name=name, shape=shape, offset=offset, part=part))
+            offset = slots[-1].end
+        return cls(slots)
+
+    @property
+    def total(self) -> int:
+        return self.slots[-1].end
+
+    def size(self, level: int) -> int:
+        """Number of trainables at `level`: the head and the LoRA of `level` blocks."""
+        ends: list[int] = [part.stop for part in self.parts.values()]
+        return ends[level]
+
+    def names(self, level: int) -> list[str]:
+        return [slot.name for slot in self.slots if slot.end <= self.size(level)]
+
+    def split(self, vector: Vector) -> dict[str, Vector]:
+        """The tensors a vector holds (as views). A shorter vector holds only the first slots."""
+        return {s.name: vector[s.offset : s.end].reshape(s.shape) for s in self.slots if s.end <= vector.size}
+
+    def join(self, tensors: Mapping[str, NDArray[np.generic]], dtype: type[np.generic] = np.float32) -> Vector:
+        """The inverse of `split`.
+
+        Raises MessageError if the tensors are not exactly the first slots of this layout, in their shapes, as
+        finite `dtype`.
+        """
+        slots = self.slots[: len(tensors)]
+        if {slot.name for slot in slots} != set(tensors):
+            raise MessageError(f"tensors {one_line(sorted(tensors)[:3])}… do not fit this model's layout of trainables")
+        for slot in slots:
+            tensor = tensors[slot.name]
+            if tensor.dtype != dtype or tensor.shape != slot.shape:
+                wanted = f"{np.dtype(dtype)}{list(slot.shape)}"
+                raise MessageError(f"tensor {slot.name!r} is {tensor.dtype}{list(tensor.shape)}, expected {wanted}")
+            if not np.isfinite(tensor).all():
+                raise MessageError(f"tensor {slot.name!r} holds values that are not finite")
+        if not slots:
+            return np.empty(0, np.float32)
+        return np.concatenate([np.asarray(tensors[s.name], np.float32).ravel() for s in slots])

@@ -1,0 +1,1 @@
+"""The MQTT link, broker addresses, TLS identities."""

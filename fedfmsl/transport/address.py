@@ -1,0 +1,90 @@
+"""Addresses of brokers, and which of them may be spoken to in the clear."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from dataclasses import dataclass, field
+from urllib.parse import unquote, urlsplit
+
+from fedfmsl.errors import ConfigError
+
+PORTS = {"mqtt": 1883, "mqtts": 8883, "ws": 80, "wss": 443}
+WEBSOCKET_PATH = "/mqtt"
+
+
+@dataclass(frozen=True)
+class Address:
+    scheme: str
+    host: str
+    port: int
+    path: str  # of a WebSocket
+    user: str = ""
+    password: str = field(default="", repr=False)
+
+    @property
+    def encrypted(self) -> bool:
+        return self.scheme in ("mqtts", "wss")
+
+    @property
+    def websocket(self) -> bool:
+        return self.scheme in ("ws", "wss")
+
+
+def parse_address(broker: str) -> Address:
+    """An address like mqtts://host, with its parts' defaults filled in. User and password, where the address has none,
+    are those of the environment (FEDFMSL_USER, FEDFMSL_PASSWORD), which does not show them to everybody as a command
+    line does. Raises ConfigError if it is not such an address."""
+    shown = f"broker address {without_password(broker)!r}"
+    try:
+        parts = urlsplit(broker)
+        host, port = parts.hostname, parts.port
+    except ValueError as error:
+        raise ConfigError(f"{shown}: {error}") from error
+    if parts.scheme not in PORTS or not host or port == 0:
+        raise ConfigError(f"{shown} is not of the form mqtt://host:port; mqtts, ws and wss are the other schemes")
+    return Address(
+        parts.scheme,
+        host,
+        port or PORTS[parts.scheme],
+        parts.path or WEBSOCKET_PATH,
+        unquote(parts.username or "") or os.environ.get("FEDFMSL_USER", ""),
+        unquote(parts.password or "") or os.environ.get("FEDFMSL_PASSWORD", ""),
+    )
+
+
+def netloc(host: str) -> str:
+    """A host's name or address as it stands in a URL: IPv6 in brackets."""
+    return f"[{host}]" if ":" in host else host
+
+
+def listening_on(address: str, what: str, insecure: bool) -> tuple[str, int]:
+    """Host and port of HOST:PORT, for `what` is told there in the clear. Raises ConfigError if it is no such address,
+    or one that others reach, unless that is `insecure`."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 2**16:
+        raise ConfigError(f"{address!r} is not HOST:PORT")
+    if not insecure:
+        require_loopback(what, host, "let it listen on 127.0.0.1")
+    return host.strip("[]"), int(port)
+
+
+def require_loopback(what: str, host: str, instead: str) -> None:
+    """Raises ConfigError if what would travel in the clear would leave this machine; `instead` says what to do."""
+    if not is_loopback(host):
+        raise ConfigError(f"{what} would travel unencrypted; {instead}, or say --insecure")
+
+
+def is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:  # a name
+        return False
+
+
+def without_password(broker: str) -> str:
+    """An address as it may be shown."""
+    scheme, separator, rest = broker.partition("://")
+    return f"{scheme}{separator}{rest.rpartition('@')[2]}"

@@ -1,1 +1,0 @@
-"""The thin shell that every process shares: command line, files, MQTT link."""

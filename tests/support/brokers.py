@@ -1,0 +1,77 @@
+"""Real brokers that can be killed and started again on the port they had."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+from support.processes import MOSQUITTO, Process, Processes, answers, free_port, wait_until
+
+KINDS = ("amqtt", "mosquitto")
+
+
+class RestartableBroker:
+    """A broker of a kind, which stands wherever a `processes.Broker` may.
+
+    A persistent mosquitto keeps sessions, queued and retained messages over a restart: all of them after `stop`; after
+    `kill` what was there when it last saved, which it does after every `autosave` changes. amqtt keeps nothing.
+    """
+
+    def __init__(
+        self, processes: Processes, folder: Path, kind: str = "mosquitto", persistent: bool = False, autosave: int = 1
+    ) -> None:
+        assert not (persistent and kind == "amqtt"), "amqtt keeps nothing"
+        self.kind = kind
+        self.port = free_port()
+        self.url = f"mqtt://127.0.0.1:{self.port}"
+        self._processes = processes
+        self._starts = 0
+        self._process: Process
+        self._command = [sys.executable, "-m", "devices.trial.broker", "--port", str(self.port)]
+        if kind == "mosquitto":
+            settings = folder / "mosquitto"
+            settings.mkdir(parents=True)
+            lines = [f"listener {self.port} 127.0.0.1", "allow_anonymous true", "max_queued_messages 0"]
+            if persistent:
+                lines += ["persistence true", f"persistence_location {settings}/"]
+                lines += ["autosave_on_changes true", f"autosave_interval {autosave}"]
+            if os.geteuid() == 0:
+                lines += ["user root"]  # or it would give up its rights, and with them this folder
+            (settings / "mosquitto.conf").write_text("\n".join(lines) + "\n")
+            self._command = [str(MOSQUITTO), "-c", str(settings / "mosquitto.conf")]
+        self.start()
+
+    def start(self) -> None:
+        """Until it answers."""
+        self._starts += 1
+        process = self._processes.start(f"broker-{self.kind}-{self._starts}", *self._command)
+        wait_until(lambda: answers(self.port) or not process.running, f"{self.kind} on port {self.port}")
+        assert process.running, process.wait().stderr
+        self._process = process
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self._process.kill()
+
+    def stop(self) -> None:
+        """SIGTERM, and what it does then."""
+        self._process.end()
+
+    def pause(self) -> None:
+        self._process.pause()
+
+    def resume(self) -> None:
+        self._process.resume()
+
+
+def versions() -> str:
+    """Of both kinds, for the table."""
+    said = ""
+    if MOSQUITTO:
+        said = subprocess.run([MOSQUITTO, "-h"], capture_output=True, text=True, check=False).stdout
+    found = re.search(r"mosquitto version (\S+)", said)
+    return f"mosquitto {found[1] if found else 'not installed'}, amqtt {version('amqtt')}"

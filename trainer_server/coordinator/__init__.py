@@ -1,0 +1,1 @@
+"""The coordinator: a run as a state machine without I/O."""

@@ -1,0 +1,230 @@
+"""A run as a state machine without I/O: `advance(plan, state, event, now) -> (state, commands)`.
+
+    gather → statistics → global × n → personal × m → [baseline] → evaluate → finished
+
+Every stage is made of rounds of one form: announce, collect one update per device, close, learn. A round closes when
+enough devices have answered or at its deadline, whichever is first, and is repeated if too few have. The shell
+(`trainer_server.service.loop`) does MQTT, clock and disk. `now` is seconds of the run's own clock, which only the server's
+working time moves: no jump of the machine's clock, and no absence of the server, ends a round.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import replace
+
+from fedfmsl.protocol.messages import Ack, DeviceStatus, Globals, Round, Sal, Stage, Verdict
+from fedfmsl.protocol.tensors import Tensors, blob_hash, pack
+from trainer_server.coordinator.events import (
+    Announce,
+    Command,
+    Event,
+    Note,
+    PublishGlobals,
+    Record,
+    Refuse,
+    Reply,
+    StatusSeen,
+    Stop,
+    UpdateSeen,
+)
+from trainer_server.coordinator.records import ClosedRound
+from trainer_server.coordinator.round_update import learn
+from trainer_server.coordinator.selection import ROUNDING, select
+from trainer_server.coordinator.state import TRAINING, Accepted, Plan, State
+from trainer_server.coordinator.validation import judge
+
+Blobs = dict[str, tuple[str, bytes]]  # of each kind of globals, SHA-256 and blob
+
+MAX_DEVICES = 2500  # a Round may have to name all of them, within its `max_bytes`
+REMEMBERED_ROUNDS = 2  # for so long an update that is sent once more is called a duplicate, and then late
+
+
+def advance(plan: Plan, state: State, event: Event, now: float) -> tuple[State, list[Command]]:
+    """The next state, and what the shell has to do, in order."""
+    if isinstance(event, StatusSeen):
+        return _see_device(plan, state, event.status)
+    if isinstance(event, UpdateSeen):
+        return _see_update(plan, state, event)
+    if state.announced is None:
+        return _maybe_start(plan, state, now)
+    if is_complete(plan, state, state.announced) or now >= next_deadline(plan, state):
+        return _close(plan, state, state.announced, now)
+    return state, []
+
+
+def next_deadline(plan: Plan, state: State) -> float:
+    """When a ClockTicked is due at the latest."""
+    return state.since + (plan.config.join_timeout if state.announced is None else plan.config.round_timeout)
+
+
+def is_complete(plan: Plan, state: State, announced: Round) -> bool:
+    """Whether enough have answered. Where late updates count, it does not matter who; else those who were asked."""
+    share = plan.config.enough if announced.stage in TRAINING else 1.0
+    answers = len(state.updates) if plan.config.max_staleness else len(state.answered & state.expected)
+    return len(state.updates) >= plan.config.min_updates and answers >= math.ceil(
+        share * len(state.expected) - ROUNDING
+    )
+
+
+def _see_device(plan: Plan, state: State, status: DeviceStatus) -> tuple[State, list[Command]]:
+    before = state.devices.get(status.device)
+    if before is None and len(state.devices) >= MAX_DEVICES:
+        return state, [Refuse(status.device, "too many devices", f"more than {MAX_DEVICES} devices")]
+    stale = before is not None and not status.online and status.instance != before.instance
+    if stale:  # the last will of an earlier connection says nothing of the present one
+        return state, []
+    commands: list[Command] = []
+    if status.online and status.bundle != plan.bundle.sha256:
+        commands.append(Note(f"{status.device} has another bundle ({status.bundle[:12]}…) and is left out"))
+        status = status.model_copy(update={"online": False})
+    if status == before:
+        return state, []
+    if status.error and (before is None or before.error != status.error):
+        commands.append(Note(f"{status.device} cannot take part: {status.error}"))
+    elif before is None or before.online != status.online:
+        commands.append(Note(f"{status.device} is {'online' if status.online else 'offline'}"))
+    elif bool(before.paused) != bool(status.paused):
+        commands.append(Note(f"{status.device} {f'pauses: {status.paused}' if status.paused else 'goes on'}"))
+    return replace(state, devices={**state.devices, status.device: status}), commands
+
+
+def _see_update(plan: Plan, state: State, event: UpdateSeen) -> tuple[State, list[Command]]:
+    update = event.update
+    judgement = judge(plan, state, update, event.tensors)
+    ack = Ack(
+        run=update.run,
+        session=update.session,
+        round=update.round,
+        device=update.device,
+        verdict=judgement.verdict,
+        reason=judgement.reason,
+    )
+    if judgement.verdict is not Verdict.ACCEPTED:
+        about = f"update for round {update.round}: {judgement.reason}"
+        return state, [Reply(ack), Refuse(update.device, judgement.kind, about)]
+    key = (update.round, update.device)
+    accepted = Accepted(update, event.sha256, event.size)
+    state = replace(state, updates={**state.updates, key: accepted}, counted=state.counted | {key})
+    return state, [Reply(ack)]
+
+
+def _maybe_start(plan: Plan, state: State, now: float) -> tuple[State, list[Command]]:
+    ready, timed_out = len(state.online), now >= next_deadline(plan, state)
+    if ready >= plan.config.devices or (timed_out and ready >= plan.config.min_updates):
+        return _open(plan, state, 0, now)
+    if timed_out:
+        wanted = plan.config.min_updates
+        error = f"{ready} devices joined within {plan.config.join_timeout:.0f} s, at least {wanted} are needed"
+        return state, [Stop(error)]
+    return state, []
+
+
+def _open(plan: Plan, state: State, position: int, now: float) -> tuple[State, list[Command]]:
+    """Chooses devices, publishes what the round of that position needs, and announces it."""
+    config, number, step = plan.config, state.round + 1, plan.schedule[position]
+    stage, level = step.stage, state.sal.level
+    ready = {name: state.devices[name] for name in state.ready}
+    # a round that is repeated asks everybody: the same choice could be in vain for ever
+    chooses = stage in TRAINING and not state.repeats
+    asked = select(config, ready, level, number) if chooses else state.ready
+    oldest = number - max(config.max_staleness, REMEMBERED_ROUNDS)
+    closed = [*state.recent, *([state.announced] if state.announced else [])]
+    blobs = globals_of(plan, state, stage)
+    announced = Round(
+        run=config.run,
+        session=plan.session,
+        round=number,
+        stage=stage,
+        index=step.index,
+        of=step.of,
+        level=level,
+        seconds=config.round_timeout,
+        chosen=tuple(sorted(asked)) if asked != state.ready else (),
+        repetitions=config.stage1_rounds if stage is Stage.BASELINE else 1,
+        training=config.stage2 if stage is Stage.PERSONAL else config.stage1,
+        sal=_sal_of(plan, state, stage),
+        encoding=config.encoding,
+        privacy=config.privacy,
+        **{kind: sha256 for kind, (sha256, _) in blobs.items()},
+    )
+    state = replace(
+        state,
+        position=position,
+        round=number,
+        announced=announced,
+        since=now,
+        expected=asked,
+        updates={},
+        recent=tuple(closed[len(closed) - config.max_staleness :]) if config.max_staleness else (),
+        counted=frozenset(key for key in state.counted if key[0] >= oldest),
+    )
+    return state, _announce(blobs, announced)
+
+
+def announcement(plan: Plan, state: State, announced: Round) -> list[Command]:
+    """What makes the present round known: also after a restart, and to a broker that has forgotten it."""
+    return _announce(globals_of(plan, state, announced.stage), announced)
+
+
+def _announce(blobs: Blobs, announced: Round) -> list[Command]:
+    return [*(PublishGlobals(sha256, blob) for sha256, blob in blobs.values()), Announce(announced)]
+
+
+def globals_of(plan: Plan, state: State, stage: Stage) -> Blobs:
+    """What devices are told, as (SHA-256, blob): the global expert at its level, the expert it started from, the gate
+    adapter. There is none of them before the statistics."""
+    if stage is Stage.STATISTICS:
+        return {}
+    tensors: dict[str, Tensors] = {
+        "expert": plan.bundle.expert.split(state.expert[: plan.bundle.expert.size(state.sal.level)]),
+        "start": plan.bundle.expert.split(state.start),
+        "gate": plan.bundle.gate.split(state.gate),
+    }
+    blobs = {kind: pack(Globals(run=plan.config.run, kind=kind), named) for kind, named in tensors.items()}
+    return {kind: (blob_hash(blob), blob) for kind, blob in blobs.items()}
+
+
+def _sal_of(plan: Plan, state: State, stage: Stage) -> Sal:
+    """The rule of a stage. After stage 1 nobody activates more blocks than the global expert has."""
+    config = plan.config
+    if stage in (Stage.STATISTICS, Stage.GLOBAL):
+        return config.stage1_sal
+    rule = config.stage2_sal if stage is Stage.PERSONAL else config.stage1_sal
+    return rule.model_copy(update={"max_level": state.sal.level})
+
+
+def _close(plan: Plan, state: State, closing: Round, now: float) -> tuple[State, list[Command]]:
+    """Learns from what has come and opens the next round, or repeats this one."""
+    config, finish = plan.config, len(plan.schedule) - 1
+    too_few = ""
+    if len(state.updates) < config.min_updates:
+        too_few = f"round {state.round} got {len(state.updates)} updates, fewer than {config.min_updates}"
+    record = _record(state, closing, now, too_few)
+    if not too_few:
+        state, commands = _open(plan, replace(learn(plan, state, closing), repeats=0), state.position + 1, now)
+        return state, [record, *commands, *([Stop()] if state.position == finish else [])]
+    if config.max_repeats is not None and state.repeats >= config.max_repeats:
+        times = f"{state.repeats + 1} times in a row"
+        state, commands = _open(plan, state, finish, now)
+        return state, [record, *commands, Stop(f"{too_few}, {times}; the run is given up")]
+    state, commands = _open(plan, replace(state, repeats=state.repeats + 1), state.position, now)
+    return state, [record, Note(f"{too_few}: repeated"), *commands]
+
+
+def _record(state: State, closing: Round, now: float, repeated: str) -> Record:
+    """Of a device's several updates, where late ones count, the record shows the newest and the bytes of all."""
+    in_order = [state.updates[key] for key in sorted(state.updates)]
+    bytes_up: Counter[str] = Counter()
+    for accepted in in_order:
+        bytes_up[accepted.update.device] += accepted.size
+    closed = ClosedRound(
+        round=closing,
+        seconds=now - state.since,
+        updates={accepted.update.device: accepted.update for accepted in in_order},
+        bytes_up=dict(bytes_up),
+        missing=tuple(sorted(state.expected - state.answered)),
+        repeated=repeated,
+    )
+    return Record(closed)

@@ -1,0 +1,99 @@
+"""What the updates of a closed round change. They are read one by one in the order of their keys, whatever order they
+came in: the same updates give the same bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedfmsl.algorithms.aggregation import Aggregate, Contribution, aggregate, weighted_average
+from fedfmsl.algorithms.arrays import Vector
+from fedfmsl.algorithms.class_means import head_along, head_of_class_means
+from fedfmsl.algorithms.sal import observe
+from fedfmsl.algorithms.server_optimizers import step
+from fedfmsl.protocol.layout import Layout
+from fedfmsl.protocol.messages import Round, Stage, Update
+from fedfmsl.protocol.tensors import Tensors
+from trainer_server.config import Head
+from trainer_server.coordinator.state import Accepted, Plan, State
+from trainer_server.coordinator.validation import class_statistics, expert_delta, gate_delta
+
+
+def learn(plan: Plan, state: State, closing: Round) -> State:
+    """The state with what `state.updates` have taught."""
+    return LESSONS[closing.stage](plan, state, closing) if closing.stage in LESSONS else state
+
+
+def _statistics(plan: Plan, state: State, closing: Round) -> State:
+    total: NDArray[np.float64] = np.zeros(plan.statistics.total)
+    for accepted in _in_order(state):
+        total += class_statistics(plan, accepted.update, plan.read(accepted.sha256))
+    head = _first_head(plan, plan.statistics.split(np.asarray(total, np.float32)))
+    expert = state.expert.copy()
+    expert[: head.size] = head
+    return replace(state, expert=expert, start=expert[: plan.bundle.expert.size(1)])
+
+
+def _first_head(plan: Plan, sums: Mapping[str, Vector]) -> Vector:
+    """The head, flat, that stage 1 starts from, after all devices' statistics."""
+    counts, norm_sum = sums["class_counts"], float(sums["norm_sum"][0])
+    if plan.config.head is Head.CLASS_MEANS:
+        return head_of_class_means(sums["class_sums"], counts, norm_sum)
+    if plan.config.head is Head.ZEROS:
+        return np.zeros(plan.bundle.expert.size(0), np.float32)
+    zero_shot = plan.bundle.zero_shot()
+    assert zero_shot is not None  # or the run would not have been started
+    return head_along(zero_shot.rows, zero_shot.scale, counts, norm_sum)
+
+
+def _expert(plan: Plan, state: State, closing: Round) -> State:
+    settings, combined = plan.config.aggregation, _combined(plan, state, plan.bundle.expert, expert_delta)
+    expert, moments = step(settings, state.expert, combined, state.expert_moments)
+    # after the last round nothing would train a newly activated block
+    last = closing.index + 1 == closing.of
+    sal = state.sal if last else observe(plan.config.stage1_sal, state.sal, _held_out(state))
+    return replace(state, expert=expert, expert_moments=moments, sal=sal)
+
+
+def _gate(plan: Plan, state: State, closing: Round) -> State:
+    settings, combined = plan.config.aggregation, _combined(plan, state, plan.bundle.gate, gate_delta)
+    gate, moments = step(settings, state.gate, combined, state.gate_moments)
+    return replace(state, gate=gate, gate_moments=moments)
+
+
+def _held_out(state: State) -> float:
+    updates = [accepted.update for accepted in _in_order(state)]
+    return weighted_average([(u.metrics.get("held_out_global", 0.0), float(u.samples)) for u in updates])
+
+
+def _combined(plan: Plan, state: State, layout: Layout, delta: Callable[[Plan, Update, Tensors], Vector]) -> Aggregate:
+    """The round's updates as one. One that is s rounds late has 1/√(1 + s) of its weight (FedBuff, Nguyen et al.,
+    AISTATS 2022). Under privacy all weigh the same, or the clip would bound nobody, and a part with less than its share
+    of noise is not released."""
+
+    def read(accepted: Accepted) -> Vector:
+        return delta(plan, accepted.update, plan.read(accepted.sha256))
+
+    privacy, contributions = plan.config.privacy, []
+    for accepted in _in_order(state):
+        update = accepted.update
+        weight = (1 if privacy else update.samples) / (1 + state.round - update.round) ** 0.5
+        size = layout.size(update.level) if update.stage is Stage.GLOBAL else layout.total
+        contributions.append(Contribution(weight, size, partial(read, accepted)))
+    least = privacy.shares if privacy else 1
+    return aggregate(plan.config.aggregation, layout, layout.total, contributions, least)
+
+
+def _in_order(state: State) -> list[Accepted]:
+    return [state.updates[key] for key in sorted(state.updates)]
+
+
+LESSONS: dict[Stage, Callable[[Plan, State, Round], State]] = {
+    Stage.STATISTICS: _statistics,
+    Stage.GLOBAL: _expert,
+    Stage.PERSONAL: _gate,
+}

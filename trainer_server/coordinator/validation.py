@@ -1,0 +1,132 @@
+"""What the server says to an update: whether it counts, and why not if it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedfmsl.algorithms.arrays import Vector
+from fedfmsl.errors import MessageError
+from fedfmsl.protocol.encoding import decode
+from fedfmsl.protocol.messages import Stage, Update, Verdict
+from fedfmsl.protocol.tensors import Tensors
+from trainer_server.coordinator.records import held_out_of
+from trainer_server.coordinator.state import Plan, State
+
+ROUNDING = 1e-3  # relative: what a device's own sums may differ by
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """`kind` is one of few words, to count refusals by; `reason` the sentence for people."""
+
+    verdict: Verdict
+    kind: str = ""
+    reason: str = ""
+
+
+def judge(plan: Plan, state: State, update: Update, tensors: Tensors) -> Judgement:
+    """In the present state. Nothing about an update is believed before it was looked at."""
+
+    def rejected(kind: str, reason: str) -> Judgement:
+        return Judgement(Verdict.REJECTED, kind, reason)
+
+    config, announced = plan.config, state.announced
+    if update.run != config.run:
+        return rejected("other run", f"belongs to run {update.run!r}, this is {config.run!r}")
+    if update.session != plan.session:
+        return rejected("other run", "belongs to an earlier run of this name")
+    if update.device not in state.devices:
+        return rejected("unknown device", "has not announced itself")
+    if (update.round, update.device) in state.counted:
+        return Judgement(Verdict.DUPLICATE, "repeated", "already counted")
+    if announced is None or update.round > state.round:
+        return rejected("other round", f"round {update.round} has not been announced")
+    task = next((round_ for round_ in (announced, *state.recent) if round_.round == update.round), None)
+    if task is None or task.stage is not announced.stage:
+        return Judgement(Verdict.LATE, "late", f"round {update.round} is closed, the present one is {state.round}")
+    if update.stage is not task.stage:
+        return rejected("other stage", f"stage {update.stage.value}, announced was {task.stage.value}")
+    if task.chosen and update.device not in task.chosen:
+        return rejected("not asked", f"was not asked in round {update.round}")
+    if update.samples > config.max_samples:
+        return rejected("samples", f"claims {update.samples} samples, more than {config.max_samples}")
+    if not all(0 <= accuracy <= 1 for accuracy in held_out_of(update).values()):
+        return rejected("metrics", "claims a held-out accuracy that is no share of one")
+    if update.level > task.level:
+        return rejected("tensors", f"is of level {update.level}, above the announced {task.level}")
+    try:
+        CHECKS[update.stage](plan, update, tensors)
+    except MessageError as error:
+        return rejected("tensors", str(error))
+    return Judgement(Verdict.ACCEPTED)
+
+
+def expert_delta(plan: Plan, update: Update, tensors: Tensors) -> Vector:
+    """The difference (P_level,) that a stage 1 update asks for. Raises MessageError if it is none."""
+    delta = decode(plan.bundle.expert, tensors, plan.config.encoding)
+    if delta.size != plan.bundle.expert.size(update.level):
+        raise MessageError(f"the update holds {delta.size} values, not those of its level {update.level}")
+    return delta
+
+
+def gate_delta(plan: Plan, update: Update, tensors: Tensors) -> Vector:
+    """The difference (G,) that a stage 2 update asks for. Raises MessageError if it is none."""
+    delta = decode(plan.bundle.gate, tensors, plan.config.encoding)
+    if delta.size != plan.bundle.gate.total:
+        raise MessageError(f"the update holds {delta.size} values, expected {plan.bundle.gate.total}")
+    return delta
+
+
+def class_statistics(plan: Plan, update: Update, tensors: Tensors) -> Vector:
+    """Class sums, counts and the sum of norms, flat. Raises MessageError if they cannot be what they say."""
+    if len(tensors) != len(plan.statistics.slots):
+        raise MessageError(f"the update holds {len(tensors)} tensors, expected {len(plan.statistics.slots)}")
+    flat = plan.statistics.join(tensors)
+    sums, counts, norm = (np.asarray(tensors[slot.name], np.float64) for slot in plan.statistics.slots)
+    largest = plan.config.max_norm * max(update.samples, 1)
+    _bound(float(np.abs(norm[0])), largest, "sum of norms")
+    if plan.config.privacy is not None:  # noise keeps no inequality, but is not without bounds
+        _bound(float(np.linalg.norm(np.asarray(flat, np.float64))), largest, "norm")
+        return flat
+    if counts.min() < 0 or norm[0] < 0:
+        raise MessageError("the update holds negative counts or norms")
+    if counts.sum() > update.samples:
+        raise MessageError(f"the update counts {counts.sum():.0f} images and claims {update.samples} samples")
+    if np.linalg.norm(sums, axis=1).sum() > norm[0] * (1 + ROUNDING):  # the triangle inequality
+        raise MessageError("the update's class sums are longer than its sum of norms")
+    return flat
+
+
+def _check_expert(plan: Plan, update: Update, tensors: Tensors) -> None:
+    _bound(float(np.linalg.norm(expert_delta(plan, update, tensors))), plan.config.max_norm, "norm")
+
+
+def _check_gate(plan: Plan, update: Update, tensors: Tensors) -> None:
+    _bound(float(np.linalg.norm(gate_delta(plan, update, tensors))), plan.config.max_norm, "norm")
+
+
+def _check_statistics(plan: Plan, update: Update, tensors: Tensors) -> None:
+    class_statistics(plan, update, tensors)
+
+
+def _check_nothing(plan: Plan, update: Update, tensors: Tensors) -> None:
+    if tensors:
+        raise MessageError(f"stage {update.stage.value} takes no tensors")
+
+
+def _bound(value: float, limit: float, what: str) -> None:
+    if not value <= limit:
+        raise MessageError(f"the update's {what} is {value:.4g}, more than {limit:.4g}")
+
+
+CHECKS: dict[Stage, Callable[[Plan, Update, Tensors], None]] = {
+    Stage.STATISTICS: _check_statistics,
+    Stage.GLOBAL: _check_expert,
+    Stage.PERSONAL: _check_gate,
+    Stage.BASELINE: _check_nothing,
+    Stage.EVALUATE: _check_nothing,
+    Stage.FINISHED: _check_nothing,
+}

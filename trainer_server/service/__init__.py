@@ -1,0 +1,1 @@
+"""The server process: MQTT, clock, and HTTP around the coordinator."""

@@ -1,0 +1,85 @@
+"""The bundle over HTTP(S), with Range and ETag: what is too large for a broker."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import FileResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+from fedfmsl.errors import BundleError, ConfigError, RunError
+from fedfmsl.protocol.bundle import MANIFEST, Bundle
+from fedfmsl.transport.address import require_loopback
+from fedfmsl.transport.identity import read_identity
+
+START_SECONDS = 10
+
+
+class ArtifactServer:
+    """Serves a bundle's files at `url` from a thread, until `close`."""
+
+    def __init__(self, root: Path, address: str, identity: Path | None = None, insecure: bool = False) -> None:
+        """`address` is HOST:PORT. With an identity it is HTTPS, for clients with a certificate of the same CA.
+
+        Raises ConfigError if it is no address, no server's identity, or without one not this machine's own, unless it
+        is `insecure`; RunError if it cannot be served on.
+        """
+        host, _, port = address.rpartition(":")
+        if not host or not port.isdigit() or not 0 < int(port) < 2**16:
+            raise ConfigError(f"--serve {address!r} is not HOST:PORT")
+        if identity is None and not insecure:
+            require_loopback(f"the bundle from --serve {address}", host, "give the server's --identity")
+        self.url = f"{'https' if identity else 'http'}://{address}/bundle"
+        config = uvicorn.Config(bundle_app(Bundle(root)), host=host.strip("[]"), port=int(port), log_level="critical")
+        config.load()
+        if identity:
+            config.ssl = read_identity(identity).server_context()  # its own way needs key and CA in separate files
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._ended = threading.Event()
+        self._thread.start()
+        for _ in range(START_SECONDS * 20):
+            if self._server.started or self._ended.wait(0.05):
+                break
+        if not self._server.started:
+            raise RunError(f"cannot serve the bundle on {address}; is the port taken? choose another --serve")
+
+    def close(self) -> None:
+        self._server.should_exit = True
+        self._thread.join()
+
+    def _serve(self) -> None:
+        try:
+            self._server.run()
+        except SystemExit:  # uvicorn's way to say that it could not bind
+            pass
+        finally:
+            self._ended.set()
+
+
+def bundle_app(bundle: Bundle) -> Starlette:
+    """Answers for the files that the manifest names, and for the manifest; each one's ETag is its SHA-256."""
+    digests = {MANIFEST: bundle.sha256} | {name: entry.sha256 for name, entry in bundle.manifest.files.items()}
+
+    async def serve(request: Request) -> Response:
+        name = request.path_params["name"]
+        if name not in digests or not _is_there(bundle, name):
+            return PlainTextResponse("the bundle has no such file", status_code=404)
+        etag = f'"{digests[name]}"'
+        known = {tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")}
+        if known & {etag, "*"}:
+            return Response(status_code=304, headers={"etag": etag})
+        return FileResponse(bundle.path(name), headers={"etag": etag}, media_type="application/octet-stream")
+
+    return Starlette(routes=[Route("/bundle/{name:path}", serve)])
+
+
+def _is_there(bundle: Bundle, name: str) -> bool:
+    try:
+        return bundle.path(name).is_file()
+    except BundleError:  # a manifest that names what lies outside
+        return False

@@ -1,0 +1,1 @@
+"""The server's disk: run database, tensor files, uploads, exported adapter."""

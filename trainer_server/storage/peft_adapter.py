@@ -1,0 +1,53 @@
+"""The global expert as a PEFT adapter folder, which `PeftModel.from_pretrained` loads. Written without torch.
+
+The base it goes over has a linear `classifier` of as many outputs as `labels.json` has names:
+
+    vit, dinov2    AutoModelForImageClassification.from_pretrained(BASE, num_labels=C)
+    deit           DeiTForImageClassification.from_pretrained(BASE, num_labels=C)
+    clip           export.families.clip.CLIPVisionClassifier.from_pretrained(BASE, num_labels=C), or without this
+                   package CLIPVisionModelWithProjection, given `classifier = torch.nn.Linear(F, C)`, which reads its
+                   `image_embeds`
+    bert           AutoModelForSequenceClassification.from_pretrained(BASE, num_labels=C)
+
+BASE is the hub's name at the revision in adapter_config.json, or the transformers folder of the name there.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save
+
+from fedfmsl.algorithms.arrays import Vector
+from fedfmsl.common.files import write_atomically
+from fedfmsl.protocol.bundle import Bundle
+from fedfmsl.protocol.peft_names import to_peft
+
+
+def write_adapter(bundle: Bundle, expert: Vector, level: int, folder: Path) -> None:
+    """`expert` (P,) holds the trainables of `level`."""
+    manifest = bundle.manifest
+    blocks = manifest.dims.blocks
+    config = {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": manifest.peft.base,
+        "revision": manifest.peft.revision,
+        "r": manifest.lora.rank,
+        "lora_alpha": manifest.lora.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": list(manifest.lora.targets),
+        "layers_to_transform": list(range(blocks - level, blocks)),
+        "layers_pattern": manifest.peft.layers_pattern,
+        "modules_to_save": ["classifier"],
+        "inference_mode": True,
+    }
+    tensors = to_peft(manifest.peft, bundle.expert.split(expert))
+    contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    write_atomically(folder / "adapter_config.json", json.dumps(config, indent=1).encode())
+    write_atomically(folder / "adapter_model.safetensors", save(contiguous, {"format": "pt"}))
+    labels = {str(index): name for index, name in enumerate(manifest.classes)}
+    write_atomically(folder / "labels.json", json.dumps(labels, indent=1).encode())

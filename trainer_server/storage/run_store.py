@@ -1,0 +1,275 @@
+"""What a server keeps on its disk, so that it may be killed at any instant.
+
+    RUN/run.sqlite       settings, the log of events since the present round opened (all of them with --audit), the
+                         records of closed rounds, what was refused
+    RUN/tensors/SHA256   the state at the opening of the present round, and the updates accepted since
+
+The log is written before anything it says is acted on: a tensor file is whole before its event is committed, and an
+event is committed before its acknowledgement leaves. What a crash leaves over is a file that no row names.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import sqlite3
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel
+
+from fedfmsl.common.files import write_atomically
+from fedfmsl.errors import MessageError, RunError
+from fedfmsl.protocol.bundle import Bundle
+from fedfmsl.protocol.messages import DeviceStatus, Update, parse
+from fedfmsl.protocol.tensors import Header, Tensors, blob_hash, pack, unpack
+from trainer_server.config import RunConfig
+from trainer_server.coordinator.events import ClockTicked, Event, StatusSeen, UpdateSeen
+from trainer_server.coordinator.records import ClosedRound
+from trainer_server.coordinator.state import State
+from trainer_server.storage.snapshot import Snapshot, vectors_of
+
+DATABASE = "run.sqlite"
+WAIT_SECONDS = 10.0
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS run (origin TEXT NOT NULL, ended TEXT);
+-- AUTOINCREMENT: no number is used twice, also when the events before a snapshot have been removed
+CREATE TABLE IF NOT EXISTS events (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT, at REAL NOT NULL, kind TEXT NOT NULL, body TEXT NOT NULL,
+    sha256 TEXT, size INTEGER
+);
+CREATE TABLE IF NOT EXISTS snapshots (
+    seq INTEGER PRIMARY KEY, at REAL NOT NULL, state TEXT NOT NULL, sha256 TEXT NOT NULL
+);
+CREATE TABLE IF NOT EXISTS rounds (round INTEGER PRIMARY KEY, closed_at REAL NOT NULL, record TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS refusals (
+    device TEXT NOT NULL, kind TEXT NOT NULL, count INTEGER NOT NULL, last TEXT NOT NULL, PRIMARY KEY (device, kind)
+);
+"""
+
+
+class Origin(BaseModel):
+    """What a run was started with; `bundle` is a folder, `sha256` its bundle's."""
+
+    config: RunConfig
+    session: str
+    bundle: Path
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Logged:
+    """An event that changed the state, and when by the run's clock."""
+
+    at: float
+    event: Event
+
+
+@dataclass(frozen=True)
+class Refused:
+    device: str
+    kind: str
+    count: int
+    last: str
+
+
+class _Vectors(BaseModel):
+    """Header of a state's vectors."""
+
+
+class RunStore:
+    """The folder of one run. Reading it does not disturb a server that is writing."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises RunError if there is no run at `folder`, or it cannot be read."""
+        path = folder / DATABASE
+        if not path.is_file():
+            raise RunError(f"no run at {folder}: {DATABASE} is missing; start one with python -m trainer_server start")
+        self.folder = folder
+        try:
+            self._db = sqlite3.connect(path, timeout=WAIT_SECONDS, isolation_level=None)
+            self._db.execute("PRAGMA synchronous = FULL")
+            (origin, self.ended) = self._db.execute("SELECT origin, ended FROM run").fetchone()
+            self.origin = Origin.model_validate_json(origin)
+        except (sqlite3.Error, TypeError, ValueError) as error:
+            raise RunError(f"{path} cannot be read ({error}); is it a run of this version?") from error
+
+    @classmethod
+    def create(cls, folder: Path, origin: Origin) -> RunStore:
+        """Raises OSError or sqlite3.Error if the disk refuses."""
+        (folder / "tensors").mkdir(parents=True, exist_ok=True)
+        with closing(sqlite3.connect(folder / DATABASE, timeout=WAIT_SECONDS, isolation_level=None)) as db:
+            db.execute("PRAGMA journal_mode = WAL")
+            db.execute("PRAGMA synchronous = FULL")
+            db.executescript(f"BEGIN; {SCHEMA}")
+            if db.execute("SELECT count(*) FROM run").fetchone() == (0,):
+                db.execute("INSERT INTO run (origin) VALUES (?)", (origin.model_dump_json(),))
+            db.execute("COMMIT")
+        return cls(folder)
+
+    def close(self) -> None:
+        self._db.close()
+
+    @contextmanager
+    def owned(self) -> Iterator[None]:
+        """While this lasts no other server may write here. Raises RunError if one already does."""
+        with (self.folder / "lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise RunError(f"another server is at work in {self.folder}; end it first") from error
+            yield
+
+    # tensors
+
+    @property
+    def tensors(self) -> Path:
+        return self.folder / "tensors"
+
+    def read(self, sha256: str) -> Tensors:
+        """The tensors of an accepted update. Raises RunError if the file is missing or has been altered."""
+        return self._unpacked(sha256, Update)[1]
+
+    def _unpacked(self, sha256: str, header_type: type[Header]) -> tuple[Header, Tensors]:
+        try:
+            return unpack(self._blob(sha256), header_type)
+        except MessageError as error:
+            raise RunError(f"{self.tensors / sha256}: {error}") from error
+
+    def _blob(self, sha256: str) -> bytes:
+        path = self.tensors / sha256
+        try:
+            blob = path.read_bytes()
+        except OSError as error:
+            raise RunError(f"{path} cannot be read ({error.strerror}); restore it from a backup") from error
+        if blob_hash(blob) != sha256:
+            raise RunError(f"{path} has been altered (SHA-256); restore it from a backup")
+        return blob
+
+    def untouched(self) -> bool:
+        """Whether nothing has happened in this run yet."""
+        query = "SELECT (SELECT count(*) FROM snapshots) + (SELECT count(*) FROM events) = 0"
+        return self.ended is None and bool(self._db.execute(query).fetchone()[0])
+
+    def renew(self, config: RunConfig, bundle: Bundle) -> None:
+        """Other settings for a run in which nothing has happened yet."""
+        renewed = {"config": config, "bundle": bundle.root.absolute(), "sha256": bundle.sha256}
+        self.origin = self.origin.model_copy(update=renewed)
+        self._db.execute("UPDATE run SET origin = ?", (self.origin.model_dump_json(),))
+
+    # writing
+
+    def commit(
+        self,
+        events: Sequence[Logged],
+        rounds: Iterable[ClosedRound] = (),
+        refusals: Mapping[tuple[str, str], tuple[int, str]] | None = None,
+        ended: str | None = None,
+    ) -> None:
+        """All of it or nothing, durably. Raises sqlite3.Error if the disk refuses."""
+        with self._transaction():
+            self._db.executemany(
+                "INSERT INTO events (at, kind, body, sha256, size) VALUES (?, ?, ?, ?, ?)", map(_to_row, events)
+            )
+            self._db.executemany(
+                "INSERT INTO rounds VALUES (?, ?, ?)",
+                [(closed.round.round, time.time(), closed.model_dump_json()) for closed in rounds],
+            )
+            self._db.executemany(
+                "INSERT INTO refusals VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE"
+                " SET count = count + excluded.count, last = excluded.last",
+                [(*who, count, last) for who, (count, last) in (refusals or {}).items()],
+            )
+            if ended is not None:
+                self._db.execute("UPDATE run SET ended = ?", (ended,))
+        if ended is not None:
+            self.ended = ended
+
+    def keep(self, state: State, at: float) -> None:
+        """The state, as what a later start goes on from; what it makes superfluous is removed, but for an audit.
+
+        Raises OSError or sqlite3.Error if the disk refuses; what was kept before is still there then.
+        """
+        blob = pack(_Vectors(), vectors_of(state))
+        sha256 = blob_hash(blob)
+        snapshot = Snapshot.of(state).model_dump_json()
+        write_atomically(self.tensors / sha256, blob, durable=True)
+        with self._transaction():
+            (last,) = self._db.execute("SELECT coalesce(max(seq), 0) FROM events").fetchone()
+            self._db.execute("INSERT OR REPLACE INTO snapshots VALUES (?, ?, ?, ?)", (last, at, snapshot, sha256))
+            if not self.origin.config.audit:
+                self._db.execute("DELETE FROM events WHERE seq <= ?", (last,))
+                self._db.execute("DELETE FROM snapshots WHERE seq < ?", (last,))
+        if not self.origin.config.audit:
+            for path in self.tensors.iterdir():
+                if path.name != sha256:
+                    path.unlink(missing_ok=True)
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._db.execute("COMMIT")
+        except BaseException:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            raise
+
+    # reading
+
+    def snapshot(self) -> tuple[Snapshot, float] | None:
+        """What was kept last, and when; none of a run whose first round has not opened."""
+        row = self._db.execute("SELECT state, at FROM snapshots ORDER BY seq DESC LIMIT 1").fetchone()
+        return (Snapshot.model_validate_json(row[0]), row[1]) if row else None
+
+    def state(self) -> tuple[State, float] | None:
+        """As `snapshot`, with the vectors. Raises RunError if their file is missing or has been altered."""
+        row = self._db.execute("SELECT state, sha256, at FROM snapshots ORDER BY seq DESC LIMIT 1").fetchone()
+        if row is None:
+            return None
+        _, vectors = self._unpacked(row[1], _Vectors)
+        return Snapshot.model_validate_json(row[0]).state(vectors), row[2]
+
+    def events(self, since_snapshot: bool = True) -> Iterator[Logged]:
+        """In their order, with the tensors of updates. Raises RunError as `read` does."""
+        last = "SELECT coalesce(max(seq), 0) FROM snapshots" if since_snapshot else "SELECT 0"
+        rows = self._db.execute(f"SELECT at, kind, body, sha256, size FROM events WHERE seq > ({last}) ORDER BY seq")
+        for at, kind, body, sha256, size in rows:
+            yield Logged(at, self._event(kind, body, sha256, size))
+
+    def _event(self, kind: str, body: str, sha256: str, size: int) -> Event:
+        if kind == "status":
+            return StatusSeen(parse(DeviceStatus, body.encode()))
+        if kind == "update":
+            update, tensors = self._unpacked(sha256, Update)
+            return UpdateSeen(update, tensors, sha256, size)
+        return ClockTicked()
+
+    def waiting(self) -> dict[str, int]:
+        """Devices whose updates have been accepted since the last snapshot, each with how many."""
+        query = (
+            "SELECT json_extract(body, '$.device'), count(*) FROM events WHERE kind = 'update' AND seq >"
+            " (SELECT coalesce(max(seq), 0) FROM snapshots) GROUP BY 1 ORDER BY 1"
+        )
+        return dict(self._db.execute(query).fetchall())
+
+    def rounds(self, after: int = 0) -> list[ClosedRound]:
+        """The records of the closed rounds with a number above `after`."""
+        rows = self._db.execute("SELECT record FROM rounds WHERE round > ? ORDER BY round", (after,))
+        return [ClosedRound.model_validate_json(record) for (record,) in rows]
+
+    def refusals(self) -> list[Refused]:
+        rows = self._db.execute("SELECT device, kind, count, last FROM refusals ORDER BY count DESC, device, kind")
+        return [Refused(*row) for row in rows]
+
+
+def _to_row(logged: Logged) -> tuple[float, str, str, str | None, int | None]:
+    event = logged.event
+    if isinstance(event, StatusSeen):
+        return logged.at, "status", event.status.model_dump_json(), None, None
+    if isinstance(event, UpdateSeen):
+        return logged.at, "update", event.update.model_dump_json(), event.sha256, event.size
+    return logged.at, "tick", "{}", None, None

@@ -1,0 +1,80 @@
+"""The state of a run at the moment a round opens, as text and tensors: what a server that starts again goes on from. No
+update of the round has come yet, so it holds none."""
+
+from __future__ import annotations
+
+import numpy as np
+from pydantic import BaseModel
+
+from fedfmsl.algorithms.sal import SalState
+from fedfmsl.algorithms.server_optimizers import Moments
+from fedfmsl.protocol.messages import DeviceStatus, Round
+from fedfmsl.protocol.tensors import Tensors
+from trainer_server.coordinator.state import State
+
+
+class Snapshot(BaseModel):
+    """All of a state but its vectors."""
+
+    level: int
+    queue: tuple[float, ...]
+    seen: int
+    since: float
+    position: int
+    round: int
+    repeats: int
+    announced: Round | None
+    recent: tuple[Round, ...]
+    devices: list[DeviceStatus]
+    expected: list[str]
+    counted: list[tuple[int, str]]
+
+    @classmethod
+    def of(cls, state: State) -> Snapshot:
+        return cls(
+            level=state.sal.level,
+            queue=state.sal.queue,
+            seen=state.sal.seen,
+            since=state.since,
+            position=state.position,
+            round=state.round,
+            repeats=state.repeats,
+            announced=state.announced,
+            recent=state.recent,
+            devices=list(state.devices.values()),
+            expected=sorted(state.expected),
+            counted=sorted(state.counted),
+        )
+
+    def state(self, tensors: Tensors) -> State:
+        """The inverse of `of` and `vectors_of`. Raises KeyError if a vector is missing."""
+        vectors = {name: np.asarray(tensor, np.float32) for name, tensor in tensors.items()}
+        return State(
+            expert=vectors["expert"],
+            gate=vectors["gate"],
+            start=vectors["start"],
+            expert_moments=Moments(vectors["expert_first"], vectors["expert_second"]),
+            gate_moments=Moments(vectors["gate_first"], vectors["gate_second"]),
+            sal=SalState(self.level, self.queue, self.seen),
+            since=self.since,
+            position=self.position,
+            round=self.round,
+            repeats=self.repeats,
+            announced=self.announced,
+            recent=self.recent,
+            devices={status.device: status for status in self.devices},
+            expected=frozenset(self.expected),
+            counted=frozenset(self.counted),
+        )
+
+
+def vectors_of(state: State) -> Tensors:
+    return {
+        "expert": state.expert,
+        "gate": state.gate,
+        "start": state.start,
+        "expert_first": state.expert_moments.first,
+        "expert_second": state.expert_moments.second,
+        "gate_first": state.gate_moments.first,
+        "gate_second": state.gate_moments.second,
+    }
