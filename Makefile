@@ -20,7 +20,7 @@ test: install tools
 	@if [ -d $(TRAINING)/onnxruntime ]; then \
 		echo "once more what concerns engines, with onnxruntime-training" && \
 		PYTHONPATH=$(CURDIR)/$(TRAINING) $(RUN) pytest tests/unit/test_engines.py tests/unit/test_build.py \
-			tests/integration/test_rooms.py tests/integration/test_a_trial.py; \
+			tests/integration/test_packages.py tests/integration/test_a_trial.py; \
 	else echo "onnxruntime-training has no wheel here: its engine is not tested"; fi
 
 # a Raspberry Pi in software: qemu, and Debian's arm64 programs in .arm64/

@@ -121,7 +121,7 @@ class Fleet:
     def heard(self, announced: Round) -> None:
         self.tally.rounds.setdefault(announced.round, RoundSeconds(announced.stage.value, self._clock()))
 
-    def settled(self, ack: Ack) -> None:
+    def acknowledged(self, ack: Ack) -> None:
         self.tally.acks[ack.verdict.value] = self.tally.acks.get(ack.verdict.value, 0) + 1
         if ack.verdict in (Verdict.ACCEPTED, Verdict.DUPLICATE):
             self.tally.counted.setdefault(ack.round, []).append(ack.device)

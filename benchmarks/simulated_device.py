@@ -15,26 +15,26 @@ from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.reasoncodes import ReasonCode
 
 from edge_runtime.daemon.state import (
+    Acknowledge,
+    AckOverdue,
     AckSeen,
     Command,
     Event,
     Fetch,
     GlobalArrived,
     Idle,
-    Leave,
-    Overdue,
+    OwnStatusSeen,
+    PublishStatus,
     Reconnected,
     RoundSeen,
-    SelfSeen,
     Send,
     ServerSeen,
-    Settle,
-    ShowSelf,
     State,
+    Stop,
     Work,
     WorkDone,
+    ack_timeout,
     advance,
-    patience,
 )
 from fedfmsl.errors import BrokerError, RunError
 from fedfmsl.protocol.messages import Ack, DeviceStatus, Round, ServerStatus, encode, parse
@@ -112,7 +112,7 @@ class Device:
         if not self.busy and not self.left:
             if now >= self._overdue:
                 self._overdue = math.inf
-                self._advance(Overdue())
+                self._advance(AckOverdue())
             self._advance(Idle())
 
     def turn(self) -> None:
@@ -146,13 +146,13 @@ class Device:
             self._fleet.think(self, command.round)
         elif isinstance(command, Send):
             self._send(command.round)
-        elif isinstance(command, Settle):
+        elif isinstance(command, Acknowledge):
             self._outbox.pop(command.ack.round, None)
             self._attempts, self._overdue = 0, math.inf
-            self._fleet.settled(command.ack)
-        elif isinstance(command, ShowSelf):
+            self._fleet.acknowledged(command.ack)
+        elif isinstance(command, PublishStatus):
             self.client.publish(self._topics.status(self.name), encode(self._status), QOS, retain=True)
-        elif isinstance(command, Leave):
+        elif isinstance(command, Stop):
             if command.error:
                 raise RunError(f"{self.name} left: {command.error}")
             self.left = True
@@ -164,7 +164,7 @@ class Device:
         if blob is None:
             return
         self._fleet.tally.sends += 1
-        self._overdue = time.monotonic() + patience(self.name, self._attempts)
+        self._overdue = time.monotonic() + ack_timeout(self.name, self._attempts)
         self._attempts += 1
         for index, chunk in enumerate(chunks(blob)):
             self._fleet.tally.bytes_up += len(chunk)
@@ -198,7 +198,7 @@ class Device:
         elif topic == self._topics.ack(self.name):
             self._hear(AckSeen(parse(Ack, payload)))
         elif topic == self._topics.status(self.name):
-            self._hear(SelfSeen(parse(DeviceStatus, payload)))
+            self._hear(OwnStatusSeen(parse(DeviceStatus, payload)))
         elif (sha256 := self._topics.globals_of(topic)) is not None:
             self._global_chunk(sha256, payload)
 

@@ -38,10 +38,10 @@ def run(settings: Settings) -> None:
 @with_settings(Settings)
 def check(settings: Settings) -> None:
     """Look over all that a run needs: clock, disk, broker, certificate, bundle, images, memory. Writes nothing."""
-    from edge_runtime.preflight import look_over
+    from edge_runtime.preflight import run_preflight
 
     code = 0
-    for finding in look_over(settings):
+    for finding in run_preflight(settings):
         code = code or finding.code
         mark = "wrong" if finding.code else "note" if finding.doubtful else "good"
         console.print(f"{mark:5}  {finding.what:9}  {finding.text}")

@@ -60,7 +60,7 @@ class _Seen:
 Look = Callable[[Settings, _Seen], Iterator[Finding]]
 
 
-def look_over(settings: Settings) -> Iterator[Finding]:
+def run_preflight(settings: Settings) -> Iterator[Finding]:
     """One after the other, as they are found."""
     looks: dict[str, Look] = {
         "state": _state,
@@ -190,7 +190,7 @@ def _samples(settings: Settings, seen: _Seen) -> Iterator[Finding]:
     classes = len({sample.label for sample in samples})
     text = f"{len(samples)} {kind.noun}s of {classes} classes in {settings.images}"
     yield Finding("samples", text)
-    for one in slices.set_aside:
+    for one in slices.skipped:
         yield Finding("set aside", f"{one.path}: {one.reason}", doubtful=True)
 
 

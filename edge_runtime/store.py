@@ -15,7 +15,7 @@ STATE/personalized.onnx  the personalized model as one file, as it was evaluated
 STATE/lock               held by the process that works on this folder
 STATE/plan.json          what fits into its memory, as measured
 STATE/health.json        how it is, as it last said
-STATE/set-aside.txt      the files of its folder that it does not use, and why
+STATE/skipped.txt      the files of its folder that it does not use, and why
 STATE/samples.sqlite     what it has read of its samples, and which slice each is of (see edge_runtime.data.ledger)
 """
 
@@ -80,8 +80,8 @@ class DeviceStore:
         return self.root / "bundles"
 
     @property
-    def set_aside(self) -> Path:
-        return self.root / "set-aside.txt"
+    def skipped(self) -> Path:
+        return self.root / "skipped.txt"
 
     @property
     def is_model_newer(self) -> bool:
@@ -123,10 +123,10 @@ class DeviceStore:
                     "write to, on a disk that is not read-only"
                 ) from error
 
-    def drop_scraps(self) -> None:
+    def remove_temporary_files(self) -> None:
         """What a process left behind that was ended while it wrote. To be called before anything is written."""
         files = [self.personal, self.baseline, self.residual, self.results, self.mixture, self.personalized]
-        files += [self.health, self.set_aside]
+        files += [self.health, self.skipped]
         scraps = [scrap for folder in ("globals", "outbox") for scrap in (self.root / folder).glob(".*")]
         scraps += [scrap for path in files for scrap in path.parent.glob(f".{path.name}.*")]
         for scrap in scraps:
@@ -138,7 +138,7 @@ class DeviceStore:
         return self._position()[0]
 
     @property
-    def settled(self) -> int:
+    def acknowledged(self) -> int:
         """The last round of that session whose update was acknowledged, or 0."""
         return self._position()[1]
 
@@ -153,7 +153,7 @@ class DeviceStore:
         if session == self.session:
             return False
         write_atomically(self.root / "session", session.encode(), durable=True)
-        self.unsettled(session)
+        self.unacknowledged(session)
         return True
 
     def global_blob(self, sha256: str) -> bytes | None:
@@ -182,7 +182,7 @@ class DeviceStore:
         path = self.root / "outbox" / str(round_)
         return path.read_bytes() if path.is_file() else None
 
-    def unsettled(self, session: str) -> frozenset[int]:
+    def unacknowledged(self, session: str) -> frozenset[int]:
         """The rounds of a session whose updates have not been acknowledged. What else lies in the outbox, of another
         session or unreadable, is removed."""
         found = set()
@@ -198,8 +198,8 @@ class DeviceStore:
                 path.unlink(missing_ok=True)
         return frozenset(found)
 
-    def settle(self, round_: int) -> None:
+    def acknowledge(self, round_: int) -> None:
         """The update of this round need not be kept, nor made again after a restart."""
-        session, settled = self._position()
-        write_atomically(self.root / "session", f"{session} {max(settled, round_)}".encode(), durable=True)
+        session, acknowledged = self._position()
+        write_atomically(self.root / "session", f"{session} {max(acknowledged, round_)}".encode(), durable=True)
         (self.root / "outbox" / str(round_)).unlink(missing_ok=True)

@@ -31,17 +31,17 @@ BLOCK = 1 << 18
 Beat = Callable[[], None]  # called again and again while something takes long
 
 
-def find_server(link: Link, topics: Topics, beat: Beat = lambda: None) -> ServerStatus:
+def find_server(link: Link, topics: Topics, heartbeat: Beat = lambda: None) -> ServerStatus:
     """The status of the run's server, for which it waits as long as it takes; after a minute it says so."""
-    status = hear_server(link, topics, SERVER_SECONDS, beat)
+    status = hear_server(link, topics, SERVER_SECONDS, heartbeat)
     if status is None:
         log.info(f"no server of run {topics.run!r} yet; is it started, is --run right? waiting for it")
-        status = hear_server(link, topics, math.inf, beat)
+        status = hear_server(link, topics, math.inf, heartbeat)
     assert status is not None
     return status
 
 
-def hear_server(link: Link, topics: Topics, seconds: float, beat: Beat = lambda: None) -> ServerStatus | None:
+def hear_server(link: Link, topics: Topics, seconds: float, heartbeat: Beat = lambda: None) -> ServerStatus | None:
     """The status of the run's server, if it is online within so many seconds."""
     patience, asked = time.monotonic() + seconds, -math.inf
     while time.monotonic() < patience:
@@ -49,7 +49,7 @@ def hear_server(link: Link, topics: Topics, seconds: float, beat: Beat = lambda:
             asked = time.monotonic()
             link.subscribe(topics.server_status)
         event = link.next_event(LOOK_SECONDS)
-        beat()
+        heartbeat()
         if isinstance(event, Received) and event.topic == topics.server_status and event.payload:
             try:
                 status = parse(ServerStatus, event.payload)
@@ -60,7 +60,9 @@ def hear_server(link: Link, topics: Topics, seconds: float, beat: Beat = lambda:
     return None
 
 
-def fetch_bundle(server: ServerStatus, folder: Path, identity: Path | None = None, beat: Beat = lambda: None) -> Bundle:
+def fetch_bundle(
+    server: ServerStatus, folder: Path, identity: Path | None = None, heartbeat: Beat = lambda: None
+) -> Bundle:
     """The announced bundle, in a subfolder of `folder` named by its SHA-256; files already there are not fetched again.
 
     Raises BundleError if it cannot be fetched, or what comes is not what was announced.
@@ -68,7 +70,7 @@ def fetch_bundle(server: ServerStatus, folder: Path, identity: Path | None = Non
     bundle = fetch_manifest(server, folder, identity)
     tls = client_context(read_identity(identity) if identity else None)
     for name, entry in bundle.manifest.files.items():
-        _fetch(_File(f"{server.bundle_url}/{name}", bundle.path(name), entry.sha256, entry.size), tls, beat)
+        _fetch(_File(f"{server.bundle_url}/{name}", bundle.path(name), entry.sha256, entry.size), tls, heartbeat)
     return bundle
 
 
@@ -104,27 +106,27 @@ class _File:
         return MAX_MANIFEST_BYTES if self.size is None else self.size
 
 
-def _fetch(file: _File, tls: ssl.SSLContext, beat: Beat = lambda: None) -> None:
+def _fetch(file: _File, tls: ssl.SSLContext, heartbeat: Beat = lambda: None) -> None:
     if file.path.is_file() and file_sha256(file.path) == file.sha256:
         return
     if file.have > file.limit:
         file.part.unlink()
     log.info(f"fetching {file.path.name}" + (f" from byte {file.have}" if file.have else ""))
-    _resume(file, tls, beat)
+    _resume(file, tls, heartbeat)
     if file_sha256(file.part) != file.sha256:
         file.part.unlink()
         raise BundleError(f"{file.url} does not have the announced SHA-256; what came was thrown away")
     file.part.replace(file.path)
 
 
-def _resume(file: _File, tls: ssl.SSLContext, beat: Beat) -> None:
+def _resume(file: _File, tls: ssl.SSLContext, heartbeat: Beat) -> None:
     """Fetches what is missing, going on where the connection was cut as long as every attempt or the next few bring
     something. Raises BundleError if they do not."""
     waits = list(RETRY_SECONDS)
     while file.size is None or file.have < file.size or not file.part.is_file():
         before = file.have
         try:
-            return _receive(file, tls, beat)
+            return _receive(file, tls, heartbeat)
         except urllib.error.HTTPError as error:
             if error.code == 416:  # nothing is missing of the part we have
                 return None
@@ -145,7 +147,7 @@ def _resume(file: _File, tls: ssl.SSLContext, beat: Beat) -> None:
     return None
 
 
-def _receive(file: _File, tls: ssl.SSLContext, beat: Beat) -> None:
+def _receive(file: _File, tls: ssl.SSLContext, heartbeat: Beat) -> None:
     """One request. If-Range: of a file that has changed meanwhile the whole comes (200), never the rest (206)."""
     headers = {"Range": f"bytes={file.have}-", "If-Range": f'"{file.sha256}"'} if file.have else {}
     request = urllib.request.Request(file.url, headers=headers)
@@ -155,7 +157,7 @@ def _receive(file: _File, tls: ssl.SSLContext, beat: Beat) -> None:
         with file.part.open("ab" if resumed else "wb") as out:
             while left and (block := response.read(min(BLOCK, left))):
                 out.write(block)
-                beat()
+                heartbeat()
                 left -= len(block)
         if left and response.length:
             raise ConnectionError(f"cut off {response.length} bytes before its end")

@@ -24,7 +24,7 @@ from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.link import Link
 
 
-class Vitals:
+class HealthReporter:
     """What is measured beside the work. `newest` is what was last told."""
 
     def __init__(self, link: Link, topics: Topics, name: str, store: DeviceStore, read: Callable[[], Readings]) -> None:
@@ -43,7 +43,9 @@ class Vitals:
     def ready(self) -> None:
         notify("READY=1")
 
-    def beat(self, device: Device | None, activity: Activity, state: State | None = None, paused: str = "") -> None:
+    def heartbeat(
+        self, device: Device | None, activity: Activity, state: State | None = None, paused: str = ""
+    ) -> None:
         """To be called often: it feeds the watchdog, and tells all when the activity has changed or HEALTH_SECONDS have
         passed. Without a connection nobody is told: the next beat comes soon enough."""
         self._watchdog()
@@ -86,12 +88,12 @@ def _of_device(device: Device) -> Mapping[str, Any]:
         "train": len(slices.train),
         "held_out": len(slices.held_out),
         "test": len(slices.test),
-        "set_aside": len(slices.set_aside),
+        "skipped": len(slices.skipped),
     }
 
 
 def _of_state(state: State) -> Mapping[str, Any]:
-    known: dict[str, Any] = {"unacknowledged": len(state.unsettled)}
+    known: dict[str, Any] = {"unacknowledged": len(state.unacknowledged)}
     if state.announced is not None:
         known |= {"round": state.announced.round, "stage": state.announced.stage.value, "level": state.announced.level}
     return known

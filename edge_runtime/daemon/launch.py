@@ -11,7 +11,7 @@ from importlib.metadata import version
 
 from edge_runtime.daemon.announce import device_link, progress_to
 from edge_runtime.daemon.download import fetch_bundle, find_server
-from edge_runtime.daemon.health import Vitals
+from edge_runtime.daemon.health import HealthReporter
 from edge_runtime.daemon.lock import locked
 from edge_runtime.daemon.loop import Service
 from edge_runtime.daemon.worker import Worker
@@ -53,16 +53,18 @@ def launch(settings: Settings) -> None:
         sensors = Sensors(zones=settings.thermal_zones)
         if settings.max_temperature is not None and sensors.read().temperature is None:
             log.warning("--max-temperature is without effect: no thermal zone can be read; see --thermal-zones")
-        vitals = Vitals(link, topics, name, store, sensors.read)
+        health_reporter = HealthReporter(link, topics, name, store, sensors.read)
         if settings.metrics:
             from edge_runtime.daemon.metrics import serve_metrics  # 12 MB that others can do without
 
-            serve_metrics(settings.metrics, lambda: vitals.newest, settings.insecure)
+            serve_metrics(settings.metrics, lambda: health_reporter.newest, settings.insecure)
         link.connect()
-        vitals.ready()
-        starting = _Starting(progress_to(link, topics, name), lambda: vitals.beat(None, Activity.STARTING))
+        health_reporter.ready()
+        starting = _Starting(
+            progress_to(link, topics, name), lambda: health_reporter.heartbeat(None, Activity.STARTING)
+        )
         worker = _worker(settings, link, topics, store, name, sensors, starting)
-        vitals.pace = worker.pace
+        health_reporter.pace = worker.pace
         introduction = None
         if settings.watch and settings.home_assistant:
             described = Described(
@@ -70,7 +72,7 @@ def launch(settings: Settings) -> None:
             )
             introduction = discovery(settings.home_assistant, described, topics.status(name), health=True)
         stays = settings.stay or settings.watch is not None
-        service = Service(worker, settings.run, link, vitals, introduction, stays)
+        service = Service(worker, settings.run, link, health_reporter, introduction, stays)
         if settings.watch:
             bundle = worker.device.bundle.root
             until_the_end.enter_context(Watcher(settings.watch, store.root, bundle, service.predicted))
@@ -86,8 +88,8 @@ def _worker(
         bundle = Bundle(settings.bundle)
     else:
         log.info(f"waiting for the server of run {settings.run!r}, which has the bundle")
-        server = find_server(link, topics, starting.beat)
-        bundle = fetch_bundle(server, store.bundles, settings.identity, starting.beat)
+        server = find_server(link, topics, starting.heartbeat)
+        bundle = fetch_bundle(server, store.bundles, settings.identity, starting.heartbeat)
     bundle.verify()
     engine = open_engine(settings.engine, bundle, threads).name
     kind = reader_of(bundle).kind
@@ -124,12 +126,12 @@ class _Starting:
     """The host of a pace before the service is there."""
 
     tell: Report
-    beat: Callable[[], None]
+    heartbeat: Callable[[], None]
 
     def progress(self, activity: str, done: int, total: int) -> None:
         self.tell(activity, done, total)
-        self.beat()
+        self.heartbeat()
 
     def pause(self, reason: str) -> None:
-        self.beat()
+        self.heartbeat()
         time.sleep(1.0)

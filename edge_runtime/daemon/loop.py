@@ -13,31 +13,31 @@ from collections import deque
 import paho.mqtt.client as paho
 
 from edge_runtime.daemon.announce import INSTANCE, progress_to, status_of
-from edge_runtime.daemon.health import Vitals
-from edge_runtime.daemon.retransmit import Unanswered
+from edge_runtime.daemon.health import HealthReporter
+from edge_runtime.daemon.retransmit import Retransmissions
 from edge_runtime.daemon.state import (
+    Acknowledge,
+    AckOverdue,
     AckSeen,
     Command,
     Event,
     Fetch,
     GlobalArrived,
     Idle,
-    Leave,
-    Overdue,
+    Log,
+    OwnStatusSeen,
+    PublishStatus,
     Reconnected,
     RoundSeen,
-    Say,
-    SelfSeen,
     Send,
     ServerSeen,
-    Settle,
-    ShowSelf,
     State,
+    Stop,
     Work,
     WorkDone,
     WorkFailed,
     advance,
-    wanted,
+    required_globals,
 )
 from edge_runtime.daemon.worker import Worker, write_personalized
 from edge_runtime.data.samples import SampleChangedError
@@ -78,7 +78,7 @@ class Service:
         worker: Worker,
         run: str,
         link: Link,
-        vitals: Vitals,
+        health_reporter: HealthReporter,
         introduction: tuple[str, bytes] | None = None,
         stays: bool = False,
     ) -> None:
@@ -88,12 +88,12 @@ class Service:
         self._run = run
         self._topics = Topics(run)
         self._link = link
-        self._vitals = vitals
+        self._health_reporter = health_reporter
         self._introduction = introduction
         self._stays = stays
         self._tell = progress_to(link, self._topics, worker.device.name)
         self._paused = ""  # why, as it was announced
-        self._leave: Leave | None = None
+        self._leave: Stop | None = None
         self._finished = ""  # the session of the run that it has stayed after
         self._trouble = ""  # with the folder, as it was said
         self._next_look = 0.0  # at the folder
@@ -101,19 +101,19 @@ class Service:
         self._bytes_down = 0
         self._fetching: dict[str, Assembler] = {}
         device = worker.device
-        self._unanswered = Unanswered(device.name)
+        self._retransmissions = Retransmissions(device.name)
         self._disk_seconds = 0.0  # to wait before what could not be written is tried once more; 0: all could
         self._last: paho.MQTTMessageInfo | None = None
         store = device.store
-        store.drop_scraps()
-        unsettled = store.unsettled(store.session)
+        store.remove_temporary_files()
+        unacknowledged = store.unacknowledged(store.session)
         self._state = State(
             device=device.name,
             instance=INSTANCE,
             bundle=device.bundle.sha256,
             session=store.session,
-            done=max({store.settled, *unsettled}),
-            unsettled=unsettled,
+            done=max({store.acknowledged, *unacknowledged}),
+            unacknowledged=unacknowledged,
         )
         worker.pace.host = self
 
@@ -130,18 +130,18 @@ class Service:
         self._introduce()
         self._announce()
         log.info(f"waiting for the server of run {self._run!r}")
-        leave = Leave()
+        leave = Stop()
         try:
             leave = self._follow()
             if not leave.error:
                 self._finish()
         except FedFMSLError as error:
-            leave = Leave(str(error))
+            leave = Stop(str(error))
             raise
         finally:
             if not leave.quietly:
                 self._announce(online=False, error=leave.error)
-                self._beat(Activity.STOPPED)
+                self._heartbeat(Activity.STOPPED)
             self._link.close(self._last)
         if leave.error:
             raise RunError(leave.error)
@@ -156,7 +156,7 @@ class Service:
         self._link.subscribe(self._topics.server_status)
         self._link.subscribe(self._topics.round)
 
-    def _follow(self) -> Leave:
+    def _follow(self) -> Stop:
         """Events in, commands out, until one of them is to leave."""
         wait, asked = 0.0, time.monotonic()
         while self._leave is None:
@@ -180,13 +180,13 @@ class Service:
 
     def _look_around(self) -> None:
         """What is looked at between rounds, now and then."""
-        if self._connected and self._unanswered.overdue():
-            self._handle(Overdue())
+        if self._connected and self._retransmissions.overdue():
+            self._handle(AckOverdue())
         self._announce_pause(self._worker.pace.look())
         if time.monotonic() > self._next_look:
             self._look_at_folder()
         self._device.cache.keep_free()
-        self._beat(Activity.PAUSED if self._paused else Activity.WAITING)
+        self._heartbeat(Activity.PAUSED if self._paused else Activity.WAITING)
 
     def _look_at_folder(self) -> bool:
         """Whether there is something to train on. It is said once if there is not."""
@@ -210,7 +210,7 @@ class Service:
 
     def progress(self, activity: str, done: int, total: int) -> None:
         self._tell(activity, done, total)
-        self._beat(Activity.WORKING)
+        self._heartbeat(Activity.WORKING)
 
     def pause(self, reason: str) -> None:
         """While training is forbidden: a look at what has come. Raises _GivenUpError if the round is not to be gone on
@@ -218,7 +218,7 @@ class Service:
         self._announce_pause(reason)
         if not reason:
             return
-        self._beat(Activity.PAUSED)
+        self._heartbeat(Activity.PAUSED)
         working = self._state.announced
         event = self._event(LOOK_SECONDS)
         if event is not None:
@@ -234,10 +234,10 @@ class Service:
             log.info(f"pauses: {reason}" if reason else "goes on", **fields(paused=reason))
             self._announce()
 
-    def _beat(self, activity: Activity) -> None:
-        self._vitals.beat(self._device, activity, self._state, self._paused)
+    def _heartbeat(self, activity: Activity) -> None:
+        self._health_reporter.heartbeat(self._device, activity, self._state, self._paused)
 
-    def _take_leave(self, leave: Leave) -> None:
+    def _take_leave(self, leave: Stop) -> None:
         """A run that has finished is no reason to, for a device that stays."""
         if leave.error or not self._stays:
             self._leave = leave
@@ -274,7 +274,7 @@ class Service:
             if not self._connected:
                 log.info("connected to the broker again")
             self._connected = True
-            self._unanswered.start_over()
+            self._retransmissions.start_over()
             self._introduce()
             self._announce()
             return Reconnected()
@@ -282,14 +282,14 @@ class Service:
             return None
         try:
             if received.topic == self._topics.server_status:
-                self._unanswered.start_over()
+                self._retransmissions.start_over()
                 return ServerSeen(parse(ServerStatus, received.payload))
             if received.topic == self._topics.round:
                 return RoundSeen(parse(Round, received.payload))
             if received.topic == self._topics.ack(self._device.name):
                 return AckSeen(parse(Ack, received.payload))
             if received.topic == self._topics.status(self._device.name):
-                return SelfSeen(parse(DeviceStatus, received.payload))
+                return OwnStatusSeen(parse(DeviceStatus, received.payload))
             return self._global_chunk(received)
         except MessageError as error:
             log.warning(f"dropped a message on {received.topic}: {error}")
@@ -327,8 +327,8 @@ class Service:
             where = f"--state {self._device.store.root}"
             log.warning(f"{where} does not take what has to be kept ({error}); it is tried again until there is room")
         with contextlib.suppress(OSError):  # a disk that has become read-only, which somebody may mend
-            self._device.cache.give_way()
-            self._device.store.drop_globals(keep=wanted(self._state.announced))
+            self._device.cache.evict_all()
+            self._device.store.drop_globals(keep=required_globals(self._state.announced))
         time.sleep(self._disk_seconds)
         self._disk_seconds = min(max(2 * self._disk_seconds, first), longest)
 
@@ -336,7 +336,7 @@ class Service:
         if isinstance(command, Fetch):
             if self._device.store.global_blob(command.sha256) is not None:
                 return GlobalArrived(command.sha256)
-            for sha256 in self._fetching.keys() - wanted(self._state.announced):
+            for sha256 in self._fetching.keys() - required_globals(self._state.announced):
                 self._forget(sha256)
             bundle = self._device.bundle
             cap_bytes = blob_bytes(max(bundle.expert.total, bundle.gate.total))
@@ -346,13 +346,13 @@ class Service:
             return self._work(command.round)
         elif isinstance(command, Send):
             self._send(command.round)
-        elif isinstance(command, Settle):
-            self._settle(command.ack)
-        elif isinstance(command, ShowSelf):
+        elif isinstance(command, Acknowledge):
+            self._acknowledge(command.ack)
+        elif isinstance(command, PublishStatus):
             self._announce()
-        elif isinstance(command, Say):
+        elif isinstance(command, Log):
             log.info(command.text)
-        elif isinstance(command, Leave):
+        elif isinstance(command, Stop):
             self._take_leave(command)
         return None
 
@@ -362,7 +362,7 @@ class Service:
             return WorkFailed(task.round)
         try:
             if self._device.store.enter(task.session):
-                self._unanswered = Unanswered(self._device.name)
+                self._retransmissions = Retransmissions(self._device.name)
             self._worker.pace.keep()
             seconds = self._worker.work(task, self._bytes_down)
         except _GivenUpError:
@@ -374,7 +374,7 @@ class Service:
             self._wait_for_disk(error)
             return WorkFailed(task.round)
         self._disk_seconds, self._bytes_down = 0.0, 0
-        self._vitals.rounds_done += 1
+        self._health_reporter.rounds_done += 1
         log.info(
             f"round {task.round}: {task.stage.value} done in {seconds:.1f} s",
             **fields(round=task.round, stage=task.stage.value, level=task.level, seconds=round(seconds, 3)),
@@ -383,18 +383,18 @@ class Service:
 
     def _send(self, round_: int) -> None:
         """Unless it is being sent anyway: what paho has not delivered yet survives a reconnection in its queue."""
-        if not self._connected or self._unanswered.on_its_way(round_):
+        if not self._connected or self._retransmissions.on_its_way(round_):
             return
         blob = self._device.store.update(round_)
         if blob is not None:
             topics, name = self._topics, self._device.name
             sent = [self._publish(topics.update_chunk(name, round_, i), chunk) for i, chunk in enumerate(chunks(blob))]
-            self._unanswered.sent(round_, sent[-1])
+            self._retransmissions.sent(round_, sent[-1])
 
-    def _settle(self, ack: Ack) -> None:
-        self._unanswered.settled(ack.round)
+    def _acknowledge(self, ack: Ack) -> None:
+        self._retransmissions.acknowledged(ack.round)
         try:
-            self._device.store.settle(ack.round)
+            self._device.store.acknowledge(ack.round)
         except OSError as error:  # no harm: after a restart it is sent once more, and answered once more
             log.warning(f"the update of round {ack.round} is kept, though acknowledged ({error})")
         if ack.verdict is not Verdict.ACCEPTED:

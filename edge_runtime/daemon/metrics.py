@@ -30,7 +30,7 @@ GAUGES = (
     ("feature_cache_bytes", "cache", "Disk that cached features take."),
     ("unacknowledged_updates", "unacknowledged", "Updates that the server has not answered yet."),
 )
-SLICES = ("train", "held_out", "test", "set_aside")
+SLICES = ("train", "held_out", "test", "skipped")
 
 
 def serve_metrics(address: str, newest: Callable[[], Health | None], insecure: bool = False) -> None:

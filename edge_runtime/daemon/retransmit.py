@@ -6,10 +6,10 @@ import time
 
 import paho.mqtt.client as paho
 
-from edge_runtime.daemon.state import patience
+from edge_runtime.daemon.state import ack_timeout
 
 
-class Unanswered:
+class Retransmissions:
     """The updates that were sent and not acknowledged: which of them is still on its way, and when the server's answer
     is overdue. The server's time begins when the last of them has reached the broker."""
 
@@ -23,7 +23,7 @@ class Unanswered:
         self._last_chunks[round_] = last_chunk
         self._since = time.monotonic()
 
-    def settled(self, round_: int) -> None:
+    def acknowledged(self, round_: int) -> None:
         self._last_chunks.pop(round_, None)
         self._attempt = 0
 
@@ -45,7 +45,7 @@ class Unanswered:
         if any(self.on_its_way(round_) for round_ in self._last_chunks):
             self._since = now
             return False
-        if not self._last_chunks or now < self._since + patience(self._device, self._attempt):
+        if not self._last_chunks or now < self._since + ack_timeout(self._device, self._attempt):
             return False
         self._attempt += 1
         self._since = now

@@ -2,7 +2,7 @@
 
 It follows the newest round that the present server has announced and that asks this device: fetch the globals it
 names, work, send the update, and send it again until the server has acknowledged it. Time is the shell's business: it
-says when an answer is overdue, after as many seconds as `patience` gives.
+says when an answer is overdue, after as many seconds as `ack_timeout` gives.
 
 Two devices of one name cannot both stay (ours). Every process publishes its status, with an instance of its own, and
 reads what stands under that name: who showed itself before its own status came back to it is older (a former life, as a
@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 from fedfmsl.protocol.messages import Ack, DeviceStatus, Round, ServerStatus, Stage
 
-FIRST_PATIENCE, LONGEST_PATIENCE = 30.0, 300.0  # seconds
+FIRST_ACK_TIMEOUT, LONGEST_ACK_TIMEOUT = 30.0, 300.0  # seconds
 SPREAD = 0.5  # the share by which one device's patience is longer than another's, at most
 
 
@@ -56,7 +56,7 @@ class AckSeen:
 
 
 @dataclass(frozen=True)
-class SelfSeen:
+class OwnStatusSeen:
     """What stands under this device's own name."""
 
     status: DeviceStatus
@@ -68,7 +68,7 @@ class Reconnected:
 
 
 @dataclass(frozen=True)
-class Overdue:
+class AckOverdue:
     """The server has had its time to answer what was sent last."""
 
 
@@ -78,7 +78,16 @@ class Idle:
 
 
 Event = (
-    ServerSeen | RoundSeen | GlobalArrived | WorkDone | WorkFailed | AckSeen | SelfSeen | Reconnected | Overdue | Idle
+    ServerSeen
+    | RoundSeen
+    | GlobalArrived
+    | WorkDone
+    | WorkFailed
+    | AckSeen
+    | OwnStatusSeen
+    | Reconnected
+    | AckOverdue
+    | Idle
 )
 
 
@@ -100,26 +109,26 @@ class Send:
 
 
 @dataclass(frozen=True)
-class Settle:
+class Acknowledge:
     """The server has spoken: the update of this round need not be kept."""
 
     ack: Ack
 
 
 @dataclass(frozen=True)
-class ShowSelf:
+class PublishStatus:
     """Publish this device's status: another one stands in its place."""
 
 
 @dataclass(frozen=True)
-class Say:
+class Log:
     """What somebody who looks after this device may want to know."""
 
     text: str
 
 
 @dataclass(frozen=True)
-class Leave:
+class Stop:
     """Nothing more to do; `error` says why if something was wrong. With `quietly` the device's name is another's now:
     no status may be published."""
 
@@ -127,14 +136,14 @@ class Leave:
     quietly: bool = False
 
 
-Command = Fetch | Work | Send | Settle | ShowSelf | Say | Leave
+Command = Fetch | Work | Send | Acknowledge | PublishStatus | Log | Stop
 
 
 @dataclass(frozen=True)
 class State:
     """`session`: the one this device last worked in. `present`: that of the server that is online. `announced`: the
-    newest round seen. `done`: the last round worked on. `held`: global blobs on disk. `unsettled`: rounds of `session`
-    whose update has not been acknowledged. `elders`: instances of this name that were there before this one's status
+    newest round seen. `done`: the last round worked on. `held`: global blobs on disk. `unacknowledged`: rounds of `session`
+    whose update has not been acknowledged. `earlier_instances`: instances of this name that were there before this one's status
     had come back to it (`shown`). `waiting`: it has been said that there is no server."""
 
     device: str
@@ -145,8 +154,8 @@ class State:
     announced: Round | None = None
     done: int = 0
     held: frozenset[str] = frozenset()
-    unsettled: frozenset[int] = frozenset()
-    elders: frozenset[str] = frozenset()
+    unacknowledged: frozenset[int] = frozenset()
+    earlier_instances: frozenset[str] = frozenset()
     shown: bool = False
     waiting: bool = False
 
@@ -154,84 +163,84 @@ class State:
 def advance(state: State, event: Event) -> tuple[State, list[Command]]:
     """The next state, and what the shell has to do, in order."""
     if isinstance(event, ServerSeen):
-        return _meet_server(state, event.status)
+        return _see_server(state, event.status)
     if isinstance(event, RoundSeen):
-        state = replace(state, announced=event.round, held=state.held & wanted(event.round))
+        state = replace(state, announced=event.round, held=state.held & required_globals(event.round))
         return state, _fetch_missing(state)
     if isinstance(event, GlobalArrived):
         return replace(state, held=state.held | {event.sha256}), []
     if isinstance(event, WorkDone):
-        state = replace(state, unsettled=state.unsettled | {event.round})
+        state = replace(state, unacknowledged=state.unacknowledged | {event.round})
         return state, [Send(event.round)]
     if isinstance(event, WorkFailed):
         return replace(state, done=event.round - 1), []
-    if isinstance(event, Reconnected | Overdue):
-        return state, _send_unsettled(state)
+    if isinstance(event, Reconnected | AckOverdue):
+        return state, _send_unacknowledged(state)
     if isinstance(event, AckSeen):
-        return _settle(state, event.ack)
-    if isinstance(event, SelfSeen):
-        return _meet_self(state, event.status)
+        return _acknowledge(state, event.ack)
+    if isinstance(event, OwnStatusSeen):
+        return _see_own_status(state, event.status)
     return _act(state)
 
 
-def patience(device: str, attempt: int) -> float:
+def ack_timeout(device: str, attempt: int) -> float:
     """Seconds for which an answer to the transmission `attempt` (from 0) is waited for: each time twice as long, and on
     one device longer than on another, so that a fleet does not send again in step."""
     spread = SPREAD * random.Random(f"{device} {attempt}").random()
-    doubled = FIRST_PATIENCE * float(2 ** min(attempt, 10))
-    return min(doubled, LONGEST_PATIENCE) * (1 + spread)
+    doubled = FIRST_ACK_TIMEOUT * float(2 ** min(attempt, 10))
+    return min(doubled, LONGEST_ACK_TIMEOUT) * (1 + spread)
 
 
-def wanted(announced: Round | None) -> set[str]:
+def required_globals(announced: Round | None) -> set[str]:
     """The global blobs a round needs."""
     return {announced.expert, announced.start, announced.gate} - {""} if announced else set()
 
 
-def _meet_server(state: State, status: ServerStatus) -> tuple[State, list[Command]]:
+def _see_server(state: State, status: ServerStatus) -> tuple[State, list[Command]]:
     if not status.online:
         over = state.announced is not None and state.announced.stage is Stage.FINISHED
         gone = replace(state, present="", waiting=not over)
         return gone, [
-            Say(f"the server of run {status.run} is offline; waiting for it")
+            Log(f"the server of run {status.run} is offline; waiting for it")
         ] if gone.waiting > state.waiting else []
     if status.bundle != state.bundle:
         return state, [
-            Leave(
+            Stop(
                 f"run {status.run!r} uses another bundle (model {status.model}, SHA-256 {status.bundle[:12]}…) than "
                 f"this device ({state.bundle[:12]}…); give it the run's bundle, or none to fetch it from the server"
             )
         ]
-    said = [Say(f"the server of run {status.run} is online")] if state.waiting else []
+    said = [Log(f"the server of run {status.run} is online")] if state.waiting else []
     state = replace(state, present=status.session, waiting=False)
-    return state, [*said, *_send_unsettled(state), *_fetch_missing(state)]
+    return state, [*said, *_send_unacknowledged(state), *_fetch_missing(state)]
 
 
-def _meet_self(state: State, status: DeviceStatus) -> tuple[State, list[Command]]:
+def _see_own_status(state: State, status: DeviceStatus) -> tuple[State, list[Command]]:
     """A status of another instance that is offline is the last will of a former life, or of a twin that has left."""
     if status.instance == state.instance:
         return replace(state, shown=True), []
     if not state.shown:
-        return replace(state, elders=state.elders | {status.instance}), []
+        return replace(state, earlier_instances=state.earlier_instances | {status.instance}), []
     if not status.online:
-        return state, [ShowSelf()]
-    if status.instance in state.elders:
+        return state, [PublishStatus()]
+    if status.instance in state.earlier_instances:
         return state, []
     error = (
         f"another device has come as {state.device!r} and takes this one's place; if they are two, give one of them "
         "an identity of its own: another --device name, and an empty --state folder"
     )
-    return state, [Leave(error, quietly=True)]
+    return state, [Stop(error, quietly=True)]
 
 
-def _send_unsettled(state: State) -> list[Command]:
+def _send_unacknowledged(state: State) -> list[Command]:
     """To the server of their session, and to no other."""
-    return [Send(round_) for round_ in sorted(state.unsettled)] if state.present == state.session else []
+    return [Send(round_) for round_ in sorted(state.unacknowledged)] if state.present == state.session else []
 
 
 def _fetch_missing(state: State) -> list[Command]:
     if state.announced is None or not _concerns(state, state.announced):
         return []
-    return [Fetch(sha256) for sha256 in sorted(wanted(state.announced) - state.held)]
+    return [Fetch(sha256) for sha256 in sorted(required_globals(state.announced) - state.held)]
 
 
 def _concerns(state: State, announced: Round) -> bool:
@@ -241,10 +250,10 @@ def _concerns(state: State, announced: Round) -> bool:
     return asked and new and announced.session == state.present
 
 
-def _settle(state: State, ack: Ack) -> tuple[State, list[Command]]:
-    if ack.session != state.session or ack.round not in state.unsettled:
+def _acknowledge(state: State, ack: Ack) -> tuple[State, list[Command]]:
+    if ack.session != state.session or ack.round not in state.unacknowledged:
         return state, []
-    return replace(state, unsettled=state.unsettled - {ack.round}), [Settle(ack)]
+    return replace(state, unacknowledged=state.unacknowledged - {ack.round}), [Acknowledge(ack)]
 
 
 def _act(state: State) -> tuple[State, list[Command]]:
@@ -256,9 +265,9 @@ def _act(state: State) -> tuple[State, list[Command]]:
     if announced is None:
         return state, []
     if announced.stage is Stage.FINISHED:
-        return state, [Leave()] if announced.session == state.session else []
-    if not _concerns(state, announced) or not wanted(announced) <= state.held:
+        return state, [Stop()] if announced.session == state.session else []
+    if not _concerns(state, announced) or not required_globals(announced) <= state.held:
         return state, []
-    unsettled = state.unsettled if announced.session == state.session else frozenset()
-    state = replace(state, session=announced.session, done=announced.round, unsettled=unsettled)
+    unacknowledged = state.unacknowledged if announced.session == state.session else frozenset()
+    state = replace(state, session=announced.session, done=announced.round, unacknowledged=unacknowledged)
     return state, [Work(announced)]

@@ -56,11 +56,11 @@ def describe(health: Health, store: DeviceStore) -> Iterator[tuple[str, str]]:
     yield "board", ", ".join(facts) or "says nothing"
     sizes = {"memory": health.memory, "features": health.cache, "disk free": health.disk_free}
     yield "room", ", ".join(f"{what} {size / 1e6:.0f} MB" for what, size in sizes.items())
-    lines = store.set_aside.read_text(errors="replace").splitlines() if store.set_aside.is_file() else []
+    lines = store.skipped.read_text(errors="replace").splitlines() if store.skipped.is_file() else []
     for line in lines[:SHOWN]:
         yield "set aside", line
     if len(lines) > SHOWN:
-        yield "", f"and {len(lines) - SHOWN} more, in {store.set_aside}"
+        yield "", f"and {len(lines) - SHOWN} more, in {store.skipped}"
 
 
 def _ago(seconds: float) -> str:

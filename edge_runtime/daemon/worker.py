@@ -13,9 +13,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from edge_runtime.daemon.state import wanted
+from edge_runtime.daemon.state import required_globals
 from edge_runtime.data.folder import SampleFolder
-from edge_runtime.data.samples import SampleChangedError, SetAside
+from edge_runtime.data.samples import SampleChangedError, SkippedFile
 from edge_runtime.engines.memory import peak_rss_mb
 from edge_runtime.resources.throttle import Pace
 from edge_runtime.training.context import Device
@@ -50,8 +50,8 @@ class Worker:
         self.device = device
         self.pace = pace
         self._folder = folder
-        self._listed: frozenset[SetAside] = frozenset()
-        self._list_set_aside()
+        self._listed: frozenset[SkippedFile] = frozenset()
+        self._list_skipped()
 
     def look(self) -> bool:
         """Looks at the folder and at the level cap. Returns whether that has changed what others know of this device.
@@ -66,22 +66,22 @@ class Worker:
             slower = f"{self.pace.cap.slowdown:.1f} times as long as measured"
             log.info(f"level cap {cap} instead of {before.level_cap}: steps take {slower}", **fields(level_cap=cap))
         self.device = replace(before, scanned=scanned, level_cap=cap)
-        self._list_set_aside()
+        self._list_skipped()
         return True
 
-    def _list_set_aside(self) -> None:
+    def _list_skipped(self) -> None:
         """On the disk all files that are not used, in the log those that have not been there yet."""
-        now = self.device.scanned.set_aside
+        now = self.device.scanned.skipped
         new = [one for one in now if one not in self._listed]
         if not new and len(now) == len(self._listed):
             return
         for one in new[:SHOWN]:
             log.warning(f"set aside: {one}", **fields(file=str(one.path), reason=one.reason))
         if len(new) > SHOWN:
-            log.warning(f"set aside: {len(new) - SHOWN} more; all are in {self.device.store.set_aside}")
+            log.warning(f"set aside: {len(new) - SHOWN} more; all are in {self.device.store.skipped}")
         self._listed = frozenset(now)
         with contextlib.suppress(OSError):  # it is only for people
-            write_atomically(self.device.store.set_aside, "".join(f"{one}\n" for one in now).encode())
+            write_atomically(self.device.store.skipped, "".join(f"{one}\n" for one in now).encode())
 
     def work(self, task: Round, bytes_down: int) -> float:
         """Leaves the update in the outbox, and the personalized model as of this round. Returns the seconds it took.
@@ -92,7 +92,7 @@ class Worker:
         """
         started, device = time.perf_counter(), self.device
         store = device.store
-        store.drop_globals(keep=wanted(task))
+        store.drop_globals(keep=required_globals(task))
         given = self._globals(task)
         try:
             outcome = STAGES[task.stage](device, task, given)

@@ -130,7 +130,7 @@ class DiskCache:
             for name in files.keys() - names:
                 self._remove(folder, name)
 
-    def give_way(self) -> None:
+    def evict_all(self) -> None:
         """Deletes everything, and from now on takes no more than its share of what is free then: somebody else needs
         the disk."""
         for folder, files in self._files.items():

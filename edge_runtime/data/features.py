@@ -140,9 +140,9 @@ class FeatureCache:
         """Deletes every state and feature of other samples than these: they have left."""
         self._disk.drop_others({sample.sha256 for sample in samples})
 
-    def give_way(self) -> None:
+    def evict_all(self) -> None:
         """Deletes everything: it can be computed again, and somebody else needs the disk."""
-        self._disk.give_way()
+        self._disk.evict_all()
 
     def _folder(self, name: str, worth: Worth) -> str:
         folder = f"{self._bundle.features_key}-{self._dtype.name}-{name}"

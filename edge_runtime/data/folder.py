@@ -11,7 +11,7 @@ from edge_runtime.data.features import Report
 from edge_runtime.data.inputs import Kind, reader_of
 from edge_runtime.data.ledger import Content, Ledger, opened
 from edge_runtime.data.listing import File, Listing, Version, list_files
-from edge_runtime.data.samples import Sample, SetAside, Slice, Slices, deal
+from edge_runtime.data.samples import Sample, SkippedFile, Split, Splits, assign_splits
 from edge_runtime.store import DeviceStore
 from fedfmsl.errors import InputError
 from fedfmsl.protocol.bundle import Bundle, file_sha256
@@ -22,7 +22,7 @@ UNLIMITED = 2**62
 KEPT_AT_ONCE = 100  # files that are read before what they hold is written down
 TOO_LARGE = "takes more memory to read than was measured at the start; make it smaller, or start this device again"
 
-Outcome = Sample | SetAside | None  # of a look at a file; None: at the next look it may be something
+Outcome = Sample | SkippedFile | None  # of a look at a file; None: at the next look it may be something
 
 
 class SampleFolder:
@@ -49,8 +49,8 @@ class SampleFolder:
         self._report = report
         self._largest = UNLIMITED
 
-    def look(self, patience: float = 0.0) -> Slices:
-        """The folder as it is now, `deal_newcomers` to follow. A file that may still be being written is left for the
+    def look(self, patience: float = 0.0) -> Splits:
+        """The folder as it is now, `assign_new_samples` to follow. A file that may still be being written is left for the
         next look; for up to `patience` seconds it is waited for. What the memory plan is made for is the largest sample
         of the first look: larger ones that come later are set aside.
 
@@ -82,7 +82,7 @@ class SampleFolder:
     def _outcomes(self, ledger: Ledger, files: Sequence[File]) -> Iterator[Outcome]:
         fresh: list[tuple[str, Version, Content]] = []
         for index, file in enumerate(files, start=1):
-            content: Content | SetAside | None = ledger.content(file.name, file.version)
+            content: Content | SkippedFile | None = ledger.content(file.name, file.version)
             if content is None and not _is_young(file.version):
                 content = _read(file, self._kind, self._extent, self._largest)
                 if isinstance(content, Content) and content.extent <= self._largest:
@@ -102,7 +102,7 @@ def largest(samples: Sequence[Sample], kind: Kind) -> tuple[int, Path]:
     return max(most.extent, kind.ordinary), most.path
 
 
-def scan(folder: Path, classes: Sequence[str], kind: Kind) -> Slices:
+def scan(folder: Path, classes: Sequence[str], kind: Kind) -> Splits:
     """What a first look gives, without memory of it. Raises InputError if there is nothing to train on."""
     listing = list_files(folder, classes, kind, labels=None)
     read = (_read(file, kind, lambda _: 0, UNLIMITED) for file in listing.files)
@@ -117,7 +117,7 @@ def _is_young(version: Version) -> bool:
     return abs(time.time() - version.mtime_ns / 1e9) < SETTLE_SECONDS
 
 
-def _read(file: File, kind: Kind, extent: Callable[[Path], int], largest: int) -> Content | SetAside | None:
+def _read(file: File, kind: Kind, extent: Callable[[Path], int], largest: int) -> Content | SkippedFile | None:
     """None: it has gone, or was written to in the meantime. One that is too large is not decoded."""
     try:
         size = extent(file.path)
@@ -127,26 +127,26 @@ def _read(file: File, kind: Kind, extent: Callable[[Path], int], largest: int) -
     except FileNotFoundError:
         return None
     except OSError as error:
-        return SetAside(file.path, f"cannot be read ({error.strerror})")
+        return SkippedFile(file.path, f"cannot be read ({error.strerror})")
 
 
-def _outcome(file: File, content: Content | SetAside | None, kind: Kind, largest: int) -> Outcome:
-    if content is None or isinstance(content, SetAside):
+def _outcome(file: File, content: Content | SkippedFile | None, kind: Kind, largest: int) -> Outcome:
+    if content is None or isinstance(content, SkippedFile):
         return content
     if content.extent > largest:
-        return SetAside(file.path, TOO_LARGE)
+        return SkippedFile(file.path, TOO_LARGE)
     if not content.sha256:
-        return SetAside(file.path, f"not a readable {kind.noun}")
+        return SkippedFile(file.path, f"not a readable {kind.noun}")
     return Sample(file.path, content.sha256, file.label, content.extent)
 
 
-def _dealt(listing: Listing, outcomes: Sequence[Outcome], classes: Sequence[str], kept: Mapping[str, Slice]) -> Slices:
+def _dealt(listing: Listing, outcomes: Sequence[Outcome], classes: Sequence[str], kept: Mapping[str, Split]) -> Splits:
     """Each content once; one under two classes is of none."""
     found: dict[str, list[tuple[Sample, bool]]] = {}  # content → where it lies, and whether that is apart
-    set_aside = list(listing.set_aside)
+    skipped = list(listing.skipped)
     for file, outcome in zip(listing.files, outcomes, strict=True):
-        if isinstance(outcome, SetAside):
-            set_aside.append(outcome)
+        if isinstance(outcome, SkippedFile):
+            skipped.append(outcome)
         elif outcome is not None:
             found.setdefault(outcome.sha256, []).append((outcome, file.apart))
     samples, apart = [], []
@@ -155,20 +155,20 @@ def _dealt(listing: Listing, outcomes: Sequence[Outcome], classes: Sequence[str]
         for (sample, _), other in zip(same, others, strict=True):
             if other is not None:
                 reason = f"the same as {other.path}, of class {classes[other.label]!r}; remove one of them"
-                set_aside.append(SetAside(sample.path, reason))
+                skipped.append(SkippedFile(sample.path, reason))
         if not any(others):
             samples += [sample for sample, is_apart in same if not is_apart][:1]
             apart += [sample for sample, is_apart in same if is_apart][:1]
     apart.sort(key=lambda sample: (classes[sample.label], sample.sha256))
-    slices = deal(samples, apart if listing.split else None, kept)
-    return replace(slices, set_aside=(*set_aside, *slices.set_aside))
+    slices = assign_splits(samples, apart if listing.split else None, kept)
+    return replace(slices, skipped=(*skipped, *slices.skipped))
 
 
-def _check(slices: Slices, folder: Path, kind: Kind) -> None:
+def _check(slices: Splits, folder: Path, kind: Kind) -> None:
     if slices.train:
         return
     why: dict[str, str] = {}
-    for each in slices.set_aside:
+    for each in slices.skipped:
         why.setdefault(each.reason, str(each))
     if not why:
         raise InputError(f"{kind.noun} folder {folder} holds no {kind.noun}s; put them into one subfolder per class")

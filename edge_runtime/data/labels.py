@@ -6,20 +6,20 @@ import csv
 import posixpath
 from pathlib import Path
 
-from edge_runtime.data.samples import SetAside
+from edge_runtime.data.samples import SkippedFile
 from fedfmsl.errors import InputError
 
 Labels = dict[str, dict[str, int]]  # file → class → the line that says so
 
 
-def read_labels(path: Path) -> tuple[Labels, list[SetAside]]:
+def read_labels(path: Path) -> tuple[Labels, list[SkippedFile]]:
     """What a CSV file with the columns `file` (its path below the samples' folder) and `class` says, and the lines that
     say nothing.
 
     Raises InputError if it is missing, or not such a file.
     """
     labels: Labels = {}
-    set_aside = []
+    skipped = []
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:  # as some editors of some systems save it
             reader = csv.DictReader(file, strict=True)
@@ -30,9 +30,9 @@ def read_labels(path: Path) -> tuple[Labels, list[SetAside]]:
                 if name and label:
                     labels.setdefault(posixpath.normpath(name), {}).setdefault(label, reader.line_num)
                 else:
-                    set_aside.append(SetAside(path, f"line {reader.line_num} lacks its file or its class"))
+                    skipped.append(SkippedFile(path, f"line {reader.line_num} lacks its file or its class"))
     except FileNotFoundError as error:
         raise InputError(f"labels {path} do not exist") from error
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"labels {path} cannot be read ({error}); it must be a CSV file in UTF-8") from error
-    return labels, set_aside
+    return labels, skipped

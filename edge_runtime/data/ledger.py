@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edge_runtime.data.listing import Version
-from edge_runtime.data.samples import Sample, Slice, Slices
+from edge_runtime.data.samples import Sample, Split, Splits
 from fedfmsl.errors import ConfigError
 
 SCHEMA = """
@@ -72,17 +72,17 @@ class Ledger:
         known = [os.fsdecode(path) for (path,) in self._db.execute("SELECT path FROM files")]
         self.forget(path for path in known if path not in paths)
 
-    def slices(self, contents: set[str]) -> dict[str, Slice]:
+    def slices(self, contents: set[str]) -> dict[str, Split]:
         """Those of `contents` that have been dealt, in that order."""
         rows = self._db.execute("SELECT sha256, slice FROM slices ORDER BY place")
-        return {sha256: Slice(part) for sha256, part in rows if sha256 in contents}
+        return {sha256: Split(part) for sha256, part in rows if sha256 in contents}
 
-    def keep_slices(self, slices: Slices) -> None:
+    def keep_splits(self, slices: Splits) -> None:
         """Durably, or it fails (see `opened`)."""
-        parts: list[tuple[Slice, tuple[Sample, ...]]] = [
-            (Slice.TRAIN, slices.train),
-            (Slice.HELD_OUT, slices.held_out),
-            (Slice.TEST, slices.test),
+        parts: list[tuple[Split, tuple[Sample, ...]]] = [
+            (Split.TRAIN, slices.train),
+            (Split.HELD_OUT, slices.held_out),
+            (Split.TEST, slices.test),
         ]
         with self._db:
             self._db.executemany(

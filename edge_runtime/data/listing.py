@@ -13,7 +13,7 @@ from pathlib import Path
 
 from edge_runtime.data.inputs import Kind
 from edge_runtime.data.labels import read_labels
-from edge_runtime.data.samples import SetAside
+from edge_runtime.data.samples import SkippedFile
 from fedfmsl.errors import InputError
 
 CLASSES_NAMED = 8
@@ -51,7 +51,7 @@ class Listing:
     """`split`: the user has split off a test slice."""
 
     files: list[File]
-    set_aside: list[SetAside]
+    skipped: list[SkippedFile]
     split: bool
 
 
@@ -73,54 +73,54 @@ def _by_folder(folder: Path, classes: Sequence[str], kind: Kind) -> Listing:
             if entry.is_dir():
                 _add_class(listing, folder, name, classes, kind)
             elif kind.has_name(name):
-                listing.set_aside.append(SetAside(folder / name, "lies in no class's folder"))
+                listing.skipped.append(SkippedFile(folder / name, "lies in no class's folder"))
     return listing
 
 
 def _add_class(listing: Listing, folder: Path, name: str, classes: Sequence[str], kind: Kind) -> None:
     part, _, label = name.rpartition("/")
-    found = list(_below(folder, name, listing.set_aside))
+    found = list(_below(folder, name, listing.skipped))
     if label not in classes:
         if any(kind.has_name(file) for file, _ in found):
-            listing.set_aside.append(
-                SetAside(folder / name, f"{_unknown(label, classes)}; rename or remove the folder")
+            listing.skipped.append(
+                SkippedFile(folder / name, f"{_unknown(label, classes)}; rename or remove the folder")
             )
         return
     for file, version in found:
         if kind.has_name(file):
             listing.files.append(File(folder / file, file, version, classes.index(label), part == TEST))
         else:
-            listing.set_aside.append(SetAside(folder / file, _foreign(kind)))
+            listing.skipped.append(SkippedFile(folder / file, _foreign(kind)))
 
 
 def _by_csv(folder: Path, classes: Sequence[str], kind: Kind, source: Path) -> Listing:
-    labels, set_aside = read_labels(source)
-    listing = Listing([], set_aside, split=False)
+    labels, skipped = read_labels(source)
+    listing = Listing([], skipped, split=False)
     unlabelled = 0
-    for name, version in _below(folder, "", set_aside):
+    for name, version in _below(folder, "", skipped):
         said = labels.pop(name, None)
         if said is None:
             unlabelled += kind.has_name(name)
         elif not kind.has_name(name):
-            set_aside.append(SetAside(folder / name, _foreign(kind)))
+            skipped.append(SkippedFile(folder / name, _foreign(kind)))
         elif len(said) > 1:
             each = " and ".join(f"{label!r} (line {line})" for label, line in said.items())
-            set_aside.append(SetAside(folder / name, f"{source.name} calls it {each}"))
+            skipped.append(SkippedFile(folder / name, f"{source.name} calls it {each}"))
         else:
             ((label, line),) = said.items()
             if label in classes:
                 listing.files.append(File(folder / name, name, version, classes.index(label)))
             else:
-                set_aside.append(SetAside(source, f"line {line}: {_unknown(label, classes)}; correct the line"))
+                skipped.append(SkippedFile(source, f"line {line}: {_unknown(label, classes)}; correct the line"))
     for name, said in labels.items():
-        set_aside.append(SetAside(source, f"line {min(said.values())} names {name}, which is not below {folder}"))
+        skipped.append(SkippedFile(source, f"line {min(said.values())} names {name}, which is not below {folder}"))
     if unlabelled:
-        set_aside.append(SetAside(folder, f"{unlabelled} {kind.noun}s have no label in {source.name}"))
+        skipped.append(SkippedFile(folder, f"{unlabelled} {kind.noun}s have no label in {source.name}"))
     listing.files.sort(key=lambda file: classes[file.label])
     return listing
 
 
-def _below(folder: Path, name: str, set_aside: list[SetAside]) -> Iterator[tuple[str, Version]]:
+def _below(folder: Path, name: str, skipped: list[SkippedFile]) -> Iterator[tuple[str, Version]]:
     """The files at any depth below `name` in `folder`, in the order of their names. Links to folders are not followed:
     they may lead back."""
     try:
@@ -128,13 +128,13 @@ def _below(folder: Path, name: str, set_aside: list[SetAside]) -> Iterator[tuple
     except FileNotFoundError:  # it has just gone
         return
     except OSError as error:
-        set_aside.append(SetAside(folder / name, f"cannot be read ({error.strerror})"))
+        skipped.append(SkippedFile(folder / name, f"cannot be read ({error.strerror})"))
         return
     for entry in entries:
         path = f"{name}/{entry.name}" if name else entry.name
         try:
             if entry.is_dir(follow_symlinks=False):
-                yield from _below(folder, path, set_aside)
+                yield from _below(folder, path, skipped)
             elif entry.is_file():
                 yield path, Version.of(entry.stat())
         except FileNotFoundError:

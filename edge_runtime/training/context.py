@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from edge_runtime.data import ledger
 from edge_runtime.data.features import FeatureCache, HiddenStates, Report
-from edge_runtime.data.samples import Sample, Slices, deal_newcomers
+from edge_runtime.data.samples import Sample, Splits, assign_new_samples
 from edge_runtime.engines.base import Engine
 from edge_runtime.store import DeviceStore
 from edge_runtime.training.gate import Gate
@@ -27,7 +27,7 @@ Samples = tuple[Sample, ...]
 class Device:
     name: str
     bundle: Bundle
-    scanned: Slices
+    scanned: Splits
     cache: FeatureCache
     engine: Engine
     gate: Gate
@@ -40,11 +40,11 @@ class Device:
         return self.bundle.manifest.dims.classes
 
     @cached_property
-    def slices(self) -> Slices:
+    def slices(self) -> Splits:
         """`scanned`, with newcomers dealt; kept before anybody trains on them, so that none changes over later."""
-        slices = deal_newcomers(self.scanned, self.cache.pooled(self.scanned.undealt, level=1))
+        slices = assign_new_samples(self.scanned, self.cache.pooled(self.scanned.unassigned_samples, level=1))
         with ledger.opened(self.store.samples) as kept:
-            kept.keep_slices(slices)
+            kept.keep_splits(slices)
         return slices
 
     @cached_property

@@ -202,7 +202,7 @@ class Health(Message):
     train: Count = 0
     held_out: Count = 0
     test: Count = 0
-    set_aside: Count = 0
+    skipped: Count = 0
     unacknowledged: Count = 0
     rounds_done: Count = 0
 

@@ -23,7 +23,7 @@ from support.device_photos import write_photos
 LIMIT = 2**30
 LEVEL = 2
 TOLERANCE = 1e-4
-ONE_STEP = Path(__file__).with_name("one_step.py")
+ONE_STEP = Path(__file__).parents[1] / "support" / "arm64_one_step.py"
 
 
 @pytest.fixture(scope="module")

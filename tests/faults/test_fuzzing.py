@@ -291,7 +291,7 @@ def outbox(rng: random.Random, folder: Path) -> Target:
 
     def decode(data: bytes) -> bool:
         (folder / "outbox" / "7").write_bytes(data)
-        rounds = store.unsettled("5e55")
+        rounds = store.unacknowledged("5e55")
         assert rounds <= {7}
         assert (store.update(7) == data) == (7 in rounds)
         return bool(rounds)

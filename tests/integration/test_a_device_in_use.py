@@ -99,7 +99,7 @@ def test_it_is_looked_over_asked_and_used(device: Device) -> None:
     health = device.observer.wait(Health, lambda h: h.rounds_done > 5, "its health")
     told = metrics_of(device.metrics)
     assert told["fedfmsl_samples", "train"] == health.train
-    assert told["fedfmsl_samples", "set_aside"] == 1
+    assert told["fedfmsl_samples", "skipped"] == 1
 
     daemon.end()
     assert daemon.wait().code == 128 + 15

@@ -17,7 +17,7 @@ from support.builds import Built, write_photos
 from support.daemons import RUN, started
 from support.processes import MOSQUITTO, SECONDS, Broker, Ended, Federation, Observer, Processes, answers, wait_until
 
-from edge_runtime.daemon.state import wanted
+from edge_runtime.daemon.state import required_globals
 from edge_runtime.store import DeviceStore
 from fedfmsl.protocol.messages import Ack, DeviceStatus, Round, Sal, ServerStatus, Stage, Training, Verdict, encode
 from fedfmsl.protocol.tensors import MAX_BLOB_BYTES, Assembler
@@ -45,7 +45,7 @@ def hold_in_mid_round(federation: Federation, observer: Observer) -> Round:
     while begun.stage is Stage.GLOBAL:
         holder.pause()
         finished = store.settled >= begun.round or store.update(begun.round) is not None
-        if not finished and all(store.global_blob(sha256) for sha256 in wanted(begun)):
+        if not finished and all(store.global_blob(sha256) for sha256 in required_globals(begun)):
             return begun
         holder.resume()
         newer = begun.round + 1 if finished else begun.round
@@ -223,7 +223,7 @@ def photos_of_one(tmp_path: Path) -> Path:
 def test_an_update_that_nobody_answers_is_sent_again_until_somebody_does(
     broker: Broker, vit: Built, photos_of_one: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edge_runtime.daemon.state.FIRST_PATIENCE", 0.2)
+    monkeypatch.setattr("edge_runtime.daemon.state.FIRST_ACK_TIMEOUT", 0.2)
     device, service, link = started(vit, photos_of_one, tmp_path / "state", "unheard", broker.url)
     server, topics = Link(broker.url, "a-server-that-overhears"), Topics(RUN)
     server.connect()
@@ -258,7 +258,7 @@ def test_an_update_that_nobody_answers_is_sent_again_until_somebody_does(
         daemon.join(SECONDS)
         server.close()
     assert not daemon.is_alive()
-    assert device.store.unsettled("s") == frozenset()
+    assert device.store.unacknowledged("s") == frozenset()
 
 
 def whole_updates(server: Link, topics: Topics) -> Iterator[bytes]:

@@ -16,7 +16,7 @@ from support.fleets import write_identity
 from support.processes import SECONDS, Broker, Ended, Process, Processes, free_port, run_module, wait_until
 
 from devices.provisioning.authority import CLIENT, SERVER, make_authority
-from edge_runtime import download
+from edge_runtime.daemon import download
 from edge_runtime.daemon.download import fetch_bundle, find_server
 from fedfmsl.errors import BundleError
 from fedfmsl.protocol.bundle import MANIFEST, Bundle, file_sha256

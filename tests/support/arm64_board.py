@@ -14,7 +14,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-ENTER = Path(__file__).with_name("enter.sh")
+ENTER = Path(__file__).with_name("arm64_enter.sh")
 HERE = Path(__file__).parents[2] / ".arm64"  # what is kept from one run to the next
 SUITE = "bookworm"  # Raspberry Pi OS of 2023 to 2025, with Python 3.11
 PYTHON = "3.11"

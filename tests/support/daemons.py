@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from edge_runtime.daemon.announce import device_link
-from edge_runtime.daemon.health import Vitals
+from edge_runtime.daemon.health import HealthReporter
 from edge_runtime.daemon.loop import Service
 from edge_runtime.daemon.worker import Worker
 from edge_runtime.data.cache import DiskCache
@@ -69,5 +69,5 @@ def started(
         report=pace,
     )
     link = device_link(broker, Topics(run), device.name)
-    vitals = Vitals(link, Topics(run), device.name, store, read)
-    return device, Service(Worker(device, samples, pace), run, link, vitals), link
+    health_reporter = HealthReporter(link, Topics(run), device.name, store, read)
+    return device, Service(Worker(device, samples, pace), run, link, health_reporter), link

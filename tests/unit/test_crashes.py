@@ -24,7 +24,7 @@ from fedfmsl.protocol.tensors import blob_hash, pack, unpack
 SESSION = "s"
 SAL = Sal(window=2, epsilon=1.0, step=1, max_level=2)  # it activates more blocks as soon as it can
 EXPERTS = ("personal", "baseline", "mixture")
-FOR_PEOPLE = ("health.json", "set-aside.txt")  # that they cannot be written stops nothing
+FOR_PEOPLE = ("health.json", "skipped.txt")  # that they cannot be written stops nothing
 VOLATILE = {"seconds", "peak_rss_mb", "bytes_down"}
 
 
@@ -147,7 +147,7 @@ def test_a_round_that_was_interrupted_anywhere_gives_the_same_update_to_the_bit(
             ):
                 victim._work(task)
             survivor, restarted, _ = started(vit, photos, folder)
-            if task.round not in survivor.store.unsettled(SESSION):  # else it is only to be sent
+            if task.round not in survivor.store.unacknowledged(SESSION):  # else it is only to be sent
                 assert restarted._work(task) == WorkDone(task.round)
             where = f"{task.stage.value} {task.index}, killed {'after' if after else 'before'} {written[fatal]}"
             assert kept(folder, task) == kept(device.store.root, task), where

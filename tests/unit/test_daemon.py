@@ -14,30 +14,30 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from edge_runtime.daemon.retransmit import Unanswered
+from edge_runtime.daemon.retransmit import Retransmissions
 from edge_runtime.daemon.state import (
+    Acknowledge,
+    AckOverdue,
     AckSeen,
     Command,
     Event,
     Fetch,
     GlobalArrived,
     Idle,
-    Leave,
-    Overdue,
+    Log,
+    OwnStatusSeen,
+    PublishStatus,
     Reconnected,
     RoundSeen,
-    Say,
-    SelfSeen,
     Send,
     ServerSeen,
-    Settle,
-    ShowSelf,
     State,
+    Stop,
     Work,
     WorkDone,
     WorkFailed,
+    ack_timeout,
     advance,
-    patience,
 )
 from edge_runtime.store import DeviceStore
 from fedfmsl.errors import ConfigError
@@ -79,8 +79,8 @@ def test_a_round_is_fetched_worked_on_sent_and_settled() -> None:
     state, commands = drive([GlobalArrived(E), Idle(), GlobalArrived(G), GlobalArrived(H), Idle()], state)
     assert commands == [Work(task)]
     state, commands = drive([WorkDone(1), AckSeen(ack(1)), Idle()], state)
-    assert commands == [Send(1), Settle(ack(1))]
-    assert not state.unsettled
+    assert commands == [Send(1), Acknowledge(ack(1))]
+    assert not state.unacknowledged
 
 
 def test_only_globals_that_are_not_held_are_fetched() -> None:
@@ -124,20 +124,20 @@ def test_work_that_could_not_be_kept_is_done_again_or_the_newest_instead() -> No
     assert drive([WorkFailed(4), RoundSeen(round_(5)), Idle(), Idle()], state)[1] == [Work(round_(5))]
 
 
-UNSETTLED = device(session="s", done=4, unsettled=frozenset({4, 2}))
+UNSETTLED = device(session="s", done=4, unacknowledged=frozenset({4, 2}))
 GONE = ServerSeen(HERE.status.model_copy(update={"online": False}))
 OTHER_SESSION = ServerSeen(HERE.status.model_copy(update={"session": "s2"}))
 
 
-@pytest.mark.parametrize("event", [HERE, Reconnected(), Overdue()], ids=str)
+@pytest.mark.parametrize("event", [HERE, Reconnected(), AckOverdue()], ids=str)
 def test_unsettled_updates_are_sent_again_whenever_they_may_have_been_lost(event: Event) -> None:
     state, commands = drive([HERE], UNSETTLED)
     assert commands == [Send(2), Send(4)]
     state, commands = drive([event, AckSeen(ack(2, Verdict.LATE)), event], state)
-    assert commands == [Send(2), Send(4), Settle(ack(2, Verdict.LATE)), Send(4)]
+    assert commands == [Send(2), Send(4), Acknowledge(ack(2, Verdict.LATE)), Send(4)]
 
 
-@pytest.mark.parametrize("event", [Reconnected(), Overdue(), Idle()], ids=str)
+@pytest.mark.parametrize("event", [Reconnected(), AckOverdue(), Idle()], ids=str)
 @pytest.mark.parametrize("server", [GONE, OTHER_SESSION], ids=["gone", "of another session"])
 def test_unsettled_updates_are_sent_to_the_server_of_their_session_and_to_no_other(
     event: Event, server: ServerSeen
@@ -149,7 +149,7 @@ def test_unsettled_updates_are_sent_to_the_server_of_their_session_and_to_no_oth
 
 
 def test_a_server_that_is_gone_is_mentioned_once_and_so_is_its_return() -> None:
-    said = [command for command in drive([HERE, GONE, GONE, Idle(), HERE, HERE])[1] if isinstance(command, Say)]
+    said = [command for command in drive([HERE, GONE, GONE, Idle(), HERE, HERE])[1] if isinstance(command, Log)]
     assert [say.text for say in said] == [
         "the server of run r is offline; waiting for it",
         "the server of run r is online",
@@ -158,59 +158,59 @@ def test_a_server_that_is_gone_is_mentioned_once_and_so_is_its_return() -> None:
 
 
 def test_patience_grows_to_a_limit_and_differs_between_devices() -> None:
-    waits = [patience("d", attempt) for attempt in range(9)]
+    waits = [ack_timeout("d", attempt) for attempt in range(9)]
     assert all(30 * 2**n <= wait <= 45 * 2**n for n, wait in enumerate(waits[:4]))
     assert all(300 <= wait <= 450 for wait in waits[4:])
-    assert patience("d", 2000) <= 450
-    fleet = [patience(f"device-{n}", 0) for n in range(300)]
+    assert ack_timeout("d", 2000) <= 450
+    fleet = [ack_timeout(f"device-{n}", 0) for n in range(300)]
     assert all(sum(30 + 1.5 * tenth <= wait < 31.5 + 1.5 * tenth for wait in fleet) >= 20 for tenth in range(10))
 
 
 @pytest.mark.parametrize("verdict", Verdict)
 def test_any_verdict_settles_an_update_once(verdict: Verdict) -> None:
-    state = device(session="s", unsettled=frozenset({1}))
-    assert drive([AckSeen(ack(1, verdict)), AckSeen(ack(1, verdict))], state)[1] == [Settle(ack(1, verdict))]
+    state = device(session="s", unacknowledged=frozenset({1}))
+    assert drive([AckSeen(ack(1, verdict)), AckSeen(ack(1, verdict))], state)[1] == [Acknowledge(ack(1, verdict))]
     assert drive([AckSeen(ack(1, verdict, session="before"))], state)[1] == []
 
 
 def test_a_finished_run_is_left_by_those_who_took_part() -> None:
     finished = RoundSeen(round_(9, Stage.FINISHED))
     state, _ = drive([HERE, RoundSeen(round_(1)), Idle(), WorkDone(1)])
-    assert drive([finished, Idle()], state)[1] == [Leave()]
+    assert drive([finished, Idle()], state)[1] == [Stop()]
     assert drive([HERE, finished, Idle()])[1] == []  # a newcomer waits for the next run of that name
 
 
 def test_a_run_with_another_bundle_is_left_with_a_reason() -> None:
     other = ServerStatus(online=True, run="r", session="s", bundle=OTHER_BUNDLE, model="vit-b16")
     _, (command,) = drive([ServerSeen(other)])
-    assert isinstance(command, Leave)
+    assert isinstance(command, Stop)
     assert "another bundle (model vit-b16" in command.error
     (say,) = drive([ServerSeen(other.model_copy(update={"online": False}))])[1]
-    assert isinstance(say, Say)
+    assert isinstance(say, Log)
 
 
 def test_a_round_of_a_server_that_is_gone_waits_for_the_next_server() -> None:
     state, commands = drive([HERE, GONE, RoundSeen(round_(5, expert=E)), Idle()])
-    assert [command for command in commands if not isinstance(command, Say)] == []
+    assert [command for command in commands if not isinstance(command, Log)] == []
     state, commands = drive([OTHER_SESSION, Idle(), RoundSeen(round_(1, session="s2")), Idle()], state)
     assert commands[1:] == [Work(round_(1, session="s2"))]
 
 
-def seen(instance: str, online: bool = True) -> SelfSeen:
-    return SelfSeen(DeviceStatus(device="d", online=online, instance=instance))
+def seen(instance: str, online: bool = True) -> OwnStatusSeen:
+    return OwnStatusSeen(DeviceStatus(device="d", online=online, instance=instance))
 
 
 def test_what_stood_under_its_name_before_is_a_former_life() -> None:
     former = [seen("before"), seen("me"), seen("before"), seen("me", online=False)]
     state, commands = drive([HERE, RoundSeen(round_(1)), *former, Idle()])
     assert commands == [Work(round_(1))]
-    assert drive([seen("before", online=False)], state)[1] == [ShowSelf()]  # its last will comes late
+    assert drive([seen("before", online=False)], state)[1] == [PublishStatus()]  # its last will comes late
 
 
 def test_a_device_leaves_for_a_younger_twin_and_says_what_to_do() -> None:
     _, commands = drive([seen("me"), seen("twin")])
     (leave,) = commands
-    assert isinstance(leave, Leave)
+    assert isinstance(leave, Stop)
     assert leave.quietly
     assert "another device has come as 'd'" in leave.error and "--device" in leave.error
 
@@ -223,7 +223,7 @@ def test_of_any_number_of_twins_the_one_that_shows_itself_last_stays(names: list
     for name, first in zip(names, since, strict=True):
         state = State(device="d", instance=name, bundle=BUNDLE)
         _, commands = drive([seen(other) for other in names[max(first - 1, 0) :]], state)
-        stay += [] if any(isinstance(command, Leave) for command in commands) else [name]
+        stay += [] if any(isinstance(command, Stop) for command in commands) else [name]
     assert stay == [names[-1]]
 
 
@@ -231,7 +231,7 @@ SESSIONS = st.sampled_from(["s", "s2"])
 EVENTS = st.one_of(
     st.just(Idle()),
     st.just(Reconnected()),
-    st.just(Overdue()),
+    st.just(AckOverdue()),
     st.builds(
         lambda session, online: ServerSeen(HERE.status.model_copy(update={"session": session, "online": online})),
         SESSIONS,
@@ -278,7 +278,7 @@ class Outbox(RuleBasedStateMachine):
         self.state, self.session = device(), ""
         self.worked: Counter[tuple[str, int]] = Counter()  # by session and round, without the attempts that failed
         self.kept: set[int] = set()  # updates of the session that nobody has acknowledged
-        self.settled = 0
+        self.acknowledged = 0
 
     def happen(self, event: Event, fails: bool = False) -> list[Command]:
         """Carries out what there is to do, as the shell does; returns all of it."""
@@ -287,19 +287,19 @@ class Outbox(RuleBasedStateMachine):
             if isinstance(command, Work):
                 task = command.round
                 if task.session != self.session:
-                    self.kept, self.settled = set(), 0
+                    self.kept, self.acknowledged = set(), 0
                 self.session = task.session
-                assert task.round > self.settled
+                assert task.round > self.acknowledged
                 if fails:
                     commands += self.happen(WorkFailed(task.round))
                 else:
                     self.worked[task.session, task.round] += 1
                     self.kept.add(task.round)
                     commands += self.happen(WorkDone(task.round))
-            elif isinstance(command, Settle):
+            elif isinstance(command, Acknowledge):
                 assert command.ack.round in self.kept
                 self.kept.discard(command.ack.round)
-                self.settled = max(self.settled, command.ack.round)
+                self.acknowledged = max(self.acknowledged, command.ack.round)
         return commands
 
     @rule(event=EVENTS, fails=st.booleans())
@@ -312,7 +312,7 @@ class Outbox(RuleBasedStateMachine):
         expected = sorted(self.kept) if session == self.session else []
         assert [command.round for command in sent if isinstance(command, Send)] == expected
 
-    @rule(event=st.sampled_from([Reconnected(), Overdue()]))
+    @rule(event=st.sampled_from([Reconnected(), AckOverdue()]))
     def an_update_may_be_lost(self, event: Event) -> None:
         sent = self.happen(event)
         expected = sorted(self.kept) if self.state.present == self.session else []
@@ -320,12 +320,12 @@ class Outbox(RuleBasedStateMachine):
 
     @rule()
     def the_device_is_killed_and_started_again(self) -> None:
-        done = max({self.settled, *self.kept})
-        self.state = device(session=self.session, done=done, unsettled=frozenset(self.kept))
+        done = max({self.acknowledged, *self.kept})
+        self.state = device(session=self.session, done=done, unacknowledged=frozenset(self.kept))
 
     @invariant()
     def nothing_is_dropped_and_nothing_done_twice(self) -> None:
-        assert self.state.unsettled == self.kept
+        assert self.state.unacknowledged == self.kept
         assert not self.worked or max(self.worked.values()) == 1
 
 
@@ -368,25 +368,25 @@ def test_the_outbox_survives_a_restart_and_drops_what_is_of_another_session_or_t
     store.put_outbox(4, blob_of(4)[:-5])
     store.put_outbox(5, blob_of(6))
     again = DeviceStore(tmp_path)
-    assert again.unsettled(again.session) == {2, 10}
+    assert again.unacknowledged(again.session) == {2, 10}
     assert {path.name for path in (tmp_path / "outbox").iterdir()} == {"2", "10"}
     assert again.update(2) == blob_of(2)
-    again.settle(2)
+    again.acknowledge(2)
     assert again.update(2) is None
-    assert DeviceStore(tmp_path / "new").unsettled("s") == frozenset()
+    assert DeviceStore(tmp_path / "new").unacknowledged("s") == frozenset()
 
 
 def test_a_settled_round_is_remembered_for_as_long_as_its_session_lasts(tmp_path: Path) -> None:
     store = DeviceStore(tmp_path)
-    assert store.settled == 0
+    assert store.acknowledged == 0
     assert store.enter("s")
     store.put_outbox(3, blob_of(3))
-    store.settle(7)
-    store.settle(2)  # late
-    assert (DeviceStore(tmp_path).session, DeviceStore(tmp_path).settled) == ("s", 7)
+    store.acknowledge(7)
+    store.acknowledge(2)  # late
+    assert (DeviceStore(tmp_path).session, DeviceStore(tmp_path).acknowledged) == ("s", 7)
     assert not store.enter("s")
     assert store.enter("s2")
-    assert (DeviceStore(tmp_path).session, DeviceStore(tmp_path).settled) == ("s2", 0)
+    assert (DeviceStore(tmp_path).session, DeviceStore(tmp_path).acknowledged) == ("s2", 0)
     assert list((tmp_path / "outbox").iterdir()) == []
 
 
@@ -397,21 +397,21 @@ def test_what_a_killed_process_left_half_written_is_cleared_away(tmp_path: Path)
     for scrap in (tmp_path / ".personalized.onnx.17", tmp_path / "outbox" / ".2.17"):
         scrap.write_bytes(b"half")
     (tmp_path / ".bashrc.old").write_text("somebody else's")
-    store.drop_scraps()
+    store.remove_temporary_files()
     assert sorted(path.name for path in tmp_path.rglob("*")) == [".bashrc.old", "1", "identity", "outbox"]
 
 
 def test_an_answer_is_overdue_only_after_the_whole_update_has_reached_the_broker(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("edge_runtime.daemon.state.FIRST_PATIENCE", 0.0)
-    unanswered, last_chunk = Unanswered("d"), paho.MQTTMessageInfo(1)
+    monkeypatch.setattr("edge_runtime.daemon.state.FIRST_ACK_TIMEOUT", 0.0)
+    unanswered, last_chunk = Retransmissions("d"), paho.MQTTMessageInfo(1)
     assert not unanswered.overdue()
     unanswered.sent(3, last_chunk)
     assert unanswered.on_its_way(3) and not unanswered.overdue()
     last_chunk._set_as_published()
     assert not unanswered.on_its_way(3) and unanswered.overdue()
-    unanswered.settled(3)
+    unanswered.acknowledged(3)
     assert not unanswered.overdue()
 
 

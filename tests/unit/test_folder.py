@@ -18,7 +18,7 @@ import edge_runtime.data.folder as folder_module
 from edge_runtime.data import ledger
 from edge_runtime.data.folder import SETTLE_SECONDS, TOO_LARGE, SampleFolder, largest, scan
 from edge_runtime.data.inputs import IMAGES
-from edge_runtime.data.samples import Sample, Slices, deal_newcomers
+from edge_runtime.data.samples import Sample, Splits, assign_new_samples
 from edge_runtime.store import DeviceStore
 from fedfmsl.errors import ConfigError, InputError
 
@@ -70,13 +70,13 @@ def photo(seed: int, size: int = 40) -> bytes:
     return buffer.getvalue()
 
 
-def dealt(folder: SampleFolder, store: DeviceStore) -> Slices:
+def dealt(folder: SampleFolder, store: DeviceStore) -> Splits:
     """A look, and what a device makes of it, with features that say nothing."""
     slices = folder.look()
-    features = np.random.default_rng(0).normal(size=(len(slices.undealt), 8)).astype(np.float32)
-    slices = deal_newcomers(slices, features)
+    features = np.random.default_rng(0).normal(size=(len(slices.unassigned_samples), 8)).astype(np.float32)
+    slices = assign_new_samples(slices, features)
     with ledger.opened(store.samples) as kept:
-        kept.keep_slices(slices)
+        kept.keep_splits(slices)
     return slices
 
 
@@ -84,8 +84,8 @@ def names(samples: tuple[Sample, ...]) -> set[str]:
     return {f"{sample.path.parent.name}/{sample.path.name}" for sample in samples}
 
 
-def set_aside(slices: Slices, folder: Path) -> dict[str, str]:
-    return {os.path.relpath(each.path, folder): each.reason for each in slices.set_aside}
+def skipped(slices: Splits, folder: Path) -> dict[str, str]:
+    return {os.path.relpath(each.path, folder): each.reason for each in slices.skipped}
 
 
 def test_a_first_look_is_a_scan(vit: Built, photos: Path, store: DeviceStore) -> None:
@@ -96,7 +96,7 @@ def test_a_first_look_is_a_scan(vit: Built, photos: Path, store: DeviceStore) ->
         (looked.test, scanned.test),
     ):
         assert [each.sha256 for each in one] == [each.sha256 for each in other]
-    assert looked.newcomers == {each.sha256 for each in looked.train + looked.held_out}
+    assert looked.unassigned == {each.sha256 for each in looked.train + looked.held_out}
 
 
 def test_an_unchanged_folder_is_not_read_again_after_a_restart_neither(
@@ -109,7 +109,7 @@ def test_an_unchanged_folder_is_not_read_again_after_a_restart_neither(
     again = SampleFolder(photos, vit.bundle, store).look()
     assert reads == []
     assert again == first
-    assert set_aside(again, photos) == {"kiwi/bad.jpg": "not a readable image"}
+    assert skipped(again, photos) == {"kiwi/bad.jpg": "not a readable image"}
 
 
 def test_new_and_changed_files_are_read_and_gone_ones_leave(
@@ -153,13 +153,13 @@ def test_what_is_being_written_is_left_for_the_next_look_and_not_called_corrupt(
     whole = photo(3)
     path = put(photos / "plum" / "new.jpg", whole[:-300], int(time.time()))
     now = folder.look()
-    assert set_aside(now, photos) == {}
+    assert skipped(now, photos) == {}
     assert "plum/new.jpg" not in names(now.samples)
     put(path, whole[:-200], LONG_AGO)  # the writer is slow
-    assert set_aside(folder.look(), photos) == {"plum/new.jpg": "not a readable image"}
+    assert skipped(folder.look(), photos) == {"plum/new.jpg": "not a readable image"}
     put(path, whole, LONG_AGO + 1)
     last = folder.look()
-    assert set_aside(last, photos) == {}
+    assert skipped(last, photos) == {}
     assert "plum/new.jpg" in names(last.samples)
 
 
@@ -249,10 +249,10 @@ def test_an_image_larger_than_any_at_the_start_is_set_aside_if_it_takes_much_mem
     reads.clear()
     second = folder.look()
     assert names(second.samples) - names(first.samples) == {"plum/larger.png", "plum/large.jpg"}
-    assert set_aside(second, photos) == {"plum/large.png": TOO_LARGE}
+    assert skipped(second, photos) == {"plum/large.png": TOO_LARGE}
     assert "large.png" not in reads
     assert "plum/large.png" in names(SampleFolder(photos, vit.bundle, store).look().samples)  # measured with it
-    assert set_aside(folder.look(), photos) == {"plum/large.png": TOO_LARGE}
+    assert skipped(folder.look(), photos) == {"plum/large.png": TOO_LARGE}
 
 
 def test_a_memory_plan_is_not_made_anew_for_each_ordinary_image_that_comes() -> None:
@@ -273,9 +273,9 @@ def test_a_file_that_may_not_be_read_is_set_aside_until_it_may(
 
     monkeypatch.setattr(folder_module, "file_sha256", refused)  # tests may run as root, whom nothing is refused
     folder = SampleFolder(photos, vit.bundle, store)
-    assert set(set_aside(folder.look(), photos).values()) == {"cannot be read (Permission denied)"}
+    assert set(skipped(folder.look(), photos).values()) == {"cannot be read (Permission denied)"}
     monkeypatch.undo()
-    assert set_aside(folder.look(), photos) == {}
+    assert skipped(folder.look(), photos) == {}
 
 
 def test_another_preprocessing_reads_everything_again_and_deals_nothing_again(
@@ -297,7 +297,7 @@ def test_texts_come_and_go_like_images(bert: Built, store: DeviceStore, tmp_path
     put(texts / "plum" / "large.txt", b"plum " * 100_000)
     second = folder.look()
     assert names(second.samples) - names(first.samples) == {"plum/new.txt"}
-    assert set_aside(second, texts) == {"plum/large.txt": TOO_LARGE}
+    assert skipped(second, texts) == {"plum/large.txt": TOO_LARGE}
 
 
 def test_a_damaged_ledger_is_one_line_that_names_it(vit: Built, photos: Path, store: DeviceStore) -> None:
@@ -350,7 +350,7 @@ def test_labels_may_come_from_a_csv_file(
     wanted = scan(photos, CLASSES, IMAGES)
     assert {(s.sha256, s.label) for s in slices.samples} == {(s.sha256, s.label) for s in wanted.samples}
     assert {s.sha256 for s in slices.test} == {s.sha256 for s in wanted.test}
-    assert slices.set_aside == ()
+    assert slices.skipped == ()
 
 
 def test_what_a_csv_file_says_wrongly_is_named_with_its_line(
@@ -373,7 +373,7 @@ def test_what_a_csv_file_says_wrongly_is_named_with_its_line(
     put(root / "newer.jpg", photo(10))
     slices = SampleFolder(root, vit.bundle, store, labels).look()
     assert len(slices.samples) == 38
-    said = [str(each) for each in slices.set_aside]
+    said = [str(each) for each in slices.skipped]
     for words in (
         "labels.csv: line 40 names gone.jpg, which is not below",
         "labels.csv: line 41: class 'durian' is not of this bundle, which knows apple",

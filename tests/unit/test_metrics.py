@@ -31,7 +31,7 @@ HEALTH = Health(
     on_battery=False,
     memory=300_000_000,
     train=40,
-    set_aside=2,
+    skipped=2,
     rounds_done=6,
 )
 
@@ -66,7 +66,7 @@ def test_prometheus_reads_what_is_known_and_nothing_else(port: int) -> None:
     assert [what for what in Activity if value("activity", activity=what.value)] == [Activity.PAUSED]
     assert value("temperature_celsius") == 81.5
     assert value("on_battery") == 0
-    assert value("samples", slice="set_aside") == 2
+    assert value("samples", slice="skipped") == 2
     assert value("rounds_total") == 6
     assert value("heard_time_seconds") == HEALTH.time
     assert not {"fedfmsl_metered", "fedfmsl_others_processor_ratio"} & {sample.name for sample in found}

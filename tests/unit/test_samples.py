@@ -14,7 +14,7 @@ from support.builds import CLASSES, write_photos
 from edge_runtime.data.folder import scan
 from edge_runtime.data.images import load_pixels
 from edge_runtime.data.inputs import IMAGES, TEXTS
-from edge_runtime.data.samples import Slices, deal_newcomers, labels_of
+from edge_runtime.data.samples import Splits, assign_new_samples, labels_of
 from fedfmsl.errors import InputError
 from fedfmsl.protocol.bundle import ImagePreprocessing
 
@@ -37,7 +37,7 @@ def split(folder: Path) -> Path:
     return folder
 
 
-def contents(slices: Slices) -> list[list[tuple[str, int]]]:
+def contents(slices: Splits) -> list[list[tuple[str, int]]]:
     return [[(i.sha256, i.label) for i in part] for part in (slices.train, slices.held_out, slices.test)]
 
 
@@ -87,8 +87,8 @@ def test_small_classes_still_train_and_hold_out(tmp_path: Path, count: int, size
     assert [len(part) for part in (slices.train, slices.held_out, slices.test)] == [4 * size for size in sizes]
 
 
-def reasons(slices: Slices, folder: Path) -> dict[str, str]:
-    return {each.path.relative_to(folder).as_posix(): each.reason for each in slices.set_aside}
+def reasons(slices: Splits, folder: Path) -> dict[str, str]:
+    return {each.path.relative_to(folder).as_posix(): each.reason for each in slices.skipped}
 
 
 def keep_one_of(folder: Path) -> Path:
@@ -103,7 +103,7 @@ def test_a_class_with_one_image_is_set_aside_until_there_are_two(folder: Path) -
     slices = scan(folder, CLASSES, IMAGES)
     assert slices.class_counts(4).tolist() == [8, 0, 8, 8]
     (reason,) = reasons(slices, folder).values()
-    assert {each.path for each in slices.set_aside} == {only}
+    assert {each.path for each in slices.skipped} == {only}
     assert "needs at least two" in reason
 
 
@@ -141,7 +141,7 @@ def test_the_same_image_under_two_classes_is_of_neither(folder: Path) -> None:
     twice, other = sorted((folder / "kiwi").iterdir())[0], folder / "plum" / "copy.jpg"
     shutil.copyfile(twice, other)
     slices = scan(folder, CLASSES, IMAGES)
-    found = {each.path: each.reason for each in slices.set_aside}
+    found = {each.path: each.reason for each in slices.skipped}
     assert set(found) == {twice, other}
     assert str(other) in found[twice]
     assert "'plum'" in found[twice]
@@ -208,14 +208,14 @@ def test_unreadable_images_are_skipped_and_named(folder: Path) -> None:
 
 def test_what_is_held_out_of_a_class_looks_alike_and_is_as_much_as_before(tmp_path: Path) -> None:
     slices = scan(write_photos(tmp_path, 13), CLASSES, IMAGES)
-    images = slices.undealt
+    images = slices.unassigned_samples
     assert images == slices.train + slices.held_out
     rng = np.random.default_rng(3)
     scenes = rng.normal(size=(2, 8))
     scene_of = {image: index % 2 for index, image in enumerate(sorted(images, key=lambda i: i.sha256))}
     features = np.array([scenes[scene_of[i]] + rng.normal(size=8) * 0.01 for i in images], np.float32)
-    dealt = deal_newcomers(slices, features)
-    assert not dealt.undealt
+    dealt = assign_new_samples(slices, features)
+    assert not dealt.unassigned_samples
     assert {*dealt.train, *dealt.held_out} == set(images)
     for label in range(len(CLASSES)):
         held_out = [image for image in dealt.held_out if image.label == label]

@@ -17,7 +17,7 @@ from edge_runtime.data.cache import DiskCache
 from edge_runtime.data.features import FeatureCache
 from edge_runtime.data.folder import SampleFolder, scan
 from edge_runtime.data.inputs import reader_of
-from edge_runtime.data.samples import Slices, labels_of
+from edge_runtime.data.samples import Splits, labels_of
 from edge_runtime.engines.base import Batch, StepGraphEngine
 from edge_runtime.store import DeviceStore
 from edge_runtime.training.context import Device
@@ -170,7 +170,7 @@ def watched(device: Device, photos: Path, tmp_path: Path) -> tuple[Device, Sampl
     return replace(device, scanned=folder.look()), folder
 
 
-def contents(slices: Slices) -> list[list[str]]:
+def contents(slices: Splits) -> list[list[str]]:
     return [[each.sha256 for each in part] for part in (slices.train, slices.held_out, slices.test)]
 
 

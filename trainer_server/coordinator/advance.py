@@ -30,10 +30,10 @@ from trainer_server.coordinator.events import (
     UpdateSeen,
 )
 from trainer_server.coordinator.records import ClosedRound
-from trainer_server.coordinator.round_update import learn
+from trainer_server.coordinator.round_update import apply_round
 from trainer_server.coordinator.selection import ROUNDING, select
 from trainer_server.coordinator.state import TRAINING, Accepted, Plan, State
-from trainer_server.coordinator.validation import judge
+from trainer_server.coordinator.validation import validate_update
 
 Blobs = dict[str, tuple[str, bytes]]  # of each kind of globals, SHA-256 and blob
 
@@ -92,7 +92,7 @@ def _see_device(plan: Plan, state: State, status: DeviceStatus) -> tuple[State, 
 
 def _see_update(plan: Plan, state: State, event: UpdateSeen) -> tuple[State, list[Command]]:
     update = event.update
-    judgement = judge(plan, state, update, event.tensors)
+    judgement = validate_update(plan, state, update, event.tensors)
     ack = Ack(
         run=update.run,
         session=update.session,
@@ -203,7 +203,7 @@ def _close(plan: Plan, state: State, closing: Round, now: float) -> tuple[State,
         too_few = f"round {state.round} got {len(state.updates)} updates, fewer than {config.min_updates}"
     record = _record(state, closing, now, too_few)
     if not too_few:
-        state, commands = _open(plan, replace(learn(plan, state, closing), repeats=0), state.position + 1, now)
+        state, commands = _open(plan, replace(apply_round(plan, state, closing), repeats=0), state.position + 1, now)
         return state, [record, *commands, *([Stop()] if state.position == finish else [])]
     if config.max_repeats is not None and state.repeats >= config.max_repeats:
         times = f"{state.repeats + 1} times in a row"

@@ -23,7 +23,7 @@ from trainer_server.coordinator.state import Accepted, Plan, State
 from trainer_server.coordinator.validation import class_statistics, expert_delta, gate_delta
 
 
-def learn(plan: Plan, state: State, closing: Round) -> State:
+def apply_round(plan: Plan, state: State, closing: Round) -> State:
     """The state with what `state.updates` have taught."""
     return LESSONS[closing.stage](plan, state, closing) if closing.stage in LESSONS else state
 

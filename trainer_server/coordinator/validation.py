@@ -19,7 +19,7 @@ ROUNDING = 1e-3  # relative: what a device's own sums may differ by
 
 
 @dataclass(frozen=True)
-class Judgement:
+class Validation:
     """`kind` is one of few words, to count refusals by; `reason` the sentence for people."""
 
     verdict: Verdict
@@ -27,11 +27,11 @@ class Judgement:
     reason: str = ""
 
 
-def judge(plan: Plan, state: State, update: Update, tensors: Tensors) -> Judgement:
+def validate_update(plan: Plan, state: State, update: Update, tensors: Tensors) -> Validation:
     """In the present state. Nothing about an update is believed before it was looked at."""
 
-    def rejected(kind: str, reason: str) -> Judgement:
-        return Judgement(Verdict.REJECTED, kind, reason)
+    def rejected(kind: str, reason: str) -> Validation:
+        return Validation(Verdict.REJECTED, kind, reason)
 
     config, announced = plan.config, state.announced
     if update.run != config.run:
@@ -41,12 +41,12 @@ def judge(plan: Plan, state: State, update: Update, tensors: Tensors) -> Judgeme
     if update.device not in state.devices:
         return rejected("unknown device", "has not announced itself")
     if (update.round, update.device) in state.counted:
-        return Judgement(Verdict.DUPLICATE, "repeated", "already counted")
+        return Validation(Verdict.DUPLICATE, "repeated", "already counted")
     if announced is None or update.round > state.round:
         return rejected("other round", f"round {update.round} has not been announced")
     task = next((round_ for round_ in (announced, *state.recent) if round_.round == update.round), None)
     if task is None or task.stage is not announced.stage:
-        return Judgement(Verdict.LATE, "late", f"round {update.round} is closed, the present one is {state.round}")
+        return Validation(Verdict.LATE, "late", f"round {update.round} is closed, the present one is {state.round}")
     if update.stage is not task.stage:
         return rejected("other stage", f"stage {update.stage.value}, announced was {task.stage.value}")
     if task.chosen and update.device not in task.chosen:
@@ -61,7 +61,7 @@ def judge(plan: Plan, state: State, update: Update, tensors: Tensors) -> Judgeme
         CHECKS[update.stage](plan, update, tensors)
     except MessageError as error:
         return rejected("tensors", str(error))
-    return Judgement(Verdict.ACCEPTED)
+    return Validation(Verdict.ACCEPTED)
 
 
 def expert_delta(plan: Plan, update: Update, tensors: Tensors) -> Vector:

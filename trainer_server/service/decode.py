@@ -13,7 +13,7 @@ from trainer_server.coordinator.events import StatusSeen, UpdateSeen
 from trainer_server.storage.uploads import Upload, Uploads
 
 
-class Intake:
+class Decoder:
     def __init__(self, topics: Topics, uploads: Uploads) -> None:
         self._topics = topics
         self._uploads = uploads

@@ -39,7 +39,7 @@ from trainer_server.coordinator.events import (
 )
 from trainer_server.coordinator.records import ClosedRound
 from trainer_server.coordinator.state import Plan, State
-from trainer_server.service.decode import Intake
+from trainer_server.service.decode import Decoder
 from trainer_server.service.refusals import Refusals
 from trainer_server.storage.peft_adapter import write_adapter
 from trainer_server.storage.run_store import Logged, RunStore
@@ -92,7 +92,7 @@ class Service:
         self._clock = RunClock(at)
         largest = max(plan.bundle.expert.total, plan.bundle.gate.total, plan.statistics.total)
         self._uploads = Uploads(store.folder / "uploads", blob_bytes(largest))
-        self._intake = Intake(self._topics, self._uploads)
+        self._intake = Decoder(self._topics, self._uploads)
         self._published: dict[str, int] = {}  # blob → number of its retained chunks
         self._statuses: Statuses = {}  # not yet in the store
         self._refusals = Refusals()

@@ -9,17 +9,26 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_runtime.data.samples import HELD_OUT_SHARE, LEAST, TEST_SHARE, Sample, Slice, Slices, deal, deal_newcomers
+from edge_runtime.data.samples import (
+    HELD_OUT_SHARE,
+    LEAST,
+    TEST_SHARE,
+    Sample,
+    Split,
+    Splits,
+    assign_new_samples,
+    assign_splits,
+)
 
 CLASSES = 2
-PARTS = (Slice.TRAIN, Slice.HELD_OUT, Slice.TEST)
+PARTS = (Split.TRAIN, Split.HELD_OUT, Split.TEST)
 
 
 def sample(number: int, label: int = 0) -> Sample:
     return Sample(Path(f"{number}.jpg"), hashlib.sha256(f"{number}".encode()).hexdigest(), label)
 
 
-def parts_of(slices: Slices) -> dict[str, Slice]:
+def parts_of(slices: Splits) -> dict[str, Split]:
     """In the order in which a ledger keeps them."""
     dealt = zip(PARTS, (slices.train, slices.held_out, slices.test), strict=True)
     return {each.sha256: part for part, samples in dealt for each in samples}
@@ -39,12 +48,14 @@ class Device:
     """What a device keeps from one look to the next."""
 
     def __init__(self) -> None:
-        self.kept: dict[str, Slice] = {}
+        self.kept: dict[str, Split] = {}
 
-    def look(self, samples: list[Sample], apart: list[Sample] | None = None) -> Slices:
+    def look(self, samples: list[Sample], apart: list[Sample] | None = None) -> Splits:
         present = {each.sha256 for each in samples + (apart or [])}
-        slices = deal(samples, apart, {sha256: part for sha256, part in self.kept.items() if sha256 in present})
-        slices = deal_newcomers(slices, features_of(slices.undealt))
+        slices = assign_splits(
+            samples, apart, {sha256: part for sha256, part in self.kept.items() if sha256 in present}
+        )
+        slices = assign_new_samples(slices, features_of(slices.unassigned_samples))
         self.kept |= parts_of(slices)
         return slices
 
@@ -70,14 +81,14 @@ def test_however_samples_come_and_go_none_is_tested_and_trained_and_every_class_
 
         lie_apart = None if apart is None else [labelled(number) for number in sorted(apart)]
         slices = device.look([labelled(number) for number in sorted(numbers)], lie_apart)
-        assert not slices.newcomers
+        assert not slices.unassigned
         assert len({each.sha256 for each in slices.samples}) == len(slices.samples)
         trained |= {each.sha256 for each in slices.train + slices.held_out}
         tested |= {each.sha256 for each in slices.test}
         assert not trained & tested
         assert {each.label for each in slices.train} == {each.label for each in slices.held_out}
         used = {each.path for each in slices.samples}
-        assert used | {each.path for each in slices.set_aside} == {sample(n).path for n in numbers | (apart or set())}
+        assert used | {each.path for each in slices.skipped} == {sample(n).path for n in numbers | (apart or set())}
         for label in range(CLASSES):
             unused = [n for n in numbers if labelled(n).label == label and sample(n).path not in used]
             assert apart is not None or len(unused) < LEAST
@@ -94,9 +105,9 @@ def test_a_sample_changes_over_only_where_its_class_had_lost_a_whole_slice(looks
         changed = [sha256 for sha256, part in parts_of(slices).items() if before.get(sha256, part) is not part]
         assert len(changed) <= 1
         if changed:
-            assert len({*old} - {Slice.TEST}) == 1
+            assert len({*old} - {Split.TEST}) == 1
             new = {part for sha256, part in parts_of(slices).items() if sha256 not in before}
-            assert new <= {Slice.TEST}  # any other would have filled the slice
+            assert new <= {Split.TEST}  # any other would have filled the slice
 
 
 def test_the_order_of_samples_does_not_change_when_others_come() -> None:
@@ -124,9 +135,9 @@ def test_newcomers_join_the_slice_of_what_they_look_like() -> None:
     device = Device()
     device.look([sample(number) for number in range(10)])
     slices = device.look([sample(number) for number in range(60)])
-    scenes: dict[int, set[Slice]] = {}
+    scenes: dict[int, set[Split]] = {}
     for sha256, part in parts_of(slices).items():
-        if part is not Slice.TEST:
+        if part is not Split.TEST:
             scenes.setdefault(int(sha256[:8], 16) % 5, set()).add(part)
     known = {scene: parts for scene, parts in scenes.items() if len(parts) == 1}
     assert len(known) >= 4  # the first deal may have parted one scene, for it holds out a number of samples
@@ -138,9 +149,9 @@ def test_scenes_that_look_like_nothing_keep_the_share_that_is_held_out() -> None
     device.look([sample(number) for number in range(5)])
     for count in range(6, 200, 7):
         samples = [sample(number) for number in range(count)]
-        slices = deal(samples, None, device.kept)
-        features = np.eye(200, dtype=np.float32)[: len(slices.undealt)]
-        slices = deal_newcomers(slices, features)
+        slices = assign_splits(samples, None, device.kept)
+        features = np.eye(200, dtype=np.float32)[: len(slices.unassigned_samples)]
+        slices = assign_new_samples(slices, features)
         device.kept = parts_of(slices)
         share = len(slices.held_out) / len(slices.train + slices.held_out)
         assert abs(share - HELD_OUT_SHARE) < 0.6 / len(slices.train + slices.held_out) + 0.1
@@ -158,10 +169,10 @@ def test_twins_are_never_parted_however_many_come_at_once() -> None:
         twin_of[new.sha256] = samples[rng.integers(len(samples))].sha256  # of an old one, or of another newcomer
         directions[new.sha256] = directions[twin_of[new.sha256]] * rng.uniform(0.5, 2)
         samples.append(new)
-    slices = deal(samples, None, device.kept)
-    features = np.array([directions[each.sha256] for each in slices.undealt], np.float32)
-    parts = parts_of(deal_newcomers(slices, features))
-    tested = {sha256 for sha256, part in parts.items() if part is Slice.TEST}
+    slices = assign_splits(samples, None, device.kept)
+    features = np.array([directions[each.sha256] for each in slices.unassigned_samples], np.float32)
+    parts = parts_of(assign_new_samples(slices, features))
+    tested = {sha256 for sha256, part in parts.items() if part is Split.TEST}
     for new, twin in twin_of.items():
         if new not in tested and twin not in tested:
             assert parts[new] is parts[twin]

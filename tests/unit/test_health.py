@@ -13,7 +13,7 @@ from support.daemons import RUN, started
 from support.processes import SECONDS, Broker, Processes
 from test_stages import task
 
-from edge_runtime.daemon.health import Vitals
+from edge_runtime.daemon.health import HealthReporter
 from edge_runtime.daemon.state import State
 from edge_runtime.resources.governor import Readings
 from fedfmsl.protocol.messages import Activity, Health, Stage, parse
@@ -52,8 +52,8 @@ def test_it_tells_how_it_is_when_it_does_something_else_and_now_and_then(
     device, _, link = started(vit, photos, tmp_path / "state", "kitchen", broker.url)
     device.cache.pooled(device.scanned.train, level=1)  # before the daemon is heard, which has vitals of its own
     link.connect()
-    vitals = Vitals(link, Topics(RUN), "kitchen", device.store, lambda: WARM)
-    vitals.beat(None, Activity.STARTING)
+    health_reporter = HealthReporter(link, Topics(RUN), "kitchen", device.store, lambda: WARM)
+    health_reporter.heartbeat(None, Activity.STARTING)
     starting = heard(carer)
     while starting.activity is not Activity.STARTING:
         starting = heard(carer)
@@ -62,11 +62,13 @@ def test_it_tells_how_it_is_when_it_does_something_else_and_now_and_then(
     assert starting.train == 0
 
     announced = task(Stage.GLOBAL, level=2)
-    state = State("kitchen", "", "", announced=announced, unsettled=frozenset({1, 2}))
-    vitals.rounds_done = 2
-    vitals.beat(device, Activity.WORKING, state)
-    vitals.beat(device, Activity.WORKING, replace(state, unsettled=frozenset()))  # nothing that cannot wait
-    vitals.beat(device, Activity.PAUSED, state, "81.5 °C, above --max-temperature 75")
+    state = State("kitchen", "", "", announced=announced, unacknowledged=frozenset({1, 2}))
+    health_reporter.rounds_done = 2
+    health_reporter.heartbeat(device, Activity.WORKING, state)
+    health_reporter.heartbeat(
+        device, Activity.WORKING, replace(state, unacknowledged=frozenset())
+    )  # nothing that cannot wait
+    health_reporter.heartbeat(device, Activity.PAUSED, state, "81.5 °C, above --max-temperature 75")
     working, paused = heard(carer), heard(carer)
     assert working.activity is Activity.WORKING
     assert (working.round, working.stage, working.level, working.level_cap) == (3, "global", 2, device.level_cap)
@@ -74,16 +76,16 @@ def test_it_tells_how_it_is_when_it_does_something_else_and_now_and_then(
     assert (working.train, working.held_out) == (len(device.scanned.train), len(device.scanned.held_out))
     assert working.cache == device.cache.used > 0
     assert (paused.activity, paused.paused) == (Activity.PAUSED, "81.5 °C, above --max-temperature 75")
-    assert paused == vitals.newest == Health.model_validate_json(device.store.health.read_bytes())
+    assert paused == health_reporter.newest == Health.model_validate_json(device.store.health.read_bytes())
 
     monkeypatch.setattr("edge_runtime.daemon.health.HEALTH_SECONDS", 0.0)
-    vitals.beat(device, Activity.WAITING, state)
-    vitals.beat(device, Activity.WAITING, state)
+    health_reporter.heartbeat(device, Activity.WAITING, state)
+    health_reporter.heartbeat(device, Activity.WAITING, state)
     assert heard(carer).time < heard(carer).time
     late = Link(broker.url, "who-comes-later")
     late.connect()
     late.subscribe(Topics(RUN).health("kitchen"))
-    assert heard(late) == vitals.newest  # retained
+    assert heard(late) == health_reporter.newest  # retained
     late.close()
     link.close()
 
@@ -93,9 +95,9 @@ def test_without_a_connection_nothing_piles_up(
 ) -> None:
     monkeypatch.setattr("edge_runtime.daemon.health.HEALTH_SECONDS", 0.0)
     device, _, link = started(vit, photos, tmp_path / "state")
-    vitals = Vitals(link, Topics(RUN), "d", device.store, Readings)
+    health_reporter = HealthReporter(link, Topics(RUN), "d", device.store, Readings)
     for _ in range(100):
-        vitals.beat(device, Activity.WAITING)
+        health_reporter.heartbeat(device, Activity.WAITING)
     assert not link._client.want_write()
     assert not link._client._out_messages
     assert Health.model_validate_json(device.store.health.read_bytes()).activity is Activity.WAITING
@@ -109,11 +111,11 @@ def test_a_service_manager_hears_what_it_does(
         manager.settimeout(SECONDS)
         monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
         device, _, link = started(vit, photos, tmp_path / "state")
-        vitals = Vitals(link, Topics(RUN), "d", device.store, Readings)
-        vitals.beat(None, Activity.STARTING)
-        vitals.ready()
-        vitals.beat(device, Activity.PAUSED, paused="outside of --hours 22:00-06:00")
-        vitals.beat(device, Activity.STOPPED)
+        health_reporter = HealthReporter(link, Topics(RUN), "d", device.store, Readings)
+        health_reporter.heartbeat(None, Activity.STARTING)
+        health_reporter.ready()
+        health_reporter.heartbeat(device, Activity.PAUSED, paused="outside of --hours 22:00-06:00")
+        health_reporter.heartbeat(device, Activity.STOPPED)
         words = [manager.recv(4096).decode() for _ in range(4)]
     assert words == [
         "STATUS=starting",
