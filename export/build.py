@@ -24,7 +24,7 @@ from export.weights import RANDOM, Backbone, load_backbone
 from export.zero_shot import TEMPLATES, zero_shot_head
 from fedfmsl.algorithms.arrays import Vector
 from fedfmsl.common.cli import application, console
-from fedfmsl.common.ort_training import require_ort_training
+from fedfmsl.common.onnx_runtime import require_ort_training
 from fedfmsl.errors import ConfigError, InputError, WeightsError
 from fedfmsl.protocol.bundle import (
     MANIFEST,

@@ -11,7 +11,7 @@ from support.builds import CLASSES
 from support.device_photos import write_photos
 from support.processes import Ended, run_module
 
-from fedfmsl.common.ort_training import has_ort_training
+from fedfmsl.common.onnx_runtime import has_ort_training
 from fedfmsl.protocol.bundle import Bundle
 
 DEVICES, STAGE1, STAGE2 = 3, 2, 1

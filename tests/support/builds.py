@@ -30,14 +30,14 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from edge_runtime.engines.base import open_session, run
+from edge_runtime.engines.sessions import open_session, run
 from export import reference
 from export.build import build_bundle
 from export.reference import peft_model, torch_inputs
 from export.weights import Backbone, load_backbone
 from export.zero_shot import TEMPLATES, zero_shot_head
 from fedfmsl.algorithms.arrays import Vector
-from fedfmsl.common.ort_training import has_ort_training
+from fedfmsl.common.onnx_runtime import has_ort_training
 from fedfmsl.protocol.bundle import TOKENIZER, Bundle, Precision
 from fedfmsl.protocol.peft_names import from_peft, to_peft
 

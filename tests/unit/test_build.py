@@ -41,7 +41,7 @@ from export.graphs import expert_layout
 from export.parity import check_parity
 from export.reference import normalised
 from export.weights import load_backbone
-from fedfmsl.common.ort_training import has_ort_training
+from fedfmsl.common.onnx_runtime import has_ort_training
 from fedfmsl.errors import BundleError, ConfigError, InputError, WeightsError
 from fedfmsl.protocol.bundle import Bundle
 
