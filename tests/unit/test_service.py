@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from support.builds import Built
+from support.bundles import Built
 from support.processes import Broker, Observer, Processes, wait_until
 from test_coordinator import Run, answer, plan_of
 
