@@ -23,7 +23,7 @@ from trainer_server.service.lifecycle import plan_of
 from trainer_server.storage.run_store import DATABASE, Logged, Origin, RunStore
 
 DEVICES = device_names(3)
-SAL = Sal(window=3, epsilon=0.02, step=1, max_level=1)
+SAL = Sal(window=3, min_gain=0.02, step=1, max_level=1)
 
 
 def run_without_a_network(out: Path, bundle: Bundle) -> None:
