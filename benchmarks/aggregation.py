@@ -34,7 +34,7 @@ from fedfmsl.errors import ConfigError, RunError
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.messages import Encoding, Privacy, Sal, Stage, Training, Trigger
 from trainer_server.config import Aggregation, Optimizer, Rule, RunConfig, Selection
-from trainer_server.coordinator.records import counted
+from trainer_server.coordinator.records import successful_rounds
 
 FOLDER = Path("runs") / "aggregation"
 MODELS = ("start", "global", "global_prior", "local_expert", "mofm")
@@ -168,7 +168,7 @@ def _hostile(device: str, outcome: Outcome) -> Outcome:
 
 
 def _summary(history: History) -> dict[str, Any]:
-    stage1, stage2 = counted(history.rounds, Stage.GLOBAL), counted(history.rounds, Stage.PERSONAL)
+    stage1, stage2 = successful_rounds(history.rounds, Stage.GLOBAL), successful_rounds(history.rounds, Stage.PERSONAL)
     return {
         "devices": accuracies(history, MODELS),
         "held_out": {**stage1[-1].held_out, **stage2[-1].held_out},

@@ -15,8 +15,8 @@ from fedfmsl.protocol.messages import Encoding, Privacy, Sal, Training, Trigger
 from fedfmsl.protocol.topics import check_name
 from trainer_server.config import Aggregation, Head, Optimizer, Rule, RunConfig, Selection
 from trainer_server.inspect import OUT, export, replay, rounds, status
-from trainer_server.service.bundle_http import ArtifactServer
-from trainer_server.service.lifecycle import go_on, open_bundle, open_run
+from trainer_server.service.bundle_http import BundleServer
+from trainer_server.service.lifecycle import open_bundle, open_run, run_server
 from trainer_server.storage.run_store import RunStore
 
 app = application("Coordinate a federated run: both stages of FedFMSL, over MQTT.")
@@ -189,11 +189,11 @@ def _coordinate(
     run = store.origin.config.run
     if store.ended is not None:
         console.print(f"run {run!r} at {store.folder} has ended ({store.ended}); for a new one choose another --out")
-    elif store.snapshot() is not None:
+    elif store.checkpoint() is not None:
         console.print(f"going on with run {run!r} at {store.folder}")
-    artifacts = ArtifactServer(bundle.root, serve, identity, insecure) if serve else None
+    artifacts = BundleServer(bundle.root, serve, identity, insecure) if serve else None
     try:
-        go_on(store, bundle, broker, artifacts.url if artifacts else "", identity, insecure)
+        run_server(store, bundle, broker, artifacts.url if artifacts else "", identity, insecure)
     finally:
         if artifacts:
             artifacts.close()

@@ -60,7 +60,7 @@ class Uploads:
 
     def add(self, device: str, round_: int, payload: bytes) -> Upload | None:
         """The whole blob once every chunk of it has come, in any order, repeated or not; else None. It is the caller's
-        to `keep` or to `drop`.
+        to `store` or to `discard`.
 
         Raises MessageError if the payload is not a chunk of a blob that is expected here, or the finished blob does
         not have its announced SHA-256; OSError if it cannot be written. What was collected of the blob is gone then
@@ -77,7 +77,7 @@ class Uploads:
                     file.write(chunk.body)
                 partial.have |= 1 << chunk.index
             if partial.have.bit_count() < chunk.count:
-                self._rest(device, blob, partial)
+                self._put_back(device, blob, partial)
                 return None
             whole = partial.path.read_bytes()
         except OSError:
@@ -88,7 +88,7 @@ class Uploads:
             raise MessageError("the chunks do not add up to the announced SHA-256")
         return Upload(partial.path, whole, chunk.digest.hex(), partial.size)
 
-    def keep(self, files: Mapping[Path, Path]) -> None:
+    def store(self, files: Mapping[Path, Path]) -> None:
         """Moves the files of whole blobs to their targets, on the same disk; they survive a power cut from now on. They
         go together, because a disk takes hardly longer to sync many files at once than one. Raises OSError."""
         list(self._syncs.map(sync, files))
@@ -98,7 +98,7 @@ class Uploads:
             sync(folder)
 
     @staticmethod
-    def drop(upload: Upload) -> None:
+    def discard(upload: Upload) -> None:
         upload.path.unlink(missing_ok=True)
 
     def _take(self, device: str, blob: _Blob) -> _Partial:
@@ -109,7 +109,7 @@ class Uploads:
             self._partials.pop(device, None)
         return partial or _Partial(self._folder / str(next(self._numbers)))
 
-    def _rest(self, device: str, blob: _Blob, partial: _Partial) -> None:
+    def _put_back(self, device: str, blob: _Blob, partial: _Partial) -> None:
         """Puts it back, as the one that has been gone on with last."""
         partials = self._partials.setdefault(device, {})
         partials[blob] = partial
