@@ -19,8 +19,8 @@ from support.processes import MOSQUITTO, SECONDS, Broker, Ended, Federation, Obs
 
 from edge_runtime.daemon.state import required_globals
 from edge_runtime.store import DeviceStore
+from fedfmsl.protocol.chunks import MAX_BLOB_BYTES, Assembler
 from fedfmsl.protocol.messages import Ack, DeviceStatus, Round, Sal, ServerStatus, Stage, Training, Verdict, encode
-from fedfmsl.protocol.tensors import MAX_BLOB_BYTES, Assembler
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.link import Link, Received
 
