@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.builds import LAYERS, Built
+from support.bundles import LAYERS, Built
 
 from edge_runtime.engines.base import MemoryPlan
 from edge_runtime.engines.step_graph import default_micro_batch
