@@ -26,10 +26,11 @@ from edge_runtime.training.updates import header_of, prepare
 from fedfmsl.algorithms.arrays import Vector
 from fedfmsl.errors import RunError
 from fedfmsl.protocol.bundle import Bundle
+from fedfmsl.protocol.chunks import chunks
 from fedfmsl.protocol.layout import Layout
 from fedfmsl.protocol.messages import DeviceStatus, Round, Stage, Update, Verdict
 from fedfmsl.protocol.messages import Globals as GlobalsHeader
-from fedfmsl.protocol.tensors import Tensors, blob_hash, chunks, pack, unpack
+from fedfmsl.protocol.tensors import Tensors, blob_hash, pack, unpack
 from trainer_server.config import RunConfig
 from trainer_server.coordinator.advance import advance
 from trainer_server.coordinator.events import (

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from edge_runtime.data.features import Report
 from edge_runtime.data.inputs import Kind, reader_of
-from edge_runtime.data.ledger import Content, Ledger, opened
 from edge_runtime.data.labels import walk_labelled
+from edge_runtime.data.ledger import Content, Ledger, opened
 from edge_runtime.data.samples import Sample, Split, Splits, assign_splits
 from edge_runtime.store import DeviceStore
 from fedfmsl.common.class_folders import ClassFile, FileVersion, Listing, SkippedFile, walk_classes

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from support.builds import LAYERS, Built
+from support.bundles import LAYERS, Built
 
 from fedfmsl.algorithms.class_means import head_of_class_means
 from fedfmsl.protocol.messages import (

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.builds import Built
+from support.bundles import Built
 
 import edge_runtime.data.features as features
 from edge_runtime.data.cache import DiskCache

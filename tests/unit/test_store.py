@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support.builds import Built
+from support.bundles import Built
 from test_coordinator import ABC, Run, answer, plan_of
 
 from fedfmsl.common.files import write_atomically

@@ -20,8 +20,9 @@ import paho.mqtt.client as paho
 
 from fedfmsl.common.cli import console
 from fedfmsl.errors import MessageError, RunError
+from fedfmsl.protocol.chunks import chunks
 from fedfmsl.protocol.messages import DeviceStatus, ServerStatus, Stage, encode, parse
-from fedfmsl.protocol.tensors import blob_bytes, chunks
+from fedfmsl.protocol.tensors import blob_bytes
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.link import Connected, Disconnected, Link, Oversize, Received
 from trainer_server.coordinator.advance import advance, announcement, next_deadline
