@@ -223,7 +223,7 @@ def test_fewer_than_two_different_class_names_are_refused(classes: str) -> None:
 
 def test_class_names_come_from_a_folders_subfolders(photos: Path, tmp_path: Path) -> None:
     assert class_names("100", photos) == CLASSES
-    with pytest.raises(InputError, match="not a folder"):
+    with pytest.raises(InputError, match=r"--classes-from folder .*nowhere does not exist"):
         class_names("100", tmp_path / "nowhere")
 
 
