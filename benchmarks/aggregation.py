@@ -41,7 +41,7 @@ MODELS = ("start", "global", "global_prior", "local_expert", "mofm")
 DEVICES, ALPHA, DELTA = 6, 0.5, 1e-5
 HOSTILE, FACTOR = "device-0", -10.0
 CLIP = 0.7  # the median norm of the updates of stage 1 in `reference`
-SAL = Sal(window=3, epsilon=0.02, step=1, max_level=3)
+SAL = Sal(window=3, min_gain=0.02, step=1, max_level=3)
 
 NOTES = [
     "- One seed says little: the same mathematics, rounded otherwise, moved seed 0 by 0.006 (global) and 0.013 (mofm); "
@@ -157,7 +157,7 @@ def trial_config(configuration: Configuration, seed: int) -> RunConfig:
         stage1=Training(epochs=2, batch_size=16, learning_rate=2e-3, seed=seed),
         stage2=Training(epochs=1, batch_size=16, learning_rate=5e-4, seed=seed),
         stage1_sal=sal,
-        stage2_sal=sal.model_copy(update={"window": 2, "epsilon": SAL.epsilon / 2}),
+        stage2_sal=sal.model_copy(update={"window": 2, "min_gain": SAL.min_gain / 2}),
         seed=seed,
         **configuration.settings,
     )

@@ -52,9 +52,9 @@ def start(
     max_level: int | None = typer.Option(
         None, min=1, help="Highest level. Default: the bundle's.", rich_help_panel=ROUNDS
     ),
-    sal_epsilon: float = typer.Option(
+    sal_min_gain: float = typer.Option(
         0.02,
-        "--epsilon",
+        "--sal-min-gain",
         min=0,
         help="Relative gain below which SAL activates more blocks.",
         rich_help_panel=ROUNDS,
@@ -130,7 +130,7 @@ def start(
             f"--head zero-shot: the bundle of {opened.manifest.model} has no such head; build one of clip-vit-b16 with "
             "its weights, or choose class-means"
         )
-    rule_of_sal = Sal(trigger=sal, window=3, epsilon=sal_epsilon, step=1, max_level=level)
+    rule_of_sal = Sal(trigger=sal, window=3, min_gain=sal_min_gain, step=1, max_level=level)
     settings: dict[str, Any] = {
         "run": check_name("run", run),
         "devices": devices,
@@ -151,7 +151,7 @@ def start(
         "stage1": Training(epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, seed=seed),
         "stage2": Training(epochs=1, batch_size=batch_size, learning_rate=local_learning_rate, seed=seed),
         "stage1_sal": rule_of_sal,
-        "stage2_sal": rule_of_sal.model_copy(update={"window": 2, "epsilon": sal_epsilon / 2}),
+        "stage2_sal": rule_of_sal.model_copy(update={"window": 2, "min_gain": sal_min_gain / 2}),
         "aggregation": Aggregation(
             rule=rule, trim=trim, clip=clip, optimizer=optimizer, learning_rate=server_learning_rate
         ),

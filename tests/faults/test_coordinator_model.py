@@ -80,7 +80,7 @@ class Machine(RuleBasedStateMachine):
         stored: bool,
     ) -> None:
         DONE["sequences"] += 1
-        sal = Sal(window=2, epsilon=0.02, step=1, max_level=2)
+        sal = Sal(window=2, min_gain=0.02, step=1, max_level=2)
         self.config = RunConfig(
             run="r", devices=2, min_updates=min_updates, enough=enough, selection=selection,
             fraction=0.5 if selection is Selection.RANDOM else 1.0, max_staleness=staleness, max_repeats=max_repeats,

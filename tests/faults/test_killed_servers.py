@@ -9,11 +9,11 @@ from collections.abc import Sequence
 
 import pytest
 from conftest import Undisturbed
-from support.killing import launcher
-from support.oracle import Reference
+from support.fault_table import FaultTable, Trial
+from support.kill_point import launcher
 from support.processes import Observer
+from support.run_oracle import Reference
 from support.simulation import RUN, Simulation
-from support.table import FaultTable, Trial
 
 from fedfmsl.protocol.messages import Ack, Message, Round, ServerStatus, Stage, Verdict
 

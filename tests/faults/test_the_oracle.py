@@ -8,7 +8,7 @@ import sqlite3
 from pathlib import Path
 
 import pytest
-from support.oracle import Findings, Reference, examine, reference
+from support.run_oracle import Findings, Reference, examine, reference
 
 from benchmarks.layouts import update_of
 from benchmarks.simulated import device_names
@@ -23,7 +23,7 @@ from trainer_server.service.lifecycle import make_plan
 from trainer_server.storage.run_store import DATABASE, LoggedEvent, Origin, RunStore
 
 DEVICES = device_names(3)
-SAL = Sal(window=3, epsilon=0.02, step=1, max_level=1)
+SAL = Sal(window=3, min_gain=0.02, step=1, max_level=1)
 
 
 def run_without_a_network(out: Path, bundle: Bundle) -> None:

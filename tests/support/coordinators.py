@@ -19,7 +19,7 @@ from fedfmsl.protocol.messages import (
     Verdict,
 )
 from fedfmsl.protocol.tensors import blob_hash, pack
-from support.builds import LAYERS, Built
+from support.bundles import LAYERS, Built
 from trainer_server.config import RunConfig
 from trainer_server.coordinator.advance import advance
 from trainer_server.coordinator.events import (
@@ -35,7 +35,7 @@ from trainer_server.coordinator.state import Plan, State, initial_state
 
 ROUND_SECONDS, JOIN_SECONDS = 100.0, 50.0
 PRIVACY = Privacy(clip=1.0, noise_multiplier=1.0, shares=1)
-RULE = Sal(window=2, epsilon=0.02, step=1, max_level=LAYERS)
+RULE = Sal(window=2, min_gain=0.02, step=1, max_level=LAYERS)
 Tensors = dict[str, NDArray[Any]]
 TENSORS: dict[str, Tensors] = {}  # of updates, by SHA-256
 

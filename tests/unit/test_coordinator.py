@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.builds import LAYERS, Built
+from support.bundles import LAYERS, Built
 from support.coordinators import (
     ABC,
     JOIN_SECONDS,

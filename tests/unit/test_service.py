@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from support.builds import Built
+from support.bundles import Built
 from support.coordinators import CoordinatorRun, make_update, plan_for
 from support.processes import Broker, Observer, Processes, wait_until
 
+from fedfmsl.protocol.chunks import chunks
 from fedfmsl.protocol.messages import Ack, Round, Stage, Verdict, encode
-from fedfmsl.protocol.tensors import chunks, pack
+from fedfmsl.protocol.tensors import pack
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.link import Link
 from trainer_server.coordinator.state import Plan

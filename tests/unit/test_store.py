@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support.builds import Built
+from support.bundles import Built
 from support.coordinators import ABC, CoordinatorRun, make_update, plan_for
 
 from fedfmsl.common.files import write_atomically

@@ -140,7 +140,6 @@ def _open_round(plan: Plan, state: State, position: int, now: float) -> tuple[St
         index=step.index,
         of=step.of,
         level=level,
-        seconds=config.round_timeout,
         chosen=tuple(sorted(asked)) if asked != state.ready else (),
         repetitions=config.stage1_rounds if stage is Stage.BASELINE else 1,
         training=config.stage2 if stage is Stage.PERSONAL else config.stage1,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import paho.mqtt.client as paho
 
+from fedfmsl.protocol.chunks import chunks
 from fedfmsl.protocol.messages import Ack, Round, ServerStatus, encode
-from fedfmsl.protocol.tensors import chunks
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.link import Link
 
