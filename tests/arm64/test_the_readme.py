@@ -11,12 +11,12 @@ import socket
 from pathlib import Path
 
 import pytest
-from support.arm64_board import Board
-from support.arm64_wheels import REPOSITORY
-from support.builds import Built
-from support.device_photos import write_photos
-from support.fleets import Fleet, provision, start_fleet
+from support.arm64.board import Board
+from support.arm64.wheels import REPOSITORY
+from support.bundles import Built
 from support.processes import Broker, Federation, Process, Processes, free_port, wait_until
+from support.provisioned_fleet import Fleet, provision, start_fleet
+from support.samples import write_device_photos
 
 SECTION = "Put it on a Raspberry Pi"
 RUN, DEVICE, HOST = "orchard", "kitchen", "fleet.example"
@@ -48,7 +48,7 @@ def pi(base: Board, wheel: Path, wheels: Path, tmp_path: Path) -> Board:
     board.path("/etc/pip.conf").write_text(PIP_CONF)
     with board.path("/etc/hosts").open("a") as hosts:
         hosts.write(f"127.0.0.1 {HOST}\n")
-    write_photos(board.path(f"{HOME}/photos"), {"apple": 6, "kiwi": 6}, seed=1)
+    write_device_photos(board.path(f"{HOME}/photos"), {"apple": 6, "kiwi": 6}, seed=1)
     return board
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from support.builds import CLASSES
 from support.processes import (
     SECONDS,
     Broker,
@@ -27,6 +26,7 @@ from support.processes import (
     run_module,
     wait_until,
 )
+from support.samples import CLASSES
 
 from fedfmsl.protocol.messages import Activity, DeviceStatus, Health, Prediction, Round, Stage
 from fedfmsl.transport.link import Link, Received

@@ -10,8 +10,8 @@ import numpy as np
 import onnxruntime
 import pytest
 from safetensors.numpy import load_file
-from support.builds import CLASSES, write_photos, write_texts
 from support.processes import Ended, run_module
+from support.samples import CLASSES, write_photos, write_texts
 
 from edge_runtime.data.inputs import reader_of
 from fedfmsl.protocol.bundle import Bundle

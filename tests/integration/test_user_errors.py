@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.builds import CLASSES
 from support.processes import Broker, free_port, run_module
+from support.samples import CLASSES
 
 from edge_runtime.inference.export_onnx import write_model
 from edge_runtime.store import DeviceStore

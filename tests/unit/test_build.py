@@ -17,18 +17,9 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from support.builds import (
-    CLASSES,
-    IMAGE_SIZE,
-    LAYERS,
-    RANK,
-    Built,
-    build,
-    random_samples,
-    relative_error,
-    run_graph,
-    write_vit,
-)
+from support.bundles import IMAGE_SIZE, LAYERS, RANK, Built, build, random_samples, relative_error, run_graph
+from support.samples import CLASSES
+from support.tiny_models import write_vit
 from transformers import AutoModel, GPT2Config, ViTConfig
 
 from export import parity

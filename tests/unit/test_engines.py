@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from support.builds import (
-    CLASSES,
+from support.bundles import (
     LAYERS,
     Built,
     Floats,
@@ -25,10 +24,9 @@ from support.builds import (
     random_theta,
     relative_error,
     run_graph,
-    torch_expert,
-    torch_step,
-    trainables,
 )
+from support.samples import CLASSES
+from support.torch_reference import torch_expert, torch_step, trainables
 
 from edge_runtime.engines.base import Batch, Engine, Fit, StepGraphEngine
 from edge_runtime.engines.factory import open_engine

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from support.builds import CLASSES, Built, write_texts
+from support.bundles import Built
+from support.samples import CLASSES, write_texts
 
 import edge_runtime.data.folder as folder_module
 from edge_runtime.data import ledger

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from support.builds import Built, run_graph
-from support.daemons import started
-from support.models import SHA, globals_of, round_of
+from support.bundles import Built, run_graph
+from support.in_process_daemon import started
+from support.personal_models import SHA, globals_of, round_of
 
 from edge_runtime.data.inputs import reader_of
 from edge_runtime.data.samples import labels_of

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.builds import LAYERS, Built
+from support.bundles import LAYERS, Built
 
 from edge_runtime.engines.base import Fit, default_micro_batch
 from edge_runtime.resources.probe import BATCH, PASSES, Measured, make_plan, plan_within

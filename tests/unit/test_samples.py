@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from support.builds import CLASSES, write_photos
+from support.samples import CLASSES, write_photos
 
 from edge_runtime.data.folder import scan
 from edge_runtime.data.images import load_pixels

@@ -23,7 +23,7 @@ from edge_runtime.training.context import Device
 from edge_runtime.training.gate import Gate
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.link import Link
-from support.builds import Built
+from support.bundles import Built
 
 RUN = "r"
 NOWHERE = "mqtt://127.0.0.1:9"

@@ -11,7 +11,7 @@ from fedfmsl.common.files import write_atomically
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.messages import Round, Sal, Stage, Training
 from fedfmsl.protocol.tensors import pack
-from support.builds import Built, random_theta
+from support.bundles import Built, random_theta
 
 SHA = "ab" * 32
 
@@ -26,9 +26,8 @@ def round_of(stage: Stage, index: int = 0) -> Round:
         index=index,
         of=3,
         level=2,
-        seconds=60.0,
         training=Training(epochs=1, batch_size=8, learning_rate=0.01),
-        sal=Sal(window=2, epsilon=1.0, step=1, max_level=2),
+        sal=Sal(window=2, min_gain=1.0, step=1, max_level=2),
         **named,
     )
 
