@@ -37,7 +37,7 @@ KILLS: list[Kill] = [
     ("when the ack is noted, the update still kept", "edge_runtime.store:write_atomically", "after", 1),
     ("before globals are kept", f"{STORE}.keep_global", "before", 1),
     ("when globals are kept", f"{STORE}.keep_global", "after", 1),
-    ("while training", "edge_runtime.engines.base:StepGraphEngine.step", "before", 3),
+    ("while training", "edge_runtime.engines.step_graph:StepGraphEngine.step", "before", 3),
     ("before the residual is saved", "edge_runtime.training.updates:_save", "before", 1),
     ("when the residual is saved", "edge_runtime.training.updates:_save", "after", 1),
     ("before the local expert is saved", "edge_runtime.training.local_expert:LocalExpert.save", "before", 1),

@@ -155,9 +155,7 @@ def test_one_that_fetched_its_bundle_is_introduced_to_home_assistant_as_well(dev
 def test_nothing_is_kept_or_told_of_a_session_by_onnx_runtime(device: Device, tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.mkdir()
-    code = (
-        "import sys; from edge_runtime.engines.base import open_session; from fedfmsl.protocol.bundle import Bundle; "
-    )
+    code = "import sys; from edge_runtime.engines.sessions import open_session; from fedfmsl.protocol.bundle import Bundle; "
     code += "from pathlib import Path; open_session(Bundle(Path(sys.argv[1])), 'gate-predict.onnx', 1)"
     environment = {**os.environ, "HOME": str(home)}
     environment.pop("ORT_DISABLE_TELEMETRY", None)

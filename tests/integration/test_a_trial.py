@@ -10,7 +10,7 @@ import pytest
 from support.processes import Ended, run_module
 from support.samples import CLASSES, write_device_photos
 
-from fedfmsl.common.ort_training import has_ort_training
+from fedfmsl.common.onnx_runtime import has_ort_training
 from fedfmsl.protocol.bundle import Bundle
 
 DEVICES, STAGE1, STAGE2 = 3, 2, 1

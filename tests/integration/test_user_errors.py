@@ -16,7 +16,7 @@ from support.samples import CLASSES
 from edge_runtime.inference.export_onnx import write_model
 from edge_runtime.store import DeviceStore
 from edge_runtime.training.model import ModelHeader
-from fedfmsl.common.ort_training import has_ort_training
+from fedfmsl.common.onnx_runtime import has_ort_training
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.tensors import pack
 

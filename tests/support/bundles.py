@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_runtime.engines.base import open_session, run
+from edge_runtime.engines.sessions import open_session, run
 from fedfmsl.algorithms.arrays import Vector
-from fedfmsl.common.ort_training import has_ort_training
+from fedfmsl.common.onnx_runtime import has_ort_training
 from fedfmsl.protocol.bundle import TOKENIZER, Bundle, Precision
 from support.samples import CLASSES
 from support.shared_folders import fingerprint, made_once

@@ -12,7 +12,7 @@ from edge_runtime.daemon.worker import Worker
 from edge_runtime.data.cache import DiskCache
 from edge_runtime.data.features import FeatureCache
 from edge_runtime.data.folder import SampleFolder
-from edge_runtime.engines.base import Fit
+from edge_runtime.engines.base import MemoryPlan
 from edge_runtime.engines.factory import open_engine
 from edge_runtime.resources.governor import Limits, Readings
 from edge_runtime.resources.level_cap import LevelCap
@@ -54,7 +54,9 @@ def started(
     bundle = built.bundle
     store = DeviceStore(folder)
     levels = range(1, LEVEL_CAP + 1)
-    plan = Plan(feature_batch=4, fits=dict.fromkeys(levels, Fit(BATCH)), seconds=dict.fromkeys(levels, 1.0))
+    plan = Plan(
+        feature_batch=4, memory_plans=dict.fromkeys(levels, MemoryPlan(BATCH)), seconds=dict.fromkeys(levels, 1.0)
+    )
     pace = Pace(limits, read, LevelCap.planned(plan, step_seconds=60.0), Nobody())
     samples = SampleFolder(photos, bundle, store)
     device = Device(
