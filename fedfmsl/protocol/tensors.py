@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -19,10 +19,10 @@ from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from fedfmsl.algorithms.arrays import Tensors as Tensors
 from fedfmsl.errors import MessageError, one_line
 from fedfmsl.protocol.messages import first_of
 
-Tensors = Mapping[str, NDArray[np.generic]]
 Header = TypeVar("Header", bound=BaseModel)
 
 CHUNK_BYTES = 96 * 1024  # AWS IoT's limit is 128 KB, the smallest of the hosted brokers'
