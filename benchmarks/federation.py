@@ -16,7 +16,7 @@ from edge_runtime.data.cache import DiskCache
 from edge_runtime.data.features import FeatureCache
 from edge_runtime.data.folder import scan
 from edge_runtime.data.inputs import reader_of
-from edge_runtime.engines.base import StepGraphEngine
+from edge_runtime.engines.step_graph import StepGraphEngine
 from edge_runtime.store import DeviceStore
 from edge_runtime.training.context import Device
 from edge_runtime.training.gate import Gate
@@ -26,10 +26,11 @@ from edge_runtime.training.updates import header_of, prepare
 from fedfmsl.algorithms.arrays import Vector
 from fedfmsl.errors import RunError
 from fedfmsl.protocol.bundle import Bundle
+from fedfmsl.protocol.chunks import chunks
 from fedfmsl.protocol.layout import Layout
 from fedfmsl.protocol.messages import DeviceStatus, Round, Stage, Update, Verdict
 from fedfmsl.protocol.messages import Globals as GlobalsHeader
-from fedfmsl.protocol.tensors import Tensors, blob_hash, chunks, pack, unpack
+from fedfmsl.protocol.tensors import Tensors, blob_hash, pack, unpack
 from trainer_server.config import RunConfig
 from trainer_server.coordinator.advance import advance
 from trainer_server.coordinator.events import (

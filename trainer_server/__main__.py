@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from fedfmsl.algorithms.privacy import Privacy
 from fedfmsl.common.cli import BROKER, IDENTITY, INSECURE, application, console
+from fedfmsl.common.log import set_up_log
 from fedfmsl.errors import ConfigError
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.messages import Encoding, Training
@@ -186,6 +187,7 @@ def resume(
 def _coordinate(
     store: RunStore, bundle: Bundle, broker: str, serve: str | None, identity: Path | None, insecure: bool
 ) -> None:
+    set_up_log()
     run = store.origin.config.run
     if store.ended is not None:
         console.print(f"run {run!r} at {store.folder} has ended ({store.ended}); for a new one choose another --out")

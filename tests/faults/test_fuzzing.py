@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from pydantic import BaseModel
-from support.builds import Built
+from support.bundles import Built
 from support.mutations import BlobMutator, Mutator
 
 from edge_runtime.data.cache import DiskCache
@@ -28,6 +28,7 @@ from fedfmsl.algorithms.privacy import Privacy
 from fedfmsl.algorithms.sal import CapabilityQueue, Sal
 from fedfmsl.errors import BundleError, ConfigError, FedFMSLError, MessageError
 from fedfmsl.protocol.bundle import MANIFEST, Bundle
+from fedfmsl.protocol.chunks import CHUNK_BYTES, Assembler, chunks
 from fedfmsl.protocol.encoding import decode as decode_vector
 from fedfmsl.protocol.encoding import encode as encode_vector
 from fedfmsl.protocol.layout import Layout
@@ -47,7 +48,7 @@ from fedfmsl.protocol.messages import (
     encode,
     parse,
 )
-from fedfmsl.protocol.tensors import CHUNK_BYTES, DTYPES, Assembler, blob_hash, chunks, pack, unpack
+from fedfmsl.protocol.tensors import DTYPES, blob_hash, pack, unpack
 from fedfmsl.protocol.topics import MAX_NUMBER, NAME, Topics
 from trainer_server.storage.uploads import Uploads
 

@@ -13,15 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.builds import Built, write_photos
-from support.daemons import RUN, started
+from support.bundles import Built
+from support.in_process_daemon import RUN, started
 from support.processes import MOSQUITTO, SECONDS, Broker, Ended, Federation, Observer, Processes, answers, wait_until
+from support.samples import write_photos
 
 from edge_runtime.daemon.state import required_globals
 from edge_runtime.store import DeviceStore
 from fedfmsl.algorithms.sal import CapabilityQueue, Sal
+from fedfmsl.protocol.chunks import MAX_BLOB_BYTES, Assembler
 from fedfmsl.protocol.messages import Ack, DeviceStatus, Round, ServerStatus, Stage, Training, Verdict, encode
-from fedfmsl.protocol.tensors import MAX_BLOB_BYTES, Assembler
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.link import Link, Received
 

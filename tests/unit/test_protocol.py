@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from support.builds import Built, random_theta
+from support.bundles import Built, random_theta
 
 from fedfmsl.algorithms.arrays import Vector
 from fedfmsl.algorithms.class_means import SCALE, head_of_class_means
@@ -23,6 +23,7 @@ from fedfmsl.algorithms.sal import CapabilityQueue, Sal
 from fedfmsl.common.cli import console
 from fedfmsl.errors import LINE, BundleError, ConfigError, FedFMSLError, MessageError
 from fedfmsl.protocol.bundle import MAX_MANIFEST_BYTES, Bundle
+from fedfmsl.protocol.chunks import CHUNK_BYTES, MAX_BLOB_BYTES, Assembler, chunks
 from fedfmsl.protocol.layout import Layout, Slot
 from fedfmsl.protocol.messages import (
     Ack,
@@ -38,16 +39,7 @@ from fedfmsl.protocol.messages import (
     parse,
 )
 from fedfmsl.protocol.peft_names import from_peft, to_peft
-from fedfmsl.protocol.tensors import (
-    CHUNK_BYTES,
-    MAX_BLOB_BYTES,
-    MAX_HEADER_BYTES,
-    MAX_TENSORS,
-    Assembler,
-    chunks,
-    pack,
-    unpack,
-)
+from fedfmsl.protocol.tensors import MAX_HEADER_BYTES, MAX_TENSORS, pack, unpack
 from fedfmsl.protocol.topics import Topics
 
 SHAPES = st.lists(st.integers(1, 4), max_size=3).map(tuple)

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedfmsl.errors import MessageError
-from fedfmsl.protocol.tensors import CHUNK_BYTES, chunks
+from fedfmsl.protocol.chunks import CHUNK_BYTES, chunks
 from trainer_server.storage.uploads import PARTIALS, Upload, Uploads
 
 CAP = 1 << 20

@@ -1,0 +1,71 @@
+"""A run as it was seen on one broker, and the server's part of it said once more on another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedfmsl.protocol.chunks import MAX_BLOB_BYTES, Assembler, chunks
+from fedfmsl.protocol.messages import Ack, Progress, Round, ServerStatus, Update, Verdict, encode, parse
+from fedfmsl.protocol.tensors import unpack
+from fedfmsl.protocol.topics import Topics
+from fedfmsl.transport.link import Link
+from support.processes import Broker, Observer
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A device's update: its header and the tensors that came with it."""
+
+    header: Update
+    tensors: dict[str, NDArray[np.generic]]
+
+
+class Recorder(Observer):
+    """An observer who also sees what devices report, and keeps their updates, by device and round."""
+
+    def __init__(self, broker: Broker, run: str) -> None:
+        self.answers: dict[tuple[str, int], Answer] = {}
+        super().__init__(broker, run)
+
+    def _remember(self, topic: str, payload: bytes) -> None:
+        super()._remember(topic, payload)
+        upload, device = self._topics.update_of(topic), self._topics.device_of(topic)
+        if upload is not None:
+            blob = self._assemblers.setdefault(topic.rpartition("/")[0], Assembler(MAX_BLOB_BYTES)).add(payload)
+            if blob is not None:
+                self.answers[upload] = Answer(*unpack(blob, Update))
+                self.seen.append(self.answers[upload].header)
+        elif device is not None and topic == self._topics.progress(device):
+            self.seen.append(parse(Progress, payload))
+
+    @property
+    def rounds(self) -> list[Round]:
+        """What was announced, each round once."""
+        return list({message.round: message for message in self.seen if isinstance(message, Round)}.values())
+
+
+def replay(recorded: Recorder, device: str, broker: Broker, recorder: Recorder) -> None:
+    """To a device of that name on another `broker`, where `recorder` listens: the same announcements and the same
+    globals, byte for byte, each round once the one before is answered."""
+    status = next(message for message in recorded.seen if isinstance(message, ServerStatus) and message.online)
+    topics, link = Topics(status.run), Link(broker.url, "replay")
+    link.connect()
+    link.publish(topics.server_status, encode(status), retain=True)
+    *asked, finished = recorded.rounds
+    for announced in asked:
+        for sha256 in {announced.expert, announced.start, announced.gate} - {""}:
+            for index, chunk in enumerate(chunks(recorded.blobs[sha256])):
+                link.publish(topics.globals_chunk(sha256, index), chunk, retain=True)
+        link.publish(topics.round, encode(announced), retain=True)
+        answer = recorder.wait(Update, _answers(announced), f"the answer to round {announced.round}")
+        ack = Ack(run=status.run, session=status.session, round=answer.round, device=device, verdict=Verdict.ACCEPTED)
+        link.publish(topics.ack(device), encode(ack))
+    link.close(link.publish(topics.round, encode(finished), retain=True))
+
+
+def _answers(announced: Round) -> Callable[[Update], bool]:
+    return lambda update: update.round == announced.round
