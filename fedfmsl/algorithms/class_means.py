@@ -5,10 +5,21 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedfmsl.algorithms.arrays import Vector
+from fedfmsl.algorithms.arrays import Floats, Labels, Vector
 
 SCALE = 20.0  # ours: how sharp the start is, in logits between the best and an orthogonal class
 LEAST_NORM = 1 / 64  # of a mean feature norm, over √F (ours): no backbone's is as short, but privacy's noise can say so
+
+
+def class_sums(features: Floats, labels: Labels, classes: int) -> dict[str, Vector]:
+    """Sums of n features (n, F) per class (C, F), samples per class (C,), and the sum of the features' norms (1,)."""
+    doubles = features.astype(np.float64)
+    one_hot = np.eye(classes)[labels]
+    return {
+        "class_sums": (one_hot.T @ doubles).astype(np.float32),
+        "class_counts": one_hot.sum(axis=0).astype(np.float32),
+        "norm_sum": np.array([np.linalg.norm(doubles, axis=1).sum()], np.float32),
+    }
 
 
 def head_of_class_means(sums: Vector, counts: Vector, norm_sum: float) -> Vector:
