@@ -37,7 +37,7 @@ ROUNDS = 7  # that are opened in a run, the last of them FINISHED
 ENDS = {
     "before the end is committed": [("trainer_server.coordinator.advance:_close_round", "after", ROUNDS - 1)],
     "after the end is committed, nobody told": [(f"{STORE}.save_checkpoint", "after", ROUNDS)],
-    "when the end has been announced": [(f"{SERVICE}._announce", "after", ROUNDS)],
+    "when the end has been announced": [("trainer_server.service.publisher:Publisher.announce_round", "after", ROUNDS)],
 }
 
 

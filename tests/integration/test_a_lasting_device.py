@@ -31,8 +31,9 @@ from support.tools import not_tested
 
 from edge_runtime.daemon.state import required_globals
 from edge_runtime.store import DeviceStore
+from fedfmsl.algorithms.sal import CapabilityQueue, Sal
 from fedfmsl.protocol.chunks import MAX_BLOB_BYTES, Assembler
-from fedfmsl.protocol.messages import Ack, DeviceStatus, Round, Sal, ServerStatus, Stage, Training, Verdict, encode
+from fedfmsl.protocol.messages import Ack, DeviceStatus, Round, ServerStatus, Stage, Training, Verdict, encode
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.link import Link, Received
 
@@ -249,7 +250,7 @@ def test_an_update_that_nobody_answers_is_sent_again_until_somebody_does(
         of=1,
         level=1,
         training=Training(epochs=1, learning_rate=1.0),
-        sal=Sal(window=2, min_gain=0.1, step=1, max_level=1),
+        sal=Sal(CapabilityQueue(2, 0.1), max_level=1),
     )
     server.publish(topics.round, encode(task), retain=True)
     link.connect()

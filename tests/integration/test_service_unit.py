@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from support.tools import NOT_TESTED, not_tested
 
-from devices.boards import Limits
 from devices.provisioning import host
+from devices.provisioning.boards import Limits
 from devices.provisioning.service_unit import NAME, Service, service_unit
 
 LIMITS = Limits(3, 300, 1_900_000_000, 2_500_000_000, 2_900_000_000, 75.0, ("cpu-thermal",))
