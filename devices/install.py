@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -23,9 +24,11 @@ from devices.boards import Board, look
 from devices.provisioning import host
 from devices.provisioning.service_unit import NAME, STATE, USER, Service, service_unit
 from devices.provisioning.settings_file import Value, settings_text
-from edge_runtime.settings import Given, Settings, SettingsError, read_settings, with_settings
+from edge_runtime.settings import Settings
 from fedfmsl.common.cli import application, console
 from fedfmsl.common.files import write_atomically
+from fedfmsl.common.options import with_settings
+from fedfmsl.common.settings import SettingsError, read_settings
 from fedfmsl.errors import ConfigError
 from fedfmsl.transport.identity import read_identity
 
@@ -49,12 +52,14 @@ class Order:
     said: frozenset[str]
 
 
-def _order(model: type[Settings], carried: Path | None, given: Mapping[str, Given]) -> Order | None:
-    return Order(carried, read_settings(model, carried, given), frozenset(given)) if carried else None
+def _order(carried: Path | None, flags: Mapping[str, Any]) -> Order | None:
+    return Order(carried, read_settings(Settings, carried, flags), frozenset(flags)) if carried else None
 
 
 @app.command()
-@with_settings(Settings, typer.Argument(None, metavar="FILE", help="What devices.provision wrote for it."), _order)
+@with_settings(
+    Settings, file=typer.Argument(None, metavar="FILE", help="Device file written by devices.provision."), read=_order
+)
 def install(
     order: Order | None,
     root: Path = typer.Option(HERE, help="Lay all out below this folder, of an SD card say, and do nothing else."),
@@ -134,7 +139,7 @@ def _check_text(text: str, order: Order) -> None:
         copy.touch(0o600)
         copy.write_text(text)
         try:
-            read_settings(Settings, copy, {})
+            read_settings(Settings, copy, environment=False)
             if order.settings.identity:
                 read_identity(copy)
         except ConfigError as error:

@@ -14,7 +14,8 @@ from devices.install import CONFIG, UNIT, WANTED, app
 from devices.provision import app as provision
 from devices.provisioning import host
 from devices.provisioning.settings_file import read_table, settings_text
-from edge_runtime.settings import Settings, SettingsError, read_settings
+from edge_runtime.settings import Settings
+from fedfmsl.common.settings import SettingsError, read_settings
 from fedfmsl.errors import ConfigError
 from fedfmsl.transport.identity import read_identity
 
