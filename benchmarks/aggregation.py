@@ -34,14 +34,14 @@ from fedfmsl.errors import ConfigError, RunError
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.messages import Encoding, Privacy, Sal, Stage, Training, Trigger
 from trainer_server.config import Aggregation, Optimizer, Rule, RunConfig, Selection
-from trainer_server.coordinator.records import counted
+from trainer_server.coordinator.records import successful_rounds
 
 FOLDER = Path("runs") / "aggregation"
 MODELS = ("start", "global", "global_prior", "local_expert", "mofm")
 DEVICES, ALPHA, DELTA = 6, 0.5, 1e-5
 HOSTILE, FACTOR = "device-0", -10.0
 CLIP = 0.7  # the median norm of the updates of stage 1 in `reference`
-SAL = Sal(window=3, epsilon=0.02, step=1, max_level=3)
+SAL = Sal(window=3, min_gain=0.02, step=1, max_level=3)
 
 NOTES = [
     "- One seed says little: the same mathematics, rounded otherwise, moved seed 0 by 0.006 (global) and 0.013 (mofm); "
@@ -157,7 +157,7 @@ def trial_config(configuration: Configuration, seed: int) -> RunConfig:
         stage1=Training(epochs=2, batch_size=16, learning_rate=2e-3, seed=seed),
         stage2=Training(epochs=1, batch_size=16, learning_rate=5e-4, seed=seed),
         stage1_sal=sal,
-        stage2_sal=sal.model_copy(update={"window": 2, "epsilon": SAL.epsilon / 2}),
+        stage2_sal=sal.model_copy(update={"window": 2, "min_gain": SAL.min_gain / 2}),
         seed=seed,
         **configuration.settings,
     )
@@ -168,7 +168,7 @@ def _hostile(device: str, outcome: Outcome) -> Outcome:
 
 
 def _summary(history: History) -> dict[str, Any]:
-    stage1, stage2 = counted(history.rounds, Stage.GLOBAL), counted(history.rounds, Stage.PERSONAL)
+    stage1, stage2 = successful_rounds(history.rounds, Stage.GLOBAL), successful_rounds(history.rounds, Stage.PERSONAL)
     return {
         "devices": accuracies(history, MODELS),
         "held_out": {**stage1[-1].held_out, **stage2[-1].held_out},

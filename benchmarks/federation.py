@@ -26,20 +26,21 @@ from edge_runtime.training.updates import header_of, prepare
 from fedfmsl.algorithms.arrays import Vector
 from fedfmsl.errors import RunError
 from fedfmsl.protocol.bundle import Bundle
+from fedfmsl.protocol.chunks import chunks
 from fedfmsl.protocol.layout import Layout
 from fedfmsl.protocol.messages import DeviceStatus, Round, Stage, Update, Verdict
 from fedfmsl.protocol.messages import Globals as GlobalsHeader
-from fedfmsl.protocol.tensors import Tensors, blob_hash, chunks, pack, unpack
+from fedfmsl.protocol.tensors import Tensors, blob_hash, pack, unpack
 from trainer_server.config import RunConfig
 from trainer_server.coordinator.advance import advance
 from trainer_server.coordinator.events import (
     ClockTicked,
     Command,
     PublishGlobals,
-    Record,
-    Reply,
+    SendAck,
     StatusSeen,
     Stop,
+    StoreRound,
     UpdateSeen,
 )
 from trainer_server.coordinator.records import ClosedRound
@@ -93,7 +94,7 @@ def federate(config: RunConfig, devices: Sequence[Device], tamper: Tamper = hone
     while True:
         state, commands = advance(plan, state, ClockTicked(), 0.0)
         blobs.clear()
-        history.rounds += [command.closed for command in commands if isinstance(command, Record)]
+        history.rounds += [command.closed for command in commands if isinstance(command, StoreRound)]
         if _stopped(commands):
             return history
         task = state.announced
@@ -147,7 +148,7 @@ def _arrived(blob: bytes) -> UpdateSeen:
 
 def _check_accepted(commands: Iterable[Command]) -> None:
     for command in commands:
-        if isinstance(command, Reply) and command.ack.verdict is not Verdict.ACCEPTED:
+        if isinstance(command, SendAck) and command.ack.verdict is not Verdict.ACCEPTED:
             raise RunError(f"round {command.ack.round}, {command.ack.device}: {command.ack.reason}")
 
 

@@ -28,7 +28,7 @@ from benchmarks.simulated import SPARE_FILES, allow_files
 from fedfmsl.common.cli import application, console
 from fedfmsl.errors import BrokerError, ConfigError, RunError
 from fedfmsl.protocol.messages import Stage
-from trainer_server.coordinator.records import counted
+from trainer_server.coordinator.records import successful_rounds
 from trainer_server.storage.run_store import RunStore
 
 LOOK_SECONDS = 0.2
@@ -150,7 +150,7 @@ def measure(folder: Path, bundle: Path, devices: int, rounds: int, extra: Sequen
 
 
 def _update_size(run: Path) -> float:
-    sizes = [size for one in counted(RunStore(run).rounds(), Stage.GLOBAL) for size in one.bytes_up.values()]
+    sizes = [size for one in successful_rounds(RunStore(run).rounds(), Stage.GLOBAL) for size in one.bytes_up.values()]
     return sum(sizes) / len(sizes)
 
 

@@ -37,8 +37,8 @@ from edge_runtime.daemon.state import (
     advance,
 )
 from fedfmsl.errors import BrokerError, RunError
+from fedfmsl.protocol.chunks import MAX_BLOB_BYTES, Assembler, chunks
 from fedfmsl.protocol.messages import Ack, DeviceStatus, Round, ServerStatus, encode, parse
-from fedfmsl.protocol.tensors import MAX_BLOB_BYTES, Assembler, chunks
 from fedfmsl.transport.link import KEEPALIVE_SECONDS, QOS
 
 if TYPE_CHECKING:

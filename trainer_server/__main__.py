@@ -15,8 +15,8 @@ from fedfmsl.protocol.messages import Encoding, Privacy, Sal, Training, Trigger
 from fedfmsl.protocol.topics import check_name
 from trainer_server.config import Aggregation, Head, Optimizer, Rule, RunConfig, Selection
 from trainer_server.inspect import OUT, export, replay, rounds, status
-from trainer_server.service.bundle_http import ArtifactServer
-from trainer_server.service.lifecycle import go_on, open_bundle, open_run
+from trainer_server.service.bundle_http import BundleServer
+from trainer_server.service.lifecycle import open_bundle, open_run, run_server
 from trainer_server.storage.run_store import RunStore
 
 app = application("Coordinate a federated run: both stages of FedFMSL, over MQTT.")
@@ -51,9 +51,9 @@ def start(
     max_level: int | None = typer.Option(
         None, min=1, help="Highest level. Default: the bundle's.", rich_help_panel=ROUNDS
     ),
-    sal_epsilon: float = typer.Option(
+    sal_min_gain: float = typer.Option(
         0.02,
-        "--epsilon",
+        "--sal-min-gain",
         min=0,
         help="Relative gain below which SAL activates more blocks.",
         rich_help_panel=ROUNDS,
@@ -129,7 +129,7 @@ def start(
             f"--head zero-shot: the bundle of {opened.manifest.model} has no such head; build one of clip-vit-b16 with "
             "its weights, or choose class-means"
         )
-    rule_of_sal = Sal(trigger=sal, window=3, epsilon=sal_epsilon, step=1, max_level=level)
+    rule_of_sal = Sal(trigger=sal, window=3, min_gain=sal_min_gain, step=1, max_level=level)
     settings: dict[str, Any] = {
         "run": check_name("run", run),
         "devices": devices,
@@ -150,7 +150,7 @@ def start(
         "stage1": Training(epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, seed=seed),
         "stage2": Training(epochs=1, batch_size=batch_size, learning_rate=local_learning_rate, seed=seed),
         "stage1_sal": rule_of_sal,
-        "stage2_sal": rule_of_sal.model_copy(update={"window": 2, "epsilon": sal_epsilon / 2}),
+        "stage2_sal": rule_of_sal.model_copy(update={"window": 2, "min_gain": sal_min_gain / 2}),
         "aggregation": Aggregation(
             rule=rule, trim=trim, clip=clip, optimizer=optimizer, learning_rate=server_learning_rate
         ),
@@ -189,11 +189,11 @@ def _coordinate(
     run = store.origin.config.run
     if store.ended is not None:
         console.print(f"run {run!r} at {store.folder} has ended ({store.ended}); for a new one choose another --out")
-    elif store.snapshot() is not None:
+    elif store.checkpoint() is not None:
         console.print(f"going on with run {run!r} at {store.folder}")
-    artifacts = ArtifactServer(bundle.root, serve, identity, insecure) if serve else None
+    artifacts = BundleServer(bundle.root, serve, identity, insecure) if serve else None
     try:
-        go_on(store, bundle, broker, artifacts.url if artifacts else "", identity, insecure)
+        run_server(store, bundle, broker, artifacts.url if artifacts else "", identity, insecure)
     finally:
         if artifacts:
             artifacts.close()

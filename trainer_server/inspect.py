@@ -14,7 +14,7 @@ from fedfmsl.common.cli import console
 from fedfmsl.errors import ConfigError, RunError
 from fedfmsl.protocol.messages import Stage
 from trainer_server.coordinator.state import TRAINING
-from trainer_server.service.lifecycle import open_bundle, plan_of, replayed
+from trainer_server.service.lifecycle import open_bundle, plan_of, replay_rounds
 from trainer_server.storage.peft_adapter import write_adapter
 from trainer_server.storage.run_store import RunStore
 
@@ -25,7 +25,7 @@ def status(out: Path = OUT, as_json: bool = typer.Option(False, "--json", help="
     """Show where a run stands: also while its server is at work."""
     store = RunStore(out)
     config = store.origin.config
-    kept = store.snapshot()
+    kept = store.checkpoint()
     announced = kept[0].announced if kept else None
     closed = store.rounds()
     facts: dict[str, Any] = {
@@ -38,7 +38,7 @@ def status(out: Path = OUT, as_json: bool = typer.Option(False, "--json", help="
         "of": announced.of if announced else 0,
         "level": announced.level if announced else 0,
         "asked": kept[0].expected if kept else [],
-        "answered": sorted(store.waiting()),
+        "answered": sorted(store.pending_updates()),
         "closed rounds": len(closed),
         "repeated": [r.repeated for r in closed if r.repeated],
         "refused": {f"{r.device}: {r.kind}": r.count for r in store.refusals()},
@@ -108,7 +108,7 @@ def replay(out: Path = OUT) -> None:
     bundle = open_bundle(store)
     recorded = {closed.round.round: closed.round for closed in store.rounds()}
     done = 0
-    for announced in replayed(store, plan_of(store, bundle)):
+    for announced in replay_rounds(store, plan_of(store, bundle)):
         done += 1
         if announced.round in recorded and announced != recorded[announced.round]:
             raise RunError(f"round {announced.round} comes out otherwise than it was recorded; has {out} been altered?")

@@ -21,7 +21,7 @@ from fedfmsl.errors import MessageError, RunError
 from fedfmsl.protocol.messages import DeviceStatus, Progress, Round, ServerStatus, Stage, parse
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.link import Link, Received
-from trainer_server.coordinator.records import ClosedRound, held_out_of
+from trainer_server.coordinator.records import ClosedRound, held_out_accuracies
 from trainer_server.storage.run_store import RunStore
 
 STAGES = {
@@ -82,13 +82,13 @@ class Seen:
                 row.progress = None
         elif device and topic == self.topics.status(device):
             status = parse(DeviceStatus, payload)
-            self._see_device(self.row(device), status)
+            self._receive_status(self.row(device), status)
         elif device and topic == self.topics.progress(device):
             progress = parse(Progress, payload)
             self.row(device).progress = progress
 
     @staticmethod
-    def _see_device(row: Row, status: DeviceStatus) -> None:
+    def _receive_status(row: Row, status: DeviceStatus) -> None:
         if not status.online:
             row.progress = None
             if row.status:  # a last will knows nothing of the device but its name
@@ -98,7 +98,7 @@ class Seen:
     def close(self, closed: ClosedRound) -> None:
         for device, update in closed.updates.items():
             row = self.row(device)
-            row.held_out |= held_out_of(update)
+            row.held_out |= held_out_accuracies(update)
             row.bytes_up += closed.bytes_up.get(device, 0)
             row.bytes_down += update.bytes_down
         if closed.round.stage in (Stage.GLOBAL, Stage.PERSONAL) and not closed.repeated:

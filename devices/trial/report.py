@@ -21,7 +21,7 @@ from fedfmsl.common.files import write_atomically
 from fedfmsl.errors import RunError
 from fedfmsl.protocol.bundle import Bundle, Manifest
 from fedfmsl.protocol.messages import Stage, Update
-from trainer_server.coordinator.records import ClosedRound, counted
+from trainer_server.coordinator.records import ClosedRound, successful_rounds
 from trainer_server.storage.run_store import RunStore
 
 DIGITS = 6
@@ -49,11 +49,12 @@ def build_report(
     rounds: Sequence[ClosedRound], manifest: Manifest, seed: int, alpha: float, seconds: dict[str, float]
 ) -> Report:
     """The numbers, without touching the disk. Raises RunError if no round has evaluated the models."""
-    evaluations = counted(rounds, Stage.EVALUATE)
+    evaluations = successful_rounds(rounds, Stage.EVALUATE)
     tested = {name: update for name, update in evaluations[-1].updates.items() if update.samples} if evaluations else {}
     if not tested:
         raise RunError("the run has no evaluation of any device's test slice, so there is nothing to report")
-    evaluation, stage1, stage2 = evaluations[-1], counted(rounds, Stage.GLOBAL), counted(rounds, Stage.PERSONAL)
+    evaluation = evaluations[-1]
+    stage1, stage2 = successful_rounds(rounds, Stage.GLOBAL), successful_rounds(rounds, Stage.PERSONAL)
     exchanged = [r for r in rounds if r.round.stage in (Stage.GLOBAL, Stage.PERSONAL)]
     rss: dict[str, float] = {}
     for update in (update for r in rounds for update in r.updates.values()):
@@ -141,7 +142,7 @@ def _shown(report: Report, rounds: Sequence[ClosedRound]) -> Shown:
             bytes_down={name: update.bytes_down for name, update in r.updates.items()},
             seconds=r.seconds,
         )
-        for r in (*counted(rounds, Stage.GLOBAL), *counted(rounds, Stage.PERSONAL))
+        for r in (*successful_rounds(rounds, Stage.GLOBAL), *successful_rounds(rounds, Stage.PERSONAL))
     ]
     accuracy = report["accuracy"]
     return Shown(

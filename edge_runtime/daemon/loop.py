@@ -44,6 +44,7 @@ from edge_runtime.data.samples import SampleChangedError
 from edge_runtime.training.context import Device
 from fedfmsl.common.log import fields, log
 from fedfmsl.errors import FedFMSLError, InputError, MessageError, RunError
+from fedfmsl.protocol.chunks import Assembler, chunks
 from fedfmsl.protocol.messages import (
     Ack,
     Activity,
@@ -55,7 +56,7 @@ from fedfmsl.protocol.messages import (
     encode,
     parse,
 )
-from fedfmsl.protocol.tensors import Assembler, blob_bytes, blob_hash, chunks
+from fedfmsl.protocol.tensors import blob_bytes, blob_hash
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.link import Connected, Disconnected, Link, Received
 

@@ -7,7 +7,7 @@ import numpy as np
 from fedfmsl.algorithms.arrays import Vector
 from fedfmsl.protocol.layout import HEAD, Layout
 
-BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
+BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
 
 
 def expert_decay(layout: Layout, size: int, weight_decay: float) -> Vector:
@@ -32,5 +32,5 @@ class AdamW:
         self._mean += (1 - BETA1) * (gradient - self._mean)
         self._square += (1 - BETA2) * (gradient * gradient - self._square)
         mean = self._mean / (1 - BETA1**self._steps)
-        root = np.sqrt(self._square / (1 - BETA2**self._steps)) + EPSILON
+        root = np.sqrt(self._square / (1 - BETA2**self._steps)) + EPS
         return np.asarray(theta * (1 - self._rate * self._decay) - self._rate * mean / root, np.float32)

@@ -33,9 +33,9 @@ def first_level(sal: Sal) -> int:
 
 
 def _capability_queue(sal: Sal, state: SalState) -> bool:
-    """The queue is full and its best accuracy improves on its first by less than `epsilon`, relatively."""
+    """The queue is full and its best accuracy improves on its first by less than `min_gain`, relatively."""
     first, best = state.queue[0], max(state.queue)
-    gained = best > first and best - first >= sal.epsilon * first
+    gained = best > first and best - first >= sal.min_gain * first
     return len(state.queue) == sal.window and not gained
 
 

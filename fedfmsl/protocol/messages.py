@@ -71,7 +71,7 @@ class Sal(Message):
 
     trigger: Trigger = Trigger.CAPABILITY_QUEUE
     window: int = Field(ge=2, le=MAX_NUMBER)
-    epsilon: float = Field(ge=0)
+    min_gain: float = Field(ge=0)
     step: Positive
     max_level: int = Field(ge=1, le=1024)
 
@@ -107,7 +107,7 @@ class ServerStatus(Message):
 
 class Round(Message):
     """The announcement of a round, retained. `expert` (the global expert), `start` (the one it started from)
-    and `gate` are the SHA-256 of global blobs ("" = none yet). `seconds`: how long answers are waited for.
+    and `gate` are the SHA-256 of global blobs ("" = none yet).
     `chosen`: the devices that are asked; none are named where all are."""
 
     max_bytes = 192 * 1024  # most of it for `chosen`
@@ -120,7 +120,6 @@ class Round(Message):
     of: Number  # rounds of this stage
     repetitions: Positive = 1  # how often a device goes through its local epochs within the round
     level: Level
-    seconds: Amount = Field(gt=0)
     chosen: tuple[Name, ...] = Field(default=(), max_length=5000, fail_fast=True)
     expert: Sha256 = ""
     start: Sha256 = ""

@@ -21,20 +21,20 @@ from fedfmsl.protocol.tensors import Tensors, blob_hash, pack
 from trainer_server.config import Aggregation, Rule, RunConfig, Selection
 from trainer_server.coordinator.advance import advance
 from trainer_server.coordinator.events import (
-    Announce,
+    AnnounceRound,
     ClockTicked,
     Command,
     Event,
-    Record,
-    Reply,
+    SendAck,
     StatusSeen,
     Stop,
+    StoreRound,
     UpdateSeen,
 )
 from trainer_server.coordinator.state import Plan, initial_state
-from trainer_server.service.lifecycle import open_run, plan_of, present, replayed
-from trainer_server.storage.run_store import Logged, RunStore
-from trainer_server.storage.snapshot import vectors_of
+from trainer_server.service.lifecycle import open_run, plan_of, replay_rounds, restore_state
+from trainer_server.storage.checkpoint import vectors_of
+from trainer_server.storage.run_store import LoggedEvent, RunStore
 
 TIMEOUT, JOIN, MAX_NORM, MAX_SAMPLES = 100.0, 50.0, 50.0, 1000
 DEVICES = ["a", "b", "c", "d"]
@@ -80,7 +80,7 @@ class Machine(RuleBasedStateMachine):
         stored: bool,
     ) -> None:
         DONE["sequences"] += 1
-        sal = Sal(window=2, epsilon=0.02, step=1, max_level=2)
+        sal = Sal(window=2, min_gain=0.02, step=1, max_level=2)
         self.config = RunConfig(
             run="r", devices=2, min_updates=min_updates, enough=enough, selection=selection,
             fraction=0.5 if selection is Selection.RANDOM else 1.0, max_staleness=staleness, max_repeats=max_repeats,
@@ -113,7 +113,7 @@ class Machine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if getattr(self, "store", None):
             if self.config.audit:
-                assert list(replayed(self.store, self.plan)) == self.announced
+                assert list(replay_rounds(self.store, self.plan)) == self.announced
             self.store.close()
         if getattr(self, "folder", None):
             self.folder.cleanup()
@@ -155,7 +155,7 @@ class Machine(RuleBasedStateMachine):
         if wanted is Verdict.ACCEPTED and self.store:  # the file is whole before its event is committed
             (self.store.tensors / sha256).write_bytes(blob)
         commands = self.feed(UpdateSeen(update, tensors, sha256, len(blob)))
-        (reply,) = [c for c in commands if isinstance(c, Reply)]
+        (reply,) = [c for c in commands if isinstance(c, SendAck)]
         assert reply.ack.verdict is wanted, (wanted, reply.ack)
         if wanted is Verdict.ACCEPTED:
             self.accepted[update.round, device] = update
@@ -182,7 +182,7 @@ class Machine(RuleBasedStateMachine):
         if dies:
             self.crash()
         stops = [c for c in commands if isinstance(c, Stop)]
-        opened = [c.round for c in commands if isinstance(c, Announce)]
+        opened = [c.round for c in commands if isinstance(c, AnnounceRound)]
         self.over = bool(stops)
         if closing is None:
             ready, late = len(before.online), self.now >= JOIN
@@ -195,7 +195,7 @@ class Machine(RuleBasedStateMachine):
         assert bool(opened) == closes
         if not closes:
             return
-        (record,) = [c.closed for c in commands if isinstance(c, Record)]
+        (record,) = [c.closed for c in commands if isinstance(c, StoreRound)]
         assert set(record.updates) == {device for _, device in self.accepted}
         enough = len(self.accepted) >= self.config.min_updates
         assert bool(record.repeated) != enough
@@ -222,7 +222,7 @@ class Machine(RuleBasedStateMachine):
         self.store = RunStore(self.store.folder)
         self.plan = plan_of(self.store, BUNDLE[0])
         before = self.state
-        self.state, _ = present(self.store, self.plan)
+        self.state, _ = restore_state(self.store, self.plan)
         for name, vector in vectors_of(before).items():
             assert vectors_of(self.state)[name].tobytes() == vector.tobytes()
         for field in (
@@ -250,11 +250,11 @@ class Machine(RuleBasedStateMachine):
         DONE["steps"] += 1
         before = self.state
         self.state, commands = advance(self.plan, before, event, self.now)
-        self.announced += [c.round for c in commands if isinstance(c, Announce)]
+        self.announced += [c.round for c in commands if isinstance(c, AnnounceRound)]
         if self.store and self.state is not before:
-            self.store.commit([Logged(self.now, event)], [c.closed for c in commands if isinstance(c, Record)])
+            self.store.commit([LoggedEvent(self.now, event)], [c.closed for c in commands if isinstance(c, StoreRound)])
             if isinstance(event, ClockTicked) and keep:
-                self.store.keep(self.state, self.now)
+                self.store.save_checkpoint(self.state, self.now)
                 if not self.config.audit:
                     assert len(list(self.store.tensors.iterdir())) == 1
         return commands

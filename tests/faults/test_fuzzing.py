@@ -26,6 +26,7 @@ from edge_runtime.training.local_expert import _Header as LocalExpert
 from edge_runtime.training.model import ModelHeader
 from fedfmsl.errors import BundleError, ConfigError, FedFMSLError, MessageError
 from fedfmsl.protocol.bundle import MANIFEST, Bundle
+from fedfmsl.protocol.chunks import CHUNK_BYTES, Assembler, chunks
 from fedfmsl.protocol.encoding import decode as decode_vector
 from fedfmsl.protocol.encoding import encode as encode_vector
 from fedfmsl.protocol.layout import Layout
@@ -47,7 +48,7 @@ from fedfmsl.protocol.messages import (
     encode,
     parse,
 )
-from fedfmsl.protocol.tensors import CHUNK_BYTES, DTYPES, Assembler, blob_hash, chunks, pack, unpack
+from fedfmsl.protocol.tensors import DTYPES, blob_hash, pack, unpack
 from fedfmsl.protocol.topics import MAX_NUMBER, NAME, Topics
 from trainer_server.storage.uploads import Uploads
 
@@ -70,12 +71,11 @@ MESSAGES: list[Message] = [
         index=2,
         of=12,
         level=3,
-        seconds=600.0,
         chosen=("device-0", "device-1", "pi.kitchen"),
         expert=SHA,
         start=SHA,
         training=Training(epochs=2, learning_rate=2e-3),
-        sal=Sal(window=3, epsilon=0.02, step=1, max_level=12),
+        sal=Sal(window=3, min_gain=0.02, step=1, max_level=12),
         encoding=Encoding.INT8,
         privacy=Privacy(clip=1.0, noise_multiplier=0.8, shares=4),
     ),

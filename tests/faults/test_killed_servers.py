@@ -24,19 +24,19 @@ Kill = tuple[str, str, int]  # see `killing.arm`
 STATES = {
     "before a commit": (f"{STORE}.commit", "before", 5),
     "after a commit": (f"{STORE}.commit", "after", 5),
-    "before the state is kept": (f"{STORE}.keep", "before", 2),
-    "between the last commit and the announcement": (f"{STORE}.keep", "after", 2),
-    "before an update's file is kept": ("trainer_server.storage.uploads:Uploads.keep", "before", 6),
-    "after an update's file is kept": ("trainer_server.storage.uploads:Uploads.keep", "after", 6),
-    "before an acknowledgement or another command": (f"{SERVICE}._carry_out", "before", 8),
-    "after an acknowledgement or another command": (f"{SERVICE}._carry_out", "after", 8),
+    "before the state is kept": (f"{STORE}.save_checkpoint", "before", 2),
+    "between the last commit and the announcement": (f"{STORE}.save_checkpoint", "after", 2),
+    "before an update's file is kept": ("trainer_server.storage.uploads:Uploads.store", "before", 6),
+    "after an update's file is kept": ("trainer_server.storage.uploads:Uploads.store", "after", 6),
+    "before an acknowledgement or another command": (f"{SERVICE}._execute", "before", 8),
+    "after an acknowledgement or another command": (f"{SERVICE}._execute", "after", 8),
     "after the broker has what it published": ("fedfmsl.transport.link:Link.publish", "after", 12),
-    "while devices gather": (f"{SERVICE}._take", "before", 3),
+    "while devices gather": (f"{SERVICE}._receive", "before", 3),
 }
 ROUNDS = 7  # that are opened in a run, the last of them FINISHED
 ENDS = {
-    "before the end is committed": [("trainer_server.coordinator.advance:_close", "after", ROUNDS - 1)],
-    "after the end is committed, nobody told": [(f"{STORE}.keep", "after", ROUNDS)],
+    "before the end is committed": [("trainer_server.coordinator.advance:_close_round", "after", ROUNDS - 1)],
+    "after the end is committed, nobody told": [(f"{STORE}.save_checkpoint", "after", ROUNDS)],
     "when the end has been announced": [(f"{SERVICE}._announce", "after", ROUNDS)],
 }
 

@@ -15,8 +15,9 @@ from support.simulation import RUN, Simulation, in_stage_1, recovering
 from support.table import FaultTable, Trial
 
 from fedfmsl.protocol.bundle import Bundle
+from fedfmsl.protocol.chunks import chunks
 from fedfmsl.protocol.messages import DeviceStatus, Round, Update, encode
-from fedfmsl.protocol.tensors import Tensors, chunks, pack
+from fedfmsl.protocol.tensors import Tensors, pack
 from fedfmsl.protocol.topics import Topics
 from trainer_server.storage.run_store import RunStore
 

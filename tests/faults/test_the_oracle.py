@@ -17,13 +17,13 @@ from fedfmsl.protocol.messages import DeviceStatus, Sal, Stage
 from fedfmsl.protocol.tensors import blob_hash, pack
 from trainer_server.config import RunConfig
 from trainer_server.coordinator.advance import advance
-from trainer_server.coordinator.events import ClockTicked, Event, Record, StatusSeen, UpdateSeen
+from trainer_server.coordinator.events import ClockTicked, Event, StatusSeen, StoreRound, UpdateSeen
 from trainer_server.coordinator.state import Key, State, initial_state
 from trainer_server.service.lifecycle import plan_of
-from trainer_server.storage.run_store import DATABASE, Logged, Origin, RunStore
+from trainer_server.storage.run_store import DATABASE, LoggedEvent, Origin, RunStore
 
 DEVICES = device_names(3)
-SAL = Sal(window=3, epsilon=0.02, step=1, max_level=1)
+SAL = Sal(window=3, min_gain=0.02, step=1, max_level=1)
 
 
 def run_without_a_network(out: Path, bundle: Bundle) -> None:
@@ -35,10 +35,10 @@ def run_without_a_network(out: Path, bundle: Bundle) -> None:
 
     def happens(state: State, event: Event) -> State:
         state, commands = advance(plan, state, event, 0.0)
-        closed = [command.closed for command in commands if isinstance(command, Record)]
-        store.commit([Logged(0.0, event)], closed)
+        closed = [command.closed for command in commands if isinstance(command, StoreRound)]
+        store.commit([LoggedEvent(0.0, event)], closed)
         if isinstance(event, ClockTicked):
-            store.keep(state, 0.0)
+            store.save_checkpoint(state, 0.0)
         return state
 
     for name in DEVICES:

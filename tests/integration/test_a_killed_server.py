@@ -57,7 +57,7 @@ def test_a_killed_server_goes_on_in_the_same_round_with_what_it_had_acknowledged
             server = federation.start_server(*ROUNDS)
             again = observer.wait(Round, lambda r: True, "the round, announced again", since)
             assert again == killed
-            assert sorted(RunStore(federation.server_folder).waiting()) == sorted(set(photos) - {slow})
+            assert sorted(RunStore(federation.server_folder).pending_updates()) == sorted(set(photos) - {slow})
             federation.devices[slow].resume()
         assert finish(federation, observer) == undisturbed
         assert server.wait().code == 0

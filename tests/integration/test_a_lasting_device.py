@@ -19,8 +19,8 @@ from support.processes import MOSQUITTO, SECONDS, Broker, Ended, Federation, Obs
 
 from edge_runtime.daemon.state import required_globals
 from edge_runtime.store import DeviceStore
+from fedfmsl.protocol.chunks import MAX_BLOB_BYTES, Assembler
 from fedfmsl.protocol.messages import Ack, DeviceStatus, Round, Sal, ServerStatus, Stage, Training, Verdict, encode
-from fedfmsl.protocol.tensors import MAX_BLOB_BYTES, Assembler
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.link import Link, Received
 
@@ -238,9 +238,8 @@ def test_an_update_that_nobody_answers_is_sent_again_until_somebody_does(
         index=0,
         of=1,
         level=1,
-        seconds=60.0,
         training=Training(epochs=1, learning_rate=1.0),
-        sal=Sal(window=2, epsilon=0.1, step=1, max_level=1),
+        sal=Sal(window=2, min_gain=0.1, step=1, max_level=1),
     )
     server.publish(topics.round, encode(task), retain=True)
     link.connect()

@@ -23,7 +23,7 @@ from fedfmsl.protocol.bundle import MANIFEST, Bundle, file_sha256
 from fedfmsl.protocol.messages import ServerStatus, encode
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.link import Link
-from trainer_server.service.bundle_http import ArtifactServer
+from trainer_server.service.bundle_http import BundleServer
 
 WEIGHTS = "backbone.weights"
 
@@ -32,7 +32,7 @@ WEIGHTS = "backbone.weights"
 def served(bundle: Path, tmp_path: Path) -> Iterator[tuple[ServerStatus, Path]]:
     """What the server announces, and the folder that it serves."""
     root = shutil.copytree(bundle, tmp_path / "served")
-    server = ArtifactServer(root, f"127.0.0.1:{free_port()}")
+    server = BundleServer(root, f"127.0.0.1:{free_port()}")
     yield ServerStatus(online=True, run="fetch", session="1", bundle=Bundle(root).sha256, bundle_url=server.url), root
     server.close()
 
@@ -219,7 +219,7 @@ def test_over_tls_a_bundle_is_for_the_fleet_only(bundle: Path, tmp_path: Path, m
     nobody = write_identity(tmp_path / "nobody.pem", None, ours)
     foreign = write_identity(tmp_path / "foreign.pem", theirs.issue("device", [CLIENT]), ours)
     trusting = write_identity(tmp_path / "trusting.pem", ours.issue("device", [CLIENT]), theirs)
-    served = ArtifactServer(bundle, f"localhost:{free_port()}", server)
+    served = BundleServer(bundle, f"localhost:{free_port()}", server)
     try:
         url = served.url
         assert url.startswith("https://")

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from fedfmsl.protocol.chunks import MAX_BLOB_BYTES, Assembler, chunks
 from fedfmsl.protocol.messages import Ack, Progress, Round, ServerStatus, Update, Verdict, encode, parse
-from fedfmsl.protocol.tensors import MAX_BLOB_BYTES, Assembler, chunks, unpack
+from fedfmsl.protocol.tensors import unpack
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.link import Link
 from support.processes import Broker, Observer

@@ -26,9 +26,8 @@ def round_of(stage: Stage, index: int = 0) -> Round:
         index=index,
         of=3,
         level=2,
-        seconds=60.0,
         training=Training(epochs=1, batch_size=8, learning_rate=0.01),
-        sal=Sal(window=2, epsilon=1.0, step=1, max_level=2),
+        sal=Sal(window=2, min_gain=1.0, step=1, max_level=2),
         **named,
     )
 

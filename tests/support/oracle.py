@@ -17,11 +17,11 @@ from pathlib import Path
 
 from fedfmsl.protocol.messages import Round
 from trainer_server.coordinator.advance import advance
-from trainer_server.coordinator.events import Announce, ClockTicked, UpdateSeen
+from trainer_server.coordinator.events import AnnounceRound, ClockTicked, UpdateSeen
 from trainer_server.coordinator.records import ClosedRound
 from trainer_server.coordinator.state import Key, Plan, initial_state
-from trainer_server.service.lifecycle import open_bundle, plan_of, present, replayed
-from trainer_server.storage.run_store import Logged, RunStore
+from trainer_server.service.lifecycle import open_bundle, plan_of, replay_rounds, restore_state
+from trainer_server.storage.run_store import LoggedEvent, RunStore
 
 Outcome = tuple[str, int, int, str, str, str]
 
@@ -53,12 +53,12 @@ def examine(out: Path, told: Iterable[Key], undisturbed: Reference) -> Findings:
     store = RunStore(out)
     plan = plan_of(store, open_bundle(store))
     closed = store.rounds()
-    times = Counter(_keys(store.events(since_snapshot=False)))
+    times = Counter(_keys(store.events(since_checkpoint=False)))
     recorded = {(one.round.round, device) for one in closed for device in one.updates}
     announced = _announced(store, plan, closed)
     twice = sum(count - 1 for count in times.values()) + len(recorded ^ set(times))
     compared, otherwise = _compare(closed, announced, undisturbed)
-    for again in (replayed(store, plan), undisturbed_by(plan, store.events(since_snapshot=False))):
+    for again in (replay_rounds(store, plan), undisturbed_by(plan, store.events(since_checkpoint=False))):
         otherwise += sum(ours != theirs for ours, theirs in zip_longest(announced, again))
     return Findings(
         lost=len(set(told) - (recorded & set(times))),
@@ -83,17 +83,17 @@ def outcome(announced: Round) -> Outcome:
     return (*place, announced.expert, announced.start, announced.gate)
 
 
-def undisturbed_by(plan: Plan, events: Iterable[Logged]) -> Iterator[Round]:
+def undisturbed_by(plan: Plan, events: Iterable[LoggedEvent]) -> Iterator[Round]:
     """The rounds of a coordinator to which nothing happens, and which gets the same updates in another order."""
     state = initial_state(plan, 0.0)
     for logged in in_another_order(events, random.Random(0)):
         state, commands = advance(plan, state, logged.event, logged.at)
-        yield from (command.round for command in commands if isinstance(command, Announce))
+        yield from (command.round for command in commands if isinstance(command, AnnounceRound))
 
 
-def in_another_order(events: Iterable[Logged], draw: random.Random) -> Iterator[Logged]:
+def in_another_order(events: Iterable[LoggedEvent], draw: random.Random) -> Iterator[LoggedEvent]:
     """The updates of a round are shuffled, and come after all that devices have said of themselves meanwhile."""
-    updates: list[Logged] = []
+    updates: list[LoggedEvent] = []
     for logged in events:
         if isinstance(logged.event, UpdateSeen):
             updates.append(logged)
@@ -105,7 +105,7 @@ def in_another_order(events: Iterable[Logged], draw: random.Random) -> Iterator[
         yield logged
 
 
-def _keys(events: Iterable[Logged]) -> Iterator[Key]:
+def _keys(events: Iterable[LoggedEvent]) -> Iterator[Key]:
     for logged in events:
         if isinstance(logged.event, UpdateSeen):
             yield logged.event.update.round, logged.event.update.device
@@ -114,7 +114,7 @@ def _keys(events: Iterable[Logged]) -> Iterator[Key]:
 def _announced(store: RunStore, plan: Plan, closed: list[ClosedRound]) -> list[Round]:
     """Every round of a run that has ended. The last of them is never closed: it is where the run stands, which a server
     that was killed at the very end knows from its log alone."""
-    last = present(store, plan)[0].announced
+    last = restore_state(store, plan)[0].announced
     assert last is not None
     return [*(one.round for one in closed), last]
 

@@ -17,8 +17,8 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from fedfmsl.errors import MessageError
+from fedfmsl.protocol.chunks import MAX_BLOB_BYTES, Assembler
 from fedfmsl.protocol.messages import Ack, DeviceStatus, Health, Message, Prediction, Round, ServerStatus, parse
-from fedfmsl.protocol.tensors import MAX_BLOB_BYTES, Assembler
 from fedfmsl.protocol.topics import ROOT, Topics
 from fedfmsl.transport.link import Link, Received
 from trainer_server.storage.run_store import RunStore

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from fedfmsl.algorithms import aggregation
 from fedfmsl.algorithms.aggregation import Contribution, aggregate, weighted_average
 from fedfmsl.algorithms.arrays import Vector
 from fedfmsl.protocol.layout import Layout
-from fedfmsl.algorithms import aggregation
 from trainer_server.config import Aggregation, Rule
 
 LAYOUT = Layout.build([("head", "w", (3,)), ("1", "a", (2,)), ("0", "b", (2,))])

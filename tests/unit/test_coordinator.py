@@ -33,24 +33,24 @@ from fedfmsl.protocol.tensors import blob_hash, pack, unpack
 from trainer_server.config import Aggregation, Head, Rule, RunConfig, Selection
 from trainer_server.coordinator.advance import MAX_DEVICES, advance, next_deadline
 from trainer_server.coordinator.events import (
-    Announce,
+    AnnounceRound,
     ClockTicked,
     Command,
+    CountRefusal,
     Event,
-    Note,
+    Log,
     PublishGlobals,
-    Record,
-    Refuse,
-    Reply,
+    SendAck,
     StatusSeen,
     Stop,
+    StoreRound,
     UpdateSeen,
 )
 from trainer_server.coordinator.state import Plan, State, initial_state
 
 ROUND_SECONDS, JOIN_SECONDS = 100.0, 50.0
 PRIVACY = Privacy(clip=1.0, noise_multiplier=1.0, shares=1)
-RULE = Sal(window=2, epsilon=0.02, step=1, max_level=LAYERS)
+RULE = Sal(window=2, min_gain=0.02, step=1, max_level=LAYERS)
 Tensors = dict[str, NDArray[Any]]
 KEPT: dict[str, Tensors] = {}  # tensors of updates by SHA-256
 
@@ -152,7 +152,7 @@ class Run:
 
     @property
     def verdicts(self) -> list[Verdict]:
-        return [reply.ack.verdict for reply in self.of(Reply)]
+        return [reply.ack.verdict for reply in self.of(SendAck)]
 
 
 ABC = ["a", "b", "c"]
@@ -171,7 +171,7 @@ def started(built: Built, devices: list[str] = ABC, **config: Any) -> Run:
 def test_a_run_goes_through_its_stages_in_order_and_stops(vit: Built, baseline: bool) -> None:
     run = started(vit, baseline=baseline)
     assert run.until_stop(ABC).error == ""
-    announced = [command.round for command in run.of(Announce)]
+    announced = [command.round for command in run.of(AnnounceRound)]
     stages = [(r.stage.value, r.index, r.of) for r in announced]
     assert stages == [
         ("statistics", 0, 1),
@@ -184,18 +184,18 @@ def test_a_run_goes_through_its_stages_in_order_and_stops(vit: Built, baseline: 
     assert [r.round for r in announced] == list(range(1, len(announced) + 1))
     assert set(run.verdicts) == {Verdict.ACCEPTED}
     assert len(run.verdicts) == 3 * (len(announced) - 1)
-    assert [record.closed.round.round for record in run.of(Record)] == [r.round for r in announced[:-1]]
+    assert [record.closed.round.round for record in run.of(StoreRound)] == [r.round for r in announced[:-1]]
 
 
 def test_nothing_starts_before_every_device_is_there(vit: Built) -> None:
     run = Run(plan_of(vit, devices=2))
     run.online("a")
     run.online("a", online=False)
-    assert not run.of(Announce)
+    assert not run.of(AnnounceRound)
     run.online("b")
     run.now = JOIN_SECONDS - 1
     run.feed()
-    assert not run.of(Announce)
+    assert not run.of(AnnounceRound)
     run.now = next_deadline(run.plan, run.state)
     run.feed()
     assert run.state.expected == {"b"}
@@ -211,9 +211,9 @@ def test_rounds_do_not_wait_for_a_device_that_may_not_train_and_count_it_if_it_c
     assert run.announced == before and run.verdicts[-1] is Verdict.ACCEPTED
     run.feed(StatusSeen(run.status("c")))
     run.answers(["a", "b"])
-    assert sorted(run.of(Record)[-1].closed.updates) == ABC
+    assert sorted(run.of(StoreRound)[-1].closed.updates) == ABC
     assert run.state.expected == set(ABC)
-    assert [note.text for note in run.of(Note)][-2:] == ["c pauses: 81 °C", "c goes on"]
+    assert [note.text for note in run.of(Log)][-2:] == ["c pauses: 81 °C", "c goes on"]
 
 
 def test_devices_that_may_not_train_yet_have_joined_all_the_same(vit: Built) -> None:
@@ -240,7 +240,7 @@ def test_every_announced_global_was_published_before_and_reads_as_what_it_is(vit
     for command in run.commands:
         if isinstance(command, PublishGlobals):
             blobs[command.sha256] = command.blob
-        if isinstance(command, Announce):
+        if isinstance(command, AnnounceRound):
             announced, layout = command.round, run.plan.bundle.expert
             if announced.stage is Stage.STATISTICS:
                 assert (announced.expert, announced.start, announced.gate) == ("", "", "")
@@ -289,22 +289,22 @@ def test_sal_raises_the_level_on_a_plateau_of_the_devices_accuracy_and_not_after
     flat.until_stop(ABC)
     rising = started(vit, stage1_rounds=4)
     rising.until_stop(ABC, accuracy=lambda announced: 0.1 * announced.round)
-    assert [c.round.level for c in flat.of(Announce) if c.round.stage is Stage.GLOBAL] == [1, 1, 2, 2]
-    assert [c.round.level for c in flat.of(Announce)][-1] == 2
-    assert {c.round.level for c in rising.of(Announce)} == {1}
+    assert [c.round.level for c in flat.of(AnnounceRound) if c.round.stage is Stage.GLOBAL] == [1, 1, 2, 2]
+    assert [c.round.level for c in flat.of(AnnounceRound)][-1] == 2
+    assert {c.round.level for c in rising.of(AnnounceRound)} == {1}
 
 
 def test_all_at_once_trains_every_level_from_the_first_round(vit: Built) -> None:
     run = started(vit, stage1_sal=RULE.model_copy(update={"trigger": Trigger.ALL_AT_ONCE}))
     run.until_stop(ABC)
-    assert {command.round.level for command in run.of(Announce)} == {LAYERS}
+    assert {command.round.level for command in run.of(AnnounceRound)} == {LAYERS}
 
 
 def test_personal_rounds_follow_the_rule_and_training_of_stage_2(vit: Built) -> None:
     training, rule = Training(epochs=3, learning_rate=0.5), RULE.model_copy(update={"window": 7})
     run = started(vit, baseline=True, stage2=training, stage2_sal=rule)
     run.until_stop(ABC)
-    for announced in (command.round for command in run.of(Announce)):
+    for announced in (command.round for command in run.of(AnnounceRound)):
         personal = announced.stage is Stage.PERSONAL
         assert (announced.training == training) == personal
         assert (announced.sal.window == 7) == personal
@@ -361,10 +361,10 @@ def test_an_update_that_does_not_fit_is_rejected_with_its_reason(
         run.answers(ABC)
     before = run.state
     (reply, refusal) = run.answers(["a"], **change)
-    assert isinstance(reply, Reply)
+    assert isinstance(reply, SendAck)
     assert reply.ack.verdict is Verdict.REJECTED
     assert reason in reply.ack.reason
-    assert isinstance(refusal, Refuse)
+    assert isinstance(refusal, CountRefusal)
     assert run.state == before
     run.answers(["a"])
     assert run.verdicts[-1] is Verdict.ACCEPTED  # it may mend its ways
@@ -383,7 +383,7 @@ def test_a_device_that_joins_during_a_round_is_counted_but_not_waited_for(vit: B
     run.online("late")
     run.answers(["late", *ABC])
     assert set(run.verdicts) == {Verdict.ACCEPTED}
-    assert run.of(Record)[0].closed.updates.keys() == {"late", *ABC}
+    assert run.of(StoreRound)[0].closed.updates.keys() == {"late", *ABC}
     assert run.state.expected == {"late", *ABC}
 
 
@@ -407,7 +407,7 @@ def test_a_round_ends_at_its_deadline_with_those_who_answered(vit: Built) -> Non
     assert run.feed() == []
     run.now = next_deadline(run.plan, run.state)
     run.feed()
-    closed = run.of(Record)[0].closed
+    closed = run.of(StoreRound)[0].closed
     assert (closed.missing, closed.repeated, closed.updates.keys()) == (("b",), "", {"a", "c"})
     assert run.announced.stage is Stage.GLOBAL
     assert run.state.expected == {"a", "c"}
@@ -426,7 +426,7 @@ def test_a_round_with_too_few_updates_is_repeated_and_at_last_given_up(vit: Buil
     assert "3 times in a row" in stop.error
     assert run.announced.stage is Stage.FINISHED  # so that devices leave too
     assert np.array_equal(run.state.expert, expert)
-    assert [bool(record.closed.repeated) for record in run.of(Record)] == [False, True, True, True]
+    assert [bool(record.closed.repeated) for record in run.of(StoreRound)] == [False, True, True, True]
 
 
 def test_repeats_are_counted_anew_after_a_round_that_succeeded(vit: Built) -> None:
@@ -457,10 +457,10 @@ def test_a_device_with_another_bundle_or_an_error_is_left_out_and_noted(vit: Bui
     other = run.status("x", bundle=dinov2.bundle.sha256)
     run.feed(StatusSeen(other), StatusSeen(run.status("y", online=False, error="no images")))
     run.online("a")
-    assert not run.of(Announce)
+    assert not run.of(AnnounceRound)
     run.online("b")
     assert run.state.expected == {"a", "b"}
-    notes = " | ".join(note.text for note in run.of(Note))
+    notes = " | ".join(note.text for note in run.of(Log))
     assert "x has another bundle" in notes
     assert "y cannot take part: no images" in notes
 
@@ -474,7 +474,7 @@ def test_another_order_of_arrival_gives_bitwise_the_same_globals(vit: Built) -> 
         run = started(vit)
         run.until_stop(order)
         finals.append((run.state.expert.tobytes(), run.state.gate.tobytes(), run.state.start.tobytes()))
-        hashes.append([(c.round.expert, c.round.start, c.round.gate) for c in run.of(Announce)])
+        hashes.append([(c.round.expert, c.round.start, c.round.gate) for c in run.of(AnnounceRound)])
     assert finals[0] == finals[1] == finals[2]
     assert hashes[0] == hashes[1] == hashes[2]
 
@@ -523,12 +523,12 @@ def test_no_sequence_of_events_raises_and_no_update_counts_twice(vit: Built, eve
             elif flaw == "lower level":
                 change = {"tensors": dict(list(event.tensors.items())[:2]), "samples": 0}
             run.feed(answer(run.plan, announced, device, **change))
-    accepted = [(r.ack.round, r.ack.device) for r in run.of(Reply) if r.ack.verdict is Verdict.ACCEPTED]
+    accepted = [(r.ack.round, r.ack.device) for r in run.of(SendAck) if r.ack.verdict is Verdict.ACCEPTED]
     assert len(accepted) == len(set(accepted))
-    counted = [(r.closed.round.round, name) for r in run.of(Record) for name in r.closed.updates]
+    counted = [(r.closed.round.round, name) for r in run.of(StoreRound) for name in r.closed.updates]
     assert sorted(counted) == sorted(pair for pair in accepted if pair[0] != run.state.round or run.of(Stop))
     assert np.isfinite(run.state.expert).all()
-    rounds = [command.round.round for command in run.of(Announce)]
+    rounds = [command.round.round for command in run.of(AnnounceRound)]
     assert rounds == list(range(1, len(rounds) + 1))
 
 
@@ -551,7 +551,7 @@ def test_a_training_round_closes_when_the_share_that_is_enough_has_answered(vit:
     assert run.announced.index == 0
     run.answers(["c"])
     assert run.announced.index == 1
-    closed = run.of(Record)[-1].closed
+    closed = run.of(StoreRound)[-1].closed
     assert (closed.updates.keys(), closed.missing, closed.repeated) == ({"b", "c"}, ("a",), "")
 
 
@@ -582,7 +582,10 @@ def test_a_random_selection_asks_a_share_of_the_devices_and_others_do_not_count(
     again.answers(names)
     assert again.announced.chosen == asked[0]
     run.until_stop(names)
-    assert [c.round.chosen for c in run.of(Announce) if c.round.stage in (Stage.STATISTICS, Stage.EVALUATE)] == [(), ()]
+    assert [c.round.chosen for c in run.of(AnnounceRound) if c.round.stage in (Stage.STATISTICS, Stage.EVALUATE)] == [
+        (),
+        (),
+    ]
 
 
 def test_a_selection_by_capability_asks_those_who_can_train_the_whole_level(vit: Built) -> None:

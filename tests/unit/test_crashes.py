@@ -22,7 +22,7 @@ from fedfmsl.protocol.messages import Globals, Round, Sal, Stage, Training, Upda
 from fedfmsl.protocol.tensors import blob_hash, pack, unpack
 
 SESSION = "s"
-SAL = Sal(window=2, epsilon=1.0, step=1, max_level=2)  # it activates more blocks as soon as it can
+SAL = Sal(window=2, min_gain=1.0, step=1, max_level=2)  # it activates more blocks as soon as it can
 EXPERTS = ("personal", "baseline", "mixture")
 FOR_PEOPLE = ("health.json", "skipped.txt")  # that they cannot be written stops nothing
 VOLATILE = {"seconds", "peak_rss_mb", "bytes_down"}
@@ -97,7 +97,6 @@ def rounds(vit: Built) -> tuple[list[Round], list[bytes]]:
             index=index,
             of=3,
             level=2,
-            seconds=60.0,
             training=Training(epochs=1, batch_size=8, learning_rate=0.01),
             sal=SAL,
             **({} if stage is Stage.STATISTICS else hashes),

@@ -45,12 +45,12 @@ from fedfmsl.protocol.messages import Ack, DeviceStatus, Round, Sal, ServerStatu
 from fedfmsl.protocol.tensors import blob_hash, pack
 
 BUNDLE, OTHER_BUNDLE, E, E1, E2, G, H = (digit * 64 for digit in "0123456")
-SAL = Sal(window=2, epsilon=0.1, step=1, max_level=2)
+SAL = Sal(window=2, min_gain=0.1, step=1, max_level=2)
 HERE = ServerSeen(ServerStatus(online=True, run="r", session="s", bundle=BUNDLE))
 
 
 def round_(number: int, stage: Stage = Stage.GLOBAL, session: str = "s", **globals_: str) -> Round:
-    fields: dict[str, Any] = {"index": 0, "of": 1, "level": 1, "seconds": 1.0, "sal": SAL, **globals_}
+    fields: dict[str, Any] = {"index": 0, "of": 1, "level": 1, "sal": SAL, **globals_}
     training = Training(epochs=1, learning_rate=1.0)
     return Round(run="r", session=session, round=number, stage=stage, training=training, **fields)
 

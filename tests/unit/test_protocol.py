@@ -21,6 +21,7 @@ from fedfmsl.algorithms.class_means import SCALE, head_of_class_means
 from fedfmsl.common.cli import console
 from fedfmsl.errors import LINE, BundleError, ConfigError, FedFMSLError, MessageError
 from fedfmsl.protocol.bundle import MAX_MANIFEST_BYTES, Bundle
+from fedfmsl.protocol.chunks import CHUNK_BYTES, MAX_BLOB_BYTES, Assembler, chunks
 from fedfmsl.protocol.layout import Layout, Slot
 from fedfmsl.protocol.messages import (
     Ack,
@@ -37,16 +38,7 @@ from fedfmsl.protocol.messages import (
     parse,
 )
 from fedfmsl.protocol.peft_names import from_peft, to_peft
-from fedfmsl.protocol.tensors import (
-    CHUNK_BYTES,
-    MAX_BLOB_BYTES,
-    MAX_HEADER_BYTES,
-    MAX_TENSORS,
-    Assembler,
-    chunks,
-    pack,
-    unpack,
-)
+from fedfmsl.protocol.tensors import MAX_HEADER_BYTES, MAX_TENSORS, pack, unpack
 from fedfmsl.protocol.topics import Topics
 
 SHAPES = st.lists(st.integers(1, 4), max_size=3).map(tuple)
@@ -75,9 +67,8 @@ ROUND = Round(
     index=0,
     of=1,
     level=1,
-    seconds=60,
     training=Training(epochs=1, learning_rate=1e-3),
-    sal=Sal(window=2, epsilon=0, step=1, max_level=3),
+    sal=Sal(window=2, min_gain=0, step=1, max_level=3),
 )
 
 
@@ -381,10 +372,22 @@ def test_a_round_names_at_most_five_thousand_devices_and_each_by_a_valid_name() 
             parse(Round, encode(ROUND.model_copy(update={"chosen": chosen})))
 
 
-@pytest.mark.parametrize("seconds", [0, -1, 1e300])
-def test_a_round_lasts_a_time(seconds: float) -> None:
-    with pytest.raises(MessageError, match="seconds"):
-        parse(Round, encode(ROUND.model_copy(update={"seconds": seconds})))
+@pytest.mark.parametrize(
+    ("field", "changes"),
+    [
+        ("training", {"epochs": 0}),
+        ("training", {"learning_rate": 0}),
+        ("sal", {"window": 1}),
+        ("sal", {"min_gain": -0.1}),
+        ("sal", {"max_level": 2000}),
+        ("sal", {"color": "red"}),
+    ],
+)
+def test_the_settings_of_a_round_have_bounds_and_no_unknown_fields(field: str, changes: dict[str, Any]) -> None:
+    announced = json.loads(encode(ROUND))
+    announced[field].update(changes)
+    with pytest.raises(MessageError, match=f"{field}.*{next(iter(changes))}"):
+        parse(Round, json.dumps(announced).encode())
 
 
 def test_what_a_stranger_writes_for_people_becomes_one_short_plain_line() -> None:

@@ -15,7 +15,7 @@ RULES = st.builds(
     Sal,
     trigger=st.sampled_from(Trigger),
     window=st.integers(2, 5),
-    epsilon=st.floats(0, 0.5),
+    min_gain=st.floats(0, 0.5),
     step=st.integers(1, 4),
     max_level=st.integers(1, 12),
 )
@@ -58,12 +58,12 @@ def test_levels_grow_by_steps_at_most_once_per_window_and_never_past_the_highest
     ],
 )
 def test_the_capability_queue_triggers_on_a_plateau(accuracies: list[float], level: int) -> None:
-    sal = Sal(window=3, epsilon=0.02, step=1, max_level=4)
+    sal = Sal(window=3, min_gain=0.02, step=1, max_level=4)
     assert levels(sal, accuracies)[-1] == level
 
 
 @given(st.lists(st.floats(0, 1), min_size=7, max_size=7))
 def test_a_fixed_schedule_and_all_at_once_do_not_look_at_accuracies(accuracies: list[float]) -> None:
-    fixed = Sal(trigger=Trigger.FIXED_SCHEDULE, window=3, epsilon=0.1, step=2, max_level=9)
+    fixed = Sal(trigger=Trigger.FIXED_SCHEDULE, window=3, min_gain=0.1, step=2, max_level=9)
     assert levels(fixed, accuracies) == [1, 1, 3, 3, 3, 5, 5]
     assert levels(fixed.model_copy(update={"trigger": Trigger.ALL_AT_ONCE}), accuracies) == [9] * 7

@@ -14,12 +14,13 @@ from support.builds import Built
 from support.processes import Broker, Observer, Processes, wait_until
 from test_coordinator import Run, answer, plan_of
 
+from fedfmsl.protocol.chunks import chunks
 from fedfmsl.protocol.messages import Ack, Round, Stage, Verdict, encode
-from fedfmsl.protocol.tensors import chunks, pack
+from fedfmsl.protocol.tensors import pack
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.link import Link
 from trainer_server.coordinator.state import Plan
-from trainer_server.service.lifecycle import go_on, open_run
+from trainer_server.service.lifecycle import open_run, run_server
 from trainer_server.storage.run_store import DATABASE, RunStore
 
 
@@ -76,7 +77,7 @@ def scene(vit: Built, broker: Broker, folder: Path, run: str) -> Iterator[Scene]
     def serve() -> None:
         store = open_run(folder, config, vit.bundle)
         store._db.execute("PRAGMA busy_timeout = 50")  # a disk that refuses does so at once
-        go_on(store, vit.bundle, broker.url, "", None, insecure=False)
+        run_server(store, vit.bundle, broker.url, "", None, insecure=False)
 
     server = threading.Thread(target=serve, daemon=True)
     link = Link(broker.url, f"device-{run}")

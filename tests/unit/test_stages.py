@@ -33,7 +33,7 @@ from fedfmsl.protocol.messages import Encoding, Privacy, Round, Sal, Stage, Trai
 from fedfmsl.protocol.tensors import Tensors
 
 TRAINING = Training(epochs=2, learning_rate=1e-2)
-SAL = Sal(window=2, epsilon=0.1, step=1, max_level=2)
+SAL = Sal(window=2, min_gain=0.1, step=1, max_level=2)
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def device(vit: Built, photos: Path, tmp_path: Path) -> Device:
 
 
 def task(stage: Stage, level: int = 1, **change: Any) -> Round:
-    fields: dict[str, Any] = {"run": "r", "session": "s", "round": 3, "index": 0, "of": 2, "seconds": 9.0, **change}
+    fields: dict[str, Any] = {"run": "r", "session": "s", "round": 3, "index": 0, "of": 2, **change}
     return Round(**fields, stage=stage, level=level, training=TRAINING, sal=SAL)
 
 

@@ -16,17 +16,17 @@ from fedfmsl.errors import ConfigError, RunError
 from fedfmsl.protocol.messages import Stage
 from fedfmsl.protocol.tensors import pack
 from trainer_server.coordinator.advance import advance
-from trainer_server.coordinator.events import ClockTicked, Event, Record, StatusSeen, Stop, UpdateSeen
+from trainer_server.coordinator.events import ClockTicked, Event, StatusSeen, Stop, StoreRound, UpdateSeen
 from trainer_server.coordinator.state import Plan, State
-from trainer_server.service.lifecycle import open_bundle, open_run, present, replayed
+from trainer_server.service.lifecycle import open_bundle, open_run, replay_rounds, restore_state
 from trainer_server.service.lifecycle import plan_of as plan_in
-from trainer_server.storage.run_store import DATABASE, Logged, RunStore
-from trainer_server.storage.snapshot import Snapshot, vectors_of
+from trainer_server.storage.checkpoint import Checkpoint, vectors_of
+from trainer_server.storage.run_store import DATABASE, LoggedEvent, RunStore
 
 
 def same(one: State, other: State) -> bool:
     vectors = [{name: tensor.tobytes() for name, tensor in vectors_of(state).items()} for state in (one, other)]
-    return vectors[0] == vectors[1] and Snapshot.of(one) == Snapshot.of(other) and one.updates == other.updates
+    return vectors[0] == vectors[1] and Checkpoint.of(one) == Checkpoint.of(other) and one.updates == other.updates
 
 
 class Server:
@@ -34,7 +34,7 @@ class Server:
 
     def __init__(self, store: RunStore, plan: Plan) -> None:
         self.store, self.plan = store, plan
-        self.state, self.now = present(store, plan)
+        self.state, self.now = restore_state(store, plan)
 
     def feed(self, event: Event) -> None:
         self.now += 1.0
@@ -43,12 +43,12 @@ class Server:
             write_atomically(self.store.tensors / event.sha256, pack(event.update, event.tensors))
         if state is self.state:
             return
-        rounds = [command.closed for command in commands if isinstance(command, Record)]
+        rounds = [command.closed for command in commands if isinstance(command, StoreRound)]
         ended = next((c.error or "finished" for c in commands if isinstance(c, Stop)), None)
-        self.store.commit([Logged(self.now, event)], rounds, ended=ended)
+        self.store.commit([LoggedEvent(self.now, event)], rounds, ended=ended)
         self.state = state
         if isinstance(event, ClockTicked):
-            self.store.keep(state, self.now)
+            self.store.save_checkpoint(state, self.now)
 
     def answers(self) -> Iterator[Event]:
         assert self.state.announced is not None
@@ -106,7 +106,7 @@ def test_only_what_the_present_round_needs_is_kept_on_disk(vit: Built, folder: P
 def test_a_run_with_an_audit_is_done_over_bit_by_bit(vit: Built, folder: Path) -> None:
     for server in run_to_its_end(opened(vit, folder, audit=True)):
         last = server
-    again = list(replayed(last.store, last.plan))
+    again = list(replay_rounds(last.store, last.plan))
     assert again[:-1] == [closed.round for closed in last.store.rounds()]
     assert again[-1] == last.state.announced
     assert again[-1].stage is Stage.FINISHED
@@ -115,7 +115,7 @@ def test_a_run_with_an_audit_is_done_over_bit_by_bit(vit: Built, folder: Path) -
 def test_without_an_audit_a_run_cannot_be_done_over(vit: Built, folder: Path) -> None:
     server = opened(vit, folder)
     with pytest.raises(RunError, match="without --audit"):
-        list(replayed(server.store, server.plan))
+        list(replay_rounds(server.store, server.plan))
 
 
 def test_a_crash_between_the_event_and_the_state_after_it_loses_nothing(vit: Built, folder: Path) -> None:
@@ -126,17 +126,19 @@ def test_a_crash_between_the_event_and_the_state_after_it_loses_nothing(vit: Bui
     for device in ABC:
         server.feed(answer(server.plan, server.state.announced, device))
     state, commands = advance(server.plan, server.state, ClockTicked(), server.now)
-    server.store.commit([Logged(server.now, ClockTicked())], [c.closed for c in commands if isinstance(c, Record)])
+    server.store.commit(
+        [LoggedEvent(server.now, ClockTicked())], [c.closed for c in commands if isinstance(c, StoreRound)]
+    )
     server.store.close()
     store = RunStore(folder)
-    successor, _ = present(store, plan_in(store, vit.bundle))
+    successor, _ = restore_state(store, plan_in(store, vit.bundle))
     assert successor.round == 2
     assert same(successor, state)
 
 
 def test_a_commit_is_whole_or_has_not_happened(vit: Built, folder: Path) -> None:
     server = opened(vit, folder)
-    event = Logged(1.0, StatusSeen(Run(server.plan).status("a")))
+    event = LoggedEvent(1.0, StatusSeen(Run(server.plan).status("a")))
     unstorable = {("a", "kind"): (2**70, "an integer that SQLite cannot hold")}
     with pytest.raises(OverflowError):
         server.store.commit([event], refusals=unstorable)
@@ -160,9 +162,9 @@ def test_refusals_are_added_up(vit: Built, folder: Path) -> None:
 
 def test_two_servers_do_not_work_in_one_folder(vit: Built, folder: Path) -> None:
     first, second = opened(vit, folder).store, RunStore(folder)
-    with first.owned(), pytest.raises(RunError, match="another server is at work"), second.owned():
+    with first.locked(), pytest.raises(RunError, match="another server is at work"), second.locked():
         pass
-    with second.owned():
+    with second.locked():
         pass
 
 
@@ -200,12 +202,12 @@ def test_a_lost_or_altered_update_is_named(vit: Built, folder: Path) -> None:
     whole = path.read_bytes()
     path.write_bytes(whole[:-1])
     with pytest.raises(RunError, match=f"{update.sha256} has been altered"):
-        present(server.store, server.plan)
+        restore_state(server.store, server.plan)
     path.unlink()
     with pytest.raises(RunError, match="cannot be read"):
-        present(server.store, server.plan)
+        restore_state(server.store, server.plan)
     path.write_bytes(whole)
-    assert same(present(server.store, server.plan)[0], server.state)
+    assert same(restore_state(server.store, server.plan)[0], server.state)
 
 
 def test_a_folder_without_a_run_and_one_with_something_else_are_refused(tmp_path: Path) -> None:

@@ -22,13 +22,13 @@ from fedfmsl.protocol.tensors import Tensors
 
 LAYOUT = Layout.build([("head", "w", (2, 5)), ("1", "a", (6,)), ("0", "b", (4,))])
 COARSE = (Encoding.FP16, Encoding.INT8)
-SAL = Sal(window=2, epsilon=0.1, step=1, max_level=LAYERS)
+SAL = Sal(window=2, min_gain=0.1, step=1, max_level=LAYERS)
 PRIVACY = Privacy(clip=1.0, noise_multiplier=1e-7, shares=1)
 Floats = NDArray[np.float32]
 
 
 def task(index: int = 0, stage: Stage = Stage.GLOBAL, encoding: Encoding = Encoding.INT8, **change: Any) -> Round:
-    fields: dict[str, Any] = {"run": "r", "session": "s", "round": index + 1, "of": 9, "level": 1, "seconds": 1.0}
+    fields: dict[str, Any] = {"run": "r", "session": "s", "round": index + 1, "of": 9, "level": 1}
     training = Training(epochs=1, learning_rate=1.0)
     return Round(**{**fields, **change}, index=index, stage=stage, encoding=encoding, training=training, sal=SAL)
 

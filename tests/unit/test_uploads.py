@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedfmsl.errors import MessageError
-from fedfmsl.protocol.tensors import CHUNK_BYTES, chunks
+from fedfmsl.protocol.chunks import CHUNK_BYTES, chunks
 from trainer_server.storage.uploads import PARTIALS, Upload, Uploads
 
 CAP = 1 << 20
@@ -103,8 +103,8 @@ def test_what_is_sent_again_after_it_was_whole_is_whole_again(uploads: Uploads, 
     blob = random_blob(0, 3 * CHUNK_BYTES + 5)
     first, again = send(uploads, "d", 1, blob), send(uploads, "d", 1, blob)
     assert first.path != again.path
-    uploads.drop(first)
-    uploads.drop(again)
+    uploads.discard(first)
+    uploads.discard(again)
     assert not [*folder.iterdir()]
 
 
@@ -139,8 +139,8 @@ def test_what_is_kept_is_under_its_name_and_what_was_unfinished_is_gone_at_the_n
     upload = send(uploads, "d", 1, blob)
     target = tmp_path / upload.sha256
     uploads.add("d", 2, next(chunks(random_blob(1, 2 * CHUNK_BYTES))))
-    uploads.keep({upload.path: target})
-    uploads.keep({send(uploads, "e", 1, blob).path: target})  # the same content once more
+    uploads.store({upload.path: target})
+    uploads.store({send(uploads, "e", 1, blob).path: target})  # the same content once more
     assert target.read_bytes() == blob
     assert len([*folder.iterdir()]) == 1
     Uploads(folder, CAP)
@@ -162,7 +162,7 @@ def test_memory_stays_small_while_three_hundred_devices_send(folder: Path) -> No
         for device in devices:
             upload = uploads.add(device, 1, pieces[-1])
             assert upload is not None
-            uploads.drop(upload)
+            uploads.discard(upload)
             del upload
         finished, peak_of_finishing = tracemalloc.get_traced_memory()
     finally:
@@ -206,6 +206,6 @@ def test_a_full_disk_refuses_what_does_not_fit_and_goes_on_once_there_is_room(sm
         for chunk in chunks(blob):
             upload = uploads.add(device, 1, chunk)
             if upload is not None:
-                uploads.keep({upload.path: small_disk / upload.sha256})
+                uploads.store({upload.path: small_disk / upload.sha256})
                 done[device] = upload.blob
     assert done == blobs

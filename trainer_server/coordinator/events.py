@@ -39,17 +39,17 @@ class PublishGlobals:
 
 
 @dataclass(frozen=True)
-class Announce:
+class AnnounceRound:
     round: Round
 
 
 @dataclass(frozen=True)
-class Reply:
+class SendAck:
     ack: Ack
 
 
 @dataclass(frozen=True)
-class Refuse:
+class CountRefusal:
     """Something that does not count, and never costs the round: who sent it, what kind of thing is wrong, the rest."""
 
     device: str
@@ -58,14 +58,14 @@ class Refuse:
 
 
 @dataclass(frozen=True)
-class Record:
+class StoreRound:
     """A round has closed: for the run's log."""
 
     closed: ClosedRound
 
 
 @dataclass(frozen=True)
-class Note:
+class Log:
     """Something an operator should read."""
 
     text: str
@@ -78,4 +78,4 @@ class Stop:
     error: str = ""
 
 
-Command = PublishGlobals | Announce | Reply | Refuse | Record | Note | Stop
+Command = PublishGlobals | AnnounceRound | SendAck | CountRefusal | StoreRound | Log | Stop

@@ -32,12 +32,12 @@ class ClosedRound(Message):
         return sum(value * samples for value, samples in pairs) / total if total else None
 
 
-def held_out_of(update: Update) -> dict[str, float]:
+def held_out_accuracies(update: Update) -> dict[str, float]:
     """One device's held-out accuracies by model."""
     return {_model(name): value for name, value in update.metrics.items() if name.startswith("held_out_")}
 
 
-def counted(rounds: Sequence[ClosedRound], stage: Stage) -> list[ClosedRound]:
+def successful_rounds(rounds: Sequence[ClosedRound], stage: Stage) -> list[ClosedRound]:
     """The stage's rounds that led to something, in order: of a repeated round only the last."""
     by_index = {r.round.index: r for r in rounds if r.round.stage is stage and not r.repeated}
     return [by_index[index] for index in sorted(by_index)]

@@ -25,7 +25,7 @@ from trainer_server.coordinator.validation import class_statistics, expert_delta
 
 def apply_round(plan: Plan, state: State, closing: Round) -> State:
     """The state with what `state.updates` have taught."""
-    return LESSONS[closing.stage](plan, state, closing) if closing.stage in LESSONS else state
+    return APPLY[closing.stage](plan, state, closing) if closing.stage in APPLY else state
 
 
 def _statistics(plan: Plan, state: State, closing: Round) -> State:
@@ -92,7 +92,7 @@ def _in_order(state: State) -> list[Accepted]:
     return [state.updates[key] for key in sorted(state.updates)]
 
 
-LESSONS: dict[Stage, Callable[[Plan, State, Round], State]] = {
+APPLY: dict[Stage, Callable[[Plan, State, Round], State]] = {
     Stage.STATISTICS: _statistics,
     Stage.GLOBAL: _expert,
     Stage.PERSONAL: _gate,

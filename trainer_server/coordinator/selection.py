@@ -14,7 +14,7 @@ Devices = Mapping[str, DeviceStatus]
 ROUNDING = 1e-9  # 0.07 of 100 are 7, whatever 0.07 · 100 is in binary
 
 
-def select(config: RunConfig, ready: Devices, level: int, round_: int) -> frozenset[str]:
+def select_devices(config: RunConfig, ready: Devices, level: int, round_: int) -> frozenset[str]:
     """Of the devices that are ready, those that round `round_` at `level` asks. The same arguments give the same
     devices."""
     return SELECTIONS[config.selection](config, ready, level, round_)

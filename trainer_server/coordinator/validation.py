@@ -12,7 +12,7 @@ from fedfmsl.errors import MessageError
 from fedfmsl.protocol.encoding import decode
 from fedfmsl.protocol.messages import Stage, Update, Verdict
 from fedfmsl.protocol.tensors import Tensors
-from trainer_server.coordinator.records import held_out_of
+from trainer_server.coordinator.records import held_out_accuracies
 from trainer_server.coordinator.state import Plan, State
 
 ROUNDING = 1e-3  # relative: what a device's own sums may differ by
@@ -53,7 +53,7 @@ def validate_update(plan: Plan, state: State, update: Update, tensors: Tensors) 
         return rejected("not asked", f"was not asked in round {update.round}")
     if update.samples > config.max_samples:
         return rejected("samples", f"claims {update.samples} samples, more than {config.max_samples}")
-    if not all(0 <= accuracy <= 1 for accuracy in held_out_of(update).values()):
+    if not all(0 <= accuracy <= 1 for accuracy in held_out_accuracies(update).values()):
         return rejected("metrics", "claims a held-out accuracy that is no share of one")
     if update.level > task.level:
         return rejected("tensors", f"is of level {update.level}, above the announced {task.level}")

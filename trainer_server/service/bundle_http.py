@@ -19,7 +19,7 @@ from fedfmsl.transport.identity import read_identity
 START_SECONDS = 10
 
 
-class ArtifactServer:
+class BundleServer:
     """Serves a bundle's files at `url` from a thread, until `close`."""
 
     def __init__(self, root: Path, address: str, identity: Path | None = None, insecure: bool = False) -> None:

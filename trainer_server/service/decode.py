@@ -51,6 +51,6 @@ class Decoder:
             if (update.device, update.round) != named:
                 raise MessageError(f"the update inside is of {update.device!r}, round {update.round}")
         except MessageError:
-            self._uploads.drop(upload)
+            self._uploads.discard(upload)
             raise
         return UpdateSeen(update, tensors, upload.sha256, upload.size)

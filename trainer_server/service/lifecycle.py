@@ -15,7 +15,7 @@ from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.link import Link, Will
 from trainer_server.config import RunConfig
 from trainer_server.coordinator.advance import advance
-from trainer_server.coordinator.events import Announce
+from trainer_server.coordinator.events import AnnounceRound
 from trainer_server.coordinator.state import Plan, State, initial_state
 from trainer_server.service.loop import Service
 from trainer_server.storage.run_store import DATABASE, Origin, RunStore
@@ -35,8 +35,8 @@ def open_run(folder: Path, config: RunConfig, bundle: Bundle) -> RunStore:
         except (OSError, sqlite3.Error) as error:
             raise RunError(f"{folder} cannot be written ({error}); choose another --out, or free some space") from error
     store = RunStore(folder)
-    if store.untouched():  # a start that got no further, for want of a broker perhaps, binds nobody
-        store.renew(config, bundle)
+    if store.is_unstarted():  # a start that got no further, for want of a broker perhaps, binds nobody
+        store.reset(config, bundle)
     was = store.origin
     if was.sha256 != bundle.sha256:
         raise ConfigError(f"{folder} holds a run with another bundle ({was.bundle}); choose another --out")
@@ -57,11 +57,13 @@ def open_bundle(store: RunStore) -> Bundle:
     return bundle
 
 
-def go_on(store: RunStore, bundle: Bundle, broker: str, bundle_url: str, identity: Path | None, insecure: bool) -> None:
+def run_server(
+    store: RunStore, bundle: Bundle, broker: str, bundle_url: str, identity: Path | None, insecure: bool
+) -> None:
     """Coordinates until the run has ended. Raises RunError if it had to be given up or another server is at work."""
-    with store.owned():
+    with store.locked():
         plan = plan_of(store, bundle)
-        state, at = present(store, plan)
+        state, at = restore_state(store, plan)
         if state.announced is None:  # the wait for devices begins anew
             state = replace(state, since=at)
         status = ServerStatus(
@@ -82,7 +84,7 @@ def plan_of(store: RunStore, bundle: Bundle) -> Plan:
     return Plan(store.origin.config, bundle, store.origin.session, store.read)
 
 
-def present(store: RunStore, plan: Plan) -> tuple[State, float]:
+def restore_state(store: RunStore, plan: Plan) -> tuple[State, float]:
     """Where a run stands, and at which second of its clock: what was kept last, and all that was logged since."""
     state, at = store.state() or (initial_state(plan, 0.0), 0.0)
     for logged in store.events():
@@ -91,7 +93,7 @@ def present(store: RunStore, plan: Plan) -> tuple[State, float]:
     return state, at
 
 
-def replayed(store: RunStore, plan: Plan) -> Iterator[Round]:
+def replay_rounds(store: RunStore, plan: Plan) -> Iterator[Round]:
     """The rounds as they follow from the run's log alone, from its first event on.
 
     Raises RunError if the log was not kept (it is with --audit).
@@ -99,6 +101,6 @@ def replayed(store: RunStore, plan: Plan) -> Iterator[Round]:
     if not store.origin.config.audit:
         raise RunError(f"{store.folder} was run without --audit, so its updates were not kept")
     state = initial_state(plan, 0.0)
-    for logged in store.events(since_snapshot=False):
+    for logged in store.events(since_checkpoint=False):
         state, commands = advance(plan, state, logged.event, logged.at)
-        yield from (command.round for command in commands if isinstance(command, Announce))
+        yield from (command.round for command in commands if isinstance(command, AnnounceRound))

@@ -20,29 +20,30 @@ import paho.mqtt.client as paho
 
 from fedfmsl.common.cli import console
 from fedfmsl.errors import MessageError, RunError
+from fedfmsl.protocol.chunks import chunks
 from fedfmsl.protocol.messages import DeviceStatus, ServerStatus, Stage, encode, parse
-from fedfmsl.protocol.tensors import blob_bytes, chunks
+from fedfmsl.protocol.tensors import blob_bytes
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.link import Connected, Disconnected, Link, Oversize, Received
 from trainer_server.coordinator.advance import advance, announcement, next_deadline
 from trainer_server.coordinator.events import (
-    Announce,
+    AnnounceRound,
     ClockTicked,
     Command,
-    Note,
+    CountRefusal,
+    Log,
     PublishGlobals,
-    Record,
-    Refuse,
-    Reply,
+    SendAck,
     StatusSeen,
     Stop,
+    StoreRound,
 )
 from trainer_server.coordinator.records import ClosedRound
 from trainer_server.coordinator.state import Plan, State
 from trainer_server.service.decode import Decoder
 from trainer_server.service.refusals import Refusals
 from trainer_server.storage.peft_adapter import write_adapter
-from trainer_server.storage.run_store import Logged, RunStore
+from trainer_server.storage.run_store import LoggedEvent, RunStore
 from trainer_server.storage.uploads import Uploads
 
 ECHO_SECONDS = 10.0  # in which the broker sends us our own status
@@ -64,7 +65,7 @@ class RunClock:
 
 # By device the last status that changed the state, and before one of being offline the last of being online, without
 # which nobody could tell whether it was an earlier life's.
-Statuses = dict[str, list[Logged]]
+Statuses = dict[str, list[LoggedEvent]]
 
 
 @dataclass
@@ -75,7 +76,7 @@ class _Batch:
     state: State
     now: float
     statuses: Statuses
-    logged: list[Logged] = field(default_factory=list)
+    logged: list[LoggedEvent] = field(default_factory=list)
     commands: list[Command] = field(default_factory=list)
     files: dict[Path, Path] = field(default_factory=dict)
 
@@ -92,7 +93,7 @@ class Service:
         self._clock = RunClock(at)
         largest = max(plan.bundle.expert.total, plan.bundle.gate.total, plan.statistics.total)
         self._uploads = Uploads(store.folder / "uploads", blob_bytes(largest))
-        self._intake = Decoder(self._topics, self._uploads)
+        self._decoder = Decoder(self._topics, self._uploads)
         self._published: dict[str, int] = {}  # blob → number of its retained chunks
         self._statuses: Statuses = {}  # not yet in the store
         self._refusals = Refusals()
@@ -117,7 +118,7 @@ class Service:
             if self._store.ended is not None:  # it may have died before it told anybody
                 self._publish_present()
             while self._store.ended is None:
-                self._hear()
+                self._process_events()
                 self._tick()
         finally:
             if not self._superseded:  # what stands there now is another's
@@ -126,7 +127,7 @@ class Service:
         if self._store.ended != FINISHED:
             raise RunError(self._store.ended)
 
-    def _hear(self) -> None:
+    def _process_events(self) -> None:
         """What has come since the last look: advance, commit, act."""
         batch = _Batch(self._state, self._clock.now(), self._statuses.copy())
         wait = min(LOOK_SECONDS, next_deadline(self._plan, batch.state) - batch.now)
@@ -145,7 +146,7 @@ class Service:
                 elif isinstance(received, Oversize):
                     self._refuse(self._sender(received.topic), "too large", f"{received.size} bytes")
                 elif isinstance(received, Received):
-                    self._take(received, batch)
+                    self._receive(received, batch)
             self._make_durable(batch)
         except (OSError, sqlite3.Error) as error:
             # nothing of it has happened: devices send their updates again, and the broker what it has retained
@@ -157,15 +158,15 @@ class Service:
             return
         self._state = batch.state
         for command in batch.commands:
-            self._carry_out(command)
+            self._execute(command)
 
-    def _take(self, received: Received, batch: _Batch) -> None:
+    def _receive(self, received: Received, batch: _Batch) -> None:
         """Goes on with the batch; a message that does not fit the contract is refused."""
         if received.topic == self._topics.server_status:
-            self._meet_server(received.payload)
+            self._check_duplicate(received.payload)
             return
         try:
-            event, upload = self._intake.read(received, batch.state.devices)
+            event, upload = self._decoder.read(received, batch.state.devices)
         except MessageError as error:
             about = f"a message on {received.topic[:200]}: {error}"
             self._refuse(self._sender(received.topic), "unreadable", about)
@@ -176,13 +177,13 @@ class Service:
         batch.commands += commands
         if after is batch.state:
             if upload is not None:
-                self._uploads.drop(upload)
+                self._uploads.discard(upload)
             return
         batch.state = after
         if isinstance(event, StatusSeen):
-            _keep_last(batch.statuses, event.status, Logged(batch.now, event))
+            _keep_last(batch.statuses, event.status, LoggedEvent(batch.now, event))
         else:
-            batch.logged.append(Logged(batch.now, replace(event, tensors={})))
+            batch.logged.append(LoggedEvent(batch.now, replace(event, tensors={})))
             if upload is not None:
                 batch.files[upload.path] = self._store.tensors / upload.sha256
 
@@ -190,13 +191,13 @@ class Service:
         """Updates at once. Who is there need not be: the broker has it retained, and a device that comes and goes all
         the time would fill the log. The last that is known of each goes in with the next thing that must."""
         if batch.logged:
-            self._uploads.keep(batch.files)
+            self._uploads.store(batch.files)
             self._store.commit([*_flat(batch.statuses), *batch.logged])
             self._statuses, self._disk_error = {}, ""
         else:
             self._statuses = batch.statuses
 
-    def _meet_server(self, payload: bytes) -> None:
+    def _check_duplicate(self, payload: bytes) -> None:
         """Raises RunError if another server has shown itself under this run's name after this one has."""
         try:
             status = parse(ServerStatus, payload)
@@ -227,31 +228,31 @@ class Service:
         if stop is not None and state is self._state:  # it has not even begun, and may be tried again
             raise RunError(stop.error)
         ended = (stop.error or FINISHED) if stop else None
-        rounds = [command.closed for command in commands if isinstance(command, Record)]
+        rounds = [command.closed for command in commands if isinstance(command, StoreRound)]
         try:
-            events = [*_flat(self._statuses), Logged(now, ClockTicked())]
+            events = [*_flat(self._statuses), LoggedEvent(now, ClockTicked())]
             self._store.commit(events, rounds, self._refusals.pending(), ended)
             self._refusals.stored()
             self._state, self._statuses, self._disk_error = state, {}, ""
-            self._store.keep(state, now)
+            self._store.save_checkpoint(state, now)
         except (OSError, sqlite3.Error) as error:
             self._disk_refuses(error)
         if self._state is state:
             for command in commands:
-                self._carry_out(command)
+                self._execute(command)
 
-    def _carry_out(self, command: Command) -> None:
+    def _execute(self, command: Command) -> None:
         if isinstance(command, PublishGlobals):
             self._publish_blob(command)
-        elif isinstance(command, Announce):
+        elif isinstance(command, AnnounceRound):
             self._announce(command)
-        elif isinstance(command, Reply):
+        elif isinstance(command, SendAck):
             self._publish(self._topics.ack(command.ack.device), encode(command.ack))
-        elif isinstance(command, Refuse):
+        elif isinstance(command, CountRefusal):
             self._refuse(command.device, command.kind, command.text)
-        elif isinstance(command, Record):
+        elif isinstance(command, StoreRound):
             self._record(command.closed)
-        elif isinstance(command, Note):
+        elif isinstance(command, Log):
             self._note(command.text)
 
     def _publish_present(self) -> None:
@@ -260,7 +261,7 @@ class Service:
         self._published = {}
         if self._state.announced is not None:
             for command in announcement(self._plan, self._state, self._state.announced):
-                self._carry_out(command)
+                self._execute(command)
 
     def _publish_status(self, online: bool) -> None:
         status = self._status.model_copy(update={"online": online})
@@ -274,7 +275,7 @@ class Service:
             self._publish(self._topics.globals_chunk(command.sha256, count - 1), chunk, retain=True)
         self._published[command.sha256] = count
 
-    def _announce(self, command: Announce) -> None:
+    def _announce(self, command: AnnounceRound) -> None:
         announced = command.round
         self._publish(self._topics.round, encode(announced), retain=True)
         for sha256 in set(self._published) - {announced.expert, announced.start, announced.gate}:
@@ -323,13 +324,13 @@ class Service:
         self._last = self._link.publish(topic, payload, retain)
 
 
-def _keep_last(statuses: Statuses, status: DeviceStatus, logged: Logged) -> None:
+def _keep_last(statuses: Statuses, status: DeviceStatus, logged: LoggedEvent) -> None:
     earlier = statuses.get(status.device, [])[:1]
     shown = [one for one in earlier if isinstance(one.event, StatusSeen) and one.event.status.online]
     statuses[status.device] = [logged] if status.online else [*shown, logged]
 
 
-def _flat(statuses: Statuses) -> list[Logged]:
+def _flat(statuses: Statuses) -> list[LoggedEvent]:
     return [logged for of_device in statuses.values() for logged in of_device]
 
 

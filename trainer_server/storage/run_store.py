@@ -29,18 +29,18 @@ from trainer_server.config import RunConfig
 from trainer_server.coordinator.events import ClockTicked, Event, StatusSeen, UpdateSeen
 from trainer_server.coordinator.records import ClosedRound
 from trainer_server.coordinator.state import State
-from trainer_server.storage.snapshot import Snapshot, vectors_of
+from trainer_server.storage.checkpoint import Checkpoint, vectors_of
 
 DATABASE = "run.sqlite"
 WAIT_SECONDS = 10.0
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS run (origin TEXT NOT NULL, ended TEXT);
--- AUTOINCREMENT: no number is used twice, also when the events before a snapshot have been removed
+-- AUTOINCREMENT: no number is used twice, also when the events before a checkpoint have been removed
 CREATE TABLE IF NOT EXISTS events (
     seq INTEGER PRIMARY KEY AUTOINCREMENT, at REAL NOT NULL, kind TEXT NOT NULL, body TEXT NOT NULL,
     sha256 TEXT, size INTEGER
 );
-CREATE TABLE IF NOT EXISTS snapshots (
+CREATE TABLE IF NOT EXISTS checkpoints (
     seq INTEGER PRIMARY KEY, at REAL NOT NULL, state TEXT NOT NULL, sha256 TEXT NOT NULL
 );
 CREATE TABLE IF NOT EXISTS rounds (round INTEGER PRIMARY KEY, closed_at REAL NOT NULL, record TEXT NOT NULL);
@@ -60,7 +60,7 @@ class Origin(BaseModel):
 
 
 @dataclass(frozen=True)
-class Logged:
+class LoggedEvent:
     """An event that changed the state, and when by the run's clock."""
 
     at: float
@@ -68,7 +68,7 @@ class Logged:
 
 
 @dataclass(frozen=True)
-class Refused:
+class RefusalCount:
     device: str
     kind: str
     count: int
@@ -113,7 +113,7 @@ class RunStore:
         self._db.close()
 
     @contextmanager
-    def owned(self) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
         """While this lasts no other server may write here. Raises RunError if one already does."""
         with (self.folder / "lock").open("w") as lock:
             try:
@@ -148,12 +148,12 @@ class RunStore:
             raise RunError(f"{path} has been altered (SHA-256); restore it from a backup")
         return blob
 
-    def untouched(self) -> bool:
+    def is_unstarted(self) -> bool:
         """Whether nothing has happened in this run yet."""
-        query = "SELECT (SELECT count(*) FROM snapshots) + (SELECT count(*) FROM events) = 0"
+        query = "SELECT (SELECT count(*) FROM checkpoints) + (SELECT count(*) FROM events) = 0"
         return self.ended is None and bool(self._db.execute(query).fetchone()[0])
 
-    def renew(self, config: RunConfig, bundle: Bundle) -> None:
+    def reset(self, config: RunConfig, bundle: Bundle) -> None:
         """Other settings for a run in which nothing has happened yet."""
         renewed = {"config": config, "bundle": bundle.root.absolute(), "sha256": bundle.sha256}
         self.origin = self.origin.model_copy(update=renewed)
@@ -163,7 +163,7 @@ class RunStore:
 
     def commit(
         self,
-        events: Sequence[Logged],
+        events: Sequence[LoggedEvent],
         rounds: Iterable[ClosedRound] = (),
         refusals: Mapping[tuple[str, str], tuple[int, str]] | None = None,
         ended: str | None = None,
@@ -187,21 +187,21 @@ class RunStore:
         if ended is not None:
             self.ended = ended
 
-    def keep(self, state: State, at: float) -> None:
+    def save_checkpoint(self, state: State, at: float) -> None:
         """The state, as what a later start goes on from; what it makes superfluous is removed, but for an audit.
 
         Raises OSError or sqlite3.Error if the disk refuses; what was kept before is still there then.
         """
         blob = pack(_Vectors(), vectors_of(state))
         sha256 = blob_hash(blob)
-        snapshot = Snapshot.of(state).model_dump_json()
+        checkpoint = Checkpoint.of(state).model_dump_json()
         write_atomically(self.tensors / sha256, blob, durable=True)
         with self._transaction():
             (last,) = self._db.execute("SELECT coalesce(max(seq), 0) FROM events").fetchone()
-            self._db.execute("INSERT OR REPLACE INTO snapshots VALUES (?, ?, ?, ?)", (last, at, snapshot, sha256))
+            self._db.execute("INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?, ?)", (last, at, checkpoint, sha256))
             if not self.origin.config.audit:
                 self._db.execute("DELETE FROM events WHERE seq <= ?", (last,))
-                self._db.execute("DELETE FROM snapshots WHERE seq < ?", (last,))
+                self._db.execute("DELETE FROM checkpoints WHERE seq < ?", (last,))
         if not self.origin.config.audit:
             for path in self.tensors.iterdir():
                 if path.name != sha256:
@@ -220,25 +220,25 @@ class RunStore:
 
     # reading
 
-    def snapshot(self) -> tuple[Snapshot, float] | None:
+    def checkpoint(self) -> tuple[Checkpoint, float] | None:
         """What was kept last, and when; none of a run whose first round has not opened."""
-        row = self._db.execute("SELECT state, at FROM snapshots ORDER BY seq DESC LIMIT 1").fetchone()
-        return (Snapshot.model_validate_json(row[0]), row[1]) if row else None
+        row = self._db.execute("SELECT state, at FROM checkpoints ORDER BY seq DESC LIMIT 1").fetchone()
+        return (Checkpoint.model_validate_json(row[0]), row[1]) if row else None
 
     def state(self) -> tuple[State, float] | None:
-        """As `snapshot`, with the vectors. Raises RunError if their file is missing or has been altered."""
-        row = self._db.execute("SELECT state, sha256, at FROM snapshots ORDER BY seq DESC LIMIT 1").fetchone()
+        """As `checkpoint`, with the vectors. Raises RunError if their file is missing or has been altered."""
+        row = self._db.execute("SELECT state, sha256, at FROM checkpoints ORDER BY seq DESC LIMIT 1").fetchone()
         if row is None:
             return None
         _, vectors = self._unpacked(row[1], _Vectors)
-        return Snapshot.model_validate_json(row[0]).state(vectors), row[2]
+        return Checkpoint.model_validate_json(row[0]).state(vectors), row[2]
 
-    def events(self, since_snapshot: bool = True) -> Iterator[Logged]:
+    def events(self, since_checkpoint: bool = True) -> Iterator[LoggedEvent]:
         """In their order, with the tensors of updates. Raises RunError as `read` does."""
-        last = "SELECT coalesce(max(seq), 0) FROM snapshots" if since_snapshot else "SELECT 0"
+        last = "SELECT coalesce(max(seq), 0) FROM checkpoints" if since_checkpoint else "SELECT 0"
         rows = self._db.execute(f"SELECT at, kind, body, sha256, size FROM events WHERE seq > ({last}) ORDER BY seq")
         for at, kind, body, sha256, size in rows:
-            yield Logged(at, self._event(kind, body, sha256, size))
+            yield LoggedEvent(at, self._event(kind, body, sha256, size))
 
     def _event(self, kind: str, body: str, sha256: str, size: int) -> Event:
         if kind == "status":
@@ -248,11 +248,11 @@ class RunStore:
             return UpdateSeen(update, tensors, sha256, size)
         return ClockTicked()
 
-    def waiting(self) -> dict[str, int]:
-        """Devices whose updates have been accepted since the last snapshot, each with how many."""
+    def pending_updates(self) -> dict[str, int]:
+        """Devices whose updates have been accepted since the last checkpoint, each with how many."""
         query = (
             "SELECT json_extract(body, '$.device'), count(*) FROM events WHERE kind = 'update' AND seq >"
-            " (SELECT coalesce(max(seq), 0) FROM snapshots) GROUP BY 1 ORDER BY 1"
+            " (SELECT coalesce(max(seq), 0) FROM checkpoints) GROUP BY 1 ORDER BY 1"
         )
         return dict(self._db.execute(query).fetchall())
 
@@ -261,12 +261,12 @@ class RunStore:
         rows = self._db.execute("SELECT record FROM rounds WHERE round > ? ORDER BY round", (after,))
         return [ClosedRound.model_validate_json(record) for (record,) in rows]
 
-    def refusals(self) -> list[Refused]:
+    def refusals(self) -> list[RefusalCount]:
         rows = self._db.execute("SELECT device, kind, count, last FROM refusals ORDER BY count DESC, device, kind")
-        return [Refused(*row) for row in rows]
+        return [RefusalCount(*row) for row in rows]
 
 
-def _to_row(logged: Logged) -> tuple[float, str, str, str | None, int | None]:
+def _to_row(logged: LoggedEvent) -> tuple[float, str, str, str | None, int | None]:
     event = logged.event
     if isinstance(event, StatusSeen):
         return logged.at, "status", event.status.model_dump_json(), None, None

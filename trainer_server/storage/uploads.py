@@ -7,7 +7,6 @@ Nothing here survives a restart: what was unfinished is sent again by its device
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from pathlib import Path
 
 from fedfmsl.common.files import sync
 from fedfmsl.errors import MessageError
-from fedfmsl.protocol.tensors import CHUNK_BYTES, Chunk
+from fedfmsl.protocol.chunks import CHUNK_BYTES, Chunk, PartialBlob
 
 PARTIALS = 2  # of one device: a late update may cross the next round's
 SYNCS = 8  # of files at once
@@ -33,12 +32,19 @@ class Upload:
 
 
 @dataclass(slots=True)
-class _Partial:
-    """`have`: bit i is set once chunk i is in the file."""
+class _InFile(PartialBlob):
+    """`size`: the bytes it took on the wire."""
 
     path: Path
-    have: int = 0
     size: int = 0
+
+    def _write(self, index: int, body: bytes) -> None:
+        with self.path.open("r+b" if self._received else "wb") as file:
+            file.seek(index * CHUNK_BYTES)
+            file.write(body)
+
+    def _read(self) -> bytes:
+        return self.path.read_bytes()
 
 
 _Blob = tuple[int, bytes, int]  # round, SHA-256, number of chunks
@@ -53,14 +59,14 @@ class Uploads:
         self._cap_bytes = cap_bytes
         self._numbers = count()
         self._syncs = ThreadPoolExecutor(SYNCS)
-        self._partials: dict[str, dict[_Blob, _Partial]] = {}  # by device, the one that has rested longest first
+        self._partials: dict[str, dict[_Blob, _InFile]] = {}  # by device, the one that has rested longest first
         folder.mkdir(parents=True, exist_ok=True)
         for path in folder.iterdir():
             path.unlink()
 
     def add(self, device: str, round_: int, payload: bytes) -> Upload | None:
         """The whole blob once every chunk of it has come, in any order, repeated or not; else None. It is the caller's
-        to `keep` or to `drop`.
+        to `store` or to `discard`.
 
         Raises MessageError if the payload is not a chunk of a blob that is expected here, or the finished blob does
         not have its announced SHA-256; OSError if it cannot be written. What was collected of the blob is gone then
@@ -71,24 +77,16 @@ class Uploads:
         partial = self._take(device, blob)
         partial.size += len(payload)
         try:
-            if not partial.have >> chunk.index & 1:
-                with partial.path.open("r+b" if partial.have else "wb") as file:
-                    file.seek(chunk.index * CHUNK_BYTES)
-                    file.write(chunk.body)
-                partial.have |= 1 << chunk.index
-            if partial.have.bit_count() < chunk.count:
-                self._rest(device, blob, partial)
-                return None
-            whole = partial.path.read_bytes()
-        except OSError:
+            whole = partial.add(chunk)
+        except (OSError, MessageError):
             partial.path.unlink(missing_ok=True)
             raise
-        if hashlib.sha256(whole).digest() != chunk.digest:
-            partial.path.unlink()
-            raise MessageError("the chunks do not add up to the announced SHA-256")
+        if whole is None:
+            self._put_back(device, blob, partial)
+            return None
         return Upload(partial.path, whole, chunk.digest.hex(), partial.size)
 
-    def keep(self, files: Mapping[Path, Path]) -> None:
+    def store(self, files: Mapping[Path, Path]) -> None:
         """Moves the files of whole blobs to their targets, on the same disk; they survive a power cut from now on. They
         go together, because a disk takes hardly longer to sync many files at once than one. Raises OSError."""
         list(self._syncs.map(sync, files))
@@ -98,18 +96,18 @@ class Uploads:
             sync(folder)
 
     @staticmethod
-    def drop(upload: Upload) -> None:
+    def discard(upload: Upload) -> None:
         upload.path.unlink(missing_ok=True)
 
-    def _take(self, device: str, blob: _Blob) -> _Partial:
+    def _take(self, device: str, blob: _Blob) -> _InFile:
         """The partial blob, which nobody but the caller has from now on."""
         partials = self._partials.get(device, {})
         partial = partials.pop(blob, None)
         if not partials:
             self._partials.pop(device, None)
-        return partial or _Partial(self._folder / str(next(self._numbers)))
+        return partial or _InFile(self._folder / str(next(self._numbers)))
 
-    def _rest(self, device: str, blob: _Blob, partial: _Partial) -> None:
+    def _put_back(self, device: str, blob: _Blob, partial: _InFile) -> None:
         """Puts it back, as the one that has been gone on with last."""
         partials = self._partials.setdefault(device, {})
         partials[blob] = partial

@@ -13,7 +13,7 @@ from fedfmsl.protocol.tensors import Tensors
 from trainer_server.coordinator.state import State
 
 
-class Snapshot(BaseModel):
+class Checkpoint(BaseModel):
     """All of a state but its vectors."""
 
     level: int
@@ -30,7 +30,7 @@ class Snapshot(BaseModel):
     counted: list[tuple[int, str]]
 
     @classmethod
-    def of(cls, state: State) -> Snapshot:
+    def of(cls, state: State) -> Checkpoint:
         return cls(
             level=state.sal.level,
             queue=state.sal.queue,

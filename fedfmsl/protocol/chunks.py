@@ -1,0 +1,133 @@
+"""Blobs cut into chunks that every broker accepts, and put together again.
+
+A *chunk* is a slice of a blob with a header: its index, the number of chunks, and the blob's SHA-256. A receiver gets
+chunks in any order, more than once, and of several blobs. `PartialBlob` counts them; where the bytes are stored is up to
+its subclasses: `Assembler` uses memory, `trainer_server.storage.uploads` uses files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from fedfmsl.errors import MessageError
+
+CHUNK_BYTES = 96 * 1024  # AWS IoT's limit of 128 KB is the smallest of the hosted brokers
+MAX_BLOB_BYTES = 64 * 1024 * 1024
+_HEADER = struct.Struct(">4sII32s")  # magic, index, count, SHA-256 of the blob
+_MAGIC = b"FMS1"
+
+
+def chunks(blob: bytes) -> Iterator[bytes]:
+    """The chunks of a blob. All bodies but the last have CHUNK_BYTES."""
+    digest = hashlib.sha256(blob).digest()
+    count = chunk_count(len(blob))
+    for index in range(count):
+        body = blob[index * CHUNK_BYTES : (index + 1) * CHUNK_BYTES]
+        yield _HEADER.pack(_MAGIC, index, count, digest) + body
+
+
+def chunk_count(length: int) -> int:
+    """The number of chunks of a blob of `length` bytes."""
+    return -(-length // CHUNK_BYTES)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Chunk `index` of the `count` chunks of the blob with the SHA-256 `digest`."""
+
+    index: int
+    count: int
+    digest: bytes
+    body: bytes
+
+    @property
+    def blob(self) -> tuple[bytes, int]:
+        """Equal for the chunks of one blob."""
+        return self.digest, self.count
+
+    @classmethod
+    def read(cls, payload: bytes, max_bytes: int) -> Chunk:
+        """Raises MessageError if the payload is not a chunk, or if its blob has more chunks than one of `max_bytes`
+        (or MAX_BLOB_BYTES, if that is less)."""
+        if len(payload) < _HEADER.size:
+            raise MessageError("not a chunk: too short")
+        magic, index, count, digest = _HEADER.unpack_from(payload)
+        if magic != _MAGIC or index >= count:
+            raise MessageError("not a chunk: unknown magic or counts out of range")
+        if count > chunk_count(min(max_bytes, MAX_BLOB_BYTES)):
+            raise MessageError(f"a blob of {count} chunks: more than {max_bytes} bytes are not expected here")
+        length = len(payload) - _HEADER.size
+        if not (length == CHUNK_BYTES or (index == count - 1 and 0 < length < CHUNK_BYTES)):
+            raise MessageError(f"not a chunk: {length} bytes as number {index + 1} of {count}")
+        return cls(index, count, digest, payload[_HEADER.size :])
+
+
+@dataclass(slots=True)
+class PartialBlob(ABC):
+    """The received chunks of one blob, in any order, repeated or not."""
+
+    _received: int = field(default=0, init=False)  # bit i is set if chunk i has been received
+
+    def add(self, chunk: Chunk) -> bytes | None:
+        """Stores a chunk. Returns the whole blob once every chunk has been received.
+
+        Raises MessageError if the whole blob does not have its SHA-256.
+        """
+        if not self._received >> chunk.index & 1:
+            self._write(chunk.index, chunk.body)
+            self._received |= 1 << chunk.index
+        if self._received.bit_count() < chunk.count:
+            return None
+        blob = self._read()
+        if hashlib.sha256(blob).digest() != chunk.digest:
+            raise MessageError("the chunks do not add up to the announced SHA-256")
+        return blob
+
+    @abstractmethod
+    def _write(self, index: int, body: bytes) -> None: ...
+
+    @abstractmethod
+    def _read(self) -> bytes:
+        """The bodies of all chunks in order."""
+
+
+@dataclass(slots=True)
+class _InMemory(PartialBlob):
+    _bodies: dict[int, bytes] = field(default_factory=dict)
+
+    def _write(self, index: int, body: bytes) -> None:
+        self._bodies[index] = body
+
+    def _read(self) -> bytes:
+        return b"".join(body for _, body in sorted(self._bodies.items()))
+
+
+class Assembler:
+    """Collects the chunks of one blob at a time in memory. A chunk of another blob starts over."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._blob = (b"", 0)
+        self._partial = _InMemory()
+
+    def add(self, payload: bytes) -> bytes | None:
+        """The whole blob once every chunk has been received, else None.
+
+        Raises MessageError if the payload is not a chunk of a blob of at most `max_bytes`, or if the whole blob does
+        not have its SHA-256. The blob can be received again after that.
+        """
+        chunk = Chunk.read(payload, self._max_bytes)
+        if chunk.blob != self._blob:
+            self._blob, self._partial = chunk.blob, _InMemory()
+        try:
+            blob = self._partial.add(chunk)
+        except MessageError:
+            self._blob = (b"", 0)
+            raise
+        if blob is not None:
+            self._blob = (b"", 0)
+        return blob
