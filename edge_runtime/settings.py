@@ -64,7 +64,7 @@ class Settings(PredictSettings):
     )
     labels: File | None = Field(
         None,
-        description="CSV file with columns `file,class`; files relative to the folder. Default: subfolders are classes.",
+        description="CSV file with columns `file,class`; paths in the folder. Default: subfolders are classes.",
         json_schema_extra=SAMPLES,
     )
 
@@ -75,7 +75,9 @@ class Settings(PredictSettings):
     )
     threads: int = Field(0, ge=0, description="Threads for computation. 0: one per core.", json_schema_extra=RESOURCES)
     memory: ByteSize | None = Field(
-        None, description="Memory limit, like 512MB. Default: half of the machine's memory.", json_schema_extra=RESOURCES
+        None,
+        description="Memory limit, like 512MB. Default: half of the machine's memory.",
+        json_schema_extra=RESOURCES,
     )
     cache: ByteSize | None = Field(
         None,
@@ -111,7 +113,9 @@ class Settings(PredictSettings):
         description="Types of the thermal zones to read. Default: all with plausible values.",
         json_schema_extra=SCHEDULE,
     )
-    mains_only: bool = Field(False, description="Train on mains power only, not on battery.", json_schema_extra=SCHEDULE)
+    mains_only: bool = Field(
+        False, description="Train on mains power only, not on battery.", json_schema_extra=SCHEDULE
+    )
     max_load: Fraction | None = Field(
         None,
         description="Share of the processors that other processes may use while the device trains. Default: no limit.",
@@ -125,9 +129,7 @@ class Settings(PredictSettings):
         None, description="Folder whose new files are classified with the newest model.", json_schema_extra=OUTPUT
     )
     log: LogForm = Field("text", description="Log format; json: one object per line.", json_schema_extra=OUTPUT)
-    log_file: File | None = Field(
-        None, description="Also log to this file, rotated at 2 MB.", json_schema_extra=OUTPUT
-    )
+    log_file: File | None = Field(None, description="Also log to this file, rotated at 2 MB.", json_schema_extra=OUTPUT)
     metrics: str | None = Field(
         None, description="HOST:PORT to serve Prometheus metrics on. Default: none.", json_schema_extra=OUTPUT
     )

@@ -104,8 +104,9 @@ def read_settings(
     env = EnvSettingsSource(model) if environment else InitSettingsSource(model, {})
     flag = InitSettingsSource(model, dict(flags or {}))
     problems = list(file.problems)
+    sources: dict[str, Any] = {"_build_sources": ((flag, env, file), {})}
     try:
-        settings = model(_build_sources=((flag, env, file), {}))
+        settings = model(**sources)
     except ValidationError as error:
         places = {
             **file.places,

@@ -77,7 +77,7 @@ def test_the_carried_files_values_the_boards_and_those_said_make_the_settings(ca
         "stay": True,
     }
     assert "# Of this board, Raspberry Pi 4 Model B Rev 1.5.\nthreads = 3" in config.read_text()
-    settings = read_settings(Settings, config, {})
+    settings = read_settings(Settings, config)
     assert settings.identity == config and read_identity(config).name == "kitchen"
 
 
