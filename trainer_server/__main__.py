@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fedfmsl.common.cli import application, console
+from fedfmsl.common.log import set_up_log
 from fedfmsl.common.options import with_settings
 from fedfmsl.protocol.bundle import Bundle
 from trainer_server.inspect import export, replay, rounds, status
@@ -34,6 +35,7 @@ def resume(settings: ResumeSettings) -> None:
 
 
 def _coordinate(store: RunStore, bundle: Bundle, settings: ServiceSettings) -> None:
+    set_up_log()
     run = store.origin.config.run
     if store.ended is not None:
         console.print(f"run {run!r} at {store.folder} has ended ({store.ended}); for a new one choose another --out")

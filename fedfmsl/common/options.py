@@ -94,16 +94,17 @@ def with_settings(
     return decorate
 
 
-def reference(model: type[SettingsModel]) -> str:
-    """A Markdown table of all settings for each panel of the help."""
+def reference(model: type[SettingsModel], level: int = 3) -> str:
+    """A Markdown table of settings for each panel of the help, under headings of this level."""
     panels: dict[str, list[str]] = {}
     for setting in settings_of(model):
         default = "required" if setting.required else f"`{setting.default}`" if setting.default else ""
         kind = " or ".join(f"`{choice}`" for choice in setting.choices) or setting.type or "true or false"
-        cells = [f"`{setting.key}`", f"{kind} {setting.bounds}".strip(), default, setting.help.replace("|", "\\|")]
+        text = setting.help.replace("|", "\\|").replace("<", "&lt;")
+        cells = [f"`{setting.key}`", f"{kind} {setting.bounds}".strip(), default, text]
         panels.setdefault(setting.panel, []).append(f"| {' | '.join(cells)} |")
     head = "| setting | type | default | meaning |\n|---|---|---|---|"
-    return "\n".join(f"### {name}\n\n{head}\n" + "\n".join(rows) + "\n" for name, rows in panels.items())
+    return "\n\n".join(f"{'#' * level} {name}\n\n{head}\n" + "\n".join(rows) for name, rows in panels.items())
 
 
 def _setting(key: str, field: FieldInfo) -> Setting:

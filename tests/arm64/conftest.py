@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import support.arm64_board as board_module
-from support.arm64_board import HERE, PYTHON, Board, NoBoardError, build, require_emulation
-from support.arm64_wheels import REPOSITORY, build_wheel, download, install
+import support.arm64.board as board_module
+from support.arm64.board import HERE, PYTHON, Board, NoBoardError, build, require_emulation
+from support.arm64.wheels import REPOSITORY, build_wheel, download, install
 from support.processes import MOSQUITTO, Processes
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 from support.brokers import KINDS, RestartableBroker, versions
-from support.oracle import Reference, reference
+from support.fault_table import FaultTable, is_whole, write
 from support.processes import MOSQUITTO, Processes
+from support.run_oracle import Reference, reference
 from support.simulation import Simulation
-from support.table import FaultTable, is_whole, write
 
 from benchmarks.layouts import layout_bundle
 from fedfmsl.protocol.bundle import Bundle

@@ -32,7 +32,7 @@ from trainer_server.coordinator.events import (
     UpdateSeen,
 )
 from trainer_server.coordinator.state import Plan, initial_state
-from trainer_server.service.lifecycle import open_run, plan_of, replay_rounds, restore_state
+from trainer_server.service.lifecycle import make_plan, open_run, replay_rounds, restore_state
 from trainer_server.storage.checkpoint import vectors_of
 from trainer_server.storage.run_store import LoggedEvent, RunStore
 
@@ -93,7 +93,7 @@ class Machine(RuleBasedStateMachine):
         self.store: RunStore | None = None
         if self.folder:
             self.store = open_run(Path(self.folder.name) / "run", self.config, BUNDLE[0])
-        self.plan = plan_of(self.store, BUNDLE[0]) if self.store else self._plan_in_memory()
+        self.plan = make_plan(self.store, BUNDLE[0]) if self.store else self._plan_in_memory()
         self.state, self.now = initial_state(self.plan, 0.0), 0.0
         self.announced: list[Round] = []
         # the model
@@ -220,7 +220,7 @@ class Machine(RuleBasedStateMachine):
             (self.store.tensors / ("0" * 64)).write_bytes(b"half a file")
         self.store.close()
         self.store = RunStore(self.store.folder)
-        self.plan = plan_of(self.store, BUNDLE[0])
+        self.plan = make_plan(self.store, BUNDLE[0])
         before = self.state
         self.state, _ = restore_state(self.store, self.plan)
         for name, vector in vectors_of(before).items():

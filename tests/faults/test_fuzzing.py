@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from pydantic import BaseModel
-from support.builds import Built
+from support.bundles import Built
 from support.mutations import BlobMutator, Mutator
 
 from edge_runtime.data.cache import DiskCache

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from conftest import Undisturbed
 from support.brokers import RestartableBroker
+from support.fault_table import FaultTable
 from support.processes import MOSQUITTO, Observer, Processes
 from support.simulation import RUN, Simulation, in_stage_1, recovering
-from support.table import FaultTable
 
 from fedfmsl.protocol.bundle import Bundle
 

@@ -8,7 +8,7 @@ import sqlite3
 from pathlib import Path
 
 import pytest
-from support.oracle import Findings, Reference, examine, reference
+from support.run_oracle import Findings, Reference, examine, reference
 
 from benchmarks.layouts import update_of
 from benchmarks.simulated import device_names
@@ -19,7 +19,7 @@ from trainer_server.config import RunConfig
 from trainer_server.coordinator.advance import advance
 from trainer_server.coordinator.events import ClockTicked, Event, StatusSeen, StoreRound, UpdateSeen
 from trainer_server.coordinator.state import Key, State, initial_state
-from trainer_server.service.lifecycle import plan_of
+from trainer_server.service.lifecycle import make_plan
 from trainer_server.storage.run_store import DATABASE, LoggedEvent, Origin, RunStore
 
 DEVICES = device_names(3)
@@ -30,7 +30,7 @@ def run_without_a_network(out: Path, bundle: Bundle) -> None:
     """What a server leaves behind."""
     config = RunConfig(run="r", devices=3, stage1_rounds=2, stage2_rounds=1, stage1_sal=SAL, stage2_sal=SAL, audit=True)
     store = RunStore.create(out, Origin(config=config, session="s", bundle=bundle.root, sha256=bundle.sha256))
-    plan = plan_of(store, bundle)
+    plan = make_plan(store, bundle)
     state = initial_state(plan, 0.0)
 
     def happens(state: State, event: Event) -> State:

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 from support.brokers import RestartableBroker
-from support.hostile import publish
-from support.killing import launcher
-from support.machine import Clock, small_disk
+from support.fault_table import BEGIN, END, FaultTable, Trial, is_whole, write
+from support.hostile_client import publish
+from support.kill_point import launcher
+from support.machine_faults import Clock, small_disk
+from support.network_proxy import LOOPBACK, Packets, Proxy
 from support.processes import MOSQUITTO, Observer, Processes
-from support.proxy import LOOPBACK, Packets, Proxy
-from support.table import BEGIN, END, FaultTable, Trial, is_whole, write
 
 from fedfmsl.protocol.messages import ServerStatus, encode
 from fedfmsl.transport.link import Link, Received

@@ -95,5 +95,5 @@ def test_of_two_servers_of_one_run_the_older_leaves_and_says_why(
             older = Federation("twins", broker, bundle, photos, tmp_path / "older", processes).start_server()
             observer.wait(ServerStatus, lambda s: s.online, "the first server")
             younger = Federation("twins", broker, bundle, photos, tmp_path / "younger", processes).start_server()
-            older.wait().assert_error(8, "another server has come for run 'twins'", "another --run")
+            older.wait().assert_error(8, "another server was started for run 'twins'", "another --run")
             assert younger.running

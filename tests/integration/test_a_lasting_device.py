@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.builds import Built, write_photos
-from support.daemons import RUN, started
+from support.bundles import Built
+from support.in_process_daemon import RUN, started
 from support.processes import MOSQUITTO, SECONDS, Broker, Ended, Federation, Observer, Processes, answers, wait_until
+from support.samples import write_photos
 
 from edge_runtime.daemon.state import required_globals
 from edge_runtime.store import DeviceStore

@@ -12,8 +12,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from support.builds import Built, random_theta
-from support.daemons import RUN, started
+from support.bundles import Built, random_theta
+from support.in_process_daemon import RUN, started
 
 from edge_runtime.daemon.state import RoundSeen, WorkDone, WorkFailed
 from edge_runtime.store import DeviceStore

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from support.builds import Built, random_theta
+from support.bundles import Built, random_theta
 
 from fedfmsl.algorithms.arrays import Vector
 from fedfmsl.algorithms.class_means import SCALE, head_of_class_means

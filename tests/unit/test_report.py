@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from support.builds import LAYERS, Built
+from support.bundles import LAYERS, Built
 
 from devices.trial.report import build_report, write_report
 from fedfmsl.errors import RunError

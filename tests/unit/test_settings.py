@@ -95,7 +95,7 @@ def test_help_and_reference_show_every_setting_of_the_model(
         _, _, about = shown.partition(f"--{key.replace('_', '-')} ")
         about = about.partition(f"[env var: FEDFMSL_{key.upper()}]")[0]
         assert field.description and field.description in about, (key, about)
-        assert field.description.replace("|", "\\|") in rows[key]
+        assert field.description.replace("<", "&lt;") in rows[key]
         assert ("required" in rows[key]) == field.is_required()
         required = f"[env var: FEDFMSL_{key.upper()}] [required]" in shown
         assert required == field.is_required()

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.builds import Built
+from support.bundles import Built
 
 import edge_runtime.data.features as features
 from edge_runtime.data.cache import DiskCache
@@ -18,7 +18,8 @@ from edge_runtime.data.features import FeatureCache
 from edge_runtime.data.folder import SampleFolder, scan
 from edge_runtime.data.inputs import reader_of
 from edge_runtime.data.samples import Splits, labels_of
-from edge_runtime.engines.base import Batch, StepGraphEngine
+from edge_runtime.engines.base import Batch
+from edge_runtime.engines.step_graph import StepGraphEngine
 from edge_runtime.store import DeviceStore
 from edge_runtime.training.context import Device
 from edge_runtime.training.gate import Gate

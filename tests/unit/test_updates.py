@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from support.builds import LAYERS, Built
+from support.bundles import LAYERS, Built
 
 from edge_runtime.training.stages import Outcome
 from edge_runtime.training.updates import prepare, with_feedback

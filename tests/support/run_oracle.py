@@ -20,7 +20,7 @@ from trainer_server.coordinator.advance import advance
 from trainer_server.coordinator.events import AnnounceRound, ClockTicked, UpdateSeen
 from trainer_server.coordinator.records import ClosedRound
 from trainer_server.coordinator.state import Key, Plan, initial_state
-from trainer_server.service.lifecycle import open_bundle, plan_of, replay_rounds, restore_state
+from trainer_server.service.lifecycle import make_plan, open_bundle, replay_rounds, restore_state
 from trainer_server.storage.run_store import LoggedEvent, RunStore
 
 Outcome = tuple[str, int, int, str, str, str]
@@ -51,7 +51,7 @@ class Findings:
 def examine(out: Path, told: Iterable[Key], undisturbed: Reference) -> Findings:
     """A finished run. `told`: what devices were told is counted (accepted, now or before)."""
     store = RunStore(out)
-    plan = plan_of(store, open_bundle(store))
+    plan = make_plan(store, open_bundle(store))
     closed = store.rounds()
     times = Counter(_keys(store.events(since_checkpoint=False)))
     recorded = {(one.round.round, device) for one in closed for device in one.updates}
@@ -73,7 +73,7 @@ def examine(out: Path, told: Iterable[Key], undisturbed: Reference) -> Findings:
 def reference(out: Path) -> Reference:
     store = RunStore(out)
     closed = store.rounds()
-    rounds = _announced(store, plan_of(store, open_bundle(store)), closed)
+    rounds = _announced(store, make_plan(store, open_bundle(store)), closed)
     return Reference(frozenset(closed[0].updates), [outcome(one) for one in rounds])
 
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 # What glibc 2.35 can load, JetPack 6's; Raspberry Pi OS has 2.36 or 2.41. pip wants every name that a wheel may have.
 _GLIBC = ("2_35", "2_34", "2_31", "2_28", "2_27", "2_26", "2_24", "2_17", "2014")
 PLATFORMS = [f"manylinux{'' if version == '2014' else '_'}{version}_aarch64" for version in _GLIBC]

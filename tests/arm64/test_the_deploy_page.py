@@ -1,5 +1,6 @@
-"""The README's "Put it on a Raspberry Pi", word for word on the emulated board. Only systemd is missing there: what it
-would do with the unit is done here."""
+"""The section "Put it on a Raspberry Pi" of docs/deploy.md, word for word on the emulated board.
+
+The board has no systemd: the test starts the unit's command itself."""
 
 from __future__ import annotations
 
@@ -11,12 +12,12 @@ import socket
 from pathlib import Path
 
 import pytest
-from support.arm64_board import Board
-from support.arm64_wheels import REPOSITORY
-from support.builds import Built
-from support.device_photos import write_photos
-from support.fleets import Fleet, provision, start_fleet
+from support.arm64.board import Board
+from support.arm64.wheels import REPOSITORY
+from support.bundles import Built
 from support.processes import Broker, Federation, Process, Processes, free_port, wait_until
+from support.provisioned_fleet import Fleet, provision, start_fleet
+from support.samples import write_device_photos
 
 SECTION = "Put it on a Raspberry Pi"
 RUN, DEVICE, HOST = "orchard", "kitchen", "fleet.example"
@@ -32,23 +33,23 @@ no-compile = true
 
 
 def blocks_of(section: str) -> list[str]:
-    """The fenced commands of a section of the README, in their order."""
-    text = (REPOSITORY / "README.md").read_text()
+    """The fenced commands of a section of docs/deploy.md, in their order."""
+    text = (REPOSITORY / "docs" / "deploy.md").read_text()
     found = re.search(rf"^(#+) {re.escape(section)}\n(.*?)(?=^#{{1,6}} |\Z)", text, re.DOTALL | re.MULTILINE)
-    assert found, f"the README has no section {section!r}"
+    assert found, f"docs/deploy.md has no section {section!r}"
     return re.findall(r"^```\w*\n(.*?)^```", found[2], re.DOTALL | re.MULTILINE)
 
 
 @pytest.fixture
 def pi(base: Board, wheel: Path, wheels: Path, tmp_path: Path) -> Board:
-    """A board as it comes, with what the README says is carried to it; its pip finds the wheels on its disk."""
+    """A board as it comes, with the files that the section copies to it; its pip finds the wheels on its disk."""
     board = base.copy(tmp_path / "root")
     shutil.copy(wheel, board.path(HOME))
     shutil.copytree(wheels, board.path("/var/cache/wheels"))
     board.path("/etc/pip.conf").write_text(PIP_CONF)
     with board.path("/etc/hosts").open("a") as hosts:
         hosts.write(f"127.0.0.1 {HOST}\n")
-    write_photos(board.path(f"{HOME}/photos"), {"apple": 6, "kiwi": 6}, seed=1)
+    write_device_photos(board.path(f"{HOME}/photos"), {"apple": 6, "kiwi": 6}, seed=1)
     return board
 
 
@@ -84,7 +85,7 @@ class Booted:
             pass
 
 
-def test_the_readme_puts_a_device_on_a_raspberry_pi(
+def test_the_deploy_page_puts_a_device_on_a_raspberry_pi(
     pi: Board, fleet: Fleet, vit: Built, processes: Processes, tmp_path: Path
 ) -> None:
     """From a bare system to a device that takes part in a run and says so."""

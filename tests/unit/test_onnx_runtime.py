@@ -1,4 +1,4 @@
-"""When ONNX Runtime is asked for the exact int8 product, which is slower."""
+"""The ONNX Runtime option for exact int8 products, which are slower."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fedfmsl.common.int8 import has_vnni, keep_int8_exact
+from fedfmsl.common.onnx_runtime import has_vnni, keep_int8_exact
 
 
 class Options:
@@ -46,7 +46,7 @@ def test_vnni_is_read_from_the_flags_of_every_processor(tmp_path: Path, flags: l
         ("avx2 avx_vnni", "1.32.0", {}),
     ],
 )
-def test_exact_products_are_asked_for_only_without_vnni(
+def test_exact_products_are_selected_only_without_vnni(
     tmp_path: Path, flags: str, version: str, entries: dict[str, str]
 ) -> None:
     options = Options()

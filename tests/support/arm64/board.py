@@ -14,8 +14,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-ENTER = Path(__file__).with_name("arm64_enter.sh")
-HERE = Path(__file__).parents[2] / ".arm64"  # what is kept from one run to the next
+ENTER = Path(__file__).with_name("enter.sh")
+HERE = Path(__file__).parents[3] / ".arm64"  # what is kept from one run to the next
 SUITE = "bookworm"  # Raspberry Pi OS of 2023 to 2025, with Python 3.11
 PYTHON = "3.11"
 MODEL = "Raspberry Pi 5 Model B Rev 1.0"

@@ -12,8 +12,8 @@ from pathlib import Path
 BEGIN, END = "<!-- the fault table: begin -->", "<!-- the fault table: end -->"
 COMMAND = ("tests/faults", "--full")
 HEAD = (
-    "| fault | times | lost updates | counted twice | repeated rounds | rounds done over | of these also in an "
-    "undisturbed run | seconds to recover, median | longest |\n"
+    "| fault | times | lost updates | counted twice | repeated rounds | recomputed rounds | equal to a run without "
+    "faults | seconds to recover, median | longest |\n"
     "|---|---|---|---|---|---|---|---|---|"
 )
 COUNTS = ("lost", "double", "repeated", "recomputed", "compared")

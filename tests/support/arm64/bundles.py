@@ -8,7 +8,7 @@ from pathlib import Path
 from export.build import build_bundle
 from export.weights import load_backbone
 from fedfmsl.protocol.bundle import Precision
-from support.builds import CLASSES
+from support.samples import CLASSES
 
 
 def export(

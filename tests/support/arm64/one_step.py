@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from edge_runtime.data.images import load_pixels
-from edge_runtime.engines.base import Batch, Fit, StepGraphEngine, open_session, run
-from edge_runtime.training.loop import Targets
+from edge_runtime.engines.base import Batch, MemoryPlan
+from edge_runtime.engines.sessions import open_session, run
+from edge_runtime.engines.step_graph import StepGraphEngine
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.messages import Training
 
@@ -30,14 +31,13 @@ def main(folder: str, level: str, out: str, image: str = "") -> None:
         started = time.perf_counter()
         (hidden,) = run(open_session(bundle, "features.onnx", THREADS), [f"hidden_{k}"], {"pixels": pixels})
         print(f"pass {time.perf_counter() - started:.1f} s")
-    engine = StepGraphEngine(bundle, THREADS, {k: Fit(1)})
+    engine = StepGraphEngine(bundle, THREADS, {k: MemoryPlan(1)})
     engine.load(k)
     theta = bundle.initial()[0][: bundle.expert.size(k)]
     theta = (theta + np.random.default_rng(1).normal(0, 0.02, theta.size)).astype(np.float32)  # no gradient is zero
     engine.set(theta, Training(epochs=1, learning_rate=1e-3))
-    targets = Targets.cross_entropy(np.array([1]))
     started = time.perf_counter()
-    loss = engine.step(Batch(hidden, targets.labels, targets.gate, targets.other, np.zeros(dims.classes, np.float32)))
+    loss = engine.step(Batch.cross_entropy(hidden, np.array([1]), dims.classes))
     print(f"step {time.perf_counter() - started:.1f} s, loss {loss:.6f}")
     np.savez(out, hidden=hidden, loss=loss, step=engine.get() - theta)
     print(*re.findall(r"Vm(?:Peak|HWM):.*", Path("/proc/self/status").read_text()), sep="\n")

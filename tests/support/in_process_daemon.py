@@ -12,7 +12,7 @@ from edge_runtime.daemon.worker import Worker
 from edge_runtime.data.cache import DiskCache
 from edge_runtime.data.features import FeatureCache
 from edge_runtime.data.folder import SampleFolder
-from edge_runtime.engines.base import Fit
+from edge_runtime.engines.base import MemoryPlan
 from edge_runtime.engines.factory import open_engine
 from edge_runtime.resources.governor import Limits, Readings
 from edge_runtime.resources.level_cap import LevelCap
@@ -23,7 +23,7 @@ from edge_runtime.training.context import Device
 from edge_runtime.training.gate import Gate
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.link import Link
-from support.builds import Built
+from support.bundles import Built
 
 RUN = "r"
 NOWHERE = "mqtt://127.0.0.1:9"
@@ -54,7 +54,9 @@ def started(
     bundle = built.bundle
     store = DeviceStore(folder)
     levels = range(1, LEVEL_CAP + 1)
-    plan = Plan(feature_batch=4, fits=dict.fromkeys(levels, Fit(BATCH)), seconds=dict.fromkeys(levels, 1.0))
+    plan = Plan(
+        feature_batch=4, memory_plans=dict.fromkeys(levels, MemoryPlan(BATCH)), seconds=dict.fromkeys(levels, 1.0)
+    )
     pace = Pace(limits, read, LevelCap.planned(plan, step_seconds=60.0), Nobody())
     samples = SampleFolder(photos, bundle, store)
     device = Device(

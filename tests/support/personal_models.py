@@ -11,7 +11,7 @@ from fedfmsl.common.files import write_atomically
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.messages import Round, Sal, Stage, Training
 from fedfmsl.protocol.tensors import pack
-from support.builds import Built, random_theta
+from support.bundles import Built, random_theta
 
 SHA = "ab" * 32
 
