@@ -7,8 +7,12 @@ from enum import Enum
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_settings import SettingsConfigDict
 
+from fedfmsl.algorithms.aggregation import AggregationRule, CoordinateMedian, TrimmedMean, WeightedMean
+from fedfmsl.algorithms.privacy import Privacy
+from fedfmsl.algorithms.sal import AllAtOnce, CapabilityQueue, FixedSchedule, Sal
+from fedfmsl.algorithms.server_optimizers import FedAdam, FedAvg, FedAvgM, ServerOptimizer
 from fedfmsl.common.settings import Fraction, panel
-from fedfmsl.protocol.messages import Encoding, Privacy, Sal, Training, Trigger
+from fedfmsl.protocol.messages import Encoding, Training
 from fedfmsl.transport.settings import RunName
 
 RUN, ROUNDS, UPDATES, AGGREGATION, PRIVACY = (
@@ -34,7 +38,7 @@ class Selection(str, Enum):
 
 
 class Rule(str, Enum):
-    """Aggregation rule. The mean is weighted by samples; the others weigh every update equally."""
+    """Aggregation rules. The mean is weighted by samples; the others give every update the same weight."""
 
     MEAN = "mean"
     TRIMMED_MEAN = "trimmed-mean"
@@ -42,7 +46,7 @@ class Rule(str, Enum):
 
 
 class Optimizer(str, Enum):
-    """Server optimizer (Reddi et al., ICLR 2021)."""
+    """Server optimizers (Reddi et al., ICLR 2021)."""
 
     FEDAVG = "fedavg"
     FEDAVGM = "fedavgm"
@@ -64,6 +68,34 @@ class Aggregation(BaseModel):
     momentum: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.99, ge=0, lt=1)
     tau: float = Field(default=1e-3, gt=0)
+
+    @property
+    def aggregation_rule(self) -> AggregationRule:
+        if self.rule is Rule.TRIMMED_MEAN:
+            return TrimmedMean(trim=self.trim, clip=self.clip)
+        return CoordinateMedian(clip=self.clip) if self.rule is Rule.MEDIAN else WeightedMean(clip=self.clip)
+
+    @property
+    def server_optimizer(self) -> ServerOptimizer:
+        if self.optimizer is Optimizer.FEDAVGM:
+            return FedAvgM(learning_rate=self.learning_rate, momentum=self.momentum)
+        if self.optimizer is Optimizer.FEDADAM:
+            return FedAdam(learning_rate=self.learning_rate, beta1=self.momentum, beta2=self.beta2, tau=self.tau)
+        return FedAvg(learning_rate=self.learning_rate)
+
+
+class Trigger(str, Enum):
+    """When SAL activates LoRA in more blocks."""
+
+    CAPABILITY_QUEUE = "capability-queue"
+    FIXED_SCHEDULE = "fixed-schedule"
+    ALL_AT_ONCE = "all-at-once"
+
+
+def sal_of(trigger: Trigger, *, window: int, min_gain: float, max_level: int) -> Sal:
+    if trigger is Trigger.CAPABILITY_QUEUE:
+        return Sal(CapabilityQueue(window, min_gain), max_level)
+    return Sal(FixedSchedule(window) if trigger is Trigger.FIXED_SCHEDULE else AllAtOnce(), max_level)
 
 
 class RunRules(BaseModel):
@@ -172,7 +204,7 @@ class RunConfig(RunRules):
             )
         if self.encoding is not Encoding.FP32:
             raise ValueError("privacy is accounted for unrounded updates: with --dp-noise leave out --encoding")
-        if Trigger.CAPABILITY_QUEUE in (self.stage1_sal.trigger, self.stage2_sal.trigger):
+        if any(isinstance(sal.trigger, CapabilityQueue) for sal in (self.stage1_sal, self.stage2_sal)):
             raise ValueError(
                 "with --dp-noise devices do not report accuracies, which SAL's capability queue needs: choose --sal "
                 "fixed-schedule or all-at-once"
@@ -183,6 +215,6 @@ class RunConfig(RunRules):
 def sal_rules(trigger: Trigger, min_gain: float, max_level: int) -> tuple[Sal, Sal]:
     """SAL of stages 1 and 2. A device's stage 2 has few rounds, so its queue is shorter and its gain smaller (ours)."""
     return (
-        Sal(trigger=trigger, window=3, min_gain=min_gain, step=1, max_level=max_level),
-        Sal(trigger=trigger, window=2, min_gain=min_gain / 2, step=1, max_level=max_level),
+        sal_of(trigger, window=3, min_gain=min_gain, max_level=max_level),
+        sal_of(trigger, window=2, min_gain=min_gain / 2, max_level=max_level),
     )

@@ -6,10 +6,11 @@ from pathlib import Path
 
 from pydantic import Field, ValidationError, model_validator
 
+from fedfmsl.algorithms.privacy import Privacy
 from fedfmsl.common.settings import File, panel
 from fedfmsl.errors import ConfigError
 from fedfmsl.protocol.bundle import Bundle
-from fedfmsl.protocol.messages import Privacy, Training, Trigger
+from fedfmsl.protocol.messages import Training
 from fedfmsl.transport.settings import CONNECTION, ConnectionSettings
 from trainer_server.config import (
     AGGREGATION,
@@ -22,6 +23,7 @@ from trainer_server.config import (
     Rule,
     RunConfig,
     RunRules,
+    Trigger,
     sal_rules,
 )
 

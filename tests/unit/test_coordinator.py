@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,13 +23,13 @@ from support.coordinators import (
 )
 
 from fedfmsl.algorithms.class_means import head_of_class_means
+from fedfmsl.algorithms.sal import AllAtOnce, CapabilityQueue, FixedSchedule
 from fedfmsl.protocol.messages import (
     Encoding,
     Globals,
     Round,
     Stage,
     Training,
-    Trigger,
     Verdict,
     encode,
     parse,
@@ -179,19 +180,19 @@ def test_sal_raises_the_level_on_a_plateau_of_the_devices_accuracy_and_not_after
 
 
 def test_all_at_once_trains_every_level_from_the_first_round(vit: Built) -> None:
-    run = started(vit, stage1_sal=RULE.model_copy(update={"trigger": Trigger.ALL_AT_ONCE}))
+    run = started(vit, stage1_sal=replace(RULE, trigger=AllAtOnce()))
     run.until_stop(ABC)
     assert {command.round.level for command in run.of(AnnounceRound)} == {LAYERS}
 
 
 def test_personal_rounds_follow_the_rule_and_training_of_stage_2(vit: Built) -> None:
-    training, rule = Training(epochs=3, learning_rate=0.5), RULE.model_copy(update={"window": 7})
+    training, rule = Training(epochs=3, learning_rate=0.5), replace(RULE, trigger=CapabilityQueue(7, 0.02))
     run = started(vit, baseline=True, stage2=training, stage2_sal=rule)
     run.until_stop(ABC)
     for announced in (command.round for command in run.of(AnnounceRound)):
         personal = announced.stage is Stage.PERSONAL
         assert (announced.training == training) == personal
-        assert (announced.sal.window == 7) == personal
+        assert (announced.sal.trigger.window == 7) == personal
         early = announced.stage in (Stage.STATISTICS, Stage.GLOBAL)
         assert announced.sal.max_level == (LAYERS if early else announced.level)  # no higher than the global expert
         assert announced.repetitions == (4 if announced.stage is Stage.BASELINE else 1)
@@ -255,7 +256,7 @@ def test_an_update_that_does_not_fit_is_rejected_with_its_reason(
 
 
 def test_an_update_with_blocks_above_the_announced_level_is_rejected_and_one_below_is_not(vit: Built) -> None:
-    run = started(vit, stage1_sal=RULE.model_copy(update={"trigger": Trigger.ALL_AT_ONCE, "max_level": 2}))
+    run = started(vit, stage1_sal=replace(RULE, trigger=AllAtOnce(), max_level=2))
     run.answers(ABC)
     for device, level in zip(ABC, (1, 2, 3), strict=True):
         run.feed(make_update(run.plan, run.announced.model_copy(update={"level": level}), device))
@@ -475,7 +476,7 @@ def test_a_random_selection_asks_a_share_of_the_devices_and_others_do_not_count(
 
 
 def test_a_selection_by_capability_asks_those_who_can_train_the_whole_level(vit: Built) -> None:
-    rule = RULE.model_copy(update={"trigger": Trigger.ALL_AT_ONCE, "max_level": 2})
+    rule = replace(RULE, trigger=AllAtOnce(), max_level=2)
     run = CoordinatorRun(plan_for(vit, select=Selection.CAPABLE, stage1_sal=rule))
     run.feed(*(StatusSeen(run.status(name, level_cap=cap)) for name, cap in zip(ABC, (1, 2, 3), strict=True)))
     run.answers(ABC)
@@ -485,7 +486,7 @@ def test_a_selection_by_capability_asks_those_who_can_train_the_whole_level(vit:
 
 
 def test_where_nobody_can_train_the_level_the_most_capable_are_asked(vit: Built) -> None:
-    rule = RULE.model_copy(update={"trigger": Trigger.ALL_AT_ONCE, "max_level": 3})
+    rule = replace(RULE, trigger=AllAtOnce(), max_level=3)
     run = CoordinatorRun(plan_for(vit, select=Selection.CAPABLE, stage1_sal=rule, min_updates=2))
     run.feed(*(StatusSeen(run.status(name, level_cap=cap)) for name, cap in zip(ABC, (1, 2, 1), strict=True)))
     run.answers(ABC)
@@ -629,7 +630,7 @@ def test_an_accuracy_that_is_none_is_rejected(vit: Built, accuracy: float) -> No
 
 def test_a_repeated_round_asks_everybody(vit: Built) -> None:
     """Or a device that claims to be the most capable, and never answers, would be all that is ever asked."""
-    rule = RULE.model_copy(update={"trigger": Trigger.ALL_AT_ONCE})
+    rule = replace(RULE, trigger=AllAtOnce())
     run = CoordinatorRun(plan_for(vit, select=Selection.CAPABLE, stage1_sal=rule))
     run.feed(*(StatusSeen(run.status(name, level_cap=cap)) for name, cap in zip(ABC, (1, 1, 1024), strict=True)))
     trained(run)
@@ -647,7 +648,7 @@ def test_the_longest_announcement_is_one_that_devices_read(vit: Built) -> None:
 
 @pytest.mark.parametrize("name", ["class_sums", "class_counts"])
 def test_noised_statistics_too_are_bounded(vit: Built, name: str) -> None:
-    rule = RULE.model_copy(update={"trigger": Trigger.FIXED_SCHEDULE})
+    rule = replace(RULE, trigger=FixedSchedule(2))
     run = started(vit, privacy=PRIVACY, stage1_sal=rule, stage2_sal=rule)
     tensors = dict(make_update(run.plan, run.announced, "a").tensors)
     reply, *_ = run.answers(["a"], tensors={**tensors, name: np.full_like(tensors[name], 1e38)})
