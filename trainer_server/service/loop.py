@@ -21,6 +21,7 @@ import paho.mqtt.client as paho
 from fedfmsl.common.cli import console
 from fedfmsl.errors import MessageError, RunError
 from fedfmsl.protocol.chunks import chunks
+from fedfmsl.protocol.duplicate_name import DuplicateNameGuard
 from fedfmsl.protocol.messages import DeviceStatus, ServerStatus, Stage, encode, parse
 from fedfmsl.protocol.tensors import blob_bytes
 from fedfmsl.protocol.topics import Topics
@@ -97,8 +98,7 @@ class Service:
         self._published: dict[str, int] = {}  # blob → number of its retained chunks
         self._statuses: Statuses = {}  # not yet in the store
         self._refusals = Refusals()
-        self._elders: set[str] = set()  # sessions of servers that were here before this one's status came back to it
-        self._shown = False
+        self._name_guard = DuplicateNameGuard(plan.session)
         self._connections = 0
         self._connected_at = math.inf  # until it has been looked at whether the broker lets us speak
         self._superseded = False
@@ -203,12 +203,9 @@ class Service:
             status = parse(ServerStatus, payload)
         except MessageError:
             return
-        if status.session == self._plan.session:
-            self._shown = True
-        elif not self._shown:
-            self._elders.add(status.session)
-        elif status.session not in self._elders and (status.online or self._connections > 1):
-            # one that says it is gone, too, once we have come back: it is our coming back that has pushed it off
+        self._name_guard = self._name_guard.observe(status.session)
+        # An offline newer server counts after a reconnection: this server's return has pushed it off the broker.
+        if self._name_guard.is_newer(status.session) and (status.online or self._connections > 1):
             self._superseded = True
             raise RunError(
                 f"another server has come for run {self._plan.config.run!r}; end one of them, or give it another --run"
@@ -219,7 +216,7 @@ class Service:
         now = self._clock.now()
         if now > self._connected_at + ECHO_SECONDS:
             self._connected_at = math.inf
-            if not self._shown:
+            if not self._name_guard.confirmed:
                 self._note("the broker does not pass on what this server says; is --identity the server's own?")
         state, commands = advance(self._plan, self._state, ClockTicked(), now)
         if not commands:
