@@ -27,11 +27,13 @@ app = application("Trials over several seeds and degrees of inequality.")
 def accuracy(
     alpha: list[float] = typer.Option([0.5, 0.1], help="Dirichlet α; give it several times."),
     seeds: int = typer.Option(3, min=1, help="Seeds 0 … n-1."),
-    out: Path = typer.Option(Path("benchmarks/accuracy.md"), help="Table to write."),
+    out: Path = typer.Option(Path("docs/accuracy.md"), help="Table to write."),
 ) -> None:
     lines = [
-        "Test accuracy over the devices' own label distributions, sample-weighted: mean ± standard deviation of seeds.",
-        f"Made by `python -m benchmarks.accuracy --seeds {seeds}`.",
+        "# Accuracy",
+        "",
+        "Accuracy on the devices' own test samples, weighted by their number: mean ± standard deviation over the seeds.",
+        f"Written by `python -m benchmarks.accuracy --seeds {seeds}`.",
         "",
         f"| α | {' | '.join(MODELS)} | gate: local weight | training, s |",
         f"|---|{'---|' * (len(MODELS) + 2)}",

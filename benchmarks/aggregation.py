@@ -28,12 +28,13 @@ from devices.trial.photos import unpack_groceries
 from devices.trial.split import write_fleet
 from edge_runtime.training.stages import Outcome
 from fedfmsl.algorithms.accounting import epsilon
+from fedfmsl.algorithms.privacy import Privacy
 from fedfmsl.common.cli import application
 from fedfmsl.common.files import write_atomically
 from fedfmsl.errors import ConfigError, RunError
 from fedfmsl.protocol.bundle import Bundle
-from fedfmsl.protocol.messages import Encoding, Privacy, Sal, Stage, Training, Trigger
-from trainer_server.config import Aggregation, Optimizer, Rule, RunConfig, Selection
+from fedfmsl.protocol.messages import Encoding, Stage, Training
+from trainer_server.config import Aggregation, Optimizer, Rule, RunConfig, Selection, Trigger, sal_of
 from trainer_server.coordinator.records import successful_rounds
 
 FOLDER = Path("runs") / "aggregation"
@@ -41,20 +42,20 @@ MODELS = ("start", "global", "global_prior", "local_expert", "mofm")
 DEVICES, ALPHA, DELTA = 6, 0.5, 1e-5
 HOSTILE, FACTOR = "device-0", -10.0
 CLIP = 0.7  # the median norm of the updates of stage 1 in `reference`
-SAL = Sal(window=3, min_gain=0.02, step=1, max_level=3)
+MIN_GAIN, MAX_LEVEL = 0.02, 3
 
 NOTES = [
-    "- One seed says little: the same mathematics, rounded otherwise, moved seed 0 by 0.006 (global) and 0.013 (mofm); "
-    "see accuracy.md, seed 0, against the reference here.",
+    "- One seed says little: different rounding of the same mathematics changed seed 0 by 0.006 (global) and 0.013 "
+    "(mofm). Compare seed 0 on [Accuracy](accuracy.md) with the reference here.",
     "- Server optimizers: the rates shown are the only ones tried. On seed 0 the held-out accuracy of mofm was 0.796 "
     "with FedAvgM, 0.875 with FedAdam and 0.862 with the reference.",
-    "- A hostile device is device-0: it sends −10 times its difference in every round of both stages, and honest "
-    "statistics. Its own photos do not count in these rows, nor in what they are compared with.",
+    "- The hostile device is device-0: it sends −10 times its update in every round of both stages, and honest "
+    "statistics. Its own samples do not count in these rows, nor in their reference.",
     f"- Private: clip {CLIP} for both stages, noise shared by six devices, ε at δ = {DELTA:g} after 18 rounds "
-    "(statistics, 12, 5) by `fedfmsl.algorithms.accounting`. Levels follow a fixed schedule there, for accuracies are not "
-    "reported: compare with that row.",
-    "- Not shown: more than six devices, other α, other data; several hostile devices, or ones that act together or "
-    "stay just below a clip; late updates; bytes down, which are fp32 whatever the encoding.",
+    "(statistics, 12, 5) by `fedfmsl.algorithms.accounting`. Devices report no accuracies, so the levels follow a "
+    "fixed schedule. Compare with the row of that schedule.",
+    "- Not measured: more than six devices, other α, other data; several hostile devices, devices that cooperate or "
+    "stay just below a clip; late updates; bytes down, which are fp32 with every encoding.",
 ]
 
 app = application("What aggregation, compression and privacy cost in accuracy.")
@@ -117,7 +118,7 @@ def aggregation(
     only: list[str] = typer.Option([], help="Names of configurations; give it several times. Default: all."),
     seeds: int = typer.Option(3, min=1, help="Seeds 0 … n-1."),
     threads: int = typer.Option(0, min=0, help="Threads to compute with. 0: one per core."),
-    out: Path = typer.Option(Path("benchmarks/aggregation.md"), help="Table to write, of all that has been run."),
+    out: Path = typer.Option(Path("docs/aggregation.md"), help="Table to write, of all that has been run."),
 ) -> None:
     unknown = set(only) - CONFIGURATIONS.keys()
     if unknown:
@@ -148,7 +149,6 @@ def _run(configuration: Configuration, seed: int, threads: int) -> dict[str, Any
 
 def trial_config(configuration: Configuration, seed: int) -> RunConfig:
     """The trial's settings, and what the configuration has beside them."""
-    sal = SAL.model_copy(update={"trigger": configuration.sal})
     return RunConfig(
         run="aggregation",
         devices=DEVICES,
@@ -156,8 +156,8 @@ def trial_config(configuration: Configuration, seed: int) -> RunConfig:
         stage2_rounds=5,
         stage1=Training(epochs=2, batch_size=16, learning_rate=2e-3, seed=seed),
         stage2=Training(epochs=1, batch_size=16, learning_rate=5e-4, seed=seed),
-        stage1_sal=sal,
-        stage2_sal=sal.model_copy(update={"window": 2, "min_gain": SAL.min_gain / 2}),
+        stage1_sal=sal_of(configuration.sal, window=3, min_gain=MIN_GAIN, max_level=MAX_LEVEL),
+        stage2_sal=sal_of(configuration.sal, window=2, min_gain=MIN_GAIN / 2, max_level=MAX_LEVEL),
         seed=seed,
         **configuration.settings,
     )
@@ -207,10 +207,12 @@ def _table() -> list[str]:
     """Of all results there are."""
     reference = _results("reference")
     lines = [
-        "Groceries, DINOv2 ViT-S/14 at 140 px, 6 devices, Dirichlet α = 0.5, 12 + 5 rounds, levels up to 3: the trial, "
-        "in one process. Accuracy on the devices' own test photos, weighted by their number: mean ± standard deviation "
-        "over the seeds; beside it the mean difference to the reference with the same seeds, over the same photos. "
-        "Made by `python -m benchmarks.aggregation`.",
+        "# Aggregation",
+        "",
+        "The trial in one process: groceries, DINOv2 ViT-S/14 at 140 px, 6 devices, Dirichlet α = 0.5, 12 + 5 rounds, "
+        "levels up to 3. Accuracy on the devices' own test samples, weighted by their number: mean ± standard "
+        "deviation over the seeds. Difference: mean difference to the reference, with the same seeds and samples. "
+        "Written by `python -m benchmarks.aggregation`.",
         "",
         "| configuration | seeds | global | difference | mofm | difference | KiB up per device and round | ε |",
         "|---|---|---|---|---|---|---|---|",

@@ -16,7 +16,7 @@ from edge_runtime.data.cache import DiskCache
 from edge_runtime.data.features import FeatureCache
 from edge_runtime.data.folder import scan
 from edge_runtime.data.inputs import reader_of
-from edge_runtime.engines.base import StepGraphEngine
+from edge_runtime.engines.step_graph import StepGraphEngine
 from edge_runtime.store import DeviceStore
 from edge_runtime.training.context import Device
 from edge_runtime.training.gate import Gate

@@ -198,7 +198,7 @@ def _last_line(log: Path) -> str:
 
 
 def _show(results: Sequence[Measured]) -> None:
-    """A Markdown table, as benchmarks/README.md has it."""
+    """A Markdown table, as docs/benchmarks.md has it."""
     print(f"Updates of {results[0].size / 1e3:.0f} KB; seconds per round of stage 1; CPU seconds of the whole run.\n")
     print("| devices | s per round | longest | server, peak MB | written, MB | wall, s | server CPU | broker | fleet |")
     print("|---|---|---|---|---|---|---|---|---|")

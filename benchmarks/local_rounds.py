@@ -22,8 +22,8 @@ from edge_runtime.data.cache import DiskCache
 from edge_runtime.data.features import FeatureCache
 from edge_runtime.data.images import load_pixels
 from edge_runtime.data.samples import Sample, labels_of
-from edge_runtime.engines.base import StepGraphEngine
 from edge_runtime.engines.memory import peak_rss_mb
+from edge_runtime.engines.step_graph import StepGraphEngine
 from edge_runtime.training.loop import Targets, predict_log, train
 from fedfmsl.protocol.bundle import Bundle, ImagePreprocessing, file_sha256
 from fedfmsl.protocol.messages import Training

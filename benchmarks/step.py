@@ -130,7 +130,7 @@ def _results(
 
 
 def _show(results: dict[str, dict[str, float]]) -> None:
-    """A Markdown table, as benchmarks/README.md has it."""
+    """A Markdown table, as docs/benchmarks.md has it."""
     torch = results[REFERENCE]
     print("| contestant | ms per step | lowest–highest | images/s | × torch | peak MB | of torch's | GFLOP | of rate |")
     print("|---|---|---|---|---|---|---|---|---|")

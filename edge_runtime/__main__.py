@@ -139,11 +139,11 @@ def probe(
     lean: bool = typer.Option(False),
 ) -> None:
     """Work as a daemon does, level by level from the first; print what each took as it ends."""
-    from edge_runtime.engines.base import Fit
+    from edge_runtime.engines.base import MemoryPlan
     from edge_runtime.resources.probe import probe_levels
     from fedfmsl.protocol.bundle import Bundle
 
-    fit = Fit(micro_batch, lean)
+    fit = MemoryPlan(micro_batch, lean)
     for line in probe_levels(Bundle(bundle), engine, threads, sample, feature_batch, first, fit):
         print(line.model_dump_json(), flush=True)
 

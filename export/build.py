@@ -23,9 +23,10 @@ from export.transformer import Transformer
 from export.weights import RANDOM, Backbone, load_backbone
 from export.zero_shot import TEMPLATES, zero_shot_head
 from fedfmsl.algorithms.arrays import Vector
+from fedfmsl.common.class_folders import folder_classes
 from fedfmsl.common.cli import application, console
-from fedfmsl.common.ort_training import require_ort_training
-from fedfmsl.errors import ConfigError, InputError, WeightsError
+from fedfmsl.common.onnx_runtime import require_ort_training
+from fedfmsl.errors import ConfigError, WeightsError
 from fedfmsl.protocol.bundle import (
     MANIFEST,
     TOKENIZER,
@@ -122,11 +123,9 @@ def report(bundle: Bundle) -> None:
 
 
 def class_names(classes: str, folder: Path | None) -> tuple[str, ...]:
-    """Raises ConfigError or InputError if there are fewer than two classes or a name stands twice."""
+    """Raises ConfigError unless there are two different names, InputError if `folder` cannot be read."""
     if folder is not None:
-        if not folder.is_dir():
-            raise InputError(f"--classes-from {folder} is not a folder")
-        names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+        names = folder_classes(folder, "--classes-from")
     elif classes.isdigit():
         names = [f"class-{index}" for index in range(int(classes))]
     else:

@@ -11,7 +11,7 @@ import torch
 from export.reference import loss_and_gradient, random_samples, torch_inputs
 from export.weights import Backbone
 from fedfmsl.algorithms.arrays import Vector
-from fedfmsl.common.int8 import keep_int8_exact
+from fedfmsl.common.onnx_runtime import keep_int8_exact
 from fedfmsl.errors import BundleError
 from fedfmsl.protocol.bundle import Bundle, Precision
 

@@ -1,4 +1,4 @@
-"""Fixtures of every kind of test, each made once per session. What they are made of is in `support`."""
+"""Fixtures of every kind of test. The tiny backbones and their bundles are made once for all workers."""
 
 from __future__ import annotations
 
@@ -6,86 +6,87 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
-from support.builds import (
-    Built,
-    build,
-    write_bert,
-    write_clip,
-    write_deit,
-    write_dinov2,
-    write_photos,
-    write_texts,
-    write_vit,
-)
+from support.bundles import Built, shared_bundle, shared_weights
+from support.samples import write_photos, write_texts
+from support.tools import require_tool, summary
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # of the processes that tests start; no test talks to the hub
-torch.set_num_threads(1)  # tiny models: more threads only wait for each other
+os.environ["HF_HUB_OFFLINE"] = "1"  # also for the processes that tests start: no test needs the hub
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--full", action="store_true", help="the long form of tests/faults (make faults), not the short")
+    parser.addoption("--full", action="store_true", help="run the long form of tests/faults (make faults)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "needs(*programs): programs without which the test cannot run (support.tools)")
+
+
+@pytest.hookimpl(tryfirst=True)  # before fixtures use the programs
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for marker in item.iter_markers("needs"):
+        for program in marker.args:
+            require_tool(program)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    line = summary(report.longrepr[-1] for report in terminalreporter.stats.get("skipped", []))
+    if line:
+        terminalreporter.write_line(line, yellow=True)
 
 
 @pytest.fixture(scope="session")
-def vit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def vit_folder() -> Path:
     """A tiny random ViT as a transformers folder."""
-    return write_vit(tmp_path_factory.mktemp("weights") / "tiny-vit")
+    return shared_weights("vit")
 
 
 @pytest.fixture(scope="session")
-def dinov2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random DINOv2 as a transformers folder; a bundle of it needs its positions interpolated."""
-    return write_dinov2(tmp_path_factory.mktemp("weights") / "tiny-dinov2")
+def dinov2_folder() -> Path:
+    """A tiny random DINOv2 as a transformers folder. Its bundle needs interpolated positions."""
+    return shared_weights("dinov2")
 
 
 @pytest.fixture(scope="session")
-def vit(vit_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Built:
-    """The ViT's bundle at every level. Read only: copy it to change it."""
-    return build(vit_folder, tmp_path_factory.mktemp("bundles") / "vit")
-
-
-@pytest.fixture(scope="session")
-def dinov2(dinov2_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Built:
-    """The DINOv2's bundle at every level. Read only: copy it to change it."""
-    return build(dinov2_folder, tmp_path_factory.mktemp("bundles") / "dinov2")
-
-
-@pytest.fixture(scope="session")
-def deit(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    """A DeiT's bundle at every level. Read only: copy it to change it."""
-    return build(write_deit(tmp_path_factory.mktemp("weights") / "tiny-deit"), tmp_path_factory.mktemp("bundles") / "d")
-
-
-@pytest.fixture(scope="session")
-def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def clip_folder() -> Path:
     """A tiny random CLIP as a transformers folder."""
-    return write_clip(tmp_path_factory.mktemp("weights") / "tiny-clip")
+    return shared_weights("clip")
 
 
 @pytest.fixture(scope="session")
-def clip(clip_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Built:
-    """The CLIP's bundle at every level. Read only: copy it to change it."""
-    return build(clip_folder, tmp_path_factory.mktemp("bundles") / "clip")
-
-
-@pytest.fixture(scope="session")
-def bert_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bert_folder() -> Path:
     """A tiny random BERT, with its tokenizer, as a transformers folder."""
-    return write_bert(tmp_path_factory.mktemp("weights") / "tiny-bert")
+    return shared_weights("bert")
 
 
 @pytest.fixture(scope="session")
-def bert(bert_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Built:
-    """The BERT's bundle at every level. Read only: copy it to change it."""
-    return build(bert_folder, tmp_path_factory.mktemp("bundles") / "bert")
+def vit() -> Built:
+    return shared_bundle("vit")
+
+
+@pytest.fixture(scope="session")
+def dinov2() -> Built:
+    return shared_bundle("dinov2")
+
+
+@pytest.fixture(scope="session")
+def deit() -> Built:
+    return shared_bundle("deit")
+
+
+@pytest.fixture(scope="session")
+def clip() -> Built:
+    return shared_bundle("clip")
+
+
+@pytest.fixture(scope="session")
+def bert() -> Built:
+    return shared_bundle("bert")
 
 
 @pytest.fixture(scope="session", params=["vit", "dinov2", "deit", "clip", "bert"])
 def built(request: pytest.FixtureRequest) -> Built:
-    """Each family's bundle in turn."""
-    made: Built = request.getfixturevalue(request.param)
-    return made
+    """The bundle of each family in turn."""
+    return shared_bundle(request.param)
 
 
 @pytest.fixture(scope="session")

@@ -8,12 +8,14 @@ from typing import Any
 import typer
 from pydantic import ValidationError
 
+from fedfmsl.algorithms.privacy import Privacy
 from fedfmsl.common.cli import BROKER, IDENTITY, INSECURE, application, console
+from fedfmsl.common.log import set_up_log
 from fedfmsl.errors import ConfigError
 from fedfmsl.protocol.bundle import Bundle
-from fedfmsl.protocol.messages import Encoding, Privacy, Sal, Training, Trigger
+from fedfmsl.protocol.messages import Encoding, Training
 from fedfmsl.protocol.topics import check_name
-from trainer_server.config import Aggregation, Head, Optimizer, Rule, RunConfig, Selection
+from trainer_server.config import Aggregation, Head, Optimizer, Rule, RunConfig, Selection, Trigger, sal_of
 from trainer_server.inspect import OUT, export, replay, rounds, status
 from trainer_server.service.bundle_http import BundleServer
 from trainer_server.service.lifecycle import open_bundle, open_run, run_server
@@ -129,7 +131,6 @@ def start(
             f"--head zero-shot: the bundle of {opened.manifest.model} has no such head; build one of clip-vit-b16 with "
             "its weights, or choose class-means"
         )
-    rule_of_sal = Sal(trigger=sal, window=3, min_gain=sal_min_gain, step=1, max_level=level)
     settings: dict[str, Any] = {
         "run": check_name("run", run),
         "devices": devices,
@@ -149,8 +150,8 @@ def start(
         "head": head,
         "stage1": Training(epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, seed=seed),
         "stage2": Training(epochs=1, batch_size=batch_size, learning_rate=local_learning_rate, seed=seed),
-        "stage1_sal": rule_of_sal,
-        "stage2_sal": rule_of_sal.model_copy(update={"window": 2, "min_gain": sal_min_gain / 2}),
+        "stage1_sal": sal_of(sal, window=3, min_gain=sal_min_gain, max_level=level),
+        "stage2_sal": sal_of(sal, window=2, min_gain=sal_min_gain / 2, max_level=level),
         "aggregation": Aggregation(
             rule=rule, trim=trim, clip=clip, optimizer=optimizer, learning_rate=server_learning_rate
         ),
@@ -186,6 +187,7 @@ def resume(
 def _coordinate(
     store: RunStore, bundle: Bundle, broker: str, serve: str | None, identity: Path | None, insecure: bool
 ) -> None:
+    set_up_log()
     run = store.origin.config.run
     if store.ended is not None:
         console.print(f"run {run!r} at {store.folder} has ended ({store.ended}); for a new one choose another --out")

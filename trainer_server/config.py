@@ -6,7 +6,11 @@ from enum import Enum
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from fedfmsl.protocol.messages import Encoding, Privacy, Sal, Training, Trigger
+from fedfmsl.algorithms.aggregation import AggregationRule, CoordinateMedian, TrimmedMean, WeightedMean
+from fedfmsl.algorithms.privacy import Privacy
+from fedfmsl.algorithms.sal import AllAtOnce, CapabilityQueue, FixedSchedule, Sal
+from fedfmsl.algorithms.server_optimizers import FedAdam, FedAvg, FedAvgM, ServerOptimizer
+from fedfmsl.protocol.messages import Encoding, Training
 
 
 class Head(str, Enum):
@@ -27,7 +31,7 @@ class Selection(str, Enum):
 
 
 class Rule(str, Enum):
-    """How updates become one. The mean is weighted by samples; the others give every update one voice."""
+    """Aggregation rules. The mean is weighted by samples; the others give every update the same weight."""
 
     MEAN = "mean"
     TRIMMED_MEAN = "trimmed-mean"
@@ -35,7 +39,7 @@ class Rule(str, Enum):
 
 
 class Optimizer(str, Enum):
-    """What the server does with the aggregated update (Reddi et al., ICLR 2021)."""
+    """Server optimizers (Reddi et al., ICLR 2021)."""
 
     FEDAVG = "fedavg"
     FEDAVGM = "fedavgm"
@@ -57,6 +61,34 @@ class Aggregation(BaseModel):
     momentum: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.99, ge=0, lt=1)
     tau: float = Field(default=1e-3, gt=0)
+
+    @property
+    def aggregation_rule(self) -> AggregationRule:
+        if self.rule is Rule.TRIMMED_MEAN:
+            return TrimmedMean(trim=self.trim, clip=self.clip)
+        return CoordinateMedian(clip=self.clip) if self.rule is Rule.MEDIAN else WeightedMean(clip=self.clip)
+
+    @property
+    def server_optimizer(self) -> ServerOptimizer:
+        if self.optimizer is Optimizer.FEDAVGM:
+            return FedAvgM(learning_rate=self.learning_rate, momentum=self.momentum)
+        if self.optimizer is Optimizer.FEDADAM:
+            return FedAdam(learning_rate=self.learning_rate, beta1=self.momentum, beta2=self.beta2, tau=self.tau)
+        return FedAvg(learning_rate=self.learning_rate)
+
+
+class Trigger(str, Enum):
+    """When SAL activates LoRA in more blocks."""
+
+    CAPABILITY_QUEUE = "capability-queue"
+    FIXED_SCHEDULE = "fixed-schedule"
+    ALL_AT_ONCE = "all-at-once"
+
+
+def sal_of(trigger: Trigger, *, window: int, min_gain: float, max_level: int) -> Sal:
+    if trigger is Trigger.CAPABILITY_QUEUE:
+        return Sal(CapabilityQueue(window, min_gain), max_level)
+    return Sal(FixedSchedule(window) if trigger is Trigger.FIXED_SCHEDULE else AllAtOnce(), max_level)
 
 
 class RunConfig(BaseModel):
@@ -114,7 +146,7 @@ class RunConfig(BaseModel):
             raise ValueError("privacy is accounted for the plain mean of updates in time: choose no other rule")
         if self.encoding is not Encoding.FP32:
             raise ValueError("privacy is accounted for updates that are not rounded: choose no encoding")
-        if Trigger.CAPABILITY_QUEUE in (self.stage1_sal.trigger, self.stage2_sal.trigger):
+        if any(isinstance(sal.trigger, CapabilityQueue) for sal in (self.stage1_sal, self.stage2_sal)):
             raise ValueError(
                 "under privacy devices do not report accuracies, which SAL's capability queue needs: choose --sal "
                 "fixed-schedule or all-at-once"

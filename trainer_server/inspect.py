@@ -14,7 +14,7 @@ from fedfmsl.common.cli import console
 from fedfmsl.errors import ConfigError, RunError
 from fedfmsl.protocol.messages import Stage
 from trainer_server.coordinator.state import TRAINING
-from trainer_server.service.lifecycle import open_bundle, plan_of, replay_rounds
+from trainer_server.service.lifecycle import make_plan, open_bundle, replay_rounds
 from trainer_server.storage.peft_adapter import write_adapter
 from trainer_server.storage.run_store import RunStore
 
@@ -108,7 +108,7 @@ def replay(out: Path = OUT) -> None:
     bundle = open_bundle(store)
     recorded = {closed.round.round: closed.round for closed in store.rounds()}
     done = 0
-    for announced in replay_rounds(store, plan_of(store, bundle)):
+    for announced in replay_rounds(store, make_plan(store, bundle)):
         done += 1
         if announced.round in recorded and announced != recorded[announced.round]:
             raise RunError(f"round {announced.round} comes out otherwise than it was recorded; has {out} been altered?")

@@ -24,7 +24,7 @@ from devices.trial.report import write_report
 from devices.trial.split import write_fleet
 from edge_runtime.data.inputs import Kind
 from fedfmsl.common.cli import IDENTITY, INSECURE, application, byte_size, console
-from fedfmsl.common.ort_training import require_ort_training
+from fedfmsl.common.onnx_runtime import require_ort_training
 from fedfmsl.errors import ConfigError, InputError, RunError
 from fedfmsl.protocol.bundle import Bundle, Precision
 from fedfmsl.protocol.messages import EngineChoice

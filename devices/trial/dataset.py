@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from edge_runtime.data.inputs import IMAGES, TEXTS, Kind
+from fedfmsl.common.class_folders import ClassFile, Listing, SkippedFile, walk_classes
 from fedfmsl.common.cli import console
 from fedfmsl.errors import InputError
 
@@ -12,7 +13,7 @@ Files = dict[str, list[Path]]  # class → its files
 
 
 def kind_of(folder: Path) -> Kind:
-    """What most files below `folder` are. Raises InputError if it is missing or holds neither images nor texts."""
+    """The kind of most files below `folder`. Raises InputError if it does not exist or has neither images nor texts."""
     if not folder.is_dir():
         raise InputError(f"folder {folder} does not exist")
     counts = [(len(kind.files(folder)), kind) for kind in (IMAGES, TEXTS)]
@@ -23,18 +24,22 @@ def kind_of(folder: Path) -> Kind:
 
 
 def find_files(folder: Path, kind: Kind, classes: list[str] | None, test_share: float = 0.2) -> tuple[Files, Files]:
-    """Training and test files by class, from DIR/{train,test}/<class>/… or DIR/<class>/…, where the last of each class
-    in the order of their names are to test on (neighbours in name are often near-duplicates, which must not leak).
-    Unreadable ones are named and left out.
+    """Training and test files by class. Skipped files are printed.
 
-    Raises InputError if a class of `classes` has none, or nothing lies in a class's folder.
+    Without folders train/ and test/, the last files of each class in the order of their names are the test files:
+    neighbours in name are often near-duplicates, which must not be in both splits. Raises InputError if a class of
+    `classes` has no files, or no class has any.
     """
-    presplit = (folder / "train").is_dir() and (folder / "test").is_dir()
-    train = _by_class(folder / "train" if presplit else folder, kind, classes)
+    listing = walk_classes(folder, kind.suffixes, kind.noun)
+    files = _readable(listing, kind, classes)
+    train = _by_class([file for file in files if not file.is_test], classes)
+    empty = [name for name in classes or () if name not in train]
+    if empty:
+        raise InputError(f"class {empty[0]!r} has no {kind.noun}s in {folder}")
     if not train:
         raise InputError(f"folder {folder} holds no {kind.noun}s to train on; put them into one subfolder per class")
-    if presplit:
-        test = _by_class(folder / "test", kind, None)
+    if listing.has_test:
+        test = _by_class([file for file in files if file.is_test], None)
         return train, {name: test[name] for name in train if name in test}
     test = {}
     for name, paths in train.items():
@@ -43,17 +48,23 @@ def find_files(folder: Path, kind: Kind, classes: list[str] | None, test_share: 
     return train, test
 
 
-def _by_class(folder: Path, kind: Kind, classes: list[str] | None) -> Files:
-    names = classes or sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
-    found = {name: [path for path in kind.files(folder / name) if _check(path, kind)] for name in names}
-    empty = [name for name, paths in found.items() if not paths]
-    if classes and empty:
-        raise InputError(f"class {empty[0]!r} has no {kind.noun}s in {folder}")
+def _readable(listing: Listing, kind: Kind, classes: list[str] | None) -> list[ClassFile]:
+    skipped, files = list(listing.skipped), []
+    for file in listing.files:
+        if classes and file.label not in classes:
+            continue
+        if kind.is_readable(file.path):
+            files.append(file)
+        else:
+            skipped.append(SkippedFile(file.path, f"not a readable {kind.noun}"))
+    for each in skipped:
+        console.print(f"skipped: {each}", markup=False, highlight=False, soft_wrap=True)
+    return files
+
+
+def _by_class(files: list[ClassFile], classes: list[str] | None) -> Files:
+    """In the order of `classes`, or of the files."""
+    found: Files = {name: [] for name in classes or ()}
+    for file in files:
+        found.setdefault(file.label, []).append(file.path)
     return {name: paths for name, paths in found.items() if paths}
-
-
-def _check(path: Path, kind: Kind) -> bool:
-    readable = kind.is_readable(path)
-    if not readable:
-        console.print(f"skipped, not a readable {kind.noun}: {path}")
-    return readable

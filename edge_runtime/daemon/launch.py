@@ -104,7 +104,7 @@ def _worker(
         **fields(device=name, engine=engine, level_cap=plan.level_cap),
     )
     pace = Pace(settings.limits, sensors.read, LevelCap.planned(plan, settings.step_seconds), starting)
-    trainer = PacedEngine(open_engine(engine, bundle, threads, plan.fits), pace)
+    trainer = PacedEngine(open_engine(engine, bundle, threads, plan.memory_plans), pace)
     disk = DiskCache(store.cache, settings.cache, settings.keep_free)
     cache = FeatureCache(disk, bundle, threads, pace, plan.feature_batch, trainer.release)
     device = Device(

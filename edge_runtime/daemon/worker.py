@@ -15,7 +15,7 @@ import numpy as np
 
 from edge_runtime.daemon.state import required_globals
 from edge_runtime.data.folder import SampleFolder
-from edge_runtime.data.samples import SampleChangedError, SkippedFile
+from edge_runtime.data.samples import SampleChangedError
 from edge_runtime.engines.memory import peak_rss_mb
 from edge_runtime.resources.throttle import Pace
 from edge_runtime.training.context import Device
@@ -26,6 +26,7 @@ from edge_runtime.training.stages import Globals, statistics, train_global
 from edge_runtime.training.stages import Work as StageWork
 from edge_runtime.training.updates import header_of, prepare
 from fedfmsl.algorithms.arrays import Vector
+from fedfmsl.common.class_folders import SkippedFile
 from fedfmsl.common.files import write_atomically
 from fedfmsl.common.log import fields, log
 from fedfmsl.errors import RunError

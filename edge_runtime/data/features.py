@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from edge_runtime.data.cache import DiskCache, Worth
 from edge_runtime.data.inputs import reader_of
 from edge_runtime.data.samples import Sample, SampleChangedError
-from edge_runtime.engines.base import open_session, run
 from edge_runtime.engines.memory import release_free_memory
+from edge_runtime.engines.sessions import open_session, run
 from fedfmsl.algorithms.arrays import Floats, Vector
 from fedfmsl.errors import InputError
 from fedfmsl.protocol.bundle import Bundle, file_sha256

@@ -9,10 +9,11 @@ from pathlib import Path
 
 from edge_runtime.data.features import Report
 from edge_runtime.data.inputs import Kind, reader_of
+from edge_runtime.data.labels import walk_labelled
 from edge_runtime.data.ledger import Content, Ledger, opened
-from edge_runtime.data.listing import File, Listing, Version, list_files
-from edge_runtime.data.samples import Sample, SkippedFile, Split, Splits, assign_splits
+from edge_runtime.data.samples import Sample, Split, Splits, assign_splits
 from edge_runtime.store import DeviceStore
+from fedfmsl.common.class_folders import ClassFile, FileVersion, Listing, SkippedFile, walk_classes
 from fedfmsl.errors import InputError
 from fedfmsl.protocol.bundle import Bundle, file_sha256
 
@@ -77,10 +78,12 @@ class SampleFolder:
             ledger.forget([path.relative_to(self._folder).as_posix()])
 
     def _list(self) -> Listing:
-        return list_files(self._folder, self._classes, self._kind, self._labels)
+        if self._labels:
+            return walk_labelled(self._folder, self._kind, self._labels, self._classes)
+        return walk_classes(self._folder, self._kind.suffixes, self._kind.noun, self._classes)
 
-    def _outcomes(self, ledger: Ledger, files: Sequence[File]) -> Iterator[Outcome]:
-        fresh: list[tuple[str, Version, Content]] = []
+    def _outcomes(self, ledger: Ledger, files: Sequence[ClassFile]) -> Iterator[Outcome]:
+        fresh: list[tuple[str, FileVersion, Content]] = []
         for index, file in enumerate(files, start=1):
             content: Content | SkippedFile | None = ledger.content(file.name, file.version)
             if content is None and not _is_young(file.version):
@@ -91,7 +94,7 @@ class SampleFolder:
                     ledger.keep_contents(fresh)
                     fresh.clear()
                 self._report("looking", index, len(files))
-            yield _outcome(file, content, self._kind, self._largest)
+            yield _outcome(file, content, self._classes, self._kind, self._largest)
         ledger.keep_contents(fresh)
 
 
@@ -104,40 +107,44 @@ def largest(samples: Sequence[Sample], kind: Kind) -> tuple[int, Path]:
 
 def scan(folder: Path, classes: Sequence[str], kind: Kind) -> Splits:
     """What a first look gives, without memory of it. Raises InputError if there is nothing to train on."""
-    listing = list_files(folder, classes, kind, labels=None)
+    listing = walk_classes(folder, kind.suffixes, kind.noun, classes)
     read = (_read(file, kind, lambda _: 0, UNLIMITED) for file in listing.files)
-    outcomes = [_outcome(file, content, kind, UNLIMITED) for file, content in zip(listing.files, read, strict=True)]
+    outcomes = [
+        _outcome(file, content, classes, kind, UNLIMITED) for file, content in zip(listing.files, read, strict=True)
+    ]
     slices = _dealt(listing, outcomes, classes, kept={})
     _check(slices, folder, kind)
     return slices
 
 
-def _is_young(version: Version) -> bool:
+def _is_young(version: FileVersion) -> bool:
     """Unlike with a date in the far future, which cameras give whose clock is wrong."""
     return abs(time.time() - version.mtime_ns / 1e9) < SETTLE_SECONDS
 
 
-def _read(file: File, kind: Kind, extent: Callable[[Path], int], largest: int) -> Content | SkippedFile | None:
+def _read(file: ClassFile, kind: Kind, extent: Callable[[Path], int], largest: int) -> Content | SkippedFile | None:
     """None: it has gone, or was written to in the meantime. One that is too large is not decoded."""
     try:
         size = extent(file.path)
         sha256 = file_sha256(file.path) if size <= largest else ""
         content = Content(sha256 if sha256 and kind.is_readable(file.path) else "", size)
-        return content if Version.of(file.path.stat()) == file.version else None
+        return content if FileVersion.of(file.path.stat()) == file.version else None
     except FileNotFoundError:
         return None
     except OSError as error:
         return SkippedFile(file.path, f"cannot be read ({error.strerror})")
 
 
-def _outcome(file: File, content: Content | SkippedFile | None, kind: Kind, largest: int) -> Outcome:
+def _outcome(
+    file: ClassFile, content: Content | SkippedFile | None, classes: Sequence[str], kind: Kind, largest: int
+) -> Outcome:
     if content is None or isinstance(content, SkippedFile):
         return content
     if content.extent > largest:
         return SkippedFile(file.path, TOO_LARGE)
     if not content.sha256:
         return SkippedFile(file.path, f"not a readable {kind.noun}")
-    return Sample(file.path, content.sha256, file.label, content.extent)
+    return Sample(file.path, content.sha256, classes.index(file.label), content.extent)
 
 
 def _dealt(listing: Listing, outcomes: Sequence[Outcome], classes: Sequence[str], kept: Mapping[str, Split]) -> Splits:
@@ -148,7 +155,7 @@ def _dealt(listing: Listing, outcomes: Sequence[Outcome], classes: Sequence[str]
         if isinstance(outcome, SkippedFile):
             skipped.append(outcome)
         elif outcome is not None:
-            found.setdefault(outcome.sha256, []).append((outcome, file.apart))
+            found.setdefault(outcome.sha256, []).append((outcome, file.is_test))
     samples, apart = [], []
     for same in found.values():
         others = [next((other for other, _ in same if other.label != sample.label), None) for sample, _ in same]
@@ -160,7 +167,7 @@ def _dealt(listing: Listing, outcomes: Sequence[Outcome], classes: Sequence[str]
             samples += [sample for sample, is_apart in same if not is_apart][:1]
             apart += [sample for sample, is_apart in same if is_apart][:1]
     apart.sort(key=lambda sample: (classes[sample.label], sample.sha256))
-    slices = assign_splits(samples, apart if listing.split else None, kept)
+    slices = assign_splits(samples, apart if listing.has_test else None, kept)
     return replace(slices, skipped=(*skipped, *slices.skipped))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import posixpath
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_runtime.data import images, texts
+from fedfmsl.common.class_folders import files_below, has_suffix
 from fedfmsl.protocol.bundle import Bundle, Preprocessing, TextPreprocessing
 
 
@@ -27,12 +27,12 @@ class Kind:
     ordinary: int
 
     def files(self, folder: Path) -> list[Path]:
-        """The files at any depth below `folder` that are named like it, in the order of their names."""
-        return sorted(path for path in folder.rglob("*") if self.has_name(path.name) and path.is_file())
+        """The files of this kind at any depth below `folder`, in the order of their names."""
+        return [folder / name for name, _ in files_below(folder, "", []) if self.has_name(name)]
 
     def has_name(self, name: str) -> bool:
-        """Whether a file is named like it."""
-        return posixpath.splitext(name)[1].lower() in self.suffixes
+        """Whether a file name has one of the suffixes."""
+        return has_suffix(name, self.suffixes)
 
 
 IMAGES = Kind("image", images.SUFFIXES, images.is_readable, ordinary=2**22)

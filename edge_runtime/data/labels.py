@@ -1,36 +1,70 @@
-"""A CSV file that says which class each sample is of, for folders that are not sorted by class."""
+"""A CSV file of labels, for folders that are not sorted by class."""
 
 from __future__ import annotations
 
 import csv
 import posixpath
+from collections.abc import Sequence
 from pathlib import Path
 
-from edge_runtime.data.samples import SkippedFile
+from edge_runtime.data.inputs import Kind
+from fedfmsl.common.class_folders import ClassFile, Listing, SkippedFile, files_below, unknown_class, wrong_suffix
 from fedfmsl.errors import InputError
 
-Labels = dict[str, dict[str, int]]  # file → class → the line that says so
+Labels = dict[str, dict[str, int]]  # file → class → line number
+
+
+def walk_labelled(folder: Path, kind: Kind, source: Path, classes: Sequence[str]) -> Listing:
+    """The files at any depth below `folder` that the CSV file `source` labels, sorted by class.
+
+    Raises InputError if `folder` does not exist, or as `read_labels` does.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{kind.noun} folder {folder} does not exist")
+    labels, skipped = read_labels(source)
+    files: list[ClassFile] = []
+    unlabelled = 0
+    for name, version in files_below(folder, "", skipped):
+        lines = labels.pop(name, None)
+        if lines is None:
+            unlabelled += kind.has_name(name)
+        elif not kind.has_name(name):
+            skipped.append(SkippedFile(folder / name, wrong_suffix(kind.suffixes)))
+        elif len(lines) > 1:
+            each = " and ".join(f"{label!r} (line {line})" for label, line in lines.items())
+            skipped.append(SkippedFile(folder / name, f"{source.name} labels it {each}"))
+        else:
+            ((label, line),) = lines.items()
+            if label in classes:
+                files.append(ClassFile(folder / name, name, label, version))
+            else:
+                skipped.append(SkippedFile(source, f"line {line}: {unknown_class(label, classes)}; correct the line"))
+    for name, lines in labels.items():
+        skipped.append(SkippedFile(source, f"line {min(lines.values())} names {name}, which is not below {folder}"))
+    if unlabelled:
+        skipped.append(SkippedFile(folder, f"{unlabelled} {kind.noun}s have no label in {source.name}"))
+    return Listing(sorted(files, key=lambda file: file.label), skipped)
 
 
 def read_labels(path: Path) -> tuple[Labels, list[SkippedFile]]:
-    """What a CSV file with the columns `file` (its path below the samples' folder) and `class` says, and the lines that
-    say nothing.
+    """The labels of a CSV file with the columns `file` (a path below the samples' folder) and `class`, and its
+    incomplete lines.
 
-    Raises InputError if it is missing, or not such a file.
+    Raises InputError if the file does not exist, is not CSV in UTF-8, or lacks a column.
     """
     labels: Labels = {}
     skipped = []
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:  # as some editors of some systems save it
+        with path.open(encoding="utf-8-sig", newline="") as file:  # Excel writes a byte order mark
             reader = csv.DictReader(file, strict=True)
             if not {"file", "class"} <= {*(reader.fieldnames or ())}:
-                raise InputError(f"labels {path} lack the columns file and class; its first line must name them")
+                raise InputError(f"labels {path} lack the columns file and class; name them in the first line")
             for row in reader:
                 name, label = ((row[column] or "").strip() for column in ("file", "class"))
                 if name and label:
                     labels.setdefault(posixpath.normpath(name), {}).setdefault(label, reader.line_num)
                 else:
-                    skipped.append(SkippedFile(path, f"line {reader.line_num} lacks its file or its class"))
+                    skipped.append(SkippedFile(path, f"line {reader.line_num} lacks the file or the class"))
     except FileNotFoundError as error:
         raise InputError(f"labels {path} do not exist") from error
     except (OSError, UnicodeDecodeError, csv.Error) as error:

@@ -12,8 +12,8 @@ from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from edge_runtime.data.listing import Version
 from edge_runtime.data.samples import Sample, Split, Splits
+from fedfmsl.common.class_folders import FileVersion
 from fedfmsl.errors import ConfigError
 
 SCHEMA = """
@@ -50,7 +50,7 @@ class Ledger:
                 self._db.execute("DELETE FROM reading")
                 self._db.execute("INSERT INTO reading VALUES (?)", (preprocessing,))
 
-    def content(self, path: str, version: Version) -> Content | None:
+    def content(self, path: str, version: FileVersion) -> Content | None:
         """What was read of this version of a file."""
         row = self._db.execute(
             "SELECT sha256, extent FROM files WHERE path = ? AND size = ? AND mtime_ns = ?",
@@ -58,7 +58,7 @@ class Ledger:
         ).fetchone()
         return Content(*row) if row else None
 
-    def keep_contents(self, contents: Iterable[tuple[str, Version, Content]]) -> None:
+    def keep_contents(self, contents: Iterable[tuple[str, FileVersion, Content]]) -> None:
         rows = [(os.fsencode(path), v.size, v.mtime_ns, c.sha256, c.extent) for path, v, c in contents]
         with _lenient(), self._db:
             self._db.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?)", rows)

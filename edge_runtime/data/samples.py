@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from fedfmsl.common.class_folders import SkippedFile
 from fedfmsl.errors import InputError
 
 HELD_OUT_SHARE = 0.2
@@ -32,17 +33,6 @@ class Sample:
     sha256: str
     label: int
     extent: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class SkippedFile:
-    """A file or folder that is not used, and why."""
-
-    path: Path
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.path}: {self.reason}"
 
 
 class SampleChangedError(InputError):

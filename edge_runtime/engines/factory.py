@@ -1,28 +1,31 @@
-"""Which engine a device trains with."""
+"""Opens the engine that a device trains with."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from edge_runtime.engines.base import Engine, Fit, StepGraphEngine
-from edge_runtime.engines.ort_training import OrtTrainingEngine, carries_artifacts
-from fedfmsl.common.ort_training import has_ort_training, require_ort_training
+from edge_runtime.engines.base import Engine, MemoryPlan
+from edge_runtime.engines.ort_training import OrtTrainingEngine, has_artifacts
+from edge_runtime.engines.step_graph import StepGraphEngine
+from fedfmsl.common.onnx_runtime import has_ort_training, require_ort_training
 from fedfmsl.errors import ConfigError
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.messages import EngineChoice
 
 
-def open_engine(choice: EngineChoice, bundle: Bundle, threads: int, fits: Mapping[int, Fit] | None = None) -> Engine:
-    """`auto` is onnxruntime-training where both it and the bundle's artifacts for it are there.
+def open_engine(
+    choice: EngineChoice, bundle: Bundle, threads: int = 0, memory_plans: Mapping[int, MemoryPlan] | None = None
+) -> Engine:
+    """`auto` selects onnxruntime-training if it is installed and the bundle has its artifacts, else step graphs.
 
-    Raises ConfigError if it is asked for and one of them is missing.
+    Raises ConfigError if `choice` is ort-training and the package or the artifacts are missing.
     """
-    if choice == "step-graph" or (choice == "auto" and not (has_ort_training() and carries_artifacts(bundle))):
-        return StepGraphEngine(bundle, threads, fits)
+    if choice == "step-graph" or (choice == "auto" and not (has_ort_training() and has_artifacts(bundle))):
+        return StepGraphEngine(bundle, threads, memory_plans)
     require_ort_training("--engine ort-training")
-    if not carries_artifacts(bundle):
+    if not has_artifacts(bundle):
         raise ConfigError(
-            f"--engine ort-training: bundle {bundle.root} holds nothing for it; "
+            f"--engine ort-training: bundle {bundle.root} has no onnxruntime-training artifacts; "
             "build it with python -m export.build … --ort-training"
         )
-    return OrtTrainingEngine(bundle, threads, fits)
+    return OrtTrainingEngine(bundle, threads, memory_plans)

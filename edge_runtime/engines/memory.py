@@ -1,4 +1,4 @@
-"""How much memory this process takes, and how to make it less."""
+"""Resident memory of this process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _STATM = Path("/proc/self/statm")
 
 
 def peak_rss() -> int:
-    """Peak resident memory in bytes. A new process inherits its parent's `ru_maxrss` on Linux, so /proc goes first."""
+    """Peak resident memory in bytes. Prefers /proc, because a Linux process inherits `ru_maxrss` from its parent."""
     try:
         found = _HIGH_WATER.search(Path("/proc/self/status").read_text())
     except OSError:
@@ -22,7 +22,7 @@ def peak_rss() -> int:
 
 
 def rss() -> int:
-    """Resident memory in bytes; 0 where the system does not say."""
+    """Resident memory in bytes; 0 if /proc cannot be read."""
     try:
         return int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
@@ -30,11 +30,12 @@ def rss() -> int:
 
 
 def peak_rss_mb() -> float:
+    """Peak resident memory in MiB."""
     return peak_rss() / 2**20
 
 
 def release_free_memory() -> None:
-    """Gives memory that is free inside this process back to the system: glibc keeps it after a session is closed."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # only glibc has it
+    """Returns free heap memory to the system. glibc keeps it after a session is closed."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
     if trim is not None:
         trim(0)

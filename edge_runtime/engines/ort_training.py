@@ -1,4 +1,4 @@
-"""`OrtTrainingEngine` trains with onnxruntime-training 1.19.2, on artifacts that it made itself of our graphs."""
+"""`OrtTrainingEngine` trains with onnxruntime-training 1.19.2, on the artifacts that `export.ort_training` writes."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_runtime.engines.base import Batch, Fit, InferenceSession, fit_of, open_session, run, session_options
+from edge_runtime.engines.base import Batch, MemoryPlan, expert_decay
 from edge_runtime.engines.memory import release_free_memory
-from edge_runtime.engines.optimizer import expert_decay
 from edge_runtime.engines.runtime import onnxruntime, training_api
+from edge_runtime.engines.sessions import InferenceSession, open_session, run, session_options
+from edge_runtime.engines.step_graph import memory_plan_of
 from fedfmsl.algorithms.arrays import Floats, Vector
 from fedfmsl.errors import BundleError
 from fedfmsl.protocol.bundle import Bundle
@@ -20,35 +21,36 @@ from fedfmsl.protocol.messages import EngineName, Training
 OPTIMIZER = "ort-training-optimizer.onnx"
 
 
-def carries_artifacts(bundle: Bundle) -> bool:
+def has_artifacts(bundle: Bundle) -> bool:
     return OPTIMIZER in bundle.manifest.files
 
 
 class TrainingSession:
-    """Module, Optimizer and CheckpointState of a level, whose nominal checkpoint `theta` (P,) fills.
+    """Module, Optimizer and CheckpointState of a level, with the trainables `theta` (P,).
 
-    `state.parameters` holds each trainable's `data` and `grad` by its name in the layout.
+    The bundle's checkpoint holds names and shapes without values. `state.parameters` maps each name of the layout to
+    its `data` and `grad`.
     """
 
     def __init__(self, bundle: Bundle, level: int, theta: Vector, learning_rate: float, threads: int) -> None:
         """Raises BundleError if onnxruntime-training cannot read the level's artifacts."""
         api, root = training_api(), bundle.root
-        options = session_options(threads, prepack=False)  # a Module takes no other
+        options = session_options(threads, prepack=False)  # Module fails with packed weights
         try:
             self.state = api.CheckpointState.load_checkpoint(root / f"ort-training-{level}.checkpoint")
             self._module = api.Module(root / f"ort-training-{level}.onnx", self.state, session_options=options)
-            self.put(theta)  # first of all: an optimizer of parameters without values crashes
+            self.put(theta)  # before the optimizer, which crashes on parameters without values
             self._optimizer = api.Optimizer(root / OPTIMIZER, self._module)
-        except Exception as error:  # ONNX Runtime's own exceptions have no common base
-            what = str(error).splitlines()[0]
-            raise BundleError(f"{root}: level {level} is nothing onnxruntime-training can train: {what}") from error
+        except Exception as error:  # ONNX Runtime's exceptions have no common base class
+            reason = str(error).splitlines()[0]
+            raise BundleError(f"onnxruntime-training cannot load level {level} of bundle {root}: {reason}") from error
         self._optimizer.set_learning_rate(learning_rate)
         self._order: list[str] = self._module.input_names()
 
     def put(self, theta: Vector) -> None:
         """Sets all parameters (P,)."""
         values = np.ascontiguousarray(theta)
-        wrapped = onnxruntime.OrtValue.ortvalue_from_numpy(values)  # it shares memory, so both must outlive the call
+        wrapped = onnxruntime.OrtValue.ortvalue_from_numpy(values)  # shares the memory of `values`
         self._module.copy_buffer_to_parameters(wrapped._ortvalue, trainable_only=False)
 
     def get(self) -> Vector:
@@ -56,53 +58,53 @@ class TrainingSession:
         return theta
 
     def add_gradient(self, inputs: dict[str, NDArray[Any]]) -> float:
-        """Adds the gradient of a micro-batch's loss, which is returned, to what there is since `drop_gradient`."""
+        """Adds the gradient of a micro-batch to the sum since `drop_gradient`. Returns the loss."""
         return float(self._module(*(inputs[name] for name in self._order)))
 
     def drop_gradient(self) -> None:
         self._module.lazy_reset_grad()
 
     def update(self) -> None:
-        """A step of the optimizer along the gradient."""
+        """Takes one optimizer step along the summed gradient."""
         self._optimizer.step()
 
 
 class OrtTrainingEngine:
-    """Module and Optimizer of onnxruntime-training, in micro-batches whose gradients they add up.
+    """Trains with Module and Optimizer of onnxruntime-training, which sum the gradients of micro-batches.
 
-    Its AdamW decays all parameters or none. Decay that does not go through the gradient is only a factor on the
-    parameters before the step, so that is done here.
+    The optimizer of onnxruntime-training applies one weight decay to all parameters. Only LoRA has weight decay here.
+    AdamW's decay multiplies the parameters before the step, so this class does that itself.
     """
 
     name: EngineName = "ort-training"
 
-    def __init__(self, bundle: Bundle, threads: int, fits: Mapping[int, Fit] | None = None) -> None:
-        """`fits` by level; by default as for the step graphs."""
+    def __init__(self, bundle: Bundle, threads: int = 0, memory_plans: Mapping[int, MemoryPlan] | None = None) -> None:
+        """`threads` = 0 uses all cores. `memory_plans` by level; see `memory_plan_of` for the default."""
         self._bundle = bundle
         self._threads = threads
-        self._fits = fits or {}
-        self._fit = Fit(1)
+        self._fits = memory_plans or {}
+        self._fit = MemoryPlan(1)
         self._level = 0
         self._theta: Vector = np.empty(0, np.float32)
         self._training: Training | None = None
-        self._kept: Vector = np.empty(0, np.float32)  # of each parameter, by the decay of a step
+        self._decay_factors: Vector = np.empty(0, np.float32)  # (P,), of one step
         self._session: TrainingSession | None = None
-        self._predict: InferenceSession | None = None
+        self._predict_session: InferenceSession | None = None
 
     def load(self, level: int) -> None:
         self.set(np.empty(0, np.float32))
         if level != self._level:
             self.release()
             self._level = level
-            self._fit = fit_of(self._fits, self._bundle, level)
+            self._fit = memory_plan_of(self._fits, self._bundle, level)
 
     def set(self, theta: Vector, training: Training | None = None) -> None:
         self._theta = theta
         self._training = training
         if training is not None:
             decay = expert_decay(self._bundle.expert, theta.size, training.weight_decay)
-            self._kept = 1 - np.float32(training.learning_rate) * decay
-        self._session = None  # the optimizer's state cannot be had without its session
+            self._decay_factors = 1 - np.float32(training.learning_rate) * decay
+        self._session = None  # drops the optimizer state, which belongs to the session
 
     def get(self) -> Vector:
         return self._theta
@@ -117,20 +119,20 @@ class OrtTrainingEngine:
             self._session = TrainingSession(self._bundle, self._level, self._theta, rate, self._threads)
         self._session.drop_gradient()
         loss = sum(self._session.add_gradient(inputs) for inputs in batch.micro_batches(self._fit.micro_batch))
-        self._session.put(self._theta * self._kept)
+        self._session.put(self._theta * self._decay_factors)
         self._session.update()
         self._theta = self._session.get()
         return loss
 
     def predict(self, hidden: Floats) -> Floats:
-        if self._predict is None:
+        if self._predict_session is None:
             lean = self._fit.lean
-            self._predict = open_session(self._bundle, f"predict-{self._level}.onnx", self._threads, not lean)
-        (logits,) = run(self._predict, ["logits"], {"hidden": hidden, "theta": self._theta})
+            self._predict_session = open_session(self._bundle, f"predict-{self._level}.onnx", self._threads, not lean)
+        (logits,) = run(self._predict_session, ["logits"], {"hidden": hidden, "theta": self._theta})
         return logits
 
     def release(self) -> None:
-        """The training session stays: the optimizer's state cannot be had without it."""
-        if self._predict is not None:
-            self._predict = None
+        """Closes the predict session. The training session stays, because it holds the optimizer state."""
+        if self._predict_session is not None:
+            self._predict_session = None
             release_free_memory()

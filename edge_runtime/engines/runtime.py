@@ -1,8 +1,8 @@
-"""ONNX Runtime, the plain one or that of onnxruntime-training, without torch.
+"""Imports ONNX Runtime, the standard distribution or onnxruntime-training, without importing torch.
 
-Importing the latter's `onnxruntime` also imports `onnxruntime.training`, and that imports torch wherever there is one,
-for parts that no engine needs, and fails without (microsoft/onnxruntime#22070): 3 s and 240 MB. So an empty package of
-that name stands there first, and leads to the modules that need no torch.
+The `onnxruntime` of onnxruntime-training also imports `onnxruntime.training`. That imports torch if it is installed
+(3 s and 240 MB), and fails if it is not (microsoft/onnxruntime#22070). No engine needs those parts. So an empty module
+takes the place of `onnxruntime.training` during the import. Its path then leads to the submodules without torch.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ TRAINING = "onnxruntime.training"
 
 
 def _import() -> Any:
-    stand_in = ModuleType(TRAINING)
-    stand_in.__path__ = []  # nothing can be found in it while onnxruntime looks
-    sys.modules.setdefault(TRAINING, stand_in)
+    placeholder = ModuleType(TRAINING)
+    placeholder.__path__ = []  # hides the submodules while onnxruntime is imported
+    sys.modules.setdefault(TRAINING, placeholder)
     package = importlib.import_module("onnxruntime")
     folder = Path(package.__file__ or "").parent / "training"
-    stand_in.__path__ = [str(folder)]
+    placeholder.__path__ = [str(folder)]
     return package
 
 

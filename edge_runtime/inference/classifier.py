@@ -15,7 +15,7 @@ from typing import Protocol
 from pydantic import BaseModel, Json, ValidationError
 
 from edge_runtime.data.inputs import Kind, Reader, reader_for, reader_of
-from edge_runtime.engines.base import InferenceSession, open_session, run, session_for
+from edge_runtime.engines.sessions import InferenceSession, open_model, open_session, run
 from edge_runtime.store import DeviceStore
 from edge_runtime.training.model import ModelHeader, PersonalModel, bundle_of, read_personal_model
 from fedfmsl.algorithms.arrays import Floats
@@ -89,7 +89,7 @@ class FileClassifier:
             raise BundleError(
                 f"model {model} does not exist; a device writes it as personalized.onnx in its state folder"
             )
-        self._session = session_for(model, THREADS)
+        self._session = open_model(model, THREADS)
         try:
             metadata = _Metadata.model_validate(self._session.get_modelmeta().custom_metadata_map)
         except ValidationError as error:

@@ -24,9 +24,10 @@ from edge_runtime.data.cache import DiskCache
 from edge_runtime.data.features import BATCH as FEATURE_BATCH
 from edge_runtime.data.features import FeatureCache
 from edge_runtime.data.samples import Sample
-from edge_runtime.engines.base import Batch, Fit, default_micro_batch
+from edge_runtime.engines.base import Batch, MemoryPlan
 from edge_runtime.engines.factory import open_engine
 from edge_runtime.engines.memory import peak_rss
+from edge_runtime.engines.step_graph import default_micro_batch
 from edge_runtime.store import DeviceStore
 from edge_runtime.training.gate import Gate
 from edge_runtime.training.loop import Targets
@@ -55,15 +56,17 @@ class Plan(BaseModel):
     step of BATCH samples takes there."""
 
     feature_batch: int
-    fits: dict[int, Fit]
+    memory_plans: dict[int, MemoryPlan]
     seconds: dict[int, float]
 
     @property
     def level_cap(self) -> int:
-        return len(self.fits)
+        return len(self.memory_plans)
 
 
-Measure = Callable[[int, int, Fit], Iterator[Measured]]  # feature batch, first level, how that and the next are tried
+Measure = Callable[
+    [int, int, MemoryPlan], Iterator[Measured]
+]  # feature batch, first level, how that and the next are tried
 
 
 class _Question(BaseModel):
@@ -113,11 +116,11 @@ def make_plan(
         if kept.question == question:
             return kept.plan
 
-    def measure(feature_batch: int, first: int, fit: Fit) -> Iterator[Measured]:
+    def measure(feature_batch: int, first: int, fit: MemoryPlan) -> Iterator[Measured]:
         return _measured(bundle, engine, threads, largest[1], feature_batch, first, fit)
 
     plan = plan_within(measure, bundle, budget - RESERVE, step_seconds)
-    if not plan.fits:
+    if not plan.memory_plans:
         raise ConfigError(_refusal(_least(measure), budget, step_seconds))
     write_atomically(path, _Answered(question=question, plan=plan).model_dump_json().encode())
     return plan
@@ -140,18 +143,23 @@ def measure_least(
 def plan_within(measure: Measure, bundle: Bundle, budget: int, step_seconds: float) -> Plan:
     """The most that fits. A process's peak covers all it has done, so all of it fits, or `measure` is left."""
     levels, dims = bundle.manifest.levels, bundle.manifest.dims
-    feature_batch, fit, fits, seconds = FEATURE_BATCH, Fit(BATCH), dict[int, Fit](), dict[int, float]()
-    while len(fits) < levels:
+    feature_batch, fit, memory_plans, seconds = (
+        FEATURE_BATCH,
+        MemoryPlan(BATCH),
+        dict[int, MemoryPlan](),
+        dict[int, float](),
+    )
+    while len(memory_plans) < levels:
         todo = PASSES  # what ends the measurement, if the process dies of it without a word
-        for line in measure(feature_batch, len(fits) + 1, fit):
+        for line in measure(feature_batch, len(memory_plans) + 1, fit):
             if line.peak_rss > budget:
                 break
             if line.level != PASSES:
                 if line.seconds > step_seconds:
-                    return Plan(feature_batch=feature_batch, fits=fits, seconds=seconds)
-                fits[line.level] = Fit(line.micro_batch, fit.lean)
+                    return Plan(feature_batch=feature_batch, memory_plans=memory_plans, seconds=seconds)
+                memory_plans[line.level] = MemoryPlan(line.micro_batch, fit.lean)
                 seconds[line.level] = line.seconds
-            todo = len(fits) + 1
+            todo = len(memory_plans) + 1
         if todo > levels:
             break
         if todo == PASSES:
@@ -162,12 +170,12 @@ def plan_within(measure: Measure, bundle: Bundle, budget: int, step_seconds: flo
             break
         else:
             tried = min(fit.micro_batch, default_micro_batch(dims, todo))
-            fit = Fit(tried // 2) if tried > 1 else Fit(1, lean=True)
-    return Plan(feature_batch=feature_batch, fits=fits, seconds=seconds)
+            fit = MemoryPlan(tried // 2) if tried > 1 else MemoryPlan(1, lean=True)
+    return Plan(feature_batch=feature_batch, memory_plans=memory_plans, seconds=seconds)
 
 
 def probe_levels(
-    bundle: Bundle, choice: EngineChoice, threads: int, sample: Path, feature_batch: int, first: int, fit: Fit
+    bundle: Bundle, choice: EngineChoice, threads: int, sample: Path, feature_batch: int, first: int, fit: MemoryPlan
 ) -> Iterator[Measured]:
     """Does what a daemon does: a pass over `feature_batch` times the sample, then each level's prediction and step."""
     with contextlib.suppress(OSError):  # if memory runs out it is this process that has to go
@@ -181,10 +189,12 @@ def probe_levels(
         gate.weights(bundle.initial()[1], cache.pooled(samples, 1))
         cache.lifted(samples, levels, 1, theta)
         yield _line(PASSES, feature_batch, started)
-    fits = {k: Fit(min(fit.micro_batch, default_micro_batch(dims, k)), fit.lean) for k in range(first, levels + 1)}
-    engine = open_engine(choice, bundle, threads, fits)
+    memory_plans = {
+        k: MemoryPlan(min(fit.micro_batch, default_micro_batch(dims, k)), fit.lean) for k in range(first, levels + 1)
+    }
+    engine = open_engine(choice, bundle, threads, memory_plans)
     hidden = np.random.default_rng(0).standard_normal((BATCH, dims.tokens, dims.hidden), np.float32)
-    for level, each in fits.items():
+    for level, each in memory_plans.items():
         size, trainables = each.micro_batch, theta[: bundle.expert.size(level)]
         targets = Targets.cross_entropy(np.zeros(size, np.int64))
         batch = Batch(hidden[:size], targets.labels, targets.gate, targets.other, np.zeros(dims.classes, np.float32))
@@ -204,7 +214,7 @@ def _line(level: int, size: int, started: float) -> Measured:
 
 
 def _measured(
-    bundle: Bundle, engine: EngineName, threads: int, sample: Path, feature_batch: int, first: int, fit: Fit
+    bundle: Bundle, engine: EngineName, threads: int, sample: Path, feature_batch: int, first: int, fit: MemoryPlan
 ) -> Iterator[Measured]:
     """`probe_levels` in a process of its own, which is ended when nobody wants more lines."""
     options: dict[str, object] = {"bundle": bundle.root, "engine": engine, "threads": threads, "sample": sample}
@@ -225,7 +235,7 @@ def _budget(memory: int | None) -> int:
 
 def _least(measure: Measure) -> list[Measured]:
     """A pass and a step at level 1 with as little as can be; fewer than two if it ended early."""
-    return [line for line, _ in zip(measure(1, 1, Fit(1, lean=True)), (PASSES, 1), strict=False)]
+    return [line for line, _ in zip(measure(1, 1, MemoryPlan(1, lean=True)), (PASSES, 1), strict=False)]
 
 
 def _refusal(lines: Sequence[Measured], budget: int, step_seconds: float) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -17,8 +17,8 @@ from edge_runtime.training.gate import Gate
 from edge_runtime.training.loop import predict_log
 from fedfmsl.algorithms.arrays import Floats, Vector
 from fedfmsl.algorithms.mixture import class_mask, log_class_prior
+from fedfmsl.algorithms.sal import Sal
 from fedfmsl.protocol.bundle import Bundle
-from fedfmsl.protocol.messages import Sal
 
 Samples = tuple[Sample, ...]
 
@@ -64,7 +64,7 @@ class Device:
 
     def within_cap(self, sal: Sal) -> Sal:
         """The rule for levels that are this device's own business: never past what it can bear."""
-        return sal.model_copy(update={"max_level": min(sal.max_level, self.level_cap)})
+        return replace(sal, max_level=min(sal.max_level, self.level_cap))
 
     def completed(self, theta: Vector) -> Vector:
         """An expert of any level as a vector of the bundle's highest: blocks not yet active get their start."""

@@ -17,7 +17,6 @@ from edge_runtime.training.model import personal_model
 from edge_runtime.training.stages import Globals, Outcome, class_mean_expert, seed_of
 from fedfmsl.algorithms.arrays import Vector
 from fedfmsl.algorithms.mixture import accuracy, gate_statistics, nll, of_labels
-from fedfmsl.algorithms.sal import SalState, first_level, observe
 from fedfmsl.common.files import write_atomically
 from fedfmsl.errors import MessageError
 from fedfmsl.protocol.messages import Round
@@ -35,7 +34,7 @@ def train_alone(device: Device, task: Round, _: Globals) -> Outcome:
     slices, engine, layout = device.slices, device.engine, device.bundle.expert
     theta = class_mean_expert(device)
     rule = device.within_cap(task.sal)
-    sal = SalState(level=first_level(rule))
+    sal = rule.start()
     best: tuple[tuple[float, float], Vector] | None = None
     for repetition in range(task.repetitions + 1):
         level, size = sal.level, layout.size(sal.level)
@@ -53,7 +52,7 @@ def train_alone(device: Device, task: Round, _: Globals) -> Outcome:
         if best is None or score > best[0]:
             best = score, theta[:size].copy()
         if repetition:
-            sal = observe(rule, sal, score[0])
+            sal = rule.observe(sal, score[0])
     assert best is not None
     header = _Header(session=task.session, level=device.level_of(best[1]))
     write_atomically(device.store.baseline, pack(header, {"theta": best[1]}))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from edge_runtime.engines.base import open_session, run
-from edge_runtime.engines.optimizer import AdamW
+from edge_runtime.engines.sessions import open_session, run
+from fedfmsl.algorithms.adamw import AdamW
 from fedfmsl.algorithms.arrays import Floats, Vector
 from fedfmsl.protocol.bundle import Bundle
 

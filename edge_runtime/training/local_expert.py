@@ -14,10 +14,10 @@ from edge_runtime.training.loop import Targets, predict_log, train
 from edge_runtime.training.stages import Globals, Outcome, seed_of
 from fedfmsl.algorithms.arrays import Floats, Vector
 from fedfmsl.algorithms.mixture import accuracy, gate_statistics, mix, nll, of_labels
-from fedfmsl.algorithms.sal import SalState, first_level, observe
+from fedfmsl.algorithms.sal import Sal, SalState
 from fedfmsl.common.files import write_atomically
 from fedfmsl.errors import MessageError
-from fedfmsl.protocol.messages import Round, Sal
+from fedfmsl.protocol.messages import Round
 from fedfmsl.protocol.tensors import pack, unpack
 
 
@@ -51,7 +51,7 @@ class LocalExpert:
         """The global expert, with the device's class prior in the head's bias, at SAL's first level."""
         theta = device.completed(expert)
         device.bundle.expert.split(theta)["classifier.bias"][:] += device.prior
-        start = SalState(level=first_level(device.within_cap(sal)))
+        start = device.within_cap(sal).start()
         return cls(theta, start, theta, start.level, np.inf)
 
     @classmethod
@@ -145,7 +145,7 @@ def _train_local(device: Device, task: Round, given: Globals, expert: LocalExper
     theta[:size] = engine.get()
     after = mixture(device, device.slices.held_out, given, theta, level)
     unseen = labels_of(device.slices.held_out)
-    sal = observe(device.within_cap(task.sal), expert.sal, accuracy(after.local_log_p, unseen))
+    sal = device.within_cap(task.sal).observe(expert.sal, accuracy(after.local_log_p, unseen))
     expert = replace(expert, theta=theta, sal=sal, round=task.index)
     cost = nll(after.log_p, unseen)
     return replace(expert, best=theta, best_level=level, best_nll=cost) if cost < expert.best_nll else expert

@@ -16,13 +16,13 @@ from pydantic import BaseModel
 from edge_runtime.training.context import Device
 from edge_runtime.training.stages import Outcome
 from fedfmsl.algorithms.arrays import Vector
-from fedfmsl.algorithms.privacy import privatize, privatize_statistics
+from fedfmsl.algorithms.privacy import Privacy, privatize, privatize_statistics
 from fedfmsl.common.files import write_atomically
 from fedfmsl.errors import MessageError
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.encoding import decode, encode
 from fedfmsl.protocol.layout import Layout
-from fedfmsl.protocol.messages import Encoding, Privacy, Round, Stage, Update
+from fedfmsl.protocol.messages import Encoding, Round, Stage, Update
 from fedfmsl.protocol.tensors import Tensors, pack, unpack
 
 

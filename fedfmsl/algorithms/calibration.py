@@ -3,7 +3,7 @@
 Both are taken from the device's held-out slice. That slice has also chosen levels and the best expert and trained the
 gate, and it was taken in the same places on the same days as what was trained on. So a model does better on it than on
 what comes next: its word alone would make probabilities too high, and more than ALPHA of what comes next is called
-unknown. `benchmarks/README.md` says by how much.
+unknown. `docs/benchmarks.md` says by how much.
 """
 
 from __future__ import annotations

@@ -15,15 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.arm64_board import Board
-from support.arm64_bundles import export
-from support.builds import CLASSES
-from support.device_photos import write_photos
+from support.arm64.board import Board
+from support.arm64.bundles import export
+from support.samples import CLASSES, write_device_photos
 
 LIMIT = 2**30
 LEVEL = 2
 TOLERANCE = 1e-4
-ONE_STEP = Path(__file__).parents[1] / "support" / "arm64_one_step.py"
+ONE_STEP = Path(__file__).parents[1] / "support" / "arm64" / "one_step.py"
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +35,7 @@ def test_a_step_of_vit_b_16_fits(board: Board, bundle: Path, tmp_path: Path, pyt
     minutes."""
     shutil.copytree(bundle, board.path("/one/bundle"))
     shutil.copy(ONE_STEP, board.path("/one"))
-    write_photos(board.path("/one/photos"), {CLASSES[0]: 1}, seed=0)
+    write_device_photos(board.path("/one/photos"), {CLASSES[0]: 1}, seed=0)
     image = [f"photos/{CLASSES[0]}/00.jpg"] if pytestconfig.getoption("--full") else []
     program = ["one_step.py", "bundle", str(LEVEL), "emulated.npz", *image]
     script = f"cd /one && exec prlimit --as={LIMIT} python3 {' '.join(program)}"

@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
-from support.arm64_board import Board
-from support.arm64_bundles import export
-from support.arm64_recording import Recorder, replay
-from support.builds import CLASSES
-from support.device_photos import write_photos
+from support.arm64.board import Board
+from support.arm64.bundles import export
+from support.arm64.recording import Recorder, replay
 from support.processes import Federation, Process, Processes, free_port
+from support.samples import CLASSES, write_device_photos
 from transformers import ViTConfig, ViTForImageClassification
 
 from edge_runtime.store import DeviceStore
@@ -45,8 +44,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def photos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("photos")
     return {
-        PI: write_photos(folder / PI, {"apple": 6, "kiwi": 5, "lemon": 5}, seed=1),
-        PC: write_photos(folder / PC, dict.fromkeys(CLASSES, 8), seed=2),
+        PI: write_device_photos(folder / PI, {"apple": 6, "kiwi": 5, "lemon": 5}, seed=1),
+        PC: write_device_photos(folder / PC, dict.fromkeys(CLASSES, 8), seed=2),
     }
 
 

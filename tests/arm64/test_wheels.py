@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from support.arm64_wheels import for_aarch64, pip
+from support.arm64.wheels import for_aarch64, pip
 
 PYTHONS = ("3.10", "3.13")  # of JetPack 6, of Raspberry Pi OS on Debian 13; that on Debian 12 is what is emulated
 FORBIDDEN = {"torch", "transformers", "onnxruntime-gpu", "onnxruntime-training", "onnxruntime-training-cpu"}

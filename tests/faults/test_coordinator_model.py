@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
 from benchmarks.layouts import layout_bundle, update_of
+from fedfmsl.algorithms.sal import CapabilityQueue, Sal
 from fedfmsl.protocol.bundle import Bundle
-from fedfmsl.protocol.messages import DeviceStatus, Round, Sal, Stage, Update, Verdict
+from fedfmsl.protocol.messages import DeviceStatus, Round, Stage, Update, Verdict
 from fedfmsl.protocol.tensors import Tensors, blob_hash, pack
 from trainer_server.config import Aggregation, Rule, RunConfig, Selection
 from trainer_server.coordinator.advance import advance
@@ -32,7 +33,7 @@ from trainer_server.coordinator.events import (
     UpdateSeen,
 )
 from trainer_server.coordinator.state import Plan, initial_state
-from trainer_server.service.lifecycle import open_run, plan_of, replay_rounds, restore_state
+from trainer_server.service.lifecycle import make_plan, open_run, replay_rounds, restore_state
 from trainer_server.storage.checkpoint import vectors_of
 from trainer_server.storage.run_store import LoggedEvent, RunStore
 
@@ -80,7 +81,7 @@ class Machine(RuleBasedStateMachine):
         stored: bool,
     ) -> None:
         DONE["sequences"] += 1
-        sal = Sal(window=2, min_gain=0.02, step=1, max_level=2)
+        sal = Sal(CapabilityQueue(2, 0.02), max_level=2)
         self.config = RunConfig(
             run="r", devices=2, min_updates=min_updates, enough=enough, selection=selection,
             fraction=0.5 if selection is Selection.RANDOM else 1.0, max_staleness=staleness, max_repeats=max_repeats,
@@ -93,7 +94,7 @@ class Machine(RuleBasedStateMachine):
         self.store: RunStore | None = None
         if self.folder:
             self.store = open_run(Path(self.folder.name) / "run", self.config, BUNDLE[0])
-        self.plan = plan_of(self.store, BUNDLE[0]) if self.store else self._plan_in_memory()
+        self.plan = make_plan(self.store, BUNDLE[0]) if self.store else self._plan_in_memory()
         self.state, self.now = initial_state(self.plan, 0.0), 0.0
         self.announced: list[Round] = []
         # the model
@@ -220,7 +221,7 @@ class Machine(RuleBasedStateMachine):
             (self.store.tensors / ("0" * 64)).write_bytes(b"half a file")
         self.store.close()
         self.store = RunStore(self.store.folder)
-        self.plan = plan_of(self.store, BUNDLE[0])
+        self.plan = make_plan(self.store, BUNDLE[0])
         before = self.state
         self.state, _ = restore_state(self.store, self.plan)
         for name, vector in vectors_of(before).items():

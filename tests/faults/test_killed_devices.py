@@ -10,14 +10,15 @@ from pathlib import Path
 
 import pytest
 from support.brokers import RestartableBroker
-from support.builds import CLASSES, build
-from support.device_photos import write_photos
-from support.killing import launcher
-from support.machine import small_disk
-from support.oracle import Reference, examine, reference
-from support.processes import MOSQUITTO, Federation, Observer, Processes, wait_until
+from support.bundles import build
+from support.fault_table import FaultTable, Trial
+from support.kill_point import launcher
+from support.machine_faults import small_disk
+from support.processes import Federation, Observer, Processes, wait_until
+from support.run_oracle import Reference, examine, reference
+from support.samples import CLASSES, write_device_photos
 from support.simulation import ROUND_TIMEOUT, judged
-from support.table import FaultTable, Trial
+from support.tools import find_tool
 
 from fedfmsl.protocol.messages import Ack, Round, Stage, Verdict
 
@@ -37,7 +38,7 @@ KILLS: list[Kill] = [
     ("when the ack is noted, the update still kept", "edge_runtime.store:write_atomically", "after", 1),
     ("before globals are kept", f"{STORE}.keep_global", "before", 1),
     ("when globals are kept", f"{STORE}.keep_global", "after", 1),
-    ("while training", "edge_runtime.engines.base:StepGraphEngine.step", "before", 3),
+    ("while training", "edge_runtime.engines.step_graph:StepGraphEngine.step", "before", 3),
     ("before the residual is saved", "edge_runtime.training.updates:_save", "before", 1),
     ("when the residual is saved", "edge_runtime.training.updates:_save", "after", 1),
     ("before the local expert is saved", "edge_runtime.training.local_expert:LocalExpert.save", "before", 1),
@@ -84,7 +85,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("devices")
     counts = [{"apple": 10, "kiwi": 10}, {"kiwi": 10, "lemon": 8}, dict.fromkeys(CLASSES, 6)]
     given = enumerate(zip((VICTIM, *OTHERS), counts, strict=True))
-    return {name: write_photos(folder / name, each, seed) for seed, (name, each) in given}
+    return {name: write_device_photos(folder / name, each, seed) for seed, (name, each) in given}
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +98,7 @@ def wide(vit_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def undisturbed_real(wide: Path, photos: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Reference:
     folder = tmp_path_factory.mktemp("undisturbed-real")
     with Processes(folder / "logs") as processes:
-        broker = RestartableBroker(processes, folder, "mosquitto" if MOSQUITTO else "amqtt")
+        broker = RestartableBroker(processes, folder, "mosquitto" if find_tool("mosquitto") else "amqtt")
         with Observer(broker, RUN) as observer:
             real = Real(Federation(RUN, broker, wide, photos, folder, processes), observer)
             real.start_server()

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 
 import pytest
 from conftest import Undisturbed
-from support.killing import launcher
-from support.oracle import Reference
+from support.fault_table import FaultTable, Trial
+from support.kill_point import launcher
 from support.processes import Observer
+from support.run_oracle import Reference
 from support.simulation import RUN, Simulation
-from support.table import FaultTable, Trial
 
 from fedfmsl.protocol.messages import Ack, Message, Round, ServerStatus, Stage, Verdict
 
@@ -37,7 +37,7 @@ ROUNDS = 7  # that are opened in a run, the last of them FINISHED
 ENDS = {
     "before the end is committed": [("trainer_server.coordinator.advance:_close_round", "after", ROUNDS - 1)],
     "after the end is committed, nobody told": [(f"{STORE}.save_checkpoint", "after", ROUNDS)],
-    "when the end has been announced": [(f"{SERVICE}._announce", "after", ROUNDS)],
+    "when the end has been announced": [("trainer_server.service.publisher:Publisher.announce_round", "after", ROUNDS)],
 }
 
 

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 from conftest import Undisturbed
-from support.hostile import publish
+from support.fault_table import FaultTable, Trial
+from support.hostile_client import publish
 from support.processes import Observer
 from support.simulation import RUN, Simulation, in_stage_1, recovering
-from support.table import FaultTable, Trial
 
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.chunks import chunks

@@ -6,10 +6,10 @@ import time
 
 import pytest
 from conftest import Undisturbed
-from support.machine import Clock, small_disk
+from support.fault_table import FaultTable
+from support.machine_faults import Clock, small_disk
 from support.processes import Observer, wait_until
 from support.simulation import RUN, Simulation, in_stage_1, recovering
-from support.table import FaultTable
 
 from benchmarks.simulated import device_names
 from fedfmsl.protocol.messages import Ack, DeviceStatus, Verdict

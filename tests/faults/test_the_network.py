@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 import pytest
 from conftest import Undisturbed
+from support.fault_table import FaultTable
+from support.network_proxy import Proxy
 from support.processes import Observer
-from support.proxy import Proxy
 from support.simulation import RUN, Simulation, in_stage_1, recovering
-from support.table import FaultTable
 
 THINK = (0.1, 0.4)
 AWAY_SECONDS = 3.0  # the fault is that it lasts

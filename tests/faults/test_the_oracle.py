@@ -8,29 +8,30 @@ import sqlite3
 from pathlib import Path
 
 import pytest
-from support.oracle import Findings, Reference, examine, reference
+from support.run_oracle import Findings, Reference, examine, reference
 
 from benchmarks.layouts import update_of
 from benchmarks.simulated import device_names
+from fedfmsl.algorithms.sal import CapabilityQueue, Sal
 from fedfmsl.protocol.bundle import Bundle
-from fedfmsl.protocol.messages import DeviceStatus, Sal, Stage
+from fedfmsl.protocol.messages import DeviceStatus, Stage
 from fedfmsl.protocol.tensors import blob_hash, pack
 from trainer_server.config import RunConfig
 from trainer_server.coordinator.advance import advance
 from trainer_server.coordinator.events import ClockTicked, Event, StatusSeen, StoreRound, UpdateSeen
 from trainer_server.coordinator.state import Key, State, initial_state
-from trainer_server.service.lifecycle import plan_of
+from trainer_server.service.lifecycle import make_plan
 from trainer_server.storage.run_store import DATABASE, LoggedEvent, Origin, RunStore
 
 DEVICES = device_names(3)
-SAL = Sal(window=3, min_gain=0.02, step=1, max_level=1)
+SAL = Sal(CapabilityQueue(3, 0.02), max_level=1)
 
 
 def run_without_a_network(out: Path, bundle: Bundle) -> None:
     """What a server leaves behind."""
     config = RunConfig(run="r", devices=3, stage1_rounds=2, stage2_rounds=1, stage1_sal=SAL, stage2_sal=SAL, audit=True)
     store = RunStore.create(out, Origin(config=config, session="s", bundle=bundle.root, sha256=bundle.sha256))
-    plan = plan_of(store, bundle)
+    plan = make_plan(store, bundle)
     state = initial_state(plan, 0.0)
 
     def happens(state: State, event: Event) -> State:

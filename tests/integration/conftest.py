@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.builds import CLASSES, Built, build
-from support.device_photos import write_photos
+from support.bundles import Built, build
 from support.processes import Broker, Processes
+from support.samples import CLASSES, write_device_photos
 
 
 @pytest.fixture(scope="session")
@@ -26,10 +26,10 @@ def other_bundle(vit_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def photos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Three devices of unequal classes and sizes; device-1 has split off its test slice itself."""
     folder = tmp_path_factory.mktemp("devices")
-    write_photos(folder / "device-0", {"apple": 10, "kiwi": 10}, seed=0)
-    write_photos(folder / "device-1" / "train", {"kiwi": 10, "lemon": 5}, seed=1)
-    write_photos(folder / "device-1" / "test", {"kiwi": 4, "lemon": 4}, seed=2)
-    write_photos(folder / "device-2", dict.fromkeys(CLASSES, 20), seed=3)
+    write_device_photos(folder / "device-0", {"apple": 10, "kiwi": 10}, seed=0)
+    write_device_photos(folder / "device-1" / "train", {"kiwi": 10, "lemon": 5}, seed=1)
+    write_device_photos(folder / "device-1" / "test", {"kiwi": 4, "lemon": 4}, seed=2)
+    write_device_photos(folder / "device-2", dict.fromkeys(CLASSES, 20), seed=3)
     return {path.name: path for path in sorted(folder.iterdir())}
 
 

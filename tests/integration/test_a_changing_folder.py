@@ -8,8 +8,8 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
-from support.device_photos import write_photos
 from support.processes import Broker, Federation, Observer, Processes
+from support.samples import write_device_photos
 from test_a_lasting_device import FIRST, HOLDER, finished_rounds, hold_in_mid_round, start_all
 
 from edge_runtime.store import DeviceStore
@@ -20,7 +20,7 @@ LONG_AGO = 1_600_000_000
 
 def change(folder: Path, scratch: Path) -> None:
     """Ten more of one class, a class that was not there before, two that go, and what cannot be used."""
-    write_photos(scratch, {"kiwi": 10, "lemon": 10}, seed=7)
+    write_device_photos(scratch, {"kiwi": 10, "lemon": 10}, seed=7)
     for path in scratch.rglob("*.jpg"):
         os.utime(path, (LONG_AGO, LONG_AGO))
         (folder / path.parent.name).mkdir(exist_ok=True)

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from support.builds import CLASSES
 from support.processes import (
     SECONDS,
     Broker,
@@ -27,6 +26,7 @@ from support.processes import (
     run_module,
     wait_until,
 )
+from support.samples import CLASSES
 
 from fedfmsl.protocol.messages import Activity, DeviceStatus, Health, Prediction, Round, Stage
 from fedfmsl.transport.link import Link, Received
@@ -155,9 +155,7 @@ def test_one_that_fetched_its_bundle_is_introduced_to_home_assistant_as_well(dev
 def test_nothing_is_kept_or_told_of_a_session_by_onnx_runtime(device: Device, tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.mkdir()
-    code = (
-        "import sys; from edge_runtime.engines.base import open_session; from fedfmsl.protocol.bundle import Bundle; "
-    )
+    code = "import sys; from edge_runtime.engines.sessions import open_session; from fedfmsl.protocol.bundle import Bundle; "
     code += "from pathlib import Path; open_session(Bundle(Path(sys.argv[1])), 'gate-predict.onnx', 1)"
     environment = {**os.environ, "HOME": str(home)}
     environment.pop("ORT_DISABLE_TELEMETRY", None)

@@ -6,8 +6,8 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-from support.builds import Built
-from support.daemons import started
+from support.bundles import Built
+from support.in_process_daemon import started
 from support.processes import SECONDS, Broker, Federation, Observer, Processes
 
 from edge_runtime.resources.governor import Limits, Readings

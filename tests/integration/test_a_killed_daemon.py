@@ -118,7 +118,7 @@ def test_a_round_ends_at_its_deadline_without_a_killed_daemon_which_then_rejoins
         assert VICTIM in rounds[-1]["updates"]
         assert_the_local_expert_has_lived_on(federation, rounds)
         notes = (federation.server_folder / "notes.log").read_text()
-        assert f"round {begun.round} ended without {VICTIM}" in notes
+        assert f"round {begun.round} closed without {VICTIM}" in notes
         assert f"{VICTIM} is offline" in notes
 
 

@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.builds import CLASSES, build, write_vit
-from support.device_photos import write_photos
+from support.bundles import build
 from support.processes import Broker, Federation, Observer, Processes
+from support.samples import CLASSES, write_device_photos
+from support.tiny_models import write_vit
 
-from edge_runtime.engines.base import Fit, default_micro_batch
+from edge_runtime.engines.base import MemoryPlan
+from edge_runtime.engines.step_graph import default_micro_batch
 from edge_runtime.resources.probe import BATCH, Plan
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.messages import Round, Stage
@@ -35,7 +37,7 @@ def test_a_run_stays_within_its_budget(wide: Bundle, broker: Broker, tmp_path: P
     memory that is never touched, and leaves out the code of libraries (some 45 MB). What was touched at most is what
     the device reports, at the end."""
     photos = tmp_path / "photos"
-    write_photos(photos, dict.fromkeys(CLASSES, 8), seed=0)
+    write_device_photos(photos, dict.fromkeys(CLASSES, 8), seed=0)
     with Processes(tmp_path / "logs") as processes:
         federation = Federation("bounded", broker, wide.root, {"device-0": photos}, tmp_path, processes)
         with Observer(broker, "bounded") as observer:
@@ -53,7 +55,7 @@ def test_a_run_stays_within_its_budget(wide: Bundle, broker: Broker, tmp_path: P
     plan = Plan(**json.loads((federation.state("device-0") / "plan.json").read_text())["plan"])
     assert plan.level_cap == LEVELS
     usual = min(BATCH, default_micro_batch(wide.manifest.dims, LEVELS))
-    assert plan.fits[LEVELS] in [Fit(size) for size in range(1, usual)] + [Fit(1, lean=True)]
+    assert plan.memory_plans[LEVELS] in [MemoryPlan(size) for size in range(1, usual)] + [MemoryPlan(1, lean=True)]
     updates = [closed["updates"]["device-0"] for closed in federation.rounds()]
     assert max(update["level"] for update in updates) == LEVELS
     assert max(update["peak_rss_mb"] for update in updates) * 2**20 <= BUDGET

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.builds import CLASSES
-from support.device_photos import write_photos
 from support.processes import Ended, run_module
+from support.samples import CLASSES, write_device_photos
 
-from fedfmsl.common.ort_training import has_ort_training
+from fedfmsl.common.onnx_runtime import has_ort_training
 from fedfmsl.protocol.bundle import Bundle
 
 DEVICES, STAGE1, STAGE2 = 3, 2, 1
@@ -33,7 +32,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ended(directory: Path, vit_folder: Path) -> Ended:
-    photos = write_photos(directory / "photos", dict.fromkeys(CLASSES, 30), seed=9)
+    photos = write_device_photos(directory / "photos", dict.fromkeys(CLASSES, 30), seed=9)
     return run_module(
         "devices.trial",
         *("--images", str(photos), "--classes-from-folders", "--model", str(vit_folder), "--devices", str(DEVICES)),

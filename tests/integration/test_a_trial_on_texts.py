@@ -10,8 +10,8 @@ import numpy as np
 import onnxruntime
 import pytest
 from safetensors.numpy import load_file
-from support.builds import CLASSES, write_photos, write_texts
 from support.processes import Ended, run_module
+from support.samples import CLASSES, write_photos, write_texts
 
 from edge_runtime.data.inputs import reader_of
 from fedfmsl.protocol.bundle import Bundle
@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, bert_folder: Path) -> Path:
     rounds = ("--stage1-rounds", str(STAGE1), "--stage2-rounds", "1", "--alpha", "5", "--name", "texts")
     ended = trial(directory, "--images", str(texts), "--model", str(bert_folder), *rounds)
     assert ended.code == 0, ended.stdout + ended.stderr
-    assert "skipped, not a readable text:" in ended.stdout
+    assert f"skipped: {texts / CLASSES[0] / 'empty.txt'}: not a readable text" in ended.stdout
     assert "texts      96 to train on, 24 to test on" in ended.stdout
     return directory / "runs" / "texts"
 

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.builds import CLASSES, Built, write_photos
-from support.daemons import started
-from support.models import another_model, globals_of, keep, round_of
+from support.bundles import Built
+from support.in_process_daemon import started
+from support.personal_models import another_model, globals_of, keep, round_of
 from support.processes import SECONDS, Broker, Processes, run_module, wait_until
+from support.samples import CLASSES, write_photos
 
 from edge_runtime.daemon.lock import locked
 from edge_runtime.inference.watcher import NICENESS, Watcher

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from support.builds import Built
+from support.bundles import Built
 from support.processes import Broker, Federation, Observer, Processes
 
 from fedfmsl.protocol.messages import Globals, Round, Stage

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.fleets import write_identity
 from support.processes import SECONDS, Broker, Ended, Process, Processes, free_port, run_module, wait_until
+from support.provisioned_fleet import write_identity
 
 from devices.provisioning.authority import CLIENT, SERVER, make_authority
 from edge_runtime.daemon import download

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.builds import CLASSES
 from support.processes import Broker, free_port, run_module
+from support.samples import CLASSES
 
 from edge_runtime.inference.export_onnx import write_model
 from edge_runtime.store import DeviceStore
 from edge_runtime.training.model import ModelHeader
-from fedfmsl.common.ort_training import has_ort_training
+from fedfmsl.common.onnx_runtime import has_ort_training
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.tensors import pack
 

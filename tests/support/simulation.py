@@ -15,9 +15,9 @@ from benchmarks.simulated import device_names
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.messages import Ack, Message, Round, Stage, Verdict
 from support.brokers import RestartableBroker
-from support.oracle import Findings, Reference, examine
+from support.fault_table import COUNTS, Trial
 from support.processes import Observer, Process, Processes
-from support.table import COUNTS, Trial
+from support.run_oracle import Findings, Reference, examine
 from trainer_server.coordinator.state import Key
 
 RUN = "faults"  # of every run: it is part of what is hashed

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from support.builds import CLASSES, Built, as_input, random_samples, random_theta, relative_error, run_graph
+from support.bundles import Built, as_input, random_samples, random_theta, relative_error, run_graph
+from support.samples import CLASSES
 from transformers import (
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,

@@ -17,18 +17,9 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from support.builds import (
-    CLASSES,
-    IMAGE_SIZE,
-    LAYERS,
-    RANK,
-    Built,
-    build,
-    random_samples,
-    relative_error,
-    run_graph,
-    write_vit,
-)
+from support.bundles import IMAGE_SIZE, LAYERS, RANK, Built, build, random_samples, relative_error, run_graph
+from support.samples import CLASSES
+from support.tiny_models import write_vit
 from transformers import AutoModel, GPT2Config, ViTConfig
 
 from export import parity
@@ -41,7 +32,7 @@ from export.graphs import expert_layout
 from export.parity import check_parity
 from export.reference import normalised
 from export.weights import load_backbone
-from fedfmsl.common.ort_training import has_ort_training
+from fedfmsl.common.onnx_runtime import has_ort_training
 from fedfmsl.errors import BundleError, ConfigError, InputError, WeightsError
 from fedfmsl.protocol.bundle import Bundle
 
@@ -232,7 +223,7 @@ def test_fewer_than_two_different_class_names_are_refused(classes: str) -> None:
 
 def test_class_names_come_from_a_folders_subfolders(photos: Path, tmp_path: Path) -> None:
     assert class_names("100", photos) == CLASSES
-    with pytest.raises(InputError, match="not a folder"):
+    with pytest.raises(InputError, match=r"--classes-from folder .*nowhere does not exist"):
         class_names("100", tmp_path / "nowhere")
 
 

@@ -2,167 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
-from support.builds import LAYERS, Built
+from support.bundles import LAYERS, Built
+from support.coordinators import (
+    ABC,
+    JOIN_SECONDS,
+    PRIVACY,
+    ROUND_SECONDS,
+    RULE,
+    CoordinatorRun,
+    make_update,
+    plan_for,
+    started,
+)
 
 from fedfmsl.algorithms.class_means import head_of_class_means
+from fedfmsl.algorithms.sal import AllAtOnce, CapabilityQueue, FixedSchedule
 from fedfmsl.protocol.messages import (
-    DeviceStatus,
     Encoding,
     Globals,
-    Privacy,
     Round,
-    Sal,
     Stage,
     Training,
-    Trigger,
-    Update,
     Verdict,
     encode,
     parse,
 )
-from fedfmsl.protocol.tensors import blob_hash, pack, unpack
-from trainer_server.config import Aggregation, Head, Rule, RunConfig, Selection
-from trainer_server.coordinator.advance import MAX_DEVICES, advance, next_deadline
+from fedfmsl.protocol.tensors import unpack
+from trainer_server.config import Aggregation, Head, Rule, Selection
+from trainer_server.coordinator.advance import MAX_DEVICES, next_deadline
 from trainer_server.coordinator.events import (
     AnnounceRound,
     ClockTicked,
-    Command,
     CountRefusal,
-    Event,
     Log,
     PublishGlobals,
     SendAck,
     StatusSeen,
     Stop,
     StoreRound,
-    UpdateSeen,
 )
-from trainer_server.coordinator.state import Plan, State, initial_state
-
-ROUND_SECONDS, JOIN_SECONDS = 100.0, 50.0
-PRIVACY = Privacy(clip=1.0, noise_multiplier=1.0, shares=1)
-RULE = Sal(window=2, min_gain=0.02, step=1, max_level=LAYERS)
-Tensors = dict[str, NDArray[Any]]
-KEPT: dict[str, Tensors] = {}  # tensors of updates by SHA-256
-
-
-def plan_of(bundle_owner: Built, devices: int = 3, **config: Any) -> Plan:
-    settings_: dict[str, Any] = {
-        "run": "r",
-        "devices": devices,
-        "join_timeout": JOIN_SECONDS,
-        "round_timeout": ROUND_SECONDS,
-        "stage1_rounds": 4,
-        "stage2_rounds": 2,
-        "stage1_sal": RULE,
-        "stage2_sal": RULE,
-        **config,
-    }
-    return Plan(RunConfig(**settings_), bundle_owner.bundle, session="s", read=KEPT.__getitem__)
-
-
-def answer(plan: Plan, announced: Round, device: str, accuracy: float = 0.5, **change: Any) -> UpdateSeen:
-    """A valid update of `device`, its values drawn from its name and the round; `change` replaces some of it."""
-    bundle, rng = plan.bundle, np.random.default_rng([abs(announced.round), *device.encode()])
-
-    def drawn(*shape: int) -> NDArray[np.float32]:
-        return rng.normal(size=shape).astype(np.float32)
-
-    samples = int(rng.integers(40, 90))
-
-    dims, tensors = bundle.manifest.dims, Tensors()
-    if announced.stage is Stage.STATISTICS:
-        counts = rng.integers(1, 9, dims.classes).astype(np.float32)
-        sums = drawn(dims.classes, dims.feature)
-        norm_sum = np.array([np.linalg.norm(sums, axis=1).sum() * 1.5], np.float32)
-        tensors = {"class_sums": sums, "class_counts": counts, "norm_sum": norm_sum}
-    elif announced.stage is Stage.GLOBAL:
-        tensors = bundle.expert.split(drawn(bundle.expert.size(announced.level)))
-    elif announced.stage is Stage.PERSONAL:
-        tensors = bundle.gate.split(drawn(bundle.gate.total))
-    fields: dict[str, Any] = {
-        "run": announced.run,
-        "session": announced.session,
-        "round": announced.round,
-        "device": device,
-        "stage": announced.stage,
-        "level": announced.level,
-        "samples": samples,
-        "metrics": {"held_out_global": accuracy},
-    }
-    tensors = change.pop("tensors", tensors)
-    update = Update(**{**fields, **change})
-    sha256 = blob_hash(pack(update, tensors))
-    KEPT[sha256] = tensors
-    return UpdateSeen(update, tensors, sha256, size=10)
-
-
-@dataclass
-class Run:
-    """A run without I/O: events in, all commands kept."""
-
-    plan: Plan
-    now: float = 0.0
-    commands: list[Command] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.state: State = initial_state(self.plan, self.now)
-
-    def feed(self, *events: Event) -> list[Command]:
-        """The commands that these events, and a look at the clock after them, cause."""
-        fresh: list[Command] = []
-        for event in (*events, ClockTicked()):
-            self.state, commands = advance(self.plan, self.state, event, self.now)
-            fresh += commands
-        self.commands += fresh
-        return fresh
-
-    def online(self, *devices: str, online: bool = True) -> list[Command]:
-        return self.feed(*(StatusSeen(self.status(name, online=online)) for name in devices))
-
-    def status(self, device: str, **change: Any) -> DeviceStatus:
-        return DeviceStatus(**{"device": device, "online": True, "bundle": self.plan.bundle.sha256, **change})
-
-    def answers(self, devices: Iterable[str], **change: Any) -> list[Command]:
-        announced = self.announced
-        return self.feed(*(answer(self.plan, announced, device, **change) for device in devices))
-
-    def until_stop(self, devices: list[str], accuracy: Callable[[Round], float] = lambda _: 0.5) -> Stop:
-        while not self.of(Stop):
-            self.answers(devices, accuracy=accuracy(self.announced))
-        stop: Stop = self.of(Stop)[0]
-        return stop
-
-    @property
-    def announced(self) -> Round:
-        assert self.state.announced is not None
-        return self.state.announced
-
-    def of(self, kind: type[Any]) -> list[Any]:
-        return [command for command in self.commands if isinstance(command, kind)]
-
-    @property
-    def verdicts(self) -> list[Verdict]:
-        return [reply.ack.verdict for reply in self.of(SendAck)]
-
-
-ABC = ["a", "b", "c"]
-
-
-def started(built: Built, devices: list[str] = ABC, **config: Any) -> Run:
-    run = Run(plan_of(built, len(devices), **config))
-    run.online(*devices)
-    return run
-
 
 # a whole run
 
@@ -188,7 +73,7 @@ def test_a_run_goes_through_its_stages_in_order_and_stops(vit: Built, baseline: 
 
 
 def test_nothing_starts_before_every_device_is_there(vit: Built) -> None:
-    run = Run(plan_of(vit, devices=2))
+    run = CoordinatorRun(plan_for(vit, devices=2))
     run.online("a")
     run.online("a", online=False)
     assert not run.of(AnnounceRound)
@@ -217,7 +102,7 @@ def test_rounds_do_not_wait_for_a_device_that_may_not_train_and_count_it_if_it_c
 
 
 def test_devices_that_may_not_train_yet_have_joined_all_the_same(vit: Built) -> None:
-    run = Run(plan_of(vit, devices=2))
+    run = CoordinatorRun(plan_for(vit, devices=2))
     run.feed(*(StatusSeen(run.status(name, paused="outside of --hours")) for name in "ab"))
     assert run.announced.stage is Stage.STATISTICS and not run.state.expected
     run.feed(*(StatusSeen(run.status(name)) for name in "ab"))
@@ -226,7 +111,7 @@ def test_devices_that_may_not_train_yet_have_joined_all_the_same(vit: Built) -> 
 
 
 def test_a_run_whom_nobody_joins_stops_with_the_reason(vit: Built) -> None:
-    run = Run(plan_of(vit))
+    run = CoordinatorRun(plan_for(vit))
     run.now = JOIN_SECONDS
     run.feed()
     (stop,) = run.of(Stop)
@@ -254,7 +139,7 @@ def test_every_announced_global_was_published_before_and_reads_as_what_it_is(vit
 
 def test_the_global_expert_starts_from_the_class_means_of_all_devices(vit: Built) -> None:
     run = started(vit)
-    updates = [answer(run.plan, run.announced, device) for device in ABC]
+    updates = [make_update(run.plan, run.announced, device) for device in ABC]
     run.feed(*updates)
     sums, counts, norms = (
         np.stack([np.asarray(update.tensors[name], np.float64) for update in updates]).sum(axis=0)
@@ -270,7 +155,7 @@ def test_the_global_expert_starts_from_the_class_means_of_all_devices(vit: Built
 @pytest.mark.parametrize("head", [Head.ZEROS, Head.ZERO_SHOT])
 def test_the_global_expert_starts_from_the_head_that_was_asked_for(clip: Built, head: Head) -> None:
     run = started(clip, head=head)
-    updates = [answer(run.plan, run.announced, device) for device in ABC]
+    updates = [make_update(run.plan, run.announced, device) for device in ABC]
     run.feed(*updates)
     layout, zero_shot = clip.bundle.expert, clip.bundle.zero_shot()
     start = layout.split(run.state.start)
@@ -295,19 +180,19 @@ def test_sal_raises_the_level_on_a_plateau_of_the_devices_accuracy_and_not_after
 
 
 def test_all_at_once_trains_every_level_from_the_first_round(vit: Built) -> None:
-    run = started(vit, stage1_sal=RULE.model_copy(update={"trigger": Trigger.ALL_AT_ONCE}))
+    run = started(vit, stage1_sal=replace(RULE, trigger=AllAtOnce()))
     run.until_stop(ABC)
     assert {command.round.level for command in run.of(AnnounceRound)} == {LAYERS}
 
 
 def test_personal_rounds_follow_the_rule_and_training_of_stage_2(vit: Built) -> None:
-    training, rule = Training(epochs=3, learning_rate=0.5), RULE.model_copy(update={"window": 7})
+    training, rule = Training(epochs=3, learning_rate=0.5), replace(RULE, trigger=CapabilityQueue(7, 0.02))
     run = started(vit, baseline=True, stage2=training, stage2_sal=rule)
     run.until_stop(ABC)
     for announced in (command.round for command in run.of(AnnounceRound)):
         personal = announced.stage is Stage.PERSONAL
         assert (announced.training == training) == personal
-        assert (announced.sal.window == 7) == personal
+        assert (announced.sal.trigger.window == 7) == personal
         early = announced.stage in (Stage.STATISTICS, Stage.GLOBAL)
         assert announced.sal.max_level == (LAYERS if early else announced.level)  # no higher than the global expert
         assert announced.repetitions == (4 if announced.stage is Stage.BASELINE else 1)
@@ -322,12 +207,12 @@ def test_a_duplicate_a_late_and_an_early_update_are_told_so_and_change_nothing(v
     run.answers(["a"])
     before = run.state
     run.answers(["a"])
-    run.feed(answer(run.plan, first.model_copy(update={"round": 2}), "b"))
+    run.feed(make_update(run.plan, first.model_copy(update={"round": 2}), "b"))
     assert run.state == before
     run.now = ROUND_SECONDS
     run.feed()
     before = run.state
-    run.feed(answer(run.plan, first, "c"), answer(run.plan, first, "a"))
+    run.feed(make_update(run.plan, first, "c"), make_update(run.plan, first, "a"))
     assert run.state == before
     assert run.verdicts == [
         Verdict.ACCEPTED,
@@ -371,10 +256,10 @@ def test_an_update_that_does_not_fit_is_rejected_with_its_reason(
 
 
 def test_an_update_with_blocks_above_the_announced_level_is_rejected_and_one_below_is_not(vit: Built) -> None:
-    run = started(vit, stage1_sal=RULE.model_copy(update={"trigger": Trigger.ALL_AT_ONCE, "max_level": 2}))
+    run = started(vit, stage1_sal=replace(RULE, trigger=AllAtOnce(), max_level=2))
     run.answers(ABC)
     for device, level in zip(ABC, (1, 2, 3), strict=True):
-        run.feed(answer(run.plan, run.announced.model_copy(update={"level": level}), device))
+        run.feed(make_update(run.plan, run.announced.model_copy(update={"level": level}), device))
     assert run.verdicts[3:] == [Verdict.ACCEPTED, Verdict.ACCEPTED, Verdict.REJECTED]
 
 
@@ -388,7 +273,7 @@ def test_a_device_that_joins_during_a_round_is_counted_but_not_waited_for(vit: B
 
 
 def test_the_last_will_of_a_devices_former_life_does_not_take_it_offline(vit: Built) -> None:
-    run = Run(plan_of(vit, devices=2))
+    run = CoordinatorRun(plan_for(vit, devices=2))
     run.feed(StatusSeen(run.status("a", instance="new")))
     run.feed(StatusSeen(run.status("a", instance="old", online=False)))
     assert run.state.online == {"a"}
@@ -453,7 +338,7 @@ def test_a_round_that_opens_while_nobody_is_online_waits_for_its_deadline(vit: B
 
 
 def test_a_device_with_another_bundle_or_an_error_is_left_out_and_noted(vit: Built, dinov2: Built) -> None:
-    run = Run(plan_of(vit, devices=2))
+    run = CoordinatorRun(plan_for(vit, devices=2))
     other = run.status("x", bundle=dinov2.bundle.sha256)
     run.feed(StatusSeen(other), StatusSeen(run.status("y", online=False, error="no images")))
     run.online("a")
@@ -497,7 +382,9 @@ EVENTS = st.lists(
 @settings(max_examples=150, deadline=None)
 @given(EVENTS, st.integers(1, 2))
 def test_no_sequence_of_events_raises_and_no_update_counts_twice(vit: Built, events: Any, min_updates: int) -> None:
-    run = Run(plan_of(vit, devices=2, min_updates=min_updates, stage1_rounds=2, stage2_rounds=1, max_repeats=2))
+    run = CoordinatorRun(
+        plan_for(vit, devices=2, min_updates=min_updates, stage1_rounds=2, stage2_rounds=1, max_repeats=2)
+    )
     run.online("a", "b")
     for kind, *detail in events:
         if run.of(Stop):
@@ -511,7 +398,7 @@ def test_no_sequence_of_events_raises_and_no_update_counts_twice(vit: Built, eve
         else:
             device, shift, flaw = detail
             announced = run.announced.model_copy(update={"round": max(run.announced.round + shift, 0)})
-            event, change = answer(run.plan, announced, device), dict[str, Any]()
+            event, change = make_update(run.plan, announced, device), dict[str, Any]()
             if flaw == "run":
                 change = {"run": "other"}
             elif flaw == "stage":
@@ -522,7 +409,7 @@ def test_no_sequence_of_events_raises_and_no_update_counts_twice(vit: Built, eve
                 change = {"tensors": {name: np.full_like(tensor, np.nan) for name, tensor in event.tensors.items()}}
             elif flaw == "lower level":
                 change = {"tensors": dict(list(event.tensors.items())[:2]), "samples": 0}
-            run.feed(answer(run.plan, announced, device, **change))
+            run.feed(make_update(run.plan, announced, device, **change))
     accepted = [(r.ack.round, r.ack.device) for r in run.of(SendAck) if r.ack.verdict is Verdict.ACCEPTED]
     assert len(accepted) == len(set(accepted))
     counted = [(r.closed.round.round, name) for r in run.of(StoreRound) for name in r.closed.updates]
@@ -535,7 +422,7 @@ def test_no_sequence_of_events_raises_and_no_update_counts_twice(vit: Built, eve
 # whom a round asks, and when it has enough
 
 
-def trained(run: Run) -> Run:
+def trained(run: CoordinatorRun) -> CoordinatorRun:
     """In its first round of stage 1."""
     run.answers(ABC)
     assert run.announced.stage is Stage.GLOBAL
@@ -589,8 +476,8 @@ def test_a_random_selection_asks_a_share_of_the_devices_and_others_do_not_count(
 
 
 def test_a_selection_by_capability_asks_those_who_can_train_the_whole_level(vit: Built) -> None:
-    rule = RULE.model_copy(update={"trigger": Trigger.ALL_AT_ONCE, "max_level": 2})
-    run = Run(plan_of(vit, selection=Selection.CAPABLE, stage1_sal=rule))
+    rule = replace(RULE, trigger=AllAtOnce(), max_level=2)
+    run = CoordinatorRun(plan_for(vit, selection=Selection.CAPABLE, stage1_sal=rule))
     run.feed(*(StatusSeen(run.status(name, level_cap=cap)) for name, cap in zip(ABC, (1, 2, 3), strict=True)))
     run.answers(ABC)
     assert run.announced.chosen == ("b", "c")
@@ -599,8 +486,8 @@ def test_a_selection_by_capability_asks_those_who_can_train_the_whole_level(vit:
 
 
 def test_where_nobody_can_train_the_level_the_most_capable_are_asked(vit: Built) -> None:
-    rule = RULE.model_copy(update={"trigger": Trigger.ALL_AT_ONCE, "max_level": 3})
-    run = Run(plan_of(vit, selection=Selection.CAPABLE, stage1_sal=rule, min_updates=2))
+    rule = replace(RULE, trigger=AllAtOnce(), max_level=3)
+    run = CoordinatorRun(plan_for(vit, selection=Selection.CAPABLE, stage1_sal=rule, min_updates=2))
     run.feed(*(StatusSeen(run.status(name, level_cap=cap)) for name, cap in zip(ABC, (1, 2, 1), strict=True)))
     run.answers(ABC)
     assert run.announced.chosen == ("a", "b")
@@ -616,7 +503,7 @@ def test_a_late_update_counts_with_a_discount_where_the_operator_allows_it(vit: 
     run.answers(["a", "b"])
     second, before = run.announced, run.state.expert
     assert second.index == 1
-    late, fresh = answer(run.plan, first, "c", samples=10), answer(run.plan, second, "a", samples=10)
+    late, fresh = make_update(run.plan, first, "c", samples=10), make_update(run.plan, second, "a", samples=10)
     run.feed(late, fresh)
     assert run.verdicts[-2:] == [Verdict.ACCEPTED, Verdict.ACCEPTED]
     assert run.announced.index == 2
@@ -633,12 +520,12 @@ def test_an_update_that_is_too_late_or_of_another_stage_is_late_all_the_same(vit
     first = run.announced
     run.answers(["a"])
     run.answers(["a"])
-    run.feed(answer(run.plan, first, "b"))
+    run.feed(make_update(run.plan, first, "b"))
     assert run.verdicts[-1] is Verdict.LATE
     last = run.announced
     run.answers(["a"])
     assert run.announced.stage is Stage.PERSONAL
-    run.feed(answer(run.plan, last, "b"))
+    run.feed(make_update(run.plan, last, "b"))
     assert run.verdicts[-1] is Verdict.LATE
 
 
@@ -649,9 +536,9 @@ def test_a_late_update_of_a_device_that_was_not_asked_does_not_count(vit: Built)
     first = run.announced
     (stranger, *_) = set(names) - set(first.chosen)
     run.answers(first.chosen)
-    reply, _ = run.feed(answer(run.plan, first, stranger))
+    reply, _ = run.feed(make_update(run.plan, first, stranger))
     assert "was not asked" in reply.ack.reason
-    forged = answer(run.plan, first, first.chosen[0], stage=Stage.PERSONAL, round=first.round)
+    forged = make_update(run.plan, first, first.chosen[0], stage=Stage.PERSONAL, round=first.round)
     assert run.feed(forged)[0].ack.verdict is not Verdict.ACCEPTED
 
 
@@ -678,7 +565,9 @@ def test_an_update_of_too_large_a_norm_is_rejected(vit: Built) -> None:
     run = trained(started(vit, max_norm=5.0))
     (reply, _) = run.answers(["a"])
     assert "norm is" in reply.ack.reason
-    small = {name: tensor * np.float32(0.01) for name, tensor in answer(run.plan, run.announced, "a").tensors.items()}
+    small = {
+        name: tensor * np.float32(0.01) for name, tensor in make_update(run.plan, run.announced, "a").tensors.items()
+    }
     (reply, *_) = run.answers(["a"], tensors=small)
     assert reply.ack.verdict is Verdict.ACCEPTED
 
@@ -694,7 +583,7 @@ def test_an_update_of_too_large_a_norm_is_rejected(vit: Built) -> None:
 )
 def test_statistics_that_cannot_be_are_rejected(vit: Built, flaw: dict[str, float], reason: str) -> None:
     run = started(vit)
-    tensors = dict(answer(run.plan, run.announced, "a").tensors)
+    tensors = dict(make_update(run.plan, run.announced, "a").tensors)
     for name, value in flaw.items():
         tensors[name] = np.full_like(tensors[name], value)
     (reply, _) = run.answers(["a"], tensors=tensors)
@@ -724,7 +613,7 @@ def test_a_device_that_has_not_announced_itself_is_refused(vit: Built) -> None:
 )
 def test_settings_that_do_not_go_together_are_refused(vit: Built, change: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
-        plan_of(vit, **change)
+        plan_for(vit, **change)
 
 
 # what a single device could do to all others
@@ -741,8 +630,8 @@ def test_an_accuracy_that_is_none_is_rejected(vit: Built, accuracy: float) -> No
 
 def test_a_repeated_round_asks_everybody(vit: Built) -> None:
     """Or a device that claims to be the most capable, and never answers, would be all that is ever asked."""
-    rule = RULE.model_copy(update={"trigger": Trigger.ALL_AT_ONCE})
-    run = Run(plan_of(vit, selection=Selection.CAPABLE, stage1_sal=rule))
+    rule = replace(RULE, trigger=AllAtOnce())
+    run = CoordinatorRun(plan_for(vit, selection=Selection.CAPABLE, stage1_sal=rule))
     run.feed(*(StatusSeen(run.status(name, level_cap=cap)) for name, cap in zip(ABC, (1, 1, 1024), strict=True)))
     trained(run)
     assert run.announced.chosen == ("c",)
@@ -759,9 +648,9 @@ def test_the_longest_announcement_is_one_that_devices_read(vit: Built) -> None:
 
 @pytest.mark.parametrize("name", ["class_sums", "class_counts"])
 def test_noised_statistics_too_are_bounded(vit: Built, name: str) -> None:
-    rule = RULE.model_copy(update={"trigger": Trigger.FIXED_SCHEDULE})
+    rule = replace(RULE, trigger=FixedSchedule(2))
     run = started(vit, privacy=PRIVACY, stage1_sal=rule, stage2_sal=rule)
-    tensors = dict(answer(run.plan, run.announced, "a").tensors)
+    tensors = dict(make_update(run.plan, run.announced, "a").tensors)
     reply, *_ = run.answers(["a"], tensors={**tensors, name: np.full_like(tensors[name], 1e38)})
     assert (reply.ack.verdict, "norm is" in reply.ack.reason) == (Verdict.REJECTED, True)
     reply, *_ = run.answers(["a"], tensors=tensors)

@@ -12,19 +12,20 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from support.builds import Built, random_theta
-from support.daemons import RUN, started
+from support.bundles import Built, random_theta
+from support.in_process_daemon import RUN, started
 
 from edge_runtime.daemon.state import RoundSeen, WorkDone, WorkFailed
 from edge_runtime.daemon.timing import Timing
 from edge_runtime.store import DeviceStore
 from edge_runtime.training.context import Device
+from fedfmsl.algorithms.sal import CapabilityQueue, Sal
 from fedfmsl.common.backoff import Backoff
-from fedfmsl.protocol.messages import Globals, Round, Sal, Stage, Training, Update
+from fedfmsl.protocol.messages import Globals, Round, Stage, Training, Update
 from fedfmsl.protocol.tensors import blob_hash, pack, unpack
 
 SESSION = "s"
-SAL = Sal(window=2, min_gain=1.0, step=1, max_level=2)  # it activates more blocks as soon as it can
+SAL = Sal(CapabilityQueue(2, 1.0), max_level=2)  # it activates more blocks as soon as it can
 EXPERTS = ("personal", "baseline", "mixture")
 FOR_PEOPLE = ("health.json", "skipped.txt")  # that they cannot be written stops nothing
 VOLATILE = {"seconds", "peak_rss_mb", "bytes_down"}

@@ -40,14 +40,15 @@ from edge_runtime.daemon.state import (
 )
 from edge_runtime.daemon.timing import ACK_TIMEOUT
 from edge_runtime.store import DeviceStore
+from fedfmsl.algorithms.sal import CapabilityQueue, Sal
 from fedfmsl.common.backoff import Backoff
 from fedfmsl.errors import ConfigError
 from fedfmsl.protocol.duplicate_name import DuplicateNameGuard
-from fedfmsl.protocol.messages import Ack, DeviceStatus, Round, Sal, ServerStatus, Stage, Training, Update, Verdict
+from fedfmsl.protocol.messages import Ack, DeviceStatus, Round, ServerStatus, Stage, Training, Update, Verdict
 from fedfmsl.protocol.tensors import blob_hash, pack
 
 BUNDLE, OTHER_BUNDLE, E, E1, E2, G, H = (digit * 64 for digit in "0123456")
-SAL = Sal(window=2, min_gain=0.1, step=1, max_level=2)
+SAL = Sal(CapabilityQueue(2, 0.1), max_level=2)
 HERE = ServerSeen(ServerStatus(online=True, run="r", session="s", bundle=BUNDLE))
 
 

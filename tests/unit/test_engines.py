@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from support.builds import (
-    CLASSES,
+from support.bundles import (
     LAYERS,
     Built,
     Floats,
@@ -25,18 +24,18 @@ from support.builds import (
     random_theta,
     relative_error,
     run_graph,
-    torch_expert,
-    torch_step,
-    trainables,
 )
+from support.samples import CLASSES
+from support.torch_reference import torch_expert, torch_step, trainables
 
-from edge_runtime.engines.base import Batch, Engine, Fit, StepGraphEngine
+from edge_runtime.engines.base import Batch, Engine, MemoryPlan
 from edge_runtime.engines.factory import open_engine
 from edge_runtime.engines.ort_training import OrtTrainingEngine, TrainingSession
+from edge_runtime.engines.step_graph import StepGraphEngine
 from export.build import build_bundle
 from export.reference import torch_inputs
 from fedfmsl.algorithms.arrays import NEVER
-from fedfmsl.common.ort_training import has_ort_training
+from fedfmsl.common.onnx_runtime import has_ort_training
 from fedfmsl.errors import BundleError, ConfigError
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.messages import Training
@@ -156,7 +155,7 @@ def test_twenty_steps_equal_torchs_adamw_over_the_whole_model(
     batches = [rng.choice(24, size, replace=False) for size in (8, 7, 4, 1) * 5]
     theta, rate, decay = random_theta(bundle, level, 4), 1e-3, 0.05
 
-    engine = engine_of(bundle, threads=1, fits={level: Fit(micro_batch, lean)})
+    engine = engine_of(bundle, threads=1, memory_plans={level: MemoryPlan(micro_batch, lean)})
     engine.load(level)
     engine.set(theta, Training(epochs=1, learning_rate=rate, weight_decay=decay))
     hidden = hidden_of(built, samples, level)
@@ -228,7 +227,7 @@ def test_onnxruntime_training_is_chosen_where_the_bundle_is_built_for_it(
     assert open_engine("step-graph", vit.bundle, 1).name == "step-graph"
     int8 = build(vit_folder, tmp_path / "int8", precision="int8").bundle
     assert open_engine("auto", int8, 1).name == "step-graph"
-    with pytest.raises(ConfigError, match=r"holds nothing for it; build it with .* --ort-training"):
+    with pytest.raises(ConfigError, match=r"has no onnxruntime-training artifacts; build it with .* --ort-training"):
         open_engine("ort-training", int8, 1)
 
 
@@ -236,7 +235,7 @@ def test_onnxruntime_training_is_chosen_where_the_bundle_is_built_for_it(
 def test_damaged_artifacts_are_one_clear_error(vit: Built, tmp_path: Path) -> None:
     shutil.copytree(vit.bundle.root, tmp_path / "bundle")
     (tmp_path / "bundle" / "ort-training-1.onnx").write_bytes(b"not a graph")
-    with pytest.raises(BundleError, match="level 1 is nothing onnxruntime-training can train"):
+    with pytest.raises(BundleError, match="onnxruntime-training cannot load level 1"):
         TrainingSession(Bundle(tmp_path / "bundle"), 1, random_theta(vit.bundle, 1, 0), 1e-3, threads=1)
 
 

@@ -9,17 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.builds import (
-    CLASSES,
-    LAYERS,
-    Built,
-    Floats,
-    hidden_states,
-    random_theta,
-    relative_error,
-    run_graph,
-    torch_expert,
-)
+from support.bundles import LAYERS, Built, Floats, random_theta, relative_error, run_graph
+from support.samples import CLASSES
+from support.torch_reference import hidden_states, torch_expert
 
 import edge_runtime.data.features as features
 from edge_runtime.data.cache import DiskCache

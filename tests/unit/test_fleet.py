@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.builds import CLASSES, write_photos
+from support.samples import CLASSES, write_photos
 
 from devices.trial.assets import Asset, fetch
 from devices.trial.dataset import Files, find_files, kind_of

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from support.builds import CLASSES, Built, write_texts
+from support.bundles import Built
+from support.samples import CLASSES, write_texts
 
 import edge_runtime.data.folder as folder_module
 from edge_runtime.data import ledger
@@ -376,10 +377,10 @@ def test_what_a_csv_file_says_wrongly_is_named_with_its_line(
     said = [str(each) for each in slices.skipped]
     for words in (
         "labels.csv: line 40 names gone.jpg, which is not below",
-        "labels.csv: line 41: class 'durian' is not of this bundle, which knows apple",
-        "day-1/01.jpg: labels.csv calls it 'apple' (line 42) and 'plum' (line 43)",
-        "movie.mp4: its name ends like no image's",
-        "labels.csv: line 45 lacks its file or its class",
+        "labels.csv: line 41: class 'durian' is not in the bundle, whose classes are apple",
+        "day-1/01.jpg: labels.csv labels it 'apple' (line 42) and 'plum' (line 43)",
+        "movie.mp4: its name does not end in .bmp",
+        "labels.csv: line 45 lacks the file or the class",
         "labels.csv: line 47 names ../x.jpg",
         "2 images have no label in labels.csv",
     ):

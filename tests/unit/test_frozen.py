@@ -10,7 +10,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.builds import CLASSES, LAYERS, Built, as_input, build, random_samples, random_theta, run_graph, torch_step
+from support.bundles import LAYERS, Built, as_input, build, random_samples, random_theta, run_graph
+from support.samples import CLASSES
+from support.torch_reference import torch_step
 
 from export.frozen import quantise
 from fedfmsl.algorithms.arrays import NEVER

@@ -5,20 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from support.builds import (
-    CLASSES,
-    LAYERS,
-    Built,
-    as_input,
-    features_of,
-    hidden_of,
-    hidden_states,
-    random_samples,
-    random_theta,
-    relative_error,
-    run_graph,
-    torch_expert,
-)
+from support.bundles import LAYERS, Built, as_input, hidden_of, random_samples, random_theta, relative_error, run_graph
+from support.samples import CLASSES
+from support.torch_reference import features_of, hidden_states, torch_expert
 
 from export.reference import torch_inputs
 from fedfmsl.algorithms.arrays import NEVER

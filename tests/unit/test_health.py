@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support.builds import Built
-from support.daemons import RUN, started
+from support.bundles import Built
+from support.in_process_daemon import RUN, started
 from support.processes import SECONDS, Broker, Processes
 from test_stages import task
 

@@ -17,7 +17,9 @@ from socketserver import BaseRequestHandler, ThreadingTCPServer
 
 import numpy as np
 import pytest
-from support.builds import CLASSES, IMAGE_SIZE, Built, build, write_clip
+from support.bundles import IMAGE_SIZE, Built, build
+from support.samples import CLASSES
+from support.tiny_models import write_clip
 
 from export.weights import load_backbone
 from fedfmsl.errors import ConfigError, WeightsError

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_runtime.engines.base import Fit
+from edge_runtime.engines.base import MemoryPlan
 from edge_runtime.resources.level_cap import SLACK, STEPS, UNHURRIED, LevelCap, observe
 from edge_runtime.resources.probe import BATCH, Plan
 
@@ -17,7 +17,7 @@ SECONDS = {1: 4.0, 2: 8.0, 3: 12.0, 4: 16.0}
 
 
 def cap_of(seconds: dict[int, float], step_seconds: float = 60.0) -> LevelCap:
-    plan = Plan(feature_batch=4, fits=dict.fromkeys(seconds, Fit(BATCH)), seconds=seconds)
+    plan = Plan(feature_batch=4, memory_plans=dict.fromkeys(seconds, MemoryPlan(BATCH)), seconds=seconds)
     return LevelCap.planned(plan, step_seconds)
 
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from support.builds import Built, run_graph
-from support.daemons import started
-from support.models import SHA, globals_of, round_of
+from support.bundles import Built, run_graph
+from support.in_process_daemon import started
+from support.personal_models import SHA, globals_of, round_of
 
 from edge_runtime.data.inputs import reader_of
 from edge_runtime.data.samples import labels_of
-from edge_runtime.engines.base import run, session_for
+from edge_runtime.engines.sessions import open_model, run
 from edge_runtime.inference.export_onnx import write_model
 from edge_runtime.training.evaluation import evaluate, train_alone
 from edge_runtime.training.local_expert import LocalExpert, mixture, train_personal
@@ -96,7 +96,7 @@ def test_what_a_device_evaluates_is_the_model_that_it_keeps(vit: Built, photos: 
     before = device.store.results.read_bytes()
     keep_personal_model(device, round_of(Stage.EVALUATE), given)
     write_model(device.store, tmp_path / "model.onnx", vit.bundle.root)
-    model = session_for(tmp_path / "model.onnx", 1)
+    model = open_model(tmp_path / "model.onnx", 1)
     images = device.scanned.test
     pixels = reader_of(vit.bundle).batch([image.path for image in images])
     (probabilities,) = run(model, ["probabilities"], pixels)

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from fedfmsl.algorithms.accounting import epsilon
 from fedfmsl.algorithms.arrays import Vector
 from fedfmsl.algorithms.class_means import head_of_class_means
-from fedfmsl.algorithms.privacy import privatize, privatize_statistics
-from fedfmsl.protocol.messages import Privacy
+from fedfmsl.algorithms.privacy import Privacy, privatize, privatize_statistics
 
 CLASSES, FEATURE = 5, 48
 ALMOST_NONE = Privacy(clip=1.0, noise_multiplier=1e-7, shares=1)

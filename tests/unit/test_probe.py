@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.builds import LAYERS, Built
+from support.bundles import LAYERS, Built
 
-from edge_runtime.engines.base import Fit, default_micro_batch
+from edge_runtime.engines.base import MemoryPlan
+from edge_runtime.engines.step_graph import default_micro_batch
 from edge_runtime.resources.probe import BATCH, PASSES, Measured, make_plan, plan_within
 from edge_runtime.store import DeviceStore
 from fedfmsl.errors import ConfigError
@@ -34,22 +35,22 @@ class Machine:
     level_bytes: int = 0
     sample_bytes: int = 0
     seconds: float = 1.0
-    started: list[tuple[int, int, Fit]] = field(default_factory=list)
+    started: list[tuple[int, int, MemoryPlan]] = field(default_factory=list)
 
     def passes(self, feature_batch: int) -> int:
         return self.pass_bytes + feature_batch * self.sample_bytes
 
-    def step(self, level: int, fit: Fit) -> int:
+    def step(self, level: int, fit: MemoryPlan) -> int:
         return level * (self.level_bytes // (2 if fit.lean else 1) + fit.micro_batch * self.sample_bytes)
 
-    def measure(self, feature_batch: int, first: int, fit: Fit) -> Iterator[Measured]:
+    def measure(self, feature_batch: int, first: int, fit: MemoryPlan) -> Iterator[Measured]:
         self.started.append((feature_batch, first, fit))
         peak = self.passes(feature_batch)
         if peak > self.memory:
             return
         yield Measured(level=PASSES, micro_batch=feature_batch, seconds=0, peak_rss=peak)
         for level in range(first, self.levels + 1):
-            tried = Fit(min(fit.micro_batch, self.micro_batch), fit.lean)
+            tried = MemoryPlan(min(fit.micro_batch, self.micro_batch), fit.lean)
             peak = max(peak, self.step(level, tried))
             if peak > self.memory:
                 return
@@ -65,7 +66,7 @@ def machine(built: Built, **costs: int) -> Machine:
 def test_with_plenty_of_memory_everything_is_as_fast_as_it_can_be(vit: Built) -> None:
     plan = plan_within(machine(vit, level_bytes=1000).measure, vit.bundle, GB, step_seconds=60)
     assert plan.feature_batch == 4
-    assert plan.fits == {level: Fit(BATCH) for level in range(1, LAYERS + 1)}
+    assert plan.memory_plans == {level: MemoryPlan(BATCH) for level in range(1, LAYERS + 1)}
 
 
 def test_a_process_that_dies_of_a_level_ends_it_as_one_that_takes_too_much(vit: Built) -> None:
@@ -73,7 +74,7 @@ def test_a_process_that_dies_of_a_level_ends_it_as_one_that_takes_too_much(vit: 
     mortal = machine(vit, level_bytes=1000, sample_bytes=100, memory=3500)
     wanted = plan_within(patient.measure, vit.bundle, 3500, step_seconds=60)
     assert plan_within(mortal.measure, vit.bundle, 10 * GB, step_seconds=60) == wanted
-    assert wanted.fits == {1: Fit(16), 2: Fit(4), 3: Fit(1)}
+    assert wanted.memory_plans == {1: MemoryPlan(16), 2: MemoryPlan(4), 3: MemoryPlan(1)}
 
 
 def test_the_first_level_that_is_too_slow_ends_it(vit: Built) -> None:
@@ -94,12 +95,12 @@ def test_what_is_planned_fits_and_nothing_larger_would(
     m = machine(vit, pass_bytes=pass_bytes, level_bytes=level_bytes, sample_bytes=sample_bytes, memory=memory)
     plan, most = plan_within(m.measure, vit.bundle, budget, step_seconds=1e9), min(budget, memory)
     if m.passes(1) > most:
-        assert not plan.fits
+        assert not plan.memory_plans
         return
     assert plan.feature_batch == max(size for size in FEATURE_BATCHES if m.passes(size) <= most)
-    assert list(plan.fits) == list(range(1, plan.level_cap + 1))
-    ladder = [Fit(16), Fit(8), Fit(4), Fit(2), Fit(1), Fit(1, lean=True)]
-    for level, fit in plan.fits.items():
+    assert list(plan.memory_plans) == list(range(1, plan.level_cap + 1))
+    ladder = [MemoryPlan(16), MemoryPlan(8), MemoryPlan(4), MemoryPlan(2), MemoryPlan(1), MemoryPlan(1, lean=True)]
+    for level, fit in plan.memory_plans.items():
         assert fit == next(each for each in ladder if m.step(level, each) <= most)
     if plan.level_cap < m.levels:
         assert m.step(plan.level_cap + 1, ladder[-1]) > most

@@ -14,10 +14,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from support.builds import Built, random_theta
+from support.bundles import Built, random_theta
 
 from fedfmsl.algorithms.arrays import Vector
 from fedfmsl.algorithms.class_means import SCALE, head_of_class_means
+from fedfmsl.algorithms.privacy import Privacy
+from fedfmsl.algorithms.sal import CapabilityQueue, Sal
 from fedfmsl.common.cli import console
 from fedfmsl.errors import LINE, BundleError, ConfigError, FedFMSLError, MessageError
 from fedfmsl.protocol.bundle import MAX_MANIFEST_BYTES, Bundle
@@ -28,7 +30,6 @@ from fedfmsl.protocol.messages import (
     DeviceStatus,
     Progress,
     Round,
-    Sal,
     ServerStatus,
     Stage,
     Training,
@@ -68,7 +69,8 @@ ROUND = Round(
     of=1,
     level=1,
     training=Training(epochs=1, learning_rate=1e-3),
-    sal=Sal(window=2, min_gain=0, step=1, max_level=3),
+    sal=Sal(CapabilityQueue(2, 0), max_level=3),
+    privacy=Privacy(clip=1.0, noise_multiplier=0.5, shares=4),
 )
 
 
@@ -377,10 +379,14 @@ def test_a_round_names_at_most_five_thousand_devices_and_each_by_a_valid_name() 
     [
         ("training", {"epochs": 0}),
         ("training", {"learning_rate": 0}),
-        ("sal", {"window": 1}),
-        ("sal", {"min_gain": -0.1}),
         ("sal", {"max_level": 2000}),
         ("sal", {"color": "red"}),
+        ("sal", {"trigger": {"kind": "capability-queue", "window": 1}}),
+        ("sal", {"trigger": {"kind": "fixed-schedule", "min_gain": 0.1}}),
+        ("sal", {"trigger": {"kind": "sometimes"}}),
+        ("privacy", {"clip": 0}),
+        ("privacy", {"noise_multiplier": "Infinity"}),
+        ("privacy", {"shares": 2**40}),
     ],
 )
 def test_the_settings_of_a_round_have_bounds_and_no_unknown_fields(field: str, changes: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from support.builds import CLASSES, write_photos
+from support.samples import CLASSES, write_photos
 
 from edge_runtime.data.folder import scan
 from edge_runtime.data.images import load_pixels
@@ -128,11 +128,11 @@ def test_a_class_the_bundle_does_not_know_is_set_aside_with_those_it_does(folder
     slices = scan(folder, CLASSES, IMAGES)
     assert slices.class_counts(4).tolist() == [8, 8, 0, 8]
     (reason,) = reasons(slices, folder).values()
-    assert reason.startswith("class 'lime' is not of this bundle, which knows apple, kiwi, lemon, plum")
+    assert reason.startswith("class 'lime' is not in the bundle, whose classes are apple, kiwi, lemon, plum")
 
 
 def test_a_folder_of_unknown_classes_is_refused_with_the_known_ones(folder: Path) -> None:
-    with pytest.raises(InputError, match=r"no images to train on: .*'apple' is not.* knows pear, quince; rename"):
+    with pytest.raises(InputError, match=r"no images to train on: .*'apple' is not.* are pear, quince; rename"):
         scan(folder, ("pear", "quince"), IMAGES)
 
 

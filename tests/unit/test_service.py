@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from support.builds import Built
+from support.bundles import Built
+from support.coordinators import CoordinatorRun, make_update, plan_for
 from support.processes import Broker, Observer, Processes, wait_until
-from test_coordinator import Run, answer, plan_of
 
 from fedfmsl.protocol.chunks import chunks
 from fedfmsl.protocol.messages import Ack, Round, Stage, Verdict, encode
@@ -21,6 +21,7 @@ from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.link import Link
 from trainer_server.coordinator.state import Plan
 from trainer_server.service.lifecycle import open_run, run_server
+from trainer_server.service.run_log import LOG_BYTES
 from trainer_server.storage.run_store import DATABASE, RunStore
 
 
@@ -50,7 +51,7 @@ class Scene:
         return path.read_text() if path.is_file() else ""
 
     def show(self) -> None:
-        self.link.publish(self.topics.status("a"), encode(Run(self.plan).status("a")), retain=True)
+        self.link.publish(self.topics.status("a"), encode(CoordinatorRun(self.plan).status("a")), retain=True)
 
     def run_to_its_end(self) -> None:
         since = 0
@@ -59,7 +60,7 @@ class Scene:
             if announced.stage is Stage.FINISHED:
                 break
             since = announced.round
-            update = answer(self.plan, announced, "a")
+            update = make_update(self.plan, announced, "a")
             for index, chunk in enumerate(chunks(pack(update.update, update.tensors))):
                 self.link.publish(self.topics.update_chunk("a", str(since), str(index)), chunk)
             ack = self.observer.wait(Ack, lambda a, since=since: a.round == since, "its acknowledgement")
@@ -70,14 +71,14 @@ class Scene:
 
 
 @contextmanager
-def scene(vit: Built, broker: Broker, folder: Path, run: str) -> Iterator[Scene]:
-    config = plan_of(vit, devices=1, run=run, stage1_rounds=1, stage2_rounds=1).config
+def scene(vit: Built, broker: Broker, folder: Path, run: str, log_bytes: int = LOG_BYTES) -> Iterator[Scene]:
+    config = plan_for(vit, devices=1, run=run, stage1_rounds=1, stage2_rounds=1).config
     folder.mkdir()
 
     def serve() -> None:
-        store = open_run(folder, config, vit.bundle)
-        store._db.execute("PRAGMA busy_timeout = 50")  # a disk that refuses does so at once
-        run_server(store, vit.bundle, broker.url, "", None, insecure=False)
+        open_run(folder, config, vit.bundle).close()
+        store = RunStore(folder, busy_seconds=0.05)
+        run_server(store, vit.bundle, broker.url, "", None, insecure=False, log_bytes=log_bytes)
 
     server = threading.Thread(target=serve, daemon=True)
     link = Link(broker.url, f"device-{run}")
@@ -85,7 +86,7 @@ def scene(vit: Built, broker: Broker, folder: Path, run: str) -> Iterator[Scene]
         link.connect()
         server.start()
         wait_until(lambda: bool(observer.catch_up()), "the server is online")
-        plan = Plan(config, vit.bundle, RunStore(folder).origin.session, plan_of(vit).read)
+        plan = Plan(config, vit.bundle, RunStore(folder).origin.session, plan_for(vit).read)
         yield Scene(plan, folder, link, observer, server)
     link.close()
 
@@ -97,11 +98,11 @@ def test_a_device_that_comes_while_the_disk_refuses_is_not_forgotten(
         with closing(sqlite3.connect(s.folder / DATABASE, isolation_level=None)) as other:
             other.execute("BEGIN IMMEDIATE")  # whatever the reason: nothing can be committed
             s.show()
-            wait_until(lambda: "refuses" in s.notes, "the server notices")
+            wait_until(lambda: "cannot write" in s.notes, "the server notices")
             assert not [m for m in s.observer.seen if isinstance(m, Round)]
             other.execute("ROLLBACK")
         s.run_to_its_end()
-        assert s.notes.count("refuses") == 1
+        assert s.notes.count("cannot write") == 1
 
 
 def test_a_flood_of_garbage_costs_no_round_and_fills_no_log(vit: Built, broker: Broker, tmp_path: Path) -> None:
@@ -119,13 +120,12 @@ def test_a_flood_of_garbage_costs_no_round_and_fills_no_log(vit: Built, broker: 
 
 
 def test_the_notes_take_no_more_room_than_two_files_whatever_a_device_causes(
-    vit: Built, broker: Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    vit: Built, broker: Broker, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("trainer_server.service.loop.NOTES_BYTES", 1000)
-    with scene(vit, broker, tmp_path / "run", "notes") as s:
+    with scene(vit, broker, tmp_path / "run", "notes", log_bytes=1000) as s:
         s.show()
         for online in (False, True) * 200:  # every one of them is noted
-            s.link.publish(s.topics.status("a"), encode(Run(s.plan).status("a", online=online)), retain=True)
+            s.link.publish(s.topics.status("a"), encode(CoordinatorRun(s.plan).status("a", online=online)), retain=True)
         s.run_to_its_end()
         assert (s.folder / "notes.log.1").stat().st_size < 1200
         assert len(s.notes) < 1200

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.builds import Built
+from support.bundles import Built
 
 import edge_runtime.data.features as features
 from edge_runtime.data.cache import DiskCache
@@ -18,7 +18,8 @@ from edge_runtime.data.features import FeatureCache
 from edge_runtime.data.folder import SampleFolder, scan
 from edge_runtime.data.inputs import reader_of
 from edge_runtime.data.samples import Splits, labels_of
-from edge_runtime.engines.base import Batch, StepGraphEngine
+from edge_runtime.engines.base import Batch
+from edge_runtime.engines.step_graph import StepGraphEngine
 from edge_runtime.store import DeviceStore
 from edge_runtime.training.context import Device
 from edge_runtime.training.gate import Gate
@@ -28,12 +29,14 @@ from edge_runtime.training.updates import prepare
 from fedfmsl.algorithms.arrays import Vector
 from fedfmsl.algorithms.class_means import head_of_class_means
 from fedfmsl.algorithms.mixture import of_labels
+from fedfmsl.algorithms.privacy import Privacy
+from fedfmsl.algorithms.sal import AllAtOnce, CapabilityQueue, Sal
 from fedfmsl.protocol.encoding import decode
-from fedfmsl.protocol.messages import Encoding, Privacy, Round, Sal, Stage, Training, Trigger
+from fedfmsl.protocol.messages import Encoding, Round, Stage, Training
 from fedfmsl.protocol.tensors import Tensors
 
 TRAINING = Training(epochs=2, learning_rate=1e-2)
-SAL = Sal(window=2, min_gain=0.1, step=1, max_level=2)
+SAL = Sal(CapabilityQueue(2, 0.1), max_level=2)
 
 
 @pytest.fixture
@@ -101,7 +104,7 @@ class Losses(StepGraphEngine):
 
 def stage_2(device: Device, level_cap: int, index: int) -> tuple[LocalExpert, list[float], set[str]]:
     """The local expert after a round of plain LoRA, each step's loss, and the folders of features made on the way."""
-    everything = SAL.model_copy(update={"trigger": Trigger.ALL_AT_ONCE})
+    everything = replace(SAL, trigger=AllAtOnce())
     engine = Losses(device.bundle, threads=1)
     before = {path.name for path in device.store.cache.iterdir()}
     round_ = task(Stage.PERSONAL, level=2, index=index).model_copy(update={"sal": everything})

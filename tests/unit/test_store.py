@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support.builds import Built
-from test_coordinator import ABC, Run, answer, plan_of
+from support.bundles import Built
+from support.coordinators import ABC, CoordinatorRun, make_update, plan_for
 
 from fedfmsl.common.files import write_atomically
 from fedfmsl.errors import ConfigError, RunError
@@ -18,8 +18,7 @@ from fedfmsl.protocol.tensors import pack
 from trainer_server.coordinator.advance import advance
 from trainer_server.coordinator.events import ClockTicked, Event, StatusSeen, Stop, StoreRound, UpdateSeen
 from trainer_server.coordinator.state import Plan, State
-from trainer_server.service.lifecycle import open_bundle, open_run, replay_rounds, restore_state
-from trainer_server.service.lifecycle import plan_of as plan_in
+from trainer_server.service.lifecycle import make_plan, open_bundle, open_run, replay_rounds, restore_state
 from trainer_server.storage.checkpoint import Checkpoint, vectors_of
 from trainer_server.storage.run_store import DATABASE, LoggedEvent, RunStore
 
@@ -53,7 +52,7 @@ class Server:
     def answers(self) -> Iterator[Event]:
         assert self.state.announced is not None
         for device in ABC:
-            yield answer(self.plan, self.state.announced, device)
+            yield make_update(self.plan, self.state.announced, device)
             yield ClockTicked()
 
 
@@ -63,15 +62,15 @@ def folder(tmp_path: Path) -> Path:
 
 
 def opened(vit: Built, folder: Path, **config: object) -> Server:
-    settings = plan_of(vit, stage1_rounds=2, stage2_rounds=1, **config).config
+    settings = plan_for(vit, stage1_rounds=2, stage2_rounds=1, **config).config
     store = open_run(folder, settings, vit.bundle)
-    return Server(store, plan_in(store, vit.bundle))
+    return Server(store, make_plan(store, vit.bundle))
 
 
 def run_to_its_end(server: Server) -> Iterator[Server]:
     """After every event the server dies; its successor, which has only the folder, is given back."""
     folder, bundle = server.store.folder, server.plan.bundle
-    statuses = [StatusSeen(Run(server.plan).status(name)) for name in ABC]
+    statuses = [StatusSeen(CoordinatorRun(server.plan).status(name)) for name in ABC]
     todo: list[Event] = [*statuses, ClockTicked()]
     while server.store.ended is None:
         for event in todo:
@@ -79,7 +78,7 @@ def run_to_its_end(server: Server) -> Iterator[Server]:
             before = server.state
             server.store.close()
             store = RunStore(folder)
-            server = Server(store, plan_in(store, bundle))
+            server = Server(store, make_plan(store, bundle))
             assert same(server.state, before)
             yield server
         todo = list(server.answers())
@@ -89,7 +88,7 @@ def run_to_its_end(server: Server) -> Iterator[Server]:
 def test_a_server_that_dies_after_any_event_goes_on_in_the_same_state(vit: Built, folder: Path, audit: bool) -> None:
     for server in run_to_its_end(opened(vit, folder, audit=audit)):
         last = server
-    undisturbed = Run(replace(last.plan, read=plan_of(vit).read))
+    undisturbed = CoordinatorRun(replace(last.plan, read=plan_for(vit).read))
     undisturbed.online(*ABC)
     undisturbed.until_stop(ABC)
     assert last.store.ended == "finished"
@@ -121,24 +120,24 @@ def test_without_an_audit_a_run_cannot_be_done_over(vit: Built, folder: Path) ->
 def test_a_crash_between_the_event_and_the_state_after_it_loses_nothing(vit: Built, folder: Path) -> None:
     """A round has closed in the log, and the server died before it could keep the state."""
     server = opened(vit, folder)
-    for event in (*(StatusSeen(Run(server.plan).status(name)) for name in ABC), ClockTicked()):
+    for event in (*(StatusSeen(CoordinatorRun(server.plan).status(name)) for name in ABC), ClockTicked()):
         server.feed(event)
     for device in ABC:
-        server.feed(answer(server.plan, server.state.announced, device))
+        server.feed(make_update(server.plan, server.state.announced, device))
     state, commands = advance(server.plan, server.state, ClockTicked(), server.now)
     server.store.commit(
         [LoggedEvent(server.now, ClockTicked())], [c.closed for c in commands if isinstance(c, StoreRound)]
     )
     server.store.close()
     store = RunStore(folder)
-    successor, _ = restore_state(store, plan_in(store, vit.bundle))
+    successor, _ = restore_state(store, make_plan(store, vit.bundle))
     assert successor.round == 2
     assert same(successor, state)
 
 
 def test_a_commit_is_whole_or_has_not_happened(vit: Built, folder: Path) -> None:
     server = opened(vit, folder)
-    event = LoggedEvent(1.0, StatusSeen(Run(server.plan).status("a")))
+    event = LoggedEvent(1.0, StatusSeen(CoordinatorRun(server.plan).status("a")))
     unstorable = {("a", "kind"): (2**70, "an integer that SQLite cannot hold")}
     with pytest.raises(OverflowError):
         server.store.commit([event], refusals=unstorable)
@@ -170,15 +169,15 @@ def test_two_servers_do_not_work_in_one_folder(vit: Built, folder: Path) -> None
 
 def test_other_settings_than_the_runs_are_named(vit: Built, folder: Path) -> None:
     server = opened(vit, folder)
-    server.feed(StatusSeen(Run(server.plan).status("a")))
+    server.feed(StatusSeen(CoordinatorRun(server.plan).status("a")))
     with pytest.raises(ConfigError, match=r"stage1_rounds = 2, not 3.*resume"):
-        open_run(folder, plan_of(vit, stage1_rounds=3, stage2_rounds=1).config, vit.bundle)
+        open_run(folder, plan_for(vit, stage1_rounds=3, stage2_rounds=1).config, vit.bundle)
 
 
 def test_a_start_in_which_nothing_has_happened_binds_nobody(vit: Built, dinov2: Built, folder: Path) -> None:
     """Of a server that found no broker, say."""
     session = opened(vit, folder).store.origin.session
-    config = plan_of(vit, stage1_rounds=9).config
+    config = plan_for(vit, stage1_rounds=9).config
     open_run(folder, config, dinov2.bundle).close()
     origin = RunStore(folder).origin
     assert (origin.config, origin.sha256, origin.session) == (config, dinov2.bundle.sha256, session)
@@ -186,7 +185,7 @@ def test_a_start_in_which_nothing_has_happened_binds_nobody(vit: Built, dinov2: 
 
 def test_another_bundle_than_the_runs_is_refused(vit: Built, dinov2: Built, folder: Path) -> None:
     server = opened(vit, folder)
-    server.feed(StatusSeen(Run(server.plan).status("a")))
+    server.feed(StatusSeen(CoordinatorRun(server.plan).status("a")))
     with pytest.raises(ConfigError, match="another bundle"):
         open_run(folder, server.plan.config, dinov2.bundle)
     assert open_bundle(server.store).sha256 == vit.bundle.sha256
@@ -194,9 +193,9 @@ def test_another_bundle_than_the_runs_is_refused(vit: Built, dinov2: Built, fold
 
 def test_a_lost_or_altered_update_is_named(vit: Built, folder: Path) -> None:
     server = opened(vit, folder)
-    for event in (*(StatusSeen(Run(server.plan).status(name)) for name in ABC), ClockTicked()):
+    for event in (*(StatusSeen(CoordinatorRun(server.plan).status(name)) for name in ABC), ClockTicked()):
         server.feed(event)
-    update = answer(server.plan, server.state.announced, "a")
+    update = make_update(server.plan, server.state.announced, "a")
     server.feed(update)
     path = server.store.tensors / update.sha256
     whole = path.read_bytes()
@@ -225,4 +224,4 @@ def test_a_folder_without_a_run_and_one_with_something_else_are_refused(tmp_path
 def test_creating_a_run_where_nothing_can_be_written_is_one_clear_error(vit: Built, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="cannot be written"):
-        open_run(tmp_path / "file" / "run", plan_of(vit).config, vit.bundle)
+        open_run(tmp_path / "file" / "run", plan_for(vit).config, vit.bundle)

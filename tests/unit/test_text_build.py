@@ -7,7 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from support.builds import CLASSES, MAX_TOKENS, RANK, Built, write_tokenizer
+from support.bundles import MAX_TOKENS, RANK, Built
+from support.samples import CLASSES
+from support.tiny_models import write_tokenizer
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from typer.testing import CliRunner

@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from support.builds import CLASSES, LAYERS, MAX_TOKENS, Built, random_theta, relative_error, run_graph, torch_expert
+from support.bundles import LAYERS, MAX_TOKENS, Built, random_theta, relative_error, run_graph
+from support.samples import CLASSES
+from support.torch_reference import torch_expert
 
 from export.reference import loss_and_gradient, torch_inputs
 

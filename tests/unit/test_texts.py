@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.builds import SPECIAL, WORDS, write_tokenizer
+from support.samples import WORDS
+from support.tiny_models import SPECIAL, write_tokenizer
 
 from edge_runtime.data.inputs import TEXTS, reader_for
 from fedfmsl.errors import BundleError, ConfigError, InputError

@@ -13,7 +13,7 @@ from test_stages import device, given, task
 
 from edge_runtime.data.cache import DiskCache
 from edge_runtime.data.features import FeatureCache
-from edge_runtime.engines.base import Fit
+from edge_runtime.engines.base import MemoryPlan
 from edge_runtime.resources.governor import Limits
 from edge_runtime.resources.level_cap import STEPS, LevelCap
 from edge_runtime.resources.probe import BATCH, Plan
@@ -63,7 +63,9 @@ class Host:
 
 def pace_of(thermometer: Thermometer, host: Host | None = None, seconds: float = 1.0) -> Pace:
     """`seconds`: what a step at level 1 is said to have been measured at."""
-    plan = Plan(feature_batch=4, fits=dict.fromkeys((1, 2), Fit(BATCH)), seconds={1: seconds, 2: 2 * seconds})
+    plan = Plan(
+        feature_batch=4, memory_plans=dict.fromkeys((1, 2), MemoryPlan(BATCH)), seconds={1: seconds, 2: 2 * seconds}
+    )
     read = Sensors(root=thermometer.root).read
     return Pace(Limits(max_temperature=75.0), read, LevelCap.planned(plan, 60.0), host or Host())
 

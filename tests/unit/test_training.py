@@ -8,8 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_runtime.engines.optimizer import AdamW, expert_decay
+from edge_runtime.engines.base import expert_decay
 from edge_runtime.training.loop import Targets
+from fedfmsl.algorithms.adamw import AdamW
 from fedfmsl.algorithms.arrays import NEVER
 from fedfmsl.algorithms.mixture import (
     accuracy,

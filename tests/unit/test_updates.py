@@ -10,19 +10,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from support.builds import LAYERS, Built
+from support.bundles import LAYERS, Built
 
 from edge_runtime.training.stages import Outcome
 from edge_runtime.training.updates import prepare, with_feedback
+from fedfmsl.algorithms.privacy import Privacy
+from fedfmsl.algorithms.sal import CapabilityQueue, Sal
 from fedfmsl.errors import MessageError
 from fedfmsl.protocol.encoding import SCALES, decode, encode
 from fedfmsl.protocol.layout import Layout
-from fedfmsl.protocol.messages import Encoding, Privacy, Round, Sal, Stage, Training
+from fedfmsl.protocol.messages import Encoding, Round, Stage, Training
 from fedfmsl.protocol.tensors import Tensors
 
 LAYOUT = Layout.build([("head", "w", (2, 5)), ("1", "a", (6,)), ("0", "b", (4,))])
 COARSE = (Encoding.FP16, Encoding.INT8)
-SAL = Sal(window=2, min_gain=0.1, step=1, max_level=LAYERS)
+SAL = Sal(CapabilityQueue(2, 0.1), max_level=LAYERS)
 PRIVACY = Privacy(clip=1.0, noise_multiplier=1e-7, shares=1)
 Floats = NDArray[np.float32]
 

@@ -10,7 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.builds import CLASSES, FEATURE, IMAGE_SIZE, Built, features_of, write_clip
+from support.bundles import FEATURE, IMAGE_SIZE, Built
+from support.samples import CLASSES
+from support.tiny_models import write_clip
+from support.torch_reference import features_of
 from transformers import AutoTokenizer, CLIPModel, CLIPVisionModelWithProjection
 
 from export.reference import normalised

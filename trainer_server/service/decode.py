@@ -1,4 +1,4 @@
-"""From messages to events: what of the broker's traffic means something to the coordinator."""
+"""MQTT messages to events of the coordinator."""
 
 from __future__ import annotations
 
@@ -18,25 +18,24 @@ class Decoder:
         self._topics = topics
         self._uploads = uploads
 
-    def read(self, received: Received, known: Container[str]) -> tuple[StatusSeen | UpdateSeen | None, Upload | None]:
-        """The event that a message completes, and where the update in it lies; `known` are the devices that have
-        announced themselves. One that nobody asked for means nothing: amqtt sends a new client what is retained for
-        any other.
+    def decode(self, received: Received, known: Container[str]) -> tuple[StatusSeen | UpdateSeen | None, Upload | None]:
+        """The event that a message completes, and the file of its update. `known` are the announced devices.
 
-        Raises MessageError if it does not fit the contract, OSError if a chunk cannot be written.
+        Messages on other topics give no event: amqtt sends a new client retained messages that it did not subscribe to.
+        Raises MessageError if the message is invalid, OSError if a chunk cannot be written.
         """
         device = self._topics.device_of(received.topic)
         if device is None or not received.payload:
             return None, None
         if received.topic == self._topics.status(device):
             return StatusSeen(self._status(device, received.payload)), None
-        named = self._topics.update_of(received.topic)
-        if named is None:
+        source = self._topics.update_of(received.topic)
+        if source is None:
             return None, None
         if device not in known:
             raise MessageError(f"device {device!r} has not announced itself")
-        upload = self._uploads.add(*named, received.payload)
-        return (None, None) if upload is None else (self._update(named, upload), upload)
+        upload = self._uploads.add(*source, received.payload)
+        return (None, None) if upload is None else (self._update(source, upload), upload)
 
     @staticmethod
     def _status(device: str, payload: bytes) -> DeviceStatus:
@@ -45,10 +44,11 @@ class Decoder:
             raise MessageError(f"names device {status.device!r}")
         return status
 
-    def _update(self, named: tuple[str, int], upload: Upload) -> UpdateSeen:
+    def _update(self, source: tuple[str, int], upload: Upload) -> UpdateSeen:
+        """`source` are the device and the round in the topic; the update's header must name the same."""
         try:
             update, tensors = unpack(upload.blob, Update)
-            if (update.device, update.round) != named:
+            if (update.device, update.round) != source:
                 raise MessageError(f"the update inside is of {update.device!r}, round {update.round}")
         except MessageError:
             self._uploads.discard(upload)

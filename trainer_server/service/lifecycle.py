@@ -1,4 +1,4 @@
-"""Starting a run, going on with one, and doing one over: what stands between the commands and the service."""
+"""Starts, resumes and replays a run: the step between the commands and the service loop."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from trainer_server.coordinator.advance import advance
 from trainer_server.coordinator.events import AnnounceRound
 from trainer_server.coordinator.state import Plan, State, initial_state
 from trainer_server.service.loop import Service
+from trainer_server.service.run_log import LOG_BYTES, log_to_folder
 from trainer_server.storage.run_store import DATABASE, Origin, RunStore
 
 
 def open_run(folder: Path, config: RunConfig, bundle: Bundle) -> RunStore:
-    """A new run, or the one that the same settings have started at `folder`.
+    """Creates a run in `folder`, or opens the one that was started there with the same settings.
 
-    Raises ConfigError naming the first setting in which the run there differs, RunError if the folder cannot be used.
+    Raises ConfigError naming the first setting that differs, RunError if the folder cannot be used.
     """
     if not (folder / DATABASE).is_file():
         origin = Origin(
@@ -33,38 +34,46 @@ def open_run(folder: Path, config: RunConfig, bundle: Bundle) -> RunStore:
         try:
             return RunStore.create(folder, origin)
         except (OSError, sqlite3.Error) as error:
-            raise RunError(f"{folder} cannot be written ({error}); choose another --out, or free some space") from error
+            raise RunError(
+                f"{folder} cannot be written ({error}); choose another --out, or free some disk space"
+            ) from error
     store = RunStore(folder)
-    if store.is_unstarted():  # a start that got no further, for want of a broker perhaps, binds nobody
+    if store.is_unstarted():  # an earlier start failed before its first event, for example without a broker
         store.reset(config, bundle)
-    was = store.origin
-    if was.sha256 != bundle.sha256:
-        raise ConfigError(f"{folder} holds a run with another bundle ({was.bundle}); choose another --out")
+    origin = store.origin
+    if origin.sha256 != bundle.sha256:
+        raise ConfigError(f"{folder} holds a run with another bundle ({origin.bundle}); choose another --out")
     for name, value in config:
-        if getattr(was.config, name) != value:
+        if getattr(origin.config, name) != value:
             raise ConfigError(
-                f"{folder} holds run {was.config.run!r} with {name} = {getattr(was.config, name)}, not {value}; go on "
-                "with python -m trainer_server resume, or choose another --out"
+                f"{folder} holds run {origin.config.run!r} with {name} = {getattr(origin.config, name)}, not {value}; "
+                "resume it with python -m trainer_server resume, or choose another --out"
             )
     return store
 
 
 def open_bundle(store: RunStore) -> Bundle:
-    """The bundle that a run was started with. Raises BundleError if it is not there any more."""
+    """The bundle that the run was started with. Raises BundleError if its folder is missing or holds another one."""
     bundle = Bundle(store.origin.bundle)
     if bundle.sha256 != store.origin.sha256:
-        raise BundleError(f"{bundle.root} is not the bundle that the run was started with; put that one back")
+        raise BundleError(f"{bundle.root} is not the bundle that the run was started with; restore that bundle")
     return bundle
 
 
 def run_server(
-    store: RunStore, bundle: Bundle, broker: str, bundle_url: str, identity: Path | None, insecure: bool
+    store: RunStore,
+    bundle: Bundle,
+    broker: str,
+    bundle_url: str,
+    identity: Path | None,
+    insecure: bool,
+    log_bytes: int = LOG_BYTES,
 ) -> None:
-    """Coordinates until the run has ended. Raises RunError if it had to be given up or another server is at work."""
-    with store.locked():
-        plan = plan_of(store, bundle)
+    """Coordinates until the run is finished. Raises RunError if the run failed or another server works in its folder."""
+    with store.locked(), log_to_folder(store.folder, log_bytes):
+        plan = make_plan(store, bundle)
         state, at = restore_state(store, plan)
-        if state.announced is None:  # the wait for devices begins anew
+        if state.announced is None:  # the join timeout starts again
             state = replace(state, since=at)
         status = ServerStatus(
             online=True,
@@ -80,12 +89,12 @@ def run_server(
         Service(plan, state, at, store, link, status).run()
 
 
-def plan_of(store: RunStore, bundle: Bundle) -> Plan:
+def make_plan(store: RunStore, bundle: Bundle) -> Plan:
     return Plan(store.origin.config, bundle, store.origin.session, store.read)
 
 
 def restore_state(store: RunStore, plan: Plan) -> tuple[State, float]:
-    """Where a run stands, and at which second of its clock: what was kept last, and all that was logged since."""
+    """The run's present state and second of its clock: the last checkpoint and the events logged after it."""
     state, at = store.state() or (initial_state(plan, 0.0), 0.0)
     for logged in store.events():
         state, _ = advance(plan, state, logged.event, logged.at)
@@ -94,9 +103,9 @@ def restore_state(store: RunStore, plan: Plan) -> tuple[State, float]:
 
 
 def replay_rounds(store: RunStore, plan: Plan) -> Iterator[Round]:
-    """The rounds as they follow from the run's log alone, from its first event on.
+    """Announces every round again, computed from the event log alone.
 
-    Raises RunError if the log was not kept (it is with --audit).
+    Raises RunError if the run was started without --audit, which keeps the whole log.
     """
     if not store.origin.config.audit:
         raise RunError(f"{store.folder} was run without --audit, so its updates were not kept")

@@ -1,32 +1,33 @@
-"""What does not count is counted: by who sent it and what kind of thing was wrong, so that nobody can fill a log."""
+"""Counts of refused messages by device and kind. Only the first of a kind is logged, so that no device can fill a log."""
 
 from __future__ import annotations
 
 from collections import Counter
 
-Who = tuple[str, str]  # device and kind
+Key = tuple[str, str]  # device and kind
 
 
 class Refusals:
-    """Since they were stored last."""
+    """Refused messages that are not in the store yet."""
 
     def __init__(self) -> None:
-        self._counts: Counter[Who] = Counter()
-        self._last: dict[Who, str] = {}
-        self._known: set[Who] = set()
+        self._counts: Counter[Key] = Counter()
+        self._last: dict[Key, str] = {}
+        self._known: set[Key] = set()
 
     def add(self, device: str, kind: str, text: str) -> bool:
-        """True for the first of its kind."""
-        who = (device, kind)
-        self._counts[who] += 1
-        self._last[who] = text
-        first = who not in self._known
-        self._known.add(who)
+        """True for the first of its kind from this device."""
+        key = (device, kind)
+        self._counts[key] += 1
+        self._last[key] = text
+        first = key not in self._known
+        self._known.add(key)
         return first
 
-    def pending(self) -> dict[Who, tuple[int, str]]:
-        """How many, and what was said of the last."""
-        return {who: (count, self._last[who]) for who, count in self._counts.items()}
+    def pending(self) -> dict[Key, tuple[int, str]]:
+        """Count and latest text by key."""
+        return {key: (count, self._last[key]) for key, count in self._counts.items()}
 
-    def stored(self) -> None:
+    def clear(self) -> None:
+        """The pending counts are stored."""
         self._counts.clear()

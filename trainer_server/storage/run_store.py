@@ -32,7 +32,7 @@ from trainer_server.coordinator.state import State
 from trainer_server.storage.checkpoint import Checkpoint, vectors_of
 
 DATABASE = "run.sqlite"
-WAIT_SECONDS = 10.0
+BUSY_SECONDS = 10.0
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS run (origin TEXT NOT NULL, ended TEXT);
 -- AUTOINCREMENT: no number is used twice, also when the events before a checkpoint have been removed
@@ -82,14 +82,17 @@ class _Vectors(BaseModel):
 class RunStore:
     """The folder of one run. Reading it does not disturb a server that is writing."""
 
-    def __init__(self, folder: Path) -> None:
-        """Raises RunError if there is no run at `folder`, or it cannot be read."""
+    def __init__(self, folder: Path, busy_seconds: float = BUSY_SECONDS) -> None:
+        """Waits up to `busy_seconds` for another process's transaction.
+
+        Raises RunError if `folder` holds no run or cannot be read.
+        """
         path = folder / DATABASE
         if not path.is_file():
             raise RunError(f"no run at {folder}: {DATABASE} is missing; start one with python -m trainer_server start")
         self.folder = folder
         try:
-            self._db = sqlite3.connect(path, timeout=WAIT_SECONDS, isolation_level=None)
+            self._db = sqlite3.connect(path, timeout=busy_seconds, isolation_level=None)
             self._db.execute("PRAGMA synchronous = FULL")
             (origin, self.ended) = self._db.execute("SELECT origin, ended FROM run").fetchone()
             self.origin = Origin.model_validate_json(origin)
@@ -100,7 +103,7 @@ class RunStore:
     def create(cls, folder: Path, origin: Origin) -> RunStore:
         """Raises OSError or sqlite3.Error if the disk refuses."""
         (folder / "tensors").mkdir(parents=True, exist_ok=True)
-        with closing(sqlite3.connect(folder / DATABASE, timeout=WAIT_SECONDS, isolation_level=None)) as db:
+        with closing(sqlite3.connect(folder / DATABASE, timeout=BUSY_SECONDS, isolation_level=None)) as db:
             db.execute("PRAGMA journal_mode = WAL")
             db.execute("PRAGMA synchronous = FULL")
             db.executescript(f"BEGIN; {SCHEMA}")

@@ -1,0 +1,107 @@
+"""`StepGraphEngine` trains on the step graphs of a bundle, with any ONNX Runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_runtime.engines.base import Batch, MemoryPlan, expert_decay
+from edge_runtime.engines.memory import release_free_memory
+from edge_runtime.engines.sessions import InferenceSession, open_session, run
+from fedfmsl.algorithms.adamw import AdamW
+from fedfmsl.algorithms.arrays import Floats, Vector
+from fedfmsl.protocol.bundle import Bundle, Dims
+from fedfmsl.protocol.messages import EngineName, Training
+
+ACTIVATION_BYTES = 128 * 2**20
+# Activations that a block keeps for the backward pass, in hidden states (B, N, D). Measured on ViT-B/16.
+BLOCK_STATES, LAST_BLOCK_STATES = 15, 4
+
+
+class StepGraphEngine:
+    """Runs step graphs in micro-batches and applies AdamW to the summed gradient.
+
+    Usage, for a bundle and hidden states (B, N, D) below the level's suffix:
+
+        engine = StepGraphEngine(bundle)
+        engine.load(level)
+        engine.set(theta, Training(epochs=1, learning_rate=1e-3))  # theta (P,) = bundle.initial()[0][: size of level]
+        loss = engine.step(Batch.cross_entropy(hidden, labels, classes))
+        logits = engine.predict(hidden)
+    """
+
+    name: EngineName = "step-graph"
+
+    def __init__(self, bundle: Bundle, threads: int = 0, memory_plans: Mapping[int, MemoryPlan] | None = None) -> None:
+        """`threads` = 0 uses all cores. `memory_plans` by level; see `memory_plan_of` for the default."""
+        self._bundle = bundle
+        self._threads = threads
+        self._memory_plans = memory_plans or {}
+        self._memory_plan = MemoryPlan(1)
+        self._sessions: dict[str, InferenceSession] = {}
+        self._level = 0
+        self._theta: Vector = np.empty(0, np.float32)
+        self._optimizer: AdamW | None = None
+
+    def load(self, level: int) -> None:
+        if level != self._level:
+            self.release()
+            self._level = level
+            self._memory_plan = memory_plan_of(self._memory_plans, self._bundle, level)
+        self._theta = np.empty(0, np.float32)
+        self._optimizer = None
+
+    def set(self, theta: Vector, training: Training | None = None) -> None:
+        self._theta = theta
+        self._optimizer = None
+        if training is not None:
+            decay = expert_decay(self._bundle.expert, theta.size, training.weight_decay)
+            self._optimizer = AdamW(training.learning_rate, decay)
+
+    def get(self) -> Vector:
+        return self._theta
+
+    def step(self, batch: Batch) -> float:
+        if self._optimizer is None:
+            raise RuntimeError("step() needs an optimizer: call set(theta, training) first")
+        loss, gradient = 0.0, np.zeros_like(self._theta)
+        for inputs in batch.micro_batches(self._memory_plan.micro_batch):
+            part_loss, part_gradient = self._run("step", ["loss", "gradient"], theta=self._theta, **inputs)
+            loss += float(part_loss)
+            gradient += part_gradient
+        self._theta = self._optimizer.step(self._theta, gradient)
+        return loss
+
+    def predict(self, hidden: Floats) -> Floats:
+        (logits,) = self._run("predict", ["logits"], hidden=hidden, theta=self._theta)
+        return logits
+
+    def release(self) -> None:
+        if self._sessions:
+            self._sessions.clear()
+            release_free_memory()
+
+    def _run(self, kind: str, outputs: list[str], **inputs: NDArray[Any]) -> list[Floats]:
+        if kind not in self._sessions:
+            lean = self._memory_plan.lean
+            if lean:
+                self.release()
+            self._sessions[kind] = open_session(self._bundle, f"{kind}-{self._level}.onnx", self._threads, not lean)
+        return run(self._sessions[kind], outputs, inputs)
+
+
+def memory_plan_of(memory_plans: Mapping[int, MemoryPlan], bundle: Bundle, level: int) -> MemoryPlan:
+    """The plan of the level. Default: the largest micro-batch with activations below ACTIVATION_BYTES."""
+    return memory_plans.get(level) or MemoryPlan(default_micro_batch(bundle.manifest.dims, level))
+
+
+def default_micro_batch(dims: Dims, level: int) -> int:
+    """Samples whose activations for the backward pass take at most ACTIVATION_BYTES.
+
+    A smaller micro-batch costs little time as long as each matrix product has hundreds of rows.
+    """
+    state = 4 * dims.tokens * dims.hidden
+    return max(1, int(ACTIVATION_BYTES / (state * (LAST_BLOCK_STATES + BLOCK_STATES * (level - 1)))))

@@ -1,0 +1,153 @@
+"""Folders of labelled files, walked the same way by the export, the trial and the daemon.
+
+Two forms are understood: `DIR/<class>/…`, and `DIR/train/<class>/…` with `DIR/test/<class>/…`. Hidden entries and what
+operating systems leave in folders are ignored. Entries come in the order of their names.
+"""
+
+from __future__ import annotations
+
+import os
+import posixpath
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedfmsl.errors import InputError
+
+TRAIN, TEST = "train", "test"
+IGNORED = frozenset(
+    {"Thumbs.db", "desktop.ini", "@eaDir", "__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information"}
+)
+CLASSES_NAMED = 8  # in a reason
+
+
+@dataclass(frozen=True, slots=True)
+class FileVersion:
+    """Differs after the file was written to."""
+
+    size: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> FileVersion:
+        return cls(status.st_size, status.st_mtime_ns)
+
+
+@dataclass(frozen=True, slots=True)
+class ClassFile:
+    """A file with a class. `name` is its path below the walked folder."""
+
+    path: Path
+    name: str
+    label: str
+    version: FileVersion
+    is_test: bool = False  # below DIR/test
+
+
+@dataclass(frozen=True, slots=True)
+class SkippedFile:
+    """A file or folder that is not used, and why."""
+
+    path: Path
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a walk found. `has_test`: the folder has a test split of its own."""
+
+    files: list[ClassFile]
+    skipped: list[SkippedFile]
+    has_test: bool = False
+
+
+def walk_classes(folder: Path, suffixes: Collection[str], noun: str, classes: Sequence[str] | None = None) -> Listing:
+    """The files in class folders. `noun` names a file in reasons and errors; `suffixes` are in lower case.
+
+    A file with another suffix, outside of a class folder, or in a class that is not in `classes` is skipped. Raises
+    InputError if the folder does not exist or cannot be read.
+    """
+    listing = Listing([], [], _has_splits(folder))
+    for split in _splits(folder):
+        for entry in _entries(folder / split, noun):
+            name = f"{split}/{entry.name}" if split else entry.name
+            if not entry.is_dir():
+                if has_suffix(name, suffixes):
+                    listing.skipped.append(SkippedFile(folder / name, "is not in a class folder"))
+                continue
+            found = list(files_below(folder, name, listing.skipped))
+            if classes is None or entry.name in classes:
+                for file, version in found:
+                    if has_suffix(file, suffixes):
+                        listing.files.append(ClassFile(folder / file, file, entry.name, version, split == TEST))
+                    else:
+                        listing.skipped.append(SkippedFile(folder / file, wrong_suffix(suffixes)))
+            elif any(has_suffix(file, suffixes) for file, _ in found):
+                reason = f"{unknown_class(entry.name, classes)}; rename or remove the folder"
+                listing.skipped.append(SkippedFile(folder / name, reason))
+    return listing
+
+
+def folder_classes(folder: Path, noun: str = "class") -> list[str]:
+    """The names of the class folders, of DIR/train if DIR has a test split. Raises InputError as `walk_classes` does."""
+    return [entry.name for entry in _entries(folder / _splits(folder)[0], noun) if entry.is_dir()]
+
+
+def files_below(folder: Path, name: str, skipped: list[SkippedFile]) -> Iterator[tuple[str, FileVersion]]:
+    """The files at any depth below `folder`/`name`, with their paths below `folder`. A subfolder that cannot be read is
+    added to `skipped`. Links to folders are not followed, because they can form a loop."""
+    try:
+        entries = _visible(folder / name)
+    except FileNotFoundError:  # deleted during the walk
+        return
+    except OSError as error:
+        skipped.append(SkippedFile(folder / name, f"cannot be read ({error.strerror})"))
+        return
+    for entry in entries:
+        path = f"{name}/{entry.name}" if name else entry.name
+        try:
+            if entry.is_dir(follow_symlinks=False):
+                yield from files_below(folder, path, skipped)
+            elif entry.is_file():
+                yield path, FileVersion.of(entry.stat())
+        except FileNotFoundError:
+            continue
+
+
+def has_suffix(name: str, suffixes: Collection[str]) -> bool:
+    return posixpath.splitext(name)[1].lower() in suffixes
+
+
+def wrong_suffix(suffixes: Collection[str]) -> str:
+    return f"its name does not end in {', '.join(sorted(suffixes))}"
+
+
+def unknown_class(label: str, classes: Sequence[str]) -> str:
+    known = ", ".join(classes[:CLASSES_NAMED]) + (", …" if len(classes) > CLASSES_NAMED else "")
+    return f"class {label!r} is not in the bundle, whose classes are {known}"
+
+
+def _has_splits(folder: Path) -> bool:
+    return (folder / TRAIN).is_dir() and (folder / TEST).is_dir()
+
+
+def _splits(folder: Path) -> tuple[str, ...]:
+    return (TRAIN, TEST) if _has_splits(folder) else ("",)
+
+
+def _entries(folder: Path, noun: str) -> list[os.DirEntry[str]]:
+    try:
+        return _visible(folder)
+    except FileNotFoundError as error:
+        raise InputError(f"{noun} folder {folder} does not exist") from error
+    except OSError as error:
+        raise InputError(f"{noun} folder {folder} cannot be read ({error.strerror})") from error
+
+
+def _visible(folder: Path) -> list[os.DirEntry[str]]:
+    with os.scandir(folder) as entries:
+        visible = [entry for entry in entries if not entry.name.startswith(".") and entry.name not in IGNORED]
+    return sorted(visible, key=lambda entry: entry.name)

@@ -1,0 +1,109 @@
+"""The section "Put it on a Raspberry Pi" of docs/deploy.md, word for word on the emulated board.
+
+The board has no systemd: the test starts the unit's command itself."""
+
+from __future__ import annotations
+
+import configparser
+import re
+import shlex
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+from support.arm64.board import Board
+from support.arm64.wheels import REPOSITORY
+from support.bundles import Built
+from support.processes import Broker, Federation, Process, Processes, free_port, wait_until
+from support.provisioned_fleet import Fleet, provision, start_fleet
+from support.samples import write_device_photos
+
+SECTION = "Put it on a Raspberry Pi"
+RUN, DEVICE, HOST = "orchard", "kitchen", "fleet.example"
+HOME = "/home/pi"
+PATIENCE = 600.0  # seconds
+PIP_CONF = """\
+[global]
+no-index = true
+find-links = /var/cache/wheels
+[install]
+no-compile = true
+"""
+
+
+def blocks_of(section: str) -> list[str]:
+    """The fenced commands of a section of docs/deploy.md, in their order."""
+    text = (REPOSITORY / "docs" / "deploy.md").read_text()
+    found = re.search(rf"^(#+) {re.escape(section)}\n(.*?)(?=^#{{1,6}} |\Z)", text, re.DOTALL | re.MULTILINE)
+    assert found, f"docs/deploy.md has no section {section!r}"
+    return re.findall(r"^```\w*\n(.*?)^```", found[2], re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture
+def pi(base: Board, wheel: Path, wheels: Path, tmp_path: Path) -> Board:
+    """A board as it comes, with the files that the section copies to it; its pip finds the wheels on its disk."""
+    board = base.copy(tmp_path / "root")
+    shutil.copy(wheel, board.path(HOME))
+    shutil.copytree(wheels, board.path("/var/cache/wheels"))
+    board.path("/etc/pip.conf").write_text(PIP_CONF)
+    with board.path("/etc/hosts").open("a") as hosts:
+        hosts.write(f"127.0.0.1 {HOST}\n")
+    write_device_photos(board.path(f"{HOME}/photos"), {"apple": 6, "kiwi": 6}, seed=1)
+    return board
+
+
+@pytest.fixture
+def fleet(processes: Processes, tmp_path: Path) -> Fleet:
+    pki = tmp_path / "pki"
+    provision(pki, "--host", HOST, "--host", "localhost", "--host", "127.0.0.1")
+    started = start_fleet(pki, processes)
+    provision(pki, DEVICE, "--run", RUN, "--broker", f"mqtts://{HOST}:{started.port}")
+    return started
+
+
+class Booted:
+    """What systemd does with a unit: its state folder, its user, its command, and a socket that is told of it."""
+
+    def __init__(self, board: Board, unit: str, processes: Processes) -> None:
+        parser = configparser.RawConfigParser(strict=False)
+        parser.optionxform = str  # type: ignore[assignment,method-assign]
+        parser.read_string(board.path(unit).read_text())
+        service = parser["Service"]
+        user, state = service["User"], f"/var/lib/{service['StateDirectory']}"
+        board.run("install", "--directory", "--mode", service["StateDirectoryMode"], "--owner", user, state)
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(str(board.path("/run/notify")))
+        board.path("/run/notify").chmod(0o666)
+        as_user = ("setpriv", f"--reuid={user}", f"--regid={service['Group']}", "--init-groups", "--no-new-privs")
+        command = board.command(*as_user, *shlex.split(service["ExecStart"]), NOTIFY_SOCKET="/run/notify", HOME=state)
+        self.process: Process = processes.start(DEVICE, *command)
+
+    def wait_until_ready(self) -> None:
+        self._socket.settimeout(PATIENCE)
+        while b"READY=1" not in self._socket.recv(4096).split(b"\n"):
+            pass
+
+
+def test_the_deploy_page_puts_a_device_on_a_raspberry_pi(
+    pi: Board, fleet: Fleet, vit: Built, processes: Processes, tmp_path: Path
+) -> None:
+    """From a bare system to a device that takes part in a run and says so."""
+    _on_the_server, install, *after = blocks_of(SECTION)
+    shutil.copy(fleet.device(DEVICE), pi.path(HOME))
+    said = pi.run("bash", "-euc", f"cd {HOME}\n{install}", HOME=HOME)
+    assert "installed /etc/systemd/system/fedfmsl.service" in said
+    pi.compile("/opt/fedfmsl")  # what pip has been told to leave, as it takes a minute more there
+    federation = Federation(
+        RUN, Broker("mosquitto", fleet.url), vit.bundle.root, {DEVICE: tmp_path}, tmp_path, processes
+    )
+    serve = ("--serve", f"localhost:{free_port()}", "--identity", str(fleet.server))
+    federation.start_server(*serve, "--stage1-rounds", "1000")
+    booted = Booted(pi, "/etc/systemd/system/fedfmsl.service", processes)
+    booted.wait_until_ready()
+    wait_until(lambda: len(federation.rounds()) > 1, "its updates to close rounds", PATIENCE)
+    for commands in after:
+        said = pi.run("bash", "-euc", f"cd {HOME}\n{commands}", HOME=HOME)
+    assert booted.process.running
+    assert re.search(rf"^device +{DEVICE} ", said, re.MULTILINE)
+    assert re.search(r"^round +\d+ \(global\)", said, re.MULTILINE)

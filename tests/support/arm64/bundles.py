@@ -1,0 +1,28 @@
+"""Bundles of real shape and random weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from export.build import build_bundle
+from export.weights import load_backbone
+from fedfmsl.protocol.bundle import Precision
+from support.samples import CLASSES
+
+
+def export(
+    out: Path,
+    model: str,
+    weights: str | None = None,
+    *,
+    levels: int,
+    classes: Sequence[str] = CLASSES,
+    image_size: int | None = None,
+    precision: Precision = "fp32",
+) -> Path:
+    """What `python -m export.build` writes for a device with plain ONNX Runtime."""
+    source = load_backbone(model, weights, len(classes), image_size, None, 0)
+    for _ in build_bundle(source, tuple(classes), levels, source.family.lora(4), out, 0, precision, None, False):
+        pass
+    return out

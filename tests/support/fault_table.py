@@ -1,0 +1,73 @@
+"""The fault table: what every fault test found out, and docs/reliability.md with it."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+BEGIN, END = "<!-- the fault table: begin -->", "<!-- the fault table: end -->"
+COMMAND = ("tests/faults", "--full")
+HEAD = (
+    "| fault | times | lost updates | counted twice | repeated rounds | recomputed rounds | equal to a run without "
+    "faults | seconds to recover, median | longest |\n"
+    "|---|---|---|---|---|---|---|---|---|"
+)
+COUNTS = ("lost", "double", "repeated", "recomputed", "compared")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A fault once, or `times` in one run: acknowledged updates that are not in the result; updates that are in it
+    twice, and rounds that come out otherwise; rounds that were repeated; rounds done over from the log, and those of
+    them that an undisturbed run has too; and the seconds from the fault's end until every device had an update accepted
+    again (none where the fault lasted to the end of the run)."""
+
+    lost: int
+    double: int
+    repeated: int
+    recomputed: int
+    compared: int
+    recovery: float | None
+    times: int = 1
+
+
+@dataclass
+class FaultTable:
+    trials: dict[str, list[Trial]] = field(default_factory=lambda: defaultdict(list))
+
+    def add(self, fault: str, trial: Trial) -> None:
+        self.trials[fault].append(trial)
+
+    def markdown(self, versions: str) -> str:
+        lines = [
+            f"`python -m pytest {' '.join(COMMAND)}` on {os.cpu_count()} cores, Python {platform.python_version()}, "
+            f"{versions}.",
+            "",
+            HEAD,
+        ]
+        for fault, trials in self.trials.items():
+            seconds = sorted(trial.recovery for trial in trials if trial.recovery is not None)
+            spread = [f"{seconds[len(seconds) // 2]:.1f}", f"{seconds[-1]:.1f}"] if seconds else ["–", "–"]
+            sums = [sum(getattr(trial, name) for trial in trials) for name in ("times", *COUNTS)]
+            cells = [*sums, *spread]
+            lines.append(f"| {fault} | {' | '.join(map(str, cells))} |")
+        return "\n".join(lines)
+
+
+def is_whole(arguments: Sequence[str]) -> bool:
+    """Whether pytest was asked for all the fault tests in their long form, and for nothing else."""
+    return tuple(arguments) == COMMAND
+
+
+def write(path: Path, table: str) -> None:
+    """Between the markers; the prose around them is kept. A file without them gets them at its end."""
+    text = path.read_text() if path.is_file() else "# What happens when something fails\n\n"
+    if BEGIN not in text:
+        text += f"{BEGIN}\n{END}\n"
+    before, _, rest = text.partition(BEGIN)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"{before}{BEGIN}\n{table}\n{END}{rest.partition(END)[2]}")

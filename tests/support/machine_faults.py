@@ -1,0 +1,70 @@
+"""What can go wrong with a machine: a disk that is full, a clock that jumps. Tests are skipped where it cannot be made
+to."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+from support.tools import not_tested, require_faketime
+
+BLOCK = 64 * 1024
+
+
+class SmallDisk:
+    """A file system of its own, of a few MB."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._ballast = root / "ballast"
+
+    def fill(self, leave: int = 0) -> None:
+        """Until no more than `leave` bytes are free."""
+        statistics = os.statvfs(self.root)
+        missing = statistics.f_bavail * statistics.f_frsize - leave
+        with self._ballast.open("ab", buffering=0) as file, contextlib.suppress(OSError):
+            while missing > 0:
+                missing -= file.write(bytes(min(BLOCK, missing)))
+
+    def free(self) -> None:
+        self._ballast.unlink()
+
+
+@contextlib.contextmanager
+def small_disk(root: Path, megabytes: int) -> Iterator[SmallDisk]:
+    root.mkdir(parents=True, exist_ok=True)
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(root)]
+    if os.geteuid() != 0:
+        not_tested("a small disk is a mounted tmpfs, which only root may mount")
+    done = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if done.returncode:
+        not_tested(f"no tmpfs can be mounted here: {done.stderr.strip()}")
+    try:
+        yield SmallDisk(root)
+    finally:
+        subprocess.run(["umount", "--lazy", str(root)], check=True)
+
+
+class Clock:
+    """The wall clock of processes that are started with its `environment`; their monotonic clock is left alone."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file = folder / "clock"
+        self.jump(0)
+        self.environment = {
+            "LD_PRELOAD": str(require_faketime()),
+            "FAKETIME_TIMESTAMP_FILE": str(self._file),
+            "FAKETIME_NO_CACHE": "1",
+            "DONT_FAKE_MONOTONIC": "1",
+            "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+        }
+
+    def jump(self, seconds: float) -> None:
+        """The clock now goes so many seconds ahead of the true one (behind it if negative), also for processes that
+        run already."""
+        scratch = self._file.with_suffix(".new")
+        scratch.write_text(f"{seconds:+.0f}\n")
+        scratch.replace(self._file)

@@ -1,0 +1,46 @@
+"""Messages that the server stores in one commit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from trainer_server.coordinator.events import Command, StatusSeen
+from trainer_server.coordinator.state import State
+from trainer_server.storage.run_store import LoggedEvent
+
+# By device: its latest status that changed the state. An offline status follows the latest online one, because only the
+# instance in that one shows whether the offline status belongs to the same process.
+Statuses = dict[str, list[LoggedEvent]]
+
+
+@dataclass
+class Batch:
+    """Nothing of a batch takes effect before it is on disk.
+
+    `state` is the state after its events, `files` maps the temporary files of accepted updates to their final paths.
+    `statuses` are kept in memory until the next commit: the broker retains them as well, and a device that connects
+    over and over must not fill the event log.
+    """
+
+    state: State
+    now: float
+    statuses: Statuses
+    updates: list[LoggedEvent] = field(default_factory=list)
+    commands: list[Command] = field(default_factory=list)
+    files: dict[Path, Path] = field(default_factory=dict)
+
+    def add_status(self, event: StatusSeen) -> None:
+        status = event.status
+        previous = self.statuses.get(status.device, [])[:1]
+        online = [one for one in previous if isinstance(one.event, StatusSeen) and one.event.status.online]
+        logged = LoggedEvent(self.now, event)
+        self.statuses[status.device] = [logged] if status.online else [*online, logged]
+
+    @property
+    def events(self) -> list[LoggedEvent]:
+        return [*flatten(self.statuses), *self.updates]
+
+
+def flatten(statuses: Statuses) -> list[LoggedEvent]:
+    return [logged for of_device in statuses.values() for logged in of_device]

@@ -1,0 +1,50 @@
+"""What the server publishes on MQTT: its status, the announced round, the globals, acknowledgements."""
+
+from __future__ import annotations
+
+import paho.mqtt.client as paho
+
+from fedfmsl.protocol.chunks import chunks
+from fedfmsl.protocol.messages import Ack, Round, ServerStatus, encode
+from fedfmsl.protocol.topics import Topics
+from fedfmsl.transport.link import Link
+
+
+class Publisher:
+    """`last` is the message that was published last."""
+
+    def __init__(self, link: Link, topics: Topics, status: ServerStatus) -> None:
+        self._link = link
+        self._topics = topics
+        self._status = status
+        self._retained: dict[str, int] = {}  # SHA-256 of the globals on the broker → number of their chunks
+        self.last: paho.MQTTMessageInfo | None = None
+
+    def forget_globals(self) -> None:
+        """The broker may have lost its retained messages: publishes every blob again when it is needed."""
+        self._retained = {}
+
+    def publish_status(self, online: bool) -> None:
+        status = self._status.model_copy(update={"online": online})
+        self._publish(self._topics.server_status, encode(status), retain=True)
+
+    def publish_globals(self, sha256: str, blob: bytes) -> None:
+        if sha256 in self._retained:
+            return
+        count = 0
+        for count, chunk in enumerate(chunks(blob), start=1):
+            self._publish(self._topics.globals_chunk(sha256, count - 1), chunk, retain=True)
+        self._retained[sha256] = count
+
+    def announce_round(self, announced: Round) -> None:
+        """Also deletes the globals that this round does not use."""
+        self._publish(self._topics.round, encode(announced), retain=True)
+        for sha256 in set(self._retained) - {announced.expert, announced.start, announced.gate}:
+            for index in range(self._retained.pop(sha256)):  # an empty retained message deletes the old one
+                self._publish(self._topics.globals_chunk(sha256, index), b"", retain=True)
+
+    def send_ack(self, ack: Ack) -> None:
+        self._publish(self._topics.ack(ack.device), encode(ack))
+
+    def _publish(self, topic: str, payload: bytes, retain: bool = False) -> None:
+        self.last = self._link.publish(topic, payload, retain)
