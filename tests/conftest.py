@@ -8,12 +8,30 @@ from pathlib import Path
 import pytest
 from support.bundles import Built, shared_bundle, shared_weights
 from support.samples import write_photos, write_texts
+from support.tools import require_tool, summary
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # also for the processes that tests start: no test needs the hub
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="run the long form of tests/faults (make faults)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "needs(*programs): programs without which the test cannot run (support.tools)")
+
+
+@pytest.hookimpl(tryfirst=True)  # before fixtures use the programs
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for marker in item.iter_markers("needs"):
+        for program in marker.args:
+            require_tool(program)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    line = summary(report.longrepr[-1] for report in terminalreporter.stats.get("skipped", []))
+    if line:
+        terminalreporter.write_line(line, yellow=True)
 
 
 @pytest.fixture(scope="session")

@@ -14,10 +14,11 @@ from support.bundles import build
 from support.fault_table import FaultTable, Trial
 from support.kill_point import launcher
 from support.machine_faults import small_disk
-from support.processes import MOSQUITTO, Federation, Observer, Processes, wait_until
+from support.processes import Federation, Observer, Processes, wait_until
 from support.run_oracle import Reference, examine, reference
 from support.samples import CLASSES, write_device_photos
 from support.simulation import ROUND_TIMEOUT, judged
+from support.tools import find_tool
 
 from fedfmsl.protocol.messages import Ack, Round, Stage, Verdict
 
@@ -97,7 +98,7 @@ def wide(vit_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def undisturbed_real(wide: Path, photos: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Reference:
     folder = tmp_path_factory.mktemp("undisturbed-real")
     with Processes(folder / "logs") as processes:
-        broker = RestartableBroker(processes, folder, "mosquitto" if MOSQUITTO else "amqtt")
+        broker = RestartableBroker(processes, folder, "mosquitto" if find_tool("mosquitto") else "amqtt")
         with Observer(broker, RUN) as observer:
             real = Real(Federation(RUN, broker, wide, photos, folder, processes), observer)
             real.start_server()

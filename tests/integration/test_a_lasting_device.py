@@ -15,8 +15,19 @@ from typing import Any
 import pytest
 from support.bundles import Built
 from support.in_process_daemon import RUN, started
-from support.processes import MOSQUITTO, SECONDS, Broker, Ended, Federation, Observer, Processes, answers, wait_until
+from support.processes import (
+    SECONDS,
+    Broker,
+    Ended,
+    Federation,
+    Observer,
+    Processes,
+    answers,
+    broker_command,
+    wait_until,
+)
 from support.samples import write_photos
+from support.tools import not_tested
 
 from edge_runtime.daemon.state import required_globals
 from edge_runtime.store import DeviceStore
@@ -26,7 +37,7 @@ from fedfmsl.protocol.messages import Ack, DeviceStatus, Round, ServerStatus, St
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.link import Link, Received
 
-KINDS = ["amqtt", pytest.param("mosquitto", marks=pytest.mark.skipif(not MOSQUITTO, reason="needs a mosquitto"))]
+KINDS = ["amqtt", pytest.param("mosquitto", marks=pytest.mark.needs("mosquitto"))]
 FIRST, HOLDER = "device-0", "device-1"
 ROUNDS = ("--stage1-rounds", "6", "--stage2-rounds", "2")
 UNSHARE = shutil.which("unshare")
@@ -132,9 +143,7 @@ def start_again(processes: Processes, broker: Broker) -> None:
     """The broker, on the same port, with nothing of what it knew."""
     port = broker.url.rpartition(":")[2]
     processes.started[f"broker-{broker.kind}"].kill()
-    mosquitto = [str(MOSQUITTO), "-p", port]
-    amqtt = [sys.executable, "-m", "devices.trial.broker", "--port", port]
-    processes.start("broker-again", *(mosquitto if broker.kind == "mosquitto" else amqtt))
+    processes.start("broker-again", *broker_command(broker.kind, int(port)))
     wait_until(lambda: answers(int(port)), "the broker's return")
 
 
@@ -146,7 +155,7 @@ class SmallDisk:
         folder.mkdir(parents=True)
         mount = f"mount -t tmpfs -o {mode},size={DISK_BYTES} tmpfs {folder}"
         if UNSHARE is None or subprocess.run([*SPACES, mount], capture_output=True, check=False).returncode:
-            pytest.skip("no small file system can be mounted here")
+            not_tested("no small file system can be mounted here")
         self.command = (*SPACES, f'{mount} && exec "$0" "$@"')
         self.seen_from_here = folder
 

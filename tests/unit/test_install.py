@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.tools import NOT_TESTED
 from typer.testing import CliRunner
 
 from devices.install import app
@@ -30,7 +31,7 @@ PI = {
     "sys/class/hwmon/hwmon1/in0_lcrit_alarm": "1\n",
     "sys/fs/cgroup/cgroup.controllers": "cpuset cpu io pids\n",
 }
-as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may become another user")
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason=f"{NOT_TESTED}only root may become another user")
 
 
 @pytest.fixture
