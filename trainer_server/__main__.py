@@ -121,7 +121,7 @@ def start(
     delta: float = typer.Option(1e-5, min=1e-12, max=0.1, help="δ that ε is reported for.", rich_help_panel=SECRET),
 ) -> None:
     """Coordinate one run until it is finished. The same command goes on with a run that was interrupted."""
-    opened = Bundle(bundle)
+    opened = Bundle.load(bundle)
     opened.verify()
     level = max_level or opened.manifest.levels
     if level > opened.manifest.levels:

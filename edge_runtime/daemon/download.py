@@ -82,7 +82,7 @@ def fetch_manifest(server: ServerStatus, folder: Path, identity: Path | None = N
     root.mkdir(parents=True, exist_ok=True)
     tls = client_context(read_identity(identity) if identity else None)
     _fetch(_File(f"{server.bundle_url}/{MANIFEST}", root / MANIFEST, server.bundle, None), tls)
-    return Bundle(root)
+    return Bundle.load(root)
 
 
 @dataclass(frozen=True)
