@@ -109,7 +109,7 @@ CONFIGURATIONS = {
     "private-0.1": _private(0.1),
     "private-0.3": _private(0.3),
     "private-1.0": _private(1.0),
-    "half": Configuration("a random half of the devices each round", {"selection": Selection.RANDOM, "fraction": 0.5}),
+    "half": Configuration("a random half of the devices each round", {"select": Selection.RANDOM, "fraction": 0.5}),
 }
 
 

@@ -15,7 +15,8 @@ import onnxruntime
 import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
-from support.processes import MOSQUITTO, Federation, Observer, Process, Processes, free_port, run_module
+from support.processes import Federation, Observer, Process, Processes, free_port, run_module
+from support.tools import find_tool
 
 from edge_runtime.data.images import load_pixels
 from fedfmsl.protocol.bundle import Bundle
@@ -103,14 +104,14 @@ def run(whole_run: Runner) -> Finished:
 @pytest.fixture(scope="module")
 def repeated(whole_run: Runner) -> Finished:
     """The same run once more, on the other broker if there is one."""
-    return whole_run("mosquitto" if MOSQUITTO else "amqtt-again")
+    return whole_run("mosquitto" if find_tool("mosquitto") else "amqtt-again")
 
 
 def test_every_process_ends_well(run: Finished) -> None:
     assert run.codes == dict.fromkeys((*DEVICES, "server"), 0)
 
 
-@pytest.mark.skipif(not MOSQUITTO, reason="mosquitto is not installed (apt-get install mosquitto)")
+@pytest.mark.needs("mosquitto")
 def test_a_real_mosquitto_carries_the_run_as_well(repeated: Finished) -> None:
     assert repeated.broker == "mosquitto"
     assert repeated.codes == dict.fromkeys((*DEVICES, "server"), 0)

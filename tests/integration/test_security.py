@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support.processes import MOSQUITTO, Broker, Ended, Federation, Processes, free_port, run_module, wait_until
+from support.processes import Broker, Ended, Federation, Processes, free_port, run_module, wait_until
 from support.provisioned_fleet import (
     HOSTS,
     LONG_AGO,
@@ -33,7 +33,7 @@ from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.address import parse_address
 from fedfmsl.transport.link import Connected, Disconnected, Link, LinkEvent, Received, Will
 
-pytestmark = pytest.mark.skipif(not MOSQUITTO, reason="mosquitto is not installed (apt-get install mosquitto)")
+pytestmark = pytest.mark.needs("mosquitto")
 
 BROKER = 6
 DEVICES = ("device-0", "device-1", "mallory")

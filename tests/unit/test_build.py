@@ -44,6 +44,7 @@ def test_two_builds_are_the_same_byte_for_byte(vit: Built, vit_folder: Path, tmp
     assert build(vit_folder, tmp_path / "other", seed=1).bundle.sha256 != vit.bundle.sha256
 
 
+@pytest.mark.ort_training
 def test_builds_in_fresh_processes_from_copies_of_the_weights_are_the_same(clip_folder: Path, tmp_path: Path) -> None:
     """Neither paths, nor the order of sets, nor the number of threads get into a bundle."""
     made = []
@@ -72,6 +73,7 @@ def test_frozen_weights_are_stored_once_however_many_levels(tmp_path: Path) -> N
     assert sum(entry.size for entry in manifest.files.values()) <= 1.05 * 4 * manifest.backbone_parameters
 
 
+@pytest.mark.ort_training
 def test_the_bundle_holds_every_file_its_docstring_names_and_only_standard_operators(built: Built) -> None:
     bundle, levels = built.bundle, range(1, LAYERS + 1)
     graphs = {"backbone", "features", "gate-step", "gate-predict", *(f"lift-{block}" for block in range(LAYERS - 1))}

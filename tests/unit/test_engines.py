@@ -49,6 +49,7 @@ LEVELS = [1, 2, LAYERS]
 C = len(CLASSES)
 Inputs = dict[str, NDArray[Any]]
 
+pytestmark = pytest.mark.ort_training
 with_ort_training = pytest.mark.skipif(not has_ort_training(), reason="plain ONNX Runtime is what is installed")
 without_ort_training = pytest.mark.skipif(has_ort_training(), reason="onnxruntime-training is what is installed")
 
