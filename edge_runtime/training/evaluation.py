@@ -15,7 +15,7 @@ from edge_runtime.training.loop import Targets, predict_log_p, train
 from edge_runtime.training.model import make_personal_model
 from edge_runtime.training.stages import Globals, StageResult, class_mean_expert, shuffle_seed
 from fedfmsl.algorithms.arrays import Labels, Vector
-from fedfmsl.algorithms.mixture import accuracy, gate_statistics, nll, of_labels
+from fedfmsl.algorithms.mixture import accuracy, gate_statistics, label_log_p, nll
 from fedfmsl.common.files import write_atomically
 from fedfmsl.errors import MessageError
 from fedfmsl.protocol.messages import Round
@@ -52,7 +52,7 @@ def train_baseline(context: TrainingContext, round_: Round, _: Globals) -> Stage
             theta[:size] = engine.get()
         held_out = predict_log_p(engine, context.cache.frozen(splits.held_out, level), context.class_mask)
         labels = labels_of(splits.held_out)
-        score = accuracy(held_out, labels), float(of_labels(held_out, labels).mean())
+        score = accuracy(held_out, labels), float(label_log_p(held_out, labels).mean())
         if best is None or score > best[0]:
             best = score, theta[:size].copy()
         if repetition:

@@ -13,7 +13,7 @@ from edge_runtime.training.context import Samples, TrainingContext
 from edge_runtime.training.loop import Targets, predict_log_p, train
 from edge_runtime.training.stages import Globals, StageResult, shuffle_seed
 from fedfmsl.algorithms.arrays import Floats, Vector
-from fedfmsl.algorithms.mixture import accuracy, gate_statistics, mix, nll, of_labels
+from fedfmsl.algorithms.mixture import accuracy, gate_statistics, label_log_p, mix, nll
 from fedfmsl.algorithms.sal import Sal, SalState
 from fedfmsl.common.files import write_atomically
 from fedfmsl.errors import MessageError
@@ -143,7 +143,7 @@ def _train_local(context: TrainingContext, round_: Round, published: Globals, ex
     labels = labels_of(samples)
     features = context.cache.pooled(samples, context.level_of(published.expert))
     log_gate = context.gate.log_weights(published.gate, features)
-    global_log_p = of_labels(context.log_p(samples, published.expert, context.log_prior), labels)
+    global_log_p = label_log_p(context.log_p(samples, published.expert, context.log_prior), labels)
     targets = Targets(labels, gate=log_gate[:, 1], other=log_gate[:, 0] + global_log_p)
     engine.load(trained)
     size = layout.size(trained)
@@ -167,7 +167,9 @@ def _train_gate(context: TrainingContext, published: Globals, expert: LocalExper
     samples = context.splits.held_out
     labels = labels_of(samples)
     mixture = compute_mixture(context, samples, published, expert.best, expert.best_level)
-    expert_log_p = np.stack([of_labels(mixture.global_log_p, labels), of_labels(mixture.local_log_p, labels)], axis=1)
+    expert_log_p = np.stack(
+        [label_log_p(mixture.global_log_p, labels), label_log_p(mixture.local_log_p, labels)], axis=1
+    )
     features = context.cache.pooled(samples, context.level_of(published.expert))
     gate = context.gate.train(published.gate, features, expert_log_p)
     weight, entropy = gate_statistics(mixture.log_gate)

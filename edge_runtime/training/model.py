@@ -19,7 +19,7 @@ from edge_runtime.training.context import TrainingContext
 from edge_runtime.training.local_expert import LocalExpert, compute_mixture
 from edge_runtime.training.stages import Globals, class_mean_expert
 from fedfmsl.algorithms.arrays import Floats
-from fedfmsl.algorithms.calibration import calibrated, fit_temperature, unknown_below
+from fedfmsl.algorithms.calibration import calibrate, fit_temperature, unknown_threshold
 from fedfmsl.common.files import write_atomically
 from fedfmsl.errors import BundleError, ConfigError, InputError, MessageError
 from fedfmsl.protocol.bundle import Bundle
@@ -59,7 +59,7 @@ class PersonalModel:
 
     def calibrated(self, log_p: Floats) -> Floats:
         """Calibrated class log-probabilities (n, C) of the mixture's."""
-        return calibrated(log_p, self.header.temperature)
+        return calibrate(log_p, self.header.temperature)
 
 
 def make_personal_model(context: TrainingContext, round_: Round, published: Globals) -> PersonalModel:
@@ -91,7 +91,7 @@ def make_personal_model(context: TrainingContext, round_: Round, published: Glob
         expert=round_.expert,
         gate=round_.gate,
         temperature=temperature,
-        threshold=unknown_below(np.exp(calibrated(log_p, temperature).max(axis=1))),
+        threshold=unknown_threshold(np.exp(calibrate(log_p, temperature).max(axis=1))),
     )
     tensors = {
         "global_theta": context.to_highest_level(expert)[:size],
@@ -132,7 +132,7 @@ def open_model_bundle(store: DeviceStore, header: ModelHeader, path: Path | None
     root = path or store.bundles / header.bundle
     if not root.is_dir():
         raise BundleError(f"the bundle of the model in {store.root} is not at {root}; pass its folder with --bundle")
-    bundle = Bundle(root)
+    bundle = Bundle.load(root)
     if bundle.sha256 != header.bundle:
         raise BundleError(f"bundle {root} is not the bundle of the model in {store.root}; pass another --bundle")
     return bundle

@@ -13,7 +13,7 @@ from edge_runtime.data.samples import labels_of
 from edge_runtime.training.context import TrainingContext
 from edge_runtime.training.loop import Targets, predict_log_p, train
 from fedfmsl.algorithms.arrays import Vector
-from fedfmsl.algorithms.class_means import class_sums, head_of_class_means
+from fedfmsl.algorithms.class_means import class_mean_head, class_sums
 from fedfmsl.algorithms.mixture import accuracy
 from fedfmsl.protocol.messages import Round, Stage
 from fedfmsl.protocol.tensors import Tensors
@@ -66,7 +66,7 @@ def class_mean_expert(context: TrainingContext) -> Vector:
     """An expert of the highest level (P,) with initial LoRA and the head of this device's own class means."""
     own = train_class_sums(context, 1)
     theta = context.bundle.initial()[0]
-    head = head_of_class_means(own["class_sums"], own["class_counts"], float(own["norm_sum"][0]))
+    head = class_mean_head(own["class_sums"], own["class_counts"], float(own["norm_sum"][0]))
     theta[: head.size] = head
     return theta
 
