@@ -187,7 +187,7 @@ def _bundle(seed: int) -> Bundle:
         command += [classes, "--image-size", "140", "--levels", "3", "--seed", str(seed), "--out", str(folder)]
         if subprocess.run([sys.executable, "-m", *command], check=False).returncode:
             raise RunError(f"the bundle {folder} could not be built")
-    return Bundle(folder)
+    return Bundle.load(folder)
 
 
 def _split(seed: int) -> list[Path]:

@@ -85,7 +85,7 @@ def _worker(
     """The device with all that it computes with, measured."""
     threads = settings.threads or os.cpu_count() or 1
     if settings.bundle:
-        bundle = Bundle(settings.bundle)
+        bundle = Bundle.load(settings.bundle)
     else:
         log.info(f"waiting for the server of run {settings.run!r}, which has the bundle")
         server = wait_for_server(link, topics, starting.heartbeat)

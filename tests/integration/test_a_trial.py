@@ -65,7 +65,7 @@ def test_the_report_has_every_name_that_others_read(report: dict[str, Any]) -> N
 
 @pytest.mark.ort_training
 def test_the_report_says_what_was_run(report: dict[str, Any], folder: Path) -> None:
-    manifest = Bundle(folder / "bundle").manifest
+    manifest = Bundle.load(folder / "bundle").manifest
     assert (report["seed"], report["alpha"], report["model"]) == (0, 5.0, "tiny-vit")
     assert report["rounds"] == {"stage1": STAGE1, "stage2": STAGE2}
     assert report["engines"] == [ENGINE]

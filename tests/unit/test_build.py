@@ -61,7 +61,7 @@ def test_builds_in_fresh_processes_from_copies_of_the_weights_are_the_same(clip_
             check=False,
         )
         assert ended.returncode == 0, ended.stderr
-        made.append(Bundle(tmp_path / name / "out"))
+        made.append(Bundle.load(tmp_path / name / "out"))
     assert made[0].sha256 == made[1].sha256
     assert made[0].zero_shot() is not None
 
@@ -147,7 +147,7 @@ def test_the_parity_check_catches_a_graph_that_is_slightly_wrong(
     raw[:1000] *= 1.01
     weights.write_bytes(raw.tobytes())
     with pytest.raises(BundleError, match="differ from torch"):
-        check_parity(Bundle(tmp_path / "bundle"), vit.source, LAYERS, seed=1)
+        check_parity(Bundle.load(tmp_path / "bundle"), vit.source, LAYERS, seed=1)
 
 
 def without(name: str) -> Callable[[Family], Family]:
