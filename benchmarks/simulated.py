@@ -178,7 +178,9 @@ def simulate(
     ack_timeout: float = typer.Option(ACK_TIMEOUT.first, help="Seconds until an update is sent again, at first."),
 ) -> None:
     timeout = replace(ACK_TIMEOUT, first=ack_timeout)
-    fleet = Fleet(Bundle.load(bundle), run, broker, device_names(devices, first), think, level_cap, seed, keepalive, timeout)
+    fleet = Fleet(
+        Bundle.load(bundle), run, broker, device_names(devices, first), think, level_cap, seed, keepalive, timeout
+    )
     try:
         fleet.serve()
     except OSError as error:
