@@ -17,8 +17,9 @@ from devices.provisioning import host
 from devices.provisioning.boards import Board, detect_board
 from devices.provisioning.service_unit import NAME, STATE, USER, Service, service_unit
 from devices.provisioning.settings_file import Value, settings_text
-from edge_runtime.settings import Settings, SettingsError, read_settings
+from edge_runtime.settings import Settings
 from fedfmsl.common.files import write_atomically
+from fedfmsl.common.settings import SettingsError, read_settings
 from fedfmsl.errors import ConfigError
 from fedfmsl.transport.identity import read_identity
 
@@ -131,7 +132,7 @@ def _check_settings(text: str, request: Request) -> None:
         copy.touch(0o600)
         copy.write_text(text)
         try:
-            read_settings(Settings, copy, {})
+            read_settings(Settings, copy, environment=False)
             if request.settings.identity:
                 read_identity(copy)
         except ConfigError as error:

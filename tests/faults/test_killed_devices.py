@@ -34,7 +34,7 @@ KILLS: list[Kill] = [
     ("before its update lies in the outbox", f"{STORE}.put_outbox", "before", 1),
     ("when its update lies in the outbox", f"{STORE}.put_outbox", "after", 1),
     (HALF_SENT, f"{SERVICE}._publish", "after", 3),
-    ("between the ack and its being noted", f"{STORE}.settle", "before", 1),
+    ("between the ack and its being noted", f"{STORE}.acknowledge", "before", 1),
     ("when the ack is noted, the update still kept", "edge_runtime.store:write_atomically", "after", 1),
     ("before globals are kept", f"{STORE}.keep_global", "before", 1),
     ("when globals are kept", f"{STORE}.keep_global", "after", 1),
@@ -43,7 +43,7 @@ KILLS: list[Kill] = [
     ("when the residual is saved", "edge_runtime.training.updates:_save", "after", 1),
     ("before the local expert is saved", "edge_runtime.training.local_expert:LocalExpert.save", "before", 1),
     ("when the local expert is saved", "edge_runtime.training.local_expert:LocalExpert.save", "after", 1),
-    ("after the ack and the update's removal", f"{STORE}.settle", "after", 1),
+    ("after the ack and the update's removal", f"{STORE}.acknowledge", "after", 1),
 ]
 SHORT = {HALF_SENT, "when the residual is saved", "when the local expert is saved"}
 

@@ -30,8 +30,10 @@ from support.samples import write_photos
 from support.tools import not_tested
 
 from edge_runtime.daemon.state import required_globals
+from edge_runtime.daemon.timing import Timing
 from edge_runtime.store import DeviceStore
 from fedfmsl.algorithms.sal import CapabilityQueue, Sal
+from fedfmsl.common.backoff import Backoff
 from fedfmsl.protocol.chunks import MAX_BLOB_BYTES, Assembler
 from fedfmsl.protocol.messages import Ack, DeviceStatus, Round, ServerStatus, Stage, Training, Verdict, encode
 from fedfmsl.protocol.topics import Topics
@@ -57,7 +59,7 @@ def hold_in_mid_round(federation: Federation, observer: Observer) -> Round:
     begun = observer.wait(Round, lambda r: r.stage is Stage.GLOBAL, "stage 1")
     while begun.stage is Stage.GLOBAL:
         holder.pause()
-        finished = store.settled >= begun.round or store.update(begun.round) is not None
+        finished = store.acknowledged >= begun.round or store.update(begun.round) is not None
         if not finished and all(store.global_blob(sha256) for sha256 in required_globals(begun)):
             return begun
         holder.resume()
@@ -226,16 +228,18 @@ def test_a_state_folder_that_is_read_only_is_refused_before_anything_else(tmp_pa
     Ended(done.returncode, done.stdout, done.stderr).assert_error(2, "cannot be written to", "Read-only", "--state")
 
 
+SOON = Timing(ack=Backoff(first=0.2, longest=300.0, jitter=0.5))
+
+
 @pytest.fixture
 def photos_of_one(tmp_path: Path) -> Path:
     return write_photos(tmp_path / "photos", per_class=3)
 
 
 def test_an_update_that_nobody_answers_is_sent_again_until_somebody_does(
-    broker: Broker, vit: Built, photos_of_one: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    broker: Broker, vit: Built, photos_of_one: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("edge_runtime.daemon.state.FIRST_ACK_TIMEOUT", 0.2)
-    device, service, link = started(vit, photos_of_one, tmp_path / "state", "unheard", broker.url)
+    device, service, link = started(vit, photos_of_one, tmp_path / "state", "unheard", broker.url, timing=SOON)
     server, topics = Link(broker.url, "a-server-that-overhears"), Topics(RUN)
     server.connect()
     server.subscribe(topics.update_chunk(device.name, "+", "+"))
@@ -261,7 +265,7 @@ def test_an_update_that_nobody_answers_is_sent_again_until_somebody_does(
         assert len({next(updates) for _ in range(3)}) == 1  # the same bytes each time
         ack = Ack(run=RUN, session="s", round=1, device=device.name, verdict=Verdict.DUPLICATE)
         server.publish(topics.ack(device.name), encode(ack))
-        wait_until(lambda: device.store.settled == 1, "the device to hear")
+        wait_until(lambda: device.store.acknowledged == 1, "the device to hear")
     finally:
         finished = task.model_copy(update={"round": 2, "stage": Stage.FINISHED})
         server.publish(topics.round, encode(finished), retain=True)

@@ -18,7 +18,8 @@ from devices.provision import app as provision
 from devices.provisioning import host
 from devices.provisioning.installation import CONFIG, ENABLED, UNIT
 from devices.provisioning.settings_file import read_table, settings_text
-from edge_runtime.settings import Settings, SettingsError, read_settings
+from edge_runtime.settings import Settings
+from fedfmsl.common.settings import SettingsError, read_settings
 from fedfmsl.errors import ConfigError
 from fedfmsl.transport.identity import read_identity
 
@@ -80,7 +81,7 @@ def test_the_carried_files_values_the_boards_and_those_said_make_the_settings(ca
         "stay": True,
     }
     assert "# Limits of this board, Raspberry Pi 4 Model B Rev 1.5.\nthreads = 3" in config.read_text()
-    settings = read_settings(Settings, config, {})
+    settings = read_settings(Settings, config)
     assert settings.identity == config and read_identity(config).name == "kitchen"
 
 

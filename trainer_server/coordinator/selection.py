@@ -16,7 +16,7 @@ ROUNDING = 1e-9  # tolerance for products like 0.07 · 100, which is above 7 in 
 
 def select_devices(config: RunConfig, ready: Devices, level: int, round_: int) -> frozenset[str]:
     """The devices that round `round_` at `level` asks, out of the ready ones. Deterministic."""
-    return SELECTIONS[config.selection](config, ready, level, round_)
+    return SELECTIONS[config.select](config, ready, level, round_)
 
 
 def _all(config: RunConfig, ready: Devices, level: int, round_: int) -> frozenset[str]:
