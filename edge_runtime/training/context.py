@@ -8,8 +8,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_runtime.data import ledger
 from edge_runtime.data.features import FeatureCache, HiddenStates, Report
+from edge_runtime.data.ledger import open_ledger
 from edge_runtime.data.samples import Sample, Splits, assign_new_samples
 from edge_runtime.engines.base import Engine
 from edge_runtime.store import DeviceStore
@@ -43,8 +43,8 @@ class Device:
     def slices(self) -> Splits:
         """`scanned`, with newcomers dealt; kept before anybody trains on them, so that none changes over later."""
         slices = assign_new_samples(self.scanned, self.cache.pooled(self.scanned.unassigned_samples, level=1))
-        with ledger.opened(self.store.samples) as kept:
-            kept.keep_splits(slices)
+        with open_ledger(self.store.samples) as ledger:
+            ledger.keep_splits(slices)
         return slices
 
     @cached_property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -54,4 +55,14 @@ def write_texts(folder: Path, per_class: int = 10, classes: Sequence[str] = CLAS
         for index in range(per_class):
             words = rng.choice(WORDS, rng.integers(3, 40), p=odds / odds.sum())
             (folder / name / f"{index:02}.txt").write_text(f"{' '.join(words)}.\n")
+    return folder
+
+
+LONG_AGO = 1_600_000_000
+
+
+def set_dates(folder: Path, at: int = LONG_AGO) -> Path:
+    """Dates all files below FOLDER, so that a scan does not take them for files that are being written."""
+    for path in folder.rglob("*"):
+        os.utime(path, (at, at))
     return folder
