@@ -145,7 +145,7 @@ def probe(
     from fedfmsl.protocol.bundle import Bundle
 
     fit = MemoryPlan(micro_batch, lean)
-    for line in probe_levels(Bundle(bundle), engine, threads, sample, feature_batch, first, fit):
+    for line in probe_levels(Bundle.load(bundle), engine, threads, sample, feature_batch, first, fit):
         print(line.model_dump_json(), flush=True)
 
 

@@ -158,7 +158,7 @@ def _bundle(settings: Settings, seen: _Seen) -> Iterator[Finding]:
     root = settings.bundle or (store.bundles / announced if announced else _newest(store.bundles))
     if (root is not None and (root / MANIFEST).is_file()) or settings.bundle:
         assert root is not None
-        bundle = Bundle(root)
+        bundle = Bundle.load(root)
         bundle.verify()
         if announced and bundle.sha256 != announced:
             raise BundleError(

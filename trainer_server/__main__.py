@@ -19,7 +19,7 @@ app = application("Coordinate a federated run: both stages of FedFMSL, over MQTT
 @with_settings(ServerSettings)
 def start(settings: ServerSettings) -> None:
     """Coordinate one run until it is finished. The same command resumes an interrupted run."""
-    bundle = Bundle(settings.bundle)
+    bundle = Bundle.load(settings.bundle)
     bundle.verify()
     _coordinate(open_run(settings.folder, settings.run_config(bundle), bundle), bundle, settings)
 

@@ -88,7 +88,7 @@ def trial(
     console.print(f"{kind.noun + 's':<10} {counts[0]} to train on, {counts[1]} to test on")
     options = _options(list(train), model, weights, image_size, levels, precision, engine, seed)
     seconds = {"export": _export(folder / "bundle", options)}
-    _check_kind(Bundle(folder / "bundle"), samples, kind)
+    _check_kind(Bundle.load(folder / "bundle"), samples, kind)
     access = [*(["--identity", str(identity)] if identity else []), *(["--insecure"] if insecure else [])]
     threads = str(max(1, (os.cpu_count() or 1) // devices))
     with Fleet(folder / "logs") as fleet:

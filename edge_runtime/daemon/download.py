@@ -99,7 +99,7 @@ def _fetch_manifest(server: ServerStatus, folder: Path, http_client: _HttpClient
         raise BundleError("the server does not serve its bundle; start it with --serve HOST:PORT, or give --bundle")
     root.mkdir(parents=True, exist_ok=True)
     http_client.fetch(_File(f"{server.bundle_url}/{MANIFEST}", root / MANIFEST, server.bundle, None))
-    return Bundle(root)
+    return Bundle.load(root)
 
 
 def _tls(identity: Path | None) -> ssl.SSLContext:

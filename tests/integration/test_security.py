@@ -404,5 +404,5 @@ def test_a_whole_run_over_mutual_tls(
     for name, device in federation.devices.items():
         ended = device.wait()
         assert ended.code == 0, f"{name}: {ended.stderr}"
-        Bundle(federation.state(name) / "bundles" / Bundle(bundle).sha256).verify()
+        Bundle.load(federation.state(name) / "bundles" / Bundle.load(bundle).sha256).verify()
     assert server.wait().code == 0

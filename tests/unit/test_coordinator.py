@@ -22,7 +22,7 @@ from support.coordinators import (
     started,
 )
 
-from fedfmsl.algorithms.class_means import head_of_class_means
+from fedfmsl.algorithms.class_means import class_mean_head
 from fedfmsl.algorithms.sal import AllAtOnce, CapabilityQueue, FixedSchedule
 from fedfmsl.protocol.messages import (
     Encoding,
@@ -145,7 +145,7 @@ def test_the_global_expert_starts_from_the_class_means_of_all_devices(vit: Built
         np.stack([np.asarray(update.tensors[name], np.float64) for update in updates]).sum(axis=0)
         for name in ("class_sums", "class_counts", "norm_sum")
     )
-    wanted = head_of_class_means(sums.astype(np.float32), counts.astype(np.float32), norms.item())
+    wanted = class_mean_head(sums.astype(np.float32), counts.astype(np.float32), norms.item())
     head, initial = run.state.expert[: wanted.size], vit.bundle.initial()[0]
     assert np.allclose(head, wanted, rtol=1e-5)
     assert np.array_equal(run.state.expert[wanted.size :], initial[wanted.size :])
