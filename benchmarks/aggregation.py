@@ -26,14 +26,15 @@ from devices.trial.assets import ASSETS, PHOTOS, fetch
 from devices.trial.dataset import find_files, kind_of
 from devices.trial.photos import unpack_groceries
 from devices.trial.split import write_fleet
-from edge_runtime.training.stages import Outcome
+from edge_runtime.training.stages import StageResult
 from fedfmsl.algorithms.accounting import epsilon
+from fedfmsl.algorithms.privacy import Privacy
 from fedfmsl.common.cli import application
 from fedfmsl.common.files import write_atomically
 from fedfmsl.errors import ConfigError, RunError
 from fedfmsl.protocol.bundle import Bundle
-from fedfmsl.protocol.messages import Encoding, Privacy, Sal, Stage, Training, Trigger
-from trainer_server.config import Aggregation, Optimizer, Rule, RunConfig, Selection
+from fedfmsl.protocol.messages import Encoding, Stage, Training
+from trainer_server.config import Aggregation, Optimizer, Rule, RunConfig, Selection, Trigger, sal_of
 from trainer_server.coordinator.records import successful_rounds
 
 FOLDER = Path("runs") / "aggregation"
@@ -41,7 +42,7 @@ MODELS = ("start", "global", "global_prior", "local_expert", "mofm")
 DEVICES, ALPHA, DELTA = 6, 0.5, 1e-5
 HOSTILE, FACTOR = "device-0", -10.0
 CLIP = 0.7  # the median norm of the updates of stage 1 in `reference`
-SAL = Sal(window=3, min_gain=0.02, step=1, max_level=3)
+MIN_GAIN, MAX_LEVEL = 0.02, 3
 
 NOTES = [
     "- One seed says little: different rounding of the same mathematics changed seed 0 by 0.006 (global) and 0.013 "
@@ -108,7 +109,7 @@ CONFIGURATIONS = {
     "private-0.1": _private(0.1),
     "private-0.3": _private(0.3),
     "private-1.0": _private(1.0),
-    "half": Configuration("a random half of the devices each round", {"selection": Selection.RANDOM, "fraction": 0.5}),
+    "half": Configuration("a random half of the devices each round", {"select": Selection.RANDOM, "fraction": 0.5}),
 }
 
 
@@ -148,7 +149,6 @@ def _run(configuration: Configuration, seed: int, threads: int) -> dict[str, Any
 
 def trial_config(configuration: Configuration, seed: int) -> RunConfig:
     """The trial's settings, and what the configuration has beside them."""
-    sal = SAL.model_copy(update={"trigger": configuration.sal})
     return RunConfig(
         run="aggregation",
         devices=DEVICES,
@@ -156,14 +156,14 @@ def trial_config(configuration: Configuration, seed: int) -> RunConfig:
         stage2_rounds=5,
         stage1=Training(epochs=2, batch_size=16, learning_rate=2e-3, seed=seed),
         stage2=Training(epochs=1, batch_size=16, learning_rate=5e-4, seed=seed),
-        stage1_sal=sal,
-        stage2_sal=sal.model_copy(update={"window": 2, "min_gain": SAL.min_gain / 2}),
+        stage1_sal=sal_of(configuration.sal, window=3, min_gain=MIN_GAIN, max_level=MAX_LEVEL),
+        stage2_sal=sal_of(configuration.sal, window=2, min_gain=MIN_GAIN / 2, max_level=MAX_LEVEL),
         seed=seed,
         **configuration.settings,
     )
 
 
-def _hostile(device: str, outcome: Outcome) -> Outcome:
+def _hostile(device: str, outcome: StageResult) -> StageResult:
     return scaled(outcome, FACTOR) if device == HOSTILE else outcome
 
 
@@ -187,7 +187,7 @@ def _bundle(seed: int) -> Bundle:
         command += [classes, "--image-size", "140", "--levels", "3", "--seed", str(seed), "--out", str(folder)]
         if subprocess.run([sys.executable, "-m", *command], check=False).returncode:
             raise RunError(f"the bundle {folder} could not be built")
-    return Bundle(folder)
+    return Bundle.load(folder)
 
 
 def _split(seed: int) -> list[Path]:

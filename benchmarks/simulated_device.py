@@ -33,13 +33,13 @@ from edge_runtime.daemon.state import (
     Stop,
     Work,
     WorkDone,
-    ack_timeout,
     advance,
 )
 from fedfmsl.errors import BrokerError, RunError
 from fedfmsl.protocol.chunks import MAX_BLOB_BYTES, Assembler, chunks
+from fedfmsl.protocol.duplicate_name import DuplicateNameGuard
 from fedfmsl.protocol.messages import Ack, DeviceStatus, Round, ServerStatus, encode, parse
-from fedfmsl.transport.link import KEEPALIVE_SECONDS, QOS
+from fedfmsl.transport.link import QOS
 
 if TYPE_CHECKING:
     from benchmarks.simulated import Fleet
@@ -68,7 +68,7 @@ class Device:
             bundle=fleet.bundle.sha256,
             level_cap=fleet.level_cap,
         )
-        self._state = State(name, self._status.instance, fleet.bundle.sha256)
+        self._state = State(name, DuplicateNameGuard(self._status.instance), fleet.bundle.sha256)
         self._attempts = 0
         self._overdue = math.inf  # when an answer to what was sent last is waited for no longer
         self._subscriptions = {
@@ -105,7 +105,7 @@ class Device:
         elif not self.left and now >= self._retry:
             self._retry = now + random.uniform(*RETRY_SECONDS)
             try:
-                self.client.connect(self._fleet.host, self._fleet.port, KEEPALIVE_SECONDS)
+                self.client.connect(self._fleet.host, self._fleet.port, self._fleet.keepalive)
             except OSError:
                 if not self._fleet.tally.connections:
                     raise
@@ -164,7 +164,7 @@ class Device:
         if blob is None:
             return
         self._fleet.tally.sends += 1
-        self._overdue = time.monotonic() + ack_timeout(self.name, self._attempts)
+        self._overdue = time.monotonic() + self._fleet.ack_timeout.delay(self._attempts, self.name)
         self._attempts += 1
         for index, chunk in enumerate(chunks(blob)):
             self._fleet.tally.bytes_up += len(chunk)

@@ -8,14 +8,16 @@ A test compares the page with `page()`.
 from __future__ import annotations
 
 import importlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import typer
 
-from fedfmsl import errors
+from edge_runtime.settings import Settings
+from fedfmsl.common.exit_codes import EXIT_CODES
+from fedfmsl.common.options import reference
+from trainer_server.settings import ServerSettings
 
 PAGE = Path(__file__).with_name("reference.md")
 # Module of each command's typer application, in the order of the page.
@@ -34,7 +36,7 @@ INTRODUCTION = """\
 
 This page is generated from the code: `python docs/generate_reference.py`.
 
-A setting of a device has three forms: a key of its TOML file (`max_temperature`), an environment variable
+A setting of a device or server has three forms: a key of its TOML file (`max_temperature`), an environment variable
 (`FEDFMSL_MAX_TEMPERATURE`) and an option (`--max-temperature`). An option overrides the environment; the environment
 overrides the file. Sizes are written like `512MB` or `2GB`.
 
@@ -42,27 +44,18 @@ User and password for the broker are in the address or in `FEDFMSL_USER` and `FE
 
 ## Exit codes
 
-A command that fails prints one line per error to stderr: value, place and remedy. A command stopped by a signal exits with
-128 plus the signal's number.
+A command that fails prints one line per error to stderr: value, place and remedy.
 
-| code | error | cause |
-|---|---|---|
+| code | cause |
+|---|---|
 """
-CAUSES = {
-    errors.ConfigError: "an option or setting has an invalid value",
-    errors.InputError: "images, texts, folders or class names cannot be used",
-    errors.BundleError: "a bundle is missing, changed, or of another model",
-    errors.WeightsError: "model weights cannot be found, downloaded or recognised",
-    errors.BrokerError: "the MQTT broker is unreachable or refuses the client",
-    errors.MessageError: "a message does not match the protocol; it is refused and never ends a process",
-    errors.RunError: "a run cannot continue: too few devices, or a process that ended early",
-}
 
 
 def page() -> str:
-    codes = [f"| {error.exit_code} | `{error.__name__}` | {cause} |" for error, cause in CAUSES.items()]
-    codes.append(f"| {os.EX_IOERR} | | the disk is full |")
-    return INTRODUCTION + "\n".join([*codes, *commands()]) + "\n"
+    codes = [f"| {code} | {cause} |" for code, cause in EXIT_CODES.items()]
+    device = ("", "## Settings of a device", "", reference(Settings, level=3))
+    server = ("", "## Settings of the server", "", reference(ServerSettings, level=3))
+    return INTRODUCTION + "\n".join([*codes, *device, *server, *commands()]) + "\n"
 
 
 def commands() -> Iterator[str]:
@@ -80,7 +73,10 @@ def commands() -> Iterator[str]:
 
 def _options(command: Any) -> Iterator[str]:
     """A Markdown table of a command's parameters."""
-    rows = [_row(parameter) for parameter in command.params if parameter.name != "help"]
+    settings = [parameter for parameter in command.params if "\\[env var: FEDFMSL_" in (parameter.help or "")]
+    if settings:
+        yield from ("", "Settings, see above: " + ", ".join(f"`{one.opts[0]}`" for one in settings) + ".")
+    rows = [_row(one) for one in command.params if one.name != "help" and one not in settings]
     if rows:
         yield from ("", "| option | default | meaning |", "|---|---|---|", *rows)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 
 from edge_runtime.daemon.announce import device_link, progress_to
-from edge_runtime.daemon.download import fetch_bundle, find_server
+from edge_runtime.daemon.download import fetch_bundle, wait_for_server
 from edge_runtime.daemon.health import HealthReporter
 from edge_runtime.daemon.lock import locked
 from edge_runtime.daemon.loop import Service
@@ -29,7 +29,7 @@ from edge_runtime.resources.sensors import Sensors, board
 from edge_runtime.resources.throttle import Pace, PacedEngine
 from edge_runtime.settings import Settings
 from edge_runtime.store import DeviceStore
-from edge_runtime.training.context import Device
+from edge_runtime.training.context import TrainingContext
 from edge_runtime.training.gate import Gate
 from fedfmsl.common.log import fields, log, set_up_log
 from fedfmsl.errors import InputError
@@ -86,10 +86,10 @@ def _worker(
     """The device with all that it computes with, measured."""
     threads = settings.threads or os.cpu_count() or 1
     if settings.bundle:
-        bundle = Bundle(settings.bundle)
+        bundle = Bundle.load(settings.bundle)
     else:
         log.info(f"waiting for the server of run {settings.run!r}, which has the bundle")
-        server = find_server(link, topics, starting.heartbeat)
+        server = wait_for_server(link, topics, starting.heartbeat)
         bundle = fetch_bundle(server, store.bundles, settings.identity, starting.heartbeat)
     bundle.verify()
     engine = open_engine(settings.engine, bundle, threads).name
@@ -109,8 +109,8 @@ def _worker(
     trainer = PacedEngine(open_engine(engine, bundle, threads, plan.memory_plans), pace)
     disk = DiskCache(store.cache, settings.cache, settings.keep_free)
     cache = FeatureCache(disk, bundle, threads, pace, plan.feature_batch, trainer.release, reader=reader)
-    device = Device(
-        name=name,
+    device = TrainingContext(
+        device_name=name,
         bundle=bundle,
         scanned=scanned,
         cache=cache,

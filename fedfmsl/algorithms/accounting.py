@@ -1,20 +1,21 @@
-"""What a private run has spent, after the accountant of Google's differential privacy library (`dp-accounting`)."""
+"""The privacy budget that a run has used, by the accountant of Google's differential privacy library."""
 
 from __future__ import annotations
 
-from fedfmsl.protocol.messages import Privacy
+from fedfmsl.algorithms.privacy import Privacy
 
 
 def epsilon(privacy: Privacy, rounds: int, delta: float) -> float:
-    """ε of (ε, δ)-differential privacy, with respect to one device's whole set of samples, after aggregates of `rounds`
-    rounds have been seen (statistics, stages 1 and 2: each is one Gaussian mechanism of the same noise multiplier).
+    """ε of (ε, δ)-differential privacy for one device's whole set of samples, after the aggregates of `rounds` rounds.
 
-    Rényi accounting (Mironov, CSF 2017). That a round asks only a share of the devices counts for nothing: the
-    announcement names those chosen, and amplification by sampling holds only for a secret sample. ε is that of the
-    worst placed device, which was chosen in every one of `rounds`.
+    The round of statistics and each round of stages 1 and 2 is one Gaussian mechanism with the same noise multiplier.
+    Rényi accounting (Mironov, CSF 2017). Selecting only some devices for a round does not lower ε: the announcement
+    names them, and amplification by sampling needs a secret sample. ε is for a device that was selected in all rounds.
 
-    It speaks of the plain mean of at least `shares` unencoded (fp32) updates: a robust rule, or rounding between the
-    noise and the sum, is outside of the proof.
+    Holds for the plain mean of at least `shares` fp32 updates. Robust rules, and encodings that round between the
+    noise and the sum, are outside the proof.
+
+    Needs `dp-accounting` (the extra `server`) if `rounds` is above 0.
     """
     if not rounds:
         return 0.0

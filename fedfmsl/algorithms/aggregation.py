@@ -1,7 +1,15 @@
-"""Aggregation of client updates, as functions over flat vectors that are read one at a time."""
+"""Aggregation rules: how client updates become one update. The updates are read one at a time.
+
+    rule = TrimmedMean(trim=0.1)
+    combined = rule.aggregate([Contribution.of(update, weight=samples), ...], parts)
+
+Each part of the vector (the head, the LoRA of each block) is aggregated over the contributions that trained it (ours,
+see SAL). A contribution of a lower level holds only the first parts.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -9,124 +17,163 @@ from math import floor
 
 import numpy as np
 
-from fedfmsl.algorithms.arrays import Doubles, Vector
-from fedfmsl.protocol.layout import Layout
-from trainer_server.config import Aggregation, Rule
+from fedfmsl.algorithms.arrays import Doubles, Parts, Vector
+from fedfmsl.algorithms.checks import check_range
 
-SLICE_BYTES = 32 * 1024 * 1024  # of the values that a robust rule sorts at once
+SORT_BYTES = 32 * 1024 * 1024  # memory for the values that a robust rule sorts at a time
 
 
 @dataclass(frozen=True)
 class Contribution:
-    """An update that lies elsewhere: `read` fetches its `size` values, those of its level's trainables."""
+    """One client update. `read` returns its first `size` values, and is called again for each use.
+
+    A contribution of weight 0 is ignored.
+    """
 
     weight: float
     size: int
     read: Callable[[], Vector]
 
+    @classmethod
+    def of(cls, update: Vector, weight: float = 1.0) -> Contribution:
+        """A contribution that is in memory."""
+        return cls(weight, update.size, lambda: update)
+
 
 @dataclass(frozen=True)
 class Aggregate:
-    """The updates as one: `delta` (size,), zero outside of the parts of the layout that somebody `trained`."""
+    """The combined update. `delta` (P,) is zero outside the `trained` ranges."""
 
     delta: Doubles
     trained: tuple[slice, ...]
 
 
-def aggregate(
-    settings: Aggregation, layout: Layout, size: int, contributions: Sequence[Contribution], least: int = 1
-) -> Aggregate:
-    """One update of `size` values, each part of the layout (the head, each block) over those who trained it (ours, see
-    SAL): a contribution of a lower level holds only the first parts. One of weight 0 has no voice. Parts that fewer
-    than `least` trained count as not trained: under privacy a sum over too few holds too little noise.
+@dataclass(frozen=True)
+class Region:
+    """Adjacent parts that were trained by the same contributions."""
 
-    The mean reads every contribution once and one at a time, so that its memory does not depend on their number. The
-    other rules need all values of a coordinate at once: they work through slices of at most SLICE_BYTES and read every
-    contribution anew for each, about 4 · size · n / SLICE_BYTES times, and once per level at least. The same order
-    gives the same bits.
+    span: slice
+    contributions: tuple[Contribution, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AggregationRule(ABC):
+    """`clip`: each update is first scaled down to this L2 norm. None: no clipping."""
+
+    clip: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.clip is not None:
+            check_range(self, "clip", above=0)
+
+    def aggregate(self, contributions: Sequence[Contribution], parts: Parts, least: int = 1) -> Aggregate:
+        """The update (P,) of all parts. The same contributions in the same order give the same bits.
+
+        Parts that fewer than `least` contributions trained count as not trained: under differential privacy, their
+        sum would hold too little noise.
+        """
+        delta = np.zeros(max(part.stop for part in parts.values()))
+        regions = [region for region in _regions(parts, contributions) if len(region.contributions) >= least]
+        self._combine(regions, delta)
+        return Aggregate(delta, tuple(region.span for region in regions))
+
+    @abstractmethod
+    def _combine(self, regions: Sequence[Region], delta: Doubles) -> None:
+        """Writes the combined values of the regions into `delta`."""
+
+    def _read(self, contribution: Contribution) -> Vector:
+        vector = contribution.read()
+        if self.clip is None:
+            return vector
+        # not a BLAS norm: the last bit of its sum depends on the number of threads
+        norm = float(np.sqrt(np.square(vector, dtype=np.float64).sum()))
+        return vector if norm <= self.clip else vector * np.float32(self.clip / norm)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightedMean(AggregationRule):
+    """Σ w·Δ / Σ w (FedAvg, McMahan et al., AISTATS 2017).
+
+    Reads each contribution once. Memory does not depend on the number of contributions.
     """
-    delta = np.zeros(size)
-    regions = [r for r in _regions(layout, size, contributions) if len(r.voices) >= least]
-    RULES[settings.rule](settings, regions, delta)
-    return Aggregate(delta, tuple(region.span for region in regions))
+
+    def _combine(self, regions: Sequence[Region], delta: Doubles) -> None:
+        # the first region has the most contributions: those of every other region are among them
+        for contribution in regions[0].contributions if regions else ():
+            vector = self._read(contribution)
+            for region in regions:
+                if contribution.size >= region.span.stop:
+                    delta[region.span] += np.multiply(vector[region.span], contribution.weight, dtype=np.float64)
+        for region in regions:
+            delta[region.span] /= sum(c.weight for c in region.contributions)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _InnerMean(AggregationRule):
+    """Per coordinate, the unweighted mean without the smallest and the largest values.
+
+    Needs all values of a coordinate at the same time. It works through ranges of coordinates whose values take at most
+    `sort_bytes`, and reads every contribution again for each range: about 4 · P · n / sort_bytes times.
+    """
+
+    sort_bytes: int = SORT_BYTES
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range(self, "sort_bytes", at_least=1)
+
+    @abstractmethod
+    def _cut(self, n: int) -> int:
+        """How many of n values are left out at each end."""
+
+    def _combine(self, regions: Sequence[Region], delta: Doubles) -> None:
+        for region in regions:
+            n = len(region.contributions)
+            width = min(max(1, self.sort_bytes // (4 * n)), region.span.stop - region.span.start)
+            buffer = np.empty((width, n), np.float32)
+            for start in range(region.span.start, region.span.stop, width):
+                piece = slice(start, min(start + width, region.span.stop))
+                values = buffer[: piece.stop - piece.start]
+                for column, contribution in enumerate(region.contributions):
+                    values[:, column] = self._read(contribution)[piece]
+                values.sort(axis=1)
+                delta[piece] = values[:, self._cut(n) : n - self._cut(n)].mean(axis=1, dtype=np.float64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrimmedMean(_InnerMean):
+    """Leaves out the ⌊trim · n⌋ smallest and largest values of each coordinate (Yin et al., ICML 2018)."""
+
+    trim: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range(self, "trim", at_least=0, below=0.5)
+
+    def _cut(self, n: int) -> int:
+        return min(floor(self.trim * n + 1e-9), (n - 1) // 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoordinateMedian(_InnerMean):
+    """The median of each coordinate (Yin et al., ICML 2018)."""
+
+    def _cut(self, n: int) -> int:
+        return (n - 1) // 2
 
 
 def weighted_average(values: Sequence[tuple[float, float]]) -> float:
-    """Mean of (value, weight) pairs; 0 without any weight."""
+    """Mean of (value, weight) pairs; 0 if there is no weight."""
     total = sum(weight for _, weight in values)
     return sum(value * weight for value, weight in values) / total if total else 0.0
 
 
-@dataclass(frozen=True)
-class _Region:
-    """Neighbouring parts that the same contributions trained."""
-
-    span: slice
-    voices: tuple[Contribution, ...]
-
-
-def _regions(layout: Layout, size: int, contributions: Sequence[Contribution]) -> Iterator[_Region]:
-    """Those somebody trained. Who trained a part has trained all before it: regions follow each other by their number
-    of voices, the first has the most."""
-    weighty = [c for c in contributions if c.weight > 0]
-    parts = [part for part in layout.parts.values() if part.stop <= size]
-    for count, group in groupby(parts, key=lambda part: sum(c.size >= part.stop for c in weighty)):
+def _regions(parts: Parts, contributions: Sequence[Contribution]) -> Iterator[Region]:
+    """The trained regions in order. A contribution that trained a part has trained all parts before it, so the number
+    of contributions falls from region to region."""
+    weighted = [c for c in contributions if c.weight > 0]
+    for count, group in groupby(parts.values(), key=lambda part: sum(c.size >= part.stop for c in weighted)):
         run = list(group)
         if count:
             span = slice(run[0].start, run[-1].stop)
-            yield _Region(span, tuple(c for c in weighty if c.size >= span.stop))
-
-
-def _read(settings: Aggregation, contribution: Contribution) -> Vector:
-    """The values of a contribution, scaled down to an L2 norm of `clip` where that is set."""
-    vector = contribution.read()
-    if settings.clip is None:
-        return vector
-    # not a BLAS norm: its sum, and so the last bit of it, depends on the number of threads
-    norm = float(np.sqrt(np.square(vector, dtype=np.float64).sum()))
-    return vector if norm <= settings.clip else vector * np.float32(settings.clip / norm)
-
-
-def _mean(settings: Aggregation, regions: Sequence[_Region], delta: Doubles) -> None:
-    """Σ w·Δ / Σ w."""
-    for contribution in regions[0].voices if regions else ():
-        vector = _read(settings, contribution)
-        for region in regions:
-            if contribution.size >= region.span.stop:
-                delta[region.span] += np.multiply(vector[region.span], contribution.weight, dtype=np.float64)
-    for region in regions:
-        delta[region.span] /= sum(c.weight for c in region.voices)
-
-
-def _trimmed_mean(settings: Aggregation, regions: Sequence[_Region], delta: Doubles) -> None:
-    """⌊trim · n⌋ values are left out at each end (Yin et al., ICML 2018)."""
-    _mean_of_the_inner(settings, regions, delta, lambda n: min(floor(settings.trim * n + 1e-9), (n - 1) // 2))
-
-
-def _median(settings: Aggregation, regions: Sequence[_Region], delta: Doubles) -> None:
-    """All but the middle value, or the middle two, are left out (Yin et al., ICML 2018)."""
-    _mean_of_the_inner(settings, regions, delta, lambda n: (n - 1) // 2)
-
-
-def _mean_of_the_inner(
-    settings: Aggregation, regions: Sequence[_Region], delta: Doubles, cut: Callable[[int], int]
-) -> None:
-    """Per coordinate, the unweighted mean of n values without the `cut(n)` least and as many of the greatest."""
-    for region in regions:
-        n = len(region.voices)
-        width = min(max(1, SLICE_BYTES // (4 * n)), region.span.stop - region.span.start)
-        room = np.empty((width, n), np.float32)
-        for start in range(region.span.start, region.span.stop, width):
-            piece = slice(start, min(start + width, region.span.stop))
-            values = room[: piece.stop - piece.start]
-            for column, contribution in enumerate(region.voices):
-                values[:, column] = _read(settings, contribution)[piece]
-            values.sort(axis=1)
-            delta[piece] = values[:, cut(n) : n - cut(n)].mean(axis=1, dtype=np.float64)
-
-
-RULES: dict[Rule, Callable[[Aggregation, Sequence[_Region], Doubles], None]] = {
-    Rule.MEAN: _mean,
-    Rule.TRIMMED_MEAN: _trimmed_mean,
-    Rule.MEDIAN: _median,
-}
+            yield Region(span, tuple(c for c in weighted if c.size >= span.stop))

@@ -1,51 +1,107 @@
-"""SAL, Sparsely Activated LoRA: when to activate more blocks (ours; the paper states only that it is progressive).
+"""SAL, Sparsely Activated LoRA: when to activate LoRA in more blocks.
 
-The server runs it over the rounds of stage 1, each device over its local expert in stage 2.
+    sal = Sal(CapabilityQueue(window=3, min_gain=0.02), max_level=12)
+    state = sal.start()
+    state = sal.observe(state, held_out_accuracy)   # after each round
+
+The paper states that activation is progressive; the triggers are ours. The server applies SAL to the rounds of stage 1,
+each device to its local expert in stage 2.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
-from fedfmsl.protocol.messages import Sal, Trigger
+from fedfmsl.algorithms.checks import check_range
+
+MAX_WINDOW = 2**31
+MAX_LEVEL = 1024
+
+
+@dataclass(frozen=True)
+class CapabilityQueue:
+    """Activates more blocks when the queue of the last `window` accuracies is full and its best accuracy is better than
+    its first by less than `min_gain`, relatively."""
+
+    window: int = 3
+    min_gain: float = 0.02
+    kind: Literal["capability-queue"] = "capability-queue"
+
+    def __post_init__(self) -> None:
+        check_range(self, "window", at_least=2, at_most=MAX_WINDOW)
+        check_range(self, "min_gain", at_least=0)
+
+    def first_level(self, max_level: int) -> int:
+        return 1
+
+    def is_due(self, queue: tuple[float, ...]) -> bool:
+        first, best = queue[0], max(queue)
+        gained = best > first and best - first >= self.min_gain * first
+        return len(queue) == self.window and not gained
+
+
+@dataclass(frozen=True)
+class FixedSchedule:
+    """Activates more blocks every `window` rounds."""
+
+    window: int = 3
+    kind: Literal["fixed-schedule"] = "fixed-schedule"
+
+    def __post_init__(self) -> None:
+        check_range(self, "window", at_least=2, at_most=MAX_WINDOW)
+
+    def first_level(self, max_level: int) -> int:
+        return 1
+
+    def is_due(self, queue: tuple[float, ...]) -> bool:
+        return len(queue) == self.window
+
+
+@dataclass(frozen=True)
+class AllAtOnce:
+    """All blocks are active from the start: plain LoRA, the ablation."""
+
+    window: ClassVar[int] = 1
+    kind: Literal["all-at-once"] = "all-at-once"
+
+    def first_level(self, max_level: int) -> int:
+        return max_level
+
+    def is_due(self, queue: tuple[float, ...]) -> bool:
+        return False
+
+
+Trigger = CapabilityQueue | FixedSchedule | AllAtOnce
 
 
 @dataclass(frozen=True)
 class SalState:
-    """The level, the capability queue (the last accuracies at this level), and how many have been seen in all."""
+    """`queue`: the last accuracies at this level. `seen`: the number of accuracies so far."""
 
     level: int = 1
     queue: tuple[float, ...] = ()
     seen: int = 0
 
 
-def observe(sal: Sal, state: SalState, accuracy: float) -> SalState:
-    """The state after one more accuracy. Levels only grow, by `step` blocks, never past `max_level`."""
-    state = replace(state, queue=(*state.queue, accuracy)[-sal.window :], seen=state.seen + 1)
-    if state.level < sal.max_level and TRIGGERS[sal.trigger](sal, state):
-        return replace(state, level=min(state.level + sal.step, sal.max_level), queue=())
-    return state
+@dataclass(frozen=True)
+class Sal:
+    """Whenever the trigger is due, `step` more blocks are activated, up to `max_level`. Levels never fall."""
 
+    trigger: Trigger
+    max_level: int
+    step: int = 1
 
-def first_level(sal: Sal) -> int:
-    return sal.max_level if sal.trigger is Trigger.ALL_AT_ONCE else 1
+    def __post_init__(self) -> None:
+        check_range(self, "max_level", at_least=1, at_most=MAX_LEVEL)
+        check_range(self, "step", at_least=1, at_most=MAX_LEVEL)
 
+    def start(self) -> SalState:
+        return SalState(level=self.trigger.first_level(self.max_level))
 
-def _capability_queue(sal: Sal, state: SalState) -> bool:
-    """The queue is full and its best accuracy improves on its first by less than `min_gain`, relatively."""
-    first, best = state.queue[0], max(state.queue)
-    gained = best > first and best - first >= sal.min_gain * first
-    return len(state.queue) == sal.window and not gained
-
-
-def _fixed_schedule(sal: Sal, state: SalState) -> bool:
-    """Every `window` rounds."""
-    return len(state.queue) == sal.window
-
-
-TRIGGERS: dict[Trigger, Callable[[Sal, SalState], bool]] = {
-    Trigger.CAPABILITY_QUEUE: _capability_queue,
-    Trigger.FIXED_SCHEDULE: _fixed_schedule,
-    Trigger.ALL_AT_ONCE: lambda sal, state: False,  # there is nothing left to activate
-}
+    def observe(self, state: SalState, accuracy: float) -> SalState:
+        """The state after one more accuracy, as a share of one."""
+        state = replace(state, queue=(*state.queue, accuracy)[-self.trigger.window :], seen=state.seen + 1)
+        if state.level < self.max_level and self.trigger.is_due(state.queue):
+            return replace(state, level=min(state.level + self.step, self.max_level), queue=())
+        return state

@@ -10,6 +10,8 @@ from typing import Annotated, ClassVar, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from fedfmsl.algorithms.privacy import Privacy
+from fedfmsl.algorithms.sal import Sal
 from fedfmsl.errors import MessageError, one_line
 from fedfmsl.protocol.topics import MAX_NUMBER, NAME
 
@@ -58,39 +60,12 @@ class Training(Message):
     seed: Count = 0
 
 
-class Trigger(str, Enum):
-    """What makes SAL activate more blocks (see `fedfmsl.algorithms.sal`)."""
-
-    CAPABILITY_QUEUE = "capability-queue"
-    FIXED_SCHEDULE = "fixed-schedule"
-    ALL_AT_ONCE = "all-at-once"  # plain LoRA, the ablation
-
-
-class Sal(Message):
-    """When to activate more blocks: server and devices follow the same rule."""
-
-    trigger: Trigger = Trigger.CAPABILITY_QUEUE
-    window: int = Field(ge=2, le=MAX_NUMBER)
-    min_gain: float = Field(ge=0)
-    step: Positive
-    max_level: int = Field(ge=1, le=1024)
-
-
 class Encoding(str, Enum):
     """How the values of an update travel (see `fedfmsl.protocol.encoding`)."""
 
     FP32 = "fp32"
     FP16 = "fp16"
     INT8 = "int8"
-
-
-class Privacy(Message):
-    """DP-FedAvg, noised on the devices (ours): an update is clipped to L2 norm `clip` and gets Gaussian noise of
-    standard deviation noise_multiplier · clip / √shares; `shares` is the least number of updates in an aggregate."""
-
-    clip: float = Field(gt=0)
-    noise_multiplier: float = Field(gt=0)
-    shares: Positive
 
 
 class ServerStatus(Message):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from typing import TypeVar
 
 import numpy as np
@@ -16,10 +15,10 @@ from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from fedfmsl.algorithms.arrays import Tensors as Tensors
 from fedfmsl.errors import MessageError, one_line
 from fedfmsl.protocol.messages import first_of
 
-Tensors = Mapping[str, NDArray[np.generic]]
 Header = TypeVar("Header", bound=BaseModel)
 
 MAX_HEADER_BYTES = (

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
 from benchmarks.layouts import layout_bundle, update_of
+from fedfmsl.algorithms.sal import CapabilityQueue, Sal
 from fedfmsl.protocol.bundle import Bundle
-from fedfmsl.protocol.messages import DeviceStatus, Round, Sal, Stage, Update, Verdict
+from fedfmsl.protocol.messages import DeviceStatus, Round, Stage, Update, Verdict
 from fedfmsl.protocol.tensors import Tensors, blob_hash, pack
 from trainer_server.config import Aggregation, Rule, RunConfig, Selection
 from trainer_server.coordinator.advance import advance
@@ -80,9 +81,9 @@ class Machine(RuleBasedStateMachine):
         stored: bool,
     ) -> None:
         DONE["sequences"] += 1
-        sal = Sal(window=2, min_gain=0.02, step=1, max_level=2)
+        sal = Sal(CapabilityQueue(2, 0.02), max_level=2)
         self.config = RunConfig(
-            run="r", devices=2, min_updates=min_updates, enough=enough, selection=selection,
+            run="r", devices=2, min_updates=min_updates, enough=enough, select=selection,
             fraction=0.5 if selection is Selection.RANDOM else 1.0, max_staleness=staleness, max_repeats=max_repeats,
             join_timeout=JOIN, round_timeout=TIMEOUT, max_norm=MAX_NORM, max_samples=MAX_SAMPLES, stage1_rounds=3,
             stage2_rounds=2, stage1_sal=sal, stage2_sal=sal, baseline=baseline, audit=audit,
@@ -268,7 +269,7 @@ class Machine(RuleBasedStateMachine):
         self.asked = set(opened.chosen) or online
         self.history[self.round] = (opened.stage, set(opened.chosen) or None)
         assert self.asked <= online
-        if opened.stage in TRAINED and not self.repeats and self.config.selection is Selection.RANDOM:
+        if opened.stage in TRAINED and not self.repeats and self.config.select is Selection.RANDOM:
             wanted = max(math.ceil(len(online) / 2), self.config.min_updates)
             assert len(self.asked) == min(wanted, len(online))
         elif opened.stage not in TRAINED or self.repeats:

@@ -21,9 +21,11 @@ from support.mutations import BlobMutator, Mutator
 
 from edge_runtime.data.cache import DiskCache
 from edge_runtime.store import DeviceStore
-from edge_runtime.training.evaluation import _Header as Alone
-from edge_runtime.training.local_expert import _Header as LocalExpert
+from edge_runtime.training.evaluation import BaselineHeader as Alone
+from edge_runtime.training.local_expert import LocalExpertHeader as LocalExpert
 from edge_runtime.training.model import ModelHeader
+from fedfmsl.algorithms.privacy import Privacy
+from fedfmsl.algorithms.sal import CapabilityQueue, Sal
 from fedfmsl.errors import BundleError, ConfigError, FedFMSLError, MessageError
 from fedfmsl.protocol.bundle import MANIFEST, Bundle
 from fedfmsl.protocol.chunks import CHUNK_BYTES, Assembler, chunks
@@ -36,10 +38,8 @@ from fedfmsl.protocol.messages import (
     Encoding,
     Globals,
     Message,
-    Privacy,
     Progress,
     Round,
-    Sal,
     ServerStatus,
     Stage,
     Training,
@@ -75,7 +75,7 @@ MESSAGES: list[Message] = [
         expert=SHA,
         start=SHA,
         training=Training(epochs=2, learning_rate=2e-3),
-        sal=Sal(window=3, min_gain=0.02, step=1, max_level=12),
+        sal=Sal(CapabilityQueue(3, 0.02), max_level=12),
         encoding=Encoding.INT8,
         privacy=Privacy(clip=1.0, noise_multiplier=0.8, shares=4),
     ),
@@ -201,7 +201,7 @@ def uploads(rng: random.Random, cap_bytes: int, folder: Path) -> Target:
             return None
         assert upload.path.read_bytes() == upload.blob
         assert blob_hash(upload.blob) == upload.sha256
-        made.drop(upload)
+        made.discard(upload)
         assert len([*folder.iterdir()]) <= 6
         return upload.blob
 
@@ -250,7 +250,7 @@ def manifest(rng: random.Random, folder: Path, built: Built) -> Target:
 
     def read(data: bytes) -> list[Path]:
         (folder / MANIFEST).write_bytes(data)
-        bundle = Bundle(folder)
+        bundle = Bundle.load(folder)
         assert bundle.expert.total >= bundle.expert.size(bundle.manifest.levels) >= 0
         assert bundle.manifest.tuned_share >= 0
         return [bundle.path(name) for name in bundle.manifest.files]
@@ -258,7 +258,7 @@ def manifest(rng: random.Random, folder: Path, built: Built) -> Target:
     def check(paths: list[Path]) -> bool:
         return all(path.parent == folder for path in paths)
 
-    seed = Bundle(built.bundle.root).manifest.model_dump_json().encode()
+    seed = Bundle.load(built.bundle.root).manifest.model_dump_json().encode()
     return Target(Mutator([seed], rng), accepts(read, BundleError, check), cap=96 * MIB)
 
 
@@ -278,7 +278,7 @@ def session(rng: random.Random, folder: Path) -> Target:
         (folder / "session").write_bytes(data)
         store = DeviceStore(folder)
         assert re.fullmatch("[0-9A-Za-z-]{0,64}", store.session)
-        assert 0 <= store.settled < 10**10
+        assert 0 <= store.acknowledged < 10**10
         return bool(store.session)
 
     return Target(Mutator([b"5e55 7", b"0123456789abcdef"], rng), decode, cap=8 * MIB)

@@ -12,8 +12,9 @@ from support.run_oracle import Findings, Reference, examine, reference
 
 from benchmarks.layouts import update_of
 from benchmarks.simulated import device_names
+from fedfmsl.algorithms.sal import CapabilityQueue, Sal
 from fedfmsl.protocol.bundle import Bundle
-from fedfmsl.protocol.messages import DeviceStatus, Sal, Stage
+from fedfmsl.protocol.messages import DeviceStatus, Stage
 from fedfmsl.protocol.tensors import blob_hash, pack
 from trainer_server.config import RunConfig
 from trainer_server.coordinator.advance import advance
@@ -23,7 +24,7 @@ from trainer_server.service.lifecycle import make_plan
 from trainer_server.storage.run_store import DATABASE, LoggedEvent, Origin, RunStore
 
 DEVICES = device_names(3)
-SAL = Sal(window=3, min_gain=0.02, step=1, max_level=1)
+SAL = Sal(CapabilityQueue(3, 0.02), max_level=1)
 
 
 def run_without_a_network(out: Path, bundle: Bundle) -> None:

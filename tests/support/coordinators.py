@@ -9,15 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedfmsl.protocol.messages import (
-    DeviceStatus,
-    Privacy,
-    Round,
-    Sal,
-    Stage,
-    Update,
-    Verdict,
-)
+from fedfmsl.algorithms.privacy import Privacy
+from fedfmsl.algorithms.sal import CapabilityQueue, Sal
+from fedfmsl.protocol.messages import DeviceStatus, Round, Stage, Update, Verdict
 from fedfmsl.protocol.tensors import blob_hash, pack
 from support.bundles import LAYERS, Built
 from trainer_server.config import RunConfig
@@ -35,7 +29,7 @@ from trainer_server.coordinator.state import Plan, State, initial_state
 
 ROUND_SECONDS, JOIN_SECONDS = 100.0, 50.0
 PRIVACY = Privacy(clip=1.0, noise_multiplier=1.0, shares=1)
-RULE = Sal(window=2, min_gain=0.02, step=1, max_level=LAYERS)
+RULE = Sal(CapabilityQueue(2, 0.02), max_level=LAYERS)
 Tensors = dict[str, NDArray[Any]]
 TENSORS: dict[str, Tensors] = {}  # of updates, by SHA-256
 

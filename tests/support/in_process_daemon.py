@@ -8,6 +8,7 @@ from pathlib import Path
 from edge_runtime.daemon.announce import device_link
 from edge_runtime.daemon.health import HealthReporter
 from edge_runtime.daemon.loop import Service
+from edge_runtime.daemon.timing import DEFAULT_TIMING, Timing
 from edge_runtime.daemon.worker import Worker
 from edge_runtime.data.cache import DiskCache
 from edge_runtime.data.features import FeatureCache
@@ -19,7 +20,7 @@ from edge_runtime.resources.level_cap import LevelCap
 from edge_runtime.resources.probe import BATCH, Plan
 from edge_runtime.resources.throttle import Pace, PacedEngine
 from edge_runtime.store import DeviceStore
-from edge_runtime.training.context import Device
+from edge_runtime.training.context import TrainingContext
 from edge_runtime.training.gate import Gate
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.link import Link
@@ -48,7 +49,8 @@ def started(
     run: str = RUN,
     limits: Limits = LIMITS,
     read: Callable[[], Readings] = Readings,
-) -> tuple[Device, Service, Link]:
+    timing: Timing = DEFAULT_TIMING,
+) -> tuple[TrainingContext, Service, Link]:
     """A daemon as `python -m edge_runtime run` makes one, before it talks to anybody; its link is not connected. `read`
     stands for its sensors."""
     bundle = built.bundle
@@ -59,8 +61,8 @@ def started(
     )
     pace = Pace(limits, read, LevelCap.planned(plan, step_seconds=60.0), Nobody())
     samples = SampleFolder(photos, bundle, store)
-    device = Device(
-        name=store.identity(name),
+    device = TrainingContext(
+        device_name=store.identity(name),
         bundle=bundle,
         scanned=samples.scan(wait=3.0),
         cache=FeatureCache(DiskCache(store.cache, 2**30), bundle, 1, pace),
@@ -70,6 +72,6 @@ def started(
         level_cap=LEVEL_CAP,
         report=pace,
     )
-    link = device_link(broker, Topics(run), device.name)
-    health_reporter = HealthReporter(link, Topics(run), device.name, store, read)
-    return device, Service(Worker(device, samples, pace), run, link, health_reporter), link
+    link = device_link(broker, Topics(run), device.device_name)
+    health_reporter = HealthReporter(link, Topics(run), device.device_name, store, read)
+    return device, Service(Worker(device, samples, pace), run, link, health_reporter, timing=timing), link

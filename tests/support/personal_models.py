@@ -7,9 +7,10 @@ from dataclasses import replace
 from edge_runtime.store import DeviceStore
 from edge_runtime.training.model import PersonalModel
 from edge_runtime.training.stages import Globals
+from fedfmsl.algorithms.sal import CapabilityQueue, Sal
 from fedfmsl.common.files import write_atomically
 from fedfmsl.protocol.bundle import Bundle
-from fedfmsl.protocol.messages import Round, Sal, Stage, Training
+from fedfmsl.protocol.messages import Round, Stage, Training
 from fedfmsl.protocol.tensors import pack
 from support.bundles import Built, random_theta
 
@@ -27,7 +28,7 @@ def round_of(stage: Stage, index: int = 0) -> Round:
         of=3,
         level=2,
         training=Training(epochs=1, batch_size=8, learning_rate=0.01),
-        sal=Sal(window=2, min_gain=1.0, step=1, max_level=2),
+        sal=Sal(CapabilityQueue(2, 1.0), max_level=2),
         **named,
     )
 

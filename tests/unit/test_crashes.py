@@ -16,13 +16,16 @@ from support.bundles import Built, random_theta
 from support.in_process_daemon import RUN, started
 
 from edge_runtime.daemon.state import RoundSeen, WorkDone, WorkFailed
+from edge_runtime.daemon.timing import Timing
 from edge_runtime.store import DeviceStore
-from edge_runtime.training.context import Device
-from fedfmsl.protocol.messages import Globals, Round, Sal, Stage, Training, Update
+from edge_runtime.training.context import TrainingContext
+from fedfmsl.algorithms.sal import CapabilityQueue, Sal
+from fedfmsl.common.backoff import Backoff
+from fedfmsl.protocol.messages import Globals, Round, Stage, Training, Update
 from fedfmsl.protocol.tensors import blob_hash, pack, unpack
 
 SESSION = "s"
-SAL = Sal(window=2, min_gain=1.0, step=1, max_level=2)  # it activates more blocks as soon as it can
+SAL = Sal(CapabilityQueue(2, 1.0), max_level=2)  # it activates more blocks as soon as it can
 EXPERTS = ("personal", "baseline", "mixture")
 FOR_PEOPLE = ("health.json", "skipped.txt")  # that they cannot be written stops nothing
 VOLATILE = {"seconds", "peak_rss_mb", "bytes_down"}
@@ -121,7 +124,7 @@ def worth_trying(written: list[str]) -> list[int]:
     return sorted({*others, *features[:: len(features) // 2 or 1]})
 
 
-def give(device: Device, blobs: list[bytes]) -> None:
+def give(device: TrainingContext, blobs: list[bytes]) -> None:
     """As if they had come over the wire."""
     for blob in blobs:
         device.store.keep_global(blob)
@@ -159,13 +162,12 @@ def test_a_round_for_which_there_was_no_room_gives_the_same_update_to_the_bit(
     photos: Path,
     tmp_path: Path,
     writes: Writes,
-    monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Nothing that could not be kept is sent; the same process tries the same again, and has mentioned it once."""
-    monkeypatch.setattr("edge_runtime.daemon.loop.DISK_SECONDS", (0.01, 0.02))
     (device, undisturbed, _), (full_device, full, _) = (
-        started(vit, photos, tmp_path / name) for name in ("undisturbed", "full")
+        started(vit, photos, tmp_path / name, timing=Timing(disk_retry=Backoff(0.01, 0.02)))
+        for name in ("undisturbed", "full")
     )
     tasks, blobs = rounds(vit)
     full_disk = OSError(errno.ENOSPC, "No space left on device")

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import sqrt
 
 import numpy as np
 import pytest
 
 from fedfmsl.algorithms.aggregation import Aggregate
-from fedfmsl.algorithms.server_optimizers import Moments, step
-from trainer_server.config import Aggregation, Optimizer
+from fedfmsl.algorithms.server_optimizers import FedAdam, FedAvg, FedAvgM, Moments, ServerOptimizer
 
 SIZE = 6
+OPTIMIZERS = [FedAvg(), FedAvgM(), FedAdam()]
 ALL = (slice(0, SIZE),)
 
 
@@ -20,10 +21,10 @@ def updates(rounds: int, trained: tuple[slice, ...] = ALL) -> list[Aggregate]:
     return [Aggregate(rng.normal(size=SIZE) * 10.0 ** rng.integers(-3, 2, SIZE), trained) for _ in range(rounds)]
 
 
-def run(settings: Aggregation, rounds: list[Aggregate]) -> np.ndarray:
+def run(optimizer: ServerOptimizer, rounds: list[Aggregate]) -> np.ndarray:
     current, moments = np.ones(SIZE, np.float32), Moments.zeros(SIZE)
     for aggregate in rounds:
-        current, moments = step(settings, current, aggregate, moments)
+        current, moments = optimizer.step(current, aggregate, moments)
     return current
 
 
@@ -31,16 +32,15 @@ def test_fedavg_adds_the_update_and_rounds_once() -> None:
     rng = np.random.default_rng(0)
     current = rng.normal(size=1000).astype(np.float32)
     delta = rng.normal(size=1000) * 10.0 ** rng.integers(-9, 9, 1000)
-    result, _ = step(Aggregation(), current, Aggregate(delta, (slice(0, 1000),)), Moments.zeros(1000))
+    result, _ = FedAvg().step(current, Aggregate(delta, (slice(0, 1000),)), Moments.zeros(1000))
     assert result.dtype == np.float32
     assert np.array_equal(result, (current.astype(np.float64) + delta).astype(np.float32))
 
 
 @pytest.mark.parametrize("rate", [1.0, 0.3])
 def test_fedavgm_is_the_papers(rate: float) -> None:
-    settings = Aggregation(optimizer=Optimizer.FEDAVGM, learning_rate=rate, momentum=0.7)
     rounds = updates(9)
-    result = run(settings, rounds)
+    result = run(FedAvgM(learning_rate=rate, momentum=0.7), rounds)
     for index in range(SIZE):
         x, v = 1.0, 0.0
         for aggregate in rounds:
@@ -50,9 +50,8 @@ def test_fedavgm_is_the_papers(rate: float) -> None:
 
 
 def test_fedadam_is_the_papers_algorithm_2() -> None:
-    settings = Aggregation(optimizer=Optimizer.FEDADAM, learning_rate=0.1, momentum=0.8, beta2=0.95, tau=1e-2)
     rounds = updates(9)
-    result = run(settings, rounds)
+    result = run(FedAdam(learning_rate=0.1, beta1=0.8, beta2=0.95, tau=1e-2), rounds)
     for index in range(SIZE):
         x, m, v = 1.0, 0.0, 0.0
         for aggregate in rounds:
@@ -63,21 +62,34 @@ def test_fedadam_is_the_papers_algorithm_2() -> None:
         assert result[index] == pytest.approx(x, rel=1e-5, abs=1e-5)
 
 
-@pytest.mark.parametrize("optimizer", Optimizer)
-def test_what_nobody_trained_keeps_its_values_and_moments(optimizer: Optimizer) -> None:
-    settings = Aggregation(optimizer=optimizer)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_what_nobody_trained_keeps_its_values_and_moments(optimizer: ServerOptimizer) -> None:
     first, second = updates(1)[0], updates(1, (slice(0, 2),))[0]
-    current, moments = step(settings, np.ones(SIZE, np.float32), first, Moments.zeros(SIZE))
-    result, after = step(settings, current, second, moments)
+    current, moments = optimizer.step(np.ones(SIZE, np.float32), first, Moments.zeros(SIZE))
+    result, after = optimizer.step(current, second, moments)
     for before, later in ((current, result), (moments.first, after.first), (moments.second, after.second)):
         assert before[2:].tobytes() == later[2:].tobytes()
     assert (result[:2] != current[:2]).all()
 
 
-@pytest.mark.parametrize("optimizer", Optimizer)
-def test_a_step_leaves_its_arguments_as_they_were(optimizer: Optimizer) -> None:
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_step_leaves_its_arguments_as_they_were(optimizer: ServerOptimizer) -> None:
     current, moments = np.ones(SIZE, np.float32), Moments.zeros(SIZE)
-    step(Aggregation(optimizer=optimizer), current, updates(1)[0], moments)
+    optimizer.step(current, updates(1)[0], moments)
     assert current.tolist() == [1] * SIZE
     assert not moments.first.any()
     assert not moments.second.any()
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: FedAvg(learning_rate=0.0), "FedAvg.learning_rate is 0.0; it must be above 0"),
+        (lambda: FedAvgM(momentum=1.0), "FedAvgM.momentum is 1.0; it must be at least 0 and below 1"),
+        (lambda: FedAdam(beta2=-0.1), "FedAdam.beta2 is -0.1"),
+        (lambda: FedAdam(tau=0.0), "FedAdam.tau is 0.0"),
+    ],
+)
+def test_settings_out_of_range_are_refused_by_name_and_value(make: Callable[[], object], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        make()

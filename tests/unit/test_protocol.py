@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 from support.bundles import Built, random_theta
 
 from fedfmsl.algorithms.arrays import Vector
-from fedfmsl.algorithms.class_means import SCALE, head_of_class_means
+from fedfmsl.algorithms.class_means import SCALE, class_mean_head
+from fedfmsl.algorithms.privacy import Privacy
+from fedfmsl.algorithms.sal import CapabilityQueue, Sal
 from fedfmsl.common.cli import console
 from fedfmsl.errors import LINE, BundleError, ConfigError, FedFMSLError, MessageError
 from fedfmsl.protocol.bundle import MAX_MANIFEST_BYTES, Bundle
@@ -28,7 +30,6 @@ from fedfmsl.protocol.messages import (
     DeviceStatus,
     Progress,
     Round,
-    Sal,
     ServerStatus,
     Stage,
     Training,
@@ -68,7 +69,8 @@ ROUND = Round(
     of=1,
     level=1,
     training=Training(epochs=1, learning_rate=1e-3),
-    sal=Sal(window=2, min_gain=0, step=1, max_level=3),
+    sal=Sal(CapabilityQueue(2, 0), max_level=3),
+    privacy=Privacy(clip=1.0, noise_multiplier=0.5, shares=4),
 )
 
 
@@ -377,10 +379,14 @@ def test_a_round_names_at_most_five_thousand_devices_and_each_by_a_valid_name() 
     [
         ("training", {"epochs": 0}),
         ("training", {"learning_rate": 0}),
-        ("sal", {"window": 1}),
-        ("sal", {"min_gain": -0.1}),
         ("sal", {"max_level": 2000}),
         ("sal", {"color": "red"}),
+        ("sal", {"trigger": {"kind": "capability-queue", "window": 1}}),
+        ("sal", {"trigger": {"kind": "fixed-schedule", "min_gain": 0.1}}),
+        ("sal", {"trigger": {"kind": "sometimes"}}),
+        ("privacy", {"clip": 0}),
+        ("privacy", {"noise_multiplier": "Infinity"}),
+        ("privacy", {"shares": 2**40}),
     ],
 )
 def test_the_settings_of_a_round_have_bounds_and_no_unknown_fields(field: str, changes: dict[str, Any]) -> None:
@@ -500,9 +506,9 @@ def test_verify_names_the_file_that_is_not_as_it_was_built(vit: Built, tmp_path:
         if damage != "missing":
             path.write_bytes(data[:-1] + (bytes([data[-1] ^ 1]) if damage == "changed" else b""))
         with pytest.raises(BundleError, match=name):
-            Bundle(root).verify()
+            Bundle.load(root).verify()
         path.write_bytes(data)
-    Bundle(root).verify()
+    Bundle.load(root).verify()
 
 
 @pytest.mark.parametrize("content", [None, b"", b"{}", b"\xff", b'{"schema_version": 1}'])
@@ -510,7 +516,7 @@ def test_a_folder_without_a_manifest_of_this_schema_is_no_bundle(tmp_path: Path,
     if content is not None:
         (tmp_path / "manifest.json").write_bytes(content)
     with pytest.raises(BundleError, match=r"export\.build"):
-        Bundle(tmp_path)
+        Bundle.load(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -533,7 +539,7 @@ def test_a_manifest_that_does_not_hold_together_is_refused(vit: Built, tmp_path:
     manifest = vit.bundle.manifest.model_dump(mode="json")
     (tmp_path / "manifest.json").write_text(json.dumps({**manifest, **change}))
     with pytest.raises(BundleError, match=r"export\.build"):
-        Bundle(tmp_path)
+        Bundle.load(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd"])
@@ -545,9 +551,9 @@ def test_a_manifest_cannot_name_files_outside_the_bundle(vit: Built, name: str) 
 def test_the_features_key_follows_weights_and_preprocessing(vit: Built, dinov2: Built, tmp_path: Path) -> None:
     root = shutil.copytree(vit.bundle.root, tmp_path / "copy")
     manifest = (root / "manifest.json").read_text()
-    assert Bundle(root).features_key == vit.bundle.features_key != dinov2.bundle.features_key
+    assert Bundle.load(root).features_key == vit.bundle.features_key != dinov2.bundle.features_key
     (root / "manifest.json").write_text(manifest.replace('"mean": [\n   0.5', '"mean": [\n   0.25'))
-    assert Bundle(root).features_key != vit.bundle.features_key
+    assert Bundle.load(root).features_key != vit.bundle.features_key
 
 
 def test_every_error_has_an_exit_code_of_its_own() -> None:
@@ -577,7 +583,7 @@ def test_the_first_head_points_along_the_class_means_and_scores_about_scaled_cos
     labels = rng.integers(0, classes - 1, 40)  # nobody has the last class
     one_hot = np.eye(classes)[labels]
     norms = np.linalg.norm(features, axis=1)
-    head = head_of_class_means(
+    head = class_mean_head(
         (one_hot.T @ features).astype(np.float32), one_hot.sum(axis=0).astype(np.float32), float(norms.sum())
     )
     weight, bias = head[: classes * width].reshape(classes, width), head[classes * width :]

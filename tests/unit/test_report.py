@@ -12,8 +12,9 @@ from PIL import Image
 from support.bundles import LAYERS, Built
 
 from devices.trial.report import build_report, write_report
+from fedfmsl.algorithms.sal import CapabilityQueue, Sal
 from fedfmsl.errors import RunError
-from fedfmsl.protocol.messages import Round, Sal, Stage, Training, Update
+from fedfmsl.protocol.messages import Round, Stage, Training, Update
 from trainer_server.config import RunConfig
 from trainer_server.coordinator.records import ClosedRound
 from trainer_server.storage.run_store import Origin, RunStore
@@ -41,7 +42,7 @@ def closed(stage: Stage, *updates: Update, index: int = 0, level: int = 1, **sai
         of=2,
         level=level,
         training=Training(epochs=1, learning_rate=0.1),
-        sal=Sal(window=2, min_gain=0.1, step=1, max_level=3),
+        sal=Sal(CapabilityQueue(2, 0.1), max_level=3),
     )
     sizes = {u.device: 1000 * (place + 1) for place, u in enumerate(updates)}
     defaults: dict[str, Any] = {"seconds": 2.0, "bytes_up": sizes, "missing": ()}
@@ -103,7 +104,7 @@ def folder(vit: Built, tmp_path: Path) -> Path:
 
 
 def record(folder: Path, rounds: list[ClosedRound]) -> None:
-    sal = Sal(window=2, min_gain=0.02, step=1, max_level=LAYERS)
+    sal = Sal(CapabilityQueue(2, 0.02), max_level=LAYERS)
     config = RunConfig(run="r", devices=2, stage1_sal=sal, stage2_sal=sal)
     store = RunStore.create(folder, Origin(config=config, session="s", bundle=folder / "bundle", sha256="f" * 64))
     numbered = [(one, one.round.model_copy(update={"round": number})) for number, one in enumerate(rounds, start=1)]

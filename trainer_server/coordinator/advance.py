@@ -14,7 +14,8 @@ import math
 from collections import Counter
 from dataclasses import replace
 
-from fedfmsl.protocol.messages import Ack, DeviceStatus, Globals, Round, Sal, Stage, Verdict
+from fedfmsl.algorithms.sal import Sal
+from fedfmsl.protocol.messages import Ack, DeviceStatus, Globals, Round, Stage, Verdict
 from fedfmsl.protocol.tensors import Tensors, blob_hash, pack
 from trainer_server.coordinator.events import (
     AnnounceRound,
@@ -191,7 +192,7 @@ def _sal_of(plan: Plan, state: State, stage: Stage) -> Sal:
     if stage in (Stage.STATISTICS, Stage.GLOBAL):
         return config.stage1_sal
     rule = config.stage2_sal if stage is Stage.PERSONAL else config.stage1_sal
-    return rule.model_copy(update={"max_level": state.sal.level})
+    return replace(rule, max_level=state.sal.level)
 
 
 def _close_round(plan: Plan, state: State, closing: Round, now: float) -> tuple[State, list[Command]]:

@@ -10,11 +10,9 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from fedfmsl.algorithms.aggregation import Aggregate, Contribution, aggregate, weighted_average
+from fedfmsl.algorithms.aggregation import Aggregate, Contribution, weighted_average
 from fedfmsl.algorithms.arrays import Vector
-from fedfmsl.algorithms.class_means import head_along, head_of_class_means
-from fedfmsl.algorithms.sal import observe
-from fedfmsl.algorithms.server_optimizers import step
+from fedfmsl.algorithms.class_means import class_mean_head, direction_head
 from fedfmsl.protocol.layout import Layout
 from fedfmsl.protocol.messages import Round, Stage, Update
 from fedfmsl.protocol.tensors import Tensors
@@ -42,26 +40,26 @@ def _first_head(plan: Plan, sums: Mapping[str, Vector]) -> Vector:
     """The head, flat, that stage 1 starts from, after all devices' statistics."""
     counts, norm_sum = sums["class_counts"], float(sums["norm_sum"][0])
     if plan.config.head is Head.CLASS_MEANS:
-        return head_of_class_means(sums["class_sums"], counts, norm_sum)
+        return class_mean_head(sums["class_sums"], counts, norm_sum)
     if plan.config.head is Head.ZEROS:
         return np.zeros(plan.bundle.expert.size(0), np.float32)
     zero_shot = plan.bundle.zero_shot()
     assert zero_shot is not None  # or the run would not have been started
-    return head_along(zero_shot.rows, zero_shot.scale, counts, norm_sum)
+    return direction_head(zero_shot.rows, zero_shot.scale, counts, norm_sum)
 
 
 def _expert(plan: Plan, state: State, closing: Round) -> State:
-    settings, combined = plan.config.aggregation, _combined(plan, state, plan.bundle.expert, expert_delta)
-    expert, moments = step(settings, state.expert, combined, state.expert_moments)
+    combined = _combined(plan, state, plan.bundle.expert, expert_delta)
+    expert, moments = plan.config.aggregation.server_optimizer.step(state.expert, combined, state.expert_moments)
     # after the last round nothing would train a newly activated block
     last = closing.index + 1 == closing.of
-    sal = state.sal if last else observe(plan.config.stage1_sal, state.sal, _held_out(state))
+    sal = state.sal if last else plan.config.stage1_sal.observe(state.sal, _held_out(state))
     return replace(state, expert=expert, expert_moments=moments, sal=sal)
 
 
 def _gate(plan: Plan, state: State, closing: Round) -> State:
-    settings, combined = plan.config.aggregation, _combined(plan, state, plan.bundle.gate, gate_delta)
-    gate, moments = step(settings, state.gate, combined, state.gate_moments)
+    combined = _combined(plan, state, plan.bundle.gate, gate_delta)
+    gate, moments = plan.config.aggregation.server_optimizer.step(state.gate, combined, state.gate_moments)
     return replace(state, gate=gate, gate_moments=moments)
 
 
@@ -85,7 +83,7 @@ def _combined(plan: Plan, state: State, layout: Layout, delta: Callable[[Plan, U
         size = layout.size(update.level) if update.stage is Stage.GLOBAL else layout.total
         contributions.append(Contribution(weight, size, partial(read, accepted)))
     least = privacy.shares if privacy else 1
-    return aggregate(plan.config.aggregation, layout, layout.total, contributions, least)
+    return plan.config.aggregation.aggregation_rule.aggregate(contributions, layout.parts, least)
 
 
 def _in_order(state: State) -> list[Accepted]:

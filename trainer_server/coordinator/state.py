@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 
 from fedfmsl.algorithms.arrays import Vector
-from fedfmsl.algorithms.sal import SalState, first_level
+from fedfmsl.algorithms.sal import SalState
 from fedfmsl.algorithms.server_optimizers import Moments
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.layout import Layout
@@ -130,6 +130,6 @@ def initial_state(plan: Plan, now: float) -> State:
         start=np.empty(0, np.float32),
         expert_moments=Moments.zeros(expert.size),
         gate_moments=Moments.zeros(gate.size),
-        sal=SalState(level=first_level(plan.config.stage1_sal)),
+        sal=plan.config.stage1_sal.start(),
         since=now,
     )
