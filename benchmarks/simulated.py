@@ -14,7 +14,7 @@ import resource
 import selectors
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -25,12 +25,15 @@ import typer
 from benchmarks.layouts import update_of
 from benchmarks.simulated_device import Device
 from benchmarks.simulated_tally import Tally
+from edge_runtime.daemon.timing import ACK_TIMEOUT
+from fedfmsl.common.backoff import Backoff
 from fedfmsl.common.cli import application
 from fedfmsl.errors import BrokerError, ConfigError
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.messages import Round
 from fedfmsl.protocol.tensors import pack
 from fedfmsl.protocol.topics import Topics
+from fedfmsl.transport.link import KEEPALIVE_SECONDS
 
 TICK_SECONDS = 1.0
 SPARE_FILES = 64  # open files besides the devices' connections
@@ -50,6 +53,8 @@ class SimulatedFleet:
         delay: tuple[float, float] = (0.0, 0.0),
         level_cap: int | None = None,
         seed: int = 0,
+        keepalive: int = KEEPALIVE_SECONDS,
+        ack_timeout: Backoff = ACK_TIMEOUT,
     ) -> None:
         """`delay`: minimum and maximum seconds that a device takes for an update.
 
@@ -63,6 +68,7 @@ class SimulatedFleet:
         self.tally = Tally()
         self.woken: set[Device] = set()
         self._selector = selectors.DefaultSelector()
+        self.keepalive, self.ack_timeout = keepalive, ack_timeout
         self._delay, self._seed = delay, seed
         self._pending: list[tuple[float, int, Device, int, bytes]] = []  # heap of updates by the time they are finished
         self._devices = [Device(name, self) for name in names]
@@ -131,8 +137,20 @@ def simulate(
     think: tuple[float, float] = typer.Option((0.0, 0.0), help="Minimum and maximum seconds for an update."),
     level_cap: int | None = typer.Option(None, min=1, help="Level cap of the devices. Default: the bundle's levels."),
     seed: int = typer.Option(0, help="Seed of the delays."),
+    keepalive: int = typer.Option(KEEPALIVE_SECONDS, min=1, help="Seconds between two pings to the broker."),
+    ack_timeout: float = typer.Option(ACK_TIMEOUT.first, help="Seconds until the first retransmit of an update."),
 ) -> None:
-    fleet = SimulatedFleet(Bundle.load(bundle), run, broker, device_names(devices, first), think, level_cap, seed)
+    fleet = SimulatedFleet(
+        Bundle.load(bundle),
+        run,
+        broker,
+        device_names(devices, first),
+        delay=think,
+        level_cap=level_cap,
+        seed=seed,
+        keepalive=keepalive,
+        ack_timeout=replace(ACK_TIMEOUT, first=ack_timeout),
+    )
     try:
         fleet.serve()
     except OSError as error:

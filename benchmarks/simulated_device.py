@@ -38,14 +38,14 @@ from edge_runtime.daemon.state import (
     WorkDone,
     advance,
 )
-from edge_runtime.daemon.timing import ACK_TIMEOUT
+from fedfmsl.common.backoff import Backoff
 from fedfmsl.errors import BrokerError, RunError
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.chunks import MAX_BLOB_BYTES, Assembler, chunks
 from fedfmsl.protocol.duplicate_name import DuplicateNameGuard
 from fedfmsl.protocol.messages import Ack, DeviceStatus, Round, ServerStatus, encode, parse
 from fedfmsl.protocol.topics import Topics
-from fedfmsl.transport.link import KEEPALIVE_SECONDS, QOS
+from fedfmsl.transport.link import QOS
 
 RECONNECT_SECONDS = (0.5, 1.5)
 
@@ -58,6 +58,8 @@ class Fleet(Protocol):
     bundle: Bundle
     topics: Topics
     level_cap: int
+    keepalive: int
+    ack_timeout: Backoff
     tally: Tally
     woken: set[Device]
 
@@ -111,7 +113,7 @@ class Device:
         elif not self.stopped and now >= self._reconnect_at:
             self._reconnect_at = now + random.uniform(*RECONNECT_SECONDS)
             try:
-                self.client.connect(self._fleet.host, self._fleet.port, KEEPALIVE_SECONDS)
+                self.client.connect(self._fleet.host, self._fleet.port, self._fleet.keepalive)
             except OSError:
                 if not self._fleet.tally.connections:
                     raise
@@ -189,7 +191,7 @@ class Device:
         if blob is None:
             return
         self._fleet.tally.sends += 1
-        self._ack_due = time.monotonic() + ACK_TIMEOUT.delay(self._attempts, self.name)
+        self._ack_due = time.monotonic() + self._fleet.ack_timeout.delay(self._attempts, self.name)
         self._attempts += 1
         for index, chunk in enumerate(chunks(blob)):
             self._fleet.tally.bytes_up += len(chunk)

@@ -99,6 +99,7 @@ TABLE = (
         "amqtt matplotlib numpy pyarrow rich typer",
     ),
     Row("devices", f"{FEDFMSL} devices.provisioning {EDGE}.settings", "typer rich"),
+    Row("fedfmsl.__main__", f"fedfmsl.errors {COMMON}", "typer"),  # it imports the other commands by name at run time
     Row("benchmarks", " ".join(f"{root} {root}.*" for root in ROOTS[:-1]), "*"),
 )
 # Optional dependencies: only this module may import them.
