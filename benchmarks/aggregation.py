@@ -109,7 +109,7 @@ CONFIGURATIONS = {
     "private-0.1": _private(0.1),
     "private-0.3": _private(0.3),
     "private-1.0": _private(1.0),
-    "half": Configuration("a random half of the devices each round", {"selection": Selection.RANDOM, "fraction": 0.5}),
+    "half": Configuration("a random half of the devices each round", {"select": Selection.RANDOM, "fraction": 0.5}),
 }
 
 
@@ -187,7 +187,7 @@ def _bundle(seed: int) -> Bundle:
         command += [classes, "--image-size", "140", "--levels", "3", "--seed", str(seed), "--out", str(folder)]
         if subprocess.run([sys.executable, "-m", *command], check=False).returncode:
             raise RunError(f"the bundle {folder} could not be built")
-    return Bundle(folder)
+    return Bundle.load(folder)
 
 
 def _split(seed: int) -> list[Path]:

@@ -58,7 +58,7 @@ class Seconds:
 
 
 def edge(setting: Setting) -> Seconds:
-    bundle, spent = Bundle(Path(setting.bundle)), Seconds()
+    bundle, spent = Bundle.load(Path(setting.bundle)), Seconds()
     train_on, held_out = _slices(setting, bundle.manifest.dims.classes)
     cache = FeatureCache(DiskCache(Path(setting.scratch)), bundle, setting.threads)
     engine = StepGraphEngine(bundle, setting.threads)
@@ -91,7 +91,7 @@ def torch(setting: Setting) -> Seconds:
     from export.weights import load_backbone
 
     torch.set_num_threads(setting.threads)
-    manifest, spent = Bundle(Path(setting.bundle)).manifest, Seconds()
+    manifest, spent = Bundle.load(Path(setting.bundle)).manifest, Seconds()
     preprocessing = manifest.preprocessing
     assert isinstance(preprocessing, ImagePreprocessing)
     train_on, held_out = _slices(setting, manifest.dims.classes)

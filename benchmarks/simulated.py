@@ -169,7 +169,7 @@ def simulate(
     level_cap: int | None = typer.Option(None, min=1, help="Default: the bundle's levels."),
     seed: int = typer.Option(0, help="Of the seconds to answer."),
 ) -> None:
-    fleet = Fleet(Bundle(bundle), run, broker, device_names(devices, first), think, level_cap, seed)
+    fleet = Fleet(Bundle.load(bundle), run, broker, device_names(devices, first), think, level_cap, seed)
     try:
         fleet.serve()
     except OSError as error:

@@ -33,11 +33,12 @@ from edge_runtime.daemon.state import (
     Stop,
     Work,
     WorkDone,
-    ack_timeout,
     advance,
 )
+from edge_runtime.daemon.timing import ACK_TIMEOUT
 from fedfmsl.errors import BrokerError, RunError
 from fedfmsl.protocol.chunks import MAX_BLOB_BYTES, Assembler, chunks
+from fedfmsl.protocol.duplicate_name import DuplicateNameGuard
 from fedfmsl.protocol.messages import Ack, DeviceStatus, Round, ServerStatus, encode, parse
 from fedfmsl.transport.link import KEEPALIVE_SECONDS, QOS
 
@@ -68,7 +69,7 @@ class Device:
             bundle=fleet.bundle.sha256,
             level_cap=fleet.level_cap,
         )
-        self._state = State(name, self._status.instance, fleet.bundle.sha256)
+        self._state = State(name, DuplicateNameGuard(self._status.instance), fleet.bundle.sha256)
         self._attempts = 0
         self._overdue = math.inf  # when an answer to what was sent last is waited for no longer
         self._subscriptions = {
@@ -164,7 +165,7 @@ class Device:
         if blob is None:
             return
         self._fleet.tally.sends += 1
-        self._overdue = time.monotonic() + ack_timeout(self.name, self._attempts)
+        self._overdue = time.monotonic() + ACK_TIMEOUT.delay(self._attempts, self.name)
         self._attempts += 1
         for index, chunk in enumerate(chunks(blob)):
             self._fleet.tally.bytes_up += len(chunk)

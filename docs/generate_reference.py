@@ -15,7 +15,10 @@ from typing import Any
 
 import typer
 
+from edge_runtime.settings import Settings
 from fedfmsl import errors
+from fedfmsl.common.options import reference
+from trainer_server.settings import ServerSettings
 
 PAGE = Path(__file__).with_name("reference.md")
 # Module of each command's typer application, in the order of the page.
@@ -34,7 +37,7 @@ INTRODUCTION = """\
 
 This page is generated from the code: `python docs/generate_reference.py`.
 
-A setting of a device has three forms: a key of its TOML file (`max_temperature`), an environment variable
+A setting of a device or server has three forms: a key of its TOML file (`max_temperature`), an environment variable
 (`FEDFMSL_MAX_TEMPERATURE`) and an option (`--max-temperature`). An option overrides the environment; the environment
 overrides the file. Sizes are written like `512MB` or `2GB`.
 
@@ -62,7 +65,9 @@ CAUSES = {
 def page() -> str:
     codes = [f"| {error.exit_code} | `{error.__name__}` | {cause} |" for error, cause in CAUSES.items()]
     codes.append(f"| {os.EX_IOERR} | | the disk is full |")
-    return INTRODUCTION + "\n".join([*codes, *commands()]) + "\n"
+    device = ("", "## Settings of a device", "", reference(Settings, level=3))
+    server = ("", "## Settings of the server", "", reference(ServerSettings, level=3))
+    return INTRODUCTION + "\n".join([*codes, *device, *server, *commands()]) + "\n"
 
 
 def commands() -> Iterator[str]:
@@ -80,7 +85,10 @@ def commands() -> Iterator[str]:
 
 def _options(command: Any) -> Iterator[str]:
     """A Markdown table of a command's parameters."""
-    rows = [_row(parameter) for parameter in command.params if parameter.name != "help"]
+    settings = [parameter for parameter in command.params if "\\[env var: FEDFMSL_" in (parameter.help or "")]
+    if settings:
+        yield from ("", "Settings, see above: " + ", ".join(f"`{one.opts[0]}`" for one in settings) + ".")
+    rows = [_row(one) for one in command.params if one.name != "help" and one not in settings]
     if rows:
         yield from ("", "| option | default | meaning |", "|---|---|---|", *rows)
 

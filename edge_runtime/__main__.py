@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from edge_runtime.settings import PredictSettings, Settings, StateSettings, with_settings
+from edge_runtime.settings import PredictSettings, Settings, StateSettings
 from edge_runtime.store import DeviceStore
 from fedfmsl.common.cli import application, console
+from fedfmsl.common.options import with_settings
 from fedfmsl.errors import ConfigError
 from fedfmsl.protocol.messages import EngineChoice, Prediction
 
@@ -49,7 +50,7 @@ def check(settings: Settings) -> None:
 
 
 @app.command()
-@with_settings(StateSettings)
+@with_settings(StateSettings, Settings)
 def status(
     settings: StateSettings,
     as_json: bool = typer.Option(False, "--json", help="The health message, as one JSON object."),
@@ -68,7 +69,7 @@ def status(
 
 
 @app.command()
-@with_settings(PredictSettings)
+@with_settings(PredictSettings, Settings)
 def predict(
     settings: PredictSettings,
     files: list[Path] | None = typer.Argument(None, help="Images (or texts, as the model takes), or folders of them."),
@@ -144,7 +145,7 @@ def probe(
     from fedfmsl.protocol.bundle import Bundle
 
     fit = MemoryPlan(micro_batch, lean)
-    for line in probe_levels(Bundle(bundle), engine, threads, sample, feature_batch, first, fit):
+    for line in probe_levels(Bundle.load(bundle), engine, threads, sample, feature_batch, first, fit):
         print(line.model_dump_json(), flush=True)
 
 

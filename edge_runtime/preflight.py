@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
-from edge_runtime.daemon.download import fetch_manifest, hear_server
+from edge_runtime.daemon.download import fetch_manifest, receive_server_status
 from edge_runtime.daemon.lock import is_locked
 from edge_runtime.data.folder import SampleFolder, largest
 from edge_runtime.data.inputs import reader_of
@@ -143,7 +143,7 @@ def _broker(settings: Settings, seen: _Seen) -> Iterator[Finding]:
     link.connect()
     try:
         yield Finding("broker", f"{address.host}:{address.port} lets this device in")
-        seen.server = hear_server(link, topics, SERVER_SECONDS)
+        seen.server = receive_server_status(link, topics, SERVER_SECONDS)
     finally:
         link.close()
     if seen.server is None:
@@ -158,7 +158,7 @@ def _bundle(settings: Settings, seen: _Seen) -> Iterator[Finding]:
     root = settings.bundle or (store.bundles / announced if announced else _newest(store.bundles))
     if (root is not None and (root / MANIFEST).is_file()) or settings.bundle:
         assert root is not None
-        bundle = Bundle(root)
+        bundle = Bundle.load(root)
         bundle.verify()
         if announced and bundle.sha256 != announced:
             raise BundleError(

@@ -8,12 +8,63 @@ from pathlib import Path
 import pytest
 from support.bundles import Built, shared_bundle, shared_weights
 from support.samples import write_photos, write_texts
+from support.tools import require_tool, summary
+
+LONG_FILES = (  # of 10 s or more, by `pytest --durations`
+    "test_a_lasting_device.py",
+    "test_a_killed_server.py",
+    "test_hub.py",
+    "test_user_errors.py",
+    "test_crashes.py",
+    "test_a_device_in_use.py",
+    "test_a_killed_daemon.py",
+    "test_a_memory_budget.py",
+    "test_a_governed_device.py",
+    "test_killed_devices.py",
+    "test_a_trial_on_texts.py",
+    "test_build.py",
+    "test_security.py",
+    "test_the_network.py",
+    "test_the_machine.py",
+    "test_a_watched_folder.py",
+    "test_a_trial.py",
+    "test_a_whole_run.py",
+    "test_protocol.py",
+    "test_coordinator_model.py",
+    "test_engines.py",
+    "test_many_devices.py",
+    "test_probe.py",
+)
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # also for the processes that tests start: no test needs the hub
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="run the long form of tests/faults (make faults)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "needs(*programs): programs without which the test cannot run (support.tools)")
+    config.addinivalue_line("markers", "ort_training: runs once more with onnxruntime-training (make test)")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first: no worker then starts one when the other has nothing left to do."""
+    order = {name: index for index, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
+@pytest.hookimpl(tryfirst=True)  # before fixtures use the programs
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for marker in item.iter_markers("needs"):
+        for program in marker.args:
+            require_tool(program)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    line = summary(report.longrepr[-1] for report in terminalreporter.stats.get("skipped", []))
+    if line:
+        terminalreporter.write_line(line, yellow=True)
 
 
 @pytest.fixture(scope="session")

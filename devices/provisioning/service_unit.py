@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from devices.boards import MEMORY_HIGH, MEMORY_MAX, Limits
+from devices.provisioning.boards import MEMORY_HIGH, MEMORY_MAX, Limits
 
 NAME, USER = "fedfmsl", "fedfmsl"
 STATE = Path("/var/lib") / NAME

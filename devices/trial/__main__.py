@@ -23,12 +23,14 @@ from devices.trial.photos import unpack_groceries
 from devices.trial.report import write_report
 from devices.trial.split import write_fleet
 from edge_runtime.data.inputs import Kind
-from fedfmsl.common.cli import IDENTITY, INSECURE, application, byte_size, console
+from fedfmsl.common.cli import application, byte_size, console
 from fedfmsl.common.onnx_runtime import require_ort_training
+from fedfmsl.common.options import option
 from fedfmsl.errors import ConfigError, InputError, RunError
 from fedfmsl.protocol.bundle import Bundle, Precision
 from fedfmsl.protocol.messages import EngineChoice
 from fedfmsl.protocol.topics import check_name
+from fedfmsl.transport.settings import ConnectionSettings
 
 app = application("Run a whole federated trial on this machine: real photos, a real backbone, a broker, N devices.")
 
@@ -53,8 +55,8 @@ def trial(
     alpha: float = typer.Option(0.5, min=1e-3, help="Dirichlet α of the devices' shares: smaller is more unequal."),
     seed: int = typer.Option(0, min=0),
     broker: str | None = typer.Option(None, help="As for the server. Default: an embedded broker."),
-    identity: Path | None = IDENTITY,
-    insecure: bool = INSECURE,
+    identity: Path | None = option(ConnectionSettings, "identity"),
+    insecure: bool = option(ConnectionSettings, "insecure"),
     stage1_rounds: int = typer.Option(12, min=1),
     stage2_rounds: int = typer.Option(5, min=1),
     round_timeout: float = typer.Option(300, min=1, help="Seconds after which a round ends without the missing."),
@@ -85,7 +87,7 @@ def trial(
     console.print(f"{kind.noun + 's':<10} {counts[0]} to train on, {counts[1]} to test on")
     options = _options(list(train), model, weights, image_size, levels, precision, engine, seed)
     seconds = {"export": _export(folder / "bundle", options)}
-    _check_kind(Bundle(folder / "bundle"), samples, kind)
+    _check_kind(Bundle.load(folder / "bundle"), samples, kind)
     access = [*(["--identity", str(identity)] if identity else []), *(["--insecure"] if insecure else [])]
     threads = str(max(1, (os.cpu_count() or 1) // devices))
     with Fleet(folder / "logs") as fleet:

@@ -35,7 +35,7 @@ def write_report(folder: Path, *, seed: int, alpha: float, seconds: dict[str, fl
     measure, "export" and "total". Raises RunError if the folder holds no run, or one that has not
     got as far as its evaluation."""
     rounds = RunStore(folder).rounds()
-    report = build_report(rounds, Bundle(folder / "bundle").manifest, seed, alpha, seconds)
+    report = build_report(rounds, Bundle.load(folder / "bundle").manifest, seed, alpha, seconds)
     report["files"] = _files(folder, report)
     text = json.dumps(report, indent=1, sort_keys=True, ensure_ascii=False)
     write_atomically(folder / "report.json", f"{text}\n".encode())

@@ -1,4 +1,4 @@
-"""The bundle from the run's server: announced over MQTT, fetched over HTTP(S), resumed, verified before use."""
+"""The run's bundle: announced over MQTT, fetched over HTTP(S), resumed after an interruption, verified before use."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import ssl
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedfmsl.common.backoff import Backoff
 from fedfmsl.common.log import log
 from fedfmsl.errors import BundleError, MessageError
 from fedfmsl.protocol.bundle import MANIFEST, MAX_MANIFEST_BYTES, Bundle, file_sha256
@@ -20,35 +21,42 @@ from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.identity import client_context, explain, read_identity
 from fedfmsl.transport.link import Link, Received
 
-SERVER_SECONDS = 60
-LOOK_SECONDS = 1.0
-ASK_SECONDS = 5.0
+REPORT_SECONDS = 60.0  # without a server, before the log mentions it
+POLL_SECONDS = 1.0
+RESUBSCRIBE_SECONDS = 5.0
 HTTP_SECONDS = 30
-RETRY_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0)  # between attempts that bring nothing: a server's restart, a cut line
-BLOCK = 1 << 18
+RETRY_DELAYS = tuple(Backoff(first=1.0, longest=16.0).delay(attempt) for attempt in range(5))
+BLOCK_BYTES = 1 << 18
+
+Heartbeat = Callable[[], None]  # called at least once a second or once per block
 
 
-Beat = Callable[[], None]  # called again and again while something takes long
+def _no_heartbeat() -> None:
+    pass
 
 
-def find_server(link: Link, topics: Topics, heartbeat: Beat = lambda: None) -> ServerStatus:
-    """The status of the run's server, for which it waits as long as it takes; after a minute it says so."""
-    status = hear_server(link, topics, SERVER_SECONDS, heartbeat)
+def wait_for_server(
+    link: Link, topics: Topics, heartbeat: Heartbeat = _no_heartbeat, report_seconds: float = REPORT_SECONDS
+) -> ServerStatus:
+    """The status of the run's server. Waits without limit; after `report_seconds` the log says so."""
+    status = receive_server_status(link, topics, report_seconds, heartbeat)
     if status is None:
-        log.info(f"no server of run {topics.run!r} yet; is it started, is --run right? waiting for it")
-        status = hear_server(link, topics, math.inf, heartbeat)
+        log.info(f"no server of run {topics.run!r} yet; waiting. Check that it is started and that --run is right")
+        status = receive_server_status(link, topics, math.inf, heartbeat)
     assert status is not None
     return status
 
 
-def hear_server(link: Link, topics: Topics, seconds: float, heartbeat: Beat = lambda: None) -> ServerStatus | None:
-    """The status of the run's server, if it is online within so many seconds."""
-    patience, asked = time.monotonic() + seconds, -math.inf
-    while time.monotonic() < patience:
-        if time.monotonic() > asked + ASK_SECONDS:  # again and again: amqtt can lose what comes while one subscribes
-            asked = time.monotonic()
+def receive_server_status(
+    link: Link, topics: Topics, timeout: float, heartbeat: Heartbeat = _no_heartbeat
+) -> ServerStatus | None:
+    """The status of the run's server if it is online within `timeout` seconds."""
+    deadline, subscribed = time.monotonic() + timeout, -math.inf
+    while time.monotonic() < deadline:
+        if time.monotonic() > subscribed + RESUBSCRIBE_SECONDS:  # amqtt can lose a message during a subscription
+            subscribed = time.monotonic()
             link.subscribe(topics.server_status)
-        event = link.next_event(LOOK_SECONDS)
+        event = link.next_event(POLL_SECONDS)
         heartbeat()
         if isinstance(event, Received) and event.topic == topics.server_status and event.payload:
             try:
@@ -61,103 +69,131 @@ def hear_server(link: Link, topics: Topics, seconds: float, heartbeat: Beat = la
 
 
 def fetch_bundle(
-    server: ServerStatus, folder: Path, identity: Path | None = None, heartbeat: Beat = lambda: None
+    server: ServerStatus,
+    folder: Path,
+    identity: Path | None = None,
+    heartbeat: Heartbeat = _no_heartbeat,
+    retry_delays: Sequence[float] = RETRY_DELAYS,
+    block_bytes: int = BLOCK_BYTES,
 ) -> Bundle:
-    """The announced bundle, in a subfolder of `folder` named by its SHA-256; files already there are not fetched again.
+    """The announced bundle, in a subfolder of `folder` named by its SHA-256. Files that are already there are kept.
 
-    Raises BundleError if it cannot be fetched, or what comes is not what was announced.
+    `retry_delays` are the seconds before each further attempt while attempts receive nothing. Raises BundleError if the
+    bundle cannot be fetched or differs from the announced one.
     """
-    bundle = fetch_manifest(server, folder, identity)
-    tls = client_context(read_identity(identity) if identity else None)
+    http_client = _HttpClient(_tls(identity), heartbeat, retry_delays, block_bytes)
+    bundle = _fetch_manifest(server, folder, http_client)
     for name, entry in bundle.manifest.files.items():
-        _fetch(_File(f"{server.bundle_url}/{name}", bundle.path(name), entry.sha256, entry.size), tls, heartbeat)
+        http_client.fetch(_File(f"{server.bundle_url}/{name}", bundle.path(name), entry.sha256, entry.size))
     return bundle
 
 
 def fetch_manifest(server: ServerStatus, folder: Path, identity: Path | None = None) -> Bundle:
-    """The announced bundle, of which only the manifest is there. Raises BundleError as `fetch_bundle` does."""
+    """The announced bundle with its manifest only. Raises BundleError as `fetch_bundle` does."""
+    return _fetch_manifest(server, folder, _HttpClient(_tls(identity)))
+
+
+def _fetch_manifest(server: ServerStatus, folder: Path, http_client: _HttpClient) -> Bundle:
     root = folder / server.bundle
     if not server.bundle_url:
         raise BundleError("the server does not serve its bundle; start it with --serve HOST:PORT, or give --bundle")
     root.mkdir(parents=True, exist_ok=True)
-    tls = client_context(read_identity(identity) if identity else None)
-    _fetch(_File(f"{server.bundle_url}/{MANIFEST}", root / MANIFEST, server.bundle, None), tls)
-    return Bundle(root)
+    http_client.fetch(_File(f"{server.bundle_url}/{MANIFEST}", root / MANIFEST, server.bundle, None))
+    return Bundle.load(root)
+
+
+def _tls(identity: Path | None) -> ssl.SSLContext:
+    return client_context(read_identity(identity) if identity else None)
 
 
 @dataclass(frozen=True)
 class _File:
+    """`size` in bytes; None for the manifest, whose size is not announced."""
+
     url: str
     path: Path
     sha256: str
-    size: int | None  # bytes; of the manifest nobody has said it
+    size: int | None
 
     @property
     def part(self) -> Path:
-        """What has come of it, after whatever way to be cut off."""
+        """What has been received so far. It survives a restart."""
         return self.path.with_name(self.path.name + ".part")
 
     @property
-    def have(self) -> int:
+    def received(self) -> int:
+        """Bytes."""
         return self.part.stat().st_size if self.part.is_file() else 0
 
     @property
-    def limit(self) -> int:
+    def max_bytes(self) -> int:
         return MAX_MANIFEST_BYTES if self.size is None else self.size
 
 
-def _fetch(file: _File, tls: ssl.SSLContext, heartbeat: Beat = lambda: None) -> None:
-    if file.path.is_file() and file_sha256(file.path) == file.sha256:
-        return
-    if file.have > file.limit:
-        file.part.unlink()
-    log.info(f"fetching {file.path.name}" + (f" from byte {file.have}" if file.have else ""))
-    _resume(file, tls, heartbeat)
-    if file_sha256(file.part) != file.sha256:
-        file.part.unlink()
-        raise BundleError(f"{file.url} does not have the announced SHA-256; what came was thrown away")
-    file.part.replace(file.path)
+@dataclass(frozen=True)
+class _HttpClient:
+    tls: ssl.SSLContext
+    heartbeat: Heartbeat = _no_heartbeat
+    retry_delays: Sequence[float] = RETRY_DELAYS
+    block_bytes: int = BLOCK_BYTES
 
+    def fetch(self, file: _File) -> None:
+        """Raises BundleError if the file cannot be fetched or does not have its SHA-256."""
+        if file.path.is_file() and file_sha256(file.path) == file.sha256:
+            return
+        if file.received > file.max_bytes:
+            file.part.unlink()
+        log.info(f"fetching {file.path.name}" + (f" from byte {file.received}" if file.received else ""))
+        self._resume(file)
+        if file_sha256(file.part) != file.sha256:
+            file.part.unlink()
+            raise BundleError(f"{file.url} does not have the announced SHA-256; the received bytes are deleted")
+        file.part.replace(file.path)
 
-def _resume(file: _File, tls: ssl.SSLContext, heartbeat: Beat) -> None:
-    """Fetches what is missing, going on where the connection was cut as long as every attempt or the next few bring
-    something. Raises BundleError if they do not."""
-    waits = list(RETRY_SECONDS)
-    while file.size is None or file.have < file.size or not file.part.is_file():
-        before = file.have
-        try:
-            return _receive(file, tls, heartbeat)
-        except urllib.error.HTTPError as error:
-            if error.code == 416:  # nothing is missing of the part we have
-                return None
-            raise BundleError(f"cannot fetch {file.url}: HTTP {error.code}") from error
-        except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError) as error:
-            cause = getattr(error, "reason", error) if isinstance(error, urllib.error.URLError) else error
-            if isinstance(cause, ssl.SSLError) and not isinstance(cause, ssl.SSLEOFError):  # waiting mends nothing
-                raise BundleError(f"cannot fetch {file.url}: {explain(cause)}") from error
-            if file.have > before:
-                waits = list(RETRY_SECONDS)
-            if not waits:
-                # uvicorn closes without a word on who has no certificate, or another fleet's
-                tls_hint = ", with the fleet's --identity" if file.url.startswith("https:") else ""
-                raise BundleError(f"cannot fetch {file.url}: {cause}; start again to resume{tls_hint}") from error
-            time.sleep(waits.pop(0))
-        except (OSError, ValueError) as error:  # this device's disk, or no address
-            raise BundleError(f"cannot fetch {file.url}: {error}; start again to resume") from error
-    return None
+    def _resume(self, file: _File) -> None:
+        """Receives what is missing, over several connections if need be. An attempt that receives bytes resets the
+        retries. Raises BundleError if there are none left."""
+        delays = list(self.retry_delays)
+        while file.size is None or file.received < file.size or not file.part.is_file():
+            before = file.received
+            try:
+                self._receive(file)
+                return
+            except urllib.error.HTTPError as error:
+                if error.code == 416:  # the part is complete
+                    return
+                raise BundleError(f"cannot fetch {file.url}: HTTP {error.code}") from error
+            except (
+                urllib.error.URLError,
+                http.client.HTTPException,
+                ConnectionError,
+                TimeoutError,
+                ssl.SSLError,
+            ) as error:
+                cause = getattr(error, "reason", error) if isinstance(error, urllib.error.URLError) else error
+                if isinstance(cause, ssl.SSLError) and not isinstance(cause, ssl.SSLEOFError):  # not a cut connection
+                    raise BundleError(f"cannot fetch {file.url}: {explain(cause)}") from error
+                if file.received > before:
+                    delays = list(self.retry_delays)
+                if not delays:
+                    # uvicorn closes the connection without an alert if the client has no or a foreign certificate
+                    tls_hint = ", with the fleet's --identity" if file.url.startswith("https:") else ""
+                    raise BundleError(f"cannot fetch {file.url}: {cause}; start again to resume{tls_hint}") from error
+                time.sleep(delays.pop(0))
+            except (OSError, ValueError) as error:  # this device's disk, or an invalid address
+                raise BundleError(f"cannot fetch {file.url}: {error}; start again to resume") from error
 
-
-def _receive(file: _File, tls: ssl.SSLContext, heartbeat: Beat) -> None:
-    """One request. If-Range: of a file that has changed meanwhile the whole comes (200), never the rest (206)."""
-    headers = {"Range": f"bytes={file.have}-", "If-Range": f'"{file.sha256}"'} if file.have else {}
-    request = urllib.request.Request(file.url, headers=headers)
-    with urllib.request.urlopen(request, timeout=HTTP_SECONDS, context=tls) as response:
-        resumed = response.status == 206
-        left = file.limit - (file.have if resumed else 0) + 1  # one more than there should be tells that there is more
-        with file.part.open("ab" if resumed else "wb") as out:
-            while left and (block := response.read(min(BLOCK, left))):
-                out.write(block)
-                heartbeat()
-                left -= len(block)
-        if left and response.length:
-            raise ConnectionError(f"cut off {response.length} bytes before its end")
+    def _receive(self, file: _File) -> None:
+        """One request. If-Range: the server sends the rest (206) of this version only, of another one the whole (200)."""
+        headers = {"Range": f"bytes={file.received}-", "If-Range": f'"{file.sha256}"'} if file.received else {}
+        request = urllib.request.Request(file.url, headers=headers)
+        with urllib.request.urlopen(request, timeout=HTTP_SECONDS, context=self.tls) as response:
+            resumed = response.status == 206
+            left = file.max_bytes - (file.received if resumed else 0) + 1  # one more byte shows that there are too many
+            with file.part.open("ab" if resumed else "wb") as out:
+                while left and (block := response.read(min(self.block_bytes, left))):
+                    out.write(block)
+                    self.heartbeat()
+                    left -= len(block)
+            if left and response.length:
+                raise ConnectionError(f"cut off {response.length} bytes before its end")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 
 from edge_runtime.daemon.announce import device_link, progress_to
-from edge_runtime.daemon.download import fetch_bundle, find_server
+from edge_runtime.daemon.download import fetch_bundle, wait_for_server
 from edge_runtime.daemon.health import HealthReporter
 from edge_runtime.daemon.lock import locked
 from edge_runtime.daemon.loop import Service
@@ -85,10 +85,10 @@ def _worker(
     """The device with all that it computes with, measured."""
     threads = settings.threads or os.cpu_count() or 1
     if settings.bundle:
-        bundle = Bundle(settings.bundle)
+        bundle = Bundle.load(settings.bundle)
     else:
         log.info(f"waiting for the server of run {settings.run!r}, which has the bundle")
-        server = find_server(link, topics, starting.heartbeat)
+        server = wait_for_server(link, topics, starting.heartbeat)
         bundle = fetch_bundle(server, store.bundles, settings.identity, starting.heartbeat)
     bundle.verify()
     engine = open_engine(settings.engine, bundle, threads).name

@@ -39,12 +39,14 @@ from edge_runtime.daemon.state import (
     advance,
     required_globals,
 )
+from edge_runtime.daemon.timing import DEFAULT_TIMING, Timing
 from edge_runtime.daemon.worker import Worker, write_personalized
 from edge_runtime.data.samples import SampleChangedError
 from edge_runtime.training.context import Device
 from fedfmsl.common.log import fields, log
 from fedfmsl.errors import FedFMSLError, InputError, MessageError, RunError
 from fedfmsl.protocol.chunks import Assembler, chunks
+from fedfmsl.protocol.duplicate_name import DuplicateNameGuard
 from fedfmsl.protocol.messages import (
     Ack,
     Activity,
@@ -62,7 +64,6 @@ from fedfmsl.transport.link import Connected, Disconnected, Link, Received
 
 LOOK_SECONDS = 1.0
 ASK_SECONDS = 30.0  # without a server
-DISK_SECONDS = (1.0, 60.0)  # from one attempt to write to the next: at first, and at most
 FOLDER_SECONDS = 60.0  # from one look at the folder to the next, between rounds
 FOLDER_SHARE = 0.01  # of the time, at most, for these looks: a folder of many files is looked at less often
 
@@ -82,9 +83,11 @@ class Service:
         health_reporter: HealthReporter,
         introduction: tuple[str, bytes] | None = None,
         stays: bool = False,
+        timing: Timing = DEFAULT_TIMING,
     ) -> None:
         """`introduction`: topic and payload of what introduces this device to Home Assistant. With `stays` it waits,
         once the run has finished, for the next of that name."""
+        self._timing = timing
         self._worker = worker
         self._run = run
         self._topics = Topics(run)
@@ -102,15 +105,15 @@ class Service:
         self._bytes_down = 0
         self._fetching: dict[str, Assembler] = {}
         device = worker.device
-        self._retransmissions = Retransmissions(device.name)
-        self._disk_seconds = 0.0  # to wait before what could not be written is tried once more; 0: all could
+        self._retransmissions = Retransmissions(device.name, timing.ack)
+        self._disk_attempts = 0  # to write what could not be written
         self._last: paho.MQTTMessageInfo | None = None
         store = device.store
         store.remove_temporary_files()
         unacknowledged = store.unacknowledged(store.session)
         self._state = State(
             device=device.name,
-            instance=INSTANCE,
+            guard=DuplicateNameGuard(INSTANCE),
             bundle=device.bundle.sha256,
             session=store.session,
             done=max({store.acknowledged, *unacknowledged}),
@@ -313,7 +316,7 @@ class Service:
             except OSError as error:
                 self._wait_for_disk(error)
             else:
-                self._disk_seconds = 0.0
+                self._disk_attempts = 0
                 return GlobalArrived(sha256)
 
     def _forget(self, sha256: str) -> None:
@@ -323,15 +326,15 @@ class Service:
     def _wait_for_disk(self, error: OSError) -> None:
         """What could not be written is tried anew after this; nothing of it has been sent. Says so when it begins, and
         frees what can be made or fetched again."""
-        first, longest = DISK_SECONDS
-        if not self._disk_seconds:
+        if not self._disk_attempts:
             where = f"--state {self._device.store.root}"
             log.warning(f"{where} does not take what has to be kept ({error}); it is tried again until there is room")
         with contextlib.suppress(OSError):  # a disk that has become read-only, which somebody may mend
             self._device.cache.evict_all()
             self._device.store.drop_globals(keep=required_globals(self._state.announced))
-        time.sleep(self._disk_seconds)
-        self._disk_seconds = min(max(2 * self._disk_seconds, first), longest)
+        if self._disk_attempts:
+            time.sleep(self._timing.disk_retry.delay(self._disk_attempts - 1))
+        self._disk_attempts += 1
 
     def _carry_out(self, command: Command) -> Event | None:
         if isinstance(command, Fetch):
@@ -363,7 +366,7 @@ class Service:
             return WorkFailed(task.round)
         try:
             if self._device.store.enter(task.session):
-                self._retransmissions = Retransmissions(self._device.name)
+                self._retransmissions = Retransmissions(self._device.name, self._timing.ack)
             self._worker.pace.keep()
             seconds = self._worker.work(task, self._bytes_down)
         except _GivenUpError:
@@ -374,7 +377,7 @@ class Service:
         except OSError as error:
             self._wait_for_disk(error)
             return WorkFailed(task.round)
-        self._disk_seconds, self._bytes_down = 0.0, 0
+        self._disk_attempts, self._bytes_down = 0, 0
         self._health_reporter.rounds_done += 1
         log.info(
             f"round {task.round}: {task.stage.value} done in {seconds:.1f} s",

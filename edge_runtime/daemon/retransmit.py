@@ -6,15 +6,17 @@ import time
 
 import paho.mqtt.client as paho
 
-from edge_runtime.daemon.state import ack_timeout
+from edge_runtime.daemon.timing import ACK_TIMEOUT
+from fedfmsl.common.backoff import Backoff
 
 
 class Retransmissions:
     """The updates that were sent and not acknowledged: which of them is still on its way, and when the server's answer
     is overdue. The server's time begins when the last of them has reached the broker."""
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, timeout: Backoff = ACK_TIMEOUT) -> None:
         self._device = device
+        self._timeout = timeout
         self._last_chunks: dict[int, paho.MQTTMessageInfo] = {}
         self._attempt = 0
         self._since = 0.0
@@ -45,7 +47,7 @@ class Retransmissions:
         if any(self.on_its_way(round_) for round_ in self._last_chunks):
             self._since = now
             return False
-        if not self._last_chunks or now < self._since + ack_timeout(self._device, self._attempt):
+        if not self._last_chunks or now < self._since + self._timeout.delay(self._attempt, self._device):
             return False
         self._attempt += 1
         self._since = now

@@ -1,24 +1,18 @@
 """The daemon's decisions as a state machine without I/O: `advance(state, event) -> (state, commands)`.
 
 It follows the newest round that the present server has announced and that asks this device: fetch the globals it
-names, work, send the update, and send it again until the server has acknowledged it. Time is the shell's business: it
-says when an answer is overdue, after as many seconds as `ack_timeout` gives.
+names, work, send the update, and send it again until the server has acknowledged it. The I/O loop measures time: it reports
+when an acknowledgement is overdue (see `edge_runtime.daemon.retransmit`).
 
-Two devices of one name cannot both stay (ours). Every process publishes its status, with an instance of its own, and
-reads what stands under that name: who showed itself before its own status came back to it is older (a former life, as a
-rule), who shows itself later is a younger twin, for which it leaves. The broker brings the statuses of one name into
-one order, so of any number of twins the youngest stays.
+Of several running processes with one device name the newest stays (see `fedfmsl.protocol.duplicate_name`).
 """
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass, replace
 
+from fedfmsl.protocol.duplicate_name import DuplicateNameGuard
 from fedfmsl.protocol.messages import Ack, DeviceStatus, Round, ServerStatus, Stage
-
-FIRST_ACK_TIMEOUT, LONGEST_ACK_TIMEOUT = 30.0, 300.0  # seconds
-SPREAD = 0.5  # the share by which one device's patience is longer than another's, at most
 
 
 @dataclass(frozen=True)
@@ -143,11 +137,11 @@ Command = Fetch | Work | Send | Acknowledge | PublishStatus | Log | Stop
 class State:
     """`session`: the one this device last worked in. `present`: that of the server that is online. `announced`: the
     newest round seen. `done`: the last round worked on. `held`: global blobs on disk. `unacknowledged`: rounds of `session`
-    whose update has not been acknowledged. `earlier_instances`: instances of this name that were there before this one's status
-    had come back to it (`shown`). `waiting`: it has been said that there is no server."""
+    whose update has not been acknowledged. `guard`: finds newer processes with this device's name. `waiting`: it has
+    been said that there is no server."""
 
     device: str
-    instance: str
+    guard: DuplicateNameGuard
     bundle: str
     session: str = ""
     present: str = ""
@@ -155,8 +149,6 @@ class State:
     done: int = 0
     held: frozenset[str] = frozenset()
     unacknowledged: frozenset[int] = frozenset()
-    earlier_instances: frozenset[str] = frozenset()
-    shown: bool = False
     waiting: bool = False
 
 
@@ -181,14 +173,6 @@ def advance(state: State, event: Event) -> tuple[State, list[Command]]:
     if isinstance(event, OwnStatusSeen):
         return _see_own_status(state, event.status)
     return _act(state)
-
-
-def ack_timeout(device: str, attempt: int) -> float:
-    """Seconds for which an answer to the transmission `attempt` (from 0) is waited for: each time twice as long, and on
-    one device longer than on another, so that a fleet does not send again in step."""
-    spread = SPREAD * random.Random(f"{device} {attempt}").random()
-    doubled = FIRST_ACK_TIMEOUT * float(2 ** min(attempt, 10))
-    return min(doubled, LONGEST_ACK_TIMEOUT) * (1 + spread)
 
 
 def required_globals(announced: Round | None) -> set[str]:
@@ -216,14 +200,11 @@ def _see_server(state: State, status: ServerStatus) -> tuple[State, list[Command
 
 
 def _see_own_status(state: State, status: DeviceStatus) -> tuple[State, list[Command]]:
-    """A status of another instance that is offline is the last will of a former life, or of a twin that has left."""
-    if status.instance == state.instance:
-        return replace(state, shown=True), []
-    if not state.shown:
-        return replace(state, earlier_instances=state.earlier_instances | {status.instance}), []
-    if not status.online:
+    guard, instance = state.guard.observe(status.instance), status.instance
+    state = replace(state, guard=guard)
+    if guard.confirmed and instance != guard.instance and not status.online:  # the last will of an ended process
         return state, [PublishStatus()]
-    if status.instance in state.earlier_instances:
+    if not guard.is_newer(instance):
         return state, []
     error = (
         f"another device has come as {state.device!r} and takes this one's place; if they are two, give one of them "

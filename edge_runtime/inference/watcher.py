@@ -15,12 +15,13 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
+from fedfmsl.common.backoff import Backoff
 from fedfmsl.common.log import log
 from fedfmsl.errors import MessageError
 from fedfmsl.protocol.messages import Prediction, parse
 
 NICENESS = 10
-RESTART_SECONDS = (1.0, 300.0)  # from its end to the next start: at first, and at most
+RESTART = Backoff(first=1.0, longest=300.0)
 END_SECONDS = 10.0  # that it gets to end in good order
 
 
@@ -28,8 +29,16 @@ class Watcher:
     """`seen` is called in a thread of the watcher's own. The process is started on entering, and again with growing
     pauses whenever it ends; leaving ends it."""
 
-    def __init__(self, folder: Path, state: Path, bundle: Path, seen: Callable[[Prediction], None]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        state: Path,
+        bundle: Path,
+        seen: Callable[[Prediction], None],
+        restart: Backoff = RESTART,
+    ) -> None:
         self._folder = folder
+        self._restart = restart
         self._command = [sys.executable, "-m", "edge_runtime", "predict", "--json"]
         self._command += ["--watch", str(folder), "--state", str(state), "--bundle", str(bundle)]
         self._seen = seen
@@ -53,8 +62,7 @@ class Watcher:
             self._thread.join()
 
     def _run(self) -> None:
-        first, longest = RESTART_SECONDS
-        pause = first
+        restarts = 0
         while True:
             with self._guard:
                 if self._leaving.is_set():
@@ -63,13 +71,14 @@ class Watcher:
                 with contextlib.suppress(ProcessLookupError):  # it has ended already
                     os.setpriority(os.PRIO_PROCESS, self._process.pid, NICENESS)  # its threads will inherit it
             if self._follow(self._process):
-                pause = first
+                restarts = 0
             code = self._process.wait()
             if self._leaving.is_set():
                 return
+            pause = self._restart.delay(restarts)
+            restarts += 1
             log.warning(f"what watches {self._folder} has ended ({code}); it is started again in {pause:.0f} s")
             self._leaving.wait(pause)
-            pause = min(2 * pause, longest)
 
     def _follow(self, process: subprocess.Popen[bytes]) -> int:
         """Hands on what the process says until its end; returns how many predictions that were."""

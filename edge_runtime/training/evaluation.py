@@ -16,7 +16,7 @@ from edge_runtime.training.loop import Targets, predict_log, train
 from edge_runtime.training.model import personal_model
 from edge_runtime.training.stages import Globals, Outcome, class_mean_expert, seed_of
 from fedfmsl.algorithms.arrays import Vector
-from fedfmsl.algorithms.mixture import accuracy, gate_statistics, nll, of_labels
+from fedfmsl.algorithms.mixture import accuracy, gate_statistics, label_log_p, nll
 from fedfmsl.common.files import write_atomically
 from fedfmsl.errors import MessageError
 from fedfmsl.protocol.messages import Round
@@ -48,7 +48,7 @@ def train_alone(device: Device, task: Round, _: Globals) -> Outcome:
             theta[:size] = engine.get()
         held_out = predict_log(engine, device.cache.frozen(slices.held_out, level), device.mask)
         labels = labels_of(slices.held_out)
-        score = accuracy(held_out, labels), float(of_labels(held_out, labels).mean())
+        score = accuracy(held_out, labels), float(label_log_p(held_out, labels).mean())
         if best is None or score > best[0]:
             best = score, theta[:size].copy()
         if repetition:

@@ -13,7 +13,7 @@ from edge_runtime.training.context import Device, Samples
 from edge_runtime.training.loop import Targets, predict_log, train
 from edge_runtime.training.stages import Globals, Outcome, seed_of
 from fedfmsl.algorithms.arrays import Floats, Vector
-from fedfmsl.algorithms.mixture import accuracy, gate_statistics, mix, nll, of_labels
+from fedfmsl.algorithms.mixture import accuracy, gate_statistics, label_log_p, mix, nll
 from fedfmsl.algorithms.sal import Sal, SalState
 from fedfmsl.common.files import write_atomically
 from fedfmsl.errors import MessageError
@@ -133,7 +133,7 @@ def _train_local(device: Device, task: Round, given: Globals, expert: LocalExper
     trained = min(level, device.level_cap)  # the cap may have been lowered since
     labels = labels_of(images)
     log_gate = device.gate.weights(given.gate, device.cache.pooled(images, device.level_of(given.expert)))
-    global_log_p = of_labels(device.log_p(images, given.expert, device.prior), labels)
+    global_log_p = label_log_p(device.log_p(images, given.expert, device.prior), labels)
     targets = Targets(labels, gate=log_gate[:, 1], other=log_gate[:, 0] + global_log_p)
     engine.load(trained)
     size = layout.size(trained)
@@ -155,7 +155,7 @@ def _train_gate(device: Device, given: Globals, expert: LocalExpert) -> Outcome:
     images = device.slices.held_out
     labels = labels_of(images)
     seen = mixture(device, images, given, expert.best, expert.best_level)
-    expert_log_p = np.stack([of_labels(seen.global_log_p, labels), of_labels(seen.local_log_p, labels)], axis=1)
+    expert_log_p = np.stack([label_log_p(seen.global_log_p, labels), label_log_p(seen.local_log_p, labels)], axis=1)
     pooled = device.cache.pooled(images, device.level_of(given.expert))
     gate = device.gate.train(given.gate, pooled, expert_log_p)
     weight, entropy = gate_statistics(seen.log_gate)

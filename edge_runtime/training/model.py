@@ -20,7 +20,7 @@ from edge_runtime.training.context import Device
 from edge_runtime.training.local_expert import LocalExpert, mixture
 from edge_runtime.training.stages import Globals, class_mean_expert
 from fedfmsl.algorithms.arrays import Floats
-from fedfmsl.algorithms.calibration import calibrated, fit_temperature, unknown_below
+from fedfmsl.algorithms.calibration import calibrate, fit_temperature, unknown_threshold
 from fedfmsl.common.files import write_atomically
 from fedfmsl.errors import BundleError, ConfigError, InputError, MessageError
 from fedfmsl.protocol.bundle import Bundle
@@ -58,7 +58,7 @@ class PersonalModel:
 
     def calibrated(self, log_p: Floats) -> Floats:
         """What it makes of its mixture's log-probabilities (n, C)."""
-        return calibrated(log_p, self.header.temperature)
+        return calibrate(log_p, self.header.temperature)
 
 
 def personal_model(device: Device, task: Round, given: Globals) -> PersonalModel:
@@ -89,7 +89,7 @@ def personal_model(device: Device, task: Round, given: Globals) -> PersonalModel
         expert=task.expert,
         gate=task.gate,
         temperature=temperature,
-        threshold=unknown_below(np.exp(calibrated(log_p, temperature).max(axis=1))),
+        threshold=unknown_threshold(np.exp(calibrate(log_p, temperature).max(axis=1))),
     )
     tensors = {
         "global_theta": device.completed(expert)[:size],
@@ -132,7 +132,7 @@ def bundle_of(store: DeviceStore, header: ModelHeader, path: Path | None = None)
     root = path or store.bundles / header.bundle
     if not root.is_dir():
         raise BundleError(f"the bundle of the model in {store.root} is not at {root}; give its folder with --bundle")
-    bundle = Bundle(root)
+    bundle = Bundle.load(root)
     if bundle.sha256 != header.bundle:
         raise BundleError(f"bundle {root} is not that of the model in {store.root}; give another --bundle")
     return bundle

@@ -12,7 +12,7 @@ from edge_runtime.data.samples import labels_of
 from edge_runtime.training.context import Device
 from edge_runtime.training.loop import Targets, predict_log, train
 from fedfmsl.algorithms.arrays import Vector
-from fedfmsl.algorithms.class_means import head_of_class_means
+from fedfmsl.algorithms.class_means import class_mean_head
 from fedfmsl.algorithms.mixture import accuracy
 from fedfmsl.protocol.messages import Round, Stage
 from fedfmsl.protocol.tensors import Tensors
@@ -66,7 +66,7 @@ def class_mean_expert(device: Device) -> Vector:
     means."""
     own = class_sums(device, 1)
     theta = device.bundle.initial()[0]
-    head = head_of_class_means(own["class_sums"], own["class_counts"], float(own["norm_sum"][0]))
+    head = class_mean_head(own["class_sums"], own["class_counts"], float(own["norm_sum"][0]))
     theta[: head.size] = head
     return theta
 

@@ -24,21 +24,6 @@ def notice(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-# The options of every command that talks to a broker.
-BROKER = typer.Option(
-    "mqtt://localhost:1883",
-    envvar="FEDFMSL_BROKER",
-    help="mqtt, mqtts, ws or wss://HOST, or HOST:PORT; user and password as USER:PASSWORD@HOST, or by FEDFMSL_USER and "
-    "FEDFMSL_PASSWORD.",
-)
-IDENTITY = typer.Option(
-    None, envvar="FEDFMSL_IDENTITY", help="File of devices.provision: who we are, and whom to trust, over TLS."
-)
-INSECURE = typer.Option(
-    False, "--insecure", envvar="FEDFMSL_INSECURE", help="Let traffic leave this machine unencrypted."
-)
-
-
 class _Application(typer.Typer):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         signal.signal(signal.SIGTERM, _terminate)

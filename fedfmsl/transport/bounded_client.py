@@ -14,11 +14,13 @@ import paho.mqtt.client as paho
 from paho.mqtt.client import _WebsocketWrapper
 from paho.mqtt.enums import CallbackAPIVersion
 
+from fedfmsl.common.backoff import Backoff
+
 MAX_PAYLOAD = 256 * 1024  # of a message that is taken; the longest of ours is a chunk of 96 KB and its head
 _HEAD = 2 + 65535 + 2  # at most: the topic's length, the topic, the packet's number
 _MAX_PACKET = _HEAD + MAX_PAYLOAD
 _BLOCK = 1 << 16
-LONGEST_WAIT = 60  # seconds to the next attempt to connect
+RECONNECT = Backoff(first=4.0, longest=60.0)
 
 
 class CappedClient(paho.Client):
@@ -35,6 +37,7 @@ class CappedClient(paho.Client):
         )
         self.leaving = threading.Event()  # no more attempts to connect
         self.last_error: OSError | None = None  # what the socket ended with
+        self._attempts = 0  # to connect, since the last connection
 
     @property
     def announced(self) -> int:
@@ -75,8 +78,9 @@ class CappedClient(paho.Client):
         return _StreamedFrames(sock, self._host, self._port, self._ssl, self._websocket_path, None)
 
     def _reconnect_wait(self) -> None:
-        # paho waits 1, 2, 4 … seconds, and so do all the others that the broker's restart has cut off
-        self._reconnect_delay = min(2 * (self._reconnect_delay or 2), LONGEST_WAIT)  # None once connected
+        # A broker's restart cuts all clients off at once. paho's fixed delays would bring them back at once.
+        self._attempts = 0 if self._reconnect_delay is None else self._attempts + 1  # None once connected
+        self._reconnect_delay = round(RECONNECT.delay(self._attempts))
         self.leaving.wait(random.uniform(1, self._reconnect_delay))
 
 

@@ -1,67 +1,53 @@
-"""An emulated board with this project installed on it; where there can be none, every test here is skipped and says
-why."""
+"""An emulated board with this project installed on it. Where there cannot be one, every test here is skipped with the
+reason, and fails with CI=true."""
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import support.arm64.board as board_module
-from support.arm64.board import HERE, PYTHON, Board, NoBoardError, build, require_emulation
+from support.arm64.board import HERE, PROGRAMS, PYTHON, Board, NoBoardError, build, require_emulation
 from support.arm64.wheels import REPOSITORY, build_wheel, download, install
-from support.processes import MOSQUITTO, Processes
-
-
-@contextmanager
-def alone() -> Iterator[None]:
-    """make test-arm64 runs two processes of tests; what both need, one of them makes."""
-    HERE.mkdir(exist_ok=True)
-    with (HERE / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+from support.processes import Processes
+from support.shared_folders import fingerprint, locked, made_once
+from support.tools import not_tested, require_tool
 
 
 def kept(kind: str, made_of: Path, make: Callable[[Path], object]) -> Path:
     """A folder that stays from one run to the next, until the file `made_of` changes."""
-    folder = HERE / f"{kind}-{hashlib.sha256(made_of.read_bytes()).hexdigest()[:12]}"
-    with alone():
-        if not folder.exists():
-            for old in HERE.glob(f"{kind}-*"):
-                shutil.rmtree(old)
-            unfinished = HERE / f"{kind}-unfinished"
-            make(unfinished)
-            unfinished.rename(folder)
-    return folder
+    folder = HERE / f"{kind}-{fingerprint([made_of])}"
+    for old in HERE.glob(f"{kind}-*"):
+        if old.is_dir() and old != folder:
+            shutil.rmtree(old, ignore_errors=True)
+    return made_once(folder, make)
 
 
 @pytest.fixture(scope="session")
 def base() -> Board:
-    """The system, with nothing of ours on it. Read only: copy it to change it."""
-    if MOSQUITTO is None:
-        pytest.skip("mosquitto is not installed (make test-arm64 installs it with apt-get)")
+    """The system without this project. Read only: copy it to change it."""
+    for program in ("mosquitto", *PROGRAMS):
+        require_tool(program)
     try:
-        with alone():
+        with locked(HERE / "emulation.lock"):
             require_emulation()
         return Board(kept("root", Path(board_module.__file__), build))
     except NoBoardError as reason:
-        pytest.skip(f"no emulated board: {reason}")
+        not_tested(f"no emulated board: {reason}", fails_in_ci=True)
 
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The project's."""
-    with alone():
+    with locked(HERE / "wheel.lock"):  # setuptools builds in the repository
         return build_wheel(tmp_path_factory.mktemp("dist"))
 
 
 @pytest.fixture(scope="session")
 def wheels(wheel: Path) -> Path:
-    """A folder of what it needs on the board."""
+    """The wheels that it needs on the board."""
     return kept("wheels", REPOSITORY / "pyproject.toml", lambda folder: download(wheel, PYTHON, folder))
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from support.brokers import KINDS, RestartableBroker, versions
 from support.fault_table import FaultTable, is_whole, write
-from support.processes import MOSQUITTO, Processes
+from support.processes import Processes
 from support.run_oracle import Reference, reference
 from support.simulation import Simulation
+from support.tools import find_tool, require_tool
 
 from benchmarks.layouts import layout_bundle
 from fedfmsl.protocol.bundle import Bundle
@@ -52,8 +53,8 @@ def layout(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 @pytest.fixture(params=KINDS)
 def kind(request: pytest.FixtureRequest) -> str:
     """Each kind of broker in turn."""
-    if request.param == "mosquitto" and MOSQUITTO is None:
-        pytest.skip("mosquitto is not installed")
+    if request.param == "mosquitto":
+        require_tool("mosquitto")
     return str(request.param)
 
 
@@ -78,7 +79,7 @@ def undisturbed(layout: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Und
         if devices not in known:
             folder = tmp_path_factory.mktemp("undisturbed")
             with Processes(folder / "logs") as processes:
-                broker = RestartableBroker(processes, folder, "mosquitto" if MOSQUITTO else "amqtt")
+                broker = RestartableBroker(processes, folder, "mosquitto" if find_tool("mosquitto") else "amqtt")
                 simulation = Simulation(processes, broker, layout, folder, devices)
                 simulation.start_server()
                 simulation.start_fleet()

@@ -14,10 +14,11 @@ from support.bundles import build
 from support.fault_table import FaultTable, Trial
 from support.kill_point import launcher
 from support.machine_faults import small_disk
-from support.processes import MOSQUITTO, Federation, Observer, Processes, wait_until
+from support.processes import Federation, Observer, Processes, wait_until
 from support.run_oracle import Reference, examine, reference
 from support.samples import CLASSES, write_device_photos
 from support.simulation import ROUND_TIMEOUT, judged
+from support.tools import find_tool
 
 from fedfmsl.protocol.messages import Ack, Round, Stage, Verdict
 
@@ -33,7 +34,7 @@ KILLS: list[Kill] = [
     ("before its update lies in the outbox", f"{STORE}.put_outbox", "before", 1),
     ("when its update lies in the outbox", f"{STORE}.put_outbox", "after", 1),
     (HALF_SENT, f"{SERVICE}._publish", "after", 3),
-    ("between the ack and its being noted", f"{STORE}.settle", "before", 1),
+    ("between the ack and its being noted", f"{STORE}.acknowledge", "before", 1),
     ("when the ack is noted, the update still kept", "edge_runtime.store:write_atomically", "after", 1),
     ("before globals are kept", f"{STORE}.keep_global", "before", 1),
     ("when globals are kept", f"{STORE}.keep_global", "after", 1),
@@ -42,7 +43,7 @@ KILLS: list[Kill] = [
     ("when the residual is saved", "edge_runtime.training.updates:_save", "after", 1),
     ("before the local expert is saved", "edge_runtime.training.local_expert:LocalExpert.save", "before", 1),
     ("when the local expert is saved", "edge_runtime.training.local_expert:LocalExpert.save", "after", 1),
-    ("after the ack and the update's removal", f"{STORE}.settle", "after", 1),
+    ("after the ack and the update's removal", f"{STORE}.acknowledge", "after", 1),
 ]
 SHORT = {HALF_SENT, "when the residual is saved", "when the local expert is saved"}
 
@@ -97,7 +98,7 @@ def wide(vit_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def undisturbed_real(wide: Path, photos: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Reference:
     folder = tmp_path_factory.mktemp("undisturbed-real")
     with Processes(folder / "logs") as processes:
-        broker = RestartableBroker(processes, folder, "mosquitto" if MOSQUITTO else "amqtt")
+        broker = RestartableBroker(processes, folder, "mosquitto" if find_tool("mosquitto") else "amqtt")
         with Observer(broker, RUN) as observer:
             real = Real(Federation(RUN, broker, wide, photos, folder, processes), observer)
             real.start_server()

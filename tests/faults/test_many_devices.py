@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from support.processes import MOSQUITTO
 
 from benchmarks.load import measure
 from fedfmsl.protocol.bundle import Bundle
@@ -14,7 +13,7 @@ FEW, MANY = 10, 200
 ROUNDS = 2
 
 
-@pytest.mark.skipif(MOSQUITTO is None, reason="mosquitto is not installed")
+@pytest.mark.needs("mosquitto")
 def test_the_servers_peak_memory_with_many_devices_is_that_with_a_few(layout: Bundle, tmp_path: Path) -> None:
     few, many = (measure(tmp_path, layout.root, devices, ROUNDS, []) for devices in (FEW, MANY))
     assert many.processes["server"].peak_rss_mb < 1.2 * few.processes["server"].peak_rss_mb

@@ -9,8 +9,9 @@ import pytest
 from conftest import Undisturbed
 from support.brokers import RestartableBroker
 from support.fault_table import FaultTable
-from support.processes import MOSQUITTO, Observer, Processes
+from support.processes import Observer, Processes
 from support.simulation import RUN, Simulation, in_stage_1, recovering
+from support.tools import require_tool
 
 from fedfmsl.protocol.bundle import Bundle
 
@@ -41,8 +42,8 @@ def test_a_broker_that_is_restarted_in_mid_round_costs_nothing(
 ) -> None:
     if not full and (kind, end) != ("amqtt", "kill"):
         pytest.skip("one by one in the long form only (--full)")
-    if kind == "mosquitto" and MOSQUITTO is None:
-        pytest.skip("mosquitto is not installed")
+    if kind == "mosquitto":
+        require_tool("mosquitto")
     broker = RestartableBroker(processes, tmp_path, kind, persistent, autosave=20)
     simulation = Simulation(processes, broker, layout, tmp_path)
     with Observer(broker, RUN) as observer:

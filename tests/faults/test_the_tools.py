@@ -18,7 +18,7 @@ from support.hostile_client import publish
 from support.kill_point import launcher
 from support.machine_faults import Clock, small_disk
 from support.network_proxy import LOOPBACK, Packets, Proxy
-from support.processes import MOSQUITTO, Observer, Processes
+from support.processes import Observer, Processes
 
 from fedfmsl.protocol.messages import ServerStatus, encode
 from fedfmsl.transport.link import Link, Received
@@ -277,7 +277,7 @@ def test_a_clock_jumps_under_a_running_process_and_its_monotonic_one_does_not(tm
         process.stdin.close()
 
 
-@pytest.mark.skipif(MOSQUITTO is None, reason="mosquitto is not installed")
+@pytest.mark.needs("mosquitto")
 @pytest.mark.parametrize(("persistent", "end"), [(False, "stop"), (True, "stop"), (True, "kill")])
 def test_a_restarted_mosquitto_remembers_if_it_is_to(
     tmp_path: Path, processes: Processes, persistent: bool, end: str

@@ -156,7 +156,7 @@ def test_nothing_is_kept_or_told_of_a_session_by_onnx_runtime(device: Device, tm
     home = tmp_path / "home"
     home.mkdir()
     code = "import sys; from edge_runtime.engines.sessions import open_session; from fedfmsl.protocol.bundle import Bundle; "
-    code += "from pathlib import Path; open_session(Bundle(Path(sys.argv[1])), 'gate-predict.onnx', 1)"
+    code += "from pathlib import Path; open_session(Bundle.load(Path(sys.argv[1])), 'gate-predict.onnx', 1)"
     environment = {**os.environ, "HOME": str(home)}
     environment.pop("ORT_DISABLE_TELEMETRY", None)
     command = [sys.executable, "-c", code, str(device.federation.bundle)]

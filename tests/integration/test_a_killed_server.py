@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from support.processes import MOSQUITTO, Broker, Federation, Observer, Processes, run_module
+from support.processes import Broker, Federation, Observer, Processes, run_module
 
 from fedfmsl.protocol.messages import Ack, Globals, Round, ServerStatus, Stage, Verdict
 from fedfmsl.protocol.tensors import unpack
@@ -85,7 +85,7 @@ def test_a_killed_server_goes_on_in_the_same_round_with_what_it_had_acknowledged
     assert (ended.code, ended.stdout.splitlines()[-1]) == (0, "run finished")
 
 
-@pytest.mark.skipif(not MOSQUITTO, reason="mosquitto is not installed, and amqtt ends no connection for another's sake")
+@pytest.mark.needs("mosquitto")  # amqtt does not end a connection whose client id comes again
 def test_of_two_servers_of_one_run_the_older_leaves_and_says_why(
     bundle: Path, photos: dict[str, Path], tmp_path: Path
 ) -> None:

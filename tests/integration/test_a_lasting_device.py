@@ -15,18 +15,31 @@ from typing import Any
 import pytest
 from support.bundles import Built
 from support.in_process_daemon import RUN, started
-from support.processes import MOSQUITTO, SECONDS, Broker, Ended, Federation, Observer, Processes, answers, wait_until
+from support.processes import (
+    SECONDS,
+    Broker,
+    Ended,
+    Federation,
+    Observer,
+    Processes,
+    answers,
+    broker_command,
+    wait_until,
+)
 from support.samples import write_photos
+from support.tools import not_tested
 
 from edge_runtime.daemon.state import required_globals
+from edge_runtime.daemon.timing import Timing
 from edge_runtime.store import DeviceStore
 from fedfmsl.algorithms.sal import CapabilityQueue, Sal
+from fedfmsl.common.backoff import Backoff
 from fedfmsl.protocol.chunks import MAX_BLOB_BYTES, Assembler
 from fedfmsl.protocol.messages import Ack, DeviceStatus, Round, ServerStatus, Stage, Training, Verdict, encode
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.link import Link, Received
 
-KINDS = ["amqtt", pytest.param("mosquitto", marks=pytest.mark.skipif(not MOSQUITTO, reason="needs a mosquitto"))]
+KINDS = ["amqtt", pytest.param("mosquitto", marks=pytest.mark.needs("mosquitto"))]
 FIRST, HOLDER = "device-0", "device-1"
 ROUNDS = ("--stage1-rounds", "6", "--stage2-rounds", "2")
 UNSHARE = shutil.which("unshare")
@@ -46,7 +59,7 @@ def hold_in_mid_round(federation: Federation, observer: Observer) -> Round:
     begun = observer.wait(Round, lambda r: r.stage is Stage.GLOBAL, "stage 1")
     while begun.stage is Stage.GLOBAL:
         holder.pause()
-        finished = store.settled >= begun.round or store.update(begun.round) is not None
+        finished = store.acknowledged >= begun.round or store.update(begun.round) is not None
         if not finished and all(store.global_blob(sha256) for sha256 in required_globals(begun)):
             return begun
         holder.resume()
@@ -132,9 +145,7 @@ def start_again(processes: Processes, broker: Broker) -> None:
     """The broker, on the same port, with nothing of what it knew."""
     port = broker.url.rpartition(":")[2]
     processes.started[f"broker-{broker.kind}"].kill()
-    mosquitto = [str(MOSQUITTO), "-p", port]
-    amqtt = [sys.executable, "-m", "devices.trial.broker", "--port", port]
-    processes.start("broker-again", *(mosquitto if broker.kind == "mosquitto" else amqtt))
+    processes.start("broker-again", *broker_command(broker.kind, int(port)))
     wait_until(lambda: answers(int(port)), "the broker's return")
 
 
@@ -146,7 +157,7 @@ class SmallDisk:
         folder.mkdir(parents=True)
         mount = f"mount -t tmpfs -o {mode},size={DISK_BYTES} tmpfs {folder}"
         if UNSHARE is None or subprocess.run([*SPACES, mount], capture_output=True, check=False).returncode:
-            pytest.skip("no small file system can be mounted here")
+            not_tested("no small file system can be mounted here")
         self.command = (*SPACES, f'{mount} && exec "$0" "$@"')
         self.seen_from_here = folder
 
@@ -217,16 +228,18 @@ def test_a_state_folder_that_is_read_only_is_refused_before_anything_else(tmp_pa
     Ended(done.returncode, done.stdout, done.stderr).assert_error(2, "cannot be written to", "Read-only", "--state")
 
 
+SOON = Timing(ack=Backoff(first=0.2, longest=300.0, jitter=0.5))
+
+
 @pytest.fixture
 def photos_of_one(tmp_path: Path) -> Path:
     return write_photos(tmp_path / "photos", per_class=3)
 
 
 def test_an_update_that_nobody_answers_is_sent_again_until_somebody_does(
-    broker: Broker, vit: Built, photos_of_one: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    broker: Broker, vit: Built, photos_of_one: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("edge_runtime.daemon.state.FIRST_ACK_TIMEOUT", 0.2)
-    device, service, link = started(vit, photos_of_one, tmp_path / "state", "unheard", broker.url)
+    device, service, link = started(vit, photos_of_one, tmp_path / "state", "unheard", broker.url, timing=SOON)
     server, topics = Link(broker.url, "a-server-that-overhears"), Topics(RUN)
     server.connect()
     server.subscribe(topics.update_chunk(device.name, "+", "+"))
@@ -252,7 +265,7 @@ def test_an_update_that_nobody_answers_is_sent_again_until_somebody_does(
         assert len({next(updates) for _ in range(3)}) == 1  # the same bytes each time
         ack = Ack(run=RUN, session="s", round=1, device=device.name, verdict=Verdict.DUPLICATE)
         server.publish(topics.ack(device.name), encode(ack))
-        wait_until(lambda: device.store.settled == 1, "the device to hear")
+        wait_until(lambda: device.store.acknowledged == 1, "the device to hear")
     finally:
         finished = task.model_copy(update={"round": 2, "stage": Stage.FINISHED})
         server.publish(topics.round, encode(finished), retain=True)

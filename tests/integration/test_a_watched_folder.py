@@ -24,6 +24,7 @@ from edge_runtime.daemon.lock import locked
 from edge_runtime.inference.watcher import NICENESS, Watcher
 from edge_runtime.store import DeviceStore
 from edge_runtime.training.model import keep_personal_model, read_personal_model
+from fedfmsl.common.backoff import Backoff
 from fedfmsl.protocol.messages import DeviceStatus, Message, Prediction, Stage, parse
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.link import Link, Received
@@ -116,13 +117,10 @@ def test_it_ends_when_nobody_reads_what_it_says(store: DeviceStore, inbox: Path)
         assert process.stderr.read() == b""
 
 
-def test_a_daemons_watcher_outlives_the_process_it_runs(
-    store: DeviceStore, inbox: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr("edge_runtime.inference.watcher.RESTART_SECONDS", (0.01, 0.1))
+def test_a_daemons_watcher_outlives_the_process_it_runs(store: DeviceStore, inbox: Path, tmp_path: Path) -> None:
     seen: queue.Queue[Prediction] = queue.Queue()
     (bundle,) = store.bundles.iterdir()
-    with Watcher(inbox, store.root, bundle, seen.put) as watcher:
+    with Watcher(inbox, store.root, bundle, seen.put, Backoff(first=0.01, longest=0.1)) as watcher:
         before = {seen.get(timeout=SECONDS).file for _ in photos_in(inbox)}
         first = watcher._process
         assert first is not None

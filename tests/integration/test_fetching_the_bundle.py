@@ -17,7 +17,7 @@ from support.provisioned_fleet import write_identity
 
 from devices.provisioning.authority import CLIENT, SERVER, make_authority
 from edge_runtime.daemon import download
-from edge_runtime.daemon.download import fetch_bundle, find_server
+from edge_runtime.daemon.download import fetch_bundle, wait_for_server
 from fedfmsl.errors import BundleError
 from fedfmsl.protocol.bundle import MANIFEST, Bundle, file_sha256
 from fedfmsl.protocol.messages import ServerStatus, encode
@@ -33,7 +33,10 @@ def served(bundle: Path, tmp_path: Path) -> Iterator[tuple[ServerStatus, Path]]:
     """What the server announces, and the folder that it serves."""
     root = shutil.copytree(bundle, tmp_path / "served")
     server = BundleServer(root, f"127.0.0.1:{free_port()}")
-    yield ServerStatus(online=True, run="fetch", session="1", bundle=Bundle(root).sha256, bundle_url=server.url), root
+    yield (
+        ServerStatus(online=True, run="fetch", session="1", bundle=Bundle.load(root).sha256, bundle_url=server.url),
+        root,
+    )
     server.close()
 
 
@@ -87,17 +90,16 @@ def test_a_part_of_something_else_is_thrown_away(served: tuple[ServerStatus, Pat
     target = tmp_path / "device" / status.bundle
     target.mkdir(parents=True)
     (target / f"{WEIGHTS}.part").write_bytes(b"something else")
-    with pytest.raises(BundleError, match="thrown away"):
+    with pytest.raises(BundleError, match="are deleted"):
         fetch_bundle(status, tmp_path / "device")
     fetch_bundle(status, tmp_path / "device").verify()
 
 
-def test_a_server_that_is_gone_is_named(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(download, "RETRY_SECONDS", (0.0, 0.0))
+def test_a_server_that_is_gone_is_named(bundle: Path, tmp_path: Path) -> None:
     url = f"http://127.0.0.1:{free_port()}/bundle"
-    status = ServerStatus(online=True, run="fetch", session="1", bundle=Bundle(bundle).sha256, bundle_url=url)
+    status = ServerStatus(online=True, run="fetch", session="1", bundle=Bundle.load(bundle).sha256, bundle_url=url)
     with pytest.raises(BundleError, match=f"cannot fetch {url}/{MANIFEST}.*start again to resume"):
-        fetch_bundle(status, tmp_path / "device")
+        fetch_bundle(status, tmp_path / "device", retry_delays=(0.0, 0.0))
 
 
 def test_a_file_that_the_server_lacks_is_named(served: tuple[ServerStatus, Path], tmp_path: Path) -> None:
@@ -113,16 +115,13 @@ def own_broker(tmp_path: Path) -> Iterator[Broker]:
         yield processes.start_broker()
 
 
-def test_a_server_is_waited_for_and_that_is_said(
-    own_broker: Broker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(download, "SERVER_SECONDS", 0.0)
+def test_a_server_is_waited_for_and_that_is_said(own_broker: Broker, caplog: pytest.LogCaptureFixture) -> None:
     topics, status = Topics("deserted"), ServerStatus(online=True, run="deserted", session="1")
     device, server = Link(own_broker.url, "device"), Link(own_broker.url, "server")
     device.connect()
     server.connect()
     found: queue.Queue[ServerStatus] = queue.Queue()
-    threading.Thread(target=lambda: found.put(find_server(device, topics)), daemon=True).start()
+    threading.Thread(target=lambda: found.put(wait_for_server(device, topics, report_seconds=0.0)), daemon=True).start()
     server.publish(topics.server_status, b"not a status", retain=True)
     server.publish(topics.server_status, encode(status.model_copy(update={"online": False})))
     wait_until(lambda: "no server of run 'deserted' yet" in caplog.text, "a word about it")
@@ -172,28 +171,25 @@ def test_no_more_is_read_than_the_manifest_says(
     served: tuple[ServerStatus, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     status, root = served
-    monkeypatch.setattr(download, "BLOCK", 1000)
     size = (root / WEIGHTS).stat().st_size
     with (root / WEIGHTS).open("ab") as file:
         file.write(bytes(10_000_000))
     written: list[int] = []
     real = download.file_sha256
     monkeypatch.setattr(download, "file_sha256", lambda path: written.append(path.stat().st_size) or real(path))
-    with pytest.raises(BundleError, match="thrown away"):
-        fetch_bundle(status, tmp_path / "device")
+    with pytest.raises(BundleError, match="are deleted"):
+        fetch_bundle(status, tmp_path / "device", block_bytes=1000)
     assert max(written) == size + 1
 
 
-def test_a_download_goes_on_over_cuts_of_the_line(
-    served: tuple[ServerStatus, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(download, "RETRY_SECONDS", (0.0,))
+def test_a_download_goes_on_over_cuts_of_the_line(served: tuple[ServerStatus, Path], tmp_path: Path) -> None:
     status, _ = served
     port = int(status.bundle_url.split(":")[2].split("/")[0])
     with socket.create_server(("127.0.0.1", 0)) as listener:
         threading.Thread(target=cut_after, args=(listener, port, 200_000), daemon=True).start()
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/bundle"
-        fetch_bundle(status.model_copy(update={"bundle_url": url}), tmp_path / "device").verify()
+        cut = status.model_copy(update={"bundle_url": url})
+        fetch_bundle(cut, tmp_path / "device", retry_delays=(0.0,)).verify()
 
 
 def cut_after(listener: socket.socket, port: int, limit: int) -> None:
@@ -211,8 +207,7 @@ def cut_after(listener: socket.socket, port: int, limit: int) -> None:
                 left -= len(data)
 
 
-def test_over_tls_a_bundle_is_for_the_fleet_only(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(download, "RETRY_SECONDS", (0.0,))
+def test_over_tls_a_bundle_is_for_the_fleet_only(bundle: Path, tmp_path: Path) -> None:
     ours, theirs = make_authority("ours"), make_authority("theirs")
     server = write_identity(tmp_path / "server.pem", ours.issue("server", [SERVER], ["localhost"]), ours)
     device = write_identity(tmp_path / "device.pem", ours.issue("device", [CLIENT]), ours)
@@ -223,7 +218,7 @@ def test_over_tls_a_bundle_is_for_the_fleet_only(bundle: Path, tmp_path: Path, m
     try:
         url = served.url
         assert url.startswith("https://")
-        status = ServerStatus(online=True, run="tls", session="1", bundle=Bundle(bundle).sha256, bundle_url=url)
+        status = ServerStatus(online=True, run="tls", session="1", bundle=Bundle.load(bundle).sha256, bundle_url=url)
         fetch_bundle(status, tmp_path / "fetched", device).verify()
         for identity, says in (
             (nobody, "--identity"),
@@ -231,7 +226,7 @@ def test_over_tls_a_bundle_is_for_the_fleet_only(bundle: Path, tmp_path: Path, m
             (trusting, "not of the identity file's CA"),
         ):
             with pytest.raises(BundleError, match=says):
-                fetch_bundle(status, tmp_path / identity.stem, identity)
+                fetch_bundle(status, tmp_path / identity.stem, identity, retry_delays=(0.0,))
     finally:
         served.close()
 

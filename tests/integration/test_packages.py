@@ -79,6 +79,7 @@ def test_export_knows_nothing_of_server_and_devices(path: Path) -> None:
         ("fedfmsl.protocol.bundle", {*MODELS, "onnx", "onnxruntime", "paho", "shell"}),
     ],
 )
+@pytest.mark.ort_training
 def test_a_process_loads_nothing_of_it_by_detours(module: str, never: set[str]) -> None:
     code = f"import sys, {module}; sys.exit(', '.join({never!r} & set(sys.modules)) or 0)"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support.processes import MOSQUITTO, Broker, Ended, Federation, Processes, free_port, run_module, wait_until
+from support.processes import Broker, Ended, Federation, Processes, free_port, run_module, wait_until
 from support.provisioned_fleet import (
     HOSTS,
     LONG_AGO,
@@ -33,7 +33,7 @@ from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.address import parse_address
 from fedfmsl.transport.link import Connected, Disconnected, Link, LinkEvent, Received, Will
 
-pytestmark = pytest.mark.skipif(not MOSQUITTO, reason="mosquitto is not installed (apt-get install mosquitto)")
+pytestmark = pytest.mark.needs("mosquitto")
 
 BROKER = 6
 DEVICES = ("device-0", "device-1", "mallory")
@@ -404,5 +404,5 @@ def test_a_whole_run_over_mutual_tls(
     for name, device in federation.devices.items():
         ended = device.wait()
         assert ended.code == 0, f"{name}: {ended.stderr}"
-        Bundle(federation.state(name) / "bundles" / Bundle(bundle).sha256).verify()
+        Bundle.load(federation.state(name) / "bundles" / Bundle.load(bundle).sha256).verify()
     assert server.wait().code == 0

@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.tools import NOT_TESTED, not_tested
 
-from devices.boards import Limits
 from devices.provisioning import host
+from devices.provisioning.boards import Limits
 from devices.provisioning.service_unit import NAME, Service, service_unit
 
 LIMITS = Limits(3, 300, 1_900_000_000, 2_500_000_000, 2_900_000_000, 75.0, ("cpu-thermal",))
@@ -23,7 +24,7 @@ if ctypes.CDLL(None).prctl({DENY_WRITE_EXECUTE}, 1, 0, 0, 0):
 os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 """
 
-with_systemd = pytest.mark.skipif(VERSION < 250, reason="systemd 250 or newer is not installed")
+with_systemd = pytest.mark.skipif(VERSION < 250, reason=f"{NOT_TESTED}systemd 250 or newer is not installed")
 
 
 def write_unit(folder: Path, systemd: int = VERSION, **changes: object) -> Path:
@@ -78,7 +79,7 @@ def run_without_new_code(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", LAUNCH, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if "not on this kernel" in done.stderr:
-        pytest.skip("Linux 6.3 or newer is needed")
+        not_tested("Linux 6.3 or newer is needed")
     return done
 
 

@@ -111,7 +111,7 @@ def world(broker: Broker, bundle: Path, vit_folder: Path, photos: dict[str, Path
 @pytest.fixture(scope="module")
 def personalized(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A personalized model of experts that have learned nothing."""
-    opened, store = Bundle(bundle), DeviceStore(tmp_path_factory.mktemp("state"))
+    opened, store = Bundle.load(bundle), DeviceStore(tmp_path_factory.mktemp("state"))
     expert, gate = opened.initial()
     theta, nothing = expert[: opened.expert.size(1)], np.zeros(len(CLASSES), np.float32)
     tensors = {"global_theta": theta, "local_theta": theta, "gate_theta": gate}

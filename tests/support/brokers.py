@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
 from importlib.metadata import version
 from pathlib import Path
 
-from support.processes import MOSQUITTO, Process, Processes, answers, free_port, wait_until
+from support.processes import Process, Processes, answers, broker_command, free_port, wait_until
+from support.tools import find_tool, require_tool
 
 KINDS = ("amqtt", "mosquitto")
 
@@ -31,7 +31,7 @@ class RestartableBroker:
         self._processes = processes
         self._starts = 0
         self._process: Process
-        self._command = [sys.executable, "-m", "devices.trial.broker", "--port", str(self.port)]
+        self._command = broker_command(kind, self.port)
         if kind == "mosquitto":
             settings = folder / "mosquitto"
             settings.mkdir(parents=True)
@@ -42,7 +42,7 @@ class RestartableBroker:
             if os.geteuid() == 0:
                 lines += ["user root"]  # or it would give up its rights, and with them this folder
             (settings / "mosquitto.conf").write_text("\n".join(lines) + "\n")
-            self._command = [str(MOSQUITTO), "-c", str(settings / "mosquitto.conf")]
+            self._command = [require_tool("mosquitto"), "-c", str(settings / "mosquitto.conf")]
         self.start()
 
     def start(self) -> None:
@@ -71,7 +71,8 @@ class RestartableBroker:
 def versions() -> str:
     """Of both kinds, for the table."""
     said = ""
-    if MOSQUITTO:
-        said = subprocess.run([MOSQUITTO, "-h"], capture_output=True, text=True, check=False).stdout
+    mosquitto = find_tool("mosquitto")
+    if mosquitto:
+        said = subprocess.run([mosquitto, "-h"], capture_output=True, text=True, check=False).stdout
     found = re.search(r"mosquitto version (\S+)", said)
     return f"mosquitto {found[1] if found else 'not installed'}, amqtt {version('amqtt')}"

@@ -8,6 +8,7 @@ from pathlib import Path
 from edge_runtime.daemon.announce import device_link
 from edge_runtime.daemon.health import HealthReporter
 from edge_runtime.daemon.loop import Service
+from edge_runtime.daemon.timing import DEFAULT_TIMING, Timing
 from edge_runtime.daemon.worker import Worker
 from edge_runtime.data.cache import DiskCache
 from edge_runtime.data.features import FeatureCache
@@ -48,6 +49,7 @@ def started(
     run: str = RUN,
     limits: Limits = LIMITS,
     read: Callable[[], Readings] = Readings,
+    timing: Timing = DEFAULT_TIMING,
 ) -> tuple[Device, Service, Link]:
     """A daemon as `python -m edge_runtime run` makes one, before it talks to anybody; its link is not connected. `read`
     stands for its sensors."""
@@ -72,4 +74,4 @@ def started(
     )
     link = device_link(broker, Topics(run), device.name)
     health_reporter = HealthReporter(link, Topics(run), device.name, store, read)
-    return device, Service(Worker(device, samples, pace), run, link, health_reporter), link
+    return device, Service(Worker(device, samples, pace), run, link, health_reporter, timing=timing), link

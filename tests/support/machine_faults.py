@@ -9,9 +9,8 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
+from support.tools import not_tested, require_faketime
 
-FAKETIME = next(iter(sorted(Path("/usr/lib").glob("**/faketime/libfaketimeMT.so.1"))), None)
 BLOCK = 64 * 1024
 
 
@@ -39,10 +38,10 @@ def small_disk(root: Path, megabytes: int) -> Iterator[SmallDisk]:
     root.mkdir(parents=True, exist_ok=True)
     mount = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(root)]
     if os.geteuid() != 0:
-        pytest.skip("a small disk is a mounted tmpfs, which only root may mount")
+        not_tested("a small disk is a mounted tmpfs, which only root may mount")
     done = subprocess.run(mount, capture_output=True, text=True, check=False)
     if done.returncode:
-        pytest.skip(f"no tmpfs can be mounted here: {done.stderr.strip()}")
+        not_tested(f"no tmpfs can be mounted here: {done.stderr.strip()}")
     try:
         yield SmallDisk(root)
     finally:
@@ -53,12 +52,10 @@ class Clock:
     """The wall clock of processes that are started with its `environment`; their monotonic clock is left alone."""
 
     def __init__(self, folder: Path) -> None:
-        if FAKETIME is None:
-            pytest.skip("libfaketime is not installed (apt-get install faketime)")
         self._file = folder / "clock"
         self.jump(0)
         self.environment = {
-            "LD_PRELOAD": str(FAKETIME),
+            "LD_PRELOAD": str(require_faketime()),
             "FAKETIME_TIMESTAMP_FILE": str(self._file),
             "FAKETIME_NO_CACHE": "1",
             "DONT_FAKE_MONOTONIC": "1",

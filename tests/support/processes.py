@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import shutil
 import signal
 import socket
 import subprocess
@@ -21,10 +20,10 @@ from fedfmsl.protocol.chunks import MAX_BLOB_BYTES, Assembler
 from fedfmsl.protocol.messages import Ack, DeviceStatus, Health, Message, Prediction, Round, ServerStatus, parse
 from fedfmsl.protocol.topics import ROOT, Topics
 from fedfmsl.transport.link import Link, Received
+from support.tools import require_tool
 from trainer_server.storage.run_store import RunStore
 
 SECONDS = 90.0  # what anything may take at most, on a busy machine
-MOSQUITTO = shutil.which("mosquitto", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
 
 M = TypeVar("M", bound=Message)
 
@@ -150,6 +149,13 @@ class Process:
                 self._popen.wait()
 
 
+def broker_command(kind: str, port: int) -> list[str]:
+    """What starts an amqtt or a mosquitto with its default settings."""
+    if kind == "mosquitto":
+        return [require_tool("mosquitto"), "-p", str(port)]
+    return [sys.executable, "-m", "devices.trial.broker", "--port", str(port)]
+
+
 @dataclass(frozen=True)
 class Broker:
     kind: str
@@ -188,11 +194,7 @@ class Processes:
 
     def start_broker(self, kind: str = "amqtt") -> Broker:
         port = free_port()
-        commands = {
-            "amqtt": [sys.executable, "-m", "devices.trial.broker", "--port", str(port)],
-            "mosquitto": [str(MOSQUITTO), "-p", str(port)],
-        }
-        process = self.start(f"broker-{kind}", *commands[kind])
+        process = self.start(f"broker-{kind}", *broker_command(kind, port))
         wait_until(lambda: answers(port) or not process.running, f"{kind} on port {port}")
         assert process.running, process.wait().stderr
         return Broker(kind, f"mqtt://127.0.0.1:{port}")

@@ -9,7 +9,8 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 from devices.provisioning.authority import CLIENT, Authority, Issued, load_authority, make_authority
-from support.processes import MOSQUITTO, Ended, Processes, answers, free_port, run_module, wait_until
+from support.processes import Ended, Processes, answers, free_port, run_module, wait_until
+from support.tools import require_tool
 
 LONG_AGO = datetime.now(timezone.utc) - timedelta(days=2000)
 HOSTS = ("--host", "localhost", "--host", "127.0.0.1")
@@ -83,7 +84,7 @@ def start_fleet(pki: Path, processes: Processes) -> Fleet:
     conf = conf.replace("listener 8883", f"user {getpass.getuser()}\n{websocket}listener {fleet.port}")
     path = pki / "test.conf"
     path.write_text(conf)
-    broker = processes.start("mosquitto", str(MOSQUITTO), "-c", str(path))
+    broker = processes.start("mosquitto", require_tool("mosquitto"), "-c", str(path))
     wait_until(lambda: answers(fleet.port) or not broker.running, f"mosquitto on port {fleet.port}")
     assert broker.running, broker.wait().stderr
     return fleet

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from PIL import Image
 
 CLASSES = ("apple", "kiwi", "lemon", "plum")
 WORDS = ("a", "big", "ripe", "sweet", "basket", "of", "from", "the", "tree", *CLASSES)
+AGE_SECONDS = 3600.0  # a device waits for files that were written just now
 
 
 def write_photos(folder: Path, per_class: int = 10, classes: Sequence[str] = CLASSES, seed: int = 0) -> Path:
@@ -26,6 +29,7 @@ def write_photos(folder: Path, per_class: int = 10, classes: Sequence[str] = CLA
             image = colour + stripes[..., None] + rng.normal(0, 12, (height, width, 3))
             pixels = np.clip(image, 0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(folder / name / f"{index:02}.jpg", quality=92)
+            make_old(folder / name / f"{index:02}.jpg")
     return folder
 
 
@@ -42,6 +46,7 @@ def write_device_photos(folder: Path, counts: Mapping[str, int], seed: int) -> P
             path = folder / name / f"{index:02}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(path, quality=90)
+            make_old(path)
     return folder
 
 
@@ -54,4 +59,11 @@ def write_texts(folder: Path, per_class: int = 10, classes: Sequence[str] = CLAS
         for index in range(per_class):
             words = rng.choice(WORDS, rng.integers(3, 40), p=odds / odds.sum())
             (folder / name / f"{index:02}.txt").write_text(f"{' '.join(words)}.\n")
+            make_old(folder / name / f"{index:02}.txt")
     return folder
+
+
+def make_old(path: Path) -> None:
+    """Sets the time of the last change so far back that a device takes the file for completely written."""
+    then = time.time() - AGE_SECONDS
+    os.utime(path, (then, then))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from devices.boards import Board, look
+from devices.provisioning.boards import Board, detect_board
 
 UNREADABLE = None  # a sensor that answers every read with an error, as a Jetson's cv0 does
 
@@ -98,7 +98,7 @@ PC = {
 
 @pytest.fixture
 def found(tmp_path: Path, request: pytest.FixtureRequest) -> Board:
-    return look(lay_out(tmp_path, request.param))
+    return detect_board(lay_out(tmp_path, request.param))
 
 
 @pytest.mark.parametrize(
@@ -131,13 +131,13 @@ def test_a_board_is_known_by_what_its_kernel_says(
             PI_4,
             (
                 *("under-voltage now", "throttled now"),
-                *("under-voltage since it was switched on", "throttled since it was switched on"),
+                *("under-voltage since boot", "throttled since boot"),
             ),
             False,
         ),
         (PI_5, (), True),
         ({**PI_5, "sys/class/hwmon/hwmon4/in0_lcrit_alarm": "1\n"}, ("under-voltage now",), True),
-        (ORIN_NANO, ("peak over-current 27 times since it was switched on",), True),
+        (ORIN_NANO, ("peak over-current 27 times since boot",), True),
         (PC, (), False),
         ({"sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n"}, (), True),
     ],
@@ -150,10 +150,10 @@ def test_what_holds_a_board_down_is_told(found: Board, power: tuple[str, ...], b
 
 
 def test_limits_leave_a_core_and_room_between_what_is_planned_and_what_is_killed(tmp_path: Path) -> None:
-    limits = look(lay_out(tmp_path, PI_4)).limits
+    limits = detect_board(lay_out(tmp_path, PI_4)).limits
     assert (limits.threads, limits.cpu_quota) == (3, 300)
     assert limits.memory < limits.memory_high < limits.memory_max < 3_977_000_000
-    single = look(lay_out(tmp_path / "zero", {**cores(1), **memory(500_000)})).limits
+    single = detect_board(lay_out(tmp_path / "zero", {**cores(1), **memory(500_000)})).limits
     assert (single.threads, single.cpu_quota) == (1, 100)
 
 
@@ -162,16 +162,16 @@ def test_a_generic_board_stops_below_where_its_kernel_would_slow_it_down(tmp_pat
     trips = [("passive", "85000"), ("passive", "70000"), ("passive", "-274000"), ("active", "50000"), ("hot", "60000")]
     files = {f"{folder}/trip_point_{i}_type": kind for i, (kind, _) in enumerate(trips)}
     files |= {f"{folder}/trip_point_{i}_temp": value for i, (_, value) in enumerate(trips)}
-    assert look(lay_out(tmp_path, {**zones(soc_thermal=40), **files})).limits.max_temperature == 65
+    assert detect_board(lay_out(tmp_path, {**zones(soc_thermal=40), **files})).limits.max_temperature == 65
 
 
 def test_sensors_that_say_what_cannot_be_are_left_out(tmp_path: Path) -> None:
     root = lay_out(tmp_path, zones(cpu_thermal=-256.0, board=41.0))
-    assert [zone.name for zone in look(root).zones] == ["board"]  # better than none
+    assert [zone.name for zone in detect_board(root).zones] == ["board"]  # better than none
 
 
 def test_a_machine_that_says_nothing_has_limits_as_well(tmp_path: Path) -> None:
-    board = look(tmp_path)
+    board = detect_board(tmp_path)
     assert (board.kind, board.model, board.zones) == ("generic", "unknown", ())
     assert board.cores >= 1 and board.limits.memory > 0
 

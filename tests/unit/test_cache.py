@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.tools import not_tested
 
 from edge_runtime.data.cache import BLOCK, SHARE_OF_FREE_DISK, DiskCache, Worth
 
@@ -157,7 +158,7 @@ def on_a_small_disk(program: str, folder: Path) -> None:
     mount = f"mount -t tmpfs -o size=100k tmpfs {folder}"
     spaces = [str(unshare), "--user", "--map-root-user", "--mount", "sh", "-c"]
     if unshare is None or subprocess.run([*spaces, mount], capture_output=True, check=False).returncode:
-        pytest.skip("no small file system can be mounted here")
+        not_tested("no small file system can be mounted here")
     command = f'{mount} && exec "$0" -c "$1" {folder}/cache'
     done = subprocess.run(
         [*spaces, command, sys.executable, program], capture_output=True, text=True, check=False, env={**os.environ}

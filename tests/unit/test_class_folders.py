@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from support.builds import CLASSES, write_photos
+from support.samples import CLASSES, write_photos
 
 from devices.trial.dataset import find_files
 from edge_runtime.data.folder import scan

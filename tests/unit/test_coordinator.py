@@ -22,7 +22,7 @@ from support.coordinators import (
     started,
 )
 
-from fedfmsl.algorithms.class_means import head_of_class_means
+from fedfmsl.algorithms.class_means import class_mean_head
 from fedfmsl.algorithms.sal import AllAtOnce, CapabilityQueue, FixedSchedule
 from fedfmsl.protocol.messages import (
     Encoding,
@@ -145,7 +145,7 @@ def test_the_global_expert_starts_from_the_class_means_of_all_devices(vit: Built
         np.stack([np.asarray(update.tensors[name], np.float64) for update in updates]).sum(axis=0)
         for name in ("class_sums", "class_counts", "norm_sum")
     )
-    wanted = head_of_class_means(sums.astype(np.float32), counts.astype(np.float32), norms.item())
+    wanted = class_mean_head(sums.astype(np.float32), counts.astype(np.float32), norms.item())
     head, initial = run.state.expert[: wanted.size], vit.bundle.initial()[0]
     assert np.allclose(head, wanted, rtol=1e-5)
     assert np.array_equal(run.state.expert[wanted.size :], initial[wanted.size :])
@@ -452,7 +452,7 @@ def test_enough_is_never_fewer_than_a_round_needs(vit: Built) -> None:
 
 def test_a_random_selection_asks_a_share_of_the_devices_and_others_do_not_count(vit: Built) -> None:
     names = [f"d{i}" for i in range(10)]
-    run = started(vit, names, selection=Selection.RANDOM, fraction=0.3, stage1_rounds=6)
+    run = started(vit, names, select=Selection.RANDOM, fraction=0.3, stage1_rounds=6)
     run.answers(names)
     asked = []
     while run.announced.stage is Stage.GLOBAL:
@@ -465,7 +465,7 @@ def test_a_random_selection_asks_a_share_of_the_devices_and_others_do_not_count(
         assert "was not asked" in reply.ack.reason
         run.answers(chosen)
     assert len(set(asked)) > 1
-    again = started(vit, names, selection=Selection.RANDOM, fraction=0.3, stage1_rounds=6)
+    again = started(vit, names, select=Selection.RANDOM, fraction=0.3, stage1_rounds=6)
     again.answers(names)
     assert again.announced.chosen == asked[0]
     run.until_stop(names)
@@ -477,7 +477,7 @@ def test_a_random_selection_asks_a_share_of_the_devices_and_others_do_not_count(
 
 def test_a_selection_by_capability_asks_those_who_can_train_the_whole_level(vit: Built) -> None:
     rule = replace(RULE, trigger=AllAtOnce(), max_level=2)
-    run = CoordinatorRun(plan_for(vit, selection=Selection.CAPABLE, stage1_sal=rule))
+    run = CoordinatorRun(plan_for(vit, select=Selection.CAPABLE, stage1_sal=rule))
     run.feed(*(StatusSeen(run.status(name, level_cap=cap)) for name, cap in zip(ABC, (1, 2, 3), strict=True)))
     run.answers(ABC)
     assert run.announced.chosen == ("b", "c")
@@ -487,7 +487,7 @@ def test_a_selection_by_capability_asks_those_who_can_train_the_whole_level(vit:
 
 def test_where_nobody_can_train_the_level_the_most_capable_are_asked(vit: Built) -> None:
     rule = replace(RULE, trigger=AllAtOnce(), max_level=3)
-    run = CoordinatorRun(plan_for(vit, selection=Selection.CAPABLE, stage1_sal=rule, min_updates=2))
+    run = CoordinatorRun(plan_for(vit, select=Selection.CAPABLE, stage1_sal=rule, min_updates=2))
     run.feed(*(StatusSeen(run.status(name, level_cap=cap)) for name, cap in zip(ABC, (1, 2, 1), strict=True)))
     run.answers(ABC)
     assert run.announced.chosen == ("a", "b")
@@ -531,7 +531,7 @@ def test_an_update_that_is_too_late_or_of_another_stage_is_late_all_the_same(vit
 
 def test_a_late_update_of_a_device_that_was_not_asked_does_not_count(vit: Built) -> None:
     names = [f"d{i}" for i in range(4)]
-    run = started(vit, names, selection=Selection.RANDOM, fraction=0.5, max_staleness=1)
+    run = started(vit, names, select=Selection.RANDOM, fraction=0.5, max_staleness=1)
     run.answers(names)
     first = run.announced
     (stranger, *_) = set(names) - set(first.chosen)
@@ -603,12 +603,12 @@ def test_a_device_that_has_not_announced_itself_is_refused(vit: Built) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"min_updates": 4}, "needs 4 updates"),
-        ({"fraction": 0.5}, "selection random"),
+        ({"min_updates": 4}, "--min-updates 4 is more than --devices 3"),
+        ({"fraction": 0.5}, "--select random"),
         ({"privacy": PRIVACY}, "capability queue"),
         ({"privacy": PRIVACY, "max_staleness": 1}, "in time"),
-        ({"privacy": PRIVACY, "aggregation": Aggregation(rule=Rule.MEDIAN)}, "no other rule"),
-        ({"privacy": PRIVACY, "encoding": Encoding.INT8}, "not rounded"),
+        ({"privacy": PRIVACY, "aggregation": Aggregation(rule=Rule.MEDIAN)}, "leave out --rule"),
+        ({"privacy": PRIVACY, "encoding": Encoding.INT8}, "unrounded"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(vit: Built, change: dict[str, Any], reason: str) -> None:
@@ -631,7 +631,7 @@ def test_an_accuracy_that_is_none_is_rejected(vit: Built, accuracy: float) -> No
 def test_a_repeated_round_asks_everybody(vit: Built) -> None:
     """Or a device that claims to be the most capable, and never answers, would be all that is ever asked."""
     rule = replace(RULE, trigger=AllAtOnce())
-    run = CoordinatorRun(plan_for(vit, selection=Selection.CAPABLE, stage1_sal=rule))
+    run = CoordinatorRun(plan_for(vit, select=Selection.CAPABLE, stage1_sal=rule))
     run.feed(*(StatusSeen(run.status(name, level_cap=cap)) for name, cap in zip(ABC, (1, 1, 1024), strict=True)))
     trained(run)
     assert run.announced.chosen == ("c",)

@@ -16,9 +16,11 @@ from support.bundles import Built, random_theta
 from support.in_process_daemon import RUN, started
 
 from edge_runtime.daemon.state import RoundSeen, WorkDone, WorkFailed
+from edge_runtime.daemon.timing import Timing
 from edge_runtime.store import DeviceStore
 from edge_runtime.training.context import Device
 from fedfmsl.algorithms.sal import CapabilityQueue, Sal
+from fedfmsl.common.backoff import Backoff
 from fedfmsl.protocol.messages import Globals, Round, Stage, Training, Update
 from fedfmsl.protocol.tensors import blob_hash, pack, unpack
 
@@ -160,13 +162,12 @@ def test_a_round_for_which_there_was_no_room_gives_the_same_update_to_the_bit(
     photos: Path,
     tmp_path: Path,
     writes: Writes,
-    monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Nothing that could not be kept is sent; the same process tries the same again, and has mentioned it once."""
-    monkeypatch.setattr("edge_runtime.daemon.loop.DISK_SECONDS", (0.01, 0.02))
     (device, undisturbed, _), (full_device, full, _) = (
-        started(vit, photos, tmp_path / name) for name in ("undisturbed", "full")
+        started(vit, photos, tmp_path / name, timing=Timing(disk_retry=Backoff(0.01, 0.02)))
+        for name in ("undisturbed", "full")
     )
     tasks, blobs = rounds(vit)
     full_disk = OSError(errno.ENOSPC, "No space left on device")

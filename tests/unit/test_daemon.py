@@ -36,12 +36,14 @@ from edge_runtime.daemon.state import (
     Work,
     WorkDone,
     WorkFailed,
-    ack_timeout,
     advance,
 )
+from edge_runtime.daemon.timing import ACK_TIMEOUT
 from edge_runtime.store import DeviceStore
 from fedfmsl.algorithms.sal import CapabilityQueue, Sal
+from fedfmsl.common.backoff import Backoff
 from fedfmsl.errors import ConfigError
+from fedfmsl.protocol.duplicate_name import DuplicateNameGuard
 from fedfmsl.protocol.messages import Ack, DeviceStatus, Round, ServerStatus, Stage, Training, Update, Verdict
 from fedfmsl.protocol.tensors import blob_hash, pack
 
@@ -61,7 +63,7 @@ def ack(number: int, verdict: Verdict = Verdict.ACCEPTED, session: str = "s") ->
 
 
 def device(**fields: Any) -> State:
-    return State(device="d", instance="me", bundle=BUNDLE, **fields)
+    return State(device="d", guard=DuplicateNameGuard("me"), bundle=BUNDLE, **fields)
 
 
 def drive(events: Sequence[Event], state: State | None = None) -> tuple[State, list[Command]]:
@@ -159,11 +161,11 @@ def test_a_server_that_is_gone_is_mentioned_once_and_so_is_its_return() -> None:
 
 
 def test_patience_grows_to_a_limit_and_differs_between_devices() -> None:
-    waits = [ack_timeout("d", attempt) for attempt in range(9)]
+    waits = [ACK_TIMEOUT.delay(attempt, "d") for attempt in range(9)]
     assert all(30 * 2**n <= wait <= 45 * 2**n for n, wait in enumerate(waits[:4]))
     assert all(300 <= wait <= 450 for wait in waits[4:])
-    assert ack_timeout("d", 2000) <= 450
-    fleet = [ack_timeout(f"device-{n}", 0) for n in range(300)]
+    assert ACK_TIMEOUT.delay(2000, "d") <= 450
+    fleet = [ACK_TIMEOUT.delay(0, f"device-{n}") for n in range(300)]
     assert all(sum(30 + 1.5 * tenth <= wait < 31.5 + 1.5 * tenth for wait in fleet) >= 20 for tenth in range(10))
 
 
@@ -222,7 +224,7 @@ def test_of_any_number_of_twins_the_one_that_shows_itself_last_stays(names: list
     since = [data.draw(st.integers(0, position)) for position in range(len(names))]
     stay = []
     for name, first in zip(names, since, strict=True):
-        state = State(device="d", instance=name, bundle=BUNDLE)
+        state = State(device="d", guard=DuplicateNameGuard(name), bundle=BUNDLE)
         _, commands = drive([seen(other) for other in names[max(first - 1, 0) :]], state)
         stay += [] if any(isinstance(command, Stop) for command in commands) else [name]
     assert stay == [names[-1]]
@@ -402,11 +404,8 @@ def test_what_a_killed_process_left_half_written_is_cleared_away(tmp_path: Path)
     assert sorted(path.name for path in tmp_path.rglob("*")) == [".bashrc.old", "1", "identity", "outbox"]
 
 
-def test_an_answer_is_overdue_only_after_the_whole_update_has_reached_the_broker(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("edge_runtime.daemon.state.FIRST_ACK_TIMEOUT", 0.0)
-    unanswered, last_chunk = Retransmissions("d"), paho.MQTTMessageInfo(1)
+def test_an_answer_is_overdue_only_after_the_whole_update_has_reached_the_broker() -> None:
+    unanswered, last_chunk = Retransmissions("d", Backoff(first=0.0, longest=0.0)), paho.MQTTMessageInfo(1)
     assert not unanswered.overdue()
     unanswered.sent(3, last_chunk)
     assert unanswered.on_its_way(3) and not unanswered.overdue()

@@ -16,6 +16,7 @@ from test_stages import task
 from edge_runtime.daemon.health import HealthReporter
 from edge_runtime.daemon.state import State
 from edge_runtime.resources.governor import Readings
+from fedfmsl.protocol.duplicate_name import DuplicateNameGuard
 from fedfmsl.protocol.messages import Activity, Health, Stage, parse
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.link import Link, Received
@@ -62,7 +63,7 @@ def test_it_tells_how_it_is_when_it_does_something_else_and_now_and_then(
     assert starting.train == 0
 
     announced = task(Stage.GLOBAL, level=2)
-    state = State("kitchen", "", "", announced=announced, unacknowledged=frozenset({1, 2}))
+    state = State("kitchen", DuplicateNameGuard(""), "", announced=announced, unacknowledged=frozenset({1, 2}))
     health_reporter.rounds_done = 2
     health_reporter.heartbeat(device, Activity.WORKING, state)
     health_reporter.heartbeat(

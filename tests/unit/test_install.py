@@ -8,13 +8,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.tools import NOT_TESTED
 from typer.testing import CliRunner
 
-from devices.install import CONFIG, UNIT, WANTED, app
+from devices.install import app
 from devices.provision import app as provision
 from devices.provisioning import host
+from devices.provisioning.installation import CONFIG, ENABLED, UNIT
 from devices.provisioning.settings_file import read_table, settings_text
-from edge_runtime.settings import Settings, SettingsError, read_settings
+from edge_runtime.settings import Settings
+from fedfmsl.common.settings import SettingsError, read_settings
 from fedfmsl.errors import ConfigError
 from fedfmsl.transport.identity import read_identity
 
@@ -29,7 +32,7 @@ PI = {
     "sys/class/hwmon/hwmon1/in0_lcrit_alarm": "1\n",
     "sys/fs/cgroup/cgroup.controllers": "cpuset cpu io pids\n",
 }
-as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may become another user")
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason=f"{NOT_TESTED}only root may become another user")
 
 
 @pytest.fixture
@@ -75,8 +78,8 @@ def test_the_carried_files_values_the_boards_and_those_said_make_the_settings(ca
         "state": "/var/lib/fedfmsl",
         "stay": True,
     }
-    assert "# Of this board, Raspberry Pi 4 Model B Rev 1.5.\nthreads = 3" in config.read_text()
-    settings = read_settings(Settings, config, {})
+    assert "# Limits of this board, Raspberry Pi 4 Model B Rev 1.5.\nthreads = 3" in config.read_text()
+    settings = read_settings(Settings, config)
     assert settings.identity == config and read_identity(config).name == "kitchen"
 
 
@@ -94,7 +97,7 @@ def test_a_second_installation_replaces_the_first(carried: Path, root: Path) -> 
     install(root, carried, "--images", "/new")
     table = read_table(below(root, CONFIG))
     assert table["images"] == "/new" and "mains_only" not in table
-    assert below(root, WANTED).readlink() == UNIT
+    assert below(root, ENABLED).readlink() == UNIT
 
 
 def test_the_service_runs_this_python_with_what_this_board_can_bear(carried: Path, root: Path) -> None:
@@ -125,7 +128,7 @@ def test_it_takes_away_what_it_laid_out_and_nothing_else(carried: Path, root: Pa
     state.touch()
     install(root, "--uninstall")
     assert sorted(path for path in root.rglob("*") if path.is_file()) == sorted([*before, state])
-    assert not below(root, CONFIG).parent.exists() and not below(root, WANTED).is_symlink()
+    assert not below(root, CONFIG).parent.exists() and not below(root, ENABLED).is_symlink()
     install(root, "--uninstall")
 
 
@@ -171,9 +174,9 @@ def test_what_cannot_be_installed_is_named_and_leaves_nothing(
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ((), "which device is it"),
-        (("--uninstall", "--purge"), "--purge goes with --uninstall, and without --root"),
-        (("--purge",), "--purge goes with --uninstall"),
+        ((), "the device's file is missing"),
+        (("--uninstall", "--purge"), "--purge needs --uninstall and excludes --root"),
+        (("--purge",), "--purge needs --uninstall"),
     ],
 )
 def test_what_does_not_go_together_is_said(tmp_path: Path, arguments: tuple[str, ...], says: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
-import shutil
 import socket
 import struct
 import subprocess
@@ -16,14 +15,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.tools import require_tool
 
 from fedfmsl.errors import ConfigError
 from fedfmsl.transport.address import parse_address
 from fedfmsl.transport.bounded_client import MAX_PAYLOAD
 from fedfmsl.transport.link import MAX_EVENTS, Connected, Link, LinkEvent, Oversize, Received
 
-MOSQUITTO = shutil.which("mosquitto", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
-needs_mosquitto = pytest.mark.skipif(not MOSQUITTO, reason="mosquitto is not installed (apt-get install mosquitto)")
+needs_mosquitto = pytest.mark.needs("mosquitto")
 HUGE = 100_000_000
 SPARE = 8 << 20  # bytes that receiving something huge may take
 
@@ -33,7 +32,7 @@ def port() -> Iterator[int]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         free: int = probe.getsockname()[1]
-    broker = subprocess.Popen([str(MOSQUITTO), "-p", str(free)], stderr=subprocess.DEVNULL)
+    broker = subprocess.Popen([require_tool("mosquitto"), "-p", str(free)], stderr=subprocess.DEVNULL)
     for _ in range(500):
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", free)) == 0:

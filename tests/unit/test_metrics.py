@@ -9,6 +9,7 @@ import urllib.request
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from support.tools import NOT_TESTED
 
 from edge_runtime.daemon.metrics import serve_metrics
 from fedfmsl.errors import ConfigError
@@ -72,7 +73,7 @@ def test_prometheus_reads_what_is_known_and_nothing_else(port: int) -> None:
     assert not {"fedfmsl_metered", "fedfmsl_others_processor_ratio"} & {sample.name for sample in found}
 
 
-@pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool")
+@pytest.mark.skipif(shutil.which("promtool") is None, reason=f"{NOT_TESTED}promtool is not installed")
 def test_promtool_finds_nothing_to_complain_of(port: int) -> None:
     everything = HEALTH.model_copy(update={"others": 0.25, "metered": True, "throttled": True})
     serve_metrics(f"127.0.0.1:{port}", lambda: everything)

@@ -79,7 +79,7 @@ def test_a_revoked_name_may_be_given_again_and_is_listed_once_for_each(tmp_path:
     [
         ((), "nothing to do"),
         (("kitchen",), "holds no CA; make one with --host"),
-        (("--host", "-not a host-é"), "give a host's name or address"),
+        (("--host", "-not a host-é"), "pass a host's name or address"),
         ((*HOSTS, "server"), "is the server's; choose another"),
         ((*HOSTS, "--broker", "mqtt://broker.example"), "speaks TLS only"),
         ((*HOSTS, "--broker", "broker.example"), "not of the form"),
@@ -87,7 +87,7 @@ def test_a_revoked_name_may_be_given_again_and_is_listed_once_for_each(tmp_path:
         ((*HOSTS, "a/b"), "unusable"),
         ((*HOSTS, "+"), "unusable"),
         (("--revoke", "../ca"), "unusable"),
-        (("--revoke", "kitchen", "balcony"), "say --revoke before each"),
+        (("--revoke", "kitchen", "balcony"), "repeat --revoke before each name"),
     ],
 )
 def test_what_cannot_be_made_is_named_and_leaves_nothing(tmp_path: Path, arguments: tuple[str, ...], says: str) -> None:
@@ -108,9 +108,7 @@ def test_a_broker_has_either_certificates_or_users(
     tmp_path: Path, made: tuple[str, ...], added: tuple[str, ...]
 ) -> None:
     provision(tmp_path / "pki", *HOSTS, *made)
-    with pytest.raises(
-        ConfigError, match=r"asks for (certificates; leave --user away|users and passwords; say --user)"
-    ):
+    with pytest.raises(ConfigError, match=r"uses (certificates; omit --user|passwords; add --user)"):
         provision(tmp_path / "pki", "kitchen", *added)
 
 

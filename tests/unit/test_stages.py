@@ -27,8 +27,8 @@ from edge_runtime.training.local_expert import LocalExpert, mixture, train_perso
 from edge_runtime.training.stages import Globals, class_sums, statistics, train_global
 from edge_runtime.training.updates import prepare
 from fedfmsl.algorithms.arrays import Vector
-from fedfmsl.algorithms.class_means import head_of_class_means
-from fedfmsl.algorithms.mixture import of_labels
+from fedfmsl.algorithms.class_means import class_mean_head
+from fedfmsl.algorithms.mixture import label_log_p
 from fedfmsl.algorithms.privacy import Privacy
 from fedfmsl.algorithms.sal import AllAtOnce, CapabilityQueue, Sal
 from fedfmsl.protocol.encoding import decode
@@ -68,7 +68,7 @@ def given(device: Device, level: int) -> Globals:
 
 def head(sums: Tensors) -> Vector:
     named = {name: np.asarray(tensor, np.float32) for name, tensor in sums.items()}
-    return head_of_class_means(named["class_sums"], named["class_counts"], float(named["norm_sum"][0]))
+    return class_mean_head(named["class_sums"], named["class_counts"], float(named["norm_sum"][0]))
 
 
 def test_stage_1_gives_what_it_moved_at_the_level_the_device_can_bear(device: Device) -> None:
@@ -226,7 +226,7 @@ def test_the_best_expert_is_measured_anew_when_the_held_out_slice_has_changed(
     last = kept(after)
     held_out = after.slices.held_out
     seen = mixture(after, held_out, globals_, last.best, last.best_level)
-    assert last.best_nll == pytest.approx(-of_labels(seen.log_p, labels_of(held_out)).mean(), abs=1e-3)
+    assert last.best_nll == pytest.approx(-label_log_p(seen.log_p, labels_of(held_out)).mean(), abs=1e-3)
 
 
 def kept(device: Device) -> LocalExpert:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from fedfmsl.algorithms.aggregation import Aggregate, Contribution, weighted_average
 from fedfmsl.algorithms.arrays import Vector
-from fedfmsl.algorithms.class_means import head_along, head_of_class_means
+from fedfmsl.algorithms.class_means import class_mean_head, direction_head
 from fedfmsl.protocol.layout import Layout
 from fedfmsl.protocol.messages import Round, Stage, Update
 from fedfmsl.protocol.tensors import Tensors
@@ -40,12 +40,12 @@ def _first_head(plan: Plan, sums: Mapping[str, Vector]) -> Vector:
     """The head, flat, that stage 1 starts from, after all devices' statistics."""
     counts, norm_sum = sums["class_counts"], float(sums["norm_sum"][0])
     if plan.config.head is Head.CLASS_MEANS:
-        return head_of_class_means(sums["class_sums"], counts, norm_sum)
+        return class_mean_head(sums["class_sums"], counts, norm_sum)
     if plan.config.head is Head.ZEROS:
         return np.zeros(plan.bundle.expert.size(0), np.float32)
     zero_shot = plan.bundle.zero_shot()
     assert zero_shot is not None  # or the run would not have been started
-    return head_along(zero_shot.rows, zero_shot.scale, counts, norm_sum)
+    return direction_head(zero_shot.rows, zero_shot.scale, counts, norm_sum)
 
 
 def _expert(plan: Plan, state: State, closing: Round) -> State:

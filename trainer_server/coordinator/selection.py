@@ -17,7 +17,7 @@ ROUNDING = 1e-9  # 0.07 of 100 are 7, whatever 0.07 · 100 is in binary
 def select_devices(config: RunConfig, ready: Devices, level: int, round_: int) -> frozenset[str]:
     """Of the devices that are ready, those that round `round_` at `level` asks. The same arguments give the same
     devices."""
-    return SELECTIONS[config.selection](config, ready, level, round_)
+    return SELECTIONS[config.select](config, ready, level, round_)
 
 
 def _all(config: RunConfig, ready: Devices, level: int, round_: int) -> frozenset[str]:

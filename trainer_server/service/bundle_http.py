@@ -34,7 +34,9 @@ class BundleServer:
         if identity is None and not insecure:
             require_loopback(f"the bundle from --serve {address}", host, "give the server's --identity")
         self.url = f"{'https' if identity else 'http'}://{address}/bundle"
-        config = uvicorn.Config(bundle_app(Bundle(root)), host=host.strip("[]"), port=int(port), log_level="critical")
+        config = uvicorn.Config(
+            bundle_app(Bundle.load(root)), host=host.strip("[]"), port=int(port), log_level="critical"
+        )
         config.load()
         if identity:
             config.ssl = read_identity(identity).server_context()  # its own way needs key and CA in separate files

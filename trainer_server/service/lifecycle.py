@@ -54,7 +54,7 @@ def open_run(folder: Path, config: RunConfig, bundle: Bundle) -> RunStore:
 
 def open_bundle(store: RunStore) -> Bundle:
     """The bundle that the run was started with. Raises BundleError if its folder is missing or holds another one."""
-    bundle = Bundle(store.origin.bundle)
+    bundle = Bundle.load(store.origin.bundle)
     if bundle.sha256 != store.origin.sha256:
         raise BundleError(f"{bundle.root} is not the bundle that the run was started with; restore that bundle")
     return bundle

@@ -1,0 +1,220 @@
+"""The folder of a fleet: CA, broker kit, and an identity or a password for every member.
+
+PKI/ca.key              signs; keep it off the broker and the devices
+PKI/server.pem          identity file of the run's server (--identity)
+PKI/devices/NAME.toml   a device's settings and identity: copy it to the device, for devices.install (or as --identity)
+PKI/homeassistant.crt, .key     Home Assistant's, if it is among the names
+PKI/issued/NAME.crt     certificates that can be revoked
+PKI/fleet.toml          run and broker for devices that are added later
+PKI/broker/             the kit: copy it to the broker
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote, urlsplit
+
+from devices.provisioning.authority import (
+    CLIENT,
+    SERVER,
+    Authority,
+    Issued,
+    load_authority,
+    make_authority,
+    revoked_serials,
+    serial_of,
+)
+from devices.provisioning.broker_kit import HOME_ASSISTANT, acl, mosquitto_conf, new_password, password_line
+from devices.provisioning.broker_kit import SERVER as SERVER_NAME
+from devices.provisioning.compose import compose_yaml
+from devices.provisioning.settings_file import read_table, settings_text
+from fedfmsl.common.files import write_atomically
+from fedfmsl.errors import ConfigError
+from fedfmsl.protocol.topics import check_name
+from fedfmsl.transport.address import netloc, parse_address
+
+SOURCE = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """`report` receives one line for every written file and every step that the operator has to do."""
+
+    folder: Path
+    report: Callable[[str], None]
+
+    @property
+    def exists(self) -> bool:
+        return (self.folder / "ca.key").is_file()
+
+    @property
+    def has_passwords(self) -> bool:
+        """Whether members have passwords instead of certificates."""
+        return self._passwords.is_file()
+
+    def settings(self, hosts: Sequence[str], run: str | None, broker: str | None) -> dict[str, str]:
+        """Run and broker that devices get: the arguments, else the stored values. Raises ConfigError if invalid."""
+        path = self.folder / "fleet.toml"
+        stored = read_table(path) if path.is_file() else {}
+        found = {"run": run or stored.get("run"), "broker": broker or stored.get("broker")}
+        if hosts:
+            found["broker"] = broker or f"mqtts://{netloc(hosts[0])}"
+        settings = {key: value for key, value in found.items() if value}
+        if "broker" not in settings:
+            raise ConfigError(f"{self.folder} has no broker address; pass --broker, like mqtts://fleet.example")
+        if not parse_address(settings["broker"]).encrypted:
+            raise ConfigError(f"--broker {broker}: the kit's broker speaks TLS only; pass mqtts:// or wss://")
+        if run:
+            check_name("run", run)
+        return settings
+
+    def store_settings(self, settings: Mapping[str, str]) -> None:
+        text = settings_text(("Settings of devices that are added later.", settings))
+        write_atomically(self.folder / "fleet.toml", text.encode(), durable=True)
+
+    def create(self, hosts: Sequence[str], kit: Path, passwords: bool, settings: Mapping[str, str]) -> None:
+        """Makes CA, broker kit and the server's identity. The broker will read the kit from the folder `kit`."""
+        broker = self.folder / "broker"
+        if (self.folder / "ca.key").exists():
+            raise ConfigError(f"{self.folder} already holds a CA; omit --host to add devices, or choose another --pki")
+        authority = make_authority("FedFMSL fleet")
+        try:
+            issued = authority.issue(hosts[0], [SERVER], hosts)
+        except ValueError as error:
+            raise ConfigError(f"--host {' '.join(hosts)}: {error}; pass a host's name or address") from error
+        self._write(broker / "ca.crt", authority.certificate_pem)
+        self._write(broker / "broker.crt", issued.certificate_pem)
+        self._write(broker / "broker.key", issued.key_pem)
+        self._write(broker / "revoked.crl", authority.revocation_list([]))
+        self._write(broker / "acl", acl())
+        self._write(broker / "mosquitto.conf", mosquitto_conf(kit, passwords))
+        self._write(broker / "compose.yaml", compose_yaml(kit, hosts[0], settings.get("run"), SOURCE))
+        # the server also serves the bundle over HTTPS, under the same host names
+        self._write(
+            self.folder / "server.pem", _identity(authority.issue(SERVER_NAME, [SERVER, CLIENT], hosts), authority)
+        )
+        if passwords:
+            self._write(self._passwords, "")
+            self._add_passwords([SERVER_NAME], settings)
+        self._write(self.folder / "ca.crt", authority.certificate_pem)
+        self._write(self.folder / "ca.key", authority.key_pem)  # last: `exists` depends on it
+
+    def add(self, names: Sequence[str], settings: Mapping[str, str]) -> None:
+        """Makes the members' identities or passwords."""
+        if self.has_passwords:
+            self._add_passwords(names, settings)
+            return
+        authority = self._authority()
+        for name in names:
+            issued = authority.issue(name, [CLIENT])
+            # first, so that every certificate that is handed out can be revoked
+            self._write(self.folder / "issued" / f"{name}.crt", issued.certificate_pem)
+            if name == HOME_ASSISTANT:  # reads key and certificate from two files
+                self._write(self.folder / f"{name}.crt", issued.certificate_pem)
+                self._write(self.folder / f"{name}.key", issued.key_pem)
+            else:
+                self._write_device(name, settings, {"identity": _identity(issued, authority)})
+
+    def revoke(self, names: Sequence[str]) -> None:
+        """Revokes the members' certificates or passwords. Raises ConfigError for an unknown name."""
+        if self.has_passwords:
+            self._remove_passwords(names)
+            return
+        path = self.folder / "broker" / "revoked.crl"
+        certificates = [self.folder / "issued" / f"{name}.crt" for name in names]
+        try:
+            serials = [*revoked_serials(path.read_bytes()), *(serial_of(file.read_bytes()) for file in certificates)]
+        except (OSError, ValueError, IndexError) as error:
+            raise ConfigError(
+                f"cannot revoke {', '.join(names)}: {error}; valid names are those in {self.folder}/issued"
+            ) from error
+        # before the certificates are removed, so that an interrupted call can be repeated
+        write_atomically(path, self._authority().revocation_list(serials).encode(), durable=True)
+        for name, file in zip(names, certificates, strict=True):
+            file.unlink()
+            self._remove_files(name)
+        self.report(f"wrote {path}; copy it to the broker and restart the broker, which also ends open connections")
+
+    # passwords
+
+    @property
+    def _passwords(self) -> Path:
+        return self.folder / "broker" / "passwords"
+
+    def _add_passwords(self, names: Sequence[str], settings: Mapping[str, str]) -> None:
+        """Writes a device's password to its file, and reports the others."""
+        lines = self._password_lines()
+        if taken := {_user(line) for line in lines} & set(names):
+            raise ConfigError(
+                f"{self._passwords} already has {', '.join(sorted(taken))}; --revoke first, or choose another name"
+            )
+        for name in names:
+            password = new_password()
+            lines.append(password_line(name, password))
+            if name in (SERVER_NAME, HOME_ASSISTANT):
+                self.report(f"{name} {password}")
+                continue
+            parts = urlsplit(settings["broker"])
+            host = parts.netloc.rpartition("@")[2]
+            address = parts._replace(netloc=f"{quote(name)}:{quote(password, safe='')}@{host}").geturl()
+            authority = (self.folder / "ca.crt").read_text()
+            self._write_device(name, {**settings, "broker": address}, {"device": name, "identity": authority})
+        self._replace_passwords(lines)
+
+    def _remove_passwords(self, names: Sequence[str]) -> None:
+        lines = self._password_lines()
+        if missing := set(names) - {_user(line) for line in lines}:
+            raise ConfigError(f"{self._passwords} has no {', '.join(sorted(missing))}")
+        self._replace_passwords([line for line in lines if _user(line) not in names])
+        for name in names:
+            self._remove_files(name)
+
+    def _password_lines(self) -> list[str]:
+        return self._passwords.read_text().splitlines(keepends=True)
+
+    def _replace_passwords(self, lines: Sequence[str]) -> None:
+        write_atomically(self._passwords, "".join(lines).encode(), durable=True)
+
+    # files
+
+    def _authority(self) -> Authority:
+        try:
+            return load_authority((self.folder / "ca.crt").read_bytes(), (self.folder / "ca.key").read_bytes())
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"{self.folder} holds no readable CA ({error}); make one with --host in another --pki"
+            ) from error
+
+    def _write_device(self, name: str, settings: Mapping[str, str], own: Mapping[str, str]) -> None:
+        path = self.folder / "devices" / f"{name}.toml"
+        about = f"The identity of {name} and the CA that it trusts. Secret: copy this file to {name} only."
+        self._write(path, settings_text((f"Written by devices.provision for {name}.", settings), (about, own)))
+        self.report(f"copy it to {name}, and run there: python -m devices.install {path.name} --images DIR")
+
+    def _remove_files(self, name: str) -> None:
+        files = [f"{name}.crt", f"{name}.key"] if name == HOME_ASSISTANT else [f"devices/{name}.toml"]
+        for file in files:
+            (self.folder / file).unlink(missing_ok=True)
+
+    def _write(self, path: Path, text: str) -> None:
+        """Raises ConfigError if the file exists: devices in the field may depend on it."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with path.open("x") as file:
+                file.write(text)
+        except FileExistsError as error:
+            raise ConfigError(
+                f"{path} already exists and is not overwritten; remove it first, or choose another name"
+            ) from error
+        self.report(f"wrote {path}")
+
+
+def _identity(issued: Issued, authority: Authority) -> str:
+    return issued.key_pem + issued.certificate_pem + authority.certificate_pem
+
+
+def _user(line: str) -> str:
+    """The user name in a line of the password file."""
+    return line.partition(":")[0]
