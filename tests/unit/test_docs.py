@@ -75,8 +75,9 @@ def until_operator(words: list[str]) -> list[str]:
 def resolve(words: list[str]) -> tuple[Any, list[str]]:
     """The click command that `words` name, and its arguments."""
     command, arguments = command_of(words[0]), words[1:]
-    while arguments and arguments[0] in getattr(command, "commands", {}):
-        command, arguments = command.commands[arguments[0]], arguments[1:]
+    while hasattr(command, "resolve_command") and arguments and not arguments[0].startswith("-"):
+        context = command.make_context(command.name, [], resilient_parsing=True)
+        _, command, arguments = command.resolve_command(context, arguments)
     return command, arguments
 
 
@@ -98,10 +99,8 @@ def parse(command: Any, arguments: list[str]) -> None:
 def test_commands_parse(page: Path) -> None:
     for words in commands_in(page.read_text()):
         command, arguments = resolve(words)
-        if not hasattr(command, "commands"):
+        if not hasattr(command, "commands") or arguments not in ([], ["--help"]):
             parse(command, arguments)
-        else:
-            assert arguments in ([], ["--help"]), f"no command {shlex.join(words)}"
 
 
 @each_page
@@ -113,7 +112,9 @@ def test_options_that_text_names_exist(page: Path) -> None:
     known |= options_of(command_of("devices.trial.assets"))
     known = known.union(*(options_of(resolve(words)[0]) for words in commands_in(page.read_text())))
     named = {
-        option for code in re.findall(r"`([^`\n]+)`", page.read_text()) for option in re.findall(r"--[a-z][\w-]*", code)
+        option
+        for code in re.findall(r"`([^`\n]+)`", page.read_text())
+        for option in re.findall(r"--[a-z][\w-]*\w", code)
     }
     assert named <= known
 
