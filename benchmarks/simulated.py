@@ -14,7 +14,7 @@ import resource
 import selectors
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -24,12 +24,15 @@ import typer
 
 from benchmarks.layouts import update_of
 from benchmarks.simulated_device import Device
+from edge_runtime.daemon.timing import ACK_TIMEOUT
+from fedfmsl.common.backoff import Backoff
 from fedfmsl.common.cli import application
 from fedfmsl.errors import BrokerError, ConfigError
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.messages import Ack, Round, Verdict
 from fedfmsl.protocol.tensors import pack
 from fedfmsl.protocol.topics import Topics
+from fedfmsl.transport.link import KEEPALIVE_SECONDS
 
 LOOK_SECONDS = 1.0
 SPARE_FILES = 64  # open ones that are not a device's connection
@@ -73,6 +76,8 @@ class Fleet:
         think: tuple[float, float] = (0.0, 0.0),
         level_cap: int | None = None,
         seed: int = 0,
+        keepalive: int = KEEPALIVE_SECONDS,
+        ack_timeout: Backoff = ACK_TIMEOUT,
     ) -> None:
         """`think`: the least and the most seconds that a device takes to answer a round. Raises ConfigError if so many
         connections are not allowed to one process."""
@@ -85,6 +90,7 @@ class Fleet:
         self._selector = selectors.DefaultSelector()
         self.woken: set[Device] = set()
         self._think, self._seed = think, seed
+        self.keepalive, self.ack_timeout = keepalive, ack_timeout
         self._thoughts: list[tuple[float, int, Device, int, bytes]] = []  # a heap by the time they are finished
         self._started = time.monotonic()
         self._devices = [Device(name, self) for name in names]
@@ -168,8 +174,13 @@ def simulate(
     think: tuple[float, float] = typer.Option((0.0, 0.0), help="Least and most seconds to answer a round."),
     level_cap: int | None = typer.Option(None, min=1, help="Default: the bundle's levels."),
     seed: int = typer.Option(0, help="Of the seconds to answer."),
+    keepalive: int = typer.Option(KEEPALIVE_SECONDS, min=1, help="Seconds between two pings to the broker."),
+    ack_timeout: float = typer.Option(ACK_TIMEOUT.first, help="Seconds until an update is sent again, at first."),
 ) -> None:
-    fleet = Fleet(Bundle.load(bundle), run, broker, device_names(devices, first), think, level_cap, seed)
+    timeout = replace(ACK_TIMEOUT, first=ack_timeout)
+    fleet = Fleet(
+        Bundle.load(bundle), run, broker, device_names(devices, first), think, level_cap, seed, keepalive, timeout
+    )
     try:
         fleet.serve()
     except OSError as error:

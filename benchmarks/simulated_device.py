@@ -35,12 +35,11 @@ from edge_runtime.daemon.state import (
     WorkDone,
     advance,
 )
-from edge_runtime.daemon.timing import ACK_TIMEOUT
 from fedfmsl.errors import BrokerError, RunError
 from fedfmsl.protocol.chunks import MAX_BLOB_BYTES, Assembler, chunks
 from fedfmsl.protocol.duplicate_name import DuplicateNameGuard
 from fedfmsl.protocol.messages import Ack, DeviceStatus, Round, ServerStatus, encode, parse
-from fedfmsl.transport.link import KEEPALIVE_SECONDS, QOS
+from fedfmsl.transport.link import QOS
 
 if TYPE_CHECKING:
     from benchmarks.simulated import Fleet
@@ -106,7 +105,7 @@ class Device:
         elif not self.left and now >= self._retry:
             self._retry = now + random.uniform(*RETRY_SECONDS)
             try:
-                self.client.connect(self._fleet.host, self._fleet.port, KEEPALIVE_SECONDS)
+                self.client.connect(self._fleet.host, self._fleet.port, self._fleet.keepalive)
             except OSError:
                 if not self._fleet.tally.connections:
                     raise
@@ -165,7 +164,7 @@ class Device:
         if blob is None:
             return
         self._fleet.tally.sends += 1
-        self._overdue = time.monotonic() + ACK_TIMEOUT.delay(self._attempts, self.name)
+        self._overdue = time.monotonic() + self._fleet.ack_timeout.delay(self._attempts, self.name)
         self._attempts += 1
         for index, chunk in enumerate(chunks(blob)):
             self._fleet.tally.bytes_up += len(chunk)

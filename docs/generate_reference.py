@@ -8,7 +8,6 @@ A test compares the page with `page()`.
 from __future__ import annotations
 
 import importlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import typer
 
 from edge_runtime.settings import Settings
-from fedfmsl import errors
+from fedfmsl.common.exit_codes import EXIT_CODES
 from fedfmsl.common.options import reference
 from fedfmsl.common.settings import SettingsModel
 from trainer_server.settings import ServerSettings
@@ -40,7 +39,7 @@ INTRODUCTION = """\
 This page is generated from the code: `python docs/generate_reference.py`.
 
 A setting has three forms: a key of a TOML file (`max_temperature`), an environment variable
-(`FEDFMSL_MAX_TEMPERATURE`) and an option (`--max-temperature`; a switch has also a form with `--no-`). An option overrides the
+(`FEDFMSL_MAX_TEMPERATURE`) and an option (`--max-temperature`; a switch also has a negative form, `--no-stay`). An option overrides the
 environment; the environment overrides the file. The option `--config` (`FEDFMSL_CONFIG`) names the file; relative
 paths in the file start at its folder. Sizes are written like `512MB` or `2GB`. A list is a TOML list, or a text with
 commas. All errors are reported together.
@@ -49,28 +48,30 @@ User and password for the broker are in the address or in `FEDFMSL_USER` and `FE
 
 ## Exit codes
 
+<<<<<<< HEAD
 A command that fails prints one line per error to stderr: value, place and remedy. A command stopped by a signal exits
 with 128 plus the signal's number.
+=======
+A command that fails prints one line per error to stderr: value, place and remedy.
+>>>>>>> main
 
-| code | error | cause |
-|---|---|---|
+| code | cause |
+|---|---|
 """
-CAUSES = {
-    errors.ConfigError: "an option or setting has an invalid value",
-    errors.InputError: "images, texts, folders or class names cannot be used",
-    errors.BundleError: "a bundle is missing, changed, or of another model",
-    errors.WeightsError: "model weights cannot be found, downloaded or recognised",
-    errors.BrokerError: "the MQTT broker is unreachable or refuses the client",
-    errors.MessageError: "a message does not match the protocol; it is refused and never ends a process",
-    errors.RunError: "a run cannot continue: too few devices, or a process that ended early",
-}
 
 
 def page() -> str:
+<<<<<<< HEAD
     codes = [f"| {error.exit_code} | `{error.__name__}` | {cause} |" for error, cause in CAUSES.items()]
     codes.append(f"| {os.EX_IOERR} | | the disk is full |")
     settings = [f"\n## Settings of the {name}\n\n{reference(model)}" for name, model in MODELS.items()]
     return INTRODUCTION + "\n".join([*codes, *settings, *commands()]) + "\n"
+=======
+    codes = [f"| {code} | {cause} |" for code, cause in EXIT_CODES.items()]
+    device = ("", "## Settings of a device", "", reference(Settings, level=3))
+    server = ("", "## Settings of the server", "", reference(ServerSettings, level=3))
+    return INTRODUCTION + "\n".join([*codes, *device, *server, *commands()]) + "\n"
+>>>>>>> main
 
 
 def commands() -> Iterator[str]:

@@ -1,10 +1,11 @@
 """FedFMSL Edge's public API: the algorithms over numpy arrays, and bundles.
 
-Importing it needs numpy only. `Bundle` needs pydantic and safetensors, which are imported at its first use.
+Importing it needs numpy only. `Bundle` and `Training` need pydantic, which is imported at their first use.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from fedfmsl.algorithms.accounting import epsilon
@@ -37,6 +38,7 @@ from fedfmsl.errors import (
 
 if TYPE_CHECKING:
     from fedfmsl.protocol.bundle import Bundle
+    from fedfmsl.protocol.messages import Training
 
 __all__ = [
     "UNKNOWN",
@@ -61,6 +63,7 @@ __all__ = [
     "RunError",
     "Sal",
     "SalState",
+    "Training",
     "TrimmedMean",
     "WeightedMean",
     "WeightsError",
@@ -82,12 +85,12 @@ __all__ = [
     "unknown_threshold",
 ]
 
+_LAZY = {"Bundle": "fedfmsl.protocol.bundle", "Training": "fedfmsl.protocol.messages"}
+
 
 def __getattr__(name: str) -> object:
-    if name == "Bundle":
-        from fedfmsl.protocol.bundle import Bundle
-
-        return Bundle
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -28,7 +28,7 @@ from edge_runtime.resources.sensors import Sensors, board
 from edge_runtime.resources.throttle import Pace, PacedEngine
 from edge_runtime.settings import Settings
 from edge_runtime.store import DeviceStore
-from edge_runtime.training.context import Device
+from edge_runtime.training.context import TrainingContext
 from edge_runtime.training.gate import Gate
 from fedfmsl.common.log import fields, log, set_up_log
 from fedfmsl.errors import InputError
@@ -107,8 +107,8 @@ def _worker(
     trainer = PacedEngine(open_engine(engine, bundle, threads, plan.memory_plans), pace)
     disk = DiskCache(store.cache, settings.cache, settings.keep_free)
     cache = FeatureCache(disk, bundle, threads, pace, plan.feature_batch, trainer.release)
-    device = Device(
-        name=name,
+    device = TrainingContext(
+        device_name=name,
         bundle=bundle,
         scanned=scanned,
         cache=cache,

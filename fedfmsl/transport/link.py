@@ -74,6 +74,7 @@ class Link:
         will: Will | None = None,
         identity: Path | None = None,
         insecure: bool = False,
+        keepalive: int = KEEPALIVE_SECONDS,
     ) -> None:
         """`broker` is mqtt[s]:// or ws[s]://[user:password@]host[:port][/path] (see `fedfmsl.transport.address`); `identity` is for
         mqtts and wss (see `fedfmsl.transport.identity`). Nothing depends on what a broker keeps for a client that is away.
@@ -88,6 +89,7 @@ class Link:
         self._answered = threading.Event()
         self._refusal: str | None = None
         self._closing = False
+        self._keepalive = keepalive
         self._client = CappedClient(client_id, address.websocket)
         self._client.max_queued_messages_set(0)
         self._client.ws_set_options(address.path)
@@ -105,7 +107,7 @@ class Link:
         """Connects and keeps connected until `close`. Raises BrokerError if the first attempt fails."""
         where = f"MQTT broker at {self._address.host}:{self._address.port}"
         try:
-            self._client.connect(self._address.host, self._address.port, KEEPALIVE_SECONDS)
+            self._client.connect(self._address.host, self._address.port, self._keepalive)
         except ssl.SSLError as error:
             raise BrokerError(f"no trust in the {where}: {explain(error)}") from error
         except (OSError, ValueError) as error:
