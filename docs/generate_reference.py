@@ -39,21 +39,16 @@ INTRODUCTION = """\
 This page is generated from the code: `python docs/generate_reference.py`.
 
 A setting has three forms: a key of a TOML file (`max_temperature`), an environment variable
-(`FEDFMSL_MAX_TEMPERATURE`) and an option (`--max-temperature`; a switch also has a negative form, `--no-stay`). An option overrides the
-environment; the environment overrides the file. The option `--config` (`FEDFMSL_CONFIG`) names the file; relative
-paths in the file start at its folder. Sizes are written like `512MB` or `2GB`. A list is a TOML list, or a text with
-commas. All errors are reported together.
+(`FEDFMSL_MAX_TEMPERATURE`) and an option (`--max-temperature`). A switch also has a negative option (`--no-stay`). An
+option overrides the environment; the environment overrides the file. The option `--config` (`FEDFMSL_CONFIG`) names
+the file; relative paths in the file start at its folder. Sizes are written like `512MB` or `2GB`. A list is a TOML
+list, or a text with commas. All errors are reported together.
 
 User and password for the broker are in the address or in `FEDFMSL_USER` and `FEDFMSL_PASSWORD`.
 
 ## Exit codes
 
-<<<<<<< HEAD
-A command that fails prints one line per error to stderr: value, place and remedy. A command stopped by a signal exits
-with 128 plus the signal's number.
-=======
 A command that fails prints one line per error to stderr: value, place and remedy.
->>>>>>> main
 
 | code | cause |
 |---|---|
@@ -61,17 +56,9 @@ A command that fails prints one line per error to stderr: value, place and remed
 
 
 def page() -> str:
-<<<<<<< HEAD
-    codes = [f"| {error.exit_code} | `{error.__name__}` | {cause} |" for error, cause in CAUSES.items()]
-    codes.append(f"| {os.EX_IOERR} | | the disk is full |")
+    codes = [f"| {code} | {cause} |" for code, cause in EXIT_CODES.items()]
     settings = [f"\n## Settings of the {name}\n\n{reference(model)}" for name, model in MODELS.items()]
     return INTRODUCTION + "\n".join([*codes, *settings, *commands()]) + "\n"
-=======
-    codes = [f"| {code} | {cause} |" for code, cause in EXIT_CODES.items()]
-    device = ("", "## Settings of a device", "", reference(Settings, level=3))
-    server = ("", "## Settings of the server", "", reference(ServerSettings, level=3))
-    return INTRODUCTION + "\n".join([*codes, *device, *server, *commands()]) + "\n"
->>>>>>> main
 
 
 def commands() -> Iterator[str]:
