@@ -26,7 +26,7 @@ from devices.trial.assets import ASSETS, PHOTOS, fetch
 from devices.trial.dataset import find_files, kind_of
 from devices.trial.photos import unpack_groceries
 from devices.trial.split import write_fleet
-from edge_runtime.training.stages import Outcome
+from edge_runtime.training.stages import StageResult
 from fedfmsl.algorithms.accounting import epsilon
 from fedfmsl.algorithms.privacy import Privacy
 from fedfmsl.common.cli import application
@@ -163,7 +163,7 @@ def trial_config(configuration: Configuration, seed: int) -> RunConfig:
     )
 
 
-def _hostile(device: str, outcome: Outcome) -> Outcome:
+def _hostile(device: str, outcome: StageResult) -> StageResult:
     return scaled(outcome, FACTOR) if device == HOSTILE else outcome
 
 

@@ -28,7 +28,7 @@ from devices.trial.dataset import find_files, kind_of
 from devices.trial.split import write_fleet
 from edge_runtime.data.samples import labels_of
 from edge_runtime.inference.classifier import StateClassifier
-from edge_runtime.training.context import Device
+from edge_runtime.training.context import TrainingContext
 from edge_runtime.training.model import read_personal_model
 from fedfmsl.algorithms.arrays import Floats, Labels
 from fedfmsl.algorithms.calibration import calibrate, fit_temperature, unknown_threshold
@@ -123,7 +123,7 @@ def _ask(seed: int, threads: int) -> list[Said]:
     return [_said(device, foreign) for device in devices]
 
 
-def _said(device: Device, foreign: Sequence[Path]) -> Said:
+def _said(device: TrainingContext, foreign: Sequence[Path]) -> Said:
     classifier = StateClassifier(device.store, device.bundle.root)
     temperature = read_personal_model(device.store).header.temperature
 
@@ -132,7 +132,7 @@ def _said(device: Device, foreign: Sequence[Path]) -> Said:
         given = np.log(np.maximum(np.array(rows, np.float32).reshape(len(rows), device.classes), 1e-38))
         return calibrate(given, 1 / temperature)
 
-    held_out, test = device.slices.held_out, device.scanned.test
+    held_out, test = device.splits.held_out, device.scanned.test
     mine = log_p([sample.path for sample in held_out]), labels_of(held_out)
     return Said(*mine, log_p([sample.path for sample in test]), labels_of(test), log_p(foreign))
 

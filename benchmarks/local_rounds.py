@@ -24,7 +24,7 @@ from edge_runtime.data.images import load_pixels
 from edge_runtime.data.samples import Sample, labels_of
 from edge_runtime.engines.memory import peak_rss_mb
 from edge_runtime.engines.step_graph import StepGraphEngine
-from edge_runtime.training.loop import Targets, predict_log, train
+from edge_runtime.training.loop import Targets, predict_log_p, train
 from fedfmsl.protocol.bundle import Bundle, ImagePreprocessing, file_sha256
 from fedfmsl.protocol.messages import Training
 
@@ -79,7 +79,7 @@ def edge(setting: Setting) -> Seconds:
         theta[:size] = engine.get()
         spent.training += time.perf_counter() - started
         started = time.perf_counter()
-        predict_log(engine, unseen, bias)
+        predict_log_p(engine, unseen, bias)
         spent.evaluation += time.perf_counter() - started
     return spent
 

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from edge_runtime.data.features import Report
-from edge_runtime.training.context import Device
+from edge_runtime.training.context import TrainingContext
 from fedfmsl.protocol.messages import DeviceStatus, Progress, encode
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.link import Link, Will
@@ -38,10 +38,10 @@ def progress_to(link: Link, topics: Topics, name: str) -> Report:
     return report
 
 
-def status_of(device: Device, online: bool, paused: str, error: str) -> DeviceStatus:
+def status_of(device: TrainingContext, online: bool, paused: str, error: str) -> DeviceStatus:
     slices = device.scanned
     return DeviceStatus(
-        device=device.name,
+        device=device.device_name,
         online=online,
         instance=INSTANCE,
         bundle=device.bundle.sha256,

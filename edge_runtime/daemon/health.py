@@ -16,7 +16,7 @@ from edge_runtime.resources.governor import Readings
 from edge_runtime.resources.sensors import board
 from edge_runtime.resources.throttle import Pace
 from edge_runtime.store import DeviceStore
-from edge_runtime.training.context import Device
+from edge_runtime.training.context import TrainingContext
 from fedfmsl.common.files import write_atomically
 from fedfmsl.common.systemd import Watchdog, notify
 from fedfmsl.protocol.messages import HEALTH_SECONDS, Activity, Health, encode
@@ -44,7 +44,7 @@ class HealthReporter:
         notify("READY=1")
 
     def heartbeat(
-        self, device: Device | None, activity: Activity, state: State | None = None, paused: str = ""
+        self, device: TrainingContext | None, activity: Activity, state: State | None = None, paused: str = ""
     ) -> None:
         """To be called often: it feeds the watchdog, and tells all when the activity has changed or HEALTH_SECONDS have
         passed. Without a connection nobody is told: the next beat comes soon enough."""
@@ -80,7 +80,7 @@ def _free(folder: Path) -> int:
         return 0
 
 
-def _of_device(device: Device) -> Mapping[str, Any]:
+def _of_device(device: TrainingContext) -> Mapping[str, Any]:
     slices = device.scanned
     return {
         "level_cap": device.level_cap,

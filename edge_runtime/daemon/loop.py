@@ -42,7 +42,7 @@ from edge_runtime.daemon.state import (
 from edge_runtime.daemon.timing import DEFAULT_TIMING, Timing
 from edge_runtime.daemon.worker import Worker, write_personalized
 from edge_runtime.data.samples import SampleChangedError
-from edge_runtime.training.context import Device
+from edge_runtime.training.context import TrainingContext
 from fedfmsl.common.log import fields, log
 from fedfmsl.errors import FedFMSLError, InputError, MessageError, RunError
 from fedfmsl.protocol.chunks import Assembler, chunks
@@ -95,7 +95,7 @@ class Service:
         self._health_reporter = health_reporter
         self._introduction = introduction
         self._stays = stays
-        self._tell = progress_to(link, self._topics, worker.device.name)
+        self._tell = progress_to(link, self._topics, worker.device.device_name)
         self._paused = ""  # why, as it was announced
         self._leave: Stop | None = None
         self._finished = ""  # the session of the run that it has stayed after
@@ -105,14 +105,14 @@ class Service:
         self._bytes_down = 0
         self._fetching: dict[str, Assembler] = {}
         device = worker.device
-        self._retransmissions = Retransmissions(device.name, timing.ack)
+        self._retransmissions = Retransmissions(device.device_name, timing.ack)
         self._disk_attempts = 0  # to write what could not be written
         self._last: paho.MQTTMessageInfo | None = None
         store = device.store
         store.remove_temporary_files()
         unacknowledged = store.unacknowledged(store.session)
         self._state = State(
-            device=device.name,
+            device=device.device_name,
             guard=DuplicateNameGuard(INSTANCE),
             bundle=device.bundle.sha256,
             session=store.session,
@@ -122,12 +122,12 @@ class Service:
         worker.pace.host = self
 
     @property
-    def _device(self) -> Device:
+    def _device(self) -> TrainingContext:
         return self._worker.device
 
     def serve(self) -> None:
         """Until the run has finished. Raises FedFMSLError if this device cannot take part."""
-        topics, name = self._topics, self._device.name
+        topics, name = self._topics, self._device.device_name
         self._link.subscribe(topics.ack(name))
         self._link.subscribe(topics.status(name))
         self._subscribe()
@@ -152,8 +152,8 @@ class Service:
 
     def predicted(self, prediction: Prediction) -> None:
         """Publishes what this device's model says of a file. To be called in any thread."""
-        said = prediction.model_copy(update={"device": self._device.name})
-        self._link.publish(self._topics.prediction(self._device.name), encode(said), retain=True)
+        said = prediction.model_copy(update={"device": self._device.device_name})
+        self._link.publish(self._topics.prediction(self._device.device_name), encode(said), retain=True)
 
     def _subscribe(self) -> None:
         """To what the run's server says to everybody."""
@@ -290,9 +290,9 @@ class Service:
                 return ServerSeen(parse(ServerStatus, received.payload))
             if received.topic == self._topics.round:
                 return RoundSeen(parse(Round, received.payload))
-            if received.topic == self._topics.ack(self._device.name):
+            if received.topic == self._topics.ack(self._device.device_name):
                 return AckSeen(parse(Ack, received.payload))
-            if received.topic == self._topics.status(self._device.name):
+            if received.topic == self._topics.status(self._device.device_name):
                 return OwnStatusSeen(parse(DeviceStatus, received.payload))
             return self._global_chunk(received)
         except MessageError as error:
@@ -366,7 +366,7 @@ class Service:
             return WorkFailed(task.round)
         try:
             if self._device.store.enter(task.session):
-                self._retransmissions = Retransmissions(self._device.name, self._timing.ack)
+                self._retransmissions = Retransmissions(self._device.device_name, self._timing.ack)
             self._worker.pace.keep()
             seconds = self._worker.work(task, self._bytes_down)
         except _GivenUpError:
@@ -391,7 +391,7 @@ class Service:
             return
         blob = self._device.store.update(round_)
         if blob is not None:
-            topics, name = self._topics, self._device.name
+            topics, name = self._topics, self._device.device_name
             sent = [self._publish(topics.update_chunk(name, round_, i), chunk) for i, chunk in enumerate(chunks(blob))]
             self._retransmissions.sent(round_, sent[-1])
 

@@ -18,13 +18,12 @@ from edge_runtime.data.folder import SampleFolder
 from edge_runtime.data.samples import SampleChangedError
 from edge_runtime.engines.memory import peak_rss_mb
 from edge_runtime.resources.throttle import Pace
-from edge_runtime.training.context import Device
-from edge_runtime.training.evaluation import evaluate, train_alone
+from edge_runtime.training.context import TrainingContext
+from edge_runtime.training.evaluation import evaluate, train_baseline
 from edge_runtime.training.local_expert import train_personal
-from edge_runtime.training.model import keep_personal_model
-from edge_runtime.training.stages import Globals, statistics, train_global
-from edge_runtime.training.stages import Work as StageWork
-from edge_runtime.training.updates import header_of, prepare
+from edge_runtime.training.model import save_personal_model
+from edge_runtime.training.stages import Globals, StageFunction, statistics, train_global
+from edge_runtime.training.updates import prepare_update, update_header
 from fedfmsl.algorithms.arrays import Vector
 from fedfmsl.common.class_folders import SkippedFile
 from fedfmsl.common.files import write_atomically
@@ -35,11 +34,11 @@ from fedfmsl.protocol.messages import Round, Stage
 from fedfmsl.protocol.tensors import Tensors, pack, unpack
 
 SHOWN = 10  # of the files that are set aside at once, in the log
-STAGES: dict[Stage, StageWork] = {
+STAGES: dict[Stage, StageFunction] = {
     Stage.STATISTICS: statistics,
     Stage.GLOBAL: train_global,
     Stage.PERSONAL: train_personal,
-    Stage.BASELINE: train_alone,
+    Stage.BASELINE: train_baseline,
     Stage.EVALUATE: evaluate,
 }
 
@@ -47,7 +46,7 @@ STAGES: dict[Stage, StageWork] = {
 class Worker:
     """Does rounds with a device as it is at the time: its samples come and go, and it may become slow."""
 
-    def __init__(self, device: Device, folder: SampleFolder, pace: Pace) -> None:
+    def __init__(self, device: TrainingContext, folder: SampleFolder, pace: Pace) -> None:
         self.device = device
         self.pace = pace
         self._folder = folder
@@ -60,7 +59,7 @@ class Worker:
         Raises InputError if there is nothing to train on.
         """
         before = self.device
-        scanned, cap = self._folder.look(), self.pace.cap.level
+        scanned, cap = self._folder.scan(), self.pace.cap.level
         if scanned == before.scanned and cap == before.level_cap:
             return False
         if cap != before.level_cap:
@@ -101,14 +100,14 @@ class Worker:
             self._folder.forget(error.path)
             raise
         # noise from the operating system's entropy: a server that knew the seed could subtract it
-        outcome = prepare(device.bundle, store.residual, task, outcome, np.random.default_rng())
-        keep_personal_model(device, task, given)
+        outcome = prepare_update(device.bundle, store.residual, task, outcome, np.random.default_rng())
+        save_personal_model(device, task, given)
         device.cache.drop_unused()
         device.cache.drop_others(device.scanned.samples)
         if task.stage is Stage.EVALUATE:
             write_personalized(device)
         seconds = time.perf_counter() - started
-        update = header_of(device, task, outcome, seconds=seconds, peak_rss_mb=peak_rss_mb(), bytes_down=bytes_down)
+        update = update_header(device, task, outcome, seconds=seconds, peak_rss_mb=peak_rss_mb(), bytes_down=bytes_down)
         store.put_outbox(task.round, pack(update, outcome.tensors))
         return seconds
 
@@ -129,7 +128,7 @@ class Worker:
         return join(tensors)
 
 
-def write_personalized(device: Device) -> None:
+def write_personalized(device: TrainingContext) -> None:
     """In a process of its own: it needs the onnx package, which the daemon has no memory to spare for.
 
     Raises RunError if that process fails, OSError if there was no room for what it wrote.

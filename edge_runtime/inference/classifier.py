@@ -17,7 +17,7 @@ from pydantic import BaseModel, Json, ValidationError
 from edge_runtime.data.inputs import Kind, Reader, reader_for, reader_of
 from edge_runtime.engines.sessions import InferenceSession, open_model, open_session, run
 from edge_runtime.store import DeviceStore
-from edge_runtime.training.model import ModelHeader, PersonalModel, bundle_of, read_personal_model
+from edge_runtime.training.model import ModelHeader, PersonalModel, open_model_bundle, read_personal_model
 from fedfmsl.algorithms.arrays import Floats
 from fedfmsl.algorithms.calibration import UNKNOWN
 from fedfmsl.common.cli import notice
@@ -188,7 +188,7 @@ class StateClassifier:
         model = read_personal_model(self._store)
         header = model.header
         if before is None or not before.is_of(header):
-            bundle = bundle_of(self._store, header, self._path)
+            bundle = open_model_bundle(self._store, header, self._path)
             return _Loaded(model, bundle, reader_of(bundle), _template(bundle, header.level))
         same = before.model.header.level == header.level
         session = before.session if same else _template(before.bundle, header.level)

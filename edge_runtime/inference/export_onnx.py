@@ -15,7 +15,7 @@ from onnx import numpy_helper
 from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
 
 from edge_runtime.store import DeviceStore
-from edge_runtime.training.model import bundle_of, read_personal_model
+from edge_runtime.training.model import open_model_bundle, read_personal_model
 from fedfmsl.common.files import write_atomically
 from fedfmsl.protocol.bundle import Bundle
 
@@ -27,7 +27,7 @@ def write_model(store: DeviceStore, path: Path, bundle_path: Path | None = None)
     """
     own = read_personal_model(store)
     header, tensors = own.header, own.inputs
-    bundle = bundle_of(store, header, bundle_path)
+    bundle = open_model_bundle(store, header, bundle_path)
     model = onnx.load(str(bundle.path(f"personal-{header.level}.onnx")), load_external_data=False)
     frozen = [tensor for tensor in model.graph.initializer if uses_external_data(tensor)]
     small = [tensor for tensor in model.graph.initializer if not uses_external_data(tensor)]

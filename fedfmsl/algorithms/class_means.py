@@ -5,10 +5,21 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedfmsl.algorithms.arrays import Vector
+from fedfmsl.algorithms.arrays import Floats, Labels, Vector
 
 SCALE = 20.0  # logits between the best class and an orthogonal one at the start (ours)
 MIN_NORM = 1 / 64  # floor of a mean feature norm, over √F (ours): backbones are far above it, noised norms may not be
+
+
+def class_sums(features: Floats, labels: Labels, classes: int) -> dict[str, Vector]:
+    """Sums of n features (n, F) per class (C, F), samples per class (C,), and the sum of the features' norms (1,)."""
+    doubles = features.astype(np.float64)
+    one_hot = np.eye(classes)[labels]
+    return {
+        "class_sums": (one_hot.T @ doubles).astype(np.float32),
+        "class_counts": one_hot.sum(axis=0).astype(np.float32),
+        "norm_sum": np.array([np.linalg.norm(doubles, axis=1).sum()], np.float32),
+    }
 
 
 def class_mean_head(sums: Vector, counts: Vector, norm_sum: float) -> Vector:

@@ -21,8 +21,8 @@ from support.mutations import BlobMutator, Mutator
 
 from edge_runtime.data.cache import DiskCache
 from edge_runtime.store import DeviceStore
-from edge_runtime.training.evaluation import _Header as Alone
-from edge_runtime.training.local_expert import _Header as LocalExpert
+from edge_runtime.training.evaluation import BaselineHeader as Alone
+from edge_runtime.training.local_expert import LocalExpertHeader as LocalExpert
 from edge_runtime.training.model import ModelHeader
 from fedfmsl.algorithms.privacy import Privacy
 from fedfmsl.algorithms.sal import CapabilityQueue, Sal

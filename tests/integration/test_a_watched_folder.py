@@ -23,7 +23,7 @@ from support.samples import CLASSES, write_photos
 from edge_runtime.daemon.lock import locked
 from edge_runtime.inference.watcher import NICENESS, Watcher
 from edge_runtime.store import DeviceStore
-from edge_runtime.training.model import keep_personal_model, read_personal_model
+from edge_runtime.training.model import read_personal_model, save_personal_model
 from fedfmsl.common.backoff import Backoff
 from fedfmsl.protocol.messages import DeviceStatus, Message, Prediction, Stage, parse
 from fedfmsl.protocol.topics import Topics
@@ -36,7 +36,7 @@ CONFIG, INPUT = 2, 3
 def store(vit: Built, tmp_path: Path) -> DeviceStore:
     """Of a device that has done one round, and has fetched its bundle."""
     device, _, _ = started(vit, write_photos(tmp_path / "photos"), tmp_path / "state", "kitchen")
-    keep_personal_model(device, round_of(Stage.GLOBAL), globals_of(vit))
+    save_personal_model(device, round_of(Stage.GLOBAL), globals_of(vit))
     shutil.copytree(vit.bundle.root, device.store.bundles / vit.bundle.sha256)
     return device.store
 

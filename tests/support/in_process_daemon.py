@@ -20,7 +20,7 @@ from edge_runtime.resources.level_cap import LevelCap
 from edge_runtime.resources.probe import BATCH, Plan
 from edge_runtime.resources.throttle import Pace, PacedEngine
 from edge_runtime.store import DeviceStore
-from edge_runtime.training.context import Device
+from edge_runtime.training.context import TrainingContext
 from edge_runtime.training.gate import Gate
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.link import Link
@@ -50,7 +50,7 @@ def started(
     limits: Limits = LIMITS,
     read: Callable[[], Readings] = Readings,
     timing: Timing = DEFAULT_TIMING,
-) -> tuple[Device, Service, Link]:
+) -> tuple[TrainingContext, Service, Link]:
     """A daemon as `python -m edge_runtime run` makes one, before it talks to anybody; its link is not connected. `read`
     stands for its sensors."""
     bundle = built.bundle
@@ -61,10 +61,10 @@ def started(
     )
     pace = Pace(limits, read, LevelCap.planned(plan, step_seconds=60.0), Nobody())
     samples = SampleFolder(photos, bundle, store)
-    device = Device(
-        name=store.identity(name),
+    device = TrainingContext(
+        device_name=store.identity(name),
         bundle=bundle,
-        scanned=samples.look(patience=3.0),
+        scanned=samples.scan(wait=3.0),
         cache=FeatureCache(DiskCache(store.cache, 2**30), bundle, 1, pace),
         engine=PacedEngine(open_engine("step-graph", bundle, 1), pace),
         gate=Gate(bundle, 1),
@@ -72,6 +72,6 @@ def started(
         level_cap=LEVEL_CAP,
         report=pace,
     )
-    link = device_link(broker, Topics(run), device.name)
-    health_reporter = HealthReporter(link, Topics(run), device.name, store, read)
+    link = device_link(broker, Topics(run), device.device_name)
+    health_reporter = HealthReporter(link, Topics(run), device.device_name, store, read)
     return device, Service(Worker(device, samples, pace), run, link, health_reporter, timing=timing), link

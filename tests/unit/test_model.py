@@ -16,10 +16,10 @@ from edge_runtime.data.inputs import reader_of
 from edge_runtime.data.samples import labels_of
 from edge_runtime.engines.sessions import open_model, run
 from edge_runtime.inference.export_onnx import write_model
-from edge_runtime.training.evaluation import evaluate, train_alone
-from edge_runtime.training.local_expert import LocalExpert, mixture, train_personal
-from edge_runtime.training.model import keep_personal_model, personal_model, read_personal_model
-from edge_runtime.training.stages import Globals, Work, statistics, train_global
+from edge_runtime.training.evaluation import evaluate, train_baseline
+from edge_runtime.training.local_expert import LocalExpert, compute_mixture, train_personal
+from edge_runtime.training.model import make_personal_model, read_personal_model, save_personal_model
+from edge_runtime.training.stages import Globals, StageFunction, statistics, train_global
 from fedfmsl.algorithms.calibration import fit_temperature
 from fedfmsl.algorithms.mixture import nll
 from fedfmsl.errors import BundleError, InputError
@@ -27,11 +27,11 @@ from fedfmsl.protocol.messages import Stage
 
 NOTHING = np.empty(0, np.float32)
 
-WORK: dict[Stage, Work] = {
+WORK: dict[Stage, StageFunction] = {
     Stage.STATISTICS: statistics,
     Stage.GLOBAL: train_global,
     Stage.PERSONAL: train_personal,
-    Stage.BASELINE: train_alone,
+    Stage.BASELINE: train_baseline,
     Stage.EVALUATE: evaluate,
 }
 
@@ -43,7 +43,7 @@ def test_after_every_stage_there_is_a_model_of_what_the_device_has_by_then(
     device, _, _ = started(vit, photos, tmp_path)
     given = Globals(NOTHING, NOTHING, NOTHING) if stage is Stage.STATISTICS else globals_of(vit)
     WORK[stage](device, round_of(stage), given)
-    keep_personal_model(device, round_of(stage), given)
+    save_personal_model(device, round_of(stage), given)
     model = read_personal_model(device.store)
     header = model.header
     assert (header.device, header.round, header.bundle) == ("d", 3, vit.bundle.sha256)
@@ -64,15 +64,15 @@ def test_after_every_stage_there_is_a_model_of_what_the_device_has_by_then(
     if stage is Stage.PERSONAL:
         best = LocalExpert.load(device, "s")
         assert best is not None
-        seen = mixture(device, images, given, best.best, best.best_level)
+        seen = compute_mixture(device, images, given, best.best, best.best_level)
         assert np.allclose(probabilities, np.exp(model.calibrated(seen.log_p)), atol=2e-3)  # fp16 states
 
 
 def test_temperature_and_threshold_are_those_of_the_held_out_slice(vit: Built, photos: Path, tmp_path: Path) -> None:
     device, _, _ = started(vit, photos, tmp_path)
     given = globals_of(vit)
-    model = personal_model(device, round_of(Stage.GLOBAL), given)
-    images = device.slices.held_out
+    model = make_personal_model(device, round_of(Stage.GLOBAL), given)
+    images = device.splits.held_out
     labels = labels_of(images)
 
     (probabilities,) = run_graph(
@@ -94,7 +94,7 @@ def test_what_a_device_evaluates_is_the_model_that_it_keeps(vit: Built, photos: 
         train_personal(device, round_of(Stage.PERSONAL, index), given)
     outcome = evaluate(device, round_of(Stage.EVALUATE), given)
     before = device.store.results.read_bytes()
-    keep_personal_model(device, round_of(Stage.EVALUATE), given)
+    save_personal_model(device, round_of(Stage.EVALUATE), given)
     write_model(device.store, tmp_path / "model.onnx", vit.bundle.root)
     model = open_model(tmp_path / "model.onnx", 1)
     images = device.scanned.test
@@ -108,7 +108,7 @@ def test_what_a_device_evaluates_is_the_model_that_it_keeps(vit: Built, photos: 
 
 def test_the_onnx_file_names_what_it_is_made_of(vit: Built, photos: Path, tmp_path: Path) -> None:
     device, _, _ = started(vit, photos, tmp_path)
-    keep_personal_model(device, round_of(Stage.GLOBAL), globals_of(vit))
+    save_personal_model(device, round_of(Stage.GLOBAL), globals_of(vit))
     write_model(device.store, tmp_path / "model.onnx", vit.bundle.root)
     header, manifest = read_personal_model(device.store).header, vit.bundle.manifest
     named = {entry.key: entry.value for entry in onnx.load(str(tmp_path / "model.onnx")).metadata_props}
@@ -126,11 +126,11 @@ def test_a_model_is_written_with_its_own_bundle_only(vit: Built, dinov2: Built, 
     device, _, _ = started(vit, photos, tmp_path)
     with pytest.raises(InputError, match="no personalized model yet"):
         write_model(device.store, tmp_path / "model.onnx", vit.bundle.root)
-    keep_personal_model(device, round_of(Stage.GLOBAL), globals_of(vit))
-    with pytest.raises(BundleError, match="is not that of the model"):
+    save_personal_model(device, round_of(Stage.GLOBAL), globals_of(vit))
+    with pytest.raises(BundleError, match="is not the bundle of the model"):
         write_model(device.store, tmp_path / "model.onnx", dinov2.bundle.root)
     device.store.mixture.write_bytes(b"torn")
-    with pytest.raises(InputError, match="next round makes it anew"):
+    with pytest.raises(InputError, match="next round replaces it"):
         write_model(device.store, tmp_path / "model.onnx", vit.bundle.root)
 
 
@@ -139,6 +139,6 @@ def test_a_device_that_bears_less_than_the_globals_level_has_a_model_of_all_of_i
 ) -> None:
     device, _, _ = started(vit, photos, tmp_path)
     device = replace(device, level_cap=1)
-    model = personal_model(device, round_of(Stage.GLOBAL), globals_of(vit, level=2))
+    model = make_personal_model(device, round_of(Stage.GLOBAL), globals_of(vit, level=2))
     assert model.header.level == 2
     assert np.array_equal(model.inputs["global_theta"], globals_of(vit, level=2).expert)

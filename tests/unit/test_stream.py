@@ -25,7 +25,7 @@ from edge_runtime.inference.export_onnx import write_model
 from edge_runtime.inference.predict import predict_files
 from edge_runtime.inference.stream import PATIENCE_SECONDS, Inbox, wait_for_a_model, watched
 from edge_runtime.store import DeviceStore
-from edge_runtime.training.model import keep_personal_model, read_personal_model
+from edge_runtime.training.model import read_personal_model, save_personal_model
 from fedfmsl.algorithms.calibration import UNKNOWN
 from fedfmsl.common.files import write_atomically
 from fedfmsl.errors import BundleError, ConfigError, InputError
@@ -38,7 +38,7 @@ OLD = time.time() - 3600
 def store(vit: Built, photos: Path, tmp_path: Path) -> DeviceStore:
     """Of a device that has done one round."""
     device, _, _ = started(vit, photos, tmp_path / "state")
-    keep_personal_model(device, round_of(Stage.GLOBAL), globals_of(vit))
+    save_personal_model(device, round_of(Stage.GLOBAL), globals_of(vit))
     return device.store
 
 
@@ -227,9 +227,9 @@ def test_a_model_that_cannot_be_used_leaves_the_older_one_in_its_place(
 
 
 def test_the_bundle_is_the_one_that_the_device_has_fetched(vit: Built, dinov2: Built, store: DeviceStore) -> None:
-    with pytest.raises(BundleError, match="give its folder with --bundle"):
+    with pytest.raises(BundleError, match="pass its folder with --bundle"):
         StateClassifier(store)
-    with pytest.raises(BundleError, match="is not that of the model"):
+    with pytest.raises(BundleError, match="is not the bundle of the model"):
         StateClassifier(store, dinov2.bundle.root)
     shutil.copytree(vit.bundle.root, store.bundles / vit.bundle.sha256)
     assert StateClassifier(store).classes == CLASSES

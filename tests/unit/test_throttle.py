@@ -19,9 +19,9 @@ from edge_runtime.resources.level_cap import STEPS, LevelCap
 from edge_runtime.resources.probe import BATCH, Plan
 from edge_runtime.resources.sensors import Sensors
 from edge_runtime.resources.throttle import Pace, PacedEngine
-from edge_runtime.training.context import Device
+from edge_runtime.training.context import TrainingContext
 from edge_runtime.training.local_expert import train_personal
-from edge_runtime.training.stages import Work, train_global
+from edge_runtime.training.stages import StageFunction, train_global
 from fedfmsl.protocol.messages import Stage
 
 __all__ = ["device"]  # the fixture
@@ -70,7 +70,7 @@ def pace_of(thermometer: Thermometer, host: Host | None = None, seconds: float =
     return Pace(Limits(max_temperature=75.0), read, LevelCap.planned(plan, 60.0), host or Host())
 
 
-def paced(device: Device, pace: Pace) -> Device:
+def paced(device: TrainingContext, pace: Pace) -> TrainingContext:
     cache = FeatureCache(DiskCache(device.store.root / "paced"), device.bundle, threads=1, report=pace)
     return replace(device, engine=PacedEngine(device.engine, pace), cache=cache, report=pace)
 
@@ -78,7 +78,7 @@ def paced(device: Device, pace: Pace) -> Device:
 @pytest.mark.parametrize("during", ["features", "training"])
 @pytest.mark.parametrize(("stage", "work"), [(Stage.GLOBAL, train_global), (Stage.PERSONAL, train_personal)])
 def test_a_pause_in_the_middle_changes_nothing(
-    during: str, stage: Stage, work: Work, device: Device, thermometer: Thermometer
+    during: str, stage: Stage, work: StageFunction, device: TrainingContext, thermometer: Thermometer
 ) -> None:
     progress: list[Progress] = []
     waited: list[tuple[str, Progress]] = []
@@ -119,7 +119,7 @@ class GivenUpError(Exception):
     pass
 
 
-def test_a_round_can_be_given_up_in_a_pause_and_begun_again(device: Device, thermometer: Thermometer) -> None:
+def test_a_round_can_be_given_up_in_a_pause_and_begun_again(device: TrainingContext, thermometer: Thermometer) -> None:
     def give_up(reason: str) -> None:
         raise GivenUpError
 
@@ -144,7 +144,7 @@ def cool(thermometer: Thermometer) -> Thermometer:
 
 
 def test_the_sensors_are_looked_at_now_and_then(
-    device: Device, thermometer: Thermometer, monkeypatch: pytest.MonkeyPatch
+    device: TrainingContext, thermometer: Thermometer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("edge_runtime.resources.throttle.LOOK_SECONDS", 3600.0)
     pace = pace_of(thermometer)
@@ -155,7 +155,9 @@ def test_the_sensors_are_looked_at_now_and_then(
     assert pace.readings.temperature == 50.0
 
 
-def test_steps_are_timed_but_for_the_first_and_without_pauses(device: Device, thermometer: Thermometer) -> None:
+def test_steps_are_timed_but_for_the_first_and_without_pauses(
+    device: TrainingContext, thermometer: Thermometer
+) -> None:
     pause, steps = 0.5, 0
 
     def overheat(activity: str, done: int, total: int) -> None:
@@ -177,7 +179,7 @@ def test_steps_are_timed_but_for_the_first_and_without_pauses(device: Device, th
 
 @pytest.mark.parametrize(("seconds", "level"), [(1e-9, 1), (1e9, 2)])
 def test_a_training_slower_than_measured_lowers_the_cap(
-    seconds: float, level: int, device: Device, thermometer: Thermometer, monkeypatch: pytest.MonkeyPatch
+    seconds: float, level: int, device: TrainingContext, thermometer: Thermometer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("edge_runtime.resources.level_cap.UNHURRIED", 0.0)
     pace = pace_of(thermometer, seconds=seconds)
