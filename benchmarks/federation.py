@@ -14,7 +14,7 @@ import numpy as np
 from edge_runtime.daemon.worker import STAGES
 from edge_runtime.data.cache import DiskCache
 from edge_runtime.data.features import FeatureCache
-from edge_runtime.data.folder import scan
+from edge_runtime.data.folder import scan_once
 from edge_runtime.data.inputs import reader_of
 from edge_runtime.engines.step_graph import StepGraphEngine
 from edge_runtime.store import DeviceStore
@@ -70,7 +70,7 @@ def open_devices(
     features = FeatureCache(disk, bundle, threads)
     devices = []
     for folder in folders:
-        scanned = scan(folder, bundle.manifest.classes, reader_of(bundle).kind)
+        scanned = scan_once(folder, bundle.manifest.classes, reader_of(bundle).kind)
         for level in range(1, bundle.manifest.levels + 1):
             features.frozen(scanned.train + scanned.held_out, level)
             features.precise().frozen(scanned.test, level)

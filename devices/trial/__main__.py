@@ -23,9 +23,10 @@ from devices.trial.photos import unpack_groceries
 from devices.trial.report import write_report
 from devices.trial.split import write_fleet
 from edge_runtime.data.inputs import Kind
-from fedfmsl.common.cli import application, byte_size, console
+from fedfmsl.common.cli import application, console
 from fedfmsl.common.onnx_runtime import require_ort_training
 from fedfmsl.common.options import option
+from fedfmsl.common.settings import byte_size
 from fedfmsl.errors import ConfigError, InputError, RunError
 from fedfmsl.protocol.bundle import Bundle, Precision
 from fedfmsl.protocol.messages import EngineChoice

@@ -19,6 +19,7 @@ from edge_runtime.data.cache import DiskCache
 from edge_runtime.data.features import FeatureCache, Report
 from edge_runtime.data.folder import SampleFolder, largest
 from edge_runtime.data.inputs import reader_of
+from edge_runtime.data.sample_reader import SampleReader
 from edge_runtime.engines.factory import open_engine
 from edge_runtime.inference.home_assistant import DeviceDescription, discovery_message
 from edge_runtime.inference.watcher import Watcher
@@ -92,9 +93,10 @@ def _worker(
         bundle = fetch_bundle(server, store.bundles, settings.identity, starting.heartbeat)
     bundle.verify()
     engine = open_engine(settings.engine, bundle, threads).name
-    kind = reader_of(bundle).kind
-    folder = SampleFolder(settings.images, bundle, store, settings.labels, starting.progress)
-    scanned = folder.look(patience=SETTLE_SECONDS)
+    reader = SampleReader(reader_of(bundle))
+    kind = reader.kind
+    folder = SampleFolder(settings.images, bundle, store, settings.labels, starting.progress, reader)
+    scanned = folder.scan(wait=SETTLE_SECONDS)
     starting.progress("measuring", 0, 1)
     most = largest(scanned.samples, kind)
     plan = make_plan(bundle, store, engine, threads, most, settings.memory, settings.step_seconds)
@@ -106,7 +108,7 @@ def _worker(
     pace = Pace(settings.limits, sensors.read, LevelCap.planned(plan, settings.step_seconds), starting)
     trainer = PacedEngine(open_engine(engine, bundle, threads, plan.memory_plans), pace)
     disk = DiskCache(store.cache, settings.cache, settings.keep_free)
-    cache = FeatureCache(disk, bundle, threads, pace, plan.feature_batch, trainer.release)
+    cache = FeatureCache(disk, bundle, threads, pace, plan.feature_batch, trainer.release, reader=reader)
     device = TrainingContext(
         device_name=name,
         bundle=bundle,

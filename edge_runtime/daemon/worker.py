@@ -59,7 +59,7 @@ class Worker:
         Raises InputError if there is nothing to train on.
         """
         before = self.device
-        scanned, cap = self._folder.look(), self.pace.cap.level
+        scanned, cap = self._folder.scan(), self.pace.cap.level
         if scanned == before.scanned and cap == before.level_cap:
             return False
         if cap != before.level_cap:

@@ -8,8 +8,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_runtime.data import ledger
 from edge_runtime.data.features import FeatureCache, HiddenStates, Report
+from edge_runtime.data.ledger import open_ledger
 from edge_runtime.data.samples import Sample, Splits, assign_new_samples
 from edge_runtime.engines.base import Engine
 from edge_runtime.store import DeviceStore
@@ -46,8 +46,8 @@ class TrainingContext:
     def splits(self) -> Splits:
         """`scanned`, with unassigned samples assigned. Saved before training, so that assignments never change."""
         splits = assign_new_samples(self.scanned, self.cache.pooled(self.scanned.unassigned_samples, level=1))
-        with ledger.opened(self.store.samples) as samples:
-            samples.keep_splits(splits)
+        with open_ledger(self.store.samples) as ledger:
+            ledger.keep_splits(splits)
         return splits
 
     @cached_property

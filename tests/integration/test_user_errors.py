@@ -290,7 +290,7 @@ CASES = [
         "a level above the bundle's",
         lambda w: w.server(max_level="9"),
         CONFIG,
-        ("--max-level 9", "levels up to 3"),
+        ("--max-level 9", "more than the 3 levels", "lower it"),
     ),
     Wrong(
         "a head of class names with a bundle that has none",

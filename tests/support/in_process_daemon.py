@@ -64,7 +64,7 @@ def started(
     device = TrainingContext(
         device_name=store.identity(name),
         bundle=bundle,
-        scanned=samples.look(patience=3.0),
+        scanned=samples.scan(wait=3.0),
         cache=FeatureCache(DiskCache(store.cache, 2**30), bundle, 1, pace),
         engine=PacedEngine(open_engine("step-graph", bundle, 1), pace),
         gate=Gate(bundle, 1),

@@ -18,7 +18,7 @@ from support.samples import CLASSES, write_photos
 from devices.trial.assets import Asset, fetch
 from devices.trial.dataset import Files, find_files, kind_of
 from devices.trial.split import LEAST, dirichlet_shares, write_fleet
-from edge_runtime.data.folder import scan
+from edge_runtime.data.folder import scan_once
 from edge_runtime.data.inputs import IMAGES, TEXTS
 from fedfmsl.errors import ConfigError, InputError
 from fedfmsl.protocol.bundle import file_sha256
@@ -69,9 +69,9 @@ def test_a_fleets_folders_hold_every_photo_once_and_devices_can_read_them(
         dealt = Counter(path.read_bytes() for root in roots for path in (root / kind).rglob("*.jpg"))
         assert dealt == Counter(path.read_bytes() for paths in of_class.values() for path in paths)
     for root in roots:
-        slices = scan(root, CLASSES, IMAGES)
-        assert slices.held_out
-        assert {image.label for image in slices.test} <= {image.label for image in slices.train}
+        splits = scan_once(root, CLASSES, IMAGES)
+        assert splits.held_out
+        assert {image.label for image in splits.test} <= {image.label for image in splits.train}
 
 
 def test_the_same_seed_gives_the_same_fleet_and_another_another(found: tuple[Files, Files], tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ def test_texts_are_dealt_like_photos(texts: Path, tmp_path: Path) -> None:
     assert sorted(path.read_text() for path in (tmp_path / "fleet").rglob("*.txt")) == sorted(
         path.read_text() for path in texts.rglob("*.txt")
     )
-    assert all(scan(root, CLASSES, TEXTS).train for root in roots)
+    assert all(scan_once(root, CLASSES, TEXTS).train for root in roots)
 
 
 # assets

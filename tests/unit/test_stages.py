@@ -15,7 +15,7 @@ from support.bundles import Built
 import edge_runtime.data.features as features
 from edge_runtime.data.cache import DiskCache
 from edge_runtime.data.features import FeatureCache
-from edge_runtime.data.folder import SampleFolder, scan
+from edge_runtime.data.folder import SampleFolder, scan_once
 from edge_runtime.data.inputs import reader_of
 from edge_runtime.data.samples import Splits, labels_of
 from edge_runtime.engines.base import Batch
@@ -46,7 +46,7 @@ def device(vit: Built, photos: Path, tmp_path: Path) -> TrainingContext:
     return TrainingContext(
         device_name="d",
         bundle=vit.bundle,
-        scanned=scan(photos, vit.bundle.manifest.classes, reader_of(vit.bundle).kind),
+        scanned=scan_once(photos, vit.bundle.manifest.classes, reader_of(vit.bundle).kind),
         cache=FeatureCache(DiskCache(store.cache), vit.bundle, threads=1),
         engine=engine,
         gate=Gate(vit.bundle, threads=1),
@@ -170,7 +170,7 @@ def watched(device: TrainingContext, photos: Path, tmp_path: Path) -> tuple[Trai
     for path in root.rglob("*"):
         os.utime(path, (1e9, 1e9))
     folder = SampleFolder(root, device.bundle, device.store)
-    return replace(device, scanned=folder.look()), folder
+    return replace(device, scanned=folder.scan()), folder
 
 
 def contents(slices: Splits) -> list[list[str]]:
@@ -182,7 +182,7 @@ def test_slices_are_dealt_once_and_are_the_same_at_the_next_look(
 ) -> None:
     before, folder = watched
     assert contents(before.splits) == contents(device.splits)
-    after = replace(before, scanned=folder.look())
+    after = replace(before, scanned=folder.scan())
     monkeypatch.setattr(features, "open_session", lambda *_: pytest.fail("a graph is run to deal again"))
     assert after.splits == before.splits
 
@@ -197,7 +197,7 @@ def test_newcomers_are_trained_on_and_what_has_left_is_not(watched: tuple[Traini
         twin.write_bytes(like.path.read_bytes() + bytes([number]))
         os.utime(twin, (1e9, 1e9))
     left.path.unlink()
-    after = replace(device, scanned=folder.look())
+    after = replace(device, scanned=folder.scan())
     second = statistics(after, round_, given(device, level=1))
     tested = sum(each.path.name.startswith("new-") for each in after.splits.test)
     assert 0 < tested < 10
@@ -221,7 +221,7 @@ def test_the_best_expert_is_measured_anew_when_the_held_out_slice_has_changed(
     assert kept(device).best_nll == -1e9
     for sample in device.splits.held_out[1:]:
         sample.path.unlink()
-    after = replace(device, scanned=folder.look())
+    after = replace(device, scanned=folder.scan())
     train_personal(after, task(Stage.PERSONAL, index=2), globals_)
     last = kept(after)
     held_out = after.splits.held_out
