@@ -58,7 +58,7 @@ def install(request: Request, root: Path = ROOT) -> list[str]:
         host.add_user(USER, STATE)
         _check_access(service)
         for folder in service.writes:
-            host.give(folder, USER)
+            host.change_owner(folder, USER)
     _write(_below(root, CONFIG), text, 0o600, USER if local else None)
     _write(_below(root, UNIT), service_unit(service, host.systemd_version() if local else 0))
     return [*_notes(request, board), _start(root)]

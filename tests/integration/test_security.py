@@ -26,7 +26,7 @@ from support.provisioned_fleet import (
 from devices.provisioning.authority import SERVER, make_authority
 from devices.provisioning.broker_kit import HOME_ASSISTANT
 from devices.provisioning.settings_file import read_table
-from edge_runtime.inference.home_assistant import Described, discovery
+from edge_runtime.inference.home_assistant import DeviceDescription, discovery_message
 from fedfmsl.errors import BrokerError
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.topics import Topics
@@ -105,7 +105,9 @@ def attempt(connect: Callable[..., Link], name: str, topic: str, allowed: str) -
 
 def introduction(device: str) -> str:
     """The topic on which a daemon introduces a device to Home Assistant."""
-    return discovery("homeassistant", Described("orchard", device, ["apple"]), TOPICS.status(device), health=True)[0]
+    return discovery_message(
+        "homeassistant", DeviceDescription("orchard", device, ["apple"]), TOPICS.status(device), health=True
+    )[0]
 
 
 def join(url: str, photos: Path, state: Path, *arguments: str, environment: dict[str, str] | None = None) -> Ended:

@@ -48,7 +48,7 @@ def test_an_address_is_the_machines_own() -> None:
     assert "mqtts://[2001:db8::1]" in services["server"]["command"]
 
 
-@pytest.mark.parametrize(("run", "meant"), [("orchard", "${RUN:-orchard}"), (None, "${RUN:?the name of the run}")])
+@pytest.mark.parametrize(("run", "meant"), [("orchard", "${RUN:-orchard}"), (None, "${RUN:?name of the run}")])
 def test_the_run_is_the_fleets_or_asked_for(run: str | None, meant: str) -> None:
     assert compose(run=run)["server"]["command"][2] == meant
 

@@ -98,7 +98,7 @@ def test_rounds_do_not_wait_for_a_device_that_may_not_train_and_count_it_if_it_c
     run.answers(["a", "b"])
     assert sorted(run.of(StoreRound)[-1].closed.updates) == ABC
     assert run.state.expected == set(ABC)
-    assert [note.text for note in run.of(Log)][-2:] == ["c pauses: 81 °C", "c goes on"]
+    assert [note.text for note in run.of(Log)][-2:] == ["c paused: 81 °C", "c resumes"]
 
 
 def test_devices_that_may_not_train_yet_have_joined_all_the_same(vit: Built) -> None:
@@ -227,8 +227,8 @@ def test_a_duplicate_a_late_and_an_early_update_are_told_so_and_change_nothing(v
     ("stage", "change", "reason"),
     [
         (Stage.STATISTICS, {"run": "other"}, "belongs to run 'other'"),
-        (Stage.STATISTICS, {"session": "before"}, "earlier run of this name"),
-        (Stage.STATISTICS, {"stage": Stage.GLOBAL}, "announced was statistics"),
+        (Stage.STATISTICS, {"session": "before"}, "earlier session of this run"),
+        (Stage.STATISTICS, {"stage": Stage.GLOBAL}, "but stage statistics was announced"),
         (Stage.STATISTICS, {"tensors": {}}, "0 tensors, expected 3"),
         (Stage.STATISTICS, {"tensors": {"class_sums": np.ones((1, 1), np.float32)}}, "expected 3"),
         (Stage.GLOBAL, {"tensors": {}}, "0 values"),
@@ -462,7 +462,7 @@ def test_a_random_selection_asks_a_share_of_the_devices_and_others_do_not_count(
         (stranger, *_) = set(names) - set(chosen)
         reply, _ = run.answers([stranger])
         assert reply.ack.verdict is Verdict.REJECTED
-        assert "was not asked" in reply.ack.reason
+        assert "was not selected" in reply.ack.reason
         run.answers(chosen)
     assert len(set(asked)) > 1
     again = started(vit, names, select=Selection.RANDOM, fraction=0.3, stage1_rounds=6)
@@ -537,7 +537,7 @@ def test_a_late_update_of_a_device_that_was_not_asked_does_not_count(vit: Built)
     (stranger, *_) = set(names) - set(first.chosen)
     run.answers(first.chosen)
     reply, _ = run.feed(make_update(run.plan, first, stranger))
-    assert "was not asked" in reply.ack.reason
+    assert "was not selected" in reply.ack.reason
     forged = make_update(run.plan, first, first.chosen[0], stage=Stage.PERSONAL, round=first.round)
     assert run.feed(forged)[0].ack.verdict is not Verdict.ACCEPTED
 
@@ -549,7 +549,7 @@ def test_a_late_update_of_a_device_that_was_not_asked_does_not_count(vit: Built)
     ("change", "reason"),
     [
         ({"samples": 1001}, "claims 1001 samples, more than 1000"),
-        ({"level": 0}, "not those of its level 0"),
+        ({"level": 0}, "not as many as level 0 has"),
         ({"level": 3}, "above the announced 1"),
     ],
 )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import stat
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -188,14 +190,14 @@ NOBODY = "nobody"
 
 
 @pytest.fixture
-def open_folder(tmp_path: Path) -> Path:
-    """One that everybody may enter, with a readable file two folders below; pytest's own are its user's alone."""
-    for folder in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
-        folder.chmod(0o755)
-    images = tmp_path / "images"
-    (images / "train" / "apple").mkdir(parents=True)
-    (images / "train" / "apple" / "1.jpg").write_bytes(b"x")
-    return images
+def open_folder() -> Iterator[Path]:
+    """A folder that every user may enter. pytest's temporary folders are private to their user."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        images = Path(folder) / "images"
+        (images / "train" / "apple").mkdir(parents=True)
+        (images / "train" / "apple" / "1.jpg").write_bytes(b"x")
+        yield images
 
 
 @as_root

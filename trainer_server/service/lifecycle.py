@@ -70,7 +70,10 @@ def run_server(
     log_bytes: int = LOG_BYTES,
     keepalive: int = KEEPALIVE_SECONDS,
 ) -> None:
-    """Coordinates until the run is finished. Raises RunError if the run failed or another server works in its folder."""
+    """Coordinates until the run is finished.
+
+    Raises RunError if the run failed, another server works in its folder, or a newer server took over.
+    """
     with store.locked(), log_to_folder(store.folder, log_bytes):
         plan = make_plan(store, bundle)
         state, at = restore_state(store, plan)
