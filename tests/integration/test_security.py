@@ -28,7 +28,7 @@ from support.provisioned_fleet import (
 from devices.provisioning.authority import SERVER, make_authority
 from devices.provisioning.broker_kit import HOME_ASSISTANT
 from devices.provisioning.settings_file import read_table
-from edge_runtime.inference.home_assistant import Described, discovery
+from edge_runtime.inference.home_assistant import DeviceDescription, discovery_message
 from fedfmsl.errors import BrokerError
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.topics import Topics
@@ -108,7 +108,9 @@ def attempt(connect: Callable[..., Link], name: str, topic: str, allowed: str) -
 
 def introduction(device: str) -> str:
     """The topic on which a daemon announces its device to Home Assistant."""
-    return discovery("homeassistant", Described("orchard", device, ["apple"]), TOPICS.status(device), health=True)[0]
+    return discovery_message(
+        "homeassistant", DeviceDescription("orchard", device, ["apple"]), TOPICS.status(device), health=True
+    )[0]
 
 
 def join(url: str, photos: Path, state: Path, *arguments: str, environment: dict[str, str] | None = None) -> Ended:
@@ -151,27 +153,27 @@ def test_an_unauthorized_device_is_refused_in_one_line(
 ) -> None:
     make, says = UNAUTHORIZED[client]
     ended = join(fleet.url, photos["device-0"], tmp_path / "state", "--identity", str(make(fleet, tmp_path)))
-    ended.assert_error(BROKER, f"MQTT broker at localhost:{fleet.port} refused us", says)
+    ended.assert_error(BROKER, f"MQTT broker at localhost:{fleet.port} refused the connection", says)
 
 
 @pytest.mark.parametrize("client", ["nobody", "revoked"])
 def test_an_unauthorized_server_is_refused_in_one_line(fleet: Fleet, bundle: Path, tmp_path: Path, client: str) -> None:
     make, says = UNAUTHORIZED[client]
     ended = coordinate(fleet.url, bundle, tmp_path / "out", "--identity", str(make(fleet, tmp_path)))
-    ended.assert_error(BROKER, f"MQTT broker at localhost:{fleet.port} refused us", says)
+    ended.assert_error(BROKER, f"MQTT broker at localhost:{fleet.port} refused the connection", says)
 
 
 def test_a_broker_of_another_ca_is_not_trusted(fleet: Fleet, photos: dict[str, Path], tmp_path: Path) -> None:
     other = write_identity(tmp_path / "ca.pem", None, make_authority("another fleet"))
     ended = join(fleet.url, photos["device-0"], tmp_path / "state", "--identity", str(other))
-    ended.assert_error(BROKER, "no trust in the MQTT broker", "not of the identity file's CA", "--identity")
+    ended.assert_error(BROKER, "cannot trust the MQTT broker", "not of the identity file's CA", "--identity")
 
 
 def test_without_an_identity_file_the_broker_is_not_trusted(
     fleet: Fleet, photos: dict[str, Path], tmp_path: Path
 ) -> None:
     ended = join(fleet.url, photos["device-0"], tmp_path / "state")
-    ended.assert_error(BROKER, "no trust in the MQTT broker", "--identity")
+    ended.assert_error(BROKER, "cannot trust the MQTT broker", "--identity")
 
 
 def test_a_broker_with_another_name_than_in_its_certificate_is_not_trusted(
@@ -179,7 +181,7 @@ def test_a_broker_with_another_name_than_in_its_certificate_is_not_trusted(
 ) -> None:
     url = f"mqtts://127.0.0.2:{fleet.port}"
     ended = join(url, photos["device-0"], tmp_path / "state", "--identity", str(fleet.device("device-0")))
-    ended.assert_error(BROKER, "no trust in the MQTT broker", "of another address", "--host")
+    ended.assert_error(BROKER, "cannot trust the MQTT broker", "of another address", "--host")
 
 
 def test_a_broker_with_an_expired_certificate_is_not_trusted(fleet: Fleet, tmp_path: Path) -> None:
@@ -196,7 +198,7 @@ def test_a_broker_with_an_expired_certificate_is_not_trusted(fleet: Fleet, tmp_p
 
 
 def test_a_port_without_tls_is_named(broker: Broker, fleet: Fleet) -> None:
-    with pytest.raises(BrokerError, match="start one that speaks TLS there"):
+    with pytest.raises(BrokerError, match="start one with TLS"):
         Link(broker.url.replace("mqtt:", "mqtts:"), "x", identity=fleet.device("device-0")).connect()
 
 
@@ -338,7 +340,7 @@ def test_a_device_name_must_be_the_one_in_its_identity(fleet: Fleet, photos: dic
         tmp_path / "state",
         *("--identity", str(fleet.device("device-0")), "--device", "device-1"),
     )
-    ended.assert_error(2, "--device 'device-1'", "'device-0'", "leave --device away")
+    ended.assert_error(2, "--device 'device-1'", "'device-0'", "omit --device")
 
 
 def test_messages_travel_over_a_websocket(fleet: Fleet, connect: Callable[..., Link]) -> None:
@@ -385,7 +387,7 @@ def test_a_user_needs_its_password(photos: dict[str, Path], tmp_path: Path, monk
                 *("--identity", str(authority)),
                 environment={"FEDFMSL_USER": user, "FEDFMSL_PASSWORD": password},
             )
-            ended.assert_error(BROKER, "refused us: Not authorized; check user, password and identity")
+            ended.assert_error(BROKER, "refused the connection: Not authorized; check user, password and identity")
 
 
 def test_a_kits_path_may_contain_a_space_and_a_number_sign(tmp_path: Path) -> None:
