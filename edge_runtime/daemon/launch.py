@@ -21,7 +21,7 @@ from edge_runtime.data.folder import SampleFolder, largest
 from edge_runtime.data.inputs import reader_of
 from edge_runtime.data.sample_reader import SampleReader
 from edge_runtime.engines.factory import open_engine
-from edge_runtime.inference.home_assistant import Described, discovery
+from edge_runtime.inference.home_assistant import DeviceDescription, discovery_message
 from edge_runtime.inference.watcher import Watcher
 from edge_runtime.resources.level_cap import LevelCap
 from edge_runtime.resources.probe import make_plan
@@ -68,10 +68,10 @@ def launch(settings: Settings) -> None:
         health_reporter.pace = worker.pace
         introduction = None
         if settings.watch and settings.home_assistant:
-            described = Described(
+            described = DeviceDescription(
                 settings.run, name, worker.device.bundle.manifest.classes, board(), version("fedfmsl-edge")
             )
-            introduction = discovery(settings.home_assistant, described, topics.status(name), health=True)
+            introduction = discovery_message(settings.home_assistant, described, topics.status(name), health=True)
         stays = settings.stay or settings.watch is not None
         service = Service(worker, settings.run, link, health_reporter, introduction, stays)
         if settings.watch:
