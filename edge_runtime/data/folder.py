@@ -36,7 +36,6 @@ class SampleFolder:
         bundle: Bundle,
         store: DeviceStore,
         labels: Path | None = None,
-        report: Report = lambda *_: None,
     ) -> None:
         """`labels` is a CSV file. Raises ConfigError or BundleError if what the bundle takes cannot be read here."""
         reader = reader_of(bundle)
@@ -47,10 +46,9 @@ class SampleFolder:
         self._extent = reader.extent
         self._store = store
         self._labels = labels
-        self._report = report
         self._largest = UNLIMITED
 
-    def look(self, patience: float = 0.0) -> Splits:
+    def look(self, patience: float = 0.0, report: Report = lambda *_: None) -> Splits:
         """The folder as it is now, `assign_new_samples` to follow. A file that may still be being written is left for the
         next look; for up to `patience` seconds it is waited for. What the memory plan is made for is the largest sample
         of the first look: larger ones that come later are set aside.
@@ -63,7 +61,7 @@ class SampleFolder:
             listing = self._list()
         with opened(self._store.samples) as ledger:
             ledger.read_for(self._preprocessing)
-            outcomes = list(self._outcomes(ledger, listing.files))
+            outcomes = list(self._outcomes(ledger, listing.files, report))
             kept = ledger.slices({outcome.sha256 for outcome in outcomes if isinstance(outcome, Sample)})
             slices = _dealt(listing, outcomes, self._classes, kept)
             _check(slices, self._folder, self._kind)
@@ -82,7 +80,7 @@ class SampleFolder:
             return walk_labelled(self._folder, self._kind, self._labels, self._classes)
         return walk_classes(self._folder, self._kind.suffixes, self._kind.noun, self._classes)
 
-    def _outcomes(self, ledger: Ledger, files: Sequence[ClassFile]) -> Iterator[Outcome]:
+    def _outcomes(self, ledger: Ledger, files: Sequence[ClassFile], report: Report) -> Iterator[Outcome]:
         fresh: list[tuple[str, FileVersion, Content]] = []
         for index, file in enumerate(files, start=1):
             content: Content | SkippedFile | None = ledger.content(file.name, file.version)
@@ -93,7 +91,7 @@ class SampleFolder:
                 if len(fresh) == KEPT_AT_ONCE:
                     ledger.keep_contents(fresh)
                     fresh.clear()
-                self._report("looking", index, len(files))
+                report("looking", index, len(files))
             yield _outcome(file, content, self._classes, self._kind, self._largest)
         ledger.keep_contents(fresh)
 

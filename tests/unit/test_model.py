@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 from support.bundles import Built, run_graph
-from support.in_process_daemon import started
+from support.in_process_daemon import make_daemon
 from support.personal_models import SHA, globals_of, round_of
 
 from edge_runtime.data.inputs import reader_of
@@ -40,7 +40,7 @@ WORK: dict[Stage, Work] = {
 def test_after_every_stage_there_is_a_model_of_what_the_device_has_by_then(
     vit: Built, photos: Path, tmp_path: Path, stage: Stage
 ) -> None:
-    device, _, _ = started(vit, photos, tmp_path)
+    device = make_daemon(vit, photos, tmp_path).device
     given = Globals(NOTHING, NOTHING, NOTHING) if stage is Stage.STATISTICS else globals_of(vit)
     WORK[stage](device, round_of(stage), given)
     keep_personal_model(device, round_of(stage), given)
@@ -69,7 +69,7 @@ def test_after_every_stage_there_is_a_model_of_what_the_device_has_by_then(
 
 
 def test_temperature_and_threshold_are_those_of_the_held_out_slice(vit: Built, photos: Path, tmp_path: Path) -> None:
-    device, _, _ = started(vit, photos, tmp_path)
+    device = make_daemon(vit, photos, tmp_path).device
     given = globals_of(vit)
     model = personal_model(device, round_of(Stage.GLOBAL), given)
     images = device.slices.held_out
@@ -88,7 +88,7 @@ def test_temperature_and_threshold_are_those_of_the_held_out_slice(vit: Built, p
 
 
 def test_what_a_device_evaluates_is_the_model_that_it_keeps(vit: Built, photos: Path, tmp_path: Path) -> None:
-    device, _, _ = started(vit, photos, tmp_path)
+    device = make_daemon(vit, photos, tmp_path).device
     given = globals_of(vit)
     for index in range(2):
         train_personal(device, round_of(Stage.PERSONAL, index), given)
@@ -107,7 +107,7 @@ def test_what_a_device_evaluates_is_the_model_that_it_keeps(vit: Built, photos: 
 
 
 def test_the_onnx_file_names_what_it_is_made_of(vit: Built, photos: Path, tmp_path: Path) -> None:
-    device, _, _ = started(vit, photos, tmp_path)
+    device = make_daemon(vit, photos, tmp_path).device
     keep_personal_model(device, round_of(Stage.GLOBAL), globals_of(vit))
     write_model(device.store, tmp_path / "model.onnx", vit.bundle.root)
     header, manifest = read_personal_model(device.store).header, vit.bundle.manifest
@@ -123,7 +123,7 @@ def test_the_onnx_file_names_what_it_is_made_of(vit: Built, photos: Path, tmp_pa
 
 
 def test_a_model_is_written_with_its_own_bundle_only(vit: Built, dinov2: Built, photos: Path, tmp_path: Path) -> None:
-    device, _, _ = started(vit, photos, tmp_path)
+    device = make_daemon(vit, photos, tmp_path).device
     with pytest.raises(InputError, match="no personalized model yet"):
         write_model(device.store, tmp_path / "model.onnx", vit.bundle.root)
     keep_personal_model(device, round_of(Stage.GLOBAL), globals_of(vit))
@@ -137,7 +137,7 @@ def test_a_model_is_written_with_its_own_bundle_only(vit: Built, dinov2: Built, 
 def test_a_device_that_bears_less_than_the_globals_level_has_a_model_of_all_of_it(
     vit: Built, photos: Path, tmp_path: Path
 ) -> None:
-    device, _, _ = started(vit, photos, tmp_path)
+    device = make_daemon(vit, photos, tmp_path).device
     device = replace(device, level_cap=1)
     model = personal_model(device, round_of(Stage.GLOBAL), globals_of(vit, level=2))
     assert model.header.level == 2
