@@ -4,45 +4,59 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python -m
 INSTALLED := $(VENV)/.installed
-# onnxruntime-training: another package named onnxruntime, so it lies beside the environment and not in it
+# onnxruntime-training is another package named onnxruntime, so it has a folder of its own
 TRAINING := $(VENV)/ort-training
+export HAS_NO_TRAINING_WHEEL := import platform, sys; sys.exit(platform.machine() == "x86_64" and sys.version_info < (3, 13))
+# processes that run tests; a file's tests stay in one of them, and tests/conftest.py starts long files first
+WORKERS ?= 2
+PARALLEL := --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: trial test test-arm64 faults tools tools-arm64 install clean
+.PHONY: trial test lint test-arm64 faults tools tools-arm64 install clean
 
 trial: install
 	$(RUN) devices.trial
 
-test: install tools
+test: install tools lint
+	$(RUN) pytest $(PARALLEL)
+	@if [ -d $(TRAINING)/onnxruntime ]; then \
+		echo "once more what concerns engines, with onnxruntime-training" && \
+		PYTHONPATH=$(CURDIR)/$(TRAINING) $(RUN) pytest $(PARALLEL) -m ort_training tests/unit/test_engines.py \
+			tests/unit/test_build.py tests/integration/test_package_boundaries.py tests/integration/test_trial_on_photos.py; \
+	else \
+		echo "not tested here: onnxruntime-training is not installed"; \
+		[ "$$CI" != true ] || $(VENV)/bin/python -c "$$HAS_NO_TRAINING_WHEEL"; fi
+
+lint: install
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
 	$(RUN) mypy
-	$(RUN) pytest
-	@if [ -d $(TRAINING)/onnxruntime ]; then \
-		echo "once more what concerns engines, with onnxruntime-training" && \
-		PYTHONPATH=$(CURDIR)/$(TRAINING) $(RUN) pytest tests/unit/test_engines.py tests/unit/test_build.py \
-			tests/integration/test_packages.py tests/integration/test_a_trial.py; \
-	else echo "onnxruntime-training has no wheel here: its engine is not tested"; fi
 
 # a Raspberry Pi in software: qemu, and Debian's arm64 programs in .arm64/
 test-arm64: install tools tools-arm64
-	$(RUN) pytest tests/arm64 --numprocesses 2 --dist loadfile -rs
+	$(RUN) pytest tests/arm64 $(PARALLEL)
 
-# every fault in its long form; make test runs the short one
+# every fault in its long form; make test runs the short form
 faults: install tools
 	$(RUN) pytest tests/faults --full
 
-# what the tests want beyond Python: a real broker, and a clock that jumps. Without them some tests are skipped, and say so
+# Programs that tests need beside Python. Without them their tests are skipped, or fail with CI=true (tests/support/tools.py).
 tools:
-	@if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null && ! { PATH=$$PATH:/usr/sbin command -v mosquitto && \
-		command -v faketime; } > /dev/null; then \
-		apt-get update -q > /dev/null && apt-get install -qy --no-install-recommends mosquitto faketime > /dev/null; \
-	fi || true
+	@$(call apt_install,mosquitto faketime,mosquitto faketime)
 
 tools-arm64:
-	@if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null && ! { command -v mmdebstrap && \
-		command -v qemu-aarch64-static; } > /dev/null; then \
-		apt-get update -q > /dev/null && apt-get install -qy --no-install-recommends mmdebstrap qemu-user-static > /dev/null; \
-	fi || true
+	@$(call apt_install,mmdebstrap qemu-aarch64-static,mmdebstrap qemu-user-static)
+
+# $(1): programs, $(2): their Debian packages. Prints why they could not be installed.
+define apt_install
+for program in $(1); do \
+	PATH="$$PATH:/usr/sbin" command -v $$program > /dev/null && continue; \
+	if [ "$$(id -u)" != 0 ]; then echo "$$program is missing: as root, run apt-get install $(2)"; \
+	elif ! command -v apt-get > /dev/null; then echo "$$program is missing, and there is no apt-get: install $(2)"; \
+	else log=$$(apt-get update -q 2>&1 && apt-get install -qy --no-install-recommends $(2) 2>&1) || \
+		{ echo "$$program is missing: apt-get could not install $(2):"; echo "$$log" | tail -n 3; }; fi; \
+	break; \
+done
+endef
 
 install: $(INSTALLED)
 
@@ -51,8 +65,8 @@ $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(RUN) pip install --quiet --disable-pip-version-check --editable .[dev]
-	$(RUN) pip install --quiet --disable-pip-version-check --no-deps --target $(TRAINING) \
-		onnxruntime-training-cpu==1.19.2 || true
+	@$(RUN) pip install --quiet --disable-pip-version-check --no-deps --target $(TRAINING) \
+		onnxruntime-training-cpu==1.19.2 || echo "onnxruntime-training is not installed: it has wheels for x86-64 and Python 3.12 or older"
 	touch $@
 
 clean:

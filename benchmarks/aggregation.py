@@ -24,9 +24,9 @@ import typer
 from benchmarks.federation import History, accuracies, federate, honest, open_devices, scaled
 from devices.trial.assets import ASSETS, PHOTOS, fetch
 from devices.trial.dataset import find_files, kind_of
-from devices.trial.photos import unpack_groceries
-from devices.trial.split import write_fleet
-from edge_runtime.training.stages import Outcome
+from devices.trial.groceries import unpack_groceries
+from devices.trial.shares import write_device_folders
+from edge_runtime.training.stages import StageResult
 from fedfmsl.algorithms.accounting import epsilon
 from fedfmsl.algorithms.privacy import Privacy
 from fedfmsl.common.cli import application
@@ -109,7 +109,7 @@ CONFIGURATIONS = {
     "private-0.1": _private(0.1),
     "private-0.3": _private(0.3),
     "private-1.0": _private(1.0),
-    "half": Configuration("a random half of the devices each round", {"selection": Selection.RANDOM, "fraction": 0.5}),
+    "half": Configuration("a random half of the devices each round", {"select": Selection.RANDOM, "fraction": 0.5}),
 }
 
 
@@ -163,7 +163,7 @@ def trial_config(configuration: Configuration, seed: int) -> RunConfig:
     )
 
 
-def _hostile(device: str, outcome: Outcome) -> Outcome:
+def _hostile(device: str, outcome: StageResult) -> StageResult:
     return scaled(outcome, FACTOR) if device == HOSTILE else outcome
 
 
@@ -187,7 +187,7 @@ def _bundle(seed: int) -> Bundle:
         command += [classes, "--image-size", "140", "--levels", "3", "--seed", str(seed), "--out", str(folder)]
         if subprocess.run([sys.executable, "-m", *command], check=False).returncode:
             raise RunError(f"the bundle {folder} could not be built")
-    return Bundle(folder)
+    return Bundle.load(folder)
 
 
 def _split(seed: int) -> list[Path]:
@@ -195,7 +195,7 @@ def _split(seed: int) -> list[Path]:
     folder = FOLDER / f"samples-{seed}"
     if not folder.is_dir():
         train, test = find_files(groceries(), kind_of(groceries()), None)
-        write_fleet(train, test, folder, DEVICES, ALPHA, seed)
+        write_device_folders(train, test, folder, DEVICES, ALPHA, seed)
     return sorted(folder.iterdir())
 
 

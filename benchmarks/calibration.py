@@ -25,13 +25,13 @@ from benchmarks.aggregation import ALPHA, CONFIGURATIONS, DEVICES, groceries, tr
 from benchmarks.federation import federate, open_devices
 from devices.trial.assets import ASSETS
 from devices.trial.dataset import find_files, kind_of
-from devices.trial.split import write_fleet
+from devices.trial.shares import write_device_folders
 from edge_runtime.data.samples import labels_of
 from edge_runtime.inference.classifier import StateClassifier
-from edge_runtime.training.context import Device
+from edge_runtime.training.context import TrainingContext
 from edge_runtime.training.model import read_personal_model
 from fedfmsl.algorithms.arrays import Floats, Labels
-from fedfmsl.algorithms.calibration import calibrated, fit_temperature, unknown_below
+from fedfmsl.algorithms.calibration import calibrate, fit_temperature, unknown_threshold
 from fedfmsl.algorithms.mixture import accuracy, nll
 from fedfmsl.common.cli import application
 from fedfmsl.errors import RunError
@@ -72,10 +72,10 @@ class Said:
 
     @cached_property
     def threshold(self) -> float:
-        return unknown_below(np.exp(calibrated(self.held_out, self.temperature).max(axis=1)))
+        return unknown_threshold(np.exp(calibrate(self.held_out, self.temperature).max(axis=1)))
 
     def unknown(self, log_p: Floats) -> int:
-        return int((np.exp(calibrated(log_p, self.temperature).max(axis=1)) < self.threshold).sum())
+        return int((np.exp(calibrate(log_p, self.temperature).max(axis=1)) < self.threshold).sum())
 
 
 @app.command()
@@ -117,22 +117,22 @@ def _ask(seed: int, threads: int) -> list[Said]:
     command += ["--classes", ",".join(train), "--levels", "3", "--seed", str(seed), "--out", str(bundle)]
     if not bundle.is_dir() and subprocess.run([sys.executable, "-m", *command], check=False).returncode:
         raise RunError(f"the bundle {bundle} could not be built")
-    homes = write_fleet(train, test, FOLDER / f"samples-{seed}", DEVICES, ALPHA, seed)
-    devices = open_devices(Bundle(bundle), homes, FOLDER / f"devices-{seed}", FOLDER / "cache", threads)
+    homes = write_device_folders(train, test, FOLDER / f"samples-{seed}", DEVICES, ALPHA, seed)
+    devices = open_devices(Bundle.load(bundle), homes, FOLDER / f"devices-{seed}", FOLDER / "cache", threads)
     federate(trial_config(CONFIGURATIONS["reference"], seed), devices)
     return [_said(device, foreign) for device in devices]
 
 
-def _said(device: Device, foreign: Sequence[Path]) -> Said:
+def _said(device: TrainingContext, foreign: Sequence[Path]) -> Said:
     classifier = StateClassifier(device.store, device.bundle.root)
     temperature = read_personal_model(device.store).header.temperature
 
     def log_p(paths: Sequence[Path]) -> Floats:
         rows = [list(classifier.classify(path).probabilities.values()) for path in paths]
         given = np.log(np.maximum(np.array(rows, np.float32).reshape(len(rows), device.classes), 1e-38))
-        return calibrated(given, 1 / temperature)
+        return calibrate(given, 1 / temperature)
 
-    held_out, test = device.slices.held_out, device.scanned.test
+    held_out, test = device.splits.held_out, device.scanned.test
     mine = log_p([sample.path for sample in held_out]), labels_of(held_out)
     return Said(*mine, log_p([sample.path for sample in test]), labels_of(test), log_p(foreign))
 
@@ -152,7 +152,7 @@ def _load(path: Path) -> list[Said]:
 def _row(said: list[Said]) -> list[float]:
     labels = np.concatenate([each.test_labels for each in said])
     before = np.concatenate([each.test for each in said])
-    after = np.concatenate([calibrated(each.test, each.temperature) for each in said])
+    after = np.concatenate([calibrate(each.test, each.temperature) for each in said])
     return [
         len(labels),
         accuracy(after, labels),

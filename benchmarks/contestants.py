@@ -65,7 +65,7 @@ def make(name: str, setting: Setting) -> Contestant:
 def _engine(choice: EngineChoice, setting: Setting, level: int) -> Contestant:
     from benchmarks.flops import graph_flops
 
-    bundle = Bundle(setting.bundle)
+    bundle = Bundle.load(setting.bundle)
     dims, size = bundle.manifest.dims, bundle.expert.size(level)
     rng = np.random.default_rng(setting.seed)
     targets = Targets.cross_entropy(rng.integers(0, dims.classes, setting.batch))
@@ -86,7 +86,7 @@ def _torch(setting: Setting, level: int | None) -> Contestant:
     from export.weights import load_backbone
 
     torch.set_num_threads(setting.threads)
-    manifest = Bundle(setting.bundle).manifest
+    manifest = Bundle.load(setting.bundle).manifest
     assert isinstance(manifest.preprocessing, ImagePreprocessing)
     dims, size = manifest.dims, manifest.preprocessing.size
     source = load_backbone(setting.model, setting.weights, dims.classes, size, None, setting.seed)

@@ -53,7 +53,7 @@ def epoch(
             scratch = str(Path(folder) / f"cache-{index}")
             common = (model, weights, str(photos), scratch)
             rest = (epochs, batch, threads or os.cpu_count() or 1, seed)
-            results[f"edge, {Bundle(root).manifest.precision}"] = _row(
+            results[f"edge, {Bundle.load(root).manifest.precision}"] = _row(
                 _run("edge", Setting(str(root), *common, rounds, *rest)), 1.0
             )
         measured = _run("torch", Setting(str(folders[0]), *common, rounds[:torch_rounds], *rest))

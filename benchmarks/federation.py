@@ -14,15 +14,15 @@ import numpy as np
 from edge_runtime.daemon.round_runner import STAGES
 from edge_runtime.data.cache import DiskCache
 from edge_runtime.data.features import FeatureCache
-from edge_runtime.data.folder import scan
+from edge_runtime.data.folder import scan_once
 from edge_runtime.data.inputs import reader_of
 from edge_runtime.engines.step_graph import StepGraphEngine
 from edge_runtime.store import DeviceStore
-from edge_runtime.training.context import Device
+from edge_runtime.training.context import TrainingContext
 from edge_runtime.training.gate import Gate
-from edge_runtime.training.model import keep_personal_model
-from edge_runtime.training.stages import Globals, Outcome
-from edge_runtime.training.updates import header_of, prepare
+from edge_runtime.training.model import save_personal_model
+from edge_runtime.training.stages import Globals, StageResult
+from edge_runtime.training.updates import prepare_update, update_header
 from fedfmsl.algorithms.arrays import Vector
 from fedfmsl.errors import RunError
 from fedfmsl.protocol.bundle import Bundle
@@ -46,10 +46,10 @@ from trainer_server.coordinator.events import (
 from trainer_server.coordinator.records import ClosedRound
 from trainer_server.coordinator.state import Plan, initial_state
 
-Tamper = Callable[[str, Outcome], Outcome]  # what a device makes of its own outcome before it is prepared
+Tamper = Callable[[str, StageResult], StageResult]  # what a device makes of its own outcome before it is prepared
 
 
-def honest(_: str, outcome: Outcome) -> Outcome:
+def honest(_: str, outcome: StageResult) -> StageResult:
     return outcome
 
 
@@ -61,26 +61,32 @@ class History:
     norms: dict[Stage, list[float]] = field(default_factory=dict)
 
 
-def open_devices(bundle: Bundle, folders: Sequence[Path], states: Path, cache: Path, threads: int) -> list[Device]:
+def open_devices(
+    bundle: Bundle, folders: Sequence[Path], states: Path, cache: Path, threads: int
+) -> list[TrainingContext]:
     """One for each folder of photos. They share engine, gate and feature cache: they take turns, and what is cached is
     named after all that it depends on. Every feature that a run could ask for is computed here, once."""
     disk, engine, gate = DiskCache(cache), StepGraphEngine(bundle, threads), Gate(bundle, threads)
     features = FeatureCache(disk, bundle, threads)
     devices = []
     for folder in folders:
-        scanned = scan(folder, bundle.manifest.classes, reader_of(bundle).kind)
+        scanned = scan_once(folder, bundle.manifest.classes, reader_of(bundle).kind)
         for level in range(1, bundle.manifest.levels + 1):
             features.frozen(scanned.train + scanned.held_out, level)
             features.precise().frozen(scanned.test, level)
         store = DeviceStore(states / folder.name)
         store.root.mkdir(parents=True, exist_ok=True)
         level_cap = bundle.manifest.levels
-        devices.append(Device(folder.name, bundle, scanned, features, engine, gate, store, level_cap, lambda *_: None))
+        devices.append(
+            TrainingContext(folder.name, bundle, scanned, features, engine, gate, store, level_cap, lambda *_: None)
+        )
     disk.drop_unused()  # what an earlier run has lifted to its own experts
     return devices
 
 
-def federate(config: RunConfig, devices: Sequence[Device], tamper: Tamper = honest, feedback: bool = True) -> History:
+def federate(
+    config: RunConfig, devices: Sequence[TrainingContext], tamper: Tamper = honest, feedback: bool = True
+) -> History:
     """The run from its first round to its last. Without `feedback` what encoding loses is forgotten every round.
 
     Raises RunError if the server refuses an update, or gives the run up.
@@ -101,25 +107,25 @@ def federate(config: RunConfig, devices: Sequence[Device], tamper: Tamper = hone
         assert task is not None
         given = _read_globals(bundle, task, commands)
         for device in devices:
-            if task.chosen and device.name not in task.chosen:
+            if task.chosen and device.device_name not in task.chosen:
                 continue
             outcome = STAGES[task.stage](device, task, given)
-            keep_personal_model(device, task, given)
+            save_personal_model(device, task, given)
             if outcome.delta is not None:
                 history.norms.setdefault(task.stage, []).append(float(np.linalg.norm(outcome.delta)))
             if not feedback:
                 device.store.residual.unlink(missing_ok=True)
             # seeded, as a device's own noise is not, so that the table can be made again
-            rng = np.random.default_rng([config.seed, task.round, *device.name.encode()])
-            sent = prepare(bundle, device.store.residual, task, tamper(device.name, outcome), rng)
-            event = _arrived(pack(header_of(device, task, sent), sent.tensors))
+            rng = np.random.default_rng([config.seed, task.round, *device.device_name.encode()])
+            sent = prepare_update(bundle, device.store.residual, task, tamper(device.device_name, outcome), rng)
+            event = _arrived(pack(update_header(device, task, sent), sent.tensors))
             blobs[event.sha256] = event.tensors
             state, commands = advance(plan, state, event, 0.0)
             _check_accepted(commands)
 
 
-def _status(device: Device) -> DeviceStatus:
-    return DeviceStatus(device=device.name, online=True, bundle=device.bundle.sha256, level_cap=device.level_cap)
+def _status(device: TrainingContext) -> DeviceStatus:
+    return DeviceStatus(device=device.device_name, online=True, bundle=device.bundle.sha256, level_cap=device.level_cap)
 
 
 def _stopped(commands: Iterable[Command]) -> bool:
@@ -152,7 +158,7 @@ def _check_accepted(commands: Iterable[Command]) -> None:
             raise RunError(f"round {command.ack.round}, {command.ack.device}: {command.ack.reason}")
 
 
-def scaled(outcome: Outcome, factor: float) -> Outcome:
+def scaled(outcome: StageResult, factor: float) -> StageResult:
     """An outcome whose difference is `factor` times what was trained."""
     if outcome.delta is None:
         return outcome

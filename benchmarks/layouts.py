@@ -86,7 +86,7 @@ def layout_bundle(
         files={INIT: FileEntry(size=(folder / INIT).stat().st_size, sha256=file_sha256(folder / INIT))},
     )
     (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1))
-    return Bundle(folder)
+    return Bundle.load(folder)
 
 
 def update_of(bundle: Bundle, device: str, task: Round, level_cap: int) -> tuple[Update, Tensors]:

@@ -24,7 +24,7 @@ from edge_runtime.data.images import load_pixels
 from edge_runtime.data.samples import Sample, labels_of
 from edge_runtime.engines.memory import peak_rss_mb
 from edge_runtime.engines.step_graph import StepGraphEngine
-from edge_runtime.training.loop import Targets, predict_log, train
+from edge_runtime.training.loop import Targets, predict_log_p, train
 from fedfmsl.protocol.bundle import Bundle, ImagePreprocessing, file_sha256
 from fedfmsl.protocol.messages import Training
 
@@ -58,7 +58,7 @@ class Seconds:
 
 
 def edge(setting: Setting) -> Seconds:
-    bundle, spent = Bundle(Path(setting.bundle)), Seconds()
+    bundle, spent = Bundle.load(Path(setting.bundle)), Seconds()
     train_on, held_out = _slices(setting, bundle.manifest.dims.classes)
     cache = FeatureCache(DiskCache(Path(setting.scratch)), bundle, setting.threads)
     engine = StepGraphEngine(bundle, setting.threads)
@@ -79,7 +79,7 @@ def edge(setting: Setting) -> Seconds:
         theta[:size] = engine.get()
         spent.training += time.perf_counter() - started
         started = time.perf_counter()
-        predict_log(engine, unseen, bias)
+        predict_log_p(engine, unseen, bias)
         spent.evaluation += time.perf_counter() - started
     return spent
 
@@ -91,7 +91,7 @@ def torch(setting: Setting) -> Seconds:
     from export.weights import load_backbone
 
     torch.set_num_threads(setting.threads)
-    manifest, spent = Bundle(Path(setting.bundle)).manifest, Seconds()
+    manifest, spent = Bundle.load(Path(setting.bundle)).manifest, Seconds()
     preprocessing = manifest.preprocessing
     assert isinstance(preprocessing, ImagePreprocessing)
     train_on, held_out = _slices(setting, manifest.dims.classes)

@@ -78,14 +78,14 @@ def compare(
     out: Path | None = typer.Option(None, "--json", help="File to write the measurements to."),
 ) -> None:
     folders = bundle or [built(model, weights, precision, ort_training) for precision in ("fp32", "int8")]
-    if any(isinstance(Bundle(folder).manifest.preprocessing, TextPreprocessing) for folder in folders):
+    if any(isinstance(Bundle.load(folder).manifest.preprocessing, TextPreprocessing) for folder in folders):
         raise ConfigError("this comparison is of vision models; give another --model or --bundle")
     threads = threads or os.cpu_count() or 1
     wanted = [int(level) for level in levels.split(",")]
     settings = [Setting(folder, model, weights, batch, threads, seed) for folder in folders]
     workers = [Worker(name, settings[0]) for name in (PRODUCT, REFERENCE, *(f"torch-suffix-{k}" for k in wanted))]
     for setting in settings:
-        label = Bundle(setting.bundle).manifest.precision
+        label = Bundle.load(setting.bundle).manifest.precision
         workers += [Worker(f"step-graph-{label}-{k}", setting) for k in wanted]
         if ort_training and label == "fp32":
             workers += [Worker(f"ort-training-{k}", setting, ort_training) for k in wanted]

@@ -9,25 +9,28 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import typer
 
 from devices.provisioning import installation
 from devices.provisioning.installation import ROOT, Request
-from edge_runtime.settings import Given, Settings, read_settings, with_settings
+from edge_runtime.settings import Settings
 from fedfmsl.common.cli import application, console
+from fedfmsl.common.options import with_settings
+from fedfmsl.common.settings import read_settings
 from fedfmsl.errors import ConfigError
 
 app = application("Install the daemon on this machine: settings, user and service. Or remove them.")
 
 
-def _request(model: type[Settings], source: Path | None, given: Mapping[str, Given]) -> Request | None:
-    return Request(source, read_settings(model, source, given), frozenset(given)) if source else None
+def _request(source: Path | None, flags: Mapping[str, Any]) -> Request | None:
+    return Request(source, read_settings(Settings, source, flags), frozenset(flags)) if source else None
 
 
 @app.command()
 @with_settings(
-    Settings, typer.Argument(None, metavar="FILE", help="The device's file from devices.provision."), _request
+    Settings, file=typer.Argument(None, metavar="FILE", help="The device's file from devices.provision."), read=_request
 )
 def install(
     request: Request | None,

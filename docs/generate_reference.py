@@ -8,14 +8,19 @@ A test compares the page with `page()`.
 from __future__ import annotations
 
 import importlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import typer
 
-from fedfmsl import errors
+from edge_runtime.daemon.metrics import families
+from edge_runtime.settings import Settings
+from fedfmsl.common.exit_codes import EXIT_CODES
+from fedfmsl.common.options import reference
+from fedfmsl.common.settings import SettingsModel
+from fedfmsl.protocol.messages import Activity, Health
+from trainer_server.settings import ServerSettings
 
 PAGE = Path(__file__).with_name("reference.md")
 # Module of each command's typer application, in the order of the page.
@@ -29,40 +34,43 @@ MODULES = (
     "devices.trial.__main__",
     "devices.trial.assets",
 )
+MODELS: dict[str, type[SettingsModel]] = {"device": Settings, "server": ServerSettings}
 INTRODUCTION = """\
 # Settings, commands and exit codes
 
 This page is generated from the code: `python docs/generate_reference.py`.
 
-A setting of a device has three forms: a key of its TOML file (`max_temperature`), an environment variable
-(`FEDFMSL_MAX_TEMPERATURE`) and an option (`--max-temperature`). An option overrides the environment; the environment
-overrides the file. Sizes are written like `512MB` or `2GB`.
+A setting has three forms: a key of a TOML file (`max_temperature`), an environment variable
+(`FEDFMSL_MAX_TEMPERATURE`) and an option (`--max-temperature`). A switch also has a negative option (`--no-stay`). An
+option overrides the environment; the environment overrides the file. The option `--config` (`FEDFMSL_CONFIG`) names
+the file; relative paths in the file start at its folder. Sizes are written like `512MB` or `2GB`. A list is a TOML
+list, or a text with commas. All errors are reported together.
 
 User and password for the broker are in the address or in `FEDFMSL_USER` and `FEDFMSL_PASSWORD`.
 
 ## Exit codes
 
-A command that fails prints one line per error to stderr: value, place and remedy. A command stopped by a signal exits with
-128 plus the signal's number.
+A command that fails prints one line per error to stderr: value, place and remedy.
 
-| code | error | cause |
-|---|---|---|
+| code | cause |
+|---|---|
 """
-CAUSES = {
-    errors.ConfigError: "an option or setting has an invalid value",
-    errors.InputError: "images, texts, folders or class names cannot be used",
-    errors.BundleError: "a bundle is missing, changed, or of another model",
-    errors.WeightsError: "model weights cannot be found, downloaded or recognised",
-    errors.BrokerError: "the MQTT broker is unreachable or refuses the client",
-    errors.MessageError: "a message does not match the protocol; it is refused and never ends a process",
-    errors.RunError: "a run cannot continue: too few devices, or a process that ended early",
-}
 
 
 def page() -> str:
-    codes = [f"| {error.exit_code} | `{error.__name__}` | {cause} |" for error, cause in CAUSES.items()]
-    codes.append(f"| {os.EX_IOERR} | | the disk is full |")
-    return INTRODUCTION + "\n".join([*codes, *commands()]) + "\n"
+    codes = [f"| {code} | {cause} |" for code, cause in EXIT_CODES.items()]
+    settings = [f"\n## Settings of the {name}\n\n{reference(model)}" for name, model in MODELS.items()]
+    return INTRODUCTION + "\n".join([*codes, *settings, *metrics(), *commands()]) + "\n"
+
+
+def metrics() -> Iterator[str]:
+    """A Markdown table of the Prometheus metrics of a device."""
+    known = dict.fromkeys(Health.model_fields, 1)
+    yield from ("", "## Metrics of a device", "", "| metric | type | labels | meaning |", "|---|---|---|---|")
+    for family in families(Health.model_construct(None, **{**known, "activity": next(iter(Activity))})):
+        name = f"{family.name}_total" if family.type == "counter" else family.name
+        labels = ", ".join(f"`{label}`" for label in family.samples[0].labels)
+        yield f"| `{name}` | {family.type} | {labels} | {_sentences(family.documentation)} |"
 
 
 def commands() -> Iterator[str]:
@@ -79,8 +87,16 @@ def commands() -> Iterator[str]:
 
 
 def _options(command: Any) -> Iterator[str]:
-    """A Markdown table of a command's parameters."""
-    rows = [_row(parameter) for parameter in command.params if parameter.name != "help"]
+    """The settings that a command takes, and a Markdown table of its other parameters."""
+    parameters = [
+        one for one in command.params if one.name not in ("help", "config") or one.param_type_name != "option"
+    ]
+    settings = [one.name for one in parameters if "\\[env var: FEDFMSL_" in (one.help or "")]
+    if settings:
+        whole = [name for name, model in MODELS.items() if set(settings) == set(model.model_fields)]
+        all_of = [f"[all settings of the {name}](#settings-of-the-{name})" for name in whole]
+        yield from ("", f"Settings: {(all_of or [', '.join(f'`{name}`' for name in settings)])[0]}.")
+    rows = [_row(one) for one in parameters if one.name not in settings]
     if rows:
         yield from ("", "| option | default | meaning |", "|---|---|---|", *rows)
 
@@ -89,7 +105,7 @@ def _row(parameter: Any) -> str:
     argument = parameter.param_type_name == "argument"
     names = [(parameter.name or "").upper()] if argument else [*parameter.opts, *parameter.secondary_opts]
     default = "required" if parameter.required else _default(parameter.default)
-    cells = (", ".join(f"`{name}`" for name in names), default, _sentences(parameter.help).replace("|", "\\|"))
+    cells = (", ".join(f"`{name}`" for name in names), default, _sentences(parameter.help))
     return f"| {' | '.join(cells)} |"
 
 
@@ -99,7 +115,8 @@ def _default(value: Any) -> str:
 
 
 def _sentences(text: str | None) -> str:
-    return " ".join((text or "").split())
+    """One line, as a cell of a Markdown table."""
+    return " ".join((text or "").split()).replace("|", "\\|").replace("<", "&lt;")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from edge_runtime.daemon.download import fetch_manifest, receive_server_status
 from edge_runtime.daemon.lock import is_locked
 from edge_runtime.data.folder import SampleFolder, largest
 from edge_runtime.data.inputs import reader_of
+from edge_runtime.data.sample_reader import SampleReader
 from edge_runtime.engines.factory import open_engine
 from edge_runtime.resources.governor import forbids
 from edge_runtime.resources.probe import measure_least
@@ -158,7 +159,7 @@ def _bundle(settings: Settings, seen: _Seen) -> Iterator[Finding]:
     root = settings.bundle or (store.bundles / announced if announced else _newest(store.bundles))
     if (root is not None and (root / MANIFEST).is_file()) or settings.bundle:
         assert root is not None
-        bundle = Bundle(root)
+        bundle = Bundle.load(root)
         bundle.verify()
         if announced and bundle.sha256 != announced:
             raise BundleError(
@@ -183,8 +184,9 @@ def _samples(settings: Settings, seen: _Seen) -> Iterator[Finding]:
             raise ConfigError(f"--images {settings.images} does not exist; give a folder")
         yield Finding("samples", f"{settings.images} is looked through once the bundle is here", doubtful=True)
         return
-    kind = reader_of(seen.bundle).kind
-    slices = SampleFolder(settings.images, seen.bundle, DeviceStore(seen.scratch), settings.labels).look()
+    reader = SampleReader(reader_of(seen.bundle))
+    kind, scratch = reader.kind, DeviceStore(seen.scratch)
+    slices = SampleFolder(settings.images, seen.bundle, scratch, settings.labels, reader=reader).scan()
     samples = slices.samples
     _, seen.largest = largest(samples, kind)
     classes = len({sample.label for sample in samples})

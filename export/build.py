@@ -85,7 +85,7 @@ def build(
             source, names, levels, source.family.lora(rank), out, seed, precision, zero_shot, ort_training
         ):
             progress.update(task, completed=done, total=total, description=what)
-    bundle = Bundle(out)
+    bundle = Bundle.load(out)
     report(bundle)
 
 
@@ -233,7 +233,7 @@ def build_bundle(
         (root / MANIFEST).write_text(manifest.model_dump_json(indent=1))
         for level in sorted({1, levels}):
             yield done + 1, steps, f"compare with PEFT, level {level}"
-            check_parity(Bundle(root), source, level, seed)
+            check_parity(Bundle.load(root), source, level, seed)
         if out.exists():
             shutil.rmtree(out)
         root.rename(out)

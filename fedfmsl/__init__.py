@@ -1,1 +1,98 @@
-"""FedFMSL: the public API. Importing it needs numpy only."""
+"""FedFMSL Edge's public API: the algorithms over numpy arrays, and bundles.
+
+Importing it needs numpy only. `Bundle` and `Training` need pydantic, which is imported at their first use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from fedfmsl.algorithms.accounting import epsilon
+from fedfmsl.algorithms.aggregation import Aggregate, Contribution, CoordinateMedian, TrimmedMean, WeightedMean
+from fedfmsl.algorithms.calibration import UNKNOWN, calibrate, fit_temperature, unknown_threshold
+from fedfmsl.algorithms.class_means import class_mean_head, direction_head
+from fedfmsl.algorithms.mixture import (
+    accuracy,
+    class_mask,
+    gate_statistics,
+    label_log_p,
+    log_class_prior,
+    log_softmax,
+    mix,
+    nll,
+)
+from fedfmsl.algorithms.privacy import Privacy, privatize, privatize_statistics
+from fedfmsl.algorithms.sal import AllAtOnce, CapabilityQueue, FixedSchedule, Sal, SalState
+from fedfmsl.algorithms.server_optimizers import FedAdam, FedAvg, FedAvgM, Moments
+from fedfmsl.errors import (
+    BrokerError,
+    BundleError,
+    ConfigError,
+    FedFMSLError,
+    InputError,
+    MessageError,
+    RunError,
+    WeightsError,
+)
+
+if TYPE_CHECKING:
+    from fedfmsl.protocol.bundle import Bundle
+    from fedfmsl.protocol.messages import Training
+
+__all__ = [
+    "UNKNOWN",
+    "Aggregate",
+    "AllAtOnce",
+    "BrokerError",
+    "Bundle",
+    "BundleError",
+    "CapabilityQueue",
+    "ConfigError",
+    "Contribution",
+    "CoordinateMedian",
+    "FedAdam",
+    "FedAvg",
+    "FedAvgM",
+    "FedFMSLError",
+    "FixedSchedule",
+    "InputError",
+    "MessageError",
+    "Moments",
+    "Privacy",
+    "RunError",
+    "Sal",
+    "SalState",
+    "Training",
+    "TrimmedMean",
+    "WeightedMean",
+    "WeightsError",
+    "accuracy",
+    "calibrate",
+    "class_mask",
+    "class_mean_head",
+    "direction_head",
+    "epsilon",
+    "fit_temperature",
+    "gate_statistics",
+    "label_log_p",
+    "log_class_prior",
+    "log_softmax",
+    "mix",
+    "nll",
+    "privatize",
+    "privatize_statistics",
+    "unknown_threshold",
+]
+
+_LAZY = {"Bundle": "fedfmsl.protocol.bundle", "Training": "fedfmsl.protocol.messages"}
+
+
+def __getattr__(name: str) -> object:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

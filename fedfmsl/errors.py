@@ -1,34 +1,32 @@
-"""Every error a user can cause, as one tree. Each carries the exit code its process ends with.
+"""All errors that a user can cause, as one tree. A process that ends with one uses its exit code.
 
-FedFMSLError              1   something a user can mend; its text is one line: what, where, what to do
-├── ConfigError           2   an option or a setting has an unusable value
+FedFMSLError              1   the user can fix it; the text is one line: what, where, what to do
+├── ConfigError           2   an option or a setting has an invalid value
 ├── InputError            3   images, texts, folders or class names cannot be used
 ├── BundleError           4   a bundle is missing, altered, or of another model
-├── WeightsError          5   model weights cannot be found, fetched or recognised
-├── BrokerError           6   the MQTT broker cannot be reached or refuses us
-├── MessageError          7   a message does not fit the contract (never fatal to its receiver)
-└── RunError              8   a run cannot go on: too few devices, a process that ended early
+├── WeightsError          5   model weights cannot be found, downloaded or recognised
+├── BrokerError           6   the MQTT broker cannot be reached or refuses the connection
+├── MessageError          7   a message is not valid (never fatal to its receiver)
+└── RunError              8   a run cannot continue: too few devices, a process that ended early
 """
 
 from __future__ import annotations
 
-LINE = 300  # characters of a text that comes from elsewhere
+LINE = 300  # longest text from outside, in characters
 
 
 def one_line(text: object) -> str:
-    """A text that may hold what a stranger wrote, as it may stand in an error's: one short line, only of printable
-    characters."""
+    """Untrusted text as one short line of printable characters, for errors and logs."""
     line = " ".join(str(text)[: 10 * LINE].split())
     return "".join(c if c.isprintable() else "?" for c in line)[:LINE]
 
 
 class FedFMSLError(Exception):
-    """`lines`: what is said of it, one line for each thing that is wrong."""
-
     exit_code = 1
 
     @property
     def lines(self) -> tuple[str, ...]:
+        """One line for each problem."""
         return (" ".join(str(self).split()),)
 
 

@@ -10,6 +10,32 @@ from support.bundles import Built, shared_bundle, shared_weights
 from support.samples import write_photos, write_texts
 from support.tools import require_tool, summary
 
+LONG_FILES = (  # of 10 s or more, by `pytest --durations`
+    "test_device_faults.py",
+    "test_killed_server.py",
+    "test_hub.py",
+    "test_user_errors.py",
+    "test_crashes.py",
+    "test_device_commands.py",
+    "test_killed_daemon.py",
+    "test_memory_budget.py",
+    "test_paused_device.py",
+    "test_device_kill_points.py",
+    "test_trial_on_texts.py",
+    "test_build.py",
+    "test_security.py",
+    "test_network_faults.py",
+    "test_machine_faults.py",
+    "test_watched_folder.py",
+    "test_trial_on_photos.py",
+    "test_whole_run.py",
+    "test_protocol.py",
+    "test_coordinator_model.py",
+    "test_engines.py",
+    "test_server_memory.py",
+    "test_probe.py",
+)
+
 os.environ["HF_HUB_OFFLINE"] = "1"  # also for the processes that tests start: no test needs the hub
 
 
@@ -19,6 +45,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "needs(*programs): programs without which the test cannot run (support.tools)")
+    config.addinivalue_line("markers", "ort_training: runs once more with onnxruntime-training (make test)")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first: no worker then starts one when the other has nothing left to do."""
+    order = {name: index for index, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 @pytest.hookimpl(tryfirst=True)  # before fixtures use the programs

@@ -1,21 +1,28 @@
-"""What an operator decides about a run."""
+"""The configuration of a run: what the coordinator follows and the server stores."""
 
 from __future__ import annotations
 
 from enum import Enum
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_settings import SettingsConfigDict
 
 from fedfmsl.algorithms.aggregation import AggregationRule, CoordinateMedian, TrimmedMean, WeightedMean
 from fedfmsl.algorithms.privacy import Privacy
 from fedfmsl.algorithms.sal import AllAtOnce, CapabilityQueue, FixedSchedule, Sal
 from fedfmsl.algorithms.server_optimizers import FedAdam, FedAvg, FedAvgM, ServerOptimizer
+from fedfmsl.common.settings import Fraction, panel
 from fedfmsl.protocol.messages import Encoding, Training
+from fedfmsl.transport.settings import RunName
+
+RUN, ROUNDS, UPDATES, AGGREGATION, PRIVACY = (
+    panel(name) for name in ("Run", "Rounds", "Which updates count", "Aggregation", "Privacy")
+)
 
 
 class Head(str, Enum):
-    """What stage 1 starts from: the class means of the devices' features, the directions that a text tower gives the
-    class names, or nothing."""
+    """The head that stage 1 starts from: class means of the devices' features, text embeddings of the class names, or
+    zeros."""
 
     CLASS_MEANS = "class-means"
     ZERO_SHOT = "zero-shot"
@@ -23,10 +30,10 @@ class Head(str, Enum):
 
 
 class Selection(str, Enum):
-    """Which of the devices online a training round asks."""
+    """Which online devices a training round asks."""
 
     ALL = "all"
-    RANDOM = "random"  # a share of them, drawn anew for each round
+    RANDOM = "random"  # a random share of them in each round
     CAPABLE = "capable"  # those that can train the round's level
 
 
@@ -47,9 +54,9 @@ class Optimizer(str, Enum):
 
 
 class Aggregation(BaseModel):
-    """`trim`: the share of updates cut off at each end by the trimmed mean. `clip`: the L2 norm that an update is
-    scaled down to (none: as it is). `learning_rate`, `momentum` (FedAvgM; β₁ of FedAdam), `beta2` and `tau` (FedAdam's)
-    are the server optimizer's."""
+    """`trim`: the share of updates that the trimmed mean drops at each end. `clip`: the L2 norm that an update is
+    scaled down to; None: no clipping. The server optimizer uses `learning_rate`, `momentum` (FedAvgM; β₁ of FedAdam),
+    `beta2` and `tau` (FedAdam)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -91,64 +98,123 @@ def sal_of(trigger: Trigger, *, window: int, min_gain: float, max_level: int) ->
     return Sal(FixedSchedule(window) if trigger is Trigger.FIXED_SCHEDULE else AllAtOnce(), max_level)
 
 
-class RunConfig(BaseModel):
-    """Times in seconds. `devices` are waited for before the run starts, `join_timeout` at the longest.
+class RunRules(BaseModel):
+    """The settings that the coordinator uses without conversion. Times in seconds."""
 
-    A training round asks the devices that `selection` picks (`fraction` of those online where it is random) and closes
-    when the share `enough` of them has answered or after `round_timeout`; with fewer than `min_updates` it is repeated,
-    `max_repeats` times in a row at most (none: for as long as it takes). With `max_staleness` 0 an update for a closed
-    round is late; else it counts, discounted, in the present one if it is at most that many rounds old (FedBuff).
+    model_config = SettingsConfigDict(frozen=True, extra="forbid")
 
-    An update whose L2 norm exceeds `max_norm`, or that claims more than `max_samples`, is refused. `delta` is the δ
-    that ε is reported for. With `audit` every update is kept, so that the run can be replayed.
+    run: RunName = Field(description="Name of the run. Devices use the same name.", json_schema_extra=RUN)
+    devices: int = Field(
+        ge=1, description="Number of devices to wait for before the run starts.", json_schema_extra=RUN
+    )
+    join_timeout: float = Field(
+        600.0,
+        gt=0,
+        description="Seconds to wait for devices. Then the run starts with those that are online.",
+        json_schema_extra=RUN,
+    )
+    seed: int = Field(0, ge=0, description="Seed of the run.", json_schema_extra=RUN)
+    audit: bool = Field(
+        False, description="Keep every update, so that `replay` can check the run.", json_schema_extra=RUN
+    )
+
+    stage1_rounds: int = Field(12, ge=1, description="Rounds of stage 1.", json_schema_extra=ROUNDS)
+    stage2_rounds: int = Field(5, ge=1, description="Rounds of stage 2.", json_schema_extra=ROUNDS)
+    round_timeout: float = Field(600.0, gt=0, description="Seconds until the round deadline.", json_schema_extra=ROUNDS)
+    head: Head = Field(
+        Head.CLASS_MEANS,
+        description="Head that stage 1 starts from; zero-shot needs a CLIP bundle.",
+        json_schema_extra=ROUNDS,
+    )
+    baseline: bool = Field(
+        False, description="Also train every device alone, for comparison.", json_schema_extra=ROUNDS
+    )
+
+    min_updates: int = Field(
+        1, ge=1, description="Number of updates below which a round is repeated.", json_schema_extra=UPDATES
+    )
+    max_repeats: int | None = Field(
+        None,
+        ge=0,
+        description="Consecutive repeats after which the run fails. Default: no limit.",
+        json_schema_extra=UPDATES,
+    )
+    enough: Fraction = Field(
+        1.0, description="Share of the selected devices whose updates close a round.", json_schema_extra=UPDATES
+    )
+    select: Selection = Field(
+        Selection.ALL, description="Client selection: which devices a training round asks.", json_schema_extra=UPDATES
+    )
+    fraction: Fraction = Field(1.0, description="Share that --select random draws.", json_schema_extra=UPDATES)
+    max_staleness: int = Field(
+        0,
+        ge=0,
+        description="Rounds that an update may be late and still count, with a lower weight (FedBuff). 0: none.",
+        json_schema_extra=UPDATES,
+    )
+    max_norm: float = Field(
+        1000.0, gt=0, description="L2 norm above which an update is refused.", json_schema_extra=UPDATES
+    )
+    max_samples: int = Field(
+        1_000_000, ge=1, description="Sample count above which an update is refused.", json_schema_extra=UPDATES
+    )
+
+    encoding: Encoding = Field(
+        Encoding.FP32,
+        description="Encoding of updates on the wire. int8 uses error feedback.",
+        json_schema_extra=AGGREGATION,
+    )
+    delta: float = Field(1e-5, gt=0, lt=1, description="δ of the reported privacy budget ε.", json_schema_extra=PRIVACY)
+
+    @model_validator(mode="after")
+    def _check_updates(self) -> RunRules:
+        if self.min_updates > self.devices:
+            raise ValueError(
+                f"--min-updates {self.min_updates} is more than --devices {self.devices}: no round could close; lower "
+                "it, or wait for more devices"
+            )
+        if self.fraction < 1 and self.select is not Selection.RANDOM:
+            raise ValueError(f"--fraction {self.fraction:g} needs --select random, not {self.select.value}")
+        return self
+
+
+class RunConfig(RunRules):
+    """The configuration of a run, as its server stores it.
+
+    A training round asks the devices that `select` picks. It closes when the share `enough` of them has answered, or at
+    the round deadline. With fewer than `min_updates` it is repeated. With `max_staleness` 0 an update for a closed
+    round is late; otherwise it counts with a lower weight in the current round, up to that age (FedBuff).
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    run: str
-    devices: int = Field(ge=1)
-    min_updates: int = Field(default=1, ge=1)
-    enough: float = Field(default=1.0, gt=0, le=1)
-    selection: Selection = Selection.ALL
-    fraction: float = Field(default=1.0, gt=0, le=1)
-    max_staleness: int = Field(default=0, ge=0)
-    join_timeout: float = Field(default=600.0, gt=0)
-    round_timeout: float = Field(default=600.0, gt=0)
-    max_repeats: int | None = Field(default=None, ge=0)
-    max_norm: float = Field(default=1000.0, gt=0)
-    max_samples: int = Field(default=1_000_000, ge=1)
-    stage1_rounds: int = Field(default=12, ge=1)
-    stage2_rounds: int = Field(default=4, ge=1)
-    baseline: bool = False
-    head: Head = Head.CLASS_MEANS
     stage1: Training = Training(epochs=2, learning_rate=2e-3)
     stage2: Training = Training(epochs=1, learning_rate=5e-4)
     stage1_sal: Sal
     stage2_sal: Sal
     aggregation: Aggregation = Aggregation()
-    encoding: Encoding = Encoding.FP32
     privacy: Privacy | None = None
-    delta: float = Field(default=1e-5, gt=0, lt=1)
-    seed: int = 0
-    audit: bool = False
 
     @model_validator(mode="after")
-    def _fit_together(self) -> RunConfig:
-        if self.min_updates > self.devices:
-            raise ValueError(
-                f"a round needs {self.min_updates} updates, but the run starts with {self.devices} devices"
-            )
-        if self.fraction < 1 and self.selection is not Selection.RANDOM:
-            raise ValueError("a fraction of the devices is only drawn by selection random")
+    def _check_privacy(self) -> RunConfig:
         if self.privacy is None:
             return self
         if self.aggregation.rule is not Rule.MEAN or self.aggregation.clip or self.max_staleness:
-            raise ValueError("privacy is accounted for the plain mean of updates in time: choose no other rule")
+            raise ValueError(
+                "privacy is accounted for the plain mean of updates in time: with --dp-noise leave out --rule, --clip "
+                "and --max-staleness"
+            )
         if self.encoding is not Encoding.FP32:
-            raise ValueError("privacy is accounted for updates that are not rounded: choose no encoding")
+            raise ValueError("privacy is accounted for unrounded updates: with --dp-noise leave out --encoding")
         if any(isinstance(sal.trigger, CapabilityQueue) for sal in (self.stage1_sal, self.stage2_sal)):
             raise ValueError(
-                "under privacy devices do not report accuracies, which SAL's capability queue needs: choose --sal "
+                "with --dp-noise devices do not report accuracies, which SAL's capability queue needs: choose --sal "
                 "fixed-schedule or all-at-once"
             )
         return self
+
+
+def sal_rules(trigger: Trigger, min_gain: float, max_level: int) -> tuple[Sal, Sal]:
+    """SAL of stages 1 and 2. A device's stage 2 has few rounds, so its queue is shorter and its gain smaller (ours)."""
+    return (
+        sal_of(trigger, window=3, min_gain=min_gain, max_level=max_level),
+        sal_of(trigger, window=2, min_gain=min_gain / 2, max_level=max_level),
+    )

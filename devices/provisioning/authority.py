@@ -1,4 +1,4 @@
-"""A small certificate authority: who belongs to a fleet. Certificates in, certificates out; files are for others."""
+"""A small certificate authority for a fleet. Works on certificates; `fleet` reads and writes the files."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 CA_DAYS = 3650
-IDENTITY_DAYS = 825  # the longest that common TLS libraries take a certificate for
-CLOCK_SKEW = timedelta(days=1)  # a device's clock may be behind before it first meets a time server
+IDENTITY_DAYS = 825  # the longest validity that common TLS libraries accept
+CLOCK_SKEW = timedelta(days=1)  # a device's clock may be behind before its first time synchronization
 
 CLIENT, SERVER = ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH
 
@@ -37,7 +37,7 @@ class Issued:
 
 @dataclass(frozen=True)
 class Authority(Issued):
-    """Elliptic curve P-256: what the smallest devices' TLS libraries and AWS IoT take."""
+    """Uses elliptic curve P-256, which TLS libraries of the smallest devices and AWS IoT support."""
 
     def issue(
         self,
@@ -47,10 +47,10 @@ class Authority(Issued):
         days: int = IDENTITY_DAYS,
         now: datetime | None = None,
     ) -> Issued:
-        """A key and its certificate of common name `name`, for `usages`; a server's also for the `hosts` (names or
-        addresses) it is reached by."""
+        """A key and its certificate with common name `name` for `usages`. A server's certificate also names its
+        `hosts` (names or addresses). Raises ValueError if a host is invalid."""
         key = ec.generate_private_key(ec.SECP256R1())
-        usage = x509.KeyUsage(True, False, False, False, False, False, False, False, False)  # only to sign
+        usage = x509.KeyUsage(True, False, False, False, False, False, False, False, False)  # digital signature
         builder = (
             _builder(name, self.certificate.subject, key, days, now)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
@@ -64,7 +64,7 @@ class Authority(Issued):
         return Issued(builder.sign(self.key, hashes.SHA256()), key)
 
     def revocation_list(self, serials: Iterable[int], now: datetime | None = None) -> str:
-        """In PEM. Valid as long as the CA: mosquitto refuses everybody once the list is too old."""
+        """In PEM. Valid as long as the CA, because mosquitto refuses every client once the list has expired."""
         start = (now or _now()) - CLOCK_SKEW
         builder = (
             x509.CertificateRevocationListBuilder()
@@ -80,7 +80,7 @@ class Authority(Issued):
 
 def make_authority(name: str, now: datetime | None = None) -> Authority:
     key = ec.generate_private_key(ec.SECP256R1())
-    usage = x509.KeyUsage(False, False, False, False, False, True, True, False, False)  # to sign certificates and CRLs
+    usage = x509.KeyUsage(False, False, False, False, False, True, True, False, False)  # certificates and CRLs
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     builder = (
         _builder(name, subject, key, CA_DAYS, now)
@@ -94,17 +94,17 @@ def load_authority(certificate: bytes, key: bytes) -> Authority:
     """Raises ValueError if they are not a certificate and an elliptic curve's private key in PEM."""
     loaded = serialization.load_pem_private_key(key, password=None)
     if not isinstance(loaded, ec.EllipticCurvePrivateKey):
-        raise ValueError("the key is not of an elliptic curve")
+        raise ValueError("the key is not an elliptic curve key")
     return Authority(x509.load_pem_x509_certificate(certificate), loaded)
 
 
 def serial_of(certificate: bytes) -> int:
-    """Of the first certificate among blocks of PEM. Raises ValueError if there is none."""
+    """Serial number of the first certificate in a PEM text. Raises ValueError if there is none."""
     return x509.load_pem_x509_certificates(certificate)[0].serial_number
 
 
 def revoked_serials(revocation_list: bytes) -> list[int]:
-    """Raises ValueError if it is not a revocation list in PEM."""
+    """Serial numbers in a revocation list in PEM. Raises ValueError if it is invalid."""
     return [revoked.serial_number for revoked in x509.load_pem_x509_crl(revocation_list)]
 
 

@@ -116,7 +116,7 @@ def _cores(present: str) -> int:
 
 
 def _zones(root: Path) -> Iterator[Zone]:
-    """The processors' zones, or all zones if no type matches. Zones of one name are merged with the lowest trip point."""
+    """The processors' zones, or all zones if no type matches. One per name, with the lowest trip point."""
     celsius = thermal_zones(root)
     names = [name for name in celsius if _PROCESSORS.search(name)] or list(celsius)
     folders = list((root / "sys/class/thermal").glob("thermal_zone*"))

@@ -1,4 +1,4 @@
-"""The files of a mosquitto (2.0 or newer) that lets a fleet in and nobody else, as texts."""
+"""Texts of the configuration files of a mosquitto (2.0 or newer) that only members of a fleet may use."""
 
 from __future__ import annotations
 
@@ -11,40 +11,40 @@ from pathlib import Path
 from fedfmsl.protocol.topics import ROOT
 
 SERVER = "server"  # the run's server: its identity's common name, or its user
-HOME_ASSISTANT = "homeassistant"  # likewise; also the prefix that it and the devices speak below
+HOME_ASSISTANT = "homeassistant"  # likewise; also the prefix of its topics
 
-# Of PBKDF2, mosquitto's own default. Our passwords are random and long, so more rounds would only make the broker,
-# which counts them in its one thread, slow when a fleet comes back.
+# PBKDF2 iterations, mosquitto's own default. The passwords are long and random, so more iterations would only slow the
+# broker down when a fleet reconnects: it computes them in its single thread.
 _ROUNDS = 101
 _SALT_BYTES = 12
 _PASSWORD_BYTES = 24
 
 
 def acl() -> str:
-    """Who may read and write what; everything that is not named here is forbidden.
+    """The access control list. Everything that it does not name is forbidden.
 
-    mosquitto grants every subscription, also to a wildcard, and asks this file at each message that it would deliver.
+    mosquitto accepts every subscription, also with wildcards, and checks the list for each message that it delivers.
     """
     return f"""\
-# Written by devices.provision. What is not named here is forbidden, to everybody.
-# %u is the name in the client's certificate, or its user.
+# Written by devices.provision. Everything that is not named here is forbidden.
+# %u is the common name of the client's certificate, or its user name.
 
-# A device writes what it says of itself, and nothing else;
+# A device writes its own topics,
 pattern write {ROOT}/+/devices/%u/status
 pattern write {ROOT}/+/devices/%u/progress
 pattern write {ROOT}/+/devices/%u/update/#
 pattern write {ROOT}/+/devices/%u/health
 pattern write {ROOT}/+/devices/%u/prediction
-# it reads what the server tells everybody, and what it tells this device.
+# and reads the topics of the server and its own acknowledgements.
 pattern read {ROOT}/+/devices/%u/status
 pattern read {ROOT}/+/devices/%u/ack
 pattern read {ROOT}/+/server/status
 pattern read {ROOT}/+/round
 pattern read {ROOT}/+/globals/#
-# It introduces itself to Home Assistant, under its own name (its setting home_assistant is the first part here).
+# It announces itself to Home Assistant under its own name (the first level is its setting home_assistant).
 pattern write {HOME_ASSISTANT}/device/+/%u/config
 
-# Home Assistant hears who introduces itself, how it is and what it sees; it tells when it has been started.
+# Home Assistant reads announcements, health and predictions of devices, and writes its own status.
 user {HOME_ASSISTANT}
 topic read {HOME_ASSISTANT}/#
 topic write {HOME_ASSISTANT}/status
@@ -52,18 +52,18 @@ topic read {ROOT}/+/devices/+/status
 topic read {ROOT}/+/devices/+/health
 topic read {ROOT}/+/devices/+/prediction
 
-# The server reads and writes everything of a run. A second server at the same time needs a name of its own (see
-# use_username_as_clientid in mosquitto.conf): make an identity like a device's, and add its two lines here.
+# The server reads and writes all topics. A second server at the same time needs its own name (see
+# use_username_as_clientid in mosquitto.conf): make an identity like a device's, and add these two lines for it.
 user {SERVER}
 topic readwrite {ROOT}/#
 """
 
 
 def mosquitto_conf(folder: Path, passwords: bool) -> str:
-    """For a broker whose kit lies in `folder`: devices show certificates, or names and `passwords`."""
+    """For a broker that reads its kit from `folder`. Clients have certificates, or user names and `passwords`."""
     who = (
         f"""\
-# Who: a user of the password file; over TLS, so that nobody reads the password on the way.
+# Clients: users of the password file. TLS protects the password.
 password_file {folder}/passwords
 """
         if passwords
@@ -73,8 +73,8 @@ password_file {folder}/passwords
         ""
         if passwords
         else f"""\
-# Who: the common name of a certificate of our CA that is not revoked. After --revoke send mosquitto a SIGHUP (systemctl
-# reload), and nobody comes in with it any more; who is in stays until its connection ends: restart it to be sure.
+# Clients: owners of a certificate of this CA that is not revoked. Its common name is the user name. After --revoke send
+# mosquitto a SIGHUP (systemctl reload): it then refuses new connections. Restart it to end open connections as well.
 require_certificate true
 use_identity_as_username true
 crlfile {folder}/revoked.crl
@@ -82,50 +82,50 @@ crlfile {folder}/revoked.crl
     )
     return f"""\
 # Written by devices.provision for mosquitto 2.0 or newer: mosquitto -c {shlex.quote(f"{folder}/mosquitto.conf")}
-# Keys are readable by their owner only: let the files belong to the user that mosquitto runs as.
+# Keys are readable by their owner only. The owner must be the user that mosquitto runs as.
 
 listener 8883
 cafile {folder}/ca.crt
 certfile {folder}/broker.crt
 keyfile {folder}/broker.key
 tls_version tlsv1.2
-{certificates}# A client's id is its name, whatever id it gives: nobody ends another's connection, or takes its session,
-# by connecting with its id. It also means one connection per name: two processes with one identity end each other's.
+{certificates}# The broker uses the user name as client id. So no client can end another one's connection or use
+# its session. It also allows one connection per name only: two processes with one identity end each other's connection.
 use_username_as_clientid true
 
-# Where only 443 leads out, mqtts://HOST:443 passes most firewalls: take `listener 443` above. A proxy that wants HTTP
-# needs WebSockets, wss://HOST: a second listener with all the lines above and one more. mosquitto 2.0 sends about
-# 40 KB/s to a WebSocket, so take it only where nothing else passes.
+# Where only port 443 is open, mqtts://HOST:443 passes most firewalls: use `listener 443` above. An HTTP proxy needs
+# WebSockets, wss://HOST: add a second listener with all the lines above and the next ones. mosquitto 2.0 sends about
+# 40 KB/s to a WebSocket, so use it only if nothing else works.
 # listener 443
 # protocol websockets
-# cafile … (and so on, as above)
+# cafile … (all lines as above)
 
 {who}allow_anonymous false
 acl_file {folder}/acl
 
-# Chunks are 96 KiB and their head (protocol/tensors.py), announcements of rounds up to 128 KiB; what is longer is not
-# ours. Its sender is cut off before it is read (message_size_limit would read all of it first, up to 256 MB).
+# Chunks have 96 KiB and a header (fedfmsl/protocol/chunks.py), announcements of rounds up to 128 KiB. A longer packet
+# ends its sender's connection before it is read (message_size_limit would read all of it first, up to 256 MB).
 max_packet_size 262144
 
-# A queued message that is dropped is waited for in vain: no limit to their number (the server publishes the 700 chunks
-# of the largest expert at once). The limit to their bytes is what the server may still have to read, 1,000 devices'
-# updates of ViT-B/16 (1.2 MB) at once, and what a hostile device can make the broker keep.
+# No limit on the number of queued messages: a device would wait for a dropped one until the round deadline, and the
+# server publishes the 700 chunks of the largest expert at once. The limit on bytes is enough for updates of ViT-B/16
+# (1.2 MB) from 1,000 devices at once, and bounds what a hostile device can make the broker store.
 max_queued_messages 0
 max_queued_bytes 2000000000
-# Sent at once and not yet acknowledged: enough to fill a line with latency, 20 · 96 KiB in the broker's memory.
+# Unacknowledged messages per client: 20 · 96 KiB in the broker's memory keep a line with high latency busy.
 max_inflight_messages 20
 
-# Sessions and retained messages survive the broker's restart; written every minute, and at its end.
+# Sessions and retained messages survive a restart of the broker. Written every minute and at its end.
 persistence true
 persistence_location {folder}/
 autosave_interval 60
-# A device that has not come back for so long is forgotten, with what is queued for it.
+# The session of a device that was away for so long is deleted, with its queued messages.
 persistent_client_expiration 2m
 """
 
 
 def password_line(user: str, password: str) -> str:
-    """As mosquitto_passwd writes it: PBKDF2-HMAC-SHA512."""
+    """A line as mosquitto_passwd writes it, with PBKDF2-HMAC-SHA512."""
     salt = secrets.token_bytes(_SALT_BYTES)
     digest = hashlib.pbkdf2_hmac("sha512", password.encode(), salt, _ROUNDS)
     encoded = "$".join(base64.b64encode(part).decode() for part in (salt, digest))

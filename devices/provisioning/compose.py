@@ -1,4 +1,4 @@
-"""A compose file for the broker's kit: the broker and the run's server on one machine, by `docker compose up`."""
+"""The kit's compose file: broker and server on one machine."""
 
 from __future__ import annotations
 
@@ -8,27 +8,26 @@ from pathlib import Path
 
 from fedfmsl.transport.address import netloc
 
-OWNER = 1883  # the user of the image eclipse-mosquitto; devices/Dockerfile gives the server the same
+OWNER = 1883  # the user of the image eclipse-mosquitto; devices/Dockerfile uses the same
 _STATE, _BUNDLE, _IDENTITY = "/var/lib/fedfmsl", "/bundle", "/run/server.pem"
 
 
 def compose_yaml(folder: Path, host: str, run: str | None, source: Path) -> str:
-    """For a kit that lies in `folder`, of a broker and a server that are reached by `host`; the server's image is built
-    from this project's `source`.
+    """For the kit in `folder`. Clients reach broker and server at `host`. The server's image is built from `source`.
 
-    Both share one network address, which a `host` that is a name means inside as well: so the server finds the broker,
-    and listens, by the name that their certificates are of. An address is only the machine's own.
+    Both containers share one network namespace. If `host` is a name, it also resolves there, so the server reaches the
+    broker and listens under the name in their certificates. If it is an address, both use the machine's network.
     """
-    command = ["start", "--run", f"${{RUN:-{run}}}" if run else "${RUN:?the name of the run}"]
-    command += ["--devices", "${DEVICES:?how many there are}", "--bundle", _BUNDLE, "--out", _STATE]
+    command = ["start", "--run", f"${{RUN:-{run}}}" if run else "${RUN:?name of the run}"]
+    command += ["--devices", "${DEVICES:?number of devices}", "--bundle", _BUNDLE, "--out", _STATE]
     command += ["--identity", _IDENTITY, "--broker", f"mqtts://{netloc(host)}", "--serve", f"{netloc(host)}:8443"]
     named = not _is_address(host)
     network = f'hostname: {_quoted(host)}\n    ports: ["8883:8883", "8443:8443"]' if named else "network_mode: host"
     return f"""\
 # Written by devices.provision:
-#   chown -R {OWNER}:{OWNER} . ../server.pem     # the images' user, who alone may read the keys
+#   chown -R {OWNER}:{OWNER} . ../server.pem     # the images' user must own the keys
 #   DEVICES=2 BUNDLE=/path/of/bundle docker compose up --detach
-# Without ../server.pem there is only a broker here: docker compose up --detach broker
+# To start only the broker, without ../server.pem: docker compose up --detach broker
 
 services:
   broker:
@@ -50,14 +49,14 @@ services:
     command: {json.dumps(command)}
     volumes:
       - {{type: bind, source: ../server.pem, target: {_IDENTITY}, read_only: true}}
-      - {{type: bind, source: "${{BUNDLE:?the folder of the bundle}}", target: {_BUNDLE}, read_only: true}}
+      - {{type: bind, source: "${{BUNDLE:?folder of the bundle}}", target: {_BUNDLE}, read_only: true}}
       - {{type: volume, source: run, target: {_STATE}}}
     network_mode: {"service:broker" if named else "host"}
-    environment: [FEDFMSL_USER, FEDFMSL_PASSWORD]  # of a broker that asks for them
+    environment: [FEDFMSL_USER, FEDFMSL_PASSWORD]  # of a broker with passwords
     depends_on: [broker]
     cap_drop: [ALL]
     security_opt: ["no-new-privileges:true"]
-    restart: on-failure  # it ends by itself with its run
+    restart: on-failure  # the server exits when its run is finished
 
 volumes:
   run: {{}}
@@ -73,6 +72,6 @@ def _is_address(host: str) -> bool:
 
 
 def _quoted(text: str, variable: str = "") -> str:
-    """A string of YAML in which compose finds no variable, but perhaps one to be taken instead."""
+    """A YAML string without compose variables. The value of `variable` overrides it."""
     plain = text.replace("$", "$$")
     return json.dumps(f"${{{variable}:-{plain}}}" if variable else plain)

@@ -1,4 +1,4 @@
-"""The machine that a device is installed on: its users, what they may read, its services."""
+"""The machine that a device is installed on: users, file access, services."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from pathlib import Path
 
 from fedfmsl.errors import RunError, one_line
 
-DEPTH = 3  # folders below images that are looked into for what cannot be read: DIR/train/<class>/…
+DEPTH = 3  # levels below a folder that are checked for access: DIR/train/<class>/…
 
 
 def add_user_command(user: str, home: Path) -> list[str]:
     return [
-        *("useradd", "--system", "--user-group", "--no-create-home", "--shell", "/usr/sbin/nologin"),
+        *("useradd", "--system", "--user-group", "--no-create-home", "-s", "/usr/sbin/nologin"),
         *("--home-dir", str(home), user),
     ]
 
 
 def add_user(user: str, home: Path) -> None:
-    """Unless there is one of that name."""
+    """Unless the user exists."""
     if not _exists(user):
         _run(add_user_command(user, home))
 
@@ -36,56 +36,57 @@ def remove_user(user: str) -> None:
 
 
 def unreadable(path: Path, user: str) -> Iterator[str]:
-    """What keeps `user` from reading a file, or a folder and what lies in it, and what mends that."""
+    """The first problem that keeps `user` from reading a file or folder, with its remedy."""
     for folder in reversed(path.parents):
         if not _can(user, "-x", folder):
             by_group, group = folder.stat().st_mode & 0o010, _group(folder)
-            mend = _join(user, group) if by_group and group else f"chmod o+x {shlex.quote(str(folder))}"
-            yield f"the service's user cannot enter {folder}; {mend}, then install again"
+            remedy = _join(user, group) if by_group and group else f"chmod o+x {shlex.quote(str(folder))}"
+            yield f"the service's user cannot enter {folder}; {remedy}, then install again"
             return
     inside = [str(path), "-maxdepth", str(DEPTH), "!", "-type", "l"]
     may_not = ["!", "-readable", "-o", "-type", "d", "!", "-executable"]
     found = _as(user, ["find", "-L", *inside, "(", *may_not, ")", "-print", "-quit"]).stdout.splitlines()
     if found:
         first = Path(found[0])
-        wanted, group = (0o050 if first.is_dir() else 0o040), _group(first)
-        by_group = first.stat().st_mode & wanted == wanted
-        mend = _join(user, group) if by_group and group else f"chmod -R o+rX {shlex.quote(str(path))}"
-        yield f"the service's user cannot read {first}; {mend}, then install again"
+        needed, group = (0o050 if first.is_dir() else 0o040), _group(first)
+        by_group = first.stat().st_mode & needed == needed
+        remedy = _join(user, group) if by_group and group else f"chmod -R o+rX {shlex.quote(str(path))}"
+        yield f"the service's user cannot read {first}; {remedy}, then install again"
 
 
 def unwritable(folder: Path, user: str) -> Iterator[str]:
     if folder.exists() and not _can(user, "-w", folder):
-        yield f"the service's user cannot write to {folder}; give another, or chown {user}: {shlex.quote(str(folder))}"
+        command = f"chown {user}: {shlex.quote(str(folder))}"
+        yield f"the service's user cannot write to {folder}; choose another folder, or run {command}"
 
 
 def unusable(python: Path, user: str) -> Iterator[str]:
-    """What keeps `user` from running the daemon with this Python, as a service would: without an environment."""
+    """The problem that keeps `user` from running the daemon with this Python, in the environment of a service."""
     try:
         done = _as(user, [str(python), "-c", "import edge_runtime.__main__"])
-        said = done.stderr.strip().splitlines()[-1:] if done.returncode else []
+        errors = done.stderr.strip().splitlines()[-1:] if done.returncode else []
     except OSError as error:
-        said = [str(error)]
-    for line in said:
+        errors = [str(error)]
+    for line in errors:
         yield (
             f"the service's user cannot run the daemon with {python} ({one_line(line)}); install the package into an "
-            "environment that everybody may read, like one made by python3 -m venv /opt/fedfmsl"
+            "environment that every user may read, for example python3 -m venv /opt/fedfmsl"
         )
 
 
-def give(path: Path, user: str) -> None:
-    """A folder is made if it is not there."""
+def change_owner(path: Path, user: str) -> None:
+    """Makes `user` the owner. A missing folder is created."""
     if not path.exists():
         path.mkdir(parents=True)
     shutil.chown(path, user, user)
 
 
 def systemd_runs() -> bool:
-    return Path("/run/systemd/system").is_dir()  # as sd_booted(3) says
+    return Path("/run/systemd/system").is_dir()  # as sd_booted(3) documents
 
 
 def systemd_version() -> int:
-    """0 where there is none."""
+    """0 without systemd."""
     if not shutil.which("systemctl"):
         return 0
     found = re.match(r"systemd (\d+)", _run(["systemctl", "--version"]))
@@ -93,10 +94,10 @@ def systemd_version() -> int:
 
 
 def start_service(name: str) -> None:
-    """From now on, and at every boot. With other settings than before if it ran already."""
+    """Starts the service now and at every boot. A running one is restarted with the new settings."""
     reload_services()
     _run(["systemctl", "enable", name])
-    _run(["systemctl", "restart", "--no-block", name])  # or it would wait until the daemon is ready
+    _run(["systemctl", "restart", "--no-block", name])  # else it waits until the daemon is ready
 
 
 def stop_service(name: str) -> None:
@@ -116,7 +117,7 @@ def _can(user: str, flag: str, path: Path) -> bool:
 
 
 def _group(path: Path) -> str:
-    """The name of a path's group; "" of root's, which nobody should have to join."""
+    """Name of a path's group. "" for root's group, which no service user should join."""
     gid = path.stat().st_gid
     return grp.getgrgid(gid).gr_name if gid else ""
 
@@ -126,7 +127,7 @@ def _join(user: str, group: str) -> str:
 
 
 def _as(user: str, command: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    """Whatever may decide what a user may (modes, groups, access control lists): the kernel is asked."""
+    """Runs a command as `user`, so the kernel checks modes, groups and access control lists."""
     entry = pwd.getpwnam(user)
     groups = os.getgrouplist(user, entry.pw_gid)
     return subprocess.run(
@@ -144,7 +145,7 @@ def _as(user: str, command: Sequence[str]) -> subprocess.CompletedProcess[str]:
 
 
 def _run(command: Sequence[str]) -> str:
-    """Raises RunError with what it complains of."""
+    """The command's output. Raises RunError with its error message."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
     except OSError as error:

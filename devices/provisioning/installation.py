@@ -17,8 +17,9 @@ from devices.provisioning import host
 from devices.provisioning.boards import Board, detect_board
 from devices.provisioning.service_unit import NAME, STATE, USER, Service, service_unit
 from devices.provisioning.settings_file import Value, settings_text
-from edge_runtime.settings import Settings, SettingsError, read_settings
+from edge_runtime.settings import Settings
 from fedfmsl.common.files import write_atomically
+from fedfmsl.common.settings import SettingsError, read_settings
 from fedfmsl.errors import ConfigError
 from fedfmsl.transport.identity import read_identity
 
@@ -57,7 +58,7 @@ def install(request: Request, root: Path = ROOT) -> list[str]:
         host.add_user(USER, STATE)
         _check_access(service)
         for folder in service.writes:
-            host.give(folder, USER)
+            host.change_owner(folder, USER)
     _write(_below(root, CONFIG), text, 0o600, USER if local else None)
     _write(_below(root, UNIT), service_unit(service, host.systemd_version() if local else 0))
     return [*_notes(request, board), _start(root)]
@@ -131,7 +132,7 @@ def _check_settings(text: str, request: Request) -> None:
         copy.touch(0o600)
         copy.write_text(text)
         try:
-            read_settings(Settings, copy, {})
+            read_settings(Settings, copy, environment=False)
             if request.settings.identity:
                 read_identity(copy)
         except ConfigError as error:

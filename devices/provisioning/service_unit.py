@@ -1,6 +1,6 @@
-"""The systemd unit of a device's daemon, as text: its own user, few rights, bounded memory and processors, watched.
+"""Text of the daemon's systemd unit: own user, few privileges, limits on memory and processors, watchdog.
 
-Written for systemd 249 (JetPack 6) and newer.
+For systemd 249 (JetPack 6) and newer.
 """
 
 from __future__ import annotations
@@ -16,37 +16,37 @@ NAME, USER = "fedfmsl", "fedfmsl"
 STATE = Path("/var/lib") / NAME
 WRONG_SETTING = 2  # ConfigError's exit code
 TERMINATED = 128 + 15
-_STEPS_SINCE = 254  # systemd's first version with growing pauses between starts
+_STEPS_SINCE = 254  # systemd's first version with growing delays between restarts
 
 
 @dataclass(frozen=True)
 class Service:
-    """What a unit is about: which Python with which settings, what it reads, what it writes beside STATE."""
+    """Python and settings file of the daemon, the paths that it reads, and those that it writes beside STATE."""
 
     python: Path
     config: Path
     reads: Sequence[Path]
     writes: Sequence[Path]
-    limits: Limits | None  # of the board, where it is known
+    limits: Limits | None  # None if the board is unknown
 
 
 def service_unit(service: Service, systemd: int = 0) -> str:
-    """For a systemd of that version; of one that is not known only what every one knows."""
+    """For that version of systemd. 0 is an unknown version: only directives that all versions know."""
     needed = " ".join(_quoted(path) for path in (*service.reads, *service.writes))
     writes = "".join(f"ReadWritePaths={_quoted(path)}\n" for path in service.writes)
-    pauses = (
+    delays = (
         "RestartSec=10s\nRestartSteps=6\nRestartMaxDelaySec=10min" if systemd >= _STEPS_SINCE else "RestartSec=1min"
     )
     return f"""\
-# Written by devices.install, which replaces it; what is to last goes into `systemctl edit {NAME}`.
+# Written by devices.install, which overwrites it. Make changes with `systemctl edit {NAME}`.
 
 [Unit]
-Description=FedFMSL device: adapts a vision model to the images here, in a federated run
-# With a clock that is years behind, as a board's without a battery is, no certificate is valid yet.
+Description=FedFMSL device: federated adaptation of a foundation model to local data
+# Without a battery a board's clock is years behind after boot, and no certificate is valid before it is set.
 After=network-online.target time-sync.target
 Wants=network-online.target
 RequiresMountsFor={needed}
-# However often it fails: it is tried again for months.
+# No limit on the number of restarts.
 StartLimitIntervalSec=0
 
 [Service]
@@ -59,30 +59,30 @@ StateDirectory={NAME}
 StateDirectoryMode=0700
 UMask=0077
 
-# A setting that is wrong stays so: that alone is not tried again. A disk, a network or a broker may come back.
+# Disk, network and broker may recover, so every failure leads to a restart, except a wrong setting.
 Restart=on-failure
-{pauses}
+{delays}
 RestartPreventExitStatus={WRONG_SETTING}
 SuccessExitStatus={TERMINATED}
-# It is ready once the broker has let it in; before that a slow board reads a lot of Python off its card.
+# The daemon is ready once it is connected to the broker. A slow board needs minutes to load Python from its card.
 TimeoutStartSec=5min
-# It says that it lives between two pieces of work; the longest, images through the backbone, takes minutes.
+# The daemon notifies the watchdog between two steps; the longest, images through the backbone, takes minutes.
 WatchdogSec=10min
 TimeoutStopSec=2min
 LimitCORE=0
 
-# What it may take: of the board's memory and processors, and only what nobody else wants just now.
+# Limits of memory and processors, and a low priority, so that other processes come first.
 {_bounds(service.limits)}
 CPUWeight=20
 IOWeight=20
 Nice=10
 IOSchedulingClass=idle
 TasksMax=256
-# Where memory ends the kernel takes this service first; of its processes one may go without the others.
+# If memory runs out, the kernel kills a process of this service first. The other ones continue.
 OOMScoreAdjust=500
 OOMPolicy=continue
 
-# What it may do: read files, write its own, talk to a network. Images may lie in a home.
+# Privileges: read files, write its own files, use the network. Images may be in a home directory.
 NoNewPrivileges=yes
 CapabilityBoundingSet=
 ProtectSystem=strict
@@ -103,7 +103,7 @@ RestrictNamespaces=yes
 RestrictRealtime=yes
 RestrictSUIDSGID=yes
 LockPersonality=yes
-# ONNX Runtime compiles nothing while it runs, so no memory needs to be writable and executable.
+# ONNX Runtime does not compile at run time, so no memory needs to be writable and executable.
 MemoryDenyWriteExecute=yes
 SystemCallArchitectures=native
 SystemCallFilter=@system-service
@@ -122,7 +122,7 @@ def _bounds(limits: Limits | None) -> str:
 
 
 def _quoted(path: Path) -> str:
-    """A path as one word of a unit file, in which % would introduce a specifier."""
+    """A path as one word of a unit file. % is escaped, because it starts a specifier."""
     text = str(path).replace("%", "%%")
     if re.fullmatch(r"[\w/.:@%+=,~-]+", text):
         return text

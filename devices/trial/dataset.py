@@ -53,13 +53,20 @@ def _readable(listing: Listing, kind: Kind, classes: list[str] | None) -> list[C
     for file in listing.files:
         if classes and file.label not in classes:
             continue
-        if kind.is_readable(file.path):
+        if _is_readable(file.path, kind):
             files.append(file)
         else:
             skipped.append(SkippedFile(file.path, f"not a readable {kind.noun}"))
     for each in skipped:
         console.print(f"skipped: {each}", markup=False, highlight=False, soft_wrap=True)
     return files
+
+
+def _is_readable(path: Path, kind: Kind) -> bool:
+    try:
+        return kind.is_readable(path.read_bytes())
+    except OSError:
+        return False
 
 
 def _by_class(files: list[ClassFile], classes: list[str] | None) -> Files:

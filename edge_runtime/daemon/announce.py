@@ -9,7 +9,7 @@ from pathlib import Path
 import paho.mqtt.client as paho
 
 from edge_runtime.data.features import Report
-from edge_runtime.training.context import Device
+from edge_runtime.training.context import TrainingContext
 from fedfmsl.protocol.messages import DeviceStatus, Prediction, Progress, encode
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.link import Link, Will
@@ -45,7 +45,7 @@ class Announcer:
         if self._introduction is not None:
             self.publish(*self._introduction, retain=True)
 
-    def status(self, device: Device, online: bool = True, paused: str = "", error: str = "") -> None:
+    def status(self, device: TrainingContext, online: bool = True, paused: str = "", error: str = "") -> None:
         status = status_of(device, online, paused, error)
         self.publish(self._topics.status(self._name), encode(status), retain=True)
 
@@ -77,10 +77,10 @@ def rate_limited(report: Report, seconds: float = PROGRESS_SECONDS) -> Report:
     return limited
 
 
-def status_of(device: Device, online: bool, paused: str, error: str) -> DeviceStatus:
+def status_of(device: TrainingContext, online: bool, paused: str, error: str) -> DeviceStatus:
     splits = device.scanned
     return DeviceStatus(
-        device=device.name,
+        device=device.device_name,
         online=online,
         instance=INSTANCE,
         bundle=device.bundle.sha256,

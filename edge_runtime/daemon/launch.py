@@ -19,9 +19,10 @@ from edge_runtime.data.cache import DiskCache
 from edge_runtime.data.features import FeatureCache
 from edge_runtime.data.folder import SampleFolder, largest
 from edge_runtime.data.inputs import reader_of
+from edge_runtime.data.sample_reader import SampleReader
 from edge_runtime.data.samples import Splits
 from edge_runtime.engines.factory import open_engine
-from edge_runtime.inference.home_assistant import Described, discovery
+from edge_runtime.inference.home_assistant import DeviceDescription, discovery_message
 from edge_runtime.inference.watcher import Watcher
 from edge_runtime.resources.governor import Governor
 from edge_runtime.resources.level_cap import LevelCap
@@ -30,7 +31,7 @@ from edge_runtime.resources.sensors import Sensors, board
 from edge_runtime.resources.throttle import ControlledEngine, LevelCapTracker, StepControl, reported_and_checked
 from edge_runtime.settings import Settings
 from edge_runtime.store import DeviceStore
-from edge_runtime.training.context import Device
+from edge_runtime.training.context import TrainingContext
 from edge_runtime.training.gate import Gate
 from fedfmsl.common.log import fields, log, set_up_log
 from fedfmsl.errors import InputError
@@ -90,6 +91,7 @@ class _Prepared:
     bundle: Bundle
     engine: EngineName
     threads: int
+    reader: SampleReader
     folder: SampleFolder
     scanned: Splits
     plan: Plan
@@ -104,16 +106,17 @@ def _prepare(
     announcer = Announcer(link, topics, name)
     report = reported_and_checked(rate_limited(announcer.progress), heartbeat)
     if settings.bundle:
-        bundle = Bundle(settings.bundle)
+        bundle = Bundle.load(settings.bundle)
     else:
         log.info(f"waiting for the server of run {settings.run!r}, which has the bundle")
         server = wait_for_server(link, topics, heartbeat)
         bundle = fetch_bundle(server, store.bundles, settings.identity, heartbeat)
     bundle.verify()
     engine = open_engine(settings.engine, bundle, threads).name
-    kind = reader_of(bundle).kind
-    folder = SampleFolder(settings.images, bundle, store, settings.labels)
-    scanned = folder.look(FIRST_SCAN_SECONDS, report)
+    reader = SampleReader(reader_of(bundle))
+    kind = reader.kind
+    folder = SampleFolder(settings.images, bundle, store, settings.labels, reader)
+    scanned = folder.scan(FIRST_SCAN_SECONDS, report)
     report("measuring", 0, 1)
     most = largest(scanned.samples, kind)
     plan = make_plan(bundle, store, engine, threads, most, settings.memory, settings.step_seconds)
@@ -122,7 +125,7 @@ def _prepare(
         f"{len(scanned.test)} to test on; engine {engine}, level cap {plan.level_cap}",
         **fields(device=name, engine=engine, level_cap=plan.level_cap),
     )
-    return _Prepared(bundle, engine, threads, folder, scanned, plan)
+    return _Prepared(bundle, engine, threads, reader, folder, scanned, plan)
 
 
 def _runner(
@@ -135,11 +138,11 @@ def _runner(
     tracker = LevelCapTracker(LevelCap.planned(plan, settings.step_seconds))
     engine = ControlledEngine(open_engine(prepared.engine, bundle, threads, plan.memory_plans), control, tracker)
     disk = DiskCache(store.cache, settings.cache, settings.keep_free)
-    device = Device(
-        name=name,
+    device = TrainingContext(
+        device_name=name,
         bundle=bundle,
         scanned=prepared.scanned,
-        cache=FeatureCache(disk, bundle, threads, report, plan.feature_batch, engine.release),
+        cache=FeatureCache(disk, bundle, threads, report, plan.feature_batch, engine.release, reader=prepared.reader),
         engine=engine,
         gate=Gate(bundle, threads),
         store=store,
@@ -153,5 +156,5 @@ def _introduction(settings: Settings, topics: Topics, name: str, bundle: Bundle)
     """The message that introduces this device to Home Assistant, if it classifies a watched folder."""
     if not (settings.watch and settings.home_assistant):
         return None
-    described = Described(settings.run, name, bundle.manifest.classes, board(), version("fedfmsl-edge"))
-    return discovery(settings.home_assistant, described, topics.status(name), health=True)
+    described = DeviceDescription(settings.run, name, bundle.manifest.classes, board(), version("fedfmsl-edge"))
+    return discovery_message(settings.home_assistant, described, topics.status(name), health=True)

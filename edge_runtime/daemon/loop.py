@@ -82,12 +82,12 @@ class DaemonLoop:
         self._worker = worker
         self._stay = stay
         self._timing = timing
-        self._name = device.name
+        self._name = device.device_name
         self._store = store
         largest = blob_bytes(max(device.bundle.expert.total, device.bundle.gate.total))
         self._globals = GlobalsReceiver(link, self._topics, store, largest)
         self._disk = DiskRetry(store, device.cache, timing.disk_retry)
-        self._retransmissions = Retransmissions(device.name, timing.ack)
+        self._retransmissions = Retransmissions(device.device_name, timing.ack)
         self._connected = True
         self._paused = ""  # the reason, as published
         self._stop: Stop | None = None
@@ -98,7 +98,7 @@ class DaemonLoop:
         store.remove_temporary_files()
         unacknowledged = store.unacknowledged(store.session)
         self._state = State(
-            device=device.name,
+            device=device.device_name,
             guard=DuplicateNameGuard(INSTANCE),
             bundle=device.bundle.sha256,
             session=store.session,

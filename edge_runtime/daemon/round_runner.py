@@ -21,13 +21,12 @@ from edge_runtime.data.folder import SampleFolder
 from edge_runtime.data.samples import SampleChangedError
 from edge_runtime.engines.memory import peak_rss_mb
 from edge_runtime.resources.throttle import LevelCapTracker, StepControl, WorkStoppedError
-from edge_runtime.training.context import Device
-from edge_runtime.training.evaluation import evaluate, train_alone
+from edge_runtime.training.context import TrainingContext
+from edge_runtime.training.evaluation import evaluate, train_baseline
 from edge_runtime.training.local_expert import train_personal
-from edge_runtime.training.model import keep_personal_model
-from edge_runtime.training.stages import Globals, statistics, train_global
-from edge_runtime.training.stages import Work as StageWork
-from edge_runtime.training.updates import header_of, prepare
+from edge_runtime.training.model import save_personal_model
+from edge_runtime.training.stages import Globals, StageFunction, statistics, train_global
+from edge_runtime.training.updates import prepare_update, update_header
 from fedfmsl.algorithms.arrays import Vector
 from fedfmsl.common.class_folders import SkippedFile
 from fedfmsl.common.files import write_atomically
@@ -39,11 +38,11 @@ from fedfmsl.protocol.tensors import Tensors, pack, unpack
 
 LOGGED_FILES = 10  # skipped files that one scan logs
 POLL_SECONDS = 0.5
-STAGES: dict[Stage, StageWork] = {
+STAGES: dict[Stage, StageFunction] = {
     Stage.STATISTICS: statistics,
     Stage.GLOBAL: train_global,
     Stage.PERSONAL: train_personal,
-    Stage.BASELINE: train_alone,
+    Stage.BASELINE: train_baseline,
     Stage.EVALUATE: evaluate,
 }
 
@@ -56,7 +55,12 @@ class RoundRunner:
     """Computes rounds with the device's samples and level cap as of the last scan."""
 
     def __init__(
-        self, device: Device, folder: SampleFolder, control: StepControl, tracker: LevelCapTracker, scanning: Report
+        self,
+        device: TrainingContext,
+        folder: SampleFolder,
+        control: StepControl,
+        tracker: LevelCapTracker,
+        scanning: Report,
     ) -> None:
         """`scanning` receives the progress of scans."""
         self.device = device
@@ -74,7 +78,7 @@ class RoundRunner:
         """
         before, cap = self.device, self.tracker.cap.level
         try:
-            scanned = self._folder.look(report=self._scanning)
+            scanned = self._folder.scan(report=self._scanning)
         except InputError as error:
             raise NoSamplesError(str(error)) from error
         if scanned == before.scanned and cap == before.level_cap:
@@ -118,14 +122,14 @@ class RoundRunner:
             self._folder.forget(error.path)
             raise
         # The noise is from the operating system's entropy: a server that knew its seed could subtract it.
-        outcome = prepare(device.bundle, store.residual, task, outcome, np.random.default_rng())
-        keep_personal_model(device, task, global_values)
+        outcome = prepare_update(device.bundle, store.residual, task, outcome, np.random.default_rng())
+        save_personal_model(device, task, global_values)
         device.cache.drop_unused()
         device.cache.drop_others(device.scanned.samples)
         if task.stage is Stage.EVALUATE:
             self.write_personalized()
         seconds = time.perf_counter() - started
-        update = header_of(device, task, outcome, seconds=seconds, peak_rss_mb=peak_rss_mb(), bytes_down=bytes_down)
+        update = update_header(device, task, outcome, seconds=seconds, peak_rss_mb=peak_rss_mb(), bytes_down=bytes_down)
         store.put_outbox(task.round, pack(update, outcome.tensors))
         return seconds
 

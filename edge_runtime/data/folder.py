@@ -1,34 +1,36 @@
-"""A folder of samples whose files come and go, and the slices it gives at each look."""
+"""A folder of samples whose files come and go, and the splits that each scan of it gives."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from edge_runtime.data.features import Report
-from edge_runtime.data.inputs import Kind, reader_of
+from edge_runtime.data.inputs import Kind, Reader, reader_of
 from edge_runtime.data.labels import walk_labelled
-from edge_runtime.data.ledger import Content, Ledger, opened
+from edge_runtime.data.ledger import Ledger, open_ledger
+from edge_runtime.data.sample_reader import SampleReader
 from edge_runtime.data.samples import Sample, Split, Splits, assign_splits
 from edge_runtime.store import DeviceStore
-from fedfmsl.common.class_folders import ClassFile, FileVersion, Listing, SkippedFile, walk_classes
+from fedfmsl.common.class_folders import ClassFile, Listing, SkippedFile, walk_classes
 from fedfmsl.errors import InputError
-from fedfmsl.protocol.bundle import Bundle, file_sha256
+from fedfmsl.protocol.bundle import Bundle
 
-SETTLE_SECONDS = 2.0  # a file that was changed less than this ago may still be being written
-REASONS = 3  # that an error names
+SETTLE_SECONDS = 2.0  # a file that changed more recently than this may still be written to
+REASONS = 3  # in an error
 UNLIMITED = 2**62
-KEPT_AT_ONCE = 100  # files that are read before what they hold is written down
-TOO_LARGE = "takes more memory to read than was measured at the start; make it smaller, or start this device again"
+REMEMBERED_AT_ONCE = 100  # files
+TOO_LARGE = "needs more memory to read than the device has planned; make it smaller, or restart the device"
 
-Outcome = Sample | SkippedFile | None  # of a look at a file; None: at the next look it may be something
+Outcome = Sample | SkippedFile | None  # None: the file may still be written to; the next scan reads it
 
 
 class SampleFolder:
-    """What of a folder a device uses. A file is read when it is new, and when it has changed; never because the device
-    was started again."""
+    """The samples in a folder. A file is read when it is new or has changed, and not again after a restart."""
 
     def __init__(
         self,
@@ -36,125 +38,120 @@ class SampleFolder:
         bundle: Bundle,
         store: DeviceStore,
         labels: Path | None = None,
+        reader: SampleReader | None = None,
     ) -> None:
-        """`labels` is a CSV file. Raises ConfigError or BundleError if what the bundle takes cannot be read here."""
-        reader = reader_of(bundle)
+        """`labels` is a CSV file (see `edge_runtime.data.labels`). `reader` is shared with the feature cache; default: an
+        own one. Raises ConfigError or BundleError as `reader_of` does."""
         self._folder = folder
-        self._classes = bundle.manifest.classes
+        self._classes = {name: label for label, name in enumerate(bundle.manifest.classes)}
         self._preprocessing = bundle.manifest.preprocessing.model_dump_json()
-        self._kind = reader.kind
-        self._extent = reader.extent
         self._store = store
+        self._reader = reader or SampleReader(reader_of(bundle))
         self._labels = labels
         self._largest = UNLIMITED
 
-    def look(self, patience: float = 0.0, report: Report = lambda *_: None) -> Splits:
-        """The folder as it is now, `assign_new_samples` to follow. A file that may still be being written is left for the
-        next look; for up to `patience` seconds it is waited for. What the memory plan is made for is the largest sample
-        of the first look: larger ones that come later are set aside.
+    def scan(self, wait: float = 0.0, report: Report = lambda *_: None) -> Splits:
+        """The folder's samples; `assign_new_samples` has to follow. A file that may still be written to is left for the
+        next scan; for up to `wait` seconds it is waited for. The largest sample of the first scan decides the memory
+        plan: later ones that need more memory are skipped.
 
-        Raises InputError if there is nothing to train on (now), ConfigError or OSError as `ledger.opened` does.
+        Raises InputError if there is nothing to train on, ConfigError or OSError as `open_ledger` does.
         """
-        listing = self._list()
-        if patience and any(_is_young(file.version) for file in listing.files):
-            time.sleep(patience)
-            listing = self._list()
-        with opened(self._store.samples) as ledger:
-            ledger.read_for(self._preprocessing)
+        listing = self._walk()
+        if wait and any(_is_recent(file) for file in listing.files):
+            time.sleep(wait)
+            listing = self._walk()
+        with open_ledger(self._store.samples) as ledger:
+            ledger.set_preprocessing(self._preprocessing)
             outcomes = list(self._outcomes(ledger, listing.files, report))
-            kept = ledger.slices({outcome.sha256 for outcome in outcomes if isinstance(outcome, Sample)})
-            slices = _dealt(listing, outcomes, self._classes, kept)
-            _check(slices, self._folder, self._kind)
-            ledger.forget_others({file.name for file in listing.files})  # not when an empty folder waits for its disk
+            kept = ledger.splits({outcome.sha256 for outcome in outcomes if isinstance(outcome, Sample)})
+            splits = _assign(listing, outcomes, tuple(self._classes), kept)
+            _check(splits, self._folder, self._reader.kind)
+            ledger.forget_others({file.name for file in listing.files})  # after the check: an unmounted disk is empty
         if self._largest == UNLIMITED:
-            self._largest, _ = largest(slices.samples, self._kind)
-        return slices
+            self._largest, _ = largest(splits.samples, self._reader.kind)
+        return splits
 
     def forget(self, path: Path) -> None:
-        """Has a file read again at the next look: it has changed without a trace in its size and date."""
-        with opened(self._store.samples) as ledger:
+        """Has the next scan read a file again that changed but kept its size and date."""
+        with open_ledger(self._store.samples) as ledger:
             ledger.forget([path.relative_to(self._folder).as_posix()])
 
-    def _list(self) -> Listing:
+    def _walk(self) -> Listing:
+        kind, classes = self._reader.kind, tuple(self._classes)
         if self._labels:
-            return walk_labelled(self._folder, self._kind, self._labels, self._classes)
-        return walk_classes(self._folder, self._kind.suffixes, self._kind.noun, self._classes)
+            return walk_labelled(self._folder, kind, self._labels, classes)
+        return walk_classes(self._folder, kind.suffixes, kind.noun, classes)
 
     def _outcomes(self, ledger: Ledger, files: Sequence[ClassFile], report: Report) -> Iterator[Outcome]:
-        fresh: list[tuple[str, FileVersion, Content]] = []
+        fresh: list[tuple[ClassFile, Sample]] = []
         for index, file in enumerate(files, start=1):
-            content: Content | SkippedFile | None = ledger.content(file.name, file.version)
-            if content is None and not _is_young(file.version):
-                content = _read(file, self._kind, self._extent, self._largest)
-                if isinstance(content, Content) and content.extent <= self._largest:
-                    fresh.append((file.name, file.version, content))
-                if len(fresh) == KEPT_AT_ONCE:
-                    ledger.keep_contents(fresh)
+            label = self._classes[file.label]
+            found: Outcome = ledger.recall(file, label)
+            if found is None and not _is_recent(file):
+                found = _read(self._reader, file, label, self._largest)
+                if isinstance(found, Sample) and found.extent <= self._largest:
+                    fresh.append((file, found))
+                if len(fresh) == REMEMBERED_AT_ONCE:
+                    ledger.remember(fresh)
                     fresh.clear()
-                report("looking", index, len(files))
-            yield _outcome(file, content, self._classes, self._kind, self._largest)
-        ledger.keep_contents(fresh)
+                report("scanning", index, len(files))
+            yield _usable(found, self._reader.kind, self._largest)
+        ledger.remember(fresh)
 
 
 def largest(samples: Sequence[Sample], kind: Kind) -> tuple[int, Path]:
-    """What a memory plan is made for: the extent and the file of the sample that takes most memory to read. All that
-    are ordinary count the same, so that it is not made anew for each that comes."""
+    """The extent and the file of the sample that takes most memory to read. All ordinary ones have the same extent, so
+    that a new one does not require a new memory plan."""
     most = max(samples, key=lambda sample: sample.extent)
     return max(most.extent, kind.ordinary), most.path
 
 
-def scan(folder: Path, classes: Sequence[str], kind: Kind) -> Splits:
-    """What a first look gives, without memory of it. Raises InputError if there is nothing to train on."""
+def scan_once(folder: Path, classes: Sequence[str], kind: Kind) -> Splits:
+    """The first scan of a folder, without a ledger. Raises InputError if there is nothing to train on."""
     listing = walk_classes(folder, kind.suffixes, kind.noun, classes)
-    read = (_read(file, kind, lambda _: 0, UNLIMITED) for file in listing.files)
+    check = Reader(kind, "", lambda data: np.empty(0) if kind.is_readable(data) else None, lambda file, size: 0)
+    reader = SampleReader(check)
     outcomes = [
-        _outcome(file, content, classes, kind, UNLIMITED) for file, content in zip(listing.files, read, strict=True)
+        _usable(_read(reader, file, classes.index(file.label), UNLIMITED), kind, UNLIMITED) for file in listing.files
     ]
-    slices = _dealt(listing, outcomes, classes, kept={})
-    _check(slices, folder, kind)
-    return slices
+    splits = _assign(listing, outcomes, classes, kept={})
+    _check(splits, folder, kind)
+    return splits
 
 
-def _is_young(version: FileVersion) -> bool:
-    """Unlike with a date in the far future, which cameras give whose clock is wrong."""
-    return abs(time.time() - version.mtime_ns / 1e9) < SETTLE_SECONDS
+def _is_recent(file: ClassFile) -> bool:
+    """False for dates in the future, which cameras with a wrong clock give."""
+    return abs(time.time() - file.version.mtime_ns / 1e9) < SETTLE_SECONDS
 
 
-def _read(file: ClassFile, kind: Kind, extent: Callable[[Path], int], largest: int) -> Content | SkippedFile | None:
-    """None: it has gone, or was written to in the meantime. One that is too large is not decoded."""
+def _read(reader: SampleReader, file: ClassFile, label: int, largest: int) -> Outcome:
     try:
-        size = extent(file.path)
-        sha256 = file_sha256(file.path) if size <= largest else ""
-        content = Content(sha256 if sha256 and kind.is_readable(file.path) else "", size)
-        return content if FileVersion.of(file.path.stat()) == file.version else None
+        return reader.read(file, label, largest)
     except FileNotFoundError:
         return None
     except OSError as error:
         return SkippedFile(file.path, f"cannot be read ({error.strerror})")
 
 
-def _outcome(
-    file: ClassFile, content: Content | SkippedFile | None, classes: Sequence[str], kind: Kind, largest: int
-) -> Outcome:
-    if content is None or isinstance(content, SkippedFile):
-        return content
-    if content.extent > largest:
-        return SkippedFile(file.path, TOO_LARGE)
-    if not content.sha256:
-        return SkippedFile(file.path, f"not a readable {kind.noun}")
-    return Sample(file.path, content.sha256, classes.index(file.label), content.extent)
+def _usable(found: Outcome, kind: Kind, largest: int) -> Outcome:
+    if isinstance(found, Sample) and found.extent > largest:
+        return SkippedFile(found.path, TOO_LARGE)
+    if isinstance(found, Sample) and not found.sha256:
+        return SkippedFile(found.path, f"not a readable {kind.noun}")
+    return found
 
 
-def _dealt(listing: Listing, outcomes: Sequence[Outcome], classes: Sequence[str], kept: Mapping[str, Split]) -> Splits:
-    """Each content once; one under two classes is of none."""
-    found: dict[str, list[tuple[Sample, bool]]] = {}  # content → where it lies, and whether that is apart
+def _assign(listing: Listing, outcomes: Sequence[Outcome], classes: Sequence[str], kept: Mapping[str, Split]) -> Splits:
+    """Each content is used once; a content in two classes is skipped."""
+    found: dict[str, list[tuple[Sample, bool]]] = {}  # content → its files, and whether each is in the test folder
     skipped = list(listing.skipped)
     for file, outcome in zip(listing.files, outcomes, strict=True):
         if isinstance(outcome, SkippedFile):
             skipped.append(outcome)
         elif outcome is not None:
             found.setdefault(outcome.sha256, []).append((outcome, file.is_test))
-    samples, apart = [], []
+    samples, tests = [], []
     for same in found.values():
         others = [next((other for other, _ in same if other.label != sample.label), None) for sample, _ in same]
         for (sample, _), other in zip(same, others, strict=True):
@@ -162,18 +159,18 @@ def _dealt(listing: Listing, outcomes: Sequence[Outcome], classes: Sequence[str]
                 reason = f"the same as {other.path}, of class {classes[other.label]!r}; remove one of them"
                 skipped.append(SkippedFile(sample.path, reason))
         if not any(others):
-            samples += [sample for sample, is_apart in same if not is_apart][:1]
-            apart += [sample for sample, is_apart in same if is_apart][:1]
-    apart.sort(key=lambda sample: (classes[sample.label], sample.sha256))
-    slices = assign_splits(samples, apart if listing.has_test else None, kept)
-    return replace(slices, skipped=(*skipped, *slices.skipped))
+            samples += [sample for sample, is_test in same if not is_test][:1]
+            tests += [sample for sample, is_test in same if is_test][:1]
+    tests.sort(key=lambda sample: (classes[sample.label], sample.sha256))
+    splits = assign_splits(samples, tests if listing.has_test else None, kept)
+    return replace(splits, skipped=(*skipped, *splits.skipped))
 
 
-def _check(slices: Splits, folder: Path, kind: Kind) -> None:
-    if slices.train:
+def _check(splits: Splits, folder: Path, kind: Kind) -> None:
+    if splits.train:
         return
     why: dict[str, str] = {}
-    for each in slices.skipped:
+    for each in splits.skipped:
         why.setdefault(each.reason, str(each))
     if not why:
         raise InputError(f"{kind.noun} folder {folder} holds no {kind.noun}s; put them into one subfolder per class")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,37 +14,40 @@ from fedfmsl.errors import InputError
 from fedfmsl.protocol.bundle import ImagePreprocessing
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
-REDUCING_GAP = 3  # an image is not decoded smaller than this times what it is resized to: the difference is not seen
+REDUCING_GAP = 3  # a JPEG is decoded at this many times the target size or larger; the loss is not visible
+BYTES_PER_PIXEL = 3
 UNREADABLE = (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 Pixels = NDArray[np.uint8]
 
 
-def is_readable(path: Path) -> bool:
-    return _decoded(path, size=1) is not None
+def is_readable(data: bytes) -> bool:
+    return _decode(data, size=1) is not None
 
 
-def pixel_count(path: Path, size: int) -> int:
-    """How many pixels are in memory when an image is decoded that is to become (size, size); 0 if it is none."""
+def extent(file: BinaryIO, file_size: int, size: int) -> int:
+    """The memory to read an image as (size, size), in pixels: those of the decoded image and the file's own bytes."""
+    return pixel_count(file, size) + file_size // BYTES_PER_PIXEL
+
+
+def pixel_count(file: BinaryIO | Path, size: int) -> int:
+    """The pixels in memory while an image is decoded for (size, size); 0 if the file is not an image."""
     try:
-        with Image.open(path) as file:
-            if not file.info.get("progressive"):  # of which the whole image is in memory at any scale
-                _reduce(file, size)
-            width, height = file.size
+        with Image.open(file) as image:
+            if not image.info.get("progressive"):  # a progressive JPEG is decoded whole at any scale
+                _reduce(image, size)
+            width, height = image.size
     except UNREADABLE:
         return 0
     return width * height
 
 
-def load_pixels(path: Path, preprocessing: ImagePreprocessing) -> Pixels:
-    """One image as (S, S, 3) uint8 RGB: shorter side resized to S, centre cropped.
-
-    Raises InputError if it cannot be decoded.
-    """
+def decode_pixels(data: bytes, preprocessing: ImagePreprocessing) -> Pixels | None:
+    """An image file's bytes as (S, S, 3) uint8 RGB: shorter side resized to S, centre cropped. None if unreadable."""
     size = preprocessing.size
-    image = _decoded(path, size)
+    image = _decode(data, size)
     if image is None:
-        raise InputError(f"{path} is not a readable image")
+        return None
     scale = size / min(image.size)
     width, height = (max(size, round(side * scale)) for side in image.size)
     image = image.resize((width, height), Image.Resampling.BICUBIC)
@@ -50,10 +55,21 @@ def load_pixels(path: Path, preprocessing: ImagePreprocessing) -> Pixels:
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
-def _decoded(path: Path, size: int) -> Image.Image | None:
-    """The upright RGB image, of a side that is enough for `size`, or None if the file cannot be decoded."""
+def load_pixels(path: Path, preprocessing: ImagePreprocessing) -> Pixels:
+    """A file's pixels as `decode_pixels` gives them. Raises InputError if it cannot be read."""
     try:
-        with Image.open(path) as file:
+        pixels = decode_pixels(path.read_bytes(), preprocessing)
+    except OSError:
+        pixels = None
+    if pixels is None:
+        raise InputError(f"{path} is not a readable image")
+    return pixels
+
+
+def _decode(data: bytes, size: int) -> Image.Image | None:
+    """The upright RGB image, with sides long enough for `size`."""
+    try:
+        with Image.open(io.BytesIO(data)) as file:
             _reduce(file, size)
             ImageOps.exif_transpose(file, in_place=True)
             image: Image.Image = file
@@ -64,6 +80,6 @@ def _decoded(path: Path, size: int) -> Image.Image | None:
         return None
 
 
-def _reduce(file: Image.Image, size: int) -> None:
-    """A JPEG can be decoded at down to an eighth of its scale, in a fraction of the memory; other formats cannot."""
-    file.draft(None, (REDUCING_GAP * size, REDUCING_GAP * size))
+def _reduce(image: Image.Image, size: int) -> None:
+    """Has a JPEG decoded at down to an eighth of its scale, in a fraction of the memory. Other formats cannot."""
+    image.draft(None, (REDUCING_GAP * size, REDUCING_GAP * size))

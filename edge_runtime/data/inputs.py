@@ -1,4 +1,4 @@
-"""The kinds of samples, images and texts: how their files are told, and how a bundle's graphs come to read them."""
+"""The kinds of samples, images and texts: their file names, and how their bytes become the input of a bundle's graphs."""
 
 from __future__ import annotations
 
@@ -6,24 +6,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_runtime.data import images, texts
 from fedfmsl.common.class_folders import files_below, has_suffix
+from fedfmsl.errors import InputError
 from fedfmsl.protocol.bundle import Bundle, Preprocessing, TextPreprocessing
 
 
 @dataclass(frozen=True)
 class Kind:
-    """`noun` names it in messages, and in the manifest's preprocessing. `ordinary` is an extent (see `Reader`) up to
-    which reading takes no memory to speak of."""
+    """`noun` names a file in messages, and the kind in the manifest's preprocessing. Files up to the extent `ordinary`
+    (see `Reader`) take little memory to read."""
 
     noun: str
     suffixes: frozenset[str]
-    is_readable: Callable[[Path], bool]
+    is_readable: Callable[[bytes], bool]
     ordinary: int
 
     def files(self, folder: Path) -> list[Path]:
@@ -41,13 +42,27 @@ TEXTS = Kind("text", texts.SUFFIXES, texts.is_readable, ordinary=2**18)
 
 @dataclass(frozen=True)
 class Reader:
-    """Reads files as the input of one bundle's graphs, or of one personalized model's. `extent` is what the memory that
-    reading a file takes grows with: decoded pixels, or bytes of text."""
+    """Decodes files as the input of a bundle's graphs, or of a personalized model.
+
+    `decode` gives the array for one file's bytes, or None if they are not readable. `extent` of an open file and its
+    size is proportional to the memory that reading it takes: pixels of an image, bytes of a text.
+    """
 
     kind: Kind
     input: str
-    load: Callable[[Path], NDArray[Any]]
-    extent: Callable[[Path], int]
+    decode: Callable[[bytes], NDArray[Any] | None]
+    extent: Callable[[BinaryIO, int], int]
+
+    def load(self, path: Path) -> NDArray[Any]:
+        """Raises InputError if the file cannot be read."""
+        try:
+            value = self.decode(path.read_bytes())
+        except OSError:
+            value = None
+        if value is None:
+            hint = "; it must be UTF-8 and not empty" if self.kind is TEXTS else ""
+            raise InputError(f"{path} is not a readable {self.kind.noun}{hint}")
+        return value
 
     def batch(self, paths: Sequence[Path]) -> dict[str, NDArray[Any]]:
         """`pixels` (B, S, S, 3) uint8 or `tokens` (B, N) int64. Raises InputError if a file cannot be read."""
@@ -57,13 +72,14 @@ class Reader:
 def reader_for(preprocessing: Preprocessing, tokenizer: str) -> Reader:
     """`tokenizer` is the JSON of a text model's tokenizer.
 
-    Raises ConfigError or BundleError if texts cannot be tokenized here.
+    Raises ConfigError if the tokenizers package is not installed, BundleError if the tokenizer cannot be parsed.
     """
     if isinstance(preprocessing, TextPreprocessing):
-        return Reader(TEXTS, "tokens", texts.TextTokenizer(tokenizer, preprocessing).load, texts.length)
-    load = partial(images.load_pixels, preprocessing=preprocessing)
-    return Reader(IMAGES, "pixels", load, partial(images.pixel_count, size=preprocessing.size))
+        return Reader(TEXTS, "tokens", texts.TextTokenizer(tokenizer, preprocessing).decode, texts.extent)
+    decode = partial(images.decode_pixels, preprocessing=preprocessing)
+    return Reader(IMAGES, "pixels", decode, partial(images.extent, size=preprocessing.size))
 
 
 def reader_of(bundle: Bundle) -> Reader:
+    """Parses a text model's tokenizer; keep the reader rather than make it again."""
     return reader_for(bundle.manifest.preprocessing, bundle.tokenizer())

@@ -1,8 +1,8 @@
-"""The samples of a device, and the slices that it trains, holds out and tests on.
+"""The samples of a device and their splits: train, held-out and test.
 
-Which slice a sample is of follows its content, not its name or date, and is kept (see `edge_runtime.data.ledger`): what was
-trained on is never tested on, however files come and go. Samples that nobody has dealt yet are dealt in two steps,
-because the second needs their features: `assign_splits`, and `assign_new_samples`.
+The split of a sample follows its content, not its name or date, and is kept (see `edge_runtime.data.ledger`): a content
+that was trained on is never tested on. Unassigned samples get their split in two steps, because the second needs their
+features: `assign_splits`, then `assign_new_samples`.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from fedfmsl.errors import InputError
 
 HELD_OUT_SHARE = 0.2
 TEST_SHARE = 0.2
-LEAST = 2  # samples of a class that is trained on: one to train on, one to hold out
-LOOK_ALIKE = 0.5  # is nearer than this times what is nearest in the other slice (as Lowe's ratio test has it)
-ALONE = "alone in its class, which needs at least two, one to train on and one to hold out; add more, or remove it"
+LEAST = 2  # samples per trained class: one to train on, one held out
+NEAR_DUPLICATE = 0.5  # nearest distance in one split below this times that in the other, as in Lowe's ratio test
+TOO_FEW = "is the only sample of its class; a class needs at least two, one to train on and one held out"
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A file, by its content. `extent` is what the memory that reading it takes grows with."""
+    """A file with a class, identified by its content. `sha256` is empty if the file is not readable. `extent` is
+    proportional to the memory that reading it takes (see `edge_runtime.data.inputs.Reader`)."""
 
     path: Path
     sha256: str
@@ -36,10 +37,10 @@ class Sample:
 
 
 class SampleChangedError(InputError):
-    """A sample's file is not what it was when the folder was looked at: it has to be looked at again."""
+    """A file changed between the scan of its folder and its use. The folder has to be scanned again."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(f"{path} has changed since the folder was looked at")
+        super().__init__(f"{path} has changed since the folder was scanned")
         self.path = path
 
 
@@ -53,7 +54,7 @@ class Split(Enum):
 class Splits:
     """A device's samples. `held_out` chooses levels and the best expert and trains the gate; `test` only measures.
 
-    `unassigned` are contents (SHA-256) of `train` and `held_out` that their features have still to deal.
+    `unassigned` are the SHA-256 of samples in `train` and `held_out` whose split is provisional.
     """
 
     train: tuple[Sample, ...]
@@ -68,44 +69,45 @@ class Splits:
 
     @property
     def unassigned_samples(self) -> tuple[Sample, ...]:
-        """The newcomers, and all that they may look like: what else is trained on or held out of their classes."""
+        """The unassigned samples and their possible near-duplicates: the assigned ones of the same classes."""
         samples = self.train + self.held_out
         labels = {sample.label for sample in samples if sample.sha256 in self.unassigned}
         return tuple(sample for sample in samples if sample.label in labels)
 
     def class_counts(self, classes: int) -> NDArray[np.int64]:
-        """Samples per class (C,), the test slice left out."""
+        """Training and held-out samples per class. Shape (C,)."""
         return np.bincount(labels_of(self.train + self.held_out), minlength=classes)
 
 
 def labels_of(samples: Sequence[Sample]) -> NDArray[np.int64]:
+    """Class indices. Shape (n,)."""
     return np.array([sample.label for sample in samples], np.int64)
 
 
-def assign_splits(samples: Sequence[Sample], apart: Sequence[Sample] | None, kept: Mapping[str, Split]) -> Splits:
-    """Samples, each content once, into slices (ours). `apart` is what the user keeps apart to test on; None: a test
-    slice is dealt here. `kept` says which slice a content is of since earlier, in the order in which they were dealt.
+def assign_splits(samples: Sequence[Sample], tests: Sequence[Sample] | None, kept: Mapping[str, Split]) -> Splits:
+    """Assigns samples, each content once, to splits (ours). `tests` are the samples in the user's own test folder; None:
+    a test split is assigned here. `kept` is the split of each content that has one, in the order of assignment.
 
-    A class of which nothing is trained on yet is dealt by its hashes. Later a sample is to test on if its hash says so,
-    and else waits for `assign_new_samples`. If only one slice is left of a class, one of it changes over between training
-    and held out. A class with fewer than LEAST of both is set aside.
+    A class without a trained sample is split by the order of its hashes. Later a new sample is a test sample if its hash
+    is in the lowest TEST_SHARE, and is otherwise unassigned until `assign_new_samples`. If a class has lost its train or
+    its held-out split, one sample moves there. A class with fewer than LEAST samples in both is skipped.
     """
     parts: dict[Split, list[Sample]] = {part: [] for part in Split}
     unassigned: set[str] = set()
     skipped: list[SkippedFile] = []
-    if apart is not None:
-        samples, parts[Split.TEST], skipped = _keep_apart(samples, apart, kept)
+    if tests is not None:
+        samples, parts[Split.TEST], skipped = _own_test_split(samples, tests, kept)
     by_class: dict[int, list[Sample]] = {}
     for sample in samples:
         by_class.setdefault(sample.label, []).append(sample)
     for members in by_class.values():
-        dealt, free = _assign_class(sorted(members, key=_content), apart is None, kept)
-        trained = [sample for sample, part in dealt.items() if part is not Split.TEST]
+        assigned, free = _assign_class(sorted(members, key=_content), tests is None, kept)
+        trained = [sample for sample, part in assigned.items() if part is not Split.TEST]
         if len(trained) < LEAST:
-            skipped += [SkippedFile(sample.path, ALONE) for sample in trained]
-            dealt, free = {sample: part for sample, part in dealt.items() if part is Split.TEST}, set()
+            skipped += [SkippedFile(sample.path, TOO_FEW) for sample in trained]
+            assigned, free = {sample: part for sample, part in assigned.items() if part is Split.TEST}, set()
         unassigned |= {sample.sha256 for sample in free}
-        for sample, part in dealt.items():
+        for sample, part in assigned.items():
             parts[part].append(sample)
     place = {sha256: index for index, sha256 in enumerate(kept)}
     train, held_out, test = (
@@ -115,41 +117,42 @@ def assign_splits(samples: Sequence[Sample], apart: Sequence[Sample] | None, kep
     return Splits(train, held_out, test, tuple(skipped), frozenset(unassigned))
 
 
-def assign_new_samples(slices: Splits, features: NDArray[np.float32]) -> Splits:
-    """Deals the newcomers so that training and held-out samples do not look alike (ours).
+def assign_new_samples(splits: Splits, features: NDArray[np.float32]) -> Splits:
+    """Assigns the unassigned samples so that near-duplicates are in the same split (ours). `features` (n, D) are those of
+    `splits.unassigned_samples`.
 
-    A camera takes many pictures of one scene. Held out at random, each has a twin that was trained on, and looks easier
-    than what the camera will see next. `features` (n, D) are of `slices.unassigned_samples`. In a class of newcomers only, the
-    sample with the least hash and those most similar to it are held out, as many as `assign_splits` has held out. Else each
-    joins the slice of its look-alike, or, if it has none, the slice that is short of its share.
+    A camera takes many pictures of one scene. If they were held out at random, each would have a near-duplicate in the
+    training split, and held-out accuracy would be too high. In a class of unassigned samples only, the sample with the
+    lowest hash and those most similar to it are held out, as many as `assign_splits` has held out. In another class each
+    sample joins its nearest neighbour; without a near-duplicate, it joins the split that has less than its share.
     """
-    samples = slices.unassigned_samples
+    samples = splits.unassigned_samples
     norms = np.linalg.norm(features, axis=1, keepdims=True)
     directions = dict(zip(map(_content, samples), features / np.maximum(norms, 1e-12), strict=True))
-    chosen = {sample.sha256 for sample in slices.held_out}
+    chosen = {sample.sha256 for sample in splits.held_out}
     held_out: set[str] = set()
     by_class: dict[int, list[str]] = {}
     for sample in samples:
         by_class.setdefault(sample.label, []).append(sample.sha256)
     for members in by_class.values():
         members.sort()
-        placed = [sha256 for sha256 in members if sha256 not in slices.unassigned]
-        new = [sha256 for sha256 in members if sha256 in slices.unassigned]
+        placed = [sha256 for sha256 in members if sha256 not in splits.unassigned]
+        new = [sha256 for sha256 in members if sha256 in splits.unassigned]
         rows = np.stack([directions[sha256] for sha256 in placed + new])
         if placed:
-            held = _join_look_alikes(rows, np.array([sha256 in chosen for sha256 in placed]))
+            held = _join_neighbours(rows, np.array([sha256 in chosen for sha256 in placed]))
         else:
-            held = _hold_out_look_alikes(rows, sum(sha256 in chosen for sha256 in new))
+            held = _hold_out_neighbours(rows, sum(sha256 in chosen for sha256 in new))
         held_out |= {sha256 for sha256, is_held in zip(placed + new, held, strict=True) if is_held}
-    free = [sample for sample in slices.train + slices.held_out if sample.sha256 in slices.unassigned]
+    free = [sample for sample in splits.train + splits.held_out if sample.sha256 in splits.unassigned]
 
-    def settled(part: tuple[Sample, ...]) -> list[Sample]:
-        return [sample for sample in part if sample.sha256 not in slices.unassigned]
+    def assigned(part: tuple[Sample, ...]) -> list[Sample]:
+        return [sample for sample in part if sample.sha256 not in splits.unassigned]
 
     return replace(
-        slices,
-        train=(*settled(slices.train), *(sample for sample in free if sample.sha256 not in held_out)),
-        held_out=(*settled(slices.held_out), *(sample for sample in free if sample.sha256 in held_out)),
+        splits,
+        train=(*assigned(splits.train), *(sample for sample in free if sample.sha256 not in held_out)),
+        held_out=(*assigned(splits.held_out), *(sample for sample in free if sample.sha256 in held_out)),
         unassigned=frozenset(),
     )
 
@@ -158,22 +161,22 @@ def _content(sample: Sample) -> str:
     return sample.sha256
 
 
-def _keep_apart(
-    samples: Sequence[Sample], apart: Sequence[Sample], kept: Mapping[str, Split]
+def _own_test_split(
+    samples: Sequence[Sample], tests: Sequence[Sample], kept: Mapping[str, Split]
 ) -> tuple[list[Sample], list[Sample], list[SkippedFile]]:
-    """Those to train on, those to test on, and those that were in the other slice, or are in both."""
+    """Samples to train on, samples to test on, and skipped ones: in both folders, or in the other split before."""
     present = set(map(_content, samples))
     to_train, to_test, skipped = [], [], []
     for sample in samples:
         if kept.get(sample.sha256) is Split.TEST:
-            skipped.append(SkippedFile(sample.path, "was tested on, and cannot be trained on any more"))
+            skipped.append(SkippedFile(sample.path, "was a test sample, so it is not trained on"))
         else:
             to_train.append(sample)
-    for sample in apart:
+    for sample in tests:
         if sample.sha256 in present:
-            skipped.append(SkippedFile(sample.path, "also lies among those to train on, and cannot be tested on"))
+            skipped.append(SkippedFile(sample.path, "is also in the training folder, so it is not tested on"))
         elif kept.get(sample.sha256, Split.TEST) is not Split.TEST:
-            skipped.append(SkippedFile(sample.path, "was trained on, and cannot be tested on any more"))
+            skipped.append(SkippedFile(sample.path, "was trained on, so it is not tested on"))
         else:
             to_test.append(sample)
     return to_train, to_test, skipped
@@ -182,8 +185,8 @@ def _keep_apart(
 def _assign_class(
     members: Sequence[Sample], testing: bool, kept: Mapping[str, Split]
 ) -> tuple[dict[Sample, Split], set[Sample]]:
-    """Which slice each sample is of, for the time being, and those of them that are free to change between training
-    and held out. `members` are in the order of their hashes."""
+    """The split of each sample, and the samples that may still move between train and held-out. `members` are sorted by
+    hash."""
     old = {sample: kept[sample.sha256] for sample in members if sample.sha256 in kept}
     new = [sample for sample in members if sample not in old]
     if not {Split.TRAIN, Split.HELD_OUT} & {*old.values()}:
@@ -191,35 +194,35 @@ def _assign_class(
         held = tested + max(1, round(HELD_OUT_SHARE * (len(new) - tested)))
         first = [Split.TEST] * tested + [Split.HELD_OUT] * (held - tested) + [Split.TRAIN] * (len(new) - held)
         return old | dict(zip(new, first, strict=False)), set(new[tested:])
-    dealt = old | {sample: Split.TEST if testing and _is_test(sample) else Split.TRAIN for sample in new}
-    free = [sample for sample in new if dealt[sample] is Split.TRAIN]
-    for wanted, other in ((Split.TRAIN, Split.HELD_OUT), (Split.HELD_OUT, Split.TRAIN)):
-        if wanted not in old.values():
-            changed = [*free, *(sample for sample in old if old[sample] is other)][0]
-            dealt[changed] = wanted
-            free = [sample for sample in free if sample is not changed]
-    return dealt, set(free)
+    assigned = old | {sample: Split.TEST if testing and _is_test(sample) else Split.TRAIN for sample in new}
+    free = [sample for sample in new if assigned[sample] is Split.TRAIN]
+    for missing, other in ((Split.TRAIN, Split.HELD_OUT), (Split.HELD_OUT, Split.TRAIN)):
+        if missing not in old.values():
+            moved = [*free, *(sample for sample in old if old[sample] is other)][0]
+            assigned[moved] = missing
+            free = [sample for sample in free if sample is not moved]
+    return assigned, set(free)
 
 
 def _is_test(sample: Sample) -> bool:
     return int(sample.sha256[:8], 16) < TEST_SHARE * 2**32
 
 
-def _hold_out_look_alikes(rows: NDArray[np.float32], count: int) -> NDArray[np.bool_]:
-    """Which of a class's directions (n, D) are held out: the first, and those most similar to it."""
+def _hold_out_neighbours(rows: NDArray[np.float32], count: int) -> NDArray[np.bool_]:
+    """Holds out the first of a class's directions (n, D) and its nearest neighbours, `count` in all. Shape (n,)."""
     held = np.zeros(len(rows), bool)
     held[np.argsort(-(rows @ rows[0]), kind="stable")[:count]] = True
     return held
 
 
-def _join_look_alikes(rows: NDArray[np.float32], placed: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Which of a class's directions (n, D) are held out, given which of the first of them are: of both some."""
+def _join_neighbours(rows: NDArray[np.float32], placed: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Which of a class's directions (n, D) are held out. `placed` (m,) is known for the first m; both values occur."""
     held = np.zeros(len(rows), bool)
     held[: len(placed)] = placed
     for index in range(len(placed), len(rows)):
         distance = np.maximum(1 - rows[:index] @ rows[index], 0)
         trained, to_held = distance[~held[:index]].min(), distance[held[:index]].min()
-        if min(trained, to_held) < LOOK_ALIKE * max(trained, to_held):
+        if min(trained, to_held) < NEAR_DUPLICATE * max(trained, to_held):
             held[index] = to_held < trained
         else:
             held[index] = held.sum() < round(HELD_OUT_SHARE * (index + 1))

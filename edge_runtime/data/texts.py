@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedfmsl.errors import BundleError, ConfigError, InputError
+from fedfmsl.errors import BundleError, ConfigError
 from fedfmsl.protocol.bundle import TextPreprocessing
 
 SUFFIXES = frozenset({".txt"})
@@ -15,49 +15,42 @@ SUFFIXES = frozenset({".txt"})
 Tokens = NDArray[np.int64]
 
 
-def is_readable(path: Path) -> bool:
-    return _text(path) is not None
+def is_readable(data: bytes) -> bool:
+    return _text(data) is not None
 
 
-def length(path: Path) -> int:
-    """In bytes."""
-    return path.stat().st_size
+def extent(file: BinaryIO, file_size: int) -> int:
+    """The memory to read a text, in bytes."""
+    return file_size
 
 
 class TextTokenizer:
-    """A file of Hugging Face's `tokenizers`, and the length a bundle takes."""
+    """A file of Hugging Face's `tokenizers`, with the text length of a bundle."""
 
     def __init__(self, json: str, preprocessing: TextPreprocessing) -> None:
-        """Raises ConfigError if the tokenizers package is not installed, BundleError if `json` is not its file."""
+        """Raises ConfigError if the tokenizers package is not installed, BundleError if `json` cannot be parsed."""
         try:
-            from tokenizers import Tokenizer  # only devices that read texts have it
+            from tokenizers import Tokenizer  # only devices that read texts have the package
         except ImportError as error:
             raise ConfigError(
                 "this model reads texts, and the tokenizers package is not installed: pip install tokenizers"
             ) from error
         try:
             self._tokenizer = Tokenizer.from_str(json)
-        except Exception as error:  # the package raises nothing more special
+        except Exception as error:  # the package raises no narrower type
             raise BundleError(f"the model's tokenizer cannot be read: {str(error).splitlines()[0]}") from error
         length = preprocessing.max_tokens
         self._tokenizer.enable_truncation(length)
         self._tokenizer.enable_padding(length=length, pad_id=preprocessing.pad_id)
 
-    def load(self, path: Path) -> Tokens:
-        """The token ids (N,) of one text: cut off at N, or padded.
-
-        Raises InputError if the file is empty or not UTF-8.
-        """
-        text = _text(path)
-        if text is None:
-            raise InputError(f"{path} is not a readable text; it must be UTF-8 and not empty")
-        return np.array(self._tokenizer.encode(text).ids, np.int64)
+    def decode(self, data: bytes) -> Tokens | None:
+        """A text file's bytes as token ids (N,), truncated or padded. None if the text is empty or not UTF-8."""
+        text = _text(data)
+        return None if text is None else np.array(self._tokenizer.encode(text).ids, np.int64)
 
 
-def _text(path: Path) -> str | None:
-    """What the file says, or None if it is not UTF-8 or says nothing."""
+def _text(data: bytes) -> str | None:
     try:
-        text = path.read_text(encoding="utf-8-sig").strip()
-    except (OSError, UnicodeDecodeError):
+        return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n").strip() or None
+    except UnicodeDecodeError:
         return None
-    return text or None

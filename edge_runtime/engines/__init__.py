@@ -1,6 +1,6 @@
 """Engines train and evaluate experts with ONNX Runtime.
 
-engine = StepGraphEngine(Bundle(path))
+engine = StepGraphEngine(Bundle.load(path))
 engine.load(level)
 engine.set(theta, Training(epochs=1, learning_rate=1e-3))
 loss = engine.step(Batch.cross_entropy(hidden, labels, classes))

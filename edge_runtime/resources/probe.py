@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import psutil
 from pydantic import BaseModel, ValidationError
 
 from edge_runtime.data.cache import DiskCache
@@ -186,7 +186,7 @@ def probe_levels(
         cache = FeatureCache(DiskCache(Path(folder), 2**40), bundle, threads, batch_size=feature_batch)
         samples = [Sample(sample, file_sha256(sample), 0)] * feature_batch
         started = time.perf_counter()
-        gate.weights(bundle.initial()[1], cache.pooled(samples, 1))
+        gate.log_weights(bundle.initial()[1], cache.pooled(samples, 1))
         cache.lifted(samples, levels, 1, theta)
         yield _line(PASSES, feature_batch, started)
     memory_plans = {
@@ -230,7 +230,7 @@ def _measured(
 
 
 def _budget(memory: int | None) -> int:
-    return memory or int(MEMORY_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return memory or int(MEMORY_SHARE * psutil.virtual_memory().total)
 
 
 def _least(measure: Measure) -> list[Measured]:

@@ -1,1 +1,1 @@
-"""What a device computes in each stage of a run."""
+"""The computation of each stage of a run on a device."""

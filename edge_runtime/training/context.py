@@ -1,4 +1,4 @@
-"""What every local computation works with: this device's samples, caches, engine and gate."""
+"""`TrainingContext`: the samples, caches, engine and gate that every stage of a run computes with."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_runtime.data import ledger
 from edge_runtime.data.features import FeatureCache, HiddenStates, Report
+from edge_runtime.data.ledger import open_ledger
 from edge_runtime.data.samples import Sample, Splits, assign_new_samples
 from edge_runtime.engines.base import Engine
 from edge_runtime.store import DeviceStore
 from edge_runtime.training.gate import Gate
-from edge_runtime.training.loop import predict_log
+from edge_runtime.training.loop import predict_log_p
 from fedfmsl.algorithms.arrays import Floats, Vector
 from fedfmsl.algorithms.mixture import class_mask, log_class_prior
 from fedfmsl.algorithms.sal import Sal
@@ -24,8 +24,10 @@ Samples = tuple[Sample, ...]
 
 
 @dataclass(frozen=True)
-class Device:
-    name: str
+class TrainingContext:
+    """`scanned`: the samples of the last folder scan. `report`: receives the progress of long computations."""
+
+    device_name: str
     bundle: Bundle
     scanned: Splits
     cache: FeatureCache
@@ -37,52 +39,53 @@ class Device:
 
     @property
     def classes(self) -> int:
+        """C, the number of classes."""
         return self.bundle.manifest.dims.classes
 
     @cached_property
-    def slices(self) -> Splits:
-        """`scanned`, with newcomers dealt; kept before anybody trains on them, so that none changes over later."""
-        slices = assign_new_samples(self.scanned, self.cache.pooled(self.scanned.unassigned_samples, level=1))
-        with ledger.opened(self.store.samples) as kept:
-            kept.keep_splits(slices)
-        return slices
+    def splits(self) -> Splits:
+        """`scanned`, with unassigned samples assigned. Saved before training, so that assignments never change."""
+        splits = assign_new_samples(self.scanned, self.cache.pooled(self.scanned.unassigned_samples, level=1))
+        with open_ledger(self.store.samples) as ledger:
+            ledger.keep_splits(splits)
+        return splits
 
     @cached_property
-    def counts(self) -> NDArray[np.int64]:
-        """This device's samples per class (C,), the test slice left out."""
+    def class_counts(self) -> NDArray[np.int64]:
+        """Samples per class (C,), without the test split."""
         return self.scanned.class_counts(self.classes)
 
     @cached_property
-    def mask(self) -> Floats:
-        """Restricts a softmax to the classes this device holds (C,)."""
-        return class_mask(self.counts)
+    def class_mask(self) -> Floats:
+        """Logit bias (C,) that restricts a softmax to the held classes."""
+        return class_mask(self.class_counts)
 
     @cached_property
-    def prior(self) -> Floats:
-        """This device's log class prior (C,)."""
-        return log_class_prior(self.counts)
+    def log_prior(self) -> Floats:
+        """Log class prior of this device (C,)."""
+        return log_class_prior(self.class_counts)
 
-    def within_cap(self, sal: Sal) -> Sal:
-        """The rule for levels that are this device's own business: never past what it can bear."""
+    def capped(self, sal: Sal) -> Sal:
+        """SAL with `max_level` limited to the level cap. For the baseline and the local expert."""
         return replace(sal, max_level=min(sal.max_level, self.level_cap))
 
-    def completed(self, theta: Vector) -> Vector:
-        """An expert of any level as a vector of the bundle's highest: blocks not yet active get their start."""
+    def to_highest_level(self, theta: Vector) -> Vector:
+        """Extends an expert of any level to the bundle's highest level. Inactive blocks get their initial values."""
         full = self.bundle.initial()[0]
         full[: theta.size] = theta
         return full
 
     def level_of(self, theta: Vector) -> int:
-        """The level whose trainables `theta` (P,) are."""
+        """The level with as many trainables as `theta` (P,)."""
         return next(k for k in range(self.bundle.manifest.levels + 1) if self.bundle.expert.size(k) == theta.size)
 
-    def hidden(self, images: Samples, expert: Vector, level: int) -> HiddenStates:
-        """States below the suffix of `level`, with the LoRA of `expert` in the active blocks further down."""
-        return self.cache.lifted(images, self.level_of(expert), level, expert)
+    def hidden_states(self, samples: Samples, expert: Vector, level: int) -> HiddenStates:
+        """Hidden states below the suffix of `level`. The LoRA of `expert` is applied in its active blocks below it."""
+        return self.cache.lifted(samples, self.level_of(expert), level, expert)
 
-    def log_p(self, images: Samples, expert: Vector, bias: Floats) -> Floats:
-        """Class log-probabilities (n, C) of logits + bias of an expert at its own level, nothing trained below it."""
+    def log_p(self, samples: Samples, expert: Vector, bias: Floats) -> Floats:
+        """Class log-probabilities (n, C) of the expert's logits + `bias` (C,)."""
         level = self.level_of(expert)
         self.engine.load(level)
         self.engine.set(expert)
-        return predict_log(self.engine, self.cache.frozen(images, level), bias)
+        return predict_log_p(self.engine, self.cache.frozen(samples, level), bias)

@@ -1,4 +1,4 @@
-"""Stage 2: the local expert, which never leaves the device, and the gate adapter, which does every round."""
+"""Stage 2: trains the local expert, which never leaves the device, and the gate adapter, which is aggregated."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import numpy as np
 from pydantic import BaseModel
 
 from edge_runtime.data.samples import labels_of
-from edge_runtime.training.context import Device, Samples
-from edge_runtime.training.loop import Targets, predict_log, train
-from edge_runtime.training.stages import Globals, Outcome, seed_of
+from edge_runtime.training.context import Samples, TrainingContext
+from edge_runtime.training.loop import Targets, predict_log_p, train
+from edge_runtime.training.stages import Globals, StageResult, shuffle_seed
 from fedfmsl.algorithms.arrays import Floats, Vector
-from fedfmsl.algorithms.mixture import accuracy, gate_statistics, mix, nll, of_labels
+from fedfmsl.algorithms.mixture import accuracy, gate_statistics, label_log_p, mix, nll
 from fedfmsl.algorithms.sal import Sal, SalState
 from fedfmsl.common.files import write_atomically
 from fedfmsl.errors import MessageError
@@ -21,7 +21,9 @@ from fedfmsl.protocol.messages import Round
 from fedfmsl.protocol.tensors import pack, unpack
 
 
-class _Header(BaseModel):
+class LocalExpertHeader(BaseModel):
+    """Header of the local expert's file, beside the tensors `theta` and `best` (P,)."""
+
     session: str
     round: int
     level: int
@@ -34,41 +36,43 @@ class _Header(BaseModel):
 
 @dataclass(frozen=True)
 class LocalExpert:
-    """`theta` and `best` are vectors of the bundle's highest level (P,); the blocks below the level are the global
-    expert's. `best`, at `best_level`, had the lowest held-out negative log-likelihood of the mixture so far; `held_out`
-    says on which slice (see `_name_of`)."""
+    """`theta` and `best` have the bundle's highest level (P,). Below their level, blocks equal the global expert's.
+
+    `best`, at `best_level`, has the lowest negative log-likelihood of the mixture on the held-out split so far.
+    `held_out` is the fingerprint of that split. `round`: index of the last round of stage 2.
+    """
 
     theta: Vector
     sal: SalState
     best: Vector
     best_level: int
     best_nll: float
-    round: int = -1  # of stage 2
+    round: int = -1
     held_out: str = ""
 
     @classmethod
-    def from_global(cls, device: Device, expert: Vector, sal: Sal) -> LocalExpert:
-        """The global expert, with the device's class prior in the head's bias, at SAL's first level."""
-        theta = device.completed(expert)
-        device.bundle.expert.split(theta)["classifier.bias"][:] += device.prior
-        start = device.within_cap(sal).start()
+    def from_global(cls, context: TrainingContext, expert: Vector, sal: Sal) -> LocalExpert:
+        """The global expert at SAL's first level, with the device's log prior added to the bias of the head."""
+        theta = context.to_highest_level(expert)
+        context.bundle.expert.split(theta)["classifier.bias"][:] += context.log_prior
+        start = context.capped(sal).start()
         return cls(theta, start, theta, start.level, np.inf)
 
     @classmethod
-    def load(cls, device: Device, session: str) -> LocalExpert | None:
-        """The one kept from earlier rounds of the same session, if there is one."""
+    def load(cls, context: TrainingContext, session: str) -> LocalExpert | None:
+        """The local expert of an earlier round of the same session. None if there is none, or if it is damaged."""
         try:
-            header, tensors = unpack(device.store.personal.read_bytes(), _Header)
+            header, tensors = unpack(context.store.personal.read_bytes(), LocalExpertHeader)
             theta, best = (np.asarray(tensors[name], np.float32) for name in ("theta", "best"))
         except (OSError, MessageError, KeyError):
             return None
-        if header.session != session or {theta.shape, best.shape} != {(device.bundle.expert.total,)}:
+        if header.session != session or {theta.shape, best.shape} != {(context.bundle.expert.total,)}:
             return None
         sal = SalState(header.level, header.queue, header.seen)
         return cls(theta, sal, best, header.best_level, header.best_nll, header.round, header.held_out)
 
-    def save(self, device: Device, session: str) -> None:
-        header = _Header(
+    def save(self, context: TrainingContext, session: str) -> None:
+        header = LocalExpertHeader(
             session=session,
             round=self.round,
             level=self.sal.level,
@@ -79,12 +83,12 @@ class LocalExpert:
             held_out=self.held_out,
         )
         blob = pack(header, {"theta": self.theta, "best": self.best})
-        write_atomically(device.store.personal, blob, durable=True)
+        write_atomically(context.store.personal, blob, durable=True)
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """A device's MoFM over some images: log gate weights (n, 2) and both experts' class log-probabilities (n, C)."""
+    """Outputs of a MoFM for n samples: log gate weights (n, 2) and both experts' class log-probabilities (n, C)."""
 
     log_gate: Floats
     global_log_p: Floats
@@ -92,85 +96,95 @@ class Mixture:
 
     @property
     def log_p(self) -> Floats:
+        """Class log-probabilities of the mixture (n, C)."""
         return mix(self.log_gate, self.global_log_p, self.local_log_p)
 
 
-def mixture(device: Device, images: Samples, given: Globals, theta: Vector, level: int) -> Mixture:
-    """The mixture of the global expert, with the device's prior, and a local expert at `level`."""
-    pooled = device.cache.pooled(images, device.level_of(given.expert))
+def compute_mixture(
+    context: TrainingContext, samples: Samples, published: Globals, theta: Vector, level: int
+) -> Mixture:
+    """The mixture of the global expert, with the device's log prior, and the local expert `theta` at `level`."""
+    features = context.cache.pooled(samples, context.level_of(published.expert))
     return Mixture(
-        log_gate=device.gate.weights(given.gate, pooled),
-        global_log_p=device.log_p(images, given.expert, device.prior),
-        local_log_p=local_log_p(device, images, given, theta, level),
+        log_gate=context.gate.log_weights(published.gate, features),
+        global_log_p=context.log_p(samples, published.expert, context.log_prior),
+        local_log_p=local_log_p(context, samples, published, theta, level),
     )
 
 
-def local_log_p(device: Device, images: Samples, given: Globals, theta: Vector, level: int) -> Floats:
-    """Class log-probabilities (n, C) of a local expert, over the classes this device holds."""
-    device.engine.load(level)
-    device.engine.set(theta[: device.bundle.expert.size(level)])
-    return predict_log(device.engine, device.hidden(images, given.expert, level), device.mask)
+def local_log_p(context: TrainingContext, samples: Samples, published: Globals, theta: Vector, level: int) -> Floats:
+    """Class log-probabilities (n, C) of the local expert `theta` at `level`, over the held classes."""
+    context.engine.load(level)
+    context.engine.set(theta[: context.bundle.expert.size(level)])
+    hidden = context.hidden_states(samples, published.expert, level)
+    return predict_log_p(context.engine, hidden, context.class_mask)
 
 
-def train_personal(device: Device, task: Round, given: Globals) -> Outcome:
-    """Local epochs of the local expert on the mixture's likelihood, then steps of the gate on the held-out slice."""
-    slices = device.slices
-    expert = LocalExpert.load(device, task.session)
-    if expert is None or task.index == 0:
-        expert = LocalExpert.from_global(device, given.expert, task.sal)
-    if expert.held_out != _name_of(slices.held_out):  # samples have come or gone: only on the same can two be compared
-        before = mixture(device, slices.held_out, given, expert.best, expert.best_level)
-        score = nll(before.log_p, labels_of(slices.held_out))
-        expert = replace(expert, best_nll=score, held_out=_name_of(slices.held_out))
-    if expert.round < task.index:
-        expert = _train_local(device, task, given, expert)
-        expert.save(device, task.session)
-    return _train_gate(device, given, expert)
+def train_personal(context: TrainingContext, round_: Round, published: Globals) -> StageResult:
+    """Trains the local expert on the mixture's likelihood, then the gate adapter on the held-out split."""
+    splits = context.splits
+    expert = LocalExpert.load(context, round_.session)
+    if expert is None or round_.index == 0:
+        expert = LocalExpert.from_global(context, published.expert, round_.sal)
+    fingerprint = _fingerprint(splits.held_out)
+    if expert.held_out != fingerprint:  # scores are comparable on the same samples only
+        before = compute_mixture(context, splits.held_out, published, expert.best, expert.best_level)
+        score = nll(before.log_p, labels_of(splits.held_out))
+        expert = replace(expert, best_nll=score, held_out=fingerprint)
+    if expert.round < round_.index:
+        expert = _train_local(context, round_, published, expert)
+        expert.save(context, round_.session)
+    return _train_gate(context, published, expert)
 
 
-def _train_local(device: Device, task: Round, given: Globals, expert: LocalExpert) -> LocalExpert:
-    engine, layout, images, level = device.engine, device.bundle.expert, device.slices.train, expert.sal.level
-    trained = min(level, device.level_cap)  # the cap may have been lowered since
-    labels = labels_of(images)
-    log_gate = device.gate.weights(given.gate, device.cache.pooled(images, device.level_of(given.expert)))
-    global_log_p = of_labels(device.log_p(images, given.expert, device.prior), labels)
+def _train_local(context: TrainingContext, round_: Round, published: Globals, expert: LocalExpert) -> LocalExpert:
+    engine, layout, samples, level = context.engine, context.bundle.expert, context.splits.train, expert.sal.level
+    trained = min(level, context.level_cap)  # the cap may have been lowered
+    labels = labels_of(samples)
+    features = context.cache.pooled(samples, context.level_of(published.expert))
+    log_gate = context.gate.log_weights(published.gate, features)
+    global_log_p = label_log_p(context.log_p(samples, published.expert, context.log_prior), labels)
     targets = Targets(labels, gate=log_gate[:, 1], other=log_gate[:, 0] + global_log_p)
     engine.load(trained)
     size = layout.size(trained)
-    engine.set(expert.theta[:size], task.training)
-    applied = max(level, device.level_of(given.expert))  # further down the local expert is the global one
-    hidden = device.hidden(images, expert.theta[: layout.size(applied)], trained)
-    train(engine, hidden, targets, device.mask, task.training, seed_of(device, task), device.report)
+    engine.set(expert.theta[:size], round_.training)
+    applied = max(level, context.level_of(published.expert))  # below its level the local expert equals the global one
+    hidden = context.hidden_states(samples, expert.theta[: layout.size(applied)], trained)
+    seed = shuffle_seed(context, round_)
+    train(engine, hidden, targets, context.class_mask, round_.training, seed, context.report)
     theta = expert.theta.copy()
     theta[:size] = engine.get()
-    after = mixture(device, device.slices.held_out, given, theta, level)
-    unseen = labels_of(device.slices.held_out)
-    sal = device.within_cap(task.sal).observe(expert.sal, accuracy(after.local_log_p, unseen))
-    expert = replace(expert, theta=theta, sal=sal, round=task.index)
-    cost = nll(after.log_p, unseen)
-    return replace(expert, best=theta, best_level=level, best_nll=cost) if cost < expert.best_nll else expert
+    held_out = context.splits.held_out
+    after = compute_mixture(context, held_out, published, theta, level)
+    held_out_labels = labels_of(held_out)
+    sal = context.capped(round_.sal).observe(expert.sal, accuracy(after.local_log_p, held_out_labels))
+    expert = replace(expert, theta=theta, sal=sal, round=round_.index)
+    score = nll(after.log_p, held_out_labels)
+    return replace(expert, best=theta, best_level=level, best_nll=score) if score < expert.best_nll else expert
 
 
-def _train_gate(device: Device, given: Globals, expert: LocalExpert) -> Outcome:
-    images = device.slices.held_out
-    labels = labels_of(images)
-    seen = mixture(device, images, given, expert.best, expert.best_level)
-    expert_log_p = np.stack([of_labels(seen.global_log_p, labels), of_labels(seen.local_log_p, labels)], axis=1)
-    pooled = device.cache.pooled(images, device.level_of(given.expert))
-    gate = device.gate.train(given.gate, pooled, expert_log_p)
-    weight, entropy = gate_statistics(seen.log_gate)
+def _train_gate(context: TrainingContext, published: Globals, expert: LocalExpert) -> StageResult:
+    samples = context.splits.held_out
+    labels = labels_of(samples)
+    mixture = compute_mixture(context, samples, published, expert.best, expert.best_level)
+    expert_log_p = np.stack(
+        [label_log_p(mixture.global_log_p, labels), label_log_p(mixture.local_log_p, labels)], axis=1
+    )
+    features = context.cache.pooled(samples, context.level_of(published.expert))
+    gate = context.gate.train(published.gate, features, expert_log_p)
+    weight, entropy = gate_statistics(mixture.log_gate)
     metrics = {
-        "held_out_mofm": accuracy(seen.log_p, labels),
-        "held_out_local": accuracy(seen.local_log_p, labels),
-        "held_out_global_prior": accuracy(seen.global_log_p, labels),
+        "held_out_mofm": accuracy(mixture.log_p, labels),
+        "held_out_local": accuracy(mixture.local_log_p, labels),
+        "held_out_global_prior": accuracy(mixture.global_log_p, labels),
         "mean_local_weight": weight,
         "gate_entropy": entropy,
         "local_level": float(expert.sal.level),
     }
-    return Outcome(delta=gate - given.gate, samples=len(images), level=expert.sal.level, metrics=metrics)
+    return StageResult(delta=gate - published.gate, samples=len(samples), level=expert.sal.level, metrics=metrics)
 
 
-def _name_of(slice_: Samples) -> str:
-    """The same for the same contents and labels."""
-    said = sorted(f"{sample.sha256} {sample.label}" for sample in slice_)
-    return hashlib.sha256("\n".join(said).encode()).hexdigest()
+def _fingerprint(samples: Samples) -> str:
+    """Depends on contents and labels, not on order."""
+    lines = sorted(f"{sample.sha256} {sample.label}" for sample in samples)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -6,27 +6,29 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edge_runtime.data.features import HiddenStates, Report
 from edge_runtime.engines.base import Batch, Engine
-from fedfmsl.algorithms.arrays import NEVER, Floats
+from fedfmsl.algorithms.arrays import NEVER, Floats, Labels
 from fedfmsl.algorithms.mixture import log_softmax
 from fedfmsl.protocol.messages import Training
 
 
 @dataclass(frozen=True)
 class Targets:
-    """What each image is trained towards: its label (n,), the log weight of this expert `gate` (n,), and `other` (n,),
-    the log of the other expert's weighted likelihood of the label."""
+    """The loss terms of n samples; see `Batch` for the loss.
 
-    labels: NDArray[np.int64]
+    `labels` (n,). `gate` (n,): log gate weight of the trained expert. `other` (n,): log-likelihood of the label under
+    the other expert, plus its log gate weight.
+    """
+
+    labels: Labels
     gate: Floats
     other: Floats
 
     @classmethod
-    def cross_entropy(cls, labels: NDArray[np.int64]) -> Targets:
-        """Without another expert."""
+    def cross_entropy(cls, labels: Labels) -> Targets:
+        """The cross-entropy: full weight for the trained expert, none for the other."""
         size = len(labels)
         return cls(labels, np.zeros(size, np.float32), np.full(size, NEVER, np.float32))
 
@@ -40,7 +42,10 @@ def train(
     seed: Sequence[int],
     report: Report,
 ) -> float:
-    """`training.epochs` shuffled epochs; returns the last epoch's mean loss. `bias` (C,) is added to the logits."""
+    """Trains for `training.epochs` shuffled epochs. Returns the mean loss of the last epoch.
+
+    `bias` (C,) is added to the logits. `seed` determines the shuffles.
+    """
     rng = np.random.default_rng(seed)
     size, done, loss = len(hidden), 0, 0.0
     for _ in range(training.epochs):
@@ -59,7 +64,7 @@ def train(
     return loss
 
 
-def predict_log(engine: Engine, hidden: HiddenStates, bias: Floats) -> Floats:
-    """Class log-probabilities (n, C) of the softmax of logits + bias (C,)."""
+def predict_log_p(engine: Engine, hidden: HiddenStates, bias: Floats) -> Floats:
+    """Class log-probabilities (n, C) of logits + `bias` (C,)."""
     logits = [engine.predict(batch) for batch in hidden.batches()]
     return log_softmax(np.concatenate(logits) + bias) if logits else np.empty((0, len(bias)), np.float32)

@@ -1,8 +1,7 @@
-"""The personalized model, MoFM(global expert, own local expert, gate) with its calibration, as the device keeps it.
+"""The personalized model as a device stores it: MoFM of global expert, local expert and gate, with its calibration.
 
-It is made anew after every round, so that there is something to use from the first one on. What is kept is small: its
-tensors are the inputs of the bundle's template `personal-{level}.onnx`, which holds the frozen weights. Nothing of it
-leaves the device.
+The device replaces it after every round. The file holds small tensors only: they are inputs of the bundle's template
+`personal-{level}.onnx`, which holds the frozen weights. The file never leaves the device.
 """
 
 from __future__ import annotations
@@ -16,11 +15,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from edge_runtime.data.samples import labels_of
 from edge_runtime.store import DeviceStore
-from edge_runtime.training.context import Device
-from edge_runtime.training.local_expert import LocalExpert, mixture
+from edge_runtime.training.context import TrainingContext
+from edge_runtime.training.local_expert import LocalExpert, compute_mixture
 from edge_runtime.training.stages import Globals, class_mean_expert
 from fedfmsl.algorithms.arrays import Floats
-from fedfmsl.algorithms.calibration import calibrated, fit_temperature, unknown_below
+from fedfmsl.algorithms.calibration import calibrate, fit_temperature, unknown_threshold
 from fedfmsl.common.files import write_atomically
 from fedfmsl.errors import BundleError, ConfigError, InputError, MessageError
 from fedfmsl.protocol.bundle import Bundle
@@ -29,8 +28,10 @@ from fedfmsl.protocol.tensors import pack, unpack
 
 
 class ModelHeader(BaseModel):
-    """What a personalized model is made of, beside its tensors: the SHA-256 of the bundle, of the global expert and of
-    the gate ("" where the server had none yet). Ends up in the ONNX file's metadata."""
+    """Origin and calibration of a personalized model. Also the metadata of the exported ONNX file.
+
+    `bundle`, `expert` and `gate` are SHA-256 hashes. `expert` and `gate` are "" if the server has none yet.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -43,7 +44,7 @@ class ModelHeader(BaseModel):
     expert: Sha256
     gate: Sha256
     temperature: float = Field(gt=0)
-    threshold: float = Field(ge=0, le=1)  # of confidence, below which an image is unknown
+    threshold: float = Field(ge=0, le=1)  # a confidence below it means `unknown`
 
 
 @dataclass(frozen=True)
@@ -53,86 +54,85 @@ class PersonalModel:
 
     @property
     def inputs(self) -> dict[str, Floats]:
-        """Of the bundle's template, all but the samples."""
+        """All inputs of the bundle's template except the samples."""
         return {**self.tensors, "temperature": np.array([self.header.temperature], np.float32)}
 
     def calibrated(self, log_p: Floats) -> Floats:
-        """What it makes of its mixture's log-probabilities (n, C)."""
-        return calibrated(log_p, self.header.temperature)
+        """Calibrated class log-probabilities (n, C) of the mixture's."""
+        return calibrate(log_p, self.header.temperature)
 
 
-def personal_model(device: Device, task: Round, given: Globals) -> PersonalModel:
-    """The device's model as of this round, with the newest globals it has been given.
+def make_personal_model(context: TrainingContext, round_: Round, published: Globals) -> PersonalModel:
+    """The device's model after this round, with the published globals.
 
-    Before stage 2 the local expert is the global one with the device's own prior; before there is a global one, both
-    are the device's own class means (ours). Costs a pass of both experts over the held-out states.
+    Before stage 2 the local expert is the global expert with the device's log prior. Before there is a global expert,
+    both experts have the head of the device's own class means (ours). Runs both experts on the held-out split.
     """
-    expert, gate = given.expert, given.gate
+    expert, gate = published.expert, published.gate
     if not expert.size:
-        expert = class_mean_expert(device)[: device.bundle.expert.size(1)]
+        expert = class_mean_expert(context)[: context.bundle.expert.size(1)]
     if not gate.size:
-        gate = device.bundle.initial()[1]
-    known = Globals(expert, expert, gate)
-    local = LocalExpert.load(device, task.session) or LocalExpert.from_global(device, expert, task.sal)
-    level = max(device.level_of(expert), local.best_level)
-    images = device.slices.held_out
-    log_p = mixture(device, images, known, local.best, level).log_p
-    temperature = fit_temperature(log_p, labels_of(images))
-    size = device.bundle.expert.size(level)
+        gate = context.bundle.initial()[1]
+    complete = Globals(expert, expert, gate)
+    saved = LocalExpert.load(context, round_.session)
+    local = saved or LocalExpert.from_global(context, expert, round_.sal)
+    level = max(context.level_of(expert), local.best_level)
+    samples = context.splits.held_out
+    log_p = compute_mixture(context, samples, complete, local.best, level).log_p
+    temperature = fit_temperature(log_p, labels_of(samples))
+    size = context.bundle.expert.size(level)
     header = ModelHeader(
-        run=task.run,
-        session=task.session,
-        round=task.round,
-        device=device.name,
+        run=round_.run,
+        session=round_.session,
+        round=round_.round,
+        device=context.device_name,
         level=level,
-        bundle=device.bundle.sha256,
-        expert=task.expert,
-        gate=task.gate,
+        bundle=context.bundle.sha256,
+        expert=round_.expert,
+        gate=round_.gate,
         temperature=temperature,
-        threshold=unknown_below(np.exp(calibrated(log_p, temperature).max(axis=1))),
+        threshold=unknown_threshold(np.exp(calibrate(log_p, temperature).max(axis=1))),
     )
     tensors = {
-        "global_theta": device.completed(expert)[:size],
+        "global_theta": context.to_highest_level(expert)[:size],
         "local_theta": local.best[:size],
         "gate_theta": gate,
-        "global_bias": device.prior,
-        "local_bias": device.mask,
+        "global_bias": context.log_prior,
+        "local_bias": context.class_mask,
     }
     return PersonalModel(header, tensors)
 
 
-def keep_personal_model(device: Device, task: Round, given: Globals) -> None:
-    """Raises OSError if there is no room for it."""
-    model = personal_model(device, task, given)
-    write_atomically(device.store.mixture, pack(model.header, model.tensors), durable=True)
+def save_personal_model(context: TrainingContext, round_: Round, published: Globals) -> None:
+    """Raises OSError if the disk is full."""
+    model = make_personal_model(context, round_, published)
+    write_atomically(context.store.mixture, pack(model.header, model.tensors), durable=True)
 
 
 def read_personal_model(store: DeviceStore) -> PersonalModel:
-    """Raises InputError if this device has none yet, or none that can be read."""
+    """Raises InputError if there is no personalized model or it is damaged, ConfigError if it may not be read."""
     try:
         header, tensors = unpack(store.mixture.read_bytes(), ModelHeader)
     except PermissionError as error:
         raise ConfigError(
-            f"{store.root} may not be read by this user; ask as its daemon's (sudo -u fedfmsl)"
+            f"this user may not read {store.root}; run the command as the daemon's user (sudo -u fedfmsl)"
         ) from error
     except OSError as error:
-        raise InputError(
-            f"{store.root} holds no personalized model yet; a device has one once its first round is done"
-        ) from error
+        raise InputError(f"{store.root} has no personalized model yet; the first round creates it") from error
     except MessageError as error:
-        raise InputError(f"{store.mixture} cannot be read ({error}); this device's next round makes it anew") from error
+        raise InputError(f"{store.mixture} is damaged ({error}); the device's next round replaces it") from error
     return PersonalModel(header, {name: np.asarray(tensor, np.float32) for name, tensor in tensors.items()})
 
 
-def bundle_of(store: DeviceStore, header: ModelHeader, path: Path | None = None) -> Bundle:
-    """The bundle that a model is of: the one at `path`, by default the one that the device has fetched.
+def open_model_bundle(store: DeviceStore, header: ModelHeader, path: Path | None = None) -> Bundle:
+    """The bundle that a model belongs to. `path`: its folder; default: the bundle that the device downloaded.
 
-    Raises BundleError if it is another, or is not there.
+    Raises BundleError if it does not exist or is another bundle.
     """
     root = path or store.bundles / header.bundle
     if not root.is_dir():
-        raise BundleError(f"the bundle of the model in {store.root} is not at {root}; give its folder with --bundle")
-    bundle = Bundle(root)
+        raise BundleError(f"the bundle of the model in {store.root} is not at {root}; pass its folder with --bundle")
+    bundle = Bundle.load(root)
     if bundle.sha256 != header.bundle:
-        raise BundleError(f"bundle {root} is not that of the model in {store.root}; give another --bundle")
+        raise BundleError(f"bundle {root} is not the bundle of the model in {store.root}; pass another --bundle")
     return bundle

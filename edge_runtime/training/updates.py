@@ -1,7 +1,7 @@
-"""From what a stage has computed to what is sent: first privacy, then error feedback and encoding.
+"""From the result of a stage to the client update: privacy, error feedback and encoding.
 
-Error feedback (Seide et al. 2014; Karimireddy et al., ICML 2019): what encoding loses of an update is kept and added
-to the next, so that over the rounds nothing is lost but the last update's rest.
+Error feedback (Seide et al. 2014; Karimireddy et al., ICML 2019): the residual, which is the part of an update that the
+encoding loses, is saved and added to the next update. Over all rounds only the residual of the last update is lost.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from pydantic import BaseModel
 
-from edge_runtime.training.context import Device
-from edge_runtime.training.stages import Outcome
+from edge_runtime.training.context import TrainingContext
+from edge_runtime.training.stages import StageResult
 from fedfmsl.algorithms.arrays import Vector
 from fedfmsl.algorithms.privacy import Privacy, privatize, privatize_statistics
 from fedfmsl.common.files import write_atomically
@@ -26,94 +26,96 @@ from fedfmsl.protocol.messages import Encoding, Round, Stage, Update
 from fedfmsl.protocol.tensors import Tensors, pack, unpack
 
 
-def prepare(bundle: Bundle, residual: Path, task: Round, outcome: Outcome, rng: np.random.Generator) -> Outcome:
-    """`outcome` with the tensors that are sent for it. What encoding loses of them is kept in the file `residual`."""
-    if task.privacy is not None and task.stage in (Stage.STATISTICS, Stage.GLOBAL, Stage.PERSONAL):
-        outcome = _private(task, task.privacy, outcome, rng)
-    if outcome.delta is None:
-        return outcome
-    layout = bundle.gate if task.stage is Stage.PERSONAL else bundle.expert
-    if task.encoding is Encoding.FP32:
-        return replace(outcome, tensors=encode(layout, outcome.delta, task.encoding))
-    # The residual is replaced before the update lies in the outbox, and keeps what the update itself was made with: if
-    # the process dies in between, or too few devices answer, the round of this index is worked on again, and starts
-    # again from `before`. So a residual enters exactly one update of each index, and the same one every time.
-    before = _load(residual, task)
-    tensors, after = with_feedback(layout, outcome.delta, before, task.encoding)
-    _save(residual, task, before, after)
-    return replace(outcome, tensors=tensors)
+def prepare_update(
+    bundle: Bundle, residual_path: Path, round_: Round, result: StageResult, rng: np.random.Generator
+) -> StageResult:
+    """`result` with the tensors to send. Saves the residual of the encoding in the file `residual_path`."""
+    if round_.privacy is not None and round_.stage in (Stage.STATISTICS, Stage.GLOBAL, Stage.PERSONAL):
+        result = _add_noise(round_, round_.privacy, result, rng)
+    if result.delta is None:
+        return result
+    layout = bundle.gate if round_.stage is Stage.PERSONAL else bundle.expert
+    if round_.encoding is Encoding.FP32:
+        return replace(result, tensors=encode(layout, result.delta, round_.encoding))
+    # The file is written before the update is in the outbox, and also stores the residual that this update includes.
+    # If the process ends in between, or if too few devices answer, the round of this index is repeated. It then starts
+    # from `before` again. So a residual is part of exactly one update of each index, and always of the same one.
+    before = load_residual(residual_path, round_)
+    tensors, after = encode_with_feedback(layout, result.delta, before, round_.encoding)
+    save_residual(residual_path, round_, before, after)
+    return replace(result, tensors=tensors)
 
 
-def header_of(
-    device: Device,
-    task: Round,
-    outcome: Outcome,
+def update_header(
+    context: TrainingContext,
+    round_: Round,
+    result: StageResult,
     *,
     seconds: float = 0.0,
     peak_rss_mb: float = 0.0,
     bytes_down: int = 0,
 ) -> Update:
-    """What goes with the tensors of a round's outcome. A metric that is no number is left out."""
+    """The message that accompanies the tensors of an update. Leaves out metrics that are not finite."""
     return Update(
-        run=task.run,
-        session=task.session,
-        round=task.round,
-        device=device.name,
-        stage=task.stage,
-        level=outcome.level,
-        samples=outcome.samples,
-        metrics={name: value for name, value in outcome.metrics.items() if math.isfinite(value)},
-        counts=dict(outcome.counts),
-        engine=device.engine.name,
+        run=round_.run,
+        session=round_.session,
+        round=round_.round,
+        device=context.device_name,
+        stage=round_.stage,
+        level=result.level,
+        samples=result.samples,
+        metrics={name: value for name, value in result.metrics.items() if math.isfinite(value)},
+        counts=dict(result.counts),
+        engine=context.engine.name,
         seconds=seconds,
         peak_rss_mb=peak_rss_mb,
         bytes_down=bytes_down,
     )
 
 
-def _private(task: Round, privacy: Privacy, outcome: Outcome, rng: np.random.Generator) -> Outcome:
-    """`outcome` noised, and beside its values nothing that depends on what the samples show."""
-    # of stage 2 the level too: SAL activates a local expert's blocks after its accuracies
-    level = task.level if task.stage is Stage.PERSONAL else outcome.level
-    if outcome.delta is None:
-        return Outcome(privatize_statistics(outcome.tensors, privacy, rng), samples=1, level=level)
-    return Outcome(delta=privatize(outcome.delta, privacy, rng), samples=1, level=level)
+def _add_noise(round_: Round, privacy: Privacy, result: StageResult, rng: np.random.Generator) -> StageResult:
+    """`result` with noise, without metrics and counts, which would reveal facts about the samples."""
+    # In stage 2 the device's level depends on accuracies, so the round's level replaces it.
+    level = round_.level if round_.stage is Stage.PERSONAL else result.level
+    if result.delta is None:
+        return StageResult(privatize_statistics(result.tensors, privacy, rng), samples=1, level=level)
+    return StageResult(delta=privatize(result.delta, privacy, rng), samples=1, level=level)
 
 
-def with_feedback(layout: Layout, delta: Vector, residual: Vector, encoding: Encoding) -> tuple[Tensors, Vector]:
-    """The tensors of delta + residual, and what encoding has lost of them (P,). What a residual of a lower level does
-    not hold counts as zeros."""
-    wanted = delta.copy()
+def encode_with_feedback(layout: Layout, delta: Vector, residual: Vector, encoding: Encoding) -> tuple[Tensors, Vector]:
+    """The encoded tensors of delta + residual, and the new residual (P,). A shorter residual is filled with zeros."""
+    total = delta.copy()
     shared = min(delta.size, residual.size)
-    wanted[:shared] += residual[:shared]
-    tensors = encode(layout, wanted, encoding)
+    total[:shared] += residual[:shared]
+    tensors = encode(layout, total, encoding)
     try:
-        return tensors, wanted - decode(layout, tensors, encoding)
-    except MessageError:  # training has diverged: the server refuses this update in words, and nothing of it is lost
+        return tensors, total - decode(layout, tensors, encoding)
+    except MessageError:  # training has diverged; the server refuses this update, so the residual stays
         return tensors, residual
 
 
-class _Header(BaseModel):
-    """Of the tensors `before`, what was added to the update of the stage's round `index`, and `after`, what encoding
-    then lost of it, both (P,)."""
+class ResidualHeader(BaseModel):
+    """Header of the residual's file: round `index` of the stage.
+
+    Tensors: `before`, the residual in this round's update, and `after`, the residual of encoding it. Both (P,).
+    """
 
     session: str
     stage: Stage
     index: int
 
 
-def _load(path: Path, task: Round) -> Vector:
-    """What has to be added to the update of a round. If this session's stage has nothing on disk that is whole and
-    finite, nothing was lost."""
+def load_residual(path: Path, round_: Round) -> Vector:
+    """The residual (P,) to add to this round's update. Empty if the file is damaged or of another session or stage."""
     try:
-        header, tensors = unpack(path.read_bytes(), _Header)
-        residual = np.asarray(tensors["before" if header.index == task.index else "after"], np.float32)
+        header, tensors = unpack(path.read_bytes(), ResidualHeader)
+        residual = np.asarray(tensors["before" if header.index == round_.index else "after"], np.float32)
     except (OSError, MessageError, KeyError):
         return np.empty(0, np.float32)
-    own = (header.session, header.stage) == (task.session, task.stage)
+    own = (header.session, header.stage) == (round_.session, round_.stage)
     return residual if own and residual.ndim == 1 and np.isfinite(residual).all() else np.empty(0, np.float32)
 
 
-def _save(path: Path, task: Round, before: Vector, after: Vector) -> None:
-    header = _Header(session=task.session, stage=task.stage, index=task.index)
+def save_residual(path: Path, round_: Round, before: Vector, after: Vector) -> None:
+    header = ResidualHeader(session=round_.session, stage=round_.stage, index=round_.index)
     write_atomically(path, pack(header, {"before": before, "after": after}), durable=True)

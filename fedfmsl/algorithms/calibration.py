@@ -1,9 +1,9 @@
-"""Probabilities that mean what they say, and the confidence below which an image is called unknown (ours).
+"""Calibrated probabilities, and the confidence below which a sample is called unknown (ours).
 
-Both are taken from the device's held-out slice. That slice has also chosen levels and the best expert and trained the
-gate, and it was taken in the same places on the same days as what was trained on. So a model does better on it than on
-what comes next: its word alone would make probabilities too high, and more than ALPHA of what comes next is called
-unknown. `docs/benchmarks.md` says by how much.
+Both are computed from the device's held-out split. That split has also chosen levels and the best expert and trained
+the gate, and its samples are from the same places and days as the training samples. A model therefore does better on it
+than on later samples: without the prior below, probabilities would be too high. Even with it, more than ALPHA of later
+samples are called unknown; `benchmarks/README.md` says how many.
 """
 
 from __future__ import annotations
@@ -16,26 +16,25 @@ from fedfmsl.algorithms.arrays import Floats, Labels
 from fedfmsl.algorithms.mixture import log_softmax, nll
 
 UNKNOWN = "unknown"
-ALPHA = 0.05  # of the images of known classes, how many may be called unknown
-# The log-normal prior of T: its median, and the standard deviation of log T. Networks are surer than they are right, as
-# a rule (Guo et al. 2017): six devices' models were by a T of 1.2 to 1.7 on photos of other days (benchmark, seed 0),
-# while their slices of 14 to 31 photos, under a weak prior, said 0.7 to 1.5, the least where none was misclassified.
-# This prior weighs as much as a hundred photos do.
+ALPHA = 0.05  # share of samples of known classes that may be called unknown
+# Log-normal prior of T: its median, and the standard deviation of log T. Networks are usually too confident (Guo et al.
+# 2017): six devices' models needed T of 1.2 to 1.7 on photos of other days (benchmark, seed 0). Their held-out splits of
+# 14 to 31 photos, under a weak prior, gave 0.7 to 1.5, the lowest where no photo was misclassified. This prior weighs as
+# much as about a hundred photos.
 PRIOR_MEDIAN, PRIOR_WIDTH = 1.5, 0.25
-RANGE, PASSES, CANDIDATES = 2.5, 3, 21  # of log T; each pass looks ten times closer
+RANGE, PASSES, CANDIDATES = 2.5, 3, 21  # search of log T; each pass has a tenth of the range of the pass before
 
 
-def calibrated(log_p: Floats, temperature: float) -> Floats:
-    """Class log-probabilities (n, C) at a temperature: the order of classes stays, how sure they are does not."""
+def calibrate(log_p: Floats, temperature: float) -> Floats:
+    """Class log-probabilities (n, C) at a temperature. The order of classes does not change."""
     return log_softmax(log_p / np.float32(temperature))
 
 
 def fit_temperature(log_p: Floats, labels: Labels) -> float:
-    """The T of softmax(log p / T) (Guo et al. 2017) that labels (n,) and the prior together make most likely (ours);
-    `log_p` (n, C)."""
+    """The most likely T of softmax(log p / T) (Guo et al. 2017), given log p (n, C), labels (n,) and the prior (ours)."""
 
     def cost(log_t: float) -> float:
-        return len(labels) * nll(calibrated(log_p, math.exp(log_t)), labels) + ((log_t - median) / PRIOR_WIDTH) ** 2 / 2
+        return len(labels) * nll(calibrate(log_p, math.exp(log_t)), labels) + ((log_t - median) / PRIOR_WIDTH) ** 2 / 2
 
     median = math.log(PRIOR_MEDIAN)
     best, width = median, RANGE
@@ -45,12 +44,12 @@ def fit_temperature(log_p: Floats, labels: Labels) -> float:
     return math.exp(best)
 
 
-def unknown_below(confidences: Floats) -> float:
-    """The threshold of confidence, from those (n,) of held-out images: the ⌊ALPHA (n + 1)⌋-th smallest.
+def unknown_threshold(confidences: Floats) -> float:
+    """The confidence threshold, from the confidences (n,) of held-out samples: the ⌊ALPHA (n + 1)⌋-th smallest.
 
-    An image that is exchangeable with these is below it with a probability of at most ALPHA (split conformal
-    prediction), whichever its class; of images of no class at all it promises nothing. With fewer than 1/ALPHA - 1
-    images there is no such threshold, and nothing is unknown: 0.
+    A sample that is exchangeable with the held-out ones is below it with a probability of at most ALPHA (split conformal
+    prediction), whatever its class. There is no guarantee for samples of no class. With fewer than 1/ALPHA - 1 samples
+    the threshold is 0, and nothing is unknown.
     """
-    rank = math.floor(ALPHA * (len(confidences) + 1) + 1e-9)  # 0.05 · 20 is 1, whatever floats say
+    rank = math.floor(ALPHA * (len(confidences) + 1) + 1e-9)  # so that 0.05 · 20 is 1 in floats, too
     return float(np.sort(confidences)[rank - 1]) if rank else 0.0

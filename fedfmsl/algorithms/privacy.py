@@ -51,7 +51,7 @@ def privatize_statistics(sums: Tensors, privacy: Privacy, rng: np.random.Generat
 
     The vector u = (class sums / norm sum, r / R) / √2 has an L2 norm of at most 1; r is the mean feature norm, capped
     at R. The norm of the class sums is at most the sum of norms, so each half has at most norm 1. From a sum over
-    devices, `head_of_class_means` computes the directions and the mean norm; every device has the same weight, because
+    devices, `class_mean_head` computes the directions and the mean norm; every device has the same weight, because
     its counts add up to one. Nothing is clipped after the noise: ε holds for the sum, and a clip on each device is not
     a function of the sum.
     """

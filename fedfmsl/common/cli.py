@@ -1,42 +1,26 @@
-"""One way to end: a command either succeeds, or says in a line what is wrong and exits with the error's code."""
+"""Commands: typer applications that end with one line per error and the error's exit code."""
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from types import FrameType
 from typing import Any
 
 import typer
-from pydantic import ByteSize, TypeAdapter, ValidationError
 from rich.console import Console
 
+from fedfmsl.common.exit_codes import DISK_FULL, INTERRUPTED
 from fedfmsl.common.files import FULL
-from fedfmsl.errors import ConfigError, FedFMSLError
+from fedfmsl.errors import FedFMSLError
 
-# A log line stays one line, however narrow the terminal; what a stranger has put into it is not read as rich's markup.
+# No wrapping, whatever the width of the terminal. No markup: the text may come from other machines.
 console = Console(soft_wrap=True, markup=False, emoji=False)
 
 
 def notice(text: str) -> None:
-    """A line for people, beside an output that may be for programs."""
+    """Prints a line to stderr: stdout may be read by a program."""
     print(text, file=sys.stderr, flush=True)
-
-
-# The options of every command that talks to a broker.
-BROKER = typer.Option(
-    "mqtt://localhost:1883",
-    envvar="FEDFMSL_BROKER",
-    help="mqtt, mqtts, ws or wss://HOST, or HOST:PORT; user and password as USER:PASSWORD@HOST, or by FEDFMSL_USER and "
-    "FEDFMSL_PASSWORD.",
-)
-IDENTITY = typer.Option(
-    None, envvar="FEDFMSL_IDENTITY", help="File of devices.provision: who we are, and whom to trust, over TLS."
-)
-INSECURE = typer.Option(
-    False, "--insecure", envvar="FEDFMSL_INSECURE", help="Let traffic leave this machine unencrypted."
-)
 
 
 class _Application(typer.Typer):
@@ -51,28 +35,18 @@ class _Application(typer.Typer):
         except OSError as error:
             if error.errno not in FULL:
                 raise
-            print(f"error: no room on the disk ({error}); free some and start again", file=sys.stderr)
-            sys.exit(os.EX_IOERR)
+            print(f"error: the disk is full ({error}); free some space and start again", file=sys.stderr)
+            sys.exit(DISK_FULL)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
-            sys.exit(130)
+            sys.exit(INTERRUPTED)
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
-    """Being told to end is an exit like any other: what was opened is closed, what was started is ended."""
+    """SIGTERM exits through `finally` blocks: files are closed and child processes end."""
     sys.exit(128 + number)
 
 
-def application(help_text: str) -> typer.Typer:
-    """A typer application whose FedFMSLErrors end in one line on stderr and their exit code."""
-    return _Application(help=help_text, add_completion=False, pretty_exceptions_enable=False)
-
-
-def byte_size(option: str, text: str | None) -> int | None:
-    """Bytes that a size such as 512MB or 2GiB means. Raises ConfigError, naming the option, if it means none."""
-    if text is None:
-        return None
-    try:
-        return int(TypeAdapter(ByteSize).validate_python(text))
-    except ValidationError as error:
-        raise ConfigError(f"{option} {text!r} is not a size; write it like 512MB or 2GB") from error
+def application(help_text: str, **options: Any) -> typer.Typer:
+    """A typer application. A FedFMSLError ends it with one line per error on stderr and the error's exit code."""
+    return _Application(help=help_text, pretty_exceptions_enable=False, **{"add_completion": False, **options})

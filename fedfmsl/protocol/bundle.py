@@ -1,4 +1,4 @@
-"""The bundle: a frozen backbone exported once, immutable, addressed by the SHA-256 of its manifest.
+"""The bundle: a frozen backbone, exported once, immutable, named by the SHA-256 of its manifest.
 
     manifest.json           this module's `Manifest`
     backbone.weights        the frozen weights, once, as ONNX external data of every graph
@@ -9,14 +9,14 @@
     predict-{k}.onnx        level k: hidden state, trainables → class logits, class-token feature
     personal-{k}.onnx       level k: pixels, both experts, gate, temperature → class probabilities (a template)
     gate-step.onnx, gate-predict.onnx
-    init.safetensors        the trainables every run starts from; a zero-shot head where there is a text tower
-    tokenizer.json          of a text model: how texts become tokens, a file of Hugging Face's `tokenizers`
+    init.safetensors        the trainables that every run starts from; a zero-shot head if the model has a text tower
+    tokenizer.json          of a text model: the tokenizer, in the format of Hugging Face's `tokenizers`
     ort-training-{k}.onnx, ort-training-{k}.checkpoint, ort-training-optimizer.onnx
-                            level k's step for onnxruntime-training, where it was asked for
+                            level k: the step for onnxruntime-training (optional)
 
-"pixels" stands for (B, S, S, 3) uint8; a text model's graphs take "tokens", (B, N) int64, in their place.
+"pixels" is (B, S, S, 3) uint8. The graphs of a text model take "tokens" instead, (B, N) int64.
 
-The files lie side by side because ONNX refuses external data outside a model's own folder.
+All files are in one folder because ONNX refuses external data outside the folder of the model.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
@@ -40,8 +40,6 @@ MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 4 * 1024 * 1024
 TOKENIZER = "tokenizer.json"
 Precision = Literal["fp32", "int8"]  # of the frozen projections
-
-
 FileName = Annotated[str, Field(pattern=r"^[0-9A-Za-z][0-9A-Za-z._-]{0,127}$")]  # of a file beside the manifest
 
 
@@ -59,7 +57,7 @@ class ImagePreprocessing(_Frozen):
 
 
 class TextPreprocessing(_Frozen):
-    """Tokenize as the bundle's `tokenizer.json` says, cut off after `max_tokens`, fill up to it with `pad_id`."""
+    """Tokenize with the bundle's `tokenizer.json`, truncate to `max_tokens`, pad with `pad_id`."""
 
     kind: Literal["text"] = "text"
     max_tokens: Positive
@@ -70,7 +68,7 @@ Preprocessing = Annotated[ImagePreprocessing | TextPreprocessing, Field(discrimi
 
 
 class Dims(_Frozen):
-    """`tokens` N, `hidden` D, `feature` F (what head and gate read), `blocks` L, `classes` C."""
+    """`tokens` N, `hidden` D, `feature` F (input of head and gate), `blocks` L, `classes` C."""
 
     tokens: Positive
     hidden: Positive
@@ -86,9 +84,9 @@ class LoraSpec(_Frozen):
 
 
 class PeftSpec(_Frozen):
-    """How the global expert becomes a PEFT adapter: `base` for `from_pretrained`, the backbone's key `prefix`, PEFT's
-    name of its list of blocks, and the input widths of our head and of transformers' classifier (one that also reads
-    mean-pooled patches gets zeros there).
+    """How to write the global expert as a PEFT adapter: `base` for `from_pretrained`, the key `prefix` of the backbone,
+    PEFT's name for its list of blocks, and the input widths of our head and of the classifier in transformers. A wider
+    classifier, which also reads mean-pooled patches, gets zeros there.
     """
 
     base: str
@@ -123,25 +121,38 @@ class Manifest(_Frozen):
 
     @property
     def tuned_share(self) -> float:
-        """Trainables of the highest level as a share of the backbone's parameters."""
+        """Trainable parameters of the highest level, as a share of the backbone's parameters."""
         return self.tuned_parameters / self.backbone_parameters
 
 
 @dataclass(frozen=True)
 class ZeroShot:
-    """Each class's direction in the feature's space, `rows` (C, F) of length one, and the `scale` that the model gives
-    the cosines of images with them."""
+    """A head from class names alone: a unit vector per class, `rows` (C, F), and the model's `scale` of cosines."""
 
     rows: Vector
     scale: float
 
 
 class Bundle:
-    """A bundle on disk whose manifest has been read; `verify` checks every byte."""
+    """A bundle on disk. `expert` and `gate` are the layouts of their trainables; `sha256` is the manifest's."""
 
-    def __init__(self, root: Path) -> None:
-        """Raises BundleError if there is no readable manifest of a known schema at `root`."""
+    def __init__(self, root: Path, manifest: Manifest, sha256: str) -> None:
+        """Raises ValueError if the layouts do not fit the levels."""
         self.root = root
+        self.manifest = manifest
+        self.sha256 = sha256
+        self.expert = Layout(manifest.expert_layout)
+        self.gate = Layout(manifest.gate_layout)
+        if len(self.expert.parts) != manifest.levels + 1 or not self.gate.slots:
+            raise ValueError("the layouts do not fit the levels")
+
+    @classmethod
+    def load(cls, root: str | Path) -> Bundle:
+        """Reads the manifest. `verify` also checks the files.
+
+        Raises BundleError if there is no readable manifest of schema 2 in the folder.
+        """
+        root = Path(root)
         path = root / MANIFEST
         try:
             with path.open("rb") as file:
@@ -151,19 +162,14 @@ class Bundle:
                 f"no bundle at {root}: {path.name} is not readable; make one with python -m export.build"
             ) from error
         try:
-            self.manifest = Manifest.model_validate_json(raw)
-            self.expert = Layout(self.manifest.expert_layout)
-            self.gate = Layout(self.manifest.gate_layout)
-            if len(self.expert.parts) != self.manifest.levels + 1 or not self.gate.slots:
-                raise ValueError("the layouts are not those of these levels")
-        except (ValidationError, ValueError) as error:
+            return cls(root, Manifest.model_validate_json(raw), hashlib.sha256(raw).hexdigest())
+        except ValueError as error:  # pydantic's ValidationError is one
             raise BundleError(
                 f"{path} is not a bundle manifest of schema 2; build the bundle again with python -m export.build"
             ) from error
-        self.sha256 = hashlib.sha256(raw).hexdigest()
 
     def verify(self) -> None:
-        """Raises BundleError naming the first file that is missing or whose bytes have changed."""
+        """Checks sizes and checksums. Raises BundleError with the name of the first file that is missing or altered."""
         for name, entry in self.manifest.files.items():
             path = self.path(name)
             if not path.is_file():
@@ -172,19 +178,19 @@ class Bundle:
                 raise BundleError(f"bundle {self.root}: {name} has been altered (SHA-256); copy or build it again")
 
     def path(self, name: str) -> Path:
-        """Raises BundleError if `name` leads out of the bundle."""
+        """The path of a file of the bundle. Raises BundleError if it is outside the folder."""
         path = self.root / name
         if not path.resolve().is_relative_to(self.root.resolve()):
             raise BundleError(f"bundle {self.root}: the manifest names {name!r}, outside the bundle")
         return path
 
     def initial(self) -> tuple[Vector, Vector]:
-        """The trainables every run starts from: expert at the highest level (P,), gate adapter (G,)."""
+        """The trainables that every run starts from: expert at the highest level (P,), gate adapter (G,)."""
         tensors = self._init()
         return np.asarray(tensors["expert"], np.float32), np.asarray(tensors["gate"], np.float32)
 
     def zero_shot(self) -> ZeroShot | None:
-        """The head made of class names alone, where the bundle has one."""
+        """The zero-shot head, or None if the bundle has none."""
         tensors = self._init()
         if "zero_shot" not in tensors:
             return None
@@ -197,7 +203,7 @@ class Bundle:
             raise BundleError(f"bundle {self.root}: init.safetensors is not readable; build it again") from error
 
     def tokenizer(self) -> str:
-        """The JSON of a text model's tokenizer; empty for another model."""
+        """The JSON of a text model's tokenizer; empty for an image model."""
         if TOKENIZER not in self.manifest.files:
             return ""
         try:
@@ -207,7 +213,7 @@ class Bundle:
 
     @property
     def features_key(self) -> str:
-        """Changes whenever the frozen features of a sample could: weights, graph, preprocessing."""
+        """Key of cached features. Changes if weights, features graph or preprocessing change."""
         files = self.manifest.files
         parts = (
             *(files[name].sha256 for name in ("backbone.weights", "features.onnx", TOKENIZER) if name in files),

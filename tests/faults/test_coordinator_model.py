@@ -83,7 +83,7 @@ class Machine(RuleBasedStateMachine):
         DONE["sequences"] += 1
         sal = Sal(CapabilityQueue(2, 0.02), max_level=2)
         self.config = RunConfig(
-            run="r", devices=2, min_updates=min_updates, enough=enough, selection=selection,
+            run="r", devices=2, min_updates=min_updates, enough=enough, select=selection,
             fraction=0.5 if selection is Selection.RANDOM else 1.0, max_staleness=staleness, max_repeats=max_repeats,
             join_timeout=JOIN, round_timeout=TIMEOUT, max_norm=MAX_NORM, max_samples=MAX_SAMPLES, stage1_rounds=3,
             stage2_rounds=2, stage1_sal=sal, stage2_sal=sal, baseline=baseline, audit=audit,
@@ -269,7 +269,7 @@ class Machine(RuleBasedStateMachine):
         self.asked = set(opened.chosen) or online
         self.history[self.round] = (opened.stage, set(opened.chosen) or None)
         assert self.asked <= online
-        if opened.stage in TRAINED and not self.repeats and self.config.selection is Selection.RANDOM:
+        if opened.stage in TRAINED and not self.repeats and self.config.select is Selection.RANDOM:
             wanted = max(math.ceil(len(online) / 2), self.config.min_updates)
             assert len(self.asked) == min(wanted, len(online))
         elif opened.stage not in TRAINED or self.repeats:

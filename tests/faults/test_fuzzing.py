@@ -21,8 +21,8 @@ from support.mutations import BlobMutator, Mutator
 
 from edge_runtime.data.cache import DiskCache
 from edge_runtime.store import DeviceStore
-from edge_runtime.training.evaluation import _Header as Alone
-from edge_runtime.training.local_expert import _Header as LocalExpert
+from edge_runtime.training.evaluation import BaselineHeader as Alone
+from edge_runtime.training.local_expert import LocalExpertHeader as LocalExpert
 from edge_runtime.training.model import ModelHeader
 from fedfmsl.algorithms.privacy import Privacy
 from fedfmsl.algorithms.sal import CapabilityQueue, Sal
@@ -250,7 +250,7 @@ def manifest(rng: random.Random, folder: Path, built: Built) -> Target:
 
     def read(data: bytes) -> list[Path]:
         (folder / MANIFEST).write_bytes(data)
-        bundle = Bundle(folder)
+        bundle = Bundle.load(folder)
         assert bundle.expert.total >= bundle.expert.size(bundle.manifest.levels) >= 0
         assert bundle.manifest.tuned_share >= 0
         return [bundle.path(name) for name in bundle.manifest.files]
@@ -258,7 +258,7 @@ def manifest(rng: random.Random, folder: Path, built: Built) -> Target:
     def check(paths: list[Path]) -> bool:
         return all(path.parent == folder for path in paths)
 
-    seed = Bundle(built.bundle.root).manifest.model_dump_json().encode()
+    seed = Bundle.load(built.bundle.root).manifest.model_dump_json().encode()
     return Target(Mutator([seed], rng), accepts(read, BundleError, check), cap=96 * MIB)
 
 

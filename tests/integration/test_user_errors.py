@@ -111,7 +111,7 @@ def world(broker: Broker, bundle: Path, vit_folder: Path, photos: dict[str, Path
 @pytest.fixture(scope="module")
 def personalized(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A personalized model of experts that have learned nothing."""
-    opened, store = Bundle(bundle), DeviceStore(tmp_path_factory.mktemp("state"))
+    opened, store = Bundle.load(bundle), DeviceStore(tmp_path_factory.mktemp("state"))
     expert, gate = opened.initial()
     theta, nothing = expert[: opened.expert.size(1)], np.zeros(len(CLASSES), np.float32)
     tensors = {"global_theta": theta, "local_theta": theta, "gate_theta": gate}
@@ -290,7 +290,7 @@ CASES = [
         "a level above the bundle's",
         lambda w: w.server(max_level="9"),
         CONFIG,
-        ("--max-level 9", "levels up to 3"),
+        ("--max-level 9", "more than the 3 levels", "lower it"),
     ),
     Wrong(
         "a head of class names with a bundle that has none",
@@ -332,7 +332,7 @@ CASES = [
         "a trial with classes but no photos",
         lambda w: ["devices.trial", "--classes-from-folders"],
         CONFIG,
-        ("go with --images",),
+        ("require --images",),
     ),
     Wrong(
         "a trial on an empty folder",

@@ -74,7 +74,7 @@ def build(
     ort_training = precision == "fp32" and has_ort_training()
     for _ in build_bundle(source, tuple(classes), levels, lora, out, seed, precision, zero_shot, ort_training):
         pass
-    return Built(weights, Bundle(out), seed)
+    return Built(weights, Bundle.load(out), seed)
 
 
 def shared_weights(name: str) -> Path:
@@ -94,7 +94,7 @@ def shared_bundle(name: str) -> Built:
     """Its bundle at every level. All workers and later runs use the same folder, which is built again when the code
     that it depends on changes. Read only: copy it to change it."""
     weights = shared_weights(name)
-    bundle = Bundle(made_once(_shared() / "bundles" / name, lambda folder: build(weights, folder)))
+    bundle = Bundle.load(made_once(_shared() / "bundles" / name, lambda folder: build(weights, folder)))
     bundle.verify()
     return Built(weights, bundle)
 

@@ -22,7 +22,7 @@ from edge_runtime.resources.level_cap import LevelCap
 from edge_runtime.resources.probe import BATCH, Plan
 from edge_runtime.resources.throttle import ControlledEngine, LevelCapTracker, StepControl, reported_and_checked
 from edge_runtime.store import DeviceStore
-from edge_runtime.training.context import Device
+from edge_runtime.training.context import TrainingContext
 from edge_runtime.training.gate import Gate
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.link import Link
@@ -38,7 +38,7 @@ LIMITS = Limits()
 class InProcessDaemon:
     """A daemon as `python -m edge_runtime run` makes one. Its link is not connected."""
 
-    device: Device
+    device: TrainingContext
     runner: RoundRunner
     loop: DaemonLoop
     link: Link
@@ -71,10 +71,10 @@ def make_daemon(
     control, tracker = StepControl(), LevelCapTracker(LevelCap.planned(plan, step_seconds=60.0))
     report = reported_and_checked(progress_poster(link.post) if broker != NOWHERE else no_report, control.check)
     samples = SampleFolder(photos, bundle, store)
-    device = Device(
-        name=name,
+    device = TrainingContext(
+        device_name=name,
         bundle=bundle,
-        scanned=samples.look(patience=3.0),
+        scanned=samples.scan(wait=3.0),
         cache=FeatureCache(DiskCache(store.cache, 2**30), bundle, 1, report),
         engine=ControlledEngine(open_engine("step-graph", bundle, 1), control, tracker),
         gate=Gate(bundle, 1),

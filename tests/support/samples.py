@@ -63,6 +63,16 @@ def write_texts(folder: Path, per_class: int = 10, classes: Sequence[str] = CLAS
     return folder
 
 
+LONG_AGO = 1_600_000_000
+
+
+def set_dates(folder: Path, at: int = LONG_AGO) -> Path:
+    """Dates all files below FOLDER, so that a scan does not take them for files that are being written."""
+    for path in folder.rglob("*"):
+        os.utime(path, (at, at))
+    return folder
+
+
 def make_old(path: Path) -> None:
     """Sets the time of the last change so far back that a device takes the file for completely written."""
     then = time.time() - AGE_SECONDS

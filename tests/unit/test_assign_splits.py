@@ -1,4 +1,4 @@
-"""Which slice a sample is of, while samples come, go and come back."""
+"""The split of a sample, while samples come, go and come back."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def sample(number: int, label: int = 0) -> Sample:
     return Sample(Path(f"{number}.jpg"), hashlib.sha256(f"{number}".encode()).hexdigest(), label)
 
 
-def parts_of(slices: Splits) -> dict[str, Split]:
+def parts_of(splits: Splits) -> dict[str, Split]:
     """In the order in which a ledger keeps them."""
-    dealt = zip(PARTS, (slices.train, slices.held_out, slices.test), strict=True)
-    return {each.sha256: part for part, samples in dealt for each in samples}
+    assigned = zip(PARTS, (splits.train, splits.held_out, splits.test), strict=True)
+    return {each.sha256: part for part, samples in assigned for each in samples}
 
 
 def features_of(samples: tuple[Sample, ...], scenes: int = 5) -> np.ndarray:
-    """Of a few scenes, a content always the same; those of one scene are alike but not equal."""
+    """A content always has the same features. Those of one scene are similar but not equal."""
     rows = []
     for each in samples:
         number = int(each.sha256[:8], 16)
@@ -45,134 +45,136 @@ def features_of(samples: tuple[Sample, ...], scenes: int = 5) -> np.ndarray:
 
 
 class Device:
-    """What a device keeps from one look to the next."""
+    """What a device keeps from one scan to the next."""
 
     def __init__(self) -> None:
         self.kept: dict[str, Split] = {}
 
-    def look(self, samples: list[Sample], apart: list[Sample] | None = None) -> Splits:
-        present = {each.sha256 for each in samples + (apart or [])}
-        slices = assign_splits(
-            samples, apart, {sha256: part for sha256, part in self.kept.items() if sha256 in present}
+    def scan(self, samples: list[Sample], tests: list[Sample] | None = None) -> Splits:
+        present = {each.sha256 for each in samples + (tests or [])}
+        splits = assign_splits(
+            samples, tests, {sha256: part for sha256, part in self.kept.items() if sha256 in present}
         )
-        slices = assign_new_samples(slices, features_of(slices.unassigned_samples))
-        self.kept |= parts_of(slices)
-        return slices
+        splits = assign_new_samples(splits, features_of(splits.unassigned_samples))
+        self.kept |= parts_of(splits)
+        return splits
 
 
-# At each look: which of 30 contents are there, and which of them the user keeps apart, if any.
-Looks = st.lists(
+# Of each scan: which of 30 contents exist, and which of them are in the user's test folder, if there is one.
+Scans = st.lists(
     st.tuples(st.sets(st.integers(0, 29)), st.none() | st.sets(st.integers(0, 29))), min_size=1, max_size=8
 )
 
 
 @settings(max_examples=200, deadline=None)
-@given(looks=Looks, relabelled=st.sets(st.integers(0, 29), max_size=3))
-def test_however_samples_come_and_go_none_is_tested_and_trained_and_every_class_trains_and_holds_out(
-    looks: list[tuple[set[int], set[int] | None]], relabelled: set[int]
+@given(scans=Scans, relabelled=st.sets(st.integers(0, 29), max_size=3))
+def test_no_sample_is_both_trained_and_tested_and_every_class_trains_and_holds_out(
+    scans: list[tuple[set[int], set[int] | None]], relabelled: set[int]
 ) -> None:
     device = Device()
     tested: set[str] = set()
     trained: set[str] = set()
-    for index, (numbers, apart) in enumerate(looks):
+    for index, (numbers, test_numbers) in enumerate(scans):
 
         def labelled(number: int, index: int = index) -> Sample:
             return sample(number, (number + (index if number in relabelled else 0)) % CLASSES)
 
-        lie_apart = None if apart is None else [labelled(number) for number in sorted(apart)]
-        slices = device.look([labelled(number) for number in sorted(numbers)], lie_apart)
-        assert not slices.unassigned
-        assert len({each.sha256 for each in slices.samples}) == len(slices.samples)
-        trained |= {each.sha256 for each in slices.train + slices.held_out}
-        tested |= {each.sha256 for each in slices.test}
+        tests = None if test_numbers is None else [labelled(number) for number in sorted(test_numbers)]
+        splits = device.scan([labelled(number) for number in sorted(numbers)], tests)
+        assert not splits.unassigned
+        assert len({each.sha256 for each in splits.samples}) == len(splits.samples)
+        trained |= {each.sha256 for each in splits.train + splits.held_out}
+        tested |= {each.sha256 for each in splits.test}
         assert not trained & tested
-        assert {each.label for each in slices.train} == {each.label for each in slices.held_out}
-        used = {each.path for each in slices.samples}
-        assert used | {each.path for each in slices.skipped} == {sample(n).path for n in numbers | (apart or set())}
+        assert {each.label for each in splits.train} == {each.label for each in splits.held_out}
+        used = {each.path for each in splits.samples}
+        assert used | {each.path for each in splits.skipped} == {
+            sample(n).path for n in numbers | (test_numbers or set())
+        }
         for label in range(CLASSES):
             unused = [n for n in numbers if labelled(n).label == label and sample(n).path not in used]
-            assert apart is not None or len(unused) < LEAST
+            assert tests is not None or len(unused) < LEAST
 
 
 @settings(max_examples=200, deadline=None)
-@given(looks=st.lists(st.sets(st.integers(0, 29)), min_size=1, max_size=6))
-def test_a_sample_changes_over_only_where_its_class_had_lost_a_whole_slice(looks: list[set[int]]) -> None:
+@given(scans=st.lists(st.sets(st.integers(0, 29)), min_size=1, max_size=6))
+def test_a_sample_moves_only_if_its_class_has_lost_a_whole_split(scans: list[set[int]]) -> None:
     device = Device()
-    for numbers in looks:
+    for numbers in scans:
         before = dict(device.kept)
-        slices = device.look([sample(number) for number in sorted(numbers)])
-        old = [before[sha256] for sha256 in parts_of(slices) if sha256 in before]
-        changed = [sha256 for sha256, part in parts_of(slices).items() if before.get(sha256, part) is not part]
+        splits = device.scan([sample(number) for number in sorted(numbers)])
+        old = [before[sha256] for sha256 in parts_of(splits) if sha256 in before]
+        changed = [sha256 for sha256, part in parts_of(splits).items() if before.get(sha256, part) is not part]
         assert len(changed) <= 1
         if changed:
             assert len({*old} - {Split.TEST}) == 1
-            new = {part for sha256, part in parts_of(slices).items() if sha256 not in before}
-            assert new <= {Split.TEST}  # any other would have filled the slice
+            new = {part for sha256, part in parts_of(splits).items() if sha256 not in before}
+            assert new <= {Split.TEST}  # another new sample would have filled the split
 
 
 def test_the_order_of_samples_does_not_change_when_others_come() -> None:
-    """So that a round done again after a restart shuffles the same way."""
+    """So a round that is repeated after a restart shuffles in the same way."""
     device = Device()
-    first = device.look([sample(number) for number in range(20)])
-    again = device.look([sample(number) for number in reversed(range(20))])
+    first = device.scan([sample(number) for number in range(20)])
+    again = device.scan([sample(number) for number in reversed(range(20))])
     assert (again.train, again.held_out, again.test) == (first.train, first.held_out, first.test)
-    more = device.look([sample(number) for number in range(40)])
+    more = device.scan([sample(number) for number in range(40)])
     for old, new in ((first.train, more.train), (first.held_out, more.held_out), (first.test, more.test)):
         assert new[: len(old)] == old
         assert len(new) > len(old)
 
 
-def test_newcomers_are_tested_on_as_their_hashes_say_about_a_fifth_of_them() -> None:
+def test_about_a_fifth_of_new_samples_are_test_samples_by_their_hashes() -> None:
     device = Device()
-    device.look([sample(number) for number in range(10)])
-    slices = device.look([sample(number) for number in range(500)])
-    late = {each.sha256 for each in slices.test} - {sample(number).sha256 for number in range(10)}
+    device.scan([sample(number) for number in range(10)])
+    splits = device.scan([sample(number) for number in range(500)])
+    late = {each.sha256 for each in splits.test} - {sample(number).sha256 for number in range(10)}
     assert late == {s.sha256 for s in map(sample, range(10, 500)) if int(s.sha256[:8], 16) / 2**32 < TEST_SHARE}
     assert abs(len(late) / 490 - TEST_SHARE) < 0.05
 
 
-def test_newcomers_join_the_slice_of_what_they_look_like() -> None:
+def test_new_samples_join_the_split_of_their_near_duplicates() -> None:
     device = Device()
-    device.look([sample(number) for number in range(10)])
-    slices = device.look([sample(number) for number in range(60)])
+    device.scan([sample(number) for number in range(10)])
+    splits = device.scan([sample(number) for number in range(60)])
     scenes: dict[int, set[Split]] = {}
-    for sha256, part in parts_of(slices).items():
+    for sha256, part in parts_of(splits).items():
         if part is not Split.TEST:
             scenes.setdefault(int(sha256[:8], 16) % 5, set()).add(part)
     known = {scene: parts for scene, parts in scenes.items() if len(parts) == 1}
-    assert len(known) >= 4  # the first deal may have parted one scene, for it holds out a number of samples
+    assert len(known) >= 4  # the first assignment holds out a number of samples, and may divide one scene
 
 
-def test_scenes_that_look_like_nothing_keep_the_share_that_is_held_out() -> None:
-    """Each newcomer a scene of its own: nothing it looks like."""
+def test_samples_without_near_duplicates_keep_the_held_out_share() -> None:
+    """Each new sample is a scene of its own."""
     device = Device()
-    device.look([sample(number) for number in range(5)])
+    device.scan([sample(number) for number in range(5)])
     for count in range(6, 200, 7):
         samples = [sample(number) for number in range(count)]
-        slices = assign_splits(samples, None, device.kept)
-        features = np.eye(200, dtype=np.float32)[: len(slices.unassigned_samples)]
-        slices = assign_new_samples(slices, features)
-        device.kept = parts_of(slices)
-        share = len(slices.held_out) / len(slices.train + slices.held_out)
-        assert abs(share - HELD_OUT_SHARE) < 0.6 / len(slices.train + slices.held_out) + 0.1
+        splits = assign_splits(samples, None, device.kept)
+        features = np.eye(200, dtype=np.float32)[: len(splits.unassigned_samples)]
+        splits = assign_new_samples(splits, features)
+        device.kept = parts_of(splits)
+        share = len(splits.held_out) / len(splits.train + splits.held_out)
+        assert abs(share - HELD_OUT_SHARE) < 0.6 / len(splits.train + splits.held_out) + 0.1
 
 
-def test_twins_are_never_parted_however_many_come_at_once() -> None:
+def test_near_duplicates_are_never_in_two_splits() -> None:
     device = Device()
-    first = device.look([sample(number) for number in range(12)])
+    first = device.scan([sample(number) for number in range(12)])
     rng = np.random.default_rng(0)
     directions = {each.sha256: rng.normal(size=16) for each in first.samples}
     samples = list(first.samples)
-    twin_of: dict[str, str] = {}
+    original_of: dict[str, str] = {}
     for number in range(100, 160):
         new = sample(number)
-        twin_of[new.sha256] = samples[rng.integers(len(samples))].sha256  # of an old one, or of another newcomer
-        directions[new.sha256] = directions[twin_of[new.sha256]] * rng.uniform(0.5, 2)
+        original_of[new.sha256] = samples[rng.integers(len(samples))].sha256  # an old sample or another new one
+        directions[new.sha256] = directions[original_of[new.sha256]] * rng.uniform(0.5, 2)
         samples.append(new)
-    slices = assign_splits(samples, None, device.kept)
-    features = np.array([directions[each.sha256] for each in slices.unassigned_samples], np.float32)
-    parts = parts_of(assign_new_samples(slices, features))
+    splits = assign_splits(samples, None, device.kept)
+    features = np.array([directions[each.sha256] for each in splits.unassigned_samples], np.float32)
+    parts = parts_of(assign_new_samples(splits, features))
     tested = {sha256 for sha256, part in parts.items() if part is Split.TEST}
-    for new, twin in twin_of.items():
-        if new not in tested and twin not in tested:
-            assert parts[new] is parts[twin]
+    for new, original in original_of.items():
+        if new not in tested and original not in tested:
+            assert parts[new] is parts[original]

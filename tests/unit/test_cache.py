@@ -1,4 +1,4 @@
-"""The cache on disk: whole files or none, within its budget, and on a full disk too."""
+"""The cache on disk: undamaged files only, within its budget, and on a full disk."""
 
 from __future__ import annotations
 
@@ -14,30 +14,32 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.tools import not_tested
 
-from edge_runtime.data.cache import BLOCK, SHARE_OF_FREE_DISK, DiskCache, Worth
+from edge_runtime.data.cache import BLOCK, SHARE_OF_FREE_DISK, DiskCache, Priority
 
 
 def kept(root: Path) -> set[str]:
     return {f"{path.parent.name}/{path.name}" for path in root.glob("*/*")}
 
 
-def filled(root: Path, budget: int, **folders: Worth) -> DiskCache:
-    """A cache whose folders, in this order, have been asked for and hold one file of a block each."""
+def filled(root: Path, budget: int, **folders: Priority) -> DiskCache:
+    """A cache whose folders are used in this order and hold one file of a block each."""
     cache = DiskCache(root, budget)
-    for folder, worth in folders.items():
-        cache.ask_for(folder, worth)
+    for folder, priority in folders.items():
+        cache.use(folder, priority)
         assert cache.put(folder, "a", b"x")
     return cache
 
 
-def test_what_is_worth_least_goes_first(tmp_path: Path) -> None:
-    cache = filled(tmp_path, 4 * BLOCK, gone=Worth.SMALL, ahead=Worth.AHEAD, derived=Worth.DERIVED, small=Worth.SMALL)
+def test_files_of_the_lowest_priority_are_deleted_first(tmp_path: Path) -> None:
+    cache = filled(
+        tmp_path, 4 * BLOCK, gone=Priority.SMALL, ahead=Priority.AHEAD, derived=Priority.DERIVED, small=Priority.SMALL
+    )
     cache.drop_unused()
-    for folder, worth in (("ahead", Worth.AHEAD), ("derived", Worth.DERIVED), ("small", Worth.SMALL)):
-        cache.ask_for(folder, worth)
-    cache.ask_for("present", Worth.PRESENT)
+    for folder, priority in (("ahead", Priority.AHEAD), ("derived", Priority.DERIVED), ("small", Priority.SMALL)):
+        cache.use(folder, priority)
+    cache.use("present", Priority.PRESENT)
     assert cache.put("present", "a", b"x")
-    assert kept(tmp_path) == {"ahead/a", "derived/a", "small/a", "present/a"}  # nobody has asked for "gone" any more
+    assert kept(tmp_path) == {"ahead/a", "derived/a", "small/a", "present/a"}  # "gone" is not used any more
     assert cache.put("present", "b", b"x")
     assert kept(tmp_path) == {"derived/a", "small/a", "present/a", "present/b"}
     assert cache.put("present", "c", b"x")
@@ -47,35 +49,35 @@ def test_what_is_worth_least_goes_first(tmp_path: Path) -> None:
     assert kept(tmp_path) == {"small/a", "present/a", "present/b", "present/c"}
 
 
-def test_nothing_is_deleted_for_what_would_not_fit_all_the_same(tmp_path: Path) -> None:
-    cache = filled(tmp_path, 3 * BLOCK, small=Worth.SMALL, ahead=Worth.AHEAD)
-    cache.ask_for("present", Worth.PRESENT)
-    assert cache.room("present", BLOCK) == 1
+def test_nothing_is_deleted_for_a_file_that_would_not_fit_anyway(tmp_path: Path) -> None:
+    cache = filled(tmp_path, 3 * BLOCK, small=Priority.SMALL, ahead=Priority.AHEAD)
+    cache.use("present", Priority.PRESENT)
+    assert cache.capacity("present", BLOCK) == 1
     assert not cache.put("present", "large", bytes(3 * BLOCK))
     assert kept(tmp_path) == {"small/a", "ahead/a"}
 
 
-def test_a_smaller_budget_at_the_next_start_is_reached_with_what_is_asked_for_kept_longest(tmp_path: Path) -> None:
-    filled(tmp_path, 5 * BLOCK, one=Worth.PRESENT, two=Worth.PRESENT, three=Worth.AHEAD, four=Worth.DERIVED)
+def test_under_a_smaller_budget_used_folders_are_deleted_last(tmp_path: Path) -> None:
+    filled(tmp_path, 5 * BLOCK, one=Priority.PRESENT, two=Priority.PRESENT, three=Priority.AHEAD, four=Priority.DERIVED)
     cache = DiskCache(tmp_path, 2 * BLOCK)
-    cache.ask_for("two", Worth.PRESENT)
-    cache.ask_for("three", Worth.AHEAD)
-    cache.ask_for("four", Worth.DERIVED)
+    cache.use("two", Priority.PRESENT)
+    cache.use("three", Priority.AHEAD)
+    cache.use("four", Priority.DERIVED)
     cache.drop_unused()
     assert kept(tmp_path) == {"two/a", "four/a"}
     assert cache.used == 2 * BLOCK
 
 
-def test_a_file_that_was_being_written_when_the_power_went_is_no_file(tmp_path: Path) -> None:
-    filled(tmp_path, BLOCK, folder=Worth.PRESENT)
+def test_a_temporary_file_of_a_killed_process_is_deleted(tmp_path: Path) -> None:
+    filled(tmp_path, BLOCK, folder=Priority.PRESENT)
     (tmp_path / "folder" / ".b.4711").write_bytes(b"half of")
     cache = DiskCache(tmp_path, BLOCK)
     assert kept(tmp_path) == {"folder/a"}
     assert cache.used == BLOCK
 
 
-def test_a_file_that_somebody_deleted_is_not_there(tmp_path: Path) -> None:
-    cache = filled(tmp_path, BLOCK, folder=Worth.PRESENT)
+def test_a_deleted_file_is_missing(tmp_path: Path) -> None:
+    cache = filled(tmp_path, BLOCK, folder=Priority.PRESENT)
     shutil.rmtree(tmp_path / "folder")
     assert cache.get("folder", "a") is None
     assert cache.used == 0
@@ -83,13 +85,13 @@ def test_a_file_that_somebody_deleted_is_not_there(tmp_path: Path) -> None:
     assert cache.get("folder", "a") == b"again"
 
 
-def test_without_a_budget_it_takes_a_share_of_the_free_disk(tmp_path: Path) -> None:
-    room = DiskCache(tmp_path).room("any", 100) * BLOCK
-    assert room == pytest.approx(SHARE_OF_FREE_DISK * shutil.disk_usage(tmp_path).free, rel=0.1)
+def test_the_default_budget_is_a_share_of_the_free_disk(tmp_path: Path) -> None:
+    capacity = DiskCache(tmp_path).capacity("any", 100) * BLOCK
+    assert capacity == pytest.approx(SHARE_OF_FREE_DISK * shutil.disk_usage(tmp_path).free, rel=0.1)
 
 
-def test_files_of_other_names_go_from_every_folder_and_their_room_is_free(tmp_path: Path) -> None:
-    cache = filled(tmp_path, 4 * BLOCK, one=Worth.SMALL, two=Worth.PRESENT)
+def test_files_with_other_names_are_deleted_in_every_folder(tmp_path: Path) -> None:
+    cache = filled(tmp_path, 4 * BLOCK, one=Priority.SMALL, two=Priority.PRESENT)
     for folder in ("one", "two"):
         assert cache.put(folder, "b", b"x")
     cache.drop_others({"b", "c"})
@@ -99,11 +101,11 @@ def test_files_of_other_names_go_from_every_folder_and_their_room_is_free(tmp_pa
 
 Operations = st.lists(
     st.tuples(
-        st.sampled_from(["put", "get", "ask", "drop", "again"]),
+        st.sampled_from(["put", "get", "use", "drop", "again"]),
         st.integers(0, 3),  # folder
         st.integers(0, 4),  # file
         st.integers(0, 2 * BLOCK),  # length
-        st.sampled_from(Worth),
+        st.sampled_from(Priority),
     ),
     max_size=40,
 )
@@ -111,21 +113,21 @@ Operations = st.lists(
 
 @settings(max_examples=40, deadline=None)
 @given(operations=Operations, blocks=st.integers(0, 6))
-def test_it_never_takes_more_than_its_budget_nor_gives_what_was_not_put(
-    operations: list[tuple[str, int, int, int, Worth]], blocks: int
+def test_it_never_exceeds_its_budget_or_returns_what_was_not_stored(
+    operations: list[tuple[str, int, int, int, Priority]], blocks: int
 ) -> None:
     with tempfile.TemporaryDirectory() as folder:
         root, put = Path(folder), {}
         cache = DiskCache(root, blocks * BLOCK)
-        for kind, where, what, length, worth in operations:
+        for kind, where, what, length, priority in operations:
             key = str(where), str(what)
             if kind == "put" and cache.put(*key, data := os.urandom(length)):
                 put[key] = data
                 assert cache.get(*key) == data
             elif kind == "get":
                 assert cache.get(*key) in (None, put.get(key))
-            elif kind == "ask":
-                cache.ask_for(key[0], worth)
+            elif kind == "use":
+                cache.use(key[0], priority)
             elif kind == "drop":
                 cache.drop_unused()
             elif kind == "again":
@@ -137,14 +139,14 @@ def test_it_never_takes_more_than_its_budget_nor_gives_what_was_not_put(
 FULL_DISK = """
 import sys
 from pathlib import Path
-from edge_runtime.data.cache import BLOCK, DiskCache, Worth
+from edge_runtime.data.cache import BLOCK, DiskCache, Priority
 root = Path(sys.argv[1])
 cache = DiskCache(root, 1000 * BLOCK)
-cache.ask_for("ahead", Worth.AHEAD)
-cache.ask_for("present", Worth.PRESENT)
+cache.use("ahead", Priority.AHEAD)
+cache.use("present", Priority.PRESENT)
 ahead = [cache.put("ahead", str(n), bytes([n]) * (BLOCK - 4)) for n in range(40)]
 present = [cache.put("present", str(n), bytes([n]) * (BLOCK - 4)) for n in range(40)]
-assert ahead.count(True) > 5 and not all(ahead), ahead  # as many as the disk has room for
+assert ahead.count(True) > 5 and not all(ahead), ahead  # as many as fit
 assert present.count(True) > 5 and not all(present), present  # in place of the others
 assert not any(cache.get("ahead", str(n)) for n in range(40))
 assert [cache.get("present", str(n)) is not None for n in range(40)] == present
@@ -152,7 +154,7 @@ assert not [path for path in root.glob("*/.*")]
 """
 
 
-def on_a_small_disk(program: str, folder: Path) -> None:
+def run_on_a_small_disk(program: str, folder: Path) -> None:
     """Runs it with a folder on a disk of 25 blocks."""
     unshare = shutil.which("unshare")
     mount = f"mount -t tmpfs -o size=100k tmpfs {folder}"
@@ -167,13 +169,13 @@ def on_a_small_disk(program: str, folder: Path) -> None:
 
 
 def test_a_full_disk_is_a_smaller_budget(tmp_path: Path) -> None:
-    on_a_small_disk(FULL_DISK, tmp_path)
+    run_on_a_small_disk(FULL_DISK, tmp_path)
 
 
 KEPT_FREE = """
 import shutil, sys
 from pathlib import Path
-from edge_runtime.data.cache import BLOCK, DiskCache, Worth
+from edge_runtime.data.cache import BLOCK, DiskCache, Priority
 root = Path(sys.argv[1])
 cache = DiskCache(root, 1000 * BLOCK, keep_free=10 * BLOCK)
 data = bytes(BLOCK - 4)
@@ -181,17 +183,17 @@ data = bytes(BLOCK - 4)
 def free():
     return shutil.disk_usage(root).free // BLOCK
 
-cache.ask_for("ahead", Worth.AHEAD)
-cache.ask_for("present", Worth.PRESENT)
-room = cache.room("ahead", BLOCK - 4)
+cache.use("ahead", Priority.AHEAD)
+cache.use("present", Priority.PRESENT)
+room = cache.capacity("ahead", BLOCK - 4)
 assert room == free() - 10 > 5, room
 assert [cache.put("ahead", str(n), data) for n in range(room + 3)] == [True] * room + [False] * 3
-assert cache.room("present", BLOCK - 4) == room and cache.room("ahead", BLOCK - 4) == 0
+assert cache.capacity("present", BLOCK - 4) == room and cache.capacity("ahead", BLOCK - 4) == 0
 assert all(cache.put("present", str(n), data) for n in range(room - 2))  # in place of the others
 cache.keep_free()
 assert free() == 10 and cache.used == room * BLOCK
 (root.parent / "another's").write_bytes(bytes(4 * BLOCK))
-assert cache.room("present", BLOCK - 4) == cache.room("ahead", BLOCK - 4) == 0
+assert cache.capacity("present", BLOCK - 4) == cache.capacity("ahead", BLOCK - 4) == 0
 cache.keep_free()
 assert free() == 10 and not list((root / "ahead").iterdir()), free()
 assert not cache.put("ahead", "new", data)
@@ -199,11 +201,11 @@ assert cache.get("present", str(room - 3)) == data
 for size in (9, 5):
     (root.parent / str(size)).write_bytes(bytes(size * BLOCK))
     cache.keep_free()
-assert cache.used == 0 and not cache.put("present", "0", data)  # there is nothing left to give
+assert cache.used == 0 and not cache.put("present", "0", data)  # nothing is left to delete
 (root.parent / "9").unlink()
 assert cache.put("present", "0", data)
 """
 
 
-def test_some_of_the_disk_stays_free_for_others(tmp_path: Path) -> None:
-    on_a_small_disk(KEPT_FREE, tmp_path)
+def test_some_of_the_disk_stays_free(tmp_path: Path) -> None:
+    run_on_a_small_disk(KEPT_FREE, tmp_path)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedfmsl.algorithms.arrays import Labels
-from fedfmsl.algorithms.calibration import ALPHA, PRIOR_MEDIAN, calibrated, fit_temperature, unknown_below
+from fedfmsl.algorithms.calibration import ALPHA, PRIOR_MEDIAN, calibrate, fit_temperature, unknown_threshold
 from fedfmsl.algorithms.mixture import log_softmax, nll
 
 Floats = np.ndarray
@@ -18,7 +18,7 @@ def draw(size: int, temperature: float, seed: int = 0, classes: int = 5) -> tupl
     """log p (n, C), and labels drawn from what it would be at `temperature`."""
     rng = np.random.default_rng(seed)
     log_p = log_softmax(rng.normal(0, 3, (size, classes)).astype(np.float32))
-    cumulated = np.exp(calibrated(log_p, temperature)).cumsum(axis=1)
+    cumulated = np.exp(calibrate(log_p, temperature)).cumsum(axis=1)
     labels = (rng.random((size, 1)) > cumulated).sum(axis=1).clip(max=classes - 1)
     return log_p, labels
 
@@ -32,10 +32,10 @@ def test_with_many_images_the_temperature_is_the_one_that_labels_follow(temperat
 def test_no_other_temperature_near_it_costs_less() -> None:
     log_p, labels = draw(2_000, 2.0)
     fitted = fit_temperature(log_p, labels)
-    best = nll(calibrated(log_p, fitted), labels)
+    best = nll(calibrate(log_p, fitted), labels)
     assert best < nll(log_p, labels)
     for other in (0.9 * fitted, 1.1 * fitted):
-        assert best < nll(calibrated(log_p, other), labels)
+        assert best < nll(calibrate(log_p, other), labels)
 
 
 @pytest.mark.parametrize("size", [1, 3, 14])
@@ -55,13 +55,13 @@ def test_the_fewer_images_the_nearer_to_the_prior() -> None:
 def test_a_class_that_is_ruled_out_stays_ruled_out() -> None:
     log_p = np.array([[-1e4, np.log(0.7), np.log(0.3)]], np.float32)
     for temperature in (0.1, 1.0, 10.0):
-        assert np.exp(calibrated(log_p, temperature))[0, 0] == 0
+        assert np.exp(calibrate(log_p, temperature))[0, 0] == 0
 
 
 @given(st.integers(1, 60), st.floats(0.1, 10), st.integers(0, 2**32 - 1))
 def test_calibration_keeps_the_order_of_classes(size: int, temperature: float, seed: int) -> None:
     log_p, _ = draw(size, 1.0, seed)
-    after = calibrated(log_p, temperature)
+    after = calibrate(log_p, temperature)
     assert np.array_equal(after.argmax(axis=1), log_p.argmax(axis=1))
     assert np.allclose(np.exp(after).sum(axis=1), 1, atol=1e-5)
 
@@ -70,7 +70,7 @@ def test_calibration_keeps_the_order_of_classes(size: int, temperature: float, s
 def test_the_threshold_is_the_confidence_of_that_rank(size: int, rank: int) -> None:
     confidences = np.random.default_rng(size).permutation(np.linspace(0.2, 0.9, size)).astype(np.float32)
     wanted = np.sort(confidences)[rank - 1] if rank else 0.0
-    assert unknown_below(confidences) == pytest.approx(wanted)
+    assert unknown_threshold(confidences) == pytest.approx(wanted)
 
 
 def test_of_new_images_like_the_held_out_ones_at_most_alpha_are_unknown() -> None:
@@ -78,5 +78,5 @@ def test_of_new_images_like_the_held_out_ones_at_most_alpha_are_unknown() -> Non
     shares = []
     for _ in range(2_000):
         drawn = rng.beta(5, 2, 60).astype(np.float32)
-        shares.append((drawn[50:] < unknown_below(drawn[:50])).mean())
+        shares.append((drawn[50:] < unknown_threshold(drawn[:50])).mean())
     assert 0.02 < np.mean(shares) < ALPHA + 0.01

@@ -10,7 +10,7 @@ import pytest
 from support.samples import CLASSES, write_photos
 
 from devices.trial.dataset import find_files
-from edge_runtime.data.folder import scan
+from edge_runtime.data.folder import scan_once
 from edge_runtime.data.inputs import IMAGES
 from export.build import class_names
 from fedfmsl.common.class_folders import folder_classes, walk_classes
@@ -92,4 +92,4 @@ def test_the_export_the_trial_and_the_daemon_find_the_same(tmp_path: Path) -> No
         train, test = find_files(root, IMAGES, None)
         assert tuple(train) == CLASSES
         found = {(path, label) for part in (train, test) for label, paths in part.items() for path in paths}
-        assert found == {(sample.path, names[sample.label]) for sample in scan(root, names, IMAGES).samples}
+        assert found == {(sample.path, names[sample.label]) for sample in scan_once(root, names, IMAGES).samples}

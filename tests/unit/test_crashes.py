@@ -18,7 +18,7 @@ from support.in_process_daemon import RUN, make_daemon
 from edge_runtime.daemon.disk_retry import DiskRetry
 from edge_runtime.daemon.round_runner import RoundRunner
 from edge_runtime.store import DeviceStore
-from edge_runtime.training.context import Device
+from edge_runtime.training.context import TrainingContext
 from fedfmsl.algorithms.sal import CapabilityQueue, Sal
 from fedfmsl.common.backoff import Backoff
 from fedfmsl.protocol.messages import Globals, Round, Stage, Training, Update
@@ -134,7 +134,7 @@ def worth_trying(written: list[str]) -> list[int]:
     return sorted({*others, *features[:: len(features) // 2 or 1]})
 
 
-def give(device: Device, blobs: list[bytes]) -> None:
+def give(device: TrainingContext, blobs: list[bytes]) -> None:
     """As if they had come over the wire."""
     for blob in blobs:
         device.store.keep_global(blob)

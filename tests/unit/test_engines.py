@@ -49,6 +49,7 @@ LEVELS = [1, 2, LAYERS]
 C = len(CLASSES)
 Inputs = dict[str, NDArray[Any]]
 
+pytestmark = pytest.mark.ort_training
 with_ort_training = pytest.mark.skipif(not has_ort_training(), reason="plain ONNX Runtime is what is installed")
 without_ort_training = pytest.mark.skipif(has_ort_training(), reason="onnxruntime-training is what is installed")
 
@@ -236,7 +237,7 @@ def test_damaged_artifacts_are_one_clear_error(vit: Built, tmp_path: Path) -> No
     shutil.copytree(vit.bundle.root, tmp_path / "bundle")
     (tmp_path / "bundle" / "ort-training-1.onnx").write_bytes(b"not a graph")
     with pytest.raises(BundleError, match="onnxruntime-training cannot load level 1"):
-        TrainingSession(Bundle(tmp_path / "bundle"), 1, random_theta(vit.bundle, 1, 0), 1e-3, threads=1)
+        TrainingSession(Bundle.load(tmp_path / "bundle"), 1, random_theta(vit.bundle, 1, 0), 1e-3, threads=1)
 
 
 @with_ort_training

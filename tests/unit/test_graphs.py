@@ -11,7 +11,7 @@ from support.torch_reference import features_of, hidden_states, torch_expert
 
 from export.reference import torch_inputs
 from fedfmsl.algorithms.arrays import NEVER
-from fedfmsl.algorithms.calibration import calibrated
+from fedfmsl.algorithms.calibration import calibrate
 from fedfmsl.algorithms.mixture import log_softmax, mix
 
 TOLERANCE = 1e-5
@@ -130,5 +130,5 @@ def test_the_personalized_graph_equals_the_mixture_of_its_experts_and_gate(
         **{f"{expert}_bias": bias for expert, bias in biases.items()},
     )
     assert np.allclose(gate, np.exp(log_gate), atol=1e-6)
-    assert np.allclose(probabilities, np.exp(calibrated(mix(log_gate, *log_p), temperature)), atol=1e-5)
+    assert np.allclose(probabilities, np.exp(calibrate(mix(log_gate, *log_p), temperature)), atol=1e-5)
     assert np.allclose(probabilities.sum(axis=1), 1, atol=1e-5)

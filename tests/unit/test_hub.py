@@ -149,7 +149,7 @@ def test_every_file_is_of_the_pinned_revision_which_the_manifest_names_as_a_comm
     pin = ["--revision", revision] if revision else []
     ended = run_build(hub.url, tmp_path / "home", tmp_path / "online", *pin)
     assert ended.returncode == 0, ended.stderr
-    bundle = Bundle(tmp_path / "online")
+    bundle = Bundle.load(tmp_path / "online")
     assert bundle.manifest.peft.revision == commit
     assert bundle.manifest.peft.base == REPOSITORY
     assert_is(bundle, built_of[commit].bundle)
@@ -160,7 +160,7 @@ def test_every_file_is_of_the_pinned_revision_which_the_manifest_names_as_a_comm
         assert ended.returncode == 0, ended.stderr
         assert "the hub does not answer" in ended.stdout
         assert mute.calls == 1
-        assert Bundle(tmp_path / "offline").sha256 == bundle.sha256
+        assert Bundle.load(tmp_path / "offline").sha256 == bundle.sha256
 
 
 def test_without_hub_and_cache_the_error_comes_at_once_and_says_what_to_do(mute: Mute, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What becomes of the pixels of users' images."""
+"""The pixels that graphs read from users' image files."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path) -> None:
     assert np.array_equal(eight, sixteen)
 
 
-def test_an_image_is_turned_upright_as_its_orientation_tag_says(tmp_path: Path) -> None:
+def test_an_image_is_rotated_by_its_orientation_tag(tmp_path: Path) -> None:
     image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (40, 50, 3), dtype=np.uint8))
     turned = Image.Exif()
-    turned[0x0112] = 6  # the camera was held a quarter turn to the left
+    turned[0x0112] = 6  # a quarter turn
     image.rotate(-90, expand=True).save(tmp_path / "upright.png")
     image.save(tmp_path / "tagged.png", exif=turned)
     upright, tagged = (load_pixels(tmp_path / name, PREPROCESSING) for name in ("upright.png", "tagged.png"))
@@ -79,6 +79,6 @@ def test_a_large_photo_is_decoded_smaller_and_looks_the_same(tmp_path: Path) -> 
         assert np.abs(load_pixels(tmp_path / name, PREPROCESSING).astype(int) - whole).max() < 6
 
 
-def test_what_is_no_image_takes_no_pixels(tmp_path: Path) -> None:
+def test_a_file_that_is_not_an_image_has_no_pixels(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_text("no image")
     assert pixel_count(tmp_path / "a.jpg", SIZE) == pixel_count(tmp_path / "missing.jpg", SIZE) == 0

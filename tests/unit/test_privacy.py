@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fedfmsl.algorithms.accounting import epsilon
 from fedfmsl.algorithms.arrays import Vector
-from fedfmsl.algorithms.class_means import head_of_class_means
+from fedfmsl.algorithms.class_means import class_mean_head
 from fedfmsl.algorithms.privacy import Privacy, privatize, privatize_statistics
 
 CLASSES, FEATURE = 5, 48
@@ -72,7 +72,7 @@ def test_with_next_to_no_noise_the_head_is_that_of_the_plain_class_means() -> No
 
     def head(all_: list[dict[str, Vector]]) -> Vector:
         total = {name: np.sum([one[name] for one in all_], axis=0) for name in all_[0]}
-        return head_of_class_means(total["class_sums"], total["class_counts"], float(total["norm_sum"][0]))
+        return class_mean_head(total["class_sums"], total["class_counts"], float(total["norm_sum"][0]))
 
     held = (CLASSES - 1) * FEATURE  # of the class that nobody holds only the noise's direction is left
     assert np.allclose(head(private)[:held], head(plain)[:held], rtol=0.02, atol=0.01)
@@ -112,7 +112,7 @@ def test_the_private_counts_are_the_same_for_any_images() -> None:
 def test_a_negative_sum_of_norms_still_gives_a_head_of_bounded_logits() -> None:
     rng = np.random.default_rng(0)
     directions, counts = rng.normal(size=(CLASSES, FEATURE)).astype(np.float32), np.full(CLASSES, 0.2, np.float32)
-    head = head_of_class_means(directions, counts, -3.0)
+    head = class_mean_head(directions, counts, -3.0)
     assert np.isfinite(head).all()
     assert np.abs(head).max() <= 20 * 64 / sqrt(FEATURE)
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from support.bundles import Built, random_theta
 
 from fedfmsl.algorithms.arrays import Vector
-from fedfmsl.algorithms.class_means import SCALE, head_of_class_means
+from fedfmsl.algorithms.class_means import SCALE, class_mean_head
 from fedfmsl.algorithms.privacy import Privacy
 from fedfmsl.algorithms.sal import CapabilityQueue, Sal
 from fedfmsl.common.cli import console
@@ -506,9 +506,9 @@ def test_verify_names_the_file_that_is_not_as_it_was_built(vit: Built, tmp_path:
         if damage != "missing":
             path.write_bytes(data[:-1] + (bytes([data[-1] ^ 1]) if damage == "changed" else b""))
         with pytest.raises(BundleError, match=name):
-            Bundle(root).verify()
+            Bundle.load(root).verify()
         path.write_bytes(data)
-    Bundle(root).verify()
+    Bundle.load(root).verify()
 
 
 @pytest.mark.parametrize("content", [None, b"", b"{}", b"\xff", b'{"schema_version": 1}'])
@@ -516,7 +516,7 @@ def test_a_folder_without_a_manifest_of_this_schema_is_no_bundle(tmp_path: Path,
     if content is not None:
         (tmp_path / "manifest.json").write_bytes(content)
     with pytest.raises(BundleError, match=r"export\.build"):
-        Bundle(tmp_path)
+        Bundle.load(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -539,7 +539,7 @@ def test_a_manifest_that_does_not_hold_together_is_refused(vit: Built, tmp_path:
     manifest = vit.bundle.manifest.model_dump(mode="json")
     (tmp_path / "manifest.json").write_text(json.dumps({**manifest, **change}))
     with pytest.raises(BundleError, match=r"export\.build"):
-        Bundle(tmp_path)
+        Bundle.load(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd"])
@@ -551,9 +551,9 @@ def test_a_manifest_cannot_name_files_outside_the_bundle(vit: Built, name: str) 
 def test_the_features_key_follows_weights_and_preprocessing(vit: Built, dinov2: Built, tmp_path: Path) -> None:
     root = shutil.copytree(vit.bundle.root, tmp_path / "copy")
     manifest = (root / "manifest.json").read_text()
-    assert Bundle(root).features_key == vit.bundle.features_key != dinov2.bundle.features_key
+    assert Bundle.load(root).features_key == vit.bundle.features_key != dinov2.bundle.features_key
     (root / "manifest.json").write_text(manifest.replace('"mean": [\n   0.5', '"mean": [\n   0.25'))
-    assert Bundle(root).features_key != vit.bundle.features_key
+    assert Bundle.load(root).features_key != vit.bundle.features_key
 
 
 def test_every_error_has_an_exit_code_of_its_own() -> None:
@@ -583,7 +583,7 @@ def test_the_first_head_points_along_the_class_means_and_scores_about_scaled_cos
     labels = rng.integers(0, classes - 1, 40)  # nobody has the last class
     one_hot = np.eye(classes)[labels]
     norms = np.linalg.norm(features, axis=1)
-    head = head_of_class_means(
+    head = class_mean_head(
         (one_hot.T @ features).astype(np.float32), one_hot.sum(axis=0).astype(np.float32), float(norms.sum())
     )
     weight, bias = head[: classes * width].reshape(classes, width), head[classes * width :]

@@ -1,4 +1,4 @@
-"""Folders of images or texts, as users have them, and the slices they become."""
+"""Folders of images or texts, as users have them, and their splits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from support.samples import CLASSES, write_photos
 
-from edge_runtime.data.folder import scan
+from edge_runtime.data.folder import scan_once
 from edge_runtime.data.images import load_pixels
 from edge_runtime.data.inputs import IMAGES, TEXTS
 from edge_runtime.data.samples import Splits, assign_new_samples, labels_of
@@ -37,43 +37,43 @@ def split(folder: Path) -> Path:
     return folder
 
 
-def contents(slices: Splits) -> list[list[tuple[str, int]]]:
-    return [[(i.sha256, i.label) for i in part] for part in (slices.train, slices.held_out, slices.test)]
+def contents(splits: Splits) -> list[list[tuple[str, int]]]:
+    return [[(i.sha256, i.label) for i in part] for part in (splits.train, splits.held_out, splits.test)]
 
 
 def test_a_flat_folder_is_split_per_class_without_overlap(folder: Path) -> None:
-    slices = scan(folder, CLASSES, IMAGES)
-    assert [np.bincount(labels_of(s)).tolist() for s in (slices.train, slices.held_out, slices.test)] == [
+    splits = scan_once(folder, CLASSES, IMAGES)
+    assert [np.bincount(labels_of(s)).tolist() for s in (splits.train, splits.held_out, splits.test)] == [
         [6] * 4,
         [2] * 4,
         [2] * 4,
     ]
-    images = [*slices.train, *slices.held_out, *slices.test]
+    images = [*splits.train, *splits.held_out, *splits.test]
     assert {i.path for i in images} == set(folder.rglob("*.jpg"))
     assert all(i.path.parent.name == CLASSES[i.label] for i in images)
     assert all(hashlib.sha256(i.path.read_bytes()).hexdigest() == i.sha256 for i in images)
-    assert slices.class_counts(5).tolist() == [8, 8, 8, 8, 0]
+    assert splits.class_counts(5).tolist() == [8, 8, 8, 8, 0]
 
 
-def test_a_folder_with_train_and_test_keeps_the_users_test_slice(folder: Path) -> None:
-    slices = scan(split(folder), CLASSES, IMAGES)
-    assert {i.path for i in slices.test} == set((folder / "test").rglob("*.jpg"))
-    assert np.bincount(labels_of(slices.train)).tolist() == [6] * 4
-    assert np.bincount(labels_of(slices.held_out)).tolist() == [1] * 4
+def test_a_folder_with_train_and_test_keeps_the_users_test_split(folder: Path) -> None:
+    splits = scan_once(split(folder), CLASSES, IMAGES)
+    assert {i.path for i in splits.test} == set((folder / "test").rglob("*.jpg"))
+    assert np.bincount(labels_of(splits.train)).tolist() == [6] * 4
+    assert np.bincount(labels_of(splits.held_out)).tolist() == [1] * 4
 
 
 @pytest.mark.parametrize("presplit", [True, False])
-def test_slices_are_the_same_under_other_names_and_dates(folder: Path, presplit: bool) -> None:
+def test_splits_are_the_same_under_other_names_and_dates(folder: Path, presplit: bool) -> None:
     root = split(folder) if presplit else folder
-    before = contents(scan(root, CLASSES, IMAGES))
+    before = contents(scan_once(root, CLASSES, IMAGES))
     for index, path in enumerate(sorted(root.rglob("*.jpg"), reverse=True)):
         path.rename(path.with_name(f"renamed-{index}.JPEG"))
-    assert contents(scan(root, CLASSES, IMAGES)) == before
+    assert contents(scan_once(root, CLASSES, IMAGES)) == before
 
 
 def test_labels_follow_the_bundles_order_of_classes(folder: Path) -> None:
-    slices = scan(folder, ("plum", "x", "lemon", "kiwi", "apple"), IMAGES)
-    assert {(i.path.parent.name, i.label) for i in slices.train} == {
+    splits = scan_once(folder, ("plum", "x", "lemon", "kiwi", "apple"), IMAGES)
+    assert {(i.path.parent.name, i.label) for i in splits.train} == {
         ("plum", 0),
         ("lemon", 2),
         ("kiwi", 3),
@@ -83,12 +83,12 @@ def test_labels_follow_the_bundles_order_of_classes(folder: Path) -> None:
 
 @pytest.mark.parametrize(("count", "sizes"), [(2, [1, 1, 0]), (3, [1, 1, 1]), (4, [2, 1, 1])])
 def test_small_classes_still_train_and_hold_out(tmp_path: Path, count: int, sizes: list[int]) -> None:
-    slices = scan(write_photos(tmp_path, count), CLASSES, IMAGES)
-    assert [len(part) for part in (slices.train, slices.held_out, slices.test)] == [4 * size for size in sizes]
+    splits = scan_once(write_photos(tmp_path, count), CLASSES, IMAGES)
+    assert [len(part) for part in (splits.train, splits.held_out, splits.test)] == [4 * size for size in sizes]
 
 
-def reasons(slices: Splits, folder: Path) -> dict[str, str]:
-    return {each.path.relative_to(folder).as_posix(): each.reason for each in slices.skipped}
+def reasons(splits: Splits, folder: Path) -> dict[str, str]:
+    return {each.path.relative_to(folder).as_posix(): each.reason for each in splits.skipped}
 
 
 def keep_one_of(folder: Path) -> Path:
@@ -98,12 +98,12 @@ def keep_one_of(folder: Path) -> Path:
     return kept
 
 
-def test_a_class_with_one_image_is_set_aside_until_there_are_two(folder: Path) -> None:
+def test_a_class_with_one_image_is_skipped_until_there_are_two(folder: Path) -> None:
     only = keep_one_of(folder / "kiwi")
-    slices = scan(folder, CLASSES, IMAGES)
-    assert slices.class_counts(4).tolist() == [8, 0, 8, 8]
-    (reason,) = reasons(slices, folder).values()
-    assert {each.path for each in slices.skipped} == {only}
+    splits = scan_once(folder, CLASSES, IMAGES)
+    assert splits.class_counts(4).tolist() == [8, 0, 8, 8]
+    (reason,) = reasons(splits, folder).values()
+    assert {each.path for each in splits.skipped} == {only}
     assert "needs at least two" in reason
 
 
@@ -111,66 +111,66 @@ def test_a_folder_in_which_every_class_has_one_image_is_refused(folder: Path) ->
     for name in CLASSES:
         keep_one_of(folder / name)
     with pytest.raises(InputError, match=r"no images to train on: .*apple.*at least two"):
-        scan(folder, CLASSES, IMAGES)
+        scan_once(folder, CLASSES, IMAGES)
 
 
-def test_an_image_that_stands_twice_counts_once(folder: Path) -> None:
-    before = contents(scan(folder, CLASSES, IMAGES))
+def test_an_image_that_exists_twice_counts_once(folder: Path) -> None:
+    before = contents(scan_once(folder, CLASSES, IMAGES))
     for path in list((folder / "kiwi").iterdir()):
         shutil.copyfile(path, path.with_name(f"copy of {path.name}"))
-    assert contents(scan(folder, CLASSES, IMAGES)) == before
+    assert contents(scan_once(folder, CLASSES, IMAGES)) == before
 
 
-def test_a_class_the_bundle_does_not_know_is_set_aside_with_those_it_does(folder: Path) -> None:
+def test_a_class_that_is_not_in_the_bundle_is_skipped_with_the_known_classes(folder: Path) -> None:
     (folder / "lemon").rename(folder / "lime")
     (folder / "notes").mkdir()
-    (folder / "notes" / "a.txt").write_text("no image, so nothing is missed")
-    slices = scan(folder, CLASSES, IMAGES)
-    assert slices.class_counts(4).tolist() == [8, 8, 0, 8]
-    (reason,) = reasons(slices, folder).values()
+    (folder / "notes" / "a.txt").write_text("not an image")
+    splits = scan_once(folder, CLASSES, IMAGES)
+    assert splits.class_counts(4).tolist() == [8, 8, 0, 8]
+    (reason,) = reasons(splits, folder).values()
     assert reason.startswith("class 'lime' is not in the bundle, whose classes are apple, kiwi, lemon, plum")
 
 
 def test_a_folder_of_unknown_classes_is_refused_with_the_known_ones(folder: Path) -> None:
     with pytest.raises(InputError, match=r"no images to train on: .*'apple' is not.* are pear, quince; rename"):
-        scan(folder, ("pear", "quince"), IMAGES)
+        scan_once(folder, ("pear", "quince"), IMAGES)
 
 
-def test_the_same_image_under_two_classes_is_of_neither(folder: Path) -> None:
-    whole = contents(scan(folder, CLASSES, IMAGES))
+def test_the_same_image_in_two_classes_is_skipped(folder: Path) -> None:
+    whole = contents(scan_once(folder, CLASSES, IMAGES))
     twice, other = sorted((folder / "kiwi").iterdir())[0], folder / "plum" / "copy.jpg"
     shutil.copyfile(twice, other)
-    slices = scan(folder, CLASSES, IMAGES)
-    found = {each.path: each.reason for each in slices.skipped}
+    splits = scan_once(folder, CLASSES, IMAGES)
+    found = {each.path: each.reason for each in splits.skipped}
     assert set(found) == {twice, other}
     assert str(other) in found[twice]
     assert "'plum'" in found[twice]
     assert str(twice) in found[other]
     assert "'kiwi'" in found[other]
-    assert slices.class_counts(4).sum() + len(slices.test) == sum(map(len, whole)) - 1
+    assert splits.class_counts(4).sum() + len(splits.test) == sum(map(len, whole)) - 1
 
 
-def test_what_is_not_for_us_is_named_unless_a_system_has_left_it(folder: Path) -> None:
-    before = contents(scan(folder, CLASSES, IMAGES))
+def test_skipped_files_are_named_unless_a_system_has_left_them(folder: Path) -> None:
+    before = contents(scan_once(folder, CLASSES, IMAGES))
     for name in ("kiwi/movie.mp4", "kiwi/deep/notes.txt", "lost.jpg"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes((folder / "plum" / "00.jpg").read_bytes())
     for name in ("kiwi/.hidden.jpg", "kiwi/Thumbs.db", "kiwi/.DS_Store", "kiwi/._00.jpg", ".trash/a.jpg", "README.md"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes((folder / "plum" / "00.jpg").read_bytes())
-    slices = scan(folder, CLASSES, IMAGES)
-    assert contents(slices) == before
-    assert set(reasons(slices, folder)) == {"kiwi/movie.mp4", "kiwi/deep/notes.txt", "lost.jpg"}
+    splits = scan_once(folder, CLASSES, IMAGES)
+    assert contents(splits) == before
+    assert set(reasons(splits, folder)) == {"kiwi/movie.mp4", "kiwi/deep/notes.txt", "lost.jpg"}
 
 
-def test_an_image_that_lies_in_both_slices_of_the_user_is_not_tested_on(folder: Path) -> None:
+def test_an_image_in_both_folders_of_the_user_is_not_tested_on(folder: Path) -> None:
     root = split(folder)
-    before = contents(scan(root, CLASSES, IMAGES))
+    before = contents(scan_once(root, CLASSES, IMAGES))
     trained = sorted((root / "train" / "kiwi").iterdir())[0]
     shutil.copyfile(trained, root / "test" / "kiwi" / "again.jpg")
-    slices = scan(root, CLASSES, IMAGES)
-    assert contents(slices) == before
-    assert set(reasons(slices, root)) == {"test/kiwi/again.jpg"}
+    splits = scan_once(root, CLASSES, IMAGES)
+    assert contents(splits) == before
+    assert set(reasons(splits, root)) == {"test/kiwi/again.jpg"}
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty", "empty classes", "no subfolders", "presplit"])
@@ -183,7 +183,7 @@ def test_a_folder_without_images_is_refused(tmp_path: Path, kind: str) -> None:
     if kind == "no subfolders":
         Image.new("RGB", (8, 8)).save(root / "a.png")
     with pytest.raises(InputError, match="does not exist" if kind == "missing" else "holds no images"):
-        scan(root, CLASSES, IMAGES)
+        scan_once(root, CLASSES, IMAGES)
 
 
 def test_unreadable_images_are_skipped_and_named(folder: Path) -> None:
@@ -194,45 +194,45 @@ def test_unreadable_images_are_skipped_and_named(folder: Path) -> None:
         "text.jpeg": b"not an image",
         "page.webp": b"RIFF\0\0\0\0WEBP",
     }
-    before = contents(scan(folder, CLASSES, IMAGES))
+    before = contents(scan_once(folder, CLASSES, IMAGES))
     for name, data in bad.items():
         (folder / "plum" / name).write_bytes(data)
     (folder / "plum" / "folder.jpg").mkdir()
-    slices = scan(folder, CLASSES, IMAGES)
-    assert reasons(slices, folder) == {f"plum/{name}": "not a readable image" for name in bad}
-    assert contents(slices) == before
+    splits = scan_once(folder, CLASSES, IMAGES)
+    assert reasons(splits, folder) == {f"plum/{name}": "not a readable image" for name in bad}
+    assert contents(splits) == before
     for name in bad:
         with pytest.raises(InputError, match=name):
             load_pixels(folder / "plum" / name, PREPROCESSING)
 
 
-def test_what_is_held_out_of_a_class_looks_alike_and_is_as_much_as_before(tmp_path: Path) -> None:
-    slices = scan(write_photos(tmp_path, 13), CLASSES, IMAGES)
-    images = slices.unassigned_samples
-    assert images == slices.train + slices.held_out
+def test_held_out_samples_of_a_class_are_similar_and_as_many_as_before(tmp_path: Path) -> None:
+    splits = scan_once(write_photos(tmp_path, 13), CLASSES, IMAGES)
+    images = splits.unassigned_samples
+    assert images == splits.train + splits.held_out
     rng = np.random.default_rng(3)
     scenes = rng.normal(size=(2, 8))
     scene_of = {image: index % 2 for index, image in enumerate(sorted(images, key=lambda i: i.sha256))}
     features = np.array([scenes[scene_of[i]] + rng.normal(size=8) * 0.01 for i in images], np.float32)
-    dealt = assign_new_samples(slices, features)
-    assert not dealt.unassigned_samples
-    assert {*dealt.train, *dealt.held_out} == set(images)
+    assigned = assign_new_samples(splits, features)
+    assert not assigned.unassigned_samples
+    assert {*assigned.train, *assigned.held_out} == set(images)
     for label in range(len(CLASSES)):
-        held_out = [image for image in dealt.held_out if image.label == label]
-        assert len(held_out) == sum(image.label == label for image in slices.held_out) == 2
+        held_out = [image for image in assigned.held_out if image.label == label]
+        assert len(held_out) == sum(image.label == label for image in splits.held_out) == 2
         assert len({scene_of[image] for image in held_out}) == 1
 
 
-def test_texts_are_sliced_like_images_and_unreadable_ones_are_named(texts: Path, tmp_path: Path) -> None:
+def test_texts_are_split_like_images_and_unreadable_ones_are_named(texts: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(texts, tmp_path / "texts")
-    before = contents(scan(folder, CLASSES, TEXTS))
+    before = contents(scan_once(folder, CLASSES, TEXTS))
     bad = {"latin.txt": "Köln".encode("latin-1"), "empty.txt": b"", "blank.TXT": b" \n\t", "cut.txt": "ü".encode()[:1]}
     for name, data in bad.items():
         (folder / CLASSES[0] / name).write_bytes(data)
-    slices = scan(folder, CLASSES, TEXTS)
-    assert reasons(slices, folder) == {f"{CLASSES[0]}/{name}": "not a readable text" for name in bad}
-    assert contents(slices) == before
-    assert {sample.path for part in (slices.train, slices.held_out, slices.test) for sample in part} == {
+    splits = scan_once(folder, CLASSES, TEXTS)
+    assert reasons(splits, folder) == {f"{CLASSES[0]}/{name}": "not a readable text" for name in bad}
+    assert contents(splits) == before
+    assert {sample.path for part in (splits.train, splits.held_out, splits.test) for sample in part} == {
         *texts_of(folder, without=set(bad))
     }
 
@@ -243,6 +243,6 @@ def texts_of(folder: Path, without: set[str]) -> list[Path]:
 
 def test_a_folder_of_the_other_kind_holds_nothing(texts: Path, photos: Path) -> None:
     with pytest.raises(InputError, match=f"text folder {photos} holds no texts"):
-        scan(photos, CLASSES, TEXTS)
+        scan_once(photos, CLASSES, TEXTS)
     with pytest.raises(InputError, match=f"image folder {texts} holds no images"):
-        scan(texts, CLASSES, IMAGES)
+        scan_once(texts, CLASSES, IMAGES)

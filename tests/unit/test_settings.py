@@ -1,4 +1,4 @@
-"""Settings out of a file, the environment and flags: which goes first, what they become, and every error at once."""
+"""Settings from flags, the environment and a TOML file: priority, values, errors, help and reference."""
 
 from __future__ import annotations
 
@@ -13,9 +13,15 @@ import typer
 from typer.testing import CliRunner
 
 from devices.provisioning.authority import CLIENT, make_authority
-from edge_runtime.settings import LinkSettings, Settings, SettingsError, StateSettings, read_settings, with_settings
+from edge_runtime.__main__ import app as edge
+from edge_runtime.settings import PredictSettings, Settings, StateSettings
+from fedfmsl.common.options import reference, with_settings
+from fedfmsl.common.settings import SettingsError, SettingsModel, read_settings
 from fedfmsl.errors import ConfigError
 from fedfmsl.transport.identity import read_identity
+from trainer_server.__main__ import app as server
+from trainer_server.config import RunConfig, RunRules
+from trainer_server.settings import ResumeSettings, ServerSettings
 
 NEEDED = 'run = "orchard"\nimages = "photos"\n'
 
@@ -30,21 +36,22 @@ def written(tmp_path: Path) -> Callable[[str], Path]:
     return write
 
 
-def command_of(model: type[StateSettings]) -> typer.Typer:
-    """A command that prints the settings it was given, and an option of its own."""
+def command_of(model: type[SettingsModel], file_model: type[SettingsModel] = Settings) -> typer.Typer:
+    """A command that prints its settings and an option of its own."""
     app = typer.Typer()
 
     @app.command()
-    @with_settings(model)
-    def command(settings: StateSettings, loud: bool = typer.Option(False, "--loud")) -> None:
+    @with_settings(model, file_model)
+    def command(settings: SettingsModel, loud: bool = typer.Option(False, "--loud")) -> None:
         """What it does."""
         print(json.dumps({**settings.model_dump(mode="json"), "loud": loud}))
 
     return app
 
 
-def run(*arguments: str, model: type[StateSettings] = Settings, environment: dict[str, str] | None = None) -> Any:
-    result = CliRunner().invoke(command_of(model), arguments, env=environment or {})
+def run(*arguments: str, model: type[SettingsModel] = Settings, environment: dict[str, str] | None = None) -> Any:
+    file_model = ServerSettings if issubclass(model, ServerSettings) else Settings
+    result = CliRunner().invoke(command_of(model, file_model), arguments, env=environment or {})
     if result.exception and not isinstance(result.exception, SystemExit):
         raise result.exception
     assert result.exit_code == 0, result.output
@@ -60,11 +67,76 @@ def test_a_flag_goes_before_the_environment_and_that_before_the_file(written: Ca
     assert (seen["run"], seen["engine"], seen["loud"]) == ("orchard", "auto", False)
 
 
-def test_every_setting_has_a_flag_and_a_variable() -> None:
-    shown = CliRunner().invoke(command_of(Settings), ["--help"], env={"COLUMNS": "300", "TERM": "dumb"}).output
-    for key in Settings.model_fields:
-        assert f"--{key.replace('_', '-')}" in shown
-        assert f"FEDFMSL_{key.upper()}" in shown
+COMMANDS = [
+    (edge, "run", Settings),
+    (edge, "check", Settings),
+    (edge, "status", StateSettings),
+    (edge, "predict", PredictSettings),
+    (server, "start", ServerSettings),
+    (server, "resume", ResumeSettings),
+]
+
+
+def help_of(app: typer.Typer, command: str) -> str:
+    text = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "400", "TERM": "dumb"}).output
+    return " ".join(text.split())
+
+
+@pytest.mark.parametrize(
+    ("app", "command", "model"), COMMANDS, ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_help_and_reference_show_every_setting_of_the_model(
+    app: typer.Typer, command: str, model: type[SettingsModel]
+) -> None:
+    shown, page = help_of(app, command), reference(model)
+    rows = {line.split("|")[1].strip(" `"): line for line in page.splitlines() if line.startswith("| `")}
+    assert set(rows) == set(model.model_fields)
+    for key, field in model.model_fields.items():
+        _, _, about = shown.partition(f"--{key.replace('_', '-')} ")
+        about = about.partition(f"[env var: FEDFMSL_{key.upper()}]")[0]
+        assert field.description and field.description in about, (key, about)
+        assert field.description.replace("<", "&lt;") in rows[key]
+        assert ("required" in rows[key]) == field.is_required()
+        required = f"[env var: FEDFMSL_{key.upper()}] [required]" in shown
+        assert required == field.is_required()
+
+
+def test_help_and_reference_show_types_bounds_and_defaults() -> None:
+    shown, page = help_of(server, "start"), reference(ServerSettings)
+    for text in ("--trim <float>", "[default: 0.1] [≥ 0, < 0.5]", "--select <all|random|capable>", "--devices <int>"):
+        assert text in shown
+    assert "| `trim` | float ≥ 0, < 0.5 | `0.1` |" in page
+    assert "| `select` | `all` or `random` or `capable` | `all` |" in page
+    assert "--keep-free <size>" in help_of(edge, "run") and "[default: 500.0MB]" in help_of(edge, "run")
+
+
+def test_a_server_setting_that_the_run_stores_is_declared_once() -> None:
+    for key, field in RunRules.model_fields.items():
+        assert ServerSettings.model_fields[key].default == RunConfig.model_fields[key].default == field.default
+        assert ServerSettings.model_fields[key].metadata == RunConfig.model_fields[key].metadata == field.metadata
+
+
+def test_a_server_starts_from_a_file(tmp_path: Path) -> None:
+    config = tmp_path / "server.toml"
+    config.write_text('run = "orchard"\nbundle = "b"\ndevices = 3\ntrim = 0.2\nselect = "random"\nfraction = 0.5\n')
+    seen = run("--config", str(config), "--stage2-rounds", "7", model=ServerSettings)
+    assert (seen["bundle"], seen["trim"], seen["stage1_rounds"], seen["stage2_rounds"]) == (f"{tmp_path}/b", 0.2, 12, 7)
+    assert read_settings(ServerSettings, config).folder == Path("runs/orchard/server")
+    config.write_text('out = "there"\nbundle = "b"\nbroker = "mqtt://127.0.0.1"\n')
+    assert read_settings(ResumeSettings, config, file_model=ServerSettings).out == tmp_path / "there"
+
+
+def test_server_settings_that_do_not_fit_together_name_the_flags(tmp_path: Path) -> None:
+    needed = {"run": "orchard", "bundle": "b", "devices": "2"}
+    for more, what in (
+        ({"min_updates": "3"}, "--min-updates 3 is more than --devices 2"),
+        ({"fraction": "0.5"}, "--fraction 0.5 needs --select random"),
+        ({"dp_noise": "1"}, "--dp-noise and --dp-clip need each other"),
+        ({"dp_noise": "1", "dp_clip": "1"}, "choose --sal fixed-schedule"),
+        ({"dp_noise": "1", "dp_clip": "1", "sal": "all-at-once", "clip": "1"}, "leave out --rule, --clip"),
+    ):
+        with pytest.raises(SettingsError, match=what):
+            read_settings(ServerSettings, flags={**needed, **more}, environment=False)
 
 
 def test_the_config_file_may_be_named_by_the_environment(written: Callable[[str], Path]) -> None:
@@ -84,7 +156,7 @@ def test_lists_are_lists_in_a_file_and_have_commas_elsewhere(written: Callable[[
     config = written(NEEDED + 'hours = ["22:00-06:00", "Sat 08:00-20:00"]\nthermal_zones = ["cpu-thermal"]\n')
     seen = run("--config", str(config), environment={"FEDFMSL_HOURS": "22:00-06:00, Sat 08:00-20:00"})
     assert run("--config", str(config)) == seen
-    settings = read_settings(Settings, config, {})
+    settings = read_settings(Settings, config)
     assert any(datetime(2026, 11, 25, 23, 30) in hours for hours in settings.hours)
     assert not any(datetime(2026, 11, 25, 12, 0) in hours for hours in settings.hours)
 
@@ -99,7 +171,7 @@ def test_switches_can_be_turned_on_and_off(written: Callable[[str], Path]) -> No
 def test_a_smaller_command_takes_the_same_file(written: Callable[[str], Path]) -> None:
     config = str(written(NEEDED + 'state = "here"\nmemory = "1GB"\n'))
     assert run("--config", config, model=StateSettings)["state"].endswith("/here")
-    assert run("--config", config, model=LinkSettings)["run"] == "orchard"
+    assert run("--config", config, model=PredictSettings)["run"] == "orchard"
 
 
 def test_an_identity_may_stand_in_the_file_itself(written: Callable[[str], Path]) -> None:
@@ -108,7 +180,7 @@ def test_an_identity_may_stand_in_the_file_itself(written: Callable[[str], Path]
     pem = issued.key_pem + issued.certificate_pem + authority.certificate_pem
     config = written(f'{NEEDED}identity = """\n{pem}"""\n')
     config.chmod(0o600)
-    settings = read_settings(Settings, config, {})
+    settings = read_settings(Settings, config)
     assert settings.identity == config
     assert read_identity(settings.identity).name == "kitchen"
 

@@ -15,20 +15,20 @@ from support.bundles import Built
 import edge_runtime.data.features as features
 from edge_runtime.data.cache import DiskCache
 from edge_runtime.data.features import FeatureCache
-from edge_runtime.data.folder import SampleFolder, scan
+from edge_runtime.data.folder import SampleFolder, scan_once
 from edge_runtime.data.inputs import reader_of
 from edge_runtime.data.samples import Splits, labels_of
 from edge_runtime.engines.base import Batch
 from edge_runtime.engines.step_graph import StepGraphEngine
 from edge_runtime.store import DeviceStore
-from edge_runtime.training.context import Device
+from edge_runtime.training.context import TrainingContext
 from edge_runtime.training.gate import Gate
-from edge_runtime.training.local_expert import LocalExpert, mixture, train_personal
-from edge_runtime.training.stages import Globals, class_sums, statistics, train_global
-from edge_runtime.training.updates import prepare
+from edge_runtime.training.local_expert import LocalExpert, compute_mixture, train_personal
+from edge_runtime.training.stages import Globals, statistics, train_class_sums, train_global
+from edge_runtime.training.updates import prepare_update
 from fedfmsl.algorithms.arrays import Vector
-from fedfmsl.algorithms.class_means import head_of_class_means
-from fedfmsl.algorithms.mixture import of_labels
+from fedfmsl.algorithms.class_means import class_mean_head
+from fedfmsl.algorithms.mixture import label_log_p
 from fedfmsl.algorithms.privacy import Privacy
 from fedfmsl.algorithms.sal import AllAtOnce, CapabilityQueue, Sal
 from fedfmsl.protocol.encoding import decode
@@ -40,13 +40,13 @@ SAL = Sal(CapabilityQueue(2, 0.1), max_level=2)
 
 
 @pytest.fixture
-def device(vit: Built, photos: Path, tmp_path: Path) -> Device:
+def device(vit: Built, photos: Path, tmp_path: Path) -> TrainingContext:
     store = DeviceStore(tmp_path)
     engine = StepGraphEngine(vit.bundle, threads=1)
-    return Device(
-        name="d",
+    return TrainingContext(
+        device_name="d",
         bundle=vit.bundle,
-        scanned=scan(photos, vit.bundle.manifest.classes, reader_of(vit.bundle).kind),
+        scanned=scan_once(photos, vit.bundle.manifest.classes, reader_of(vit.bundle).kind),
         cache=FeatureCache(DiskCache(store.cache), vit.bundle, threads=1),
         engine=engine,
         gate=Gate(vit.bundle, threads=1),
@@ -61,17 +61,17 @@ def task(stage: Stage, level: int = 1, **change: Any) -> Round:
     return Round(**fields, stage=stage, level=level, training=TRAINING, sal=SAL)
 
 
-def given(device: Device, level: int) -> Globals:
+def given(device: TrainingContext, level: int) -> Globals:
     expert, gate = device.bundle.initial()
     return Globals(expert[: device.bundle.expert.size(level)], expert[: device.bundle.expert.size(1)], gate)
 
 
 def head(sums: Tensors) -> Vector:
     named = {name: np.asarray(tensor, np.float32) for name, tensor in sums.items()}
-    return head_of_class_means(named["class_sums"], named["class_counts"], float(named["norm_sum"][0]))
+    return class_mean_head(named["class_sums"], named["class_counts"], float(named["norm_sum"][0]))
 
 
-def test_stage_1_gives_what_it_moved_at_the_level_the_device_can_bear(device: Device) -> None:
+def test_stage_1_gives_what_it_moved_at_the_level_the_device_can_bear(device: TrainingContext) -> None:
     globals_ = given(device, level=2)
     before = globals_.expert.copy()
     outcome = train_global(device, task(Stage.GLOBAL, level=2), globals_)
@@ -84,7 +84,7 @@ def test_stage_1_gives_what_it_moved_at_the_level_the_device_can_bear(device: De
     assert np.array_equal(outcome.delta, device.engine.get() - before[:size])
 
 
-def test_stage_2_gives_what_the_gate_moved(device: Device) -> None:
+def test_stage_2_gives_what_the_gate_moved(device: TrainingContext) -> None:
     globals_ = given(device, level=1)
     before = globals_.gate.copy()
     outcome = train_personal(device, task(Stage.PERSONAL), globals_)
@@ -102,7 +102,7 @@ class Losses(StepGraphEngine):
         return self.seen[-1]
 
 
-def stage_2(device: Device, level_cap: int, index: int) -> tuple[LocalExpert, list[float], set[str]]:
+def stage_2(device: TrainingContext, level_cap: int, index: int) -> tuple[LocalExpert, list[float], set[str]]:
     """The local expert after a round of plain LoRA, each step's loss, and the folders of features made on the way."""
     everything = replace(SAL, trigger=AllAtOnce())
     engine = Losses(device.bundle, threads=1)
@@ -114,7 +114,7 @@ def stage_2(device: Device, level_cap: int, index: int) -> tuple[LocalExpert, li
     return expert, engine.seen, {path.name for path in device.store.cache.iterdir()} - before
 
 
-def test_a_local_expert_beyond_a_lowered_cap_is_trained_whole_but_only_above_it(device: Device) -> None:
+def test_a_local_expert_beyond_a_lowered_cap_is_trained_whole_but_only_above_it(device: TrainingContext) -> None:
     before, _, _ = stage_2(device, level_cap=2, index=0)
     kept = device.store.personal.read_bytes()
     _, wanted, made = stage_2(device, level_cap=2, index=1)
@@ -130,9 +130,9 @@ def test_a_local_expert_beyond_a_lowered_cap_is_trained_whole_but_only_above_it(
     assert after.best_nll <= before.best_nll
 
 
-def test_a_local_expert_takes_the_features_of_the_global_one_below_its_level(device: Device) -> None:
+def test_a_local_expert_takes_the_features_of_the_global_one_below_its_level(device: TrainingContext) -> None:
     globals_ = given(device, level=2)
-    hidden = device.hidden(device.slices.train, globals_.expert, 1)
+    hidden = device.hidden_states(device.splits.train, globals_.expert, 1)
     folders = {path.name for path in device.store.cache.iterdir()}
     train_personal(device, task(Stage.PERSONAL), globals_)
     assert hidden.folder in folders
@@ -142,7 +142,7 @@ def test_a_local_expert_takes_the_features_of_the_global_one_below_its_level(dev
 @pytest.mark.parametrize("encoding", Encoding)
 @pytest.mark.parametrize("stage", [Stage.GLOBAL, Stage.PERSONAL])
 def test_what_is_sent_is_what_was_trained_but_for_the_encoding(
-    device: Device, stage: Stage, encoding: Encoding
+    device: TrainingContext, stage: Stage, encoding: Encoding
 ) -> None:
     round_, globals_ = task(stage, encoding=encoding), given(device, level=1)
     work, layout = (
@@ -150,27 +150,27 @@ def test_what_is_sent_is_what_was_trained_but_for_the_encoding(
     )
     outcome = work(device, round_, globals_)
     assert outcome.delta is not None
-    sent = prepare(device.bundle, device.store.residual, round_, outcome, np.random.default_rng(0))
+    sent = prepare_update(device.bundle, device.store.residual, round_, outcome, np.random.default_rng(0))
     assert np.abs(decode(layout, sent.tensors, encoding) - outcome.delta).max() <= np.abs(outcome.delta).max() / 250
 
 
-def test_private_statistics_of_real_features_give_nearly_the_same_head(device: Device) -> None:
+def test_private_statistics_of_real_features_give_nearly_the_same_head(device: TrainingContext) -> None:
     quiet = Privacy(clip=1.0, noise_multiplier=1e-6, shares=1)
     round_ = task(Stage.STATISTICS, privacy=quiet)
     outcome = statistics(device, round_, given(device, level=1))
-    sent = prepare(device.bundle, device.store.residual, round_, outcome, np.random.default_rng(0))
-    wanted = head(class_sums(device, 1))
+    sent = prepare_update(device.bundle, device.store.residual, round_, outcome, np.random.default_rng(0))
+    wanted = head(train_class_sums(device, 1))
     assert np.allclose(head(sent.tensors), wanted, atol=1e-3 * np.abs(wanted).max())
 
 
 @pytest.fixture
-def watched(device: Device, photos: Path, tmp_path: Path) -> tuple[Device, SampleFolder]:
+def watched(device: TrainingContext, photos: Path, tmp_path: Path) -> tuple[TrainingContext, SampleFolder]:
     """The device with a folder of its own, whose files nobody has been writing for long."""
     root = shutil.copytree(photos, tmp_path / "photos")
     for path in root.rglob("*"):
         os.utime(path, (1e9, 1e9))
     folder = SampleFolder(root, device.bundle, device.store)
-    return replace(device, scanned=folder.look()), folder
+    return replace(device, scanned=folder.scan()), folder
 
 
 def contents(slices: Splits) -> list[list[str]]:
@@ -178,38 +178,38 @@ def contents(slices: Splits) -> list[list[str]]:
 
 
 def test_slices_are_dealt_once_and_are_the_same_at_the_next_look(
-    watched: tuple[Device, SampleFolder], device: Device, monkeypatch: pytest.MonkeyPatch
+    watched: tuple[TrainingContext, SampleFolder], device: TrainingContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before, folder = watched
-    assert contents(before.slices) == contents(device.slices)
-    after = replace(before, scanned=folder.look())
+    assert contents(before.splits) == contents(device.splits)
+    after = replace(before, scanned=folder.scan())
     monkeypatch.setattr(features, "open_session", lambda *_: pytest.fail("a graph is run to deal again"))
-    assert after.slices == before.slices
+    assert after.splits == before.splits
 
 
-def test_newcomers_are_trained_on_and_what_has_left_is_not(watched: tuple[Device, SampleFolder]) -> None:
+def test_newcomers_are_trained_on_and_what_has_left_is_not(watched: tuple[TrainingContext, SampleFolder]) -> None:
     device, folder = watched
     round_ = task(Stage.STATISTICS)
     first = statistics(device, round_, given(device, level=1))
-    left, like = [each for each in device.slices.train if each.label == 0][:2]
+    left, like = [each for each in device.splits.train if each.label == 0][:2]
     for number in range(20):
         twin = like.path.with_name(f"new-{number}.jpg")
         twin.write_bytes(like.path.read_bytes() + bytes([number]))
         os.utime(twin, (1e9, 1e9))
     left.path.unlink()
-    after = replace(device, scanned=folder.look())
+    after = replace(device, scanned=folder.scan())
     second = statistics(after, round_, given(device, level=1))
-    tested = sum(each.path.name.startswith("new-") for each in after.slices.test)
+    tested = sum(each.path.name.startswith("new-") for each in after.splits.test)
     assert 0 < tested < 10
     more = 20 - tested - 1
     assert second.samples == first.samples + more
     assert second.tensors["class_counts"][0] == first.tensors["class_counts"][0] + more
-    assert after.counts[0] == device.counts[0] + more
-    assert contents(after.slices)[1] == contents(device.slices)[1]  # each looks like what is trained on
+    assert after.class_counts[0] == device.class_counts[0] + more
+    assert contents(after.splits)[1] == contents(device.splits)[1]  # each looks like what is trained on
 
 
 def test_the_best_expert_is_measured_anew_when_the_held_out_slice_has_changed(
-    watched: tuple[Device, SampleFolder],
+    watched: tuple[TrainingContext, SampleFolder],
 ) -> None:
     device, folder = watched
     globals_ = given(device, level=1)
@@ -219,17 +219,17 @@ def test_the_best_expert_is_measured_anew_when_the_held_out_slice_has_changed(
     unbeatable.save(device, "s")
     train_personal(device, task(Stage.PERSONAL, index=1), globals_)
     assert kept(device).best_nll == -1e9
-    for sample in device.slices.held_out[1:]:
+    for sample in device.splits.held_out[1:]:
         sample.path.unlink()
-    after = replace(device, scanned=folder.look())
+    after = replace(device, scanned=folder.scan())
     train_personal(after, task(Stage.PERSONAL, index=2), globals_)
     last = kept(after)
-    held_out = after.slices.held_out
-    seen = mixture(after, held_out, globals_, last.best, last.best_level)
-    assert last.best_nll == pytest.approx(-of_labels(seen.log_p, labels_of(held_out)).mean(), abs=1e-3)
+    held_out = after.splits.held_out
+    seen = compute_mixture(after, held_out, globals_, last.best, last.best_level)
+    assert last.best_nll == pytest.approx(-label_log_p(seen.log_p, labels_of(held_out)).mean(), abs=1e-3)
 
 
-def kept(device: Device) -> LocalExpert:
+def kept(device: TrainingContext) -> LocalExpert:
     expert = LocalExpert.load(device, "s")
     assert expert is not None
     return expert

@@ -35,14 +35,14 @@ def test_the_features_key_follows_the_tokenizer(bert: Built, tmp_path: Path) -> 
     manifest = json.loads((root / "manifest.json").read_text())
     manifest["files"]["tokenizer.json"]["sha256"] = "0" * 64
     (root / "manifest.json").write_text(json.dumps(manifest))
-    assert Bundle(root).features_key != bert.bundle.features_key
+    assert Bundle.load(root).features_key != bert.bundle.features_key
 
 
 def test_a_bundle_that_has_lost_its_tokenizer_is_one_clear_error(bert: Built, tmp_path: Path) -> None:
     root = shutil.copytree(bert.bundle.root, tmp_path / "bundle")
     (root / "tokenizer.json").unlink()
     with pytest.raises(BundleError, match=r"tokenizer\.json is not readable"):
-        Bundle(root).tokenizer()
+        Bundle.load(root).tokenizer()
 
 
 def test_a_model_without_a_name_takes_as_many_tokens_as_it_has_positions(bert_folder: Path) -> None:

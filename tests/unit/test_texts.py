@@ -1,4 +1,4 @@
-"""What becomes of users' texts: the tokens that graphs read."""
+"""The tokens that graphs read from users' text files."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def tokens_of(tokenizer: str, path: Path, data: bytes) -> list[int]:
     ("data", "words"),
     [
         (b"ripe kiwi", ["ripe", "kiwi"]),
-        (b"\xef\xbb\xbf ripe\r\nkiwi\n", ["ripe", "kiwi"]),  # as some editors of some systems save it
+        (b"\xef\xbb\xbf ripe\r\nkiwi\n", ["ripe", "kiwi"]),  # a byte order mark and CRLF
         (b"a durian", ["a", "[UNK]"]),
         ("a größe".encode(), ["a", "[UNK]"]),
         (b"a", ["a"]),
@@ -51,12 +51,12 @@ def test_a_short_text_is_padded(tokenizer: str, tmp_path: Path, data: bytes, wor
     assert tokens_of(tokenizer, tmp_path / "a.txt", data) == tokens + [0] * (N - len(tokens))
 
 
-def test_a_long_text_is_cut_off_and_keeps_its_special_tokens(tokenizer: str, tmp_path: Path) -> None:
+def test_a_long_text_is_truncated_and_keeps_its_special_tokens(tokenizer: str, tmp_path: Path) -> None:
     tokens = tokens_of(tokenizer, tmp_path / "a.txt", b"ripe kiwi " * 50)
     assert tokens == [CLS, *map(VOCABULARY.index, ["ripe", "kiwi"] * 3), SEP]
 
 
-def test_what_a_tokenizer_file_says_of_length_and_padding_is_overruled(tmp_path: Path) -> None:
+def test_length_and_padding_come_from_the_bundle_not_from_the_tokenizer_file(tmp_path: Path) -> None:
     from tokenizers import Tokenizer
 
     path = write_tokenizer(tmp_path / "tokenizer.json")
@@ -67,18 +67,18 @@ def test_what_a_tokenizer_file_says_of_length_and_padding_is_overruled(tmp_path:
 
 
 @pytest.mark.parametrize("data", [b"", b" \n", b"\xff\xfe", "ü".encode()[:1]])
-def test_what_is_no_text_is_refused_by_name(tokenizer: str, tmp_path: Path, data: bytes) -> None:
+def test_an_unreadable_text_is_named_in_the_error(tokenizer: str, tmp_path: Path, data: bytes) -> None:
     with pytest.raises(InputError, match=r"a\.txt is not a readable text"):
         tokens_of(tokenizer, tmp_path / "a.txt", data)
 
 
 @pytest.mark.parametrize("json", ["", "{}", "no json"])
-def test_a_tokenizer_that_is_none_is_one_clear_line(json: str) -> None:
+def test_an_unusable_tokenizer_is_one_clear_line(json: str) -> None:
     with pytest.raises(BundleError, match=r"^the model's tokenizer cannot be read: [^\n]+$"):
         reader_for(PREPROCESSING, json)
 
 
-def test_without_the_package_the_error_says_what_to_install(tokenizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_package_the_error_names_it(tokenizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(ConfigError, match="pip install tokenizers"):
         reader_for(PREPROCESSING, tokenizer)

@@ -26,9 +26,9 @@ from edge_runtime.resources.throttle import (
     WorkStoppedError,
     reported_and_checked,
 )
-from edge_runtime.training.context import Device
+from edge_runtime.training.context import TrainingContext
 from edge_runtime.training.local_expert import train_personal
-from edge_runtime.training.stages import Work, train_global
+from edge_runtime.training.stages import StageFunction, train_global
 from fedfmsl.protocol.messages import Stage
 
 __all__ = ["device"]  # the fixture
@@ -72,8 +72,8 @@ def tracker_of(seconds: float = 1.0, fast_enough: float = FAST_ENOUGH) -> LevelC
 
 
 def controlled(
-    device: Device, control: StepControl, report: Report = no_report, tracker: LevelCapTracker | None = None
-) -> Device:
+    device: TrainingContext, control: StepControl, report: Report = no_report, tracker: LevelCapTracker | None = None
+) -> TrainingContext:
     """The device with its computation under control."""
     report = reported_and_checked(report, control.check)
     cache = FeatureCache(DiskCache(device.store.root / "controlled"), device.bundle, threads=1, report=report)
@@ -97,7 +97,7 @@ def first_of(during: str, action: Callable[[], None]) -> tuple[list[Progress], R
 @pytest.mark.parametrize("during", ["features", "training"])
 @pytest.mark.parametrize(("stage", "work"), [(Stage.GLOBAL, train_global), (Stage.PERSONAL, train_personal)])
 def test_a_pause_in_the_middle_changes_nothing(
-    during: str, stage: Stage, work: Work, device: Device, control: StepControl
+    during: str, stage: Stage, work: StageFunction, device: TrainingContext, control: StepControl
 ) -> None:
     at_the_end: list[Progress] = []
 
@@ -123,7 +123,7 @@ def test_a_pause_in_the_middle_changes_nothing(
 
 
 @pytest.mark.parametrize("paused", [False, True], ids=["while it computes", "in a pause"])
-def test_a_round_can_be_stopped_and_computed_again(paused: bool, device: Device, control: StepControl) -> None:
+def test_a_round_can_be_stopped_and_computed_again(paused: bool, device: TrainingContext, control: StepControl) -> None:
     def stop() -> None:
         control.pause(paused)
         threading.Timer(PAUSE, control.stop).start() if paused else control.stop()
@@ -156,7 +156,7 @@ def test_a_governor_pauses_by_its_sensors_until_it_is_cool_enough(thermometer: T
     ]
 
 
-def test_steps_are_timed_but_for_the_first_and_without_pauses(device: Device, control: StepControl) -> None:
+def test_steps_are_timed_but_for_the_first_and_without_pauses(device: TrainingContext, control: StepControl) -> None:
     tracker = tracker_of()
 
     def pause() -> None:
@@ -172,7 +172,7 @@ def test_steps_are_timed_but_for_the_first_and_without_pauses(device: Device, co
 
 @pytest.mark.parametrize(("seconds", "level"), [(1e-9, 1), (1e9, 2)])
 def test_a_training_slower_than_measured_lowers_the_cap(
-    seconds: float, level: int, device: Device, control: StepControl
+    seconds: float, level: int, device: TrainingContext, control: StepControl
 ) -> None:
     tracker = tracker_of(seconds, fast_enough=0.0)
     tracked = controlled(device, control, tracker=tracker)

@@ -16,10 +16,10 @@ from fedfmsl.algorithms.mixture import (
     accuracy,
     class_mask,
     gate_statistics,
+    label_log_p,
     log_class_prior,
     log_softmax,
     mix,
-    of_labels,
 )
 from fedfmsl.protocol.layout import Layout
 
@@ -100,7 +100,7 @@ def test_accuracy_counts_hits_and_is_zero_without_images() -> None:
     log_p = np.log(np.array([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4]], np.float32))
     labels = np.array([0, 1, 1])
     assert accuracy(log_p, labels) == pytest.approx(2 / 3)
-    assert np.exp(of_labels(log_p, labels)) == pytest.approx(np.array([0.9, 0.8, 0.4]))
+    assert np.exp(label_log_p(log_p, labels)) == pytest.approx(np.array([0.9, 0.8, 0.4]))
     assert accuracy(np.empty((0, 2), np.float32), np.empty(0, np.int64)) == 0.0
 
 

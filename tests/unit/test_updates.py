@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from support.bundles import LAYERS, Built
 
-from edge_runtime.training.stages import Outcome
-from edge_runtime.training.updates import prepare, with_feedback
+from edge_runtime.training.stages import StageResult
+from edge_runtime.training.updates import encode_with_feedback, prepare_update
 from fedfmsl.algorithms.privacy import Privacy
 from fedfmsl.algorithms.sal import CapabilityQueue, Sal
 from fedfmsl.errors import MessageError
@@ -41,7 +41,7 @@ def deltas(vit: Built, count: int, level: int = 1) -> list[Floats]:
 
 
 def sent(vit: Built, path: Path, round_: Round, delta: Floats) -> Tensors:
-    return prepare(vit.bundle, path, round_, Outcome(delta=delta), np.random.default_rng(0)).tensors
+    return prepare_update(vit.bundle, path, round_, StageResult(delta=delta), np.random.default_rng(0)).tensors
 
 
 def same(one: Tensors, two: Tensors) -> bool:
@@ -61,7 +61,7 @@ def test_over_the_rounds_what_is_sent_is_off_by_one_rounding_at_most(
     for number in range(rounds):
         delta = rng.normal(scale=10.0 ** rng.integers(-4, 2), size=20 if number > rounds // 2 else 10)
         delta = delta.astype(np.float32)
-        tensors, residual = with_feedback(LAYOUT, delta, residual, encoding)
+        tensors, residual = encode_with_feedback(LAYOUT, delta, residual, encoding)
         made[: delta.size] += delta
         slack[: delta.size] += np.abs(delta) * 2.0**-22  # of sums in float32
         arrived[: delta.size] += decode(LAYOUT, tensors, encoding)
@@ -80,7 +80,7 @@ def test_without_feedback_small_updates_beside_a_large_one_would_be_lost_for_eve
     delta[[0, 10, 16]] = 1.0
     residual, arrived, forgetful = np.empty(0, np.float32), np.zeros(20), np.zeros(20)
     for _ in range(100):
-        tensors, residual = with_feedback(LAYOUT, delta, residual, Encoding.INT8)
+        tensors, residual = encode_with_feedback(LAYOUT, delta, residual, Encoding.INT8)
         arrived += decode(LAYOUT, tensors, Encoding.INT8)
         forgetful += decode(LAYOUT, encode(LAYOUT, delta, Encoding.INT8), Encoding.INT8)
     assert arrived[1] == pytest.approx(0.1, abs=1 / 127)
@@ -90,7 +90,7 @@ def test_without_feedback_small_updates_beside_a_large_one_would_be_lost_for_eve
 def test_an_update_that_is_not_finite_goes_to_be_refused_and_costs_no_residual() -> None:
     residual = np.full(20, 1e-3, np.float32)
     for encoding in COARSE:
-        tensors, after = with_feedback(LAYOUT, np.full(20, np.nan, np.float32), residual, encoding)
+        tensors, after = encode_with_feedback(LAYOUT, np.full(20, np.nan, np.float32), residual, encoding)
         assert np.array_equal(after, residual)
         with pytest.raises(MessageError):
             decode(LAYOUT, tensors, encoding)
@@ -164,7 +164,7 @@ def test_what_is_prepared_leaves_the_delta_as_it_was(vit: Built, tmp_path: Path)
 
 # privacy
 
-OUTCOME = Outcome(samples=37, level=2, metrics={"held_out_global": 0.9}, counts={"test": [1, 2]})
+OUTCOME = StageResult(samples=37, level=2, metrics={"held_out_global": 0.9}, counts={"test": [1, 2]})
 
 
 @pytest.mark.parametrize("stage", [Stage.STATISTICS, Stage.GLOBAL, Stage.PERSONAL])
@@ -182,9 +182,9 @@ def test_a_private_update_says_nothing_of_the_samples_beside_its_tensors(
         Stage.GLOBAL: {"delta": 50 * np.ones(vit.bundle.expert.size(1), np.float32)},
         Stage.PERSONAL: {"delta": 50 * np.ones(gate, np.float32)},
     }
-    outcome = Outcome(samples=37, level=2, metrics={"held_out": 0.9}, counts={"test": [1, 2]}, **own[stage])
+    outcome = StageResult(samples=37, level=2, metrics={"held_out": 0.9}, counts={"test": [1, 2]}, **own[stage])
     asked = task(stage=stage, encoding=Encoding.FP32, privacy=PRIVACY)
-    result = prepare(vit.bundle, tmp_path / "residual", asked, outcome, np.random.default_rng(0))
+    result = prepare_update(vit.bundle, tmp_path / "residual", asked, outcome, np.random.default_rng(0))
     assert (result.samples, dict(result.metrics), dict(result.counts)) == (1, {}, {})
     if stage is Stage.STATISTICS:
         assert np.allclose(np.asarray(result.tensors["class_counts"], np.float32), 1 / dims.classes)
@@ -198,7 +198,7 @@ def test_a_private_update_says_nothing_of_the_samples_beside_its_tensors(
 @pytest.mark.parametrize("stage", [Stage.EVALUATE, Stage.BASELINE])
 def test_an_evaluation_is_sent_as_it_is(vit: Built, tmp_path: Path, stage: Stage) -> None:
     asked = task(stage=stage, privacy=PRIVACY)
-    assert prepare(vit.bundle, tmp_path / "residual", asked, OUTCOME, np.random.default_rng(0)) == OUTCOME
+    assert prepare_update(vit.bundle, tmp_path / "residual", asked, OUTCOME, np.random.default_rng(0)) == OUTCOME
 
 
 def test_the_noise_is_drawn_before_the_update_is_encoded(vit: Built, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, CLIPModel, CLIPVisionModelWithProjection
 from export.reference import normalised
 from export.weights import load_backbone
 from export.zero_shot import zero_shot_head
-from fedfmsl.algorithms.class_means import head_along
+from fedfmsl.algorithms.class_means import direction_head
 from fedfmsl.errors import ConfigError, WeightsError
 from fedfmsl.protocol.bundle import Bundle
 
@@ -31,7 +31,7 @@ def test_probabilities_of_the_zero_shot_head_are_clips_own(clip: Built, clip_fol
     pixels = np.tile(colours, (1, IMAGE_SIZE, IMAGE_SIZE, 1))
     features = features_of(clip, pixels)
     units = features / np.linalg.norm(features, axis=1, keepdims=True)  # so that the head's mean norm is each one's
-    head = head_along(made.rows, made.scale, counts=np.full(len(names), 3.0, np.float32), norm_sum=3.0 * len(names))
+    head = direction_head(made.rows, made.scale, counts=np.full(len(names), 3.0, np.float32), norm_sum=3.0 * len(names))
     weight, bias = np.split(head, [made.rows.size])
     ours = torch.softmax(torch.from_numpy(units @ weight.reshape(made.rows.shape).T + bias), dim=1).numpy()
 
@@ -99,7 +99,7 @@ def test_the_command_makes_the_head_of_the_given_prompts(clip_folder: Path, clip
     ended = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     assert "zero-shot head" in ended.stdout
-    kept = Bundle(tmp_path / "b").zero_shot()
+    kept = Bundle.load(tmp_path / "b").zero_shot()
     assert kept is not None
     assert np.array_equal(kept.rows, zero_shot_head(clip.source, CLASSES, ["{}", "the {}"]).rows)
 

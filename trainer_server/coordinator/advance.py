@@ -2,10 +2,10 @@
 
     gather → statistics → global × n → personal × m → [baseline] → evaluate → finished
 
-Every stage is made of rounds of one form: announce, collect one update per device, close, learn. A round closes when
-enough devices have answered or at its deadline, whichever is first, and is repeated if too few have. The shell
-(`trainer_server.service.loop`) does MQTT, clock and disk. `now` is seconds of the run's own clock, which only the server's
-working time moves: no jump of the machine's clock, and no absence of the server, ends a round.
+All rounds have the same form: announce, collect one update per device, close, apply. A round closes when enough devices
+have answered or at its deadline, whichever is first. It is repeated if too few updates came. The I/O loop
+(`trainer_server.service.loop`) does MQTT, clock and disk. `now` is in seconds of the run's own clock, which counts only
+while a server runs. So neither a change of the system time nor an absence of the server closes a round.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from trainer_server.coordinator.selection import ROUNDING, select_devices
 from trainer_server.coordinator.state import TRAINING, Accepted, Plan, State
 from trainer_server.coordinator.validation import validate_update
 
-Blobs = dict[str, tuple[str, bytes]]  # of each kind of globals, SHA-256 and blob
+Blobs = dict[str, tuple[str, bytes]]  # kind of globals → SHA-256 and blob
 
-MAX_DEVICES = 2500  # a Round may have to name all of them, within its `max_bytes`
-REMEMBERED_ROUNDS = 2  # for so long an update that is sent once more is called a duplicate, and then late
+MAX_DEVICES = 2500  # an announcement can name all of them within `Round.max_bytes`
+REMEMBERED_ROUNDS = 2  # updates of older rounds are reported as late, also if they were accepted before
 
 
 def advance(plan: Plan, state: State, event: Event, now: float) -> tuple[State, list[Command]]:
-    """The next state, and what the shell has to do, in order."""
+    """The next state, and the commands for the I/O loop in order."""
     if isinstance(event, StatusSeen):
         return _receive_status(plan, state, event.status)
     if isinstance(event, UpdateSeen):
@@ -56,12 +56,12 @@ def advance(plan: Plan, state: State, event: Event, now: float) -> tuple[State, 
 
 
 def next_deadline(plan: Plan, state: State) -> float:
-    """When a ClockTicked is due at the latest."""
+    """The latest time for the next ClockTicked."""
     return state.since + (plan.config.join_timeout if state.announced is None else plan.config.round_timeout)
 
 
 def is_complete(plan: Plan, state: State, announced: Round) -> bool:
-    """Whether enough have answered. Where late updates count, it does not matter who; else those who were asked."""
+    """Whether enough devices have answered: selected ones only, or all if late updates count."""
     share = plan.config.enough if announced.stage in TRAINING else 1.0
     answers = len(state.updates) if plan.config.max_staleness else len(state.answered & state.expected)
     return len(state.updates) >= plan.config.min_updates and answers >= math.ceil(
@@ -74,11 +74,11 @@ def _receive_status(plan: Plan, state: State, status: DeviceStatus) -> tuple[Sta
     if before is None and len(state.devices) >= MAX_DEVICES:
         return state, [CountRefusal(status.device, "too many devices", f"more than {MAX_DEVICES} devices")]
     stale = before is not None and not status.online and status.instance != before.instance
-    if stale:  # the last will of an earlier connection says nothing of the present one
+    if stale:  # the last will of an earlier process
         return state, []
     commands: list[Command] = []
     if status.online and status.bundle != plan.bundle.sha256:
-        commands.append(Log(f"{status.device} has another bundle ({status.bundle[:12]}…) and is left out"))
+        commands.append(Log(f"{status.device} has another bundle ({status.bundle[:12]}…) and does not take part"))
         status = status.model_copy(update={"online": False})
     if status == before:
         return state, []
@@ -87,24 +87,24 @@ def _receive_status(plan: Plan, state: State, status: DeviceStatus) -> tuple[Sta
     elif before is None or before.online != status.online:
         commands.append(Log(f"{status.device} is {'online' if status.online else 'offline'}"))
     elif bool(before.paused) != bool(status.paused):
-        commands.append(Log(f"{status.device} {f'pauses: {status.paused}' if status.paused else 'goes on'}"))
+        commands.append(Log(f"{status.device} {f'paused: {status.paused}' if status.paused else 'resumes'}"))
     return replace(state, devices={**state.devices, status.device: status}), commands
 
 
 def _receive_update(plan: Plan, state: State, event: UpdateSeen) -> tuple[State, list[Command]]:
     update = event.update
-    judgement = validate_update(plan, state, update, event.tensors)
+    validation = validate_update(plan, state, update, event.tensors)
     ack = Ack(
         run=update.run,
         session=update.session,
         round=update.round,
         device=update.device,
-        verdict=judgement.verdict,
-        reason=judgement.reason,
+        verdict=validation.verdict,
+        reason=validation.reason,
     )
-    if judgement.verdict is not Verdict.ACCEPTED:
-        about = f"update for round {update.round}: {judgement.reason}"
-        return state, [SendAck(ack), CountRefusal(update.device, judgement.kind, about)]
+    if validation.verdict is not Verdict.ACCEPTED:
+        about = f"update for round {update.round}: {validation.reason}"
+        return state, [SendAck(ack), CountRefusal(update.device, validation.kind, about)]
     key = (update.round, update.device)
     accepted = Accepted(update, event.sha256, event.size)
     state = replace(state, updates={**state.updates, key: accepted}, counted=state.counted | {key})
@@ -116,20 +116,20 @@ def _maybe_start(plan: Plan, state: State, now: float) -> tuple[State, list[Comm
     if ready >= plan.config.devices or (timed_out and ready >= plan.config.min_updates):
         return _open_round(plan, state, 0, now)
     if timed_out:
-        wanted = plan.config.min_updates
-        error = f"{ready} devices joined within {plan.config.join_timeout:.0f} s, at least {wanted} are needed"
+        least = plan.config.min_updates
+        error = f"{ready} devices joined within {plan.config.join_timeout:.0f} s, at least {least} are needed"
         return state, [Stop(error)]
     return state, []
 
 
 def _open_round(plan: Plan, state: State, position: int, now: float) -> tuple[State, list[Command]]:
-    """Chooses devices, publishes what the round of that position needs, and announces it."""
+    """Selects devices, publishes the globals and announces the round at `position` of the schedule."""
     config, number, step = plan.config, state.round + 1, plan.schedule[position]
     stage, level = step.stage, state.sal.level
     ready = {name: state.devices[name] for name in state.ready}
-    # a round that is repeated asks everybody: the same choice could be in vain for ever
-    chooses = stage in TRAINING and not state.repeats
-    asked = select_devices(config, ready, level, number) if chooses else state.ready
+    # a repeated round asks every device: the same selection could fail forever
+    selects = stage in TRAINING and not state.repeats
+    selected = select_devices(config, ready, level, number) if selects else state.ready
     oldest = number - max(config.max_staleness, REMEMBERED_ROUNDS)
     closed = [*state.recent, *([state.announced] if state.announced else [])]
     blobs = pack_globals(plan, state, stage)
@@ -141,7 +141,7 @@ def _open_round(plan: Plan, state: State, position: int, now: float) -> tuple[St
         index=step.index,
         of=step.of,
         level=level,
-        chosen=tuple(sorted(asked)) if asked != state.ready else (),
+        chosen=tuple(sorted(selected)) if selected != state.ready else (),
         repetitions=config.stage1_rounds if stage is Stage.BASELINE else 1,
         training=config.stage2 if stage is Stage.PERSONAL else config.stage1,
         sal=_sal_of(plan, state, stage),
@@ -155,7 +155,7 @@ def _open_round(plan: Plan, state: State, position: int, now: float) -> tuple[St
         round=number,
         announced=announced,
         since=now,
-        expected=asked,
+        expected=selected,
         updates={},
         recent=tuple(closed[len(closed) - config.max_staleness :]) if config.max_staleness else (),
         counted=frozenset(key for key in state.counted if key[0] >= oldest),
@@ -164,7 +164,7 @@ def _open_round(plan: Plan, state: State, position: int, now: float) -> tuple[St
 
 
 def announcement(plan: Plan, state: State, announced: Round) -> list[Command]:
-    """What makes the present round known: also after a restart, and to a broker that has forgotten it."""
+    """Publishes the present round again, after a restart or for a broker that lost its retained messages."""
     return _announce(pack_globals(plan, state, announced.stage), announced)
 
 
@@ -173,8 +173,8 @@ def _announce(blobs: Blobs, announced: Round) -> list[Command]:
 
 
 def pack_globals(plan: Plan, state: State, stage: Stage) -> Blobs:
-    """What devices are told, as (SHA-256, blob): the global expert at its level, the expert it started from, the gate
-    adapter. There is none of them before the statistics."""
+    """The globals by kind: the global expert at its level, the expert that stage 1 started from, the gate adapter.
+    Empty before the statistics round."""
     if stage is Stage.STATISTICS:
         return {}
     tensors: dict[str, Tensors] = {
@@ -187,7 +187,7 @@ def pack_globals(plan: Plan, state: State, stage: Stage) -> Blobs:
 
 
 def _sal_of(plan: Plan, state: State, stage: Stage) -> Sal:
-    """The rule of a stage. After stage 1 nobody activates more blocks than the global expert has."""
+    """The stage's rule. After stage 1 no device activates more blocks than the global expert has."""
     config = plan.config
     if stage in (Stage.STATISTICS, Stage.GLOBAL):
         return config.stage1_sal
@@ -196,7 +196,7 @@ def _sal_of(plan: Plan, state: State, stage: Stage) -> Sal:
 
 
 def _close_round(plan: Plan, state: State, closing: Round, now: float) -> tuple[State, list[Command]]:
-    """Learns from what has come and opens the next round, or repeats this one."""
+    """Applies the updates and opens the next round, or repeats this one."""
     config, finish = plan.config, len(plan.schedule) - 1
     too_few = ""
     if len(state.updates) < config.min_updates:
@@ -210,13 +210,13 @@ def _close_round(plan: Plan, state: State, closing: Round, now: float) -> tuple[
     if config.max_repeats is not None and state.repeats >= config.max_repeats:
         times = f"{state.repeats + 1} times in a row"
         state, commands = _open_round(plan, state, finish, now)
-        return state, [record, *commands, Stop(f"{too_few}, {times}; the run is given up")]
+        return state, [record, *commands, Stop(f"{too_few}, {times}; the run ends")]
     state, commands = _open_round(plan, replace(state, repeats=state.repeats + 1), state.position, now)
-    return state, [record, Log(f"{too_few}: repeated"), *commands]
+    return state, [record, Log(f"{too_few}; repeating it"), *commands]
 
 
 def _record(state: State, closing: Round, now: float, repeated: str) -> StoreRound:
-    """Of a device's several updates, where late ones count, the record shows the newest and the bytes of all."""
+    """If late updates count, a device may have several: the record has the newest one and the bytes of all."""
     in_order = [state.updates[key] for key in sorted(state.updates)]
     bytes_up: Counter[str] = Counter()
     for accepted in in_order:

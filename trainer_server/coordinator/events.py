@@ -1,4 +1,4 @@
-"""What the coordinator hears, and what it tells its shell to do."""
+"""Events that the coordinator receives, and commands that it gives to the I/O loop."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class StatusSeen:
 
 @dataclass(frozen=True)
 class UpdateSeen:
-    """A whole update. `sha256` is its blob's, `size` the bytes it took on the wire."""
+    """A complete update. `sha256` is its blob's, `size` its bytes on the wire."""
 
     update: Update
     tensors: Tensors
@@ -26,7 +26,7 @@ class UpdateSeen:
 
 @dataclass(frozen=True)
 class ClockTicked:
-    """Nothing has come for now: rounds open and close only here, so that all that has come before is counted."""
+    """No message is waiting. Rounds open and close only at this event, so every earlier message counts."""
 
 
 Event = StatusSeen | UpdateSeen | ClockTicked
@@ -50,7 +50,7 @@ class SendAck:
 
 @dataclass(frozen=True)
 class CountRefusal:
-    """Something that does not count, and never costs the round: who sent it, what kind of thing is wrong, the rest."""
+    """A refused message. `kind` is the category that refusals are counted by, `text` the details."""
 
     device: str
     kind: str
@@ -59,21 +59,21 @@ class CountRefusal:
 
 @dataclass(frozen=True)
 class StoreRound:
-    """A round has closed: for the run's log."""
+    """Store the record of a closed round."""
 
     closed: ClosedRound
 
 
 @dataclass(frozen=True)
 class Log:
-    """Something an operator should read."""
+    """Write a line for the operator."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Stop:
-    """The run has ended; `error` says why if it failed."""
+    """End the run. `error` is the reason if it failed."""
 
     error: str = ""
 

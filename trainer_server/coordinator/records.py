@@ -1,4 +1,4 @@
-"""The record of a closed round: what the server remembers of it, and what tables and figures are made of."""
+"""Records of closed rounds. Tables, figures and reports are made from them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from fedfmsl.protocol.messages import Message, Round, Stage, Update
 
 
 class ClosedRound(Message):
-    """`seconds` it was open, `bytes_up` on the wire by device, `missing` those who were asked in vain; `repeated` says
-    why the round led to nothing, if it did."""
+    """`seconds` the round was open, `bytes_up` bytes on the wire by device, `missing` the stragglers. `repeated` is the
+    reason if the round failed and was repeated."""
 
     round: Round
     seconds: float
@@ -20,13 +20,13 @@ class ClosedRound(Message):
 
     @property
     def held_out(self) -> dict[str, float]:
-        """The devices' held-out accuracies by model, sample-weighted."""
+        """Mean held-out accuracy of the devices by model, weighted by samples."""
         metrics = sorted({name for update in self.updates.values() for name in update.metrics})
         means = {_model(name): self.mean(name) for name in metrics if name.startswith("held_out_")}
         return {name: value for name, value in means.items() if value is not None}
 
     def mean(self, metric: str) -> float | None:
-        """Over the devices that report it, weighted by their samples."""
+        """Mean over the devices that report the metric, weighted by samples."""
         pairs = [(u.metrics[metric], u.samples) for u in self.updates.values() if metric in u.metrics]
         total = sum(samples for _, samples in pairs)
         return sum(value * samples for value, samples in pairs) / total if total else None
@@ -38,12 +38,12 @@ def held_out_accuracies(update: Update) -> dict[str, float]:
 
 
 def successful_rounds(rounds: Sequence[ClosedRound], stage: Stage) -> list[ClosedRound]:
-    """The stage's rounds that led to something, in order: of a repeated round only the last."""
+    """The stage's rounds in order, without those that were repeated."""
     by_index = {r.round.index: r for r in rounds if r.round.stage is stage and not r.repeated}
     return [by_index[index] for index in sorted(by_index)]
 
 
 def _model(metric: str) -> str:
-    """held_out_local → local_expert: metrics and report name that model differently."""
+    """held_out_local → local_expert: metrics and reports name this model differently."""
     name = metric.removeprefix("held_out_")
     return "local_expert" if name == "local" else name

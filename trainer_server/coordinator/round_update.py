@@ -1,5 +1,7 @@
-"""What the updates of a closed round change. They are read one by one in the order of their keys, whatever order they
-came in: the same updates give the same bits."""
+"""Applies the updates of a closed round to the state.
+
+They are read one by one in the order of their keys, so the result is bit-identical for every order of arrival.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from numpy.typing import NDArray
 
 from fedfmsl.algorithms.aggregation import Aggregate, Contribution, weighted_average
 from fedfmsl.algorithms.arrays import Vector
-from fedfmsl.algorithms.class_means import head_along, head_of_class_means
+from fedfmsl.algorithms.class_means import class_mean_head, direction_head
 from fedfmsl.protocol.layout import Layout
 from fedfmsl.protocol.messages import Round, Stage, Update
 from fedfmsl.protocol.tensors import Tensors
@@ -22,7 +24,7 @@ from trainer_server.coordinator.validation import class_statistics, expert_delta
 
 
 def apply_round(plan: Plan, state: State, closing: Round) -> State:
-    """The state with what `state.updates` have taught."""
+    """The state after `state.updates` have been applied."""
     return APPLY[closing.stage](plan, state, closing) if closing.stage in APPLY else state
 
 
@@ -37,21 +39,21 @@ def _statistics(plan: Plan, state: State, closing: Round) -> State:
 
 
 def _first_head(plan: Plan, sums: Mapping[str, Vector]) -> Vector:
-    """The head, flat, that stage 1 starts from, after all devices' statistics."""
+    """The flat head that stage 1 starts from, computed from the sums of all devices."""
     counts, norm_sum = sums["class_counts"], float(sums["norm_sum"][0])
     if plan.config.head is Head.CLASS_MEANS:
-        return head_of_class_means(sums["class_sums"], counts, norm_sum)
+        return class_mean_head(sums["class_sums"], counts, norm_sum)
     if plan.config.head is Head.ZEROS:
         return np.zeros(plan.bundle.expert.size(0), np.float32)
     zero_shot = plan.bundle.zero_shot()
-    assert zero_shot is not None  # or the run would not have been started
-    return head_along(zero_shot.rows, zero_shot.scale, counts, norm_sum)
+    assert zero_shot is not None  # checked when the run was started
+    return direction_head(zero_shot.rows, zero_shot.scale, counts, norm_sum)
 
 
 def _expert(plan: Plan, state: State, closing: Round) -> State:
     combined = _combined(plan, state, plan.bundle.expert, expert_delta)
     expert, moments = plan.config.aggregation.server_optimizer.step(state.expert, combined, state.expert_moments)
-    # after the last round nothing would train a newly activated block
+    # after the last round no device would train a newly activated block
     last = closing.index + 1 == closing.of
     sal = state.sal if last else plan.config.stage1_sal.observe(state.sal, _held_out(state))
     return replace(state, expert=expert, expert_moments=moments, sal=sal)
@@ -69,9 +71,12 @@ def _held_out(state: State) -> float:
 
 
 def _combined(plan: Plan, state: State, layout: Layout, delta: Callable[[Plan, Update, Tensors], Vector]) -> Aggregate:
-    """The round's updates as one. One that is s rounds late has 1/√(1 + s) of its weight (FedBuff, Nguyen et al.,
-    AISTATS 2022). Under privacy all weigh the same, or the clip would bound nobody, and a part with less than its share
-    of noise is not released."""
+    """The aggregated update of the round.
+
+    An update that is s rounds late has 1/√(1 + s) of its weight (FedBuff, Nguyen et al., AISTATS 2022). Under privacy
+    all updates have the same weight, else clipping would not bound a device's influence, and a part with fewer
+    contributions than `Privacy.shares` is not released, because it has too little noise.
+    """
 
     def read(accepted: Accepted) -> Vector:
         return delta(plan, accepted.update, plan.read(accepted.sha256))

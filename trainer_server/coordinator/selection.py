@@ -1,4 +1,4 @@
-"""Which devices a round asks (ours)."""
+"""Client selection (ours)."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from fedfmsl.protocol.messages import DeviceStatus
 from trainer_server.config import RunConfig, Selection
 
 Devices = Mapping[str, DeviceStatus]
-ROUNDING = 1e-9  # 0.07 of 100 are 7, whatever 0.07 · 100 is in binary
+ROUNDING = 1e-9  # tolerance for products like 0.07 · 100, which is above 7 in floating point
 
 
 def select_devices(config: RunConfig, ready: Devices, level: int, round_: int) -> frozenset[str]:
-    """Of the devices that are ready, those that round `round_` at `level` asks. The same arguments give the same
-    devices."""
-    return SELECTIONS[config.selection](config, ready, level, round_)
+    """The devices that round `round_` at `level` asks, out of the ready ones. Deterministic."""
+    return SELECTIONS[config.select](config, ready, level, round_)
 
 
 def _all(config: RunConfig, ready: Devices, level: int, round_: int) -> frozenset[str]:
@@ -25,14 +24,14 @@ def _all(config: RunConfig, ready: Devices, level: int, round_: int) -> frozense
 
 
 def _random(config: RunConfig, ready: Devices, level: int, round_: int) -> frozenset[str]:
-    """A share of them, but no fewer than a round needs."""
+    """A random share, but at least `min_updates`."""
     wanted = max(math.ceil(config.fraction * len(ready) - ROUNDING), config.min_updates)
     drawn = np.random.default_rng([config.seed, round_]).permutation(sorted(ready))[:wanted]
     return frozenset(str(name) for name in drawn)
 
 
 def _capable(config: RunConfig, ready: Devices, level: int, round_: int) -> frozenset[str]:
-    """Those that can train every block of the level; where they are too few, the most capable."""
+    """Devices that can train every block of the level; if they are too few, the most capable ones."""
     capable = {name for name, status in ready.items() if status.level_cap >= level}
     ranked = sorted(ready, key=lambda name: (-ready[name].level_cap, name))
     return frozenset(capable) | frozenset(ranked[: config.min_updates])

@@ -1,7 +1,7 @@
-"""What a run is at one moment: the plan, which never changes, and the state, which every event may.
+"""The plan of a run, which never changes, and its state, which events change. Both are immutable values.
 
-Both are values. Tensors of accepted updates are not part of the state; they are found by their SHA-256 through
-`Plan.read`, so that a round with a thousand updates takes no more memory than one with ten.
+Tensors of accepted updates are not part of the state. `Plan.read` loads them by SHA-256, so that a round with a
+thousand updates needs no more memory than one with ten.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TRAINING = (Stage.GLOBAL, Stage.PERSONAL)
 
 @dataclass(frozen=True)
 class Step:
-    """Round `index` of the `of` rounds of a stage."""
+    """Round `index` of a stage that has `of` rounds."""
 
     stage: Stage
     index: int
@@ -35,8 +35,8 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """What does not change during a run. `read` gives the tensors of an accepted update by their blob's SHA-256: as
-    good as a pure function, for what has that hash cannot change."""
+    """Constant during a run. `read` loads the tensors of an accepted update by the SHA-256 of its blob, so the same
+    argument always gives the same tensors."""
 
     config: RunConfig
     bundle: Bundle
@@ -45,7 +45,7 @@ class Plan:
 
     @cached_property
     def schedule(self) -> list[Step]:
-        """Every round of the run in order, the last of them FINISHED."""
+        """Every round of the run in order. The last one is FINISHED."""
         config = self.config
         rounds = {
             Stage.STATISTICS: 1,
@@ -59,7 +59,7 @@ class Plan:
 
     @cached_property
     def statistics(self) -> Layout:
-        """The layout of what devices send in the round of statistics."""
+        """The layout of updates in the statistics round."""
         dims = self.bundle.manifest.dims
         return Layout.build(
             [
@@ -72,24 +72,27 @@ class Plan:
 
 @dataclass(frozen=True)
 class Accepted:
-    """An update that counts: its header, where its tensors are, how many bytes it took on the wire."""
+    """Header of an accepted update, SHA-256 of its blob, bytes on the wire."""
 
     update: Update
     sha256: str
     size: int
 
 
-Key = tuple[int, str]  # round and device: what an update counts for, once
+Key = tuple[int, str]  # round and device: one update counts for each
 
 
 @dataclass(frozen=True)
 class State:
-    """`position` in the schedule, -1 while devices are gathering. `expert` (P,) is of the bundle's highest level, its
-    blocks above SAL's level untrained; `start` (P₁,) is what stage 1 starts from, `gate` (G,) the gate adapter; each
-    has its server optimizer's moments. `since`: when the round was announced, by the run's clock. `expected`: the
-    devices that were asked. `updates`: what the present round will be made of. `recent`: rounds that
-    are closed and whose updates may still count. `counted`: every update accepted in the rounds that one could still
-    come from, or come again from."""
+    """`expert` (P,) has the bundle's highest level; its blocks above SAL's level are untrained. `start` (P₁,) is the
+    expert that stage 1 starts from, `gate` (G,) the gate adapter. `position` in the schedule is -1 while the server
+    waits for devices.
+
+    `since` is the time at which the round was announced. `expected` are the selected devices. `updates` are the
+    accepted updates of the present round. `recent` are closed rounds whose late updates still count. `counted` are the
+    keys of the updates accepted in these rounds and the last REMEMBERED_ROUNDS: they are duplicates if they arrive
+    again.
+    """
 
     expert: Vector
     gate: Vector
@@ -114,7 +117,7 @@ class State:
 
     @property
     def ready(self) -> frozenset[str]:
-        """Who is online and may train at present."""
+        """Devices that are online and not paused."""
         return frozenset(name for name in self.online if not self.devices[name].paused)
 
     @property

@@ -1,4 +1,4 @@
-"""What the server says to an update: whether it counts, and why not if it does not."""
+"""Decides whether an update is accepted."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from fedfmsl.protocol.tensors import Tensors
 from trainer_server.coordinator.records import held_out_accuracies
 from trainer_server.coordinator.state import Plan, State
 
-ROUNDING = 1e-3  # relative: what a device's own sums may differ by
+ROUNDING = 1e-3  # relative tolerance for the rounding of a device's own sums
 
 
 @dataclass(frozen=True)
 class Validation:
-    """`kind` is one of few words, to count refusals by; `reason` the sentence for people."""
+    """`kind` is the category that refusals are counted by, `reason` a sentence for the operator."""
 
     verdict: Verdict
     kind: str = ""
@@ -28,7 +28,7 @@ class Validation:
 
 
 def validate_update(plan: Plan, state: State, update: Update, tensors: Tensors) -> Validation:
-    """In the present state. Nothing about an update is believed before it was looked at."""
+    """Checks header, then tensors. Every value that a device sends is checked before it is used."""
 
     def rejected(kind: str, reason: str) -> Validation:
         return Validation(Verdict.REJECTED, kind, reason)
@@ -37,7 +37,7 @@ def validate_update(plan: Plan, state: State, update: Update, tensors: Tensors) 
     if update.run != config.run:
         return rejected("other run", f"belongs to run {update.run!r}, this is {config.run!r}")
     if update.session != plan.session:
-        return rejected("other run", "belongs to an earlier run of this name")
+        return rejected("other run", "belongs to an earlier session of this run")
     if update.device not in state.devices:
         return rejected("unknown device", "has not announced itself")
     if (update.round, update.device) in state.counted:
@@ -48,13 +48,13 @@ def validate_update(plan: Plan, state: State, update: Update, tensors: Tensors) 
     if task is None or task.stage is not announced.stage:
         return Validation(Verdict.LATE, "late", f"round {update.round} is closed, the present one is {state.round}")
     if update.stage is not task.stage:
-        return rejected("other stage", f"stage {update.stage.value}, announced was {task.stage.value}")
+        return rejected("other stage", f"stage {update.stage.value}, but stage {task.stage.value} was announced")
     if task.chosen and update.device not in task.chosen:
-        return rejected("not asked", f"was not asked in round {update.round}")
+        return rejected("not selected", f"was not selected in round {update.round}")
     if update.samples > config.max_samples:
         return rejected("samples", f"claims {update.samples} samples, more than {config.max_samples}")
     if not all(0 <= accuracy <= 1 for accuracy in held_out_accuracies(update).values()):
-        return rejected("metrics", "claims a held-out accuracy that is no share of one")
+        return rejected("metrics", "claims a held-out accuracy outside of 0 to 1")
     if update.level > task.level:
         return rejected("tensors", f"is of level {update.level}, above the announced {task.level}")
     try:
@@ -65,15 +65,15 @@ def validate_update(plan: Plan, state: State, update: Update, tensors: Tensors) 
 
 
 def expert_delta(plan: Plan, update: Update, tensors: Tensors) -> Vector:
-    """The difference (P_level,) that a stage 1 update asks for. Raises MessageError if it is none."""
+    """The parameter difference (P_level,) in a stage 1 update. Raises MessageError if it is invalid."""
     delta = decode(plan.bundle.expert, tensors, plan.config.encoding)
     if delta.size != plan.bundle.expert.size(update.level):
-        raise MessageError(f"the update holds {delta.size} values, not those of its level {update.level}")
+        raise MessageError(f"the update holds {delta.size} values, not as many as level {update.level} has")
     return delta
 
 
 def gate_delta(plan: Plan, update: Update, tensors: Tensors) -> Vector:
-    """The difference (G,) that a stage 2 update asks for. Raises MessageError if it is none."""
+    """The gate difference (G,) in a stage 2 update. Raises MessageError if it is invalid."""
     delta = decode(plan.bundle.gate, tensors, plan.config.encoding)
     if delta.size != plan.bundle.gate.total:
         raise MessageError(f"the update holds {delta.size} values, expected {plan.bundle.gate.total}")
@@ -81,14 +81,14 @@ def gate_delta(plan: Plan, update: Update, tensors: Tensors) -> Vector:
 
 
 def class_statistics(plan: Plan, update: Update, tensors: Tensors) -> Vector:
-    """Class sums, counts and the sum of norms, flat. Raises MessageError if they cannot be what they say."""
+    """Class sums, counts and the sum of norms, flat. Raises MessageError if they contradict each other."""
     if len(tensors) != len(plan.statistics.slots):
         raise MessageError(f"the update holds {len(tensors)} tensors, expected {len(plan.statistics.slots)}")
     flat = plan.statistics.join(tensors)
     sums, counts, norm = (np.asarray(tensors[slot.name], np.float64) for slot in plan.statistics.slots)
     largest = plan.config.max_norm * max(update.samples, 1)
     _bound(float(np.abs(norm[0])), largest, "sum of norms")
-    if plan.config.privacy is not None:  # noise keeps no inequality, but is not without bounds
+    if plan.config.privacy is not None:  # with noise only the bound on the norm holds
         _bound(float(np.linalg.norm(np.asarray(flat, np.float64))), largest, "norm")
         return flat
     if counts.min() < 0 or norm[0] < 0:

@@ -12,7 +12,7 @@ from fedfmsl.errors import BundleError, ConfigError, RunError
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.messages import Round, ServerStatus, encode
 from fedfmsl.protocol.topics import Topics
-from fedfmsl.transport.link import Link, Will
+from fedfmsl.transport.link import KEEPALIVE_SECONDS, Link, Will
 from trainer_server.config import RunConfig
 from trainer_server.coordinator.advance import advance
 from trainer_server.coordinator.events import AnnounceRound
@@ -54,7 +54,7 @@ def open_run(folder: Path, config: RunConfig, bundle: Bundle) -> RunStore:
 
 def open_bundle(store: RunStore) -> Bundle:
     """The bundle that the run was started with. Raises BundleError if its folder is missing or holds another one."""
-    bundle = Bundle(store.origin.bundle)
+    bundle = Bundle.load(store.origin.bundle)
     if bundle.sha256 != store.origin.sha256:
         raise BundleError(f"{bundle.root} is not the bundle that the run was started with; restore that bundle")
     return bundle
@@ -68,8 +68,12 @@ def run_server(
     identity: Path | None,
     insecure: bool,
     log_bytes: int = LOG_BYTES,
+    keepalive: int = KEEPALIVE_SECONDS,
 ) -> None:
-    """Coordinates until the run is finished. Raises RunError if the run failed or another server works in its folder."""
+    """Coordinates until the run is finished.
+
+    Raises RunError if the run failed, another server works in its folder, or a newer server took over.
+    """
     with store.locked(), log_to_folder(store.folder, log_bytes):
         plan = make_plan(store, bundle)
         state, at = restore_state(store, plan)
@@ -85,7 +89,8 @@ def run_server(
         )
         offline = status.model_copy(update={"online": False})
         will = Will(Topics(plan.config.run).server_status, encode(offline))
-        link = Link(broker, f"fedfmsl-server-{plan.config.run}", will, identity=identity, insecure=insecure)
+        client_id = f"fedfmsl-server-{plan.config.run}"
+        link = Link(broker, client_id, will, identity=identity, insecure=insecure, keepalive=keepalive)
         Service(plan, state, at, store, link, status).run()
 
 

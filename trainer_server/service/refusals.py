@@ -1,4 +1,4 @@
-"""Counts of refused messages by device and kind. Only the first of a kind is logged, so that no device can fill a log."""
+"""Counts refused messages by device and kind. Only the first of a kind is logged, so no device can fill a log."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The state of a run at the moment a round opens, as text and tensors: what a server that starts again goes on from. No
-update of the round has come yet, so it holds none."""
+"""The state of a run when a round opens, as JSON and tensors. A restarted server resumes from it. It has no updates,
+because none of the round has arrived yet."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trainer_server.coordinator.state import State
 
 
 class Checkpoint(BaseModel):
-    """All of a state but its vectors."""
+    """A state without its vectors."""
 
     level: int
     queue: tuple[float, ...]

@@ -1,15 +1,15 @@
-"""The global expert as a PEFT adapter folder, which `PeftModel.from_pretrained` loads. Written without torch.
+"""Writes the global expert as a PEFT adapter folder for `PeftModel.from_pretrained`, without torch.
 
-The base it goes over has a linear `classifier` of as many outputs as `labels.json` has names:
+The base model needs a linear `classifier` with one output for each name in `labels.json`:
 
     vit, dinov2    AutoModelForImageClassification.from_pretrained(BASE, num_labels=C)
     deit           DeiTForImageClassification.from_pretrained(BASE, num_labels=C)
-    clip           export.families.clip.CLIPVisionClassifier.from_pretrained(BASE, num_labels=C), or without this
-                   package CLIPVisionModelWithProjection, given `classifier = torch.nn.Linear(F, C)`, which reads its
-                   `image_embeds`
+    clip           export.families.clip.CLIPVisionClassifier.from_pretrained(BASE, num_labels=C); without this
+                   package, CLIPVisionModelWithProjection with `classifier = torch.nn.Linear(F, C)`, applied to
+                   its `image_embeds`
     bert           AutoModelForSequenceClassification.from_pretrained(BASE, num_labels=C)
 
-BASE is the hub's name at the revision in adapter_config.json, or the transformers folder of the name there.
+BASE is the name in adapter_config.json: of a model on the hub, at the revision given there, or of a local folder.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fedfmsl.protocol.peft_names import to_peft
 
 
 def write_adapter(bundle: Bundle, expert: Vector, level: int, folder: Path) -> None:
-    """`expert` (P,) holds the trainables of `level`."""
+    """`expert` (P_level,) holds the trainable parameters of `level`. Raises OSError."""
     manifest = bundle.manifest
     blocks = manifest.dims.blocks
     config = {

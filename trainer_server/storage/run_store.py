@@ -1,11 +1,11 @@
-"""What a server keeps on its disk, so that it may be killed at any instant.
+"""The server's files. The server may be killed at any time.
 
-    RUN/run.sqlite       settings, the log of events since the present round opened (all of them with --audit), the
-                         records of closed rounds, what was refused
-    RUN/tensors/SHA256   the state at the opening of the present round, and the updates accepted since
+    RUN/run.sqlite       settings, events since the present round opened (with --audit all events), records of closed
+                         rounds, counts of refused messages
+    RUN/tensors/SHA256   the checkpoint's tensors, and the updates accepted after it
 
-The log is written before anything it says is acted on: a tensor file is whole before its event is committed, and an
-event is committed before its acknowledgement leaves. What a crash leaves over is a file that no row names.
+Order of writes: first the complete tensor file, then its event, then the acknowledgement. So a crash leaves at most a
+file that no row names.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ DATABASE = "run.sqlite"
 BUSY_SECONDS = 10.0
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS run (origin TEXT NOT NULL, ended TEXT);
--- AUTOINCREMENT: no number is used twice, also when the events before a checkpoint have been removed
+-- AUTOINCREMENT: a number is never used again, also after the events before a checkpoint were deleted
 CREATE TABLE IF NOT EXISTS events (
     seq INTEGER PRIMARY KEY AUTOINCREMENT, at REAL NOT NULL, kind TEXT NOT NULL, body TEXT NOT NULL,
     sha256 TEXT, size INTEGER
@@ -51,7 +51,7 @@ CREATE TABLE IF NOT EXISTS refusals (
 
 
 class Origin(BaseModel):
-    """What a run was started with; `bundle` is a folder, `sha256` its bundle's."""
+    """Settings that a run was started with. `bundle` is a folder, `sha256` its bundle's."""
 
     config: RunConfig
     session: str
@@ -61,7 +61,7 @@ class Origin(BaseModel):
 
 @dataclass(frozen=True)
 class LoggedEvent:
-    """An event that changed the state, and when by the run's clock."""
+    """An event that changed the state, and its time on the run's clock."""
 
     at: float
     event: Event
@@ -69,6 +69,8 @@ class LoggedEvent:
 
 @dataclass(frozen=True)
 class RefusalCount:
+    """`last` is the text of the latest one."""
+
     device: str
     kind: str
     count: int
@@ -76,11 +78,11 @@ class RefusalCount:
 
 
 class _Vectors(BaseModel):
-    """Header of a state's vectors."""
+    """Header of a checkpoint's tensors."""
 
 
 class RunStore:
-    """The folder of one run. Reading it does not disturb a server that is writing."""
+    """The folder of one run. It can be read while a server writes."""
 
     def __init__(self, folder: Path, busy_seconds: float = BUSY_SECONDS) -> None:
         """Waits up to `busy_seconds` for another process's transaction.
@@ -101,7 +103,7 @@ class RunStore:
 
     @classmethod
     def create(cls, folder: Path, origin: Origin) -> RunStore:
-        """Raises OSError or sqlite3.Error if the disk refuses."""
+        """Raises OSError or sqlite3.Error if it cannot be written."""
         (folder / "tensors").mkdir(parents=True, exist_ok=True)
         with closing(sqlite3.connect(folder / DATABASE, timeout=BUSY_SECONDS, isolation_level=None)) as db:
             db.execute("PRAGMA journal_mode = WAL")
@@ -117,12 +119,12 @@ class RunStore:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """While this lasts no other server may write here. Raises RunError if one already does."""
+        """Excludes other servers while this lasts. Raises RunError if another server works here."""
         with (self.folder / "lock").open("w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                raise RunError(f"another server is at work in {self.folder}; end it first") from error
+                raise RunError(f"another server works in {self.folder}; stop it first") from error
             yield
 
     # tensors
@@ -132,10 +134,10 @@ class RunStore:
         return self.folder / "tensors"
 
     def read(self, sha256: str) -> Tensors:
-        """The tensors of an accepted update. Raises RunError if the file is missing or has been altered."""
-        return self._unpacked(sha256, Update)[1]
+        """The tensors of an accepted update. Raises RunError if its file is missing or altered."""
+        return self._unpack(sha256, Update)[1]
 
-    def _unpacked(self, sha256: str, header_type: type[Header]) -> tuple[Header, Tensors]:
+    def _unpack(self, sha256: str, header_type: type[Header]) -> tuple[Header, Tensors]:
         try:
             return unpack(self._blob(sha256), header_type)
         except MessageError as error:
@@ -148,16 +150,16 @@ class RunStore:
         except OSError as error:
             raise RunError(f"{path} cannot be read ({error.strerror}); restore it from a backup") from error
         if blob_hash(blob) != sha256:
-            raise RunError(f"{path} has been altered (SHA-256); restore it from a backup")
+            raise RunError(f"{path} was altered (wrong SHA-256); restore it from a backup")
         return blob
 
     def is_unstarted(self) -> bool:
-        """Whether nothing has happened in this run yet."""
+        """Whether no event has been stored yet."""
         query = "SELECT (SELECT count(*) FROM checkpoints) + (SELECT count(*) FROM events) = 0"
         return self.ended is None and bool(self._db.execute(query).fetchone()[0])
 
     def reset(self, config: RunConfig, bundle: Bundle) -> None:
-        """Other settings for a run in which nothing has happened yet."""
+        """Replaces the settings of an unstarted run."""
         renewed = {"config": config, "bundle": bundle.root.absolute(), "sha256": bundle.sha256}
         self.origin = self.origin.model_copy(update=renewed)
         self._db.execute("UPDATE run SET origin = ?", (self.origin.model_dump_json(),))
@@ -171,7 +173,7 @@ class RunStore:
         refusals: Mapping[tuple[str, str], tuple[int, str]] | None = None,
         ended: str | None = None,
     ) -> None:
-        """All of it or nothing, durably. Raises sqlite3.Error if the disk refuses."""
+        """Stores all of it or nothing, durably. Raises sqlite3.Error if it cannot be written."""
         with self._transaction():
             self._db.executemany(
                 "INSERT INTO events (at, kind, body, sha256, size) VALUES (?, ?, ?, ?, ?)", map(_to_row, events)
@@ -191,9 +193,9 @@ class RunStore:
             self.ended = ended
 
     def save_checkpoint(self, state: State, at: float) -> None:
-        """The state, as what a later start goes on from; what it makes superfluous is removed, but for an audit.
+        """Stores the state. Deletes earlier events, checkpoints and tensors, unless the run has --audit.
 
-        Raises OSError or sqlite3.Error if the disk refuses; what was kept before is still there then.
+        Raises OSError or sqlite3.Error if it cannot be written; the previous checkpoint is valid then.
         """
         blob = pack(_Vectors(), vectors_of(state))
         sha256 = blob_hash(blob)
@@ -224,20 +226,20 @@ class RunStore:
     # reading
 
     def checkpoint(self) -> tuple[Checkpoint, float] | None:
-        """What was kept last, and when; none of a run whose first round has not opened."""
+        """The last checkpoint and its time. None before the first round."""
         row = self._db.execute("SELECT state, at FROM checkpoints ORDER BY seq DESC LIMIT 1").fetchone()
         return (Checkpoint.model_validate_json(row[0]), row[1]) if row else None
 
     def state(self) -> tuple[State, float] | None:
-        """As `checkpoint`, with the vectors. Raises RunError if their file is missing or has been altered."""
+        """The state in the last checkpoint and its time. Raises RunError if its tensor file is missing or altered."""
         row = self._db.execute("SELECT state, sha256, at FROM checkpoints ORDER BY seq DESC LIMIT 1").fetchone()
         if row is None:
             return None
-        _, vectors = self._unpacked(row[1], _Vectors)
+        _, vectors = self._unpack(row[1], _Vectors)
         return Checkpoint.model_validate_json(row[0]).state(vectors), row[2]
 
     def events(self, since_checkpoint: bool = True) -> Iterator[LoggedEvent]:
-        """In their order, with the tensors of updates. Raises RunError as `read` does."""
+        """Events in order, updates with their tensors. Raises RunError as `read` does."""
         last = "SELECT coalesce(max(seq), 0) FROM checkpoints" if since_checkpoint else "SELECT 0"
         rows = self._db.execute(f"SELECT at, kind, body, sha256, size FROM events WHERE seq > ({last}) ORDER BY seq")
         for at, kind, body, sha256, size in rows:
@@ -247,12 +249,12 @@ class RunStore:
         if kind == "status":
             return StatusSeen(parse(DeviceStatus, body.encode()))
         if kind == "update":
-            update, tensors = self._unpacked(sha256, Update)
+            update, tensors = self._unpack(sha256, Update)
             return UpdateSeen(update, tensors, sha256, size)
         return ClockTicked()
 
     def pending_updates(self) -> dict[str, int]:
-        """Devices whose updates have been accepted since the last checkpoint, each with how many."""
+        """Number of updates accepted since the last checkpoint, by device."""
         query = (
             "SELECT json_extract(body, '$.device'), count(*) FROM events WHERE kind = 'update' AND seq >"
             " (SELECT coalesce(max(seq), 0) FROM checkpoints) GROUP BY 1 ORDER BY 1"
@@ -260,7 +262,7 @@ class RunStore:
         return dict(self._db.execute(query).fetchall())
 
     def rounds(self, after: int = 0) -> list[ClosedRound]:
-        """The records of the closed rounds with a number above `after`."""
+        """Records of the closed rounds with a number above `after`."""
         rows = self._db.execute("SELECT record FROM rounds WHERE round > ? ORDER BY round", (after,))
         return [ClosedRound.model_validate_json(record) for (record,) in rows]
 

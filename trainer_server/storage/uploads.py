@@ -1,8 +1,8 @@
-"""The chunks of updates on their way in, collected on disk: memory does not grow with what is unfinished.
+"""Collects the chunks of updates in files, so that unfinished updates need no memory.
 
-UPLOADS/N                the N-th blob that was begun, its chunks at their places
+UPLOADS/N                the N-th blob, with each received chunk at its offset
 
-Nothing here survives a restart: what was unfinished is sent again by its device.
+The folder is emptied at every start, because devices retransmit unfinished updates.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from fedfmsl.common.files import sync
 from fedfmsl.errors import MessageError
 from fedfmsl.protocol.chunks import CHUNK_BYTES, Chunk, PartialBlob
 
-PARTIALS = 2  # of one device: a late update may cross the next round's
-SYNCS = 8  # of files at once
+PARTIALS = 2  # of one device: a late update and one of the next round
+SYNCS = 8  # files that are synced at the same time
 
 
 @dataclass(frozen=True)
 class Upload:
-    """A whole blob, and the file it lies in. `size`: the bytes it took on the wire, chunks sent twice included."""
+    """A complete blob and its file. `size` is its bytes on the wire, including repeated chunks."""
 
     path: Path
     blob: bytes
@@ -33,7 +33,7 @@ class Upload:
 
 @dataclass(slots=True)
 class _InFile(PartialBlob):
-    """`size`: the bytes it took on the wire."""
+    """`size` is the bytes on the wire so far."""
 
     path: Path
     size: int = 0
@@ -51,26 +51,25 @@ _Blob = tuple[int, bytes, int]  # round, SHA-256, number of chunks
 
 
 class Uploads:
-    """At most PARTIALS unfinished blobs of each device; of more, the one that has rested longest gives way."""
+    """Keeps at most PARTIALS unfinished blobs of each device. A further one replaces the least recently used one."""
 
     def __init__(self, folder: Path, cap_bytes: int) -> None:
-        """`folder` belongs to these uploads alone and is emptied; a blob of more than `cap_bytes` is refused."""
+        """Empties `folder`, which must hold nothing else. Refuses blobs of more than `cap_bytes`."""
         self._folder = folder
         self._cap_bytes = cap_bytes
         self._numbers = count()
         self._syncs = ThreadPoolExecutor(SYNCS)
-        self._partials: dict[str, dict[_Blob, _InFile]] = {}  # by device, the one that has rested longest first
+        self._partials: dict[str, dict[_Blob, _InFile]] = {}  # by device, the least recently used one first
         folder.mkdir(parents=True, exist_ok=True)
         for path in folder.iterdir():
             path.unlink()
 
     def add(self, device: str, round_: int, payload: bytes) -> Upload | None:
-        """The whole blob once every chunk of it has come, in any order, repeated or not; else None. It is the caller's
-        to `store` or to `discard`.
+        """The complete blob after its last chunk, else None. Chunks may come in any order and repeatedly. The caller
+        must `store` or `discard` the result.
 
-        Raises MessageError if the payload is not a chunk of a blob that is expected here, or the finished blob does
-        not have its announced SHA-256; OSError if it cannot be written. What was collected of the blob is gone then
-        (on a full disk it would only be in the way of others), and can be sent again.
+        Raises MessageError if the payload is no valid chunk or the blob does not have its announced SHA-256, OSError
+        if it cannot be written. Both delete the partial blob, which frees space on a full disk. It can be sent again.
         """
         chunk = Chunk.read(payload, self._cap_bytes)
         blob = (round_, chunk.digest, chunk.count)
@@ -87,8 +86,10 @@ class Uploads:
         return Upload(partial.path, whole, chunk.digest.hex(), partial.size)
 
     def store(self, files: Mapping[Path, Path]) -> None:
-        """Moves the files of whole blobs to their targets, on the same disk; they survive a power cut from now on. They
-        go together, because a disk takes hardly longer to sync many files at once than one. Raises OSError."""
+        """Moves files of complete blobs to their targets on the same disk. They survive a power cut after this call.
+
+        Files are synced together, because that takes a disk hardly longer than a single file. Raises OSError.
+        """
         list(self._syncs.map(sync, files))
         for path, target in files.items():
             path.replace(target)
@@ -100,7 +101,7 @@ class Uploads:
         upload.path.unlink(missing_ok=True)
 
     def _take(self, device: str, blob: _Blob) -> _InFile:
-        """The partial blob, which nobody but the caller has from now on."""
+        """Removes and returns the partial blob, or a new one."""
         partials = self._partials.get(device, {})
         partial = partials.pop(blob, None)
         if not partials:
@@ -108,7 +109,7 @@ class Uploads:
         return partial or _InFile(self._folder / str(next(self._numbers)))
 
     def _put_back(self, device: str, blob: _Blob, partial: _InFile) -> None:
-        """Puts it back, as the one that has been gone on with last."""
+        """Inserts it as the most recently used one."""
         partials = self._partials.setdefault(device, {})
         partials[blob] = partial
         if len(partials) > PARTIALS:

@@ -63,8 +63,9 @@ def test_the_report_has_every_name_that_others_read(report: dict[str, Any]) -> N
     assert set(report["gate"]) == {"mean_local_weight", "entropy"}
 
 
+@pytest.mark.ort_training
 def test_the_report_says_what_was_run(report: dict[str, Any], folder: Path) -> None:
-    manifest = Bundle(folder / "bundle").manifest
+    manifest = Bundle.load(folder / "bundle").manifest
     assert (report["seed"], report["alpha"], report["model"]) == (0, 5.0, "tiny-vit")
     assert report["rounds"] == {"stage1": STAGE1, "stage2": STAGE2}
     assert report["engines"] == [ENGINE]
@@ -95,6 +96,7 @@ def test_the_folder_holds_the_pictures_the_adapter_and_every_personalized_model(
         assert (folder / "devices" / name / "personalized.onnx").is_file()
 
 
+@pytest.mark.ort_training
 def test_a_personalized_model_of_a_trial_predicts(folder: Path) -> None:
     photo = next((folder / "samples" / NAMES[0]).rglob("*.jpg"))
     model = folder / "devices" / NAMES[0] / "personalized.onnx"
@@ -105,6 +107,7 @@ def test_a_personalized_model_of_a_trial_predicts(folder: Path) -> None:
     assert sum(probabilities.values()) == pytest.approx(1, abs=1e-4)
 
 
+@pytest.mark.ort_training
 def test_every_process_of_the_trial_has_a_log_without_a_traceback(folder: Path) -> None:
     logs = {path.stem: path.read_text() for path in (folder / "logs").iterdir()}
     assert set(logs) == {"broker", "server", *NAMES}

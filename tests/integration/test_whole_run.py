@@ -152,7 +152,7 @@ def test_the_federation_learns_the_colours(run: Finished) -> None:
 
 def test_no_more_than_the_contract_leaves_a_device(run: Finished) -> None:
     """Gate adapters in stage 2; the local expert stays, the evaluation sends numbers only."""
-    gate = Bundle(run.federation.bundle).gate
+    gate = Bundle.load(run.federation.bundle).gate
     for line in run.rounds:
         if line["round"]["stage"] == "personal":
             assert max(line["bytes_up"].values()) < gate.total * 4 + 4096
@@ -163,11 +163,11 @@ def test_no_more_than_the_contract_leaves_a_device(run: Finished) -> None:
 def announced_expert(run: Finished) -> NDArray[np.float32]:
     """The global expert as the server announced it last, and devices received it."""
     _, tensors = unpack(run.blobs[run.last.expert], Globals)
-    return Bundle(run.federation.bundle).expert.join(tensors)
+    return Bundle.load(run.federation.bundle).expert.join(tensors)
 
 
 def test_the_adapter_is_the_announced_global_expert(run: Finished) -> None:
-    bundle = Bundle(run.federation.bundle)
+    bundle = Bundle.load(run.federation.bundle)
     tensors = from_peft(bundle.manifest.peft, load_file(run.adapter / "adapter_model.safetensors"))
     np.testing.assert_array_equal(bundle.expert.join(tensors), announced_expert(run))
 
@@ -177,7 +177,7 @@ def test_the_adapters_logits_in_torch_are_the_global_experts(run: Finished, vit_
     from peft import PeftModel
     from transformers import AutoModelForImageClassification
 
-    bundle = Bundle(run.federation.bundle)
+    bundle = Bundle.load(run.federation.bundle)
     manifest, level = bundle.manifest, run.last.level
     paths = sorted(run.federation.photos["device-2"].rglob("*.jpg"))
     pixels = np.stack([load_pixels(path, manifest.preprocessing) for path in paths])
@@ -212,7 +212,7 @@ def results(run: Finished, device: str) -> dict[str, list[float]]:
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_personalized_model_gives_the_daemons_own_probabilities(run: Finished, device: str, tmp_path: Path) -> None:
     alone = shutil.copy(run.federation.state(device) / "personalized.onnx", tmp_path)  # it needs no other file
-    model, preprocessing = session(Path(alone)), Bundle(run.federation.bundle).manifest.preprocessing
+    model, preprocessing = session(Path(alone)), Bundle.load(run.federation.bundle).manifest.preprocessing
     own = results(run, device)
     assert len(own) == run.rounds[-1]["updates"][device]["samples"] > 0
     pixels = np.stack([load_pixels(Path(name), preprocessing) for name in own])
@@ -241,7 +241,7 @@ def test_predict_prints_json_for_a_folder(run: Finished) -> None:
     printed = {line["file"]: line["probabilities"] for line in map(json.loads, ended.stdout.splitlines())}
     assert set(printed) == set(own)
     for file, probabilities in printed.items():
-        assert list(probabilities) == list(Bundle(run.federation.bundle).manifest.classes)
+        assert list(probabilities) == list(Bundle.load(run.federation.bundle).manifest.classes)
         np.testing.assert_allclose(list(probabilities.values()), own[file], atol=1e-4, rtol=0)
 
 
@@ -252,8 +252,8 @@ def test_a_corrupt_photo_is_set_aside_and_named(run: Finished) -> None:
 
 
 def test_a_device_without_a_bundle_has_fetched_the_runs(run: Finished) -> None:
-    sha256 = Bundle(run.federation.bundle).sha256
-    fetched = Bundle(run.federation.state(WITHOUT_BUNDLE) / "bundles" / sha256)
+    sha256 = Bundle.load(run.federation.bundle).sha256
+    fetched = Bundle.load(run.federation.state(WITHOUT_BUNDLE) / "bundles" / sha256)
     fetched.verify()
     assert fetched.sha256 == sha256
     assert not list(fetched.root.glob("*.part"))

@@ -33,7 +33,10 @@ def served(bundle: Path, tmp_path: Path) -> Iterator[tuple[ServerStatus, Path]]:
     """What the server announces, and the folder that it serves."""
     root = shutil.copytree(bundle, tmp_path / "served")
     server = BundleServer(root, f"127.0.0.1:{free_port()}")
-    yield ServerStatus(online=True, run="fetch", session="1", bundle=Bundle(root).sha256, bundle_url=server.url), root
+    yield (
+        ServerStatus(online=True, run="fetch", session="1", bundle=Bundle.load(root).sha256, bundle_url=server.url),
+        root,
+    )
     server.close()
 
 
@@ -94,7 +97,7 @@ def test_a_part_of_something_else_is_thrown_away(served: tuple[ServerStatus, Pat
 
 def test_a_server_that_is_gone_is_named(bundle: Path, tmp_path: Path) -> None:
     url = f"http://127.0.0.1:{free_port()}/bundle"
-    status = ServerStatus(online=True, run="fetch", session="1", bundle=Bundle(bundle).sha256, bundle_url=url)
+    status = ServerStatus(online=True, run="fetch", session="1", bundle=Bundle.load(bundle).sha256, bundle_url=url)
     with pytest.raises(BundleError, match=f"cannot fetch {url}/{MANIFEST}.*start again to resume"):
         fetch_bundle(status, tmp_path / "device", retry_delays=(0.0, 0.0))
 
@@ -215,7 +218,7 @@ def test_over_tls_a_bundle_is_for_the_fleet_only(bundle: Path, tmp_path: Path) -
     try:
         url = served.url
         assert url.startswith("https://")
-        status = ServerStatus(online=True, run="tls", session="1", bundle=Bundle(bundle).sha256, bundle_url=url)
+        status = ServerStatus(online=True, run="tls", session="1", bundle=Bundle.load(bundle).sha256, bundle_url=url)
         fetch_bundle(status, tmp_path / "fetched", device).verify()
         for identity, says in (
             (nobody, "--identity"),

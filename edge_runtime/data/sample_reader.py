@@ -1,0 +1,99 @@
+"""Reads each new file once: its bytes give the SHA-256 and the decoded input, which waits in memory for its features
+(ours).
+
+The memory for decoded inputs is bounded. Photos that come one by one fit in it and are opened once. A device's first
+scan may find thousands: it measures the memory that features will take before it may compute any, so inputs that do not
+fit are read a second time, for their features.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_runtime.data.inputs import Kind, Reader
+from edge_runtime.data.samples import Sample, SampleChangedError
+from fedfmsl.common.class_folders import ClassFile, FileVersion
+from fedfmsl.errors import InputError
+
+MAX_FILE_BYTES = 2**28  # a larger file is not read
+KEPT_BYTES = 2**23  # of decoded inputs: 55 images of 224 × 224 pixels, or thousands of texts
+
+
+class SampleReader:
+    """One per process: the scan of the folder fills its memory of decoded inputs, the feature cache empties it."""
+
+    def __init__(self, reader: Reader, kept_bytes: int = KEPT_BYTES) -> None:
+        self._reader = reader
+        self._kept_bytes = kept_bytes
+        self._inputs: dict[str, NDArray[Any]] = {}  # by SHA-256, oldest first
+        self._used = 0  # bytes
+
+    @property
+    def kind(self) -> Kind:
+        return self._reader.kind
+
+    def read(self, file: ClassFile, label: int, largest: int) -> Sample | None:
+        """The sample in a file; without `sha256` if the file is not readable, or its extent is more than `largest`.
+
+        None: the file has changed since it was listed. Raises OSError if it cannot be opened or read.
+        """
+        size = file.version.size
+        with file.path.open("rb") as opened:
+            if FileVersion.of(os.fstat(opened.fileno())) != file.version:
+                return None
+            if size > MAX_FILE_BYTES:
+                return Sample(file.path, "", label)
+            extent = self._reader.extent(opened, size)
+            if extent > largest:
+                return Sample(file.path, "", label, extent)
+            opened.seek(0)
+            data = opened.read(size + 1)
+            if len(data) != size or FileVersion.of(os.fstat(opened.fileno())) != file.version:
+                return None
+        value = self._reader.decode(data)
+        if value is None:
+            return Sample(file.path, "", label, extent)
+        sample = Sample(file.path, hashlib.sha256(data).hexdigest(), label, extent)
+        self._keep(sample.sha256, value)
+        return sample
+
+    def batch(self, samples: Sequence[Sample]) -> dict[str, NDArray[Any]]:
+        """`pixels` (B, S, S, 3) uint8 or `tokens` (B, N) int64.
+
+        Raises SampleChangedError if a file that has to be read is not the sample any more.
+        """
+        return {self._reader.input: np.stack([self._input(sample) for sample in samples])}
+
+    def _input(self, sample: Sample) -> NDArray[Any]:
+        kept = self._take(sample.sha256)
+        if kept is not None:
+            return kept
+        try:
+            with sample.path.open("rb") as opened:
+                data = opened.read(MAX_FILE_BYTES + 1)
+        except OSError as error:  # deleted, or its disk was removed
+            raise SampleChangedError(sample.path) from error
+        if hashlib.sha256(data).hexdigest() != sample.sha256:
+            raise SampleChangedError(sample.path)
+        value = self._reader.decode(data)
+        if value is None:
+            raise InputError(f"{sample.path} is not a readable {self.kind.noun}")
+        return value
+
+    def _keep(self, sha256: str, value: NDArray[Any]) -> None:
+        if sha256 not in self._inputs:
+            self._inputs[sha256] = value
+            self._used += value.nbytes
+        while self._used > self._kept_bytes:
+            self._take(next(iter(self._inputs)))
+
+    def _take(self, sha256: str) -> NDArray[Any] | None:
+        value = self._inputs.pop(sha256, None)
+        self._used -= 0 if value is None else value.nbytes
+        return value

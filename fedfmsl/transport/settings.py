@@ -1,0 +1,36 @@
+"""The settings of every process that talks to a broker."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Annotated
+
+from pydantic import Field
+
+from fedfmsl.common.settings import File, SettingsModel, checked, panel
+from fedfmsl.protocol.topics import check_name
+from fedfmsl.transport.address import parse_address
+
+RunName = Annotated[str, checked(partial(check_name, "run"))]
+DeviceName = Annotated[str, checked(partial(check_name, "device"))]
+Broker = Annotated[str, checked(parse_address)]
+CONNECTION = panel("Connection")
+
+
+class ConnectionSettings(SettingsModel):
+    """How a process reaches the broker, and who it is."""
+
+    broker: Broker = Field(
+        "mqtt://localhost:1883",
+        description="Address of the MQTT broker: mqtt, mqtts, ws or wss://HOST[:PORT]. User and password: "
+        "USER:PASSWORD@HOST, or FEDFMSL_USER and FEDFMSL_PASSWORD.",
+        json_schema_extra=CONNECTION,
+    )
+    identity: File | None = Field(
+        None,
+        description="PEM file with client key, certificate and CA, for TLS. In a TOML file also its text.",
+        json_schema_extra=CONNECTION,
+    )
+    insecure: bool = Field(
+        False, description="Allow unencrypted traffic to other machines.", json_schema_extra=CONNECTION
+    )

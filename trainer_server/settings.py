@@ -1,0 +1,160 @@
+"""The settings of the server. See `fedfmsl.common.settings` for flags, variables and the TOML file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field, ValidationError, model_validator
+
+from fedfmsl.algorithms.privacy import Privacy
+from fedfmsl.common.settings import File, panel
+from fedfmsl.errors import ConfigError
+from fedfmsl.protocol.bundle import Bundle
+from fedfmsl.protocol.messages import Training
+from fedfmsl.transport.settings import CONNECTION, ConnectionSettings
+from trainer_server.config import (
+    AGGREGATION,
+    PRIVACY,
+    ROUNDS,
+    RUN,
+    Aggregation,
+    Head,
+    Optimizer,
+    Rule,
+    RunConfig,
+    RunRules,
+    Trigger,
+    sal_rules,
+)
+
+TRAINING = panel("Training on the devices")
+
+
+class ServiceSettings(ConnectionSettings):
+    """How the server is reached."""
+
+    serve: str | None = Field(
+        None, description="HOST:PORT to serve the bundle on, for devices without it.", json_schema_extra=CONNECTION
+    )
+
+
+class ResumeSettings(ServiceSettings):
+    """What the command `resume` needs. The run's configuration is stored in its folder."""
+
+    out: File = Field(description="Folder of the run.", json_schema_extra=RUN)
+
+
+class ServerSettings(ServiceSettings, RunRules):
+    """What the command `start` needs."""
+
+    bundle: File = Field(description="Bundle folder.", json_schema_extra=RUN)
+    out: File | None = Field(None, description="Folder of the run. Default: runs/RUN/server.", json_schema_extra=RUN)
+
+    epochs: int = Field(2, ge=1, description="Local epochs in a round of stage 1.", json_schema_extra=TRAINING)
+    batch_size: int = Field(16, ge=1, description="Samples in one training step.", json_schema_extra=TRAINING)
+    learning_rate: float = Field(
+        2e-3, gt=0, description="Learning rate of AdamW in stage 1.", json_schema_extra=TRAINING
+    )
+    local_learning_rate: float = Field(
+        5e-4, gt=0, description="Learning rate of AdamW in stage 2.", json_schema_extra=TRAINING
+    )
+
+    sal: Trigger = Field(
+        Trigger.CAPABILITY_QUEUE, description="Rule that activates more blocks.", json_schema_extra=ROUNDS
+    )
+    sal_min_gain: float = Field(
+        0.02,
+        ge=0,
+        description="Relative accuracy gain below which SAL activates more blocks. Half of it in stage 2.",
+        json_schema_extra=ROUNDS,
+    )
+    max_level: int | None = Field(
+        None, ge=1, description="Highest level. Default: the bundle's.", json_schema_extra=ROUNDS
+    )
+
+    rule: Rule = Field(
+        Rule.MEAN,
+        description="Aggregation rule. trimmed-mean and median withstand hostile updates.",
+        json_schema_extra=AGGREGATION,
+    )
+    trim: float = Field(
+        0.1, ge=0, lt=0.5, description="Share that trimmed-mean drops at each end.", json_schema_extra=AGGREGATION
+    )
+    clip: float | None = Field(
+        None,
+        gt=0,
+        description="L2 norm that updates are clipped to. Default: no clipping.",
+        json_schema_extra=AGGREGATION,
+    )
+    server_optimizer: Optimizer = Field(
+        Optimizer.FEDAVG,
+        description="Server optimizer, which applies the aggregated update.",
+        json_schema_extra=AGGREGATION,
+    )
+    server_learning_rate: float = Field(
+        1.0, gt=0, description="Learning rate of the server optimizer.", json_schema_extra=AGGREGATION
+    )
+
+    dp_noise: float | None = Field(
+        None,
+        gt=0,
+        description="Noise multiplier of DP-FedAvg; needs --dp-clip. Default: no differential privacy.",
+        json_schema_extra=PRIVACY,
+    )
+    dp_clip: float | None = Field(
+        None, gt=0, description="L2 norm that devices clip their updates to.", json_schema_extra=PRIVACY
+    )
+
+    @model_validator(mode="after")
+    def _check_run(self) -> ServerSettings:
+        if (self.dp_noise is None) != (self.dp_clip is None):
+            raise ValueError("--dp-noise and --dp-clip need each other; give both or none")
+        try:
+            self._config(self.max_level or 1)
+        except ValidationError as error:
+            raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from error
+        return self
+
+    @property
+    def folder(self) -> Path:
+        return self.out or Path("runs") / self.run / "server"
+
+    def run_config(self, bundle: Bundle) -> RunConfig:
+        """The configuration of a run with this bundle. Raises ConfigError if the bundle does not support it."""
+        levels = bundle.manifest.levels
+        if self.max_level and self.max_level > levels:
+            raise ConfigError(
+                f"--max-level {self.max_level} is more than the {levels} levels of bundle {bundle.root}; lower it, or "
+                "export more levels"
+            )
+        if self.head is Head.ZERO_SHOT and bundle.zero_shot() is None:
+            raise ConfigError(
+                f"--head zero-shot: the bundle of {bundle.manifest.model} has no such head; build one of clip-vit-b16 "
+                "with its weights, or choose class-means"
+            )
+        return self._config(self.max_level or levels)
+
+    def _config(self, max_level: int) -> RunConfig:
+        rules = {key: getattr(self, key) for key in RunRules.model_fields}
+        stage1_sal, stage2_sal = sal_rules(self.sal, self.sal_min_gain, max_level)
+        privacy = None
+        if self.dp_noise is not None and self.dp_clip is not None:
+            privacy = Privacy(clip=self.dp_clip, noise_multiplier=self.dp_noise, shares=self.min_updates)
+        return RunConfig(
+            **rules,
+            stage1=self._training(self.epochs, self.learning_rate),
+            stage2=self._training(1, self.local_learning_rate),
+            stage1_sal=stage1_sal,
+            stage2_sal=stage2_sal,
+            aggregation=Aggregation(
+                rule=self.rule,
+                trim=self.trim,
+                clip=self.clip,
+                optimizer=self.server_optimizer,
+                learning_rate=self.server_learning_rate,
+            ),
+            privacy=privacy,
+        )
+
+    def _training(self, epochs: int, learning_rate: float) -> Training:
+        return Training(epochs=epochs, batch_size=self.batch_size, learning_rate=learning_rate, seed=self.seed)
