@@ -125,10 +125,11 @@ class Service:
             log.warning("no connection to the broker (%s); reconnecting", event.reason)
         elif isinstance(event, Oversize):
             self._refuse(self._sender(event.topic), "too large", f"{event.size} bytes")
-        elif event.topic == self._topics.server_status:
-            self._receive_server_status(event.payload)
-        else:
-            self._receive(event, batch)
+        elif isinstance(event, Received):
+            if event.topic == self._topics.server_status:
+                self._receive_server_status(event.payload)
+            else:
+                self._receive(event, batch)
 
     def _receive(self, received: Received, batch: Batch) -> None:
         """Adds a device's message to the batch, or refuses it."""
