@@ -8,7 +8,9 @@ import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import paho.mqtt.client as paho
 import pytest
+from paho.mqtt.enums import CallbackAPIVersion
 from support.processes import Broker, Ended, Federation, Processes, free_port, run_module, wait_until
 from support.provisioned_fleet import (
     HOSTS,
@@ -31,7 +33,8 @@ from fedfmsl.errors import BrokerError
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.address import parse_address
-from fedfmsl.transport.link import Connected, Disconnected, Link, LinkEvent, Received, Will
+from fedfmsl.transport.identity import client_context, read_identity
+from fedfmsl.transport.link import Connected, Disconnected, Link, LinkEvent, Received
 
 pytestmark = pytest.mark.needs("mosquitto")
 
@@ -62,10 +65,10 @@ def connect(fleet: Fleet) -> Iterator[Callable[..., Link]]:
     """Links of the fleet's members by name, closed afterwards."""
     links: list[Link] = []
 
-    def connected(name: str, client_id: str = "", will: Will | None = None, url: str = "") -> Link:
+    def connected(name: str, client_id: str = "", url: str = "") -> Link:
         identity = fleet.server if name == "server" else fleet.device(name)
         identity = home_assistant(fleet.pki) if name == HOME_ASSISTANT else identity
-        link = Link(url or fleet.url, client_id or name, will, identity=identity)
+        link = Link(url or fleet.url, client_id or name, identity=identity)
         links.append(link)
         link.connect()
         assert isinstance(link.next_event(10), Connected)
@@ -217,7 +220,7 @@ def test_a_revoked_identity_is_refused_once_the_broker_has_been(tmp_path: Path, 
             before.started["mosquitto"].end()
             fleet = start_fleet(pki, after)
         else:
-            before.started["mosquitto"]._popen.send_signal(signal.SIGHUP)
+            before.started["mosquitto"].send_signal(signal.SIGHUP)
             wait_until(lambda: "Reloading config" in before.started["mosquitto"].stderr, "the reload")
         with pytest.raises(BrokerError, match="our certificate is revoked"):
             Link(fleet.url, "stolen", identity=stolen).connect()
@@ -313,13 +316,17 @@ def test_a_device_does_not_end_anothers_connection_by_its_client_id(
     assert mallory.next_event(0.2) is None  # nor has it taken over the other's subscriptions
 
 
-def test_a_last_will_in_anothers_name_is_not_heard(connect: Callable[..., Link]) -> None:
-    server, mallory = connect("server"), connect("mallory", will=Will(TOPICS.status("device-0"), b"gone"))
+def test_a_last_will_in_another_devices_name_is_not_published(fleet: Fleet, connect: Callable[..., Link]) -> None:
+    server = connect("server")
     server.subscribe(TOPICS.status("+"))
-    mallory._client.socket().shutdown(socket.SHUT_RDWR)  # what the broker takes for a death
-    while not isinstance(mallory.next_event(10), Connected):
-        pass
-    publish(mallory, TOPICS.status("mallory"), LAST)
+    mallory = paho.Client(CallbackAPIVersion.VERSION2, "mallory")
+    mallory.tls_set_context(client_context(read_identity(fleet.device("mallory"))))
+    mallory.will_set(TOPICS.status("device-0"), b"gone", qos=1)
+    mallory.connect("localhost", fleet.port)
+    while not mallory.is_connected():
+        mallory.loop()
+    mallory.socket().shutdown(socket.SHUT_RDWR)  # without DISCONNECT, so the broker would publish the will
+    publish(connect("mallory"), TOPICS.status("mallory"), LAST)
     assert until_last(server) == []
 
 

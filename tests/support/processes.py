@@ -117,6 +117,9 @@ class Process:
         lines = Path(f"/proc/{self._popen.pid}/maps").read_text().splitlines()
         return {line.split()[-1] for line in lines if ".so" in line}
 
+    def send_signal(self, number: signal.Signals) -> None:
+        self._popen.send_signal(number)
+
     def pause(self) -> None:
         self._popen.send_signal(signal.SIGSTOP)
 
