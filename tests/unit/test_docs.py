@@ -30,7 +30,13 @@ PAGES = [
 ]
 FOLDERS = {"fedfmsl", "export", "trainer_server", "edge_runtime", "devices", "benchmarks", "tests", "docs"}
 OTHER_MODULES = {"pytest", "mkdocs", "venv", "pip"}
-OTHER_OPTIONS = {"--full", "--no-deps", "--wheel-dir", "--strict"}  # of pytest, pip and mypy
+OTHER_OPTIONS = {
+    "--full",
+    "--no-deps",
+    "--wheel-dir",
+    "--strict",
+    "--install-completion",
+}  # of pytest, pip, mypy, typer
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
@@ -65,7 +71,7 @@ def commands_in(text: str) -> Iterator[list[str]]:
 
 
 def until_operator(words: list[str]) -> list[str]:
-    """One command of a shell line: words up to &&, ; or |."""
+    """One command of a line: words up to &&, ; or |."""
     end = next((index for index, word in enumerate(words) if word in {"&&", ";", "|"}), len(words))
     return words[:end]
 
