@@ -28,8 +28,15 @@ PAGES = [
     *(REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
     *sorted(DOCS.glob("*.md")),
 ]
+FOLDERS = {"fedfmsl", "export", "trainer_server", "edge_runtime", "devices", "benchmarks", "tests", "docs"}
 OTHER_MODULES = {"pytest", "mkdocs", "venv", "pip"}
-OTHER_OPTIONS = {"--full", "--no-deps", "--wheel-dir", "--strict"}  # of pytest, pip and mypy
+OTHER_OPTIONS = {
+    "--full",
+    "--no-deps",
+    "--wheel-dir",
+    "--strict",
+    "--install-completion",
+}  # of pytest, pip, mypy, typer
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
@@ -64,7 +71,7 @@ def commands_in(text: str) -> Iterator[list[str]]:
 
 
 def until_operator(words: list[str]) -> list[str]:
-    """One command of a shell line: words up to &&, ; or |."""
+    """One command of a line: words up to &&, ; or |."""
     end = next((index for index, word in enumerate(words) if word in {"&&", ";", "|"}), len(words))
     return words[:end]
 
@@ -131,6 +138,14 @@ def test_internal_links_exist(page: Path) -> None:
         file = page.parent / path if path else page
         assert file.exists(), f"{page.name}: {target} does not exist"
         assert not anchor or anchor in anchors_of(file), f"{page.name}: {target} has no such heading"
+
+
+@each_page
+def test_files_that_text_names_exist(page: Path) -> None:
+    """Paths in inline code that begin with a folder of the repository."""
+    named = re.findall(r"`((?:[\w.]+/)+[\w.]*)`", page.read_text())
+    ours = [path for path in named if path.split("/")[0] in FOLDERS and not re.search("[A-Z]{3}", path)]
+    assert not [path for path in ours if not (REPOSITORY / path).exists()]
 
 
 @each_page
