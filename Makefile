@@ -21,7 +21,7 @@ test: install tools lint
 	@if [ -d $(TRAINING)/onnxruntime ]; then \
 		echo "once more what concerns engines, with onnxruntime-training" && \
 		PYTHONPATH=$(CURDIR)/$(TRAINING) $(RUN) pytest $(PARALLEL) -m ort_training tests/unit/test_engines.py \
-			tests/unit/test_build.py tests/integration/test_packages.py tests/integration/test_a_trial.py; \
+			tests/unit/test_build.py tests/integration/test_package_boundaries.py tests/integration/test_trial_on_photos.py; \
 	else \
 		echo "not tested here: onnxruntime-training is not installed"; \
 		[ "$$CI" != true ] || $(VENV)/bin/python -c "$$HAS_NO_TRAINING_WHEEL"; fi

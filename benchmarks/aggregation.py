@@ -24,8 +24,8 @@ import typer
 from benchmarks.federation import History, accuracies, federate, honest, open_devices, scaled
 from devices.trial.assets import ASSETS, PHOTOS, fetch
 from devices.trial.dataset import find_files, kind_of
-from devices.trial.photos import unpack_groceries
-from devices.trial.split import write_fleet
+from devices.trial.groceries import unpack_groceries
+from devices.trial.shares import write_device_folders
 from edge_runtime.training.stages import StageResult
 from fedfmsl.algorithms.accounting import epsilon
 from fedfmsl.algorithms.privacy import Privacy
@@ -195,7 +195,7 @@ def _split(seed: int) -> list[Path]:
     folder = FOLDER / f"samples-{seed}"
     if not folder.is_dir():
         train, test = find_files(groceries(), kind_of(groceries()), None)
-        write_fleet(train, test, folder, DEVICES, ALPHA, seed)
+        write_device_folders(train, test, folder, DEVICES, ALPHA, seed)
     return sorted(folder.iterdir())
 
 

@@ -25,7 +25,7 @@ from benchmarks.aggregation import ALPHA, CONFIGURATIONS, DEVICES, groceries, tr
 from benchmarks.federation import federate, open_devices
 from devices.trial.assets import ASSETS
 from devices.trial.dataset import find_files, kind_of
-from devices.trial.split import write_fleet
+from devices.trial.shares import write_device_folders
 from edge_runtime.data.samples import labels_of
 from edge_runtime.inference.classifier import StateClassifier
 from edge_runtime.training.context import TrainingContext
@@ -117,7 +117,7 @@ def _ask(seed: int, threads: int) -> list[Said]:
     command += ["--classes", ",".join(train), "--levels", "3", "--seed", str(seed), "--out", str(bundle)]
     if not bundle.is_dir() and subprocess.run([sys.executable, "-m", *command], check=False).returncode:
         raise RunError(f"the bundle {bundle} could not be built")
-    homes = write_fleet(train, test, FOLDER / f"samples-{seed}", DEVICES, ALPHA, seed)
+    homes = write_device_folders(train, test, FOLDER / f"samples-{seed}", DEVICES, ALPHA, seed)
     devices = open_devices(Bundle.load(bundle), homes, FOLDER / f"devices-{seed}", FOLDER / "cache", threads)
     federate(trial_config(CONFIGURATIONS["reference"], seed), devices)
     return [_said(device, foreign) for device in devices]

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+import psutil
 import typer
 
 from benchmarks.layouts import layout_bundle
@@ -34,7 +35,6 @@ from trainer_server.storage.run_store import RunStore
 LOOK_SECONDS = 0.2
 BROKER_SECONDS = 10
 BROKER_SETTINGS = "allow_anonymous true\nmax_queued_messages 0\nmessage_size_limit 262144\n"
-TICKS = os.sysconf("SC_CLK_TCK")
 
 app = application("How rounds slow down as devices are added, and what is the limit.")
 
@@ -49,17 +49,17 @@ class Watched:
     written_mb: float = 0.0
 
     def look(self) -> None:
-        """What /proc says; a process that has ended keeps what was seen before."""
-        root = Path("/proc", str(self.process.pid))
+        """Reads its figures. An ended process keeps those of the last reading."""
+        status = Path("/proc", str(self.process.pid), "status")  # psutil has no peak memory on Linux
         try:
-            status = dict(line.split(":", 1) for line in (root / "status").read_text().splitlines())
-            times = (root / "stat").read_text().rpartition(")")[2].split()
-            written = dict(line.split(": ") for line in (root / "io").read_text().splitlines())["write_bytes"]
-            self.peak_rss_mb = int(status["VmHWM"].split()[0]) / 1024
-        except (OSError, KeyError):
+            process = psutil.Process(self.process.pid)
+            times, written = process.cpu_times(), process.io_counters().write_bytes
+            peak = dict(line.split(":", 1) for line in status.read_text().splitlines())["VmHWM"]
+        except (OSError, KeyError, psutil.Error):
             return
-        self.cpu_seconds = (int(times[11]) + int(times[12])) / TICKS
-        self.written_mb = int(written) / 1e6
+        self.peak_rss_mb = int(peak.split()[0]) / 1024
+        self.cpu_seconds = times.user + times.system
+        self.written_mb = written / 1e6
 
 
 @dataclass

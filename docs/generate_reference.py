@@ -14,10 +14,12 @@ from typing import Any
 
 import typer
 
+from edge_runtime.daemon.metrics import families
 from edge_runtime.settings import Settings
 from fedfmsl.common.exit_codes import EXIT_CODES
 from fedfmsl.common.options import reference
 from fedfmsl.common.settings import SettingsModel
+from fedfmsl.protocol.messages import Activity, Health
 from trainer_server.settings import ServerSettings
 
 PAGE = Path(__file__).with_name("reference.md")
@@ -58,7 +60,17 @@ A command that fails prints one line per error to stderr: value, place and remed
 def page() -> str:
     codes = [f"| {code} | {cause} |" for code, cause in EXIT_CODES.items()]
     settings = [f"\n## Settings of the {name}\n\n{reference(model)}" for name, model in MODELS.items()]
-    return INTRODUCTION + "\n".join([*codes, *settings, *commands()]) + "\n"
+    return INTRODUCTION + "\n".join([*codes, *settings, *metrics(), *commands()]) + "\n"
+
+
+def metrics() -> Iterator[str]:
+    """A Markdown table of the Prometheus metrics of a device."""
+    known = dict.fromkeys(Health.model_fields, 1)
+    yield from ("", "## Metrics of a device", "", "| metric | type | labels | meaning |", "|---|---|---|---|")
+    for family in families(Health.model_construct(None, **{**known, "activity": next(iter(Activity))})):
+        name = f"{family.name}_total" if family.type == "counter" else family.name
+        labels = ", ".join(f"`{label}`" for label in family.samples[0].labels)
+        yield f"| `{name}` | {family.type} | {labels} | {_sentences(family.documentation)} |"
 
 
 def commands() -> Iterator[str]:

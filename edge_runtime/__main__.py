@@ -88,14 +88,14 @@ def predict(
     """Classify images or texts with a personalized model."""
     from edge_runtime.daemon.lock import locked
     from edge_runtime.inference.classifier import FileClassifier, StateClassifier
-    from edge_runtime.inference.predict import predict_files, printer, quiet_without_a_reader
+    from edge_runtime.inference.predict import end_on_closed_output, predict_files, printer
     from edge_runtime.inference.publish import Publisher
-    from edge_runtime.inference.stream import Inbox, wait_for_a_model, watched
+    from edge_runtime.inference.stream import WatchedFolder, classify_new_files, wait_for_model
 
     if bool(files) == bool(watch) or (new and not watch):
         raise ConfigError("say what to classify: files or folders, or --watch FOLDER (--new: only what will arrive)")
-    inbox = Inbox(watch, only_new=new) if watch else None
-    with contextlib.ExitStack() as until_the_end, quiet_without_a_reader():
+    inbox = WatchedFolder(watch, only_new=new) if watch else None
+    with contextlib.ExitStack() as until_the_end, end_on_closed_output():
         if model is not None:
             classifier: Classifier = FileClassifier(model, unknown)
         else:
@@ -103,12 +103,12 @@ def predict(
             if publish:
                 until_the_end.enter_context(locked(store.root, "where a daemon runs, set its `watch` instead"))
             if inbox is not None:
-                wait_for_a_model(store)
+                wait_for_model(store)
             classifier = StateClassifier(store, settings.bundle, unknown)
         tell: list[Callable[[Prediction | None], None]] = [printer(as_json, top)]
         if publish:
-            tell.append(until_the_end.enter_context(Publisher(classifier, settings)).tell)
-        for prediction in watched(classifier, inbox) if inbox else predict_files(classifier, files or []):
+            tell.append(until_the_end.enter_context(Publisher(classifier, settings)).publish)
+        for prediction in classify_new_files(classifier, inbox) if inbox else predict_files(classifier, files or []):
             for each in tell:
                 each(prediction)
 

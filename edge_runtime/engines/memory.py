@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import re
 import resource
 from pathlib import Path
 
+import psutil
+
 _HIGH_WATER = re.compile(r"^VmHWM:\s*(\d+) kB$", re.MULTILINE)
-_STATM = Path("/proc/self/statm")
 
 
 def peak_rss() -> int:
@@ -22,11 +22,8 @@ def peak_rss() -> int:
 
 
 def rss() -> int:
-    """Resident memory in bytes; 0 if /proc cannot be read."""
-    try:
-        return int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return 0
+    """Resident memory in bytes."""
+    return int(psutil.Process().memory_info().rss)
 
 
 def peak_rss_mb() -> float:

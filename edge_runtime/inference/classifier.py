@@ -1,7 +1,7 @@
-"""What classifies files: a personalized model that was carried here as one ONNX file, or a device's newest one.
+"""Classifiers of files: with a personalized model in one ONNX file, or with the newest model of a device.
 
-The second feeds the small blob that a device keeps after every round to its bundle's template. So the model changes
-under a running stream by a swap of arrays, and the frozen weights stay mapped files, shared with whoever maps them too.
+The second passes the small tensors that a device saves after every round to the template of its bundle. A model change
+only replaces these tensors. The frozen weights stay memory-mapped files, which processes share.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from fedfmsl.errors import BundleError, FedFMSLError
 from fedfmsl.protocol.bundle import Bundle, Preprocessing
 from fedfmsl.protocol.messages import Prediction
 
-THREADS = 0  # as many as there are cores
+THREADS = 0  # all cores
 
 
 class Classifier(Protocol):
-    """`device` is the one whose model it is, `classes` those it knows, `kind` the files it takes."""
+    """`device`: name of the device that trained the model. `kind`: kind of the files that it classifies."""
 
     @property
     def device(self) -> str: ...
@@ -45,16 +45,16 @@ class Classifier(Protocol):
 
 
 @dataclass(frozen=True)
-class Judgement:
-    """How probabilities become a prediction. `threshold`: of confidence, below which the label is UNKNOWN."""
+class Labeler:
+    """Makes predictions from probabilities. If the confidence is below `threshold`, the label is UNKNOWN."""
 
     device: str
     round: int
     classes: Sequence[str]
     threshold: float
 
-    def of(self, path: Path, probabilities: Floats) -> Prediction:
-        """`probabilities` (C,)."""
+    def predict(self, path: Path, probabilities: Floats) -> Prediction:
+        """The prediction for the file `path` from class probabilities (C,)."""
         best = int(probabilities.argmax())
         confidence = min(float(probabilities[best]), 1.0)
         return Prediction(
@@ -69,7 +69,7 @@ class Judgement:
 
 
 class _Metadata(BaseModel):
-    """What of a personalized model's metadata is needed to use it (see `edge_runtime.inference.export_onnx`)."""
+    """The metadata of a personalized model that a classifier needs; see `edge_runtime.inference.export_onnx`."""
 
     device: str
     round: int
@@ -80,31 +80,31 @@ class _Metadata(BaseModel):
 
 
 class FileClassifier:
-    """One ONNX file that says itself what it needs."""
+    """Classifies with one self-contained ONNX file."""
 
     def __init__(self, model: Path, threshold: float | None = None) -> None:
-        """`threshold` in place of the model's own. Raises BundleError if `model` is not a personalized model,
-        ConfigError if what it needs for texts is not installed."""
+        """`threshold` replaces the model's own.
+
+        Raises BundleError if `model` is not a personalized model, ConfigError if the packages for texts are missing.
+        """
         if not model.is_file():
-            raise BundleError(
-                f"model {model} does not exist; a device writes it as personalized.onnx in its state folder"
-            )
+            raise BundleError(f"model {model} does not exist; a device writes personalized.onnx to its state directory")
         self._session = open_model(model, THREADS)
         try:
             metadata = _Metadata.model_validate(self._session.get_modelmeta().custom_metadata_map)
         except ValidationError as error:
-            raise BundleError(f"{model} is an ONNX file, but not a personalized model of this project") from error
+            raise BundleError(f"{model} is not a personalized model of FedFMSL Edge") from error
         self._reader = reader_for(metadata.preprocessing, metadata.tokenizer)
-        least = metadata.threshold if threshold is None else threshold
-        self._judgement = Judgement(metadata.device, metadata.round, metadata.classes, least)
+        lowest = metadata.threshold if threshold is None else threshold
+        self._labeler = Labeler(metadata.device, metadata.round, metadata.classes, lowest)
 
     @property
     def device(self) -> str:
-        return self._judgement.device
+        return self._labeler.device
 
     @property
     def classes(self) -> Sequence[str]:
-        return self._judgement.classes
+        return self._labeler.classes
 
     @property
     def kind(self) -> Kind:
@@ -112,35 +112,33 @@ class FileClassifier:
 
     def classify(self, path: Path) -> Prediction:
         (probabilities,) = run(self._session, ["probabilities"], self._reader.batch([path]))
-        return self._judgement.of(path, probabilities[0])
+        return self._labeler.predict(path, probabilities[0])
 
 
 @dataclass(frozen=True)
-class _Loaded:
-    """A device's model, ready to use."""
-
+class _LoadedModel:
     model: PersonalModel
     bundle: Bundle
     reader: Reader
-    session: InferenceSession  # of the bundle's template at the model's level
+    session: InferenceSession  # of the template at the model's level
 
-    def is_of(self, header: ModelHeader) -> bool:
+    def has_bundle_of(self, header: ModelHeader) -> bool:
         return self.bundle.sha256 == header.bundle
 
 
 class StateClassifier:
-    """The newest model of a device. It looks for a newer one before each file, and has it at once, without a gap."""
+    """Classifies with the newest model of a device. Checks for a newer model before each file."""
 
     def __init__(self, store: DeviceStore, bundle: Path | None = None, threshold: float | None = None) -> None:
-        """`bundle`: by default the model's own, in STATE/bundles. `threshold` in place of the model's own.
+        """`bundle`: default is the downloaded bundle in STATE/bundles. `threshold` replaces the model's own.
 
-        Raises InputError if the device has no model yet, BundleError if the bundle is missing or not the model's,
-        ConfigError if what it needs for texts is not installed.
+        Raises InputError if the device has no model yet, BundleError if the bundle is missing or another one,
+        ConfigError if the packages for texts are missing.
         """
         self._store = store
-        self._path = bundle
+        self._bundle_path = bundle
         self._threshold = threshold
-        self._stamp = self._newest()
+        self._version = self._newest_version()
         self._loaded = self._load(None)
 
     @property
@@ -156,45 +154,45 @@ class StateClassifier:
         return self._loaded.reader.kind
 
     def classify(self, path: Path) -> Prediction:
-        self._keep_up()
+        self._reload_if_newer()
         loaded = self._loaded
         inputs = {**loaded.model.inputs, **loaded.reader.batch([path])}
         (probabilities,) = run(loaded.session, ["probabilities"], inputs)
         header = loaded.model.header
-        least = header.threshold if self._threshold is None else self._threshold
-        return Judgement(header.device, header.round, self.classes, least).of(path, probabilities[0])
+        threshold = header.threshold if self._threshold is None else self._threshold
+        return Labeler(header.device, header.round, self.classes, threshold).predict(path, probabilities[0])
 
-    def _newest(self) -> tuple[int, int] | None:
-        """What tells one model on the disk from the next."""
+    def _newest_version(self) -> tuple[int, int] | None:
+        """Differs between any two models that were on the disk. None if there is no model."""
         try:
-            found = self._store.mixture.stat()
+            status = self._store.mixture.stat()
         except OSError:
             return None
-        return found.st_ino, found.st_mtime_ns
+        return status.st_ino, status.st_mtime_ns
 
-    def _keep_up(self) -> None:
-        """A newer model that cannot be used is mentioned once, and the older one stays."""
-        newest = self._newest()
-        if newest in (self._stamp, None):
+    def _reload_if_newer(self) -> None:
+        """Reports an unusable newer model once, and continues with the current one."""
+        newest = self._newest_version()
+        if newest in (self._version, None):
             return
-        self._stamp = newest
+        self._version = newest
         try:
             self._loaded = self._load(self._loaded)
         except FedFMSLError as error:
-            notice(f"the model of round {self._loaded.model.header.round} stays: {error}")
+            notice(f"still using the model of round {self._loaded.model.header.round}: {error}")
 
-    def _load(self, before: _Loaded | None) -> _Loaded:
-        """What has not changed is taken over from `before`, which serves until the new one is whole."""
+    def _load(self, before: _LoadedModel | None) -> _LoadedModel:
+        """Reuses the unchanged parts of `before`."""
         model = read_personal_model(self._store)
         header = model.header
-        if before is None or not before.is_of(header):
-            bundle = open_model_bundle(self._store, header, self._path)
-            return _Loaded(model, bundle, reader_of(bundle), _template(bundle, header.level))
+        if before is None or not before.has_bundle_of(header):
+            bundle = open_model_bundle(self._store, header, self._bundle_path)
+            return _LoadedModel(model, bundle, reader_of(bundle), _template(bundle, header.level))
         same = before.model.header.level == header.level
         session = before.session if same else _template(before.bundle, header.level)
         return replace(before, model=model, session=session)
 
 
 def _template(bundle: Bundle, level: int) -> InferenceSession:
-    """Its weights stay the mapped file: packed for speed they would be a second copy."""
+    """Does not pack the weights, so that they stay a shared memory-mapped file."""
     return open_session(bundle, f"personal-{level}.onnx", THREADS, prepack=False)

@@ -1,7 +1,7 @@
-"""The personalized model, MoFM(global expert, own local expert, latest gate), as one self-contained ONNX file.
+"""Writes the personalized model, MoFM of global expert, local expert and gate, as one self-contained ONNX file.
 
-The bundle holds it as a template whose experts are inputs. Here they become constants, and the frozen weights, external
-until now, are copied in. The only module of this room that needs the onnx package.
+The bundle has a template with experts as inputs and weights as external data. This module turns the experts
+into constants and copies the weights into the file. No other module of `edge_runtime` needs the onnx package.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from fedfmsl.protocol.bundle import Bundle
 
 
 def write_model(store: DeviceStore, path: Path, bundle_path: Path | None = None) -> None:
-    """The bundle is by default the one that the device has fetched.
+    """Writes the device's newest model to `path`. Default bundle: the one that the device downloaded.
 
-    Raises InputError if this device has no personalized model yet, BundleError if there is no bundle, or another.
+    Raises InputError if the device has no personalized model yet, BundleError if its bundle is missing or another one.
     """
-    own = read_personal_model(store)
-    header, tensors = own.header, own.inputs
+    personal = read_personal_model(store)
+    header, tensors = personal.header, personal.inputs
     bundle = open_model_bundle(store, header, bundle_path)
     model = onnx.load(str(bundle.path(f"personal-{header.level}.onnx")), load_external_data=False)
     frozen = [tensor for tensor in model.graph.initializer if uses_external_data(tensor)]
@@ -36,7 +36,7 @@ def write_model(store: DeviceStore, path: Path, bundle_path: Path | None = None)
     inputs = [value for value in model.graph.input if value.name not in tensors]
     del model.graph.input[:]
     model.graph.input.extend(inputs)
-    for name, tensor in sorted(tensors.items()):  # safetensors gives them in any order
+    for name, tensor in sorted(tensors.items()):  # the order in a safetensors file varies
         model.graph.initializer.append(numpy_helper.from_array(tensor, name))
     metadata = {
         **{key: str(value) for key, value in header.model_dump().items()},
@@ -50,8 +50,10 @@ def write_model(store: DeviceStore, path: Path, bundle_path: Path | None = None)
 
 
 def _serialized(model: onnx.ModelProto, frozen: Sequence[onnx.TensorProto], bundle: Bundle) -> Iterator[bytes]:
-    """The model with its frozen weights, of which only one is in memory at a time: where one serialized message follows
-    another, protobuf reads both as one, their lists joined."""
+    """Parts of the serialized model, with one frozen weight in memory at a time.
+
+    Protobuf reads concatenated messages as one message with concatenated lists.
+    """
     yield model.SerializeToString(deterministic=True)
     for reference in frozen:
         model = onnx.ModelProto()

@@ -1,7 +1,7 @@
-"""A device as Home Assistant discovers it over MQTT: one retained message that names its sensors and where they read.
+"""The MQTT discovery message of Home Assistant: a retained message with a device's sensors and their topics.
 
-It is the device form of discovery (Home Assistant 2024.11 or newer), under PREFIX/device/RUN/DEVICE/config. An empty
-retained message there removes the device again.
+It uses device discovery (Home Assistant 2024.11 or newer), under PREFIX/device/RUN/DEVICE/config. An empty retained
+message on that topic removes the device from Home Assistant.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from fedfmsl.protocol.messages import Activity
 from fedfmsl.protocol.topics import Topics
 
 PRODUCT = "FedFMSL Edge"
-_ID = re.compile(r"[a-zA-Z0-9_-]+")  # what Home Assistant takes as part of a discovery topic
+_ID = re.compile(r"[a-zA-Z0-9_-]+")  # valid in a level of a discovery topic
 
 
 @dataclass(frozen=True)
-class Described:
-    """What is said of a device. `model` is its board, and may be empty."""
+class DeviceDescription:
+    """`model`: name of the board, or ""."""
 
     run: str
     name: str
@@ -32,18 +32,18 @@ class Described:
     version: str = ""
 
 
-def discovery(prefix: str, device: Described, available: str, health: bool) -> tuple[str, bytes]:
-    """The topic and the payload, to be retained. `available`: the topic of a DeviceStatus, whose `online` says whether
-    the device is there; `health`: whether there are messages on its health, too.
+def discovery_message(prefix: str, device: DeviceDescription, status_topic: str, health: bool) -> tuple[str, bytes]:
+    """Topic and payload of the message, to be published as retained.
 
-    Raises ConfigError if Home Assistant takes no topic with such a run or device in it.
+    `status_topic`: topic of the device's DeviceStatus. `health`: also describe the sensors of the health messages.
+    Raises ConfigError if the run name or the device name is not valid in a discovery topic.
     """
     topics = Topics(device.run)
     for kind, name in (("run", device.run), ("device", device.name)):
         if not _ID.fullmatch(name):
             raise ConfigError(
-                f"{kind} name {name!r} is not one for Home Assistant, which takes letters, digits, '_' and '-'; give "
-                'another, or --home-assistant ""'
+                f"{kind} name {name!r} is not valid in Home Assistant, which allows letters, digits, '_' and '-'; "
+                'choose another name, or pass --home-assistant ""'
             )
     components = _predictions(topics.prediction(device.name), device.classes)
     if health:
@@ -58,7 +58,7 @@ def discovery(prefix: str, device: Described, available: str, health: bool) -> t
         },
         "origin": {"name": PRODUCT, **({"sw_version": device.version} if device.version else {})},
         "availability": [
-            {"topic": available, "value_template": "{{ 'online' if value_json.online else 'offline' }}"},
+            {"topic": status_topic, "value_template": "{{ 'online' if value_json.online else 'offline' }}"},
         ],
         "qos": 1,
         "components": {
@@ -99,7 +99,7 @@ def _health(topic: str) -> dict[str, dict[str, Any]]:
             "state_class": "measurement",
             "entity_category": "diagnostic",
             "state_topic": topic,
-            "value_template": "{{ value_json.temperature }}",  # "None", where it has none, is what is read as unknown
+            "value_template": "{{ value_json.temperature }}",  # Home Assistant reads "None" as unknown
         },
         "activity": {
             "name": "Activity",

@@ -1,4 +1,4 @@
-"""Classify images or texts, files or whole folders of them."""
+"""Classifies image or text files and folders of them, and prints the predictions."""
 
 from __future__ import annotations
 
@@ -17,64 +17,64 @@ from fedfmsl.protocol.messages import Prediction
 
 
 def predict_files(classifier: Classifier, files: Sequence[Path]) -> Iterator[Prediction]:
-    """One for each image or text of `files` and of the folders in it.
+    """Yields one prediction for each readable file of `files` and of the folders in it.
 
-    Raises InputError if there is no file of the kind that the model takes, and in the end if some could not be read:
-    of several each is mentioned.
+    Prints a notice for each unreadable file. Raises InputError if there is no file of the model's kind, and after the
+    last prediction if files were unreadable.
     """
     kind = classifier.kind
     paths = [path for file in files for path in _files(file, kind)]
     if not paths:
         raise InputError(f"no {kind.noun}s in {', '.join(map(str, files))}")
-    unread: list[InputError] = []
+    errors: list[InputError] = []
     for path in paths:
         try:
             yield classifier.classify(path)
         except InputError as error:
-            unread.append(error)
+            errors.append(error)
             if len(paths) > 1:
                 notice(str(error))
-    if len(paths) > 1 and unread:
-        raise InputError(f"{len(unread)} of {len(paths)} {kind.noun}s could not be classified")
-    if unread:
-        raise unread[0]
+    if len(paths) > 1 and errors:
+        raise InputError(f"{len(errors)} of {len(paths)} {kind.noun}s could not be classified")
+    if errors:
+        raise errors[0]
 
 
 def printer(as_json: bool, top: int) -> Callable[[Prediction | None], None]:
-    """What prints one line for each prediction: all of it as JSON, or the `top` most probable classes.
+    """A function that prints a prediction as one line: as JSON, or with the `top` most probable classes.
 
-    None stands for a pause. Raises BrokenPipeError if nobody reads any more.
+    With None it prints nothing, but raises BrokenPipeError if the standard output is closed, as printing does.
     """
 
-    def tell(prediction: Prediction | None) -> None:
+    def print_prediction(prediction: Prediction | None) -> None:
         if prediction is not None:
-            print(prediction.model_dump_json() if as_json else _in_words(prediction, top), flush=True)
-        elif _reader_has_gone():
+            print(prediction.model_dump_json() if as_json else _text_line(prediction, top), flush=True)
+        elif _is_output_closed():
             raise BrokenPipeError
 
-    return tell
+    return print_prediction
 
 
 @contextmanager
-def quiet_without_a_reader() -> Iterator[None]:
-    """That nobody reads the output any more, as when the daemon was killed, is an end like any other."""
+def end_on_closed_output() -> Iterator[None]:
+    """Ends without an error if the standard output is closed, for example because the daemon was killed."""
     try:
         yield
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python flushes when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes the output at exit
 
 
-def _reader_has_gone() -> bool:
+def _is_output_closed() -> bool:
     poll = select.poll()
     poll.register(sys.stdout, 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
-def _in_words(prediction: Prediction, top: int) -> str:
+def _text_line(prediction: Prediction, top: int) -> str:
     best = sorted(prediction.probabilities.items(), key=lambda item: -item[1])[:top]
     shares = ", ".join(f"{name} {value:.1%}" for name, value in best)
-    known = prediction.label in prediction.probabilities
-    return f"{prediction.file}: {shares if known else f'{prediction.label} ({shares})'}"
+    is_known = prediction.label in prediction.probabilities
+    return f"{prediction.file}: {shares if is_known else f'{prediction.label} ({shares})'}"
 
 
 def _files(path: Path, kind: Kind) -> list[Path]:

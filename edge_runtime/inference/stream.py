@@ -1,4 +1,4 @@
-"""A folder as a stream: every file that lies in it or arrives is classified once, until somebody interrupts."""
+"""Classifies the files of a watched folder, each once, until the process is interrupted."""
 
 from __future__ import annotations
 
@@ -11,104 +11,97 @@ from pathlib import Path
 from edge_runtime.inference.classifier import Classifier
 from edge_runtime.store import DeviceStore
 from edge_runtime.training.model import read_personal_model
+from fedfmsl.common.class_folders import FileVersion, files_below
 from fedfmsl.common.cli import notice
 from fedfmsl.errors import InputError
 from fedfmsl.protocol.messages import Prediction
 
-LOOK_SECONDS = 1.0
-SETTLED_SECONDS = 1.0  # what nobody has written to for so long is whole, most likely
-PATIENCE_SECONDS = 10.0  # and what still cannot be read after so long never will be
-
-Stamp = tuple[int, int]  # a file's bytes, and when it was written to, in nanoseconds
+SCAN_SECONDS = 1.0  # between two scans
+COMPLETE_SECONDS = 1.0  # a file that is unchanged for this time is probably complete
+UNREADABLE_SECONDS = 10.0  # a file that is unchanged for this time and cannot be read is skipped
 
 
 @dataclass(frozen=True)
-class Arrival:
-    """`rested`: seconds for which nobody has written to it, as far as can be told."""
+class NewFile:
+    """`unchanged`: seconds since the last known change."""
 
     path: Path
-    stamp: Stamp
-    rested: float
+    version: FileVersion
+    unchanged: float
 
 
-class Inbox:
-    """What of a folder, at any depth, is to be classified now. What is done is remembered as long as it stays."""
+class WatchedFolder:
+    """Finds the new files of a folder, at any depth. Remembers processed files as long as they exist unchanged."""
 
     def __init__(self, folder: Path, only_new: bool = False) -> None:
-        """With `only_new` what lies in it now is done already. Raises InputError if there is no such folder."""
+        """With `only_new`, existing files count as processed. Raises InputError if the folder does not exist."""
         if not folder.is_dir():
-            raise InputError(f"watched folder {folder} does not exist; make it, or give another")
+            raise InputError(f"watched folder {folder} does not exist; create it or pass another folder")
         self._folder = folder
-        self._done: dict[Path, Stamp] = dict(_files(folder)) if only_new else {}
-        self._since: dict[Path, tuple[Stamp, float]] = {}  # when its stamp was seen first
+        self._processed: dict[Path, FileVersion] = _list_files(folder) if only_new else {}
+        self._first_seen: dict[Path, tuple[FileVersion, float]] = {}  # when each version was first seen
 
-    def look(self, suffixes: Collection[str]) -> list[Arrival]:
-        """The oldest first. What may still be growing is left for the next look."""
+    def scan(self, suffixes: Collection[str]) -> list[NewFile]:
+        """Complete new files with one of `suffixes`, oldest first. Later scans return files that may still grow."""
         now = time.monotonic()
         try:
-            found = {path: stamp for path, stamp in _files(self._folder) if path.suffix.lower() in suffixes}
-        except OSError:  # a disk that was taken out comes back as it was
+            files = _list_files(self._folder)
+        except OSError:  # an unmounted disk may come back with the same files
             return []
-        unchanged = {path: since for path, since in self._since.items() if found.get(path) == since[0]}
-        self._since = {path: unchanged.get(path, (stamp, now)) for path, stamp in found.items()}
-        self._done = {path: stamp for path, stamp in self._done.items() if found.get(path) == stamp}
-        arrivals = []
-        for path, stamp in sorted(found.items(), key=lambda item: (item[1][1], item[0])):
-            rested = max(now - self._since[path][1], time.time() - stamp[1] / 1e9)
-            settled = path in unchanged or rested > SETTLED_SECONDS
-            if settled and path not in self._done:
-                arrivals.append(Arrival(path, stamp, rested))
-        return arrivals
+        found = {path: version for path, version in files.items() if path.suffix.lower() in suffixes}
+        unchanged = {path: seen for path, seen in self._first_seen.items() if found.get(path) == seen[0]}
+        self._first_seen = {path: unchanged.get(path, (version, now)) for path, version in found.items()}
+        self._processed = {path: version for path, version in self._processed.items() if found.get(path) == version}
+        new = []
+        for path, version in sorted(found.items(), key=lambda item: (item[1].mtime_ns, item[0])):
+            seconds = max(now - self._first_seen[path][1], time.time() - version.mtime_ns / 1e9)
+            is_complete = path in unchanged or seconds > COMPLETE_SECONDS
+            if is_complete and path not in self._processed:
+                new.append(NewFile(path, version, seconds))
+        return new
 
-    def done(self, arrival: Arrival) -> None:
-        self._done[arrival.path] = arrival.stamp
+    def mark_processed(self, file: NewFile) -> None:
+        self._processed[file.path] = file.version
 
 
-def watched(classifier: Classifier, inbox: Inbox, seconds: float = LOOK_SECONDS) -> Iterator[Prediction | None]:
-    """A prediction for each file; None after each look, before it waits for the next. A file that cannot be read is
-    named once, and does not end the stream."""
+def classify_new_files(
+    classifier: Classifier, folder: WatchedFolder, seconds: float = SCAN_SECONDS
+) -> Iterator[Prediction | None]:
+    """Yields a prediction for each new file, and None after each scan. Scans every `seconds`.
+
+    An unreadable file is reported once and skipped.
+    """
     while True:
-        for arrival in inbox.look(classifier.kind.suffixes):
+        for file in folder.scan(classifier.kind.suffixes):
             try:
-                yield classifier.classify(arrival.path)
+                yield classifier.classify(file.path)
             except InputError as error:
-                if not arrival.path.exists():
+                if not file.path.exists():
                     continue
-                if arrival.rested < PATIENCE_SECONDS:  # somebody may still be at it
+                if file.unchanged < UNREADABLE_SECONDS:  # another process may still write the file
                     continue
                 notice(f"skipped: {error}")
-            inbox.done(arrival)
+            folder.mark_processed(file)
         yield None
         time.sleep(seconds)
 
 
-def wait_for_a_model(store: DeviceStore, seconds: float = LOOK_SECONDS) -> None:
-    """Until the device has one; says so if it has none yet."""
-    told = False
+def wait_for_model(store: DeviceStore, seconds: float = SCAN_SECONDS) -> None:
+    """Returns as soon as the device has a personalized model. Prints one notice if it has to wait."""
+    has_reported = False
     while True:
         try:
             read_personal_model(store)
         except InputError as error:
-            if not told:
+            if not has_reported:
                 notice(f"waiting: {error}")
-            told = True
+            has_reported = True
             time.sleep(seconds)
         else:
             return
 
 
-def _files(folder: Path) -> Iterator[tuple[Path, Stamp]]:
-    """Hidden files and folders, which is where others keep what is not whole yet, are left out. Raises OSError if the
-    folder itself cannot be read."""
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            try:
-                if entry.is_dir(follow_symlinks=False):
-                    yield from _files(Path(entry.path))
-                elif entry.is_file():
-                    found = entry.stat()
-                    yield Path(entry.path), (found.st_size, found.st_mtime_ns)
-            except OSError:  # it has gone meanwhile
-                continue
+def _list_files(folder: Path) -> dict[Path, FileVersion]:
+    """Raises OSError if the folder itself cannot be read."""
+    os.scandir(folder).close()
+    return {folder / name: version for name, version in files_below(folder, "", [])}

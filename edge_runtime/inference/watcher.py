@@ -1,7 +1,7 @@
-"""The watched folder's classifier, as the daemon runs it: in a process of its own, which may end at any time.
+"""Runs `python -m edge_runtime predict --watch` for the daemon, in a process of its own.
 
-So nothing that a file makes of it ends the daemon, and it classifies while the daemon trains, with what the processor
-has left.
+A file that crashes the classifier therefore does not end the daemon. The process has low priority, and classifies while
+the daemon trains.
 """
 
 from __future__ import annotations
@@ -22,28 +22,30 @@ from fedfmsl.protocol.messages import Prediction, parse
 
 NICENESS = 10
 RESTART = Backoff(first=1.0, longest=300.0)
-END_SECONDS = 10.0  # that it gets to end in good order
+TERMINATE_SECONDS = 10.0  # from SIGTERM to SIGKILL
 
 
 class Watcher:
-    """`seen` is called in a thread of the watcher's own. The process is started on entering, and again with growing
-    pauses whenever it ends; leaving ends it."""
+    """A context manager: starts the process, restarts it with backoff when it ends, and terminates it on exit.
+
+    `on_prediction` runs in the watcher's thread.
+    """
 
     def __init__(
         self,
         folder: Path,
         state: Path,
         bundle: Path,
-        seen: Callable[[Prediction], None],
+        on_prediction: Callable[[Prediction], None],
         restart: Backoff = RESTART,
     ) -> None:
         self._folder = folder
         self._restart = restart
         self._command = [sys.executable, "-m", "edge_runtime", "predict", "--json"]
         self._command += ["--watch", str(folder), "--state", str(state), "--bundle", str(bundle)]
-        self._seen = seen
-        self._leaving = threading.Event()
-        self._guard = threading.Lock()  # no process is started once it leaves
+        self._on_prediction = on_prediction
+        self._stopping = threading.Event()
+        self._start_lock = threading.Lock()  # after `_stopping` is set no process starts
         self._process: subprocess.Popen[bytes] | None = None
         self._thread = threading.Thread(target=self._run, name="watcher", daemon=True)
 
@@ -52,36 +54,41 @@ class Watcher:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        with self._guard:
-            self._leaving.set()
+        with self._start_lock:
+            self._stopping.set()
             if self._process is not None:
                 self._process.terminate()
-        self._thread.join(END_SECONDS)
+        self._thread.join(TERMINATE_SECONDS)
         if self._process is not None and self._thread.is_alive():
             self._process.kill()
             self._thread.join()
 
+    @property
+    def pid(self) -> int | None:
+        """Process ID of the newest process, even if it has ended. None before the first start."""
+        return self._process.pid if self._process else None
+
     def _run(self) -> None:
         restarts = 0
         while True:
-            with self._guard:
-                if self._leaving.is_set():
+            with self._start_lock:
+                if self._stopping.is_set():
                     return
                 self._process = subprocess.Popen(self._command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
-                with contextlib.suppress(ProcessLookupError):  # it has ended already
-                    os.setpriority(os.PRIO_PROCESS, self._process.pid, NICENESS)  # its threads will inherit it
-            if self._follow(self._process):
+                with contextlib.suppress(ProcessLookupError):  # the process has already ended
+                    os.setpriority(os.PRIO_PROCESS, self._process.pid, NICENESS)  # its threads inherit it
+            if self._read_predictions(self._process):
                 restarts = 0
             code = self._process.wait()
-            if self._leaving.is_set():
+            if self._stopping.is_set():
                 return
             pause = self._restart.delay(restarts)
             restarts += 1
-            log.warning(f"what watches {self._folder} has ended ({code}); it is started again in {pause:.0f} s")
-            self._leaving.wait(pause)
+            log.warning(f"the classifier of {self._folder} ended with exit code {code}; restarting in {pause:.0f} s")
+            self._stopping.wait(pause)
 
-    def _follow(self, process: subprocess.Popen[bytes]) -> int:
-        """Hands on what the process says until its end; returns how many predictions that were."""
+    def _read_predictions(self, process: subprocess.Popen[bytes]) -> int:
+        """Passes on predictions until the process closes its output. Returns their number."""
         assert process.stdout is not None
         count = 0
         with process.stdout as lines:
@@ -89,8 +96,8 @@ class Watcher:
                 try:
                     prediction = parse(Prediction, line)
                 except MessageError as error:
-                    log.warning(f"dropped a line about {self._folder}: {error}")
+                    log.warning(f"ignored an invalid line from the classifier of {self._folder}: {error}")
                 else:
-                    self._seen(prediction)
+                    self._on_prediction(prediction)
                     count += 1
         return count

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import psutil
 from pydantic import BaseModel, ValidationError
 
 from edge_runtime.data.cache import DiskCache
@@ -230,7 +230,7 @@ def _measured(
 
 
 def _budget(memory: int | None) -> int:
-    return memory or int(MEMORY_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return memory or int(MEMORY_SHARE * psutil.virtual_memory().total)
 
 
 def _least(measure: Measure) -> list[Measured]:

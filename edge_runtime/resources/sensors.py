@@ -6,22 +6,19 @@ everything takes a few milliseconds.
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import time
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from edge_runtime.resources.governor import Readings
+from edge_runtime.resources.processors import OtherLoad
 
 BELIEVABLE = (-40.0, 150.0)  # °C
 PLACEBO = "PMIC-Die"  # a thermal zone of Jetsons that says 100 °C, always
 MOBILE = ("wwan", "ppp", "rmnet")  # what interfaces of modems are called
 NMCLI_SECONDS, NMCLI_VALID_SECONDS = 2.0, 60.0
-FAMILY_SECONDS = 30.0  # how long it is not asked again which processes are ours: that takes a look at all there are
-LEAST_TICKS = 50  # between two looks at the processors' time, for their difference to mean anything
 NOW = 0xF  # of a Raspberry Pi's get_throttled: the bits that are not history
 
 
@@ -49,14 +46,14 @@ class Sensors:
         """Of the thermal zones only those named in `zones` count, or all. `root` is where /proc and /sys lie."""
         self._zones = zones
         self._root = root
-        self._processors = _Processors(root)
+        self._load = OtherLoad()
         self._networks = _Networks(root)
 
     def read(self) -> Readings:
         return Readings(
             temperature=self._temperature(),
             on_battery=_on_battery(self._root),
-            others=self._processors.others(),
+            others=self._load.share(),
             metered=self._networks.metered(),
             throttled=_throttled(self._root),
         )
@@ -85,55 +82,6 @@ def _throttled(root: Path) -> bool | None:
         if allowed is not None and possible is not None:
             said.append(allowed < possible)
     return any(said) if said else None
-
-
-class _Processors:
-    """How busy others keep the processors, between one look and the next."""
-
-    def __init__(self, root: Path) -> None:
-        self._proc = root / "proc"
-        self._ours: list[int] = []  # this process and its descendants
-        self._until = 0.0  # that list is looked up anew
-        self._before: tuple[int, int] | None = None  # ticks in all, and of others
-        self._share: float | None = None
-
-    def others(self) -> float | None:
-        now = self._ticks()
-        if now is None or self._before is None:
-            self._before = now
-            return None
-        total, others = now[0] - self._before[0], now[1] - self._before[1]
-        if total >= LEAST_TICKS:
-            self._before = now
-            self._share = min(max(others / total, 0.0), 1.0)
-        return self._share
-
-    def _ticks(self) -> tuple[int, int] | None:
-        try:
-            with (self._proc / "stat").open() as file:
-                user, nice, system, idle, waiting, *rest = map(int, file.readline().split()[1:9])
-            if time.monotonic() > self._until:
-                self._ours = self._family()
-                self._until = time.monotonic() + FAMILY_SECONDS
-        except (OSError, ValueError):
-            return None
-        busy = user + nice + system + sum(rest)
-        return busy + idle + waiting, busy - sum(self._stat(process)[1] for process in self._ours)
-
-    def _family(self) -> list[int]:
-        children = defaultdict(list)
-        for path in self._proc.iterdir():
-            if path.name.isdigit():
-                children[self._stat(int(path.name))[0]].append(int(path.name))
-        found = [os.getpid()]
-        for process in found:  # and those that are found on the way
-            found += children[process]
-        return found
-
-    def _stat(self, process: int) -> tuple[int, int]:
-        """Its parent, and its ticks with those of its ended children; nothing of a process that has ended itself."""
-        fields = (_text(self._proc / str(process) / "stat") or "").rpartition(")")[2].split()
-        return (int(fields[1]), sum(map(int, fields[11:15]))) if fields else (0, 0)
 
 
 class _Networks:

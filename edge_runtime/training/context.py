@@ -80,7 +80,7 @@ class TrainingContext:
         return next(k for k in range(self.bundle.manifest.levels + 1) if self.bundle.expert.size(k) == theta.size)
 
     def hidden_states(self, samples: Samples, expert: Vector, level: int) -> HiddenStates:
-        """Hidden states below the suffix of `level`, with the LoRA of `expert` in its active blocks below the suffix."""
+        """Hidden states below the suffix of `level`. The LoRA of `expert` is applied in its active blocks below it."""
         return self.cache.lifted(samples, self.level_of(expert), level, expert)
 
     def log_p(self, samples: Samples, expert: Vector, bias: Floats) -> Floats:

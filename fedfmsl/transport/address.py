@@ -1,4 +1,4 @@
-"""Addresses of brokers, and which of them may be spoken to in the clear."""
+"""Broker addresses, and which of them allow unencrypted traffic."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ class Address:
 
 
 def parse_address(broker: str) -> Address:
-    """An address like mqtts://host, with its parts' defaults filled in. User and password, where the address has none,
-    are those of the environment (FEDFMSL_USER, FEDFMSL_PASSWORD), which does not show them to everybody as a command
-    line does. Raises ConfigError if it is not such an address."""
-    shown = f"broker address {without_password(broker)!r}"
+    """Parses an address like mqtts://host and fills in defaults. An address without user and password takes them from
+    FEDFMSL_USER and FEDFMSL_PASSWORD: other users can read a command line, but not the environment. Raises ConfigError.
+    """
+    text = f"broker address {without_password(broker)!r}"
     try:
         parts = urlsplit(broker)
         host, port = parts.hostname, parts.port
     except ValueError as error:
-        raise ConfigError(f"{shown}: {error}") from error
+        raise ConfigError(f"{text}: {error}") from error
     if parts.scheme not in PORTS or not host or port == 0:
-        raise ConfigError(f"{shown} is not of the form mqtt://host:port; mqtts, ws and wss are the other schemes")
+        raise ConfigError(f"{text} is not of the form mqtt://host:port; the other schemes are mqtts, ws and wss")
     return Address(
         parts.scheme,
         host,
@@ -54,13 +54,13 @@ def parse_address(broker: str) -> Address:
 
 
 def netloc(host: str) -> str:
-    """A host's name or address as it stands in a URL: IPv6 in brackets."""
+    """A host name or address in a URL: IPv6 in brackets."""
     return f"[{host}]" if ":" in host else host
 
 
 def listening_on(address: str, what: str, insecure: bool) -> tuple[str, int]:
-    """Host and port of HOST:PORT, for `what` is told there in the clear. Raises ConfigError if it is no such address,
-    or one that others reach, unless that is `insecure`."""
+    """Host and port of HOST:PORT, where `what` is served without TLS. Raises ConfigError for another form, and for an
+    address that other machines reach unless `insecure`."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 2**16:
         raise ConfigError(f"{address!r} is not HOST:PORT")
@@ -70,9 +70,9 @@ def listening_on(address: str, what: str, insecure: bool) -> tuple[str, int]:
 
 
 def require_loopback(what: str, host: str, instead: str) -> None:
-    """Raises ConfigError if what would travel in the clear would leave this machine; `instead` says what to do."""
+    """Raises ConfigError if unencrypted traffic would leave this machine. `instead` names the remedy."""
     if not is_loopback(host):
-        raise ConfigError(f"{what} would travel unencrypted; {instead}, or say --insecure")
+        raise ConfigError(f"{what} would travel unencrypted; {instead}, or allow it with --insecure")
 
 
 def is_loopback(host: str) -> bool:
@@ -85,6 +85,6 @@ def is_loopback(host: str) -> bool:
 
 
 def without_password(broker: str) -> str:
-    """An address as it may be shown."""
+    """An address without user and password, for messages."""
     scheme, separator, rest = broker.partition("://")
     return f"{scheme}{separator}{rest.rpartition('@')[2]}"

@@ -1,7 +1,7 @@
-"""paho's client, three things of it mended that matter where a broker or those on it may not be friends.
+"""paho's client with bounded memory, the reason of a TLS failure, and reconnection spread over time.
 
-paho reads a packet of any length into memory before it asks what it is (MQTT allows 256 MB); it loses the reason for
-which TLS ended a connection; and after an outage all clients come back in step.
+paho reads a packet of any length into memory (MQTT allows 256 MB), loses the reason for which TLS ended a connection,
+and reconnects all clients at the same moment after an outage.
 """
 
 from __future__ import annotations
@@ -16,17 +16,19 @@ from paho.mqtt.enums import CallbackAPIVersion
 
 from fedfmsl.common.backoff import Backoff
 
-MAX_PAYLOAD = 256 * 1024  # of a message that is taken; the longest of ours is a chunk of 96 KB and its head
-_HEAD = 2 + 65535 + 2  # at most: the topic's length, the topic, the packet's number
+MAX_PAYLOAD = 256 * 1024  # bytes of a message; the longest of this project is a chunk of 96 KB and its header
+_HEAD = 2 + 65535 + 2  # largest head of a packet: length of the topic, topic, packet number
 _MAX_PACKET = _HEAD + MAX_PAYLOAD
 _BLOCK = 1 << 16
 RECONNECT = Backoff(first=4.0, longest=60.0)
 
 
-class CappedClient(paho.Client):
-    """Holds no more of a packet than MAX_PAYLOAD, its head, and two blocks of the socket. What is longer is read to its
-    end and handed on cut off, with `announced` saying how long it was: paho then acknowledges it like any other, so the
-    broker does not send it again and again."""
+class BoundedClient(paho.Client):
+    """Keeps at most MAX_PAYLOAD, the head and two socket blocks of a packet in memory.
+
+    A longer packet is read to its end and delivered truncated; `packet_size` is its full size. paho acknowledges it, so
+    the broker does not send it again.
+    """
 
     def __init__(self, client_id: str, websocket: bool) -> None:
         super().__init__(
@@ -35,20 +37,20 @@ class CappedClient(paho.Client):
             protocol=paho.MQTTv311,
             transport="websockets" if websocket else "tcp",
         )
-        self.leaving = threading.Event()  # no more attempts to connect
-        self.last_error: OSError | None = None  # what the socket ended with
+        self.closing = threading.Event()  # stops the attempts to connect
+        self.last_error: OSError | None = None  # of the socket
         self._attempts = 0  # to connect, since the last connection
 
     @property
-    def announced(self) -> int:
-        """Bytes of the packet that is being handled, as its sender gave them, less the fixed head."""
+    def packet_size(self) -> int:
+        """Bytes of the current packet without its fixed header, as its sender announced them."""
         return int(self._in_packet["remaining_length"])
 
     def _sock_recv(self, bufsize: int) -> bytes:
-        # paho appends to `held` what this returns. Its head (topic and number) and enough to see that the payload is
-        # too long stay; what is behind them is dropped before more comes. Nothing is to be dropped of a short packet.
-        held = self._in_packet["packet"]
-        del held[_MAX_PACKET + 1 :]
+        # paho appends the result to `received`. The head and one byte too many stay; the rest is dropped before more
+        # is read. Nothing of a short packet is dropped.
+        received = self._in_packet["packet"]
+        del received[_MAX_PACKET + 1 :]
         try:
             return super()._sock_recv(min(bufsize, _BLOCK))
         except BlockingIOError:
@@ -65,7 +67,7 @@ class CappedClient(paho.Client):
         except OSError as error:
             self.last_error = error
             with contextlib.suppress(BlockingIOError, ConnectionError):
-                self._sock_recv(1)  # a peer that will not have us says why, and is gone: its alert waits to be read
+                self._sock_recv(1)  # a peer that refuses the connection has sent an alert with its reason
             raise
 
     def _create_socket(self) -> paho.SocketLike:
@@ -78,19 +80,18 @@ class CappedClient(paho.Client):
         return _StreamedFrames(sock, self._host, self._port, self._ssl, self._websocket_path, None)
 
     def _reconnect_wait(self) -> None:
-        # A broker's restart cuts all clients off at once. paho's fixed delays would bring them back at once.
+        # A restart of the broker disconnects all clients at once. paho's fixed delays would reconnect all at once.
         self._attempts = 0 if self._reconnect_delay is None else self._attempts + 1  # None once connected
         self._reconnect_delay = round(RECONNECT.delay(self._attempts))
-        self.leaving.wait(random.uniform(1, self._reconnect_delay))
+        self.closing.wait(random.uniform(1, self._reconnect_delay))
 
 
 class _StreamedFrames(_WebsocketWrapper):
-    """paho's WebSocket, but a frame's payload is handed on as it comes; paho's keeps a frame (a whole MQTT packet, to
-    mosquitto) until its end, and copies all of it at every read."""
+    """paho's WebSocket that delivers a frame's payload as it arrives. paho's own keeps a whole frame (with mosquitto a
+    whole MQTT packet) in memory and copies all of it at every read."""
 
-    _left = 0  # bytes of the frame's payload that are still to come
-    _opcode = 0
-    _start = b""  # what has come of a frame's head, or of a control frame
+    _left = 0  # missing bytes of the frame's payload
+    _start = b""  # received bytes of a frame's header, or of a control frame
 
     def _recv_impl(self, length: int) -> bytes:
         try:
@@ -104,11 +105,11 @@ class _StreamedFrames(_WebsocketWrapper):
         return data
 
     def _begin_frame(self) -> None:
-        """Reads a frame's head; answers and steps over control frames. Raises BlockingIOError where bytes lack."""
+        """Reads a frame's header. Answers and skips control frames. Raises BlockingIOError if bytes are missing."""
         self._collect(2)
         opcode, size = self._start[0] & 0x0F, self._start[1]
         if size > 127:
-            raise ConnectionAbortedError("a masked frame, which a server may not send (RFC 6455, 5.1)")
+            raise ConnectionAbortedError("the broker sent a masked frame, which RFC 6455 (5.1) forbids")
         extended = {126: 2, 127: 8}.get(size, 0)
         self._collect(2 + extended)
         if extended:
@@ -117,7 +118,7 @@ class _StreamedFrames(_WebsocketWrapper):
             self._left, self._start = size, b""
             return
         if size > 125:
-            raise ConnectionAbortedError("a control frame that is too long")
+            raise ConnectionAbortedError("the broker sent a control frame that is too long")
         self._collect(2 + size)
         payload, self._start = self._start[2:], b""
         if opcode == self.OPCODE_PING:

@@ -1,7 +1,7 @@
-"""The MQTT link: one paho client behind a queue of what happened. Used by the server, the devices and the trial's view.
+"""The MQTT link of the server, the devices and the trial's view: one paho client behind a queue of events.
 
-paho's thread only puts events into the queue; whoever owns the link takes them out, so nothing here needs a lock. The
-queue is short: when it is full, paho's thread waits, the broker's messages with it, and the memory stays what it is.
+paho's thread only puts events into the queue; the owner of the link takes them out, so no lock is needed. The queue is
+short. When it is full, paho's thread waits and reads no more messages, so memory stays bounded.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ from paho.mqtt.reasoncodes import ReasonCode
 
 from fedfmsl.errors import BrokerError
 from fedfmsl.transport.address import parse_address, require_loopback
-from fedfmsl.transport.bounded_client import MAX_PAYLOAD, CappedClient
-from fedfmsl.transport.identity import client_context, explain, read_identity
+from fedfmsl.transport.bounded_client import MAX_PAYLOAD, BoundedClient
+from fedfmsl.transport.identity import client_context, read_identity
+from fedfmsl.transport.tls_errors import explain
 
 CONNECT_SECONDS = 10
-KEEPALIVE_SECONDS = 15  # a connection that is dead without a word is noticed after twice that, at the latest
+KEEPALIVE_SECONDS = 15  # a half-open connection is detected after at most twice this time
 QOS = 1
 MAX_EVENTS = 32
-LOOK_SECONDS = 0.2  # how soon a thread that waits for room in the queue sees that nobody will make any
+FULL_QUEUE_SECONDS = 0.2  # time after which a thread that waits at a full queue checks whether the link closes
 
-# What brokers say in MQTT 3.1.1 when they do not like a name or password, as paho words it.
-_REFUSED = ("Not authorized", "Bad user name or password")
+# paho's texts for MQTT 3.1.1's return codes about user and password.
+_BAD_LOGIN = ("Not authorized", "Bad user name or password")
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Received:
 
 @dataclass(frozen=True)
 class Oversize:
-    """A message longer than MAX_PAYLOAD came, and was thrown away unread."""
+    """A message longer than MAX_PAYLOAD arrived and was dropped."""
 
     topic: str
     size: int  # bytes
@@ -47,7 +48,7 @@ class Oversize:
 
 @dataclass(frozen=True)
 class Connected:
-    """The broker has accepted us, for the first time or again; subscriptions are already renewed."""
+    """The broker has accepted a first or later connection. Subscriptions are renewed."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,19 @@ class Disconnected:
     reason: str
 
 
-LinkEvent = Received | Oversize | Connected | Disconnected
+@dataclass(frozen=True)
+class Posted:
+    """An event of the link's owner, from another of its threads."""
+
+    value: object
+
+
+LinkEvent = Received | Oversize | Connected | Disconnected | Posted
 
 
 @dataclass(frozen=True)
 class Will:
-    """What the broker publishes, retained, when this client vanishes."""
+    """Last will: what the broker publishes, retained, when the connection is lost."""
 
     topic: str
     payload: bytes
@@ -76,21 +84,21 @@ class Link:
         insecure: bool = False,
         keepalive: int = KEEPALIVE_SECONDS,
     ) -> None:
-        """`broker` is mqtt[s]:// or ws[s]://[user:password@]host[:port][/path] (see `fedfmsl.transport.address`); `identity` is for
-        mqtts and wss (see `fedfmsl.transport.identity`). Nothing depends on what a broker keeps for a client that is away.
+        """`broker`: an address (see `fedfmsl.transport.address`). `identity`: an identity file, for mqtts and wss.
 
-        Raises ConfigError for another kind of address or file, and for an unencrypted way to another machine unless it
-        is `insecure`."""
+        The link does not rely on sessions that the broker keeps. Raises ConfigError for an invalid address or identity,
+        and for an unencrypted connection to another machine unless `insecure`.
+        """
         self.events: queue.Queue[LinkEvent] = queue.Queue(MAX_EVENTS)
         self._address = address = parse_address(broker)
         if not address.encrypted and not insecure:
-            require_loopback(f"what goes to {address.host}", address.host, f"use {address.scheme}s:// with --identity")
+            require_loopback(f"traffic to {address.host}", address.host, f"use {address.scheme}s:// with --identity")
         self._subscriptions: set[str] = set()
         self._answered = threading.Event()
         self._refusal: str | None = None
         self._closing = False
         self._keepalive = keepalive
-        self._client = CappedClient(client_id, address.websocket)
+        self._client = BoundedClient(client_id, address.websocket)
         self._client.max_queued_messages_set(0)
         self._client.ws_set_options(address.path)
         if address.encrypted:
@@ -104,24 +112,24 @@ class Link:
         self._client.on_message = self._on_message
 
     def connect(self) -> None:
-        """Connects and keeps connected until `close`. Raises BrokerError if the first attempt fails."""
+        """Connects, and reconnects until `close`. Raises BrokerError if the first attempt fails."""
         where = f"MQTT broker at {self._address.host}:{self._address.port}"
         try:
             self._client.connect(self._address.host, self._address.port, self._keepalive)
         except ssl.SSLError as error:
-            raise BrokerError(f"no trust in the {where}: {explain(error)}") from error
+            raise BrokerError(f"cannot trust the {where}: {explain(error)}") from error
         except (OSError, ValueError) as error:
-            tls = " that speaks TLS there," if self._address.encrypted else ""
-            raise BrokerError(f"no {where} ({error}); start one{tls} or give another --broker") from error
+            tls = " with TLS" if self._address.encrypted else ""
+            raise BrokerError(f"no {where} ({error}); start one{tls}, or give another --broker") from error
         self._client.loop_start()
         if not self._answered.wait(CONNECT_SECONDS):
             self._refusal = f"no answer within {CONNECT_SECONDS} s; check --broker and its port"
         if self._refusal is not None:
             self.close()
-            raise BrokerError(f"the {where} refused us: {self._refusal}")
+            raise BrokerError(f"the {where} refused the connection: {self._refusal}")
 
     def subscribe(self, topic: str) -> None:
-        """Also after every reconnection."""
+        """Subscribes now and after every reconnection."""
         self._subscriptions.add(topic)
         self._client.subscribe(topic, QOS)
 
@@ -139,15 +147,20 @@ class Link:
         except queue.Empty:
             return None
 
+    def post(self, value: object) -> None:
+        """Has `next_event` return Posted(value) after all earlier events. May be called in any thread. Waits while the
+        queue is full, and does nothing once the link is closed."""
+        self._put(Posted(value))
+
     def close(self, last: paho.MQTTMessageInfo | None = None) -> None:
-        """Leaves in good order; waits a while for `last`, and with it all that was published before it. What still
-        comes in is thrown away, so that a full queue holds nobody up."""
+        """Disconnects. First waits up to CONNECT_SECONDS for `last` and all earlier messages. Drops incoming messages,
+        so that a full queue does not block."""
         self._closing = True
         if last is not None:
-            # a client that is not connected cannot wait: the broker's last will speaks for it
+            # a client that is not connected cannot wait; the broker publishes its last will
             with contextlib.suppress(RuntimeError, ValueError):
                 last.wait_for_publish(CONNECT_SECONDS)
-        self._client.leaving.set()
+        self._client.closing.set()
         self._client.disconnect()
         self._client.loop_stop()
 
@@ -155,7 +168,7 @@ class Link:
         self, client: paho.Client, data: object, flags: paho.ConnectFlags, reason: ReasonCode, _: object
     ) -> None:
         if reason.is_failure:
-            hint = "user, password and identity" if str(reason) in _REFUSED else "--broker"
+            hint = "user, password and identity" if str(reason) in _BAD_LOGIN else "--broker"
             self._lost(f"{reason}; check {hint}")
             return
         for topic in self._subscriptions.copy():
@@ -171,7 +184,9 @@ class Link:
         if tls:
             self._lost(explain(error))
         elif self._answered.is_set():
-            self._lost(f"{error or 'it ended the connection'}; is it up, does another process use this identity?")
+            self._lost(
+                f"{error or 'it closed the connection'}; check that it runs, and that no other process uses this identity"
+            )
         else:
             self._lost(f"{error or reason}; check --broker, user and password")
 
@@ -184,18 +199,18 @@ class Link:
     def _on_message(self, client: paho.Client, data: object, message: paho.MQTTMessage) -> None:
         try:
             topic = message.topic
-        except UnicodeDecodeError:  # not a topic, so not one of ours
+        except UnicodeDecodeError:  # not a valid topic
             return
         head = 2 + len(topic.encode()) + (2 if message.qos else 0)
-        size = self._client.announced - head
+        size = self._client.packet_size - head
         if size > MAX_PAYLOAD:
             self._put(Oversize(topic, size))
         else:
             self._put(Received(topic, bytes(message.payload)))
 
     def _put(self, event: LinkEvent) -> None:
-        """Waits for room as long as somebody may make some."""
+        """Waits while the queue is full, until the link closes."""
         while not self._closing:
             with contextlib.suppress(queue.Full):
-                self.events.put(event, timeout=LOOK_SECONDS)
+                self.events.put(event, timeout=FULL_QUEUE_SECONDS)
                 return

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from support.brokers import KINDS, RestartableBroker, versions
 from support.fault_table import FaultTable, is_whole, write
 from support.processes import Processes
-from support.run_oracle import Reference, reference
+from support.run_oracle import Reference, Undisturbed, reference
 from support.simulation import Simulation
 from support.tools import find_tool, require_tool
 
@@ -18,7 +18,6 @@ from fedfmsl.protocol.bundle import Bundle
 
 RELIABILITY = Path(__file__).parents[2] / "docs" / "reliability.md"
 TABLE = pytest.StashKey[FaultTable]()
-Undisturbed = Callable[[int], Reference]
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

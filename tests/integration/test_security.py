@@ -1,13 +1,15 @@
-"""A fleet as devices.provision makes it, on a real mosquitto: its members get in, nobody else, and nobody further."""
+"""A provisioned fleet on a real mosquitto: only members can connect, and only to their own topics."""
 
 from __future__ import annotations
 
 import shutil
 import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import paho.mqtt.client as paho
 import pytest
 from support.processes import Broker, Ended, Federation, Processes, free_port, run_module, wait_until
 from support.provisioned_fleet import (
@@ -26,19 +28,20 @@ from support.provisioned_fleet import (
 from devices.provisioning.authority import SERVER, make_authority
 from devices.provisioning.broker_kit import HOME_ASSISTANT
 from devices.provisioning.settings_file import read_table
-from edge_runtime.inference.home_assistant import Described, discovery
+from edge_runtime.inference.home_assistant import DeviceDescription, discovery_message
 from fedfmsl.errors import BrokerError
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.address import parse_address
-from fedfmsl.transport.link import Connected, Disconnected, Link, LinkEvent, Received, Will
+from fedfmsl.transport.identity import read_identity
+from fedfmsl.transport.link import Connected, Disconnected, Link, LinkEvent, Received
 
 pytestmark = pytest.mark.needs("mosquitto")
 
 BROKER = 6
 DEVICES = ("device-0", "device-1", "mallory")
 TOPICS = Topics("orchard")
-LAST = b"the last message"  # that is sent: what has not come before it does not come
+LAST = b"the last message"  # a message that has not arrived before it was not delivered
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +52,7 @@ def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
 
 @pytest.fixture(scope="module")
 def fleet(processes: Processes, tmp_path_factory: pytest.TempPathFactory) -> Fleet:
-    """With the identities of three devices, and that of one which has been revoked."""
+    """A fleet of three devices and a revoked one."""
     pki = tmp_path_factory.mktemp("fleet") / "pki"
     provision(pki, *HOSTS, *DEVICES, "lost", HOME_ASSISTANT)
     shutil.copy(pki / "devices" / "lost.toml", pki / "lost.toml")
@@ -59,13 +62,13 @@ def fleet(processes: Processes, tmp_path_factory: pytest.TempPathFactory) -> Fle
 
 @pytest.fixture
 def connect(fleet: Fleet) -> Iterator[Callable[..., Link]]:
-    """Links of the fleet's members by name, closed afterwards."""
+    """Connects members by name, and closes their links afterwards."""
     links: list[Link] = []
 
-    def connected(name: str, client_id: str = "", will: Will | None = None, url: str = "") -> Link:
+    def connected(name: str, client_id: str = "", url: str = "") -> Link:
         identity = fleet.server if name == "server" else fleet.device(name)
         identity = home_assistant(fleet.pki) if name == HOME_ASSISTANT else identity
-        link = Link(url or fleet.url, client_id or name, will, identity=identity)
+        link = Link(url or fleet.url, client_id or name, identity=identity)
         links.append(link)
         link.connect()
         assert isinstance(link.next_event(10), Connected)
@@ -77,7 +80,7 @@ def connect(fleet: Fleet) -> Iterator[Callable[..., Link]]:
 
 
 def until_last(link: Link) -> list[LinkEvent]:
-    """What comes before the last message."""
+    """Events before the last message."""
     events: list[LinkEvent] = []
     while True:
         event = link.next_event(10)
@@ -92,8 +95,8 @@ def publish(link: Link, topic: str, payload: bytes = b"x", retain: bool = False)
 
 
 def attempt(connect: Callable[..., Link], name: str, topic: str, allowed: str) -> None:
-    """Publishes on a connection of its own. The broker has had it once it acknowledges what came after it, which is
-    allowed, or ends the connection, which mosquitto 2.0 does."""
+    """Publishes on a new connection. The broker has processed the message once it acknowledges an allowed one after it
+    or ends the connection, as mosquitto 2.0 does."""
     link = connect(name)
     link.publish(topic, b"x", retain=True, qos=0)
     after = link.publish(allowed, b"x")
@@ -104,12 +107,14 @@ def attempt(connect: Callable[..., Link], name: str, topic: str, allowed: str) -
 
 
 def introduction(device: str) -> str:
-    """The topic on which a daemon introduces a device to Home Assistant."""
-    return discovery("homeassistant", Described("orchard", device, ["apple"]), TOPICS.status(device), health=True)[0]
+    """The topic on which a daemon announces its device to Home Assistant."""
+    return discovery_message(
+        "homeassistant", DeviceDescription("orchard", device, ["apple"]), TOPICS.status(device), health=True
+    )[0]
 
 
 def join(url: str, photos: Path, state: Path, *arguments: str, environment: dict[str, str] | None = None) -> Ended:
-    """A device's own command, to its end."""
+    """Runs the device's command to its end."""
     command = ("run", "--run", "orchard", "--images", str(photos), "--broker", url, "--state", str(state))
     return run_module("edge_runtime", *command, *arguments, environment=environment)
 
@@ -131,7 +136,7 @@ def coordinate(url: str, bundle: Path, out: Path, *arguments: str) -> Ended:
     return run_module("trainer_server", *command, *arguments)
 
 
-STRANGERS: dict[str, tuple[Callable[[Fleet, Path], Path], str]] = {
+UNAUTHORIZED: dict[str, tuple[Callable[[Fleet, Path], Path], str]] = {
     "nobody": (
         lambda fleet, folder: write_identity(folder / "x.pem", None, authority_of(fleet.pki)),
         "it asks for a certificate; give one with --identity",
@@ -142,46 +147,44 @@ STRANGERS: dict[str, tuple[Callable[[Fleet, Path], Path], str]] = {
 }
 
 
-@pytest.mark.parametrize("stranger", STRANGERS)
-def test_a_device_that_is_none_of_the_fleets_is_refused_in_one_line(
-    fleet: Fleet, photos: dict[str, Path], tmp_path: Path, stranger: str
+@pytest.mark.parametrize("client", UNAUTHORIZED)
+def test_an_unauthorized_device_is_refused_in_one_line(
+    fleet: Fleet, photos: dict[str, Path], tmp_path: Path, client: str
 ) -> None:
-    make, says = STRANGERS[stranger]
+    make, says = UNAUTHORIZED[client]
     ended = join(fleet.url, photos["device-0"], tmp_path / "state", "--identity", str(make(fleet, tmp_path)))
-    ended.assert_error(BROKER, f"MQTT broker at localhost:{fleet.port} refused us", says)
+    ended.assert_error(BROKER, f"MQTT broker at localhost:{fleet.port} refused the connection", says)
 
 
-@pytest.mark.parametrize("stranger", ["nobody", "revoked"])
-def test_a_server_that_is_none_of_the_fleets_is_refused_in_one_line(
-    fleet: Fleet, bundle: Path, tmp_path: Path, stranger: str
-) -> None:
-    make, says = STRANGERS[stranger]
+@pytest.mark.parametrize("client", ["nobody", "revoked"])
+def test_an_unauthorized_server_is_refused_in_one_line(fleet: Fleet, bundle: Path, tmp_path: Path, client: str) -> None:
+    make, says = UNAUTHORIZED[client]
     ended = coordinate(fleet.url, bundle, tmp_path / "out", "--identity", str(make(fleet, tmp_path)))
-    ended.assert_error(BROKER, f"MQTT broker at localhost:{fleet.port} refused us", says)
+    ended.assert_error(BROKER, f"MQTT broker at localhost:{fleet.port} refused the connection", says)
 
 
 def test_a_broker_of_another_ca_is_not_trusted(fleet: Fleet, photos: dict[str, Path], tmp_path: Path) -> None:
-    other = write_identity(tmp_path / "ca.pem", None, make_authority("somebody else"))
+    other = write_identity(tmp_path / "ca.pem", None, make_authority("another fleet"))
     ended = join(fleet.url, photos["device-0"], tmp_path / "state", "--identity", str(other))
-    ended.assert_error(BROKER, "no trust in the MQTT broker", "not of the identity file's CA", "--identity")
+    ended.assert_error(BROKER, "cannot trust the MQTT broker", "not of the identity file's CA", "--identity")
 
 
-def test_a_broker_without_an_identity_given_is_not_trusted(
+def test_without_an_identity_file_the_broker_is_not_trusted(
     fleet: Fleet, photos: dict[str, Path], tmp_path: Path
 ) -> None:
     ended = join(fleet.url, photos["device-0"], tmp_path / "state")
-    ended.assert_error(BROKER, "no trust in the MQTT broker", "--identity")
+    ended.assert_error(BROKER, "cannot trust the MQTT broker", "--identity")
 
 
-def test_a_broker_by_another_name_than_its_certificates_is_not_trusted(
+def test_a_broker_with_another_name_than_in_its_certificate_is_not_trusted(
     fleet: Fleet, photos: dict[str, Path], tmp_path: Path
 ) -> None:
     url = f"mqtts://127.0.0.2:{fleet.port}"
     ended = join(url, photos["device-0"], tmp_path / "state", "--identity", str(fleet.device("device-0")))
-    ended.assert_error(BROKER, "no trust in the MQTT broker", "of another address", "--host")
+    ended.assert_error(BROKER, "cannot trust the MQTT broker", "of another address", "--host")
 
 
-def test_a_broker_whose_certificate_has_expired_is_not_trusted(fleet: Fleet, tmp_path: Path) -> None:
+def test_a_broker_with_an_expired_certificate_is_not_trusted(fleet: Fleet, tmp_path: Path) -> None:
     pki = shutil.copytree(fleet.pki, tmp_path / "pki")
     issued = authority_of(pki).issue("localhost", [SERVER], ["localhost"], days=30, now=LONG_AGO)
     (pki / "broker" / "broker.crt").write_text(issued.certificate_pem)
@@ -194,13 +197,13 @@ def test_a_broker_whose_certificate_has_expired_is_not_trusted(fleet: Fleet, tmp
             Link(expired.url, "device-0", identity=fleet.device("device-0")).connect()
 
 
-def test_a_port_that_speaks_no_tls_is_named(broker: Broker, fleet: Fleet) -> None:
-    with pytest.raises(BrokerError, match="start one that speaks TLS there"):
+def test_a_port_without_tls_is_named(broker: Broker, fleet: Fleet) -> None:
+    with pytest.raises(BrokerError, match="start one with TLS"):
         Link(broker.url.replace("mqtt:", "mqtts:"), "x", identity=fleet.device("device-0")).connect()
 
 
-@pytest.mark.parametrize("restart", [False, True], ids=["told", "restarted"])
-def test_a_revoked_identity_is_refused_once_the_broker_has_been(tmp_path: Path, restart: bool) -> None:
+@pytest.mark.parametrize("restart", [False, True], ids=["reloaded", "restarted"])
+def test_a_revoked_identity_is_refused_once_the_broker_was(tmp_path: Path, restart: bool) -> None:
     pki = tmp_path / "pki"
     provision(pki, *HOSTS, "stolen")
     stolen = Path(shutil.copy(pki / "devices" / "stolen.toml", tmp_path / "stolen.toml"))
@@ -210,12 +213,12 @@ def test_a_revoked_identity_is_refused_once_the_broker_has_been(tmp_path: Path, 
         link.connect()
         link.close()
         provision(pki, "--revoke", "stolen")
-        provision(pki, "stolen")  # the name may be used again
+        provision(pki, "stolen")  # the name can be used again
         if restart:
             before.started["mosquitto"].end()
             fleet = start_fleet(pki, after)
         else:
-            before.started["mosquitto"]._popen.send_signal(signal.SIGHUP)
+            before.started["mosquitto"].send_signal(signal.SIGHUP)
             wait_until(lambda: "Reloading config" in before.started["mosquitto"].stderr, "the reload")
         with pytest.raises(BrokerError, match="our certificate is revoked"):
             Link(fleet.url, "stolen", identity=stolen).connect()
@@ -224,7 +227,7 @@ def test_a_revoked_identity_is_refused_once_the_broker_has_been(tmp_path: Path, 
         link.close()
 
 
-def test_a_device_says_nothing_in_anothers_name(connect: Callable[..., Link]) -> None:
+def test_a_device_cannot_publish_for_another_one(connect: Callable[..., Link]) -> None:
     server = connect("server")
     server.subscribe("#")
     for topic in (
@@ -250,7 +253,7 @@ def test_a_device_says_nothing_in_anothers_name(connect: Callable[..., Link]) ->
     assert {event.topic for event in until_last(server) if isinstance(event, Received)} == set(mine)
 
 
-def test_a_device_introduces_itself_to_home_assistant_and_nobody_else(connect: Callable[..., Link]) -> None:
+def test_a_device_announces_only_itself_to_home_assistant(connect: Callable[..., Link]) -> None:
     home, device = connect(HOME_ASSISTANT), connect("device-0")
     home.subscribe("#")
     for topic in (
@@ -261,13 +264,13 @@ def test_a_device_introduces_itself_to_home_assistant_and_nobody_else(connect: C
     ):
         attempt(connect, "mallory", topic, TOPICS.progress("mallory"))
     mine = [introduction("device-0"), TOPICS.prediction("device-0"), TOPICS.health("device-0")]
-    for topic in (*mine, TOPICS.update_chunk("device-0", 1, 0)):  # the last is not for its ears
+    for topic in (*mine, TOPICS.update_chunk("device-0", 1, 0)):  # Home Assistant may not read the last one
         publish(device, topic)
     publish(device, TOPICS.status("device-0"), LAST)
     assert [event.topic for event in until_last(home) if isinstance(event, Received)] == mine
 
 
-def test_home_assistant_hears_and_says_no_more_than_it_needs(connect: Callable[..., Link]) -> None:
+def test_home_assistant_reads_and_writes_only_its_topics(connect: Callable[..., Link]) -> None:
     server, device = connect("server"), connect("device-0")
     for link in (server, device):
         link.subscribe("#")
@@ -283,11 +286,11 @@ def test_home_assistant_hears_and_says_no_more_than_it_needs(connect: Callable[.
     assert [event for event in until_last(server) if isinstance(event, Received)] == []
 
 
-def test_a_device_hears_nothing_that_is_anothers(connect: Callable[..., Link]) -> None:
+def test_a_device_receives_no_message_of_another_one(connect: Callable[..., Link]) -> None:
     server, device, mallory = connect("server"), connect("device-0"), connect("mallory")
     for pattern in ("#", "fedfmsl/+/devices/+/ack", TOPICS.ack("device-0"), TOPICS.update_chunk("device-0", "+", "+")):
         mallory.subscribe(pattern)
-    publish(mallory, TOPICS.progress("mallory"))  # once that is acknowledged, so are the subscriptions before it
+    publish(mallory, TOPICS.progress("mallory"))  # its acknowledgement follows those of the subscriptions
     publish(device, TOPICS.update_chunk("device-0", 1, 0))
     publish(device, TOPICS.status("device-0"))
     publish(server, TOPICS.ack("device-0"))
@@ -299,7 +302,7 @@ def test_a_device_hears_nothing_that_is_anothers(connect: Callable[..., Link]) -
 
 
 @pytest.mark.parametrize("client_id", ["device-0", "fedfmsl-orchard-device-0"])
-def test_a_device_does_not_end_anothers_connection_by_its_client_id(
+def test_a_client_id_of_another_device_does_not_end_its_connection(
     connect: Callable[..., Link], client_id: str
 ) -> None:
     device, server = connect("device-0", "fedfmsl-orchard-device-0"), connect("server")
@@ -308,27 +311,36 @@ def test_a_device_does_not_end_anothers_connection_by_its_client_id(
     publish(server, TOPICS.ack("device-0"), LAST)
     assert until_last(device) == []
     publish(server, TOPICS.ack("mallory"), LAST)
-    assert mallory.next_event(0.2) is None  # nor has it taken over the other's subscriptions
+    assert mallory.next_event(0.2) is None  # the subscriptions were not taken over either
 
 
-def test_a_last_will_in_anothers_name_is_not_heard(connect: Callable[..., Link]) -> None:
-    server, mallory = connect("server"), connect("mallory", will=Will(TOPICS.status("device-0"), b"gone"))
+def test_a_last_will_for_another_device_is_not_delivered(fleet: Fleet, connect: Callable[..., Link]) -> None:
+    server = connect("server")
     server.subscribe(TOPICS.status("+"))
-    mallory._client.socket().shutdown(socket.SHUT_RDWR)  # what the broker takes for a death
-    while not isinstance(mallory.next_event(10), Connected):
-        pass
-    publish(mallory, TOPICS.status("mallory"), LAST)
+    client = paho.Client(paho.CallbackAPIVersion.VERSION2, "mallory")
+    client.tls_set_context(read_identity(fleet.device("mallory")).client_context())
+    client.will_set(TOPICS.status("device-0"), b"gone", qos=1, retain=True)
+    connected = threading.Event()
+    client.on_connect = lambda *_: connected.set()
+    client.connect("localhost", fleet.port)
+    client.loop_start()
+    assert connected.wait(10)
+    client.loop_stop()
+    connection = client.socket()
+    assert connection is not None
+    connection.shutdown(socket.SHUT_RDWR)  # without DISCONNECT, so the broker publishes the last will
+    publish(connect("mallory"), TOPICS.status("mallory"), LAST)
     assert until_last(server) == []
 
 
-def test_a_device_takes_its_identitys_name_and_no_other(fleet: Fleet, photos: dict[str, Path], tmp_path: Path) -> None:
+def test_a_device_name_must_be_the_one_in_its_identity(fleet: Fleet, photos: dict[str, Path], tmp_path: Path) -> None:
     ended = join(
         fleet.url,
         photos["device-0"],
         tmp_path / "state",
         *("--identity", str(fleet.device("device-0")), "--device", "device-1"),
     )
-    ended.assert_error(2, "--device 'device-1'", "'device-0'", "leave --device away")
+    ended.assert_error(2, "--device 'device-1'", "'device-0'", "omit --device")
 
 
 def test_messages_travel_over_a_websocket(fleet: Fleet, connect: Callable[..., Link]) -> None:
@@ -344,9 +356,7 @@ def test_messages_travel_over_a_websocket(fleet: Fleet, connect: Callable[..., L
     assert until_last(device) == [Received(TOPICS.round, chunk)]
 
 
-def test_a_user_gets_in_with_its_password_only(
-    photos: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_user_needs_its_password(photos: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pki = tmp_path / "pki"
     printed = provision(pki, *HOSTS, "--user", "device-0", "device-1").stdout
     provision(pki, "--user", "late")
@@ -364,7 +374,7 @@ def test_a_user_gets_in_with_its_password_only(
             links[name] = Link(fleet.url, name, identity=authority)
             links[name].connect()
         links["server"].subscribe("#")
-        links["late"].publish(TOPICS.status("device-0"), b"x", qos=0)  # one of QoS 1 would end the connection
+        links["late"].publish(TOPICS.status("device-0"), b"x", qos=0)  # with QoS 1 the broker would end the connection
         publish(links["late"], TOPICS.status("late"), LAST)
         assert until_last(links["server"]) == [Connected()]
         for link in links.values():
@@ -377,10 +387,10 @@ def test_a_user_gets_in_with_its_password_only(
                 *("--identity", str(authority)),
                 environment={"FEDFMSL_USER": user, "FEDFMSL_PASSWORD": password},
             )
-            ended.assert_error(BROKER, "refused us: Not authorized; check user, password and identity")
+            ended.assert_error(BROKER, "refused the connection: Not authorized; check user, password and identity")
 
 
-def test_a_kit_may_lie_in_a_folder_with_a_space_and_a_sharp(tmp_path: Path) -> None:
+def test_a_kits_path_may_contain_a_space_and_a_number_sign(tmp_path: Path) -> None:
     pki = tmp_path / "our #1 pki"
     provision(pki, *HOSTS, "device-0")
     with Processes(tmp_path / "logs") as processes:

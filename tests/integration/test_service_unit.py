@@ -1,4 +1,4 @@
-"""The service's unit, as systemd's own programs judge it, and what of its restrictions can be had without systemd."""
+"""The daemon's systemd unit, checked by systemd's tools, and one of its restrictions without systemd."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from devices.provisioning.service_unit import NAME, Service, service_unit
 
 LIMITS = Limits(3, 300, 1_900_000_000, 2_500_000_000, 2_900_000_000, 75.0, ("cpu-thermal",))
 VERSION = host.systemd_version()
-DENY_WRITE_EXECUTE = 65  # PR_SET_MDWE of prctl(2), since Linux 6.3: what MemoryDenyWriteExecute= stands for
+DENY_WRITE_EXECUTE = 65  # PR_SET_MDWE of prctl(2), since Linux 6.3, which MemoryDenyWriteExecute= sets
 LAUNCH = f"""
 import ctypes, os, sys
 if ctypes.CDLL(None).prctl({DENY_WRITE_EXECUTE}, 1, 0, 0, 0):
@@ -42,31 +42,31 @@ def write_unit(folder: Path, systemd: int = VERSION, **changes: object) -> Path:
 
 
 def systemd_analyze(*arguments: str) -> str:
-    """What it says, on both streams."""
+    """Its output on both streams."""
     command = ["systemd-analyze", *arguments]
     return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False).stdout
 
 
 @with_systemd
 @pytest.mark.parametrize("changes", [{}, {"limits": None, "writes": []}], ids=["board", "card"])
-def test_systemd_finds_nothing_wrong_with_the_unit(tmp_path: Path, changes: dict[str, object]) -> None:
+def test_systemd_accepts_the_unit(tmp_path: Path, changes: dict[str, object]) -> None:
     assert systemd_analyze("verify", str(write_unit(tmp_path, **changes))) == ""
 
 
 @with_systemd
-def test_systemd_reads_paths_as_they_are_meant(tmp_path: Path) -> None:
-    said = systemd_analyze("verify", "--man=no", str(write_unit(tmp_path, python=Path("/a b/100%/$x/python"))))
-    assert "Command /a b/100%/$x/python is not executable: No such file or directory" in said
+def test_paths_in_the_unit_are_escaped(tmp_path: Path) -> None:
+    output = systemd_analyze("verify", "--man=no", str(write_unit(tmp_path, python=Path("/a b/100%/$x/python"))))
+    assert "Command /a b/100%/$x/python is not executable: No such file or directory" in output
 
 
 @with_systemd
-def test_the_service_is_exposed_to_little(tmp_path: Path) -> None:
-    said = systemd_analyze("security", "--offline=true", str(write_unit(tmp_path)))
-    score = re.search(rf"exposure level for {NAME}.service: ([\d.]+)", said)
-    assert score and float(score[1]) <= 2.0, said
+def test_the_exposure_level_is_low(tmp_path: Path) -> None:
+    output = systemd_analyze("security", "--offline=true", str(write_unit(tmp_path)))
+    score = re.search(rf"exposure level for {NAME}.service: ([\d.]+)", output)
+    assert score and float(score[1]) <= 2.0, output
 
 
-def test_pauses_grow_where_systemd_knows_how_and_are_long_where_it_does_not(tmp_path: Path) -> None:
+def test_restart_delays_grow_if_systemd_supports_it(tmp_path: Path) -> None:
     old, new = (write_unit(tmp_path, systemd=version).read_text() for version in (252, 254))
     assert "RestartSec=1min\n" in old and "RestartSteps" not in old
     assert "RestartSteps=6\nRestartMaxDelaySec=10min\n" in new
@@ -75,7 +75,7 @@ def test_pauses_grow_where_systemd_knows_how_and_are_long_where_it_does_not(tmp_
 
 
 def run_without_new_code(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Python in a process that gets no memory to write and execute, nor do its children."""
+    """Runs Python in a process that cannot get writable and executable memory."""
     command = [sys.executable, "-c", LAUNCH, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if "not on this kernel" in done.stderr:
@@ -83,9 +83,7 @@ def run_without_new_code(*arguments: str) -> subprocess.CompletedProcess[str]:
     return done
 
 
-def test_the_daemon_trains_without_memory_that_is_writable_and_executable(
-    bundle: Path, photos: dict[str, Path]
-) -> None:
+def test_the_daemon_trains_without_writable_and_executable_memory(bundle: Path, photos: dict[str, Path]) -> None:
     photo = next(photos["device-0"].rglob("*.jpg"))
     measuring = ("-m", "edge_runtime", "probe", "--bundle", str(bundle), "--sample", str(photo))
     done = run_without_new_code(*measuring)

@@ -332,7 +332,7 @@ CASES = [
         "a trial with classes but no photos",
         lambda w: ["devices.trial", "--classes-from-folders"],
         CONFIG,
-        ("go with --images",),
+        ("require --images",),
     ),
     Wrong(
         "a trial on an empty folder",

@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from support.tools import not_tested, require_faketime
+from support.tools import not_tested, require_faketime, require_tool
 
 BLOCK = 64 * 1024
 
@@ -46,6 +46,37 @@ def small_disk(root: Path, megabytes: int) -> Iterator[SmallDisk]:
         yield SmallDisk(root)
     finally:
         subprocess.run(["umount", "--lazy", str(root)], check=True)
+
+
+class PrivateDisk:
+    """A file system of `size` bytes at `folder` in a mount namespace of its own, for a process that is started with its
+    `command`. Needs no root. Others see it below that process's root, after `seen_by`."""
+
+    def __init__(self, folder: Path, size: int, mode: str = "rw") -> None:
+        self.folder = folder
+        folder.mkdir(parents=True)
+        mount = f"mount -t tmpfs -o {mode},size={size} tmpfs {folder}"
+        namespaces = (require_tool("unshare"), "--user", "--map-root-user", "--mount", "sh", "-c")
+        if subprocess.run([*namespaces, mount], capture_output=True, check=False).returncode:
+            not_tested("no small file system can be mounted here")
+        self.command = (*namespaces, f'{mount} && exec "$0" "$@"')
+        self.seen_from_here = folder
+
+    def seen_by(self, process: int) -> None:
+        self.seen_from_here = Path(f"/proc/{process}/root{self.folder}")
+
+    def fill(self) -> None:
+        """Writes until not a page is free."""
+        for size in (1 << 16, 1 << 12):
+            try:
+                with (self.seen_from_here / "ballast").open("ab", buffering=0) as file:
+                    while file.write(bytes(size)) == size:
+                        pass
+            except OSError:
+                continue
+
+    def empty(self) -> None:
+        (self.seen_from_here / "ballast").unlink()
 
 
 class Clock:

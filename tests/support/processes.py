@@ -117,11 +117,14 @@ class Process:
         lines = Path(f"/proc/{self._popen.pid}/maps").read_text().splitlines()
         return {line.split()[-1] for line in lines if ".so" in line}
 
+    def send_signal(self, number: int) -> None:
+        self._popen.send_signal(number)
+
     def pause(self) -> None:
-        self._popen.send_signal(signal.SIGSTOP)
+        self.send_signal(signal.SIGSTOP)
 
     def resume(self) -> None:
-        self._popen.send_signal(signal.SIGCONT)
+        self.send_signal(signal.SIGCONT)
 
     def kill(self) -> None:
         """SIGKILL, which it cannot notice."""

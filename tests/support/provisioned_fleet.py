@@ -39,7 +39,7 @@ def expired_identity(pki: Path, path: Path) -> Path:
 
 def foreign_identity(pki: Path, path: Path) -> Path:
     """Of somebody else's CA, which trusts ours."""
-    return write_identity(path, make_authority("somebody else").issue("device-0", [CLIENT]), authority_of(pki))
+    return write_identity(path, make_authority("another fleet").issue("device-0", [CLIENT]), authority_of(pki))
 
 
 @dataclass

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -24,6 +24,7 @@ from trainer_server.service.lifecycle import make_plan, open_bundle, replay_roun
 from trainer_server.storage.run_store import LoggedEvent, RunStore
 
 Outcome = tuple[str, int, int, str, str, str]
+Undisturbed = Callable[[int], "Reference"]  # number of devices → their run without a fault
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The global expert as a PEFT adapter: what it gives in torch, over the base that `trainer_server.storage.peft_adapter` names."""
+"""The global expert as a PEFT adapter gives the same logits in torch."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def inputs_of(built: Built) -> dict[str, torch.Tensor]:
     return torch_inputs(random_samples(built, 3, seed=4), built.bundle.manifest.preprocessing)
 
 
-def test_logits_over_the_named_base_are_those_of_the_graphs(built: Built, adapter: Path) -> None:
+def test_logits_of_adapter_and_graphs_are_equal(built: Built, adapter: Path) -> None:
     manifest = built.bundle.manifest
     assert built.source.origin is not None
     base = BASES[manifest.family].from_pretrained(
@@ -63,7 +63,7 @@ def test_logits_over_the_named_base_are_those_of_the_graphs(built: Built, adapte
 
 
 @pytest.mark.parametrize("built", ["clip"], indirect=True)
-def test_clips_adapter_goes_over_transformers_own_class_too(built: Built, adapter: Path) -> None:
+def test_clips_adapter_fits_the_class_of_transformers_too(built: Built, adapter: Path) -> None:
     assert built.source.origin is not None
     base = CLIPVisionModelWithProjection.from_pretrained(built.source.origin.source)
     base.classifier = torch.nn.Linear(base.config.projection_dim, len(CLASSES))

@@ -1,4 +1,4 @@
-"""What is found of a board, in trees of files as real ones have them."""
+"""Detection of boards from files like those of real boards."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from devices.provisioning.boards import Board, detect_board
 
-UNREADABLE = None  # a sensor that answers every read with an error, as a Jetson's cv0 does
+UNREADABLE = None  # a sensor whose reads fail, like a Jetson's cv0
 
 
 def lay_out(root: Path, files: Mapping[str, str | None]) -> Path:
@@ -20,7 +20,7 @@ def lay_out(root: Path, files: Mapping[str, str | None]) -> Path:
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         if text is UNREADABLE:
-            path.symlink_to("/proc/self/mem")  # its first page: an input/output error
+            path.symlink_to("/proc/self/mem")  # reading its first page is an input/output error
         else:
             path.write_text(text)
     return root
@@ -116,7 +116,7 @@ def found(tmp_path: Path, request: pytest.FixtureRequest) -> Board:
     ids=["pi4", "pi5", "orin", "pc"],
     indirect=["found"],
 )
-def test_a_board_is_known_by_what_its_kernel_says(
+def test_a_board_is_detected_from_its_kernels_files(
     found: Board, kind: str, model: str, cores: int, megabytes: int, zones: list[str], degrees: float
 ) -> None:
     assert (found.kind, found.model, found.cores, found.memory // 1_000_000) == (kind, model, cores, megabytes)
@@ -144,12 +144,12 @@ def test_a_board_is_known_by_what_its_kernel_says(
     ids=["pi4", "pi5", "weak-pi5", "orin", "pc", "old-cgroups"],
     indirect=["found"],
 )
-def test_what_holds_a_board_down_is_told(found: Board, power: tuple[str, ...], bounds: bool) -> None:
+def test_problems_of_power_and_memory_limits_are_detected(found: Board, power: tuple[str, ...], bounds: bool) -> None:
     assert found.power == power
     assert found.bounds_memory is bounds
 
 
-def test_limits_leave_a_core_and_room_between_what_is_planned_and_what_is_killed(tmp_path: Path) -> None:
+def test_limits_leave_a_core_free_and_a_margin_of_memory(tmp_path: Path) -> None:
     limits = detect_board(lay_out(tmp_path, PI_4)).limits
     assert (limits.threads, limits.cpu_quota) == (3, 300)
     assert limits.memory < limits.memory_high < limits.memory_max < 3_977_000_000
@@ -157,7 +157,7 @@ def test_limits_leave_a_core_and_room_between_what_is_planned_and_what_is_killed
     assert (single.threads, single.cpu_quota) == (1, 100)
 
 
-def test_a_generic_board_stops_below_where_its_kernel_would_slow_it_down(tmp_path: Path) -> None:
+def test_a_generic_boards_limit_is_below_its_trip_points(tmp_path: Path) -> None:
     folder = "sys/class/thermal/thermal_zone0"
     trips = [("passive", "85000"), ("passive", "70000"), ("passive", "-274000"), ("active", "50000"), ("hot", "60000")]
     files = {f"{folder}/trip_point_{i}_type": kind for i, (kind, _) in enumerate(trips)}
@@ -165,18 +165,18 @@ def test_a_generic_board_stops_below_where_its_kernel_would_slow_it_down(tmp_pat
     assert detect_board(lay_out(tmp_path, {**zones(soc_thermal=40), **files})).limits.max_temperature == 65
 
 
-def test_sensors_that_say_what_cannot_be_are_left_out(tmp_path: Path) -> None:
+def test_implausible_sensors_are_ignored(tmp_path: Path) -> None:
     root = lay_out(tmp_path, zones(cpu_thermal=-256.0, board=41.0))
-    assert [zone.name for zone in detect_board(root).zones] == ["board"]  # better than none
+    assert [zone.name for zone in detect_board(root).zones] == ["board"]
 
 
-def test_a_machine_that_says_nothing_has_limits_as_well(tmp_path: Path) -> None:
+def test_an_unknown_machine_has_limits_too(tmp_path: Path) -> None:
     board = detect_board(tmp_path)
     assert (board.kind, board.model, board.zones) == ("generic", "unknown", ())
     assert board.cores >= 1 and board.limits.memory > 0
 
 
-def test_the_command_prints_what_was_found(tmp_path: Path) -> None:
+def test_the_command_prints_the_board(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "devices.boards", "--root", str(lay_out(tmp_path, PI_4))]
     shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     for part in ("Raspberry Pi 4 Model B Rev 1.5", "cpu-thermal 49 °C", "up to 75 °C", "under-voltage now"):

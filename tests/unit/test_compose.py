@@ -1,4 +1,4 @@
-"""The compose file and the Dockerfile, as data: there is no Docker here that would run them."""
+"""The compose file and the Dockerfile, checked as data without Docker."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def compose(host: str = "fleet.example", run: str | None = "orchard", folder: st
     return loaded
 
 
-def test_the_broker_finds_its_kit_where_its_configuration_says() -> None:
+def test_the_kit_is_mounted_at_the_path_in_the_brokers_configuration() -> None:
     broker = compose()["broker"]
     assert broker["command"] == ["mosquitto", "-c", "/srv/my kit/mosquitto.conf"]
     assert broker["volumes"] == [{"type": "bind", "source": ".", "target": "/srv/my kit"}]
 
 
-def test_the_server_is_reached_by_the_name_that_its_certificate_is_of() -> None:
+def test_clients_reach_the_server_by_the_name_in_its_certificate() -> None:
     services = compose()
     assert services["broker"]["hostname"] == "fleet.example"
     assert services["broker"]["ports"] == ["8883:8883", "8443:8443"]
@@ -42,28 +42,28 @@ def test_the_server_is_reached_by_the_name_that_its_certificate_is_of() -> None:
     }
 
 
-def test_an_address_is_the_machines_own() -> None:
+def test_with_an_address_both_use_the_machines_network() -> None:
     services = compose(host="2001:db8::1")
     assert {service["network_mode"] for service in services.values()} == {"host"}
     assert "mqtts://[2001:db8::1]" in services["server"]["command"]
 
 
 @pytest.mark.parametrize(("run", "meant"), [("orchard", "${RUN:-orchard}"), (None, "${RUN:?name of the run}")])
-def test_the_run_is_the_fleets_or_asked_for(run: str | None, meant: str) -> None:
+def test_the_run_is_the_fleets_or_a_required_variable(run: str | None, meant: str) -> None:
     assert compose(run=run)["server"]["command"][2] == meant
 
 
-def test_a_dollar_in_a_path_is_no_variable() -> None:
+def test_a_dollar_in_a_path_is_escaped() -> None:
     assert compose(folder="/srv/$kit")["broker"]["command"][2] == "/srv/$$kit/mosquitto.conf"
 
 
-def test_compose_builds_what_the_dockerfile_has() -> None:
+def test_compose_builds_a_target_of_the_dockerfile() -> None:
     build = compose()["server"]["build"]
     assert (ROOT / build["dockerfile"]).is_file()
     assert re.search(rf"^FROM base AS {build['target']}$", DOCKERFILE, re.MULTILINE)
 
 
-def test_the_dockerfile_copies_all_that_the_wheel_is_made_of_and_nothing_else() -> None:
+def test_the_dockerfile_copies_exactly_the_sources_of_the_wheel() -> None:
     copied = [line.split()[1:-1] for line in DOCKERFILE.splitlines() if line.startswith("COPY")]
     packages = {name for name in find_packages(str(ROOT), include=["*"]) if "." not in name}
     assert {name for names in copied for name in names} == {
@@ -72,14 +72,14 @@ def test_the_dockerfile_copies_all_that_the_wheel_is_made_of_and_nothing_else() 
     }
 
 
-def test_what_the_images_start_is_there() -> None:
+def test_the_images_start_existing_modules() -> None:
     started = re.findall(r'(?:ENTRYPOINT|CMD) \["python", "-m", "(\w+)"', DOCKERFILE)
     assert set(started) == {"edge_runtime", "trainer_server"}
     for module in started:
         import_module(f"{module}.__main__")
 
 
-def test_nobody_is_root_in_the_end() -> None:
+def test_no_image_runs_as_root() -> None:
     for stage in DOCKERFILE.split("\nFROM ")[1:]:
         if "ENTRYPOINT" in stage:
             assert "\nUSER fedfmsl\n" in stage

@@ -1,4 +1,4 @@
-"""The coordinator as a state machine, driven by a fleet that answers at once."""
+"""The coordinator as a state machine, with devices that answer at once."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_a_run_goes_through_its_stages_in_order_and_stops(vit: Built, baseline: 
     assert [record.closed.round.round for record in run.of(StoreRound)] == [r.round for r in announced[:-1]]
 
 
-def test_nothing_starts_before_every_device_is_there(vit: Built) -> None:
+def test_a_run_starts_once_every_device_is_online(vit: Built) -> None:
     run = CoordinatorRun(plan_for(vit, devices=2))
     run.online("a")
     run.online("a", online=False)
@@ -86,13 +86,13 @@ def test_nothing_starts_before_every_device_is_there(vit: Built) -> None:
     assert run.state.expected == {"b"}
 
 
-def test_rounds_do_not_wait_for_a_device_that_may_not_train_and_count_it_if_it_comes(vit: Built) -> None:
+def test_rounds_do_not_wait_for_a_paused_device_but_accept_its_update(vit: Built) -> None:
     run = started(vit)
     run.feed(StatusSeen(run.status("c", paused="81 °C")))
-    run.answers(ABC)  # it was asked before it paused
+    run.answers(ABC)  # c was selected before it paused
     assert run.announced.stage is Stage.GLOBAL and run.state.expected == {"a", "b"} and not run.announced.chosen
     before = run.announced
-    run.answers(["c"])  # it has gone on meanwhile
+    run.answers(["c"])  # c was resumed meanwhile
     assert run.announced == before and run.verdicts[-1] is Verdict.ACCEPTED
     run.feed(StatusSeen(run.status("c")))
     run.answers(["a", "b"])
@@ -101,7 +101,7 @@ def test_rounds_do_not_wait_for_a_device_that_may_not_train_and_count_it_if_it_c
     assert [note.text for note in run.of(Log)][-2:] == ["c paused: 81 °C", "c resumes"]
 
 
-def test_devices_that_may_not_train_yet_have_joined_all_the_same(vit: Built) -> None:
+def test_paused_devices_count_as_joined(vit: Built) -> None:
     run = CoordinatorRun(plan_for(vit, devices=2))
     run.feed(*(StatusSeen(run.status(name, paused="outside of --hours")) for name in "ab"))
     assert run.announced.stage is Stage.STATISTICS and not run.state.expected
@@ -110,7 +110,7 @@ def test_devices_that_may_not_train_yet_have_joined_all_the_same(vit: Built) -> 
     assert run.announced.stage is Stage.GLOBAL and run.state.expected == {"a", "b"}
 
 
-def test_a_run_whom_nobody_joins_stops_with_the_reason(vit: Built) -> None:
+def test_a_run_without_devices_stops_with_the_reason(vit: Built) -> None:
     run = CoordinatorRun(plan_for(vit))
     run.now = JOIN_SECONDS
     run.feed()
@@ -118,7 +118,7 @@ def test_a_run_whom_nobody_joins_stops_with_the_reason(vit: Built) -> None:
     assert "0 devices joined" in stop.error
 
 
-def test_every_announced_global_was_published_before_and_reads_as_what_it_is(vit: Built) -> None:
+def test_globals_are_published_before_they_are_announced(vit: Built) -> None:
     run = started(vit)
     run.until_stop(ABC)
     blobs: dict[str, bytes] = {}
@@ -153,7 +153,7 @@ def test_the_global_expert_starts_from_the_class_means_of_all_devices(vit: Built
 
 
 @pytest.mark.parametrize("head", [Head.ZEROS, Head.ZERO_SHOT])
-def test_the_global_expert_starts_from_the_head_that_was_asked_for(clip: Built, head: Head) -> None:
+def test_the_global_expert_starts_from_the_configured_head(clip: Built, head: Head) -> None:
     run = started(clip, head=head)
     updates = [make_update(run.plan, run.announced, device) for device in ABC]
     run.feed(*updates)
@@ -185,7 +185,7 @@ def test_all_at_once_trains_every_level_from_the_first_round(vit: Built) -> None
     assert {command.round.level for command in run.of(AnnounceRound)} == {LAYERS}
 
 
-def test_personal_rounds_follow_the_rule_and_training_of_stage_2(vit: Built) -> None:
+def test_personal_rounds_use_the_sal_rule_and_training_of_stage_2(vit: Built) -> None:
     training, rule = Training(epochs=3, learning_rate=0.5), replace(RULE, trigger=CapabilityQueue(7, 0.02))
     run = started(vit, baseline=True, stage2=training, stage2_sal=rule)
     run.until_stop(ABC)
@@ -198,10 +198,10 @@ def test_personal_rounds_follow_the_rule_and_training_of_stage_2(vit: Built) -> 
         assert announced.repetitions == (4 if announced.stage is Stage.BASELINE else 1)
 
 
-# what becomes of an update
+# verdicts on updates
 
 
-def test_a_duplicate_a_late_and_an_early_update_are_told_so_and_change_nothing(vit: Built) -> None:
+def test_duplicate_late_and_early_updates_get_their_verdicts_and_change_nothing(vit: Built) -> None:
     run = started(vit)
     first = run.announced
     run.answers(["a"])
@@ -238,7 +238,7 @@ def test_a_duplicate_a_late_and_an_early_update_are_told_so_and_change_nothing(v
         (Stage.EVALUATE, {"tensors": {"local": np.ones(1, np.float32)}}, "takes no tensors"),
     ],
 )
-def test_an_update_that_does_not_fit_is_rejected_with_its_reason(
+def test_an_invalid_update_is_rejected_with_its_reason(
     vit: Built, stage: Stage, change: dict[str, Any], reason: str
 ) -> None:
     run = started(vit, stage1_rounds=1, stage2_rounds=1)
@@ -252,7 +252,7 @@ def test_an_update_that_does_not_fit_is_rejected_with_its_reason(
     assert isinstance(refusal, CountRefusal)
     assert run.state == before
     run.answers(["a"])
-    assert run.verdicts[-1] is Verdict.ACCEPTED  # it may mend its ways
+    assert run.verdicts[-1] is Verdict.ACCEPTED  # a valid one of the same device still counts
 
 
 def test_an_update_with_blocks_above_the_announced_level_is_rejected_and_one_below_is_not(vit: Built) -> None:
@@ -263,7 +263,7 @@ def test_an_update_with_blocks_above_the_announced_level_is_rejected_and_one_bel
     assert run.verdicts[3:] == [Verdict.ACCEPTED, Verdict.ACCEPTED, Verdict.REJECTED]
 
 
-def test_a_device_that_joins_during_a_round_is_counted_but_not_waited_for(vit: Built) -> None:
+def test_a_device_that_joins_during_a_round_counts_but_is_not_awaited(vit: Built) -> None:
     run = started(vit)
     run.online("late")
     run.answers(["late", *ABC])
@@ -272,7 +272,7 @@ def test_a_device_that_joins_during_a_round_is_counted_but_not_waited_for(vit: B
     assert run.state.expected == {"late", *ABC}
 
 
-def test_the_last_will_of_a_devices_former_life_does_not_take_it_offline(vit: Built) -> None:
+def test_the_last_will_of_an_earlier_process_does_not_take_a_device_offline(vit: Built) -> None:
     run = CoordinatorRun(plan_for(vit, devices=2))
     run.feed(StatusSeen(run.status("a", instance="new")))
     run.feed(StatusSeen(run.status("a", instance="old", online=False)))
@@ -281,10 +281,10 @@ def test_the_last_will_of_a_devices_former_life_does_not_take_it_offline(vit: Bu
     assert not run.state.online
 
 
-# rounds that do not go as they should
+# deadlines and repeated rounds
 
 
-def test_a_round_ends_at_its_deadline_with_those_who_answered(vit: Built) -> None:
+def test_a_round_closes_at_its_deadline_without_stragglers(vit: Built) -> None:
     run = started(vit)
     run.answers(["a", "c"])
     run.online("b", online=False)
@@ -298,7 +298,7 @@ def test_a_round_ends_at_its_deadline_with_those_who_answered(vit: Built) -> Non
     assert run.state.expected == {"a", "c"}
 
 
-def test_a_round_with_too_few_updates_is_repeated_and_at_last_given_up(vit: Built) -> None:
+def test_a_round_with_too_few_updates_is_repeated_until_the_run_fails(vit: Built) -> None:
     run = started(vit, min_updates=2, max_repeats=2)
     run.answers(ABC)
     expert, index = run.state.expert, run.announced.index
@@ -309,12 +309,12 @@ def test_a_round_with_too_few_updates_is_repeated_and_at_last_given_up(vit: Buil
         run.feed()
     (stop,) = run.of(Stop)
     assert "3 times in a row" in stop.error
-    assert run.announced.stage is Stage.FINISHED  # so that devices leave too
+    assert run.announced.stage is Stage.FINISHED  # so that devices exit too
     assert np.array_equal(run.state.expert, expert)
     assert [bool(record.closed.repeated) for record in run.of(StoreRound)] == [False, True, True, True]
 
 
-def test_repeats_are_counted_anew_after_a_round_that_succeeded(vit: Built) -> None:
+def test_a_successful_round_resets_the_count_of_repeats(vit: Built) -> None:
     run = started(vit, max_repeats=1)
     for _ in range(3):
         run.now += ROUND_SECONDS
@@ -323,7 +323,7 @@ def test_repeats_are_counted_anew_after_a_round_that_succeeded(vit: Built) -> No
     assert not run.of(Stop)
 
 
-def test_a_round_that_opens_while_nobody_is_online_waits_for_its_deadline(vit: Built) -> None:
+def test_a_round_without_online_devices_waits_for_its_deadline(vit: Built) -> None:
     run = started(vit)
     run.online(*ABC, online=False)
     run.now = ROUND_SECONDS
@@ -337,7 +337,7 @@ def test_a_round_that_opens_while_nobody_is_online_waits_for_its_deadline(vit: B
     assert run.verdicts == [Verdict.ACCEPTED]
 
 
-def test_a_device_with_another_bundle_or_an_error_is_left_out_and_noted(vit: Built, dinov2: Built) -> None:
+def test_a_device_with_another_bundle_or_an_error_is_excluded_and_logged(vit: Built, dinov2: Built) -> None:
     run = CoordinatorRun(plan_for(vit, devices=2))
     other = run.status("x", bundle=dinov2.bundle.sha256)
     run.feed(StatusSeen(other), StatusSeen(run.status("y", online=False, error="no images")))
@@ -353,7 +353,7 @@ def test_a_device_with_another_bundle_or_an_error_is_left_out_and_noted(vit: Bui
 # determinism
 
 
-def test_another_order_of_arrival_gives_bitwise_the_same_globals(vit: Built) -> None:
+def test_the_order_of_arrival_does_not_change_a_bit_of_the_globals(vit: Built) -> None:
     finals, hashes = [], []
     for order in (ABC, ABC[::-1], ["b", "a", "c"]):
         run = started(vit)
@@ -419,20 +419,20 @@ def test_no_sequence_of_events_raises_and_no_update_counts_twice(vit: Built, eve
     assert rounds == list(range(1, len(rounds) + 1))
 
 
-# whom a round asks, and when it has enough
+# client selection, and when a round is complete
 
 
 def trained(run: CoordinatorRun) -> CoordinatorRun:
-    """In its first round of stage 1."""
+    """The run in its first round of stage 1."""
     run.answers(ABC)
     assert run.announced.stage is Stage.GLOBAL
     return run
 
 
-def test_a_training_round_closes_when_the_share_that_is_enough_has_answered(vit: Built) -> None:
+def test_a_training_round_closes_once_the_required_share_has_answered(vit: Built) -> None:
     run = started(vit, enough=0.6)
     run.answers(["a", "b"])
-    assert run.announced.stage is Stage.STATISTICS  # what everything is built on waits for all
+    assert run.announced.stage is Stage.STATISTICS  # the statistics round waits for all devices
     run.answers(["c"])
     run.answers(["b"])
     assert run.announced.index == 0
@@ -442,7 +442,7 @@ def test_a_training_round_closes_when_the_share_that_is_enough_has_answered(vit:
     assert (closed.updates.keys(), closed.missing, closed.repeated) == ({"b", "c"}, ("a",), "")
 
 
-def test_enough_is_never_fewer_than_a_round_needs(vit: Built) -> None:
+def test_the_required_share_is_at_least_the_minimum_of_updates(vit: Built) -> None:
     run = trained(started(vit, enough=0.1, min_updates=2))
     run.answers(["a"])
     assert run.announced.index == 0
@@ -450,7 +450,7 @@ def test_enough_is_never_fewer_than_a_round_needs(vit: Built) -> None:
     assert run.announced.index == 1
 
 
-def test_a_random_selection_asks_a_share_of_the_devices_and_others_do_not_count(vit: Built) -> None:
+def test_random_selection_asks_a_share_of_the_devices_and_rejects_others(vit: Built) -> None:
     names = [f"d{i}" for i in range(10)]
     run = started(vit, names, select=Selection.RANDOM, fraction=0.3, stage1_rounds=6)
     run.answers(names)
@@ -459,8 +459,8 @@ def test_a_random_selection_asks_a_share_of_the_devices_and_others_do_not_count(
         chosen = run.announced.chosen
         assert len(chosen) == 3
         asked.append(chosen)
-        (stranger, *_) = set(names) - set(chosen)
-        reply, _ = run.answers([stranger])
+        (unselected, *_) = set(names) - set(chosen)
+        reply, _ = run.answers([unselected])
         assert reply.ack.verdict is Verdict.REJECTED
         assert "was not selected" in reply.ack.reason
         run.answers(chosen)
@@ -475,7 +475,7 @@ def test_a_random_selection_asks_a_share_of_the_devices_and_others_do_not_count(
     ]
 
 
-def test_a_selection_by_capability_asks_those_who_can_train_the_whole_level(vit: Built) -> None:
+def test_selection_by_capability_asks_devices_that_can_train_the_whole_level(vit: Built) -> None:
     rule = replace(RULE, trigger=AllAtOnce(), max_level=2)
     run = CoordinatorRun(plan_for(vit, select=Selection.CAPABLE, stage1_sal=rule))
     run.feed(*(StatusSeen(run.status(name, level_cap=cap)) for name, cap in zip(ABC, (1, 2, 3), strict=True)))
@@ -485,7 +485,7 @@ def test_a_selection_by_capability_asks_those_who_can_train_the_whole_level(vit:
     assert run.announced.index == 1
 
 
-def test_where_nobody_can_train_the_level_the_most_capable_are_asked(vit: Built) -> None:
+def test_if_too_few_devices_can_train_the_level_the_most_capable_are_selected(vit: Built) -> None:
     rule = replace(RULE, trigger=AllAtOnce(), max_level=3)
     run = CoordinatorRun(plan_for(vit, select=Selection.CAPABLE, stage1_sal=rule, min_updates=2))
     run.feed(*(StatusSeen(run.status(name, level_cap=cap)) for name, cap in zip(ABC, (1, 2, 1), strict=True)))
@@ -493,11 +493,11 @@ def test_where_nobody_can_train_the_level_the_most_capable_are_asked(vit: Built)
     assert run.announced.chosen == ("a", "b")
 
 
-# late updates that count
+# late updates
 
 
-def test_a_late_update_counts_with_a_discount_where_the_operator_allows_it(vit: Built) -> None:
-    """Of two updates of the same size in one round, one a round late: its weight is 1/√2 of what it would be."""
+def test_a_late_update_counts_with_a_discount_if_the_settings_allow_it(vit: Built) -> None:
+    """Two updates with equal samples, one of them a round late: it has 1/√2 of its weight."""
     run = trained(started(vit, max_staleness=1, enough=0.6))
     first = run.announced
     run.answers(["a", "b"])
@@ -515,7 +515,7 @@ def test_a_late_update_counts_with_a_discount_where_the_operator_allows_it(vit: 
     assert run.verdicts[-1] is Verdict.DUPLICATE
 
 
-def test_an_update_that_is_too_late_or_of_another_stage_is_late_all_the_same(vit: Built) -> None:
+def test_updates_that_are_too_late_or_of_an_earlier_stage_do_not_count(vit: Built) -> None:
     run = trained(started(vit, max_staleness=1, enough=0.3, stage1_rounds=3))
     first = run.announced
     run.answers(["a"])
@@ -529,20 +529,20 @@ def test_an_update_that_is_too_late_or_of_another_stage_is_late_all_the_same(vit
     assert run.verdicts[-1] is Verdict.LATE
 
 
-def test_a_late_update_of_a_device_that_was_not_asked_does_not_count(vit: Built) -> None:
+def test_a_late_update_of_a_device_that_was_not_selected_does_not_count(vit: Built) -> None:
     names = [f"d{i}" for i in range(4)]
     run = started(vit, names, select=Selection.RANDOM, fraction=0.5, max_staleness=1)
     run.answers(names)
     first = run.announced
-    (stranger, *_) = set(names) - set(first.chosen)
+    (unselected, *_) = set(names) - set(first.chosen)
     run.answers(first.chosen)
-    reply, _ = run.feed(make_update(run.plan, first, stranger))
+    reply, _ = run.feed(make_update(run.plan, first, unselected))
     assert "was not selected" in reply.ack.reason
     forged = make_update(run.plan, first, first.chosen[0], stage=Stage.PERSONAL, round=first.round)
     assert run.feed(forged)[0].ack.verdict is not Verdict.ACCEPTED
 
 
-# what is too much
+# limits
 
 
 @pytest.mark.parametrize(
@@ -581,7 +581,7 @@ def test_an_update_of_too_large_a_norm_is_rejected(vit: Built) -> None:
         ({"norm_sum": 1e9}, "sum of norms is"),
     ],
 )
-def test_statistics_that_cannot_be_are_rejected(vit: Built, flaw: dict[str, float], reason: str) -> None:
+def test_contradictory_statistics_are_rejected(vit: Built, flaw: dict[str, float], reason: str) -> None:
     run = started(vit)
     tensors = dict(make_update(run.plan, run.announced, "a").tensors)
     for name, value in flaw.items():
@@ -593,11 +593,11 @@ def test_statistics_that_cannot_be_are_rejected(vit: Built, flaw: dict[str, floa
 
 def test_a_device_that_has_not_announced_itself_is_refused(vit: Built) -> None:
     run = started(vit)
-    (reply, _) = run.answers(["stranger"])
+    (reply, _) = run.answers(["unknown"])
     assert reply.ack.reason == "has not announced itself"
 
 
-# settings that do not go together
+# contradictory settings
 
 
 @pytest.mark.parametrize(
@@ -611,25 +611,25 @@ def test_a_device_that_has_not_announced_itself_is_refused(vit: Built) -> None:
         ({"privacy": PRIVACY, "encoding": Encoding.INT8}, "unrounded"),
     ],
 )
-def test_settings_that_do_not_go_together_are_refused(vit: Built, change: dict[str, Any], reason: str) -> None:
+def test_contradictory_settings_are_refused(vit: Built, change: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         plan_for(vit, **change)
 
 
-# what a single device could do to all others
+# attacks by a single device
 
 
 @pytest.mark.parametrize("accuracy", [1e308, -0.1, 1.1])
-def test_an_accuracy_that_is_none_is_rejected(vit: Built, accuracy: float) -> None:
-    """Weighted by samples it would be infinite, which no snapshot holds: the server could not start again."""
+def test_an_accuracy_outside_of_0_to_1_is_rejected(vit: Built, accuracy: float) -> None:
+    """Weighted by samples it would be infinite, and a checkpoint cannot store that."""
     run = trained(started(vit))
     reply, refusal = run.answers(["a"], accuracy=accuracy)
     assert reply.ack.verdict is Verdict.REJECTED
     assert (refusal.device, refusal.kind) == ("a", "metrics")
 
 
-def test_a_repeated_round_asks_everybody(vit: Built) -> None:
-    """Or a device that claims to be the most capable, and never answers, would be all that is ever asked."""
+def test_a_repeated_round_asks_every_device(vit: Built) -> None:
+    """Else a device that claims the highest level and never answers would be the only one selected."""
     rule = replace(RULE, trigger=AllAtOnce())
     run = CoordinatorRun(plan_for(vit, select=Selection.CAPABLE, stage1_sal=rule))
     run.feed(*(StatusSeen(run.status(name, level_cap=cap)) for name, cap in zip(ABC, (1, 1, 1024), strict=True)))
@@ -640,14 +640,14 @@ def test_a_repeated_round_asks_everybody(vit: Built) -> None:
     assert (run.announced.stage, run.announced.chosen, run.state.expected) == (Stage.GLOBAL, (), frozenset(ABC))
 
 
-def test_the_longest_announcement_is_one_that_devices_read(vit: Built) -> None:
+def test_devices_can_read_the_longest_announcement(vit: Built) -> None:
     names = [f"{number:064}" for number in range(MAX_DEVICES)]
     longest = trained(started(vit)).announced.model_copy(update={"chosen": tuple(names)})
     assert parse(Round, encode(longest)) == longest
 
 
 @pytest.mark.parametrize("name", ["class_sums", "class_counts"])
-def test_noised_statistics_too_are_bounded(vit: Built, name: str) -> None:
+def test_statistics_with_noise_are_bounded_too(vit: Built, name: str) -> None:
     rule = replace(RULE, trigger=FixedSchedule(2))
     run = started(vit, privacy=PRIVACY, stage1_sal=rule, stage2_sal=rule)
     tensors = dict(make_update(run.plan, run.announced, "a").tensors)

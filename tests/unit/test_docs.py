@@ -19,11 +19,8 @@ import pytest
 import typer
 
 from edge_runtime.settings import Settings
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from fedfmsl.common.settings import SettingsModel, read_settings
+from trainer_server.settings import ServerSettings
 
 REPOSITORY = Path(__file__).parents[2]
 DOCS = REPOSITORY / "docs"
@@ -31,8 +28,15 @@ PAGES = [
     *(REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
     *sorted(DOCS.glob("*.md")),
 ]
+FOLDERS = {"fedfmsl", "export", "trainer_server", "edge_runtime", "devices", "benchmarks", "tests", "docs"}
 OTHER_MODULES = {"pytest", "mkdocs", "venv", "pip"}
-OTHER_OPTIONS = {"--full", "--no-deps", "--wheel-dir", "--strict"}  # of pytest, pip and mypy
+OTHER_OPTIONS = {
+    "--full",
+    "--no-deps",
+    "--wheel-dir",
+    "--strict",
+    "--install-completion",
+}  # of pytest, pip, mypy, typer
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
@@ -67,7 +71,7 @@ def commands_in(text: str) -> Iterator[list[str]]:
 
 
 def until_operator(words: list[str]) -> list[str]:
-    """One command of a shell line: words up to &&, ; or |."""
+    """One command of a line: words up to &&, ; or |."""
     end = next((index for index, word in enumerate(words) if word in {"&&", ";", "|"}), len(words))
     return words[:end]
 
@@ -137,9 +141,20 @@ def test_internal_links_exist(page: Path) -> None:
 
 
 @each_page
-def test_settings_files_in_the_docs_have_known_keys(page: Path) -> None:
+def test_files_that_text_names_exist(page: Path) -> None:
+    """Paths in inline code that begin with a folder of the repository."""
+    named = re.findall(r"`((?:[\w.]+/)+[\w.]*)`", page.read_text())
+    ours = [path for path in named if path.split("/")[0] in FOLDERS and not re.search("[A-Z]{3}", path)]
+    assert not [path for path in ours if not (REPOSITORY / path).exists()]
+
+
+@each_page
+def test_settings_files_in_the_docs_are_valid(page: Path, tmp_path: Path) -> None:
     for block in fenced_blocks(page.read_text(), "toml"):
-        assert tomllib.loads(block).keys() <= Settings.model_fields.keys()
+        file = tmp_path / "settings.toml"
+        file.write_text(block)
+        model: type[SettingsModel] = ServerSettings if "devices = " in block else Settings
+        read_settings(model, file, environment=False)
 
 
 def test_the_readme_has_at_most_150_lines() -> None:

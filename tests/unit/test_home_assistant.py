@@ -8,7 +8,7 @@ from typing import Literal
 import pytest
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
-from edge_runtime.inference.home_assistant import Described, discovery
+from edge_runtime.inference.home_assistant import DeviceDescription, discovery_message
 from fedfmsl.errors import ConfigError
 from fedfmsl.protocol.messages import Activity, Health, Prediction
 from fedfmsl.protocol.topics import Topics
@@ -22,7 +22,7 @@ class Strict(BaseModel):
 
 
 class Sensor(Strict):
-    """The options of an MQTT sensor that we use, and its rules between them."""
+    """The options of an MQTT sensor that we use, and the rules between them."""
 
     platform: Literal["sensor"]
     unique_id: str
@@ -74,17 +74,17 @@ class Discovery(Strict):
     components: dict[str, Sensor]
 
 
-KITCHEN = Described("orchard", "kitchen", ("apple", "plum"), model="Raspberry Pi 5", version="0.1.0")
+KITCHEN = DeviceDescription("orchard", "kitchen", ("apple", "plum"), model="Raspberry Pi 5", version="0.1.0")
 
 
-def made(device: Described, health: bool) -> tuple[str, Discovery]:
-    topic, payload = discovery("homeassistant", device, "some/topic", health)
+def message_of(device: DeviceDescription, health: bool) -> tuple[str, Discovery]:
+    topic, payload = discovery_message("homeassistant", device, "some/topic", health)
     return topic, Discovery.model_validate_json(payload)
 
 
 @pytest.mark.parametrize("health", [False, True])
-def test_the_message_is_one_that_home_assistant_takes(health: bool) -> None:
-    topic, message = made(KITCHEN, health)
+def test_the_message_is_valid_in_home_assistant(health: bool) -> None:
+    topic, message = message_of(KITCHEN, health)
     found = TOPIC.fullmatch(topic.removeprefix("homeassistant/"))
     assert found is not None
     assert found.groups() == ("device", "orchard", "kitchen")
@@ -94,26 +94,26 @@ def test_the_message_is_one_that_home_assistant_takes(health: bool) -> None:
     assert (message.device.model, message.device.sw_version) == ("Raspberry Pi 5", "0.1.0")
 
 
-def test_sensors_read_fields_that_our_messages_have() -> None:
+def test_sensors_read_existing_fields_of_our_messages() -> None:
     topics = Topics("orchard")
     read = {topics.prediction("kitchen"): Prediction, topics.health("kitchen"): Health}
-    for sensor in made(KITCHEN, health=True)[1].components.values():
+    for sensor in message_of(KITCHEN, health=True)[1].components.values():
         (field,) = re.findall(r"value_json\.(\w+)", sensor.value_template)
         assert field in read[sensor.state_topic].model_fields
         assert sensor.json_attributes_topic in (None, sensor.state_topic)
 
 
 def test_every_state_is_among_the_options() -> None:
-    components = made(KITCHEN, health=True)[1].components
+    components = message_of(KITCHEN, health=True)[1].components
     assert components["class"].options == ["apple", "plum", "unknown"]
     assert components["activity"].options == [activity.value for activity in Activity]
-    odd = Described("orchard", "kitchen", ("unknown", "plum"))
-    assert made(odd, health=False)[1].components["class"].options == ["unknown", "plum"]
+    odd = DeviceDescription("orchard", "kitchen", ("unknown", "plum"))
+    assert message_of(odd, health=False)[1].components["class"].options == ["unknown", "plum"]
 
 
-def test_no_two_devices_share_an_identity() -> None:
+def test_devices_and_sensors_have_unique_identifiers() -> None:
     names = [("a-b", "c"), ("a", "b-c"), ("a", "b"), ("b", "a")]
-    messages = [made(Described(run, name, ("apple",)), health=True) for run, name in names]
+    messages = [message_of(DeviceDescription(run, name, ("apple",)), health=True) for run, name in names]
     assert len({topic for topic, _ in messages}) == len(names)
     assert len({message.device.identifiers[0] for _, message in messages}) == len(names)
     assert len({sensor.unique_id for _, message in messages for sensor in message.components.values()}) == 4 * len(
@@ -121,14 +121,16 @@ def test_no_two_devices_share_an_identity() -> None:
     )
 
 
-def test_what_is_not_known_is_left_out() -> None:
-    _, payload = discovery("homeassistant", Described("orchard", "kitchen", ("apple",)), "t", health=False)
+def test_unknown_board_and_version_are_left_out() -> None:
+    _, payload = discovery_message(
+        "homeassistant", DeviceDescription("orchard", "kitchen", ("apple",)), "t", health=False
+    )
     device = TypeAdapter(dict[str, object]).validate_json(payload)["device"]
     assert device == {"identifiers": ["fedfmsl/orchard/kitchen"], "name": "kitchen", "manufacturer": "FedFMSL Edge"}
 
 
 @pytest.mark.parametrize(("run", "name", "wrong"), [("orchard", "pi.kitchen", "device"), ("v1.2", "kitchen", "run")])
-def test_a_name_that_home_assistant_takes_in_no_topic_is_refused_in_one_line(run: str, name: str, wrong: str) -> None:
+def test_a_name_that_is_invalid_in_a_discovery_topic_is_one_line_of_error(run: str, name: str, wrong: str) -> None:
     with pytest.raises(ConfigError, match=rf"^{wrong} name .*--home-assistant ") as caught:
-        discovery("homeassistant", Described(run, name, ("apple",)), "t", health=False)
+        discovery_message("homeassistant", DeviceDescription(run, name, ("apple",)), "t", health=False)
     assert "\n" not in str(caught.value)

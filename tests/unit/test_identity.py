@@ -78,7 +78,7 @@ def test_a_key_that_others_may_read_is_refused(authority: Authority, issued: Iss
 def test_a_key_of_another_certificate_is_refused(authority: Authority, issued: Issued, tmp_path: Path) -> None:
     other = authority.issue("other", [CLIENT])
     path = write(tmp_path / "x.pem", other.key_pem, issued.certificate_pem, authority.certificate_pem)
-    with pytest.raises(ConfigError, match="do not go together"):
+    with pytest.raises(ConfigError, match="do not match"):
         read_identity(path)
 
 
@@ -118,5 +118,5 @@ def test_a_device_is_called_what_its_certificate_says(authority: Authority, issu
     path = write(tmp_path / "x.pem", issued.key_pem, issued.certificate_pem, authority.certificate_pem)
     assert device_name(None, path) == device_name("kitchen", path) == "kitchen"
     assert device_name("other", None) == "other"
-    with pytest.raises(ConfigError, match=r"--device 'other'.*leave --device away"):
+    with pytest.raises(ConfigError, match=r"--device 'other'.*omit --device"):
         device_name("other", path)

@@ -1,4 +1,4 @@
-"""What devices.install lays out, and what it refuses to."""
+"""Files that devices.install writes, and its errors."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ as_root = pytest.mark.skipif(os.geteuid() != 0, reason=f"{NOT_TESTED}only root m
 
 
 @pytest.fixture
-def carried(tmp_path: Path) -> Path:
+def device_file(tmp_path: Path) -> Path:
     arguments = ["--pki", str(tmp_path / "pki"), "--host", "fleet.example", "--run", "orchard", "kitchen"]
     assert CliRunner().invoke(provision, arguments).exit_code == 0
     os.umask(0o022)
@@ -54,7 +54,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def install(root: Path, *arguments: str | Path) -> str:
-    """What it prints. Raises what the command raises."""
+    """The command's output. Raises the command's errors."""
     command = [*map(str, arguments), "--root", str(root)]
     return CliRunner().invoke(app, command, catch_exceptions=False).stdout
 
@@ -63,13 +63,13 @@ def below(root: Path, path: Path) -> Path:
     return root / path.relative_to("/")
 
 
-def test_the_carried_files_values_the_boards_and_those_said_make_the_settings(carried: Path, root: Path) -> None:
-    install(root, carried, "--images", "photos", "--hours", "22:00-06:00,Sat 10:00-18:00", "--cache", "2GB")
+def test_settings_come_from_the_file_the_board_and_the_command_line(device_file: Path, root: Path) -> None:
+    install(root, device_file, "--images", "photos", "--hours", "22:00-06:00,Sat 10:00-18:00", "--cache", "2GB")
     config = below(root, CONFIG)
     assert stat.S_IMODE(config.stat().st_mode) == 0o600
     table = read_table(config)
     identity = table.pop("identity")
-    assert identity == read_table(carried)["identity"]
+    assert identity == read_table(device_file)["identity"]
     assert table == {
         **LIMITS,
         "run": "orchard",
@@ -85,46 +85,46 @@ def test_the_carried_files_values_the_boards_and_those_said_make_the_settings(ca
     assert settings.identity == config and read_identity(config).name == "kitchen"
 
 
-def test_what_is_said_goes_before_what_the_board_and_the_file_say(carried: Path, root: Path) -> None:
-    said = ("--memory", "300MB", "--max-temperature", "60", "--state", "/mnt/ssd/state", "--run", "meadow")
-    install(root, carried, "--images", "/data", *said)
+def test_the_command_line_has_priority_over_board_and_file(device_file: Path, root: Path) -> None:
+    options = ("--memory", "300MB", "--max-temperature", "60", "--state", "/mnt/ssd/state", "--run", "meadow")
+    install(root, device_file, "--images", "/data", *options)
     table = read_table(below(root, CONFIG))
     assert (table["memory"], table["max_temperature"]) == (300_000_000, 60)
     assert (table["state"], table["run"], table["threads"]) == ("/mnt/ssd/state", "meadow", 3)
     assert "\nReadWritePaths=/mnt/ssd/state\n" in below(root, UNIT).read_text()
 
 
-def test_a_second_installation_replaces_the_first(carried: Path, root: Path) -> None:
-    install(root, carried, "--images", "/old", "--mains-only")
-    install(root, carried, "--images", "/new")
+def test_a_second_installation_replaces_the_first(device_file: Path, root: Path) -> None:
+    install(root, device_file, "--images", "/old", "--mains-only")
+    install(root, device_file, "--images", "/new")
     table = read_table(below(root, CONFIG))
     assert table["images"] == "/new" and "mains_only" not in table
     assert below(root, ENABLED).readlink() == UNIT
 
 
-def test_the_service_runs_this_python_with_what_this_board_can_bear(carried: Path, root: Path) -> None:
-    install(root, carried, "--images", "/data")
+def test_the_service_runs_this_python_with_the_boards_limits(device_file: Path, root: Path) -> None:
+    install(root, device_file, "--images", "/data")
     unit = below(root, UNIT).read_text()
     assert f"\nExecStart={sys.executable} -m edge_runtime run --config /etc/fedfmsl/device.toml\n" in unit
     assert "\nMemoryHigh=2585000000\nMemoryMax=2983000000\nCPUQuota=300%\n" in unit
 
 
-def test_an_sd_card_does_not_tell_its_board(carried: Path, tmp_path: Path) -> None:
-    printed = install(tmp_path / "card", carried, "--images", "/data")
+def test_a_mounted_sd_card_gives_no_board_limits(device_file: Path, tmp_path: Path) -> None:
+    printed = install(tmp_path / "card", device_file, "--images", "/data")
     assert not LIMITS.keys() & read_table(below(tmp_path / "card", CONFIG)).keys()
     assert "\nMemoryMax=75%\n" in below(tmp_path / "card", UNIT).read_text()
     assert "useradd --system" in printed and "chown fedfmsl: /etc/fedfmsl/device.toml" in printed
 
 
-def test_what_is_odd_about_a_board_or_left_lying_about_is_said(carried: Path, root: Path) -> None:
-    printed = install(root, carried, "--images", "/data")
-    for part in ("under-voltage now", "cgroup_enable=memory", f"{carried} holds the device's key"):
+def test_problems_of_the_board_and_a_left_over_key_are_reported(device_file: Path, root: Path) -> None:
+    printed = install(root, device_file, "--images", "/data")
+    for part in ("under-voltage now", "cgroup_enable=memory", f"{device_file} holds the device's key"):
         assert part in printed
 
 
-def test_it_takes_away_what_it_laid_out_and_nothing_else(carried: Path, root: Path) -> None:
+def test_uninstall_removes_the_installed_files_only(device_file: Path, root: Path) -> None:
     before = sorted(path for path in root.rglob("*") if path.is_file())
-    install(root, carried, "--images", "/data")
+    install(root, device_file, "--images", "/data")
     state = root / "var/lib/fedfmsl/state"
     state.parent.mkdir(parents=True)
     state.touch()
@@ -134,7 +134,7 @@ def test_it_takes_away_what_it_laid_out_and_nothing_else(carried: Path, root: Pa
     install(root, "--uninstall")
 
 
-def test_a_users_file_is_installed_as_well(tmp_path: Path, root: Path) -> None:
+def test_a_file_with_a_password_can_be_installed(tmp_path: Path, root: Path) -> None:
     arguments = ["--pki", str(tmp_path / "pki"), "--host", "fleet.example", "--run", "orchard", "--user", "kitchen"]
     assert CliRunner().invoke(provision, arguments).exit_code == 0
     install(root, tmp_path / "pki" / "devices" / "kitchen.toml", "--images", "/data")
@@ -142,10 +142,10 @@ def test_a_users_file_is_installed_as_well(tmp_path: Path, root: Path) -> None:
     assert table["device"] == "kitchen" and table["broker"].startswith("mqtts://kitchen:")
 
 
-def test_an_identity_of_ones_own_goes_along(carried: Path, root: Path, tmp_path: Path) -> None:
+def test_a_separate_identity_file_is_included(device_file: Path, root: Path, tmp_path: Path) -> None:
     plain = tmp_path / "plain.toml"
     plain.write_text(settings_text(("", {"run": "orchard", "broker": "mqtts://fleet.example"})))
-    install(root, plain, "--images", "/data", "--identity", carried)
+    install(root, plain, "--images", "/data", "--identity", device_file)
     assert read_identity(below(root, CONFIG)).name == "kitchen"
 
 
@@ -160,10 +160,10 @@ def test_an_identity_of_ones_own_goes_along(carried: Path, root: Path, tmp_path:
         (None, ("--images", "/data"), "cannot be read"),
     ],
 )
-def test_what_cannot_be_installed_is_named_and_leaves_nothing(
+def test_invalid_settings_are_named_and_write_nothing(
     tmp_path: Path, text: str | None, arguments: tuple[str, ...], says: str
 ) -> None:
-    path = tmp_path / "carried.toml"
+    path = tmp_path / "device_file.toml"
     if text is not None:
         path.write_text(text)
         path.chmod(0o600)
@@ -181,7 +181,7 @@ def test_what_cannot_be_installed_is_named_and_leaves_nothing(
         (("--purge",), "--purge needs --uninstall"),
     ],
 )
-def test_what_does_not_go_together_is_said(tmp_path: Path, arguments: tuple[str, ...], says: str) -> None:
+def test_options_that_exclude_each_other_are_named(tmp_path: Path, arguments: tuple[str, ...], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         install(tmp_path, *arguments)
 
@@ -201,7 +201,7 @@ def open_folder() -> Iterator[Path]:
 
 
 @as_root
-def test_what_the_services_user_may_read_is_no_problem(open_folder: Path) -> None:
+def test_readable_folders_are_no_problem(open_folder: Path) -> None:
     (open_folder / "gone.jpg").symlink_to("nowhere")
     assert list(host.unreadable(open_folder, NOBODY)) == []
 
@@ -216,17 +216,15 @@ def test_what_the_services_user_may_read_is_no_problem(open_folder: Path) -> Non
         ("train/apple/1.jpg", 0o600, "cannot read {images}/train/apple/1.jpg; chmod -R o+rX {images}"),
     ],
 )
-def test_what_keeps_the_services_user_out_is_named_with_what_mends_it(
-    open_folder: Path, path: str, mode: int, says: str
-) -> None:
+def test_unreadable_paths_are_named_with_the_remedy(open_folder: Path, path: str, mode: int, says: str) -> None:
     (open_folder / path).chmod(mode)
     (problem,) = host.unreadable(open_folder, NOBODY)
     assert says.format(parent=open_folder.parent, images=open_folder) in problem
 
 
 @as_root
-def test_where_its_group_may_read_the_user_joins_it(open_folder: Path) -> None:
-    os.chown(open_folder, -1, 44)  # Debian's group video
+def test_if_a_group_may_read_the_remedy_is_to_join_it(open_folder: Path) -> None:
+    os.chown(open_folder, -1, 44)  # group video on Debian
     open_folder.chmod(0o750)
     (problem,) = host.unreadable(open_folder, NOBODY)
     assert f"cannot read {open_folder}; usermod --append --groups video nobody" in problem
@@ -239,14 +237,14 @@ def test_where_its_group_may_read_the_user_joins_it(open_folder: Path) -> None:
 
 
 @as_root
-def test_a_folder_that_it_may_not_write_to_is_named(open_folder: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_named(open_folder: Path) -> None:
     (problem,) = host.unwritable(open_folder, NOBODY)
     assert f"chown nobody: {open_folder}" in problem
     assert list(host.unwritable(open_folder / "to be made", NOBODY)) == []
 
 
 @as_root
-def test_a_python_that_it_cannot_run_is_named(open_folder: Path) -> None:
+def test_a_python_that_cannot_be_run_is_named(open_folder: Path) -> None:
     python = open_folder / "python"
     python.symlink_to(sys.executable)
     open_folder.chmod(0o700)
@@ -254,7 +252,7 @@ def test_a_python_that_it_cannot_run_is_named(open_folder: Path) -> None:
     assert f"cannot run the daemon with {python}" in problem and "/opt/fedfmsl" in problem
 
 
-def test_all_that_is_wrong_is_said_at_once(carried: Path, root: Path) -> None:
+def test_all_errors_are_reported_at_once(device_file: Path, root: Path) -> None:
     with pytest.raises(SettingsError) as caught:
-        install(root, carried, "--images", "/data", "--hours", "late", "--memory", "much")
+        install(root, device_file, "--images", "/data", "--hours", "late", "--memory", "much")
     assert len(caught.value.lines) == 2

@@ -217,6 +217,6 @@ def test_this_machine_may_be_spoken_to_in_the_clear(host: str) -> None:
 @pytest.mark.parametrize("host", ["broker.example", "192.0.2.1", "localhost.example", "[2001:db8::1]", "0.0.0.0"])
 @pytest.mark.parametrize("scheme", ["mqtt", "ws"])
 def test_another_machine_may_not_unless_it_is_said(scheme: str, host: str) -> None:
-    with pytest.raises(ConfigError, match=rf"would travel unencrypted; use {scheme}s:// with --identity, or say"):
+    with pytest.raises(ConfigError, match=rf"would travel unencrypted; use {scheme}s:// with --identity, or allow"):
         Link(f"{scheme}://{host}", "x")
     Link(f"{scheme}://{host}", "x", insecure=True)

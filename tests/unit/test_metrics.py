@@ -98,7 +98,7 @@ def test_a_port_that_is_taken_is_refused_in_one_line() -> None:
 
 
 def test_others_hear_of_it_only_if_that_is_said(port: int) -> None:
-    with pytest.raises(ConfigError, match=r"unencrypted; let it listen on 127\.0\.0\.1, or say --insecure"):
+    with pytest.raises(ConfigError, match=r"unencrypted; let it listen on 127\.0\.0\.1, or allow it with --insecure"):
         serve_metrics(f"0.0.0.0:{port}", lambda: HEALTH)
     serve_metrics(f"0.0.0.0:{port}", lambda: HEALTH, insecure=True)
     assert "fedfmsl_round 7.0" in scraped(port)

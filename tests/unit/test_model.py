@@ -1,4 +1,4 @@
-"""The personalized model that a device has after every round: real photos, real ONNX Runtime, real files."""
+"""The personalized model after every round: real photos, real ONNX Runtime, real files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 from support.bundles import Built, run_graph
-from support.in_process_daemon import started
+from support.in_process_daemon import make_daemon
 from support.personal_models import SHA, globals_of, round_of
 
 from edge_runtime.data.inputs import reader_of
@@ -25,9 +25,9 @@ from fedfmsl.algorithms.mixture import nll
 from fedfmsl.errors import BundleError, InputError
 from fedfmsl.protocol.messages import Stage
 
-NOTHING = np.empty(0, np.float32)
+EMPTY = np.empty(0, np.float32)
 
-WORK: dict[Stage, StageFunction] = {
+STAGES: dict[Stage, StageFunction] = {
     Stage.STATISTICS: statistics,
     Stage.GLOBAL: train_global,
     Stage.PERSONAL: train_personal,
@@ -36,78 +36,78 @@ WORK: dict[Stage, StageFunction] = {
 }
 
 
-@pytest.mark.parametrize("stage", WORK)
-def test_after_every_stage_there_is_a_model_of_what_the_device_has_by_then(
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_leaves_a_model_of_the_newest_experts(
     vit: Built, photos: Path, tmp_path: Path, stage: Stage
 ) -> None:
-    device, _, _ = started(vit, photos, tmp_path)
-    given = Globals(NOTHING, NOTHING, NOTHING) if stage is Stage.STATISTICS else globals_of(vit)
-    WORK[stage](device, round_of(stage), given)
-    save_personal_model(device, round_of(stage), given)
+    device = make_daemon(vit, photos, tmp_path).device
+    published = Globals(EMPTY, EMPTY, EMPTY) if stage is Stage.STATISTICS else globals_of(vit)
+    STAGES[stage](device, round_of(stage), published)
+    save_personal_model(device, round_of(stage), published)
     model = read_personal_model(device.store)
     header = model.header
     assert (header.device, header.round, header.bundle) == ("d", 3, vit.bundle.sha256)
     assert (header.expert, header.gate) == (("", "") if stage is Stage.STATISTICS else (SHA, SHA))
-    images = device.scanned.train
+    samples = device.scanned.train
     probabilities, gate = run_graph(
         vit.bundle,
         f"personal-{header.level}.onnx",
         ["probabilities", "gate"],
-        **reader_of(vit.bundle).batch([image.path for image in images]),
+        **reader_of(vit.bundle).batch([sample.path for sample in samples]),
         **model.inputs,
     )
     assert np.allclose(probabilities.sum(axis=1), 1, atol=1e-5)
-    assert np.allclose(gate, 0.5, atol=1e-6)  # no server has averaged any gate yet
+    assert np.allclose(gate, 0.5, atol=1e-6)  # the initial gate weighs both experts equally
     assert not np.allclose(model.inputs["local_theta"], model.inputs["global_theta"])
     if stage is Stage.STATISTICS:
-        assert (probabilities.argmax(axis=1) == labels_of(images)).mean() > 0.8
+        assert (probabilities.argmax(axis=1) == labels_of(samples)).mean() > 0.8
     if stage is Stage.PERSONAL:
         best = LocalExpert.load(device, "s")
         assert best is not None
-        seen = compute_mixture(device, images, given, best.best, best.best_level)
-        assert np.allclose(probabilities, np.exp(model.calibrated(seen.log_p)), atol=2e-3)  # fp16 states
+        mixture = compute_mixture(device, samples, published, best.best, best.best_level)
+        assert np.allclose(probabilities, np.exp(model.calibrated(mixture.log_p)), atol=2e-3)  # fp16 hidden states
 
 
-def test_temperature_and_threshold_are_those_of_the_held_out_slice(vit: Built, photos: Path, tmp_path: Path) -> None:
-    device, _, _ = started(vit, photos, tmp_path)
-    given = globals_of(vit)
-    model = make_personal_model(device, round_of(Stage.GLOBAL), given)
-    images = device.splits.held_out
-    labels = labels_of(images)
+def test_temperature_and_threshold_come_from_the_held_out_split(vit: Built, photos: Path, tmp_path: Path) -> None:
+    device = make_daemon(vit, photos, tmp_path).device
+    published = globals_of(vit)
+    model = make_personal_model(device, round_of(Stage.GLOBAL), published)
+    samples = device.splits.held_out
+    labels = labels_of(samples)
 
     (probabilities,) = run_graph(
         vit.bundle,
         f"personal-{model.header.level}.onnx",
         ["probabilities"],
-        **reader_of(vit.bundle).batch([image.path for image in images]),
+        **reader_of(vit.bundle).batch([sample.path for sample in samples]),
         **{**model.inputs, "temperature": np.ones(1, np.float32)},
     )
     assert model.header.temperature == pytest.approx(fit_temperature(np.log(probabilities), labels), rel=1e-2)
-    assert len(images) < 19
-    assert model.header.threshold == 0  # so few say nothing about one in twenty
+    assert len(samples) < 19
+    assert model.header.threshold == 0  # 19 samples are needed for a share of 5 %
 
 
-def test_what_a_device_evaluates_is_the_model_that_it_keeps(vit: Built, photos: Path, tmp_path: Path) -> None:
-    device, _, _ = started(vit, photos, tmp_path)
-    given = globals_of(vit)
+def test_the_evaluated_model_is_the_saved_one(vit: Built, photos: Path, tmp_path: Path) -> None:
+    device = make_daemon(vit, photos, tmp_path).device
+    published = globals_of(vit)
     for index in range(2):
-        train_personal(device, round_of(Stage.PERSONAL, index), given)
-    outcome = evaluate(device, round_of(Stage.EVALUATE), given)
+        train_personal(device, round_of(Stage.PERSONAL, index), published)
+    result = evaluate(device, round_of(Stage.EVALUATE), published)
     before = device.store.results.read_bytes()
-    save_personal_model(device, round_of(Stage.EVALUATE), given)
+    save_personal_model(device, round_of(Stage.EVALUATE), published)
     write_model(device.store, tmp_path / "model.onnx", vit.bundle.root)
     model = open_model(tmp_path / "model.onnx", 1)
-    images = device.scanned.test
-    pixels = reader_of(vit.bundle).batch([image.path for image in images])
+    samples = device.scanned.test
+    pixels = reader_of(vit.bundle).batch([sample.path for sample in samples])
     (probabilities,) = run(model, ["probabilities"], pixels)
-    labels = labels_of(images)
-    assert outcome.metrics["mofm_nll"] == pytest.approx(nll(np.log(probabilities), labels), abs=1e-3)
-    assert outcome.metrics["mofm"] == (probabilities.argmax(axis=1) == labels).mean()
+    labels = labels_of(samples)
+    assert result.metrics["mofm_nll"] == pytest.approx(nll(np.log(probabilities), labels), abs=1e-3)
+    assert result.metrics["mofm"] == (probabilities.argmax(axis=1) == labels).mean()
     assert device.store.results.read_bytes() == before
 
 
-def test_the_onnx_file_names_what_it_is_made_of(vit: Built, photos: Path, tmp_path: Path) -> None:
-    device, _, _ = started(vit, photos, tmp_path)
+def test_the_onnx_file_has_the_origin_as_metadata(vit: Built, photos: Path, tmp_path: Path) -> None:
+    device = make_daemon(vit, photos, tmp_path).device
     save_personal_model(device, round_of(Stage.GLOBAL), globals_of(vit))
     write_model(device.store, tmp_path / "model.onnx", vit.bundle.root)
     header, manifest = read_personal_model(device.store).header, vit.bundle.manifest
@@ -122,8 +122,8 @@ def test_the_onnx_file_names_what_it_is_made_of(vit: Built, photos: Path, tmp_pa
     }
 
 
-def test_a_model_is_written_with_its_own_bundle_only(vit: Built, dinov2: Built, photos: Path, tmp_path: Path) -> None:
-    device, _, _ = started(vit, photos, tmp_path)
+def test_a_model_needs_its_own_bundle(vit: Built, dinov2: Built, photos: Path, tmp_path: Path) -> None:
+    device = make_daemon(vit, photos, tmp_path).device
     with pytest.raises(InputError, match="no personalized model yet"):
         write_model(device.store, tmp_path / "model.onnx", vit.bundle.root)
     save_personal_model(device, round_of(Stage.GLOBAL), globals_of(vit))
@@ -134,10 +134,10 @@ def test_a_model_is_written_with_its_own_bundle_only(vit: Built, dinov2: Built, 
         write_model(device.store, tmp_path / "model.onnx", vit.bundle.root)
 
 
-def test_a_device_that_bears_less_than_the_globals_level_has_a_model_of_all_of_it(
+def test_a_device_with_a_low_level_cap_has_a_model_of_the_globals_level(
     vit: Built, photos: Path, tmp_path: Path
 ) -> None:
-    device, _, _ = started(vit, photos, tmp_path)
+    device = make_daemon(vit, photos, tmp_path).device
     device = replace(device, level_cap=1)
     model = make_personal_model(device, round_of(Stage.GLOBAL), globals_of(vit, level=2))
     assert model.header.level == 2

@@ -1,4 +1,4 @@
-"""What devices.provision writes, and what it refuses to write."""
+"""Files that devices.provision writes, and its errors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HOSTS = ("--host", "broker.example", "--host", "192.0.2.1")
 
 
 def provision(pki: Path, *arguments: str) -> str:
-    """What it prints. Raises what the command raises."""
+    """The command's output. Raises the command's errors."""
     return CliRunner().invoke(app, ["--pki", str(pki), *arguments], catch_exceptions=False).stdout
 
 
@@ -28,7 +28,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_ca_a_kit_and_identities_are_made_that_nobody_else_reads(tmp_path: Path) -> None:
+def test_ca_kit_and_identities_are_readable_by_their_owner_only(tmp_path: Path) -> None:
     provision(tmp_path / "pki", *HOSTS, "kitchen", "balcony")
     made = files(tmp_path / "pki")
     assert set(made) == {
@@ -43,7 +43,7 @@ def test_a_ca_a_kit_and_identities_are_made_that_nobody_else_reads(tmp_path: Pat
     assert read_identity(tmp_path / "pki" / "devices" / "kitchen.toml").name == "kitchen"
 
 
-def test_the_brokers_and_the_servers_certificate_name_every_host(tmp_path: Path) -> None:
+def test_certificates_of_broker_and_server_name_every_host(tmp_path: Path) -> None:
     provision(tmp_path / "pki", *HOSTS)
     for name in ("broker/broker.crt", "server.pem"):
         command = ["openssl", "x509", "-noout", "-ext", "subjectAltName", "-in", str(tmp_path / "pki" / name)]
@@ -54,7 +54,7 @@ def test_the_brokers_and_the_servers_certificate_name_every_host(tmp_path: Path)
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
     pki = tmp_path / "pki"
     provision(pki, *HOSTS, "kitchen")
-    (pki / "devices" / "kitchen.toml").unlink()  # moved to the device, which must not lose its counterpart
+    (pki / "devices" / "kitchen.toml").unlink()  # moved to the device
     before = files(pki)
     with pytest.raises(ConfigError, match=r"kitchen.* already exists and is not overwritten"):
         provision(pki, "kitchen")
@@ -63,7 +63,7 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     assert files(pki) == before
 
 
-def test_a_revoked_name_may_be_given_again_and_is_listed_once_for_each(tmp_path: Path) -> None:
+def test_a_revoked_name_can_be_used_again(tmp_path: Path) -> None:
     pki = tmp_path / "pki"
     provision(pki, *HOSTS, "kitchen", "balcony")
     for _ in range(2):
@@ -90,21 +90,21 @@ def test_a_revoked_name_may_be_given_again_and_is_listed_once_for_each(tmp_path:
         (("--revoke", "kitchen", "balcony"), "repeat --revoke before each name"),
     ],
 )
-def test_what_cannot_be_made_is_named_and_leaves_nothing(tmp_path: Path, arguments: tuple[str, ...], says: str) -> None:
+def test_invalid_arguments_are_named_and_write_nothing(tmp_path: Path, arguments: tuple[str, ...], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         provision(tmp_path / "pki", *arguments)
     assert files(tmp_path) == {}
 
 
 @pytest.mark.parametrize("kind", [(), ("--user",)])
-def test_a_name_that_was_never_given_cannot_be_revoked(tmp_path: Path, kind: tuple[str, ...]) -> None:
+def test_an_unknown_name_cannot_be_revoked(tmp_path: Path, kind: tuple[str, ...]) -> None:
     provision(tmp_path / "pki", *HOSTS, *kind)
-    with pytest.raises(ConfigError, match="stranger"):
-        provision(tmp_path / "pki", "--revoke", "stranger")
+    with pytest.raises(ConfigError, match="unknown"):
+        provision(tmp_path / "pki", "--revoke", "unknown")
 
 
 @pytest.mark.parametrize(("made", "added"), [((), ("--user",)), (("--user",), ())])
-def test_a_broker_has_either_certificates_or_users(
+def test_a_broker_uses_either_certificates_or_passwords(
     tmp_path: Path, made: tuple[str, ...], added: tuple[str, ...]
 ) -> None:
     provision(tmp_path / "pki", *HOSTS, *made)
@@ -112,7 +112,7 @@ def test_a_broker_has_either_certificates_or_users(
         provision(tmp_path / "pki", "kitchen", *added)
 
 
-def test_a_password_is_printed_once_and_kept_as_a_hash(tmp_path: Path) -> None:
+def test_a_password_is_printed_once_and_stored_as_a_hash(tmp_path: Path) -> None:
     pki = tmp_path / "pki"
     printed = provision(pki, *HOSTS, "--user", "kitchen", "homeassistant")
     passwords = [line.split()[1] for line in printed.splitlines() if line.startswith(("server ", "homeassistant "))]
@@ -126,7 +126,7 @@ def test_a_password_is_printed_once_and_kept_as_a_hash(tmp_path: Path) -> None:
     assert not (pki / "devices" / "kitchen.toml").exists()
 
 
-def test_a_devices_file_says_all_that_it_needs(tmp_path: Path) -> None:
+def test_a_devices_file_has_run_broker_and_identity(tmp_path: Path) -> None:
     pki = tmp_path / "pki"
     provision(pki, *HOSTS, "--run", "orchard", "kitchen")
     path = pki / "devices" / "kitchen.toml"
@@ -138,10 +138,10 @@ def test_a_devices_file_says_all_that_it_needs(tmp_path: Path) -> None:
     alone.chmod(0o600)
     assert read_identity(alone).name == read_identity(path).name == "kitchen"
     assert read_identity(path).authorities == read_identity(pki / "server.pem").authorities
-    read_identity(path).client_context()  # OpenSSL reads what Python does
+    read_identity(path).client_context()  # OpenSSL accepts the file as well
 
 
-def test_a_users_file_holds_its_name_and_password(tmp_path: Path) -> None:
+def test_with_passwords_a_devices_file_has_its_name_and_password(tmp_path: Path) -> None:
     pki = tmp_path / "pki"
     printed = provision(pki, "--host", "2001:db8::1", "--user", "--run", "orchard", "kitchen")
     settings = read_table(pki / "devices" / "kitchen.toml")
@@ -151,7 +151,7 @@ def test_a_users_file_holds_its_name_and_password(tmp_path: Path) -> None:
     assert "PRIVATE KEY" not in settings["identity"]
 
 
-def test_what_was_said_of_the_fleet_is_kept_for_devices_to_come(tmp_path: Path) -> None:
+def test_run_and_broker_are_stored_for_later_devices(tmp_path: Path) -> None:
     pki = tmp_path / "pki"
     provision(pki, *HOSTS, "first")
     assert "run" not in read_table(pki / "devices" / "first.toml")
@@ -162,7 +162,7 @@ def test_what_was_said_of_the_fleet_is_kept_for_devices_to_come(tmp_path: Path) 
     assert (third["run"], third["broker"]) == ("orchard", "wss://broker.example/mqtt")
 
 
-def test_home_assistant_gets_its_certificate_and_key_one_by_one(tmp_path: Path) -> None:
+def test_home_assistant_gets_certificate_and_key_in_two_files(tmp_path: Path) -> None:
     pki = tmp_path / "pki"
     provision(pki, *HOSTS, "homeassistant")
     command = ["openssl", "verify", "-CAfile", str(pki / "ca.crt"), str(pki / "homeassistant.crt")]
@@ -173,7 +173,7 @@ def test_home_assistant_gets_its_certificate_and_key_one_by_one(tmp_path: Path) 
     assert not list(pki.glob("homeassistant.*"))
 
 
-def test_a_device_called_like_a_file_of_the_ca_takes_nothing_with_it(tmp_path: Path) -> None:
+def test_revoking_a_device_named_like_a_file_of_the_ca_deletes_only_its_own_files(tmp_path: Path) -> None:
     pki = tmp_path / "pki"
     provision(pki, *HOSTS, "ca", "fleet")
     before = set(files(pki))
@@ -182,5 +182,5 @@ def test_a_device_called_like_a_file_of_the_ca_takes_nothing_with_it(tmp_path: P
     assert gone == {"devices/ca.toml", "devices/fleet.toml", "issued/ca.crt", "issued/fleet.crt"}
 
 
-def test_two_users_with_one_password_have_different_hashes() -> None:
+def test_hashes_of_the_same_password_differ() -> None:
     assert password_line("a", "secret").partition(":")[2] != password_line("b", "secret").partition(":")[2]

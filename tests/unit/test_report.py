@@ -1,4 +1,4 @@
-"""What a run's record becomes in its report, in numbers worked out by hand."""
+"""A trial's report from the records of a run, with numbers computed by hand."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from trainer_server.coordinator.records import ClosedRound
 from trainer_server.storage.run_store import Origin, RunStore
 
 SECONDS = {"export": 30.0, "total": 100.0}
-NAMES_OTHERS_READ = {
+KEYS = {
     *("seed", "alpha", "devices", "classes", "model", "rounds", "seconds", "accuracy", "accuracy_global_test", "gate"),
     *("levels", "tuned_share", "tuned_parameters", "backbone_parameters"),
     *("bytes_up_per_device_round", "bytes_down_per_device_round", "device_peak_rss_mb"),
@@ -28,11 +28,11 @@ NAMES_OTHERS_READ = {
 GATE = {"mean_local_weight": 0.5, "gate_entropy": 0.6}
 
 
-def update(device: str, stage: Stage, samples: int, **said: Any) -> Update:
-    return Update(run="run", session="one", round=1, device=device, stage=stage, level=1, samples=samples, **said)
+def update(device: str, stage: Stage, samples: int, **fields: Any) -> Update:
+    return Update(run="run", session="one", round=1, device=device, stage=stage, level=1, samples=samples, **fields)
 
 
-def closed(stage: Stage, *updates: Update, index: int = 0, level: int = 1, **said: Any) -> ClosedRound:
+def closed(stage: Stage, *updates: Update, index: int = 0, level: int = 1, **fields: Any) -> ClosedRound:
     announced = Round(
         run="run",
         session="one",
@@ -46,19 +46,19 @@ def closed(stage: Stage, *updates: Update, index: int = 0, level: int = 1, **sai
     )
     sizes = {u.device: 1000 * (place + 1) for place, u in enumerate(updates)}
     defaults: dict[str, Any] = {"seconds": 2.0, "bytes_up": sizes, "missing": ()}
-    return ClosedRound(round=announced, updates={u.device: u for u in updates}, **{**defaults, **said})
+    return ClosedRound(round=announced, updates={u.device: u for u in updates}, **{**defaults, **fields})
 
 
-def trained(index: int, level: int, **said: Any) -> ClosedRound:
+def trained(index: int, level: int, **fields: Any) -> ClosedRound:
     metrics = {"held_out_global": 0.5}
     both = (update(name, Stage.GLOBAL, 8, metrics=metrics, bytes_down=4000, peak_rss_mb=90.0) for name in ("a", "b"))
-    return closed(Stage.GLOBAL, *both, index=index, level=level, **said)
+    return closed(Stage.GLOBAL, *both, index=index, level=level, **fields)
 
 
-def personalized(**said: Any) -> ClosedRound:
+def personalized(**fields: Any) -> ClosedRound:
     metrics = {"held_out_mofm": 0.75, "held_out_local": 0.5, "held_out_global_prior": 0.5, "local_level": 2.0}
     both = (update(name, Stage.PERSONAL, 4, metrics=metrics, bytes_down=1000) for name in ("a", "b"))
-    return closed(Stage.PERSONAL, *both, **said)
+    return closed(Stage.PERSONAL, *both, **fields)
 
 
 def evaluated(baseline: bool = True) -> ClosedRound:
@@ -117,7 +117,7 @@ def report_of(built: Built, rounds: list[ClosedRound]) -> dict[str, Any]:
 
 def test_the_numbers_are_those_of_the_last_evaluation(vit: Built) -> None:
     report = report_of(vit, whole_run())
-    assert report.keys() >= NAMES_OTHERS_READ
+    assert report.keys() >= KEYS
     assert (report["seed"], report["alpha"], report["devices"], report["classes"]) == (3, 0.5, 3, 4)
     assert report["rounds"] == {"stage1": 2, "stage2": 1}
     assert report["levels"] == [1, 2]
@@ -126,7 +126,7 @@ def test_the_numbers_are_those_of_the_last_evaluation(vit: Built) -> None:
     assert report["gate"] == {"mean_local_weight": 0.575, "entropy": 0.5}
 
 
-def test_the_global_test_weighs_every_class_alike(vit: Built) -> None:
+def test_the_global_test_is_class_balanced(vit: Built) -> None:
     expected = {"start": (2 / 3 + 6 / 13) / 2, "global": (3 / 3 + 3 / 13) / 2}
     assert report_of(vit, whole_run())["accuracy_global_test"] == pytest.approx(expected, abs=1e-6)
 
@@ -148,7 +148,7 @@ def test_without_a_baseline_there_is_no_local_only(vit: Built, folder: Path) -> 
     assert "local only" not in (folder / "report.html").read_text()
 
 
-def test_a_repeated_round_counts_once_but_took_its_time(vit: Built) -> None:
+def test_a_repeated_round_counts_once_in_rounds_and_twice_in_seconds(vit: Built) -> None:
     first, *others = whole_run()
     report = report_of(vit, [first, trained(0, 1, repeated="too few", missing=("d",)), *others])
     assert report["rounds"]["stage1"] == 2
@@ -175,7 +175,7 @@ def test_the_same_rounds_give_the_same_bytes(folder: Path) -> None:
     assert json.loads(written[0][0])["accuracy"]["mofm"]["mean"] == 0.8125
 
 
-def test_the_page_needs_nothing_else_and_the_picture_has_its_size(folder: Path) -> None:
+def test_the_page_needs_no_other_file_and_the_chart_has_its_size(folder: Path) -> None:
     model = folder / "devices" / "a" / "personalized.onnx"
     model.parent.mkdir(parents=True)
     model.touch()

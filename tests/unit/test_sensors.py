@@ -9,9 +9,11 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+import psutil
 import pytest
 from support.processes import wait_until
 
+from edge_runtime.resources.processors import OtherLoad, ProcessorTimes
 from edge_runtime.resources.sensors import Sensors, board, thermal_zones
 
 THERMAL = "sys/class/thermal/thermal_zone"
@@ -101,31 +103,25 @@ def test_throttling_is_what_firmware_or_kernel_say_of_now(
     assert Sensors(root=lay_out(tmp_path, files)).read().throttled is throttled
 
 
-def stat(process: int, parent: int, own: int, ended_children: int = 0) -> dict[str, object]:
-    fields = ["S", parent, *[0] * 9, own, 0, ended_children, 0, *[0] * 10]
-    return {f"proc/{process}/stat": f"{process} (a (strange) name) {' '.join(map(str, fields))}"}
+def test_other_load_is_the_share_of_others_between_two_readings() -> None:
+    readings = iter(
+        [
+            ProcessorTimes(total=20.0, others=4.0),
+            ProcessorTimes(total=21.0, others=4.3),
+            ProcessorTimes(total=21.02, others=4.32),  # too early for a new value
+            ProcessorTimes(total=22.0, others=5.1),
+            ProcessorTimes(total=23.0, others=5.0),  # an unseen child has ended, and its time is its parent's now
+            None,
+            ProcessorTimes(total=25.0, others=6.0),
+        ]
+    )
+    load = OtherLoad(lambda: next(readings))
+    expected = [None, 0.3, 0.3, 0.8, 0.0, None, None]
+    assert [load.share() for _ in expected] == [value if value is None else pytest.approx(value) for value in expected]
 
 
-def processors(busy: int, idle: int) -> dict[str, object]:
-    return {"proc/stat": f"cpu  {busy} 0 0 {idle} 0 0 0 0 0 0\ncpu0 {busy} 0 0 {idle} 0 0 0 0 0 0"}
-
-
-def test_others_are_all_but_this_process_and_its_descendants(tmp_path: Path) -> None:
-    me = os.getpid()
-    lay_out(tmp_path, processors(1000, 1000) | stat(me, 1, 500) | stat(7, me, 100) | stat(8, 7, 50) | stat(9, 1, 350))
-    sensors = Sensors(root=tmp_path)
-    assert sensors.read().others is None
-    lay_out(tmp_path, processors(1080, 1020) | stat(me, 1, 510) | stat(7, me, 130) | stat(8, 7, 60) | stat(9, 1, 380))
-    assert sensors.read().others == pytest.approx(0.3)
-    lay_out(tmp_path, processors(1081, 1021))
-    assert sensors.read().others == pytest.approx(0.3)  # too little time has passed to tell
-    (tmp_path / "proc/8/stat").unlink()  # it ends, and its time becomes its parent's
-    lay_out(tmp_path, processors(1180, 1020) | stat(7, me, 140, ended_children=70))
-    assert sensors.read().others == pytest.approx(0.8)
-
-
-def test_busy_children_are_none_of_the_others() -> None:
-    """On this very machine, all of whose processors they keep busy, with whoever else is at work."""
+def test_busy_children_do_not_count_as_others() -> None:
+    """On this machine. The children keep all of its processors busy, besides other processes."""
     children = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(os.cpu_count() or 1)]
     try:
         sensors, started, before = Sensors(), time.monotonic(), sum(map(seconds_of, children))
@@ -143,8 +139,8 @@ def test_busy_children_are_none_of_the_others() -> None:
 
 
 def seconds_of(process: subprocess.Popen[bytes]) -> float:
-    """Of processor time."""
-    return int(Path(f"/proc/{process.pid}/stat").read_text().split()[13]) / os.sysconf("SC_CLK_TCK")
+    """Processor time."""
+    return float(psutil.Process(process.pid).cpu_times().user)
 
 
 def routes(*interfaces: tuple[str, int]) -> dict[str, object]:
@@ -209,4 +205,4 @@ def test_where_nothing_is_told_nothing_is_known(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("PATH", str(tmp_path))
     lay_out(tmp_path, routes(("eth0", 100)))
     readings = Sensors(root=tmp_path).read()
-    assert (readings.temperature, readings.others, readings.metered, readings.throttled) == (None,) * 4
+    assert (readings.temperature, readings.metered, readings.throttled) == (None,) * 3

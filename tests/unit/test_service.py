@@ -1,4 +1,4 @@
-"""The server's shell on a real broker: a disk that refuses, and a device that floods it."""
+"""The server's I/O loop on a real broker: a disk that cannot be written, and a device that floods the server."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
 
 @dataclass
 class Scene:
-    """A server at work in a thread of this process, one device `a` that has not shown itself, and who sees it all."""
+    """A server in a thread of this process, device `a` which is not online yet, and an observer."""
 
     plan: Plan
     folder: Path
@@ -50,7 +50,7 @@ class Scene:
         path = self.folder / "notes.log"
         return path.read_text() if path.is_file() else ""
 
-    def show(self) -> None:
+    def announce_device(self) -> None:
         self.link.publish(self.topics.status("a"), encode(CoordinatorRun(self.plan).status("a")), retain=True)
 
     def run_to_its_end(self) -> None:
@@ -91,13 +91,13 @@ def scene(vit: Built, broker: Broker, folder: Path, run: str, log_bytes: int = L
     link.close()
 
 
-def test_a_device_that_comes_while_the_disk_refuses_is_not_forgotten(
+def test_a_device_that_joins_while_the_disk_cannot_be_written_takes_part_later(
     vit: Built, broker: Broker, tmp_path: Path
 ) -> None:
     with scene(vit, broker, tmp_path / "run", "disk") as s:
         with closing(sqlite3.connect(s.folder / DATABASE, isolation_level=None)) as other:
-            other.execute("BEGIN IMMEDIATE")  # whatever the reason: nothing can be committed
-            s.show()
+            other.execute("BEGIN IMMEDIATE")  # so that nothing can be committed
+            s.announce_device()
             wait_until(lambda: "cannot write" in s.notes, "the server notices")
             assert not [m for m in s.observer.seen if isinstance(m, Round)]
             other.execute("ROLLBACK")
@@ -108,7 +108,7 @@ def test_a_device_that_comes_while_the_disk_refuses_is_not_forgotten(
 def test_a_flood_of_garbage_costs_no_round_and_fills_no_log(vit: Built, broker: Broker, tmp_path: Path) -> None:
     garbage = 3000
     with scene(vit, broker, tmp_path / "run", "flood") as s:
-        s.show()
+        s.announce_device()
         s.observer.wait(Round, lambda r: True, "the first round")
         for number in range(garbage):
             s.link.publish(s.topics.update_chunk("a", "1", str(number)), number.to_bytes(8, "big"))
@@ -119,12 +119,10 @@ def test_a_flood_of_garbage_costs_no_round_and_fills_no_log(vit: Built, broker: 
         assert len(s.notes) < 2000
 
 
-def test_the_notes_take_no_more_room_than_two_files_whatever_a_device_causes(
-    vit: Built, broker: Broker, tmp_path: Path
-) -> None:
+def test_the_log_never_exceeds_two_files(vit: Built, broker: Broker, tmp_path: Path) -> None:
     with scene(vit, broker, tmp_path / "run", "notes", log_bytes=1000) as s:
-        s.show()
-        for online in (False, True) * 200:  # every one of them is noted
+        s.announce_device()
+        for online in (False, True) * 200:  # each of them is logged
             s.link.publish(s.topics.status("a"), encode(CoordinatorRun(s.plan).status("a", online=online)), retain=True)
         s.run_to_its_end()
         assert (s.folder / "notes.log.1").stat().st_size < 1200

@@ -1,4 +1,4 @@
-"""The server's disk: whatever instant it dies at, what it has said is still true when it starts again."""
+"""The server's files: it can be killed at any time and resumes in the same state."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def same(one: State, other: State) -> bool:
 
 
 class Server:
-    """A server's loop without the network: advance, commit, keep."""
+    """The server's loop without a network: advance, commit, save a checkpoint."""
 
     def __init__(self, store: RunStore, plan: Plan) -> None:
         self.store, self.plan = store, plan
@@ -68,7 +68,7 @@ def opened(vit: Built, folder: Path, **config: object) -> Server:
 
 
 def run_to_its_end(server: Server) -> Iterator[Server]:
-    """After every event the server dies; its successor, which has only the folder, is given back."""
+    """Restarts the server from its folder after every event, and yields the new one."""
     folder, bundle = server.store.folder, server.plan.bundle
     statuses = [StatusSeen(CoordinatorRun(server.plan).status(name)) for name in ABC]
     todo: list[Event] = [*statuses, ClockTicked()]
@@ -85,7 +85,7 @@ def run_to_its_end(server: Server) -> Iterator[Server]:
 
 
 @pytest.mark.parametrize("audit", [False, True])
-def test_a_server_that_dies_after_any_event_goes_on_in_the_same_state(vit: Built, folder: Path, audit: bool) -> None:
+def test_a_server_killed_after_any_event_resumes_in_the_same_state(vit: Built, folder: Path, audit: bool) -> None:
     for server in run_to_its_end(opened(vit, folder, audit=audit)):
         last = server
     undisturbed = CoordinatorRun(replace(last.plan, read=plan_for(vit).read))
@@ -97,12 +97,12 @@ def test_a_server_that_dies_after_any_event_goes_on_in_the_same_state(vit: Built
     assert [c.round.round for c in last.store.rounds()] == list(range(1, 6))
 
 
-def test_only_what_the_present_round_needs_is_kept_on_disk(vit: Built, folder: Path) -> None:
+def test_the_disk_holds_only_what_the_present_round_needs(vit: Built, folder: Path) -> None:
     most = max(len(list(server.store.tensors.iterdir())) for server in run_to_its_end(opened(vit, folder)))
-    assert most == 1 + len(ABC)  # the state at the opening, and the round's updates
+    assert most == 1 + len(ABC)  # the checkpoint and the round's updates
 
 
-def test_a_run_with_an_audit_is_done_over_bit_by_bit(vit: Built, folder: Path) -> None:
+def test_a_replay_of_an_audited_run_is_bit_identical(vit: Built, folder: Path) -> None:
     for server in run_to_its_end(opened(vit, folder, audit=True)):
         last = server
     again = list(replay_rounds(last.store, last.plan))
@@ -111,14 +111,14 @@ def test_a_run_with_an_audit_is_done_over_bit_by_bit(vit: Built, folder: Path) -
     assert again[-1].stage is Stage.FINISHED
 
 
-def test_without_an_audit_a_run_cannot_be_done_over(vit: Built, folder: Path) -> None:
+def test_a_run_without_an_audit_cannot_be_replayed(vit: Built, folder: Path) -> None:
     server = opened(vit, folder)
     with pytest.raises(RunError, match="without --audit"):
         list(replay_rounds(server.store, server.plan))
 
 
-def test_a_crash_between_the_event_and_the_state_after_it_loses_nothing(vit: Built, folder: Path) -> None:
-    """A round has closed in the log, and the server died before it could keep the state."""
+def test_a_crash_between_event_and_checkpoint_loses_nothing(vit: Built, folder: Path) -> None:
+    """The event that closes a round is stored, the checkpoint after it is not."""
     server = opened(vit, folder)
     for event in (*(StatusSeen(CoordinatorRun(server.plan).status(name)) for name in ABC), ClockTicked()):
         server.feed(event)
@@ -135,7 +135,7 @@ def test_a_crash_between_the_event_and_the_state_after_it_loses_nothing(vit: Bui
     assert same(successor, state)
 
 
-def test_a_commit_is_whole_or_has_not_happened(vit: Built, folder: Path) -> None:
+def test_a_commit_is_atomic(vit: Built, folder: Path) -> None:
     server = opened(vit, folder)
     event = LoggedEvent(1.0, StatusSeen(CoordinatorRun(server.plan).status("a")))
     unstorable = {("a", "kind"): (2**70, "an integer that SQLite cannot hold")}
@@ -156,10 +156,10 @@ def test_refusals_are_added_up(vit: Built, folder: Path) -> None:
     ]
 
 
-# what goes wrong
+# errors
 
 
-def test_two_servers_do_not_work_in_one_folder(vit: Built, folder: Path) -> None:
+def test_only_one_server_works_in_a_folder(vit: Built, folder: Path) -> None:
     first, second = opened(vit, folder).store, RunStore(folder)
     with first.locked(), pytest.raises(RunError, match="another server works in"), second.locked():
         pass
@@ -167,15 +167,15 @@ def test_two_servers_do_not_work_in_one_folder(vit: Built, folder: Path) -> None
         pass
 
 
-def test_other_settings_than_the_runs_are_named(vit: Built, folder: Path) -> None:
+def test_settings_that_differ_from_the_runs_are_named(vit: Built, folder: Path) -> None:
     server = opened(vit, folder)
     server.feed(StatusSeen(CoordinatorRun(server.plan).status("a")))
     with pytest.raises(ConfigError, match=r"stage1_rounds = 2, not 3.*resume"):
         open_run(folder, plan_for(vit, stage1_rounds=3, stage2_rounds=1).config, vit.bundle)
 
 
-def test_a_start_in_which_nothing_has_happened_binds_nobody(vit: Built, dinov2: Built, folder: Path) -> None:
-    """Of a server that found no broker, say."""
+def test_a_run_without_events_can_be_started_with_other_settings(vit: Built, dinov2: Built, folder: Path) -> None:
+    """For example after a start without a broker."""
     session = opened(vit, folder).store.origin.session
     config = plan_for(vit, stage1_rounds=9).config
     open_run(folder, config, dinov2.bundle).close()
@@ -183,7 +183,7 @@ def test_a_start_in_which_nothing_has_happened_binds_nobody(vit: Built, dinov2: 
     assert (origin.config, origin.sha256, origin.session) == (config, dinov2.bundle.sha256, session)
 
 
-def test_another_bundle_than_the_runs_is_refused(vit: Built, dinov2: Built, folder: Path) -> None:
+def test_a_bundle_that_differs_from_the_runs_is_refused(vit: Built, dinov2: Built, folder: Path) -> None:
     server = opened(vit, folder)
     server.feed(StatusSeen(CoordinatorRun(server.plan).status("a")))
     with pytest.raises(ConfigError, match="another bundle"):
@@ -191,7 +191,7 @@ def test_another_bundle_than_the_runs_is_refused(vit: Built, dinov2: Built, fold
     assert open_bundle(server.store).sha256 == vit.bundle.sha256
 
 
-def test_a_lost_or_altered_update_is_named(vit: Built, folder: Path) -> None:
+def test_a_missing_or_altered_update_is_named(vit: Built, folder: Path) -> None:
     server = opened(vit, folder)
     for event in (*(StatusSeen(CoordinatorRun(server.plan).status(name)) for name in ABC), ClockTicked()):
         server.feed(event)
@@ -209,7 +209,7 @@ def test_a_lost_or_altered_update_is_named(vit: Built, folder: Path) -> None:
     assert same(restore_state(server.store, server.plan)[0], server.state)
 
 
-def test_a_folder_without_a_run_and_one_with_something_else_are_refused(tmp_path: Path) -> None:
+def test_a_folder_without_a_valid_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="no run at"):
         RunStore(tmp_path)
     (tmp_path / DATABASE).write_bytes(b"x" * 5000)
@@ -221,7 +221,7 @@ def test_a_folder_without_a_run_and_one_with_something_else_are_refused(tmp_path
         RunStore(tmp_path)
 
 
-def test_creating_a_run_where_nothing_can_be_written_is_one_clear_error(vit: Built, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_one_clear_error(vit: Built, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="cannot be written"):
         open_run(tmp_path / "file" / "run", plan_for(vit).config, vit.bundle)

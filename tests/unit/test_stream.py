@@ -1,4 +1,4 @@
-"""A device's newest model on a stream of files: real photos, real ONNX Runtime, models that change meanwhile."""
+"""Classifying a watched folder with a device's newest model: real photos, real ONNX Runtime, changing models."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.bundles import Built
-from support.in_process_daemon import started
+from support.in_process_daemon import make_daemon
 from support.personal_models import another_model, globals_of, keep, round_of
 from support.samples import CLASSES, write_photos
 
@@ -23,7 +23,7 @@ from edge_runtime.daemon.lock import is_locked, locked
 from edge_runtime.inference.classifier import FileClassifier, StateClassifier
 from edge_runtime.inference.export_onnx import write_model
 from edge_runtime.inference.predict import predict_files
-from edge_runtime.inference.stream import PATIENCE_SECONDS, Inbox, wait_for_a_model, watched
+from edge_runtime.inference.stream import UNREADABLE_SECONDS, WatchedFolder, classify_new_files, wait_for_model
 from edge_runtime.store import DeviceStore
 from edge_runtime.training.model import read_personal_model, save_personal_model
 from fedfmsl.algorithms.calibration import UNKNOWN
@@ -36,37 +36,35 @@ OLD = time.time() - 3600
 
 @pytest.fixture
 def store(vit: Built, photos: Path, tmp_path: Path) -> DeviceStore:
-    """Of a device that has done one round."""
-    device, _, _ = started(vit, photos, tmp_path / "state")
+    """The store of a device after its first round."""
+    device = make_daemon(vit, photos, tmp_path / "state").device
     save_personal_model(device, round_of(Stage.GLOBAL), globals_of(vit))
     return device.store
 
 
 @pytest.fixture
 def files(tmp_path: Path) -> list[Path]:
-    """Forty photos that lie there for an hour."""
-    return settled(sorted(write_photos(tmp_path / "inbox", seed=7).rglob("*.jpg")))
+    """Forty photos, last modified an hour ago."""
+    return aged(sorted(write_photos(tmp_path / "inbox", seed=7).rglob("*.jpg")))
 
 
-def settled(paths: list[Path]) -> list[Path]:
+def aged(paths: list[Path]) -> list[Path]:
     for path in paths:
         os.utime(path, (OLD, OLD))
     return paths
 
 
-def taken(stream: Iterator[Prediction | None], count: int) -> list[Prediction]:
-    """The next predictions, pauses left out."""
+def first(stream: Iterator[Prediction | None], count: int) -> list[Prediction]:
+    """The next `count` predictions."""
     return list(islice((prediction for prediction in stream if prediction is not None), count))
 
 
-def until_pause(stream: Iterator[Prediction | None]) -> list[Prediction]:
-    found = []
-    while (prediction := next(stream)) is not None:
-        found.append(prediction)
-    return found
+def one_scan(stream: Iterator[Prediction | None]) -> list[Prediction]:
+    """The predictions of one scan."""
+    return list(iter(lambda: next(stream), None))
 
 
-def test_the_state_and_the_file_give_the_same(
+def test_state_and_onnx_file_give_the_same_predictions(
     vit: Built, store: DeviceStore, files: list[Path], tmp_path: Path
 ) -> None:
     write_model(store, tmp_path / "model.onnx", vit.bundle.root)
@@ -88,117 +86,115 @@ def test_below_the_threshold_a_file_is_unknown(
     model = read_personal_model(store)
     keep(store, replace(model, header=model.header.model_copy(update={"threshold": 1.0})))
     write_model(store, tmp_path / "model.onnx", vit.bundle.root)
-    for threshold, wanted in ((None, True), (1.0, True), (0.0, False)):
+    for threshold, expected in ((None, True), (1.0, True), (0.0, False)):
         for classifier in (
             StateClassifier(store, vit.bundle.root, threshold),
             FileClassifier(tmp_path / "model.onnx", threshold),
         ):
-            assert (classifier.classify(files[0]).label == UNKNOWN) == wanted
+            assert (classifier.classify(files[0]).label == UNKNOWN) == expected
 
 
-def test_every_file_is_classified_once_in_the_order_they_came(
-    vit: Built, store: DeviceStore, files: list[Path]
-) -> None:
+def test_every_file_is_classified_once_oldest_first(vit: Built, store: DeviceStore, files: list[Path]) -> None:
     for age, path in enumerate(reversed(files)):
         os.utime(path, (OLD - age, OLD - age))
     folder = files[0].parents[1]
-    stream = watched(StateClassifier(store, vit.bundle.root), Inbox(folder), 0.0)
-    assert [p.file for p in until_pause(stream)] == [str(path) for path in files]
-    assert until_pause(stream) == []
+    stream = classify_new_files(StateClassifier(store, vit.bundle.root), WatchedFolder(folder), 0.0)
+    assert [p.file for p in one_scan(stream)] == [str(path) for path in files]
+    assert one_scan(stream) == []
     shutil.copy(files[0], folder / "late.jpg")
-    assert [p.file for p in taken(stream, 1)] == [str(folder / "late.jpg")]
+    assert [p.file for p in first(stream, 1)] == [str(folder / "late.jpg")]
     files[3].unlink()
     shutil.copy(files[4], files[5])  # another photo under its name
-    assert [p.file for p in taken(stream, 1)] == [str(files[5])]
-    assert until_pause(stream) == []
+    assert [p.file for p in first(stream, 1)] == [str(files[5])]
+    assert one_scan(stream) == []
 
 
-def test_only_what_arrives_from_now_on(vit: Built, store: DeviceStore, files: list[Path]) -> None:
+def test_only_new_skips_existing_files(vit: Built, store: DeviceStore, files: list[Path]) -> None:
     folder = files[0].parents[1]
-    stream = watched(StateClassifier(store, vit.bundle.root), Inbox(folder, only_new=True), 0.0)
-    assert until_pause(stream) == []
+    stream = classify_new_files(StateClassifier(store, vit.bundle.root), WatchedFolder(folder, only_new=True), 0.0)
+    assert one_scan(stream) == []
     shutil.copy(files[0], folder / "late.jpg")
-    assert [p.file for p in taken(stream, 1)] == [str(folder / "late.jpg")]
+    assert [p.file for p in first(stream, 1)] == [str(folder / "late.jpg")]
 
 
-def test_a_photo_that_still_grows_is_waited_for(vit: Built, store: DeviceStore, tmp_path: Path) -> None:
-    """However slowly it comes: what has come of it is never said to be unreadable, nor classified."""
+def test_a_growing_photo_is_classified_when_it_is_complete(vit: Built, store: DeviceStore, tmp_path: Path) -> None:
+    """A partial photo is neither classified nor reported as unreadable, however slowly it grows."""
     folder = tmp_path / "inbox"
     data = next(write_photos(tmp_path / "photos", per_class=1).rglob("*.jpg")).read_bytes()
     folder.mkdir()
-    stream = watched(StateClassifier(store, vit.bundle.root), Inbox(folder), 0.0)
+    stream = classify_new_files(StateClassifier(store, vit.bundle.root), WatchedFolder(folder), 0.0)
     body, end = data[:-40], data[-40:]
     with (folder / "slow.jpg").open("wb", buffering=0) as file:
         for start in range(0, len(body), 200):
             file.write(body[start : start + 200])
-            for _ in range(3):  # it rests between two looks, too
-                assert until_pause(stream) == []
+            for _ in range(3):  # unchanged for some scans
+                assert one_scan(stream) == []
         file.write(end)
-    assert [p.file for p in taken(stream, 1)] == [str(folder / "slow.jpg")]
+    assert [p.file for p in first(stream, 1)] == [str(folder / "slow.jpg")]
 
 
-def test_a_corrupt_file_is_named_once_and_ends_nothing(
+def test_a_corrupt_file_is_reported_once_and_skipped(
     vit: Built, store: DeviceStore, files: list[Path], capfd: pytest.CaptureFixture[str]
 ) -> None:
     files[1].write_bytes(files[1].read_bytes()[:300])
-    (files[0].parent / "notes.txt").write_text("no photo at all")
-    (files[0].parent / ".hidden.jpg").write_text("what another program keeps here for itself")
-    settled([files[1]])
-    stream = watched(StateClassifier(store, vit.bundle.root), Inbox(files[0].parents[1]), 0.0)
-    assert {p.file for p in until_pause(stream)} == {str(path) for path in files} - {str(files[1])}
+    (files[0].parent / "notes.txt").write_text("not a photo")
+    (files[0].parent / ".hidden.jpg").write_text("a temporary file of another program")
+    aged([files[1]])
+    stream = classify_new_files(StateClassifier(store, vit.bundle.root), WatchedFolder(files[0].parents[1]), 0.0)
+    assert {p.file for p in one_scan(stream)} == {str(path) for path in files} - {str(files[1])}
     for _ in range(3):
-        assert until_pause(stream) == []
+        assert one_scan(stream) == []
     assert capfd.readouterr().err.splitlines() == [f"skipped: {files[1]} is not a readable image"]
 
 
-def test_a_corrupt_file_is_named_once_it_has_rested(
+def test_a_corrupt_file_is_reported_when_it_is_old_enough(
     vit: Built, store: DeviceStore, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "inbox"
     folder.mkdir()
     (folder / "torn.jpg").write_bytes(b"\xff\xd8\xff")
-    stream = watched(StateClassifier(store, vit.bundle.root), Inbox(folder), 0.0)
+    stream = classify_new_files(StateClassifier(store, vit.bundle.root), WatchedFolder(folder), 0.0)
     for _ in range(5):
-        assert until_pause(stream) == []
+        assert one_scan(stream) == []
     assert capfd.readouterr().err == ""
-    rested = time.time() - PATIENCE_SECONDS - 1
-    os.utime(folder / "torn.jpg", (rested, rested))
+    old = time.time() - UNREADABLE_SECONDS - 1
+    os.utime(folder / "torn.jpg", (old, old))
     for _ in range(5):
-        assert until_pause(stream) == []
+        assert one_scan(stream) == []
     assert len(capfd.readouterr().err.splitlines()) == 1
 
 
-def test_a_folder_that_goes_and_comes_back_is_not_classified_anew(
+def test_a_folder_that_is_unmounted_and_mounted_again_is_not_classified_again(
     vit: Built, store: DeviceStore, files: list[Path]
 ) -> None:
     folder = files[0].parents[1]
-    stream = watched(StateClassifier(store, vit.bundle.root), Inbox(folder), 0.0)
-    assert len(until_pause(stream)) == len(files)
-    folder.rename(folder.with_name("taken-out"))
-    assert until_pause(stream) == []
-    folder.with_name("taken-out").rename(folder)
-    assert until_pause(stream) == []
+    stream = classify_new_files(StateClassifier(store, vit.bundle.root), WatchedFolder(folder), 0.0)
+    assert len(one_scan(stream)) == len(files)
+    folder.rename(folder.with_name("unmounted"))
+    assert one_scan(stream) == []
+    folder.with_name("unmounted").rename(folder)
+    assert one_scan(stream) == []
 
 
-def test_models_that_change_under_it_leave_no_gap(vit: Built, store: DeviceStore, files: list[Path]) -> None:
-    """Another thread, as a daemon would, puts one model after the other in its place, of every level; each file gets
-    exactly one result, of the model that was the newest when its turn came."""
+def test_model_changes_during_a_scan_lose_no_file(vit: Built, store: DeviceStore, files: list[Path]) -> None:
+    """A thread replaces the model all the time, as a daemon does, with models of every level. Each file gets exactly
+    one prediction, of the newest model at that time."""
     bundle, first = vit.bundle, read_personal_model(store)
     rounds = {round_: another_model(bundle, first, round_, level=1 + round_ % 3) for round_ in range(10, 40)}
-    stop, begun = threading.Event(), threading.Event()
+    stop, replaced = threading.Event(), threading.Event()
 
-    def replace_again_and_again() -> None:
+    def replace_repeatedly() -> None:
         while not stop.is_set():
             for model in rounds.values():
                 keep(store, model)
-                begun.set()
+                replaced.set()
 
     classifier = StateClassifier(store, bundle.root)
-    daemon = threading.Thread(target=replace_again_and_again)
+    daemon = threading.Thread(target=replace_repeatedly)
     daemon.start()
     try:
-        begun.wait()
-        seen = [until_pause(watched(classifier, Inbox(files[0].parents[1]), 0.0)) for _ in range(5)]
+        replaced.wait()
+        seen = [one_scan(classify_new_files(classifier, WatchedFolder(files[0].parents[1]), 0.0)) for _ in range(5)]
     finally:
         stop.set()
         daemon.join()
@@ -206,14 +202,14 @@ def test_models_that_change_under_it_leave_no_gap(vit: Built, store: DeviceStore
         assert Counter(p.file for p in predictions) == Counter(map(str, files))
     used = {p.round for predictions in seen for p in predictions}
     assert {rounds[round_].header.level for round_ in used} == {1, 2, 3}
-    # what each said is what its round's model says when nothing changes
+    # each prediction equals that of its round's model when nothing changes
     for prediction in seen[-1][:6]:
         keep(store, rounds[prediction.round])
         again = StateClassifier(store, bundle.root).classify(Path(prediction.file))
         assert again.model_dump(exclude={"time"}) == prediction.model_dump(exclude={"time"})
 
 
-def test_a_model_that_cannot_be_used_leaves_the_older_one_in_its_place(
+def test_an_unusable_newer_model_is_reported_and_the_current_one_stays_in_use(
     vit: Built, store: DeviceStore, files: list[Path], capfd: pytest.CaptureFixture[str]
 ) -> None:
     classifier, good = StateClassifier(store, vit.bundle.root), read_personal_model(store)
@@ -226,7 +222,7 @@ def test_a_model_that_cannot_be_used_leaves_the_older_one_in_its_place(
     assert classifier.classify(files[0]).round == 4
 
 
-def test_the_bundle_is_the_one_that_the_device_has_fetched(vit: Built, dinov2: Built, store: DeviceStore) -> None:
+def test_the_default_bundle_is_the_downloaded_one(vit: Built, dinov2: Built, store: DeviceStore) -> None:
     with pytest.raises(BundleError, match="pass its folder with --bundle"):
         StateClassifier(store)
     with pytest.raises(BundleError, match="is not the bundle of the model"):
@@ -235,26 +231,26 @@ def test_the_bundle_is_the_one_that_the_device_has_fetched(vit: Built, dinov2: B
     assert StateClassifier(store).classes == CLASSES
 
 
-def test_it_waits_for_the_first_model(store: DeviceStore, capfd: pytest.CaptureFixture[str]) -> None:
+def test_waiting_for_the_first_model_is_reported(store: DeviceStore, capfd: pytest.CaptureFixture[str]) -> None:
     model = read_personal_model(store)
     store.mixture.unlink()
-    waiting = threading.Thread(target=wait_for_a_model, args=(store, 0.01))
+    waiting = threading.Thread(target=wait_for_model, args=(store, 0.01))
     waiting.start()
-    said = ""
-    while "no personalized model yet" not in said:
-        said += capfd.readouterr().err
+    output = ""
+    while "no personalized model yet" not in output:
+        output += capfd.readouterr().err
         assert waiting.is_alive()
     keep(store, model)
     waiting.join(30)
     assert not waiting.is_alive()
 
 
-def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+def test_a_missing_folder_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"watched folder .* does not exist"):
-        Inbox(tmp_path / "nowhere")
+        WatchedFolder(tmp_path / "nowhere")
 
 
-def test_one_process_at_a_time_holds_a_state_folder(tmp_path: Path) -> None:
+def test_one_process_at_a_time_locks_a_state_directory(tmp_path: Path) -> None:
     assert not is_locked(tmp_path / "never")
     assert not (tmp_path / "never").exists()
     with locked(tmp_path, "do this"):

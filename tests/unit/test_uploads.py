@@ -1,4 +1,4 @@
-"""The server's reassembly of updates on disk: exact, bounded, and undisturbed by a full disk."""
+"""Reassembly of updates on the server's disk: exact, bounded, robust against a full disk."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_chunks_of_several_devices_add_up_in_any_order_and_with_repeats(
     received: dict[tuple[str, int], int] = dict.fromkeys(blobs, 0)
     whole: dict[tuple[str, int], Upload] = {}
     for key, chunk in order:
-        if key in whole:  # the server has answered it by then, and what comes late would start it anew
+        if key in whole:  # a later chunk would begin a new upload
             continue
         received[key] += len(chunk)
         upload = uploads.add(*key, chunk)
@@ -76,7 +76,7 @@ def test_chunks_of_several_devices_add_up_in_any_order_and_with_repeats(
         assert upload.size == received[key]
 
 
-def test_a_late_update_and_the_next_rounds_do_not_starve_each_other(uploads: Uploads) -> None:
+def test_a_late_update_and_one_of_the_next_round_are_both_completed(uploads: Uploads) -> None:
     late, new = random_blob(0, 3 * CHUNK_BYTES), random_blob(1, 3 * CHUNK_BYTES)
     found = [
         uploads.add("d", round_, chunk)
@@ -86,9 +86,7 @@ def test_a_late_update_and_the_next_rounds_do_not_starve_each_other(uploads: Upl
     assert [upload.blob for upload in found if upload] == [late, new]
 
 
-def test_a_third_unfinished_blob_takes_the_place_of_the_one_that_has_rested_longest(
-    uploads: Uploads, folder: Path
-) -> None:
+def test_a_third_unfinished_blob_replaces_the_least_recently_used_one(uploads: Uploads, folder: Path) -> None:
     first, second, third = ([*chunks(random_blob(seed, 2 * CHUNK_BYTES))] for seed in range(3))
     for round_, blob in ((1, first), (2, second), (1, first), (3, third)):
         assert uploads.add("d", round_, blob[0]) is None
@@ -96,11 +94,11 @@ def test_a_third_unfinished_blob_takes_the_place_of_the_one_that_has_rested_long
     assert len([*folder.iterdir()]) == 4
     assert uploads.add("d", 1, first[1]) is not None
     assert uploads.add("d", 3, third[1]) is not None
-    assert uploads.add("d", 2, second[1]) is None  # has given way, and begins again
+    assert uploads.add("d", 2, second[1]) is None  # was replaced, and begins again
     assert uploads.add("d", 2, second[0]) is not None
 
 
-def test_what_is_sent_again_after_it_was_whole_is_whole_again(uploads: Uploads, folder: Path) -> None:
+def test_a_complete_blob_can_be_sent_again(uploads: Uploads, folder: Path) -> None:
     blob = random_blob(0, 3 * CHUNK_BYTES + 5)
     first, again = send(uploads, "d", 1, blob), send(uploads, "d", 1, blob)
     assert first.path != again.path
@@ -109,14 +107,14 @@ def test_what_is_sent_again_after_it_was_whole_is_whole_again(uploads: Uploads, 
     assert not [*folder.iterdir()]
 
 
-def test_one_blob_of_two_devices_is_two_uploads(uploads: Uploads) -> None:
+def test_the_same_blob_of_two_devices_is_two_uploads(uploads: Uploads) -> None:
     first, last = chunks(random_blob(0, 2 * CHUNK_BYTES))
     assert uploads.add("a", 1, first) is None
     assert uploads.add("b", 1, last) is None
     assert uploads.add("a", 1, last) is not None
 
 
-def test_a_blob_that_is_not_what_was_announced_is_refused_and_can_be_sent_again(uploads: Uploads, folder: Path) -> None:
+def test_a_blob_with_a_wrong_hash_is_refused_and_can_be_sent_again(uploads: Uploads, folder: Path) -> None:
     blob = random_blob(0, 2 * CHUNK_BYTES)
     first, last = chunks(blob)
     uploads.add("d", 1, first)
@@ -128,12 +126,12 @@ def test_a_blob_that_is_not_what_was_announced_is_refused_and_can_be_sent_again(
 
 def test_a_blob_above_the_cap_is_refused_at_its_first_chunk(folder: Path) -> None:
     uploads = Uploads(folder, CHUNK_BYTES + 1)
-    assert send(uploads, "d", 1, random_blob(0, 2 * CHUNK_BYTES))  # as many chunks as the cap has
+    assert send(uploads, "d", 1, random_blob(0, 2 * CHUNK_BYTES))  # has as many chunks as the cap
     with pytest.raises(MessageError, match="not expected"):
         uploads.add("d", 1, next(chunks(random_blob(0, 2 * CHUNK_BYTES + 1))))
 
 
-def test_what_is_kept_is_under_its_name_and_what_was_unfinished_is_gone_at_the_next_start(
+def test_stored_blobs_stay_and_unfinished_ones_are_deleted_at_the_next_start(
     uploads: Uploads, folder: Path, tmp_path: Path
 ) -> None:
     blob = random_blob(0, 2 * CHUNK_BYTES)
@@ -141,15 +139,15 @@ def test_what_is_kept_is_under_its_name_and_what_was_unfinished_is_gone_at_the_n
     target = tmp_path / upload.sha256
     uploads.add("d", 2, next(chunks(random_blob(1, 2 * CHUNK_BYTES))))
     uploads.store({upload.path: target})
-    uploads.store({send(uploads, "e", 1, blob).path: target})  # the same content once more
+    uploads.store({send(uploads, "e", 1, blob).path: target})  # the same content again
     assert target.read_bytes() == blob
     assert len([*folder.iterdir()]) == 1
     Uploads(folder, CAP)
     assert not [*folder.iterdir()]
 
 
-def test_memory_stays_small_while_three_hundred_devices_send(folder: Path) -> None:
-    """Everybody's update of one megabyte, chunk by chunk in turn, all but the last."""
+def test_memory_stays_small_while_300_devices_send(folder: Path) -> None:
+    """Every device sends a chunk of its update (1 MB) in turn."""
     uploads = Uploads(folder, CAP)
     pieces = [*chunks(random_blob(0, CAP))]
     devices = [f"device-{number}" for number in range(300)]
@@ -186,7 +184,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", folder], check=True)
 
 
-def test_a_full_disk_refuses_what_does_not_fit_and_goes_on_once_there_is_room(small_disk: Path) -> None:
+def test_a_full_disk_refuses_chunks_until_there_is_space_again(small_disk: Path) -> None:
     uploads = Uploads(small_disk / "uploads", CAP)
     ballast = small_disk / "ballast"
     ballast.write_bytes(bytes(CAP - 4 * CHUNK_BYTES))

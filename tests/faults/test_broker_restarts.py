@@ -6,10 +6,10 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import Undisturbed
 from support.brokers import RestartableBroker
 from support.fault_table import FaultTable
 from support.processes import Observer, Processes
+from support.run_oracle import Undisturbed
 from support.simulation import RUN, Simulation, in_stage_1, recovering
 from support.tools import require_tool
 

@@ -8,9 +8,9 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
+from support.held_round import FIRST, HOLDER, finished_rounds, hold_in_mid_round, start_all
 from support.processes import Broker, Federation, Observer, Processes
 from support.samples import write_device_photos
-from test_a_lasting_device import FIRST, HOLDER, finished_rounds, hold_in_mid_round, start_all
 
 from edge_runtime.store import DeviceStore
 from fedfmsl.protocol.messages import Ack, DeviceStatus, Stage

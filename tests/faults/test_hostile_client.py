@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from conftest import Undisturbed
 from support.fault_table import FaultTable, Trial
 from support.hostile_client import publish
 from support.processes import Observer
+from support.run_oracle import Undisturbed
 from support.simulation import RUN, Simulation, in_stage_1, recovering
 
 from fedfmsl.protocol.bundle import Bundle

@@ -6,11 +6,11 @@ import time
 from collections.abc import Callable
 
 import pytest
-from conftest import Undisturbed
 from support.fault_table import FaultTable
 from support.keepalive_server import launcher
 from support.network_proxy import Proxy
 from support.processes import Observer
+from support.run_oracle import Undisturbed
 from support.simulation import RUN, Simulation, in_stage_1, recovering
 
 THINK = (0.1, 0.4)

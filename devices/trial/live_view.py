@@ -1,4 +1,4 @@
-"""What a running trial is doing, on the terminal: it only looks on, at the broker and at the server's records."""
+"""The progress of a running trial, on the terminal. It reads the broker's messages and the server's records."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from devices.trial.figures import NAMES
+from devices.trial.charts import NAMES
 from fedfmsl.common.cli import console
 from fedfmsl.errors import MessageError, RunError
 from fedfmsl.protocol.messages import DeviceStatus, Progress, Round, ServerStatus, Stage, parse
@@ -28,8 +28,8 @@ STAGES = {
     Stage.STATISTICS: "class means",
     Stage.GLOBAL: "stage 1, global expert",
     Stage.PERSONAL: "stage 2, local experts and gate",
-    Stage.BASELINE: "every device alone, for comparison",
-    Stage.EVALUATE: "evaluation on the test slice",
+    Stage.BASELINE: "baseline, every device alone",
+    Stage.EVALUATE: "evaluation on test samples",
     Stage.FINISHED: "finished",
 }
 LAST_NOTES = 3
@@ -37,42 +37,42 @@ BARS = "▁▂▃▄▅▆▇█"
 
 
 @dataclass
-class Row:
-    """What is known of one device."""
+class DeviceRow:
+    """The latest messages and totals of one device."""
 
     status: DeviceStatus | None = None
     progress: Progress | None = None
-    held_out: dict[str, float] = field(default_factory=dict)  # by model, the last known of each
+    held_out: dict[str, float] = field(default_factory=dict)  # by model, the latest of each
     bytes_up: int = 0
     bytes_down: int = 0
 
 
 @dataclass
-class Seen:
-    """What is known of the run."""
+class RunState:
+    """The latest messages of the run, and its closed rounds."""
 
     topics: Topics
     server: ServerStatus | None = None
     round: Round | None = None
-    rows: dict[str, Row] = field(default_factory=dict)
+    rows: dict[str, DeviceRow] = field(default_factory=dict)
     held_out: list[Mapping[str, float]] = field(default_factory=list)  # of stages 1 and 2, by model
     notes: list[str] = field(default_factory=list)
 
     @property
     def announced(self) -> Round | None:
-        """The present round; one that an earlier run of this name left on the broker is none."""
-        known = self.server and self.round and self.server.session == self.round.session
-        return self.round if known else None
+        """The current round. A round of an earlier session, retained by the broker, does not count."""
+        is_current = self.server and self.round and self.server.session == self.round.session
+        return self.round if is_current else None
 
     @property
     def finished(self) -> bool:
         return self.announced is not None and self.announced.stage is Stage.FINISHED
 
-    def row(self, device: str) -> Row:
-        return self.rows.setdefault(device, Row())
+    def row(self, device: str) -> DeviceRow:
+        return self.rows.setdefault(device, DeviceRow())
 
-    def see(self, topic: str, payload: bytes) -> None:
-        """Raises MessageError if the message does not fit the contract; nothing has changed then."""
+    def receive(self, topic: str, payload: bytes) -> None:
+        """Raises MessageError, and changes nothing, if the message is not valid."""
         device = self.topics.device_of(topic)
         if topic == self.topics.server_status:
             self.server = parse(ServerStatus, payload)
@@ -88,10 +88,10 @@ class Seen:
             self.row(device).progress = progress
 
     @staticmethod
-    def _receive_status(row: Row, status: DeviceStatus) -> None:
+    def _receive_status(row: DeviceRow, status: DeviceStatus) -> None:
         if not status.online:
             row.progress = None
-            if row.status:  # a last will knows nothing of the device but its name
+            if row.status:  # a last will has only the name
                 status = row.status.model_copy(update={"online": False, "error": status.error})
         row.status = status
 
@@ -106,14 +106,14 @@ class Seen:
 
 
 class Tail:
-    """The lines that a growing text file has gained since the last look."""
+    """The new lines of a growing text file."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._offset = 0
 
     def lines(self) -> list[str]:
-        """Whole lines only; what is still being written comes with a later look."""
+        """The complete lines since the last call."""
         if not self._path.is_file():
             return []
         with self._path.open("rb") as file:
@@ -124,13 +124,14 @@ class Tail:
 
 
 class LiveView:
-    """On a terminal a picture that is renewed; elsewhere (CI, a log) one line for each closed round."""
+    """A table that is updated, on a terminal; otherwise one line for each closed round."""
 
     def __init__(
         self, broker: str, run: str, folder: Path, identity: Path | None = None, insecure: bool = False
     ) -> None:
-        self._seen = Seen(Topics(run))
-        self._folder, self._shown = folder, 0  # the last closed round that is shown
+        self._state = RunState(Topics(run))
+        self._folder = folder
+        self._last_round = 0  # the newest closed round in the view
         self._notes = Tail(folder / "notes.log")
         self._link = Link(broker, f"fedfmsl-view-{run}-{secrets.token_hex(4)}", identity=identity, insecure=insecure)
         self._live = Live(console=console, auto_refresh=False) if console.is_terminal else None
@@ -138,7 +139,7 @@ class LiveView:
 
     def __enter__(self) -> LiveView:
         """Raises BrokerError if the broker cannot be reached."""
-        topics = self._seen.topics
+        topics = self._state.topics
         self._link.connect()
         for topic in (topics.server_status, topics.round, topics.status("+"), topics.progress("+")):
             self._link.subscribe(topic)
@@ -152,88 +153,88 @@ class LiveView:
         self._link.close()
 
     def refresh(self) -> None:
-        """Takes in what is new and shows it."""
+        """Receives new messages and records, and updates the view."""
         while event := self._link.next_event(0):
             if isinstance(event, Received):
-                self._take(event)
+                self._receive(event)
         for closed in self._closed():
             self._close(closed)
-        self._seen.notes = [*self._seen.notes, *self._notes.lines()][-LAST_NOTES:]
+        self._state.notes = [*self._state.notes, *self._notes.lines()][-LAST_NOTES:]
         if self._live:
-            self._live.update(picture(self._seen, time.monotonic() - self._started), refresh=True)
+            self._live.update(render(self._state, time.monotonic() - self._started), refresh=True)
 
-    def _take(self, event: Received) -> None:
+    def _receive(self, event: Received) -> None:
         try:
-            self._seen.see(event.topic, event.payload)
+            self._state.receive(event.topic, event.payload)
         except MessageError as error:
-            self._seen.notes.append(f"unreadable message on {event.topic}: {error}")
+            self._state.notes.append(f"unreadable message on {event.topic}: {error}")
 
     def _closed(self) -> list[ClosedRound]:
         try:
             store = RunStore(self._folder)
-        except RunError:  # the server is only starting
+        except RunError:  # the server has not created the run yet
             return []
         try:
-            return store.rounds(after=self._shown)
+            return store.rounds(after=self._last_round)
         finally:
             store.close()
 
     def _close(self, closed: ClosedRound) -> None:
-        self._shown = closed.round.round
-        self._seen.close(closed)
+        self._last_round = closed.round.round
+        self._state.close(closed)
         if not self._live:
             console.print(summary(closed), markup=False, highlight=False, soft_wrap=True)
 
 
 def summary(closed: ClosedRound) -> str:
-    """A closed round in one line."""
-    said = closed.round
-    parts = [f"round {said.round}: {_step(said)}", f"level {said.level}"]
+    """A closed round as one line."""
+    round_ = closed.round
+    parts = [f"round {round_.round}: {_step(round_)}", f"level {round_.level}"]
     parts += [f"{len(closed.updates)} updates in {closed.seconds:.1f} s"]
     held = closed.held_out
     parts += [f"held-out {NAMES[model]} {held[model]:.3f}" for model in NAMES if model in held]
     parts += [f"without {', '.join(closed.missing)}"] if closed.missing else []
-    return ", ".join([*parts, "to be repeated"] if closed.repeated else parts)
+    return ", ".join([*parts, "repeated"] if closed.repeated else parts)
 
 
-def _step(said: Round) -> str:
-    return f"{STAGES[said.stage]}, {said.index + 1} of {said.of}" if said.of > 1 else STAGES[said.stage]
+def _step(round_: Round) -> str:
+    return f"{STAGES[round_.stage]}, {round_.index + 1} of {round_.of}" if round_.of > 1 else STAGES[round_.stage]
 
 
-def picture(seen: Seen, elapsed: float) -> RenderableType:
-    header = _header(seen, elapsed)
-    notes = [Text(note, style="dim", no_wrap=True, overflow="ellipsis") for note in seen.notes]
-    return Group(header, _devices(seen), *_curves(seen), *notes)
+def render(state: RunState, elapsed: float) -> RenderableType:
+    header = _header(state, elapsed)
+    notes = [Text(note, style="dim", no_wrap=True, overflow="ellipsis") for note in state.notes]
+    return Group(header, _devices(state), *_curves(state), *notes)
 
 
-def _header(seen: Seen, elapsed: float) -> Text:
+def _header(state: RunState, elapsed: float) -> Text:
     minutes, seconds = divmod(int(elapsed), 60)
-    text = Text(seen.topics.run, style="bold")
-    if seen.server and not seen.server.online and not seen.finished:
+    text = Text(state.topics.run, style="bold")
+    if state.server and not state.server.online and not state.finished:
         text.append("  server offline", style="red")
-    said = seen.announced
-    if said is None:
-        text.append("  gathering devices", style="not bold")
-    elif seen.finished:
+    round_ = state.announced
+    if round_ is None:
+        text.append("  waiting for devices", style="not bold")
+    elif state.finished:
         text.append("  finished", style="green")
     else:
-        text.append(f"  round {said.round}: {_step(said)}, level {said.level}", style="cyan not bold")
+        text.append(f"  round {round_.round}: {_step(round_)}, level {round_.level}", style="cyan not bold")
     return text.append(f"  {minutes}:{seconds:02}", style="dim not bold")
 
 
-def _devices(seen: Seen) -> Table:
-    """With a column of held-out accuracy for every model that some device has reported on."""
-    models = [model for model in NAMES if any(model in row.held_out for row in seen.rows.values())]
+def _devices(state: RunState) -> Table:
+    """One row per device, with the held-out accuracy of every model that a device has reported."""
+    models = [model for model in NAMES if any(model in row.held_out for row in state.rows.values())]
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="dim")
     for name in ("device", "", ""):
         table.add_column(name, no_wrap=True)
     names = ["train/\nheld-out/\ntest", "level\ncap", *(NAMES[model].replace(" ", "\n", 1) for model in models)]
     for name in (*names, "kB\nup", "kB\ndown"):
         table.add_column(name, justify="right", vertical="bottom")
-    for name, row in sorted(seen.rows.items()):
+    for name, row in sorted(state.rows.items()):
         table.add_row(
             Text(name),
-            *_activity(row, seen.finished),
+            *_activity(row, state.finished),
             f"{row.status.train}/{row.status.held_out}/{row.status.test}" if row.status else "",
             str(row.status.level_cap) if row.status else "",
             *(f"{row.held_out[model]:.2f}" if model in row.held_out else "" for model in models),
@@ -243,8 +244,8 @@ def _devices(seen: Seen) -> Table:
     return table
 
 
-def _activity(row: Row, finished: bool) -> tuple[RenderableType, RenderableType]:
-    """What a device does, and how far it is."""
+def _activity(row: DeviceRow, finished: bool) -> tuple[RenderableType, RenderableType]:
+    """A device's activity, and its progress bar."""
     if row.status and row.status.error:
         return Text("error", style="red"), ""
     if finished:
@@ -255,9 +256,9 @@ def _activity(row: Row, finished: bool) -> tuple[RenderableType, RenderableType]
     return Text("waiting", style="dim") if online else Text("offline", style="red"), ""
 
 
-def _curves(seen: Seen) -> list[Text]:
-    """For the two models that the stages are about: first and last held-out accuracy, and the way between them."""
-    curves = {model: [held[model] for held in seen.held_out if model in held] for model in ("global", "mofm")}
+def _curves(state: RunState) -> list[Text]:
+    """First, all and last held-out accuracies of the models of stage 1 and stage 2."""
+    curves = {model: [held[model] for held in state.held_out if model in held] for model in ("global", "mofm")}
     return [
         Text(f"held-out {NAMES[model]:8}").append(f"{values[0]:.3f} {_spark(values)} {values[-1]:.3f}", style="green")
         for model, values in curves.items()
@@ -267,5 +268,5 @@ def _curves(seen: Seen) -> list[Text]:
 
 def _spark(values: list[float]) -> str:
     least, most = min(values), max(values)
-    reach = max(most - least, 0.1)  # so that what is hardly more than noise looks flat
+    reach = max(most - least, 0.1)  # so that noise looks flat
     return "".join(BARS[round((value - least) / reach * (len(BARS) - 1))] for value in values)

@@ -1,4 +1,4 @@
-"""The trial's photos as folders, as a user would have them: groceries/{train,test}/<class>/…, their own split kept."""
+"""The trial's default photos as folders: groceries/{train,test}/<class>/…, with the data set's own test split."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import pyarrow.parquet
 
 
 def unpack_groceries(parquet: Path, folder: Path) -> Path:
-    """Writes the photos below `folder`, once. Train and validation photos are from other shop visits than the test's.
+    """Writes the photos below `folder`, once. The test photos are from other shop visits than the rest.
 
-    Every test photo stands in the file twice; it is written once, so that no photo is on two devices.
+    The file holds every test photo twice. Each is written once, so that no photo is on two devices.
     """
     if folder.is_dir():
         return folder
     scratch = folder.with_name(folder.name + ".part")
     shutil.rmtree(scratch, ignore_errors=True)
     table = pyarrow.parquet.read_table(parquet, columns=["dataset", "finegrained_cat", "image_data"])
-    seen: set[bytes] = set()
+    written: set[bytes] = set()
     for index, row in enumerate(table.to_pylist()):
-        if row["image_data"] in seen:
+        if row["image_data"] in written:
             continue
-        seen.add(row["image_data"])
-        kind = "test" if row["dataset"] == "test" else "train"
-        path = scratch / kind / row["finegrained_cat"] / f"{index:04}.jpg"
+        written.add(row["image_data"])
+        split = "test" if row["dataset"] == "test" else "train"
+        path = scratch / split / row["finegrained_cat"] / f"{index:04}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(row["image_data"])
     scratch.rename(folder)

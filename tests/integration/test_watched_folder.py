@@ -1,4 +1,4 @@
-"""`edge_runtime predict` as a process: on a folder that fills, with a device's newest model, on a real broker."""
+"""`edge_runtime predict` as a process: a watched folder, a device's newest model, a real broker."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from support.bundles import Built
-from support.in_process_daemon import started
+from support.in_process_daemon import make_daemon
 from support.personal_models import another_model, globals_of, keep, round_of
 from support.processes import SECONDS, Broker, Processes, run_module, wait_until
 from support.samples import CLASSES, write_photos
@@ -34,8 +35,8 @@ CONFIG, INPUT = 2, 3
 
 @pytest.fixture
 def store(vit: Built, tmp_path: Path) -> DeviceStore:
-    """Of a device that has done one round, and has fetched its bundle."""
-    device, _, _ = started(vit, write_photos(tmp_path / "photos"), tmp_path / "state", "kitchen")
+    """The store of a device after its first round, with a downloaded bundle."""
+    device = make_daemon(vit, write_photos(tmp_path / "photos"), tmp_path / "state", "kitchen").device
     save_personal_model(device, round_of(Stage.GLOBAL), globals_of(vit))
     shutil.copytree(vit.bundle.root, device.store.bundles / vit.bundle.sha256)
     return device.store
@@ -60,43 +61,47 @@ def photos_in(folder: Path) -> set[str]:
     return {str(path) for path in folder.rglob("*.jpg")}
 
 
-def lines_of(said: str) -> list[Prediction]:
-    """Whole lines only: the last one may still be on its way."""
-    return [parse(Prediction, line.encode()) for line in said.splitlines(keepends=True) if line.endswith("\n")]
+def lines_of(output: str) -> list[Prediction]:
+    """The predictions in complete lines. The last line may be incomplete."""
+    return [parse(Prediction, line.encode()) for line in output.splitlines(keepends=True) if line.endswith("\n")]
 
 
-def test_what_it_prints_is_what_a_file_of_the_same_model_gives(store: DeviceStore, inbox: Path, tmp_path: Path) -> None:
-    ended = run_module("edge_runtime", *arguments(store, str(inbox), "--json"))
-    assert (ended.code, ended.stderr) == (0, "")
+def test_state_and_onnx_file_print_the_same_predictions(store: DeviceStore, inbox: Path, tmp_path: Path) -> None:
+    result = run_module("edge_runtime", *arguments(store, str(inbox), "--json"))
+    assert (result.code, result.stderr) == (0, "")
     out = tmp_path / "model.onnx"
     assert run_module("edge_runtime", "personalize", "--state", str(store.root), "--out", str(out)).code == 0
-    again = run_module("edge_runtime", "predict", "--model", str(out), str(inbox), "--json")
-    for one, other in zip(lines_of(ended.stdout), lines_of(again.stdout), strict=True):
+    from_file = run_module("edge_runtime", "predict", "--model", str(out), str(inbox), "--json")
+    for one, other in zip(lines_of(result.stdout), lines_of(from_file.stdout), strict=True):
         assert (one.file, one.label, one.round, one.device) == (other.file, other.label, 3, "kitchen")
         assert tuple(one.probabilities) == CLASSES
         assert np.allclose(list(one.probabilities.values()), list(other.probabilities.values()), atol=1e-5)
 
 
-def test_unknown_is_said_below_the_threshold_that_is_asked_for(store: DeviceStore, inbox: Path) -> None:
-    ended = run_module("edge_runtime", *arguments(store, str(inbox), "--unknown", "1", "--top", "1"))
-    lines = ended.stdout.splitlines()
+def test_predictions_below_the_threshold_are_unknown(store: DeviceStore, inbox: Path) -> None:
+    result = run_module("edge_runtime", *arguments(store, str(inbox), "--unknown", "1", "--top", "1"))
+    lines = result.stdout.splitlines()
     assert len(lines) == len(photos_in(inbox))
     assert all(": unknown (" in line and line.count("%") == 1 for line in lines)
 
 
-def test_a_watched_folder_waits_for_a_model_and_takes_each_newer_one(
+def test_watching_waits_for_a_model_and_uses_each_newer_one(
     vit: Built, store: DeviceStore, inbox: Path, processes: Processes
 ) -> None:
     model = read_personal_model(store)
     store.mixture.unlink()
     process = processes.start_module("predict", "edge_runtime", *arguments(store, "--watch", str(inbox), "--json"))
-    wait_until(lambda: "no personalized model yet" in process.stderr or not process.running, "it says that it waits")
+    wait_until(lambda: "no personalized model yet" in process.stderr or not process.running, "the notice")
     keep(store, model)
     before = photos_in(inbox)
-    wait_until(lambda: len(lines_of(process.stdout)) == len(before) or not process.running, "the first photos")
+    wait_until(
+        lambda: len(lines_of(process.stdout)) == len(before) or not process.running, "predictions of the first photos"
+    )
     keep(store, another_model(vit.bundle, model, round_=9, level=3))
     shutil.copy(next(iter(before)), inbox / "late.jpg")
-    wait_until(lambda: len(lines_of(process.stdout)) > len(before) or not process.running, "the late one")
+    wait_until(
+        lambda: len(lines_of(process.stdout)) > len(before) or not process.running, "the prediction of the late photo"
+    )
     *first, late = lines_of(process.stdout)
     assert {prediction.file for prediction in first} == before
     assert {prediction.round for prediction in first} == {3}
@@ -105,8 +110,8 @@ def test_a_watched_folder_waits_for_a_model_and_takes_each_newer_one(
     assert process.stderr.count("\n") == 1
 
 
-def test_it_ends_when_nobody_reads_what_it_says(store: DeviceStore, inbox: Path) -> None:
-    """As when the daemon that started it was killed, which closes nothing else."""
+def test_the_process_ends_when_its_output_is_closed(store: DeviceStore, inbox: Path) -> None:
+    """For example because the daemon that started it was killed."""
     command = [sys.executable, "-m", "edge_runtime", *arguments(store, "--watch", str(inbox), "--json")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stderr is not None
@@ -117,39 +122,47 @@ def test_it_ends_when_nobody_reads_what_it_says(store: DeviceStore, inbox: Path)
         assert process.stderr.read() == b""
 
 
-def test_a_daemons_watcher_outlives_the_process_it_runs(store: DeviceStore, inbox: Path, tmp_path: Path) -> None:
-    seen: queue.Queue[Prediction] = queue.Queue()
+def test_the_watcher_restarts_a_killed_process(store: DeviceStore, inbox: Path, tmp_path: Path) -> None:
+    predictions: queue.Queue[Prediction] = queue.Queue()
     (bundle,) = store.bundles.iterdir()
-    with Watcher(inbox, store.root, bundle, seen.put, Backoff(first=0.01, longest=0.1)) as watcher:
-        before = {seen.get(timeout=SECONDS).file for _ in photos_in(inbox)}
-        first = watcher._process
+    with Watcher(inbox, store.root, bundle, predictions.put, Backoff(first=0.01, longest=0.1)) as watcher:
+        before = {predictions.get(timeout=SECONDS).file for _ in photos_in(inbox)}
+        first = watcher.pid
         assert first is not None
-        assert os.getpriority(os.PRIO_PROCESS, first.pid) == NICENESS
-        first.send_signal(signal.SIGKILL)
-        again = {seen.get(timeout=SECONDS).file for _ in photos_in(inbox)}
-        last = watcher._process
-    assert before == again == photos_in(inbox)
-    assert last is not None and last is not first
-    assert last.returncode is not None  # it has ended, and has been waited for
-    assert seen.empty()
+        assert os.getpriority(os.PRIO_PROCESS, first) == NICENESS
+        os.kill(first, signal.SIGKILL)
+        after = {predictions.get(timeout=SECONDS).file for _ in photos_in(inbox)}
+        last = watcher.pid
+    assert before == after == photos_in(inbox)
+    assert last is not None and last != first
+    assert not is_child(last)
+    assert predictions.empty()
 
 
-def test_a_watcher_that_is_left_at_once_leaves_nothing_behind(store: DeviceStore, inbox: Path) -> None:
+def test_a_watcher_that_ends_at_once_leaves_no_process_and_no_thread(store: DeviceStore, inbox: Path) -> None:
     with Watcher(inbox, store.root, store.bundles, lambda prediction: None) as watcher:
         pass
-    assert watcher._process is None or watcher._process.returncode is not None
-    assert not watcher._thread.is_alive()
+    assert watcher.pid is None or not is_child(watcher.pid)
+    assert "watcher" not in {thread.name for thread in threading.enumerate()}
 
 
-def take(link: Link, topic: str, kind: type[Message]) -> Message:
+def is_child(pid: int) -> bool:
+    """Whether this process has a child `pid`, running or not waited for."""
+    try:
+        return os.waitpid(pid, os.WNOHANG) == (0, 0)
+    except ChildProcessError:
+        return False
+
+
+def receive(link: Link, topic: str, kind: type[Message]) -> Message:
     while True:
         event = link.next_event(SECONDS)
-        assert event is not None, f"nothing came on {topic}"
+        assert event is not None, f"no message on {topic}"
         if isinstance(event, Received) and event.topic == topic and event.payload:
             return parse(kind, event.payload)
 
 
-def test_predictions_are_published_and_introduced_to_home_assistant(
+def test_predictions_are_published_with_a_discovery_message(
     store: DeviceStore, inbox: Path, broker: Broker, processes: Processes
 ) -> None:
     topics = Topics("stream")
@@ -160,41 +173,41 @@ def test_predictions_are_published_and_introduced_to_home_assistant(
         link.subscribe(topic)
     options = ["--watch", str(inbox), "--publish", "--run", topics.run, "--broker", broker.url]
     process = processes.start_module("predict", "edge_runtime", *arguments(store, *options))
-    files, introduced, online = set(), False, False
-    while len(files) < len(photos_in(inbox)) or not introduced or not online:
+    files, discovered, online = set(), False, False
+    while len(files) < len(photos_in(inbox)) or not discovered or not online:
         event = link.next_event(SECONDS)
         assert event is not None, process.stderr
         if not isinstance(event, Received):
             continue
         if event.topic == config:
             payload = json.loads(event.payload)
-            introduced = payload["components"]["class"]["options"] == [*CLASSES, "unknown"]
+            discovered = payload["components"]["class"]["options"] == [*CLASSES, "unknown"]
             assert payload["availability"][0]["topic"] == topics.predicting("kitchen")
         elif event.topic == topics.predicting("kitchen"):
             online = parse(DeviceStatus, event.payload).online
-        elif event.topic == topics.prediction("kitchen"):  # amqtt sends a new client what others have subscribed to
+        elif event.topic == topics.prediction("kitchen"):  # amqtt sends messages of other clients' subscriptions, too
             files.add(parse(Prediction, event.payload).file)
     assert files == photos_in(inbox)
     process.kill()
-    status = take(link, topics.predicting("kitchen"), DeviceStatus)
+    status = receive(link, topics.predicting("kitchen"), DeviceStatus)
     assert isinstance(status, DeviceStatus) and not status.online
     link.close()
     late = Link(broker.url, "late-reader")  # the last prediction is retained
     late.connect()
     late.subscribe(topics.prediction("kitchen"))
-    last = take(late, topics.prediction("kitchen"), Prediction)
+    last = receive(late, topics.prediction("kitchen"), Prediction)
     assert isinstance(last, Prediction) and last.file in files
     late.close()
 
 
-def test_where_a_daemon_runs_it_is_told_to_publish(store: DeviceStore, inbox: Path) -> None:
+def test_publishing_beside_a_daemon_is_refused(store: DeviceStore, inbox: Path) -> None:
     with locked(store.root, ""):
-        ended = run_module("edge_runtime", *arguments(store, str(inbox), "--publish", "--run", "stream"))
-    ended.assert_error(CONFIG, "in use by another process", "watch")
+        result = run_module("edge_runtime", *arguments(store, str(inbox), "--publish", "--run", "stream"))
+    result.assert_error(CONFIG, "in use by another process", "watch")
 
 
 @pytest.mark.parametrize(
-    ("more", "code", "says"),
+    ("more", "code", "parts"),
     [
         ((), CONFIG, ("files or folders", "--watch")),
         (("INBOX", "--watch", "INBOX"), CONFIG, ("files or folders", "--watch")),
@@ -205,8 +218,8 @@ def test_where_a_daemon_runs_it_is_told_to_publish(store: DeviceStore, inbox: Pa
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )
-def test_one_line_says_what_is_wrong(
-    store: DeviceStore, inbox: Path, more: tuple[str, ...], code: int, says: tuple[str, ...]
+def test_an_invalid_call_is_one_line_of_error(
+    store: DeviceStore, inbox: Path, more: tuple[str, ...], code: int, parts: tuple[str, ...]
 ) -> None:
     options = [str(inbox) if option == "INBOX" else option for option in more]
-    run_module("edge_runtime", *arguments(store, *options)).assert_error(code, *says)
+    run_module("edge_runtime", *arguments(store, *options)).assert_error(code, *parts)

@@ -10,11 +10,12 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from support.bundles import Built
-from support.in_process_daemon import RUN, started
+from support.held_round import FIRST, HOLDER, finished_rounds, hold_in_mid_round, start_all
+from support.in_process_daemon import RUN, make_daemon
+from support.machine_faults import PrivateDisk
 from support.processes import (
     SECONDS,
     Broker,
@@ -27,11 +28,8 @@ from support.processes import (
     wait_until,
 )
 from support.samples import write_photos
-from support.tools import not_tested
 
-from edge_runtime.daemon.state import required_globals
 from edge_runtime.daemon.timing import Timing
-from edge_runtime.store import DeviceStore
 from fedfmsl.algorithms.sal import CapabilityQueue, Sal
 from fedfmsl.common.backoff import Backoff
 from fedfmsl.protocol.chunks import MAX_BLOB_BYTES, Assembler
@@ -40,45 +38,7 @@ from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.link import Link, Received
 
 KINDS = ["amqtt", pytest.param("mosquitto", marks=pytest.mark.needs("mosquitto"))]
-FIRST, HOLDER = "device-0", "device-1"
-ROUNDS = ("--stage1-rounds", "6", "--stage2-rounds", "2")
-UNSHARE = shutil.which("unshare")
-SPACES = (str(UNSHARE), "--user", "--map-root-user", "--mount", "sh", "-c")
 DISK_BYTES = 4 << 20
-
-
-def start_all(federation: Federation, *but: str) -> None:
-    federation.start_server(*ROUNDS)
-    for name in set(federation.photos) - set(but):
-        federation.start_device(name, "--bundle", str(federation.bundle))
-
-
-def hold_in_mid_round(federation: Federation, observer: Observer) -> Round:
-    """Stops one device in a round of stage 1 that it knows all about and has not finished, so that it stays open."""
-    holder, store = federation.devices[HOLDER], DeviceStore(federation.state(HOLDER))
-    begun = observer.wait(Round, lambda r: r.stage is Stage.GLOBAL, "stage 1")
-    while begun.stage is Stage.GLOBAL:
-        holder.pause()
-        finished = store.acknowledged >= begun.round or store.update(begun.round) is not None
-        if not finished and all(store.global_blob(sha256) for sha256 in required_globals(begun)):
-            return begun
-        holder.resume()
-        newer = begun.round + 1 if finished else begun.round
-        begun = observer.wait(Round, lambda r, newer=newer: r.round >= newer, f"round {newer}")
-    raise AssertionError("the holder was never caught in the middle of a round")
-
-
-def finished_rounds(federation: Federation, observer: Observer) -> list[dict[str, Any]]:
-    """The log of a run that has ended well for the server and every device of it, in which nobody was missed."""
-    observer.wait(Round, lambda r: r.stage is Stage.FINISHED, "the end")
-    server = federation.processes.started["server"]
-    ended = {name: process.wait() for name, process in {"server": server, **federation.devices}.items()}
-    assert {name: each.code for name, each in ended.items()} == dict.fromkeys(ended, 0), ended
-    assert not any("Traceback" in each.stdout + each.stderr for each in ended.values())
-    rounds = federation.rounds()
-    assert all(sorted(line["updates"]) == sorted(federation.photos) for line in rounds)
-    assert not any(line["repeated"] for line in rounds)
-    return rounds
 
 
 def accepted(observer: Observer) -> Counter[tuple[str, int]]:
@@ -149,39 +109,10 @@ def start_again(processes: Processes, broker: Broker) -> None:
     wait_until(lambda: answers(int(port)), "the broker's return")
 
 
-class SmallDisk:
-    """A file system of DISK_BYTES at `folder`, which only one process sees, and those who look through its root."""
-
-    def __init__(self, folder: Path, mode: str = "rw") -> None:
-        self.folder = folder
-        folder.mkdir(parents=True)
-        mount = f"mount -t tmpfs -o {mode},size={DISK_BYTES} tmpfs {folder}"
-        if UNSHARE is None or subprocess.run([*SPACES, mount], capture_output=True, check=False).returncode:
-            not_tested("no small file system can be mounted here")
-        self.command = (*SPACES, f'{mount} && exec "$0" "$@"')
-        self.seen_from_here = folder
-
-    def seen_by(self, process: int) -> None:
-        self.seen_from_here = Path(f"/proc/{process}/root{self.folder}")
-
-    def fill(self) -> None:
-        """Takes whatever room there is."""
-        for size in (1 << 16, 1 << 12):
-            try:
-                with (self.seen_from_here / "ballast").open("ab", buffering=0) as file:
-                    while file.write(bytes(size)) == size:
-                        pass
-            except OSError:
-                continue
-
-    def empty(self) -> None:
-        (self.seen_from_here / "ballast").unlink()
-
-
 def test_a_device_whose_disk_is_full_waits_for_room_and_finishes_the_run(
     broker: Broker, bundle: Path, photos: dict[str, Path], tmp_path: Path
 ) -> None:
-    disk = SmallDisk(tmp_path / "devices" / FIRST)
+    disk = PrivateDisk(tmp_path / "devices" / FIRST, DISK_BYTES)
     with Processes(tmp_path / "logs") as processes, Observer(broker, "full") as observer:
         federation = Federation("full", broker, bundle, photos, tmp_path, processes)
         start_all(federation, FIRST)
@@ -198,7 +129,7 @@ def test_a_device_whose_disk_is_full_waits_for_room_and_finishes_the_run(
 
         def waits_for_room() -> bool:
             disk.fill()
-            return "does not take what has to be kept" in device.stdout
+            return "retrying until there is free space" in device.stdout
 
         wait_until(waits_for_room, "the device to mention its full disk")
         disk.empty()
@@ -208,7 +139,7 @@ def test_a_device_whose_disk_is_full_waits_for_room_and_finishes_the_run(
 
 
 def test_a_model_for_which_there_is_no_room_is_refused_in_one_line(tmp_path: Path) -> None:
-    disk = SmallDisk(tmp_path / "disk")
+    disk = PrivateDisk(tmp_path / "disk", DISK_BYTES)
     program = "from fedfmsl.common.cli import application\napp = application('')\n@app.command()\ndef main() -> None:\n"
     program += "    from fedfmsl.common.files import write_atomically\n    from pathlib import Path\n"
     program += f"    write_atomically(Path({str(disk.folder / 'model')!r}), bytes({2 * DISK_BYTES}))\napp()"
@@ -220,7 +151,7 @@ def test_a_model_for_which_there_is_no_room_is_refused_in_one_line(tmp_path: Pat
 
 
 def test_a_state_folder_that_is_read_only_is_refused_before_anything_else(tmp_path: Path) -> None:
-    disk = SmallDisk(tmp_path / "disk", "ro")
+    disk = PrivateDisk(tmp_path / "disk", DISK_BYTES, "ro")
     command = ("-m", "edge_runtime", "run", "--run", "r", "--images", str(tmp_path), "--state", str(disk.folder))
     done = subprocess.run(
         [*disk.command, sys.executable, *command], capture_output=True, text=True, check=False, timeout=SECONDS
@@ -239,7 +170,8 @@ def photos_of_one(tmp_path: Path) -> Path:
 def test_an_update_that_nobody_answers_is_sent_again_until_somebody_does(
     broker: Broker, vit: Built, photos_of_one: Path, tmp_path: Path
 ) -> None:
-    device, service, link = started(vit, photos_of_one, tmp_path / "state", "unheard", broker.url, timing=SOON)
+    daemon = make_daemon(vit, photos_of_one, tmp_path / "state", "unheard", broker.url, timing=SOON)
+    device = daemon.device
     server, topics = Link(broker.url, "a-server-that-overhears"), Topics(RUN)
     server.connect()
     server.subscribe(topics.update_chunk(device.name, "+", "+"))
@@ -257,9 +189,8 @@ def test_an_update_that_nobody_answers_is_sent_again_until_somebody_does(
         sal=Sal(CapabilityQueue(2, 0.1), max_level=1),
     )
     server.publish(topics.round, encode(task), retain=True)
-    link.connect()
-    daemon = threading.Thread(target=service.serve)
-    daemon.start()
+    serving = threading.Thread(target=daemon.connect_and_serve)
+    serving.start()
     try:
         updates = whole_updates(server, topics)
         assert len({next(updates) for _ in range(3)}) == 1  # the same bytes each time
@@ -269,9 +200,9 @@ def test_an_update_that_nobody_answers_is_sent_again_until_somebody_does(
     finally:
         finished = task.model_copy(update={"round": 2, "stage": Stage.FINISHED})
         server.publish(topics.round, encode(finished), retain=True)
-        daemon.join(SECONDS)
+        serving.join(SECONDS)
         server.close()
-    assert not daemon.is_alive()
+    assert not serving.is_alive()
     assert device.store.unacknowledged("s") == frozenset()
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 
 import pytest
-from conftest import Undisturbed
 from support.fault_table import FaultTable
 from support.machine_faults import Clock, small_disk
 from support.processes import Observer, wait_until
+from support.run_oracle import Undisturbed
 from support.simulation import RUN, Simulation, in_stage_1, recovering
 
 from benchmarks.simulated import device_names

@@ -28,10 +28,12 @@ from support.processes import (
 )
 from support.samples import CLASSES
 
-from fedfmsl.protocol.messages import Activity, DeviceStatus, Health, Prediction, Round, Stage
+from fedfmsl.protocol.bundle import Bundle
+from fedfmsl.protocol.messages import Activity, DeviceStatus, Health, Prediction, Round, ServerStatus, Stage, encode
+from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.link import Link, Received
 
-DEVICE, RUN = "device-0", "in-use"
+DEVICE, RUN, ANNOUNCED = "device-0", "in-use", "announced"
 
 
 @dataclass(frozen=True)
@@ -164,6 +166,17 @@ def test_nothing_is_kept_or_told_of_a_session_by_onnx_runtime(device: Device, tm
     assert list(home.rglob("*")) == []
 
 
+@pytest.fixture(scope="module")
+def announced_run(broker: Broker, bundle: Path) -> None:
+    """A run that has a server, for all that `check` can see: without one it waits ten seconds for it."""
+    status = ServerStatus(online=True, run=ANNOUNCED, session="s", bundle=Bundle.load(bundle).sha256)
+    link = Link(broker.url, "announcing-server")
+    link.connect()
+    sent = link.publish(Topics(ANNOUNCED).server_status, encode(status), retain=True)
+    sent.wait_for_publish(SECONDS)
+    link.close()
+
+
 @pytest.mark.parametrize(
     ("change", "code", "parts"),
     [
@@ -176,10 +189,12 @@ def test_nothing_is_kept_or_told_of_a_session_by_onnx_runtime(device: Device, tm
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_check_names_what_is_wrong_and_looks_on(
+@pytest.mark.usefixtures("announced_run")
+def test_check_names_what_is_wrong_and_continues(
     device: Device, change: dict[str, str], code: int, parts: list[str]
 ) -> None:
-    flags = [text for key, value in change.items() for text in (f"--{key.replace('_', '-')}", value)]
+    options = {"run": ANNOUNCED, **change}
+    flags = [text for key, value in options.items() for text in (f"--{key.replace('_', '-')}", value)]
     ended = device.ask("check", *flags)
     assert "Traceback" not in ended.stdout + ended.stderr
     assert ended.code == code, ended.stdout

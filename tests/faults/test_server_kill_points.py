@@ -8,11 +8,10 @@ import time
 from collections.abc import Sequence
 
 import pytest
-from conftest import Undisturbed
 from support.fault_table import FaultTable, Trial
 from support.kill_point import launcher
 from support.processes import Observer
-from support.run_oracle import Reference
+from support.run_oracle import Reference, Undisturbed
 from support.simulation import RUN, Simulation
 
 from fedfmsl.protocol.messages import Ack, Message, Round, ServerStatus, Stage, Verdict

@@ -1,0 +1,138 @@
+"""report.html: the charts and tables of a report in one file that needs no other."""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from devices.trial.charts import NAMES, ChartData, svgs
+from trainer_server.coordinator.records import ClosedRound
+
+Report = dict[str, Any]  # the content of report.json
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{name} · FedFMSL Edge</title>
+<style>
+body {{ margin: 0 auto; max-width: 1200px; padding: 1.5rem 1rem 3rem; color: #222; background: #fff;
+  font: 16px/1.5 system-ui, sans-serif }}
+h1 {{ margin: 0; font-size: 1.6rem }}
+h2 {{ margin: 2.5rem 0 .5rem; font-size: 1.15rem }}
+p {{ margin: .25rem 0; color: #555 }}
+a {{ color: #0072b2; overflow-wrap: anywhere }}
+.charts {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)); gap: 2rem;
+  margin-top: 1.5rem }}
+img {{ width: 100%; height: auto }}
+.wide {{ overflow-x: auto }}
+table {{ border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }}
+th, td {{ padding: .35rem .8rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #e8e8e8 }}
+th {{ color: #555; font-weight: 600 }}
+th:first-child, td:first-child {{ padding-left: 0; text-align: left }}
+</style>
+</head>
+<body>
+<h1>{name}</h1>
+<p>{headline}</p>
+<p>{summary}</p>
+<div class="charts">{charts}</div>
+<h2>Test accuracy</h2>
+{accuracies}
+<h2>Rounds, with accuracy on held-out {samples}</h2>
+{rounds}
+<h2>Models</h2>
+{models}
+</body>
+</html>
+"""
+
+
+def render_page(name: str, report: Report, rounds: Sequence[ClosedRound], data: ChartData) -> str:
+    charts = [
+        f'<img alt="{html.escape(title)}" src="data:image/svg+xml;base64,{base64.b64encode(svg).decode()}">'
+        for title, svg in svgs(data)
+    ]
+    files = report["files"]
+    links = [("Global expert (PEFT adapter)", files["global_expert"])]
+    links += [(f"Personalized model of {device} (ONNX)", path) for device, path in files["personalized"].items()]
+    models = [
+        f'<p>{html.escape(what)}: <a href="{html.escape(path)}">{html.escape(path)}</a></p>' for what, path in links
+    ]
+    return _PAGE.format(
+        name=html.escape(name),
+        headline=html.escape(headline(report)),
+        summary=html.escape(_summary(report)),
+        charts="\n".join(charts),
+        accuracies=_html_table(accuracy_rows(report)),
+        samples=report["samples"],
+        rounds=_html_table(_round_rows(rounds)),
+        models="\n".join(models),
+    )
+
+
+def _summary(report: Report) -> str:
+    tuned = f"{report['tuned_parameters']:,} of {report['backbone_parameters']:,} parameters tuned"
+    balanced = report["accuracy_global_test"]["global"]
+    gate = report["gate"]["mean_local_weight"]
+    return (
+        f"{tuned} ({report['tuned_share']:.2%}) · global expert, class-balanced test accuracy {balanced:.1%} · "
+        f"mean gate weight of the local expert {gate:.2f} · peak memory of a device {report['device_peak_rss_mb']:.0f} MB"
+    )
+
+
+def accuracy_rows(report: Report) -> list[list[str]]:
+    """Test accuracies as a table: a head, a row per device, and their mean."""
+    accuracy, images = report["accuracy"], report["test_images"]
+    rows = [["device", f"test {report['samples']}", *(NAMES[model] for model in accuracy)]]
+    for device in images:
+        values = (values["per_device"].get(device) for values in accuracy.values())
+        rows.append([device, str(images[device]), *("" if v is None else f"{v:.1%}" for v in values)])
+    means = (f"{values['mean']:.1%}" for values in accuracy.values())
+    return [*rows, ["all", str(sum(images.values())), *means]]
+
+
+def _round_rows(rounds: Sequence[ClosedRound]) -> list[list[str]]:
+    models = [model for model in NAMES if any(model in r.held_out for r in rounds)]
+    rows = [["round", "stage", "level", *(NAMES[m] for m in models), "updates", "kB up", "kB down", "seconds", ""]]
+    for r in rounds:
+        round_, updates, held = r.round, r.updates.values(), r.held_out
+        remarks = [f"without {', '.join(r.missing)}"] if r.missing else []
+        remarks += ["repeated"] if r.repeated else []
+        rows.append(
+            [
+                str(round_.round),
+                f"{round_.stage.value} {round_.index + 1}/{round_.of}",
+                str(round_.level),
+                *(f"{held[model]:.1%}" if model in held else "" for model in models),
+                str(len(updates)),
+                f"{mean(r.bytes_up.values()) / 1000:.1f}",
+                f"{mean(u.bytes_down for u in updates) / 1000:.1f}",
+                f"{r.seconds:.1f}",
+                ", ".join(remarks),
+            ]
+        )
+    return rows
+
+
+def _html_table(rows: Sequence[Sequence[str]]) -> str:
+    lines = []
+    for tag, row in zip(["th", *["td"] * (len(rows) - 1)], rows, strict=True):
+        lines.append("<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>")
+    return f'<div class="wide"><table>{"".join(lines)}</table></div>'
+
+
+def headline(report: Report) -> str:
+    """Model, data and seed in one line."""
+    stages = report["rounds"]
+    model = f"{report['model']} · {report['classes']} classes · {report['devices']} devices"
+    return f"{model} · α {report['alpha']:g} · seed {report['seed']} · {stages['stage1']} + {stages['stage2']} rounds"
+
+
+def mean(values: Iterable[float]) -> float:
+    """Rounded to one digit; 0 without values."""
+    listed = list(values)
+    return round(sum(listed) / len(listed), 1) if listed else 0.0
