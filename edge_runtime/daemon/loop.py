@@ -7,6 +7,7 @@ whoever looks after it, and gives the round up once a newer one is announced.
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections import deque
 
@@ -43,7 +44,7 @@ from edge_runtime.daemon.timing import DEFAULT_TIMING, Timing
 from edge_runtime.daemon.worker import Worker, write_personalized
 from edge_runtime.data.samples import SampleChangedError
 from edge_runtime.training.context import TrainingContext
-from fedfmsl.common.log import fields, log
+from fedfmsl.common.logs import fields
 from fedfmsl.errors import FedFMSLError, InputError, MessageError, RunError
 from fedfmsl.protocol.chunks import Assembler, chunks
 from fedfmsl.protocol.duplicate_name import DuplicateNameGuard
@@ -61,6 +62,8 @@ from fedfmsl.protocol.messages import (
 from fedfmsl.protocol.tensors import blob_bytes, blob_hash
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.link import Connected, Disconnected, Link, Received
+
+logger = logging.getLogger(__name__)
 
 LOOK_SECONDS = 1.0
 ASK_SECONDS = 30.0  # without a server
@@ -133,7 +136,7 @@ class Service:
         self._subscribe()
         self._introduce()
         self._announce()
-        log.info(f"waiting for the server of run {self._run!r}")
+        logger.info(f"waiting for the server of run {self._run!r}")
         leave = Stop()
         try:
             leave = self._follow()
@@ -201,7 +204,7 @@ class Service:
         except InputError as error:
             if str(error) != self._trouble:
                 self._trouble = str(error)
-                log.warning(f"{error}; waiting for it")
+                logger.warning(f"{error}; waiting for it")
             return False
         except OSError as error:
             self._wait_for_disk(error)
@@ -235,7 +238,7 @@ class Service:
         changed = bool(reason) != bool(self._paused)
         self._paused = reason
         if changed:
-            log.info(f"pauses: {reason}" if reason else "goes on", **fields(paused=reason))
+            logger.info(f"pauses: {reason}" if reason else "goes on", **fields(paused=reason))
             self._announce()
 
     def _heartbeat(self, activity: Activity) -> None:
@@ -247,7 +250,7 @@ class Service:
             self._leave = leave
         elif self._finished != self._state.session:
             self._finish()
-            log.info("this device stays, and waits for the next run of this name")
+            logger.info("this device stays, and waits for the next run of this name")
 
     def _finish(self) -> None:
         self._finished = self._state.session
@@ -256,8 +259,10 @@ class Service:
             if store.is_model_newer:  # the evaluation was missed
                 write_personalized(self._device)
         except (OSError, RunError) as error:
-            log.warning(f"{store.personalized} could not be written ({error}); edge_runtime personalize tries it again")
-        log.info(f"run {self._run!r} has finished; this device's model is {store.personalized}")
+            logger.warning(
+                f"{store.personalized} could not be written ({error}); edge_runtime personalize tries it again"
+            )
+        logger.info(f"run {self._run!r} has finished; this device's model is {store.personalized}")
 
     def _introduce(self) -> None:
         """To Home Assistant, whose broker may know nothing of us."""
@@ -272,11 +277,11 @@ class Service:
         received = self._link.next_event(timeout)
         if isinstance(received, Disconnected):
             if self._connected:
-                log.warning(f"no connection to the broker ({received.reason}); trying again and again")
+                logger.warning(f"no connection to the broker ({received.reason}); trying again and again")
             self._connected = False
         if isinstance(received, Connected):
             if not self._connected:
-                log.info("connected to the broker again")
+                logger.info("connected to the broker again")
             self._connected = True
             self._retransmissions.start_over()
             self._introduce()
@@ -296,7 +301,7 @@ class Service:
                 return OwnStatusSeen(parse(DeviceStatus, received.payload))
             return self._global_chunk(received)
         except MessageError as error:
-            log.warning(f"dropped a message on {received.topic}: {error}")
+            logger.warning(f"dropped a message on {received.topic}: {error}")
             return None
 
     def _global_chunk(self, received: Received) -> Event | None:
@@ -328,7 +333,9 @@ class Service:
         frees what can be made or fetched again."""
         if not self._disk_attempts:
             where = f"--state {self._device.store.root}"
-            log.warning(f"{where} does not take what has to be kept ({error}); it is tried again until there is room")
+            logger.warning(
+                f"{where} does not take what has to be kept ({error}); it is tried again until there is room"
+            )
         with contextlib.suppress(OSError):  # a disk that has become read-only, which somebody may mend
             self._device.cache.evict_all()
             self._device.store.drop_globals(keep=required_globals(self._state.announced))
@@ -355,7 +362,7 @@ class Service:
         elif isinstance(command, PublishStatus):
             self._announce()
         elif isinstance(command, Log):
-            log.info(command.text)
+            logger.info(command.text)
         elif isinstance(command, Stop):
             self._take_leave(command)
         return None
@@ -372,14 +379,14 @@ class Service:
         except _GivenUpError:
             return WorkFailed(task.round)
         except SampleChangedError as error:
-            log.info(f"round {task.round} is begun anew: {error}", **fields(round=task.round))
+            logger.info(f"round {task.round} is begun anew: {error}", **fields(round=task.round))
             return WorkFailed(task.round)
         except OSError as error:
             self._wait_for_disk(error)
             return WorkFailed(task.round)
         self._disk_attempts, self._bytes_down = 0, 0
         self._health_reporter.rounds_done += 1
-        log.info(
+        logger.info(
             f"round {task.round}: {task.stage.value} done in {seconds:.1f} s",
             **fields(round=task.round, stage=task.stage.value, level=task.level, seconds=round(seconds, 3)),
         )
@@ -400,9 +407,9 @@ class Service:
         try:
             self._device.store.acknowledge(ack.round)
         except OSError as error:  # no harm: after a restart it is sent once more, and answered once more
-            log.warning(f"the update of round {ack.round} is kept, though acknowledged ({error})")
+            logger.warning(f"the update of round {ack.round} is kept, though acknowledged ({error})")
         if ack.verdict is not Verdict.ACCEPTED:
-            log.info(f"update of round {ack.round}: {ack.verdict.value} {ack.reason}")
+            logger.info(f"update of round {ack.round}: {ack.verdict.value} {ack.reason}")
 
     def _announce(self, online: bool = True, error: str = "") -> None:
         status = status_of(self._device, online, self._paused, error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import subprocess
 import sys
@@ -27,11 +28,13 @@ from edge_runtime.training.updates import prepare_update, update_header
 from fedfmsl.algorithms.arrays import Vector
 from fedfmsl.common.class_folders import SkippedFile
 from fedfmsl.common.files import write_atomically
-from fedfmsl.common.log import fields, log
+from fedfmsl.common.logs import fields
 from fedfmsl.errors import RunError
 from fedfmsl.protocol.messages import Globals as GlobalsHeader
 from fedfmsl.protocol.messages import Round, Stage
 from fedfmsl.protocol.tensors import Tensors, pack, unpack
+
+logger = logging.getLogger(__name__)
 
 SHOWN = 10  # of the files that are set aside at once, in the log
 STAGES: dict[Stage, StageFunction] = {
@@ -64,7 +67,7 @@ class Worker:
             return False
         if cap != before.level_cap:
             slower = f"{self.pace.cap.slowdown:.1f} times as long as measured"
-            log.info(f"level cap {cap} instead of {before.level_cap}: steps take {slower}", **fields(level_cap=cap))
+            logger.info(f"level cap {cap} instead of {before.level_cap}: steps take {slower}", **fields(level_cap=cap))
         self.device = replace(before, scanned=scanned, level_cap=cap)
         self._list_skipped()
         return True
@@ -76,9 +79,9 @@ class Worker:
         if not new and len(now) == len(self._listed):
             return
         for one in new[:SHOWN]:
-            log.warning(f"set aside: {one}", **fields(file=str(one.path), reason=one.reason))
+            logger.warning(f"set aside: {one}", **fields(file=str(one.path), reason=one.reason))
         if len(new) > SHOWN:
-            log.warning(f"set aside: {len(new) - SHOWN} more; all are in {self.device.store.skipped}")
+            logger.warning(f"set aside: {len(new) - SHOWN} more; all are in {self.device.store.skipped}")
         self._listed = frozenset(now)
         with contextlib.suppress(OSError):  # it is only for people
             write_atomically(self.device.store.skipped, "".join(f"{one}\n" for one in now).encode())

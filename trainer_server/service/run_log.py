@@ -11,8 +11,6 @@ from contextlib import contextmanager
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
-from fedfmsl.common.log import log
-
 FILE = "notes.log"
 LOG_BYTES = 8 * 1024 * 1024  # of each of the two files
 
@@ -23,9 +21,11 @@ def log_to_folder(folder: Path, max_bytes: int = LOG_BYTES) -> Iterator[None]:
     # delay: a full disk at the start is not an error, the file is opened with the first line that can be written
     handler = RotatingFileHandler(folder / FILE, maxBytes=max_bytes, backupCount=1, encoding="utf-8", delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%dT%H:%M:%S"))
-    log.addHandler(handler)
+    logger = logging.getLogger("trainer_server")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
     try:
         yield
     finally:
-        log.removeHandler(handler)
+        logger.removeHandler(handler)
         handler.close()
