@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_runtime.daemon.worker import STAGES
+from edge_runtime.daemon.round_runner import STAGES
 from edge_runtime.data.cache import DiskCache
 from edge_runtime.data.features import FeatureCache
 from edge_runtime.data.folder import scan_once

@@ -1,4 +1,4 @@
-"""The commands that tell about a run. They only read, and disturb no server at work."""
+"""Commands that show, export and replay a run. They only read, also while a server works on the run."""
 
 from __future__ import annotations
 
@@ -19,25 +19,36 @@ from trainer_server.storage.peft_adapter import write_adapter
 from trainer_server.storage.run_store import RunStore
 
 OUT = typer.Option(help="Folder of the run.")
+NAMES = 10  # devices named in a line of text
 
 
 def status(out: Path = OUT, as_json: bool = typer.Option(False, "--json", help="One JSON object.")) -> None:
-    """Show where a run stands: also while its server is at work."""
-    store = RunStore(out)
+    """Show the present round, its participation, and refused messages."""
+    facts = _facts(RunStore(out))
+    if as_json:
+        print(json.dumps(facts))
+        return
+    table = Table(show_header=False, box=None)
+    for name, value in facts.items():
+        table.add_row(name, _text(value))
+    console.print(table)
+
+
+def _facts(store: RunStore) -> dict[str, Any]:
     config = store.origin.config
-    kept = store.checkpoint()
-    announced = kept[0].announced if kept else None
+    checkpoint = store.checkpoint()
+    announced = checkpoint[0].announced if checkpoint else None
     closed = store.rounds()
     facts: dict[str, Any] = {
         "run": config.run,
         "session": store.origin.session,
         "ended": store.ended or "",
         "round": announced.round if announced else 0,
-        "stage": announced.stage.value if announced else "gathering devices",
+        "stage": announced.stage.value if announced else "waiting for devices",
         "index": announced.index + 1 if announced else 0,
         "of": announced.of if announced else 0,
         "level": announced.level if announced else 0,
-        "asked": kept[0].expected if kept else [],
+        "asked": checkpoint[0].expected if checkpoint else [],
         "answered": sorted(store.pending_updates()),
         "closed rounds": len(closed),
         "repeated": [r.repeated for r in closed if r.repeated],
@@ -47,20 +58,14 @@ def status(out: Path = OUT, as_json: bool = typer.Option(False, "--json", help="
         noised = [r for r in closed if r.round.stage in (Stage.STATISTICS, *TRAINING) and not r.repeated]
         facts["epsilon"] = epsilon(config.privacy, len(noised), config.delta)
         facts["delta"] = config.delta
-    if as_json:
-        print(json.dumps(facts))
-        return
-    table = Table(show_header=False, box=None)
-    for name, value in facts.items():
-        table.add_row(name, _shown(value))
-    console.print(table)
+    return facts
 
 
-def _shown(value: Any) -> str:
+def _text(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {count}×" for name, count in value.items()) or "nothing"
     if isinstance(value, list):
-        return f"{len(value)}" + (f": {', '.join(map(str, value[:10]))}" if value else "")
+        return f"{len(value)}" + (f": {', '.join(map(str, value[:NAMES]))}" if value else "")
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
@@ -68,33 +73,33 @@ def rounds(out: Path = OUT, as_json: bool = typer.Option(False, "--json", help="
     """List the closed rounds."""
     closed = RunStore(out).rounds()
     if as_json:
-        for one in closed:
-            print(one.model_dump_json())
+        for record in closed:
+            print(record.model_dump_json())
         return
-    table = Table("round", "stage", "level", "updates", "missing", "seconds", "KB up", "remarks", box=None)
-    for one in closed:
-        said = one.round
+    table = Table("round", "stage", "level", "updates", "missing", "seconds", "KB up", "repeated", box=None)
+    for record in closed:
+        announced = record.round
         table.add_row(
-            str(said.round),
-            f"{said.stage.value} {said.index + 1}/{said.of}",
-            str(said.level),
-            str(len(one.updates)),
-            str(len(one.missing)),
-            f"{one.seconds:.1f}",
-            f"{sum(one.bytes_up.values()) / 1e3:.0f}",
-            one.repeated,
+            str(announced.round),
+            f"{announced.stage.value} {announced.index + 1}/{announced.of}",
+            str(announced.level),
+            str(len(record.updates)),
+            str(len(record.missing)),
+            f"{record.seconds:.1f}",
+            f"{sum(record.bytes_up.values()) / 1e3:.0f}",
+            record.repeated,
         )
     console.print(table)
 
 
 def export(out: Path = OUT, to: Path = typer.Option(help="Folder to write the PEFT adapter to.")) -> None:
-    """Write the global expert as it stands as a PEFT adapter: at any time, also while the server is at work."""
+    """Write the current global expert as a PEFT adapter. Also works while a server works on the run."""
     store = RunStore(out)
     bundle = open_bundle(store)
-    kept = store.state()
-    if kept is None or not kept[0].start.size:
-        raise RunError(f"{out} has no global expert yet: its first round has not been closed")
-    state = kept[0]
+    checkpoint = store.state()
+    if checkpoint is None or not checkpoint[0].start.size:
+        raise RunError(f"{out} has no global expert yet: its first round is not closed")
+    state = checkpoint[0]
     try:
         write_adapter(bundle, state.expert[: bundle.expert.size(state.sal.level)], state.sal.level, to)
     except OSError as error:
@@ -103,13 +108,13 @@ def export(out: Path = OUT, to: Path = typer.Option(help="Folder to write the PE
 
 
 def replay(out: Path = OUT) -> None:
-    """Do a run over from its log alone and compare every round bit by bit (needs --audit at the start)."""
+    """Compute a run again from its event log and compare every round bit by bit. Needs a run with --audit."""
     store = RunStore(out)
     bundle = open_bundle(store)
     recorded = {closed.round.round: closed.round for closed in store.rounds()}
-    done = 0
+    replayed = 0
     for announced in replay_rounds(store, make_plan(store, bundle)):
-        done += 1
+        replayed += 1
         if announced.round in recorded and announced != recorded[announced.round]:
-            raise RunError(f"round {announced.round} comes out otherwise than it was recorded; has {out} been altered?")
-    console.print(f"{done} rounds done over, {len(recorded)} of them compared: every bit as recorded")
+            raise RunError(f"round {announced.round} differs from its record; was {out} altered?")
+    console.print(f"{replayed} rounds replayed, {len(recorded)} compared with their records: bit-identical")

@@ -1,4 +1,4 @@
-"""How a device shows itself on the broker: its connection with a last will, its status, its progress."""
+"""What a device publishes about itself: its last will, status, progress and predictions."""
 
 from __future__ import annotations
 
@@ -6,49 +6,88 @@ import secrets
 import time
 from pathlib import Path
 
+import paho.mqtt.client as paho
+
 from edge_runtime.data.features import Report
 from edge_runtime.training.context import TrainingContext
-from fedfmsl.protocol.messages import DeviceStatus, Progress, encode
+from fedfmsl.protocol.messages import DeviceStatus, Prediction, Progress, encode
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.link import Link, Will
 
-INSTANCE = secrets.token_hex(8)  # this process, among all that ever have this device's name
+INSTANCE = secrets.token_hex(8)  # identifies this process among all that ever have this device's name
 PROGRESS_SECONDS = 0.5
+Message = tuple[str, bytes]  # topic, payload
 
 
 def device_link(broker: str, topics: Topics, name: str, identity: Path | None = None, insecure: bool = False) -> Link:
-    """A device's link, with the last will that says it is gone. Two processes of one name do not push each other off
-    the broker; and nothing depends on what a broker keeps for somebody who is away."""
+    """A device's link, whose last will says that the device is offline.
+
+    The client id is this process's own: two processes with one device name do not push each other off the broker, and
+    the broker keeps no messages for an absent client.
+    """
     will = Will(topics.status(name), encode(DeviceStatus(device=name, online=False, instance=INSTANCE)))
     return Link(broker, f"fedfmsl-{topics.run}-{name}-{INSTANCE}", will, identity=identity, insecure=insecure)
 
 
-def progress_to(link: Link, topics: Topics, name: str) -> Report:
-    """Tells whoever watches how far a computation is, now and then."""
+class Announcer:
+    """Publishes with the link of a device. `last` is the last message that must reach the broker before the end."""
+
+    def __init__(self, link: Link, topics: Topics, name: str, introduction: Message | None = None) -> None:
+        """`introduction` is the message that introduces this device to Home Assistant."""
+        self.last: paho.MQTTMessageInfo | None = None
+        self._link = link
+        self._topics = topics
+        self._name = name
+        self._introduction = introduction
+
+    def introduce(self) -> None:
+        """The broker may be new, or may have lost its retained messages."""
+        if self._introduction is not None:
+            self.publish(*self._introduction, retain=True)
+
+    def status(self, device: TrainingContext, online: bool = True, paused: str = "", error: str = "") -> None:
+        status = status_of(device, online, paused, error)
+        self.publish(self._topics.status(self._name), encode(status), retain=True)
+
+    def progress(self, activity: str, done: int, total: int) -> None:
+        progress = Progress(device=self._name, activity=activity, done=done, total=total)
+        self._link.publish(self._topics.progress(self._name), encode(progress), qos=0)
+
+    def prediction(self, prediction: Prediction) -> None:
+        """May be called in any thread."""
+        payload = encode(prediction.model_copy(update={"device": self._name}))
+        self._link.publish(self._topics.prediction(self._name), payload, retain=True)
+
+    def publish(self, topic: str, payload: bytes, retain: bool = False) -> paho.MQTTMessageInfo:
+        self.last = self._link.publish(topic, payload, retain)
+        return self.last
+
+
+def rate_limited(report: Report, seconds: float = PROGRESS_SECONDS) -> Report:
+    """A Report that passes on at most one call in so many seconds, and each that reports the end."""
     last = 0.0
 
-    def report(activity: str, done: int, total: int) -> None:
+    def limited(activity: str, done: int, total: int) -> None:
         nonlocal last
         now = time.monotonic()
-        if done >= total or now - last > PROGRESS_SECONDS:
+        if done >= total or now - last > seconds:
             last = now
-            progress = Progress(device=name, activity=activity, done=done, total=total)
-            link.publish(topics.progress(name), encode(progress), qos=0)
+            report(activity, done, total)
 
-    return report
+    return limited
 
 
 def status_of(device: TrainingContext, online: bool, paused: str, error: str) -> DeviceStatus:
-    slices = device.scanned
+    splits = device.scanned
     return DeviceStatus(
         device=device.device_name,
         online=online,
         instance=INSTANCE,
         bundle=device.bundle.sha256,
         level_cap=device.level_cap,
-        train=len(slices.train),
-        held_out=len(slices.held_out),
-        test=len(slices.test),
+        train=len(splits.train),
+        held_out=len(splits.held_out),
+        test=len(splits.test),
         paused=paused,
         error=error,
     )

@@ -14,7 +14,6 @@ from edge_runtime.daemon.state import State
 from edge_runtime.engines.memory import rss
 from edge_runtime.resources.governor import Readings
 from edge_runtime.resources.sensors import board
-from edge_runtime.resources.throttle import Pace
 from edge_runtime.store import DeviceStore
 from edge_runtime.training.context import TrainingContext
 from fedfmsl.common.files import write_atomically
@@ -27,16 +26,24 @@ from fedfmsl.transport.link import Link
 class HealthReporter:
     """What is measured beside the work. `newest` is what was last told."""
 
-    def __init__(self, link: Link, topics: Topics, name: str, store: DeviceStore, read: Callable[[], Readings]) -> None:
-        """`read` looks at the sensors."""
+    def __init__(
+        self,
+        link: Link,
+        topics: Topics,
+        name: str,
+        store: DeviceStore,
+        read: Callable[[], Readings],
+        seconds: float = HEALTH_SECONDS,
+    ) -> None:
+        """`read` reads the sensors. Publishes every `seconds` while the activity stays the same."""
         self.newest: Health | None = None
-        self.pace: Pace | None = None  # once there is one
         self.rounds_done = 0  # since the start
         self._link = link
         self._topic = topics.health(name)
         self._store = store
         self._read = read
         self._same = {"device": name, "started": time.time(), "version": version("fedfmsl-edge"), "board": board()}
+        self._seconds = seconds
         self._watchdog = Watchdog()
         self._due = 0.0
 
@@ -44,15 +51,23 @@ class HealthReporter:
         notify("READY=1")
 
     def heartbeat(
-        self, device: TrainingContext | None, activity: Activity, state: State | None = None, paused: str = ""
+        self,
+        activity: Activity,
+        device: TrainingContext | None = None,
+        state: State | None = None,
+        paused: str = "",
+        slowdown: float = 1.0,
+        alive: bool = True,
     ) -> None:
-        """To be called often: it feeds the watchdog, and tells all when the activity has changed or HEALTH_SECONDS have
-        passed. Without a connection nobody is told: the next beat comes soon enough."""
-        self._watchdog()
+        """To be called about once a second. Resets the watchdog if the daemon is `alive`, and publishes the health when
+        the activity has changed or is due. Without a connection nothing is published; the next heartbeat follows."""
+        if alive:
+            self._watchdog()
         if self.newest and self.newest.activity is activity and time.monotonic() < self._due:
             return
-        self._due = time.monotonic() + HEALTH_SECONDS
-        now = {"activity": activity, "paused": paused, "rounds_done": self.rounds_done, **self._measured()}
+        self._due = time.monotonic() + self._seconds
+        now = {"activity": activity, "paused": paused, "rounds_done": self.rounds_done, "slowdown": slowdown}
+        now |= self._measured()
         known = {**(_of_device(device) if device else {}), **(_of_state(state) if state else {})}
         self.newest = Health.model_validate({**self._same, **now, **known})
         self._link.publish(self._topic, encode(self.newest), retain=True, qos=0)
@@ -67,7 +82,6 @@ class HealthReporter:
             "time": time.time(),
             "memory": rss(),
             "disk_free": _free(self._store.root),
-            "slowdown": self.pace.cap.slowdown if self.pace else 1.0,
             **vars(self._read()),
         }
 

@@ -1,33 +1,35 @@
-"""From settings to a daemon at work: all is opened, measured and put together, in the order in which it can fail."""
+"""From settings to a running daemon: everything is opened, measured and put together."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import os
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 
-from edge_runtime.daemon.announce import device_link, progress_to
+from edge_runtime.daemon.announce import Announcer, Message, device_link, rate_limited
 from edge_runtime.daemon.download import fetch_bundle, wait_for_server
 from edge_runtime.daemon.health import HealthReporter
 from edge_runtime.daemon.lock import locked
-from edge_runtime.daemon.loop import Service
-from edge_runtime.daemon.worker import Worker
+from edge_runtime.daemon.loop import DaemonLoop
+from edge_runtime.daemon.round_runner import RoundRunner
+from edge_runtime.daemon.worker import Worker, progress_poster
 from edge_runtime.data.cache import DiskCache
-from edge_runtime.data.features import FeatureCache, Report
+from edge_runtime.data.features import FeatureCache
 from edge_runtime.data.folder import SampleFolder, largest
 from edge_runtime.data.inputs import reader_of
 from edge_runtime.data.sample_reader import SampleReader
+from edge_runtime.data.samples import Splits
 from edge_runtime.engines.factory import open_engine
 from edge_runtime.inference.home_assistant import DeviceDescription, discovery_message
 from edge_runtime.inference.watcher import Watcher
+from edge_runtime.resources.governor import Governor
 from edge_runtime.resources.level_cap import LevelCap
-from edge_runtime.resources.probe import make_plan
+from edge_runtime.resources.probe import Plan, make_plan
 from edge_runtime.resources.sensors import Sensors, board
-from edge_runtime.resources.throttle import Pace, PacedEngine
+from edge_runtime.resources.throttle import ControlledEngine, LevelCapTracker, StepControl, reported_and_checked
 from edge_runtime.settings import Settings
 from edge_runtime.store import DeviceStore
 from edge_runtime.training.context import TrainingContext
@@ -35,14 +37,14 @@ from edge_runtime.training.gate import Gate
 from fedfmsl.common.logs import fields, set_up_logging
 from fedfmsl.errors import InputError
 from fedfmsl.protocol.bundle import Bundle
-from fedfmsl.protocol.messages import Activity
+from fedfmsl.protocol.messages import Activity, EngineName
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.identity import device_name
 from fedfmsl.transport.link import Link
 
 logger = logging.getLogger(__name__)
 
-SETTLE_SECONDS = 3.0  # that the first look at the folder waits for files that may still be being written
+FIRST_SCAN_SECONDS = 3.0  # the first scan waits so long for files that may still be being written
 
 
 def launch(settings: Settings) -> None:
@@ -57,50 +59,68 @@ def launch(settings: Settings) -> None:
         sensors = Sensors(zones=settings.thermal_zones)
         if settings.max_temperature is not None and sensors.read().temperature is None:
             logger.warning("--max-temperature is without effect: no thermal zone can be read; see --thermal-zones")
-        health_reporter = HealthReporter(link, topics, name, store, sensors.read)
+        health = HealthReporter(link, topics, name, store, sensors.read)
         if settings.metrics:
-            from edge_runtime.daemon.metrics import serve_metrics  # 12 MB that others can do without
+            from edge_runtime.daemon.metrics import serve_metrics  # takes 12 MB
 
-            serve_metrics(settings.metrics, lambda: health_reporter.newest, settings.insecure)
+            serve_metrics(settings.metrics, lambda: health.newest, settings.insecure)
         link.connect()
-        health_reporter.ready()
-        starting = _Starting(
-            progress_to(link, topics, name), lambda: health_reporter.heartbeat(None, Activity.STARTING)
+        health.ready()
+        prepared = _prepare(settings, link, topics, store, name, health)
+        bundle = prepared.bundle
+        announcer = Announcer(link, topics, name, _introduction(settings, topics, name, bundle))
+        control = StepControl()
+        runner = _runner(settings, prepared, store, name, link, control)
+        loop = DaemonLoop(
+            settings.run,
+            link,
+            announcer,
+            health,
+            Governor(settings.limits, sensors.read),
+            runner,
+            Worker(control, link.post),
+            stay=settings.stay or settings.watch is not None,
         )
-        worker = _worker(settings, link, topics, store, name, sensors, starting)
-        health_reporter.pace = worker.pace
-        introduction = None
-        if settings.watch and settings.home_assistant:
-            described = DeviceDescription(
-                settings.run, name, worker.device.bundle.manifest.classes, board(), version("fedfmsl-edge")
-            )
-            introduction = discovery_message(settings.home_assistant, described, topics.status(name), health=True)
-        stays = settings.stay or settings.watch is not None
-        service = Service(worker, settings.run, link, health_reporter, introduction, stays)
         if settings.watch:
-            bundle = worker.device.bundle.root
-            until_the_end.enter_context(Watcher(settings.watch, store.root, bundle, service.predicted))
-        service.serve()
+            watcher = Watcher(settings.watch, store.root, bundle.root, announcer.prediction)
+            until_the_end.enter_context(watcher)
+        loop.serve()
 
 
-def _worker(
-    settings: Settings, link: Link, topics: Topics, store: DeviceStore, name: str, sensors: Sensors, starting: _Starting
-) -> Worker:
-    """The device with all that it computes with, measured."""
+@dataclass(frozen=True)
+class _Prepared:
+    """What a device knows before its first round."""
+
+    bundle: Bundle
+    engine: EngineName
+    threads: int
+    reader: SampleReader
+    folder: SampleFolder
+    scanned: Splits
+    plan: Plan
+
+
+def _prepare(
+    settings: Settings, link: Link, topics: Topics, store: DeviceStore, name: str, health: HealthReporter
+) -> _Prepared:
+    """Fetches the bundle, scans the samples and measures the machine."""
     threads = settings.threads or os.cpu_count() or 1
+    heartbeat = partial(health.heartbeat, Activity.STARTING)
+    announcer = Announcer(link, topics, name)
+    report = reported_and_checked(rate_limited(announcer.progress), heartbeat)
     if settings.bundle:
         bundle = Bundle.load(settings.bundle)
     else:
         logger.info(f"waiting for the server of run {settings.run!r}, which has the bundle")
-        server = wait_for_server(link, topics, starting.heartbeat)
-        bundle = fetch_bundle(server, store.bundles, settings.identity, starting.heartbeat)
+        server = wait_for_server(link, topics, heartbeat)
+        bundle = fetch_bundle(server, store.bundles, settings.identity, heartbeat)
     bundle.verify()
     engine = open_engine(settings.engine, bundle, threads).name
     reader = SampleReader(reader_of(bundle))
     kind = reader.kind
-    folder = SampleFolder(settings.images, bundle, store, settings.labels, starting.progress, reader)
-    scanned = folder.scan(wait=SETTLE_SECONDS)
-    starting.progress("measuring", 0, 1)
+    folder = SampleFolder(settings.images, bundle, store, settings.labels, reader)
+    scanned = folder.scan(FIRST_SCAN_SECONDS, report)
+    report("measuring", 0, 1)
     most = largest(scanned.samples, kind)
     plan = make_plan(bundle, store, engine, threads, most, settings.memory, settings.step_seconds)
     logger.info(
@@ -108,35 +128,36 @@ def _worker(
         f"{len(scanned.test)} to test on; engine {engine}, level cap {plan.level_cap}",
         **fields(device=name, engine=engine, level_cap=plan.level_cap),
     )
-    pace = Pace(settings.limits, sensors.read, LevelCap.planned(plan, settings.step_seconds), starting)
-    trainer = PacedEngine(open_engine(engine, bundle, threads, plan.memory_plans), pace)
+    return _Prepared(bundle, engine, threads, reader, folder, scanned, plan)
+
+
+def _runner(
+    settings: Settings, prepared: _Prepared, store: DeviceStore, name: str, link: Link, control: StepControl
+) -> RoundRunner:
+    """The device with everything that it computes with. Its progress is posted to the link."""
+    bundle, threads, plan = prepared.bundle, prepared.threads, prepared.plan
+    progress = rate_limited(progress_poster(link.post))
+    report = reported_and_checked(progress, control.check)
+    tracker = LevelCapTracker(LevelCap.planned(plan, settings.step_seconds))
+    engine = ControlledEngine(open_engine(prepared.engine, bundle, threads, plan.memory_plans), control, tracker)
     disk = DiskCache(store.cache, settings.cache, settings.keep_free)
-    cache = FeatureCache(disk, bundle, threads, pace, plan.feature_batch, trainer.release, reader=reader)
     device = TrainingContext(
         device_name=name,
         bundle=bundle,
-        scanned=scanned,
-        cache=cache,
-        engine=trainer,
+        scanned=prepared.scanned,
+        cache=FeatureCache(disk, bundle, threads, report, plan.feature_batch, engine.release, reader=prepared.reader),
+        engine=engine,
         gate=Gate(bundle, threads),
         store=store,
         level_cap=plan.level_cap,
-        report=pace,
+        report=report,
     )
-    return Worker(device, folder, pace)
+    return RoundRunner(device, prepared.folder, control, tracker, reported_and_checked(progress, control.check_stopped))
 
 
-@dataclass(frozen=True)
-class _Starting:
-    """The host of a pace before the service is there."""
-
-    tell: Report
-    heartbeat: Callable[[], None]
-
-    def progress(self, activity: str, done: int, total: int) -> None:
-        self.tell(activity, done, total)
-        self.heartbeat()
-
-    def pause(self, reason: str) -> None:
-        self.heartbeat()
-        time.sleep(1.0)
+def _introduction(settings: Settings, topics: Topics, name: str, bundle: Bundle) -> Message | None:
+    """The message that introduces this device to Home Assistant, if it classifies a watched folder."""
+    if not (settings.watch and settings.home_assistant):
+        return None
+    described = DeviceDescription(settings.run, name, bundle.manifest.classes, board(), version("fedfmsl-edge"))
+    return discovery_message(settings.home_assistant, described, topics.status(name), health=True)

@@ -1,21 +1,23 @@
-"""The shell around the daemon: MQTT, disk, and the computation itself, which runs between two looks at the queue.
+"""The daemon's I/O loop: MQTT, clock and commands of the state machine. The computation runs in the worker thread.
 
-While the computation pauses, which may be for hours, the looks go on: so the device stays there for the server and for
-whoever looks after it, and gives the round up once a newer one is announced.
+The loop takes one event at a time from the link's queue, where the worker thread puts its events as well, and never
+waits for the computation. So a device stays online and sends heartbeats while it trains or pauses.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
 from collections import deque
+from concurrent.futures import Future
+from functools import partial
 
-import paho.mqtt.client as paho
-
-from edge_runtime.daemon.announce import INSTANCE, progress_to, status_of
+from edge_runtime.daemon.announce import INSTANCE, Announcer
+from edge_runtime.daemon.disk_retry import DiskRetry
+from edge_runtime.daemon.globals import GlobalsReceiver
 from edge_runtime.daemon.health import HealthReporter
 from edge_runtime.daemon.retransmit import Retransmissions
+from edge_runtime.daemon.round_runner import NoSamplesError, RoundRunner
 from edge_runtime.daemon.state import (
     Acknowledge,
     AckOverdue,
@@ -38,80 +40,64 @@ from edge_runtime.daemon.state import (
     WorkDone,
     WorkFailed,
     advance,
+    is_outdated,
     required_globals,
 )
 from edge_runtime.daemon.timing import DEFAULT_TIMING, Timing
-from edge_runtime.daemon.worker import Worker, write_personalized
+from edge_runtime.daemon.worker import JobEnded, Progress, Worker
 from edge_runtime.data.samples import SampleChangedError
-from edge_runtime.training.context import TrainingContext
+from edge_runtime.resources.governor import Governor
+from edge_runtime.resources.throttle import WorkStoppedError
 from fedfmsl.common.logs import fields
-from fedfmsl.errors import FedFMSLError, InputError, MessageError, RunError
-from fedfmsl.protocol.chunks import Assembler, chunks
+from fedfmsl.errors import FedFMSLError, MessageError, RunError
+from fedfmsl.protocol.chunks import chunks
 from fedfmsl.protocol.duplicate_name import DuplicateNameGuard
-from fedfmsl.protocol.messages import (
-    Ack,
-    Activity,
-    DeviceStatus,
-    Prediction,
-    Round,
-    ServerStatus,
-    Verdict,
-    encode,
-    parse,
-)
-from fedfmsl.protocol.tensors import blob_bytes, blob_hash
+from fedfmsl.protocol.messages import Ack, Activity, DeviceStatus, Round, ServerStatus, Verdict, parse
+from fedfmsl.protocol.tensors import blob_bytes
 from fedfmsl.protocol.topics import Topics
-from fedfmsl.transport.link import Connected, Disconnected, Link, Received
+from fedfmsl.transport.link import Connected, Disconnected, Link, LinkEvent, Posted, Received
 
 logger = logging.getLogger(__name__)
 
-LOOK_SECONDS = 1.0
-ASK_SECONDS = 30.0  # without a server
-FOLDER_SECONDS = 60.0  # from one look at the folder to the next, between rounds
-FOLDER_SHARE = 0.01  # of the time, at most, for these looks: a folder of many files is looked at less often
 
-
-class _GivenUpError(Exception):
-    """The round that is being worked on is no longer worth it: it is not the newest, or the device has to leave."""
-
-
-class Service:
-    """The host of the worker's pace (see `edge_runtime.resources.throttle`)."""
-
+class DaemonLoop:
     def __init__(
         self,
-        worker: Worker,
         run: str,
         link: Link,
-        health_reporter: HealthReporter,
-        introduction: tuple[str, bytes] | None = None,
-        stays: bool = False,
+        announcer: Announcer,
+        health: HealthReporter,
+        governor: Governor,
+        runner: RoundRunner,
+        worker: Worker,
+        stay: bool = False,
         timing: Timing = DEFAULT_TIMING,
     ) -> None:
-        """`introduction`: topic and payload of what introduces this device to Home Assistant. With `stays` it waits,
-        once the run has finished, for the next of that name."""
-        self._timing = timing
-        self._worker = worker
+        """With `stay` the device waits for the next run of that name when the run has finished."""
+        device, store = runner.device, runner.device.store
         self._run = run
         self._topics = Topics(run)
         self._link = link
-        self._health_reporter = health_reporter
-        self._introduction = introduction
-        self._stays = stays
-        self._tell = progress_to(link, self._topics, worker.device.device_name)
-        self._paused = ""  # why, as it was announced
-        self._leave: Stop | None = None
-        self._finished = ""  # the session of the run that it has stayed after
-        self._trouble = ""  # with the folder, as it was said
-        self._next_look = 0.0  # at the folder
-        self._connected = True
-        self._bytes_down = 0
-        self._fetching: dict[str, Assembler] = {}
-        device = worker.device
+        self._announcer = announcer
+        self._health = health
+        self._governor = governor
+        self._runner = runner
+        self._worker = worker
+        self._stay = stay
+        self._timing = timing
+        self._name = device.device_name
+        self._store = store
+        largest = blob_bytes(max(device.bundle.expert.total, device.bundle.gate.total))
+        self._globals = GlobalsReceiver(link, self._topics, store, largest)
+        self._disk = DiskRetry(store, device.cache, timing.disk_retry)
         self._retransmissions = Retransmissions(device.device_name, timing.ack)
-        self._disk_attempts = 0  # to write what could not be written
-        self._last: paho.MQTTMessageInfo | None = None
-        store = device.store
+        self._connected = True
+        self._paused = ""  # the reason, as published
+        self._stop: Stop | None = None
+        self._finished_session = ""  # of the run after whose end this device has stayed
+        self._no_samples = ""  # the reason, as logged
+        self._next_tick = self._next_scan = self._next_sensors = self._next_subscription = self._work_due = 0.0
+        self._watched_steps = -1
         store.remove_temporary_files()
         unacknowledged = store.unacknowledged(store.session)
         self._state = State(
@@ -122,239 +108,107 @@ class Service:
             done=max({store.acknowledged, *unacknowledged}),
             unacknowledged=unacknowledged,
         )
-        worker.pace.host = self
-
-    @property
-    def _device(self) -> TrainingContext:
-        return self._worker.device
 
     def serve(self) -> None:
-        """Until the run has finished. Raises FedFMSLError if this device cannot take part."""
-        topics, name = self._topics, self._device.device_name
-        self._link.subscribe(topics.ack(name))
-        self._link.subscribe(topics.status(name))
+        """Takes part in the run until it has finished. Raises FedFMSLError if this device cannot take part, and every
+        other error of the computation."""
+        self._link.subscribe(self._topics.ack(self._name))
+        self._link.subscribe(self._topics.status(self._name))
         self._subscribe()
-        self._introduce()
+        self._announcer.introduce()
         self._announce()
         logger.info(f"waiting for the server of run {self._run!r}")
-        leave = Stop()
+        stop = Stop()
         try:
-            leave = self._follow()
-            if not leave.error:
-                self._finish()
+            stop = self._loop()
         except FedFMSLError as error:
-            leave = Stop(str(error))
+            stop = Stop(str(error))
             raise
         finally:
-            if not leave.quietly:
-                self._announce(online=False, error=leave.error)
+            self._worker.control.stop()
+            if not stop.quietly:
+                self._announcer.status(self._runner.device, online=False, error=stop.error)
                 self._heartbeat(Activity.STOPPED)
-            self._link.close(self._last)
-        if leave.error:
-            raise RunError(leave.error)
+            self._link.close(self._announcer.last)
+            self._worker.close()
+        if stop.error:
+            raise RunError(stop.error)
 
-    def predicted(self, prediction: Prediction) -> None:
-        """Publishes what this device's model says of a file. To be called in any thread."""
-        said = prediction.model_copy(update={"device": self._device.device_name})
-        self._link.publish(self._topics.prediction(self._device.device_name), encode(said), retain=True)
+    def _loop(self) -> Stop:
+        timeout = 0.0
+        while self._stop is None:
+            event = self._link.next_event(timeout)
+            if event is not None:
+                self._receive(event)
+            if self._stop is None and time.monotonic() >= self._next_tick:
+                self._next_tick = time.monotonic() + self._timing.tick
+                self._tick()
+            if self._stop is None and event is None and time.monotonic() >= self._work_due and not self._disk.waiting:
+                self._handle(Idle())
+            timeout = 0.0 if event is not None else self._timing.tick
+        return self._stop
 
-    def _subscribe(self) -> None:
-        """To what the run's server says to everybody."""
-        self._link.subscribe(self._topics.server_status)
-        self._link.subscribe(self._topics.round)
+    # Events
 
-    def _follow(self) -> Stop:
-        """Events in, commands out, until one of them is to leave."""
-        wait, asked = 0.0, time.monotonic()
-        while self._leave is None:
-            if not self._state.present and time.monotonic() > asked + ASK_SECONDS:
-                asked = time.monotonic()
-                self._subscribe()  # anew: amqtt can lose what comes while one subscribes
-            event = self._event(wait)
-            wait = 0.0 if event else LOOK_SECONDS
-            if event is None:
-                self._look_around()
-            self._handle(event or Idle())
-        return self._leave
-
-    def _handle(self, event: Event) -> None:
-        todo = deque(self._advance(event))
-        while todo and self._leave is None:
-            command = todo.popleft()
-            result = self._carry_out(command)
-            if result is not None:
-                todo.extend(self._advance(result))
-
-    def _look_around(self) -> None:
-        """What is looked at between rounds, now and then."""
-        if self._connected and self._retransmissions.overdue():
-            self._handle(AckOverdue())
-        self._announce_pause(self._worker.pace.look())
-        if time.monotonic() > self._next_look:
-            self._look_at_folder()
-        self._device.cache.keep_free()
-        self._heartbeat(Activity.PAUSED if self._paused else Activity.WAITING)
-
-    def _look_at_folder(self) -> bool:
-        """Whether there is something to train on. It is said once if there is not."""
-        started = time.monotonic()
-        try:
-            if self._worker.look():
-                self._announce()
-        except InputError as error:
-            if str(error) != self._trouble:
-                self._trouble = str(error)
-                logger.warning(f"{error}; waiting for it")
-            return False
-        except OSError as error:
-            self._wait_for_disk(error)
-            return False
-        finally:
-            now = time.monotonic()
-            self._next_look = now + max(FOLDER_SECONDS, (now - started) / FOLDER_SHARE)
-        self._trouble = ""
-        return True
-
-    def progress(self, activity: str, done: int, total: int) -> None:
-        self._tell(activity, done, total)
-        self._heartbeat(Activity.WORKING)
-
-    def pause(self, reason: str) -> None:
-        """While training is forbidden: a look at what has come. Raises _GivenUpError if the round is not to be gone on
-        with."""
-        self._announce_pause(reason)
-        if not reason:
-            return
-        self._heartbeat(Activity.PAUSED)
-        working = self._state.announced
-        event = self._event(LOOK_SECONDS)
-        if event is not None:
-            self._handle(event)
-        if self._leave is not None or self._state.announced != working:
-            raise _GivenUpError
-
-    def _announce_pause(self, reason: str) -> None:
-        """Rounds that open do not wait for a device that pauses."""
-        changed = bool(reason) != bool(self._paused)
-        self._paused = reason
-        if changed:
-            logger.info(f"pauses: {reason}" if reason else "goes on", **fields(paused=reason))
-            self._announce()
-
-    def _heartbeat(self, activity: Activity) -> None:
-        self._health_reporter.heartbeat(self._device, activity, self._state, self._paused)
-
-    def _take_leave(self, leave: Stop) -> None:
-        """A run that has finished is no reason to, for a device that stays."""
-        if leave.error or not self._stays:
-            self._leave = leave
-        elif self._finished != self._state.session:
-            self._finish()
-            logger.info("this device stays, and waits for the next run of this name")
-
-    def _finish(self) -> None:
-        self._finished = self._state.session
-        store = self._device.store
-        try:
-            if store.is_model_newer:  # the evaluation was missed
-                write_personalized(self._device)
-        except (OSError, RunError) as error:
-            logger.warning(
-                f"{store.personalized} could not be written ({error}); edge_runtime personalize tries it again"
-            )
-        logger.info(f"run {self._run!r} has finished; this device's model is {store.personalized}")
-
-    def _introduce(self) -> None:
-        """To Home Assistant, whose broker may know nothing of us."""
-        if self._introduction is not None:
-            self._publish(*self._introduction, retain=True)
-
-    def _advance(self, event: Event) -> list[Command]:
-        self._state, commands = advance(self._state, event)
-        return commands
-
-    def _event(self, timeout: float) -> Event | None:
-        received = self._link.next_event(timeout)
-        if isinstance(received, Disconnected):
+    def _receive(self, event: LinkEvent) -> None:
+        if isinstance(event, Posted):
+            if isinstance(event.value, Progress):
+                self._announcer.progress(event.value.activity, event.value.done, event.value.total)
+            elif isinstance(event.value, JobEnded):
+                self._worker.end(event.value)
+        elif isinstance(event, Disconnected):
             if self._connected:
-                logger.warning(f"no connection to the broker ({received.reason}); trying again and again")
+                logger.warning(f"no connection to the broker ({event.reason}); reconnecting")
             self._connected = False
-        if isinstance(received, Connected):
+        elif isinstance(event, Connected):
             if not self._connected:
                 logger.info("connected to the broker again")
             self._connected = True
             self._retransmissions.start_over()
-            self._introduce()
+            self._announcer.introduce()
             self._announce()
-            return Reconnected()
-        if not isinstance(received, Received) or not received.payload:
-            return None
-        try:
-            if received.topic == self._topics.server_status:
-                self._retransmissions.start_over()
-                return ServerSeen(parse(ServerStatus, received.payload))
-            if received.topic == self._topics.round:
-                return RoundSeen(parse(Round, received.payload))
-            if received.topic == self._topics.ack(self._device.device_name):
-                return AckSeen(parse(Ack, received.payload))
-            if received.topic == self._topics.status(self._device.device_name):
-                return OwnStatusSeen(parse(DeviceStatus, received.payload))
-            return self._global_chunk(received)
-        except MessageError as error:
-            logger.warning(f"dropped a message on {received.topic}: {error}")
-            return None
-
-    def _global_chunk(self, received: Received) -> Event | None:
-        sha256 = self._topics.globals_of(received.topic)
-        if sha256 not in self._fetching:  # amqtt sends a new client what is retained for any other
-            return None
-        self._bytes_down += len(received.payload)
-        blob = self._fetching[sha256].add(received.payload)
-        if blob is None:
-            return None
-        if blob_hash(blob) != sha256:
-            raise MessageError(f"the blob under {sha256[:12]}… has another SHA-256")
-        self._forget(sha256)
-        while True:
+            self._handle(Reconnected())
+        elif isinstance(event, Received) and event.payload:
             try:
-                self._device.store.keep_global(blob)
-            except OSError as error:
-                self._wait_for_disk(error)
+                self._receive_message(event)
+            except MessageError as error:
+                logger.warning(f"dropped a message on {event.topic}: {error}")
+
+    def _receive_message(self, message: Received) -> None:
+        topics = self._topics
+        if message.topic == topics.server_status:
+            status = parse(ServerStatus, message.payload)
+            self._retransmissions.start_over()
+            self._handle(ServerSeen(status))
+        elif message.topic == topics.round:
+            self._handle(RoundSeen(parse(Round, message.payload)))
+        elif message.topic == topics.ack(self._name):
+            self._handle(AckSeen(parse(Ack, message.payload)))
+        elif message.topic == topics.status(self._name):
+            self._handle(OwnStatusSeen(parse(DeviceStatus, message.payload)))
+        else:
+            self._globals.receive(message)
+            self._store_globals()
+
+    def _handle(self, event: Event) -> None:
+        """Advances the state machine and carries out its commands, until one of them is to stop."""
+        events, commands = deque([event]), deque[Command]()
+        while (events or commands) and self._stop is None:
+            if commands:
+                events += self._carry_out(commands.popleft())
             else:
-                self._disk_attempts = 0
-                return GlobalArrived(sha256)
+                self._state, new = advance(self._state, events.popleft())
+                commands += new
+        self._stop_outdated_work()
 
-    def _forget(self, sha256: str) -> None:
-        self._link.unsubscribe(self._topics.globals_chunk(sha256, "+"))
-        del self._fetching[sha256]
-
-    def _wait_for_disk(self, error: OSError) -> None:
-        """What could not be written is tried anew after this; nothing of it has been sent. Says so when it begins, and
-        frees what can be made or fetched again."""
-        if not self._disk_attempts:
-            where = f"--state {self._device.store.root}"
-            logger.warning(
-                f"{where} does not take what has to be kept ({error}); it is tried again until there is room"
-            )
-        with contextlib.suppress(OSError):  # a disk that has become read-only, which somebody may mend
-            self._device.cache.evict_all()
-            self._device.store.drop_globals(keep=required_globals(self._state.announced))
-        if self._disk_attempts:
-            time.sleep(self._timing.disk_retry.delay(self._disk_attempts - 1))
-        self._disk_attempts += 1
-
-    def _carry_out(self, command: Command) -> Event | None:
+    def _carry_out(self, command: Command) -> list[Event]:
+        """Returns the events that follow at once."""
         if isinstance(command, Fetch):
-            if self._device.store.global_blob(command.sha256) is not None:
-                return GlobalArrived(command.sha256)
-            for sha256 in self._fetching.keys() - required_globals(self._state.announced):
-                self._forget(sha256)
-            bundle = self._device.bundle
-            cap_bytes = blob_bytes(max(bundle.expert.total, bundle.gate.total))
-            self._fetching.setdefault(command.sha256, Assembler(cap_bytes))
-            self._link.subscribe(self._topics.globals_chunk(command.sha256, "+"))
+            self._globals.keep_only(required_globals(self._state.announced))
+            if self._globals.fetch(command.sha256):
+                return [GlobalArrived(command.sha256)]
         elif isinstance(command, Work):
-            return self._work(command.round)
+            self._start_round(command.round)
         elif isinstance(command, Send):
             self._send(command.round)
         elif isinstance(command, Acknowledge):
@@ -364,57 +218,184 @@ class Service:
         elif isinstance(command, Log):
             logger.info(command.text)
         elif isinstance(command, Stop):
-            self._take_leave(command)
-        return None
+            self._finish(command)
+        return []
 
-    def _work(self, task: Round) -> WorkDone | WorkFailed:
-        if not self._look_at_folder():
-            time.sleep(LOOK_SECONDS)
-            return WorkFailed(task.round)
+    # Clock
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        if not self._state.present and now >= self._next_subscription:
+            self._subscribe()  # amqtt can lose a message during a subscription
+        if self._connected and self._retransmissions.overdue():
+            self._handle(AckOverdue())
+        if now >= self._next_sensors:
+            self._next_sensors = now + self._timing.sensors
+            self._pause(self._governor.check())
+        if self._worker.idle:
+            self._runner.device.cache.keep_free()
+            if now >= self._next_scan:
+                self._worker.submit(self._runner.scan, partial(self._scanned, started=now))
+        self._store_globals()
+        working = Activity.WAITING if self._state.working is None else Activity.WORKING
+        self._heartbeat(Activity.PAUSED if self._paused else working)
+
+    def _pause(self, reason: str) -> None:
+        """Pauses the computation while there is a reason. The server does not wait for a device that pauses."""
+        self._worker.control.pause(bool(reason))
+        changed = bool(reason) != bool(self._paused)
+        self._paused = reason
+        if changed:
+            logger.info(f"paused: {reason}" if reason else "resumed", **fields(paused=reason))
+            self._announce()
+        self._stop_outdated_work()
+
+    def _stop_outdated_work(self) -> None:
+        """A device that pauses gives its round up when a newer one is announced. One that computes does not: its update
+        counts, with a lower weight, although it is late."""
+        if self._paused and is_outdated(self._state):
+            self._worker.control.stop()
+
+    def _heartbeat(self, activity: Activity) -> None:
+        """Systemd is not told that the daemon is alive while a job makes no step."""
+        steps = self._worker.control.steps
+        alive = self._worker.idle or bool(self._paused) or steps != self._watched_steps
+        self._watched_steps = steps
+        slowdown = self._runner.tracker.cap.slowdown
+        self._health.heartbeat(activity, self._runner.device, self._state, self._paused, slowdown, alive)
+
+    def _subscribe(self) -> None:
+        """Subscribes to the messages for all devices."""
+        self._next_subscription = time.monotonic() + self._timing.resubscribe
+        self._link.subscribe(self._topics.server_status)
+        self._link.subscribe(self._topics.round)
+
+    # Jobs of the worker thread
+
+    def _scanned(self, future: Future[bool], started: float) -> bool:
+        """Whether there are samples to train on."""
+        now = time.monotonic()
+        self._next_scan = now + max(self._timing.scan, (now - started) / self._timing.scan_share)
         try:
-            if self._device.store.enter(task.session):
-                self._retransmissions = Retransmissions(self._device.device_name, self._timing.ack)
-            self._worker.pace.keep()
-            seconds = self._worker.work(task, self._bytes_down)
-        except _GivenUpError:
-            return WorkFailed(task.round)
-        except SampleChangedError as error:
-            logger.info(f"round {task.round} is begun anew: {error}", **fields(round=task.round))
-            return WorkFailed(task.round)
+            if future.result():
+                self._announce()
+        except NoSamplesError as error:
+            if str(error) != self._no_samples:
+                self._no_samples = str(error)
+                logger.warning(f"{error}; waiting for samples")
+            return False
+        except WorkStoppedError:
+            return False
         except OSError as error:
-            self._wait_for_disk(error)
-            return WorkFailed(task.round)
-        self._disk_attempts, self._bytes_down = 0, 0
-        self._health_reporter.rounds_done += 1
-        logger.info(
-            f"round {task.round}: {task.stage.value} done in {seconds:.1f} s",
-            **fields(round=task.round, stage=task.stage.value, level=task.level, seconds=round(seconds, 3)),
+            self._disk_failed(error)
+            return False
+        self._no_samples = ""
+        return True
+
+    def _start_round(self, task: Round) -> None:
+        scanned = partial(self._scanned_for, task, started=time.monotonic())
+        self._worker.submit(self._runner.scan, scanned)
+
+    def _scanned_for(self, task: Round, future: Future[bool], started: float) -> None:
+        if not self._scanned(future, started):
+            self._work_due = time.monotonic() + self._timing.tick
+            self._handle(WorkFailed(task.round))
+            return
+        try:
+            self._store.drop_globals(keep=required_globals(self._state.announced) | required_globals(task))
+        except OSError as error:
+            self._disk_failed(error)
+            self._handle(WorkFailed(task.round))
+            return
+        if self._store.session != task.session:
+            self._retransmissions = Retransmissions(self._name, self._timing.ack)
+        bytes_down = self._globals.bytes_down
+        self._worker.submit(
+            partial(self._runner.run, task, bytes_down), partial(self._round_ended, task, bytes_down=bytes_down)
         )
-        return WorkDone(task.round)
+
+    def _round_ended(self, task: Round, future: Future[float], bytes_down: int) -> None:
+        try:
+            seconds = future.result()
+        except WorkStoppedError:
+            logger.info(f"round {task.round} is given up for a newer one", **fields(round=task.round))
+        except SampleChangedError as error:
+            logger.info(f"round {task.round} starts again: {error}", **fields(round=task.round))
+        except OSError as error:
+            self._disk_failed(error)
+        else:
+            self._disk.succeeded()
+            self._globals.bytes_down -= bytes_down
+            self._health.rounds_done += 1
+            logger.info(
+                f"round {task.round}: {task.stage.value} done in {seconds:.1f} s",
+                **fields(round=task.round, stage=task.stage.value, level=task.level, seconds=round(seconds, 3)),
+            )
+            self._handle(WorkDone(task.round))
+            return
+        self._handle(WorkFailed(task.round))
+
+    def _finish(self, stop: Stop) -> None:
+        """Stops the daemon, or waits for the next run. Before that the personalized model is written, if the device has
+        missed the evaluation."""
+        if stop.error:
+            self._stop = stop
+        elif self._finished_session != self._state.session:
+            self._finished_session = self._state.session
+            if self._store.is_model_newer:
+                self._worker.submit(self._runner.write_personalized, partial(self._finished, stop))
+            else:
+                self._finished(stop)
+
+    def _finished(self, stop: Stop, future: Future[None] | None = None) -> None:
+        model = self._store.personalized
+        try:
+            if future is not None:
+                future.result()
+        except (OSError, RunError) as error:
+            logger.warning(f"{model} could not be written ({error}); run edge_runtime personalize to try again")
+        logger.info(f"run {self._run!r} has finished; this device's model is {model}")
+        if self._stay:
+            logger.info("waiting for the next run of this name")
+        else:
+            self._stop = stop
+
+    # Disk and network
+
+    def _store_globals(self) -> None:
+        if self._disk.waiting:
+            return
+        try:
+            stored = self._globals.store()
+        except OSError as error:
+            self._disk_failed(error)
+            return
+        for sha256 in stored:
+            self._disk.succeeded()
+            self._handle(GlobalArrived(sha256))
+
+    def _disk_failed(self, error: OSError) -> None:
+        required = required_globals(self._state.announced) | required_globals(self._state.working)
+        self._disk.failed(error, required, evict=self._worker.idle)
 
     def _send(self, round_: int) -> None:
-        """Unless it is being sent anyway: what paho has not delivered yet survives a reconnection in its queue."""
+        """Sends an update from the outbox, unless paho is still delivering it, also after a reconnection."""
         if not self._connected or self._retransmissions.on_its_way(round_):
             return
-        blob = self._device.store.update(round_)
+        blob = self._store.update(round_)
         if blob is not None:
-            topics, name = self._topics, self._device.device_name
-            sent = [self._publish(topics.update_chunk(name, round_, i), chunk) for i, chunk in enumerate(chunks(blob))]
-            self._retransmissions.sent(round_, sent[-1])
+            for index, chunk in enumerate(chunks(blob)):
+                sent = self._announcer.publish(self._topics.update_chunk(self._name, round_, index), chunk)
+            self._retransmissions.sent(round_, sent)
 
     def _acknowledge(self, ack: Ack) -> None:
         self._retransmissions.acknowledged(ack.round)
         try:
-            self._device.store.acknowledge(ack.round)
-        except OSError as error:  # no harm: after a restart it is sent once more, and answered once more
-            logger.warning(f"the update of round {ack.round} is kept, though acknowledged ({error})")
+            self._store.acknowledge(ack.round)
+        except OSError as error:  # after a restart the update is sent and acknowledged once more
+            logger.warning(f"the update of round {ack.round} is acknowledged but could not be deleted ({error})")
         if ack.verdict is not Verdict.ACCEPTED:
             logger.info(f"update of round {ack.round}: {ack.verdict.value} {ack.reason}")
 
-    def _announce(self, online: bool = True, error: str = "") -> None:
-        status = status_of(self._device, online, self._paused, error)
-        self._publish(self._topics.status(status.device), encode(status), retain=True)
-
-    def _publish(self, topic: str, payload: bytes, retain: bool = False) -> paho.MQTTMessageInfo:
-        self._last = self._link.publish(topic, payload, retain)
-        return self._last
+    def _announce(self) -> None:
+        self._announcer.status(self._runner.device, paused=self._paused)

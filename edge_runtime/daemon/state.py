@@ -138,7 +138,7 @@ class State:
     """`session`: the one this device last worked in. `present`: that of the server that is online. `announced`: the
     newest round seen. `done`: the last round worked on. `held`: global blobs on disk. `unacknowledged`: rounds of `session`
     whose update has not been acknowledged. `guard`: finds newer processes with this device's name. `waiting`: it has
-    been said that there is no server."""
+    been said that there is no server. `working`: the round that is being computed."""
 
     device: str
     guard: DuplicateNameGuard
@@ -150,6 +150,7 @@ class State:
     held: frozenset[str] = frozenset()
     unacknowledged: frozenset[int] = frozenset()
     waiting: bool = False
+    working: Round | None = None
 
 
 def advance(state: State, event: Event) -> tuple[State, list[Command]]:
@@ -162,10 +163,10 @@ def advance(state: State, event: Event) -> tuple[State, list[Command]]:
     if isinstance(event, GlobalArrived):
         return replace(state, held=state.held | {event.sha256}), []
     if isinstance(event, WorkDone):
-        state = replace(state, unacknowledged=state.unacknowledged | {event.round})
-        return state, [Send(event.round)]
+        state = replace(state, unacknowledged=state.unacknowledged | {event.round}, working=None)
+        return state, [Send(event.round)] if state.present == state.session else []
     if isinstance(event, WorkFailed):
-        return replace(state, done=event.round - 1), []
+        return replace(state, done=event.round - 1, working=None), []
     if isinstance(event, Reconnected | AckOverdue):
         return state, _send_unacknowledged(state)
     if isinstance(event, AckSeen):
@@ -173,6 +174,11 @@ def advance(state: State, event: Event) -> tuple[State, list[Command]]:
     if isinstance(event, OwnStatusSeen):
         return _see_own_status(state, event.status)
     return _act(state)
+
+
+def is_outdated(state: State) -> bool:
+    """Whether a newer round has been announced than the one that is being computed."""
+    return state.working is not None and state.announced != state.working
 
 
 def required_globals(announced: Round | None) -> set[str]:
@@ -243,12 +249,14 @@ def _act(state: State) -> tuple[State, list[Command]]:
     A finished run is only this device's business if it took part in it; else it waits for the next of that name.
     """
     announced = state.announced
-    if announced is None:
+    if announced is None or state.working is not None:
         return state, []
     if announced.stage is Stage.FINISHED:
         return state, [Stop()] if announced.session == state.session else []
     if not _concerns(state, announced) or not required_globals(announced) <= state.held:
         return state, []
     unacknowledged = state.unacknowledged if announced.session == state.session else frozenset()
-    state = replace(state, session=announced.session, done=announced.round, unacknowledged=unacknowledged)
+    state = replace(
+        state, session=announced.session, done=announced.round, unacknowledged=unacknowledged, working=announced
+    )
     return state, [Work(announced)]

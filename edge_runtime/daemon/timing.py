@@ -13,11 +13,13 @@ ACK_TIMEOUT = Backoff(first=30.0, longest=300.0, jitter=0.5)
 
 @dataclass(frozen=True)
 class Timing:
-    """`tick`: the longest time between two ticks of the loop. `resubscribe`: between two subscriptions while there is no
+    """`tick`: between two ticks of the loop. `sensors`: between two readings of
+    the sensors. `resubscribe`: between two subscriptions while there is no
     server. `disk_retry`: before each further attempt to write, after a first one at once. `scan`: between two scans of
     the sample folder, which also take at most `scan_share` of the time. `ack`: until an update is sent again."""
 
     tick: float = 1.0
+    sensors: float = 2.0
     resubscribe: float = 30.0
     disk_retry: Backoff = DISK_RETRY
     scan: float = 60.0

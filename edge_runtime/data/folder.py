@@ -38,7 +38,6 @@ class SampleFolder:
         bundle: Bundle,
         store: DeviceStore,
         labels: Path | None = None,
-        report: Report = lambda *_: None,
         reader: SampleReader | None = None,
     ) -> None:
         """`labels` is a CSV file (see `edge_runtime.data.labels`). `reader` is shared with the feature cache; default: an
@@ -49,10 +48,9 @@ class SampleFolder:
         self._store = store
         self._reader = reader or SampleReader(reader_of(bundle))
         self._labels = labels
-        self._report = report
         self._largest = UNLIMITED
 
-    def scan(self, wait: float = 0.0) -> Splits:
+    def scan(self, wait: float = 0.0, report: Report = lambda *_: None) -> Splits:
         """The folder's samples; `assign_new_samples` has to follow. A file that may still be written to is left for the
         next scan; for up to `wait` seconds it is waited for. The largest sample of the first scan decides the memory
         plan: later ones that need more memory are skipped.
@@ -65,7 +63,7 @@ class SampleFolder:
             listing = self._walk()
         with open_ledger(self._store.samples) as ledger:
             ledger.set_preprocessing(self._preprocessing)
-            outcomes = list(self._outcomes(ledger, listing.files))
+            outcomes = list(self._outcomes(ledger, listing.files, report))
             kept = ledger.splits({outcome.sha256 for outcome in outcomes if isinstance(outcome, Sample)})
             splits = _assign(listing, outcomes, tuple(self._classes), kept)
             _check(splits, self._folder, self._reader.kind)
@@ -85,7 +83,7 @@ class SampleFolder:
             return walk_labelled(self._folder, kind, self._labels, classes)
         return walk_classes(self._folder, kind.suffixes, kind.noun, classes)
 
-    def _outcomes(self, ledger: Ledger, files: Sequence[ClassFile]) -> Iterator[Outcome]:
+    def _outcomes(self, ledger: Ledger, files: Sequence[ClassFile], report: Report) -> Iterator[Outcome]:
         fresh: list[tuple[ClassFile, Sample]] = []
         for index, file in enumerate(files, start=1):
             label = self._classes[file.label]
@@ -97,7 +95,7 @@ class SampleFolder:
                 if len(fresh) == REMEMBERED_AT_ONCE:
                     ledger.remember(fresh)
                     fresh.clear()
-                self._report("scanning", index, len(files))
+                report("scanning", index, len(files))
             yield _usable(found, self._reader.kind, self._largest)
         ledger.remember(fresh)
 

@@ -76,7 +76,8 @@ class SampleReader:
             return kept
         try:
             with sample.path.open("rb") as opened:
-                data = opened.read(MAX_FILE_BYTES + 1)
+                size = min(os.fstat(opened.fileno()).st_size, MAX_FILE_BYTES)
+                data = opened.read(size + 1)  # allocates as much
         except OSError as error:  # deleted, or its disk was removed
             raise SampleChangedError(sample.path) from error
         if hashlib.sha256(data).hexdigest() != sample.sha256:

@@ -1,12 +1,12 @@
 """Whether a device may train just now: a decision over what its owner allows and what was read (ours).
 
-Nothing here reads a sensor or a clock (see `edge_runtime.resources.sensors` and `edge_runtime.resources.throttle`). What is not known forbids
-nothing.
+`forbids` is a pure function; `Governor` applies it to the sensors and the clock. An unknown reading forbids nothing.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -107,3 +107,17 @@ def forbids(limits: Limits, readings: Readings, now: datetime, paused: bool) -> 
     if not limits.on_metered and readings.metered:
         return "on a metered network, with --no-on-metered"
     return ""
+
+
+class Governor:
+    """Decides with the sensors' readings. `reason` is why the device may not train as of the last check."""
+
+    def __init__(self, limits: Limits, read: Callable[[], Readings]) -> None:
+        self.reason = ""
+        self._limits = limits
+        self._read = read
+
+    def check(self) -> str:
+        """Reads the sensors. Returns why the device may not train now, or ""."""
+        self.reason = forbids(self._limits, self._read(), datetime.now(), paused=bool(self.reason))
+        return self.reason

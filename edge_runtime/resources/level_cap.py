@@ -16,7 +16,7 @@ from statistics import quantiles
 from edge_runtime.resources.probe import BATCH, Plan
 
 SLACK = 1.5  # times what a step was measured at, at the highest level: the pace that was promised
-UNHURRIED = 2.0  # seconds: nobody waits for a device whose steps take less, whatever they were measured at
+FAST_ENOUGH = 2.0  # seconds: faster steps never lower the cap, whatever the probe measured
 RETURN = 0.8  # of the pace: what a step at a higher level must be expected to take before the cap is raised to it
 STEPS = 12  # that are looked at
 
@@ -29,11 +29,12 @@ class LevelCap:
     level: int
     measured: Mapping[int, float]
     step_seconds: float
+    fast_enough: float = FAST_ENOUGH
     ratios: tuple[float, ...] = ()
 
     @classmethod
-    def planned(cls, plan: Plan, step_seconds: float) -> LevelCap:
-        return cls(plan.level_cap, plan.seconds, step_seconds)
+    def planned(cls, plan: Plan, step_seconds: float, fast_enough: float = FAST_ENOUGH) -> LevelCap:
+        return cls(plan.level_cap, plan.seconds, step_seconds, fast_enough)
 
     @property
     def slowdown(self) -> float:
@@ -43,7 +44,7 @@ class LevelCap:
     def bears(self, level: int, share: float = 1.0) -> bool:
         """Whether a step at `level` is expected to take at most this share of what was promised. A device that is as
         fast as when it was measured bears all that was planned."""
-        promised = min(max(SLACK * self.measured[max(self.measured)], UNHURRIED), self.step_seconds)
+        promised = min(max(SLACK * self.measured[max(self.measured)], self.fast_enough), self.step_seconds)
         return level == 1 or self.measured[level] * self.slowdown <= max(share * promised, self.measured[level])
 
 

@@ -1,84 +1,100 @@
-"""What stands between two steps: now and then a look at the sensors, and a pause for as long as they forbid training.
+"""Between two steps of a computation: pause, stop, and measure how long steps take.
 
-A pause is only waiting, in the middle of whatever is being computed: what comes out is bit for bit the same.
+The computation runs in the worker thread. The I/O loop controls it from its own thread through a `StepControl`. A pause
+only waits, in the middle of whatever is being computed, so the result is the same to the bit.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
-from datetime import datetime
-from typing import Protocol
 
+from edge_runtime.data.features import Report
 from edge_runtime.engines.base import Batch, Engine
-from edge_runtime.resources.governor import Limits, Readings, forbids
 from edge_runtime.resources.level_cap import LevelCap, observe
 from fedfmsl.algorithms.arrays import Floats, Vector
 from fedfmsl.protocol.messages import Training
 
-LOOK_SECONDS = 2.0  # from one look at the sensors to the next
+
+class WorkStoppedError(Exception):
+    """The I/O loop has stopped the computation. The round can be computed again."""
 
 
-class Host(Protocol):
-    """Whoever is at work: told how far it is, and what goes on in a pause."""
+class StepControl:
+    """Pauses and stops a computation in another thread, which calls `check` between two steps."""
 
-    def progress(self, activity: str, done: int, total: int) -> None: ...
+    def __init__(self) -> None:
+        self.steps = 0  # calls of `check` and `check_stopped`: they show that the computation goes on
+        self._changed = threading.Condition()
+        self._paused = False
+        self._stopped = False
 
-    def pause(self, reason: str) -> None:
-        """Called again and again in a pause, each time for a second or so, and once with "" when it is over. Raises to
-        abandon what is being computed."""
+    def check(self) -> None:
+        """Waits while the computation is paused. Raises WorkStoppedError once it is stopped."""
+        self.steps += 1
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopped or not self._paused)
+        self._raise_if_stopped()
+
+    def check_stopped(self) -> None:
+        """Raises WorkStoppedError once the computation is stopped, and does not wait."""
+        self.steps += 1
+        self._raise_if_stopped()
+
+    @property
+    def stopped(self) -> bool:
+        return self._stopped
+
+    def pause(self, paused: bool) -> None:
+        """Starts or ends a pause."""
+        with self._changed:
+            self._paused = paused
+            self._changed.notify_all()
+
+    def stop(self, stopped: bool = True) -> None:
+        """Has the next check raise WorkStoppedError, also during a pause. With False the next computation may start."""
+        with self._changed:
+            self._stopped = stopped
+            self._changed.notify_all()
+
+    def _raise_if_stopped(self) -> None:
+        if self._stopped:
+            raise WorkStoppedError
 
 
-class Pace:
-    """A Report that pauses, and keeps the level cap."""
+def reported_and_checked(report: Report, check: Callable[[], None]) -> Report:
+    """A Report that calls `report`, then `check`."""
 
-    def __init__(self, limits: Limits, read: Callable[[], Readings], cap: LevelCap, host: Host) -> None:
-        """`read` looks at the sensors."""
-        self.reason = ""  # why training is forbidden, by the last look
-        self.readings = Readings()  # the newest
+    def both(activity: str, done: int, total: int) -> None:
+        report(activity, done, total)
+        check()
+
+    return both
+
+
+class LevelCapTracker:
+    """The level cap as of the last step."""
+
+    def __init__(self, cap: LevelCap) -> None:
         self.cap = cap
-        self.host = host
-        self._limits = limits
-        self._read = read
-        self._due = 0.0
 
-    def __call__(self, activity: str, done: int, total: int) -> None:
-        self.host.progress(activity, done, total)
-        self.keep()
-
-    def keep(self) -> None:
-        """Pauses if it is time to look, and training forbidden. To be called often: mostly it only reads the clock."""
-        pausing = bool(self.reason)
-        if not pausing and time.monotonic() < self._due:
-            return
-        while self.look():
-            pausing = True
-            self.host.pause(self.reason)
-        if pausing:
-            self.host.pause("")
-
-    def look(self) -> str:
-        """Why training is forbidden just now; "" if it is not."""
-        self._due = time.monotonic() + LOOK_SECONDS
-        self.readings = self._read()
-        self.reason = forbids(self._limits, self.readings, datetime.now(), paused=bool(self.reason))
-        return self.reason
-
-    def stepped(self, level: int, seconds: float, samples: int) -> None:
-        """What a training step took."""
+    def record(self, level: int, seconds: float, samples: int) -> None:
+        """Takes the duration of a training step into account."""
         self.cap = observe(self.cap, level, seconds, samples)
 
 
-class PacedEngine:
-    """An engine that is timed for the level cap, and after whose every call there may be a pause.
+class ControlledEngine:
+    """An engine that measures its steps for the level cap and checks its StepControl after every call.
 
-    Of each training the first step is left out: it opens the graph, and the memory it takes is new to the process.
+    The first step of each training is not measured: it opens the graph and allocates memory.
     """
 
-    def __init__(self, engine: Engine, pace: Pace) -> None:
+    def __init__(self, engine: Engine, control: StepControl, tracker: LevelCapTracker) -> None:
         self.name = engine.name
         self._engine = engine
-        self._pace = pace
+        self._control = control
+        self._tracker = tracker
         self._level = 0
         self._warm = False
 
@@ -97,15 +113,15 @@ class PacedEngine:
         started = time.perf_counter()
         loss = self._engine.step(batch)
         if self._warm:
-            self._pace.stepped(self._level, time.perf_counter() - started, len(batch.labels))
+            self._tracker.record(self._level, time.perf_counter() - started, len(batch.labels))
         self._warm = True
-        self._pace.keep()
+        self._control.check()
         return loss
 
     def predict(self, hidden: Floats) -> Floats:
         self._warm = False
         logits = self._engine.predict(hidden)
-        self._pace.keep()
+        self._control.check()
         return logits
 
     def release(self) -> None:

@@ -56,7 +56,14 @@ class Disconnected:
     reason: str
 
 
-LinkEvent = Received | Oversize | Connected | Disconnected
+@dataclass(frozen=True)
+class Posted:
+    """An event of the link's owner, from another of its threads."""
+
+    value: object
+
+
+LinkEvent = Received | Oversize | Connected | Disconnected | Posted
 
 
 @dataclass(frozen=True)
@@ -139,6 +146,11 @@ class Link:
             return self.events.get(timeout=max(timeout, 0.0))
         except queue.Empty:
             return None
+
+    def post(self, value: object) -> None:
+        """Has `next_event` return Posted(value) after all earlier events. May be called in any thread. Waits while the
+        queue is full, and does nothing once the link is closed."""
+        self._put(Posted(value))
 
     def close(self, last: paho.MQTTMessageInfo | None = None) -> None:
         """Disconnects. First waits up to CONNECT_SECONDS for `last` and all earlier messages. Drops incoming messages,

@@ -27,13 +27,13 @@ VICTIM, OTHERS = "device-0", ("device-1", "device-2")
 MANY = 2000  # classes, so that an update is more than one chunk
 FULL_SECONDS = 2.0  # the fault is that it lasts
 DISK_MEGABYTES = 40
-STORE, SERVICE = "edge_runtime.store:DeviceStore", "edge_runtime.daemon.loop:Service"
+STORE, ANNOUNCER = "edge_runtime.store:DeviceStore", "edge_runtime.daemon.announce:Announcer"
 HALF_SENT = "when its update is half sent"
 Kill = tuple[str, str, str, int]  # its name in the table, and see `killing.arm`
 KILLS: list[Kill] = [
     ("before its update lies in the outbox", f"{STORE}.put_outbox", "before", 1),
     ("when its update lies in the outbox", f"{STORE}.put_outbox", "after", 1),
-    (HALF_SENT, f"{SERVICE}._publish", "after", 3),
+    (HALF_SENT, f"{ANNOUNCER}.publish", "after", 3),
     ("between the ack and its being noted", f"{STORE}.acknowledge", "before", 1),
     ("when the ack is noted, the update still kept", "edge_runtime.store:write_atomically", "after", 1),
     ("before globals are kept", f"{STORE}.keep_global", "before", 1),
@@ -158,7 +158,9 @@ def test_a_device_whose_disk_is_full_waits_until_it_is_not(
         victim.pause()  # or it would be done with this round before its disk is full
         disk.fill()
         victim.resume()
-        wait_until(lambda: "it is tried again" in victim.stdout, "the device says that its disk is full")
+        wait_until(
+            lambda: "retrying until there is free space" in victim.stdout, "the device says that its disk is full"
+        )
         time.sleep(FULL_SECONDS)
         assert victim.running
         disk.free()

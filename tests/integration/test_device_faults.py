@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from support.bundles import Built
 from support.held_round import FIRST, HOLDER, finished_rounds, hold_in_mid_round, start_all
-from support.in_process_daemon import RUN, started
+from support.in_process_daemon import RUN, make_daemon
 from support.machine_faults import PrivateDisk
 from support.processes import (
     SECONDS,
@@ -129,7 +129,7 @@ def test_a_device_whose_disk_is_full_waits_for_room_and_finishes_the_run(
 
         def waits_for_room() -> bool:
             disk.fill()
-            return "does not take what has to be kept" in device.stdout
+            return "retrying until there is free space" in device.stdout
 
         wait_until(waits_for_room, "the device to mention its full disk")
         disk.empty()
@@ -170,7 +170,8 @@ def photos_of_one(tmp_path: Path) -> Path:
 def test_an_update_that_nobody_answers_is_sent_again_until_somebody_does(
     broker: Broker, vit: Built, photos_of_one: Path, tmp_path: Path
 ) -> None:
-    device, service, link = started(vit, photos_of_one, tmp_path / "state", "unheard", broker.url, timing=SOON)
+    daemon = make_daemon(vit, photos_of_one, tmp_path / "state", "unheard", broker.url, timing=SOON)
+    device = daemon.device
     server, topics = Link(broker.url, "a-server-that-overhears"), Topics(RUN)
     server.connect()
     server.subscribe(topics.update_chunk(device.name, "+", "+"))
@@ -188,9 +189,8 @@ def test_an_update_that_nobody_answers_is_sent_again_until_somebody_does(
         sal=Sal(CapabilityQueue(2, 0.1), max_level=1),
     )
     server.publish(topics.round, encode(task), retain=True)
-    link.connect()
-    daemon = threading.Thread(target=service.serve)
-    daemon.start()
+    serving = threading.Thread(target=daemon.connect_and_serve)
+    serving.start()
     try:
         updates = whole_updates(server, topics)
         assert len({next(updates) for _ in range(3)}) == 1  # the same bytes each time
@@ -200,9 +200,9 @@ def test_an_update_that_nobody_answers_is_sent_again_until_somebody_does(
     finally:
         finished = task.model_copy(update={"round": 2, "stage": Stage.FINISHED})
         server.publish(topics.round, encode(finished), retain=True)
-        daemon.join(SECONDS)
+        serving.join(SECONDS)
         server.close()
-    assert not daemon.is_alive()
+    assert not serving.is_alive()
     assert device.store.unacknowledged("s") == frozenset()
 
 

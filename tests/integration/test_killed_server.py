@@ -70,7 +70,7 @@ def test_a_killed_server_resumes_the_round_with_the_acknowledged_updates(
     out = ("--out", str(federation.server_folder))
     replayed = run_module("trainer_server", "replay", *out)
     assert (replayed.code, replayed.stderr) == (0, "")
-    assert "7 rounds done over, 6 of them compared" in replayed.stdout
+    assert "7 rounds replayed, 6 compared" in replayed.stdout
     status = json.loads(run_module("trainer_server", "status", *out, "--json").stdout)
     assert (status["ended"], status["closed rounds"], status["repeated"]) == ("finished", 6, [])
     adapter = run_module("trainer_server", "export", *out, "--to", str(tmp_path / "adapter"))

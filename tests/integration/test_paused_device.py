@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from support.bundles import Built
-from support.in_process_daemon import started
+from support.in_process_daemon import make_daemon
 from support.processes import SECONDS, Broker, Federation, Observer, Processes
 
 from edge_runtime.resources.governor import Limits, Readings
@@ -47,7 +47,7 @@ def test_rounds_go_on_without_a_device_that_is_too_hot_and_it_joins_the_newest_w
     both = {name: photos[name] for name in (FREE, GOVERNED)}
     with Processes(tmp_path / "logs") as processes, Observer(broker, "hot") as observer:
         federation = Federation("hot", broker, vit.bundle.root, both, tmp_path, processes)
-        device, service, link = started(
+        daemon = make_daemon(
             vit,
             both[GOVERNED],
             federation.state(GOVERNED),
@@ -57,9 +57,8 @@ def test_rounds_go_on_without_a_device_that_is_too_hot_and_it_joins_the_newest_w
             Limits(max_temperature=LIMIT),
             heat.read,
         )
-        link.connect()
-        daemon = threading.Thread(target=service.serve)
-        daemon.start()
+        serving = threading.Thread(target=daemon.connect_and_serve)
+        serving.start()
         paused = observer.wait(DeviceStatus, lambda s: s.device == GOVERNED and bool(s.paused), "its pause")
         assert paused.online and paused.paused == f"90.0 °C, above --max-temperature {LIMIT:g}"
 
@@ -84,11 +83,11 @@ def test_rounds_go_on_without_a_device_that_is_too_hot_and_it_joins_the_newest_w
         )
         heat.temperature = 60.0
         observer.wait(Round, lambda r: r.stage is Stage.FINISHED, "the end")
-        daemon.join(SECONDS)
-        assert not daemon.is_alive()
+        serving.join(SECONDS)
+        assert not serving.is_alive()
         assert server.wait().code == 0
     rounds = federation.rounds()
     assert not any(line["missing"] for line in rounds[:3]), "it was waited for"
     took_part = [GOVERNED in line["updates"] for line in rounds]
     assert not any(took_part[:3]) and any(took_part)
-    assert device.store.mixture.is_file()
+    assert daemon.device.store.mixture.is_file()

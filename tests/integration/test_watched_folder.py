@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.bundles import Built
-from support.in_process_daemon import started
+from support.in_process_daemon import make_daemon
 from support.personal_models import another_model, globals_of, keep, round_of
 from support.processes import SECONDS, Broker, Processes, run_module, wait_until
 from support.samples import CLASSES, write_photos
@@ -36,7 +36,7 @@ CONFIG, INPUT = 2, 3
 @pytest.fixture
 def store(vit: Built, tmp_path: Path) -> DeviceStore:
     """The store of a device after its first round, with a downloaded bundle."""
-    device, _, _ = started(vit, write_photos(tmp_path / "photos"), tmp_path / "state", "kitchen")
+    device = make_daemon(vit, write_photos(tmp_path / "photos"), tmp_path / "state", "kitchen").device
     save_personal_model(device, round_of(Stage.GLOBAL), globals_of(vit))
     shutil.copytree(vit.bundle.root, device.store.bundles / vit.bundle.sha256)
     return device.store

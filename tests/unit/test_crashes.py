@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 from support.bundles import Built, random_theta
-from support.in_process_daemon import RUN, started
+from support.in_process_daemon import RUN, make_daemon
 
-from edge_runtime.daemon.state import RoundSeen, WorkDone, WorkFailed
-from edge_runtime.daemon.timing import Timing
+from edge_runtime.daemon.disk_retry import DiskRetry
+from edge_runtime.daemon.round_runner import RoundRunner
 from edge_runtime.store import DeviceStore
 from edge_runtime.training.context import TrainingContext
 from fedfmsl.algorithms.sal import CapabilityQueue, Sal
@@ -69,10 +69,20 @@ class Writes:
         self._fails = lambda number, name: False
 
 
-@pytest.fixture(autouse=True)
-def no_personalized_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is written by a process of its own, out of the mixture that is kept, and takes seconds."""
-    monkeypatch.setattr("edge_runtime.daemon.loop.write_personalized", lambda device: None)
+class Runner(RoundRunner):
+    """Does not write the personalized model: another process does it, out of files that are compared here."""
+
+    def write_personalized(self) -> None: ...
+
+
+def start(vit: Built, photos: Path, folder: Path, name: str = "d") -> RoundRunner:
+    return make_daemon(vit, photos, folder, name, runner_type=Runner).runner
+
+
+def perform(runner: RoundRunner, task: Round) -> None:
+    """As the worker thread does for a round."""
+    runner.scan()
+    runner.run(task, bytes_down=0)
 
 
 @pytest.fixture
@@ -133,24 +143,25 @@ def give(device: TrainingContext, blobs: list[bytes]) -> None:
 def test_a_round_that_was_interrupted_anywhere_gives_the_same_update_to_the_bit(
     vit: Built, photos: Path, tmp_path: Path, writes: Writes
 ) -> None:
-    device, service, _ = started(vit, photos, tmp_path / "undisturbed")
+    runner = start(vit, photos, tmp_path / "undisturbed")
+    device = runner.device
     tasks, blobs = rounds(vit)
     for task in tasks:
         give(device, blobs)
         before = shutil.copytree(device.store.root, tmp_path / "before")
-        written = writes.of(partial(service._work, task))
+        written = writes.of(partial(perform, runner, task))
         assert written[-1].endswith(f"/outbox/{task.round}")
         for fatal, after in itertools.product(worth_trying(written), (False, True)):
             folder = shutil.copytree(before, tmp_path / "disturbed")
-            _, victim, _ = started(vit, photos, folder)
+            victim = start(vit, photos, folder)
             with (
                 writes.failing(lambda number, _, fatal=fatal: number == fatal, Killed(), after),
                 pytest.raises(Killed),
             ):
-                victim._work(task)
-            survivor, restarted, _ = started(vit, photos, folder)
-            if task.round not in survivor.store.unacknowledged(SESSION):  # else it is only to be sent
-                assert restarted._work(task) == WorkDone(task.round)
+                perform(victim, task)
+            restarted = start(vit, photos, folder)
+            if task.round not in restarted.device.store.unacknowledged(SESSION):  # else it is only to be sent
+                perform(restarted, task)
             where = f"{task.stage.value} {task.index}, killed {'after' if after else 'before'} {written[fatal]}"
             assert kept(folder, task) == kept(device.store.root, task), where
             shutil.rmtree(folder)
@@ -158,40 +169,53 @@ def test_a_round_that_was_interrupted_anywhere_gives_the_same_update_to_the_bit(
 
 
 def test_a_round_for_which_there_was_no_room_gives_the_same_update_to_the_bit(
-    vit: Built,
-    photos: Path,
-    tmp_path: Path,
-    writes: Writes,
-    caplog: pytest.LogCaptureFixture,
+    vit: Built, photos: Path, tmp_path: Path, writes: Writes
 ) -> None:
-    """Nothing that could not be kept is sent; the same process tries the same again, and has mentioned it once."""
-    (device, undisturbed, _), (full_device, full, _) = (
-        started(vit, photos, tmp_path / name, timing=Timing(disk_retry=Backoff(0.01, 0.02)))
-        for name in ("undisturbed", "full")
-    )
+    """The same process tries it again after a failure of each of its writes."""
+    undisturbed, full = (start(vit, photos, tmp_path / name) for name in ("undisturbed", "full"))
     tasks, blobs = rounds(vit)
     full_disk = OSError(errno.ENOSPC, "No space left on device")
     for task in tasks:
-        give(device, blobs)
-        give(full_device, blobs)
-        full._advance(RoundSeen(task))
-        names = writes.of(partial(undisturbed._work, task))
+        give(undisturbed.device, blobs)
+        give(full.device, blobs)
+        names = writes.of(partial(perform, undisturbed, task))
         written = [Path(name).name for name in names if "/cache/" not in name and Path(name).name not in FOR_PEOPLE]
         for file in written:
-            with writes.failing(lambda _, name, file=file: Path(name).name == file, full_disk):
-                assert full._work(task) == WorkFailed(task.round), file
-        assert full._work(task) == WorkDone(task.round)
-        assert kept(full_device.store.root, task) == kept(device.store.root, task)
-    said = [record for record in caplog.records if "No space left" in record.getMessage()]
-    assert len(said) == len(tasks)
+            with (
+                writes.failing(lambda _, name, file=file: Path(name).name == file, full_disk),
+                pytest.raises(OSError, match="No space left"),
+            ):
+                perform(full, task)
+        perform(full, task)
+        assert kept(full.device.store.root, task) == kept(undisturbed.device.store.root, task)
+
+
+def test_a_full_disk_is_mentioned_once_and_tried_again_after_growing_delays(
+    vit: Built, photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    device = start(vit, photos, tmp_path).device
+    device.cache.pooled(device.scanned.train, level=1)
+    device.store.keep_global(b"required")
+    device.store.keep_global(b"obsolete")
+    retry = DiskRetry(device.store, device.cache, Backoff(first=3600.0, longest=3600.0))
+    for attempt in range(3):
+        assert retry.waiting == (attempt > 1)  # the second attempt follows at once
+        retry.failed(OSError(errno.ENOSPC, "No space left on device"), {blob_hash(b"required")}, evict=True)
+    assert [record.getMessage().count("No space left") for record in caplog.records] == [1]
+    assert device.cache.used == 0
+    assert device.store.global_blob(blob_hash(b"required")) and not device.store.global_blob(blob_hash(b"obsolete"))
+    retry.succeeded()
+    assert not retry.waiting
+    retry.failed(OSError(errno.ENOSPC, "No space left on device"), set(), evict=False)
+    assert len(caplog.records) == 2
 
 
 def test_another_device_with_the_same_images_gives_another_update(vit: Built, photos: Path, tmp_path: Path) -> None:
     """What is compared to the bit above does depend on what is drawn."""
     tasks, blobs = rounds(vit)
     for name in ("one", "two"):
-        device, service, _ = started(vit, photos, tmp_path / name, name)
-        give(device, blobs)
-        service._work(tasks[1])
+        runner = start(vit, photos, tmp_path / name, name)
+        give(runner.device, blobs)
+        perform(runner, tasks[1])
     one, two = (unpack(DeviceStore(tmp_path / name).update(2) or b"", Update)[1] for name in ("one", "two"))
     assert all(one[name].tobytes() != two[name].tobytes() for name in one)

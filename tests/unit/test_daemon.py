@@ -12,7 +12,7 @@ import paho.mqtt.client as paho
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from edge_runtime.daemon.retransmit import Retransmissions
 from edge_runtime.daemon.state import (
@@ -37,6 +37,7 @@ from edge_runtime.daemon.state import (
     WorkDone,
     WorkFailed,
     advance,
+    is_outdated,
 )
 from edge_runtime.daemon.timing import ACK_TIMEOUT
 from edge_runtime.store import DeviceStore
@@ -88,7 +89,9 @@ def test_a_round_is_fetched_worked_on_sent_and_settled() -> None:
 
 def test_only_globals_that_are_not_held_are_fetched() -> None:
     state, _ = drive([HERE, RoundSeen(round_(1, expert=E1, gate=G)), GlobalArrived(E1), GlobalArrived(G), Idle()])
-    state, commands = drive([RoundSeen(round_(2, expert=E2, gate=G))], state)
+    state, commands = drive([WorkDone(1), RoundSeen(round_(2, expert=E2, gate=G))], state)
+    assert commands[0] == Send(1)
+    commands = commands[1:]
     assert commands == [Fetch(E2)]
     state, commands = drive([GlobalArrived(E2), Idle()], state)
     assert commands == [Work(round_(2, expert=E2, gate=G))]
@@ -103,6 +106,30 @@ def test_server_and_round_may_show_themselves_in_either_order(order: tuple[Event
 def test_of_several_waiting_rounds_only_the_newest_is_worked_on() -> None:
     rounds = [RoundSeen(round_(number)) for number in (1, 2, 3)]
     assert drive([HERE, *rounds, Idle(), Idle()])[1] == [Work(round_(3))]
+
+
+def test_a_newer_round_waits_until_the_computation_has_ended() -> None:
+    state, commands = drive([HERE, RoundSeen(round_(1)), Idle(), RoundSeen(round_(1)), Idle()])
+    assert commands == [Work(round_(1))] and not is_outdated(state)
+    state, commands = drive([RoundSeen(round_(2)), Idle()], state)
+    assert commands == [] and is_outdated(state)
+    for ended, update in ((WorkDone(1), [Send(1)]), (WorkFailed(1), [])):
+        after, commands = drive([ended, Idle()], state)
+        assert commands == [*update, Work(round_(2))] and not is_outdated(after)
+
+
+def test_a_finished_run_is_left_only_after_the_computation() -> None:
+    state, _ = drive([HERE, RoundSeen(round_(1)), Idle()])
+    state, commands = drive([RoundSeen(round_(9, Stage.FINISHED)), Idle()], state)
+    assert commands == [] and is_outdated(state)
+    assert drive([WorkDone(1), Idle()], state)[1] == [Send(1), Stop()]
+
+
+def test_an_update_is_sent_once_its_server_is_back() -> None:
+    state, _ = drive([HERE, RoundSeen(round_(1)), Idle(), GONE])
+    state, commands = drive([WorkDone(1)], state)
+    assert commands == []
+    assert Send(1) in drive([HERE], state)[1]
 
 
 def test_a_round_announced_again_is_not_worked_on_again() -> None:
@@ -282,9 +309,10 @@ class Outbox(RuleBasedStateMachine):
         self.worked: Counter[tuple[str, int]] = Counter()  # by session and round, without the attempts that failed
         self.kept: set[int] = set()  # updates of the session that nobody has acknowledged
         self.acknowledged = 0
+        self.working: Round | None = None
 
-    def happen(self, event: Event, fails: bool = False) -> list[Command]:
-        """Carries out what there is to do, as the shell does; returns all of it."""
+    def happen(self, event: Event) -> list[Command]:
+        """Carries the commands out, as the I/O loop does, and returns them."""
         self.state, commands = advance(self.state, event)
         for command in list(commands):
             if isinstance(command, Work):
@@ -293,21 +321,30 @@ class Outbox(RuleBasedStateMachine):
                     self.kept, self.acknowledged = set(), 0
                 self.session = task.session
                 assert task.round > self.acknowledged
-                if fails:
-                    commands += self.happen(WorkFailed(task.round))
-                else:
-                    self.worked[task.session, task.round] += 1
-                    self.kept.add(task.round)
-                    commands += self.happen(WorkDone(task.round))
+                assert self.working is None
+                self.working = task
             elif isinstance(command, Acknowledge):
                 assert command.ack.round in self.kept
                 self.kept.discard(command.ack.round)
                 self.acknowledged = max(self.acknowledged, command.ack.round)
         return commands
 
-    @rule(event=EVENTS, fails=st.booleans())
-    def something_happens(self, event: Event, fails: bool) -> None:
-        self.happen(event, fails)
+    @rule(event=EVENTS)
+    def something_happens(self, event: Event) -> None:
+        self.happen(event)
+
+    @precondition(lambda self: self.working is not None)
+    @rule(fails=st.booleans())
+    def the_computation_ends(self, fails: bool) -> None:
+        assert self.working is not None
+        task, self.working = self.working, None
+        if fails:
+            assert self.happen(WorkFailed(task.round)) == []
+        else:
+            self.worked[task.session, task.round] += 1
+            self.kept.add(task.round)
+            sent = self.happen(WorkDone(task.round))
+            assert sent == ([Send(task.round)] if self.state.present == task.session else [])
 
     @rule(session=SESSIONS)
     def the_server_shows_itself(self, session: str) -> None:
@@ -324,6 +361,7 @@ class Outbox(RuleBasedStateMachine):
     @rule()
     def the_device_is_killed_and_started_again(self) -> None:
         done = max({self.acknowledged, *self.kept})
+        self.working = None
         self.state = device(session=self.session, done=done, unacknowledged=frozenset(self.kept))
 
     @invariant()

@@ -157,8 +157,8 @@ def test_a_file_that_is_written_to_while_it_is_read_is_left_for_the_next_scan(
         if done == total - 1:  # all but the last are read
             put(path, photo(5), LONG_AGO + 1)
 
-    folder = SampleFolder(photos, vit.bundle, store, report=write_meanwhile)
-    assert "plum/new.jpg" not in names(folder.scan().samples)
+    folder = SampleFolder(photos, vit.bundle, store)
+    assert "plum/new.jpg" not in names(folder.scan(report=write_meanwhile).samples)
     assert "plum/new.jpg" in names(folder.scan().samples)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from support.bundles import Built
-from support.in_process_daemon import RUN, started
+from support.in_process_daemon import RUN, make_daemon
 from support.processes import SECONDS, Broker, Processes
 from test_stages import task
 
@@ -48,13 +48,14 @@ def heard(carer: Link) -> Health:
 
 
 def test_it_tells_how_it_is_when_it_does_something_else_and_now_and_then(
-    vit: Built, photos: Path, tmp_path: Path, broker: Broker, carer: Link, monkeypatch: pytest.MonkeyPatch
+    vit: Built, photos: Path, tmp_path: Path, broker: Broker, carer: Link
 ) -> None:
-    device, _, link = started(vit, photos, tmp_path / "state", "kitchen", broker.url)
+    daemon = make_daemon(vit, photos, tmp_path / "state", "kitchen", broker.url)
+    device, link = daemon.device, daemon.link
     device.cache.pooled(device.scanned.train, level=1)  # before the daemon is heard, which has vitals of its own
     link.connect()
     health_reporter = HealthReporter(link, Topics(RUN), "kitchen", device.store, lambda: WARM)
-    health_reporter.heartbeat(None, Activity.STARTING)
+    health_reporter.heartbeat(Activity.STARTING)
     starting = heard(carer)
     while starting.activity is not Activity.STARTING:
         starting = heard(carer)
@@ -65,11 +66,11 @@ def test_it_tells_how_it_is_when_it_does_something_else_and_now_and_then(
     announced = task(Stage.GLOBAL, level=2)
     state = State("kitchen", DuplicateNameGuard(""), "", announced=announced, unacknowledged=frozenset({1, 2}))
     health_reporter.rounds_done = 2
-    health_reporter.heartbeat(device, Activity.WORKING, state)
+    health_reporter.heartbeat(Activity.WORKING, device, state)
     health_reporter.heartbeat(
-        device, Activity.WORKING, replace(state, unacknowledged=frozenset())
+        Activity.WORKING, device, replace(state, unacknowledged=frozenset())
     )  # nothing that cannot wait
-    health_reporter.heartbeat(device, Activity.PAUSED, state, "81.5 °C, above --max-temperature 75")
+    health_reporter.heartbeat(Activity.PAUSED, device, state, "81.5 °C, above --max-temperature 75")
     working, paused = heard(carer), heard(carer)
     assert working.activity is Activity.WORKING
     assert (working.round, working.stage, working.level, working.level_cap) == (3, "global", 2, device.level_cap)
@@ -79,26 +80,24 @@ def test_it_tells_how_it_is_when_it_does_something_else_and_now_and_then(
     assert (paused.activity, paused.paused) == (Activity.PAUSED, "81.5 °C, above --max-temperature 75")
     assert paused == health_reporter.newest == Health.model_validate_json(device.store.health.read_bytes())
 
-    monkeypatch.setattr("edge_runtime.daemon.health.HEALTH_SECONDS", 0.0)
-    health_reporter.heartbeat(device, Activity.WAITING, state)
-    health_reporter.heartbeat(device, Activity.WAITING, state)
+    eager = HealthReporter(link, Topics(RUN), "kitchen", device.store, lambda: WARM, seconds=0.0)
+    eager.heartbeat(Activity.WAITING, device, state)
+    eager.heartbeat(Activity.WAITING, device, state)
     assert heard(carer).time < heard(carer).time
     late = Link(broker.url, "who-comes-later")
     late.connect()
     late.subscribe(Topics(RUN).health("kitchen"))
-    assert heard(late) == health_reporter.newest  # retained
+    assert heard(late) == eager.newest  # retained
     late.close()
     link.close()
 
 
-def test_without_a_connection_nothing_piles_up(
-    vit: Built, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("edge_runtime.daemon.health.HEALTH_SECONDS", 0.0)
-    device, _, link = started(vit, photos, tmp_path / "state")
-    health_reporter = HealthReporter(link, Topics(RUN), "d", device.store, Readings)
+def test_without_a_connection_nothing_piles_up(vit: Built, photos: Path, tmp_path: Path) -> None:
+    daemon = make_daemon(vit, photos, tmp_path / "state")
+    device, link = daemon.device, daemon.link
+    health_reporter = HealthReporter(link, Topics(RUN), "d", device.store, Readings, seconds=0.0)
     for _ in range(100):
-        health_reporter.heartbeat(device, Activity.WAITING)
+        health_reporter.heartbeat(Activity.WAITING, device)
     assert not link._client.want_write()
     assert not link._client._out_messages
     assert Health.model_validate_json(device.store.health.read_bytes()).activity is Activity.WAITING
@@ -111,12 +110,13 @@ def test_a_service_manager_hears_what_it_does(
         manager.bind(str(tmp_path / "notify"))
         manager.settimeout(SECONDS)
         monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
-        device, _, link = started(vit, photos, tmp_path / "state")
+        daemon = make_daemon(vit, photos, tmp_path / "state")
+        device, link = daemon.device, daemon.link
         health_reporter = HealthReporter(link, Topics(RUN), "d", device.store, Readings)
-        health_reporter.heartbeat(None, Activity.STARTING)
+        health_reporter.heartbeat(Activity.STARTING)
         health_reporter.ready()
-        health_reporter.heartbeat(device, Activity.PAUSED, paused="outside of --hours 22:00-06:00")
-        health_reporter.heartbeat(device, Activity.STOPPED)
+        health_reporter.heartbeat(Activity.PAUSED, device, paused="outside of --hours 22:00-06:00")
+        health_reporter.heartbeat(Activity.STOPPED, device)
         words = [manager.recv(4096).decode() for _ in range(4)]
     assert words == [
         "STATUS=starting",

@@ -31,7 +31,6 @@ PENDING: tuple[str, ...] = (
         "edge_runtime",
         "fedfmsl/common",
         "fedfmsl/protocol",
-        "trainer_server",
         "tests",
     ),
 )

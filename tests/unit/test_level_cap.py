@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_runtime.engines.base import MemoryPlan
-from edge_runtime.resources.level_cap import SLACK, STEPS, UNHURRIED, LevelCap, observe
+from edge_runtime.resources.level_cap import FAST_ENOUGH, SLACK, STEPS, LevelCap, observe
 from edge_runtime.resources.probe import BATCH, Plan
 
 SECONDS = {1: 4.0, 2: 8.0, 3: 12.0, 4: 16.0}
@@ -48,8 +48,8 @@ def test_no_step_is_expected_to_take_longer_than_it_may() -> None:
 
 def test_steps_that_nobody_waits_for_may_take_longer_than_measured() -> None:
     quick = {1: 0.1, 2: 0.2}
-    assert after(cap_of(quick), 0.99 * UNHURRIED / 0.2).level == 2
-    assert after(cap_of(quick), 1.01 * UNHURRIED / 0.2).level == 1
+    assert after(cap_of(quick), 0.99 * FAST_ENOUGH / 0.2).level == 2
+    assert after(cap_of(quick), 1.01 * FAST_ENOUGH / 0.2).level == 1
 
 
 def test_too_few_steps_say_nothing() -> None:
@@ -101,8 +101,8 @@ def test_whatever_the_steps_take_the_cap_is_a_level_that_was_measured(
         assert 1 <= cap.level <= planned.level
         if cap.level > 1:
             expected = cap.measured[cap.level] * cap.slowdown
-            assert expected <= max(min(max(SLACK * seconds[-1], UNHURRIED), step_seconds), cap.measured[cap.level]) * (
-                1 + 1e-9
-            )
+            assert expected <= max(
+                min(max(SLACK * seconds[-1], FAST_ENOUGH), step_seconds), cap.measured[cap.level]
+            ) * (1 + 1e-9)
         if cap.slowdown <= 1:
             assert cap.level == planned.level

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 from support.bundles import Built, run_graph
-from support.in_process_daemon import started
+from support.in_process_daemon import make_daemon
 from support.personal_models import SHA, globals_of, round_of
 
 from edge_runtime.data.inputs import reader_of
@@ -40,7 +40,7 @@ STAGES: dict[Stage, StageFunction] = {
 def test_every_stage_leaves_a_model_of_the_newest_experts(
     vit: Built, photos: Path, tmp_path: Path, stage: Stage
 ) -> None:
-    device, _, _ = started(vit, photos, tmp_path)
+    device = make_daemon(vit, photos, tmp_path).device
     published = Globals(EMPTY, EMPTY, EMPTY) if stage is Stage.STATISTICS else globals_of(vit)
     STAGES[stage](device, round_of(stage), published)
     save_personal_model(device, round_of(stage), published)
@@ -69,7 +69,7 @@ def test_every_stage_leaves_a_model_of_the_newest_experts(
 
 
 def test_temperature_and_threshold_come_from_the_held_out_split(vit: Built, photos: Path, tmp_path: Path) -> None:
-    device, _, _ = started(vit, photos, tmp_path)
+    device = make_daemon(vit, photos, tmp_path).device
     published = globals_of(vit)
     model = make_personal_model(device, round_of(Stage.GLOBAL), published)
     samples = device.splits.held_out
@@ -88,7 +88,7 @@ def test_temperature_and_threshold_come_from_the_held_out_split(vit: Built, phot
 
 
 def test_the_evaluated_model_is_the_saved_one(vit: Built, photos: Path, tmp_path: Path) -> None:
-    device, _, _ = started(vit, photos, tmp_path)
+    device = make_daemon(vit, photos, tmp_path).device
     published = globals_of(vit)
     for index in range(2):
         train_personal(device, round_of(Stage.PERSONAL, index), published)
@@ -107,7 +107,7 @@ def test_the_evaluated_model_is_the_saved_one(vit: Built, photos: Path, tmp_path
 
 
 def test_the_onnx_file_has_the_origin_as_metadata(vit: Built, photos: Path, tmp_path: Path) -> None:
-    device, _, _ = started(vit, photos, tmp_path)
+    device = make_daemon(vit, photos, tmp_path).device
     save_personal_model(device, round_of(Stage.GLOBAL), globals_of(vit))
     write_model(device.store, tmp_path / "model.onnx", vit.bundle.root)
     header, manifest = read_personal_model(device.store).header, vit.bundle.manifest
@@ -123,7 +123,7 @@ def test_the_onnx_file_has_the_origin_as_metadata(vit: Built, photos: Path, tmp_
 
 
 def test_a_model_needs_its_own_bundle(vit: Built, dinov2: Built, photos: Path, tmp_path: Path) -> None:
-    device, _, _ = started(vit, photos, tmp_path)
+    device = make_daemon(vit, photos, tmp_path).device
     with pytest.raises(InputError, match="no personalized model yet"):
         write_model(device.store, tmp_path / "model.onnx", vit.bundle.root)
     save_personal_model(device, round_of(Stage.GLOBAL), globals_of(vit))
@@ -137,7 +137,7 @@ def test_a_model_needs_its_own_bundle(vit: Built, dinov2: Built, photos: Path, t
 def test_a_device_with_a_low_level_cap_has_a_model_of_the_globals_level(
     vit: Built, photos: Path, tmp_path: Path
 ) -> None:
-    device, _, _ = started(vit, photos, tmp_path)
+    device = make_daemon(vit, photos, tmp_path).device
     device = replace(device, level_cap=1)
     model = make_personal_model(device, round_of(Stage.GLOBAL), globals_of(vit, level=2))
     assert model.header.level == 2

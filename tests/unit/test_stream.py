@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.bundles import Built
-from support.in_process_daemon import started
+from support.in_process_daemon import make_daemon
 from support.personal_models import another_model, globals_of, keep, round_of
 from support.samples import CLASSES, write_photos
 
@@ -37,7 +37,7 @@ OLD = time.time() - 3600
 @pytest.fixture
 def store(vit: Built, photos: Path, tmp_path: Path) -> DeviceStore:
     """The store of a device after its first round."""
-    device, _, _ = started(vit, photos, tmp_path / "state")
+    device = make_daemon(vit, photos, tmp_path / "state").device
     save_personal_model(device, round_of(Stage.GLOBAL), globals_of(vit))
     return device.store
 

@@ -1,24 +1,31 @@
-"""What stands between two steps: a pause that changes nothing, and what steps take, pauses left out."""
+"""Between two steps: pauses that change nothing, stops, and step times without the pauses."""
 
 from __future__ import annotations
 
-import time
+import threading
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from support.in_process_daemon import no_report
 from test_stages import device, given, task
 
 from edge_runtime.data.cache import DiskCache
-from edge_runtime.data.features import FeatureCache
+from edge_runtime.data.features import FeatureCache, Report
 from edge_runtime.engines.base import MemoryPlan
-from edge_runtime.resources.governor import Limits
-from edge_runtime.resources.level_cap import STEPS, LevelCap
+from edge_runtime.resources.governor import Governor, Limits
+from edge_runtime.resources.level_cap import FAST_ENOUGH, STEPS, LevelCap
 from edge_runtime.resources.probe import BATCH, Plan
 from edge_runtime.resources.sensors import Sensors
-from edge_runtime.resources.throttle import Pace, PacedEngine
+from edge_runtime.resources.throttle import (
+    ControlledEngine,
+    LevelCapTracker,
+    StepControl,
+    WorkStoppedError,
+    reported_and_checked,
+)
 from edge_runtime.training.context import TrainingContext
 from edge_runtime.training.local_expert import train_personal
 from edge_runtime.training.stages import StageFunction, train_global
@@ -27,6 +34,7 @@ from fedfmsl.protocol.messages import Stage
 __all__ = ["device"]  # the fixture
 
 Progress = tuple[str, int, int]
+PAUSE = 0.3  # seconds, long against a step
 
 
 class Thermometer:
@@ -48,66 +56,65 @@ def thermometer(tmp_path: Path) -> Thermometer:
     return Thermometer(tmp_path / "root")
 
 
-@pytest.fixture(autouse=True)
-def looks_always(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edge_runtime.resources.throttle.LOOK_SECONDS", 0.0)
+@pytest.fixture
+def control() -> StepControl:
+    return StepControl()
 
 
-@dataclass
-class Host:
-    """What a test does as a computation goes on, and in its pauses."""
-
-    progress: Callable[[str, int, int], None] = lambda *_: None
-    pause: Callable[[str], None] = lambda _: None
-
-
-def pace_of(thermometer: Thermometer, host: Host | None = None, seconds: float = 1.0) -> Pace:
-    """`seconds`: what a step at level 1 is said to have been measured at."""
+def tracker_of(seconds: float = 1.0, fast_enough: float = FAST_ENOUGH) -> LevelCapTracker:
+    """`seconds`: what the probe measured for a step at level 1."""
     plan = Plan(
-        feature_batch=4, memory_plans=dict.fromkeys((1, 2), MemoryPlan(BATCH)), seconds={1: seconds, 2: 2 * seconds}
+        feature_batch=4,
+        memory_plans=dict.fromkeys((1, 2), MemoryPlan(BATCH)),
+        seconds={1: seconds, 2: 2 * seconds},
     )
-    read = Sensors(root=thermometer.root).read
-    return Pace(Limits(max_temperature=75.0), read, LevelCap.planned(plan, 60.0), host or Host())
+    return LevelCapTracker(LevelCap.planned(plan, 60.0, fast_enough))
 
 
-def paced(device: TrainingContext, pace: Pace) -> TrainingContext:
-    cache = FeatureCache(DiskCache(device.store.root / "paced"), device.bundle, threads=1, report=pace)
-    return replace(device, engine=PacedEngine(device.engine, pace), cache=cache, report=pace)
+def controlled(
+    device: TrainingContext, control: StepControl, report: Report = no_report, tracker: LevelCapTracker | None = None
+) -> TrainingContext:
+    """The device with its computation under control."""
+    report = reported_and_checked(report, control.check)
+    cache = FeatureCache(DiskCache(device.store.root / "controlled"), device.bundle, threads=1, report=report)
+    engine = ControlledEngine(device.engine, control, tracker or tracker_of())
+    return replace(device, engine=engine, cache=cache, report=report)
+
+
+def first_of(during: str, action: Callable[[], None]) -> tuple[list[Progress], Report]:
+    """A Report that keeps all progress and takes an action at the first of an activity."""
+    progress: list[Progress] = []
+
+    def report(activity: str, done: int, total: int) -> None:
+        is_first = activity == during and during not in [before for before, _, _ in progress]
+        progress.append((activity, done, total))
+        if is_first:
+            action()
+
+    return progress, report
 
 
 @pytest.mark.parametrize("during", ["features", "training"])
 @pytest.mark.parametrize(("stage", "work"), [(Stage.GLOBAL, train_global), (Stage.PERSONAL, train_personal)])
 def test_a_pause_in_the_middle_changes_nothing(
-    during: str, stage: Stage, work: StageFunction, device: TrainingContext, thermometer: Thermometer
+    during: str, stage: Stage, work: StageFunction, device: TrainingContext, control: StepControl
 ) -> None:
-    progress: list[Progress] = []
-    waited: list[tuple[str, Progress]] = []
+    at_the_end: list[Progress] = []
 
-    def report(activity: str, done: int, total: int) -> None:
-        progress.append((activity, done, total))
-        if during not in [activity for activity, _, _ in progress[:-1]] and activity == during:
-            thermometer.set(80.0)
+    def resume() -> None:
+        at_the_end.append(progress[-1])
+        control.pause(False)
 
-    cooling = iter([76.0, 72.0, 70.0])
+    def pause() -> None:
+        control.pause(True)
+        threading.Timer(PAUSE, resume).start()
 
-    def wait(reason: str) -> None:
-        waited.append((reason, progress[-1]))
-        if reason:
-            thermometer.set(next(cooling))
-
-    pace = pace_of(thermometer, Host(report, wait))
-    outcome = work(paced(device, pace), task(stage), given(device, level=1))
-    assert [reason for reason, _ in waited] == [
-        "80.0 °C, above --max-temperature 75",
-        "76.0 °C, above --max-temperature 75",
-        "72.0 °C, not yet 5 °C below --max-temperature 75",
-        "",
-    ]
-    ((activity, done, total),) = {at for _, at in waited}  # nothing went on until it had become cool
+    progress, report = first_of(during, pause)
+    outcome = work(controlled(device, control, report), task(stage), given(device, level=1))
+    ((activity, done, total),) = at_the_end  # nothing was computed until the end of the pause
     assert activity == during
     assert 0 < done < total
-    assert [(activity, done) for activity, done, _ in progress][-1] == ("training", progress[-1][2])
-    assert pace.reason == ""
+    assert progress[-1] == ("training", progress[-1][2], progress[-1][2])
 
     undisturbed = work(device, task(stage), given(device, level=1))
     assert outcome.delta is not None and undisturbed.delta is not None
@@ -115,76 +122,61 @@ def test_a_pause_in_the_middle_changes_nothing(
     assert outcome.metrics == undisturbed.metrics
 
 
-class GivenUpError(Exception):
-    pass
+@pytest.mark.parametrize("paused", [False, True], ids=["while it computes", "in a pause"])
+def test_a_round_can_be_stopped_and_computed_again(paused: bool, device: TrainingContext, control: StepControl) -> None:
+    def stop() -> None:
+        control.pause(paused)
+        threading.Timer(PAUSE, control.stop).start() if paused else control.stop()
 
-
-def test_a_round_can_be_given_up_in_a_pause_and_begun_again(device: TrainingContext, thermometer: Thermometer) -> None:
-    def give_up(reason: str) -> None:
-        raise GivenUpError
-
-    def overheat(activity: str, done: int, total: int) -> None:
-        if activity == "training":
-            thermometer.set(80.0)
-
-    pace = pace_of(thermometer, Host(overheat, give_up))
-    with pytest.raises(GivenUpError):
-        train_global(paced(device, pace), task(Stage.GLOBAL), given(device, level=1))
+    _, report = first_of("training", stop)
+    with pytest.raises(WorkStoppedError):
+        train_global(controlled(device, control, report), task(Stage.GLOBAL), given(device, level=1))
+    control.stop(False)
+    control.pause(False)
     again, undisturbed = (
-        train_global(each, task(Stage.GLOBAL), given(device, level=1))
-        for each in (paced(device, pace_of(cool(thermometer))), device)
+        train_global(each, task(Stage.GLOBAL), given(device, level=1)) for each in (controlled(device, control), device)
     )
     assert again.delta is not None and undisturbed.delta is not None
     assert np.array_equal(again.delta, undisturbed.delta)
 
 
-def cool(thermometer: Thermometer) -> Thermometer:
-    thermometer.set(50.0)
-    return thermometer
+def test_a_governor_pauses_by_its_sensors_until_it_is_cool_enough(thermometer: Thermometer) -> None:
+    governor = Governor(Limits(max_temperature=75.0), Sensors(root=thermometer.root).read)
+    reasons = []
+    for celsius in (74.0, 80.0, 76.0, 72.0, 70.0, 72.0):
+        thermometer.set(celsius)
+        reasons.append(governor.check())
+    assert reasons == [
+        "",
+        "80.0 °C, above --max-temperature 75",
+        "76.0 °C, above --max-temperature 75",
+        "72.0 °C, not yet 5 °C below --max-temperature 75",
+        "",
+        "",
+    ]
 
 
-def test_the_sensors_are_looked_at_now_and_then(
-    device: TrainingContext, thermometer: Thermometer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("edge_runtime.resources.throttle.LOOK_SECONDS", 3600.0)
-    pace = pace_of(thermometer)
-    pace("training", 1, 2)
-    assert pace.readings.temperature == 50.0
-    thermometer.set(80.0)
-    pace("training", 2, 2)
-    assert pace.readings.temperature == 50.0
+def test_steps_are_timed_but_for_the_first_and_without_pauses(device: TrainingContext, control: StepControl) -> None:
+    tracker = tracker_of()
 
+    def pause() -> None:
+        control.pause(True)
+        threading.Timer(PAUSE, control.pause, [False]).start()
 
-def test_steps_are_timed_but_for_the_first_and_without_pauses(
-    device: TrainingContext, thermometer: Thermometer
-) -> None:
-    pause, steps = 0.5, 0
-
-    def overheat(activity: str, done: int, total: int) -> None:
-        nonlocal steps
-        if activity == "training":
-            steps += 1
-            thermometer.set(80.0)
-
-    def wait(reason: str) -> None:
-        if reason:
-            time.sleep(pause)
-            thermometer.set(50.0)
-
-    pace = pace_of(thermometer, Host(overheat, wait))
-    train_global(paced(device, pace), task(Stage.GLOBAL), given(device, level=1))
-    assert len(pace.cap.ratios) == steps - 1 > 1
-    assert max(pace.cap.ratios) < pause
+    progress, report = first_of("training", pause)
+    train_global(controlled(device, control, report, tracker), task(Stage.GLOBAL), given(device, level=1))
+    steps = len([activity for activity, _, _ in progress if activity == "training"])
+    assert len(tracker.cap.ratios) == steps - 1 > 1
+    assert max(tracker.cap.ratios) < PAUSE
 
 
 @pytest.mark.parametrize(("seconds", "level"), [(1e-9, 1), (1e9, 2)])
 def test_a_training_slower_than_measured_lowers_the_cap(
-    seconds: float, level: int, device: TrainingContext, thermometer: Thermometer, monkeypatch: pytest.MonkeyPatch
+    seconds: float, level: int, device: TrainingContext, control: StepControl
 ) -> None:
-    monkeypatch.setattr("edge_runtime.resources.level_cap.UNHURRIED", 0.0)
-    pace = pace_of(thermometer, seconds=seconds)
-    governed = paced(device, pace)
-    while len(pace.cap.ratios) < STEPS:
-        train_global(governed, task(Stage.GLOBAL), given(device, level=1))
-    assert pace.cap.level == level
-    assert (pace.cap.slowdown > 1) == (level == 1)
+    tracker = tracker_of(seconds, fast_enough=0.0)
+    tracked = controlled(device, control, tracker=tracker)
+    while len(tracker.cap.ratios) < STEPS:
+        train_global(tracked, task(Stage.GLOBAL), given(device, level=1))
+    assert tracker.cap.level == level
+    assert (tracker.cap.slowdown > 1) == (level == 1)

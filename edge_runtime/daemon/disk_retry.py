@@ -1,0 +1,45 @@
+"""What a device does while its disk is full or read-only: it frees space, and tries again after growing delays."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+
+from edge_runtime.data.features import FeatureCache
+from edge_runtime.store import DeviceStore
+from fedfmsl.common.backoff import Backoff
+
+logger = logging.getLogger(__name__)
+
+
+class DiskRetry:
+    """Nothing that could not be written has been sent, so every attempt may be repeated."""
+
+    def __init__(self, store: DeviceStore, cache: FeatureCache, backoff: Backoff) -> None:
+        self._store = store
+        self._cache = cache
+        self._backoff = backoff
+        self._failures = 0
+        self._due = 0.0
+
+    @property
+    def waiting(self) -> bool:
+        """Whether the next attempt is not due yet."""
+        return time.monotonic() < self._due
+
+    def failed(self, error: OSError, required_globals: set[str], evict: bool) -> None:
+        """Logs the first failure, and deletes what can be received or computed again. The next attempt is due at once
+        after the first failure. `evict`: whether no other thread uses the feature cache."""
+        if not self._failures:
+            logger.warning(f"--state {self._store.root}: cannot write ({error}); retrying until there is free space")
+        with contextlib.suppress(OSError):  # a read-only disk
+            if evict:
+                self._cache.evict_all()
+            self._store.drop_globals(keep=required_globals)
+        self._due = time.monotonic() + (self._backoff.delay(self._failures - 1) if self._failures else 0.0)
+        self._failures += 1
+
+    def succeeded(self) -> None:
+        self._failures = 0
+        self._due = 0.0

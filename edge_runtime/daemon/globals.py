@@ -1,0 +1,66 @@
+"""The global blobs that a round names: received in chunks, checked, and stored."""
+
+from __future__ import annotations
+
+from edge_runtime.store import DeviceStore
+from fedfmsl.errors import MessageError
+from fedfmsl.protocol.chunks import Assembler
+from fedfmsl.protocol.tensors import blob_hash
+from fedfmsl.protocol.topics import Topics
+from fedfmsl.transport.link import Link, Received
+
+
+class GlobalsReceiver:
+    """`bytes_down` counts the received bytes."""
+
+    def __init__(self, link: Link, topics: Topics, store: DeviceStore, max_bytes: int) -> None:
+        """A blob has at most `max_bytes`."""
+        self.bytes_down = 0
+        self._link = link
+        self._topics = topics
+        self._store = store
+        self._max_bytes = max_bytes
+        self._assemblers: dict[str, Assembler] = {}
+        self._received: dict[str, bytes] = {}  # whole blobs that are not stored yet
+
+    def fetch(self, sha256: str) -> bool:
+        """Whether the blob is stored already. If not, subscribes to its chunks."""
+        if self._store.global_blob(sha256) is not None:
+            return True
+        self._assemblers.setdefault(sha256, Assembler(self._max_bytes))
+        self._link.subscribe(self._topics.globals_chunk(sha256, "+"))
+        return False
+
+    def keep_only(self, required: set[str]) -> None:
+        """Gives up all blobs but these."""
+        for sha256 in self._assemblers.keys() - required:
+            self._forget(sha256)
+        for sha256 in self._received.keys() - required:
+            del self._received[sha256]
+
+    def receive(self, message: Received) -> None:
+        """Raises MessageError if the message is not a chunk of a blob, or the whole blob is not the announced one."""
+        sha256 = self._topics.globals_of(message.topic)
+        if sha256 not in self._assemblers:  # amqtt sends a new client the retained messages of all topics
+            return
+        self.bytes_down += len(message.payload)
+        blob = self._assemblers[sha256].add(message.payload)
+        if blob is None:
+            return
+        if blob_hash(blob) != sha256:
+            raise MessageError(f"the blob under {sha256[:12]}… has another SHA-256")
+        self._forget(sha256)
+        self._received[sha256] = blob
+
+    def store(self) -> list[str]:
+        """Stores the whole blobs and returns their names. Raises OSError if the disk refuses one; it is kept then."""
+        stored = []
+        for sha256, blob in list(self._received.items()):
+            self._store.keep_global(blob)
+            del self._received[sha256]
+            stored.append(sha256)
+        return stored
+
+    def _forget(self, sha256: str) -> None:
+        self._link.unsubscribe(self._topics.globals_chunk(sha256, "+"))
+        del self._assemblers[sha256]

@@ -1,0 +1,181 @@
+"""What a device computes for a round, from the scan of its sample folder to the update in the outbox.
+
+All of it runs in the worker thread. Nothing here uses the network.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+
+from edge_runtime.data.features import Report
+from edge_runtime.data.folder import SampleFolder
+from edge_runtime.data.samples import SampleChangedError
+from edge_runtime.engines.memory import peak_rss_mb
+from edge_runtime.resources.throttle import LevelCapTracker, StepControl, WorkStoppedError
+from edge_runtime.training.context import TrainingContext
+from edge_runtime.training.evaluation import evaluate, train_baseline
+from edge_runtime.training.local_expert import train_personal
+from edge_runtime.training.model import save_personal_model
+from edge_runtime.training.stages import Globals, StageFunction, statistics, train_global
+from edge_runtime.training.updates import prepare_update, update_header
+from fedfmsl.algorithms.arrays import Vector
+from fedfmsl.common.class_folders import SkippedFile
+from fedfmsl.common.files import write_atomically
+from fedfmsl.common.logs import fields
+from fedfmsl.errors import InputError, RunError
+from fedfmsl.protocol.messages import Globals as GlobalsHeader
+from fedfmsl.protocol.messages import Round, Stage
+from fedfmsl.protocol.tensors import Tensors, pack, unpack
+
+logger = logging.getLogger(__name__)
+
+LOGGED_FILES = 10  # skipped files that one scan logs
+POLL_SECONDS = 0.5
+STAGES: dict[Stage, StageFunction] = {
+    Stage.STATISTICS: statistics,
+    Stage.GLOBAL: train_global,
+    Stage.PERSONAL: train_personal,
+    Stage.BASELINE: train_baseline,
+    Stage.EVALUATE: evaluate,
+}
+
+
+class NoSamplesError(Exception):
+    """The sample folder has nothing to train on now."""
+
+
+class RoundRunner:
+    """Computes rounds with the device's samples and level cap as of the last scan."""
+
+    def __init__(
+        self,
+        device: TrainingContext,
+        folder: SampleFolder,
+        control: StepControl,
+        tracker: LevelCapTracker,
+        scanning: Report,
+    ) -> None:
+        """`scanning` receives the progress of scans."""
+        self.device = device
+        self.tracker = tracker
+        self._folder = folder
+        self._control = control
+        self._scanning = scanning
+        self._skipped: frozenset[SkippedFile] = frozenset()
+        self._list_skipped()
+
+    def scan(self) -> bool:
+        """Scans the sample folder and takes over the level cap. Returns whether the device's status has changed.
+
+        Raises NoSamplesError if there is nothing to train on, OSError if the disk refuses the ledger.
+        """
+        before, cap = self.device, self.tracker.cap.level
+        try:
+            scanned = self._folder.scan(report=self._scanning)
+        except InputError as error:
+            raise NoSamplesError(str(error)) from error
+        if scanned == before.scanned and cap == before.level_cap:
+            return False
+        if cap != before.level_cap:
+            slowdown = f"{self.tracker.cap.slowdown:.1f} times as long as measured"
+            logger.info(
+                f"level cap {cap} instead of {before.level_cap}: steps take {slowdown}", **fields(level_cap=cap)
+            )
+        self.device = replace(before, scanned=scanned, level_cap=cap)
+        self._list_skipped()
+        return True
+
+    def _list_skipped(self) -> None:
+        """Writes all skipped files to STATE/skipped.txt, and logs the new ones."""
+        skipped = self.device.scanned.skipped
+        new = [each for each in skipped if each not in self._skipped]
+        if not new and len(skipped) == len(self._skipped):
+            return
+        for each in new[:LOGGED_FILES]:
+            logger.warning(f"skipped: {each}", **fields(file=str(each.path), reason=each.reason))
+        if len(new) > LOGGED_FILES:
+            logger.warning(f"skipped: {len(new) - LOGGED_FILES} more files; {self.device.store.skipped} lists all")
+        self._skipped = frozenset(skipped)
+        with contextlib.suppress(OSError):  # the list is only for people
+            write_atomically(self.device.store.skipped, "".join(f"{each}\n" for each in skipped).encode())
+
+    def run(self, task: Round, bytes_down: int) -> float:
+        """Computes a round, to be called after a scan. Returns the seconds that it took.
+
+        Writes the update to the outbox, and the personalized model as of this round. Raises SampleChangedError if a
+        file has changed since the scan, OSError if the disk is full, WorkStoppedError if the loop stops it. The files
+        written until then do not change the result of another attempt.
+        """
+        store = self.device.store
+        store.enter(task.session)
+        self._control.check()
+        started, device = time.perf_counter(), self.device
+        global_values = self._globals(task)
+        try:
+            outcome = STAGES[task.stage](device, task, global_values)
+        except SampleChangedError as error:
+            self._folder.forget(error.path)
+            raise
+        # The noise is from the operating system's entropy: a server that knew its seed could subtract it.
+        outcome = prepare_update(device.bundle, store.residual, task, outcome, np.random.default_rng())
+        save_personal_model(device, task, global_values)
+        device.cache.drop_unused()
+        device.cache.drop_others(device.scanned.samples)
+        if task.stage is Stage.EVALUATE:
+            self.write_personalized()
+        seconds = time.perf_counter() - started
+        update = update_header(device, task, outcome, seconds=seconds, peak_rss_mb=peak_rss_mb(), bytes_down=bytes_down)
+        store.put_outbox(task.round, pack(update, outcome.tensors))
+        return seconds
+
+    def write_personalized(self) -> None:
+        """Writes personalized.onnx in a process of its own, because the onnx package takes memory that the daemon does
+        not have.
+
+        Raises RunError if that process fails, OSError if the disk is full, WorkStoppedError if the loop stops it.
+        """
+        device = self.device
+        command = [sys.executable, "-m", "edge_runtime", "personalize"]
+        command += ["--bundle", str(device.bundle.root), "--state", str(device.store.root)]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+            stderr = self._wait_for(process)
+        if process.returncode == os.EX_IOERR:
+            raise OSError(errno.ENOSPC, "no space for the personalized model")
+        if process.returncode:
+            raise RunError(f"the personalized model could not be written: {stderr.strip()}")
+
+    def _wait_for(self, process: subprocess.Popen[str]) -> str:
+        """What the process writes to stderr."""
+        while True:
+            try:
+                return process.communicate(timeout=POLL_SECONDS)[1]
+            except subprocess.TimeoutExpired:
+                if self._control.stopped:
+                    process.kill()
+                    raise WorkStoppedError from None
+
+    def _globals(self, task: Round) -> Globals:
+        layout = self.device.bundle.expert
+        expert, start = (self._vector(sha256, layout.join) for sha256 in (task.expert, task.start))
+        return Globals(expert, start, self._vector(task.gate, self.device.bundle.gate.join))
+
+    def _vector(self, sha256: str, join: Callable[[Tensors], Vector]) -> Vector:
+        if not sha256:
+            return np.empty(0, np.float32)
+        blob = self.device.store.global_blob(sha256)
+        if blob is None:
+            raise RunError(
+                f"the global blob {sha256[:12]}… is missing or damaged on the disk; start again to fetch it again"
+            )
+        _, tensors = unpack(blob, GlobalsHeader)
+        return join(tensors)
