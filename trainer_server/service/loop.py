@@ -16,7 +16,7 @@ from dataclasses import replace
 
 from fedfmsl.common.log import log
 from fedfmsl.errors import MessageError, RunError
-from fedfmsl.protocol.messages import Round, ServerStatus, Stage, parse
+from fedfmsl.protocol.messages import ServerStatus, Stage, parse
 from fedfmsl.protocol.tensors import blob_bytes
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.link import Connected, Disconnected, Link, LinkEvent, Oversize, Received
@@ -36,10 +36,12 @@ from trainer_server.coordinator.events import (
 from trainer_server.coordinator.records import ClosedRound
 from trainer_server.coordinator.state import Plan, State
 from trainer_server.service.batch import Batch, Statuses, flatten
+from trainer_server.service.clock import RunClock
 from trainer_server.service.decode import Decoder
 from trainer_server.service.duplicates import DuplicateServerGuard
 from trainer_server.service.publisher import Publisher
 from trainer_server.service.refusals import Refusals
+from trainer_server.service.run_log import log_round, log_stragglers
 from trainer_server.storage.peft_adapter import write_adapter
 from trainer_server.storage.run_store import LoggedEvent, RunStore
 from trainer_server.storage.uploads import Uploads
@@ -48,16 +50,6 @@ POLL_SECONDS = 1.0  # longest wait for a message
 BATCH = 64  # messages in one commit
 FINISHED = "finished"
 UNKNOWN_DEVICE = "unknown device"
-
-
-class RunClock:
-    """The working time of the run's servers in seconds; continues from `start`, where the previous one ended."""
-
-    def __init__(self, start: float) -> None:
-        self._offset = start - time.monotonic()
-
-    def now(self) -> float:
-        return self._offset + time.monotonic()
 
 
 class Service:
@@ -214,7 +206,7 @@ class Service:
             self._publisher.publish_globals(command.sha256, command.blob)
         elif isinstance(command, AnnounceRound):
             self._publisher.announce_round(command.round)
-            _log_round(command.round)
+            log_round(command.round)
         elif isinstance(command, SendAck):
             self._publisher.send_ack(command.ack)
         elif isinstance(command, CountRefusal):
@@ -234,16 +226,14 @@ class Service:
 
     def _finish_round(self, closed: ClosedRound) -> None:
         """The record is stored by now; logs stragglers and writes the PEFT adapter."""
-        number = closed.round.round
-        if closed.missing:
-            log.warning("round %d closed without %s", number, _names(closed.missing))
+        log_stragglers(closed)
         if closed.round.stage is Stage.GLOBAL:
             level = closed.round.level
             expert = self._state.expert[: self._plan.bundle.expert.size(level)]
             try:
                 write_adapter(self._plan.bundle, expert, level, self._store.folder / "global_expert")
             except OSError as error:
-                log.warning("the adapter of round %d could not be written (%s)", number, error.strerror)
+                log.warning("the adapter of round %d could not be written (%s)", closed.round.round, error.strerror)
 
     def _sender(self, topic: str) -> str:
         """The device that a topic belongs to. All devices that have not announced themselves count as one."""
@@ -260,14 +250,3 @@ class Service:
             self._disk_error = str(error)
             log.error("cannot write to %s (%s); free some disk space, the run waits for it", self._store.folder, error)
         time.sleep(POLL_SECONDS)
-
-
-def _log_round(announced: Round) -> None:
-    where = f"{announced.stage.value} {announced.index + 1}/{announced.of}"
-    selected = f", {len(announced.chosen)} devices selected" if announced.chosen else ""
-    log.info("round %d: %s, level %d%s", announced.round, where, announced.level, selected)
-
-
-def _names(devices: tuple[str, ...]) -> str:
-    first = ", ".join(devices[:10])
-    return first if len(devices) <= 10 else f"{first} and {len(devices) - 10} more"

@@ -1,4 +1,4 @@
-"""The run's log file, beside the server's standard output.
+"""Log lines about rounds, and the run's log file beside the server's standard output.
 
 RUN/notes.log, notes.log.1      log lines with time; the file is rotated, so both together have a limit
 """
@@ -12,8 +12,11 @@ from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
 from fedfmsl.common.log import log
+from fedfmsl.protocol.messages import Round
+from trainer_server.coordinator.records import ClosedRound
 
 FILE = "notes.log"
+NAMES = 10  # devices named in a line
 LOG_BYTES = 8 * 1024 * 1024  # of each of the two files
 
 
@@ -29,3 +32,15 @@ def log_to_folder(folder: Path, max_bytes: int = LOG_BYTES) -> Iterator[None]:
     finally:
         log.removeHandler(handler)
         handler.close()
+
+
+def log_round(announced: Round) -> None:
+    where = f"{announced.stage.value} {announced.index + 1}/{announced.of}"
+    selected = f", {len(announced.chosen)} devices selected" if announced.chosen else ""
+    log.info("round %d: %s, level %d%s", announced.round, where, announced.level, selected)
+
+
+def log_stragglers(closed: ClosedRound) -> None:
+    if closed.missing:
+        names, more = ", ".join(closed.missing[:NAMES]), len(closed.missing) - NAMES
+        log.warning("round %d closed without %s", closed.round.round, f"{names} and {more} more" if more > 0 else names)
