@@ -67,9 +67,9 @@ class RoundRunner:
     ) -> None:
         """`scanning` receives the progress of scans."""
         self.device = device
+        self.control = control
         self.tracker = tracker
         self._folder = folder
-        self._control = control
         self._scanning = scanning
         self._skipped: frozenset[SkippedFile] = frozenset()
         self._list_skipped()
@@ -118,7 +118,7 @@ class RoundRunner:
         """
         store = self.device.store
         store.enter(task.session)
-        self._control.check()
+        self.control.check()
         started, device = time.perf_counter(), self.device
         global_values = self._globals(task)
         try:
@@ -160,7 +160,7 @@ class RoundRunner:
             try:
                 return process.communicate(timeout=POLL_SECONDS)[1]
             except subprocess.TimeoutExpired:
-                if self._control.stopped:
+                if self.control.stopped:
                     process.kill()
                     raise WorkStoppedError from None
 

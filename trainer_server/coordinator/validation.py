@@ -117,9 +117,9 @@ def _check_nothing(plan: Plan, update: Update, tensors: Tensors) -> None:
         raise MessageError(f"stage {update.stage.value} takes no tensors")
 
 
-def _bound(value: float, limit: float, what: str) -> None:
+def _bound(value: float, limit: float, name: str) -> None:
     if not value <= limit:
-        raise MessageError(f"the update's {what} is {value:.4g}, more than {limit:.4g}")
+        raise MessageError(f"the update's {name} is {value:.4g}, more than {limit:.4g}")
 
 
 CHECKS: dict[Stage, Callable[[Plan, Update, Tensors], None]] = {

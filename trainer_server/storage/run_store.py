@@ -185,7 +185,7 @@ class RunStore:
             self._db.executemany(
                 "INSERT INTO refusals VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE"
                 " SET count = count + excluded.count, last = excluded.last",
-                [(*who, count, last) for who, (count, last) in (refusals or {}).items()],
+                [(*key, count, last) for key, (count, last) in (refusals or {}).items()],
             )
             if ended is not None:
                 self._db.execute("UPDATE run SET ended = ?", (ended,))
