@@ -6,64 +6,36 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from support.bundles import Built
+from support.training_contexts import SAL, announced_round, initial_globals, training_context
 
 from edge_runtime.data.cache import DiskCache
 from edge_runtime.data.features import FeatureCache
-from edge_runtime.data.folder import SampleFolder, scan_once
-from edge_runtime.data.inputs import reader_of
+from edge_runtime.data.folder import SampleFolder
 from edge_runtime.data.samples import Splits, labels_of
 from edge_runtime.engines.base import Batch
 from edge_runtime.engines.step_graph import StepGraphEngine
-from edge_runtime.store import DeviceStore
 from edge_runtime.training.context import TrainingContext
-from edge_runtime.training.gate import Gate
 from edge_runtime.training.local_expert import LocalExpert, compute_mixture, train_personal
-from edge_runtime.training.stages import Globals, statistics, train_class_sums, train_global
+from edge_runtime.training.stages import statistics, train_class_sums, train_global
 from edge_runtime.training.updates import prepare_update
 from fedfmsl.algorithms.arrays import Vector
 from fedfmsl.algorithms.class_means import class_mean_head
 from fedfmsl.algorithms.mixture import label_log_p
 from fedfmsl.algorithms.privacy import Privacy
-from fedfmsl.algorithms.sal import AllAtOnce, CapabilityQueue, Sal
+from fedfmsl.algorithms.sal import AllAtOnce
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.encoding import decode
-from fedfmsl.protocol.messages import Encoding, Round, Stage, Training
+from fedfmsl.protocol.messages import Encoding, Stage
 from fedfmsl.protocol.tensors import Tensors
-
-TRAINING = Training(epochs=2, learning_rate=1e-2)
-SAL = Sal(CapabilityQueue(2, 0.1), max_level=2)
 
 
 @pytest.fixture
 def context(vit: Built, photos: Path, tmp_path: Path) -> TrainingContext:
-    store = DeviceStore(tmp_path)
-    engine = StepGraphEngine(vit.bundle, threads=1)
-    return TrainingContext(
-        device_name="d",
-        bundle=vit.bundle,
-        scanned=scan_once(photos, vit.bundle.manifest.classes, reader_of(vit.bundle).kind),
-        cache=FeatureCache(DiskCache(store.cache), vit.bundle, threads=1),
-        engine=engine,
-        gate=Gate(vit.bundle, threads=1),
-        store=store,
-        level_cap=1,
-        report=lambda *_: None,
-    )
-
-
-def round_of(stage: Stage, level: int = 1, **change: Any) -> Round:
-    fields: dict[str, Any] = {"run": "r", "session": "s", "round": 3, "index": 0, "of": 2, **change}
-    return Round(**fields, stage=stage, level=level, training=TRAINING, sal=SAL)
-
-
-def globals_of(context: TrainingContext, level: int) -> Globals:
-    expert, gate = context.bundle.initial()
-    return Globals(expert[: context.bundle.expert.size(level)], expert[: context.bundle.expert.size(1)], gate)
+    return training_context(vit.bundle, photos, tmp_path)
 
 
 def head(sums: Tensors) -> Vector:
@@ -72,9 +44,9 @@ def head(sums: Tensors) -> Vector:
 
 
 def test_stage_1_returns_the_delta_at_the_level_cap(context: TrainingContext) -> None:
-    globals_ = globals_of(context, level=2)
+    globals_ = initial_globals(context.bundle, level=2)
     before = globals_.expert.copy()
-    result = train_global(context, round_of(Stage.GLOBAL, level=2), globals_)
+    result = train_global(context, announced_round(Stage.GLOBAL, level=2), globals_)
     size = context.bundle.expert.size(1)
     assert result.level == 1
     assert result.delta is not None
@@ -85,9 +57,9 @@ def test_stage_1_returns_the_delta_at_the_level_cap(context: TrainingContext) ->
 
 
 def test_stage_2_returns_the_delta_of_the_gate_adapter(context: TrainingContext) -> None:
-    globals_ = globals_of(context, level=1)
+    globals_ = initial_globals(context.bundle, level=1)
     before = globals_.gate.copy()
-    result = train_personal(context, round_of(Stage.PERSONAL), globals_)
+    result = train_personal(context, announced_round(Stage.PERSONAL), globals_)
     assert result.delta is not None
     assert result.delta.shape == (context.bundle.gate.total,)
     assert 0 < np.abs(result.delta).max() < 0.1  # a few steps at a low learning rate
@@ -107,8 +79,10 @@ def stage_2(context: TrainingContext, level_cap: int, index: int) -> tuple[Local
     everything = replace(SAL, trigger=AllAtOnce())
     engine = RecordingEngine(context.bundle, threads=1)
     before = {path.name for path in context.store.cache.iterdir()}
-    round_ = round_of(Stage.PERSONAL, level=2, index=index).model_copy(update={"sal": everything})
-    train_personal(replace(context, engine=engine, level_cap=level_cap), round_, globals_of(context, level=2))
+    round_ = announced_round(Stage.PERSONAL, level=2, index=index).model_copy(update={"sal": everything})
+    train_personal(
+        replace(context, engine=engine, level_cap=level_cap), round_, initial_globals(context.bundle, level=2)
+    )
     expert = LocalExpert.load(context, "s")
     assert expert is not None
     return expert, engine.losses, {path.name for path in context.store.cache.iterdir()} - before
@@ -133,10 +107,10 @@ def test_a_local_expert_above_a_lowered_level_cap_is_trained_in_the_highest_bloc
 
 
 def test_a_local_expert_uses_the_hidden_states_of_the_global_expert_below_its_level(context: TrainingContext) -> None:
-    globals_ = globals_of(context, level=2)
+    globals_ = initial_globals(context.bundle, level=2)
     hidden = context.hidden_states(context.splits.train, globals_.expert, 1)
     folders = {path.name for path in context.store.cache.iterdir()}
-    train_personal(context, round_of(Stage.PERSONAL), globals_)
+    train_personal(context, announced_round(Stage.PERSONAL), globals_)
     assert hidden.folder in folders
     assert {path.name for path in context.store.cache.iterdir() if "-above-" in path.name} == {hidden.folder}
 
@@ -146,7 +120,7 @@ def test_a_local_expert_uses_the_hidden_states_of_the_global_expert_below_its_le
 def test_the_update_equals_the_delta_except_for_the_encoding(
     context: TrainingContext, stage: Stage, encoding: Encoding
 ) -> None:
-    round_, globals_ = round_of(stage, encoding=encoding), globals_of(context, level=1)
+    round_, globals_ = announced_round(stage, encoding=encoding), initial_globals(context.bundle, level=1)
     stage_function, layout = (
         (train_global, context.bundle.expert) if stage is Stage.GLOBAL else (train_personal, context.bundle.gate)
     )
@@ -158,8 +132,8 @@ def test_the_update_equals_the_delta_except_for_the_encoding(
 
 def test_private_statistics_of_real_features_give_almost_the_same_head(context: TrainingContext) -> None:
     low_noise = Privacy(clip=1.0, noise_multiplier=1e-6, shares=1)
-    round_ = round_of(Stage.STATISTICS, privacy=low_noise)
-    result = statistics(context, round_, globals_of(context, level=1))
+    round_ = announced_round(Stage.STATISTICS, privacy=low_noise)
+    result = statistics(context, round_, initial_globals(context.bundle, level=1))
     update = prepare_update(context.bundle, context.store.residual, round_, result, np.random.default_rng(0))
     expected = head(train_class_sums(context, 1))
     assert np.allclose(head(update.tensors), expected, atol=1e-3 * np.abs(expected).max())
@@ -193,8 +167,8 @@ def test_splits_are_assigned_once_and_equal_after_the_next_scan(
 
 def test_new_samples_are_used_and_deleted_ones_are_not(watched: tuple[TrainingContext, SampleFolder]) -> None:
     context, folder = watched
-    round_ = round_of(Stage.STATISTICS)
-    first = statistics(context, round_, globals_of(context, level=1))
+    round_ = announced_round(Stage.STATISTICS)
+    first = statistics(context, round_, initial_globals(context.bundle, level=1))
     deleted, original = [each for each in context.splits.train if each.label == 0][:2]
     for number in range(20):
         copy = original.path.with_name(f"new-{number}.jpg")
@@ -202,7 +176,7 @@ def test_new_samples_are_used_and_deleted_ones_are_not(watched: tuple[TrainingCo
         os.utime(copy, (1e9, 1e9))
     deleted.path.unlink()
     after = replace(context, scanned=folder.scan())
-    second = statistics(after, round_, globals_of(context, level=1))
+    second = statistics(after, round_, initial_globals(context.bundle, level=1))
     tested = sum(each.path.name.startswith("new-") for each in after.splits.test)
     assert 0 < tested < 10
     added = 20 - tested - 1
@@ -216,17 +190,17 @@ def test_the_best_expert_is_scored_again_when_the_held_out_split_changes(
     watched: tuple[TrainingContext, SampleFolder],
 ) -> None:
     context, folder = watched
-    globals_ = globals_of(context, level=1)
-    train_personal(context, round_of(Stage.PERSONAL), globals_)
+    globals_ = initial_globals(context.bundle, level=1)
+    train_personal(context, announced_round(Stage.PERSONAL), globals_)
     first = saved_expert(context)
     unbeatable = replace(first, best_nll=-1e9)
     unbeatable.save(context, "s")
-    train_personal(context, round_of(Stage.PERSONAL, index=1), globals_)
+    train_personal(context, announced_round(Stage.PERSONAL, index=1), globals_)
     assert saved_expert(context).best_nll == -1e9
     for sample in context.splits.held_out[1:]:
         sample.path.unlink()
     after = replace(context, scanned=folder.scan())
-    train_personal(after, round_of(Stage.PERSONAL, index=2), globals_)
+    train_personal(after, announced_round(Stage.PERSONAL, index=2), globals_)
     last = saved_expert(after)
     held_out = after.splits.held_out
     mixture = compute_mixture(after, held_out, globals_, last.best, last.best_level)
