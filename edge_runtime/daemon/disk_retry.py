@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 
 from edge_runtime.data.features import FeatureCache
 from edge_runtime.store import DeviceStore
 from fedfmsl.common.backoff import Backoff
-from fedfmsl.common.log import log
+
+logger = logging.getLogger(__name__)
 
 
 class DiskRetry:
@@ -30,7 +32,7 @@ class DiskRetry:
         """Logs the first failure, and deletes what can be received or computed again. The next attempt is due at once
         after the first failure. `evict`: whether no other thread uses the feature cache."""
         if not self._failures:
-            log.warning(f"--state {self._store.root}: cannot write ({error}); retrying until there is free space")
+            logger.warning(f"--state {self._store.root}: cannot write ({error}); retrying until there is free space")
         with contextlib.suppress(OSError):  # a read-only disk
             if evict:
                 self._cache.evict_all()

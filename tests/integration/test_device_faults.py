@@ -194,8 +194,8 @@ def test_an_update_that_nobody_answers_is_sent_again_until_somebody_does(
     try:
         updates = whole_updates(server, topics)
         assert len({next(updates) for _ in range(3)}) == 1  # the same bytes each time
-        ack = Ack(run=RUN, session="s", round=1, device=device.name, verdict=Verdict.DUPLICATE)
-        server.publish(topics.ack(device.name), encode(ack))
+        ack = Ack(run=RUN, session="s", round=1, device=device.device_name, verdict=Verdict.DUPLICATE)
+        server.publish(topics.ack(device.device_name), encode(ack))
         wait_until(lambda: device.store.acknowledged == 1, "the device to hear")
     finally:
         finished = task.model_copy(update={"round": 2, "stage": Stage.FINISHED})
