@@ -26,14 +26,13 @@ from edge_runtime.training.gate import Gate
 from edge_runtime.training.local_expert import LocalExpert, compute_mixture, train_personal
 from edge_runtime.training.stages import Globals, statistics, train_class_sums, train_global
 from edge_runtime.training.updates import prepare_update
-from fedfmsl.algorithms.arrays import Vector
+from fedfmsl.algorithms.arrays import Tensors, Vector
 from fedfmsl.algorithms.class_means import class_mean_head
 from fedfmsl.algorithms.mixture import label_log_p
 from fedfmsl.algorithms.privacy import Privacy
 from fedfmsl.algorithms.sal import AllAtOnce, CapabilityQueue, Sal
 from fedfmsl.protocol.encoding import decode
 from fedfmsl.protocol.messages import Encoding, Round, Stage, Training
-from fedfmsl.protocol.tensors import Tensors
 
 TRAINING = Training(epochs=2, learning_rate=1e-2)
 SAL = Sal(CapabilityQueue(2, 0.1), max_level=2)
