@@ -28,14 +28,14 @@ from edge_runtime.training.local_expert import train_personal
 from edge_runtime.training.model import save_personal_model
 from edge_runtime.training.stages import Globals, StageFunction, statistics, train_global
 from edge_runtime.training.updates import prepare_update, update_header
-from fedfmsl.algorithms.arrays import Vector
+from fedfmsl.algorithms.arrays import Tensors, Vector
 from fedfmsl.common.class_folders import SkippedFile
 from fedfmsl.common.files import write_atomically
 from fedfmsl.common.logs import fields
 from fedfmsl.errors import InputError, RunError
 from fedfmsl.protocol.messages import Globals as GlobalsHeader
 from fedfmsl.protocol.messages import Round, Stage
-from fedfmsl.protocol.tensors import Tensors, pack, unpack
+from fedfmsl.protocol.tensors import pack, unpack
 
 logger = logging.getLogger(__name__)
 

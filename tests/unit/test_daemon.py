@@ -389,7 +389,7 @@ def test_a_devices_name_is_made_once_and_kept(tmp_path: Path) -> None:
     assert DeviceStore(tmp_path / "c").ensure_name("pi-4") == "pi-4"
     with pytest.raises(ConfigError, match="belongs to device 'pi-4', not 'pi-5'"):
         DeviceStore(tmp_path / "c").ensure_name("pi-5")
-    with pytest.raises(ConfigError, match="unusable"):
+    with pytest.raises(ConfigError, match="invalid"):
         DeviceStore(tmp_path / "d").ensure_name("a/b")
     assert not (tmp_path / "d").exists()
 
