@@ -22,7 +22,7 @@ from edge_runtime.training.context import TrainingContext
 from edge_runtime.training.local_expert import LocalExpert, compute_mixture, train_personal
 from edge_runtime.training.stages import statistics, train_class_sums, train_global
 from edge_runtime.training.updates import prepare_update
-from fedfmsl.algorithms.arrays import Vector
+from fedfmsl.algorithms.arrays import Tensors, Vector
 from fedfmsl.algorithms.class_means import class_mean_head
 from fedfmsl.algorithms.mixture import label_log_p
 from fedfmsl.algorithms.privacy import Privacy
@@ -30,7 +30,6 @@ from fedfmsl.algorithms.sal import AllAtOnce
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.encoding import decode
 from fedfmsl.protocol.messages import Encoding, Stage
-from fedfmsl.protocol.tensors import Tensors
 
 
 @pytest.fixture
