@@ -1,6 +1,6 @@
-"""Once per model, on the server: Hugging Face weights → bundle."""
+"""Exports Hugging Face weights as a bundle, once per model, on the server."""
 
 import os
 
-# before it is loaded: ONNX Runtime 1.32 keeps a device's id and tells its maker of every session, unless told not to
+# Must be set before ONNX Runtime is imported. Otherwise version 1.32 stores a device ID and reports every session.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

@@ -1,10 +1,10 @@
-"""Reverse-mode differentiation while a graph is being written (ours).
+"""Reverse-mode differentiation during graph construction (ours).
 
-Each primitive emits its forward nodes and notes how its gradient is emitted; `gradients` then writes the backward pass
-in reverse order. A gradient is only emitted where something trainable lies below it, so a frozen weight costs nothing
-and the lowest active block never computes the gradient of its input.
+Each primitive adds its forward nodes and records a function that adds its backward nodes. `gradients` calls these
+functions in reverse order. A gradient is added only if it leads to a trainable. So frozen weights have no gradient
+nodes, and the lowest active block does not compute the gradient of its input.
 
-Activations are two-dimensional, (B·N, D), so that every projection is one Gemm; only attention sees (B, H, N, D/H).
+Activations are two-dimensional, (B·N, D), so that every projection is one Gemm. Only attention uses (B, H, N, D/H).
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ from export.graph import Graph
 
 @dataclass(frozen=True)
 class Var:
-    """A tensor of the graph, and whether anything trainable lies below it."""
+    """A tensor of the graph. `trainable`: it depends on a trainable."""
 
     name: str
     trainable: bool = False
 
 
 class Tape:
+    """Adds operations to a graph and records their gradients. Tensors are `Var`s; shapes are in the docstrings."""
+
     def __init__(self, graph: Graph, frozen: Frozen) -> None:
         self.graph = graph
         self._frozen = frozen
@@ -36,7 +38,7 @@ class Tape:
         self._gradients: dict[str, str] = {}
 
     def gradients(self, of: Sequence[Var]) -> list[str]:
-        """Emits the backward pass from every seeded gradient (see the losses) and returns those of `of`."""
+        """Adds the backward pass, from the gradients that the losses set. Returns the gradients of `of`."""
         for output, backward in reversed(self._backward):
             if output.name in self._gradients:
                 backward(self._gradients[output.name])
@@ -87,7 +89,7 @@ class Tape:
         return self._record(self._frozen.transposed(x.name, key), [x], backward)
 
     def project(self, x: Var, weight: Var, plus: Var, factor: float = 1.0) -> Var:
-        """factor · x Wᵀ + plus, with a trainable weight (O, I); `plus` is (·, O), or a trainable bias (O,)."""
+        """factor · x Wᵀ + plus, with a trainable weight W (O, I). `plus` is (·, O), or a trainable bias (O,)."""
         op = self.graph.op
 
         def backward(g: str) -> None:
@@ -109,7 +111,7 @@ class Tape:
         return self._record(op("Gemm", x.name, down.name, transB=1), [x, down], backward)
 
     def broadcast(self, bias: Var) -> Var:
-        """A trainable bias (O,) as it is added to every row: its gradient is summed over rows."""
+        """A trainable bias (O,) that is added to every row. Its gradient is summed over rows."""
         op = self.graph.op
 
         def backward(g: str) -> None:
@@ -136,11 +138,11 @@ class Tape:
         return self._record(y, [x], lambda g: self._accumulate(x, lambda: gradient(g)))
 
     def gelu(self, x: Var) -> Var:
-        """The exact GELU, x·Φ(x). Φ is computed again on the way back: cheaper than keeping it in memory."""
+        """The exact GELU, x·Φ(x). The backward pass computes Φ again, because that is cheaper than storing it."""
         op, const = self.graph.op, self.graph.const
 
         def gradient(g: str) -> str:
-            # Φ + x·φ = ½ (1 + erf u + 2/√π · u · exp(−u²)) with u = x/√2; every pass over memory counts here
+            # Φ + x·φ = ½ (1 + erf u + 2/√π · u · exp(−u²)) with u = x/√2: the form with the fewest memory passes
             u = op("Mul", x.name, const(math.sqrt(0.5)))
             density = op("Exp", op("Sub", const(math.log(2 / math.sqrt(math.pi))), op("Mul", u, u)))
             twice = op("Add", op("Add", op("Erf", u), op("Mul", u, density)), const(1.0))
@@ -181,8 +183,10 @@ class Tape:
         return self._record(first, [x], lambda g: self._accumulate(x, lambda: gradient(g)))
 
     def attention(self, q: Var, k: Var, v: Var, heads: int, tokens: int, hidden: int, mask: str | None = None) -> Var:
-        """Softmax attention of all tokens over all tokens: three times (B·N, D) → (B·N, D). `mask` (B, 1, 1, N), a
-        constant, is added to the scores."""
+        """Softmax attention of all tokens over all tokens: q, k, v (B·N, D) → (B·N, D).
+
+        `mask` (B, 1, 1, N), a constant, is added to the scores.
+        """
         op, ints = self.graph.op, self.graph.ints
         width = hidden // heads
         factor = self.graph.const(1 / math.sqrt(width))
@@ -215,8 +219,10 @@ class Tape:
         return self._record(from_heads(out), [q, k, v], backward)
 
     def pool(self, q: Var, x: Var, heads: int, tokens: int, hidden: int, mask: str | None = None) -> Var:
-        """Each head's softmax attention over the tokens themselves: (B·H, D), (B·N, D) → (B·H, D). `mask`
-        (B, 1, 1, N), a constant, is added to the scores."""
+        """Softmax attention with one query per head and the tokens as keys and values: (B·H, D), (B·N, D) → (B·H, D).
+
+        `mask` (B, 1, 1, N), a constant, is added to the scores.
+        """
         op, ints = self.graph.op, self.graph.ints
 
         def swap(y: str) -> str:
@@ -242,7 +248,7 @@ class Tape:
         return self._record(flat(out), [q, x], backward)
 
     def spread_heads(self, x: Var, heads: int, hidden: int) -> Var:
-        """(B, D) → (B·H, D): row h keeps the columns of head h, over √d, the others are zero."""
+        """(B, D) → (B·H, D): row h has the columns of head h, divided by √(D/H), and zeros elsewhere."""
         op, ints = self.graph.op, self.graph.ints
         scaled = self.graph.const(_head_columns(heads, hidden) / math.sqrt(hidden // heads))
 
@@ -254,7 +260,7 @@ class Tape:
         return self._record(op("Reshape", rows, ints(-1, hidden)), [x], backward)
 
     def join_heads(self, x: Var, heads: int, hidden: int) -> Var:
-        """(B·H, D) → (B, D): the columns of head h are taken from row h."""
+        """(B·H, D) → (B, D): takes the columns of head h from row h."""
         op, ints = self.graph.op, self.graph.ints
         mask = self.graph.const(_head_columns(heads, hidden))
 
@@ -266,19 +272,22 @@ class Tape:
         return self._record(op("ReduceSum", rows, ints(1), keepdims=0), [x], backward)
 
     def _softmax_gradient(self, weights: str, gradient: str, terms: str) -> str:
-        """The gradient of the scores from that of the weights. The row sums of `terms` are Σ w·∂w, as are those of
-        ∂out·out (Dao et al. 2022): the narrower is faster, and w·∂w loses fewer digits."""
+        """The gradient of the scores from the `gradient` of the softmax weights.
+
+        It needs the row sums Σ w·∂w, which equal those of ∂out·out (Dao et al. 2022). `terms` is either product. The
+        narrower one is faster; w·∂w is more precise.
+        """
         op = self.graph.op
         return op("Mul", weights, op("Sub", gradient, op("ReduceSum", terms, self.graph.ints(-1))))
 
     def expert_loss(
         self, logits: Var, labels: str, weights: str, gate: str, other: str, bias: str, classes: int
     ) -> str:
-        """Σ wᵢ · −log(exp(gateᵢ) p(yᵢ) + exp(otherᵢ)), seeding the gradient of `logits` (B, C).
+        """The loss Σ wᵢ · −log(exp(gateᵢ) p(yᵢ) + exp(otherᵢ)). Sets the gradient of `logits` (B, C).
 
-        p is the softmax of logits + bias (C,). `gate` (B,) is the log weight of this expert and `other` (B,) the log of
-        the other expert's weighted likelihood: the MoFM likelihood. With gate 0 and other −∞ (a large negative number)
-        it is the cross-entropy.
+        p is the softmax of logits + `bias` (C,). `gate` (B,): log gate weight of this expert. `other` (B,): log of the
+        other expert's weighted likelihood. The loss is the negative log-likelihood of MoFM. With gate 0 and a large
+        negative `other` it is the cross-entropy.
         """
         op = self.graph.op
         log_p = op("LogSoftmax", op("Add", logits.name, bias), axis=-1)
@@ -294,7 +303,7 @@ class Tape:
         return loss
 
     def gate_loss(self, logits: Var, expert_log_p: str, weights: str) -> str:
-        """Σ wᵢ · −log Σₑ gateₑ pₑ(yᵢ), seeding the gradient of the gate's `logits` (B, 2)."""
+        """The loss Σ wᵢ · −log Σₑ gateₑ pₑ(yᵢ), over experts e. Sets the gradient of the gate's `logits` (B, 2)."""
         op = self.graph.op
         log_gate = op("LogSoftmax", logits.name, axis=-1)
         joint = op("Add", log_gate, expert_log_p)
@@ -309,8 +318,8 @@ class Tape:
 def _log_add(graph: Graph, a: str, b: str) -> str:
     """log(exp a + exp b), without overflow."""
     high, low = graph.op("Max", a, b), graph.op("Min", a, b)
-    rest = graph.op("Log", graph.op("Add", graph.const(1.0), graph.op("Exp", graph.op("Sub", low, high))))
-    return graph.op("Add", high, rest)
+    log1p = graph.op("Log", graph.op("Add", graph.const(1.0), graph.op("Exp", graph.op("Sub", low, high))))
+    return graph.op("Add", high, log1p)
 
 
 def _head_columns(heads: int, hidden: int) -> NDArray[np.float32]:

@@ -1,4 +1,4 @@
-"""The frozen backbone's own ONNX, made and checked against torch by optimum: an independent witness for our graphs."""
+"""Exports the frozen backbone with optimum, which compares it with torch: an independent check of our graphs."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from export.graph import INLINE_BYTES, WeightFile
 from export.weights import Backbone
 
 OPSET = 17
-TOLERANCE = 1e-3  # optimum's own for vision transformers
+TOLERANCE = 1e-3  # optimum's value for vision transformers
 
 
 def write_backbone_onnx(source: Backbone, path: Path, weight_file: WeightFile) -> None:
-    """Writes `path`: normalised pixels (B, 3, S, S), or tokens (B, N) and their mask → last hidden state, its weights
-    kept in `weight_file`.
+    """Writes `path`: normalized pixels (B, 3, S, S), or tokens (B, N) and their mask → last hidden state (B, N, D).
 
-    Raises ValueError (optimum's) if ONNX Runtime and torch disagree by more than TOLERANCE.
+    The weights are stored in `weight_file`. Raises optimum's ValueError if ONNX Runtime and torch differ by more than
+    TOLERANCE.
     """
-    backbone = source.backbone if source.family.witness is None else source.family.witness(source.model)
+    backbone = source.family.optimum_model(source.model) if source.family.optimum_model else source.backbone
     model_config = copy.deepcopy(backbone.config)
     make_config = TasksManager.get_exporter_config_constructor(
         "onnx", model_type=model_config.model_type, task="feature-extraction", library_name="transformers"
@@ -42,7 +42,7 @@ def write_backbone_onnx(source: Backbone, path: Path, weight_file: WeightFile) -
     else:
         model_config.image_size = source.size
         config = make_config(model_config)
-        # optimum's own generator for DINOv2 reads the image size from a preprocessor file, which need not be there
+        # optimum's generator for DINOv2 reads the image size from a preprocessor file, which may be missing
         config.DUMMY_INPUT_GENERATOR_CLASSES = (DummyVisionInputGenerator,)
     with tempfile.TemporaryDirectory() as folder, _quiet():
         raw = Path(folder) / "model.onnx"
@@ -58,7 +58,7 @@ def write_backbone_onnx(source: Backbone, path: Path, weight_file: WeightFile) -
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Tracer warnings and optimum's log lines say nothing to our user; a failed check still raises."""
+    """Hides tracer warnings and optimum's log lines. Errors are still raised."""
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,75 +1,56 @@
-"""python -m export.build: a backbone's weights → a bundle."""
+"""python -m export.build: exports a backbone as a bundle."""
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from safetensors.numpy import save_file
 
-from export.backbone_onnx import write_backbone_onnx
+from export.bundle import build_bundle
 from export.families import MODELS
-from export.graph import WEIGHTS_FILE, WeightFile
-from export.graphs import GraphWriter, expert_layout, gate_layout
-from export.ort_training import write_artifacts
-from export.parity import check_parity
-from export.reference import initial_expert
-from export.transformer import Transformer
-from export.weights import RANDOM, Backbone, load_backbone
+from export.weights import Backbone, load_backbone
 from export.zero_shot import TEMPLATES, zero_shot_head
-from fedfmsl.algorithms.arrays import Vector
 from fedfmsl.common.class_folders import folder_classes
 from fedfmsl.common.cli import application, console
 from fedfmsl.common.onnx_runtime import require_ort_training
 from fedfmsl.errors import ConfigError, WeightsError
 from fedfmsl.protocol.bundle import (
-    MANIFEST,
-    TOKENIZER,
     Bundle,
-    Dims,
-    FileEntry,
-    LoraSpec,
-    Manifest,
-    PeftSpec,
     Precision,
     ZeroShot,
-    file_sha256,
 )
-from fedfmsl.protocol.layout import Layout
 
 app = application("Export a frozen backbone as a bundle for edge devices.")
 
 
 @app.command()
 def build(
-    model: str = typer.Option(help=f"One of {', '.join(MODELS)}, or a transformers folder of these families."),
+    model: str = typer.Option(help=f"One of {', '.join(MODELS)}, or a transformers folder of one of their families."),
     weights: str | None = typer.Option(
         None, help="A transformers folder, or 'random'. Default: the model's own, from the hub."
     ),
-    classes: str = typer.Option("100", help="Number of classes, or their names separated by commas."),
+    classes: str = typer.Option("100", help="Number of classes, or their names, separated by commas."),
     classes_from: Path | None = typer.Option(None, help="Take the class names from this folder's subfolders."),
-    levels: int | None = typer.Option(None, min=1, help="Highest SAL level to export. Default: every block."),
-    image_size: int | None = typer.Option(None, help="Pixels per side, for a vision model. Default: the model's own."),
-    max_tokens: int | None = typer.Option(None, min=3, help="Tokens per text, for a text model. Default: 128."),
+    levels: int | None = typer.Option(None, min=1, help="Highest level to export. Default: the number of blocks."),
+    image_size: int | None = typer.Option(None, help="Pixels per side, vision models only. Default: the model's own."),
+    max_tokens: int | None = typer.Option(None, min=3, help="Tokens per text, text models only. Default: 128."),
     tokenizer: Path | None = typer.Option(
-        None, help="A text model's tokenizer.json. Default: the one beside the weights."
+        None, help="A tokenizer.json, text models only. Default: the one beside the weights."
     ),
     rank: int = typer.Option(4, min=1, help="LoRA rank r; alpha is 2r."),
-    precision: Precision = typer.Option("fp32", help="Of the frozen weights; int8 is faster and takes less memory."),
+    precision: Precision = typer.Option(
+        "fp32", help="Precision of frozen weights. int8 is faster and needs less memory."
+    ),
     ort_training: bool = typer.Option(
-        False, "--ort-training", help="Also write what onnxruntime-training trains with, where a device has it."
+        False, "--ort-training", help="Also write the artifacts for devices with onnxruntime-training."
     ),
     prompt: list[str] | None = typer.Option(
-        None, help="Template of CLIP's prompts, '{}' for the class name; may be repeated. Default: a few of ours."
+        None, help="Prompt template for CLIP with '{}' for the class name. Repeatable. Default: five templates."
     ),
-    revision: str | None = typer.Option(None, help="Pin the hub revision (a commit)."),
-    out: Path | None = typer.Option(None, help="Folder to write. Default: bundles/MODEL."),
-    seed: int = typer.Option(0, help="Of the LoRA start, and of random weights."),
+    revision: str | None = typer.Option(None, help="Hub revision, for example a commit. Default: main."),
+    out: Path | None = typer.Option(None, help="Folder of the bundle. Default: bundles/MODEL."),
+    seed: int = typer.Option(0, help="Seed of the initial LoRA and of random weights."),
 ) -> None:
     if ort_training:
         require_ort_training("--ort-training")
@@ -80,25 +61,28 @@ def build(
     columns = (TextColumn("{task.description:<28}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("class names", total=None)
-        zero_shot = _zero_shot(source, names, prompt)
+        zero_shot = _make_zero_shot(source, names, prompt)
         for done, total, what in build_bundle(
             source, names, levels, source.family.lora(rank), out, seed, precision, zero_shot, ort_training
         ):
             progress.update(task, completed=done, total=total, description=what)
     bundle = Bundle.load(out)
-    report(bundle)
+    _print_summary(bundle)
 
 
 def _check_input(source: Backbone, image_size: int | None, max_tokens: int | None, tokenizer: Path | None) -> None:
-    """Raises ConfigError for options of the other kind of input."""
+    """Raises ConfigError if an option is for the other kind of input."""
     if source.family.input == "tokens" and image_size:
-        raise ConfigError(f"--image-size does not go with {source.name}, which reads texts; see --max-tokens")
+        raise ConfigError(f"--image-size is not valid for the text model {source.name}; use --max-tokens")
     if source.family.input == "pixels" and (max_tokens or tokenizer):
-        raise ConfigError(f"--max-tokens and --tokenizer do not go with {source.name}, which reads images")
+        raise ConfigError(f"--max-tokens and --tokenizer are not valid for the vision model {source.name}; remove them")
 
 
-def _zero_shot(source: Backbone, classes: tuple[str, ...], prompts: list[str] | None) -> ZeroShot | None:
-    """None, and a line that says why, where the weights do not bring what it takes and no prompt was asked for."""
+def _make_zero_shot(source: Backbone, classes: tuple[str, ...], prompts: list[str] | None) -> ZeroShot | None:
+    """The zero-shot head. None if the model has no text tower.
+
+    If the weights lack it, prints the reason, or raises WeightsError if the user passed prompts.
+    """
     if source.family.text_tower is None and not prompts:
         return None
     try:
@@ -110,7 +94,7 @@ def _zero_shot(source: Backbone, classes: tuple[str, ...], prompts: list[str] | 
         return None
 
 
-def report(bundle: Bundle) -> None:
+def _print_summary(bundle: Bundle) -> None:
     m = bundle.manifest
     size = sum(entry.size for entry in m.files.values())
     console.print(f"bundle            {bundle.root}  ({size / 1e6:.1f} MB, SHA-256 {bundle.sha256[:12]}…)")
@@ -133,121 +117,6 @@ def class_names(classes: str, folder: Path | None) -> tuple[str, ...]:
     if len(names) < 2 or len(set(names)) != len(names) or not all(names):
         raise ConfigError(f"need at least two different class names, got {len(set(names))}: {', '.join(names[:5])}")
     return tuple(names)
-
-
-def build_bundle(
-    source: Backbone,
-    classes: tuple[str, ...],
-    levels: int | None,
-    lora: LoraSpec,
-    out: Path,
-    seed: int,
-    precision: Precision = "fp32",
-    zero_shot: ZeroShot | None = None,
-    ort_training: bool = False,
-) -> Iterator[tuple[int, int, str]]:
-    """Writes the bundle at `out`, replacing one that is there; yields (steps done, steps, what is being done).
-
-    Raises ConfigError for impossible levels or precisions, BundleError if a graph differs from torch + PEFT.
-    """
-    family, size = source.family, source.size
-    geometry = family.geometry(source.model.config, size)
-    levels = levels or geometry.blocks
-    if levels > geometry.blocks:
-        raise ConfigError(f"--levels {levels} is more than the model's {geometry.blocks} blocks")
-    if out.exists() and not (out / MANIFEST).exists() and any(out.iterdir()):
-        raise ConfigError(f"--out {out} exists and is not a bundle; choose another folder")
-    if ort_training and precision != "fp32":
-        raise ConfigError(f"--ort-training trains in fp32 only, not with --precision {precision}")
-    steps = 1 + (4 + ort_training) * levels + 2 + 2
-    preprocessing = source.preprocessing
-    layout = expert_layout(family, geometry, lora.rank, len(classes))
-    gate = gate_layout(geometry.feature)
-    peft = PeftSpec(
-        base=source.origin.base if source.origin else RANDOM,
-        revision=source.origin.commit if source.origin else None,
-        prefix=family.backbone,
-        layers_pattern=family.layers_pattern,
-        head_width=geometry.feature,
-        classifier_width=family.classifier_width * geometry.feature,
-    )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
-        root = Path(scratch) / "bundle"
-        root.mkdir()
-        done = 0
-        yield done, steps, "backbone (optimum)"
-        with WeightFile(root / WEIGHTS_FILE) as weight_file:
-            writer = GraphWriter(
-                root=root,
-                family=family,
-                transformer=Transformer(geometry, lora.alpha / lora.rank),
-                weights=family.weights(source.model, size),
-                weight_file=weight_file,
-                preprocessing=preprocessing,
-                experts=layout,
-                gate=gate,
-                classes=len(classes),
-                levels=levels,
-                precision=precision,
-            )
-            for done, name in enumerate(writer.write_all(), start=1):
-                yield done, steps, name
-            for level in range(1, levels + 1) if ort_training else ():
-                done += 1
-                yield done, steps, write_artifacts(writer, level)
-            if precision == "fp32":  # it is the backbone's own, with weights that an int8 bundle does not have
-                write_backbone_onnx(source, root / "backbone.onnx", weight_file)
-        if source.tokenizer:
-            (root / TOKENIZER).write_text(source.tokenizer, encoding="utf-8")
-        expert = initial_expert(source, lora, peft, layout, geometry.blocks, seed)[: layout.size(levels)]
-        initial = {"expert": expert, "gate": initial_gate(gate, seed)}
-        if zero_shot:
-            initial |= {"zero_shot": zero_shot.rows, "zero_shot_scale": np.array([zero_shot.scale], np.float32)}
-        save_file(initial, root / "init.safetensors")
-        files = {
-            path.name: FileEntry(size=path.stat().st_size, sha256=file_sha256(path)) for path in sorted(root.iterdir())
-        }
-        manifest = Manifest(
-            model=source.name,
-            family=family.model_type,
-            precision=precision,
-            preprocessing=preprocessing,
-            dims=Dims(
-                tokens=geometry.tokens,
-                hidden=geometry.hidden,
-                feature=geometry.feature,
-                blocks=geometry.blocks,
-                classes=len(classes),
-            ),
-            lora=lora,
-            levels=levels,
-            classes=classes,
-            expert_layout=tuple(slot for slot in layout.slots if slot.end <= layout.size(levels)),
-            gate_layout=gate.slots,
-            peft=peft,
-            backbone_parameters=source.parameters,
-            tuned_parameters=layout.size(levels),
-            files=files,
-        )
-        (root / MANIFEST).write_text(manifest.model_dump_json(indent=1))
-        for level in sorted({1, levels}):
-            yield done + 1, steps, f"compare with PEFT, level {level}"
-            check_parity(Bundle.load(root), source, level, seed)
-        if out.exists():
-            shutil.rmtree(out)
-        root.rename(out)
-    yield steps, steps, "done"
-
-
-def initial_gate(layout: Layout, seed: int) -> Vector:
-    """The gate adapter's start (G,): a Kaiming-uniform first layer and zeros, so both experts weigh the same."""
-    rng = np.random.default_rng(seed)
-    vector = np.zeros(layout.total, np.float32)
-    down = layout.split(vector)["gate.down.weight"]
-    bound = (1 / down.shape[1]) ** 0.5
-    down[:] = rng.uniform(-bound, bound, down.shape)
-    return vector
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""Products with the frozen weights of a backbone: in float32, or with int8 weights (ours).
+"""Matrix products with frozen weights, in float32 or int8 (ours).
 
-An int8 product takes weights with one scale per output, and rows of activations or gradients that are quantised on the
-spot, each row with a scale of its own: the class token's gradient is larger than the others' by far, and what a row
-becomes must not depend on which images share its batch. The product itself is MatMulInteger, in ONNX Runtime's own form
-that scales the result while it is written (every ONNX Runtime has it; two passes over memory less).
+An int8 product uses weights with one scale per output. It quantizes activations and gradients at run time, with one
+scale per row, for two reasons. The gradient of the class token is much larger than the others. And the result for a
+sample must not depend on the other samples of its batch.
+
+The operator is ONNX Runtime's MatMulIntegerToFloat, which every release has. It scales the result while it writes it,
+and so saves two passes over memory.
 """
 
 from __future__ import annotations
@@ -15,13 +17,13 @@ import numpy as np
 
 from export.graph import RUNTIME_DOMAIN, Array, Graph
 
-LARGEST = 127  # of a signed byte, used symmetrically
-ZERO_POINT = 128  # of unsigned bytes: runtimes multiply unsigned with signed fastest
+LARGEST = 127  # the signed byte's range is used symmetrically
+ZERO_POINT = 128  # of activations, which are unsigned, because unsigned times signed is the fastest product
 TINY = 1e-30
 
 
 class Frozen(Protocol):
-    """The frozen projections of one graph; `key.weight` is (I, O)."""
+    """Adds products with frozen projections to one graph. `key.weight` is (I, O), `key.bias` (O,)."""
 
     def linear(self, x: str, key: str) -> str:
         """x W + b: (·, I) → (·, O)."""
@@ -34,6 +36,8 @@ class Frozen(Protocol):
 
 
 class Float32:
+    """Products in float32."""
+
     def __init__(self, graph: Graph) -> None:
         self._graph = graph
 
@@ -48,6 +52,8 @@ class Float32:
 
 
 class Int8:
+    """Products with int8 weights and activations."""
+
     def __init__(self, graph: Graph) -> None:
         self._graph = graph
         self._rows: dict[str, tuple[str, str]] = {}
@@ -57,21 +63,21 @@ class Int8:
 
     def product(self, x: str, key: str) -> str:
         weight, scale = self._weight(key)
-        return self._times(x, weight, scale)
+        return self._matmul(x, weight, scale)
 
     def transposed(self, x: str, key: str) -> str:
         weight, scale = self._weight(key)
-        turned = self._graph.op("Transpose", weight, perm=[1, 0])
-        return self._times(self._graph.op("Mul", x, scale), turned, self._graph.const(1.0))
+        transposed = self._graph.op("Transpose", weight, perm=[1, 0])
+        return self._matmul(self._graph.op("Mul", x, scale), transposed, self._graph.const(1.0))
 
-    def _times(self, x: str, weight: str, scale: str) -> str:
+    def _matmul(self, x: str, weight: str, scale: str) -> str:
         op, const = self._graph.op, self._graph.const
-        rows, row_scale = self._quantised(x)
+        rows, row_scale = self._quantize_rows(x)
         inputs = rows, weight, const(1.0), scale, const(ZERO_POINT, np.uint8)
         return op("Mul", op("MatMulIntegerToFloat", *inputs, domain=RUNTIME_DOMAIN), row_scale)
 
-    def _quantised(self, x: str) -> tuple[str, str]:
-        """Unsigned bytes (M, K) and the scale (M, 1) of each row of x (M, K)."""
+    def _quantize_rows(self, x: str) -> tuple[str, str]:
+        """Unsigned bytes (M, K) and scales (M, 1) of the rows of x (M, K). Nodes are added once for each x."""
         if x not in self._rows:
             op, const, last = self._graph.op, self._graph.const, self._graph.ints(-1)
             largest = op("Max", op("ReduceMax", op("Abs", x), last), const(TINY))
@@ -82,12 +88,12 @@ class Int8:
         return self._rows[x]
 
     def _weight(self, key: str) -> tuple[str, str]:
-        weight, scale = quantise(self._graph.weight(f"{key}.weight"))
+        weight, scale = quantize(self._graph.weight(f"{key}.weight"))
         return self._graph.stored(f"{key}.int8", weight), self._graph.stored(f"{key}.scale", scale)
 
 
-def quantise(weight: Array) -> tuple[Array, Array]:
-    """Signed bytes (I, O) and the scale (O,) of each column."""
+def quantize(weight: Array) -> tuple[Array, Array]:
+    """Signed bytes (I, O) and scales (O,) of the columns of `weight` (I, O)."""
     scale = np.maximum(np.abs(weight).max(axis=0), TINY).astype(np.float32) / np.float32(LARGEST)
     return np.rint(weight / scale).astype(np.int8), scale
 

@@ -1,7 +1,7 @@
-"""A small ONNX graph builder, and the file that holds every frozen weight once.
+"""A small ONNX graph builder, and the file that stores every frozen weight once.
 
-Only standard operators of opset 20 are emitted, and for int8 one of ONNX Runtime's own (see `export.frozen`), so any
-ONNX Runtime from 1.19 on runs the graphs.
+Graphs contain standard operators of opset 20 and, for int8, one operator of ONNX Runtime (see `export.frozen`). ONNX
+Runtime 1.19 or newer runs them.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from onnx import TensorProto, helper, numpy_helper
 OPSET = 20
 RUNTIME_DOMAIN = "com.microsoft"
 VERSIONS = {"": OPSET, RUNTIME_DOMAIN: 1}
-IR_VERSION = 10  # the newest that ONNX Runtime 1.19 reads
-ALIGNMENT = 4096  # a page, so that a memory map needs no copy
+IR_VERSION = 10  # the newest version that ONNX Runtime 1.19 reads
+ALIGNMENT = 4096  # page size, so that memory-mapped weights need no copy
 WEIGHTS_FILE = "backbone.weights"
-INLINE_BYTES = 4096
+INLINE_BYTES = 4096  # larger constants are stored in the weight file
 
 Array = NDArray[Any]
 Dim = int | str
 
 
 class WeightFile:
-    """Frozen weights as ONNX external data, each stored once, however many graphs and names refer to it."""
+    """Frozen weights as ONNX external data. Equal tensors are stored once."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -45,7 +45,7 @@ class WeightFile:
         self._file.close()
 
     def tensor(self, name: str, array: Array) -> TensorProto:
-        """A reference, named `name`, to the stored bytes of `array`."""
+        """Stores `array` and returns a tensor `name` that refers to it."""
         array = np.ascontiguousarray(array)
         data = array.tobytes()
         key = hashlib.sha256(data).hexdigest(), array.shape
@@ -63,7 +63,7 @@ class WeightFile:
 
 
 class Graph:
-    """Nodes in the order they are added; names are counted, so the same calls give the same bytes."""
+    """Collects nodes. Names are numbered, so the same calls give the same bytes."""
 
     def __init__(self, name: str, weights: Mapping[str, Array], weight_file: WeightFile) -> None:
         self._name = name
@@ -79,28 +79,30 @@ class Graph:
         return name
 
     def output(self, tensor: str, name: str, shape: Sequence[Dim]) -> None:
-        """Declares a float32 tensor of the graph as an output."""
+        """Makes a float32 tensor of the graph an output with the given name."""
         self._nodes.append(helper.make_node("Identity", [tensor], [name]))
         self._outputs.append(_value_info(name, np.float32, shape))
 
     def frozen(self, key: str) -> str:
-        """A frozen weight of the backbone."""
+        """Adds a frozen weight of the backbone as a constant."""
         return self.stored(key, self._weights[key])
 
     def stored(self, name: str, array: Array) -> str:
-        """A constant in the weight file."""
+        """Adds a constant that is stored in the weight file."""
         if name not in self._initializers:
             self._initializers[name] = self._weight_file.tensor(name, array)
         return name
 
     def weight(self, key: str) -> Array:
+        """The values of a frozen weight."""
         return self._weights[key]
 
     def has(self, key: str) -> bool:
+        """Whether the backbone has this frozen weight."""
         return key in self._weights
 
     def const(self, value: Any, dtype: type[np.generic] = np.float32) -> str:
-        """A constant, stored in the graph itself if it is small; equal ones share a name."""
+        """Adds a constant. Small ones are stored in the graph itself. Equal constants share a name."""
         array = np.asarray(value, dtype)
         name = f"const.{array.dtype}.{hashlib.sha256(array.tobytes() + str(array.shape).encode()).hexdigest()[:12]}"
         if name not in self._initializers:
@@ -111,7 +113,7 @@ class Graph:
         return name
 
     def parameter(self, name: str, shape: Sequence[int]) -> str:
-        """A trainable as onnxruntime-training takes it: an initializer of zeros, for a checkpoint to fill."""
+        """Adds a trainable for onnxruntime-training: an initializer of zeros. A checkpoint has its values."""
         self._initializers[name] = numpy_helper.from_array(np.zeros(shape, np.float32), name)
         return name
 
@@ -119,10 +121,11 @@ class Graph:
         return self.const(values, np.int64)
 
     def op(self, kind: str, *inputs: str, **attributes: Any) -> str:
+        """Adds a node with one output. Returns the name of the output."""
         return self.ops(kind, 1, *inputs, **attributes)[0]
 
     def ops(self, kind: str, outputs: int, *inputs: str, **attributes: Any) -> list[str]:
-        """A node with several outputs."""
+        """Adds a node. Returns the names of its outputs."""
         names = [f"{kind.lower()}.{len(self._nodes)}.{index}" for index in range(outputs)]
         self._nodes.append(helper.make_node(kind, list(inputs), names, **attributes))
         return names

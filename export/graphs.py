@@ -1,6 +1,7 @@
-"""The graphs of a bundle, composed from the transformer and the tape. Shapes use the letters of the method:
-B batch, N tokens, D hidden size, F width of the feature, L blocks, C classes, P trainables of a level, G trainables of
-the gate adapter.
+"""The graphs of a bundle, composed from the transformer and the tape.
+
+Letters of shapes: B batch, N tokens, D hidden size, F feature width, L blocks, C classes, P trainables of a level, G
+trainables of the gate adapter.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ GATE_WIDTH = 16
 
 
 def expert_layout(family: Family, geometry: Geometry, rank: int, classes: int) -> Layout:
-    """Head first, then LoRA block by block from the head towards the input."""
+    """The head first, then the LoRA of each block, from block L-1 to block 0. So a lower level is a prefix."""
     shapes: list[tuple[str, str, tuple[int, ...]]] = [
         (HEAD, "classifier.weight", (classes, geometry.feature)),
         (HEAD, "classifier.bias", (classes,)),
@@ -48,13 +49,16 @@ def gate_layout(feature: int) -> Layout:
     )
 
 
-NEVER = -1e9  # added to an attention score, it leaves a weight of exactly zero
+MASKED_SCORE = -1e9  # added to an attention score: the weight is then exactly zero
 
 
 @dataclass(frozen=True)
 class Padding:
-    """Which tokens of a batch of texts are real: `rows` (B, N, 1) is 1 for them and 0 for padding; `mask`
-    (B, 1, 1, N), for the attention to them, 0 and NEVER."""
+    """The padding of a batch of texts.
+
+    `rows` (B, N, 1): 1 for real tokens, 0 for padding. `mask` (B, 1, 1, N): added to attention scores, 0 for real
+    tokens, MASKED_SCORE for padding.
+    """
 
     rows: str
     mask: str
@@ -64,8 +68,8 @@ class Padding:
 class GraphWriter:
     """Writes every graph of one bundle into `root`.
 
-    Texts are padded to N tokens, and what is padding must be known to every graph that attends: in a hidden state
-    (B, N, D) the row of a padded token is zeros, which no real one is after a LayerNorm (ours).
+    Texts are padded to N tokens, and every graph with attention must know which tokens are padding. So the rows of
+    padded tokens in a hidden state (B, N, D) are zero (ours). Rows of real tokens never are, because of the LayerNorm.
     """
 
     root: Path
@@ -81,7 +85,7 @@ class GraphWriter:
     precision: Precision
 
     def write_all(self) -> Iterator[str]:
-        """Yields the name of each file once it is written."""
+        """Writes all graphs. Yields the name of each file after it is written."""
         blocks = self.transformer.geometry.blocks
         yield self._save("features.onnx", self.features())
         for level in range(1, self.levels + 1):
@@ -94,9 +98,9 @@ class GraphWriter:
         yield self._save("gate-predict.onnx", self.gate_predict())
 
     def features(self) -> Graph:
-        """pixels → the hidden state below each level's suffix, `hidden_{k}` (B, N, D), and `pooled` (B, F).
+        """pixels or tokens → the hidden state below each level's suffix, `hidden_{k}` (B, N, D), and `pooled` (B, F).
 
-        A caller that fetches only some outputs runs only what they need.
+        Fetching some of the outputs runs only the nodes that they depend on.
         """
         g, graph = self.transformer.geometry, self._graph("features")
         tape = self._tape(graph)
@@ -104,35 +108,34 @@ class GraphWriter:
         for block in range(g.blocks):
             level = g.blocks - block
             if level <= self.levels:
-                self._emit_state(graph, x, padding, f"hidden_{level}")
+                self._output_state(graph, x, padding, f"hidden_{level}")
             x = self.transformer.block(tape, x, block, {}, class_token_only=level == 1, mask=_mask(padding))
         pooled = self.transformer.tail(tape, x)
         graph.output(pooled.name, "pooled", ["B", g.feature])
         return graph
 
     def lift(self, block: int) -> Graph:
-        """hidden state below `block`, its LoRA → hidden state above it (B, N, D)."""
+        """hidden state below `block`, LoRA of the block → hidden state above it (B, N, D)."""
         graph = self._graph(f"lift-{block}")
         tape, (hidden, padding) = self._tape(graph), self._hidden(graph)
         part = self.experts.parts[str(block)]
         theta = graph.input("theta", np.float32, [part.stop - part.start])
         loras = self._loras(self._parameters(graph, theta, self.experts, part, trainable=False))
         x = self.transformer.block(tape, hidden, block, loras[block], mask=_mask(padding))
-        self._emit_state(graph, x, padding, "lifted")
+        self._output_state(graph, x, padding, "lifted")
         return graph
 
     def step(self, level: int) -> Graph:
-        """One LoRA step's loss and gradient (P,), for cross-entropy and the MoFM likelihood alike."""
+        """hidden state, trainables, loss terms → loss and gradient (P,). See `Tape.expert_loss` for the loss."""
         graph = self._graph(f"step-{level}")
         tape = self._tape(graph)
         parameters = self._theta(graph, "theta", level, trainable=True)
         loss = self._loss(graph, tape, level, parameters)
-        self._emit(graph, tape, loss, list(parameters.values()))
+        self._output_gradient(graph, tape, loss, list(parameters.values()))
         return graph
 
     def forward(self, level: int) -> Graph:
-        """The loss of `step` without its gradient, each trainable a parameter of its own: what onnxruntime-training
-        differentiates itself."""
+        """The loss of `step`, with each trainable as a parameter. onnxruntime-training adds the gradient."""
         graph = self._graph(f"forward-{level}")
         slots = [slot for slot in self.experts.slots if slot.end <= self.experts.size(level)]
         parameters = {slot.name: Var(graph.parameter(slot.name, slot.shape)) for slot in slots}
@@ -150,11 +153,11 @@ class GraphWriter:
         return graph
 
     def personal(self, level: int) -> Graph:
-        """The personalized model as a template: a device turns all inputs but pixels or tokens into constants.
+        """The template of the personalized model. A device provides all inputs except pixels or tokens.
 
-        `global_bias` (C,) is the device's log class prior, `local_bias` (C,) masks the classes it does not hold, and
-        probabilities are the softmax of the mixture's log p / `temperature` (1,). The frozen prefix is shared; above it
-        the backbone (for the gate) and both experts part.
+        `global_bias` (C,): log class prior. `local_bias` (C,): class mask. The output `probabilities` (B, C) is the
+        softmax of the mixture's log p / `temperature` (1,). The backbone (for the gate) and both experts share the
+        frozen prefix.
         """
         g, graph = self.transformer.geometry, self._graph(f"personal-{level}")
         tape = self._tape(graph)
@@ -195,7 +198,7 @@ class GraphWriter:
         weights = graph.input("weights", np.float32, ["B"])
         parameters = self._gate_theta(graph, trainable=True)
         loss = tape.gate_loss(self._gate_logits(graph, tape, pooled, parameters), expert_log_p, weights)
-        self._emit(graph, tape, loss, list(parameters.values()))
+        self._output_gradient(graph, tape, loss, list(parameters.values()))
         return graph
 
     def _tape(self, graph: Graph) -> Tape:
@@ -211,7 +214,7 @@ class GraphWriter:
         return name
 
     def _samples(self, graph: Graph) -> tuple[Var, Padding | None]:
-        """A batch of images or texts, embedded (B·N, D)."""
+        """The input for a batch of images or texts → embedded tokens (B·N, D)."""
         preprocessing = self.preprocessing
         if isinstance(preprocessing, TextPreprocessing):
             tokens = graph.input("tokens", np.int64, ["B", preprocessing.max_tokens])
@@ -223,7 +226,7 @@ class GraphWriter:
         return self.transformer.embed(graph, pixels, preprocessing), None
 
     def _hidden(self, graph: Graph) -> tuple[Var, Padding | None]:
-        """A batch of hidden states, (B·N, D)."""
+        """The input for a batch of hidden states → (B·N, D)."""
         g, padding = self.transformer.geometry, None
         hidden = graph.input("hidden", np.float32, ["B", g.tokens, g.hidden])
         if isinstance(self.preprocessing, TextPreprocessing):
@@ -231,23 +234,23 @@ class GraphWriter:
             padding = self._padding(graph, graph.op("Greater", largest, graph.const(0.0)))
         return Var(graph.op("Reshape", hidden, graph.ints(-1, g.hidden))), padding
 
-    def _emit_state(self, graph: Graph, x: Var, padding: Padding | None, name: str) -> None:
-        """Declares the hidden state x (B·N, D) as the output `name` (B, N, D), with zeros for padded tokens."""
+    def _output_state(self, graph: Graph, x: Var, padding: Padding | None, name: str) -> None:
+        """Makes the hidden state x (B·N, D) the output `name` (B, N, D), with zeros for padded tokens."""
         g = self.transformer.geometry
         state = graph.op("Reshape", x.name, graph.ints(-1, g.tokens, g.hidden))
         graph.output(graph.op("Mul", state, padding.rows) if padding else state, name, ["B", g.tokens, g.hidden])
 
     def _padding(self, graph: Graph, real: str) -> Padding:
-        """`real` (B, N, 1), boolean."""
+        """From the mask of real tokens (B, N, 1), boolean."""
         rows = graph.op("Cast", real, to=onnx.TensorProto.FLOAT)
         keys = graph.op("Reshape", rows, graph.ints(-1, 1, 1, self.transformer.geometry.tokens))
-        return Padding(rows, graph.op("Mul", graph.op("Sub", keys, graph.const(1.0)), graph.const(-NEVER)))
+        return Padding(rows, graph.op("Mul", graph.op("Sub", keys, graph.const(1.0)), graph.const(-MASKED_SCORE)))
 
     def _pooled(self, graph: Graph) -> Var:
         return Var(graph.input("pooled", np.float32, ["B", self.transformer.geometry.feature]))
 
     def _parameters(self, graph: Graph, theta: str, layout: Layout, part: slice, trainable: bool) -> dict[str, Var]:
-        """The tensors of `theta`, which holds `part` of the layout's vector."""
+        """The tensors of `theta`, which is the slice `part` of the layout's vector."""
         variables = {}
         for slot in layout.slots:
             if part.start <= slot.offset and slot.end <= part.stop:
@@ -285,7 +288,7 @@ class GraphWriter:
         return tape.project(feature, parameters["classifier.weight"], plus=bias), feature
 
     def _loss(self, graph: Graph, tape: Tape, level: int, parameters: Mapping[str, Var]) -> str:
-        """hidden state, labels, weights, mixture → the expert's loss."""
+        """Adds the inputs of a training batch. Returns the expert's loss."""
         hidden, padding = self._hidden(graph)
         labels = graph.input("labels", np.int64, ["B"])
         weights, gate, other = (graph.input(name, np.float32, ["B"]) for name in ("weights", "gate", "other"))
@@ -294,7 +297,7 @@ class GraphWriter:
         return tape.expert_loss(logits, labels, weights, gate, other, bias, self.classes)
 
     def _gate_logits(self, graph: Graph, tape: Tape, pooled: Var, parameters: Mapping[str, Var]) -> Var:
-        """LayerNorm (its affine part lies in the next layer), F → 16, GELU, 16 → 2 (ours)."""
+        """LayerNorm without affine parameters, F → 16, GELU, 16 → 2 (ours)."""
         ones = graph.const(np.ones(self.transformer.geometry.feature))
         normal = Var(graph.op("LayerNormalization", pooled.name, ones))
         down = tape.broadcast(parameters["gate.down.bias"])
@@ -304,7 +307,7 @@ class GraphWriter:
     def _log_gate(self, graph: Graph, tape: Tape, pooled: Var, parameters: Mapping[str, Var]) -> str:
         return graph.op("LogSoftmax", self._gate_logits(graph, tape, pooled, parameters).name, axis=-1)
 
-    def _emit(self, graph: Graph, tape: Tape, loss: str, parameters: list[Var]) -> None:
+    def _output_gradient(self, graph: Graph, tape: Tape, loss: str, parameters: list[Var]) -> None:
         flat = [graph.op("Reshape", gradient, graph.ints(-1)) for gradient in tape.gradients(parameters)]
         gradient = graph.op("Concat", *flat, axis=0)
         graph.output(loss, "loss", [])

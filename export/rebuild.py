@@ -1,7 +1,7 @@
-"""Rebuilds a transformers folder from an ONNX export that still carries its backbone's weights.
+"""Rebuilds a transformers folder from an ONNX file that contains the weights of a DINOv2 backbone.
 
-Some packages ship a model only as ONNX. Its named initializers are the transformers keys; MatMul weights lost their
-names and are found by the path of their node, and the two halves of the position embedding by the nodes they feed.
+Some packages ship a model only as ONNX. Named initializers have transformers keys. MatMul weights have no names; the
+path of their node names them. The position embedding is in two parts, for the class token and for the patches.
 
     python -m export.rebuild MODEL.onnx FOLDER
 """
@@ -24,22 +24,22 @@ from fedfmsl.errors import WeightsError
 PREFIX = "backbone."
 _MATMUL = re.compile(r"/backbone/(encoder/.*)/MatMul$")
 
-app = application("Rebuild a DINOv2 transformers folder from an ONNX file that carries its weights.")
+app = application("Rebuild a DINOv2 transformers folder from an ONNX file that contains its weights.")
 
 
 def dinov2_state(model: onnx.ModelProto) -> dict[str, np.ndarray]:
-    """The transformers state of a DINOv2 backbone inside `model`. Raises WeightsError if it holds none."""
+    """The transformers state of the DINOv2 backbone in `model`. Raises WeightsError if there is none."""
     tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     state = {name[len(PREFIX) :]: array for name, array in tensors.items() if name.startswith(PREFIX)}
     for node in model.graph.node:
         match = _MATMUL.fullmatch(node.name)
-        anonymous = [name for name in node.input if name in tensors]
-        if node.op_type == "MatMul" and match and anonymous:
-            state[match[1].replace("/", ".") + ".weight"] = tensors[anonymous[0]].T
-    halves = [array for name, array in tensors.items() if name.startswith("onnx::") and array.ndim == 3]
-    if "embeddings.cls_token" not in state or len(halves) != 2:
-        raise WeightsError("the ONNX file holds no DINOv2 backbone under the names 'backbone.*'")
-    state["embeddings.position_embeddings"] = np.concatenate(sorted(halves, key=lambda a: a.shape[1]), axis=1)
+        unnamed = [name for name in node.input if name in tensors]
+        if node.op_type == "MatMul" and match and unnamed:
+            state[match[1].replace("/", ".") + ".weight"] = tensors[unnamed[0]].T
+    parts = [array for name, array in tensors.items() if name.startswith("onnx::") and array.ndim == 3]
+    if "embeddings.cls_token" not in state or len(parts) != 2:
+        raise WeightsError("the ONNX file has no DINOv2 backbone with tensors named 'backbone.*'")
+    state["embeddings.position_embeddings"] = np.concatenate(sorted(parts, key=lambda a: a.shape[1]), axis=1)
     return state
 
 

@@ -1,4 +1,4 @@
-"""The same mathematics in torch + PEFT over the whole model: where the trainables start, and what graphs must equal."""
+"""The reference in torch + PEFT on the whole model: initial trainables, and the results that graphs must equal."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fedfmsl.protocol.peft_names import from_peft, to_peft
 
 
 def add_lora(source: Backbone, lora: LoraSpec, level: int, seed: int) -> Any:
-    """The classification model with PEFT's LoRA on the `level` last blocks. It changes `source.model`."""
+    """The classification model with PEFT's LoRA on the last `level` blocks. Changes `source.model`."""
     blocks = source.backbone.config.num_hidden_layers
     torch.manual_seed(seed)
     config = LoraConfig(
@@ -36,7 +36,7 @@ def add_lora(source: Backbone, lora: LoraSpec, level: int, seed: int) -> Any:
 
 @contextmanager
 def peft_model(source: Backbone, lora: LoraSpec, level: int, seed: int) -> Iterator[Any]:
-    """The same, but the model is restored on leaving."""
+    """Like `add_lora`, but restores `source.model` on exit."""
     model = add_lora(source, lora, level, seed)
     try:
         yield model
@@ -45,15 +45,15 @@ def peft_model(source: Backbone, lora: LoraSpec, level: int, seed: int) -> Itera
 
 
 def initial_expert(source: Backbone, lora: LoraSpec, peft: PeftSpec, layout: Layout, level: int, seed: int) -> Vector:
-    """PEFT's own start (A Kaiming, B zero) with a zero head, as a flat vector (P,)."""
+    """PEFT's initial LoRA (A Kaiming, B zero) with a zero head, as a flat vector (P,)."""
     with peft_model(source, lora, level, seed) as model:
-        # not "auto", for which PEFT would ask the hub whether the vocabulary is the base's
-        found = get_peft_model_state_dict(model, save_embedding_layers=False)
-        state = {key: tensor.numpy() for key, tensor in found.items()}
-    tensors = from_peft(peft, state)
+        # with "auto" PEFT would ask the hub for the base model's vocabulary
+        tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
+        state = {key: tensor.numpy() for key, tensor in tensors.items()}
+    expert = from_peft(peft, state)
     for name in ("classifier.weight", "classifier.bias"):
-        tensors[name] = np.zeros_like(tensors[name])
-    return layout.join(tensors)
+        expert[name] = np.zeros_like(expert[name])
+    return layout.join(expert)
 
 
 def loss_and_gradient(
@@ -82,15 +82,15 @@ def loss_and_gradient(
 
 
 def torch_inputs(samples: Array, preprocessing: Preprocessing) -> dict[str, torch.Tensor]:
-    """What a bundle's graphs take, pixels (B, S, S, 3) or tokens (B, N) → what transformers' model does."""
+    """Converts inputs of a bundle's graphs, pixels (B, S, S, 3) or tokens (B, N), to inputs of transformers."""
     if isinstance(preprocessing, TextPreprocessing):
         tokens = torch.from_numpy(samples)
         return {"input_ids": tokens, "attention_mask": (tokens != preprocessing.pad_id).long()}
-    return {"pixel_values": normalised(samples, preprocessing)}
+    return {"pixel_values": normalize_pixels(samples, preprocessing)}
 
 
 def random_samples(source: Backbone, preprocessing: Preprocessing, count: int, rng: np.random.Generator) -> Array:
-    """Pixels (B, S, S, 3), or tokens (B, N): the first text fills all N, the others are of any length."""
+    """Pixels (B, S, S, 3), or tokens (B, N). The first text has N tokens, the others have random lengths."""
     if isinstance(preprocessing, TextPreprocessing):
         length = preprocessing.max_tokens
         tokens = rng.integers(0, source.model.config.vocab_size, (count, length))
@@ -100,8 +100,8 @@ def random_samples(source: Backbone, preprocessing: Preprocessing, count: int, r
     return rng.integers(0, 256, (count, preprocessing.size, preprocessing.size, 3), dtype=np.uint8)
 
 
-def normalised(pixels: Array, preprocessing: ImagePreprocessing) -> torch.Tensor:
-    """uint8 RGB (B, S, S, 3) → what transformers calls pixel_values, (B, 3, S, S)."""
+def normalize_pixels(pixels: Array, preprocessing: ImagePreprocessing) -> torch.Tensor:
+    """uint8 RGB pixels (B, S, S, 3) → normalized `pixel_values` (B, 3, S, S) of transformers."""
     scaled = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (preprocessing.mean, preprocessing.std))
     return (scaled - mean) / std

@@ -1,17 +1,15 @@
-"""A transformer written once, over weights with canonical names.
+"""The transformer of all supported families, with weights under canonical names (see `export.families`):
 
-Every supported family is these few operations with its own weights (see `export.families`):
-
-    patch.weight (D, 3, p, p), patch.bias (D,)      of an image
-    words (V, D)                           of a text, of V known tokens
-    position (1, N, D)                     its first rows are the special tokens plus their positions
-    embed_norm.{weight,bias} (D,)          only where a norm follows the embeddings
-    blocks.{i}.norm1|norm2.{weight,bias} (D,)
-    blocks.{i}.query|key|value|output|up|down.{weight (in, out), bias}
-    blocks.{i}.scale1|scale2 (D,)          only where the family has layer scale
-    norm.{weight,bias} (D,)                only where the blocks do not end with a norm
-    pooler.{weight (D, D), bias}           only where the feature is tanh of a projection
-    projection.{weight (D, F), bias}       only where the feature is a projection
+patch.weight (D, 3, p, p), patch.bias (D,)      images only, p pixels per patch side
+words (V, D)                           texts only, V tokens in the vocabulary
+position (1, N, D)                     the first rows include the embeddings of the special tokens
+embed_norm.{weight,bias} (D,)          only if a norm follows the embeddings
+blocks.{i}.norm1|norm2.{weight,bias} (D,)
+blocks.{i}.query|key|value|output|up|down.{weight (in, out), bias}
+blocks.{i}.scale1|scale2 (D,)          only if the family has layer scale
+norm.{weight,bias} (D,)                only if the blocks do not end with a norm
+pooler.{weight (D, D), bias}           only if the feature is tanh of a projection
+projection.{weight (D, F), bias}       only if the feature is a projection
 """
 
 from __future__ import annotations
@@ -30,9 +28,10 @@ from fedfmsl.protocol.bundle import ImagePreprocessing
 
 @dataclass(frozen=True)
 class Geometry:
-    """What the weights do not say. Letters as in the method: N tokens, D hidden, L blocks; F width of the feature.
+    """Sizes and variants. `tokens` N, `hidden` D, `feature` F, `blocks` L.
 
-    `special` tokens come before the patches, first of them the class token; `patch` is None for a text.
+    `special`: number of tokens before the patches; the class token is the first. `patch`: pixels per side, None for
+    texts. `norm`: LayerNorm before ("pre") or after ("post") attention and MLP.
     """
 
     tokens: int
@@ -53,11 +52,13 @@ Lora = Mapping[str, tuple[Var, Var]]
 
 @dataclass(frozen=True)
 class Transformer:
+    """Adds the forward pass to a graph. Letters of shapes as in `export.graphs`."""
+
     geometry: Geometry
     lora_factor: float  # alpha / r
 
     def embed_tokens(self, graph: Graph, tokens: str) -> Var:
-        """Token ids (B, N) of texts → embedded tokens (B·N, D)."""
+        """Token IDs (B, N) → embedded tokens (B·N, D)."""
         words = graph.op("Gather", graph.frozen("words"), tokens)
         return self._embedded(graph, graph.op("Add", words, graph.frozen("position")))
 
@@ -70,15 +71,18 @@ class Transformer:
         stride = [g.patch, g.patch]
         patches = graph.op("Conv", normal, graph.frozen("patch.weight"), graph.frozen("patch.bias"), strides=stride)
         columns = graph.op("Reshape", patches, graph.ints(0, g.hidden, g.tokens - g.special))
-        # rows of zeros in front, to which "position" adds the special tokens together with their positions
+        # adds rows of zeros in front; "position" then adds the special tokens and their positions
         padded = graph.op("Pad", graph.op("Transpose", columns, perm=[0, 2, 1]), graph.ints(0, g.special, 0, 0, 0, 0))
         return self._embedded(graph, graph.op("Add", padded, graph.frozen("position")))
 
     def block(
         self, tape: Tape, x: Var, index: int, lora: Lora, class_token_only: bool = False, mask: str | None = None
     ) -> Var:
-        """Block `index` on (B·N, D). With `class_token_only` the result is (B, D): exact for the last block, of which
-        only the class token goes on. `mask` (B, 1, 1, N) keeps padded tokens out."""
+        """Block `index` on x (B·N, D).
+
+        With `class_token_only` the result is the class token (B, D). This is exact for the last block, because the tail
+        reads only the class token. `mask` (B, 1, 1, N) excludes padded tokens.
+        """
         g, key = self.geometry, f"blocks.{index}"
         post = g.norm == "post"
         normal = x if post else tape.layer_norm(x, f"{key}.norm1", g.epsilon)
@@ -99,27 +103,28 @@ class Transformer:
         return tape.layer_norm(x, f"{key}.norm2", g.epsilon) if post else x
 
     def _class_token_attention(self, tape: Tape, normal: Var, key: str, lora: Lora, mask: str | None) -> Var:
-        """The class token's attention (B, D) over `normal` (B·N, D), without a key or a value of any token (ours).
+        """The class token's attention (B, D) over `normal` (B·N, D), without computing keys and values (ours).
 
-        q·(W x) = (Wᵀ q)·x, so each head's query goes through the key weights instead of every token; the key's bias
-        only shifts a softmax. And a sum of values is the value of the sum, so tokens are summed first.
+        q·(W x) = (Wᵀ q)·x: the key weights are applied to each head's query instead of to every token. The bias of the
+        key shifts all scores of a softmax equally and is left out. The sum of values is the value of the sum, so tokens
+        are summed before the value projection.
         """
         g = self.geometry
         q = self._project(tape, tape.class_token(normal, g.tokens, g.hidden), f"{key}.query", lora.get("query"))
-        asked = tape.linear_transposed(tape.spread_heads(q, g.heads, g.hidden), f"{key}.key")
-        pooled = tape.pool(asked, normal, g.heads, g.tokens, g.hidden, mask)
+        query = tape.linear_transposed(tape.spread_heads(q, g.heads, g.hidden), f"{key}.key")
+        pooled = tape.pool(query, normal, g.heads, g.tokens, g.hidden, mask)
         v = self._project(tape, pooled, f"{key}.value", lora.get("value"))
         return tape.join_heads(v, g.heads, g.hidden)
 
     def suffix(self, tape: Tape, hidden: Var, first: int, lora: Mapping[int, Lora], mask: str | None = None) -> Var:
-        """Blocks `first` … L-1 and the tail: (B·N, D) → the class token's feature (B, F)."""
+        """Blocks `first` to L-1 and the tail: hidden state (B·N, D) → feature (B, F)."""
         last = self.geometry.blocks - 1
         for index in range(first, last + 1):
             hidden = self.block(tape, hidden, index, lora.get(index, {}), class_token_only=index == last, mask=mask)
         return self.tail(tape, hidden)
 
     def tail(self, tape: Tape, x: Var) -> Var:
-        """The class token after the last block (B, D) → its feature (B, F)."""
+        """The class token after the last block (B, D) → feature (B, F)."""
         has = tape.graph.has
         if has("norm.weight"):
             x = tape.layer_norm(x, "norm", self.geometry.epsilon)
@@ -128,7 +133,7 @@ class Transformer:
         return tape.linear(x, "projection") if has("projection.weight") else x
 
     def _embedded(self, graph: Graph, tokens: str) -> Var:
-        """(B, N, D) → (B·N, D), normed where the family does so."""
+        """(B, N, D) → (B·N, D), with the norm after the embeddings if the family has one."""
         x = Var(graph.op("Reshape", tokens, graph.ints(-1, self.geometry.hidden)))
         if not graph.has("embed_norm.weight"):
             return x

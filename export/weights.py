@@ -1,4 +1,4 @@
-"""Where a backbone's weights come from: the hub, a local transformers folder, or a seed."""
+"""Loads a backbone with weights from the Hugging Face hub, a transformers folder, or a random seed."""
 
 from __future__ import annotations
 
@@ -24,14 +24,17 @@ from fedfmsl.errors import ConfigError, WeightsError
 from fedfmsl.protocol.bundle import TOKENIZER, ImagePreprocessing, Preprocessing, TextPreprocessing
 
 RANDOM = "random"
-MAX_TOKENS = 128  # unless --max-tokens says otherwise
-HUB_SECONDS = 5.0
+MAX_TOKENS = 128  # default of --max-tokens
+HUB_SECONDS = 5.0  # timeout of the check whether the hub answers
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What transformers is told wherever it reads a file: a folder, or a hub repository, of which only what is `cached`
-    is read where the hub does not answer. `revision` is what the user pinned, `commit` what it meant."""
+    """Source of weights: a folder or a hub repository.
+
+    `cached`: read the local cache only, because the hub does not answer. `revision`: from the user. `commit`: the
+    commit that `revision` names.
+    """
 
     source: str
     revision: str | None = None
@@ -40,32 +43,33 @@ class Origin:
 
     @property
     def options(self) -> dict[str, Any]:
+        """Keyword arguments for transformers."""
         return {"revision": self.revision or "main", "local_files_only": self.cached}
 
     @property
     def base(self) -> str:
-        """The hub's name, or the folder's; its path would differ from machine to machine."""
+        """Name of the hub repository, or of the folder. The folder's path would differ between machines."""
         folder = Path(self.source)
         return folder.resolve().name if folder.is_dir() else self.source
 
-    def error(self, error: Exception) -> WeightsError:
-        """What to tell a user whom transformers told `error`."""
-        said = str(error).splitlines()[0]
+    def to_weights_error(self, error: Exception) -> WeightsError:
+        """The error for the user from an error of transformers."""
+        reason = str(error).splitlines()[0]
         if Path(self.source).is_dir():
-            return WeightsError(f"{self.source} is not a usable transformers folder: {said}")
+            return WeightsError(f"{self.source} is not a usable transformers folder: {reason}")
         if not self.cached:
-            return WeightsError(f"cannot fetch {self.source} at revision {self.options['revision']}: {said}")
+            return WeightsError(f"cannot fetch {self.source} at revision {self.options['revision']}: {reason}")
         return WeightsError(
             f"cannot fetch {self.source} from the Hugging Face hub; without a connection pass --weights FOLDER "
-            "(a downloaded copy with config.json and model.safetensors), or --weights random for shapes and benchmarks"
+            "(a downloaded copy with config.json and model.safetensors), or --weights random for benchmarks"
         )
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """A transformers classification model with `classes` outputs, and where it came from (None: of a seed).
+    """A transformers classification model. `origin` is None for random weights.
 
-    `mean` and `std` are those its weights were trained with.
+    `mean` and `std`: image normalization that the weights were trained with.
     """
 
     name: str
@@ -74,23 +78,24 @@ class Backbone:
     size: int  # pixels per side, or tokens
     mean: RGB
     std: RGB
-    tokenizer: str  # JSON, of a text model
+    tokenizer: str  # JSON of a text model's tokenizer, else ""
     origin: Origin | None
 
     @property
     def backbone(self) -> Any:
+        """The part of the model without the head."""
         return getattr(self.model, self.family.backbone)
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """What becomes of a sample before the graphs see it."""
+        """The preprocessing of samples before the graphs."""
         if self.family.input == "tokens":
             return TextPreprocessing(max_tokens=self.size, pad_id=self.model.config.pad_token_id)
         return ImagePreprocessing(size=self.size, mean=self.mean, std=self.std)
 
     @property
     def parameters(self) -> int:
-        """How many are frozen."""
+        """Number of frozen parameters."""
         return sum(p.numel() for name, p in self.model.named_parameters() if not name.startswith("classifier."))
 
 
@@ -103,11 +108,13 @@ def load_backbone(
     seed: int,
     tokenizer: Path | None = None,
 ) -> Backbone:
-    """The model `model` (a name of MODELS or a transformers folder) with `weights` ("random", a folder, or None for
-    the model's own), for images of `size` px, or texts of `size` tokens of `tokenizer` (None: the weights' own).
+    """Loads a model with `classes` outputs.
 
-    Raises ConfigError for an unknown model, or one that needs a tokenizer; WeightsError if weights or tokenizer cannot
-    be had or are of another family.
+    `model`: a name of MODELS, or a transformers folder. `weights`: "random", a folder, or None for the model's own.
+    `size`: pixels per side, or tokens. `tokenizer`: a tokenizer.json; None for the one beside the weights.
+
+    Raises ConfigError for an unknown model, or if a tokenizer is required. Raises WeightsError if weights or tokenizer
+    are missing, damaged or of another family.
     """
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -117,57 +124,57 @@ def load_backbone(
         raise ConfigError(f"--model {model!r} is neither a known model ({', '.join(MODELS)}) nor a transformers folder")
     source = weights or (spec.hub if spec else model)
     if weights not in (None, RANDOM) and not Path(source).is_dir():
-        raise WeightsError(f"--weights {source!r} is not a folder; give a transformers folder or 'random'")
+        raise WeightsError(f"--weights {source!r} is not a folder; pass a transformers folder or 'random'")
     if revision and (source == RANDOM or Path(source).is_dir()):
-        raise ConfigError(f"--revision {revision} pins weights of the hub, but these are {source}")
+        raise ConfigError(f"--revision {revision} selects a commit on the hub, but the weights are {source}; remove it")
     if spec and source == RANDOM:
         family, origin = spec.family, None
         config = family.reference.config_class(num_labels=classes, **spec.config)
     else:
         expected = (spec.family,) if spec else tuple(FAMILIES.values())
-        family, config, origin = _look(model if source == RANDOM else source, revision, classes, expected)
+        family, config, origin = _find_weights(model if source == RANDOM else source, revision, classes, expected)
     config._attn_implementation = "eager"
-    mean, std = _normalisation(family, origin) if origin else (family.mean, family.std)
+    mean, std = _normalization(family, origin) if origin else (family.mean, family.std)
     if source == RANDOM:
         origin = None
-    json = ""
+    tokenizer_json = ""
     if family.input == "tokens":
-        json = read_tokenizer(tokenizer or _tokenizer_of(origin), config.vocab_size)
+        tokenizer_json = read_tokenizer(tokenizer or _tokenizer_of(origin), config.vocab_size)
     torch.manual_seed(seed)
     loaded = load_pretrained(family.reference, origin, config) if origin else family.reference(config)
     return Backbone(
         name=model if spec else Path(model).resolve().name,
         family=family,
         model=loaded.eval(),
-        size=size or (spec.size if spec else _own_size(family, config)),
+        size=size or (spec.size if spec else _default_size(family, config)),
         mean=mean,
         std=std,
-        tokenizer=json,
+        tokenizer=tokenizer_json,
         origin=origin,
     )
 
 
-def _own_size(family: Family, config: Any) -> int:
-    """Pixels per side or tokens of a model without a name."""
+def _default_size(family: Family, config: Any) -> int:
+    """Pixels per side, or tokens, from the config of a model that is not in MODELS."""
     if family.input == "tokens":
         return min(MAX_TOKENS, int(config.max_position_embeddings))
     return int(config.image_size)
 
 
 def _tokenizer_of(origin: Origin | None) -> Path:
-    """The file beside the weights. Raises ConfigError or WeightsError if there is none."""
+    """The tokenizer.json beside the weights. Raises ConfigError or WeightsError if there is none."""
     if origin is None:
-        raise ConfigError(f"random weights bring no tokenizer; add --tokenizer FILE, the {TOKENIZER} of such a model")
+        raise ConfigError(f"random weights have no tokenizer; pass --tokenizer FILE, the {TOKENIZER} of such a model")
     try:
         return Path(cached_file(origin.source, TOKENIZER, **origin.options))
     except (OSError, ValueError) as error:
-        raise WeightsError(f"{origin.source} has no {TOKENIZER}; add --tokenizer FILE") from error
+        raise WeightsError(f"{origin.source} has no {TOKENIZER}; pass --tokenizer FILE") from error
 
 
 def load_pretrained(kind: type[Any], origin: Origin, config: Any) -> Any:
-    """A model of class `kind` in fp32, of which only a classifier may be missing in the weights.
+    """A model of class `kind` in fp32. The weights may lack the classifier, but nothing else.
 
-    Raises WeightsError if there are no safetensors, or not all that are needed in the shapes of `config`.
+    Raises WeightsError if there is no safetensors file, or if tensors are missing or have shapes other than `config`'s.
     """
     try:
         loaded, info = kind.from_pretrained(
@@ -177,62 +184,65 @@ def load_pretrained(kind: type[Any], origin: Origin, config: Any) -> Any:
             output_loading_info=True,
             use_safetensors=True,
             torch_dtype=torch.float32,
-            # it looks for an adapter beside the weights, and at "main" if not told
+            # transformers looks for an adapter beside the weights, by default at revision "main"
             adapter_kwargs={"revision": origin.options["revision"]},
             **origin.options,
         )
     except (OSError, ValueError, SafetensorError) as error:
-        raise origin.error(error) from error
+        raise origin.to_weights_error(error) from error
     absent = [*info["missing_keys"], *info["mismatched_keys"]]
     missing = [key for key in absent if not key.startswith("classifier.")]
     if missing:
         raise WeightsError(
-            f"{origin.source} lacks weights in the shapes of its config, first {missing[0]!r}; is the copy complete?"
+            f"{origin.source} has no tensor {missing[0]!r} in the shape of its config; download the folder again"
         )
     return loaded
 
 
-def _look(source: str, revision: str | None, classes: int, expected: tuple[Family, ...]) -> tuple[Family, Any, Origin]:
-    """The family and config of `source`, and the commit that `revision` means. Raises WeightsError if it is of none of
-    the expected families."""
+def _find_weights(
+    source: str, revision: str | None, classes: int, expected: tuple[Family, ...]
+) -> tuple[Family, Any, Origin]:
+    """Family, config and origin of the weights in `source`.
+
+    Raises WeightsError if they cannot be read or are of none of the expected families.
+    """
     origin = Origin(source, revision)
     if not Path(source).is_dir():
-        origin = replace(origin, cached=not _hub_answers())
-        console.print(
-            f"{source}: from the cache, the hub does not answer" if origin.cached else f"{source}: from the hub"
-        )
+        origin = replace(origin, cached=not _is_hub_reachable())
+        place = "the cache, because the hub does not answer" if origin.cached else "the hub"
+        console.print(f"{source}: from {place}")
     try:
-        described, _ = PretrainedConfig.get_config_dict(source, **origin.options)
-        found = described.get("model_type")
+        settings, _ = PretrainedConfig.get_config_dict(source, **origin.options)
+        model_type = settings.get("model_type")
         for family in expected:
             kind = family.reference.config_class
-            if found in (family.model_type, kind.model_type):
+            if model_type in (family.model_type, kind.model_type):
                 config = kind.from_pretrained(source, num_labels=classes, **origin.options)
-                return family, config, replace(origin, commit=described.get("_commit_hash"))
+                return family, config, replace(origin, commit=settings.get("_commit_hash"))
     except (OSError, ValueError) as error:
-        raise origin.error(error) from error
-    wanted = ", ".join(family.model_type for family in expected)
-    raise WeightsError(f"{source} holds a model of type {found!r}, expected {wanted}")
+        raise origin.to_weights_error(error) from error
+    supported = ", ".join(family.model_type for family in expected)
+    raise WeightsError(f"{source} has a model of type {model_type!r}, expected {supported}")
 
 
-def _hub_answers() -> bool:
-    """Asked once, because the hub's client tries an unreachable address for half a minute, and that for every file."""
+def _is_hub_reachable() -> bool:
+    """One request, because the hub's client retries an unreachable address for half a minute for every file."""
     try:
         get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
-    except OSError:  # requests' own errors are such, and so is the one for HF_HUB_OFFLINE
+    except OSError:  # includes the errors of requests and of HF_HUB_OFFLINE
         return False
     return True
 
 
-def _normalisation(family: Family, origin: Origin) -> tuple[RGB, RGB]:
-    """Mean and standard deviation that the weights' own image processor subtracts and divides by, else the family's."""
+def _normalization(family: Family, origin: Origin) -> tuple[RGB, RGB]:
+    """Mean and standard deviation of the image processor beside the weights. Default: the family's."""
     try:
         processor = get_image_processor_config(origin.source, **origin.options)
         if not processor.get("do_normalize", True):
             return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
         return _rgb(processor.get("image_mean", family.mean)), _rgb(processor.get("image_std", family.std))
     except (OSError, ValueError, TypeError) as error:
-        raise origin.error(error) from error
+        raise origin.to_weights_error(error) from error
 
 
 def _rgb(values: Any) -> RGB:

@@ -1,5 +1,7 @@
-"""A head without training, from the class names: what a text tower that shares the feature's space says of them
-(Radford et al. 2021, prompt ensembling)."""
+"""The zero-shot head: classifier weights from class names, computed by the model's text tower.
+
+Radford et al. 2021, prompt ensembling.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ from export.weights import Backbone, Origin, load_pretrained
 from fedfmsl.errors import ConfigError, WeightsError
 from fedfmsl.protocol.bundle import ZeroShot
 
-TEMPLATES = (  # ours: what a camera sees of a thing
+TEMPLATES = (  # ours, for photos of objects
     "a photo of a {}.",
     "a photo of the {}.",
     "a photo of several {}.",
@@ -25,19 +27,18 @@ TEMPLATES = (  # ours: what a camera sees of a thing
 
 
 def zero_shot_head(source: Backbone, classes: Sequence[str], templates: Sequence[str]) -> ZeroShot:
-    """The directions of the classes, each the mean of those of its prompts; an underscore in a name is a space.
+    """The directions (C, F) of the classes. Each is the mean over the prompts of a class.
 
-    Computed in fp64, so that the fp32 result does not depend on the number of threads.
-
-    Raises ConfigError for a template that does not say where the class name goes, WeightsError if the backbone's
-    weights came without text tower or tokenizer.
+    Underscores in class names become spaces. Computed in fp64, so that the fp32 result does not depend on the number of
+    threads. Raises ConfigError for a template without exactly one '{}', WeightsError if the weights have no text tower
+    or no tokenizer.
     """
     for template in templates:
         if template.count("{}") != 1:
-            raise ConfigError(f"--prompt {template!r} must hold '{{}}' once, where the class name goes")
+            raise ConfigError(f"--prompt {template!r} must contain '{{}}' once, as the place of the class name")
     origin, kind = source.origin, source.family.text_tower
     if origin is None or kind is None:
-        raise WeightsError(f"{source.name} with these weights has no text tower to make one with")
+        raise WeightsError(f"the weights of {source.name} have no text tower")
     config = kind.config_class.from_pretrained(origin.source, **origin.options)
     tower = load_pretrained(kind, origin, config).double().eval()
     tokenizer, longest = _tokenizer(origin), config.max_position_embeddings
@@ -53,7 +54,7 @@ def zero_shot_head(source: Backbone, classes: Sequence[str], templates: Sequence
 
 @contextmanager
 def _double() -> Iterator[None]:
-    """transformers makes its causal mask in the default type, which cannot hold the lowest fp64."""
+    """Sets the default type to fp64. transformers makes its causal mask in that type."""
     torch.set_default_dtype(torch.float64)
     try:
         yield
@@ -64,5 +65,5 @@ def _double() -> Iterator[None]:
 def _tokenizer(origin: Origin) -> Any:
     try:
         return AutoTokenizer.from_pretrained(origin.source, **origin.options)
-    except (OSError, ValueError, TypeError) as error:  # TypeError is how transformers says that vocab.json is missing
-        raise WeightsError(f"{origin.source} brings no usable tokenizer") from error
+    except (OSError, ValueError, TypeError) as error:  # TypeError: vocab.json is missing
+        raise WeightsError(f"{origin.source} has no usable tokenizer") from error

@@ -138,7 +138,7 @@ def _throttled(root: Path) -> Iterator[str]:
     for path in root.glob("sys/devices/platform/soc*/soc*:firmware/get_throttled"):
         bits = int(text, 16) if re.fullmatch("[0-9a-f]{1,8}", text := _read(path)) else 0
         for shift, when in ((0, "now"), (_SINCE_BOOT, "since boot")):
-            yield from (f"{what} {when}" for bit, what in _THROTTLED.items() if bits >> (bit + shift) & 1)
+            yield from (f"{problem} {when}" for bit, problem in _THROTTLED.items() if bits >> (bit + shift) & 1)
         return
     for folder in _hwmon(root, "rpi_volt"):
         if _read(folder / "in0_lcrit_alarm") == "1":
@@ -148,9 +148,9 @@ def _throttled(root: Path) -> Iterator[str]:
 def _over_current(root: Path) -> Iterator[str]:
     """Throttling of a Jetson Orin because of its power supply."""
     for folder in _hwmon(root, "soctherm_oc"):
-        for event, what in _OVER_CURRENT.items():
+        for event, problem in _OVER_CURRENT.items():
             if (times := _read(folder / f"{event}_event_cnt")).isdigit() and int(times):
-                yield f"{what} {times} times since boot"
+                yield f"{problem} {times} times since boot"
 
 
 def _hwmon(root: Path, driver: str) -> list[Path]:

@@ -61,7 +61,7 @@ topic readwrite {ROOT}/#
 
 def mosquitto_conf(folder: Path, passwords: bool) -> str:
     """For a broker that reads its kit from `folder`. Clients have certificates, or user names and `passwords`."""
-    who = (
+    password_file = (
         f"""\
 # Clients: users of the password file. TLS protects the password.
 password_file {folder}/passwords
@@ -100,7 +100,7 @@ use_username_as_clientid true
 # protocol websockets
 # cafile … (all lines as above)
 
-{who}allow_anonymous false
+{password_file}allow_anonymous false
 acl_file {folder}/acl
 
 # Chunks have 96 KiB and a header (fedfmsl/protocol/chunks.py), announcements of rounds up to 128 KiB. A longer packet

@@ -1,4 +1,4 @@
-"""The registry: every family of backbones, and the models known by name."""
+"""All families of backbones, and the named models."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FAMILIES = {family.model_type: family for family in (VIT, DEIT, DINOV2, CLIP, BE
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A named model: where its weights are published, its input size, and its shape for `--weights random`."""
+    """A named model. `hub`: repository of its weights. `size`: input size. `config`: shape for `--weights random`."""
 
     hub: str
     family: Family

@@ -1,6 +1,6 @@
-"""BERT (Devlin et al. 2019) and text encoders of its architecture, such as MiniLM: post-norm blocks and a pooler.
+"""BERT (Devlin et al. 2019) and text encoders of the same architecture, such as MiniLM: post-norm blocks and a pooler.
 
-A text has one segment, so that the embedding of its type is a constant and part of "position".
+A text has one segment. The embedding of its token type is therefore constant and added to "position".
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ def _geometry(config: Any, size: int) -> Geometry:
     if config.hidden_act != "gelu" or config.position_embedding_type != "absolute" or config.is_decoder:
         raise ConfigError("only BERT encoders with absolute positions and the activation 'gelu' are supported")
     if size > config.max_position_embeddings:
-        raise ConfigError(f"--max-tokens {size} is more than the model's {config.max_position_embeddings} positions")
+        raise ConfigError(
+            f"--max-tokens {size} is more than the {config.max_position_embeddings} positions of the model"
+        )
     return Geometry(
         tokens=size,
         hidden=config.hidden_size,

@@ -1,5 +1,5 @@
-"""CLIP (Radford et al. 2021): the vision tower, whose feature is the class token's projection into the space that the
-tower shares with texts."""
+"""CLIP (Radford et al. 2021): the vision tower. Its feature is the class token's projection into the common space of
+images and texts."""
 
 from __future__ import annotations
 
@@ -10,18 +10,17 @@ import torch
 from transformers import CLIPTextModelWithProjection, CLIPVisionModel, CLIPVisionModelWithProjection
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from export.families.family import Family, affine, array, native_only, vision_geometry
+from export.families.family import Family, affine, array, check_native_size, vision_geometry
 from export.graph import Array
 from export.transformer import Geometry
 
 
 class CLIPVisionClassifier(CLIPVisionModelWithProjection):  # type: ignore[misc]
-    """CLIP's image embedding (F,) under a linear `classifier`; transformers' CLIPForImageClassification averages the
-    patches instead.
+    """A linear `classifier` on CLIP's image embedding (F,).
 
-    `from_pretrained` takes a CLIP model whole, and reads its vision tower. Where this class is not at hand, a
-    CLIPVisionModelWithProjection that is given a `classifier` of torch.nn.Linear(F, C) is the same base for PEFT; only
-    that the classifier then has to be called on `image_embeds`.
+    transformers' CLIPForImageClassification averages the patches instead. `from_pretrained` reads the vision tower of a
+    whole CLIP model. Without this class, a CLIPVisionModelWithProjection with an additional `classifier` of
+    torch.nn.Linear(F, C) is the same base for PEFT. Call the classifier on `image_embeds` then.
     """
 
     def __init__(self, config: Any) -> None:
@@ -29,12 +28,12 @@ class CLIPVisionClassifier(CLIPVisionModelWithProjection):  # type: ignore[misc]
         self.classifier = torch.nn.Linear(config.projection_dim, config.num_labels)
 
     def forward(self, pixel_values: torch.Tensor, **options: Any) -> ImageClassifierOutput:
-        seen = super().forward(pixel_values, **options)
-        return ImageClassifierOutput(logits=self.classifier(seen.image_embeds), hidden_states=seen.hidden_states)
+        outputs = super().forward(pixel_values, **options)
+        return ImageClassifierOutput(logits=self.classifier(outputs.image_embeds), hidden_states=outputs.hidden_states)
 
 
 class CLIPTextTower(CLIPTextModelWithProjection):  # type: ignore[misc]
-    """CLIP's text embedding (F,), and the log of the scale that CLIP gives the cosines of images and texts."""
+    """CLIP's text embedding (F,), and the log of CLIP's scale for cosines of images and texts."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -46,7 +45,7 @@ def _geometry(config: Any, size: int) -> Geometry:
 
 
 def _outer(model: Any, size: int) -> dict[str, Array]:
-    native_only(model.config, size)
+    check_native_size(model.config, size)
     tower = model.vision_model
     position = array(tower.embeddings.position_embedding.weight)[None].copy()
     position[:, 0] += array(tower.embeddings.class_embedding)
@@ -59,7 +58,7 @@ def _outer(model: Any, size: int) -> dict[str, Array]:
     }
 
 
-def _witness(model: Any) -> CLIPVisionModel:
+def _optimum_model(model: Any) -> CLIPVisionModel:
     with torch.device("meta"):
         tower = CLIPVisionModel(model.config)
     tower.vision_model = model.vision_model
@@ -83,7 +82,7 @@ CLIP = Family(
     },
     geometry=_geometry,
     outer=_outer,
-    witness=_witness,
+    optimum_model=_optimum_model,
     text_tower=CLIPTextTower,
     mean=(0.48145466, 0.4578275, 0.40821073),
     std=(0.26862954, 0.26130258, 0.27577711),

@@ -1,5 +1,7 @@
-"""DeiT (Touvron et al. 2021): a ViT with a distillation token after the class token. Class by the class token alone, as
-`DeiTForImageClassification` does."""
+"""DeiT (Touvron et al. 2021): a ViT with a distillation token after the class token.
+
+The classifier reads only the class token, as in `DeiTForImageClassification`.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ from typing import Any
 
 from transformers import DeiTForImageClassification
 
-from export.families.family import IMAGENET_MEAN, IMAGENET_STD, Family, array, native_only, vision_geometry
+from export.families.family import IMAGENET_MEAN, IMAGENET_STD, Family, array, check_native_size, vision_geometry
 from export.families.vit import BLOCK_KEYS, outer_weights
 from export.graph import Array
 from export.transformer import Geometry
@@ -20,7 +22,7 @@ def _geometry(config: Any, size: int) -> Geometry:
 
 
 def _outer(model: Any, size: int) -> dict[str, Array]:
-    native_only(model.config, size)
+    check_native_size(model.config, size)
     embeddings = model.deit.embeddings
     position = array(embeddings.position_embeddings).copy()
     position[:, 1] += array(embeddings.distillation_token)[0]

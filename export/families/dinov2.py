@@ -1,4 +1,4 @@
-"""DINOv2 (Oquab et al. 2023), without registers: a ViT with layer scale that takes any image size."""
+"""DINOv2 (Oquab et al. 2023) without registers: a ViT with layer scale, for any image size."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from fedfmsl.errors import ConfigError
 
 def _geometry(config: Any, size: int) -> Geometry:
     if config.use_swiglu_ffn:
-        raise ConfigError("DINOv2 with SwiGLU (the giant one) is not supported")
+        raise ConfigError("DINOv2 with SwiGLU (the giant model) is not supported; choose a smaller one")
     return vision_geometry(config, size)
 
 
 def _outer(model: Any, size: int) -> dict[str, Array]:
     embeddings, config = model.dinov2.embeddings, model.config
-    like = torch.empty(1, patches(config, size) + 1, config.hidden_size)
-    return outer_weights(model.dinov2, array(embeddings.interpolate_pos_encoding(like, size, size)).copy())
+    shape_only = torch.empty(1, patches(config, size) + 1, config.hidden_size)
+    return outer_weights(model.dinov2, array(embeddings.interpolate_pos_encoding(shape_only, size, size)).copy())
 
 
 DINOV2 = Family(

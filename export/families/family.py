@@ -1,9 +1,9 @@
-"""What a family of backbones must say, so that `export.transformer` and the comparison with PEFT can take it.
+"""`Family`: the description of one architecture for `export.transformer` and the comparison with PEFT.
 
-A new family is one small file with one object of `Family`, and its line in `export.families`. Its canonical weights are
-the ones named in `export.transformer`; which of the optional ones it gives (layer scale, a norm after the embeddings,
-final norm, pooler, projection) decides which operations its graphs have. One that is wrong cannot pass the comparison
-with torch and PEFT that every build ends with (`export.parity`).
+To add a family, add one module with a `Family` object and its entry in `export.families`. Canonical weights are named
+in `export.transformer`. The optional weights that a family provides (layer scale, norm after the embeddings, final
+norm, pooler, projection) determine the operations of its graphs. Every build compares the graphs with torch + PEFT
+(`export.parity`), so a wrong description fails.
 """
 
 from __future__ import annotations
@@ -25,41 +25,41 @@ HALF: RGB = (0.5, 0.5, 0.5)
 IMAGENET_MEAN: RGB = (0.485, 0.456, 0.406)
 IMAGENET_STD: RGB = (0.229, 0.224, 0.225)
 ACTIVATIONS = ("gelu", "quick_gelu")
-LORA_TARGETS = ("query", "value")  # canonical names of the projections that carry LoRA
+LORA_TARGETS = ("query", "value")  # canonical names of the projections with LoRA
 
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture of transformers, identified by its config's `model_type`.
+    """One architecture of transformers, identified by `model_type` in its config.
 
-    `size` is pixels per side of an image, or tokens of a text, after `input`.
+    `size` in the functions below is pixels per side of an image, or tokens of a text.
     """
 
     model_type: str
-    reference: type[Any]  # transformers class whose `logits` are `classifier` of the feature: what PEFT wraps
-    backbone: str  # the reference's attribute that holds the blocks
-    layers: str  # path, within the backbone, of the list of blocks
+    reference: type[Any]  # transformers class with `classifier`, which PEFT wraps
+    backbone: str  # attribute of the reference that contains the blocks
+    layers: str  # path of the list of blocks within the backbone
     block_keys: Mapping[str, str]  # canonical name → path within a block
-    geometry: Callable[[Any, int], Geometry]  # (config, size); ConfigError for what the graphs do not cover
+    geometry: Callable[[Any, int], Geometry]  # (config, size); raises ConfigError if unsupported
     outer: Callable[[Any, int], dict[str, Array]]  # (reference, size) → canonical weights outside the blocks
     input: Literal["pixels", "tokens"] = "pixels"
     mean: RGB = HALF
     std: RGB = HALF
-    classifier_width: int = 1  # of the reference, in multiples of the feature's width
-    witness: Callable[[Any], Any] | None = None  # reference → what optimum exports, if that is not its backbone
-    text_tower: type[Any] | None = None  # class with `text_embeds` in the feature's space, and `logit_scale`
+    classifier_width: int = 1  # input width of the reference's classifier, in F
+    optimum_model: Callable[[Any], Any] | None = None  # reference → model for optimum; default: the backbone
+    text_tower: type[Any] | None = None  # class with `logit_scale` and `text_embeds` (F,)
 
     def projection(self, block: int, target: str) -> str:
-        """Name, within the backbone, of a block's projection that carries LoRA."""
+        """Name of a block's projection with LoRA, within the backbone."""
         return f"{self.layers}.{block}.{self.block_keys[target]}"
 
     @property
     def layers_pattern(self) -> str:
-        """What PEFT calls the list of blocks."""
+        """PEFT's name of the list of blocks."""
         return self.layers.rpartition(".")[2]
 
     def lora(self, rank: int) -> LoraSpec:
-        """LoRA of alpha 2r on this family's query and value projections, under PEFT's names of them."""
+        """LoRA with alpha 2r on the query and value projections, under their PEFT names."""
         targets = tuple(self.block_keys[target].rpartition(".")[2] for target in LORA_TARGETS)
         return LoraSpec(rank=rank, alpha=2 * rank, targets=targets)
 
@@ -82,8 +82,10 @@ def array(tensor: torch.Tensor) -> Array:
 
 
 def affine(name: str, module: Any) -> dict[str, Array]:
-    """`{name}.weight` and `{name}.bias` of a norm, a convolution or a projection, the latter's weight as (in, out);
-    zeros where there is no bias."""
+    """`{name}.weight` and `{name}.bias` of a norm, a convolution or a projection.
+
+    The weight of a projection is transposed to (in, out). A missing bias is zeros.
+    """
     weight = array(module.weight)
     if isinstance(module, torch.nn.Linear):
         weight = np.ascontiguousarray(weight.T)
@@ -92,18 +94,22 @@ def affine(name: str, module: Any) -> dict[str, Array]:
 
 
 def patches(config: Any, size: int) -> int:
-    """Number of patches of an image. Raises ConfigError unless patches tile it."""
+    """Number of patches of an image. Raises ConfigError if `size` is not a multiple of the patch size."""
     if size % config.patch_size:
         raise ConfigError(f"--image-size {size} is not a multiple of the patch size {config.patch_size}")
     return int((size // config.patch_size) ** 2)
 
 
 def vision_geometry(config: Any, size: int) -> Geometry:
-    """Of a pre-norm vision transformer with one class token. Raises ConfigError for an image size or an activation that
-    its graphs do not cover."""
+    """Geometry of a pre-norm vision transformer with one class token.
+
+    Raises ConfigError for an unsupported image size or activation.
+    """
     if config.hidden_act not in ACTIVATIONS:
-        known = " and ".join(ACTIVATIONS)
-        raise ConfigError(f"{config.model_type} with activation {config.hidden_act!r} is not supported, only {known}")
+        supported = " and ".join(ACTIVATIONS)
+        raise ConfigError(
+            f"{config.model_type} with activation {config.hidden_act!r} is not supported, only {supported}"
+        )
     return Geometry(
         tokens=patches(config, size) + 1,
         hidden=config.hidden_size,
@@ -116,8 +122,8 @@ def vision_geometry(config: Any, size: int) -> Geometry:
     )
 
 
-def native_only(config: Any, size: int) -> None:
-    """Raises ConfigError for an image size that the position embedding was not trained for."""
+def check_native_size(config: Any, size: int) -> None:
+    """Raises ConfigError if the position embedding was trained for another image size."""
     if size != config.image_size:
         raise ConfigError(
             f"this {config.model_type} model takes images of {config.image_size} px only, not --image-size {size}"

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import ViTForImageClassification
 
-from export.families.family import Family, affine, array, native_only, vision_geometry
+from export.families.family import Family, affine, array, check_native_size, vision_geometry
 from export.graph import Array
 
 BLOCK_KEYS = {
@@ -22,7 +22,7 @@ BLOCK_KEYS = {
 
 
 def outer_weights(backbone: Any, position: Array) -> dict[str, Array]:
-    """Of a backbone with ViT's names outside its blocks; to `position` (1, N, D) the class token is added."""
+    """Weights outside the blocks, for a backbone with ViT's names. Adds the class token to `position` (1, N, D)."""
     position[:, 0] += array(backbone.embeddings.cls_token)[0]
     return {
         **affine("patch", backbone.embeddings.patch_embeddings.projection),
@@ -32,7 +32,7 @@ def outer_weights(backbone: Any, position: Array) -> dict[str, Array]:
 
 
 def _outer(model: Any, size: int) -> dict[str, Array]:
-    native_only(model.config, size)
+    check_native_size(model.config, size)
     return outer_weights(model.vit, array(model.vit.embeddings.position_embeddings).copy())
 
 

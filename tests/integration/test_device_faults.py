@@ -195,17 +195,17 @@ def test_an_update_without_an_acknowledgement_is_sent_again_until_there_is_one(
     serving.start()
     try:
         updates = whole_updates(server, topics)
-        assert len({next(updates) for _ in range(3)}) == 1  # identical bytes each time
-        ack = Ack(run=RUN, session="s", round=1, device=device.name, verdict=Verdict.DUPLICATE)
-        server.publish(topics.ack(device.name), encode(ack))
-        wait_until(lambda: device.store.acknowledged == 1, "the device to hear")
+        assert len({next(updates) for _ in range(3)}) == 1  # the same bytes each time
+        ack = Ack(run=RUN, session="s", round=1, device=device.device_name, verdict=Verdict.DUPLICATE)
+        server.publish(topics.ack(device.device_name), encode(ack))
+        wait_until(lambda: device.store.outbox.acknowledged == 1, "the device to store the acknowledgement")
     finally:
         finished = task.model_copy(update={"round": 2, "stage": Stage.FINISHED})
         server.publish(topics.round, encode(finished), retain=True)
         serving.join(SECONDS)
         server.close()
     assert not serving.is_alive()
-    assert device.store.unacknowledged("s") == frozenset()
+    assert device.store.outbox.unacknowledged("s") == frozenset()
 
 
 def whole_updates(server: Link, topics: Topics) -> Iterator[bytes]:

@@ -302,13 +302,13 @@ CASES = [
         "a personalized model before any run",
         lambda w: ["edge_runtime", "personalize", "--bundle", str(w.bundle), "--state", str(w.scratch)],
         INPUT,
-        ("no personalized model yet", "once its first round is done"),
+        ("no personalized model yet", "first round creates it"),
     ),
     Wrong(
         "a prediction without the model",
         lambda w: w.predict(w.scratch / "personalized.onnx", w.any_photo()),
         BUNDLE,
-        ("personalized.onnx does not exist", "state folder"),
+        ("personalized.onnx does not exist", "state directory"),
     ),
     Wrong(
         "a prediction with an ONNX file of another kind",

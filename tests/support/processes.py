@@ -17,7 +17,17 @@ from typing import Any, TypeVar
 
 from fedfmsl.errors import MessageError
 from fedfmsl.protocol.chunks import MAX_BLOB_BYTES, Assembler
-from fedfmsl.protocol.messages import Ack, DeviceStatus, Health, Message, Prediction, Round, ServerStatus, parse
+from fedfmsl.protocol.messages import (
+    Ack,
+    DeviceStatus,
+    Health,
+    Message,
+    Prediction,
+    Progress,
+    Round,
+    ServerStatus,
+    parse,
+)
 from fedfmsl.protocol.topics import ROOT, Topics
 from fedfmsl.transport.link import Link, Received
 from support.tools import require_tool
@@ -264,6 +274,8 @@ class Observer:
             self.seen.append(parse(Ack, payload))
         elif topic == self._topics.health(device):
             self.seen.append(parse(Health, payload))
+        elif topic == self._topics.progress(device):
+            self.seen.append(parse(Progress, payload))
         elif topic == self._topics.prediction(device):
             self.seen.append(parse(Prediction, payload))
         elif sha256 is not None:

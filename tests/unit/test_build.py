@@ -1,4 +1,4 @@
-"""What python -m export.build accepts, refuses and writes."""
+"""python -m export.build: valid and invalid options, and the files of a bundle."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ from support.tiny_models import write_vit
 from transformers import AutoModel, GPT2Config, ViTConfig
 
 from export import parity
-from export.build import build_bundle, class_names
+from export.build import class_names
+from export.bundle import build_bundle
 from export.families import MODELS
 from export.families.family import Family
 from export.families.vit import VIT
 from export.graph import OPSET
 from export.graphs import expert_layout
 from export.parity import check_parity
-from export.reference import normalised
+from export.reference import normalize_pixels
 from export.weights import load_backbone
 from fedfmsl.common.onnx_runtime import has_ort_training
 from fedfmsl.errors import BundleError, ConfigError, InputError, WeightsError
@@ -39,20 +40,20 @@ from fedfmsl.protocol.bundle import Bundle
 ROOT = Path(__file__).parents[2]
 
 
-def test_two_builds_are_the_same_byte_for_byte(vit: Built, vit_folder: Path, tmp_path: Path) -> None:
+def test_two_builds_are_byte_identical(vit: Built, vit_folder: Path, tmp_path: Path) -> None:
     assert build(vit_folder, tmp_path / "again").bundle.sha256 == vit.bundle.sha256
     assert build(vit_folder, tmp_path / "other", seed=1).bundle.sha256 != vit.bundle.sha256
 
 
 @pytest.mark.ort_training
-def test_builds_in_fresh_processes_from_copies_of_the_weights_are_the_same(clip_folder: Path, tmp_path: Path) -> None:
-    """Neither paths, nor the order of sets, nor the number of threads get into a bundle."""
-    made = []
+def test_builds_in_new_processes_from_copies_of_the_weights_are_identical(clip_folder: Path, tmp_path: Path) -> None:
+    """A bundle does not depend on paths, on the order of sets or on the number of threads."""
+    bundles = []
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     options = ["--classes", "fig,plum,kiwi", "--out", "out", *(["--ort-training"] if has_ort_training() else [])]
     for name, threads in (("here", "1"), ("there", "2")):
         copy = shutil.copytree(clip_folder, tmp_path / name / "weights" / "clip")
-        ended = subprocess.run(
+        result = subprocess.run(
             [sys.executable, "-m", "export.build", "--model", str(copy), *options],
             cwd=tmp_path / name,
             env={**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": threads, "OMP_NUM_THREADS": threads},
@@ -60,13 +61,13 @@ def test_builds_in_fresh_processes_from_copies_of_the_weights_are_the_same(clip_
             text=True,
             check=False,
         )
-        assert ended.returncode == 0, ended.stderr
-        made.append(Bundle.load(tmp_path / name / "out"))
-    assert made[0].sha256 == made[1].sha256
-    assert made[0].zero_shot() is not None
+        assert result.returncode == 0, result.stderr
+        bundles.append(Bundle.load(tmp_path / name / "out"))
+    assert bundles[0].sha256 == bundles[1].sha256
+    assert bundles[0].zero_shot() is not None
 
 
-def test_frozen_weights_are_stored_once_however_many_levels(tmp_path: Path) -> None:
+def test_frozen_weights_are_stored_once_for_all_levels(tmp_path: Path) -> None:
     folder = write_vit(tmp_path / "wide", hidden_size=384, num_hidden_layers=2, intermediate_size=1536)
     manifest = build(folder, tmp_path / "bundle").bundle.manifest
     assert manifest.levels == 2
@@ -74,7 +75,7 @@ def test_frozen_weights_are_stored_once_however_many_levels(tmp_path: Path) -> N
 
 
 @pytest.mark.ort_training
-def test_the_bundle_holds_every_file_its_docstring_names_and_only_standard_operators(built: Built) -> None:
+def test_the_bundle_has_every_file_of_its_docstring_and_only_standard_operators(built: Built) -> None:
     bundle, levels = built.bundle, range(1, LAYERS + 1)
     graphs = {"backbone", "features", "gate-step", "gate-predict", *(f"lift-{block}" for block in range(LAYERS - 1))}
     graphs |= {f"{kind}-{level}" for kind in ("step", "predict", "personal") for level in levels}
@@ -103,7 +104,7 @@ def test_the_manifest_counts_backbone_and_trainables(built: Built) -> None:
     assert manifest.tuned_share == manifest.tuned_parameters / manifest.backbone_parameters
 
 
-def test_the_initial_expert_is_pefts_start_with_a_zero_head(built: Built) -> None:
+def test_the_initial_expert_has_initial_lora_of_peft_and_a_zero_head(built: Built) -> None:
     parts = built.bundle.expert.split(built.bundle.initial()[0])
     for name, part in parts.items():
         assert np.any(part) == ("lora_A" in name), name
@@ -114,7 +115,7 @@ def test_vit_b16_with_a_hundred_classes_tunes_less_than_a_third_of_a_percent() -
     with torch.device("meta"):
         backbone = AutoModel.from_config(config, add_pooling_layer=False)
     layout = expert_layout(VIT, VIT.geometry(config, 224), rank=4, classes=100)
-    assert layout.size(12) - layout.size(0) == 147_456  # the figure of fedfmsl.md
+    assert layout.size(12) - layout.size(0) == 147_456  # the number in the paper
     assert layout.total / sum(p.numel() for p in backbone.parameters()) < 0.003
 
 
@@ -128,18 +129,16 @@ def test_fewer_levels_give_the_same_graphs_and_a_shorter_layout(vit: Built, vit_
     assert np.array_equal(ours, theirs)
 
 
-def test_a_backbone_without_qkv_bias_is_exported_right(tmp_path: Path) -> None:
-    made = build(write_vit(tmp_path / "weights", qkv_bias=False), tmp_path / "bundle")
-    pixels = random_samples(made, 2, seed=3)
+def test_a_backbone_without_qkv_bias_is_exported_correctly(tmp_path: Path) -> None:
+    built = build(write_vit(tmp_path / "weights", qkv_bias=False), tmp_path / "bundle")
+    pixels = random_samples(built, 2, seed=3)
     with torch.no_grad():
-        wanted = made.source.backbone(pixel_values=normalised(pixels, made.bundle.manifest.preprocessing))
-    (pooled,) = run_graph(made.bundle, "features.onnx", ["pooled"], pixels=pixels)
-    assert relative_error(pooled, wanted.last_hidden_state[:, 0].numpy()) < 1e-5
+        expected = built.source.backbone(pixel_values=normalize_pixels(pixels, built.bundle.manifest.preprocessing))
+    (pooled,) = run_graph(built.bundle, "features.onnx", ["pooled"], pixels=pixels)
+    assert relative_error(pooled, expected.last_hidden_state[:, 0].numpy()) < 1e-5
 
 
-def test_the_parity_check_catches_a_graph_that_is_slightly_wrong(
-    vit: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_parity_check_finds_slightly_wrong_weights(vit: Built, tmp_path: Path) -> None:
     assert check_parity(vit.bundle, vit.source, LAYERS, seed=1).gradient < parity.TOLERANCE["fp32"]
     shutil.copytree(vit.bundle.root, tmp_path / "bundle")
     weights = tmp_path / "bundle" / "backbone.weights"
@@ -151,7 +150,7 @@ def test_the_parity_check_catches_a_graph_that_is_slightly_wrong(
 
 
 def without(name: str) -> Callable[[Family], Family]:
-    """A family that forgets a canonical weight outside the blocks."""
+    """A family without a canonical weight outside the blocks."""
 
     def change(family: Family) -> Family:
         def outer(model: Any, size: int) -> dict[str, Any]:
@@ -163,20 +162,20 @@ def without(name: str) -> Callable[[Family], Family]:
 
 
 def of_keys(**keys: str | None) -> Callable[[Family], Family]:
-    """A family that takes some weights of a block for others, or leaves them out."""
+    """A family with other keys for weights of a block. None removes a weight."""
 
     def change(family: Family) -> Family:
-        wanted = {**family.block_keys, **keys}
-        return replace(family, block_keys={name: key for name, key in wanted.items() if key is not None})
+        changed = {**family.block_keys, **keys}
+        return replace(family, block_keys={name: key for name, key in changed.items() if key is not None})
 
     return change
 
 
 def of_geometry(**fields: Any) -> Callable[[Family], Family]:
-    return lambda family: replace(family, geometry=lambda *given: replace(family.geometry(*given), **fields))
+    return lambda family: replace(family, geometry=lambda *arguments: replace(family.geometry(*arguments), **fields))
 
 
-def forget_the_distillation_token(family: Family) -> Family:
+def without_distillation_token(family: Family) -> Family:
     def outer(model: Any, size: int) -> dict[str, Any]:
         weights = family.outer(model, size)
         weights["position"][:, 1] = weights["position"][:, 2]
@@ -192,19 +191,19 @@ def forget_the_distillation_token(family: Family) -> Family:
         pytest.param("vit", of_keys(query="attention.attention.key"), id="key for query"),
         pytest.param("vit", of_geometry(epsilon=1e-3), id="epsilon"),
         pytest.param("vit", of_geometry(norm="post"), id="norm after"),
-        pytest.param("deit", forget_the_distillation_token, id="a special token"),
+        pytest.param("deit", without_distillation_token, id="a special token"),
         pytest.param("dinov2", of_keys(scale2=None), id="no layer scale"),
         pytest.param("clip", of_geometry(activation="gelu"), id="activation"),
         pytest.param("clip", without("embed_norm"), id="no norm after the embeddings"),
         pytest.param("clip", without("norm"), id="no last norm"),
     ],
 )
-def test_a_family_that_is_wrong_does_not_get_past_the_build(
+def test_a_wrong_family_fails_the_build(
     request: pytest.FixtureRequest, tmp_path: Path, name: str, wrong: Callable[[Family], Family]
 ) -> None:
     right: Built = request.getfixturevalue(name)
     source = replace(right.source, family=wrong(right.source.family))
-    with pytest.raises(BundleError, match="this family is not supported"):
+    with pytest.raises(BundleError, match="this model cannot be exported"):
         list(build_bundle(source, CLASSES, 1, source.family.lora(RANK), tmp_path / "out", 0))
     assert not (tmp_path / "out").exists()
 
@@ -213,7 +212,7 @@ def test_a_family_that_is_wrong_does_not_get_past_the_build(
     ("classes", "names"),
     [("3", ("class-0", "class-1", "class-2")), ("cat, dog", ("cat", "dog"))],
 )
-def test_class_names_are_counted_or_listed(classes: str, names: tuple[str, ...]) -> None:
+def test_class_names_from_a_number_or_a_list(classes: str, names: tuple[str, ...]) -> None:
     assert class_names(classes, None) == names
 
 
@@ -223,13 +222,13 @@ def test_fewer_than_two_different_class_names_are_refused(classes: str) -> None:
         class_names(classes, None)
 
 
-def test_class_names_come_from_a_folders_subfolders(photos: Path, tmp_path: Path) -> None:
+def test_class_names_from_the_subfolders_of_a_folder(photos: Path, tmp_path: Path) -> None:
     assert class_names("100", photos) == CLASSES
     with pytest.raises(InputError, match=r"--classes-from folder .*nowhere does not exist"):
         class_names("100", tmp_path / "nowhere")
 
 
-def test_an_unknown_model_lists_the_known_ones() -> None:
+def test_the_error_for_an_unknown_model_lists_the_known_ones() -> None:
     with pytest.raises(ConfigError) as caught:
         load_backbone("resnet-50", None, 4, None, None, 0)
     assert all(name in str(caught.value) for name in MODELS)
@@ -238,7 +237,7 @@ def test_an_unknown_model_lists_the_known_ones() -> None:
 def test_weights_of_another_type_are_refused(vit_folder: Path, tmp_path: Path) -> None:
     GPT2Config().save_pretrained(tmp_path)
     for model, weights in (("vit-b16", tmp_path), (str(tmp_path), None), ("dinov2-s14", vit_folder)):
-        with pytest.raises(WeightsError, match=r"holds a model of type '(gpt2|vit)', expected"):
+        with pytest.raises(WeightsError, match=r"has a model of type '(gpt2|vit)', expected"):
             load_backbone(model, str(weights) if weights else None, 4, None, None, 0)
 
 
@@ -270,7 +269,7 @@ def test_an_incomplete_weights_folder_is_one_clear_error(vit_folder: Path, tmp_p
         ({}, VIT.mean, VIT.std),
     ],
 )
-def test_images_are_normalised_as_the_weights_own_processor_does(
+def test_normalization_comes_from_the_image_processor_beside_the_weights(
     vit_folder: Path, tmp_path: Path, processor: dict[str, Any], mean: tuple[float, ...], std: tuple[float, ...]
 ) -> None:
     folder = shutil.copytree(vit_folder, tmp_path / "copy")
@@ -280,7 +279,7 @@ def test_images_are_normalised_as_the_weights_own_processor_does(
 
 
 @pytest.mark.parametrize("text", ["{", '{"image_mean": 0.5}', '{"image_std": ["a", "b", "c"]}'])
-def test_a_processor_that_makes_no_sense_is_one_clear_error(vit_folder: Path, tmp_path: Path, text: str) -> None:
+def test_an_invalid_image_processor_is_one_clear_error(vit_folder: Path, tmp_path: Path, text: str) -> None:
     folder = shutil.copytree(vit_folder, tmp_path / "copy")
     (folder / "preprocessor_config.json").write_text(text)
     with pytest.raises(WeightsError, match=re.escape(str(folder))):
@@ -292,10 +291,10 @@ def test_a_processor_that_makes_no_sense_is_one_clear_error(vit_folder: Path, tm
     [
         (IMAGE_SIZE + 1, None, "not a multiple of the patch size"),
         (IMAGE_SIZE * 2, None, "takes images of 32 px only"),
-        (IMAGE_SIZE, LAYERS + 1, "more than the model's 3 blocks"),
+        (IMAGE_SIZE, LAYERS + 1, "more than the 3 blocks of the model"),
     ],
 )
-def test_impossible_sizes_and_levels_are_refused(
+def test_invalid_sizes_and_levels_are_refused(
     vit_folder: Path, tmp_path: Path, size: int, levels: int | None, message: str
 ) -> None:
     source = load_backbone(str(vit_folder), None, 4, size, None, 0)
@@ -304,7 +303,7 @@ def test_impossible_sizes_and_levels_are_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_that_is_no_bundle_is_never_overwritten(vit_folder: Path, tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_bundle_is_never_overwritten(vit_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     source = load_backbone(str(vit_folder), None, 4, None, None, 0)
     with pytest.raises(ConfigError, match="is not a bundle"):

@@ -1,6 +1,6 @@
-"""Both engines against torch + PEFT over the whole model.
+"""Both engines, compared with torch + PEFT on the whole model.
 
-The engine of onnxruntime-training needs that package instead of the plain runtime, so `make test` runs this file twice.
+`OrtTrainingEngine` needs onnxruntime-training in place of the standard package, so `make test` runs this file twice.
 """
 
 from __future__ import annotations
@@ -28,11 +28,9 @@ from support.bundles import (
 from support.samples import CLASSES
 from support.torch_reference import torch_expert, torch_step, trainables
 
-from edge_runtime.engines.base import Batch, Engine, MemoryPlan
-from edge_runtime.engines.factory import open_engine
+from edge_runtime.engines import Batch, Engine, MemoryPlan, StepGraphEngine, open_engine
 from edge_runtime.engines.ort_training import OrtTrainingEngine, TrainingSession
-from edge_runtime.engines.step_graph import StepGraphEngine
-from export.build import build_bundle
+from export.bundle import build_bundle
 from export.reference import torch_inputs
 from fedfmsl.algorithms.arrays import NEVER
 from fedfmsl.common.onnx_runtime import has_ort_training
@@ -42,16 +40,16 @@ from fedfmsl.protocol.messages import Training
 from fedfmsl.protocol.peft_names import from_peft
 
 TOLERANCE = 1e-5
-# ONNX Runtime 1.19 sums in another order, and 1.32 where a processor has no AVX-512; in a post-norm block a little more
-# is left of that (1.1e-5 was seen of either).
+# ONNX Runtime 1.19, and 1.32 on processors without AVX-512, sum in another order. Errors are larger in post-norm blocks
+# (1.1e-5 was measured with both).
 TOLERANCES = {"bert": 2e-5}
 LEVELS = [1, 2, LAYERS]
 C = len(CLASSES)
 Inputs = dict[str, NDArray[Any]]
 
 pytestmark = pytest.mark.ort_training
-with_ort_training = pytest.mark.skipif(not has_ort_training(), reason="plain ONNX Runtime is what is installed")
-without_ort_training = pytest.mark.skipif(has_ort_training(), reason="onnxruntime-training is what is installed")
+with_ort_training = pytest.mark.skipif(not has_ort_training(), reason="the standard ONNX Runtime is installed")
+without_ort_training = pytest.mark.skipif(has_ort_training(), reason="onnxruntime-training is installed")
 
 
 def step_graph(bundle: Bundle, level: int, theta: Floats, inputs: Inputs) -> tuple[float, Floats]:
@@ -102,7 +100,7 @@ MIXTURE: Inputs = {
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize(
-    "given",
+    "terms",
     [
         pytest.param(cross_entropy(2), id="batch of one"),
         pytest.param(cross_entropy(1, 1, 1), id="one class"),
@@ -113,18 +111,18 @@ MIXTURE: Inputs = {
 )
 @each_gradient
 def test_loss_and_every_gradient_equal_torch_and_peft(
-    built: Built, level: int, given: Inputs, differentiate: Differentiate
+    built: Built, level: int, terms: Inputs, differentiate: Differentiate
 ) -> None:
-    size = len(given["labels"])
+    size = len(terms["labels"])
     samples, theta = random_samples(built, size, seed=level), random_theta(built.bundle, level, 1)
 
     def loss_of(logits: torch.Tensor) -> torch.Tensor:
-        labels, weights, gate, other, bias = (torch.from_numpy(given[key]) for key in given)
+        labels, weights, gate, other, bias = (torch.from_numpy(terms[key]) for key in terms)
         own = torch.log_softmax(logits + bias, dim=1)[torch.arange(size), labels]
         return -(weights * torch.logaddexp(gate + own, other)).sum()
 
     loss, gradient = torch_step(built, theta, samples, loss_of)
-    inputs = {"hidden": hidden_of(built, samples, level), **given}
+    inputs = {"hidden": hidden_of(built, samples, level), **terms}
     our_loss, our_gradient = differentiate(built.bundle, level, theta, inputs)
     assert relative_error(our_loss, loss) < TOLERANCE
     ours = built.bundle.expert.split(our_gradient)
@@ -136,11 +134,11 @@ def test_loss_and_every_gradient_equal_torch_and_peft(
 @pytest.mark.parametrize("level", LEVELS)
 @each_gradient
 def test_masked_classes_get_no_gradient(vit: Built, level: int, differentiate: Differentiate) -> None:
-    given = {**cross_entropy(0, 2, 2, 0), "bias": np.array([0, NEVER, 0, NEVER], np.float32)}
-    inputs = {"hidden": hidden_of(vit, random_samples(vit, 4, 3), level), **given}
+    terms = {**cross_entropy(0, 2, 2, 0), "bias": np.array([0, NEVER, 0, NEVER], np.float32)}
+    inputs = {"hidden": hidden_of(vit, random_samples(vit, 4, 3), level), **terms}
     _, gradient = differentiate(vit.bundle, level, random_theta(vit.bundle, level, 3), inputs)
     head = vit.bundle.expert.split(gradient)["classifier.weight"]
-    assert np.all(np.abs(head[[1, 3]]) < 1e-30)  # beside AdamW's epsilon it is nothing
+    assert np.all(np.abs(head[[1, 3]]) < 1e-30)  # negligible compared with AdamW's epsilon
     assert np.all(np.abs(head[[0, 2]]).max(axis=1) > 0)
 
 
@@ -160,10 +158,9 @@ def test_twenty_steps_equal_torchs_adamw_over_the_whole_model(
     engine.load(level)
     engine.set(theta, Training(epochs=1, learning_rate=rate, weight_decay=decay))
     hidden = hidden_of(built, samples, level)
-    zeros, never, bias = np.zeros(24, np.float32), np.full(24, NEVER, np.float32), np.zeros(C, np.float32)
     losses = []
     for b in batches:
-        losses.append(engine.step(Batch(hidden[b], labels[b], zeros[b], never[b], bias)))
+        losses.append(engine.step(Batch.cross_entropy(hidden[b], labels[b], C)))
         engine.release()
 
     with torch_expert(built, theta) as model:
@@ -172,32 +169,29 @@ def test_twenty_steps_equal_torchs_adamw_over_the_whole_model(
         optimizer = torch.optim.AdamW(
             [{"params": head, "weight_decay": 0.0}, {"params": lora, "weight_decay": decay}], lr=rate
         )
-        inputs, wanted, theirs = torch_inputs(samples, manifest.preprocessing), torch.from_numpy(labels), []
+        inputs, targets, theirs = torch_inputs(samples, manifest.preprocessing), torch.from_numpy(labels), []
         for batch in batches:
             optimizer.zero_grad()
             chosen = {name: tensor[batch] for name, tensor in inputs.items()}
-            loss = torch.nn.functional.cross_entropy(model(**chosen).logits, wanted[batch])
+            loss = torch.nn.functional.cross_entropy(model(**chosen).logits, targets[batch])
             loss.backward()
-            for parameter in head:  # transformers' DINOv2 classifier also reads the mean patch; ours does not
+            for parameter in head:  # transformers' DINOv2 classifier also reads the mean patch token
                 parameter.grad[..., 32:] = 0
             optimizer.step()
             theirs.append(loss.item())
         state = {name: p.detach().numpy() for name, p in trainables(model).items()}
         logits = model(**inputs).logits.detach().numpy()
         trained = bundle.expert.join(from_peft(manifest.peft, state))
-    assert np.abs(trained - theta).max() > 10 * rate  # they have moved
+    assert np.abs(trained - theta).max() > 10 * rate  # training has changed them
     assert np.abs(engine.get() - trained).max() < 1e-4
     assert losses == pytest.approx(theirs, rel=1e-4)
     assert relative_error(engine.predict(hidden), logits) < 1e-3
 
 
 @each_engine
-def test_every_training_starts_with_a_fresh_optimizer_from_the_given_vector(
-    vit: Built, engine_of: Callable[..., Engine]
-) -> None:
+def test_every_training_starts_with_a_new_optimizer(vit: Built, engine_of: Callable[..., Engine]) -> None:
     engine = engine_of(vit.bundle, threads=1)
-    hidden, one = hidden_of(vit, random_samples(vit, 4, 1), 2), np.zeros(4, np.float32)
-    batch = Batch(hidden, np.array([0, 1, 2, 3]), one, one + NEVER, np.zeros(C, np.float32))
+    batch = Batch.cross_entropy(hidden_of(vit, random_samples(vit, 4, 1), 2), np.array([0, 1, 2, 3]), C)
     theta = random_theta(vit.bundle, 2, 0)
     ends = []
     for _ in range(2):
@@ -215,13 +209,13 @@ def test_an_engine_without_an_optimizer_refuses_to_train(vit: Built, engine_of: 
     engine = engine_of(vit.bundle, threads=1)
     engine.load(1)
     engine.set(random_theta(vit.bundle, 1, 0), Training(epochs=1, learning_rate=1e-3))
-    engine.load(1)  # drops it
+    engine.load(1)  # drops the optimizer
     with pytest.raises(RuntimeError, match="optimizer"):
         engine.step(Batch(*(np.zeros(1, np.float32),) * 5))  # type: ignore[arg-type]
 
 
 @with_ort_training
-def test_onnxruntime_training_is_chosen_where_the_bundle_is_built_for_it(
+def test_auto_selects_onnxruntime_training_if_the_bundle_has_its_artifacts(
     vit: Built, vit_folder: Path, tmp_path: Path
 ) -> None:
     assert open_engine("auto", vit.bundle, 1).name == "ort-training"
@@ -241,26 +235,35 @@ def test_damaged_artifacts_are_one_clear_error(vit: Built, tmp_path: Path) -> No
 
 
 @with_ort_training
-def test_writing_artifacts_is_silent_and_leaves_the_working_directory_alone(
+def test_writing_artifacts_is_silent_and_changes_no_file_in_the_working_directory(
     vit_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "temp.onnx").write_text("somebody's")  # onnxruntime-training would delete it
+    (tmp_path / "temp.onnx").write_text("user data")  # onnxruntime-training would delete it
     build(vit_folder, Path("bundle"), levels=1)
-    assert (tmp_path / "temp.onnx").read_text() == "somebody's"
+    assert (tmp_path / "temp.onnx").read_text() == "user data"
     assert {path.name for path in tmp_path.iterdir()} == {"temp.onnx", "bundle"}
     assert "onnxruntime" not in capfd.readouterr().err
 
 
 @with_ort_training
-def test_int8_has_no_gradient_of_onnxruntime_trainings_own(vit: Built, tmp_path: Path) -> None:
+def test_artifacts_for_int8_are_refused(vit: Built, tmp_path: Path) -> None:
     steps = build_bundle(vit.source, CLASSES, 1, vit.bundle.manifest.lora, tmp_path / "b", 0, "int8", ort_training=True)
-    with pytest.raises(ConfigError, match="fp32 only"):
+    with pytest.raises(ConfigError, match="needs --precision fp32"):
         list(steps)
 
 
+def test_a_step_graph_engine_needs_only_a_bundle(vit: Built) -> None:
+    engine = StepGraphEngine(vit.bundle)
+    engine.load(1)
+    engine.set(random_theta(vit.bundle, 1, 0), Training(epochs=1, learning_rate=1e-2))
+    batch = Batch.cross_entropy(hidden_of(vit, random_samples(vit, 4, 1), 1), np.array([0, 1, 2, 3]), C)
+    first = engine.step(batch)
+    assert engine.step(batch) < first
+
+
 @without_ort_training
-def test_without_onnxruntime_training_the_step_graph_is_chosen(vit: Built) -> None:
+def test_auto_selects_step_graphs_without_onnxruntime_training(vit: Built) -> None:
     assert open_engine("auto", vit.bundle, 1).name == "step-graph"
     with pytest.raises(ConfigError, match="--engine ort-training needs onnxruntime-training"):
         open_engine("ort-training", vit.bundle, 1)

@@ -21,6 +21,7 @@ from support.samples import CLASSES, LONG_AGO, set_dates, write_texts
 from edge_runtime.data.folder import TOO_LARGE, SampleFolder, largest, scan_once
 from edge_runtime.data.inputs import IMAGES
 from edge_runtime.data.ledger import open_ledger
+from edge_runtime.data.sample_reader import MAX_FILE_BYTES
 from edge_runtime.data.samples import Sample, Splits, assign_new_samples
 from edge_runtime.store import DeviceStore
 from fedfmsl.errors import ConfigError, InputError
@@ -291,6 +292,13 @@ def test_a_link_to_a_parent_folder_is_not_followed(vit: Built, photos: Path, sto
     (photos / "plum" / "loop").symlink_to(photos)
     (photos / "plum" / "nowhere.jpg").symlink_to(photos / "gone.jpg")
     assert len(SampleFolder(photos, vit.bundle, store).scan().samples) == 40
+
+
+def test_a_file_of_more_than_256_mb_is_skipped_unread(vit: Built, photos: Path, store: DeviceStore) -> None:
+    path = put(photos / "plum" / "video.jpg", b"")
+    os.truncate(path, MAX_FILE_BYTES + 1)  # sparse
+    os.utime(path, (LONG_AGO, LONG_AGO))
+    assert skipped(SampleFolder(photos, vit.bundle, store).scan(), photos) == {"plum/video.jpg": "not a readable image"}
 
 
 # --- a CSV file of labels

@@ -1,4 +1,4 @@
-"""Bundles with int8 weights: how far they are from float32, and what must not depend on the batch."""
+"""Bundles with int8 weights: distance from float32, and independence of the batch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from support.bundles import LAYERS, Built, as_input, build, random_samples, rand
 from support.samples import CLASSES
 from support.torch_reference import torch_step
 
-from export.frozen import quantise
+from export.frozen import quantize
 from fedfmsl.algorithms.arrays import NEVER
 
 B = 6
@@ -27,25 +27,25 @@ def int8(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 @given(seed=st.integers(0, 2**32 - 1), rows=st.integers(1, 40), columns=st.integers(1, 9), spread=st.floats(0, 4))
-def test_a_quantised_weight_is_off_by_at_most_half_a_step_of_its_column(
+def test_a_quantized_weight_differs_by_at_most_half_a_step_of_its_column(
     seed: int, rows: int, columns: int, spread: float
 ) -> None:
     rng = np.random.default_rng(seed)
     weight = (rng.normal(size=(rows, columns)) * np.exp(spread * rng.normal(size=columns))).astype(np.float32)
-    whole, scale = quantise(weight)
-    assert whole.dtype == np.int8
-    assert np.abs(whole.astype(int)).max() <= 127
-    assert (np.abs(whole * scale - weight) <= 0.501 * scale + 1e-30).all()
+    integers, scale = quantize(weight)
+    assert integers.dtype == np.int8
+    assert np.abs(integers.astype(int)).max() <= 127
+    assert (np.abs(integers * scale - weight) <= 0.501 * scale + 1e-30).all()
 
 
-def test_a_column_of_zeros_stays_one() -> None:
-    whole, scale = quantise(np.zeros((4, 2), np.float32))
-    assert not whole.any()
+def test_a_column_of_zeros_stays_zero() -> None:
+    integers, scale = quantize(np.zeros((4, 2), np.float32))
+    assert not integers.any()
     assert np.isfinite(scale).all()
 
 
 @pytest.mark.parametrize("level", [1, 2, LAYERS])
-def test_loss_and_gradient_are_near_those_of_torch(int8: Built, level: int) -> None:
+def test_loss_and_gradient_are_close_to_torch(int8: Built, level: int) -> None:
     samples, theta = random_samples(int8, B, seed=1), random_theta(int8.bundle, level, seed=2)
     labels = np.arange(B) % len(CLASSES)
     hidden = run_graph(int8.bundle, "features.onnx", [f"hidden_{level}"], **as_input(int8, samples))[0]
@@ -69,7 +69,7 @@ def test_loss_and_gradient_are_near_those_of_torch(int8: Built, level: int) -> N
     assert abs(float(ours_loss) - loss) < 0.05 * loss
 
 
-def test_what_becomes_of_an_image_does_not_depend_on_its_batch(int8: Built) -> None:
+def test_the_result_for_a_sample_does_not_depend_on_its_batch(int8: Built) -> None:
     samples = random_samples(int8, B, seed=3)
     together = run_graph(int8.bundle, "features.onnx", ["hidden_1", "pooled"], **as_input(int8, samples))
     for index in range(B):
@@ -80,7 +80,7 @@ def test_what_becomes_of_an_image_does_not_depend_on_its_batch(int8: Built) -> N
             np.testing.assert_allclose(one[0], many[index], rtol=1e-4, atol=1e-5)
 
 
-def test_no_frozen_projection_is_left_in_float32(int8: Built) -> None:
+def test_every_frozen_projection_is_int8(int8: Built) -> None:
     hidden = int8.bundle.manifest.dims.hidden
     for name in ("features.onnx", "step-2.onnx", "personal-2.onnx"):
         model = onnx.load(str(int8.bundle.path(name)), load_external_data=False)

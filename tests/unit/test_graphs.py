@@ -1,4 +1,4 @@
-"""A bundle's graphs against torch + PEFT and transformers over the whole model."""
+"""A bundle's graphs, compared with torch + PEFT and transformers on the whole model."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def test_features_pooled_and_optimums_backbone_equal_transformers(built: Built) 
     inputs = torch_inputs(samples, built.bundle.manifest.preprocessing)
     with torch.no_grad():
         last = built.source.backbone(**inputs).last_hidden_state.numpy()
-    given = {name: tensor.numpy() for name, tensor in inputs.items()}
+    arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
     if built.source.family.input == "tokens":
-        given["token_type_ids"] = np.zeros_like(samples)
+        arrays["token_type_ids"] = np.zeros_like(samples)
     (pooled,) = run_graph(built.bundle, "features.onnx", ["pooled"], **as_input(built, samples))
-    (witness,) = run_graph(built.bundle, "backbone.onnx", ["last_hidden_state"], **given)
+    (from_optimum,) = run_graph(built.bundle, "backbone.onnx", ["last_hidden_state"], **arrays)
     assert relative_error(pooled, features_of(built, samples)) < TOLERANCE
-    assert relative_error(witness, last) < 1e-4
+    assert relative_error(from_optimum, last) < 1e-4
 
 
 def test_hidden_states_and_lifts_equal_the_blocks_of_transformers_with_peft(built: Built) -> None:
@@ -57,7 +57,7 @@ def test_hidden_states_and_lifts_equal_the_blocks_of_transformers_with_peft(buil
         below, above = adapted[block], adapted[block + 1]
         (lifted,) = run_graph(built.bundle, f"lift-{block}.onnx", ["lifted"], hidden=below, theta=lora)
         assert relative_error(lifted, above) < TOLERANCE
-        assert relative_error(lifted, frozen[block + 1]) > 100 * TOLERANCE  # the LoRA does something
+        assert relative_error(lifted, frozen[block + 1]) > 100 * TOLERANCE  # the LoRA changes the state
 
 
 def torch_gate(pooled: torch.Tensor, parts: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -89,7 +89,7 @@ def test_gate_loss_and_gradient_equal_torch(built: Built) -> None:
     assert relative_error(our_gradient, layout.join(gradients)) < TOLERANCE
 
 
-def test_the_initial_gate_weighs_both_experts_the_same(built: Built) -> None:
+def test_the_initial_gate_weighs_both_experts_equally(built: Built) -> None:
     pooled = np.random.default_rng(1).normal(size=(4, built.bundle.manifest.dims.feature)).astype(np.float32)
     (log_gate,) = run_graph(
         built.bundle, "gate-predict.onnx", ["log_gate"], pooled=pooled, gate_theta=built.bundle.initial()[1]

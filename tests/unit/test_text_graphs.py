@@ -1,4 +1,4 @@
-"""A text bundle's graphs against transformers and PEFT, where rows of zeros stand for the attention mask."""
+"""A text bundle's graphs, compared with transformers and PEFT. Rows of zeros replace the attention mask."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_padded_and_full_texts_equal_torch_and_peft_with_an_attention_mask(
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_a_texts_logits_are_those_it_has_without_any_padding(bert: Built, level: int) -> None:
+def test_padding_does_not_change_the_logits_of_a_text(bert: Built, level: int) -> None:
     tokens, theta = texts_of(LENGTHS, seed=3), random_theta(bert.bundle, level, 2)
     ours = logits_of(bert, tokens, theta, level)
     with torch_expert(bert, theta) as model, torch.no_grad():
@@ -80,7 +80,7 @@ def test_a_texts_logits_are_those_it_has_without_any_padding(bert: Built, level:
             assert relative_error(logits, alone) < TOLERANCE
 
 
-def test_the_rows_of_padded_tokens_are_zeros_at_every_level_and_no_others_are(bert: Built) -> None:
+def test_exactly_the_rows_of_padded_tokens_are_zero_at_every_level(bert: Built) -> None:
     tokens = texts_of(LENGTHS, seed=4)
     real = tokens != 0
     for level in LEVELS:
@@ -94,7 +94,7 @@ def test_the_rows_of_padded_tokens_are_zeros_at_every_level_and_no_others_are(be
             assert np.array_equal(np.any(lifted != 0, axis=2), real)
 
 
-def test_hidden_states_of_real_tokens_are_transformers_own(bert: Built) -> None:
+def test_hidden_states_of_real_tokens_equal_transformers(bert: Built) -> None:
     tokens = texts_of(LENGTHS, seed=5)
     with torch.no_grad():
         inputs = torch_inputs(tokens, bert.bundle.manifest.preprocessing)
@@ -104,20 +104,20 @@ def test_hidden_states_of_real_tokens_are_transformers_own(bert: Built) -> None:
         assert relative_error(hidden_of(bert, tokens, level)[real], states[LAYERS - level].numpy()[real]) < TOLERANCE
 
 
-def test_states_kept_in_half_precision_keep_their_padding(bert: Built) -> None:
+def test_hidden_states_in_half_precision_keep_their_padding(bert: Built) -> None:
     tokens, theta = texts_of(LENGTHS, seed=6), random_theta(bert.bundle, LAYERS, 4)
     hidden = hidden_of(bert, tokens, LAYERS)
     half = hidden.astype(np.float16).astype(np.float32)
     assert np.array_equal(half == 0, hidden == 0)
-    exact, rough = (
+    exact, rounded = (
         run_graph(bert.bundle, f"predict-{LAYERS}.onnx", ["logits"], hidden=h, theta=theta)[0] for h in (hidden, half)
     )
-    assert relative_error(rough, exact) < 1e-2
+    assert relative_error(rounded, exact) < 1e-2
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_a_sample_of_nothing_but_padding_does_no_harm_to_the_others(bert: Built, level: int) -> None:
-    """Engines may fill up a batch with zeros."""
+def test_a_sample_of_padding_only_does_not_change_the_others(bert: Built, level: int) -> None:
+    """An engine may pad a batch with zeros."""
     tokens, theta = texts_of(LENGTHS, seed=7), random_theta(bert.bundle, level, 5)
     hidden = hidden_of(bert, tokens, level)
     size = len(LENGTHS)
@@ -141,7 +141,7 @@ def test_a_sample_of_nothing_but_padding_does_no_harm_to_the_others(bert: Built,
         assert relative_error(filled, ours) < TOLERANCE
 
 
-def test_the_personalized_graph_takes_tokens_and_sees_no_padding(bert: Built) -> None:
+def test_the_personalized_graph_ignores_padding(bert: Built) -> None:
     bundle, theta = bert.bundle, random_theta(bert.bundle, 2, 6)
     tokens = texts_of(LENGTHS, seed=8)
     bias = np.zeros(len(CLASSES), np.float32)

@@ -1,4 +1,4 @@
-"""The head that a text tower makes of class names, against transformers' CLIP."""
+"""The zero-shot head from class names, compared with transformers' CLIP."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from support.tiny_models import write_clip
 from support.torch_reference import features_of
 from transformers import AutoTokenizer, CLIPModel, CLIPVisionModelWithProjection
 
-from export.reference import normalised
+from export.reference import normalize_pixels
 from export.weights import load_backbone
 from export.zero_shot import zero_shot_head
 from fedfmsl.algorithms.class_means import direction_head
@@ -24,30 +24,34 @@ from fedfmsl.errors import ConfigError, WeightsError
 from fedfmsl.protocol.bundle import Bundle
 
 
-def test_probabilities_of_the_zero_shot_head_are_clips_own(clip: Built, clip_folder: Path) -> None:
+def test_probabilities_of_the_zero_shot_head_equal_clips(clip: Built, clip_folder: Path) -> None:
     names = [*CLASSES, "fig", "quince", "sloe", "lime", "banana", "pear", "date", "mango", "grape", "papaya"]
-    made = zero_shot_head(clip.source, names, ["a photo of a {}."])
+    zero_shot = zero_shot_head(clip.source, names, ["a photo of a {}."])
     colours = np.random.default_rng(1).integers(0, 256, (12, 1, 1, 3), np.uint8)
     pixels = np.tile(colours, (1, IMAGE_SIZE, IMAGE_SIZE, 1))
     features = features_of(clip, pixels)
-    units = features / np.linalg.norm(features, axis=1, keepdims=True)  # so that the head's mean norm is each one's
-    head = direction_head(made.rows, made.scale, counts=np.full(len(names), 3.0, np.float32), norm_sum=3.0 * len(names))
-    weight, bias = np.split(head, [made.rows.size])
-    ours = torch.softmax(torch.from_numpy(units @ weight.reshape(made.rows.shape).T + bias), dim=1).numpy()
+    units = features / np.linalg.norm(
+        features, axis=1, keepdims=True
+    )  # norm 1, which is also the mean norm of the head
+    head = direction_head(
+        zero_shot.rows, zero_shot.scale, counts=np.full(len(names), 3.0, np.float32), norm_sum=3.0 * len(names)
+    )
+    weight, bias = np.split(head, [zero_shot.rows.size])
+    ours = torch.softmax(torch.from_numpy(units @ weight.reshape(zero_shot.rows.shape).T + bias), dim=1).numpy()
 
     model = CLIPModel.from_pretrained(clip_folder).eval()
     prompts = [f"a photo of a {name}." for name in names]
     tokens = AutoTokenizer.from_pretrained(clip_folder)(prompts, padding=True, return_tensors="pt")
     with torch.no_grad():
-        seen = model(pixel_values=normalised(pixels, clip.bundle.manifest.preprocessing), **tokens)
-    theirs = seen.logits_per_image.softmax(dim=1).numpy()
+        outputs = model(pixel_values=normalize_pixels(pixels, clip.bundle.manifest.preprocessing), **tokens)
+    theirs = outputs.logits_per_image.softmax(dim=1).numpy()
     assert np.allclose(ours, theirs, atol=1e-6)
     rankings = theirs.argsort(axis=1)
     assert np.array_equal(ours.argsort(axis=1), rankings)
-    assert len(np.unique(rankings, axis=0)) > 1  # images differ in what they look like
+    assert len(np.unique(rankings, axis=0)) > 1  # the images do not all have the same ranking
 
 
-def test_several_prompts_are_averaged_as_directions_and_an_underscore_is_a_space(clip: Built) -> None:
+def test_prompts_are_averaged_as_directions_and_underscores_are_spaces(clip: Built) -> None:
     templates = ["a photo of a {}.", "the {}", "{}"]
     alone = [zero_shot_head(clip.source, ["red kiwi", "plum"], [template]).rows for template in templates]
     mean = np.mean(alone, axis=0)
@@ -56,27 +60,27 @@ def test_several_prompts_are_averaged_as_directions_and_an_underscore_is_a_space
     assert np.allclose(np.linalg.norm(together, axis=1), 1, atol=1e-6)
 
 
-def test_a_prompt_longer_than_the_tower_reads_is_cut(clip: Built) -> None:
+def test_a_prompt_longer_than_the_text_towers_input_is_truncated(clip: Built) -> None:
     assert np.isfinite(zero_shot_head(clip.source, ["plum" * 50, "kiwi"], ["a photo of a {}."]).rows).all()
 
 
-def test_the_bundle_keeps_the_head_and_only_of_a_family_with_a_text_tower(clip: Built, vit: Built) -> None:
-    kept = clip.bundle.zero_shot()
-    assert kept is not None
-    assert kept.rows.shape == (len(CLASSES), FEATURE)
-    assert kept.scale == pytest.approx(
+def test_only_bundles_of_families_with_a_text_tower_have_the_head(clip: Built, vit: Built) -> None:
+    zero_shot = clip.bundle.zero_shot()
+    assert zero_shot is not None
+    assert zero_shot.rows.shape == (len(CLASSES), FEATURE)
+    assert zero_shot.scale == pytest.approx(
         float(CLIPModel.from_pretrained(clip.source.origin.source).logit_scale.detach().exp())
     )
     assert vit.bundle.zero_shot() is None
 
 
 @pytest.mark.parametrize("template", ["a photo", "{} and {}"])
-def test_a_prompt_without_one_place_for_the_name_is_refused(clip: Built, template: str) -> None:
-    with pytest.raises(ConfigError, match="once, where the class name goes"):
+def test_a_prompt_without_exactly_one_place_for_the_name_is_refused(clip: Built, template: str) -> None:
+    with pytest.raises(ConfigError, match="once, as the place of the class name"):
         zero_shot_head(clip.source, CLASSES, [template])
 
 
-def test_weights_that_bring_no_text_tower_or_no_tokenizer_are_one_clear_error(vit: Built, tmp_path: Path) -> None:
+def test_weights_without_text_tower_or_tokenizer_are_one_clear_error(vit: Built, tmp_path: Path) -> None:
     folder = write_clip(tmp_path / "clip")
     vision = tmp_path / "vision"
     CLIPVisionModelWithProjection.from_pretrained(folder).save_pretrained(vision)
@@ -86,25 +90,25 @@ def test_weights_that_bring_no_text_tower_or_no_tokenizer_are_one_clear_error(vi
     for source, message in (
         (vit.source, "no text tower"),
         (load_backbone("clip-vit-b16", "random", 2, None, None, 0), "no text tower"),
-        (load_backbone(str(vision), None, 2, None, None, 0), "lacks weights"),
+        (load_backbone(str(vision), None, 2, None, None, 0), "has no tensor"),
         (load_backbone(str(folder), None, 2, None, None, 0), "no usable tokenizer"),
     ):
         with pytest.raises(WeightsError, match=message):
             zero_shot_head(source, ["a", "b"], ["{}"])
 
 
-def test_the_command_makes_the_head_of_the_given_prompts(clip_folder: Path, clip: Built, tmp_path: Path) -> None:
+def test_the_command_makes_the_head_from_its_prompts(clip_folder: Path, clip: Built, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "export.build", "--model", str(clip_folder), "--levels", "1"]
     arguments = ["--classes", ",".join(CLASSES), "--out", str(tmp_path / "b"), "--prompt", "{}", "--prompt", "the {}"]
-    ended = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, ended.stderr
-    assert "zero-shot head" in ended.stdout
-    kept = Bundle.load(tmp_path / "b").zero_shot()
-    assert kept is not None
-    assert np.array_equal(kept.rows, zero_shot_head(clip.source, CLASSES, ["{}", "the {}"]).rows)
+    result = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "zero-shot head" in result.stdout
+    zero_shot = Bundle.load(tmp_path / "b").zero_shot()
+    assert zero_shot is not None
+    assert np.array_equal(zero_shot.rows, zero_shot_head(clip.source, CLASSES, ["{}", "the {}"]).rows)
 
 
-def test_a_vision_tower_alone_gives_the_same_bundle_but_for_the_head(clip: Built, tmp_path: Path) -> None:
+def test_a_vision_tower_alone_gives_the_same_weights(clip: Built, tmp_path: Path) -> None:
     vision = tmp_path / "tiny-clip"
     CLIPVisionModelWithProjection.from_pretrained(clip.source.origin.source).save_pretrained(vision)
     source = load_backbone(str(vision), None, len(CLASSES), None, None, 0)

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedfmsl.algorithms.arrays import Vector
+from fedfmsl.algorithms.arrays import Tensors, Vector
 from fedfmsl.errors import MessageError
 from fedfmsl.protocol.encoding import decode
 from fedfmsl.protocol.messages import Stage, Update, Verdict
-from fedfmsl.protocol.tensors import Tensors
 from trainer_server.coordinator.records import held_out_accuracies
 from trainer_server.coordinator.state import Plan, State
 
@@ -117,9 +116,9 @@ def _check_nothing(plan: Plan, update: Update, tensors: Tensors) -> None:
         raise MessageError(f"stage {update.stage.value} takes no tensors")
 
 
-def _bound(value: float, limit: float, what: str) -> None:
+def _bound(value: float, limit: float, name: str) -> None:
     if not value <= limit:
-        raise MessageError(f"the update's {what} is {value:.4g}, more than {limit:.4g}")
+        raise MessageError(f"the update's {name} is {value:.4g}, more than {limit:.4g}")
 
 
 CHECKS: dict[Stage, Callable[[Plan, Update, Tensors], None]] = {

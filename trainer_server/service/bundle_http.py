@@ -32,16 +32,15 @@ class BundleServer:
         if not host or not port.isdigit() or not 0 < int(port) < 2**16:
             raise ConfigError(f"--serve {address!r} is not HOST:PORT")
         if identity is None and not insecure:
-            require_loopback(f"the bundle from --serve {address}", host, "give the server's --identity")
+            require_loopback(f"the bundle from --serve {address}", host, "pass the server's --identity")
         self.url = f"{'https' if identity else 'http'}://{address}/bundle"
         config = uvicorn.Config(
             bundle_app(Bundle.load(root)), host=host.strip("[]"), port=int(port), log_level="critical"
         )
         config.load()
         if identity:
-            config.ssl = read_identity(
-                identity
-            ).server_context()  # uvicorn's own options need key and CA in separate files
+            # uvicorn's own options need key and CA in separate files
+            config.ssl = read_identity(identity).server_context()
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._ended = threading.Event()
