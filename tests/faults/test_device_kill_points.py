@@ -32,11 +32,11 @@ ANNOUNCER = "edge_runtime.daemon.announce:Announcer"
 HALF_SENT = "when its update is half sent"
 Kill = tuple[str, str, str, int]  # name in the table, and arguments of `kill_point.arm`
 KILLS: list[Kill] = [
-    ("before its update lies in the outbox", f"{OUTBOX}.write", "before", 1),
-    ("when its update lies in the outbox", f"{OUTBOX}.write", "after", 1),
+    ("before its update is in the outbox", f"{OUTBOX}.write", "before", 1),
+    ("when its update is in the outbox", f"{OUTBOX}.write", "after", 1),
     (HALF_SENT, f"{ANNOUNCER}.publish", "after", 3),
-    ("between the ack and its being noted", f"{OUTBOX}.acknowledge", "before", 1),
-    ("when the ack is noted, the update still kept", "edge_runtime.store.outbox:write_atomically", "after", 1),
+    ("after the ack, before it is stored", f"{OUTBOX}.acknowledge", "before", 1),
+    ("after the ack is stored, before the update is removed", "edge_runtime.store.outbox:write_atomically", "after", 1),
     ("before globals are kept", f"{GLOBALS}.write", "before", 1),
     ("when globals are kept", f"{GLOBALS}.write", "after", 1),
     ("while training", "edge_runtime.engines.step_graph:StepGraphEngine.step", "before", 3),

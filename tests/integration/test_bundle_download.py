@@ -116,7 +116,7 @@ def own_broker(tmp_path: Path) -> Iterator[Broker]:
         yield processes.start_broker()
 
 
-def test_a_server_is_waited_for_and_that_is_said(own_broker: Broker, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_device_waits_for_the_server_and_logs_it(own_broker: Broker, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     topics, status = Topics("deserted"), ServerStatus(online=True, run="deserted", session="1")
     device, server = Link(own_broker.url, "device"), Link(own_broker.url, "server")

@@ -77,18 +77,18 @@ def device(broker: Broker, bundle: Path, photos: dict[str, Path], tmp_path: Path
 def test_check_run_status_and_predictions_during_a_run_and_after_it(device: Device) -> None:
     before = device.ask("check")
     assert before.code == 0, before.stdout
-    for said in ("ok     broker", "note   server", "ok     bundle", "ok     samples", "torn.jpg", "ok     memory"):
-        assert said in before.stdout
+    for finding in ("ok     broker", "note   server", "ok     bundle", "ok     samples", "torn.jpg", "ok     memory"):
+        assert finding in before.stdout
     assert not device.state.exists()
     device.ask("status").assert_error(8, "no daemon has worked with --state")
 
     server = device.federation.start_server("--stage1-rounds", "3", "--stage2-rounds", "2")
     daemon = device.start()
     device.observer.wait(Round, lambda r: r.stage is Stage.GLOBAL, "stage 1")
-    device.start("twin").wait().assert_error(2, "is in use by another process", "--state")
-    there = device.ask("status")
-    assert there.code == 0, there.stderr
-    assert DEVICE in status.stdout and "torn.jpg: not a readable image" in there.stdout
+    device.start("second").wait().assert_error(2, "is in use by another process", "--state")
+    status = device.ask("status")
+    assert status.code == 0, status.stderr
+    assert DEVICE in status.stdout and "torn.jpg: not a readable image" in status.stdout
     assert "the daemon runs" in device.ask("check").stdout
 
     device.observer.wait(Round, lambda r: r.stage is Stage.FINISHED, "the end of the run")

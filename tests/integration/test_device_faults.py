@@ -195,7 +195,7 @@ def test_an_update_without_an_acknowledgement_is_sent_again_until_there_is_one(
     serving.start()
     try:
         updates = whole_updates(server, topics)
-        assert len({next(updates) for _ in range(3)}) == 1  # the same bytes each time
+        assert len({next(updates) for _ in range(3)}) == 1  # identical bytes each time
         ack = Ack(run=RUN, session="s", round=1, device=device.device_name, verdict=Verdict.DUPLICATE)
         server.publish(topics.ack(device.device_name), encode(ack))
         wait_until(lambda: device.store.outbox.acknowledged == 1, "the device to store the acknowledgement")
