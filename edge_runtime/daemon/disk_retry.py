@@ -36,7 +36,7 @@ class DiskRetry:
         with contextlib.suppress(OSError):  # a read-only disk
             if evict:
                 self._cache.evict_all()
-            self._store.drop_globals(keep=required_globals)
+            self._store.globals.keep_only(required_globals)
         self._due = time.monotonic() + (self._backoff.delay(self._failures - 1) if self._failures else 0.0)
         self._failures += 1
 

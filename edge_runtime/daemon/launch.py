@@ -53,7 +53,7 @@ def launch(settings: Settings) -> None:
     if not settings.images.is_dir():
         raise InputError(f"--images folder {settings.images} does not exist; make or mount it, or give another")
     topics, store = Topics(settings.run), DeviceStore(settings.state)
-    name = store.identity(device_name(settings.device, settings.identity))
+    name = store.ensure_name(device_name(settings.device, settings.identity))
     with locked(store.root, "end it first, or give this one another --state"), contextlib.ExitStack() as until_the_end:
         link = device_link(settings.broker, topics, name, settings.identity, settings.insecure)
         sensors = Sensors(zones=settings.thermal_zones)

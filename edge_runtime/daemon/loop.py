@@ -99,13 +99,13 @@ class DaemonLoop:
         self._next_tick = self._next_scan = self._next_sensors = self._next_subscription = self._work_due = 0.0
         self._watched_steps = -1
         store.remove_temporary_files()
-        unacknowledged = store.unacknowledged(store.session)
+        unacknowledged = store.outbox.unacknowledged(store.outbox.session)
         self._state = State(
             device=device.device_name,
             guard=DuplicateNameGuard(INSTANCE),
             bundle=device.bundle.sha256,
-            session=store.session,
-            done=max({store.acknowledged, *unacknowledged}),
+            session=store.outbox.session,
+            done=max({store.outbox.acknowledged, *unacknowledged}),
             unacknowledged=unacknowledged,
         )
 
@@ -302,12 +302,12 @@ class DaemonLoop:
             self._handle(WorkFailed(task.round))
             return
         try:
-            self._store.drop_globals(keep=required_globals(self._state.announced) | required_globals(task))
+            self._store.globals.keep_only(required_globals(self._state.announced) | required_globals(task))
         except OSError as error:
             self._disk_failed(error)
             self._handle(WorkFailed(task.round))
             return
-        if self._store.session != task.session:
+        if self._store.outbox.session != task.session:
             self._retransmissions = Retransmissions(self._name, self._timing.ack)
         bytes_down = self._globals.bytes_down
         self._worker.submit(
@@ -382,7 +382,7 @@ class DaemonLoop:
         """Sends an update from the outbox, unless paho is still delivering it, also after a reconnection."""
         if not self._connected or self._retransmissions.on_its_way(round_):
             return
-        blob = self._store.update(round_)
+        blob = self._store.outbox.read(round_)
         if blob is not None:
             for index, chunk in enumerate(chunks(blob)):
                 sent = self._announcer.publish(self._topics.update_chunk(self._name, round_, index), chunk)
@@ -391,7 +391,7 @@ class DaemonLoop:
     def _acknowledge(self, ack: Ack) -> None:
         self._retransmissions.acknowledged(ack.round)
         try:
-            self._store.acknowledge(ack.round)
+            self._store.outbox.acknowledge(ack.round)
         except OSError as error:  # after a restart the update is sent and acknowledged once more
             logger.warning(f"the update of round {ack.round} is acknowledged but could not be deleted ({error})")
         if ack.verdict is not Verdict.ACCEPTED:

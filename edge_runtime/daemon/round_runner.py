@@ -117,7 +117,7 @@ class RoundRunner:
         written until then do not change the result of another attempt.
         """
         store = self.device.store
-        store.enter(task.session)
+        store.outbox.enter(task.session)
         self.control.check()
         started, device = time.perf_counter(), self.device
         global_values = self._globals(task)
@@ -135,7 +135,7 @@ class RoundRunner:
             self.write_personalized()
         seconds = time.perf_counter() - started
         update = update_header(device, task, outcome, seconds=seconds, peak_rss_mb=peak_rss_mb(), bytes_down=bytes_down)
-        store.put_outbox(task.round, pack(update, outcome.tensors))
+        store.outbox.write(task.round, pack(update, outcome.tensors))
         return seconds
 
     def write_personalized(self) -> None:
@@ -172,7 +172,7 @@ class RoundRunner:
     def _vector(self, sha256: str, join: Callable[[Tensors], Vector]) -> Vector:
         if not sha256:
             return np.empty(0, np.float32)
-        blob = self.device.store.global_blob(sha256)
+        blob = self.device.store.globals.read(sha256)
         if blob is None:
             raise RunError(
                 f"the global blob {sha256[:12]}… is missing or damaged on the disk; start again to fetch it again"
