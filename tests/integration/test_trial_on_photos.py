@@ -1,4 +1,4 @@
-"""python -m devices.trial on a user's photos and model."""
+"""python -m devices.trial on a user's own photos and model."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def report(folder: Path) -> dict[str, Any]:
     return read
 
 
-def test_the_report_has_every_documented_name(report: dict[str, Any]) -> None:
+def test_the_report_has_every_documented_key(report: dict[str, Any]) -> None:
     assert set(report) >= REPORT
     assert set(report["rounds"]) == {"stage1", "stage2"}
     assert set(report["seconds"]) >= {"export", "features", "stage1", "stage2", "total"}
@@ -64,7 +64,7 @@ def test_the_report_has_every_documented_name(report: dict[str, Any]) -> None:
 
 
 @pytest.mark.ort_training
-def test_the_report_names_the_settings_of_the_run(report: dict[str, Any], folder: Path) -> None:
+def test_the_report_has_the_settings_of_the_run(report: dict[str, Any], folder: Path) -> None:
     manifest = Bundle.load(folder / "bundle").manifest
     assert (report["seed"], report["alpha"], report["model"]) == (0, 5.0, "tiny-vit")
     assert report["rounds"] == {"stage1": STAGE1, "stage2": STAGE2}
@@ -82,7 +82,7 @@ def test_every_accuracy_is_a_mean_over_all_devices(report: dict[str, Any], model
     assert 0 <= accuracy["mean"] <= 1
 
 
-def test_the_report_has_seconds_and_bytes(report: dict[str, Any]) -> None:
+def test_stages_and_bytes_and_memory_are_measured(report: dict[str, Any]) -> None:
     seconds = report["seconds"]
     assert all(0 < seconds[name] < seconds["total"] for name in ("export", "stage1", "stage2"))
     assert report["bytes_up_per_device_round"] > 0
@@ -108,16 +108,16 @@ def test_a_personalized_model_of_a_trial_predicts(folder: Path) -> None:
 
 
 @pytest.mark.ort_training
-def test_no_log_of_the_trial_has_a_traceback(folder: Path) -> None:
+def test_every_process_of_the_trial_has_a_log_without_a_traceback(folder: Path) -> None:
     logs = {path.stem: path.read_text() for path in (folder / "logs").iterdir()}
     assert set(logs) == {"broker", "server", *NAMES}
     assert [name for name, text in logs.items() if "Traceback" in text] == []
 
 
-def test_a_folder_of_something_else_is_not_overwritten(directory: Path, vit_folder: Path, folder: Path) -> None:
+def test_a_folder_that_is_not_a_trial_is_not_overwritten(directory: Path, vit_folder: Path, folder: Path) -> None:
     mine = directory / "runs" / "mine"
     mine.mkdir()
-    (mine / "thesis.txt").write_text("do not lose me")
+    (mine / "thesis.txt").write_text("not a trial")
     options = ("--images", str(directory / "photos"), "--model", str(vit_folder), "--name", "mine")
     run_module("devices.trial", *options, cwd=directory).assert_error(2, "runs/mine", "choose another --name")
     assert (mine / "thesis.txt").is_file()

@@ -1,4 +1,4 @@
-"""A trial on a user's texts: from a folder of .txt files to the personalized models and the adapter."""
+"""A trial on a user's own texts: from a folder of .txt files to the personalized model and the adapter."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def results(folder: Path, device: int) -> dict[str, list[float]]:
     return found
 
 
-def test_the_report_counts_texts(folder: Path) -> None:
+def test_the_report_names_texts(folder: Path) -> None:
     report = json.loads((folder / "report.json").read_text())
     assert report["samples"] == "texts"
     assert sum(report["test_images"].values()) == 24
@@ -54,7 +54,9 @@ def test_the_report_counts_texts(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("device", range(DEVICES))
-def test_predict_gives_the_probabilities_of_the_daemon(folder: Path, device: int, tmp_path: Path) -> None:
+def test_predict_gives_the_daemons_own_probabilities_from_the_file_alone(
+    folder: Path, device: int, tmp_path: Path
+) -> None:
     model = shutil.copy(folder / f"devices/device-{device}/personalized.onnx", tmp_path)
     samples = folder / f"samples/device-{device}/test"
     ended = run_module("edge_runtime", "predict", "--model", str(model), str(samples), "--json", cwd=tmp_path)
@@ -67,7 +69,7 @@ def test_predict_gives_the_probabilities_of_the_daemon(folder: Path, device: int
         np.testing.assert_allclose(list(probabilities.values()), own[name], atol=1e-4, rtol=0)
 
 
-def test_the_adapter_in_transformers_gives_the_logits_of_the_global_expert(folder: Path, bert_folder: Path) -> None:
+def test_the_adapter_gives_the_global_experts_logits_on_transformers_own_class(folder: Path, bert_folder: Path) -> None:
     import torch
     from peft import PeftModel
     from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
@@ -99,7 +101,7 @@ def session(bundle: Bundle, name: str) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(str(bundle.path(name)), providers=["CPUExecutionProvider"])
 
 
-def test_predict_names_a_file_that_is_not_a_text(folder: Path, tmp_path: Path) -> None:
+def test_predict_names_an_unreadable_text(folder: Path, tmp_path: Path) -> None:
     model = str(folder / "devices/device-0/personalized.onnx")
     (tmp_path / "empty.txt").touch()
     photos = write_photos(tmp_path / "photos", 1)
@@ -107,7 +109,7 @@ def test_predict_names_a_file_that_is_not_a_text(folder: Path, tmp_path: Path) -
         run_module("edge_runtime", "predict", "--model", model, str(argument)).assert_error(INPUT, message)
 
 
-def test_texts_for_an_image_model_are_refused_before_the_trial_starts(tmp_path: Path, vit_folder: Path) -> None:
+def test_a_model_of_the_wrong_kind_is_an_error_before_the_run_starts(tmp_path: Path, vit_folder: Path) -> None:
     texts = write_texts(tmp_path / "texts")
     ended = trial(tmp_path, "--images", str(texts), "--model", str(vit_folder), "--alpha", "5")
     ended.assert_error(INPUT, "holds texts, but model tiny-vit takes images", "choose another --model")
