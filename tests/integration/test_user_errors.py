@@ -1,4 +1,4 @@
-"""Every mistake of a user ends in one line with value, place and remedy, and in its exit code."""
+"""A user error is one line that names the value and the remedy, and an exit code per kind of error."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ CONFIG, INPUT, BUNDLE, WEIGHTS, BROKER, RUN = 2, 3, 4, 5, 6, 8
 
 @dataclass(frozen=True)
 class World:
-    """Valid options of the commands. Each test makes one mistake. `scratch`: the working directory of the commands."""
+    """Valid options, of which each test replaces one with an invalid one. Commands run in `scratch`."""
 
     broker: Broker
     bundle: Path
     backbone: Path
     photos: Path
-    used: int  # a port in use
-    free: int  # an unused port
+    taken: int  # a port that another process listens on
+    free: int  # a port that no process listens on
     scratch: Path
 
     def device(self, **replaced: str | Path) -> list[str]:
@@ -104,13 +104,13 @@ def world(broker: Broker, bundle: Path, vit_folder: Path, photos: dict[str, Path
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
-        used = listener.getsockname()[1]
-        yield World(broker, bundle, vit_folder, photos["device-0"], used, free_port(), tmp_path)
+        taken = listener.getsockname()[1]
+        yield World(broker, bundle, vit_folder, photos["device-0"], taken, free_port(), tmp_path)
 
 
 @pytest.fixture(scope="module")
 def personalized(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A personalized model of experts that have learned nothing."""
+    """A personalized model of untrained experts."""
     opened, store = Bundle.load(bundle), DeviceStore(tmp_path_factory.mktemp("state"))
     expert, gate = opened.initial()
     theta, nothing = expert[: opened.expert.size(1)], np.zeros(len(CLASSES), np.float32)
@@ -133,47 +133,47 @@ def personalized(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @dataclass(frozen=True)
-class Mistake:
+class Wrong:
     what: str
     command: Callable[[World], list[str]]
     code: int
-    parts: tuple[str, ...]
+    parts: tuple[str, ...]  # of the error line
 
 
 CASES = [
-    Mistake(
+    Wrong(
         "a device finds no broker",
         lambda w: w.device(broker=f"mqtt://127.0.0.1:{w.free}"),
         BROKER,
         ("no MQTT broker at 127.0.0.1:", "start one or give another --broker"),
     ),
-    Mistake(
+    Wrong(
         "a server finds no broker",
         lambda w: w.server(broker=f"mqtt://127.0.0.1:{w.free}"),
         BROKER,
         ("no MQTT broker at 127.0.0.1:", "start one or give another --broker"),
     ),
-    Mistake(
-        "an unknown host name of a broker",
+    Wrong(
+        "a broker's name that does not resolve",
         lambda w: w.device(broker="mqtts://broker.invalid"),
         BROKER,
         ("no MQTT broker at broker.invalid:8883", "--broker"),
     ),
     *(
-        Mistake(
-            f"an unencrypted connection to another machine, at {part}",
+        Wrong(
+            f"an unencrypted way to another machine, at {package}",
             command,
             CONFIG,
             ("192.0.2.1", "would travel unencrypted", "--identity", "--insecure"),
         )
-        for part, command in (
+        for package, command in (
             ("a device", lambda w: w.device(broker="ws://192.0.2.1")),
             ("the server", lambda w: w.server(broker="mqtt://192.0.2.1")),
             ("its bundle", lambda w: w.server(serve="192.0.2.1:8000")),
         )
     ),
     *(
-        Mistake(
+        Wrong(
             f"the broker address {url}",
             lambda w, url=url: w.device(broker=url),
             CONFIG,
@@ -188,77 +188,77 @@ CASES = [
             "mqtt://:1883",
         )
     ),
-    Mistake(
+    Wrong(
         "an image folder that does not exist",
         lambda w: w.device(images=w.scratch / "nowhere"),
         INPUT,
         ("nowhere does not exist",),
     ),
-    Mistake(
+    Wrong(
         "an empty image folder",
         lambda w: w.device(images=w.folder("empty")),
         INPUT,
         ("empty holds no images", "one subfolder per class"),
     ),
-    Mistake(
+    Wrong(
         "one image in all",
         lambda w: w.device(images=w.one_photo(CLASSES[1])),
         INPUT,
         (CLASSES[1], "at least two", "add more"),
     ),
-    Mistake(
+    Wrong(
         "no class folder that the bundle knows",
         lambda w: w.device(images=w.one_photo("durian")),
         INPUT,
         ("'durian'", *CLASSES, "rename or remove the folder"),
     ),
-    Mistake(
+    Wrong(
         "a device's bundle with a changed byte",
         lambda w: w.device(bundle=w.altered_bundle()),
         BUNDLE,
         ("backbone.weights has been altered", "copy or build it again"),
     ),
-    Mistake(
+    Wrong(
         "a server's bundle with a changed byte",
         lambda w: w.server(bundle=w.altered_bundle()),
         BUNDLE,
         ("backbone.weights has been altered", "copy or build it again"),
     ),
-    Mistake(
+    Wrong(
         "a folder that is no bundle",
         lambda w: w.server(bundle=w.folder("nothing")),
         BUNDLE,
         ("nothing", "python -m export.build"),
     ),
     *(
-        Mistake(f"a run's name {name!r} at {part}", command, CONFIG, (repr(name), "letters, digits"))
+        Wrong(f"a run's name {name!r} at {package}", command, CONFIG, (repr(name), "letters, digits"))
         for name in ("a/b", "+", "")
-        for part, command in (
+        for package, command in (
             ("a device", lambda w, name=name: w.device(run=name)),
             ("the server", lambda w, name=name: w.server(run=name)),
             ("a trial", lambda w, name=name: w.trial(name=name)),
         )
     ),
-    Mistake(
+    Wrong(
         "a device's name",
         lambda w: w.device(device="on the balcony"),
         CONFIG,
         ("'on the balcony'", "letters, digits"),
     ),
-    Mistake(
+    Wrong(
         "a state folder of another device",
         lambda w: w.device(device="kitchen", state=w.another_devices_state()),
         CONFIG,
         ("'balcony'", "'kitchen'", "use another folder"),
     ),
-    Mistake(
+    Wrong(
         "a memory budget that nothing fits into",
         lambda w: w.device(memory="1MB"),
         CONFIG,
         ("level 1 needs", "more than the budget of 1MB", "give it --memory"),
     ),
     *(
-        Mistake(f"{option} {text}", command, CONFIG, (option, repr(text), "512MB"))
+        Wrong(f"{option} {text}", command, CONFIG, (option, repr(text), "512MB"))
         for option, text, command in (
             ("--memory", "much", lambda w: w.device(memory="much")),
             ("--cache", "-2GB", lambda w: w.device(cache="-2GB")),
@@ -266,81 +266,81 @@ CASES = [
         )
     ),
     *(
-        Mistake(f"an engine that is not installed, at {part}", command, CONFIG, (option, "pip install"))
-        for part, option, command in (
+        Wrong(f"an engine that is not installed, at {package}", command, CONFIG, (option, "pip install"))
+        for package, option, command in (
             ("a device", "--engine ort-training", lambda w: w.device(engine="ort-training")),
             ("a trial", "--engine ort-training", lambda w: w.trial(engine="ort-training")),
             ("the export", "--ort-training", lambda w: ["export.build", "--model", "vit-b16", "--ort-training"]),
         )
         if not has_ort_training()
     ),
-    Mistake(
+    Wrong(
         "a port to serve on that is taken",
-        lambda w: w.server(serve=f"127.0.0.1:{w.used}"),
+        lambda w: w.server(serve=f"127.0.0.1:{w.taken}"),
         RUN,
         ("cannot serve the bundle on 127.0.0.1:", "choose another --serve"),
     ),
     *(
-        Mistake(
+        Wrong(
             f"an address to serve on: {address}", lambda w, a=address: w.server(serve=a), CONFIG, (address, "--serve")
         )
         for address in ("8000", "127.0.0.1:http", "127.0.0.1:99999")
     ),
-    Mistake(
+    Wrong(
         "a level above the bundle's",
         lambda w: w.server(max_level="9"),
         CONFIG,
         ("--max-level 9", "more than the 3 levels", "lower it"),
     ),
-    Mistake(
+    Wrong(
         "a head of class names with a bundle that has none",
         lambda w: w.server(head="zero-shot"),
         CONFIG,
         ("--head zero-shot", "has no such head", "clip-vit-b16", "class-means"),
     ),
-    Mistake(
+    Wrong(
         "a personalized model before any run",
         lambda w: ["edge_runtime", "personalize", "--bundle", str(w.bundle), "--state", str(w.scratch)],
         INPUT,
         ("no personalized model yet", "first round creates it"),
     ),
-    Mistake(
+    Wrong(
         "a prediction without the model",
         lambda w: w.predict(w.scratch / "personalized.onnx", w.any_photo()),
         BUNDLE,
         ("personalized.onnx does not exist", "state directory"),
     ),
-    Mistake(
+    Wrong(
         "a prediction with an ONNX file of another kind",
         lambda w: w.predict(w.bundle / "backbone.onnx", w.any_photo()),
         BUNDLE,
         ("backbone.onnx", "not a personalized model"),
     ),
-    Mistake(
+    Wrong(
         "a prediction with something that is no ONNX file",
         lambda w: w.predict(w.any_photo(), w.any_photo()),
         BUNDLE,
         (".jpg", "ONNX"),
     ),
-    Mistake(
+    Wrong(
         "a trial with both ways to choose classes",
         lambda w: w.trial("--classes-from-folders", classes="apple,kiwi"),
         CONFIG,
         ("--classes and --classes-from-folders exclude each other",),
     ),
-    Mistake(
+    Wrong(
         "a trial with classes but no photos",
         lambda w: ["devices.trial", "--classes-from-folders"],
         CONFIG,
         ("require --images",),
     ),
-    Mistake(
+    Wrong(
         "a trial on an empty folder",
         lambda w: w.trial(images=w.folder("empty")),
         INPUT,
         ("empty holds no images", "one subfolder per class"),
     ),
-    Mistake(
+    Wrong(
         "a trial with a class that has no photos",
         lambda w: w.trial(classes="apple,durian"),
         INPUT,
@@ -349,12 +349,12 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("mistake", CASES, ids=lambda mistake: mistake.what)
-def test_a_mistake_ends_in_one_line_with_the_remedy(world: World, mistake: Mistake) -> None:
-    run_module(*mistake.command(world), cwd=world.scratch).assert_error(mistake.code, *mistake.parts)
+@pytest.mark.parametrize("wrong", CASES, ids=lambda wrong: wrong.what)
+def test_an_invalid_option_is_one_line_of_error(world: World, wrong: Wrong) -> None:
+    run_module(*wrong.command(world), cwd=world.scratch).assert_error(wrong.code, *wrong.parts)
 
 
-def test_predict_names_a_file_that_is_no_image(world: World, personalized: Path) -> None:
+def test_predict_names_a_file_that_is_not_an_image(world: World, personalized: Path) -> None:
     ended = run_module(*world.predict(personalized, world.text_file()))
     ended.assert_error(INPUT, "notes.jpg is not a readable image")
 
@@ -363,14 +363,14 @@ def test_predict_names_a_folder_without_images(world: World, personalized: Path)
     run_module(*world.predict(personalized, world.folder("empty"))).assert_error(INPUT, "no images in", "empty")
 
 
-def test_an_unknown_model_error_lists_the_known_ones(world: World) -> None:
+def test_an_unknown_model_is_an_error_with_the_known_ones(world: World) -> None:
     from export.families import MODELS
 
     ended = run_module("export.build", "--model", "nope", cwd=world.scratch)
     ended.assert_error(CONFIG, "'nope'", *MODELS, "transformers folder")
 
 
-def test_without_the_hub_export_names_the_alternatives(world: World) -> None:
+def test_without_the_hub_the_error_names_the_alternatives(world: World) -> None:
     # offline, because the hub's client tries an unreachable address for half a minute
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(world.scratch)}
     ended = run_module("export.build", "--model", "vit-b16", cwd=world.scratch, environment=offline)
