@@ -19,8 +19,8 @@ from edge_runtime.data.folder import SampleFolder, largest
 from edge_runtime.data.inputs import reader_of
 from edge_runtime.data.sample_reader import SampleReader
 from edge_runtime.engines.factory import open_engine
-from edge_runtime.resources.governor import forbids
-from edge_runtime.resources.probe import measure_least
+from edge_runtime.resources.governor import pause_reason
+from edge_runtime.resources.plan import measure_minimum
 from edge_runtime.resources.sensors import Sensors
 from edge_runtime.settings import Settings
 from edge_runtime.store import DeviceStore
@@ -193,7 +193,7 @@ def _samples(settings: Settings, seen: _Seen) -> Iterator[Finding]:
     text = f"{len(samples)} {kind.noun}s of {classes} classes in {settings.images}"
     yield Finding("samples", text)
     for one in slices.skipped:
-        yield Finding("set aside", f"{one.path}: {one.reason}", doubtful=True)
+        yield Finding("skipped", f"{one.path}: {one.reason}", doubtful=True)
 
 
 def _memory(settings: Settings, seen: _Seen) -> Iterator[Finding]:
@@ -202,7 +202,7 @@ def _memory(settings: Settings, seen: _Seen) -> Iterator[Finding]:
     threads = settings.threads or os.cpu_count() or 1
     engine = open_engine(settings.engine, seen.bundle, threads).name
     started = time.monotonic()
-    least, seconds = measure_least(seen.bundle, engine, threads, seen.largest, settings.memory, settings.step_seconds)
+    least, seconds = measure_minimum(seen.bundle, engine, threads, seen.largest, settings.memory, settings.step_seconds)
     took = time.monotonic() - started
     yield Finding(
         "memory",
@@ -219,7 +219,7 @@ def _governor(settings: Settings, seen: _Seen) -> Iterator[Finding]:
             "--thermal-zones"
         )
     heat = "no temperature" if readings.temperature is None else f"{readings.temperature:.1f} °C"
-    forbidden = forbids(limits, readings, datetime.now(), paused=False)
+    forbidden = pause_reason(limits, readings, datetime.now(), paused=False)
     power = "on battery" if readings.on_battery else "on mains"
     yield Finding(
         "governor", f"{heat}, {power}; " + (f"would pause now: {forbidden}" if forbidden else "would train now")

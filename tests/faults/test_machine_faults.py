@@ -74,7 +74,7 @@ def test_of_two_devices_with_one_identity_the_older_leaves_and_nothing_counts_tw
         simulation.start_fleet(think=THINK, devices=1)
         observer.wait(DeviceStatus, lambda s: s.device == name and s.instance not in before, "the twin", since)
         ended = elder.wait()
-        assert f"another device has come as '{name}'" in ended.stderr
+        assert f"duplicate device name '{name}'" in ended.stderr
         counts = (Verdict.ACCEPTED, Verdict.DUPLICATE)
         observer.wait(Ack, lambda a: a.device == name and a.verdict in counts, "the twin's update", since)
         seconds = time.monotonic() - struck

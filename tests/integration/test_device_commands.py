@@ -80,7 +80,7 @@ def test_it_is_looked_over_asked_and_used(device: Device) -> None:
     for said in ("good   broker", "note   server", "good   bundle", "good   samples", "torn.jpg", "good   memory"):
         assert said in before.stdout
     assert not device.state.exists()
-    device.ask("status").assert_error(8, "no daemon has worked with --state")
+    device.ask("status").assert_error(8, "no daemon has used --state")
 
     server = device.federation.start_server("--stage1-rounds", "3", "--stage2-rounds", "2")
     daemon = device.start()
