@@ -23,14 +23,14 @@ from edge_runtime.training.gate import Gate
 from edge_runtime.training.model import save_personal_model
 from edge_runtime.training.stages import Globals, StageResult
 from edge_runtime.training.updates import prepare_update, update_header
-from fedfmsl.algorithms.arrays import Vector
+from fedfmsl.algorithms.arrays import Tensors, Vector
 from fedfmsl.errors import RunError
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.chunks import chunks
 from fedfmsl.protocol.layout import Layout
 from fedfmsl.protocol.messages import DeviceStatus, Round, Stage, Update, Verdict
 from fedfmsl.protocol.messages import Globals as GlobalsHeader
-from fedfmsl.protocol.tensors import Tensors, blob_hash, pack, unpack
+from fedfmsl.protocol.tensors import blob_hash, pack, unpack
 from trainer_server.config import RunConfig
 from trainer_server.coordinator.advance import advance
 from trainer_server.coordinator.events import (

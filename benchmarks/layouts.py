@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
+from fedfmsl.algorithms.arrays import Tensors
 from fedfmsl.protocol.bundle import (
     MANIFEST,
     Bundle,
@@ -24,7 +25,6 @@ from fedfmsl.protocol.bundle import (
 from fedfmsl.protocol.encoding import encode
 from fedfmsl.protocol.layout import HEAD, Layout
 from fedfmsl.protocol.messages import Round, Stage, Update
-from fedfmsl.protocol.tensors import Tensors
 
 INIT = "init.safetensors"
 GATE_WIDTH = 32

@@ -44,8 +44,8 @@ def check(settings: Settings) -> None:
     code = 0
     for finding in run_preflight(settings):
         code = code or finding.code
-        mark = "wrong" if finding.code else "note" if finding.doubtful else "good"
-        console.print(f"{mark:5}  {finding.what:9}  {finding.text}")
+        mark = "error" if finding.code else "note" if finding.doubtful else "ok"
+        console.print(f"{mark:5}  {finding.name:9}  {finding.text}")
     sys.exit(code)
 
 

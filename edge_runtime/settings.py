@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import ByteSize, Field, ValidationInfo, field_validator
 
 from edge_runtime.resources.governor import Hours, Limits
-from fedfmsl.common.log import LogForm
+from fedfmsl.common.logs import LogSettings
 from fedfmsl.common.settings import CommaSeparated, File, Fraction, SettingsModel, panel
 from fedfmsl.errors import ConfigError
 from fedfmsl.protocol.messages import EngineChoice
@@ -16,7 +16,7 @@ from fedfmsl.transport.address import listening_on
 from fedfmsl.transport.settings import CONNECTION, ConnectionSettings, DeviceName, RunName
 
 RUN, SAMPLES, RESOURCES, SCHEDULE, OUTPUT = (
-    panel(name) for name in ("Run", "Samples", "Resources", "When the device trains", "Predictions, logs and metrics")
+    panel(name) for name in ("Run", "Samples", "Resources", "When the device trains", "Predictions and metrics")
 )
 
 
@@ -41,7 +41,7 @@ class PredictSettings(StateSettings, ConnectionSettings):
     )
 
 
-class Settings(PredictSettings):
+class Settings(PredictSettings, LogSettings):
     """What the daemon needs."""
 
     run: RunName = Field(description="Name of the run to take part in.", json_schema_extra=RUN)
@@ -128,8 +128,6 @@ class Settings(PredictSettings):
     watch: File | None = Field(
         None, description="Folder whose new files are classified with the newest model.", json_schema_extra=OUTPUT
     )
-    log: LogForm = Field("text", description="Log format; json: one object per line.", json_schema_extra=OUTPUT)
-    log_file: File | None = Field(None, description="Also log to this file, rotated at 2 MB.", json_schema_extra=OUTPUT)
     metrics: str | None = Field(
         None, description="HOST:PORT to serve Prometheus metrics on. Default: none.", json_schema_extra=OUTPUT
     )

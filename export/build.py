@@ -2,45 +2,24 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from safetensors.numpy import save_file
 
-from export.backbone_onnx import write_backbone_onnx
+from export.bundle import build_bundle
 from export.families import MODELS
-from export.graph import WEIGHTS_FILE, WeightFile
-from export.graphs import GraphWriter, expert_layout, gate_layout
-from export.ort_training import write_artifacts
-from export.parity import check_parity
-from export.reference import initial_expert
-from export.transformer import Transformer
-from export.weights import RANDOM, Backbone, load_backbone
+from export.weights import Backbone, load_backbone
 from export.zero_shot import TEMPLATES, zero_shot_head
-from fedfmsl.algorithms.arrays import Vector
 from fedfmsl.common.class_folders import folder_classes
 from fedfmsl.common.cli import application, console
 from fedfmsl.common.onnx_runtime import require_ort_training
 from fedfmsl.errors import ConfigError, WeightsError
 from fedfmsl.protocol.bundle import (
-    MANIFEST,
-    TOKENIZER,
     Bundle,
-    Dims,
-    FileEntry,
-    LoraSpec,
-    Manifest,
-    PeftSpec,
     Precision,
     ZeroShot,
-    file_sha256,
 )
-from fedfmsl.protocol.layout import Layout
 
 app = application("Export a frozen backbone as a bundle for edge devices.")
 
@@ -138,121 +117,6 @@ def class_names(classes: str, folder: Path | None) -> tuple[str, ...]:
     if len(names) < 2 or len(set(names)) != len(names) or not all(names):
         raise ConfigError(f"need at least two different class names, got {len(set(names))}: {', '.join(names[:5])}")
     return tuple(names)
-
-
-def build_bundle(
-    source: Backbone,
-    classes: tuple[str, ...],
-    levels: int | None,
-    lora: LoraSpec,
-    out: Path,
-    seed: int,
-    precision: Precision = "fp32",
-    zero_shot: ZeroShot | None = None,
-    ort_training: bool = False,
-) -> Iterator[tuple[int, int, str]]:
-    """Writes the bundle to `out` and replaces an existing bundle. Yields (steps done, all steps, current step).
-
-    Raises ConfigError for invalid levels, precision or `out`, BundleError if a graph differs from torch + PEFT.
-    """
-    family, size = source.family, source.size
-    geometry = family.geometry(source.model.config, size)
-    levels = levels or geometry.blocks
-    if levels > geometry.blocks:
-        raise ConfigError(f"--levels {levels} is more than the {geometry.blocks} blocks of the model; lower it")
-    if out.exists() and not (out / MANIFEST).exists() and any(out.iterdir()):
-        raise ConfigError(f"--out {out} exists and is not a bundle; choose another folder")
-    if ort_training and precision != "fp32":
-        raise ConfigError(f"--ort-training needs --precision fp32, not {precision}")
-    steps = 1 + (4 + ort_training) * levels + 2 + 2
-    preprocessing = source.preprocessing
-    layout = expert_layout(family, geometry, lora.rank, len(classes))
-    gate = gate_layout(geometry.feature)
-    peft = PeftSpec(
-        base=source.origin.base if source.origin else RANDOM,
-        revision=source.origin.commit if source.origin else None,
-        prefix=family.backbone,
-        layers_pattern=family.layers_pattern,
-        head_width=geometry.feature,
-        classifier_width=family.classifier_width * geometry.feature,
-    )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
-        root = Path(scratch) / "bundle"
-        root.mkdir()
-        done = 0
-        yield done, steps, "backbone (optimum)"
-        with WeightFile(root / WEIGHTS_FILE) as weight_file:
-            writer = GraphWriter(
-                root=root,
-                family=family,
-                transformer=Transformer(geometry, lora.alpha / lora.rank),
-                weights=family.weights(source.model, size),
-                weight_file=weight_file,
-                preprocessing=preprocessing,
-                experts=layout,
-                gate=gate,
-                classes=len(classes),
-                levels=levels,
-                precision=precision,
-            )
-            for done, name in enumerate(writer.write_all(), start=1):
-                yield done, steps, name
-            for level in range(1, levels + 1) if ort_training else ():
-                done += 1
-                yield done, steps, write_artifacts(writer, level)
-            if precision == "fp32":  # needs fp32 weights, which an int8 bundle does not have
-                write_backbone_onnx(source, root / "backbone.onnx", weight_file)
-        if source.tokenizer:
-            (root / TOKENIZER).write_text(source.tokenizer, encoding="utf-8")
-        expert = initial_expert(source, lora, peft, layout, geometry.blocks, seed)[: layout.size(levels)]
-        initial = {"expert": expert, "gate": initial_gate(gate, seed)}
-        if zero_shot:
-            initial |= {"zero_shot": zero_shot.rows, "zero_shot_scale": np.array([zero_shot.scale], np.float32)}
-        save_file(initial, root / "init.safetensors")
-        files = {
-            path.name: FileEntry(size=path.stat().st_size, sha256=file_sha256(path)) for path in sorted(root.iterdir())
-        }
-        manifest = Manifest(
-            model=source.name,
-            family=family.model_type,
-            precision=precision,
-            preprocessing=preprocessing,
-            dims=Dims(
-                tokens=geometry.tokens,
-                hidden=geometry.hidden,
-                feature=geometry.feature,
-                blocks=geometry.blocks,
-                classes=len(classes),
-            ),
-            lora=lora,
-            levels=levels,
-            classes=classes,
-            expert_layout=tuple(slot for slot in layout.slots if slot.end <= layout.size(levels)),
-            gate_layout=gate.slots,
-            peft=peft,
-            backbone_parameters=source.parameters,
-            tuned_parameters=layout.size(levels),
-            files=files,
-        )
-        (root / MANIFEST).write_text(manifest.model_dump_json(indent=1))
-        for level in sorted({1, levels}):
-            yield done + 1, steps, f"compare with PEFT, level {level}"
-            check_parity(Bundle.load(root), source, level, seed)
-        if out.exists():
-            shutil.rmtree(out)
-        root.rename(out)
-    yield steps, steps, "done"
-
-
-def initial_gate(layout: Layout, seed: int) -> Vector:
-    """The initial gate adapter (G,): a Kaiming-uniform first layer, zeros elsewhere. Both experts have equal weight."""
-    rng = np.random.default_rng(seed)
-    vector = np.zeros(layout.total, np.float32)
-    down = layout.split(vector)["gate.down.weight"]
-    bound = (1 / down.shape[1]) ** 0.5
-    down[:] = rng.uniform(-bound, bound, down.shape)
-    return vector
 
 
 if __name__ == "__main__":

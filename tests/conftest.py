@@ -21,6 +21,7 @@ LONG_FILES = (  # of 10 s or more, by `pytest --durations`
     "test_memory_budget.py",
     "test_paused_device.py",
     "test_device_kill_points.py",
+    "test_examples.py",
     "test_trial_on_texts.py",
     "test_build.py",
     "test_security.py",

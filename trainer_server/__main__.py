@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from fedfmsl.common.cli import application, console
-from fedfmsl.common.log import set_up_log
+import logging
+
+from fedfmsl.common.cli import application
+from fedfmsl.common.logs import set_up_logging
 from fedfmsl.common.options import with_settings
 from fedfmsl.protocol.bundle import Bundle
 from trainer_server.inspect import export, replay, rounds, status
@@ -12,6 +14,7 @@ from trainer_server.service.lifecycle import open_bundle, open_run, run_server
 from trainer_server.settings import ResumeSettings, ServerSettings, ServiceSettings
 from trainer_server.storage.run_store import RunStore
 
+logger = logging.getLogger(__name__)
 app = application("Coordinate a federated run: both stages of FedFMSL, over MQTT.")
 
 
@@ -35,12 +38,12 @@ def resume(settings: ResumeSettings) -> None:
 
 
 def _coordinate(store: RunStore, bundle: Bundle, settings: ServiceSettings) -> None:
-    set_up_log()
+    set_up_logging(settings.log, settings.log_file)
     run = store.origin.config.run
     if store.ended is not None:
-        console.print(f"run {run!r} at {store.folder} has ended ({store.ended}); for a new one choose another --out")
+        logger.info(f"run {run!r} at {store.folder} has ended ({store.ended}); for a new one choose another --out")
     elif store.checkpoint() is not None:
-        console.print(f"resuming run {run!r} at {store.folder}")
+        logger.info(f"resuming run {run!r} at {store.folder}")
     identity, insecure = settings.identity, settings.insecure
     bundle_server = BundleServer(bundle.root, settings.serve, identity, insecure) if settings.serve else None
     try:
@@ -48,7 +51,7 @@ def _coordinate(store: RunStore, bundle: Bundle, settings: ServiceSettings) -> N
     finally:
         if bundle_server:
             bundle_server.close()
-    console.print("run finished")
+    logger.info("run finished")
 
 
 for command in (status, rounds, export, replay):

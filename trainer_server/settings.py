@@ -7,6 +7,7 @@ from pathlib import Path
 from pydantic import Field, ValidationError, model_validator
 
 from fedfmsl.algorithms.privacy import Privacy
+from fedfmsl.common.logs import LogSettings
 from fedfmsl.common.settings import File, panel
 from fedfmsl.errors import ConfigError
 from fedfmsl.protocol.bundle import Bundle
@@ -30,8 +31,8 @@ from trainer_server.config import (
 TRAINING = panel("Training on the devices")
 
 
-class ServiceSettings(ConnectionSettings):
-    """How the server is reached."""
+class ServiceSettings(ConnectionSettings, LogSettings):
+    """How the server is reached, and where it logs to."""
 
     serve: str | None = Field(
         None, description="HOST:PORT to serve the bundle on, for devices without it.", json_schema_extra=CONNECTION

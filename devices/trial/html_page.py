@@ -80,7 +80,7 @@ def _summary(report: Report) -> str:
     gate = report["gate"]["mean_local_weight"]
     return (
         f"{tuned} ({report['tuned_share']:.2%}) · global expert, class-balanced test accuracy {balanced:.1%} · "
-        f"mean gate weight of the local expert {gate:.2f} · peak memory of a device {report['device_peak_rss_mb']:.0f} MB"
+        f"mean gate weight of local experts {gate:.2f} · peak memory of a device {report['device_peak_rss_mb']:.0f} MB"
     )
 
 

@@ -26,7 +26,7 @@ SAMPLES = {"image": "photos", "text": "texts"}
 
 
 def write_report(folder: Path, *, seed: int, alpha: float, seconds: dict[str, float]) -> None:
-    """Writes report.json, report.html and report.png into the run's folder. `seconds` of the caller: "export" and "total".
+    """Writes report.json, report.html and report.png into the run's folder. `seconds`: "export" and "total".
 
     Raises RunError if the folder holds no run, or the run has no evaluation.
     """

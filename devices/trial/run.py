@@ -1,7 +1,7 @@
 """A whole federated run on this machine, with a process for every device, and its report.
 
-It runs the commands that a user can run alone: export.build, trainer_server, edge_runtime. Its own parts are the devices'
-shares of one folder, and the report.
+It runs the commands that a user can run alone: export.build, trainer_server, edge_runtime. Its own parts are the
+devices' shares of one folder, and the report.
 """
 
 from __future__ import annotations

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 
 from edge_runtime.data.features import FeatureCache
 from edge_runtime.store import DeviceStore
 from fedfmsl.common.backoff import Backoff
-from fedfmsl.common.log import log
+
+logger = logging.getLogger(__name__)
 
 
 class DiskRetry:
@@ -30,11 +32,11 @@ class DiskRetry:
         """Logs the first failure, and deletes what can be received or computed again. The next attempt is due at once
         after the first failure. `evict`: whether no other thread uses the feature cache."""
         if not self._failures:
-            log.warning(f"--state {self._store.root}: cannot write ({error}); retrying until there is free space")
+            logger.warning(f"--state {self._store.root}: cannot write ({error}); retrying until there is free space")
         with contextlib.suppress(OSError):  # a read-only disk
             if evict:
                 self._cache.evict_all()
-            self._store.drop_globals(keep=required_globals)
+            self._store.globals.keep_only(required_globals)
         self._due = time.monotonic() + (self._backoff.delay(self._failures - 1) if self._failures else 0.0)
         self._failures += 1
 

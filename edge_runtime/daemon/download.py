@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import logging
 import math
 import ssl
 import time
@@ -13,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedfmsl.common.backoff import Backoff
-from fedfmsl.common.log import log
 from fedfmsl.errors import BundleError, MessageError
 from fedfmsl.protocol.bundle import MANIFEST, MAX_MANIFEST_BYTES, Bundle, file_sha256
 from fedfmsl.protocol.messages import ServerStatus, parse
@@ -21,6 +21,8 @@ from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.identity import client_context, read_identity
 from fedfmsl.transport.link import Link, Received
 from fedfmsl.transport.tls_errors import explain
+
+logger = logging.getLogger(__name__)
 
 REPORT_SECONDS = 60.0  # without a server, before the log mentions it
 POLL_SECONDS = 1.0
@@ -42,7 +44,7 @@ def wait_for_server(
     """The status of the run's server. Waits without limit; after `report_seconds` the log says so."""
     status = receive_server_status(link, topics, report_seconds, heartbeat)
     if status is None:
-        log.info(f"no server of run {topics.run!r} yet; waiting. Check that it is started and that --run is right")
+        logger.info(f"no server of run {topics.run!r} yet; waiting. Check that it is started and that --run is right")
         status = receive_server_status(link, topics, math.inf, heartbeat)
     assert status is not None
     return status
@@ -144,7 +146,7 @@ class _HttpClient:
             return
         if file.received > file.max_bytes:
             file.part.unlink()
-        log.info(f"fetching {file.path.name}" + (f" from byte {file.received}" if file.received else ""))
+        logger.info(f"fetching {file.path.name}" + (f" from byte {file.received}" if file.received else ""))
         self._resume(file)
         if file_sha256(file.part) != file.sha256:
             file.part.unlink()

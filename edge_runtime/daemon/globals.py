@@ -25,7 +25,7 @@ class GlobalsReceiver:
 
     def fetch(self, sha256: str) -> bool:
         """Whether the blob is stored already. If not, subscribes to its chunks."""
-        if self._store.global_blob(sha256) is not None:
+        if self._store.globals.read(sha256) is not None:
             return True
         self._assemblers.setdefault(sha256, Assembler(self._max_bytes))
         self._link.subscribe(self._topics.globals_chunk(sha256, "+"))
@@ -56,7 +56,7 @@ class GlobalsReceiver:
         """Stores the whole blobs and returns their names. Raises OSError if the disk refuses one; it is kept then."""
         stored = []
         for sha256, blob in list(self._received.items()):
-            self._store.keep_global(blob)
+            self._store.globals.write(blob)
             del self._received[sha256]
             stored.append(sha256)
         return stored

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from dataclasses import dataclass
 from functools import partial
@@ -33,7 +34,7 @@ from edge_runtime.settings import Settings
 from edge_runtime.store import DeviceStore
 from edge_runtime.training.context import TrainingContext
 from edge_runtime.training.gate import Gate
-from fedfmsl.common.log import fields, log, set_up_log
+from fedfmsl.common.logs import fields, set_up_logging
 from fedfmsl.errors import InputError
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.messages import Activity, EngineName
@@ -41,23 +42,25 @@ from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.identity import device_name
 from fedfmsl.transport.link import Link
 
+logger = logging.getLogger(__name__)
+
 FIRST_SCAN_SECONDS = 3.0  # the first scan waits so long for files that may still be being written
 
 
 def launch(settings: Settings) -> None:
     """Takes part in the run until it has finished. Raises FedFMSLError if that is not possible."""
-    set_up_log(settings.log, settings.log_file)
+    set_up_logging(settings.log, settings.log_file)
     if not settings.images.is_dir():
         raise InputError(
             f"--images folder {settings.images} does not exist; create or mount it, or pass another folder"
         )
     topics, store = Topics(settings.run), DeviceStore(settings.state)
-    name = store.identity(device_name(settings.device, settings.identity))
+    name = store.ensure_name(device_name(settings.device, settings.identity))
     with locked(store.root, "stop that process, or use another --state"), contextlib.ExitStack() as until_the_end:
         link = device_link(settings.broker, topics, name, settings.identity, settings.insecure)
         sensors = Sensors(zones=settings.thermal_zones)
         if settings.max_temperature is not None and sensors.read().temperature is None:
-            log.warning("--max-temperature has no effect: no thermal zone can be read; check --thermal-zones")
+            logger.warning("--max-temperature has no effect: no thermal zone can be read; check --thermal-zones")
         health = HealthReporter(link, topics, name, store, sensors.read)
         if settings.metrics:
             from edge_runtime.daemon.metrics import serve_metrics  # takes 12 MB
@@ -110,7 +113,7 @@ def _prepare(
     if settings.bundle:
         bundle = Bundle.load(settings.bundle)
     else:
-        log.info(f"waiting for the server of run {settings.run!r}, which serves the bundle")
+        logger.info(f"waiting for the server of run {settings.run!r}, which serves the bundle")
         server = wait_for_server(link, topics, heartbeat)
         bundle = fetch_bundle(server, store.bundles, settings.identity, heartbeat)
     bundle.verify()
@@ -122,7 +125,7 @@ def _prepare(
     report("measuring", 0, 1)
     most = largest(scanned.samples, kind)
     plan = make_plan(bundle, store, engine, threads, most, settings.memory, settings.step_seconds)
-    log.info(
+    logger.info(
         f"device {name}: {len(scanned.train)} {kind.noun}s to train on, {len(scanned.held_out)} held out, "
         f"{len(scanned.test)} to test on; engine {engine}, level cap {plan.level_cap}",
         **fields(device=name, engine=engine, level_cap=plan.level_cap),

@@ -6,6 +6,7 @@ waits for the computation. So a device stays online and sends heartbeats while i
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from concurrent.futures import Future
@@ -47,7 +48,7 @@ from edge_runtime.daemon.worker import JobEnded, Progress, Worker
 from edge_runtime.data.samples import SampleChangedError
 from edge_runtime.resources.governor import Governor
 from edge_runtime.resources.throttle import WorkStoppedError
-from fedfmsl.common.log import fields, log
+from fedfmsl.common.logs import fields
 from fedfmsl.errors import FedFMSLError, MessageError, RunError
 from fedfmsl.protocol.chunks import chunks
 from fedfmsl.protocol.duplicate_name import DuplicateNameGuard
@@ -55,6 +56,8 @@ from fedfmsl.protocol.messages import Ack, Activity, DeviceStatus, Round, Server
 from fedfmsl.protocol.tensors import blob_bytes
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.link import Connected, Disconnected, Link, LinkEvent, Posted, Received
+
+logger = logging.getLogger(__name__)
 
 
 class DaemonLoop:
@@ -96,13 +99,13 @@ class DaemonLoop:
         self._next_tick = self._next_scan = self._next_sensors = self._next_subscription = self._work_due = 0.0
         self._watched_steps = -1
         store.remove_temporary_files()
-        unacknowledged = store.unacknowledged(store.session)
+        unacknowledged = store.outbox.unacknowledged(store.outbox.session)
         self._state = State(
             device=device.device_name,
             guard=DuplicateNameGuard(INSTANCE),
             bundle=device.bundle.sha256,
-            session=store.session,
-            done=max({store.acknowledged, *unacknowledged}),
+            session=store.outbox.session,
+            done=max({store.outbox.acknowledged, *unacknowledged}),
             unacknowledged=unacknowledged,
         )
 
@@ -114,7 +117,7 @@ class DaemonLoop:
         self._subscribe()
         self._announcer.introduce()
         self._announce()
-        log.info(f"waiting for the server of run {self._run!r}")
+        logger.info(f"waiting for the server of run {self._run!r}")
         stop = Stop()
         try:
             stop = self._loop()
@@ -155,11 +158,11 @@ class DaemonLoop:
                 self._worker.end(event.value)
         elif isinstance(event, Disconnected):
             if self._connected:
-                log.warning(f"no connection to the broker ({event.reason}); reconnecting")
+                logger.warning(f"no connection to the broker ({event.reason}); reconnecting")
             self._connected = False
         elif isinstance(event, Connected):
             if not self._connected:
-                log.info("connected to the broker again")
+                logger.info("connected to the broker again")
             self._connected = True
             self._retransmissions.start_over()
             self._announcer.introduce()
@@ -169,7 +172,7 @@ class DaemonLoop:
             try:
                 self._receive_message(event)
             except MessageError as error:
-                log.warning(f"dropped a message on {event.topic}: {error}")
+                logger.warning(f"dropped a message on {event.topic}: {error}")
 
     def _receive_message(self, message: Received) -> None:
         topics = self._topics
@@ -213,7 +216,7 @@ class DaemonLoop:
         elif isinstance(command, PublishStatus):
             self._announce()
         elif isinstance(command, Log):
-            log.info(command.text)
+            logger.info(command.text)
         elif isinstance(command, Stop):
             self._finish(command)
         return []
@@ -243,7 +246,7 @@ class DaemonLoop:
         changed = bool(reason) != bool(self._paused)
         self._paused = reason
         if changed:
-            log.info(f"paused: {reason}" if reason else "resumed", **fields(paused=reason))
+            logger.info(f"paused: {reason}" if reason else "resumed", **fields(paused=reason))
             self._announce()
         self._stop_outdated_work()
 
@@ -279,7 +282,7 @@ class DaemonLoop:
         except NoSamplesError as error:
             if str(error) != self._no_samples:
                 self._no_samples = str(error)
-                log.warning(f"{error}; waiting for samples")
+                logger.warning(f"{error}; waiting for samples")
             return False
         except WorkStoppedError:
             return False
@@ -299,12 +302,12 @@ class DaemonLoop:
             self._handle(WorkFailed(task.round))
             return
         try:
-            self._store.drop_globals(keep=required_globals(self._state.announced) | required_globals(task))
+            self._store.globals.keep_only(required_globals(self._state.announced) | required_globals(task))
         except OSError as error:
             self._disk_failed(error)
             self._handle(WorkFailed(task.round))
             return
-        if self._store.session != task.session:
+        if self._store.outbox.session != task.session:
             self._retransmissions = Retransmissions(self._name, self._timing.ack)
         bytes_down = self._globals.bytes_down
         self._worker.submit(
@@ -315,16 +318,16 @@ class DaemonLoop:
         try:
             seconds = future.result()
         except WorkStoppedError:
-            log.info(f"round {task.round} is given up for a newer one", **fields(round=task.round))
+            logger.info(f"round {task.round} is given up for a newer one", **fields(round=task.round))
         except SampleChangedError as error:
-            log.info(f"round {task.round} starts again: {error}", **fields(round=task.round))
+            logger.info(f"round {task.round} starts again: {error}", **fields(round=task.round))
         except OSError as error:
             self._disk_failed(error)
         else:
             self._disk.succeeded()
             self._globals.bytes_down -= bytes_down
             self._health.rounds_done += 1
-            log.info(
+            logger.info(
                 f"round {task.round}: {task.stage.value} done in {seconds:.1f} s",
                 **fields(round=task.round, stage=task.stage.value, level=task.level, seconds=round(seconds, 3)),
             )
@@ -350,10 +353,10 @@ class DaemonLoop:
             if future is not None:
                 future.result()
         except (OSError, RunError) as error:
-            log.warning(f"{model} could not be written ({error}); run edge_runtime personalize to try again")
-        log.info(f"run {self._run!r} has finished; this device's model is {model}")
+            logger.warning(f"{model} could not be written ({error}); run edge_runtime personalize to try again")
+        logger.info(f"run {self._run!r} has finished; this device's model is {model}")
         if self._stay:
-            log.info("waiting for the next run of this name")
+            logger.info("waiting for the next run of this name")
         else:
             self._stop = stop
 
@@ -379,7 +382,7 @@ class DaemonLoop:
         """Sends an update from the outbox, unless paho is still delivering it, also after a reconnection."""
         if not self._connected or self._retransmissions.is_in_flight(round_):
             return
-        blob = self._store.update(round_)
+        blob = self._store.outbox.read(round_)
         if blob is not None:
             for index, chunk in enumerate(chunks(blob)):
                 sent = self._announcer.publish(self._topics.update_chunk(self._name, round_, index), chunk)
@@ -388,11 +391,11 @@ class DaemonLoop:
     def _acknowledge(self, ack: Ack) -> None:
         self._retransmissions.acknowledged(ack.round)
         try:
-            self._store.acknowledge(ack.round)
+            self._store.outbox.acknowledge(ack.round)
         except OSError as error:  # after a restart the update is sent and acknowledged once more
-            log.warning(f"the update of round {ack.round} is acknowledged but could not be deleted ({error})")
+            logger.warning(f"the update of round {ack.round} is acknowledged but could not be deleted ({error})")
         if ack.verdict is not Verdict.ACCEPTED:
-            log.info(f"update of round {ack.round}: {ack.verdict.value} {ack.reason}")
+            logger.info(f"update of round {ack.round}: {ack.verdict.value} {ack.reason}")
 
     def _announce(self) -> None:
         self._announcer.status(self._runner.device, paused=self._paused)

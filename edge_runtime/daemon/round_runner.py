@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import subprocess
 import sys
@@ -27,14 +28,16 @@ from edge_runtime.training.local_expert import train_personal
 from edge_runtime.training.model import save_personal_model
 from edge_runtime.training.stages import Globals, StageFunction, statistics, train_global
 from edge_runtime.training.updates import prepare_update, update_header
-from fedfmsl.algorithms.arrays import Vector
+from fedfmsl.algorithms.arrays import Tensors, Vector
 from fedfmsl.common.class_folders import SkippedFile
 from fedfmsl.common.files import write_atomically
-from fedfmsl.common.log import fields, log
+from fedfmsl.common.logs import fields
 from fedfmsl.errors import InputError, RunError
 from fedfmsl.protocol.messages import Globals as GlobalsHeader
 from fedfmsl.protocol.messages import Round, Stage
-from fedfmsl.protocol.tensors import Tensors, pack, unpack
+from fedfmsl.protocol.tensors import pack, unpack
+
+logger = logging.getLogger(__name__)
 
 LOGGED_FILES = 10  # skipped files that one scan logs
 POLL_SECONDS = 0.5
@@ -85,7 +88,9 @@ class RoundRunner:
             return False
         if cap != before.level_cap:
             slowdown = f"{self.tracker.cap.slowdown:.1f} times as long as measured"
-            log.info(f"level cap {cap} instead of {before.level_cap}: steps take {slowdown}", **fields(level_cap=cap))
+            logger.info(
+                f"level cap {cap} instead of {before.level_cap}: steps take {slowdown}", **fields(level_cap=cap)
+            )
         self.device = replace(before, scanned=scanned, level_cap=cap)
         self._list_skipped()
         return True
@@ -97,9 +102,9 @@ class RoundRunner:
         if not new and len(skipped) == len(self._skipped):
             return
         for each in new[:LOGGED_FILES]:
-            log.warning(f"skipped: {each}", **fields(file=str(each.path), reason=each.reason))
+            logger.warning(f"skipped: {each}", **fields(file=str(each.path), reason=each.reason))
         if len(new) > LOGGED_FILES:
-            log.warning(f"skipped: {len(new) - LOGGED_FILES} more files; {self.device.store.skipped} lists all")
+            logger.warning(f"skipped: {len(new) - LOGGED_FILES} more files; {self.device.store.skipped} lists all")
         self._skipped = frozenset(skipped)
         with contextlib.suppress(OSError):  # the list is only for people
             write_atomically(self.device.store.skipped, "".join(f"{each}\n" for each in skipped).encode())
@@ -112,7 +117,7 @@ class RoundRunner:
         written until then do not change the result of another attempt.
         """
         store = self.device.store
-        store.enter(task.session)
+        store.outbox.enter(task.session)
         self.control.check()
         started, device = time.perf_counter(), self.device
         global_values = self._globals(task)
@@ -130,7 +135,7 @@ class RoundRunner:
             self.write_personalized()
         seconds = time.perf_counter() - started
         update = update_header(device, task, outcome, seconds=seconds, peak_rss_mb=peak_rss_mb(), bytes_down=bytes_down)
-        store.put_outbox(task.round, pack(update, outcome.tensors))
+        store.outbox.write(task.round, pack(update, outcome.tensors))
         return seconds
 
     def write_personalized(self) -> None:
@@ -167,7 +172,7 @@ class RoundRunner:
     def _vector(self, sha256: str, join: Callable[[Tensors], Vector]) -> Vector:
         if not sha256:
             return np.empty(0, np.float32)
-        blob = self.device.store.global_blob(sha256)
+        blob = self.device.store.globals.read(sha256)
         if blob is None:
             raise RunError(
                 f"the global blob {sha256[:12]}… is missing or damaged on the disk; start again to fetch it again"

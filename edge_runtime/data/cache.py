@@ -1,8 +1,8 @@
 """A cache on disk within a byte budget (ours). Its files may be lost, but a damaged file is never returned.
 
-Every file ends with a checksum, because after a power cut a file can have its name and length but not its content. A file
-that does not match is deleted. Some of the disk stays free for other programs. Nothing fails because the disk is full: a
-file that does not fit is not stored.
+Every file ends with a checksum, because after a power cut a file can have its name and length but not its content. A
+file that does not match is deleted. Some of the disk stays free for other programs. Nothing fails because the disk is
+full: a file that does not fit is not stored.
 """
 
 from __future__ import annotations

@@ -108,7 +108,7 @@ class FeatureCache:
         return self._states(folder, samples, partial(self._frozen, level=level))
 
     def lifted(self, samples: Sequence[Sample], from_level: int, to_level: int, theta: Vector) -> HiddenStates:
-        """The states below the suffix of `to_level`, with the LoRA of `theta` (P,) in the blocks from `from_level` on."""
+        """The states below the suffix of `to_level`, with the LoRA of `theta` (P,) in blocks from `from_level`."""
         if from_level <= to_level:
             return self.frozen(samples, to_level)
         blocks = self._bundle.manifest.dims.blocks
@@ -125,7 +125,7 @@ class FeatureCache:
         return self._states(folder, samples, lift)
 
     def pooled(self, samples: Sequence[Sample], level: int) -> Floats:
-        """Pooled features of the frozen backbone. Shape (n, F). A pass over missing samples stores what `frozen` does."""
+        """Pooled features of the frozen backbone. Shape (n, F). A pass for missing samples stores what `frozen` does."""
         folder = self._folder(POOLED, Priority.SMALL)
         rows = {sample.sha256: self._disk.get(folder, sample.sha256) for sample in samples}
         for part, features in self._extract([s for s in samples if rows[s.sha256] is None], level):

@@ -40,8 +40,8 @@ class SampleFolder:
         labels: Path | None = None,
         reader: SampleReader | None = None,
     ) -> None:
-        """`labels` is a CSV file (see `edge_runtime.data.labels`). `reader` is shared with the feature cache; default: an
-        own one. Raises ConfigError or BundleError as `reader_of` does."""
+        """`labels` is a CSV file (see `edge_runtime.data.labels`). `reader` is shared with the feature cache; default:
+        an own one. Raises ConfigError or BundleError as `reader_of` does."""
         self._folder = folder
         self._classes = {name: label for label, name in enumerate(bundle.manifest.classes)}
         self._preprocessing = bundle.manifest.preprocessing.model_dump_json()

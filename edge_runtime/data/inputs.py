@@ -1,4 +1,4 @@
-"""The kinds of samples, images and texts: their file names, and how their bytes become the input of a bundle's graphs."""
+"""The kinds of samples, images and texts: their file names, and how their bytes become the input of graphs."""
 
 from __future__ import annotations
 

@@ -85,12 +85,12 @@ def labels_of(samples: Sequence[Sample]) -> NDArray[np.int64]:
 
 
 def assign_splits(samples: Sequence[Sample], tests: Sequence[Sample] | None, kept: Mapping[str, Split]) -> Splits:
-    """Assigns samples, each content once, to splits (ours). `tests` are the samples in the user's own test folder; None:
-    a test split is assigned here. `kept` is the split of each content that has one, in the order of assignment.
+    """Assigns samples, each content once, to splits (ours). `tests` are the samples in the user's own test folder;
+    None: a test split is assigned here. `kept` is the split of each content that has one, in the order of assignment.
 
-    A class without a trained sample is split by the order of its hashes. Later a new sample is a test sample if its hash
-    is in the lowest TEST_SHARE, and is otherwise unassigned until `assign_new_samples`. If a class has lost its train or
-    its held-out split, one sample moves there. A class with fewer than LEAST samples in both is skipped.
+    A class without a trained sample is split by the order of its hashes. Later a new sample is a test sample if its
+    hash is in the lowest TEST_SHARE, and is otherwise unassigned until `assign_new_samples`. If a class has lost its
+    train or its held-out split, one sample moves there. A class with fewer than LEAST samples in both is skipped.
     """
     parts: dict[Split, list[Sample]] = {part: [] for part in Split}
     unassigned: set[str] = set()
@@ -118,13 +118,13 @@ def assign_splits(samples: Sequence[Sample], tests: Sequence[Sample] | None, kep
 
 
 def assign_new_samples(splits: Splits, features: NDArray[np.float32]) -> Splits:
-    """Assigns the unassigned samples so that near-duplicates are in the same split (ours). `features` (n, D) are those of
-    `splits.unassigned_samples`.
+    """Assigns the unassigned samples so that near-duplicates are in the same split (ours). `features` (n, D) are those
+    of `splits.unassigned_samples`.
 
     A camera takes many pictures of one scene. If they were held out at random, each would have a near-duplicate in the
     training split, and held-out accuracy would be too high. In a class of unassigned samples only, the sample with the
-    lowest hash and those most similar to it are held out, as many as `assign_splits` has held out. In another class each
-    sample joins its nearest neighbour; without a near-duplicate, it joins the split that has less than its share.
+    lowest hash and those most similar to it are held out, as many as `assign_splits` has held out. In another class
+    each sample joins its nearest neighbour; without a near-duplicate, it joins the split that has less than its share.
     """
     samples = splits.unassigned_samples
     norms = np.linalg.norm(features, axis=1, keepdims=True)

@@ -32,12 +32,12 @@ class Publisher:
             description = DeviceDescription(
                 settings.run, self._device, classifier.classes, version=version("fedfmsl-edge")
             )
-            status_topic = topics.predicting(self._device)
+            status_topic = topics.prediction_status(self._device)
             self._discovery = discovery_message(settings.home_assistant, description, status_topic, health=False)
         self._link = Link(
             settings.broker,
             f"fedfmsl-{settings.run}-{self._device}-predict-{secrets.token_hex(8)}",
-            Will(topics.predicting(self._device), self._status(online=False)),
+            Will(topics.prediction_status(self._device), self._status(online=False)),
             identity=identity,
             insecure=settings.insecure,
         )
@@ -49,7 +49,7 @@ class Publisher:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        topic = self._topics.predicting(self._device)
+        topic = self._topics.prediction_status(self._device)
         self._link.close(self._link.publish(topic, self._status(online=False), retain=True))
 
     def publish(self, prediction: Prediction | None) -> None:
@@ -67,7 +67,7 @@ class Publisher:
             if isinstance(event, Connected):
                 if self._discovery is not None:
                     self._link.publish(*self._discovery, retain=True)
-                self._link.publish(self._topics.predicting(self._device), self._status(online=True), retain=True)
+                self._link.publish(self._topics.prediction_status(self._device), self._status(online=True), retain=True)
 
     def _status(self, online: bool) -> bytes:
         return encode(DeviceStatus(device=self._device, online=online))

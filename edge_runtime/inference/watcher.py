@@ -7,6 +7,7 @@ the daemon trains.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import subprocess
 import sys
@@ -16,9 +17,10 @@ from pathlib import Path
 from types import TracebackType
 
 from fedfmsl.common.backoff import Backoff
-from fedfmsl.common.log import log
 from fedfmsl.errors import MessageError
 from fedfmsl.protocol.messages import Prediction, parse
+
+logger = logging.getLogger(__name__)
 
 NICENESS = 10
 RESTART = Backoff(first=1.0, longest=300.0)
@@ -84,7 +86,7 @@ class Watcher:
                 return
             pause = self._restart.delay(restarts)
             restarts += 1
-            log.warning(f"the classifier of {self._folder} ended with exit code {code}; restarting in {pause:.0f} s")
+            logger.warning(f"the classifier of {self._folder} ended with exit code {code}; restarting in {pause:.0f} s")
             self._stopping.wait(pause)
 
     def _read_predictions(self, process: subprocess.Popen[bytes]) -> int:
@@ -96,7 +98,7 @@ class Watcher:
                 try:
                     prediction = parse(Prediction, line)
                 except MessageError as error:
-                    log.warning(f"ignored an invalid line from the classifier of {self._folder}: {error}")
+                    logger.warning(f"ignored an invalid line from the classifier of {self._folder}: {error}")
                 else:
                     self._on_prediction(prediction)
                     count += 1

@@ -12,11 +12,10 @@ from dataclasses import dataclass, field
 from edge_runtime.data.samples import labels_of
 from edge_runtime.training.context import TrainingContext
 from edge_runtime.training.loop import Targets, predict_log_p, train
-from fedfmsl.algorithms.arrays import Vector
+from fedfmsl.algorithms.arrays import Tensors, Vector
 from fedfmsl.algorithms.class_means import class_mean_head, class_sums
 from fedfmsl.algorithms.mixture import accuracy
 from fedfmsl.protocol.messages import Round, Stage
-from fedfmsl.protocol.tensors import Tensors
 
 
 @dataclass(frozen=True)

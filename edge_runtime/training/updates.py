@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from edge_runtime.training.context import TrainingContext
 from edge_runtime.training.stages import StageResult
-from fedfmsl.algorithms.arrays import Vector
+from fedfmsl.algorithms.arrays import Tensors, Vector
 from fedfmsl.algorithms.privacy import Privacy, privatize, privatize_statistics
 from fedfmsl.common.files import write_atomically
 from fedfmsl.errors import MessageError
@@ -23,7 +23,7 @@ from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.encoding import decode, encode
 from fedfmsl.protocol.layout import Layout
 from fedfmsl.protocol.messages import Encoding, Round, Stage, Update
-from fedfmsl.protocol.tensors import Tensors, pack, unpack
+from fedfmsl.protocol.tensors import pack, unpack
 
 
 def prepare_update(

@@ -1,7 +1,7 @@
 """Folders of labelled files, walked the same way by the export, the trial and the daemon.
 
-Two forms are understood: `DIR/<class>/…`, and `DIR/train/<class>/…` with `DIR/test/<class>/…`. Hidden entries and what
-operating systems leave in folders are ignored. Entries come in the order of their names.
+Two forms are understood: `DIR/<class>/…`, and `DIR/train/<class>/…` with `DIR/test/<class>/…`. Hidden entries and the
+leftovers of operating systems are ignored. Entries come in the order of their names.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def walk_classes(folder: Path, suffixes: Collection[str], noun: str, classes: Se
 
 
 def folder_classes(folder: Path, noun: str = "class") -> list[str]:
-    """The names of the class folders, of DIR/train if DIR has a test split. Raises InputError as `walk_classes` does."""
+    """The names of the class folders; those of DIR/train if DIR has a test split. Raises as `walk_classes` does."""
     return [entry.name for entry in _entries(folder / _splits(folder)[0], noun) if entry.is_dir()]
 
 

@@ -1,1 +1,1 @@
-"""What server and device agree on: bundle, layout of trainables, topics, messages, encodings. No network."""
+"""What server and devices share: bundle, layout of trainables, topics, messages, encodings. No network."""

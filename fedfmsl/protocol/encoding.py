@@ -1,6 +1,6 @@
-"""How the values of an update travel: as they are, in half precision, or as 8-bit integers with a scale per tensor.
+"""Encodings of the values of an update: fp32, fp16, or int8 with a scale per tensor.
 
-What a coarser encoding loses is the sender's to add to its next update (error feedback, see `edge_runtime.training.updates`).
+The sender adds the rounding error to its next update (error feedback, see `edge_runtime.training.updates`).
 """
 
 from __future__ import annotations
@@ -10,29 +10,30 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from fedfmsl.algorithms.arrays import Vector
+from fedfmsl.algorithms.arrays import Tensors, Vector
 from fedfmsl.errors import MessageError
 from fedfmsl.protocol.layout import Layout
 from fedfmsl.protocol.messages import Encoding
-from fedfmsl.protocol.tensors import Tensors
 
-SCALES = "scales"  # beside the int8 tensors: the value of one step (k,) of each, in the layout's order
+SCALES = "scales"  # name of a tensor (k,): the scale of each int8 tensor, in the order of the layout
 _STEPS = 127
 _FP16_MAX = float(np.finfo(np.float16).max)
-_LARGEST_SCALE = float(np.finfo(np.float32).max) / 256  # no 8-bit integer of such steps overflows float32
+_LARGEST_SCALE = float(np.finfo(np.float32).max) / 256  # products with 8-bit integers are finite in float32
 
 
 def encode(layout: Layout, vector: Vector, encoding: Encoding) -> Tensors:
-    """The tensors of a vector (P,), or of one that holds only the layout's first slots. Values that an encoding cannot
-    reach are cut to its largest; what is not finite stays so, and `decode` refuses it."""
+    """The tensors of a vector (P,), which may have only the first slots of the layout.
+
+    Values are clipped to the range of the encoding. `decode` refuses values that are not finite.
+    """
     return _CODECS[encoding][0](layout, vector)
 
 
 def decode(layout: Layout, tensors: Tensors, encoding: Encoding) -> Vector:
-    """The inverse of `encode`, of as many values as the tensors hold and at most the layout's.
+    """The inverse of `encode`.
 
-    Raises MessageError if the tensors are not exactly the first slots of this layout in their shapes, in the encoding's
-    types, and finite.
+    Raises MessageError unless the tensors are the first slots of this layout, with the right shapes and types, and
+    finite.
     """
     return _CODECS[encoding][1](layout, tensors)
 
@@ -48,14 +49,14 @@ def _from_fp16(layout: Layout, tensors: Tensors) -> Vector:
 
 
 def _to_int8(layout: Layout, vector: Vector) -> Tensors:
-    """Symmetric, to the nearest of the steps -127 … 127."""
+    """Symmetric, rounded to the nearest of -127 … 127 steps."""
     encoded: dict[str, NDArray[np.generic]] = {}
     scales = []
     for name, tensor in layout.split(vector).items():
-        peak = np.abs(tensor).max() / np.float32(_STEPS)
-        # rounded up, so that the largest value is within 127 steps also where float32 is coarse, and no step is zero
-        scale = np.minimum(np.nextafter(peak, np.float32(np.inf)), np.float32(_LARGEST_SCALE))
-        with np.errstate(invalid="ignore"):  # a scale that is not a number is what `decode` refuses
+        step = np.abs(tensor).max() / np.float32(_STEPS)
+        # rounded up, so that the largest value is within 127 steps in spite of rounding, and no scale is zero
+        scale = np.minimum(np.nextafter(step, np.float32(np.inf)), np.float32(_LARGEST_SCALE))
+        with np.errstate(invalid="ignore"):  # `decode` refuses a scale that is not a number
             steps = np.rint(tensor / np.float64(scale))
             encoded[name] = np.clip(steps, -_STEPS, _STEPS).astype(np.int8)
         scales.append(scale)
@@ -70,7 +71,7 @@ def _from_int8(layout: Layout, tensors: Tensors) -> Vector:
         raise MessageError(f"tensor {SCALES!r} is {found}, expected float32[{len(steps)}]")
     values = np.asarray(scales, np.float32)
     if not ((values >= 0) & (values <= _LARGEST_SCALE)).all():
-        raise MessageError(f"tensor {SCALES!r} holds values that are not finite, negative or too large")
+        raise MessageError(f"tensor {SCALES!r} has values that are not finite, negative or too large")
     vector = layout.join(steps, np.int8)
     for slot, scale in zip(layout.slots, values, strict=False):
         vector[slot.offset : slot.end] *= scale

@@ -1,7 +1,7 @@
-"""The named layout of trainables: where each tensor lies in one flat fp32 vector.
+"""The layout of trainables: the position of each named tensor in one flat fp32 vector.
 
-The head comes first, then the LoRA of block L-1, L-2, … down to block 0 (SAL's order, ours). The trainables of
-level k are therefore simply the first `size(k)` values of the full vector, and a level change only appends.
+The head comes first, then the LoRA of blocks L-1, L-2, …, 0 (the order of SAL, ours). So the trainables of level k are
+the first `size(k)` values of the full vector, and a higher level only appends values.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ HEAD = "head"
 
 
 class Slot(BaseModel):
-    """One trainable tensor: its name, shape, first index in the flat vector, and the part it belongs to
-    (`"head"`, `"gate"`, or a block's number as text)."""
+    """One trainable tensor: name, shape, first index in the flat vector, and part: `"head"`, `"gate"`, or the number of
+    a block as text."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -38,7 +38,7 @@ class Slot(BaseModel):
 
 
 class Layout:
-    """An ordered, gap-free sequence of slots over one flat vector."""
+    """Consecutive slots of one flat vector. `parts` has the range of each part."""
 
     def __init__(self, slots: Sequence[Slot]) -> None:
         self.slots = tuple(slots)
@@ -66,7 +66,7 @@ class Layout:
         return self.slots[-1].end
 
     def size(self, level: int) -> int:
-        """Number of trainables at `level`: the head and the LoRA of `level` blocks."""
+        """Number of trainables of the head and the LoRA of `level` blocks."""
         ends: list[int] = [part.stop for part in self.parts.values()]
         return ends[level]
 
@@ -74,25 +74,27 @@ class Layout:
         return [slot.name for slot in self.slots if slot.end <= self.size(level)]
 
     def split(self, vector: Vector) -> dict[str, Vector]:
-        """The tensors a vector holds (as views). A shorter vector holds only the first slots."""
+        """The tensors of a vector (P,), as views. A shorter vector has only the first slots."""
         return {s.name: vector[s.offset : s.end].reshape(s.shape) for s in self.slots if s.end <= vector.size}
 
     def join(self, tensors: Mapping[str, NDArray[np.generic]], dtype: type[np.generic] = np.float32) -> Vector:
         """The inverse of `split`.
 
-        Raises MessageError if the tensors are not exactly the first slots of this layout, in their shapes, as
-        finite `dtype`.
+        Raises MessageError unless the tensors are the first slots of this layout, with the right shapes, of type
+        `dtype`, and finite.
         """
         slots = self.slots[: len(tensors)]
         if {slot.name for slot in slots} != set(tensors):
-            raise MessageError(f"tensors {one_line(sorted(tensors)[:3])}… do not fit this model's layout of trainables")
+            raise MessageError(
+                f"tensors {one_line(sorted(tensors)[:3])}… do not match this model's layout of trainables"
+            )
         for slot in slots:
             tensor = tensors[slot.name]
             if tensor.dtype != dtype or tensor.shape != slot.shape:
-                wanted = f"{np.dtype(dtype)}{list(slot.shape)}"
-                raise MessageError(f"tensor {slot.name!r} is {tensor.dtype}{list(tensor.shape)}, expected {wanted}")
+                expected = f"{np.dtype(dtype)}{list(slot.shape)}"
+                raise MessageError(f"tensor {slot.name!r} is {tensor.dtype}{list(tensor.shape)}, expected {expected}")
             if not np.isfinite(tensor).all():
-                raise MessageError(f"tensor {slot.name!r} holds values that are not finite")
+                raise MessageError(f"tensor {slot.name!r} has values that are not finite")
         if not slots:
             return np.empty(0, np.float32)
         return np.concatenate([np.asarray(tensors[s.name], np.float32).ravel() for s in slots])

@@ -1,6 +1,6 @@
-"""Every message of the wire, as a pydantic model. Times are unix seconds; accuracies are shares of one.
+"""All messages that server and devices exchange, as pydantic models. Times are unix seconds, accuracies shares of one.
 
-Whoever writes a message may be anybody: each field has a bound, and each message a greatest length.
+A message may come from an unauthorized client: each field has bounds, and each message a maximum length.
 """
 
 from __future__ import annotations
@@ -15,34 +15,34 @@ from fedfmsl.algorithms.sal import Sal
 from fedfmsl.errors import MessageError, one_line
 from fedfmsl.protocol.topics import MAX_NUMBER, NAME
 
-Name = Annotated[str, Field(pattern=f"^{NAME}$")]  # of a run or a device
+Name = Annotated[str, Field(pattern=f"^{NAME}$")]  # run or device
 Session = Annotated[str, Field(pattern=r"^[0-9A-Za-z-]{1,64}$")]
-Sha256 = Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")]  # "" where there is none; also a file's name, so checked
+Sha256 = Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")]  # "" if there is none; used as a file name
 Url = Annotated[str, Field(pattern=r"^(https?://[!-~]+)?$", max_length=2048)]
 Key = Annotated[str, Field(pattern=r"^[0-9A-Za-z._-]{1,64}$")]
-Text = Annotated[str, AfterValidator(one_line)]  # for people; what is too long for a line is cut off, not refused
+Text = Annotated[str, AfterValidator(one_line)]  # for people; a longer text is cut
 Number = Annotated[int, Field(ge=0, le=MAX_NUMBER)]
 Positive = Annotated[int, Field(ge=1, le=MAX_NUMBER)]
 Level = Annotated[int, Field(ge=0, le=1024)]
-Count = Annotated[int, Field(ge=0, le=2**53)]  # exact as a float, too
+Count = Annotated[int, Field(ge=0, le=2**53)]  # also exact as a float
 Amount = Annotated[float, Field(ge=0, le=2**53)]
 
 
 class Message(BaseModel):
-    """`max_bytes`: of its JSON, where it travels alone."""
+    """`max_bytes`: the maximum length of its JSON as an MQTT payload."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     max_bytes: ClassVar[int] = 64 * 1024
 
 
 class Stage(str, Enum):
-    """What a round asks of a device. `global` and `personal` are the paper's stages 1 and 2, the others are ours."""
+    """What devices do in a round. `global` and `personal` are stages 1 and 2 of the paper; the others are ours."""
 
-    STATISTICS = "statistics"  # class sums of the frozen feature: the head's starting point
+    STATISTICS = "statistics"  # class sums of the features: the first head
     GLOBAL = "global"  # stage 1: train the global expert
     PERSONAL = "personal"  # stage 2: train the local expert and the gate adapter
     BASELINE = "baseline"  # train alone, for comparison; nothing is aggregated
-    EVALUATE = "evaluate"  # measure on the test slice, write the personalized model
+    EVALUATE = "evaluate"  # measure on the test split, write the personalized model
     FINISHED = "finished"  # nothing more to do
 
 
@@ -51,7 +51,7 @@ EngineChoice = Literal["auto", "step-graph", "ort-training"]
 
 
 class Training(Message):
-    """How a device trains an expert in this round, with AdamW. The head is not decayed."""
+    """Local training of an expert with AdamW. Weight decay does not apply to the head."""
 
     epochs: Positive
     batch_size: Positive = 16
@@ -61,7 +61,7 @@ class Training(Message):
 
 
 class Encoding(str, Enum):
-    """How the values of an update travel (see `fedfmsl.protocol.encoding`)."""
+    """Encoding of the values of an update (see `fedfmsl.protocol.encoding`)."""
 
     FP32 = "fp32"
     FP16 = "fp16"
@@ -69,8 +69,8 @@ class Encoding(str, Enum):
 
 
 class ServerStatus(Message):
-    """Retained, last will. `session` is made anew for each run of a name, and kept when its server starts again:
-    what an earlier run left behind, on the broker or on a device, is told apart by it."""
+    """Retained, last will. Each execution of a run name has its own `session`; a restarted server keeps it. It
+    distinguishes messages and files of an earlier execution."""
 
     online: bool
     run: Name
@@ -81,11 +81,13 @@ class ServerStatus(Message):
 
 
 class Round(Message):
-    """The announcement of a round, retained. `expert` (the global expert), `start` (the one it started from)
-    and `gate` are the SHA-256 of global blobs ("" = none yet).
-    `chosen`: the devices that are asked; none are named where all are."""
+    """The announcement of a round, retained.
 
-    max_bytes = 192 * 1024  # most of it for `chosen`
+    `expert` (the global expert), `start` (the expert before stage 1) and `gate` are the SHA-256 of blobs of globals;
+    "" if there is none yet. `chosen`: the selected devices; empty if all are selected.
+    """
+
+    max_bytes = 192 * 1024  # mostly `chosen`
 
     run: Name
     session: Session
@@ -93,7 +95,7 @@ class Round(Message):
     stage: Stage
     index: Number  # within its stage, from 0
     of: Number  # rounds of this stage
-    repetitions: Positive = 1  # how often a device goes through its local epochs within the round
+    repetitions: Positive = 1  # how many times a device trains its local epochs in the round
     level: Level
     chosen: tuple[Name, ...] = Field(default=(), max_length=5000, fail_fast=True)
     expert: Sha256 = ""
@@ -106,15 +108,15 @@ class Round(Message):
 
 
 class Globals(Message):
-    """Header of a blob of global tensors. It names no round: what has not changed keeps its SHA-256."""
+    """Header of a blob of globals. It has no round number, so that unchanged globals keep their SHA-256."""
 
     run: Name
     kind: Key
 
 
 class DeviceStatus(Message):
-    """Retained, last will. `instance` is made anew at each start of a device: by it, two with one name are noticed.
-    `paused` says why it may not train at present: rounds that open meanwhile do not wait for it."""
+    """Retained, last will. `instance` is random at each start and detects a duplicate device name. `paused`: why the
+    device may not train now; new rounds do not wait for a paused device."""
 
     device: Name
     online: bool
@@ -138,20 +140,22 @@ class Progress(Message):
 class Activity(str, Enum):
     """What a device is doing."""
 
-    STARTING = "starting"  # fetching the bundle, measuring
-    WAITING = "waiting"  # for the server, or for the next round
+    STARTING = "starting"  # downloads the bundle, measures
+    WAITING = "waiting"  # for the server or the next round
     WORKING = "working"
-    PAUSED = "paused"  # its governor does not let it train
+    PAUSED = "paused"  # its governor does not allow training
     STOPPED = "stopped"
 
 
-HEALTH_SECONDS = 60.0  # from one to the next, while nothing changes
+HEALTH_SECONDS = 60.0  # between two messages while nothing changes
 
 
 class Health(Message):
-    """Retained. How a device is, for whoever looks after it; nothing in a run depends on it. `time` and `started` are
-    unix seconds, sizes bytes, temperatures °C; `others` is the share of the processors that others use, `slowdown` how
-    much longer a training step takes than when it was measured. `paused` says why it is."""
+    """A device's health for its operator, retained. A run does not depend on it.
+
+    `time` and `started` are unix seconds, sizes are bytes, temperatures °C. `others`: share of the processors that
+    other processes use. `slowdown`: duration of a training step, relative to the measured one. `paused`: the reason.
+    """
 
     device: Name
     time: Amount
@@ -182,10 +186,10 @@ class Health(Message):
 
 
 class Prediction(Message):
-    """What the personalized model says of one file, retained. `label` is a class, or `unknown`; `round` is the one that
-    the model is of; `probabilities` are calibrated."""
+    """The personalized model's prediction for one file, retained. `label`: a class or `unknown`. `round`: the round of
+    the model. `probabilities` are calibrated."""
 
-    max_bytes = 192 * 1024  # most of it for `probabilities`
+    max_bytes = 192 * 1024  # mostly `probabilities`
 
     device: Name
     file: Text
@@ -197,8 +201,8 @@ class Prediction(Message):
 
 
 class Update(Message):
-    """Header of a client update: the trained values less the globals that the round named (statistics: the sums
-    themselves). `samples` weighs it; `level` is the level it was trained at."""
+    """Header of a client update: trained values minus the globals of the round; in the round of statistics, the sums.
+    `samples` is its weight, `level` the level at which it was trained."""
 
     run: Name
     session: Session
@@ -223,7 +227,7 @@ class Verdict(str, Enum):
 
 
 class Ack(Message):
-    """The server's word on an update."""
+    """The server's verdict on an update."""
 
     run: Name
     session: Session
@@ -237,7 +241,7 @@ M = TypeVar("M", bound=Message)
 
 
 def parse(message_type: type[M], payload: bytes) -> M:
-    """Raises MessageError if the payload is longer than the type's `max_bytes` or not a valid message of that type."""
+    """Raises MessageError if the payload is longer than `max_bytes` of the type or not a valid message."""
     if len(payload) > message_type.max_bytes:
         raise MessageError(f"{message_type.__name__} of {len(payload)} bytes: more than {message_type.max_bytes}")
     try:
@@ -247,7 +251,7 @@ def parse(message_type: type[M], payload: bytes) -> M:
 
 
 def first_of(error: ValidationError) -> str:
-    """The first thing that is wrong, in one line; of very many, only how many: to list them takes megabytes."""
+    """The first problem as one line. Of more than 100 only the number: listing them takes megabytes."""
     if error.error_count() > 100:
         return f"{error.error_count()} errors"
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]

@@ -1,4 +1,4 @@
-"""The trainables under PEFT's names, so that a global expert can be read as a PEFT adapter anywhere."""
+"""PEFT's names of the trainables, so that the global expert can be saved as a PEFT adapter."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Tensors = Mapping[str, NDArray[Any]]
 
 
 def to_peft(spec: PeftSpec, tensors: Tensors) -> dict[str, NDArray[Any]]:
-    """Layout names → keys of `adapter_model.safetensors`; the head is widened by zeros to the classifier's width."""
+    """Layout names → keys of `adapter_model.safetensors`; the head gets zeros up to the width of the classifier."""
     renamed = {}
     for name, tensor in tensors.items():
         if name == "classifier.weight":

@@ -1,6 +1,6 @@
-"""The one place that turns named tensors and their header into bytes and back.
+"""Conversion between named tensors with a header and bytes. No other module does it.
 
-A *blob* is a safetensors file whose metadata carries one JSON header. Nothing is ever unpickled.
+A *blob* is a safetensors file with one JSON header in its metadata. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -15,17 +15,16 @@ from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from fedfmsl.algorithms.arrays import Tensors as Tensors
+from fedfmsl.algorithms.arrays import Tensors
 from fedfmsl.errors import MessageError, one_line
 from fedfmsl.protocol.messages import first_of
 
 Header = TypeVar("Header", bound=BaseModel)
 
-MAX_HEADER_BYTES = (
-    512 * 1024
-)  # of a blob, names and shapes of its tensors included: parsed, JSON takes up to 24 times that
+# Maximum header of a blob, with the names and shapes of its tensors. Parsed JSON takes up to 24 times as much memory.
+MAX_HEADER_BYTES = 512 * 1024
 MAX_TENSORS = 4096
-DTYPES = (np.float32, np.float16, np.int8)  # what values travel as (see `fedfmsl.protocol.encoding`)
+DTYPES = (np.float32, np.float16, np.int8)  # of encoded values (see `fedfmsl.protocol.encoding`)
 
 
 def pack(header: BaseModel, tensors: Tensors) -> bytes:
@@ -34,16 +33,16 @@ def pack(header: BaseModel, tensors: Tensors) -> bytes:
 
 
 def unpack(blob: bytes, header_type: type[Header]) -> tuple[Header, dict[str, NDArray[np.generic]]]:
-    """The header, and the tensors as copies.
+    """The header, and copies of the tensors. Memory: that of the tensors and of a header of MAX_HEADER_BYTES.
 
-    Takes no more memory than the tensors do, besides what MAX_HEADER_BYTES bounds. Raises MessageError if the blob is
-    not a safetensors file with a valid header of that type and at most MAX_TENSORS tensors of DTYPES.
+    Raises MessageError unless the blob is a safetensors file with a valid header of this type and at most MAX_TENSORS
+    tensors of DTYPES.
     """
     try:
         length = int.from_bytes(blob[:8], "little")
         if length > MAX_HEADER_BYTES:
-            raise ValueError(f"its header would be longer than {MAX_HEADER_BYTES} bytes")
-        # safetensors first: it refuses what is not of its form, or does not cover every byte once, before it copies
+            raise ValueError(f"its header is longer than {MAX_HEADER_BYTES} bytes")
+        # safetensors checks the structure, and that the tensors cover each byte once, before it copies
         tensors = load(blob)
         metadata = json.loads(blob[8 : 8 + length])["__metadata__"]
         header = header_type.model_validate_json(metadata["header"])
@@ -55,12 +54,12 @@ def unpack(blob: bytes, header_type: type[Header]) -> tuple[Header, dict[str, ND
         raise MessageError(f"a blob of {len(tensors)} tensors: more than {MAX_TENSORS}")
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES:
-            raise MessageError(one_line(f"tensor {name!r} is {tensor.dtype}: not a type that values travel as"))
+            raise MessageError(one_line(f"tensor {name!r} is {tensor.dtype}, which is no type of an encoding"))
     return header, tensors
 
 
 def blob_bytes(values: int) -> int:
-    """The most that a blob with so many values can be long."""
+    """The maximum length of a blob with this number of values."""
     return 8 + MAX_HEADER_BYTES + 4 * values
 
 

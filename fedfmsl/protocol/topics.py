@@ -1,4 +1,4 @@
-"""The MQTT topics of a run. MQTT 3.1.1 only; every payload is a message of `fedfmsl.protocol.messages` or a chunk."""
+"""The MQTT topics of a run (MQTT 3.1.1). A payload is a message of `fedfmsl.protocol.messages` or a chunk."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from fedfmsl.errors import ConfigError
 
 ROOT = "fedfmsl"
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"  # of a run or a device
-MAX_NUMBER = 2**31  # of a round
+MAX_NUMBER = 2**31  # highest round number
 _NAME, _SHA256, _NUMBER = (re.compile(pattern) for pattern in (NAME, "[0-9a-f]{64}", "0|[1-9][0-9]{0,9}"))
 
 
 def check_name(kind: str, name: str) -> str:
-    """A run's or device's name as it may stand in a topic. Raises ConfigError."""
+    """The name of a run or device (`kind`), for use in topics. Raises ConfigError."""
     if not _NAME.fullmatch(name):
         raise ConfigError(
-            f"{kind} name {name!r} is unusable: use 1–64 letters, digits, '.', '_' or '-', the first a letter or digit"
+            f"{kind} name {name!r} is invalid: use 1–64 letters, digits, '.', '_' or '-', the first a letter or digit"
         )
     return name
 
@@ -52,8 +52,8 @@ class Topics:
     def prediction(self, device: str) -> str:
         return f"{ROOT}/{self.run}/devices/{device}/prediction"
 
-    def predicting(self, device: str) -> str:
-        """Whether somebody who is not the daemon publishes predictions, retained."""
+    def prediction_status(self, device: str) -> str:
+        """Retained: whether a process besides the daemon publishes predictions."""
         return f"{ROOT}/{self.run}/devices/{device}/prediction/status"
 
     def update_chunk(self, device: str, round_: int | str, index: int | str) -> str:
@@ -63,13 +63,13 @@ class Topics:
         return f"{ROOT}/{self.run}/devices/{device}/ack"
 
     def device_of(self, topic: str) -> str | None:
-        """The device a topic belongs to, or None."""
+        """The device that a topic belongs to, or None."""
         parts = topic.split("/")
         known = parts[:3] == [ROOT, self.run, "devices"] and len(parts) > 4
         return parts[3] if known and _NAME.fullmatch(parts[3]) else None
 
     def update_of(self, topic: str) -> tuple[str, int] | None:
-        """The device and the round that an update chunk's topic names, or None if it is not one's topic."""
+        """Device and round of the topic of an update chunk; None for other topics."""
         device, parts = self.device_of(topic), topic.split("/")
         if device is None or parts[4] != "update" or len(parts) != 7:
             return None
@@ -77,7 +77,7 @@ class Topics:
         return (device, round_) if max(round_, index) <= MAX_NUMBER else None
 
     def globals_of(self, topic: str) -> str | None:
-        """The SHA-256 that a global blob's topic names, or None if it is not one's topic."""
+        """SHA-256 of the topic of a chunk of globals; None for other topics."""
         parts = topic.split("/")
         known = parts[:3] == [ROOT, self.run, "globals"] and len(parts) == 5
         return parts[3] if known and _SHA256.fullmatch(parts[3]) else None

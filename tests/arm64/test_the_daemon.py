@@ -17,8 +17,8 @@ from support.samples import CLASSES, write_device_photos
 from transformers import ViTConfig, ViTForImageClassification
 
 from edge_runtime.store import DeviceStore
+from fedfmsl.algorithms.arrays import Tensors
 from fedfmsl.protocol.messages import Progress, Round, Stage
-from fedfmsl.protocol.tensors import Tensors
 
 # AdamW divides a gradient by its own size: of one that is nearly zero, rounding becomes a visible part of a step.
 TOLERANCE = 1e-4  # of any single value

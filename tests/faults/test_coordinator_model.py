@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
 from benchmarks.layouts import layout_bundle, update_of
+from fedfmsl.algorithms.arrays import Tensors
 from fedfmsl.algorithms.sal import CapabilityQueue, Sal
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.messages import DeviceStatus, Round, Stage, Update, Verdict
-from fedfmsl.protocol.tensors import Tensors, blob_hash, pack
+from fedfmsl.protocol.tensors import blob_hash, pack
 from trainer_server.config import Aggregation, Rule, RunConfig, Selection
 from trainer_server.coordinator.advance import advance
 from trainer_server.coordinator.events import (

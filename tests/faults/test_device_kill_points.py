@@ -27,23 +27,24 @@ VICTIM, OTHERS = "device-0", ("device-1", "device-2")
 MANY = 2000  # classes, so that an update is more than one chunk
 FULL_SECONDS = 2.0  # the fault is that it lasts
 DISK_MEGABYTES = 40
-STORE, ANNOUNCER = "edge_runtime.store:DeviceStore", "edge_runtime.daemon.announce:Announcer"
+OUTBOX, GLOBALS = "edge_runtime.store.outbox:Outbox", "edge_runtime.store.global_store:GlobalStore"
+ANNOUNCER = "edge_runtime.daemon.announce:Announcer"
 HALF_SENT = "when its update is half sent"
 Kill = tuple[str, str, str, int]  # its name in the table, and see `killing.arm`
 KILLS: list[Kill] = [
-    ("before its update lies in the outbox", f"{STORE}.put_outbox", "before", 1),
-    ("when its update lies in the outbox", f"{STORE}.put_outbox", "after", 1),
+    ("before its update lies in the outbox", f"{OUTBOX}.write", "before", 1),
+    ("when its update lies in the outbox", f"{OUTBOX}.write", "after", 1),
     (HALF_SENT, f"{ANNOUNCER}.publish", "after", 3),
-    ("between the ack and its being noted", f"{STORE}.acknowledge", "before", 1),
-    ("when the ack is noted, the update still kept", "edge_runtime.store:write_atomically", "after", 1),
-    ("before globals are kept", f"{STORE}.keep_global", "before", 1),
-    ("when globals are kept", f"{STORE}.keep_global", "after", 1),
+    ("between the ack and its being noted", f"{OUTBOX}.acknowledge", "before", 1),
+    ("when the ack is noted, the update still kept", "edge_runtime.store.outbox:write_atomically", "after", 1),
+    ("before globals are kept", f"{GLOBALS}.write", "before", 1),
+    ("when globals are kept", f"{GLOBALS}.write", "after", 1),
     ("while training", "edge_runtime.engines.step_graph:StepGraphEngine.step", "before", 3),
     ("before the residual is saved", "edge_runtime.training.updates:save_residual", "before", 1),
     ("when the residual is saved", "edge_runtime.training.updates:save_residual", "after", 1),
     ("before the local expert is saved", "edge_runtime.training.local_expert:LocalExpert.save", "before", 1),
     ("when the local expert is saved", "edge_runtime.training.local_expert:LocalExpert.save", "after", 1),
-    ("after the ack and the update's removal", f"{STORE}.acknowledge", "after", 1),
+    ("after the ack and the update's removal", f"{OUTBOX}.acknowledge", "after", 1),
 ]
 SHORT = {HALF_SENT, "when the residual is saved", "when the local expert is saved"}
 

@@ -265,7 +265,7 @@ def manifest(rng: random.Random, folder: Path, built: Built) -> Target:
 def identity(rng: random.Random, folder: Path) -> Target:
     def read(data: bytes) -> str:
         (folder / "identity").write_bytes(data)
-        return DeviceStore(folder).identity(None)
+        return DeviceStore(folder).ensure_name(None)
 
     def check(name: str) -> bool:
         return re.fullmatch(NAME, name) is not None
@@ -277,9 +277,9 @@ def session(rng: random.Random, folder: Path) -> Target:
     def decode(data: bytes) -> bool:
         (folder / "session").write_bytes(data)
         store = DeviceStore(folder)
-        assert re.fullmatch("[0-9A-Za-z-]{0,64}", store.session)
-        assert 0 <= store.acknowledged < 10**10
-        return bool(store.session)
+        assert re.fullmatch("[0-9A-Za-z-]{0,64}", store.outbox.session)
+        assert 0 <= store.outbox.acknowledged < 10**10
+        return bool(store.outbox.session)
 
     return Target(Mutator([b"5e55 7", b"0123456789abcdef"], rng), decode, cap=8 * MIB)
 
@@ -291,9 +291,9 @@ def outbox(rng: random.Random, folder: Path) -> Target:
 
     def decode(data: bytes) -> bool:
         (folder / "outbox" / "7").write_bytes(data)
-        rounds = store.unacknowledged("5e55")
+        rounds = store.outbox.unacknowledged("5e55")
         assert rounds <= {7}
-        assert (store.update(7) == data) == (7 in rounds)
+        assert (store.outbox.read(7) == data) == (7 in rounds)
         return bool(rounds)
 
     return Target(BlobMutator([pack(HEADERS[0], TENSORS)], rng), decode, cap=32 * MIB)
@@ -302,11 +302,11 @@ def outbox(rng: random.Random, folder: Path) -> Target:
 def kept_global(rng: random.Random, folder: Path) -> Target:
     store = DeviceStore(folder)
     blob = pack(HEADERS[1], TENSORS)
-    store.keep_global(blob)
+    store.globals.write(blob)
 
     def decode(data: bytes) -> bool:
         (folder / "globals" / blob_hash(blob)).write_bytes(data)
-        found = store.global_blob(blob_hash(blob))
+        found = store.globals.read(blob_hash(blob))
         assert found is None or found == blob
         return found is not None
 

@@ -14,10 +14,11 @@ from support.processes import Observer
 from support.run_oracle import Undisturbed
 from support.simulation import RUN, Simulation, in_stage_1, recovering
 
+from fedfmsl.algorithms.arrays import Tensors
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.chunks import chunks
 from fedfmsl.protocol.messages import DeviceStatus, Round, Update, encode
-from fedfmsl.protocol.tensors import Tensors, pack
+from fedfmsl.protocol.tensors import pack
 from fedfmsl.protocol.topics import Topics
 from trainer_server.storage.run_store import RunStore
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import queue
 import shutil
@@ -43,6 +44,7 @@ def served(bundle: Path, tmp_path: Path) -> Iterator[tuple[ServerStatus, Path]]:
 def test_what_is_fetched_is_the_bundle_and_is_not_fetched_twice(
     served: tuple[ServerStatus, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO)
     status, _ = served
     first = fetch_bundle(status, tmp_path / "device")
     first.verify()
@@ -57,6 +59,7 @@ def test_what_is_fetched_is_the_bundle_and_is_not_fetched_twice(
 def test_a_download_that_was_cut_off_is_resumed(
     served: tuple[ServerStatus, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, share: float
 ) -> None:
+    caplog.set_level(logging.INFO)
     status, root = served
     whole = (root / WEIGHTS).read_bytes()
     have = int(share * len(whole))
@@ -116,6 +119,7 @@ def own_broker(tmp_path: Path) -> Iterator[Broker]:
 
 
 def test_a_server_is_waited_for_and_that_is_said(own_broker: Broker, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
     topics, status = Topics("deserted"), ServerStatus(online=True, run="deserted", session="1")
     device, server = Link(own_broker.url, "device"), Link(own_broker.url, "server")
     device.connect()

@@ -77,7 +77,7 @@ def device(broker: Broker, bundle: Path, photos: dict[str, Path], tmp_path: Path
 def test_it_is_looked_over_asked_and_used(device: Device) -> None:
     before = device.ask("check")
     assert before.code == 0, before.stdout
-    for said in ("good   broker", "note   server", "good   bundle", "good   samples", "torn.jpg", "good   memory"):
+    for said in ("ok     broker", "note   server", "ok     bundle", "ok     samples", "torn.jpg", "ok     memory"):
         assert said in before.stdout
     assert not device.state.exists()
     device.ask("status").assert_error(8, "no daemon has used --state")
@@ -89,7 +89,7 @@ def test_it_is_looked_over_asked_and_used(device: Device) -> None:
     there = device.ask("status")
     assert there.code == 0, there.stderr
     assert DEVICE in there.stdout and "torn.jpg: not a readable image" in there.stdout
-    assert "the daemon is at work" in device.ask("check").stdout
+    assert "the daemon runs" in device.ask("check").stdout
 
     device.observer.wait(Round, lambda r: r.stage is Stage.FINISHED, "the end of the run")
     assert server.wait().code == 0
@@ -180,12 +180,12 @@ def announced_run(broker: Broker, bundle: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "code", "parts"),
     [
-        ({"images": "nowhere"}, 3, ["wrong  samples", "nowhere does not exist"]),
-        ({"broker": "mqtt://127.0.0.1:9"}, 6, ["wrong  broker", "no MQTT broker at 127.0.0.1:9"]),
-        ({"max_temperature": "75", "thermal_zones": "none"}, 2, ["wrong  governor", "no thermal zone can be read"]),
-        ({"watch": "nowhere"}, 2, ["wrong  watch", "no folder that this user may read"]),
-        ({"memory": "1MB"}, 2, ["wrong  memory", "more than the budget of 1MB"]),
-        ({"identity": "nowhere.pem"}, 2, ["wrong  identity", "not readable"]),
+        ({"images": "nowhere"}, 3, ["error  samples", "nowhere does not exist"]),
+        ({"broker": "mqtt://127.0.0.1:9"}, 6, ["error  broker", "no MQTT broker at 127.0.0.1:9"]),
+        ({"max_temperature": "75", "thermal_zones": "none"}, 2, ["error  governor", "no thermal zone can be read"]),
+        ({"watch": "nowhere"}, 2, ["error  watch", "not a folder that this user can read"]),
+        ({"memory": "1MB"}, 2, ["error  memory", "more than the budget of 1MB"]),
+        ({"identity": "nowhere.pem"}, 2, ["error  identity", "not readable"]),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

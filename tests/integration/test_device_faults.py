@@ -196,14 +196,14 @@ def test_an_update_that_nobody_answers_is_sent_again_until_somebody_does(
         assert len({next(updates) for _ in range(3)}) == 1  # the same bytes each time
         ack = Ack(run=RUN, session="s", round=1, device=device.device_name, verdict=Verdict.DUPLICATE)
         server.publish(topics.ack(device.device_name), encode(ack))
-        wait_until(lambda: device.store.acknowledged == 1, "the device to hear")
+        wait_until(lambda: device.store.outbox.acknowledged == 1, "the device to hear")
     finally:
         finished = task.model_copy(update={"round": 2, "stage": Stage.FINISHED})
         server.publish(topics.round, encode(finished), retain=True)
         serving.join(SECONDS)
         server.close()
     assert not serving.is_alive()
-    assert device.store.unacknowledged("s") == frozenset()
+    assert device.store.outbox.unacknowledged("s") == frozenset()
 
 
 def whole_updates(server: Link, topics: Topics) -> Iterator[bytes]:

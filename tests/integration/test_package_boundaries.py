@@ -46,7 +46,7 @@ TABLE = (
     Row(ALGORITHMS, "", "numpy"),
     Row(COMMON, "fedfmsl.errors", "typer rich pydantic pydantic_core pydantic_settings tomli"),
     Row(PROTOCOL, f"fedfmsl.errors {ALGORITHMS}", "numpy pydantic safetensors"),
-    Row(TRANSPORT, f"fedfmsl.errors {COMMON} {PROTOCOL}", "paho pydantic"),
+    Row(TRANSPORT, f"fedfmsl.errors {COMMON} {PROTOCOL}", "paho pydantic cryptography"),
     Row("fedfmsl", f"fedfmsl.errors {ALGORITHMS} {PROTOCOL}"),
     Row(
         "export",
@@ -67,7 +67,7 @@ TABLE = (
     ),
     Row("trainer_server", f"{FEDFMSL} trainer_server.*", "typer rich pydantic pydantic_settings"),
     Row(f"{EDGE}.store", FEDFMSL),
-    Row(f"{EDGE}.engines", FEDFMSL, "numpy onnxruntime"),
+    Row(f"{EDGE}.engines", FEDFMSL, "numpy onnxruntime psutil"),
     Row(f"{EDGE}.data", f"{FEDFMSL} {EDGE}.store {EDGE}.engines", "numpy PIL pydantic"),
     Row(f"{EDGE}.training", f"{FEDFMSL} {EDGE}.store {EDGE}.engines {EDGE}.data", "numpy pydantic"),
     Row(
@@ -223,6 +223,7 @@ def distributions_of(extra: str) -> set[str]:
 def test_the_edge_extra_installs_neither_torch_nor_what_needs_it() -> None:
     assert distributions_of("edge") == {
         *("numpy", "paho-mqtt", "pydantic", "pydantic-settings", "rich", "safetensors", "tomli", "typer"),
+        *("cryptography", "psutil", "tomlkit"),
         *("onnx", "onnxruntime", "pillow", "prometheus-client"),
     }
 

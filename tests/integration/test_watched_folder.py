@@ -169,7 +169,7 @@ def test_predictions_are_published_with_a_discovery_message(
     link = Link(broker.url, "reader")
     link.connect()
     config = f"homeassistant/device/{topics.run}/kitchen/config"
-    for topic in (topics.prediction("kitchen"), topics.predicting("kitchen"), config):
+    for topic in (topics.prediction("kitchen"), topics.prediction_status("kitchen"), config):
         link.subscribe(topic)
     options = ["--watch", str(inbox), "--publish", "--run", topics.run, "--broker", broker.url]
     process = processes.start_module("predict", "edge_runtime", *arguments(store, *options))
@@ -182,14 +182,14 @@ def test_predictions_are_published_with_a_discovery_message(
         if event.topic == config:
             payload = json.loads(event.payload)
             discovered = payload["components"]["class"]["options"] == [*CLASSES, "unknown"]
-            assert payload["availability"][0]["topic"] == topics.predicting("kitchen")
-        elif event.topic == topics.predicting("kitchen"):
+            assert payload["availability"][0]["topic"] == topics.prediction_status("kitchen")
+        elif event.topic == topics.prediction_status("kitchen"):
             online = parse(DeviceStatus, event.payload).online
         elif event.topic == topics.prediction("kitchen"):  # amqtt sends messages of other clients' subscriptions, too
             files.add(parse(Prediction, event.payload).file)
     assert files == photos_in(inbox)
     process.kill()
-    status = receive(link, topics.predicting("kitchen"), DeviceStatus)
+    status = receive(link, topics.prediction_status("kitchen"), DeviceStatus)
     assert isinstance(status, DeviceStatus) and not status.online
     link.close()
     late = Link(broker.url, "late-reader")  # the last prediction is retained

@@ -64,7 +64,7 @@ def build(
 ) -> Built:
     """Builds the bundle of a transformers folder, at IMAGE_SIZE or MAX_TOKENS. It has a zero-shot head if the model has
     a text tower, and the files of onnxruntime-training if the tests run with that engine."""
-    from export.build import build_bundle
+    from export.bundle import build_bundle
     from export.weights import load_backbone
     from export.zero_shot import TEMPLATES, zero_shot_head
 

@@ -25,8 +25,8 @@ def hold_in_mid_round(federation: Federation, observer: Observer) -> Round:
     begun = observer.wait(Round, lambda r: r.stage is Stage.GLOBAL, "stage 1")
     while begun.stage is Stage.GLOBAL:
         holder.pause()
-        finished = store.acknowledged >= begun.round or store.update(begun.round) is not None
-        if not finished and all(store.global_blob(sha256) for sha256 in required_globals(begun)):
+        finished = store.outbox.acknowledged >= begun.round or store.outbox.read(begun.round) is not None
+        if not finished and all(store.globals.read(sha256) for sha256 in required_globals(begun)):
             return begun
         holder.resume()
         newer = begun.round + 1 if finished else begun.round

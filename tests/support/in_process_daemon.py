@@ -67,7 +67,7 @@ def make_daemon(
     plan = Plan(
         feature_batch=4, memory_plans=dict.fromkeys(levels, MemoryPlan(BATCH)), seconds=dict.fromkeys(levels, 1.0)
     )
-    name = store.identity(name)
+    name = store.ensure_name(name)
     link = device_link(broker, topics, name)
     control, tracker = StepControl(), LevelCapTracker(LevelCap.planned(plan, step_seconds=60.0))
     report = reported_and_checked(progress_poster(link.post) if broker != NOWHERE else no_report, control.check)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 
 from fedfmsl.common.cli import application
-from fedfmsl.common.log import set_up_log
+from fedfmsl.common.logs import set_up_logging
 from fedfmsl.common.options import with_settings
 from fedfmsl.protocol.bundle import Bundle
 from trainer_server.service.lifecycle import open_run, run_server
@@ -27,7 +27,7 @@ def main(keepalive: int) -> None:
     @app.command()
     @with_settings(ServerSettings)
     def start(settings: ServerSettings) -> None:
-        set_up_log()
+        set_up_logging()
         bundle = Bundle.load(settings.bundle)
         store = open_run(settings.folder, settings.run_config(bundle), bundle)
         run_server(store, bundle, settings.broker, "", settings.identity, settings.insecure, keepalive=keepalive)

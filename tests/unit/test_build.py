@@ -23,7 +23,8 @@ from support.tiny_models import write_vit
 from transformers import AutoModel, GPT2Config, ViTConfig
 
 from export import parity
-from export.build import build_bundle, class_names
+from export.build import class_names
+from export.bundle import build_bundle
 from export.families import MODELS
 from export.families.family import Family
 from export.families.vit import VIT

@@ -122,7 +122,7 @@ def rounds(vit: Built) -> tuple[list[Round], list[bytes]]:
 def kept(folder: Path, task: Round) -> dict[str, object]:
     """What the round left behind: the update that would be sent, without what time has written into its header, and
     the experts that stay."""
-    update, tensors = unpack(DeviceStore(folder).update(task.round) or b"", Update)
+    update, tensors = unpack(DeviceStore(folder).outbox.read(task.round) or b"", Update)
     files = {name: (folder / name).read_bytes() for name in EXPERTS if (folder / name).is_file()}
     return {**update.model_dump(exclude=VOLATILE), **{name: tensors[name].tobytes() for name in tensors}, **files}
 
@@ -137,7 +137,7 @@ def worth_trying(written: list[str]) -> list[int]:
 def give(device: TrainingContext, blobs: list[bytes]) -> None:
     """As if they had come over the wire."""
     for blob in blobs:
-        device.store.keep_global(blob)
+        device.store.globals.write(blob)
 
 
 def test_a_round_that_was_interrupted_anywhere_gives_the_same_update_to_the_bit(
@@ -160,7 +160,7 @@ def test_a_round_that_was_interrupted_anywhere_gives_the_same_update_to_the_bit(
             ):
                 perform(victim, task)
             restarted = start(vit, photos, folder)
-            if task.round not in restarted.device.store.unacknowledged(SESSION):  # else it is only to be sent
+            if task.round not in restarted.device.store.outbox.unacknowledged(SESSION):  # else it is only to be sent
                 perform(restarted, task)
             where = f"{task.stage.value} {task.index}, killed {'after' if after else 'before'} {written[fatal]}"
             assert kept(folder, task) == kept(device.store.root, task), where
@@ -195,15 +195,15 @@ def test_a_full_disk_is_mentioned_once_and_tried_again_after_growing_delays(
 ) -> None:
     device = start(vit, photos, tmp_path).device
     device.cache.pooled(device.scanned.train, level=1)
-    device.store.keep_global(b"required")
-    device.store.keep_global(b"obsolete")
+    device.store.globals.write(b"required")
+    device.store.globals.write(b"obsolete")
     retry = DiskRetry(device.store, device.cache, Backoff(first=3600.0, longest=3600.0))
     for attempt in range(3):
         assert retry.waiting == (attempt > 1)  # the second attempt follows at once
         retry.failed(OSError(errno.ENOSPC, "No space left on device"), {blob_hash(b"required")}, evict=True)
     assert [record.getMessage().count("No space left") for record in caplog.records] == [1]
     assert device.cache.used == 0
-    assert device.store.global_blob(blob_hash(b"required")) and not device.store.global_blob(blob_hash(b"obsolete"))
+    assert device.store.globals.read(blob_hash(b"required")) and not device.store.globals.read(blob_hash(b"obsolete"))
     retry.succeeded()
     assert not retry.waiting
     retry.failed(OSError(errno.ENOSPC, "No space left on device"), set(), evict=False)
@@ -217,5 +217,5 @@ def test_another_device_with_the_same_images_gives_another_update(vit: Built, ph
         runner = start(vit, photos, tmp_path / name, name)
         give(runner.device, blobs)
         perform(runner, tasks[1])
-    one, two = (unpack(DeviceStore(tmp_path / name).update(2) or b"", Update)[1] for name in ("one", "two"))
+    one, two = (unpack(DeviceStore(tmp_path / name).outbox.read(2) or b"", Update)[1] for name in ("one", "two"))
     assert all(one[name].tobytes() != two[name].tobytes() for name in one)

@@ -383,58 +383,58 @@ def blob_of(number: int, session: str = "s") -> bytes:
 
 
 def test_a_devices_name_is_made_once_and_kept(tmp_path: Path) -> None:
-    name = DeviceStore(tmp_path / "a").identity(None)
-    assert DeviceStore(tmp_path / "a").identity(None) == DeviceStore(tmp_path / "a").identity(name) == name
-    assert DeviceStore(tmp_path / "b").identity(None) != name
-    assert DeviceStore(tmp_path / "c").identity("pi-4") == "pi-4"
+    name = DeviceStore(tmp_path / "a").ensure_name(None)
+    assert DeviceStore(tmp_path / "a").ensure_name(None) == DeviceStore(tmp_path / "a").ensure_name(name) == name
+    assert DeviceStore(tmp_path / "b").ensure_name(None) != name
+    assert DeviceStore(tmp_path / "c").ensure_name("pi-4") == "pi-4"
     with pytest.raises(ConfigError, match="belongs to device 'pi-4', not 'pi-5'"):
-        DeviceStore(tmp_path / "c").identity("pi-5")
-    with pytest.raises(ConfigError, match="unusable"):
-        DeviceStore(tmp_path / "d").identity("a/b")
+        DeviceStore(tmp_path / "c").ensure_name("pi-5")
+    with pytest.raises(ConfigError, match="invalid"):
+        DeviceStore(tmp_path / "d").ensure_name("a/b")
     assert not (tmp_path / "d").exists()
 
 
 def test_a_state_folder_that_is_none_is_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"--state .*file cannot be written to \(File exists\)"):
-        DeviceStore(tmp_path / "file").identity(None)
+        DeviceStore(tmp_path / "file").ensure_name(None)
 
 
 def test_the_outbox_survives_a_restart_and_drops_what_is_of_another_session_or_torn(tmp_path: Path) -> None:
     store = DeviceStore(tmp_path)
-    store.enter("s")
+    store.outbox.enter("s")
     for number in (2, 10):
-        store.put_outbox(number, blob_of(number))
-    store.put_outbox(3, blob_of(3, session="before"))
-    store.put_outbox(4, blob_of(4)[:-5])
-    store.put_outbox(5, blob_of(6))
+        store.outbox.write(number, blob_of(number))
+    store.outbox.write(3, blob_of(3, session="before"))
+    store.outbox.write(4, blob_of(4)[:-5])
+    store.outbox.write(5, blob_of(6))
     again = DeviceStore(tmp_path)
-    assert again.unacknowledged(again.session) == {2, 10}
+    assert again.outbox.unacknowledged(again.outbox.session) == {2, 10}
     assert {path.name for path in (tmp_path / "outbox").iterdir()} == {"2", "10"}
-    assert again.update(2) == blob_of(2)
-    again.acknowledge(2)
-    assert again.update(2) is None
-    assert DeviceStore(tmp_path / "new").unacknowledged("s") == frozenset()
+    assert again.outbox.read(2) == blob_of(2)
+    again.outbox.acknowledge(2)
+    assert again.outbox.read(2) is None
+    assert DeviceStore(tmp_path / "new").outbox.unacknowledged("s") == frozenset()
 
 
 def test_a_settled_round_is_remembered_for_as_long_as_its_session_lasts(tmp_path: Path) -> None:
     store = DeviceStore(tmp_path)
-    assert store.acknowledged == 0
-    assert store.enter("s")
-    store.put_outbox(3, blob_of(3))
-    store.acknowledge(7)
-    store.acknowledge(2)  # late
-    assert (DeviceStore(tmp_path).session, DeviceStore(tmp_path).acknowledged) == ("s", 7)
-    assert not store.enter("s")
-    assert store.enter("s2")
-    assert (DeviceStore(tmp_path).session, DeviceStore(tmp_path).acknowledged) == ("s2", 0)
+    assert store.outbox.acknowledged == 0
+    assert store.outbox.enter("s")
+    store.outbox.write(3, blob_of(3))
+    store.outbox.acknowledge(7)
+    store.outbox.acknowledge(2)  # late
+    assert (DeviceStore(tmp_path).outbox.session, DeviceStore(tmp_path).outbox.acknowledged) == ("s", 7)
+    assert not store.outbox.enter("s")
+    assert store.outbox.enter("s2")
+    assert (DeviceStore(tmp_path).outbox.session, DeviceStore(tmp_path).outbox.acknowledged) == ("s2", 0)
     assert list((tmp_path / "outbox").iterdir()) == []
 
 
 def test_what_a_killed_process_left_half_written_is_cleared_away(tmp_path: Path) -> None:
     store = DeviceStore(tmp_path)
-    store.put_outbox(1, blob_of(1))
-    store.identity("d")
+    store.outbox.write(1, blob_of(1))
+    store.ensure_name("d")
     for scrap in (tmp_path / ".personalized.onnx.17", tmp_path / "outbox" / ".2.17"):
         scrap.write_bytes(b"half")
     (tmp_path / ".bashrc.old").write_text("somebody else's")
@@ -456,17 +456,17 @@ def test_an_answer_is_overdue_only_after_the_whole_update_has_reached_the_broker
 def test_globals_are_kept_by_content_and_a_torn_one_is_not_there(tmp_path: Path) -> None:
     store, one, two = DeviceStore(tmp_path), b"one", b"two"
     for blob in (one, two):
-        store.keep_global(blob)
-    assert store.global_blob(blob_hash(one)) == one
+        store.globals.write(blob)
+    assert store.globals.read(blob_hash(one)) == one
     (tmp_path / "globals" / blob_hash(two)).write_bytes(b"tw")
-    assert store.global_blob(blob_hash(two)) is None
-    store.drop_globals(keep={blob_hash(two)})
-    assert store.global_blob(blob_hash(one)) is None
-    store.keep_global(two)
-    assert store.global_blob(blob_hash(two)) == two
+    assert store.globals.read(blob_hash(two)) is None
+    store.globals.keep_only({blob_hash(two)})
+    assert store.globals.read(blob_hash(one)) is None
+    store.globals.write(two)
+    assert store.globals.read(blob_hash(two)) == two
 
 
 def test_the_session_a_device_works_in_survives_a_restart(tmp_path: Path) -> None:
-    assert DeviceStore(tmp_path).session == ""
-    DeviceStore(tmp_path).enter("s")
-    assert DeviceStore(tmp_path).session == "s"
+    assert DeviceStore(tmp_path).outbox.session == ""
+    DeviceStore(tmp_path).outbox.enter("s")
+    assert DeviceStore(tmp_path).outbox.session == "s"

@@ -107,7 +107,7 @@ def test_tensors_of_another_name_shape_or_type_are_refused_by_name(encoding: Enc
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_tensor_that_is_not_finite_is_refused_by_name(encoding: Encoding, value: float) -> None:
     wrong = np.full(4, value, np.float32 if encoding is Encoding.FP32 else np.float16)
-    with pytest.raises(MessageError, match="'a' holds values that are not finite"):
+    with pytest.raises(MessageError, match="'a' has values that are not finite"):
         decode(LAYOUT, changed(encoding, a=wrong), encoding)
 
 

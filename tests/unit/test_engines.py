@@ -30,7 +30,7 @@ from support.torch_reference import torch_expert, torch_step, trainables
 
 from edge_runtime.engines import Batch, Engine, MemoryPlan, StepGraphEngine, open_engine
 from edge_runtime.engines.ort_training import OrtTrainingEngine, TrainingSession
-from export.build import build_bundle
+from export.bundle import build_bundle
 from export.reference import torch_inputs
 from fedfmsl.algorithms.arrays import NEVER
 from fedfmsl.common.onnx_runtime import has_ort_training

@@ -11,7 +11,7 @@ import pytest
 from support.bundles import Built
 from support.in_process_daemon import RUN, make_daemon
 from support.processes import SECONDS, Broker, Processes
-from test_stages import task
+from support.training_contexts import announced_round
 
 from edge_runtime.daemon.health import HealthReporter
 from edge_runtime.daemon.state import State
@@ -63,7 +63,7 @@ def test_it_tells_how_it_is_when_it_does_something_else_and_now_and_then(
     assert 10e6 < starting.memory < 10e9 and starting.disk_free > 0
     assert starting.train == 0
 
-    announced = task(Stage.GLOBAL, level=2)
+    announced = announced_round(Stage.GLOBAL, level=2)
     state = State("kitchen", DuplicateNameGuard(""), "", announced=announced, unacknowledged=frozenset({1, 2}))
     health_reporter.rounds_done = 2
     health_reporter.heartbeat(Activity.WORKING, device, state)

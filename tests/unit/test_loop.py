@@ -144,7 +144,7 @@ class Runner(RoundRunner):
 
     def run(self, task: Round, bytes_down: int) -> float:
         self.runs.append(task.round)
-        self.device.store.enter(task.session)
+        self.device.store.outbox.enter(task.session)
         return self.compute(task)
 
     def compute(self, task: Round) -> float:

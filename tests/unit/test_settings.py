@@ -193,7 +193,7 @@ def test_everything_that_is_wrong_is_said_at_once_with_its_place(written: Callab
     with pytest.raises(SettingsError) as caught:
         run("--config", str(config), "--threads", "-1", environment={"FEDFMSL_STEP_SECONDS": "soon"})
     told = {
-        f"{config}:1: run = 'or/chard'": "unusable",
+        f"{config}:1: run = 'or/chard'": "invalid",
         f"{config}:3: 'memmory' is not a setting": "did you mean 'memory'?",
         f"{config}:4: engine = 'fast'": "'auto', 'step-graph' or 'ort-training'",
         f"{config}:5: cache = 'much'": "512MB",

@@ -14,7 +14,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from typer.testing import CliRunner
 
-from export.build import app, build_bundle
+from export.build import app
+from export.bundle import build_bundle
 from export.weights import load_backbone
 from fedfmsl.errors import BundleError, ConfigError, FedFMSLError, WeightsError
 from fedfmsl.protocol.bundle import Bundle, TextPreprocessing

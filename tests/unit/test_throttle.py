@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.bundles import Built
 from support.in_process_daemon import no_report
-from test_stages import device, given, task
+from support.training_contexts import announced_round, initial_globals, training_context
 
 from edge_runtime.data.cache import DiskCache
 from edge_runtime.data.features import FeatureCache, Report
@@ -31,8 +32,6 @@ from edge_runtime.training.context import TrainingContext
 from edge_runtime.training.local_expert import train_personal
 from edge_runtime.training.stages import StageFunction, train_global
 from fedfmsl.protocol.messages import Stage
-
-__all__ = ["device"]  # the fixture
 
 Progress = tuple[str, int, int]
 PAUSE = 0.3  # seconds, long against a step
@@ -55,6 +54,11 @@ class Thermometer:
 @pytest.fixture
 def thermometer(tmp_path: Path) -> Thermometer:
     return Thermometer(tmp_path / "root")
+
+
+@pytest.fixture
+def device(vit: Built, photos: Path, tmp_path: Path) -> TrainingContext:
+    return training_context(vit.bundle, photos, tmp_path)
 
 
 @pytest.fixture
@@ -111,13 +115,13 @@ def test_a_pause_in_the_middle_changes_nothing(
         threading.Timer(PAUSE, resume).start()
 
     progress, report = first_of(during, pause)
-    outcome = work(controlled(device, control, report), task(stage), given(device, level=1))
+    outcome = work(controlled(device, control, report), announced_round(stage), initial_globals(device.bundle, level=1))
     ((activity, done, total),) = at_the_end  # nothing was computed until the end of the pause
     assert activity == during
     assert 0 < done < total
     assert progress[-1] == ("training", progress[-1][2], progress[-1][2])
 
-    undisturbed = work(device, task(stage), given(device, level=1))
+    undisturbed = work(device, announced_round(stage), initial_globals(device.bundle, level=1))
     assert outcome.delta is not None and undisturbed.delta is not None
     assert np.array_equal(outcome.delta, undisturbed.delta)
     assert outcome.metrics == undisturbed.metrics
@@ -131,11 +135,14 @@ def test_a_round_can_be_stopped_and_computed_again(paused: bool, device: Trainin
 
     _, report = first_of("training", stop)
     with pytest.raises(WorkStoppedError):
-        train_global(controlled(device, control, report), task(Stage.GLOBAL), given(device, level=1))
+        train_global(
+            controlled(device, control, report), announced_round(Stage.GLOBAL), initial_globals(device.bundle, level=1)
+        )
     control.stop(False)
     control.pause(False)
     again, undisturbed = (
-        train_global(each, task(Stage.GLOBAL), given(device, level=1)) for each in (controlled(device, control), device)
+        train_global(each, announced_round(Stage.GLOBAL), initial_globals(device.bundle, level=1))
+        for each in (controlled(device, control), device)
     )
     assert again.delta is not None and undisturbed.delta is not None
     assert np.array_equal(again.delta, undisturbed.delta)
@@ -165,7 +172,11 @@ def test_steps_are_timed_but_for_the_first_and_without_pauses(device: TrainingCo
         threading.Timer(PAUSE, control.pause, [False]).start()
 
     progress, report = first_of("training", pause)
-    train_global(controlled(device, control, report, tracker), task(Stage.GLOBAL), given(device, level=1))
+    train_global(
+        controlled(device, control, report, tracker),
+        announced_round(Stage.GLOBAL),
+        initial_globals(device.bundle, level=1),
+    )
     steps = len([activity for activity, _, _ in progress if activity == "training"])
     assert len(tracker.cap.ratios) == steps - 1 > 1
     assert max(tracker.cap.ratios) < PAUSE
@@ -178,6 +189,6 @@ def test_a_training_slower_than_measured_lowers_the_cap(
     tracker = tracker_of(seconds, fast_enough=0.0)
     tracked = controlled(device, control, tracker=tracker)
     while len(tracker.cap.ratios) < STEPS:
-        train_global(tracked, task(Stage.GLOBAL), given(device, level=1))
+        train_global(tracked, announced_round(Stage.GLOBAL), initial_globals(device.bundle, level=1))
     assert tracker.cap.level == level
     assert (tracker.cap.slowdown > 1) == (level == 1)

@@ -1,4 +1,4 @@
-"""The optimizer, the mixture and local training, as arithmetic."""
+"""AdamW, the mixture and the targets of local training."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def test_adamw_equals_torchs_over_many_steps(rate: float, decay: float) -> None:
         assert np.allclose(theta, parameter.detach().numpy(), rtol=1e-5, atol=1e-6 * max(1, rate / 1e-3))
 
 
-def test_adamw_leaves_its_arguments_as_they_were() -> None:
+def test_adamw_does_not_change_its_arguments() -> None:
     theta, gradient = np.ones(3, np.float32), np.full(3, 2, np.float32)
     AdamW(0.1, np.zeros(3, np.float32)).step(theta, gradient)
     assert theta.tolist() == [1, 1, 1]
     assert gradient.tolist() == [2, 2, 2]
 
 
-def test_the_head_is_not_decayed_but_the_lora_is() -> None:
+def test_weight_decay_applies_to_lora_but_not_to_the_head() -> None:
     layout = Layout.build([("head", "w", (2,)), ("0", "a", (3,))])
     optimizer = AdamW(0.1, expert_decay(layout, 5, 0.5))
     theta = optimizer.step(np.ones(5, np.float32), np.zeros(5, np.float32))
@@ -81,13 +81,13 @@ def test_the_mixture_is_the_gates_weighted_sum_of_probabilities(size: int, class
     assert 0 <= entropy <= np.log(2) + 1e-6
 
 
-def test_a_mixture_lets_an_expert_rule_a_class_out_but_not_the_mixture() -> None:
+def test_one_expert_alone_cannot_exclude_a_class() -> None:
     half = np.log(np.full((1, 2), 0.5, np.float32))
     certain = np.array([[0.0, NEVER]], np.float32)
     assert np.exp(mix(half, half, certain)) == pytest.approx(np.array([[0.75, 0.25]]))
 
 
-def test_class_prior_and_mask_follow_the_devices_own_counts() -> None:
+def test_class_prior_and_class_mask_of_class_counts() -> None:
     counts = np.array([8, 0, 2])
     prior = np.exp(log_class_prior(counts))
     assert prior == pytest.approx(np.array([8.1, 0.1, 2.1]) / 10.3)
@@ -96,7 +96,7 @@ def test_class_prior_and_mask_follow_the_devices_own_counts() -> None:
     assert masked.tolist() == [[0.5, 0.0, 0.5]]
 
 
-def test_accuracy_counts_hits_and_is_zero_without_images() -> None:
+def test_accuracy_counts_hits_and_is_zero_without_samples() -> None:
     log_p = np.log(np.array([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4]], np.float32))
     labels = np.array([0, 1, 1])
     assert accuracy(log_p, labels) == pytest.approx(2 / 3)
@@ -104,7 +104,7 @@ def test_accuracy_counts_hits_and_is_zero_without_images() -> None:
     assert accuracy(np.empty((0, 2), np.float32), np.empty(0, np.int64)) == 0.0
 
 
-def test_cross_entropy_targets_are_a_mixture_without_another_expert() -> None:
+def test_cross_entropy_targets_ignore_the_other_expert() -> None:
     targets = Targets.cross_entropy(np.array([1, 0]))
     assert targets.gate.tolist() == [0, 0]
     assert np.exp(targets.other).tolist() == [0, 0]

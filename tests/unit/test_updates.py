@@ -14,13 +14,13 @@ from support.bundles import LAYERS, Built
 
 from edge_runtime.training.stages import StageResult
 from edge_runtime.training.updates import encode_with_feedback, prepare_update
+from fedfmsl.algorithms.arrays import Tensors
 from fedfmsl.algorithms.privacy import Privacy
 from fedfmsl.algorithms.sal import CapabilityQueue, Sal
 from fedfmsl.errors import MessageError
 from fedfmsl.protocol.encoding import SCALES, decode, encode
 from fedfmsl.protocol.layout import Layout
 from fedfmsl.protocol.messages import Encoding, Round, Stage, Training
-from fedfmsl.protocol.tensors import Tensors
 
 LAYOUT = Layout.build([("head", "w", (2, 5)), ("1", "a", (6,)), ("0", "b", (4,))])
 COARSE = (Encoding.FP16, Encoding.INT8)

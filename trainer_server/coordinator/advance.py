@@ -14,9 +14,10 @@ import math
 from collections import Counter
 from dataclasses import replace
 
+from fedfmsl.algorithms.arrays import Tensors
 from fedfmsl.algorithms.sal import Sal
 from fedfmsl.protocol.messages import Ack, DeviceStatus, Globals, Round, Stage, Verdict
-from fedfmsl.protocol.tensors import Tensors, blob_hash, pack
+from fedfmsl.protocol.tensors import blob_hash, pack
 from trainer_server.coordinator.events import (
     AnnounceRound,
     Command,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fedfmsl.algorithms.arrays import Tensors
 from fedfmsl.protocol.messages import Ack, DeviceStatus, Round, Update
-from fedfmsl.protocol.tensors import Tensors
 from trainer_server.coordinator.records import ClosedRound
 
 

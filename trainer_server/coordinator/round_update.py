@@ -13,11 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedfmsl.algorithms.aggregation import Aggregate, Contribution, weighted_average
-from fedfmsl.algorithms.arrays import Vector
+from fedfmsl.algorithms.arrays import Tensors, Vector
 from fedfmsl.algorithms.class_means import class_mean_head, direction_head
 from fedfmsl.protocol.layout import Layout
 from fedfmsl.protocol.messages import Round, Stage, Update
-from fedfmsl.protocol.tensors import Tensors
 from trainer_server.config import Head
 from trainer_server.coordinator.state import Accepted, Plan, State
 from trainer_server.coordinator.validation import class_statistics, expert_delta, gate_delta

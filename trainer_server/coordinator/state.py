@@ -12,13 +12,12 @@ from functools import cached_property
 
 import numpy as np
 
-from fedfmsl.algorithms.arrays import Vector
+from fedfmsl.algorithms.arrays import Tensors, Vector
 from fedfmsl.algorithms.sal import SalState
 from fedfmsl.algorithms.server_optimizers import Moments
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.layout import Layout
 from fedfmsl.protocol.messages import DeviceStatus, Round, Stage, Update
-from fedfmsl.protocol.tensors import Tensors
 from trainer_server.config import RunConfig
 
 TRAINING = (Stage.GLOBAL, Stage.PERSONAL)

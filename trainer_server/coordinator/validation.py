@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedfmsl.algorithms.arrays import Vector
+from fedfmsl.algorithms.arrays import Tensors, Vector
 from fedfmsl.errors import MessageError
 from fedfmsl.protocol.encoding import decode
 from fedfmsl.protocol.messages import Stage, Update, Verdict
-from fedfmsl.protocol.tensors import Tensors
 from trainer_server.coordinator.records import held_out_accuracies
 from trainer_server.coordinator.state import Plan, State
 

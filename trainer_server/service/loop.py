@@ -10,11 +10,11 @@ that could not be stored has no effect.
 from __future__ import annotations
 
 import contextlib
+import logging
 import sqlite3
 import time
 from dataclasses import replace
 
-from fedfmsl.common.log import log
 from fedfmsl.errors import MessageError, RunError
 from fedfmsl.protocol.messages import ServerStatus, Stage, parse
 from fedfmsl.protocol.tensors import blob_bytes
@@ -45,6 +45,8 @@ from trainer_server.service.run_log import log_round, log_stragglers
 from trainer_server.storage.peft_adapter import write_adapter
 from trainer_server.storage.run_store import LoggedEvent, RunStore
 from trainer_server.storage.uploads import Uploads
+
+logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0  # longest wait for a message
 BATCH = 64  # messages in one commit
@@ -79,7 +81,7 @@ class Service:
         self._link.subscribe(self._topics.server_status)
         if self._state.announced is None:
             config = self._plan.config
-            log.info("waiting up to %.0f s for %d devices", config.join_timeout, config.devices)
+            logger.info("waiting up to %.0f s for %d devices", config.join_timeout, config.devices)
         try:
             if self._store.ended is not None:  # the previous server may have stopped before it announced the end
                 self._publish_state()
@@ -122,7 +124,7 @@ class Service:
             self._guard.connected(self._clock.now())
             self._publish_state()
         elif isinstance(event, Disconnected):
-            log.warning("no connection to the broker (%s); reconnecting", event.reason)
+            logger.warning("no connection to the broker (%s); reconnecting", event.reason)
         elif isinstance(event, Oversize):
             self._refuse(self._sender(event.topic), "too large", f"{event.size} bytes")
         elif isinstance(event, Received):
@@ -180,7 +182,7 @@ class Service:
         """Opens and closes rounds."""
         now = self._clock.now()
         if self._guard.echo_is_missing(now):
-            log.warning("the broker does not return this server's own status; check that --identity is the server's")
+            logger.warning("the broker does not return this server's own status; check that --identity is the server's")
         state, commands = advance(self._plan, self._state, ClockTicked(), now)
         if not commands:
             return
@@ -214,7 +216,7 @@ class Service:
         elif isinstance(command, StoreRound):
             self._finish_round(command.closed)
         elif isinstance(command, Log):
-            log.info(command.text)
+            logger.info(command.text)
 
     def _publish_state(self) -> None:
         """After every connection: the broker may have lost its retained messages."""
@@ -233,7 +235,7 @@ class Service:
             try:
                 write_adapter(self._plan.bundle, expert, level, self._store.folder / "global_expert")
             except OSError as error:
-                log.warning("the adapter of round %d could not be written (%s)", closed.round.round, error.strerror)
+                logger.warning("the adapter of round %d could not be written (%s)", closed.round.round, error.strerror)
 
     def _sender(self, topic: str) -> str:
         """The device that a topic belongs to. All devices that have not announced themselves count as one."""
@@ -243,10 +245,12 @@ class Service:
     def _refuse(self, device: str, kind: str, text: str) -> None:
         sender = device if device in self._state.devices else UNKNOWN_DEVICE
         if self._refusals.add(sender, kind, text):
-            log.warning("refused from %s (%s): %s", sender, kind, text)
+            logger.warning("refused from %s (%s): %s", sender, kind, text)
 
     def _wait_for_disk(self, error: OSError | sqlite3.Error) -> None:
         if str(error) != self._disk_error:
             self._disk_error = str(error)
-            log.error("cannot write to %s (%s); free some disk space, the run waits for it", self._store.folder, error)
+            logger.error(
+                "cannot write to %s (%s); free some disk space, the run waits for it", self._store.folder, error
+            )
         time.sleep(POLL_SECONDS)

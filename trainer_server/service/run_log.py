@@ -11,9 +11,10 @@ from contextlib import contextmanager
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
-from fedfmsl.common.log import log
 from fedfmsl.protocol.messages import Round
 from trainer_server.coordinator.records import ClosedRound
+
+logger = logging.getLogger(__name__)
 
 FILE = "notes.log"
 NAMES = 10  # devices named in a line
@@ -26,21 +27,25 @@ def log_to_folder(folder: Path, max_bytes: int = LOG_BYTES) -> Iterator[None]:
     # delay: a full disk at the start is not an error, the file is opened with the first line that can be written
     handler = RotatingFileHandler(folder / FILE, maxBytes=max_bytes, backupCount=1, encoding="utf-8", delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%dT%H:%M:%S"))
-    log.addHandler(handler)
+    package = logging.getLogger("trainer_server")
+    package.setLevel(logging.INFO)
+    package.addHandler(handler)
     try:
         yield
     finally:
-        log.removeHandler(handler)
+        package.removeHandler(handler)
         handler.close()
 
 
 def log_round(announced: Round) -> None:
     where = f"{announced.stage.value} {announced.index + 1}/{announced.of}"
     selected = f", {len(announced.chosen)} devices selected" if announced.chosen else ""
-    log.info("round %d: %s, level %d%s", announced.round, where, announced.level, selected)
+    logger.info("round %d: %s, level %d%s", announced.round, where, announced.level, selected)
 
 
 def log_stragglers(closed: ClosedRound) -> None:
     if closed.missing:
         names, more = ", ".join(closed.missing[:NAMES]), len(closed.missing) - NAMES
-        log.warning("round %d closed without %s", closed.round.round, f"{names} and {more} more" if more > 0 else names)
+        logger.warning(
+            "round %d closed without %s", closed.round.round, f"{names} and {more} more" if more > 0 else names
+        )

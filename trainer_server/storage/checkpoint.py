@@ -6,10 +6,10 @@ from __future__ import annotations
 import numpy as np
 from pydantic import BaseModel
 
+from fedfmsl.algorithms.arrays import Tensors
 from fedfmsl.algorithms.sal import SalState
 from fedfmsl.algorithms.server_optimizers import Moments
 from fedfmsl.protocol.messages import DeviceStatus, Round
-from fedfmsl.protocol.tensors import Tensors
 from trainer_server.coordinator.state import State
 
 

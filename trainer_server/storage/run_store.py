@@ -20,11 +20,12 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
+from fedfmsl.algorithms.arrays import Tensors
 from fedfmsl.common.files import write_atomically
 from fedfmsl.errors import MessageError, RunError
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.messages import DeviceStatus, Update, parse
-from fedfmsl.protocol.tensors import Header, Tensors, blob_hash, pack, unpack
+from fedfmsl.protocol.tensors import Header, blob_hash, pack, unpack
 from trainer_server.config import RunConfig
 from trainer_server.coordinator.events import ClockTicked, Event, StatusSeen, UpdateSeen
 from trainer_server.coordinator.records import ClosedRound

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from export.build import build_bundle
+from export.bundle import build_bundle
 from export.weights import load_backbone
 from fedfmsl.protocol.bundle import Precision
 from support.samples import CLASSES

@@ -1,0 +1,38 @@
+"""`edge_runtime check`: everything that a run needs, checked before it starts. Writes nothing (ours)."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from edge_runtime.preflight.context import Check, Context, Finding
+from edge_runtime.preflight.machine import check_clock, check_governor, check_state, check_watch
+from edge_runtime.preflight.network import check_broker, check_identity
+from edge_runtime.preflight.training import check_bundle, check_memory, check_samples
+from edge_runtime.settings import Settings
+from fedfmsl.errors import FedFMSLError
+
+# Later checks use what earlier ones have found.
+CHECKS: dict[str, Check] = {
+    "state": check_state,
+    "clock": check_clock,
+    "identity": check_identity,
+    "broker": check_broker,
+    "bundle": check_bundle,
+    "samples": check_samples,
+    "memory": check_memory,
+    "governor": check_governor,
+    "watch": check_watch,
+}
+
+
+def run_preflight(settings: Settings) -> Iterator[Finding]:
+    """Yields the findings of all checks. A failed check is a finding with the error's exit code."""
+    with tempfile.TemporaryDirectory() as scratch:
+        context = Context(Path(scratch))
+        for name, check in CHECKS.items():
+            try:
+                yield from check(settings, context)
+            except FedFMSLError as error:
+                yield Finding(name, str(error), error.exit_code)

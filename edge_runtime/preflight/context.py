@@ -1,0 +1,40 @@
+"""What the checks share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from edge_runtime.settings import Settings
+from fedfmsl.protocol.bundle import Bundle
+from fedfmsl.protocol.messages import ServerStatus
+
+
+@dataclass(frozen=True)
+class Finding:
+    """`code`: the exit code of a run that fails for this reason; 0 if nothing is wrong. `doubtful`: it may fail."""
+
+    name: str
+    text: str
+    code: int = 0
+    doubtful: bool = False
+
+
+@dataclass
+class Context:
+    """What earlier checks have found. `scratch`: a temporary directory. `running`: the device's daemon runs. `largest`:
+    the largest sample."""
+
+    scratch: Path
+    server: ServerStatus | None = None
+    bundle: Bundle | None = None
+    running: bool = False
+    largest: Path | None = None
+
+
+Check = Callable[[Settings, Context], Iterator[Finding]]
+
+
+def format_size(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"

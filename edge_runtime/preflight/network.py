@@ -1,0 +1,57 @@
+"""Checks of the connection: identity, broker, server."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+from datetime import datetime, timedelta, timezone
+
+from edge_runtime.daemon.download import receive_server_status
+from edge_runtime.preflight.context import Context, Finding
+from edge_runtime.settings import Settings
+from fedfmsl.errors import ConfigError
+from fedfmsl.protocol.topics import Topics
+from fedfmsl.transport.address import parse_address
+from fedfmsl.transport.identity import device_name, read_identity
+from fedfmsl.transport.link import Link
+
+SERVER_SECONDS = 10.0  # to wait for the status of a server
+EXPIRY_NOTICE = timedelta(days=30)
+
+
+def check_identity(settings: Settings, context: Context) -> Iterator[Finding]:
+    name = device_name(settings.device, settings.identity)
+    if settings.identity is None:
+        yield Finding("identity", "none; the broker must allow anonymous clients, or a user and password")
+        return
+    valid = read_identity(settings.identity).valid
+    if valid is None:
+        yield Finding("identity", f"{settings.identity} holds the CA's certificates, and none of this device")
+        return
+    start, end = valid
+    now = datetime.now(timezone.utc)
+    if not start <= now <= end:
+        raise ConfigError(
+            f"the certificate in {settings.identity} is valid from {start:%Y-%m-%d} to {end:%Y-%m-%d}, but the clock "
+            f"says {now:%Y-%m-%d}; set the clock, or ask the operator for another certificate"
+        )
+    yield Finding("identity", f"{name}, until {end:%Y-%m-%d}", doubtful=end - now < EXPIRY_NOTICE)
+
+
+def check_broker(settings: Settings, context: Context) -> Iterator[Finding]:
+    if context.running:
+        yield Finding("broker", "the daemon runs and uses this device's name; see edge_runtime status")
+        return
+    topics, address = Topics(settings.run), parse_address(settings.broker)
+    client = f"fedfmsl-check-{secrets.token_hex(8)}"
+    link = Link(settings.broker, client, identity=settings.identity, insecure=settings.insecure)
+    link.connect()
+    try:
+        yield Finding("broker", f"{address.host}:{address.port} accepts this device")
+        context.server = receive_server_status(link, topics, SERVER_SECONDS)
+    finally:
+        link.close()
+    if context.server is None:
+        yield Finding("server", f"no server of run {settings.run!r} now; a device waits for it", doubtful=True)
+    else:
+        yield Finding("server", f"run {settings.run!r} is online, model {context.server.model}")

@@ -1,0 +1,86 @@
+"""Checks of what a device trains: bundle, samples, memory."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from edge_runtime.daemon.download import fetch_manifest
+from edge_runtime.data.folder import SampleFolder, largest
+from edge_runtime.data.inputs import reader_of
+from edge_runtime.data.sample_reader import SampleReader
+from edge_runtime.engines.factory import open_engine
+from edge_runtime.preflight.context import Context, Finding, format_size
+from edge_runtime.resources.plan import measure_minimum
+from edge_runtime.settings import Settings
+from edge_runtime.store import DeviceStore
+from fedfmsl.errors import BundleError, InputError
+from fedfmsl.protocol.bundle import MANIFEST, Bundle
+
+
+def check_bundle(settings: Settings, context: Context) -> Iterator[Finding]:
+    """The bundle that a run would use: --bundle, a downloaded one, or the server's, which is not downloaded here."""
+    announced = context.server.bundle if context.server else ""
+    store = DeviceStore(settings.state)
+    root = settings.bundle or (store.bundles / announced if announced else _newest(store.bundles))
+    if root is not None and (settings.bundle or (root / MANIFEST).is_file()):
+        bundle = Bundle.load(root)
+        bundle.verify()
+        if announced and bundle.sha256 != announced:
+            raise BundleError(
+                f"bundle {root} is not that of run {settings.run!r}; omit --bundle to download it from the server"
+            )
+        context.bundle = bundle
+        yield Finding("bundle", f"{bundle.manifest.model} at {root}, checksums OK")
+        return
+    if context.server is None:
+        yield Finding("bundle", "none yet; the daemon downloads it from the server", doubtful=not context.running)
+        return
+    manifest = fetch_manifest(context.server, context.scratch, settings.identity).manifest
+    size, free = sum(entry.size for entry in manifest.files.values()), shutil.disk_usage(store.root.parent).free
+    if size > free:
+        raise BundleError(
+            f"the run's bundle takes {format_size(size)}, and {format_size(free)} are free; free some space"
+        )
+    yield Finding("bundle", f"{manifest.model} can be downloaded, {format_size(size)}")
+
+
+def check_samples(settings: Settings, context: Context) -> Iterator[Finding]:
+    if context.bundle is None:
+        if not settings.images.is_dir():
+            raise InputError(f"--images {settings.images} does not exist; create it or choose another folder")
+        yield Finding("samples", f"{settings.images} exists; checking its files needs the bundle", doubtful=True)
+        return
+    reader = SampleReader(reader_of(context.bundle))
+    scratch = DeviceStore(context.scratch)
+    splits = SampleFolder(settings.images, context.bundle, scratch, settings.labels, reader=reader).scan()
+    _, context.largest = largest(splits.samples, reader.kind)
+    classes = len({sample.label for sample in splits.samples})
+    yield Finding("samples", f"{len(splits.samples)} {reader.kind.noun}s of {classes} classes in {settings.images}")
+    for skipped in splits.skipped:
+        yield Finding("skipped", f"{skipped.path}: {skipped.reason}", doubtful=True)
+
+
+def check_memory(settings: Settings, context: Context) -> Iterator[Finding]:
+    """Measures a round at level 1."""
+    if context.bundle is None or context.largest is None or context.running:
+        return
+    threads = settings.threads or os.cpu_count() or 1
+    engine = open_engine(settings.engine, context.bundle, threads).name
+    started = time.monotonic()
+    memory, seconds = measure_minimum(
+        context.bundle, engine, threads, context.largest, settings.memory, settings.step_seconds
+    )
+    yield Finding(
+        "memory",
+        f"a round at level 1 takes {format_size(memory)}, a step {seconds:.2f} s (measured in "
+        f"{time.monotonic() - started:.0f} s); engine {engine}",
+    )
+
+
+def _newest(bundles: Path) -> Path | None:
+    manifests = sorted(bundles.glob(f"*/{MANIFEST}"), key=lambda path: path.stat().st_mtime)
+    return manifests[-1].parent if manifests else None

@@ -1,0 +1,138 @@
+"""The files that a device needs after a restart: its name, its models and what it has learned about its machine.
+
+STATE/identity           the device's name, created at the first start
+STATE/session            see `edge_runtime.store.outbox`
+STATE/outbox/ROUND       updates that the server has not acknowledged
+STATE/globals/SHA256     global blobs that the device has received
+STATE/bundles/SHA256/    downloaded bundles
+STATE/personal           the local expert; it never leaves the device
+STATE/residual           the encoding error of the last update (error feedback)
+STATE/baseline           the expert trained alone, in a run with a baseline
+STATE/cache/             the feature cache
+STATE/results.json       the last evaluation
+STATE/mixture            the device's own part of the personalized model, as of the last round
+STATE/personalized.onnx  the personalized model in one file
+STATE/lock               held by the process that uses this directory
+STATE/plan.json          the measured memory plan
+STATE/health.json        the last health message
+STATE/skipped.txt        files that are not used, and why
+STATE/samples.sqlite     what the device knows of its samples, with their splits (see `edge_runtime.data.ledger`)
+"""
+
+from __future__ import annotations
+
+import secrets
+import socket
+import tempfile
+from pathlib import Path
+
+from edge_runtime.store.global_store import GlobalStore
+from edge_runtime.store.outbox import Outbox
+from fedfmsl.common.files import FULL, write_atomically
+from fedfmsl.errors import ConfigError
+from fedfmsl.protocol.topics import check_name
+
+
+class DeviceStore:
+    """Paths in the state directory `root`, and the stores in it."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.outbox = Outbox(root)
+        self.globals = GlobalStore(root)
+
+    @property
+    def cache(self) -> Path:
+        return self.root / "cache"
+
+    @property
+    def personal(self) -> Path:
+        return self.root / "personal"
+
+    @property
+    def residual(self) -> Path:
+        return self.root / "residual"
+
+    @property
+    def baseline(self) -> Path:
+        return self.root / "baseline"
+
+    @property
+    def samples(self) -> Path:
+        return self.root / "samples.sqlite"
+
+    @property
+    def results(self) -> Path:
+        return self.root / "results.json"
+
+    @property
+    def mixture(self) -> Path:
+        return self.root / "mixture"
+
+    @property
+    def personalized(self) -> Path:
+        return self.root / "personalized.onnx"
+
+    @property
+    def health(self) -> Path:
+        return self.root / "health.json"
+
+    @property
+    def bundles(self) -> Path:
+        """Downloaded bundles, each in a folder named by its SHA-256."""
+        return self.root / "bundles"
+
+    @property
+    def skipped(self) -> Path:
+        return self.root / "skipped.txt"
+
+    @property
+    def is_model_newer(self) -> bool:
+        """Whether the personalized model is newer than its ONNX file."""
+        written = self.personalized.stat().st_mtime if self.personalized.is_file() else 0.0
+        return self.mixture.is_file() and self.mixture.stat().st_mtime > written
+
+    def ensure_name(self, configured: str | None) -> str:
+        """The device's name. The first start creates it: `configured`, or made from the host name.
+
+        Raises ConfigError if the directory belongs to another device than `configured`, or cannot be written.
+        """
+        path = self.root / "identity"
+        name = check_name("device", configured) if configured else ""
+        self._check_writable()
+        if path.is_file():
+            try:
+                name = check_name("device", path.read_text().strip())
+            except (UnicodeDecodeError, ConfigError) as error:
+                raise ConfigError(f"{path} holds no device name; restore it, or use another --state") from error
+            if configured and configured != name:
+                raise ConfigError(
+                    f"--state {self.root} belongs to device {name!r}, not {configured!r}; use another folder"
+                )
+            return name
+        host = "".join(c for c in socket.gethostname() if c.isalnum() or c in "-_") or "device"
+        name = configured or check_name("device", f"{host[:40]}-{secrets.token_hex(4)}")
+        write_atomically(path, name.encode(), durable=True)
+        return name
+
+    def _check_writable(self) -> None:
+        """Raises ConfigError. A full disk is not an error: the daemon waits for space."""
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.root):
+                pass
+        except OSError as error:
+            if error.errno not in FULL:
+                raise ConfigError(
+                    f"--state {self.root} cannot be written to ({error.strerror}); choose a folder that this user can "
+                    "write to, on a disk that is not read-only"
+                ) from error
+
+    def remove_temporary_files(self) -> None:
+        """Removes what a killed process has left. No other process may write at the same time."""
+        files = [self.personal, self.baseline, self.residual, self.results, self.mixture, self.personalized]
+        files += [self.health, self.skipped]
+        temporary = [path for folder in ("globals", "outbox") for path in (self.root / folder).glob(".*")]
+        temporary += [each for path in files for each in path.parent.glob(f".{path.name}.*")]
+        for path in temporary:
+            path.unlink(missing_ok=True)

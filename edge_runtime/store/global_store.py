@@ -1,0 +1,32 @@
+"""The globals that a device has received: STATE/globals/SHA256."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fedfmsl.common.files import write_atomically
+from fedfmsl.protocol.tensors import blob_hash
+
+
+class GlobalStore:
+    def __init__(self, state: Path) -> None:
+        self._folder = state / "globals"
+
+    def read(self, sha256: str) -> bytes | None:
+        """A blob, if it is there and its checksum is right."""
+        path = self._folder / sha256
+        if not path.is_file():
+            return None
+        blob = path.read_bytes()
+        return blob if blob_hash(blob) == sha256 else None
+
+    def write(self, blob: bytes) -> None:
+        """Not durable: a lost blob is received again."""
+        write_atomically(self._folder / blob_hash(blob), blob)
+
+    def keep_only(self, sha256s: set[str]) -> None:
+        """Removes all other blobs."""
+        if self._folder.is_dir():
+            for path in self._folder.iterdir():
+                if path.name not in sha256s:
+                    path.unlink(missing_ok=True)

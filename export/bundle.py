@@ -1,0 +1,187 @@
+"""Writes a bundle: graphs, frozen weights, initial trainables and manifest."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from export.backbone_onnx import write_backbone_onnx
+from export.graph import WEIGHTS_FILE, WeightFile
+from export.graphs import GraphWriter, expert_layout, gate_layout
+from export.ort_training import write_artifacts
+from export.parity import check_parity
+from export.reference import initial_expert
+from export.transformer import Geometry, Transformer
+from export.weights import RANDOM, Backbone
+from fedfmsl.algorithms.arrays import Floats, Vector
+from fedfmsl.errors import ConfigError
+from fedfmsl.protocol.bundle import (
+    MANIFEST,
+    TOKENIZER,
+    Bundle,
+    Dims,
+    FileEntry,
+    LoraSpec,
+    Manifest,
+    PeftSpec,
+    Precision,
+    ZeroShot,
+    file_sha256,
+)
+from fedfmsl.protocol.layout import Layout
+
+
+def build_bundle(
+    source: Backbone,
+    classes: tuple[str, ...],
+    levels: int | None,
+    lora: LoraSpec,
+    out: Path,
+    seed: int,
+    precision: Precision = "fp32",
+    zero_shot: ZeroShot | None = None,
+    ort_training: bool = False,
+) -> Iterator[tuple[int, int, str]]:
+    """Writes the bundle to `out` and replaces an existing bundle. Yields (steps done, all steps, current step).
+
+    Raises ConfigError for invalid levels, precision or `out`, BundleError if a graph differs from torch + PEFT.
+    """
+    geometry = source.family.geometry(source.model.config, source.size)
+    levels = levels or geometry.blocks
+    if levels > geometry.blocks:
+        raise ConfigError(f"--levels {levels} is more than the {geometry.blocks} blocks of the model; lower it")
+    if out.exists() and not (out / MANIFEST).exists() and any(out.iterdir()):
+        raise ConfigError(f"--out {out} exists and is not a bundle; choose another folder")
+    if ort_training and precision != "fp32":
+        raise ConfigError(f"--ort-training needs --precision fp32, not {precision}")
+    spec = _Spec(source, geometry, classes, levels, lora, precision)
+    steps = 1 + (4 + ort_training) * levels + 2 + 2
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
+        root = Path(scratch) / "bundle"
+        root.mkdir()
+        done = 0
+        yield done, steps, "backbone (optimum)"
+        with WeightFile(root / WEIGHTS_FILE) as weight_file:
+            writer = spec.graph_writer(root, weight_file)
+            for done, name in enumerate(writer.write_all(), start=1):
+                yield done, steps, name
+            for level in range(1, levels + 1) if ort_training else ():
+                done += 1
+                yield done, steps, write_artifacts(writer, level)
+            if precision == "fp32":  # needs fp32 weights, which an int8 bundle does not have
+                write_backbone_onnx(source, root / "backbone.onnx", weight_file)
+        if source.tokenizer:
+            (root / TOKENIZER).write_text(source.tokenizer, encoding="utf-8")
+        save_file(_initial_tensors(spec, seed, zero_shot), root / "init.safetensors")
+        (root / MANIFEST).write_text(_manifest(spec, root).model_dump_json(indent=1))
+        for level in sorted({1, levels}):
+            yield done + 1, steps, f"compare with PEFT, level {level}"
+            check_parity(Bundle.load(root), source, level, seed)
+        if out.exists():
+            shutil.rmtree(out)
+        root.rename(out)
+    yield steps, steps, "done"
+
+
+@dataclass(frozen=True)
+class _Spec:
+    """What a bundle is built from, and the layouts that follow from it."""
+
+    source: Backbone
+    geometry: Geometry
+    classes: tuple[str, ...]
+    levels: int
+    lora: LoraSpec
+    precision: Precision
+
+    @property
+    def experts(self) -> Layout:
+        """The layout of all blocks, also of those above `levels`."""
+        return expert_layout(self.source.family, self.geometry, self.lora.rank, len(self.classes))
+
+    @property
+    def gate(self) -> Layout:
+        return gate_layout(self.geometry.feature)
+
+    @property
+    def peft(self) -> PeftSpec:
+        family, origin = self.source.family, self.source.origin
+        return PeftSpec(
+            base=origin.base if origin else RANDOM,
+            revision=origin.commit if origin else None,
+            prefix=family.backbone,
+            layers_pattern=family.layers_pattern,
+            head_width=self.geometry.feature,
+            classifier_width=family.classifier_width * self.geometry.feature,
+        )
+
+    def graph_writer(self, root: Path, weight_file: WeightFile) -> GraphWriter:
+        source = self.source
+        return GraphWriter(
+            root=root,
+            family=source.family,
+            transformer=Transformer(self.geometry, self.lora.alpha / self.lora.rank),
+            weights=source.family.weights(source.model, source.size),
+            weight_file=weight_file,
+            preprocessing=source.preprocessing,
+            experts=self.experts,
+            gate=self.gate,
+            classes=len(self.classes),
+            levels=self.levels,
+            precision=self.precision,
+        )
+
+
+def _initial_tensors(spec: _Spec, seed: int, zero_shot: ZeroShot | None) -> dict[str, Floats]:
+    layout, blocks = spec.experts, spec.geometry.blocks
+    expert = initial_expert(spec.source, spec.lora, spec.peft, layout, blocks, seed)[: layout.size(spec.levels)]
+    tensors = {"expert": expert, "gate": _initial_gate(spec.gate, seed)}
+    if zero_shot:
+        tensors |= {"zero_shot": zero_shot.rows, "zero_shot_scale": np.array([zero_shot.scale], np.float32)}
+    return tensors
+
+
+def _initial_gate(layout: Layout, seed: int) -> Vector:
+    """The initial gate adapter (G,): a Kaiming-uniform first layer, zeros elsewhere. Both experts have equal weight."""
+    rng = np.random.default_rng(seed)
+    vector = np.zeros(layout.total, np.float32)
+    down = layout.split(vector)["gate.down.weight"]
+    bound = (1 / down.shape[1]) ** 0.5
+    down[:] = rng.uniform(-bound, bound, down.shape)
+    return vector
+
+
+def _manifest(spec: _Spec, root: Path) -> Manifest:
+    """The manifest of the files in `root`."""
+    source, geometry, layout = spec.source, spec.geometry, spec.experts
+    return Manifest(
+        model=source.name,
+        family=source.family.model_type,
+        precision=spec.precision,
+        preprocessing=source.preprocessing,
+        dims=Dims(
+            tokens=geometry.tokens,
+            hidden=geometry.hidden,
+            feature=geometry.feature,
+            blocks=geometry.blocks,
+            classes=len(spec.classes),
+        ),
+        lora=spec.lora,
+        levels=spec.levels,
+        classes=spec.classes,
+        expert_layout=tuple(slot for slot in layout.slots if slot.end <= layout.size(spec.levels)),
+        gate_layout=spec.gate.slots,
+        peft=spec.peft,
+        backbone_parameters=source.parameters,
+        tuned_parameters=layout.size(spec.levels),
+        files={
+            path.name: FileEntry(size=path.stat().st_size, sha256=file_sha256(path)) for path in sorted(root.iterdir())
+        },
+    )

@@ -1,0 +1,76 @@
+"""Logging of a long-running process: one line per event, as text, for journald, or as JSON.
+
+Modules log with `logging.getLogger(__name__)`; `fields` adds values for programs.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from datetime import datetime, timezone
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from fedfmsl.common.settings import File, SettingsModel, panel
+from fedfmsl.errors import ConfigError
+
+LogFormat = Literal["text", "json"]
+FILE_BYTES, OLD_FILES = 2 * 1024 * 1024, 2  # of a log file; rotated files beside it
+PACKAGES = ("fedfmsl", "edge_runtime", "trainer_server")  # whose INFO lines are logged; of others only warnings
+_PRIORITIES = {logging.INFO: "<6>", logging.WARNING: "<4>", logging.ERROR: "<3>"}  # sd-daemon(3)
+
+
+class LogSettings(SettingsModel):
+    """Where a process logs to."""
+
+    log: LogFormat = Field(
+        "text", description="Log format. json: one object per line.", json_schema_extra=panel("Logs")
+    )
+    log_file: File | None = Field(
+        None, description="Also log to this file, rotated at 2 MB.", json_schema_extra=panel("Logs")
+    )
+
+
+def fields(**values: Any) -> dict[str, Any]:
+    """Values of a log line, for programs: `logger.info("round 3 closed", **fields(round=3))`."""
+    return {"extra": {"fields": values}}
+
+
+def set_up_logging(form: LogFormat = "text", file: Path | None = None) -> None:
+    """Logs to stdout, and to `file`. Raises ConfigError if the file cannot be written."""
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
+    handlers[0].setFormatter(_Json() if form == "json" else _Journal() if "JOURNAL_STREAM" in os.environ else _TEXT)
+    if file is not None:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            handlers.append(RotatingFileHandler(file, maxBytes=FILE_BYTES, backupCount=OLD_FILES, encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"--log-file {file} cannot be written ({error.strerror}); choose another") from error
+        handlers[1].setFormatter(_Json() if form == "json" else _DATED)
+    logging.basicConfig(level=logging.WARNING, handlers=handlers, force=True)
+    for package in PACKAGES:
+        logging.getLogger(package).setLevel(logging.INFO)
+    logging.raiseExceptions = False  # a full disk must not end the process, nor fill the journal
+
+
+class _Json(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        moment = datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds")
+        line = {"time": moment, "level": record.levelname.lower(), "message": record.getMessage()}
+        return json.dumps({**line, **getattr(record, "fields", {})}, ensure_ascii=False, default=str)
+
+
+class _Journal(logging.Formatter):
+    """journald adds the time, and takes the priority from the start of a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return f"{_PRIORITIES.get(record.levelno, '<6>')}{record.getMessage()}"
+
+
+_TEXT = logging.Formatter("%(message)s")
+_DATED = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
