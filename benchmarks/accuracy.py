@@ -1,7 +1,7 @@
 """python -m benchmarks.accuracy: whole trials over seeds and α, as one table with means and spread.
 
-Runs `devices.trial` once per α and seed (about five minutes each on two cores) and reads its report.json. A trial that
-has finished is not run again, so that an interrupted call can be repeated: remove runs/accuracy-* to start over.
+Runs `devices.trial` once per α and seed (about five minutes each on two cores) and reads its report.json. A finished
+trial is not repeated, so an interrupted call can be repeated. Remove runs/accuracy-* to start over.
 """
 
 from __future__ import annotations
@@ -20,19 +20,20 @@ from fedfmsl.errors import RunError
 
 MODELS = ("start", "local_only", "global", "global_prior", "local_expert", "mofm")
 
-app = application("Trials over several seeds and degrees of inequality.")
+app = application("Trials over several seeds and values of α.")
 
 
 @app.command()
 def accuracy(
-    alpha: list[float] = typer.Option([0.5, 0.1], help="Dirichlet α; give it several times."),
+    alpha: list[float] = typer.Option([0.5, 0.1], help="Dirichlet α; may be repeated."),
     seeds: int = typer.Option(3, min=1, help="Seeds 0 … n-1."),
     out: Path = typer.Option(Path("docs/accuracy.md"), help="Table to write."),
 ) -> None:
     lines = [
         "# Accuracy",
         "",
-        "Accuracy on the devices' own test samples, weighted by their number: mean ± standard deviation over the seeds.",
+        "Accuracy on the devices' own test samples, weighted by their number: mean ± standard deviation over "
+        "the seeds.",
         f"Written by `python -m benchmarks.accuracy --seeds {seeds}`.",
         "",
         f"| α | {' | '.join(MODELS)} | gate: local weight | training, s |",

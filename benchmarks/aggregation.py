@@ -1,9 +1,9 @@
-"""python -m benchmarks.aggregation: what encodings, robust rules, server optimizers, hostile devices, privacy and
-sampling do to accuracy, as one table over seeds.
+"""python -m benchmarks.aggregation: accuracy with encodings, robust rules, server optimizers, hostile devices, privacy
+and client selection, as one table over seeds.
 
-The data, model and settings of `devices.trial`, run in one process (see `benchmarks.federation`), after
-`python -m devices.trial.assets` and `python -m export.rebuild assets/dinov2-s14.onnx assets/dinov2-s14`. What has been run
-lies in runs/aggregation/results, one JSON file for each configuration and seed, and is not run again.
+Data, model and settings are those of `devices.trial`, in one process (see `benchmarks.federation`). Needs
+`python -m devices.trial.assets` and `python -m export.rebuild assets/dinov2-s14.onnx assets/dinov2-s14` first. Results
+are in runs/aggregation/results, a JSON file per configuration and seed; existing ones are not computed again.
 """
 
 from __future__ import annotations
@@ -58,12 +58,13 @@ NOTES = [
     "stay just below a clip; late updates; bytes down, which are fp32 with every encoding.",
 ]
 
-app = application("What aggregation, compression and privacy cost in accuracy.")
+app = application("Accuracy by aggregation rule, encoding and privacy.")
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """`settings` of the server beside the trial's. `hostile`: device-0 sends −10 times its difference."""
+    """`settings`: those that differ from the trial's. `hostile`: device-0 sends −10 times its update. `feedback`: error
+    feedback."""
 
     text: str
     settings: dict[str, Any] = field(default_factory=dict)
@@ -115,14 +116,16 @@ CONFIGURATIONS = {
 
 @app.command()
 def aggregation(
-    only: list[str] = typer.Option([], help="Names of configurations; give it several times. Default: all."),
+    only: list[str] = typer.Option([], help="Name of a configuration; may be repeated. Default: all."),
     seeds: int = typer.Option(3, min=1, help="Seeds 0 … n-1."),
-    threads: int = typer.Option(0, min=0, help="Threads to compute with. 0: one per core."),
-    out: Path = typer.Option(Path("docs/aggregation.md"), help="Table to write, of all that has been run."),
+    threads: int = typer.Option(0, min=0, help="Threads; 0: one per core."),
+    out: Path = typer.Option(Path("docs/aggregation.md"), help="Table to write, of all results."),
 ) -> None:
     unknown = set(only) - CONFIGURATIONS.keys()
     if unknown:
-        raise ConfigError(f"--only {sorted(unknown)[0]}: there are {', '.join(CONFIGURATIONS)}")
+        raise ConfigError(
+            f"--only {sorted(unknown)[0]}: no such configuration; choose from {', '.join(CONFIGURATIONS)}"
+        )
     for name in only or CONFIGURATIONS:
         for seed in range(seeds):
             path = _path(name, seed)
@@ -148,7 +151,7 @@ def _run(configuration: Configuration, seed: int, threads: int) -> dict[str, Any
 
 
 def trial_config(configuration: Configuration, seed: int) -> RunConfig:
-    """The trial's settings, and what the configuration has beside them."""
+    """The settings of the trial, changed by those of the configuration."""
     return RunConfig(
         run="aggregation",
         devices=DEVICES,
@@ -163,8 +166,8 @@ def trial_config(configuration: Configuration, seed: int) -> RunConfig:
     )
 
 
-def _hostile(device: str, outcome: StageResult) -> StageResult:
-    return scaled(outcome, FACTOR) if device == HOSTILE else outcome
+def _hostile(device: str, result: StageResult) -> StageResult:
+    return scaled(result, FACTOR) if device == HOSTILE else result
 
 
 def _summary(history: History) -> dict[str, Any]:
@@ -179,7 +182,7 @@ def _summary(history: History) -> dict[str, Any]:
 
 
 def _bundle(seed: int) -> Bundle:
-    """The trial's of this seed, built once."""
+    """The bundle of the trial with this seed, built once."""
     folder = FOLDER / f"bundle-{seed}"
     if not folder.is_dir():
         classes = ",".join(find_files(groceries(), kind_of(groceries()), None)[0])
@@ -191,7 +194,7 @@ def _bundle(seed: int) -> Bundle:
 
 
 def _split(seed: int) -> list[Path]:
-    """The devices' photos of this seed, written once."""
+    """The folders of the devices' photos with this seed, written once."""
     folder = FOLDER / f"samples-{seed}"
     if not folder.is_dir():
         train, test = find_files(groceries(), kind_of(groceries()), None)
@@ -204,7 +207,6 @@ def groceries() -> Path:
 
 
 def _table() -> list[str]:
-    """Of all results there are."""
     reference = _results("reference")
     lines = [
         "# Aggregation",
@@ -242,7 +244,7 @@ def _row(configuration: Configuration, results: dict[int, dict[str, Any]], refer
 
 
 def _accuracy(result: dict[str, Any], model: str, hostile: bool) -> float:
-    """Over the devices' test photos; a hostile device's own do not count."""
+    """Mean over the devices' test photos, without those of a hostile device."""
     devices = [found for name, found in result["devices"].items() if not (hostile and name == HOSTILE)]
     return float(sum(d[model] * d["test"] for d in devices) / sum(d["test"] for d in devices))
 

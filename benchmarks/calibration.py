@@ -1,10 +1,10 @@
-"""python -m benchmarks.calibration: what a device's temperature and threshold are worth on photos of other shop visits,
-and on photos of fruit that nobody has trained on.
+"""python -m benchmarks.calibration: temperature and threshold of devices, on photos of other shop visits and of
+classes that no device was trained on.
 
-The data, model and settings of `devices.trial` at α = 0.5, run in one process (see `benchmarks.federation`), but for
-two classes that are left out, other ones for each seed; after `python -m devices.trial.assets` and
-`python -m export.rebuild assets/dinov2-s14.onnx assets/dinov2-s14`. What the models of a seed have said lies in
-runs/calibration, and is not asked again: the table is made of it.
+Data, model and settings are those of `devices.trial` at α = 0.5, in one process (see `benchmarks.federation`). Two
+classes are left out, different ones for each seed. Needs `python -m devices.trial.assets` and
+`python -m export.rebuild assets/dinov2-s14.onnx assets/dinov2-s14` first. The predictions of a seed are kept in
+runs/calibration and not computed again.
 """
 
 from __future__ import annotations
@@ -48,23 +48,23 @@ COLUMNS = (
     "with T",
     "T",
     "known called unknown",
-    "foreign called unknown",
+    "untrained called unknown",
 )
-BINS = 15  # of the expected calibration error, of equal width, as Guo et al. have them
+BINS = 15  # of the expected calibration error, of equal width (Guo et al. 2017)
 
-app = application("What calibration is worth.")
+app = application("Calibration and the threshold of unknown.")
 
 
 @dataclass(frozen=True)
-class Said:
-    """What one device's model said, before calibration: log-probabilities (n, C) of its held-out, its test and foreign
-    photos."""
+class Predictions:
+    """Log-probabilities (n, C) of a device's model before calibration, on its held-out photos, its test photos, and
+    photos of the untrained classes."""
 
     held_out: Floats
     held_out_labels: Labels
     test: Floats
     test_labels: Labels
-    foreign: Floats
+    untrained: Floats
 
     @cached_property
     def temperature(self) -> float:
@@ -81,14 +81,14 @@ class Said:
 @app.command()
 def calibration(
     seeds: int = typer.Option(3, min=1, help="Seeds 0 … n-1."),
-    threads: int = typer.Option(0, min=0, help="Threads to compute with. 0: one per core."),
+    threads: int = typer.Option(0, min=0, help="Threads; 0: one per core."),
 ) -> None:
     print(f"| seed | {' | '.join(COLUMNS)} |\n|{'---|' * (1 + len(COLUMNS))}", flush=True)
     rows = []
     for seed in range(seeds):
-        path = FOLDER / f"said-{seed}.npz"
+        path = FOLDER / f"predictions-{seed}.npz"
         if not path.is_file():
-            _save(path, _ask(seed, threads or os.cpu_count() or 1))
+            _save(path, _predict(seed, threads or os.cpu_count() or 1))
         rows.append(_row(_load(path)))
         print(f"| {seed} | {' | '.join(f'{value:.3g}' for value in rows[-1])} |", flush=True)
     if len(rows) > 1:
@@ -105,11 +105,11 @@ def expected_calibration_error(log_p: Floats, labels: Labels) -> float:
     return sum(gaps) / len(labels)
 
 
-def _ask(seed: int, threads: int) -> list[Said]:
-    """Trains the fleet of a seed, and has every device's model say what it sees."""
+def _predict(seed: int, threads: int) -> list[Predictions]:
+    """Trains the devices of a seed and returns the predictions of each device's model."""
     train, test = find_files(groceries(), kind_of(groceries()), None)
     left_out = np.random.default_rng(seed).choice(sorted(train), LEFT_OUT, replace=False).tolist()
-    foreign = [path for name in left_out for path in test[name]]
+    untrained = [path for name in left_out for path in test[name]]
     for name in left_out:
         del train[name], test[name]
     bundle = FOLDER / f"bundle-{seed}"
@@ -120,39 +120,39 @@ def _ask(seed: int, threads: int) -> list[Said]:
     homes = write_device_folders(train, test, FOLDER / f"samples-{seed}", DEVICES, ALPHA, seed)
     devices = open_devices(Bundle.load(bundle), homes, FOLDER / f"devices-{seed}", FOLDER / "cache", threads)
     federate(trial_config(CONFIGURATIONS["reference"], seed), devices)
-    return [_said(device, foreign) for device in devices]
+    return [_predictions_of(device, untrained) for device in devices]
 
 
-def _said(device: TrainingContext, foreign: Sequence[Path]) -> Said:
+def _predictions_of(device: TrainingContext, untrained: Sequence[Path]) -> Predictions:
     classifier = StateClassifier(device.store, device.bundle.root)
     temperature = read_personal_model(device.store).header.temperature
 
     def log_p(paths: Sequence[Path]) -> Floats:
         rows = [list(classifier.classify(path).probabilities.values()) for path in paths]
-        given = np.log(np.maximum(np.array(rows, np.float32).reshape(len(rows), device.classes), 1e-38))
-        return calibrate(given, 1 / temperature)
+        calibrated = np.log(np.maximum(np.array(rows, np.float32).reshape(len(rows), device.classes), 1e-38))
+        return calibrate(calibrated, 1 / temperature)  # undoes the calibration
 
     held_out, test = device.splits.held_out, device.scanned.test
-    mine = log_p([sample.path for sample in held_out]), labels_of(held_out)
-    return Said(*mine, log_p([sample.path for sample in test]), labels_of(test), log_p(foreign))
+    own = log_p([sample.path for sample in held_out]), labels_of(held_out)
+    return Predictions(*own, log_p([sample.path for sample in test]), labels_of(test), log_p(untrained))
 
 
-def _save(path: Path, said: Sequence[Said]) -> None:
-    names = [each.name for each in fields(Said)]
-    arrays = {f"{number} {name}": getattr(each, name) for number, each in enumerate(said) for name in names}
+def _save(path: Path, devices: Sequence[Predictions]) -> None:
+    names = [each.name for each in fields(Predictions)]
+    arrays = {f"{number} {name}": getattr(each, name) for number, each in enumerate(devices) for name in names}
     np.savez(path, **arrays)
 
 
-def _load(path: Path) -> list[Said]:
+def _load(path: Path) -> list[Predictions]:
     with np.load(path, allow_pickle=False) as arrays:
-        names = [each.name for each in fields(Said)]
-        return [Said(*(arrays[f"{number} {name}"] for name in names)) for number in range(DEVICES)]
+        names = [each.name for each in fields(Predictions)]
+        return [Predictions(*(arrays[f"{number} {name}"] for name in names)) for number in range(DEVICES)]
 
 
-def _row(said: list[Said]) -> list[float]:
-    labels = np.concatenate([each.test_labels for each in said])
-    before = np.concatenate([each.test for each in said])
-    after = np.concatenate([calibrate(each.test, each.temperature) for each in said])
+def _row(devices: list[Predictions]) -> list[float]:
+    labels = np.concatenate([each.test_labels for each in devices])
+    before = np.concatenate([each.test for each in devices])
+    after = np.concatenate([calibrate(each.test, each.temperature) for each in devices])
     return [
         len(labels),
         accuracy(after, labels),
@@ -160,9 +160,9 @@ def _row(said: list[Said]) -> list[float]:
         nll(after, labels),
         expected_calibration_error(before, labels),
         expected_calibration_error(after, labels),
-        statistics.mean(each.temperature for each in said),
-        sum(each.unknown(each.test) for each in said) / len(labels),
-        sum(each.unknown(each.foreign) for each in said) / sum(len(each.foreign) for each in said),
+        statistics.mean(each.temperature for each in devices),
+        sum(each.unknown(each.test) for each in devices) / len(labels),
+        sum(each.unknown(each.untrained) for each in devices) / sum(len(each.untrained) for each in devices),
     ]
 
 

@@ -1,7 +1,7 @@
-"""python -m benchmarks.epoch: local rounds as a device lives them, against the same in torch + PEFT.
+"""python -m benchmarks.epoch: the local rounds of a device, against the same rounds in torch + PEFT.
 
-New images, rounds of E epochs with one change of level on the way, evaluation on held-out images after each. The torch
-side has no levels: each of its rounds is like the others, so only some are run, and the output says how many.
+New images, rounds of E epochs with one change of level, evaluation on held-out images after each round. torch has no
+levels, so its rounds are all alike: only some are run, and the output says how many.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import typer
 from PIL import Image
 
 from benchmarks.local_rounds import Seconds, Setting
-from benchmarks.step import built
+from benchmarks.step import bundle_of
 from fedfmsl.common.cli import application
 from fedfmsl.errors import RunError
 from fedfmsl.protocol.bundle import Bundle
 
-SIDE = 256  # of the random images, before they are resized
+SIDE = 256  # pixels of the random images, before resizing
 
 app = application("A device's local rounds, against torch + PEFT.")
 
@@ -33,17 +33,19 @@ app = application("A device's local rounds, against torch + PEFT.")
 def epoch(
     model: str = typer.Option("vit-b16", help="As for export.build."),
     weights: str | None = typer.Option("random", help="As for export.build."),
-    bundle: list[Path] = typer.Option([], help="Bundles of it; may be repeated. Default: fp32 and int8, built once."),
+    bundle: list[Path] = typer.Option(
+        [], help="Bundles of the model; may be repeated. Default: fp32 and int8, built once."
+    ),
     images: int = typer.Option(200, min=5),
     levels: str = typer.Option("1,1,1,2,2", help="The level of each round."),
     epochs: int = typer.Option(2, min=1, help="Local epochs of a round."),
     batch: int = typer.Option(16, min=1),
-    torch_rounds: int = typer.Option(1, min=1, help="Rounds that torch really runs; their time is scaled to all."),
+    torch_rounds: int = typer.Option(1, min=1, help="Rounds that torch runs; their time is scaled to all."),
     threads: int = typer.Option(0, min=0, help="0: one per core."),
     seed: int = typer.Option(0),
     out: Path | None = typer.Option(None, "--json", help="File to write the measurements to."),
 ) -> None:
-    folders = bundle or [built(model, weights, precision) for precision in ("fp32", "int8")]
+    folders = bundle or [bundle_of(model, weights, precision) for precision in ("fp32", "int8")]
     rounds = tuple(int(level) for level in levels.split(","))
     results: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -52,11 +54,11 @@ def epoch(
         for index, root in enumerate(folders):
             scratch = str(Path(folder) / f"cache-{index}")
             common = (model, weights, str(photos), scratch)
-            rest = (epochs, batch, threads or os.cpu_count() or 1, seed)
+            schedule = (epochs, batch, threads or os.cpu_count() or 1, seed)
             results[f"edge, {Bundle.load(root).manifest.precision}"] = _row(
-                _run("edge", Setting(str(root), *common, rounds, *rest)), 1.0
+                _run("edge", Setting(str(root), *common, rounds, *schedule)), 1.0
             )
-        measured = _run("torch", Setting(str(folders[0]), *common, rounds[:torch_rounds], *rest))
+        measured = _run("torch", Setting(str(folders[0]), *common, rounds[:torch_rounds], *schedule))
         results["torch + PEFT"] = _row(measured, len(rounds) / torch_rounds)
     theirs = results["torch + PEFT"]["total"]
     print(f"{images} images, {len(rounds)} rounds of {epochs} epochs at levels {levels}; ", end="")
@@ -72,7 +74,7 @@ def epoch(
 
 
 def write_images(folder: Path, count: int, seed: int) -> None:
-    """Random JPEG files: what they show does not matter here, how long they take does."""
+    """Random JPEG files: only the time that they take matters."""
     rng = np.random.default_rng(seed)
     folder.mkdir()
     for index in range(count):
@@ -84,12 +86,12 @@ def _run(side: str, setting: Setting) -> Seconds:
     command = [sys.executable, "-m", "benchmarks.local_rounds", side, json.dumps(asdict(setting))]
     result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if result.returncode:
-        raise RunError(f"the {side} side ended early; what it said stands above")
+        raise RunError(f"{side} ended early; see its output above")
     return Seconds(**json.loads(result.stdout.splitlines()[-1]))
 
 
 def _row(spent: Seconds, scale: float) -> dict[str, float]:
-    """`scale` is for what is done in every round."""
+    """`scale` multiplies the parts that are done in every round."""
     row = {
         "features": spent.features,
         "training": spent.training * scale,

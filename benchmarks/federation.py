@@ -1,5 +1,6 @@
-"""A whole federated run in one process, without network: the server's state machine, and the devices' stages one after
-the other. What travels is packed and unpacked as it is on the wire, so that its bytes are counted; no message is lost.
+"""A federated run in one process, without network: the coordinator, and the stages of the devices one after the other.
+
+Updates and globals are packed and unpacked as on the wire, so that bytes are counted. No message is lost.
 """
 
 from __future__ import annotations
@@ -46,16 +47,16 @@ from trainer_server.coordinator.events import (
 from trainer_server.coordinator.records import ClosedRound
 from trainer_server.coordinator.state import Plan, initial_state
 
-Tamper = Callable[[str, StageResult], StageResult]  # what a device makes of its own outcome before it is prepared
+Tamper = Callable[[str, StageResult], StageResult]  # changes the result of a device before it is prepared for sending
 
 
-def honest(_: str, outcome: StageResult) -> StageResult:
-    return outcome
+def honest(_: str, result: StageResult) -> StageResult:
+    return result
 
 
 @dataclass
 class History:
-    """`norms`: of every difference that was computed, before anything was made of it, L2, by stage."""
+    """`norms`: by stage, the L2 norm of each update as it was trained."""
 
     rounds: list[ClosedRound] = field(default_factory=list)
     norms: dict[Stage, list[float]] = field(default_factory=dict)
@@ -64,8 +65,8 @@ class History:
 def open_devices(
     bundle: Bundle, folders: Sequence[Path], states: Path, cache: Path, threads: int
 ) -> list[TrainingContext]:
-    """One for each folder of photos. They share engine, gate and feature cache: they take turns, and what is cached is
-    named after all that it depends on. Every feature that a run could ask for is computed here, once."""
+    """A device for each folder of photos, with all features computed. They share engine, gate and feature cache,
+    because they take turns and the names in the cache include everything that its content depends on."""
     disk, engine, gate = DiskCache(cache), StepGraphEngine(bundle, threads), Gate(bundle, threads)
     features = FeatureCache(disk, bundle, threads)
     devices = []
@@ -80,16 +81,16 @@ def open_devices(
         devices.append(
             TrainingContext(folder.name, bundle, scanned, features, engine, gate, store, level_cap, lambda *_: None)
         )
-    disk.drop_unused()  # what an earlier run has lifted to its own experts
+    disk.drop_unused()  # states of the experts of an earlier run
     return devices
 
 
 def federate(
     config: RunConfig, devices: Sequence[TrainingContext], tamper: Tamper = honest, feedback: bool = True
 ) -> History:
-    """The run from its first round to its last. Without `feedback` what encoding loses is forgotten every round.
+    """Runs all rounds. Without `feedback`, the rounding error of the encoding is dropped in each round.
 
-    Raises RunError if the server refuses an update, or gives the run up.
+    Raises RunError if the server refuses an update or the run fails.
     """
     blobs: dict[str, Tensors] = {}
     bundle = devices[0].bundle
@@ -105,20 +106,20 @@ def federate(
             return history
         task = state.announced
         assert task is not None
-        given = _read_globals(bundle, task, commands)
+        received = _read_globals(bundle, task, commands)
         for device in devices:
             if task.chosen and device.device_name not in task.chosen:
                 continue
-            outcome = STAGES[task.stage](device, task, given)
-            save_personal_model(device, task, given)
-            if outcome.delta is not None:
-                history.norms.setdefault(task.stage, []).append(float(np.linalg.norm(outcome.delta)))
+            result = STAGES[task.stage](device, task, received)
+            save_personal_model(device, task, received)
+            if result.delta is not None:
+                history.norms.setdefault(task.stage, []).append(float(np.linalg.norm(result.delta)))
             if not feedback:
                 device.store.residual.unlink(missing_ok=True)
-            # seeded, as a device's own noise is not, so that the table can be made again
+            # seeded, unlike on a device, so that results can be repeated
             rng = np.random.default_rng([config.seed, task.round, *device.device_name.encode()])
-            sent = prepare_update(bundle, device.store.residual, task, tamper(device.device_name, outcome), rng)
-            event = _arrived(pack(update_header(device, task, sent), sent.tensors))
+            sent = prepare_update(bundle, device.store.residual, task, tamper(device.device_name, result), rng)
+            event = _received(pack(update_header(device, task, sent), sent.tensors))
             blobs[event.sha256] = event.tensors
             state, commands = advance(plan, state, event, 0.0)
             _check_accepted(commands)
@@ -129,7 +130,7 @@ def _status(device: TrainingContext) -> DeviceStatus:
 
 
 def _stopped(commands: Iterable[Command]) -> bool:
-    """Whether the run has finished. Raises RunError if it was given up."""
+    """Whether the run has finished. Raises RunError if it has failed."""
     for command in commands:
         if isinstance(command, Stop) and command.error:
             raise RunError(command.error)
@@ -147,7 +148,7 @@ def _read_globals(bundle: Bundle, task: Round, commands: Iterable[Command]) -> G
     )
 
 
-def _arrived(blob: bytes) -> UpdateSeen:
+def _received(blob: bytes) -> UpdateSeen:
     update, tensors = unpack(blob, Update)
     return UpdateSeen(update, tensors, blob_hash(blob), sum(map(len, chunks(blob))))
 
@@ -158,15 +159,15 @@ def _check_accepted(commands: Iterable[Command]) -> None:
             raise RunError(f"round {command.ack.round}, {command.ack.device}: {command.ack.reason}")
 
 
-def scaled(outcome: StageResult, factor: float) -> StageResult:
-    """An outcome whose difference is `factor` times what was trained."""
-    if outcome.delta is None:
-        return outcome
-    return replace(outcome, delta=np.asarray(factor * outcome.delta, np.float32))
+def scaled(result: StageResult, factor: float) -> StageResult:
+    """The result with `factor` times its update."""
+    if result.delta is None:
+        return result
+    return replace(result, delta=np.asarray(factor * result.delta, np.float32))
 
 
 def accuracies(history: History, models: Iterable[str]) -> Mapping[str, dict[str, float]]:
-    """Of every device: its test samples ("test") and the accuracy of each model on them."""
+    """By device: the number of its test samples ("test") and the accuracy of each model on them."""
     (evaluation,) = [closed for closed in history.rounds if closed.round.stage is Stage.EVALUATE]
     return {
         name: {"test": float(update.samples), **{model: update.metrics[model] for model in models}}

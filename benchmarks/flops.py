@@ -1,4 +1,4 @@
-"""Floating-point operations of matrix products, counted: a graph's from its shapes, torch's by torch's own counter."""
+"""The floating-point operations of the matrix products of an ONNX graph, from its shapes."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ PRODUCTS = ("Gemm", "MatMul", "MatMulInteger")
 
 
 def graph_flops(path: Path, batch: int) -> int:
-    """2·M·N·K summed over the products of a graph whose batch dimension is `batch`."""
+    """The sum of 2·M·N·K over all products, at batch size `batch`."""
     model = onnx.load(str(path), load_external_data=False)
     for node in model.graph.node:
-        if node.op_type == "MatMulIntegerToFloat":  # not known to shape inference; the shapes are MatMulInteger's
+        if node.op_type == "MatMulIntegerToFloat":  # shape inference does not know it; shapes as for MatMulInteger
             node.op_type, node.domain = "MatMulInteger", ""
             del node.input[2:]
     for value in model.graph.input:

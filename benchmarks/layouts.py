@@ -1,6 +1,6 @@
-"""What simulated devices need of a model, without a model: a bundle of nothing but its layout, and updates that fit it.
+"""Bundles without weights, and random updates for them, for simulated devices.
 
-The server reads a bundle's manifest and its initial trainables, so a layout alone is enough for a whole run.
+The server reads only the manifest and the initial trainables of a bundle, so a run needs no weights.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fedfmsl.protocol.messages import Round, Stage, Update
 
 INIT = "init.safetensors"
 GATE_WIDTH = 32
-STEP = 0.01  # standard deviation of an update's values
+STEP = 0.01  # standard deviation of the values of an update
 HALF = (0.5, 0.5, 0.5)
 VIT_B16_PARAMETERS = 85_798_656
 
@@ -36,9 +36,9 @@ VIT_B16_PARAMETERS = 85_798_656
 def layout_bundle(
     folder: Path, levels: int = 12, hidden: int = 768, blocks: int = 12, rank: int = 4, classes: int = 100
 ) -> Bundle:
-    """Writes a bundle that has the layout of ViT-B/16's trainables (or of a smaller ViT's) and no weights.
+    """Writes a bundle with the layout of ViT-B/16, or of a smaller ViT, and without weights.
 
-    Whoever trains needs a real one; the server and `benchmarks.simulated` do not.
+    The server and `benchmarks.simulated` can use it. It cannot be trained.
     """
     folder.mkdir(parents=True, exist_ok=True)
     shapes: list[tuple[str, str, tuple[int, ...]]] = [
@@ -90,8 +90,8 @@ def layout_bundle(
 
 
 def update_of(bundle: Bundle, device: str, task: Round, level_cap: int) -> tuple[Update, Tensors]:
-    """What a simulated device answers to a round: a function of its name, the stage and the index within the stage
-    alone, so that two runs that count the same updates come to the same globals, bit for bit."""
+    """The update of a simulated device. It depends only on device, stage and index in the stage: two runs that count
+    the same updates have bit-identical globals."""
     rng = np.random.default_rng([*device.encode(), list(Stage).index(task.stage), task.index])
     samples = 20 + sum(device.encode()) % 100
     level = min(task.level, level_cap)
@@ -118,7 +118,7 @@ def update_of(bundle: Bundle, device: str, task: Round, level_cap: int) -> tuple
 
 
 def _statistics(bundle: Bundle, samples: int, rng: np.random.Generator) -> Tensors:
-    """Of `samples` features of length one, dealt to the classes at random; those of a class all point the same way."""
+    """Of `samples` unit features with random classes. All features of a class are equal."""
     dims = bundle.manifest.dims
     counts = np.bincount(rng.integers(0, dims.classes, samples), minlength=dims.classes)
     directions = rng.standard_normal((dims.classes, dims.feature), np.float32)

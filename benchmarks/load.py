@@ -1,7 +1,7 @@
-"""python -m benchmarks.load: one server, one mosquitto, and more and more simulated devices.
+"""python -m benchmarks.load: round time and resources of one server and one mosquitto, by number of devices.
 
-For each number of devices a whole run: a real mosquitto, the real server, and `benchmarks.simulated` as the fleet, each
-a process of its own, with updates of ViT-B/16's size at level 1. What each process has taken is read from /proc.
+Each number of devices is a whole run with a real mosquitto, the real server, and `benchmarks.simulated` as the fleet, each
+in its own process. Updates have the size of ViT-B/16 at level 1. The resources of each process are read from /proc.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ from fedfmsl.protocol.messages import Stage
 from trainer_server.coordinator.records import successful_rounds
 from trainer_server.storage.run_store import RunStore
 
-LOOK_SECONDS = 0.2
+READ_SECONDS = 0.2
 BROKER_SECONDS = 10
 BROKER_SETTINGS = "allow_anonymous true\nmax_queued_messages 0\nmessage_size_limit 262144\n"
 
-app = application("How rounds slow down as devices are added, and what is the limit.")
+app = application("Round time and resources by number of devices.")
 
 
 @dataclass
-class Watched:
-    """A process, and what it had taken when it was last looked at."""
+class MonitoredProcess:
+    """A process and the resources that it had used at the last reading."""
 
     process: subprocess.Popen[str]
     peak_rss_mb: float = 0.0
     cpu_seconds: float = 0.0
     written_mb: float = 0.0
 
-    def look(self) -> None:
-        """Reads its figures. An ended process keeps those of the last reading."""
+    def read(self) -> None:
+        """Updates the figures. A process that has ended keeps those of the last reading."""
         status = Path("/proc", str(self.process.pid), "status")  # psutil has no peak memory on Linux
         try:
             process = psutil.Process(self.process.pid)
@@ -64,14 +64,14 @@ class Watched:
 
 @dataclass
 class Measured:
-    """A run with so many devices. `rounds`: seconds from the announcement of each round of stage 1 to that of the next;
-    CPU seconds and wall seconds are of the whole run. `size`: bytes of an update of stage 1 on the wire."""
+    """One run. `rounds`: seconds of each round of stage 1, from announcement to next announcement. CPU seconds and
+    `wall` are of the whole run. `size`: bytes of an update of stage 1 on the wire."""
 
     devices: int
     size: float
     rounds: list[float]
     wall: float
-    processes: dict[str, Watched] = field(repr=False)
+    processes: dict[str, MonitoredProcess] = field(repr=False)
 
     @property
     def mean(self) -> float:
@@ -95,15 +95,15 @@ class Measured:
 def load(
     devices: str = typer.Option("10,100,1000", help="Numbers of devices, separated by commas."),
     rounds: int = typer.Option(10, min=1, help="Rounds of stage 1."),
-    server: list[str] = typer.Option([], help="One more argument for the server; give it several times."),
+    server: list[str] = typer.Option([], help="Additional argument of the server; may be repeated."),
     plot: Path = typer.Option(Path("docs/load.png"), help="Picture to write."),
-    work: Path | None = typer.Option(None, help="Folder for bundle, broker and runs. Default: a temporary one."),
+    work: Path | None = typer.Option(None, help="Folder for bundle, broker and runs. Default: a temporary folder."),
 ) -> None:
     try:
         counts = [int(count) for count in devices.split(",")]
     except ValueError as error:
         raise ConfigError(f"--devices {devices!r} is not a list of numbers like 10,100,1000") from error
-    allow_files(max(counts) + SPARE_FILES)  # mosquitto inherits what this process may have
+    allow_files(max(counts) + SPARE_FILES)  # mosquitto inherits the limit
     with tempfile.TemporaryDirectory() as scratch:
         folder = work or Path(scratch)
         bundle = layout_bundle(folder / "bundle")
@@ -116,7 +116,7 @@ def load(
 
 
 def measure(folder: Path, bundle: Path, devices: int, rounds: int, extra: Sequence[str]) -> Measured:
-    """One run. Raises RunError if the server or the fleet fails, BrokerError if mosquitto does not come up."""
+    """One run. Raises RunError if the server or the fleet fails, BrokerError if mosquitto does not start."""
     port = _free_port()
     out = folder / f"{devices}-devices"
     out.mkdir()
@@ -124,7 +124,7 @@ def measure(folder: Path, bundle: Path, devices: int, rounds: int, extra: Sequen
     url = ["--run", "load", "--bundle", str(bundle), "--devices", str(devices), "--broker", f"mqtt://127.0.0.1:{port}"]
     stages = ["--stage1-rounds", str(rounds), "--stage2-rounds", "1", "--max-level", "1"]
     module = [sys.executable, "-m"]
-    processes: dict[str, Watched] = {}
+    processes: dict[str, MonitoredProcess] = {}
     started = time.monotonic()
     try:
         processes["broker"] = _start(out, "broker", [_mosquitto(), "-c", str(out / "mosquitto.conf")])
@@ -133,20 +133,21 @@ def measure(folder: Path, bundle: Path, devices: int, rounds: int, extra: Sequen
         processes["server"] = _start(out, "server", [*module, "trainer_server", "start", *arguments])
         processes["fleet"] = _start(out, "fleet", [*module, "benchmarks.simulated", *url])
         while any(processes[name].process.poll() is None for name in ("server", "fleet")):
-            for name, watched in processes.items():
-                watched.look()
-                if watched.process.poll():
+            for name, monitored in processes.items():
+                monitored.read()
+                if monitored.process.poll():
                     raise RunError(f"{name} failed with {devices} devices: {_last_line(out / f'{name}.log')}")
-            time.sleep(LOOK_SECONDS)
-        processes["broker"].look()
+            time.sleep(READ_SECONDS)
+        processes["broker"].read()
     finally:
-        for watched in processes.values():
-            watched.process.terminate()
-            watched.process.wait()
+        for monitored in processes.values():
+            monitored.process.terminate()
+            monitored.process.wait()
     tally = json.loads((out / "fleet.log").read_text().splitlines()[-1])
     order = ("server", "broker", "fleet")
-    wall, taken = time.monotonic() - started, {name: processes[name] for name in order}
-    return Measured(devices, _update_size(out / "server"), _seconds(tally), wall, taken)
+    wall = time.monotonic() - started
+    in_order = {name: processes[name] for name in order}
+    return Measured(devices, _update_size(out / "server"), _seconds(tally), wall, in_order)
 
 
 def _update_size(run: Path) -> float:
@@ -155,16 +156,16 @@ def _update_size(run: Path) -> float:
 
 
 def _seconds(tally: dict[str, Any]) -> list[float]:
-    """Of each round of stage 1, from its announcement to the next one's."""
-    heard = list(tally["rounds"].values())
+    """Seconds of each round of stage 1, from announcement to next announcement."""
+    rounds = list(tally["rounds"].values())
     return [
-        after["announced"] - before["announced"] for before, after in pairwise(heard) if before["stage"] == "global"
+        after["announced"] - before["announced"] for before, after in pairwise(rounds) if before["stage"] == "global"
     ]
 
 
-def _start(folder: Path, name: str, command: Sequence[str]) -> Watched:
+def _start(folder: Path, name: str, command: Sequence[str]) -> MonitoredProcess:
     with (folder / f"{name}.log").open("w") as log:
-        return Watched(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, text=True))
+        return MonitoredProcess(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, text=True))
 
 
 def _mosquitto() -> str:
@@ -182,23 +183,23 @@ def _free_port() -> int:
     return port
 
 
-def _wait_for(port: int, broker: Watched) -> None:
+def _wait_for(port: int, broker: MonitoredProcess) -> None:
     end = time.monotonic() + BROKER_SECONDS
     while time.monotonic() < end and broker.process.poll() is None:
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 return
         time.sleep(0.05)
-    raise BrokerError(f"mosquitto did not come up on port {port}; run it by hand to see why")
+    raise BrokerError(f"mosquitto did not start on port {port}; start it by hand to see why")
 
 
 def _last_line(log: Path) -> str:
     lines = log.read_text(errors="replace").splitlines()
-    return lines[-1] if lines else "it printed nothing"
+    return lines[-1] if lines else "no output"
 
 
 def _show(results: Sequence[Measured]) -> None:
-    """A Markdown table, as docs/benchmarks.md has it."""
+    """Prints the Markdown table of docs/benchmarks.md."""
     print(f"Updates of {results[0].size / 1e3:.0f} KB; seconds per round of stage 1; CPU seconds of the whole run.\n")
     print("| devices | s per round | longest | server, peak MB | written, MB | wall, s | server CPU | broker | fleet |")
     print("|---|---|---|---|---|---|---|---|---|")

@@ -1,10 +1,9 @@
-"""The local work of a device over some rounds of stage 1, in two ways, each in a process of its own.
+"""The local computation of a device in some rounds of stage 1, in two variants, each in its own process.
 
-    edge     this project: features of the new images once, epochs on the cached states, evaluation on held-out images
-    torch    transformers + PEFT over the whole model, as a federated client written in torch would do it; it keeps the
-             decoded images in memory
+    edge     this project: features of new images once, epochs on cached states, evaluation on held-out images
+    torch    transformers + PEFT over the whole model, with decoded images in memory: a federated client in torch
 
-`benchmarks.epoch` starts this module; it prints the seconds of each part as JSON.
+`benchmarks.epoch` starts this module. It prints the seconds of each part as JSON.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ HELD_OUT = 0.2
 
 @dataclass(frozen=True)
 class Setting:
-    """`levels` of each round. `images` is a folder of JPEG files; a file's label is its number modulo the classes."""
+    """`levels`: the level of each round. `images`: a folder of JPEG files; labels are file numbers modulo classes."""
 
     bundle: str
     model: str
@@ -59,7 +58,7 @@ class Seconds:
 
 def edge(setting: Setting) -> Seconds:
     bundle, spent = Bundle.load(Path(setting.bundle)), Seconds()
-    train_on, held_out = _slices(setting, bundle.manifest.dims.classes)
+    train_on, held_out = _split(setting, bundle.manifest.dims.classes)
     cache = FeatureCache(DiskCache(Path(setting.scratch)), bundle, setting.threads)
     engine = StepGraphEngine(bundle, setting.threads)
     training = Training(epochs=setting.epochs, batch_size=setting.batch, learning_rate=1e-3)
@@ -94,11 +93,11 @@ def torch(setting: Setting) -> Seconds:
     manifest, spent = Bundle.load(Path(setting.bundle)).manifest, Seconds()
     preprocessing = manifest.preprocessing
     assert isinstance(preprocessing, ImagePreprocessing)
-    train_on, held_out = _slices(setting, manifest.dims.classes)
+    train_on, held_out = _split(setting, manifest.dims.classes)
     source = load_backbone(
         setting.model, setting.weights, manifest.dims.classes, preprocessing.size, None, setting.seed
     )
-    source.model.set_attn_implementation("sdpa")  # what transformers takes by itself
+    source.model.set_attn_implementation("sdpa")  # the default of transformers
     model = add_lora(source, manifest.lora, manifest.dims.blocks, setting.seed)
     started = time.perf_counter()
     pixels = {s.sha256: load_pixels(s.path, preprocessing) for s in (*train_on, *held_out)}
@@ -129,7 +128,7 @@ def torch(setting: Setting) -> Seconds:
     return spent
 
 
-def _slices(setting: Setting, classes: int) -> tuple[list[Sample], list[Sample]]:
+def _split(setting: Setting, classes: int) -> tuple[list[Sample], list[Sample]]:
     paths = sorted(Path(setting.images).glob("*.jpg"))
     samples = [Sample(path, file_sha256(path), index % classes) for index, path in enumerate(paths)]
     held_out = round(HELD_OUT * len(samples))

@@ -20,7 +20,7 @@ from fedfmsl.common.class_folders import ClassFile, Listing, SkippedFile, walk_c
 from fedfmsl.errors import InputError
 from fedfmsl.protocol.bundle import Bundle
 
-SETTLE_SECONDS = 2.0  # a file that changed more recently than this may still be written to
+WRITE_SECONDS = 2.0  # after its last change a file may still be written to
 REASONS = 3  # in an error
 UNLIMITED = 2**62
 REMEMBERED_AT_ONCE = 100  # files
@@ -122,7 +122,7 @@ def scan_once(folder: Path, classes: Sequence[str], kind: Kind) -> Splits:
 
 def _is_recent(file: ClassFile) -> bool:
     """False for dates in the future, which cameras with a wrong clock give."""
-    return abs(time.time() - file.version.mtime_ns / 1e9) < SETTLE_SECONDS
+    return abs(time.time() - file.version.mtime_ns / 1e9) < WRITE_SECONDS
 
 
 def _read(reader: SampleReader, file: ClassFile, label: int, largest: int) -> Outcome:

@@ -1,8 +1,8 @@
 """Blobs cut into chunks that every broker accepts, and put together again.
 
 A *chunk* is a slice of a blob with a header: its index, the number of chunks, and the blob's SHA-256. A receiver gets
-chunks in any order, more than once, and of several blobs. `PartialBlob` counts them; where the bytes are stored is up to
-its subclasses: `Assembler` uses memory, `trainer_server.storage.uploads` uses files.
+chunks in any order, more than once, and of several blobs. `PartialBlob` counts them. Its subclasses store the
+bytes: `Assembler` uses memory, `trainer_server.storage.uploads` uses files.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class DuplicateNameGuard:
-    """`instance` identifies this process. `earlier` are the processes that were there before it. `confirmed` is set once
-    the broker has returned this process's own status."""
+    """`instance` identifies this process. `earlier`: processes that started before it. `confirmed`: the broker has
+    returned this process's own status."""
 
     instance: str
     earlier: frozenset[str] = frozenset()

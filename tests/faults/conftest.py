@@ -1,4 +1,4 @@
-"""What fault tests share: a bundle without weights, the undisturbed run to compare with, and the fault table."""
+"""Fixtures of fault tests: a bundle without weights, the undisturbed run for comparison, and the fault table."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TABLE = pytest.StashKey[FaultTable]()
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """A table of the whole suite is written down; one of a part of it, or with failures in it, is not."""
+    """Writes the table if all fault tests ran in their long form and passed."""
     table = session.config.stash.get(TABLE, None)
     if table and exitstatus == pytest.ExitCode.OK and is_whole(session.config.invocation_params.args):
         write(RELIABILITY, table.markdown(versions()))
@@ -45,7 +45,7 @@ def full(pytestconfig: pytest.Config) -> bool:
 
 @pytest.fixture(scope="session")
 def layout(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """Updates of 0.3 MB, which is four chunks."""
+    """A bundle whose updates have 0.3 MB, which is four chunks."""
     return layout_bundle(tmp_path_factory.mktemp("bundles") / "layout", 2, hidden=384, blocks=3, classes=200)
 
 
@@ -65,13 +65,13 @@ def processes(tmp_path: Path) -> Iterator[Processes]:
 
 @pytest.fixture
 def simulation(kind: str, layout: Bundle, processes: Processes, tmp_path: Path) -> Simulation:
-    """A broker, and nothing else started yet."""
+    """A run whose broker is started."""
     return Simulation(processes, RestartableBroker(processes, tmp_path, kind), layout, tmp_path)
 
 
 @pytest.fixture(scope="session")
 def undisturbed(layout: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
-    """A run with so many devices to which nothing happens; each is run once."""
+    """Runs without a fault, one per number of devices."""
     known: dict[int, Reference] = {}
 
     def of(devices: int) -> Reference:

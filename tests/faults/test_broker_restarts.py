@@ -1,4 +1,4 @@
-"""The broker ends in the middle of a round and comes back, with what it knew or without."""
+"""The broker restarts in the middle of a round, with its messages and sessions or without."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from support.tools import require_tool
 from fedfmsl.protocol.bundle import Bundle
 
 THINK = (0.2, 0.6)
-AWAY_SECONDS = 2.0  # the fault is that it lasts
+AWAY_SECONDS = 2.0  # duration of the fault
 
 
 @pytest.mark.parametrize(
@@ -26,10 +26,10 @@ AWAY_SECONDS = 2.0  # the fault is that it lasts
         ("mosquitto", False, "stop"),
         ("mosquitto", True, "kill"),
         ("mosquitto", True, "stop"),
-        ("amqtt", False, "kill"),  # told to end, it drops one client after another, and the run may finish before
+        ("amqtt", False, "kill"),  # on SIGTERM it drops one client after another, and the run may finish before
     ],
 )
-def test_a_broker_that_is_restarted_in_mid_round_costs_nothing(
+def test_a_broker_restart_in_a_round_loses_no_update(
     layout: Bundle,
     processes: Processes,
     tmp_path: Path,

@@ -1,4 +1,4 @@
-"""The coordinator and its store against a simple model of rounds: whatever comes, in whatever order, over crashes."""
+"""The coordinator and its store against a simple model of rounds: random events in random order, with crashes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from trainer_server.storage.run_store import LoggedEvent, RunStore
 TIMEOUT, JOIN, MAX_NORM, MAX_SAMPLES = 100.0, 50.0, 50.0, 1000
 DEVICES = ["a", "b", "c", "d"]
 TRAINED = {Stage.GLOBAL: "expert", Stage.PERSONAL: "gate"}
-# what is wrong with an update, beside its round, and what it changes in the header
+# flaw of an update → what it changes in the header
 HEADERS: dict[str, dict[str, Any]] = {
     "run": {"run": "other"},
     "session": {"session": "former"},
@@ -56,7 +56,7 @@ DONE: Counter[str] = Counter()
 
 
 class Machine(RuleBasedStateMachine):
-    """Beside the coordinator's state stands the model's: few plain variables, and rules of their own."""
+    """Feeds the same events to the coordinator and to the model, a few plain variables, and compares them."""
 
     @initialize(
         min_updates=st.integers(1, 2),
@@ -105,7 +105,9 @@ class Machine(RuleBasedStateMachine):
         self.position, self.round, self.opened, self.repeats = -1, 0, 0.0, 0
         self.known: dict[str, bool] = {}  # device → whether it is online, and ours
         self.asked: set[str] = set()
-        self.history: dict[int, tuple[Stage, set[str] | None]] = {}  # round → stage, and who was chosen, if not all
+        self.history: dict[
+            int, tuple[Stage, set[str] | None]
+        ] = {}  # round → stage, and the selected devices unless all are
         self.accepted: dict[tuple[int, str], Update] = {}
         self.counted: set[tuple[int, str]] = set()
         self.taught: dict[tuple[int, str], Tensors] = {}
@@ -168,7 +170,7 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: not self.over and self.announced)
     @rule()
     def answers(self) -> None:
-        """Everybody who is asked answers, and the round closes: this is how a run gets anywhere."""
+        """Every selected device sends an update and the round closes. Without this rule few runs get past a round."""
         for device in sorted(self.asked):
             if (self.round, device) not in self.counted:
                 self.send(device, 0, "")
@@ -214,7 +216,7 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.store and not self.over)
     @rule(leftover=st.booleans())
     def crash(self, leftover: bool = False) -> None:
-        """SIGKILL, maybe between a tensor file and its event: all there is now is the folder."""
+        """The process is killed, with `leftover` between a tensor file and its event. Only the folder is left."""
         if self.store is None:
             return
         DONE["crashes"] += 1
@@ -244,9 +246,9 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.over)
     @rule()
     def rest(self) -> None:
-        """A run that is over stays so; its server has left."""
+        """A finished run does not change."""
 
-    # the shell's loop, without the network
+    # the I/O loop without the network
 
     def feed(self, event: Event, keep: bool = True) -> list[Command]:
         DONE["steps"] += 1
@@ -301,18 +303,18 @@ class Machine(RuleBasedStateMachine):
         return Verdict.REJECTED if uninvited or flawed or update.stage is not stage else Verdict.ACCEPTED
 
     def check_vector(self, kind: str, before: Any, learns: bool) -> None:
-        """Every part is the mean, or the median, of what those say who trained it; naively, in float64."""
+        """Every part is the mean or median over the devices that trained it, computed in float64."""
         if kind == "expert" and self.stages[self.position] is Stage.STATISTICS:
             return
         layout, wanted = getattr(BUNDLE[0], kind), np.asarray(before, np.float64)
         if learns:
             names = {key: self.state_of(key, layout) for key in self.accepted}
             for part in layout.parts.values():
-                voices = [(w, vector[part]) for w, vector in names.values() if vector.size >= part.stop]
-                if voices and self.config.aggregation.rule is Rule.MEAN:
-                    wanted[part] += sum(w * v for w, v in voices) / sum(w for w, _ in voices)
-                elif voices:
-                    wanted[part] += np.median([v for _, v in voices], axis=0)
+                vectors = [(w, vector[part]) for w, vector in names.values() if vector.size >= part.stop]
+                if vectors and self.config.aggregation.rule is Rule.MEAN:
+                    wanted[part] += sum(w * v for w, v in vectors) / sum(w for w, _ in vectors)
+                elif vectors:
+                    wanted[part] += np.median([v for _, v in vectors], axis=0)
         assert np.allclose(getattr(self.state, kind), wanted, rtol=1e-5, atol=1e-6)
 
     def state_of(self, key: tuple[int, str], layout: Any) -> tuple[float, Any]:
@@ -322,7 +324,7 @@ class Machine(RuleBasedStateMachine):
         return update.samples / math.sqrt(1 + self.round - update.round), vector.astype(np.float64)
 
 
-def test_the_coordinator_does_what_a_simple_model_of_rounds_says(
+def test_the_coordinator_agrees_with_a_simple_model_of_rounds(
     tmp_path_factory: pytest.TempPathFactory, full: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     BUNDLE[:] = [layout_bundle(tmp_path_factory.mktemp("tiny"), 2, hidden=4, blocks=3, rank=1, classes=2)]

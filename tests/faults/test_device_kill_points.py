@@ -1,4 +1,4 @@
-"""SIGKILL for a real device at each of its states, and a full disk under it: the run comes to the same, bit by bit."""
+"""A real device is killed at each of its states or has a full disk. The results of the run are bit-identical."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from support.machine_faults import small_disk
 from support.processes import Federation, Observer, Processes, wait_until
 from support.run_oracle import Reference, examine, reference
 from support.samples import CLASSES, write_device_photos
-from support.simulation import ROUND_TIMEOUT, judged
+from support.simulation import ROUND_TIMEOUT, trial_of
 from support.tools import find_tool
 
 from fedfmsl.protocol.messages import Ack, Round, Stage, Verdict
@@ -25,18 +25,18 @@ from fedfmsl.protocol.messages import Ack, Round, Stage, Verdict
 RUN = "real"
 VICTIM, OTHERS = "device-0", ("device-1", "device-2")
 MANY = 2000  # classes, so that an update is more than one chunk
-FULL_SECONDS = 2.0  # the fault is that it lasts
+FULL_SECONDS = 2.0  # duration of the fault
 DISK_MEGABYTES = 40
 OUTBOX, GLOBALS = "edge_runtime.store.outbox:Outbox", "edge_runtime.store.global_store:GlobalStore"
 ANNOUNCER = "edge_runtime.daemon.announce:Announcer"
 HALF_SENT = "when its update is half sent"
-Kill = tuple[str, str, str, int]  # its name in the table, and see `killing.arm`
+Kill = tuple[str, str, str, int]  # name in the table, and arguments of `kill_point.arm`
 KILLS: list[Kill] = [
-    ("before its update lies in the outbox", f"{OUTBOX}.write", "before", 1),
-    ("when its update lies in the outbox", f"{OUTBOX}.write", "after", 1),
+    ("before its update is in the outbox", f"{OUTBOX}.write", "before", 1),
+    ("when its update is in the outbox", f"{OUTBOX}.write", "after", 1),
     (HALF_SENT, f"{ANNOUNCER}.publish", "after", 3),
-    ("between the ack and its being noted", f"{OUTBOX}.acknowledge", "before", 1),
-    ("when the ack is noted, the update still kept", "edge_runtime.store.outbox:write_atomically", "after", 1),
+    ("after the ack, before it is stored", f"{OUTBOX}.acknowledge", "before", 1),
+    ("after the ack is stored, before the update is removed", "edge_runtime.store.outbox:write_atomically", "after", 1),
     ("before globals are kept", f"{GLOBALS}.write", "before", 1),
     ("when globals are kept", f"{GLOBALS}.write", "after", 1),
     ("while training", "edge_runtime.engines.step_graph:StepGraphEngine.step", "before", 3),
@@ -73,12 +73,12 @@ class Real:
 
     def trial(self, undisturbed: Reference, recovery: float | None, times: int = 1) -> Trial:
         self.observer.catch_up()
-        told = {
+        acknowledged = {
             (ack.round, ack.device)
             for ack in self.observer.seen
             if isinstance(ack, Ack) and ack.verdict in (Verdict.ACCEPTED, Verdict.DUPLICATE)
         }
-        return judged(examine(self.federation.server_folder, told, undisturbed), recovery, times)
+        return trial_of(examine(self.federation.server_folder, acknowledged, undisturbed), recovery, times)
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def federation(kind: str, wide: Path, photos: dict[str, Path], processes: Proces
     return Federation(RUN, RestartableBroker(processes, tmp_path, kind), wide, photos, tmp_path, processes)
 
 
-def test_a_device_killed_at_each_of_its_states_is_the_same_device_afterwards(
+def test_a_device_killed_at_each_of_its_states_gives_the_same_run(
     federation: Federation, kind: str, undisturbed_real: Reference, table: FaultTable, full: bool
 ) -> None:
     if not full and kind == "amqtt":
@@ -143,7 +143,7 @@ def test_a_device_killed_at_each_of_its_states_is_the_same_device_afterwards(
     table.add(f"real device SIGKILL at {len(kills)} states, {kind}", trial)
 
 
-def test_a_device_whose_disk_is_full_waits_until_it_is_not(
+def test_a_device_with_a_full_disk_waits_and_gives_the_same_run(
     federation: Federation, kind: str, undisturbed_real: Reference, table: FaultTable, full: bool
 ) -> None:
     if not full:
@@ -165,9 +165,9 @@ def test_a_device_whose_disk_is_full_waits_until_it_is_not(
         time.sleep(FULL_SECONDS)
         assert victim.running
         disk.free()
-        mended, since = time.monotonic(), observer.catch_up()
+        repaired, since = time.monotonic(), observer.catch_up()
         observer.wait(Ack, lambda a: a.device == VICTIM and a.round >= begun.round, "the victim's update", since)
-        recovery = time.monotonic() - mended
+        recovery = time.monotonic() - repaired
         real.finish()
         trial = real.trial(undisturbed_real, recovery)
     assert trial.compared == trial.recomputed

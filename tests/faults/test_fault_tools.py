@@ -1,4 +1,4 @@
-"""Tools that did nothing would let every fault test pass: here they are seen to do what they say."""
+"""The tools of fault tests. A tool that does nothing would let every fault test pass."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SECONDS = 10.0
 
 
 def packet(number: int, qos: int = 1, size: int = 200) -> bytes:
-    """A PUBLISH whose payload is its number; its length takes two bytes, or as many as the size needs."""
+    """A PUBLISH packet whose payload repeats its number."""
     topic = b"\x00\x01t"
     body = topic + (number.to_bytes(2, "big") if qos else b"") + bytes([number]) * size
     length, left = b"", len(body)
@@ -41,7 +41,7 @@ PING = b"\xc0\x00"
 
 @contextmanager
 def connection(proxy: Proxy, listener: socket.socket) -> Iterator[tuple[socket.socket, socket.socket]]:
-    """A client's socket and the broker's, with the proxy in between."""
+    """The sockets of a client and a broker with the proxy between them."""
     with socket.create_connection((LOOPBACK, proxy.port), SECONDS) as client:
         broker, _ = listener.accept()
         broker.settimeout(SECONDS)
@@ -70,11 +70,11 @@ def receive(sock: socket.socket, size: int) -> bytes:
 
 
 def numbers(data: bytes) -> list[int]:
-    """Of the PUBLISH packets in it; 0 for a PINGREQ."""
+    """The numbers of the PUBLISH packets in `data`; 0 for a PINGREQ."""
     return [0 if each == PING else each[-1] for each in Packets().feed(data)]
 
 
-def test_packets_are_split_wherever_the_stream_is_torn() -> None:
+def test_packets_are_found_in_a_stream_of_any_pieces() -> None:
     stream = [packet(1), PING, packet(2, size=20_000), packet(3, qos=0, size=1)]
     for step in (1, 2, 3, 7, 1000):
         splitter, data = Packets(), b"".join(stream)
@@ -111,7 +111,7 @@ def test_a_share_of_publishes_is_repeated(proxy: Proxy, listener: socket.socket)
     assert len(numbers(data)) == 1001 + proxy.repeated
 
 
-def test_neighbouring_publishes_are_swapped_and_none_is_kept(proxy: Proxy, listener: socket.socket) -> None:
+def test_neighbouring_publishes_are_swapped_and_none_is_lost(proxy: Proxy, listener: socket.socket) -> None:
     proxy.swap = 1.0
     with connection(proxy, listener) as (client, broker):
         sent = packet(1) + packet(2) + packet(3) + PING + packet(4) + packet(5) + packet(6)
@@ -120,7 +120,7 @@ def test_neighbouring_publishes_are_swapped_and_none_is_kept(proxy: Proxy, liste
     assert proxy.swapped == 2
 
 
-def test_latency_delays_each_way_and_keeps_the_bandwidth(proxy: Proxy, listener: socket.socket) -> None:
+def test_latency_delays_each_direction_and_keeps_the_bandwidth(proxy: Proxy, listener: socket.socket) -> None:
     proxy.latency = 0.3
     with connection(proxy, listener) as (client, broker):
         started = time.monotonic()
@@ -129,10 +129,10 @@ def test_latency_delays_each_way_and_keeps_the_bandwidth(proxy: Proxy, listener:
         assert numbers(receive(broker, 5 * len(packet(0)))) == [1, 2, 3, 4, 5]
         broker.sendall(b"x")
         receive(client, 1)
-        assert 0.6 <= time.monotonic() - started < 5 * 0.6  # not each packet after the other
+        assert 0.6 <= time.monotonic() - started < 5 * 0.6  # packets are delayed in parallel
 
 
-def test_a_cut_is_felt_by_both_sides_and_a_new_connection_passes(proxy: Proxy, listener: socket.socket) -> None:
+def test_a_cut_closes_both_sides_and_a_new_connection_works(proxy: Proxy, listener: socket.socket) -> None:
     with connection(proxy, listener) as (client, broker):
         client.sendall(PING)
         receive(broker, len(PING))
@@ -151,7 +151,7 @@ def gone(side: socket.socket) -> bool:
         return True
 
 
-def test_half_open_connections_pass_nothing_and_tell_nobody(proxy: Proxy, listener: socket.socket) -> None:
+def test_half_open_connections_pass_nothing_and_are_not_closed(proxy: Proxy, listener: socket.socket) -> None:
     with connection(proxy, listener) as (client, broker):
         client.sendall(PING)
         receive(broker, len(PING))
@@ -162,15 +162,15 @@ def test_half_open_connections_pass_nothing_and_tell_nobody(proxy: Proxy, listen
             side.settimeout(0.3)
             with pytest.raises(TimeoutError):
                 side.recv(1)
-        with connection(proxy, listener) as (other, other_broker):  # a new one passes
+        with connection(proxy, listener) as (other, other_broker):  # a new connection works
             other.sendall(PING)
             assert receive(other_broker, len(PING)) == PING
         client.close()
-        with pytest.raises(TimeoutError):  # the broker is not told of that either
+        with pytest.raises(TimeoutError):  # the broker does not notice that either
             broker.recv(1)
 
 
-def test_nobody_answers_while_connections_are_refused(proxy: Proxy, listener: socket.socket) -> None:
+def test_refused_connections_are_not_answered(proxy: Proxy, listener: socket.socket) -> None:
     with connection(proxy, listener) as (client, broker):
         proxy.refuse()
         with pytest.raises(ConnectionRefusedError):
@@ -210,7 +210,7 @@ MAIN = "import sys\nfrom victim import main\nmain(sys.argv[1])\n"
         ("victim:Writer.again", "after", 3, "three"),
     ],
 )
-def test_a_process_is_killed_at_its_instant_and_not_at_another(
+def test_a_process_is_killed_at_the_chosen_call(
     tmp_path: Path, point: str, when: str, call: int, written: str | None
 ) -> None:
     (tmp_path / "victim.py").write_text(VICTIM)
@@ -222,7 +222,7 @@ def test_a_process_is_killed_at_its_instant_and_not_at_another(
     assert (out.read_text() if out.exists() else None) == written
 
 
-def test_a_call_that_never_comes_kills_nobody(tmp_path: Path) -> None:
+def test_a_call_that_never_happens_kills_no_process(tmp_path: Path) -> None:
     (tmp_path / "victim.py").write_text(VICTIM)
     (tmp_path / "program.py").write_text(MAIN)
     command = [sys.executable, *launcher("victim:write", "before", 4), "program", "out"]
@@ -238,7 +238,7 @@ def test_a_point_that_does_not_exist_is_an_error(tmp_path: Path) -> None:
     assert "erase" in done.stderr
 
 
-def test_a_full_disk_takes_no_byte_until_it_is_freed(tmp_path: Path) -> None:
+def test_a_full_disk_refuses_writes_until_it_is_freed(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", 2) as disk:
         (disk.root / "before").write_bytes(bytes(10_000))
         disk.fill()
@@ -255,7 +255,7 @@ for line in sys.stdin:
 """
 
 
-def test_a_clock_jumps_under_a_running_process_and_its_monotonic_one_does_not(tmp_path: Path) -> None:
+def test_the_wall_clock_of_a_running_process_jumps_and_its_monotonic_clock_does_not(tmp_path: Path) -> None:
     clock = Clock(tmp_path)
     with subprocess.Popen(
         [sys.executable, "-c", CLOCKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=clock.environment
@@ -263,7 +263,7 @@ def test_a_clock_jumps_under_a_running_process_and_its_monotonic_one_does_not(tm
         assert process.stdin
         assert process.stdout
 
-        def look() -> tuple[float, float]:
+        def read_clocks() -> tuple[float, float]:
             process.stdin.write("\n")
             process.stdin.flush()
             wall, monotonic = map(float, process.stdout.readline().split())
@@ -271,7 +271,7 @@ def test_a_clock_jumps_under_a_running_process_and_its_monotonic_one_does_not(tm
 
         for jump in (0, 3600, -3600, 0):
             clock.jump(jump)
-            wall, monotonic = look()
+            wall, monotonic = read_clocks()
             assert abs(wall - jump) < 2
             assert abs(monotonic) < 2
         process.stdin.close()
@@ -279,12 +279,12 @@ def test_a_clock_jumps_under_a_running_process_and_its_monotonic_one_does_not(tm
 
 @pytest.mark.needs("mosquitto")
 @pytest.mark.parametrize(("persistent", "end"), [(False, "stop"), (True, "stop"), (True, "kill")])
-def test_a_restarted_mosquitto_remembers_if_it_is_to(
+def test_only_a_persistent_mosquitto_keeps_messages_over_a_restart(
     tmp_path: Path, processes: Processes, persistent: bool, end: str
 ) -> None:
     broker = RestartableBroker(processes, tmp_path, "mosquitto", persistent)
     assert publish(broker.url, [("kept", b"first"), ("kept", b"second")], retain=True)
-    time.sleep(1.5 if end == "kill" else 0)  # it looks once a second whether it should save
+    time.sleep(1.5 if end == "kill" else 0)  # it checks once a second whether to save
     getattr(broker, end)()
     broker.start()
     link = Link(broker.url, "reader")
@@ -295,15 +295,15 @@ def test_a_restarted_mosquitto_remembers_if_it_is_to(
     assert (Received("kept", b"second") in events) == persistent
 
 
-def test_a_stranger_is_heard(tmp_path: Path, kind: str, processes: Processes) -> None:
+def test_messages_of_the_hostile_client_arrive(tmp_path: Path, kind: str, processes: Processes) -> None:
     broker = RestartableBroker(processes, tmp_path, kind)
-    said = ServerStatus(online=True, run="x", session="stranger")
+    status = ServerStatus(online=True, run="x", session="hostile")
     with Observer(broker, "x") as observer:
-        threading.Timer(0.3, publish, (broker.url, [("fedfmsl/x/server/status", encode(said))])).start()
-        assert observer.wait(ServerStatus, lambda s: True, "the stranger") == said
+        threading.Timer(0.3, publish, (broker.url, [("fedfmsl/x/server/status", encode(status))])).start()
+        assert observer.wait(ServerStatus, lambda s: True, "the hostile client") == status
 
 
-def test_the_table_adds_up_what_was_tried_and_keeps_the_prose(tmp_path: Path) -> None:
+def test_the_table_sums_the_trials_and_keeps_the_text_around_it(tmp_path: Path) -> None:
     table, path = FaultTable(), tmp_path / "reliability.md"
     for seconds, repeated in ((1.0, 0), (3.0, 1), (2.0, 0)):
         table.add("cut", Trial(lost=0, double=0, repeated=repeated, recomputed=7, compared=5, recovery=seconds))
@@ -316,7 +316,7 @@ def test_the_table_adds_up_what_was_tried_and_keeps_the_prose(tmp_path: Path) ->
     assert text.endswith("\nAfter.\n")
 
 
-def test_only_the_whole_suite_in_its_long_form_makes_the_table() -> None:
+def test_only_the_whole_long_form_writes_the_table() -> None:
     assert is_whole(["tests/faults", "--full"])
     for arguments in (["tests/faults"], ["--full"], ["tests/faults", "--full", "-k", "cut"], []):
         assert not is_whole(arguments)

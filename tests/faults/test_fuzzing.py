@@ -53,10 +53,10 @@ from fedfmsl.protocol.topics import MAX_NUMBER, NAME, Topics
 from trainer_server.storage.uploads import Uploads
 
 MIB = 1 << 20
-SHORT = 100  # the long form tries so many times as many
-SAMPLED = 50  # one input in so many is decoded under tracemalloc, and every one that is
+SHORT = 100  # the long form has 100 times as many inputs
+SAMPLED = 50  # one input in 50 is decoded under tracemalloc, and every one of
 LONG = 128 * 1024  # bytes or longer
-INPUTS = 32 * MIB  # what making the inputs takes, which the resident memory holds too
+INPUTS = 32 * MIB  # memory for making the inputs, which is part of the resident memory
 SHA = "ab" * 32
 
 MESSAGES: list[Message] = [
@@ -126,7 +126,7 @@ TENSORS = {
 
 @dataclass
 class Target:
-    """`draw` makes inputs, `decode` says whether it accepted one. `cap`: bytes of memory that it may take meanwhile."""
+    """`draw` makes an input, `decode` returns whether it accepted one. `cap` limits its memory, in bytes."""
 
     draw: Callable[[], bytes]
     decode: Callable[[bytes], bool]
@@ -136,7 +136,7 @@ class Target:
 def accepts(
     decode: Callable[[bytes], object], error: type[FedFMSLError], check: Callable[[Any], bool]
 ) -> Callable[[bytes], bool]:
-    """Lets nothing but `error` pass, in one short line; what is accepted must pass the check."""
+    """Catches only `error`, whose text must be one short line. An accepted result must pass the check."""
 
     def decoded(data: bytes) -> bool:
         try:
@@ -171,7 +171,7 @@ def blobs(header: BaseModel, rng: random.Random) -> Target:
 
 
 class Stream:
-    """The chunks of a few blobs, mutated or not, in any order."""
+    """Draws chunks of a few blobs, mutated or not, in random order."""
 
     def __init__(self, rng: random.Random) -> None:
         blobs = [pack(HEADERS[0], {"t": np.full(size, size, np.float32)}) for size in (3, 70, CHUNK_BYTES // 3)]
@@ -230,7 +230,7 @@ def topics(rng: random.Random) -> Target:
 
 
 def layout(encoding: Encoding, rng: random.Random) -> Target:
-    """Of blobs that `unpack` lets pass."""
+    """Vectors in blobs that `unpack` accepts."""
     made = Layout.build([("head", "a", (2, 3)), ("head", "b", (2,)), ("0", "c", (1, 1))])
     ends = {0, *(slot.end for slot in made.slots)}
     seeds = [pack(HEADERS[1], encode_vector(made, np.arange(end, dtype=np.float32), encoding)) for end in ends]
@@ -285,7 +285,7 @@ def session(rng: random.Random, folder: Path) -> Target:
 
 
 def outbox(rng: random.Random, folder: Path) -> Target:
-    """What cannot be read, or is of another session or round, is removed."""
+    """An unreadable update, or one of another session or round, is removed."""
     store = DeviceStore(folder)
     (folder / "outbox").mkdir()
 
@@ -330,7 +330,7 @@ def cached(rng: random.Random, folder: Path) -> Target:
 
 
 Make = Callable[[random.Random, Path, Built], Target]
-DECODERS: dict[str, tuple[int, Make]] = {  # with the inputs that the long form tries
+DECODERS: dict[str, tuple[int, Make]] = {  # number of inputs in the long form
     **{
         f"parse {kind.__name__}": (60_000, lambda rng, folder, built, kind=kind: messages(kind, rng))
         for kind in map(type, MESSAGES)
@@ -359,7 +359,7 @@ DECODERS: dict[str, tuple[int, Make]] = {  # with the inputs that the long form 
 
 
 def memory_now_and_at_most() -> tuple[int, int]:
-    """Resident bytes of this process, and the most since this was last called."""
+    """Resident bytes of this process: now, and the peak since the last call."""
     found = {}
     for line in Path("/proc/self/status").read_text().splitlines():
         key, _, value = line.partition(":")

@@ -1,4 +1,4 @@
-"""A stranger on a broker that lets everybody in: nothing it says reaches the model or costs a round."""
+"""A hostile client on a broker without access control: its messages do not change the model and cost no round."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from fedfmsl.protocol.topics import Topics
 from trainer_server.storage.run_store import RunStore
 
 THINK = (0.4, 0.8)
-STRANGER, VICTIM = "stranger", "device-0000"
+HOSTILE, VICTIM = "hostile", "device-0000"
 TOPICS = Topics(RUN)
 NOISE = np.random.default_rng(0).bytes(5000)
 HUGE = 100_000_000  # bytes, of one message
 LARGE = 60_000_000  # bytes, of a blob
-Said = list[tuple[str, bytes]]
+Messages = list[tuple[str, bytes]]
 FAULTS = {
     "updates of NaN, infinities, wrong shapes, a norm that is too large": (
         "NaN in an update",
@@ -36,12 +36,12 @@ FAULTS = {
         "wrong shapes in an update",
         "an update that is too long",
     ),
-    "yesterday's updates, earlier and later ones, somebody else's name and topic": (
+    "yesterday's updates, earlier and later ones, another device's name and topic": (
         "yesterday's update (another session)",
         "an update of an earlier round",
         "an update of a round to come",
-        "somebody else's name in an update",
-        "an update on somebody else's topic",
+        "another device's name in an update",
+        "an update on another device's topic",
     ),
     "random bytes, strange JSON, too many chunks, 100 MB in one message": (
         "random bytes on every topic",
@@ -52,31 +52,31 @@ FAULTS = {
 }
 
 
-def sent(begun: Round, tensors: Tensors, **changes: object) -> Said:
-    """The chunks of an update that was made up, on the stranger's own topic."""
+def sent(begun: Round, tensors: Tensors, **changes: object) -> Messages:
+    """The chunks of a forged update on the hostile client's own topic."""
     header = {
         "run": RUN,
         "session": begun.session,
         "round": begun.round,
-        "device": STRANGER,
+        "device": HOSTILE,
         "stage": begun.stage,
         "level": 1,
         "samples": 1000,
     }
     update = Update.model_validate({**header, **changes})
-    return [(TOPICS.update_chunk(STRANGER, update.round, 0), chunk) for chunk in chunks(pack(update, tensors))]
+    return [(TOPICS.update_chunk(HOSTILE, update.round, 0), chunk) for chunk in chunks(pack(update, tensors))]
 
 
-def messages(bundle: Bundle, begun: Round) -> dict[str, tuple[str, Said]]:
-    """What the stranger says, by its name in the table, and what the server calls it."""
+def messages(bundle: Bundle, begun: Round) -> dict[str, tuple[str, Messages]]:
+    """The messages of each fault, by its name in the table, and the reason with which the server refuses them."""
     ones = bundle.expert.split(np.ones(bundle.expert.size(1), np.float32))
 
-    def filled(value: float) -> Said:
+    def filled(value: float) -> Messages:
         return sent(begun, {name: tensor * np.float32(value) for name, tensor in ones.items()})
 
-    own, victims = (TOPICS.update_chunk(name, begun.round, 0) for name in (STRANGER, VICTIM))
-    noisy = (own, victims, TOPICS.status(STRANGER), TOPICS.ack(STRANGER), TOPICS.progress(VICTIM))
-    odd: tuple[object, ...] = ({}, [], {"device": STRANGER}, float("inf"), "x" * 99)
+    own, victims = (TOPICS.update_chunk(name, begun.round, 0) for name in (HOSTILE, VICTIM))
+    noisy = (own, victims, TOPICS.status(HOSTILE), TOPICS.ack(HOSTILE), TOPICS.progress(VICTIM))
+    odd: tuple[object, ...] = ({}, [], {"device": HOSTILE}, float("inf"), "x" * 99)
     return {
         "NaN in an update": ("tensors", filled(float("nan"))),
         "infinities in an update": ("tensors", filled(float("inf"))),
@@ -85,43 +85,43 @@ def messages(bundle: Bundle, begun: Round) -> dict[str, tuple[str, Said]]:
         "yesterday's update (another session)": ("other run", sent(begun, ones, session="yesterday")),
         "an update of an earlier round": ("late", sent(begun, ones, round=1)),
         "an update of a round to come": ("other round", sent(begun, ones, round=begun.round + 5)),
-        "somebody else's name in an update": ("unreadable", sent(begun, ones, device=VICTIM)),
-        "an update on somebody else's topic": ("unreadable", [(victims, chunk) for _, chunk in sent(begun, ones)]),
+        "another device's name in an update": ("unreadable", sent(begun, ones, device=VICTIM)),
+        "an update on another device's topic": ("unreadable", [(victims, chunk) for _, chunk in sent(begun, ones)]),
         "100 MB in one message": ("too large", [(own, bytes(HUGE))]),
         "chunks of a blob that is too large": ("unreadable", [(own, next(iter(chunks(bytes(LARGE)))))]),
         "random bytes on every topic": ("unreadable", [(topic, NOISE) for topic in noisy]),
         "JSON that is none of ours": (
             "unreadable",
-            [(TOPICS.status(STRANGER), json.dumps(value).encode()) for value in odd],
+            [(TOPICS.status(HOSTILE), json.dumps(value).encode()) for value in odd],
         ),
     }
 
 
-def said(simulation: Simulation, undisturbed: Undisturbed, faults: Sequence[str]) -> Trial:
+def attacked(simulation: Simulation, undisturbed: Undisturbed, faults: Sequence[str]) -> Trial:
     """All of it in the middle of a round, by one whom the server knows and does not wait for: so that each is refused
     for what it is."""
     prompt = simulation.broker.kind == "mosquitto"  # amqtt may not take it all, or only when the round is over
-    introduction = DeviceStatus(device=STRANGER, online=False, bundle=simulation.bundle.sha256)
+    introduction = DeviceStatus(device=HOSTILE, online=False, bundle=simulation.bundle.sha256)
     with Observer(simulation.broker, RUN) as observer:
         simulation.start_server()
         simulation.start_fleet(think=THINK)
         begun = in_stage_1(observer)
         ready = messages(simulation.bundle, begun)
         with recovering(simulation, observer) as seconds:
-            assert publish(simulation.broker.url, [(TOPICS.status(STRANGER), encode(introduction))]) or not prompt
+            assert publish(simulation.broker.url, [(TOPICS.status(HOSTILE), encode(introduction))]) or not prompt
             for fault in faults:
                 assert publish(simulation.broker.url, ready[fault][1]) or not prompt, fault
         outcome = simulation.finish()
-    assert STRANGER not in {name for closed in RunStore(outcome.out).rounds() for name in closed.updates}
+    assert HOSTILE not in {name for closed in RunStore(outcome.out).rounds() for name in closed.updates}
     refused = set(re.findall(r"refused from \S+ \((.+?)\)", simulation.servers[-1].stdout))
     assert refused >= {ready[fault][0] for fault in faults} or not prompt, refused
     return outcome.trial(undisturbed(simulation.devices), *seconds, len(faults))
 
 
 @pytest.mark.parametrize("group", FAULTS)
-def test_what_a_stranger_says_costs_nothing(
+def test_messages_of_a_hostile_client_cost_nothing(
     simulation: Simulation, undisturbed: Undisturbed, table: FaultTable, group: str, full: bool
 ) -> None:
     if not full and (simulation.broker.kind == "amqtt" or not group.startswith("random bytes")):
         pytest.skip("group by group, and on amqtt, in the long form only (--full)")
-    table.add(f"{group}, {simulation.broker.kind}", said(simulation, undisturbed, FAULTS[group]))
+    table.add(f"{group}, {simulation.broker.kind}", attacked(simulation, undisturbed, FAULTS[group]))

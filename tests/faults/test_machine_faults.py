@@ -1,4 +1,4 @@
-"""The server's machine: a disk that is full for a while, a clock that jumps. And two devices with one identity."""
+"""A full disk and a clock that jumps on the server's machine, and two devices with one identity."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from benchmarks.simulated import device_names
 from fedfmsl.protocol.messages import Ack, DeviceStatus, Verdict
 
 THINK = (0.2, 0.8)
-FULL_SECONDS = 3.0  # the fault is that it lasts
+FULL_SECONDS = 3.0  # duration of the fault
 DISK_MEGABYTES = 40
 ACK_SECONDS = 1.0  # until a device sends an update again that the server could not keep
 DAY = 86_400.0
 
 
-def test_a_server_whose_disk_is_full_waits_until_it_is_not(
+def test_a_server_with_a_full_disk_waits_and_loses_nothing(
     simulation: Simulation, undisturbed: Undisturbed, table: FaultTable
 ) -> None:
     if simulation.broker.kind == "amqtt":
@@ -41,7 +41,7 @@ def test_a_server_whose_disk_is_full_waits_until_it_is_not(
 
 
 @pytest.mark.parametrize("days", [1, -1])
-def test_a_jump_of_the_servers_clock_ends_no_round(
+def test_a_jump_of_the_servers_clock_closes_no_round(
     simulation: Simulation, undisturbed: Undisturbed, table: FaultTable, full: bool, days: int
 ) -> None:
     if not full or simulation.broker.kind == "amqtt":
@@ -58,7 +58,7 @@ def test_a_jump_of_the_servers_clock_ends_no_round(
     table.add(f"server's clock {days:+} day, {simulation.broker.kind}", trial)
 
 
-def test_of_two_devices_with_one_identity_the_older_leaves_and_nothing_counts_twice(
+def test_of_two_devices_with_one_identity_the_older_exits_and_no_update_counts_twice(
     simulation: Simulation, undisturbed: Undisturbed, table: FaultTable, full: bool
 ) -> None:
     if not full:
@@ -67,17 +67,17 @@ def test_of_two_devices_with_one_identity_the_older_leaves_and_nothing_counts_tw
     with Observer(simulation.broker, RUN) as observer:
         simulation.start_server()
         simulation.start_fleet(think=THINK, first=1, devices=simulation.devices - 1)
-        elder = simulation.start_fleet(think=THINK, devices=1)
+        older = simulation.start_fleet(think=THINK, devices=1)
         in_stage_1(observer)
         before = {m.instance for m in observer.seen if isinstance(m, DeviceStatus) and m.device == name}
         since, struck = observer.catch_up(), time.monotonic()
         simulation.start_fleet(think=THINK, devices=1)
-        observer.wait(DeviceStatus, lambda s: s.device == name and s.instance not in before, "the twin", since)
-        ended = elder.wait()
+        observer.wait(DeviceStatus, lambda s: s.device == name and s.instance not in before, "the newer device", since)
+        ended = older.wait()
         assert f"duplicate device name '{name}'" in ended.stderr
         counts = (Verdict.ACCEPTED, Verdict.DUPLICATE)
-        observer.wait(Ack, lambda a: a.device == name and a.verdict in counts, "the twin's update", since)
+        observer.wait(Ack, lambda a: a.device == name and a.verdict in counts, "the newer device's update", since)
         seconds = time.monotonic() - struck
-        outcome = simulation.finish(driven_out=[elder])
+        outcome = simulation.finish(expelled=[older])
     trial = outcome.trial(undisturbed(simulation.devices), seconds)
     table.add(f"two devices with one identity, {simulation.broker.kind}", trial)

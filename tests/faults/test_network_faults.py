@@ -1,4 +1,4 @@
-"""A bad network between the broker and either side: whatever it does, every accepted update counts once."""
+"""A bad network between the broker and the devices or the server: every accepted update counts once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from support.simulation import RUN, Simulation, in_stage_1, recovering
 
 THINK = (0.1, 0.4)
 KEEPALIVE_SECONDS = 1
-AWAY_SECONDS = 3.0  # the fault is that it lasts
+AWAY_SECONDS = 3.0  # duration of the fault
 
 
 def cut(proxy: Proxy) -> int:
@@ -43,7 +43,7 @@ def half_open(proxy: Proxy) -> int:
         (f"half-open connections, a ping every {KEEPALIVE_SECONDS} s", half_open, {"devices", "server"}),
     ],
 )
-def test_whose_connections_fail_loses_nothing(
+def test_failing_connections_lose_no_update(
     simulation: Simulation,
     undisturbed: Undisturbed,
     table: FaultTable,
@@ -57,7 +57,7 @@ def test_whose_connections_fail_loses_nothing(
         pytest.skip("one by one, and on amqtt, in the long form only (--full)")
     if strike is half_open and simulation.broker.kind == "amqtt":
         pytest.skip("on one kind of broker")
-    # nobody is told of a half-open connection: it is noticed when the broker does not answer a ping
+    # a half-open connection is noticed when a ping is not answered
     ping = strike is half_open
     struck = ("server" in sides) + simulation.devices * ("devices" in sides)
     with Proxy(simulation.broker.port) as proxy, Observer(simulation.broker, RUN) as observer:
@@ -87,7 +87,7 @@ def test_whose_connections_fail_loses_nothing(
         ("all of that", 0.5, 0.05, 0.5),
     ],
 )
-def test_who_is_behind_a_bad_network_loses_nothing(
+def test_latency_repetition_and_reordering_lose_no_update(
     simulation: Simulation,
     undisturbed: Undisturbed,
     table: FaultTable,
@@ -97,7 +97,7 @@ def test_who_is_behind_a_bad_network_loses_nothing(
     swap: float,
     full: bool,
 ) -> None:
-    """The server's messages to the devices too: acknowledgements and globals."""
+    """In both directions: updates, acknowledgements and globals."""
     amqtt = simulation.broker.kind == "amqtt"
     if (not full and (fault != "chunks reordered" or amqtt)) or (fault == "500 ms latency" and amqtt):
         pytest.skip("one by one in the long form only (--full); latency alone on one kind of broker")
@@ -111,7 +111,7 @@ def test_who_is_behind_a_bad_network_loses_nothing(
     table.add(f"{fault}, devices and server, {simulation.broker.kind}", outcome.trial(undisturbed(simulation.devices)))
 
 
-def test_devices_that_join_all_at_once_are_all_counted(
+def test_devices_that_join_at_once_all_take_part(
     simulation: Simulation, undisturbed: Undisturbed, table: FaultTable, full: bool
 ) -> None:
     if not full and simulation.broker.kind == "mosquitto":

@@ -1,4 +1,4 @@
-"""An oracle that saw nothing would let every fault test pass: here it is shown what it has to see."""
+"""The oracle finds each kind of damage. An oracle that finds nothing would let every fault test pass."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SAL = Sal(CapabilityQueue(3, 0.02), max_level=1)
 
 
 def run_without_a_network(out: Path, bundle: Bundle) -> None:
-    """What a server leaves behind."""
+    """Writes the folder of a finished run."""
     config = RunConfig(run="r", devices=3, stage1_rounds=2, stage2_rounds=1, stage1_sal=SAL, stage2_sal=SAL, audit=True)
     store = RunStore.create(out, Origin(config=config, session="s", bundle=bundle.root, sha256=bundle.sha256))
     plan = make_plan(store, bundle)
@@ -66,7 +66,7 @@ EVERYTHING: set[Key] = {(round_, device) for round_ in range(1, 6) for device in
 
 
 def after(change: str, finished: Path, tmp_path: Path, told: set[Key] = EVERYTHING) -> Findings:
-    """What is found once SQL has changed the server's record."""
+    """The findings after SQL has changed the server's database."""
     out = tmp_path / "out"
     shutil.copytree(finished, out)
     with sqlite3.connect(out / DATABASE) as db:
@@ -74,11 +74,11 @@ def after(change: str, finished: Path, tmp_path: Path, told: set[Key] = EVERYTHI
     return examine(out, told, reference(finished))
 
 
-def test_a_run_to_which_nothing_happened_is_found_to_be_whole(finished: Path, tmp_path: Path) -> None:
+def test_a_run_without_a_fault_has_no_findings(finished: Path, tmp_path: Path) -> None:
     assert after("", finished, tmp_path) == Findings(0, 0, 0, recomputed=6, compared=6, missing={})
 
 
-def test_an_update_that_was_only_acknowledged_is_lost(finished: Path, tmp_path: Path) -> None:
+def test_an_acknowledged_update_that_is_not_stored_is_lost(finished: Path, tmp_path: Path) -> None:
     assert after("", finished, tmp_path, {*EVERYTHING, (3, "device-0009")}).lost == 1
 
 
@@ -90,8 +90,8 @@ def test_an_update_that_is_in_the_log_twice_is_double(finished: Path, tmp_path: 
     assert after(again, finished, tmp_path).double == 1
 
 
-def test_an_update_of_which_the_log_knows_nothing_is_found(finished: Path, tmp_path: Path) -> None:
-    """The records say that it counted."""
+def test_an_update_that_is_missing_in_the_event_log_is_found(finished: Path, tmp_path: Path) -> None:
+    """The record of its round still has it."""
     findings = after(
         "DELETE FROM events WHERE seq = (SELECT min(seq) FROM events WHERE kind = 'update')", finished, tmp_path
     )
@@ -99,18 +99,16 @@ def test_an_update_of_which_the_log_knows_nothing_is_found(finished: Path, tmp_p
     assert findings.double > 0
 
 
-def test_a_round_that_comes_out_otherwise_is_found(finished: Path, tmp_path: Path) -> None:
+def test_a_round_with_another_result_is_found(finished: Path, tmp_path: Path) -> None:
     with sqlite3.connect(finished / DATABASE) as db:
         (record,) = db.execute("SELECT record FROM rounds WHERE round = 3").fetchone()
     changed = json.loads(record)
     changed["round"]["expert"] = "0" * 64
     findings = after(f"UPDATE rounds SET record = '{json.dumps(changed)}' WHERE round = 3", finished, tmp_path)
-    assert findings.double == 3  # done over, done over in another order, and beside the undisturbed run
+    assert findings.double == 3  # in the replay, in the replay in another order, and against the undisturbed run
 
 
-def test_a_device_that_was_not_heard_ends_the_comparison_and_not_the_recomputation(
-    finished: Path, tmp_path: Path
-) -> None:
+def test_a_missing_device_ends_the_comparison_and_not_the_recomputation(finished: Path, tmp_path: Path) -> None:
     known = reference(finished)
     findings = examine(finished, EVERYTHING, Reference(known.devices | {"device-0009"}, known.outcomes))
     assert (findings.double, findings.recomputed, findings.compared) == (0, 6, 1)

@@ -1,4 +1,4 @@
-"""SIGKILL for the server at each state of a round, and the same command again."""
+"""The server is killed at each state of a round and started again with the same command."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ STATES = {
 ROUNDS = 7  # that are opened in a run, the last of them FINISHED
 ENDS = {
     "before the end is committed": [("trainer_server.coordinator.advance:_close_round", "after", ROUNDS - 1)],
-    "after the end is committed, nobody told": [(f"{STORE}.save_checkpoint", "after", ROUNDS)],
+    "after the end is committed, before it is announced": [(f"{STORE}.save_checkpoint", "after", ROUNDS)],
     "when the end has been announced": [("trainer_server.service.publisher:Publisher.announce_round", "after", ROUNDS)],
 }
 
 
 def killed(simulation: Simulation, undisturbed: Reference, kills: Sequence[Kill], seed: int = 0) -> Trial:
-    """A run whose server dies of one kill after the other, as many of them as it comes to. Recovery is from the last
-    start until an update counts again, or all is over."""
+    """A run whose server is killed at one point after the other until the run is finished. Recovery is the time from
+    the last start until an update is accepted or the run is finished."""
     times, restarted = 0, 0.0
     with Observer(simulation.broker, RUN) as observer:
         simulation.start_fleet("--seed", str(seed), think=THINK)
@@ -55,8 +55,8 @@ def killed(simulation: Simulation, undisturbed: Reference, kills: Sequence[Kill]
         else:
             since, restarted = observer.catch_up(), time.monotonic()
             simulation.start_server()
-            observer.wait(ServerStatus, lambda status: status.online, "the server, back again", since)
-            observer.wait(Message, _goes_on, "an update that counts, or the end", len(observer.seen))
+            observer.wait(ServerStatus, lambda status: status.online, "the restarted server", since)
+            observer.wait(Message, _goes_on, "an accepted update, or the end", len(observer.seen))
             restarted = time.monotonic() - restarted
         assert times
         return simulation.finish().trial(undisturbed, restarted or None, times)
@@ -68,7 +68,7 @@ def _goes_on(message: Message) -> bool:
 
 
 @pytest.mark.parametrize("state", ENDS)
-def test_a_server_killed_at_the_very_end_tells_the_devices_when_it_is_back(
+def test_a_server_killed_at_the_end_of_a_run_announces_the_end_after_its_restart(
     simulation: Simulation, undisturbed: Undisturbed, table: FaultTable, state: str, full: bool
 ) -> None:
     if not full or simulation.broker.kind == "amqtt":
@@ -78,10 +78,10 @@ def test_a_server_killed_at_the_very_end_tells_the_devices_when_it_is_back(
 
 
 @pytest.mark.parametrize("seed", range(RUNS))
-def test_a_server_killed_at_each_state_of_a_round_goes_on_as_if_it_had_not_been(
+def test_a_server_killed_at_each_state_of_a_round_loses_nothing(
     simulation: Simulation, undisturbed: Undisturbed, table: FaultTable, full: bool, seed: int
 ) -> None:
-    """Within one run, each time the same command again; when in its life it dies is drawn."""
+    """In one run. The call at which the server is killed is random."""
     if not full and (seed or simulation.broker.kind == "amqtt"):
         pytest.skip("more than one, and on amqtt, in the long form only (--full)")
     draw = random.Random(seed)

@@ -1,4 +1,4 @@
-"""Many devices at once take the server's time, and not its memory."""
+"""The server's memory does not grow with the number of devices."""
 
 from __future__ import annotations
 
@@ -14,6 +14,6 @@ ROUNDS = 2
 
 
 @pytest.mark.needs("mosquitto")
-def test_the_servers_peak_memory_with_many_devices_is_that_with_a_few(layout: Bundle, tmp_path: Path) -> None:
+def test_peak_memory_with_many_devices_is_that_with_a_few(layout: Bundle, tmp_path: Path) -> None:
     few, many = (measure(tmp_path, layout.root, devices, ROUNDS, []) for devices in (FEW, MANY))
     assert many.processes["server"].peak_rss_mb < 1.2 * few.processes["server"].peak_rss_mb

@@ -1,4 +1,4 @@
-"""What the processes of integration tests work on: the tiny ViT's bundle, each device's photos, and a broker."""
+"""Fixtures of integration tests: the bundle of the tiny ViT, the photos of three devices, and a broker."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def bundle(vit: Built) -> Path:
 
 @pytest.fixture(scope="session")
 def other_bundle(vit_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of the same backbone, with other bytes."""
+    """A bundle of the same backbone with other bytes."""
     return build(vit_folder, tmp_path_factory.mktemp("bundles") / "other", levels=1, seed=1).bundle.root
 
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Three devices of unequal classes and sizes; device-1 has split off its test slice itself."""
+    """Three devices of unequal classes and sizes; device-1 has a test folder of its own."""
     folder = tmp_path_factory.mktemp("devices")
     write_device_photos(folder / "device-0", {"apple": 10, "kiwi": 10}, seed=0)
     write_device_photos(folder / "device-1" / "train", {"kiwi": 10, "lemon": 5}, seed=1)
@@ -35,6 +35,6 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
-    """The embedded broker; every test takes a run's name of its own."""
+    """The embedded broker. Every test uses its own run name."""
     with Processes(tmp_path_factory.mktemp("broker")) as processes:
         yield processes.start_broker()

@@ -1,4 +1,4 @@
-"""A device that has no bundle: over HTTP from the run's server, resumed where it was cut off, refused if altered."""
+"""A device without a bundle downloads it from the server over HTTP(S): resumed after a cut, refused if altered."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ WEIGHTS = "backbone.weights"
 
 @pytest.fixture
 def served(bundle: Path, tmp_path: Path) -> Iterator[tuple[ServerStatus, Path]]:
-    """What the server announces, and the folder that it serves."""
+    """The status that the server announces, and the folder that it serves."""
     root = shutil.copytree(bundle, tmp_path / "served")
     server = BundleServer(root, f"127.0.0.1:{free_port()}")
     yield (
@@ -41,7 +41,7 @@ def served(bundle: Path, tmp_path: Path) -> Iterator[tuple[ServerStatus, Path]]:
     server.close()
 
 
-def test_what_is_fetched_is_the_bundle_and_is_not_fetched_twice(
+def test_the_bundle_is_downloaded_once(
     served: tuple[ServerStatus, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -72,9 +72,7 @@ def test_a_download_that_was_cut_off_is_resumed(
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, MANIFEST])
-def test_a_changed_byte_on_the_way_is_refused_and_nothing_of_it_kept(
-    served: tuple[ServerStatus, Path], tmp_path: Path, name: str
-) -> None:
+def test_an_altered_file_is_refused_and_deleted(served: tuple[ServerStatus, Path], tmp_path: Path, name: str) -> None:
     status, root = served
     good = (root / name).read_bytes()
     (root / name).write_bytes(good[:-2] + bytes([good[-2] ^ 1]) + good[-1:])
@@ -88,7 +86,7 @@ def test_a_changed_byte_on_the_way_is_refused_and_nothing_of_it_kept(
     fetch_bundle(status, tmp_path / "device").verify()
 
 
-def test_a_part_of_something_else_is_thrown_away(served: tuple[ServerStatus, Path], tmp_path: Path) -> None:
+def test_a_part_of_another_file_is_deleted(served: tuple[ServerStatus, Path], tmp_path: Path) -> None:
     status, _ = served
     target = tmp_path / "device" / status.bundle
     target.mkdir(parents=True)
@@ -98,14 +96,14 @@ def test_a_part_of_something_else_is_thrown_away(served: tuple[ServerStatus, Pat
     fetch_bundle(status, tmp_path / "device").verify()
 
 
-def test_a_server_that_is_gone_is_named(bundle: Path, tmp_path: Path) -> None:
+def test_an_unreachable_server_is_named(bundle: Path, tmp_path: Path) -> None:
     url = f"http://127.0.0.1:{free_port()}/bundle"
     status = ServerStatus(online=True, run="fetch", session="1", bundle=Bundle.load(bundle).sha256, bundle_url=url)
     with pytest.raises(BundleError, match=f"cannot fetch {url}/{MANIFEST}.*start again to resume"):
         fetch_bundle(status, tmp_path / "device", retry_delays=(0.0, 0.0))
 
 
-def test_a_file_that_the_server_lacks_is_named(served: tuple[ServerStatus, Path], tmp_path: Path) -> None:
+def test_a_file_that_is_missing_on_the_server_is_named(served: tuple[ServerStatus, Path], tmp_path: Path) -> None:
     status, root = served
     (root / WEIGHTS).unlink()
     with pytest.raises(BundleError, match=f"cannot fetch .*{WEIGHTS}: HTTP 404"):
@@ -118,7 +116,7 @@ def own_broker(tmp_path: Path) -> Iterator[Broker]:
         yield processes.start_broker()
 
 
-def test_a_server_is_waited_for_and_that_is_said(own_broker: Broker, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_device_waits_for_the_server_and_logs_it(own_broker: Broker, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     topics, status = Topics("deserted"), ServerStatus(online=True, run="deserted", session="1")
     device, server = Link(own_broker.url, "device"), Link(own_broker.url, "server")
@@ -128,7 +126,7 @@ def test_a_server_is_waited_for_and_that_is_said(own_broker: Broker, caplog: pyt
     threading.Thread(target=lambda: found.put(wait_for_server(device, topics, report_seconds=0.0)), daemon=True).start()
     server.publish(topics.server_status, b"not a status", retain=True)
     server.publish(topics.server_status, encode(status.model_copy(update={"online": False})))
-    wait_until(lambda: "no server of run 'deserted' yet" in caplog.text, "a word about it")
+    wait_until(lambda: "no server of run 'deserted' yet" in caplog.text, "the log message")
     assert found.empty()
     server.publish(topics.server_status, encode(status), retain=True)
     assert found.get(timeout=SECONDS) == status
@@ -145,7 +143,7 @@ def get(url: str, **headers: str) -> tuple[int, dict[str, str], bytes]:
         return error.code, dict(error.headers), error.read()
 
 
-def test_a_files_etag_is_its_sha256(served: tuple[ServerStatus, Path]) -> None:
+def test_the_etag_of_a_file_is_its_sha256(served: tuple[ServerStatus, Path]) -> None:
     status, root = served
     for name in (WEIGHTS, MANIFEST):
         etag = f'"{file_sha256(root / name)}"'
@@ -154,7 +152,7 @@ def test_a_files_etag_is_its_sha256(served: tuple[ServerStatus, Path]) -> None:
         assert (code, headers["etag"], body) == (304, etag, b"")
 
 
-def test_a_rest_is_sent_of_the_same_version_only(served: tuple[ServerStatus, Path]) -> None:
+def test_a_range_is_sent_of_the_same_version_only(served: tuple[ServerStatus, Path]) -> None:
     status, root = served
     url, whole = f"{status.bundle_url}/{WEIGHTS}", (root / WEIGHTS).read_bytes()
     code, _, body = get(url, Range="bytes=100-", If_Range=f'"{file_sha256(root / WEIGHTS)}"')
@@ -164,7 +162,7 @@ def test_a_rest_is_sent_of_the_same_version_only(served: tuple[ServerStatus, Pat
 
 
 @pytest.mark.parametrize("name", ["secret", "../outside", "..%2Foutside", "%2e%2e/outside", "", "/etc/passwd", "sub/x"])
-def test_only_what_the_manifest_names_is_served(served: tuple[ServerStatus, Path], name: str) -> None:
+def test_only_files_in_the_manifest_are_served(served: tuple[ServerStatus, Path], name: str) -> None:
     status, root = served
     (root / "secret").write_text("in the folder, but not of the bundle")
     (root.parent / "outside").write_text("not even in the folder")
@@ -186,7 +184,7 @@ def test_at_most_one_byte_more_is_read_than_the_manifest_announces(
     assert len(blocks) == math.ceil((size + 1) / 1000)
 
 
-def test_a_download_goes_on_over_cuts_of_the_line(served: tuple[ServerStatus, Path], tmp_path: Path) -> None:
+def test_a_download_continues_after_cut_connections(served: tuple[ServerStatus, Path], tmp_path: Path) -> None:
     status, _ = served
     port = int(status.bundle_url.split(":")[2].split("/")[0])
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -197,7 +195,7 @@ def test_a_download_goes_on_over_cuts_of_the_line(served: tuple[ServerStatus, Pa
 
 
 def cut_after(listener: socket.socket, port: int, limit: int) -> None:
-    """A line that is cut whenever so many bytes have come over it."""
+    """Forwards connections to `port` and cuts each after `limit` bytes."""
     while True:
         try:
             client, _ = listener.accept()
@@ -211,7 +209,7 @@ def cut_after(listener: socket.socket, port: int, limit: int) -> None:
                 left -= len(data)
 
 
-def test_over_tls_a_bundle_is_for_the_fleet_only(bundle: Path, tmp_path: Path) -> None:
+def test_over_tls_only_members_of_the_fleet_download_the_bundle(bundle: Path, tmp_path: Path) -> None:
     ours, theirs = make_authority("ours"), make_authority("theirs")
     server = write_identity(tmp_path / "server.pem", ours.issue("server", [SERVER], ["localhost"]), ours)
     device = write_identity(tmp_path / "device.pem", ours.issue("device", [CLIENT]), ours)
@@ -237,7 +235,7 @@ def test_over_tls_a_bundle_is_for_the_fleet_only(bundle: Path, tmp_path: Path) -
 
 @pytest.fixture(scope="module")
 def waiting_server(broker: Broker, bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
-    """The server of run "waiting", which waits for more devices than there will be."""
+    """The server of run "waiting", which waits for more devices than the tests start."""
     folder = tmp_path_factory.mktemp("waiting")
     with Processes(folder / "logs") as processes:
         yield processes.start_module(
@@ -256,7 +254,7 @@ def join_waiting(broker: Broker, photos: Path, state: Path, *arguments: str) -> 
     )
 
 
-def test_a_device_with_another_bundle_is_told_so(
+def test_a_device_with_another_bundle_is_refused(
     waiting_server: Process, broker: Broker, other_bundle: Path, photos: dict[str, Path], tmp_path: Path
 ) -> None:
     ended = join_waiting(broker, photos["device-0"], tmp_path, "--bundle", str(other_bundle))
@@ -264,7 +262,7 @@ def test_a_device_with_another_bundle_is_told_so(
     assert waiting_server.running
 
 
-def test_a_device_without_a_bundle_learns_that_the_server_serves_none(
+def test_a_device_without_a_bundle_is_refused_if_the_server_serves_none(
     waiting_server: Process, broker: Broker, photos: dict[str, Path], tmp_path: Path
 ) -> None:
     ended = join_waiting(broker, photos["device-0"], tmp_path)

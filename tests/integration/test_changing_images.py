@@ -1,4 +1,4 @@
-"""A device whose images come and go while it takes part in a run."""
+"""Images are added to and removed from a device's folder during a run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LONG_AGO = 1_600_000_000
 
 
 def change(folder: Path, scratch: Path) -> None:
-    """Ten more of one class, a class that was not there before, two that go, and what cannot be used."""
+    """Adds ten photos of a class, a new class, a corrupt file and a duplicate; removes two photos."""
     write_device_photos(scratch, {"kiwi": 10, "lemon": 10}, seed=7)
     for path in scratch.rglob("*.jpg"):
         os.utime(path, (LONG_AGO, LONG_AGO))
@@ -32,7 +32,7 @@ def change(folder: Path, scratch: Path) -> None:
         path.unlink()
 
 
-def test_images_that_arrive_join_the_next_round_and_those_that_go_leave(
+def test_added_images_are_used_from_the_next_round_on_and_removed_ones_are_not(
     broker: Broker, bundle: Path, photos: dict[str, Path], tmp_path: Path
 ) -> None:
     folder = shutil.copytree(photos[FIRST], tmp_path / "photos")

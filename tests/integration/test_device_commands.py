@@ -1,4 +1,4 @@
-"""A device as its owner has it: one file of settings, looked over, asked how it is, used while and after it learns."""
+"""The commands of a device with a settings file: check, run, status, predict and personalize."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ DEVICE, RUN, ANNOUNCED = "device-0", "in-use", "announced"
 
 @dataclass(frozen=True)
 class Device:
-    """`config` is its file of settings."""
+    """`config` is its settings file."""
 
     config: Path
     inbox: Path
@@ -74,38 +74,38 @@ def device(broker: Broker, bundle: Path, photos: dict[str, Path], tmp_path: Path
         yield Device(config, inbox, state, port, federation, observer)
 
 
-def test_it_is_looked_over_asked_and_used(device: Device) -> None:
+def test_check_run_status_and_predictions_during_a_run_and_after_it(device: Device) -> None:
     before = device.ask("check")
     assert before.code == 0, before.stdout
-    for said in ("ok     broker", "note   server", "ok     bundle", "ok     samples", "torn.jpg", "ok     memory"):
-        assert said in before.stdout
+    for finding in ("ok     broker", "note   server", "ok     bundle", "ok     samples", "torn.jpg", "ok     memory"):
+        assert finding in before.stdout
     assert not device.state.exists()
     device.ask("status").assert_error(8, "no daemon has used --state")
 
     server = device.federation.start_server("--stage1-rounds", "3", "--stage2-rounds", "2")
     daemon = device.start()
     device.observer.wait(Round, lambda r: r.stage is Stage.GLOBAL, "stage 1")
-    device.start("twin").wait().assert_error(2, "is in use by another process", "--state")
-    there = device.ask("status")
-    assert there.code == 0, there.stderr
-    assert DEVICE in there.stdout and "torn.jpg: not a readable image" in there.stdout
+    device.start("second").wait().assert_error(2, "is in use by another process", "--state")
+    status = device.ask("status")
+    assert status.code == 0, status.stderr
+    assert DEVICE in status.stdout and "torn.jpg: not a readable image" in status.stdout
     assert "the daemon runs" in device.ask("check").stdout
 
     device.observer.wait(Round, lambda r: r.stage is Stage.FINISHED, "the end of the run")
     assert server.wait().code == 0
     shutil.copyfile(device.a_photo(), device.inbox / "late.jpg")
-    seen = device.observer.wait(Prediction, lambda p: "late.jpg" in p.file, "what the finished model says")
+    seen = device.observer.wait(Prediction, lambda p: "late.jpg" in p.file, "a prediction of the final model")
     assert seen.device == DEVICE and seen.label in (*CLASSES, "unknown")
     assert sum(seen.probabilities.values()) == pytest.approx(1, abs=1e-4)
     assert daemon.running
     health = device.observer.wait(Health, lambda h: h.rounds_done > 5, "its health")
-    told = metrics_of(device.metrics)
-    assert told["fedfmsl_samples", "train"] == health.train
-    assert told["fedfmsl_samples", "skipped"] == 1
+    metrics = metrics_of(device.metrics)
+    assert metrics["fedfmsl_samples", "train"] == health.train
+    assert metrics["fedfmsl_samples", "skipped"] == 1
 
     daemon.end()
     assert daemon.wait().code == 128 + 15
-    device.observer.wait(DeviceStatus, lambda s: not s.online, "its leaving")
+    device.observer.wait(DeviceStatus, lambda s: not s.online, "its offline status")
     assert device.observer.wait(Health, lambda h: h.activity is Activity.STOPPED, "its last health")
     device.ask("status").assert_error(8, "the daemon has stopped")
     lines = [json.loads(line) for line in daemon.stdout.splitlines()]
@@ -114,13 +114,13 @@ def test_it_is_looked_over_asked_and_used(device: Device) -> None:
 
 
 def metrics_of(port: int) -> dict[tuple[str, str], float]:
-    """By name and first label."""
+    """Values by name and first label."""
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as response:
         families = text_string_to_metric_families(response.read().decode())
     return {(s.name, next(iter(s.labels.values()), "")): s.value for family in families for s in family.samples}
 
 
-def test_a_run_that_was_missed_leaves_a_model_of_the_last_round_all_the_same(device: Device) -> None:
+def test_a_killed_device_has_a_model_of_its_last_round(device: Device) -> None:
     device.federation.start_server("--stage1-rounds", "2", "--stage2-rounds", "1")
     daemon = device.start()
     device.observer.wait(Round, lambda r: r.stage is Stage.GLOBAL and r.index == 1, "a second round of stage 1")
@@ -131,11 +131,11 @@ def test_a_run_that_was_missed_leaves_a_model_of_the_last_round_all_the_same(dev
     )
     assert made.code == 0, made.stderr
     model = str(device.state / "personalized.onnx")
-    said = run_module("edge_runtime", "predict", "--model", model, str(device.a_photo()))
-    assert said.code == 0 and any(name in said.stdout for name in (*CLASSES, "unknown"))
+    predicted = run_module("edge_runtime", "predict", "--model", model, str(device.a_photo()))
+    assert predicted.code == 0 and any(name in predicted.stdout for name in (*CLASSES, "unknown"))
 
 
-def test_one_that_fetched_its_bundle_is_introduced_to_home_assistant_as_well(device: Device, broker: Broker) -> None:
+def test_a_device_with_a_downloaded_bundle_is_announced_to_home_assistant(device: Device, broker: Broker) -> None:
     text = device.config.read_text()
     device.config.write_text("".join(line for line in text.splitlines(True) if not line.startswith("bundle")))
     home = Link(broker.url, "home-assistant")
@@ -146,19 +146,24 @@ def test_one_that_fetched_its_bundle_is_introduced_to_home_assistant_as_well(dev
     )
     daemon = device.start()
     events = iter(lambda: home.next_event(SECONDS), None)
-    heard = (event for event in events if isinstance(event, Received))
-    introduced = next(event for event in heard if event.topic.startswith("homeassistant/"))  # amqtt sends others, too
+    messages = (event for event in events if isinstance(event, Received))
+    discovery = next(event for event in messages if event.topic.startswith("homeassistant/"))  # amqtt sends others, too
     home.close()
-    assert json.loads(introduced.payload)["device"]["name"] == DEVICE
+    assert json.loads(discovery.payload)["device"]["name"] == DEVICE
     device.observer.wait(Round, lambda r: r.stage is Stage.FINISHED, "the end of the run")
     assert daemon.running
 
 
-def test_nothing_is_kept_or_told_of_a_session_by_onnx_runtime(device: Device, tmp_path: Path) -> None:
+def test_onnx_runtime_writes_no_telemetry(device: Device, tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.mkdir()
-    code = "import sys; from edge_runtime.engines.sessions import open_session; from fedfmsl.protocol.bundle import Bundle; "
-    code += "from pathlib import Path; open_session(Bundle.load(Path(sys.argv[1])), 'gate-predict.onnx', 1)"
+    code = """\
+import sys
+from pathlib import Path
+from edge_runtime.engines.sessions import open_session
+from fedfmsl.protocol.bundle import Bundle
+open_session(Bundle.load(Path(sys.argv[1])), 'gate-predict.onnx', 1)
+"""
     environment = {**os.environ, "HOME": str(home)}
     environment.pop("ORT_DISABLE_TELEMETRY", None)
     command = [sys.executable, "-c", code, str(device.federation.bundle)]
@@ -168,7 +173,7 @@ def test_nothing_is_kept_or_told_of_a_session_by_onnx_runtime(device: Device, tm
 
 @pytest.fixture(scope="module")
 def announced_run(broker: Broker, bundle: Path) -> None:
-    """A run that has a server, for all that `check` can see: without one it waits ten seconds for it."""
+    """The retained status of a server: without one, `check` waits for ten seconds."""
     status = ServerStatus(online=True, run=ANNOUNCED, session="s", bundle=Bundle.load(bundle).sha256)
     link = Link(broker.url, "announcing-server")
     link.connect()
@@ -200,4 +205,4 @@ def test_check_names_what_is_wrong_and_continues(
     assert ended.code == code, ended.stdout
     for part in parts:
         assert part in ended.stdout
-    assert "governor" in ended.stdout  # the last but one, whatever was wrong before
+    assert "governor" in ended.stdout  # a later check, which runs although an earlier one failed

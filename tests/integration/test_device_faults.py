@@ -1,5 +1,5 @@
-"""What may befall a device and its broker in a month: a twin, a full disk, a broker that forgets, an answer that is
-lost."""
+"""Faults of a device and its broker: a second device with the same identity, a full disk, a broker without its
+messages, a lost acknowledgement."""
 
 from __future__ import annotations
 
@@ -42,30 +42,30 @@ DISK_BYTES = 4 << 20
 
 
 def accepted(observer: Observer) -> Counter[tuple[str, int]]:
-    """How often an update of a device's for a round was counted."""
+    """How often an update was accepted, by device and round."""
     acks = (message for message in observer.seen if isinstance(message, Ack))
     return Counter((ack.device, ack.round) for ack in acks if ack.verdict is Verdict.ACCEPTED)
 
 
 @pytest.mark.parametrize("copied", [False, True], ids=["the same --device", "a copied state folder"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_of_two_devices_with_one_identity_the_older_leaves_and_the_run_goes_on(
+def test_of_two_devices_with_one_identity_the_older_exits_and_the_run_continues(
     kind: str, copied: bool, bundle: Path, photos: dict[str, Path], tmp_path: Path
 ) -> None:
     with Processes(tmp_path / "logs") as processes:
         broker = processes.start_broker(kind)
-        with Observer(broker, "twins") as observer:
-            federation = Federation("twins", broker, bundle, photos, tmp_path, processes)
+        with Observer(broker, "duplicate") as observer:
+            federation = Federation("duplicate", broker, bundle, photos, tmp_path, processes)
             start_all(federation)
             hold_in_mid_round(federation, observer)
-            state = tmp_path / "twin"
+            state = tmp_path / "duplicate"
             if copied:
                 shutil.copytree(federation.state(FIRST), state)
             older = federation.devices.pop(FIRST)
             federation.devices[FIRST] = processes.start_module(
-                "twin",
+                "duplicate",
                 "edge_runtime",
-                *("run", "--run", "twins", "--images", str(photos[FIRST]), "--bundle", str(bundle)),
+                *("run", "--run", "duplicate", "--images", str(photos[FIRST]), "--bundle", str(bundle)),
                 *("--broker", broker.url, "--state", str(state), "--threads", "1"),
                 *([] if copied else ["--device", FIRST]),
             )
@@ -75,12 +75,14 @@ def test_of_two_devices_with_one_identity_the_older_leaves_and_the_run_goes_on(
             finished_rounds(federation, observer)
             instances = [m.instance for m in observer.seen if isinstance(m, DeviceStatus) and m.device == FIRST]
             assert len(set(instances)) == 2
-            assert instances == sorted(instances, key=instances.index)  # neither shows itself again after the other
+            assert instances == sorted(
+                instances, key=instances.index
+            )  # the older one publishes no status after the newer one's first
             assert set(accepted(observer).values()) == {1}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_broker_that_was_killed_in_mid_round_and_has_forgotten_everything_costs_nothing(
+def test_a_broker_that_restarts_in_a_round_without_its_messages_costs_no_update(
     kind: str, bundle: Path, photos: dict[str, Path], tmp_path: Path
 ) -> None:
     with Processes(tmp_path / "logs") as processes:
@@ -102,14 +104,14 @@ def test_a_broker_that_was_killed_in_mid_round_and_has_forgotten_everything_cost
 
 
 def start_again(processes: Processes, broker: Broker) -> None:
-    """The broker, on the same port, with nothing of what it knew."""
+    """Kills the broker and starts it on the same port, without its retained messages and sessions."""
     port = broker.url.rpartition(":")[2]
     processes.started[f"broker-{broker.kind}"].kill()
     processes.start("broker-again", *broker_command(broker.kind, int(port)))
     wait_until(lambda: answers(int(port)), "the broker's return")
 
 
-def test_a_device_whose_disk_is_full_waits_for_room_and_finishes_the_run(
+def test_a_device_with_a_full_disk_waits_and_finishes_the_run(
     broker: Broker, bundle: Path, photos: dict[str, Path], tmp_path: Path
 ) -> None:
     disk = PrivateDisk(tmp_path / "devices" / FIRST, DISK_BYTES)
@@ -127,18 +129,18 @@ def test_a_device_whose_disk_is_full_waits_for_room_and_finishes_the_run(
         disk.fill()
         federation.devices[HOLDER].resume()
 
-        def waits_for_room() -> bool:
+        def reports_full_disk() -> bool:
             disk.fill()
             return "retrying until there is free space" in device.stdout
 
-        wait_until(waits_for_room, "the device to mention its full disk")
+        wait_until(reports_full_disk, "the device to mention its full disk")
         disk.empty()
         rounds = finished_rounds(federation, observer)
         assert rounds[-1]["round"]["round"] > begun.round
         assert set(accepted(observer).values()) == {1}
 
 
-def test_a_model_for_which_there_is_no_room_is_refused_in_one_line(tmp_path: Path) -> None:
+def test_a_model_that_does_not_fit_on_the_disk_is_one_line_of_error(tmp_path: Path) -> None:
     disk = PrivateDisk(tmp_path / "disk", DISK_BYTES)
     program = "from fedfmsl.common.cli import application\napp = application('')\n@app.command()\ndef main() -> None:\n"
     program += "    from fedfmsl.common.files import write_atomically\n    from pathlib import Path\n"
@@ -150,7 +152,7 @@ def test_a_model_for_which_there_is_no_room_is_refused_in_one_line(tmp_path: Pat
     assert done.stderr.startswith("error: no room on the disk (") and len(done.stderr.splitlines()) == 1
 
 
-def test_a_state_folder_that_is_read_only_is_refused_before_anything_else(tmp_path: Path) -> None:
+def test_a_read_only_state_folder_is_refused_at_once(tmp_path: Path) -> None:
     disk = PrivateDisk(tmp_path / "disk", DISK_BYTES, "ro")
     command = ("-m", "edge_runtime", "run", "--run", "r", "--images", str(tmp_path), "--state", str(disk.folder))
     done = subprocess.run(
@@ -167,12 +169,12 @@ def photos_of_one(tmp_path: Path) -> Path:
     return write_photos(tmp_path / "photos", per_class=3)
 
 
-def test_an_update_that_nobody_answers_is_sent_again_until_somebody_does(
+def test_an_update_without_an_acknowledgement_is_sent_again_until_there_is_one(
     broker: Broker, vit: Built, photos_of_one: Path, tmp_path: Path
 ) -> None:
     daemon = make_daemon(vit, photos_of_one, tmp_path / "state", "unheard", broker.url, timing=SOON)
     device = daemon.device
-    server, topics = Link(broker.url, "a-server-that-overhears"), Topics(RUN)
+    server, topics = Link(broker.url, "server"), Topics(RUN)
     server.connect()
     server.subscribe(topics.update_chunk(device.name, "+", "+"))
     status = ServerStatus(online=True, run=RUN, session="s", bundle=vit.bundle.sha256)
@@ -193,10 +195,10 @@ def test_an_update_that_nobody_answers_is_sent_again_until_somebody_does(
     serving.start()
     try:
         updates = whole_updates(server, topics)
-        assert len({next(updates) for _ in range(3)}) == 1  # the same bytes each time
+        assert len({next(updates) for _ in range(3)}) == 1  # identical bytes each time
         ack = Ack(run=RUN, session="s", round=1, device=device.device_name, verdict=Verdict.DUPLICATE)
         server.publish(topics.ack(device.device_name), encode(ack))
-        wait_until(lambda: device.store.outbox.acknowledged == 1, "the device to hear")
+        wait_until(lambda: device.store.outbox.acknowledged == 1, "the device to store the acknowledgement")
     finally:
         finished = task.model_copy(update={"round": 2, "stage": Stage.FINISHED})
         server.publish(topics.round, encode(finished), retain=True)

@@ -1,4 +1,4 @@
-"""SIGKILL in the middle of stage 2, and the same device started again."""
+"""A daemon that is killed in the middle of stage 2 and started again."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ NEVER_SECONDS = 90
 
 
 class LocalExpert(BaseModel):
-    """What a device's local expert says of itself: its last round of stage 2, and how many it has gone through."""
+    """The header of the local expert: its last round of stage 2, and its number of rounds."""
 
     round: int
     seen: int
 
 
 def local_expert(federation: Federation) -> LocalExpert:
-    """The victim's, as it lies on disk."""
+    """The header of the victim's local expert on disk."""
     header, tensors = unpack((federation.state(VICTIM) / "personal").read_bytes(), LocalExpert)
     assert set(tensors) == {"theta", "best"}
     return header
@@ -41,14 +41,14 @@ def wait_for_update(observer: Observer, device: str, number: int) -> Ack:
 
 
 def kill_in_mid_round(federation: Federation, observer: Observer) -> Round:
-    """SIGKILL for the victim, which has a local expert, in a round of stage 2 that it has begun but not finished."""
+    """Kills the victim, which has a local expert, in a round of stage 2 that it has begun and not finished."""
     victim = federation.devices[VICTIM]
     before = observer.wait(Round, lambda r: r.stage is Stage.PERSONAL, "stage 2")
     while before.index < STAGE2 - 2:
         wait_for_update(observer, VICTIM, before.round)
         victim.pause()
         begun = wait_for_round(observer, before.round + 1)
-        if local_expert(federation).round == before.index:  # else it was quicker than the pause: try again
+        if local_expert(federation).round == before.index:  # otherwise it finished before the pause
             victim.kill()
             return begun
         victim.resume()
@@ -65,7 +65,7 @@ def start_all(federation: Federation, round_timeout: int) -> None:
 
 
 def start_again(federation: Federation, observer: Observer) -> DeviceStatus:
-    """The victim with nothing but its state folder; its status once it is back."""
+    """Starts the victim with its state folder. Returns its first status."""
     observer.wait(DeviceStatus, lambda s: s.device == VICTIM and not s.online, "the victim's last will")
     since = len(observer.seen)
     federation.start_device(VICTIM, "--bundle", str(federation.bundle), again=True)
@@ -73,22 +73,22 @@ def start_again(federation: Federation, observer: Observer) -> DeviceStatus:
 
 
 def finished_rounds(federation: Federation, observer: Observer) -> list[dict[str, Any]]:
-    """The log of a run in which everybody has left with exit code 0."""
+    """The records of a run after every process has exited with 0."""
     observer.wait(Round, lambda r: r.stage is Stage.FINISHED, "the end")
     server = federation.processes.started["server"]
     assert {process.wait().code for process in (server, *federation.devices.values())} == {0}
     return federation.rounds()
 
 
-def assert_the_local_expert_has_lived_on(federation: Federation, rounds: list[dict[str, Any]]) -> None:
-    """It has gone through as many rounds as the server got updates of stage 2: it did not start over."""
+def assert_the_local_expert_was_kept(federation: Federation, rounds: list[dict[str, Any]]) -> None:
+    """Its number of rounds is that of the server's updates of stage 2: it was not initialized again."""
     stages = Counter(line["round"]["stage"] for line in rounds if VICTIM in line["updates"])
     assert local_expert(federation).seen == stages["personal"]
     assert stages["evaluate"] == 1
     assert (federation.state(VICTIM) / "personalized.onnx").is_file()
 
 
-def test_a_round_ends_at_its_deadline_without_a_killed_daemon_which_then_rejoins(
+def test_a_round_closes_at_its_deadline_without_a_killed_daemon_which_rejoins_later(
     broker: Broker, bundle: Path, photos: dict[str, Path], tmp_path: Path
 ) -> None:
     with Processes(tmp_path / "logs") as processes, Observer(broker, "late") as observer:
@@ -116,13 +116,13 @@ def test_a_round_ends_at_its_deadline_without_a_killed_daemon_which_then_rejoins
         assert sorted(shortened["updates"]) == [HOLDER, OTHER]
         assert DEADLINE_SECONDS <= shortened["seconds"] < DEADLINE_SECONDS + 3
         assert VICTIM in rounds[-1]["updates"]
-        assert_the_local_expert_has_lived_on(federation, rounds)
+        assert_the_local_expert_was_kept(federation, rounds)
         notes = (federation.server_folder / "notes.log").read_text()
         assert f"round {begun.round} closed without {VICTIM}" in notes
         assert f"{VICTIM} is offline" in notes
 
 
-def test_a_daemon_killed_and_started_again_within_a_round_is_not_missed(
+def test_a_daemon_that_restarts_within_a_round_still_contributes_to_it(
     broker: Broker, bundle: Path, photos: dict[str, Path], tmp_path: Path
 ) -> None:
     with Processes(tmp_path / "logs") as processes, Observer(broker, "soon") as observer:
@@ -136,4 +136,4 @@ def test_a_daemon_killed_and_started_again_within_a_round_is_not_missed(
         rounds = finished_rounds(federation, observer)
         assert not any(line["missing"] or line["repeated"] for line in rounds)
         assert all(sorted(line["updates"]) == sorted(photos) for line in rounds)
-        assert_the_local_expert_has_lived_on(federation, rounds)
+        assert_the_local_expert_was_kept(federation, rounds)

@@ -1,4 +1,4 @@
-"""A device with a memory budget, in a process that the kernel gives no more."""
+"""A device with a memory budget, in a process whose memory the kernel limits."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ LEVELS = 6
 SHAPE = {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768, "patch_size": 2}
 MB = 10**6
 BUDGET = 180 * MB
-UNTOUCHED = 64 * MB  # that allocators reserve and never use: some processors' products want more of it than others'
+UNTOUCHED = 64 * MB  # reserved by allocators and never used; how much depends on the processor
 
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """So wide, 257 tokens of 192 values, that it matters how many images are trained on at once."""
+    """257 tokens of 192 values: the memory of a training step depends on the micro-batch."""
     weights = write_vit(tmp_path_factory.mktemp("weights"), num_hidden_layers=LEVELS, **SHAPE)
     return build(weights, tmp_path_factory.mktemp("bundles") / "wide").bundle
 
 
 def test_a_run_stays_within_its_budget(wide: Bundle, broker: Broker, tmp_path: Path) -> None:
-    """The kernel's limit is on a process's data, which is all but what it maps of files. Unlike the budget it counts
-    memory that is never touched, and leaves out the code of libraries (some 45 MB). What was touched at most is what
-    the device reports, at the end."""
+    """The kernel limits the data of a process, which is everything but mapped files. Unlike the budget, it counts
+    memory that is allocated and never used, and does not count the code of libraries (some 45 MB). The device reports
+    its peak memory, which the test compares with the budget."""
     photos = tmp_path / "photos"
     write_device_photos(photos, dict.fromkeys(CLASSES, 8), seed=0)
     with Processes(tmp_path / "logs") as processes:
@@ -49,7 +49,7 @@ def test_a_run_stays_within_its_budget(wide: Bundle, broker: Broker, tmp_path: P
                 *(sys.executable, "-m", "edge_runtime", "run", "--run", "bounded", "--device", "device-0"),
                 *("--images", str(photos), "--bundle", str(wide.root), "--broker", broker.url),
                 *("--state", str(federation.state("device-0")), "--threads", "1", "--memory", f"{BUDGET // MB}MB"),
-                environment={"OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"},  # so less of it is never touched
+                environment={"OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"},  # reserves less
             )
             observer.wait(Round, lambda r: r.stage is Stage.FINISHED, "the end of the run")
             assert device.wait().code == server.wait().code == 0

@@ -1,4 +1,4 @@
-"""A daemon whose owner does not always let it train: the run goes on meanwhile, and it goes on with the run."""
+"""A daemon that pauses at a limit of its owner: the run continues without it, and it rejoins the run later."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ ROUNDS = (
     "2",
     "--round-timeout",
     "5",
-)  # which one that pauses when asked costs
+)  # a device that pauses during a round costs one timeout
 
 
 @dataclass
 class Heat:
-    """What a thermometer says."""
+    """A thermometer that the test sets."""
 
     temperature: float
 
@@ -36,11 +36,11 @@ class Heat:
 
 
 def is_counted(ack: Ack) -> bool:
-    """Not late, as the update may be for the round in whose middle it goes on."""
+    """Whether the server accepted an update of the paused device. It refuses those of earlier rounds as late."""
     return ack.device == GOVERNED and ack.verdict is Verdict.ACCEPTED
 
 
-def test_rounds_go_on_without_a_device_that_is_too_hot_and_it_joins_the_newest_when_it_has_cooled(
+def test_a_hot_device_pauses_the_run_continues_and_the_cool_device_rejoins(
     vit: Built, broker: Broker, photos: dict[str, Path], tmp_path: Path
 ) -> None:
     heat = Heat(90.0)
@@ -70,7 +70,7 @@ def test_rounds_go_on_without_a_device_that_is_too_hot_and_it_joins_the_newest_w
 
         begun = observer.catch_up()
         heat.temperature = 50.0
-        observer.wait(DeviceStatus, lambda s: s.device == GOVERNED and not s.paused, "it goes on", begun)
+        observer.wait(DeviceStatus, lambda s: s.device == GOVERNED and not s.paused, "the end of its pause", begun)
         counted = observer.wait(Ack, is_counted, "an update of its own that counts", begun)
         assert counted.round > 3
 
@@ -87,7 +87,7 @@ def test_rounds_go_on_without_a_device_that_is_too_hot_and_it_joins_the_newest_w
         assert not serving.is_alive()
         assert server.wait().code == 0
     rounds = federation.rounds()
-    assert not any(line["missing"] for line in rounds[:3]), "it was waited for"
+    assert not any(line["missing"] for line in rounds[:3]), "a round waited for a paused device"
     took_part = [GOVERNED in line["updates"] for line in rounds]
     assert not any(took_part[:3]) and any(took_part)
     assert daemon.device.store.mixture.is_file()

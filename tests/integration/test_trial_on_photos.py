@@ -1,4 +1,4 @@
-"""python -m devices.trial on one's own photos and model, as a user would type it."""
+"""python -m devices.trial on a user's own photos and model."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def report(folder: Path) -> dict[str, Any]:
     return read
 
 
-def test_the_report_has_every_name_that_others_read(report: dict[str, Any]) -> None:
+def test_the_report_has_every_documented_key(report: dict[str, Any]) -> None:
     assert set(report) >= REPORT
     assert set(report["rounds"]) == {"stage1", "stage2"}
     assert set(report["seconds"]) >= {"export", "features", "stage1", "stage2", "total"}
@@ -64,7 +64,7 @@ def test_the_report_has_every_name_that_others_read(report: dict[str, Any]) -> N
 
 
 @pytest.mark.ort_training
-def test_the_report_says_what_was_run(report: dict[str, Any], folder: Path) -> None:
+def test_the_report_has_the_settings_of_the_run(report: dict[str, Any], folder: Path) -> None:
     manifest = Bundle.load(folder / "bundle").manifest
     assert (report["seed"], report["alpha"], report["model"]) == (0, 5.0, "tiny-vit")
     assert report["rounds"] == {"stage1": STAGE1, "stage2": STAGE2}
@@ -89,7 +89,7 @@ def test_stages_and_bytes_and_memory_are_measured(report: dict[str, Any]) -> Non
     assert report["bytes_down_per_device_round"] > 0
 
 
-def test_the_folder_holds_the_pictures_the_adapter_and_every_personalized_model(folder: Path) -> None:
+def test_the_folder_holds_the_report_the_adapter_and_every_personalized_model(folder: Path) -> None:
     assert "<html" in (folder / "report.html").read_text().lower()
     assert (folder / "global_expert" / "adapter_model.safetensors").is_file()
     for name in NAMES:
@@ -114,10 +114,10 @@ def test_every_process_of_the_trial_has_a_log_without_a_traceback(folder: Path) 
     assert [name for name, text in logs.items() if "Traceback" in text] == []
 
 
-def test_what_is_not_a_trial_is_not_overwritten(directory: Path, vit_folder: Path, folder: Path) -> None:
+def test_a_folder_that_is_not_a_trial_is_not_overwritten(directory: Path, vit_folder: Path, folder: Path) -> None:
     mine = directory / "runs" / "mine"
     mine.mkdir()
-    (mine / "thesis.txt").write_text("do not lose me")
+    (mine / "thesis.txt").write_text("not a trial")
     options = ("--images", str(directory / "photos"), "--model", str(vit_folder), "--name", "mine")
     run_module("devices.trial", *options, cwd=directory).assert_error(2, "runs/mine", "choose another --name")
     assert (mine / "thesis.txt").is_file()

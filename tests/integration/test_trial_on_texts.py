@@ -1,4 +1,4 @@
-"""A trial on one's own texts: from a folder of .txt files to the personalized model and the adapter."""
+"""A trial on a user's own texts: from a folder of .txt files to the personalized model and the adapter."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def results(folder: Path, device: int) -> dict[str, list[float]]:
     return found
 
 
-def test_the_report_speaks_of_texts(folder: Path) -> None:
+def test_the_report_names_texts(folder: Path) -> None:
     report = json.loads((folder / "report.json").read_text())
     assert report["samples"] == "texts"
     assert sum(report["test_images"].values()) == 24
@@ -101,7 +101,7 @@ def session(bundle: Bundle, name: str) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(str(bundle.path(name)), providers=["CPUExecutionProvider"])
 
 
-def test_predict_names_what_is_no_text(folder: Path, tmp_path: Path) -> None:
+def test_predict_names_an_unreadable_text(folder: Path, tmp_path: Path) -> None:
     model = str(folder / "devices/device-0/personalized.onnx")
     (tmp_path / "empty.txt").touch()
     photos = write_photos(tmp_path / "photos", 1)
@@ -109,7 +109,7 @@ def test_predict_names_what_is_no_text(folder: Path, tmp_path: Path) -> None:
         run_module("edge_runtime", "predict", "--model", model, str(argument)).assert_error(INPUT, message)
 
 
-def test_a_trial_of_the_wrong_kind_says_so_before_it_starts(tmp_path: Path, vit_folder: Path) -> None:
+def test_a_model_of_the_wrong_kind_is_an_error_before_the_run_starts(tmp_path: Path, vit_folder: Path) -> None:
     texts = write_texts(tmp_path / "texts")
     ended = trial(tmp_path, "--images", str(texts), "--model", str(vit_folder), "--alpha", "5")
     ended.assert_error(INPUT, "holds texts, but model tiny-vit takes images", "choose another --model")

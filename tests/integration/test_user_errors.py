@@ -1,4 +1,4 @@
-"""Whatever a user gets wrong ends in one line that names the thing and says what to do, and in its own exit code."""
+"""A user error is one line that names the value and the remedy, and an exit code per kind of error."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ CONFIG, INPUT, BUNDLE, WEIGHTS, BROKER, RUN = 2, 3, 4, 5, 6, 8
 
 @dataclass(frozen=True)
 class World:
-    """What is right, for the tests to get one thing of it wrong; `scratch` is theirs, and where commands run."""
+    """Valid options, of which each test replaces one with an invalid one. Commands run in `scratch`."""
 
     broker: Broker
     bundle: Path
     backbone: Path
     photos: Path
-    taken: int  # a port that somebody else listens on
-    free: int  # a port that nobody listens on
+    taken: int  # a port that another process listens on
+    free: int  # a port that no process listens on
     scratch: Path
 
     def device(self, **replaced: str | Path) -> list[str]:
@@ -110,7 +110,7 @@ def world(broker: Broker, bundle: Path, vit_folder: Path, photos: dict[str, Path
 
 @pytest.fixture(scope="module")
 def personalized(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A personalized model of experts that have learned nothing."""
+    """A personalized model of untrained experts."""
     opened, store = Bundle.load(bundle), DeviceStore(tmp_path_factory.mktemp("state"))
     expert, gate = opened.initial()
     theta, nothing = expert[: opened.expert.size(1)], np.zeros(len(CLASSES), np.float32)
@@ -137,7 +137,7 @@ class Wrong:
     what: str
     command: Callable[[World], list[str]]
     code: int
-    says: tuple[str, ...]
+    parts: tuple[str, ...]  # of the error line
 
 
 CASES = [
@@ -154,19 +154,19 @@ CASES = [
         ("no MQTT broker at 127.0.0.1:", "start one or give another --broker"),
     ),
     Wrong(
-        "a broker's name that nobody knows",
+        "a broker's name that does not resolve",
         lambda w: w.device(broker="mqtts://broker.invalid"),
         BROKER,
         ("no MQTT broker at broker.invalid:8883", "--broker"),
     ),
     *(
         Wrong(
-            f"an unencrypted way to another machine, at {room}",
+            f"an unencrypted way to another machine, at {package}",
             command,
             CONFIG,
             ("192.0.2.1", "would travel unencrypted", "--identity", "--insecure"),
         )
-        for room, command in (
+        for package, command in (
             ("a device", lambda w: w.device(broker="ws://192.0.2.1")),
             ("the server", lambda w: w.server(broker="mqtt://192.0.2.1")),
             ("its bundle", lambda w: w.server(serve="192.0.2.1:8000")),
@@ -231,9 +231,9 @@ CASES = [
         ("nothing", "python -m export.build"),
     ),
     *(
-        Wrong(f"a run's name {name!r} at {room}", command, CONFIG, (repr(name), "letters, digits"))
+        Wrong(f"a run's name {name!r} at {package}", command, CONFIG, (repr(name), "letters, digits"))
         for name in ("a/b", "+", "")
-        for room, command in (
+        for package, command in (
             ("a device", lambda w, name=name: w.device(run=name)),
             ("the server", lambda w, name=name: w.server(run=name)),
             ("a trial", lambda w, name=name: w.trial(name=name)),
@@ -266,8 +266,8 @@ CASES = [
         )
     ),
     *(
-        Wrong(f"an engine that is not installed, at {room}", command, CONFIG, (option, "pip install"))
-        for room, option, command in (
+        Wrong(f"an engine that is not installed, at {package}", command, CONFIG, (option, "pip install"))
+        for package, option, command in (
             ("a device", "--engine ort-training", lambda w: w.device(engine="ort-training")),
             ("a trial", "--engine ort-training", lambda w: w.trial(engine="ort-training")),
             ("the export", "--ort-training", lambda w: ["export.build", "--model", "vit-b16", "--ort-training"]),
@@ -350,11 +350,11 @@ CASES = [
 
 
 @pytest.mark.parametrize("wrong", CASES, ids=lambda wrong: wrong.what)
-def test_one_line_says_what_is_wrong_and_what_to_do(world: World, wrong: Wrong) -> None:
-    run_module(*wrong.command(world), cwd=world.scratch).assert_error(wrong.code, *wrong.says)
+def test_an_invalid_option_is_one_line_of_error(world: World, wrong: Wrong) -> None:
+    run_module(*wrong.command(world), cwd=world.scratch).assert_error(wrong.code, *wrong.parts)
 
 
-def test_predict_names_a_file_that_is_no_image(world: World, personalized: Path) -> None:
+def test_predict_names_a_file_that_is_not_an_image(world: World, personalized: Path) -> None:
     ended = run_module(*world.predict(personalized, world.text_file()))
     ended.assert_error(INPUT, "notes.jpg is not a readable image")
 
@@ -363,14 +363,14 @@ def test_predict_names_a_folder_without_images(world: World, personalized: Path)
     run_module(*world.predict(personalized, world.folder("empty"))).assert_error(INPUT, "no images in", "empty")
 
 
-def test_an_unknown_model_is_answered_with_the_known_ones(world: World) -> None:
+def test_an_unknown_model_is_an_error_with_the_known_ones(world: World) -> None:
     from export.families import MODELS
 
     ended = run_module("export.build", "--model", "nope", cwd=world.scratch)
     ended.assert_error(CONFIG, "'nope'", *MODELS, "transformers folder")
 
 
-def test_without_the_hub_export_says_how_to_do_without_it(world: World) -> None:
+def test_without_the_hub_the_error_names_the_alternatives(world: World) -> None:
     # offline, because the hub's client tries an unreachable address for half a minute
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(world.scratch)}
     ended = run_module("export.build", "--model", "vit-b16", cwd=world.scratch, environment=offline)

@@ -35,7 +35,7 @@ ACCURACIES = ("start", "global", "global_prior", "local_expert", "local_only", "
 
 @dataclass(frozen=True)
 class Finished:
-    """What a whole run has left behind."""
+    """The results of a whole run."""
 
     federation: Federation
     broker: str
@@ -58,7 +58,7 @@ Runner = Callable[[str], Finished]
 
 @pytest.fixture(scope="module")
 def whole_run(bundle: Path, photos: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
-    """Runs the same run on a broker of some kind, once for each."""
+    """Runs the same run once per kind of broker."""
     mine = tmp_path_factory.mktemp("photos")
     torn = shutil.copytree(photos["device-1"], mine / "device-1")
     (torn / CORRUPT).write_bytes((torn / "train" / "lemon" / "00.jpg").read_bytes()[:300])
@@ -103,22 +103,22 @@ def run(whole_run: Runner) -> Finished:
 
 @pytest.fixture(scope="module")
 def repeated(whole_run: Runner) -> Finished:
-    """The same run once more, on the other broker if there is one."""
+    """The same run a second time, on mosquitto if it is installed."""
     return whole_run("mosquitto" if find_tool("mosquitto") else "amqtt-again")
 
 
-def test_every_process_ends_well(run: Finished) -> None:
+def test_every_process_exits_with_0(run: Finished) -> None:
     assert run.codes == dict.fromkeys((*DEVICES, "server"), 0)
 
 
 @pytest.mark.needs("mosquitto")
-def test_a_real_mosquitto_carries_the_run_as_well(repeated: Finished) -> None:
+def test_the_run_also_works_on_mosquitto(repeated: Finished) -> None:
     assert repeated.broker == "mosquitto"
     assert repeated.codes == dict.fromkeys((*DEVICES, "server"), 0)
     assert not any(line["missing"] for line in repeated.rounds)
 
 
-def test_the_log_holds_every_round_with_every_device(run: Finished) -> None:
+def test_the_records_hold_every_round_with_every_device(run: Finished) -> None:
     expected = [("statistics", 0)]
     expected += [("global", index) for index in range(STAGE1)]
     expected += [("personal", index) for index in range(STAGE2)]
@@ -138,7 +138,7 @@ def test_levels_grow_from_one_and_never_shrink(run: Finished) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_device_reports_every_accuracy_and_stays_small(run: Finished, device: str) -> None:
+def test_a_device_reports_every_accuracy_and_little_memory(run: Finished, device: str) -> None:
     update = run.rounds[-1]["updates"][device]
     assert {name: update["metrics"][name] for name in ACCURACIES if not 0 <= update["metrics"][name] <= 1} == {}
     assert 0 <= update["metrics"]["mean_local_weight"] <= 1
@@ -150,8 +150,8 @@ def test_the_federation_learns_the_colours(run: Finished) -> None:
     assert np.mean([update["metrics"]["mofm"] for update in updates]) > 0.8  # chance is under 0.5
 
 
-def test_no_more_than_the_contract_leaves_a_device(run: Finished) -> None:
-    """Gate adapters in stage 2; the local expert stays, the evaluation sends numbers only."""
+def test_a_device_sends_only_what_the_protocol_names(run: Finished) -> None:
+    """Gate adapters in stage 2, numbers in the evaluation. The local expert is not sent."""
     gate = Bundle.load(run.federation.bundle).gate
     for line in run.rounds:
         if line["round"]["stage"] == "personal":
@@ -172,7 +172,7 @@ def test_the_adapter_is_the_announced_global_expert(run: Finished) -> None:
     np.testing.assert_array_equal(bundle.expert.join(tensors), announced_expert(run))
 
 
-def test_the_adapters_logits_in_torch_are_the_global_experts(run: Finished, vit_folder: Path) -> None:
+def test_the_adapter_in_torch_gives_the_logits_of_the_global_expert(run: Finished, vit_folder: Path) -> None:
     import torch
     from peft import PeftModel
     from transformers import AutoModelForImageClassification
@@ -210,7 +210,7 @@ def results(run: Finished, device: str) -> dict[str, list[float]]:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_personalized_model_gives_the_daemons_own_probabilities(run: Finished, device: str, tmp_path: Path) -> None:
+def test_a_personalized_model_gives_the_probabilities_of_the_daemon(run: Finished, device: str, tmp_path: Path) -> None:
     alone = shutil.copy(run.federation.state(device) / "personalized.onnx", tmp_path)  # it needs no other file
     model, preprocessing = session(Path(alone)), Bundle.load(run.federation.bundle).manifest.preprocessing
     own = results(run, device)
@@ -245,13 +245,13 @@ def test_predict_prints_json_for_a_folder(run: Finished) -> None:
         np.testing.assert_allclose(list(probabilities.values()), own[file], atol=1e-4, rtol=0)
 
 
-def test_a_corrupt_photo_is_set_aside_and_named(run: Finished) -> None:
+def test_a_corrupt_photo_is_skipped_and_named(run: Finished) -> None:
     torn = run.federation.photos["device-1"] / CORRUPT
     assert f"skipped: {torn}: not a readable image" in run.process("device-1").stdout
     assert run.codes["device-1"] == 0
 
 
-def test_a_device_without_a_bundle_has_fetched_the_runs(run: Finished) -> None:
+def test_a_device_without_a_bundle_downloads_it(run: Finished) -> None:
     sha256 = Bundle.load(run.federation.bundle).sha256
     fetched = Bundle.load(run.federation.state(WITHOUT_BUNDLE) / "bundles" / sha256)
     fetched.verify()
@@ -260,7 +260,7 @@ def test_a_device_without_a_bundle_has_fetched_the_runs(run: Finished) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_daemon_imports_no_torch_and_no_onnx_in_all_its_life(run: Finished, device: str) -> None:
+def test_a_daemon_never_imports_torch_or_onnx(run: Finished, device: str) -> None:
     lines = [line for line in run.process(device).stderr.splitlines() if line.startswith("import time:")]
     imported = {line.rpartition("|")[2].strip().split(".")[0] for line in lines}
     assert "onnxruntime" in imported  # the list is not empty
@@ -275,7 +275,7 @@ def test_a_running_daemon_has_no_library_of_torch_or_onnx_in_memory(run: Finishe
 
 
 def comparable(line: dict[str, Any]) -> dict[str, Any]:
-    """A round without its session's random name, and what time and bytes have written into it."""
+    """A round without its session, seconds and bytes, which differ from run to run."""
     kept = {key: value for key, value in line.items() if key not in ("seconds", "bytes_up")}
     kept["round"] = {key: value for key, value in line["round"].items() if key not in ("session",)}
     volatile = ("session", "seconds", "peak_rss_mb", "bytes_down")
@@ -299,7 +299,7 @@ def test_the_same_seed_gives_the_same_adapter(run: Finished, repeated: Finished)
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_same_seed_gives_the_same_personalized_model(run: Finished, repeated: Finished, device: str) -> None:
-    """But for the session, which is made anew for each run, in its metadata."""
+    """Except for the session in its metadata, which is random."""
     models = [onnx.load(str(r.federation.state(device) / "personalized.onnx")) for r in (run, repeated)]
     sessions = set()
     for model in models:

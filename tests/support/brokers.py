@@ -1,4 +1,4 @@
-"""Real brokers that can be killed and started again on the port they had."""
+"""Real brokers that can be killed and started again on the same port."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ KINDS = ("amqtt", "mosquitto")
 
 
 class RestartableBroker:
-    """A broker of a kind, which stands wherever a `processes.Broker` may.
+    """A broker that can be used as a `processes.Broker`.
 
-    A persistent mosquitto keeps sessions, queued and retained messages over a restart: all of them after `stop`; after
-    `kill` what was there when it last saved, which it does after every `autosave` changes. amqtt keeps nothing.
+    A persistent mosquitto keeps sessions, queued and retained messages over a restart: all of them after `stop`, and
+    after `kill` those of its last save, which happens after every `autosave` changes. amqtt keeps nothing.
     """
 
     def __init__(
@@ -40,13 +40,13 @@ class RestartableBroker:
                 lines += ["persistence true", f"persistence_location {settings}/"]
                 lines += ["autosave_on_changes true", f"autosave_interval {autosave}"]
             if os.geteuid() == 0:
-                lines += ["user root"]  # or it would give up its rights, and with them this folder
+                lines += ["user root"]  # mosquitto would change to another user, which may not write here
             (settings / "mosquitto.conf").write_text("\n".join(lines) + "\n")
             self._command = [require_tool("mosquitto"), "-c", str(settings / "mosquitto.conf")]
         self.start()
 
     def start(self) -> None:
-        """Until it answers."""
+        """Returns when it accepts connections."""
         self._starts += 1
         process = self._processes.start(f"broker-{self.kind}-{self._starts}", *self._command)
         wait_until(lambda: answers(self.port) or not process.running, f"{self.kind} on port {self.port}")
@@ -58,7 +58,7 @@ class RestartableBroker:
         self._process.kill()
 
     def stop(self) -> None:
-        """SIGTERM, and what it does then."""
+        """SIGTERM, and waits for the exit."""
         self._process.end()
 
     def pause(self) -> None:
@@ -69,10 +69,10 @@ class RestartableBroker:
 
 
 def versions() -> str:
-    """Of both kinds, for the table."""
-    said = ""
+    """Versions of both kinds, for the table."""
+    text = ""
     mosquitto = find_tool("mosquitto")
     if mosquitto:
-        said = subprocess.run([mosquitto, "-h"], capture_output=True, text=True, check=False).stdout
-    found = re.search(r"mosquitto version (\S+)", said)
+        text = subprocess.run([mosquitto, "-h"], capture_output=True, text=True, check=False).stdout
+    found = re.search(r"mosquitto version (\S+)", text)
     return f"mosquitto {found[1] if found else 'not installed'}, amqtt {version('amqtt')}"

@@ -1,4 +1,4 @@
-"""The fault table: what every fault test found out, and docs/reliability.md with it."""
+"""The fault table of docs/reliability.md."""
 
 from __future__ import annotations
 
@@ -21,10 +21,9 @@ COUNTS = ("lost", "double", "repeated", "recomputed", "compared")
 
 @dataclass(frozen=True)
 class Trial:
-    """A fault once, or `times` in one run: acknowledged updates that are not in the result; updates that are in it
-    twice, and rounds that come out otherwise; rounds that were repeated; rounds done over from the log, and those of
-    them that an undisturbed run has too; and the seconds from the fault's end until every device had an update accepted
-    again (none where the fault lasted to the end of the run)."""
+    """The findings of a run with a fault that happened `times` times: lost and double updates, repeated rounds, and
+    rounds that were computed again and compared (see `run_oracle.Findings`). `recovery` is the time in seconds from the
+    end of the fault until every device had an accepted update, None if the fault lasted until the end of the run."""
 
     lost: int
     double: int
@@ -59,12 +58,12 @@ class FaultTable:
 
 
 def is_whole(arguments: Sequence[str]) -> bool:
-    """Whether pytest was asked for all the fault tests in their long form, and for nothing else."""
+    """Whether pytest runs all fault tests in their long form and nothing else."""
     return tuple(arguments) == COMMAND
 
 
 def write(path: Path, table: str) -> None:
-    """Between the markers; the prose around them is kept. A file without them gets them at its end."""
+    """Replaces the text between the markers. A file without markers gets them at its end."""
     text = path.read_text() if path.is_file() else "# What happens when something fails\n\n"
     if BEGIN not in text:
         text += f"{BEGIN}\n{END}\n"

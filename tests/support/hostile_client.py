@@ -1,4 +1,4 @@
-"""A stranger on the broker, who may say whatever it likes wherever it likes."""
+"""A client that publishes any bytes on any topic of the broker."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from fedfmsl.transport.link import Link
 
 
 def publish(url: str, messages: Iterable[tuple[str, bytes]], seconds: float = 10.0, retain: bool = False) -> bool:
-    """Connects, publishes, leaves. False if the broker did not take every message within `seconds` each: it closes the
-    connection on what it finds too long."""
-    link = Link(url, f"stranger-{secrets.token_hex(4)}")
+    """Connects, publishes and disconnects. False if a message was not acknowledged within `seconds`: a broker closes
+    the connection if a message is too large."""
+    link = Link(url, f"hostile-{secrets.token_hex(4)}")
     link.connect()
     try:
-        taken = [link.publish(topic, payload, retain) for topic, payload in messages]
-        for message in taken:
+        sent = [link.publish(topic, payload, retain) for topic, payload in messages]
+        for message in sent:
             message.wait_for_publish(seconds)
-        return all(message.is_published() for message in taken)
+        return all(message.is_published() for message in sent)
     finally:
         link.close()

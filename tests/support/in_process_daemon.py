@@ -1,4 +1,4 @@
-"""A daemon within the test's own process."""
+"""A daemon in the test's process."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
 """python tests/support/killing.py MODULE:NAME before|after CALL MODULE_TO_RUN ARGUMENTS…
 
 Runs a module as `python -m` does, in a process that SIGKILLs itself before or after the CALL-th call (from 1) of a
-function or method. It is a real process with its real code, and the kernel ends it: only the instant is chosen here.
-A function that another module has imported by name is called under that module's name. After a publish means once the
-broker has it.
+function or method. A function that another module imports by name is called under that module's name. "after" a publish
+is after its acknowledgement by the broker.
 """
 
 from __future__ import annotations
@@ -32,8 +31,8 @@ def launcher(point: str, when: str, call: int = 1) -> tuple[str, ...]:
 
 
 def arm(point: str, when: str, call: int) -> None:
-    """From now on the call at that point is this process's last. Raises LookupError, AttributeError or ImportError if
-    there is no such point."""
+    """Replaces the function with one that kills the process at that call. Raises LookupError, AttributeError or
+    ImportError if there is no such function."""
     if when not in ("before", "after"):
         raise LookupError(f"{when!r}: before or after a call?")
     module, _, path = point.partition(":")
@@ -62,7 +61,7 @@ def arm(point: str, when: str, call: int) -> None:
 
 def die() -> NoReturn:
     os.kill(os.getpid(), signal.SIGKILL)
-    raise AssertionError("nobody survives SIGKILL")
+    raise AssertionError("unreachable after SIGKILL")
 
 
 if __name__ == "__main__":

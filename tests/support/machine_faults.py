@@ -1,5 +1,4 @@
-"""What can go wrong with a machine: a disk that is full, a clock that jumps. Tests are skipped where it cannot be made
-to."""
+"""Faults of a machine: a full disk, a clock that jumps. Tests are skipped on machines that do not allow them."""
 
 from __future__ import annotations
 
@@ -15,14 +14,14 @@ BLOCK = 64 * 1024
 
 
 class SmallDisk:
-    """A file system of its own, of a few MB."""
+    """A file system of a few MB."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self._ballast = root / "ballast"
 
     def fill(self, leave: int = 0) -> None:
-        """Until no more than `leave` bytes are free."""
+        """Writes until at most `leave` bytes are free."""
         statistics = os.statvfs(self.root)
         missing = statistics.f_bavail * statistics.f_frsize - leave
         with self._ballast.open("ab", buffering=0) as file, contextlib.suppress(OSError):
@@ -80,7 +79,7 @@ class PrivateDisk:
 
 
 class Clock:
-    """The wall clock of processes that are started with its `environment`; their monotonic clock is left alone."""
+    """The wall clock of processes that are started with its `environment`. Their monotonic clock is not changed."""
 
     def __init__(self, folder: Path) -> None:
         self._file = folder / "clock"
@@ -94,8 +93,7 @@ class Clock:
         }
 
     def jump(self, seconds: float) -> None:
-        """The clock now goes so many seconds ahead of the true one (behind it if negative), also for processes that
-        run already."""
+        """Sets the offset from the true time, also for running processes."""
         scratch = self._file.with_suffix(".new")
         scratch.write_text(f"{seconds:+.0f}\n")
         scratch.replace(self._file)

@@ -1,4 +1,4 @@
-"""Personalized models of the tiny backbones: rounds, globals, and what a device keeps."""
+"""Personalized models of the tiny backbones, with the rounds and globals that they come from."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def round_of(stage: Stage, index: int = 0) -> Round:
 
 
 def globals_of(built: Built, level: int = 2) -> Globals:
-    """As stage 1 would have left them; no server has averaged a gate yet."""
+    """Globals after stage 1, with the initial gate."""
     return Globals(random_theta(built.bundle, level, 1), random_theta(built.bundle, 1, 2), built.bundle.initial()[1])
 
 
@@ -45,5 +45,5 @@ def another_model(bundle: Bundle, before: PersonalModel, round_: int, level: int
 
 
 def keep(store: DeviceStore, model: PersonalModel) -> None:
-    """As a daemon does after a round."""
+    """Stores the model as a daemon does after a round."""
     write_atomically(store.mixture, pack(model.header, model.tensors), durable=True)

@@ -1,4 +1,4 @@
-"""Real processes and what can be seen of them: their exit codes, their output, and their messages on the broker."""
+"""Real processes with their exit codes and output, and the messages of a run on a broker."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ from fedfmsl.transport.link import Link, Received
 from support.tools import require_tool
 from trainer_server.storage.run_store import RunStore
 
-SECONDS = 90.0  # what anything may take at most, on a busy machine
+SECONDS = 90.0  # timeout of every wait, for a busy machine
 
 M = TypeVar("M", bound=Message)
 
 
 def wait_until(condition: Callable[[], bool], what: str, seconds: float = SECONDS) -> None:
-    """For what announces itself nowhere. Fails after `seconds`."""
+    """Polls a condition that no event announces. Fails after `seconds`."""
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, f"waited {seconds:.0f} s in vain: {what}"
+        assert time.monotonic() < end, f"waited {seconds:.0f} s without: {what}"
         time.sleep(0.02)
 
 
@@ -65,7 +65,7 @@ class Ended:
     stderr: str
 
     def assert_error(self, code: int, *parts: str) -> None:
-        """It ended with `code` and one line on stderr, in which every part stands."""
+        """The process ended with `code` and one error line on stderr that contains every part."""
         assert "Traceback" not in self.stdout + self.stderr
         assert len(self.stderr.splitlines()) == 1, self.stderr
         assert self.stderr.startswith("error: ")
@@ -137,7 +137,7 @@ class Process:
         self.send_signal(signal.SIGCONT)
 
     def kill(self) -> None:
-        """SIGKILL, which it cannot notice."""
+        """SIGKILL."""
         self._popen.kill()
         assert self._popen.wait(SECONDS) == -signal.SIGKILL
 
@@ -145,9 +145,9 @@ class Process:
         try:
             code = self._popen.wait(seconds)
         except subprocess.TimeoutExpired:
-            said = (self.stdout + self.stderr)[-500:]
+            output = (self.stdout + self.stderr)[-500:]
             raise AssertionError(
-                f"waited {seconds:.0f} s in vain for {self.log.name} to end; it said: {said}"
+                f"waited {seconds:.0f} s without success for {self.log.name} to end; output: {output}"
             ) from None
         return Ended(code, self.stdout, self.stderr)
 
@@ -176,7 +176,7 @@ class Broker:
 
 
 class Processes:
-    """Leaving it, by whatever way, leaves no process behind."""
+    """Starts processes, and ends all of them on exit."""
 
     def __init__(self, logs: Path) -> None:
         self._logs = logs
@@ -214,7 +214,7 @@ class Processes:
 
 
 class Observer:
-    """Sees every message of a run, and remembers all of them; what is none stands in `unreadable`, by its topic."""
+    """Receives and keeps every message of a run. `unreadable` has the topics of invalid messages."""
 
     def __init__(self, broker: Broker, run: str) -> None:
         self._topics = Topics(run)
@@ -235,7 +235,7 @@ class Observer:
     def wait(
         self, kind: type[M], matches: Callable[[M], bool], what: str, since: int = 0, seconds: float = SECONDS
     ) -> M:
-        """The first message of that kind that matches, seen after the first `since` or still to come."""
+        """The first matching message after the first `since` messages. Waits for it."""
         end, checked = time.monotonic() + seconds, since
         while True:
             for message in self.seen[checked:]:
@@ -243,26 +243,26 @@ class Observer:
                     return message
             checked = len(self.seen)
             left = end - time.monotonic()
-            assert left > 0, f"waited {seconds:.0f} s in vain for {what}; seen last: {self.seen[-3:]}"
-            self._take(left)
+            assert left > 0, f"waited {seconds:.0f} s without success for {what}; seen last: {self.seen[-3:]}"
+            self._receive(left)
 
     def catch_up(self) -> int:
-        """Takes in what has come by now; returns how many messages that makes in all, for `since`."""
-        while self._take(0):
+        """Receives what has arrived. Returns the number of messages so far, for `since`."""
+        while self._receive(0):
             pass
         return len(self.seen)
 
-    def _take(self, seconds: float) -> bool:
-        """False if nothing has come."""
+    def _receive(self, seconds: float) -> bool:
+        """False if no event has arrived."""
         event = self._link.next_event(seconds)
         if isinstance(event, Received) and event.payload:
             try:
-                self._remember(event.topic, event.payload)
+                self.keep(event.topic, event.payload)
             except MessageError:
                 self.unreadable.append(event.topic)
         return event is not None
 
-    def _remember(self, topic: str, payload: bytes) -> None:
+    def keep(self, topic: str, payload: bytes) -> None:
         device, sha256 = self._topics.device_of(topic) or "nobody", self._topics.globals_of(topic)
         if topic == self._topics.server_status:
             self.seen.append(parse(ServerStatus, payload))
@@ -286,7 +286,7 @@ class Observer:
 
 @dataclass
 class Federation:
-    """A server and its devices, each a process of its own, on one broker."""
+    """A server and its devices, each in its own process, on one broker."""
 
     run: str
     broker: Broker
@@ -308,10 +308,10 @@ class Federation:
         return [closed.model_dump(mode="json") for closed in RunStore(self.server_folder).rounds()]
 
     def start_server(self, *arguments: str) -> Process:
-        """Once more after it has ended: it goes on with its run."""
-        lives = sum(name.startswith("server") for name in self.processes.started)
+        """May be called again after the server has ended: it resumes its run."""
+        starts = sum(name.startswith("server") for name in self.processes.started)
         return self.processes.start_module(
-            f"server-{lives}" if lives else "server",
+            f"server-{starts}" if starts else "server",
             "trainer_server",
             *("start", "--run", self.run, "--bundle", str(self.bundle)),
             *("--broker", self.broker.url, "--out", str(self.server_folder), "--devices", str(len(self.photos))),
@@ -326,10 +326,10 @@ class Federation:
         environment: Mapping[str, str] | None = None,
         launcher: Sequence[str] = ("-m",),
     ) -> Process:
-        """`again` with the state folder of its first start, which alone knows its name."""
-        lives = sum(name == device or name.startswith(f"{device}-again") for name in self.processes.started)
+        """`again` reuses the state folder of the first start, and the name in it."""
+        starts = sum(name == device or name.startswith(f"{device}-again") for name in self.processes.started)
         self.devices[device] = self.processes.start_module(
-            f"{device}-again-{lives}" if again else device,
+            f"{device}-again-{starts}" if again else device,
             "edge_runtime",
             *("run", "--run", self.run, "--images", str(self.photos[device])),
             *("--broker", self.broker.url, "--state", str(self.state(device)), "--threads", "1"),

@@ -1,4 +1,4 @@
-"""A provisioned fleet on a real mosquitto: what devices.provision wrote, and what a stranger would come with."""
+"""A fleet from devices.provision on a real mosquitto, and identities that do not belong to it."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def expired_identity(pki: Path, path: Path) -> Path:
 
 
 def foreign_identity(pki: Path, path: Path) -> Path:
-    """Of somebody else's CA, which trusts ours."""
+    """An identity of another CA, which trusts the fleet's CA."""
     return write_identity(path, make_authority("another fleet").issue("device-0", [CLIENT]), authority_of(pki))
 
 
 @dataclass
 class Fleet:
-    """The PKI, and the broker that its kit makes."""
+    """The PKI and the broker with the provisioned configuration."""
 
     pki: Path
     port: int
@@ -67,7 +67,7 @@ class Fleet:
 
 
 def home_assistant(pki: Path) -> Path:
-    """Its two files and the CA's as one identity file."""
+    """Home Assistant's key and certificate and the CA's as one identity file."""
     path = pki / "homeassistant.pem"
     path.write_text("".join((pki / name).read_text() for name in ("homeassistant.key", "homeassistant.crt", "ca.crt")))
     path.chmod(0o600)
@@ -75,7 +75,7 @@ def home_assistant(pki: Path) -> Path:
 
 
 def start_fleet(pki: Path, processes: Processes) -> Fleet:
-    """Starts the kit's mosquitto on ports of its own, with the WebSocket listener that its comments describe."""
+    """Starts mosquitto with the provisioned configuration on free ports, and its WebSocket listener."""
     fleet = Fleet(pki, free_port(), free_port())
     conf = (pki / "broker" / "mosquitto.conf").read_text()
     listener = re.search(r"^listener 8883\n(.*?^use_username_as_clientid true\n)", conf, re.DOTALL | re.MULTILINE)

@@ -1,9 +1,9 @@
-"""The question after every fault: is anything lost, counted twice, or counted otherwise than it was sent?
+"""Checks a finished run after a fault: is an update lost, counted twice, or counted with another value?
 
-It is asked of what the server has written down (--audit): its log of accepted updates, and its records of rounds. The
-rounds are done over from the log in two ways: as the server would after a restart, and by a coordinator to which
-nothing happens and which gets the same updates in another order. Each must announce every round as it was announced,
-the hashes of its globals included; and as long as every device was heard, as a run without the fault has.
+It reads the server's event log (--audit) and its records of rounds. The rounds are computed again from the log in two
+ways: as the server does after a restart, and by a coordinator that gets the same updates in another order. Both must
+announce the same rounds with the same hashes of globals. While no device is missing, the rounds must also equal those
+of a run without the fault.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Undisturbed = Callable[[int], "Reference"]  # number of devices → their run wi
 
 @dataclass(frozen=True)
 class Reference:
-    """A run to which nothing has happened: its devices, and the outcomes of its rounds."""
+    """A run without a fault: its devices, and the outcomes of its rounds."""
 
     devices: frozenset[str]
     outcomes: list[Outcome]
@@ -37,9 +37,9 @@ class Reference:
 
 @dataclass(frozen=True)
 class Findings:
-    """`lost`: updates that a device was told are counted and that the server does not have. `double`: updates that it
-    has twice, and rounds that come out otherwise. `missing`: by round, devices that it has not waited for any longer.
-    `recomputed` rounds were done over, `compared` of them are an undisturbed run's too."""
+    """`lost`: acknowledged updates that the server does not have. `double`: updates that it has twice, and rounds with
+    another result. `missing`: devices without an update, by round. `recomputed`: rounds that were computed again, of
+    which `compared` could be compared with an undisturbed run."""
 
     lost: int
     double: int
@@ -49,21 +49,21 @@ class Findings:
     missing: dict[int, tuple[str, ...]]
 
 
-def examine(out: Path, told: Iterable[Key], undisturbed: Reference) -> Findings:
-    """A finished run. `told`: what devices were told is counted (accepted, now or before)."""
+def examine(out: Path, acknowledged: Iterable[Key], undisturbed: Reference) -> Findings:
+    """Examines a finished run. `acknowledged`: updates that were acknowledged as accepted or duplicate."""
     store = RunStore(out)
     plan = make_plan(store, open_bundle(store))
     closed = store.rounds()
     times = Counter(_keys(store.events(since_checkpoint=False)))
     recorded = {(one.round.round, device) for one in closed for device in one.updates}
     announced = _announced(store, plan, closed)
-    twice = sum(count - 1 for count in times.values()) + len(recorded ^ set(times))
-    compared, otherwise = _compare(closed, announced, undisturbed)
+    repeated_updates = sum(count - 1 for count in times.values()) + len(recorded ^ set(times))
+    compared, different = _compare(closed, announced, undisturbed)
     for again in (replay_rounds(store, plan), undisturbed_by(plan, store.events(since_checkpoint=False))):
-        otherwise += sum(ours != theirs for ours, theirs in zip_longest(announced, again))
+        different += sum(ours != theirs for ours, theirs in zip_longest(announced, again))
     return Findings(
-        lost=len(set(told) - (recorded & set(times))),
-        double=twice + otherwise,
+        lost=len(set(acknowledged) - (recorded & set(times))),
+        double=repeated_updates + different,
         repeated=sum(bool(one.repeated) for one in closed),
         recomputed=len(announced),
         compared=compared,
@@ -79,13 +79,13 @@ def reference(out: Path) -> Reference:
 
 
 def outcome(announced: Round) -> Outcome:
-    """Where a run stands when a round opens, as far as another run may come to the same."""
+    """The parts of an announced round that two runs with the same seed have in common."""
     place = (announced.stage.value, announced.index, announced.level)
     return (*place, announced.expert, announced.start, announced.gate)
 
 
 def undisturbed_by(plan: Plan, events: Iterable[LoggedEvent]) -> Iterator[Round]:
-    """The rounds of a coordinator to which nothing happens, and which gets the same updates in another order."""
+    """The rounds of a coordinator without restarts that gets the same updates in another order."""
     state = initial_state(plan, 0.0)
     for logged in in_another_order(events, random.Random(0)):
         state, commands = advance(plan, state, logged.event, logged.at)
@@ -93,7 +93,7 @@ def undisturbed_by(plan: Plan, events: Iterable[LoggedEvent]) -> Iterator[Round]
 
 
 def in_another_order(events: Iterable[LoggedEvent], draw: random.Random) -> Iterator[LoggedEvent]:
-    """The updates of a round are shuffled, and come after all that devices have said of themselves meanwhile."""
+    """Shuffles the updates of a round and moves them behind the other events of the round."""
     updates: list[LoggedEvent] = []
     for logged in events:
         if isinstance(logged.event, UpdateSeen):
@@ -113,17 +113,15 @@ def _keys(events: Iterable[LoggedEvent]) -> Iterator[Key]:
 
 
 def _announced(store: RunStore, plan: Plan, closed: list[ClosedRound]) -> list[Round]:
-    """Every round of a run that has ended. The last of them is never closed: it is where the run stands, which a server
-    that was killed at the very end knows from its log alone."""
+    """Every round of a finished run. The last one is never closed, so it is read from the state."""
     last = restore_state(store, plan)[0].announced
     assert last is not None
     return [*(one.round for one in closed), last]
 
 
 def _compare(closed: list[ClosedRound], announced: list[Round], undisturbed: Reference) -> tuple[int, int]:
-    """Of the rounds that led to something, how many can be compared with an undisturbed run's, and how many of these
-    differ. A round without a device that was away leads elsewhere; what comes after it is compared by `undisturbed_by`
-    alone."""
+    """The number of rounds that can be compared with an undisturbed run, and how many of these differ. After a round
+    with a missing device the runs differ anyway; `undisturbed_by` alone checks the rounds after it."""
     repeated = {one.round.round for one in closed if one.repeated}
     everybody = {one.round.round for one in closed if set(one.updates) == undisturbed.devices}
     ours = [one for one in announced if one.round not in repeated]

@@ -1,4 +1,4 @@
-"""One run of the real server with simulated devices."""
+"""A run of the real server with simulated devices."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from support.processes import Observer, Process, Processes
 from support.run_oracle import Findings, Reference, examine
 from trainer_server.coordinator.state import Key
 
-RUN = "faults"  # of every run: it is part of what is hashed
+RUN = "faults"  # the same in every run: it is part of the hashes
 STAGE1, STAGE2 = 3, 1
-ROUND_TIMEOUT = 80  # seconds; nothing here may need them
+ROUND_TIMEOUT = 80  # seconds; no test may reach it
 
 
 @dataclass
 class Simulation:
-    """A server and simulated devices on one broker. Either may be given another address of it, a proxy's."""
+    """A server and simulated devices on one broker, which either may reach through a proxy."""
 
     processes: Processes
     broker: RestartableBroker
@@ -48,7 +48,7 @@ class Simulation:
         launcher: Sequence[str] = ("-m",),
         environment: Mapping[str, str] | None = None,
     ) -> Process:
-        """The same command each time."""
+        """The same command at each start."""
         server = self.processes.start_module(
             f"server-{len(self.servers)}",
             "trainer_server",
@@ -70,7 +70,7 @@ class Simulation:
         first: int = 0,
         devices: int | None = None,
     ) -> Process:
-        """All devices, or so many from the first on."""
+        """Starts `devices` simulated devices from number `first` on, by default all."""
         fleet = self.processes.start_module(
             f"fleet-{len(self.fleets)}",
             "benchmarks.simulated",
@@ -81,18 +81,18 @@ class Simulation:
         self.fleets.append(fleet)
         return fleet
 
-    def finish(self, driven_out: Collection[Process] = ()) -> Outcome:
-        """Once the last server and the fleets have left: in good order, but for those that had to go."""
+    def finish(self, expelled: Collection[Process] = ()) -> Outcome:
+        """The outcome after the last server and the fleets have exited: with 0, except for the `expelled` fleets."""
         for process in (self.servers[-1], *self.fleets):
             ended = process.wait()
-            good = (ended.code == 0) != (process in driven_out)
+            good = (ended.code == 0) != (process in expelled)
             assert good, (process.log.name, ended.code, ended.stdout[-2000:], ended.stderr[-2000:])
         return Outcome(self.out, [json.loads(fleet.stdout.splitlines()[-1]) for fleet in self.fleets])
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A run that has ended: the server's folder, and what each fleet has seen."""
+    """A finished run: the server's folder and the tally of each fleet."""
 
     out: Path
     tallies: list[dict[str, Any]]
@@ -102,8 +102,8 @@ class Outcome:
         return sum(tally["connections"] for tally in self.tallies)
 
     @property
-    def told(self) -> set[Key]:
-        """Updates whose device was told that they count."""
+    def acknowledged(self) -> set[Key]:
+        """Updates that were acknowledged as accepted or duplicate."""
         return {
             (int(number), name)
             for tally in self.tallies
@@ -112,18 +112,17 @@ class Outcome:
         }
 
     def trial(self, undisturbed: Reference, recovery: float | None = None, times: int = 1) -> Trial:
-        return judged(examine(self.out, self.told, undisturbed), recovery, times)
+        return trial_of(examine(self.out, self.acknowledged, undisturbed), recovery, times)
 
 
-def judged(findings: Findings, recovery: float | None = None, times: int = 1) -> Trial:
-    """Asserts what must hold after every fault: nothing is lost, nothing counted twice, and no round has waited for its
-    deadline."""
+def trial_of(findings: Findings, recovery: float | None = None, times: int = 1) -> Trial:
+    """Asserts that no update is lost or counted twice, and that no round reached its deadline."""
     assert (findings.lost, findings.double, findings.repeated, findings.missing) == (0, 0, 0, {}), findings
     return Trial(**{name: getattr(findings, name) for name in COUNTS}, recovery=recovery, times=times)
 
 
 def in_stage_1(observer: Observer, index: int = 1) -> Round:
-    """The round of stage 1 with that index, when its first update has been accepted."""
+    """The round of stage 1 with that index, after its first accepted update."""
     begun = observer.wait(Round, lambda r: r.stage is Stage.GLOBAL and r.index == index, f"round {index} of stage 1")
     observer.wait(Ack, lambda a: a.round == begun.round and a.verdict is Verdict.ACCEPTED, "its first update")
     return begun
@@ -131,16 +130,16 @@ def in_stage_1(observer: Observer, index: int = 1) -> Round:
 
 @contextmanager
 def recovering(simulation: Simulation, observer: Observer) -> Iterator[list[float]]:
-    """Yields what will hold how long it took, from leaving the block, until every device had an update accepted, or the
-    run was over: the observer too has to find the broker again, and may have missed the rest."""
+    """Yields a list that later holds the seconds from the end of the block until every device has an accepted update or
+    the run is finished. The observer also reconnects, and may miss updates meanwhile."""
     seconds: list[float] = []
     yield seconds
-    since, mended = observer.catch_up(), time.monotonic()
+    since, ended = observer.catch_up(), time.monotonic()
     if any(isinstance(message, Round) and message.stage is Stage.FINISHED for message in observer.seen):
-        since = 0  # a slow fault: all is over
+        since = 0  # the run finished during the fault
     for device in device_names(simulation.devices):
         observer.wait(Message, partial(_accepted_or_over, device), f"an update of {device} after the fault", since)
-    seconds.append(time.monotonic() - mended)
+    seconds.append(time.monotonic() - ended)
 
 
 def _accepted_or_over(device: str, message: Message) -> bool:

@@ -19,7 +19,7 @@ PACKAGES = {  # program → Debian package
     "unshare": "util-linux",
 }
 NOT_TESTED = "not tested here: "
-_FOLDERS = ("/usr/sbin", "/usr/local/sbin")  # a user's PATH has none of them on Debian
+_FOLDERS = ("/usr/sbin", "/usr/local/sbin")  # not in a user's PATH on Debian
 
 
 def find_tool(name: str) -> str | None:
@@ -51,7 +51,7 @@ def not_tested(reason: str, fails_in_ci: bool = False) -> NoReturn:
 
 
 def summary(skip_reasons: Iterable[str]) -> str:
-    """One line on what was skipped because this machine lacks something; empty if nothing was. Other skips are by choice."""
+    """One line with the reasons of `not_tested`, or nothing. Other skips are by choice, such as the long form."""
     counts: dict[str, int] = {}
     for text in skip_reasons:
         _, found, reason = text.partition(NOT_TESTED)

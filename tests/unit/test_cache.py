@@ -185,19 +185,19 @@ def free():
 
 cache.use("ahead", Priority.AHEAD)
 cache.use("present", Priority.PRESENT)
-room = cache.capacity("ahead", BLOCK - 4)
-assert room == free() - 10 > 5, room
-assert [cache.put("ahead", str(n), data) for n in range(room + 3)] == [True] * room + [False] * 3
-assert cache.capacity("present", BLOCK - 4) == room and cache.capacity("ahead", BLOCK - 4) == 0
-assert all(cache.put("present", str(n), data) for n in range(room - 2))  # in place of the others
+fits = cache.capacity("ahead", BLOCK - 4)
+assert fits == free() - 10 > 5, fits
+assert [cache.put("ahead", str(n), data) for n in range(fits + 3)] == [True] * fits + [False] * 3
+assert cache.capacity("present", BLOCK - 4) == fits and cache.capacity("ahead", BLOCK - 4) == 0
+assert all(cache.put("present", str(n), data) for n in range(fits - 2))  # in place of the others
 cache.keep_free()
-assert free() == 10 and cache.used == room * BLOCK
+assert free() == 10 and cache.used == fits * BLOCK
 (root.parent / "another's").write_bytes(bytes(4 * BLOCK))
 assert cache.capacity("present", BLOCK - 4) == cache.capacity("ahead", BLOCK - 4) == 0
 cache.keep_free()
 assert free() == 10 and not list((root / "ahead").iterdir()), free()
 assert not cache.put("ahead", "new", data)
-assert cache.get("present", str(room - 3)) == data
+assert cache.get("present", str(fits - 3)) == data
 for size in (9, 5):
     (root.parent / str(size)).write_bytes(bytes(size * BLOCK))
     cache.keep_free()

@@ -31,8 +31,8 @@ class Recorder(Observer):
         self.answers: dict[tuple[str, int], Answer] = {}
         super().__init__(broker, run)
 
-    def _remember(self, topic: str, payload: bytes) -> None:
-        super()._remember(topic, payload)
+    def keep(self, topic: str, payload: bytes) -> None:
+        super().keep(topic, payload)
         upload, device = self._topics.update_of(topic), self._topics.device_of(topic)
         if upload is not None:
             blob = self._assemblers.setdefault(topic.rpartition("/")[0], Assembler(MAX_BLOB_BYTES)).add(payload)

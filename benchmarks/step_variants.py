@@ -1,9 +1,9 @@
-"""What is compared: each contestant is a training step on a batch of random images, set up in a process of its own.
+"""The variants that `benchmarks.step` compares. Each is a training step on random images, in its own process.
 
 torch-whole        transformers + PEFT over the whole model, LoRA on all blocks: a federated client written in torch
-torch-suffix-{k}   transformers + PEFT over the `k` last blocks on the cached hidden state
-{engine}-{k}       this project's engine of that name at level k, on the same cached state
-product            ONNX Runtime's own product of two 2048 × 2048 matrices: what the machine gives
+torch-suffix-{k}   transformers + PEFT over the last `k` blocks, from the cached hidden state
+{engine}-{k}       the engine of that name at level k, from the same cached state
+product            ONNX Runtime's product of two 2048 × 2048 matrices, for the speed of the machine
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from fedfmsl.protocol.messages import EngineChoice, Training
 
 LEARNING_RATE = 1e-3
 PRODUCT_SIDE = 2048
-VISIT_SECONDS = 0.5
+TURN_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What all contestants share. `model` and `weights` as for export.build."""
+    """Common to all variants. `model` and `weights` as for export.build."""
 
     bundle: Path
     model: str
@@ -44,14 +44,14 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Contestant:
-    """`step` is one training step (or product); `flops` what its products take."""
+class Variant:
+    """`step` runs one training step (or product), whose matrix products take `flops`."""
 
     step: Callable[[], object]
     flops: int
 
 
-def make(name: str, setting: Setting) -> Contestant:
+def make(name: str, setting: Setting) -> Variant:
     if name == "product":
         return _product(setting)
     if name == "torch-whole":
@@ -62,7 +62,7 @@ def make(name: str, setting: Setting) -> Contestant:
     return _engine("ort-training" if kind == "ort-training" else "step-graph", setting, int(level))
 
 
-def _engine(choice: EngineChoice, setting: Setting, level: int) -> Contestant:
+def _engine(choice: EngineChoice, setting: Setting, level: int) -> Variant:
     from benchmarks.flops import graph_flops
 
     bundle = Bundle.load(setting.bundle)
@@ -74,10 +74,10 @@ def _engine(choice: EngineChoice, setting: Setting, level: int) -> Contestant:
     engine = open_engine(choice, bundle, setting.threads)
     engine.load(level)
     engine.set(bundle.initial()[0][:size], Training(epochs=1, learning_rate=LEARNING_RATE))
-    return Contestant(lambda: engine.step(batch), graph_flops(bundle.path(f"step-{level}.onnx"), setting.batch))
+    return Variant(lambda: engine.step(batch), graph_flops(bundle.path(f"step-{level}.onnx"), setting.batch))
 
 
-def _torch(setting: Setting, level: int | None) -> Contestant:
+def _torch(setting: Setting, level: int | None) -> Variant:
     """The whole model on pixels, or its `level` last blocks on a hidden state."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
@@ -90,7 +90,7 @@ def _torch(setting: Setting, level: int | None) -> Contestant:
     assert isinstance(manifest.preprocessing, ImagePreprocessing)
     dims, size = manifest.dims, manifest.preprocessing.size
     source = load_backbone(setting.model, setting.weights, dims.classes, size, None, setting.seed)
-    source.model.set_attn_implementation("sdpa")  # what transformers takes by itself
+    source.model.set_attn_implementation("sdpa")  # the default of transformers
     model = add_lora(source, manifest.lora, level or dims.blocks, setting.seed)
     model.train()
     labels = torch.randint(0, dims.classes, (setting.batch,))
@@ -116,10 +116,10 @@ def _torch(setting: Setting, level: int | None) -> Contestant:
 
     with FlopCounterMode(display=False) as counter:
         step()
-    return Contestant(step, counter.get_total_flops())
+    return Variant(step, counter.get_total_flops())
 
 
-def _product(setting: Setting) -> Contestant:
+def _product(setting: Setting) -> Variant:
     import onnxruntime
     from onnx import TensorProto, helper, numpy_helper
 
@@ -137,24 +137,24 @@ def _product(setting: Setting) -> Contestant:
     options.intra_op_num_threads = setting.threads
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return Contestant(lambda: session.run(["y"], {"x": matrix}), 2 * side**3)
+    return Variant(lambda: session.run(["y"], {"x": matrix}), 2 * side**3)
 
 
-def answer_visits(name: str, setting: Setting) -> None:
-    """Median seconds of a step during each visit, and the process's peak memory so far, as lines of JSON."""
-    contestant = make(name, setting)
-    contestant.step()
-    print(json.dumps({"flops": contestant.flops}), flush=True)
+def serve_turns(name: str, setting: Setting) -> None:
+    """For each line on standard input: median seconds of a step and peak memory of the process, as a line of JSON."""
+    variant = make(name, setting)
+    variant.step()
+    print(json.dumps({"flops": variant.flops}), flush=True)
     for _ in sys.stdin:
-        contestant.step()  # what others left in the caches is not this contestant's
+        variant.step()  # not measured: other variants have filled the caches
         seconds: list[float] = []
-        while sum(seconds) < VISIT_SECONDS:
+        while sum(seconds) < TURN_SECONDS:
             started = time.perf_counter()
-            contestant.step()
+            variant.step()
             seconds.append(time.perf_counter() - started)
         print(json.dumps({"seconds": statistics.median(seconds), "peak_rss_mb": peak_rss_mb()}), flush=True)
 
 
 if __name__ == "__main__":
     fields = json.loads(sys.argv[2])
-    answer_visits(sys.argv[1], Setting(**{**fields, "bundle": Path(fields["bundle"])}))
+    serve_turns(sys.argv[1], Setting(**{**fields, "bundle": Path(fields["bundle"])}))
