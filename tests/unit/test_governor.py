@@ -107,7 +107,7 @@ def test_a_pause_ends_only_when_it_is_clearly_cooler_and_quieter() -> None:
     metered=st.none() | st.booleans(),
     minute=st.integers(0, 7 * DAY - 1),
 )
-def test_whoever_may_go_on_may_also_have_gone_on(
+def test_a_device_that_may_resume_would_not_have_paused(
     temperature: float | None, others: float | None, on_battery: bool | None, metered: bool | None, minute: int
 ) -> None:
     readings, now = Readings(temperature, on_battery, others, metered), MONDAY + timedelta(minutes=minute)
