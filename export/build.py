@@ -15,11 +15,7 @@ from fedfmsl.common.class_folders import folder_classes
 from fedfmsl.common.cli import application, console
 from fedfmsl.common.onnx_runtime import require_ort_training
 from fedfmsl.errors import ConfigError, WeightsError
-from fedfmsl.protocol.bundle import (
-    Bundle,
-    Precision,
-    ZeroShot,
-)
+from fedfmsl.protocol.bundle import Bundle, Precision, ZeroShot
 
 app = application("Export a frozen backbone as a bundle for edge devices.")
 

@@ -103,9 +103,9 @@ def load_backbone(
     model: str,
     weights: str | None,
     classes: int,
-    size: int | None,
-    revision: str | None,
-    seed: int,
+    size: int | None = None,
+    revision: str | None = None,
+    seed: int = 0,
     tokenizer: Path | None = None,
 ) -> Backbone:
     """Loads a model with `classes` outputs.

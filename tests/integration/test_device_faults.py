@@ -70,7 +70,7 @@ def test_of_two_devices_with_one_identity_the_older_exits_and_the_run_continues(
                 *([] if copied else ["--device", FIRST]),
             )
             ended = older.wait()
-            ended.assert_error(8, f"another device has come as '{FIRST}'", "--device", "--state")
+            ended.assert_error(8, f"duplicate device name '{FIRST}'", "--device", "--state")
             federation.devices[HOLDER].resume()
             finished_rounds(federation, observer)
             instances = [m.instance for m in observer.seen if isinstance(m, DeviceStatus) and m.device == FIRST]

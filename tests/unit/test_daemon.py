@@ -242,7 +242,7 @@ def test_a_device_leaves_for_a_younger_twin_and_says_what_to_do() -> None:
     (leave,) = commands
     assert isinstance(leave, Stop)
     assert leave.quietly
-    assert "another device has come as 'd'" in leave.error and "--device" in leave.error
+    assert "duplicate device name 'd'" in leave.error and "--device" in leave.error
 
 
 @given(st.permutations("abcde"), st.data())
@@ -446,9 +446,9 @@ def test_an_answer_is_overdue_only_after_the_whole_update_has_reached_the_broker
     unanswered, last_chunk = Retransmissions("d", Backoff(first=0.0, longest=0.0)), paho.MQTTMessageInfo(1)
     assert not unanswered.overdue()
     unanswered.sent(3, last_chunk)
-    assert unanswered.on_its_way(3) and not unanswered.overdue()
+    assert unanswered.is_in_flight(3) and not unanswered.overdue()
     last_chunk._set_as_published()
-    assert not unanswered.on_its_way(3) and unanswered.overdue()
+    assert not unanswered.is_in_flight(3) and unanswered.overdue()
     unanswered.acknowledged(3)
     assert not unanswered.overdue()
 
