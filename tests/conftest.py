@@ -34,6 +34,9 @@ LONG_FILES = (  # of 10 s or more, by `pytest --durations`
     "test_engines.py",
     "test_server_memory.py",
     "test_probe.py",
+    "test_emulated_daemon.py",
+    "test_deploy_page.py",
+    "test_one_gigabyte.py",
 )
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # also for the processes that tests start: no test needs the hub
