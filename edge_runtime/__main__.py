@@ -1,6 +1,6 @@
-"""python -m edge_runtime: the daemon, and the commands around it.
+"""python -m edge_runtime: the daemon and its commands.
 
-Each command imports what it needs: `status` is asked for often, on slow boards, and does without ONNX Runtime.
+Each command imports what it needs. `status` runs often, on slow boards, and does not need ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ app = application("Adapt a foundation model to the images or texts of this devic
 @app.command()
 @with_settings(Settings)
 def run(settings: Settings) -> None:
-    """Take part in a run until it is finished; with --watch, also classify what comes, and go on with that."""
+    """Take part in a run until it is finished. With --watch, also classify new files, and continue after the run."""
     from edge_runtime.daemon.launch import launch
 
     launch(settings)
@@ -38,7 +38,7 @@ def run(settings: Settings) -> None:
 @app.command()
 @with_settings(Settings)
 def check(settings: Settings) -> None:
-    """Look over all that a run needs: clock, disk, broker, certificate, bundle, images, memory. Writes nothing."""
+    """Check what a run needs: clock, disk, broker, certificate, bundle, samples, memory. Writes nothing."""
     from edge_runtime.preflight import run_preflight
 
     code = 0
@@ -53,9 +53,9 @@ def check(settings: Settings) -> None:
 @with_settings(StateSettings, Settings)
 def status(
     settings: StateSettings,
-    as_json: bool = typer.Option(False, "--json", help="The health message, as one JSON object."),
+    as_json: bool = typer.Option(False, "--json", help="Print the health message as one JSON object."),
 ) -> None:
-    """Show how this device is; fails if its daemon does not work."""
+    """Show the state of this device. Fails if its daemon does not run."""
     from edge_runtime.daemon.status import check_alive, describe, read_health
 
     store = DeviceStore(settings.state)
@@ -63,8 +63,8 @@ def status(
     if as_json:
         print(health.model_dump_json())
     else:
-        for what, how in describe(health, store):
-            console.print(f"{what:9}  {how}")
+        for name, value in describe(health, store):
+            console.print(f"{name:9}  {value}")
     check_alive(health)
 
 
@@ -72,18 +72,22 @@ def status(
 @with_settings(PredictSettings, Settings)
 def predict(
     settings: PredictSettings,
-    files: list[Path] | None = typer.Argument(None, help="Images (or texts, as the model takes), or folders of them."),
+    files: list[Path] | None = typer.Argument(None, help="Images or texts, or folders of them."),
     model: Path | None = typer.Option(
-        None, help="A personalized model (.onnx). Default: the newest in the state folder."
+        None, help="Personalized model (.onnx). Default: the newest in the state directory."
     ),
-    watch: Path | None = typer.Option(None, help="Classify what lies in this folder or arrives, until interrupted."),
-    new: bool = typer.Option(False, "--new", help="Of the watched folder only what arrives from now on."),
+    watch: Path | None = typer.Option(None, help="Classify the files in this folder, and new ones until interrupted."),
+    new: bool = typer.Option(False, "--new", help="With --watch: only new files."),
     unknown: float | None = typer.Option(
         None, min=0, max=1, help="Confidence below which a file is unknown. Default: the model's own."
     ),
-    top: int = typer.Option(3, min=1, help="Classes to show for each file."),
-    as_json: bool = typer.Option(False, "--json", help="One JSON object per file, with every class."),
-    publish: bool = typer.Option(False, "--publish", help="Also publish them in the run, where no daemon does."),
+    top: int = typer.Option(3, min=1, help="Number of classes to show for each file."),
+    as_json: bool = typer.Option(False, "--json", help="Print one JSON object per file, with every class."),
+    publish: bool = typer.Option(
+        False,
+        "--publish",
+        help="Also publish the predictions in the run. Not beside a daemon; set its `watch` instead.",
+    ),
 ) -> None:
     """Classify images or texts with a personalized model."""
     from edge_runtime.daemon.lock import locked
@@ -93,33 +97,33 @@ def predict(
     from edge_runtime.inference.stream import WatchedFolder, classify_new_files, wait_for_model
 
     if bool(files) == bool(watch) or (new and not watch):
-        raise ConfigError("say what to classify: files or folders, or --watch FOLDER (--new: only what will arrive)")
+        raise ConfigError("give files or folders to classify, or --watch FOLDER; --new needs --watch")
     inbox = WatchedFolder(watch, only_new=new) if watch else None
-    with contextlib.ExitStack() as until_the_end, end_on_closed_output():
+    with contextlib.ExitStack() as resources, end_on_closed_output():
         if model is not None:
             classifier: Classifier = FileClassifier(model, unknown)
         else:
             store = DeviceStore(settings.state)
             if publish:
-                until_the_end.enter_context(locked(store.root, "where a daemon runs, set its `watch` instead"))
+                resources.enter_context(locked(store.root, "end it first, or set its `watch` instead of --publish"))
             if inbox is not None:
                 wait_for_model(store)
             classifier = StateClassifier(store, settings.bundle, unknown)
-        tell: list[Callable[[Prediction | None], None]] = [printer(as_json, top)]
+        outputs: list[Callable[[Prediction | None], None]] = [printer(as_json, top)]
         if publish:
-            tell.append(until_the_end.enter_context(Publisher(classifier, settings)).publish)
+            outputs.append(resources.enter_context(Publisher(classifier, settings)).publish)
         for prediction in classify_new_files(classifier, inbox) if inbox else predict_files(classifier, files or []):
-            for each in tell:
-                each(prediction)
+            for output in outputs:
+                output(prediction)
 
 
 @app.command()
 def personalize(
-    state: Path = typer.Option(help="The device's state folder."),
-    bundle: Path | None = typer.Option(None, help="The bundle's folder. Default: the model's, in the state folder."),
-    out: Path | None = typer.Option(None, help="File to write. Default: personalized.onnx in the state folder."),
+    state: Path = typer.Option(help="State directory of the device."),
+    bundle: Path | None = typer.Option(None, help="Bundle folder. Default: the model's, in the state directory."),
+    out: Path | None = typer.Option(None, help="File to write. Default: personalized.onnx in the state directory."),
 ) -> None:
-    """Write this device's personalized model, as of its last round, as one self-contained ONNX file."""
+    """Write the personalized model of the last round as one self-contained ONNX file."""
     from edge_runtime.inference.export_onnx import write_model  # the only user of the onnx package
 
     store = DeviceStore(state)
@@ -133,20 +137,20 @@ def probe(
     bundle: Path = typer.Option(),
     engine: EngineChoice = typer.Option("auto"),
     threads: int = typer.Option(1, min=1),
-    sample: Path = typer.Option(help="What to pass through the backbone."),
+    sample: Path = typer.Option(help="Sample to pass through the backbone."),
     feature_batch: int = typer.Option(1, min=1),
     first: int = typer.Option(1, min=1),
     micro_batch: int = typer.Option(1, min=1),
     lean: bool = typer.Option(False),
 ) -> None:
-    """Work as a daemon does, level by level from the first; print what each took as it ends."""
+    """Measure a round of each level from the first; print one JSON object per level."""
     from edge_runtime.engines.base import MemoryPlan
     from edge_runtime.resources.probe import probe_levels
     from fedfmsl.protocol.bundle import Bundle
 
-    fit = MemoryPlan(micro_batch, lean)
-    for line in probe_levels(Bundle.load(bundle), engine, threads, sample, feature_batch, first, fit):
-        print(line.model_dump_json(), flush=True)
+    memory = MemoryPlan(micro_batch, lean)
+    for measured in probe_levels(Bundle.load(bundle), engine, threads, sample, feature_batch, first, memory):
+        print(measured.model_dump_json(), flush=True)
 
 
 if __name__ == "__main__":

@@ -30,11 +30,13 @@ LONG_FILES = (  # of 10 s or more, by `pytest --durations`
     "test_watched_folder.py",
     "test_trial_on_photos.py",
     "test_whole_run.py",
-    "test_protocol.py",
     "test_coordinator_model.py",
     "test_engines.py",
     "test_server_memory.py",
     "test_probe.py",
+    "test_emulated_daemon.py",
+    "test_deploy_page.py",
+    "test_one_gigabyte.py",
 )
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # also for the processes that tests start: no test needs the hub

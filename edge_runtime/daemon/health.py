@@ -1,4 +1,4 @@
-"""How a device is, for whoever looks after it: told on the broker, to systemd, and written down beside its state."""
+"""A device's health: published on the broker, reported to systemd, and written to the state directory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from fedfmsl.transport.link import Link
 
 
 class HealthReporter:
-    """What is measured beside the work. `newest` is what was last told."""
+    """Measures and publishes the health. `newest` is what was published last."""
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class HealthReporter:
         known = {**(_of_device(device) if device else {}), **(_of_state(state) if state else {})}
         self.newest = Health.model_validate({**self._same, **now, **known})
         self._link.publish(self._topic, encode(self.newest), retain=True, qos=0)
-        with contextlib.suppress(OSError):  # a full disk has been mentioned already
+        with contextlib.suppress(OSError):  # the log has mentioned the full disk
             write_atomically(self._store.health, encode(self.newest))
         about = f": {paused}" if paused else f", round {self.newest.round}" if self.newest.round else ""
         stopping = "\nSTOPPING=1" if activity is Activity.STOPPED else ""
@@ -87,7 +87,7 @@ class HealthReporter:
 
 
 def _free(folder: Path) -> int:
-    """Bytes; 0 if the folder has gone."""
+    """Free bytes of the disk; 0 if the folder does not exist."""
     try:
         return shutil.disk_usage(folder).free
     except OSError:
@@ -95,14 +95,14 @@ def _free(folder: Path) -> int:
 
 
 def _of_device(device: TrainingContext) -> Mapping[str, Any]:
-    slices = device.scanned
+    splits = device.scanned
     return {
         "level_cap": device.level_cap,
         "cache": device.cache.used,
-        "train": len(slices.train),
-        "held_out": len(slices.held_out),
-        "test": len(slices.test),
-        "skipped": len(slices.skipped),
+        "train": len(splits.train),
+        "held_out": len(splits.held_out),
+        "test": len(splits.test),
+        "skipped": len(splits.skipped),
     }
 
 

@@ -27,7 +27,7 @@ from edge_runtime.inference.home_assistant import DeviceDescription, discovery_m
 from edge_runtime.inference.watcher import Watcher
 from edge_runtime.resources.governor import Governor
 from edge_runtime.resources.level_cap import LevelCap
-from edge_runtime.resources.probe import Plan, make_plan
+from edge_runtime.resources.plan import Plan, make_plan
 from edge_runtime.resources.sensors import Sensors, board
 from edge_runtime.resources.throttle import ControlledEngine, LevelCapTracker, StepControl, reported_and_checked
 from edge_runtime.settings import Settings
@@ -51,14 +51,16 @@ def launch(settings: Settings) -> None:
     """Takes part in the run until it has finished. Raises FedFMSLError if that is not possible."""
     set_up_logging(settings.log, settings.log_file)
     if not settings.images.is_dir():
-        raise InputError(f"--images folder {settings.images} does not exist; make or mount it, or give another")
+        raise InputError(
+            f"--images folder {settings.images} does not exist; create or mount it, or pass another folder"
+        )
     topics, store = Topics(settings.run), DeviceStore(settings.state)
     name = store.ensure_name(device_name(settings.device, settings.identity))
-    with locked(store.root, "end it first, or give this one another --state"), contextlib.ExitStack() as until_the_end:
+    with locked(store.root, "stop that process, or use another --state"), contextlib.ExitStack() as until_the_end:
         link = device_link(settings.broker, topics, name, settings.identity, settings.insecure)
         sensors = Sensors(zones=settings.thermal_zones)
         if settings.max_temperature is not None and sensors.read().temperature is None:
-            logger.warning("--max-temperature is without effect: no thermal zone can be read; see --thermal-zones")
+            logger.warning("--max-temperature has no effect: no thermal zone can be read; check --thermal-zones")
         health = HealthReporter(link, topics, name, store, sensors.read)
         if settings.metrics:
             from edge_runtime.daemon.metrics import serve_metrics  # takes 12 MB
@@ -111,7 +113,7 @@ def _prepare(
     if settings.bundle:
         bundle = Bundle.load(settings.bundle)
     else:
-        logger.info(f"waiting for the server of run {settings.run!r}, which has the bundle")
+        logger.info(f"waiting for the server of run {settings.run!r}, which serves the bundle")
         server = wait_for_server(link, topics, heartbeat)
         bundle = fetch_bundle(server, store.bundles, settings.identity, heartbeat)
     bundle.verify()

@@ -1,4 +1,4 @@
-"""One process at a time works on a device's state folder."""
+"""One process at a time uses a state directory."""
 
 from __future__ import annotations
 
@@ -11,28 +11,27 @@ from fedfmsl.errors import ConfigError
 
 
 @contextmanager
-def locked(state: Path, instead: str) -> Iterator[None]:
-    """STATE/lock is held until the end of the block, or of the process, by whatever way it ends; children do not
-    inherit it.
+def locked(state: Path, remedy: str) -> Iterator[None]:
+    """Holds STATE/lock until the end of the block or of the process. Child processes do not inherit it.
 
-    Raises ConfigError if another process holds it; `instead` says what to do then.
+    Raises ConfigError if another process holds it; `remedy` completes the message.
     """
     state.mkdir(parents=True, exist_ok=True)
     with (state / "lock").open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ConfigError(f"--state {state} is in use by another process; {instead}") from error
+            raise ConfigError(f"--state {state} is in use by another process; {remedy}") from error
         yield
 
 
 def is_locked(state: Path) -> bool:
-    """Whether a process works on the folder just now, as far as this user can see."""
+    """Whether a process uses the state directory now. False if this user may not read the lock."""
     try:
         with (state / "lock").open() as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except OSError:  # nobody ever has, or it is not ours to look
+    except OSError:  # there is no lock yet, or this user may not read it
         pass
     return False

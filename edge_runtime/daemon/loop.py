@@ -380,7 +380,7 @@ class DaemonLoop:
 
     def _send(self, round_: int) -> None:
         """Sends an update from the outbox, unless paho is still delivering it, also after a reconnection."""
-        if not self._connected or self._retransmissions.on_its_way(round_):
+        if not self._connected or self._retransmissions.is_in_flight(round_):
             return
         blob = self._store.outbox.read(round_)
         if blob is not None:

@@ -1,4 +1,7 @@
-"""How a device is, for Prometheus. To be imported only where that is wanted: its client takes 12 MB of memory."""
+"""A device's health as Prometheus metrics.
+
+Import this module only where it is used: the Prometheus client takes 12 MB of memory.
+"""
 
 from __future__ import annotations
 
@@ -12,33 +15,33 @@ from fedfmsl.errors import ConfigError
 from fedfmsl.protocol.messages import Activity, Health
 from fedfmsl.transport.address import listening_on
 
-# Of what is one number: its name, the field of Health, and what it is.
+# Metrics with one value: name, field of Health, description.
 GAUGES = (
-    ("start_time_seconds", "started", "When the daemon was started, in unix seconds."),
-    ("heard_time_seconds", "time", "When the daemon last looked after itself, in unix seconds."),
-    ("round", "round", "The newest round that was announced."),
-    ("level", "level", "The SAL level of that round."),
-    ("level_cap", "level_cap", "The highest SAL level that this device trains at present."),
-    ("step_slowdown_ratio", "slowdown", "How much longer a training step takes than when it was measured."),
-    ("temperature_celsius", "temperature", "The hottest of the thermal zones that count."),
-    ("others_processor_ratio", "others", "Share of all processors that other processes use."),
-    ("on_battery", "on_battery", "1 if nothing but a battery feeds the device."),
-    ("metered", "metered", "1 if the network costs by the byte."),
-    ("throttled", "throttled", "1 if the processor is kept from its full speed."),
-    ("resident_memory_bytes", "memory", "Memory that the daemon takes."),
-    ("disk_free_bytes", "disk_free", "Free space on the disk of its state."),
-    ("feature_cache_bytes", "cache", "Disk that cached features take."),
-    ("unacknowledged_updates", "unacknowledged", "Updates that the server has not answered yet."),
+    ("start_time_seconds", "started", "Unix time of the daemon's start."),
+    ("health_timestamp_seconds", "time", "Unix time of the last heartbeat."),
+    ("round", "round", "The newest announced round."),
+    ("level", "level", "The SAL level of the newest announced round."),
+    ("level_cap", "level_cap", "The highest SAL level that the device trains now."),
+    ("step_slowdown_ratio", "slowdown", "Duration of a training step divided by its duration in the probe."),
+    ("temperature_celsius", "temperature", "The highest temperature of the used thermal zones."),
+    ("other_processes_cpu_ratio", "others", "Share of all processors that other processes use."),
+    ("on_battery", "on_battery", "1 if only a battery powers the device."),
+    ("metered", "metered", "1 if the network is metered."),
+    ("throttled", "throttled", "1 if the processor is throttled."),
+    ("resident_memory_bytes", "memory", "Resident memory of the daemon."),
+    ("disk_free_bytes", "disk_free", "Free space on the disk of the state directory."),
+    ("feature_cache_bytes", "cache", "Disk space of the feature cache."),
+    ("unacknowledged_updates", "unacknowledged", "Updates that the server has not acknowledged."),
 )
-SLICES = ("train", "held_out", "test", "skipped")
+SPLITS = ("train", "held_out", "test", "skipped")
 
 
 def serve_metrics(address: str, newest: Callable[[], Health | None], insecure: bool = False) -> None:
-    """Answers on HOST:PORT, from threads of its own, with the newest Health as long as the process lives.
+    """Serves the newest Health on HOST:PORT, from its own threads, until the process ends.
 
-    Raises ConfigError if that is no address, is taken, or is one that others reach, unless that is `insecure`.
+    Raises ConfigError if the address is invalid or in use, or if other machines reach it and `insecure` is not set.
     """
-    host, port = listening_on(address, f"what --metrics {address} tells", insecure)
+    host, port = listening_on(address, f"what --metrics {address} serves", insecure)
     registry = CollectorRegistry()
     registry.register(_Newest(newest))
     try:
@@ -52,7 +55,7 @@ class _Newest(Collector):
         self._newest = newest
 
     def describe(self) -> list[Metric]:
-        """Nothing is known by the time it is registered."""
+        """The metrics are not known when the collector is registered."""
         return []
 
     def collect(self) -> Iterator[Metric]:
@@ -61,20 +64,22 @@ class _Newest(Collector):
 
 
 def families(health: Health) -> Iterator[Metric]:
-    """What is not known is left out."""
+    """Unknown values are left out."""
     about = {"device": health.device, "version": health.version, "board": health.board}
-    info = GaugeMetricFamily("fedfmsl_info", "What the daemon is.", labels=list(about))
+    info = GaugeMetricFamily("fedfmsl_info", "The device, its version and board.", labels=list(about))
     info.add_metric(list(about.values()), 1)
     yield info
-    activity = GaugeMetricFamily("fedfmsl_activity", "1 for what it is doing, 0 for all else.", labels=["activity"])
+    activity = GaugeMetricFamily(
+        "fedfmsl_activity", "1 for the current activity, 0 for the others.", labels=["activity"]
+    )
     for each in Activity:
         activity.add_metric([each.value], float(each is health.activity))
     yield activity
-    samples = GaugeMetricFamily("fedfmsl_samples", "Samples on the device, by the slice they are in.", labels=["slice"])
-    for name in SLICES:
+    samples = GaugeMetricFamily("fedfmsl_samples", "Samples on the device by split.", labels=["split"])
+    for name in SPLITS:
         samples.add_metric([name], getattr(health, name))
     yield samples
-    yield CounterMetricFamily("fedfmsl_rounds", "Rounds done since the start.", value=health.rounds_done)
+    yield CounterMetricFamily("fedfmsl_rounds", "Rounds completed since the start.", value=health.rounds_done)
     for name, field, text in GAUGES:
         value = getattr(health, field)
         if value is not None:

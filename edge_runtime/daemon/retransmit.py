@@ -1,4 +1,4 @@
-"""Which updates wait for the server's word, and for how long they have."""
+"""When an update is sent again: after a timeout without an acknowledgement."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from fedfmsl.common.backoff import Backoff
 
 
 class Retransmissions:
-    """The updates that were sent and not acknowledged: which of them is still on its way, and when the server's answer
-    is overdue. The server's time begins when the last of them has reached the broker."""
+    """Tracks the updates that are sent and not acknowledged. The timeout starts when the last of them has reached the
+    broker."""
 
     def __init__(self, device: str, timeout: Backoff = ACK_TIMEOUT) -> None:
         self._device = device
@@ -30,21 +30,21 @@ class Retransmissions:
         self._attempt = 0
 
     def start_over(self) -> None:
-        """The server has shown itself, or the broker: what was sent before may have been lost with them."""
+        """Resets the backoff after a reconnection or a status of the server: earlier messages may be lost."""
         self._attempt = 0
 
-    def on_its_way(self, round_: int) -> bool:
-        """Whether paho still has it, and delivers it in the end, over a reconnection too."""
+    def is_in_flight(self, round_: int) -> bool:
+        """Whether paho still delivers the update. It does so across reconnections."""
         info = self._last_chunks.get(round_)
         try:
             return info is not None and not info.is_published()
-        except (RuntimeError, ValueError):  # it was published without a connection
+        except (RuntimeError, ValueError):  # published without a connection
             return False
 
     def overdue(self) -> bool:
-        """To be asked again and again; True once for each time that all that is unanswered ought to be sent again."""
+        """To be called at every tick. True if the unacknowledged updates have to be sent again now."""
         now = time.monotonic()
-        if any(self.on_its_way(round_) for round_ in self._last_chunks):
+        if any(self.is_in_flight(round_) for round_ in self._last_chunks):
             self._since = now
             return False
         if not self._last_chunks or now < self._since + self._timeout.delay(self._attempt, self._device):

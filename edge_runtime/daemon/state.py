@@ -1,7 +1,7 @@
 """The daemon's decisions as a state machine without I/O: `advance(state, event) -> (state, commands)`.
 
-It follows the newest round that the present server has announced and that asks this device: fetch the globals it
-names, work, send the update, and send it again until the server has acknowledged it. The I/O loop measures time: it reports
+It follows the newest round that the online server has announced and that selects this device: fetch the round's globals,
+compute, send the update, and send it again until the server has acknowledged it. The I/O loop measures time: it reports
 when an acknowledgement is overdue (see `edge_runtime.daemon.retransmit`).
 
 Of several running processes with one device name the newest stays (see `fedfmsl.protocol.duplicate_name`).
@@ -32,14 +32,14 @@ class GlobalArrived:
 
 @dataclass(frozen=True)
 class WorkDone:
-    """The update of this round lies in the outbox."""
+    """The update of this round is in the outbox."""
 
     round: int
 
 
 @dataclass(frozen=True)
 class WorkFailed:
-    """It could not be kept (a full disk, most likely); what was changed on the way does no harm to another attempt."""
+    """The round was not completed, for example because the disk is full. It can be computed again."""
 
     round: int
 
@@ -51,7 +51,7 @@ class AckSeen:
 
 @dataclass(frozen=True)
 class OwnStatusSeen:
-    """What stands under this device's own name."""
+    """A status was published under this device's own name."""
 
     status: DeviceStatus
 
@@ -63,12 +63,12 @@ class Reconnected:
 
 @dataclass(frozen=True)
 class AckOverdue:
-    """The server has had its time to answer what was sent last."""
+    """The acknowledgement of an update has not arrived in time."""
 
 
 @dataclass(frozen=True)
 class Idle:
-    """No event is waiting. Work starts only now, so a device that was slow goes straight to the newest round."""
+    """No other event is waiting. Work starts only now, so a slow device skips to the newest round."""
 
 
 Event = (
@@ -97,34 +97,34 @@ class Work:
 
 @dataclass(frozen=True)
 class Send:
-    """The update of this round, from the outbox."""
+    """Send the update of this round from the outbox."""
 
     round: int
 
 
 @dataclass(frozen=True)
 class Acknowledge:
-    """The server has spoken: the update of this round need not be kept."""
+    """Delete the update of this round: the server has acknowledged it."""
 
     ack: Ack
 
 
 @dataclass(frozen=True)
 class PublishStatus:
-    """Publish this device's status: another one stands in its place."""
+    """Publish this device's status again: another process has replaced it."""
 
 
 @dataclass(frozen=True)
 class Log:
-    """What somebody who looks after this device may want to know."""
+    """Write a line to the log."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Stop:
-    """Nothing more to do; `error` says why if something was wrong. With `quietly` the device's name is another's now:
-    no status may be published."""
+    """End the daemon, because of an `error` if there is one. With `quietly` no status may be published: a newer process
+    has the device's name."""
 
     error: str = ""
     quietly: bool = False
@@ -135,10 +135,11 @@ Command = Fetch | Work | Send | Acknowledge | PublishStatus | Log | Stop
 
 @dataclass(frozen=True)
 class State:
-    """`session`: the one this device last worked in. `present`: that of the server that is online. `announced`: the
-    newest round seen. `done`: the last round worked on. `held`: global blobs on disk. `unacknowledged`: rounds of `session`
-    whose update has not been acknowledged. `guard`: finds newer processes with this device's name. `waiting`: it has
-    been said that there is no server. `working`: the round that is being computed."""
+    """`session`: the session that this device last worked in. `present`: the session of the online server, or "".
+    `announced`: the newest announced round. `working`: the round that is being computed. `done`: the last round whose
+    computation was started. `held`: global blobs on disk. `unacknowledged`: rounds of `session` with an unacknowledged
+    update. `guard`: finds newer processes with this device's name. `waiting`: the log has said that there is no
+    server."""
 
     device: str
     guard: DuplicateNameGuard
@@ -154,7 +155,7 @@ class State:
 
 
 def advance(state: State, event: Event) -> tuple[State, list[Command]]:
-    """The next state, and what the shell has to do, in order."""
+    """The next state, and the commands for the I/O loop in order."""
     if isinstance(event, ServerSeen):
         return _see_server(state, event.status)
     if isinstance(event, RoundSeen):
@@ -182,14 +183,14 @@ def is_outdated(state: State) -> bool:
 
 
 def required_globals(announced: Round | None) -> set[str]:
-    """The global blobs a round needs."""
+    """SHA-256 of the global blobs that a round needs."""
     return {announced.expert, announced.start, announced.gate} - {""} if announced else set()
 
 
 def _see_server(state: State, status: ServerStatus) -> tuple[State, list[Command]]:
     if not status.online:
-        over = state.announced is not None and state.announced.stage is Stage.FINISHED
-        gone = replace(state, present="", waiting=not over)
+        finished = state.announced is not None and state.announced.stage is Stage.FINISHED
+        gone = replace(state, present="", waiting=not finished)
         return gone, [
             Log(f"the server of run {status.run} is offline; waiting for it")
         ] if gone.waiting > state.waiting else []
@@ -197,12 +198,12 @@ def _see_server(state: State, status: ServerStatus) -> tuple[State, list[Command
         return state, [
             Stop(
                 f"run {status.run!r} uses another bundle (model {status.model}, SHA-256 {status.bundle[:12]}…) than "
-                f"this device ({state.bundle[:12]}…); give it the run's bundle, or none to fetch it from the server"
+                f"this device ({state.bundle[:12]}…); pass the run's --bundle, or none to fetch it from the server"
             )
         ]
-    said = [Log(f"the server of run {status.run} is online")] if state.waiting else []
+    online = [Log(f"the server of run {status.run} is online")] if state.waiting else []
     state = replace(state, present=status.session, waiting=False)
-    return state, [*said, *_send_unacknowledged(state), *_fetch_missing(state)]
+    return state, [*online, *_send_unacknowledged(state), *_fetch_missing(state)]
 
 
 def _see_own_status(state: State, status: DeviceStatus) -> tuple[State, list[Command]]:
@@ -213,25 +214,25 @@ def _see_own_status(state: State, status: DeviceStatus) -> tuple[State, list[Com
     if not guard.is_newer(instance):
         return state, []
     error = (
-        f"another device has come as {state.device!r} and takes this one's place; if they are two, give one of them "
-        "an identity of its own: another --device name, and an empty --state folder"
+        f"duplicate device name {state.device!r}: a newer process took over; if these are two devices, start one of "
+        "them with another --device name and an empty --state folder"
     )
     return state, [Stop(error, quietly=True)]
 
 
 def _send_unacknowledged(state: State) -> list[Command]:
-    """To the server of their session, and to no other."""
+    """Only to the server of their session."""
     return [Send(round_) for round_ in sorted(state.unacknowledged)] if state.present == state.session else []
 
 
 def _fetch_missing(state: State) -> list[Command]:
-    if state.announced is None or not _concerns(state, state.announced):
+    if state.announced is None or not _is_for_this_device(state, state.announced):
         return []
     return [Fetch(sha256) for sha256 in sorted(required_globals(state.announced) - state.held)]
 
 
-def _concerns(state: State, announced: Round) -> bool:
-    """Whether a round is the present server's, asks something of this device, and has not been worked on."""
+def _is_for_this_device(state: State, announced: Round) -> bool:
+    """Whether a round is from the online server, selects this device, and has not been computed."""
     asked = announced.stage is not Stage.FINISHED and (not announced.chosen or state.device in announced.chosen)
     new = announced.session != state.session or announced.round > state.done
     return asked and new and announced.session == state.present
@@ -244,16 +245,14 @@ def _acknowledge(state: State, ack: Ack) -> tuple[State, list[Command]]:
 
 
 def _act(state: State) -> tuple[State, list[Command]]:
-    """Nothing is waiting: start on the announced round if it is new and all it needs is here, or leave if that was all.
-
-    A finished run is only this device's business if it took part in it; else it waits for the next of that name.
-    """
+    """Starts the announced round if it is new and its globals are on disk. Stops if the run has finished, unless this
+    device did not take part: then it waits for the next run of that name."""
     announced = state.announced
     if announced is None or state.working is not None:
         return state, []
     if announced.stage is Stage.FINISHED:
         return state, [Stop()] if announced.session == state.session else []
-    if not _concerns(state, announced) or not required_globals(announced) <= state.held:
+    if not _is_for_this_device(state, announced) or not required_globals(announced) <= state.held:
         return state, []
     unacknowledged = state.unacknowledged if announced.session == state.session else frozenset()
     state = replace(

@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 
 from edge_runtime.daemon.lock import is_locked
 from edge_runtime.preflight.context import Context, Finding, format_size
-from edge_runtime.resources.governor import forbids
+from edge_runtime.resources.governor import pause_reason
 from edge_runtime.resources.sensors import Sensors
 from edge_runtime.settings import Settings
 from fedfmsl.errors import ConfigError
@@ -56,7 +56,7 @@ def check_governor(settings: Settings, context: Context) -> Iterator[Finding]:
         )
     temperature = "no temperature" if readings.temperature is None else f"{readings.temperature:.1f} °C"
     power = "on battery" if readings.on_battery else "on mains"
-    reason = forbids(limits, readings, datetime.now(), paused=False)
+    reason = pause_reason(limits, readings, datetime.now(), paused=False)
     decision = f"would pause now: {reason}" if reason else "would train now"
     yield Finding("governor", f"{temperature}, {power}; {decision}")
 

@@ -14,7 +14,7 @@ from edge_runtime.data.inputs import reader_of
 from edge_runtime.data.sample_reader import SampleReader
 from edge_runtime.engines.factory import open_engine
 from edge_runtime.preflight.context import Context, Finding, format_size
-from edge_runtime.resources.probe import measure_least
+from edge_runtime.resources.plan import measure_minimum
 from edge_runtime.settings import Settings
 from edge_runtime.store import DeviceStore
 from fedfmsl.errors import BundleError, InputError
@@ -71,7 +71,7 @@ def check_memory(settings: Settings, context: Context) -> Iterator[Finding]:
     threads = settings.threads or os.cpu_count() or 1
     engine = open_engine(settings.engine, context.bundle, threads).name
     started = time.monotonic()
-    memory, seconds = measure_least(
+    memory, seconds = measure_minimum(
         context.bundle, engine, threads, context.largest, settings.memory, settings.step_seconds
     )
     yield Finding(

@@ -1,6 +1,6 @@
-"""Whether a device may train just now: a decision over what its owner allows and what was read (ours).
+"""Whether a device may train now, by its owner's limits, the sensors and the clock (ours).
 
-`forbids` is a pure function; `Governor` applies it to the sensors and the clock. An unknown reading forbids nothing.
+`pause_reason` is a pure function; `Governor` applies it. An unknown reading never causes a pause.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from pydantic_core import core_schema
 
 DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 DAY, WEEK = 24 * 60, 7 * 24 * 60  # minutes
-COOLER = 5.0  # °C below its limit, from where a device that paused for its temperature goes on
-QUIETER = 0.8  # of its limit, likewise for what others use
+COOLER = 5.0  # °C below the limit, at which a device that paused for its temperature resumes
+QUIETER = 0.8  # of the limit, at which a device that paused for the load of others resumes
 
 _DAY, _TIME = "|".join(DAYS), r"(?:[01]?\d|2[0-3]):[0-5]\d"
 _WHEN = re.compile(rf"(?:({_DAY})(?:-({_DAY}))? )?({_TIME})-({_TIME}|24:00)")
@@ -25,9 +25,8 @@ _WHEN = re.compile(rf"(?:({_DAY})(?:-({_DAY}))? )?({_TIME})-({_TIME}|24:00)")
 
 @dataclass(frozen=True)
 class Hours:
-    """Some time of some days, by the device's own clock. `days` are the first and the last of the days on which it
-    begins, 0 being Monday; `begin` and `end` are minutes of the day. Where `end` is not after `begin` it is the next
-    day's."""
+    """A time span of some days, by the device's clock. It begins on each of the `days` from the first to the last, 0
+    being Monday. `begin` and `end` are minutes of the day. An `end` that is not after `begin` is on the next day."""
 
     days: tuple[int, int]
     begin: int
@@ -35,10 +34,10 @@ class Hours:
 
     @classmethod
     def parse(cls, text: str) -> Hours:
-        """Raises ValueError, with what may be written, for anything but 22:00-06:00, Sat 10:00-18:00 and the like."""
+        """Raises ValueError for anything but a span like 22:00-06:00 or Sat 10:00-18:00."""
         found = _WHEN.fullmatch(" ".join(text.split()))
         if found is None:
-            raise ValueError(f"{text!r} are no hours; write 22:00-06:00, Sat 10:00-18:00 or Mon-Fri 18:00-07:00")
+            raise ValueError(f"{text!r} is not a time span; write 22:00-06:00, Sat 10:00-18:00 or Mon-Fri 18:00-07:00")
         first, last, *times = found.groups()
         days = (DAYS.index(first), DAYS.index(last or first)) if first else (0, len(DAYS) - 1)
         begin, end = (60 * int(hour) + int(minute) for hour, _, minute in (time.partition(":") for time in times))
@@ -59,7 +58,7 @@ class Hours:
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
-        """A string of that form is a value of this type in a pydantic model."""
+        """Pydantic models parse this type from a string."""
         return core_schema.no_info_plain_validator_function(
             lambda value: cls.parse(str(value)), serialization=core_schema.to_string_ser_schema()
         )
@@ -67,8 +66,8 @@ class Hours:
 
 @dataclass(frozen=True)
 class Limits:
-    """What the owner of a device allows; by default everything. `max_temperature` in °C, `max_load` the share of all
-    processors that others may use."""
+    """When the owner allows training. `max_temperature` in °C; `max_load` is the share of all processors that other
+    processes may use. None and the defaults set no limit."""
 
     hours: tuple[Hours, ...] = ()
     max_temperature: float | None = None
@@ -79,8 +78,8 @@ class Limits:
 
 @dataclass(frozen=True)
 class Readings:
-    """What the sensors say; None where they do not. `temperature` in °C, `others` the share of all processors that
-    other processes use, `throttled` whether the processor is kept from its full speed."""
+    """Sensor values; None if unknown. `temperature` in °C; `others` is the share of all processors that other processes
+    use."""
 
     temperature: float | None = None
     on_battery: bool | None = None
@@ -89,28 +88,28 @@ class Readings:
     throttled: bool | None = None
 
 
-def forbids(limits: Limits, readings: Readings, now: datetime, paused: bool) -> str:
-    """Why the device may not train, in one phrase; "" if it may. One that has `paused` has to be cooler and quieter
-    than one that has not, so that it does not go on for a moment only."""
+def pause_reason(limits: Limits, readings: Readings, now: datetime, paused: bool) -> str:
+    """Why the device may not train, or "". A device that has `paused` resumes only at a lower temperature and load, so
+    that it does not switch back and forth."""
     if limits.hours and not any(now in hours for hours in limits.hours):
         return f"outside of --hours {', '.join(map(str, limits.hours))}"
-    hot, cool = readings.temperature, COOLER if paused else 0.0
-    if limits.max_temperature is not None and hot is not None and hot > limits.max_temperature - cool:
-        above = "above" if hot > limits.max_temperature else f"not yet {COOLER:g} °C below"
-        return f"{hot:.1f} °C, {above} --max-temperature {limits.max_temperature:g}"
+    celsius, margin = readings.temperature, COOLER if paused else 0.0
+    if limits.max_temperature is not None and celsius is not None and celsius > limits.max_temperature - margin:
+        above = "above" if celsius > limits.max_temperature else f"not yet {COOLER:g} °C below"
+        return f"{celsius:.1f} °C, {above} --max-temperature {limits.max_temperature:g}"
     if limits.mains_only and readings.on_battery:
         return "on battery, with --mains-only"
-    quiet = QUIETER if paused else 1.0
-    if limits.max_load is not None and readings.others is not None and readings.others > limits.max_load * quiet:
+    factor = QUIETER if paused else 1.0
+    if limits.max_load is not None and readings.others is not None and readings.others > limits.max_load * factor:
         above = "above" if readings.others > limits.max_load else f"not yet below {QUIETER:.0%} of"
-        return f"others use {readings.others:.0%} of the processors, {above} --max-load {limits.max_load:g}"
+        return f"other processes use {readings.others:.0%} of the processors, {above} --max-load {limits.max_load:g}"
     if not limits.on_metered and readings.metered:
         return "on a metered network, with --no-on-metered"
     return ""
 
 
 class Governor:
-    """Decides with the sensors' readings. `reason` is why the device may not train as of the last check."""
+    """Reads the sensors and decides. `reason` is the result of the last check."""
 
     def __init__(self, limits: Limits, read: Callable[[], Readings]) -> None:
         self.reason = ""
@@ -119,5 +118,5 @@ class Governor:
 
     def check(self) -> str:
         """Reads the sensors. Returns why the device may not train now, or ""."""
-        self.reason = forbids(self._limits, self._read(), datetime.now(), paused=bool(self.reason))
+        self.reason = pause_reason(self._limits, self._read(), datetime.now(), paused=bool(self.reason))
         return self.reason

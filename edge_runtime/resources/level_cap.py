@@ -1,10 +1,9 @@
-"""The level cap while a device works: lowered when steps take longer than when they were measured, raised again (ours).
+"""The level cap during a run: lowered when steps are slower than in the probe, raised again when they are not (ours).
 
-A step's slowdown is its time as a share of what the probe measured at the very level it was made at. It says what is
-the matter with the device (heat, a poor power supply, others at work), whatever the level: so one that trains at level
-1 for its slowness still finds out that it has become fast again. Of the last steps the lower quartile is taken: what
-slows a device down slows every step, what disturbs it makes a few much longer. (The median let a simulated device, a
-third of whose steps were disturbed, flap ten times as often.)
+A step's slowdown is its duration divided by the probe's duration at the same level. It describes the device (heat, a
+weak power supply, other processes) and not the level: a device that trains at level 1 still notices that it is fast
+again. The slowdown is the lower quartile of the last steps: heat slows every step, disturbances lengthen a few. (With the
+median, a simulated device with a third of its steps disturbed changed its cap ten times as often.)
 """
 
 from __future__ import annotations
@@ -13,18 +12,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from statistics import quantiles
 
-from edge_runtime.resources.probe import BATCH, Plan
+from edge_runtime.resources.plan import Plan
+from edge_runtime.resources.probe import BATCH
 
-SLACK = 1.5  # times what a step was measured at, at the highest level: the pace that was promised
+SLACK = 1.5  # a step may take this many times as long as the probe's at the highest level
 FAST_ENOUGH = 2.0  # seconds: faster steps never lower the cap, whatever the probe measured
-RETURN = 0.8  # of the pace: what a step at a higher level must be expected to take before the cap is raised to it
-STEPS = 12  # that are looked at
+RETURN = 0.8  # of that limit: the expected duration at a higher level, at which the cap is raised to it
+STEPS = 12  # number of steps that the slowdown is computed from
 
 
 @dataclass(frozen=True)
 class LevelCap:
-    """`level` is the cap. `measured`: seconds for BATCH samples at each level that fits, from 1 on, by a probe.
-    `step_seconds`: what a step may take at most. `ratios`: the slowdowns of the last steps."""
+    """`level` is the cap. `measured`: the probe's seconds for BATCH samples at each level that fits, from 1 on.
+    `step_seconds`: the longest allowed step. `ratios`: the slowdowns of the last steps."""
 
     level: int
     measured: Mapping[int, float]
@@ -38,20 +38,20 @@ class LevelCap:
 
     @property
     def slowdown(self) -> float:
-        """How much longer steps take than when they were measured; 1 as long as too few have been made."""
+        """The duration of steps divided by the probe's; 1 until there are STEPS steps."""
         return quantiles(self.ratios, method="inclusive")[0] if len(self.ratios) == STEPS else 1.0
 
-    def bears(self, level: int, share: float = 1.0) -> bool:
-        """Whether a step at `level` is expected to take at most this share of what was promised. A device that is as
-        fast as when it was measured bears all that was planned."""
-        promised = min(max(SLACK * self.measured[max(self.measured)], self.fast_enough), self.step_seconds)
-        return level == 1 or self.measured[level] * self.slowdown <= max(share * promised, self.measured[level])
+    def allows(self, level: int, share: float = 1.0) -> bool:
+        """Whether a step at `level` is expected to take at most this share of the limit. A device that is as fast as in
+        the probe keeps every planned level."""
+        limit = min(max(SLACK * self.measured[max(self.measured)], self.fast_enough), self.step_seconds)
+        return level == 1 or self.measured[level] * self.slowdown <= max(share * limit, self.measured[level])
 
 
 def observe(cap: LevelCap, level: int, seconds: float, samples: int) -> LevelCap:
-    """The cap after one more step, of `samples` samples at `level`. The first after a graph was opened is slow for
-    reasons of its own, and not to be told here."""
+    """The cap after one more step of `samples` samples at `level`. The first step after a graph was opened must not be
+    passed: it is always slow."""
     ratio = seconds / samples * BATCH / cap.measured[level]
     cap = replace(cap, ratios=(*cap.ratios, ratio)[-STEPS:])
-    kept = max(k for k in cap.measured if k <= cap.level and cap.bears(k))
-    return replace(cap, level=max((k for k in cap.measured if k > cap.level and cap.bears(k, RETURN)), default=kept))
+    kept = max(k for k in cap.measured if k <= cap.level and cap.allows(k))
+    return replace(cap, level=max((k for k in cap.measured if k > cap.level and cap.allows(k, RETURN)), default=kept))

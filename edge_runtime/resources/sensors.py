@@ -1,7 +1,7 @@
-"""What Linux says of the machine: plain files, and NetworkManager's word where it is there (ours).
+"""Readings of the machine from Linux' files, and from NetworkManager if it is installed (ours).
 
-A file that is missing or unreadable, or that says nonsense, tells nothing; what nothing tells is unknown. A look at
-everything takes a few milliseconds.
+A reading is unknown if its file is missing, unreadable or has an implausible value. To read all takes a few
+milliseconds.
 """
 
 from __future__ import annotations
@@ -15,35 +15,35 @@ from pathlib import Path
 from edge_runtime.resources.governor import Readings
 from edge_runtime.resources.processors import OtherLoad
 
-BELIEVABLE = (-40.0, 150.0)  # °C
-PLACEBO = "PMIC-Die"  # a thermal zone of Jetsons that says 100 °C, always
-MOBILE = ("wwan", "ppp", "rmnet")  # what interfaces of modems are called
+PLAUSIBLE = (-40.0, 150.0)  # °C
+CONSTANT_ZONE = "PMIC-Die"  # a thermal zone of Jetsons that always reports 100 °C
+MOBILE = ("wwan", "ppp", "rmnet")  # prefixes of the interfaces of modems
 NMCLI_SECONDS, NMCLI_VALID_SECONDS = 2.0, 60.0
-NOW = 0xF  # of a Raspberry Pi's get_throttled: the bits that are not history
+CURRENT_BITS = 0xF  # of a Raspberry Pi's get_throttled; the higher bits are about the past
 
 
 def thermal_zones(root: Path = Path("/")) -> dict[str, float]:
-    """°C by the zones' names; of several with one name, the hottest."""
+    """°C by zone name. Of several zones with one name, the highest."""
     found: dict[str, float] = {}
-    low, high = BELIEVABLE
+    low, high = PLAUSIBLE
     for zone in root.glob("sys/class/thermal/thermal_zone*"):
         name, temperature = _text(zone / "type"), _number(zone / "temp")
-        if name and name != PLACEBO and temperature is not None and low <= temperature / 1000 <= high:
+        if name and name != CONSTANT_ZONE and temperature is not None and low <= temperature / 1000 <= high:
             found[name] = max(temperature / 1000, found.get(name, low))
     return found
 
 
 def board(root: Path = Path("/")) -> str:
-    """What the machine calls itself; "" where it does not."""
+    """The model name of the machine, or ""."""
     names = (_text(root / name) for name in ("proc/device-tree/model", "sys/class/dmi/id/product_name"))
     return next((name.strip("\0 ") for name in names if name), "")
 
 
 class Sensors:
-    """Looks at them whenever it is asked to."""
+    """Reads the machine's sensors on request."""
 
     def __init__(self, zones: Sequence[str] = (), root: Path = Path("/")) -> None:
-        """Of the thermal zones only those named in `zones` count, or all. `root` is where /proc and /sys lie."""
+        """`zones` names the thermal zones to use; default: all. `root` is the parent of /proc and /sys."""
         self._zones = zones
         self._root = root
         self._load = OtherLoad()
@@ -64,32 +64,33 @@ class Sensors:
 
 
 def _on_battery(root: Path) -> bool:
-    """Whether a battery of the machine, not of a mouse, is being emptied and nothing else feeds it. A machine that
-    speaks of no battery has none."""
+    """Whether only a battery powers the machine. Batteries of mice and the like do not count."""
     supplies = [path for path in root.glob("sys/class/power_supply/*") if _text(path / "scope") != "Device"]
-    emptied = any(_text(path / "status") == "Discharging" for path in supplies)
-    fed = any(_text(path / "type") != "Battery" and (_number(path / "online") or 0) > 0 for path in supplies)
-    return emptied and not fed
+    discharging = any(_text(path / "status") == "Discharging" for path in supplies)
+    powered = any(_text(path / "type") != "Battery" and (_number(path / "online") or 0) > 0 for path in supplies)
+    return discharging and not powered
 
 
 def _throttled(root: Path) -> bool | None:
-    """Whether a board's firmware holds its processor back or misses voltage, or the kernel caps its frequency."""
-    said = [int(text, 16) & NOW for text in _texts(root, "sys/devices/platform/soc*/soc*firmware/get_throttled")]
+    """Whether the firmware throttles the processor or reports low voltage, or the kernel caps the frequency."""
+    flags: list[float | bool] = [
+        int(text, 16) & CURRENT_BITS for text in _texts(root, "sys/devices/platform/soc*/soc*firmware/get_throttled")
+    ]
     alarms = root.glob("sys/class/hwmon/hwmon*/in0_lcrit_alarm")
-    said += [_number(alarm) or 0 for alarm in alarms if _text(alarm.parent / "name") == "rpi_volt"]
+    flags += [_number(alarm) or 0 for alarm in alarms if _text(alarm.parent / "name") == "rpi_volt"]
     for policy in root.glob("sys/devices/system/cpu/cpufreq/policy*"):
         allowed, possible = _number(policy / "scaling_max_freq"), _number(policy / "cpuinfo_max_freq")
         if allowed is not None and possible is not None:
-            said.append(allowed < possible)
-    return any(said) if said else None
+            flags.append(allowed < possible)
+    return any(flags) if flags else None
 
 
 class _Networks:
-    """Whether the way to the Internet is one that costs by the byte."""
+    """Whether the default route uses a metered network."""
 
     def __init__(self, root: Path) -> None:
         self._routes = root / "proc" / "net" / "route"
-        self._asked: tuple[str, float] | None = None  # about which interface, when
+        self._asked: tuple[str, float] | None = None  # interface, and until when the answer is valid
         self._answer: bool | None = None
 
     def metered(self) -> bool | None:
@@ -99,7 +100,7 @@ class _Networks:
         if interface.startswith(MOBILE):
             return True
         if self._asked is None or self._asked[0] != interface or time.monotonic() > self._asked[1]:
-            self._answer = _network_manager_says(interface)
+            self._answer = _ask_network_manager(interface)
             self._asked = interface, time.monotonic() + NMCLI_VALID_SECONDS
         return self._answer
 
@@ -109,8 +110,8 @@ class _Networks:
         return min(routes)[1] if routes else None
 
 
-def _network_manager_says(interface: str) -> bool | None:
-    """It says yes, no, unknown, and "(guessed)" where nobody has told it."""
+def _ask_network_manager(interface: str) -> bool | None:
+    """NetworkManager answers yes, no or unknown, with "(guessed)" if the user has not set it."""
     nmcli = shutil.which("nmcli")
     if nmcli is None:
         return None
@@ -125,7 +126,7 @@ def _network_manager_says(interface: str) -> bool | None:
 def _text(path: Path) -> str | None:
     try:
         return path.read_text(errors="replace").strip()
-    except (OSError, TypeError):  # what is off may refuse to be read; EAGAIN, a Jetson's cv0, becomes a TypeError
+    except (OSError, TypeError):  # a sensor that is off; EAGAIN (a Jetson's cv0) becomes a TypeError
         return None
 
 

@@ -1,1 +1,1 @@
-"""What every process uses: command line, log, atomic files, systemd notifications."""
+"""Parts of every process: command line, settings, logging, atomic files, systemd notifications."""

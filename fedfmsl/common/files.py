@@ -1,4 +1,4 @@
-"""Files that are either whole or not there."""
+"""Atomic and durable writing of files."""
 
 from __future__ import annotations
 
@@ -7,30 +7,32 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-FULL = {errno.ENOSPC, errno.EDQUOT}  # what an OSError says when there is no room
+FULL = {errno.ENOSPC, errno.EDQUOT}  # error numbers of a full disk
 
 
 def write_atomically(path: Path, data: bytes | Iterable[bytes], durable: bool = False) -> None:
-    """Writes `path` so that a reader, or a later start, sees the old bytes or all of the new (which may come in parts).
-    With `durable` they also survive a power cut right after the call: their bytes, and their name in the folder."""
+    """Writes `path` so that a reader sees either the old or all of the new bytes, also after a crash.
+
+    `data`: the bytes, or their parts. With `durable` the file survives a power failure right after the call.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with scratch.open("wb") as file:
+        with temporary.open("wb") as file:
             file.writelines([data] if isinstance(data, bytes) else data)
             if durable:
                 file.flush()
                 os.fsync(file.fileno())
-        scratch.replace(path)
+        temporary.replace(path)
         if durable:
             sync(path.parent)
-    except OSError:  # a full disk, most likely, which the rest of the file makes no emptier
-        scratch.unlink(missing_ok=True)
+    except OSError:  # often a full disk, where the temporary file takes space
+        temporary.unlink(missing_ok=True)
         raise
 
 
 def sync(path: Path) -> None:
-    """A file's bytes, or what was renamed into a folder, survive a power cut from now on. Raises OSError."""
+    """Makes the bytes of a file, or the names in a folder, survive a power failure. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""What systemd is told of a service with Type=notify, in the words of sd_notify(3). Elsewhere nothing happens."""
+"""Notifications to systemd from a service with Type=notify (see sd_notify(3)). Without systemd they do nothing."""
 
 from __future__ import annotations
 
@@ -6,26 +6,28 @@ import contextlib
 import os
 import socket
 import time
+from collections.abc import Callable
 
 
 def notify(state: str) -> None:
-    """`state` is READY=1, STOPPING=1, STATUS=… and the like, one a line."""
-    where = os.environ.get("NOTIFY_SOCKET", "")
-    if where:
-        address = "\0" + where[1:] if where.startswith("@") else where  # an abstract one
+    """`state`: assignments like READY=1, STOPPING=1, STATUS=…, one per line."""
+    path = os.environ.get("NOTIFY_SOCKET", "")
+    if path:
+        address = "\0" + path[1:] if path.startswith("@") else path  # "@" stands for an abstract socket
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
             channel.sendto(state.encode(), address)
 
 
 class Watchdog:
-    """Tells systemd that this process is alive, as often as it wants to know. To be called more often than that."""
+    """Notifies systemd that this process is alive, twice per watchdog interval. Call it more often than that."""
 
-    def __init__(self) -> None:
-        ours = os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
-        self._seconds = int(os.environ.get("WATCHDOG_USEC", 0)) / 2e6 if ours else 0.0
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        addressed = os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+        self._seconds = int(os.environ.get("WATCHDOG_USEC", 0)) / 2e6 if addressed else 0.0
+        self._clock = clock
         self._due = 0.0
 
     def __call__(self) -> None:
-        if self._seconds and time.monotonic() >= self._due:
-            self._due = time.monotonic() + self._seconds
+        if self._seconds and self._clock() >= self._due:
+            self._due = self._clock() + self._seconds
             notify("WATCHDOG=1")

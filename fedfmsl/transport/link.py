@@ -120,7 +120,7 @@ class Link:
             raise BrokerError(f"cannot trust the {where}: {explain(error)}") from error
         except (OSError, ValueError) as error:
             tls = " with TLS" if self._address.encrypted else ""
-            raise BrokerError(f"no {where} ({error}); start one{tls}, or give another --broker") from error
+            raise BrokerError(f"no {where} ({error}); start one{tls} or give another --broker") from error
         self._client.loop_start()
         if not self._answered.wait(CONNECT_SECONDS):
             self._refusal = f"no answer within {CONNECT_SECONDS} s; check --broker and its port"

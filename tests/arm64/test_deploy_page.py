@@ -22,7 +22,7 @@ from support.samples import write_device_photos
 SECTION = "Put it on a Raspberry Pi"
 RUN, DEVICE, HOST = "orchard", "kitchen", "fleet.example"
 HOME = "/home/pi"
-PATIENCE = 600.0  # seconds
+TIMEOUT = 600.0  # seconds
 PIP_CONF = """\
 [global]
 no-index = true
@@ -33,7 +33,7 @@ no-compile = true
 
 
 def blocks_of(section: str) -> list[str]:
-    """The fenced commands of a section of docs/deploy.md, in their order."""
+    """The code blocks of a section of docs/deploy.md."""
     text = (REPOSITORY / "docs" / "deploy.md").read_text()
     found = re.search(rf"^(#+) {re.escape(section)}\n(.*?)(?=^#{{1,6}} |\Z)", text, re.DOTALL | re.MULTILINE)
     assert found, f"docs/deploy.md has no section {section!r}"
@@ -42,7 +42,7 @@ def blocks_of(section: str) -> list[str]:
 
 @pytest.fixture
 def pi(base: Board, wheel: Path, wheels: Path, tmp_path: Path) -> Board:
-    """A board as it comes, with the files that the section copies to it; its pip finds the wheels on its disk."""
+    """A new board with the files that the section copies to it. Its pip finds the wheels on its disk."""
     board = base.copy(tmp_path / "root")
     shutil.copy(wheel, board.path(HOME))
     shutil.copytree(wheels, board.path("/var/cache/wheels"))
@@ -63,7 +63,7 @@ def fleet(processes: Processes, tmp_path: Path) -> Fleet:
 
 
 class Booted:
-    """What systemd does with a unit: its state folder, its user, its command, and a socket that is told of it."""
+    """Starts a unit as systemd does: state folder, user, command, and notification socket."""
 
     def __init__(self, board: Board, unit: str, processes: Processes) -> None:
         parser = configparser.RawConfigParser(strict=False)
@@ -80,7 +80,7 @@ class Booted:
         self.process: Process = processes.start(DEVICE, *command)
 
     def wait_until_ready(self) -> None:
-        self._socket.settimeout(PATIENCE)
+        self._socket.settimeout(TIMEOUT)
         while b"READY=1" not in self._socket.recv(4096).split(b"\n"):
             pass
 
@@ -88,12 +88,12 @@ class Booted:
 def test_the_deploy_page_puts_a_device_on_a_raspberry_pi(
     pi: Board, fleet: Fleet, vit: Built, processes: Processes, tmp_path: Path
 ) -> None:
-    """From a bare system to a device that takes part in a run and says so."""
+    """From a new system to a device whose status shows that it takes part in a run."""
     _on_the_server, install, *after = blocks_of(SECTION)
     shutil.copy(fleet.device(DEVICE), pi.path(HOME))
-    said = pi.run("bash", "-euc", f"cd {HOME}\n{install}", HOME=HOME)
-    assert "installed /etc/systemd/system/fedfmsl.service" in said
-    pi.compile("/opt/fedfmsl")  # what pip has been told to leave, as it takes a minute more there
+    output = pi.run("bash", "-euc", f"cd {HOME}\n{install}", HOME=HOME)
+    assert "installed /etc/systemd/system/fedfmsl.service" in output
+    pi.compile("/opt/fedfmsl")  # the board's pip does not compile, because that takes a minute there
     federation = Federation(
         RUN, Broker("mosquitto", fleet.url), vit.bundle.root, {DEVICE: tmp_path}, tmp_path, processes
     )
@@ -101,9 +101,9 @@ def test_the_deploy_page_puts_a_device_on_a_raspberry_pi(
     federation.start_server(*serve, "--stage1-rounds", "1000")
     booted = Booted(pi, "/etc/systemd/system/fedfmsl.service", processes)
     booted.wait_until_ready()
-    wait_until(lambda: len(federation.rounds()) > 1, "its updates to close rounds", PATIENCE)
+    wait_until(lambda: len(federation.rounds()) > 1, "its updates to close rounds", TIMEOUT)
     for commands in after:
-        said = pi.run("bash", "-euc", f"cd {HOME}\n{commands}", HOME=HOME)
+        output = pi.run("bash", "-euc", f"cd {HOME}\n{commands}", HOME=HOME)
     assert booted.process.running
-    assert re.search(rf"^device +{DEVICE} ", said, re.MULTILINE)
-    assert re.search(r"^round +\d+ \(global\)", said, re.MULTILINE)
+    assert re.search(rf"^device +{DEVICE} ", output, re.MULTILINE)
+    assert re.search(r"^round +\d+ \(global\)", output, re.MULTILINE)

@@ -1,4 +1,4 @@
-"""The emulated board's daemon, from the project's wheel, in a federation with a server and a device on the host."""
+"""A daemon on the emulated board, installed from the wheel, with a server and a device on the host."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from edge_runtime.store import DeviceStore
 from fedfmsl.algorithms.arrays import Tensors
 from fedfmsl.protocol.messages import Progress, Round, Stage
 
-# AdamW divides a gradient by its own size: of one that is nearly zero, rounding becomes a visible part of a step.
-TOLERANCE = 1e-4  # of any single value
-OF_THE_NORM = 1e-3  # of all of an update's together
+# AdamW divides a gradient by its own size, so the rounding error of a tiny gradient becomes part of a step.
+TOLERANCE = 1e-4  # of a single value
+OF_THE_NORM = 1e-3  # of the norm of all values
 RUN, PI, PC = "orchard", "pi", "pc"
 STATE = "/var/lib/fedfmsl"
 SHAPE = {"hidden_size": 192, "num_hidden_layers": 12, "num_attention_heads": 3, "intermediate_size": 768}
 ROUNDS = ("--stage1-rounds", "4", "--stage2-rounds", "3", "--sal", "fixed-schedule")  # each ends at level 2
-RATES = ("--learning-rate", "0.002", "--local-learning-rate", "0.0005")  # what a run has unless it is told otherwise
-PATIENCE = 900.0  # seconds; an emulated daemon starts, measures and trains some 30 times slower
+RATES = ("--learning-rate", "0.002", "--local-learning-rate", "0.0005")  # the defaults of a run
+TIMEOUT = 900.0  # seconds; an emulated daemon is some 30 times slower
 
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a ViT-Ti/16 at 64 px, with weights as transformers draws them, up to level 2."""
+    """A bundle of a randomly initialized ViT-Ti/16 at 64 px, up to level 2."""
     folder = tmp_path_factory.mktemp("bundle")
     torch.manual_seed(0)
     ViTForImageClassification(ViTConfig(patch_size=16, image_size=64, **SHAPE)).save_pretrained(folder / "vit")
@@ -49,50 +49,50 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-def start_pi(board: Board, federation: Federation, life: str) -> Process:
-    """With the same command in each of its lives; the bundle it fetches from the server."""
+def start_pi(board: Board, federation: Federation, log: str) -> Process:
+    """The same command at each start. The device downloads its bundle from the server."""
     command = [
         *("python3", "-m", "edge_runtime", "run", "--run", RUN, "--images", "/home/pi/photos", "--device", PI),
         *("--broker", federation.broker.url, "--state", STATE, "--memory", "512MB", "--threads", "2"),
     ]
-    return federation.processes.start(life, *board.command(*command))
+    return federation.processes.start(log, *board.command(*command))
 
 
 def killed_once(board: Board, federation: Federation, recorder: Recorder) -> None:
-    """A whole run in which the emulated device is killed while it works on the second round of stage 1."""
+    """Runs a federation whose emulated device is killed while it works on the second round of stage 1."""
     federation.start_server("--serve", f"127.0.0.1:{free_port()}", *ROUNDS, *RATES, "--head", "zeros")
     federation.start_device(PC, "--bundle", str(federation.bundle))
-    first = start_pi(board, federation, "pi-first-life")
+    first = start_pi(board, federation, "pi-first-start")
     second_round = recorder.wait(
-        Round, lambda r: (r.stage, r.index) == (Stage.GLOBAL, 1), "stage 1's second round", seconds=PATIENCE
+        Round, lambda r: (r.stage, r.index) == (Stage.GLOBAL, 1), "stage 1's second round", seconds=TIMEOUT
     )
     at_work = recorder.wait(
         Progress,
         lambda p: p.device == PI,
-        "it to be at work",
+        "its progress",
         since=recorder.seen.index(second_round),
-        seconds=PATIENCE,
+        seconds=TIMEOUT,
     )
     first.kill()
     assert (PI, second_round.round) not in recorder.answers, f"killed too late, after {at_work}"
-    second = start_pi(board, federation, "pi-second-life")
-    recorder.wait(Round, lambda r: r.stage is Stage.FINISHED, "the run's end", seconds=PATIENCE)
-    assert second.wait(PATIENCE).code == 0, second.stderr
+    second = start_pi(board, federation, "pi-second-start")
+    recorder.wait(Round, lambda r: r.stage is Stage.FINISHED, "the run's end", seconds=TIMEOUT)
+    assert second.wait(TIMEOUT).code == 0, second.stderr
 
 
 def differences(one: Tensors, other: Tensors) -> tuple[float, float]:
-    """The largest of any value of any tensor, and the norm of all of them as a share of the values' own."""
+    """The largest difference of a value, and the norm of the differences as a share of the norm of the values."""
     assert one.keys() == other.keys()
     values, others = (np.concatenate([np.ravel(tensors[name]) for name in sorted(one)]) for tensors in (one, other))
-    apart = np.asarray(values, np.float64) - others
-    return float(np.abs(apart).max()), float(np.linalg.norm(apart) / np.linalg.norm(others))
+    difference = np.asarray(values, np.float64) - others
+    return float(np.abs(difference).max()), float(np.linalg.norm(difference) / np.linalg.norm(others))
 
 
-def test_its_updates_are_those_of_a_device_on_x86_64(
+def test_an_emulated_device_sends_the_updates_of_a_device_on_x86_64(
     board: Board, bundle: Path, photos: dict[str, Path], tmp_path: Path
 ) -> None:
-    """In both stages, though killed on the way. A daemon of the same name and photos on this machine hears the same
-    announcements and globals, and every value of every update is compared."""
+    """In both stages, although it is killed once. A daemon with the same name and photos on the host gets the same
+    announcements and globals; the test compares every value of every update."""
     shutil.copytree(photos[PI], board.path("/home/pi/photos"))
     with Processes(tmp_path / "arm64-logs") as processes:
         federation = Federation(RUN, processes.start_broker("mosquitto"), bundle, photos, tmp_path / "arm64", processes)

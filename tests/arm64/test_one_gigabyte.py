@@ -1,8 +1,7 @@
 """A training step of ViT-B/16 on the emulated board in 1 GiB of address space.
 
-The limit is the kernel's (RLIMIT_AS) on the whole of the qemu process: what it translates counts as well as what the
-Python in it asks for. (Where the emulated process limits itself, qemu-user ignores it.) glibc gets one arena: for each
-more it reserves 64 MiB of addresses, which are no memory.
+The kernel limits the address space of the whole qemu process (RLIMIT_AS), including translated code. (qemu-user ignores
+a limit that the emulated process sets.) glibc gets one arena, because each arena reserves 64 MiB of addresses.
 """
 
 from __future__ import annotations
@@ -30,17 +29,18 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export(tmp_path_factory.mktemp("bundle") / "vit-b16", "vit-b16", "random", levels=LEVEL)
 
 
-def test_a_step_of_vit_b_16_fits(board: Board, bundle: Path, tmp_path: Path, pytestconfig: pytest.Config) -> None:
-    """And is the step that this machine makes. With --full first an image goes through all of the backbone, which takes
-    minutes."""
+def test_a_training_step_of_vit_b_16_fits(
+    board: Board, bundle: Path, tmp_path: Path, pytestconfig: pytest.Config
+) -> None:
+    """The step also equals the host's. With --full an image passes through the backbone first, which takes minutes."""
     shutil.copytree(bundle, board.path("/one/bundle"))
     shutil.copy(ONE_STEP, board.path("/one"))
     write_device_photos(board.path("/one/photos"), {CLASSES[0]: 1}, seed=0)
     image = [f"photos/{CLASSES[0]}/00.jpg"] if pytestconfig.getoption("--full") else []
     program = ["one_step.py", "bundle", str(LEVEL), "emulated.npz", *image]
     script = f"cd /one && exec prlimit --as={LIMIT} python3 {' '.join(program)}"
-    said = board.run("sh", "-c", script, MALLOC_ARENA_MAX="1")
-    peak = re.search(r"VmPeak:\s*(\d+) kB", said)
+    output = board.run("sh", "-c", script, MALLOC_ARENA_MAX="1")
+    peak = re.search(r"VmPeak:\s*(\d+) kB", output)
     assert peak
     assert int(peak[1]) * 1024 <= LIMIT
     program = [str(ONE_STEP), "bundle", str(LEVEL), "here.npz", *image]

@@ -1,4 +1,4 @@
-"""What pip takes on aarch64, by its own word: nothing is downloaded, and nothing may have to be compiled."""
+"""Every dependency has a wheel for aarch64, by a dry run of pip."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from support.arm64.wheels import for_aarch64, pip
 
-PYTHONS = ("3.10", "3.13")  # of JetPack 6, of Raspberry Pi OS on Debian 13; that on Debian 12 is what is emulated
+PYTHONS = ("3.10", "3.13")  # of JetPack 6, and of Raspberry Pi OS on Debian 13; Debian 12 is emulated
 FORBIDDEN = {"torch", "transformers", "onnxruntime-gpu", "onnxruntime-training", "onnxruntime-training-cpu"}
 
 
 def check(files: Mapping[str, str]) -> None:
-    """What each package by its name would be installed from."""
+    """`files`: package → file that it is installed from."""
     assert [file for file in files.values() if not file.endswith(".whl")] == []
     assert "aarch64" in files["onnxruntime"]
     assert FORBIDDEN & files.keys() == set()
@@ -27,5 +27,5 @@ def test_every_dependency_of_a_device_has_a_wheel(wheel: Path, python: str, tmp_
     check({item["metadata"]["name"].lower(): item["download_info"]["url"] for item in report["install"]})
 
 
-def test_the_emulated_board_has_nothing_but_wheels(wheels: Path) -> None:
+def test_the_emulated_board_has_only_wheels(wheels: Path) -> None:
     check({file.name.partition("-")[0]: file.name for file in wheels.iterdir()})

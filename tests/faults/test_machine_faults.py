@@ -74,7 +74,7 @@ def test_of_two_devices_with_one_identity_the_older_exits_and_no_update_counts_t
         simulation.start_fleet(think=THINK, devices=1)
         observer.wait(DeviceStatus, lambda s: s.device == name and s.instance not in before, "the newer device", since)
         ended = older.wait()
-        assert f"another device has come as '{name}'" in ended.stderr
+        assert f"duplicate device name '{name}'" in ended.stderr
         counts = (Verdict.ACCEPTED, Verdict.DUPLICATE)
         observer.wait(Ack, lambda a: a.device == name and a.verdict in counts, "the newer device's update", since)
         seconds = time.monotonic() - struck

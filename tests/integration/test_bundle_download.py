@@ -258,7 +258,7 @@ def test_a_device_with_another_bundle_is_refused(
     waiting_server: Process, broker: Broker, other_bundle: Path, photos: dict[str, Path], tmp_path: Path
 ) -> None:
     ended = join_waiting(broker, photos["device-0"], tmp_path, "--bundle", str(other_bundle))
-    ended.assert_error(8, "run 'waiting' uses another bundle", "tiny-vit", "give it the run's bundle, or none")
+    ended.assert_error(8, "run 'waiting' uses another bundle", "tiny-vit", "pass the run's --bundle, or none")
     assert waiting_server.running
 
 

@@ -80,7 +80,7 @@ def test_check_run_status_and_predictions_during_a_run_and_after_it(device: Devi
     for finding in ("ok     broker", "note   server", "ok     bundle", "ok     samples", "torn.jpg", "ok     memory"):
         assert finding in before.stdout
     assert not device.state.exists()
-    device.ask("status").assert_error(8, "no daemon has worked with --state")
+    device.ask("status").assert_error(8, "no daemon has used --state")
 
     server = device.federation.start_server("--stage1-rounds", "3", "--stage2-rounds", "2")
     daemon = device.start()

@@ -4,6 +4,7 @@ messages, a lost acknowledgement."""
 from __future__ import annotations
 
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -70,7 +71,7 @@ def test_of_two_devices_with_one_identity_the_older_exits_and_the_run_continues(
                 *([] if copied else ["--device", FIRST]),
             )
             ended = older.wait()
-            ended.assert_error(8, f"another device has come as '{FIRST}'", "--device", "--state")
+            ended.assert_error(8, f"duplicate device name '{FIRST}'", "--device", "--state")
             federation.devices[HOLDER].resume()
             finished_rounds(federation, observer)
             instances = [m.instance for m in observer.seen if isinstance(m, DeviceStatus) and m.device == FIRST]
@@ -159,6 +160,22 @@ def test_a_read_only_state_folder_is_refused_at_once(tmp_path: Path) -> None:
         [*disk.command, sys.executable, *command], capture_output=True, text=True, check=False, timeout=SECONDS
     )
     Ended(done.returncode, done.stdout, done.stderr).assert_error(2, "cannot be written to", "Read-only", "--state")
+
+
+def test_sigterm_ends_a_device_in_the_middle_of_a_round(
+    broker: Broker, bundle: Path, photos: dict[str, Path], tmp_path: Path
+) -> None:
+    with Processes(tmp_path / "logs") as processes, Observer(broker, "sigterm") as observer:
+        federation = Federation("sigterm", broker, bundle, photos, tmp_path, processes)
+        start_all(federation)
+        hold_in_mid_round(federation, observer)
+        device = federation.devices[HOLDER]
+        device.send_signal(signal.SIGTERM)
+        device.resume()
+        ended = device.wait()
+        assert ended.code == 128 + signal.SIGTERM
+        assert "Traceback" not in ended.stdout + ended.stderr
+        observer.wait(DeviceStatus, lambda s: s.device == HOLDER and not s.online, "its last status")
 
 
 SOON = Timing(ack=Backoff(first=0.2, longest=300.0, jitter=0.5))

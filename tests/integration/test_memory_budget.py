@@ -14,7 +14,8 @@ from support.tiny_models import write_vit
 
 from edge_runtime.engines.base import MemoryPlan
 from edge_runtime.engines.step_graph import default_micro_batch
-from edge_runtime.resources.probe import BATCH, Plan
+from edge_runtime.resources.plan import Plan
+from edge_runtime.resources.probe import BATCH
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.messages import Round, Stage
 

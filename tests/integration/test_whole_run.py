@@ -247,7 +247,7 @@ def test_predict_prints_json_for_a_folder(run: Finished) -> None:
 
 def test_a_corrupt_photo_is_skipped_and_named(run: Finished) -> None:
     torn = run.federation.photos["device-1"] / CORRUPT
-    assert f"set aside: {torn}: not a readable image" in run.process("device-1").stdout
+    assert f"skipped: {torn}: not a readable image" in run.process("device-1").stdout
     assert run.codes["device-1"] == 0
 
 

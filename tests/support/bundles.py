@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -99,10 +101,15 @@ def shared_bundle(name: str) -> Built:
     return Built(weights, bundle)
 
 
+@cache
 def _shared() -> Path:
     engine = "ort-training" if has_ort_training() else "plain"
     key = fingerprint([_ROOT / source for source in _SOURCES], _PACKAGES)
-    return _ROOT / ".pytest_cache" / "bundles" / f"{engine}-{key}"
+    folder = _ROOT / ".pytest_cache" / "bundles" / f"{engine}-{key}"
+    for old in folder.parent.glob("*"):
+        if old != folder and old.stat().st_mtime < time.time() - 86_400:
+            shutil.rmtree(old, ignore_errors=True)
+    return folder
 
 
 def random_samples(built: Built, size: int, seed: int) -> NDArray[Any]:

@@ -19,7 +19,8 @@ from edge_runtime.engines.base import MemoryPlan
 from edge_runtime.engines.factory import open_engine
 from edge_runtime.resources.governor import Governor, Limits, Readings
 from edge_runtime.resources.level_cap import LevelCap
-from edge_runtime.resources.probe import BATCH, Plan
+from edge_runtime.resources.plan import Plan
+from edge_runtime.resources.probe import BATCH
 from edge_runtime.resources.throttle import ControlledEngine, LevelCapTracker, StepControl, reported_and_checked
 from edge_runtime.store import DeviceStore
 from edge_runtime.training.context import TrainingContext

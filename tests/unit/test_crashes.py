@@ -1,4 +1,4 @@
-"""A device that is killed between any two of its writes, and started again on what it left behind."""
+"""A device that is killed between any two of its writes and restarted with the files that it left."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ VOLATILE = {"seconds", "peak_rss_mb", "bytes_down"}
 
 
 class Killed(BaseException):
-    """As SIGKILL: nothing in the daemon can catch it."""
+    """Like SIGKILL: nothing in the daemon catches it."""
 
 
 class Writes:
@@ -127,7 +127,7 @@ def kept(folder: Path, task: Round) -> dict[str, object]:
     return {**update.model_dump(exclude=VOLATILE), **{name: tensors[name].tobytes() for name in tensors}, **files}
 
 
-def worth_trying(written: list[str]) -> list[int]:
+def selected_writes(written: list[str]) -> list[int]:
     """The numbers of all writes but those of features, of which there are hundreds; of them three."""
     features = [number for number, name in enumerate(written) if "/cache/" in name]
     others = [number for number in range(len(written)) if number not in features]
@@ -151,7 +151,7 @@ def test_a_round_that_was_interrupted_anywhere_gives_the_same_update_to_the_bit(
         before = shutil.copytree(device.store.root, tmp_path / "before")
         written = writes.of(partial(perform, runner, task))
         assert written[-1].endswith(f"/outbox/{task.round}")
-        for fatal, after in itertools.product(worth_trying(written), (False, True)):
+        for fatal, after in itertools.product(selected_writes(written), (False, True)):
             folder = shutil.copytree(before, tmp_path / "disturbed")
             victim = start(vit, photos, folder)
             with (
@@ -168,7 +168,7 @@ def test_a_round_that_was_interrupted_anywhere_gives_the_same_update_to_the_bit(
         shutil.rmtree(before)
 
 
-def test_a_round_for_which_there_was_no_room_gives_the_same_update_to_the_bit(
+def test_a_round_on_a_full_disk_gives_the_same_update_to_the_bit(
     vit: Built, photos: Path, tmp_path: Path, writes: Writes
 ) -> None:
     """The same process tries it again after a failure of each of its writes."""

@@ -76,7 +76,7 @@ def drive(events: Sequence[Event], state: State | None = None) -> tuple[State, l
     return state, commands
 
 
-def test_a_round_is_fetched_worked_on_sent_and_settled() -> None:
+def test_a_round_is_fetched_computed_sent_and_acknowledged() -> None:
     task = round_(1, expert=E, start=H, gate=G)
     state, commands = drive([HERE, RoundSeen(task), Idle()])
     assert commands == [Fetch(E), Fetch(G), Fetch(H)]
@@ -99,7 +99,7 @@ def test_only_globals_that_are_not_held_are_fetched() -> None:
 
 
 @pytest.mark.parametrize("order", [(HERE, RoundSeen(round_(1, expert=E))), (RoundSeen(round_(1, expert=E)), HERE)])
-def test_server_and_round_may_show_themselves_in_either_order(order: tuple[Event, ...]) -> None:
+def test_server_and_round_may_be_announced_in_either_order(order: tuple[Event, ...]) -> None:
     assert drive([*order, GlobalArrived(E), Idle()])[1] == [Fetch(E), Work(round_(1, expert=E))]
 
 
@@ -135,11 +135,11 @@ def test_an_update_is_sent_once_its_server_is_back() -> None:
 def test_a_round_announced_again_is_not_worked_on_again() -> None:
     state, _ = drive([HERE, RoundSeen(round_(1)), Idle(), WorkDone(1)])
     assert drive([RoundSeen(round_(1)), Idle()], state)[1] == []
-    restarted = device(session="s", done=1)  # its update lies in the outbox, or has been settled
+    restarted = device(session="s", done=1)  # its update is in the outbox, or was acknowledged
     assert drive([HERE, RoundSeen(round_(1)), Idle()], restarted)[1] == []
 
 
-def test_a_round_that_names_others_is_let_pass_and_the_next_is_followed() -> None:
+def test_a_round_that_selects_other_devices_is_ignored() -> None:
     for_others, for_all = round_(1, expert=E, chosen=("a", "b")), round_(2, Stage.EVALUATE, expert=E)
     state, commands = drive([HERE, RoundSeen(for_others), Idle(), Idle()])
     assert commands == []
@@ -148,20 +148,20 @@ def test_a_round_that_names_others_is_let_pass_and_the_next_is_followed() -> Non
     assert drive([RoundSeen(for_us), Idle()], state)[1] == [Work(for_us)]
 
 
-def test_work_that_could_not_be_kept_is_done_again_or_the_newest_instead() -> None:
+def test_a_failed_round_is_computed_again_unless_there_is_a_newer_one() -> None:
     state, _ = drive([HERE, RoundSeen(round_(4)), Idle()])
     assert drive([WorkFailed(4), Idle()], state)[1] == [Work(round_(4))]
     assert drive([WorkFailed(4), RoundSeen(round_(5)), Idle(), Idle()], state)[1] == [Work(round_(5))]
 
 
-UNSETTLED = device(session="s", done=4, unacknowledged=frozenset({4, 2}))
+UNACKNOWLEDGED = device(session="s", done=4, unacknowledged=frozenset({4, 2}))
 GONE = ServerSeen(HERE.status.model_copy(update={"online": False}))
 OTHER_SESSION = ServerSeen(HERE.status.model_copy(update={"session": "s2"}))
 
 
 @pytest.mark.parametrize("event", [HERE, Reconnected(), AckOverdue()], ids=str)
-def test_unsettled_updates_are_sent_again_whenever_they_may_have_been_lost(event: Event) -> None:
-    state, commands = drive([HERE], UNSETTLED)
+def test_unacknowledged_updates_are_sent_again_whenever_they_may_have_been_lost(event: Event) -> None:
+    state, commands = drive([HERE], UNACKNOWLEDGED)
     assert commands == [Send(2), Send(4)]
     state, commands = drive([event, AckSeen(ack(2, Verdict.LATE)), event], state)
     assert commands == [Send(2), Send(4), Acknowledge(ack(2, Verdict.LATE)), Send(4)]
@@ -169,16 +169,16 @@ def test_unsettled_updates_are_sent_again_whenever_they_may_have_been_lost(event
 
 @pytest.mark.parametrize("event", [Reconnected(), AckOverdue(), Idle()], ids=str)
 @pytest.mark.parametrize("server", [GONE, OTHER_SESSION], ids=["gone", "of another session"])
-def test_unsettled_updates_are_sent_to_the_server_of_their_session_and_to_no_other(
+def test_unacknowledged_updates_are_sent_to_the_server_of_their_session_and_to_no_other(
     event: Event, server: ServerSeen
 ) -> None:
-    state, _ = drive([HERE, server], UNSETTLED)
+    state, _ = drive([HERE, server], UNACKNOWLEDGED)
     state, commands = drive([event], state)
     assert commands == []
     assert drive([HERE], state)[1][-2:] == [Send(2), Send(4)]
 
 
-def test_a_server_that_is_gone_is_mentioned_once_and_so_is_its_return() -> None:
+def test_a_server_that_goes_offline_is_logged_once_and_so_is_its_return() -> None:
     said = [command for command in drive([HERE, GONE, GONE, Idle(), HERE, HERE])[1] if isinstance(command, Log)]
     assert [say.text for say in said] == [
         "the server of run r is offline; waiting for it",
@@ -187,7 +187,7 @@ def test_a_server_that_is_gone_is_mentioned_once_and_so_is_its_return() -> None:
     assert drive([HERE, RoundSeen(round_(9, Stage.FINISHED)), GONE])[1] == []  # it has nothing more to do
 
 
-def test_patience_grows_to_a_limit_and_differs_between_devices() -> None:
+def test_ack_timeouts_grow_to_a_limit_and_differ_between_devices() -> None:
     waits = [ACK_TIMEOUT.delay(attempt, "d") for attempt in range(9)]
     assert all(30 * 2**n <= wait <= 45 * 2**n for n, wait in enumerate(waits[:4]))
     assert all(300 <= wait <= 450 for wait in waits[4:])
@@ -197,20 +197,22 @@ def test_patience_grows_to_a_limit_and_differs_between_devices() -> None:
 
 
 @pytest.mark.parametrize("verdict", Verdict)
-def test_any_verdict_settles_an_update_once(verdict: Verdict) -> None:
+def test_any_verdict_acknowledges_an_update_once(verdict: Verdict) -> None:
     state = device(session="s", unacknowledged=frozenset({1}))
     assert drive([AckSeen(ack(1, verdict)), AckSeen(ack(1, verdict))], state)[1] == [Acknowledge(ack(1, verdict))]
     assert drive([AckSeen(ack(1, verdict, session="before"))], state)[1] == []
 
 
-def test_a_finished_run_is_left_by_those_who_took_part() -> None:
+def test_a_device_that_took_part_stops_when_the_run_has_finished() -> None:
     finished = RoundSeen(round_(9, Stage.FINISHED))
     state, _ = drive([HERE, RoundSeen(round_(1)), Idle(), WorkDone(1)])
     assert drive([finished, Idle()], state)[1] == [Stop()]
-    assert drive([HERE, finished, Idle()])[1] == []  # a newcomer waits for the next run of that name
+    assert (
+        drive([HERE, finished, Idle()])[1] == []
+    )  # a device that did not take part waits for the next run of that name
 
 
-def test_a_run_with_another_bundle_is_left_with_a_reason() -> None:
+def test_a_run_with_another_bundle_is_an_error() -> None:
     other = ServerStatus(online=True, run="r", session="s", bundle=OTHER_BUNDLE, model="vit-b16")
     _, (command,) = drive([ServerSeen(other)])
     assert isinstance(command, Stop)
@@ -230,24 +232,24 @@ def seen(instance: str, online: bool = True) -> OwnStatusSeen:
     return OwnStatusSeen(DeviceStatus(device="d", online=online, instance=instance))
 
 
-def test_what_stood_under_its_name_before_is_a_former_life() -> None:
+def test_a_status_from_before_its_own_is_from_an_earlier_process() -> None:
     former = [seen("before"), seen("me"), seen("before"), seen("me", online=False)]
     state, commands = drive([HERE, RoundSeen(round_(1)), *former, Idle()])
     assert commands == [Work(round_(1))]
     assert drive([seen("before", online=False)], state)[1] == [PublishStatus()]  # its last will comes late
 
 
-def test_a_device_leaves_for_a_younger_twin_and_says_what_to_do() -> None:
-    _, commands = drive([seen("me"), seen("twin")])
+def test_a_device_stops_for_a_newer_process_of_its_name_and_names_the_remedy() -> None:
+    _, commands = drive([seen("me"), seen("newer")])
     (leave,) = commands
     assert isinstance(leave, Stop)
     assert leave.quietly
-    assert "another device has come as 'd'" in leave.error and "--device" in leave.error
+    assert "duplicate device name 'd'" in leave.error and "--device" in leave.error
 
 
 @given(st.permutations("abcde"), st.data())
-def test_of_any_number_of_twins_the_one_that_shows_itself_last_stays(names: list[str], data: st.DataObject) -> None:
-    """Each subscribes at any time before it shows itself, and is told what is retained first."""
+def test_of_any_number_of_processes_with_one_name_the_newest_stays(names: list[str], data: st.DataObject) -> None:
+    """Each subscribes at any time before it publishes its status, and receives the retained status first."""
     since = [data.draw(st.integers(0, position)) for position in range(len(names))]
     stay = []
     for name, first in zip(names, since, strict=True):
@@ -417,7 +419,7 @@ def test_the_outbox_survives_a_restart_and_drops_what_is_of_another_session_or_t
     assert DeviceStore(tmp_path / "new").outbox.unacknowledged("s") == frozenset()
 
 
-def test_a_settled_round_is_remembered_for_as_long_as_its_session_lasts(tmp_path: Path) -> None:
+def test_an_acknowledged_round_is_remembered_for_as_long_as_its_session_lasts(tmp_path: Path) -> None:
     store = DeviceStore(tmp_path)
     assert store.outbox.acknowledged == 0
     assert store.outbox.enter("s")
@@ -435,8 +437,8 @@ def test_what_a_killed_process_left_half_written_is_cleared_away(tmp_path: Path)
     store = DeviceStore(tmp_path)
     store.outbox.write(1, blob_of(1))
     store.ensure_name("d")
-    for scrap in (tmp_path / ".personalized.onnx.17", tmp_path / "outbox" / ".2.17"):
-        scrap.write_bytes(b"half")
+    for temporary in (tmp_path / ".personalized.onnx.17", tmp_path / "outbox" / ".2.17"):
+        temporary.write_bytes(b"half")
     (tmp_path / ".bashrc.old").write_text("somebody else's")
     store.remove_temporary_files()
     assert sorted(path.name for path in tmp_path.rglob("*")) == [".bashrc.old", "1", "identity", "outbox"]
@@ -446,9 +448,9 @@ def test_an_answer_is_overdue_only_after_the_whole_update_has_reached_the_broker
     unanswered, last_chunk = Retransmissions("d", Backoff(first=0.0, longest=0.0)), paho.MQTTMessageInfo(1)
     assert not unanswered.overdue()
     unanswered.sent(3, last_chunk)
-    assert unanswered.on_its_way(3) and not unanswered.overdue()
+    assert unanswered.is_in_flight(3) and not unanswered.overdue()
     last_chunk._set_as_published()
-    assert not unanswered.on_its_way(3) and unanswered.overdue()
+    assert not unanswered.is_in_flight(3) and unanswered.overdue()
     unanswered.acknowledged(3)
     assert not unanswered.overdue()
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from edge_runtime.resources.governor import DAY, DAYS, Hours, Limits, Readings, forbids
+from edge_runtime.resources.governor import DAY, DAYS, Hours, Limits, Readings, pause_reason
 
 MONDAY = datetime(2026, 11, 23)
 MINUTES = st.integers(0, DAY - 1)
@@ -81,23 +81,23 @@ FINE = Readings(temperature=60.0, on_battery=False, others=0.1, metered=False, t
         (FINE, at("Tue 12:00"), "outside of --hours 22:00-06:00, Sat 10:00-18:00"),
         (replace(FINE, temperature=81.5), NIGHT, "81.5 °C, above --max-temperature 75"),
         (replace(FINE, on_battery=True), NIGHT, "on battery, with --mains-only"),
-        (replace(FINE, others=0.62), NIGHT, "others use 62% of the processors, above --max-load 0.5"),
+        (replace(FINE, others=0.62), NIGHT, "other processes use 62% of the processors, above --max-load 0.5"),
         (replace(FINE, metered=True), NIGHT, "on a metered network, with --no-on-metered"),
         (replace(FINE, throttled=True), NIGHT, ""),
     ],
 )
 def test_each_limit_forbids_and_says_so(readings: Readings, now: datetime, reason: str) -> None:
-    assert forbids(LIMITS, readings, now, paused=False) == reason
-    assert forbids(Limits(), readings, now, paused=False) == ""
+    assert pause_reason(LIMITS, readings, now, paused=False) == reason
+    assert pause_reason(Limits(), readings, now, paused=False) == ""
 
 
 def test_a_pause_ends_only_when_it_is_clearly_cooler_and_quieter() -> None:
     warm, busy = replace(FINE, temperature=72.0), replace(FINE, others=0.45)
-    assert forbids(LIMITS, warm, NIGHT, paused=False) == forbids(LIMITS, busy, NIGHT, paused=False) == ""
-    assert forbids(LIMITS, warm, NIGHT, paused=True) == "72.0 °C, not yet 5 °C below --max-temperature 75"
-    busy_still = "others use 45% of the processors, not yet below 80% of --max-load 0.5"
-    assert forbids(LIMITS, busy, NIGHT, paused=True) == busy_still
-    assert forbids(LIMITS, replace(FINE, temperature=70.0, others=0.4), NIGHT, paused=True) == ""
+    assert pause_reason(LIMITS, warm, NIGHT, paused=False) == pause_reason(LIMITS, busy, NIGHT, paused=False) == ""
+    assert pause_reason(LIMITS, warm, NIGHT, paused=True) == "72.0 °C, not yet 5 °C below --max-temperature 75"
+    busy_still = "other processes use 45% of the processors, not yet below 80% of --max-load 0.5"
+    assert pause_reason(LIMITS, busy, NIGHT, paused=True) == busy_still
+    assert pause_reason(LIMITS, replace(FINE, temperature=70.0, others=0.4), NIGHT, paused=True) == ""
 
 
 @given(
@@ -107,12 +107,12 @@ def test_a_pause_ends_only_when_it_is_clearly_cooler_and_quieter() -> None:
     metered=st.none() | st.booleans(),
     minute=st.integers(0, 7 * DAY - 1),
 )
-def test_whoever_may_go_on_may_also_have_gone_on(
+def test_a_device_that_may_resume_would_not_have_paused(
     temperature: float | None, others: float | None, on_battery: bool | None, metered: bool | None, minute: int
 ) -> None:
     readings, now = Readings(temperature, on_battery, others, metered), MONDAY + timedelta(minutes=minute)
-    if not forbids(LIMITS, readings, now, paused=True):
-        assert not forbids(LIMITS, readings, now, paused=False)
+    if not pause_reason(LIMITS, readings, now, paused=True):
+        assert not pause_reason(LIMITS, readings, now, paused=False)
     unlimited_hours = replace(LIMITS, hours=())
     known = replace(readings, temperature=None, others=None, on_battery=None, metered=None)
-    assert forbids(unlimited_hours, known, now, paused=True) == ""  # what is unknown forbids nothing
+    assert pause_reason(unlimited_hours, known, now, paused=True) == ""  # what is unknown forbids nothing

@@ -1,4 +1,4 @@
-"""How a device says that it is, on a real broker, to a service manager, and on its disk."""
+"""A device's health: on a real broker, to a service manager, and on its disk."""
 
 from __future__ import annotations
 
@@ -31,34 +31,34 @@ def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
 
 
 @pytest.fixture
-def carer(broker: Broker) -> Iterator[Link]:
-    link = Link(broker.url, "who-looks-after-it")
+def observer(broker: Broker) -> Iterator[Link]:
+    link = Link(broker.url, "observer")
     link.connect()
     link.subscribe(Topics(RUN).health("+"))
     yield link
     link.close()
 
 
-def heard(carer: Link) -> Health:
+def next_health(observer: Link) -> Health:
     while True:
-        event = carer.next_event(SECONDS)
+        event = observer.next_event(SECONDS)
         assert event is not None
         if isinstance(event, Received) and event.payload:
             return parse(Health, event.payload)
 
 
-def test_it_tells_how_it_is_when_it_does_something_else_and_now_and_then(
-    vit: Built, photos: Path, tmp_path: Path, broker: Broker, carer: Link
+def test_health_is_published_when_the_activity_changes_and_at_intervals(
+    vit: Built, photos: Path, tmp_path: Path, broker: Broker, observer: Link
 ) -> None:
     daemon = make_daemon(vit, photos, tmp_path / "state", "kitchen", broker.url)
     device, link = daemon.device, daemon.link
-    device.cache.pooled(device.scanned.train, level=1)  # before the daemon is heard, which has vitals of its own
+    device.cache.pooled(device.scanned.train, level=1)
     link.connect()
     health_reporter = HealthReporter(link, Topics(RUN), "kitchen", device.store, lambda: WARM)
     health_reporter.heartbeat(Activity.STARTING)
-    starting = heard(carer)
+    starting = next_health(observer)
     while starting.activity is not Activity.STARTING:
-        starting = heard(carer)
+        starting = next_health(observer)
     assert (starting.device, starting.activity, starting.temperature) == ("kitchen", Activity.STARTING, 61.5)
     assert 10e6 < starting.memory < 10e9 and starting.disk_free > 0
     assert starting.train == 0
@@ -69,9 +69,9 @@ def test_it_tells_how_it_is_when_it_does_something_else_and_now_and_then(
     health_reporter.heartbeat(Activity.WORKING, device, state)
     health_reporter.heartbeat(
         Activity.WORKING, device, replace(state, unacknowledged=frozenset())
-    )  # nothing that cannot wait
+    )  # not published: the activity is the same
     health_reporter.heartbeat(Activity.PAUSED, device, state, "81.5 °C, above --max-temperature 75")
-    working, paused = heard(carer), heard(carer)
+    working, paused = next_health(observer), next_health(observer)
     assert working.activity is Activity.WORKING
     assert (working.round, working.stage, working.level, working.level_cap) == (3, "global", 2, device.level_cap)
     assert (working.unacknowledged, working.rounds_done) == (2, 2)
@@ -83,16 +83,16 @@ def test_it_tells_how_it_is_when_it_does_something_else_and_now_and_then(
     eager = HealthReporter(link, Topics(RUN), "kitchen", device.store, lambda: WARM, seconds=0.0)
     eager.heartbeat(Activity.WAITING, device, state)
     eager.heartbeat(Activity.WAITING, device, state)
-    assert heard(carer).time < heard(carer).time
-    late = Link(broker.url, "who-comes-later")
+    assert next_health(observer).time < next_health(observer).time
+    late = Link(broker.url, "late-observer")
     late.connect()
     late.subscribe(Topics(RUN).health("kitchen"))
-    assert heard(late) == eager.newest  # retained
+    assert next_health(late) == eager.newest  # retained
     late.close()
     link.close()
 
 
-def test_without_a_connection_nothing_piles_up(vit: Built, photos: Path, tmp_path: Path) -> None:
+def test_without_a_connection_no_messages_are_queued(vit: Built, photos: Path, tmp_path: Path) -> None:
     daemon = make_daemon(vit, photos, tmp_path / "state")
     device, link = daemon.device, daemon.link
     health_reporter = HealthReporter(link, Topics(RUN), "d", device.store, Readings, seconds=0.0)
@@ -103,7 +103,7 @@ def test_without_a_connection_nothing_piles_up(vit: Built, photos: Path, tmp_pat
     assert Health.model_validate_json(device.store.health.read_bytes()).activity is Activity.WAITING
 
 
-def test_a_service_manager_hears_what_it_does(
+def test_systemd_receives_the_activity(
     vit: Built, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:

@@ -1,4 +1,4 @@
-"""Identity files: what is read out of them, and which are refused."""
+"""Identity files: their content, and which are refused."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def write(path: Path, *parts: str, mode: int = 0o600) -> Path:
     return path
 
 
-def test_an_identity_knows_its_name_and_its_ca(authority: Authority, issued: Issued, tmp_path: Path) -> None:
+def test_an_identity_has_a_name_and_a_ca(authority: Authority, issued: Issued, tmp_path: Path) -> None:
     path = write(tmp_path / "x.pem", issued.key_pem, issued.certificate_pem, authority.certificate_pem)
     identity = read_identity(path)
     assert identity.name == "kitchen"
@@ -38,14 +38,16 @@ def test_an_identity_knows_its_name_and_its_ca(authority: Authority, issued: Iss
     identity.server_context()
 
 
-def test_an_identity_knows_from_when_until_when_it_is_valid(authority: Authority, tmp_path: Path) -> None:
-    now = datetime(2048, 12, 31, 23, 59, 58, tzinfo=timezone.utc)  # it ends after 2049, where the year has four digits
+def test_an_identity_has_a_validity(authority: Authority, tmp_path: Path) -> None:
+    now = datetime(
+        2048, 12, 31, 23, 59, 58, tzinfo=timezone.utc
+    )  # ends after 2049, where DER writes the year with four digits
     issued = authority.issue("kitchen", [CLIENT], days=500, now=now)
     identity = read_identity(write(tmp_path / "x.pem", issued.key_pem, issued.certificate_pem))
     assert identity.valid == (issued.certificate.not_valid_before_utc, issued.certificate.not_valid_after_utc)
 
 
-def test_an_identity_may_stand_in_any_text(authority: Authority, issued: Issued, tmp_path: Path) -> None:
+def test_there_may_be_any_text_around_an_identity(authority: Authority, issued: Issued, tmp_path: Path) -> None:
     pem = issued.key_pem + issued.certificate_pem + authority.certificate_pem
     path = write(tmp_path / "kitchen.toml", f'images = "/data/früchte"\nidentity = """\n{pem}"""\nrun = "orchard"\n')
     identity = read_identity(path)
@@ -53,14 +55,14 @@ def test_an_identity_may_stand_in_any_text(authority: Authority, issued: Issued,
     assert len(identity.client_context().get_ca_certs()) == 1
 
 
-def test_a_file_of_windows_is_read_as_well(authority: Authority, issued: Issued, tmp_path: Path) -> None:
+def test_a_file_with_windows_line_ends_is_read(authority: Authority, issued: Issued, tmp_path: Path) -> None:
     text = issued.key_pem + issued.certificate_pem + authority.certificate_pem
     (tmp_path / "x.pem").write_bytes(text.replace("\n", "\r\n").encode())
     (tmp_path / "x.pem").chmod(0o600)
     assert read_identity(tmp_path / "x.pem").name == "kitchen"
 
 
-def test_a_cas_certificate_alone_checks_others_but_is_nobody(authority: Authority, tmp_path: Path) -> None:
+def test_a_cas_certificate_alone_has_no_name(authority: Authority, tmp_path: Path) -> None:
     identity = read_identity(write(tmp_path / "ca.crt", authority.certificate_pem, mode=0o644))  # nothing secret
     assert identity.name is None
     assert len(identity.client_context().get_ca_certs()) == 1
@@ -95,7 +97,7 @@ def test_a_key_of_another_certificate_is_refused(authority: Authority, issued: I
         "\N{SNOWMAN}",
     ],
 )
-def test_a_file_that_is_no_identity_is_named(tmp_path: Path, text: str) -> None:
+def test_an_unusable_file_is_named_in_one_line(tmp_path: Path, text: str) -> None:
     with pytest.raises(ConfigError, match=r"x\.pem") as caught:
         read_identity(write(tmp_path / "x.pem", text))
     assert len(str(caught.value).splitlines()) == 1
@@ -114,7 +116,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         read_identity(tmp_path / "nowhere.pem")
 
 
-def test_a_device_is_called_what_its_certificate_says(authority: Authority, issued: Issued, tmp_path: Path) -> None:
+def test_a_device_has_the_name_of_its_certificate(authority: Authority, issued: Issued, tmp_path: Path) -> None:
     path = write(tmp_path / "x.pem", issued.key_pem, issued.certificate_pem, authority.certificate_pem)
     assert device_name(None, path) == device_name("kitchen", path) == "kitchen"
     assert device_name("other", None) == "other"

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from edge_runtime.engines.base import MemoryPlan
 from edge_runtime.resources.level_cap import FAST_ENOUGH, SLACK, STEPS, LevelCap, observe
-from edge_runtime.resources.probe import BATCH, Plan
+from edge_runtime.resources.plan import Plan
+from edge_runtime.resources.probe import BATCH
 
 SECONDS = {1: 4.0, 2: 8.0, 3: 12.0, 4: 16.0}
 

@@ -1,4 +1,4 @@
-"""The link against a real mosquitto that lets everybody in, and a WebSocket that a stranger speaks."""
+"""The link with a real mosquitto without authentication, and with a WebSocket server of this test."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from fedfmsl.transport.link import MAX_EVENTS, Connected, Link, LinkEvent, Overs
 
 needs_mosquitto = pytest.mark.needs("mosquitto")
 HUGE = 100_000_000
-SPARE = 8 << 20  # bytes that receiving something huge may take
+SPARE = 8 << 20  # bytes of memory that a huge message may take
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def connected(port: int, name: str, topic: str = "") -> Link:
     link = Link(f"mqtt://127.0.0.1:{port}", name)
     link.connect()
     assert link.next_event(10) == Connected()
-    if topic:  # which is subscribed to once a message on it comes back
+    if topic:  # the subscription is active once a message on it comes back
         link.subscribe(f"{topic}/#")
         link.publish(f"{topic}/ready", b"")
         assert link.next_event(10) == Received(f"{topic}/ready", b"")
@@ -55,7 +55,7 @@ def connected(port: int, name: str, topic: str = "") -> Link:
 
 
 def peak_rss() -> int:
-    """Bytes this process has had in memory at most."""
+    """Peak resident memory of this process in bytes."""
     (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
     return int(line.split()[1]) * 1024
 
@@ -65,7 +65,7 @@ def next_events(link: Link, count: int) -> list[LinkEvent | None]:
 
 
 def send(port: int, topic: str, size: int, scratch: Path) -> None:
-    """From a process of its own, which needs the memory that this one must not."""
+    """Publishes from another process, which needs memory for the message."""
     scratch.write_bytes(b"")
     os.truncate(scratch, size)
     script = (
@@ -90,7 +90,7 @@ def test_a_message_of_the_largest_size_arrives_and_a_longer_one_is_reported(port
 
 
 @needs_mosquitto
-def test_100_megabytes_are_thrown_away_without_being_held(port: int, tmp_path: Path) -> None:
+def test_100_megabytes_are_dropped_with_bounded_memory(port: int, tmp_path: Path) -> None:
     name = "huge-receiver"
     link = Link(f"mqtt://127.0.0.1:{port}", name)
     link.connect()
@@ -106,25 +106,25 @@ def test_100_megabytes_are_thrown_away_without_being_held(port: int, tmp_path: P
 
 
 def speak_websocket(listener: socket.socket, size: int) -> None:
-    """A broker's part: takes the client in, and sends it one frame with a PUBLISH of `size` bytes, and a short one."""
+    """A broker that sends its client one frame with a PUBLISH of `size` bytes, and a short one."""
     peer, _ = listener.accept()
     with peer:
-        asked = b""
-        while b"\r\n\r\n" not in asked:
-            asked += peer.recv(4096)
-        key = next(line for line in asked.decode().splitlines() if line.lower().startswith("sec-websocket-key"))
+        request = b""
+        while b"\r\n\r\n" not in request:
+            request += peer.recv(4096)
+        key = next(line for line in request.decode().splitlines() if line.lower().startswith("sec-websocket-key"))
         digest = hashlib.sha1((key.split(": ")[1] + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11").encode()).digest()
         accept = base64.b64encode(digest).decode()
         head = ("HTTP/1.1 101 Switching Protocols", "Upgrade: websocket", "Connection: Upgrade")
         peer.sendall("\r\n".join([*head, f"Sec-WebSocket-Accept: {accept}", "\r\n"]).encode())
         peer.recv(4096)  # CONNECT
         peer.sendall(b"\x82\x04\x20\x02\x00\x00")  # CONNACK
-        peer.sendall(b"\x89\x02hi")  # a ping, which is none of MQTT's business
-        left, length = 3 + size, b""
-        while True:  # MQTT's own way to write a length
-            left, low = divmod(left, 128)
-            length += bytes([low | (128 if left else 0)])
-            if not left:
+        peer.sendall(b"\x89\x02hi")  # a ping of the WebSocket
+        remaining, length = 3 + size, b""
+        while True:  # MQTT's encoding of a length
+            remaining, low = divmod(remaining, 128)
+            length += bytes([low | (128 if remaining else 0)])
+            if not remaining:
                 break
         packet = b"\x30" + length + b"\x00\x01t"
         peer.sendall(b"\x82\x7f" + struct.pack("!Q", len(packet) + size) + packet)
@@ -136,7 +136,7 @@ def speak_websocket(listener: socket.socket, size: int) -> None:
             pass
 
 
-def test_100_megabytes_in_one_websocket_frame_are_not_held_either() -> None:
+def test_100_megabytes_in_one_websocket_frame_are_dropped_with_bounded_memory() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         speaker = threading.Thread(target=speak_websocket, args=(listener, HUGE), daemon=True)
         speaker.start()
@@ -150,7 +150,7 @@ def test_100_megabytes_in_one_websocket_frame_are_not_held_either() -> None:
 
 
 @needs_mosquitto
-def test_a_link_that_nobody_empties_holds_a_few_messages_and_loses_none(port: int) -> None:
+def test_a_full_queue_holds_few_messages_and_loses_none(port: int) -> None:
     sender, reader = connected(port, "sender"), connected(port, "reader", "flood")
     count = 3 * MAX_EVENTS
     for number in range(count):
@@ -158,7 +158,7 @@ def test_a_link_that_nobody_empties_holds_a_few_messages_and_loses_none(port: in
     last.wait_for_publish(30)
     while reader.events.qsize() < MAX_EVENTS:
         time.sleep(0.02)
-    reader.publish("elsewhere", b"x")  # a full queue holds nobody up who publishes
+    reader.publish("elsewhere", b"x")  # a full queue does not block publishing
     got = [event.payload for event in next_events(reader, count) if isinstance(event, Received)]
     assert got == [str(number).encode() for number in range(count)]
     sender.close()
@@ -166,7 +166,7 @@ def test_a_link_that_nobody_empties_holds_a_few_messages_and_loses_none(port: in
 
 
 @needs_mosquitto
-def test_a_link_whose_queue_is_full_closes_nevertheless(port: int) -> None:
+def test_a_link_with_a_full_queue_closes(port: int) -> None:
     sender, reader = connected(port, "sender2"), connected(port, "reader2", "full")
     for number in range(2 * MAX_EVENTS):
         last = sender.publish("full/x", str(number).encode())
@@ -189,12 +189,12 @@ def test_a_link_whose_queue_is_full_closes_nevertheless(port: int) -> None:
         ("wss://[::1]", ("::1", 443, "", "")),
     ],
 )
-def test_an_address_has_its_schemes_defaults(broker: str, expected: tuple[str, int, str, str]) -> None:
+def test_an_address_has_the_defaults_of_its_scheme(broker: str, expected: tuple[str, int, str, str]) -> None:
     address = parse_address(broker)
     assert (address.host, address.port, address.user, address.password) == expected
 
 
-def test_user_and_password_may_stand_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_user_and_password_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEDFMSL_USER", "kitchen")
     monkeypatch.setenv("FEDFMSL_PASSWORD", "secret")
     address = parse_address("mqtts://broker.example")
@@ -203,20 +203,20 @@ def test_user_and_password_may_stand_in_the_environment(monkeypatch: pytest.Monk
     assert "secret" not in repr(address)
 
 
-def test_an_error_about_an_address_does_not_show_its_password() -> None:
+def test_an_error_does_not_show_the_password_of_an_address() -> None:
     with pytest.raises(ConfigError) as caught:
         parse_address("http://me:secret@broker.example")
     assert "secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "127.8.8.8", "[::1]"])
-def test_this_machine_may_be_spoken_to_in_the_clear(host: str) -> None:
+def test_unencrypted_traffic_to_this_machine_is_allowed(host: str) -> None:
     Link(f"mqtt://{host}", "x")
 
 
 @pytest.mark.parametrize("host", ["broker.example", "192.0.2.1", "localhost.example", "[2001:db8::1]", "0.0.0.0"])
 @pytest.mark.parametrize("scheme", ["mqtt", "ws"])
-def test_another_machine_may_not_unless_it_is_said(scheme: str, host: str) -> None:
+def test_unencrypted_traffic_to_another_machine_needs_insecure(scheme: str, host: str) -> None:
     with pytest.raises(ConfigError, match=rf"would travel unencrypted; use {scheme}s:// with --identity, or allow"):
         Link(f"{scheme}://{host}", "x")
     Link(f"{scheme}://{host}", "x", insecure=True)

@@ -67,10 +67,10 @@ def test_prometheus_reads_what_is_known_and_nothing_else(port: int) -> None:
     assert [what for what in Activity if value("activity", activity=what.value)] == [Activity.PAUSED]
     assert value("temperature_celsius") == 81.5
     assert value("on_battery") == 0
-    assert value("samples", slice="skipped") == 2
+    assert value("samples", split="skipped") == 2
     assert value("rounds_total") == 6
-    assert value("heard_time_seconds") == HEALTH.time
-    assert not {"fedfmsl_metered", "fedfmsl_others_processor_ratio"} & {sample.name for sample in found}
+    assert value("health_timestamp_seconds") == HEALTH.time
+    assert not {"fedfmsl_metered", "fedfmsl_other_processes_cpu_ratio"} & {sample.name for sample in found}
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason=f"{NOT_TESTED}promtool is not installed")

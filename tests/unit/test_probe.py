@@ -14,7 +14,8 @@ from support.bundles import LAYERS, Built
 
 from edge_runtime.engines.base import MemoryPlan
 from edge_runtime.engines.step_graph import default_micro_batch
-from edge_runtime.resources.probe import BATCH, PASSES, Measured, make_plan, plan_within
+from edge_runtime.resources.plan import make_plan, plan_within
+from edge_runtime.resources.probe import BATCH, FEATURES, Measurement
 from edge_runtime.store import DeviceStore
 from fedfmsl.errors import ConfigError
 from fedfmsl.protocol.messages import EngineName
@@ -43,19 +44,19 @@ class Machine:
     def step(self, level: int, fit: MemoryPlan) -> int:
         return level * (self.level_bytes // (2 if fit.lean else 1) + fit.micro_batch * self.sample_bytes)
 
-    def measure(self, feature_batch: int, first: int, fit: MemoryPlan) -> Iterator[Measured]:
+    def measure(self, feature_batch: int, first: int, fit: MemoryPlan) -> Iterator[Measurement]:
         self.started.append((feature_batch, first, fit))
         peak = self.passes(feature_batch)
         if peak > self.memory:
             return
-        yield Measured(level=PASSES, micro_batch=feature_batch, seconds=0, peak_rss=peak)
+        yield Measurement(level=FEATURES, micro_batch=feature_batch, seconds=0, peak_rss=peak)
         for level in range(first, self.levels + 1):
             tried = MemoryPlan(min(fit.micro_batch, self.micro_batch), fit.lean)
             peak = max(peak, self.step(level, tried))
             if peak > self.memory:
                 return
             seconds = self.seconds * level
-            yield Measured(level=level, micro_batch=tried.micro_batch, seconds=seconds, peak_rss=peak)
+            yield Measurement(level=level, micro_batch=tried.micro_batch, seconds=seconds, peak_rss=peak)
 
 
 def machine(built: Built, **costs: int) -> Machine:

@@ -43,7 +43,7 @@ def command_of(model: type[SettingsModel], file_model: type[SettingsModel] = Set
     @app.command()
     @with_settings(model, file_model)
     def command(settings: SettingsModel, loud: bool = typer.Option(False, "--loud")) -> None:
-        """What it does."""
+        """A command."""
         print(json.dumps({**settings.model_dump(mode="json"), "loud": loud}))
 
     return app
@@ -58,7 +58,7 @@ def run(*arguments: str, model: type[SettingsModel] = Settings, environment: dic
     return json.loads(result.output)
 
 
-def test_a_flag_goes_before_the_environment_and_that_before_the_file(written: Callable[[str], Path]) -> None:
+def test_a_flag_overrides_the_environment_and_that_the_file(written: Callable[[str], Path]) -> None:
     config = str(written(NEEDED + "threads = 1\nmemory = '1GB'\nstep_seconds = 3\n"))
     seen = run(
         *("--config", config, "--threads", "3"), environment={"FEDFMSL_THREADS": "2", "FEDFMSL_MEMORY": "512 MB"}
@@ -143,7 +143,7 @@ def test_the_config_file_may_be_named_by_the_environment(written: Callable[[str]
     assert run("--loud", environment={"FEDFMSL_CONFIG": str(written(NEEDED))})["loud"] is True
 
 
-def test_paths_of_a_file_are_meant_from_its_folder_and_those_of_flags_from_here(
+def test_paths_in_a_file_are_relative_to_its_folder_and_those_of_flags_to_the_working_directory(
     written: Callable[[str], Path], tmp_path: Path
 ) -> None:
     seen = run("--config", str(written(NEEDED + 'labels = "../labels.csv"\n')), "--bundle", "b")
@@ -152,7 +152,7 @@ def test_paths_of_a_file_are_meant_from_its_folder_and_those_of_flags_from_here(
     assert seen["bundle"] == "b"
 
 
-def test_lists_are_lists_in_a_file_and_have_commas_elsewhere(written: Callable[[str], Path]) -> None:
+def test_lists_are_lists_in_a_file_and_comma_separated_elsewhere(written: Callable[[str], Path]) -> None:
     config = written(NEEDED + 'hours = ["22:00-06:00", "Sat 08:00-20:00"]\nthermal_zones = ["cpu-thermal"]\n')
     seen = run("--config", str(config), environment={"FEDFMSL_HOURS": "22:00-06:00, Sat 08:00-20:00"})
     assert run("--config", str(config)) == seen
@@ -174,7 +174,7 @@ def test_a_smaller_command_takes_the_same_file(written: Callable[[str], Path]) -
     assert run("--config", config, model=PredictSettings)["run"] == "orchard"
 
 
-def test_an_identity_may_stand_in_the_file_itself(written: Callable[[str], Path]) -> None:
+def test_a_file_may_contain_the_text_of_an_identity(written: Callable[[str], Path]) -> None:
     authority = make_authority("fleet")
     issued = authority.issue("kitchen", [CLIENT])
     pem = issued.key_pem + issued.certificate_pem + authority.certificate_pem
@@ -185,14 +185,14 @@ def test_an_identity_may_stand_in_the_file_itself(written: Callable[[str], Path]
     assert read_identity(settings.identity).name == "kitchen"
 
 
-def test_everything_that_is_wrong_is_said_at_once_with_its_place(written: Callable[[str], Path]) -> None:
+def test_all_errors_are_reported_at_once_with_their_places(written: Callable[[str], Path]) -> None:
     config = written(
         'run = "or/chard"\n\nmemmory = "1GB"\nengine = "fast"\ncache = "much"\nmax_load = 3.5\n'
         'hours = ["26:00"]\nbanana = 1\n'
     )
     with pytest.raises(SettingsError) as caught:
         run("--config", str(config), "--threads", "-1", environment={"FEDFMSL_STEP_SECONDS": "soon"})
-    told = {
+    expected = {
         f"{config}:1: run = 'or/chard'": "invalid",
         f"{config}:3: 'memmory' is not a setting": "did you mean 'memory'?",
         f"{config}:4: engine = 'fast'": "'auto', 'step-graph' or 'ort-training'",
@@ -205,19 +205,19 @@ def test_everything_that_is_wrong_is_said_at_once_with_its_place(written: Callab
         "FEDFMSL_STEP_SECONDS 'soon'": "number",
     }
     lines = caught.value.lines
-    for place, what in told.items():
+    for place, what in expected.items():
         assert [line for line in lines if line.startswith(place) and what in line], (place, lines)
-    assert len(lines) == len(told)
+    assert len(lines) == len(expected)
     assert all("\n" not in line for line in lines)
 
 
 @pytest.mark.parametrize("text", ["run = orchard", "run =", '[run]\nx = """'])
-def test_what_is_no_toml_is_said_with_its_line(written: Callable[[str], Path], text: str) -> None:
+def test_invalid_toml_is_reported_with_its_line(written: Callable[[str], Path], text: str) -> None:
     with pytest.raises(ConfigError, match=r"device\.toml is not TOML: .*(line \d|end of document)"):
         run("--config", str(written(text)))
 
 
-def test_a_file_that_is_not_there_or_not_text_is_named(tmp_path: Path) -> None:
+def test_a_missing_or_binary_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "picture.toml").write_bytes(b"\xff\xd8\xff")
     for name in ("nowhere.toml", "picture.toml"):
         with pytest.raises(ConfigError, match=rf"{name} cannot be read"):

@@ -18,7 +18,8 @@ from edge_runtime.data.features import FeatureCache, Report
 from edge_runtime.engines.base import MemoryPlan
 from edge_runtime.resources.governor import Governor, Limits
 from edge_runtime.resources.level_cap import FAST_ENOUGH, STEPS, LevelCap
-from edge_runtime.resources.probe import BATCH, Plan
+from edge_runtime.resources.plan import Plan
+from edge_runtime.resources.probe import BATCH
 from edge_runtime.resources.sensors import Sensors
 from edge_runtime.resources.throttle import (
     ControlledEngine,

@@ -1,7 +1,7 @@
 """A Raspberry Pi in software: Debian's arm64 programs in a folder, run by qemu-user as a Cortex-A76.
 
-The folder is all that its processes see of a file system; the kernel, the clock, the memory and the network are the
-host's. The kernel starts qemu by itself for every arm64 program (binfmt_misc), also for those that others start.
+Its processes have the folder as their file system. Kernel, clock, memory and network are the host's. The kernel starts
+qemu for every arm64 program (binfmt_misc), also for child processes.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ENTER = Path(__file__).with_name("enter.sh")
-HERE = Path(__file__).parents[3] / ".arm64"  # what is kept from one run to the next
+HERE = Path(__file__).parents[3] / ".arm64"  # kept from one run to the next
 SUITE = "bookworm"  # Raspberry Pi OS of 2023 to 2025, with Python 3.11
 PYTHON = "3.11"
 MODEL = "Raspberry Pi 5 Model B Rev 1.0"
-PACKAGES = ("apt", "ca-certificates", "libgomp1", "passwd", "python3", "sudo")  # beside the essential ones
+PACKAGES = ("apt", "ca-certificates", "libgomp1", "passwd", "python3", "sudo")  # in addition to the essential ones
 PROGRAMS = ("mmdebstrap", "qemu-aarch64-static", "unshare")  # of the host
 CORES = 2
 VARIABLES = {
@@ -31,7 +31,7 @@ VARIABLES = {
     "QEMU_CPU": "cortex-a76",
 }
 
-_SOURCES = ("/etc/apt/sources.list.d/debian.sources", "/etc/apt/sources.list")  # whence this machine has its packages
+_SOURCES = ("/etc/apt/sources.list.d/debian.sources", "/etc/apt/sources.list")  # package sources of this machine
 _BINFMT = Path("/proc/sys/fs/binfmt_misc")
 _INTERPRETER = Path("/usr/lib/binfmt.d/qemu-aarch64.conf")  # of Debian's qemu-user-static
 _USR_IS_MERGED = "Package: usr-is-merged\nVersion: 1\nArchitecture: all\nMulti-Arch: foreign\nMaintainer: nobody\n"
@@ -47,24 +47,24 @@ CPU revision\t: 1
 
 
 class NoBoardError(Exception):
-    """Why there can be no emulated board on this machine."""
+    """The reason why this machine cannot emulate a board."""
 
 
 @dataclass(frozen=True)
 class Board:
-    """A system of its own below the folder `root`; paths that its commands name are below that folder."""
+    """A system below the folder `root`. Paths in its commands are relative to that folder."""
 
     root: Path
 
     def command(self, *command: str, **variables: str) -> list[str]:
-        """What runs `command` on the board, as root, with no variables of the host's, whose paths mean nothing there.
-        It is one process from the beginning: a signal reaches it."""
-        given = [f"{name}={value}" for name, value in {**VARIABLES, **variables}.items()]
+        """The host's command that runs `command` on the board as root, without environment variables of the host. It
+        stays one process, which receives signals."""
+        assignments = [f"{name}={value}" for name, value in {**VARIABLES, **variables}.items()]
         alone = ("unshare", "--mount", "--propagation", "private", "sh", str(ENTER), str(self.root))
-        return ["env", "--ignore-environment", *given, *alone, *command]
+        return ["env", "--ignore-environment", *assignments, *alone, *command]
 
     def run(self, *command: str, seconds: float = 600, **variables: str) -> str:
-        """To its end; returns what it says on both streams. Raises AssertionError with that if it fails."""
+        """Runs a command. Returns its output on both streams. Raises AssertionError with the output if it fails."""
         done = subprocess.run(
             self.command(*command, **variables),
             stdin=subprocess.DEVNULL,
@@ -78,28 +78,28 @@ class Board:
         return done.stdout
 
     def path(self, inside: str) -> Path:
-        """Where a file of the board lies on the host."""
+        """The host's path of a file on the board."""
         return self.root / inside.lstrip("/")
 
     def compile(self, inside: str) -> None:
-        """Python modules below a folder, or each emulated process would have to; the host is much faster at it. Only
-        the same version's byte code will do: elsewhere it just takes longer."""
+        """Compiles the Python modules below a folder on the host, which is much faster. Does nothing with another
+        Python version."""
         if f"{sys.version_info.major}.{sys.version_info.minor}" == PYTHON:
             compileall.compile_dir(str(self.path(inside)), quiet=2, stripdir=str(self.root))
 
     def copy(self, root: Path) -> Board:
-        """Another one with the same files, to do with as one likes."""
+        """A copy that a test may change."""
         subprocess.run(["cp", "--archive", "--reflink=auto", str(self.root), str(root)], check=True)
         return Board(root)
 
 
 def require_emulation() -> None:
-    """Lets the kernel run arm64 programs. Raises NoBoardError, with the reason, where that cannot be."""
+    """Lets the kernel run arm64 programs. Raises NoBoardError if that is impossible."""
     if os.geteuid() != 0:
         raise NoBoardError("only root can mount and chroot, which the emulated board needs")
     if not (_BINFMT / "register").exists():
         _try("mount", "-t", "binfmt_misc", "none", str(_BINFMT))
-    if not (_BINFMT / "qemu-aarch64").exists():  # where systemd runs, the package has done it
+    if not (_BINFMT / "qemu-aarch64").exists():  # with systemd the package has done it
         try:
             (_BINFMT / "register").write_text(_INTERPRETER.read_text())
         except OSError as error:
@@ -107,8 +107,8 @@ def require_emulation() -> None:
 
 
 def build(folder: Path) -> None:
-    """Makes the board's file system at `folder`. Takes some 20 s: packages are unpacked and entered as installed, but
-    their scripts, which would take five minutes, are not run. Raises NoBoardError if that fails."""
+    """Makes the board's file system at `folder` in some 20 s: packages are unpacked and registered as installed. Their
+    scripts, which would take five minutes, are not run. Raises NoBoardError if that fails."""
     _try(
         *("mmdebstrap", "--quiet", "--arch=arm64", "--variant=extract", "--skip=check/qemu,cleanup/apt"),
         *("--hook-dir=/usr/share/mmdebstrap/hooks/merged-usr", "--include=?essential"),
@@ -121,13 +121,13 @@ def build(folder: Path) -> None:
 
 
 def _sources() -> list[str]:
-    """As mmdebstrap takes them. On a machine of another distribution it knows by itself where to ask."""
+    """Package sources for mmdebstrap. On another distribution it uses its default."""
     known = [path for path in _SOURCES if Path(path).is_file() and SUITE in Path(path).read_text()]
     return known[:1]
 
 
 def _enter_packages(root: Path) -> None:
-    """For the board's apt: what is there already."""
+    """Registers the unpacked packages with the board's apt."""
     entries = [_USR_IS_MERGED]
     archives = sorted((root / "var/cache/apt/archives").glob("*.deb"))
     for archive in archives:
@@ -140,7 +140,7 @@ def _enter_packages(root: Path) -> None:
 
 
 def _configure(root: Path) -> None:
-    """What scripts of packages would have done, as far as it is missed: users, sudo's rules, names of hosts."""
+    """Does what package scripts would do and the tests need: users, rules of sudo, host names."""
     for name in ("passwd", "group"):
         shutil.copy(root / f"usr/share/base-passwd/{name}.master", root / "etc" / name)
     for kind in ("auth", "account", "password", "session", "session-noninteractive"):
@@ -154,7 +154,7 @@ def _configure(root: Path) -> None:
 
 
 def _show_hardware(root: Path) -> None:
-    """Plain files in the places of the kernel's: newer ONNX Runtimes end at the start where these are an x86-64's."""
+    """Writes files in place of the kernel's: newer ONNX Runtimes exit at start on those of an x86-64."""
     (root / "etc/cpuinfo").write_text("\n".join(_CPU.format(core) for core in range(CORES)))
     processors, tree = root / "sys/devices/system/cpu", root / "sys/firmware/devicetree/base"
     for folder in (processors, tree):

@@ -1,4 +1,4 @@
-"""Bundles of real shape and random weights."""
+"""Bundles of models of real size with random weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One training step on hidden states, and with an image the pass that makes them. Run on the emulated board and here.
+"""One training step on hidden states, which come from IMAGE if it is given. Runs on the emulated board and on the host.
 
 python one_step.py BUNDLE LEVEL OUT.npz [IMAGE]
 """

@@ -1,4 +1,4 @@
-"""A run as it was seen on one broker, and the server's part of it said once more on another."""
+"""Records a run on one broker and replays the server's messages on another."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from support.processes import Broker, Observer
 
 @dataclass(frozen=True)
 class Answer:
-    """A device's update: its header and the tensors that came with it."""
+    """A device's update: header and tensors."""
 
     header: Update
     tensors: dict[str, NDArray[np.generic]]
 
 
 class Recorder(Observer):
-    """An observer who also sees what devices report, and keeps their updates, by device and round."""
+    """An observer that also keeps progress messages, and updates by device and round."""
 
     def __init__(self, broker: Broker, run: str) -> None:
         self.answers: dict[tuple[str, int], Answer] = {}
@@ -44,13 +44,13 @@ class Recorder(Observer):
 
     @property
     def rounds(self) -> list[Round]:
-        """What was announced, each round once."""
+        """The announced rounds, each once."""
         return list({message.round: message for message in self.seen if isinstance(message, Round)}.values())
 
 
 def replay(recorded: Recorder, device: str, broker: Broker, recorder: Recorder) -> None:
-    """To a device of that name on another `broker`, where `recorder` listens: the same announcements and the same
-    globals, byte for byte, each round once the one before is answered."""
+    """Publishes the recorded announcements and globals, byte for byte, on another `broker` that `recorder` observes.
+    Each round follows the device's update for the one before."""
     status = next(message for message in recorded.seen if isinstance(message, ServerStatus) and message.online)
     topics, link = Topics(status.run), Link(broker.url, "replay")
     link.connect()
