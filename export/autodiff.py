@@ -119,11 +119,11 @@ class Tape:
 
         return self._record(op("Identity", bias.name), [bias], backward)
 
-    def layer_norm(self, x: Var, key: str, epsilon: float) -> Var:
+    def layer_norm(self, x: Var, key: str, eps: float) -> Var:
         """LayerNorm over the last axis with frozen `key.weight` and `key.bias` (D,)."""
         op, weight = self.graph.op, self.graph.frozen(f"{key}.weight")
         y, mean, inverse = self.graph.ops(
-            "LayerNormalization", 3, x.name, weight, self.graph.frozen(f"{key}.bias"), epsilon=epsilon
+            "LayerNormalization", 3, x.name, weight, self.graph.frozen(f"{key}.bias"), epsilon=eps
         )
 
         def gradient(g: str) -> str:

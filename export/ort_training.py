@@ -23,7 +23,7 @@ from export.graph import IR_VERSION
 from export.graphs import GraphWriter
 from fedfmsl.errors import BundleError
 
-# torch.optim.AdamW differs in epsilon and in where it is added. The device applies weight decay, which LoRA alone has.
+# torch.optim.AdamW differs in eps and in where it is added. The device applies weight decay, which LoRA alone has.
 TORCH_ADAMW = {"adam_mode": 0, "epsilon": 1e-8, "weight_decay": 0.0}
 
 

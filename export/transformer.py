@@ -39,7 +39,7 @@ class Geometry:
     feature: int
     blocks: int
     heads: int
-    epsilon: float
+    norm_eps: float
     patch: int | None = None
     special: int = 1
     activation: Literal["gelu", "quick_gelu"] = "gelu"
@@ -85,7 +85,7 @@ class Transformer:
         """
         g, key = self.geometry, f"blocks.{index}"
         post = g.norm == "post"
-        normal = x if post else tape.layer_norm(x, f"{key}.norm1", g.epsilon)
+        normal = x if post else tape.layer_norm(x, f"{key}.norm1", g.norm_eps)
         if class_token_only:
             x = tape.class_token(x, g.tokens, g.hidden)
             mixed = self._class_token_attention(tape, normal, key, lora, mask)
@@ -96,11 +96,11 @@ class Transformer:
             mixed = tape.attention(q, k, v, g.heads, g.tokens, g.hidden, mask)
         x = self._residual(tape, x, tape.linear(mixed, f"{key}.output"), f"{key}.scale1")
         if post:
-            x = tape.layer_norm(x, f"{key}.norm1", g.epsilon)
-        normal = x if post else tape.layer_norm(x, f"{key}.norm2", g.epsilon)
+            x = tape.layer_norm(x, f"{key}.norm1", g.norm_eps)
+        normal = x if post else tape.layer_norm(x, f"{key}.norm2", g.norm_eps)
         inner = self._activate(tape, tape.linear(normal, f"{key}.up"))
         x = self._residual(tape, x, tape.linear(inner, f"{key}.down"), f"{key}.scale2")
-        return tape.layer_norm(x, f"{key}.norm2", g.epsilon) if post else x
+        return tape.layer_norm(x, f"{key}.norm2", g.norm_eps) if post else x
 
     def _class_token_attention(self, tape: Tape, normal: Var, key: str, lora: Lora, mask: str | None) -> Var:
         """The class token's attention (B, D) over `normal` (B·N, D), without computing keys and values (ours).
@@ -127,7 +127,7 @@ class Transformer:
         """The class token after the last block (B, D) → feature (B, F)."""
         has = tape.graph.has
         if has("norm.weight"):
-            x = tape.layer_norm(x, "norm", self.geometry.epsilon)
+            x = tape.layer_norm(x, "norm", self.geometry.norm_eps)
         if has("pooler.weight"):
             x = tape.tanh(tape.linear(x, "pooler"))
         return tape.linear(x, "projection") if has("projection.weight") else x
@@ -137,7 +137,7 @@ class Transformer:
         x = Var(graph.op("Reshape", tokens, graph.ints(-1, self.geometry.hidden)))
         if not graph.has("embed_norm.weight"):
             return x
-        return Tape(graph, Float32(graph)).layer_norm(x, "embed_norm", self.geometry.epsilon)
+        return Tape(graph, Float32(graph)).layer_norm(x, "embed_norm", self.geometry.norm_eps)
 
     def _activate(self, tape: Tape, x: Var) -> Var:
         return tape.quick_gelu(x) if self.geometry.activation == "quick_gelu" else tape.gelu(x)

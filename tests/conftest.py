@@ -30,7 +30,6 @@ LONG_FILES = (  # of 10 s or more, by `pytest --durations`
     "test_watched_folder.py",
     "test_trial_on_photos.py",
     "test_whole_run.py",
-    "test_protocol.py",
     "test_coordinator_model.py",
     "test_engines.py",
     "test_server_memory.py",

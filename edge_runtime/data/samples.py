@@ -22,7 +22,7 @@ HELD_OUT_SHARE = 0.2
 TEST_SHARE = 0.2
 LEAST = 2  # samples per trained class: one to train on, one held out
 NEAR_DUPLICATE = 0.5  # nearest distance in one split below this times that in the other, as in Lowe's ratio test
-TOO_FEW = "is the only sample of its class; a class needs at least two, one to train on and one held out"
+TOO_FEW = "is the only sample of its class; add more: a class needs at least two, one to train on and one held out"
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,7 @@ def _geometry(config: Any, size: int) -> Geometry:
         feature=config.hidden_size,
         blocks=config.num_hidden_layers,
         heads=config.num_attention_heads,
-        epsilon=config.layer_norm_eps,
+        norm_eps=config.layer_norm_eps,
         norm="post",
     )
 

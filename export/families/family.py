@@ -116,7 +116,7 @@ def vision_geometry(config: Any, size: int) -> Geometry:
         feature=config.hidden_size,
         blocks=config.num_hidden_layers,
         heads=config.num_attention_heads,
-        epsilon=config.layer_norm_eps,
+        norm_eps=config.layer_norm_eps,
         activation=config.hidden_act,
         patch=config.patch_size,
     )

@@ -48,8 +48,8 @@ def unknown_threshold(confidences: Floats) -> float:
     """The confidence threshold, from the confidences (n,) of held-out samples: the ⌊ALPHA (n + 1)⌋-th smallest.
 
     A sample that is exchangeable with the held-out ones is below it with a probability of at most ALPHA, whatever its
-    class (split conformal prediction). There is no guarantee for samples of no class. With fewer than 1/ALPHA - 1 samples
-    the threshold is 0, and nothing is unknown.
+    class (split conformal prediction). There is no guarantee for samples of no class. With fewer than 1/ALPHA - 1
+    samples the threshold is 0, and nothing is unknown.
     """
     rank = math.floor(ALPHA * (len(confidences) + 1) + 1e-9)  # so that 0.05 · 20 is 1 in floats, too
     return float(np.sort(confidences)[rank - 1]) if rank else 0.0

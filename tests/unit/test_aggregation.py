@@ -29,7 +29,7 @@ RULES: list[AggregationRule] = [WeightedMean(), TrimmedMean(), CoordinateMedian(
 of = Contribution.of
 
 
-def drawn(shape: Sequence[tuple[int, int]], seed: int) -> list[Contribution]:
+def random_contributions(shape: Sequence[tuple[int, int]], seed: int) -> list[Contribution]:
     rng = np.random.default_rng(seed)
     return [of(rng.normal(size=size).astype(np.float32), float(weight)) for size, weight in shape]
 
@@ -53,10 +53,10 @@ def reference(rule: AggregationRule, rows: list[NDArray[np.float64]], weights: l
 
 @settings(max_examples=200)
 @given(SHAPES, st.integers(1, 3), SEED, ANY_RULE)
-def test_each_part_is_aggregated_over_those_who_trained_it(
+def test_each_part_is_aggregated_over_the_contributions_that_trained_it(
     shape: list[tuple[int, int]], count: int, seed: int, rule: AggregationRule
 ) -> None:
-    contributions = drawn(shape, seed)
+    contributions = random_contributions(shape, seed)
     parts = dict(list(PARTS.items())[:count])
     size = list(parts.values())[-1].stop
     result = rule.aggregate(contributions, parts)
@@ -77,16 +77,16 @@ def test_each_part_is_aggregated_over_those_who_trained_it(
 
 
 @given(SHAPES, SEED, st.sampled_from([TrimmedMean, CoordinateMedian]))
-def test_ranges_of_coordinates_change_nothing(
+def test_the_ranges_of_coordinates_do_not_change_the_result(
     shape: list[tuple[int, int]], seed: int, rule: type[TrimmedMean | CoordinateMedian]
 ) -> None:
-    contributions = drawn(shape, seed)
+    contributions = random_contributions(shape, seed)
     whole, ranges = (rule(sort_bytes=size).aggregate(contributions, PARTS) for size in (SORT_BYTES, 40))
     assert ranges.delta.tobytes() == whole.delta.tobytes()
 
 
-def test_a_part_of_too_few_is_left_as_it_is() -> None:
-    contributions = drawn([(7, 1), (5, 1), (5, 1), (3, 1), (7, 0)], 0)
+def test_a_part_with_too_few_contributions_stays_untrained() -> None:
+    contributions = random_contributions([(7, 1), (5, 1), (5, 1), (3, 1), (7, 0)], 0)
     spans = {least: WeightedMean().aggregate(contributions, PARTS, least).trained for least in (1, 2, 4, 5)}
     ends = {least: max((span.stop for span in trained), default=0) for least, trained in spans.items()}
     assert ends == {1: 7, 2: 5, 4: 3, 5: 0}
@@ -94,14 +94,12 @@ def test_a_part_of_too_few_is_left_as_it_is() -> None:
 
 
 @given(st.integers(3, 15), st.data())
-def test_the_median_and_the_trimmed_mean_stay_within_the_honest_whatever_the_others_send(
-    devices: int, data: Any
-) -> None:
+def test_median_and_trimmed_mean_stay_in_the_range_of_the_honest_updates(devices: int, data: Any) -> None:
     bad = data.draw(st.integers(1, (devices - 1) // 2))
     rng = np.random.default_rng(data.draw(SEED))
     honest = rng.normal(size=(devices - bad, 7)).astype(np.float32)
-    lies = rng.choice([-1e30, 1e30, 0, 1e-30], size=(bad, 7)).astype(np.float32)
-    contributions = [*(of(row, 1.0) for row in honest), *(of(row, 1e9) for row in lies)]
+    hostile = rng.choice([-1e30, 1e30, 0, 1e-30], size=(bad, 7)).astype(np.float32)
+    contributions = [*(of(row, 1.0) for row in honest), *(of(row, 1e9) for row in hostile)]
     for rule in (CoordinateMedian(), TrimmedMean(trim=bad / devices)):
         result = rule.aggregate(contributions, PARTS).delta
         assert (result >= honest.min(axis=0)).all()
@@ -109,8 +107,8 @@ def test_the_median_and_the_trimmed_mean_stay_within_the_honest_whatever_the_oth
 
 
 @given(st.floats(0.01, 10), SEED)
-def test_no_update_counts_with_more_than_the_clipping_norm(clip: float, seed: int) -> None:
-    contributions = drawn([(7, 1), (3, 2), (7, 4)], seed)
+def test_an_update_is_clipped_to_the_norm(clip: float, seed: int) -> None:
+    contributions = random_contributions([(7, 1), (3, 2), (7, 4)], seed)
     result = WeightedMean(clip=clip).aggregate(contributions, PARTS)
     scaled = [of(c.read() * np.float32(min(1, clip / np.linalg.norm(c.read()))), c.weight) for c in contributions]
     assert np.allclose(result.delta, WeightedMean().aggregate(scaled, PARTS).delta, atol=1e-6)
@@ -123,7 +121,7 @@ TOTAL = 100_000
 
 
 def peak_bytes(rule: AggregationRule, devices: int) -> int:
-    """What aggregation allocates at most at once, over updates that are made as they are read."""
+    """The peak memory of aggregation over updates that are created when they are read."""
 
     def read(device: int) -> Vector:
         return np.full(TOTAL, device, np.float32)
@@ -136,20 +134,20 @@ def peak_bytes(rule: AggregationRule, devices: int) -> int:
     return peak
 
 
-def test_the_means_memory_does_not_grow_with_the_devices() -> None:
-    peak_bytes(WeightedMean(), 3)  # what numpy keeps from its first use
+def test_the_memory_of_the_mean_does_not_grow_with_the_devices() -> None:
+    peak_bytes(WeightedMean(), 3)  # numpy keeps memory from its first use
     few, many = peak_bytes(WeightedMean(), 3), peak_bytes(WeightedMean(), 300)
     assert many <= few + 64 * 1024  # a few words per device, not the 400 kB of its update
 
 
 @pytest.mark.parametrize("rule", [CoordinateMedian(sort_bytes=2**20), TrimmedMean(sort_bytes=2**20)])
-def test_the_robust_rules_memory_is_bounded(rule: AggregationRule) -> None:
+def test_the_memory_of_robust_rules_is_bounded(rule: AggregationRule) -> None:
     peak = peak_bytes(rule, 20)
-    assert peak < 2**20 + 3 * 8 * TOTAL  # a slice, the result, an update as it is read
+    assert peak < 2**20 + 3 * 8 * TOTAL  # a range of coordinates, the result, one update
     assert peak < 20 * 4 * TOTAL  # less than all updates at once
 
 
-def test_aggregation_leaves_its_arguments_as_they_were() -> None:
+def test_aggregation_does_not_change_its_arguments() -> None:
     vector = np.arange(7, dtype=np.float32)
     for rule in RULES:
         replace(rule, clip=0.1).aggregate([of(vector, 2.0)], PARTS)

@@ -189,7 +189,7 @@ def without_distillation_token(family: Family) -> Family:
     [
         pytest.param("vit", of_keys(norm1="layernorm_after", norm2="layernorm_before"), id="norms swapped"),
         pytest.param("vit", of_keys(query="attention.attention.key"), id="key for query"),
-        pytest.param("vit", of_geometry(epsilon=1e-3), id="epsilon"),
+        pytest.param("vit", of_geometry(norm_eps=1e-3), id="norm_eps"),
         pytest.param("vit", of_geometry(norm="post"), id="norm after"),
         pytest.param("deit", without_distillation_token, id="a special token"),
         pytest.param("dinov2", of_keys(scale2=None), id="no layer scale"),

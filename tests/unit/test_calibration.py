@@ -1,4 +1,4 @@
-"""Temperatures and thresholds of slices as small as a device's."""
+"""Temperatures and thresholds from splits as small as those of a device."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Floats = np.ndarray
 
 
 def draw(size: int, temperature: float, seed: int = 0, classes: int = 5) -> tuple[Floats, Labels]:
-    """log p (n, C), and labels drawn from what it would be at `temperature`."""
+    """log p (n, C), and labels drawn from it at `temperature`."""
     rng = np.random.default_rng(seed)
     log_p = log_softmax(rng.normal(0, 3, (size, classes)).astype(np.float32))
     cumulated = np.exp(calibrate(log_p, temperature)).cumsum(axis=1)
@@ -24,12 +24,12 @@ def draw(size: int, temperature: float, seed: int = 0, classes: int = 5) -> tupl
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.5])
-def test_with_many_images_the_temperature_is_the_one_that_labels_follow(temperature: float) -> None:
+def test_with_many_samples_the_temperature_is_that_of_the_labels(temperature: float) -> None:
     fitted = fit_temperature(*draw(20_000, temperature))
     assert fitted == pytest.approx(temperature, rel=0.05)
 
 
-def test_no_other_temperature_near_it_costs_less() -> None:
+def test_no_temperature_near_it_is_better() -> None:
     log_p, labels = draw(2_000, 2.0)
     fitted = fit_temperature(log_p, labels)
     best = nll(calibrate(log_p, fitted), labels)
@@ -39,20 +39,20 @@ def test_no_other_temperature_near_it_costs_less() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 3, 14])
-def test_a_small_slice_that_is_all_correct_does_not_make_the_model_surer(size: int) -> None:
-    """Its likelihood alone would have the temperature go to zero."""
+def test_a_small_split_without_errors_does_not_raise_the_confidence(size: int) -> None:
+    """Without the prior, the temperature would go to zero."""
     log_p = np.log(np.tile(np.array([[0.9, 0.05, 0.05]], np.float32), (size, 1)))
     assert 1 < fit_temperature(log_p, np.zeros(size, np.int64)) < PRIOR_MEDIAN
 
 
-def test_the_fewer_images_the_nearer_to_the_prior() -> None:
+def test_fewer_samples_give_a_temperature_nearer_to_the_prior() -> None:
     temperatures = [fit_temperature(*(part[:size] for part in draw(1_000, 4.0))) for size in (0, 4, 40, 1_000)]
     assert temperatures[0] == pytest.approx(PRIOR_MEDIAN)
     assert abs(np.log(temperatures[1] / PRIOR_MEDIAN)) < abs(np.log(temperatures[3] / PRIOR_MEDIAN))
     assert temperatures[3] == pytest.approx(4.0, rel=0.2)
 
 
-def test_a_class_that_is_ruled_out_stays_ruled_out() -> None:
+def test_a_class_with_probability_zero_keeps_it() -> None:
     log_p = np.array([[-1e4, np.log(0.7), np.log(0.3)]], np.float32)
     for temperature in (0.1, 1.0, 10.0):
         assert np.exp(calibrate(log_p, temperature))[0, 0] == 0
@@ -67,13 +67,13 @@ def test_calibration_keeps_the_order_of_classes(size: int, temperature: float, s
 
 
 @pytest.mark.parametrize(("size", "rank"), [(0, 0), (18, 0), (19, 1), (38, 1), (39, 2), (100, 5)])
-def test_the_threshold_is_the_confidence_of_that_rank(size: int, rank: int) -> None:
+def test_the_threshold_is_the_confidence_of_its_rank(size: int, rank: int) -> None:
     confidences = np.random.default_rng(size).permutation(np.linspace(0.2, 0.9, size)).astype(np.float32)
-    wanted = np.sort(confidences)[rank - 1] if rank else 0.0
-    assert unknown_threshold(confidences) == pytest.approx(wanted)
+    expected = np.sort(confidences)[rank - 1] if rank else 0.0
+    assert unknown_threshold(confidences) == pytest.approx(expected)
 
 
-def test_of_new_images_like_the_held_out_ones_at_most_alpha_are_unknown() -> None:
+def test_at_most_alpha_of_exchangeable_samples_are_unknown() -> None:
     rng = np.random.default_rng(0)
     shares = []
     for _ in range(2_000):

@@ -1,4 +1,4 @@
-"""The encodings of updates: what they keep, and what they refuse."""
+"""Encodings of updates: rounding, and what they refuse."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def vectors(largest: float = 2.0**100) -> st.SearchStrategy[Any]:
 
 
 @given(vectors())
-def test_fp32_keeps_every_bit_over_the_wire(vector: Any) -> None:
+def test_fp32_keeps_every_bit(vector: Any) -> None:
     blob = pack(Globals(run="r", kind="k"), encode(LAYOUT, vector, Encoding.FP32))
     assert decode(LAYOUT, unpack(blob, Globals)[1], Encoding.FP32).tobytes() == vector.tobytes()
 
@@ -40,7 +40,7 @@ def test_fp16_is_the_nearest_half_precision_value(vector: Any) -> None:
     assert np.array_equal(decoded, vector.astype(np.float16).astype(np.float32))
 
 
-def test_fp16_cuts_what_is_beyond_its_range() -> None:
+def test_fp16_clips_to_its_range() -> None:
     vector = np.array([1e5, -1e30, 65_504, 1, 0, 0, 0, 0], np.float32)
     assert decode(LAYOUT, encode(LAYOUT, vector, Encoding.FP16), Encoding.FP16)[:4].tolist() == [
         65504,
@@ -52,7 +52,7 @@ def test_fp16_cuts_what_is_beyond_its_range() -> None:
 
 @settings(max_examples=300)
 @given(vectors())
-def test_int8_is_off_by_half_a_step_of_the_tensors_largest_value_at_most(vector: Any) -> None:
+def test_the_error_of_int8_is_at_most_half_a_step(vector: Any) -> None:
     blob = pack(Globals(run="r", kind="k"), encode(LAYOUT, vector, Encoding.INT8))
     tensors = unpack(blob, Globals)[1]
     decoded = decode(LAYOUT, tensors, Encoding.INT8)
@@ -76,7 +76,7 @@ def test_int8_of_zeros_is_zeros_and_a_quarter_of_the_bytes() -> None:
 
 @pytest.mark.parametrize("encoding", COARSE)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_a_value_that_is_not_a_number_is_not_made_one(encoding: Encoding, value: float) -> None:
+def test_a_value_that_is_not_finite_stays_so(encoding: Encoding, value: float) -> None:
     vector = np.array([1, value, 2, 3, 4, 5, 6, 7], np.float32)
     tensors = encode(LAYOUT, vector, encoding)
     if np.isnan(value):
@@ -87,7 +87,7 @@ def test_a_value_that_is_not_a_number_is_not_made_one(encoding: Encoding, value:
 
 
 def changed(encoding: Encoding, **change: Any) -> dict[str, Any]:
-    """A valid encoding of ones at the first level, with some tensors replaced, and those that are None left out."""
+    """A valid encoding of ones at the first level with some tensors replaced; None removes one."""
     tensors = {**encode(LAYOUT, np.ones(12, np.float32), encoding), **change}
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
@@ -126,18 +126,18 @@ def test_a_tensor_that_is_not_finite_is_refused_by_name(encoding: Encoding, valu
         np.array([1, 3e38, 1], np.float32),
     ],
 )
-def test_unusable_scales_are_refused_by_name(scales: Any) -> None:
+def test_invalid_scales_are_refused_by_name(scales: Any) -> None:
     with pytest.raises(MessageError, match="scales"):
         decode(LAYOUT, changed(Encoding.INT8, **{SCALES: scales}), Encoding.INT8)
 
 
 @pytest.mark.parametrize("sent", Encoding)
-@pytest.mark.parametrize("wanted", Encoding)
-def test_an_update_in_another_encoding_than_the_rounds_is_refused(sent: Encoding, wanted: Encoding) -> None:
+@pytest.mark.parametrize("expected", Encoding)
+def test_an_update_in_another_encoding_than_the_rounds_is_refused(sent: Encoding, expected: Encoding) -> None:
     tensors = encode(LAYOUT, np.ones(12, np.float32), sent)
-    if sent is not wanted:
+    if sent is not expected:
         with pytest.raises(MessageError):
-            decode(LAYOUT, tensors, wanted)
+            decode(LAYOUT, tensors, expected)
 
 
 _SHAPES = st.sampled_from([(), (1,), (2,), (4,), (2, 3), (1, 2), (3,)])
@@ -147,7 +147,7 @@ _TENSORS = st.tuples(_SHAPES, _TYPES).flatmap(lambda made: arrays.arrays(made[1]
 
 @settings(max_examples=500)
 @given(st.dictionaries(st.sampled_from(["w", "b", "a", "c", SCALES, ""]), _TENSORS), st.sampled_from(Encoding))
-def test_any_tensors_are_a_finite_vector_or_a_message_error(tensors: dict[str, Any], encoding: Encoding) -> None:
+def test_any_tensors_give_a_finite_vector_or_a_message_error(tensors: dict[str, Any], encoding: Encoding) -> None:
     try:
         vector = decode(LAYOUT, tensors, encoding)
     except MessageError:

@@ -1,4 +1,4 @@
-"""The server's optimizers against the formulas of their papers, written out value by value."""
+"""Server optimizers against the formulas of their papers, value by value."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_fedavg_adds_the_update_and_rounds_once() -> None:
 
 
 @pytest.mark.parametrize("rate", [1.0, 0.3])
-def test_fedavgm_is_the_papers(rate: float) -> None:
+def test_fedavgm_follows_its_paper(rate: float) -> None:
     rounds = updates(9)
     result = run(FedAvgM(learning_rate=rate, momentum=0.7), rounds)
     for index in range(SIZE):
@@ -49,7 +49,7 @@ def test_fedavgm_is_the_papers(rate: float) -> None:
         assert result[index] == pytest.approx(x, rel=1e-5, abs=1e-5)
 
 
-def test_fedadam_is_the_papers_algorithm_2() -> None:
+def test_fedadam_follows_algorithm_2_of_its_paper() -> None:
     rounds = updates(9)
     result = run(FedAdam(learning_rate=0.1, beta1=0.8, beta2=0.95, tau=1e-2), rounds)
     for index in range(SIZE):
@@ -63,7 +63,7 @@ def test_fedadam_is_the_papers_algorithm_2() -> None:
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_what_nobody_trained_keeps_its_values_and_moments(optimizer: ServerOptimizer) -> None:
+def test_untrained_parts_keep_their_values_and_moments(optimizer: ServerOptimizer) -> None:
     first, second = updates(1)[0], updates(1, (slice(0, 2),))[0]
     current, moments = optimizer.step(np.ones(SIZE, np.float32), first, Moments.zeros(SIZE))
     result, after = optimizer.step(current, second, moments)
@@ -73,7 +73,7 @@ def test_what_nobody_trained_keeps_its_values_and_moments(optimizer: ServerOptim
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_a_step_leaves_its_arguments_as_they_were(optimizer: ServerOptimizer) -> None:
+def test_a_step_does_not_change_its_arguments(optimizer: ServerOptimizer) -> None:
     current, moments = np.ones(SIZE, np.float32), Moments.zeros(SIZE)
     optimizer.step(current, updates(1)[0], moments)
     assert current.tolist() == [1] * SIZE

@@ -1,4 +1,4 @@
-"""Noise on the device, and what the accountant says of it."""
+"""Noise on the device, and its privacy budget."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ALMOST_NONE = Privacy(clip=1.0, noise_multiplier=1e-7, shares=1)
 
 
 def sums(rng: np.random.Generator, images: int = 30) -> dict[str, Vector]:
-    """The statistics of a device that holds images of every class but the last."""
+    """The statistics of a device with images of every class but the last."""
     means = np.random.default_rng(7).normal(size=(CLASSES, FEATURE))
     labels = np.arange(images) % (CLASSES - 1)
     features = means[labels] + 0.3 * rng.normal(size=(images, FEATURE))
@@ -32,9 +32,7 @@ def sums(rng: np.random.Generator, images: int = 30) -> dict[str, Vector]:
 
 
 @given(st.floats(1e-3, 1e3), st.floats(1e-3, 1e3), st.integers(0, 99))
-def test_without_noise_a_longer_update_is_cut_to_the_norm_and_a_shorter_one_is_kept(
-    clip: float, length: float, seed: int
-) -> None:
+def test_without_noise_only_longer_updates_are_clipped(clip: float, length: float, seed: int) -> None:
     direction = np.random.default_rng(seed).normal(size=20)
     delta = (direction / np.linalg.norm(direction) * length).astype(np.float32)
     quiet = Privacy(clip=clip, noise_multiplier=1e-12, shares=1)
@@ -44,7 +42,7 @@ def test_without_noise_a_longer_update_is_cut_to_the_norm_and_a_shorter_one_is_k
 
 
 @pytest.mark.parametrize("shares", [1, 16])
-def test_the_noise_is_gaussian_of_the_promised_deviation(shares: int) -> None:
+def test_the_noise_is_gaussian_with_the_documented_deviation(shares: int) -> None:
     privacy = Privacy(clip=3.0, noise_multiplier=0.8, shares=shares)
     noise = privatize(np.zeros(200_000, np.float32), privacy, np.random.default_rng(1))
     deviation = 0.8 * 3.0 / sqrt(shares)
@@ -53,19 +51,19 @@ def test_the_noise_is_gaussian_of_the_promised_deviation(shares: int) -> None:
     assert (np.abs(noise) < deviation).mean() == pytest.approx(erf(1 / sqrt(2)), abs=0.005)
 
 
-def test_the_shares_of_as_many_devices_make_the_whole_noise() -> None:
+def test_the_shares_of_all_devices_add_up_to_the_whole_noise() -> None:
     privacy, rng = Privacy(clip=2.0, noise_multiplier=1.5, shares=10), np.random.default_rng(2)
     total = sum(privatize(np.zeros(20_000, np.float32), privacy, rng).astype(np.float64) for _ in range(10))
     assert np.std(total) == pytest.approx(1.5 * 2.0, rel=0.02)
 
 
-def test_two_updates_never_share_their_noise() -> None:
+def test_two_updates_have_different_noise() -> None:
     privacy, delta = Privacy(clip=1.0, noise_multiplier=1.0, shares=1), np.zeros(8, np.float32)
     one, two = (privatize(delta, privacy, np.random.default_rng()) for _ in range(2))
     assert not np.isclose(one, two).any()
 
 
-def test_with_next_to_no_noise_the_head_is_that_of_the_plain_class_means() -> None:
+def test_with_almost_no_noise_the_head_is_that_of_the_plain_class_means() -> None:
     rng = np.random.default_rng(3)
     plain = [sums(rng) for _ in range(4)]
     private = [privatize_statistics(one, ALMOST_NONE, rng) for one in plain]
@@ -74,13 +72,13 @@ def test_with_next_to_no_noise_the_head_is_that_of_the_plain_class_means() -> No
         total = {name: np.sum([one[name] for one in all_], axis=0) for name in all_[0]}
         return class_mean_head(total["class_sums"], total["class_counts"], float(total["norm_sum"][0]))
 
-    held = (CLASSES - 1) * FEATURE  # of the class that nobody holds only the noise's direction is left
+    held = (CLASSES - 1) * FEATURE  # the row of the class without samples is only noise
     assert np.allclose(head(private)[:held], head(plain)[:held], rtol=0.02, atol=0.01)
     assert not np.allclose(head(private)[:held], 1.1 * head(plain)[:held], rtol=0.02, atol=0.01)
 
 
 @given(st.integers(0, 99), st.floats(1e-3, 1e4), st.integers(0, 40))
-def test_no_device_can_move_the_private_statistics_by_more_than_their_sensitivity(
+def test_no_device_changes_the_private_statistics_by_more_than_their_sensitivity(
     seed: int, scale: float, images: int
 ) -> None:
     own = {
@@ -93,14 +91,14 @@ def test_no_device_can_move_the_private_statistics_by_more_than_their_sensitivit
     assert np.linalg.norm(u) <= 1 + 1e-5
 
 
-def test_the_private_statistics_hold_the_noise_of_their_sensitivity() -> None:
+def test_the_private_statistics_have_the_noise_of_their_sensitivity() -> None:
     privacy, rng = Privacy(clip=99.0, noise_multiplier=0.5, shares=4), np.random.default_rng(4)
-    own, drawn = sums(rng), [privatize_statistics(sums(np.random.default_rng(5)), privacy, rng) for _ in range(400)]
-    assert np.std([one["class_sums"] for one in drawn], axis=0).mean() == pytest.approx(sqrt(2) * 0.25, rel=0.02)
-    norms = np.std([one["norm_sum"] for one in drawn])
+    own, samples = sums(rng), [privatize_statistics(sums(np.random.default_rng(5)), privacy, rng) for _ in range(400)]
+    assert np.std([one["class_sums"] for one in samples], axis=0).mean() == pytest.approx(sqrt(2) * 0.25, rel=0.02)
+    norms = np.std([one["norm_sum"] for one in samples])
     assert norms == pytest.approx(sqrt(2) * 0.25 * 4 * sqrt(FEATURE), rel=0.1)
-    assert {name: tensor.shape for name, tensor in drawn[0].items()} == {name: t.shape for name, t in own.items()}
-    assert all(tensor.dtype == np.float32 for tensor in drawn[0].values())
+    assert {name: tensor.shape for name, tensor in samples[0].items()} == {name: t.shape for name, t in own.items()}
+    assert all(tensor.dtype == np.float32 for tensor in samples[0].values())
 
 
 def test_the_private_counts_are_the_same_for_any_images() -> None:
@@ -109,7 +107,7 @@ def test_the_private_counts_are_the_same_for_any_images() -> None:
     assert all(np.array_equal(c, np.full(CLASSES, 1 / CLASSES, np.float32)) for c in counts)
 
 
-def test_a_negative_sum_of_norms_still_gives_a_head_of_bounded_logits() -> None:
+def test_a_negative_sum_of_norms_gives_a_head_with_bounded_weights() -> None:
     rng = np.random.default_rng(0)
     directions, counts = rng.normal(size=(CLASSES, FEATURE)).astype(np.float32), np.full(CLASSES, 0.2, np.float32)
     head = class_mean_head(directions, counts, -3.0)
@@ -128,7 +126,7 @@ def gaussian_delta(epsilon_: float, mu: float) -> float:
 
 @pytest.mark.parametrize("noise", [0.7, 1.1, 4.0])
 @pytest.mark.parametrize("rounds", [1, 17, 200])
-def test_epsilon_lies_between_the_exact_value_and_the_first_renyi_bound(noise: float, rounds: int) -> None:
+def test_epsilon_is_between_the_exact_value_and_the_first_renyi_bound(noise: float, rounds: int) -> None:
     privacy, delta = Privacy(clip=1.0, noise_multiplier=noise, shares=8), 1e-5
     spent = epsilon(privacy, rounds, delta)
     # Mironov 2017, Proposition 3 over the Gaussian's α/(2σ²) per round, at its best α

@@ -33,9 +33,7 @@ def levels(sal: Sal, accuracies: list[float]) -> list[int]:
 
 
 @given(RULES, st.lists(st.floats(0, 1), max_size=40))
-def test_levels_grow_by_steps_at_most_once_per_window_and_never_past_the_highest(
-    sal: Sal, accuracies: list[float]
-) -> None:
+def test_levels_grow_by_steps_at_most_once_per_window_up_to_the_highest(sal: Sal, accuracies: list[float]) -> None:
     seen = [sal.start().level, *levels(sal, accuracies)]
     growth = [after - before for before, after in itertools.pairwise(seen)]
     assert all(
@@ -54,8 +52,8 @@ def test_levels_grow_by_steps_at_most_once_per_window_and_never_past_the_highest
         ([0.5, 0.5, 0.5], 2),  # full, no gain
         ([0.5, 0.509, 0.4], 2),  # the best gains less than 2 %
         ([0.5, 0.52, 0.4], 1),  # more than 2 %, though the last is low
-        ([0.5, 0.6, 0.7, 0.7, 0.7], 2),  # it slides until the gain is gone
-        ([0.5] * 5, 2),  # emptied by a growth: two are not enough
+        ([0.5, 0.6, 0.7, 0.7, 0.7], 2),  # the queue slides until there is no gain
+        ([0.5] * 5, 2),  # a higher level empties the queue
         ([0.5] * 6, 3),
         ([0.5] * 60, 4),
     ],
@@ -66,7 +64,7 @@ def test_the_capability_queue_triggers_on_a_plateau(accuracies: list[float], lev
 
 
 @given(st.lists(st.floats(0, 1), min_size=7, max_size=7))
-def test_a_fixed_schedule_and_all_at_once_do_not_look_at_accuracies(accuracies: list[float]) -> None:
+def test_a_fixed_schedule_and_all_at_once_do_not_depend_on_accuracies(accuracies: list[float]) -> None:
     assert levels(Sal(FixedSchedule(3), max_level=9, step=2), accuracies) == [1, 1, 3, 3, 3, 5, 5]
     assert levels(Sal(AllAtOnce(), max_level=9, step=2), accuracies) == [9] * 7
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -27,6 +26,8 @@ from fedfmsl.protocol.layout import Layout
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 @pytest.mark.parametrize("rate", [1e-3, 0.3])
 def test_adamw_equals_torchs_over_many_steps(rate: float, decay: float) -> None:
+    import torch  # takes seconds
+
     rng = np.random.default_rng(0)
     theta = rng.normal(size=50).astype(np.float32)
     parameter = torch.nn.Parameter(torch.from_numpy(theta.copy()))
@@ -60,7 +61,7 @@ LOGITS = st.lists(st.lists(st.floats(-50, 50, width=32), min_size=3, max_size=3)
 
 
 @given(LOGITS)
-def test_log_softmax_is_normalised_and_does_not_overflow(rows: list[list[float]]) -> None:
+def test_log_softmax_is_normalized_and_does_not_overflow(rows: list[list[float]]) -> None:
     logits = np.array(rows, np.float32)
     log_p = log_softmax(logits + np.array([0, 0, 2 * NEVER], np.float32))
     assert np.allclose(np.exp(log_p.astype(np.float64)).sum(axis=1), 1, atol=1e-5)

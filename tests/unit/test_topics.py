@@ -1,0 +1,59 @@
+"""Topics, and names that cannot be part of one."""
+
+from __future__ import annotations
+
+import pytest
+
+from fedfmsl.errors import ConfigError
+from fedfmsl.protocol.topics import Topics
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "+", "#", "-x", "a" * 65, "ü", "a b", "a\n"])
+def test_names_that_cannot_be_part_of_a_topic_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="invalid"):
+        Topics(name)
+
+
+def test_only_device_topics_of_the_run_have_a_device() -> None:
+    topics = Topics("r")
+    for topic in (topics.status("d"), topics.ack("d"), topics.update_chunk("d", 1, 0), topics.progress("d")):
+        assert topics.device_of(topic) == "d"
+    for topic in (topics.round, topics.server_status, topics.globals_chunk("ab", 0), Topics("s").status("d")):
+        assert topics.device_of(topic) is None
+
+
+HOSTILE_TOPICS = [
+    "",
+    "/",
+    "#",
+    "fedfmsl",
+    "fedfmsl/r/devices",
+    "fedfmsl/r/devices//update/1/0",
+    "fedfmsl/r/devices/../update/1/0",
+    "fedfmsl/r/devices/[/x]/update/1/0",
+    "fedfmsl/r/devices/d\n/update/1/0",
+    "fedfmsl/r/devices/ü/update/1/0",
+    f"fedfmsl/r/devices/{'d' * 65}/update/1/0",
+    "fedfmsl/r/globals//0",
+    "fedfmsl/r/globals/../0",
+    f"fedfmsl/r/globals/{'A' * 64}/0",
+    "/" * 65_535,
+]
+
+
+@pytest.mark.parametrize("topic", HOSTILE_TOPICS, ids=range(len(HOSTILE_TOPICS)))
+def test_a_hostile_topic_has_no_device_round_or_hash(topic: str) -> None:
+    topics = Topics("r")
+    assert topics.device_of(topic) is None
+    assert topics.update_of(topic) is None
+    assert topics.globals_of(topic) is None
+
+
+@pytest.mark.parametrize(
+    "number", ["", "-1", "+1", "01", "1.0", "1e3", "0x1", " 1", "1_0", "²", "١", "2147483649", "9" * 5000]
+)
+def test_the_round_of_an_update_topic_is_a_plain_number(number: str) -> None:
+    topics = Topics("r")
+    assert topics.update_of(topics.update_chunk("d", 2**31, 7)) == ("d", 2**31)
+    assert topics.update_of(topics.update_chunk("d", number, 0)) is None
+    assert topics.update_of(topics.update_chunk("d", 0, number)) is None
