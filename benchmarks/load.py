@@ -1,7 +1,7 @@
 """python -m benchmarks.load: round time and resources of one server and one mosquitto, by number of devices.
 
-Each number of devices is a whole run with a real mosquitto, the real server, and `benchmarks.simulated` as the fleet,
-each in its own process. Updates have the size of ViT-B/16 at level 1. The resources of each process are read from /proc.
+Each number of devices is a whole run with a real mosquitto, the real server and `benchmarks.simulated` as the fleet,
+each in its own process. Updates have the size of ViT-B/16 at level 1. The resources are read from /proc.
 """
 
 from __future__ import annotations

@@ -52,14 +52,14 @@ class GlobalsReceiver:
         self._forget(sha256)
         self._received[sha256] = blob
 
-    def store(self) -> list[str]:
-        """Stores the whole blobs and returns their names. Raises OSError if the disk refuses one; it is kept then."""
-        stored = []
-        for sha256, blob in list(self._received.items()):
+    def store_next(self) -> str | None:
+        """Stores one of the whole blobs and returns its name; None if there is none. Raises OSError if the disk refuses
+        it: it can be stored later."""
+        for sha256, blob in self._received.items():
             self._store.globals.write(blob)
             del self._received[sha256]
-            stored.append(sha256)
-        return stored
+            return sha256
+        return None
 
     def _forget(self, sha256: str) -> None:
         self._link.unsubscribe(self._topics.globals_chunk(sha256, "+"))

@@ -16,7 +16,6 @@ from edge_runtime.daemon.announce import INSTANCE, Announcer
 from edge_runtime.daemon.disk_retry import DiskRetry
 from edge_runtime.daemon.globals import GlobalsReceiver
 from edge_runtime.daemon.health import HealthReporter
-from edge_runtime.daemon.retransmit import Retransmissions
 from edge_runtime.daemon.round_runner import NoSamplesError, RoundRunner
 from edge_runtime.daemon.state import (
     Acknowledge,
@@ -44,15 +43,15 @@ from edge_runtime.daemon.state import (
     required_globals,
 )
 from edge_runtime.daemon.timing import DEFAULT_TIMING, Timing
+from edge_runtime.daemon.update_sender import UpdateSender
 from edge_runtime.daemon.worker import JobEnded, Progress, Worker
 from edge_runtime.data.samples import SampleChangedError
 from edge_runtime.resources.governor import Governor
 from edge_runtime.resources.throttle import WorkStoppedError
 from fedfmsl.common.logs import fields
 from fedfmsl.errors import FedFMSLError, MessageError, RunError
-from fedfmsl.protocol.chunks import chunks
 from fedfmsl.protocol.duplicate_name import DuplicateNameGuard
-from fedfmsl.protocol.messages import Ack, Activity, DeviceStatus, Round, ServerStatus, Verdict, parse
+from fedfmsl.protocol.messages import Ack, Activity, DeviceStatus, Round, ServerStatus, parse
 from fedfmsl.protocol.tensors import blob_bytes
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.link import Connected, Disconnected, Link, LinkEvent, Posted, Received
@@ -90,7 +89,7 @@ class DaemonLoop:
         largest = blob_bytes(max(device.bundle.expert.total, device.bundle.gate.total))
         self._globals = GlobalsReceiver(link, self._topics, store, largest)
         self._disk = DiskRetry(store, device.cache, timing.disk_retry)
-        self._retransmissions = Retransmissions(device.device_name, timing.ack)
+        self._updates = UpdateSender(announcer, self._topics, device.device_name, store.outbox, timing.ack)
         self._connected = True
         self._paused = ""  # the reason, as published
         self._stop: Stop | None = None
@@ -164,7 +163,7 @@ class DaemonLoop:
             if not self._connected:
                 logger.info("connected to the broker again")
             self._connected = True
-            self._retransmissions.start_over()
+            self._updates.reset_backoff()
             self._announcer.introduce()
             self._announce()
             self._handle(Reconnected())
@@ -178,7 +177,7 @@ class DaemonLoop:
         topics = self._topics
         if message.topic == topics.server_status:
             status = parse(ServerStatus, message.payload)
-            self._retransmissions.start_over()
+            self._updates.reset_backoff()
             self._handle(ServerSeen(status))
         elif message.topic == topics.round:
             self._handle(RoundSeen(parse(Round, message.payload)))
@@ -210,9 +209,10 @@ class DaemonLoop:
         elif isinstance(command, Work):
             self._start_round(command.round)
         elif isinstance(command, Send):
-            self._send(command.round)
+            if self._connected:
+                self._updates.send(command.round)
         elif isinstance(command, Acknowledge):
-            self._acknowledge(command.ack)
+            self._updates.acknowledge(command.ack)
         elif isinstance(command, PublishStatus):
             self._announce()
         elif isinstance(command, Log):
@@ -227,7 +227,7 @@ class DaemonLoop:
         now = time.monotonic()
         if not self._state.present and now >= self._next_subscription:
             self._subscribe()  # amqtt can lose a message during a subscription
-        if self._connected and self._retransmissions.overdue():
+        if self._connected and self._updates.overdue():
             self._handle(AckOverdue())
         if now >= self._next_sensors:
             self._next_sensors = now + self._timing.sensors
@@ -308,7 +308,7 @@ class DaemonLoop:
             self._handle(WorkFailed(task.round))
             return
         if self._store.outbox.session != task.session:
-            self._retransmissions = Retransmissions(self._name, self._timing.ack)
+            self._updates.forget()
         bytes_down = self._globals.bytes_down
         self._worker.submit(
             partial(self._runner.run, task, bytes_down), partial(self._round_ended, task, bytes_down=bytes_down)
@@ -363,39 +363,16 @@ class DaemonLoop:
     # Disk and network
 
     def _store_globals(self) -> None:
-        if self._disk.waiting:
-            return
         try:
-            stored = self._globals.store()
+            while not self._disk.waiting and (sha256 := self._globals.store_next()) is not None:
+                self._disk.succeeded()
+                self._handle(GlobalArrived(sha256))
         except OSError as error:
             self._disk_failed(error)
-            return
-        for sha256 in stored:
-            self._disk.succeeded()
-            self._handle(GlobalArrived(sha256))
 
     def _disk_failed(self, error: OSError) -> None:
         required = required_globals(self._state.announced) | required_globals(self._state.working)
         self._disk.failed(error, required, evict=self._worker.idle)
-
-    def _send(self, round_: int) -> None:
-        """Sends an update from the outbox, unless paho is still delivering it, also after a reconnection."""
-        if not self._connected or self._retransmissions.is_in_flight(round_):
-            return
-        blob = self._store.outbox.read(round_)
-        if blob is not None:
-            for index, chunk in enumerate(chunks(blob)):
-                sent = self._announcer.publish(self._topics.update_chunk(self._name, round_, index), chunk)
-            self._retransmissions.sent(round_, sent)
-
-    def _acknowledge(self, ack: Ack) -> None:
-        self._retransmissions.acknowledged(ack.round)
-        try:
-            self._store.outbox.acknowledge(ack.round)
-        except OSError as error:  # after a restart the update is sent and acknowledged once more
-            logger.warning(f"the update of round {ack.round} is acknowledged but could not be deleted ({error})")
-        if ack.verdict is not Verdict.ACCEPTED:
-            logger.info(f"update of round {ack.round}: {ack.verdict.value} {ack.reason}")
 
     def _announce(self) -> None:
         self._announcer.status(self._runner.device, paused=self._paused)

@@ -29,7 +29,7 @@ class Retransmissions:
         self._last_chunks.pop(round_, None)
         self._attempt = 0
 
-    def start_over(self) -> None:
+    def reset_backoff(self) -> None:
         """Resets the backoff after a reconnection or a status of the server: earlier messages may be lost."""
         self._attempt = 0
 

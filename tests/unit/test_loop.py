@@ -269,7 +269,12 @@ def test_a_device_that_must_leave_stops_its_computation(scene: Scene) -> None:
 class Broken(Runner):
     error: BaseException = ZeroDivisionError("in the worker thread")
 
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.released = threading.Event()
+
     def compute(self, task: Round) -> float:
+        assert self.released.wait(SECONDS)
         raise self.error
 
 
@@ -279,9 +284,11 @@ class Refused(Broken):
 
 @pytest.mark.parametrize("scene", [Broken, Refused], indirect=True)
 def test_an_error_of_the_computation_ends_the_daemon(scene: Scene) -> None:
-    scene.end()
     runner = scene.daemon.runner
     assert isinstance(runner, Broken)
+    scene.observer.wait(Health, lambda h: h.activity is Activity.WORKING, "the round's start")
+    runner.released.set()
+    scene.end()
     assert scene.errors == [runner.error]
     reason = str(runner.error) if isinstance(runner, Refused) else ""
     offline = scene.observer.wait(DeviceStatus, lambda s: not s.online, "its last status")

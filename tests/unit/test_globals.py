@@ -1,0 +1,67 @@
+"""Global blobs on their way to the disk."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from edge_runtime.daemon.globals import GlobalsReceiver
+from edge_runtime.store import DeviceStore
+from fedfmsl.protocol.chunks import chunks
+from fedfmsl.protocol.tensors import blob_hash
+from fedfmsl.protocol.topics import Topics
+from fedfmsl.transport.link import Link, Received
+
+TOPICS = Topics("r")
+BLOBS = {blob_hash(blob): blob for blob in (b"one", b"two")}
+
+
+@pytest.fixture
+def receiver(tmp_path: Path) -> Iterator[GlobalsReceiver]:
+    yield GlobalsReceiver(Link("mqtt://127.0.0.1:9", "device"), TOPICS, DeviceStore(tmp_path), max_bytes=1000)
+
+
+def receive_all(receiver: GlobalsReceiver) -> None:
+    for sha256, blob in BLOBS.items():
+        assert not receiver.fetch(sha256)
+        for index, chunk in enumerate(chunks(blob)):
+            receiver.receive(Received(TOPICS.globals_chunk(sha256, index), chunk))
+
+
+def test_a_blob_that_the_disk_refuses_is_stored_later(
+    receiver: GlobalsReceiver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    receive_all(receiver)
+    replace, failures = os.replace, iter([False, True, False])
+
+    def full_once(source: Path, target: Path) -> None:
+        if next(failures):
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full_once)
+    first = receiver.store_next()
+    with pytest.raises(OSError, match="No space left"):
+        receiver.store_next()
+    second = receiver.store_next()
+    assert {first, second} == set(BLOBS)
+    assert receiver.store_next() is None
+    assert all(receiver.fetch(sha256) for sha256 in BLOBS)
+
+
+def test_blobs_of_an_earlier_round_are_given_up(receiver: GlobalsReceiver) -> None:
+    receive_all(receiver)
+    wanted = next(iter(BLOBS))
+    receiver.keep_only({wanted})
+    assert receiver.store_next() == wanted
+    assert receiver.store_next() is None
+
+
+def test_chunks_that_were_not_asked_for_are_ignored(receiver: GlobalsReceiver) -> None:
+    sha256, blob = next(iter(BLOBS.items()))
+    receiver.receive(Received(TOPICS.globals_chunk(sha256, 0), next(chunks(blob))))
+    assert receiver.bytes_down == 0
+    assert receiver.store_next() is None
