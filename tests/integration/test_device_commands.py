@@ -107,7 +107,7 @@ def test_check_run_status_and_predictions_during_a_run_and_after_it(device: Devi
     assert daemon.wait().code == 128 + 15
     device.observer.wait(DeviceStatus, lambda s: not s.online, "its offline status")
     assert device.observer.wait(Health, lambda h: h.activity is Activity.STOPPED, "its last health")
-    device.ask("status").assert_error(8, "the daemon has stopped")
+    device.ask("status").assert_error(8, "the daemon stopped")
     lines = [json.loads(line) for line in daemon.stdout.splitlines()]
     assert {"round", "stage", "seconds"} <= {key for line in lines for key in line}
     assert (device.config.parent / "log/device.log").read_text().splitlines() == daemon.stdout.splitlines()
