@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_settings import SettingsConfigDict
@@ -53,6 +54,10 @@ class Optimizer(str, Enum):
     FEDADAM = "fedadam"
 
 
+Positive = Annotated[float, Field(gt=0)]
+Trim = Annotated[float, Field(ge=0, lt=0.5)]
+
+
 class Aggregation(BaseModel):
     """`trim`: the share of updates that the trimmed mean drops at each end. `clip`: the L2 norm that an update is
     scaled down to; None: no clipping. The server optimizer uses `learning_rate`, `momentum` (FedAvgM; β₁ of FedAdam),
@@ -61,13 +66,13 @@ class Aggregation(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     rule: Rule = Rule.MEAN
-    trim: float = Field(default=0.1, ge=0, lt=0.5)
-    clip: float | None = Field(default=None, gt=0)
+    trim: Trim = 0.1
+    clip: Positive | None = None
     optimizer: Optimizer = Optimizer.FEDAVG
-    learning_rate: float = Field(default=1.0, gt=0)
+    learning_rate: Positive = 1.0
     momentum: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.99, ge=0, lt=1)
-    tau: float = Field(default=1e-3, gt=0)
+    tau: Positive = 1e-3
 
     @property
     def aggregation_rule(self) -> AggregationRule:
@@ -178,6 +183,11 @@ class RunRules(BaseModel):
         return self
 
 
+AGGREGATION_DEFAULT = Aggregation()
+STAGE1 = Training(epochs=2, learning_rate=2e-3)
+STAGE2 = Training(epochs=1, learning_rate=5e-4)
+
+
 class RunConfig(RunRules):
     """The configuration of a run, as its server stores it.
 
@@ -186,11 +196,11 @@ class RunConfig(RunRules):
     round is late; otherwise it counts with a lower weight in the current round, up to that age (FedBuff).
     """
 
-    stage1: Training = Training(epochs=2, learning_rate=2e-3)
-    stage2: Training = Training(epochs=1, learning_rate=5e-4)
+    stage1: Training = STAGE1
+    stage2: Training = STAGE2
     stage1_sal: Sal
     stage2_sal: Sal
-    aggregation: Aggregation = Aggregation()
+    aggregation: Aggregation = AGGREGATION_DEFAULT
     privacy: Privacy | None = None
 
     @model_validator(mode="after")

@@ -7,6 +7,7 @@ from pathlib import Path
 from pydantic import Field, ValidationError, model_validator
 
 from fedfmsl.algorithms.privacy import Privacy
+from fedfmsl.algorithms.sal import CapabilityQueue
 from fedfmsl.common.logs import LogSettings
 from fedfmsl.common.settings import File, panel
 from fedfmsl.errors import ConfigError
@@ -15,16 +16,21 @@ from fedfmsl.protocol.messages import Training
 from fedfmsl.transport.settings import CONNECTION, ConnectionSettings
 from trainer_server.config import (
     AGGREGATION,
+    AGGREGATION_DEFAULT,
     PRIVACY,
     ROUNDS,
     RUN,
+    STAGE1,
+    STAGE2,
     Aggregation,
     Head,
     Optimizer,
+    Positive,
     Rule,
     RunConfig,
     RunRules,
     Trigger,
+    Trim,
     sal_rules,
 )
 
@@ -51,20 +57,24 @@ class ServerSettings(ServiceSettings, RunRules):
     bundle: File = Field(description="Bundle folder.", json_schema_extra=RUN)
     out: File | None = Field(None, description="Folder of the run. Default: runs/RUN/server.", json_schema_extra=RUN)
 
-    epochs: int = Field(2, ge=1, description="Local epochs in a round of stage 1.", json_schema_extra=TRAINING)
-    batch_size: int = Field(16, ge=1, description="Samples in one training step.", json_schema_extra=TRAINING)
-    learning_rate: float = Field(
-        2e-3, gt=0, description="Learning rate of AdamW in stage 1.", json_schema_extra=TRAINING
+    epochs: int = Field(
+        STAGE1.epochs, ge=1, description="Local epochs in a round of stage 1.", json_schema_extra=TRAINING
     )
-    local_learning_rate: float = Field(
-        5e-4, gt=0, description="Learning rate of AdamW in stage 2.", json_schema_extra=TRAINING
+    batch_size: int = Field(
+        STAGE1.batch_size, ge=1, description="Samples in one training step.", json_schema_extra=TRAINING
+    )
+    learning_rate: Positive = Field(
+        STAGE1.learning_rate, description="Learning rate of AdamW in stage 1.", json_schema_extra=TRAINING
+    )
+    local_learning_rate: Positive = Field(
+        STAGE2.learning_rate, description="Learning rate of AdamW in stage 2.", json_schema_extra=TRAINING
     )
 
     sal: Trigger = Field(
         Trigger.CAPABILITY_QUEUE, description="Rule that activates more blocks.", json_schema_extra=ROUNDS
     )
     sal_min_gain: float = Field(
-        0.02,
+        CapabilityQueue().min_gain,
         ge=0,
         description="Relative accuracy gain below which SAL activates more blocks. Half of it in stage 2.",
         json_schema_extra=ROUNDS,
@@ -74,36 +84,38 @@ class ServerSettings(ServiceSettings, RunRules):
     )
 
     rule: Rule = Field(
-        Rule.MEAN,
+        AGGREGATION_DEFAULT.rule,
         description="Aggregation rule. trimmed-mean and median withstand hostile updates.",
         json_schema_extra=AGGREGATION,
     )
-    trim: float = Field(
-        0.1, ge=0, lt=0.5, description="Share that trimmed-mean drops at each end.", json_schema_extra=AGGREGATION
+    trim: Trim = Field(
+        AGGREGATION_DEFAULT.trim,
+        description="Share that trimmed-mean drops at each end.",
+        json_schema_extra=AGGREGATION,
     )
-    clip: float | None = Field(
+    clip: Positive | None = Field(
         None,
-        gt=0,
         description="L2 norm that updates are clipped to. Default: no clipping.",
         json_schema_extra=AGGREGATION,
     )
     server_optimizer: Optimizer = Field(
-        Optimizer.FEDAVG,
+        AGGREGATION_DEFAULT.optimizer,
         description="Server optimizer, which applies the aggregated update.",
         json_schema_extra=AGGREGATION,
     )
-    server_learning_rate: float = Field(
-        1.0, gt=0, description="Learning rate of the server optimizer.", json_schema_extra=AGGREGATION
+    server_learning_rate: Positive = Field(
+        AGGREGATION_DEFAULT.learning_rate,
+        description="Learning rate of the server optimizer.",
+        json_schema_extra=AGGREGATION,
     )
 
-    dp_noise: float | None = Field(
+    dp_noise: Positive | None = Field(
         None,
-        gt=0,
         description="Noise multiplier of DP-FedAvg; needs --dp-clip. Default: no differential privacy.",
         json_schema_extra=PRIVACY,
     )
-    dp_clip: float | None = Field(
-        None, gt=0, description="L2 norm that devices clip their updates to.", json_schema_extra=PRIVACY
+    dp_clip: Positive | None = Field(
+        None, description="L2 norm that devices clip their updates to.", json_schema_extra=PRIVACY
     )
 
     @model_validator(mode="after")
@@ -144,7 +156,7 @@ class ServerSettings(ServiceSettings, RunRules):
         return RunConfig(
             **rules,
             stage1=self._training(self.epochs, self.learning_rate),
-            stage2=self._training(1, self.local_learning_rate),
+            stage2=self._training(STAGE2.epochs, self.local_learning_rate),
             stage1_sal=stage1_sal,
             stage2_sal=stage2_sal,
             aggregation=Aggregation(

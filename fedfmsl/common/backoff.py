@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Backoff:
-    """`first` seconds, then `factor` times as long each time, at most `longest` seconds. Each delay is longer by a random
-    share of at most `jitter`, so that many clients do not repeat in step."""
+    """`first` seconds, then `factor` times as long each time, at most `longest` seconds. Each delay is longer by a
+    random share of at most `jitter`, so that many clients do not retry at the same moment."""
 
     first: float
     longest: float

@@ -185,7 +185,7 @@ class Link:
             self._lost(explain(error))
         elif self._answered.is_set():
             self._lost(
-                f"{error or 'it closed the connection'}; check that it runs, and that no other process uses this identity"
+                f"{error or 'it closed the connection'}; check that it runs and that this identity has no other process"
             )
         else:
             self._lost(f"{error or reason}; check --broker, user and password")

@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import typer
+from support.bundles import Built
 from typer.testing import CliRunner
 
 from devices.provisioning.authority import CLIENT, make_authority
 from edge_runtime.__main__ import app as edge
 from edge_runtime.settings import PredictSettings, Settings, StateSettings
+from fedfmsl.algorithms.sal import CapabilityQueue, Sal
 from fedfmsl.common.options import reference, with_settings
 from fedfmsl.common.settings import SettingsError, SettingsModel, read_settings
 from fedfmsl.errors import ConfigError
@@ -114,6 +116,20 @@ def test_a_server_setting_that_the_run_stores_is_declared_once() -> None:
     for key, field in RunRules.model_fields.items():
         assert ServerSettings.model_fields[key].default == RunConfig.model_fields[key].default == field.default
         assert ServerSettings.model_fields[key].metadata == RunConfig.model_fields[key].metadata == field.metadata
+
+
+def test_the_default_settings_are_the_default_configuration_of_a_run(vit: Built) -> None:
+    needed = {"run": "orchard", "bundle": "b", "devices": "2"}
+    config = read_settings(ServerSettings, flags=needed, environment=False).run_config(vit.bundle)
+    levels = vit.bundle.manifest.levels
+    assert (config.stage1_sal, config.stage2_sal) == (
+        Sal(CapabilityQueue(window=3, min_gain=0.02), levels),
+        Sal(CapabilityQueue(window=2, min_gain=0.01), levels),
+    )
+    rules = {"stage1_sal": config.stage1_sal, "stage2_sal": config.stage2_sal}
+    assert config == RunConfig(run="orchard", devices=2, **rules)
+    with pytest.raises(ConfigError, match=f"--max-level 99 is more than the {levels} levels"):
+        read_settings(ServerSettings, flags={**needed, "max_level": "99"}).run_config(vit.bundle)
 
 
 def test_a_server_starts_from_a_file(tmp_path: Path) -> None:
