@@ -14,7 +14,7 @@ from trainer_server.service.lifecycle import open_bundle, open_run, run_server
 from trainer_server.settings import ResumeSettings, ServerSettings, ServiceSettings
 from trainer_server.storage.run_store import RunStore
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("trainer_server")  # __name__ is __main__ here
 app = application("Coordinate a federated run: both stages of FedFMSL, over MQTT.")
 
 

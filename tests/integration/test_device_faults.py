@@ -150,7 +150,7 @@ def test_a_model_that_does_not_fit_on_the_disk_is_one_line_of_error(tmp_path: Pa
         [*disk.command, sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=SECONDS
     )
     assert done.returncode == 74
-    assert done.stderr.startswith("error: no room on the disk (") and len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("error: the disk is full (") and len(done.stderr.splitlines()) == 1
 
 
 def test_a_read_only_state_folder_is_refused_at_once(tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_an_update_without_an_acknowledgement_is_sent_again_until_there_is_one(
     device = daemon.device
     server, topics = Link(broker.url, "server"), Topics(RUN)
     server.connect()
-    server.subscribe(topics.update_chunk(device.name, "+", "+"))
+    server.subscribe(topics.update_chunk(device.device_name, "+", "+"))
     status = ServerStatus(online=True, run=RUN, session="s", bundle=vit.bundle.sha256)
     server.publish(topics.server_status, encode(status), retain=True)
     task = Round(
