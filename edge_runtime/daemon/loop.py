@@ -9,14 +9,13 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from concurrent.futures import Future
-from functools import partial
 
 from edge_runtime.daemon.announce import INSTANCE, Announcer
 from edge_runtime.daemon.disk_retry import DiskRetry
 from edge_runtime.daemon.globals import GlobalsReceiver
 from edge_runtime.daemon.health import HealthReporter
-from edge_runtime.daemon.round_runner import NoSamplesError, RoundRunner
+from edge_runtime.daemon.jobs import Jobs
+from edge_runtime.daemon.round_runner import RoundRunner
 from edge_runtime.daemon.state import (
     Acknowledge,
     AckOverdue,
@@ -36,8 +35,6 @@ from edge_runtime.daemon.state import (
     State,
     Stop,
     Work,
-    WorkDone,
-    WorkFailed,
     advance,
     is_outdated,
     required_globals,
@@ -45,9 +42,7 @@ from edge_runtime.daemon.state import (
 from edge_runtime.daemon.timing import DEFAULT_TIMING, Timing
 from edge_runtime.daemon.update_sender import UpdateSender
 from edge_runtime.daemon.worker import JobEnded, Progress, Worker
-from edge_runtime.data.samples import SampleChangedError
 from edge_runtime.resources.governor import Governor
-from edge_runtime.resources.throttle import WorkStoppedError
 from fedfmsl.common.logs import fields
 from fedfmsl.errors import FedFMSLError, MessageError, RunError
 from fedfmsl.protocol.duplicate_name import DuplicateNameGuard
@@ -90,13 +85,14 @@ class DaemonLoop:
         self._globals = GlobalsReceiver(link, self._topics, store, largest)
         self._disk = DiskRetry(store, device.cache, timing.disk_retry)
         self._updates = UpdateSender(announcer, self._topics, device.device_name, store.outbox, timing.ack)
+        self._jobs = Jobs(
+            runner, worker, self._globals, self._disk, health, timing, self._handle, self._announce, self._required
+        )
         self._connected = True
         self._paused = ""  # the reason, as published
         self._stop: Stop | None = None
         self._finished_session = ""  # of the run after whose end this device has stayed
-        self._no_samples = ""  # the reason, as logged
-        self._next_tick = self._next_scan = self._next_sensors = self._next_subscription = self._work_due = 0.0
-        self._watched_steps = -1
+        self._next_tick = self._next_sensors = self._next_subscription = 0.0
         store.remove_temporary_files()
         unacknowledged = store.outbox.unacknowledged(store.outbox.session)
         self._state = State(
@@ -142,7 +138,7 @@ class DaemonLoop:
             if self._stop is None and time.monotonic() >= self._next_tick:
                 self._next_tick = time.monotonic() + self._timing.tick
                 self._tick()
-            if self._stop is None and event is None and time.monotonic() >= self._work_due and not self._disk.waiting:
+            if self._stop is None and event is None and self._jobs.may_start_round:
                 self._handle(Idle())
             timeout = 0.0 if event is not None else self._timing.tick
         return self._stop
@@ -207,7 +203,9 @@ class DaemonLoop:
             if self._globals.fetch(command.sha256):
                 return [GlobalArrived(command.sha256)]
         elif isinstance(command, Work):
-            self._start_round(command.round)
+            if self._store.outbox.session != command.round.session:
+                self._updates.forget()
+            self._jobs.start_round(command.round)
         elif isinstance(command, Send):
             if self._connected:
                 self._updates.send(command.round)
@@ -234,8 +232,7 @@ class DaemonLoop:
             self._pause(self._governor.check())
         if self._worker.idle:
             self._runner.device.cache.keep_free()
-            if now >= self._next_scan:
-                self._worker.submit(self._runner.scan, partial(self._scanned, started=now))
+            self._jobs.scan_if_due()
         self._store_globals()
         working = Activity.WAITING if self._state.working is None else Activity.WORKING
         self._heartbeat(Activity.PAUSED if self._paused else working)
@@ -257,10 +254,8 @@ class DaemonLoop:
             self._worker.control.stop()
 
     def _heartbeat(self, activity: Activity) -> None:
-        """Systemd is not told that the daemon is alive while a job makes no step."""
-        steps = self._worker.control.steps
-        alive = self._worker.idle or bool(self._paused) or steps != self._watched_steps
-        self._watched_steps = steps
+        """The watchdog is not reset while a job makes no step, except during a pause."""
+        alive = self._worker.is_alive() or bool(self._paused)
         slowdown = self._runner.tracker.cap.slowdown
         self._health.heartbeat(activity, self._runner.device, self._state, self._paused, slowdown, alive)
 
@@ -270,95 +265,22 @@ class DaemonLoop:
         self._link.subscribe(self._topics.server_status)
         self._link.subscribe(self._topics.round)
 
-    # Jobs of the worker thread
-
-    def _scanned(self, future: Future[bool], started: float) -> bool:
-        """Whether there are samples to train on."""
-        now = time.monotonic()
-        self._next_scan = now + max(self._timing.scan, (now - started) / self._timing.scan_share)
-        try:
-            if future.result():
-                self._announce()
-        except NoSamplesError as error:
-            if str(error) != self._no_samples:
-                self._no_samples = str(error)
-                logger.warning(f"{error}; waiting for samples")
-            return False
-        except WorkStoppedError:
-            return False
-        except OSError as error:
-            self._disk_failed(error)
-            return False
-        self._no_samples = ""
-        return True
-
-    def _start_round(self, task: Round) -> None:
-        scanned = partial(self._scanned_for, task, started=time.monotonic())
-        self._worker.submit(self._runner.scan, scanned)
-
-    def _scanned_for(self, task: Round, future: Future[bool], started: float) -> None:
-        if not self._scanned(future, started):
-            self._work_due = time.monotonic() + self._timing.tick
-            self._handle(WorkFailed(task.round))
-            return
-        try:
-            self._store.globals.keep_only(required_globals(self._state.announced) | required_globals(task))
-        except OSError as error:
-            self._disk_failed(error)
-            self._handle(WorkFailed(task.round))
-            return
-        if self._store.outbox.session != task.session:
-            self._updates.forget()
-        bytes_down = self._globals.bytes_down
-        self._worker.submit(
-            partial(self._runner.run, task, bytes_down), partial(self._round_ended, task, bytes_down=bytes_down)
-        )
-
-    def _round_ended(self, task: Round, future: Future[float], bytes_down: int) -> None:
-        try:
-            seconds = future.result()
-        except WorkStoppedError:
-            logger.info(f"round {task.round} is given up for a newer one", **fields(round=task.round))
-        except SampleChangedError as error:
-            logger.info(f"round {task.round} starts again: {error}", **fields(round=task.round))
-        except OSError as error:
-            self._disk_failed(error)
-        else:
-            self._disk.succeeded()
-            self._globals.bytes_down -= bytes_down
-            self._health.rounds_done += 1
-            logger.info(
-                f"round {task.round}: {task.stage.value} done in {seconds:.1f} s",
-                **fields(round=task.round, stage=task.stage.value, level=task.level, seconds=round(seconds, 3)),
-            )
-            self._handle(WorkDone(task.round))
-            return
-        self._handle(WorkFailed(task.round))
+    # End of the run
 
     def _finish(self, stop: Stop) -> None:
-        """Stops the daemon, or waits for the next run. Before that the personalized model is written, if the device has
-        missed the evaluation."""
+        """Stops the daemon, or waits for the next run."""
         if stop.error:
             self._stop = stop
         elif self._finished_session != self._state.session:
             self._finished_session = self._state.session
-            if self._store.is_model_newer:
-                self._worker.submit(self._runner.write_personalized, partial(self._finished, stop))
-            else:
-                self._finished(stop)
+            self._jobs.write_missing_model(then=self._finished)
 
-    def _finished(self, stop: Stop, future: Future[None] | None = None) -> None:
-        model = self._store.personalized
-        try:
-            if future is not None:
-                future.result()
-        except (OSError, RunError) as error:
-            logger.warning(f"{model} could not be written ({error}); run edge_runtime personalize to try again")
-        logger.info(f"run {self._run!r} has finished; this device's model is {model}")
+    def _finished(self) -> None:
+        logger.info(f"run {self._run!r} has finished; this device's model is {self._store.personalized}")
         if self._stay:
             logger.info("waiting for the next run of this name")
         else:
-            self._stop = stop
+            self._stop = Stop()
 
     # Disk and network
 
@@ -368,11 +290,11 @@ class DaemonLoop:
                 self._disk.succeeded()
                 self._handle(GlobalArrived(sha256))
         except OSError as error:
-            self._disk_failed(error)
+            self._jobs.disk_failed(error)
 
-    def _disk_failed(self, error: OSError) -> None:
-        required = required_globals(self._state.announced) | required_globals(self._state.working)
-        self._disk.failed(error, required, evict=self._worker.idle)
+    def _required(self) -> set[str]:
+        """SHA-256 of the global blobs that the announced and the running round need."""
+        return required_globals(self._state.announced) | required_globals(self._state.working)
 
     def _announce(self) -> None:
         self._announcer.status(self._runner.device, paused=self._paused)

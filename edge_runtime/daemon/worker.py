@@ -1,4 +1,4 @@
-"""The one thread that computes. Its results come back to the I/O loop as events."""
+"""The worker thread, which does all computation. Its results reach the I/O loop as events."""
 
 from __future__ import annotations
 
@@ -41,10 +41,16 @@ class Worker:
         self._post = post
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="worker")
         self._jobs = 0
+        self._steps = -1  # at the last call of `is_alive`
 
     @property
     def idle(self) -> bool:
         return not self._jobs
+
+    def is_alive(self) -> bool:
+        """Whether the worker is idle, or its job has made a step since the last call."""
+        before, self._steps = self._steps, self.control.steps
+        return self.idle or self._steps != before
 
     def submit(self, job: Callable[[], Result], then: Callable[[Future[Result]], object]) -> None:
         """Runs `job` after those that were submitted before."""
@@ -53,7 +59,7 @@ class Worker:
         future.add_done_callback(lambda done: self._post(JobEnded(done, then)))
 
     def end(self, event: JobEnded) -> None:
-        """Hands the result of a job on. Raises what `then` raises, as a rule the job's error."""
+        """Calls `then` with the job's result. Raises what `then` raises, usually the job's error."""
         self._jobs -= 1
         self.control.stop(False)
         event.then(event.future)
