@@ -1,10 +1,10 @@
-# `make trial` and `make test` do all of their own set-up, on a machine with Python 3.10 or newer and make.
+# `make trial` and `make test` create their environment. They need make and Python 3.10 or newer with venv.
 
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python -m
 INSTALLED := $(VENV)/.installed
-# onnxruntime-training is another package named onnxruntime, so it has a folder of its own
+# a separate folder, because onnxruntime-training also installs a package named onnxruntime
 TRAINING := $(VENV)/ort-training
 export HAS_NO_TRAINING_WHEEL := import platform, sys; sys.exit(platform.machine() == "x86_64" and sys.version_info < (3, 13))
 # processes that run tests; a file's tests stay in one of them, and tests/conftest.py starts long files first
@@ -19,7 +19,7 @@ trial: install
 test: install tools lint
 	$(RUN) pytest $(PARALLEL)
 	@if [ -d $(TRAINING)/onnxruntime ]; then \
-		echo "once more what concerns engines, with onnxruntime-training" && \
+		echo "the tests of engines again, with onnxruntime-training" && \
 		PYTHONPATH=$(CURDIR)/$(TRAINING) $(RUN) pytest $(PARALLEL) -m ort_training tests/unit/test_engines.py \
 			tests/unit/test_build.py tests/integration/test_package_boundaries.py tests/integration/test_trial_on_photos.py; \
 	else \
@@ -31,11 +31,11 @@ lint: install
 	$(RUN) ruff format --check .
 	$(RUN) mypy
 
-# a Raspberry Pi in software: qemu, and Debian's arm64 programs in .arm64/
+# an emulated Raspberry Pi: qemu, and Debian's arm64 programs in .arm64/
 test-arm64: install tools tools-arm64
 	$(RUN) pytest tests/arm64 $(PARALLEL)
 
-# every fault in its long form; make test runs the short form
+# all fault tests in their long form; make test runs the short form
 faults: install tools
 	$(RUN) pytest tests/faults --full
 

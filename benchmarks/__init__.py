@@ -1,0 +1,1 @@
+"""Measurements of accuracy, speed, memory and load. Nothing imports this package."""

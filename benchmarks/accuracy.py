@@ -20,7 +20,7 @@ from fedfmsl.errors import RunError
 
 MODELS = ("start", "local_only", "global", "global_prior", "local_expert", "mofm")
 
-app = application("Trials over several seeds and values of α.")
+app = application()
 
 
 @app.command()
@@ -29,6 +29,7 @@ def accuracy(
     seeds: int = typer.Option(3, min=1, help="Seeds 0 … n-1."),
     out: Path = typer.Option(Path("docs/accuracy.md"), help="Table to write."),
 ) -> None:
+    """Run trials over several seeds and values of α, and write a table of their accuracies."""
     lines = [
         "# Accuracy",
         "",

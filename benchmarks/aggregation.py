@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,9 @@ import typer
 
 from benchmarks.federation import History, accuracies, federate, honest, open_devices, scaled
 from devices.trial.assets import ASSETS, PHOTOS, fetch
-from devices.trial.dataset import find_files, kind_of
+from devices.trial.dataset import Files, find_files, kind_of
 from devices.trial.groceries import unpack_groceries
+from devices.trial.run import IMAGE_SIZE
 from devices.trial.shares import write_device_folders
 from edge_runtime.training.stages import StageResult
 from fedfmsl.algorithms.accounting import epsilon
@@ -33,8 +34,8 @@ from fedfmsl.common.cli import application
 from fedfmsl.common.files import write_atomically
 from fedfmsl.errors import ConfigError, RunError
 from fedfmsl.protocol.bundle import Bundle
-from fedfmsl.protocol.messages import Encoding, Stage, Training
-from trainer_server.config import Aggregation, Optimizer, Rule, RunConfig, Selection, Trigger, sal_of
+from fedfmsl.protocol.messages import Encoding, Stage
+from trainer_server.config import STAGE1, STAGE2, Aggregation, Optimizer, Rule, RunConfig, Selection, Trigger, sal_rules
 from trainer_server.coordinator.records import successful_rounds
 
 FOLDER = Path("runs") / "aggregation"
@@ -58,7 +59,7 @@ NOTES = [
     "stay just below a clip; late updates; bytes down, which are fp32 with every encoding.",
 ]
 
-app = application("Accuracy by aggregation rule, encoding and privacy.")
+app = application()
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,7 @@ def aggregation(
     threads: int = typer.Option(0, min=0, help="Threads; 0: one per core."),
     out: Path = typer.Option(Path("docs/aggregation.md"), help="Table to write, of all results."),
 ) -> None:
+    """Measure accuracy by aggregation rule, encoding and privacy, and write a table."""
     unknown = set(only) - CONFIGURATIONS.keys()
     if unknown:
         raise ConfigError(
@@ -142,7 +144,8 @@ def _path(name: str, seed: int) -> Path:
 
 
 def _run(configuration: Configuration, seed: int, threads: int) -> dict[str, Any]:
-    bundle, folders = _bundle(seed), _split(seed)
+    bundle = trial_bundle(FOLDER / f"bundle-{seed}", trial_photos()[0], seed)
+    folders = _device_folders(seed)
     devices = open_devices(bundle, folders, FOLDER / "devices", FOLDER / "cache", threads)
     started = time.monotonic()
     tamper = _hostile if configuration.hostile else honest
@@ -152,15 +155,16 @@ def _run(configuration: Configuration, seed: int, threads: int) -> dict[str, Any
 
 def trial_config(configuration: Configuration, seed: int) -> RunConfig:
     """The settings of the trial, changed by those of the configuration."""
+    stage1_sal, stage2_sal = sal_rules(configuration.sal, MIN_GAIN, MAX_LEVEL)
     return RunConfig(
         run="aggregation",
         devices=DEVICES,
         stage1_rounds=12,
         stage2_rounds=5,
-        stage1=Training(epochs=2, batch_size=16, learning_rate=2e-3, seed=seed),
-        stage2=Training(epochs=1, batch_size=16, learning_rate=5e-4, seed=seed),
-        stage1_sal=sal_of(configuration.sal, window=3, min_gain=MIN_GAIN, max_level=MAX_LEVEL),
-        stage2_sal=sal_of(configuration.sal, window=2, min_gain=MIN_GAIN / 2, max_level=MAX_LEVEL),
+        stage1=STAGE1.model_copy(update={"seed": seed}),
+        stage2=STAGE2.model_copy(update={"seed": seed}),
+        stage1_sal=stage1_sal,
+        stage2_sal=stage2_sal,
         seed=seed,
         **configuration.settings,
     )
@@ -181,29 +185,29 @@ def _summary(history: History) -> dict[str, Any]:
     }
 
 
-def _bundle(seed: int) -> Bundle:
-    """The bundle of the trial with this seed, built once."""
-    folder = FOLDER / f"bundle-{seed}"
+def trial_bundle(folder: Path, classes: Iterable[str], seed: int) -> Bundle:
+    """The trial's backbone as a bundle in `folder`, built once. Raises RunError if the build fails."""
     if not folder.is_dir():
-        classes = ",".join(find_files(groceries(), kind_of(groceries()), None)[0])
-        command = ["export.build", "--model", "dinov2-s14", "--weights", str(ASSETS / "dinov2-s14"), "--classes"]
-        command += [classes, "--image-size", "140", "--levels", "3", "--seed", str(seed), "--out", str(folder)]
+        command = ["export.build", "--model", "dinov2-s14", "--weights", str(ASSETS / "dinov2-s14")]
+        command += ["--classes", ",".join(classes), "--image-size", str(IMAGE_SIZE), "--levels", str(MAX_LEVEL)]
+        command += ["--seed", str(seed), "--out", str(folder)]
         if subprocess.run([sys.executable, "-m", *command], check=False).returncode:
-            raise RunError(f"the bundle {folder} could not be built")
+            raise RunError(f"the bundle {folder} could not be built; see the output above")
     return Bundle.load(folder)
 
 
-def _split(seed: int) -> list[Path]:
+def trial_photos() -> tuple[Files, Files]:
+    """The trial's training and test photos by class."""
+    groceries = unpack_groceries(fetch(PHOTOS), ASSETS / "groceries")
+    return find_files(groceries, kind_of(groceries), None)
+
+
+def _device_folders(seed: int) -> list[Path]:
     """The folders of the devices' photos with this seed, written once."""
     folder = FOLDER / f"samples-{seed}"
     if not folder.is_dir():
-        train, test = find_files(groceries(), kind_of(groceries()), None)
-        write_device_folders(train, test, folder, DEVICES, ALPHA, seed)
+        write_device_folders(*trial_photos(), folder, DEVICES, ALPHA, seed)
     return sorted(folder.iterdir())
-
-
-def groceries() -> Path:
-    return unpack_groceries(fetch(PHOTOS), ASSETS / "groceries")
 
 
 def _table() -> list[str]:

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import os
 import statistics
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -21,10 +19,8 @@ from pathlib import Path
 import numpy as np
 import typer
 
-from benchmarks.aggregation import ALPHA, CONFIGURATIONS, DEVICES, groceries, trial_config
+from benchmarks.aggregation import ALPHA, CONFIGURATIONS, DEVICES, trial_bundle, trial_config, trial_photos
 from benchmarks.federation import federate, open_devices
-from devices.trial.assets import ASSETS
-from devices.trial.dataset import find_files, kind_of
 from devices.trial.shares import write_device_folders
 from edge_runtime.data.samples import labels_of
 from edge_runtime.inference.classifier import StateClassifier
@@ -34,8 +30,6 @@ from fedfmsl.algorithms.arrays import Floats, Labels
 from fedfmsl.algorithms.calibration import calibrate, fit_temperature, unknown_threshold
 from fedfmsl.algorithms.mixture import accuracy, nll
 from fedfmsl.common.cli import application
-from fedfmsl.errors import RunError
-from fedfmsl.protocol.bundle import Bundle
 
 FOLDER = Path("runs") / "calibration"
 LEFT_OUT = 2  # classes
@@ -52,7 +46,7 @@ COLUMNS = (
 )
 BINS = 15  # of the expected calibration error, of equal width (Guo et al. 2017)
 
-app = application("Calibration and the threshold of unknown.")
+app = application()
 
 
 @dataclass(frozen=True)
@@ -83,6 +77,7 @@ def calibration(
     seeds: int = typer.Option(3, min=1, help="Seeds 0 … n-1."),
     threads: int = typer.Option(0, min=0, help="Threads; 0: one per core."),
 ) -> None:
+    """Measure the calibration of the devices' models, and their threshold for unknown samples."""
     print(f"| seed | {' | '.join(COLUMNS)} |\n|{'---|' * (1 + len(COLUMNS))}", flush=True)
     rows = []
     for seed in range(seeds):
@@ -107,18 +102,14 @@ def expected_calibration_error(log_p: Floats, labels: Labels) -> float:
 
 def _predict(seed: int, threads: int) -> list[Predictions]:
     """Trains the devices of a seed and returns the predictions of each device's model."""
-    train, test = find_files(groceries(), kind_of(groceries()), None)
+    train, test = trial_photos()
     left_out = np.random.default_rng(seed).choice(sorted(train), LEFT_OUT, replace=False).tolist()
     untrained = [path for name in left_out for path in test[name]]
     for name in left_out:
         del train[name], test[name]
-    bundle = FOLDER / f"bundle-{seed}"
-    command = ["export.build", "--model", "dinov2-s14", "--weights", str(ASSETS / "dinov2-s14"), "--image-size", "140"]
-    command += ["--classes", ",".join(train), "--levels", "3", "--seed", str(seed), "--out", str(bundle)]
-    if not bundle.is_dir() and subprocess.run([sys.executable, "-m", *command], check=False).returncode:
-        raise RunError(f"the bundle {bundle} could not be built")
-    homes = write_device_folders(train, test, FOLDER / f"samples-{seed}", DEVICES, ALPHA, seed)
-    devices = open_devices(Bundle.load(bundle), homes, FOLDER / f"devices-{seed}", FOLDER / "cache", threads)
+    bundle = trial_bundle(FOLDER / f"bundle-{seed}", train, seed)
+    folders = write_device_folders(train, test, FOLDER / f"samples-{seed}", DEVICES, ALPHA, seed)
+    devices = open_devices(bundle, folders, FOLDER / f"devices-{seed}", FOLDER / "cache", threads)
     federate(trial_config(CONFIGURATIONS["reference"], seed), devices)
     return [_predictions_of(device, untrained) for device in devices]
 

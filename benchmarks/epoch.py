@@ -26,7 +26,7 @@ from fedfmsl.protocol.bundle import Bundle
 
 SIDE = 256  # pixels of the random images, before resizing
 
-app = application("A device's local rounds, against torch + PEFT.")
+app = application()
 
 
 @app.command()
@@ -45,6 +45,7 @@ def epoch(
     seed: int = typer.Option(0),
     out: Path | None = typer.Option(None, "--json", help="File to write the measurements to."),
 ) -> None:
+    """Measure a device's local rounds, against torch + PEFT."""
     folders = bundle or [bundle_of(model, weights, precision) for precision in ("fp32", "int8")]
     rounds = tuple(int(level) for level in levels.split(","))
     results: dict[str, dict[str, float]] = {}

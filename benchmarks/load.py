@@ -36,7 +36,7 @@ READ_SECONDS = 0.2
 BROKER_SECONDS = 10
 BROKER_SETTINGS = "allow_anonymous true\nmax_queued_messages 0\nmessage_size_limit 262144\n"
 
-app = application("Round time and resources by number of devices.")
+app = application()
 
 
 @dataclass
@@ -99,6 +99,7 @@ def load(
     plot: Path = typer.Option(Path("docs/load.png"), help="Picture to write."),
     work: Path | None = typer.Option(None, help="Folder for bundle, broker and runs. Default: a temporary folder."),
 ) -> None:
+    """Measure round time and resources of the server, by number of devices."""
     try:
         counts = [int(count) for count in devices.split(",")]
     except ValueError as error:

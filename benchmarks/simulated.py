@@ -38,7 +38,7 @@ from fedfmsl.transport.link import KEEPALIVE_SECONDS
 TICK_SECONDS = 1.0
 SPARE_FILES = 64  # open files besides the devices' connections
 
-app = application("Many simulated devices on one broker.")
+app = application()
 
 
 class SimulatedFleet:
@@ -140,6 +140,7 @@ def simulate(
     keepalive: int = typer.Option(KEEPALIVE_SECONDS, min=1, help="Seconds between two pings to the broker."),
     ack_timeout: float = typer.Option(ACK_TIMEOUT.first, help="Seconds until the first retransmit of an update."),
 ) -> None:
+    """Simulate many devices of a run, in one process."""
     fleet = SimulatedFleet(
         Bundle.load(bundle),
         run,

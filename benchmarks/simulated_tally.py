@@ -1,4 +1,4 @@
-"""What a fleet of simulated devices counts."""
+"""Counts and times of a fleet of simulated devices."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ LEVELS = (1, 2, 4, 8, 12)
 REFERENCE = "torch-whole"
 PRODUCT = "product"
 
-app = application("Time and memory of a training step, against torch + PEFT.")
+app = application()
 
 
 class Worker:
@@ -77,6 +77,7 @@ def compare(
     seed: int = typer.Option(0),
     out: Path | None = typer.Option(None, "--json", help="File to write the measurements to."),
 ) -> None:
+    """Measure time and memory of a training step, against torch + PEFT."""
     folders = bundle or [bundle_of(model, weights, precision, ort_training) for precision in ("fp32", "int8")]
     if any(isinstance(Bundle.load(folder).manifest.preprocessing, TextPreprocessing) for folder in folders):
         raise ConfigError("this benchmark needs a vision model; give another --model or --bundle")

@@ -1,1 +1,1 @@
-"""What differs by machine: the local fleet of a trial, its broker, assets and report."""
+"""Devices of a fleet: provisioning, installation, boards; and the trial, a whole federation on one machine."""

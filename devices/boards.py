@@ -13,7 +13,7 @@ from fedfmsl.common.cli import application, console
 
 _MB = 1_000_000
 
-app = application("Show the detected board and the daemon's limits on it.")
+app = application()
 
 
 @app.command()
@@ -21,6 +21,7 @@ def boards(
     root: Path = typer.Option(Path("/"), help="Root folder of the system, for example of a mounted SD card."),
     as_json: bool = typer.Option(False, "--json", help="One JSON object."),
 ) -> None:
+    """Show the detected board and the daemon's limits on it."""
     board = detect_board(root)
     if as_json:
         print(json.dumps({**asdict(board), "limits": asdict(board.limits)}))

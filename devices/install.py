@@ -21,7 +21,7 @@ from fedfmsl.common.options import with_settings
 from fedfmsl.common.settings import read_settings
 from fedfmsl.errors import ConfigError
 
-app = application("Install the daemon on this machine: settings, user and service. Or remove them.")
+app = application()
 
 
 def _request(source: Path | None, flags: Mapping[str, Any]) -> Request | None:

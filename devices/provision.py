@@ -17,7 +17,7 @@ from fedfmsl.common.cli import application, console
 from fedfmsl.errors import ConfigError
 from fedfmsl.protocol.topics import check_name
 
-app = application("Make a CA, a broker's configuration and devices' identities; revoke identities.")
+app = application()
 
 
 @app.command()

@@ -79,9 +79,9 @@ def commands() -> Iterator[str]:
         command = typer.main.get_command(importlib.import_module(module).app)
         yield from ("", f"## {name}", "", _sentences(command.help))
         subcommands: dict[str, Any] = getattr(command, "commands", {})
-        for title, one in subcommands.items():
-            if not one.hidden:
-                yield from ("", f"### {name} {title}", "", _sentences(one.help), *_options(one))
+        for title, subcommand in subcommands.items():
+            if not subcommand.hidden:
+                yield from ("", f"### {name} {title}", "", _sentences(subcommand.help), *_options(subcommand))
         if not subcommands:
             yield from _options(command)
 
@@ -103,7 +103,11 @@ def _options(command: Any) -> Iterator[str]:
 
 def _row(parameter: Any) -> str:
     argument = parameter.param_type_name == "argument"
-    names = [(parameter.name or "").upper()] if argument else [*parameter.opts, *parameter.secondary_opts]
+    names = (
+        [parameter.metavar or (parameter.name or "").upper()]
+        if argument
+        else [*parameter.opts, *parameter.secondary_opts]
+    )
     default = "required" if parameter.required else _default(parameter.default)
     cells = (", ".join(f"`{name}`" for name in names), default, _sentences(parameter.help))
     return f"| {' | '.join(cells)} |"

@@ -1,4 +1,4 @@
-"""Exports the frozen backbone with optimum, which compares it with torch: an independent check of our graphs."""
+"""Exports the frozen backbone with optimum, which compares it with torch. The file is independent of our own graphs."""
 
 from __future__ import annotations
 

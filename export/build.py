@@ -17,7 +17,7 @@ from fedfmsl.common.onnx_runtime import require_ort_training
 from fedfmsl.errors import ConfigError, WeightsError
 from fedfmsl.protocol.bundle import Bundle, Precision, ZeroShot
 
-app = application("Export a frozen backbone as a bundle for edge devices.")
+app = application()
 
 
 @app.command()
@@ -48,6 +48,7 @@ def build(
     out: Path | None = typer.Option(None, help="Folder of the bundle. Default: bundles/MODEL."),
     seed: int = typer.Option(0, help="Seed of the initial LoRA and of random weights."),
 ) -> None:
+    """Export a frozen backbone as a bundle for edge devices."""
     if ort_training:
         require_ort_training("--ort-training")
     names = class_names(classes, classes_from)
@@ -103,7 +104,7 @@ def _print_summary(bundle: Bundle) -> None:
 
 
 def class_names(classes: str, folder: Path | None) -> tuple[str, ...]:
-    """Raises ConfigError unless there are two different names, InputError if `folder` cannot be read."""
+    """Raises ConfigError if there are fewer than two names or equal ones, InputError if `folder` cannot be read."""
     if folder is not None:
         names = folder_classes(folder, "--classes-from")
     elif classes.isdigit():
@@ -111,7 +112,10 @@ def class_names(classes: str, folder: Path | None) -> tuple[str, ...]:
     else:
         names = [name.strip() for name in classes.split(",")]
     if len(names) < 2 or len(set(names)) != len(names) or not all(names):
-        raise ConfigError(f"need at least two different class names, got {len(set(names))}: {', '.join(names[:5])}")
+        raise ConfigError(
+            f"need at least two different class names, got {len(set(names))}: {', '.join(names[:5])}; pass names to "
+            "--classes, or a folder to --classes-from"
+        )
     return tuple(names)
 
 

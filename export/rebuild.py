@@ -24,7 +24,7 @@ from fedfmsl.errors import WeightsError
 PREFIX = "backbone."
 _MATMUL = re.compile(r"/backbone/(encoder/.*)/MatMul$")
 
-app = application("Rebuild a DINOv2 transformers folder from an ONNX file that contains its weights.")
+app = application()
 
 
 def dinov2_state(model: onnx.ModelProto) -> dict[str, np.ndarray]:
@@ -48,6 +48,7 @@ def rebuild(
     source: Path = typer.Argument(help="The ONNX file."),
     folder: Path = typer.Argument(help="The transformers folder to write."),
 ) -> None:
+    """Rebuild a DINOv2 transformers folder from an ONNX file that contains its weights."""
     try:
         state = dinov2_state(onnx.load(str(source)))
     except (OSError, ValueError) as error:

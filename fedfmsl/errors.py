@@ -4,7 +4,7 @@ FedFMSLError              1   the user can fix it; the text is one line: what, w
 ├── ConfigError           2   an option or a setting has an invalid value
 ├── InputError            3   images, texts, folders or class names cannot be used
 ├── BundleError           4   a bundle is missing, altered, or of another model
-├── WeightsError          5   model weights cannot be found, downloaded or recognised
+├── WeightsError          5   model weights cannot be found, downloaded or recognized
 ├── BrokerError           6   the MQTT broker cannot be reached or refuses the connection
 ├── MessageError          7   a message is not valid (never fatal to its receiver)
 └── RunError              8   a run cannot continue: too few devices, a process that ended early

@@ -1,1 +1,1 @@
-"""The coordinator: rounds, aggregation, SAL, and the links to devices and disk. No torch."""
+"""The server: the coordinator of a run, its storage, and its MQTT and HTTP service. No torch."""

@@ -1,4 +1,4 @@
-"""python -m trainer_server: coordinates a federated run. `trainer_server.inspect` has the commands that only read."""
+"""python -m trainer_server: coordinates a federated run. Commands that only read are in `trainer_server.inspect`."""
 
 from __future__ import annotations
 

@@ -55,24 +55,32 @@ class Optimizer(str, Enum):
 
 
 Positive = Annotated[float, Field(gt=0)]
-Trim = Annotated[float, Field(ge=0, lt=0.5)]
 
 
 class Aggregation(BaseModel):
-    """`trim`: the share of updates that the trimmed mean drops at each end. `clip`: the L2 norm that an update is
-    scaled down to; None: no clipping. The server optimizer uses `learning_rate`, `momentum` (FedAvgM; β₁ of FedAdam),
-    `beta2` and `tau` (FedAdam)."""
+    """How updates are combined and applied. `fedfmsl.algorithms` defines defaults and bounds.
+
+    `trim`: the share of updates that the trimmed mean drops at each end. `clip`: the L2 norm that updates are clipped
+    to; None: no clipping. The server optimizer uses `learning_rate`, `momentum` (FedAvgM; β₁ of FedAdam), `beta2` and
+    `tau` (FedAdam).
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     rule: Rule = Rule.MEAN
-    trim: Trim = 0.1
-    clip: Positive | None = None
+    trim: float = TrimmedMean.trim
+    clip: float | None = None
     optimizer: Optimizer = Optimizer.FEDAVG
-    learning_rate: Positive = 1.0
-    momentum: float = Field(default=0.9, ge=0, lt=1)
-    beta2: float = Field(default=0.99, ge=0, lt=1)
-    tau: Positive = 1e-3
+    learning_rate: float = FedAvg.learning_rate
+    momentum: float = FedAvgM.momentum
+    beta2: float = FedAdam.beta2
+    tau: float = FedAdam.tau
+
+    @model_validator(mode="after")
+    def _check_bounds(self) -> Aggregation:
+        TrimmedMean(trim=self.trim, clip=self.clip)
+        FedAdam(learning_rate=self.learning_rate, beta1=self.momentum, beta2=self.beta2, tau=self.tau)
+        return self
 
     @property
     def aggregation_rule(self) -> AggregationRule:
@@ -95,12 +103,6 @@ class Trigger(str, Enum):
     CAPABILITY_QUEUE = "capability-queue"
     FIXED_SCHEDULE = "fixed-schedule"
     ALL_AT_ONCE = "all-at-once"
-
-
-def sal_of(trigger: Trigger, *, window: int, min_gain: float, max_level: int) -> Sal:
-    if trigger is Trigger.CAPABILITY_QUEUE:
-        return Sal(CapabilityQueue(window, min_gain), max_level)
-    return Sal(FixedSchedule(window) if trigger is Trigger.FIXED_SCHEDULE else AllAtOnce(), max_level)
 
 
 class RunRules(BaseModel):
@@ -223,8 +225,11 @@ class RunConfig(RunRules):
 
 
 def sal_rules(trigger: Trigger, min_gain: float, max_level: int) -> tuple[Sal, Sal]:
-    """SAL of stages 1 and 2. A device's stage 2 has few rounds, so its queue is shorter and its gain smaller (ours)."""
-    return (
-        sal_of(trigger, window=3, min_gain=min_gain, max_level=max_level),
-        sal_of(trigger, window=2, min_gain=min_gain / 2, max_level=max_level),
-    )
+    """SAL of stages 1 and 2. Stage 2 has few rounds, so its queue is shorter and its minimum gain smaller (ours)."""
+    return _sal(trigger, 3, min_gain, max_level), _sal(trigger, 2, min_gain / 2, max_level)
+
+
+def _sal(trigger: Trigger, window: int, min_gain: float, max_level: int) -> Sal:
+    if trigger is Trigger.CAPABILITY_QUEUE:
+        return Sal(CapabilityQueue(window, min_gain), max_level)
+    return Sal(FixedSchedule(window) if trigger is Trigger.FIXED_SCHEDULE else AllAtOnce(), max_level)

@@ -1,4 +1,4 @@
-"""Commands that show, export and replay a run. They only read, also while a server works on the run."""
+"""Commands that show, export and replay a run. They do not change the run and work also while its server runs."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def rounds(out: Path = OUT, as_json: bool = typer.Option(False, "--json", help="
 
 
 def export(out: Path = OUT, to: Path = typer.Option(help="Folder to write the PEFT adapter to.")) -> None:
-    """Write the current global expert as a PEFT adapter. Also works while a server works on the run."""
+    """Write the current global expert as a PEFT adapter. Works also while the server runs."""
     store = RunStore(out)
     bundle = open_bundle(store)
     checkpoint = store.state()
@@ -108,7 +108,7 @@ def export(out: Path = OUT, to: Path = typer.Option(help="Folder to write the PE
 
 
 def replay(out: Path = OUT) -> None:
-    """Compute a run again from its event log and compare every round bit by bit. Needs a run with --audit."""
+    """Recompute a run from its event log and compare every round, bit by bit. Needs a run with --audit."""
     store = RunStore(out)
     bundle = open_bundle(store)
     recorded = {closed.round.round: closed.round for closed in store.rounds()}

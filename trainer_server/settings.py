@@ -30,7 +30,6 @@ from trainer_server.config import (
     RunConfig,
     RunRules,
     Trigger,
-    Trim,
     sal_rules,
 )
 
@@ -88,8 +87,10 @@ class ServerSettings(ServiceSettings, RunRules):
         description="Aggregation rule. trimmed-mean and median withstand hostile updates.",
         json_schema_extra=AGGREGATION,
     )
-    trim: Trim = Field(
+    trim: float = Field(
         AGGREGATION_DEFAULT.trim,
+        ge=0,
+        lt=0.5,
         description="Share that trimmed-mean drops at each end.",
         json_schema_extra=AGGREGATION,
     )

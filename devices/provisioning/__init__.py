@@ -1,1 +1,1 @@
-"""Certificates, broker configuration, service units, installation."""
+"""Certificates, the broker kit, board detection, the systemd unit and the installation of a device."""

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from fedfmsl.protocol.topics import ROOT
 
-SERVER = "server"  # the run's server: its identity's common name, or its user
-HOME_ASSISTANT = "homeassistant"  # likewise; also the prefix of its topics
+SERVER = "server"  # common name or user name of the run's server
+HOME_ASSISTANT = "homeassistant"  # common name or user name of Home Assistant, and the prefix of its topics
 
 # PBKDF2 iterations, mosquitto's own default. The passwords are long and random, so more iterations would only slow the
 # broker down when a fleet reconnects: it computes them in its single thread.
@@ -21,12 +21,12 @@ _PASSWORD_BYTES = 24
 
 
 def acl() -> str:
-    """The access control list. Everything that it does not name is forbidden.
+    """The access control list. Everything else is forbidden.
 
     mosquitto accepts every subscription, also with wildcards, and checks the list for each message that it delivers.
     """
     return f"""\
-# Written by devices.provision. Everything that is not named here is forbidden.
+# Written by devices.provision. Everything that this file does not allow is forbidden.
 # %u is the common name of the client's certificate, or its user name.
 
 # A device writes its own topics,
@@ -112,14 +112,14 @@ max_packet_size 262144
 # (1.2 MB) from 1,000 devices at once, and bounds what a hostile device can make the broker store.
 max_queued_messages 0
 max_queued_bytes 2000000000
-# Unacknowledged messages per client: 20 · 96 KiB in the broker's memory keep a line with high latency busy.
+# Unacknowledged messages per client. 20 messages of 96 KiB use a connection with high latency fully.
 max_inflight_messages 20
 
 # Sessions and retained messages survive a restart of the broker. Written every minute and at its end.
 persistence true
 persistence_location {folder}/
 autosave_interval 60
-# The session of a device that was away for so long is deleted, with its queued messages.
+# The broker deletes the session and the queued messages of a device that was offline for two months (2m).
 persistent_client_expiration 2m
 """
 

@@ -1,6 +1,6 @@
 """The folder of a fleet: CA, broker kit, and an identity or a password for every member.
 
-PKI/ca.key              signs; keep it off the broker and the devices
+PKI/ca.key              the CA's key, which signs; never copy it to the broker or a device
 PKI/server.pem          identity file of the run's server (--identity)
 PKI/devices/NAME.toml   a device's settings and identity: copy it to the device, for devices.install (or as --identity)
 PKI/homeassistant.crt, .key     Home Assistant's, if it is among the names

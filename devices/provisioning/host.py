@@ -25,7 +25,7 @@ def add_user_command(user: str, home: Path) -> list[str]:
 
 
 def add_user(user: str, home: Path) -> None:
-    """Unless the user exists."""
+    """Adds the user if it does not exist."""
     if not _exists(user):
         _run(add_user_command(user, home))
 

@@ -45,11 +45,11 @@ class Request:
 def install(request: Request, root: Path = ROOT) -> list[str]:
     """Writes settings and service, and starts the service. A repeated installation replaces the settings.
 
-    With another `root` (of a mounted SD card) it only writes files. Returns what the operator should read.
+    With another `root` (of a mounted SD card) it only writes files. Returns lines for the operator.
     Raises ConfigError, or SettingsError with everything that the service would fail at.
     """
     local = root == ROOT
-    # a mounted SD card does not tell which board it will run in
+    # the board is unknown if `root` is a mounted SD card
     board = detect_board(root) if (root / "proc/meminfo").exists() else None
     text = _device_toml(request, board)
     _check_settings(text, request)
@@ -83,7 +83,7 @@ def uninstall(root: Path = ROOT, purge: bool = False) -> list[str]:
 
 
 def _device_toml(request: Request, board: Board | None) -> str:
-    """The command line's settings come before the board's limits, and those before the file's settings."""
+    """Settings of the command line and of the file override the limits of the board."""
     settings = request.settings
     values: dict[str, Value] = settings.model_dump(mode="json", include=settings.model_fields_set, exclude_none=True)
     values |= {key: str(value.absolute()) for key, value in settings if key in values and isinstance(value, Path)}
@@ -157,7 +157,7 @@ def _check_access(service: Service) -> None:
 
 
 def _start(root: Path) -> str:
-    """Enables the service, and starts it if systemd runs here."""
+    """Enables the service, and starts it if systemd runs on this machine."""
     inspect = f"systemctl status {NAME}, journalctl -fu {NAME}"
     if root == ROOT and host.systemd_runs():
         host.start_service(NAME)
@@ -167,7 +167,7 @@ def _start(root: Path) -> str:
     link.unlink(missing_ok=True)
     link.symlink_to(UNIT)
     if root == ROOT:
-        return f"installed {UNIT}; systemd does not run, so it starts at the next boot; inspect it with: {inspect}"
+        return f"installed {UNIT}; systemd does not run now, so it starts at the next boot; inspect it with: {inspect}"
     first = f"{shlex.join(host.add_user_command(USER, STATE))} && chown {USER}: {CONFIG}"
     return f"wrote the files below {root}; on the device itself, before its first start: {first}"
 

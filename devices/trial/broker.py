@@ -12,7 +12,7 @@ from amqtt.broker import Broker
 from fedfmsl.common.cli import application
 from fedfmsl.errors import BrokerError
 
-app = application("Run a small MQTT broker (amqtt, MQTT 3.1.1) until interrupted.")
+app = application()
 
 
 @app.command()
@@ -22,6 +22,7 @@ def broker(
         "127.0.0.1", help="Address to listen on. The broker accepts every client, so keep it on loopback."
     ),
 ) -> None:
+    """Run a small MQTT broker (amqtt, MQTT 3.1.1) until interrupted."""
     logging.disable(logging.ERROR)
     asyncio.run(_serve(f"{bind}:{port}"))
 

@@ -49,7 +49,7 @@ STYLE = {
     "xtick.major.size": 0,
     "ytick.major.size": 0,
     "legend.frameon": False,
-    "svg.hashsalt": "fedfmsl",  # equal charts are equal files
+    "svg.hashsalt": "fedfmsl",  # equal charts give equal files
 }
 
 Accuracies = Mapping[str, Mapping[str, float]]  # model → device → accuracy

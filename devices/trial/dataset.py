@@ -1,4 +1,4 @@
-"""A user's folder of images or texts → the files to train and to test on, by class."""
+"""Finds the training and test files of each class in a user's folder of images or texts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Files = dict[str, list[Path]]  # class → its files
 def kind_of(folder: Path) -> Kind:
     """The kind of most files below `folder`. Raises InputError if it does not exist or has neither images nor texts."""
     if not folder.is_dir():
-        raise InputError(f"folder {folder} does not exist")
+        raise InputError(f"folder {folder} does not exist; create it or pass another folder")
     counts = [(len(kind.files(folder)), kind) for kind in (IMAGES, TEXTS)]
     most, kind = max(counts, key=lambda pair: pair[0])
     if not most:

@@ -11,7 +11,7 @@ import pyarrow.parquet
 def unpack_groceries(parquet: Path, folder: Path) -> Path:
     """Writes the photos below `folder`, once. The test photos are from other shop visits than the rest.
 
-    The file holds every test photo twice. Each is written once, so that no photo is on two devices.
+    The file holds every test photo twice. Each is written once, so that no photo goes to two devices.
     """
     if folder.is_dir():
         return folder

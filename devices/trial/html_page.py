@@ -1,4 +1,4 @@
-"""report.html: the charts and tables of a report in one file that needs no other."""
+"""report.html: the charts and tables of a report in one file without external resources."""
 
 from __future__ import annotations
 

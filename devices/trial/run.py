@@ -1,7 +1,7 @@
 """A whole federated run on this machine, with a process for every device, and its report.
 
-It runs the commands that a user can run alone: export.build, trainer_server, edge_runtime. Its own parts are the
-devices' shares of one folder, and the report.
+It runs the commands of a deployment: export.build, trainer_server, edge_runtime. Only the distribution of one folder
+to the devices, and the report, belong to the trial.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ MAX_REPEATS = 5  # of a round, by the server
 
 @dataclass(frozen=True)
 class TrialOptions:
-    """The options of `devices.trial.__main__`, which has their defaults and meanings."""
+    """Options of the command. `devices.trial.__main__` declares their defaults and help."""
 
     name: str
     images: Path | None
@@ -159,7 +159,7 @@ def _python(*arguments: str) -> None:
 
 
 def _clear(folder: Path) -> None:
-    """Removes an earlier run of this name. Raises ConfigError if the folder is not that of a trial."""
+    """Removes an earlier run of this name. Raises ConfigError if the folder is not the folder of a trial."""
     if folder.is_dir() and any(folder.iterdir()):
         if not (folder / "samples").is_dir():
             raise ConfigError(f"{folder} exists and is not a trial; choose another --name")

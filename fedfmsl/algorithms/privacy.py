@@ -19,7 +19,7 @@ import numpy as np
 from fedfmsl.algorithms.arrays import Tensors, Vector
 from fedfmsl.algorithms.checks import check_range
 
-MAX_NORM = 4.0  # cap of a mean feature norm, over √F; a normalised feature has about 1 (ours)
+MAX_NORM = 4.0  # cap of a mean feature norm, over √F; a normalized feature has about 1 (ours)
 
 
 @dataclass(frozen=True)

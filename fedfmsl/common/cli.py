@@ -47,6 +47,9 @@ def _terminate(number: int, frame: FrameType | None) -> None:
     sys.exit(128 + number)
 
 
-def application(help_text: str, **options: Any) -> typer.Typer:
-    """A typer application. A FedFMSLError ends it with one line per error on stderr and the error's exit code."""
+def application(help_text: str = "", **options: Any) -> typer.Typer:
+    """A typer application. A FedFMSLError ends it with one line per error on stderr and the error's exit code.
+
+    `help_text` describes a group of commands. The help of an application with one command is the command's docstring.
+    """
     return _Application(help=help_text, pretty_exceptions_enable=False, **{"add_completion": False, **options})

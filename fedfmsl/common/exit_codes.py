@@ -17,7 +17,7 @@ EXIT_CODES = {
     errors.ConfigError.exit_code: "an option or setting has an invalid value",
     errors.InputError.exit_code: "images, texts, folders or class names cannot be used",
     errors.BundleError.exit_code: "a bundle is missing, changed, or of another model",
-    errors.WeightsError.exit_code: "model weights cannot be found, downloaded or recognised",
+    errors.WeightsError.exit_code: "model weights cannot be found, downloaded or recognized",
     errors.BrokerError.exit_code: "the MQTT broker is unreachable or refuses the client",
     errors.MessageError.exit_code: "a message does not match the protocol; no command ends with this code",
     errors.RunError.exit_code: "a run cannot continue: too few devices, or a process that ended early",

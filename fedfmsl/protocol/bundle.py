@@ -48,7 +48,7 @@ class _Frozen(BaseModel):
 
 
 class ImagePreprocessing(_Frozen):
-    """Resize the shorter side to `size` (bicubic), crop the centre, scale to 0…1, normalise per channel."""
+    """Resize the shorter side to `size` (bicubic), crop the centre, scale to 0…1, normalize per channel."""
 
     kind: Literal["image"] = "image"
     size: Positive

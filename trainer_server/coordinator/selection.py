@@ -15,7 +15,7 @@ ROUNDING = 1e-9  # tolerance for products like 0.07 · 100, which is above 7 in 
 
 
 def select_devices(config: RunConfig, ready: Devices, level: int, round_: int) -> frozenset[str]:
-    """The devices that round `round_` at `level` asks, out of the ready ones. Deterministic."""
+    """The devices, out of the ready ones, that round `round_` at `level` asks. Deterministic."""
     return SELECTIONS[config.select](config, ready, level, round_)
 
 

@@ -1,1 +1,1 @@
-"""The server process: MQTT, clock, and HTTP around the coordinator."""
+"""The server process around the coordinator: MQTT, the run's clock, and HTTP."""

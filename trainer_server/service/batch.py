@@ -19,8 +19,8 @@ class Batch:
     """Nothing of a batch takes effect before it is on disk.
 
     `state` is the state after its events, `files` maps the temporary files of accepted updates to their final paths.
-    `statuses` are kept in memory until the next commit: the broker retains them as well, and a device that connects
-    over and over must not fill the event log.
+    `statuses` are kept in memory until the next commit: the broker retains them as well, and a device that
+    reconnects repeatedly must not fill the event log.
     """
 
     state: State

@@ -30,7 +30,7 @@ class BundleServer:
         """
         host, _, port = address.rpartition(":")
         if not host or not port.isdigit() or not 0 < int(port) < 2**16:
-            raise ConfigError(f"--serve {address!r} is not HOST:PORT")
+            raise ConfigError(f"--serve {address!r} is not HOST:PORT, for example fleet.example:8443")
         if identity is None and not insecure:
             require_loopback(f"the bundle from --serve {address}", host, "pass the server's --identity")
         self.url = f"{'https' if identity else 'http'}://{address}/bundle"

@@ -6,7 +6,7 @@ import time
 
 
 class RunClock:
-    """The working time of the run's servers in seconds; continues from `start`, where the previous one ended."""
+    """Seconds during which a server of the run worked. Continues from `start`, the last time of the previous server."""
 
     def __init__(self, start: float) -> None:
         self._offset = start - time.monotonic()

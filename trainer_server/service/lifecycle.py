@@ -1,4 +1,4 @@
-"""Starts, resumes and replays a run: the step between the commands and the service loop."""
+"""Creates, resumes, coordinates and replays a run, for the commands of the server."""
 
 from __future__ import annotations
 

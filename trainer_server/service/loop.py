@@ -2,9 +2,9 @@
 
 RUN/global_expert/       the global expert as a PEFT adapter, written again after every round of stage 1
 
-Every event takes three steps. The coordinator computes the next state and its commands, the store writes the event
-durably, and then the commands are executed. So an acknowledgement that was sent stays true after a crash, and an event
-that could not be stored has no effect.
+Every event takes three steps. The coordinator computes the next state and its commands. The store writes the event
+durably. Then the commands are executed. So an acknowledgement remains valid after a crash, and an event that cannot be
+stored has no effect.
 """
 
 from __future__ import annotations
@@ -219,7 +219,7 @@ class Service:
             logger.info(command.text)
 
     def _publish_state(self) -> None:
-        """After every connection: the broker may have lost its retained messages."""
+        """Publishes status and round at every connection, because the broker may have lost its retained messages."""
         self._publisher.publish_status(online=True)
         self._publisher.forget_globals()
         if self._state.announced is not None:
@@ -227,7 +227,7 @@ class Service:
                 self._execute(command)
 
     def _finish_round(self, closed: ClosedRound) -> None:
-        """The record is stored by now; logs stragglers and writes the PEFT adapter."""
+        """Logs stragglers and writes the PEFT adapter. The record is already stored."""
         log_stragglers(closed)
         if closed.round.stage is Stage.GLOBAL:
             level = closed.round.level

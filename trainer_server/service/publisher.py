@@ -21,7 +21,7 @@ class Publisher:
         self.last: paho.MQTTMessageInfo | None = None
 
     def forget_globals(self) -> None:
-        """The broker may have lost its retained messages: publishes every blob again when it is needed."""
+        """Publishes every blob again when it is needed, because the broker may have lost its retained messages."""
         self._retained = {}
 
     def publish_status(self, online: bool) -> None:

@@ -29,5 +29,5 @@ class Refusals:
         return {key: (count, self._last[key]) for key, count in self._counts.items()}
 
     def clear(self) -> None:
-        """The pending counts are stored."""
+        """Forgets the pending counts, after they are stored."""
         self._counts.clear()

@@ -1,6 +1,6 @@
 """Log lines about rounds, and the run's log file beside the server's standard output.
 
-RUN/notes.log, notes.log.1      log lines with time; the file is rotated, so both together have a limit
+RUN/notes.log, notes.log.1      log lines with time, rotated at LOG_BYTES
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ LOG_BYTES = 8 * 1024 * 1024  # of each of the two files
 
 @contextmanager
 def log_to_folder(folder: Path, max_bytes: int = LOG_BYTES) -> Iterator[None]:
-    """Log lines also go to the file in `folder` while this lasts."""
-    # delay: a full disk at the start is not an error, the file is opened with the first line that can be written
+    """Within this context log lines also go to the file in `folder`."""
+    # delay: the file is opened at the first line, so a full disk does not prevent the start
     handler = RotatingFileHandler(folder / FILE, maxBytes=max_bytes, backupCount=1, encoding="utf-8", delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%dT%H:%M:%S"))
     package = logging.getLogger("trainer_server")

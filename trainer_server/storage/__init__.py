@@ -1,1 +1,1 @@
-"""The server's disk: run database, tensor files, uploads, exported adapter."""
+"""The server's files: run database, checkpoints, tensors, uploads, PEFT adapter."""

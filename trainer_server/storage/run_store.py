@@ -120,12 +120,12 @@ class RunStore:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Excludes other servers while this lasts. Raises RunError if another server works here."""
+        """Excludes other servers within this context. Raises RunError if another server has the lock."""
         with (self.folder / "lock").open("w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                raise RunError(f"another server works in {self.folder}; stop it first") from error
+                raise RunError(f"another server runs in {self.folder}; stop it first") from error
             yield
 
     # tensors

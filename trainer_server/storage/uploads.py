@@ -73,7 +73,7 @@ class Uploads:
         """
         chunk = Chunk.read(payload, self._cap_bytes)
         blob = (round_, chunk.digest, chunk.count)
-        partial = self._take(device, blob)
+        partial = self._remove(device, blob)
         partial.size += len(payload)
         try:
             whole = partial.add(chunk)
@@ -81,14 +81,14 @@ class Uploads:
             partial.path.unlink(missing_ok=True)
             raise
         if whole is None:
-            self._put_back(device, blob, partial)
+            self._insert(device, blob, partial)
             return None
         return Upload(partial.path, whole, chunk.digest.hex(), partial.size)
 
     def store(self, files: Mapping[Path, Path]) -> None:
         """Moves files of complete blobs to their targets on the same disk. They survive a power cut after this call.
 
-        Files are synced together, because that takes a disk hardly longer than a single file. Raises OSError.
+        Files are synced together, because this takes hardly longer than the sync of one file. Raises OSError.
         """
         list(self._syncs.map(sync, files))
         for path, target in files.items():
@@ -100,7 +100,7 @@ class Uploads:
     def discard(upload: Upload) -> None:
         upload.path.unlink(missing_ok=True)
 
-    def _take(self, device: str, blob: _Blob) -> _InFile:
+    def _remove(self, device: str, blob: _Blob) -> _InFile:
         """Removes and returns the partial blob, or a new one."""
         partials = self._partials.get(device, {})
         partial = partials.pop(blob, None)
@@ -108,7 +108,7 @@ class Uploads:
             self._partials.pop(device, None)
         return partial or _InFile(self._folder / str(next(self._numbers)))
 
-    def _put_back(self, device: str, blob: _Blob, partial: _InFile) -> None:
+    def _insert(self, device: str, blob: _Blob, partial: _InFile) -> None:
         """Inserts it as the most recently used one."""
         partials = self._partials.setdefault(device, {})
         partials[blob] = partial
