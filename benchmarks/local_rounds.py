@@ -19,7 +19,7 @@ import numpy as np
 
 from edge_runtime.data.cache import DiskCache
 from edge_runtime.data.features import FeatureCache
-from edge_runtime.data.images import load_pixels
+from edge_runtime.data.inputs import reader_for
 from edge_runtime.data.samples import Sample, labels_of
 from edge_runtime.engines.memory import peak_rss_mb
 from edge_runtime.engines.step_graph import StepGraphEngine
@@ -100,7 +100,8 @@ def torch(setting: Setting) -> Seconds:
     source.model.set_attn_implementation("sdpa")  # the default of transformers
     model = add_lora(source, manifest.lora, manifest.dims.blocks, setting.seed)
     started = time.perf_counter()
-    pixels = {s.sha256: load_pixels(s.path, preprocessing) for s in (*train_on, *held_out)}
+    reader = reader_for(preprocessing)
+    pixels = {s.sha256: reader.load(s.path) for s in (*train_on, *held_out)}
     spent.features = time.perf_counter() - started
 
     def batch(samples: list[Sample]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""The device: images or texts, features, engines, both experts, the gate, and the daemon around them. No torch."""
+"""The device: samples, features, engines, training of experts and gate, and the daemon. Does not need torch."""
 
 import os
 
-# before it is loaded: ONNX Runtime 1.32 keeps a device's id and tells its maker of every session, unless told not to
+# Read when ONNX Runtime is loaded. By default ONNX Runtime 1.32 stores a device ID and reports every session.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

@@ -44,7 +44,7 @@ def check(settings: Settings) -> None:
     code = 0
     for finding in run_preflight(settings):
         code = code or finding.code
-        mark = "error" if finding.code else "note" if finding.doubtful else "ok"
+        mark = "error" if finding.code else "note" if finding.warning else "ok"
         console.print(f"{mark:5}  {finding.name:9}  {finding.text}")
     sys.exit(code)
 

@@ -21,7 +21,7 @@ RUN, SAMPLES, RESOURCES, SCHEDULE, OUTPUT = (
 
 
 class StateSettings(SettingsModel):
-    """What finds a device on this machine."""
+    """The settings of commands that only read the state directory."""
 
     state: File = Field(Path("device"), description="State directory of the device.", json_schema_extra=RUN)
 

@@ -14,7 +14,7 @@ from fedfmsl.protocol.messages import DeviceStatus, Prediction, Progress, encode
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.link import Link, Will
 
-INSTANCE = secrets.token_hex(8)  # identifies this process among all that ever have this device's name
+INSTANCE = secrets.token_hex(8)  # identifies this process among all processes with this device's name
 PROGRESS_SECONDS = 0.5
 Message = tuple[str, bytes]  # topic, payload
 
@@ -30,7 +30,7 @@ def device_link(broker: str, topics: Topics, name: str, identity: Path | None = 
 
 
 class Announcer:
-    """Publishes with the link of a device. `last` is the last message that must reach the broker before the end."""
+    """Publishes a device's messages. `last`: the last message that the link must deliver before it closes."""
 
     def __init__(self, link: Link, topics: Topics, name: str, introduction: Message | None = None) -> None:
         """`introduction` is the message that introduces this device to Home Assistant."""
@@ -41,12 +41,12 @@ class Announcer:
         self._introduction = introduction
 
     def introduce(self) -> None:
-        """The broker may be new, or may have lost its retained messages."""
+        """Publishes the introduction, after each connect: the broker may have lost its retained messages."""
         if self._introduction is not None:
             self.publish(*self._introduction, retain=True)
 
     def status(self, device: TrainingContext, online: bool = True, paused: str = "", error: str = "") -> None:
-        status = status_of(device, online, paused, error)
+        status = _status_of(device, online, paused, error)
         self.publish(self._topics.status(self._name), encode(status), retain=True)
 
     def progress(self, activity: str, done: int, total: int) -> None:
@@ -64,7 +64,7 @@ class Announcer:
 
 
 def rate_limited(report: Report, seconds: float = PROGRESS_SECONDS) -> Report:
-    """A Report that passes on at most one call in so many seconds, and each that reports the end."""
+    """A Report that passes on at most one call every `seconds`, and every call with `done` = `total`."""
     last = 0.0
 
     def limited(activity: str, done: int, total: int) -> None:
@@ -77,7 +77,7 @@ def rate_limited(report: Report, seconds: float = PROGRESS_SECONDS) -> Report:
     return limited
 
 
-def status_of(device: TrainingContext, online: bool, paused: str, error: str) -> DeviceStatus:
+def _status_of(device: TrainingContext, online: bool, paused: str, error: str) -> DeviceStatus:
     splits = device.scanned
     return DeviceStatus(
         device=device.device_name,

@@ -1,4 +1,4 @@
-"""What a device does while its disk is full or read-only: it frees space, and tries again after growing delays."""
+"""Retries after a failed write, while the disk is full or read-only: frees space, and waits with backoff."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 class DiskRetry:
-    """Nothing that could not be written has been sent, so every attempt may be repeated."""
+    """A result is sent only after it is written, so a failed attempt can be repeated."""
 
     def __init__(self, store: DeviceStore, cache: FeatureCache, backoff: Backoff) -> None:
         self._store = store
@@ -29,8 +29,11 @@ class DiskRetry:
         return time.monotonic() < self._due
 
     def failed(self, error: OSError, required_globals: set[str], evict: bool) -> None:
-        """Logs the first failure, and deletes what can be received or computed again. The next attempt is due at once
-        after the first failure. `evict`: whether no other thread uses the feature cache."""
+        """Logs the first failure, and deletes what can be received or computed again. The first retry is due at once.
+
+        `required_globals`: SHA-256 of the global blobs to keep. `evict`: also empty the feature cache, which no other
+        thread may use then.
+        """
         if not self._failures:
             logger.warning(f"--state {self._store.root}: cannot write ({error}); retrying until there is free space")
         with contextlib.suppress(OSError):  # a read-only disk

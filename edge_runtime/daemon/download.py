@@ -24,7 +24,7 @@ from fedfmsl.transport.tls_errors import explain
 
 logger = logging.getLogger(__name__)
 
-REPORT_SECONDS = 60.0  # without a server, before the log mentions it
+REPORT_SECONDS = 60.0  # without a server, until that is logged
 POLL_SECONDS = 1.0
 RESUBSCRIBE_SECONDS = 5.0
 HTTP_SECONDS = 30
@@ -41,7 +41,7 @@ def _no_heartbeat() -> None:
 def wait_for_server(
     link: Link, topics: Topics, heartbeat: Heartbeat = _no_heartbeat, report_seconds: float = REPORT_SECONDS
 ) -> ServerStatus:
-    """The status of the run's server. Waits without limit; after `report_seconds` the log says so."""
+    """The status of the run's server. Waits without limit, and logs that after `report_seconds`."""
     status = receive_server_status(link, topics, report_seconds, heartbeat)
     if status is None:
         logger.info(f"no server of run {topics.run!r} yet; waiting. Check that it is started and that --run is right")
@@ -120,12 +120,12 @@ class _File:
 
     @property
     def part(self) -> Path:
-        """What has been received so far. It survives a restart."""
+        """The file of the bytes received so far. It survives a restart."""
         return self.path.with_name(self.path.name + ".part")
 
     @property
     def received(self) -> int:
-        """Bytes."""
+        """Bytes received so far."""
         return self.part.stat().st_size if self.part.is_file() else 0
 
     @property
@@ -154,8 +154,8 @@ class _HttpClient:
         file.part.replace(file.path)
 
     def _resume(self, file: _File) -> None:
-        """Receives what is missing, over several connections if need be. An attempt that receives bytes resets the
-        retries. Raises BundleError if there are none left."""
+        """Receives what is missing, over several connections if necessary. An attempt that receives bytes resets the
+        retries. Raises BundleError if no retry is left."""
         delays = list(self.retry_delays)
         while file.size is None or file.received < file.size or not file.part.is_file():
             before = file.received
@@ -179,7 +179,7 @@ class _HttpClient:
                 if file.received > before:
                     delays = list(self.retry_delays)
                 if not delays:
-                    # uvicorn closes the connection without an alert if the client has no or a foreign certificate
+                    # uvicorn closes the connection without an alert if the client has no certificate of the CA
                     tls_hint = ", with the fleet's --identity" if file.url.startswith("https:") else ""
                     raise BundleError(f"cannot fetch {file.url}: {cause}; start again to resume{tls_hint}") from error
                 time.sleep(delays.pop(0))
@@ -187,7 +187,8 @@ class _HttpClient:
                 raise BundleError(f"cannot fetch {file.url}: {error}; start again to resume") from error
 
     def _receive(self, file: _File) -> None:
-        """One request. If-Range: the server sends the rest (206) of this version only, of another one the whole (200)."""
+        """Sends one request. With If-Range the server sends the rest (206) if the file is the announced one, otherwise
+        the whole file (200)."""
         headers = {"Range": f"bytes={file.received}-", "If-Range": f'"{file.sha256}"'} if file.received else {}
         request = urllib.request.Request(file.url, headers=headers)
         with urllib.request.urlopen(request, timeout=HTTP_SECONDS, context=self.tls) as response:

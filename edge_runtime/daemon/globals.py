@@ -1,4 +1,4 @@
-"""The global blobs that a round names: received in chunks, checked, and stored."""
+"""Receives the global blobs of a round in chunks, checks and stores them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fedfmsl.transport.link import Link, Received
 
 
 class GlobalsReceiver:
-    """`bytes_down` counts the received bytes."""
+    """`bytes_down`: received bytes that no completed round has reported yet."""
 
     def __init__(self, link: Link, topics: Topics, store: DeviceStore, max_bytes: int) -> None:
         """A blob has at most `max_bytes`."""
@@ -21,7 +21,7 @@ class GlobalsReceiver:
         self._store = store
         self._max_bytes = max_bytes
         self._assemblers: dict[str, Assembler] = {}
-        self._received: dict[str, bytes] = {}  # whole blobs that are not stored yet
+        self._received: dict[str, bytes] = {}  # complete blobs that are not stored yet
 
     def fetch(self, sha256: str) -> bool:
         """Whether the blob is stored already. If not, subscribes to its chunks."""
@@ -32,14 +32,14 @@ class GlobalsReceiver:
         return False
 
     def keep_only(self, required: set[str]) -> None:
-        """Gives up all blobs but these."""
+        """Drops all other blobs."""
         for sha256 in self._assemblers.keys() - required:
             self._forget(sha256)
         for sha256 in self._received.keys() - required:
             del self._received[sha256]
 
     def receive(self, message: Received) -> None:
-        """Raises MessageError if the message is not a chunk of a blob, or the whole blob is not the announced one."""
+        """Raises MessageError if the message is not a chunk, or the complete blob is not the announced one."""
         sha256 = self._topics.globals_of(message.topic)
         if sha256 not in self._assemblers:  # amqtt sends a new client the retained messages of all topics
             return
@@ -53,8 +53,8 @@ class GlobalsReceiver:
         self._received[sha256] = blob
 
     def store_next(self) -> str | None:
-        """Stores one of the whole blobs and returns its name; None if there is none. Raises OSError if the disk refuses
-        it: it can be stored later."""
+        """Stores one complete blob and returns its SHA-256; None if there is none. Raises OSError if the disk is full.
+        The blob stays in memory then, for another attempt."""
         for sha256, blob in self._received.items():
             self._store.globals.write(blob)
             del self._received[sha256]

@@ -42,7 +42,7 @@ class HealthReporter:
         self._topic = topics.health(name)
         self._store = store
         self._read = read
-        self._same = {"device": name, "started": time.time(), "version": version("fedfmsl-edge"), "board": board()}
+        self._constant = {"device": name, "started": time.time(), "version": version("fedfmsl-edge"), "board": board()}
         self._seconds = seconds
         self._watchdog = Watchdog()
         self._due = 0.0
@@ -60,7 +60,7 @@ class HealthReporter:
         alive: bool = True,
     ) -> None:
         """To be called about once a second. Resets the watchdog if the daemon is `alive`, and publishes the health when
-        the activity has changed or is due. Without a connection nothing is published; the next heartbeat follows."""
+        the activity has changed or the next message is due. Without a connection nothing is published."""
         if alive:
             self._watchdog()
         if self.newest and self.newest.activity is activity and time.monotonic() < self._due:
@@ -69,9 +69,9 @@ class HealthReporter:
         now = {"activity": activity, "paused": paused, "rounds_done": self.rounds_done, "slowdown": slowdown}
         now |= self._measured()
         known = {**(_of_device(device) if device else {}), **(_of_state(state) if state else {})}
-        self.newest = Health.model_validate({**self._same, **now, **known})
+        self.newest = Health.model_validate({**self._constant, **now, **known})
         self._link.publish(self._topic, encode(self.newest), retain=True, qos=0)
-        with contextlib.suppress(OSError):  # the log has mentioned the full disk
+        with contextlib.suppress(OSError):  # a full disk, which `DiskRetry` logs
             write_atomically(self._store.health, encode(self.newest))
         about = f": {paused}" if paused else f", round {self.newest.round}" if self.newest.round else ""
         stopping = "\nSTOPPING=1" if activity is Activity.STOPPED else ""

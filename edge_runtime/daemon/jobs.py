@@ -65,9 +65,9 @@ class Jobs:
         if now >= self._next_scan:
             self._worker.submit(self._runner.scan, partial(self._scan_ended, started=now))
 
-    def start_round(self, task: Round) -> None:
+    def start_round(self, round_: Round) -> None:
         """Scans the sample folder, then computes the round. Ends with WorkDone or WorkFailed."""
-        self._worker.submit(self._runner.scan, partial(self._scan_for_round_ended, task, started=time.monotonic()))
+        self._worker.submit(self._runner.scan, partial(self._scan_for_round_ended, round_, started=time.monotonic()))
 
     def write_missing_model(self, then: Callable[[], None]) -> None:
         """Writes personalized.onnx if it is older than the personalized model: the device has missed the evaluation."""
@@ -99,29 +99,29 @@ class Jobs:
         self._no_samples = ""
         return True
 
-    def _scan_for_round_ended(self, task: Round, future: Future[bool], started: float) -> None:
+    def _scan_for_round_ended(self, round_: Round, future: Future[bool], started: float) -> None:
         if not self._scan_ended(future, started):
             self._round_due = time.monotonic() + self._timing.tick
-            self._handle(WorkFailed(task.round))
+            self._handle(WorkFailed(round_.round))
             return
         try:
             self._runner.device.store.globals.keep_only(self._required())
         except OSError as error:
             self.disk_failed(error)
-            self._handle(WorkFailed(task.round))
+            self._handle(WorkFailed(round_.round))
             return
         bytes_down = self._received.bytes_down
         self._worker.submit(
-            partial(self._runner.run, task, bytes_down), partial(self._round_ended, task, bytes_down=bytes_down)
+            partial(self._runner.run, round_, bytes_down), partial(self._round_ended, round_, bytes_down=bytes_down)
         )
 
-    def _round_ended(self, task: Round, future: Future[float], bytes_down: int) -> None:
+    def _round_ended(self, round_: Round, future: Future[float], bytes_down: int) -> None:
         try:
             seconds = future.result()
         except WorkStoppedError:
-            logger.info(f"round {task.round} is stopped: a newer one is announced", **fields(round=task.round))
+            logger.info(f"round {round_.round} is stopped: a newer one is announced", **fields(round=round_.round))
         except SampleChangedError as error:
-            logger.info(f"round {task.round} starts again: {error}", **fields(round=task.round))
+            logger.info(f"round {round_.round} starts again: {error}", **fields(round=round_.round))
         except OSError as error:
             self.disk_failed(error)
         else:
@@ -129,12 +129,12 @@ class Jobs:
             self._received.bytes_down -= bytes_down
             self._health.rounds_done += 1
             logger.info(
-                f"round {task.round}: {task.stage.value} done in {seconds:.1f} s",
-                **fields(round=task.round, stage=task.stage.value, level=task.level, seconds=round(seconds, 3)),
+                f"round {round_.round}: {round_.stage.value} done in {seconds:.1f} s",
+                **fields(round=round_.round, stage=round_.stage.value, level=round_.level, seconds=round(seconds, 3)),
             )
-            self._handle(WorkDone(task.round))
+            self._handle(WorkDone(round_.round))
             return
-        self._handle(WorkFailed(task.round))
+        self._handle(WorkFailed(round_.round))
 
     def _model_ended(self, then: Callable[[], None], future: Future[None]) -> None:
         try:

@@ -1,4 +1,4 @@
-"""From settings to a running daemon: everything is opened, measured and put together."""
+"""Starts the daemon: opens the link, fetches the bundle, scans the samples, measures the machine, runs the loop."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from fedfmsl.transport.link import Link
 
 logger = logging.getLogger(__name__)
 
-FIRST_SCAN_SECONDS = 3.0  # the first scan waits so long for files that may still be being written
+FIRST_SCAN_SECONDS = 3.0  # that the first scan waits for files that another process may still write
 
 
 def launch(settings: Settings) -> None:
@@ -56,14 +56,14 @@ def launch(settings: Settings) -> None:
         )
     topics, store = Topics(settings.run), DeviceStore(settings.state)
     name = store.ensure_name(device_name(settings.device, settings.identity))
-    with locked(store.root, "stop that process, or use another --state"), contextlib.ExitStack() as until_the_end:
+    with locked(store.root, "stop that process, or use another --state"), contextlib.ExitStack() as resources:
         link = device_link(settings.broker, topics, name, settings.identity, settings.insecure)
         sensors = Sensors(zones=settings.thermal_zones)
         if settings.max_temperature is not None and sensors.read().temperature is None:
             logger.warning("--max-temperature has no effect: no thermal zone can be read; check --thermal-zones")
         health = HealthReporter(link, topics, name, store, sensors.read)
         if settings.metrics:
-            from edge_runtime.daemon.metrics import serve_metrics  # takes 12 MB
+            from edge_runtime.daemon.metrics import serve_metrics  # takes 12 MB of memory
 
             serve_metrics(settings.metrics, lambda: health.newest, settings.insecure)
         link.connect()
@@ -85,13 +85,13 @@ def launch(settings: Settings) -> None:
         )
         if settings.watch:
             watcher = Watcher(settings.watch, store.root, bundle.root, announcer.prediction)
-            until_the_end.enter_context(watcher)
+            resources.enter_context(watcher)
         loop.serve()
 
 
 @dataclass(frozen=True)
 class _Prepared:
-    """What a device knows before its first round."""
+    """Everything that is fetched or measured before the first round."""
 
     bundle: Bundle
     engine: EngineName
@@ -123,8 +123,8 @@ def _prepare(
     folder = SampleFolder(settings.images, bundle, store, settings.labels, reader)
     scanned = folder.scan(FIRST_SCAN_SECONDS, report)
     report("measuring", 0, 1)
-    most = largest(scanned.samples, kind)
-    plan = make_plan(bundle, store, engine, threads, most, settings.memory, settings.step_seconds)
+    largest_sample = largest(scanned.samples, kind)
+    plan = make_plan(bundle, store, engine, threads, largest_sample, settings.memory, settings.step_seconds)
     logger.info(
         f"device {name}: {len(scanned.train)} {kind.noun}s to train on, {len(scanned.held_out)} held out, "
         f"{len(scanned.test)} to test on; engine {engine}, level cap {plan.level_cap}",
@@ -136,7 +136,7 @@ def _prepare(
 def _runner(
     settings: Settings, prepared: _Prepared, store: DeviceStore, name: str, link: Link, control: StepControl
 ) -> RoundRunner:
-    """The device with everything that it computes with. Its progress is posted to the link."""
+    """Opens the engine, the caches and the gate. Progress is posted to the link's queue."""
     bundle, threads, plan = prepared.bundle, prepared.threads, prepared.plan
     progress = rate_limited(progress_poster(link.post))
     report = reported_and_checked(progress, control.check)

@@ -91,7 +91,7 @@ class DaemonLoop:
         self._connected = True
         self._paused = ""  # the reason, as published
         self._stop: Stop | None = None
-        self._finished_session = ""  # of the run after whose end this device has stayed
+        self._finished_session = ""  # the last session whose end has been handled
         self._next_tick = self._next_sensors = self._next_subscription = 0.0
         store.remove_temporary_files()
         unacknowledged = store.outbox.unacknowledged(store.outbox.session)
@@ -197,7 +197,7 @@ class DaemonLoop:
         self._stop_outdated_work()
 
     def _carry_out(self, command: Command) -> list[Event]:
-        """Returns the events that follow at once."""
+        """Returns the events that the command causes at once."""
         if isinstance(command, Fetch):
             self._globals.keep_only(required_globals(self._state.announced))
             if self._globals.fetch(command.sha256):
@@ -238,7 +238,7 @@ class DaemonLoop:
         self._heartbeat(Activity.PAUSED if self._paused else working)
 
     def _pause(self, reason: str) -> None:
-        """Pauses the computation while there is a reason. The server does not wait for a device that pauses."""
+        """Pauses the computation if there is a reason. The server does not wait for a paused device."""
         self._worker.control.pause(bool(reason))
         changed = bool(reason) != bool(self._paused)
         self._paused = reason
@@ -248,8 +248,8 @@ class DaemonLoop:
         self._stop_outdated_work()
 
     def _stop_outdated_work(self) -> None:
-        """A device that pauses gives its round up when a newer one is announced. One that computes does not: its update
-        counts, with a lower weight, although it is late."""
+        """During a pause, stops a round when a newer one is announced. Without a pause the round is completed: its
+        update is late and counts with a lower weight."""
         if self._paused and is_outdated(self._state):
             self._worker.control.stop()
 

@@ -42,7 +42,8 @@ class Retransmissions:
             return False
 
     def overdue(self) -> bool:
-        """To be called at every tick. True if the unacknowledged updates have to be sent again now."""
+        """To be called at every tick. True if the unacknowledged updates have to be sent again; restarts the timeout
+        then."""
         now = time.monotonic()
         if any(self.is_in_flight(round_) for round_ in self._last_chunks):
             self._since = now

@@ -1,4 +1,4 @@
-"""What a device computes for a round, from the scan of its sample folder to the update in the outbox.
+"""The computation of a round, from the scan of the sample folder to the update in the outbox.
 
 All of it runs in the worker thread. Nothing here uses the network.
 """
@@ -63,25 +63,25 @@ class RoundRunner:
         folder: SampleFolder,
         control: StepControl,
         tracker: LevelCapTracker,
-        scanning: Report,
+        scan_report: Report,
     ) -> None:
-        """`scanning` receives the progress of scans."""
+        """`scan_report` receives the progress of scans."""
         self.device = device
         self.control = control
         self.tracker = tracker
         self._folder = folder
-        self._scanning = scanning
+        self._scan_report = scan_report
         self._skipped: frozenset[SkippedFile] = frozenset()
         self._list_skipped()
 
     def scan(self) -> bool:
-        """Scans the sample folder and takes over the level cap. Returns whether the device's status has changed.
+        """Updates `device` with the samples in the folder and the current level cap. Returns whether anything changed.
 
-        Raises NoSamplesError if there is nothing to train on, OSError if the disk refuses the ledger.
+        Raises NoSamplesError if there is nothing to train on, OSError if the ledger cannot be written.
         """
         before, cap = self.device, self.tracker.cap.level
         try:
-            scanned = self._folder.scan(report=self._scanning)
+            scanned = self._folder.scan(report=self._scan_report)
         except InputError as error:
             raise NoSamplesError(str(error)) from error
         if scanned == before.scanned and cap == before.level_cap:
@@ -109,33 +109,35 @@ class RoundRunner:
         with contextlib.suppress(OSError):  # the list is only for people
             write_atomically(self.device.store.skipped, "".join(f"{each}\n" for each in skipped).encode())
 
-    def run(self, task: Round, bytes_down: int) -> float:
+    def run(self, round_: Round, bytes_down: int) -> float:
         """Computes a round, to be called after a scan. Returns the seconds that it took.
 
         Writes the update to the outbox, and the personalized model as of this round. Raises SampleChangedError if a
-        file has changed since the scan, OSError if the disk is full, WorkStoppedError if the loop stops it. The files
-        written until then do not change the result of another attempt.
+        file has changed since the scan, OSError if the disk is full, WorkStoppedError if the loop stops it. After an
+        error the round can be computed again, with the same result.
         """
         store = self.device.store
-        store.outbox.enter(task.session)
+        store.outbox.enter(round_.session)
         self.control.check()
         started, device = time.perf_counter(), self.device
-        global_values = self._globals(task)
+        global_values = self._globals(round_)
         try:
-            outcome = STAGES[task.stage](device, task, global_values)
+            result = STAGES[round_.stage](device, round_, global_values)
         except SampleChangedError as error:
             self._folder.forget(error.path)
             raise
         # The noise is from the operating system's entropy: a server that knew its seed could subtract it.
-        outcome = prepare_update(device.bundle, store.residual, task, outcome, np.random.default_rng())
-        save_personal_model(device, task, global_values)
+        result = prepare_update(device.bundle, store.residual, round_, result, np.random.default_rng())
+        save_personal_model(device, round_, global_values)
         device.cache.drop_unused()
         device.cache.drop_others(device.scanned.samples)
-        if task.stage is Stage.EVALUATE:
+        if round_.stage is Stage.EVALUATE:
             self.write_personalized()
         seconds = time.perf_counter() - started
-        update = update_header(device, task, outcome, seconds=seconds, peak_rss_mb=peak_rss_mb(), bytes_down=bytes_down)
-        store.outbox.write(task.round, pack(update, outcome.tensors))
+        update = update_header(
+            device, round_, result, seconds=seconds, peak_rss_mb=peak_rss_mb(), bytes_down=bytes_down
+        )
+        store.outbox.write(round_.round, pack(update, result.tensors))
         return seconds
 
     def write_personalized(self) -> None:
@@ -155,7 +157,7 @@ class RoundRunner:
             raise RunError(f"the personalized model could not be written: {stderr.strip()}")
 
     def _wait_for(self, process: subprocess.Popen[str]) -> str:
-        """What the process writes to stderr."""
+        """Waits for the end of the process and returns its stderr. Raises WorkStoppedError if the loop stops it."""
         while True:
             try:
                 return process.communicate(timeout=POLL_SECONDS)[1]
@@ -164,10 +166,10 @@ class RoundRunner:
                     process.kill()
                     raise WorkStoppedError from None
 
-    def _globals(self, task: Round) -> Globals:
+    def _globals(self, round_: Round) -> Globals:
         layout = self.device.bundle.expert
-        expert, start = (self._vector(sha256, layout.join) for sha256 in (task.expert, task.start))
-        return Globals(expert, start, self._vector(task.gate, self.device.bundle.gate.join))
+        expert, start = (self._vector(sha256, layout.join) for sha256 in (round_.expert, round_.start))
+        return Globals(expert, start, self._vector(round_.gate, self.device.bundle.gate.join))
 
     def _vector(self, sha256: str, join: Callable[[Tensors], Vector]) -> Vector:
         if not sha256:

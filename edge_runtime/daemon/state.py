@@ -1,8 +1,8 @@
 """The daemon's decisions as a state machine without I/O: `advance(state, event) -> (state, commands)`.
 
-It follows the newest round that the online server has announced and that selects this device: fetch the round's globals,
-compute, send the update, and send it again until the server has acknowledged it. The I/O loop measures time: it reports
-when an acknowledgement is overdue (see `edge_runtime.daemon.retransmit`).
+For the newest announced round that selects this device: fetch the round's globals, compute, send the update, and send
+it again until the server has acknowledged it. The I/O loop measures time: it reports when an acknowledgement is overdue
+(see `edge_runtime.daemon.retransmit`).
 
 Of several running processes with one device name the newest stays (see `fedfmsl.protocol.duplicate_name`).
 """
@@ -123,8 +123,8 @@ class Log:
 
 @dataclass(frozen=True)
 class Stop:
-    """End the daemon, because of an `error` if there is one. With `quietly` no status may be published: a newer process
-    has the device's name."""
+    """End the daemon, because of an `error` if there is one. With `quietly` no status may be published, because a
+    newer process uses the device's name."""
 
     error: str = ""
     quietly: bool = False
@@ -138,8 +138,8 @@ class State:
     """`session`: the session that this device last worked in. `present`: the session of the online server, or "".
     `announced`: the newest announced round. `working`: the round that is being computed. `done`: the last round whose
     computation was started. `held`: global blobs on disk. `unacknowledged`: rounds of `session` with an unacknowledged
-    update. `guard`: finds newer processes with this device's name. `waiting`: the log has said that there is no
-    server."""
+    update. `guard`: finds newer processes with this device's name. `waiting`: it has been
+    logged that the server is offline."""
 
     device: str
     guard: DuplicateNameGuard
@@ -221,7 +221,7 @@ def _see_own_status(state: State, status: DeviceStatus) -> tuple[State, list[Com
 
 
 def _send_unacknowledged(state: State) -> list[Command]:
-    """Only to the server of their session."""
+    """Sends updates only to the server of their session."""
     return [Send(round_) for round_ in sorted(state.unacknowledged)] if state.present == state.session else []
 
 

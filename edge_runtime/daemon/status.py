@@ -1,4 +1,4 @@
-"""The health that the daemon wrote last: `python -m edge_runtime status`."""
+"""`python -m edge_runtime status`: describes the last health message of the daemon."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from edge_runtime.store import DeviceStore
 from fedfmsl.errors import ConfigError, RunError
 from fedfmsl.protocol.messages import HEALTH_SECONDS, Activity, Health
 
-MAX_AGE = 3 * HEALTH_SECONDS + 30  # seconds; the daemon of an older health is not running
+MAX_AGE = 3 * HEALTH_SECONDS + 30  # seconds of the last heartbeat of a running daemon
 LISTED_FILES = 20  # skipped files
 
 

@@ -13,10 +13,10 @@ ACK_TIMEOUT = Backoff(first=30.0, longest=300.0, jitter=0.5)
 
 @dataclass(frozen=True)
 class Timing:
-    """`tick`: between two ticks of the loop. `sensors`: between two readings of
-    the sensors. `resubscribe`: between two subscriptions while there is no
-    server. `disk_retry`: before each further attempt to write, after a first one at once. `scan`: between two scans of
-    the sample folder, which also take at most `scan_share` of the time. `ack`: until an update is sent again."""
+    """`tick`: between two ticks of the loop. `sensors`: between two readings of the sensors. `resubscribe`: between two
+    subscriptions while the server is offline. `disk_retry`: before each retry of a failed write, except the first.
+    `scan`: between two scans of the sample folder. Scans take at most `scan_share` of the time. `ack`: until an
+    unacknowledged update is sent again. `health`: between two health messages."""
 
     tick: float = 1.0
     sensors: float = 2.0

@@ -26,7 +26,7 @@ class UpdateSender:
         self._retransmissions = Retransmissions(device, timeout)
 
     def send(self, round_: int) -> None:
-        """Does nothing while paho still delivers the update, also after a reconnection."""
+        """Sends the update of a round. Does nothing while paho still delivers it, as it does across reconnections."""
         update = None if self._retransmissions.is_in_flight(round_) else self._outbox.read(round_)
         if update is not None:
             for index, chunk in enumerate(chunks(update)):
@@ -51,5 +51,5 @@ class UpdateSender:
         self._retransmissions.reset_backoff()
 
     def forget(self) -> None:
-        """A new session starts: the server does not acknowledge earlier updates."""
+        """Drops all timeouts, because a new session starts and its server does not acknowledge earlier updates."""
         self._retransmissions = Retransmissions(self._device, self._timeout)

@@ -125,7 +125,7 @@ class FeatureCache:
         return self._states(folder, samples, lift)
 
     def pooled(self, samples: Sequence[Sample], level: int) -> Floats:
-        """Pooled features of the frozen backbone. Shape (n, F). A pass for missing samples stores what `frozen` does."""
+        """Pooled features of the frozen backbone. Shape (n, F). A pass for missing samples also stores hidden states."""
         folder = self._folder(POOLED, Priority.SMALL)
         rows = {sample.sha256: self._disk.get(folder, sample.sha256) for sample in samples}
         for part, features in self._extract([s for s in samples if rows[s.sha256] is None], level):

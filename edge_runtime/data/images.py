@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from fedfmsl.errors import InputError
 from fedfmsl.protocol.bundle import ImagePreprocessing
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
@@ -26,7 +25,7 @@ def is_readable(data: bytes) -> bool:
 
 
 def extent(file: BinaryIO, file_size: int, size: int) -> int:
-    """The memory to read an image as (size, size), in pixels: those of the decoded image and the file's own bytes."""
+    """Memory that reading an image as (size, size) takes, in pixels: the decoded image and the file's bytes."""
     return pixel_count(file, size) + file_size // BYTES_PER_PIXEL
 
 
@@ -53,17 +52,6 @@ def decode_pixels(data: bytes, preprocessing: ImagePreprocessing) -> Pixels | No
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
     return np.asarray(image.crop((left, top, left + size, top + size)))
-
-
-def load_pixels(path: Path, preprocessing: ImagePreprocessing) -> Pixels:
-    """A file's pixels as `decode_pixels` gives them. Raises InputError if it cannot be read."""
-    try:
-        pixels = decode_pixels(path.read_bytes(), preprocessing)
-    except OSError:
-        pixels = None
-    if pixels is None:
-        raise InputError(f"{path} is not a readable image")
-    return pixels
 
 
 def _decode(data: bytes, size: int) -> Image.Image | None:

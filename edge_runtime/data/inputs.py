@@ -69,8 +69,8 @@ class Reader:
         return {self.input: np.stack([self.load(path) for path in paths])}
 
 
-def reader_for(preprocessing: Preprocessing, tokenizer: str) -> Reader:
-    """`tokenizer` is the JSON of a text model's tokenizer.
+def reader_for(preprocessing: Preprocessing, tokenizer: str = "") -> Reader:
+    """`tokenizer`: JSON of a text model's tokenizer.
 
     Raises ConfigError if the tokenizers package is not installed, BundleError if the tokenizer cannot be parsed.
     """

@@ -1,4 +1,4 @@
-"""What the checks share."""
+"""The types of checks, and the values that earlier checks pass to later ones."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from fedfmsl.protocol.messages import ServerStatus
 
 @dataclass(frozen=True)
 class Finding:
-    """`code`: the exit code of a run that fails for this reason; 0 if nothing is wrong. `doubtful`: it may fail."""
+    """`code`: the exit code of a run that fails for this reason; 0 if a run can start. `warning`: it may fail or be
+    slow."""
 
     name: str
     text: str
     code: int = 0
-    doubtful: bool = False
+    warning: bool = False
 
 
 @dataclass

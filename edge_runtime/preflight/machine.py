@@ -29,7 +29,7 @@ def check_state(settings: Settings, context: Context) -> Iterator[Finding]:
     text = f"{state}, {format_size(free)} free"
     if free < settings.keep_free:
         note = "less than --keep-free: the feature cache stays empty, and every round takes longer"
-        yield Finding("state", f"{text}, {note}", doubtful=True)
+        yield Finding("state", f"{text}, {note}", warning=True)
     else:
         yield Finding("state", text)
 
@@ -41,7 +41,7 @@ def check_clock(settings: Settings, context: Context) -> Iterator[Finding]:
     if now.timestamp() < newest - CLOCK_SECONDS:
         raise ConfigError(f"the clock says {text}, but a file in {settings.state} is newer; set the clock")
     if ctypes.CDLL(None).adjtimex(ctypes.create_string_buffer(512)) == UNSYNCHRONIZED:
-        yield Finding("clock", f"{text}, not synchronized; certificates and --hours need the right time", doubtful=True)
+        yield Finding("clock", f"{text}, not synchronized; certificates and --hours need the right time", warning=True)
     else:
         yield Finding("clock", f"{text}, synchronized")
 

@@ -26,7 +26,7 @@ def check_identity(settings: Settings, context: Context) -> Iterator[Finding]:
         return
     valid = read_identity(settings.identity).valid
     if valid is None:
-        yield Finding("identity", f"{settings.identity} holds the CA's certificates, and none of this device")
+        yield Finding("identity", f"{settings.identity} holds only the CA's certificates, none of this device")
         return
     start, end = valid
     now = datetime.now(timezone.utc)
@@ -35,7 +35,7 @@ def check_identity(settings: Settings, context: Context) -> Iterator[Finding]:
             f"the certificate in {settings.identity} is valid from {start:%Y-%m-%d} to {end:%Y-%m-%d}, but the clock "
             f"says {now:%Y-%m-%d}; set the clock, or ask the operator for another certificate"
         )
-    yield Finding("identity", f"{name}, until {end:%Y-%m-%d}", doubtful=end - now < EXPIRY_NOTICE)
+    yield Finding("identity", f"{name}, until {end:%Y-%m-%d}", warning=end - now < EXPIRY_NOTICE)
 
 
 def check_broker(settings: Settings, context: Context) -> Iterator[Finding]:
@@ -52,6 +52,6 @@ def check_broker(settings: Settings, context: Context) -> Iterator[Finding]:
     finally:
         link.close()
     if context.server is None:
-        yield Finding("server", f"no server of run {settings.run!r} now; a device waits for it", doubtful=True)
+        yield Finding("server", f"no server of run {settings.run!r} now; a device waits for it", warning=True)
     else:
         yield Finding("server", f"run {settings.run!r} is online, model {context.server.model}")

@@ -37,7 +37,7 @@ def check_bundle(settings: Settings, context: Context) -> Iterator[Finding]:
         yield Finding("bundle", f"{bundle.manifest.model} at {root}, checksums OK")
         return
     if context.server is None:
-        yield Finding("bundle", "none yet; the daemon downloads it from the server", doubtful=not context.running)
+        yield Finding("bundle", "none yet; the daemon downloads it from the server", warning=not context.running)
         return
     manifest = fetch_manifest(context.server, context.scratch, settings.identity).manifest
     size, free = sum(entry.size for entry in manifest.files.values()), shutil.disk_usage(store.root.parent).free
@@ -52,7 +52,7 @@ def check_samples(settings: Settings, context: Context) -> Iterator[Finding]:
     if context.bundle is None:
         if not settings.images.is_dir():
             raise InputError(f"--images {settings.images} does not exist; create it or choose another folder")
-        yield Finding("samples", f"{settings.images} exists; checking its files needs the bundle", doubtful=True)
+        yield Finding("samples", f"{settings.images} exists; checking its files needs the bundle", warning=True)
         return
     reader = SampleReader(reader_of(context.bundle))
     scratch = DeviceStore(context.scratch)
@@ -61,7 +61,7 @@ def check_samples(settings: Settings, context: Context) -> Iterator[Finding]:
     classes = len({sample.label for sample in splits.samples})
     yield Finding("samples", f"{len(splits.samples)} {reader.kind.noun}s of {classes} classes in {settings.images}")
     for skipped in splits.skipped:
-        yield Finding("skipped", f"{skipped.path}: {skipped.reason}", doubtful=True)
+        yield Finding("skipped", f"{skipped.path}: {skipped.reason}", warning=True)
 
 
 def check_memory(settings: Settings, context: Context) -> Iterator[Finding]:

@@ -16,8 +16,8 @@ from pydantic_core import core_schema
 
 DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 DAY, WEEK = 24 * 60, 7 * 24 * 60  # minutes
-COOLER = 5.0  # °C below the limit, at which a device that paused for its temperature resumes
-QUIETER = 0.8  # of the limit, at which a device that paused for the load of others resumes
+RESUME_MARGIN = 5.0  # °C below the limit: a device that paused for its temperature resumes there
+RESUME_SHARE = 0.8  # of the load limit: a device that paused for the load of other processes resumes there
 
 _DAY, _TIME = "|".join(DAYS), r"(?:[01]?\d|2[0-3]):[0-5]\d"
 _WHEN = re.compile(rf"(?:({_DAY})(?:-({_DAY}))? )?({_TIME})-({_TIME}|24:00)")
@@ -93,15 +93,15 @@ def pause_reason(limits: Limits, readings: Readings, now: datetime, paused: bool
     that it does not switch back and forth."""
     if limits.hours and not any(now in hours for hours in limits.hours):
         return f"outside of --hours {', '.join(map(str, limits.hours))}"
-    celsius, margin = readings.temperature, COOLER if paused else 0.0
+    celsius, margin = readings.temperature, RESUME_MARGIN if paused else 0.0
     if limits.max_temperature is not None and celsius is not None and celsius > limits.max_temperature - margin:
-        above = "above" if celsius > limits.max_temperature else f"not yet {COOLER:g} °C below"
+        above = "above" if celsius > limits.max_temperature else f"not yet {RESUME_MARGIN:g} °C below"
         return f"{celsius:.1f} °C, {above} --max-temperature {limits.max_temperature:g}"
     if limits.mains_only and readings.on_battery:
         return "on battery, with --mains-only"
-    factor = QUIETER if paused else 1.0
+    factor = RESUME_SHARE if paused else 1.0
     if limits.max_load is not None and readings.others is not None and readings.others > limits.max_load * factor:
-        above = "above" if readings.others > limits.max_load else f"not yet below {QUIETER:.0%} of"
+        above = "above" if readings.others > limits.max_load else f"not yet below {RESUME_SHARE:.0%} of"
         return f"other processes use {readings.others:.0%} of the processors, {above} --max-load {limits.max_load:g}"
     if not limits.on_metered and readings.metered:
         return "on a metered network, with --no-on-metered"

@@ -2,7 +2,7 @@
 
 A step's slowdown is its duration divided by the probe's duration at the same level. It describes the device (heat, a
 weak power supply, other processes) and not the level: a device that trains at level 1 still notices that it is fast
-again. The slowdown is the lower quartile of the last steps: heat slows every step, disturbances lengthen a few. (With the
+again. The slowdown is the lower quartile of the last steps: heat slows every step, a disturbance only a few. (With the
 median, a simulated device with a third of its steps disturbed changed its cap ten times as often.)
 """
 
@@ -17,7 +17,7 @@ from edge_runtime.resources.probe import BATCH
 
 SLACK = 1.5  # a step may take this many times as long as the probe's at the highest level
 FAST_ENOUGH = 2.0  # seconds: faster steps never lower the cap, whatever the probe measured
-RETURN = 0.8  # of that limit: the expected duration at a higher level, at which the cap is raised to it
+RAISE_SHARE = 0.8  # the cap is raised to a level whose expected step takes at most this share of the limit
 STEPS = 12  # number of steps that the slowdown is computed from
 
 
@@ -54,4 +54,6 @@ def observe(cap: LevelCap, level: int, seconds: float, samples: int) -> LevelCap
     ratio = seconds / samples * BATCH / cap.measured[level]
     cap = replace(cap, ratios=(*cap.ratios, ratio)[-STEPS:])
     kept = max(k for k in cap.measured if k <= cap.level and cap.allows(k))
-    return replace(cap, level=max((k for k in cap.measured if k > cap.level and cap.allows(k, RETURN)), default=kept))
+    return replace(
+        cap, level=max((k for k in cap.measured if k > cap.level and cap.allows(k, RAISE_SHARE)), default=kept)
+    )

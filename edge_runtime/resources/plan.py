@@ -1,8 +1,7 @@
 """Which levels fit into the device's memory and time, and how to compute them (ours).
 
-A plan starts with the feature pass, with fewer samples at once until it fits. The levels follow one by one, with smaller
-micro-batches and at last a `lean` memory plan. The first level that does not fit ends it: the level before is the level
-cap.
+The feature pass is measured first, with fewer samples at once until it fits. Then each level is measured, with smaller
+micro-batches and finally a `lean` memory plan. The last level that fits is the level cap.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.messages import EngineName
 
 MEMORY_SHARE = 0.5  # of the machine's memory; the default budget
-RESERVE = 32 * 2**20  # bytes for what the probe does not hold: messages, global experts, results
+RESERVE = 32 * 2**20  # bytes for what the probe does not have in memory: messages, globals, results
 
 
 class Plan(BaseModel):
@@ -117,7 +116,7 @@ def plan_within(measure: Measure, bundle: Bundle, budget: int, step_seconds: flo
     feature_batch, memory_plan = FEATURE_BATCH, MemoryPlan(BATCH)
     plans, seconds = dict[int, MemoryPlan](), dict[int, float]()
     while len(plans) < levels:
-        failed = FEATURES  # what does not fit, also if the process dies of it
+        failed = FEATURES  # what does not fit, also if the process runs out of memory
         for measured in measure(feature_batch, len(plans) + 1, memory_plan):
             if measured.peak_rss > budget:
                 break

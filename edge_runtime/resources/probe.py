@@ -23,7 +23,6 @@ from edge_runtime.engines.factory import open_engine
 from edge_runtime.engines.memory import peak_rss
 from edge_runtime.engines.step_graph import default_micro_batch
 from edge_runtime.training.gate import Gate
-from edge_runtime.training.loop import Targets
 from fedfmsl.protocol.bundle import Bundle, file_sha256
 from fedfmsl.protocol.messages import EngineChoice, EngineName, Training
 
@@ -74,8 +73,7 @@ def probe_levels(
     hidden = np.random.default_rng(0).standard_normal((BATCH, dims.tokens, dims.hidden), np.float32)
     for level, each in memory_plans.items():
         size, trainables = each.micro_batch, theta[: bundle.expert.size(level)]
-        targets = Targets.cross_entropy(np.zeros(size, np.int64))
-        batch = Batch(hidden[:size], targets.labels, targets.gate, targets.other, np.zeros(dims.classes, np.float32))
+        batch = Batch.cross_entropy(hidden[:size], np.zeros(size, np.int64), dims.classes)
         engine.load(level)
         engine.set(trainables)
         engine.predict(hidden[:feature_batch])

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import psutil
 
 MIN_SECONDS = 0.5  # of processor time between two readings, for a meaningful difference
-FAMILY_SECONDS = 30.0  # between two searches for child processes, which read every process of the machine
+FAMILY_SECONDS = 30.0  # between two searches for child processes; a search reads every process of the machine
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,13 @@ class ProcessorTimesReader:
                 self._family_until = time.monotonic() + FAMILY_SECONDS
         except (OSError, psutil.Error):
             return None
-        total = sum(times[:8])  # what follows are the guests' times, which are part of the user's
+        total = sum(times[:8])  # the other fields are guest times, which user time includes
         idle = times.idle + getattr(times, "iowait", 0.0)
         return ProcessorTimes(total, total - idle - sum(map(_seconds, self._family)))
 
 
 def _seconds(process: psutil.Process) -> float:
-    """Processor time of a process and its ended children; 0 for an ended process, whose parent has it now."""
+    """Processor time of a process and its ended children. 0 for an ended process: its parent's time includes it."""
     with contextlib.suppress(psutil.Error):
         times = process.cpu_times()
         return float(times.user + times.system + times.children_user + times.children_system)

@@ -1,6 +1,6 @@
-"""Readings of the machine from Linux' files, and from NetworkManager if it is installed (ours).
+"""Sensor readings from /proc and /sys, and from NetworkManager if it is installed (ours).
 
-A reading is unknown if its file is missing, unreadable or has an implausible value. To read all takes a few
+A reading is unknown if its file is missing, unreadable or has an implausible value. Reading all sensors takes a few
 milliseconds.
 """
 

@@ -1,7 +1,7 @@
 """Between two steps of a computation: pause, stop, and measure how long steps take.
 
 The computation runs in the worker thread. The I/O loop controls it from its own thread through a `StepControl`. A pause
-only waits, in the middle of whatever is being computed, so the result is the same to the bit.
+only delays the computation, so the result is bit-identical.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class StepControl:
             self._changed.notify_all()
 
     def stop(self, stopped: bool = True) -> None:
-        """Has the next check raise WorkStoppedError, also during a pause. With False the next computation may start."""
+        """Makes the next check raise WorkStoppedError, also during a pause. `stop(False)` ends that."""
         with self._changed:
             self._stopped = stopped
             self._changed.notify_all()

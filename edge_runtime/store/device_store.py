@@ -1,4 +1,4 @@
-"""The files that a device needs after a restart: its name, its models and what it has learned about its machine.
+"""The state directory: the files that a device needs after a restart.
 
 STATE/identity           the device's name, created at the first start
 STATE/session            see `edge_runtime.store.outbox`
@@ -16,7 +16,7 @@ STATE/lock               held by the process that uses this directory
 STATE/plan.json          the measured memory plan
 STATE/health.json        the last health message
 STATE/skipped.txt        files that are not used, and why
-STATE/samples.sqlite     what the device knows of its samples, with their splits (see `edge_runtime.data.ledger`)
+STATE/samples.sqlite     the device's files and the splits of its samples (see `edge_runtime.data.ledger`)
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class DeviceStore:
                 ) from error
 
     def remove_temporary_files(self) -> None:
-        """Removes what a killed process has left. No other process may write at the same time."""
+        """Removes the temporary files of a killed process. No other process may write at the same time."""
         files = [self.personal, self.baseline, self.residual, self.results, self.mixture, self.personalized]
         files += [self.health, self.skipped]
         temporary = [path for folder in ("globals", "outbox") for path in (self.root / folder).glob(".*")]

@@ -13,7 +13,7 @@ class GlobalStore:
         self._folder = state / "globals"
 
     def read(self, sha256: str) -> bytes | None:
-        """A blob, if it is there and its checksum is right."""
+        """The blob, or None if it is missing or damaged."""
         path = self._folder / sha256
         if not path.is_file():
             return None

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 from support.processes import Federation, Observer, Process, Processes, free_port, run_module
 from support.tools import find_tool
 
-from edge_runtime.data.images import load_pixels
+from edge_runtime.data.inputs import reader_for
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.messages import Globals, Round, Stage
 from fedfmsl.protocol.peft_names import from_peft
@@ -180,7 +180,7 @@ def test_the_adapter_in_torch_gives_the_logits_of_the_global_expert(run: Finishe
     bundle = Bundle.load(run.federation.bundle)
     manifest, level = bundle.manifest, run.last.level
     paths = sorted(run.federation.photos["device-2"].rglob("*.jpg"))
-    pixels = np.stack([load_pixels(path, manifest.preprocessing) for path in paths])
+    pixels = reader_for(manifest.preprocessing).batch(paths)["pixels"]
     (hidden,) = session(bundle.path("features.onnx")).run([f"hidden_{level}"], {"pixels": pixels})
     predict = session(bundle.path(f"predict-{level}.onnx"))
     (ours,) = predict.run(["logits"], {"hidden": hidden, "theta": announced_expert(run)})
@@ -215,7 +215,7 @@ def test_a_personalized_model_gives_the_probabilities_of_the_daemon(run: Finishe
     model, preprocessing = session(Path(alone)), Bundle.load(run.federation.bundle).manifest.preprocessing
     own = results(run, device)
     assert len(own) == run.rounds[-1]["updates"][device]["samples"] > 0
-    pixels = np.stack([load_pixels(Path(name), preprocessing) for name in own])
+    pixels = reader_for(preprocessing).batch([Path(name) for name in own])["pixels"]
     (probabilities,) = model.run(["probabilities"], {"pixels": pixels})
     np.testing.assert_allclose(probabilities, np.array(list(own.values())), atol=1e-4, rtol=0)
     np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-5)

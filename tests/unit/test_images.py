@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edge_runtime.data.images import REDUCING_GAP, load_pixels, pixel_count
+from edge_runtime.data.images import REDUCING_GAP, pixel_count
+from edge_runtime.data.inputs import reader_for
 from fedfmsl.protocol.bundle import ImagePreprocessing
 
 SIZE = 32
 PREPROCESSING = ImagePreprocessing(size=SIZE, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+READER = reader_for(PREPROCESSING)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "LA", "RGBA", "CMYK", "P", "1", "I;16"])
@@ -23,7 +25,7 @@ def test_every_mode_and_shape_becomes_square_rgb(tmp_path: Path, mode: str, size
     grey16 = noise[:, :, 0].astype(np.uint16) * 257
     image = Image.fromarray(grey16) if mode == "I;16" else Image.fromarray(noise).convert(mode)
     image.save(tmp_path / f"image{suffix}")
-    pixels = load_pixels(tmp_path / f"image{suffix}", PREPROCESSING)
+    pixels = READER.load(tmp_path / f"image{suffix}")
     assert pixels.shape == (SIZE, SIZE, 3)
     assert pixels.dtype == np.uint8
     assert pixels.std() > 0 or size == (1, 1)
@@ -34,7 +36,7 @@ def test_the_centre_of_the_shorter_side_is_kept(tmp_path: Path) -> None:
     wide[:, 64:128] = (255, 0, 0)  # the middle third
     for name, array in (("wide.png", wide), ("tall.png", wide.transpose(1, 0, 2))):
         Image.fromarray(array).save(tmp_path / name)
-        pixels = load_pixels(tmp_path / name, PREPROCESSING)
+        pixels = READER.load(tmp_path / name)
         assert np.median(pixels.reshape(-1, 3), axis=0).tolist() == [255, 0, 0]
         assert pixels[8:-8, 8:-8, 0].min() > 250
 
@@ -43,7 +45,7 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path) -> None:
     grey = np.random.default_rng(2).integers(0, 256, (SIZE, SIZE), dtype=np.uint8)
     Image.fromarray(grey).save(tmp_path / "8.png")
     Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "16.png")
-    eight, sixteen = (load_pixels(tmp_path / name, PREPROCESSING) for name in ("8.png", "16.png"))
+    eight, sixteen = (READER.load(tmp_path / name) for name in ("8.png", "16.png"))
     assert np.array_equal(eight, sixteen)
 
 
@@ -53,7 +55,7 @@ def test_an_image_is_rotated_by_its_orientation_tag(tmp_path: Path) -> None:
     turned[0x0112] = 6  # a quarter turn
     image.rotate(-90, expand=True).save(tmp_path / "upright.png")
     image.save(tmp_path / "tagged.png", exif=turned)
-    upright, tagged = (load_pixels(tmp_path / name, PREPROCESSING) for name in ("upright.png", "tagged.png"))
+    upright, tagged = (READER.load(tmp_path / name) for name in ("upright.png", "tagged.png"))
     assert np.array_equal(upright, tagged)
 
 
@@ -61,7 +63,7 @@ def test_an_image_is_rotated_by_its_orientation_tag(tmp_path: Path) -> None:
 def test_webp_is_read(tmp_path: Path, quality: dict[str, bool]) -> None:
     grey = np.full((50, 40, 3), 200, np.uint8)
     Image.fromarray(grey).save(tmp_path / "a.webp", **quality)
-    assert np.abs(load_pixels(tmp_path / "a.webp", PREPROCESSING).astype(int) - 200).max() < 4
+    assert np.abs(READER.load(tmp_path / "a.webp").astype(int) - 200).max() < 4
 
 
 def test_a_large_photo_is_decoded_smaller_and_looks_the_same(tmp_path: Path) -> None:
@@ -74,9 +76,9 @@ def test_a_large_photo_is_decoded_smaller_and_looks_the_same(tmp_path: Path) -> 
     assert pixel_count(tmp_path / "photo.jpg", SIZE) == 225 * 300
     assert pixel_count(tmp_path / "photo.jpg", 600 // REDUCING_GAP) == 900 * 1200
     assert pixel_count(tmp_path / "progressive.jpg", SIZE) == pixel_count(tmp_path / "photo.png", SIZE) == 1800 * 2400
-    whole = load_pixels(tmp_path / "photo.png", PREPROCESSING).astype(int)
+    whole = READER.load(tmp_path / "photo.png").astype(int)
     for name in ("photo.jpg", "progressive.jpg"):
-        assert np.abs(load_pixels(tmp_path / name, PREPROCESSING).astype(int) - whole).max() < 6
+        assert np.abs(READER.load(tmp_path / name).astype(int) - whole).max() < 6
 
 
 def test_a_file_that_is_not_an_image_has_no_pixels(tmp_path: Path) -> None:

@@ -12,8 +12,7 @@ from PIL import Image
 from support.samples import CLASSES, write_photos
 
 from edge_runtime.data.folder import scan_once
-from edge_runtime.data.images import load_pixels
-from edge_runtime.data.inputs import IMAGES, TEXTS
+from edge_runtime.data.inputs import IMAGES, TEXTS, reader_for
 from edge_runtime.data.samples import Splits, assign_new_samples, labels_of
 from fedfmsl.errors import InputError
 from fedfmsl.protocol.bundle import ImagePreprocessing
@@ -203,7 +202,7 @@ def test_unreadable_images_are_skipped_and_named(folder: Path) -> None:
     assert contents(splits) == before
     for name in bad:
         with pytest.raises(InputError, match=name):
-            load_pixels(folder / "plum" / name, PREPROCESSING)
+            reader_for(PREPROCESSING).load(folder / "plum" / name)
 
 
 def test_held_out_samples_of_a_class_are_similar_and_as_many_as_before(tmp_path: Path) -> None:

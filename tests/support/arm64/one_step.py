@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_runtime.data.images import load_pixels
+from edge_runtime.data.inputs import reader_for
 from edge_runtime.engines.base import Batch, MemoryPlan
 from edge_runtime.engines.sessions import open_session, run
 from edge_runtime.engines.step_graph import StepGraphEngine
@@ -27,7 +27,7 @@ def main(folder: str, level: str, out: str, image: str = "") -> None:
     dims = bundle.manifest.dims
     hidden = np.random.default_rng(0).standard_normal((1, dims.tokens, dims.hidden), np.float32)
     if image:
-        pixels = load_pixels(Path(image), bundle.manifest.preprocessing)[None]
+        pixels = reader_for(bundle.manifest.preprocessing).load(Path(image))[None]
         started = time.perf_counter()
         (hidden,) = run(open_session(bundle, "features.onnx", THREADS), [f"hidden_{k}"], {"pixels": pixels})
         print(f"pass {time.perf_counter() - started:.1f} s")
