@@ -161,7 +161,7 @@ def test_refusals_are_added_up(vit: Built, folder: Path) -> None:
 
 def test_only_one_server_works_in_a_folder(vit: Built, folder: Path) -> None:
     first, second = opened(vit, folder).store, RunStore(folder)
-    with first.locked(), pytest.raises(RunError, match="another server works in"), second.locked():
+    with first.locked(), pytest.raises(RunError, match="another server runs in"), second.locked():
         pass
     with second.locked():
         pass
