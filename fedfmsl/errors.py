@@ -1,18 +1,12 @@
-"""All errors that a user can cause, as one tree. A process that ends with one uses its exit code.
+"""The errors that a user can fix. The text of each is one line: what is wrong, where, and what to do.
 
-FedFMSLError              1   the user can fix it; the text is one line: what, where, what to do
-├── ConfigError           2   an option or a setting has an invalid value
-├── InputError            3   images, texts, folders or class names cannot be used
-├── BundleError           4   a bundle is missing, altered, or of another model
-├── WeightsError          5   model weights cannot be found, downloaded or recognized
-├── BrokerError           6   the MQTT broker cannot be reached or refuses the connection
-├── MessageError          7   a message is not valid (never fatal to its receiver)
-└── RunError              8   a run cannot continue: too few devices, a process that ended early
+A process that ends with one of them has its exit code; `fedfmsl.common.exit_codes` has the meaning of each. A
+MessageError never ends the process that receives the message.
 """
 
 from __future__ import annotations
 
-LINE = 300  # longest text from outside, in characters
+LINE = 300  # maximum length of untrusted text, in characters
 
 
 def one_line(text: object) -> str:

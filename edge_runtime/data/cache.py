@@ -23,7 +23,7 @@ CHECKSUM = 4  # bytes at the end of each file
 
 
 class Priority(IntEnum):
-    """Of a folder. Files of the lowest priority are deleted first."""
+    """The priority of a folder. Files of the lowest priority are deleted first."""
 
     AHEAD = 0  # computed before it is needed
     DERIVED = 1  # quickly computed from other files

@@ -69,7 +69,7 @@ class FeatureCache:
         reader: SampleReader | None = None,
     ) -> None:
         """`batch_size` samples go through the backbone at once. `free_memory` is called before a graph is opened.
-        `reader` is shared with the scan of the folder; default: an own one. Raises ConfigError or BundleError as
+        `reader` is shared with the scan of the folder; default: a new one. Raises ConfigError or BundleError as
         `reader_of` does."""
         self._disk = disk
         self._bundle = bundle
@@ -125,7 +125,7 @@ class FeatureCache:
         return self._states(folder, samples, lift)
 
     def pooled(self, samples: Sequence[Sample], level: int) -> Floats:
-        """Pooled features of the frozen backbone. Shape (n, F). A pass for missing samples also stores hidden states."""
+        """Pooled features (n, F) of the frozen backbone. A pass for missing samples also stores hidden states."""
         folder = self._folder(POOLED, Priority.SMALL)
         rows = {sample.sha256: self._disk.get(folder, sample.sha256) for sample in samples}
         for part, features in self._extract([s for s in samples if rows[s.sha256] is None], level):
@@ -144,7 +144,7 @@ class FeatureCache:
         return self._disk.used
 
     def keep_free(self) -> None:
-        """Deletes states until the disk has its reserve of free space again."""
+        """Deletes states until `keep_free` bytes of the disk are free (see `DiskCache`)."""
         self._disk.keep_free()
 
     def drop_others(self, samples: Iterable[Sample]) -> None:
@@ -152,7 +152,7 @@ class FeatureCache:
         self._disk.drop_others({sample.sha256 for sample in samples})
 
     def evict_all(self) -> None:
-        """Deletes everything, because the disk is needed; it is computed again later."""
+        """Deletes everything to free the disk. States are computed again when they are needed."""
         self._disk.evict_all()
 
     def _folder(self, name: str, priority: Priority) -> str:

@@ -1,4 +1,4 @@
-"""A folder of samples whose files come and go, and the splits that each scan of it gives."""
+"""The sample folder. Each scan returns the splits of the files that are in it at that time."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ from fedfmsl.common.class_folders import ClassFile, Listing, SkippedFile, walk_c
 from fedfmsl.errors import InputError
 from fedfmsl.protocol.bundle import Bundle
 
-WRITE_SECONDS = 2.0  # after its last change a file may still be written to
-REASONS = 3  # in an error
-UNLIMITED = 2**62
+WRITE_SECONDS = 2.0  # after its last change, a file may still be written
+REASONS = 3  # that an error lists
+UNLIMITED = 2**62  # an extent
 REMEMBERED_AT_ONCE = 100  # files
 TOO_LARGE = "needs more memory to read than the device has planned; make it smaller, or restart the device"
 
-Outcome = Sample | SkippedFile | None  # None: the file may still be written to; the next scan reads it
+# Of reading a file. None: another process may still write the file; the next scan reads it.
+FileResult = Sample | SkippedFile | None
 
 
 class SampleFolder:
@@ -41,7 +42,7 @@ class SampleFolder:
         reader: SampleReader | None = None,
     ) -> None:
         """`labels` is a CSV file (see `edge_runtime.data.labels`). `reader` is shared with the feature cache; default:
-        an own one. Raises ConfigError or BundleError as `reader_of` does."""
+        a new one. Raises ConfigError or BundleError as `reader_of` does."""
         self._folder = folder
         self._classes = {name: label for label, name in enumerate(bundle.manifest.classes)}
         self._preprocessing = bundle.manifest.preprocessing.model_dump_json()
@@ -51,9 +52,11 @@ class SampleFolder:
         self._largest = UNLIMITED
 
     def scan(self, wait: float = 0.0, report: Report = lambda *_: None) -> Splits:
-        """The folder's samples; `assign_new_samples` has to follow. A file that may still be written to is left for the
-        next scan; for up to `wait` seconds it is waited for. The largest sample of the first scan decides the memory
-        plan: later ones that need more memory are skipped.
+        """The folder's samples; `assign_new_samples` has to follow.
+
+        A file that changed less than WRITE_SECONDS ago is left for the next scan. If there is one, waits `wait` seconds
+        first. The largest sample of the first scan decides the memory plan: later ones that need more memory are
+        skipped.
 
         Raises InputError if there is nothing to train on, ConfigError or OSError as `open_ledger` does.
         """
@@ -63,17 +66,17 @@ class SampleFolder:
             listing = self._walk()
         with open_ledger(self._store.samples) as ledger:
             ledger.set_preprocessing(self._preprocessing)
-            outcomes = list(self._outcomes(ledger, listing.files, report))
-            kept = ledger.splits({outcome.sha256 for outcome in outcomes if isinstance(outcome, Sample)})
-            splits = _assign(listing, outcomes, tuple(self._classes), kept)
-            _check(splits, self._folder, self._reader.kind)
+            results = list(self._results(ledger, listing.files, report))
+            kept = ledger.splits({result.sha256 for result in results if isinstance(result, Sample)})
+            splits = _assign(listing, results, tuple(self._classes), kept)
+            _require_training_samples(splits, self._folder, self._reader.kind)
             ledger.forget_others({file.name for file in listing.files})  # after the check: an unmounted disk is empty
         if self._largest == UNLIMITED:
             self._largest, _ = largest(splits.samples, self._reader.kind)
         return splits
 
     def forget(self, path: Path) -> None:
-        """Has the next scan read a file again that changed but kept its size and date."""
+        """Makes the next scan read a file again. It changed but kept its size and date."""
         with open_ledger(self._store.samples) as ledger:
             ledger.forget([path.relative_to(self._folder).as_posix()])
 
@@ -83,11 +86,11 @@ class SampleFolder:
             return walk_labelled(self._folder, kind, self._labels, classes)
         return walk_classes(self._folder, kind.suffixes, kind.noun, classes)
 
-    def _outcomes(self, ledger: Ledger, files: Sequence[ClassFile], report: Report) -> Iterator[Outcome]:
+    def _results(self, ledger: Ledger, files: Sequence[ClassFile], report: Report) -> Iterator[FileResult]:
         fresh: list[tuple[ClassFile, Sample]] = []
         for index, file in enumerate(files, start=1):
             label = self._classes[file.label]
-            found: Outcome = ledger.recall(file, label)
+            found: FileResult = ledger.recall(file, label)
             if found is None and not _is_recent(file):
                 found = _read(self._reader, file, label, self._largest)
                 if isinstance(found, Sample) and found.extent <= self._largest:
@@ -101,8 +104,8 @@ class SampleFolder:
 
 
 def largest(samples: Sequence[Sample], kind: Kind) -> tuple[int, Path]:
-    """The extent and the file of the sample that takes most memory to read. All ordinary ones have the same extent, so
-    that a new one does not require a new memory plan."""
+    """The extent and the file of the sample that takes most memory to read. The extent is at least `kind.ordinary`, so
+    that a new ordinary sample does not require a new memory plan."""
     most = max(samples, key=lambda sample: sample.extent)
     return max(most.extent, kind.ordinary), most.path
 
@@ -112,11 +115,11 @@ def scan_once(folder: Path, classes: Sequence[str], kind: Kind) -> Splits:
     listing = walk_classes(folder, kind.suffixes, kind.noun, classes)
     check = Reader(kind, "", lambda data: np.empty(0) if kind.is_readable(data) else None, lambda file, size: 0)
     reader = SampleReader(check)
-    outcomes = [
+    results = [
         _usable(_read(reader, file, classes.index(file.label), UNLIMITED), kind, UNLIMITED) for file in listing.files
     ]
-    splits = _assign(listing, outcomes, classes, kept={})
-    _check(splits, folder, kind)
+    splits = _assign(listing, results, classes, kept={})
+    _require_training_samples(splits, folder, kind)
     return splits
 
 
@@ -125,7 +128,7 @@ def _is_recent(file: ClassFile) -> bool:
     return abs(time.time() - file.version.mtime_ns / 1e9) < WRITE_SECONDS
 
 
-def _read(reader: SampleReader, file: ClassFile, label: int, largest: int) -> Outcome:
+def _read(reader: SampleReader, file: ClassFile, label: int, largest: int) -> FileResult:
     try:
         return reader.read(file, label, largest)
     except FileNotFoundError:
@@ -134,7 +137,7 @@ def _read(reader: SampleReader, file: ClassFile, label: int, largest: int) -> Ou
         return SkippedFile(file.path, f"cannot be read ({error.strerror})")
 
 
-def _usable(found: Outcome, kind: Kind, largest: int) -> Outcome:
+def _usable(found: FileResult, kind: Kind, largest: int) -> FileResult:
     if isinstance(found, Sample) and found.extent > largest:
         return SkippedFile(found.path, TOO_LARGE)
     if isinstance(found, Sample) and not found.sha256:
@@ -142,15 +145,17 @@ def _usable(found: Outcome, kind: Kind, largest: int) -> Outcome:
     return found
 
 
-def _assign(listing: Listing, outcomes: Sequence[Outcome], classes: Sequence[str], kept: Mapping[str, Split]) -> Splits:
+def _assign(
+    listing: Listing, results: Sequence[FileResult], classes: Sequence[str], kept: Mapping[str, Split]
+) -> Splits:
     """Each content is used once; a content in two classes is skipped."""
     found: dict[str, list[tuple[Sample, bool]]] = {}  # content → its files, and whether each is in the test folder
     skipped = list(listing.skipped)
-    for file, outcome in zip(listing.files, outcomes, strict=True):
-        if isinstance(outcome, SkippedFile):
-            skipped.append(outcome)
-        elif outcome is not None:
-            found.setdefault(outcome.sha256, []).append((outcome, file.is_test))
+    for file, result in zip(listing.files, results, strict=True):
+        if isinstance(result, SkippedFile):
+            skipped.append(result)
+        elif result is not None:
+            found.setdefault(result.sha256, []).append((result, file.is_test))
     samples, tests = [], []
     for same in found.values():
         others = [next((other for other, _ in same if other.label != sample.label), None) for sample, _ in same]
@@ -166,15 +171,13 @@ def _assign(listing: Listing, outcomes: Sequence[Outcome], classes: Sequence[str
     return replace(splits, skipped=(*skipped, *splits.skipped))
 
 
-def _check(splits: Splits, folder: Path, kind: Kind) -> None:
+def _require_training_samples(splits: Splits, folder: Path, kind: Kind) -> None:
     if splits.train:
         return
-    why: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     for each in splits.skipped:
-        why.setdefault(each.reason, str(each))
-    if not why:
+        reasons.setdefault(each.reason, str(each))
+    if not reasons:
         raise InputError(f"{kind.noun} folder {folder} holds no {kind.noun}s; put them into one subfolder per class")
-    more = "" if len(why) <= REASONS else "; …"
-    raise InputError(
-        f"{kind.noun} folder {folder} holds no {kind.noun}s to train on: {'; '.join([*why.values()][:REASONS])}{more}"
-    )
+    examples = "; ".join([*reasons.values()][:REASONS]) + ("; …" if len(reasons) > REASONS else "")
+    raise InputError(f"{kind.noun} folder {folder} holds no {kind.noun}s to train on: {examples}")

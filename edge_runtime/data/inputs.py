@@ -19,8 +19,8 @@ from fedfmsl.protocol.bundle import Bundle, Preprocessing, TextPreprocessing
 
 @dataclass(frozen=True)
 class Kind:
-    """`noun` names a file in messages, and the kind in the manifest's preprocessing. Files up to the extent `ordinary`
-    (see `Reader`) take little memory to read."""
+    """`noun` names a file in messages, and the kind in the manifest's preprocessing. Files of at most the
+    extent `ordinary` (see `Reader`) take little memory to read."""
 
     noun: str
     suffixes: frozenset[str]
@@ -81,5 +81,5 @@ def reader_for(preprocessing: Preprocessing, tokenizer: str = "") -> Reader:
 
 
 def reader_of(bundle: Bundle) -> Reader:
-    """Parses a text model's tokenizer; keep the reader rather than make it again."""
+    """`reader_for` the samples of a bundle. It parses a text model's tokenizer, so keep the reader."""
     return reader_for(bundle.manifest.preprocessing, bundle.tokenizer())

@@ -1,5 +1,5 @@
-"""What a device remembers of its samples, in one SQLite file: the content of each file, so that a restart reads no file
-again, and the split of each content, so that it never changes.
+"""The ledger of a device's samples, one SQLite file. It has the SHA-256 of each file, so that a restart reads no file
+again, and the split of each SHA-256, so that it never changes.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ CREATE TABLE IF NOT EXISTS slices (place INTEGER PRIMARY KEY, sha256 TEXT NOT NU
 
 
 class Ledger:
-    """Made by `open_ledger`. Files are named by their path below the folder of samples. On a full disk files are not
-    remembered, and are read again at the next scan."""
+    """Made by `open_ledger`. Files are named by their path below the sample folder. On a full disk new files are not
+    stored, and are read again at the next scan."""
 
     def __init__(self, db: sqlite3.Connection) -> None:
         self._db = db
@@ -42,7 +42,7 @@ class Ledger:
                 self._db.execute("INSERT INTO reading VALUES (?)", (preprocessing,))
 
     def recall(self, file: ClassFile, label: int) -> Sample | None:
-        """The sample of a file that was read in this version."""
+        """The sample of a file, or None if this version of it was not read before."""
         row = self._db.execute(
             "SELECT sha256, extent FROM files WHERE path = ? AND size = ? AND mtime_ns = ?",
             (os.fsencode(file.name), file.version.size, file.version.mtime_ns),

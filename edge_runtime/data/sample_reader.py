@@ -1,9 +1,9 @@
-"""Reads each new file once: its bytes give the SHA-256 and the decoded input, which waits in memory for its features
-(ours).
+"""Reads each new file once (ours), for its SHA-256 and its decoded input. The input stays in memory until its features
+are computed.
 
-The memory for decoded inputs is bounded. Photos that come one by one fit in it and are opened once. A device's first
-scan may find thousands: it measures the memory that features will take before it may compute any, so inputs that do not
-fit are read a second time, for their features.
+The memory for decoded inputs is bounded. Photos that arrive one by one fit, and are opened once. A device's first scan
+may find thousands, and features are computed only after the memory plan is made. Inputs that do not fit until then are
+read a second time.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ KEPT_BYTES = 2**23  # of decoded inputs: 55 images of 224 × 224 pixels, or thou
 
 
 class SampleReader:
-    """One per process: the scan of the folder fills its memory of decoded inputs, the feature cache empties it."""
+    """One per process. The scan of the folder adds decoded inputs, the feature cache removes them."""
 
     def __init__(self, reader: Reader, kept_bytes: int = KEPT_BYTES) -> None:
         self._reader = reader
@@ -66,7 +66,7 @@ class SampleReader:
     def batch(self, samples: Sequence[Sample]) -> dict[str, NDArray[Any]]:
         """`pixels` (B, S, S, 3) uint8 or `tokens` (B, N) int64.
 
-        Raises SampleChangedError if a file that has to be read is not the sample any more.
+        Raises SampleChangedError if a file that has to be read has changed.
         """
         return {self._reader.input: np.stack([self._input(sample) for sample in samples])}
 
@@ -77,7 +77,7 @@ class SampleReader:
         try:
             with sample.path.open("rb") as opened:
                 size = min(os.fstat(opened.fileno()).st_size, MAX_FILE_BYTES)
-                data = opened.read(size + 1)  # allocates as much
+                data = opened.read(size + 1)  # read() without a size could allocate any amount
         except OSError as error:  # deleted, or its disk was removed
             raise SampleChangedError(sample.path) from error
         if hashlib.sha256(data).hexdigest() != sample.sha256:

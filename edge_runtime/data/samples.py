@@ -1,8 +1,8 @@
 """The samples of a device and their splits: train, held-out and test.
 
 The split of a sample follows its content, not its name or date, and is kept (see `edge_runtime.data.ledger`): a content
-that was trained on is never tested on. Unassigned samples get their split in two steps, because the second needs their
-features: `assign_splits`, then `assign_new_samples`.
+that was trained on never becomes a test sample. Unassigned samples get their split in two steps, because the second
+needs their features: `assign_splits`, then `assign_new_samples`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from fedfmsl.errors import InputError
 HELD_OUT_SHARE = 0.2
 TEST_SHARE = 0.2
 LEAST = 2  # samples per trained class: one to train on, one held out
-NEAR_DUPLICATE = 0.5  # nearest distance in one split below this times that in the other, as in Lowe's ratio test
+# A sample is a near-duplicate of its nearest neighbour if that is closer than this times the nearest one in the other
+# split (Lowe's ratio test).
+NEAR_DUPLICATE = 0.5
 TOO_FEW = "is the only sample of its class; add more: a class needs at least two, one to train on and one held out"
 
 
@@ -164,7 +166,7 @@ def _content(sample: Sample) -> str:
 def _own_test_split(
     samples: Sequence[Sample], tests: Sequence[Sample], kept: Mapping[str, Split]
 ) -> tuple[list[Sample], list[Sample], list[SkippedFile]]:
-    """Samples to train on, samples to test on, and skipped ones: in both folders, or in the other split before."""
+    """Samples to train on, samples to test on, and skipped ones: in both folders, or in the other split earlier."""
     present = set(map(_content, samples))
     to_train, to_test, skipped = [], [], []
     for sample in samples:

@@ -25,7 +25,7 @@ def extent(file: BinaryIO, file_size: int) -> int:
 
 
 class TextTokenizer:
-    """A file of Hugging Face's `tokenizers`, with the text length of a bundle."""
+    """Tokenizes texts with Hugging Face's `tokenizers`, to the text length of a bundle."""
 
     def __init__(self, json: str, preprocessing: TextPreprocessing) -> None:
         """Raises ConfigError if the tokenizers package is not installed, BundleError if `json` cannot be parsed."""

@@ -82,8 +82,8 @@ class OrtTrainingEngine:
         """`threads` = 0 uses all cores. `memory_plans` by level; see `memory_plan_of` for the default."""
         self._bundle = bundle
         self._threads = threads
-        self._fits = memory_plans or {}
-        self._fit = MemoryPlan(1)
+        self._memory_plans = memory_plans or {}
+        self._memory_plan = MemoryPlan(1)
         self._level = 0
         self._theta: Vector = np.empty(0, np.float32)
         self._training: Training | None = None
@@ -96,7 +96,7 @@ class OrtTrainingEngine:
         if level != self._level:
             self.release()
             self._level = level
-            self._fit = memory_plan_of(self._fits, self._bundle, level)
+            self._memory_plan = memory_plan_of(self._memory_plans, self._bundle, level)
 
     def set(self, theta: Vector, training: Training | None = None) -> None:
         self._theta = theta
@@ -113,12 +113,12 @@ class OrtTrainingEngine:
         if self._training is None:
             raise RuntimeError("step() needs an optimizer: call set(theta, training) first")
         if self._session is None:
-            if self._fit.lean:
+            if self._memory_plan.lean:
                 self.release()
             rate = self._training.learning_rate
             self._session = TrainingSession(self._bundle, self._level, self._theta, rate, self._threads)
         self._session.drop_gradient()
-        loss = sum(self._session.add_gradient(inputs) for inputs in batch.micro_batches(self._fit.micro_batch))
+        loss = sum(self._session.add_gradient(inputs) for inputs in batch.micro_batches(self._memory_plan.micro_batch))
         self._session.put(self._theta * self._decay_factors)
         self._session.update()
         self._theta = self._session.get()
@@ -126,7 +126,7 @@ class OrtTrainingEngine:
 
     def predict(self, hidden: Floats) -> Floats:
         if self._predict_session is None:
-            lean = self._fit.lean
+            lean = self._memory_plan.lean
             self._predict_session = open_session(self._bundle, f"predict-{self._level}.onnx", self._threads, not lean)
         (logits,) = run(self._predict_session, ["logits"], {"hidden": hidden, "theta": self._theta})
         return logits

@@ -8,7 +8,7 @@ import numpy as np
 from fedfmsl.algorithms.arrays import Floats, Labels, Vector
 
 SCALE = 20.0  # logits between the best class and an orthogonal one at the start (ours)
-MIN_NORM = 1 / 64  # floor of a mean feature norm, over √F (ours): backbones are far above it, noised norms may not be
+MIN_NORM = 1 / 64  # least mean feature norm, over √F (ours): only a norm with noise can be below it
 
 
 def class_sums(features: Floats, labels: Labels, classes: int) -> dict[str, Vector]:

@@ -1,7 +1,7 @@
 """Folders of labelled files, walked the same way by the export, the trial and the daemon.
 
-Two forms are understood: `DIR/<class>/…`, and `DIR/train/<class>/…` with `DIR/test/<class>/…`. Hidden entries and the
-leftovers of operating systems are ignored. Entries come in the order of their names.
+There are two forms: `DIR/<class>/…`, and `DIR/train/<class>/…` with `DIR/test/<class>/…`. Hidden entries and files
+that operating systems create are ignored. Entries are in the order of their names.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ TRAIN, TEST = "train", "test"
 IGNORED = frozenset(
     {"Thumbs.db", "desktop.ini", "@eaDir", "__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information"}
 )
-CLASSES_NAMED = 8  # in a reason
+CLASSES_NAMED = 8  # that a reason lists
 
 
 @dataclass(frozen=True, slots=True)
 class FileVersion:
-    """Differs after the file was written to."""
+    """Changes when the file is written."""
 
     size: int
     mtime_ns: int

@@ -43,7 +43,7 @@ class _Application(typer.Typer):
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
-    """SIGTERM exits through `finally` blocks: files are closed and child processes end."""
+    """Exits through `finally` blocks, so that files are closed and child processes end."""
     sys.exit(128 + number)
 
 

@@ -27,7 +27,7 @@ _BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 
 @dataclass(frozen=True)
 class Setting:
-    """What help and reference show of one setting."""
+    """A setting as the help and the reference page show it."""
 
     key: str
     help: str

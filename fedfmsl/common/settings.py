@@ -120,8 +120,8 @@ def read_settings(
     except ValidationError as error:
         places = {
             **file.places,
-            **{key: f"{variable_of(key)} {_shown(value)}" for key, value in env().items()},
-            **{key: f"{flag_of(key)} {_shown(str(value))}" for key, value in (flags or {}).items()},
+            **{key: f"{variable_of(key)} {_redacted(value)}" for key, value in env().items()},
+            **{key: f"{flag_of(key)} {_redacted(str(value))}" for key, value in (flags or {}).items()},
         }
         problems += [_explain(details, places, config) for details in error.errors()]
     if problems:
@@ -143,7 +143,7 @@ class TomlSource(InitSettingsSource):
             if key not in file_model.model_fields:
                 self.problems.append(f"{place}: {key!r} is not a setting; {_suggest(key, file_model.model_fields)}")
             elif key in model.model_fields and path:
-                self.places[key] = f"{place}: {key} = {_shown(value)}"
+                self.places[key] = f"{place}: {key} = {_redacted(value)}"
                 values[key] = _resolve(value, path) if type_of(model.model_fields[key])[0] is Path else value
         super().__init__(model, values)
 
@@ -188,8 +188,8 @@ def _line_of(text: str, key: str) -> str:
     return f":{text.count(chr(10), 0, found.start()) + 1}" if found else ""
 
 
-def _shown(value: Any) -> str:
-    """On one line, without keys and passwords."""
+def _redacted(value: Any) -> str:
+    """A value as one line, without private keys and passwords."""
     if not isinstance(value, str):
         return one_line(repr(value))
     return one_line(repr("…" if PEM in value else _PASSWORD.sub(r"\1", value)))

@@ -39,7 +39,7 @@ from fedfmsl.protocol.messages import Count, Number, Positive
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 4 * 1024 * 1024
 TOKENIZER = "tokenizer.json"
-Precision = Literal["fp32", "int8"]  # of the frozen projections
+Precision = Literal["fp32", "int8"]  # of the frozen weight matrices
 FileName = Annotated[str, Field(pattern=r"^[0-9A-Za-z][0-9A-Za-z._-]{0,127}$")]  # of a file beside the manifest
 
 

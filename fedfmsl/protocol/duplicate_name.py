@@ -1,9 +1,9 @@
 """Which of several running processes with one name is the newest (ours).
 
 Each process publishes its status, retained, under the name that they share, and receives every status published there.
-The broker puts these statuses into one order. A status that arrives before a process's own is from an earlier process:
-as a rule its own previous life. A status that arrives after its own is from a newer process. So of any number of
-processes exactly one, the newest, finds no newer one.
+The broker puts these statuses into one order. A status that arrives before a process's own is from an earlier process,
+usually the one before a restart. A status that arrives after its own is from a newer process. So exactly one process,
+the newest, finds no newer one.
 """
 
 from __future__ import annotations

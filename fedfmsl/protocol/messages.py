@@ -247,10 +247,10 @@ def parse(message_type: type[M], payload: bytes) -> M:
     try:
         return message_type.model_validate_json(payload)
     except ValidationError as error:
-        raise MessageError(f"not a valid {message_type.__name__}: {first_of(error)}") from None
+        raise MessageError(f"not a valid {message_type.__name__}: {first_error(error)}") from None
 
 
-def first_of(error: ValidationError) -> str:
+def first_error(error: ValidationError) -> str:
     """The first problem as one line. Of more than 100 only the number: listing them takes megabytes."""
     if error.error_count() > 100:
         return f"{error.error_count()} errors"

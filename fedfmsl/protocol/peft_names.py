@@ -15,7 +15,7 @@ Tensors = Mapping[str, NDArray[Any]]
 
 
 def to_peft(spec: PeftSpec, tensors: Tensors) -> dict[str, NDArray[Any]]:
-    """Layout names → keys of `adapter_model.safetensors`; the head gets zeros up to the width of the classifier."""
+    """Layout names → keys of `adapter_model.safetensors`. Pads the head with zeros to the width of the classifier."""
     renamed = {}
     for name, tensor in tensors.items():
         if name == "classifier.weight":

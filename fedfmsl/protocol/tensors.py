@@ -1,4 +1,4 @@
-"""Conversion between named tensors with a header and bytes. No other module does it.
+"""Blobs: named tensors with a header as bytes, and back.
 
 A *blob* is a safetensors file with one JSON header in its metadata. Nothing is ever unpickled.
 """
@@ -17,7 +17,7 @@ from safetensors.numpy import load, save
 
 from fedfmsl.algorithms.arrays import Tensors
 from fedfmsl.errors import MessageError, one_line
-from fedfmsl.protocol.messages import first_of
+from fedfmsl.protocol.messages import first_error
 
 Header = TypeVar("Header", bound=BaseModel)
 
@@ -47,14 +47,14 @@ def unpack(blob: bytes, header_type: type[Header]) -> tuple[Header, dict[str, ND
         metadata = json.loads(blob[8 : 8 + length])["__metadata__"]
         header = header_type.model_validate_json(metadata["header"])
     except ValidationError as error:
-        raise MessageError(f"not a valid {header_type.__name__} blob: {first_of(error)}") from None
+        raise MessageError(f"not a valid {header_type.__name__} blob: {first_error(error)}") from None
     except (SafetensorError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise MessageError(f"not a valid {header_type.__name__} blob: {one_line(error)}") from error
     if len(tensors) > MAX_TENSORS:
         raise MessageError(f"a blob of {len(tensors)} tensors: more than {MAX_TENSORS}")
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES:
-            raise MessageError(one_line(f"tensor {name!r} is {tensor.dtype}, which is no type of an encoding"))
+            raise MessageError(one_line(f"tensor {name!r} is {tensor.dtype}, not float32, float16 or int8"))
     return header, tensors
 
 

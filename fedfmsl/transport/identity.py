@@ -3,7 +3,7 @@
     private key, certificate, certificates of the CA     a device or a server
     certificates of the CA                               a client that only checks the broker (password option)
 
-`python -m devices.provision` makes them. PEM blocks of any other CA in that order work too.
+`python -m devices.provision` makes them. PEM blocks from any other CA work too, in the same order.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def device_name(configured: str | None, identity: Path | None) -> str | None:
 
 
 def client_context(identity: Identity | None) -> ssl.SSLContext:
-    """TLS 1.2 or newer; checks certificate and host name of the peer. Without an identity the system's CAs count."""
+    """TLS 1.2 or newer; checks certificate and host name of the peer. Without an identity, trusts the system's CAs."""
     return identity.client_context() if identity else _client_context("")
 
 

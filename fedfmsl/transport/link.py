@@ -1,4 +1,4 @@
-"""The MQTT link of the server, the devices and the trial's view: one paho client behind a queue of events.
+"""The MQTT link of every process: one paho client behind a queue of events.
 
 paho's thread only puts events into the queue; the owner of the link takes them out, so no lock is needed. The queue is
 short. When it is full, paho's thread waits and reads no more messages, so memory stays bounded.
@@ -148,8 +148,7 @@ class Link:
             return None
 
     def post(self, value: object) -> None:
-        """Has `next_event` return Posted(value) after all earlier events. May be called in any thread. Waits while the
-        queue is full, and does nothing once the link is closed."""
+        """Adds Posted(value) to the queue, in any thread. Waits while the queue is full; does nothing after `close`."""
         self._put(Posted(value))
 
     def close(self, last: paho.MQTTMessageInfo | None = None) -> None:

@@ -42,7 +42,9 @@ def test_a_run_stays_within_its_budget(wide: Bundle, broker: Broker, tmp_path: P
     with Processes(tmp_path / "logs") as processes:
         federation = Federation("bounded", broker, wide.root, {"device-0": photos}, tmp_path, processes)
         with Observer(broker, "bounded") as observer:
-            server = federation.start_server("--stage1-rounds", "1", "--stage2-rounds", "1", "--sal", "all-at-once")
+            server = federation.start_server(
+                "--stage1-rounds", "1", "--stage2-rounds", "1", "--sal", "all-at-once", "--epochs", "1"
+            )
             device = processes.start(
                 "device",
                 *("sh", "-c", f'ulimit -d {(BUDGET + UNTOUCHED) // 1024} && exec "$@"', "sh"),

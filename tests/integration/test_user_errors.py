@@ -255,7 +255,7 @@ CASES = [
         "a memory budget that nothing fits into",
         lambda w: w.device(memory="1MB"),
         CONFIG,
-        ("level 1 needs", "more than the budget of 1MB", "give it --memory"),
+        ("level 1 needs", "more than the budget of 1MB", "set --memory"),
     ),
     *(
         Wrong(f"{option} {text}", command, CONFIG, (option, repr(text), "512MB"))
