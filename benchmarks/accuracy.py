@@ -15,6 +15,7 @@ from typing import Any
 
 import typer
 
+from benchmarks.tables import spread
 from fedfmsl.common.cli import application
 from fedfmsl.errors import RunError
 
@@ -42,8 +43,8 @@ def accuracy(
     ]
     for value in alpha:
         reports = [_trial(value, seed) for seed in range(seeds)]
-        cells = [_spread([report["accuracy"][name]["mean"] for report in reports]) for name in MODELS]
-        cells.append(_spread([report["gate"]["mean_local_weight"] for report in reports]))
+        cells = [spread([report["accuracy"][name]["mean"] for report in reports]) for name in MODELS]
+        cells.append(spread([report["gate"]["mean_local_weight"] for report in reports]))
         training = [sum(report["seconds"][part] for part in ("features", "stage1", "stage2")) for report in reports]
         cells.append(f"{statistics.mean(training):.0f}")
         lines.append(f"| {value} | {' | '.join(cells)} |")
@@ -63,11 +64,6 @@ def _trial(alpha: float, seed: int) -> dict[str, Any]:
         raise RunError(f"the trial {name} failed; its logs are in runs/{name}/logs")
     report: dict[str, Any] = json.loads(path.read_text())
     return report
-
-
-def _spread(values: list[float]) -> str:
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.3f} ± {deviation:.3f}"
 
 
 if __name__ == "__main__":

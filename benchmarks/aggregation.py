@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from typing import Any
 import typer
 
 from benchmarks.federation import History, accuracies, federate, honest, open_devices, scaled
+from benchmarks.tables import spread
 from devices.trial.assets import ASSETS, PHOTOS, fetch
 from devices.trial.dataset import Files, find_files, kind_of
 from devices.trial.groceries import unpack_groceries
@@ -242,7 +243,7 @@ def _row(configuration: Configuration, results: dict[int, dict[str, Any]], refer
     for model in ("global", "mofm"):
         found = {seed: _accuracy(result, model, configuration.hostile) for seed, result in results.items()}
         gained = [value - _accuracy(reference[seed], model, configuration.hostile) for seed, value in found.items()]
-        cells += [_spread(list(found.values())), f"{statistics.mean(gained):+.3f}"]
+        cells += [spread(list(found.values())), f"{statistics.mean(gained):+.3f}"]
     cells.append(f"{statistics.mean(result['bytes_up'] for result in results.values()) / 1024:.1f}")
     return f"| {' | '.join([*cells, _epsilon(configuration)])} |"
 
@@ -256,10 +257,6 @@ def _accuracy(result: dict[str, Any], model: str, hostile: bool) -> float:
 def _epsilon(configuration: Configuration) -> str:
     privacy = configuration.settings.get("privacy")
     return f"{epsilon(privacy, 1 + 12 + 5, DELTA):.3g}" if privacy else "–"
-
-
-def _spread(values: Sequence[float]) -> str:
-    return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
 
 
 if __name__ == "__main__":

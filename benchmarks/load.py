@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,7 @@ import typer
 
 from benchmarks.layouts import layout_bundle
 from benchmarks.simulated import SPARE_FILES, allow_files
+from devices.trial.processes import free_port, last_line, wait_for_port
 from fedfmsl.common.cli import application, console
 from fedfmsl.errors import BrokerError, ConfigError, RunError
 from fedfmsl.protocol.messages import Stage
@@ -118,7 +118,7 @@ def load(
 
 def measure(folder: Path, bundle: Path, devices: int, rounds: int, extra: Sequence[str]) -> Measured:
     """One run. Raises RunError if the server or the fleet fails, BrokerError if mosquitto does not start."""
-    port = _free_port()
+    port = free_port()
     out = folder / f"{devices}-devices"
     out.mkdir()
     (out / "mosquitto.conf").write_text(f"listener {port} 127.0.0.1\n{BROKER_SETTINGS}")
@@ -129,7 +129,8 @@ def measure(folder: Path, bundle: Path, devices: int, rounds: int, extra: Sequen
     started = time.monotonic()
     try:
         processes["broker"] = _start(out, "broker", [_mosquitto(), "-c", str(out / "mosquitto.conf")])
-        _wait_for(port, processes["broker"])
+        if not wait_for_port(port, processes["broker"].process, BROKER_SECONDS):
+            raise BrokerError(f"mosquitto did not start: {last_line(out / 'broker.log')}")
         arguments = [*url, "--out", str(out / "server"), *stages, *extra]
         processes["server"] = _start(out, "server", [*module, "trainer_server", "start", *arguments])
         processes["fleet"] = _start(out, "fleet", [*module, "benchmarks.simulated", *url])
@@ -137,7 +138,7 @@ def measure(folder: Path, bundle: Path, devices: int, rounds: int, extra: Sequen
             for name, monitored in processes.items():
                 monitored.read()
                 if monitored.process.poll():
-                    raise RunError(f"{name} failed with {devices} devices: {_last_line(out / f'{name}.log')}")
+                    raise RunError(f"{name} failed with {devices} devices: {last_line(out / f'{name}.log')}")
             time.sleep(READ_SECONDS)
         processes["broker"].read()
     finally:
@@ -175,28 +176,6 @@ def _mosquitto() -> str:
     if found is None:
         raise BrokerError("mosquitto is not installed; apt-get install mosquitto")
     return found
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
-
-
-def _wait_for(port: int, broker: MonitoredProcess) -> None:
-    end = time.monotonic() + BROKER_SECONDS
-    while time.monotonic() < end and broker.process.poll() is None:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.05)
-    raise BrokerError(f"mosquitto did not start on port {port}; start it by hand to see why")
-
-
-def _last_line(log: Path) -> str:
-    lines = log.read_text(errors="replace").splitlines()
-    return lines[-1] if lines else "no output"
 
 
 def _show(results: Sequence[Measured]) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from fedfmsl.errors import RunError
 
@@ -38,8 +39,7 @@ class LoggedProcess:
             )
 
     def last_line(self) -> str:
-        lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
-        return lines[-1] if lines else "it printed nothing"
+        return last_line(self.log)
 
 
 class Processes:
@@ -71,17 +71,11 @@ class Processes:
 
     def start_broker(self) -> str:
         """Starts the embedded broker on a free port and returns its address. Raises RunError if it does not start."""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         broker = self._broker = self.start("broker", "devices.trial.broker", "--port", str(port))
-        end = time.monotonic() + BROKER_SECONDS
-        while time.monotonic() < end and broker.process.poll() is None:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    return f"mqtt://127.0.0.1:{port}"
-            time.sleep(0.05)
-        raise RunError(f"the embedded broker did not start: {broker.last_line()}")
+        if not wait_for_port(port, broker.process, BROKER_SECONDS):
+            raise RunError(f"the embedded broker did not start: {broker.last_line()}")
+        return f"mqtt://127.0.0.1:{port}"
 
     def wait(self, server: LoggedProcess, refresh: Callable[[], None]) -> None:
         """Waits until the server and every daemon have ended, and calls `refresh` every POLL_SECONDS.
@@ -97,6 +91,31 @@ class Processes:
         for each in (server, *daemons):
             _check(each, server)
         refresh()
+
+
+def free_port() -> int:
+    """A TCP port of this machine that no process listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def wait_for_port(port: int, process: subprocess.Popen[Any], seconds: float) -> bool:
+    """Waits until the process accepts connections on the port. False if it ends or takes longer than `seconds`."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and process.poll() is None:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return True
+        time.sleep(0.05)
+    return False
+
+
+def last_line(log: Path) -> str:
+    """The last line of a log file that is not blank."""
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1] if lines else "it printed nothing"
 
 
 def _check(each: LoggedProcess, server: LoggedProcess) -> None:

@@ -15,7 +15,7 @@ from support.tools import require_tool
 
 from fedfmsl.protocol.bundle import Bundle
 
-THINK = (0.2, 0.6)
+DELAY = (0.2, 0.6)
 AWAY_SECONDS = 2.0  # duration of the fault
 
 
@@ -48,7 +48,7 @@ def test_a_broker_restart_in_a_round_loses_no_update(
     simulation = Simulation(processes, broker, layout, tmp_path)
     with Observer(broker, RUN) as observer:
         simulation.start_server()
-        simulation.start_fleet(think=THINK)
+        simulation.start_fleet(delay=DELAY)
         in_stage_1(observer)
         with recovering(simulation, observer) as seconds:
             (broker.kill if end == "kill" else broker.stop)()

@@ -22,7 +22,7 @@ from fedfmsl.protocol.tensors import pack
 from fedfmsl.protocol.topics import Topics
 from trainer_server.storage.run_store import RunStore
 
-THINK = (0.4, 0.8)
+DELAY = (0.4, 0.8)
 HOSTILE, VICTIM = "hostile", "device-0000"
 TOPICS = Topics(RUN)
 NOISE = np.random.default_rng(0).bytes(5000)
@@ -104,7 +104,7 @@ def attacked(simulation: Simulation, undisturbed: Undisturbed, faults: Sequence[
     introduction = DeviceStatus(device=HOSTILE, online=False, bundle=simulation.bundle.sha256)
     with Observer(simulation.broker, RUN) as observer:
         simulation.start_server()
-        simulation.start_fleet(think=THINK)
+        simulation.start_fleet(delay=DELAY)
         begun = in_stage_1(observer)
         ready = messages(simulation.bundle, begun)
         with recovering(simulation, observer) as seconds:

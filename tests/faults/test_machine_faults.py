@@ -14,7 +14,7 @@ from support.simulation import RUN, Simulation, in_stage_1, recovering
 from benchmarks.simulated import device_names
 from fedfmsl.protocol.messages import Ack, DeviceStatus, Verdict
 
-THINK = (0.2, 0.8)
+DELAY = (0.2, 0.8)
 FULL_SECONDS = 3.0  # duration of the fault
 DISK_MEGABYTES = 40
 ACK_SECONDS = 1.0  # until a device sends an update again that the server could not keep
@@ -28,7 +28,7 @@ def test_a_server_with_a_full_disk_waits_and_loses_nothing(
         pytest.skip("on one kind of broker")
     with small_disk(simulation.out, DISK_MEGABYTES) as disk, Observer(simulation.broker, RUN) as observer:
         server = simulation.start_server()
-        simulation.start_fleet("--ack-timeout", str(ACK_SECONDS), think=THINK)
+        simulation.start_fleet("--ack-timeout", str(ACK_SECONDS), delay=DELAY)
         in_stage_1(observer)
         with recovering(simulation, observer) as seconds:
             disk.fill()
@@ -49,7 +49,7 @@ def test_a_jump_of_the_servers_clock_closes_no_round(
     clock = Clock(simulation.folder)
     with Observer(simulation.broker, RUN) as observer:
         simulation.start_server(environment=clock.environment)
-        simulation.start_fleet(think=THINK)
+        simulation.start_fleet(delay=DELAY)
         in_stage_1(observer)
         with recovering(simulation, observer) as seconds:
             clock.jump(days * DAY)
@@ -66,12 +66,12 @@ def test_of_two_devices_with_one_identity_the_older_exits_and_no_update_counts_t
     name = device_names(1)[0]
     with Observer(simulation.broker, RUN) as observer:
         simulation.start_server()
-        simulation.start_fleet(think=THINK, first=1, devices=simulation.devices - 1)
-        older = simulation.start_fleet(think=THINK, devices=1)
+        simulation.start_fleet(delay=DELAY, first=1, devices=simulation.devices - 1)
+        older = simulation.start_fleet(delay=DELAY, devices=1)
         in_stage_1(observer)
         before = {m.instance for m in observer.seen if isinstance(m, DeviceStatus) and m.device == name}
         since, struck = observer.catch_up(), time.monotonic()
-        simulation.start_fleet(think=THINK, devices=1)
+        simulation.start_fleet(delay=DELAY, devices=1)
         observer.wait(DeviceStatus, lambda s: s.device == name and s.instance not in before, "the newer device", since)
         ended = older.wait()
         assert f"duplicate device name '{name}'" in ended.stderr

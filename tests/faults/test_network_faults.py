@@ -13,7 +13,7 @@ from support.processes import Observer
 from support.run_oracle import Undisturbed
 from support.simulation import RUN, Simulation, in_stage_1, recovering
 
-THINK = (0.1, 0.4)
+DELAY = (0.1, 0.4)
 KEEPALIVE_SECONDS = 1
 AWAY_SECONDS = 3.0  # duration of the fault
 
@@ -67,7 +67,7 @@ def test_failing_connections_lose_no_update(
         simulation.start_fleet(
             *(("--keepalive", str(KEEPALIVE_SECONDS)) if ping else ()),
             url=proxy.url if "devices" in sides else None,
-            think=THINK,
+            delay=DELAY,
         )
         in_stage_1(observer)
         with recovering(simulation, observer) as seconds:
@@ -104,7 +104,7 @@ def test_latency_repetition_and_reordering_lose_no_update(
     with Proxy(simulation.broker.port, seed=1) as proxy:
         proxy.latency, proxy.repeat, proxy.swap = latency, repeat, swap
         simulation.start_server(url=proxy.url)
-        simulation.start_fleet(url=proxy.url, think=THINK)
+        simulation.start_fleet(url=proxy.url, delay=DELAY)
         outcome = simulation.finish()
         assert bool(proxy.repeated) == bool(repeat)
         assert bool(proxy.swapped) == bool(swap)

@@ -16,7 +16,7 @@ from support.simulation import RUN, Simulation
 
 from fedfmsl.protocol.messages import Ack, Message, Round, ServerStatus, Stage, Verdict
 
-THINK = (0.1, 0.4)
+DELAY = (0.1, 0.4)
 STORE, SERVICE = "trainer_server.storage.run_store:RunStore", "trainer_server.service.loop:Service"
 RUNS = 2  # in the long form
 Kill = tuple[str, str, int]  # see `killing.arm`
@@ -45,7 +45,7 @@ def killed(simulation: Simulation, undisturbed: Reference, kills: Sequence[Kill]
     the last start until an update is accepted or the run is finished."""
     times, restarted = 0, 0.0
     with Observer(simulation.broker, RUN) as observer:
-        simulation.start_fleet("--seed", str(seed), think=THINK)
+        simulation.start_fleet("--seed", str(seed), delay=DELAY)
         for kill in kills:
             ended = simulation.start_server(launcher=launcher(*kill)).wait()
             if ended.code == 0:

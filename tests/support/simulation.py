@@ -66,7 +66,7 @@ class Simulation:
         self,
         *arguments: str,
         url: str | None = None,
-        think: tuple[float, float] = (0.0, 0.0),
+        delay: tuple[float, float] = (0.0, 0.0),
         first: int = 0,
         devices: int | None = None,
     ) -> Process:
@@ -76,7 +76,7 @@ class Simulation:
             "benchmarks.simulated",
             *("--run", RUN, "--bundle", str(self.bundle.root)),
             *("--first", str(first), "--devices", str(devices or self.devices)),
-            *("--broker", url or self.broker.url, "--think", *map(str, think), *arguments),
+            *("--broker", url or self.broker.url, "--delay", *map(str, delay), *arguments),
         )
         self.fleets.append(fleet)
         return fleet

@@ -72,7 +72,7 @@ def run_server(
 ) -> None:
     """Coordinates until the run is finished.
 
-    Raises RunError if the run failed, another server works in its folder, or a newer server took over.
+    Raises RunError if the run failed, another server runs in its folder, or a newer server took over.
     """
     with store.locked(), log_to_folder(store.folder, log_bytes):
         plan = make_plan(store, bundle)

@@ -1,0 +1,12 @@
+"""Cells of the tables that benchmarks write."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean ± standard deviation, or the only value."""
+    deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{deviation}"
