@@ -86,7 +86,7 @@ def predict(
     publish: bool = typer.Option(
         False,
         "--publish",
-        help="Also publish the predictions in the run. Not beside a daemon; set its `watch` instead.",
+        help="Also publish the predictions in the run. If a daemon runs here, set its `watch` instead.",
     ),
 ) -> None:
     """Classify images or texts with a personalized model."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -141,6 +142,11 @@ class Settings(PredictSettings, LogSettings):
             except ConfigError as error:
                 raise ValueError(str(error)) from error
         return address
+
+    @property
+    def thread_count(self) -> int:
+        """`threads`, or one per core."""
+        return self.threads or os.cpu_count() or 1
 
     @property
     def limits(self) -> Limits:

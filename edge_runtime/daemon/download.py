@@ -18,7 +18,7 @@ from fedfmsl.errors import BundleError, MessageError
 from fedfmsl.protocol.bundle import MANIFEST, MAX_MANIFEST_BYTES, Bundle, file_sha256
 from fedfmsl.protocol.messages import ServerStatus, parse
 from fedfmsl.protocol.topics import Topics
-from fedfmsl.transport.identity import client_context, read_identity
+from fedfmsl.transport.identity import client_context
 from fedfmsl.transport.link import Link, Received
 from fedfmsl.transport.tls_errors import explain
 
@@ -84,7 +84,7 @@ def fetch_bundle(
     `retry_delays` are the seconds before each further attempt while attempts receive nothing. Raises BundleError if the
     bundle cannot be fetched or differs from the announced one.
     """
-    http_client = _HttpClient(_tls(identity), heartbeat, retry_delays, block_bytes)
+    http_client = _HttpClient(client_context(identity), heartbeat, retry_delays, block_bytes)
     bundle = _fetch_manifest(server, folder, http_client)
     for name, entry in bundle.manifest.files.items():
         http_client.fetch(_File(f"{server.bundle_url}/{name}", bundle.path(name), entry.sha256, entry.size))
@@ -93,7 +93,7 @@ def fetch_bundle(
 
 def fetch_manifest(server: ServerStatus, folder: Path, identity: Path | None = None) -> Bundle:
     """The announced bundle with its manifest only. Raises BundleError as `fetch_bundle` does."""
-    return _fetch_manifest(server, folder, _HttpClient(_tls(identity)))
+    return _fetch_manifest(server, folder, _HttpClient(client_context(identity)))
 
 
 def _fetch_manifest(server: ServerStatus, folder: Path, http_client: _HttpClient) -> Bundle:
@@ -103,10 +103,6 @@ def _fetch_manifest(server: ServerStatus, folder: Path, http_client: _HttpClient
     root.mkdir(parents=True, exist_ok=True)
     http_client.fetch(_File(f"{server.bundle_url}/{MANIFEST}", root / MANIFEST, server.bundle, None))
     return Bundle.load(root)
-
-
-def _tls(identity: Path | None) -> ssl.SSLContext:
-    return client_context(read_identity(identity) if identity else None)
 
 
 @dataclass(frozen=True)

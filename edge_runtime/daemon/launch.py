@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -106,7 +105,7 @@ def _prepare(
     settings: Settings, link: Link, topics: Topics, store: DeviceStore, name: str, health: HealthReporter
 ) -> _Prepared:
     """Fetches the bundle, scans the samples and measures the machine."""
-    threads = settings.threads or os.cpu_count() or 1
+    threads = settings.thread_count
     heartbeat = partial(health.heartbeat, Activity.STARTING)
     announcer = Announcer(link, topics, name)
     report = reported_and_checked(rate_limited(announcer.progress), heartbeat)

@@ -141,8 +141,7 @@ class RoundRunner:
         return seconds
 
     def write_personalized(self) -> None:
-        """Writes personalized.onnx in a process of its own, because the onnx package takes memory that the daemon does
-        not have.
+        """Writes personalized.onnx in a separate process, because the onnx package takes memory.
 
         Raises RunError if that process fails, OSError if the disk is full, WorkStoppedError if the loop stops it.
         """

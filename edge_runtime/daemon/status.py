@@ -9,7 +9,7 @@ from datetime import timedelta
 from pydantic import ValidationError
 
 from edge_runtime.store import DeviceStore
-from fedfmsl.errors import ConfigError, RunError
+from fedfmsl.errors import RunError
 from fedfmsl.protocol.messages import HEALTH_SECONDS, Activity, Health
 
 MAX_AGE = 3 * HEALTH_SECONDS + 30  # seconds of the last heartbeat of a running daemon
@@ -21,9 +21,7 @@ def read_health(store: DeviceStore) -> Health:
     try:
         return Health.model_validate_json(store.health.read_bytes())
     except PermissionError as error:
-        raise ConfigError(
-            f"{store.root} may not be read by this user; run this command as the daemon's user (sudo -u fedfmsl)"
-        ) from error
+        raise store.permission_error() from error
     except (OSError, ValidationError) as error:
         raise RunError(f"no daemon has used --state {store.root} yet; check --state and --config") from error
 

@@ -31,7 +31,7 @@ class JobEnded:
 
 
 class Worker:
-    """Runs jobs one after the other in a thread of its own.
+    """Runs jobs one after the other in one thread.
 
     Its methods belong to the loop's thread. `post` puts an event into the loop's queue, from any thread.
     """

@@ -27,7 +27,7 @@ from fedfmsl.algorithms.arrays import Floats, Vector
 from fedfmsl.protocol.bundle import Bundle
 
 BATCH = 4  # samples per pass; more are not faster and take more memory
-LIFTED_AT_ONCE = 16  # samples per opening of the lift graphs, of which one is open at a time
+LIFTED_AT_ONCE = 16  # samples that go through a lift graph before the next graph is opened
 POOLED = "pooled"
 Report = Callable[[str, int, int], None]  # activity, done, total
 Computed = Iterator[tuple[Sequence[Sample], Floats]]  # batches of samples and their states (B, N, D)

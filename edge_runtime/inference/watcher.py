@@ -1,4 +1,4 @@
-"""Runs `python -m edge_runtime predict --watch` for the daemon, in a process of its own.
+"""Runs `python -m edge_runtime predict --watch` for the daemon, in a separate process.
 
 A file that crashes the classifier therefore does not end the daemon. The process has low priority, and classifies while
 the daemon trains.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -51,7 +50,7 @@ def check_bundle(settings: Settings, context: Context) -> Iterator[Finding]:
 def check_samples(settings: Settings, context: Context) -> Iterator[Finding]:
     if context.bundle is None:
         if not settings.images.is_dir():
-            raise InputError(f"--images {settings.images} does not exist; create it or choose another folder")
+            raise InputError(f"--images folder {settings.images} does not exist; create it, or pass another folder")
         yield Finding("samples", f"{settings.images} exists; checking its files needs the bundle", warning=True)
         return
     reader = SampleReader(reader_of(context.bundle))
@@ -68,7 +67,7 @@ def check_memory(settings: Settings, context: Context) -> Iterator[Finding]:
     """Measures a round at level 1."""
     if context.bundle is None or context.largest is None or context.running:
         return
-    threads = settings.threads or os.cpu_count() or 1
+    threads = settings.thread_count
     engine = open_engine(settings.engine, context.bundle, threads).name
     started = time.monotonic()
     memory, seconds = measure_minimum(

@@ -25,8 +25,8 @@ _WHEN = re.compile(rf"(?:({_DAY})(?:-({_DAY}))? )?({_TIME})-({_TIME}|24:00)")
 
 @dataclass(frozen=True)
 class Hours:
-    """A time span of some days, by the device's clock. It begins on each of the `days` from the first to the last, 0
-    being Monday. `begin` and `end` are minutes of the day. An `end` that is not after `begin` is on the next day."""
+    """A time span that repeats, in the device's local time. `days`: the first and the last weekday on which it begins;
+    0 is Monday. `begin` and `end`: minutes of the day. If `end` is not after `begin`, it is on the next day."""
 
     days: tuple[int, int]
     begin: int
@@ -34,7 +34,7 @@ class Hours:
 
     @classmethod
     def parse(cls, text: str) -> Hours:
-        """Raises ValueError for anything but a span like 22:00-06:00 or Sat 10:00-18:00."""
+        """Parses a span like 22:00-06:00 or Sat 10:00-18:00. Raises ValueError for any other text."""
         found = _WHEN.fullmatch(" ".join(text.split()))
         if found is None:
             raise ValueError(f"{text!r} is not a time span; write 22:00-06:00, Sat 10:00-18:00 or Mon-Fri 18:00-07:00")

@@ -16,7 +16,7 @@ from edge_runtime.resources.plan import Plan
 from edge_runtime.resources.probe import BATCH
 
 SLACK = 1.5  # a step may take this many times as long as the probe's at the highest level
-FAST_ENOUGH = 2.0  # seconds: faster steps never lower the cap, whatever the probe measured
+FAST_ENOUGH = 2.0  # seconds; faster steps never lower the cap
 RAISE_SHARE = 0.8  # the cap is raised to a level whose expected step takes at most this share of the limit
 STEPS = 12  # number of steps that the slowdown is computed from
 

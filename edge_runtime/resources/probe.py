@@ -1,4 +1,4 @@
-"""Measures memory and duration of a device's computations by running them, in a process of its own (ours)."""
+"""Measures memory and duration of a device's computations by running them in a separate process (ours)."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def _measurement(level: int, size: int, started: float) -> Measurement:
 
 @dataclass(frozen=True)
 class ProbeProcess:
-    """A Measure that runs `probe_levels` in a process of its own and ends it when no more measurements are needed."""
+    """A Measure that runs `probe_levels` in a separate process and ends it when no more measurements are needed."""
 
     bundle: Bundle
     engine: EngineName

@@ -92,6 +92,12 @@ class DeviceStore:
         written = self.personalized.stat().st_mtime if self.personalized.is_file() else 0.0
         return self.mixture.is_file() and self.mixture.stat().st_mtime > written
 
+    def permission_error(self) -> ConfigError:
+        """The error if this user may not read the directory."""
+        return ConfigError(
+            f"this user may not read {self.root}; run the command as the daemon's user (sudo -u fedfmsl)"
+        )
+
     def ensure_name(self, configured: str | None) -> str:
         """The device's name. The first start creates it: `configured`, or made from the host name.
 

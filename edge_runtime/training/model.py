@@ -21,7 +21,7 @@ from edge_runtime.training.stages import Globals, class_mean_expert
 from fedfmsl.algorithms.arrays import Floats
 from fedfmsl.algorithms.calibration import calibrate, fit_temperature, unknown_threshold
 from fedfmsl.common.files import write_atomically
-from fedfmsl.errors import BundleError, ConfigError, InputError, MessageError
+from fedfmsl.errors import BundleError, InputError, MessageError
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.messages import Level, Name, Number, Round, Session, Sha256
 from fedfmsl.protocol.tensors import pack, unpack
@@ -114,9 +114,7 @@ def read_personal_model(store: DeviceStore) -> PersonalModel:
     try:
         header, tensors = unpack(store.mixture.read_bytes(), ModelHeader)
     except PermissionError as error:
-        raise ConfigError(
-            f"this user may not read {store.root}; run the command as the daemon's user (sudo -u fedfmsl)"
-        ) from error
+        raise store.permission_error() from error
     except OSError as error:
         raise InputError(f"{store.root} has no personalized model yet; the first round creates it") from error
     except MessageError as error:

@@ -57,7 +57,7 @@ class SkippedFile:
 
 @dataclass(frozen=True)
 class Listing:
-    """What a walk found. `has_test`: the folder has a test split of its own."""
+    """What a walk found. `has_test`: the folder has its own test split."""
 
     files: list[ClassFile]
     skipped: list[SkippedFile]

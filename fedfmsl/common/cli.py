@@ -14,7 +14,7 @@ from fedfmsl.common.exit_codes import DISK_FULL, INTERRUPTED
 from fedfmsl.common.files import FULL
 from fedfmsl.errors import FedFMSLError
 
-# No wrapping, whatever the width of the terminal. No markup: the text may come from other machines.
+# No wrapping at the terminal's width. No markup, because the text may come from other machines.
 console = Console(soft_wrap=True, markup=False, emoji=False)
 
 

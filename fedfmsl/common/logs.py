@@ -20,7 +20,7 @@ from fedfmsl.common.settings import File, SettingsModel, panel
 from fedfmsl.errors import ConfigError
 
 LogFormat = Literal["text", "json"]
-FILE_BYTES, OLD_FILES = 2 * 1024 * 1024, 2  # of a log file; rotated files beside it
+FILE_BYTES, OLD_FILES = 2 * 1024 * 1024, 2  # size of a log file; number of rotated files to keep
 PACKAGES = ("fedfmsl", "edge_runtime", "trainer_server")  # whose INFO lines are logged; of others only warnings
 _PRIORITIES = {logging.INFO: "<6>", logging.WARNING: "<4>", logging.ERROR: "<3>"}  # sd-daemon(3)
 

@@ -79,7 +79,7 @@ def byte_size(option: str, text: str | None) -> int | None:
 
 
 class SettingsError(ConfigError):
-    """One or more settings are wrong. Each has a line of its own."""
+    """One or more settings are wrong. `lines` has one line for each."""
 
     def __init__(self, problems: Sequence[str]) -> None:
         super().__init__("; ".join(problems))

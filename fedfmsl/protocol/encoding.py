@@ -54,7 +54,7 @@ def _to_int8(layout: Layout, vector: Vector) -> Tensors:
     scales = []
     for name, tensor in layout.split(vector).items():
         step = np.abs(tensor).max() / np.float32(_STEPS)
-        # rounded up, so that the largest value is within 127 steps in spite of rounding, and no scale is zero
+        # rounded up, so that the largest value is within 127 steps despite rounding, and no scale is zero
         scale = np.minimum(np.nextafter(step, np.float32(np.inf)), np.float32(_LARGEST_SCALE))
         with np.errstate(invalid="ignore"):  # `decode` refuses a scale that is not a number
             steps = np.rint(tensor / np.float64(scale))

@@ -53,7 +53,7 @@ class Topics:
         return f"{ROOT}/{self.run}/devices/{device}/prediction"
 
     def prediction_status(self, device: str) -> str:
-        """Retained: whether a process besides the daemon publishes predictions."""
+        """Retained: whether `predict --publish` runs for this device."""
         return f"{ROOT}/{self.run}/devices/{device}/prediction/status"
 
     def update_chunk(self, device: str, round_: int | str, index: int | str) -> str:

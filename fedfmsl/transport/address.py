@@ -69,10 +69,10 @@ def listening_on(address: str, what: str, insecure: bool) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def require_loopback(what: str, host: str, instead: str) -> None:
-    """Raises ConfigError if unencrypted traffic would leave this machine. `instead` names the remedy."""
+def require_loopback(what: str, host: str, remedy: str) -> None:
+    """Raises ConfigError if unencrypted traffic would leave this machine. `remedy` is part of the message."""
     if not is_loopback(host):
-        raise ConfigError(f"{what} would travel unencrypted; {instead}, or allow it with --insecure")
+        raise ConfigError(f"{what} would travel unencrypted; {remedy}, or allow it with --insecure")
 
 
 def is_loopback(host: str) -> bool:

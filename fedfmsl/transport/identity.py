@@ -38,7 +38,7 @@ class Identity:
         """Accepts clients with a certificate of the same CA. Raises ConfigError if the file is not a server's."""
         if self.name is None or not self.authorities:
             raise ConfigError(
-                f"{self.path} has no private key and certificate of its own beside its CA's, which a server needs; "
+                f"{self.path} has only the CA's certificates, and a server also needs a private key and a certificate; "
                 "give the server's --identity"
             )
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -94,9 +94,12 @@ def device_name(configured: str | None, identity: Path | None) -> str | None:
     return name or configured
 
 
-def client_context(identity: Identity | None) -> ssl.SSLContext:
-    """TLS 1.2 or newer; checks certificate and host name of the peer. Without an identity, trusts the system's CAs."""
-    return identity.client_context() if identity else _client_context("")
+def client_context(identity: Path | None) -> ssl.SSLContext:
+    """TLS 1.2 or newer; checks certificate and host name of the peer. Without an identity, trusts the system's CAs.
+
+    Raises ConfigError as `read_identity` does.
+    """
+    return read_identity(identity).client_context() if identity else _client_context("")
 
 
 def _parse(certificate: str) -> tuple[str, tuple[datetime, datetime]]:

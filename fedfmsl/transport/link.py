@@ -19,7 +19,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 from fedfmsl.errors import BrokerError
 from fedfmsl.transport.address import parse_address, require_loopback
 from fedfmsl.transport.bounded_client import MAX_PAYLOAD, BoundedClient
-from fedfmsl.transport.identity import client_context, read_identity
+from fedfmsl.transport.identity import client_context
 from fedfmsl.transport.tls_errors import explain
 
 CONNECT_SECONDS = 10
@@ -102,7 +102,7 @@ class Link:
         self._client.max_queued_messages_set(0)
         self._client.ws_set_options(address.path)
         if address.encrypted:
-            self._client.tls_set_context(client_context(read_identity(identity) if identity else None))
+            self._client.tls_set_context(client_context(identity))
         if address.user:
             self._client.username_pw_set(address.user, address.password)
         if will:

@@ -66,7 +66,9 @@ def test_a_cas_certificate_alone_has_no_name(authority: Authority, tmp_path: Pat
     identity = read_identity(write(tmp_path / "ca.crt", authority.certificate_pem, mode=0o644))  # nothing secret
     assert identity.name is None
     assert len(identity.client_context().get_ca_certs()) == 1
-    with pytest.raises(ConfigError, match="which a server needs; give the server's --identity"):
+    with pytest.raises(
+        ConfigError, match="a server also needs a private key and a certificate; give the server's --identity"
+    ):
         identity.server_context()
 
 
