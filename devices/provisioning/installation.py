@@ -90,7 +90,7 @@ def _device_toml(request: Request, board: Board | None) -> str:
     if settings.identity:
         values["identity"] = "".join(_PEM.findall(settings.identity.read_text("utf-8", errors="replace")))
     parts: list[tuple[str, dict[str, Value]]] = [
-        ("Given at the installation.", {key: value for key, value in values.items() if key in request.overrides}),
+        ("Options of the installation.", {key: value for key, value in values.items() if key in request.overrides}),
         ("The state directory of the service.", {} if "state" in values else {"state": str(STATE)}),
         ("The service waits for the next run after a run.", {} if "stay" in values else {"stay": True}),
         (f"Limits of this board, {board.model}." if board else "", _limits(board, values) if board else {}),
