@@ -100,7 +100,7 @@ class DaemonLoop:
             guard=DuplicateNameGuard(INSTANCE),
             bundle=device.bundle.sha256,
             session=store.outbox.session,
-            done=max({store.outbox.acknowledged, *unacknowledged}),
+            last_started=max({store.outbox.acknowledged, *unacknowledged}),
             unacknowledged=unacknowledged,
         )
 
@@ -223,7 +223,7 @@ class DaemonLoop:
 
     def _tick(self) -> None:
         now = time.monotonic()
-        if not self._state.present and now >= self._next_subscription:
+        if not self._state.online_session and now >= self._next_subscription:
             self._subscribe()  # amqtt can lose a message during a subscription
         if self._connected and self._updates.overdue():
             self._handle(AckOverdue())
@@ -234,7 +234,7 @@ class DaemonLoop:
             self._runner.device.cache.keep_free()
             self._jobs.scan_if_due()
         self._store_globals()
-        working = Activity.WAITING if self._state.working is None else Activity.WORKING
+        working = Activity.WAITING if self._state.running is None else Activity.WORKING
         self._heartbeat(Activity.PAUSED if self._paused else working)
 
     def _pause(self, reason: str) -> None:
@@ -294,7 +294,7 @@ class DaemonLoop:
 
     def _required(self) -> set[str]:
         """SHA-256 of the global blobs that the announced and the running round need."""
-        return required_globals(self._state.announced) | required_globals(self._state.working)
+        return required_globals(self._state.announced) | required_globals(self._state.running)
 
     def _announce(self) -> None:
         self._announcer.status(self._runner.device, paused=self._paused)

@@ -135,23 +135,25 @@ Command = Fetch | Work | Send | Acknowledge | PublishStatus | Log | Stop
 
 @dataclass(frozen=True)
 class State:
-    """`session`: the session that this device last worked in. `present`: the session of the online server, or "".
-    `announced`: the newest announced round. `working`: the round that is being computed. `done`: the last round whose
-    computation was started. `held`: global blobs on disk. `unacknowledged`: rounds of `session` with an unacknowledged
-    update. `guard`: finds newer processes with this device's name. `waiting`: it has been
-    logged that the server is offline."""
+    """`session`: the session that this device last worked in. `online_session`: that of the online server, or "".
+
+    `announced`: the newest announced round. `running`: the round that is being computed. `last_started`: the last round
+    whose computation was started. `stored`: SHA-256 of the global blobs on disk. `unacknowledged`: rounds of `session`
+    with an unacknowledged update. `guard`: finds newer processes with this device's name. `offline_logged`: whether the
+    log has reported that the server is offline.
+    """
 
     device: str
     guard: DuplicateNameGuard
     bundle: str
     session: str = ""
-    present: str = ""
+    online_session: str = ""
     announced: Round | None = None
-    done: int = 0
-    held: frozenset[str] = frozenset()
+    last_started: int = 0
+    stored: frozenset[str] = frozenset()
     unacknowledged: frozenset[int] = frozenset()
-    waiting: bool = False
-    working: Round | None = None
+    offline_logged: bool = False
+    running: Round | None = None
 
 
 def advance(state: State, event: Event) -> tuple[State, list[Command]]:
@@ -159,15 +161,15 @@ def advance(state: State, event: Event) -> tuple[State, list[Command]]:
     if isinstance(event, ServerSeen):
         return _see_server(state, event.status)
     if isinstance(event, RoundSeen):
-        state = replace(state, announced=event.round, held=state.held & required_globals(event.round))
+        state = replace(state, announced=event.round, stored=state.stored & required_globals(event.round))
         return state, _fetch_missing(state)
     if isinstance(event, GlobalArrived):
-        return replace(state, held=state.held | {event.sha256}), []
+        return replace(state, stored=state.stored | {event.sha256}), []
     if isinstance(event, WorkDone):
-        state = replace(state, unacknowledged=state.unacknowledged | {event.round}, working=None)
-        return state, [Send(event.round)] if state.present == state.session else []
+        state = replace(state, unacknowledged=state.unacknowledged | {event.round}, running=None)
+        return state, [Send(event.round)] if state.online_session == state.session else []
     if isinstance(event, WorkFailed):
-        return replace(state, done=event.round - 1, working=None), []
+        return replace(state, last_started=event.round - 1, running=None), []
     if isinstance(event, Reconnected | AckOverdue):
         return state, _send_unacknowledged(state)
     if isinstance(event, AckSeen):
@@ -179,7 +181,7 @@ def advance(state: State, event: Event) -> tuple[State, list[Command]]:
 
 def is_outdated(state: State) -> bool:
     """Whether a newer round has been announced than the one that is being computed."""
-    return state.working is not None and state.announced != state.working
+    return state.running is not None and state.announced != state.running
 
 
 def required_globals(announced: Round | None) -> set[str]:
@@ -190,10 +192,9 @@ def required_globals(announced: Round | None) -> set[str]:
 def _see_server(state: State, status: ServerStatus) -> tuple[State, list[Command]]:
     if not status.online:
         finished = state.announced is not None and state.announced.stage is Stage.FINISHED
-        gone = replace(state, present="", waiting=not finished)
-        return gone, [
-            Log(f"the server of run {status.run} is offline; waiting for it")
-        ] if gone.waiting > state.waiting else []
+        offline = Log(f"the server of run {status.run} is offline; waiting for it")
+        report = not finished and not state.offline_logged
+        return replace(state, online_session="", offline_logged=not finished), [offline] if report else []
     if status.bundle != state.bundle:
         return state, [
             Stop(
@@ -201,8 +202,8 @@ def _see_server(state: State, status: ServerStatus) -> tuple[State, list[Command
                 f"this device ({state.bundle[:12]}…); pass the run's --bundle, or none to fetch it from the server"
             )
         ]
-    online = [Log(f"the server of run {status.run} is online")] if state.waiting else []
-    state = replace(state, present=status.session, waiting=False)
+    online = [Log(f"the server of run {status.run} is online")] if state.offline_logged else []
+    state = replace(state, online_session=status.session, offline_logged=False)
     return state, [*online, *_send_unacknowledged(state), *_fetch_missing(state)]
 
 
@@ -222,20 +223,20 @@ def _see_own_status(state: State, status: DeviceStatus) -> tuple[State, list[Com
 
 def _send_unacknowledged(state: State) -> list[Command]:
     """Sends updates only to the server of their session."""
-    return [Send(round_) for round_ in sorted(state.unacknowledged)] if state.present == state.session else []
+    return [Send(round_) for round_ in sorted(state.unacknowledged)] if state.online_session == state.session else []
 
 
 def _fetch_missing(state: State) -> list[Command]:
     if state.announced is None or not _is_for_this_device(state, state.announced):
         return []
-    return [Fetch(sha256) for sha256 in sorted(required_globals(state.announced) - state.held)]
+    return [Fetch(sha256) for sha256 in sorted(required_globals(state.announced) - state.stored)]
 
 
 def _is_for_this_device(state: State, announced: Round) -> bool:
     """Whether a round is from the online server, selects this device, and has not been computed."""
     asked = announced.stage is not Stage.FINISHED and (not announced.chosen or state.device in announced.chosen)
-    new = announced.session != state.session or announced.round > state.done
-    return asked and new and announced.session == state.present
+    new = announced.session != state.session or announced.round > state.last_started
+    return asked and new and announced.session == state.online_session
 
 
 def _acknowledge(state: State, ack: Ack) -> tuple[State, list[Command]]:
@@ -248,14 +249,14 @@ def _act(state: State) -> tuple[State, list[Command]]:
     """Starts the announced round if it is new and its globals are on disk. Stops if the run has finished, unless this
     device did not take part: then it waits for the next run of that name."""
     announced = state.announced
-    if announced is None or state.working is not None:
+    if announced is None or state.running is not None:
         return state, []
     if announced.stage is Stage.FINISHED:
         return state, [Stop()] if announced.session == state.session else []
-    if not _is_for_this_device(state, announced) or not required_globals(announced) <= state.held:
+    if not _is_for_this_device(state, announced) or not required_globals(announced) <= state.stored:
         return state, []
     unacknowledged = state.unacknowledged if announced.session == state.session else frozenset()
     state = replace(
-        state, session=announced.session, done=announced.round, unacknowledged=unacknowledged, working=announced
+        state, session=announced.session, last_started=announced.round, unacknowledged=unacknowledged, running=announced
     )
     return state, [Work(announced)]

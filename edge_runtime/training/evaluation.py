@@ -9,6 +9,7 @@ import numpy as np
 from pydantic import BaseModel
 
 from edge_runtime.data.samples import labels_of
+from edge_runtime.store.tensor_file import read_tensors
 from edge_runtime.training.context import TrainingContext
 from edge_runtime.training.local_expert import LocalExpert, compute_mixture
 from edge_runtime.training.loop import Targets, predict_log_p, train
@@ -17,9 +18,8 @@ from edge_runtime.training.stages import Globals, StageResult, class_mean_expert
 from fedfmsl.algorithms.arrays import Labels, Vector
 from fedfmsl.algorithms.mixture import accuracy, gate_statistics, label_log_p, nll
 from fedfmsl.common.files import write_atomically
-from fedfmsl.errors import MessageError
 from fedfmsl.protocol.messages import Round
-from fedfmsl.protocol.tensors import pack, unpack
+from fedfmsl.protocol.tensors import pack
 
 
 class BaselineHeader(BaseModel):
@@ -114,8 +114,8 @@ def _per_class(context: TrainingContext, labels: Labels) -> list[int]:
 
 
 def _load_baseline(context: TrainingContext, session: str) -> Vector | None:
-    try:
-        header, tensors = unpack(context.store.baseline.read_bytes(), BaselineHeader)
-        return np.asarray(tensors["theta"], np.float32) if header.session == session else None
-    except (OSError, MessageError, KeyError):
+    found = read_tensors(context.store.baseline, BaselineHeader, ["theta"])
+    if found is None:
         return None
+    header, (theta,) = found
+    return theta if header.session == session else None

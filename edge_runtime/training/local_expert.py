@@ -9,6 +9,7 @@ import numpy as np
 from pydantic import BaseModel
 
 from edge_runtime.data.samples import labels_of
+from edge_runtime.store.tensor_file import read_tensors
 from edge_runtime.training.context import Samples, TrainingContext
 from edge_runtime.training.loop import Targets, predict_log_p, train
 from edge_runtime.training.stages import Globals, StageResult, shuffle_seed
@@ -16,9 +17,8 @@ from fedfmsl.algorithms.arrays import Floats, Vector
 from fedfmsl.algorithms.mixture import accuracy, gate_statistics, label_log_p, mix, nll
 from fedfmsl.algorithms.sal import Sal, SalState
 from fedfmsl.common.files import write_atomically
-from fedfmsl.errors import MessageError
 from fedfmsl.protocol.messages import Round
-from fedfmsl.protocol.tensors import pack, unpack
+from fedfmsl.protocol.tensors import pack
 
 
 class LocalExpertHeader(BaseModel):
@@ -61,11 +61,10 @@ class LocalExpert:
     @classmethod
     def load(cls, context: TrainingContext, session: str) -> LocalExpert | None:
         """The local expert of an earlier round of the same session. None if there is none, or if it is damaged."""
-        try:
-            header, tensors = unpack(context.store.personal.read_bytes(), LocalExpertHeader)
-            theta, best = (np.asarray(tensors[name], np.float32) for name in ("theta", "best"))
-        except (OSError, MessageError, KeyError):
+        found = read_tensors(context.store.personal, LocalExpertHeader, ["theta", "best"])
+        if found is None:
             return None
+        header, (theta, best) = found
         if header.session != session or {theta.shape, best.shape} != {(context.bundle.expert.total,)}:
             return None
         sal = SalState(header.level, header.queue, header.seen)

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import BaseModel
 
+from edge_runtime.store.tensor_file import read_tensors
 from edge_runtime.training.context import TrainingContext
 from edge_runtime.training.stages import StageResult
 from fedfmsl.algorithms.arrays import Tensors, Vector
@@ -23,7 +24,7 @@ from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.encoding import decode, encode
 from fedfmsl.protocol.layout import Layout
 from fedfmsl.protocol.messages import Encoding, Round, Stage, Update
-from fedfmsl.protocol.tensors import pack, unpack
+from fedfmsl.protocol.tensors import pack
 
 
 def prepare_update(
@@ -107,13 +108,14 @@ class ResidualHeader(BaseModel):
 
 def load_residual(path: Path, round_: Round) -> Vector:
     """The residual (P,) to add to this round's update. Empty if the file is damaged or of another session or stage."""
-    try:
-        header, tensors = unpack(path.read_bytes(), ResidualHeader)
-        residual = np.asarray(tensors["before" if header.index == round_.index else "after"], np.float32)
-    except (OSError, MessageError, KeyError):
-        return np.empty(0, np.float32)
-    own = (header.session, header.stage) == (round_.session, round_.stage)
-    return residual if own and residual.ndim == 1 and np.isfinite(residual).all() else np.empty(0, np.float32)
+    found = read_tensors(path, ResidualHeader, ["before", "after"])
+    if found is not None:
+        header, (before, after) = found
+        residual = before if header.index == round_.index else after
+        is_own = (header.session, header.stage) == (round_.session, round_.stage)
+        if is_own and residual.ndim == 1 and np.isfinite(residual).all():
+            return residual
+    return np.empty(0, np.float32)
 
 
 def save_residual(path: Path, round_: Round, before: Vector, after: Vector) -> None:

@@ -146,7 +146,7 @@ def _default(value: Any) -> str:
 
 
 def _option(setting: Setting) -> Any:
-    """An option whose text pydantic checks later, together with all the others; a switch has no text."""
+    """An option of type text, or a switch. pydantic checks the text later, together with all other settings."""
     notes = [f"default: {setting.default}"] if setting.default else []
     notes += [setting.bounds] if setting.bounds else []
     notes += [f"env var: {variable_of(setting.key)}"]

@@ -27,6 +27,7 @@ else:
 
 PREFIX = "FEDFMSL_"
 PEM = "-----BEGIN"
+NOT_A_SIZE = "is not a size; write it like 512MB or 2GB"
 _PASSWORD = re.compile(r"(\w+://)?\S*@")  # USER:PASSWORD@ of an address
 
 
@@ -42,7 +43,7 @@ M = TypeVar("M", bound=SettingsModel)
 
 
 def checked(check: Callable[[str], object]) -> AfterValidator:
-    """Validates a text with a function that raises ConfigError, which pydantic alone would not collect."""
+    """A validator from a function that raises ConfigError. pydantic collects only ValueErrors."""
 
     def validate(text: str) -> str:
         try:
@@ -75,7 +76,7 @@ def byte_size(option: str, text: str | None) -> int | None:
     try:
         return int(TypeAdapter(ByteSize).validate_python(text))
     except ValidationError as error:
-        raise ConfigError(f"{option} {text!r} is not a size; write it like 512MB or 2GB") from error
+        raise ConfigError(f"{option} {text!r} {NOT_A_SIZE}") from error
 
 
 class SettingsError(ConfigError):
@@ -204,5 +205,5 @@ def _explain(details: ErrorDetails, places: Mapping[str, str], config: Path | No
         where = f"in {config}" if config else "in the file of --config"
         return f"{flag_of(key)} is missing; give it, or {variable_of(key)}, or {key} {where}"
     if details["type"].startswith("byte_size"):
-        return f"{places[key]} is not a size; write it like 512MB or 2GB"
+        return f"{places[key]} {NOT_A_SIZE}"
     return f"{places[key]}: {message}"

@@ -95,7 +95,7 @@ def test_only_globals_that_are_not_held_are_fetched() -> None:
     assert commands == [Fetch(E2)]
     state, commands = drive([GlobalArrived(E2), Idle()], state)
     assert commands == [Work(round_(2, expert=E2, gate=G))]
-    assert state.held == {E2, G}  # what is no longer named is no longer kept
+    assert state.stored == {E2, G}  # what is no longer named is no longer kept
 
 
 @pytest.mark.parametrize("order", [(HERE, RoundSeen(round_(1, expert=E))), (RoundSeen(round_(1, expert=E)), HERE)])
@@ -135,7 +135,7 @@ def test_an_update_is_sent_once_its_server_is_back() -> None:
 def test_a_round_announced_again_is_not_worked_on_again() -> None:
     state, _ = drive([HERE, RoundSeen(round_(1)), Idle(), WorkDone(1)])
     assert drive([RoundSeen(round_(1)), Idle()], state)[1] == []
-    restarted = device(session="s", done=1)  # its update is in the outbox, or was acknowledged
+    restarted = device(session="s", last_started=1)  # its update is in the outbox, or was acknowledged
     assert drive([HERE, RoundSeen(round_(1)), Idle()], restarted)[1] == []
 
 
@@ -154,7 +154,7 @@ def test_a_failed_round_is_computed_again_unless_there_is_a_newer_one() -> None:
     assert drive([WorkFailed(4), RoundSeen(round_(5)), Idle(), Idle()], state)[1] == [Work(round_(5))]
 
 
-UNACKNOWLEDGED = device(session="s", done=4, unacknowledged=frozenset({4, 2}))
+UNACKNOWLEDGED = device(session="s", last_started=4, unacknowledged=frozenset({4, 2}))
 GONE = ServerSeen(HERE.status.model_copy(update={"online": False}))
 OTHER_SESSION = ServerSeen(HERE.status.model_copy(update={"session": "s2"}))
 
@@ -291,12 +291,12 @@ def test_whatever_happens_work_has_its_globals_and_a_present_server(events: list
         before = state
         state, commands = advance(state, event)
         for command in commands:
-            assert not isinstance(command, Fetch) or command.sha256 not in before.held
+            assert not isinstance(command, Fetch) or command.sha256 not in before.stored
             if isinstance(command, Work):
                 assert isinstance(event, Idle)
                 assert command.round == before.announced
-                assert command.round.session == before.present == state.session
-                assert {command.round.expert} - {""} <= before.held
+                assert command.round.session == before.online_session == state.session
+                assert {command.round.expert} - {""} <= before.stored
                 assert command.round.chosen in ((), ("d",))
                 state, (send,) = advance(state, WorkDone(command.round.round))
                 assert send == Send(command.round.round)
@@ -346,7 +346,7 @@ class Outbox(RuleBasedStateMachine):
             self.worked[task.session, task.round] += 1
             self.kept.add(task.round)
             sent = self.happen(WorkDone(task.round))
-            assert sent == ([Send(task.round)] if self.state.present == task.session else [])
+            assert sent == ([Send(task.round)] if self.state.online_session == task.session else [])
 
     @rule(session=SESSIONS)
     def the_server_shows_itself(self, session: str) -> None:
@@ -357,14 +357,14 @@ class Outbox(RuleBasedStateMachine):
     @rule(event=st.sampled_from([Reconnected(), AckOverdue()]))
     def an_update_may_be_lost(self, event: Event) -> None:
         sent = self.happen(event)
-        expected = sorted(self.kept) if self.state.present == self.session else []
+        expected = sorted(self.kept) if self.state.online_session == self.session else []
         assert [command.round for command in sent if isinstance(command, Send)] == expected
 
     @rule()
     def the_device_is_killed_and_started_again(self) -> None:
         done = max({self.acknowledged, *self.kept})
         self.working = None
-        self.state = device(session=self.session, done=done, unacknowledged=frozenset(self.kept))
+        self.state = device(session=self.session, last_started=done, unacknowledged=frozenset(self.kept))
 
     @invariant()
     def nothing_is_dropped_and_nothing_done_twice(self) -> None:
