@@ -65,8 +65,8 @@ app = application()
 
 @dataclass(frozen=True)
 class Configuration:
-    """`settings`: those that differ from the trial's. `hostile`: device-0 sends −10 times its update. `feedback`: error
-    feedback."""
+    """One row of the table. `settings`: those that differ from the trial's. `hostile`: device-0 sends −10 times its
+    update. `feedback`: error feedback."""
 
     text: str
     settings: dict[str, Any] = field(default_factory=dict)

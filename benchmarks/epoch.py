@@ -1,7 +1,7 @@
 """python -m benchmarks.epoch: the local rounds of a device, against the same rounds in torch + PEFT.
 
 New images, rounds of E epochs with one change of level, evaluation on held-out images after each round. torch has no
-levels, so its rounds are all alike: only some are run, and the output says how many.
+levels, so its rounds all take the same time. Only some are run, and the output says how many.
 """
 
 from __future__ import annotations

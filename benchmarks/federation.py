@@ -56,7 +56,7 @@ def honest(_: str, result: StageResult) -> StageResult:
 
 @dataclass
 class History:
-    """`norms`: by stage, the L2 norm of each update as it was trained."""
+    """The rounds of a run. `norms`: by stage, the L2 norm of each update before it is encoded."""
 
     rounds: list[ClosedRound] = field(default_factory=list)
     norms: dict[Stage, list[float]] = field(default_factory=dict)
@@ -65,8 +65,8 @@ class History:
 def open_devices(
     bundle: Bundle, folders: Sequence[Path], states: Path, cache: Path, threads: int
 ) -> list[TrainingContext]:
-    """A device for each folder of photos, with all features computed. They share engine, gate and feature cache,
-    because they take turns and the names in the cache include everything that its content depends on."""
+    """A device for each folder of photos, with all features computed. They share engine, gate and feature cache.
+    This is safe, because they take turns and a cache entry depends only on its name."""
     disk, engine, gate = DiskCache(cache), StepGraphEngine(bundle, threads), Gate(bundle, threads)
     features = FeatureCache(disk, bundle, threads)
     devices = []

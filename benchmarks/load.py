@@ -41,7 +41,7 @@ app = application()
 
 @dataclass
 class MonitoredProcess:
-    """A process and the resources that it had used at the last reading."""
+    """A process, and its resource use at the last reading."""
 
     process: subprocess.Popen[str]
     peak_rss_mb: float = 0.0
@@ -64,8 +64,11 @@ class MonitoredProcess:
 
 @dataclass
 class Measured:
-    """One run. `rounds`: seconds of each round of stage 1, from announcement to next announcement. CPU seconds and
-    `wall` are of the whole run. `size`: bytes of an update of stage 1 on the wire."""
+    """The measurements of one run. `size`: bytes of an update of stage 1 on the wire.
+
+    `rounds`: seconds of each round of stage 1, from its announcement to the next one. CPU seconds and `wall` are of the
+    whole run.
+    """
 
     devices: int
     size: float

@@ -1,4 +1,4 @@
-"""The local computation of a device in some rounds of stage 1, in two variants, each in its own process.
+"""The local computation of a device in some rounds of stage 1, in two variants, with a process for each.
 
     edge     this project: features of new images once, epochs on cached states, evaluation on held-out images
     torch    transformers + PEFT over the whole model, with decoded images in memory: a federated client in torch

@@ -1,7 +1,8 @@
 """python -m benchmarks.step: time and memory of a training step, for several variants in interleaved turns.
 
-Each variant has its own process. After all are set up, they take turns, `--rounds` times, and only one computes at a
-time: a slow phase of the machine affects all. Times are medians with their spread, memory is the peak of the process.
+Each variant has its own process. After all are set up, they take turns, `--rounds` times, and only one computes
+at a time, so a slow phase of the machine affects all. Times are medians with their spread, memory is the peak of the
+process.
 """
 
 from __future__ import annotations

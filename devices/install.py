@@ -34,11 +34,11 @@ def _request(source: Path | None, flags: Mapping[str, Any]) -> Request | None:
 )
 def install(
     request: Request | None,
-    root: Path = typer.Option(ROOT, help="Write the files below this folder, for example of an SD card. Nothing else."),
+    root: Path = typer.Option(ROOT, help="Only write the files, below this folder: for example a mounted SD card."),
     uninstall: bool = typer.Option(False, "--uninstall", help="Remove service and settings; the state stays."),
     purge: bool = typer.Option(False, "--purge", help="With --uninstall: also remove state and user."),
 ) -> None:
-    """Install the daemon on this machine. A repeated installation replaces the settings and keeps the state."""
+    """Install the daemon on this machine as a service. A repeated installation replaces the settings, not the state."""
     if root == ROOT and os.geteuid() != 0:
         raise ConfigError(f"only root may install a service: sudo {sys.executable} -m devices.install …")
     if purge and (root != ROOT or not uninstall):

@@ -204,7 +204,7 @@ def _find_weights(
 ) -> tuple[Family, Any, Origin]:
     """Family, config and origin of the weights in `source`.
 
-    Raises WeightsError if they cannot be read or are of none of the expected families.
+    Raises WeightsError if they cannot be read or belong to no expected family.
     """
     origin = Origin(source, revision)
     if not Path(source).is_dir():

@@ -37,7 +37,7 @@ class Issued:
 
 @dataclass(frozen=True)
 class Authority(Issued):
-    """Uses elliptic curve P-256, which TLS libraries of the smallest devices and AWS IoT support."""
+    """A CA, which issues and revokes certificates. Keys use curve P-256, which small devices and AWS IoT support."""
 
     def issue(
         self,

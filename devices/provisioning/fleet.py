@@ -40,7 +40,10 @@ SOURCE = Path(__file__).parents[2]
 
 @dataclass(frozen=True)
 class Fleet:
-    """`report` receives one line for every written file and every step that the operator has to do."""
+    """The CA, the broker kit and the members of a fleet, in one folder.
+
+    `report` receives a line for every written file, and for every step that is left to the operator.
+    """
 
     folder: Path
     report: Callable[[str], None]

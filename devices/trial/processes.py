@@ -43,8 +43,10 @@ class LoggedProcess:
 
 
 class Processes:
-    """A process that is killed by a signal is started again with the same command, as a service manager does. Leaving
-    the context ends every process."""
+    """The processes of a trial. Leaving the context ends them.
+
+    A process that is killed by a signal is started again with the same command, as a service manager does.
+    """
 
     def __init__(self, logs: Path) -> None:
         self._logs = logs

@@ -5,7 +5,7 @@
 All rounds have the same form: announce, collect one update per device, close, apply. A round closes when enough devices
 have answered or at its deadline, whichever is first. It is repeated if too few updates came. The I/O loop
 (`trainer_server.service.loop`) does MQTT, clock and disk. `now` is in seconds of the run's own clock, which counts only
-while a server runs. So neither a change of the system time nor an absence of the server closes a round.
+while a server runs. So no round closes because the system time changes or the server is down.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def _open_round(plan: Plan, state: State, position: int, now: float) -> tuple[St
     config, number, step = plan.config, state.round + 1, plan.schedule[position]
     stage, level = step.stage, state.sal.level
     ready = {name: state.devices[name] for name in state.ready}
-    # a repeated round asks every device: the same selection could fail forever
+    # a repeated round asks every device, because the same selection could fail again
     selects = stage in TRAINING and not state.repeats
     selected = select_devices(config, ready, level, number) if selects else state.ready
     oldest = number - max(config.max_staleness, REMEMBERED_ROUNDS)
@@ -217,7 +217,8 @@ def _close_round(plan: Plan, state: State, closing: Round, now: float) -> tuple[
 
 
 def _record(state: State, closing: Round, now: float, repeated: str) -> StoreRound:
-    """If late updates count, a device may have several: the record has the newest one and the bytes of all."""
+    """The record of a round. If late updates count, a device may have several: it has the newest one, and the bytes of
+    all."""
     in_order = [state.updates[key] for key in sorted(state.updates)]
     bytes_up: Counter[str] = Counter()
     for accepted in in_order:

@@ -26,7 +26,7 @@ class UpdateSeen:
 
 @dataclass(frozen=True)
 class ClockTicked:
-    """No message is waiting. Rounds open and close only at this event, so every earlier message counts."""
+    """No message is waiting. Rounds open and close only at this event, so every message that arrived before counts."""
 
 
 Event = StatusSeen | UpdateSeen | ClockTicked

@@ -8,8 +8,11 @@ from fedfmsl.protocol.messages import Message, Round, Stage, Update
 
 
 class ClosedRound(Message):
-    """`seconds` the round was open, `bytes_up` bytes on the wire by device, `missing` the stragglers. `repeated` is the
-    reason if the round failed and was repeated."""
+    """The record of one closed round.
+
+    `seconds`: how long the round was open. `updates` and `bytes_up` (bytes on the wire) are by device. `missing`: the
+    stragglers. `repeated`: the reason, if the round failed and was repeated.
+    """
 
     round: Round
     seconds: float
@@ -44,6 +47,6 @@ def successful_rounds(rounds: Sequence[ClosedRound], stage: Stage) -> list[Close
 
 
 def _model(metric: str) -> str:
-    """held_out_local → local_expert: metrics and reports name this model differently."""
+    """The model of a held-out metric. The metric of the local expert is held_out_local."""
     name = metric.removeprefix("held_out_")
     return "local_expert" if name == "local" else name

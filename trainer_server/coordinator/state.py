@@ -34,8 +34,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """Constant during a run. `read` loads the tensors of an accepted update by the SHA-256 of its blob, so the same
-    argument always gives the same tensors."""
+    """What is constant during a run. `read` loads the tensors of an accepted update by the SHA-256 of its blob."""
 
     config: RunConfig
     bundle: Bundle
@@ -83,14 +82,16 @@ Key = tuple[int, str]  # round and device: one update counts for each
 
 @dataclass(frozen=True)
 class State:
-    """`expert` (P,) has the bundle's highest level; its blocks above SAL's level are untrained. `start` (P₁,) is the
-    expert that stage 1 starts from, `gate` (G,) the gate adapter. `position` in the schedule is -1 while the server
-    waits for devices.
+    """The state of a run between two events.
 
-    `since` is the time at which the round was announced. `expected` are the selected devices. `updates` are the
-    accepted updates of the present round. `recent` are closed rounds whose late updates still count. `counted` are the
-    keys of the updates accepted in these rounds and the last REMEMBERED_ROUNDS: they are duplicates if they arrive
-    again.
+    Globals: `expert` (P,) has the bundle's highest level, and its blocks above SAL's level are untrained. `start` (P₁,)
+    is the expert that stage 1 starts from. `gate` (G,) is the gate adapter.
+
+    Round: `position` in the schedule is -1 while the server waits for devices. `since` is the time of the
+    announcement. `expected` are the selected devices. `updates` are the accepted updates of the present round.
+
+    Late updates: `recent` are closed rounds whose late updates still count. `counted` are the keys of the updates
+    accepted in these rounds and in the last REMEMBERED_ROUNDS. A second update with such a key is a duplicate.
     """
 
     expert: Vector

@@ -16,7 +16,7 @@ Statuses = dict[str, list[LoggedEvent]]
 
 @dataclass
 class Batch:
-    """Nothing of a batch takes effect before it is on disk.
+    """Events of messages that arrived together, and their commands. They take effect when the batch is on disk.
 
     `state` is the state after its events, `files` maps the temporary files of accepted updates to their final paths.
     `statuses` are kept in memory until the next commit: the broker retains them as well, and a device that

@@ -11,7 +11,7 @@ from fedfmsl.transport.link import Link
 
 
 class Publisher:
-    """`last` is the message that was published last."""
+    """Publishes the server's messages. `last` is the latest message."""
 
     def __init__(self, link: Link, topics: Topics, status: ServerStatus) -> None:
         self._link = link

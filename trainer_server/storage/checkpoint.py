@@ -1,5 +1,7 @@
-"""The state of a run when a round opens, as JSON and tensors. A restarted server resumes from it. It has no updates,
-because none of the round has arrived yet."""
+"""The state of a run when a round opens, as JSON and tensors. A restarted server resumes from it.
+
+It holds no updates, because a checkpoint is written before the first update of a round arrives.
+"""
 
 from __future__ import annotations
 

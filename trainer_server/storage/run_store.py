@@ -52,7 +52,7 @@ CREATE TABLE IF NOT EXISTS refusals (
 
 
 class Origin(BaseModel):
-    """Settings that a run was started with. `bundle` is a folder, `sha256` its bundle's."""
+    """What a run was started with. `bundle`: the bundle's folder. `sha256`: the bundle's hash."""
 
     config: RunConfig
     session: str
@@ -70,7 +70,7 @@ class LoggedEvent:
 
 @dataclass(frozen=True)
 class RefusalCount:
-    """`last` is the text of the latest one."""
+    """How often messages of one kind from one device were refused. `last`: the text of the latest refusal."""
 
     device: str
     kind: str
@@ -174,7 +174,7 @@ class RunStore:
         refusals: Mapping[tuple[str, str], tuple[int, str]] | None = None,
         ended: str | None = None,
     ) -> None:
-        """Stores all of it or nothing, durably. Raises sqlite3.Error if it cannot be written."""
+        """Stores everything durably, in one transaction. Raises sqlite3.Error if it cannot be written."""
         with self._transaction():
             self._db.executemany(
                 "INSERT INTO events (at, kind, body, sha256, size) VALUES (?, ?, ?, ?, ?)", map(_to_row, events)
