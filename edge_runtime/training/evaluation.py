@@ -9,12 +9,12 @@ import numpy as np
 from pydantic import BaseModel
 
 from edge_runtime.data.samples import labels_of
-from edge_runtime.store.tensor_file import read_tensors
 from edge_runtime.training.context import TrainingContext
 from edge_runtime.training.local_expert import LocalExpert, compute_mixture
 from edge_runtime.training.loop import Targets, predict_log_p, train
 from edge_runtime.training.model import make_personal_model
 from edge_runtime.training.stages import Globals, StageResult, class_mean_expert, shuffle_seed
+from edge_runtime.training.tensor_file import read_tensors
 from fedfmsl.algorithms.arrays import Labels, Vector
 from fedfmsl.algorithms.mixture import accuracy, gate_statistics, label_log_p, nll
 from fedfmsl.common.files import write_atomically

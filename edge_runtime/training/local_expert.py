@@ -9,10 +9,10 @@ import numpy as np
 from pydantic import BaseModel
 
 from edge_runtime.data.samples import labels_of
-from edge_runtime.store.tensor_file import read_tensors
 from edge_runtime.training.context import Samples, TrainingContext
 from edge_runtime.training.loop import Targets, predict_log_p, train
 from edge_runtime.training.stages import Globals, StageResult, shuffle_seed
+from edge_runtime.training.tensor_file import read_tensors
 from fedfmsl.algorithms.arrays import Floats, Vector
 from fedfmsl.algorithms.mixture import accuracy, gate_statistics, label_log_p, mix, nll
 from fedfmsl.algorithms.sal import Sal, SalState

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 from pydantic import BaseModel
 
-from edge_runtime.store.tensor_file import read_tensors
 from edge_runtime.training.context import TrainingContext
 from edge_runtime.training.stages import StageResult
+from edge_runtime.training.tensor_file import read_tensors
 from fedfmsl.algorithms.arrays import Tensors, Vector
 from fedfmsl.algorithms.privacy import Privacy, privatize, privatize_statistics
 from fedfmsl.common.files import write_atomically
