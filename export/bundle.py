@@ -59,7 +59,7 @@ def build_bundle(
     if out.exists() and not (out / MANIFEST).exists() and any(out.iterdir()):
         raise ConfigError(f"--out {out} exists and is not a bundle; choose another folder")
     if ort_training and precision != "fp32":
-        raise ConfigError(f"--ort-training needs --precision fp32, not {precision}")
+        raise ConfigError(f"--ort-training needs --precision fp32, not {precision}; omit one of them")
     spec = _Spec(source, geometry, classes, levels, lora, precision)
     steps = 1 + (4 + ort_training) * levels + 2 + 2
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -222,7 +222,9 @@ def _find_weights(
     except (OSError, ValueError) as error:
         raise origin.to_weights_error(error) from error
     supported = ", ".join(family.model_type for family in expected)
-    raise WeightsError(f"{source} has a model of type {model_type!r}, expected {supported}")
+    raise WeightsError(
+        f"{source} has a model of type {model_type!r}, expected {supported}; choose another model or folder"
+    )
 
 
 def _is_hub_reachable() -> bool:

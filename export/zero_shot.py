@@ -38,7 +38,7 @@ def zero_shot_head(source: Backbone, classes: Sequence[str], templates: Sequence
             raise ConfigError(f"--prompt {template!r} must contain '{{}}' once, as the place of the class name")
     origin, kind = source.origin, source.family.text_tower
     if origin is None or kind is None:
-        raise WeightsError(f"the weights of {source.name} have no text tower")
+        raise WeightsError(f"the weights of {source.name} have no text tower; use weights of a whole CLIP model")
     config = kind.config_class.from_pretrained(origin.source, **origin.options)
     tower = load_pretrained(kind, origin, config).double().eval()
     tokenizer, longest = _tokenizer(origin), config.max_position_embeddings
@@ -66,4 +66,4 @@ def _tokenizer(origin: Origin) -> Any:
     try:
         return AutoTokenizer.from_pretrained(origin.source, **origin.options)
     except (OSError, ValueError, TypeError) as error:  # TypeError: vocab.json is missing
-        raise WeightsError(f"{origin.source} has no usable tokenizer") from error
+        raise WeightsError(f"{origin.source} has no usable tokenizer; download the model again") from error

@@ -98,7 +98,7 @@ def export(out: Path = OUT, to: Path = typer.Option(help="Folder to write the PE
     bundle = open_bundle(store)
     checkpoint = store.state()
     if checkpoint is None or not checkpoint[0].start.size:
-        raise RunError(f"{out} has no global expert yet: its first round is not closed")
+        raise RunError(f"{out} has no global expert yet: its first round is not closed; try again later")
     state = checkpoint[0]
     try:
         write_adapter(bundle, state.expert[: bundle.expert.size(state.sal.level)], state.sal.level, to)

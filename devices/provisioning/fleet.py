@@ -169,7 +169,7 @@ class Fleet:
     def _remove_passwords(self, names: Sequence[str]) -> None:
         lines = self._password_lines()
         if missing := set(names) - {_user(line) for line in lines}:
-            raise ConfigError(f"{self._passwords} has no {', '.join(sorted(missing))}")
+            raise ConfigError(f"{self._passwords} has no {', '.join(sorted(missing))}; check the names")
         self._replace_passwords([line for line in lines if _user(line) not in names])
         for name in names:
             self._remove_files(name)

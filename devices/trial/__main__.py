@@ -55,11 +55,11 @@ def trial(
 ) -> None:
     """Run a whole federated trial on this machine: real photos, a real backbone, a broker, N devices."""
     if classes and classes_from_folders:
-        raise ConfigError("--classes and --classes-from-folders exclude each other")
+        raise ConfigError("--classes and --classes-from-folders exclude each other; omit one of them")
     if (classes or classes_from_folders) and images is None:
-        raise ConfigError("--classes and --classes-from-folders require --images")
+        raise ConfigError("--classes and --classes-from-folders require --images; add --images DIR")
     if weights and model is None:
-        raise ConfigError("--weights requires --model")
+        raise ConfigError("--weights requires --model; add --model NAME")
     run_trial(
         TrialOptions(
             name=name,

@@ -35,7 +35,7 @@ def find_files(folder: Path, kind: Kind, classes: list[str] | None, test_share: 
     train = _by_class([file for file in files if not file.is_test], classes)
     empty = [name for name in classes or () if name not in train]
     if empty:
-        raise InputError(f"class {empty[0]!r} has no {kind.noun}s in {folder}")
+        raise InputError(f"class {empty[0]!r} has no {kind.noun}s in {folder}; add some, or omit it from --classes")
     if not train:
         raise InputError(f"folder {folder} holds no {kind.noun}s to train on; put them into one subfolder per class")
     if listing.has_test:

@@ -155,7 +155,7 @@ def _python(*arguments: str) -> None:
     """Raises RunError if the module fails. The module prints its own error."""
     result = subprocess.run([sys.executable, "-m", *arguments], check=False)
     if result.returncode:
-        raise RunError(f"python -m {arguments[0]} failed with exit code {result.returncode}")
+        raise RunError(f"python -m {arguments[0]} failed with exit code {result.returncode}; see its error above")
 
 
 def _clear(folder: Path) -> None:

@@ -20,7 +20,7 @@ def _geometry(config: Any, size: int) -> Geometry:
         raise ConfigError("only BERT encoders with absolute positions and the activation 'gelu' are supported")
     if size > config.max_position_embeddings:
         raise ConfigError(
-            f"--max-tokens {size} is more than the {config.max_position_embeddings} positions of the model"
+            f"--max-tokens {size} is more than the {config.max_position_embeddings} positions of the model; lower it"
         )
     return Geometry(
         tokens=size,

@@ -96,7 +96,9 @@ def affine(name: str, module: Any) -> dict[str, Array]:
 def patches(config: Any, size: int) -> int:
     """Number of patches of an image. Raises ConfigError if `size` is not a multiple of the patch size."""
     if size % config.patch_size:
-        raise ConfigError(f"--image-size {size} is not a multiple of the patch size {config.patch_size}")
+        raise ConfigError(
+            f"--image-size {size} is not a multiple of the patch size {config.patch_size}; choose a multiple"
+        )
     return int((size // config.patch_size) ** 2)
 
 
