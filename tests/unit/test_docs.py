@@ -172,6 +172,12 @@ def test_the_reference_is_generated_from_the_code() -> None:
     assert (DOCS / "reference.md").read_text() == page(), "run python docs/generate_reference.py"
 
 
+def test_every_command_in_the_reference_has_a_description() -> None:
+    commands = re.findall(r"^#+ (python -m .+)\n\n(.*)$", (DOCS / "reference.md").read_text(), re.MULTILINE)
+    assert commands
+    assert not [command for command, description in commands if not description or description.startswith("|")]
+
+
 def test_the_site_builds_without_warnings(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}

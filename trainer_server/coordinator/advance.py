@@ -217,8 +217,10 @@ def _close_round(plan: Plan, state: State, closing: Round, now: float) -> tuple[
 
 
 def _record(state: State, closing: Round, now: float, repeated: str) -> StoreRound:
-    """The record of a round. If late updates count, a device may have several: it has the newest one, and the bytes of
-    all."""
+    """The record of a round.
+
+    If late updates count, a device may have several: the record has the newest one, and the bytes of all.
+    """
     in_order = [state.updates[key] for key in sorted(state.updates)]
     bytes_up: Counter[str] = Counter()
     for accepted in in_order:
