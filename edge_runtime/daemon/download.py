@@ -172,9 +172,8 @@ class _HttpClient:
                 ssl.SSLError,
             ) as error:
                 cause = getattr(error, "reason", error) if isinstance(error, urllib.error.URLError) else error
-                if isinstance(cause, ssl.SSLError) and not isinstance(
-                    cause, ssl.SSLEOFError
-                ):  # SSLEOFError: the connection was cut
+                was_cut = isinstance(cause, ssl.SSLEOFError)
+                if isinstance(cause, ssl.SSLError) and not was_cut:
                     raise BundleError(f"cannot fetch {file.url}: {explain(cause)}") from error
                 if file.received > before:
                     delays = list(self.retry_delays)
