@@ -78,16 +78,13 @@ def rate_limited(report: Report, seconds: float = PROGRESS_SECONDS) -> Report:
 
 
 def _status_of(device: TrainingContext, online: bool, paused: str, error: str) -> DeviceStatus:
-    splits = device.scanned
     return DeviceStatus(
         device=device.device_name,
         online=online,
         instance=INSTANCE,
         bundle=device.bundle.sha256,
         level_cap=device.level_cap,
-        train=len(splits.train),
-        held_out=len(splits.held_out),
-        test=len(splits.test),
         paused=paused,
         error=error,
+        **device.scanned.sizes,
     )

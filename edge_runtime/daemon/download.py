@@ -161,7 +161,9 @@ class _HttpClient:
             except urllib.error.HTTPError as error:
                 if error.code == 416:  # the part is complete
                     return
-                raise BundleError(f"cannot fetch {file.url}: HTTP {error.code}") from error
+                raise BundleError(
+                    f"cannot fetch {file.url}: HTTP {error.code}; check the server, or pass --bundle"
+                ) from error
             except (
                 urllib.error.URLError,
                 http.client.HTTPException,
@@ -170,7 +172,8 @@ class _HttpClient:
                 ssl.SSLError,
             ) as error:
                 cause = getattr(error, "reason", error) if isinstance(error, urllib.error.URLError) else error
-                if isinstance(cause, ssl.SSLError) and not isinstance(cause, ssl.SSLEOFError):  # not a cut connection
+                was_cut = isinstance(cause, ssl.SSLEOFError)
+                if isinstance(cause, ssl.SSLError) and not was_cut:
                     raise BundleError(f"cannot fetch {file.url}: {explain(cause)}") from error
                 if file.received > before:
                     delays = list(self.retry_delays)

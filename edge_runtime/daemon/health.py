@@ -95,14 +95,11 @@ def _free(folder: Path) -> int:
 
 
 def _of_device(device: TrainingContext) -> Mapping[str, Any]:
-    splits = device.scanned
     return {
         "level_cap": device.level_cap,
         "cache": device.cache.used,
-        "train": len(splits.train),
-        "held_out": len(splits.held_out),
-        "test": len(splits.test),
-        "skipped": len(splits.skipped),
+        "skipped": len(device.scanned.skipped),
+        **device.scanned.sizes,
     }
 
 

@@ -141,5 +141,7 @@ class Jobs:
             future.result()
         except (OSError, RunError) as error:
             path = self._runner.device.store.personalized
-            logger.warning(f"{path} could not be written ({error}); run edge_runtime personalize to try again")
+            logger.warning(
+                f"{path} could not be written ({error}); run python -m edge_runtime personalize to try again"
+            )
         then()

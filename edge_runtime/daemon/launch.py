@@ -43,7 +43,7 @@ from fedfmsl.transport.link import Link
 
 logger = logging.getLogger(__name__)
 
-FIRST_SCAN_SECONDS = 3.0  # that the first scan waits for files that another process may still write
+FIRST_SCAN_SECONDS = 3.0  # wait before the first scan if another process may still write a file
 
 
 def launch(settings: Settings) -> None:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import time
-
-import paho.mqtt.client as paho
+from typing import Protocol
 
 from edge_runtime.daemon.timing import ACK_TIMEOUT
 from fedfmsl.common.backoff import Backoff
+
+
+class Delivery(Protocol):
+    """A message on its way to the broker, as `paho.mqtt.client.MQTTMessageInfo`."""
+
+    def is_published(self) -> bool: ...
 
 
 class Retransmissions:
@@ -17,11 +22,11 @@ class Retransmissions:
     def __init__(self, device: str, timeout: Backoff = ACK_TIMEOUT) -> None:
         self._device = device
         self._timeout = timeout
-        self._last_chunks: dict[int, paho.MQTTMessageInfo] = {}
+        self._last_chunks: dict[int, Delivery] = {}
         self._attempt = 0
         self._since = 0.0
 
-    def sent(self, round_: int, last_chunk: paho.MQTTMessageInfo) -> None:
+    def sent(self, round_: int, last_chunk: Delivery) -> None:
         self._last_chunks[round_] = last_chunk
         self._since = time.monotonic()
 

@@ -21,12 +21,12 @@ from fedfmsl.errors import InputError
 from fedfmsl.protocol.bundle import Bundle
 
 WRITE_SECONDS = 2.0  # after its last change, a file may still be written
-REASONS = 3  # that an error lists
+REASONS = 3  # reasons that an error lists
 UNLIMITED = 2**62  # an extent
-REMEMBERED_AT_ONCE = 100  # files
+REMEMBERED_AT_ONCE = 100  # files that one transaction stores
 TOO_LARGE = "needs more memory to read than the device has planned; make it smaller, or restart the device"
 
-# Of reading a file. None: another process may still write the file; the next scan reads it.
+# The result of reading a file. None: another process may still write the file; the next scan reads it.
 FileResult = Sample | SkippedFile | None
 
 

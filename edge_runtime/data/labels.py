@@ -20,7 +20,7 @@ def walk_labelled(folder: Path, kind: Kind, source: Path, classes: Sequence[str]
     Raises InputError if `folder` does not exist, or as `read_labels` does.
     """
     if not folder.is_dir():
-        raise InputError(f"{kind.noun} folder {folder} does not exist")
+        raise InputError(f"{kind.noun} folder {folder} does not exist; create it, or pass another folder")
     labels, skipped = read_labels(source)
     files: list[ClassFile] = []
     unlabelled = 0
@@ -66,7 +66,7 @@ def read_labels(path: Path) -> tuple[Labels, list[SkippedFile]]:
                 else:
                     skipped.append(SkippedFile(path, f"line {reader.line_num} lacks the file or the class"))
     except FileNotFoundError as error:
-        raise InputError(f"labels {path} do not exist") from error
+        raise InputError(f"labels {path} do not exist; check the path, or use one subfolder per class") from error
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"labels {path} cannot be read ({error}); it must be a CSV file in UTF-8") from error
     return labels, skipped

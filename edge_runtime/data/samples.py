@@ -70,6 +70,11 @@ class Splits:
         return self.train + self.held_out + self.test
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """The number of samples in each split."""
+        return {"train": len(self.train), "held_out": len(self.held_out), "test": len(self.test)}
+
+    @property
     def unassigned_samples(self) -> tuple[Sample, ...]:
         """The unassigned samples and their possible near-duplicates: the assigned ones of the same classes."""
         samples = self.train + self.held_out
@@ -124,8 +129,8 @@ def assign_new_samples(splits: Splits, features: NDArray[np.float32]) -> Splits:
     of `splits.unassigned_samples`.
 
     A camera takes many pictures of one scene. If they were held out at random, each would have a near-duplicate in the
-    training split, and held-out accuracy would be too high. In a class of unassigned samples only, the sample with the
-    lowest hash and those most similar to it are held out, as many as `assign_splits` has held out. In another class
+    training split, and held-out accuracy would be too high. If all samples of a class are unassigned, the sample with
+    the lowest hash and those most similar to it are held out. Their number is that of `assign_splits`. In another class
     each sample joins its nearest neighbour; without a near-duplicate, it joins the split that has less than its share.
     """
     samples = splits.unassigned_samples

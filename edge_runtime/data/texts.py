@@ -38,7 +38,9 @@ class TextTokenizer:
         try:
             self._tokenizer = Tokenizer.from_str(json)
         except Exception as error:  # the package raises no narrower type
-            raise BundleError(f"the model's tokenizer cannot be read: {str(error).splitlines()[0]}") from error
+            raise BundleError(
+                f"the model's tokenizer cannot be read: {str(error).splitlines()[0]}; build the bundle again"
+            ) from error
         length = preprocessing.max_tokens
         self._tokenizer.enable_truncation(length)
         self._tokenizer.enable_padding(length=length, pad_id=preprocessing.pad_id)

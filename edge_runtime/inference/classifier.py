@@ -93,7 +93,7 @@ class FileClassifier:
         try:
             metadata = _Metadata.model_validate(self._session.get_modelmeta().custom_metadata_map)
         except ValidationError as error:
-            raise BundleError(f"{model} is not a personalized model of FedFMSL Edge") from error
+            raise BundleError(f"{model} is not a personalized model; pass the personalized.onnx of a device") from error
         self._reader = reader_for(metadata.preprocessing, metadata.tokenizer)
         lowest = metadata.threshold if threshold is None else threshold
         self._labeler = Labeler(metadata.device, metadata.round, metadata.classes, lowest)

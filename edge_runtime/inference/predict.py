@@ -25,7 +25,9 @@ def predict_files(classifier: Classifier, files: Sequence[Path]) -> Iterator[Pre
     kind = classifier.kind
     paths = [path for file in files for path in _files(file, kind)]
     if not paths:
-        raise InputError(f"no {kind.noun}s in {', '.join(map(str, files))}")
+        raise InputError(
+            f"no {kind.noun}s in {', '.join(map(str, files))}; their names end in {', '.join(sorted(kind.suffixes))}"
+        )
     errors: list[InputError] = []
     for path in paths:
         try:
@@ -35,7 +37,7 @@ def predict_files(classifier: Classifier, files: Sequence[Path]) -> Iterator[Pre
             if len(paths) > 1:
                 notice(str(error))
     if len(paths) > 1 and errors:
-        raise InputError(f"{len(errors)} of {len(paths)} {kind.noun}s could not be classified")
+        raise InputError(f"{len(errors)} of {len(paths)} {kind.noun}s could not be classified; see the lines above")
     if errors:
         raise errors[0]
 
@@ -81,5 +83,5 @@ def _files(path: Path, kind: Kind) -> list[Path]:
     if path.is_dir():
         return kind.files(path)
     if not path.is_file():
-        raise InputError(f"{kind.noun} {path} does not exist")
+        raise InputError(f"{kind.noun} {path} does not exist; check the path")
     return [path]

@@ -40,7 +40,7 @@ def check_identity(settings: Settings, context: Context) -> Iterator[Finding]:
 
 def check_broker(settings: Settings, context: Context) -> Iterator[Finding]:
     if context.running:
-        yield Finding("broker", "the daemon runs and uses this device's name; see edge_runtime status")
+        yield Finding("broker", "the daemon runs and uses this device's name; see python -m edge_runtime status")
         return
     topics, address = Topics(settings.run), parse_address(settings.broker)
     client = f"fedfmsl-check-{secrets.token_hex(8)}"

@@ -26,7 +26,7 @@ from edge_runtime.training.gate import Gate
 from fedfmsl.protocol.bundle import Bundle, file_sha256
 from fedfmsl.protocol.messages import EngineChoice, EngineName, Training
 
-BATCH = 16  # samples of a step, as the server's default
+BATCH = 16  # samples per step; the server's default
 FEATURES = 0  # stands for the feature pass where levels are numbered from 1
 
 

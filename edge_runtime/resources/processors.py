@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import psutil
 
-MIN_SECONDS = 0.5  # of processor time between two readings, for a meaningful difference
+MIN_SECONDS = 0.5  # least processor time between two readings from which a share is computed
 FAMILY_SECONDS = 30.0  # between two searches for child processes; a search reads every process of the machine
 
 

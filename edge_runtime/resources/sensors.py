@@ -19,7 +19,7 @@ PLAUSIBLE = (-40.0, 150.0)  # °C
 CONSTANT_ZONE = "PMIC-Die"  # a thermal zone of Jetsons that always reports 100 °C
 MOBILE = ("wwan", "ppp", "rmnet")  # prefixes of the interfaces of modems
 NMCLI_SECONDS, NMCLI_VALID_SECONDS = 2.0, 60.0
-CURRENT_BITS = 0xF  # of a Raspberry Pi's get_throttled; the higher bits are about the past
+CURRENT_BITS = 0xF  # of a Raspberry Pi's get_throttled; higher bits: what has happened since the last boot
 
 
 def thermal_zones(root: Path = Path("/")) -> dict[str, float]:

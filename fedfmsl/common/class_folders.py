@@ -18,7 +18,7 @@ TRAIN, TEST = "train", "test"
 IGNORED = frozenset(
     {"Thumbs.db", "desktop.ini", "@eaDir", "__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information"}
 )
-CLASSES_NAMED = 8  # that a reason lists
+CLASSES_NAMED = 8  # classes that a reason lists
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,9 +142,9 @@ def _entries(folder: Path, noun: str) -> list[os.DirEntry[str]]:
     try:
         return _visible(folder)
     except FileNotFoundError as error:
-        raise InputError(f"{noun} folder {folder} does not exist") from error
+        raise InputError(f"{noun} folder {folder} does not exist; create it, or pass another folder") from error
     except OSError as error:
-        raise InputError(f"{noun} folder {folder} cannot be read ({error.strerror})") from error
+        raise InputError(f"{noun} folder {folder} cannot be read ({error.strerror}); check its permissions") from error
 
 
 def _visible(folder: Path) -> list[os.DirEntry[str]]:

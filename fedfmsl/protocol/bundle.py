@@ -181,7 +181,7 @@ class Bundle:
         """The path of a file of the bundle. Raises BundleError if it is outside the folder."""
         path = self.root / name
         if not path.resolve().is_relative_to(self.root.resolve()):
-            raise BundleError(f"bundle {self.root}: the manifest names {name!r}, outside the bundle")
+            raise BundleError(f"bundle {self.root}: the manifest names {name!r}, outside the bundle; build it again")
         return path
 
     def initial(self) -> tuple[Vector, Vector]:

@@ -40,7 +40,7 @@ def parse_address(broker: str) -> Address:
         parts = urlsplit(broker)
         host, port = parts.hostname, parts.port
     except ValueError as error:
-        raise ConfigError(f"{text}: {error}") from error
+        raise ConfigError(f"{text}: {error}; write it like mqtt://host:port") from error
     if parts.scheme not in PORTS or not host or port == 0:
         raise ConfigError(f"{text} is not of the form mqtt://host:port; the other schemes are mqtts, ws and wss")
     return Address(
@@ -63,7 +63,7 @@ def listening_on(address: str, what: str, insecure: bool) -> tuple[str, int]:
     address that other machines reach unless `insecure`."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 2**16:
-        raise ConfigError(f"{address!r} is not HOST:PORT")
+        raise ConfigError(f"{address!r} is not HOST:PORT; write it like 127.0.0.1:9000")
     if not insecure:
         require_loopback(what, host, "let it listen on 127.0.0.1")
     return host.strip("[]"), int(port)

@@ -1,7 +1,7 @@
 """paho's client with bounded memory, the reason of a TLS failure, and reconnection spread over time.
 
-paho reads a packet of any length into memory (MQTT allows 256 MB), loses the reason for which TLS ended a connection,
-and reconnects all clients at the same moment after an outage.
+paho reads a packet of any length into memory (MQTT allows 256 MB). It loses the reason for which TLS ended a
+connection. After an outage it reconnects all clients at the same moment.
 """
 
 from __future__ import annotations

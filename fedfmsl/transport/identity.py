@@ -52,7 +52,9 @@ class Identity:
             try:
                 context.load_cert_chain(self.path, password="")  # without a password OpenSSL would ask the terminal
             except (OSError, ValueError) as error:
-                raise ConfigError(f"identity {self.path}: key and certificate do not match ({error})") from error
+                raise ConfigError(
+                    f"identity {self.path}: key and certificate do not match ({error}); make one with devices.provision"
+                ) from error
         return context
 
 
@@ -60,7 +62,7 @@ def read_identity(path: Path) -> Identity:
     """Raises ConfigError if the file is not an identity, or users other than its owner can read its key."""
     try:
         if path.stat().st_size > MAX_BYTES:
-            raise ConfigError(f"identity {path} is not a PEM file with a key and certificates: too long")
+            raise ConfigError(f"identity {path} is too long for a PEM file; make one with devices.provision")
         text = path.read_text("utf-8", errors="replace")  # there may be any text around the PEM blocks
         mode = path.stat().st_mode
     except OSError as error:

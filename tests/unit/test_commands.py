@@ -50,7 +50,7 @@ def test_help_imports_no_part() -> None:
     assert done.stdout.splitlines()[-1] == "imported []"
 
 
-def test_a_shell_completes_subcommands_options_and_choices() -> None:
+def test_shell_completion_of_subcommands_options_and_choices() -> None:
     def completions(words: str) -> list[str]:
         environment = {"_ROOT_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
         return CliRunner().invoke(app, [], prog_name="root", env=environment).output.split()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import paho.mqtt.client as paho
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -444,12 +444,20 @@ def test_what_a_killed_process_left_half_written_is_cleared_away(tmp_path: Path)
     assert sorted(path.name for path in tmp_path.rglob("*")) == [".bashrc.old", "1", "identity", "outbox"]
 
 
+@dataclass
+class Delivery:
+    published: bool = False
+
+    def is_published(self) -> bool:
+        return self.published
+
+
 def test_an_answer_is_overdue_only_after_the_whole_update_has_reached_the_broker() -> None:
-    unanswered, last_chunk = Retransmissions("d", Backoff(first=0.0, longest=0.0)), paho.MQTTMessageInfo(1)
+    unanswered, last_chunk = Retransmissions("d", Backoff(first=0.0, longest=0.0)), Delivery()
     assert not unanswered.overdue()
     unanswered.sent(3, last_chunk)
     assert unanswered.is_in_flight(3) and not unanswered.overdue()
-    last_chunk._set_as_published()
+    last_chunk.published = True
     assert not unanswered.is_in_flight(3) and unanswered.overdue()
     unanswered.acknowledged(3)
     assert not unanswered.overdue()

@@ -77,15 +77,20 @@ def test_a_level_that_hardly_kept_within_the_time_comes_back_all_the_same() -> N
     assert after(hot, 1.0).level == 4
 
 
-@given(seed=st.integers(0, 2**32 - 1), slowdown=st.floats(0.7, 6.0))
-def test_a_busy_machine_does_not_make_it_flap(seed: int, slowdown: float) -> None:
-    """Each step has a tenth of noise either way, and one in five takes many times as long."""
+def level_changes(seed: int, slowdown: float) -> int:
+    """How often the cap changes in 400 steps. Each has 10% of noise, and one in five takes 2 to 20 times as long."""
     rng, cap, levels = np.random.default_rng(seed), cap_of(SECONDS, step_seconds=1e3), []
     for _ in range(400):
         noise = rng.uniform(0.9, 1.1) * (rng.uniform(2, 20) if rng.random() < 0.2 else 1)
         cap = observe(cap, cap.level, cap.measured[cap.level] * slowdown * noise, BATCH)
         levels.append(cap.level)
-    assert sum(before != now for before, now in pairwise(levels)) <= 4
+    return sum(before != now for before, now in pairwise(levels))
+
+
+def test_the_cap_rarely_changes_on_a_busy_machine() -> None:
+    changes = [level_changes(seed, slowdown) for seed, slowdown in enumerate(np.linspace(0.7, 6.0, 150).tolist())]
+    assert np.mean(changes) <= 1.5  # one change is needed where the slowdown asks for a lower level
+    assert np.mean(np.array(changes) > 3) <= 0.01
 
 
 @given(
