@@ -113,9 +113,7 @@ def replay_rounds(store: RunStore, plan: Plan) -> Iterator[Round]:
     Raises RunError if the run was started without --audit, which keeps the whole log.
     """
     if not store.origin.config.audit:
-        raise RunError(
-            f"{store.folder} was run without --audit, so its updates were not kept; start a run with --audit to replay it"
-        )
+        raise RunError(f"{store.folder} was run without --audit, which keeps the updates; start a new run with --audit")
     state = initial_state(plan, 0.0)
     for logged in store.events(since_checkpoint=False):
         state, commands = advance(plan, state, logged.event, logged.at)
