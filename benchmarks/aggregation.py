@@ -200,7 +200,7 @@ def trial_bundle(folder: Path, classes: Iterable[str], seed: int) -> Bundle:
 def trial_photos() -> tuple[Files, Files]:
     """The trial's training and test photos by class."""
     groceries = unpack_groceries(fetch(PHOTOS), ASSETS / "groceries")
-    return find_files(groceries, kind_of(groceries), None)
+    return find_files(groceries, kind_of(groceries))
 
 
 def _device_folders(seed: int) -> list[Path]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import typer
 
+from devices.trial.settings import TrialSettings
 from edge_runtime.daemon.metrics import families
 from edge_runtime.settings import Settings
 from fedfmsl.common.exit_codes import EXIT_CODES
@@ -34,7 +35,7 @@ MODULES = (
     "devices.trial.__main__",
     "devices.trial.assets",
 )
-MODELS: dict[str, type[SettingsModel]] = {"device": Settings, "server": ServerSettings}
+MODELS: dict[str, type[SettingsModel]] = {"device": Settings, "server": ServerSettings, "trial": TrialSettings}
 INTRODUCTION = """\
 # Settings, commands and exit codes
 

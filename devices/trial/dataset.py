@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from edge_runtime.data.inputs import IMAGES, TEXTS, Kind
@@ -23,23 +24,23 @@ def kind_of(folder: Path) -> Kind:
     return kind
 
 
-def find_files(folder: Path, kind: Kind, classes: list[str] | None, test_share: float = 0.2) -> tuple[Files, Files]:
+def find_files(folder: Path, kind: Kind, classes: Sequence[str] = (), test_share: float = 0.2) -> tuple[Files, Files]:
     """Training and test files by class. Skipped files are printed.
 
     Without folders train/ and test/, the last files of each class in the order of their names are the test files:
     neighbours in name are often near-duplicates, which must not be in both splits. Raises InputError if a class of
-    `classes` has no files, or no class has any.
+    `classes` has no files, or no class has any. Without `classes`, every class is used.
     """
     listing = walk_classes(folder, kind.suffixes, kind.noun)
     files = _readable(listing, kind, classes)
     train = _by_class([file for file in files if not file.is_test], classes)
-    empty = [name for name in classes or () if name not in train]
+    empty = [name for name in classes if name not in train]
     if empty:
         raise InputError(f"class {empty[0]!r} has no {kind.noun}s in {folder}; add some, or omit it from --classes")
     if not train:
         raise InputError(f"folder {folder} holds no {kind.noun}s to train on; put them into one subfolder per class")
     if listing.has_test:
-        test = _by_class([file for file in files if file.is_test], None)
+        test = _by_class([file for file in files if file.is_test], ())
         return train, {name: test[name] for name in train if name in test}
     test = {}
     for name, paths in train.items():
@@ -48,7 +49,7 @@ def find_files(folder: Path, kind: Kind, classes: list[str] | None, test_share: 
     return train, test
 
 
-def _readable(listing: Listing, kind: Kind, classes: list[str] | None) -> list[ClassFile]:
+def _readable(listing: Listing, kind: Kind, classes: Sequence[str]) -> list[ClassFile]:
     skipped, files = list(listing.skipped), []
     for file in listing.files:
         if classes and file.label not in classes:
@@ -69,9 +70,9 @@ def _is_readable(path: Path, kind: Kind) -> bool:
         return False
 
 
-def _by_class(files: list[ClassFile], classes: list[str] | None) -> Files:
+def _by_class(files: list[ClassFile], classes: Sequence[str]) -> Files:
     """In the order of `classes`, or of the files."""
-    found: Files = {name: [] for name in classes or ()}
+    found: Files = {name: [] for name in classes}
     for file in files:
         found.setdefault(file.label, []).append(file.path)
     return {name: paths for name, paths in found.items() if paths}

@@ -50,13 +50,6 @@ def settings_of(model: type[SettingsModel]) -> list[Setting]:
     return sorted(found, key=lambda setting: not setting.required)
 
 
-def option(model: type[SettingsModel], key: str, default: Any = ...) -> Any:
-    """One setting as an option of a command that has no settings model. `default`: instead of the model's."""
-    setting = _setting(key, model.model_fields[key])
-    default = model.model_fields[key].default if default is ... else default
-    return typer.Option(default, flag_of(key), envvar=variable_of(key), help=setting.help)
-
-
 def with_settings(
     model: type[SettingsModel],
     file_model: type[SettingsModel] | None = None,

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin
 
-from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, EnvSettingsSource, InitSettingsSource, SettingsConfigDict
@@ -67,16 +67,6 @@ def panel(name: str) -> dict[str, Any]:
 CommaSeparated = BeforeValidator(_split_list)  # a list in a file, a text with commas in a flag or variable
 File = Annotated[Path, AfterValidator(Path.expanduser)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
-
-
-def byte_size(option: str, text: str | None) -> int | None:
-    """The bytes of a size like 512MB or 2GiB. Raises ConfigError that names the option."""
-    if text is None:
-        return None
-    try:
-        return int(TypeAdapter(ByteSize).validate_python(text))
-    except ValidationError as error:
-        raise ConfigError(f"{option} {text!r} {NOT_A_SIZE}") from error
 
 
 class SettingsError(ConfigError):

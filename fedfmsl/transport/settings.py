@@ -17,15 +17,9 @@ Broker = Annotated[str, checked(parse_address)]
 CONNECTION = panel("Connection")
 
 
-class ConnectionSettings(SettingsModel):
-    """How a process reaches the broker, and who it is."""
+class AccessSettings(SettingsModel):
+    """Who a process is, and whether its traffic may be unencrypted."""
 
-    broker: Broker = Field(
-        "mqtt://localhost:1883",
-        description="Address of the MQTT broker: mqtt, mqtts, ws or wss://HOST[:PORT]. User and password: "
-        "USER:PASSWORD@HOST, or FEDFMSL_USER and FEDFMSL_PASSWORD.",
-        json_schema_extra=CONNECTION,
-    )
     identity: File | None = Field(
         None,
         description="PEM file with client key, certificate and CA, for TLS. In a TOML file also its text.",
@@ -33,4 +27,15 @@ class ConnectionSettings(SettingsModel):
     )
     insecure: bool = Field(
         False, description="Allow unencrypted traffic to other machines.", json_schema_extra=CONNECTION
+    )
+
+
+class ConnectionSettings(AccessSettings):
+    """How a process reaches the broker, and who it is."""
+
+    broker: Broker = Field(
+        "mqtt://localhost:1883",
+        description="Address of the MQTT broker: mqtt, mqtts, ws or wss://HOST[:PORT]. User and password: "
+        "USER:PASSWORD@HOST, or FEDFMSL_USER and FEDFMSL_PASSWORD.",
+        json_schema_extra=CONNECTION,
     )

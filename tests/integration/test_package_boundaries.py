@@ -96,7 +96,7 @@ TABLE = (
     Row(
         "devices.trial",
         f"{FEDFMSL} trainer_server.* {EDGE}.data {EDGE}.settings",
-        "amqtt matplotlib numpy pyarrow rich typer",
+        "amqtt matplotlib numpy pyarrow pydantic rich typer",
     ),
     Row("devices", f"{FEDFMSL} devices.provisioning {EDGE}.settings", "typer rich"),
     Row("fedfmsl.__main__", f"fedfmsl.errors {COMMON}", "typer"),  # it imports the other commands by name at run time

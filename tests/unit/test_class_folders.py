@@ -89,7 +89,7 @@ def test_the_export_the_trial_and_the_daemon_find_the_same(tmp_path: Path) -> No
     for root in (photos, split):
         names = class_names("", root)
         assert names == CLASSES
-        train, test = find_files(root, IMAGES, None)
+        train, test = find_files(root, IMAGES)
         assert tuple(train) == CLASSES
         found = {(path, label) for part in (train, test) for label, paths in part.items() for path in paths}
         assert found == {(sample.path, names[sample.label]) for sample in scan_once(root, names, IMAGES).samples}

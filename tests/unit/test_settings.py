@@ -14,6 +14,8 @@ from support.bundles import Built
 from typer.testing import CliRunner
 
 from devices.provisioning.authority import CLIENT, make_authority
+from devices.trial.__main__ import app as trial
+from devices.trial.settings import TrialSettings
 from edge_runtime.__main__ import app as edge
 from edge_runtime.settings import PredictSettings, Settings, StateSettings
 from fedfmsl.algorithms.sal import CapabilityQueue, Sal
@@ -76,11 +78,12 @@ COMMANDS = [
     (edge, "predict", PredictSettings),
     (server, "start", ServerSettings),
     (server, "resume", ResumeSettings),
+    (trial, "", TrialSettings),
 ]
 
 
 def help_of(app: typer.Typer, command: str) -> str:
-    text = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "400", "TERM": "dumb"}).output
+    text = CliRunner().invoke(app, [*command.split(), "--help"], env={"COLUMNS": "400", "TERM": "dumb"}).output
     return " ".join(text.split())
 
 

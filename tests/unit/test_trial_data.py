@@ -56,7 +56,7 @@ def listing(roots: list[Path]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def found(photos: Path) -> tuple[Files, Files]:
-    return find_files(photos, IMAGES, None)
+    return find_files(photos, IMAGES)
 
 
 def test_device_folders_hold_every_photo_once_and_devices_can_read_them(
@@ -103,7 +103,7 @@ def test_a_class_with_one_training_photo_is_refused(photos: Path, tmp_path: Path
 
 
 def test_the_last_photos_of_each_class_by_name_are_test_photos(photos: Path) -> None:
-    train, test = find_files(photos, IMAGES, None, test_share=0.3)
+    train, test = find_files(photos, IMAGES, test_share=0.3)
     assert list(train) == list(test) == list(CLASSES)
     for name in CLASSES:
         assert [path.name for path in train[name]] == [f"{index:02}.jpg" for index in range(7)]
@@ -113,7 +113,7 @@ def test_the_last_photos_of_each_class_by_name_are_test_photos(photos: Path) -> 
 def test_the_users_own_split_is_kept(photos: Path, tmp_path: Path) -> None:
     for kind in ("train", "test"):
         shutil.copytree(photos, tmp_path / kind)
-    train, test = find_files(tmp_path, IMAGES, None)
+    train, test = find_files(tmp_path, IMAGES)
     assert {path.relative_to(tmp_path).parts[0] for paths in train.values() for path in paths} == {"train"}
     assert {path.relative_to(tmp_path).parts[0] for paths in test.values() for path in paths} == {"test"}
 
@@ -126,13 +126,11 @@ def test_only_the_given_classes_are_found(photos: Path) -> None:
 @pytest.mark.parametrize(
     ("folder", "classes", "message"),
     [
-        ("", None, "holds no images"),
+        ("", [], "holds no images"),
         ("", ["kiwi"], "'kiwi' has no images"),
     ],
 )
-def test_folders_without_photos_are_refused(
-    tmp_path: Path, folder: str, classes: list[str] | None, message: str
-) -> None:
+def test_folders_without_photos_are_refused(tmp_path: Path, folder: str, classes: list[str], message: str) -> None:
     with pytest.raises(InputError, match=message):
         find_files(tmp_path / folder, IMAGES, classes)
 
@@ -152,7 +150,7 @@ def test_the_kind_of_a_folder_is_that_of_most_of_its_files(photos: Path, texts: 
 
 
 def test_texts_are_divided_like_photos(texts: Path, tmp_path: Path) -> None:
-    found = find_files(texts, TEXTS, None)
+    found = find_files(texts, TEXTS)
     roots = write_device_folders(*found, tmp_path / "fleet", devices=2, alpha=5, seed=1)
     assert sorted(path.read_text() for path in (tmp_path / "fleet").rglob("*.txt")) == sorted(
         path.read_text() for path in texts.rglob("*.txt")

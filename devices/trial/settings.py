@@ -1,0 +1,88 @@
+"""The settings of a trial. See `fedfmsl.common.settings` for flags, variables and the TOML file."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import ByteSize, Field, model_validator
+
+from fedfmsl.common.settings import CommaSeparated, File, panel
+from fedfmsl.protocol.bundle import Precision
+from fedfmsl.protocol.messages import EngineChoice
+from fedfmsl.transport.settings import CONNECTION, AccessSettings, Broker, RunName
+from trainer_server.config import RunRules
+
+DATA = panel("Data")
+MODEL = panel("Model")
+RUN = panel("Run")
+SERVER = RunRules.model_fields
+
+
+class TrialSettings(AccessSettings):
+    """What the command `devices.trial` needs."""
+
+    name: RunName = Field("trial", description="Name of the run; results are in runs/NAME.", json_schema_extra=RUN)
+    devices: int = Field(6, ge=1, description="Number of devices.", json_schema_extra=RUN)
+    seed: int = Field(0, ge=0, description="Seed of the shares, the export and the run.", json_schema_extra=RUN)
+    stage1_rounds: int = Field(
+        SERVER["stage1_rounds"].default, ge=1, description="Rounds of stage 1.", json_schema_extra=RUN
+    )
+    stage2_rounds: int = Field(
+        SERVER["stage2_rounds"].default, ge=1, description="Rounds of stage 2.", json_schema_extra=RUN
+    )
+    round_timeout: float = Field(300.0, ge=1, description="Seconds until the round deadline.", json_schema_extra=RUN)
+    baseline: bool = Field(True, description="Also train every device alone, for comparison.", json_schema_extra=RUN)
+    memory: ByteSize | None = Field(
+        None,
+        description="Memory limit of each device, like 512MB. Default: half of the machine's memory.",
+        json_schema_extra=RUN,
+    )
+    broker: Broker | None = Field(
+        None, description="Address of the MQTT broker. Default: an embedded broker.", json_schema_extra=CONNECTION
+    )
+
+    images: File | None = Field(
+        None,
+        description="Folder of images or texts: DIR/<class>/… or DIR/{train,test}/<class>/… Default: photos of "
+        "groceries, downloaded once.",
+        json_schema_extra=DATA,
+    )
+    classes_from_folders: bool = Field(
+        False,
+        description="Use every class folder of --images (the default; see --classes).",
+        json_schema_extra=DATA,
+    )
+    classes: Annotated[tuple[str, ...], CommaSeparated] = Field(
+        (), description="Use only these classes of --images, separated by commas.", json_schema_extra=DATA
+    )
+    alpha: float = Field(
+        0.5,
+        ge=1e-3,
+        description="Dirichlet α of the devices' shares of each class. A smaller α makes them less equal.",
+        json_schema_extra=DATA,
+    )
+
+    model: str | None = Field(
+        None, description="As for export.build. Default: DINOv2 ViT-S/14, downloaded once.", json_schema_extra=MODEL
+    )
+    weights: str | None = Field(None, description="As for export.build; requires --model.", json_schema_extra=MODEL)
+    image_size: int | None = Field(
+        None, description="Pixels per side. Default: 140, or that of --model.", json_schema_extra=MODEL
+    )
+    precision: Precision = Field("fp32", description="As for export.build.", json_schema_extra=MODEL)
+    levels: int = Field(3, ge=1, description="Highest SAL level.", json_schema_extra=MODEL)
+    engine: EngineChoice = Field(
+        "auto",
+        description="Engine of the devices. With ort-training, the export also writes its artifacts.",
+        json_schema_extra=MODEL,
+    )
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> TrialSettings:
+        if self.classes and self.classes_from_folders:
+            raise ValueError("--classes and --classes-from-folders exclude each other; omit one of them")
+        if (self.classes or self.classes_from_folders) and self.images is None:
+            raise ValueError("--classes and --classes-from-folders require --images; add --images DIR")
+        if self.weights and self.model is None:
+            raise ValueError("--weights requires --model; add --model NAME")
+        return self
