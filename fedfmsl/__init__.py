@@ -6,6 +6,7 @@ Importing it needs numpy only. `Bundle` and `Training` need pydantic, which is i
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from fedfmsl.algorithms.accounting import epsilon
@@ -37,6 +38,7 @@ from fedfmsl.errors import (
 )
 
 if TYPE_CHECKING:
+    __version__: str
     from fedfmsl.protocol.bundle import Bundle
     from fedfmsl.protocol.messages import Training
 
@@ -89,6 +91,8 @@ _LAZY = {"Bundle": "fedfmsl.protocol.bundle", "Training": "fedfmsl.protocol.mess
 
 
 def __getattr__(name: str) -> object:
+    if name == "__version__":
+        return version("fedfmsl-edge")
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

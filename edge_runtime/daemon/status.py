@@ -39,10 +39,9 @@ def describe(health: Health, store: DeviceStore) -> Iterator[tuple[str, str]]:
     """Pairs of a label and a description."""
     yield "device", " · ".join(filter(None, (health.device, health.board, f"version {health.version}")))
     doing = health.activity.value + (f": {health.paused}" if health.paused else "")
-    yield (
-        "now",
-        f"{doing}, last heartbeat {_ago(time.time() - health.time)}, up for {_span(health.time - health.started)}",
-    )
+    now = time.time()
+    end = health.time if health.activity is Activity.STOPPED else now
+    yield "now", f"{doing}, last heartbeat {_ago(now - health.time)}, up for {_span(end - health.started)}"
     yield "round", f"{health.round} ({health.stage}), level {health.level}" if health.round else "none yet"
     slowdown = f", steps take {health.slowdown:.1f} times as long as measured" if health.slowdown > 1.1 else ""
     yield "level cap", f"{health.level_cap}{slowdown}"
