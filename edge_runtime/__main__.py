@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -63,7 +64,7 @@ def status(
     if as_json:
         print(health.model_dump_json())
     else:
-        for name, value in describe(health, store):
+        for name, value in describe(health, store, time.time()):
             console.print(f"{name:9}  {value}")
     check_alive(health)
 

@@ -6,7 +6,6 @@ Importing it needs numpy only. `Bundle` and `Training` need pydantic, which is i
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from fedfmsl.algorithms.accounting import epsilon
@@ -92,7 +91,7 @@ _LAZY = {"Bundle": "fedfmsl.protocol.bundle", "Training": "fedfmsl.protocol.mess
 
 def __getattr__(name: str) -> object:
     if name == "__version__":
-        return version("fedfmsl-edge")
+        return import_module("importlib.metadata").version("fedfmsl-edge")
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -320,7 +320,7 @@ CASES = [
         "a prediction with something that is no ONNX file",
         lambda w: w.predict(w.any_photo(), w.any_photo()),
         BUNDLE,
-        (".jpg", "ONNX"),
+        (".jpg is not a personalized model", "personalized.onnx"),
     ),
     Wrong(
         "a trial with both ways to choose classes",
