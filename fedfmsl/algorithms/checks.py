@@ -17,7 +17,8 @@ def check_number(
     at_most: float = math.inf,
 ) -> None:
     """Raises TypeError unless the value is a number, ValueError unless it is finite and in the range."""
-    if not isinstance(value, Real):
+    is_number = isinstance(value, Real)  # also of numpy
+    if not is_number:
         raise TypeError(f"{name} is {value!r}; it must be a number")
     if -math.inf < value < math.inf and at_least <= value <= at_most and above < value < below:
         return
