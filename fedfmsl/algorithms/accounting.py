@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fedfmsl.algorithms.checks import check_number
 from fedfmsl.algorithms.privacy import Privacy
 
 
@@ -15,8 +16,11 @@ def epsilon(privacy: Privacy, rounds: int, delta: float) -> float:
     Holds for the plain mean of at least `shares` fp32 updates. Robust rules, and encodings that round between the
     noise and the sum, are outside the proof.
 
-    Needs `dp-accounting` (the extra `server`) if `rounds` is above 0.
+    Needs `dp-accounting` (the extra `server`) if `rounds` is above 0. Raises ValueError unless `rounds` is at least 0
+    and `delta` is between 0 and 1, both excluded.
     """
+    check_number("rounds", rounds, at_least=0)
+    check_number("delta", delta, above=0, below=1)
     if not rounds:
         return 0.0
     # imported here: it takes a second, and few runs are private

@@ -27,12 +27,15 @@ SORT_BYTES = 32 * 1024 * 1024  # memory for the values that a robust rule sorts 
 class Contribution:
     """One client update. `read` returns its first `size` values, and is called again for each use.
 
-    A contribution of weight 0 is ignored.
+    A contribution of weight 0 is ignored. Raises ValueError if the weight is negative or not finite.
     """
 
     weight: float
     size: int
     read: Callable[[], Vector]
+
+    def __post_init__(self) -> None:
+        check_range(self, "weight", at_least=0)
 
     @classmethod
     def of(cls, update: Vector, weight: float = 1.0) -> Contribution:
@@ -71,8 +74,16 @@ class AggregationRule(ABC):
 
         Parts that fewer than `least` contributions trained count as not trained: under differential privacy, their
         sum would hold too little noise.
+
+        Raises ValueError if a contribution does not end where a part ends.
         """
-        delta = np.zeros(max(part.stop for part in parts.values()))
+        ends = [part.stop for part in parts.values()]
+        for contribution in contributions:
+            if contribution.size not in ends:
+                raise ValueError(
+                    f"Contribution.size is {contribution.size}; it must be the end of a part, one of {ends}"
+                )
+        delta = np.zeros(max(ends))
         regions = [region for region in _regions(parts, contributions) if len(region.contributions) >= least]
         self._combine(regions, delta)
         return Aggregate(delta, tuple(region.span for region in regions))

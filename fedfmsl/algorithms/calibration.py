@@ -31,7 +31,10 @@ def calibrate(log_p: Floats, temperature: float) -> Floats:
 
 
 def fit_temperature(log_p: Floats, labels: Labels) -> float:
-    """The most likely T of softmax(log p / T) (Guo et al. 2017) for log p (n, C), labels (n,) and the prior (ours)."""
+    """The most likely T of softmax(log p / T) (Guo et al. 2017) for log p (n, C), labels (n,) and the prior (ours).
+
+    Without samples (n = 0) it is the median of the prior, PRIOR_MEDIAN.
+    """
 
     def cost(log_t: float) -> float:
         return len(labels) * nll(calibrate(log_p, math.exp(log_t)), labels) + ((log_t - median) / PRIOR_WIDTH) ** 2 / 2

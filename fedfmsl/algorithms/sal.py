@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-from fedfmsl.algorithms.checks import check_range
+from fedfmsl.algorithms.checks import check_number, check_range
 
 MAX_WINDOW = 2**31
 MAX_LEVEL = 1024
@@ -100,7 +100,8 @@ class Sal:
         return SalState(level=self.trigger.first_level(self.max_level))
 
     def observe(self, state: SalState, accuracy: float) -> SalState:
-        """The state after one more accuracy, as a share of one."""
+        """The state after one more accuracy, as a share of one. Raises ValueError if it is not finite."""
+        check_number("accuracy", accuracy)
         state = replace(state, queue=(*state.queue, accuracy)[-self.trigger.window :], seen=state.seen + 1)
         if state.level < self.max_level and self.trigger.is_due(state.queue):
             return replace(state, level=min(state.level + self.step, self.max_level), queue=())

@@ -6,9 +6,11 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from support.bundles import Built
 
 import fedfmsl
 
@@ -46,6 +48,19 @@ def test_the_page_lists_the_exit_codes_of_the_errors() -> None:
     rows = re.findall(r"^\| `(\w+Error)` \| (\d+) \|", REFERENCE.read_text(encoding="utf-8"), flags=re.MULTILINE)
     assert {name: getattr(fedfmsl, name).exit_code for name, _ in rows} == {name: int(code) for name, code in rows}
     assert len(rows) == 8
+
+
+def test_the_examples_of_the_page_run(vit: Built) -> None:
+    """In one namespace and in their order, with a tiny bundle."""
+    examples = re.findall(r"^```python\n(.*?)^```", REFERENCE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    code = "".join(examples)
+    assert code.count('"bundles/vit-b16"') == 1
+    names: dict[str, Any] = {}
+    exec(code.replace('"bundles/vit-b16"', repr(str(vit.bundle.root))), names)
+    assert names["loss"] > 0
+    assert names["combined"].delta.shape == names["theta"].shape
+    assert names["state"].level == 1
+    assert 0 < names["temperature"] < 10
 
 
 def test_a_round_of_aggregation_in_three_lines() -> None:

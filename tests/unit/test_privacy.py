@@ -146,3 +146,17 @@ def test_epsilon_grows_with_rounds_and_falls_with_noise_and_delta() -> None:
     assert spent(noise=2.0) < spent(noise=1.5) < spent()
     assert spent(delta=1e-3) < spent() < spent(delta=1e-9)
     assert spent() == epsilon(Privacy(clip=7.0, noise_multiplier=1.0, shares=30), 10, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("rounds", "delta", "text"),
+    [
+        (10, 1.0, "delta is 1.0; it must be above 0 and below 1"),
+        (10, 0.0, "delta is 0.0; it must be above 0 and below 1"),
+        (0, 2.0, "delta is 2.0; it must be above 0 and below 1"),
+        (-1, 1e-5, "rounds is -1; it must be at least 0"),
+    ],
+)
+def test_epsilon_refuses_rounds_and_delta_out_of_range(rounds: int, delta: float, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        epsilon(Privacy(clip=1.0, noise_multiplier=1.0, shares=1), rounds, delta)

@@ -78,6 +78,11 @@ def test_a_fixed_schedule_and_all_at_once_do_not_depend_on_accuracies(accuracies
         (lambda: FixedSchedule(window=0), "FixedSchedule.window is 0"),
         (lambda: Sal(AllAtOnce(), max_level=0), "Sal.max_level is 0; it must be at least 1 and at most 1024"),
         (lambda: Sal(AllAtOnce(), max_level=2, step=0), "Sal.step is 0"),
+        (
+            lambda: FixedSchedule(window=2**32),
+            "FixedSchedule.window is 4294967296; it must be at least 2 and at most 2147483648",
+        ),
+        (lambda: levels(Sal(AllAtOnce(), max_level=2), [float("nan")]), "accuracy is nan; it must be finite"),
     ],
 )
 def test_settings_out_of_range_are_refused_by_name_and_value(make: Callable[[], object], text: str) -> None:

@@ -131,7 +131,7 @@ def test_the_default_settings_are_the_default_configuration_of_a_run(vit: Built)
     )
     rules = {"stage1_sal": config.stage1_sal, "stage2_sal": config.stage2_sal}
     assert config == RunConfig(run="orchard", devices=2, **rules)
-    with pytest.raises(ConfigError, match=f"--max-level 99 is more than the {levels} levels"):
+    with pytest.raises(ConfigError, match=f"--max-level 99 is more than {levels}, the highest level"):
         read_settings(ServerSettings, flags={**needed, "max_level": "99"}).run_config(vit.bundle)
 
 
