@@ -11,6 +11,7 @@ from fedfmsl.protocol.bundle import Bundle
 from trainer_server.inspect import export, replay, rounds, status
 from trainer_server.service.bundle_http import BundleServer
 from trainer_server.service.lifecycle import open_bundle, open_run, run_server
+from trainer_server.service.loop import FINISHED
 from trainer_server.settings import ResumeSettings, ServerSettings, ServiceSettings
 from trainer_server.storage.run_store import RunStore
 
@@ -30,7 +31,10 @@ def start(settings: ServerSettings) -> None:
 @app.command()
 @with_settings(ResumeSettings, ServerSettings)
 def resume(settings: ResumeSettings) -> None:
-    """Resume an interrupted run with its stored configuration."""
+    """Resume an interrupted run with its stored configuration.
+
+    Connection and log settings are not stored; pass them again or use --config.
+    """
     store = RunStore(settings.out)
     bundle = open_bundle(store)
     bundle.verify()
@@ -40,7 +44,9 @@ def resume(settings: ResumeSettings) -> None:
 def _coordinate(store: RunStore, bundle: Bundle, settings: ServiceSettings) -> None:
     set_up_logging(settings.log, settings.log_file)
     run = store.origin.config.run
-    if store.ended is not None:
+    if store.ended == FINISHED:
+        logger.info(f"run {run!r} has finished; announcing it again")
+    elif store.ended is not None:
         logger.info(f"run {run!r} at {store.folder} has ended ({store.ended}); for a new one choose another --out")
     elif store.checkpoint() is not None:
         logger.info(f"resuming run {run!r} at {store.folder}")

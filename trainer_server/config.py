@@ -21,6 +21,9 @@ RUN, ROUNDS, UPDATES, AGGREGATION, PRIVACY = (
 )
 
 
+MAX_DEVICES = 2500  # an announcement can name all of them within `Round.max_bytes`
+
+
 class Head(str, Enum):
     """The head that stage 1 starts from: class means of the devices' features, text embeddings of the class names, or
     zeros."""
@@ -112,7 +115,7 @@ class RunRules(BaseModel):
 
     run: RunName = Field(description="Name of the run. Devices use the same name.", json_schema_extra=RUN)
     devices: int = Field(
-        ge=1, description="Number of devices to wait for before the run starts.", json_schema_extra=RUN
+        ge=1, le=MAX_DEVICES, description="Number of devices to wait for before the run starts.", json_schema_extra=RUN
     )
     join_timeout: float = Field(
         600.0,

@@ -23,14 +23,14 @@ NAMES = 10  # devices named in a line of text
 
 
 def status(out: Path = OUT, as_json: bool = typer.Option(False, "--json", help="One JSON object.")) -> None:
-    """Show the present round, its participation, and refused messages."""
+    """Show the present round, its missing devices, and refused messages."""
     facts = _facts(RunStore(out))
     if as_json:
         print(json.dumps(facts))
         return
     table = Table(show_header=False, box=None)
-    for name, value in facts.items():
-        table.add_row(name, _text(value))
+    for label, text in _rows(facts).items():
+        table.add_row(label, text)
     console.print(table)
 
 
@@ -39,18 +39,25 @@ def _facts(store: RunStore) -> dict[str, Any]:
     checkpoint = store.checkpoint()
     announced = checkpoint[0].announced if checkpoint else None
     closed = store.rounds()
-    facts: dict[str, Any] = {
-        "run": config.run,
-        "session": store.origin.session,
-        "ended": store.ended or "",
-        "round": announced.round if announced else 0,
-        "stage": announced.stage.value if announced else "waiting for devices",
-        "index": announced.index + 1 if announced else 0,
-        "of": announced.of if announced else 0,
-        "level": announced.level if announced else 0,
-        "asked": checkpoint[0].expected if checkpoint else [],
-        "answered": sorted(store.pending_updates()),
-        "closed rounds": len(closed),
+    facts: dict[str, Any] = {"run": config.run, "session": store.origin.session}
+    if store.ended is not None:
+        facts["ended"] = store.ended
+    elif checkpoint is None or announced is None:
+        facts |= {"online": store.joined(), "devices": config.devices}
+    else:
+        selected, answered = checkpoint[0].expected, sorted(store.pending_updates())
+        facts |= {
+            "round": announced.round,
+            "stage": announced.stage.value,
+            "stage_round": announced.index + 1,
+            "stage_rounds": announced.of,
+            "level": announced.level,
+            "selected": selected,
+            "answered": answered,
+            "missing": sorted(set(selected) - set(answered)),
+        }
+    facts |= {
+        "closed_rounds": len(closed),
         "repeated": [r.repeated for r in closed if r.repeated],
         "refused": {f"{r.device}: {r.kind}": r.count for r in store.refusals()},
     }
@@ -59,6 +66,18 @@ def _facts(store: RunStore) -> dict[str, Any]:
         facts["epsilon"] = epsilon(config.privacy, len(noised), config.delta)
         facts["delta"] = config.delta
     return facts
+
+
+def _rows(facts: dict[str, Any]) -> dict[str, str]:
+    """The facts as text, by label."""
+    rows = {name.replace("_", " "): _text(value) for name, value in facts.items()}
+    if "online" in facts:
+        online, devices = facts["online"], rows.pop("devices")
+        names = f": {', '.join(online[:NAMES])}" if online else ""
+        rows["online"] = f"{len(online)} of {devices} devices{names}"
+    if "stage" in facts:
+        rows["stage"] = f"{facts['stage']}, round {rows.pop('stage round')} of {rows.pop('stage rounds')}"
+    return rows
 
 
 def _text(value: Any) -> str:
@@ -117,4 +136,7 @@ def replay(out: Path = OUT) -> None:
         replayed += 1
         if announced.round in recorded and announced != recorded[announced.round]:
             raise RunError(f"round {announced.round} differs from its record; was {out} altered?")
-    console.print(f"{replayed} rounds replayed, {len(recorded)} compared with their records: bit-identical")
+    if not recorded:
+        console.print("no closed rounds to compare yet")
+        return
+    console.print(f"{replayed} announced rounds replayed; the {len(recorded)} closed ones equal their records")

@@ -138,8 +138,8 @@ class ServerSettings(ServiceSettings, RunRules):
         levels = bundle.manifest.levels
         if self.max_level and self.max_level > levels:
             raise ConfigError(
-                f"--max-level {self.max_level} is more than the {levels} levels of bundle {bundle.root}; lower it, or "
-                "export more levels"
+                f"--max-level {self.max_level} is more than {levels}, the highest level of the bundle at "
+                f"{bundle.root}; lower it, or export more levels"
             )
         if self.head is Head.ZERO_SHOT and bundle.zero_shot() is None:
             raise ConfigError(

@@ -255,8 +255,10 @@ def _act(state: State) -> tuple[State, list[Command]]:
         return state, [Stop()] if announced.session == state.session else []
     if not _is_for_this_device(state, announced) or not required_globals(announced) <= state.stored:
         return state, []
+    anew = state.session not in ("", announced.session)
+    log = f"run {announced.run!r} was started anew (session {announced.session}); starting with round {announced.round}"
     unacknowledged = state.unacknowledged if announced.session == state.session else frozenset()
     state = replace(
         state, session=announced.session, last_started=announced.round, unacknowledged=unacknowledged, running=announced
     )
-    return state, [Work(announced)]
+    return state, [Log(log), Work(announced)] if anew else [Work(announced)]

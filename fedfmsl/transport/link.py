@@ -7,6 +7,7 @@ short. When it is full, paho's thread waits and reads no more messages, so memor
 from __future__ import annotations
 
 import contextlib
+import logging
 import queue
 import ssl
 import threading
@@ -21,6 +22,8 @@ from fedfmsl.transport.address import parse_address, require_loopback
 from fedfmsl.transport.bounded_client import MAX_PAYLOAD, BoundedClient
 from fedfmsl.transport.identity import client_context
 from fedfmsl.transport.tls_errors import explain
+
+logger = logging.getLogger(__name__)
 
 CONNECT_SECONDS = 10
 KEEPALIVE_SECONDS = 15  # a half-open connection is detected after at most twice this time
@@ -101,6 +104,11 @@ class Link:
         self._client = BoundedClient(client_id, address.websocket)
         self._client.max_queued_messages_set(0)
         self._client.ws_set_options(address.path)
+        if identity and not address.encrypted:
+            logger.warning(
+                "--identity is not used for %s://%s, which is unencrypted; use %ss://",
+                *(address.scheme, address.host, address.scheme),
+            )
         if address.encrypted:
             self._client.tls_set_context(client_context(identity))
         if address.user:

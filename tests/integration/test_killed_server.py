@@ -70,9 +70,9 @@ def test_a_killed_server_resumes_the_round_with_the_acknowledged_updates(
     out = ("--out", str(federation.server_folder))
     replayed = run_module("trainer_server", "replay", *out)
     assert (replayed.code, replayed.stderr) == (0, "")
-    assert "7 rounds replayed, 6 compared" in replayed.stdout
+    assert "7 announced rounds replayed; the 6 closed ones equal" in replayed.stdout
     status = json.loads(run_module("trainer_server", "status", *out, "--json").stdout)
-    assert (status["ended"], status["closed rounds"], status["repeated"]) == ("finished", 6, [])
+    assert (status["ended"], status["closed_rounds"], status["repeated"]) == ("finished", 6, [])
     adapter = run_module("trainer_server", "export", *out, "--to", str(tmp_path / "adapter"))
     assert adapter.code == 0
     for file in ("adapter_model.safetensors", "adapter_config.json"):
@@ -83,6 +83,7 @@ def test_a_killed_server_resumes_the_round_with_the_acknowledged_updates(
     assert [json.loads(line)["round"]["round"] for line in listed] == [1, 2, 3, 4, 5, 6]
     ended = run_module("trainer_server", "resume", *out, "--broker", broker.url)
     assert (ended.code, ended.stdout.splitlines()[-1]) == (0, "run finished")
+    assert "run 'killed' has finished; announcing it again" in ended.stdout
 
 
 @pytest.mark.needs("mosquitto")  # amqtt does not end a connection if its client id connects again

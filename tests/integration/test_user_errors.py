@@ -287,10 +287,16 @@ CASES = [
         for address in ("8000", "127.0.0.1:http", "127.0.0.1:99999")
     ),
     Wrong(
+        "more devices than a run can have",
+        lambda w: w.server(devices="2501"),
+        CONFIG,
+        ("--devices '2501'", "less than or equal to 2500"),
+    ),
+    Wrong(
         "a level above the bundle's",
         lambda w: w.server(max_level="9"),
         CONFIG,
-        ("--max-level 9", "more than the 3 levels", "lower it"),
+        ("--max-level 9", "more than 3, the highest level", "lower it"),
     ),
     Wrong(
         "a head of class names with a bundle that has none",
@@ -320,7 +326,7 @@ CASES = [
         "a prediction with something that is no ONNX file",
         lambda w: w.predict(w.any_photo(), w.any_photo()),
         BUNDLE,
-        (".jpg", "ONNX"),
+        (".jpg is not a personalized model", "personalized.onnx"),
     ),
     Wrong(
         "a trial with both ways to choose classes",

@@ -35,8 +35,8 @@ from fedfmsl.protocol.messages import (
     parse,
 )
 from fedfmsl.protocol.tensors import unpack
-from trainer_server.config import Aggregation, Head, Rule, Selection
-from trainer_server.coordinator.advance import MAX_DEVICES, next_deadline
+from trainer_server.config import MAX_DEVICES, Aggregation, Head, Rule, Selection
+from trainer_server.coordinator.advance import next_deadline
 from trainer_server.coordinator.events import (
     AnnounceRound,
     ClockTicked,
@@ -346,8 +346,18 @@ def test_a_device_with_another_bundle_or_an_error_is_excluded_and_logged(vit: Bu
     run.online("b")
     assert run.state.expected == {"a", "b"}
     notes = " | ".join(note.text for note in run.of(Log))
-    assert "x has another bundle" in notes
+    assert "x cannot take part: it has another bundle" in notes
+    assert notes.count("x ") == 1
     assert "y cannot take part: no images" in notes
+
+
+def test_a_run_without_enough_devices_ends_with_a_remedy(vit: Built) -> None:
+    run = CoordinatorRun(plan_for(vit))
+    run.now = JOIN_SECONDS
+    run.feed()
+    (stop,) = run.of(Stop)
+    assert "0 devices joined within 50 s" in stop.error
+    assert "--run r and this broker, or raise --join-timeout" in stop.error
 
 
 # determinism

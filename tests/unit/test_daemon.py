@@ -228,6 +228,15 @@ def test_a_round_of_a_server_that_is_gone_waits_for_the_next_server() -> None:
     assert commands[1:] == [Work(round_(1, session="s2"))]
 
 
+def test_a_run_that_is_started_anew_is_logged() -> None:
+    state, _ = drive([HERE, RoundSeen(round_(3)), Idle(), WorkDone(3)])
+    _, commands = drive([OTHER_SESSION, RoundSeen(round_(1, session="s2")), Idle()], state)
+    assert commands == [
+        Log("run 'r' was started anew (session s2); starting with round 1"),
+        Work(round_(1, session="s2")),
+    ]
+
+
 def seen(instance: str, online: bool = True) -> OwnStatusSeen:
     return OwnStatusSeen(DeviceStatus(device="d", online=online, instance=instance))
 

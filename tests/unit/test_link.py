@@ -77,6 +77,11 @@ def send(port: int, topic: str, size: int, scratch: Path) -> None:
     subprocess.run([sys.executable, "-c", script, str(port), topic, str(scratch)], check=True, timeout=90)
 
 
+def test_an_identity_that_an_unencrypted_broker_ignores_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    Link("mqtt://127.0.0.1", "device", identity=Path("device.pem"))
+    assert caplog.messages == ["--identity is not used for mqtt://127.0.0.1, which is unencrypted; use mqtts://"]
+
+
 @needs_mosquitto
 def test_a_message_of_the_largest_size_arrives_and_a_longer_one_is_reported(port: int, tmp_path: Path) -> None:
     link = connected(port, "largest", "largest")

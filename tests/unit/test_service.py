@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from support.brokers import RestartableBroker
 from support.bundles import Built
 from support.coordinators import CoordinatorRun, make_update, plan_for
 from support.processes import Broker, Observer, Processes, wait_until
@@ -117,6 +118,19 @@ def test_a_flood_of_garbage_costs_no_round_and_fills_no_log(vit: Built, broker: 
         (refused,) = RunStore(s.folder).refusals()
         assert (refused.device, refused.kind, refused.count) == ("a", "unreadable", garbage)
         assert len(s.notes) < 2000
+
+
+def test_a_reconnection_is_logged(vit: Built, tmp_path: Path) -> None:
+    with Processes(tmp_path / "logs") as processes:
+        broker = RestartableBroker(processes, tmp_path / "broker", kind="amqtt")
+        with scene(vit, Broker(broker.kind, broker.url), tmp_path / "run", "again") as s:
+            broker.kill()
+            wait_until(lambda: "no connection to the broker" in s.notes, "the server notices")
+            broker.start()
+            wait_until(lambda: "connected to the broker again" in s.notes, "the server reconnects")
+            s.announce_device()
+            s.run_to_its_end()
+            assert s.notes.count("no connection to the broker") == 1
 
 
 def test_the_log_never_exceeds_two_files(vit: Built, broker: Broker, tmp_path: Path) -> None:

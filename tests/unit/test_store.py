@@ -111,6 +111,13 @@ def test_a_replay_of_an_audited_run_is_bit_identical(vit: Built, folder: Path) -
     assert again[-1].stage is Stage.FINISHED
 
 
+def test_the_folder_of_a_run_is_not_a_file(vit: Built, folder: Path) -> None:
+    folder.write_text("")
+    for use in (RunStore, lambda path: open_run(path, plan_for(vit).config, vit.bundle)):
+        with pytest.raises(ConfigError, match=f"--out {folder} is a file; pass a folder"):
+            use(folder)
+
+
 def test_a_run_without_an_audit_cannot_be_replayed(vit: Built, folder: Path) -> None:
     server = opened(vit, folder)
     with pytest.raises(RunError, match="without --audit"):

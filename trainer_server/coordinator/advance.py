@@ -18,6 +18,7 @@ from fedfmsl.algorithms.arrays import Tensors
 from fedfmsl.algorithms.sal import Sal
 from fedfmsl.protocol.messages import Ack, DeviceStatus, Globals, Round, Stage, Verdict
 from fedfmsl.protocol.tensors import blob_hash, pack
+from trainer_server.config import MAX_DEVICES
 from trainer_server.coordinator.events import (
     AnnounceRound,
     Command,
@@ -39,7 +40,6 @@ from trainer_server.coordinator.validation import validate_update
 
 Blobs = dict[str, tuple[str, bytes]]  # kind of globals → SHA-256 and blob
 
-MAX_DEVICES = 2500  # an announcement can name all of them within `Round.max_bytes`
 REMEMBERED_ROUNDS = 2  # updates of older rounds are reported as late, also if they were accepted before
 
 
@@ -79,12 +79,13 @@ def _receive_status(plan: Plan, state: State, status: DeviceStatus) -> tuple[Sta
         return state, []
     commands: list[Command] = []
     if status.online and status.bundle != plan.bundle.sha256:
-        commands.append(Log(f"{status.device} has another bundle ({status.bundle[:12]}…) and does not take part"))
-        status = status.model_copy(update={"online": False})
+        error = f"it has another bundle ({status.bundle[:12]}…)"
+        status = status.model_copy(update={"online": False, "error": error})
     if status == before:
         return state, []
-    if status.error and (before is None or before.error != status.error):
-        commands.append(Log(f"{status.device} cannot take part: {status.error}"))
+    if status.error:
+        if before is None or not before.error:  # later texts explain the same error
+            commands.append(Log(f"{status.device} cannot take part: {status.error}"))
     elif before is None or before.online != status.online:
         commands.append(Log(f"{status.device} is {'online' if status.online else 'offline'}"))
     elif bool(before.paused) != bool(status.paused):
@@ -118,7 +119,11 @@ def _maybe_start(plan: Plan, state: State, now: float) -> tuple[State, list[Comm
         return _open_round(plan, state, 0, now)
     if timed_out:
         least = plan.config.min_updates
-        error = f"{ready} devices joined within {plan.config.join_timeout:.0f} s, at least {least} are needed"
+        count = f"{ready} device{'' if ready == 1 else 's'}"
+        error = (
+            f"{count} joined within {plan.config.join_timeout:.0f} s, at least {least} must; check that devices use "
+            f"--run {plan.config.run} and this broker, or raise --join-timeout"
+        )
         return state, [Stop(error)]
     return state, []
 

@@ -19,14 +19,16 @@ from trainer_server.coordinator.events import AnnounceRound
 from trainer_server.coordinator.state import Plan, State, initial_state
 from trainer_server.service.loop import Service
 from trainer_server.service.run_log import LOG_BYTES, log_to_folder
-from trainer_server.storage.run_store import DATABASE, Origin, RunStore
+from trainer_server.storage.run_store import DATABASE, Origin, RunStore, require_folder
 
 
 def open_run(folder: Path, config: RunConfig, bundle: Bundle) -> RunStore:
     """Creates a run in `folder`, or opens the one that was started there with the same settings.
 
-    Raises ConfigError naming the first setting that differs, RunError if the folder cannot be used.
+    Raises ConfigError naming the first setting that differs, or if `folder` is a file. Raises RunError if the folder
+    cannot be used.
     """
+    require_folder(folder)
     if not (folder / DATABASE).is_file():
         origin = Origin(
             config=config, session=secrets.token_hex(8), bundle=bundle.root.absolute(), sha256=bundle.sha256

@@ -71,6 +71,8 @@ class Service:
         self._refusals = Refusals()
         self._statuses: Statuses = {}  # not in the store yet
         self._disk_error = ""
+        self._connected = True
+        self._joined: frozenset[str] | None = None  # the devices in the store's list before the first round
 
     def run(self) -> None:
         """Returns when the run is finished. Raises BrokerError, and RunError if the run failed or a newer server took
@@ -81,7 +83,8 @@ class Service:
         self._link.subscribe(self._topics.server_status)
         if self._state.announced is None:
             config = self._plan.config
-            logger.info("waiting up to %.0f s for %d devices", config.join_timeout, config.devices)
+            count = f"{config.devices} device{'s' if config.devices > 1 else ''}"
+            logger.info("waiting up to %.0f s for %s", config.join_timeout, count)
         try:
             if self._store.ended is not None:  # the previous server may have stopped before it announced the end
                 self._publish_state()
@@ -121,10 +124,15 @@ class Service:
 
     def _process(self, event: LinkEvent, batch: Batch) -> None:
         if isinstance(event, Connected):
+            if not self._connected:
+                logger.info("connected to the broker again")
+            self._connected = True
             self._guard.connected(self._clock.now())
             self._publish_state()
         elif isinstance(event, Disconnected):
-            logger.warning("no connection to the broker (%s); reconnecting", event.reason)
+            if self._connected:
+                logger.warning("no connection to the broker (%s); reconnecting", event.reason)
+            self._connected = False
         elif isinstance(event, Oversize):
             self._refuse(self._sender(event.topic), "too large", f"{event.size} bytes")
         elif isinstance(event, Received):
@@ -164,6 +172,9 @@ class Service:
             self._statuses, self._disk_error = {}, ""
         else:
             self._statuses = batch.statuses
+        if batch.state.announced is None and batch.state.online != self._joined:
+            self._store.save_joined(batch.state.online)
+            self._joined = batch.state.online
 
     def _receive_server_status(self, payload: bytes) -> None:
         """Raises RunError if a newer server has taken over the run."""

@@ -2,6 +2,7 @@
 
     RUN/run.sqlite       settings, events since the present round opened (with --audit all events), records of closed
                          rounds, counts of refused messages
+    RUN/joined.json      before the first round: the devices that are online
     RUN/tensors/SHA256   the checkpoint's tensors, and the updates accepted after it
 
 Order of writes: first the complete tensor file, then its event, then the acknowledgement. So a crash leaves at most a
@@ -11,6 +12,7 @@ file that no row names.
 from __future__ import annotations
 
 import fcntl
+import json
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,7 +24,7 @@ from pydantic import BaseModel
 
 from fedfmsl.algorithms.arrays import Tensors
 from fedfmsl.common.files import write_atomically
-from fedfmsl.errors import MessageError, RunError
+from fedfmsl.errors import ConfigError, MessageError, RunError
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.messages import DeviceStatus, Update, parse
 from fedfmsl.protocol.tensors import Header, blob_hash, pack, unpack
@@ -33,6 +35,7 @@ from trainer_server.coordinator.state import State
 from trainer_server.storage.checkpoint import Checkpoint, vectors_of
 
 DATABASE = "run.sqlite"
+JOINED = "joined.json"
 BUSY_SECONDS = 10.0
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS run (origin TEXT NOT NULL, ended TEXT);
@@ -88,8 +91,9 @@ class RunStore:
     def __init__(self, folder: Path, busy_seconds: float = BUSY_SECONDS) -> None:
         """Waits up to `busy_seconds` for another process's transaction.
 
-        Raises RunError if `folder` holds no run or cannot be read.
+        Raises ConfigError if `folder` is a file, RunError if it holds no run or cannot be read.
         """
+        require_folder(folder)
         path = folder / DATABASE
         if not path.is_file():
             raise RunError(f"no run at {folder}: {DATABASE} is missing; start one with python -m trainer_server start")
@@ -213,6 +217,10 @@ class RunStore:
                 if path.name != sha256:
                     path.unlink(missing_ok=True)
 
+    def save_joined(self, devices: Iterable[str]) -> None:
+        """Stores which devices are online before the first round, for `joined`. Raises OSError."""
+        write_atomically(self.folder / JOINED, json.dumps(sorted(devices)).encode())
+
     @contextmanager
     def _transaction(self) -> Iterator[None]:
         self._db.execute("BEGIN IMMEDIATE")
@@ -238,6 +246,13 @@ class RunStore:
             return None
         _, vectors = self._unpack(row[1], _Vectors)
         return Checkpoint.model_validate_json(row[0]).state(vectors), row[2]
+
+    def joined(self) -> list[str]:
+        """The devices that were online at the last `save_joined`."""
+        try:
+            return list(json.loads((self.folder / JOINED).read_bytes()))
+        except FileNotFoundError:
+            return []
 
     def events(self, since_checkpoint: bool = True) -> Iterator[LoggedEvent]:
         """Events in order, updates with their tensors. Raises RunError as `read` does."""
@@ -270,6 +285,12 @@ class RunStore:
     def refusals(self) -> list[RefusalCount]:
         rows = self._db.execute("SELECT device, kind, count, last FROM refusals ORDER BY count DESC, device, kind")
         return [RefusalCount(*row) for row in rows]
+
+
+def require_folder(folder: Path) -> None:
+    """Raises ConfigError if `folder` is a file."""
+    if folder.is_file():
+        raise ConfigError(f"--out {folder} is a file; pass a folder")
 
 
 def _to_row(logged: LoggedEvent) -> tuple[float, str, str, str | None, int | None]:

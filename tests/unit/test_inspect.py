@@ -1,0 +1,76 @@
+"""The server's commands that only read a run, at three times of a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from support.bundles import Built
+from support.coordinators import CoordinatorRun, make_update, plan_for
+from typer.testing import CliRunner
+
+from fedfmsl.protocol.tensors import pack
+from trainer_server.__main__ import app
+from trainer_server.coordinator.events import StatusSeen
+from trainer_server.service.lifecycle import open_run
+from trainer_server.storage.run_store import LoggedEvent, RunStore
+
+
+@pytest.fixture
+def run(vit: Built) -> CoordinatorRun:
+    return CoordinatorRun(plan_for(vit, devices=2, audit=True))
+
+
+@pytest.fixture
+def store(run: CoordinatorRun, vit: Built, tmp_path: Path) -> RunStore:
+    return open_run(tmp_path / "run", run.plan.config, vit.bundle)
+
+
+def show(store: RunStore, *arguments: str) -> str:
+    command, *options = arguments
+    shown = CliRunner().invoke(app, [command, "--out", str(store.folder), *options])
+    assert shown.exit_code == 0, shown.output
+    return shown.stdout
+
+
+def rows(store: RunStore) -> dict[str, str]:
+    lines = (line.rstrip().partition("  ") for line in show(store, "status").splitlines())
+    return {label.strip(): text.strip() for label, _, text in lines}
+
+
+def as_json(store: RunStore) -> dict[str, object]:
+    facts: dict[str, object] = json.loads(show(store, "status", "--json"))
+    return facts
+
+
+def test_before_the_first_round_status_shows_the_devices_that_are_online(store: RunStore) -> None:
+    assert rows(store)["online"] == "0 of 2 devices"
+    store.save_joined({"dev-a"})
+    assert rows(store)["online"] == "1 of 2 devices: dev-a"
+    assert as_json(store).items() >= {"online": ["dev-a"], "devices": 2}.items()
+    assert not {"round", "stage", "ended"} & rows(store).keys()
+
+
+def test_during_a_round_status_shows_its_stage_and_the_missing_devices(run: CoordinatorRun, store: RunStore) -> None:
+    run.online("a", "b")
+    store.commit([LoggedEvent(0.0, StatusSeen(run.status(name))) for name in ("a", "b")])
+    store.save_checkpoint(run.state, 0.0)
+    update = make_update(run.plan, run.announced, "a")
+    (store.tensors / update.sha256).write_bytes(pack(update.update, update.tensors))
+    store.commit([LoggedEvent(1.0, update)])
+    shown = rows(store)
+    assert shown["stage"] == "statistics, round 1 of 1"
+    assert (shown["selected"], shown["answered"], shown["missing"]) == ("2: a, b", "1: a", "1: b")
+    assert as_json(store).items() >= {"stage": "statistics", "stage_round": 1, "closed_rounds": 0}.items()
+
+
+def test_at_the_end_status_shows_no_round(run: CoordinatorRun, store: RunStore) -> None:
+    store.commit([], ended="finished")
+    shown = rows(store)
+    assert shown["ended"] == "finished"
+    assert not {"round", "stage", "selected", "answered", "online"} & shown.keys()
+
+
+def test_a_replay_without_closed_rounds_has_nothing_to_compare(store: RunStore) -> None:
+    assert show(store, "replay") == "no closed rounds to compare yet\n"
