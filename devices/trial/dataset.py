@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from edge_runtime.data.inputs import IMAGES, TEXTS, Kind
-from fedfmsl.common.class_folders import ClassFile, Listing, SkippedFile, walk_classes
+from fedfmsl.common.class_folders import ClassFile, Listing, SkippedFile, check_folder, walk_classes
 from fedfmsl.common.cli import console
 from fedfmsl.errors import InputError
 
@@ -14,9 +14,8 @@ Files = dict[str, list[Path]]  # class → its files
 
 
 def kind_of(folder: Path) -> Kind:
-    """The kind of most files below `folder`. Raises InputError if it does not exist or has neither images nor texts."""
-    if not folder.is_dir():
-        raise InputError(f"folder {folder} does not exist; create it or pass another folder")
+    """The kind of most files below `folder`. Raises InputError if it is no folder or has neither images nor texts."""
+    check_folder(folder, "--images")
     counts = [(len(kind.files(folder)), kind) for kind in (IMAGES, TEXTS)]
     most, kind = max(counts, key=lambda pair: pair[0])
     if not most:
