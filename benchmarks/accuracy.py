@@ -38,6 +38,9 @@ def accuracy(
         "the seeds.",
         f"Written by `python -m benchmarks.accuracy --seeds {seeds}`.",
         "",
+        "In the README: `start` is class means, `local_only` is local only, `global_prior` is global + class prior,",
+        "`local_expert` is local expert, `mofm` is MoFM.",
+        "",
         f"| α | {' | '.join(MODELS)} | gate: local weight | training, s |",
         f"|---|{'---|' * (len(MODELS) + 2)}",
     ]

@@ -25,13 +25,19 @@ def provision(
     names: list[str] = typer.Argument(None, metavar="[DEVICE]...", help="Devices to make identities for."),
     pki: Path = typer.Option(Path("pki"), help="Folder of the CA."),
     host: list[str] = typer.Option([], help="Name or address of broker and server. Makes the CA."),
-    run: str | None = typer.Option(None, help="The devices' run. Stored for devices that are added later."),
+    run: str | None = typer.Option(None, help="The devices' run. It is kept for devices that are added later."),
     broker: str | None = typer.Option(
-        None, help="The broker's address for devices. Default: mqtts:// the first host. Stored."
+        None,
+        help="The broker's address for devices. It is kept for devices that are added later. "
+        "Default: the first --host, like mqtts://fleet.example.",
     ),
     user: bool = typer.Option(False, "--user", help="Passwords instead of certificates; connections still use TLS."),
     revoke: list[str] = typer.Option([], metavar="DEVICE", help="Revoke a device's identity or password."),
-    kit: Path | None = typer.Option(None, help="Folder of the kit on the broker. Default: the folder made here."),
+    kit: Path | None = typer.Option(
+        None,
+        help="Where the kit will be on the broker's machine: mosquitto.conf names its files by this folder. "
+        "Default: PKI/broker on this machine.",
+    ),
 ) -> None:
     """With --host: make the CA and the broker's kit. With names: make devices' identities. With --revoke: revoke
     them."""

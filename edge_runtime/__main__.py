@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -63,7 +64,7 @@ def status(
     if as_json:
         print(health.model_dump_json())
     else:
-        for name, value in describe(health, store):
+        for name, value in describe(health, store, time.time()):
             console.print(f"{name:9}  {value}")
     check_alive(health)
 
@@ -96,8 +97,12 @@ def predict(
     from edge_runtime.inference.publish import Publisher
     from edge_runtime.inference.stream import WatchedFolder, classify_new_files, wait_for_model
 
-    if bool(files) == bool(watch) or (new and not watch):
-        raise ConfigError("give files or folders to classify, or --watch FOLDER; --new needs --watch")
+    if new and not watch:
+        raise ConfigError("--new needs --watch; give --watch FOLDER, or omit --new")
+    if files and watch:
+        raise ConfigError("files and --watch exclude each other; omit one of them")
+    if not files and not watch:
+        raise ConfigError("nothing to classify; give files or folders, or --watch FOLDER")
     inbox = WatchedFolder(watch, only_new=new) if watch else None
     with contextlib.ExitStack() as resources, end_on_closed_output():
         if model is not None:

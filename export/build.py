@@ -111,11 +111,13 @@ def class_names(classes: str, folder: Path | None) -> tuple[str, ...]:
         names = [f"class-{index}" for index in range(int(classes))]
     else:
         names = [name.strip() for name in classes.split(",")]
-    if len(names) < 2 or len(set(names)) != len(names) or not all(names):
-        raise ConfigError(
-            f"need at least two different class names, got {len(set(names))}: {', '.join(names[:5])}; pass names to "
-            "--classes, or a folder to --classes-from"
-        )
+    if not all(names):
+        raise ConfigError(f"--classes {classes!r} has an empty name; write names like apple,pear")
+    if repeated := next((name for name in names if names.count(name) > 1), None):
+        raise ConfigError(f"--classes {classes!r}: class {repeated!r} is named twice; name each class once")
+    if len(names) < 2:
+        source = f"--classes-from {folder}" if folder else f"--classes {classes!r}"
+        raise ConfigError(f"{source} needs at least two classes, got {len(names)}; name more of them")
     return tuple(names)
 
 

@@ -37,6 +37,7 @@ from fedfmsl.errors import (
 )
 
 if TYPE_CHECKING:
+    __version__: str
     from fedfmsl.protocol.bundle import Bundle
     from fedfmsl.protocol.messages import Training
 
@@ -89,6 +90,8 @@ _LAZY = {"Bundle": "fedfmsl.protocol.bundle", "Training": "fedfmsl.protocol.mess
 
 
 def __getattr__(name: str) -> object:
+    if name == "__version__":
+        return import_module("importlib.metadata").version("fedfmsl-edge")
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

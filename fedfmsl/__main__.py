@@ -9,6 +9,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+import fedfmsl
 from fedfmsl.common.cli import application
 from fedfmsl.errors import ConfigError
 
@@ -77,8 +78,18 @@ app = application(
 )
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(fedfmsl.__version__)
+        raise typer.Exit
+
+
 @app.callback()
-def _main() -> None: ...
+def _main(
+    version: bool = typer.Option(
+        False, "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+    ),
+) -> None: ...
 
 
 if __name__ == "__main__":

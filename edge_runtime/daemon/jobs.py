@@ -130,7 +130,9 @@ class Jobs:
             self._health.rounds_done += 1
             logger.info(
                 f"round {round_.round}: {round_.stage.value} done in {seconds:.1f} s",
-                **fields(round=round_.round, stage=round_.stage.value, level=round_.level, seconds=round(seconds, 3)),
+                **fields(
+                    round=round_.round, stage=round_.stage.value, sal_level=round_.level, seconds=round(seconds, 3)
+                ),
             )
             self._handle(WorkDone(round_.round))
             return

@@ -33,8 +33,8 @@ from edge_runtime.settings import Settings
 from edge_runtime.store import DeviceStore
 from edge_runtime.training.context import TrainingContext
 from edge_runtime.training.gate import Gate
+from fedfmsl.common.class_folders import check_folder
 from fedfmsl.common.logs import fields, set_up_logging
-from fedfmsl.errors import InputError
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.messages import Activity, EngineName
 from fedfmsl.protocol.topics import Topics
@@ -49,10 +49,7 @@ FIRST_SCAN_SECONDS = 3.0  # wait before the first scan if another process may st
 def launch(settings: Settings) -> None:
     """Takes part in the run until it has finished. Raises FedFMSLError if that is not possible."""
     set_up_logging(settings.log, settings.log_file)
-    if not settings.images.is_dir():
-        raise InputError(
-            f"--images folder {settings.images} does not exist; create or mount it, or pass another folder"
-        )
+    check_folder(settings.images, "--images")
     topics, store = Topics(settings.run), DeviceStore(settings.state)
     name = store.ensure_name(device_name(settings.device, settings.identity))
     with locked(store.root, "stop that process, or use another --state"), contextlib.ExitStack() as resources:

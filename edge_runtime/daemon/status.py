@@ -35,14 +35,15 @@ def check_alive(health: Health) -> None:
         raise RunError(f"the daemon's last heartbeat was {_ago(age)}; check its log and start it again")
 
 
-def describe(health: Health, store: DeviceStore) -> Iterator[tuple[str, str]]:
-    """Pairs of a label and a description."""
+def describe(health: Health, store: DeviceStore, now: float) -> Iterator[tuple[str, str]]:
+    """Pairs of a label and a description. `now`: unix seconds."""
     yield "device", " · ".join(filter(None, (health.device, health.board, f"version {health.version}")))
     doing = health.activity.value + (f": {health.paused}" if health.paused else "")
-    yield (
-        "now",
-        f"{doing}, last heartbeat {_ago(time.time() - health.time)}, up for {_span(health.time - health.started)}",
-    )
+    if _is_alive(health, now):
+        lifetime = f"up for {_span(now - health.started)}"
+    else:
+        lifetime = f"ran for {_span(health.time - health.started)}"
+    yield "now", f"{doing}, last heartbeat {_ago(now - health.time)}, {lifetime}"
     yield "round", f"{health.round} ({health.stage}), level {health.level}" if health.round else "none yet"
     slowdown = f", steps take {health.slowdown:.1f} times as long as measured" if health.slowdown > 1.1 else ""
     yield "level cap", f"{health.level_cap}{slowdown}"
@@ -60,6 +61,10 @@ def describe(health: Health, store: DeviceStore) -> Iterator[tuple[str, str]]:
         yield "skipped", line
     if len(lines) > LISTED_FILES:
         yield "", f"and {len(lines) - LISTED_FILES} more, in {store.skipped}"
+
+
+def _is_alive(health: Health, now: float) -> bool:
+    return health.activity is not Activity.STOPPED and now - health.time <= MAX_AGE
 
 
 def _ago(seconds: float) -> str:

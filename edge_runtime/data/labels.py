@@ -8,7 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from edge_runtime.data.inputs import Kind
-from fedfmsl.common.class_folders import ClassFile, Listing, SkippedFile, files_below, unknown_class, wrong_suffix
+from fedfmsl.common.class_folders import (
+    ClassFile,
+    Listing,
+    SkippedFile,
+    check_folder,
+    files_below,
+    unknown_class,
+    wrong_suffix,
+)
 from fedfmsl.errors import InputError
 
 Labels = dict[str, dict[str, int]]  # file → class → line number
@@ -19,8 +27,7 @@ def walk_labelled(folder: Path, kind: Kind, source: Path, classes: Sequence[str]
 
     Raises InputError if `folder` does not exist, or as `read_labels` does.
     """
-    if not folder.is_dir():
-        raise InputError(f"{kind.noun} folder {folder} does not exist; create it, or pass another folder")
+    check_folder(folder, kind.noun)
     labels, skipped = read_labels(source)
     files: list[ClassFile] = []
     unlabelled = 0

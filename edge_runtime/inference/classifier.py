@@ -89,10 +89,10 @@ class FileClassifier:
         """
         if not model.is_file():
             raise BundleError(f"model {model} does not exist; a device writes personalized.onnx to its state directory")
-        self._session = open_model(model, THREADS)
         try:
+            self._session = open_model(model, THREADS)
             metadata = _Metadata.model_validate(self._session.get_modelmeta().custom_metadata_map)
-        except ValidationError as error:
+        except (BundleError, ValidationError) as error:
             raise BundleError(f"{model} is not a personalized model; pass the personalized.onnx of a device") from error
         self._reader = reader_for(metadata.preprocessing, metadata.tokenizer)
         lowest = metadata.threshold if threshold is None else threshold

@@ -47,7 +47,10 @@ def check_broker(settings: Settings, context: Context) -> Iterator[Finding]:
     link = Link(settings.broker, client, identity=settings.identity, insecure=settings.insecure)
     link.connect()
     try:
-        yield Finding("broker", f"{address.host}:{address.port} accepts this device")
+        yield Finding(
+            "broker",
+            f"{address.host}:{address.port} accepts this device; waiting up to {SERVER_SECONDS:g} s for the server",
+        )
         context.server = receive_server_status(link, topics, SERVER_SECONDS)
     finally:
         link.close()

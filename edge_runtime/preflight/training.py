@@ -16,7 +16,8 @@ from edge_runtime.preflight.context import Context, Finding, format_size
 from edge_runtime.resources.plan import measure_minimum
 from edge_runtime.settings import Settings
 from edge_runtime.store import DeviceStore
-from fedfmsl.errors import BundleError, InputError
+from fedfmsl.common.class_folders import check_folder
+from fedfmsl.errors import BundleError
 from fedfmsl.protocol.bundle import MANIFEST, Bundle
 
 
@@ -49,8 +50,7 @@ def check_bundle(settings: Settings, context: Context) -> Iterator[Finding]:
 
 def check_samples(settings: Settings, context: Context) -> Iterator[Finding]:
     if context.bundle is None:
-        if not settings.images.is_dir():
-            raise InputError(f"--images folder {settings.images} does not exist; create it, or pass another folder")
+        check_folder(settings.images, "--images")
         yield Finding("samples", f"{settings.images} exists; checking its files needs the bundle", warning=True)
         return
     reader = SampleReader(reader_of(context.bundle))

@@ -129,7 +129,10 @@ def open_model_bundle(store: DeviceStore, header: ModelHeader, path: Path | None
     """
     root = path or store.bundles / header.bundle
     if not root.is_dir():
-        raise BundleError(f"the bundle of the model in {store.root} is not at {root}; pass its folder with --bundle")
+        raise BundleError(
+            f"the bundle of the model in {store.root} is not at {root}; pass its folder with --bundle, "
+            f"or pass --model {store.personalized}"
+        )
     bundle = Bundle.load(root)
     if bundle.sha256 != header.bundle:
         raise BundleError(f"bundle {root} is not the bundle of the model in {store.root}; pass another --bundle")

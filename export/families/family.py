@@ -128,5 +128,6 @@ def check_native_size(config: Any, size: int) -> None:
     """Raises ConfigError if the position embedding was trained for another image size."""
     if size != config.image_size:
         raise ConfigError(
-            f"this {config.model_type} model takes images of {config.image_size} px only, not --image-size {size}"
+            f"this {config.model_type} model takes images of {config.image_size} px only, not --image-size {size}; "
+            "omit --image-size"
         )

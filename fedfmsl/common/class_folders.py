@@ -91,6 +91,15 @@ def walk_classes(folder: Path, suffixes: Collection[str], noun: str, classes: Se
     return listing
 
 
+def check_folder(folder: Path, noun: str) -> None:
+    """Raises InputError if `folder` does not exist or is a file. `noun`: what it is, or the flag that names it."""
+    if folder.is_dir():
+        return
+    if folder.exists():
+        raise InputError(f"{noun} folder {folder} is a file; pass its folder")
+    raise InputError(f"{noun} folder {folder} does not exist; create or mount it, or pass another folder")
+
+
 def folder_classes(folder: Path, noun: str = "class") -> list[str]:
     """The names of the class folders; those of DIR/train if DIR has a test split. Raises as `walk_classes` does."""
     return [entry.name for entry in _entries(folder / _splits(folder)[0], noun) if entry.is_dir()]
@@ -140,9 +149,8 @@ def _splits(folder: Path) -> tuple[str, ...]:
 
 def _entries(folder: Path, noun: str) -> list[os.DirEntry[str]]:
     try:
+        check_folder(folder, noun)
         return _visible(folder)
-    except FileNotFoundError as error:
-        raise InputError(f"{noun} folder {folder} does not exist; create it, or pass another folder") from error
     except OSError as error:
         raise InputError(f"{noun} folder {folder} cannot be read ({error.strerror}); check its permissions") from error
 

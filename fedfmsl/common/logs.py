@@ -22,6 +22,7 @@ from fedfmsl.errors import ConfigError
 LogFormat = Literal["text", "json"]
 FILE_BYTES, OLD_FILES = 2 * 1024 * 1024, 2  # size of a log file; number of rotated files to keep
 PACKAGES = ("fedfmsl", "edge_runtime", "trainer_server")  # whose INFO lines are logged; of others only warnings
+RESERVED = frozenset({"time", "level", "message"})  # keys of every JSON line
 _PRIORITIES = {logging.INFO: "<6>", logging.WARNING: "<4>", logging.ERROR: "<3>"}  # sd-daemon(3)
 
 
@@ -37,7 +38,12 @@ class LogSettings(SettingsModel):
 
 
 def fields(**values: Any) -> dict[str, Any]:
-    """Values of a log line, for programs: `logger.info("round 3 closed", **fields(round=3))`."""
+    """Values of a log line, for programs: `logger.info("round 3 closed", **fields(round=3))`.
+
+    Raises ValueError for a name of RESERVED.
+    """
+    if RESERVED & values.keys():
+        raise ValueError(f"{', '.join(sorted(RESERVED & values.keys()))}: every log line has it; choose another name")
     return {"extra": {"fields": values}}
 
 

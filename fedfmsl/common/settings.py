@@ -7,11 +7,12 @@ over a variable, a variable over the file. All errors are reported together, eac
 from __future__ import annotations
 
 import difflib
+import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_origin
+from typing import Annotated, Any, NamedTuple, TypeVar, get_args, get_origin
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 from pydantic.fields import FieldInfo
@@ -28,6 +29,33 @@ else:
 PREFIX = "FEDFMSL_"
 PEM = "-----BEGIN"
 NOT_A_SIZE = "is not a size; write it like 512MB or 2GB"
+NOT_AN_INTEGER, NOT_A_NUMBER = "is not an integer; write it like 2", "is not a number; write it like 0.5"
+NOT_A_SWITCH = "is neither true nor false; write one of them"
+_TEXTS = {  # of pydantic's error types; the fields are those of the error's context
+    "bool_parsing": NOT_A_SWITCH,
+    "bool_type": NOT_A_SWITCH,
+    "byte_size": NOT_A_SIZE,
+    "byte_size_unit": NOT_A_SIZE,
+    "enum": "is unknown; choose {expected}",
+    "finite_number": "is not finite; write it like 0.5",
+    "float_parsing": NOT_A_NUMBER,
+    "float_type": NOT_A_NUMBER,
+    "greater_than": "is too small; it must be more than {gt:g}",
+    "greater_than_equal": "is too small; it must be at least {ge:g}",
+    "int_from_float": NOT_AN_INTEGER,
+    "int_parsing": NOT_AN_INTEGER,
+    "int_type": NOT_AN_INTEGER,
+    "less_than": "is too large; it must be less than {lt:g}",
+    "less_than_equal": "is too large; it must be at most {le:g}",
+    "literal_error": "is unknown; choose {expected}",
+    "path_type": "is not a path; write it as a text in quotes",
+    "string_type": "is not a text; put it in quotes",
+    "tuple_type": 'is not a list; write it like ["…", "…"]',
+}
+_FILE_TYPES: dict[Any, tuple[type, ...]] = {bool: (bool,), int: (int,), float: (int, float)}  # of values in a file
+_WRONG_TYPE = object()  # pydantic rejects it; it would convert some values of a wrong type
+THE_SETTINGS = "the settings are"
+EXAMPLE = 'pass a text file with lines like run = "orchard"'
 _PASSWORD = re.compile(r"(\w+://)?\S*@")  # USER:PASSWORD@ of an address
 
 
@@ -104,20 +132,28 @@ def read_settings(
     file = TomlSource(model, config, file_model or model)
     env = EnvSettingsSource(model) if environment else InitSettingsSource(model, {})
     flag = InitSettingsSource(model, dict(flags or {}))
-    problems = list(file.problems)
+    problems = list(file.problems)  # pairs of a line of the file and a text
     sources: dict[str, Any] = {"_build_sources": ((flag, env, file), {})}
     try:
         settings = model(**sources)
     except ValidationError as error:
         places = {
             **file.places,
-            **{key: f"{variable_of(key)} {_redacted(value)}" for key, value in env().items()},
-            **{key: f"{flag_of(key)} {_redacted(str(value))}" for key, value in (flags or {}).items()},
+            **{key: Place(f"{variable_of(key)} ", _redacted(value)) for key, value in env().items()},
+            **{key: Place(f"{flag_of(key)} ", _redacted(str(value))) for key, value in (flags or {}).items()},
         }
         problems += [_explain(details, places, config) for details in error.errors()]
     if problems:
-        raise SettingsError(problems)
+        raise SettingsError([text for _, text in sorted(problems, key=lambda problem: problem[0])])
     return settings
+
+
+class Place(NamedTuple):
+    """Where a value is, the value for messages, and its line of the file. Other values follow those of the file."""
+
+    name: str
+    value: str
+    line: float = math.inf
 
 
 class TomlSource(InitSettingsSource):
@@ -125,17 +161,20 @@ class TomlSource(InitSettingsSource):
 
     def __init__(self, model: type[SettingsModel], path: Path | None, file_model: type[SettingsModel]) -> None:
         """Raises ConfigError if the file cannot be read or is not TOML."""
-        self.problems: list[str] = []  # unknown keys
-        self.places: dict[str, str] = {}  # of each key: file, line and value
+        self.problems: list[tuple[float, str]] = []  # unknown keys, with their lines
+        self.places: dict[str, Place] = {}
         text, table = _load(path) if path else ("", {})
-        values = {}
+        values, listed = {}, False
         for key, value in table.items():
-            place = f"{path}{_line_of(text, key)}"
+            line = _line_of(text, key)
+            place = f"{path}:{line}" if line else f"{path}"
             if key not in file_model.model_fields:
-                self.problems.append(f"{place}: {key!r} is not a setting; {_suggest(key, file_model.model_fields)}")
+                remedy = _suggest(key, file_model.model_fields, list_all=not listed)
+                listed = listed or remedy.startswith(THE_SETTINGS)
+                self.problems.append((line, f"{place}: {key!r} is not a setting; {remedy}"))
             elif key in model.model_fields and path:
-                self.places[key] = f"{place}: {key} = {_redacted(value)}"
-                values[key] = _resolve(value, path) if type_of(model.model_fields[key])[0] is Path else value
+                self.places[key] = Place(f"{place}: {key} = ", _redacted(value), line)
+                values[key] = _file_value(value, type_of(model.model_fields[key])[0], path)
         super().__init__(model, values)
 
 
@@ -153,18 +192,47 @@ def type_of(field: FieldInfo) -> tuple[Any, list[Any]]:
 def _load(path: Path) -> tuple[str, dict[str, Any]]:
     try:
         text = path.read_text(encoding="utf-8")
-        return text, tomllib.loads(text)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path} cannot be read ({error}); give a file that this user may read") from error
-    except tomllib.TOMLDecodeError as error:
+    except FileNotFoundError as error:
+        raise ConfigError(f"--config {path} does not exist; check the path") from error
+    except OSError as error:
         raise ConfigError(
-            f'{path} is not TOML: {one_line(error)}; strings need quotes, as in run = "orchard"'
-        ) from None
+            f"--config {path} cannot be read ({error.strerror}); give a file that this user may read"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--config {path} is not a TOML file; {EXAMPLE}") from error
+    if "\0" in text:
+        raise ConfigError(f"--config {path} is not a TOML file; {EXAMPLE}")
+    try:
+        return text, tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not TOML: {_explain_toml(text, one_line(error))}") from None
 
 
-def _suggest(key: str, known: Iterable[str]) -> str:
+def _explain_toml(text: str, message: str) -> str:
+    if message.startswith("Cannot overwrite a value"):
+        found = re.search(r"line (\d+)", message)
+        line = int(found[1]) if found else len(text.splitlines())
+        key = text.splitlines()[line - 1].partition("=")[0].strip()
+        return f"{key!r} is set twice, again in line {line}; remove one"
+    if message.startswith("Invalid value"):
+        return f'{message}; strings need quotes, as in run = "orchard"'
+    return message
+
+
+def _suggest(key: str, known: Iterable[str], list_all: bool) -> str:
     near = difflib.get_close_matches(key, known, 1)
-    return f"did you mean {near[0]!r}?" if near else f"the settings are {', '.join(known)}"
+    if near:
+        return f"did you mean {near[0]!r}?"
+    return f"{THE_SETTINGS} {', '.join(known)}" if list_all else "remove it"
+
+
+def _file_value(value: Any, kind: Any, file: Path) -> Any:
+    """A value of a file for a setting of type `kind`. Paths are relative to the folder of `file`."""
+    if kind is Path:
+        return _resolve(value, file)
+    accepted = _FILE_TYPES.get(kind, (object,))
+    matches = isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
+    return value if matches else _WRONG_TYPE
 
 
 def _resolve(value: Any, file: Path) -> Any:
@@ -174,26 +242,35 @@ def _resolve(value: Any, file: Path) -> Any:
     return file if PEM in value else file.parent / Path(value).expanduser()
 
 
-def _line_of(text: str, key: str) -> str:
-    found = re.search(rf"^[ \t]*[\"']?{re.escape(key)}[\"']?[ \t]*=", text, re.MULTILINE)
-    return f":{text.count(chr(10), 0, found.start()) + 1}" if found else ""
+def _line_of(text: str, key: str) -> int:
+    """The line of a key or of a table; 0 if it is not found."""
+    name = rf"[\"']?{re.escape(key)}[\"']?[ \t]*"
+    found = re.search(rf"^[ \t]*(?:{name}[=.]|\[+[ \t]*{name}[\].])", text, re.MULTILINE)
+    return text.count("\n", 0, found.start()) + 1 if found else 0
 
 
 def _redacted(value: Any) -> str:
     """A value as one line, without private keys and passwords."""
+    if isinstance(value, bool):
+        return str(value).lower()
     if not isinstance(value, str):
         return one_line(repr(value))
     return one_line(repr("…" if PEM in value else _PASSWORD.sub(r"\1", value)))
 
 
-def _explain(details: ErrorDetails, places: Mapping[str, str], config: Path | None) -> str:
+def _explain(details: ErrorDetails, places: Mapping[str, Place], config: Path | None) -> tuple[float, str]:
+    """The line of the file where an error is, and its text."""
     message = one_line(details["msg"].removeprefix("Value error, "))
     if not details["loc"]:  # several settings do not fit together
-        return message
+        return math.inf, message
     key = str(details["loc"][0])
     if details["type"] == "missing":
         where = f"in {config}" if config else "in the file of --config"
-        return f"{flag_of(key)} is missing; give it, or {variable_of(key)}, or {key} {where}"
-    if details["type"].startswith("byte_size"):
-        return f"{places[key]} {NOT_A_SIZE}"
-    return f"{places[key]}: {message}"
+        return math.inf, f"{flag_of(key)} is missing; give it, or {variable_of(key)}, or {key} {where}"
+    name, value, line = places[key]
+    if details["type"] in _TEXTS:
+        return line, f"{name}{value} {_TEXTS[details['type']].format(**details.get('ctx', {}))}"
+    _, quoted, predicate = message.partition(value)
+    if quoted and value[0] in "'\"":  # shows the value once
+        return line, f"{name}{value}{predicate}"
+    return line, f"{name}{value}: {message}"

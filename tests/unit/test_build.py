@@ -216,9 +216,18 @@ def test_class_names_from_a_number_or_a_list(classes: str, names: tuple[str, ...
     assert class_names(classes, None) == names
 
 
-@pytest.mark.parametrize("classes", ["1", "cat", "cat,cat", "cat,,dog", ""])
-def test_fewer_than_two_different_class_names_are_refused(classes: str) -> None:
-    with pytest.raises(ConfigError, match="two different class names"):
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        ("0", "--classes '0' needs at least two classes, got 0"),
+        ("cat", "needs at least two classes, got 1"),
+        ("cat,cat", "class 'cat' is named twice"),
+        ("cat,,dog", "has an empty name"),
+        ("", "has an empty name"),
+    ],
+)
+def test_fewer_than_two_different_class_names_are_refused(classes: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         class_names(classes, None)
 
 
@@ -290,7 +299,7 @@ def test_an_invalid_image_processor_is_one_clear_error(vit_folder: Path, tmp_pat
     ("size", "levels", "message"),
     [
         (IMAGE_SIZE + 1, None, "not a multiple of the patch size"),
-        (IMAGE_SIZE * 2, None, "takes images of 32 px only"),
+        (IMAGE_SIZE * 2, None, "takes images of 32 px only, .*; omit --image-size"),
         (IMAGE_SIZE, LAYERS + 1, "more than the 3 blocks of the model"),
     ],
 )

@@ -67,11 +67,13 @@ def test_hidden_entries_and_leftovers_of_systems_are_ignored(tmp_path: Path) -> 
     assert listing.skipped == []
 
 
-@pytest.mark.parametrize("name", ["nowhere", "a file"])
-def test_a_folder_that_cannot_be_read_is_one_clear_error(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "what"), [("nowhere", "does not exist; create"), ("a file", "is a file; pass its folder")]
+)
+def test_a_folder_that_cannot_be_read_is_one_clear_error(tmp_path: Path, name: str, what: str) -> None:
     touch(tmp_path, "a file")
     for read in (walk, folder_classes):
-        with pytest.raises(InputError, match=f"{name} (does not exist|cannot be read)"):
+        with pytest.raises(InputError, match=f"{name} {what}"):
             read(tmp_path / name)
 
 

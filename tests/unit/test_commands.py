@@ -5,12 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 from importlib import import_module
+from importlib.metadata import version
 from typing import Any
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
+import fedfmsl
 from fedfmsl import errors
 from fedfmsl.__main__ import PARTS, app
 from fedfmsl.common.exit_codes import EXIT_CODES
@@ -48,6 +50,24 @@ def test_help_imports_no_part() -> None:
     for name, part in PARTS.items():
         assert name in done.stdout and part.help in " ".join(done.stdout.split())
     assert done.stdout.splitlines()[-1] == "imported []"
+
+
+def test_the_version_is_that_of_the_installed_package() -> None:
+    assert fedfmsl.__version__ == version("fedfmsl-edge")
+    assert CliRunner().invoke(app, ["--version"]).output.strip() == fedfmsl.__version__
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "nothing to classify; give files or folders, or --watch FOLDER"),
+        (["--new"], "--new needs --watch"),
+        (["photo.jpg", "--watch", "photos"], "exclude each other"),
+    ],
+)
+def test_predict_names_the_arguments_that_do_not_fit_together(arguments: list[str], message: str) -> None:
+    with pytest.raises(errors.ConfigError, match=message):
+        CliRunner().invoke(app, ["predict", *arguments], catch_exceptions=False)
 
 
 def test_shell_completion_of_subcommands_options_and_choices() -> None:

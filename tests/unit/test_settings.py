@@ -216,12 +216,12 @@ def test_all_errors_are_reported_at_once_with_their_places(written: Callable[[st
         f"{config}:3: 'memmory' is not a setting": "did you mean 'memory'?",
         f"{config}:4: engine = 'fast'": "'auto', 'step-graph' or 'ort-training'",
         f"{config}:5: cache = 'much'": "512MB",
-        f"{config}:6: max_load = 3.5": "less than or equal to 1",
+        f"{config}:6: max_load = 3.5": "is too large; it must be at most 1",
         f"{config}:7: hours = ['26:00']": "22:00-06:00",
         f"{config}:8: 'banana' is not a setting": "the settings are",
         "--images is missing": f"FEDFMSL_IMAGES, or images in {config}",
-        "--threads '-1'": "greater than or equal to 0",
-        "FEDFMSL_STEP_SECONDS 'soon'": "number",
+        "--threads '-1'": "is too small; it must be at least 0",
+        "FEDFMSL_STEP_SECONDS 'soon'": "is not a number; write it like 0.5",
     }
     lines = caught.value.lines
     for place, what in expected.items():
@@ -238,9 +238,49 @@ def test_invalid_toml_is_reported_with_its_line(written: Callable[[str], Path], 
 
 def test_a_missing_or_binary_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "picture.toml").write_bytes(b"\xff\xd8\xff")
-    for name in ("nowhere.toml", "picture.toml"):
-        with pytest.raises(ConfigError, match=rf"{name} cannot be read"):
+    (tmp_path / "archive.toml").write_bytes(b"abc\0def")
+    for name, what in (
+        ("nowhere.toml", "does not exist; check the path"),
+        ("picture.toml", "is not a TOML file; pass a text file"),
+        ("archive.toml", "is not a TOML file; pass a text file"),
+    ):
+        with pytest.raises(ConfigError, match=rf"{name} {what}"):
             run("--config", str(tmp_path / name))
+
+
+def test_a_repeated_key_is_named(written: Callable[[str], Path]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        run("--config", str(written('run = "a"\nstate = "b"\nrun = "c"\n')))
+    assert str(caught.value).endswith("is not TOML: 'run' is set twice, again in line 3; remove one")
+
+
+def test_a_value_of_another_type_in_a_file_is_an_error(written: Callable[[str], Path]) -> None:
+    config = written(
+        NEEDED + 'threads = true\nstep_seconds = "3"\nmains_only = 1\nmax_load = false\nengine = 2\nlabels = 4\n'
+    )
+    with pytest.raises(SettingsError) as caught:
+        run("--config", str(config))
+    assert caught.value.lines == (
+        f"{config}:3: threads = true is not an integer; write it like 2",
+        f"{config}:4: step_seconds = '3' is not a number; write it like 0.5",
+        f"{config}:5: mains_only = 1 is neither true nor false; write one of them",
+        f"{config}:6: max_load = false is not a number; write it like 0.5",
+        f"{config}:7: engine = 2 is unknown; choose 'auto', 'step-graph' or 'ort-training'",
+        f"{config}:8: labels = 4 is not a path; write it as a text in quotes",
+    )
+    config.write_text(NEEDED + "step_seconds = 3\n")
+    assert run("--config", str(config), "--threads", "2", environment={"FEDFMSL_MAINS_ONLY": "yes"})["threads"] == 2
+
+
+def test_errors_follow_the_lines_of_the_file_and_list_the_settings_once(written: Callable[[str], Path]) -> None:
+    config = written(f'threads = "a"\nbanana = 1\nmax_load = 7\napplepie = 2\n{NEEDED}[mqtt]\nx = 1\n')
+    with pytest.raises(SettingsError) as caught:
+        run("--config", str(config), "--broker", "localhost:1")
+    lines = caught.value.lines
+    assert [line.removeprefix(f"{config}:")[0] for line in lines[:-1]] == ["1", "2", "3", "4", "7"]
+    assert lines[-2].endswith("'mqtt' is not a setting; remove it")
+    assert lines[-1].startswith("--broker 'localhost:1' is not of the form mqtt://host:port")
+    assert sum("the settings are" in line for line in lines) == 1
 
 
 def test_keys_and_passwords_are_not_shown(written: Callable[[str], Path]) -> None:

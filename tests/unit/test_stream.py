@@ -223,12 +223,18 @@ def test_an_unusable_newer_model_is_reported_and_the_current_one_stays_in_use(
 
 
 def test_the_default_bundle_is_the_downloaded_one(vit: Built, dinov2: Built, store: DeviceStore) -> None:
-    with pytest.raises(BundleError, match="pass its folder with --bundle"):
+    with pytest.raises(BundleError, match=r"pass its folder with --bundle, or pass --model .*personalized\.onnx"):
         StateClassifier(store)
     with pytest.raises(BundleError, match="is not the bundle of the model"):
         StateClassifier(store, dinov2.bundle.root)
     shutil.copytree(vit.bundle.root, store.bundles / vit.bundle.sha256)
     assert StateClassifier(store).classes == CLASSES
+
+
+def test_a_file_that_is_no_onnx_model_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "photo.jpg").write_bytes(b"\xff\xd8\xff")
+    with pytest.raises(BundleError, match=r"photo\.jpg is not a personalized model; pass the personalized\.onnx"):
+        FileClassifier(tmp_path / "photo.jpg")
 
 
 def test_waiting_for_the_first_model_is_reported(store: DeviceStore, capfd: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,24 @@
+"""The description of a device's last health message."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from edge_runtime.daemon.status import MAX_AGE, describe
+from edge_runtime.store import DeviceStore
+from fedfmsl.protocol.messages import Activity, Health
+
+
+@pytest.mark.parametrize(
+    ("activity", "age", "expected"),
+    [
+        (Activity.WAITING, 40, "last heartbeat 0:00:40 ago, up for 0:01:40"),
+        (Activity.STOPPED, 40, "last heartbeat 0:00:40 ago, ran for 0:01:00"),
+        (Activity.WAITING, 10 * MAX_AGE, ", ran for 0:01:00"),
+    ],
+)
+def test_uptime_and_last_heartbeat_agree(tmp_path: Path, activity: Activity, age: float, expected: str) -> None:
+    health = Health(device="kitchen", started=1000, time=1060, activity=activity)
+    assert expected in dict(describe(health, DeviceStore(tmp_path), now=1060 + age))["now"]
