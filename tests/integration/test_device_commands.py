@@ -185,7 +185,8 @@ def announced_run(broker: Broker, bundle: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "code", "parts"),
     [
-        ({"images": "nowhere"}, 3, ["error  samples", "nowhere does not exist"]),
+        ({"images": "nowhere"}, 3, ["error  samples", "nowhere does not exist", "waiting up to 10 s for the server"]),
+        ({"images": __file__}, 3, ["error  samples", "is a file; pass its folder"]),
         ({"broker": "mqtt://127.0.0.1:9"}, 6, ["error  broker", "no MQTT broker at 127.0.0.1:9"]),
         ({"max_temperature": "75", "thermal_zones": "none"}, 2, ["error  governor", "no thermal zone can be read"]),
         ({"watch": "nowhere"}, 2, ["error  watch", "not a folder that this user can read"]),

@@ -177,7 +177,7 @@ CASES = [
             f"the broker address {url}",
             lambda w, url=url: w.device(broker=url),
             CONFIG,
-            (url, "broker address"),
+            ("--broker", url, "mqtt://host:port"),
         )
         for url in (
             "localhost:1883",
@@ -193,6 +193,12 @@ CASES = [
         lambda w: w.device(images=w.scratch / "nowhere"),
         INPUT,
         ("nowhere does not exist",),
+    ),
+    Wrong(
+        "an image instead of its folder",
+        lambda w: w.device(images=w.any_photo()),
+        INPUT,
+        ("--images folder", "is a file; pass its folder"),
     ),
     Wrong(
         "an empty image folder",
@@ -290,7 +296,7 @@ CASES = [
         "more devices than a run can have",
         lambda w: w.server(devices="2501"),
         CONFIG,
-        ("--devices '2501'", "less than or equal to 2500"),
+        ("--devices '2501'", "is too large; it must be at most 2500"),
     ),
     Wrong(
         "a level above the bundle's",

@@ -210,7 +210,7 @@ def test_publishing_beside_a_daemon_is_refused(store: DeviceStore, inbox: Path) 
     ("more", "code", "parts"),
     [
         ((), CONFIG, ("files or folders", "--watch")),
-        (("INBOX", "--watch", "INBOX"), CONFIG, ("files or folders", "--watch")),
+        (("INBOX", "--watch", "INBOX"), CONFIG, ("files and --watch exclude each other",)),
         (("INBOX", "--new"), CONFIG, ("--new",)),
         (("INBOX", "--publish"), CONFIG, ("--publish needs --run",)),
         (("--watch", "nowhere"), INPUT, ("nowhere does not exist",)),

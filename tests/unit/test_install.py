@@ -157,7 +157,7 @@ def test_a_separate_identity_file_is_included(device_file: Path, root: Path, tmp
         ('run = "orchard"\n', ("--images", "/data", "--hours", "late"), "--hours 'late'"),
         ('run = "orchard"\nimages = "/data"\nidentity = "-----BEGIN CERTIFICATE-----"\n', (), "no certificate in PEM"),
         ("run = orchard\n", ("--images", "/data"), "is not TOML"),
-        (None, ("--images", "/data"), "cannot be read"),
+        (None, ("--images", "/data"), "does not exist; check the path"),
     ],
 )
 def test_invalid_settings_are_named_and_write_nothing(
