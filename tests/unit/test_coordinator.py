@@ -347,7 +347,8 @@ def test_a_device_with_another_bundle_or_an_error_is_excluded_and_logged(vit: Bu
     assert run.state.expected == {"a", "b"}
     notes = " | ".join(note.text for note in run.of(Log))
     assert "x cannot take part: it has another bundle" in notes
-    assert notes.count("x ") == 1
+    run.feed(StatusSeen(other), StatusSeen(run.status("x", online=False, error="run 'r' uses another bundle")))
+    assert [note.text.startswith("x ") for note in run.of(Log)].count(True) == 1
     assert "y cannot take part: no images" in notes
 
 

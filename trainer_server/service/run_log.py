@@ -39,7 +39,7 @@ def log_to_folder(folder: Path, max_bytes: int = LOG_BYTES) -> Iterator[None]:
 
 def log_round(announced: Round) -> None:
     where = f"{announced.stage.value} {announced.index + 1}/{announced.of}"
-    selected = f", {len(announced.chosen)} devices selected" if announced.chosen else ""
+    selected = f", selected devices: {len(announced.chosen)}" if announced.chosen else ""
     logger.info("round %d: %s, level %d%s", announced.round, where, announced.level, selected)
 
 
