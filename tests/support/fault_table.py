@@ -22,8 +22,8 @@ COUNTS = ("lost", "double", "repeated", "recomputed", "compared")
 @dataclass(frozen=True)
 class Trial:
     """The findings of a run with a fault that happened `times` times: lost and double updates, repeated rounds, and
-    rounds that were computed again and compared (see `run_oracle.Findings`). `recovery` is in seconds, None if the fault
-    lasted until the end of the run; docs/reliability.md says when it starts and ends."""
+    rounds that were computed again and compared (see `run_oracle.Findings`). `recovery` is in seconds, None if the
+    fault lasted until the end of the run; docs/reliability.md says when it starts and ends."""
 
     lost: int
     double: int
