@@ -99,7 +99,9 @@ TABLE = (
         "amqtt matplotlib numpy pyarrow pydantic rich typer",
     ),
     Row("devices", f"{FEDFMSL} devices.provisioning {EDGE}.settings", "typer rich"),
-    Row("fedfmsl.__main__", f"fedfmsl.errors {COMMON}", "typer"),  # it imports the other commands by name at run time
+    Row(
+        "fedfmsl.__main__", f"fedfmsl fedfmsl.errors {COMMON}", "typer"
+    ),  # it imports the other commands by name at run time
     Row("benchmarks", " ".join(f"{root} {root}.*" for root in ROOTS[:-1]), "*"),
 )
 # Optional dependencies: only this module may import them.

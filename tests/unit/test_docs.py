@@ -93,7 +93,7 @@ def options_of(command: Any) -> set[str]:
 def parse(command: Any, arguments: list[str]) -> None:
     """Parses as the command line does, without running the command. Text may leave out required options."""
     try:
-        command.make_context(command.name, [word for word in arguments if word != "--help"])
+        command.make_context(command.name, [word for word in arguments if word not in ("--help", "--version")])
     except Exception as error:
         if type(error).__name__ != "MissingParameter":
             raise AssertionError(f"{command.name} {shlex.join(arguments)}: {error}") from error
