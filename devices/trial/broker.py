@@ -11,6 +11,7 @@ from amqtt.broker import Broker
 
 from fedfmsl.common.cli import application
 from fedfmsl.errors import BrokerError
+from fedfmsl.transport.link import KEEPALIVE_SECONDS
 
 app = application()
 
@@ -30,6 +31,7 @@ def broker(
 async def _serve(address: str) -> None:
     config = {
         "listeners": {"default": {"type": "tcp", "bind": address, "max_connections": 0}},
+        "timeout_disconnect_delay": KEEPALIVE_SECONDS // 2,  # MQTT allows a client 1.5 times its keepalive
         "plugins": {"amqtt.plugins.authentication.AnonymousAuthPlugin": {"allow_anonymous": True}},
     }
     stop = asyncio.Event()
