@@ -1,4 +1,4 @@
-"""A federated run in one process, without network: the coordinator, and the stages of the devices one after the other.
+"""FedFMSL without network: the server's coordinator, and both stages on the devices of a fleet.
 
 Updates and globals are packed and unpacked as on the wire, so that bytes are counted. No message is lost.
 """
@@ -6,21 +6,13 @@ Updates and globals are packed and unpacked as on the wire, so that bytes are co
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 
 from edge_runtime.daemon.round_runner import STAGES
-from edge_runtime.data.cache import DiskCache
-from edge_runtime.data.features import FeatureCache
-from edge_runtime.data.folder import scan_once
-from edge_runtime.data.inputs import reader_of
-from edge_runtime.engines.step_graph import StepGraphEngine
-from edge_runtime.store import DeviceStore
 from edge_runtime.training.context import TrainingContext
-from edge_runtime.training.gate import Gate
 from edge_runtime.training.model import save_personal_model
 from edge_runtime.training.stages import Globals, StageResult
 from edge_runtime.training.updates import prepare_update, update_header
@@ -32,6 +24,7 @@ from fedfmsl.protocol.layout import Layout
 from fedfmsl.protocol.messages import DeviceStatus, Round, Stage, Update, Verdict
 from fedfmsl.protocol.messages import Globals as GlobalsHeader
 from fedfmsl.protocol.tensors import blob_hash, pack, unpack
+from simulation.fleet import Fleet
 from trainer_server.config import RunConfig
 from trainer_server.coordinator.advance import advance
 from trainer_server.coordinator.events import (
@@ -62,71 +55,73 @@ class History:
     norms: dict[Stage, list[float]] = field(default_factory=dict)
 
 
-def open_devices(
-    bundle: Bundle, folders: Sequence[Path], states: Path, cache: Path, threads: int
-) -> list[TrainingContext]:
-    """A device for each folder of photos, with all features computed. They share engine, gate and feature cache.
-    This is safe, because they take turns and a cache entry depends only on its name."""
-    disk, engine, gate = DiskCache(cache), StepGraphEngine(bundle, threads), Gate(bundle, threads)
-    features = FeatureCache(disk, bundle, threads)
-    devices = []
-    for folder in folders:
-        scanned = scan_once(folder, bundle.manifest.classes, reader_of(bundle).kind)
-        for level in range(1, bundle.manifest.levels + 1):
-            features.frozen(scanned.train + scanned.held_out, level)
-            features.precise().frozen(scanned.test, level)
-        store = DeviceStore(states / folder.name)
-        store.root.mkdir(parents=True, exist_ok=True)
-        level_cap = bundle.manifest.levels
-        devices.append(
-            TrainingContext(folder.name, bundle, scanned, features, engine, gate, store, level_cap, lambda *_: None)
-        )
-    disk.drop_unused()  # states of the experts of an earlier run
-    return devices
+@dataclass(frozen=True)
+class Task:
+    """A device's part of a round. Without `feedback`, the rounding error of the encoding is dropped."""
+
+    round: Round
+    received: Globals
+    seed: int
+    tamper: Tamper
+    feedback: bool
 
 
-def federate(
-    config: RunConfig, devices: Sequence[TrainingContext], tamper: Tamper = honest, feedback: bool = True
-) -> History:
-    """Runs all rounds. Without `feedback`, the rounding error of the encoding is dropped in each round.
+@dataclass(frozen=True)
+class Sent:
+    """An update as it is on the wire. `norm`: the L2 norm before it is encoded; None if the round trains nothing."""
+
+    blob: bytes
+    norm: float | None
+
+
+def federate(config: RunConfig, fleet: Fleet, tamper: Tamper = honest, feedback: bool = True) -> History:
+    """Runs all rounds on the devices `fleet.names`. Each device's model is in its state directory then.
 
     Raises RunError if the server refuses an update or the run fails.
     """
     blobs: dict[str, Tensors] = {}
-    bundle = devices[0].bundle
+    bundle = fleet.bundle
     plan = Plan(config, bundle, str(uuid.uuid4()), blobs.__getitem__)
     state, history = initial_state(plan, 0.0), History()
-    for device in devices:
-        state, _ = advance(plan, state, StatusSeen(_status(device)), 0.0)
+    for name in fleet.names:
+        state, _ = advance(plan, state, StatusSeen(_status(fleet, name)), 0.0)
     while True:
         state, commands = advance(plan, state, ClockTicked(), 0.0)
         blobs.clear()
         history.rounds += [command.closed for command in commands if isinstance(command, StoreRound)]
         if _stopped(commands):
             return history
-        task = state.announced
-        assert task is not None
-        received = _read_globals(bundle, task, commands)
-        for device in devices:
-            if task.chosen and device.device_name not in task.chosen:
-                continue
-            result = STAGES[task.stage](device, task, received)
-            save_personal_model(device, task, received)
-            if result.delta is not None:
-                history.norms.setdefault(task.stage, []).append(float(np.linalg.norm(result.delta)))
-            if not feedback:
-                device.store.residual.unlink(missing_ok=True)
-            # seeded, unlike on a device, so that results can be repeated
-            rng = np.random.default_rng([config.seed, task.round, *device.device_name.encode()])
-            sent = prepare_update(bundle, device.store.residual, task, tamper(device.device_name, result), rng)
-            event = _received(pack(update_header(device, task, sent), sent.tensors))
+        announced = state.announced
+        assert announced is not None
+        task = Task(announced, _read_globals(bundle, announced, commands), config.seed, tamper, feedback)
+        for sent in fleet.map(_compute, dict.fromkeys(announced.chosen or fleet.names, task)).values():
+            if sent.norm is not None:
+                history.norms.setdefault(announced.stage, []).append(sent.norm)
+            event = _received(sent.blob)
             blobs[event.sha256] = event.tensors
             state, commands = advance(plan, state, event, 0.0)
             _check_accepted(commands)
 
 
-def _status(device: TrainingContext) -> DeviceStatus:
-    return DeviceStatus(device=device.device_name, online=True, bundle=device.bundle.sha256, level_cap=device.level_cap)
+def _compute(device: TrainingContext, task: Task) -> Sent:
+    round_ = task.round
+    result = STAGES[round_.stage](device, round_, task.received)
+    if (
+        round_.stage is Stage.EVALUATE
+    ):  # a real device writes its model after each round; here it is used after the last
+        save_personal_model(device, round_, task.received)
+    norm = None if result.delta is None else float(np.linalg.norm(result.delta))
+    if not task.feedback:
+        device.store.residual.unlink(missing_ok=True)
+    # seeded, unlike on a device, so that results can be repeated
+    rng = np.random.default_rng([task.seed, round_.round, *device.device_name.encode()])
+    result = task.tamper(device.device_name, result)
+    sent = prepare_update(device.bundle, device.store.residual, round_, result, rng)
+    return Sent(pack(update_header(device, round_, sent), sent.tensors), norm)
+
+
+def _status(fleet: Fleet, name: str) -> DeviceStatus:
+    return DeviceStatus(device=name, online=True, bundle=fleet.bundle.sha256, level_cap=fleet.level_cap(name))
 
 
 def _stopped(commands: Iterable[Command]) -> bool:
