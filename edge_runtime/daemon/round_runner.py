@@ -12,7 +12,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -26,16 +25,14 @@ from edge_runtime.training.context import DeviceContext
 from edge_runtime.training.evaluation import evaluate, train_baseline
 from edge_runtime.training.local_expert import train_personal
 from edge_runtime.training.model import save_personal_model
-from edge_runtime.training.stages import Globals, StageFunction, statistics, train_global
+from edge_runtime.training.stages import StageFunction, read_globals, statistics, train_global
 from edge_runtime.training.updates import prepare_update, update_header
-from fedfmsl.algorithms.arrays import Tensors, Vector
 from fedfmsl.common.class_folders import SkippedFile
 from fedfmsl.common.files import write_atomically
 from fedfmsl.common.logs import fields
 from fedfmsl.errors import InputError, RunError
-from fedfmsl.protocol.messages import Globals as GlobalsHeader
 from fedfmsl.protocol.messages import Round, Stage
-from fedfmsl.protocol.tensors import pack, unpack
+from fedfmsl.protocol.tensors import pack
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +117,7 @@ class RoundRunner:
         store.outbox.enter(round_.session)
         self.control.check()
         started, device = time.perf_counter(), self.device
-        global_values = self._globals(round_)
+        global_values = read_globals(device.bundle, store.globals, round_)
         try:
             result = STAGES[round_.stage](device, round_, global_values)
         except SampleChangedError as error:
@@ -164,19 +161,3 @@ class RoundRunner:
                 if self.control.stopped:
                     process.kill()
                     raise WorkStoppedError from None
-
-    def _globals(self, round_: Round) -> Globals:
-        layout = self.device.bundle.expert
-        expert, start = (self._vector(sha256, layout.join) for sha256 in (round_.expert, round_.start))
-        return Globals(expert, start, self._vector(round_.gate, self.device.bundle.gate.join))
-
-    def _vector(self, sha256: str, join: Callable[[Tensors], Vector]) -> Vector:
-        if not sha256:
-            return np.empty(0, np.float32)
-        blob = self.device.store.globals.read(sha256)
-        if blob is None:
-            raise RunError(
-                f"the global blob {sha256[:12]}… is missing or damaged on the disk; start again to fetch it again"
-            )
-        _, tensors = unpack(blob, GlobalsHeader)
-        return join(tensors)

@@ -9,13 +9,13 @@ import numpy as np
 from pydantic import BaseModel
 
 from edge_runtime.data.samples import labels_of
-from edge_runtime.training.context import TrainingContext
+from edge_runtime.training.context import Samples, TrainingContext
 from edge_runtime.training.local_expert import LocalExpert, compute_mixture
 from edge_runtime.training.loop import Targets, predict_log_p, train
 from edge_runtime.training.model import make_personal_model
 from edge_runtime.training.stages import Globals, StageResult, class_mean_expert, shuffle_seed
 from edge_runtime.training.tensor_file import read_tensors
-from fedfmsl.algorithms.arrays import Labels, Vector
+from fedfmsl.algorithms.arrays import Floats, Labels, Vector
 from fedfmsl.algorithms.mixture import accuracy, gate_statistics, label_log_p, nll
 from fedfmsl.common.files import write_atomically
 from fedfmsl.protocol.messages import Round
@@ -64,16 +64,17 @@ def train_baseline(context: TrainingContext, round_: Round, _: Globals) -> Stage
     return StageResult(samples=len(splits.train), level=header.level, metrics=metrics)
 
 
-def evaluate(context: TrainingContext, round_: Round, published: Globals) -> StageResult:
-    """Accuracy of every model on the test split, which no other stage reads. Also writes results.json."""
-    samples = context.splits.test
-    model = make_personal_model(context, round_, published)
+def predict_models(context: TrainingContext, round_: Round, published: Globals, samples: Samples) -> dict[str, Floats]:
+    """Class log-probabilities (n, C) of each of the device's models for any n samples, by the model's name.
+
+    `start` is the head of class means, `global` the global expert, `global_prior` that with the device's class prior.
+    `local_expert` and `mofm` are the device's own; `local_only` exists in a run with a baseline. Reads no labels, so
+    the trial uses it for samples of other devices too.
+    """
     # fp32 hidden states give exactly the probabilities of the personalized model
     context = replace(context, cache=context.cache.precise())
-    labels = labels_of(samples)
     no_bias = np.zeros_like(context.log_prior)
-    saved = LocalExpert.load(context, round_.session)
-    expert = saved or LocalExpert.from_global(context, published.expert, round_.sal)
+    expert = _local_expert(context, round_, published)
     mixture = compute_mixture(context, samples, published, expert.best, expert.best_level)
     models = {
         "start": context.log_p(samples, published.start, no_bias),
@@ -85,27 +86,46 @@ def evaluate(context: TrainingContext, round_: Round, published: Globals) -> Sta
     baseline = _load_baseline(context, round_.session)
     if baseline is not None:
         models["local_only"] = context.log_p(samples, baseline, context.class_mask)
-    weight, entropy = gate_statistics(mixture.log_gate) if len(samples) else (0.0, 0.0)
+    return models
+
+
+def evaluate(context: TrainingContext, round_: Round, published: Globals) -> StageResult:
+    """Accuracy of every model on the test split, which no other stage reads. Also writes results.json."""
+    samples = context.splits.test
+    labels = labels_of(samples)
+    model = make_personal_model(context, round_, published)
+    models = predict_models(context, round_, published, samples)
+    weight, entropy = _gate_statistics(context, published, samples) if samples else (0.0, 0.0)
     metrics = {name: accuracy(log_p, labels) for name, log_p in models.items()}
     counts = {"test": _per_class(context, labels)}
     for name in ("start", "global"):
         counts[name] = _per_class(context, labels[models[name].argmax(axis=1) == labels])
-    calibrated = model.calibrated(mixture.log_p)
+    calibrated = model.calibrated(models["mofm"])
     probabilities = {str(i.path): p.tolist() for i, p in zip(samples, np.exp(calibrated), strict=True)}
     results = {"run": round_.run, "accuracy": metrics, "probabilities": probabilities}
     write_atomically(context.store.results, json.dumps(results).encode())
     return StageResult(
         samples=len(samples),
-        level=expert.best_level,
+        level=_local_expert(context, round_, published).best_level,
         metrics={
             **metrics,
             "mean_local_weight": weight,
             "gate_entropy": entropy,
             "mofm_nll": nll(calibrated, labels),
-            "mofm_nll_uncalibrated": nll(mixture.log_p, labels),
+            "mofm_nll_uncalibrated": nll(models["mofm"], labels),
         },
         counts=counts,
     )
+
+
+def _local_expert(context: TrainingContext, round_: Round, published: Globals) -> LocalExpert:
+    saved = LocalExpert.load(context, round_.session)
+    return saved or LocalExpert.from_global(context, published.expert, round_.sal)
+
+
+def _gate_statistics(context: TrainingContext, published: Globals, samples: Samples) -> tuple[float, float]:
+    features = context.cache.precise().pooled(samples, context.level_of(published.expert))
+    return gate_statistics(context.gate.log_weights(published.gate, features))
 
 
 def _per_class(context: TrainingContext, labels: Labels) -> list[int]:

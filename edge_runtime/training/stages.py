@@ -9,13 +9,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from edge_runtime.data.samples import labels_of
+from edge_runtime.store.global_store import GlobalStore
 from edge_runtime.training.context import TrainingContext
 from edge_runtime.training.loop import Targets, predict_log_p, train
 from fedfmsl.algorithms.arrays import Tensors, Vector
 from fedfmsl.algorithms.class_means import class_mean_head, class_sums
 from fedfmsl.algorithms.mixture import accuracy
+from fedfmsl.errors import RunError
+from fedfmsl.protocol.bundle import Bundle
+from fedfmsl.protocol.layout import Layout
+from fedfmsl.protocol.messages import Globals as GlobalsHeader
 from fedfmsl.protocol.messages import Round, Stage
+from fedfmsl.protocol.tensors import unpack
 
 
 @dataclass(frozen=True)
@@ -28,6 +36,24 @@ class Globals:
     expert: Vector
     start: Vector
     gate: Vector
+
+
+def read_globals(bundle: Bundle, stored: GlobalStore, round_: Round) -> Globals:
+    """The globals that a round names. Raises RunError if one is missing or damaged."""
+
+    def vector(sha256: str, layout: Layout) -> Vector:
+        if not sha256:
+            return np.empty(0, np.float32)
+        blob = stored.read(sha256)
+        if blob is None:
+            raise RunError(
+                f"the global blob {sha256[:12]}… is missing or damaged on the disk; start again to fetch it again"
+            )
+        return layout.join(unpack(blob, GlobalsHeader)[1])
+
+    return Globals(
+        vector(round_.expert, bundle.expert), vector(round_.start, bundle.expert), vector(round_.gate, bundle.gate)
+    )
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ Vector = NDArray[np.float32]  # flat
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 Labels = NDArray[np.int64]
+Bools = NDArray[np.bool_]
 Tensors = Mapping[str, NDArray[np.generic]]  # by name
 Parts = Mapping[str, slice]  # the head and each block: where its values are in a flat vector, in order
 

@@ -16,12 +16,12 @@ from edge_runtime.data.inputs import reader_of
 from edge_runtime.data.samples import labels_of
 from edge_runtime.engines.sessions import open_model, run
 from edge_runtime.inference.export_onnx import write_model
-from edge_runtime.training.evaluation import evaluate, train_baseline
+from edge_runtime.training.evaluation import evaluate, predict_models, train_baseline
 from edge_runtime.training.local_expert import LocalExpert, compute_mixture, train_personal
 from edge_runtime.training.model import make_personal_model, read_personal_model, save_personal_model
 from edge_runtime.training.stages import Globals, StageFunction, statistics, train_global
 from fedfmsl.algorithms.calibration import fit_temperature
-from fedfmsl.algorithms.mixture import nll
+from fedfmsl.algorithms.mixture import accuracy, nll
 from fedfmsl.errors import BundleError, InputError
 from fedfmsl.protocol.messages import Stage
 
@@ -104,6 +104,23 @@ def test_the_evaluated_model_is_the_saved_one(vit: Built, photos: Path, tmp_path
     assert result.metrics["mofm_nll"] == pytest.approx(nll(np.log(probabilities), labels), abs=1e-3)
     assert result.metrics["mofm"] == (probabilities.argmax(axis=1) == labels).mean()
     assert device.store.results.read_bytes() == before
+
+
+def test_a_devices_models_predict_samples_of_other_devices(vit: Built, photos: Path, tmp_path: Path) -> None:
+    """Evaluating them on the device's own test samples gives the accuracies that the device reports."""
+    device = make_daemon(vit, photos, tmp_path).device
+    round_, published = round_of(Stage.EVALUATE), globals_of(vit)
+    train_baseline(device, round_of(Stage.BASELINE), published)
+    train_personal(device, round_of(Stage.PERSONAL), published)
+    reported = evaluate(device, round_, published).metrics
+    names = {"start", "global", "global_prior", "local_expert", "mofm", "local_only"}
+    own, others = device.scanned.test, device.scanned.train
+    together = predict_models(device, round_, published, others + own)
+    assert set(together) == names
+    for name, log_p in together.items():
+        assert log_p.shape == (len(others) + len(own), device.classes)
+        assert np.allclose(np.exp(log_p).sum(axis=1), 1, atol=1e-5)
+        assert accuracy(log_p[len(others) :], labels_of(own)) == reported[name]
 
 
 def test_the_onnx_file_has_the_origin_as_metadata(vit: Built, photos: Path, tmp_path: Path) -> None:
