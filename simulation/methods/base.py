@@ -44,12 +44,16 @@ class Method(Protocol[State, Model]):
     `name`: for commands and files. `title`: for tables. `source`: the paper.
     """
 
-    name: str
-    title: str
-    source: str
+    @property
+    def name(self) -> str: ...
+    @property
+    def title(self) -> str: ...
+    @property
+    def source(self) -> str: ...
 
-    def start(self, fleet: Fleet, settings: MethodSettings) -> State:
-        """The state before the first round. The devices of `fleet.unseen` take no part."""
+    def start(self, fleet: Fleet, settings: MethodSettings) -> tuple[State, RoundCost]:
+        """The state before the first round, and what it costs, for example to send class sums. The devices of
+        `fleet.unseen` take no part."""
 
     def round(self, fleet: Fleet, state: State, devices: Sequence[str], index: int) -> tuple[State, RoundCost]:
         """The state after round `index`, from 0, in which `devices` participate."""
@@ -61,6 +65,9 @@ class Method(Protocol[State, Model]):
     def model(self, state: State, device: str) -> Model:
         """The model of a device. A device that took no part has no personal state."""
 
-    def log_p(self, context: TrainingContext, model: Model, samples: Samples) -> Floats:
-        """Class log-probabilities (n, C) of a device's model for any samples, also those of other devices. For test
-        samples `context.cache` should be `precise()`."""
+    def log_p(self, context: TrainingContext, model: Model, samples: Samples) -> dict[str, Floats]:
+        """Class log-probabilities (n, C) of a device's model for any samples, also those of other devices.
+
+        The method's own model is under `name`. More models of the same training may follow, under names of their own:
+        each is a row of the table. The states of test samples are in fp32 only: use `context.cache.precise()`.
+        """
