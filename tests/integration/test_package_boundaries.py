@@ -99,7 +99,11 @@ TABLE = (
         "amqtt matplotlib numpy pyarrow pydantic rich typer",
     ),
     Row("devices", f"{FEDFMSL} devices.provisioning {EDGE}.settings", "typer rich"),
-    Row("simulation", f"{FEDFMSL} trainer_server.* {EDGE} {EDGE}.*", "numpy"),
+    Row(
+        "simulation",
+        f"{FEDFMSL} trainer_server.* {EDGE} {EDGE}.* devices.trial",
+        "matplotlib numpy pyarrow pydantic rich typer",
+    ),
     Row(
         "fedfmsl.__main__", f"fedfmsl fedfmsl.errors {COMMON}", "typer"
     ),  # it imports the other commands by name at run time
