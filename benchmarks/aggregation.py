@@ -1,7 +1,7 @@
 """python -m benchmarks.aggregation: accuracy with encodings, robust rules, server optimizers, hostile devices, privacy
 and client selection, as one table over seeds.
 
-Data, model and settings are those of `devices.trial`, in one process (see `benchmarks.federation`). Needs
+Data, model and settings are those of `devices.trial`, in one process (see `simulation.federation`). Needs
 `python -m devices.trial.assets` and `python -m export.rebuild assets/dinov2-s14.onnx assets/dinov2-s14` first. Results
 are in runs/aggregation/results, a JSON file per configuration and seed; existing ones are not computed again.
 """
@@ -21,7 +21,6 @@ from typing import Any
 
 import typer
 
-from benchmarks.federation import History, accuracies, federate, honest, open_devices, scaled
 from benchmarks.tables import spread
 from devices.trial.assets import ASSETS, PHOTOS, fetch
 from devices.trial.dataset import Files, find_files, kind_of
@@ -36,6 +35,8 @@ from fedfmsl.common.files import write_atomically
 from fedfmsl.errors import ConfigError, RunError
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.messages import Encoding, Stage
+from simulation.federation import History, accuracies, federate, honest, scaled
+from simulation.fleet import open_folders
 from trainer_server.config import STAGE1, STAGE2, Aggregation, Optimizer, Rule, RunConfig, Selection, Trigger, sal_rules
 from trainer_server.coordinator.records import successful_rounds
 
@@ -147,10 +148,10 @@ def _path(name: str, seed: int) -> Path:
 def _run(configuration: Configuration, seed: int, threads: int) -> dict[str, Any]:
     bundle = trial_bundle(FOLDER / f"bundle-{seed}", trial_photos()[0], seed)
     folders = _device_folders(seed)
-    devices = open_devices(bundle, folders, FOLDER / "devices", FOLDER / "cache", threads)
+    fleet = open_folders(bundle, folders, FOLDER / "devices", FOLDER / "cache", threads)
     started = time.monotonic()
     tamper = _hostile if configuration.hostile else honest
-    history = federate(trial_config(configuration, seed), devices, tamper, configuration.feedback)
+    history = federate(trial_config(configuration, seed), fleet, tamper, configuration.feedback)
     return {"seconds": time.monotonic() - started, **_summary(history)}
 
 

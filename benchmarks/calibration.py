@@ -1,7 +1,7 @@
 """python -m benchmarks.calibration: temperature and threshold of devices, on photos of other shop visits and of
 classes that no device was trained on.
 
-Data, model and settings are those of `devices.trial` at α = 0.5, in one process (see `benchmarks.federation`). Two
+Data, model and settings are those of `devices.trial` at α = 0.5, in one process (see `simulation.federation`). Two
 classes are left out, different ones for each seed. Needs `python -m devices.trial.assets` and
 `python -m export.rebuild assets/dinov2-s14.onnx assets/dinov2-s14` first. The predictions of a seed are kept in
 runs/calibration and not computed again.
@@ -20,7 +20,6 @@ import numpy as np
 import typer
 
 from benchmarks.aggregation import ALPHA, CONFIGURATIONS, DEVICES, trial_bundle, trial_config, trial_photos
-from benchmarks.federation import federate, open_devices
 from devices.trial.shares import write_device_folders
 from edge_runtime.data.samples import labels_of
 from edge_runtime.inference.classifier import StateClassifier
@@ -30,6 +29,8 @@ from fedfmsl.algorithms.arrays import Floats, Labels
 from fedfmsl.algorithms.calibration import calibrate, fit_temperature, unknown_threshold
 from fedfmsl.algorithms.mixture import accuracy, nll
 from fedfmsl.common.cli import application
+from simulation.federation import federate
+from simulation.fleet import open_folders
 
 FOLDER = Path("runs") / "calibration"
 LEFT_OUT = 2  # classes
@@ -109,9 +110,9 @@ def _predict(seed: int, threads: int) -> list[Predictions]:
         del train[name], test[name]
     bundle = trial_bundle(FOLDER / f"bundle-{seed}", train, seed)
     folders = write_device_folders(train, test, FOLDER / f"samples-{seed}", DEVICES, ALPHA, seed)
-    devices = open_devices(bundle, folders, FOLDER / f"devices-{seed}", FOLDER / "cache", threads)
-    federate(trial_config(CONFIGURATIONS["reference"], seed), devices)
-    return [_predictions_of(device, untrained) for device in devices]
+    fleet = open_folders(bundle, folders, FOLDER / f"devices-{seed}", FOLDER / "cache", threads)
+    federate(trial_config(CONFIGURATIONS["reference"], seed), fleet)
+    return [_predictions_of(device, untrained) for device in map(fleet.context, fleet.names)]
 
 
 def _predictions_of(device: TrainingContext, untrained: Sequence[Path]) -> Predictions:

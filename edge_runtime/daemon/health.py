@@ -15,7 +15,7 @@ from edge_runtime.engines.memory import rss
 from edge_runtime.resources.governor import Readings
 from edge_runtime.resources.sensors import board
 from edge_runtime.store import DeviceStore
-from edge_runtime.training.context import TrainingContext
+from edge_runtime.training.context import DeviceContext
 from fedfmsl.common.files import write_atomically
 from fedfmsl.common.systemd import Watchdog, notify
 from fedfmsl.protocol.messages import HEALTH_SECONDS, Activity, Health, encode
@@ -53,7 +53,7 @@ class HealthReporter:
     def heartbeat(
         self,
         activity: Activity,
-        device: TrainingContext | None = None,
+        device: DeviceContext | None = None,
         state: State | None = None,
         paused: str = "",
         slowdown: float = 1.0,
@@ -94,7 +94,7 @@ def _free(folder: Path) -> int:
         return 0
 
 
-def _of_device(device: TrainingContext) -> Mapping[str, Any]:
+def _of_device(device: DeviceContext) -> Mapping[str, Any]:
     return {
         "level_cap": device.level_cap,
         "cache": device.cache.used,

@@ -31,7 +31,7 @@ from edge_runtime.resources.sensors import Sensors, board
 from edge_runtime.resources.throttle import ControlledEngine, LevelCapTracker, StepControl, reported_and_checked
 from edge_runtime.settings import Settings
 from edge_runtime.store import DeviceStore
-from edge_runtime.training.context import TrainingContext
+from edge_runtime.training.context import DeviceContext
 from edge_runtime.training.gate import Gate
 from fedfmsl.common.class_folders import check_folder
 from fedfmsl.common.logs import fields, set_up_logging
@@ -139,7 +139,7 @@ def _runner(
     tracker = LevelCapTracker(LevelCap.planned(plan, settings.step_seconds))
     engine = ControlledEngine(open_engine(prepared.engine, bundle, threads, plan.memory_plans), control, tracker)
     disk = DiskCache(store.cache, settings.cache, settings.keep_free)
-    device = TrainingContext(
+    device = DeviceContext(
         device_name=name,
         bundle=bundle,
         scanned=prepared.scanned,

@@ -21,7 +21,7 @@ from edge_runtime.data.folder import SampleFolder
 from edge_runtime.data.samples import SampleChangedError
 from edge_runtime.engines.memory import peak_rss_mb
 from edge_runtime.resources.throttle import LevelCapTracker, StepControl, WorkStoppedError
-from edge_runtime.training.context import TrainingContext
+from edge_runtime.training.context import DeviceContext
 from edge_runtime.training.evaluation import evaluate, train_baseline
 from edge_runtime.training.local_expert import train_personal
 from edge_runtime.training.model import save_personal_model
@@ -56,7 +56,7 @@ class RoundRunner:
 
     def __init__(
         self,
-        device: TrainingContext,
+        device: DeviceContext,
         folder: SampleFolder,
         control: StepControl,
         tracker: LevelCapTracker,

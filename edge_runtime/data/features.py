@@ -1,18 +1,19 @@
-"""The feature cache: hidden states and pooled features of samples, computed once and kept on disk (ours).
+"""Hidden states and pooled features of samples, computed once and stored (ours).
 
-While a SAL level lasts, the prefix is constant, so a step starts from the cached hidden state. A state is a file, in
-fp16 by default, named after the sample's content. Its folder is named after everything else that the state depends on:
-frozen weights, graph, preprocessing, level, and the LoRA in the prefix. So a state can be missing, but never stale. If
-the disk is full, the state is computed each time it is needed.
+While a SAL level lasts, the prefix is constant, so a step starts from the stored hidden state. A state is in fp16 by
+default, and named after the sample's content. Its folder is named after everything else that the state depends on:
+frozen weights, graph, preprocessing, level, and the LoRA in the prefix. So a state can be missing, but never stale. A
+state that the store has no space for is computed each time it is needed.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,24 +55,56 @@ class HiddenStates:
             yield self.read(self.samples[start : start + self.batch_size])
 
 
-class FeatureCache:
+class Store(Protocol):
+    """Named bytes in named folders. `DiskCache` has the same methods."""
+
+    def use(self, folder: str, priority: Priority) -> None:
+        """Marks a folder as used, before its names are read or written."""
+
+    def has(self, folder: str, name: str) -> bool:
+        """Whether the name was stored. Only `get` checks its bytes."""
+
+    def get(self, folder: str, name: str) -> bytes | None:
+        """The stored bytes, or None."""
+
+    def put(self, folder: str, name: str, data: bytes) -> bool:
+        """False if there is no space for the bytes."""
+
+    def capacity(self, folder: str, length: int) -> int:
+        """How many more names with `length` bytes fit in this folder."""
+
+
+class Inputs(Protocol):
+    """Decodes samples. `SampleReader` is one."""
+
+    def batch(self, samples: Sequence[Sample]) -> dict[str, NDArray[Any]]:
+        """`pixels` (B, S, S, 3) uint8 or `tokens` (B, N) int64.
+
+        Raises SampleChangedError if a file that has to be read has changed.
+        """
+
+
+S_co = TypeVar("S_co", bound=Store, covariant=True)
+
+
+class Features(Generic[S_co]):
     """Hidden states at any level, with or without LoRA in the prefix, and pooled features of the frozen backbone."""
 
     def __init__(
         self,
-        disk: DiskCache,
+        store: S_co,
         bundle: Bundle,
         threads: int,
         report: Report = lambda *_: None,
         batch_size: int = BATCH,
         free_memory: Callable[[], None] = lambda: None,
         dtype: type[np.floating[Any]] = np.float16,
-        reader: SampleReader | None = None,
+        reader: Inputs | None = None,
     ) -> None:
         """`batch_size` samples go through the backbone at once. `free_memory` is called before a graph is opened.
         `reader` is shared with the scan of the folder; default: a new one. Raises ConfigError or BundleError as
         `reader_of` does."""
-        self._disk = disk
+        self._store = store
         self._bundle = bundle
         self._threads = threads
         self._report = report
@@ -83,18 +116,11 @@ class FeatureCache:
         self._shape = (dims.tokens, dims.hidden)
         self._feature = dims.feature
 
-    def precise(self) -> FeatureCache:
-        """The same cache with states in fp32."""
-        return FeatureCache(
-            self._disk,
-            self._bundle,
-            self._threads,
-            self._report,
-            self._batch_size,
-            self._free_memory,
-            np.float32,
-            self._reader,
-        )
+    def precise(self) -> Features[S_co]:
+        """The same features and store, with states in fp32."""
+        precise = copy.copy(self)
+        precise._dtype = np.dtype(np.float32)
+        return precise
 
     def frozen(self, samples: Sequence[Sample], level: int) -> HiddenStates:
         """The states below the suffix of `level`, without LoRA in the prefix.
@@ -119,7 +145,7 @@ class FeatureCache:
         lift = partial(self._lift, from_level=from_level, loras=loras)
         missing, done = self._to_store(folder, samples), 0
         for part, states in lift(missing):
-            self._store(folder, part, states)
+            self._keep(folder, part, states)
             done += len(part)
             self._report("features", done, len(missing))
         return self._states(folder, samples, lift)
@@ -127,37 +153,15 @@ class FeatureCache:
     def pooled(self, samples: Sequence[Sample], level: int) -> Floats:
         """Pooled features (n, F) of the frozen backbone. A pass for missing samples also stores hidden states."""
         folder = self._folder(POOLED, Priority.SMALL)
-        rows = {sample.sha256: self._disk.get(folder, sample.sha256) for sample in samples}
+        rows = {sample.sha256: self._store.get(folder, sample.sha256) for sample in samples}
         for part, features in self._extract([s for s in samples if rows[s.sha256] is None], level):
             rows.update((sample.sha256, row.tobytes()) for sample, row in zip(part, features, strict=True))
         data = b"".join(rows[sample.sha256] or b"" for sample in samples)
         return np.frombuffer(data, np.float32).reshape(-1, self._feature)
 
-    def drop_unused(self) -> None:
-        """Deletes every state that was not used since the last call. Pooled features are small and stay."""
-        self._folder(POOLED, Priority.SMALL)
-        self._disk.drop_unused()
-
-    @property
-    def used(self) -> int:
-        """Bytes of disk."""
-        return self._disk.used
-
-    def keep_free(self) -> None:
-        """Deletes states until `keep_free` bytes of the disk are free (see `DiskCache`)."""
-        self._disk.keep_free()
-
-    def drop_others(self, samples: Iterable[Sample]) -> None:
-        """Deletes the states and features of all samples but these."""
-        self._disk.drop_others({sample.sha256 for sample in samples})
-
-    def evict_all(self) -> None:
-        """Deletes everything to free the disk. States are computed again when they are needed."""
-        self._disk.evict_all()
-
     def _folder(self, name: str, priority: Priority) -> str:
         folder = f"{self._bundle.features_key}-{self._dtype.name}-{name}"
-        self._disk.use(folder, priority)
+        self._store.use(folder, priority)
         return folder
 
     def _folders(self, level: int) -> dict[str, str]:
@@ -170,9 +174,9 @@ class FeatureCache:
         }
 
     def _to_store(self, folder: str, samples: Sequence[Sample]) -> list[Sample]:
-        """The missing samples, as many as fit on the disk."""
-        missing = [sample for sample in samples if not self._disk.has(folder, sample.sha256)]
-        return missing[: self._disk.capacity(folder, self._dtype.itemsize * self._shape[0] * self._shape[1])]
+        """The missing samples, as many as fit in the store."""
+        missing = [sample for sample in samples if not self._store.has(folder, sample.sha256)]
+        return missing[: self._store.capacity(folder, self._dtype.itemsize * self._shape[0] * self._shape[1])]
 
     def _states(
         self, folder: str, samples: Sequence[Sample], compute: Callable[[Sequence[Sample]], Computed]
@@ -183,28 +187,28 @@ class FeatureCache:
         states = np.empty((len(samples), *self._shape), np.float32)
         missing = []
         for row, sample in enumerate(samples):
-            data = self._disk.get(folder, sample.sha256)
+            data = self._store.get(folder, sample.sha256)
             if data is None:
                 missing.append(row)
             else:
                 states[row] = np.frombuffer(data, self._dtype).reshape(self._shape)
         for part, found in compute([samples[row] for row in missing]):
-            self._store(folder, part, found)
+            self._keep(folder, part, found)
             rows, missing = missing[: len(part)], missing[len(part) :]
-            states[rows] = found.astype(self._dtype)  # rounded as if read from the disk
+            states[rows] = found.astype(self._dtype)  # rounded as if read from the store
         return states
 
-    def _store(self, folder: str, samples: Sequence[Sample], rows: Floats) -> None:
+    def _keep(self, folder: str, samples: Sequence[Sample], rows: Floats) -> None:
         dtype = self._dtype if rows.ndim == 3 else rows.dtype  # pooled features stay fp32
         for sample, row in zip(samples, rows, strict=True):
-            self._disk.put(folder, sample.sha256, row.astype(dtype).tobytes())
+            self._store.put(folder, sample.sha256, row.astype(dtype).tobytes())
 
     def _extract(self, samples: Sequence[Sample], level: int) -> Computed:
         """Runs passes and stores their outputs; yields samples and their pooled features (B, F)."""
         folders, done = self._folders(level), 0
         for part, found in self._passes(samples, list(folders)):
             for folder, rows in zip(folders.values(), found, strict=True):
-                self._store(folder, part, rows)
+                self._keep(folder, part, rows)
             done += len(part)
             self._report("features", done, len(samples))
             yield part, found[-1]
@@ -238,3 +242,29 @@ class FeatureCache:
                 del session
             release_free_memory()
             yield part, hidden
+
+
+class FeatureCache(Features[DiskCache]):
+    """The features of a device, on its disk within a budget."""
+
+    def drop_unused(self) -> None:
+        """Deletes every state that was not used since the last call. Pooled features are small and stay."""
+        self._folder(POOLED, Priority.SMALL)
+        self._store.drop_unused()
+
+    @property
+    def used(self) -> int:
+        """Bytes of disk."""
+        return self._store.used
+
+    def keep_free(self) -> None:
+        """Deletes states until `keep_free` bytes of the disk are free (see `DiskCache`)."""
+        self._store.keep_free()
+
+    def drop_others(self, samples: Iterable[Sample]) -> None:
+        """Deletes the states and features of all samples but these."""
+        self._store.drop_others({sample.sha256 for sample in samples})
+
+    def evict_all(self) -> None:
+        """Deletes everything to free the disk. States are computed again when they are needed."""
+        self._store.evict_all()

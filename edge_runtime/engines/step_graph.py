@@ -67,17 +67,27 @@ class StepGraphEngine:
     def step(self, batch: Batch) -> float:
         if self._optimizer is None:
             raise RuntimeError("step() needs an optimizer: call set(theta, training) first")
+        loss, gradient = self.gradient(batch)
+        self._theta = self._optimizer.step(self._theta, gradient)
+        return loss
+
+    def gradient(self, batch: Batch) -> tuple[float, Vector]:
+        """The mean loss of the batch and its gradient (P,). For callers with an optimizer of their own."""
         loss, gradient = 0.0, np.zeros_like(self._theta)
         for inputs in batch.micro_batches(self._memory_plan.micro_batch):
             part_loss, part_gradient = self._run("step", ["loss", "gradient"], theta=self._theta, **inputs)
             loss += float(part_loss)
             gradient += part_gradient
-        self._theta = self._optimizer.step(self._theta, gradient)
-        return loss
+        return loss, gradient
 
     def predict(self, hidden: Floats) -> Floats:
         (logits,) = self._run("predict", ["logits"], hidden=hidden, theta=self._theta)
         return logits
+
+    def features(self, hidden: Floats) -> Floats:
+        """The class token's features (B, F), which the head reads, of hidden states (B, N, D)."""
+        (features,) = self._run("predict", ["feature"], hidden=hidden, theta=self._theta)
+        return features
 
     def release(self) -> None:
         if self._sessions:
@@ -89,8 +99,11 @@ class StepGraphEngine:
             lean = self._memory_plan.lean
             if lean:
                 self.release()
-            self._sessions[kind] = open_session(self._bundle, f"{kind}-{self._level}.onnx", self._threads, not lean)
+            self._sessions[kind] = self._open(f"{kind}-{self._level}.onnx", prepack=not lean)
         return run(self._sessions[kind], outputs, inputs)
+
+    def _open(self, name: str, prepack: bool) -> InferenceSession:
+        return open_session(self._bundle, name, self._threads, prepack)
 
 
 def memory_plan_of(memory_plans: Mapping[int, MemoryPlan], bundle: Bundle, level: int) -> MemoryPlan:

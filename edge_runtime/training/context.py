@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_runtime.data.features import FeatureCache, HiddenStates, Report
+from edge_runtime.data.features import FeatureCache, Features, HiddenStates, Report, Store
 from edge_runtime.data.ledger import open_ledger
 from edge_runtime.data.samples import Sample, Splits, assign_new_samples
 from edge_runtime.engines.base import Engine
@@ -30,7 +30,7 @@ class TrainingContext:
     device_name: str
     bundle: Bundle
     scanned: Splits
-    cache: FeatureCache
+    cache: Features[Store]
     engine: Engine
     gate: Gate
     store: DeviceStore
@@ -89,3 +89,10 @@ class TrainingContext:
         self.engine.load(level)
         self.engine.set(expert)
         return predict_log_p(self.engine, self.cache.frozen(samples, level), bias)
+
+
+@dataclass(frozen=True)
+class DeviceContext(TrainingContext):
+    """The context of a daemon, whose features are on its disk within a budget."""
+
+    cache: FeatureCache

@@ -23,7 +23,7 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).parents[2]
-ROOTS = ("fedfmsl", "export", "trainer_server", "edge_runtime", "devices", "benchmarks")
+ROOTS = ("fedfmsl", "export", "trainer_server", "edge_runtime", "devices", "simulation", "benchmarks")
 MODELS = {"torch", "transformers", "peft", "optimum", "onnxscript"}  # what an export needs
 SERVER_ONLY = {"starlette", "uvicorn", "dp_accounting", "trainer_server"}
 EXPORT_ONLY = {*MODELS, "export", "huggingface_hub"}
@@ -99,6 +99,11 @@ TABLE = (
         "amqtt matplotlib numpy pyarrow pydantic rich typer",
     ),
     Row("devices", f"{FEDFMSL} devices.provisioning {EDGE}.settings", "typer rich"),
+    Row(
+        "simulation",
+        f"{FEDFMSL} trainer_server.* {EDGE} {EDGE}.* devices.trial",
+        "matplotlib numpy pyarrow pydantic rich typer",
+    ),
     Row(
         "fedfmsl.__main__", f"fedfmsl fedfmsl.errors {COMMON}", "typer"
     ),  # it imports the other commands by name at run time

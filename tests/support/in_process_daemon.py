@@ -23,7 +23,7 @@ from edge_runtime.resources.plan import Plan
 from edge_runtime.resources.probe import BATCH
 from edge_runtime.resources.throttle import ControlledEngine, LevelCapTracker, StepControl, reported_and_checked
 from edge_runtime.store import DeviceStore
-from edge_runtime.training.context import TrainingContext
+from edge_runtime.training.context import DeviceContext
 from edge_runtime.training.gate import Gate
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.link import Link
@@ -39,7 +39,7 @@ LIMITS = Limits()
 class InProcessDaemon:
     """A daemon as `python -m edge_runtime run` makes one. Its link is not connected."""
 
-    device: TrainingContext
+    device: DeviceContext
     runner: RoundRunner
     loop: DaemonLoop
     link: Link
@@ -72,7 +72,7 @@ def make_daemon(
     control, tracker = StepControl(), LevelCapTracker(LevelCap.planned(plan, step_seconds=60.0))
     report = reported_and_checked(progress_poster(link.post) if broker != NOWHERE else no_report, control.check)
     samples = SampleFolder(photos, bundle, store)
-    device = TrainingContext(
+    device = DeviceContext(
         device_name=name,
         bundle=bundle,
         scanned=samples.scan(wait=3.0),

@@ -29,9 +29,11 @@ from support.samples import CLASSES
 from support.torch_reference import torch_expert, torch_step, trainables
 
 from edge_runtime.engines import Batch, Engine, MemoryPlan, StepGraphEngine, open_engine
+from edge_runtime.engines.base import expert_decay
 from edge_runtime.engines.ort_training import OrtTrainingEngine, TrainingSession
 from export.bundle import build_bundle
 from export.reference import torch_inputs
+from fedfmsl.algorithms.adamw import AdamW
 from fedfmsl.algorithms.arrays import NEVER
 from fedfmsl.common.onnx_runtime import has_ort_training
 from fedfmsl.errors import BundleError, ConfigError
@@ -186,6 +188,33 @@ def test_twenty_steps_equal_torchs_adamw_over_the_whole_model(
     assert np.abs(engine.get() - trained).max() < 1e-4
     assert losses == pytest.approx(theirs, rel=1e-4)
     assert relative_error(engine.predict(hidden), logits) < 1e-3
+
+
+def test_a_callers_own_adamw_on_the_gradient_takes_the_same_steps(vit: Built) -> None:
+    theta, training = random_theta(vit.bundle, 2, 0), Training(epochs=1, learning_rate=1e-2)
+    batch = Batch.cross_entropy(hidden_of(vit, random_samples(vit, 5, 1), 2), np.array([0, 1, 2, 3, 0]), C)
+    engine, stepped = StepGraphEngine(vit.bundle, threads=1), StepGraphEngine(vit.bundle, threads=1)
+    optimizer = AdamW(training.learning_rate, expert_decay(vit.bundle.expert, theta.size, training.weight_decay))
+    engine.load(2)
+    stepped.load(2)
+    stepped.set(theta, training)
+    for _ in range(3):
+        engine.set(theta)
+        loss, gradient = engine.gradient(batch)
+        assert np.array_equal(engine.get(), theta)
+        theta = optimizer.step(theta, gradient)
+        assert stepped.step(batch) == loss
+        assert np.array_equal(stepped.get(), theta)
+
+
+def test_features_are_what_the_head_reads(vit: Built) -> None:
+    theta, hidden = random_theta(vit.bundle, 2, 0), hidden_of(vit, random_samples(vit, 3, 1), 2)
+    engine = StepGraphEngine(vit.bundle, threads=1)
+    engine.load(2)
+    engine.set(theta)
+    head = vit.bundle.expert.split(theta)
+    logits = engine.features(hidden) @ head["classifier.weight"].T + head["classifier.bias"]
+    assert relative_error(logits, engine.predict(hidden)) < TOLERANCE
 
 
 @each_engine

@@ -18,8 +18,9 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[2]
 SCANNED = (
-    *("fedfmsl", "export", "trainer_server", "edge_runtime", "devices", "benchmarks", "examples", "tests", "docs"),
-    *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "Makefile", "pyproject.toml", "mkdocs.yml", ".ci"),
+    *("fedfmsl", "export", "trainer_server", "edge_runtime", "devices", "simulation", "benchmarks", "examples"),
+    *("tests", "docs", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "Makefile", "pyproject.toml", "mkdocs.yml"),
+    ".ci",
 )
 SUFFIXES = {".py", ".md", ".toml", ".yml", ".yaml", ".ipynb", ".sh", ""}
 

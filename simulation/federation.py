@@ -1,0 +1,212 @@
+"""FedFMSL without network: the server's coordinator, and both stages on the devices of a fleet.
+
+Updates and globals are packed and unpacked as on the wire, so that bytes are counted. No message is lost.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from edge_runtime.daemon.round_runner import STAGES
+from edge_runtime.training.context import TrainingContext
+from edge_runtime.training.model import save_personal_model
+from edge_runtime.training.stages import Globals, StageResult
+from edge_runtime.training.updates import prepare_update, update_header
+from fedfmsl.algorithms.arrays import Tensors, Vector
+from fedfmsl.errors import RunError
+from fedfmsl.protocol.bundle import Bundle
+from fedfmsl.protocol.chunks import chunks
+from fedfmsl.protocol.layout import Layout
+from fedfmsl.protocol.messages import DeviceStatus, Round, Stage, Update, Verdict
+from fedfmsl.protocol.messages import Globals as GlobalsHeader
+from fedfmsl.protocol.tensors import blob_hash, pack, unpack
+from simulation.fleet import Fleet
+from trainer_server.config import RunConfig
+from trainer_server.coordinator.advance import advance, is_complete, next_deadline
+from trainer_server.coordinator.events import (
+    ClockTicked,
+    Command,
+    Event,
+    PublishGlobals,
+    SendAck,
+    StatusSeen,
+    Stop,
+    StoreRound,
+    UpdateSeen,
+)
+from trainer_server.coordinator.records import ClosedRound
+from trainer_server.coordinator.state import Plan, initial_state
+
+Tamper = Callable[[str, StageResult], StageResult]  # changes the result of a device before it is prepared for sending
+
+
+def honest(_: str, result: StageResult) -> StageResult:
+    return result
+
+
+@dataclass
+class History:
+    """The rounds of a run. `norms`: by stage, the L2 norm of each update before it is encoded."""
+
+    rounds: list[ClosedRound] = field(default_factory=list)
+    norms: dict[Stage, list[float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A device's part of a round. Without `feedback`, the rounding error of the encoding is dropped."""
+
+    round: Round
+    received: Globals
+    seed: int
+    tamper: Tamper
+    feedback: bool
+
+
+@dataclass(frozen=True)
+class Sent:
+    """An update as it is on the wire. `norm`: the L2 norm before it is encoded; None if the round trains nothing."""
+
+    blob: bytes
+    norm: float | None
+
+
+class Federation:
+    """A run, round by round. `announced`: the present round. `received`: its globals as devices read them, of
+    `bytes_down` bytes on the wire."""
+
+    def __init__(self, config: RunConfig, fleet: Fleet, tamper: Tamper = honest, feedback: bool = True) -> None:
+        """The devices `fleet.names` take part. Opens the first round. Without `feedback`, the rounding error of the
+        encoding is dropped."""
+        self.config = config
+        self.history = History()
+        self.finished = False
+        self._fleet = fleet
+        self._tamper = tamper
+        self._feedback = feedback
+        self._blobs: dict[str, Tensors] = {}
+        self._now = 0.0
+        self._plan = Plan(config, fleet.bundle, str(uuid.uuid4()), self._blobs.__getitem__)
+        self._state = initial_state(self._plan, self._now)
+        for name in fleet.names:
+            self._advance(StatusSeen(_status(fleet, name)))
+        self._close()
+
+    def step(self, devices: Collection[str] | None = None) -> Mapping[str, Sent]:
+        """Computes the present round and opens the next one. Returns the updates by device.
+
+        Of the selected devices, those in `devices` answer; the others miss the round deadline. Default: all answer.
+        Raises RunError if the server refuses an update or the run fails.
+        """
+        selected = self.announced.chosen or self._fleet.names
+        answering = [name for name in selected if devices is None or name in devices]
+        task = Task(self.announced, self.received, self.config.seed, self._tamper, self._feedback)
+        updates = self._fleet.map(compute, dict.fromkeys(answering, task))
+        for sent in updates.values():
+            if sent.norm is not None:
+                self.history.norms.setdefault(self.announced.stage, []).append(sent.norm)
+            event = _received(sent.blob)
+            self._blobs[event.sha256] = event.tensors
+            _check_accepted(self._advance(event))
+        self._close()
+        return updates
+
+    def _advance(self, event: Event) -> list[Command]:
+        self._state, commands = advance(self._plan, self._state, event, self._now)
+        return commands
+
+    def _close(self) -> None:
+        """Closes the round, at its deadline if devices are missing."""
+        if self._state.announced is not None and not is_complete(self._plan, self._state, self._state.announced):
+            self._now = next_deadline(self._plan, self._state)
+        commands = self._advance(ClockTicked())
+        self._blobs.clear()
+        self.history.rounds += [command.closed for command in commands if isinstance(command, StoreRound)]
+        self.finished = _stopped(commands)
+        assert self._state.announced is not None
+        self.announced = self._state.announced
+        self.received, self.bytes_down = _read_globals(self._fleet.bundle, self.announced, commands)
+
+
+def federate(config: RunConfig, fleet: Fleet, tamper: Tamper = honest, feedback: bool = True) -> History:
+    """Runs all rounds on the devices `fleet.names`. Each device's model is in its state directory then.
+
+    Raises RunError if the server refuses an update or the run fails.
+    """
+    run = Federation(config, fleet, tamper, feedback)
+    while not run.finished:
+        run.step()
+    return run.history
+
+
+def compute(device: TrainingContext, task: Task) -> Sent:
+    """The update of a device."""
+    round_ = task.round
+    result = STAGES[round_.stage](device, round_, task.received)
+    # A real device writes its model after each round. Here it is used after the last round only.
+    if round_.stage is Stage.EVALUATE:
+        save_personal_model(device, round_, task.received)
+    norm = None if result.delta is None else float(np.linalg.norm(result.delta))
+    if not task.feedback:
+        device.store.residual.unlink(missing_ok=True)
+    # seeded, unlike on a device, so that results can be repeated
+    rng = np.random.default_rng([task.seed, round_.round, *device.device_name.encode()])
+    result = task.tamper(device.device_name, result)
+    sent = prepare_update(device.bundle, device.store.residual, round_, result, rng)
+    return Sent(pack(update_header(device, round_, sent), sent.tensors), norm)
+
+
+def _status(fleet: Fleet, name: str) -> DeviceStatus:
+    return DeviceStatus(device=name, online=True, bundle=fleet.bundle.sha256, level_cap=fleet.level_cap(name))
+
+
+def _stopped(commands: Iterable[Command]) -> bool:
+    """Whether the run has finished. Raises RunError if it has failed."""
+    for command in commands:
+        if isinstance(command, Stop) and command.error:
+            raise RunError(command.error)
+    return any(isinstance(command, Stop) for command in commands)
+
+
+def _read_globals(bundle: Bundle, task: Round, commands: Iterable[Command]) -> tuple[Globals, int]:
+    """The globals of a round, and their bytes on the wire."""
+    blobs = {command.sha256: command.blob for command in commands if isinstance(command, PublishGlobals)}
+
+    def vector(sha256: str, layout: Layout) -> Vector:
+        return layout.join(unpack(blobs[sha256], GlobalsHeader)[1]) if sha256 else np.empty(0, np.float32)
+
+    globals_ = Globals(
+        vector(task.expert, bundle.expert), vector(task.start, bundle.expert), vector(task.gate, bundle.gate)
+    )
+    return globals_, sum(len(chunk) for blob in blobs.values() for chunk in chunks(blob))
+
+
+def _received(blob: bytes) -> UpdateSeen:
+    update, tensors = unpack(blob, Update)
+    return UpdateSeen(update, tensors, blob_hash(blob), sum(map(len, chunks(blob))))
+
+
+def _check_accepted(commands: Iterable[Command]) -> None:
+    for command in commands:
+        if isinstance(command, SendAck) and command.ack.verdict is not Verdict.ACCEPTED:
+            raise RunError(f"round {command.ack.round}, {command.ack.device}: {command.ack.reason}")
+
+
+def scaled(result: StageResult, factor: float) -> StageResult:
+    """The result with `factor` times its update."""
+    if result.delta is None:
+        return result
+    return replace(result, delta=np.asarray(factor * result.delta, np.float32))
+
+
+def accuracies(history: History, models: Iterable[str]) -> Mapping[str, dict[str, float]]:
+    """By device: the number of its test samples ("test") and the accuracy of each model on them."""
+    (evaluation,) = [closed for closed in history.rounds if closed.round.stage is Stage.EVALUATE]
+    return {
+        name: {"test": float(update.samples), **{model: update.metrics[model] for model in models}}
+        for name, update in evaluation.updates.items()
+    }

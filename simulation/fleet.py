@@ -1,0 +1,147 @@
+"""Fleets of virtual devices, and `LocalFleet`, which computes for all of them in this process.
+
+A virtual device is its samples, a folder for small files, and a level cap. Engine, gate and features belong to the
+fleet. This is safe because devices take turns: the engine's parameters are set before each use, and features depend
+only on the content of samples.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from edge_runtime.data.features import Features, Store
+from edge_runtime.data.folder import scan_once
+from edge_runtime.data.inputs import reader_of
+from edge_runtime.data.samples import Splits, assign_new_samples
+from edge_runtime.engines.step_graph import StepGraphEngine
+from edge_runtime.store import DeviceStore
+from edge_runtime.training.context import TrainingContext
+from edge_runtime.training.gate import Gate
+from fedfmsl.protocol.bundle import Bundle
+from simulation.store import MappedStore
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Fleet(Protocol):
+    """Virtual devices. `names`: those of the federation. `unseen`: those that are kept out of it, for evaluation.
+
+    `seconds`: processor seconds of each device in all calls of `map` so far, over all threads.
+    """
+
+    @property
+    def bundle(self) -> Bundle: ...
+    @property
+    def names(self) -> Sequence[str]: ...
+    @property
+    def unseen(self) -> Sequence[str]: ...
+    @property
+    def seconds(self) -> Mapping[str, float]: ...
+
+    def splits(self, name: str) -> Splits:
+        """The samples of a device, each assigned to a split."""
+
+    def level_cap(self, name: str) -> int:
+        """The highest level that a device trains."""
+
+    def map(self, function: Callable[[TrainingContext, T], R], tasks: Mapping[str, T]) -> dict[str, R]:
+        """Calls `function` for each device in `tasks` with its task. The results are in the order of `tasks`.
+
+        The function may run in another process. So it must not change anything but the device's state directory, and
+        tasks and results should be small.
+        """
+
+
+@dataclass(frozen=True)
+class VirtualDevice(TrainingContext):
+    """A context whose samples are all assigned. It keeps no ledger."""
+
+    @cached_property
+    def splits(self) -> Splits:
+        return self.scanned
+
+
+class LocalFleet:
+    """All devices in one process, one after the other."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        features: Features[Store],
+        splits: Mapping[str, Splits],
+        states: Path,
+        threads: int,
+        unseen: Collection[str] = (),
+        level_caps: Mapping[str, int] | None = None,
+    ) -> None:
+        """`splits` of all devices, those in `unseen` too. `states`: folder for the devices' state directories.
+        `level_caps`: default is the bundle's highest level. `threads` = 0 uses all cores."""
+        self.bundle = bundle
+        self.names = [name for name in splits if name not in unseen]
+        self.unseen = [name for name in splits if name in unseen]
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self._features = features
+        self._splits = splits
+        self._states = states
+        self._level_caps = level_caps or {}
+        self._engine = StepGraphEngine(bundle, threads)
+        self._gate = Gate(bundle, threads)
+
+    def splits(self, name: str) -> Splits:
+        return self._splits[name]
+
+    def level_cap(self, name: str) -> int:
+        return self._level_caps.get(name, self.bundle.manifest.levels)
+
+    def context(self, name: str) -> TrainingContext:
+        return VirtualDevice(
+            device_name=name,
+            bundle=self.bundle,
+            scanned=self._splits[name],
+            cache=self._features,
+            engine=self._engine,
+            gate=self._gate,
+            store=DeviceStore(self._states / name),
+            level_cap=self.level_cap(name),
+            report=lambda *_: None,
+        )
+
+    def map(self, function: Callable[[TrainingContext, T], R], tasks: Mapping[str, T]) -> dict[str, R]:
+        results = {}
+        for name, task in tasks.items():
+            started = time.process_time()
+            results[name] = function(self.context(name), task)
+            self.seconds[name] += time.process_time() - started
+        return results
+
+
+def compute_features(features: Features[Store], splits: Mapping[str, Splits], levels: int) -> dict[str, Splits]:
+    """Computes the states of all samples at levels 1 to `levels`: in fp16, and in fp32 those of the test splits. Then
+    assigns the unassigned samples of each device."""
+    for each in splits.values():
+        for level in range(1, levels + 1):
+            features.frozen(each.train + each.held_out, level)
+            features.precise().frozen(each.test, level)
+    return {
+        name: assign_new_samples(each, features.pooled(each.unassigned_samples, level=1))
+        for name, each in splits.items()
+    }
+
+
+def open_folders(bundle: Bundle, folders: Sequence[Path], states: Path, cache: Path, threads: int) -> LocalFleet:
+    """A fleet with a device for each folder of photos or texts. `cache`: folder for all features.
+
+    Raises InputError if a folder has no samples.
+    """
+    kind = reader_of(bundle).kind
+    splits = {folder.name: scan_once(folder, bundle.manifest.classes, kind) for folder in folders}
+    contents = sorted({sample.sha256 for each in splits.values() for sample in each.samples})
+    features = Features(MappedStore(cache, contents), bundle, threads)
+    return LocalFleet(bundle, features, compute_features(features, splits, bundle.manifest.levels), states, threads)

@@ -1,0 +1,81 @@
+"""The memory-mapped store of a simulation: real files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from edge_runtime.data.cache import Priority
+from simulation.store import MappedStore
+
+NAMES = ("a", "b", "c")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> MappedStore:
+    return opened(tmp_path)
+
+
+def opened(root: Path, derived_bytes: int = 100) -> MappedStore:
+    store = MappedStore(root, NAMES, derived_bytes)
+    for folder, priority in (
+        ("states", Priority.PRESENT),
+        ("lifted", Priority.DERIVED),
+        ("later", Priority.AHEAD),
+    ):
+        store.use(folder, priority)
+    return store
+
+
+def test_rows_are_read_by_later_processes(store: MappedStore, tmp_path: Path) -> None:
+    assert not store.has("states", "b")
+    assert store.get("states", "b") is None
+    assert store.put("states", "b", b"1234")
+    assert store.get("states", "b") == b"1234"
+    again = opened(tmp_path)
+    assert again.get("states", "b") == b"1234"
+    assert not again.has("states", "a")
+
+
+def test_two_open_stores_see_each_others_rows(store: MappedStore, tmp_path: Path) -> None:
+    store.put("states", "a", b"1234")
+    other = opened(tmp_path)
+    other.put("states", "c", b"5678")
+    assert store.get("states", "c") == b"5678"
+
+
+def test_a_half_written_row_is_not_returned_and_can_be_written_again(store: MappedStore, tmp_path: Path) -> None:
+    store.put("states", "b", b"1234")
+    (path,) = tmp_path.rglob("states")
+    damaged = bytearray(path.read_bytes())
+    damaged[5] = 0
+    path.write_bytes(damaged)
+    again = opened(tmp_path)
+    assert again.get("states", "b") is None
+    again.put("states", "b", b"1234")
+    assert again.get("states", "b") == b"1234"
+
+
+def test_unknown_names_and_states_ahead_are_not_stored(store: MappedStore, tmp_path: Path) -> None:
+    assert not store.put("states", "z", b"1234")
+    assert not store.put("later", "a", b"1234")
+    assert not list(tmp_path.rglob("later*"))
+
+
+def test_derived_states_are_the_most_recently_used_ones_in_memory(tmp_path: Path) -> None:
+    store = opened(tmp_path, derived_bytes=8)
+    assert store.capacity("lifted", 4) == 2
+    for name in "ab":
+        store.put("lifted", name, name.encode() * 4)
+    store.get("lifted", "a")
+    store.put("lifted", "c", b"cccc")
+    assert [store.get("lifted", name) for name in NAMES] == [b"aaaa", None, b"cccc"]
+    assert not list(tmp_path.rglob("lifted*"))
+
+
+def test_other_names_have_other_files(store: MappedStore, tmp_path: Path) -> None:
+    store.put("states", "a", b"1234")
+    other = MappedStore(tmp_path, ("b", "a"))
+    other.use("states", Priority.PRESENT)
+    assert not other.has("states", "a")
