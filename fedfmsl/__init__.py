@@ -12,12 +12,16 @@ from fedfmsl.algorithms.accounting import epsilon
 from fedfmsl.algorithms.aggregation import Aggregate, Contribution, CoordinateMedian, TrimmedMean, WeightedMean
 from fedfmsl.algorithms.calibration import UNKNOWN, calibrate, fit_temperature, unknown_threshold
 from fedfmsl.algorithms.class_means import class_mean_head, direction_head
+from fedfmsl.algorithms.discriminant import discriminant_head, second_moments
+from fedfmsl.algorithms.label_shift import adapted_prior, prior_shift
 from fedfmsl.algorithms.mixture import (
+    Biases,
     accuracy,
     class_mask,
+    class_prior,
+    gate_offset,
     gate_statistics,
     label_log_p,
-    log_class_prior,
     log_softmax,
     mix,
     nll,
@@ -45,6 +49,7 @@ __all__ = [
     "UNKNOWN",
     "Aggregate",
     "AllAtOnce",
+    "Biases",
     "BrokerError",
     "Bundle",
     "BundleError",
@@ -69,20 +74,25 @@ __all__ = [
     "WeightedMean",
     "WeightsError",
     "accuracy",
+    "adapted_prior",
     "calibrate",
     "class_mask",
     "class_mean_head",
+    "class_prior",
     "direction_head",
+    "discriminant_head",
     "epsilon",
     "fit_temperature",
+    "gate_offset",
     "gate_statistics",
     "label_log_p",
-    "log_class_prior",
     "log_softmax",
     "mix",
     "nll",
+    "prior_shift",
     "privatize",
     "privatize_statistics",
+    "second_moments",
     "unknown_threshold",
 ]
 

@@ -40,6 +40,7 @@ class Stage(str, Enum):
 
     STATISTICS = "statistics"  # class sums of the features: the first head
     GLOBAL = "global"  # stage 1: train the global expert
+    HEAD = "head"  # class sums and second moments of the global expert's features: its final head
     PERSONAL = "personal"  # stage 2: train the local expert and the gate adapter
     BASELINE = "baseline"  # train alone, for comparison; nothing is aggregated
     EVALUATE = "evaluate"  # measure on the test split, write the personalized model

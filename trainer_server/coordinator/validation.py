@@ -6,10 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedfmsl.algorithms.arrays import Tensors, Vector
 from fedfmsl.errors import MessageError
 from fedfmsl.protocol.encoding import decode
+from fedfmsl.protocol.layout import Layout
 from fedfmsl.protocol.messages import Stage, Update, Verdict
 from trainer_server.coordinator.records import held_out_accuracies
 from trainer_server.coordinator.state import Plan, State
@@ -81,10 +83,7 @@ def gate_delta(plan: Plan, update: Update, tensors: Tensors) -> Vector:
 
 def class_statistics(plan: Plan, update: Update, tensors: Tensors) -> Vector:
     """Class sums, counts and the sum of norms, flat. Raises MessageError if they contradict each other."""
-    if len(tensors) != len(plan.statistics.slots):
-        raise MessageError(f"the update holds {len(tensors)} tensors, expected {len(plan.statistics.slots)}")
-    flat = plan.statistics.join(tensors)
-    sums, counts, norm = (np.asarray(tensors[slot.name], np.float64) for slot in plan.statistics.slots)
+    flat, (sums, counts, norm) = _joined(plan.statistics, tensors)
     largest = plan.config.max_norm * max(update.samples, 1)
     _bound(float(np.abs(norm[0])), largest, "sum of norms")
     if plan.config.privacy is not None:  # with noise only the bound on the norm holds
@@ -92,11 +91,44 @@ def class_statistics(plan: Plan, update: Update, tensors: Tensors) -> Vector:
         return flat
     if counts.min() < 0 or norm[0] < 0:
         raise MessageError("the update holds negative counts or norms")
-    if counts.sum() > update.samples:
-        raise MessageError(f"the update counts {counts.sum():.0f} images and claims {update.samples} samples")
+    _check_counts(counts, update)
     if np.linalg.norm(sums, axis=1).sum() > norm[0] * (1 + ROUNDING):  # the triangle inequality
         raise MessageError("the update's class sums are longer than its sum of norms")
     return flat
+
+
+def head_statistics(plan: Plan, update: Update, tensors: Tensors) -> Vector:
+    """Class sums, counts and second moments, flat. Raises MessageError if they contradict each other."""
+    flat, (sums, counts, moments) = _joined(plan.head_statistics, tensors)
+    if counts.min() < 0:
+        raise MessageError("the update holds negative counts")
+    _check_counts(counts, update)
+    squares = moments[_diagonal(sums.shape[1])]  # Σ xᵢ² of each of the F features
+    _bound(float(squares.sum()) ** 0.5, plan.config.max_norm * max(update.samples, 1), "root of the sum of squares")
+    held = counts > 0
+    if np.any(sums[~held]) or np.any(
+        (sums[held] ** 2 / counts[held, None]).sum(axis=0) > squares * (1 + ROUNDING) + ROUNDING
+    ):
+        raise MessageError("the update's class sums do not fit its second moments")
+    return flat
+
+
+def _joined(layout: Layout, tensors: Tensors) -> tuple[Vector, list[NDArray[np.float64]]]:
+    """The tensors as one vector, and each in fp64 in the layout's order."""
+    if len(tensors) != len(layout.slots):
+        raise MessageError(f"the update holds {len(tensors)} tensors, expected {len(layout.slots)}")
+    return layout.join(tensors), [np.asarray(tensors[slot.name], np.float64) for slot in layout.slots]
+
+
+def _check_counts(counts: NDArray[np.float64], update: Update) -> None:
+    if counts.sum() > update.samples:
+        raise MessageError(f"the update counts {counts.sum():.0f} images and claims {update.samples} samples")
+
+
+def _diagonal(size: int) -> NDArray[np.int64]:
+    """Where the diagonal is in the upper triangle of a matrix (size, size) that is stored row by row."""
+    rows = np.arange(size)
+    return rows * size - rows * (rows - 1) // 2
 
 
 def _check_expert(plan: Plan, update: Update, tensors: Tensors) -> None:
@@ -109,6 +141,10 @@ def _check_gate(plan: Plan, update: Update, tensors: Tensors) -> None:
 
 def _check_statistics(plan: Plan, update: Update, tensors: Tensors) -> None:
     class_statistics(plan, update, tensors)
+
+
+def _check_head(plan: Plan, update: Update, tensors: Tensors) -> None:
+    head_statistics(plan, update, tensors)
 
 
 def _check_nothing(plan: Plan, update: Update, tensors: Tensors) -> None:
@@ -124,6 +160,7 @@ def _bound(value: float, limit: float, name: str) -> None:
 CHECKS: dict[Stage, Callable[[Plan, Update, Tensors], None]] = {
     Stage.STATISTICS: _check_statistics,
     Stage.GLOBAL: _check_expert,
+    Stage.HEAD: _check_head,
     Stage.PERSONAL: _check_gate,
     Stage.BASELINE: _check_nothing,
     Stage.EVALUATE: _check_nothing,
