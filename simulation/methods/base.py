@@ -20,13 +20,25 @@ class MethodSettings:
     """What all methods of a comparison have in common.
 
     `rounds`: communication rounds, of both stages together. `training`: of a device in one round. `level`: the highest
-    level. `seed` determines everything that is random.
+    level. `seed` determines everything that is random. `local_rounds`: those of stage 2, at the end, with
+    `local_training`. Methods that personalize after the federation do it then; for others only the training differs.
     """
 
     rounds: int
     training: Training
     level: int
     seed: int
+    local_rounds: int = 0
+    local_training: Training | None = None
+
+    @property
+    def local_indices(self) -> range:
+        """The rounds of stage 2."""
+        return range(self.rounds - self.local_rounds, self.rounds)
+
+    def training_of(self, index: int) -> Training:
+        """The training of a device in round `index`."""
+        return self.local_training if self.local_training and index in self.local_indices else self.training
 
 
 @dataclass(frozen=True)
@@ -64,3 +76,8 @@ class Method(Protocol[State, Model]):
     def log_p(self, context: TrainingContext, model: Model, samples: Samples) -> Floats:
         """Class log-probabilities (n, C) of a device's model for any samples, also those of other devices. For test
         samples `context.cache` should be `precise()`."""
+
+
+def round_seed(settings: MethodSettings, device: str, index: int) -> list[int]:
+    """One random stream for each (seed, device, round). The same for all methods."""
+    return [settings.seed, *device.encode(), index]
