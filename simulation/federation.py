@@ -6,7 +6,7 @@ Updates and globals are packed and unpacked as on the wire, so that bytes are co
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -26,10 +26,11 @@ from fedfmsl.protocol.messages import Globals as GlobalsHeader
 from fedfmsl.protocol.tensors import blob_hash, pack, unpack
 from simulation.fleet import Fleet
 from trainer_server.config import RunConfig
-from trainer_server.coordinator.advance import advance
+from trainer_server.coordinator.advance import advance, is_complete, next_deadline
 from trainer_server.coordinator.events import (
     ClockTicked,
     Command,
+    Event,
     PublishGlobals,
     SendAck,
     StatusSeen,
@@ -74,41 +75,80 @@ class Sent:
     norm: float | None
 
 
+class Federation:
+    """A run, round by round. `announced`: the present round. `received`: its globals as devices read them, of
+    `bytes_down` bytes on the wire."""
+
+    def __init__(self, config: RunConfig, fleet: Fleet, tamper: Tamper = honest, feedback: bool = True) -> None:
+        """The devices `fleet.names` take part. Opens the first round. Without `feedback`, the rounding error of the
+        encoding is dropped."""
+        self.config = config
+        self.history = History()
+        self.finished = False
+        self._fleet = fleet
+        self._tamper = tamper
+        self._feedback = feedback
+        self._blobs: dict[str, Tensors] = {}
+        self._now = 0.0
+        self._plan = Plan(config, fleet.bundle, str(uuid.uuid4()), self._blobs.__getitem__)
+        self._state = initial_state(self._plan, self._now)
+        for name in fleet.names:
+            self._advance(StatusSeen(_status(fleet, name)))
+        self._close()
+
+    def step(self, devices: Collection[str] | None = None) -> Mapping[str, Sent]:
+        """Computes the present round and opens the next one. Returns the updates by device.
+
+        Of the selected devices, those in `devices` answer; the others miss the round deadline. Default: all answer.
+        Raises RunError if the server refuses an update or the run fails.
+        """
+        selected = self.announced.chosen or self._fleet.names
+        answering = [name for name in selected if devices is None or name in devices]
+        task = Task(self.announced, self.received, self.config.seed, self._tamper, self._feedback)
+        updates = self._fleet.map(compute, dict.fromkeys(answering, task))
+        for sent in updates.values():
+            if sent.norm is not None:
+                self.history.norms.setdefault(self.announced.stage, []).append(sent.norm)
+            event = _received(sent.blob)
+            self._blobs[event.sha256] = event.tensors
+            _check_accepted(self._advance(event))
+        self._close()
+        return updates
+
+    def _advance(self, event: Event) -> list[Command]:
+        self._state, commands = advance(self._plan, self._state, event, self._now)
+        return commands
+
+    def _close(self) -> None:
+        """Closes the round, at its deadline if devices are missing."""
+        if self._state.announced is not None and not is_complete(self._plan, self._state, self._state.announced):
+            self._now = next_deadline(self._plan, self._state)
+        commands = self._advance(ClockTicked())
+        self._blobs.clear()
+        self.history.rounds += [command.closed for command in commands if isinstance(command, StoreRound)]
+        self.finished = _stopped(commands)
+        assert self._state.announced is not None
+        self.announced = self._state.announced
+        self.received, self.bytes_down = _read_globals(self._fleet.bundle, self.announced, commands)
+
+
 def federate(config: RunConfig, fleet: Fleet, tamper: Tamper = honest, feedback: bool = True) -> History:
     """Runs all rounds on the devices `fleet.names`. Each device's model is in its state directory then.
 
     Raises RunError if the server refuses an update or the run fails.
     """
-    blobs: dict[str, Tensors] = {}
-    bundle = fleet.bundle
-    plan = Plan(config, bundle, str(uuid.uuid4()), blobs.__getitem__)
-    state, history = initial_state(plan, 0.0), History()
-    for name in fleet.names:
-        state, _ = advance(plan, state, StatusSeen(_status(fleet, name)), 0.0)
-    while True:
-        state, commands = advance(plan, state, ClockTicked(), 0.0)
-        blobs.clear()
-        history.rounds += [command.closed for command in commands if isinstance(command, StoreRound)]
-        if _stopped(commands):
-            return history
-        announced = state.announced
-        assert announced is not None
-        task = Task(announced, _read_globals(bundle, announced, commands), config.seed, tamper, feedback)
-        for sent in fleet.map(_compute, dict.fromkeys(announced.chosen or fleet.names, task)).values():
-            if sent.norm is not None:
-                history.norms.setdefault(announced.stage, []).append(sent.norm)
-            event = _received(sent.blob)
-            blobs[event.sha256] = event.tensors
-            state, commands = advance(plan, state, event, 0.0)
-            _check_accepted(commands)
+    run = Federation(config, fleet, tamper, feedback)
+    while not run.finished:
+        run.step()
+    return run.history
 
 
-def _compute(device: TrainingContext, task: Task) -> Sent:
+def compute(device: TrainingContext, task: Task) -> Sent:
+    """The update of a device."""
     round_ = task.round
     result = STAGES[round_.stage](device, round_, task.received)
-    if (
-        round_.stage is Stage.EVALUATE
-    ):  # a real device writes its model after each round; here it is used after the last
+    # A real device writes its model after each round. Here it is used after the last round only.
+    if round_.stage is Stage.EVALUATE:
         save_personal_model(device, round_, task.received)
     norm = None if result.delta is None else float(np.linalg.norm(result.delta))
     if not task.feedback:
@@ -132,15 +172,17 @@ def _stopped(commands: Iterable[Command]) -> bool:
     return any(isinstance(command, Stop) for command in commands)
 
 
-def _read_globals(bundle: Bundle, task: Round, commands: Iterable[Command]) -> Globals:
+def _read_globals(bundle: Bundle, task: Round, commands: Iterable[Command]) -> tuple[Globals, int]:
+    """The globals of a round, and their bytes on the wire."""
     blobs = {command.sha256: command.blob for command in commands if isinstance(command, PublishGlobals)}
 
     def vector(sha256: str, layout: Layout) -> Vector:
         return layout.join(unpack(blobs[sha256], GlobalsHeader)[1]) if sha256 else np.empty(0, np.float32)
 
-    return Globals(
+    globals_ = Globals(
         vector(task.expert, bundle.expert), vector(task.start, bundle.expert), vector(task.gate, bundle.gate)
     )
+    return globals_, sum(len(chunk) for blob in blobs.values() for chunk in chunks(blob))
 
 
 def _received(blob: bytes) -> UpdateSeen:

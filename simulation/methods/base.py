@@ -10,6 +10,9 @@ from edge_runtime.training.context import Samples, TrainingContext
 from fedfmsl.algorithms.arrays import Floats
 from fedfmsl.protocol.messages import Training
 from simulation.fleet import Fleet
+from trainer_server.config import STAGE2
+
+STAGE2_SHARE = 5 / 17  # of the rounds, as the server's defaults
 
 State = TypeVar("State")
 Model = TypeVar("Model")
@@ -19,26 +22,28 @@ Model = TypeVar("Model")
 class MethodSettings:
     """What all methods of a comparison have in common.
 
-    `rounds`: communication rounds, of both stages together. `training`: of a device in one round. `level`: the highest
-    level. `seed` determines everything that is random. `local_rounds`: those of stage 2, at the end, with
-    `local_training`. Methods that personalize after the federation do it then; for others only the training differs.
+    `rounds`: communication rounds, of both stages together. `training`: of a device in one round of stage 1. `level`:
+    the highest level. `seed` determines everything that is random. `stage2`: the training in the last rounds. FedFMSL
+    and methods that personalize after the federation do it then; for other methods only the training changes.
     """
 
     rounds: int
     training: Training
     level: int
     seed: int
-    local_rounds: int = 0
-    local_training: Training | None = None
+    stage2: Training = STAGE2
 
     @property
-    def local_indices(self) -> range:
-        """The rounds of stage 2."""
-        return range(self.rounds - self.local_rounds, self.rounds)
+    def stage2_rounds(self) -> int:
+        return max(1, round(STAGE2_SHARE * self.rounds))
+
+    @property
+    def stage2_indices(self) -> range:
+        return range(self.rounds - self.stage2_rounds, self.rounds)
 
     def training_of(self, index: int) -> Training:
-        """The training of a device in round `index`."""
-        return self.local_training if self.local_training and index in self.local_indices else self.training
+        """The training of a device in round `index`, from 0."""
+        return self.stage2 if index in self.stage2_indices else self.training
 
 
 @dataclass(frozen=True)
@@ -56,12 +61,16 @@ class Method(Protocol[State, Model]):
     `name`: for commands and files. `title`: for tables. `source`: the paper.
     """
 
-    name: str
-    title: str
-    source: str
+    @property
+    def name(self) -> str: ...
+    @property
+    def title(self) -> str: ...
+    @property
+    def source(self) -> str: ...
 
-    def start(self, fleet: Fleet, settings: MethodSettings) -> State:
-        """The state before the first round. The devices of `fleet.unseen` take no part."""
+    def start(self, fleet: Fleet, settings: MethodSettings) -> tuple[State, RoundCost]:
+        """The state before the first round, and what it costs, for example to send class sums. The devices of
+        `fleet.unseen` take no part."""
 
     def round(self, fleet: Fleet, state: State, devices: Sequence[str], index: int) -> tuple[State, RoundCost]:
         """The state after round `index`, from 0, in which `devices` participate."""
@@ -73,9 +82,12 @@ class Method(Protocol[State, Model]):
     def model(self, state: State, device: str) -> Model:
         """The model of a device. A device that took no part has no personal state."""
 
-    def log_p(self, context: TrainingContext, model: Model, samples: Samples) -> Floats:
-        """Class log-probabilities (n, C) of a device's model for any samples, also those of other devices. For test
-        samples `context.cache` should be `precise()`."""
+    def log_p(self, context: TrainingContext, model: Model, samples: Samples) -> dict[str, Floats]:
+        """Class log-probabilities (n, C) of a device's model for any samples, also those of other devices.
+
+        The method's own model is under `name`. More models of the same training may follow, under names of their own:
+        each is a row of the table. The states of test samples are in fp32 only: use `context.cache.precise()`.
+        """
 
 
 def round_seed(settings: MethodSettings, device: str, index: int) -> list[int]:

@@ -37,8 +37,9 @@ class Centralised:
     title = "Centralised"
     source = "no federation"
 
-    def start(self, fleet: Fleet, settings: MethodSettings) -> State:
-        return State(settings, start_theta(fleet, settings))
+    def start(self, fleet: Fleet, settings: MethodSettings) -> tuple[State, RoundCost]:
+        theta, cost = start_theta(fleet, settings)
+        return State(settings, theta), cost
 
     def round(self, fleet: Fleet, state: State, devices: Sequence[str], index: int) -> tuple[State, RoundCost]:
         settings, host = state.settings, fleet.names[0]
@@ -53,8 +54,8 @@ class Centralised:
     def model(self, state: State, device: str) -> Vector:
         return state.shared
 
-    def log_p(self, context: TrainingContext, model: Vector, samples: Samples) -> Floats:
-        return log_p(context, samples, model)
+    def log_p(self, context: TrainingContext, model: Vector, samples: Samples) -> dict[str, Floats]:
+        return {self.name: log_p(context, samples, model)}
 
 
 def _upload(fleet: Fleet) -> RoundCost:

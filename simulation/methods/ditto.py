@@ -62,8 +62,9 @@ class Ditto:
         """`proximal`: λ."""
         self.proximal = proximal
 
-    def start(self, fleet: Fleet, settings: MethodSettings) -> State:
-        return State(settings, start_theta(fleet, settings))
+    def start(self, fleet: Fleet, settings: MethodSettings) -> tuple[State, RoundCost]:
+        theta, cost = start_theta(fleet, settings)
+        return State(settings, theta), cost
 
     def round(self, fleet: Fleet, state: State, devices: Sequence[str], index: int) -> tuple[State, RoundCost]:
         results = fleet.map(train_both, self._tasks(state, devices, index))
@@ -71,7 +72,7 @@ class Ditto:
         return replace(_kept(state, results), shared=shared), exchange(fleet.bundle, state.shared, devices)
 
     def adapt(self, fleet: Fleet, state: State, devices: Sequence[str]) -> State:
-        for index in state.settings.local_indices:
+        for index in state.settings.stage2_indices:
             tasks = self._tasks(state, devices, index)
             alone = {name: replace(task, alone=True) for name, task in tasks.items()}
             state = _kept(state, fleet.map(train_both, alone))
@@ -80,8 +81,8 @@ class Ditto:
     def model(self, state: State, device: str) -> Vector:
         return state.personal.get(device, state.shared)
 
-    def log_p(self, context: TrainingContext, model: Vector, samples: Samples) -> Floats:
-        return log_p(context, samples, model)
+    def log_p(self, context: TrainingContext, model: Vector, samples: Samples) -> dict[str, Floats]:
+        return {self.name: log_p(context, samples, model)}
 
     def _tasks(self, state: State, devices: Sequence[str], index: int) -> dict[str, Task]:
         settings, shared = state.settings, state.shared

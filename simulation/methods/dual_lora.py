@@ -110,7 +110,9 @@ def weighted_log_p(
     """Class log-probabilities (n, C) with the adapters `first` and `second` (P,) combined by `weights` (n, 2)."""
     adapters, engine, level = Adapters.of(context.bundle), wide_engine(context), context.level_of(first)
     engine.load(level)
-    hidden, logits = context.cache.frozen(samples, level), []
+    if not samples:
+        return np.empty((0, context.classes), np.float32)
+    hidden, logits = context.cache.precise().frozen(samples, level), []
     for index, pair in enumerate(weights):
         engine.set(adapters.combine(first, second, pair))
         logits.append(engine.predict(hidden.batch([index])))

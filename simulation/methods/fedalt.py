@@ -95,9 +95,10 @@ class FedALT:
     title = "FedALT"
     source = "Bian et al., AAAI 2026"
 
-    def start(self, fleet: Fleet, settings: MethodSettings) -> AltState:
+    def start(self, fleet: Fleet, settings: MethodSettings) -> tuple[AltState, RoundCost]:
         untrained = np.zeros((2, fleet.bundle.manifest.dims.feature), np.float32)
-        return AltState(settings=settings, shared=start_theta(fleet, settings), untrained=untrained)
+        theta, cost = start_theta(fleet, settings)
+        return AltState(settings=settings, shared=theta, untrained=untrained), cost
 
     def round(self, fleet: Fleet, state: AltState, devices: Sequence[str], index: int) -> tuple[AltState, RoundCost]:
         state = _train(fleet, state, devices, index)
@@ -105,18 +106,17 @@ class FedALT:
         return replace(state, sent=sent), exchange(fleet.bundle, state.shared, devices)
 
     def adapt(self, fleet: Fleet, state: AltState, devices: Sequence[str]) -> AltState:
-        for index in state.settings.local_indices:
+        for index in state.settings.stage2_indices:
             state = _train(fleet, state, devices, index)
         return state
 
     def model(self, state: AltState, device: str) -> Model:
         return state.model(device)
 
-    def log_p(self, context: TrainingContext, model: Model, samples: Samples) -> Floats:
-        if not samples:
-            return np.empty((0, context.classes), np.float32)
-        logits = context.cache.pooled(samples, context.level_of(model.individual)) @ model.router.T
-        return weighted_log_p(context, samples, model.individual, model.rest, np.exp(log_softmax(logits)))
+    def log_p(self, context: TrainingContext, model: Model, samples: Samples) -> dict[str, Floats]:
+        pooled = context.cache.precise().pooled(samples, context.level_of(model.individual))
+        weights = np.exp(log_softmax(pooled @ model.router.T))
+        return {self.name: weighted_log_p(context, samples, model.individual, model.rest, weights)}
 
 
 def _train(fleet: Fleet, state: AltState, devices: Sequence[str], index: int) -> AltState:

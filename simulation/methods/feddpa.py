@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from edge_runtime.data.features import HiddenStates
 from edge_runtime.data.samples import labels_of
 from edge_runtime.engines.base import Batch, expert_decay
 from edge_runtime.training.context import Samples, TrainingContext
@@ -111,11 +112,14 @@ def local_weights(context: TrainingContext, samples: Samples, personal: Vector, 
     engine.load(level)
     engine.set(personal)
 
-    def directions(of: Samples) -> Floats:
-        rows = np.concatenate([engine.features(batch) for batch in context.cache.frozen(of, level).batches()])
+    def directions(states: HiddenStates) -> Floats:
+        rows = np.concatenate([engine.features(batch) for batch in states.batches()])
         return np.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True), np.float32)
 
-    return np.asarray(MAX_WEIGHT * (directions(samples) @ directions(compared).T).mean(axis=1), np.float32)
+    cosines = (
+        directions(context.cache.precise().frozen(samples, level)) @ directions(context.cache.frozen(compared, level)).T
+    )
+    return np.asarray(MAX_WEIGHT * cosines.mean(axis=1), np.float32)
 
 
 class FedDPA:
@@ -123,9 +127,9 @@ class FedDPA:
     title = "FedDPA-T"
     source = "Yang et al., NeurIPS 2024"
 
-    def start(self, fleet: Fleet, settings: MethodSettings) -> DualState:
-        theta = start_theta(fleet, settings)
-        return DualState(settings=settings, shared=theta, start=theta)
+    def start(self, fleet: Fleet, settings: MethodSettings) -> tuple[DualState, RoundCost]:
+        theta, cost = start_theta(fleet, settings)
+        return DualState(settings=settings, shared=theta, start=theta), cost
 
     def round(self, fleet: Fleet, state: DualState, devices: Sequence[str], index: int) -> tuple[DualState, RoundCost]:
         results = fleet.map(train_adapters, _tasks(state, devices, index, own=index > 0))
@@ -135,18 +139,19 @@ class FedDPA:
         return replace(state, shared=shared), exchange(fleet.bundle, shared, devices)
 
     def adapt(self, fleet: Fleet, state: DualState, devices: Sequence[str]) -> DualState:
-        for index in state.settings.local_indices:
+        for index in state.settings.stage2_indices:
             state = _kept(state, fleet.map(train_adapters, _tasks(state, devices, index, sent=False)))
         return state
 
     def model(self, state: DualState, device: str) -> Model:
         return Model(state.shared, state.personal.get(device), state.settings.seed)
 
-    def log_p(self, context: TrainingContext, model: Model, samples: Samples) -> Floats:
+    def log_p(self, context: TrainingContext, model: Model, samples: Samples) -> dict[str, Floats]:
         if model.personal is None or not samples:
-            return log_p(context, samples, model.shared)
-        weights = local_weights(context, samples, model.personal, model.seed)
-        return weighted_log_p(context, samples, model.personal, model.shared, np.stack([weights, 1 - weights], axis=1))
+            return {self.name: log_p(context, samples, model.shared)}
+        local = local_weights(context, samples, model.personal, model.seed)
+        weights = np.stack([local, 1 - local], axis=1)
+        return {self.name: weighted_log_p(context, samples, model.personal, model.shared, weights)}
 
 
 def _tasks(

@@ -51,8 +51,9 @@ class FedIT:
         """Whether the devices train and send this tensor."""
         return True
 
-    def start(self, fleet: Fleet, settings: MethodSettings) -> State:
-        return State(settings, start_theta(fleet, settings))
+    def start(self, fleet: Fleet, settings: MethodSettings) -> tuple[State, RoundCost]:
+        theta, cost = start_theta(fleet, settings)
+        return State(settings, theta), cost
 
     def round(self, fleet: Fleet, state: State, devices: Sequence[str], index: int) -> tuple[State, RoundCost]:
         settings, shared = state.settings, state.shared
@@ -71,5 +72,5 @@ class FedIT:
     def model(self, state: State, device: str) -> Vector:
         return state.shared
 
-    def log_p(self, context: TrainingContext, model: Vector, samples: Samples) -> Floats:
-        return log_p(context, samples, model)
+    def log_p(self, context: TrainingContext, model: Vector, samples: Samples) -> dict[str, Floats]:
+        return {self.name: log_p(context, samples, model)}

@@ -1,7 +1,7 @@
 """FedAvg, then fine-tuning: the simplest personalization (Yu, Bagdasaryan & Shmatikov 2020; Collins et al., ICML 2021,
 section 5, compare with it).
 
-FedIT until the last `local_rounds` rounds. In those, each selected device trains all trainables on its own samples,
+FedIT until the last rounds, those of stage 2. In those, each selected device trains all trainables on its own samples,
 from the global ones on, and sends nothing. The optimizer is new in each round.
 """
 
@@ -24,13 +24,13 @@ class FineTuning(FedIT):
     source = "Yu et al., 2020"
 
     def round(self, fleet: Fleet, state: State, devices: Sequence[str], index: int) -> tuple[State, RoundCost]:
-        if index not in state.settings.local_indices:
+        if index not in state.settings.stage2_indices:
             return super().round(fleet, state, devices, index)
         received = dict.fromkeys(set(devices) - state.personal.keys(), wire_bytes(fleet.bundle, state.shared))
         return fine_tune(fleet, state, devices, index), RoundCost(bytes_down=received)
 
     def adapt(self, fleet: Fleet, state: State, devices: Sequence[str]) -> State:
-        for index in state.settings.local_indices:
+        for index in state.settings.stage2_indices:
             state = fine_tune(fleet, state, devices, index)
         return state
 

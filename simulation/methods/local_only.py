@@ -30,10 +30,10 @@ class LocalOnly:
     title = "Local-only LoRA"
     source = "no federation"
 
-    def start(self, fleet: Fleet, settings: MethodSettings) -> State:
+    def start(self, fleet: Fleet, settings: MethodSettings) -> tuple[State, RoundCost]:
         starts = fleet.map(own_start, dict.fromkeys([*fleet.names, *fleet.unseen], settings.level))
         size = fleet.bundle.expert.size(settings.level)
-        return State(settings, np.zeros(size, np.float32), starts)
+        return State(settings, np.zeros(size, np.float32), starts), RoundCost()
 
     def round(self, fleet: Fleet, state: State, devices: Sequence[str], index: int) -> tuple[State, RoundCost]:
         return fine_tune(fleet, state, devices, index), RoundCost()
@@ -46,5 +46,5 @@ class LocalOnly:
     def model(self, state: State, device: str) -> Vector:
         return state.personal[device]
 
-    def log_p(self, context: TrainingContext, model: Vector, samples: Samples) -> Floats:
-        return log_p(context, samples, model)
+    def log_p(self, context: TrainingContext, model: Vector, samples: Samples) -> dict[str, Floats]:
+        return {self.name: log_p(context, samples, model)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -97,8 +97,13 @@ def train_steps(
 
 
 def log_p(context: TrainingContext, samples: Samples, theta: Vector) -> Floats:
-    """Class log-probabilities (n, C) of the softmax over all classes."""
-    return context.log_p(samples, theta, np.zeros(context.classes, np.float32))
+    """Class log-probabilities (n, C) of the softmax over all classes, from states in fp32."""
+    return precise(context).log_p(samples, theta, np.zeros(context.classes, np.float32))
+
+
+def precise(context: TrainingContext) -> TrainingContext:
+    """The context with states in fp32, to predict with."""
+    return replace(context, cache=context.cache.precise())
 
 
 def step_graphs(context: TrainingContext) -> StepGraphEngine:

@@ -54,17 +54,17 @@ def train_own(context: TrainingContext, task: Task) -> Trained:
 class PartialSharing(ABC):
     """`train`: what a device computes in a round, defined in a module."""
 
+    name: ClassVar[str]
     train: ClassVar[Callable[[TrainingContext, Task], Trained]]
 
     @abstractmethod
     def is_shared(self, slot: Slot) -> bool:
         """Whether the tensor is sent and averaged."""
 
-    def start(self, fleet: Fleet, settings: MethodSettings) -> PartialState:
-        theta = start_theta(fleet, settings)
-        return PartialState(
-            settings=settings, shared=theta, is_shared=mask(fleet.bundle.expert, theta.size, self.is_shared)
-        )
+    def start(self, fleet: Fleet, settings: MethodSettings) -> tuple[PartialState, RoundCost]:
+        theta, cost = start_theta(fleet, settings)
+        is_shared = mask(fleet.bundle.expert, theta.size, self.is_shared)
+        return PartialState(settings=settings, shared=theta, is_shared=is_shared), cost
 
     def round(
         self, fleet: Fleet, state: PartialState, devices: Sequence[str], index: int
@@ -78,15 +78,15 @@ class PartialSharing(ABC):
         return replace(_kept(state, results), shared=average(fleet.bundle, state.shared, sent)), cost
 
     def adapt(self, fleet: Fleet, state: PartialState, devices: Sequence[str]) -> PartialState:
-        for index in state.settings.local_indices:
+        for index in state.settings.stage2_indices:
             state = _kept(state, fleet.map(train_own, _tasks(state, devices, index)))
         return state
 
     def model(self, state: PartialState, device: str) -> Vector:
         return state.theta(device)
 
-    def log_p(self, context: TrainingContext, model: Vector, samples: Samples) -> Floats:
-        return log_p(context, samples, model)
+    def log_p(self, context: TrainingContext, model: Vector, samples: Samples) -> dict[str, Floats]:
+        return {self.name: log_p(context, samples, model)}
 
 
 def _tasks(state: PartialState, devices: Sequence[str], index: int) -> dict[str, Task]:

@@ -42,8 +42,8 @@ class Trained:
     samples: int
 
 
-def start_theta(fleet: Fleet, settings: MethodSettings) -> Vector:
-    """The trainables (P,) that all devices start from."""
+def start_theta(fleet: Fleet, settings: MethodSettings) -> tuple[Vector, RoundCost]:
+    """The trainables (P,) that all devices start from, and the cost of sending the class sums."""
     level = settings.level
     sums = fleet.map(train_class_sums, dict.fromkeys(fleet.names, level))
     total = {
@@ -52,7 +52,8 @@ def start_theta(fleet: Fleet, settings: MethodSettings) -> Vector:
     head = class_mean_head(total["class_sums"], total["class_counts"], float(total["norm_sum"][0]))
     theta = fleet.bundle.initial()[0][: fleet.bundle.expert.size(level)]
     theta[: head.size] = head
-    return theta
+    header = Globals(run="simulation", kind="statistics")
+    return theta, RoundCost(bytes_up={name: len(pack(header, tensors)) for name, tensors in sums.items()})
 
 
 def _sum(arrays: Sequence[Vector]) -> Vector:

@@ -95,11 +95,15 @@ TABLE = (
     ),
     Row(
         "devices.trial",
-        f"{FEDFMSL} trainer_server.* {EDGE}.data {EDGE}.settings",
+        f"{FEDFMSL} trainer_server.* {EDGE}.store {EDGE}.engines {EDGE}.data {EDGE}.training {EDGE}.settings",
         "amqtt matplotlib numpy pyarrow pydantic rich typer",
     ),
     Row("devices", f"{FEDFMSL} devices.provisioning {EDGE}.settings", "typer rich"),
-    Row("simulation", f"{FEDFMSL} trainer_server.* {EDGE} {EDGE}.*", "numpy"),
+    Row(
+        "simulation",
+        f"{FEDFMSL} trainer_server.* {EDGE} {EDGE}.* devices.trial",
+        "matplotlib numpy pyarrow pydantic rich typer",
+    ),
     Row(
         "fedfmsl.__main__", f"fedfmsl fedfmsl.errors {COMMON}", "typer"
     ),  # it imports the other commands by name at run time
@@ -108,6 +112,7 @@ TABLE = (
 # Optional dependencies: only this module may import them.
 OPTIONAL = {
     "fedfmsl.algorithms.accounting": {"dp_accounting"},
+    "fedfmsl.common.scatter": {"matplotlib", "numpy"},
     "edge_runtime.daemon.metrics": {"prometheus_client"},
     "edge_runtime.data.texts": {"tokenizers"},
     "edge_runtime.inference.export_onnx": {"onnx"},

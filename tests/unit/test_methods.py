@@ -17,7 +17,7 @@ from support.samples import write_device_photos
 from edge_runtime.data.features import Features
 from edge_runtime.data.folder import scan_once
 from edge_runtime.data.inputs import IMAGES
-from edge_runtime.data.samples import Splits, labels_of
+from edge_runtime.data.samples import Sample, Splits, labels_of
 from edge_runtime.training.loop import Targets, train
 from fedfmsl.algorithms.adamw import AdamW
 from fedfmsl.algorithms.arrays import Vector
@@ -48,8 +48,7 @@ SETTINGS = MethodSettings(
     training=Training(epochs=2, learning_rate=5e-3),
     level=LEVEL,
     seed=4,
-    local_rounds=1,
-    local_training=Training(epochs=3, learning_rate=2e-3),
+    stage2=Training(epochs=3, learning_rate=2e-3),
 )
 
 
@@ -72,14 +71,22 @@ def layout(fleet: LocalFleet) -> Layout:
 
 @pytest.fixture(scope="module")
 def start(fleet: LocalFleet) -> Vector:
-    return start_theta(fleet, SETTINGS)
+    return start_theta(fleet, SETTINGS)[0]
 
 
 def run(fleet: LocalFleet, method: Any, rounds: int = SETTINGS.rounds, devices: Sequence[str] = NAMES) -> Any:
-    state = method.start(fleet, SETTINGS)
+    state, _ = method.start(fleet, SETTINGS)
     for index in range(rounds):
         state, _ = method.round(fleet, state, devices, index)
     return state
+
+
+def predict(fleet: LocalFleet, method: Any, state: Any, device: str, samples: Sequence[Sample]) -> Floats:
+    """The class log-probabilities (n, C) of the device's model."""
+    models = method.log_p(fleet.context(device), method.model(state, device), tuple(samples))
+    log_p: Floats = models.pop(method.name)
+    assert not models
+    return log_p
 
 
 def trained_by_the_engine(fleet: LocalFleet, name: str, theta: Vector, index: int) -> Vector:
@@ -191,7 +198,7 @@ def test_fedprox_without_its_term_is_fedit_and_with_it_stays_nearer(fleet: Local
 
 def test_ffa_lora_trains_and_sends_everything_but_a(fleet: LocalFleet, layout: Layout, start: Vector) -> None:
     method = method_of("ffa-lora")
-    state, cost = method.round(fleet, method.start(fleet, SETTINGS), NAMES, 0)
+    state, cost = method.round(fleet, method.start(fleet, SETTINGS)[0], NAMES, 0)
     is_a = mask(layout, start.size, is_lora_a) == 1
     assert np.array_equal(state.shared[is_a], start[is_a])
     assert (state.shared[~is_a] != start[~is_a]).mean() > 0.9
@@ -201,7 +208,7 @@ def test_ffa_lora_trains_and_sends_everything_but_a(fleet: LocalFleet, layout: L
 
 def test_fedsa_lora_sends_a_and_nothing_else(fleet: LocalFleet, layout: Layout, start: Vector) -> None:
     method = method_of("fedsa-lora")
-    state, _ = method.round(fleet, method.start(fleet, SETTINGS), NAMES, 0)
+    state, _ = method.round(fleet, method.start(fleet, SETTINGS)[0], NAMES, 0)
     before = {name: method.model(state, name) for name in NAMES}
     after, cost = method.round(fleet, state, NAMES, 1)
     is_a = mask(layout, start.size, is_lora_a) == 1
@@ -221,7 +228,7 @@ def test_fedrep_trains_the_head_on_the_received_body_then_the_body(
     fleet: LocalFleet, layout: Layout, start: Vector
 ) -> None:
     method = method_of("fedrep")
-    state, cost = method.round(fleet, method.start(fleet, SETTINGS), NAMES, 0)
+    state, cost = method.round(fleet, method.start(fleet, SETTINGS)[0], NAMES, 0)
     head = mask(layout, start.size, is_head)
     ends = {}
     for name in NAMES:
@@ -252,7 +259,8 @@ def test_fine_tuning_leaves_the_shared_model_and_sends_nothing(fleet: LocalFleet
 
 def test_local_only_starts_from_the_devices_own_class_means(fleet: LocalFleet) -> None:
     method = method_of("local-only")
-    state = method.start(fleet, SETTINGS)
+    state, cost = method.start(fleet, SETTINGS)
+    assert not cost.bytes_up
     own = method.model(state, "device-0")
     after, cost = method.round(fleet, state, NAMES, 0)
     assert np.array_equal(method.model(after, "device-0"), trained_by_the_engine(fleet, "device-0", own, 0))
@@ -299,19 +307,17 @@ def test_centralised_training_is_one_device_with_everything(fleet: LocalFleet, s
 def test_a_device_that_took_no_part_has_a_model_and_adapts_alone(fleet: LocalFleet, name: str) -> None:
     method = method_of(name)
     state = pickle.loads(pickle.dumps(run(fleet, method, rounds=1)))  # noqa: S301
-    context, samples = fleet.context(GUEST), fleet.splits(GUEST).samples
-    before = method.log_p(context, method.model(state, GUEST), samples)
+    samples = fleet.splits(GUEST).samples
+    before = predict(fleet, method, state, GUEST, samples)
     assert before.shape == (len(samples), 4)
     assert np.exp(before).sum(axis=1) == pytest.approx(1, abs=1e-4)
     adapted = method.adapt(fleet, state, [GUEST])
-    after = method.log_p(context, method.model(adapted, GUEST), samples)
     shared_only = name in ("fedit", "fedprox", "ffa-lora", "centralised")
-    assert np.array_equal(before, after) == shared_only
+    assert np.array_equal(before, predict(fleet, method, adapted, GUEST, samples)) == shared_only
     for device in NAMES:
-        own = fleet.context(device), method.model(state, device), fleet.splits(device).held_out
-        again = fleet.context(device), method.model(adapted, device), fleet.splits(device).held_out
-        assert np.array_equal(method.log_p(*own), method.log_p(*again))
-    assert method.log_p(context, method.model(state, GUEST), ()).shape == (0, 4)
+        own = fleet.splits(device).held_out
+        assert np.array_equal(*(predict(fleet, method, each, device, own) for each in (state, adapted)))
+    assert predict(fleet, method, state, GUEST, ()).shape == (0, 4)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -324,11 +330,11 @@ def test_every_method_learns_and_can_be_repeated_to_the_bit(fleet: LocalFleet, n
         losses = []
         for device in NAMES:
             samples = fleet.splits(device).train
-            log_p = method.log_p(fleet.context(device), method.model(state, device), samples)
+            log_p = predict(fleet, method, state, device, samples)
             losses.append(-label_log_p(log_p, labels_of(samples)))
         return float(np.concatenate(losses).mean())
 
-    assert loss(state) < 0.97 * loss(method.start(fleet, SETTINGS))
+    assert loss(state) < 0.97 * loss(method.start(fleet, SETTINGS)[0])
     assert pickle.dumps(run(fleet, method)) == pickle.dumps(state)
 
 
@@ -339,6 +345,6 @@ def test_a_name_that_no_method_has_is_an_error() -> None:
 
 
 def test_the_last_rounds_have_their_own_training() -> None:
-    assert list(SETTINGS.local_indices) == [2]
+    assert list(SETTINGS.stage2_indices) == [2]
     assert [SETTINGS.training_of(index).epochs for index in range(3)] == [2, 2, 3]
-    assert replace(SETTINGS, local_training=None).training_of(2) == SETTINGS.training
+    assert list(replace(SETTINGS, rounds=17).stage2_indices) == [12, 13, 14, 15, 16]  # as the server's defaults

@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 from support.bundles import Built
 from support.samples import write_device_photos
 
 from edge_runtime.data.samples import labels_of
 from edge_runtime.training.context import TrainingContext
-from fedfmsl.protocol.messages import Stage
+from fedfmsl.algorithms.arrays import Floats
+from fedfmsl.protocol.messages import Stage, Training
 from simulation.federation import accuracies, federate
 from simulation.fleet import LocalFleet, open_folders
+from simulation.methods.base import MethodSettings
+from simulation.methods.fedfmsl import FedFMSL, Stage2
 from trainer_server.config import RunConfig, Trigger, sal_rules
 
 COUNTS = {"apple": 5, "kiwi": 6, "plum": 4}
@@ -55,3 +59,30 @@ def test_a_run_can_be_repeated_to_the_bit(vit: Built, folders: list[Path], tmp_p
     tested, again = (accuracies(run, ("global", "mofm")) for run in runs)
     assert tested == again
     assert tested.keys() == {"device-0", "device-1", "device-2"}
+
+
+def test_a_method_runs_with_participation_and_an_unseen_device(vit: Built, folders: list[Path], tmp_path: Path) -> None:
+    opened = fleet_of(vit, folders, tmp_path)
+    splits = {name: opened.splits(name) for name in opened.names}
+    features = opened.context("device-0").cache
+    fleet = LocalFleet(vit.bundle, features, splits, tmp_path / "states", threads=1, unseen={"device-2"})
+    method = FedFMSL()
+    training = Training(epochs=1, learning_rate=1e-2)
+    state, cost = method.start(fleet, MethodSettings(rounds=4, training=training, level=2, seed=0))
+    assert cost.bytes_up.keys() == {"device-0", "device-1"}
+    for index, devices in enumerate([("device-0",), ("device-1",), ("device-0", "device-1"), ("device-1",)]):
+        state, cost = method.round(fleet, state, devices, index)
+        assert cost.bytes_up.keys() == set(devices)
+        assert all(size > 0 for size in [*cost.bytes_up.values(), *cost.bytes_down.values()])
+    stages = [closed.round.stage for closed in state.history.rounds]
+    assert stages == [Stage.STATISTICS, *[Stage.GLOBAL] * 3, Stage.PERSONAL]
+
+    def models(context: TrainingContext, model: Stage2) -> dict[str, Floats]:
+        return method.log_p(context, model, context.splits.test)
+
+    before = fleet.map(models, {name: method.model(state, name) for name in ("device-1", "device-2")})
+    method.adapt(fleet, state, ["device-2"])
+    after = fleet.map(models, {name: method.model(state, name) for name in ("device-1", "device-2")})
+    for name, same in (("device-1", True), ("device-2", False)):
+        assert np.array_equal(before[name]["fedfmsl"], after[name]["fedfmsl"]) is same
+        assert np.array_equal(before[name]["global"], after[name]["global"])
