@@ -116,6 +116,7 @@ OPTIONAL = {
     "edge_runtime.daemon.metrics": {"prometheus_client"},
     "edge_runtime.data.texts": {"tokenizers"},
     "edge_runtime.inference.export_onnx": {"onnx"},
+    "simulation.methods.dual_lora": {"onnx"},
 }
 
 
