@@ -31,7 +31,7 @@ def discriminant_head(sums: Vector, counts: Vector, moments: Vector) -> Vector:
     classes, which is shrunk towards a scaled identity. A class without samples has the weights zero and the lowest
     bias of the others, so it never wins over all of them.
     """
-    classes, feature = sums.shape
+    feature = sums.shape[1]
     doubles, samples = sums.astype(np.float64), np.asarray(counts, np.float64)
     means = doubles / np.maximum(samples, 1.0)[:, None]
     products = np.zeros((feature, feature))
