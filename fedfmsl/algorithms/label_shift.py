@@ -29,7 +29,7 @@ def adapted_prior(log_p: Floats, prior: Floats, held: NDArray[np.bool_]) -> Floa
     adapted = start.copy()
     for _ in range(ITERATIONS):
         posterior = likelihood * adapted
-        counts = (posterior / posterior.sum(axis=1, keepdims=True)).sum(axis=0)
+        counts = (posterior / np.maximum(posterior.sum(axis=1, keepdims=True), 1e-300)).sum(axis=0)
         rates = [counts[group].sum() + RATE_STRENGTH * start[group].sum() for group in (held, ~held)]
         for group, rate in zip((held, ~held), rates, strict=True):
             classes = counts[group] + CLASS_STRENGTH * start[group]
@@ -40,3 +40,10 @@ def adapted_prior(log_p: Floats, prior: Floats, held: NDArray[np.bool_]) -> Floa
 def prior_shift(prior: Floats, adapted: Floats) -> Floats:
     """What the log-probabilities of a model with the class prior `prior` gain under `adapted`, both (C,)."""
     return np.asarray(np.log(np.maximum(adapted, 1e-30)) - np.log(np.maximum(prior, 1e-30)), np.float32)
+
+
+def adapt_in_order(log_p: Floats, prior: Floats, held: NDArray[np.bool_]) -> Floats:
+    """`log_p` (n, C) of a stream, each sample's under the prior that the samples up to it make most likely."""
+    adapted = [adapted_prior(log_p[: index + 1], prior, held) for index in range(len(log_p))]
+    shifts = [prior_shift(prior, each) for each in adapted]
+    return np.asarray(log_p + np.reshape(shifts, log_p.shape), np.float32)
