@@ -41,14 +41,14 @@ class FedFMSL:
     source: str = "Wu et al., FedFMSL, IEEE TMC 23(12), 2024"
 
     def start(self, fleet: Fleet, settings: MethodSettings) -> tuple[Federation, RoundCost]:
-        stage2_rounds = max(1, round(STAGE2_SHARE * settings.rounds))
+        stage1_rounds, stage2_rounds = stage_rounds(settings.rounds)
         stage1_sal, stage2_sal = sal_rules(self.sal, CapabilityQueue().min_gain, settings.level)
         training = settings.training
         config = RunConfig.model_validate(
             {
                 "run": "simulation",
                 "devices": len(fleet.names),
-                "stage1_rounds": max(1, settings.rounds - stage2_rounds),
+                "stage1_rounds": stage1_rounds,
                 "stage2_rounds": stage2_rounds,
                 "stage1": training.model_copy(update={"seed": settings.seed}),
                 "stage2": STAGE2.model_copy(update={"seed": settings.seed, "batch_size": training.batch_size}),
@@ -79,6 +79,12 @@ class FedFMSL:
     def log_p(self, context: TrainingContext, model: Stage2, samples: Samples) -> dict[str, Floats]:
         models = predict_models(context, model.round, model.published, samples)
         return {self.name: models["mofm"], **{row: models[name] for name, row in ROWS.items()}}
+
+
+def stage_rounds(rounds: int) -> tuple[int, int]:
+    """The rounds of stages 1 and 2, at least one each."""
+    stage2 = max(1, round(STAGE2_SHARE * rounds))
+    return max(1, rounds - stage2), stage2
 
 
 def _train_alone(context: TrainingContext, model: Stage2) -> None:
