@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from fedfmsl.common.cli import console
 from fedfmsl.common.files import write_atomically
 from simulation.charts import labels_by_device, own_against_novel
-from simulation.methods.fedfmsl import FedFMSL, stage_rounds
+from simulation.methods.base import STAGE2_SHARE
+from simulation.methods.fedfmsl import FedFMSL
 from simulation.results import Result, as_csv, as_markdown, grouped
 from simulation.settings import SimulationSettings
 
@@ -78,13 +79,13 @@ def server_settings(results: Sequence[Result], settings: SimulationSettings) -> 
     if not scores:
         return ""
     best = max(scores, key=scores.__getitem__)
-    stage1, stage2 = stage_rounds(settings.rounds)
+    stage2 = max(1, round(STAGE2_SHARE * settings.rounds))
     lines = [
         f"# The best of {len(scores)} learning rates in a simulation: held-out accuracy {scores[best]:.3f}.",
         f'run = "{settings.name}"',
         f'bundle = "{settings.bundle.resolve()}"',
         f"devices = {settings.devices}",
-        f"stage1_rounds = {stage1}",
+        f"stage1_rounds = {max(1, settings.rounds - stage2)}",
         f"stage2_rounds = {stage2}",
         f"epochs = {settings.epochs}",
         f"batch_size = {settings.batch_size}",

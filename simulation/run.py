@@ -43,6 +43,7 @@ from simulation.report import write_report
 from simulation.results import Cell, Result, key_of, read_results, value_of, write_result
 from simulation.settings import SimulationSettings
 from simulation.store import MappedStore
+from trainer_server.config import STAGE2
 
 TEST_SHARE = 0.2
 ELSEWHERE = {
@@ -180,6 +181,12 @@ class Simulation:
             level_caps=assign_level_caps(names, settings.level_caps, cell.seed),
         )
 
+    def method_settings(self, cell: Cell) -> MethodSettings:
+        settings = self.settings
+        common = {"batch_size": settings.batch_size, "seed": cell.seed}
+        stage1 = Training(epochs=settings.epochs, learning_rate=cell.learning_rate, **common)
+        return MethodSettings(settings.rounds, stage1, self.level, cell.seed, STAGE2.model_copy(update=common))
+
     def run(self, cell: Cell, advance: Advance) -> Result:
         """Computes a cell and writes its file. `advance` is called after each round."""
         settings, states = self.settings, self.folder / "states"
@@ -187,13 +194,7 @@ class Simulation:
         fleet, method = self.fleet(cell, states), method_of(cell.method)
         participation = Participation(settings.fraction, settings.dropout, settings.stragglers, cell.seed)
         sizes = {name: len(fleet.splits(name).train) for name in fleet.names}
-        training = Training(
-            epochs=settings.epochs,
-            batch_size=settings.batch_size,
-            learning_rate=cell.learning_rate,
-            seed=cell.seed,
-        )
-        state, cost = method.start(fleet, MethodSettings(settings.rounds, training, self.level, cell.seed))
+        state, cost = method.start(fleet, self.method_settings(cell))
         costs = [cost]
         for index in range(settings.rounds):
             state, cost = method.round(fleet, state, participation.devices(sizes, index), index)

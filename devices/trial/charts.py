@@ -14,6 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from fedfmsl.common.scatter import Method, draw_own_against_novel
+
 NAMES = {
     "start": "class means",
     "local_only": "local only",
@@ -69,10 +71,14 @@ class Point:
 
 @dataclass(frozen=True)
 class ChartData:
-    """Test accuracies, the number of test `samples` ("photos") of each device, and the rounds of both stages."""
+    """Test accuracies, the number of test `samples` ("photos") of each device, and the rounds of both stages.
+
+    `means` and `novel`: own and novel accuracy by model. `novel` is None if every device holds every class.
+    """
 
     headline: str
     means: Mapping[str, float]
+    novel: Mapping[str, float | None]
     accuracies: Accuracies
     samples: str
     tested: Mapping[str, int]
@@ -109,6 +115,21 @@ def svgs(data: ChartData) -> list[tuple[str, bytes]]:
             figure.savefig(buffer, format="svg", metadata={"Date": None})
             drawn.append((title, buffer.getvalue()))
     return drawn
+
+
+def own_against_novel(figure: Figure | SubFigure, data: ChartData) -> str:
+    """The accuracies by model where nothing is novel."""
+    methods = [
+        Method(NAMES[model], data.means[model], novel, colour=COLOURS[model])
+        for model in NAMES
+        if model in data.means and (novel := data.novel.get(model)) is not None
+    ]
+    novel_of_mofm = data.novel.get("mofm")
+    if novel_of_mofm is None:
+        return accuracy_by_model(figure, data)
+    draw_own_against_novel(figure.subplots(), methods, data.samples)
+    own = f"{data.means['mofm']:.0%} of a device's own {data.samples}"
+    return _titled(figure, f"MoFM knows {own}, {novel_of_mofm:.0%} of novel ones")
 
 
 def accuracy_by_model(figure: Figure | SubFigure, data: ChartData) -> str:
@@ -203,7 +224,7 @@ def cost_by_round(figure: Figure | SubFigure, data: ChartData) -> str:
     return _titled(figure, f"A device sends {least:.0f} to {most:.0f} kB in a round")
 
 
-PANELS = (accuracy_by_model, accuracy_by_round, accuracy_by_device, cost_by_round)
+PANELS = (own_against_novel, accuracy_by_round, accuracy_by_device, cost_by_round)
 
 
 def _progress(data: ChartData) -> str:

@@ -40,7 +40,11 @@ th:first-child, td:first-child {{ padding-left: 0; text-align: left }}
 <p>{headline}</p>
 <p>{summary}</p>
 <div class="charts">{charts}</div>
-<h2>Test accuracy</h2>
+<h2>Test accuracy of the models</h2>
+<p>{definitions}</p>
+{models_table}
+{unseen}
+<h2>Test accuracy of each device on its own {samples}</h2>
 {accuracies}
 <h2>Rounds, with accuracy on held-out {samples}</h2>
 {rounds}
@@ -49,6 +53,12 @@ th:first-child, td:first-child {{ padding-left: 0; text-align: left }}
 </body>
 </html>
 """
+
+_DEFINITIONS = (
+    "own: the device's own test {samples} · novel: those of classes that it does not hold, but another device does · "
+    "fleet: those of all devices · harmonic: harmonic mean of own and novel · "
+    "worst decile: own, over the worst 10 % of devices · stream: own with a share of novel {samples}"
+)
 
 
 def render_page(name: str, report: Report, rounds: Sequence[ClosedRound], data: ChartData) -> str:
@@ -67,6 +77,9 @@ def render_page(name: str, report: Report, rounds: Sequence[ClosedRound], data: 
         headline=html.escape(headline(report)),
         summary=html.escape(_summary(report)),
         charts="\n".join(charts),
+        definitions=html.escape(_DEFINITIONS.format(samples=report["samples"])),
+        models_table=_html_table(model_rows(report)),
+        unseen=_unseen(report),
         accuracies=_html_table(accuracy_rows(report)),
         samples=report["samples"],
         rounds=_html_table(_round_rows(rounds)),
@@ -84,8 +97,34 @@ def _summary(report: Report) -> str:
     )
 
 
+def _unseen(report: Report) -> str:
+    """A section about devices that did not take part, if there are any."""
+    unseen = report["unseen"]
+    if unseen is None:
+        return ""
+    (accuracy, *_) = unseen["accuracy"].values()
+    names = ", ".join(accuracy["per_device"])
+    text = f"These devices did not take part: {names}. They have received the globals and have not trained."
+    return f"<h2>Unseen devices</h2><p>{html.escape(text)}</p>{_html_table(model_rows(unseen))}"
+
+
+def model_rows(report: Report) -> list[list[str]]:
+    """What every model is measured on, as a table: a head, and a row per model. Also of the part `unseen`."""
+    shares = sorted({share for by_share in report["accuracy_stream"].values() for share in by_share}, key=float)[1:]
+    streams = [f"stream {float(share):.0%}" for share in shares]
+    rows = [["model", "own", "novel", "fleet", "harmonic", "worst decile", *streams]]
+    for model, own in report["accuracy"].items():
+        values = (
+            *(own["mean"], report["accuracy_novel"][model]["mean"], report["accuracy_fleet"][model]["mean"]),
+            *(report["harmonic"][model], report["worst_decile"][model]),
+            *(report["accuracy_stream"][model].get(share) for share in shares),
+        )
+        rows.append([NAMES[model], *("" if value is None else f"{value:.1%}" for value in values)])
+    return rows
+
+
 def accuracy_rows(report: Report) -> list[list[str]]:
-    """Test accuracies as a table: a head, a row per device, and their mean."""
+    """Own test accuracies as a table: a head, a row per device, and their mean."""
     accuracy, images = report["accuracy"], report["test_images"]
     rows = [["device", f"test {report['samples']}", *(NAMES[model] for model in accuracy)]]
     for device in images:

@@ -1,21 +1,23 @@
 """The results of a trial: report.json for programs, report.html and report.png for people.
 
-All numbers come from the server's records and the bundle, so equal rounds give equal reports.
+All numbers come from the server's records, the bundle and the evaluation on the fleet's test samples, so equal rounds
+give equal reports.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.table import Table
 
 from devices.trial.charts import NAMES, ChartData, Point, png
-from devices.trial.html_page import Report, accuracy_rows, headline, mean, render_page
+from devices.trial.evaluation import ByModel, FleetEvaluation, last_evaluation
+from devices.trial.html_page import Report, headline, mean, model_rows, render_page
+from fedfmsl.algorithms.evaluation import summarize
 from fedfmsl.common.cli import console
 from fedfmsl.common.files import write_atomically
-from fedfmsl.errors import RunError
 from fedfmsl.protocol.bundle import Bundle, Manifest
 from fedfmsl.protocol.messages import Stage, Update
 from trainer_server.coordinator.records import ClosedRound, successful_rounds
@@ -25,13 +27,16 @@ DIGITS = 6
 SAMPLES = {"image": "photos", "text": "texts"}
 
 
-def write_report(folder: Path, *, seed: int, alpha: float, seconds: dict[str, float]) -> None:
-    """Writes report.json, report.html and report.png into the run's folder. `seconds`: "export" and "total".
+def write_report(
+    folder: Path, evaluation: FleetEvaluation, *, seed: int, alpha: float, seconds: dict[str, float]
+) -> None:
+    """Writes report.json, report.html and report.png into the run's folder. `seconds`: "export", "fleet_evaluation"
+    and "total".
 
     Raises RunError if the folder holds no run, or the run has no evaluation.
     """
     rounds = RunStore(folder).rounds()
-    report = build_report(rounds, Bundle.load(folder / "bundle").manifest, seed, alpha, seconds)
+    report = build_report(rounds, Bundle.load(folder / "bundle").manifest, evaluation, seed, alpha, seconds)
     report["files"] = _files(folder, report)
     text = json.dumps(report, indent=1, sort_keys=True, ensure_ascii=False)
     write_atomically(folder / "report.json", f"{text}\n".encode())
@@ -42,14 +47,16 @@ def write_report(folder: Path, *, seed: int, alpha: float, seconds: dict[str, fl
 
 
 def build_report(
-    rounds: Sequence[ClosedRound], manifest: Manifest, seed: int, alpha: float, seconds: dict[str, float]
+    rounds: Sequence[ClosedRound],
+    manifest: Manifest,
+    evaluation: FleetEvaluation,
+    seed: int,
+    alpha: float,
+    seconds: dict[str, float],
 ) -> Report:
     """The content of report.json, except `files`. Raises RunError if no round has evaluated the models."""
-    evaluations = successful_rounds(rounds, Stage.EVALUATE)
-    tested = {name: update for name, update in evaluations[-1].updates.items() if update.samples} if evaluations else {}
-    if not tested:
-        raise RunError("the run has no evaluation on test samples, so there is nothing to report")
-    evaluation = evaluations[-1]
+    closed = last_evaluation(rounds)
+    tested = {name: update for name, update in closed.updates.items() if update.samples}
     stage1, stage2 = successful_rounds(rounds, Stage.GLOBAL), successful_rounds(rounds, Stage.PERSONAL)
     exchanged = [r for r in rounds if r.round.stage in (Stage.GLOBAL, Stage.PERSONAL)]
     rss: dict[str, float] = {}
@@ -65,12 +72,14 @@ def build_report(
         "samples": SAMPLES[manifest.preprocessing.kind],
         "rounds": {"stage1": len(stage1), "stage2": len(stage2)},
         "seconds": _seconds(rounds, seconds),
-        "accuracy": _accuracy(evaluation, tested),
+        "accuracy": _accuracy(closed, tested),
+        **_measured(evaluation.devices),
+        "unseen": _unseen(evaluation.unseen),
         "accuracy_global_test": {name: _rounded(_balanced(tested, name)) for name in ("start", "global")},
         "test_images": {name: update.samples for name, update in sorted(tested.items())},
         "gate": {
-            "mean_local_weight": _rounded(evaluation.mean("mean_local_weight") or 0.0),
-            "entropy": _rounded(evaluation.mean("gate_entropy") or 0.0),
+            "mean_local_weight": _rounded(closed.mean("mean_local_weight") or 0.0),
+            "entropy": _rounded(closed.mean("gate_entropy") or 0.0),
         },
         "levels": [r.round.level for r in stage1],
         "tuned_share": manifest.tuned_share,
@@ -84,18 +93,57 @@ def build_report(
     }
 
 
-def _accuracy(evaluation: ClosedRound, tested: dict[str, Update]) -> Report:
+def _accuracy(closed: ClosedRound, tested: dict[str, Update]) -> Report:
     """For every model that a device has: the mean over all test samples, and each device's accuracy."""
     accuracy = {}
     for model in NAMES:
-        mean = evaluation.mean(model)
+        mean = closed.mean(model)
         if mean is not None:
-            held = {name: update.metrics[model] for name, update in sorted(tested.items()) if model in update.metrics}
-            accuracy[model] = {
-                "mean": _rounded(mean),
-                "per_device": {name: _rounded(value) for name, value in held.items()},
-            }
+            held = {name: update.metrics[model] for name, update in tested.items() if model in update.metrics}
+            accuracy[model] = _mean_and_devices(mean, held)
     return accuracy
+
+
+def _measured(evaluation: ByModel) -> Report:
+    """What the devices' models are measured on beside their own test samples, by model (see
+    `fedfmsl.algorithms.evaluation`). An accuracy over no samples is null."""
+    models = {model: evaluation[model] for model in NAMES if model in evaluation}
+    found = {model: summarize([*devices.values()]) for model, devices in models.items()}
+    return {
+        "accuracy_fleet": {
+            model: _mean_and_devices(found[model].fleet, {name: each.fleet for name, each in devices.items()})
+            for model, devices in models.items()
+        },
+        "accuracy_novel": {
+            model: _mean_and_devices(found[model].novel, {name: each.novel for name, each in devices.items()})
+            for model, devices in models.items()
+        },
+        "accuracy_stream": {
+            model: {f"{share:g}": _rounded(value) for share, value in summary.stream.items()}
+            for model, summary in found.items()
+        },
+        "harmonic": {model: _rounded(summary.harmonic) for model, summary in found.items()},
+        "worst_decile": {model: _rounded(summary.worst_decile) for model, summary in found.items()},
+    }
+
+
+def _unseen(evaluation: ByModel) -> Report | None:
+    """The same for devices that did not take part, and their accuracy on their own test samples. None without such
+    devices."""
+    if not evaluation:
+        return None
+    own = {
+        model: _mean_and_devices(summarize([*devices.values()]).own, {name: each.own for name, each in devices.items()})
+        for model, devices in evaluation.items()
+    }
+    return {"accuracy": {model: own[model] for model in NAMES if model in own}, **_measured(evaluation)}
+
+
+def _mean_and_devices(mean: float | None, per_device: Mapping[str, float | None]) -> Report:
+    return {
+        "mean": _rounded(mean),
+        "per_device": {name: _rounded(value) for name, value in sorted(per_device.items())},
+    }
 
 
 def _balanced(tested: dict[str, Update], model: str) -> float:
@@ -144,6 +192,7 @@ def _chart_data(report: Report, rounds: Sequence[ClosedRound]) -> ChartData:
     return ChartData(
         headline=headline(report),
         means={model: values["mean"] for model, values in accuracy.items()},
+        novel={model: values["mean"] for model, values in report["accuracy_novel"].items()},
         accuracies={model: values["per_device"] for model, values in accuracy.items()},
         samples=report["samples"],
         tested=report["test_images"],
@@ -152,12 +201,12 @@ def _chart_data(report: Report, rounds: Sequence[ClosedRound]) -> ChartData:
 
 
 def _print(folder: Path, report: Report) -> None:
-    rows = accuracy_rows(report)
-    table = Table(title="Test accuracy", title_justify="left", box=None, pad_edge=False)
+    rows = model_rows(report)
+    table = Table(title="Test accuracy of the models", title_justify="left", box=None, pad_edge=False)
     for index, name in enumerate(rows[0]):
         table.add_column(name, justify="right" if index else "left")
     for row in rows[1:]:
-        table.add_row(*row, end_section=row is rows[-2], style="bold" if row is rows[-1] else "")
+        table.add_row(*row, style="bold" if row is rows[-1] else "")
     console.print(table)
     console.print(f"\nreport              {folder / 'report.html'}")
     console.print(f"global expert       {folder / report['files']['global_expert']}")
@@ -165,5 +214,5 @@ def _print(folder: Path, report: Report) -> None:
         console.print(f"personalized model  {folder / path}")
 
 
-def _rounded(value: float) -> float:
-    return round(value, DIGITS)
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, DIGITS)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from devices.trial.assets import ASSETS, PHOTOS, WEIGHTS, fetch
 from devices.trial.dataset import find_files, kind_of
+from devices.trial.evaluation import evaluate_fleet
 from devices.trial.groceries import unpack_groceries
 from devices.trial.live_view import LiveView
 from devices.trial.processes import Processes
@@ -43,7 +44,9 @@ def run_trial(settings: TrialSettings) -> None:
     train, test = find_files(samples, kind, settings.classes)
     settings = _with_model(settings)
     _clear(folder)
-    roots = write_device_folders(train, test, folder / "samples", settings.devices, settings.alpha, settings.seed)
+    shares = settings.devices + settings.unseen
+    roots = write_device_folders(train, test, folder / "samples", shares, settings.alpha, settings.seed)
+    roots, unseen = roots[: settings.devices], roots[settings.devices :]
     counts = [sum(map(len, of_class.values())) for of_class in (train, test)]
     console.print(f"{kind.noun + 's':<10} {counts[0]} to train on, {counts[1]} to test on")
     exporting = time.monotonic()
@@ -51,10 +54,12 @@ def run_trial(settings: TrialSettings) -> None:
     seconds = {"export": time.monotonic() - exporting}
     _check_kind(Bundle.load(folder / "bundle"), samples, kind)
     _federate(settings, folder, roots)
-    for root in roots:
-        shutil.rmtree(folder / "devices" / root.name / "cache", ignore_errors=True)
+    console.print(f"evaluating every device's models on all test {kind.noun}s")
+    evaluating = time.monotonic()
+    evaluation = evaluate_fleet(folder, roots, unseen)
+    seconds["fleet_evaluation"] = time.monotonic() - evaluating
     seconds["total"] = time.monotonic() - started
-    write_report(folder, seed=settings.seed, alpha=settings.alpha, seconds=seconds)
+    write_report(folder, evaluation, seed=settings.seed, alpha=settings.alpha, seconds=seconds)
 
 
 def _with_model(settings: TrialSettings) -> TrialSettings:

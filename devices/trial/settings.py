@@ -32,6 +32,13 @@ class TrialSettings(AccessSettings):
     )
     round_timeout: float = Field(300.0, ge=1, description="Seconds until the round deadline.", json_schema_extra=RUN)
     baseline: bool = Field(True, description="Also train every device alone, for comparison.", json_schema_extra=RUN)
+    unseen: int = Field(
+        0,
+        ge=0,
+        description="Number of further devices that get a share of the samples and do not take part. The models are "
+        "tested on them.",
+        json_schema_extra=RUN,
+    )
     memory: ByteSize | None = Field(
         None,
         description="Memory limit of each device, like 512MB. Default: half of the machine's memory.",

@@ -10,6 +10,9 @@ from edge_runtime.training.context import Samples, TrainingContext
 from fedfmsl.algorithms.arrays import Floats
 from fedfmsl.protocol.messages import Training
 from simulation.fleet import Fleet
+from trainer_server.config import STAGE2
+
+STAGE2_SHARE = 5 / 17  # of the rounds, as the server's defaults
 
 State = TypeVar("State")
 Model = TypeVar("Model")
@@ -19,14 +22,28 @@ Model = TypeVar("Model")
 class MethodSettings:
     """What all methods of a comparison have in common.
 
-    `rounds`: communication rounds, of both stages together. `training`: of a device in one round. `level`: the highest
-    level. `seed` determines everything that is random.
+    `rounds`: communication rounds, of both stages together. `training`: of a device in one round of stage 1. `level`:
+    the highest level. `seed` determines everything that is random. `stage2`: the training in the last rounds. FedFMSL
+    and methods that personalize after the federation do it then; for other methods only the training changes.
     """
 
     rounds: int
     training: Training
     level: int
     seed: int
+    stage2: Training = STAGE2
+
+    @property
+    def stage2_rounds(self) -> int:
+        return max(1, round(STAGE2_SHARE * self.rounds))
+
+    @property
+    def stage2_indices(self) -> range:
+        return range(self.rounds - self.stage2_rounds, self.rounds)
+
+    def training_of(self, index: int) -> Training:
+        """The training of a device in round `index`, from 0."""
+        return self.stage2 if index in self.stage2_indices else self.training
 
 
 @dataclass(frozen=True)
@@ -71,3 +88,8 @@ class Method(Protocol[State, Model]):
         The method's own model is under `name`. More models of the same training may follow, under names of their own:
         each is a row of the table. The states of test samples are in fp32 only: use `context.cache.precise()`.
         """
+
+
+def round_seed(settings: MethodSettings, device: str, index: int) -> list[int]:
+    """One random stream for each (seed, device, round). The same for all methods."""
+    return [settings.seed, *device.encode(), index]

@@ -13,12 +13,11 @@ from fedfmsl.algorithms.arrays import Floats
 from fedfmsl.algorithms.sal import CapabilityQueue
 from fedfmsl.protocol.chunks import chunks
 from fedfmsl.protocol.messages import Round, Stage
-from simulation.federation import Federation, Sent
+from simulation.federation import Federation, Sent, Tamper, honest
 from simulation.fleet import Fleet
 from simulation.methods.base import MethodSettings, RoundCost
-from trainer_server.config import STAGE2, RunConfig, Trigger, sal_rules
+from trainer_server.config import Head, RunConfig, Trigger, sal_rules
 
-STAGE2_SHARE = 5 / 17  # of the rounds, as the server's defaults
 ROWS = {"start": "class-means", "global": "global", "local_expert": "local-expert"}  # beside the mixture
 
 
@@ -33,31 +32,33 @@ class Stage2:
 
 @dataclass(frozen=True)
 class FedFMSL:
-    """Both stages, with the server's defaults. `sal`: when more blocks are activated."""
+    """Both stages, with the server's defaults. `sal`: when more blocks are activated. `head`: what stage 1 starts from.
+    `tamper`: changes the results of devices; for an ablation."""
 
     sal: Trigger = Trigger.CAPABILITY_QUEUE
+    head: Head = Head.CLASS_MEANS
+    tamper: Tamper = honest
     name: str = "fedfmsl"
     title: str = "FedFMSL (MoFM)"
     source: str = "Wu et al., FedFMSL, IEEE TMC 23(12), 2024"
 
     def start(self, fleet: Fleet, settings: MethodSettings) -> tuple[Federation, RoundCost]:
-        stage1_rounds, stage2_rounds = stage_rounds(settings.rounds)
         stage1_sal, stage2_sal = sal_rules(self.sal, CapabilityQueue().min_gain, settings.level)
-        training = settings.training
         config = RunConfig.model_validate(
             {
                 "run": "simulation",
                 "devices": len(fleet.names),
-                "stage1_rounds": stage1_rounds,
-                "stage2_rounds": stage2_rounds,
-                "stage1": training.model_copy(update={"seed": settings.seed}),
-                "stage2": STAGE2.model_copy(update={"seed": settings.seed, "batch_size": training.batch_size}),
+                "stage1_rounds": max(1, settings.rounds - settings.stage2_rounds),
+                "stage2_rounds": settings.stage2_rounds,
+                "stage1": settings.training.model_copy(update={"seed": settings.seed}),
+                "stage2": settings.stage2.model_copy(update={"seed": settings.seed}),
+                "head": self.head,
                 "stage1_sal": stage1_sal,
                 "stage2_sal": stage2_sal,
                 "seed": settings.seed,
             }
         )
-        run = Federation(config, fleet)
+        run = Federation(config, fleet, self.tamper)
         return run, _cost(run.step(), bytes_down=0)
 
     def round(
@@ -79,12 +80,6 @@ class FedFMSL:
     def log_p(self, context: TrainingContext, model: Stage2, samples: Samples) -> dict[str, Floats]:
         models = predict_models(context, model.round, model.published, samples)
         return {self.name: models["mofm"], **{row: models[name] for name, row in ROWS.items()}}
-
-
-def stage_rounds(rounds: int) -> tuple[int, int]:
-    """The rounds of stages 1 and 2, at least one each."""
-    stage2 = max(1, round(STAGE2_SHARE * rounds))
-    return max(1, rounds - stage2), stage2
 
 
 def _train_alone(context: TrainingContext, model: Stage2) -> None:

@@ -95,7 +95,7 @@ TABLE = (
     ),
     Row(
         "devices.trial",
-        f"{FEDFMSL} trainer_server.* {EDGE}.data {EDGE}.settings",
+        f"{FEDFMSL} trainer_server.* {EDGE}.store {EDGE}.engines {EDGE}.data {EDGE}.training {EDGE}.settings",
         "amqtt matplotlib numpy pyarrow pydantic rich typer",
     ),
     Row("devices", f"{FEDFMSL} devices.provisioning {EDGE}.settings", "typer rich"),
@@ -112,11 +112,13 @@ TABLE = (
 # Optional dependencies: only this module may import them.
 OPTIONAL = {
     "fedfmsl.algorithms.accounting": {"dp_accounting"},
+    "fedfmsl.common.scatter": {"matplotlib", "numpy"},
     "edge_runtime.daemon.metrics": {"prometheus_client"},
     "edge_runtime.data.texts": {"tokenizers"},
     "edge_runtime.inference.export_onnx": {"onnx"},
     "simulation.datasets": {"datasets"},
     "simulation.ray_fleet": {"ray"},
+    "simulation.methods.dual_lora": {"onnx"},
 }
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import pytest
 from support.processes import Ended, run_module
 from support.samples import CLASSES, write_device_photos
 
+from devices.trial.evaluation import evaluate_fleet
 from fedfmsl.common.onnx_runtime import has_ort_training
 from fedfmsl.protocol.bundle import Bundle
 
@@ -19,6 +23,7 @@ ACCURACIES = {"start", "local_only", "global", "global_prior", "local_expert", "
 ENGINE = "ort-training" if has_ort_training() else "step-graph"
 REPORT = {
     *("seed", "alpha", "devices", "classes", "model", "rounds", "seconds", "accuracy", "accuracy_global_test", "gate"),
+    *("accuracy_fleet", "accuracy_novel", "accuracy_stream", "harmonic", "worst_decile", "unseen"),
     *("levels", "tuned_share", "tuned_parameters", "backbone_parameters"),
     *("bytes_up_per_device_round", "bytes_down_per_device_round", "device_peak_rss_mb"),
     "engines",
@@ -36,8 +41,8 @@ def ended(directory: Path, vit_folder: Path) -> Ended:
     return run_module(
         "devices.trial",
         *("--images", str(photos), "--classes-from-folders", "--model", str(vit_folder), "--devices", str(DEVICES)),
-        *("--stage1-rounds", str(STAGE1), "--stage2-rounds", str(STAGE2), "--alpha", "5", "--name", "tiny"),
-        *("--engine", ENGINE),
+        *("--stage1-rounds", str(STAGE1), "--stage2-rounds", str(STAGE2), "--alpha", "1", "--name", "tiny"),
+        *("--engine", ENGINE, "--unseen", "1"),
         cwd=directory,
     )
 
@@ -66,7 +71,7 @@ def test_the_report_has_every_documented_key(report: dict[str, Any]) -> None:
 @pytest.mark.ort_training
 def test_the_report_has_the_settings_of_the_run(report: dict[str, Any], folder: Path) -> None:
     manifest = Bundle.load(folder / "bundle").manifest
-    assert (report["seed"], report["alpha"], report["model"]) == (0, 5.0, "tiny-vit")
+    assert (report["seed"], report["alpha"], report["model"]) == (0, 1.0, "tiny-vit")
     assert report["rounds"] == {"stage1": STAGE1, "stage2": STAGE2}
     assert report["engines"] == [ENGINE]
     assert len(report["levels"]) >= STAGE1
@@ -80,6 +85,49 @@ def test_every_accuracy_is_a_mean_over_all_devices(report: dict[str, Any], model
     accuracy = report["accuracy"][model]
     assert len(accuracy["per_device"]) == DEVICES
     assert 0 <= accuracy["mean"] <= 1
+
+
+def test_every_model_is_measured_on_the_fleets_test_photos(report: dict[str, Any]) -> None:
+    for key in ("accuracy_fleet", "accuracy_novel"):
+        assert set(report[key]) == ACCURACIES
+        for accuracy in report[key].values():
+            assert set(accuracy["per_device"]) == set(NAMES)
+    assert set(report["accuracy_stream"]["mofm"]) == {"0", "0.1", "0.5"}
+    for model in ACCURACIES:
+        assert report["accuracy_stream"][model]["0"] == pytest.approx(report["accuracy"][model]["mean"], abs=1e-5)
+        assert 0 <= report["worst_decile"][model] <= report["accuracy"][model]["mean"] + 1e-6
+    assert report["accuracy_novel"]["local_only"]["mean"] == 0  # it knows the held classes only
+    assert report["accuracy_novel"]["global"]["mean"] > 0
+
+
+def test_the_fleets_evaluation_agrees_with_the_devices_own(report: dict[str, Any], folder: Path) -> None:
+    found = evaluate_fleet(folder, [folder / "samples" / name for name in NAMES])
+    for model in ACCURACIES:
+        for name, own in report["accuracy"][model]["per_device"].items():
+            assert found.devices[model][name].own == pytest.approx(own, abs=1e-6), (model, name)
+
+
+def test_an_unseen_device_took_no_part(report: dict[str, Any], folder: Path) -> None:
+    assert set(report["unseen"]["accuracy"]["global"]["per_device"]) == {"device-3"}
+    assert report["devices"] == DEVICES
+    assert not (folder / "devices" / "device-3").exists()
+    assert "device-3" not in report["accuracy_fleet"]["global"]["per_device"]
+
+
+def test_no_device_holds_photos_of_another(folder: Path) -> None:
+    """All photos are tested with every device's models, but only by the trial."""
+    photos = {
+        name: {hashlib.sha256(path.read_bytes()).hexdigest() for path in (folder / "samples" / name).rglob("*.jpg")}
+        for name in (*NAMES, "device-3")
+    }
+    assert len(set().union(*photos.values())) == sum(map(len, photos.values()))
+    for name in NAMES:
+        state = folder / "devices" / name
+        with closing(sqlite3.connect(state / "samples.sqlite")) as db:
+            known = {sha256 for (sha256,) in db.execute("SELECT sha256 FROM slices UNION SELECT sha256 FROM files")}
+        assert known == photos[name]
+        assert not (state / "cache").exists()
+        assert not [path for path in state.rglob("*") if path.suffix == ".jpg" or path.name in photos["device-3"]]
 
 
 def test_stages_and_bytes_and_memory_are_measured(report: dict[str, Any]) -> None:

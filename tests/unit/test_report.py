@@ -11,7 +11,9 @@ import pytest
 from PIL import Image
 from support.bundles import LAYERS, Built
 
+from devices.trial.evaluation import ByModel, FleetEvaluation
 from devices.trial.report import build_report, write_report
+from fedfmsl.algorithms.evaluation import DeviceAccuracy
 from fedfmsl.algorithms.sal import CapabilityQueue, Sal
 from fedfmsl.errors import RunError
 from fedfmsl.protocol.messages import Round, Stage, Training, Update
@@ -19,9 +21,10 @@ from trainer_server.config import RunConfig
 from trainer_server.coordinator.records import ClosedRound
 from trainer_server.storage.run_store import Origin, RunStore
 
-SECONDS = {"export": 30.0, "total": 100.0}
+SECONDS = {"export": 30.0, "fleet_evaluation": 3.0, "total": 100.0}
 KEYS = {
     *("seed", "alpha", "devices", "classes", "model", "rounds", "seconds", "accuracy", "accuracy_global_test", "gate"),
+    *("accuracy_fleet", "accuracy_novel", "accuracy_stream", "harmonic", "worst_decile", "unseen"),
     *("levels", "tuned_share", "tuned_parameters", "backbone_parameters"),
     *("bytes_up_per_device_round", "bytes_down_per_device_round", "device_peak_rss_mb"),
 }
@@ -96,6 +99,23 @@ def whole_run(baseline: bool = True) -> list[ClosedRound]:
     return [start, trained(0, 1), trained(1, 2), personalized(), *alone, evaluated(baseline)]
 
 
+def fleet_accuracies(baseline: bool = True) -> ByModel:
+    """Of the 16 test images, 12 are novel to device a, and 3 to b."""
+    models = ["start", "global", "global_prior", "local_expert", "mofm"] + ["local_only"] * baseline
+    of_a = DeviceAccuracy(0.75, 4, 0.375, 16, 0.25, 12, {0.0: 0.75, 0.1: 0.7, 0.5: 0.5})
+    of_b = DeviceAccuracy(0.25, 12, 0.5, 16, 1.0, 3, {0.0: 0.25, 0.1: 0.325, 0.5: 0.625})
+    return {model: {"a": of_a, "b": of_b} for model in models}
+
+
+def nothing_novel() -> ByModel:
+    """Both devices hold every class."""
+    found = {"a": DeviceAccuracy(0.75, 4, 0.5, 16, None, 0, {0.0: 0.75})}
+    return dict.fromkeys(fleet_accuracies(), found)
+
+
+FLEET = FleetEvaluation(fleet_accuracies(), {})
+
+
 @pytest.fixture
 def folder(vit: Built, tmp_path: Path) -> Path:
     (tmp_path / "bundle").mkdir()
@@ -111,8 +131,8 @@ def record(folder: Path, rounds: list[ClosedRound]) -> None:
     store.commit([], [one.model_copy(update={"round": round_}) for one, round_ in numbered])
 
 
-def report_of(built: Built, rounds: list[ClosedRound]) -> dict[str, Any]:
-    return build_report(rounds, built.bundle.manifest, 3, 0.5, SECONDS)
+def report_of(built: Built, rounds: list[ClosedRound], evaluation: FleetEvaluation = FLEET) -> dict[str, Any]:
+    return build_report(rounds, built.bundle.manifest, evaluation, 3, 0.5, SECONDS)
 
 
 def test_the_numbers_are_those_of_the_last_evaluation(vit: Built) -> None:
@@ -126,6 +146,53 @@ def test_the_numbers_are_those_of_the_last_evaluation(vit: Built) -> None:
     assert report["gate"] == {"mean_local_weight": 0.575, "entropy": 0.5}
 
 
+def test_own_novel_fleet_and_streams_are_means_over_the_devices_samples(vit: Built) -> None:
+    report = report_of(vit, whole_run())
+    assert report["accuracy_novel"]["mofm"] == {"mean": 0.4, "per_device": {"a": 0.25, "b": 1.0}}
+    assert report["accuracy_fleet"]["mofm"] == {"mean": 0.4375, "per_device": {"a": 0.375, "b": 0.5}}
+    assert report["accuracy_stream"]["mofm"] == {"0": 0.375, "0.1": 0.41875, "0.5": 0.59375}
+    assert report["harmonic"]["mofm"] == pytest.approx(2 * 0.375 * 0.4 / 0.775, abs=1e-6)
+    assert report["worst_decile"]["mofm"] == 0.25
+    assert report["unseen"] is None
+
+
+def test_unseen_devices_are_reported_apart(vit: Built, folder: Path) -> None:
+    kept_out = {"global": {"c": DeviceAccuracy(0.5, 4, 0.6, 20, 0.7, 8, {0.0: 0.5, 0.1: 0.52, 0.5: 0.6})}}
+    evaluation = FleetEvaluation(fleet_accuracies(), kept_out)
+    report = report_of(vit, whole_run(), evaluation)
+    assert report["unseen"]["accuracy"] == {"global": {"mean": 0.5, "per_device": {"c": 0.5}}}
+    assert report["unseen"]["accuracy_novel"]["global"]["mean"] == 0.7
+    assert "c" not in report["accuracy_fleet"]["global"]["per_device"]
+    record(folder, whole_run())
+    write_report(folder, evaluation, seed=0, alpha=0.5, seconds=SECONDS)
+    assert "did not take part: c." in (folder / "report.html").read_text()
+
+
+def test_where_every_device_holds_every_class_nothing_is_novel(vit: Built, folder: Path) -> None:
+    evaluation = FleetEvaluation(nothing_novel(), {})
+    report = report_of(vit, whole_run(), evaluation)
+    assert report["accuracy_novel"]["mofm"] == {"mean": None, "per_device": {"a": None}}
+    assert report["accuracy_stream"]["mofm"] == {"0": 0.75}
+    assert report["harmonic"]["mofm"] is None
+    record(folder, whole_run())
+    write_report(folder, evaluation, seed=0, alpha=0.5, seconds=SECONDS)
+    assert "own test photos correctly" in (folder / "report.html").read_text()  # the first picture has no novel axis
+
+
+def test_the_first_picture_and_the_table_show_own_against_novel(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record(folder, whole_run())
+    write_report(folder, FLEET, seed=0, alpha=0.5, seconds=SECONDS)
+    page = (folder / "report.html").read_text()
+    assert 'alt="MoFM knows 81% of a device&#x27;s own photos, 40% of novel ones"' in page[: page.index("</div>")]
+    printed = capsys.readouterr().out.splitlines()
+    head = next(line for line in printed if line.startswith("model "))
+    assert head.split()[:5] == ["model", "own", "novel", "fleet", "harmonic"]
+    mofm = next(line for line in printed if line.startswith("MoFM"))
+    assert mofm.split()[1:4] == ["81.2%", "40.0%", "43.8%"]
+
+
 def test_the_global_test_is_class_balanced(vit: Built) -> None:
     expected = {"start": (2 / 3 + 6 / 13) / 2, "global": (3 / 3 + 3 / 13) / 2}
     assert report_of(vit, whole_run())["accuracy_global_test"] == pytest.approx(expected, abs=1e-6)
@@ -134,6 +201,7 @@ def test_the_global_test_is_class_balanced(vit: Built) -> None:
 def test_costs_are_per_device_and_round_of_both_stages(vit: Built) -> None:
     report = report_of(vit, whole_run())
     spent = {"export": 30.0, "features": 7.0, "stage1": 4.0, "stage2": 2.0, "baseline": 9.0, "evaluation": 5.0}
+    spent["fleet_evaluation"] = 3.0
     assert report["seconds"] == {**spent, "total": 100.0}
     assert report["bytes_up_per_device_round"] == 1500.0
     assert report["bytes_down_per_device_round"] == 3000.0
@@ -142,9 +210,10 @@ def test_costs_are_per_device_and_round_of_both_stages(vit: Built) -> None:
 
 
 def test_without_a_baseline_there_is_no_local_only(vit: Built, folder: Path) -> None:
-    assert "local_only" not in report_of(vit, whole_run(baseline=False))["accuracy"]
+    evaluation = FleetEvaluation(fleet_accuracies(baseline=False), {})
+    assert "local_only" not in report_of(vit, whole_run(baseline=False), evaluation)["accuracy"]
     record(folder, whole_run(baseline=False))
-    write_report(folder, seed=0, alpha=0.5, seconds=SECONDS)
+    write_report(folder, evaluation, seed=0, alpha=0.5, seconds=SECONDS)
     assert "local only" not in (folder / "report.html").read_text()
 
 
@@ -162,14 +231,14 @@ def test_a_model_that_some_devices_lack_is_averaged_over_the_others(vit: Built, 
     del rounds[-1].updates["b"].metrics["local_only"]
     assert report_of(vit, rounds)["accuracy"]["local_only"] == {"mean": 0.25, "per_device": {"a": 0.25}}
     record(folder, rounds)
-    write_report(folder, seed=0, alpha=0.5, seconds=SECONDS)
+    write_report(folder, FLEET, seed=0, alpha=0.5, seconds=SECONDS)
 
 
 def test_the_same_rounds_give_the_same_bytes(folder: Path) -> None:
     record(folder, whole_run())
     written = []
     for _ in range(2):
-        write_report(folder, seed=0, alpha=0.5, seconds=SECONDS)
+        write_report(folder, FLEET, seed=0, alpha=0.5, seconds=SECONDS)
         written.append([(folder / f"report.{kind}").read_bytes() for kind in ("json", "html", "png")])
     assert written[0] == written[1]
     assert json.loads(written[0][0])["accuracy"]["mofm"]["mean"] == 0.8125
@@ -180,7 +249,7 @@ def test_the_page_needs_no_other_file_and_the_chart_has_its_size(folder: Path) -
     model.parent.mkdir(parents=True)
     model.touch()
     record(folder, whole_run())
-    write_report(folder, seed=0, alpha=0.5, seconds=SECONDS)
+    write_report(folder, FLEET, seed=0, alpha=0.5, seconds=SECONDS)
     page = (folder / "report.html").read_text()
     assert page.count("<img ") == page.count('src="data:image/svg+xml;base64,') == 4
     assert 'href="devices/a/personalized.onnx"' in page
@@ -197,7 +266,7 @@ def test_a_run_without_evaluation_is_one_clear_error(vit: Built, rounds: list[Cl
 
 def test_an_unreadable_record_is_one_clear_error(folder: Path) -> None:
     with pytest.raises(RunError, match="no run at"):
-        write_report(folder, seed=0, alpha=0.5, seconds=SECONDS)
+        write_report(folder, FLEET, seed=0, alpha=0.5, seconds=SECONDS)
     (folder / "run.sqlite").write_text("torn")
     with pytest.raises(RunError, match="cannot be read"):
-        write_report(folder, seed=0, alpha=0.5, seconds=SECONDS)
+        write_report(folder, FLEET, seed=0, alpha=0.5, seconds=SECONDS)

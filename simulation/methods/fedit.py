@@ -1,0 +1,76 @@
+"""FedIT: FedAvg of LoRA (Zhang et al., "Towards Building the Federated GPT: Federated Instruction Tuning", ICASSP 2024,
+arXiv 2305.05644, algorithm 1).
+
+In each round the selected devices train the received adapter, and the server averages A and B each, weighted by
+samples. The paper's models have no new head; here the head is trained and averaged like the adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from edge_runtime.training.context import Samples, TrainingContext
+from fedfmsl.algorithms.arrays import Floats, Vector
+from fedfmsl.protocol.layout import Slot
+from fedfmsl.protocol.messages import Training
+from simulation.fleet import Fleet
+from simulation.methods.base import MethodSettings, RoundCost, round_seed
+from simulation.methods.local_training import Proximal, log_p, mask, shuffled_steps, train_steps
+from simulation.methods.server import State, Trained, average, exchange, start_theta
+
+
+@dataclass(frozen=True)
+class Task:
+    """`theta` (P,): the received trainables. `trained` (P,): 1 for those that the device trains. `proximal`: weight of
+    the distance to `theta` in the loss."""
+
+    theta: Vector
+    training: Training
+    seed: Sequence[int]
+    trained: Vector
+    proximal: float
+
+
+def train_received(context: TrainingContext, task: Task) -> Trained:
+    """Trains the received trainables for the round's epochs."""
+    samples = context.splits.train
+    steps = shuffled_steps(len(samples), task.training, task.seed)
+    proximal = Proximal(task.theta, task.proximal) if task.proximal else None
+    theta = train_steps(context, samples, task.theta, steps, task.training, task.trained, proximal)
+    return Trained(theta, len(samples))
+
+
+class FedIT:
+    name = "fedit"
+    title = "FedAvg-LoRA (FedIT)"
+    source = "Zhang et al., ICASSP 2024"
+    proximal = 0.0
+
+    def is_trained(self, slot: Slot) -> bool:
+        """Whether the devices train and send this tensor."""
+        return True
+
+    def start(self, fleet: Fleet, settings: MethodSettings) -> tuple[State, RoundCost]:
+        theta, cost = start_theta(fleet, settings)
+        return State(settings, theta), cost
+
+    def round(self, fleet: Fleet, state: State, devices: Sequence[str], index: int) -> tuple[State, RoundCost]:
+        settings, shared = state.settings, state.shared
+        trained = mask(fleet.bundle.expert, shared.size, self.is_trained)
+        training = settings.training_of(index)
+        tasks = {
+            name: Task(shared, training, round_seed(settings, name, index), trained, self.proximal) for name in devices
+        }
+        results = fleet.map(train_received, tasks)
+        cost = exchange(fleet.bundle, shared, devices, self.is_trained)
+        return State(settings, average(fleet.bundle, shared, results)), cost
+
+    def adapt(self, fleet: Fleet, state: State, devices: Sequence[str]) -> State:
+        return state
+
+    def model(self, state: State, device: str) -> Vector:
+        return state.shared
+
+    def log_p(self, context: TrainingContext, model: Vector, samples: Samples) -> dict[str, Floats]:
+        return {self.name: log_p(context, samples, model)}
