@@ -15,7 +15,8 @@ from typing import Any
 from fedfmsl.errors import ConfigError
 from simulation.methods.base import Method
 
-METHODS = {
+METHODS = {  # by name: the module, and what makes the method
+    "fedfmsl": "fedfmsl:FedFMSL",
     "local-only": "local_only:LocalOnly",
     "fedit": "fedit:FedIT",
     "fedprox": "fedprox:FedProx",
@@ -27,6 +28,10 @@ METHODS = {
     "feddpa": "feddpa:FedDPA",
     "fedalt": "fedalt:FedALT",
     "centralised": "centralised:Centralised",
+    "fedfmsl-all-at-once": "ablations:without_sal",
+    "fedfmsl-fixed-schedule": "ablations:with_fixed_schedule",
+    "fedfmsl-no-gate": "ablations:without_gate",
+    "fedfmsl-zero-head": "ablations:without_class_means",
 }
 
 
@@ -34,6 +39,6 @@ def method_of(name: str) -> Method[Any, Any]:
     """The method `name`, imported when it is first used. Raises ConfigError if there is none."""
     if name not in METHODS:
         raise ConfigError(f"there is no method {name!r}; choose from {', '.join(METHODS)}")
-    module, kind = METHODS[name].split(":")
-    method: Method[Any, Any] = getattr(import_module(f"simulation.methods.{module}"), kind)()
+    module, maker = METHODS[name].split(":")
+    method: Method[Any, Any] = getattr(import_module(f"simulation.methods.{module}"), maker)()
     return method

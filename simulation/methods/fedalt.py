@@ -23,7 +23,7 @@ from edge_runtime.data.samples import labels_of
 from edge_runtime.engines.base import Batch, expert_decay
 from edge_runtime.training.context import Samples, TrainingContext
 from fedfmsl.algorithms.adamw import AdamW
-from fedfmsl.algorithms.arrays import Floats, Vector
+from fedfmsl.algorithms.arrays import Doubles, Floats, Vector
 from fedfmsl.algorithms.mixture import log_softmax
 from fedfmsl.protocol.messages import Training
 from simulation.fleet import Fleet
@@ -42,9 +42,15 @@ class AltState(State):
     routers: Mapping[str, Floats] = field(default_factory=dict)
     untrained: Floats
 
-    def model(self, device: str) -> Model:
-        others = [self.sent[name] for name in sorted(self.sent) if name != device]
-        rest = np.asarray(np.mean(others, axis=0, dtype=np.float64), np.float32) if others else self.shared
+    def models(self, devices: Sequence[str]) -> dict[str, Model]:
+        total = np.zeros(self.shared.size)
+        for name in sorted(self.sent):
+            total += self.sent[name]
+        return {name: self._model(name, total) for name in devices}
+
+    def _model(self, device: str, total: Doubles) -> Model:
+        others = len(self.sent.keys() - {device})
+        rest = np.asarray((total - self.sent.get(device, 0.0)) / others, np.float32) if others else self.shared
         return Model(self.personal.get(device, self.shared), rest, self.routers.get(device, self.untrained))
 
 
@@ -111,7 +117,7 @@ class FedALT:
         return state
 
     def model(self, state: AltState, device: str) -> Model:
-        return state.model(device)
+        return state.models([device])[device]
 
     def log_p(self, context: TrainingContext, model: Model, samples: Samples) -> dict[str, Floats]:
         pooled = context.cache.precise().pooled(samples, context.level_of(model.individual))
@@ -122,7 +128,9 @@ class FedALT:
 def _train(fleet: Fleet, state: AltState, devices: Sequence[str], index: int) -> AltState:
     settings = state.settings
     training = settings.training_of(index)
-    tasks = {name: Task(state.model(name), training, round_seed(settings, name, index)) for name in devices}
+    tasks = {
+        name: Task(model, training, round_seed(settings, name, index)) for name, model in state.models(devices).items()
+    }
     results = fleet.map(train_individual, tasks)
     return replace(
         state,

@@ -116,10 +116,8 @@ def local_weights(context: TrainingContext, samples: Samples, personal: Vector, 
         rows = np.concatenate([engine.features(batch) for batch in states.batches()])
         return np.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True), np.float32)
 
-    cosines = (
-        directions(context.cache.precise().frozen(samples, level)) @ directions(context.cache.frozen(compared, level)).T
-    )
-    return np.asarray(MAX_WEIGHT * cosines.mean(axis=1), np.float32)
+    predicted, known = context.cache.precise().frozen(samples, level), context.cache.frozen(compared, level)
+    return np.asarray(MAX_WEIGHT * (directions(predicted) @ directions(known).T).mean(axis=1), np.float32)
 
 
 class FedDPA:

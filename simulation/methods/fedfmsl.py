@@ -13,10 +13,10 @@ from fedfmsl.algorithms.arrays import Floats
 from fedfmsl.algorithms.sal import CapabilityQueue
 from fedfmsl.protocol.chunks import chunks
 from fedfmsl.protocol.messages import Round, Stage
-from simulation.federation import Federation, Sent
+from simulation.federation import Federation, Sent, Tamper, honest
 from simulation.fleet import Fleet
 from simulation.methods.base import MethodSettings, RoundCost
-from trainer_server.config import RunConfig, Trigger, sal_rules
+from trainer_server.config import Head, RunConfig, Trigger, sal_rules
 
 ROWS = {"start": "class-means", "global": "global", "local_expert": "local-expert"}  # beside the mixture
 
@@ -32,9 +32,12 @@ class Stage2:
 
 @dataclass(frozen=True)
 class FedFMSL:
-    """Both stages, with the server's defaults. `sal`: when more blocks are activated."""
+    """Both stages, with the server's defaults. `sal`: when more blocks are activated. `head`: what stage 1 starts from.
+    `tamper`: changes the results of devices; for an ablation."""
 
     sal: Trigger = Trigger.CAPABILITY_QUEUE
+    head: Head = Head.CLASS_MEANS
+    tamper: Tamper = honest
     name: str = "fedfmsl"
     title: str = "FedFMSL (MoFM)"
     source: str = "Wu et al., FedFMSL, IEEE TMC 23(12), 2024"
@@ -49,12 +52,13 @@ class FedFMSL:
                 "stage2_rounds": settings.stage2_rounds,
                 "stage1": settings.training.model_copy(update={"seed": settings.seed}),
                 "stage2": settings.stage2.model_copy(update={"seed": settings.seed}),
+                "head": self.head,
                 "stage1_sal": stage1_sal,
                 "stage2_sal": stage2_sal,
                 "seed": settings.seed,
             }
         )
-        run = Federation(config, fleet)
+        run = Federation(config, fleet, self.tamper)
         return run, _cost(run.step(), bytes_down=0)
 
     def round(
