@@ -84,8 +84,9 @@ class LocalFleet:
         """`splits` of all devices, those in `unseen` too. `states`: folder for the devices' state directories.
         `level_caps`: default is the bundle's highest level. `threads` = 0 uses all cores."""
         self.bundle = bundle
-        self.names = [name for name in splits if name not in unseen]
-        self.unseen = [name for name in splits if name in unseen]
+        kept_out = set(unseen)
+        self.names = [name for name in splits if name not in kept_out]
+        self.unseen = [name for name in splits if name in kept_out]
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self._features = features
         self._splits = splits
