@@ -15,8 +15,6 @@ from fedfmsl.algorithms.arrays import Floats, Labels, Vector
 from fedfmsl.algorithms.calibration import fit_temperature
 from fedfmsl.algorithms.mixture import Biases, class_dropout, gate_offset, log_softmax, mix
 
-GLOBAL_MEDIAN = 1.0  # prior median of the global expert's temperature
-
 
 @dataclass(frozen=True)
 class Mixture:
@@ -59,7 +57,7 @@ def global_temperature(context: TrainingContext, published: Globals) -> float:
     """
     held_out = context.splits.held_out
     log_p = context.log_p(held_out, published.expert, np.zeros(context.classes, np.float32))
-    return fit_temperature(log_p, labels_of(held_out), median=GLOBAL_MEDIAN)
+    return fit_temperature(log_p, labels_of(held_out))
 
 
 def tempered(context: TrainingContext, expert: Vector, temperature: float) -> Vector:
