@@ -56,9 +56,10 @@ def draw_own_against_novel(axes: Axes, methods: Sequence[Method], samples: str =
     _draw_harmonic_means(axes, right, high)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axes.set_xlabel(f"own: accuracy on the devices' own test {samples}")
-    axes.set_ylabel("novel: of classes that only other devices hold")
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), handletextpad=0.2)
+    axes.set_xlabel(f"own: accuracy on the device's own test {samples}")
+    axes.set_ylabel("novel: on other devices' classes")
+    if methods:
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), handletextpad=0.2)
 
 
 def _limits(values: Sequence[tuple[float, float]]) -> tuple[float, float]:
