@@ -89,8 +89,7 @@ def own_against_novel(reports: Sequence[Report]) -> bytes:
         own, novel = ([MEASURES[name](report, model) for report in reports] for name in ("own", "novel"))
         known = [(x, y) for x, y in zip(own, novel, strict=True) if x is not None and y is not None]
         if known:
-            (x, x_spread), (y, y_spread) = (_mean_and_spread(values) for values in zip(*known, strict=True))
-            methods.append(Method(NAMES[model], x, y, x_spread, y_spread, COLOURS[model]))
+            methods.append(Method.of(NAMES[model], known, COLOURS[model]))
     with rc_context(STYLE):
         figure = Figure(figsize=(8, 5), layout="constrained")
         draw_own_against_novel(figure.subplots(), methods, reports[0]["samples"])
@@ -107,10 +106,6 @@ def _cell(values: Sequence[float | None]) -> str:
     """Over the seeds that have the value: if every device holds every class, nothing is novel."""
     known = [value for value in values if value is not None]
     return spread(known) if known else "–"
-
-
-def _mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def _trial(alpha: float, seed: int) -> Report:

@@ -29,6 +29,21 @@ def test_every_method_is_a_visible_point_with_its_name(count: int) -> None:
     assert "photos" in axes.get_xlabel()
 
 
+def test_a_method_over_several_seeds_has_mean_and_deviation() -> None:
+    found = Method.of("MoFM", [(0.7, 0.4), (0.8, 0.6)])
+    assert (found.own, found.novel) == pytest.approx((0.75, 0.5))
+    assert (found.own_spread, found.novel_spread) == pytest.approx((0.05 * 2**0.5, 0.1 * 2**0.5))
+    once = Method.of("MoFM", [(0.7, 0.4)])
+    assert (once.own, once.novel, once.own_spread, once.novel_spread) == (0.7, 0.4, 0.0, 0.0)
+
+
+def test_methods_differ_in_colour_or_marker() -> None:
+    axes = Figure().subplots()
+    draw_own_against_novel(axes, [Method(str(index), 0.5, 0.5) for index in range(14)])
+    points = [line for line in axes.get_lines() if len(line.get_xdata()) == 1]  # type: ignore[arg-type]
+    assert len({(line.get_color(), line.get_marker()) for line in points}) == 14
+
+
 def test_a_line_of_equal_harmonic_mean_has_that_mean() -> None:
     axes = Figure().subplots()
     draw_own_against_novel(axes, METHODS)
