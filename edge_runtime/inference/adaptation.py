@@ -9,10 +9,9 @@ from typing import Protocol
 import numpy as np
 
 from fedfmsl.algorithms.arrays import Floats
-from fedfmsl.algorithms.label_shift import adapted_prior, prior_shift
+from fedfmsl.algorithms.label_shift import WINDOW, adapted_prior, prior_shift
 from fedfmsl.algorithms.mixture import log_softmax
 
-WINDOW = 1000  # files that the prior is estimated from
 MIN_PROBABILITY = 1e-30
 
 

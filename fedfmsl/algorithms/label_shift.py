@@ -15,6 +15,7 @@ RATE_STRENGTH = 10.0  # pseudo-samples of the default rate; ours, chosen on held
 CLASS_STRENGTH = 1000.0  # pseudo-samples of the default classes within each group
 MIN_SAMPLES = 10  # with fewer, the default prior stays
 ITERATIONS = 20
+WINDOW = 1000  # newest samples of a stream that its prior is estimated from
 
 
 def adapted_prior(log_p: Floats, prior: Floats, held: NDArray[np.bool_]) -> Floats:
@@ -43,7 +44,8 @@ def prior_shift(prior: Floats, adapted: Floats) -> Floats:
 
 
 def adapt_in_order(log_p: Floats, prior: Floats, held: NDArray[np.bool_]) -> Floats:
-    """`log_p` (n, C) of a stream, each sample's under the prior that the samples up to it make most likely."""
-    adapted = [adapted_prior(log_p[: index + 1], prior, held) for index in range(len(log_p))]
+    """`log_p` (n, C) of a stream, each sample's under the prior that the WINDOW samples up to it make most likely."""
+    ends = range(1, len(log_p) + 1)
+    adapted = [adapted_prior(log_p[max(0, end - WINDOW) : end], prior, held) for end in ends]
     shifts = [prior_shift(prior, each) for each in adapted]
     return np.asarray(log_p + np.reshape(shifts, log_p.shape), np.float32)
