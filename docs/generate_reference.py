@@ -21,6 +21,7 @@ from fedfmsl.common.exit_codes import EXIT_CODES
 from fedfmsl.common.options import reference
 from fedfmsl.common.settings import SettingsModel
 from fedfmsl.protocol.messages import Activity, Health
+from simulation.settings import SimulationSettings
 from trainer_server.settings import ServerSettings
 
 PAGE = Path(__file__).with_name("reference.md")
@@ -34,8 +35,14 @@ MODULES = (
     "devices.boards",
     "devices.trial.__main__",
     "devices.trial.assets",
+    "simulation.__main__",
 )
-MODELS: dict[str, type[SettingsModel]] = {"device": Settings, "server": ServerSettings, "trial": TrialSettings}
+MODELS: dict[str, type[SettingsModel]] = {
+    "device": Settings,
+    "server": ServerSettings,
+    "trial": TrialSettings,
+    "simulation": SimulationSettings,
+}
 INTRODUCTION = """\
 # Settings, commands and exit codes
 

@@ -37,6 +37,7 @@ PARTS = {
         "devices.provision", "server", "Make a CA, a broker's configuration and identities; revoke them."
     ),
     "install": Part("devices.install", "edge", "Install the daemon on this machine, or remove it."),
+    "simulate": Part("simulation.__main__", "simulation", "Simulate a federation of virtual devices on this machine."),
     "trial": Part("devices.trial.__main__", "trial", "Run a whole federated trial on this machine."),
 }
 

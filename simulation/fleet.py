@@ -84,8 +84,9 @@ class LocalFleet:
         """`splits` of all devices, those in `unseen` too. `states`: folder for the devices' state directories.
         `level_caps`: default is the bundle's highest level. `threads` = 0 uses all cores."""
         self.bundle = bundle
-        self.names = [name for name in splits if name not in unseen]
-        self.unseen = [name for name in splits if name in unseen]
+        kept_out = set(unseen)
+        self.names = [name for name in splits if name not in kept_out]
+        self.unseen = [name for name in splits if name in kept_out]
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self._features = features
         self._splits = splits
@@ -123,8 +124,8 @@ class LocalFleet:
 
 
 def compute_features(features: Features[Store], splits: Mapping[str, Splits], levels: int) -> dict[str, Splits]:
-    """Computes the states of all samples at levels 1 to `levels`: in fp16, and in fp32 those of the test splits. Then
-    assigns the unassigned samples of each device."""
+    """Assigns the unassigned samples of each device, and computes the states that devices need at levels 1 to `levels`:
+    in fp16 those of the training and held-out splits, in fp32 those of the test splits."""
     for each in splits.values():
         for level in range(1, levels + 1):
             features.frozen(each.train + each.held_out, level)

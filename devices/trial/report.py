@@ -205,7 +205,7 @@ def _print(folder: Path, report: Report) -> None:
     rows = model_rows(report)
     table = Table(title="Test accuracy of the models", title_justify="left", box=None, pad_edge=False)
     for index, name in enumerate(rows[0]):
-        table.add_column(name, justify="right" if index else "left")
+        table.add_column(name, justify="right" if index else "left", no_wrap=True)
     for row in rows[1:]:
         table.add_row(*row, style="bold" if row is rows[-1] else "")
     console.print(table)

@@ -12,7 +12,14 @@ from edge_runtime.data.samples import labels_of
 from edge_runtime.training.context import Samples, TrainingContext
 from edge_runtime.training.local_expert import LocalExpert
 from edge_runtime.training.loop import Targets, predict_log_p, train
-from edge_runtime.training.mixture import ExpertOutputs, Mixture, dropped_class_log_p, expert_outputs, temper_global
+from edge_runtime.training.mixture import (
+    ExpertOutputs,
+    Mixture,
+    dropped_class_log_p,
+    expert_outputs,
+    global_temperature,
+    tempered,
+)
 from edge_runtime.training.model import make_personal_model
 from edge_runtime.training.stages import Globals, StageResult, class_mean_expert, shuffle_seed
 from edge_runtime.training.tensor_file import read_tensors
@@ -72,19 +79,7 @@ def predict_models(context: TrainingContext, round_: Round, published: Globals, 
     `local_expert` and `mofm` are the device's own; `local_only` exists in a run with a baseline. Reads no labels, so
     the trial uses it for samples of other devices too.
     """
-    outputs, mixture = _mixture(context, round_, published, samples)
-    precise, no_bias = _precise(context), np.zeros(context.classes, np.float32)
-    models = {
-        "start": precise.log_p(samples, published.start, no_bias),
-        "global": outputs.global_logits,
-        "global_prior": log_softmax(outputs.global_logits + context.biases.prior),
-        "local_expert": mixture.local_log_p,
-        "mofm": mixture.log_p,
-    }
-    baseline = _load_baseline(context, round_.session)
-    if baseline is not None:
-        models["local_only"] = precise.log_p(samples, baseline, context.class_mask)
-    return models
+    return _predict(context, round_, published, samples)[0]
 
 
 def evaluate(context: TrainingContext, round_: Round, published: Globals) -> StageResult:
@@ -95,13 +90,11 @@ def evaluate(context: TrainingContext, round_: Round, published: Globals) -> Sta
     samples, held_out = context.splits.test, context.splits.held_out
     labels = labels_of(samples)
     model = make_personal_model(context, round_, published)
-    models = predict_models(context, round_, published, samples)
-    gate = _mixture(context, round_, published, samples)[1].log_gate
-    weight, entropy = gate_statistics(gate) if samples else (0.0, 0.0)
+    models, mixture = _predict(context, round_, published, samples)
+    weight, entropy = gate_statistics(mixture.log_gate) if samples else (0.0, 0.0)
     metrics = {name: accuracy(log_p, labels) for name, log_p in models.items()}
-    dropped = dropped_class_log_p(
-        context, published.gate, _mixture(context, round_, published, held_out)[0], labels_of(held_out)
-    )
+    expert, outputs = _outputs(context, round_, published, held_out)
+    dropped = dropped_class_log_p(context, published.gate, outputs, labels_of(held_out))
     if len(dropped):
         metrics["mofm_novel_estimate"] = accuracy(dropped, labels_of(held_out))
     counts = {"test": _per_class(context, labels)}
@@ -113,7 +106,7 @@ def evaluate(context: TrainingContext, round_: Round, published: Globals) -> Sta
     write_atomically(context.store.results, json.dumps(results).encode())
     return StageResult(
         samples=len(samples),
-        level=_local_expert(context, round_, temper_global(context, published)).best_level,
+        level=expert.best_level,
         metrics={
             **metrics,
             "mean_local_weight": weight,
@@ -125,23 +118,39 @@ def evaluate(context: TrainingContext, round_: Round, published: Globals) -> Sta
     )
 
 
-def _mixture(
+def _predict(
     context: TrainingContext, round_: Round, published: Globals, samples: Samples
-) -> tuple[ExpertOutputs, Mixture]:
-    tempered = temper_global(context, published)
-    expert = _local_expert(context, round_, tempered)
-    outputs = expert_outputs(_precise(context), samples, tempered, expert.best, expert.best_level)
-    return outputs, outputs.mixture(context, published.gate, context.biases)
+) -> tuple[dict[str, Floats], Mixture]:
+    outputs = _outputs(context, round_, published, samples)[1]
+    mixture = outputs.mixture(context, published.gate, context.biases)
+    precise, no_bias = _precise(context), np.zeros(context.classes, np.float32)
+    models = {
+        "start": precise.log_p(samples, published.start, no_bias),
+        "global": log_softmax(outputs.global_logits),
+        "global_prior": log_softmax(outputs.global_logits + context.biases.prior),
+        "local_expert": mixture.local_log_p,
+        "mofm": mixture.log_p,
+    }
+    baseline = _load_baseline(context, round_.session)
+    if baseline is not None:
+        models["local_only"] = precise.log_p(samples, baseline, context.class_mask)
+    return models, mixture
+
+
+def _outputs(
+    context: TrainingContext, round_: Round, published: Globals, samples: Samples
+) -> tuple[LocalExpert, ExpertOutputs]:
+    """The local expert, and both experts' outputs. Before stage 2 the local expert is made from the global one."""
+    temperature = global_temperature(context, published)
+    expert = LocalExpert.load(context, round_.session) or LocalExpert.from_global(
+        context, tempered(context, published.expert, temperature), round_.sal
+    )
+    return expert, expert_outputs(_precise(context), samples, published, temperature, expert.best, expert.best_level)
 
 
 def _precise(context: TrainingContext) -> TrainingContext:
     """With fp32 hidden states, which give exactly the probabilities of the personalized model."""
     return replace(context, cache=context.cache.precise())
-
-
-def _local_expert(context: TrainingContext, round_: Round, tempered: Globals) -> LocalExpert:
-    saved = LocalExpert.load(context, round_.session)
-    return saved or LocalExpert.from_global(context, tempered.expert, round_.sal)
 
 
 def _per_class(context: TrainingContext, labels: Labels) -> list[int]:

@@ -17,7 +17,8 @@ from edge_runtime.training.mixture import (
     compute_mixture,
     dropped_class_log_p,
     expert_outputs,
-    temper_global,
+    global_temperature,
+    tempered,
 )
 from edge_runtime.training.stages import Globals, StageResult, shuffle_seed
 from edge_runtime.training.tensor_file import read_tensors
@@ -105,27 +106,29 @@ class LocalExpert:
 
 def train_personal(context: TrainingContext, round_: Round, published: Globals) -> StageResult:
     """Trains the local expert on the mixture's likelihood, then the gate adapter on the held-out split."""
-    splits, published = context.splits, temper_global(context, published)
+    splits, temperature = context.splits, global_temperature(context, published)
     expert = LocalExpert.load(context, round_.session)
     if expert is None or round_.index == 0:
-        expert = LocalExpert.from_global(context, published.expert, round_.sal)
+        expert = LocalExpert.from_global(context, tempered(context, published.expert, temperature), round_.sal)
     fingerprint = _fingerprint(splits.held_out)
     if expert.held_out != fingerprint:  # scores are comparable on the same samples only
-        before = compute_mixture(context, splits.held_out, published, expert.best, expert.best_level)
+        before = compute_mixture(context, splits.held_out, published, temperature, expert.best, expert.best_level)
         score = nll(before.log_p, labels_of(splits.held_out))
         expert = replace(expert, best_nll=score, held_out=fingerprint)
     if expert.round < round_.index:
-        expert = _train_local(context, round_, published, expert)
+        expert = _train_local(context, round_, published, temperature, expert)
         expert.save(context, round_.session)
-    return _train_gate(context, published, expert)
+    return _train_gate(context, published, temperature, expert)
 
 
-def _train_local(context: TrainingContext, round_: Round, published: Globals, expert: LocalExpert) -> LocalExpert:
+def _train_local(
+    context: TrainingContext, round_: Round, published: Globals, temperature: float, expert: LocalExpert
+) -> LocalExpert:
     engine, layout, samples, level = context.engine, context.bundle.expert, context.splits.train, expert.sal.level
     trained = min(level, context.level_cap)  # the cap may have been lowered
     labels = labels_of(samples)
     features = context.cache.pooled(samples, context.level_of(published.expert))
-    logits = context.log_p(samples, published.expert, np.zeros(context.classes, np.float32))
+    logits = context.log_p(samples, published.expert, np.zeros(context.classes, np.float32)) / np.float32(temperature)
     log_gate = context.gate.log_weights(published.gate, features, gate_offset(logits, context.biases))
     global_log_p = label_log_p(log_softmax(logits + context.biases.kept), labels)
     targets = Targets(labels, gate=log_gate[:, 1], other=log_gate[:, 0] + global_log_p)
@@ -139,7 +142,7 @@ def _train_local(context: TrainingContext, round_: Round, published: Globals, ex
     theta = expert.theta.copy()
     theta[:size] = engine.get()
     held_out = context.splits.held_out
-    after = compute_mixture(context, held_out, published, theta, level)
+    after = compute_mixture(context, held_out, published, temperature, theta, level)
     held_out_labels = labels_of(held_out)
     sal = context.capped(round_.sal).observe(expert.sal, accuracy(after.local_log_p, held_out_labels))
     expert = replace(expert, theta=theta, sal=sal, round=round_.index)
@@ -147,10 +150,10 @@ def _train_local(context: TrainingContext, round_: Round, published: Globals, ex
     return replace(expert, best=theta, best_level=level, best_nll=score) if score < expert.best_nll else expert
 
 
-def _train_gate(context: TrainingContext, published: Globals, expert: LocalExpert) -> StageResult:
+def _train_gate(context: TrainingContext, published: Globals, temperature: float, expert: LocalExpert) -> StageResult:
     samples = context.splits.held_out
     labels = labels_of(samples)
-    outputs = expert_outputs(context, samples, published, expert.best, expert.best_level)
+    outputs = expert_outputs(context, samples, published, temperature, expert.best, expert.best_level)
     mixture = outputs.mixture(context, published.gate, context.biases)
     gate = context.gate.train(published.gate, gate_examples(context, outputs, labels))
     weight, entropy = gate_statistics(mixture.log_gate)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,8 +14,6 @@ from edge_runtime.training.stages import Globals
 from fedfmsl.algorithms.arrays import Floats, Labels, Vector
 from fedfmsl.algorithms.calibration import fit_temperature
 from fedfmsl.algorithms.mixture import Biases, class_dropout, gate_offset, log_softmax, mix
-
-GLOBAL_MEDIAN = 1.0  # prior median of the global expert's temperature
 
 
 @dataclass(frozen=True)
@@ -52,25 +50,29 @@ class ExpertOutputs:
         )
 
 
-def temper_global(context: TrainingContext, published: Globals) -> Globals:
-    """`published` with the global expert's head divided by its temperature on the held-out split (ours).
+def global_temperature(context: TrainingContext, published: Globals) -> float:
+    """The temperature of the global expert on the held-out split (ours).
 
     A head in closed form is overconfident, and the gate relies on the global expert's probabilities.
     """
     held_out = context.splits.held_out
     log_p = context.log_p(held_out, published.expert, np.zeros(context.classes, np.float32))
-    temperature = fit_temperature(log_p, labels_of(held_out), median=GLOBAL_MEDIAN)
-    expert = published.expert.copy()
-    expert[: context.bundle.expert.size(0)] /= np.float32(temperature)
-    return replace(published, expert=expert)
+    return fit_temperature(log_p, labels_of(held_out))
+
+
+def tempered(context: TrainingContext, expert: Vector, temperature: float) -> Vector:
+    """The expert (P,) with its logits divided by the temperature."""
+    theta = expert.copy()
+    theta[: context.bundle.expert.size(0)] /= np.float32(temperature)
+    return theta
 
 
 def expert_outputs(
-    context: TrainingContext, samples: Samples, published: Globals, theta: Vector, level: int
+    context: TrainingContext, samples: Samples, published: Globals, temperature: float, theta: Vector, level: int
 ) -> ExpertOutputs:
-    """Of the global expert, and of the local expert `theta` at `level`."""
+    """Of the global expert at its temperature, and of the local expert `theta` at `level`."""
     no_bias = np.zeros(context.classes, np.float32)
-    global_logits = context.log_p(samples, published.expert, no_bias)
+    global_logits = context.log_p(samples, published.expert, no_bias) / np.float32(temperature)
     context.engine.load(level)
     context.engine.set(theta[: context.bundle.expert.size(level)])
     hidden = context.hidden_states(samples, published.expert, level)
@@ -82,10 +84,11 @@ def expert_outputs(
 
 
 def compute_mixture(
-    context: TrainingContext, samples: Samples, published: Globals, theta: Vector, level: int
+    context: TrainingContext, samples: Samples, published: Globals, temperature: float, theta: Vector, level: int
 ) -> Mixture:
-    """The mixture of the global expert and the local expert `theta` at `level`."""
-    return expert_outputs(context, samples, published, theta, level).mixture(context, published.gate, context.biases)
+    """The mixture of the global expert at its temperature and the local expert `theta` at `level`."""
+    outputs = expert_outputs(context, samples, published, temperature, theta, level)
+    return outputs.mixture(context, published.gate, context.biases)
 
 
 def dropped_class_log_p(context: TrainingContext, gate: Vector, outputs: ExpertOutputs, labels: Labels) -> Floats:

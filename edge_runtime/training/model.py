@@ -17,7 +17,7 @@ from edge_runtime.data.samples import labels_of
 from edge_runtime.store import DeviceStore
 from edge_runtime.training.context import TrainingContext
 from edge_runtime.training.local_expert import LocalExpert
-from edge_runtime.training.mixture import expert_outputs, temper_global
+from edge_runtime.training.mixture import expert_outputs, global_temperature, tempered
 from edge_runtime.training.stages import Globals, class_mean_expert
 from fedfmsl.algorithms.arrays import Floats
 from fedfmsl.algorithms.calibration import calibrate, fit_temperature, unknown_threshold
@@ -79,13 +79,14 @@ def make_personal_model(context: TrainingContext, round_: Round, published: Glob
         biases = Biases.of_counts(context.class_counts, novel_rate=0.0)
     if not gate.size:
         gate = context.bundle.initial()[1]
-    complete = temper_global(context, Globals(expert, expert, gate))
-    expert = complete.expert
+    complete = Globals(expert, expert, gate)
+    scale = global_temperature(context, complete)
+    expert = tempered(context, expert, scale)
     saved = LocalExpert.load(context, round_.session)
     local = saved or LocalExpert.from_global(context, expert, round_.sal)
     level = max(context.level_of(expert), local.best_level)
     samples = context.splits.held_out
-    log_p = expert_outputs(context, samples, complete, local.best, level).mixture(context, gate, biases).log_p
+    log_p = expert_outputs(context, samples, complete, scale, local.best, level).mixture(context, gate, biases).log_p
     temperature = fit_temperature(log_p, labels_of(samples))
     size = context.bundle.expert.size(level)
     header = ModelHeader(

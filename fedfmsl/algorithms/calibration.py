@@ -30,17 +30,17 @@ def calibrate(log_p: Floats, temperature: float) -> Floats:
     return log_softmax(log_p / np.float32(temperature))
 
 
-def fit_temperature(log_p: Floats, labels: Labels, median: float = PRIOR_MEDIAN) -> float:
+def fit_temperature(log_p: Floats, labels: Labels) -> float:
     """The most likely T of softmax(log p / T) (Guo et al. 2017) for log p (n, C), labels (n,) and the prior (ours).
 
-    Without samples (n = 0) it is the `median` of the prior.
+    Without samples (n = 0) it is the median of the prior, PRIOR_MEDIAN.
     """
 
     def cost(log_t: float) -> float:
-        return len(labels) * nll(calibrate(log_p, math.exp(log_t)), labels) + ((log_t - middle) / PRIOR_WIDTH) ** 2 / 2
+        return len(labels) * nll(calibrate(log_p, math.exp(log_t)), labels) + ((log_t - median) / PRIOR_WIDTH) ** 2 / 2
 
-    middle = math.log(median)
-    best, width = middle, RANGE
+    median = math.log(PRIOR_MEDIAN)
+    best, width = median, RANGE
     for _ in range(PASSES):
         best = min(np.linspace(best - width, best + width, CANDIDATES).tolist(), key=cost)
         width /= (CANDIDATES - 1) / 2

@@ -15,6 +15,7 @@ RATE_STRENGTH = 10.0  # pseudo-samples of the default rate; ours, chosen on held
 CLASS_STRENGTH = 1000.0  # pseudo-samples of the default classes within each group
 MIN_SAMPLES = 10  # with fewer, the default prior stays
 ITERATIONS = 20
+WINDOW = 1000  # newest samples of a stream that its prior is estimated from
 
 
 def adapted_prior(log_p: Floats, prior: Floats, held: NDArray[np.bool_]) -> Floats:
@@ -29,7 +30,7 @@ def adapted_prior(log_p: Floats, prior: Floats, held: NDArray[np.bool_]) -> Floa
     adapted = start.copy()
     for _ in range(ITERATIONS):
         posterior = likelihood * adapted
-        counts = (posterior / posterior.sum(axis=1, keepdims=True)).sum(axis=0)
+        counts = (posterior / np.maximum(posterior.sum(axis=1, keepdims=True), 1e-300)).sum(axis=0)
         rates = [counts[group].sum() + RATE_STRENGTH * start[group].sum() for group in (held, ~held)]
         for group, rate in zip((held, ~held), rates, strict=True):
             classes = counts[group] + CLASS_STRENGTH * start[group]
@@ -40,3 +41,11 @@ def adapted_prior(log_p: Floats, prior: Floats, held: NDArray[np.bool_]) -> Floa
 def prior_shift(prior: Floats, adapted: Floats) -> Floats:
     """What the log-probabilities of a model with the class prior `prior` gain under `adapted`, both (C,)."""
     return np.asarray(np.log(np.maximum(adapted, 1e-30)) - np.log(np.maximum(prior, 1e-30)), np.float32)
+
+
+def adapt_in_order(log_p: Floats, prior: Floats, held: NDArray[np.bool_]) -> Floats:
+    """`log_p` (n, C) of a stream, each sample's under the prior that the WINDOW samples up to it make most likely."""
+    ends = range(1, len(log_p) + 1)
+    adapted = [adapted_prior(log_p[max(0, end - WINDOW) : end], prior, held) for end in ends]
+    shifts = [prior_shift(prior, each) for each in adapted]
+    return np.asarray(log_p + np.reshape(shifts, log_p.shape), np.float32)

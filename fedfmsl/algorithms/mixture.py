@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from fedfmsl.algorithms.arrays import NEVER, Floats, Labels
 
 SMOOTHING = 0.1  # samples added to each held class
-NOVEL_RATE = 0.1  # prior probability of a novel class; ours, chosen on held-out samples
+NOVEL_RATE = 0.2  # prior probability of a novel class; ours, chosen on held-out samples
 LOCAL_SHARE = 0.5  # of the global expert's probability of held classes, at the start; ours
 
 

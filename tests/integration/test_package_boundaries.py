@@ -101,7 +101,7 @@ TABLE = (
     Row("devices", f"{FEDFMSL} devices.provisioning {EDGE}.settings", "typer rich"),
     Row(
         "simulation",
-        f"{FEDFMSL} trainer_server.* {EDGE} {EDGE}.* devices.trial",
+        f"fedfmsl {FEDFMSL} trainer_server.* {EDGE} {EDGE}.* devices.trial",
         "matplotlib numpy pyarrow pydantic rich typer",
     ),
     Row(
@@ -116,6 +116,8 @@ OPTIONAL = {
     "edge_runtime.daemon.metrics": {"prometheus_client"},
     "edge_runtime.data.texts": {"tokenizers"},
     "edge_runtime.inference.export_onnx": {"onnx"},
+    "simulation.datasets": {"datasets"},
+    "simulation.ray_fleet": {"ray"},
     "simulation.methods.dual_lora": {"onnx"},
 }
 

@@ -1,0 +1,267 @@
+"""Runs the cells of a simulation's grid, one after the other, and writes their results and tables."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from edge_runtime.data.features import Features
+from edge_runtime.data.samples import Splits, assign_splits, labels_of
+from edge_runtime.training.context import Samples
+from fedfmsl import __version__
+from fedfmsl.common.cli import console
+from fedfmsl.protocol.bundle import Bundle
+from fedfmsl.protocol.messages import Training
+from simulation.datasets import Columns, Dataset, load_folder, load_table
+from simulation.fleet import LocalFleet, compute_features
+from simulation.measure import held_out_accuracy, measure
+from simulation.methods import method_of
+from simulation.methods.base import MethodSettings, RoundCost
+from simulation.participation import Participation, assign_level_caps
+from simulation.partition import (
+    Partition,
+    Scheme,
+    by_classes,
+    by_dirichlet,
+    by_group,
+    by_quantity,
+    check_minimum,
+    evenly,
+)
+from simulation.report import write_report
+from simulation.results import Cell, Result, key_of, read_results, value_of, write_result
+from simulation.settings import SimulationSettings
+from simulation.store import MappedStore
+from trainer_server.config import STAGE2
+
+TEST_SHARE = 0.2
+ELSEWHERE = {
+    "name",
+    "images",
+    "dataset",
+    "methods",
+    "seeds",
+    "alpha",
+    "learning_rate",
+    "threads",
+}  # not in a file's key
+REMEDIES = {
+    Scheme.DIRICHLET: "use a larger --alpha, fewer devices, or --partition pathological",
+    Scheme.QUANTITY: "use a larger --alpha or fewer devices",
+    Scheme.PATHOLOGICAL: "use fewer devices or more --classes-per-device",
+    Scheme.NATURAL: "use fewer devices",
+    Scheme.IID: "use fewer devices",
+}
+
+
+def simulate(settings: SimulationSettings) -> None:
+    """Writes runs/NAME. Raises FedFMSLError if an option or the data is unusable."""
+    bundle = Bundle.load(settings.bundle)
+    simulation = Simulation(settings, bundle, _load(settings, bundle))
+    cells = simulation.todo
+    for cell in cells:
+        simulation.partition(cell)  # raises its errors before anything is computed
+    if cells:
+        with _progress("features", simulation.states) as advance:
+            simulation.compute_features(advance)
+    with _progress("rounds", len(cells) * settings.rounds) as advance:
+        for cell in cells:
+            console.print(_line(cell, simulation.run(cell, lambda: advance(1))))
+    write_report(simulation.folder, simulation.results, settings, bundle.manifest.classes, simulation.label_counts)
+
+
+@dataclass(frozen=True)
+class Simulation:
+    settings: SimulationSettings
+    bundle: Bundle
+    dataset: Dataset
+
+    @property
+    def folder(self) -> Path:
+        return Path("runs") / self.settings.name
+
+    @property
+    def level(self) -> int:
+        return self.settings.level(self.bundle)
+
+    @cached_property
+    def cells(self) -> dict[Cell, Path]:
+        """Every combination, and the file of its result."""
+        settings = self.settings
+        has_alpha = settings.partition in (Scheme.DIRICHLET, Scheme.QUANTITY)
+        alphas = settings.alpha if has_alpha else (None,)
+        grid = product(range(settings.seeds), alphas, settings.learning_rate, settings.methods)
+        cells = [Cell(method, alpha, rate, seed) for seed, alpha, rate, method in grid]
+        return {cell: cell.path(self.folder / "results", self._key) for cell in cells}
+
+    @property
+    def todo(self) -> list[Cell]:
+        return [cell for cell, path in self.cells.items() if not path.is_file()]
+
+    @property
+    def results(self) -> list[Result]:
+        return read_results(self.cells.values())
+
+    @cached_property
+    def _key(self) -> str:
+        values = self.settings.model_dump(mode="json", exclude={*ELSEWHERE, "bundle"})
+        data = [f"{s.sha256} {s.label}" for part in (self.dataset.train, self.dataset.test) for s in part]
+        contents = hashlib.sha256("\n".join(data).encode()).hexdigest()
+        return key_of({**values, "bundle": self.bundle.sha256, "data": contents, "version": __version__})
+
+    @cached_property
+    def _features(self) -> Features[MappedStore]:
+        names = sorted(sample.sha256 for sample in (*self.dataset.train, *self.dataset.test))
+        store = MappedStore(self.folder / "features", names)
+        return Features(store, self.bundle, self.settings.threads, reader=self.dataset.inputs)
+
+    @property
+    def states(self) -> int:
+        """The number of hidden states of all samples at all levels."""
+        return self.level * (len(self.dataset.train) + len(self.dataset.test))
+
+    def compute_features(self, advance: Callable[[int], None]) -> None:
+        """All states, before devices use them. `advance` receives the number of new ones."""
+        for level in range(1, self.level + 1):
+            for features, samples in (
+                (self._features, self.dataset.train),
+                (self._features.precise(), self.dataset.test),
+            ):
+                for part in _parts(samples):
+                    features.frozen(part, level)
+                    advance(len(part))
+
+    def partition(self, cell: Cell) -> Partition:
+        """Raises ConfigError if a device has too few samples."""
+        settings, dataset = self.settings, self.dataset
+        devices = settings.devices + settings.unseen
+        train, test = labels_of(dataset.train), labels_of(dataset.test)
+        if settings.partition is Scheme.DIRICHLET:
+            partition = by_dirichlet(train, test, devices, cell.alpha or 0.0, cell.seed)
+        elif settings.partition is Scheme.QUANTITY:
+            partition = by_quantity(train, test, devices, cell.alpha or 0.0, cell.seed)
+        elif settings.partition is Scheme.PATHOLOGICAL:
+            partition = by_classes(train, test, devices, settings.classes_per_device, cell.seed)
+        elif settings.partition is Scheme.NATURAL:
+            groups = dataset.train_groups, dataset.test_groups
+            partition = by_group(train, test, *groups, devices, cell.seed)
+        else:
+            partition = evenly(train, test, devices, cell.seed)
+        check_minimum(partition, settings.min_samples, REMEDIES[settings.partition])
+        return partition
+
+    def label_counts(self) -> NDArray[np.int64]:
+        """Training samples by device and class (K, C) of the first cell."""
+        cell = next(iter(self.cells))
+        return self.partition(cell).counts(labels_of(self.dataset.train), len(self.bundle.manifest.classes))
+
+    def fleet(self, cell: Cell, states: Path) -> LocalFleet:
+        partition, settings = self.partition(cell), self.settings
+        splits: dict[str, Splits] = {}
+        for index, (own, tests) in enumerate(zip(partition.train, partition.test, strict=True)):
+            samples = [self.dataset.train[each] for each in own], [self.dataset.test[each] for each in tests]
+            splits[f"device-{index}"] = assign_splits(*samples, {})
+        splits = compute_features(self._features, splits, self.level)
+        held_out = tuple(sample for each in splits.values() for sample in each.held_out)
+        for level in range(1, self.level + 1):  # measured in fp32 as test samples are
+            self._features.precise().frozen(held_out, level)
+        names = [*splits]
+        return LocalFleet(
+            self.bundle,
+            self._features,
+            splits,
+            states,
+            settings.threads,
+            unseen=names[settings.devices :],
+            level_caps=assign_level_caps(names, settings.level_caps, cell.seed),
+        )
+
+    def method_settings(self, cell: Cell) -> MethodSettings:
+        settings = self.settings
+        common = {"batch_size": settings.batch_size, "seed": cell.seed}
+        stage1 = Training(epochs=settings.epochs, learning_rate=cell.learning_rate, **common)
+        return MethodSettings(settings.rounds, stage1, self.level, cell.seed, STAGE2.model_copy(update=common))
+
+    def run(self, cell: Cell, advance: Callable[[], None]) -> Result:
+        """Computes a cell and writes its file. `advance` is called after each round."""
+        settings, states = self.settings, self.folder / "states"
+        shutil.rmtree(states, ignore_errors=True)
+        fleet, method = self.fleet(cell, states), method_of(cell.method)
+        participation = Participation(settings.fraction, settings.dropout, settings.stragglers, cell.seed)
+        sizes = {name: len(fleet.splits(name).train) for name in fleet.names}
+        state, cost = method.start(fleet, self.method_settings(cell))
+        costs = [cost]
+        for index in range(settings.rounds):
+            state, cost = method.round(fleet, state, participation.devices(sizes, index), index)
+            costs.append(cost)
+            advance()
+        seconds = sum(fleet.seconds.values())
+        result = {
+            "title": method.title,
+            "source": method.source,
+            "rows": measure(method, fleet, state, fleet.names, settings.test_devices),
+            "held_out": held_out_accuracy(method, fleet, state),
+            "unseen": measure(method, fleet, state, fleet.unseen, settings.test_devices),
+            **_costs(costs, seconds),
+        }
+        state = method.adapt(fleet, state, fleet.unseen)
+        result["unseen_adapted"] = measure(method, fleet, state, fleet.unseen, settings.test_devices)
+        write_result(self.cells[cell], cell, result)
+        shutil.rmtree(states, ignore_errors=True)
+        return read_results([self.cells[cell]])[0]
+
+
+def _load(settings: SimulationSettings, bundle: Bundle) -> Dataset:
+    if settings.images is not None:
+        return load_folder(settings.images, bundle, settings.partition is Scheme.NATURAL, TEST_SHARE)
+    columns = Columns(settings.sample_column, settings.label_column, settings.group_column)
+    return load_table(settings.dataset or "", bundle, columns, TEST_SHARE)
+
+
+def _parts(samples: Samples, size: int = 64) -> Iterator[Samples]:
+    for start in range(0, len(samples), size):
+        yield samples[start : start + size]
+
+
+def _costs(costs: list[RoundCost], seconds: float) -> dict[str, float]:
+    """Means over the participations of all devices in all rounds; what the start costs is included."""
+    up: Counter[str] = Counter()
+    down: Counter[str] = Counter()
+    for cost in costs:
+        up.update(cost.bytes_up)
+        down.update(cost.bytes_down)
+    count = max(1, sum(len({*cost.bytes_up, *cost.bytes_down}) for cost in costs[1:]))
+    return {
+        "kilobytes_up": up.total() / 1000 / count,
+        "kilobytes_down": down.total() / 1000 / count,
+        "device_seconds": seconds / count,
+        "participations": count,
+    }
+
+
+def _line(cell: Cell, result: Result) -> str:
+    """What the command prints when a cell is done."""
+    measured = [(name, value_of(result, cell.method, name)) for name in ("own", "novel", "fleet", "harmonic")]
+    values = " · ".join(f"{name} {value:.3f}" for name, value in measured if value is not None)
+    alpha = "" if cell.alpha is None else f", α {cell.alpha:g}"
+    return f"{result['title']}{alpha}, rate {cell.learning_rate:g}, seed {cell.seed}: {values}"
+
+
+@contextmanager
+def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar with the time left. Yields a function that receives the progress."""
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
+        task = progress.add_task(what, total=total, visible=total > 0)
+        yield lambda done: progress.advance(task, done)
