@@ -17,6 +17,7 @@ from fedfmsl.algorithms.label_shift import adapted_prior, prior_shift
 from fedfmsl.algorithms.mixture import (
     Biases,
     accuracy,
+    class_dropout,
     class_mask,
     class_prior,
     gate_offset,
@@ -76,6 +77,7 @@ __all__ = [
     "accuracy",
     "adapted_prior",
     "calibrate",
+    "class_dropout",
     "class_mask",
     "class_mean_head",
     "class_prior",

@@ -17,7 +17,13 @@ from edge_runtime.data.samples import labels_of
 from edge_runtime.training.context import TrainingContext
 from edge_runtime.training.evaluation import evaluate, predict_models
 from edge_runtime.training.local_expert import LocalExpert, gate_examples, train_personal
-from edge_runtime.training.mixture import ExpertOutputs, dropped_class_log_p, expert_outputs, temper_global
+from edge_runtime.training.mixture import (
+    ExpertOutputs,
+    dropped_class_log_p,
+    expert_outputs,
+    global_temperature,
+    tempered,
+)
 from edge_runtime.training.model import make_personal_model
 from edge_runtime.training.stages import Globals, class_mean_expert
 from fedfmsl.algorithms.arrays import Floats
@@ -49,7 +55,7 @@ def everything(vit: Built, photos: Path, tmp_path: Path) -> TrainingContext:
 
 def outputs_of(context: TrainingContext, published: Globals, seed: int = 2) -> ExpertOutputs:
     theta = random_theta(context.bundle, 1, seed)
-    return expert_outputs(context, context.splits.held_out, published, theta, level=1)
+    return expert_outputs(context, context.splits.held_out, published, 1.0, theta, level=1)
 
 
 def test_an_untrained_gate_leaves_the_probability_of_novel_classes_to_the_global_expert(
@@ -58,7 +64,8 @@ def test_an_untrained_gate_leaves_the_probability_of_novel_classes_to_the_global
     samples, knows = everything.splits.train, class_mean_expert(everything)[: context.bundle.expert.size(1)]
     published = Globals(knows, knows, context.bundle.initial()[1])
     models = predict_models(context, announced_round(Stage.EVALUATE), published, samples)
-    outputs = expert_outputs(context, samples, temper_global(context, published), published.expert, 1)
+    temperature = global_temperature(context, published)
+    outputs = expert_outputs(context, samples, published, temperature, published.expert, 1)
     posterior = log_softmax(outputs.global_logits + context.biases.prior)
     assert np.allclose(models["mofm"][:, NOVEL], posterior[:, NOVEL], atol=0.05)  # fp16 hidden states
     certain = posterior[:, NOVEL] > np.log(0.55)
@@ -71,7 +78,7 @@ def test_gate_examples_are_every_sample_with_and_without_its_class(
     context: TrainingContext, published: Globals
 ) -> None:
     labels, outputs = labels_of(context.splits.held_out), outputs_of(context, published)
-    examples, size = gate_examples(context, outputs, labels), len(labels)
+    examples, size = gate_examples(context.class_counts, outputs, labels), len(labels)
     assert len(examples.features) == 2 * size
     assert examples.weights.sum() == pytest.approx(1)
     assert examples.weights[:size].sum() == pytest.approx(1 - NOVEL_RATE)
@@ -85,7 +92,7 @@ def test_gate_examples_are_every_sample_with_and_without_its_class(
 
 def test_class_dropout_moves_the_gate_towards_the_global_expert(context: TrainingContext, published: Globals) -> None:
     labels, outputs = labels_of(context.splits.held_out), outputs_of(context, published)
-    examples, size = gate_examples(context, outputs, labels), len(labels)
+    examples, size = gate_examples(context.class_counts, outputs, labels), len(labels)
     dropped = replace(
         examples, **{name: getattr(examples, name)[size:] for name in ("features", "offset", "expert_log_p", "weights")}
     )
@@ -96,7 +103,7 @@ def test_class_dropout_moves_the_gate_towards_the_global_expert(context: Trainin
 
 def test_a_trained_gate_has_a_higher_likelihood_of_its_examples(context: TrainingContext, published: Globals) -> None:
     outputs = outputs_of(context, published)
-    examples = gate_examples(context, outputs, labels_of(context.splits.held_out))
+    examples = gate_examples(context.class_counts, outputs, labels_of(context.splits.held_out))
 
     def loss(gate: Floats) -> float:
         log_gate = context.gate.log_weights(gate, examples.features, examples.offset)
@@ -138,12 +145,14 @@ def test_the_global_expert_is_tempered_on_the_held_out_split(context: TrainingCo
     hot.expert[: context.bundle.expert.size(0)] *= 30
     labels, no_bias = labels_of(context.splits.held_out), np.zeros(context.classes, np.float32)
     log_p = context.log_p(context.splits.held_out, hot.expert, no_bias)
-    tempered = temper_global(context, hot)
-    after = context.log_p(context.splits.held_out, tempered.expert, no_bias)
-    temperature = fit_temperature(log_p, labels, median=1.0)
+    temperature = global_temperature(context, hot)
+    assert temperature == fit_temperature(log_p, labels)
+    cooled = tempered(context, hot.expert, temperature)
+    after = context.log_p(context.splits.held_out, cooled, no_bias)
     assert np.allclose(after, log_softmax(log_p / np.float32(temperature)), atol=1e-3)
     assert accuracy(after, labels) == accuracy(log_p, labels)
-    assert np.array_equal(tempered.expert[context.bundle.expert.size(0) :], hot.expert[context.bundle.expert.size(0) :])
+    head = context.bundle.expert.size(0)
+    assert np.array_equal(cooled[head:], hot.expert[head:])
 
 
 @pytest.mark.parametrize("stage", [Stage.STATISTICS, Stage.GLOBAL, Stage.PERSONAL])
@@ -171,9 +180,11 @@ def test_the_saved_model_equals_the_mixture_and_knows_its_prior(
         assert probabilities[:, NOVEL].max() < 1e-6
         return
     assert model.header.prior[NOVEL] == pytest.approx(NOVEL_RATE)
-    tempered = temper_global(context, published)
-    local = LocalExpert.load(context, "s") or LocalExpert.from_global(context, tempered.expert, SAL)
+    temperature = global_temperature(context, published)
+    start = LocalExpert.from_global(context, tempered(context, published.expert, temperature), SAL)
+    local = LocalExpert.load(context, "s") or start
     precise = replace(context, cache=context.cache.precise())
-    mixture = expert_outputs(precise, samples, tempered, local.best, 1).mixture(context, globals_.gate, context.biases)
+    outputs = expert_outputs(precise, samples, published, temperature, local.best, 1)
+    mixture = outputs.mixture(context, globals_.gate, context.biases)
     assert np.allclose(gate, np.exp(mixture.log_gate), atol=1e-5)
     assert np.allclose(probabilities, np.exp(model.calibrated(mixture.log_p)), atol=1e-5)

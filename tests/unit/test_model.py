@@ -19,7 +19,7 @@ from edge_runtime.engines.sessions import open_model, run
 from edge_runtime.inference.export_onnx import write_model
 from edge_runtime.training.evaluation import evaluate, predict_models, train_baseline
 from edge_runtime.training.local_expert import LocalExpert, train_personal
-from edge_runtime.training.mixture import compute_mixture, temper_global
+from edge_runtime.training.mixture import compute_mixture, global_temperature, tempered
 from edge_runtime.training.model import make_personal_model, read_personal_model, save_personal_model
 from edge_runtime.training.stages import Globals, StageFunction, statistics, train_global
 from fedfmsl.algorithms.calibration import fit_temperature
@@ -66,7 +66,8 @@ def test_every_stage_leaves_a_model_of_the_newest_experts(
     if stage is Stage.PERSONAL:
         best = LocalExpert.load(device, "s")
         assert best is not None
-        mixture = compute_mixture(device, samples, temper_global(device, published), best.best, best.best_level)
+        scale = global_temperature(device, published)
+        mixture = compute_mixture(device, samples, published, scale, best.best, best.best_level)
         assert np.allclose(probabilities, np.exp(model.calibrated(mixture.log_p)), atol=2e-3)  # fp16 hidden states
 
 
@@ -160,6 +161,8 @@ def test_a_device_with_a_low_level_cap_has_a_model_of_the_globals_level(
 ) -> None:
     device = make_daemon(vit, photos, tmp_path).device
     device = replace(device, level_cap=1)
-    model = make_personal_model(device, round_of(Stage.GLOBAL), globals_of(vit, level=2))
+    published = globals_of(vit, level=2)
+    model = make_personal_model(device, round_of(Stage.GLOBAL), published)
     assert model.header.level == 2
-    assert np.array_equal(model.inputs["global_theta"], temper_global(device, globals_of(vit, level=2)).expert)
+    expected = tempered(device, published.expert, global_temperature(device, published))
+    assert np.array_equal(model.inputs["global_theta"], expected)

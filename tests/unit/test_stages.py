@@ -20,7 +20,7 @@ from edge_runtime.engines.base import Batch
 from edge_runtime.engines.step_graph import StepGraphEngine
 from edge_runtime.training.context import TrainingContext
 from edge_runtime.training.local_expert import LocalExpert, train_personal
-from edge_runtime.training.mixture import compute_mixture, temper_global
+from edge_runtime.training.mixture import compute_mixture, global_temperature
 from edge_runtime.training.stages import Globals, head_statistics, statistics, train_class_sums, train_global
 from edge_runtime.training.updates import prepare_update
 from fedfmsl.algorithms.arrays import Tensors, Vector
@@ -232,7 +232,8 @@ def test_the_best_expert_is_scored_again_when_the_held_out_split_changes(
     train_personal(after, announced_round(Stage.PERSONAL, index=2), globals_)
     last = saved_expert(after)
     held_out = after.splits.held_out
-    mixture = compute_mixture(after, held_out, temper_global(after, globals_), last.best, last.best_level)
+    temperature = global_temperature(after, globals_)
+    mixture = compute_mixture(after, held_out, globals_, temperature, last.best, last.best_level)
     assert last.best_nll == pytest.approx(-label_log_p(mixture.log_p, labels_of(held_out)).mean(), abs=1e-3)
 
 
