@@ -12,6 +12,15 @@ from fedfmsl.algorithms.accounting import epsilon
 from fedfmsl.algorithms.aggregation import Aggregate, Contribution, CoordinateMedian, TrimmedMean, WeightedMean
 from fedfmsl.algorithms.calibration import UNKNOWN, calibrate, fit_temperature, unknown_threshold
 from fedfmsl.algorithms.class_means import class_mean_head, direction_head
+from fedfmsl.algorithms.evaluation import (
+    DeviceAccuracy,
+    FleetAccuracy,
+    device_accuracy,
+    novel_samples,
+    stream_accuracy,
+    stream_order,
+    summarize,
+)
 from fedfmsl.algorithms.mixture import (
     accuracy,
     class_mask,
@@ -52,11 +61,13 @@ __all__ = [
     "ConfigError",
     "Contribution",
     "CoordinateMedian",
+    "DeviceAccuracy",
     "FedAdam",
     "FedAvg",
     "FedAvgM",
     "FedFMSLError",
     "FixedSchedule",
+    "FleetAccuracy",
     "InputError",
     "MessageError",
     "Moments",
@@ -72,6 +83,7 @@ __all__ = [
     "calibrate",
     "class_mask",
     "class_mean_head",
+    "device_accuracy",
     "direction_head",
     "epsilon",
     "fit_temperature",
@@ -81,8 +93,12 @@ __all__ = [
     "log_softmax",
     "mix",
     "nll",
+    "novel_samples",
     "privatize",
     "privatize_statistics",
+    "stream_accuracy",
+    "stream_order",
+    "summarize",
     "unknown_threshold",
 ]
 

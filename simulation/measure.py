@@ -15,7 +15,7 @@ from fedfmsl.algorithms.evaluation import DeviceAccuracy, device_accuracy, novel
 from simulation.fleet import Fleet
 from simulation.methods.base import Method
 
-Measured = dict[str, dict[str, Any]]  # a row of the table → the fields of `fedfmsl.algorithms.evaluation.Summary`
+Measured = dict[str, dict[str, Any]]  # a row of the table → the fields of `fedfmsl.algorithms.evaluation.FleetAccuracy`
 
 
 @dataclass(frozen=True)
