@@ -13,10 +13,20 @@ from fedfmsl.algorithms.aggregation import Aggregate, Contribution, CoordinateMe
 from fedfmsl.algorithms.calibration import UNKNOWN, calibrate, fit_temperature, unknown_threshold
 from fedfmsl.algorithms.class_means import class_mean_head, direction_head
 from fedfmsl.algorithms.discriminant import discriminant_head, second_moments
+from fedfmsl.algorithms.evaluation import (
+    DeviceAccuracy,
+    FleetAccuracy,
+    device_accuracy,
+    novel_samples,
+    stream_accuracy,
+    stream_order,
+    summarize,
+)
 from fedfmsl.algorithms.label_shift import adapted_prior, prior_shift
 from fedfmsl.algorithms.mixture import (
     Biases,
     accuracy,
+    class_dropout,
     class_mask,
     class_prior,
     gate_offset,
@@ -57,11 +67,13 @@ __all__ = [
     "ConfigError",
     "Contribution",
     "CoordinateMedian",
+    "DeviceAccuracy",
     "FedAdam",
     "FedAvg",
     "FedAvgM",
     "FedFMSLError",
     "FixedSchedule",
+    "FleetAccuracy",
     "InputError",
     "MessageError",
     "Moments",
@@ -76,9 +88,11 @@ __all__ = [
     "accuracy",
     "adapted_prior",
     "calibrate",
+    "class_dropout",
     "class_mask",
     "class_mean_head",
     "class_prior",
+    "device_accuracy",
     "direction_head",
     "discriminant_head",
     "epsilon",
@@ -89,10 +103,14 @@ __all__ = [
     "log_softmax",
     "mix",
     "nll",
+    "novel_samples",
     "prior_shift",
     "privatize",
     "privatize_statistics",
     "second_moments",
+    "stream_accuracy",
+    "stream_order",
+    "summarize",
     "unknown_threshold",
 ]
 

@@ -16,7 +16,7 @@ from simulation.fleet import Fleet
 from simulation.methods.base import Method
 from simulation.methods.fedfmsl import FedFMSL
 
-Measured = dict[str, dict[str, Any]]  # a row of the table → the fields of `fedfmsl.algorithms.evaluation.Summary`
+Measured = dict[str, dict[str, Any]]  # a row of the table → the fields of `fedfmsl.algorithms.evaluation.FleetAccuracy`
 
 
 STREAM_SEED = 0

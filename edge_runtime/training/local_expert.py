@@ -6,6 +6,7 @@ import hashlib
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from edge_runtime.data.samples import labels_of
@@ -155,7 +156,7 @@ def _train_gate(context: TrainingContext, published: Globals, temperature: float
     labels = labels_of(samples)
     outputs = expert_outputs(context, samples, published, temperature, expert.best, expert.best_level)
     mixture = outputs.mixture(context, published.gate, context.biases)
-    gate = context.gate.train(published.gate, gate_examples(context, outputs, labels))
+    gate = context.gate.train(published.gate, gate_examples(context.class_counts, outputs, labels))
     weight, entropy = gate_statistics(mixture.log_gate)
     novel = dropped_class_log_p(context, published.gate, outputs, labels)
     metrics = {
@@ -170,16 +171,16 @@ def _train_gate(context: TrainingContext, published: Globals, temperature: float
     return StageResult(delta=gate - published.gate, samples=len(samples), level=expert.sal.level, metrics=metrics)
 
 
-def gate_examples(context: TrainingContext, outputs: ExpertOutputs, labels: Labels) -> GateExamples:
+def gate_examples(counts: NDArray[np.int64], outputs: ExpertOutputs, labels: Labels) -> GateExamples:
     """Each sample as it is, and with its class dropped, so that only the global expert can be right (ours).
 
-    The weights are the prior probabilities of held and novel classes.
+    `counts` (C,): the device's samples per class. The weights are the prior probabilities of held and novel classes.
     """
-    kept, everything = context.class_counts, np.arange(len(labels))
-    views = [(kept, everything, 1 - NOVEL_RATE), *((c, rows, NOVEL_RATE) for c, rows in class_dropout(kept, labels))]
+    views = [(counts, np.arange(len(labels)), 1 - NOVEL_RATE)]
+    views += [(without, rows, NOVEL_RATE) for without, rows in class_dropout(counts, labels)]
     parts = []
-    for counts, rows, weight in views:
-        biases, seen = Biases.of_counts(counts), outputs[rows]
+    for seen_counts, rows, weight in views:
+        biases, seen = Biases.of_counts(seen_counts), outputs[rows]
         experts = (seen.global_logits + biases.kept, seen.local_logits + biases.held)
         parts.append(
             GateExamples(

@@ -45,7 +45,7 @@ class DeviceAccuracy:
 
 
 @dataclass(frozen=True)
-class Summary:
+class FleetAccuracy:
     """One model over all devices.
 
     `own`, `fleet` and `novel` are means over devices, weighted by the device's samples of that kind; `stream` is
@@ -161,13 +161,13 @@ def worst_decile(own: Iterable[float]) -> float | None:
     return _mean(np.array(ranked[: math.ceil(DECILE * len(ranked))]))
 
 
-def summarize(devices: Sequence[DeviceAccuracy]) -> Summary:
+def summarize(devices: Sequence[DeviceAccuracy]) -> FleetAccuracy:
     """One model over all devices, which may be empty."""
     own = _weighted((device.own, device.own_count) for device in devices)
     novel = _weighted((device.novel, device.novel_count) for device in devices)
     shares = sorted({share for device in devices for share in device.stream})
     streams = {share: _weighted((each.stream.get(share), each.own_count) for each in devices) for share in shares}
-    return Summary(
+    return FleetAccuracy(
         own=own,
         fleet=_weighted((device.fleet, device.fleet_count) for device in devices),
         novel=novel,

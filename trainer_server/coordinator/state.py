@@ -67,6 +67,12 @@ class Plan:
         feature = self.bundle.manifest.dims.feature
         return self._sums(("second_moments", feature * (feature + 1) // 2))
 
+    @property
+    def largest_update(self) -> int:
+        """Values in the largest update of any stage."""
+        bundle = self.bundle
+        return max(bundle.expert.total, bundle.gate.total, self.statistics.total, self.head_statistics.total)
+
     def _sums(self, last: tuple[str, int]) -> Layout:
         dims, (name, size) = self.bundle.manifest.dims, last
         return Layout.build(

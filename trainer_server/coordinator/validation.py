@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fedfmsl.algorithms.arrays import Tensors, Vector
+from fedfmsl.algorithms.arrays import Doubles, Tensors, Vector
+from fedfmsl.algorithms.discriminant import within_scatter
 from fedfmsl.errors import MessageError
 from fedfmsl.protocol.encoding import decode
 from fedfmsl.protocol.layout import Layout
@@ -17,6 +18,7 @@ from trainer_server.coordinator.records import held_out_accuracies
 from trainer_server.coordinator.state import Plan, State
 
 ROUNDING = 1e-3  # relative tolerance for the rounding of a device's own sums
+SCATTER_ROUNDING = 1e-5  # the same for eigenvalues of the scatter, as a share of the sum of squares
 
 
 @dataclass(frozen=True)
@@ -98,17 +100,16 @@ def class_statistics(plan: Plan, update: Update, tensors: Tensors) -> Vector:
 
 
 def head_statistics(plan: Plan, update: Update, tensors: Tensors) -> Vector:
-    """Class sums, counts and second moments, flat. Raises MessageError if they contradict each other."""
+    """Class sums, counts and second moments, flat. Raises MessageError if no features (n, F) have them."""
     flat, (sums, counts, moments) = _joined(plan.head_statistics, tensors)
-    if counts.min() < 0:
-        raise MessageError("the update holds negative counts")
+    if counts.min() < 0 or not counts.any():
+        raise MessageError("the update holds negative counts or counts no images")
     _check_counts(counts, update)
-    squares = moments[_diagonal(sums.shape[1])]  # Σ xᵢ² of each of the F features
-    _bound(float(squares.sum()) ** 0.5, plan.config.max_norm * max(update.samples, 1), "root of the sum of squares")
-    held = counts > 0
-    if np.any(sums[~held]) or np.any(
-        (sums[held] ** 2 / counts[held, None]).sum(axis=0) > squares * (1 + ROUNDING) + ROUNDING
-    ):
+    scatter, held = within_scatter(sums, counts, moments), counts > 0
+    squares = float(np.trace(scatter) + ((sums[held] ** 2).sum(axis=1) / counts[held]).sum())  # Σ |xᵢ|²
+    _bound(max(squares, 0.0) ** 0.5, plan.config.max_norm * max(update.samples, 1), "root of the sum of squares")
+    slack = SCATTER_ROUNDING * max(squares, 0.0) + np.finfo(np.float32).tiny
+    if np.any(sums[~held]) or not _is_positive_definite(scatter + slack * np.eye(len(scatter))):
         raise MessageError("the update's class sums do not fit its second moments")
     return flat
 
@@ -125,10 +126,12 @@ def _check_counts(counts: NDArray[np.float64], update: Update) -> None:
         raise MessageError(f"the update counts {counts.sum():.0f} images and claims {update.samples} samples")
 
 
-def _diagonal(size: int) -> NDArray[np.int64]:
-    """Where the diagonal is in the upper triangle of a matrix (size, size) that is stored row by row."""
-    rows = np.arange(size)
-    return rows * size - rows * (rows - 1) // 2
+def _is_positive_definite(symmetric: Doubles) -> bool:
+    try:
+        np.linalg.cholesky(symmetric)
+    except np.linalg.LinAlgError:
+        return False
+    return True
 
 
 def _check_expert(plan: Plan, update: Update, tensors: Tensors) -> None:
