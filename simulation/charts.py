@@ -3,47 +3,35 @@
 from __future__ import annotations
 
 import io
-import statistics
 from collections.abc import Sequence
 
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from devices.trial.charts import INK, STYLE
+from fedfmsl.common.scatter import Method, draw_own_against_novel
 from simulation.results import Result, grouped, value_of
-
-# The palette of Okabe and Ito; models beyond it have another marker.
-COLOURS = ("#009e73", "#0072b2", "#e69f00", "#cc79a7", "#56b4e9", "#d55e00", "#9a9a9a")
-MARKERS = "osD^v"
 
 
 def own_against_novel(results: Sequence[Result]) -> bytes | None:
-    """A point for each model: means over the seeds. SVG; None if no device has novel test samples."""
-    points = []
+    """A point for each model: means over the seeds, with standard deviations. SVG; None if no device has novel test
+    samples."""
+    methods = []
     for (method, row, alpha, rate), same in grouped(results).items():
-        pairs = [(value_of(result, row, "novel"), value_of(result, row, "own")) for result in same]
-        known = [(novel, own) for novel, own in pairs if novel is not None and own is not None]
+        pairs = [(value_of(result, row, "own"), value_of(result, row, "novel")) for result in same]
+        known = [(own, novel) for own, novel in pairs if own is not None and novel is not None]
         if known:
             label = row if row == method else f"{row} ({method})"
             label += "" if alpha is None else f", α {alpha:g}"
-            points.append((f"{label}, rate {rate:g}", *(statistics.mean(each) for each in zip(*known, strict=True))))
-    if not points:
+            methods.append(Method.of(f"{label}, rate {rate:g}", known))
+    if not methods:
         return None
     with rc_context(STYLE):
         figure = Figure(figsize=(9, 5), layout="constrained")
-        axes = figure.subplots()
-        for index, (label, novel, own) in enumerate(points):
-            colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index // len(COLOURS) % len(MARKERS)]
-            axes.plot(novel, own, marker, color=colour, markersize=8, label=label)
-        axes.set_xlabel("accuracy on classes that the device does not hold (novel)")
-        axes.set_ylabel("accuracy on the device's own test samples")
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        axes.grid()
-        axes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), labelcolor=INK, fontsize=9)
+        draw_own_against_novel(figure.subplots(), methods)
         return _svg(figure)
 
 

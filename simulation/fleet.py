@@ -124,8 +124,8 @@ class LocalFleet:
 
 
 def compute_features(features: Features[Store], splits: Mapping[str, Splits], levels: int) -> dict[str, Splits]:
-    """Computes the states of all samples at levels 1 to `levels`: in fp16, and in fp32 those of the test splits. Then
-    assigns the unassigned samples of each device."""
+    """Assigns the unassigned samples of each device, and computes the states that devices need at levels 1 to `levels`:
+    in fp16 those of the training and held-out splits, in fp32 those of the test splits."""
     for each in splits.values():
         for level in range(1, levels + 1):
             features.frozen(each.train + each.held_out, level)

@@ -63,7 +63,6 @@ REMEDIES = {
     Scheme.NATURAL: "use fewer devices",
     Scheme.IID: "use fewer devices",
 }
-Advance = Callable[[], None]
 
 
 def simulate(settings: SimulationSettings) -> None:
@@ -73,11 +72,12 @@ def simulate(settings: SimulationSettings) -> None:
     cells = simulation.todo
     for cell in cells:
         simulation.partition(cell)  # raises its errors before anything is computed
-    with _progress(len(cells) * settings.rounds) as (features, rounds):
-        if cells:
-            simulation.compute_features(features)
+    if cells:
+        with _progress("features", simulation.states) as advance:
+            simulation.compute_features(advance)
+    with _progress("rounds", len(cells) * settings.rounds) as advance:
         for cell in cells:
-            console.print(_line(cell, simulation.run(cell, rounds)))
+            console.print(_line(cell, simulation.run(cell, lambda: advance(1))))
     write_report(simulation.folder, simulation.results, settings, bundle.manifest.classes, simulation.label_counts)
 
 
@@ -126,9 +126,13 @@ class Simulation:
         store = MappedStore(self.folder / "features", names)
         return Features(store, self.bundle, self.settings.threads, reader=self.dataset.inputs)
 
-    def compute_features(self, advance: Callable[[int, int], None]) -> None:
-        """All states, before devices use them. `advance` receives the number of done and of all samples."""
-        done, total = 0, self.level * (len(self.dataset.train) + len(self.dataset.test))
+    @property
+    def states(self) -> int:
+        """The number of hidden states of all samples at all levels."""
+        return self.level * (len(self.dataset.train) + len(self.dataset.test))
+
+    def compute_features(self, advance: Callable[[int], None]) -> None:
+        """All states, before devices use them. `advance` receives the number of new ones."""
         for level in range(1, self.level + 1):
             for features, samples in (
                 (self._features, self.dataset.train),
@@ -136,8 +140,7 @@ class Simulation:
             ):
                 for part in _parts(samples):
                     features.frozen(part, level)
-                    done += len(part)
-                    advance(done, total)
+                    advance(len(part))
 
     def partition(self, cell: Cell) -> Partition:
         """Raises ConfigError if a device has too few samples."""
@@ -170,6 +173,9 @@ class Simulation:
             samples = [self.dataset.train[each] for each in own], [self.dataset.test[each] for each in tests]
             splits[f"device-{index}"] = assign_splits(*samples, {})
         splits = compute_features(self._features, splits, self.level)
+        held_out = tuple(sample for each in splits.values() for sample in each.held_out)
+        for level in range(1, self.level + 1):  # measured in fp32 as test samples are
+            self._features.precise().frozen(held_out, level)
         names = [*splits]
         return LocalFleet(
             self.bundle,
@@ -187,7 +193,7 @@ class Simulation:
         stage1 = Training(epochs=settings.epochs, learning_rate=cell.learning_rate, **common)
         return MethodSettings(settings.rounds, stage1, self.level, cell.seed, STAGE2.model_copy(update=common))
 
-    def run(self, cell: Cell, advance: Advance) -> Result:
+    def run(self, cell: Cell, advance: Callable[[], None]) -> Result:
         """Computes a cell and writes its file. `advance` is called after each round."""
         settings, states = self.settings, self.folder / "states"
         shutil.rmtree(states, ignore_errors=True)
@@ -253,13 +259,9 @@ def _line(cell: Cell, result: Result) -> str:
 
 
 @contextmanager
-def _progress(rounds: int) -> Iterator[tuple[Callable[[int, int], None], Advance]]:
-    """Bars with the time left: one for features, one for the rounds of all cells."""
+def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar with the time left. Yields a function that receives the progress."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
-        features = progress.add_task("features", total=None, visible=False)
-        all_rounds = progress.add_task("rounds", total=rounds, visible=rounds > 0)
-        yield (
-            lambda done, total: progress.update(features, completed=done, total=total, visible=True),
-            lambda: progress.advance(all_rounds),
-        )
+        task = progress.add_task(what, total=total, visible=total > 0)
+        yield lambda done: progress.advance(task, done)

@@ -43,9 +43,12 @@ class MappedStore:
         self._derived_used = 0
 
     def use(self, folder: str, priority: Priority) -> None:
-        self._priority[folder] = max(priority, self._priority.get(folder, priority))
+        if folder in self._priority:
+            self._priority[folder] = max(priority, self._priority[folder])
+            return
+        self._priority[folder] = priority
         path = self._root / folder
-        size = path.stat().st_size if folder not in self._tables and path.is_file() else 0
+        size = path.stat().st_size if path.is_file() else 0
         if size:
             self._tables[folder] = _Table.open(path, len(self._names), size // len(self._names))
 
@@ -106,8 +109,8 @@ class _Table:
                 opened.truncate(size)
         return cls(
             path,
-            np.memmap(path, np.uint8, "r", shape=(count, length)),
-            np.memmap(checksums, CRC, "r", shape=(count,)),
+            np.asarray(np.memmap(path, np.uint8, "r", shape=(count, length))),  # an array is indexed faster
+            np.asarray(np.memmap(checksums, CRC, "r", shape=(count,))),
             np.zeros(count, bool),
         )
 

@@ -159,11 +159,12 @@ def _seconds(rounds: Sequence[ClosedRound], seconds: dict[str, float]) -> dict[s
     names = {
         Stage.STATISTICS: "features",
         Stage.GLOBAL: "stage1",
+        Stage.HEAD: "stage1",
         Stage.PERSONAL: "stage2",
         Stage.BASELINE: "baseline",
         Stage.EVALUATE: "evaluation",
     }
-    spent = {name: sum(r.seconds for r in rounds if r.round.stage is stage) for stage, name in names.items()}
+    spent = {name: sum(r.seconds for r in rounds if names.get(r.round.stage) == name) for name in names.values()}
     return {name: round(value, 1) for name, value in (seconds | spent).items()}
 
 
@@ -204,7 +205,7 @@ def _print(folder: Path, report: Report) -> None:
     rows = model_rows(report)
     table = Table(title="Test accuracy of the models", title_justify="left", box=None, pad_edge=False)
     for index, name in enumerate(rows[0]):
-        table.add_column(name, justify="right" if index else "left")
+        table.add_column(name, justify="right" if index else "left", no_wrap=True)
     for row in rows[1:]:
         table.add_row(*row, style="bold" if row is rows[-1] else "")
     console.print(table)

@@ -5,6 +5,7 @@ A method is better the further it is up and to the right. Lines of equal harmoni
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
-MARKERS = "osD^vP*Xhp<>d8"
+# The palette of Okabe and Ito, safe for the colour-blind. Methods beyond it have another marker.
+PALETTE = ("#009e73", "#0072b2", "#e69f00", "#cc79a7", "#56b4e9", "#d55e00", "#9a9a9a")
+MARKERS = "osD^vPX"
 LINES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # harmonic means
 MARGIN = 0.06  # between the outer points and the frame
 FAINT = "#a0a0a0"
@@ -21,7 +24,7 @@ FAINT = "#a0a0a0"
 @dataclass(frozen=True)
 class Method:
     """Accuracies in 0 … 1; the spreads are standard deviations, drawn as bars. `colour`: as in matplotlib, "" chooses
-    one."""
+    one of PALETTE."""
 
     name: str
     own: float
@@ -29,6 +32,13 @@ class Method:
     own_spread: float = 0.0
     novel_spread: float = 0.0
     colour: str = ""
+
+    @classmethod
+    def of(cls, name: str, pairs: Sequence[tuple[float, float]], colour: str = "") -> Method:
+        """Mean and standard deviation of (own, novel) of at least one seed."""
+        own, novel = ([pair[axis] for pair in pairs] for axis in (0, 1))
+        own_spread, novel_spread = (statistics.stdev(values) if len(pairs) > 1 else 0.0 for values in (own, novel))
+        return cls(name, statistics.mean(own), statistics.mean(novel), own_spread, novel_spread, colour)
 
 
 def draw_own_against_novel(axes: Axes, methods: Sequence[Method], samples: str = "samples") -> None:
@@ -39,8 +49,8 @@ def draw_own_against_novel(axes: Axes, methods: Sequence[Method], samples: str =
             method.novel,
             xerr=method.own_spread or None,
             yerr=method.novel_spread or None,
-            fmt=MARKERS[place % len(MARKERS)],
-            color=method.colour or f"C{place % 10}",
+            fmt=MARKERS[(place if method.colour else place // len(PALETTE)) % len(MARKERS)],
+            color=method.colour or PALETTE[place % len(PALETTE)],
             label=method.name,
             markersize=11,
             markeredgecolor="white",
@@ -56,9 +66,10 @@ def draw_own_against_novel(axes: Axes, methods: Sequence[Method], samples: str =
     _draw_harmonic_means(axes, right, high)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axes.set_xlabel(f"own: accuracy on the devices' own test {samples}")
-    axes.set_ylabel("novel: of classes that only other devices hold")
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), handletextpad=0.2)
+    axes.set_xlabel(f"own: accuracy on the device's own test {samples}")
+    axes.set_ylabel("novel: on other devices' classes")
+    if methods:
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), handletextpad=0.2)
 
 
 def _limits(values: Sequence[tuple[float, float]]) -> tuple[float, float]:

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -211,7 +212,7 @@ class Bundle:
         except (OSError, UnicodeDecodeError) as error:
             raise BundleError(f"bundle {self.root}: {TOKENIZER} is not readable; build it again") from error
 
-    @property
+    @cached_property
     def features_key(self) -> str:
         """Key of cached features. Changes if weights, features graph or preprocessing change."""
         files = self.manifest.files

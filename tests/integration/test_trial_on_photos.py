@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -105,6 +106,21 @@ def test_the_fleets_evaluation_agrees_with_the_devices_own(report: dict[str, Any
     for model in ACCURACIES:
         for name, own in report["accuracy"][model]["per_device"].items():
             assert found.devices[model][name].own == pytest.approx(own, abs=1e-6), (model, name)
+
+
+def test_a_device_without_an_evaluation_is_not_measured_but_its_photos_are(folder: Path, tmp_path: Path) -> None:
+    """A straggler in the last round has no models of that round. Its test photos are still those of the fleet."""
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    with closing(sqlite3.connect(copy / "run.sqlite")) as db, db:
+        ((number, text),) = db.execute("SELECT round, record FROM rounds ORDER BY round DESC LIMIT 1")
+        record = json.loads(text)
+        del record["updates"][NAMES[0]]
+        db.execute("UPDATE rounds SET record = ? WHERE round = ?", (json.dumps(record), number))
+    shutil.rmtree(copy / "devices" / NAMES[0] / "globals")
+    roots = [copy / "samples" / name for name in NAMES]
+    found = evaluate_fleet(copy, roots).devices["global"]
+    assert set(found) == {*NAMES[1:]}
+    assert {each.fleet_count for each in found.values()} == {sum(1 for root in roots for _ in root.glob("test/*/*"))}
 
 
 def test_an_unseen_device_took_no_part(report: dict[str, Any], folder: Path) -> None:
