@@ -12,6 +12,7 @@ from fedfmsl.algorithms.accounting import epsilon
 from fedfmsl.algorithms.aggregation import Aggregate, Contribution, CoordinateMedian, TrimmedMean, WeightedMean
 from fedfmsl.algorithms.calibration import UNKNOWN, calibrate, fit_temperature, unknown_threshold
 from fedfmsl.algorithms.class_means import class_mean_head, direction_head
+from fedfmsl.algorithms.discriminant import discriminant_head, second_moments
 from fedfmsl.algorithms.evaluation import (
     DeviceAccuracy,
     FleetAccuracy,
@@ -21,12 +22,16 @@ from fedfmsl.algorithms.evaluation import (
     stream_order,
     summarize,
 )
+from fedfmsl.algorithms.label_shift import adapted_prior, prior_shift
 from fedfmsl.algorithms.mixture import (
+    Biases,
     accuracy,
+    class_dropout,
     class_mask,
+    class_prior,
+    gate_offset,
     gate_statistics,
     label_log_p,
-    log_class_prior,
     log_softmax,
     mix,
     nll,
@@ -54,6 +59,7 @@ __all__ = [
     "UNKNOWN",
     "Aggregate",
     "AllAtOnce",
+    "Biases",
     "BrokerError",
     "Bundle",
     "BundleError",
@@ -80,22 +86,28 @@ __all__ = [
     "WeightedMean",
     "WeightsError",
     "accuracy",
+    "adapted_prior",
     "calibrate",
+    "class_dropout",
     "class_mask",
     "class_mean_head",
+    "class_prior",
     "device_accuracy",
     "direction_head",
+    "discriminant_head",
     "epsilon",
     "fit_temperature",
+    "gate_offset",
     "gate_statistics",
     "label_log_p",
-    "log_class_prior",
     "log_softmax",
     "mix",
     "nll",
     "novel_samples",
+    "prior_shift",
     "privatize",
     "privatize_statistics",
+    "second_moments",
     "stream_accuracy",
     "stream_order",
     "summarize",

@@ -19,8 +19,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedfmsl.algorithms.arrays import Bools, Doubles, Labels
+from fedfmsl.algorithms.arrays import Bools, Doubles, Floats, Labels
 from fedfmsl.algorithms.checks import check_number
+from fedfmsl.algorithms.label_shift import adapt_in_order
 
 SHARES = (0.0, 0.1, 0.5)  # of novel samples in the measured streams
 DECILE = 0.1
@@ -120,6 +121,31 @@ def stream_accuracy(correct: Bools, is_own: Bools, share: float) -> float | None
     Raises ValueError if the share is not in 0 … 1.
     """
     return _at_share(_mean(correct[is_own]), _mean(correct[~is_own]), share)
+
+
+def adapting_streams(
+    log_p: Floats,
+    labels: Labels,
+    is_own: Bools,
+    is_novel: Bools,
+    prior: Floats,
+    held: Bools,
+    seed: int,
+    shares: Sequence[float] = SHARES,
+) -> dict[float, float]:
+    """By share: accuracy along a seeded stream of a model that adapts its class prior to the samples so far.
+
+    `log_p` (n, C): class log-probabilities of the fleet's test samples under the class prior `prior` (C,) of a device
+    that holds the classes `held` (C,). See `fedfmsl.algorithms.label_shift`.
+    """
+    accuracies = {}
+    for share in shares:
+        order = stream_order(is_own, is_novel, share, np.random.default_rng(seed))
+        correct = adapt_in_order(log_p[order], prior, held).argmax(axis=1) == labels[order]
+        accuracy = stream_accuracy(correct, is_own[order], share)
+        if accuracy is not None:
+            accuracies[share] = accuracy
+    return accuracies
 
 
 def harmonic_mean(own: float | None, novel: float | None) -> float | None:
