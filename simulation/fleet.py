@@ -19,11 +19,11 @@ from edge_runtime.data.features import Features, Store
 from edge_runtime.data.folder import scan_once
 from edge_runtime.data.inputs import reader_of
 from edge_runtime.data.samples import Splits, assign_new_samples
-from edge_runtime.engines.step_graph import StepGraphEngine
 from edge_runtime.store import DeviceStore
 from edge_runtime.training.context import TrainingContext
 from edge_runtime.training.gate import Gate
 from fedfmsl.protocol.bundle import Bundle
+from simulation.engine import ResidentEngine
 from simulation.store import MappedStore
 
 T = TypeVar("T")
@@ -92,7 +92,7 @@ class LocalFleet:
         self._splits = splits
         self._states = states
         self._level_caps = level_caps or {}
-        self._engine = StepGraphEngine(bundle, threads)
+        self._engine = ResidentEngine(bundle, threads)
         self._gate = Gate(bundle, threads)
 
     def splits(self, name: str) -> Splits:
