@@ -11,6 +11,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from fedfmsl.algorithms.arrays import Tensors
+from fedfmsl.algorithms.discriminant import second_moments
 from fedfmsl.protocol.bundle import (
     MANIFEST,
     Bundle,
@@ -98,6 +99,8 @@ def update_of(bundle: Bundle, device: str, task: Round, level_cap: int) -> tuple
     tensors: Tensors = {}
     if task.stage is Stage.STATISTICS:
         tensors = _statistics(bundle, samples, rng)
+    elif task.stage is Stage.HEAD:
+        tensors = _head_statistics(bundle, samples, rng)
     elif task.stage is Stage.GLOBAL:
         values = STEP * rng.standard_normal(bundle.expert.size(level), np.float32)
         tensors = encode(bundle.expert, values, task.encoding)
@@ -115,6 +118,20 @@ def update_of(bundle: Bundle, device: str, task: Round, level_cap: int) -> tuple
         metrics={"held_out_global": float(rng.uniform(0.5, 0.9))} if task.stage is Stage.GLOBAL else {},
     )
     return update, tensors
+
+
+def _head_statistics(bundle: Bundle, samples: int, rng: np.random.Generator) -> Tensors:
+    """Of features with the class sums of `_statistics`, and with the same variance in every direction."""
+    sums = _statistics(bundle, samples, rng)
+    counts = sums["class_counts"]
+    means = sums["class_sums"] / np.maximum(counts, 1)[:, None]
+    width = means.shape[1]
+    spread = (samples / width) ** 0.5 * np.eye(width, dtype=np.float32)
+    return {
+        "class_sums": sums["class_sums"],
+        "class_counts": counts,
+        "second_moments": second_moments(np.concatenate([np.sqrt(counts)[:, None] * means, spread])),
+    }
 
 
 def _statistics(bundle: Bundle, samples: int, rng: np.random.Generator) -> Tensors:

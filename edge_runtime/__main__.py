@@ -84,6 +84,11 @@ def predict(
     ),
     top: int = typer.Option(3, min=1, help="Number of classes to show for each file."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object per file, with every class."),
+    adapt: bool | None = typer.Option(
+        None,
+        "--adapt/--no-adapt",
+        help="Adapt to the classes that the files show, without labels. Default: with --watch.",
+    ),
     publish: bool = typer.Option(
         False,
         "--publish",
@@ -92,6 +97,7 @@ def predict(
 ) -> None:
     """Classify images or texts with a personalized model."""
     from edge_runtime.daemon.lock import locked
+    from edge_runtime.inference.adaptation import PriorAdapter
     from edge_runtime.inference.classifier import FileClassifier, StateClassifier
     from edge_runtime.inference.predict import end_on_closed_output, predict_files, printer
     from edge_runtime.inference.publish import Publisher
@@ -104,16 +110,17 @@ def predict(
     if not files and not watch:
         raise ConfigError("nothing to classify; give files or folders, or --watch FOLDER")
     inbox = WatchedFolder(watch, only_new=new) if watch else None
+    adapter = PriorAdapter() if (watch is not None if adapt is None else adapt) else None
     with contextlib.ExitStack() as resources, end_on_closed_output():
         if model is not None:
-            classifier: Classifier = FileClassifier(model, unknown)
+            classifier: Classifier = FileClassifier(model, unknown, adapter)
         else:
             store = DeviceStore(settings.state)
             if publish:
                 resources.enter_context(locked(store.root, "end it first, or set its `watch` instead of --publish"))
             if inbox is not None:
                 wait_for_model(store)
-            classifier = StateClassifier(store, settings.bundle, unknown)
+            classifier = StateClassifier(store, settings.bundle, unknown, adapter)
         outputs: list[Callable[[Prediction | None], None]] = [printer(as_json, top)]
         if publish:
             outputs.append(resources.enter_context(Publisher(classifier, settings)).publish)

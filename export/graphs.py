@@ -155,9 +155,9 @@ class GraphWriter:
     def personal(self, level: int) -> Graph:
         """The template of the personalized model. A device provides all inputs except pixels or tokens.
 
-        `global_bias` (C,): log class prior. `local_bias` (C,): class mask. The output `probabilities` (B, C) is the
-        softmax of the mixture's log p / `temperature` (1,). The backbone (for the gate) and both experts share the
-        frozen prefix.
+        `kept_bias`, `given_bias` and `held_bias` (C,): see `fedfmsl.algorithms.mixture.Biases`. The output
+        `probabilities` (B, C) is the softmax of the mixture's log p / `temperature` (1,). The backbone (for the gate)
+        and both experts share the frozen prefix.
         """
         g, graph = self.transformer.geometry, self._graph(f"personal-{level}")
         tape = self._tape(graph)
@@ -165,15 +165,17 @@ class GraphWriter:
         first = g.blocks - level
         for block in range(first):
             x = self.transformer.block(tape, x, block, {}, mask=_mask(padding))
-        joint = []
-        pooled = self.transformer.suffix(tape, x, first, {}, _mask(padding))
-        log_gate = self._log_gate(graph, tape, pooled, self._gate_theta(graph, trainable=False))
-        graph.output(graph.op("Exp", log_gate), "gate", ["B", 2])
+        kept, given, held = (graph.input(f"{n}_bias", np.float32, [self.classes]) for n in ("kept", "given", "held"))
+        logits = {}
         for expert in ("global", "local"):
             parameters = self._theta(graph, f"{expert}_theta", level, trainable=False)
-            bias = graph.input(f"{expert}_bias", np.float32, [self.classes])
-            logits, _ = self._expert(tape, x, padding, level, parameters)
-            joint.append(graph.op("LogSoftmax", graph.op("Add", logits.name, bias), axis=-1))
+            logits[expert] = self._expert(tape, x, padding, level, parameters)[0].name
+        biased = [graph.op("Add", logits["global"], bias) for bias in (kept, given)]
+        offset = graph.op("Concat", *(graph.op("ReduceLogSumExp", b, graph.ints(1)) for b in biased), axis=1)
+        pooled = self.transformer.suffix(tape, x, first, {}, _mask(padding))
+        log_gate = self._log_gate(graph, tape, pooled, offset, self._gate_theta(graph, trainable=False))
+        graph.output(graph.op("Exp", log_gate), "gate", ["B", 2])
+        joint = [graph.op("LogSoftmax", e, axis=-1) for e in (biased[0], graph.op("Add", logits["local"], held))]
         stacked = graph.op("Concat", *(graph.op("Unsqueeze", log_p, graph.ints(1)) for log_p in joint), axis=1)
         weighted = graph.op("Add", stacked, graph.op("Unsqueeze", log_gate, graph.ints(2)))
         mixed = graph.op("ReduceLogSumExp", weighted, graph.ints(1), keepdims=0)
@@ -182,22 +184,21 @@ class GraphWriter:
         return graph
 
     def gate_predict(self) -> Graph:
-        """pooled feature (B, F) → log weights of the global and the local expert (B, 2)."""
+        """pooled feature (B, F), log weights of Bayes' rule (B, 2) → log weights of global and local expert (B, 2)."""
         graph = self._graph("gate-predict")
-        log_gate = self._log_gate(
-            graph, self._tape(graph), self._pooled(graph), self._gate_theta(graph, trainable=False)
-        )
+        pooled, offset = self._pooled(graph), graph.input("offset", np.float32, ["B", 2])
+        log_gate = self._log_gate(graph, self._tape(graph), pooled, offset, self._gate_theta(graph, trainable=False))
         graph.output(log_gate, "log_gate", ["B", 2])
         return graph
 
     def gate_step(self) -> Graph:
-        """pooled feature, both experts' log-likelihoods of the label (B, 2) → loss, gradient (G,)."""
+        """pooled feature, log weights of Bayes' rule, both experts' log-likelihoods (B, 2) → loss, gradient (G,)."""
         graph = self._graph("gate-step")
-        tape, pooled = self._tape(graph), self._pooled(graph)
+        tape, pooled, offset = self._tape(graph), self._pooled(graph), graph.input("offset", np.float32, ["B", 2])
         expert_log_p = graph.input("expert_log_p", np.float32, ["B", 2])
         weights = graph.input("weights", np.float32, ["B"])
         parameters = self._gate_theta(graph, trainable=True)
-        loss = tape.gate_loss(self._gate_logits(graph, tape, pooled, parameters), expert_log_p, weights)
+        loss = tape.gate_loss(self._gate_logits(graph, tape, pooled, offset, parameters), expert_log_p, weights)
         self._output_gradient(graph, tape, loss, list(parameters.values()))
         return graph
 
@@ -296,16 +297,17 @@ class GraphWriter:
         logits, _ = self._expert(tape, hidden, padding, level, parameters)
         return tape.expert_loss(logits, labels, weights, gate, other, bias, self.classes)
 
-    def _gate_logits(self, graph: Graph, tape: Tape, pooled: Var, parameters: Mapping[str, Var]) -> Var:
-        """LayerNorm without affine parameters, F → 16, GELU, 16 → 2 (ours)."""
+    def _gate_logits(self, graph: Graph, tape: Tape, pooled: Var, offset: str, parameters: Mapping[str, Var]) -> Var:
+        """`offset` (B, 2) + gate adapter: LayerNorm without affine parameters, F → 16, GELU, 16 → 2 (ours)."""
         ones = graph.const(np.ones(self.transformer.geometry.feature))
         normal = Var(graph.op("LayerNormalization", pooled.name, ones))
         down = tape.broadcast(parameters["gate.down.bias"])
         inner = tape.gelu(tape.project(normal, parameters["gate.down.weight"], plus=down))
-        return tape.project(inner, parameters["gate.up.weight"], plus=tape.broadcast(parameters["gate.up.bias"]))
+        bias = tape.add(tape.broadcast(parameters["gate.up.bias"]), Var(offset))
+        return tape.project(inner, parameters["gate.up.weight"], plus=bias)
 
-    def _log_gate(self, graph: Graph, tape: Tape, pooled: Var, parameters: Mapping[str, Var]) -> str:
-        return graph.op("LogSoftmax", self._gate_logits(graph, tape, pooled, parameters).name, axis=-1)
+    def _log_gate(self, graph: Graph, tape: Tape, pooled: Var, offset: str, parameters: Mapping[str, Var]) -> str:
+        return graph.op("LogSoftmax", self._gate_logits(graph, tape, pooled, offset, parameters).name, axis=-1)
 
     def _output_gradient(self, graph: Graph, tape: Tape, loss: str, parameters: list[Var]) -> None:
         flat = [graph.op("Reshape", gradient, graph.ints(-1)) for gradient in tape.gradients(parameters)]

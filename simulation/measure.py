@@ -11,18 +11,33 @@ import numpy as np
 from edge_runtime.data.samples import labels_of
 from edge_runtime.training.context import Samples, TrainingContext
 from fedfmsl.algorithms.arrays import Bools, Labels
-from fedfmsl.algorithms.evaluation import DeviceAccuracy, device_accuracy, novel_samples, summarize
+from fedfmsl.algorithms.evaluation import DeviceAccuracy, adapting_streams, device_accuracy, novel_samples, summarize
 from simulation.fleet import Fleet
 from simulation.methods.base import Method
+from simulation.methods.fedfmsl import FedFMSL
 
-Measured = dict[str, dict[str, Any]]  # a row of the table → the fields of `fedfmsl.algorithms.evaluation.Summary`
+Measured = dict[str, dict[str, Any]]  # a row of the table → the fields of `fedfmsl.algorithms.evaluation.FleetAccuracy`
+
+
+STREAM_SEED = 0
 
 
 @dataclass(frozen=True)
 class Task:
+    """`kinds`: which samples (n,) are the device's own, and which are novel to it; None if no stream is measured."""
+
     method: Method[Any, Any]
     model: Any
     samples: Samples
+    kinds: tuple[Bools, Bools] | None
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """The most likely classes (n,). `stream`: accuracy by share, of a model that adapts along a stream."""
+
+    classes: Labels
+    stream: Mapping[float, float] | None = None
 
 
 def measure(method: Method[Any, Any], fleet: Fleet, state: Any, devices: Sequence[str], test_devices: int) -> Measured:
@@ -31,16 +46,20 @@ def measure(method: Method[Any, Any], fleet: Fleet, state: Any, devices: Sequenc
     shared = [sample for name in fleet.names for sample in fleet.splits(name).test]
     tests = {name: _once((*fleet.splits(name).test, *shared)) for name in devices[:test_devices]}
     tests |= {name: fleet.splits(name).test for name in devices[test_devices:]}
-    predicted = predict(method, fleet, state, tests)
     classes = len(fleet.bundle.manifest.classes)
     held = {name: fleet.splits(name).class_counts(classes) > 0 for name in {*fleet.names, *devices}}
     by_fleet = np.any([held[name] for name in fleet.names], axis=0)
+    kinds = {
+        name: (_is_own(fleet, name, samples), novel_samples(labels_of(samples), held[name], by_fleet))
+        for name, samples in tests.items()
+    }
+    predicted = predict(method, fleet, state, tests, {name: kinds[name] for name in devices[:test_devices]})
     accuracies: dict[str, list[DeviceAccuracy]] = {}
     for name in devices:
-        labels, own = labels_of(tests[name]), _is_own(fleet, name, tests[name])
-        is_novel = novel_samples(labels, held[name], by_fleet)
-        for row, classes_found in predicted[name].items():
-            accuracy = device_accuracy(classes_found, labels, own, is_novel)
+        for row, found in predicted[name].items():
+            accuracy = device_accuracy(found.classes, labels_of(tests[name]), *kinds[name])
+            if found.stream is not None:
+                accuracy = replace(accuracy, stream=found.stream)
             if name not in devices[:test_devices]:
                 accuracy = replace(accuracy, fleet=None, fleet_count=0, novel=None, novel_count=0)
             accuracies.setdefault(row, []).append(accuracy)
@@ -50,25 +69,36 @@ def measure(method: Method[Any, Any], fleet: Fleet, state: Any, devices: Sequenc
 def held_out_accuracy(method: Method[Any, Any], fleet: Fleet, state: Any) -> dict[str, float]:
     """Accuracy by row on the held-out splits of the federation, weighted by samples. For choices between settings."""
     samples = {name: fleet.splits(name).held_out for name in fleet.names}
-    predicted = predict(method, fleet, state, samples)
+    predicted = predict(method, fleet, state, samples, {})
     correct: dict[str, list[Bools]] = {}
     for name, rows in predicted.items():
         for row, found in rows.items():
-            correct.setdefault(row, []).append(found == labels_of(samples[name]))
+            correct.setdefault(row, []).append(found.classes == labels_of(samples[name]))
     return {row: float(np.concatenate(each).mean()) for row, each in correct.items()}
 
 
 def predict(
-    method: Method[Any, Any], fleet: Fleet, state: Any, samples: Mapping[str, Samples]
-) -> dict[str, dict[str, Labels]]:
-    """By device and row: the most likely class (n,) of each of the device's samples."""
-    tasks = {name: Task(method, method.model(state, name), each) for name, each in samples.items()}
+    method: Method[Any, Any],
+    fleet: Fleet,
+    state: Any,
+    samples: Mapping[str, Samples],
+    kinds: Mapping[str, tuple[Bools, Bools]],
+) -> dict[str, dict[str, Predicted]]:
+    """By device and row: predictions for the device's samples. Streams are measured for the devices in `kinds`."""
+    tasks = {name: Task(method, method.model(state, name), each, kinds.get(name)) for name, each in samples.items()}
     return fleet.map(_predict, tasks)
 
 
-def _predict(context: TrainingContext, task: Task) -> dict[str, Labels]:
+def _predict(context: TrainingContext, task: Task) -> dict[str, Predicted]:
+    """FedFMSL's mixture adapts its class prior along a stream. The other methods have no such part."""
     rows = task.method.log_p(context, task.model, task.samples)
-    return {row: np.asarray(log_p.argmax(axis=1), np.int64) for row, log_p in rows.items()}
+    predicted = {row: Predicted(np.asarray(log_p.argmax(axis=1), np.int64)) for row, log_p in rows.items()}
+    if task.kinds is not None and isinstance(task.method, FedFMSL):
+        name, prior, held = task.method.name, np.exp(context.biases.prior), context.class_counts > 0
+        labels = labels_of(task.samples)
+        stream = adapting_streams(rows[name], labels, *task.kinds, prior, held, STREAM_SEED)
+        predicted[name] = replace(predicted[name], stream=stream)
+    return predicted
 
 
 def _once(samples: Samples) -> Samples:

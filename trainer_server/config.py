@@ -190,7 +190,7 @@ class RunRules(BaseModel):
 
 AGGREGATION_DEFAULT = Aggregation()
 STAGE1 = Training(epochs=2, learning_rate=2e-3)
-STAGE2 = Training(epochs=1, learning_rate=5e-4)
+STAGE2 = Training(epochs=1, learning_rate=1e-4)
 
 
 class RunConfig(RunRules):

@@ -27,6 +27,7 @@ from trainer_server.storage.run_store import RunStore
 STAGES = {
     Stage.STATISTICS: "class means",
     Stage.GLOBAL: "stage 1, global expert",
+    Stage.HEAD: "head of the global expert",
     Stage.PERSONAL: "stage 2, local experts and gate",
     Stage.BASELINE: "baseline, every device alone",
     Stage.EVALUATE: "evaluation on test samples",

@@ -159,11 +159,12 @@ def _seconds(rounds: Sequence[ClosedRound], seconds: dict[str, float]) -> dict[s
     names = {
         Stage.STATISTICS: "features",
         Stage.GLOBAL: "stage1",
+        Stage.HEAD: "stage1",
         Stage.PERSONAL: "stage2",
         Stage.BASELINE: "baseline",
         Stage.EVALUATE: "evaluation",
     }
-    spent = {name: sum(r.seconds for r in rounds if r.round.stage is stage) for stage, name in names.items()}
+    spent = {name: sum(r.seconds for r in rounds if names.get(r.round.stage) == name) for name in names.values()}
     return {name: round(value, 1) for name, value in (seconds | spent).items()}
 
 

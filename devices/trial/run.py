@@ -1,7 +1,7 @@
 """A whole federated run on this machine, with a process for every device, and its report.
 
 It runs the commands of a deployment: export.build, trainer_server, edge_runtime. Only the distribution of one folder
-to the devices, and the report, belong to the trial.
+to the devices, the evaluation on the test samples of all devices, and the report belong to the trial.
 """
 
 from __future__ import annotations

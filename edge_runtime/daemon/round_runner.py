@@ -25,7 +25,7 @@ from edge_runtime.training.context import DeviceContext
 from edge_runtime.training.evaluation import evaluate, train_baseline
 from edge_runtime.training.local_expert import train_personal
 from edge_runtime.training.model import save_personal_model
-from edge_runtime.training.stages import StageFunction, read_globals, statistics, train_global
+from edge_runtime.training.stages import StageFunction, head_statistics, read_globals, statistics, train_global
 from edge_runtime.training.updates import prepare_update, update_header
 from fedfmsl.common.class_folders import SkippedFile
 from fedfmsl.common.files import write_atomically
@@ -41,6 +41,7 @@ POLL_SECONDS = 0.5
 STAGES: dict[Stage, StageFunction] = {
     Stage.STATISTICS: statistics,
     Stage.GLOBAL: train_global,
+    Stage.HEAD: head_statistics,
     Stage.PERSONAL: train_personal,
     Stage.BASELINE: train_baseline,
     Stage.EVALUATE: evaluate,

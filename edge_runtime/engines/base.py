@@ -89,6 +89,9 @@ class Engine(Protocol):
     def predict(self, hidden: Floats) -> Floats:
         """Class logits (B, C) of hidden states (B, N, D)."""
 
+    def features(self, hidden: Floats) -> Floats:
+        """The class token's features (B, F), which the head reads, of hidden states (B, N, D)."""
+
     def release(self) -> None:
         """Frees memory where possible. Parameters and optimizer state stay."""
 

@@ -125,11 +125,17 @@ class OrtTrainingEngine:
         return loss
 
     def predict(self, hidden: Floats) -> Floats:
+        return self._predict("logits", hidden)
+
+    def features(self, hidden: Floats) -> Floats:
+        return self._predict("feature", hidden)
+
+    def _predict(self, output: str, hidden: Floats) -> Floats:
         if self._predict_session is None:
             lean = self._memory_plan.lean
             self._predict_session = open_session(self._bundle, f"predict-{self._level}.onnx", self._threads, not lean)
-        (logits,) = run(self._predict_session, ["logits"], {"hidden": hidden, "theta": self._theta})
-        return logits
+        (values,) = run(self._predict_session, [output], {"hidden": hidden, "theta": self._theta})
+        return values
 
     def release(self) -> None:
         """Closes the predict session. The training session stays, because it holds the optimizer state."""

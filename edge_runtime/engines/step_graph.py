@@ -85,7 +85,6 @@ class StepGraphEngine:
         return logits
 
     def features(self, hidden: Floats) -> Floats:
-        """The class token's features (B, F), which the head reads, of hidden states (B, N, D)."""
         (features,) = self._run("predict", ["feature"], hidden=hidden, theta=self._theta)
         return features
 

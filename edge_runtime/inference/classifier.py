@@ -16,6 +16,7 @@ from pydantic import BaseModel, Json, ValidationError
 
 from edge_runtime.data.inputs import Kind, Reader, reader_for, reader_of
 from edge_runtime.engines.sessions import InferenceSession, open_model, open_session, run
+from edge_runtime.inference.adaptation import PriorAdapter
 from edge_runtime.store import DeviceStore
 from edge_runtime.training.model import ModelHeader, PersonalModel, open_model_bundle, read_personal_model
 from fedfmsl.algorithms.arrays import Floats
@@ -73,7 +74,10 @@ class _Metadata(BaseModel):
 
     device: str
     round: int
+    temperature: float
     threshold: float
+    prior: Json[tuple[float, ...]]
+    held: Json[tuple[bool, ...]]
     classes: Json[list[str]]
     preprocessing: Json[Preprocessing]
     tokenizer: str
@@ -82,8 +86,8 @@ class _Metadata(BaseModel):
 class FileClassifier:
     """Classifies with one self-contained ONNX file."""
 
-    def __init__(self, model: Path, threshold: float | None = None) -> None:
-        """`threshold` replaces the model's own.
+    def __init__(self, model: Path, threshold: float | None = None, adapter: PriorAdapter | None = None) -> None:
+        """`threshold` replaces the model's own. `adapter`: adapts the class prior; default: none.
 
         Raises BundleError if `model` is not a personalized model, ConfigError if the packages for texts are missing.
         """
@@ -94,6 +98,8 @@ class FileClassifier:
             metadata = _Metadata.model_validate(self._session.get_modelmeta().custom_metadata_map)
         except (BundleError, ValidationError) as error:
             raise BundleError(f"{model} is not a personalized model; pass the personalized.onnx of a device") from error
+        self._metadata = metadata
+        self._adapter = adapter
         self._reader = reader_for(metadata.preprocessing, metadata.tokenizer)
         lowest = metadata.threshold if threshold is None else threshold
         self._labeler = Labeler(metadata.device, metadata.round, metadata.classes, lowest)
@@ -111,8 +117,10 @@ class FileClassifier:
         return self._reader.kind
 
     def classify(self, path: Path) -> Prediction:
-        (probabilities,) = run(self._session, ["probabilities"], self._reader.batch([path]))
-        return self._labeler.predict(path, probabilities[0])
+        ((probabilities,),) = run(self._session, ["probabilities"], self._reader.batch([path]))
+        if self._adapter is not None:
+            probabilities = self._adapter.adapt(probabilities, self._metadata)
+        return self._labeler.predict(path, probabilities)
 
 
 @dataclass(frozen=True)
@@ -129,8 +137,15 @@ class _LoadedModel:
 class StateClassifier:
     """Classifies with the newest model of a device. Checks for a newer model before each file."""
 
-    def __init__(self, store: DeviceStore, bundle: Path | None = None, threshold: float | None = None) -> None:
-        """`bundle`: default is the downloaded bundle in STATE/bundles. `threshold` replaces the model's own.
+    def __init__(
+        self,
+        store: DeviceStore,
+        bundle: Path | None = None,
+        threshold: float | None = None,
+        adapter: PriorAdapter | None = None,
+    ) -> None:
+        """`bundle`: default is the downloaded bundle in STATE/bundles. `threshold` replaces the model's own. `adapter`:
+        adapts the class prior; default: none.
 
         Raises InputError if the device has no model yet, BundleError if the bundle is missing or another one,
         ConfigError if the packages for texts are missing.
@@ -138,6 +153,7 @@ class StateClassifier:
         self._store = store
         self._bundle_path = bundle
         self._threshold = threshold
+        self._adapter = adapter
         self._version = self._newest_version()
         self._loaded = self._load(None)
 
@@ -157,10 +173,12 @@ class StateClassifier:
         self._reload_if_newer()
         loaded = self._loaded
         inputs = {**loaded.model.inputs, **loaded.reader.batch([path])}
-        (probabilities,) = run(loaded.session, ["probabilities"], inputs)
+        ((probabilities,),) = run(loaded.session, ["probabilities"], inputs)
         header = loaded.model.header
+        if self._adapter is not None:
+            probabilities = self._adapter.adapt(probabilities, header)
         threshold = header.threshold if self._threshold is None else self._threshold
-        return Labeler(header.device, header.round, self.classes, threshold).predict(path, probabilities[0])
+        return Labeler(header.device, header.round, self.classes, threshold).predict(path, probabilities)
 
     def _newest_version(self) -> tuple[int, int] | None:
         """Differs between any two models that were on the disk. None if there is no model."""

@@ -39,7 +39,7 @@ def write_model(store: DeviceStore, path: Path, bundle_path: Path | None = None)
     for name, tensor in sorted(tensors.items()):  # the order in a safetensors file varies
         model.graph.initializer.append(numpy_helper.from_array(tensor, name))
     metadata = {
-        **{key: str(value) for key, value in header.model_dump().items()},
+        **{key: value if isinstance(value, str) else json.dumps(value) for key, value in header.model_dump().items()},
         "model": bundle.manifest.model,
         "classes": json.dumps(bundle.manifest.classes),
         "preprocessing": bundle.manifest.preprocessing.model_dump_json(),

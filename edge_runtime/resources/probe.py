@@ -62,7 +62,7 @@ def probe_levels(
         cache = FeatureCache(DiskCache(Path(folder), 2**40), bundle, threads, batch_size=feature_batch)
         samples = [Sample(sample, file_sha256(sample), 0)] * feature_batch
         started = time.perf_counter()
-        gate.log_weights(bundle.initial()[1], cache.pooled(samples, 1))
+        gate.log_weights(bundle.initial()[1], cache.pooled(samples, 1), np.zeros((len(samples), 2), np.float32))
         cache.lifted(samples, levels, 1, theta)
         yield _measurement(FEATURES, feature_batch, started)
     memory_plans = {

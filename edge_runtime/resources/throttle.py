@@ -124,6 +124,12 @@ class ControlledEngine:
         self._control.check()
         return logits
 
+    def features(self, hidden: Floats) -> Floats:
+        self._warm = False
+        features = self._engine.features(hidden)
+        self._control.check()
+        return features
+
     def release(self) -> None:
         self._warm = False
         self._engine.release()

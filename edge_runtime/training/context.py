@@ -16,7 +16,7 @@ from edge_runtime.store import DeviceStore
 from edge_runtime.training.gate import Gate
 from edge_runtime.training.loop import predict_log_p
 from fedfmsl.algorithms.arrays import Floats, Vector
-from fedfmsl.algorithms.mixture import class_mask, log_class_prior
+from fedfmsl.algorithms.mixture import Biases, class_mask
 from fedfmsl.algorithms.sal import Sal
 from fedfmsl.protocol.bundle import Bundle
 
@@ -61,9 +61,9 @@ class TrainingContext:
         return class_mask(self.class_counts)
 
     @cached_property
-    def log_prior(self) -> Floats:
-        """Log class prior of this device (C,)."""
-        return log_class_prior(self.class_counts)
+    def biases(self) -> Biases:
+        """What this device adds to the experts' logits in the mixture."""
+        return Biases.of_counts(self.class_counts)
 
     def capped(self, sal: Sal) -> Sal:
         """SAL with `max_level` limited to the level cap. For the baseline and the local expert."""

@@ -10,13 +10,21 @@ from pydantic import BaseModel
 
 from edge_runtime.data.samples import labels_of
 from edge_runtime.training.context import Samples, TrainingContext
-from edge_runtime.training.local_expert import LocalExpert, compute_mixture
+from edge_runtime.training.local_expert import LocalExpert
 from edge_runtime.training.loop import Targets, predict_log_p, train
+from edge_runtime.training.mixture import (
+    ExpertOutputs,
+    Mixture,
+    dropped_class_log_p,
+    expert_outputs,
+    global_temperature,
+    tempered,
+)
 from edge_runtime.training.model import make_personal_model
 from edge_runtime.training.stages import Globals, StageResult, class_mean_expert, shuffle_seed
 from edge_runtime.training.tensor_file import read_tensors
 from fedfmsl.algorithms.arrays import Floats, Labels, Vector
-from fedfmsl.algorithms.mixture import accuracy, gate_statistics, label_log_p, nll
+from fedfmsl.algorithms.mixture import accuracy, gate_statistics, label_log_p, log_softmax, nll
 from fedfmsl.common.files import write_atomically
 from fedfmsl.protocol.messages import Round
 from fedfmsl.protocol.tensors import pack
@@ -71,32 +79,24 @@ def predict_models(context: TrainingContext, round_: Round, published: Globals, 
     `local_expert` and `mofm` are the device's own; `local_only` exists in a run with a baseline. Reads no labels, so
     the trial uses it for samples of other devices too.
     """
-    # fp32 hidden states give exactly the probabilities of the personalized model
-    context = replace(context, cache=context.cache.precise())
-    no_bias = np.zeros_like(context.log_prior)
-    expert = _local_expert(context, round_, published)
-    mixture = compute_mixture(context, samples, published, expert.best, expert.best_level)
-    models = {
-        "start": context.log_p(samples, published.start, no_bias),
-        "global": context.log_p(samples, published.expert, no_bias),
-        "global_prior": mixture.global_log_p,
-        "local_expert": mixture.local_log_p,
-        "mofm": mixture.log_p,
-    }
-    baseline = _load_baseline(context, round_.session)
-    if baseline is not None:
-        models["local_only"] = context.log_p(samples, baseline, context.class_mask)
-    return models
+    return _predict(context, round_, published, samples)[0]
 
 
 def evaluate(context: TrainingContext, round_: Round, published: Globals) -> StageResult:
-    """Accuracy of every model on the test split, which no other stage reads. Also writes results.json."""
-    samples = context.splits.test
+    """Accuracy of every model on the test split, which no other stage reads. Also writes results.json.
+
+    The accuracy on novel classes is an estimate by class dropout on the held-out split.
+    """
+    samples, held_out = context.splits.test, context.splits.held_out
     labels = labels_of(samples)
     model = make_personal_model(context, round_, published)
-    models = predict_models(context, round_, published, samples)
-    weight, entropy = _gate_statistics(context, published, samples) if samples else (0.0, 0.0)
+    models, mixture = _predict(context, round_, published, samples)
+    weight, entropy = gate_statistics(mixture.log_gate) if samples else (0.0, 0.0)
     metrics = {name: accuracy(log_p, labels) for name, log_p in models.items()}
+    expert, outputs = _outputs(context, round_, published, held_out)
+    dropped = dropped_class_log_p(context, published.gate, outputs, labels_of(held_out))
+    if len(dropped):
+        metrics["mofm_novel_estimate"] = accuracy(dropped, labels_of(held_out))
     counts = {"test": _per_class(context, labels)}
     for name in ("start", "global"):
         counts[name] = _per_class(context, labels[models[name].argmax(axis=1) == labels])
@@ -106,7 +106,7 @@ def evaluate(context: TrainingContext, round_: Round, published: Globals) -> Sta
     write_atomically(context.store.results, json.dumps(results).encode())
     return StageResult(
         samples=len(samples),
-        level=_local_expert(context, round_, published).best_level,
+        level=expert.best_level,
         metrics={
             **metrics,
             "mean_local_weight": weight,
@@ -118,14 +118,39 @@ def evaluate(context: TrainingContext, round_: Round, published: Globals) -> Sta
     )
 
 
-def _local_expert(context: TrainingContext, round_: Round, published: Globals) -> LocalExpert:
-    saved = LocalExpert.load(context, round_.session)
-    return saved or LocalExpert.from_global(context, published.expert, round_.sal)
+def _predict(
+    context: TrainingContext, round_: Round, published: Globals, samples: Samples
+) -> tuple[dict[str, Floats], Mixture]:
+    outputs = _outputs(context, round_, published, samples)[1]
+    mixture = outputs.mixture(context, published.gate, context.biases)
+    precise, no_bias = _precise(context), np.zeros(context.classes, np.float32)
+    models = {
+        "start": precise.log_p(samples, published.start, no_bias),
+        "global": log_softmax(outputs.global_logits),
+        "global_prior": log_softmax(outputs.global_logits + context.biases.prior),
+        "local_expert": mixture.local_log_p,
+        "mofm": mixture.log_p,
+    }
+    baseline = _load_baseline(context, round_.session)
+    if baseline is not None:
+        models["local_only"] = precise.log_p(samples, baseline, context.class_mask)
+    return models, mixture
 
 
-def _gate_statistics(context: TrainingContext, published: Globals, samples: Samples) -> tuple[float, float]:
-    features = context.cache.precise().pooled(samples, context.level_of(published.expert))
-    return gate_statistics(context.gate.log_weights(published.gate, features))
+def _outputs(
+    context: TrainingContext, round_: Round, published: Globals, samples: Samples
+) -> tuple[LocalExpert, ExpertOutputs]:
+    """The local expert, and both experts' outputs. Before stage 2 the local expert is made from the global one."""
+    temperature = global_temperature(context, published)
+    expert = LocalExpert.load(context, round_.session) or LocalExpert.from_global(
+        context, tempered(context, published.expert, temperature), round_.sal
+    )
+    return expert, expert_outputs(_precise(context), samples, published, temperature, expert.best, expert.best_level)
+
+
+def _precise(context: TrainingContext) -> TrainingContext:
+    """With fp32 hidden states, which give exactly the probabilities of the personalized model."""
+    return replace(context, cache=context.cache.precise())
 
 
 def _per_class(context: TrainingContext, labels: Labels) -> list[int]:

@@ -6,15 +6,35 @@ import hashlib
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from edge_runtime.data.samples import labels_of
 from edge_runtime.training.context import Samples, TrainingContext
-from edge_runtime.training.loop import Targets, predict_log_p, train
+from edge_runtime.training.gate import GateExamples
+from edge_runtime.training.loop import Targets, train
+from edge_runtime.training.mixture import (
+    ExpertOutputs,
+    compute_mixture,
+    dropped_class_log_p,
+    expert_outputs,
+    global_temperature,
+    tempered,
+)
 from edge_runtime.training.stages import Globals, StageResult, shuffle_seed
 from edge_runtime.training.tensor_file import read_tensors
-from fedfmsl.algorithms.arrays import Floats, Vector
-from fedfmsl.algorithms.mixture import accuracy, gate_statistics, label_log_p, mix, nll
+from fedfmsl.algorithms.arrays import Labels, Vector
+from fedfmsl.algorithms.mixture import (
+    NOVEL_RATE,
+    Biases,
+    accuracy,
+    class_dropout,
+    gate_offset,
+    gate_statistics,
+    label_log_p,
+    log_softmax,
+    nll,
+)
 from fedfmsl.algorithms.sal import Sal, SalState
 from fedfmsl.common.files import write_atomically
 from fedfmsl.protocol.messages import Round
@@ -52,9 +72,9 @@ class LocalExpert:
 
     @classmethod
     def from_global(cls, context: TrainingContext, expert: Vector, sal: Sal) -> LocalExpert:
-        """The global expert at SAL's first level, with the device's log prior added to the bias of the head."""
+        """The global expert at SAL's first level, with the device's log class prior added to the bias of the head."""
         theta = context.to_highest_level(expert)
-        context.bundle.expert.split(theta)["classifier.bias"][:] += context.log_prior
+        context.bundle.expert.split(theta)["classifier.bias"][:] += context.biases.prior
         start = context.capped(sal).start()
         return cls(theta, start, theta, start.level, np.inf)
 
@@ -85,64 +105,33 @@ class LocalExpert:
         write_atomically(context.store.personal, blob, durable=True)
 
 
-@dataclass(frozen=True)
-class Mixture:
-    """Outputs of a MoFM for n samples: log gate weights (n, 2) and both experts' class log-probabilities (n, C)."""
-
-    log_gate: Floats
-    global_log_p: Floats
-    local_log_p: Floats
-
-    @property
-    def log_p(self) -> Floats:
-        """Class log-probabilities of the mixture (n, C)."""
-        return mix(self.log_gate, self.global_log_p, self.local_log_p)
-
-
-def compute_mixture(
-    context: TrainingContext, samples: Samples, published: Globals, theta: Vector, level: int
-) -> Mixture:
-    """The mixture of the global expert, with the device's log prior, and the local expert `theta` at `level`."""
-    features = context.cache.pooled(samples, context.level_of(published.expert))
-    return Mixture(
-        log_gate=context.gate.log_weights(published.gate, features),
-        global_log_p=context.log_p(samples, published.expert, context.log_prior),
-        local_log_p=local_log_p(context, samples, published, theta, level),
-    )
-
-
-def local_log_p(context: TrainingContext, samples: Samples, published: Globals, theta: Vector, level: int) -> Floats:
-    """Class log-probabilities (n, C) of the local expert `theta` at `level`, over the held classes."""
-    context.engine.load(level)
-    context.engine.set(theta[: context.bundle.expert.size(level)])
-    hidden = context.hidden_states(samples, published.expert, level)
-    return predict_log_p(context.engine, hidden, context.class_mask)
-
-
 def train_personal(context: TrainingContext, round_: Round, published: Globals) -> StageResult:
     """Trains the local expert on the mixture's likelihood, then the gate adapter on the held-out split."""
-    splits = context.splits
+    splits, temperature = context.splits, global_temperature(context, published)
     expert = LocalExpert.load(context, round_.session)
     if expert is None or round_.index == 0:
-        expert = LocalExpert.from_global(context, published.expert, round_.sal)
+        expert = LocalExpert.from_global(context, tempered(context, published.expert, temperature), round_.sal)
     fingerprint = _fingerprint(splits.held_out)
     if expert.held_out != fingerprint:  # scores are comparable on the same samples only
-        before = compute_mixture(context, splits.held_out, published, expert.best, expert.best_level)
+        before = compute_mixture(context, splits.held_out, published, temperature, expert.best, expert.best_level)
         score = nll(before.log_p, labels_of(splits.held_out))
         expert = replace(expert, best_nll=score, held_out=fingerprint)
     if expert.round < round_.index:
-        expert = _train_local(context, round_, published, expert)
+        expert = _train_local(context, round_, published, temperature, expert)
         expert.save(context, round_.session)
-    return _train_gate(context, published, expert)
+    return _train_gate(context, published, temperature, expert)
 
 
-def _train_local(context: TrainingContext, round_: Round, published: Globals, expert: LocalExpert) -> LocalExpert:
+def _train_local(
+    context: TrainingContext, round_: Round, published: Globals, temperature: float, expert: LocalExpert
+) -> LocalExpert:
     engine, layout, samples, level = context.engine, context.bundle.expert, context.splits.train, expert.sal.level
     trained = min(level, context.level_cap)  # the cap may have been lowered
     labels = labels_of(samples)
     features = context.cache.pooled(samples, context.level_of(published.expert))
-    log_gate = context.gate.log_weights(published.gate, features)
-    global_log_p = label_log_p(context.log_p(samples, published.expert, context.log_prior), labels)
+    logits = context.log_p(samples, published.expert, np.zeros(context.classes, np.float32)) / np.float32(temperature)
+    log_gate = context.gate.log_weights(published.gate, features, gate_offset(logits, context.biases))
+    global_log_p = label_log_p(log_softmax(logits + context.biases.kept), labels)
     targets = Targets(labels, gate=log_gate[:, 1], other=log_gate[:, 0] + global_log_p)
     engine.load(trained)
     size = layout.size(trained)
@@ -154,7 +143,7 @@ def _train_local(context: TrainingContext, round_: Round, published: Globals, ex
     theta = expert.theta.copy()
     theta[:size] = engine.get()
     held_out = context.splits.held_out
-    after = compute_mixture(context, held_out, published, theta, level)
+    after = compute_mixture(context, held_out, published, temperature, theta, level)
     held_out_labels = labels_of(held_out)
     sal = context.capped(round_.sal).observe(expert.sal, accuracy(after.local_log_p, held_out_labels))
     expert = replace(expert, theta=theta, sal=sal, round=round_.index)
@@ -162,25 +151,46 @@ def _train_local(context: TrainingContext, round_: Round, published: Globals, ex
     return replace(expert, best=theta, best_level=level, best_nll=score) if score < expert.best_nll else expert
 
 
-def _train_gate(context: TrainingContext, published: Globals, expert: LocalExpert) -> StageResult:
+def _train_gate(context: TrainingContext, published: Globals, temperature: float, expert: LocalExpert) -> StageResult:
     samples = context.splits.held_out
     labels = labels_of(samples)
-    mixture = compute_mixture(context, samples, published, expert.best, expert.best_level)
-    expert_log_p = np.stack(
-        [label_log_p(mixture.global_log_p, labels), label_log_p(mixture.local_log_p, labels)], axis=1
-    )
-    features = context.cache.pooled(samples, context.level_of(published.expert))
-    gate = context.gate.train(published.gate, features, expert_log_p)
+    outputs = expert_outputs(context, samples, published, temperature, expert.best, expert.best_level)
+    mixture = outputs.mixture(context, published.gate, context.biases)
+    gate = context.gate.train(published.gate, gate_examples(context.class_counts, outputs, labels))
     weight, entropy = gate_statistics(mixture.log_gate)
+    novel = dropped_class_log_p(context, published.gate, outputs, labels)
     metrics = {
         "held_out_mofm": accuracy(mixture.log_p, labels),
         "held_out_local": accuracy(mixture.local_log_p, labels),
-        "held_out_global_prior": accuracy(mixture.global_log_p, labels),
+        "held_out_global_prior": accuracy(outputs.global_logits + context.biases.prior, labels),
+        **({"held_out_novel": accuracy(novel, labels)} if len(novel) else {}),
         "mean_local_weight": weight,
         "gate_entropy": entropy,
         "local_level": float(expert.sal.level),
     }
     return StageResult(delta=gate - published.gate, samples=len(samples), level=expert.sal.level, metrics=metrics)
+
+
+def gate_examples(counts: NDArray[np.int64], outputs: ExpertOutputs, labels: Labels) -> GateExamples:
+    """Each sample as it is, and with its class dropped, so that only the global expert can be right (ours).
+
+    `counts` (C,): the device's samples per class. The weights are the prior probabilities of held and novel classes.
+    """
+    views = [(counts, np.arange(len(labels)), 1 - NOVEL_RATE)]
+    views += [(without, rows, NOVEL_RATE) for without, rows in class_dropout(counts, labels)]
+    parts = []
+    for seen_counts, rows, weight in views:
+        biases, seen = Biases.of_counts(seen_counts), outputs[rows]
+        experts = (seen.global_logits + biases.kept, seen.local_logits + biases.held)
+        parts.append(
+            GateExamples(
+                seen.features,
+                gate_offset(seen.global_logits, biases),
+                np.stack([label_log_p(log_softmax(logits), labels[rows]) for logits in experts], axis=1),
+                np.full(len(rows), weight / len(labels), np.float32),
+            )
+        )
+    return GateExamples.concatenate(parts)
 
 
 def _fingerprint(samples: Samples) -> str:

@@ -16,10 +16,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from edge_runtime.data.samples import labels_of
 from edge_runtime.store import DeviceStore
 from edge_runtime.training.context import TrainingContext
-from edge_runtime.training.local_expert import LocalExpert, compute_mixture
+from edge_runtime.training.local_expert import LocalExpert
+from edge_runtime.training.mixture import expert_outputs, global_temperature, tempered
 from edge_runtime.training.stages import Globals, class_mean_expert
 from fedfmsl.algorithms.arrays import Floats
 from fedfmsl.algorithms.calibration import calibrate, fit_temperature, unknown_threshold
+from fedfmsl.algorithms.mixture import Biases
 from fedfmsl.common.files import write_atomically
 from fedfmsl.errors import BundleError, InputError, MessageError
 from fedfmsl.protocol.bundle import Bundle
@@ -45,6 +47,8 @@ class ModelHeader(BaseModel):
     gate: Sha256
     temperature: float = Field(gt=0)
     threshold: float = Field(ge=0, le=1)  # a confidence below it means `unknown`
+    prior: tuple[float, ...]  # class prior of the mixture
+    held: tuple[bool, ...]  # classes that the device holds
 
 
 @dataclass(frozen=True)
@@ -65,20 +69,24 @@ class PersonalModel:
 def make_personal_model(context: TrainingContext, round_: Round, published: Globals) -> PersonalModel:
     """The device's model after this round, with the published globals.
 
-    Before stage 2 the local expert is the global expert with the device's log prior. Before there is a global expert,
-    both experts have the head of the device's own class means (ours). Runs both experts on the held-out split.
+    Before stage 2 the local expert is the global expert with the device's log class prior. Before there is a global
+    expert, both experts have the head of the device's own class means, and novel classes have no probability (ours).
+    Runs both experts on the held-out split.
     """
-    expert, gate = published.expert, published.gate
+    expert, gate, biases = published.expert, published.gate, context.biases
     if not expert.size:
         expert = class_mean_expert(context)[: context.bundle.expert.size(1)]
+        biases = Biases.of_counts(context.class_counts, novel_rate=0.0)
     if not gate.size:
         gate = context.bundle.initial()[1]
     complete = Globals(expert, expert, gate)
+    scale = global_temperature(context, complete)
+    expert = tempered(context, expert, scale)
     saved = LocalExpert.load(context, round_.session)
     local = saved or LocalExpert.from_global(context, expert, round_.sal)
     level = max(context.level_of(expert), local.best_level)
     samples = context.splits.held_out
-    log_p = compute_mixture(context, samples, complete, local.best, level).log_p
+    log_p = expert_outputs(context, samples, complete, scale, local.best, level).mixture(context, gate, biases).log_p
     temperature = fit_temperature(log_p, labels_of(samples))
     size = context.bundle.expert.size(level)
     header = ModelHeader(
@@ -92,13 +100,16 @@ def make_personal_model(context: TrainingContext, round_: Round, published: Glob
         gate=round_.gate,
         temperature=temperature,
         threshold=unknown_threshold(np.exp(calibrate(log_p, temperature).max(axis=1))),
+        prior=tuple(np.exp(biases.prior).tolist()),
+        held=tuple((context.class_counts > 0).tolist()),
     )
     tensors = {
         "global_theta": context.to_highest_level(expert)[:size],
         "local_theta": local.best[:size],
         "gate_theta": gate,
-        "global_bias": context.log_prior,
-        "local_bias": context.class_mask,
+        "kept_bias": biases.kept,
+        "given_bias": biases.given,
+        "held_bias": biases.held,
     }
     return PersonalModel(header, tensors)
 

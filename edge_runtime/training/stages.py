@@ -17,6 +17,7 @@ from edge_runtime.training.context import TrainingContext
 from edge_runtime.training.loop import Targets, predict_log_p, train
 from fedfmsl.algorithms.arrays import Tensors, Vector
 from fedfmsl.algorithms.class_means import class_mean_head, class_sums
+from fedfmsl.algorithms.discriminant import second_moments
 from fedfmsl.algorithms.mixture import accuracy
 from fedfmsl.errors import RunError
 from fedfmsl.protocol.bundle import Bundle
@@ -111,6 +112,21 @@ def train_global(context: TrainingContext, round_: Round, published: Globals) ->
     loss = train(engine, hidden, targets, context.class_mask, round_.training, seed, context.report)
     metrics = {"held_out_global": accuracy(held_out, labels_of(splits.held_out)), "loss": loss}
     return StageResult(delta=engine.get() - theta, samples=len(splits.train), level=level, metrics=metrics)
+
+
+def head_statistics(context: TrainingContext, round_: Round, published: Globals) -> StageResult:
+    """Class sums and second moments of the global expert's features (n, F). The server computes its head from them."""
+    samples, engine, level = context.splits.train, context.engine, min(round_.level, context.level_cap)
+    engine.load(level)
+    engine.set(published.expert[: context.bundle.expert.size(level)])
+    features = np.concatenate(
+        [engine.features(h) for h in context.hidden_states(samples, published.expert, level).batches()]
+    )
+    sums = class_sums(features, labels_of(samples), context.classes)
+    tensors = {name: sums[name] for name in ("class_sums", "class_counts")} | {
+        "second_moments": second_moments(features)
+    }
+    return StageResult(tensors, samples=len(samples), level=level)
 
 
 def shuffle_seed(context: TrainingContext, round_: Round) -> list[int]:

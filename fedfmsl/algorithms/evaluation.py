@@ -19,8 +19,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedfmsl.algorithms.arrays import Bools, Doubles, Labels
+from fedfmsl.algorithms.arrays import Bools, Doubles, Floats, Labels
 from fedfmsl.algorithms.checks import check_number
+from fedfmsl.algorithms.label_shift import adapt_in_order
 
 SHARES = (0.0, 0.1, 0.5)  # of novel samples in the measured streams
 DECILE = 0.1
@@ -44,7 +45,7 @@ class DeviceAccuracy:
 
 
 @dataclass(frozen=True)
-class Summary:
+class FleetAccuracy:
     """One model over all devices.
 
     `own`, `fleet` and `novel` are means over devices, weighted by the device's samples of that kind; `stream` is
@@ -122,6 +123,31 @@ def stream_accuracy(correct: Bools, is_own: Bools, share: float) -> float | None
     return _at_share(_mean(correct[is_own]), _mean(correct[~is_own]), share)
 
 
+def adapting_streams(
+    log_p: Floats,
+    labels: Labels,
+    is_own: Bools,
+    is_novel: Bools,
+    prior: Floats,
+    held: Bools,
+    seed: int,
+    shares: Sequence[float] = SHARES,
+) -> dict[float, float]:
+    """By share: accuracy along a seeded stream of a model that adapts its class prior to the samples so far.
+
+    `log_p` (n, C): class log-probabilities of the fleet's test samples under the class prior `prior` (C,) of a device
+    that holds the classes `held` (C,). See `fedfmsl.algorithms.label_shift`.
+    """
+    accuracies = {}
+    for share in shares:
+        order = stream_order(is_own, is_novel, share, np.random.default_rng(seed))
+        correct = adapt_in_order(log_p[order], prior, held).argmax(axis=1) == labels[order]
+        accuracy = stream_accuracy(correct, is_own[order], share)
+        if accuracy is not None:
+            accuracies[share] = accuracy
+    return accuracies
+
+
 def harmonic_mean(own: float | None, novel: float | None) -> float | None:
     """2 · own · novel / (own + novel); 0 if both are 0, None if one is None."""
     if own is None or novel is None:
@@ -135,13 +161,13 @@ def worst_decile(own: Iterable[float]) -> float | None:
     return _mean(np.array(ranked[: math.ceil(DECILE * len(ranked))]))
 
 
-def summarize(devices: Sequence[DeviceAccuracy]) -> Summary:
+def summarize(devices: Sequence[DeviceAccuracy]) -> FleetAccuracy:
     """One model over all devices, which may be empty."""
     own = _weighted((device.own, device.own_count) for device in devices)
     novel = _weighted((device.novel, device.novel_count) for device in devices)
     shares = sorted({share for device in devices for share in device.stream})
     streams = {share: _weighted((each.stream.get(share), each.own_count) for each in devices) for share in shares}
-    return Summary(
+    return FleetAccuracy(
         own=own,
         fleet=_weighted((device.fleet, device.fleet_count) for device in devices),
         novel=novel,

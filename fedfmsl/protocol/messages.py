@@ -8,7 +8,7 @@ from __future__ import annotations
 from enum import Enum
 from typing import Annotated, ClassVar, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fedfmsl.algorithms.privacy import Privacy
 from fedfmsl.algorithms.sal import Sal
@@ -40,6 +40,7 @@ class Stage(str, Enum):
 
     STATISTICS = "statistics"  # class sums of the features: the first head
     GLOBAL = "global"  # stage 1: train the global expert
+    HEAD = "head"  # class sums and second moments of the global expert's features: its final head
     PERSONAL = "personal"  # stage 2: train the local expert and the gate adapter
     BASELINE = "baseline"  # train alone, for comparison; nothing is aggregated
     EVALUATE = "evaluate"  # measure on the test split, write the personalized model
@@ -105,6 +106,12 @@ class Round(Message):
     sal: Sal
     encoding: Encoding = Encoding.FP32
     privacy: Privacy | None = None
+
+    @model_validator(mode="after")
+    def _no_second_moments_with_privacy(self) -> Round:
+        if self.stage is Stage.HEAD and self.privacy is not None:
+            raise ValueError("a run with privacy has no stage head, because its second moments have no noise")
+        return self
 
 
 class Globals(Message):

@@ -1,7 +1,7 @@
 """FedFMSL without one of its parts (ours).
 
-Each is a whole run of the coordinator. Without gate, no device changes the gate adapter, so that both experts keep the
-equal weights of the initial adapter, in training too.
+Each is a whole run of the coordinator. Without gate, no device changes the gate adapter, so that the gate keeps the
+weights of Bayes' rule, in training too.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def without_class_means() -> FedFMSL:
 
 
 def without_gate() -> FedFMSL:
-    return FedFMSL(tamper=_same_gate, name="fedfmsl-no-gate", title="FedFMSL, weights of ½")
+    return FedFMSL(tamper=_same_gate, name="fedfmsl-no-gate", title="FedFMSL, Bayes' rule without gate adapter")
 
 
 def _same_gate(_: str, result: StageResult) -> StageResult:

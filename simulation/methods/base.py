@@ -46,12 +46,20 @@ class MethodSettings:
         return self.stage2 if index in self.stage2_indices else self.training
 
 
+def _sum(a: Mapping[str, int], b: Mapping[str, int]) -> dict[str, int]:
+    return {name: a.get(name, 0) + b.get(name, 0) for name in {**a, **b}}
+
+
 @dataclass(frozen=True)
 class RoundCost:
     """Bytes of a round by device. Seconds are in `Fleet.seconds`."""
 
     bytes_up: Mapping[str, int] = field(default_factory=dict)
     bytes_down: Mapping[str, int] = field(default_factory=dict)
+
+    def __add__(self, other: RoundCost) -> RoundCost:
+        """The bytes of both."""
+        return RoundCost(_sum(self.bytes_up, other.bytes_up), _sum(self.bytes_down, other.bytes_down))
 
 
 class Method(Protocol[State, Model]):

@@ -25,11 +25,13 @@ from simulation.methods.server import State, Trained, average, exchange, start_t
 
 @dataclass(frozen=True)
 class Task:
-    """`shared` (P,): w. `personal` (P,): v. `proximal`: λ. `alone`: all steps are those of v."""
+    """`shared` (P,): w. `personal` (P,): v. `proximal`: λ. `restricted`: see `cross_entropy`. `alone`: all steps are
+    those of v."""
 
     shared: Vector
     personal: Vector
     proximal: float
+    restricted: bool
     training: Training
     seed: Sequence[int]
     index: int
@@ -48,8 +50,8 @@ def train_both(context: TrainingContext, task: Task) -> Pair:
     steps = shuffled_steps(len(samples), task.training, task.seed)
     own, sent = (steps, []) if task.alone else halves(steps, task.index)
     anchor = Proximal(task.shared, task.proximal)
-    personal = train_steps(context, samples, task.personal, own, task.training, everything, anchor)
-    shared = train_steps(context, samples, task.shared, sent, task.training, everything)
+    personal = train_steps(context, samples, task.personal, own, task.training, everything, anchor, task.restricted)
+    shared = train_steps(context, samples, task.shared, sent, task.training, everything, None, task.restricted)
     return Pair(shared, len(samples), personal)
 
 
@@ -57,6 +59,7 @@ class Ditto:
     name = "ditto"
     title = "Ditto"
     source = "Li et al., ICML 2021"
+    restricted = True
 
     def __init__(self, proximal: float = 0.1) -> None:
         """`proximal`: λ."""
@@ -92,6 +95,7 @@ class Ditto:
                 shared,
                 self.model(state, name),
                 self.proximal,
+                self.restricted,
                 training,
                 round_seed(settings, name, index),
                 index,

@@ -120,7 +120,7 @@ def weighted_log_p(
 
 
 def open_wide(bundle: Bundle, name: str, threads: int, prepack: bool = True) -> InferenceSession:
-    """A session of the bundle's graph `name`, with `theta` cut as `wide_layout` says."""
+    """A session of the bundle's graph `name`, with `theta` cut as `wide_layout` says. Needs ONNX Runtime 1.21."""
     path = bundle.path(name)
     model = onnx.load(str(path), load_external_data=False)
     _widen(model.graph, bundle.expert)

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from edge_runtime.data.samples import labels_of
-from edge_runtime.engines.base import Batch, expert_decay
+from edge_runtime.engines.base import expert_decay
 from edge_runtime.training.context import Samples, TrainingContext
 from fedfmsl.algorithms.adamw import AdamW
 from fedfmsl.algorithms.arrays import Doubles, Floats, Vector
@@ -29,7 +29,7 @@ from fedfmsl.protocol.messages import Training
 from simulation.fleet import Fleet
 from simulation.methods.base import MethodSettings, RoundCost, round_seed
 from simulation.methods.dual_lora import Adapters, weighted_log_p, wide_engine
-from simulation.methods.local_training import shuffled_steps
+from simulation.methods.local_training import cross_entropy, shuffled_steps
 from simulation.methods.server import State, exchange, start_theta
 
 
@@ -65,9 +65,12 @@ class Model:
 
 @dataclass(frozen=True)
 class Task:
+    """`restricted`: see `cross_entropy`."""
+
     model: Model
     training: Training
     seed: Sequence[int]
+    restricted: bool
 
 
 def train_individual(context: TrainingContext, task: Task) -> Model:
@@ -86,7 +89,7 @@ def train_individual(context: TrainingContext, task: Task) -> Model:
         for row, state in zip(chosen, hidden.batch(chosen), strict=True):
             weights = np.exp(log_softmax(router @ pooled[row]))
             engine.set(adapters.combine(individual, rest, weights))
-            batch = Batch.cross_entropy(state[None], labels[[row]], context.classes)
+            batch = cross_entropy(context, state[None], labels[[row]], task.restricted)
             of_individual, of_weights = adapters.gradients(individual, rest, weights, engine.gradient(batch)[1])
             gradient += of_individual / np.float32(len(chosen))
             of_logits = weights * (of_weights - weights @ of_weights)  # through the softmax
@@ -100,6 +103,7 @@ class FedALT:
     name = "fedalt"
     title = "FedALT"
     source = "Bian et al., AAAI 2026"
+    restricted = True
 
     def start(self, fleet: Fleet, settings: MethodSettings) -> tuple[AltState, RoundCost]:
         untrained = np.zeros((2, fleet.bundle.manifest.dims.feature), np.float32)
@@ -107,13 +111,13 @@ class FedALT:
         return AltState(settings=settings, shared=theta, untrained=untrained), cost
 
     def round(self, fleet: Fleet, state: AltState, devices: Sequence[str], index: int) -> tuple[AltState, RoundCost]:
-        state = _train(fleet, state, devices, index)
+        state = _train(fleet, state, devices, index, self.restricted)
         sent = {**state.sent, **{name: state.personal[name] for name in devices}}
         return replace(state, sent=sent), exchange(fleet.bundle, state.shared, devices)
 
     def adapt(self, fleet: Fleet, state: AltState, devices: Sequence[str]) -> AltState:
         for index in state.settings.stage2_indices:
-            state = _train(fleet, state, devices, index)
+            state = _train(fleet, state, devices, index, self.restricted)
         return state
 
     def model(self, state: AltState, device: str) -> Model:
@@ -125,11 +129,12 @@ class FedALT:
         return {self.name: weighted_log_p(context, samples, model.individual, model.rest, weights)}
 
 
-def _train(fleet: Fleet, state: AltState, devices: Sequence[str], index: int) -> AltState:
+def _train(fleet: Fleet, state: AltState, devices: Sequence[str], index: int, restricted: bool) -> AltState:
     settings = state.settings
     training = settings.training_of(index)
     tasks = {
-        name: Task(model, training, round_seed(settings, name, index)) for name, model in state.models(devices).items()
+        name: Task(model, training, round_seed(settings, name, index), restricted)
+        for name, model in state.models(devices).items()
     }
     results = fleet.map(train_individual, tasks)
     return replace(

@@ -24,7 +24,7 @@ import numpy as np
 
 from edge_runtime.data.features import HiddenStates
 from edge_runtime.data.samples import labels_of
-from edge_runtime.engines.base import Batch, expert_decay
+from edge_runtime.engines.base import expert_decay
 from edge_runtime.training.context import Samples, TrainingContext
 from fedfmsl.algorithms.adamw import AdamW
 from fedfmsl.algorithms.arrays import Floats, Vector
@@ -32,7 +32,15 @@ from fedfmsl.protocol.messages import Training
 from simulation.fleet import Fleet
 from simulation.methods.base import MethodSettings, RoundCost, round_seed
 from simulation.methods.dual_lora import Adapters, weighted_log_p, wide_engine
-from simulation.methods.local_training import Steps, halves, log_p, shuffled_steps, step_graphs, train_steps
+from simulation.methods.local_training import (
+    Steps,
+    cross_entropy,
+    halves,
+    log_p,
+    shuffled_steps,
+    step_graphs,
+    train_steps,
+)
 from simulation.methods.server import State, Trained, average, exchange, start_theta
 
 HALF = np.full(2, 0.5, np.float32)
@@ -49,13 +57,15 @@ class DualState(State):
 
 @dataclass(frozen=True)
 class Task:
-    """`shared` (P,): the global adapter. `personal` (P,): the local one. `own`, `sent`: whether each is trained."""
+    """`shared` (P,): the global adapter. `personal` (P,): the local one. `own`, `sent`: whether each is trained.
+    `restricted`: see `cross_entropy`."""
 
     shared: Vector
     personal: Vector
     training: Training
     seed: Sequence[int]
     index: int
+    restricted: bool
     own: bool = True
     sent: bool = True
 
@@ -85,7 +95,8 @@ def train_adapters(context: TrainingContext, task: Task) -> Pair:
         own, sent = (steps, []) if task.own else ([], steps)
     personal = train_local(context, samples, task, own)
     everything = np.ones_like(task.shared)
-    return Pair(train_steps(context, samples, task.shared, sent, task.training, everything), len(samples), personal)
+    shared = train_steps(context, samples, task.shared, sent, task.training, everything, None, task.restricted)
+    return Pair(shared, len(samples), personal)
 
 
 def train_local(context: TrainingContext, samples: Samples, task: Task, steps: Steps) -> Vector:
@@ -98,7 +109,7 @@ def train_local(context: TrainingContext, samples: Samples, task: Task, steps: S
     optimizer = AdamW(task.training.learning_rate, decay)
     for chosen in steps:
         engine.set(adapters.combine(personal, task.shared, HALF))
-        _, gradient = engine.gradient(Batch.cross_entropy(hidden.batch(chosen), labels[chosen], context.classes))
+        _, gradient = engine.gradient(cross_entropy(context, hidden.batch(chosen), labels[chosen], task.restricted))
         personal = optimizer.step(personal, adapters.gradients(personal, task.shared, HALF, gradient)[0])
     return personal
 
@@ -124,13 +135,14 @@ class FedDPA:
     name = "feddpa"
     title = "FedDPA-T"
     source = "Yang et al., NeurIPS 2024"
+    restricted = True
 
     def start(self, fleet: Fleet, settings: MethodSettings) -> tuple[DualState, RoundCost]:
         theta, cost = start_theta(fleet, settings)
         return DualState(settings=settings, shared=theta, start=theta), cost
 
     def round(self, fleet: Fleet, state: DualState, devices: Sequence[str], index: int) -> tuple[DualState, RoundCost]:
-        results = fleet.map(train_adapters, _tasks(state, devices, index, own=index > 0))
+        results = fleet.map(train_adapters, self._tasks(state, devices, index, own=index > 0))
         shared = average(fleet.bundle, state.shared, results)
         if index > 0:
             state = _kept(state, results)
@@ -138,7 +150,7 @@ class FedDPA:
 
     def adapt(self, fleet: Fleet, state: DualState, devices: Sequence[str]) -> DualState:
         for index in state.settings.stage2_indices:
-            state = _kept(state, fleet.map(train_adapters, _tasks(state, devices, index, sent=False)))
+            state = _kept(state, fleet.map(train_adapters, self._tasks(state, devices, index, sent=False)))
         return state
 
     def model(self, state: DualState, device: str) -> Model:
@@ -151,23 +163,23 @@ class FedDPA:
         weights = np.stack([local, 1 - local], axis=1)
         return {self.name: weighted_log_p(context, samples, model.personal, model.shared, weights)}
 
-
-def _tasks(
-    state: DualState, devices: Sequence[str], index: int, own: bool = True, sent: bool = True
-) -> dict[str, Task]:
-    settings = state.settings
-    return {
-        name: Task(
-            state.shared,
-            state.personal.get(name, state.start),
-            settings.training_of(index),
-            round_seed(settings, name, index),
-            index,
-            own,
-            sent,
-        )
-        for name in devices
-    }
+    def _tasks(
+        self, state: DualState, devices: Sequence[str], index: int, own: bool = True, sent: bool = True
+    ) -> dict[str, Task]:
+        settings, training = state.settings, state.settings.training_of(index)
+        return {
+            name: Task(
+                state.shared,
+                state.personal.get(name, state.start),
+                training,
+                round_seed(settings, name, index),
+                index,
+                self.restricted,
+                own,
+                sent,
+            )
+            for name in devices
+        }
 
 
 def _kept(state: DualState, results: Mapping[str, Pair]) -> DualState:

@@ -64,8 +64,13 @@ class FedFMSL:
     def round(
         self, fleet: Fleet, state: Federation, devices: Sequence[str], index: int
     ) -> tuple[Federation, RoundCost]:
+        """The head round belongs to the last round of stage 1."""
         bytes_down = state.bytes_down
-        return state, _cost(state.step(devices), bytes_down)
+        cost = _cost(state.step(devices), bytes_down)
+        if state.announced.stage is Stage.HEAD:
+            bytes_down = state.bytes_down
+            cost += _cost(state.step(), bytes_down)
+        return state, cost
 
     def adapt(self, fleet: Fleet, state: Federation, devices: Sequence[str]) -> Federation:
         fleet.map(_train_alone, {name: self.model(state, name) for name in devices})

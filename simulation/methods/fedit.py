@@ -23,13 +23,14 @@ from simulation.methods.server import State, Trained, average, exchange, start_t
 @dataclass(frozen=True)
 class Task:
     """`theta` (P,): the received trainables. `trained` (P,): 1 for those that the device trains. `proximal`: weight of
-    the distance to `theta` in the loss."""
+    the distance to `theta` in the loss. `restricted`: see `cross_entropy`."""
 
     theta: Vector
     training: Training
     seed: Sequence[int]
     trained: Vector
-    proximal: float
+    restricted: bool
+    proximal: float = 0.0
 
 
 def train_received(context: TrainingContext, task: Task) -> Trained:
@@ -37,7 +38,7 @@ def train_received(context: TrainingContext, task: Task) -> Trained:
     samples = context.splits.train
     steps = shuffled_steps(len(samples), task.training, task.seed)
     proximal = Proximal(task.theta, task.proximal) if task.proximal else None
-    theta = train_steps(context, samples, task.theta, steps, task.training, task.trained, proximal)
+    theta = train_steps(context, samples, task.theta, steps, task.training, task.trained, proximal, task.restricted)
     return Trained(theta, len(samples))
 
 
@@ -46,6 +47,7 @@ class FedIT:
     title = "FedAvg-LoRA (FedIT)"
     source = "Zhang et al., ICASSP 2024"
     proximal = 0.0
+    restricted = True
 
     def is_trained(self, slot: Slot) -> bool:
         """Whether the devices train and send this tensor."""
@@ -60,7 +62,8 @@ class FedIT:
         trained = mask(fleet.bundle.expert, shared.size, self.is_trained)
         training = settings.training_of(index)
         tasks = {
-            name: Task(shared, training, round_seed(settings, name, index), trained, self.proximal) for name in devices
+            name: Task(shared, training, round_seed(settings, name, index), trained, self.restricted, self.proximal)
+            for name in devices
         }
         results = fleet.map(train_received, tasks)
         cost = exchange(fleet.bundle, shared, devices, self.is_trained)

@@ -21,7 +21,7 @@ def train_head_then_body(context: TrainingContext, task: Task) -> Trained:
     steps = shuffled_steps(len(samples), task.training, task.seed)
     phases = zip(halves(steps, task.index), (1 - task.is_shared, task.is_shared), strict=True)
     for part, trained in phases:
-        theta = train_steps(context, samples, theta, part, task.training, trained)
+        theta = train_steps(context, samples, theta, part, task.training, trained, restricted=task.restricted)
     return Trained(theta, len(samples))
 
 

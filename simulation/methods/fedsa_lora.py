@@ -19,7 +19,8 @@ from simulation.methods.server import Trained
 def train_all(context: TrainingContext, task: Task) -> Trained:
     samples = context.splits.train
     steps = shuffled_steps(len(samples), task.training, task.seed)
-    theta = train_steps(context, samples, task.theta, steps, task.training, np.ones_like(task.theta))
+    everything = np.ones_like(task.theta)
+    theta = train_steps(context, samples, task.theta, steps, task.training, everything, restricted=task.restricted)
     return Trained(theta, len(samples))
 
 

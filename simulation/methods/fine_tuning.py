@@ -27,18 +27,18 @@ class FineTuning(FedIT):
         if index not in state.settings.stage2_indices:
             return super().round(fleet, state, devices, index)
         received = dict.fromkeys(set(devices) - state.personal.keys(), wire_bytes(fleet.bundle, state.shared))
-        return fine_tune(fleet, state, devices, index), RoundCost(bytes_down=received)
+        return fine_tune(fleet, state, devices, index, self.restricted), RoundCost(bytes_down=received)
 
     def adapt(self, fleet: Fleet, state: State, devices: Sequence[str]) -> State:
         for index in state.settings.stage2_indices:
-            state = fine_tune(fleet, state, devices, index)
+            state = fine_tune(fleet, state, devices, index, self.restricted)
         return state
 
     def model(self, state: State, device: str) -> Vector:
         return state.personal.get(device, state.shared)
 
 
-def fine_tune(fleet: Fleet, state: State, devices: Sequence[str], index: int) -> State:
+def fine_tune(fleet: Fleet, state: State, devices: Sequence[str], index: int, restricted: bool) -> State:
     """Each device trains its own model, at first the shared one, with the settings of round `index`."""
     settings = state.settings
     trained = mask(fleet.bundle.expert, state.shared.size, everything)
@@ -48,7 +48,7 @@ def fine_tune(fleet: Fleet, state: State, devices: Sequence[str], index: int) ->
             settings.training_of(index),
             round_seed(settings, name, index),
             trained,
-            0.0,
+            restricted,
         )
         for name in devices
     }

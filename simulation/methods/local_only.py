@@ -29,6 +29,7 @@ class LocalOnly:
     name = "local-only"
     title = "Local-only LoRA"
     source = "no federation"
+    restricted = True
 
     def start(self, fleet: Fleet, settings: MethodSettings) -> tuple[State, RoundCost]:
         starts = fleet.map(own_start, dict.fromkeys([*fleet.names, *fleet.unseen], settings.level))
@@ -36,11 +37,11 @@ class LocalOnly:
         return State(settings, np.zeros(size, np.float32), starts), RoundCost()
 
     def round(self, fleet: Fleet, state: State, devices: Sequence[str], index: int) -> tuple[State, RoundCost]:
-        return fine_tune(fleet, state, devices, index), RoundCost()
+        return fine_tune(fleet, state, devices, index, self.restricted), RoundCost()
 
     def adapt(self, fleet: Fleet, state: State, devices: Sequence[str]) -> State:
         for index in range(state.settings.rounds):
-            state = fine_tune(fleet, state, devices, index)
+            state = fine_tune(fleet, state, devices, index, self.restricted)
         return state
 
     def model(self, state: State, device: str) -> Vector:

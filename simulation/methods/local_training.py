@@ -13,7 +13,7 @@ from edge_runtime.engines.base import Batch, expert_decay
 from edge_runtime.engines.step_graph import StepGraphEngine
 from edge_runtime.training.context import Samples, TrainingContext
 from fedfmsl.algorithms.adamw import AdamW
-from fedfmsl.algorithms.arrays import Floats, Vector
+from fedfmsl.algorithms.arrays import Floats, Labels, Vector
 from fedfmsl.protocol.layout import HEAD, Layout, Slot
 from fedfmsl.protocol.messages import Training
 
@@ -76,10 +76,12 @@ def train_steps(
     training: Training,
     trained: Vector,
     proximal: Proximal | None = None,
+    restricted: bool = False,
 ) -> Vector:
-    """The trainables (P,) after the steps on the cross-entropy over all classes, from `theta` (P,) at its level.
+    """The trainables (P,) after the steps on the cross-entropy, from `theta` (P,) at its level.
 
-    `trained` (P,): 1 for trainables that change, 0 for frozen ones. The optimizer is new, as in every stage.
+    `trained` (P,): 1 for trainables that change, 0 for frozen ones. `restricted`: see `cross_entropy`. The optimizer is
+    new, as in every stage.
     """
     engine, level = step_graphs(context), context.level_of(theta)
     engine.load(level)
@@ -89,11 +91,18 @@ def train_steps(
     )
     for chosen in steps:
         engine.set(theta)
-        _, gradient = engine.gradient(Batch.cross_entropy(hidden.batch(chosen), labels[chosen], context.classes))
+        _, gradient = engine.gradient(cross_entropy(context, hidden.batch(chosen), labels[chosen], restricted))
         if proximal is not None:
             gradient = gradient + np.float32(proximal.weight) * (theta - proximal.center)
         theta = optimizer.step(theta, gradient * trained)
     return theta
+
+
+def cross_entropy(context: TrainingContext, hidden: Floats, labels: Labels, restricted: bool) -> Batch:
+    """A batch with the cross-entropy over all classes. `restricted`: over the held classes, so that the head's rows of
+    novel classes do not change (FedRS, Li & Zhan, KDD 2021)."""
+    batch = Batch.cross_entropy(hidden, labels, context.classes)
+    return replace(batch, bias=context.class_mask) if restricted else batch
 
 
 def log_p(context: TrainingContext, samples: Samples, theta: Vector) -> Floats:

@@ -34,20 +34,23 @@ class PartialState(State):
 
 @dataclass(frozen=True)
 class Task:
-    """`theta` (P,): the device's trainables. `is_shared` (P,): 1 for those that are sent."""
+    """`theta` (P,): the device's trainables. `is_shared` (P,): 1 for those that are sent. `restricted`: see
+    `cross_entropy`."""
 
     theta: Vector
     is_shared: Vector
     training: Training
     seed: Sequence[int]
     index: int
+    restricted: bool
 
 
 def train_own(context: TrainingContext, task: Task) -> Trained:
     """Trains only what is not shared."""
     samples = context.splits.train
     steps = shuffled_steps(len(samples), task.training, task.seed)
-    theta = train_steps(context, samples, task.theta, steps, task.training, 1 - task.is_shared)
+    local = 1 - task.is_shared
+    theta = train_steps(context, samples, task.theta, steps, task.training, local, restricted=task.restricted)
     return Trained(theta, len(samples))
 
 
@@ -55,6 +58,7 @@ class PartialSharing(ABC):
     """`train`: what a device computes in a round, defined in a module."""
 
     name: ClassVar[str]
+    restricted: ClassVar[bool] = True
     train: ClassVar[Callable[[TrainingContext, Task], Trained]]
 
     @abstractmethod
@@ -69,7 +73,7 @@ class PartialSharing(ABC):
     def round(
         self, fleet: Fleet, state: PartialState, devices: Sequence[str], index: int
     ) -> tuple[PartialState, RoundCost]:
-        results = fleet.map(type(self).train, _tasks(state, devices, index))
+        results = fleet.map(type(self).train, self._tasks(state, devices, index))
         sent = {
             name: replace(result, theta=np.where(state.is_shared, result.theta, state.shared))
             for name, result in results.items()
@@ -79,7 +83,7 @@ class PartialSharing(ABC):
 
     def adapt(self, fleet: Fleet, state: PartialState, devices: Sequence[str]) -> PartialState:
         for index in state.settings.stage2_indices:
-            state = _kept(state, fleet.map(train_own, _tasks(state, devices, index)))
+            state = _kept(state, fleet.map(train_own, self._tasks(state, devices, index)))
         return state
 
     def model(self, state: PartialState, device: str) -> Vector:
@@ -88,15 +92,19 @@ class PartialSharing(ABC):
     def log_p(self, context: TrainingContext, model: Vector, samples: Samples) -> dict[str, Floats]:
         return {self.name: log_p(context, samples, model)}
 
-
-def _tasks(state: PartialState, devices: Sequence[str], index: int) -> dict[str, Task]:
-    settings = state.settings
-    return {
-        name: Task(
-            state.theta(name), state.is_shared, settings.training_of(index), round_seed(settings, name, index), index
-        )
-        for name in devices
-    }
+    def _tasks(self, state: PartialState, devices: Sequence[str], index: int) -> dict[str, Task]:
+        settings, training = state.settings, state.settings.training_of(index)
+        return {
+            name: Task(
+                state.theta(name),
+                state.is_shared,
+                training,
+                round_seed(settings, name, index),
+                index,
+                self.restricted,
+            )
+            for name in devices
+        }
 
 
 def _kept(state: PartialState, results: Mapping[str, Trained]) -> PartialState:

@@ -105,7 +105,13 @@ def test_an_emulated_device_sends_the_updates_of_a_device_on_x86_64(
             replay(recorded, PI, again.broker, recorder)
             assert device.wait().code == 0, device.stderr
     asked = [announced for announced in recorded.rounds if announced.stage is not Stage.FINISHED]
-    assert [r.stage for r in asked] == [Stage.STATISTICS, *[Stage.GLOBAL] * 4, *[Stage.PERSONAL] * 3, Stage.EVALUATE]
+    assert [r.stage for r in asked] == [
+        Stage.STATISTICS,
+        *[Stage.GLOBAL] * 4,
+        Stage.HEAD,
+        *[Stage.PERSONAL] * 3,
+        Stage.EVALUATE,
+    ]
     assert [r.level for r in asked if r.stage is Stage.GLOBAL] == [1, 1, 1, 2]
     evaluations = [seen.answers[PI, asked[-1].round].header for seen in (recorded, recorder)]
     assert evaluations[0].counts == evaluations[1].counts

@@ -62,7 +62,7 @@ def finished(layout: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-EVERYTHING: set[Key] = {(round_, device) for round_ in range(1, 6) for device in DEVICES}
+EVERYTHING: set[Key] = {(round_, device) for round_ in range(1, 7) for device in DEVICES}
 
 
 def after(change: str, finished: Path, tmp_path: Path, told: set[Key] = EVERYTHING) -> Findings:

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedfmsl.algorithms.class_means import class_sums
+from fedfmsl.algorithms.discriminant import second_moments
 from fedfmsl.algorithms.privacy import Privacy
 from fedfmsl.algorithms.sal import CapabilityQueue, Sal
 from fedfmsl.protocol.messages import DeviceStatus, Round, Stage, Update, Verdict
@@ -64,6 +66,8 @@ def make_update(plan: Plan, announced: Round, device: str, accuracy: float = 0.5
         sums = drawn(dims.classes, dims.feature)
         norm_sum = np.array([np.linalg.norm(sums, axis=1).sum() * 1.5], np.float32)
         tensors = {"class_sums": sums, "class_counts": counts, "norm_sum": norm_sum}
+    elif announced.stage is Stage.HEAD:
+        tensors = head_statistics(drawn(samples, dims.feature), rng.integers(0, dims.classes, samples), dims.classes)
     elif announced.stage is Stage.GLOBAL:
         tensors = bundle.expert.split(drawn(bundle.expert.size(announced.level)))
     elif announced.stage is Stage.PERSONAL:
@@ -83,6 +87,12 @@ def make_update(plan: Plan, announced: Round, device: str, accuracy: float = 0.5
     sha256 = blob_hash(pack(update, tensors))
     TENSORS[sha256] = tensors
     return UpdateSeen(update, tensors, sha256, size=10)
+
+
+def head_statistics(features: NDArray[np.float32], labels: NDArray[np.int64], classes: int) -> Tensors:
+    """What a device with these features (n, F) and labels (n,) sends in the head round."""
+    sums = class_sums(features, labels, classes)
+    return {**{name: sums[name] for name in ("class_sums", "class_counts")}, "second_moments": second_moments(features)}
 
 
 @dataclass

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.bundles import LAYERS, Built
+from numpy.typing import NDArray
+from support.bundles import LAYERS, Built, build
 from support.coordinators import (
     ABC,
     JOIN_SECONDS,
@@ -17,12 +19,14 @@ from support.coordinators import (
     ROUND_SECONDS,
     RULE,
     CoordinatorRun,
+    head_statistics,
     make_update,
     plan_for,
     started,
 )
 
 from fedfmsl.algorithms.class_means import class_mean_head
+from fedfmsl.algorithms.discriminant import discriminant_head
 from fedfmsl.algorithms.sal import AllAtOnce, CapabilityQueue, FixedSchedule
 from fedfmsl.protocol.messages import (
     Encoding,
@@ -61,6 +65,7 @@ def test_a_run_goes_through_its_stages_in_order_and_stops(vit: Built, baseline: 
     assert stages == [
         ("statistics", 0, 1),
         *(("global", index, 4) for index in range(4)),
+        ("head", 0, 1),
         *(("personal", index, 2) for index in range(2)),
         *([("baseline", 0, 1)] if baseline else []),
         ("evaluate", 0, 1),
@@ -150,6 +155,37 @@ def test_the_global_expert_starts_from_the_class_means_of_all_devices(vit: Built
     assert np.allclose(head, wanted, rtol=1e-5)
     assert np.array_equal(run.state.expert[wanted.size :], initial[wanted.size :])
     assert np.array_equal(run.state.start, run.state.expert[: vit.bundle.expert.size(1)])
+
+
+def test_stage_1_ends_with_the_discriminant_of_all_devices_as_head(vit: Built) -> None:
+    run = started(vit, max_norm=1e9)
+    while run.announced.stage is not Stage.HEAD:
+        run.answers(ABC)
+    trained, announced, dims = run.state.expert.copy(), run.announced, vit.bundle.manifest.dims
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, dims.classes, 90)
+    features = (rng.normal(size=(dims.classes, dims.feature))[labels] + rng.normal(size=(90, dims.feature))).astype(
+        np.float32
+    )
+    for device, rows in zip(ABC, np.split(np.arange(90), [10, 40]), strict=True):
+        tensors = head_statistics(features[rows], labels[rows], dims.classes)
+        run.feed(make_update(run.plan, announced, device, tensors=tensors, samples=len(rows)))
+    assert run.announced.stage is Stage.PERSONAL
+    together = head_statistics(features, labels, dims.classes)
+    wanted = discriminant_head(*(together[name] for name in ("class_sums", "class_counts", "second_moments")))
+    assert np.allclose(run.state.expert[: wanted.size], wanted, rtol=1e-3, atol=1e-4)
+    assert np.array_equal(run.state.expert[wanted.size :], trained[wanted.size :])  # LoRA is unchanged
+    published = [command.blob for command in run.of(PublishGlobals) if command.sha256 == run.announced.expert]
+    sent = vit.bundle.expert.join(unpack(published[-1], Globals)[1])
+    assert np.array_equal(sent, run.state.expert[: sent.size])
+
+
+def test_a_run_with_privacy_has_no_head_round(vit: Built) -> None:
+    names = [f"d{i}" for i in range(4)]
+    rule = replace(RULE, trigger=FixedSchedule(2))
+    run = started(vit, names, privacy=PRIVACY, stage1_sal=rule, stage2_sal=rule)
+    stages = [step.stage for step in run.plan.schedule]
+    assert stages == [Stage.STATISTICS, *[Stage.GLOBAL] * 4, *[Stage.PERSONAL] * 2, Stage.EVALUATE, Stage.FINISHED]
 
 
 @pytest.mark.parametrize("head", [Head.ZEROS, Head.ZERO_SHOT])
@@ -535,7 +571,7 @@ def test_updates_that_are_too_late_or_of_an_earlier_stage_do_not_count(vit: Buil
     assert run.verdicts[-1] is Verdict.LATE
     last = run.announced
     run.answers(["a"])
-    assert run.announced.stage is Stage.PERSONAL
+    assert run.announced.stage is Stage.HEAD
     run.feed(make_update(run.plan, last, "b"))
     assert run.verdicts[-1] is Verdict.LATE
 
@@ -600,6 +636,66 @@ def test_contradictory_statistics_are_rejected(vit: Built, flaw: dict[str, float
     (reply, _) = run.answers(["a"], tensors=tensors)
     assert reply.ack.verdict is Verdict.REJECTED
     assert reason in reply.ack.reason
+
+
+def at_head_round(run: CoordinatorRun) -> CoordinatorRun:
+    while run.announced.stage is not Stage.HEAD:
+        run.answers(ABC)
+    return run
+
+
+def diagonal(width: int, value: float) -> NDArray[np.float32]:
+    """The upper triangle of a diagonal matrix (width, width), row by row."""
+    return (value * np.eye(width))[np.triu_indices(width)].astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("flaw", "reason"),
+    [
+        ({"class_counts": np.full(4, -1.0)}, "negative counts"),
+        ({"class_counts": np.zeros(4)}, "counts no images"),
+        ({"class_counts": np.full(4, 1e9)}, "counts 4000000000 images"),
+        ({"class_counts": np.array([9.0, 9, 9, 0])}, "do not fit"),  # the last class has a sum, but no images
+        ({"class_sums": np.full((4, 32), 99.0)}, "do not fit"),
+        ({"class_sums": np.full((4, 32), 3e38)}, "do not fit"),
+        ({"class_sums": np.full((4, 32), np.nan)}, "not finite"),
+        ({"second_moments": np.full(32 * 33 // 2, np.inf)}, "not finite"),
+        ({"second_moments": np.zeros(32 * 33 // 2)}, "do not fit"),
+        ({"second_moments": -diagonal(32, 1e3)}, "do not fit"),
+        ({"second_moments": diagonal(32, 1e3) + 1e30 * (diagonal(32, 1) == 0)}, "do not fit"),  # off the diagonal
+        ({"second_moments": diagonal(32, 1e30)}, "root of the sum of squares is"),
+        ({"second_moments": np.zeros(32)}, "second_moments"),
+    ],
+)
+def test_head_statistics_that_no_features_have_are_rejected(
+    vit: Built, flaw: dict[str, NDArray[np.float64]], reason: str
+) -> None:
+    run = at_head_round(started(vit))
+    tensors = dict(make_update(run.plan, run.announced, "a").tensors)
+    before = run.state
+    reply, refusal = run.answers(
+        ["a"], tensors={**tensors, **{name: np.asarray(value, np.float32) for name, value in flaw.items()}}
+    )
+    assert (reply.ack.verdict, refusal.kind) == (Verdict.REJECTED, "tensors")
+    assert reason in reply.ack.reason
+    assert run.state == before
+    (reply, *_) = run.answers(["a"], tensors=tensors)
+    assert reply.ack.verdict is Verdict.ACCEPTED
+
+
+def test_the_largest_update_may_be_the_one_of_the_head_round(vit_folder: Path, tmp_path: Path) -> None:
+    run = at_head_round(started(build(vit_folder, tmp_path / "low", levels=1), stage1_sal=replace(RULE, max_level=1)))
+    values = sum(tensor.size for tensor in make_update(run.plan, run.announced, "a").tensors.values())
+    assert run.plan.largest_update == values > run.plan.bundle.expert.total
+
+
+@pytest.mark.parametrize("size", [1, 2, 300])
+def test_head_statistics_of_real_features_are_accepted(vit: Built, size: int) -> None:
+    """Also with a single image, whose scatter is zero but for rounding, and with a large mean."""
+    run, rng = at_head_round(started(vit)), np.random.default_rng(size)
+    features = rng.normal(20, 1e-2, (size, vit.bundle.manifest.dims.feature)).astype(np.float32)
+    (reply, *_) = run.answers(["a"], samples=size, tensors=head_statistics(features, rng.integers(0, 4, size), 4))
+    assert reply.ack.verdict is Verdict.ACCEPTED, reply.ack.reason
 
 
 def test_a_device_that_has_not_announced_itself_is_refused(vit: Built) -> None:

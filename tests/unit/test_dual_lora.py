@@ -115,7 +115,7 @@ def test_every_sample_is_predicted_with_its_own_weights(vit: Built, context: Tra
 def test_feddpa_trains_the_local_adapter_beside_the_frozen_global_one(vit: Built, context: TrainingContext) -> None:
     start = vit.bundle.initial()[0][: vit.bundle.expert.size(2)]
     training = Training(epochs=4, learning_rate=5e-3)
-    task = FedDPATask(random_theta(vit.bundle, 2, 3), start, training, [0], 1, sent=False)
+    task = FedDPATask(random_theta(vit.bundle, 2, 3), start, training, [0], 1, restricted=False, sent=False)
     pair = train_adapters(context, task)
     samples = context.splits.train
     half = np.full((len(samples), 2), 0.5, np.float32)
@@ -158,7 +158,7 @@ def test_fedalt_steps_along_the_gradient_of_adapter_and_router(vit: Built, conte
 
     # one step over all samples: AdamW moves each value by the rate against the sign of its gradient
     training = Training(epochs=1, batch_size=100, learning_rate=rate, weight_decay=0)
-    after = train_individual(context, FedALTTask(Model(individual, rest, router), training, [0]))
+    after = train_individual(context, FedALTTask(Model(individual, rest, router), training, [0], restricted=False))
     moved = np.sign(individual - after.individual), np.sign(router - after.router)
     assert np.array_equal(after.rest, rest)
     for index in np.ndindex(2, 3):

@@ -10,9 +10,8 @@ from support.samples import CLASSES
 from support.torch_reference import features_of, hidden_states, torch_expert
 
 from export.reference import torch_inputs
-from fedfmsl.algorithms.arrays import NEVER
 from fedfmsl.algorithms.calibration import calibrate
-from fedfmsl.algorithms.mixture import log_softmax, mix
+from fedfmsl.algorithms.mixture import Biases, gate_offset, log_softmax, mix
 
 TOLERANCE = 1e-5
 LEVELS = [1, 2, LAYERS]
@@ -60,26 +59,26 @@ def test_hidden_states_and_lifts_equal_the_blocks_of_transformers_with_peft(buil
         assert relative_error(lifted, frozen[block + 1]) > 100 * TOLERANCE  # the LoRA changes the state
 
 
-def torch_gate(pooled: torch.Tensor, parts: dict[str, torch.Tensor]) -> torch.Tensor:
+def torch_gate(pooled: torch.Tensor, offset: torch.Tensor, parts: dict[str, torch.Tensor]) -> torch.Tensor:
     normal = torch.nn.functional.layer_norm(pooled, pooled.shape[1:])
     inner = torch.nn.functional.linear(normal, parts["gate.down.weight"], parts["gate.down.bias"])
     outer = torch.nn.functional.gelu(inner) @ parts["gate.up.weight"].T + parts["gate.up.bias"]
-    return torch.log_softmax(outer, dim=1)
+    return torch.log_softmax(offset + outer, dim=1)
 
 
 def test_gate_loss_and_gradient_equal_torch(built: Built) -> None:
     rng, layout = np.random.default_rng(0), built.bundle.gate
     theta = rng.normal(0, 0.5, layout.total).astype(np.float32)
     pooled = rng.normal(1, 2, (6, built.bundle.manifest.dims.feature)).astype(np.float32)
-    log_p = np.log(rng.uniform(1e-3, 1, (6, 2))).astype(np.float32)
+    log_p, offset = np.log(rng.uniform(1e-3, 1, (2, 6, 2))).astype(np.float32)
     weights = rng.uniform(0, 1, 6).astype(np.float32)
     parts = {name: torch.from_numpy(part.copy()).requires_grad_() for name, part in layout.split(theta).items()}
-    log_gate = torch_gate(torch.from_numpy(pooled), parts)
+    log_gate = torch_gate(torch.from_numpy(pooled), torch.from_numpy(offset), parts)
     loss = -(torch.from_numpy(weights) * torch.logsumexp(log_gate + torch.from_numpy(log_p), dim=1)).sum()
     loss.backward()
     gradients = {name: part.grad.numpy() for name, part in parts.items() if part.grad is not None}
 
-    inputs = {"pooled": pooled, "gate_theta": theta}
+    inputs = {"pooled": pooled, "offset": offset, "gate_theta": theta}
     our_loss, our_gradient = run_graph(
         built.bundle, "gate-step.onnx", ["loss", "gradient"], expert_log_p=log_p, weights=weights, **inputs
     )
@@ -89,12 +88,13 @@ def test_gate_loss_and_gradient_equal_torch(built: Built) -> None:
     assert relative_error(our_gradient, layout.join(gradients)) < TOLERANCE
 
 
-def test_the_initial_gate_weighs_both_experts_equally(built: Built) -> None:
-    pooled = np.random.default_rng(1).normal(size=(4, built.bundle.manifest.dims.feature)).astype(np.float32)
-    (log_gate,) = run_graph(
-        built.bundle, "gate-predict.onnx", ["log_gate"], pooled=pooled, gate_theta=built.bundle.initial()[1]
-    )
-    assert np.allclose(np.exp(log_gate), 0.5, atol=1e-6)
+def test_the_initial_gate_is_bayes_rule(built: Built) -> None:
+    rng = np.random.default_rng(1)
+    pooled = rng.normal(size=(4, built.bundle.manifest.dims.feature)).astype(np.float32)
+    offset = rng.normal(0, 3, (4, 2)).astype(np.float32)
+    inputs = {"pooled": pooled, "offset": offset, "gate_theta": built.bundle.initial()[1]}
+    (log_gate,) = run_graph(built.bundle, "gate-predict.onnx", ["log_gate"], **inputs)
+    assert np.allclose(log_gate, log_softmax(offset), atol=1e-5)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.4, 3.0])
@@ -105,20 +105,18 @@ def test_the_personalized_graph_equals_the_mixture_of_its_experts_and_gate(
     bundle, rng = built.bundle, np.random.default_rng(level)
     samples = as_input(built, random_samples(built, 5, seed=13))
     thetas = {expert: random_theta(bundle, level, seed) for seed, expert in enumerate(("global", "local"))}
-    biases = {
-        "global": np.log(rng.dirichlet(np.ones(C))).astype(np.float32),
-        "local": np.array([0, NEVER, 0, 0], np.float32),
-    }
+    biases = Biases.of_counts(np.array([3, 0, 8, 1]))
     gate_theta = rng.normal(0, 0.5, bundle.gate.total).astype(np.float32)
     hidden, pooled = run_graph(bundle, "features.onnx", [f"hidden_{level}", "pooled"], **samples)
-    log_p = [
-        log_softmax(
-            run_graph(bundle, f"predict-{level}.onnx", ["logits"], hidden=hidden, theta=thetas[expert])[0]
-            + biases[expert]
-        )
-        for expert in ("global", "local")
-    ]
-    (log_gate,) = run_graph(bundle, "gate-predict.onnx", ["log_gate"], pooled=pooled, gate_theta=gate_theta)
+    logits = {
+        expert: run_graph(bundle, f"predict-{level}.onnx", ["logits"], hidden=hidden, theta=theta)[0]
+        for expert, theta in thetas.items()
+    }
+    log_p = log_softmax(logits["global"] + biases.kept), log_softmax(logits["local"] + biases.held)
+    offset = gate_offset(logits["global"], biases)
+    (log_gate,) = run_graph(
+        bundle, "gate-predict.onnx", ["log_gate"], pooled=pooled, offset=offset, gate_theta=gate_theta
+    )
     probabilities, gate = run_graph(
         bundle,
         f"personal-{level}.onnx",
@@ -127,7 +125,9 @@ def test_the_personalized_graph_equals_the_mixture_of_its_experts_and_gate(
         gate_theta=gate_theta,
         temperature=np.array([temperature], np.float32),
         **{f"{expert}_theta": theta for expert, theta in thetas.items()},
-        **{f"{expert}_bias": bias for expert, bias in biases.items()},
+        kept_bias=biases.kept,
+        given_bias=biases.given,
+        held_bias=biases.held,
     )
     assert np.allclose(gate, np.exp(log_gate), atol=1e-6)
     assert np.allclose(probabilities, np.exp(calibrate(mix(log_gate, *log_p), temperature)), atol=1e-5)

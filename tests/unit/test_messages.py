@@ -18,6 +18,7 @@ from fedfmsl.protocol.messages import (
     Progress,
     Round,
     ServerStatus,
+    Stage,
     Update,
     Verdict,
     encode,
@@ -71,6 +72,15 @@ def test_an_update_with_an_invalid_field_is_refused(change: dict[str, Any]) -> N
 def test_a_number_that_is_not_finite_is_refused(number: bytes) -> None:
     with pytest.raises(MessageError, match="finite"):
         parse(Update, encode(UPDATE).replace(b"0.5", number))
+
+
+def test_a_head_round_with_privacy_is_refused() -> None:
+    head = ROUND.model_copy(update={"stage": Stage.HEAD})
+    assert ROUND.privacy is not None
+    with pytest.raises(MessageError, match="no stage head"):
+        parse(Round, encode(head))
+    without = head.model_copy(update={"privacy": None})
+    assert parse(Round, encode(without)) == without
 
 
 def test_a_round_has_at_most_five_thousand_devices_with_valid_names() -> None:

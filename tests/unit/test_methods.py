@@ -91,15 +91,15 @@ def predict(fleet: LocalFleet, method: Any, state: Any, device: str, samples: Se
     return log_p
 
 
-def trained_by_the_engine(fleet: LocalFleet, name: str, theta: Vector, index: int) -> Vector:
+def trained_by_the_engine(fleet: LocalFleet, name: str, theta: Vector, index: int, restricted: bool) -> Vector:
     """The trainables after the device's round with the loop and the optimizer of real devices."""
     context, training = fleet.context(name), SETTINGS.training_of(index)
     samples = context.splits.train
     context.engine.load(LEVEL)
     context.engine.set(theta, training)
-    hidden, no_bias = context.cache.frozen(samples, LEVEL), np.zeros(context.classes, np.float32)
-    targets = Targets.cross_entropy(labels_of(samples))
-    train(context.engine, hidden, targets, no_bias, training, round_seed(SETTINGS, name, index), lambda *_: None)
+    hidden, targets = context.cache.frozen(samples, LEVEL), Targets.cross_entropy(labels_of(samples))
+    bias = context.class_mask if restricted else np.zeros(context.classes, np.float32)
+    train(context.engine, hidden, targets, bias, training, round_seed(SETTINGS, name, index), lambda *_: None)
     return context.engine.get()
 
 
@@ -119,14 +119,15 @@ def test_the_start_has_the_class_means_of_all_devices_but_the_guest(fleet: Local
     assert np.array_equal(start[head.size :], fleet.bundle.initial()[0][head.size : start.size])
 
 
-def test_local_training_takes_the_steps_of_real_devices(fleet: LocalFleet, start: Vector) -> None:
+@pytest.mark.parametrize("restricted", [False, True])
+def test_local_training_takes_the_steps_of_real_devices(fleet: LocalFleet, start: Vector, restricted: bool) -> None:
     name = "device-2"
     context = fleet.context(name)
     samples, training = context.splits.train, SETTINGS.training
     steps = shuffled_steps(len(samples), training, round_seed(SETTINGS, name, 0))
-    theta = train_steps(context, samples, start, steps, training, np.ones_like(start))
+    theta = train_steps(context, samples, start, steps, training, np.ones_like(start), restricted=restricted)
     assert len(steps) == 4
-    assert np.array_equal(theta, trained_by_the_engine(fleet, name, start, 0))
+    assert np.array_equal(theta, trained_by_the_engine(fleet, name, start, 0, restricted))
 
 
 def test_frozen_trainables_stay_and_the_proximal_term_adds_its_gradient(fleet: LocalFleet, layout: Layout) -> None:
@@ -177,8 +178,9 @@ def test_every_method_takes_the_same_number_of_steps(
 
 
 def test_fedit_is_the_mean_weighted_by_samples(fleet: LocalFleet, start: Vector) -> None:
-    state = run(fleet, method_of("fedit"), rounds=1)
-    trained = {name: trained_by_the_engine(fleet, name, start, 0) for name in NAMES}
+    method: Any = method_of("fedit")
+    state = run(fleet, method, rounds=1)
+    trained = {name: trained_by_the_engine(fleet, name, start, 0, method.restricted) for name in NAMES}
     assert np.abs(state.shared - start).max() > 1e-3
     assert np.abs(state.shared - weighted_mean(fleet, trained)).max() < 1e-6
     results = {name: Trained(theta, len(fleet.splits(name).train)) for name, theta in trained.items()}
@@ -209,12 +211,12 @@ def test_ffa_lora_trains_and_sends_everything_but_a(fleet: LocalFleet, layout: L
 
 
 def test_fedsa_lora_sends_a_and_nothing_else(fleet: LocalFleet, layout: Layout, start: Vector) -> None:
-    method = method_of("fedsa-lora")
+    method: Any = method_of("fedsa-lora")
     state, _ = method.round(fleet, method.start(fleet, SETTINGS)[0], NAMES, 0)
     before = {name: method.model(state, name) for name in NAMES}
     after, cost = method.round(fleet, state, NAMES, 1)
     is_a = mask(layout, start.size, is_lora_a) == 1
-    trained = {name: trained_by_the_engine(fleet, name, theta, 1) for name, theta in before.items()}
+    trained = {name: trained_by_the_engine(fleet, name, theta, 1, method.restricted) for name, theta in before.items()}
     assert np.abs(after.shared[is_a] - weighted_mean(fleet, trained)[is_a]).max() < 1e-6
     assert np.array_equal(after.shared[~is_a], start[~is_a])
     for name in NAMES:
@@ -229,7 +231,7 @@ def test_fedsa_lora_sends_a_and_nothing_else(fleet: LocalFleet, layout: Layout, 
 def test_fedrep_trains_the_head_on_the_received_body_then_the_body(
     fleet: LocalFleet, layout: Layout, start: Vector
 ) -> None:
-    method = method_of("fedrep")
+    method: Any = method_of("fedrep")
     state, cost = method.round(fleet, method.start(fleet, SETTINGS)[0], NAMES, 0)
     head = mask(layout, start.size, is_head)
     ends = {}
@@ -238,8 +240,9 @@ def test_fedrep_trains_the_head_on_the_received_body_then_the_body(
         samples, training = context.splits.train, SETTINGS.training
         steps = shuffled_steps(len(samples), training, round_seed(SETTINGS, name, 0))
         half = len(steps) // 2
-        middle = train_steps(context, samples, start, steps[:half], training, head)
-        ends[name] = train_steps(context, samples, middle, steps[half:], training, 1 - head)
+        loss = {"restricted": method.restricted}
+        middle = train_steps(context, samples, start, steps[:half], training, head, **loss)
+        ends[name] = train_steps(context, samples, middle, steps[half:], training, 1 - head, **loss)
         assert np.array_equal(method.model(state, name)[head == 1], middle[head == 1])
     assert np.array_equal(state.shared[head == 1], start[head == 1])
     assert np.abs(state.shared - weighted_mean(fleet, ends))[head == 0].max() < 1e-6
@@ -247,25 +250,27 @@ def test_fedrep_trains_the_head_on_the_received_body_then_the_body(
 
 
 def test_fine_tuning_leaves_the_shared_model_and_sends_nothing(fleet: LocalFleet, start: Vector) -> None:
-    method = method_of("fine-tuning")
+    method: Any = method_of("fine-tuning")
     state = run(fleet, method, rounds=2)
     assert np.array_equal(state.shared, run(fleet, method_of("fedit"), rounds=2).shared)
     assert np.array_equal(method.model(state, NAMES[0]), state.shared)
     after, cost = method.round(fleet, state, NAMES, 2)
     assert np.array_equal(after.shared, state.shared)
     for name in NAMES:
-        assert np.array_equal(method.model(after, name), trained_by_the_engine(fleet, name, state.shared, 2))
+        tuned = trained_by_the_engine(fleet, name, state.shared, 2, method.restricted)
+        assert np.array_equal(method.model(after, name), tuned)
     assert not cost.bytes_up
     assert cost.bytes_down == dict.fromkeys(NAMES, wire_bytes(fleet.bundle, start))
 
 
 def test_local_only_starts_from_the_devices_own_class_means(fleet: LocalFleet) -> None:
-    method = method_of("local-only")
+    method: Any = method_of("local-only")
     state, cost = method.start(fleet, SETTINGS)
     assert not cost.bytes_up
     own = method.model(state, "device-0")
     after, cost = method.round(fleet, state, NAMES, 0)
-    assert np.array_equal(method.model(after, "device-0"), trained_by_the_engine(fleet, "device-0", own, 0))
+    alone = trained_by_the_engine(fleet, "device-0", own, 0, method.restricted)
+    assert np.array_equal(method.model(after, "device-0"), alone)
     rows = fleet.bundle.expert.split(own)["classifier.weight"]
     assert np.abs(rows[[2, 3]]).max() == 0  # it has no lemons and no plums
     assert not cost.bytes_up and not cost.bytes_down
@@ -287,8 +292,9 @@ def test_ditto_without_its_term_trains_personal_models_that_are_never_restarted(
     samples = context.splits.train
     for index in range(2):
         steps = shuffled_steps(len(samples), SETTINGS.training, round_seed(SETTINGS, name, index))
+        own, everything = halves(steps, index)[0], np.ones_like(start)
         expected = train_steps(
-            context, samples, expected, halves(steps, index)[0], SETTINGS.training, np.ones_like(start)
+            context, samples, expected, own, SETTINGS.training, everything, restricted=Ditto.restricted
         )
     assert np.array_equal(state.personal[name], expected)
 

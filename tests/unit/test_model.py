@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from edge_runtime.data.samples import labels_of
 from edge_runtime.engines.sessions import open_model, run
 from edge_runtime.inference.export_onnx import write_model
 from edge_runtime.training.evaluation import evaluate, predict_models, train_baseline
-from edge_runtime.training.local_expert import LocalExpert, compute_mixture, train_personal
+from edge_runtime.training.local_expert import LocalExpert, train_personal
+from edge_runtime.training.mixture import compute_mixture, global_temperature, tempered
 from edge_runtime.training.model import make_personal_model, read_personal_model, save_personal_model
 from edge_runtime.training.stages import Globals, StageFunction, statistics, train_global
 from fedfmsl.algorithms.calibration import fit_temperature
@@ -57,14 +59,15 @@ def test_every_stage_leaves_a_model_of_the_newest_experts(
         **model.inputs,
     )
     assert np.allclose(probabilities.sum(axis=1), 1, atol=1e-5)
-    assert np.allclose(gate, 0.5, atol=1e-6)  # the initial gate weighs both experts equally
+    assert np.allclose(gate, 0.5, atol=1e-6)  # the device holds every class, so Bayes' rule is the local share
     assert not np.allclose(model.inputs["local_theta"], model.inputs["global_theta"])
     if stage is Stage.STATISTICS:
         assert (probabilities.argmax(axis=1) == labels_of(samples)).mean() > 0.8
     if stage is Stage.PERSONAL:
         best = LocalExpert.load(device, "s")
         assert best is not None
-        mixture = compute_mixture(device, samples, published, best.best, best.best_level)
+        scale = global_temperature(device, published)
+        mixture = compute_mixture(device, samples, published, scale, best.best, best.best_level)
         assert np.allclose(probabilities, np.exp(model.calibrated(mixture.log_p)), atol=2e-3)  # fp16 hidden states
 
 
@@ -136,6 +139,8 @@ def test_the_onnx_file_has_the_origin_as_metadata(vit: Built, photos: Path, tmp_
         "classes": '["apple", "kiwi", "lemon", "plum"]',
         "preprocessing": manifest.preprocessing.model_dump_json(),
         "tokenizer": "",
+        "prior": json.dumps(header.prior),
+        "held": "[true, true, true, true]",
     }
 
 
@@ -156,6 +161,8 @@ def test_a_device_with_a_low_level_cap_has_a_model_of_the_globals_level(
 ) -> None:
     device = make_daemon(vit, photos, tmp_path).device
     device = replace(device, level_cap=1)
-    model = make_personal_model(device, round_of(Stage.GLOBAL), globals_of(vit, level=2))
+    published = globals_of(vit, level=2)
+    model = make_personal_model(device, round_of(Stage.GLOBAL), published)
     assert model.header.level == 2
-    assert np.array_equal(model.inputs["global_theta"], globals_of(vit, level=2).expert)
+    expected = tempered(device, published.expert, global_temperature(device, published))
+    assert np.array_equal(model.inputs["global_theta"], expected)

@@ -77,7 +77,7 @@ def test_a_method_runs_with_participation_and_an_unseen_device(vit: Built, folde
         assert cost.bytes_up.keys() == set(devices)
         assert all(size > 0 for size in [*cost.bytes_up.values(), *cost.bytes_down.values()])
     stages = [closed.round.stage for closed in state.history.rounds]
-    assert stages == [Stage.STATISTICS, *[Stage.GLOBAL] * 3, Stage.PERSONAL]
+    assert stages == [Stage.STATISTICS, *[Stage.GLOBAL] * 3, Stage.HEAD, Stage.PERSONAL]
 
     def models(context: TrainingContext, model: Stage2) -> dict[str, Floats]:
         return method.log_p(context, model, context.splits.test)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.bundles import Built
+from support.bundles import Built, random_theta
 from support.training_contexts import SAL, announced_round, initial_globals, training_context
 
 from edge_runtime.data.cache import DiskCache
@@ -19,11 +19,13 @@ from edge_runtime.data.samples import Splits, labels_of
 from edge_runtime.engines.base import Batch
 from edge_runtime.engines.step_graph import StepGraphEngine
 from edge_runtime.training.context import TrainingContext
-from edge_runtime.training.local_expert import LocalExpert, compute_mixture, train_personal
-from edge_runtime.training.stages import statistics, train_class_sums, train_global
+from edge_runtime.training.local_expert import LocalExpert, train_personal
+from edge_runtime.training.mixture import compute_mixture, global_temperature
+from edge_runtime.training.stages import Globals, head_statistics, statistics, train_class_sums, train_global
 from edge_runtime.training.updates import prepare_update
 from fedfmsl.algorithms.arrays import Tensors, Vector
 from fedfmsl.algorithms.class_means import class_mean_head
+from fedfmsl.algorithms.discriminant import second_moments
 from fedfmsl.algorithms.mixture import label_log_p
 from fedfmsl.algorithms.privacy import Privacy
 from fedfmsl.algorithms.sal import AllAtOnce
@@ -53,6 +55,34 @@ def test_stage_1_returns_the_delta_at_the_level_cap(context: TrainingContext) ->
     assert result.delta.any()
     assert np.array_equal(globals_.expert, before)
     assert np.array_equal(result.delta, context.engine.get() - before[:size])
+
+
+@pytest.mark.parametrize("cap", [1, 2])
+def test_the_head_round_sends_sums_of_the_features_that_the_experts_head_reads(
+    context: TrainingContext, cap: int
+) -> None:
+    """Whatever the level cap, because the LoRA below it is applied, too."""
+    theta = random_theta(context.bundle, 2, seed=1)
+    result = head_statistics(
+        replace(context, level_cap=cap), announced_round(Stage.HEAD, level=2), Globals(theta, theta, theta)
+    )
+    samples, labels = context.splits.train, labels_of(context.splits.train)
+    assert (result.samples, result.level, result.delta, dict(result.metrics)) == (len(samples), cap, None, {})
+    context.engine.load(2)
+    context.engine.set(theta)
+    hidden = context.hidden_states(samples, theta, 2)
+    features, logits = (
+        np.concatenate([compute(batch) for batch in hidden.batches()])
+        for compute in (context.engine.features, context.engine.predict)
+    )
+    parts = context.bundle.expert.split(theta)
+    assert np.allclose(features @ parts["classifier.weight"].T + parts["classifier.bias"], logits, atol=1e-4)
+    sums = result.tensors["class_sums"]
+    for label in range(context.classes):
+        assert np.allclose(sums[label], features[labels == label].sum(axis=0), rtol=1e-2, atol=2e-2)
+    assert np.array_equal(result.tensors["class_counts"], np.bincount(labels))
+    wanted = second_moments(features)
+    assert np.allclose(result.tensors["second_moments"], wanted, atol=1e-2 * np.abs(wanted).max())
 
 
 def test_stage_2_returns_the_delta_of_the_gate_adapter(context: TrainingContext) -> None:
@@ -202,7 +232,8 @@ def test_the_best_expert_is_scored_again_when_the_held_out_split_changes(
     train_personal(after, announced_round(Stage.PERSONAL, index=2), globals_)
     last = saved_expert(after)
     held_out = after.splits.held_out
-    mixture = compute_mixture(after, held_out, globals_, last.best, last.best_level)
+    temperature = global_temperature(after, globals_)
+    mixture = compute_mixture(after, held_out, globals_, temperature, last.best, last.best_level)
     assert last.best_nll == pytest.approx(-label_log_p(mixture.log_p, labels_of(held_out)).mean(), abs=1e-3)
 
 

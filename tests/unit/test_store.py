@@ -94,7 +94,7 @@ def test_a_server_killed_after_any_event_resumes_in_the_same_state(vit: Built, f
     assert last.store.ended == "finished"
     assert last.state.expert.tobytes() == undisturbed.state.expert.tobytes()
     assert last.state.gate.tobytes() == undisturbed.state.gate.tobytes()
-    assert [c.round.round for c in last.store.rounds()] == list(range(1, 6))
+    assert [c.round.round for c in last.store.rounds()] == list(range(1, 7))
 
 
 def test_the_disk_holds_only_what_the_present_round_needs(vit: Built, folder: Path) -> None:

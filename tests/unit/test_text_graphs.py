@@ -153,8 +153,9 @@ def test_the_personalized_graph_ignores_padding(bert: Built) -> None:
         gate_theta=bundle.initial()[1],
         global_theta=theta,
         local_theta=theta,
-        global_bias=bias,
-        local_bias=bias,
+        kept_bias=bias,
+        given_bias=bias,
+        held_bias=bias,
         temperature=np.ones(1, np.float32),
     )[0]
     logits = torch.from_numpy(logits_of(bert, tokens, theta, 2))

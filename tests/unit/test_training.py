@@ -16,7 +16,6 @@ from fedfmsl.algorithms.mixture import (
     class_mask,
     gate_statistics,
     label_log_p,
-    log_class_prior,
     log_softmax,
     mix,
 )
@@ -88,10 +87,8 @@ def test_one_expert_alone_cannot_exclude_a_class() -> None:
     assert np.exp(mix(half, half, certain)) == pytest.approx(np.array([[0.75, 0.25]]))
 
 
-def test_class_prior_and_class_mask_of_class_counts() -> None:
+def test_the_class_mask_restricts_a_softmax_to_held_classes() -> None:
     counts = np.array([8, 0, 2])
-    prior = np.exp(log_class_prior(counts))
-    assert prior == pytest.approx(np.array([8.1, 0.1, 2.1]) / 10.3)
     assert class_mask(counts).tolist() == [0.0, NEVER, 0.0]
     masked = np.exp(log_softmax(np.zeros((1, 3), np.float32) + class_mask(counts)))
     assert masked.tolist() == [[0.5, 0.0, 0.5]]

@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 from fedfmsl.algorithms.aggregation import Aggregate, Contribution, weighted_average
 from fedfmsl.algorithms.arrays import Tensors, Vector
 from fedfmsl.algorithms.class_means import class_mean_head, direction_head
+from fedfmsl.algorithms.discriminant import discriminant_head
 from fedfmsl.protocol.layout import Layout
 from fedfmsl.protocol.messages import Round, Stage, Update
 from trainer_server.config import Head
 from trainer_server.coordinator.state import Accepted, Plan, State
-from trainer_server.coordinator.validation import class_statistics, expert_delta, gate_delta
+from trainer_server.coordinator.validation import class_statistics, expert_delta, gate_delta, head_statistics
 
 
 def apply_round(plan: Plan, state: State, closing: Round) -> State:
@@ -56,6 +57,18 @@ def _expert(plan: Plan, state: State, closing: Round) -> State:
     last = closing.index + 1 == closing.of
     sal = state.sal if last else plan.config.stage1_sal.observe(state.sal, _held_out(state))
     return replace(state, expert=expert, expert_moments=moments, sal=sal)
+
+
+def _head(plan: Plan, state: State, closing: Round) -> State:
+    """The head in closed form, from the features of all samples under the trained LoRA."""
+    total: NDArray[np.float64] = np.zeros(plan.head_statistics.total)
+    for accepted in _in_order(state):
+        total += head_statistics(plan, accepted.update, plan.read(accepted.sha256))
+    sums = plan.head_statistics.split(np.asarray(total, np.float32))
+    expert = state.expert.copy()
+    head = discriminant_head(sums["class_sums"], sums["class_counts"], sums["second_moments"])
+    expert[: head.size] = head
+    return replace(state, expert=expert)
 
 
 def _gate(plan: Plan, state: State, closing: Round) -> State:
@@ -97,5 +110,6 @@ def _in_order(state: State) -> list[Accepted]:
 APPLY: dict[Stage, Callable[[Plan, State, Round], State]] = {
     Stage.STATISTICS: _statistics,
     Stage.GLOBAL: _expert,
+    Stage.HEAD: _head,
     Stage.PERSONAL: _gate,
 }

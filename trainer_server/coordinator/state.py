@@ -48,6 +48,7 @@ class Plan:
         rounds = {
             Stage.STATISTICS: 1,
             Stage.GLOBAL: config.stage1_rounds,
+            Stage.HEAD: int(config.privacy is None),  # noise would drown the second moments
             Stage.PERSONAL: config.stage2_rounds,
             Stage.BASELINE: int(config.baseline),
             Stage.EVALUATE: 1,
@@ -58,12 +59,27 @@ class Plan:
     @cached_property
     def statistics(self) -> Layout:
         """The layout of updates in the statistics round."""
-        dims = self.bundle.manifest.dims
+        return self._sums(("norm_sum", 1))
+
+    @cached_property
+    def head_statistics(self) -> Layout:
+        """The layout of updates in the head round."""
+        feature = self.bundle.manifest.dims.feature
+        return self._sums(("second_moments", feature * (feature + 1) // 2))
+
+    @property
+    def largest_update(self) -> int:
+        """Values in the largest update of any stage."""
+        bundle = self.bundle
+        return max(bundle.expert.total, bundle.gate.total, self.statistics.total, self.head_statistics.total)
+
+    def _sums(self, last: tuple[str, int]) -> Layout:
+        dims, (name, size) = self.bundle.manifest.dims, last
         return Layout.build(
             [
                 ("statistics", "class_sums", (dims.classes, dims.feature)),
                 ("statistics", "class_counts", (dims.classes,)),
-                ("statistics", "norm_sum", (1,)),
+                ("statistics", name, (size,)),
             ]
         )
 

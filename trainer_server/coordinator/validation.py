@@ -6,15 +6,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
-from fedfmsl.algorithms.arrays import Tensors, Vector
+from fedfmsl.algorithms.arrays import Doubles, Tensors, Vector
+from fedfmsl.algorithms.discriminant import within_scatter
 from fedfmsl.errors import MessageError
 from fedfmsl.protocol.encoding import decode
+from fedfmsl.protocol.layout import Layout
 from fedfmsl.protocol.messages import Stage, Update, Verdict
 from trainer_server.coordinator.records import held_out_accuracies
 from trainer_server.coordinator.state import Plan, State
 
 ROUNDING = 1e-3  # relative tolerance for the rounding of a device's own sums
+SCATTER_ROUNDING = 1e-5  # the same for eigenvalues of the scatter, as a share of the sum of squares
 
 
 @dataclass(frozen=True)
@@ -81,10 +85,7 @@ def gate_delta(plan: Plan, update: Update, tensors: Tensors) -> Vector:
 
 def class_statistics(plan: Plan, update: Update, tensors: Tensors) -> Vector:
     """Class sums, counts and the sum of norms, flat. Raises MessageError if they contradict each other."""
-    if len(tensors) != len(plan.statistics.slots):
-        raise MessageError(f"the update holds {len(tensors)} tensors, expected {len(plan.statistics.slots)}")
-    flat = plan.statistics.join(tensors)
-    sums, counts, norm = (np.asarray(tensors[slot.name], np.float64) for slot in plan.statistics.slots)
+    flat, (sums, counts, norm) = _joined(plan.statistics, tensors)
     largest = plan.config.max_norm * max(update.samples, 1)
     _bound(float(np.abs(norm[0])), largest, "sum of norms")
     if plan.config.privacy is not None:  # with noise only the bound on the norm holds
@@ -92,11 +93,45 @@ def class_statistics(plan: Plan, update: Update, tensors: Tensors) -> Vector:
         return flat
     if counts.min() < 0 or norm[0] < 0:
         raise MessageError("the update holds negative counts or norms")
-    if counts.sum() > update.samples:
-        raise MessageError(f"the update counts {counts.sum():.0f} images and claims {update.samples} samples")
+    _check_counts(counts, update)
     if np.linalg.norm(sums, axis=1).sum() > norm[0] * (1 + ROUNDING):  # the triangle inequality
         raise MessageError("the update's class sums are longer than its sum of norms")
     return flat
+
+
+def head_statistics(plan: Plan, update: Update, tensors: Tensors) -> Vector:
+    """Class sums, counts and second moments, flat. Raises MessageError if no features (n, F) have them."""
+    flat, (sums, counts, moments) = _joined(plan.head_statistics, tensors)
+    if counts.min() < 0 or not counts.any():
+        raise MessageError("the update holds negative counts or counts no images")
+    _check_counts(counts, update)
+    scatter, held = within_scatter(sums, counts, moments), counts > 0
+    squares = float(np.trace(scatter) + ((sums[held] ** 2).sum(axis=1) / counts[held]).sum())  # Σ |xᵢ|²
+    _bound(max(squares, 0.0) ** 0.5, plan.config.max_norm * max(update.samples, 1), "root of the sum of squares")
+    slack = SCATTER_ROUNDING * max(squares, 0.0) + np.finfo(np.float32).tiny
+    if np.any(sums[~held]) or not _is_positive_definite(scatter + slack * np.eye(len(scatter))):
+        raise MessageError("the update's class sums do not fit its second moments")
+    return flat
+
+
+def _joined(layout: Layout, tensors: Tensors) -> tuple[Vector, list[NDArray[np.float64]]]:
+    """The tensors as one vector, and each in fp64 in the layout's order."""
+    if len(tensors) != len(layout.slots):
+        raise MessageError(f"the update holds {len(tensors)} tensors, expected {len(layout.slots)}")
+    return layout.join(tensors), [np.asarray(tensors[slot.name], np.float64) for slot in layout.slots]
+
+
+def _check_counts(counts: NDArray[np.float64], update: Update) -> None:
+    if counts.sum() > update.samples:
+        raise MessageError(f"the update counts {counts.sum():.0f} images and claims {update.samples} samples")
+
+
+def _is_positive_definite(symmetric: Doubles) -> bool:
+    try:
+        np.linalg.cholesky(symmetric)
+    except np.linalg.LinAlgError:
+        return False
+    return True
 
 
 def _check_expert(plan: Plan, update: Update, tensors: Tensors) -> None:
@@ -109,6 +144,10 @@ def _check_gate(plan: Plan, update: Update, tensors: Tensors) -> None:
 
 def _check_statistics(plan: Plan, update: Update, tensors: Tensors) -> None:
     class_statistics(plan, update, tensors)
+
+
+def _check_head(plan: Plan, update: Update, tensors: Tensors) -> None:
+    head_statistics(plan, update, tensors)
 
 
 def _check_nothing(plan: Plan, update: Update, tensors: Tensors) -> None:
@@ -124,6 +163,7 @@ def _bound(value: float, limit: float, name: str) -> None:
 CHECKS: dict[Stage, Callable[[Plan, Update, Tensors], None]] = {
     Stage.STATISTICS: _check_statistics,
     Stage.GLOBAL: _check_expert,
+    Stage.HEAD: _check_head,
     Stage.PERSONAL: _check_gate,
     Stage.BASELINE: _check_nothing,
     Stage.EVALUATE: _check_nothing,

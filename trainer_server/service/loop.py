@@ -63,8 +63,7 @@ class Service:
         self._link = link
         self._topics = Topics(plan.config.run)
         self._clock = RunClock(at)
-        largest = max(plan.bundle.expert.total, plan.bundle.gate.total, plan.statistics.total)
-        self._uploads = Uploads(store.folder / "uploads", blob_bytes(largest))
+        self._uploads = Uploads(store.folder / "uploads", blob_bytes(plan.largest_update))
         self._decoder = Decoder(self._topics, self._uploads)
         self._publisher = Publisher(link, self._topics, status)
         self._guard = DuplicateServerGuard(plan.session)
@@ -240,7 +239,7 @@ class Service:
     def _finish_round(self, closed: ClosedRound) -> None:
         """Logs stragglers and writes the PEFT adapter. The record is already stored."""
         log_stragglers(closed)
-        if closed.round.stage is Stage.GLOBAL:
+        if closed.round.stage in (Stage.GLOBAL, Stage.HEAD):
             level = closed.round.level
             expert = self._state.expert[: self._plan.bundle.expert.size(level)]
             try:

@@ -1,0 +1,183 @@
+"""python -m benchmarks.evidence: FedFMSL against the field's methods, and benchmarks/evidence.md.
+
+Runs `fedfmsl simulate` on each block of the protocol (benchmarks/protocol.md). A result is a small file below
+benchmarks/evidence/, so the grid can be stopped and continued on any machine. The report lists the seeds of each row.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from benchmarks.photos import thin_pacs, unpack_cifar10
+from devices.trial.assets import ASSETS, PHOTOS, WEIGHTS, fetch
+from devices.trial.groceries import unpack_groceries
+from fedfmsl.common.cli import application
+from fedfmsl.common.files import write_atomically
+from fedfmsl.errors import ConfigError, RunError
+from fedfmsl.protocol.bundle import Bundle
+from simulation.charts import own_against_novel
+from simulation.methods import METHODS
+from simulation.results import Result, grouped, read_results, spread, value_of
+from simulation.run import simulate
+from simulation.settings import SimulationSettings
+
+RESULTS, REPORT = Path("benchmarks/evidence"), Path("benchmarks/evidence.md")
+SHARES = ("0.0", "0.1", "0.5")
+ROW_TITLES = {"class-means": "class means", "global": "our global expert", "local-expert": "our local expert"}
+COSTS = {"kilobytes_up": "kB up", "kilobytes_down": "kB down", "device_seconds": "device-seconds"}
+
+app = application()
+
+
+@dataclass(frozen=True)
+class Block:
+    """One data set and partition. `settings`: those that differ from the simulator's defaults."""
+
+    title: str
+    size: int
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+BLOCKS = {
+    "groceries": Block("Groceries, Dirichlet", 140, {"alpha": (0.5, 0.1), "devices": 6, "unseen": 1}),
+    "pacs": Block("PACS, a domain per group of devices", 140, {"partition": "natural", "devices": 8}),
+    "cifar10": Block("CIFAR-10, Dirichlet", 140, {"alpha": (0.5,), "devices": 20, "unseen": 2}),
+}
+
+
+@app.command()
+def evidence(
+    only: list[str] = typer.Option([], help="Block to run: groceries, pacs or cifar10; may be repeated. Default: all."),
+    pacs: Path | None = typer.Option(
+        None, help="Folder of PACS: DIR/<domain>/<class>/. Without it the block is skipped."
+    ),
+    methods: list[str] = typer.Option([], help="Method to run; may be repeated. Default: all."),
+    seeds: int = typer.Option(3, min=1, help="Seeds 0 … n-1."),
+    threads: int = typer.Option(0, min=0, help="Threads; 0: one per core."),
+    report_only: bool = typer.Option(False, "--report-only", help="Only write the report of the results so far."),
+) -> None:
+    """Run the missing cells of the evidence grid, and write its report."""
+    for name in only:
+        if name not in BLOCKS:
+            raise ConfigError(f"there is no block {name!r}; choose from {', '.join(BLOCKS)}")
+    for name in only or BLOCKS if not report_only else ():
+        images = _photos(name, pacs)
+        if images is None:
+            print("pacs: not run; it needs --pacs DIR", file=sys.stderr)
+        else:
+            _run(name, images, tuple(methods) or tuple(METHODS), seeds, threads)
+    write_atomically(REPORT, _report().encode())
+    print(REPORT)
+
+
+def _photos(name: str, pacs: Path | None) -> Path | None:
+    """The photos of a block. None for PACS without its folder."""
+    if name == "groceries":
+        return unpack_groceries(fetch(PHOTOS), ASSETS / "groceries")
+    if name == "cifar10":
+        return unpack_cifar10(ASSETS)
+    return thin_pacs(pacs, ASSETS / "pacs") if pacs is not None else None
+
+
+def _run(name: str, images: Path, methods: Sequence[str], seeds: int, threads: int) -> None:
+    """Results are kept in the repository: known ones are given to the simulator, new ones are taken back."""
+    block, run = BLOCKS[name], f"evidence-{name}"
+    kept, results = RESULTS / name, Path("runs") / run / "results"
+    bundle = _bundle(Path("runs") / f"{run}-bundle", images, block.size)
+    _copy_results(kept, results)
+    for seed in range(1, seeds + 1):  # seed by seed, so that an interrupted grid has whole rows
+        for method in methods:
+            simulate(
+                SimulationSettings(
+                    bundle=bundle.root,
+                    name=run,
+                    images=images,
+                    methods=(method,),
+                    seeds=seed,
+                    threads=threads,
+                    **block.settings,
+                )
+            )
+            _copy_results(results, kept)
+
+
+def _copy_results(source: Path, target: Path) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    for path in source.glob("*.json"):
+        shutil.copyfile(path, target / path.name)
+
+
+def _bundle(folder: Path, images: Path, size: int) -> Bundle:
+    """The trial's backbone with one level, built once. Raises RunError if the build fails."""
+    if not folder.is_dir():
+        weights, classes = ASSETS / "dinov2-s14", ",".join(classes_of(images))
+        if not weights.is_dir():
+            _python("export.rebuild", str(fetch(WEIGHTS)), str(weights))
+        command = ["--model", "dinov2-s14", "--weights", str(weights), "--classes", classes]
+        _python("export.build", *command, "--image-size", str(size), "--levels", "1", "--out", str(folder))
+    return Bundle.load(folder)
+
+
+def classes_of(images: Path) -> list[str]:
+    """The classes of DIR/<class>, DIR/train/<class> or DIR/<group>/<class>, sorted."""
+    folders = [path for path in sorted(images.iterdir()) if path.is_dir()]
+    inner = sorted({path.name for folder in folders for path in folder.iterdir() if path.is_dir()})
+    return inner or [folder.name for folder in folders]
+
+
+def _python(*command: str) -> None:
+    if subprocess.run([sys.executable, "-m", *command], check=False).returncode:
+        raise RunError(f"{command[0]} failed; see the output above")
+
+
+def _report() -> str:
+    lines = [
+        "# Evidence",
+        "",
+        "FedFMSL against the field's methods, under the same conditions. The conditions and every choice are in",
+        "[protocol.md](protocol.md). Mean ± standard deviation over the seeds; losing rows stay in.",
+        "Written by `python -m benchmarks.evidence`.",
+    ]
+    for name, block in BLOCKS.items():
+        results = read_results(sorted((RESULTS / name).glob("*.json")))
+        for alpha in sorted({result["alpha"] for result in results}, key=lambda each: -(each or 0)):
+            same = [result for result in results if result["alpha"] == alpha]
+            lines += ["", f"## {block.title}{'' if alpha is None else f', α = {alpha:g}'}", "", *_table(same)]
+            svg = own_against_novel(same)
+            if svg is not None:
+                picture = RESULTS / f"{name}{'' if alpha is None else f'-{alpha:g}'}.svg"
+                write_atomically(picture, svg)
+                lines += ["", f"![Own against novel accuracy]({picture.relative_to(REPORT.parent)})"]
+        if not results:
+            lines += ["", f"## {block.title}", "", "Not run yet."]
+    return "\n".join(lines) + "\n"
+
+
+def _table(results: Sequence[Result]) -> list[str]:
+    columns = ["own", "novel", "fleet", "harmonic", "worst_decile"]
+    head = ["method", "seeds", *columns, *(f"stream {float(share):.0%}" for share in SHARES)]
+    head += ["unseen", "unseen, after training", *COSTS.values()]
+    lines = [head, ["---"] * len(head)]
+    for (method, row, _, _), same in grouped(results).items():
+        title = same[0]["title"] if row == method else ROW_TITLES.get(row, row)
+        cells = [title, ", ".join(str(result["seed"]) for result in same)]
+        cells += [spread([value_of(result, row, column) for result in same], ".3f") for column in columns]
+        cells += [spread([result["rows"][row]["stream"].get(share) for result in same], ".3f") for share in SHARES]
+        cells += [
+            spread([value_of(result, row, column) for result in same], ".3f") for column in ("unseen", "unseen_adapted")
+        ]
+        cells += [spread([value_of(result, row, column) for result in same], ".3g") for column in COSTS]
+        lines.append(cells)
+    return [f"| {' | '.join(cells).replace('_', ' ')} |" for cells in lines]
+
+
+if __name__ == "__main__":
+    app()
