@@ -121,7 +121,7 @@ def test_the_run_also_works_on_mosquitto(repeated: Finished) -> None:
 def test_the_records_hold_every_round_with_every_device(run: Finished) -> None:
     expected = [("statistics", 0)]
     expected += [("global", index) for index in range(STAGE1)]
-    expected += [("personal", index) for index in range(STAGE2)]
+    expected += [("head", 0), *(("personal", index) for index in range(STAGE2))]
     expected += [("baseline", 0), ("evaluate", 0)]
     assert [(line["round"]["stage"], line["round"]["index"]) for line in run.rounds] == expected
     assert [line["round"]["round"] for line in run.rounds] == list(range(1, len(expected) + 1))
