@@ -1,75 +1,88 @@
-"""Predictions that adapt to the classes of unlabelled files."""
+"""Predictions that follow the classes of the files, without labels."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-from support.bundles import Built
-from support.in_process_daemon import make_daemon
-from support.personal_models import globals_of, round_of
-from support.samples import write_photos
+import pytest
 
+from edge_runtime.inference import adaptation
 from edge_runtime.inference.adaptation import PriorAdapter
-from edge_runtime.inference.classifier import FileClassifier, StateClassifier
-from edge_runtime.inference.export_onnx import write_model
-from edge_runtime.training.model import save_personal_model
-from fedfmsl.algorithms.label_shift import MIN_SAMPLES
-from fedfmsl.protocol.messages import Stage
+from fedfmsl.algorithms.arrays import Floats
+from fedfmsl.algorithms.calibration import calibrate
+from fedfmsl.algorithms.label_shift import MIN_SAMPLES, adapted_prior, prior_shift
+from fedfmsl.algorithms.mixture import log_softmax
 
 
 @dataclass(frozen=True)
 class Facts:
-    """The device holds the first two of three classes."""
-
     temperature: float = 1.5
     prior: tuple[float, ...] = (0.4, 0.4, 0.2)
     held: tuple[bool, ...] = (True, True, False)
 
 
-UNDECIDED = np.array([0.5, 0.05, 0.45], np.float32)
-NOVEL = np.array([0.02, 0.02, 0.96], np.float32)
-OWN = np.array([0.9, 0.09, 0.01], np.float32)
+MODEL = Facts()
 
 
-def adapted(stream: list[np.ndarray], last: np.ndarray) -> np.ndarray:
+def probabilities(*logits: float) -> Floats:
+    """Calibrated probabilities (C,) as the model gives them."""
+    return np.exp(calibrate(log_softmax(np.array([logits], np.float32)), MODEL.temperature))[0]
+
+
+def test_the_first_files_have_the_models_own_probabilities() -> None:
+    adapter, file = PriorAdapter(), probabilities(0, 0, 9)
+    for _ in range(MIN_SAMPLES - 1):
+        assert adapter.adapt(file, MODEL) == pytest.approx(file, abs=1e-6)
+    assert adapter.adapt(file, MODEL)[2] > file[2]
+
+
+def test_files_of_a_novel_class_make_it_more_likely_and_files_of_held_ones_less() -> None:
+    uncertain = probabilities(1.0, 0.0, 0.9)
+    results = []
+    for logits in ((0.0, 0.0, 9.0), (9.0, 0.0, 0.0)):
+        adapter = PriorAdapter()
+        for _ in range(30):
+            adapter.adapt(probabilities(*logits), MODEL)
+        results.append(adapter.adapt(uncertain, MODEL))
+    assert uncertain.argmax() == 0
+    assert results[0].argmax() == 2
+    assert results[1][2] < uncertain[2]
+    assert all(each.sum() == pytest.approx(1, abs=1e-5) for each in results)
+
+
+def test_the_prior_is_exchanged_before_the_temperature_is_applied() -> None:
+    adapter, logits = PriorAdapter(), np.array([[0.3, 0.0, 2.0]] * MIN_SAMPLES, np.float32)
+    adapted = [adapter.adapt(probabilities(*row), MODEL) for row in logits.tolist()][-1]
+    log_p, prior = log_softmax(logits), np.array(MODEL.prior, np.float32)
+    shifted = log_p + prior_shift(prior, adapted_prior(log_p, prior, np.array(MODEL.held)))
+    assert adapted == pytest.approx(np.exp(calibrate(shifted, MODEL.temperature))[-1], abs=1e-5)
+
+
+def test_a_class_without_a_prior_stays_impossible() -> None:
+    model, adapter = Facts(prior=(0.5, 0.5, 0.0)), PriorAdapter()
+    for _ in range(20):
+        adapted = adapter.adapt(np.array([0.6, 0.4, 0.0], np.float32), model)
+    assert np.isfinite(adapted).all()
+    assert adapted[2] < 1e-12
+    assert adapted.argmax() == 0
+
+
+def test_another_class_prior_starts_the_estimate_again_also_with_other_classes() -> None:
     adapter = PriorAdapter()
-    for probabilities in stream:
-        adapter.adapt(probabilities, Facts())
-    return adapter.adapt(last, Facts())
+    for _ in range(30):
+        adapter.adapt(probabilities(0, 0, 9), MODEL)
+    four = Facts(prior=(0.25, 0.25, 0.25, 0.25), held=(True, True, True, True))
+    file = np.array([0.1, 0.2, 0.3, 0.4], np.float32)
+    assert adapter.adapt(file, four) == pytest.approx(file, abs=1e-6)
 
 
-def test_few_files_change_nothing() -> None:
-    few = [NOVEL] * (MIN_SAMPLES - 2)
-    assert np.allclose(adapted(few, UNDECIDED), UNDECIDED, atol=1e-6)
-
-
-def test_an_undecided_file_follows_the_classes_of_the_files_before_it() -> None:
-    among_novel, among_own = adapted([NOVEL] * 50, UNDECIDED), adapted([OWN] * 50, UNDECIDED)
-    assert among_novel.argmax() == 2
-    assert among_own.argmax() == 0
-    assert among_own[2] < UNDECIDED[2] < among_novel[2]
-    assert np.allclose([among_novel.sum(), among_own.sum()], 1, atol=1e-6)
-
-
-def test_a_long_stream_of_certain_files_gives_finite_probabilities() -> None:
-    certain = np.array([1.0, 0.0, 0.0], np.float32)
-    assert np.isfinite(adapted([certain] * 100, np.array([0.0, 0.0, 1.0], np.float32))).all()
-
-
-def test_state_and_onnx_file_adapt_alike(vit: Built, photos: Path, tmp_path: Path) -> None:
-    device = make_daemon(vit, photos, tmp_path / "state").device
-    save_personal_model(device, round_of(Stage.GLOBAL), globals_of(vit))
-    write_model(device.store, tmp_path / "model.onnx", vit.bundle.root)
-    by_state = StateClassifier(device.store, vit.bundle.root, adapter=PriorAdapter())
-    by_file = FileClassifier(tmp_path / "model.onnx", adapter=PriorAdapter())
-    fixed = FileClassifier(tmp_path / "model.onnx")
-    changed = 0.0
-    for path in sorted(write_photos(tmp_path / "inbox", seed=7).rglob("*.jpg")):
-        one, other, before = (
-            np.array(list(each.classify(path).probabilities.values())) for each in (by_state, by_file, fixed)
-        )
-        assert np.allclose(one, other, atol=1e-4)
-        changed = max(changed, float(np.abs(other - before).max()))
-    assert changed > 1e-4
+def test_old_files_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adaptation, "WINDOW", 30)
+    adapter, fresh = PriorAdapter(), PriorAdapter()
+    for _ in range(MIN_SAMPLES):
+        adapter.adapt(probabilities(0, 0, 9), MODEL)
+    for _ in range(30):
+        last = adapter.adapt(probabilities(2, 0, 0), MODEL)
+        assert fresh.adapt(probabilities(2, 0, 0), MODEL).sum() == pytest.approx(1, abs=1e-5)
+    assert last == pytest.approx(fresh.adapt(probabilities(2, 0, 0), MODEL), abs=1e-6)
