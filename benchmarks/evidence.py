@@ -16,6 +16,7 @@ from typing import Any
 
 import typer
 
+from benchmarks.photos import thin_pacs, unpack_cifar10
 from devices.trial.assets import ASSETS, PHOTOS, WEIGHTS, fetch
 from devices.trial.groceries import unpack_groceries
 from fedfmsl.common.cli import application
@@ -55,35 +56,35 @@ BLOCKS = {
 @app.command()
 def evidence(
     only: list[str] = typer.Option([], help="Block to run: groceries, pacs or cifar10; may be repeated. Default: all."),
-    images: list[str] = typer.Option([], help="Photos of a block, as BLOCK=DIR; may be repeated. Groceries need none."),
+    pacs: Path | None = typer.Option(
+        None, help="Folder of PACS: DIR/<domain>/<class>/. Without it the block is skipped."
+    ),
     methods: list[str] = typer.Option([], help="Method to run; may be repeated. Default: all."),
     seeds: int = typer.Option(3, min=1, help="Seeds 0 … n-1."),
     threads: int = typer.Option(0, min=0, help="Threads; 0: one per core."),
     report_only: bool = typer.Option(False, "--report-only", help="Only write the report of the results so far."),
 ) -> None:
     """Run the missing cells of the evidence grid, and write its report."""
-    folders = dict(_pair(text) for text in images)
-    for name in [*only, *folders]:
+    for name in only:
         if name not in BLOCKS:
             raise ConfigError(f"there is no block {name!r}; choose from {', '.join(BLOCKS)}")
     for name in only or BLOCKS if not report_only else ():
-        if name == "groceries":
-            folders[name] = str(unpack_groceries(fetch(PHOTOS), ASSETS / "groceries"))
-        if name in folders:
-            _run(name, Path(folders[name]), tuple(methods) or tuple(METHODS), seeds, threads)
-        elif name in only:
-            raise ConfigError(f"block {name} needs its photos; add --images {name}=DIR")
+        images = _photos(name, pacs)
+        if images is None:
+            print("pacs: not run; it needs --pacs DIR", file=sys.stderr)
         else:
-            print(f"{name}: not run; it needs --images {name}=DIR", file=sys.stderr)
+            _run(name, images, tuple(methods) or tuple(METHODS), seeds, threads)
     write_atomically(REPORT, _report().encode())
     print(REPORT)
 
 
-def _pair(text: str) -> tuple[str, str]:
-    name, equals, folder = text.partition("=")
-    if not equals:
-        raise ConfigError(f"--images {text!r} is not of the form BLOCK=DIR")
-    return name, folder
+def _photos(name: str, pacs: Path | None) -> Path | None:
+    """The photos of a block. None for PACS without its folder."""
+    if name == "groceries":
+        return unpack_groceries(fetch(PHOTOS), ASSETS / "groceries")
+    if name == "cifar10":
+        return unpack_cifar10(ASSETS)
+    return thin_pacs(pacs, ASSETS / "pacs") if pacs is not None else None
 
 
 def _run(name: str, images: Path, methods: Sequence[str], seeds: int, threads: int) -> None:

@@ -121,14 +121,16 @@ def update_of(bundle: Bundle, device: str, task: Round, level_cap: int) -> tuple
 
 
 def _head_statistics(bundle: Bundle, samples: int, rng: np.random.Generator) -> Tensors:
-    """Of features with the class sums of `_statistics` and no variance within classes."""
+    """Of features with the class sums of `_statistics`, and with the same variance in every direction."""
     sums = _statistics(bundle, samples, rng)
     counts = sums["class_counts"]
     means = sums["class_sums"] / np.maximum(counts, 1)[:, None]
+    width = means.shape[1]
+    spread = (samples / width) ** 0.5 * np.eye(width, dtype=np.float32)
     return {
         "class_sums": sums["class_sums"],
         "class_counts": counts,
-        "second_moments": second_moments(np.sqrt(counts)[:, None] * means),
+        "second_moments": second_moments(np.concatenate([np.sqrt(counts)[:, None] * means, spread])),
     }
 
 

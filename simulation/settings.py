@@ -108,7 +108,20 @@ class SimulationSettings(SettingsModel):
         (), description="Level caps, each of equally many devices. Default: no caps.", json_schema_extra=DEVICES
     )
 
-    threads: int = Field(0, ge=0, description="Threads; 0: one per core.", json_schema_extra=PROCESSES)
+    threads: int = Field(
+        0,
+        ge=0,
+        description="Threads; 0: one per core. With --ray, of each worker process; 0: one.",
+        json_schema_extra=PROCESSES,
+    )
+    ray: bool = Field(
+        False,
+        description="Compute in several processes on Ray: cells and devices in parallel.",
+        json_schema_extra=PROCESSES,
+    )
+    address: str | None = Field(
+        None, description="Address of a Ray cluster, or auto. Default: this machine.", json_schema_extra=PROCESSES
+    )
 
     @model_validator(mode="after")
     def _check(self) -> SimulationSettings:

@@ -27,13 +27,20 @@ class ModelFacts(Protocol):
 
 
 class PriorAdapter:
-    """Estimates the class prior from the last WINDOW files. The first few files change nothing."""
+    """Estimates the class prior from the last WINDOW files. The first few files change nothing.
+
+    It starts again with a model whose class prior is another, because the probabilities before depend on the old one.
+    """
 
     def __init__(self) -> None:
+        self._prior: tuple[float, ...] = ()
         self._log_p: deque[Floats] = deque(maxlen=WINDOW)
 
     def adapt(self, probabilities: Floats, model: ModelFacts) -> Floats:
         """The class probabilities (C,) of the next file under the adapted prior, from those of the model."""
+        if self._prior != (before := tuple(model.prior)):
+            self._prior = before
+            self._log_p.clear()
         temperature, prior = np.float32(model.temperature), np.asarray(model.prior, np.float32)
         log_p = log_softmax(temperature * np.log(np.maximum(probabilities, MIN_PROBABILITY)))
         self._log_p.append(log_p)

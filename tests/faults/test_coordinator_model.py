@@ -16,6 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from benchmarks.layouts import layout_bundle, update_of
 from fedfmsl.algorithms.arrays import Tensors
+from fedfmsl.algorithms.discriminant import discriminant_head
 from fedfmsl.algorithms.sal import CapabilityQueue, Sal
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.messages import DeviceStatus, Round, Stage, Update, Verdict
@@ -100,8 +101,8 @@ class Machine(RuleBasedStateMachine):
         self.announced: list[Round] = []
         # the model
         self.over = False
-        self.stages = [Stage.STATISTICS, *[Stage.GLOBAL] * 3, *[Stage.PERSONAL] * 2, *[Stage.BASELINE] * baseline]
-        self.stages += [Stage.EVALUATE, Stage.FINISHED]
+        self.stages = [Stage.STATISTICS, *[Stage.GLOBAL] * 3, Stage.HEAD, *[Stage.PERSONAL] * 2]
+        self.stages += [*[Stage.BASELINE] * baseline, Stage.EVALUATE, Stage.FINISHED]
         self.position, self.round, self.opened, self.repeats = -1, 0, 0.0, 0
         self.known: dict[str, bool] = {}  # device → whether it is online, and ours
         self.asked: set[str] = set()
@@ -204,7 +205,9 @@ class Machine(RuleBasedStateMachine):
         enough = len(self.accepted) >= self.config.min_updates
         assert bool(record.repeated) != enough
         for stage, kind in TRAINED.items():
-            self.check_vector(kind, getattr(before, kind), closing is stage and enough)
+            self.check_vector(
+                kind, getattr(before, kind), closing is stage and enough, closing is Stage.HEAD and enough
+            )
         assert self.state.sal.level >= before.sal.level
         given_up = not enough and self.config.max_repeats is not None and self.repeats >= self.config.max_repeats
         self.repeats = 0 if enough else self.repeats + 1
@@ -302,8 +305,9 @@ class Machine(RuleBasedStateMachine):
         uninvited = chosen is not None and update.device not in chosen
         return Verdict.REJECTED if uninvited or flawed or update.stage is not stage else Verdict.ACCEPTED
 
-    def check_vector(self, kind: str, before: Any, learns: bool) -> None:
-        """Every part is the mean or median over the devices that trained it, computed in float64."""
+    def check_vector(self, kind: str, before: Any, learns: bool, has_new_head: bool) -> None:
+        """Every part is the mean or median over the devices that trained it, computed in float64. A new head is that of
+        all devices' sums."""
         if kind == "expert" and self.stages[self.position] is Stage.STATISTICS:
             return
         layout, wanted = getattr(BUNDLE[0], kind), np.asarray(before, np.float64)
@@ -315,7 +319,13 @@ class Machine(RuleBasedStateMachine):
                     wanted[part] += sum(w * v for w, v in vectors) / sum(w for w, _ in vectors)
                 elif vectors:
                     wanted[part] += np.median([v for _, v in vectors], axis=0)
-        assert np.allclose(getattr(self.state, kind), wanted, rtol=1e-5, atol=1e-6)
+        if has_new_head and kind == "expert":
+            names = ("class_sums", "class_counts", "second_moments")
+            sums = [np.sum([self.taught[key][name] for key in sorted(self.accepted)], axis=0) for name in names]
+            wanted[layout.parts["head"]] = discriminant_head(*sums)
+            assert np.allclose(self.state.expert, wanted, rtol=1e-2, atol=1e-4 * np.abs(wanted).max())
+        else:
+            assert np.allclose(getattr(self.state, kind), wanted, rtol=1e-5, atol=1e-6)
 
     def state_of(self, key: tuple[int, str], layout: Any) -> tuple[float, Any]:
         update = self.accepted[key]

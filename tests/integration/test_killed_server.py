@@ -46,7 +46,7 @@ def test_a_killed_server_resumes_the_round_with_the_acknowledged_updates(
         server = federation.start_server(*ROUNDS)
         for name in photos:
             federation.start_device(name, "--bundle", str(bundle))
-        for stage in (Stage.STATISTICS, Stage.GLOBAL, Stage.PERSONAL, Stage.EVALUATE):
+        for stage in (Stage.STATISTICS, Stage.GLOBAL, Stage.HEAD, Stage.PERSONAL, Stage.EVALUATE):
             killed = observer.wait(Round, lambda r, stage=stage: r.stage is stage, stage.value)
             federation.devices[slow].pause()  # so that the round stays open
             for name in set(photos) - {slow}:
@@ -64,7 +64,7 @@ def test_a_killed_server_resumes_the_round_with_the_acknowledged_updates(
     acks = [
         (ack.round, ack.device) for ack in observer.seen if isinstance(ack, Ack) and ack.verdict is Verdict.ACCEPTED
     ]
-    assert len(acks) == len(set(acks)) == 6 * len(photos)
+    assert len(acks) == len(set(acks)) == 7 * len(photos)
     assert not any(closed["missing"] or closed["repeated"] for closed in federation.rounds())
 
     out = ("--out", str(federation.server_folder))

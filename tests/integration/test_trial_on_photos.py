@@ -94,7 +94,7 @@ def test_every_model_is_measured_on_the_fleets_test_photos(report: dict[str, Any
         for accuracy in report[key].values():
             assert set(accuracy["per_device"]) == set(NAMES)
     assert set(report["accuracy_stream"]["mofm"]) == {"0", "0.1", "0.5"}
-    for model in ACCURACIES:
+    for model in ACCURACIES - {"mofm"}:  # which adapts along a stream
         assert report["accuracy_stream"][model]["0"] == pytest.approx(report["accuracy"][model]["mean"], abs=1e-5)
         assert 0 <= report["worst_decile"][model] <= report["accuracy"][model]["mean"] + 1e-6
     assert report["accuracy_novel"]["local_only"]["mean"] == 0  # it knows the held classes only

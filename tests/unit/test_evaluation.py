@@ -13,6 +13,7 @@ from fedfmsl.algorithms.arrays import Bools, Labels
 from fedfmsl.algorithms.evaluation import (
     SHARES,
     DeviceAccuracy,
+    adapting_streams,
     device_accuracy,
     harmonic_mean,
     novel_samples,
@@ -21,6 +22,8 @@ from fedfmsl.algorithms.evaluation import (
     summarize,
     worst_decile,
 )
+from fedfmsl.algorithms.label_shift import MIN_SAMPLES
+from fedfmsl.algorithms.mixture import log_softmax
 
 CLASSES = 5
 
@@ -129,6 +132,29 @@ def test_a_static_model_has_on_drawn_samples_the_accuracy_of_its_stream(fleet: F
     correct = (fleet.predicted == fleet.labels)[order]
     found = stream_accuracy(correct, fleet.is_own[order], 0.5)
     assert found == (pytest.approx(measure(fleet).stream[0.5]) if len(kept) else None)
+
+
+def test_a_model_that_adapts_gains_on_a_stream_of_novel_samples_and_loses_little_on_own_ones() -> None:
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(4), 50)
+    held, prior = np.array([True, True, False, False]), np.array([0.49, 0.49, 0.01, 0.01], np.float32)
+    logits = 3 * np.eye(4)[labels] + rng.normal(0, 1, (200, 4)) + np.log(prior)
+    log_p = log_softmax(logits.astype(np.float32))
+    is_own, is_novel = held[labels], ~held[labels]
+    static = device_accuracy(log_p.argmax(axis=1), labels, is_own, is_novel).stream
+    adapted = adapting_streams(log_p, labels, is_own, is_novel, prior, held, seed=0)
+    assert set(adapted) == set(static) == set(SHARES)
+    assert adapted[0.5] > static[0.5] + 0.1
+    assert adapted[0.0] > static[0.0] - 0.05
+    assert adapted == adapting_streams(log_p, labels, is_own, is_novel, prior, held, seed=0)
+
+
+def test_a_model_does_not_adapt_to_a_few_samples_and_has_no_stream_without_novel_ones() -> None:
+    labels = np.zeros(MIN_SAMPLES - 1, np.int64)
+    held, prior = np.array([True, False]), np.array([0.5, 0.5], np.float32)
+    log_p = np.log(np.tile(np.array([[0.4, 0.6]], np.float32), (len(labels), 1)))
+    is_own = np.ones(len(labels), bool)
+    assert adapting_streams(log_p, labels, is_own, ~is_own, prior, held, seed=0) == {0.0: 0.0}
 
 
 @given(st.floats(0, 1), st.floats(0, 1))

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from fedfmsl.algorithms import label_shift
 from fedfmsl.algorithms.arrays import Bools, Floats
-from fedfmsl.algorithms.label_shift import MIN_SAMPLES, adapted_prior, prior_shift
+from fedfmsl.algorithms.label_shift import MIN_SAMPLES, adapt_in_order, adapted_prior, prior_shift
 from fedfmsl.algorithms.mixture import class_prior, log_softmax
 
 COUNTS = np.array([8, 4, 0, 0, 2])
@@ -95,6 +96,25 @@ def test_a_device_with_every_class_adapts_slowly_and_stays_finite() -> None:
     adapted = adapted_prior(certain, uniform, everything)
     assert adapted.sum() == pytest.approx(1)
     assert 0.2 < adapted[0] < 0.3
+
+
+def test_a_stream_is_classified_with_the_samples_up_to_each_one_only() -> None:
+    log_p, _ = stream(40, np.array([0, 0, 0.5, 0.5, 0]), seed=6)
+    whole = adapt_in_order(log_p, PRIOR, HELD)
+    assert whole.shape == log_p.shape and whole.dtype == np.float32
+    assert np.array_equal(whole[: MIN_SAMPLES - 1], log_p[: MIN_SAMPLES - 1])
+    assert np.array_equal(adapt_in_order(log_p[:25], PRIOR, HELD), whole[:25])
+    assert np.allclose(whole[-1], log_p[-1] + prior_shift(PRIOR, adapted_prior(log_p, PRIOR, HELD)))
+    assert adapt_in_order(log_p[:0], PRIOR, HELD).shape == (0, len(COUNTS))
+
+
+def test_a_stream_forgets_samples_older_than_the_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(label_shift, "WINDOW", 20)
+    novel, own = (
+        stream(20, labels, seed=7)[0] for labels in (np.array([0, 0, 0.5, 0.5, 0]), np.array([0.5, 0.5, 0, 0, 0]))
+    )
+    last = adapt_in_order(np.concatenate([novel, own]), PRIOR, HELD)[-1]
+    assert np.array_equal(last, adapt_in_order(own, PRIOR, HELD)[-1])
 
 
 def test_the_shift_is_zero_for_an_unchanged_prior_and_for_classes_without_one() -> None:
