@@ -7,6 +7,7 @@ only on the content of samples.
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -19,11 +20,11 @@ from edge_runtime.data.features import Features, Store
 from edge_runtime.data.folder import scan_once
 from edge_runtime.data.inputs import reader_of
 from edge_runtime.data.samples import Splits, assign_new_samples
-from edge_runtime.engines.step_graph import StepGraphEngine
 from edge_runtime.store import DeviceStore
 from edge_runtime.training.context import TrainingContext
 from edge_runtime.training.gate import Gate
 from fedfmsl.protocol.bundle import Bundle
+from simulation.engine import ResidentEngine
 from simulation.store import MappedStore
 
 T = TypeVar("T")
@@ -68,7 +69,33 @@ class VirtualDevice(TrainingContext):
         return self.scanned
 
 
-class LocalFleet:
+class Devices:
+    """The devices of a fleet, without their computation."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        splits: Mapping[str, Splits],
+        unseen: Collection[str] = (),
+        level_caps: Mapping[str, int] | None = None,
+    ) -> None:
+        """`splits` of all devices, those in `unseen` too. `level_caps`: default is the bundle's highest level."""
+        kept_out = set(unseen)
+        self.bundle = bundle
+        self.names = [name for name in splits if name not in kept_out]
+        self.unseen = [name for name in splits if name in kept_out]
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self._splits = splits
+        self._level_caps = level_caps or {}
+
+    def splits(self, name: str) -> Splits:
+        return self._splits[name]
+
+    def level_cap(self, name: str) -> int:
+        return self._level_caps.get(name, self.bundle.manifest.levels)
+
+
+class LocalFleet(Devices):
     """All devices in one process, one after the other."""
 
     def __init__(
@@ -81,25 +108,12 @@ class LocalFleet:
         unseen: Collection[str] = (),
         level_caps: Mapping[str, int] | None = None,
     ) -> None:
-        """`splits` of all devices, those in `unseen` too. `states`: folder for the devices' state directories.
-        `level_caps`: default is the bundle's highest level. `threads` = 0 uses all cores."""
-        self.bundle = bundle
-        kept_out = set(unseen)
-        self.names = [name for name in splits if name not in kept_out]
-        self.unseen = [name for name in splits if name in kept_out]
-        self.seconds: defaultdict[str, float] = defaultdict(float)
+        """`states`: folder for the devices' state directories. `threads` = 0 uses all cores."""
+        super().__init__(bundle, splits, unseen, level_caps)
         self._features = features
-        self._splits = splits
         self._states = states
-        self._level_caps = level_caps or {}
-        self._engine = StepGraphEngine(bundle, threads)
+        self._engine = ResidentEngine(bundle, threads)
         self._gate = Gate(bundle, threads)
-
-    def splits(self, name: str) -> Splits:
-        return self._splits[name]
-
-    def level_cap(self, name: str) -> int:
-        return self._level_caps.get(name, self.bundle.manifest.levels)
 
     def context(self, name: str) -> TrainingContext:
         return VirtualDevice(
@@ -121,6 +135,10 @@ class LocalFleet:
             results[name] = function(self.context(name), task)
             self.seconds[name] += time.process_time() - started
         return results
+
+    def close(self) -> None:
+        """Removes the devices' state directories."""
+        shutil.rmtree(self._states, ignore_errors=True)
 
 
 def compute_features(features: Features[Store], splits: Mapping[str, Splits], levels: int) -> dict[str, Splits]:

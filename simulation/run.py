@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from threading import Lock
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +41,7 @@ from simulation.partition import (
     check_minimum,
     evenly,
 )
+from simulation.ray_fleet import RayFleet, RayPool, import_ray
 from simulation.report import write_report
 from simulation.results import Cell, Result, key_of, read_results, value_of, write_result
 from simulation.settings import SimulationSettings
@@ -46,16 +49,9 @@ from simulation.store import MappedStore
 from trainer_server.config import STAGE2
 
 TEST_SHARE = 0.2
-ELSEWHERE = {
-    "name",
-    "images",
-    "dataset",
-    "methods",
-    "seeds",
-    "alpha",
-    "learning_rate",
-    "threads",
-}  # not in a file's key
+# Settings that do not change a result, and those that are in the name of its file.
+ELSEWHERE = {"name", "bundle", "images", "dataset", "threads", "ray", "address"}
+GRID = {"methods", "seeds", "alpha", "learning_rate"}
 REMEDIES = {
     Scheme.DIRICHLET: "use a larger --alpha, fewer devices, or --partition pathological",
     Scheme.QUANTITY: "use a larger --alpha or fewer devices",
@@ -68,16 +64,18 @@ REMEDIES = {
 def simulate(settings: SimulationSettings) -> None:
     """Writes runs/NAME. Raises FedFMSLError if an option or the data is unusable."""
     bundle = Bundle.load(settings.bundle)
+    if settings.ray or settings.address:
+        import_ray()
     simulation = Simulation(settings, bundle, _load(settings, bundle))
     cells = simulation.todo
     for cell in cells:
         simulation.partition(cell)  # raises its errors before anything is computed
     if cells:
-        with _progress("features", simulation.states) as advance:
+        with _progress("features", simulation.state_count) as advance:
             simulation.compute_features(advance)
     with _progress("rounds", len(cells) * settings.rounds) as advance:
-        for cell in cells:
-            console.print(_line(cell, simulation.run(cell, lambda: advance(1))))
+        for cell, result in simulation.run_all(cells, lambda: advance(1)):
+            console.print(_line(cell, result))
     write_report(simulation.folder, simulation.results, settings, bundle.manifest.classes, simulation.label_counts)
 
 
@@ -115,19 +113,31 @@ class Simulation:
 
     @cached_property
     def _key(self) -> str:
-        values = self.settings.model_dump(mode="json", exclude={*ELSEWHERE, "bundle"})
+        values = self.settings.model_dump(mode="json", exclude={*ELSEWHERE, *GRID})
         data = [f"{s.sha256} {s.label}" for part in (self.dataset.train, self.dataset.test) for s in part]
         contents = hashlib.sha256("\n".join(data).encode()).hexdigest()
         return key_of({**values, "bundle": self.bundle.sha256, "data": contents, "version": __version__})
 
     @cached_property
-    def _features(self) -> Features[MappedStore]:
+    def _store(self) -> MappedStore:
         names = sorted(sample.sha256 for sample in (*self.dataset.train, *self.dataset.test))
-        store = MappedStore(self.folder / "features", names)
-        return Features(store, self.bundle, self.settings.threads, reader=self.dataset.inputs)
+        return MappedStore(self.folder / "features", names)
+
+    @cached_property
+    def _features(self) -> Features[MappedStore]:
+        return Features(self._store, self.bundle, self.settings.threads, reader=self.dataset.inputs)
+
+    @cached_property
+    def _states(self) -> TemporaryDirectory[str]:
+        """Of this process only: several may compute cells of one simulation."""
+        return TemporaryDirectory(prefix="fedfmsl-simulation-")
+
+    @cached_property
+    def _lock(self) -> Lock:
+        return Lock()
 
     @property
-    def states(self) -> int:
+    def state_count(self) -> int:
         """The number of hidden states of all samples at all levels."""
         return self.level * (len(self.dataset.train) + len(self.dataset.test))
 
@@ -166,7 +176,7 @@ class Simulation:
         cell = next(iter(self.cells))
         return self.partition(cell).counts(labels_of(self.dataset.train), len(self.bundle.manifest.classes))
 
-    def fleet(self, cell: Cell, states: Path) -> LocalFleet:
+    def fleet(self, cell: Cell, pool: RayPool | None) -> LocalFleet | RayFleet:
         partition, settings = self.partition(cell), self.settings
         splits: dict[str, Splits] = {}
         for index, (own, tests) in enumerate(zip(partition.train, partition.test, strict=True)):
@@ -177,14 +187,12 @@ class Simulation:
         for level in range(1, self.level + 1):  # measured in fp32 as test samples are
             self._features.precise().frozen(held_out, level)
         names = [*splits]
+        devices = names[settings.devices :], assign_level_caps(names, settings.level_caps, cell.seed)
+        key = self.cells[cell].stem
+        if pool:
+            return RayFleet(pool, key, splits, *devices)
         return LocalFleet(
-            self.bundle,
-            self._features,
-            splits,
-            states,
-            settings.threads,
-            unseen=names[settings.devices :],
-            level_caps=assign_level_caps(names, settings.level_caps, cell.seed),
+            self.bundle, self._features, splits, Path(self._states.name) / key, settings.threads, *devices
         )
 
     def method_settings(self, cell: Cell) -> MethodSettings:
@@ -193,11 +201,28 @@ class Simulation:
         stage1 = Training(epochs=settings.epochs, learning_rate=cell.learning_rate, **common)
         return MethodSettings(settings.rounds, stage1, self.level, cell.seed, STAGE2.model_copy(update=common))
 
-    def run(self, cell: Cell, advance: Callable[[], None]) -> Result:
+    def run_all(self, cells: Sequence[Cell], advance: Callable[[], None]) -> Iterator[tuple[Cell, Result]]:
+        """Computes cells, with Ray several at once. Yields each when it is done."""
+        settings = self.settings
+        if not cells or not (settings.ray or settings.address):
+            for cell in cells:
+                yield cell, self.run(cell, advance)
+            return
+        pool = RayPool(self.bundle, self._store, self.folder / "features", settings.threads or 1, settings.address)
+        threads = ThreadPoolExecutor(len(pool.workers))
+        try:
+            running = {threads.submit(self.run, cell, advance, pool): cell for cell in cells}
+            for done in as_completed(running):
+                yield running[done], done.result()
+        finally:
+            threads.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown()  # ends the calls of cells that still run
+
+    def run(self, cell: Cell, advance: Callable[[], None], pool: RayPool | None = None) -> Result:
         """Computes a cell and writes its file. `advance` is called after each round."""
-        settings, states = self.settings, self.folder / "states"
-        shutil.rmtree(states, ignore_errors=True)
-        fleet, method = self.fleet(cell, states), method_of(cell.method)
+        with self._lock:  # features of other cells may be computed in other threads
+            fleet = self.fleet(cell, pool)
+        settings, method = self.settings, method_of(cell.method)
         participation = Participation(settings.fraction, settings.dropout, settings.stragglers, cell.seed)
         sizes = {name: len(fleet.splits(name).train) for name in fleet.names}
         state, cost = method.start(fleet, self.method_settings(cell))
@@ -217,8 +242,8 @@ class Simulation:
         }
         state = method.adapt(fleet, state, fleet.unseen)
         result["unseen_adapted"] = measure(method, fleet, state, fleet.unseen, settings.test_devices)
+        fleet.close()
         write_result(self.cells[cell], cell, result)
-        shutil.rmtree(states, ignore_errors=True)
         return read_results([self.cells[cell]])[0]
 
 

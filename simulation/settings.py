@@ -12,7 +12,7 @@ from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.transport.settings import RunName
 from simulation.methods import METHODS
 from simulation.partition import Scheme
-from trainer_server.config import STAGE1
+from trainer_server.config import MAX_DEVICES, STAGE1
 
 DATA = panel("Data")
 RUN = panel("Run")
@@ -86,6 +86,7 @@ class SimulationSettings(SettingsModel):
     devices: int = Field(
         TrialSettings.model_fields["devices"].default,
         ge=1,
+        le=MAX_DEVICES,
         description="Number of devices in the federation.",
         json_schema_extra=DEVICES,
     )
@@ -108,7 +109,20 @@ class SimulationSettings(SettingsModel):
         (), description="Level caps, each of equally many devices. Default: no caps.", json_schema_extra=DEVICES
     )
 
-    threads: int = Field(0, ge=0, description="Threads; 0: one per core.", json_schema_extra=PROCESSES)
+    threads: int = Field(
+        0,
+        ge=0,
+        description="Threads; 0: one per core. With --ray, of each worker process; 0: one.",
+        json_schema_extra=PROCESSES,
+    )
+    ray: bool = Field(
+        False,
+        description="Compute in several processes on Ray: cells and devices in parallel.",
+        json_schema_extra=PROCESSES,
+    )
+    address: str | None = Field(
+        None, description="Address of a Ray cluster, or auto. Default: this machine.", json_schema_extra=PROCESSES
+    )
 
     @model_validator(mode="after")
     def _check(self) -> SimulationSettings:

@@ -30,6 +30,8 @@ LONG_FILES = (  # of 10 s or more, by `pytest --durations`
     "test_watched_folder.py",
     "test_trial_on_photos.py",
     "test_whole_run.py",
+    "test_simulate.py",
+    "test_simulate_on_ray.py",
     "test_coordinator_model.py",
     "test_engines.py",
     "test_server_memory.py",

@@ -151,9 +151,13 @@ def test_the_federation_learns_the_colours(run: Finished) -> None:
 
 
 def test_a_device_sends_only_what_the_protocol_names(run: Finished) -> None:
-    """Gate adapters in stage 2, numbers in the evaluation. The local expert is not sent."""
-    gate = Bundle.load(run.federation.bundle).gate
+    """Sums in the head round, gate adapters in stage 2, numbers in the evaluation. The local expert is not sent."""
+    bundle = Bundle.load(run.federation.bundle)
+    gate, dims = bundle.gate, bundle.manifest.dims
+    sums = dims.classes * (dims.feature + 1) + dims.feature * (dims.feature + 1) // 2
     for line in run.rounds:
+        if line["round"]["stage"] == "head":
+            assert sums * 4 < min(line["bytes_up"].values()) <= max(line["bytes_up"].values()) < sums * 4 + 4096
         if line["round"]["stage"] == "personal":
             assert max(line["bytes_up"].values()) < gate.total * 4 + 4096
         if line["round"]["stage"] in ("baseline", "evaluate"):

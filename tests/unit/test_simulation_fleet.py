@@ -7,13 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.bundles import Built
+from support.bundles import Built, random_theta
 from support.samples import write_device_photos
 
 from edge_runtime.data.samples import labels_of
+from edge_runtime.engines.step_graph import StepGraphEngine
 from edge_runtime.training.context import TrainingContext
 from fedfmsl.algorithms.arrays import Floats
 from fedfmsl.protocol.messages import Stage, Training
+from simulation.engine import ResidentEngine
 from simulation.federation import accuracies, federate
 from simulation.fleet import LocalFleet, open_folders
 from simulation.methods.base import MethodSettings
@@ -86,3 +88,25 @@ def test_a_method_runs_with_participation_and_an_unseen_device(vit: Built, folde
     for name, same in (("device-1", True), ("device-2", False)):
         assert np.array_equal(before[name]["fedfmsl"], after[name]["fedfmsl"]) is same
         assert np.array_equal(before[name]["global"], after[name]["global"])
+
+
+def test_the_shared_engine_opens_each_session_once_and_gives_the_same_numbers(vit: Built) -> None:
+    opened: list[str] = []
+
+    class Recording(ResidentEngine):
+        def _open(self, name: str, prepack: bool) -> object:
+            opened.append(name)
+            return super()._open(name, prepack)
+
+    engine, plain = Recording(vit.bundle, threads=1), StepGraphEngine(vit.bundle, threads=1)
+    for level in (1, 2, 1, 1, 2):
+        dims = vit.bundle.manifest.dims
+        hidden = np.random.default_rng(level).normal(size=(3, dims.tokens, dims.hidden)).astype(np.float32)
+        theta = random_theta(vit.bundle, level, seed=level)
+        found = []
+        for each in (engine, plain):
+            each.load(level)
+            each.set(theta)
+            found.append(each.predict(hidden))
+        assert np.array_equal(*found)
+    assert opened == ["predict-1.onnx", "predict-2.onnx"]

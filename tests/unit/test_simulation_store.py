@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from edge_runtime.data.cache import Priority
-from simulation.store import MappedStore
+from simulation.store import ArrayStore, MappedStore
 
 NAMES = ("a", "b", "c")
 
@@ -79,3 +79,17 @@ def test_other_names_have_other_files(store: MappedStore, tmp_path: Path) -> Non
     other = MappedStore(tmp_path, ("b", "a"))
     other.use("states", Priority.PRESENT)
     assert not other.has("states", "a")
+
+
+def test_another_machine_reads_the_stored_rows_and_adds_none(store: MappedStore) -> None:
+    store.put("states", "b", b"1234")
+    remote = ArrayStore(store.arrays())
+    for folder in ("states", "unknown"):
+        remote.use(folder, Priority.PRESENT)
+    assert remote.get("states", "b") == b"1234"
+    assert remote.get("states", "a") is None
+    assert remote.get("unknown", "a") is None
+    assert not remote.put("states", "a", b"5678")
+    remote.use("lifted", Priority.DERIVED)
+    assert remote.put("lifted", "a", b"5678")
+    assert remote.get("lifted", "a") == b"5678"

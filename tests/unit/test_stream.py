@@ -20,6 +20,7 @@ from support.personal_models import another_model, globals_of, keep, round_of
 from support.samples import CLASSES, write_photos
 
 from edge_runtime.daemon.lock import is_locked, locked
+from edge_runtime.inference.adaptation import PriorAdapter
 from edge_runtime.inference.classifier import FileClassifier, StateClassifier
 from edge_runtime.inference.export_onnx import write_model
 from edge_runtime.inference.predict import predict_files
@@ -78,6 +79,21 @@ def test_state_and_onnx_file_give_the_same_predictions(
         assert np.allclose(list(one.probabilities.values()), list(other.probabilities.values()), atol=1e-5)
         assert one.confidence == max(one.probabilities.values())
     assert (by_file[0].device, by_file[0].round) == ("d", 3)
+
+
+def test_state_and_onnx_file_adapt_alike(vit: Built, store: DeviceStore, files: list[Path], tmp_path: Path) -> None:
+    write_model(store, tmp_path / "model.onnx", vit.bundle.root)
+    by_state = StateClassifier(store, vit.bundle.root, adapter=PriorAdapter())
+    by_file = FileClassifier(tmp_path / "model.onnx", adapter=PriorAdapter())
+    fixed = FileClassifier(tmp_path / "model.onnx")
+    changed = 0.0
+    for path in files:
+        one, other, before = (
+            np.array(list(each.classify(path).probabilities.values())) for each in (by_state, by_file, fixed)
+        )
+        assert np.allclose(one, other, atol=1e-4)
+        changed = max(changed, float(np.abs(other - before).max()))
+    assert changed > 1e-4
 
 
 def test_below_the_threshold_a_file_is_unknown(
