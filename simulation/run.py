@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import Lock
 
 import numpy as np
@@ -128,12 +128,13 @@ class Simulation:
         return Features(self._store, self.bundle, self.settings.threads, reader=self.dataset.inputs)
 
     @cached_property
+    def _states(self) -> TemporaryDirectory[str]:
+        """Of this process only: several may compute cells of one simulation."""
+        return TemporaryDirectory(prefix="fedfmsl-simulation-")
+
+    @cached_property
     def _lock(self) -> Lock:
         return Lock()
-
-    @property
-    def _states(self) -> Path:
-        return self.folder / "states"
 
     @property
     def state_count(self) -> int:
@@ -190,7 +191,9 @@ class Simulation:
         key = self.cells[cell].stem
         if pool:
             return RayFleet(pool, key, splits, *devices)
-        return LocalFleet(self.bundle, self._features, splits, self._states / key, settings.threads, *devices)
+        return LocalFleet(
+            self.bundle, self._features, splits, Path(self._states.name) / key, settings.threads, *devices
+        )
 
     def method_settings(self, cell: Cell) -> MethodSettings:
         settings = self.settings
@@ -201,11 +204,9 @@ class Simulation:
     def run_all(self, cells: Sequence[Cell], advance: Callable[[], None]) -> Iterator[tuple[Cell, Result]]:
         """Computes cells, with Ray several at once. Yields each when it is done."""
         settings = self.settings
-        shutil.rmtree(self._states, ignore_errors=True)  # of a killed simulation
         if not cells or not (settings.ray or settings.address):
             for cell in cells:
                 yield cell, self.run(cell, advance)
-            shutil.rmtree(self._states, ignore_errors=True)
             return
         pool = RayPool(self.bundle, self._store, self.folder / "features", settings.threads or 1, settings.address)
         threads = ThreadPoolExecutor(len(pool.workers))

@@ -12,7 +12,7 @@ from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.transport.settings import RunName
 from simulation.methods import METHODS
 from simulation.partition import Scheme
-from trainer_server.config import STAGE1
+from trainer_server.config import MAX_DEVICES, STAGE1
 
 DATA = panel("Data")
 RUN = panel("Run")
@@ -86,6 +86,7 @@ class SimulationSettings(SettingsModel):
     devices: int = Field(
         TrialSettings.model_fields["devices"].default,
         ge=1,
+        le=MAX_DEVICES,
         description="Number of devices in the federation.",
         json_schema_extra=DEVICES,
     )

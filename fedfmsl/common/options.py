@@ -133,6 +133,8 @@ def _default(value: Any) -> str:
         return ""
     if value is True:
         return "on"
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
     if isinstance(value, ByteSize):
         return value.human_readable(decimal=True)
     return str(value.value if isinstance(value, Enum) else value)

@@ -103,7 +103,7 @@ class FedALT:
     name = "fedalt"
     title = "FedALT"
     source = "Bian et al., AAAI 2026"
-    restricted = True
+    restricted = False
 
     def start(self, fleet: Fleet, settings: MethodSettings) -> tuple[AltState, RoundCost]:
         untrained = np.zeros((2, fleet.bundle.manifest.dims.feature), np.float32)

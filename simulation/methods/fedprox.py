@@ -1,7 +1,8 @@
 """FedProx (Li et al., "Federated Optimization in Heterogeneous Networks", MLSys 2020, algorithm 2), with LoRA.
 
-FedIT with the term μ/2 · ‖θ - θᵗ‖² in each device's loss; θᵗ is what the device has received. The paper tunes μ among
-0.001, 0.01, 0.1 and 1. It also lets devices take fewer steps; here all take the same number.
+FedIT with the term μ/2 · ‖θ - θᵗ‖² in each device's loss; θᵗ is what the device has received. μ is 1, the best of
+0.001, 0.01, 0.1 and 1, which the paper tries, on held-out samples. The paper also lets devices take fewer steps; here
+all take the same number.
 """
 
 from __future__ import annotations
@@ -13,4 +14,5 @@ class FedProx(FedIT):
     name = "fedprox"
     title = "FedProx"
     source = "Li et al., MLSys 2020"
-    proximal = 0.01
+    proximal = 1.0
+    restricted = False

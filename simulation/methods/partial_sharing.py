@@ -58,7 +58,7 @@ class PartialSharing(ABC):
     """`train`: what a device computes in a round, defined in a module."""
 
     name: ClassVar[str]
-    restricted: ClassVar[bool] = True
+    restricted: ClassVar[bool] = False
     train: ClassVar[Callable[[TrainingContext, Task], Trained]]
 
     @abstractmethod

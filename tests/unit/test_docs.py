@@ -28,7 +28,10 @@ PAGES = [
     *(REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
     *sorted(DOCS.glob("*.md")),
 ]
-FOLDERS = {"fedfmsl", "export", "trainer_server", "edge_runtime", "devices", "benchmarks", "examples", "tests", "docs"}
+FOLDERS = {
+    *("fedfmsl", "export", "trainer_server", "edge_runtime", "devices", "simulation", "benchmarks"),
+    *("examples", "tests", "docs"),
+}
 OTHER_MODULES = {"pytest", "mkdocs", "venv", "pip"}
 OTHER_OPTIONS = {
     "--full",

@@ -30,6 +30,7 @@ from simulation.fleet import LocalFleet, compute_features
 from simulation.methods import METHODS, method_of
 from simulation.methods.base import MethodSettings, round_seed
 from simulation.methods.ditto import Ditto
+from simulation.methods.fedit import FedIT
 from simulation.methods.local_training import Proximal, halves, is_head, is_lora_a, mask, shuffled_steps, train_steps
 from simulation.methods.server import State, Trained, average, start_theta, wire_bytes
 from simulation.store import MappedStore
@@ -192,7 +193,7 @@ def test_fedprox_without_its_term_is_fedit_and_with_it_stays_nearer(fleet: Local
 
     def fedprox(weight: float) -> Vector:
         method: Any = method_of("fedprox")
-        method.proximal = weight
+        method.proximal, method.restricted = weight, FedIT.restricted
         shared: Vector = run(fleet, method).shared
         return shared
 
