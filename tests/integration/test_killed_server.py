@@ -70,9 +70,9 @@ def test_a_killed_server_resumes_the_round_with_the_acknowledged_updates(
     out = ("--out", str(federation.server_folder))
     replayed = run_module("trainer_server", "replay", *out)
     assert (replayed.code, replayed.stderr) == (0, "")
-    assert "7 announced rounds replayed; the 6 closed ones equal" in replayed.stdout
+    assert "8 announced rounds replayed; the 7 closed ones equal" in replayed.stdout
     status = json.loads(run_module("trainer_server", "status", *out, "--json").stdout)
-    assert (status["ended"], status["closed_rounds"], status["repeated"]) == ("finished", 6, [])
+    assert (status["ended"], status["closed_rounds"], status["repeated"]) == ("finished", 7, [])
     adapter = run_module("trainer_server", "export", *out, "--to", str(tmp_path / "adapter"))
     assert adapter.code == 0
     for file in ("adapter_model.safetensors", "adapter_config.json"):
@@ -80,7 +80,7 @@ def test_a_killed_server_resumes_the_round_with_the_acknowledged_updates(
             federation.server_folder / "global_expert" / file
         ).read_bytes()
     listed = run_module("trainer_server", "rounds", *out, "--json").stdout.splitlines()
-    assert [json.loads(line)["round"]["round"] for line in listed] == [1, 2, 3, 4, 5, 6]
+    assert [json.loads(line)["round"]["round"] for line in listed] == [1, 2, 3, 4, 5, 6, 7]
     ended = run_module("trainer_server", "resume", *out, "--broker", broker.url)
     assert (ended.code, ended.stdout.splitlines()[-1]) == (0, "run finished")
     assert "run 'killed' has finished; announcing it again" in ended.stdout
