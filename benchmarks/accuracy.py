@@ -20,7 +20,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from benchmarks.tables import spread
-from devices.trial.charts import COLOURS, NAMES, STYLE
+from devices.trial.charts import COLOURS, MARKERS, NAMES, STYLE
 from fedfmsl.common.cli import application
 from fedfmsl.common.scatter import Method, draw_own_against_novel
 from fedfmsl.errors import RunError
@@ -89,7 +89,7 @@ def own_against_novel(reports: Sequence[Report]) -> bytes:
         own, novel = ([MEASURES[name](report, model) for report in reports] for name in ("own", "novel"))
         known = [(x, y) for x, y in zip(own, novel, strict=True) if x is not None and y is not None]
         if known:
-            methods.append(Method.of(NAMES[model], known, COLOURS[model]))
+            methods.append(Method.of(NAMES[model], known, COLOURS[model], MARKERS[model]))
     with rc_context(STYLE):
         figure = Figure(figsize=(8, 5), layout="constrained")
         draw_own_against_novel(figure.subplots(), methods, reports[0]["samples"])

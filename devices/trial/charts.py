@@ -1,6 +1,7 @@
 """The charts of a report. Each panel fills a (sub)figure and returns its title, which states the result.
 
-A model has the same colour in every panel, from the colour-blind-safe palette of Okabe and Ito.
+A model has the same colour and marker in every panel. The colours are from the colour-blind-safe palette of Okabe and
+Ito.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ COLOURS = {
     "local_expert": "#cc79a7",
     "mofm": "#009e73",
 }
+MARKERS = {"start": "P", "local_only": "o", "global": "s", "global_prior": "v", "local_expert": "^", "mofm": "D"}
 INK, FAINT, SHADE = "#222222", "#6b6b6b", "#d5dbe1"
 STYLE = {
     "font.size": 11,
@@ -120,7 +122,7 @@ def svgs(data: ChartData) -> list[tuple[str, bytes]]:
 def own_against_novel(figure: Figure | SubFigure, data: ChartData) -> str:
     """The accuracies by model where nothing is novel."""
     methods = [
-        Method(NAMES[model], data.means[model], novel, colour=COLOURS[model])
+        Method(NAMES[model], data.means[model], novel, colour=COLOURS[model], marker=MARKERS[model])
         for model in NAMES
         if model in data.means and (novel := data.novel.get(model)) is not None
     ]
@@ -153,7 +155,7 @@ def accuracy_by_round(figure: Figure | SubFigure, data: ChartData) -> str:
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
     rounds = range(1, len(data.points) + 1)
     values = [value for point in data.points for value in point.held_out.values()]
-    for model, marker in (("global", "o"), ("global_prior", "s"), ("local_expert", "^"), ("mofm", "D")):
+    for model in ("global", "global_prior", "local_expert", "mofm"):
         curve = [
             (at, point.held_out[model])
             for at, point in zip(rounds, data.points, strict=True)
@@ -161,7 +163,9 @@ def accuracy_by_round(figure: Figure | SubFigure, data: ChartData) -> str:
         ]
         if curve:
             label = "global, among the device's classes" if model == "global" else NAMES[model]
-            above.plot(*zip(*curve, strict=True), marker=marker, markersize=5, color=COLOURS[model], label=label)
+            above.plot(
+                *zip(*curve, strict=True), marker=MARKERS[model], markersize=5, color=COLOURS[model], label=label
+            )
     above.set_title(f"held-out accuracy, mean over the devices' held-out {data.samples}")
     above.legend(loc="best", labelcolor=INK, fontsize=10, frameon=True, edgecolor="white", framealpha=1.0)
     _percent(above, max(0.0, min(values, default=0.0) - 0.1))
@@ -182,14 +186,15 @@ def accuracy_by_device(figure: Figure | SubFigure, data: ChartData) -> str:
     for row, device in enumerate(devices):
         values = [data.accuracies[model][device] for model in models if device in data.accuracies[model]]
         axes.plot([min(values), max(values)], [row, row], color=SHADE, linewidth=3, zorder=1)
-    for model, marker in zip(models, ("o", "s", "D")[-len(models) :], strict=True):
+    for model in models:
         held = data.accuracies[model]
         rows = [row for row, device in enumerate(devices) if device in held]
         at = [held[devices[row]] for row in rows]
-        axes.plot(at, rows, marker, markersize=10, color=COLOURS[model], label=NAMES[model])
+        axes.plot(at, rows, MARKERS[model], markersize=10, color=COLOURS[model], label=NAMES[model])
     tested = [f"{name}\n{data.tested[name]} {data.samples}" for name in devices]
     axes.set_yticks(range(len(devices)), tested, color=INK)
     axes.set_ylim(len(devices) - 0.5, -0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 5, 10]))  # whole percents
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.grid(axis="x")
     axes.set_title("test accuracy of each device's models")
@@ -198,7 +203,7 @@ def accuracy_by_device(figure: Figure | SubFigure, data: ChartData) -> str:
     mofm, other = data.accuracies["mofm"], data.accuracies[other_model]
     ahead = sum(mofm[device] > accuracy for device, accuracy in other.items())
     than = "training alone" if other_model == "local_only" else "the global expert"
-    return _titled(figure, f"MoFM is more accurate than {than} on {ahead} of {len(other)} devices")
+    return _titled(figure, f"MoFM is better than {than} on {ahead} of {len(other)} devices")
 
 
 def cost_by_round(figure: Figure | SubFigure, data: ChartData) -> str:

@@ -58,7 +58,7 @@ def build_report(
     closed = last_evaluation(rounds)
     tested = {name: update for name, update in closed.updates.items() if update.samples}
     stage1, stage2 = successful_rounds(rounds, Stage.GLOBAL), successful_rounds(rounds, Stage.PERSONAL)
-    exchanged = [r for r in rounds if r.round.stage in (Stage.GLOBAL, Stage.PERSONAL)]
+    exchanged = [r for r in rounds if r.round.stage in (Stage.GLOBAL, Stage.HEAD, Stage.PERSONAL)]
     rss: dict[str, float] = {}
     for update in (update for r in rounds for update in r.updates.values()):
         rss[update.device] = max(rss.get(update.device, 0.0), round(update.peak_rss_mb, 1))

@@ -1,4 +1,4 @@
-"""The stages `statistics` and `global`, and the types that all stages share.
+"""The stages `statistics`, `global` and `head`, and the types that all stages share.
 
 A stage is a function of the context, the announced round and the published globals. It returns a `StageResult`. No
 stage does network I/O.

@@ -23,8 +23,8 @@ FAINT = "#a0a0a0"
 
 @dataclass(frozen=True)
 class Method:
-    """Accuracies in 0 … 1; the spreads are standard deviations, drawn as bars. `colour`: as in matplotlib, "" chooses
-    one of PALETTE."""
+    """Accuracies in 0 … 1; the spreads are standard deviations, drawn as bars. `colour` and `marker` are as in
+    matplotlib; "" chooses one of PALETTE and of MARKERS."""
 
     name: str
     own: float
@@ -32,13 +32,14 @@ class Method:
     own_spread: float = 0.0
     novel_spread: float = 0.0
     colour: str = ""
+    marker: str = ""
 
     @classmethod
-    def of(cls, name: str, pairs: Sequence[tuple[float, float]], colour: str = "") -> Method:
+    def of(cls, name: str, pairs: Sequence[tuple[float, float]], colour: str = "", marker: str = "") -> Method:
         """Mean and standard deviation of (own, novel) of at least one seed."""
         own, novel = ([pair[axis] for pair in pairs] for axis in (0, 1))
         own_spread, novel_spread = (statistics.stdev(values) if len(pairs) > 1 else 0.0 for values in (own, novel))
-        return cls(name, statistics.mean(own), statistics.mean(novel), own_spread, novel_spread, colour)
+        return cls(name, statistics.mean(own), statistics.mean(novel), own_spread, novel_spread, colour, marker)
 
 
 def draw_own_against_novel(axes: Axes, methods: Sequence[Method], samples: str = "samples") -> None:
@@ -49,7 +50,7 @@ def draw_own_against_novel(axes: Axes, methods: Sequence[Method], samples: str =
             method.novel,
             xerr=method.own_spread or None,
             yerr=method.novel_spread or None,
-            fmt=MARKERS[(place if method.colour else place // len(PALETTE)) % len(MARKERS)],
+            fmt=method.marker or MARKERS[place // len(PALETTE) % len(MARKERS)],
             color=method.colour or PALETTE[place % len(PALETTE)],
             label=method.name,
             markersize=11,

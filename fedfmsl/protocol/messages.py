@@ -208,8 +208,8 @@ class Prediction(Message):
 
 
 class Update(Message):
-    """Header of a client update: trained values minus the globals of the round; in the round of statistics, the sums.
-    `samples` is its weight, `level` the level at which it was trained."""
+    """Header of a client update: trained values minus the globals of the round; in the rounds of statistics and head,
+    sums. `samples` is its weight, `level` the level at which it was trained."""
 
     run: Name
     session: Session

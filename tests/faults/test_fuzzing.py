@@ -115,6 +115,8 @@ HEADERS: list[BaseModel] = [
         gate="",
         temperature=1.5,
         threshold=0.3,
+        prior=(0.5, 0.3, 0.2),
+        held=(True, True, False),
     ),
 ]
 TENSORS = {

@@ -16,6 +16,7 @@ from support.samples import CLASSES
 from edge_runtime.inference.export_onnx import write_model
 from edge_runtime.store import DeviceStore
 from edge_runtime.training.model import ModelHeader
+from fedfmsl.algorithms.mixture import Biases
 from fedfmsl.common.onnx_runtime import has_ort_training
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.tensors import pack
@@ -113,8 +114,9 @@ def personalized(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     """A personalized model of untrained experts."""
     opened, store = Bundle.load(bundle), DeviceStore(tmp_path_factory.mktemp("state"))
     expert, gate = opened.initial()
-    theta, nothing = expert[: opened.expert.size(1)], np.zeros(len(CLASSES), np.float32)
+    theta, biases = expert[: opened.expert.size(1)], Biases.of_counts(np.ones(len(CLASSES), np.int64))
     tensors = {"global_theta": theta, "local_theta": theta, "gate_theta": gate}
+    tensors |= {"kept_bias": biases.kept, "given_bias": biases.given, "held_bias": biases.held}
     header = ModelHeader(
         run="none",
         session="none",
@@ -126,8 +128,10 @@ def personalized(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
         gate="",
         temperature=1.0,
         threshold=0.0,
+        prior=tuple(np.exp(biases.prior).tolist()),
+        held=(True,) * len(CLASSES),
     )
-    store.mixture.write_bytes(pack(header, {**tensors, "global_bias": nothing, "local_bias": nothing}))
+    store.mixture.write_bytes(pack(header, tensors))
     write_model(store, store.personalized, bundle)
     return store.personalized
 

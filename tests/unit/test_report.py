@@ -96,7 +96,7 @@ def evaluated(baseline: bool = True) -> ClosedRound:
 def whole_run(baseline: bool = True) -> list[ClosedRound]:
     start = closed(Stage.STATISTICS, update("a", Stage.STATISTICS, 8), update("b", Stage.STATISTICS, 8), seconds=7.0)
     alone = [closed(Stage.BASELINE, update("a", Stage.BASELINE, 8), seconds=9.0)] if baseline else []
-    head = closed(Stage.HEAD, update("a", Stage.HEAD, 8), update("b", Stage.HEAD, 8), seconds=1.5)
+    head = closed(Stage.HEAD, *(update(name, Stage.HEAD, 8, bytes_down=4000) for name in ("a", "b")), seconds=1.5)
     return [start, trained(0, 1), trained(1, 2), head, personalized(), *alone, evaluated(baseline)]
 
 
@@ -205,7 +205,7 @@ def test_costs_are_per_device_and_round_of_both_stages(vit: Built) -> None:
     spent["fleet_evaluation"] = 3.0
     assert report["seconds"] == {**spent, "total": 100.0}
     assert report["bytes_up_per_device_round"] == 1500.0
-    assert report["bytes_down_per_device_round"] == 3000.0
+    assert report["bytes_down_per_device_round"] == 3250.0
     assert report["device_peak_rss_mb"] == 120.0
     assert report["device_peak_rss_mb_per_device"] == {"a": 120.0, "b": 110.0, "c": 0.0}
 

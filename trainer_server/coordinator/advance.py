@@ -1,6 +1,6 @@
 """A run as a state machine without I/O: `advance(plan, state, event, now) -> (state, commands)`.
 
-    gather → statistics → global × n → personal × m → [baseline] → evaluate → finished
+    gather → statistics → global × n → [head] → personal × m → [baseline] → evaluate → finished
 
 All rounds have the same form: announce, collect one update per device, close, apply. A round closes when enough devices
 have answered or at its deadline, whichever is first. It is repeated if too few updates came. The I/O loop
