@@ -360,7 +360,13 @@ def test_an_ablation_is_a_whole_run_that_differs_in_one_part(fleet: LocalFleet, 
     different = name != "fedfmsl-fixed-schedule"  # too few rounds to activate a block
     assert np.array_equal(expected, log_p) != different
     gate = fleet.bundle.initial()[1]
-    assert np.array_equal(ablated.received.gate, gate) == (name == "fedfmsl-no-gate")
+    assert np.array_equal(ablated.received.gate, gate) == (name == "fedfmsl-untrained-gate")
+    if name == "fedfmsl-no-gate":
+        models = method_of("fedfmsl").log_p(
+            fleet.context(NAMES[0]), method.model(ablated, NAMES[0]), fleet.splits(NAMES[0]).held_out
+        )
+        halves_of_both = (np.exp(models["global"]) + np.exp(models["local-expert"])) / 2
+        assert np.exp(log_p) == pytest.approx(halves_of_both, abs=1e-6)
     assert (ablated.config.head is Head.ZEROS) == (name == "fedfmsl-zero-head")
 
 
