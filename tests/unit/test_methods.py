@@ -380,3 +380,14 @@ def test_the_last_rounds_have_their_own_training() -> None:
     assert list(SETTINGS.stage2_indices) == [2]
     assert [SETTINGS.training_of(index).epochs for index in range(3)] == [2, 2, 3]
     assert list(replace(SETTINGS, rounds=17).stage2_indices) == [12, 13, 14, 15, 16]  # as the server's defaults
+
+
+@pytest.mark.parametrize("name", FIELD)
+def test_a_round_may_have_some_devices_or_none(fleet: LocalFleet, name: str) -> None:
+    method = method_of(name)
+    state = run(fleet, method, rounds=1, devices=NAMES[:1])
+    before = predict(fleet, method, state, NAMES[1], fleet.splits(NAMES[1]).held_out)
+    after, cost = method.round(fleet, state, [], 1)
+    if name != "centralised":  # it has all samples in every round
+        assert np.array_equal(before, predict(fleet, method, after, NAMES[1], fleet.splits(NAMES[1]).held_out))
+    assert not cost.bytes_up and not cost.bytes_down
