@@ -31,6 +31,7 @@ METHODS = {  # by name: the module, and what makes the method
     "fedfmsl-all-at-once": "ablations:without_sal",
     "fedfmsl-fixed-schedule": "ablations:with_fixed_schedule",
     "fedfmsl-no-gate": "ablations:without_gate",
+    "fedfmsl-untrained-gate": "ablations:with_untrained_gate",
     "fedfmsl-zero-head": "ablations:without_class_means",
 }
 

@@ -1,17 +1,15 @@
-"""FedFMSL without one of its parts (ours).
-
-Each is a whole run of the coordinator. Without gate, no device changes the gate adapter, so that the gate keeps the
-weights of Bayes' rule, in training too.
-"""
+"""FedFMSL without one of its parts (ours). Each is a whole run of the coordinator."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from edge_runtime.training.context import Samples, TrainingContext
 from edge_runtime.training.stages import StageResult
-from simulation.methods.fedfmsl import FedFMSL
+from fedfmsl.algorithms.arrays import Floats
+from simulation.methods.fedfmsl import FedFMSL, Stage2
 from trainer_server.config import Head, Trigger
 
 
@@ -27,8 +25,23 @@ def without_class_means() -> FedFMSL:
     return FedFMSL(head=Head.ZEROS, name="fedfmsl-zero-head", title="FedFMSL, head of zeros")
 
 
+def with_untrained_gate() -> FedFMSL:
+    """No device changes the gate adapter, which starts from Bayes' rule."""
+    return FedFMSL(tamper=_same_gate, name="fedfmsl-untrained-gate", title="FedFMSL, untrained gate")
+
+
 def without_gate() -> FedFMSL:
-    return FedFMSL(tamper=_same_gate, name="fedfmsl-no-gate", title="FedFMSL, Bayes' rule without gate adapter")
+    return HalfWeights(name="fedfmsl-no-gate", title="FedFMSL, weights of ½")
+
+
+@dataclass(frozen=True)
+class HalfWeights(FedFMSL):
+    """Predicts with equal weights of both experts. Training is that of FedFMSL."""
+
+    def log_p(self, context: TrainingContext, model: Stage2, samples: Samples) -> dict[str, Floats]:
+        models = super().log_p(context, model, samples)
+        both = np.logaddexp(models["global"], models["local-expert"]) - np.log(2)
+        return {self.name: np.asarray(both, np.float32)}
 
 
 def _same_gate(_: str, result: StageResult) -> StageResult:

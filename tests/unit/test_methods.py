@@ -360,7 +360,13 @@ def test_an_ablation_is_a_whole_run_that_differs_in_one_part(fleet: LocalFleet, 
     different = name != "fedfmsl-fixed-schedule"  # too few rounds to activate a block
     assert np.array_equal(expected, log_p) != different
     gate = fleet.bundle.initial()[1]
-    assert np.array_equal(ablated.received.gate, gate) == (name == "fedfmsl-no-gate")
+    assert np.array_equal(ablated.received.gate, gate) == (name == "fedfmsl-untrained-gate")
+    if name == "fedfmsl-no-gate":
+        models = method_of("fedfmsl").log_p(
+            fleet.context(NAMES[0]), method.model(ablated, NAMES[0]), fleet.splits(NAMES[0]).held_out
+        )
+        halves_of_both = (np.exp(models["global"]) + np.exp(models["local-expert"])) / 2
+        assert np.exp(log_p) == pytest.approx(halves_of_both, abs=1e-6)
     assert (ablated.config.head is Head.ZEROS) == (name == "fedfmsl-zero-head")
 
 
@@ -374,3 +380,14 @@ def test_the_last_rounds_have_their_own_training() -> None:
     assert list(SETTINGS.stage2_indices) == [2]
     assert [SETTINGS.training_of(index).epochs for index in range(3)] == [2, 2, 3]
     assert list(replace(SETTINGS, rounds=17).stage2_indices) == [12, 13, 14, 15, 16]  # as the server's defaults
+
+
+@pytest.mark.parametrize("name", FIELD)
+def test_a_round_may_have_some_devices_or_none(fleet: LocalFleet, name: str) -> None:
+    method = method_of(name)
+    state = run(fleet, method, rounds=1, devices=NAMES[:1])
+    before = predict(fleet, method, state, NAMES[1], fleet.splits(NAMES[1]).held_out)
+    after, cost = method.round(fleet, state, [], 1)
+    if name != "centralised":  # it has all samples in every round
+        assert np.array_equal(before, predict(fleet, method, after, NAMES[1], fleet.splits(NAMES[1]).held_out))
+    assert not cost.bytes_up and not cost.bytes_down

@@ -1,0 +1,101 @@
+"""Measured rows, tables of a simulation, and the setting that it recommends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.bundles import Built
+from support.samples import CLASSES, write_device_photos
+
+from edge_runtime.data.samples import labels_of
+from edge_runtime.training.context import Samples, TrainingContext
+from fedfmsl.algorithms.arrays import Floats
+from simulation.fleet import Fleet, open_folders
+from simulation.measure import held_out_accuracy, measure
+from simulation.methods.base import MethodSettings, RoundCost
+from simulation.report import server_settings
+from simulation.results import as_csv, as_markdown, spread
+from simulation.settings import SimulationSettings
+
+
+class Constant:
+    """Always predicts the class of the model; the row `right` predicts the labels."""
+
+    name = title = source = "constant"
+
+    def start(self, fleet: Fleet, settings: MethodSettings) -> tuple[int, RoundCost]:
+        return 0, RoundCost()
+
+    def round(self, fleet: Fleet, state: int, devices: Sequence[str], index: int) -> tuple[int, RoundCost]:
+        return state, RoundCost()
+
+    def adapt(self, fleet: Fleet, state: int, devices: Sequence[str]) -> int:
+        return state
+
+    def model(self, state: int, device: str) -> int:
+        return state
+
+    def log_p(self, context: TrainingContext, model: int, samples: Samples) -> dict[str, Floats]:
+        labels = labels_of(samples)
+        rows = {"constant": np.full(len(samples), model), "right": labels}
+        return {row: np.log(np.eye(context.classes, dtype=np.float32)[found] + 1e-6) for row, found in rows.items()}
+
+
+def test_rows_are_measured_on_own_fleet_and_novel_samples(vit: Built, tmp_path: Path) -> None:
+    # device-0 holds apple and kiwi, device-1 kiwi and lemon; four test photos of each of its classes
+    held = {"device-0": CLASSES[:2], "device-1": CLASSES[1:3]}
+    for seed, (name, classes) in enumerate(held.items()):
+        for split, count in (("train", 4), ("test", 4)):
+            write_device_photos(tmp_path / name / split, dict.fromkeys(classes, count), 10 * seed + (split == "test"))
+    fleet = open_folders(vit.bundle, [tmp_path / name for name in held], tmp_path / "s", tmp_path / "c", threads=1)
+    rows = measure(Constant(), fleet, 0, fleet.names, test_devices=2)
+    apple = rows["constant"]
+    assert (apple["own"], apple["fleet"], apple["novel"]) == (4 / 16, 4 / 16, 4 / 8)
+    assert apple["worst_decile"] == 0
+    assert rows["right"]["own"] == rows["right"]["novel"] == rows["right"]["harmonic"] == 1
+    one = measure(Constant(), fleet, 0, fleet.names, test_devices=1)["constant"]
+    assert (one["own"], one["fleet"], one["novel"]) == (4 / 16, 4 / 16, 0)  # device-0, to which lemon is novel
+    assert held_out_accuracy(Constant(), fleet, 0) == {"constant": 1 / 4, "right": 1.0}
+
+
+def result(rate: float, seed: int, own: float, held_out: float, method: str = "fedfmsl") -> dict[str, Any]:
+    row = {"own": own, "novel": 0.5, "fleet": None, "stream": {"0.1": 0.7}, "harmonic": 0.4, "worst_decile": 0.1}
+    cell = {"method": method, "alpha": 0.5, "learning_rate": rate, "seed": seed}
+    costs = {"kilobytes_up": 10.0, "kilobytes_down": 20.0, "device_seconds": 1.5}
+    rows = {"rows": {method: row}, "held_out": {method: held_out}, "unseen": {}, "unseen_adapted": {method: row}}
+    return {**cell, **costs, **rows}
+
+
+RESULTS = [
+    result(0.001, 0, 0.9, 0.6),
+    result(0.001, 1, 0.9, 0.6),
+    result(0.002, 0, 0.5, 0.7),
+    result(0.002, 1, 0.7, 0.9),
+]
+
+
+def test_a_row_is_the_mean_over_the_seeds() -> None:
+    lines = as_markdown(RESULTS).splitlines()
+    assert len(lines) == 4
+    assert "| fedfmsl | fedfmsl | 0.5 | 0.002 | 2 | 0.600 ± 0.141 | 0.500 ± 0.000 |  | 0.700 ± 0.000 |" in lines[3]
+    assert len(as_csv(RESULTS).splitlines()) == 5
+    assert spread([0.25], ".2f") == "0.25"
+    assert spread([None], ".2f") == ""
+
+
+def test_the_recommended_setting_is_the_best_on_held_out_samples(vit: Built, tmp_path: Path) -> None:
+    settings = SimulationSettings(bundle=vit.bundle.root, images=tmp_path, devices=9, fraction=0.5)
+    text = server_settings([*RESULTS, result(0.1, 0, 1.0, 1.0, method="fedit")], settings)
+    assert "learning_rate = 0.002\n" in text
+    assert 'select = "random"\nfraction = 0.5\n' in text
+    assert server_settings([result(0.1, 0, 1.0, 1.0, method="fedit")], settings) == ""
+
+
+@pytest.mark.parametrize(("name", "value"), [("methods", ""), ("alpha", ","), ("learning_rate", "")])
+def test_an_empty_list_is_refused(name: str, value: str, vit: Built, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="at least one value each"):
+        SimulationSettings(bundle=vit.bundle.root, images=tmp_path, **{name: value})
