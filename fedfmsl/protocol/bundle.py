@@ -104,7 +104,7 @@ class FileEntry(_Frozen):
 
 
 class Manifest(_Frozen):
-    schema_version: Literal[2] = 2
+    schema_version: Literal[3] = 3
     model: str
     family: str
     precision: Precision
@@ -151,7 +151,7 @@ class Bundle:
     def load(cls, root: str | Path) -> Bundle:
         """Reads the manifest. `verify` also checks the files.
 
-        Raises BundleError if there is no readable manifest of schema 2 in the folder.
+        Raises BundleError if there is no readable manifest of schema 3 in the folder.
         """
         root = Path(root)
         path = root / MANIFEST
@@ -166,7 +166,7 @@ class Bundle:
             return cls(root, Manifest.model_validate_json(raw), hashlib.sha256(raw).hexdigest())
         except ValueError as error:  # pydantic's ValidationError is one
             raise BundleError(
-                f"{path} is not a bundle manifest of schema 2; build the bundle again with python -m export.build"
+                f"{path} is not a bundle manifest of schema 3; build the bundle again with python -m export.build"
             ) from error
 
     def verify(self) -> None:

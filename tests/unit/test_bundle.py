@@ -31,7 +31,7 @@ def test_verify_names_the_file_that_is_missing_or_changed(vit: Built, tmp_path: 
     Bundle.load(root).verify()
 
 
-@pytest.mark.parametrize("content", [None, b"", b"{}", b"\xff", b'{"schema_version": 1}'])
+@pytest.mark.parametrize("content", [None, b"", b"{}", b"\xff", b'{"schema_version": 2}'])
 def test_a_folder_without_a_valid_manifest_is_refused(tmp_path: Path, content: bytes | None) -> None:
     if content is not None:
         (tmp_path / "manifest.json").write_bytes(content)
