@@ -226,10 +226,12 @@ class Simulation:
         participation = Participation(settings.fraction, settings.dropout, settings.stragglers, cell.seed)
         sizes = {name: len(fleet.splits(name).train) for name in fleet.names}
         state, cost = method.start(fleet, self.method_settings(cell))
-        costs = [cost]
+        costs, participations = [cost], 0
         for index in range(settings.rounds):
-            state, cost = method.round(fleet, state, participation.devices(sizes, index), index)
+            devices = participation.devices(sizes, index)
+            state, cost = method.round(fleet, state, devices, index)
             costs.append(cost)
+            participations += len(devices)
             advance()
         seconds = sum(fleet.seconds.values())
         result = {
@@ -238,7 +240,7 @@ class Simulation:
             "rows": measure(method, fleet, state, fleet.names, settings.test_devices),
             "held_out": held_out_accuracy(method, fleet, state),
             "unseen": measure(method, fleet, state, fleet.unseen, settings.test_devices),
-            **_costs(costs, seconds),
+            **_costs(costs, seconds, participations),
         }
         state = method.adapt(fleet, state, fleet.unseen)
         result["unseen_adapted"] = measure(method, fleet, state, fleet.unseen, settings.test_devices)
@@ -259,19 +261,19 @@ def _parts(samples: Samples, size: int = 64) -> Iterator[Samples]:
         yield samples[start : start + size]
 
 
-def _costs(costs: list[RoundCost], seconds: float) -> dict[str, float]:
+def _costs(costs: list[RoundCost], seconds: float, participations: int) -> dict[str, float]:
     """Means over the participations of all devices in all rounds; what the start costs is included."""
     up: Counter[str] = Counter()
     down: Counter[str] = Counter()
     for cost in costs:
         up.update(cost.bytes_up)
         down.update(cost.bytes_down)
-    count = max(1, sum(len({*cost.bytes_up, *cost.bytes_down}) for cost in costs[1:]))
+    count = max(1, participations)
     return {
         "kilobytes_up": up.total() / 1000 / count,
         "kilobytes_down": down.total() / 1000 / count,
         "device_seconds": seconds / count,
-        "participations": count,
+        "participations": participations,
     }
 
 
