@@ -7,6 +7,7 @@ benchmarks/evidence/, so the grid can be stopped and continued on any machine. T
 from __future__ import annotations
 
 import shutil
+import statistics
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -32,7 +33,9 @@ from simulation.settings import SimulationSettings
 RESULTS, REPORT = Path("benchmarks/evidence"), Path("benchmarks/evidence.md")
 SHARES = ("0.0", "0.1", "0.5")
 NEED_LEVELS = ("fedfmsl-all-at-once", "fedfmsl-fixed-schedule")  # they differ from FedFMSL with several levels only
-ROW_TITLES = {"class-means": "class means", "global": "our global expert", "local-expert": "our local expert"}
+FEDFMSL = "fedfmsl"
+COLUMNS = ("own", "novel", "fleet", "harmonic", "worst_decile")
+ROW_TITLES = {"class-means": "its class means", "global": "its global expert", "local-expert": "its local expert"}
 COSTS = {"kilobytes_up": "kB up", "kilobytes_down": "kB down", "device_seconds": "device-seconds"}
 
 app = application()
@@ -169,21 +172,26 @@ def _report() -> str:
 
 
 def _table(results: Sequence[Result]) -> list[str]:
-    columns = ["own", "novel", "fleet", "harmonic", "worst_decile"]
-    head = ["method", "seeds", *columns, *(f"stream {float(share):.0%}" for share in SHARES)]
-    head += ["unseen", "unseen, after training", *COSTS.values()]
+    """A row for each method in the order of METHODS, and for the parts of FedFMSL."""
+    head = ["method", "seeds", *(column.replace("_", " ") for column in COLUMNS)]
+    head += [*(f"stream {float(share):.0%}" for share in SHARES), "unseen", "unseen, trained", *COSTS.values()]
     lines = [head, ["---"] * len(head)]
-    for (method, row, _, _), same in grouped(results).items():
-        title = same[0]["title"] if row == method else ROW_TITLES.get(row, row)
-        cells = [title, ", ".join(str(result["seed"]) for result in same)]
-        cells += [spread([value_of(result, row, column) for result in same], ".3f") for column in columns]
-        cells += [spread([result["rows"][row]["stream"].get(share) for result in same], ".3f") for share in SHARES]
-        cells += [
-            spread([value_of(result, row, column) for result in same], ".3f") for column in ("unseen", "unseen_adapted")
-        ]
-        cells += [spread([value_of(result, row, column) for result in same], ".3g") for column in COSTS]
-        lines.append(cells)
-    return [f"| {' | '.join(cells).replace('_', ' ')} |" for cells in lines]
+    order = list(METHODS)
+    for (method, row, _, _), same in sorted(grouped(results).items(), key=lambda item: order.index(item[0][0])):
+        if row == method or method == FEDFMSL:
+            lines.append([ROW_TITLES.get(row) or str(same[0]["title"]), *_cells(row, same, row == method)])
+    return [f"| {' | '.join(cells)} |" for cells in lines]
+
+
+def _cells(row: str, same: Sequence[Result], with_costs: bool) -> list[str]:
+    cells = [", ".join(str(result["seed"]) for result in same)]
+    cells += [spread([value_of(result, row, column) for result in same], ".3f") for column in COLUMNS]
+    cells += [spread([result["rows"][row]["stream"].get(share) for result in same], ".3f") for share in SHARES]
+    unseen = ("unseen", "unseen_adapted")
+    cells += [spread([value_of(result, row, column) for result in same], ".3f") for column in unseen]
+    for column, form in zip(COSTS, (".0f", ".0f", ".3f"), strict=True):
+        cells.append(format(statistics.mean(result[column] for result in same), form) if with_costs else "")
+    return cells
 
 
 if __name__ == "__main__":
