@@ -71,7 +71,7 @@ def evaluate_fleet(folder: Path, roots: Sequence[Path], unseen: Sequence[Path] =
         devices = [opened.device(root, folder / "devices" / root.name) for root in roots]
         others = [opened.device(root, Path(scratch) / root.name) for root in unseen]
         evaluated = [device for device in devices if device.device_name in closed.updates]
-        published = read_globals(opened.bundle, evaluated[0].store.globals, closed.round)
+        published = read_globals(opened.bundle, evaluated[0].store.globals.read, closed.round)
         held = np.any([device.class_counts > 0 for device in devices], axis=0)
         return FleetEvaluation(
             devices=_measure(evaluated, _test_samples(devices), held, closed.round, published),
