@@ -153,7 +153,7 @@ def _report() -> str:
         "Written by `python -m benchmarks.evidence`.",
     ]
     for name, block in BLOCKS.items():
-        results = _results(RESULTS / name)
+        results = results_of(RESULTS / name)
         for alpha in sorted({result["alpha"] for result in results}, key=lambda each: -(each or 0)):
             same = [result for result in results if result["alpha"] == alpha]
             lines += ["", f"## {block.title}{'' if alpha is None else f', α = {alpha:g}'}", "", *_table(same)]
@@ -167,13 +167,16 @@ def _report() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _results(folder: Path) -> list[Result]:
-    """Raises InputError if there are two results of a cell: a mean over both would count a seed twice."""
+def results_of(folder: Path) -> list[Result]:
+    """The results of a block. Raises InputError if a cell has two: a mean over both would count a seed twice."""
     paths: dict[str, Path] = {}
     for path in sorted(folder.glob("*.json")):
         cell = path.stem.rpartition("-")[0]  # the last part is the digest of version, bundle, data and settings
         if cell in paths:
-            raise InputError(f"{paths[cell]} and {path} are results of the same cell; remove the outdated one")
+            raise InputError(
+                f"{paths[cell]} and {path} are results of the same cell; remove the outdated one "
+                "here and in runs/evidence-*/results"
+            )
         paths[cell] = path
     return read_results(paths.values())
 
