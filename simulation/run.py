@@ -52,13 +52,6 @@ TEST_SHARE = 0.2
 # Settings that do not change a result, and those that are in the name of its file.
 ELSEWHERE = {"name", "bundle", "images", "dataset", "threads", "ray", "address"}
 GRID = {"methods", "seeds", "alpha", "learning_rate"}
-REMEDIES = {
-    Scheme.DIRICHLET: "use a larger --alpha, fewer devices, or --partition pathological",
-    Scheme.QUANTITY: "use a larger --alpha or fewer devices",
-    Scheme.PATHOLOGICAL: "use fewer devices or more --classes-per-device",
-    Scheme.NATURAL: "use fewer devices",
-    Scheme.IID: "use fewer devices",
-}
 
 
 def simulate(settings: SimulationSettings) -> None:
@@ -168,7 +161,7 @@ class Simulation:
             partition = by_group(train, test, *groups, devices, cell.seed)
         else:
             partition = evenly(train, test, devices, cell.seed)
-        check_minimum(partition, settings.min_samples, REMEDIES[settings.partition])
+        check_minimum(partition, settings.min_samples, settings.partition)
         return partition
 
     def label_counts(self) -> NDArray[np.int64]:
