@@ -150,6 +150,7 @@ def _report() -> str:
         "",
         "FedFMSL against the field's methods, under the same conditions. The conditions and every choice are in",
         "[protocol.md](protocol.md). Mean ± standard deviation over the seeds; losing rows stay in.",
+        "FedFMSL adapts its class prior along the streams, without labels; the other methods do not change along them.",
         "Written by `python -m benchmarks.evidence`.",
     ]
     for name, block in BLOCKS.items():

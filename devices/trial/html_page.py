@@ -57,7 +57,8 @@ th:first-child, td:first-child {{ padding-left: 0; text-align: left }}
 _DEFINITIONS = (
     "own: the device's own test {samples} · novel: those of classes that it does not hold, but another device does · "
     "fleet: those of all devices · harmonic: harmonic mean of own and novel · "
-    "worst 10%: own, over the worst 10 % of devices · 10% novel: a stream of {samples}, 10 % of them novel; MoFM adapts to it"
+    "worst 10%: own, over the worst 10 % of devices · 10% novel: a stream of {samples}, 10 % of them novel; "
+    "MoFM adapts to it"
 )
 
 
