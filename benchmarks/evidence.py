@@ -22,16 +22,16 @@ from devices.trial.assets import ASSETS, PHOTOS, WEIGHTS, fetch
 from devices.trial.groceries import unpack_groceries
 from fedfmsl.common.cli import application
 from fedfmsl.common.files import write_atomically
-from fedfmsl.errors import ConfigError, RunError
+from fedfmsl.errors import ConfigError, InputError, RunError
 from fedfmsl.protocol.bundle import Bundle
 from simulation.charts import own_against_novel
 from simulation.methods import METHODS
-from simulation.results import Result, grouped, read_results, spread, value_of
+from simulation.results import STREAM, Result, grouped, read_results, spread, value_of
 from simulation.run import simulate
 from simulation.settings import SimulationSettings
 
 RESULTS, REPORT = Path("benchmarks/evidence"), Path("benchmarks/evidence.md")
-SHARES = ("0.0", "0.1", "0.5")
+SHARES = ("0.0", "0.1", "0.5")  # of novel samples in a stream, as in the result files
 NEED_LEVELS = ("fedfmsl-all-at-once", "fedfmsl-fixed-schedule")  # they differ from FedFMSL with several levels only
 FEDFMSL = "fedfmsl"
 COLUMNS = ("own", "novel", "fleet", "harmonic", "worst_decile")
@@ -69,21 +69,17 @@ def evidence(
     report_only: bool = typer.Option(False, "--report-only", help="Only write the report of the results so far."),
 ) -> None:
     """Run the missing cells of the evidence grid, and write its report."""
-    for name in only:
-        if name not in BLOCKS:
-            raise ConfigError(f"there is no block {name!r}; choose from {', '.join(BLOCKS)}")
-    for name in only or BLOCKS if not report_only else ():
-        images = _photos(name, pacs)
+    for kind, names, known in (("block", only, BLOCKS), ("method", methods, METHODS)):
+        for name in names:
+            if name not in known:
+                raise ConfigError(f"there is no {kind} {name!r}; choose from {', '.join(known)}")
+    chosen = methods or [name for name in METHODS if name not in NEED_LEVELS]
+    for block in [] if report_only else only or BLOCKS:
+        images = _photos(block, pacs)
         if images is None:
             print("pacs: not run; it needs --pacs DIR", file=sys.stderr)
         else:
-            _run(
-                name,
-                images,
-                tuple(methods) or tuple(name for name in METHODS if name not in NEED_LEVELS),
-                seeds,
-                threads,
-            )
+            _run(block, images, chosen, seeds, threads)
     write_atomically(REPORT, _report().encode())
     print(REPORT)
 
@@ -157,7 +153,7 @@ def _report() -> str:
         "Written by `python -m benchmarks.evidence`.",
     ]
     for name, block in BLOCKS.items():
-        results = read_results(sorted((RESULTS / name).glob("*.json")))
+        results = results_of(RESULTS / name)
         for alpha in sorted({result["alpha"] for result in results}, key=lambda each: -(each or 0)):
             same = [result for result in results if result["alpha"] == alpha]
             lines += ["", f"## {block.title}{'' if alpha is None else f', α = {alpha:g}'}", "", *_table(same)]
@@ -169,6 +165,20 @@ def _report() -> str:
         if not results:
             lines += ["", f"## {block.title}", "", "Not run yet."]
     return "\n".join(lines) + "\n"
+
+
+def results_of(folder: Path) -> list[Result]:
+    """The results of a block. Raises InputError if a cell has two: a mean over both would count a seed twice."""
+    paths: dict[str, Path] = {}
+    for path in sorted(folder.glob("*.json")):
+        cell = path.stem.rpartition("-")[0]  # the last part is the digest of version, bundle, data and settings
+        if cell in paths:
+            raise InputError(
+                f"{paths[cell]} and {path} are results of the same cell; remove the outdated one "
+                "here and in runs/evidence-*/results"
+            )
+        paths[cell] = path
+    return read_results(paths.values())
 
 
 def _table(results: Sequence[Result]) -> list[str]:
@@ -185,10 +195,8 @@ def _table(results: Sequence[Result]) -> list[str]:
 
 def _cells(row: str, same: Sequence[Result], with_costs: bool) -> list[str]:
     cells = [", ".join(str(result["seed"]) for result in same)]
-    cells += [spread([value_of(result, row, column) for result in same], ".3f") for column in COLUMNS]
-    cells += [spread([result["rows"][row]["stream"].get(share) for result in same], ".3f") for share in SHARES]
-    unseen = ("unseen", "unseen_adapted")
-    cells += [spread([value_of(result, row, column) for result in same], ".3f") for column in unseen]
+    columns = (*COLUMNS, *(f"{STREAM}{share}" for share in SHARES), "unseen", "unseen_adapted")
+    cells += [spread([value_of(result, row, column) for result in same], ".3f") for column in columns]
     for column, form in zip(COSTS, (".0f", ".0f", ".3f"), strict=True):
         cells.append(format(statistics.mean(result[column] for result in same), form) if with_costs else "")
     return cells

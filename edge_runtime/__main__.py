@@ -110,7 +110,8 @@ def predict(
     if not files and not watch:
         raise ConfigError("nothing to classify; give files or folders, or --watch FOLDER")
     inbox = WatchedFolder(watch, only_new=new) if watch else None
-    adapter = PriorAdapter() if (watch is not None if adapt is None else adapt) else None
+    adapts = watch is not None if adapt is None else adapt
+    adapter = PriorAdapter() if adapts else None
     with contextlib.ExitStack() as resources, end_on_closed_output():
         if model is not None:
             classifier: Classifier = FileClassifier(model, unknown, adapter)

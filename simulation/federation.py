@@ -14,15 +14,13 @@ import numpy as np
 from edge_runtime.daemon.round_runner import STAGES
 from edge_runtime.training.context import TrainingContext
 from edge_runtime.training.model import save_personal_model
-from edge_runtime.training.stages import Globals, StageResult
+from edge_runtime.training.stages import Globals, StageResult, read_globals
 from edge_runtime.training.updates import prepare_update, update_header
-from fedfmsl.algorithms.arrays import Tensors, Vector
+from fedfmsl.algorithms.arrays import Tensors
 from fedfmsl.errors import RunError
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.chunks import chunks
-from fedfmsl.protocol.layout import Layout
 from fedfmsl.protocol.messages import DeviceStatus, Round, Stage, Update, Verdict
-from fedfmsl.protocol.messages import Globals as GlobalsHeader
 from fedfmsl.protocol.tensors import blob_hash, pack, unpack
 from simulation.fleet import Fleet
 from trainer_server.config import RunConfig
@@ -172,17 +170,10 @@ def _stopped(commands: Iterable[Command]) -> bool:
     return any(isinstance(command, Stop) for command in commands)
 
 
-def _read_globals(bundle: Bundle, task: Round, commands: Iterable[Command]) -> tuple[Globals, int]:
+def _read_globals(bundle: Bundle, round_: Round, commands: Iterable[Command]) -> tuple[Globals, int]:
     """The globals of a round, and their bytes on the wire."""
     blobs = {command.sha256: command.blob for command in commands if isinstance(command, PublishGlobals)}
-
-    def vector(sha256: str, layout: Layout) -> Vector:
-        return layout.join(unpack(blobs[sha256], GlobalsHeader)[1]) if sha256 else np.empty(0, np.float32)
-
-    globals_ = Globals(
-        vector(task.expert, bundle.expert), vector(task.start, bundle.expert), vector(task.gate, bundle.gate)
-    )
-    return globals_, sum(len(chunk) for blob in blobs.values() for chunk in chunks(blob))
+    return read_globals(bundle, blobs.get, round_), sum(len(chunk) for blob in blobs.values() for chunk in chunks(blob))
 
 
 def _received(blob: bytes) -> UpdateSeen:

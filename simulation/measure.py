@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from edge_runtime.data.samples import labels_of
+from edge_runtime.data.samples import are_in, labels_of
 from edge_runtime.training.context import Samples, TrainingContext
 from fedfmsl.algorithms.arrays import Bools, Labels
 from fedfmsl.algorithms.evaluation import DeviceAccuracy, adapting_streams, device_accuracy, novel_samples, summarize
@@ -17,9 +17,6 @@ from simulation.methods.base import Method
 from simulation.methods.fedfmsl import FedFMSL
 
 Measured = dict[str, dict[str, Any]]  # a row of the table → the fields of `fedfmsl.algorithms.evaluation.FleetAccuracy`
-
-
-STREAM_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -50,7 +47,7 @@ def measure(method: Method[Any, Any], fleet: Fleet, state: Any, devices: Sequenc
     held = {name: fleet.splits(name).class_counts(classes) > 0 for name in {*fleet.names, *devices}}
     by_fleet = np.any([held[name] for name in fleet.names], axis=0)
     kinds = {
-        name: (_is_own(fleet, name, samples), novel_samples(labels_of(samples), held[name], by_fleet))
+        name: (are_in(samples, fleet.splits(name).test), novel_samples(labels_of(samples), held[name], by_fleet))
         for name, samples in tests.items()
     }
     predicted = predict(method, fleet, state, tests, {name: kinds[name] for name in devices[:test_devices]})
@@ -96,16 +93,10 @@ def _predict(context: TrainingContext, task: Task) -> dict[str, Predicted]:
     if task.kinds is not None and isinstance(task.method, FedFMSL):
         name, prior, held = task.method.name, np.exp(context.biases.prior), context.class_counts > 0
         labels = labels_of(task.samples)
-        stream = adapting_streams(rows[name], labels, *task.kinds, prior, held, STREAM_SEED)
+        stream = adapting_streams(rows[name], labels, *task.kinds, prior, held)
         predicted[name] = replace(predicted[name], stream=stream)
     return predicted
 
 
 def _once(samples: Samples) -> Samples:
     return tuple({sample.sha256: sample for sample in samples}.values())
-
-
-def _is_own(fleet: Fleet, name: str, samples: Samples) -> Bools:
-    """Which samples (n,) are of the device's own test split."""
-    own = {sample.sha256 for sample in fleet.splits(name).test}
-    return np.array([sample.sha256 in own for sample in samples], bool)

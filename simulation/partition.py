@@ -36,6 +36,15 @@ class Scheme(str, Enum):
     IID = "iid"
 
 
+REMEDIES = {  # if a device has too few samples
+    Scheme.DIRICHLET: "use a larger --alpha, fewer devices, or --partition pathological",
+    Scheme.PATHOLOGICAL: "use fewer devices or more --classes-per-device",
+    Scheme.QUANTITY: "use a larger --alpha or fewer devices",
+    Scheme.NATURAL: "use fewer devices",
+    Scheme.IID: "use fewer devices",
+}
+
+
 @dataclass(frozen=True)
 class Partition:
     """Indices of the training and test samples of each device, K arrays each."""
@@ -113,14 +122,14 @@ def by_group(
     return Partition(*(tuple(np.sort(np.concatenate(one)) for one in each) for each in (train_parts, test_parts)))
 
 
-def check_minimum(partition: Partition, least: int, remedy: str) -> None:
+def check_minimum(partition: Partition, least: int, scheme: Scheme) -> None:
     """Raises ConfigError if a device has fewer than `least` training samples."""
     small = [index for index, own in enumerate(partition.train) if len(own) < least]
     if small:
         named = ", ".join(f"device-{index}" for index in small[:3]) + (", …" if len(small) > 3 else "")
         raise ConfigError(
             f"{len(small)} of {len(partition.train)} devices ({named}) would have fewer than {least} training samples; "
-            f"{remedy}"
+            f"{REMEDIES[scheme]}"
         )
 
 

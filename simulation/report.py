@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from fedfmsl.common.cli import console
 from fedfmsl.common.files import write_atomically
 from simulation.charts import labels_by_device, own_against_novel
-from simulation.methods.base import STAGE2_SHARE
+from simulation.methods.base import stage_rounds
 from simulation.methods.fedfmsl import FedFMSL
-from simulation.results import Result, as_csv, as_markdown, grouped
+from simulation.results import Result, as_csv, as_markdown
 from simulation.settings import SimulationSettings
 
 _PAGE = """<!doctype html>
@@ -69,23 +69,24 @@ def write_report(
 
 
 def server_settings(results: Sequence[Result], settings: SimulationSettings) -> str:
-    """A configuration of the server: that of FedFMSL with the best mean held-out accuracy. "" if it was not run."""
+    """A configuration of the server: that of FedFMSL with the best held-out accuracy, the mean over all α and seeds. ""
+    if it was not run."""
     name = FedFMSL.name
-    scores = {
-        rate: statistics.mean(result["held_out"][row] for result in same)
-        for (method, row, _, rate), same in grouped(results).items()
-        if method == row == name
-    }
-    if not scores:
+    by_rate: dict[float, list[float]] = {}
+    for result in results:
+        if result["method"] == name:
+            by_rate.setdefault(result["learning_rate"], []).append(result["held_out"][name])
+    if not by_rate:
         return ""
+    scores = {rate: statistics.mean(accuracies) for rate, accuracies in by_rate.items()}
     best = max(scores, key=scores.__getitem__)
-    stage2 = max(1, round(STAGE2_SHARE * settings.rounds))
+    stage1, stage2 = stage_rounds(settings.rounds)
     lines = [
         f"# The best of {len(scores)} learning rates in a simulation: held-out accuracy {scores[best]:.3f}.",
         f'run = "{settings.name}"',
         f'bundle = "{settings.bundle.resolve()}"',
         f"devices = {settings.devices}",
-        f"stage1_rounds = {max(1, settings.rounds - stage2)}",
+        f"stage1_rounds = {stage1}",
         f"stage2_rounds = {stage2}",
         f"epochs = {settings.epochs}",
         f"batch_size = {settings.batch_size}",

@@ -18,8 +18,8 @@ from typing import Any
 from fedfmsl.common.files import write_atomically
 
 Result = dict[str, Any]
-STREAM = "0.1"  # the share of novel samples of the stream in the tables
-COLUMNS = ("own", "novel", "fleet", f"stream {STREAM}", "harmonic", "worst_decile", "unseen", "unseen_adapted")
+STREAM = "stream "  # in the name of a column, before the share of novel samples
+COLUMNS = ("own", "novel", "fleet", f"{STREAM}0.1", "harmonic", "worst_decile", "unseen", "unseen_adapted")
 COSTS = ("kilobytes_up", "kilobytes_down", "device_seconds")  # of a device in a round
 
 
@@ -53,12 +53,13 @@ def read_results(paths: Iterable[Path]) -> list[Result]:
 
 
 def value_of(result: Result, row: str, column: str) -> float | None:
-    """The value of a column in the row of a model. None if it was not measured."""
+    """The value of a column in the row of a model. None if it was not measured. Columns: those of COLUMNS and COSTS,
+    and STREAM with another measured share."""
     if column in COSTS:
         return float(result[column])
     measured = result[column if column.startswith("unseen") else "rows"].get(row, {})
-    if column.startswith("stream"):
-        measured, column = measured["stream"], STREAM
+    if column.startswith(STREAM):
+        measured, column = measured.get("stream", {}), column.removeprefix(STREAM)
     value: float | None = measured.get("own" if column.startswith("unseen") else column)
     return value
 

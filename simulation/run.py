@@ -52,13 +52,6 @@ TEST_SHARE = 0.2
 # Settings that do not change a result, and those that are in the name of its file.
 ELSEWHERE = {"name", "bundle", "images", "dataset", "threads", "ray", "address"}
 GRID = {"methods", "seeds", "alpha", "learning_rate"}
-REMEDIES = {
-    Scheme.DIRICHLET: "use a larger --alpha, fewer devices, or --partition pathological",
-    Scheme.QUANTITY: "use a larger --alpha or fewer devices",
-    Scheme.PATHOLOGICAL: "use fewer devices or more --classes-per-device",
-    Scheme.NATURAL: "use fewer devices",
-    Scheme.IID: "use fewer devices",
-}
 
 
 def simulate(settings: SimulationSettings) -> None:
@@ -168,7 +161,7 @@ class Simulation:
             partition = by_group(train, test, *groups, devices, cell.seed)
         else:
             partition = evenly(train, test, devices, cell.seed)
-        check_minimum(partition, settings.min_samples, REMEDIES[settings.partition])
+        check_minimum(partition, settings.min_samples, settings.partition)
         return partition
 
     def label_counts(self) -> NDArray[np.int64]:
@@ -176,8 +169,9 @@ class Simulation:
         cell = next(iter(self.cells))
         return self.partition(cell).counts(labels_of(self.dataset.train), len(self.bundle.manifest.classes))
 
-    def fleet(self, cell: Cell, pool: RayPool | None) -> LocalFleet | RayFleet:
-        partition, settings = self.partition(cell), self.settings
+    def splits(self, cell: Cell) -> dict[str, Splits]:
+        """The splits of each device. Stores the states that devices need of them."""
+        partition = self.partition(cell)
         splits: dict[str, Splits] = {}
         for index, (own, tests) in enumerate(zip(partition.train, partition.test, strict=True)):
             samples = [self.dataset.train[each] for each in own], [self.dataset.test[each] for each in tests]
@@ -186,6 +180,10 @@ class Simulation:
         held_out = tuple(sample for each in splits.values() for sample in each.held_out)
         for level in range(1, self.level + 1):  # measured in fp32 as test samples are
             self._features.precise().frozen(held_out, level)
+        return splits
+
+    def fleet(self, cell: Cell, pool: RayPool | None) -> LocalFleet | RayFleet:
+        splits, settings = self.splits(cell), self.settings
         names = [*splits]
         devices = names[settings.devices :], assign_level_caps(names, settings.level_caps, cell.seed)
         key = self.cells[cell].stem
@@ -208,6 +206,9 @@ class Simulation:
             for cell in cells:
                 yield cell, self.run(cell, advance)
             return
+        if settings.address:
+            for cell in cells:  # workers of a cluster have no states that are stored after the pool is opened
+                self.splits(cell)
         pool = RayPool(self.bundle, self._store, self.folder / "features", settings.threads or 1, settings.address)
         threads = ThreadPoolExecutor(len(pool.workers))
         try:

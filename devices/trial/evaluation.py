@@ -18,7 +18,7 @@ import numpy as np
 from edge_runtime.data.cache import DiskCache
 from edge_runtime.data.features import FeatureCache
 from edge_runtime.data.folder import SampleFolder
-from edge_runtime.data.samples import Sample, labels_of
+from edge_runtime.data.samples import Sample, are_in, labels_of
 from edge_runtime.engines.step_graph import StepGraphEngine
 from edge_runtime.store import DeviceStore
 from edge_runtime.training.context import Samples, TrainingContext
@@ -35,7 +35,6 @@ from trainer_server.storage.run_store import RunStore
 
 ALL_CORES = 0
 ADAPTS = "mofm"  # the model that adapts its class prior along a stream
-STREAM_SEED = 0
 
 ByModel = Mapping[str, Mapping[str, DeviceAccuracy]]  # model → device → accuracies
 
@@ -71,7 +70,7 @@ def evaluate_fleet(folder: Path, roots: Sequence[Path], unseen: Sequence[Path] =
         devices = [opened.device(root, folder / "devices" / root.name) for root in roots]
         others = [opened.device(root, Path(scratch) / root.name) for root in unseen]
         evaluated = [device for device in devices if device.device_name in closed.updates]
-        published = read_globals(opened.bundle, evaluated[0].store.globals, closed.round)
+        published = read_globals(opened.bundle, evaluated[0].store.globals.read, closed.round)
         held = np.any([device.class_counts > 0 for device in devices], axis=0)
         return FleetEvaluation(
             devices=_measure(evaluated, _test_samples(devices), held, closed.round, published),
@@ -142,14 +141,13 @@ def _measure(
     labels = labels_of(samples)
     found: dict[str, dict[str, DeviceAccuracy]] = {}
     for device in devices:
-        own = {sample.sha256 for sample in device.scanned.test}
-        is_own = np.array([sample.sha256 in own for sample in samples])
+        is_own = are_in(samples, device.scanned.test)
         is_novel = novel_samples(labels, device.class_counts > 0, held_by_fleet)
         for model, log_p in predict_models(device, round_, published, samples).items():
             accuracy = device_accuracy(log_p.argmax(axis=1), labels, is_own, is_novel)
             if model == ADAPTS:
                 prior, counts = np.exp(device.biases.prior), device.class_counts
-                streams = adapting_streams(log_p, labels, is_own, is_novel, prior, counts > 0, STREAM_SEED)
+                streams = adapting_streams(log_p, labels, is_own, is_novel, prior, counts > 0)
                 accuracy = replace(accuracy, stream=streams)
             found.setdefault(model, {})[device.device_name] = accuracy
     return found

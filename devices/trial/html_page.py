@@ -57,7 +57,7 @@ th:first-child, td:first-child {{ padding-left: 0; text-align: left }}
 _DEFINITIONS = (
     "own: the device's own test {samples} · novel: those of classes that it does not hold, but another device does · "
     "fleet: those of all devices · harmonic: harmonic mean of own and novel · "
-    "worst 10%: own, over the worst 10 % of devices · 10% novel: a stream of {samples}, 10 % of them novel"
+    "worst 10%: own, over the worst 10 % of devices · 10% novel: a stream of {samples}, 10 % of them novel; MoFM adapts to it"
 )
 
 
@@ -110,7 +110,8 @@ def _unseen(report: Report) -> str:
 
 def model_rows(report: Report) -> list[list[str]]:
     """What every model is measured on, as a table: a head, and a row per model. Also of the part `unseen`."""
-    shares = sorted({share for by_share in report["accuracy_stream"].values() for share in by_share}, key=float)[1:]
+    shares = sorted({share for by_share in report["accuracy_stream"].values() for share in by_share}, key=float)
+    shares = [share for share in shares if float(share) > 0]
     streams = [f"{float(share):.0%} novel" for share in shares]
     rows = [["model", "own", "novel", "fleet", "harmonic", "worst 10%", *streams]]
     for model, own in report["accuracy"].items():

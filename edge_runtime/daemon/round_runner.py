@@ -118,7 +118,7 @@ class RoundRunner:
         store.outbox.enter(round_.session)
         self.control.check()
         started, device = time.perf_counter(), self.device
-        global_values = read_globals(device.bundle, store.globals, round_)
+        global_values = read_globals(device.bundle, store.globals.read, round_)
         try:
             result = STAGES[round_.stage](device, round_, global_values)
         except SampleChangedError as error:

@@ -164,6 +164,12 @@ def assign_new_samples(splits: Splits, features: NDArray[np.float32]) -> Splits:
     )
 
 
+def are_in(samples: Sequence[Sample], part: Sequence[Sample]) -> NDArray[np.bool_]:
+    """Which samples (n,) have a content of `part`."""
+    contents = {sample.sha256 for sample in part}
+    return np.array([sample.sha256 in contents for sample in samples], bool)
+
+
 def _content(sample: Sample) -> str:
     return sample.sha256
 

@@ -83,6 +83,10 @@ class TrainingContext:
         """Hidden states below the suffix of `level`. The LoRA of `expert` is applied in its active blocks below it."""
         return self.cache.lifted(samples, self.level_of(expert), level, expert)
 
+    def precise(self) -> TrainingContext:
+        """The context with hidden states in fp32: predictions are then exactly those of the exported model."""
+        return replace(self, cache=self.cache.precise())
+
     def log_p(self, samples: Samples, expert: Vector, bias: Floats) -> Floats:
         """Class log-probabilities (n, C) of the expert's logits + `bias` (C,)."""
         level = self.level_of(expert)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import numpy as np
 from pydantic import BaseModel
@@ -123,7 +122,7 @@ def _predict(
 ) -> tuple[dict[str, Floats], Mixture]:
     outputs = _outputs(context, round_, published, samples)[1]
     mixture = outputs.mixture(context, published.gate, context.biases)
-    precise, no_bias = _precise(context), np.zeros(context.classes, np.float32)
+    precise, no_bias = context.precise(), np.zeros(context.classes, np.float32)
     models = {
         "start": precise.log_p(samples, published.start, no_bias),
         "global": log_softmax(outputs.global_logits),
@@ -145,12 +144,7 @@ def _outputs(
     expert = LocalExpert.load(context, round_.session) or LocalExpert.from_global(
         context, tempered(context, published.expert, temperature), round_.sal
     )
-    return expert, expert_outputs(_precise(context), samples, published, temperature, expert.best, expert.best_level)
-
-
-def _precise(context: TrainingContext) -> TrainingContext:
-    """With fp32 hidden states, which give exactly the probabilities of the personalized model."""
-    return replace(context, cache=context.cache.precise())
+    return expert, expert_outputs(context.precise(), samples, published, temperature, expert.best, expert.best_level)
 
 
 def _per_class(context: TrainingContext, labels: Labels) -> list[int]:

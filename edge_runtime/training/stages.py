@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from edge_runtime.data.samples import labels_of
-from edge_runtime.store.global_store import GlobalStore
 from edge_runtime.training.context import TrainingContext
 from edge_runtime.training.loop import Targets, predict_log_p, train
 from fedfmsl.algorithms.arrays import Tensors, Vector
@@ -39,13 +38,14 @@ class Globals:
     gate: Vector
 
 
-def read_globals(bundle: Bundle, stored: GlobalStore, round_: Round) -> Globals:
-    """The globals that a round names. Raises RunError if one is missing or damaged."""
+def read_globals(bundle: Bundle, read: Callable[[str], bytes | None], round_: Round) -> Globals:
+    """The globals that a round names. `read` returns the blob with a SHA-256, or None. Raises RunError if one is
+    missing or damaged."""
 
     def vector(sha256: str, layout: Layout) -> Vector:
         if not sha256:
             return np.empty(0, np.float32)
-        blob = stored.read(sha256)
+        blob = read(sha256)
         if blob is None:
             raise RunError(
                 f"the global blob {sha256[:12]}… is missing or damaged on the disk; start again to fetch it again"

@@ -24,6 +24,7 @@ from fedfmsl.algorithms.checks import check_number
 from fedfmsl.algorithms.label_shift import adapt_in_order
 
 SHARES = (0.0, 0.1, 0.5)  # of novel samples in the measured streams
+STREAM_SEED = 0  # of the order of samples in a stream
 DECILE = 0.1
 
 
@@ -130,7 +131,7 @@ def adapting_streams(
     is_novel: Bools,
     prior: Floats,
     held: Bools,
-    seed: int,
+    seed: int = STREAM_SEED,
     shares: Sequence[float] = SHARES,
 ) -> dict[float, float]:
     """By share: accuracy along a seeded stream of a model that adapts its class prior to the samples so far.

@@ -2,9 +2,9 @@
 
     method = method_of("fedprox")
 
-All start from the same head and initial LoRA, have the same bundle, active blocks, optimizer and number of local steps,
-and train with the softmax over all classes. The docstring of each module names its source and every
-departure from it.
+All start from the same head and initial LoRA, and have the same bundle, active blocks, optimizer and number of local
+steps. The softmax of training is over all classes or over the held ones: see `local_training.cross_entropy`. The
+docstring of each module names its source and every departure from it.
 """
 
 from __future__ import annotations

@@ -18,6 +18,12 @@ State = TypeVar("State")
 Model = TypeVar("Model")
 
 
+def stage_rounds(rounds: int) -> tuple[int, int]:
+    """The rounds of stage 1 and of stage 2, at least one each."""
+    stage2 = max(1, round(STAGE2_SHARE * rounds))
+    return max(1, rounds - stage2), stage2
+
+
 @dataclass(frozen=True)
 class MethodSettings:
     """What all methods of a comparison have in common.
@@ -34,12 +40,8 @@ class MethodSettings:
     stage2: Training = STAGE2
 
     @property
-    def stage2_rounds(self) -> int:
-        return max(1, round(STAGE2_SHARE * self.rounds))
-
-    @property
     def stage2_indices(self) -> range:
-        return range(self.rounds - self.stage2_rounds, self.rounds)
+        return range(self.rounds - stage_rounds(self.rounds)[1], self.rounds)
 
     def training_of(self, index: int) -> Training:
         """The training of a device in round `index`, from 0."""

@@ -15,7 +15,7 @@ from fedfmsl.protocol.chunks import chunks
 from fedfmsl.protocol.messages import Round, Stage
 from simulation.federation import Federation, Sent, Tamper, honest
 from simulation.fleet import Fleet
-from simulation.methods.base import MethodSettings, RoundCost
+from simulation.methods.base import MethodSettings, RoundCost, stage_rounds
 from trainer_server.config import Head, RunConfig, Trigger, sal_rules
 
 ROWS = {"start": "class-means", "global": "global", "local_expert": "local-expert"}  # beside the mixture
@@ -43,13 +43,14 @@ class FedFMSL:
     source: str = "Wu et al., FedFMSL, IEEE TMC 23(12), 2024"
 
     def start(self, fleet: Fleet, settings: MethodSettings) -> tuple[Federation, RoundCost]:
+        stage1_rounds, stage2_rounds = stage_rounds(settings.rounds)
         stage1_sal, stage2_sal = sal_rules(self.sal, CapabilityQueue().min_gain, settings.level)
         config = RunConfig.model_validate(
             {
                 "run": "simulation",
                 "devices": len(fleet.names),
-                "stage1_rounds": max(1, settings.rounds - settings.stage2_rounds),
-                "stage2_rounds": settings.stage2_rounds,
+                "stage1_rounds": stage1_rounds,
+                "stage2_rounds": stage2_rounds,
                 "stage1": settings.training.model_copy(update={"seed": settings.seed}),
                 "stage2": settings.stage2.model_copy(update={"seed": settings.seed}),
                 "head": self.head,

@@ -111,12 +111,7 @@ def cross_entropy(context: TrainingContext, hidden: Floats, labels: Labels, rest
 
 def log_p(context: TrainingContext, samples: Samples, theta: Vector) -> Floats:
     """Class log-probabilities (n, C) of the softmax over all classes, from states in fp32."""
-    return precise(context).log_p(samples, theta, np.zeros(context.classes, np.float32))
-
-
-def precise(context: TrainingContext) -> TrainingContext:
-    """The context with states in fp32, to predict with."""
-    return replace(context, cache=context.cache.precise())
+    return context.precise().log_p(samples, theta, np.zeros(context.classes, np.float32))
 
 
 def step_graphs(context: TrainingContext) -> StepGraphEngine:

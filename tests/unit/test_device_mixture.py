@@ -183,7 +183,7 @@ def test_the_saved_model_equals_the_mixture_and_knows_its_prior(
     temperature = global_temperature(context, published)
     start = LocalExpert.from_global(context, tempered(context, published.expert, temperature), SAL)
     local = LocalExpert.load(context, "s") or start
-    precise = replace(context, cache=context.cache.precise())
+    precise = context.precise()
     outputs = expert_outputs(precise, samples, published, temperature, local.best, 1)
     mixture = outputs.mixture(context, globals_.gate, context.biases)
     assert np.allclose(gate, np.exp(mixture.log_gate), atol=1e-5)

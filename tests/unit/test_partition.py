@@ -14,6 +14,7 @@ from fedfmsl.algorithms.arrays import Labels
 from fedfmsl.errors import ConfigError
 from simulation.partition import (
     Partition,
+    Scheme,
     apportion,
     by_classes,
     by_dirichlet,
@@ -122,11 +123,11 @@ def test_a_natural_partition_has_one_group_per_device_or_several_devices_per_gro
 
 def test_devices_below_the_minimum_are_one_error() -> None:
     partition = Partition((np.array([0, 1]), np.array([2])), (np.array([]), np.array([])))
-    check_minimum(partition, 1, "x")
+    check_minimum(partition, 1, Scheme.DIRICHLET)
     with pytest.raises(
-        ConfigError, match=r"1 of 2 devices \(device-1\) would have fewer than 2 .*; use a larger alpha"
+        ConfigError, match=r"1 of 2 devices \(device-1\) would have fewer than 2 .*; use a larger --alpha"
     ):
-        check_minimum(partition, 2, "use a larger alpha")
+        check_minimum(partition, 2, Scheme.DIRICHLET)
 
 
 @settings(max_examples=200, deadline=None)

@@ -62,9 +62,11 @@ def test_rows_are_measured_on_own_fleet_and_novel_samples(vit: Built, tmp_path: 
     assert held_out_accuracy(Constant(), fleet, 0) == {"constant": 1 / 4, "right": 1.0}
 
 
-def result(rate: float, seed: int, own: float, held_out: float, method: str = "fedfmsl") -> dict[str, Any]:
+def result(
+    rate: float, seed: int, own: float, held_out: float, method: str = "fedfmsl", alpha: float = 0.5
+) -> dict[str, Any]:
     row = {"own": own, "novel": 0.5, "fleet": None, "stream": {"0.1": 0.7}, "harmonic": 0.4, "worst_decile": 0.1}
-    cell = {"method": method, "alpha": 0.5, "learning_rate": rate, "seed": seed}
+    cell = {"method": method, "alpha": alpha, "learning_rate": rate, "seed": seed}
     costs = {"kilobytes_up": 10.0, "kilobytes_down": 20.0, "device_seconds": 1.5}
     rows = {"rows": {method: row}, "held_out": {method: held_out}, "unseen": {}, "unseen_adapted": {method: row}}
     return {**cell, **costs, **rows}
@@ -93,6 +95,8 @@ def test_the_recommended_setting_is_the_best_on_held_out_samples(vit: Built, tmp
     assert "learning_rate = 0.002\n" in text
     assert 'select = "random"\nfraction = 0.5\n' in text
     assert server_settings([result(0.1, 0, 1.0, 1.0, method="fedit")], settings) == ""
+    of_other_alpha = [result(0.001, 0, 0.9, 0.62, alpha=0.1), result(0.002, 0, 0.9, 0.58, alpha=0.1)]
+    assert "learning_rate = 0.002\n" in server_settings([*RESULTS, *of_other_alpha], settings)
 
 
 @pytest.mark.parametrize(("name", "value"), [("methods", ""), ("alpha", ","), ("learning_rate", "")])
