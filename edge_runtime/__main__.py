@@ -141,6 +141,8 @@ def personalize(
 
     store = DeviceStore(state)
     path = out or store.personalized
+    if path.is_dir():
+        raise ConfigError(f"--out {path} is a folder; pass a file, like {path / store.personalized.name}")
     write_model(store, path, bundle)
     print(path)
 

@@ -68,6 +68,8 @@ def load_folder(folder: Path, bundle: Bundle, grouped: bool, test_share: float) 
     reader = reader_of(bundle)
     check_folder(folder, "--images")
     groups = folder_classes(folder, "--images") if grouped else [""]
+    if groups and not (folder / groups[0]).is_dir():  # they are the classes below DIR/train
+        raise InputError(f"{folder} has train/ and test/ where --partition natural expects one folder per group")
     items = [
         Item(str(path), label, group, split, path.read_bytes)
         for group in groups
@@ -146,6 +148,8 @@ def _tables(source: str) -> Iterator[tuple[str, pyarrow.Table]]:
     """Each split and its table."""
     path = Path(source).expanduser()
     files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path] if path.suffix == ".parquet" else []
+    if files == [path] and not path.exists():
+        raise InputError(f"--dataset {source} does not exist; check the path")
     if not files:
         yield from _hugging_face(source, path)
     for file in files:

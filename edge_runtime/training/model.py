@@ -142,7 +142,7 @@ def open_model_bundle(store: DeviceStore, header: ModelHeader, path: Path | None
     if not root.is_dir():
         raise BundleError(
             f"the bundle of the model in {store.root} is not at {root}; pass its folder with --bundle, "
-            f"or pass --model {store.personalized}"
+            f"or pass --model {store.personalized} to predict"
         )
     bundle = Bundle.load(root)
     if bundle.sha256 != header.bundle:

@@ -321,6 +321,12 @@ CASES = [
         ("no personalized model yet", "first round creates it"),
     ),
     Wrong(
+        "a folder as the file of a personalized model",
+        lambda w: ["edge_runtime", "personalize", "--state", str(w.scratch), "--out", str(w.scratch)],
+        CONFIG,
+        ("is a folder", "pass a file", "personalized.onnx"),
+    ),
+    Wrong(
         "a prediction without the model",
         lambda w: w.predict(w.scratch / "personalized.onnx", w.any_photo()),
         BUNDLE,

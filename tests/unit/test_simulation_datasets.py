@@ -67,6 +67,13 @@ def test_group_folders_are_the_natural_groups(vit: Built, tmp_path: Path) -> Non
     assert all(group in str(sample.path) for sample, group in zip(data.train, data.train_groups, strict=True))
 
 
+def test_train_and_test_folders_are_no_natural_groups(vit: Built, tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        write_photos(tmp_path / split, per_class=2, seed=0)
+    with pytest.raises(InputError, match="expects one folder per group"):
+        load_folder(tmp_path, vit.bundle, grouped=True, test_share=TEST_SHARE)
+
+
 def test_each_content_is_used_once_and_not_in_two_classes(vit: Built, tmp_path: Path) -> None:
     for split, seed in (("train", 0), ("test", 1)):
         write_photos(tmp_path / split, per_class=4, seed=seed)
@@ -97,6 +104,8 @@ def test_what_is_not_a_table_is_named(vit: Built, tmp_path: Path) -> None:
     (tmp_path / "data.parquet").write_text("no table")
     with pytest.raises(InputError, match=r"data\.parquet cannot be read"):
         load_table(str(tmp_path / "data.parquet"), vit.bundle, Columns(), TEST_SHARE)
+    with pytest.raises(InputError, match=r"none\.parquet does not exist"):
+        load_table(str(tmp_path / "none.parquet"), vit.bundle, Columns(), TEST_SHARE)
     with pytest.raises(InputError if find_spec("datasets") else ConfigError, match=r"--dataset nobody/nothing is n"):
         load_table("nobody/nothing", vit.bundle, Columns(), TEST_SHARE)
 
