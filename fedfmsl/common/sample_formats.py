@@ -33,4 +33,6 @@ UNREAD_IMAGES = {
     "Netpbm": (".pbm", ".pgm", ".pnm", ".ppm"),
 }
 TEXT_SUFFIXES = frozenset({".txt"})
-IMAGE_SUFFIXES = frozenset(suffix for formats in (READ_IMAGES, UNREAD_IMAGES) for each in formats.values() for suffix in each)
+IMAGE_SUFFIXES = frozenset(
+    suffix for formats in (READ_IMAGES, UNREAD_IMAGES) for each in formats.values() for suffix in each
+)
