@@ -10,9 +10,8 @@ from pydantic import ValidationError
 
 from edge_runtime.store import DeviceStore
 from fedfmsl.errors import RunError
-from fedfmsl.protocol.messages import HEALTH_SECONDS, Activity, Health
+from fedfmsl.protocol.messages import MAX_HEARTBEAT_AGE, Activity, Health
 
-MAX_AGE = 3 * HEALTH_SECONDS + 30  # seconds of the last heartbeat of a running daemon
 LISTED_FILES = 20  # skipped files
 
 
@@ -27,11 +26,11 @@ def read_health(store: DeviceStore) -> Health:
 
 
 def check_alive(health: Health) -> None:
-    """Raises RunError if the daemon has stopped or sent no heartbeat for MAX_AGE."""
+    """Raises RunError if the daemon has stopped or sent no heartbeat for MAX_HEARTBEAT_AGE."""
     age = time.time() - health.time
     if health.activity is Activity.STOPPED:
         raise RunError(f"the daemon stopped {_ago(age)}; start it again")
-    if age > MAX_AGE:
+    if age > MAX_HEARTBEAT_AGE:
         raise RunError(f"the daemon's last heartbeat was {_ago(age)}; check its log and start it again")
 
 
@@ -64,7 +63,7 @@ def describe(health: Health, store: DeviceStore, now: float) -> Iterator[tuple[s
 
 
 def _is_alive(health: Health, now: float) -> bool:
-    return health.activity is not Activity.STOPPED and now - health.time <= MAX_AGE
+    return health.activity is not Activity.STOPPED and now - health.time <= MAX_HEARTBEAT_AGE
 
 
 def _ago(seconds: float) -> str:

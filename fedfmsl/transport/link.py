@@ -37,8 +37,11 @@ _BAD_LOGIN = ("Not authorized", "Bad user name or password")
 
 @dataclass(frozen=True)
 class Received:
+    """`retained`: the broker had kept the message. Its sender may be gone since."""
+
     topic: str
     payload: bytes
+    retained: bool = False
 
 
 @dataclass(frozen=True)
@@ -213,7 +216,7 @@ class Link:
         if size > MAX_PAYLOAD:
             self._put(Oversize(topic, size))
         else:
-            self._put(Received(topic, bytes(message.payload)))
+            self._put(Received(topic, bytes(message.payload), message.retain))
 
     def _put(self, event: LinkEvent) -> None:
         """Waits while the queue is full, until the link closes."""

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from edge_runtime.daemon.status import MAX_AGE, describe
+from edge_runtime.daemon.status import describe
 from edge_runtime.store import DeviceStore
-from fedfmsl.protocol.messages import Activity, Health
+from fedfmsl.protocol.messages import MAX_HEARTBEAT_AGE, Activity, Health
 
 
 @pytest.mark.parametrize(
@@ -16,7 +16,7 @@ from fedfmsl.protocol.messages import Activity, Health
     [
         (Activity.WAITING, 40, "last heartbeat 0:00:40 ago, up for 0:01:40"),
         (Activity.STOPPED, 40, "last heartbeat 0:00:40 ago, ran for 0:01:00"),
-        (Activity.WAITING, 10 * MAX_AGE, ", ran for 0:01:00"),
+        (Activity.WAITING, 10 * MAX_HEARTBEAT_AGE, ", ran for 0:01:00"),
     ],
 )
 def test_uptime_and_last_heartbeat_agree(tmp_path: Path, activity: Activity, age: float, expected: str) -> None:
