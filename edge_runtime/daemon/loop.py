@@ -152,12 +152,8 @@ class DaemonLoop:
             elif isinstance(event.value, JobEnded):
                 self._worker.end(event.value)
         elif isinstance(event, Disconnected):
-            if self._connected:
-                logger.warning(f"no connection to the broker ({event.reason}); reconnecting")
             self._connected = False
         elif isinstance(event, Connected):
-            if not self._connected:
-                logger.info("connected to the broker again")
             self._connected = True
             self._updates.reset_backoff()
             self._announcer.introduce()

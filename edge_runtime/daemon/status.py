@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 from pydantic import ValidationError
 
@@ -43,6 +43,9 @@ def describe(health: Health, store: DeviceStore, now: float) -> Iterator[tuple[s
     else:
         lifetime = f"ran for {_span(health.time - health.started)}"
     yield "now", f"{doing}, last heartbeat {_ago(now - health.time)}, {lifetime}"
+    if health.disconnected_since:
+        since = datetime.fromtimestamp(health.disconnected_since).isoformat(" ", "seconds")
+        yield "broker", f"no connection since {since} because: {health.disconnected}"
     yield "round", f"{health.round} ({health.stage}), level {health.level}" if health.round else "none yet"
     slowdown = f", steps take {health.slowdown:.1f} times as long as measured" if health.slowdown > 1.1 else ""
     yield "level cap", f"{health.level_cap}{slowdown}"

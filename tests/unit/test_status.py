@@ -22,3 +22,11 @@ from fedfmsl.protocol.messages import MAX_HEARTBEAT_AGE, Activity, Health
 def test_uptime_and_last_heartbeat_agree(tmp_path: Path, activity: Activity, age: float, expected: str) -> None:
     health = Health(device="kitchen", started=1000, time=1060, activity=activity)
     assert expected in dict(describe(health, DeviceStore(tmp_path), now=1060 + age))["now"]
+
+
+def test_a_lost_connection_is_described_with_its_reason(tmp_path: Path) -> None:
+    health = Health(device="kitchen", started=1000, time=1060, activity=Activity.WAITING)
+    assert "broker" not in dict(describe(health, DeviceStore(tmp_path), now=1061))
+    lost = health.model_copy(update={"disconnected": "Not authorized", "disconnected_since": 1050})
+    broker = dict(describe(lost, DeviceStore(tmp_path), now=1061))["broker"]
+    assert broker.startswith("no connection since 19") and broker.endswith("because: Not authorized")

@@ -19,7 +19,7 @@ from fedfmsl.errors import MessageError, RunError
 from fedfmsl.protocol.messages import DeviceStatus, ServerStatus, Stage, parse
 from fedfmsl.protocol.tensors import blob_bytes
 from fedfmsl.protocol.topics import Topics
-from fedfmsl.transport.link import Connected, Disconnected, Link, LinkEvent, Oversize, Received
+from fedfmsl.transport.link import Connected, Link, LinkEvent, Oversize, Received
 from trainer_server.coordinator.advance import advance, announcement, next_deadline
 from trainer_server.coordinator.events import (
     AnnounceRound,
@@ -74,8 +74,8 @@ class Service:
         self._statuses: Statuses = {}  # not in the store yet
         self._unapplied: list[StatusSeen] = []  # of a batch that could not be stored
         self._disk_error = ""
-        self._connected = True
         self._joined: frozenset[str] | None = None  # the devices in the store's list before the first round
+        self._outage = (-1.0, "")  # as stored
 
     def run(self) -> None:
         """Returns when the run is finished. Raises BrokerError, and RunError if the run failed or a newer server took
@@ -132,16 +132,9 @@ class Service:
 
     def _process(self, event: LinkEvent, batch: Batch) -> None:
         if isinstance(event, Connected):
-            if not self._connected:
-                logger.info("connected to the broker again")
-            self._connected = True
             self._guard.connected(self._clock.now())
             self._liveness.connected((status.device for status in _online(batch.state)), batch.now)
             self._publish_state()
-        elif isinstance(event, Disconnected):
-            if self._connected:
-                logger.warning("no connection to the broker (%s); reconnecting", event.reason)
-            self._connected = False
         elif isinstance(event, Oversize):
             self._refuse(self._sender(event.topic), "too large", f"{event.size} bytes")
         elif isinstance(event, Received):
@@ -213,6 +206,7 @@ class Service:
     def _tick(self) -> None:
         """Opens and closes rounds."""
         now = self._clock.now()
+        self._save_outage()
         if self._guard.echo_is_missing(now):
             logger.warning("the broker does not return this server's own status; check that --identity is the server's")
         state, commands = advance(self._plan, self._state, ClockTicked(), now)
@@ -268,6 +262,13 @@ class Service:
                 write_adapter(self._plan.bundle, expert, level, self._store.folder / "global_expert")
             except OSError as error:
                 logger.warning("the adapter of round %d could not be written (%s)", closed.round.round, error.strerror)
+
+    def _save_outage(self) -> None:
+        outage = (self._link.outage.since, self._link.outage.reason)
+        if outage != self._outage:
+            with contextlib.suppress(OSError):  # a full disk is logged when an event cannot be stored
+                self._store.save_outage(*outage)
+                self._outage = outage
 
     def _sender(self, topic: str) -> str:
         """The device that a topic belongs to. All devices that have not announced themselves count as one."""
