@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,9 @@ from simulation.settings import SimulationSettings
 
 RESULTS, REPORT = Path("benchmarks/evidence"), Path("benchmarks/evidence.md")
 SHARES = ("0.0", "0.1", "0.5")  # of novel samples in a stream, as in the result files
-NEED_LEVELS = ("fedfmsl-all-at-once", "fedfmsl-fixed-schedule")  # they differ from FedFMSL with several levels only
 FEDFMSL = "fedfmsl"
+SAL = (FEDFMSL, "fedfmsl-all-at-once", "fedfmsl-fixed-schedule")  # they differ with several levels only
+AT_ONE_LEVEL = tuple(name for name in METHODS if name not in SAL[1:])
 COLUMNS = ("own", "novel", "fleet", "harmonic", "worst_decile")
 ROW_TITLES = {"class-means": "its class means", "global": "its global expert", "local-expert": "its local expert"}
 COSTS = {"kilobytes_up": "kB up", "kilobytes_down": "kB down", "device_seconds": "device-seconds"}
@@ -46,24 +47,34 @@ class Block:
     """One data set and partition. `settings`: those that differ from the simulator's defaults."""
 
     title: str
-    size: int
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any]
+    levels: int = 1
+    methods: tuple[str, ...] = AT_ONE_LEVEL
 
 
+SIZE = 140  # pixels
 BLOCKS = {
-    "groceries": Block("Groceries, Dirichlet", 140, {"alpha": (0.5, 0.1), "devices": 6, "unseen": 1}),
-    "pacs": Block("PACS, a domain per group of devices", 140, {"partition": "natural", "devices": 8}),
-    "cifar10": Block("CIFAR-10, Dirichlet", 140, {"alpha": (0.5,), "devices": 20, "unseen": 2}),
+    "groceries": Block("Groceries, Dirichlet", {"alpha": (0.5, 0.1), "devices": 6, "unseen": 1}),
+    "pacs": Block("PACS, a domain per group of devices", {"partition": "natural", "devices": 8}),
+    "cifar10": Block("CIFAR-10, Dirichlet", {"alpha": (0.5,), "devices": 20, "unseen": 2}),
+    "levels": Block(
+        "Groceries, SAL up to level 3, Dirichlet",
+        {"alpha": (0.5,), "devices": 6, "unseen": 1},
+        levels=3,
+        methods=SAL,
+    ),
 }
 
 
 @app.command()
 def evidence(
-    only: list[str] = typer.Option([], help="Block to run: groceries, pacs or cifar10; may be repeated. Default: all."),
+    only: list[str] = typer.Option(
+        [], help="Block to run: groceries, pacs, cifar10 or levels; may be repeated. Default: all."
+    ),
     pacs: Path | None = typer.Option(
         None, help="Folder of PACS: DIR/<domain>/<class>/. Without it the block is skipped."
     ),
-    methods: list[str] = typer.Option([], help="Method to run; may be repeated. Default: all."),
+    methods: list[str] = typer.Option([], help="Method to run; may be repeated. Default: those of the block."),
     seeds: int = typer.Option(3, min=1, help="Seeds 0 … n-1."),
     threads: int = typer.Option(0, min=0, help="Threads; 0: one per core."),
     report_only: bool = typer.Option(False, "--report-only", help="Only write the report of the results so far."),
@@ -73,31 +84,30 @@ def evidence(
         for name in names:
             if name not in known:
                 raise ConfigError(f"there is no {kind} {name!r}; choose from {', '.join(known)}")
-    chosen = methods or [name for name in METHODS if name not in NEED_LEVELS]
     for block in [] if report_only else only or BLOCKS:
         images = _photos(block, pacs)
         if images is None:
             print("pacs: not run; it needs --pacs DIR", file=sys.stderr)
         else:
-            _run(block, images, chosen, seeds, threads)
+            _run(block, images, methods or BLOCKS[block].methods, seeds, threads)
     write_atomically(REPORT, _report().encode())
     print(REPORT)
 
 
 def _photos(name: str, pacs: Path | None) -> Path | None:
     """The photos of a block. None for PACS without its folder."""
-    if name == "groceries":
-        return unpack_groceries(fetch(PHOTOS), ASSETS / "groceries")
+    if name == "pacs":
+        return thin_pacs(pacs, ASSETS / "pacs") if pacs is not None else None
     if name == "cifar10":
         return unpack_cifar10(ASSETS)
-    return thin_pacs(pacs, ASSETS / "pacs") if pacs is not None else None
+    return unpack_groceries(fetch(PHOTOS), ASSETS / "groceries")
 
 
 def _run(name: str, images: Path, methods: Sequence[str], seeds: int, threads: int) -> None:
     """Results are kept in the repository: known ones are given to the simulator, new ones are taken back."""
     block, run = BLOCKS[name], f"evidence-{name}"
     kept, results = RESULTS / name, Path("runs") / run / "results"
-    bundle = _bundle(Path("runs") / f"{run}-bundle", images, block.size)
+    bundle = _bundle(Path("runs") / f"{run}-bundle", images, block.levels)
     _copy_results(kept, results)
     for seed in range(1, seeds + 1):  # seed by seed, so that an interrupted grid has whole rows
         for method in methods:
@@ -121,14 +131,14 @@ def _copy_results(source: Path, target: Path) -> None:
         shutil.copyfile(path, target / path.name)
 
 
-def _bundle(folder: Path, images: Path, size: int) -> Bundle:
-    """The trial's backbone with one level, built once. Raises RunError if the build fails."""
+def _bundle(folder: Path, images: Path, levels: int) -> Bundle:
+    """The trial's backbone with so many levels, built once. Raises RunError if the build fails."""
     if not folder.is_dir():
         weights, classes = ASSETS / "dinov2-s14", ",".join(classes_of(images))
         if not weights.is_dir():
             _python("export.rebuild", str(fetch(WEIGHTS)), str(weights))
         command = ["--model", "dinov2-s14", "--weights", str(weights), "--classes", classes]
-        _python("export.build", *command, "--image-size", str(size), "--levels", "1", "--out", str(folder))
+        _python("export.build", *command, "--image-size", str(SIZE), "--levels", str(levels), "--out", str(folder))
     return Bundle.load(folder)
 
 

@@ -12,7 +12,6 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fedfmsl.protocol.bundle import ImagePreprocessing
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
 REDUCING_GAP = 3  # a JPEG is decoded at this many times the target size or larger; the loss is not visible
 BYTES_PER_PIXEL = 3
 UNREADABLE = (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError)

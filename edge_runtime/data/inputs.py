@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from edge_runtime.data import images, texts
 from fedfmsl.common.class_folders import files_below, has_suffix
+from fedfmsl.common.sample_formats import IMAGE_SUFFIXES, TEXT_SUFFIXES
 from fedfmsl.errors import InputError
 from fedfmsl.protocol.bundle import Bundle, Preprocessing, TextPreprocessing
 
@@ -36,8 +37,8 @@ class Kind:
         return has_suffix(name, self.suffixes)
 
 
-IMAGES = Kind("image", images.SUFFIXES, images.is_readable, ordinary=2**22)
-TEXTS = Kind("text", texts.SUFFIXES, texts.is_readable, ordinary=2**18)
+IMAGES = Kind("image", IMAGE_SUFFIXES, images.is_readable, ordinary=2**22)
+TEXTS = Kind("text", TEXT_SUFFIXES, texts.is_readable, ordinary=2**18)
 
 
 @dataclass(frozen=True)

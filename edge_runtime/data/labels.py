@@ -36,7 +36,7 @@ def walk_labelled(folder: Path, kind: Kind, source: Path, classes: Sequence[str]
         if lines is None:
             unlabelled += kind.has_name(name)
         elif not kind.has_name(name):
-            skipped.append(SkippedFile(folder / name, wrong_suffix(kind.suffixes)))
+            skipped.append(SkippedFile(folder / name, wrong_suffix(kind.noun)))
         elif len(lines) > 1:
             each = " and ".join(f"{label!r} (line {line})" for label, line in lines.items())
             skipped.append(SkippedFile(folder / name, f"{source.name} labels it {each}"))

@@ -10,8 +10,6 @@ from numpy.typing import NDArray
 from fedfmsl.errors import BundleError, ConfigError
 from fedfmsl.protocol.bundle import TextPreprocessing
 
-SUFFIXES = frozenset({".txt"})
-
 Tokens = NDArray[np.int64]
 
 

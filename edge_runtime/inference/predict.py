@@ -25,9 +25,7 @@ def predict_files(classifier: Classifier, files: Sequence[Path]) -> Iterator[Pre
     kind = classifier.kind
     paths = [path for file in files for path in _files(file, kind)]
     if not paths:
-        raise InputError(
-            f"no {kind.noun}s in {', '.join(map(str, files))}; their names end in {', '.join(sorted(kind.suffixes))}"
-        )
+        raise InputError(f"no {kind.noun}s in {', '.join(map(str, files))}: no file name has one of their suffixes")
     errors: list[InputError] = []
     for path in paths:
         try:

@@ -84,7 +84,7 @@ def walk_classes(folder: Path, suffixes: Collection[str], noun: str, classes: Se
                     if has_suffix(file, suffixes):
                         listing.files.append(ClassFile(folder / file, file, entry.name, version, split == TEST))
                     else:
-                        listing.skipped.append(SkippedFile(folder / file, wrong_suffix(suffixes)))
+                        listing.skipped.append(SkippedFile(folder / file, wrong_suffix(noun)))
             elif any(has_suffix(file, suffixes) for file, _ in found):
                 reason = f"{unknown_class(entry.name, classes)}; rename or remove the folder"
                 listing.skipped.append(SkippedFile(folder / name, reason))
@@ -130,8 +130,8 @@ def has_suffix(name: str, suffixes: Collection[str]) -> bool:
     return posixpath.splitext(name)[1].lower() in suffixes
 
 
-def wrong_suffix(suffixes: Collection[str]) -> str:
-    return f"its name does not end in {', '.join(sorted(suffixes))}"
+def wrong_suffix(noun: str) -> str:
+    return f"its name has no {noun} suffix"
 
 
 def unknown_class(label: str, classes: Sequence[str]) -> str:

@@ -357,7 +357,7 @@ def test_a_wrong_row_of_a_csv_file_is_named_with_its_line(
         "labels.csv: line 40 names gone.jpg, which is not below",
         "labels.csv: line 41: class 'durian' is not in the bundle, whose classes are apple",
         "day-1/01.jpg: labels.csv labels it 'apple' (line 42) and 'plum' (line 43)",
-        "movie.mp4: its name does not end in .bmp",
+        "movie.mp4: its name has no image suffix",
         "labels.csv: line 45 lacks the file or the class",
         "labels.csv: line 47 names ../x.jpg",
         "2 images have no label in labels.csv",
