@@ -14,11 +14,12 @@ from safetensors.numpy import save_file
 from export.backbone_onnx import write_backbone_onnx
 from export.graph import WEIGHTS_FILE, WeightFile
 from export.graphs import GraphWriter, expert_layout, gate_layout
+from export.models import RANDOM
 from export.ort_training import write_artifacts
 from export.parity import check_parity
 from export.reference import initial_expert
 from export.transformer import Geometry, Transformer
-from export.weights import RANDOM, Backbone
+from export.weights import Backbone
 from fedfmsl.algorithms.arrays import Floats, Vector
 from fedfmsl.errors import ConfigError
 from fedfmsl.protocol.bundle import (

@@ -50,7 +50,7 @@ def launch(settings: Settings) -> None:
     """Takes part in the run until it has finished. Raises FedFMSLError if that is not possible."""
     set_up_logging(settings.log, settings.log_file)
     check_folder(settings.images, "--images")
-    topics, store = Topics(settings.run), DeviceStore(settings.state)
+    topics, store = Topics(settings.run, settings.topic_prefix), DeviceStore(settings.state)
     name = store.ensure_name(device_name(settings.device, settings.identity))
     with locked(store.root, "stop that process, or use another --state"), contextlib.ExitStack() as resources:
         link = device_link(settings.broker, topics, name, settings.identity, settings.insecure)
@@ -70,7 +70,7 @@ def launch(settings: Settings) -> None:
         control = StepControl()
         runner = _runner(settings, prepared, store, name, link, control)
         loop = DaemonLoop(
-            settings.run,
+            topics,
             link,
             announcer,
             health,
@@ -158,5 +158,5 @@ def _introduction(settings: Settings, topics: Topics, name: str, bundle: Bundle)
     """The message that introduces this device to Home Assistant, if it classifies a watched folder."""
     if not (settings.watch and settings.home_assistant):
         return None
-    described = DeviceDescription(settings.run, name, bundle.manifest.classes, board(), version("fedfmsl-edge"))
+    described = DeviceDescription(topics, name, bundle.manifest.classes, board(), version("fedfmsl-edge"))
     return discovery_message(settings.home_assistant, described, topics.status(name), health=True)

@@ -57,7 +57,7 @@ logger = logging.getLogger(__name__)
 class DaemonLoop:
     def __init__(
         self,
-        run: str,
+        topics: Topics,
         link: Link,
         announcer: Announcer,
         health: HealthReporter,
@@ -69,8 +69,7 @@ class DaemonLoop:
     ) -> None:
         """With `stay` the device waits for the next run of that name when the run has finished."""
         device, store = runner.device, runner.device.store
-        self._run = run
-        self._topics = Topics(run)
+        self._topics = topics
         self._link = link
         self._announcer = announcer
         self._health = health
@@ -112,7 +111,7 @@ class DaemonLoop:
         self._subscribe()
         self._announcer.introduce()
         self._announce()
-        logger.info(f"waiting for the server of run {self._run!r}")
+        logger.info(f"waiting for the server of run {self._topics.run!r}")
         stop = Stop()
         try:
             stop = self._loop()
@@ -276,7 +275,7 @@ class DaemonLoop:
             self._jobs.write_missing_model(then=self._finished)
 
     def _finished(self) -> None:
-        logger.info(f"run {self._run!r} has finished; this device's model is {self._store.personalized}")
+        logger.info(f"run {self._topics.run!r} has finished; this device's model is {self._store.personalized}")
         if self._stay:
             logger.info("waiting for the next run of this name")
         else:

@@ -26,17 +26,15 @@ class Publisher:
             raise ConfigError("--publish needs --run NAME: the run to publish in")
         identity = settings.identity
         self._device = (read_identity(identity).name if identity else None) or classifier.device
-        self._topics = topics = Topics(settings.run)
+        self._topics = topics = Topics(settings.run, settings.topic_prefix)
         self._discovery: tuple[str, bytes] | None = None
         if settings.home_assistant:
-            description = DeviceDescription(
-                settings.run, self._device, classifier.classes, version=version("fedfmsl-edge")
-            )
+            description = DeviceDescription(topics, self._device, classifier.classes, version=version("fedfmsl-edge"))
             status_topic = topics.prediction_status(self._device)
             self._discovery = discovery_message(settings.home_assistant, description, status_topic, health=False)
         self._link = Link(
             settings.broker,
-            f"fedfmsl-{settings.run}-{self._device}-predict-{secrets.token_hex(8)}",
+            topics.client_id(self._device, "predict", secrets.token_hex(8)),
             Will(topics.prediction_status(self._device), self._status(online=False)),
             identity=identity,
             insecure=settings.insecure,

@@ -13,14 +13,17 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 from support.tools import require_tool
 
+from fedfmsl.common.settings import read_settings
 from fedfmsl.errors import ConfigError
 from fedfmsl.transport.address import parse_address
 from fedfmsl.transport.bounded_client import MAX_PAYLOAD
 from fedfmsl.transport.link import MAX_EVENTS, Connected, Link, LinkEvent, Oversize, Received
+from fedfmsl.transport.settings import ConnectionSettings
 
 needs_mosquitto = pytest.mark.needs("mosquitto")
 HUGE = 100_000_000
@@ -208,10 +211,29 @@ def test_user_and_password_come_from_the_environment(monkeypatch: pytest.MonkeyP
     assert "secret" not in repr(address)
 
 
-def test_an_error_does_not_show_the_password_of_an_address() -> None:
+@pytest.mark.parametrize(
+    "broker",
+    ["http://me:se-cret@broker.example", "me:se-cret@broker.example", "mqtt://me:se-cret", "mqtt://me:1234cret"]
+    + [f"mqtt://me:se{reserved}cret@broker.example:1883" for reserved in "#/?[] "]
+    + [f"mqtt://me:se{reserved}cret" for reserved in "#?["],
+)
+def test_an_error_does_not_show_the_password_of_an_address(broker: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        parse_address("http://me:secret@broker.example")
-    assert "secret" not in str(caught.value)
+        parse_address(broker)
+    assert "cret" not in str(caught.value) and "1234" not in str(caught.value)
+    with pytest.raises(ConfigError) as caught:
+        read_settings(ConnectionSettings, flags={"broker": broker}, environment=False)
+    assert "cret" not in str(caught.value) and "1234" not in str(caught.value)
+
+
+def test_the_remedy_for_a_password_with_reserved_characters_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    password = "p@ss:w/rd#1?%41 [&ü$"
+    with pytest.raises(ConfigError, match=r"percent-encode it .*, or set FEDFMSL_USER and FEDFMSL_PASSWORD"):
+        parse_address(f"mqtt://me:{password}@broker.example")
+    assert parse_address(f"mqtt://me:{quote(password, safe='')}@broker.example").password == password
+    assert parse_address("mqtt://me:a@b:c@broker.example").password == "a@b:c"
+    monkeypatch.setenv("FEDFMSL_PASSWORD", password)
+    assert parse_address("mqtt://me@broker.example").password == password
 
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "127.8.8.8", "[::1]"])

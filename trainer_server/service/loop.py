@@ -55,13 +55,15 @@ UNKNOWN_DEVICE = "unknown device"
 
 
 class Service:
-    def __init__(self, plan: Plan, state: State, at: float, store: RunStore, link: Link, status: ServerStatus) -> None:
+    def __init__(
+        self, plan: Plan, state: State, at: float, store: RunStore, link: Link, status: ServerStatus, topics: Topics
+    ) -> None:
         """`state` was the state at second `at` of the run's clock."""
         self._plan = plan
         self._state = state
         self._store = store
         self._link = link
-        self._topics = Topics(plan.config.run)
+        self._topics = topics
         self._clock = RunClock(at)
         self._uploads = Uploads(store.folder / "uploads", blob_bytes(plan.largest_update))
         self._decoder = Decoder(self._topics, self._uploads)
