@@ -1,4 +1,4 @@
-"""A file that cannot be read, whatever it holds, is set aside with a reason."""
+"""A file that cannot be read, whatever it holds, is skipped with a reason."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_the_end_of_a_process_is_no_reason(end: type[BaseException]) -> None:
 
 
 @pytest.mark.parametrize("form", [name for name in READ_IMAGES if name != "HEIF"])
-def test_a_damaged_image_is_read_or_set_aside(form: str) -> None:
+def test_a_damaged_image_is_read_or_has_a_reason(form: str) -> None:
     if form == "AVIF" and not features.check("avif"):
         pytest.skip("this Pillow does not read AVIF")
     whole, rng = image(form), np.random.default_rng(1)
@@ -159,7 +159,7 @@ def test_any_file_name_can_be_shown_and_sent(name: bytes, text: str) -> None:
     assert parse(Prediction, encode(sent)) == sent
 
 
-def test_a_trial_sets_files_aside_whatever_their_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_trial_skips_unreadable_files_whatever_their_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = [b"a.jpg", b"b.png", b"c\xfc.jpg", b"d\xfc.heic", b"e.cr2", b"f.gif"]
     data = [image("JPEG"), image("PNG"), image("JPEG", "L"), EPS, image("TIFF"), image("GIF")]
     (tmp_path / "kiwi").mkdir()
