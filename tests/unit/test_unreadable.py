@@ -159,7 +159,9 @@ def test_any_file_name_can_be_shown_and_sent(name: bytes, text: str) -> None:
     assert parse(Prediction, encode(sent)) == sent
 
 
-def test_a_trial_skips_unreadable_files_whatever_their_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_trial_skips_unreadable_files_whatever_their_names(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     names = [b"a.jpg", b"b.png", b"c\xfc.jpg", b"d\xfc.heic", b"e.cr2", b"f.gif"]
     data = [image("JPEG"), image("PNG"), image("JPEG", "L"), EPS, image("TIFF"), image("GIF")]
     (tmp_path / "kiwi").mkdir()
