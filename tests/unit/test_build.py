@@ -331,31 +331,6 @@ def test_an_incomplete_weights_folder_is_one_clear_error(vit_folder: Path, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("processor", "mean", "std"),
-    [
-        ({"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)),
-        ({"do_normalize": False, "image_mean": [0.1, 0.2, 0.3]}, (0, 0, 0), (1, 1, 1)),
-        ({}, VIT.mean, VIT.std),
-    ],
-)
-def test_normalization_comes_from_the_image_processor_beside_the_weights(
-    vit_folder: Path, tmp_path: Path, processor: dict[str, Any], mean: tuple[float, ...], std: tuple[float, ...]
-) -> None:
-    folder = shutil.copytree(vit_folder, tmp_path / "copy")
-    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
-    preprocessing = build(folder, tmp_path / "bundle", levels=1).bundle.manifest.preprocessing
-    assert (preprocessing.mean, preprocessing.std) == (mean, std)
-
-
-@pytest.mark.parametrize("text", ["{", '{"image_mean": 0.5}', '{"image_std": ["a", "b", "c"]}'])
-def test_an_invalid_image_processor_is_one_clear_error(vit_folder: Path, tmp_path: Path, text: str) -> None:
-    folder = shutil.copytree(vit_folder, tmp_path / "copy")
-    (folder / "preprocessor_config.json").write_text(text)
-    with pytest.raises(WeightsError, match=re.escape(str(folder))):
-        load_backbone(str(folder), None, 4, None, None, 0)
-
-
-@pytest.mark.parametrize(
     ("size", "levels", "message"),
     [
         (IMAGE_SIZE + 1, None, "not a multiple of the patch size"),
