@@ -48,7 +48,10 @@ def read_processor(source: str, options: dict[str, Any], model_type: str) -> Pro
 
 
 def _load(source: str, name: str, options: dict[str, Any]) -> dict[str, Any] | None:
-    path = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **options)
+    optional = {"_raise_exceptions_for_missing_entries": False}
+    if options.get("local_files_only"):
+        optional["_raise_exceptions_for_connection_errors"] = False
+    path = cached_file(source, name, **optional, **options)
     if path is None:
         return None
     try:
