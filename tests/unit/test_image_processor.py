@@ -45,7 +45,7 @@ PROCESSORS: dict[str, dict[str, Any]] = {
 }
 # Crops and colour of the graphs are exact for a PNG. A JPEG is decoded smaller: grey levels, mean over its pixels.
 EXACT = 2e-6
-JPEG_LEVELS = 1.0
+JPEG_LEVELS = 2.0
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,9 @@ def test_logits_from_photos_equal_those_of_transformers(vit_folder: Path, photos
     assert relative_error(theirs(adapter, photos).numpy(), theirs(folder, photos).numpy()) < EXACT
 
 
-def test_a_jpeg_that_is_decoded_smaller_differs_by_less_than_a_grey_level(photos: list[Path], tmp_path: Path) -> None:
+def test_a_jpeg_that_is_decoded_smaller_differs_by_less_than_two_grey_levels(
+    photos: list[Path], tmp_path: Path
+) -> None:
     processor = read(write(tmp_path, PROCESSORS["no type"] | {"image_mean": 0.0, "image_std": 1.0}))
     Image.open(photos[0]).save(tmp_path / "photo.jpg", quality=90)
     write(tmp_path, {"image_processor_type": "ViTImageProcessor", "size": 48, "image_mean": 0.0, "image_std": 1.0})
@@ -175,7 +177,7 @@ def sizes() -> Iterator[Any]:
     yield pytest.param("vit", default, None, IMAGE_SIZE, 37, id="no size in the file")
 
 
-@pytest.mark.parametrize(("name", "values", "asked", "size", "edge"), sizes())
+@pytest.mark.parametrize(("name", "values", "asked", "size", "edge"), list(sizes()))
 def test_the_size_of_images(
     request: pytest.FixtureRequest,
     tmp_path: Path,
