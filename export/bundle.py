@@ -81,7 +81,7 @@ def build_bundle(
         if source.tokenizer:
             (root / TOKENIZER).write_text(source.tokenizer, encoding="utf-8")
         save_file(_initial_tensors(spec, seed, zero_shot), root / "init.safetensors")
-        (root / MANIFEST).write_text(_manifest(spec, root).model_dump_json(indent=1))
+        (root / MANIFEST).write_text(_manifest(spec, root).model_dump_json(indent=1), encoding="utf-8")
         for level in sorted({1, levels}):
             yield done + 1, steps, f"compare with PEFT, level {level}"
             check_parity(Bundle.load(root), source, level, seed)

@@ -29,7 +29,7 @@ from edge_runtime.training.stages import StageFunction, head_statistics, read_gl
 from edge_runtime.training.updates import prepare_update, update_header
 from fedfmsl.common.class_folders import SkippedFile
 from fedfmsl.common.files import write_atomically
-from fedfmsl.common.logs import fields
+from fedfmsl.common.logs import UNENCODABLE, fields
 from fedfmsl.errors import InputError, RunError
 from fedfmsl.protocol.messages import Round, Stage
 from fedfmsl.protocol.tensors import pack
@@ -105,7 +105,9 @@ class RoundRunner:
             logger.warning(f"skipped: {len(new) - LOGGED_FILES} more files; {self.device.store.skipped} lists all")
         self._skipped = frozenset(skipped)
         with contextlib.suppress(OSError):  # the list is only for people
-            write_atomically(self.device.store.skipped, "".join(f"{each}\n" for each in skipped).encode())
+            write_atomically(
+                self.device.store.skipped, "".join(f"{each}\n" for each in skipped).encode("utf-8", UNENCODABLE)
+            )
 
     def run(self, round_: Round, bytes_down: int) -> float:
         """Computes a round, to be called after a scan. Returns the seconds that it took.
@@ -146,7 +148,9 @@ class RoundRunner:
         device = self.device
         command = [sys.executable, "-m", "edge_runtime", "personalize"]
         command += ["--bundle", str(device.bundle.root), "--state", str(device.store.root)]
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8", errors="replace"
+        ) as process:
             stderr = self._wait_for(process)
         if process.returncode == os.EX_IOERR:
             raise OSError(errno.ENOSPC, "no space for the personalized model")
