@@ -6,6 +6,7 @@ MessageError never ends the process that receives the message.
 
 from __future__ import annotations
 
+import os
 from unicodedata import category
 
 LINE = 300  # maximum length of untrusted text, in characters
@@ -31,6 +32,11 @@ def _escaped(character: str) -> str:
     if 0xDC80 <= code <= 0xDCFF:  # how Python reads a byte that is not UTF-8
         return f"\\x{code - 0xDC00:02x}"
     return character.encode("unicode_escape").decode()
+
+
+def no_permission(path: object, do: str = "read") -> str:
+    """The line for a file or folder that this process may not use."""
+    return f"{path}: no permission to {do} it as user {os.geteuid()}; change its owner or its mode"
 
 
 class FedFMSLError(Exception):
