@@ -70,11 +70,14 @@ class Run:
 
 @dataclass(frozen=True)
 class Runs:
-    """`ours`: the first run, then runs of other seeds with the same features. `tried`: Flower's settings, of which
+    """`ours`: the first run, then runs of other seeds with the same features. `int8`: a first run with int8 weights.
+
+    `tried`: Flower's settings, of which
     `best` needs the fewest processor seconds. `cached`: with the states of the frozen blocks stored. `whole`: with LoRA
     in all blocks."""
 
     ours: Sequence[Run]
+    int8: Run
     tried: Mapping[str, Run]
     best: str
     flower: Run
@@ -150,6 +153,7 @@ def _rows(runs: Runs) -> dict[str, Run]:
     return {
         "FedFMSL, first run": runs.ours[0],
         "FedFMSL, features kept": runs.ours[1],
+        "FedFMSL, int8 weights, first run": runs.int8,
         "Flower": runs.flower,
         "Flower, frozen blocks stored by hand": runs.cached,
         "Flower, LoRA in all blocks": runs.whole,
@@ -214,9 +218,13 @@ def _equal(runs: Runs) -> list[str]:
 def _longer(runs: Runs) -> list[str]:
     rows = []
     for rounds in (runs.flower.rounds, *LONGER):
-        flower, *others = (run.processor_after(rounds) for run in (runs.flower, runs.cached, *runs.ours[:2]))
+        flower, *others = (
+            run.processor_after(rounds) for run in (runs.flower, runs.cached, runs.ours[0], runs.int8, runs.ours[1])
+        )
         rows.append([str(rounds), f"{flower:.0f}", *(f"{each:.0f} ({flower / each:.1f} ×)" for each in others)])
-    return _table(("rounds", "Flower", "Flower, stored by hand", "FedFMSL, first run", "FedFMSL, features kept"), rows)
+    return _table(
+        ("rounds", "Flower", "Flower, stored by hand", "FedFMSL, first run", "int8 weights", "features kept"), rows
+    )
 
 
 def _accuracy(runs: Runs) -> list[str]:
@@ -231,9 +239,19 @@ def _accuracy(runs: Runs) -> list[str]:
         f"On the 2,000 test photos. The largest difference between FedFMSL and Flower is {difference:.4f}.",
         f"After {ours.rounds} rounds FedFMSL has {spread(seeds)} over {len(seeds)} seeds.",
         "",
-        *_table(("after round", "FedFMSL", "Flower", "Flower, stored by hand", "Flower, LoRA in all blocks"), rows),
+        *_table(
+            (
+                "after round",
+                "FedFMSL",
+                "int8 weights",
+                "Flower",
+                "Flower, stored by hand",
+                "Flower, LoRA in all blocks",
+            ),
+            rows,
+        ),
     ]
 
 
 def _curves(runs: Runs) -> tuple[Run, ...]:
-    return runs.ours[0], runs.flower, runs.cached, runs.whole
+    return runs.ours[0], runs.int8, runs.flower, runs.cached, runs.whole
