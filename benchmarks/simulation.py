@@ -26,7 +26,8 @@ from benchmarks.evidence import build_bundle
 from benchmarks.photos import unpack_cifar10
 from benchmarks.process_tree import measure
 from benchmarks.simulation_job import Job, LoadedJob, command, write_for_flower
-from benchmarks.simulation_report import Run, Runs, report
+from benchmarks.simulation_report import report
+from benchmarks.simulation_runs import Run, Runs
 from devices.trial.assets import ASSETS
 from fedfmsl.common.cli import application
 from fedfmsl.common.files import write_atomically
