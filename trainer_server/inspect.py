@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ def _facts(store: RunStore) -> dict[str, Any]:
     checkpoint = store.checkpoint()
     announced = checkpoint[0].announced if checkpoint else None
     closed = store.rounds()
+    since, reason = store.outage()
     facts: dict[str, Any] = {"run": config.run, "session": store.origin.session}
     if store.ended is not None:
         facts["ended"] = store.ended
@@ -55,6 +57,10 @@ def _facts(store: RunStore) -> dict[str, Any]:
             "answered": answered,
             "missing": sorted(set(selected) - set(answered)),
         }
+    if since and store.ended is None:
+        facts["broker"] = (
+            f"no connection since {datetime.fromtimestamp(since).isoformat(' ', 'seconds')} because: {reason}"
+        )
     facts |= {
         "closed_rounds": len(closed),
         "repeated": [r.repeated for r in closed if r.repeated],

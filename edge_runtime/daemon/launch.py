@@ -26,7 +26,7 @@ from edge_runtime.inference.home_assistant import DeviceDescription, discovery_m
 from edge_runtime.inference.watcher import Watcher
 from edge_runtime.resources.governor import Governor
 from edge_runtime.resources.level_cap import LevelCap
-from edge_runtime.resources.plan import Plan, make_plan
+from edge_runtime.resources.plan import Plan, largest_extent, make_plan
 from edge_runtime.resources.sensors import Sensors, board
 from edge_runtime.resources.throttle import ControlledEngine, LevelCapTracker, StepControl, reported_and_checked
 from edge_runtime.settings import Settings
@@ -116,7 +116,8 @@ def _prepare(
     engine = open_engine(settings.engine, bundle, threads).name
     reader = SampleReader(reader_of(bundle))
     kind = reader.kind
-    folder = SampleFolder(settings.images, bundle, store, settings.labels, reader)
+    most = largest_extent(settings.memory)
+    folder = SampleFolder(settings.images, bundle, store, settings.labels, reader, most)
     scanned = folder.scan(FIRST_SCAN_SECONDS, report)
     report("measuring", 0, 1)
     largest_sample = largest(scanned.samples, kind)

@@ -151,12 +151,8 @@ class DaemonLoop:
             elif isinstance(event.value, JobEnded):
                 self._worker.end(event.value)
         elif isinstance(event, Disconnected):
-            if self._connected:
-                logger.warning(f"no connection to the broker ({event.reason}); reconnecting")
             self._connected = False
         elif isinstance(event, Connected):
-            if not self._connected:
-                logger.info("connected to the broker again")
             self._connected = True
             self._updates.reset_backoff()
             self._announcer.introduce()
@@ -173,6 +169,8 @@ class DaemonLoop:
         if message.topic == topics.server_status:
             status = parse(ServerStatus, message.payload)
             self._updates.reset_backoff()
+            if status.online:
+                self._announce()  # the server counts only devices that answer
             self._handle(ServerSeen(status))
         elif message.topic == topics.round:
             self._handle(RoundSeen(parse(Round, message.payload)))
@@ -234,7 +232,7 @@ class DaemonLoop:
             self._jobs.scan_if_due()
         self._store_globals()
         working = Activity.WAITING if self._state.running is None else Activity.WORKING
-        self._heartbeat(Activity.PAUSED if self._paused else working)
+        self._heartbeat(Activity.PAUSED if self._paused or self._jobs.no_samples else working)
 
     def _pause(self, reason: str) -> None:
         """Pauses the computation if there is a reason. The server does not wait for a paused device."""
@@ -256,7 +254,8 @@ class DaemonLoop:
         """The watchdog is not reset while a job makes no step, except during a pause."""
         alive = self._worker.is_alive() or bool(self._paused)
         slowdown = self._runner.tracker.cap.slowdown
-        self._health.heartbeat(activity, self._runner.device, self._state, self._paused, slowdown, alive)
+        paused = self._paused or self._jobs.no_samples
+        self._health.heartbeat(activity, self._runner.device, self._state, paused, slowdown, alive)
 
     def _subscribe(self) -> None:
         """Subscribes to the messages for all devices."""
@@ -296,4 +295,5 @@ class DaemonLoop:
         return required_globals(self._state.announced) | required_globals(self._state.running)
 
     def _announce(self) -> None:
-        self._announcer.status(self._runner.device, paused=self._paused)
+        if self._stop is None:
+            self._announcer.status(self._runner.device, paused=self._paused, error=self._jobs.no_samples)

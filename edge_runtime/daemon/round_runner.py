@@ -30,7 +30,7 @@ from edge_runtime.training.updates import prepare_update, update_header
 from fedfmsl.common.class_folders import SkippedFile
 from fedfmsl.common.files import write_atomically
 from fedfmsl.common.logs import UNENCODABLE, fields
-from fedfmsl.errors import InputError, RunError
+from fedfmsl.errors import InputError, RunError, shown
 from fedfmsl.protocol.messages import Round, Stage
 from fedfmsl.protocol.tensors import pack
 
@@ -100,7 +100,7 @@ class RoundRunner:
         if not new and len(skipped) == len(self._skipped):
             return
         for each in new[:LOGGED_FILES]:
-            logger.warning(f"skipped: {each}", **fields(file=str(each.path), reason=each.reason))
+            logger.warning(f"skipped: {each}", **fields(file=shown(each.path), reason=each.reason))
         if len(new) > LOGGED_FILES:
             logger.warning(f"skipped: {len(new) - LOGGED_FILES} more files; {self.device.store.skipped} lists all")
         self._skipped = frozenset(skipped)

@@ -9,12 +9,11 @@ from types import TracebackType
 from edge_runtime.inference.classifier import Classifier
 from edge_runtime.inference.home_assistant import DeviceDescription, discovery_message
 from edge_runtime.settings import PredictSettings
-from fedfmsl.common.cli import notice
 from fedfmsl.errors import ConfigError
 from fedfmsl.protocol.messages import DeviceStatus, Prediction, encode
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.identity import read_identity
-from fedfmsl.transport.link import Connected, Disconnected, Link, Will
+from fedfmsl.transport.link import Connected, Link, Will
 
 
 class Publisher:
@@ -60,8 +59,6 @@ class Publisher:
     def _handle_connection_events(self) -> None:
         """Publishes discovery and status after every connect, because the broker may have published the last will."""
         while (event := self._link.next_event(0)) is not None:
-            if isinstance(event, Disconnected):
-                notice(f"no connection to the broker ({event.reason}); reconnecting")
             if isinstance(event, Connected):
                 if self._discovery is not None:
                     self._link.publish(*self._discovery, retain=True)

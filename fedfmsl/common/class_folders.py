@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedfmsl.errors import InputError
+from fedfmsl.errors import InputError, shown
 
 TRAIN, TEST = "train", "test"
 IGNORED = frozenset(
@@ -52,7 +52,7 @@ class SkippedFile:
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.reason}"
+        return f"{shown(self.path)}: {self.reason}"
 
 
 @dataclass(frozen=True)

@@ -214,6 +214,18 @@ def test_a_device_that_took_part_stops_when_the_run_has_finished() -> None:
     )  # a device that did not take part waits for the next run of that name
 
 
+def test_the_end_of_an_earlier_run_does_not_end_a_device_of_the_next_one() -> None:
+    finished, restarted = RoundSeen(round_(9, Stage.FINISHED)), device(session="s", last_started=8)
+    gone = ServerSeen(OTHER_SESSION.status.model_copy(update={"online": False}))
+    for server in (OTHER_SESSION, gone):
+        for events in ([server, finished, Idle()], [finished, Idle(), server, Idle()]):
+            state, commands = drive(events, restarted)
+            assert not any(isinstance(command, Stop) for command in commands)
+            work = Work(round_(1, session="s2"))
+            assert work in drive([OTHER_SESSION, RoundSeen(round_(1, session="s2")), Idle()], state)[1]
+    assert Stop() in drive([GONE, finished, Idle()], restarted)[1]
+
+
 def test_a_run_with_another_bundle_is_an_error() -> None:
     other = ServerStatus(online=True, run="r", session="s", bundle=OTHER_BUNDLE, model="vit-b16")
     _, (command,) = drive([ServerSeen(other)])
