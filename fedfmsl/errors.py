@@ -15,6 +15,18 @@ def one_line(text: object) -> str:
     return "".join(c if c.isprintable() else "?" for c in line)[:LINE]
 
 
+def shown(text: object) -> str:
+    """A path or a name as printable text: control characters and bytes that are not UTF-8 are escaped."""
+    return "".join(c if c.isprintable() else _escaped(c) for c in str(text))
+
+
+def _escaped(character: str) -> str:
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:  # how Python reads a byte that is not UTF-8
+        return f"\\x{code - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode()
+
+
 class FedFMSLError(Exception):
     exit_code = 1
 

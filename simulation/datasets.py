@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +20,15 @@ from edge_runtime.data.features import Inputs
 from edge_runtime.data.inputs import Reader, reader_of
 from edge_runtime.data.sample_reader import SampleReader
 from edge_runtime.data.samples import Sample
-from fedfmsl.common.class_folders import check_folder, folder_classes
+from fedfmsl.common.class_folders import check_folder, has_splits, normal_name, subfolders
 from fedfmsl.common.cli import console
 from fedfmsl.errors import ConfigError, InputError
 from fedfmsl.protocol.bundle import Bundle
+from fedfmsl.protocol.class_names import joined_names
 
 LABEL_COLUMNS = ("label", "labels", "class", "category")
 TRAIN, TEST = "train", "test"
+LISTED_CLASSES = 50  # that an error lists
 
 
 @dataclass(frozen=True)
@@ -67,9 +70,9 @@ def load_folder(folder: Path, bundle: Bundle, grouped: bool, test_share: float) 
     """
     reader = reader_of(bundle)
     check_folder(folder, "--images")
-    groups = folder_classes(folder, "--images") if grouped else [""]
-    if groups and not (folder / groups[0]).is_dir():  # they are the classes below DIR/train
-        raise InputError(f"{folder} has train/ and test/ where --partition natural expects one folder per group")
+    if grouped and has_splits(folder, "--images"):
+        raise InputError(f"{folder} has a training folder where --partition natural expects one folder per group")
+    groups = subfolders(folder, "--images", []) if grouped else [""]
     items = [
         Item(str(path), label, group, split, path.read_bytes)
         for group in groups
@@ -112,13 +115,13 @@ class TableInputs:
 
 def _dataset(items: Sequence[Item], bundle: Bundle, source: str, inputs: Inputs) -> Dataset:
     """Uses each content once. A content with two classes is skipped; a test sample that is also trained on, too."""
-    classes = {name: label for label, name in enumerate(bundle.manifest.classes)}
-    unknown = sorted({item.label for item in items} - classes.keys())
+    classes = {normal_name(name): label for label, name in enumerate(bundle.manifest.classes)}
+    found = sorted({item.label for item in items})
+    unknown = [label for label in found if label not in classes]
     if unknown:
-        found = ",".join(dict.fromkeys(sorted({item.label for item in items})))
         raise InputError(
             f"{source} has the class {unknown[0]!r}, which is not in bundle {bundle.root}; build one with "
-            f"python -m export.build --classes {found}"
+            f"python -m export.build {_classes_option(found)}"
         )
     contents: dict[str, list[Item]] = {}
     for item in items:
@@ -135,6 +138,13 @@ def _dataset(items: Sequence[Item], bundle: Bundle, source: str, inputs: Inputs)
     train, test = (tuple(sample for sample, _ in part) for part in parts.values())
     train_groups, test_groups = (tuple(group for _, group in part) for part in parts.values())
     return Dataset(train, test, train_groups, test_groups, inputs)
+
+
+def _classes_option(classes: Sequence[str]) -> str:
+    """The option of export.build for these classes."""
+    if len(classes) > LISTED_CLASSES:
+        return f"--classes-file FILE, a text with the {len(classes)} names, one per line"
+    return f"--classes {shlex.quote(joined_names(classes))}"
 
 
 def _check_classes(labels: Sequence[int], bundle: Bundle, source: str) -> None:
@@ -188,7 +198,7 @@ def _items(table: pyarrow.Table, split: str, source: str, reader: Reader, column
     return [
         Item(
             f"{source}/{split}/{row}",
-            names[value] if names and isinstance(value, int) else str(value),
+            normal_name(names[value] if names and isinstance(value, int) else str(value)),
             str(groups[row]) if groups else "",
             split,
             lambda row=row: _bytes(column[row].as_py()),  # type: ignore[misc]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -13,7 +14,7 @@ from fedfmsl.errors import RunError
 from fedfmsl.protocol.messages import HEALTH_SECONDS, Activity, Health
 
 MAX_AGE = 3 * HEALTH_SECONDS + 30  # seconds of the last heartbeat of a running daemon
-LISTED_FILES = 20  # skipped files
+LISTED = 20  # reasons for which files are skipped
 
 
 def read_health(store: DeviceStore) -> Health:
@@ -57,10 +58,11 @@ def describe(health: Health, store: DeviceStore, now: float) -> Iterator[tuple[s
     sizes = {"memory": health.memory, "features": health.cache, "disk free": health.disk_free}
     yield "storage", ", ".join(f"{what} {size / 1e6:.0f} MB" for what, size in sizes.items())
     lines = store.skipped.read_text(errors="replace").splitlines() if store.skipped.is_file() else []
-    for line in lines[:LISTED_FILES]:
+    reasons = list(itertools.takewhile(bool, lines))
+    for line in reasons[:LISTED]:
         yield "skipped", line
-    if len(lines) > LISTED_FILES:
-        yield "", f"and {len(lines) - LISTED_FILES} more, in {store.skipped}"
+    if reasons:
+        yield "", f"{store.skipped} lists every file"
 
 
 def _is_alive(health: Health, now: float) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_runtime.data import images, texts
-from fedfmsl.common.class_folders import files_below, has_suffix
+from fedfmsl.common.folder_walk import SkippedFile, files_below, has_suffix, wrong_suffix
 from fedfmsl.common.sample_formats import IMAGE_SUFFIXES, TEXT_SUFFIXES
 from fedfmsl.errors import InputError
 from fedfmsl.protocol.bundle import Bundle, Preprocessing, TextPreprocessing
@@ -28,9 +28,16 @@ class Kind:
     is_readable: Callable[[bytes], bool]
     ordinary: int
 
-    def files(self, folder: Path) -> list[Path]:
-        """The files of this kind at any depth below `folder`, in the order of their names."""
-        return [folder / name for name, _ in files_below(folder, "", []) if self.has_name(name)]
+    def files(self, folder: Path, skipped: list[SkippedFile]) -> list[Path]:
+        """The files of this kind at any depth below `folder`, in the order of their names. What is not used is added to
+        `skipped`."""
+        found = []
+        for name, _ in files_below(folder, "", skipped):
+            if self.has_name(name):
+                found.append(folder / name)
+            else:
+                skipped.append(wrong_suffix(folder / name, self.noun))
+        return found
 
     def has_name(self, name: str) -> bool:
         """Whether a file name has one of the suffixes."""

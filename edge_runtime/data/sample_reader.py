@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from edge_runtime.data.inputs import Kind, Reader
 from edge_runtime.data.samples import Sample, SampleChangedError
-from fedfmsl.common.class_folders import ClassFile, FileVersion
+from fedfmsl.common.class_folders import ClassFile
+from fedfmsl.common.folder_walk import FileVersion
 from fedfmsl.errors import InputError
 
 MAX_FILE_BYTES = 2**28  # a larger file is not read

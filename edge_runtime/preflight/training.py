@@ -17,6 +17,7 @@ from edge_runtime.resources.plan import measure_minimum
 from edge_runtime.settings import Settings
 from edge_runtime.store import DeviceStore
 from fedfmsl.common.class_folders import check_folder
+from fedfmsl.common.folder_walk import summarize
 from fedfmsl.errors import BundleError
 from fedfmsl.protocol.bundle import MANIFEST, Bundle
 
@@ -59,8 +60,10 @@ def check_samples(settings: Settings, context: Context) -> Iterator[Finding]:
     _, context.largest = largest(splits.samples, reader.kind)
     classes = len({sample.label for sample in splits.samples})
     yield Finding("samples", f"{len(splits.samples)} {reader.kind.noun}s of {classes} classes in {settings.images}")
-    for skipped in splits.skipped:
-        yield Finding("skipped", f"{skipped.path}: {skipped.reason}", warning=True)
+    missed = [each for each in splits.skipped if not each.is_leftover]
+    for group, warning in ((missed, True), (set(splits.skipped) - set(missed), False)):
+        for line in summarize(group, settings.images):
+            yield Finding("skipped", line, warning=warning)
 
 
 def check_memory(settings: Settings, context: Context) -> Iterator[Finding]:
