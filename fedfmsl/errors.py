@@ -6,6 +6,8 @@ MessageError never ends the process that receives the message.
 
 from __future__ import annotations
 
+import os
+
 LINE = 300  # maximum length of untrusted text, in characters
 
 
@@ -15,16 +17,9 @@ def one_line(text: object) -> str:
     return "".join(c if c.isprintable() else "?" for c in line)[:LINE]
 
 
-def shown(text: object) -> str:
-    """A path or a name as printable text: control characters and bytes that are not UTF-8 are escaped."""
-    return "".join(c if c.isprintable() else _escaped(c) for c in str(text))
-
-
-def _escaped(character: str) -> str:
-    code = ord(character)
-    if 0xDC80 <= code <= 0xDCFF:  # how Python reads a byte that is not UTF-8
-        return f"\\x{code - 0xDC00:02x}"
-    return character.encode("unicode_escape").decode()
+def no_permission(path: object, do: str = "read") -> str:
+    """The line for a file or folder that this process may not use."""
+    return f"{path}: no permission to {do} it as user {os.geteuid()}; change its owner or its mode"
 
 
 class FedFMSLError(Exception):

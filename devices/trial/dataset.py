@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from edge_runtime.data.inputs import IMAGES, TEXTS, Kind
+from edge_runtime.data.unreadable import UnreadableError, read_file
 from fedfmsl.common.class_folders import ClassFile, check_folder, normal_name, walk_classes
 from fedfmsl.common.cli import console
 from fedfmsl.common.folder_walk import SkippedFile, summarize
@@ -41,14 +42,13 @@ def find_files(
     listing = walk_classes(folder, kind.suffixes, kind.noun)
     classes = [*map(normal_name, classes)]
     files = [file for file in listing.files if not classes or file.label in classes]
-    readable = {file.path for file in files if _is_readable(file.path, kind)}
-    unused = [SkippedFile(file.path, f"not a readable {kind.noun}") for file in files if file.path not in readable]
-    unused = [*listing.skipped, *unused]
+    unreadable = {file.path: reason for file in files if (reason := _unreadable(file, kind))}
+    unused = [*listing.skipped, *unreadable.values()]
     for line in summarize(unused, folder):
         console.print(f"skipped: {line}")
     if skipped is not None:
         skipped += unused
-    files = [file for file in files if file.path in readable]
+    files = [file for file in files if file.path not in unreadable]
     train = _by_class([file for file in files if not file.is_test], classes)
     for name in train:
         if problem := fault(name):
@@ -68,11 +68,12 @@ def find_files(
     return train, test
 
 
-def _is_readable(path: Path, kind: Kind) -> bool:
+def _unreadable(file: ClassFile, kind: Kind) -> SkippedFile | None:
     try:
-        return kind.is_readable(path.read_bytes())
-    except OSError:
-        return False
+        kind.check(read_file(file.path))
+    except UnreadableError as error:
+        return SkippedFile(file.path, kind.not_readable(error.reason))
+    return None
 
 
 def _by_class(files: list[ClassFile], classes: Sequence[str]) -> Files:

@@ -27,7 +27,7 @@ from edge_runtime.training.local_expert import train_personal
 from edge_runtime.training.model import save_personal_model
 from edge_runtime.training.stages import StageFunction, head_statistics, read_globals, statistics, train_global
 from edge_runtime.training.updates import prepare_update, update_header
-from fedfmsl.common.files import write_atomically
+from fedfmsl.common.files import shown, write_atomically
 from fedfmsl.common.folder_walk import SkippedFile, summarize
 from fedfmsl.common.logs import fields
 from fedfmsl.errors import InputError, RunError
@@ -101,7 +101,7 @@ class RoundRunner:
             return
         if len(new) <= LOGGED_FILES:
             for each in new:
-                logger.warning(f"skipped: {each}", **fields(file=str(each.path), reason=each.reason))
+                logger.warning(f"skipped: {each}", **fields(file=shown(each.path), reason=each.reason))
         else:
             for line in summarize(new, self._folder.path)[:LOGGED_FILES]:
                 logger.warning(f"skipped: {line}")

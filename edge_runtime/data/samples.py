@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from fedfmsl.common.files import shown
 from fedfmsl.common.folder_walk import SkippedFile
 from fedfmsl.errors import InputError
 
@@ -29,8 +30,8 @@ TOO_FEW = "the only sample of its class; add more: a class needs at least two, o
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A file with a class, identified by its content. `sha256` is empty if the file is not readable. `extent` is
-    proportional to the memory that reading it takes (see `edge_runtime.data.inputs.Reader`)."""
+    """A file with a class, identified by its content. `sha256` is empty if the file was not read. `extent`: bytes of
+    memory that reading it takes (see `edge_runtime.data.inputs.Reader`)."""
 
     path: Path
     sha256: str
@@ -42,7 +43,7 @@ class SampleChangedError(InputError):
     """A file changed between the scan of its folder and its use. The folder has to be scanned again."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(f"{path} has changed since the folder was scanned")
+        super().__init__(f"{shown(path)} has changed since the folder was scanned")
         self.path = path
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
@@ -66,7 +66,7 @@ class RoundCost:
 
 class Method(Protocol[State, Model]):
     """A federated method. `State` is that of server and devices between two rounds; a `Model` is what one device
-    predicts with. Computation on devices goes through `Fleet.map`.
+    predicts with. Computation on devices goes through `Fleet.map`. Methods inherit from this class.
 
     `name`: for commands and files. `title`: for tables. `source`: the paper.
     """
@@ -78,6 +78,11 @@ class Method(Protocol[State, Model]):
     @property
     def source(self) -> str: ...
 
+    @property
+    def adapting(self) -> Collection[str]:
+        """The rows of `log_p` that adapt their class prior along a stream of samples (`label_shift`). Default: none."""
+        return ()
+
     def start(self, fleet: Fleet, settings: MethodSettings) -> tuple[State, RoundCost]:
         """The state before the first round, and what it costs, for example to send class sums. The devices of
         `fleet.unseen` take no part."""
@@ -86,8 +91,9 @@ class Method(Protocol[State, Model]):
         """The state after round `index`, from 0, in which `devices` participate."""
 
     def adapt(self, fleet: Fleet, state: State, devices: Sequence[str]) -> State:
-        """The state after `devices` that took no part have trained on their own, without sending anything. Methods
-        without personal training return the state."""
+        """The state after `devices` that took no part have trained on their own, without sending anything. Default: the
+        same state, for methods without personal training."""
+        return state
 
     def model(self, state: State, device: str) -> Model:
         """The model of a device. A device that took no part has no personal state."""

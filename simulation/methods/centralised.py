@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from edge_runtime.training.context import Samples, TrainingContext
-from fedfmsl.algorithms.arrays import Floats, Vector
+from fedfmsl.algorithms.arrays import Vector
 from fedfmsl.protocol.messages import Training
 from simulation.fleet import Fleet
-from simulation.methods.base import MethodSettings, RoundCost, round_seed
-from simulation.methods.local_training import everything, log_p, mask, shuffled_steps, train_steps
-from simulation.methods.server import State, start_theta
+from simulation.methods.base import RoundCost, round_seed
+from simulation.methods.local_training import everything, mask, shuffled_steps, train_steps
+from simulation.methods.server import State
+from simulation.methods.single_model import SingleModel
 
 
 @dataclass(frozen=True)
@@ -32,14 +33,10 @@ def train_pool(context: TrainingContext, task: Task) -> Vector:
     return train_steps(context, task.samples, task.theta, steps, task.training, trained)
 
 
-class Centralised:
+class Centralised(SingleModel):
     name = "centralised"
     title = "Centralised"
     source = "no federation"
-
-    def start(self, fleet: Fleet, settings: MethodSettings) -> tuple[State, RoundCost]:
-        theta, cost = start_theta(fleet, settings)
-        return State(settings, theta), cost
 
     def round(self, fleet: Fleet, state: State, devices: Sequence[str], index: int) -> tuple[State, RoundCost]:
         settings, host = state.settings, fleet.names[0]
@@ -47,15 +44,6 @@ class Centralised:
         task = Task(state.shared, samples, settings.training_of(index), round_seed(settings, host, index))
         theta = fleet.map(train_pool, {host: task})[host]
         return State(settings, theta), _upload(fleet) if index == 0 else RoundCost()
-
-    def adapt(self, fleet: Fleet, state: State, devices: Sequence[str]) -> State:
-        return state
-
-    def model(self, state: State, device: str) -> Vector:
-        return state.shared
-
-    def log_p(self, context: TrainingContext, model: Vector, samples: Samples) -> dict[str, Floats]:
-        return {self.name: log_p(context, samples, model)}
 
 
 def _upload(fleet: Fleet) -> RoundCost:

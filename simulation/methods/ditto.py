@@ -15,13 +15,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from edge_runtime.training.context import Samples, TrainingContext
-from fedfmsl.algorithms.arrays import Floats, Vector
+from edge_runtime.training.context import TrainingContext
+from fedfmsl.algorithms.arrays import Vector
 from fedfmsl.protocol.messages import Training
 from simulation.fleet import Fleet
-from simulation.methods.base import MethodSettings, RoundCost, round_seed
-from simulation.methods.local_training import Proximal, halves, log_p, shuffled_steps, train_steps
-from simulation.methods.server import State, Trained, average, exchange, start_theta
+from simulation.methods.base import RoundCost, round_seed
+from simulation.methods.local_training import Proximal, halves, shuffled_steps, train_steps
+from simulation.methods.server import State, Trained, average, exchange
+from simulation.methods.single_model import SingleModel
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def train_both(context: TrainingContext, task: Task) -> Pair:
     return Pair(shared, len(samples), personal)
 
 
-class Ditto:
+class Ditto(SingleModel):
     name = "ditto"
     title = "Ditto"
     source = "Li et al., ICML 2021"
@@ -65,10 +66,6 @@ class Ditto:
     def __init__(self, proximal: float = 100.0) -> None:
         """`proximal`: λ."""
         self.proximal = proximal
-
-    def start(self, fleet: Fleet, settings: MethodSettings) -> tuple[State, RoundCost]:
-        theta, cost = start_theta(fleet, settings)
-        return State(settings, theta), cost
 
     def round(self, fleet: Fleet, state: State, devices: Sequence[str], index: int) -> tuple[State, RoundCost]:
         results = fleet.map(train_both, self._tasks(state, devices, index))
@@ -81,12 +78,6 @@ class Ditto:
             alone = {name: replace(task, alone=True) for name, task in tasks.items()}
             state = _kept(state, fleet.map(train_both, alone))
         return state
-
-    def model(self, state: State, device: str) -> Vector:
-        return state.personal.get(device, state.shared)
-
-    def log_p(self, context: TrainingContext, model: Vector, samples: Samples) -> dict[str, Floats]:
-        return {self.name: log_p(context, samples, model)}
 
     def _tasks(self, state: State, devices: Sequence[str], index: int) -> dict[str, Task]:
         settings, shared = state.settings, state.shared

@@ -27,7 +27,7 @@ from fedfmsl.algorithms.arrays import Doubles, Floats, Vector
 from fedfmsl.algorithms.mixture import log_softmax
 from fedfmsl.protocol.messages import Training
 from simulation.fleet import Fleet
-from simulation.methods.base import MethodSettings, RoundCost, round_seed
+from simulation.methods.base import Method, MethodSettings, RoundCost, round_seed
 from simulation.methods.dual_lora import Adapters, weighted_log_p, wide_engine
 from simulation.methods.local_training import cross_entropy, shuffled_steps
 from simulation.methods.server import State, exchange, start_theta
@@ -99,7 +99,7 @@ def train_individual(context: TrainingContext, task: Task) -> Model:
     return Model(individual, rest, router)
 
 
-class FedALT:
+class FedALT(Method[AltState, Model]):
     name = "fedalt"
     title = "FedALT"
     source = "Bian et al., AAAI 2026"

@@ -30,7 +30,7 @@ from fedfmsl.algorithms.adamw import AdamW
 from fedfmsl.algorithms.arrays import Floats, Vector
 from fedfmsl.protocol.messages import Training
 from simulation.fleet import Fleet
-from simulation.methods.base import MethodSettings, RoundCost, round_seed
+from simulation.methods.base import Method, MethodSettings, RoundCost, round_seed
 from simulation.methods.dual_lora import Adapters, weighted_log_p, wide_engine
 from simulation.methods.local_training import (
     Steps,
@@ -131,7 +131,7 @@ def local_weights(context: TrainingContext, samples: Samples, personal: Vector, 
     return np.asarray(MAX_WEIGHT * (directions(predicted) @ directions(known).T).mean(axis=1), np.float32)
 
 
-class FedDPA:
+class FedDPA(Method[DualState, Model]):
     name = "feddpa"
     title = "FedDPA-T"
     source = "Yang et al., NeurIPS 2024"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from edge_runtime.training.context import Samples, TrainingContext
@@ -15,7 +15,7 @@ from fedfmsl.protocol.chunks import chunks
 from fedfmsl.protocol.messages import Round, Stage
 from simulation.federation import Federation, Sent, Tamper, honest
 from simulation.fleet import Fleet
-from simulation.methods.base import MethodSettings, RoundCost, stage_rounds
+from simulation.methods.base import Method, MethodSettings, RoundCost, stage_rounds
 from trainer_server.config import Head, RunConfig, Trigger, sal_rules
 
 ROWS = {"start": "class-means", "global": "global", "local_expert": "local-expert"}  # beside the mixture
@@ -31,7 +31,7 @@ class Stage2:
 
 
 @dataclass(frozen=True)
-class FedFMSL:
+class FedFMSL(Method[Federation, Stage2]):
     """Both stages, with the server's defaults. `sal`: when more blocks are activated. `head`: what stage 1 starts from.
     `tamper`: changes the results of devices; for an ablation."""
 
@@ -41,6 +41,10 @@ class FedFMSL:
     name: str = "fedfmsl"
     title: str = "FedFMSL (MoFM)"
     source: str = "Wu et al., FedFMSL, IEEE TMC 23(12), 2024"
+
+    @property
+    def adapting(self) -> Collection[str]:
+        return (self.name,)
 
     def start(self, fleet: Fleet, settings: MethodSettings) -> tuple[Federation, RoundCost]:
         stage1_rounds, stage2_rounds = stage_rounds(settings.rounds)

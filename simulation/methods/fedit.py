@@ -10,14 +10,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from edge_runtime.training.context import Samples, TrainingContext
-from fedfmsl.algorithms.arrays import Floats, Vector
+from edge_runtime.training.context import TrainingContext
+from fedfmsl.algorithms.arrays import Vector
 from fedfmsl.protocol.layout import Slot
 from fedfmsl.protocol.messages import Training
 from simulation.fleet import Fleet
-from simulation.methods.base import MethodSettings, RoundCost, round_seed
-from simulation.methods.local_training import Proximal, log_p, mask, shuffled_steps, train_steps
-from simulation.methods.server import State, Trained, average, exchange, start_theta
+from simulation.methods.base import RoundCost, round_seed
+from simulation.methods.local_training import Proximal, mask, shuffled_steps, train_steps
+from simulation.methods.server import State, Trained, average, exchange
+from simulation.methods.single_model import SingleModel
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def train_received(context: TrainingContext, task: Task) -> Trained:
     return Trained(theta, len(samples))
 
 
-class FedIT:
+class FedIT(SingleModel):
     name = "fedit"
     title = "FedAvg-LoRA (FedIT)"
     source = "Zhang et al., ICASSP 2024"
@@ -52,10 +53,6 @@ class FedIT:
     def is_trained(self, slot: Slot) -> bool:
         """Whether the devices train and send this tensor."""
         return True
-
-    def start(self, fleet: Fleet, settings: MethodSettings) -> tuple[State, RoundCost]:
-        theta, cost = start_theta(fleet, settings)
-        return State(settings, theta), cost
 
     def round(self, fleet: Fleet, state: State, devices: Sequence[str], index: int) -> tuple[State, RoundCost]:
         settings, shared = state.settings, state.shared
@@ -68,12 +65,3 @@ class FedIT:
         results = fleet.map(train_received, tasks)
         cost = exchange(fleet.bundle, shared, devices, self.is_trained)
         return State(settings, average(fleet.bundle, shared, results)), cost
-
-    def adapt(self, fleet: Fleet, state: State, devices: Sequence[str]) -> State:
-        return state
-
-    def model(self, state: State, device: str) -> Vector:
-        return state.shared
-
-    def log_p(self, context: TrainingContext, model: Vector, samples: Samples) -> dict[str, Floats]:
-        return {self.name: log_p(context, samples, model)}

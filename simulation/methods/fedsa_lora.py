@@ -11,17 +11,13 @@ import numpy as np
 
 from edge_runtime.training.context import TrainingContext
 from fedfmsl.protocol.layout import Slot
-from simulation.methods.local_training import is_lora_a, shuffled_steps, train_steps
-from simulation.methods.partial_sharing import PartialSharing, Task
+from simulation.methods.local_training import is_lora_a
+from simulation.methods.partial_sharing import PartialSharing, Task, train_part
 from simulation.methods.server import Trained
 
 
 def train_all(context: TrainingContext, task: Task) -> Trained:
-    samples = context.splits.train
-    steps = shuffled_steps(len(samples), task.training, task.seed)
-    everything = np.ones_like(task.theta)
-    theta = train_steps(context, samples, task.theta, steps, task.training, everything, restricted=task.restricted)
-    return Trained(theta, len(samples))
+    return train_part(context, task, np.ones_like(task.theta))
 
 
 class FedSALoRA(PartialSharing):

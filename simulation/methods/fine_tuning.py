@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from fedfmsl.algorithms.arrays import Vector
 from simulation.fleet import Fleet
 from simulation.methods.base import RoundCost, round_seed
 from simulation.methods.fedit import FedIT, Task, train_received
@@ -33,9 +32,6 @@ class FineTuning(FedIT):
         for index in state.settings.stage2_indices:
             state = fine_tune(fleet, state, devices, index, self.restricted)
         return state
-
-    def model(self, state: State, device: str) -> Vector:
-        return state.personal.get(device, state.shared)
 
 
 def fine_tune(fleet: Fleet, state: State, devices: Sequence[str], index: int, restricted: bool) -> State:

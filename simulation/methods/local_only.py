@@ -10,14 +10,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from edge_runtime.training.context import Samples, TrainingContext
+from edge_runtime.training.context import TrainingContext
 from edge_runtime.training.stages import class_mean_expert
-from fedfmsl.algorithms.arrays import Floats, Vector
+from fedfmsl.algorithms.arrays import Vector
 from simulation.fleet import Fleet
 from simulation.methods.base import MethodSettings, RoundCost
 from simulation.methods.fine_tuning import fine_tune
-from simulation.methods.local_training import log_p
 from simulation.methods.server import State
+from simulation.methods.single_model import SingleModel
 
 
 def own_start(context: TrainingContext, level: int) -> Vector:
@@ -25,7 +25,7 @@ def own_start(context: TrainingContext, level: int) -> Vector:
     return class_mean_expert(context)[: context.bundle.expert.size(level)]
 
 
-class LocalOnly:
+class LocalOnly(SingleModel):
     name = "local-only"
     title = "Local-only LoRA"
     source = "no federation"
@@ -43,9 +43,3 @@ class LocalOnly:
         for index in range(state.settings.rounds):
             state = fine_tune(fleet, state, devices, index, self.restricted)
         return state
-
-    def model(self, state: State, device: str) -> Vector:
-        return state.personal[device]
-
-    def log_p(self, context: TrainingContext, model: Vector, samples: Samples) -> dict[str, Floats]:
-        return {self.name: log_p(context, samples, model)}

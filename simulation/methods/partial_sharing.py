@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -14,8 +14,10 @@ from fedfmsl.algorithms.arrays import Floats, Vector
 from fedfmsl.protocol.layout import Slot
 from fedfmsl.protocol.messages import Training
 from simulation.fleet import Fleet
-from simulation.methods.base import MethodSettings, RoundCost, round_seed
-from simulation.methods.local_training import log_p, mask, shuffled_steps, train_steps
+from simulation.methods import fedit
+from simulation.methods.base import Method, MethodSettings, RoundCost, round_seed
+from simulation.methods.fedit import train_received
+from simulation.methods.local_training import log_p, mask
 from simulation.methods.server import State, Trained, average, exchange, start_theta
 
 
@@ -45,19 +47,19 @@ class Task:
     restricted: bool
 
 
+def train_part(context: TrainingContext, task: Task, trained: Vector) -> Trained:
+    """Trains the trainables that are 1 in `trained` (P,)."""
+    return train_received(context, fedit.Task(task.theta, task.training, task.seed, trained, task.restricted))
+
+
 def train_own(context: TrainingContext, task: Task) -> Trained:
     """Trains only what is not shared."""
-    samples = context.splits.train
-    steps = shuffled_steps(len(samples), task.training, task.seed)
-    local = 1 - task.is_shared
-    theta = train_steps(context, samples, task.theta, steps, task.training, local, restricted=task.restricted)
-    return Trained(theta, len(samples))
+    return train_part(context, task, 1 - task.is_shared)
 
 
-class PartialSharing(ABC):
+class PartialSharing(Method[PartialState, Vector]):
     """`train`: what a device computes in a round, defined in a module."""
 
-    name: ClassVar[str]
     restricted: ClassVar[bool] = False
     train: ClassVar[Callable[[TrainingContext, Task], Trained]]
 

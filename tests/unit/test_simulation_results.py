@@ -16,16 +16,18 @@ from edge_runtime.training.context import Samples, TrainingContext
 from fedfmsl.algorithms.arrays import Floats
 from simulation.fleet import Fleet, open_folders
 from simulation.measure import held_out_accuracy, measure
-from simulation.methods.base import MethodSettings, RoundCost
+from simulation.methods.base import Method, MethodSettings, RoundCost
 from simulation.report import server_settings
 from simulation.results import as_csv, as_markdown, spread
 from simulation.settings import SimulationSettings
 
 
-class Constant:
-    """Always predicts the class of the model; the row `right` predicts the labels."""
+class Constant(Method[int, int]):
+    """Always predicts the class of the model; the row `right` predicts the labels. The row `unsure` takes half of the
+    apples for lemons, and adapts."""
 
     name = title = source = "constant"
+    adapting = ("unsure",)
 
     def start(self, fleet: Fleet, settings: MethodSettings) -> tuple[int, RoundCost]:
         return 0, RoundCost()
@@ -42,24 +44,31 @@ class Constant:
     def log_p(self, context: TrainingContext, model: int, samples: Samples) -> dict[str, Floats]:
         labels = labels_of(samples)
         rows = {"constant": np.full(len(samples), model), "right": labels}
-        return {row: np.log(np.eye(context.classes, dtype=np.float32)[found] + 1e-6) for row, found in rows.items()}
+        p = {row: np.eye(context.classes, dtype=np.float32)[found] + 1e-6 for row, found in rows.items()}
+        p["unsure"] = p["right"].copy()
+        p["unsure"][np.flatnonzero(labels == 0)[::2]] = (0.47, 0.02, 0.49, 0.02)
+        return {row: np.log(values) for row, values in p.items()}
 
 
 def test_rows_are_measured_on_own_fleet_and_novel_samples(vit: Built, tmp_path: Path) -> None:
-    # device-0 holds apple and kiwi, device-1 kiwi and lemon; four test photos of each of its classes
+    # device-0 holds apple and kiwi, device-1 kiwi and lemon; twelve test photos of each of its classes
     held = {"device-0": CLASSES[:2], "device-1": CLASSES[1:3]}
     for seed, (name, classes) in enumerate(held.items()):
-        for split, count in (("train", 4), ("test", 4)):
+        for split, count in (("train", 4), ("test", 12)):
             write_device_photos(tmp_path / name / split, dict.fromkeys(classes, count), 10 * seed + (split == "test"))
     fleet = open_folders(vit.bundle, [tmp_path / name for name in held], tmp_path / "s", tmp_path / "c", threads=1)
     rows = measure(Constant(), fleet, 0, fleet.names, test_devices=2)
     apple = rows["constant"]
-    assert (apple["own"], apple["fleet"], apple["novel"]) == (4 / 16, 4 / 16, 4 / 8)
+    assert (apple["own"], apple["fleet"], apple["novel"]) == (1 / 4, 1 / 4, 1 / 2)
     assert apple["worst_decile"] == 0
     assert rows["right"]["own"] == rows["right"]["novel"] == rows["right"]["harmonic"] == 1
     one = measure(Constant(), fleet, 0, fleet.names, test_devices=1)["constant"]
-    assert (one["own"], one["fleet"], one["novel"]) == (4 / 16, 4 / 16, 0)  # device-0, to which lemon is novel
-    assert held_out_accuracy(Constant(), fleet, 0) == {"constant": 1 / 4, "right": 1.0}
+    assert (one["own"], one["fleet"], one["novel"]) == (1 / 4, 1 / 4, 0)  # device-0, to which lemon is novel
+    # a device adapts to its own samples whether or not it is measured on those of the others
+    both, last = (measure(Constant(), fleet, 0, ["device-1", "device-0"], count)["unsure"] for count in (2, 1))
+    assert both["own"] == last["own"] == 7 / 8
+    assert min(both["stream"][0.0], last["stream"][0.0]) > 7 / 8
+    assert held_out_accuracy(Constant(), fleet, 0) == {"constant": 1 / 4, "right": 1.0, "unsure": 3 / 4}
 
 
 def result(
