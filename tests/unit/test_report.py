@@ -184,12 +184,14 @@ def test_the_first_picture_and_the_table_show_own_against_novel(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     record(folder, whole_run())
-    write_report(folder, FLEET, seed=0, alpha=0.5, seconds=SECONDS, used=60, skipped=0)
+    write_report(folder, FLEET, seed=0, alpha=0.5, seconds=SECONDS, used=30, skipped=60)
     page = (folder / "report.html").read_text()
     assert 'alt="MoFM knows 81% of a device&#x27;s own photos, 40% of novel ones"' in page[: page.index("</div>")]
     printed = capsys.readouterr().out.splitlines()
     head = next(line for line in printed if line.startswith("model "))
     assert head.split()[:5] == ["model", "own", "novel", "fleet", "harmonic"]
+    assert "30 of 90 photos were used, 60 were skipped" in printed
+    assert "30 of 90 photos were used, 60 were skipped" in page
     mofm = next(line for line in printed if line.startswith("MoFM"))
     assert mofm.split()[1:4] == ["81.2%", "40.0%", "43.8%"]
 
