@@ -173,8 +173,8 @@ def _assign(
         others = [next((other for other, _ in same if other.label != sample.label), None) for sample, _ in same]
         for (sample, _), other in zip(same, others, strict=True):
             if other is not None:
-                twin = f"{other.path}, of class {classes[other.label]!r}"
-                skipped.append(SkippedFile(sample.path, IN_TWO_CLASSES, twin))
+                where = f"{other.path}, of class {classes[other.label]!r}"
+                skipped.append(SkippedFile(sample.path, IN_TWO_CLASSES, where))
         if not any(others):
             samples += [sample for sample, is_test in same if not is_test][:1]
             tests += [sample for sample, is_test in same if is_test][:1]

@@ -6,7 +6,6 @@ Spaces belong to a name. Names are in Unicode's normal form NFC, so that a folde
 from __future__ import annotations
 
 import csv
-import io
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
@@ -74,9 +73,7 @@ def split_names(text: str) -> list[str]:
 
 def joined_names(names: Sequence[str]) -> str:
     """The line that `split_names` reads as these names."""
-    line = io.StringIO()
-    csv.writer(line, lineterminator="").writerow(names)
-    return line.getvalue()
+    return ",".join(_field(name) for name in names)
 
 
 def read_names(path: Path, noun: str) -> list[str]:
@@ -96,6 +93,11 @@ def write_names(path: Path, names: Sequence[str]) -> None:
     """Writes a file for `read_names`. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes("".join(f"{name}\n" for name in names).encode())
+
+
+def _field(name: str) -> str:
+    needs_quotes = name != name.strip() or any(character in name for character in ',"\n')
+    return '"' + name.replace('"', '""') + '"' if needs_quotes else name
 
 
 def _quoted(name: str) -> str:
