@@ -133,7 +133,7 @@ def _copy_results(source: Path, target: Path) -> None:
         shutil.copyfile(path, target / path.name)
 
 
-def build_bundle(folder: Path, images: Path, levels: int) -> Bundle:
+def build_bundle(folder: Path, images: Path, levels: int, precision: str = "fp32") -> Bundle:
     """The trial's backbone with so many levels, built once. Raises RunError if the build fails."""
     if not folder.is_dir():
         weights, names = ASSETS / "dinov2-s14", folder.with_name(f"{folder.name}-classes.txt")
@@ -141,6 +141,7 @@ def build_bundle(folder: Path, images: Path, levels: int) -> Bundle:
         if not weights.is_dir():
             _python("export.rebuild", str(fetch(WEIGHTS)), str(weights))
         command = ["--model", "dinov2-s14", "--weights", str(weights), "--classes-file", str(names)]
+        command += ["--precision", precision]
         _python("export.build", *command, "--image-size", str(SIZE), "--levels", str(levels), "--out", str(folder))
     return Bundle.load(folder)
 

@@ -7,9 +7,9 @@ only. `benchmarks.simulation` starts it and describes the files that it reads an
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -214,13 +214,17 @@ def main(text: str) -> None:
 
 
 def store_states(job: dict[str, Any], variant: Variant, pixels: Any, path: Path) -> None:
-    """The states below the first block with LoRA of all images, in fp32."""
-    torch.set_num_threads(os.cpu_count() or 1)
-    model, table = Classifier(job, variant.level), None
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=variant.bf16):
-        for start in range(0, len(pixels), FEATURE_BATCH):
-            states = model.prefix(torch.from_numpy(pixels[start : start + FEATURE_BATCH])).float().numpy()
-            if table is None:
-                shape = (len(pixels), *states.shape[1:])
-                table = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
-            table[start : start + FEATURE_BATCH] = states
+    """The states below the first block with LoRA of all images, in fp32. With as many threads as the actors have."""
+    torch.set_num_threads(variant.threads)
+    model = Classifier(job, variant.level)
+
+    def states(start: int) -> np.ndarray[Any, Any]:
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=variant.bf16):
+            batch = torch.from_numpy(pixels[start : start + FEATURE_BATCH])
+            return model.prefix(batch).float().numpy()  # type: ignore[no-any-return]
+
+    table = np.lib.format.open_memmap(path, "w+", np.float32, (len(pixels), *states(0).shape[1:]))
+    starts = range(0, len(pixels), FEATURE_BATCH)
+    with ThreadPoolExecutor(variant.actors) as pool:
+        for start, part in zip(starts, pool.map(states, starts), strict=True):
+            table[start : start + FEATURE_BATCH] = part

@@ -26,16 +26,19 @@ from benchmarks.evidence import build_bundle
 from benchmarks.photos import unpack_cifar10
 from benchmarks.process_tree import measure
 from benchmarks.simulation_job import Job, LoadedJob, command, write_for_flower
-from benchmarks.simulation_report import Run, Runs, report
+from benchmarks.simulation_report import report
+from benchmarks.simulation_runs import Run, Runs
 from devices.trial.assets import ASSETS
 from fedfmsl.common.cli import application
 from fedfmsl.common.files import write_atomically
 from fedfmsl.errors import InputError
+from fedfmsl.protocol.bundle import Bundle
 from simulation.results import key_of
 
 RUNS, REPORT = Path("runs/simulation-benchmark"), Path("benchmarks/simulation.md")
 LEVELS = 12  # blocks of DINOv2 ViT-S/14
 TRIED_ROUNDS = 3  # of each setting of Flower; the first one loads the models
+WHOLE_ROUNDS = 8  # with LoRA in all blocks; evaluated after the last one
 EVALUATED = 10  # after the rounds of Flower, every tenth round of ours is evaluated
 # Nothing is sent to the makers of Flower, Ray and transformers.
 QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0", "HF_HUB_OFFLINE": "1"}
@@ -76,7 +79,7 @@ class Benchmark:
 
     @cached_property
     def loaded(self) -> LoadedJob:
-        """The job as it is evaluated. Its features are not those of the measured runs."""
+        """The job for Flower and for evaluation. Its features are not those of the measured runs."""
         return LoadedJob(replace(self.job, features=str(self.folder / "features")))
 
     @cached_property
@@ -91,7 +94,13 @@ class Benchmark:
     def ours(self, seed: int) -> Run:
         """The features are computed in the run of seed 0."""
         job = replace(self.job, features=str(self.folder / "ours-0" / "features"), seed=seed)
-        return self._measured(f"ours-{seed}", lambda out: command(job, out), os.environ)
+        return self._measured(f"ours-{seed}", lambda out: command(job, out), os.environ, lambda: self.loaded)
+
+    def int8(self, bundle: Bundle) -> Run:
+        """Our run with another bundle, which also evaluates it."""
+        name = "ours-int8"
+        job = replace(self.job, bundle=str(bundle.root), features=str(self.folder / name / "features"))
+        return self._measured(name, lambda out: command(job, out), os.environ, lambda: LoadedJob(job))
 
     def flower(self, name: str, setting: Setting, rounds: int, level: int, cached: bool = False) -> Run:
         def start(out: Path) -> list[str]:
@@ -101,9 +110,15 @@ class Benchmark:
             return [str(self.python), "-c", code]
 
         environment = {**os.environ, **QUIET, "PYTHONPATH": str(Path.cwd())}
-        return self._measured(name, start, environment)
+        return self._measured(name, start, environment, lambda: self.loaded)
 
-    def _measured(self, name: str, start: Callable[[Path], list[str]], environment: Mapping[str, str]) -> Run:
+    def _measured(
+        self,
+        name: str,
+        start: Callable[[Path], list[str]],
+        environment: Mapping[str, str],
+        evaluator: Callable[[], LoadedJob],
+    ) -> Run:
         out = self.folder / name
         result = out / "result.json"
         if not result.is_file():
@@ -111,8 +126,13 @@ class Benchmark:
             out.mkdir(parents=True)
             usage = measure(start(out), environment)
             found = sorted((int(path.stem.removeprefix("theta-")), path) for path in out.glob("theta-*.npy"))
-            few = [(index, path) for index, path in found if index <= self.flower_rounds or index % EVALUATED == 0]
-            accuracy = {index: self.loaded.accuracy(np.load(path)) for index, path in few}
+            loaded, thetas = evaluator(), {index: np.load(path) for index, path in found}
+            every = thetas[0].size == loaded.bundle.expert.size(self.job.level)
+            accuracy = {
+                index: loaded.accuracy(theta)
+                for index, theta in thetas.items()
+                if index == len(thetas) - 1 or (every and (index <= self.flower_rounds or index % EVALUATED == 0))
+            }
             write_atomically(result, Run(usage, accuracy).to_json())
         return Run.from_json(result.read_bytes())
 
@@ -129,7 +149,8 @@ def simulation(
     if not flower_python.is_file():
         raise InputError(f"--flower-python {flower_python} does not exist; python -m benchmarks.simulation --help")
     images = unpack_cifar10(ASSETS)
-    bundle = build_bundle(Path("runs/simulation-benchmark-bundle"), images, LEVELS)
+    bundle = build_bundle(Path(f"{RUNS}-bundle"), images, LEVELS)
+    int8 = build_bundle(Path(f"{RUNS}-bundle-int8"), images, 1, "int8")
     weights = str((ASSETS / "dinov2-s14").absolute())
     job = Job(str(bundle.root), str(images), "", weights, rounds, learning_rate=learning_rate, threads=threads)
     benchmark = Benchmark(job, flower_python.absolute(), flower_rounds)
@@ -143,11 +164,12 @@ def simulation(
     best = min(tried, key=lambda each: tried[each].per_round.processor)
     runs = Runs(
         ours=ours,
+        int8=benchmark.int8(int8),
         tried={each.title: run for each, run in tried.items()},
         best=best.title,
         flower=benchmark.flower("flower", best, flower_rounds, job.level),
         cached=benchmark.flower("flower-cached", best, flower_rounds, job.level, cached=True),
-        whole=benchmark.flower("flower-all-blocks", best, TRIED_ROUNDS, LEVELS),
+        whole=benchmark.flower("flower-all-blocks", best, WHOLE_ROUNDS, LEVELS),
     )
     write_atomically(REPORT, report(job, runs).encode())
     print(REPORT)

@@ -1,91 +1,15 @@
-"""The runs of `benchmarks.simulation`, and the document about them."""
+"""The document of `benchmarks.simulation`."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 
-from benchmarks.process_tree import Mark, Usage
+from benchmarks.process_tree import Mark
 from benchmarks.simulation_job import Job
+from benchmarks.simulation_runs import Run, Runs
 from benchmarks.tables import spread
 
 LONGER = (100, 500)  # rounds that costs are computed for
-
-
-@dataclass(frozen=True)
-class Run:
-    """A measured run. `accuracy` on the test split, by the number of rounds before."""
-
-    usage: Usage
-    accuracy: Mapping[int, float]
-
-    @property
-    def rounds(self) -> int:
-        return len(self._marks) - 1
-
-    @property
-    def start(self) -> Mark:
-        """What is used before the first round."""
-        return self._marks[0]
-
-    @property
-    def per_round(self) -> Mark:
-        """Means over all rounds but the first, in which models are loaded."""
-        first, last = self._marks[1], self._marks[-1]
-        count = self.rounds - 1
-        return Mark(
-            "round",
-            (last.training - first.training) / count,
-            (last.processor - first.processor) / count,
-            (last.wall - first.wall) / count,
-        )
-
-    def after(self, index: int) -> Mark:
-        """What the first `index` rounds use, with all that comes before them."""
-        return self._marks[index]
-
-    def processor_after(self, index: int) -> float:
-        """The processor seconds of `index` rounds, measured or computed from `per_round`."""
-        return self._marks[1].processor + (index - 1) * self.per_round.processor
-
-    def reaches(self, accuracy: float) -> int:
-        """The first round after which the accuracy is reached."""
-        return min(index for index, value in self.accuracy.items() if value >= accuracy)
-
-    @property
-    def _marks(self) -> list[Mark]:
-        return [mark for mark in self.usage.marks if mark.name.startswith("round")]
-
-    def to_json(self) -> bytes:
-        return json.dumps(asdict(self), indent=1).encode()
-
-    @classmethod
-    def from_json(cls, data: bytes) -> Run:
-        value = json.loads(data)
-        marks = [Mark(**mark) for mark in value["usage"].pop("marks")]
-        accuracy = {int(index): each for index, each in value["accuracy"].items()}
-        return cls(Usage(marks=marks, **value["usage"]), accuracy)
-
-
-@dataclass(frozen=True)
-class Runs:
-    """`ours`: the first run, then runs of other seeds with the same features. `tried`: Flower's settings, of which
-    `best` needs the fewest processor seconds. `cached`: with the states of the frozen blocks stored. `whole`: with LoRA
-    in all blocks."""
-
-    ours: Sequence[Run]
-    tried: Mapping[str, Run]
-    best: str
-    flower: Run
-    cached: Run
-    whole: Run
-
-    @property
-    def common(self) -> float:
-        """The highest accuracy that Flower and our simulator both reach."""
-        shared = [self.ours[0].accuracy[index] for index in self.flower.accuracy]
-        return min(max(shared), max(self.flower.accuracy.values()))
 
 
 def report(job: Job, runs: Runs) -> str:
@@ -122,7 +46,7 @@ def report(job: Job, runs: Runs) -> str:
         "",
         f"## Cost of the same accuracy, {runs.common:.3f}",
         "",
-        f"The highest that both reach in Flower's {runs.flower.rounds} rounds.",
+        f"The highest that all reach in {runs.flower.rounds} rounds, which is as far as Flower was run.",
         "",
         *_equal(runs),
         "",
@@ -150,6 +74,7 @@ def _rows(runs: Runs) -> dict[str, Run]:
     return {
         "FedFMSL, first run": runs.ours[0],
         "FedFMSL, features kept": runs.ours[1],
+        "FedFMSL, int8 weights, first run": runs.int8,
         "Flower": runs.flower,
         "Flower, frozen blocks stored by hand": runs.cached,
         "Flower, LoRA in all blocks": runs.whole,
@@ -189,8 +114,8 @@ def _gain(runs: Runs) -> list[str]:
         f"- The simulator: {rest[0]:.2f} CPU s of a round are not training. In Flower they are {rest[1]:.2f}, and",
         f"  {rest[2]:.2f} with stored states.",
         "",
-        "LoRA in all blocks is what PEFT does by default. No state can be stored then, by anybody, and the gain of the",
-        "engine alone is in [the benchmarks](../docs/benchmarks.md#one-training-step).",
+        "LoRA in all blocks is what PEFT does by default. There are no frozen blocks to store then; the gain of",
+        "the engine alone is in [the benchmarks](../docs/benchmarks.md#one-training-step).",
     ]
 
 
@@ -214,9 +139,13 @@ def _equal(runs: Runs) -> list[str]:
 def _longer(runs: Runs) -> list[str]:
     rows = []
     for rounds in (runs.flower.rounds, *LONGER):
-        flower, *others = (run.processor_after(rounds) for run in (runs.flower, runs.cached, *runs.ours[:2]))
+        flower, *others = (
+            run.processor_after(rounds) for run in (runs.flower, runs.cached, runs.ours[0], runs.int8, runs.ours[1])
+        )
         rows.append([str(rounds), f"{flower:.0f}", *(f"{each:.0f} ({flower / each:.1f} ×)" for each in others)])
-    return _table(("rounds", "Flower", "Flower, stored by hand", "FedFMSL, first run", "FedFMSL, features kept"), rows)
+    return _table(
+        ("rounds", "Flower", "Flower, stored by hand", "FedFMSL, first run", "int8 weights", "features kept"), rows
+    )
 
 
 def _accuracy(runs: Runs) -> list[str]:
@@ -231,9 +160,19 @@ def _accuracy(runs: Runs) -> list[str]:
         f"On the 2,000 test photos. The largest difference between FedFMSL and Flower is {difference:.4f}.",
         f"After {ours.rounds} rounds FedFMSL has {spread(seeds)} over {len(seeds)} seeds.",
         "",
-        *_table(("after round", "FedFMSL", "Flower", "Flower, stored by hand", "Flower, LoRA in all blocks"), rows),
+        *_table(
+            (
+                "after round",
+                "FedFMSL",
+                "int8 weights",
+                "Flower",
+                "Flower, stored by hand",
+                "Flower, LoRA in all blocks",
+            ),
+            rows,
+        ),
     ]
 
 
 def _curves(runs: Runs) -> tuple[Run, ...]:
-    return runs.ours[0], runs.flower, runs.cached, runs.whole
+    return runs.ours[0], runs.int8, runs.flower, runs.cached, runs.whole

@@ -27,10 +27,10 @@ from edge_runtime.training.local_expert import train_personal
 from edge_runtime.training.model import save_personal_model
 from edge_runtime.training.stages import StageFunction, head_statistics, read_globals, statistics, train_global
 from edge_runtime.training.updates import prepare_update, update_header
-from fedfmsl.common.files import shown, write_atomically
+from fedfmsl.common.files import write_atomically
 from fedfmsl.common.folder_walk import SkippedFile, summarize
 from fedfmsl.common.logs import fields
-from fedfmsl.errors import InputError, RunError
+from fedfmsl.errors import InputError, RunError, shown
 from fedfmsl.protocol.messages import Round, Stage
 from fedfmsl.protocol.tensors import pack
 

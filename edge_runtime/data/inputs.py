@@ -13,10 +13,9 @@ from numpy.typing import NDArray
 
 from edge_runtime.data import images, texts
 from edge_runtime.data.unreadable import UnreadableError, read_file
-from fedfmsl.common.files import shown
 from fedfmsl.common.folder_walk import SkippedFile, files_below, has_suffix, wrong_suffix
 from fedfmsl.common.sample_formats import IMAGE_SUFFIXES, TEXT_SUFFIXES
-from fedfmsl.errors import InputError
+from fedfmsl.errors import InputError, shown
 from fedfmsl.protocol.bundle import Bundle, Preprocessing, TextPreprocessing
 
 

@@ -15,9 +15,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fedfmsl.common.files import shown
 from fedfmsl.common.folder_walk import SkippedFile
-from fedfmsl.errors import InputError
+from fedfmsl.errors import InputError, shown
 
 HELD_OUT_SHARE = 0.2
 TEST_SHARE = 0.2

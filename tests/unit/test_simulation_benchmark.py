@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.process_tree import Mark, Usage, measure
-from benchmarks.simulation_report import Run
+from benchmarks.simulation_runs import Run
 from fedfmsl.errors import RunError
 
 BURN = "import time; end = time.process_time() + 0.5\nwhile time.process_time() < end: pass"
