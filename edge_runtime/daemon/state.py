@@ -140,8 +140,8 @@ class State:
 
     `announced`: the newest announced round. `running`: the round that is being computed. `last_started`: the last round
     whose computation was started. `stored`: SHA-256 of the global blobs on disk. `unacknowledged`: rounds of `session`
-    with an unacknowledged update. `guard`: finds newer processes with this device's name. `offline_logged`: whether the
-    log has reported that the server is offline.
+    with an unacknowledged update. `guard`: finds newer processes with this device's name. `ended`: newer processes that
+    seem to have ended. `offline_logged`: whether the log has reported that the server is offline.
     """
 
     device: str
@@ -154,6 +154,7 @@ class State:
     last_started: int = 0
     stored: frozenset[str] = frozenset()
     unacknowledged: frozenset[int] = frozenset()
+    ended: frozenset[str] = frozenset()
     offline_logged: bool = False
     running: Round | None = None
 
@@ -211,11 +212,15 @@ def _see_server(state: State, status: ServerStatus) -> tuple[State, list[Command
 
 
 def _see_own_status(state: State, status: DeviceStatus) -> tuple[State, list[Command]]:
+    """A broker that allows one connection per identity ends the newer process's connection whenever this process
+    connects, and publishes its last will. So the last will of a newer process counts as its end once only: a process
+    that has really ended does not come back."""
     guard, instance = state.guard.observe(status.instance), status.instance
     state = replace(state, guard=guard)
-    if guard.confirmed and instance != guard.instance and not status.online:  # the last will of an ended process
-        return state, [PublishStatus()]
-    if not guard.is_newer(instance):
+    newer = guard.is_newer(instance)
+    if guard.confirmed and instance != guard.instance and not status.online and instance not in state.ended:
+        return replace(state, ended=state.ended | {instance} if newer else state.ended), [PublishStatus()]
+    if not newer:
         return state, []
     error = (
         f"duplicate device name {state.device!r}: a newer process took over; if these are two devices, start one of "

@@ -270,6 +270,19 @@ def test_a_device_stops_for_a_newer_process_of_its_name_and_names_the_remedy() -
     assert "duplicate device name 'd'" in leave.error and "--device" in leave.error
 
 
+def test_of_two_processes_that_end_each_others_connection_the_older_one_leaves() -> None:
+    """A broker with one connection per identity: whoever connects first receives the other one's last will."""
+    older, commands = drive([seen("me"), seen("newer", online=False)])
+    assert commands == [PublishStatus()]  # the newer process may have ended
+    newer = State(device="d", guard=DuplicateNameGuard("newer"), bundle=BUNDLE)
+    newer, _ = drive([seen("me", online=False), seen("newer")], newer)
+    for _ in range(3):
+        newer, commands = drive([seen("me", online=False), seen("newer")], newer)
+        assert commands == [PublishStatus()]
+    (leave,) = drive([seen("me"), seen("newer", online=False)], older)[1]
+    assert isinstance(leave, Stop) and leave.quietly and "a newer process took over" in leave.error
+
+
 @given(st.permutations("abcde"), st.data())
 def test_of_any_number_of_processes_with_one_name_the_newest_stays(names: list[str], data: st.DataObject) -> None:
     """Each subscribes at any time before it publishes its status, and receives the retained status first."""

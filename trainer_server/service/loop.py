@@ -199,6 +199,8 @@ class Service:
         except MessageError:
             return
         self._guard.receive(status)
+        if status.session == self._plan.session and not status.online:  # the last will of this run's previous server
+            self._publisher.publish_status(online=True)
         if self._guard.superseded:
             raise RunError(
                 f"another server was started for run {self._plan.config.run!r} and took over; "
