@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from fedfmsl.protocol.duplicate_name import DuplicateNameGuard
-from fedfmsl.protocol.messages import Ack, DeviceStatus, Round, ServerStatus, Stage
+from fedfmsl.protocol.messages import Ack, DeviceStatus, Round, ServerStatus, Stage, Verdict
 
 
 @dataclass(frozen=True)
@@ -97,9 +97,10 @@ class Work:
 
 @dataclass(frozen=True)
 class Send:
-    """Send the update of this round from the outbox."""
+    """Send the update of this round from the outbox: all of it, or only some chunks."""
 
     round: int
+    chunks: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -250,6 +251,8 @@ def _is_for_this_device(state: State, announced: Round) -> bool:
 def _acknowledge(state: State, ack: Ack) -> tuple[State, list[Command]]:
     if ack.session != state.session or ack.round not in state.unacknowledged:
         return state, []
+    if ack.verdict is Verdict.INCOMPLETE:
+        return state, [Send(ack.round, ack.missing)] if ack.missing else []
     return replace(state, unacknowledged=state.unacknowledged - {ack.round}), [Acknowledge(ack)]
 
 
