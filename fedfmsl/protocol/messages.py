@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from fedfmsl.algorithms.privacy import Privacy
 from fedfmsl.algorithms.sal import Sal
 from fedfmsl.errors import MessageError, one_line
+from fedfmsl.protocol.chunks import CHUNK_BYTES, check_chunk_size
 from fedfmsl.protocol.class_names import valid_name
 from fedfmsl.protocol.topics import MAX_NUMBER, NAME
 
@@ -26,6 +27,7 @@ ClassName = Annotated[str, AfterValidator(valid_name)]
 Number = Annotated[int, Field(ge=0, le=MAX_NUMBER)]
 Positive = Annotated[int, Field(ge=1, le=MAX_NUMBER)]
 Level = Annotated[int, Field(ge=0, le=1024)]
+ChunkBytes = Annotated[int, AfterValidator(check_chunk_size)]
 Count = Annotated[int, Field(ge=0, le=2**53)]  # also exact as a float
 Amount = Annotated[float, Field(ge=0, le=2**53)]
 
@@ -73,7 +75,8 @@ class Encoding(str, Enum):
 
 class ServerStatus(Message):
     """Retained, last will. Each execution of a run name has its own `session`; a restarted server keeps it. It
-    distinguishes messages and files of an earlier execution."""
+    distinguishes messages and files of an earlier execution. `chunk_bytes`: the size of chunks that the broker takes.
+    """
 
     online: bool
     run: Name
@@ -81,6 +84,7 @@ class ServerStatus(Message):
     bundle: Sha256 = ""
     bundle_url: Url = ""
     model: Text = ""
+    chunk_bytes: ChunkBytes = CHUNK_BYTES
 
 
 class Round(Message):
@@ -238,10 +242,11 @@ class Verdict(str, Enum):
     DUPLICATE = "duplicate"
     LATE = "late"
     REJECTED = "rejected"
+    INCOMPLETE = "incomplete"
 
 
 class Ack(Message):
-    """The server's verdict on an update."""
+    """The server's verdict on an update. INCOMPLETE is none yet: the chunks `missing` have not arrived."""
 
     run: Name
     session: Session
@@ -249,6 +254,7 @@ class Ack(Message):
     device: Name
     verdict: Verdict
     reason: Text = ""
+    missing: tuple[Number, ...] = Field(default=(), max_length=64, fail_fast=True)
 
 
 M = TypeVar("M", bound=Message)
