@@ -28,9 +28,9 @@ from edge_runtime.training.model import save_personal_model
 from edge_runtime.training.stages import StageFunction, head_statistics, read_globals, statistics, train_global
 from edge_runtime.training.updates import prepare_update, update_header
 from fedfmsl.common.class_folders import SkippedFile
-from fedfmsl.common.files import shown, write_atomically
+from fedfmsl.common.files import write_atomically
 from fedfmsl.common.logs import fields
-from fedfmsl.errors import InputError, RunError
+from fedfmsl.errors import InputError, RunError, shown
 from fedfmsl.protocol.messages import Round, Stage
 from fedfmsl.protocol.tensors import pack
 

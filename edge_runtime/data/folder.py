@@ -20,8 +20,7 @@ from edge_runtime.data.samples import Sample, Split, Splits, assign_splits
 from edge_runtime.data.unreadable import UnreadableError
 from edge_runtime.store import DeviceStore
 from fedfmsl.common.class_folders import ClassFile, Listing, SkippedFile, walk_classes
-from fedfmsl.common.files import shown
-from fedfmsl.errors import InputError
+from fedfmsl.errors import InputError, shown
 from fedfmsl.protocol.bundle import Bundle
 
 WRITE_SECONDS = 2.0  # after its last change, a file may still be written

@@ -14,9 +14,8 @@ from numpy.typing import NDArray
 from edge_runtime.data import images, texts
 from edge_runtime.data.unreadable import UnreadableError, read_file
 from fedfmsl.common.class_folders import files_below, has_suffix
-from fedfmsl.common.files import shown
 from fedfmsl.common.sample_formats import IMAGE_SUFFIXES, TEXT_SUFFIXES
-from fedfmsl.errors import InputError
+from fedfmsl.errors import InputError, shown
 from fedfmsl.protocol.bundle import Bundle, Preprocessing, TextPreprocessing
 
 

@@ -16,8 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedfmsl.common.class_folders import SkippedFile
-from fedfmsl.common.files import shown
-from fedfmsl.errors import InputError
+from fedfmsl.errors import InputError, shown
 
 HELD_OUT_SHARE = 0.2
 TEST_SHARE = 0.2

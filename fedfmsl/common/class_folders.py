@@ -12,8 +12,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedfmsl.common.files import shown
-from fedfmsl.errors import InputError
+from fedfmsl.errors import InputError, shown
 
 TRAIN, TEST = "train", "test"
 IGNORED = frozenset(

@@ -54,7 +54,9 @@ def set_up_logging(form: LogFormat = "text", file: Path | None = None) -> None:
     if file is not None:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            handlers.append(RotatingFileHandler(file, maxBytes=FILE_BYTES, backupCount=OLD_FILES, encoding="utf-8"))
+            handlers.append(
+                RotatingFileHandler(file, "a", FILE_BYTES, OLD_FILES, encoding="utf-8", errors="backslashreplace")
+            )
         except OSError as error:
             raise ConfigError(f"--log-file {file} cannot be written ({error.strerror}); choose another") from error
         handlers[1].setFormatter(_Json() if form == "json" else _DATED)

@@ -29,6 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, bert_folder: Path) -> Path:
     directory = tmp_path_factory.mktemp("trial")
     texts = write_texts(directory / "texts", 30)
     (texts / CLASSES[0] / "empty.txt").touch()
+    (texts / CLASSES[0] / "29.txt").rename(texts / CLASSES[0] / "29\udcfc.txt")  # not UTF-8; a test sample
     rounds = ("--stage1-rounds", str(STAGE1), "--stage2-rounds", "1", "--alpha", "5", "--name", "texts")
     ended = trial(directory, "--images", str(texts), "--model", str(bert_folder), *rounds)
     assert ended.code == 0, ended.stdout + ended.stderr

@@ -16,9 +16,8 @@ from PIL import Image, features
 from devices.trial.dataset import find_files
 from edge_runtime.data.inputs import IMAGES, reader_for
 from edge_runtime.data.unreadable import UnreadableError, decoding
-from fedfmsl.common.files import shown
 from fedfmsl.common.sample_formats import IMAGE_SUFFIXES, READ_IMAGES, UNREAD_IMAGES
-from fedfmsl.errors import InputError
+from fedfmsl.errors import InputError, shown
 from fedfmsl.protocol.bundle import ImagePreprocessing
 from fedfmsl.protocol.messages import Prediction, encode, parse
 
