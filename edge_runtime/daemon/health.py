@@ -17,6 +17,7 @@ from edge_runtime.resources.sensors import board
 from edge_runtime.store import DeviceStore
 from edge_runtime.training.context import DeviceContext
 from fedfmsl.common.files import write_atomically
+from fedfmsl.common.folder_walk import count_files
 from fedfmsl.common.systemd import Watchdog, notify
 from fedfmsl.errors import one_line
 from fedfmsl.protocol.messages import HEALTH_SECONDS, Activity, Health, encode
@@ -102,7 +103,7 @@ def _of_device(device: DeviceContext) -> Mapping[str, Any]:
     return {
         "level_cap": device.level_cap,
         "cache": device.cache.used,
-        "skipped": len(device.scanned.skipped),
+        "skipped": count_files(device.scanned.skipped),
         **device.scanned.sizes,
     }
 
