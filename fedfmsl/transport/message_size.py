@@ -27,7 +27,7 @@ def largest_message(link: Link, topic: str, sizes: Sequence[int], seconds: float
             payload = bytes(size)
             deadline = time.monotonic() + seconds
             while time.monotonic() < deadline:
-                # QoS 0: paho would send a message that ends the connection again and again
+                # QoS 0: paho repeats a message of QoS 1 that ends the connection
                 link.publish(topic, payload, retain=True, qos=0)
                 link.subscribe(topic)
                 outcome = _wait(link, topic, size, min(deadline, time.monotonic() + RESEND_SECONDS))
