@@ -27,7 +27,7 @@ def largest_message(link: Link, topic: str, sizes: Sequence[int], seconds: float
             payload = bytes(size)
             deadline = time.monotonic() + seconds
             while time.monotonic() < deadline:
-                # QoS 0: paho would send a message that ends the connection again and again
+                # QoS 0: paho would repeat a message that ends the connection at every reconnection
                 link.publish(topic, payload, retain=True, qos=0)
                 link.subscribe(topic)
                 outcome = _wait(link, topic, size, RESEND_SECONDS)
