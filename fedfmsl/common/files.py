@@ -7,6 +7,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+MAX_NAME_BYTES = 255  # of common file systems
+ADDED_BYTES = 32  # that a temporary name may have more than the name of its file
 FULL = {errno.ENOSPC, errno.EDQUOT}  # error numbers of a full disk
 
 
@@ -16,7 +18,7 @@ def write_atomically(path: Path, data: bytes | Iterable[bytes], durable: bool = 
     `data`: the bytes, or their parts. With `durable` the file survives a power failure right after the call.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{shortened(path.name)}.{os.getpid()}")
     try:
         with temporary.open("wb") as file:
             file.writelines([data] if isinstance(data, bytes) else data)
@@ -29,6 +31,11 @@ def write_atomically(path: Path, data: bytes | Iterable[bytes], durable: bool = 
     except OSError:  # often a full disk, where the temporary file takes space
         temporary.unlink(missing_ok=True)
         raise
+
+
+def shortened(name: str) -> str:
+    """The beginning of a file name, so that ADDED_BYTES more are not too many."""
+    return os.fsdecode(os.fsencode(name)[: MAX_NAME_BYTES - ADDED_BYTES])
 
 
 def sync(path: Path) -> None:

@@ -14,6 +14,7 @@ from fedfmsl.algorithms.privacy import Privacy
 from fedfmsl.algorithms.sal import Sal
 from fedfmsl.errors import MessageError, one_line
 from fedfmsl.protocol.chunks import CHUNK_BYTES, check_chunk_size
+from fedfmsl.protocol.class_names import valid_name
 from fedfmsl.protocol.topics import MAX_NUMBER, NAME
 
 Name = Annotated[str, Field(pattern=f"^{NAME}$")]  # run or device
@@ -22,6 +23,7 @@ Sha256 = Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")]  # "" if there is n
 Url = Annotated[str, Field(pattern=r"^(https?://[!-~]+)?$", max_length=2048)]
 Key = Annotated[str, Field(pattern=r"^[0-9A-Za-z._-]{1,64}$")]
 Text = Annotated[str, AfterValidator(one_line)]  # for people; a longer text is cut
+ClassName = Annotated[str, AfterValidator(valid_name)]
 Number = Annotated[int, Field(ge=0, le=MAX_NUMBER)]
 Positive = Annotated[int, Field(ge=1, le=MAX_NUMBER)]
 Level = Annotated[int, Field(ge=0, le=1024)]
@@ -210,9 +212,9 @@ class Prediction(Message):
     device: Name
     file: Text
     time: Amount
-    label: Text
+    label: ClassName
     confidence: float = Field(ge=0, le=1)
-    probabilities: dict[Text, float] = Field(max_length=4096)
+    probabilities: dict[ClassName, float] = Field(max_length=4096)
     round: Number
 
 
