@@ -44,7 +44,8 @@ class HealthReporter:
         self._topic = topics.health(name)
         self._store = store
         self._read = read
-        self._constant = {"device": name, "started": time.time(), "version": version("fedfmsl-edge"), "board": board()}
+        self._started = _uptime()
+        self._constant = {"device": name, "version": version("fedfmsl-edge"), "board": board()}
         self._seconds = seconds
         self._watchdog = Watchdog()
         self._due = 0.0
@@ -83,12 +84,19 @@ class HealthReporter:
         notify(f"STATUS={activity.value}{about}{stopping}")
 
     def _measured(self) -> Mapping[str, Any]:
+        now = time.time()
         return {
-            "time": time.time(),
+            "time": now,
+            "started": max(now - (_uptime() - self._started), 0.0),  # right also after the clock was set
             "memory": rss(),
             "disk_free": _free(self._store.root),
             **vars(self._read()),
         }
+
+
+def _uptime() -> float:
+    """Seconds since the machine's start, also those that it slept."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def _free(folder: Path) -> int:

@@ -29,7 +29,7 @@ from edge_runtime.training.stages import StageFunction, head_statistics, read_gl
 from edge_runtime.training.updates import prepare_update, update_header
 from fedfmsl.common.files import write_atomically
 from fedfmsl.common.folder_walk import SkippedFile, summarize
-from fedfmsl.common.logs import fields
+from fedfmsl.common.logs import UNENCODABLE, fields
 from fedfmsl.errors import InputError, RunError, shown
 from fedfmsl.protocol.messages import Round, Stage
 from fedfmsl.protocol.tensors import pack
@@ -109,7 +109,9 @@ class RoundRunner:
         self._skipped = frozenset(skipped)
         lines = [*summarize(skipped, self._folder.path), "", *map(str, skipped)]
         with contextlib.suppress(OSError):  # the list is only for people
-            write_atomically(self.device.store.skipped, "".join(f"{line}\n" for line in lines).encode())
+            write_atomically(
+                self.device.store.skipped, "".join(f"{line}\n" for line in lines).encode("utf-8", UNENCODABLE)
+            )
 
     def run(self, round_: Round, bytes_down: int) -> float:
         """Computes a round, to be called after a scan. Returns the seconds that it took.
@@ -150,7 +152,9 @@ class RoundRunner:
         device = self.device
         command = [sys.executable, "-m", "edge_runtime", "personalize"]
         command += ["--bundle", str(device.bundle.root), "--state", str(device.store.root)]
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8", errors="replace"
+        ) as process:
             stderr = self._wait_for(process)
         if process.returncode == os.EX_IOERR:
             raise OSError(errno.ENOSPC, "no space for the personalized model")

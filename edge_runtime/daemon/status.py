@@ -59,7 +59,7 @@ def describe(health: Health, store: DeviceStore, now: float) -> Iterator[tuple[s
     yield "board", ", ".join(facts) or "no sensors"
     sizes = {"memory": health.memory, "features": health.cache, "disk free": health.disk_free}
     yield "storage", ", ".join(f"{what} {size / 1e6:.0f} MB" for what, size in sizes.items())
-    lines = store.skipped.read_text(errors="replace").splitlines() if store.skipped.is_file() else []
+    lines = store.skipped.read_text("utf-8", errors="replace").splitlines() if store.skipped.is_file() else []
     reasons = list(itertools.takewhile(bool, lines))
     for line in reasons[:LISTED]:
         yield "skipped", line

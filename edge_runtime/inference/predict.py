@@ -11,7 +11,7 @@ from pathlib import Path
 
 from edge_runtime.data.inputs import Kind
 from edge_runtime.inference.classifier import Classifier
-from fedfmsl.common.cli import notice
+from fedfmsl.common.cli import notice, print_json
 from fedfmsl.common.folder_walk import SkippedFile, summarize
 from fedfmsl.errors import InputError
 from fedfmsl.protocol.messages import Prediction
@@ -49,7 +49,10 @@ def printer(as_json: bool, top: int) -> Callable[[Prediction | None], None]:
 
     def print_prediction(prediction: Prediction | None) -> None:
         if prediction is not None:
-            print(prediction.model_dump_json() if as_json else _text_line(prediction, top), flush=True)
+            if as_json:
+                print_json(prediction.model_dump(mode="json"))
+            else:
+                print(_text_line(prediction, top), flush=True)
         elif _is_output_closed():
             raise BrokenPipeError
 

@@ -76,7 +76,7 @@ def check_memory(settings: Settings, context: Context) -> Iterator[Finding]:
     engine = open_engine(settings.engine, context.bundle, threads).name
     started = time.monotonic()
     memory, seconds = measure_minimum(
-        context.bundle, engine, threads, context.largest, settings.memory, settings.step_seconds
+        context.bundle, engine, threads, context.largest, settings.memory, settings.step_seconds, context.scratch
     )
     yield Finding(
         "memory",
