@@ -27,13 +27,16 @@ def largest_message(link: Link, topic: str, sizes: Sequence[int], seconds: float
             payload = bytes(size)
             deadline = time.monotonic() + seconds
             while time.monotonic() < deadline:
-                # QoS 0: paho would send a message that ends the connection again and again
+                # QoS 0: paho would repeat a message that ends the connection at every reconnection
                 link.publish(topic, payload, retain=True, qos=0)
                 link.subscribe(topic)
-                outcome = _wait(link, topic, size, min(deadline, time.monotonic() + RESEND_SECONDS))
+                outcome = _wait(link, topic, size, RESEND_SECONDS)
+                if outcome == "live":  # the subscription was faster than the message
+                    live = True
+                    link.subscribe(topic)
+                    outcome = _wait(link, topic, size, RESEND_SECONDS, again=True)
                 if outcome == "retained":
                     return size
-                live = live or outcome == "live"
                 if outcome == "ended":
                     break
     finally:
@@ -47,17 +50,19 @@ def largest_message(link: Link, topic: str, sizes: Sequence[int], seconds: float
     )
 
 
-def _wait(link: Link, topic: str, size: int, deadline: float) -> str:
-    """What has become of a message of `size` bytes: retained, live, ended (the connection), or lost."""
-    outcome = "lost"
+def _wait(link: Link, topic: str, size: int, seconds: float, again: bool = False) -> str:
+    """What has become of a message of `size` bytes: retained, live, ended (the connection), or lost. `again`: a live
+    one has been received before."""
+    deadline = time.monotonic() + seconds
     while (left := deadline - time.monotonic()) > 0:
         event = link.next_event(left)
         if isinstance(event, Received) and event.topic == topic and len(event.payload) == size:
             if event.retained:
                 return "retained"
-            outcome = "live"
+            if not again:
+                return "live"
         elif isinstance(event, SubscriptionRefused):
             raise BrokerError(event.error)
         elif isinstance(event, Disconnected):
             return "ended"
-    return outcome
+    return "lost"

@@ -106,8 +106,13 @@ def test_predict_names_an_unreadable_text(folder: Path, tmp_path: Path) -> None:
     model = str(folder / "devices/device-0/personalized.onnx")
     (tmp_path / "empty.txt").touch()
     photos = write_photos(tmp_path / "photos", 1)
-    for argument, message in ((tmp_path / "empty.txt", "is not a readable text"), (photos, "no texts in")):
-        run_module("edge_runtime", "predict", "--model", model, str(argument)).assert_error(INPUT, message)
+    empty = run_module("edge_runtime", "predict", "--model", model, str(tmp_path / "empty.txt"))
+    empty.assert_error(INPUT, "is not a readable text: it is empty")
+    ended = run_module("edge_runtime", "predict", "--model", model, str(photos))
+    reason, error = ended.stderr.splitlines()
+    assert ended.code == INPUT
+    assert reason.startswith("skipped: 4 files: .jpg is not a suffix of texts")
+    assert error.startswith("error: no texts in")
 
 
 def test_a_model_of_the_wrong_kind_is_an_error_before_the_run_starts(tmp_path: Path, vit_folder: Path) -> None:

@@ -280,7 +280,7 @@ def test_a_device_stops_for_a_newer_process_of_its_name_and_names_the_remedy() -
 
 
 def test_of_two_processes_that_end_each_others_connection_the_older_one_leaves() -> None:
-    """A broker with one connection per identity: whoever connects first receives the other one's last will."""
+    """A broker with one connection per identity: each one that connects receives the other one's last will."""
     older, commands = drive([seen("me"), seen("newer", online=False)])
     assert commands == [PublishStatus()]  # the newer process may have ended
     newer = State(device="d", guard=DuplicateNameGuard("newer"), bundle=BUNDLE)
