@@ -39,6 +39,7 @@ th:first-child, td:first-child {{ padding-left: 0; text-align: left }}
 <h1>{name}</h1>
 <p>{headline}</p>
 <p>{summary}</p>
+<p>{coverage}</p>
 <div class="charts">{charts}</div>
 <h2>Test accuracy of the models</h2>
 <p>{definitions}</p>
@@ -77,6 +78,7 @@ def render_page(name: str, report: Report, rounds: Sequence[ClosedRound], data: 
         name=html.escape(name),
         headline=html.escape(headline(report)),
         summary=html.escape(_summary(report)),
+        coverage=html.escape(coverage(report)),
         charts="\n".join(charts),
         definitions=html.escape(_DEFINITIONS.format(samples=report["samples"])),
         models_table=_html_table(model_rows(report)),
@@ -171,6 +173,12 @@ def headline(report: Report) -> str:
     stages = report["rounds"]
     model = f"{report['model']} · {report['classes']} classes · {report['devices']} devices"
     return f"{model} · α {report['alpha']:g} · seed {report['seed']} · {stages['stage1']} + {stages['stage2']} rounds"
+
+
+def coverage(report: Report) -> str:
+    """How many of the user's files were used. "": all of them."""
+    used, skipped = report["used_files"], report["skipped_files"]
+    return f"{used} of {used + skipped} {report['samples']} were used, {skipped} were skipped" if skipped else ""
 
 
 def mean(values: Iterable[float]) -> float:
