@@ -131,7 +131,7 @@ def load_backbone(
     preprocessing = _preprocessing(family, config, origin, size, spec)
     if source == RANDOM:
         origin = None
-    elif spec and _has_shape(config, family, spec):
+    elif origin and spec and _has_shape(config, family, spec):
         origin = replace(origin, hub=spec.hub)
     tokenizer_json = ""
     if family.input == "tokens":
