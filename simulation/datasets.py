@@ -26,6 +26,7 @@ from fedfmsl.protocol.bundle import Bundle
 
 LABEL_COLUMNS = ("label", "labels", "class", "category")
 TRAIN, TEST = "train", "test"
+UNUSED = "validation"  # how the files of a split begin that is neither
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,9 @@ def _tables(source: str) -> Iterator[tuple[str, pyarrow.Table]]:
     if not files:
         yield from _hugging_face(source, path)
     for file in files:
+        if file.name.startswith(UNUSED):
+            console.print(f"skipped: {file} is a validation split; simulate uses the splits train and test")
+            continue
         try:
             yield TEST if file.name.startswith(TEST) else TRAIN, pyarrow.parquet.read_table(file)
         except (OSError, pyarrow.ArrowException) as error:
@@ -178,6 +182,8 @@ def _hugging_face(source: str, path: Path) -> Iterator[tuple[str, pyarrow.Table]
     for name, split in splits.items():
         if name in (TRAIN, TEST):
             yield name, split.flatten_indices().with_format("arrow")[:]
+        else:
+            console.print(f"skipped: the split {name!r} of {source}; simulate uses the splits train and test")
 
 
 def _items(table: pyarrow.Table, split: str, source: str, reader: Reader, columns: Columns) -> list[Item]:

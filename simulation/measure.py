@@ -86,8 +86,8 @@ def predict(
     kinds: Mapping[str, tuple[Bools, Bools]],
 ) -> dict[str, dict[str, Predicted]]:
     """By device and row: predictions for the device's samples. `kinds` of test samples: see `Task`."""
-    tasks = {name: Task(method, method.model(state, name), each, kinds.get(name)) for name, each in samples.items()}
-    return fleet.map(_predict, tasks)
+    tasks = ((name, Task(method, method.model(state, name), each, kinds.get(name))) for name, each in samples.items())
+    return dict(fleet.each(_predict, tasks))
 
 
 def _predict(context: TrainingContext, task: Task) -> dict[str, Predicted]:

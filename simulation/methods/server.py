@@ -22,6 +22,7 @@ from fedfmsl.protocol.tensors import pack
 from simulation.fleet import Fleet
 from simulation.methods.base import MethodSettings, RoundCost
 from simulation.methods.local_training import Choose, everything
+from simulation.spill import StoredArrays
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class State:
 
     settings: MethodSettings
     shared: Vector
-    personal: Mapping[str, Vector] = field(default_factory=dict)
+    personal: StoredArrays = field(default_factory=StoredArrays)
 
 
 @dataclass(frozen=True)
@@ -44,20 +45,19 @@ class Trained:
 
 def start_theta(fleet: Fleet, settings: MethodSettings) -> tuple[Vector, RoundCost]:
     """The trainables (P,) that all devices start from, and the cost of sending the class sums."""
-    level = settings.level
-    sums = fleet.map(train_class_sums, dict.fromkeys(fleet.names, level))
-    total = {
-        key: _sum([sums[name][key] for name in sorted(sums)]) for key in ("class_sums", "class_counts", "norm_sum")
-    }
-    head = class_mean_head(total["class_sums"], total["class_counts"], float(total["norm_sum"][0]))
+    level, dims = settings.level, fleet.bundle.manifest.dims
+    header = Globals(run="simulation", kind="statistics")
+    shapes = {"class_sums": (dims.classes, dims.feature), "class_counts": (dims.classes,), "norm_sum": (1,)}
+    total, sizes = {key: np.zeros(shape) for key, shape in shapes.items()}, {}
+    for name, own in fleet.each(train_class_sums, [(name, level) for name in sorted(settings.all_devices(fleet, 0))]):
+        for key, sums in total.items():
+            sums += own[key]
+        sizes[name] = len(pack(header, own))
+    rounded = {key: sums.astype(np.float32) for key, sums in total.items()}
+    head = class_mean_head(rounded["class_sums"], rounded["class_counts"], float(rounded["norm_sum"][0]))
     theta = fleet.bundle.initial()[0][: fleet.bundle.expert.size(level)]
     theta[: head.size] = head
-    header = Globals(run="simulation", kind="statistics")
-    return theta, RoundCost(bytes_up={name: len(pack(header, tensors)) for name, tensors in sums.items()})
-
-
-def _sum(arrays: Sequence[Vector]) -> Vector:
-    return np.asarray(np.sum(arrays, axis=0, dtype=np.float64), np.float32)
+    return theta, RoundCost(bytes_up=sizes)
 
 
 def average(bundle: Bundle, shared: Vector, results: Mapping[str, Trained]) -> Vector:

@@ -33,7 +33,7 @@ from simulation.methods.ditto import Ditto
 from simulation.methods.fedit import FedIT
 from simulation.methods.local_training import Proximal, halves, is_head, is_lora_a, mask, shuffled_steps, train_steps
 from simulation.methods.server import State, Trained, average, start_theta, wire_bytes
-from simulation.store import MappedStore
+from simulation.store import FileStore
 from trainer_server.config import Head
 
 FIELD = [name for name in METHODS if not name.startswith("fedfmsl")]
@@ -64,7 +64,7 @@ def fleet(vit: Built, tmp_path_factory: pytest.TempPathFactory) -> LocalFleet:
         folder = write_device_photos(root / name, counts, seed=index)
         splits[name] = scan_once(folder, vit.bundle.manifest.classes, IMAGES)
     contents = sorted({sample.sha256 for each in splits.values() for sample in each.samples})
-    features = Features(MappedStore(root / "cache", contents), vit.bundle, threads=1)
+    features = Features(FileStore(root / "cache", contents), vit.bundle, threads=1)
     return LocalFleet(vit.bundle, features, compute_features(features, splits, LEVEL), root / "states", 1, {GUEST})
 
 

@@ -87,6 +87,15 @@ def test_each_content_is_used_once_and_not_in_two_classes(vit: Built, tmp_path: 
     assert len(contents(data)) == len(data.train) + len(data.test)
 
 
+def test_a_validation_split_is_left_out_and_named(
+    vit: Built, table: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(table, table.parent / "validation-00000-of-00001.parquet")
+    rows = load_table(str(table.parent), vit.bundle, Columns(), TEST_SHARE)
+    assert contents(rows) == contents(load_folder(photos, vit.bundle, grouped=False, test_share=TEST_SHARE))
+    assert "validation-00000-of-00001.parquet is a validation split" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("columns", "text"),
     [

@@ -17,7 +17,7 @@ from fedfmsl.algorithms.arrays import Floats
 from simulation.fleet import Fleet, open_folders
 from simulation.measure import held_out_accuracy, measure
 from simulation.methods.base import Method, MethodSettings, RoundCost
-from simulation.report import server_settings
+from simulation.report import server_settings, write_report
 from simulation.results import as_csv, as_markdown, spread
 from simulation.settings import SimulationSettings
 
@@ -108,7 +108,13 @@ def test_the_recommended_setting_is_the_best_on_held_out_samples(vit: Built, tmp
     assert "learning_rate = 0.002\n" in server_settings([*RESULTS, *of_other_alpha], settings)
 
 
-@pytest.mark.parametrize(("name", "value"), [("methods", ""), ("alpha", ","), ("learning_rate", "")])
-def test_an_empty_list_is_refused(name: str, value: str, vit: Built, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="at least one value each"):
-        SimulationSettings(bundle=vit.bundle.root, images=tmp_path, **{name: value})
+def test_the_report_leaves_no_file_of_an_earlier_one(
+    vit: Built, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = SimulationSettings(bundle=vit.bundle.root, images=tmp_path)
+    for results in (RESULTS, [result(0.1, 0, 1.0, 1.0, method="fedit")]):
+        write_report(tmp_path, results, settings, CLASSES, lambda: np.ones((2, 4), np.int64))
+    written = {"results.csv", "results.md", "labels.svg", "accuracy.svg", "report.html"}
+    assert {path.name for path in tmp_path.iterdir()} == written
+    printed = capsys.readouterr().out
+    assert "0.600 ± 0.141" in printed and "|" not in printed
