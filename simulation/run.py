@@ -49,6 +49,8 @@ from simulation.settings import SimulationSettings
 from simulation.store import FileStore
 from trainer_server.config import STAGE2, highest_level
 
+# Part of the name of every result. Raise it with a change of code or constants that changes results within a version.
+NUMERICS = 1
 TEST_SHARE = 0.2
 # Settings that do not change a result, and those that are in the name of its file.
 ELSEWHERE = {"name", "bundle", "images", "dataset", "threads", "ray", "address"}
@@ -113,7 +115,8 @@ class Simulation:
         values = self.settings.model_dump(mode="json", exclude={*ELSEWHERE, *GRID})
         data = [f"{s.sha256} {s.label}" for part in (self.dataset.train, self.dataset.test) for s in part]
         contents = hashlib.sha256("\n".join(data).encode()).hexdigest()
-        return key_of({**values, "bundle": self.bundle.sha256, "data": contents, "version": __version__})
+        numerics = {"numerics": NUMERICS} if NUMERICS > 1 else {}  # results without it are older, and current
+        return key_of({**values, "bundle": self.bundle.sha256, "data": contents, "version": __version__, **numerics})
 
     @cached_property
     def _store(self) -> FileStore:
