@@ -20,7 +20,8 @@ from simulation.methods.fedfmsl import FedFMSL
 from simulation.results import STREAM, Result, as_csv, as_markdown, rows_of
 from simulation.settings import SimulationSettings
 
-PRINTED = ("own", "novel", "fleet", f"{STREAM}0.1", "harmonic")
+PRINTED = ("own", "novel", f"{STREAM}0.1", "harmonic")
+PRINTED_WIDTH = 120  # a narrower terminal breaks the lines, so that no number is cut off
 
 
 def write_report(
@@ -46,7 +47,7 @@ def write_report(
             (folder / name).unlink(missing_ok=True)
         else:
             write_atomically(folder / name, data)
-    console.print(_printed(results))
+    console.print(_printed(results), width=max(console.width, PRINTED_WIDTH), crop=False)
     console.print(f"\nreport     {folder / 'report.html'}")
     if server:
         console.print(f"settings   {folder / 'server.toml'}, for python -m trainer_server start --config")

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from fedfmsl.algorithms.sal import Sal
+from fedfmsl.algorithms.sal import AllAtOnce, Sal
 from fedfmsl.protocol.messages import DeviceStatus
 from simulation.participation import Participation, assign_level_caps
 from trainer_server.config import RunConfig
@@ -27,10 +27,9 @@ def test_each_round_selects_another_share_and_a_seed_repeats() -> None:
 @pytest.mark.parametrize(("count", "selected"), [(1000, 100), (6, 1), (25, 3), (1, 1)])
 def test_a_tenth_is_rounded_up_as_the_server_does(count: int, selected: int) -> None:
     sizes = {f"device-{index}": 10 for index in range(count)}
-    config = RunConfig(
-        run="r", devices=count, select="random", fraction=0.1, stage1_sal=Sal(max_level=1), stage2_sal=Sal(max_level=1)
-    )
-    ready = {name: DeviceStatus(device=name, online=True) for name in sizes}
+    sal = Sal(AllAtOnce(), max_level=1)
+    config = RunConfig(run="r", devices=count, select="random", fraction=0.1, stage1_sal=sal, stage2_sal=sal)
+    ready = {name: DeviceStatus(device=name, online=True, bundle="0" * 64) for name in sizes}
     assert len(Participation(fraction=0.1).devices(sizes, 0)) == selected
     assert len(select_devices(config, ready, 1, 1)) == selected
 
