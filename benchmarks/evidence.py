@@ -107,7 +107,7 @@ def _run(name: str, images: Path, methods: Sequence[str], seeds: int, threads: i
     """Results are kept in the repository: known ones are given to the simulator, new ones are taken back."""
     block, run = BLOCKS[name], f"evidence-{name}"
     kept, results = RESULTS / name, Path("runs") / run / "results"
-    bundle = _bundle(Path("runs") / f"{run}-bundle", images, block.levels)
+    bundle = build_bundle(Path("runs") / f"{run}-bundle", images, block.levels)
     _copy_results(kept, results)
     for seed in range(1, seeds + 1):  # seed by seed, so that an interrupted grid has whole rows
         for method in methods:
@@ -131,13 +131,13 @@ def _copy_results(source: Path, target: Path) -> None:
         shutil.copyfile(path, target / path.name)
 
 
-def _bundle(folder: Path, images: Path, levels: int) -> Bundle:
+def build_bundle(folder: Path, images: Path, levels: int, precision: str = "fp32") -> Bundle:
     """The trial's backbone with so many levels, built once. Raises RunError if the build fails."""
     if not folder.is_dir():
         weights, classes = ASSETS / "dinov2-s14", ",".join(classes_of(images))
         if not weights.is_dir():
             _python("export.rebuild", str(fetch(WEIGHTS)), str(weights))
-        command = ["--model", "dinov2-s14", "--weights", str(weights), "--classes", classes]
+        command = ["--model", "dinov2-s14", "--weights", str(weights), "--classes", classes, "--precision", precision]
         _python("export.build", *command, "--image-size", str(SIZE), "--levels", str(levels), "--out", str(folder))
     return Bundle.load(folder)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from fedfmsl.algorithms.arrays import Tensors
 from fedfmsl.algorithms.discriminant import second_moments
@@ -62,7 +62,7 @@ def layout_bundle(
     )
     rng = np.random.default_rng(0)
     initial = {name: rng.normal(0, STEP, size) for name, size in (("expert", expert.total), ("gate", gate.total))}
-    save_file({name: values.astype(np.float32) for name, values in initial.items()}, folder / INIT)
+    (folder / INIT).write_bytes(save({name: values.astype(np.float32) for name, values in initial.items()}))
     manifest = Manifest(
         model="layout-only",
         family="vit",

@@ -217,7 +217,10 @@ class Device:
         if not payload:
             return
         if topic == self._topics.server_status:
-            self._receive(ServerSeen(parse(ServerStatus, payload)))
+            status = parse(ServerStatus, payload)
+            if status.online and not self.stopped:
+                self._execute(PublishStatus())
+            self._receive(ServerSeen(status))
         elif topic == self._topics.round:
             announced = parse(Round, payload)
             self._fleet.tally.add_round(announced)

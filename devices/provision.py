@@ -15,7 +15,7 @@ from devices.provisioning.broker_kit import SERVER
 from devices.provisioning.fleet import Fleet
 from fedfmsl.common.cli import application, console
 from fedfmsl.errors import ConfigError
-from fedfmsl.protocol.topics import check_name
+from fedfmsl.protocol.topics import ROOT, check_name
 
 app = application()
 
@@ -30,6 +30,11 @@ def provision(
         None,
         help="The broker's address for devices. It is kept for devices that are added later. "
         "Default: the first --host, like mqtts://fleet.example.",
+    ),
+    topic_prefix: str | None = typer.Option(
+        None,
+        help="First levels of all topics, for a broker with several tenants. It is kept for devices that are added "
+        f"later. Give it to the server too. Default: {ROOT}.",
     ),
     user: bool = typer.Option(False, "--user", help="Passwords instead of certificates; connections still use TLS."),
     revoke: list[str] = typer.Option([], metavar="DEVICE", help="Revoke a device's identity or password."),
@@ -55,7 +60,7 @@ def provision(
     fleet = Fleet(pki, partial(console.print, highlight=False))
     if not host and not fleet.exists:
         raise ConfigError(f"{pki} holds no CA; make one with --host, the broker's name")
-    settings = fleet.settings(host, run, broker) if host or names else {}
+    settings = fleet.settings(host, run, broker, topic_prefix) if host or names else {}
     if host:
         fleet.create(host, (kit or pki / "broker").absolute(), user, settings)
     if names and user != fleet.has_passwords:

@@ -14,7 +14,14 @@ from fedfmsl.common.settings import CommaSeparated, File, Fraction, SettingsMode
 from fedfmsl.errors import ConfigError
 from fedfmsl.protocol.messages import EngineChoice
 from fedfmsl.transport.address import listening_on
-from fedfmsl.transport.settings import CONNECTION, ConnectionSettings, DeviceName, RunName
+from fedfmsl.transport.settings import (
+    CONNECTION,
+    HOME_ASSISTANT,
+    ConnectionSettings,
+    DeviceName,
+    DiscoveryPrefix,
+    RunName,
+)
 
 RUN, SAMPLES, RESOURCES, SCHEDULE, OUTPUT = (
     panel(name) for name in ("Run", "Samples", "Resources", "When the device trains", "Predictions and metrics")
@@ -34,9 +41,8 @@ class PredictSettings(StateSettings, ConnectionSettings):
     bundle: File | None = Field(
         None, description="Bundle folder. Default: the model's, in the state directory.", json_schema_extra=RUN
     )
-    home_assistant: str = Field(
-        "homeassistant",
-        pattern=r"^[A-Za-z0-9_-]*$",
+    home_assistant: DiscoveryPrefix = Field(
+        HOME_ASSISTANT,
         description="Discovery prefix of Home Assistant, where predictions are announced. Empty: not announced.",
         json_schema_extra=CONNECTION,
     )

@@ -1,21 +1,20 @@
-"""python -m export.build: exports a backbone as a bundle."""
+"""python -m export.build: exports a backbone as a bundle.
+
+It imports torch only after it has checked the arguments, because that takes seconds.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import typer
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from export.bundle import build_bundle
-from export.families import MODELS
-from export.weights import Backbone, load_backbone
-from export.zero_shot import TEMPLATES, zero_shot_head
+from export.models import MODELS, choose_weights
 from fedfmsl.common.class_folders import folder_classes
 from fedfmsl.common.cli import application, console
 from fedfmsl.common.onnx_runtime import require_ort_training
-from fedfmsl.errors import ConfigError, WeightsError
-from fedfmsl.protocol.bundle import Bundle, Precision, ZeroShot
+from fedfmsl.errors import ConfigError
+from fedfmsl.protocol.bundle import Bundle, Precision
 
 app = application()
 
@@ -52,43 +51,28 @@ def build(
     if ort_training:
         require_ort_training("--ort-training")
     names = class_names(classes, classes_from)
-    source = load_backbone(model, weights, len(names), image_size or max_tokens, revision, seed, tokenizer)
-    _check_input(source, image_size, max_tokens, tokenizer)
-    out = out or Path("bundles") / source.name
-    columns = (TextColumn("{task.description:<28}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("class names", total=None)
-        zero_shot = _make_zero_shot(source, names, prompt)
-        for done, total, what in build_bundle(
-            source, names, levels, source.family.lora(rank), out, seed, precision, zero_shot, ort_training
-        ):
-            progress.update(task, completed=done, total=total, description=what)
-    bundle = Bundle.load(out)
-    _print_summary(bundle)
-
-
-def _check_input(source: Backbone, image_size: int | None, max_tokens: int | None, tokenizer: Path | None) -> None:
-    """Raises ConfigError if an option is for the other kind of input."""
-    if source.family.input == "tokens" and image_size:
-        raise ConfigError(f"--image-size is not valid for the text model {source.name}; use --max-tokens")
-    if source.family.input == "pixels" and (max_tokens or tokenizer):
-        raise ConfigError(f"--max-tokens and --tokenizer are not valid for the vision model {source.name}; remove them")
-
-
-def _make_zero_shot(source: Backbone, classes: tuple[str, ...], prompts: list[str] | None) -> ZeroShot | None:
-    """The zero-shot head. None if the model has no text tower.
-
-    If the weights lack it, prints the reason, or raises WeightsError if the user passed prompts.
-    """
-    if source.family.text_tower is None and not prompts:
-        return None
+    choose_weights(model, weights, revision)
     try:
-        return zero_shot_head(source, classes, prompts or TEMPLATES)
-    except WeightsError as error:
-        if prompts:
-            raise
-        console.print(f"no zero-shot head: {error}")
-        return None
+        from export.pipeline import Options, export_bundle
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"an export needs the package {error.name!r}; pip install 'fedfmsl-edge[export]'") from error
+    options = Options(
+        model=model,
+        weights=weights,
+        classes=names,
+        levels=levels,
+        image_size=image_size,
+        max_tokens=max_tokens,
+        tokenizer=tokenizer,
+        rank=rank,
+        precision=precision,
+        ort_training=ort_training,
+        prompts=prompt,
+        revision=revision,
+        out=out,
+        seed=seed,
+    )
+    _print_summary(export_bundle(options))
 
 
 def _print_summary(bundle: Bundle) -> None:
@@ -107,7 +91,7 @@ def class_names(classes: str, folder: Path | None) -> tuple[str, ...]:
     """Raises ConfigError if there are fewer than two names or equal ones, InputError if `folder` cannot be read."""
     if folder is not None:
         names = folder_classes(folder, "--classes-from")
-    elif classes.isdigit():
+    elif classes.isascii() and classes.isdigit():
         names = [f"class-{index}" for index in range(int(classes))]
     else:
         names = [name.strip() for name in classes.split(",")]

@@ -9,16 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from export.backbone_onnx import write_backbone_onnx
 from export.graph import WEIGHTS_FILE, WeightFile
 from export.graphs import GraphWriter, expert_layout, gate_layout
+from export.models import RANDOM
 from export.ort_training import write_artifacts
 from export.parity import check_parity
 from export.reference import initial_expert
 from export.transformer import Geometry, Transformer
-from export.weights import RANDOM, Backbone
+from export.weights import Backbone
 from fedfmsl.algorithms.arrays import Floats, Vector
 from fedfmsl.errors import ConfigError
 from fedfmsl.protocol.bundle import (
@@ -79,7 +80,8 @@ def build_bundle(
                 write_backbone_onnx(source, root / "backbone.onnx", weight_file)
         if source.tokenizer:
             (root / TOKENIZER).write_text(source.tokenizer, encoding="utf-8")
-        save_file(_initial_tensors(spec, seed, zero_shot), root / "init.safetensors")
+        # not save_file, which lets nobody but the owner read the file
+        (root / "init.safetensors").write_bytes(save(_initial_tensors(spec, seed, zero_shot)))
         (root / MANIFEST).write_text(_manifest(spec, root).model_dump_json(indent=1))
         for level in sorted({1, levels}):
             yield done + 1, steps, f"compare with PEFT, level {level}"

@@ -16,6 +16,7 @@ import onnx
 import torch
 import typer
 from onnx import numpy_helper
+from safetensors.torch import save
 from transformers import Dinov2Config, Dinov2Model
 
 from fedfmsl.common.cli import application
@@ -64,9 +65,12 @@ def rebuild(
         image_size=round(positions**0.5) * patch,
         use_mask_token=False,
     )
+    config.architectures = ["Dinov2Model"]
     model = Dinov2Model(config)
     model.load_state_dict({key: torch.from_numpy(array.copy()) for key, array in state.items()})
-    model.save_pretrained(folder)
+    config.save_pretrained(folder)
+    # not save_pretrained of the model, which lets nobody but the owner read the weights
+    (folder / "model.safetensors").write_bytes(save(model.state_dict(), {"format": "pt"}))
     print(f"{folder}: DINOv2, hidden size {hidden}, {config.num_hidden_layers} blocks, patch {patch}")
 
 

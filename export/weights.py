@@ -16,14 +16,15 @@ from transformers import PretrainedConfig
 from transformers.models.auto.image_processing_auto import get_image_processor_config
 from transformers.utils import cached_file
 
-from export.families import FAMILIES, MODELS
+from export.families import FAMILIES
 from export.families.family import RGB, Family
+from export.folder import check_folder, check_image_config
+from export.models import RANDOM, choose_weights
 from export.tokenizer import read_tokenizer
 from fedfmsl.common.cli import console
 from fedfmsl.errors import ConfigError, WeightsError
 from fedfmsl.protocol.bundle import TOKENIZER, ImagePreprocessing, Preprocessing, TextPreprocessing
 
-RANDOM = "random"
 MAX_TOKENS = 128  # default of --max-tokens
 HUB_SECONDS = 5.0  # timeout of the check whether the hub answers
 
@@ -119,19 +120,12 @@ def load_backbone(
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    spec = MODELS.get(model)
-    if spec is None and not Path(model).is_dir():
-        raise ConfigError(f"--model {model!r} is neither a known model ({', '.join(MODELS)}) nor a transformers folder")
-    source = weights or (spec.hub if spec else model)
-    if weights not in (None, RANDOM) and not Path(source).is_dir():
-        raise WeightsError(f"--weights {source!r} is not a folder; pass a transformers folder or 'random'")
-    if revision and (source == RANDOM or Path(source).is_dir()):
-        raise ConfigError(f"--revision {revision} selects a commit on the hub, but the weights are {source}; remove it")
+    spec, source = choose_weights(model, weights, revision)
     if spec and source == RANDOM:
-        family, origin = spec.family, None
+        family, origin = FAMILIES[spec.family], None
         config = family.reference.config_class(num_labels=classes, **spec.config)
     else:
-        expected = (spec.family,) if spec else tuple(FAMILIES.values())
+        expected = (FAMILIES[spec.family],) if spec else tuple(FAMILIES.values())
         family, config, origin = _find_weights(model if source == RANDOM else source, revision, classes, expected)
     config._attn_implementation = "eager"
     mean, std = _normalization(family, origin) if origin else (family.mean, family.std)
@@ -146,7 +140,7 @@ def load_backbone(
         name=model if spec else Path(model).resolve().name,
         family=family,
         model=loaded.eval(),
-        size=size or (spec.size if spec else _default_size(family, config)),
+        size=size or (spec.size if spec else None) or _default_size(family, config),
         mean=mean,
         std=std,
         tokenizer=tokenizer_json,
@@ -155,7 +149,7 @@ def load_backbone(
 
 
 def _default_size(family: Family, config: Any) -> int:
-    """Pixels per side, or tokens, from the config of a model that is not in MODELS."""
+    """Pixels per side, or tokens, from the config."""
     if family.input == "tokens":
         return min(MAX_TOKENS, int(config.max_position_embeddings))
     return int(config.image_size)
@@ -174,7 +168,8 @@ def _tokenizer_of(origin: Origin | None) -> Path:
 def load_pretrained(kind: type[Any], origin: Origin, config: Any) -> Any:
     """A model of class `kind` in fp32. The weights may lack the classifier, but nothing else.
 
-    Raises WeightsError if there is no safetensors file, or if tensors are missing or have shapes other than `config`'s.
+    Raises WeightsError if there is no safetensors file, or if tensors are missing, not finite or have shapes other than
+    `config`'s.
     """
     try:
         loaded, info = kind.from_pretrained(
@@ -194,8 +189,14 @@ def load_pretrained(kind: type[Any], origin: Origin, config: Any) -> Any:
     missing = [key for key in absent if not key.startswith("classifier.")]
     if missing:
         raise WeightsError(
-            f"{origin.source} has no tensor {missing[0]!r} in the shape of its config; download the folder again"
+            f"{origin.source} has no tensor {missing[0]!r} in the shape of its config; it is incomplete, or not the "
+            f"whole {config.model_type} model"
         )
+    for name, tensor in loaded.named_parameters():
+        if not (name.startswith("classifier.") or tensor.isfinite().all()):
+            raise WeightsError(
+                f"{origin.source}: the tensor {name!r} has values that are not finite; download it again"
+            )
     return loaded
 
 
@@ -207,7 +208,9 @@ def _find_weights(
     Raises WeightsError if they cannot be read or belong to no expected family.
     """
     origin = Origin(source, revision)
-    if not Path(source).is_dir():
+    if Path(source).is_dir():
+        check_folder(Path(source))
+    else:
         origin = replace(origin, cached=not _is_hub_reachable())
         place = "the cache, because the hub does not answer" if origin.cached else "the hub"
         console.print(f"{source}: from {place}")
@@ -218,8 +221,10 @@ def _find_weights(
             kind = family.reference.config_class
             if model_type in (family.model_type, kind.model_type):
                 config = kind.from_pretrained(source, num_labels=classes, **origin.options)
+                if family.input == "pixels":
+                    check_image_config(config, source)
                 return family, config, replace(origin, commit=settings.get("_commit_hash"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:  # TypeError: config.json is a list
         raise origin.to_weights_error(error) from error
     supported = ", ".join(family.model_type for family in expected)
     raise WeightsError(

@@ -6,6 +6,8 @@ MessageError never ends the process that receives the message.
 
 from __future__ import annotations
 
+import os
+
 LINE = 300  # maximum length of untrusted text, in characters
 
 
@@ -13,6 +15,11 @@ def one_line(text: object) -> str:
     """Untrusted text as one short line of printable characters, for errors and logs."""
     line = " ".join(str(text)[: 10 * LINE].split())
     return "".join(c if c.isprintable() else "?" for c in line)[:LINE]
+
+
+def no_permission(path: object, do: str = "read") -> str:
+    """The line for a file or folder that this process may not use."""
+    return f"{path}: no permission to {do} it as user {os.geteuid()}; change its owner or its mode"
 
 
 class FedFMSLError(Exception):

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 from devices.trial.dataset import find_files
 from edge_runtime.data.features import Inputs
-from edge_runtime.data.inputs import Reader, reader_of
+from edge_runtime.data.inputs import Kind, Reader, reader_of
 from edge_runtime.data.sample_reader import SampleReader
 from edge_runtime.data.samples import Sample
+from edge_runtime.data.unreadable import UnreadableError, decoding
 from fedfmsl.common.class_folders import check_folder, folder_classes
 from fedfmsl.common.cli import console
 from fedfmsl.errors import ConfigError, InputError
@@ -88,7 +89,8 @@ def load_table(source: str, bundle: Bundle, columns: Columns, test_share: float)
     or a class is not in the bundle, ConfigError if a column or the package `datasets` is missing.
     """
     reader = reader_of(bundle)
-    items = [item for split, table in _tables(source) for item in _items(table, split, source, reader, columns)]
+    rows = [item for split, table in _tables(source) for item in _items(table, split, source, reader, columns)]
+    items = _readable(rows, reader.kind, source)
     if not any(item.split == TEST for item in items):
         items = _hold_out(items, test_share)
     return _dataset(items, bundle, source, TableInputs(reader, {item.name: item.read for item in items}))
@@ -105,10 +107,25 @@ class TableInputs:
         return {self.reader.input: np.stack([self._decode(sample) for sample in samples])}
 
     def _decode(self, sample: Sample) -> NDArray[Any]:
-        value = self.reader.decode(self.rows[str(sample.path)]())
-        if value is None:
-            raise InputError(f"{sample.path} is not a readable {self.reader.kind.noun}; remove the row")
-        return value
+        return self.reader.decode(self.rows[str(sample.path)]())
+
+
+def _readable(items: Sequence[Item], kind: Kind, source: str) -> list[Item]:
+    """Prints how many are not readable, and why the first of them is not."""
+    readable, first = [], ""
+    for item in items:
+        try:
+            with decoding():
+                kind.check(item.read())
+        except UnreadableError as error:
+            first = first or f"{item.name}: {kind.not_readable(error.reason)}"
+        else:
+            readable.append(item)
+    if first:
+        console.print(
+            f"skipped: {len(items) - len(readable)} of {len(items)} samples of {source}, the first is {first}"
+        )
+    return readable
 
 
 def _dataset(items: Sequence[Item], bundle: Bundle, source: str, inputs: Inputs) -> Dataset:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import logging
+import secrets
 
-from fedfmsl.common.cli import application
+from fedfmsl.common.cli import application, console
 from fedfmsl.common.logs import set_up_logging
 from fedfmsl.common.options import with_settings
 from fedfmsl.protocol.bundle import Bundle
+from fedfmsl.protocol.topics import Topics
+from fedfmsl.transport.link import Link
 from trainer_server.inspect import export, replay, rounds, status
 from trainer_server.service.bundle_http import BundleServer
 from trainer_server.service.lifecycle import open_bundle, open_run, run_server
 from trainer_server.service.loop import FINISHED
-from trainer_server.settings import ResumeSettings, ServerSettings, ServiceSettings
+from trainer_server.service.purge import purge as remove_retained
+from trainer_server.settings import PurgeSettings, ResumeSettings, ServerSettings, ServiceSettings
 from trainer_server.storage.run_store import RunStore
 
 logger = logging.getLogger("trainer_server")  # __name__ is __main__ here
@@ -53,11 +57,30 @@ def _coordinate(store: RunStore, bundle: Bundle, settings: ServiceSettings) -> N
     identity, insecure = settings.identity, settings.insecure
     bundle_server = BundleServer(bundle.root, settings.serve, identity, insecure) if settings.serve else None
     try:
-        run_server(store, bundle, settings.broker, bundle_server.url if bundle_server else "", identity, insecure)
+        url = bundle_server.url if bundle_server else ""
+        run_server(store, bundle, settings.broker, url, identity, insecure, topic_prefix=settings.topic_prefix)
     finally:
         if bundle_server:
             bundle_server.close()
     logger.info("run finished")
+
+
+@app.command()
+@with_settings(PurgeSettings, ServerSettings)
+def purge(settings: PurgeSettings) -> None:
+    """Remove everything that a run has left on the broker: its retained messages, and devices in Home Assistant.
+
+    The folder of the run stays. Devices that still run publish their status again.
+    """
+    topics = Topics(settings.run, settings.topic_prefix)
+    link = Link(
+        settings.broker,
+        topics.client_id("purge", secrets.token_hex(4)),
+        identity=settings.identity,
+        insecure=settings.insecure,
+    )
+    removed = remove_retained(link, topics, settings.home_assistant)
+    console.print(f"removed {removed} retained messages of run {settings.run!r} from the broker")
 
 
 for command in (status, rounds, export, replay):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ def _facts(store: RunStore) -> dict[str, Any]:
     checkpoint = store.checkpoint()
     announced = checkpoint[0].announced if checkpoint else None
     closed = store.rounds()
+    since, reason = store.outage()
     facts: dict[str, Any] = {"run": config.run, "session": store.origin.session}
     if store.ended is not None:
         facts["ended"] = store.ended
@@ -56,6 +58,10 @@ def _facts(store: RunStore) -> dict[str, Any]:
             "answered": answered,
             "missing": sorted(set(selected) - set(answered)),
         }
+    if since and store.ended is None:
+        facts["broker"] = (
+            f"no connection since {datetime.fromtimestamp(since).isoformat(' ', 'seconds')} because: {reason}"
+        )
     facts |= {
         "closed_rounds": len(closed),
         "repeated": [r.repeated for r in closed if r.repeated],

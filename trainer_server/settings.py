@@ -13,7 +13,7 @@ from fedfmsl.common.settings import File, panel
 from fedfmsl.errors import ConfigError
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.messages import Training
-from fedfmsl.transport.settings import CONNECTION, ConnectionSettings
+from fedfmsl.transport.settings import CONNECTION, HOME_ASSISTANT, ConnectionSettings, DiscoveryPrefix, RunName
 from trainer_server.config import (
     AGGREGATION,
     AGGREGATION_DEFAULT,
@@ -49,6 +49,17 @@ class ResumeSettings(ServiceSettings):
     """What the command `resume` needs. The run's configuration is stored in its folder."""
 
     out: File = Field(description="Folder of the run.", json_schema_extra=RUN)
+
+
+class PurgeSettings(ConnectionSettings):
+    """What the command `purge` needs."""
+
+    run: RunName = Field(description="Name of the run.", json_schema_extra=RUN)
+    home_assistant: DiscoveryPrefix = Field(
+        HOME_ASSISTANT,
+        description="Discovery prefix of Home Assistant, where the devices are announced. Empty: they are not.",
+        json_schema_extra=CONNECTION,
+    )
 
 
 class ServerSettings(ServiceSettings, RunRules):

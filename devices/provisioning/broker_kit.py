@@ -8,10 +8,9 @@ import secrets
 import shlex
 from pathlib import Path
 
-from fedfmsl.protocol.topics import ROOT
+from fedfmsl.transport.settings import HOME_ASSISTANT  # also its common name or user name
 
 SERVER = "server"  # common name or user name of the run's server
-HOME_ASSISTANT = "homeassistant"  # common name or user name of Home Assistant, and the prefix of its topics
 
 # PBKDF2 iterations, mosquitto's own default. The passwords are long and random, so more iterations would only slow the
 # broker down when a fleet reconnects: it computes them in its single thread.
@@ -20,8 +19,8 @@ _SALT_BYTES = 12
 _PASSWORD_BYTES = 24
 
 
-def acl() -> str:
-    """The access control list. Everything else is forbidden.
+def acl(prefix: str) -> str:
+    """The access control list for topics below `prefix`. Everything else is forbidden.
 
     mosquitto accepts every subscription, also with wildcards, and checks the list for each message that it delivers.
     """
@@ -30,17 +29,17 @@ def acl() -> str:
 # %u is the common name of the client's certificate, or its user name.
 
 # A device writes its own topics,
-pattern write {ROOT}/+/devices/%u/status
-pattern write {ROOT}/+/devices/%u/progress
-pattern write {ROOT}/+/devices/%u/update/#
-pattern write {ROOT}/+/devices/%u/health
-pattern write {ROOT}/+/devices/%u/prediction
+pattern write {prefix}/+/devices/%u/status
+pattern write {prefix}/+/devices/%u/progress
+pattern write {prefix}/+/devices/%u/update/#
+pattern write {prefix}/+/devices/%u/health
+pattern write {prefix}/+/devices/%u/prediction
 # and reads the topics of the server and its own acknowledgements.
-pattern read {ROOT}/+/devices/%u/status
-pattern read {ROOT}/+/devices/%u/ack
-pattern read {ROOT}/+/server/status
-pattern read {ROOT}/+/round
-pattern read {ROOT}/+/globals/#
+pattern read {prefix}/+/devices/%u/status
+pattern read {prefix}/+/devices/%u/ack
+pattern read {prefix}/+/server/status
+pattern read {prefix}/+/round
+pattern read {prefix}/+/globals/#
 # It announces itself to Home Assistant under its own name (the first level is its setting home_assistant).
 pattern write {HOME_ASSISTANT}/device/+/%u/config
 
@@ -48,14 +47,16 @@ pattern write {HOME_ASSISTANT}/device/+/%u/config
 user {HOME_ASSISTANT}
 topic read {HOME_ASSISTANT}/#
 topic write {HOME_ASSISTANT}/status
-topic read {ROOT}/+/devices/+/status
-topic read {ROOT}/+/devices/+/health
-topic read {ROOT}/+/devices/+/prediction
+topic read {prefix}/+/devices/+/status
+topic read {prefix}/+/devices/+/health
+topic read {prefix}/+/devices/+/prediction
 
 # The server reads and writes all topics. A second server at the same time needs its own name (see
 # use_username_as_clientid in mosquitto.conf): make an identity like a device's, and add these two lines for it.
 user {SERVER}
-topic readwrite {ROOT}/#
+topic readwrite {prefix}/#
+# It removes the announcements of an old run (trainer_server purge).
+topic readwrite {HOME_ASSISTANT}/device/#
 """
 
 

@@ -6,13 +6,14 @@ import ipaddress
 import json
 from pathlib import Path
 
+from fedfmsl.protocol.topics import ROOT
 from fedfmsl.transport.address import netloc
 
 OWNER = 1883  # the user of the image eclipse-mosquitto; devices/Dockerfile uses the same
 _STATE, _BUNDLE, _IDENTITY = "/var/lib/fedfmsl", "/bundle", "/run/server.pem"
 
 
-def compose_yaml(folder: Path, host: str, run: str | None, source: Path) -> str:
+def compose_yaml(folder: Path, host: str, run: str | None, source: Path, prefix: str = ROOT) -> str:
     """For the kit in `folder`. Clients reach broker and server at `host`. The server's image is built from `source`.
 
     Both containers share one network namespace. If `host` is a name, it also resolves there, so the server reaches the
@@ -21,6 +22,7 @@ def compose_yaml(folder: Path, host: str, run: str | None, source: Path) -> str:
     command = ["start", "--run", f"${{RUN:-{run}}}" if run else "${RUN:?name of the run}"]
     command += ["--devices", "${DEVICES:?number of devices}", "--bundle", _BUNDLE, "--out", _STATE]
     command += ["--identity", _IDENTITY, "--broker", f"mqtts://{netloc(host)}", "--serve", f"{netloc(host)}:8443"]
+    command += [] if prefix == ROOT else ["--topic-prefix", prefix]
     named = not _is_address(host)
     network = f'hostname: {_quoted(host)}\n    ports: ["8883:8883", "8443:8443"]' if named else "network_mode: host"
     return f"""\

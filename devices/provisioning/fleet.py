@@ -26,14 +26,16 @@ from devices.provisioning.authority import (
     revoked_serials,
     serial_of,
 )
-from devices.provisioning.broker_kit import HOME_ASSISTANT, acl, mosquitto_conf, new_password, password_line
 from devices.provisioning.broker_kit import SERVER as SERVER_NAME
+from devices.provisioning.broker_kit import acl, mosquitto_conf, new_password, password_line
 from devices.provisioning.compose import compose_yaml
 from devices.provisioning.settings_file import read_table, settings_text
 from fedfmsl.common.files import write_atomically
+from fedfmsl.common.settings import without_secrets
 from fedfmsl.errors import ConfigError
-from fedfmsl.protocol.topics import check_name
+from fedfmsl.protocol.topics import ROOT, check_name, check_prefix
 from fedfmsl.transport.address import netloc, parse_address
+from fedfmsl.transport.settings import HOME_ASSISTANT
 
 SOURCE = Path(__file__).parents[2]
 
@@ -57,20 +59,32 @@ class Fleet:
         """Whether members have passwords instead of certificates."""
         return self._passwords.is_file()
 
-    def settings(self, hosts: Sequence[str], run: str | None, broker: str | None) -> dict[str, str]:
-        """Run and broker that devices get: the arguments, else the stored values. Raises ConfigError if invalid."""
+    def settings(
+        self, hosts: Sequence[str], run: str | None, broker: str | None, prefix: str | None = None
+    ) -> dict[str, str]:
+        """Run, broker and topic prefix that devices get: the arguments, else the stored values. Raises ConfigError if invalid."""
         path = self.folder / "fleet.toml"
         stored = read_table(path) if path.is_file() else {}
         found = {"run": run or stored.get("run"), "broker": broker or stored.get("broker")}
+        found["topic_prefix"] = prefix or stored.get("topic_prefix")
         if hosts:
             found["broker"] = broker or f"mqtts://{netloc(hosts[0])}"
         settings = {key: value for key, value in found.items() if value}
         if "broker" not in settings:
             raise ConfigError(f"{self.folder} has no broker address; pass --broker, like mqtts://fleet.example")
         if not parse_address(settings["broker"]).encrypted:
-            raise ConfigError(f"--broker {broker}: the kit's broker speaks TLS only; pass mqtts:// or wss://")
+            raise ConfigError(
+                f"--broker {without_secrets(settings['broker'])}: the kit's broker speaks TLS only; pass mqtts:// or wss://"
+            )
         if run:
             check_name("run", run)
+        if prefix:
+            check_prefix(prefix)
+            if not hosts and prefix != stored.get("topic_prefix", ROOT):
+                raise ConfigError(
+                    f"--topic-prefix {prefix}: the kit's access rules are for {stored.get('topic_prefix', ROOT)}; "
+                    "give it with --host, in another --pki"
+                )
         return settings
 
     def store_settings(self, settings: Mapping[str, str]) -> None:
@@ -79,7 +93,7 @@ class Fleet:
 
     def create(self, hosts: Sequence[str], kit: Path, passwords: bool, settings: Mapping[str, str]) -> None:
         """Makes CA, broker kit and the server's identity. The broker will read the kit from the folder `kit`."""
-        broker = self.folder / "broker"
+        broker, prefix = self.folder / "broker", settings.get("topic_prefix", ROOT)
         if (self.folder / "ca.key").exists():
             raise ConfigError(f"{self.folder} already holds a CA; omit --host to add devices, or choose another --pki")
         authority = make_authority("FedFMSL fleet")
@@ -91,9 +105,9 @@ class Fleet:
         self._write(broker / "broker.crt", issued.certificate_pem)
         self._write(broker / "broker.key", issued.key_pem)
         self._write(broker / "revoked.crl", authority.revocation_list([]))
-        self._write(broker / "acl", acl())
+        self._write(broker / "acl", acl(prefix))
         self._write(broker / "mosquitto.conf", mosquitto_conf(kit, passwords))
-        self._write(broker / "compose.yaml", compose_yaml(kit, hosts[0], settings.get("run"), SOURCE))
+        self._write(broker / "compose.yaml", compose_yaml(kit, hosts[0], settings.get("run"), SOURCE, prefix))
         # the server also serves the bundle over HTTPS, under the same host names
         self._write(
             self.folder / "server.pem", _identity(authority.issue(SERVER_NAME, [SERVER, CLIENT], hosts), authority)

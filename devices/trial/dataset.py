@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from edge_runtime.data.inputs import IMAGES, TEXTS, Kind
+from edge_runtime.data.unreadable import UnreadableError, read_file
 from fedfmsl.common.class_folders import ClassFile, Listing, SkippedFile, check_folder, walk_classes
 from fedfmsl.common.cli import console
 from fedfmsl.errors import InputError
@@ -53,20 +54,15 @@ def _readable(listing: Listing, kind: Kind, classes: Sequence[str]) -> list[Clas
     for file in listing.files:
         if classes and file.label not in classes:
             continue
-        if _is_readable(file.path, kind):
-            files.append(file)
+        try:
+            kind.check(read_file(file.path))
+        except UnreadableError as error:
+            skipped.append(SkippedFile(file.path, kind.not_readable(error.reason)))
         else:
-            skipped.append(SkippedFile(file.path, f"not a readable {kind.noun}"))
+            files.append(file)
     for each in skipped:
         console.print(f"skipped: {each}", markup=False, highlight=False, soft_wrap=True)
     return files
-
-
-def _is_readable(path: Path, kind: Kind) -> bool:
-    try:
-        return kind.is_readable(path.read_bytes())
-    except OSError:
-        return False
 
 
 def _by_class(files: list[ClassFile], classes: Sequence[str]) -> Files:

@@ -26,7 +26,7 @@ def device_link(broker: str, topics: Topics, name: str, identity: Path | None = 
     the broker keeps no messages for an absent client.
     """
     will = Will(topics.status(name), encode(DeviceStatus(device=name, online=False, instance=INSTANCE)))
-    return Link(broker, f"fedfmsl-{topics.run}-{name}-{INSTANCE}", will, identity=identity, insecure=insecure)
+    return Link(broker, topics.client_id(name, INSTANCE), will, identity=identity, insecure=insecure)
 
 
 class Announcer:

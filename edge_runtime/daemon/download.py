@@ -12,8 +12,10 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from fedfmsl.common.backoff import Backoff
+from fedfmsl.common.settings import without_secrets
 from fedfmsl.errors import BundleError, MessageError
 from fedfmsl.protocol.bundle import MANIFEST, MAX_MANIFEST_BYTES, Bundle, file_sha256
 from fedfmsl.protocol.messages import ServerStatus, parse
@@ -146,7 +148,9 @@ class _HttpClient:
         self._resume(file)
         if file_sha256(file.part) != file.sha256:
             file.part.unlink()
-            raise BundleError(f"{file.url} does not have the announced SHA-256; the received bytes are deleted")
+            raise BundleError(
+                f"{file.url} does not have the announced SHA-256{_proxy_hint(file.url)}; the received bytes are deleted"
+            )
         file.part.replace(file.path)
 
     def _resume(self, file: _File) -> None:
@@ -162,7 +166,7 @@ class _HttpClient:
                 if error.code == 416:  # the part is complete
                     return
                 raise BundleError(
-                    f"cannot fetch {file.url}: HTTP {error.code}; check the server, or pass --bundle"
+                    f"cannot fetch {file.url}: HTTP {error.code}{_proxy_hint(file.url)}; check the server, or pass --bundle"
                 ) from error
             except (
                 urllib.error.URLError,
@@ -174,13 +178,15 @@ class _HttpClient:
                 cause = getattr(error, "reason", error) if isinstance(error, urllib.error.URLError) else error
                 was_cut = isinstance(cause, ssl.SSLEOFError)
                 if isinstance(cause, ssl.SSLError) and not was_cut:
-                    raise BundleError(f"cannot fetch {file.url}: {explain(cause)}") from error
+                    raise BundleError(f"cannot fetch {file.url}: {explain(cause)}{_proxy_hint(file.url)}") from error
                 if file.received > before:
                     delays = list(self.retry_delays)
                 if not delays:
                     # uvicorn closes the connection without an alert if the client has no certificate of the CA
                     tls_hint = ", with the fleet's --identity" if file.url.startswith("https:") else ""
-                    raise BundleError(f"cannot fetch {file.url}: {cause}; start again to resume{tls_hint}") from error
+                    raise BundleError(
+                        f"cannot fetch {file.url}: {cause}{_proxy_hint(file.url)}; start again to resume{tls_hint}"
+                    ) from error
                 time.sleep(delays.pop(0))
             except (OSError, ValueError) as error:  # this device's disk, or an invalid address
                 raise BundleError(f"cannot fetch {file.url}: {error}; start again to resume") from error
@@ -200,3 +206,14 @@ class _HttpClient:
                     left -= len(block)
             if left and response.length:
                 raise ConnectionError(f"cut off {response.length} bytes before its end")
+
+
+def _proxy_hint(url: str) -> str:
+    """Names the proxy of the environment that a request for `url` goes through, if there is one."""
+    parts = urlsplit(url)
+    proxy = urllib.request.getproxies().get(parts.scheme, "")
+    if not proxy or urllib.request.proxy_bypass(parts.hostname or ""):
+        return ""
+    return (
+        f" (through the proxy {without_secrets(proxy)} of {parts.scheme}_proxy; without it: no_proxy={parts.hostname})"
+    )

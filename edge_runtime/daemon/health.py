@@ -18,6 +18,7 @@ from edge_runtime.store import DeviceStore
 from edge_runtime.training.context import DeviceContext
 from fedfmsl.common.files import write_atomically
 from fedfmsl.common.systemd import Watchdog, notify
+from fedfmsl.errors import one_line
 from fedfmsl.protocol.messages import HEALTH_SECONDS, Activity, Health, encode
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.link import Link
@@ -60,14 +61,17 @@ class HealthReporter:
         alive: bool = True,
     ) -> None:
         """To be called about once a second. Resets the watchdog if the daemon is `alive`, and publishes the health when
-        the activity has changed or the next message is due. Without a connection nothing is published."""
+        the activity or the connection has changed or the next message is due. Without a connection it is only
+        written to the state directory."""
         if alive:
             self._watchdog()
-        if self.newest and self.newest.activity is activity and time.monotonic() < self._due:
+        newest, outage = self.newest, self._link.outage
+        changed = newest is None or newest.activity is not activity or newest.disconnected != one_line(outage.reason)
+        if not changed and time.monotonic() < self._due:
             return
         self._due = time.monotonic() + self._seconds
         now = {"activity": activity, "paused": paused, "rounds_done": self.rounds_done, "slowdown": slowdown}
-        now |= self._measured()
+        now |= {"disconnected": outage.reason, "disconnected_since": outage.since, **self._measured()}
         known = {**(_of_device(device) if device else {}), **(_of_state(state) if state else {})}
         self.newest = Health.model_validate({**self._constant, **now, **known})
         self._link.publish(self._topic, encode(self.newest), retain=True, qos=0)

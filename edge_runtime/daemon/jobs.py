@@ -51,7 +51,7 @@ class Jobs:
         self._handle = handle
         self._announce = announce
         self._required = required
-        self._no_samples = ""  # the reason, as logged
+        self.no_samples = ""  # why there is nothing to train on
         self._next_scan = self._round_due = 0.0
 
     @property
@@ -84,19 +84,21 @@ class Jobs:
         now = time.monotonic()
         self._next_scan = now + max(self._timing.scan, (now - started) / self._timing.scan_share)
         try:
-            if future.result():
-                self._announce()
+            changed = future.result()
         except NoSamplesError as error:
-            if str(error) != self._no_samples:
-                self._no_samples = str(error)
+            if str(error) != self.no_samples:
+                self.no_samples = str(error)
                 logger.warning(f"{error}; waiting for samples")
+                self._announce()
             return False
         except WorkStoppedError:
             return False
         except OSError as error:
             self.disk_failed(error)
             return False
-        self._no_samples = ""
+        if changed or self.no_samples:
+            self.no_samples = ""
+            self._announce()
         return True
 
     def _scan_for_round_ended(self, round_: Round, future: Future[bool], started: float) -> None:

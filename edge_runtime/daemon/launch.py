@@ -26,7 +26,7 @@ from edge_runtime.inference.home_assistant import DeviceDescription, discovery_m
 from edge_runtime.inference.watcher import Watcher
 from edge_runtime.resources.governor import Governor
 from edge_runtime.resources.level_cap import LevelCap
-from edge_runtime.resources.plan import Plan, make_plan
+from edge_runtime.resources.plan import Plan, largest_extent, make_plan
 from edge_runtime.resources.sensors import Sensors, board
 from edge_runtime.resources.throttle import ControlledEngine, LevelCapTracker, StepControl, reported_and_checked
 from edge_runtime.settings import Settings
@@ -50,7 +50,7 @@ def launch(settings: Settings) -> None:
     """Takes part in the run until it has finished. Raises FedFMSLError if that is not possible."""
     set_up_logging(settings.log, settings.log_file)
     check_folder(settings.images, "--images")
-    topics, store = Topics(settings.run), DeviceStore(settings.state)
+    topics, store = Topics(settings.run, settings.topic_prefix), DeviceStore(settings.state)
     name = store.ensure_name(device_name(settings.device, settings.identity))
     with locked(store.root, "stop that process, or use another --state"), contextlib.ExitStack() as resources:
         link = device_link(settings.broker, topics, name, settings.identity, settings.insecure)
@@ -70,7 +70,7 @@ def launch(settings: Settings) -> None:
         control = StepControl()
         runner = _runner(settings, prepared, store, name, link, control)
         loop = DaemonLoop(
-            settings.run,
+            topics,
             link,
             announcer,
             health,
@@ -116,7 +116,8 @@ def _prepare(
     engine = open_engine(settings.engine, bundle, threads).name
     reader = SampleReader(reader_of(bundle))
     kind = reader.kind
-    folder = SampleFolder(settings.images, bundle, store, settings.labels, reader)
+    most = largest_extent(settings.memory)
+    folder = SampleFolder(settings.images, bundle, store, settings.labels, reader, most)
     scanned = folder.scan(FIRST_SCAN_SECONDS, report)
     report("measuring", 0, 1)
     largest_sample = largest(scanned.samples, kind)
@@ -157,5 +158,5 @@ def _introduction(settings: Settings, topics: Topics, name: str, bundle: Bundle)
     """The message that introduces this device to Home Assistant, if it classifies a watched folder."""
     if not (settings.watch and settings.home_assistant):
         return None
-    described = DeviceDescription(settings.run, name, bundle.manifest.classes, board(), version("fedfmsl-edge"))
+    described = DeviceDescription(topics, name, bundle.manifest.classes, board(), version("fedfmsl-edge"))
     return discovery_message(settings.home_assistant, described, topics.status(name), health=True)

@@ -57,7 +57,7 @@ logger = logging.getLogger(__name__)
 class DaemonLoop:
     def __init__(
         self,
-        run: str,
+        topics: Topics,
         link: Link,
         announcer: Announcer,
         health: HealthReporter,
@@ -69,8 +69,7 @@ class DaemonLoop:
     ) -> None:
         """With `stay` the device waits for the next run of that name when the run has finished."""
         device, store = runner.device, runner.device.store
-        self._run = run
-        self._topics = Topics(run)
+        self._topics = topics
         self._link = link
         self._announcer = announcer
         self._health = health
@@ -112,7 +111,7 @@ class DaemonLoop:
         self._subscribe()
         self._announcer.introduce()
         self._announce()
-        logger.info(f"waiting for the server of run {self._run!r}")
+        logger.info(f"waiting for the server of run {self._topics.run!r}")
         stop = Stop()
         try:
             stop = self._loop()
@@ -152,12 +151,8 @@ class DaemonLoop:
             elif isinstance(event.value, JobEnded):
                 self._worker.end(event.value)
         elif isinstance(event, Disconnected):
-            if self._connected:
-                logger.warning(f"no connection to the broker ({event.reason}); reconnecting")
             self._connected = False
         elif isinstance(event, Connected):
-            if not self._connected:
-                logger.info("connected to the broker again")
             self._connected = True
             self._updates.reset_backoff()
             self._announcer.introduce()
@@ -174,6 +169,8 @@ class DaemonLoop:
         if message.topic == topics.server_status:
             status = parse(ServerStatus, message.payload)
             self._updates.reset_backoff()
+            if status.online:
+                self._announce()  # the server counts only devices that answer
             self._handle(ServerSeen(status))
         elif message.topic == topics.round:
             self._handle(RoundSeen(parse(Round, message.payload)))
@@ -235,7 +232,7 @@ class DaemonLoop:
             self._jobs.scan_if_due()
         self._store_globals()
         working = Activity.WAITING if self._state.running is None else Activity.WORKING
-        self._heartbeat(Activity.PAUSED if self._paused else working)
+        self._heartbeat(Activity.PAUSED if self._paused or self._jobs.no_samples else working)
 
     def _pause(self, reason: str) -> None:
         """Pauses the computation if there is a reason. The server does not wait for a paused device."""
@@ -257,7 +254,8 @@ class DaemonLoop:
         """The watchdog is not reset while a job makes no step, except during a pause."""
         alive = self._worker.is_alive() or bool(self._paused)
         slowdown = self._runner.tracker.cap.slowdown
-        self._health.heartbeat(activity, self._runner.device, self._state, self._paused, slowdown, alive)
+        paused = self._paused or self._jobs.no_samples
+        self._health.heartbeat(activity, self._runner.device, self._state, paused, slowdown, alive)
 
     def _subscribe(self) -> None:
         """Subscribes to the messages for all devices."""
@@ -276,7 +274,7 @@ class DaemonLoop:
             self._jobs.write_missing_model(then=self._finished)
 
     def _finished(self) -> None:
-        logger.info(f"run {self._run!r} has finished; this device's model is {self._store.personalized}")
+        logger.info(f"run {self._topics.run!r} has finished; this device's model is {self._store.personalized}")
         if self._stay:
             logger.info("waiting for the next run of this name")
         else:
@@ -297,4 +295,5 @@ class DaemonLoop:
         return required_globals(self._state.announced) | required_globals(self._state.running)
 
     def _announce(self) -> None:
-        self._announcer.status(self._runner.device, paused=self._paused)
+        if self._stop is None:
+            self._announcer.status(self._runner.device, paused=self._paused, error=self._jobs.no_samples)

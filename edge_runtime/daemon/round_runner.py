@@ -28,7 +28,7 @@ from edge_runtime.training.model import save_personal_model
 from edge_runtime.training.stages import StageFunction, head_statistics, read_globals, statistics, train_global
 from edge_runtime.training.updates import prepare_update, update_header
 from fedfmsl.common.class_folders import SkippedFile
-from fedfmsl.common.files import write_atomically
+from fedfmsl.common.files import shown, write_atomically
 from fedfmsl.common.logs import fields
 from fedfmsl.errors import InputError, RunError
 from fedfmsl.protocol.messages import Round, Stage
@@ -100,7 +100,7 @@ class RoundRunner:
         if not new and len(skipped) == len(self._skipped):
             return
         for each in new[:LOGGED_FILES]:
-            logger.warning(f"skipped: {each}", **fields(file=str(each.path), reason=each.reason))
+            logger.warning(f"skipped: {each}", **fields(file=shown(each.path), reason=each.reason))
         if len(new) > LOGGED_FILES:
             logger.warning(f"skipped: {len(new) - LOGGED_FILES} more files; {self.device.store.skipped} lists all")
         self._skipped = frozenset(skipped)

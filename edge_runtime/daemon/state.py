@@ -135,7 +135,8 @@ Command = Fetch | Work | Send | Acknowledge | PublishStatus | Log | Stop
 
 @dataclass(frozen=True)
 class State:
-    """`session`: the session that this device last worked in. `online_session`: that of the online server, or "".
+    """`session`: the session that this device last worked in. `server_session`: that of the server's last status.
+    `online_session`: the same while the server is online, else "".
 
     `announced`: the newest announced round. `running`: the round that is being computed. `last_started`: the last round
     whose computation was started. `stored`: SHA-256 of the global blobs on disk. `unacknowledged`: rounds of `session`
@@ -147,6 +148,7 @@ class State:
     guard: DuplicateNameGuard
     bundle: str
     session: str = ""
+    server_session: str = ""
     online_session: str = ""
     announced: Round | None = None
     last_started: int = 0
@@ -194,7 +196,8 @@ def _see_server(state: State, status: ServerStatus) -> tuple[State, list[Command
         finished = state.announced is not None and state.announced.stage is Stage.FINISHED
         offline = Log(f"the server of run {status.run} is offline; waiting for it")
         report = not finished and not state.offline_logged
-        return replace(state, online_session="", offline_logged=not finished), [offline] if report else []
+        state = replace(state, server_session=status.session, online_session="", offline_logged=not finished)
+        return state, [offline] if report else []
     if status.bundle != state.bundle:
         return state, [
             Stop(
@@ -203,7 +206,7 @@ def _see_server(state: State, status: ServerStatus) -> tuple[State, list[Command
             )
         ]
     online = [Log(f"the server of run {status.run} is online")] if state.offline_logged else []
-    state = replace(state, online_session=status.session, offline_logged=False)
+    state = replace(state, server_session=status.session, online_session=status.session, offline_logged=False)
     return state, [*online, *_send_unacknowledged(state), *_fetch_missing(state)]
 
 
@@ -247,12 +250,13 @@ def _acknowledge(state: State, ack: Ack) -> tuple[State, list[Command]]:
 
 def _act(state: State) -> tuple[State, list[Command]]:
     """Starts the announced round if it is new and its globals are on disk. Stops if the run has finished, unless this
-    device did not take part: then it waits for the next run of that name."""
+    device did not take part, or a server of another session has come since: then it waits for the next run of that
+    name. The broker keeps the end of a run until the next run's first round."""
     announced = state.announced
     if announced is None or state.running is not None:
         return state, []
     if announced.stage is Stage.FINISHED:
-        return state, [Stop()] if announced.session == state.session else []
+        return state, [Stop()] if announced.session == state.session == state.server_session else []
     if not _is_for_this_device(state, announced) or not required_globals(announced) <= state.stored:
         return state, []
     anew = state.session not in ("", announced.session)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 from pydantic import ValidationError
 
 from edge_runtime.store import DeviceStore
 from fedfmsl.errors import RunError
-from fedfmsl.protocol.messages import HEALTH_SECONDS, Activity, Health
+from fedfmsl.protocol.messages import MAX_HEARTBEAT_AGE, Activity, Health
 
-MAX_AGE = 3 * HEALTH_SECONDS + 30  # seconds of the last heartbeat of a running daemon
 LISTED_FILES = 20  # skipped files
 
 
@@ -27,11 +26,11 @@ def read_health(store: DeviceStore) -> Health:
 
 
 def check_alive(health: Health) -> None:
-    """Raises RunError if the daemon has stopped or sent no heartbeat for MAX_AGE."""
+    """Raises RunError if the daemon has stopped or sent no heartbeat for MAX_HEARTBEAT_AGE."""
     age = time.time() - health.time
     if health.activity is Activity.STOPPED:
         raise RunError(f"the daemon stopped {_ago(age)}; start it again")
-    if age > MAX_AGE:
+    if age > MAX_HEARTBEAT_AGE:
         raise RunError(f"the daemon's last heartbeat was {_ago(age)}; check its log and start it again")
 
 
@@ -44,6 +43,9 @@ def describe(health: Health, store: DeviceStore, now: float) -> Iterator[tuple[s
     else:
         lifetime = f"ran for {_span(health.time - health.started)}"
     yield "now", f"{doing}, last heartbeat {_ago(now - health.time)}, {lifetime}"
+    if health.disconnected_since:
+        since = datetime.fromtimestamp(health.disconnected_since).isoformat(" ", "seconds")
+        yield "broker", f"no connection since {since} because: {health.disconnected}"
     yield "round", f"{health.round} ({health.stage}), level {health.level}" if health.round else "none yet"
     slowdown = f", steps take {health.slowdown:.1f} times as long as measured" if health.slowdown > 1.1 else ""
     yield "level cap", f"{health.level_cap}{slowdown}"
@@ -64,7 +66,7 @@ def describe(health: Health, store: DeviceStore, now: float) -> Iterator[tuple[s
 
 
 def _is_alive(health: Health, now: float) -> bool:
-    return health.activity is not Activity.STOPPED and now - health.time <= MAX_AGE
+    return health.activity is not Activity.STOPPED and now - health.time <= MAX_HEARTBEAT_AGE
 
 
 def _ago(seconds: float) -> str:

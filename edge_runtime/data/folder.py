@@ -8,15 +8,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edge_runtime.data.features import Report
+from edge_runtime.data.images import decoders
 from edge_runtime.data.inputs import Kind, Reader, reader_of
 from edge_runtime.data.labels import walk_labelled
 from edge_runtime.data.ledger import Ledger, open_ledger
 from edge_runtime.data.sample_reader import SampleReader
 from edge_runtime.data.samples import Sample, Split, Splits, assign_splits
+from edge_runtime.data.unreadable import UnreadableError
 from edge_runtime.store import DeviceStore
 from fedfmsl.common.class_folders import ClassFile, Listing, SkippedFile, walk_classes
+from fedfmsl.common.files import shown
 from fedfmsl.errors import InputError
 from fedfmsl.protocol.bundle import Bundle
 
@@ -24,7 +28,9 @@ WRITE_SECONDS = 2.0  # after its last change, a file may still be written
 REASONS = 3  # reasons that an error lists
 UNLIMITED = 2**62  # an extent
 REMEMBERED_AT_ONCE = 100  # files that one transaction stores
-TOO_LARGE = "needs more memory to read than the device has planned; make it smaller, or restart the device"
+# Why a file is too large: at the first scan, and for the memory plan.
+TOO_MUCH = "more than half of the device's memory limit; make it smaller, or raise --memory"
+UNPLANNED = "more than the device has planned; make it smaller, or restart the device"
 
 # The result of reading a file. None: another process may still write the file; the next scan reads it.
 FileResult = Sample | SkippedFile | None
@@ -40,16 +46,19 @@ class SampleFolder:
         store: DeviceStore,
         labels: Path | None = None,
         reader: SampleReader | None = None,
+        most: int = UNLIMITED,
     ) -> None:
         """`labels` is a CSV file (see `edge_runtime.data.labels`). `reader` is shared with the feature cache; default:
-        a new one. Raises ConfigError or BundleError as `reader_of` does."""
+        a new one. A file that takes more than `most` bytes of memory to read is skipped. Raises ConfigError or
+        BundleError as `reader_of` does."""
         self._folder = folder
         self._classes = {name: label for label, name in enumerate(bundle.manifest.classes)}
-        self._preprocessing = bundle.manifest.preprocessing.model_dump_json()
+        self._preprocessing = f"{bundle.manifest.preprocessing.model_dump_json()} {decoders()}"
         self._store = store
         self._reader = reader or SampleReader(reader_of(bundle))
         self._labels = labels
-        self._largest = UNLIMITED
+        self._most = most
+        self._largest: int | None = None  # extent of the largest sample that the memory plan covers
 
     def scan(self, wait: float = 0.0, report: Report = lambda *_: None) -> Splits:
         """The folder's samples; `assign_new_samples` has to follow.
@@ -71,7 +80,7 @@ class SampleFolder:
             splits = _assign(listing, results, tuple(self._classes), kept)
             _require_training_samples(splits, self._folder, self._reader.kind)
             ledger.forget_others({file.name for file in listing.files})  # after the check: an unmounted disk is empty
-        if self._largest == UNLIMITED:
+        if self._largest is None:
             self._largest, _ = largest(splits.samples, self._reader.kind)
         return splits
 
@@ -87,19 +96,23 @@ class SampleFolder:
         return walk_classes(self._folder, kind.suffixes, kind.noun, classes)
 
     def _results(self, ledger: Ledger, files: Sequence[ClassFile], report: Report) -> Iterator[FileResult]:
-        fresh: list[tuple[ClassFile, Sample]] = []
+        fresh: list[tuple[ClassFile, Sample | SkippedFile]] = []
+        limit = self._most if self._largest is None else self._largest
         for index, file in enumerate(files, start=1):
             label = self._classes[file.label]
             found: FileResult = ledger.recall(file, label)
             if found is None and not _is_recent(file):
-                found = _read(self._reader, file, label, self._largest)
-                if isinstance(found, Sample) and found.extent <= self._largest:
+                found, lasts = _read(self._reader, file, label, limit)
+                if found is not None and lasts:
                     fresh.append((file, found))
                 if len(fresh) == REMEMBERED_AT_ONCE:
                     ledger.remember(fresh)
                     fresh.clear()
                 report("scanning", index, len(files))
-            yield _usable(found, self._reader.kind, self._largest)
+            if isinstance(found, Sample) and found.extent > limit:
+                need = f"needs {found.extent / 1e6:.0f} MB of memory to read"
+                found = SkippedFile(found.path, f"{need}, {TOO_MUCH if self._largest is None else UNPLANNED}")
+            yield found
         ledger.remember(fresh)
 
 
@@ -113,11 +126,13 @@ def largest(samples: Sequence[Sample], kind: Kind) -> tuple[int, Path]:
 def scan_once(folder: Path, classes: Sequence[str], kind: Kind) -> Splits:
     """The first scan of a folder, without a ledger. Raises InputError if there is nothing to train on."""
     listing = walk_classes(folder, kind.suffixes, kind.noun, classes)
-    check = Reader(kind, "", lambda data: np.empty(0) if kind.is_readable(data) else None, lambda file, size: 0)
-    reader = SampleReader(check)
-    results = [
-        _usable(_read(reader, file, classes.index(file.label), UNLIMITED), kind, UNLIMITED) for file in listing.files
-    ]
+
+    def check(data: bytes) -> NDArray[np.uint8]:
+        kind.check(data)
+        return np.empty(0, np.uint8)
+
+    reader = SampleReader(Reader(kind, "", check, lambda file, size: 0))
+    results = [_read(reader, file, classes.index(file.label), UNLIMITED)[0] for file in listing.files]
     splits = _assign(listing, results, classes, kept={})
     _require_training_samples(splits, folder, kind)
     return splits
@@ -128,21 +143,17 @@ def _is_recent(file: ClassFile) -> bool:
     return abs(time.time() - file.version.mtime_ns / 1e9) < WRITE_SECONDS
 
 
-def _read(reader: SampleReader, file: ClassFile, label: int, largest: int) -> FileResult:
+def _read(reader: SampleReader, file: ClassFile, label: int, largest: int) -> tuple[FileResult, bool]:
+    """The result, and whether it lasts until the file changes."""
     try:
-        return reader.read(file, label, largest)
+        found = reader.read(file, label, largest)
     except FileNotFoundError:
-        return None
+        return None, False
     except OSError as error:
-        return SkippedFile(file.path, f"cannot be read ({error.strerror})")
-
-
-def _usable(found: FileResult, kind: Kind, largest: int) -> FileResult:
-    if isinstance(found, Sample) and found.extent > largest:
-        return SkippedFile(found.path, TOO_LARGE)
-    if isinstance(found, Sample) and not found.sha256:
-        return SkippedFile(found.path, f"not a readable {kind.noun}")
-    return found
+        return SkippedFile(file.path, f"cannot be read ({error.strerror})"), False
+    except UnreadableError as error:
+        return SkippedFile(file.path, reader.kind.not_readable(error.reason)), error.lasting
+    return found, found is not None and found.extent <= largest
 
 
 def _assign(
@@ -161,7 +172,7 @@ def _assign(
         others = [next((other for other, _ in same if other.label != sample.label), None) for sample, _ in same]
         for (sample, _), other in zip(same, others, strict=True):
             if other is not None:
-                reason = f"the same as {other.path}, of class {classes[other.label]!r}; remove one of them"
+                reason = f"the same as {shown(other.path)}, of class {classes[other.label]!r}; remove one of them"
                 skipped.append(SkippedFile(sample.path, reason))
         if not any(others):
             samples += [sample for sample, is_test in same if not is_test][:1]

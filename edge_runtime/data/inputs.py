@@ -12,7 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_runtime.data import images, texts
+from edge_runtime.data.unreadable import UnreadableError, read_file
 from fedfmsl.common.class_folders import files_below, has_suffix
+from fedfmsl.common.files import shown
 from fedfmsl.common.sample_formats import IMAGE_SUFFIXES, TEXT_SUFFIXES
 from fedfmsl.errors import InputError
 from fedfmsl.protocol.bundle import Bundle, Preprocessing, TextPreprocessing
@@ -20,50 +22,51 @@ from fedfmsl.protocol.bundle import Bundle, Preprocessing, TextPreprocessing
 
 @dataclass(frozen=True)
 class Kind:
-    """`noun` names a file in messages, and the kind in the manifest's preprocessing. Files of at most the
-    extent `ordinary` (see `Reader`) take little memory to read."""
+    """`noun` names a file in messages, and the kind in the manifest's preprocessing. `check` raises
+    UnreadableError if a file's bytes cannot be read. Files of at most the extent `ordinary` (see `Reader`) take little
+    memory to read."""
 
     noun: str
     suffixes: frozenset[str]
-    is_readable: Callable[[bytes], bool]
+    check: Callable[[bytes], None]
     ordinary: int
 
     def files(self, folder: Path) -> list[Path]:
         """The files of this kind at any depth below `folder`, in the order of their names."""
         return [folder / name for name, _ in files_below(folder, "", []) if self.has_name(name)]
 
+    def not_readable(self, reason: str) -> str:
+        """What is wrong with a file that cannot be read for a `reason`."""
+        return f"not a readable {self.noun}: {reason}"
+
     def has_name(self, name: str) -> bool:
         """Whether a file name has one of the suffixes."""
         return has_suffix(name, self.suffixes)
 
 
-IMAGES = Kind("image", IMAGE_SUFFIXES, images.is_readable, ordinary=2**22)
-TEXTS = Kind("text", TEXT_SUFFIXES, texts.is_readable, ordinary=2**18)
+IMAGES = Kind("image", IMAGE_SUFFIXES, images.check, ordinary=2**25)
+TEXTS = Kind("text", TEXT_SUFFIXES, texts.check, ordinary=2**22)
 
 
 @dataclass(frozen=True)
 class Reader:
     """Decodes files as the input of a bundle's graphs, or of a personalized model.
 
-    `decode` gives the array for one file's bytes, or None if they are not readable. `extent` of an open file and its
-    size is proportional to the memory that reading it takes: pixels of an image, bytes of a text.
+    `decode` gives the array for one file's bytes. `extent` of an open file and its size is the bytes of memory that
+    reading it takes. Both raise UnreadableError if the file cannot be read.
     """
 
     kind: Kind
     input: str
-    decode: Callable[[bytes], NDArray[Any] | None]
+    decode: Callable[[bytes], NDArray[Any]]
     extent: Callable[[BinaryIO, int], int]
 
     def load(self, path: Path) -> NDArray[Any]:
         """Raises InputError if the file cannot be read."""
         try:
-            value = self.decode(path.read_bytes())
-        except OSError:
-            value = None
-        if value is None:
-            hint = "; it must be UTF-8 and not empty" if self.kind is TEXTS else ""
-            raise InputError(f"{path} is not a readable {self.kind.noun}{hint}")
-        return value
+            return self.decode(read_file(path))
+        except UnreadableError as error:
+            raise InputError(f"{shown(path)} is {self.kind.not_readable(error.reason)}") from error
 
     def batch(self, paths: Sequence[Path]) -> dict[str, NDArray[Any]]:
         """`pixels` (B, S, S, 3) uint8 or `tokens` (B, N) int64. Raises InputError if a file cannot be read."""

@@ -12,14 +12,15 @@ from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from pathlib import Path
 
 from edge_runtime.data.samples import Sample, Split, Splits
-from fedfmsl.common.class_folders import ClassFile
+from fedfmsl.common.class_folders import ClassFile, SkippedFile
 from fedfmsl.errors import ConfigError
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS reading (preprocessing TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS files (
+-- `unreadable`: why a file cannot be read; its `sha256` is then empty
+CREATE TABLE IF NOT EXISTS file_versions (
     path BLOB PRIMARY KEY, size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL, sha256 TEXT NOT NULL,
-    extent INTEGER NOT NULL
+    extent INTEGER NOT NULL, unreadable TEXT NOT NULL
 ) WITHOUT ROWID;
 -- contents of deleted files stay, because the files may come back; `place` is the order of assignment
 CREATE TABLE IF NOT EXISTS slices (place INTEGER PRIMARY KEY, sha256 TEXT NOT NULL UNIQUE, slice TEXT NOT NULL);
@@ -34,36 +35,39 @@ class Ledger:
         self._db = db
 
     def set_preprocessing(self, preprocessing: str) -> None:
-        """Forgets all files if they were read with another preprocessing."""
+        """Forgets all files if they were read in another way."""
         if self._db.execute("SELECT preprocessing FROM reading").fetchall() != [(preprocessing,)]:
             with _full_disk_ignored(), self._db:
-                self._db.execute("DELETE FROM files")
+                self._db.execute("DELETE FROM file_versions")
                 self._db.execute("DELETE FROM reading")
                 self._db.execute("INSERT INTO reading VALUES (?)", (preprocessing,))
 
-    def recall(self, file: ClassFile, label: int) -> Sample | None:
-        """The sample of a file, or None if this version of it was not read before."""
+    def recall(self, file: ClassFile, label: int) -> Sample | SkippedFile | None:
+        """The sample of a file, or why it has none. None if this version of it was not read before."""
         row = self._db.execute(
-            "SELECT sha256, extent FROM files WHERE path = ? AND size = ? AND mtime_ns = ?",
+            "SELECT sha256, extent, unreadable FROM file_versions WHERE path = ? AND size = ? AND mtime_ns = ?",
             (os.fsencode(file.name), file.version.size, file.version.mtime_ns),
         ).fetchone()
+        if row and row[2]:
+            return SkippedFile(file.path, row[2])
         return Sample(file.path, row[0], label, row[1]) if row else None
 
-    def remember(self, read: Iterable[tuple[ClassFile, Sample]]) -> None:
+    def remember(self, read: Iterable[tuple[ClassFile, Sample | SkippedFile]]) -> None:
         rows = [
-            (os.fsencode(file.name), file.version.size, file.version.mtime_ns, sample.sha256, sample.extent)
-            for file, sample in read
+            (os.fsencode(file.name), file.version.size, file.version.mtime_ns)
+            + (("", 0, found.reason) if isinstance(found, SkippedFile) else (found.sha256, found.extent, ""))
+            for file, found in read
         ]
         with _full_disk_ignored(), self._db:
-            self._db.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?)", rows)
+            self._db.executemany("INSERT OR REPLACE INTO file_versions VALUES (?, ?, ?, ?, ?, ?)", rows)
 
     def forget(self, names: Iterable[str]) -> None:
         with _full_disk_ignored(), self._db:
-            self._db.executemany("DELETE FROM files WHERE path = ?", [(os.fsencode(name),) for name in names])
+            self._db.executemany("DELETE FROM file_versions WHERE path = ?", [(os.fsencode(name),) for name in names])
 
     def forget_others(self, names: set[str]) -> None:
         """Forgets every file but these."""
-        known = [os.fsdecode(path) for (path,) in self._db.execute("SELECT path FROM files")]
+        known = [os.fsdecode(path) for (path,) in self._db.execute("SELECT path FROM file_versions")]
         self.forget(name for name in known if name not in names)
 
     def splits(self, contents: set[str]) -> dict[str, Split]:

@@ -18,10 +18,9 @@ from numpy.typing import NDArray
 
 from edge_runtime.data.inputs import Kind, Reader
 from edge_runtime.data.samples import Sample, SampleChangedError
+from edge_runtime.data.unreadable import UnreadableError, check_name, check_size, read_file
 from fedfmsl.common.class_folders import ClassFile, FileVersion
-from fedfmsl.errors import InputError
 
-MAX_FILE_BYTES = 2**28  # a larger file is not read
 KEPT_BYTES = 2**23  # of decoded inputs: 55 images of 224 × 224 pixels, or thousands of texts
 
 
@@ -39,16 +38,17 @@ class SampleReader:
         return self._reader.kind
 
     def read(self, file: ClassFile, label: int, largest: int) -> Sample | None:
-        """The sample in a file; without `sha256` if the file is not readable, or its extent is more than `largest`.
+        """The sample in a file; without `sha256` if its extent is more than `largest`.
 
-        None: the file has changed since it was listed. Raises OSError if it cannot be opened or read.
+        None: the file has changed since it was listed. Raises OSError if it cannot be opened or read, UnreadableError
+        if it cannot be decoded.
         """
         size = file.version.size
+        check_name(file.name)
+        check_size(size)
         with file.path.open("rb") as opened:
             if FileVersion.of(os.fstat(opened.fileno())) != file.version:
                 return None
-            if size > MAX_FILE_BYTES:
-                return Sample(file.path, "", label)
             extent = self._reader.extent(opened, size)
             if extent > largest:
                 return Sample(file.path, "", label, extent)
@@ -57,8 +57,6 @@ class SampleReader:
             if len(data) != size or FileVersion.of(os.fstat(opened.fileno())) != file.version:
                 return None
         value = self._reader.decode(data)
-        if value is None:
-            return Sample(file.path, "", label, extent)
         sample = Sample(file.path, hashlib.sha256(data).hexdigest(), label, extent)
         self._keep(sample.sha256, value)
         return sample
@@ -66,7 +64,7 @@ class SampleReader:
     def batch(self, samples: Sequence[Sample]) -> dict[str, NDArray[Any]]:
         """`pixels` (B, S, S, 3) uint8 or `tokens` (B, N) int64.
 
-        Raises SampleChangedError if a file that has to be read has changed.
+        Raises SampleChangedError if a file that has to be read has changed, or can no longer be decoded.
         """
         return {self._reader.input: np.stack([self._input(sample) for sample in samples])}
 
@@ -75,17 +73,12 @@ class SampleReader:
         if kept is not None:
             return kept
         try:
-            with sample.path.open("rb") as opened:
-                size = min(os.fstat(opened.fileno()).st_size, MAX_FILE_BYTES)
-                data = opened.read(size + 1)  # read() without a size could allocate any amount
-        except OSError as error:  # deleted, or its disk was removed
+            data = read_file(sample.path)
+            if hashlib.sha256(data).hexdigest() != sample.sha256:
+                raise SampleChangedError(sample.path)
+            return self._reader.decode(data)
+        except UnreadableError as error:  # deleted, or its disk was removed, or memory is short now
             raise SampleChangedError(sample.path) from error
-        if hashlib.sha256(data).hexdigest() != sample.sha256:
-            raise SampleChangedError(sample.path)
-        value = self._reader.decode(data)
-        if value is None:
-            raise InputError(f"{sample.path} is not a readable {self.kind.noun}")
-        return value
 
     def _keep(self, sha256: str, value: NDArray[Any]) -> None:
         if sha256 not in self._inputs:

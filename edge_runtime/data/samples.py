@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedfmsl.common.class_folders import SkippedFile
+from fedfmsl.common.files import shown
 from fedfmsl.errors import InputError
 
 HELD_OUT_SHARE = 0.2
@@ -29,8 +30,8 @@ TOO_FEW = "is the only sample of its class; add more: a class needs at least two
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A file with a class, identified by its content. `sha256` is empty if the file is not readable. `extent` is
-    proportional to the memory that reading it takes (see `edge_runtime.data.inputs.Reader`)."""
+    """A file with a class, identified by its content. `sha256` is empty if the file was not read. `extent`: bytes of
+    memory that reading it takes (see `edge_runtime.data.inputs.Reader`)."""
 
     path: Path
     sha256: str
@@ -42,7 +43,7 @@ class SampleChangedError(InputError):
     """A file changed between the scan of its folder and its use. The folder has to be scanned again."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(f"{path} has changed since the folder was scanned")
+        super().__init__(f"{shown(path)} has changed since the folder was scanned")
         self.path = path
 
 

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import codecs
+import re
 from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_runtime.data.unreadable import UnreadableError, decoding
 from fedfmsl.errors import BundleError, ConfigError
 from fedfmsl.protocol.bundle import TextPreprocessing
+
+# A text is cut to this before it is tokenized, which takes a hundred times its memory. A model keeps hundreds of tokens
+# of about five characters.
+MAX_CHARACTERS = 2**17
+MAX_BYTES = 4 * MAX_CHARACTERS  # in UTF-8
 
 Tokens = NDArray[np.int64]
 
 
-def is_readable(data: bytes) -> bool:
-    return _text(data) is not None
+def check(data: bytes) -> None:
+    """Raises UnreadableError if the text is empty or not UTF-8, up to MAX_CHARACTERS."""
+    _text(data)
 
 
 def extent(file: BinaryIO, file_size: int) -> int:
-    """The memory to read a text, in bytes."""
+    """Bytes of memory that reading a text takes."""
     return file_size
 
 
@@ -43,14 +52,20 @@ class TextTokenizer:
         self._tokenizer.enable_truncation(length)
         self._tokenizer.enable_padding(length=length, pad_id=preprocessing.pad_id)
 
-    def decode(self, data: bytes) -> Tokens | None:
-        """A text file's bytes as token ids (N,), truncated or padded. None if the text is empty or not UTF-8."""
-        text = _text(data)
-        return None if text is None else np.array(self._tokenizer.encode(text).ids, np.int64)
+    @decoding()
+    def decode(self, data: bytes) -> Tokens:
+        """A text file's bytes as token ids (N,), truncated or padded. Raises UnreadableError as `check` does."""
+        return np.array(self._tokenizer.encode(_text(data)).ids, np.int64)
 
 
-def _text(data: bytes) -> str | None:
+def _text(data: bytes) -> str:
+    blank = re.compile(rb"(\xef\xbb\xbf)?\s*").match(data)  # a byte order mark, and what strip() removes
+    start = data[blank.end() if blank else 0 :][:MAX_BYTES]
     try:
-        return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n").strip() or None
-    except UnicodeDecodeError:
-        return None
+        text = codecs.getincrementaldecoder("utf-8")().decode(start, final=len(start) < MAX_BYTES)
+    except UnicodeDecodeError as error:
+        raise UnreadableError("it is not UTF-8; save it as UTF-8") from error
+    text = text[:MAX_CHARACTERS].replace("\r\n", "\n").replace("\r", "\n").strip()
+    if not text:
+        raise UnreadableError("it is empty")
+    return text

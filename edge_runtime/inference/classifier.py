@@ -22,6 +22,7 @@ from edge_runtime.training.model import ModelHeader, PersonalModel, open_model_b
 from fedfmsl.algorithms.arrays import Floats
 from fedfmsl.algorithms.calibration import UNKNOWN
 from fedfmsl.common.cli import notice
+from fedfmsl.common.files import shown
 from fedfmsl.errors import BundleError, FedFMSLError
 from fedfmsl.protocol.bundle import Bundle, Preprocessing
 from fedfmsl.protocol.messages import Prediction
@@ -60,7 +61,7 @@ class Labeler:
         confidence = min(float(probabilities[best]), 1.0)
         return Prediction(
             device=self.device,
-            file=str(path),
+            file=shown(path),
             time=time.time(),
             label=self.classes[best] if confidence >= self.threshold else UNKNOWN,
             confidence=confidence,

@@ -13,11 +13,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedfmsl.algorithms.calibration import UNKNOWN
-from fedfmsl.errors import ConfigError
+from fedfmsl.errors import ConfigError, one_line
 from fedfmsl.protocol.messages import Activity
-from fedfmsl.protocol.topics import Topics
+from fedfmsl.protocol.topics import Topics, discovery_topic
 
 PRODUCT = "FedFMSL Edge"
+# Home Assistant does not record the attributes of a state if their JSON has more than 16,384 bytes. They are the options
+# of a sensor and what its template selects.
+MAX_OPTIONS_BYTES = 7000
+PROBABILITIES = 10  # the highest ones, among the attributes
+MAX_STATE = 255  # characters
 _ID = re.compile(r"[a-zA-Z0-9_-]+")  # valid in a level of a discovery topic
 
 
@@ -25,7 +30,7 @@ _ID = re.compile(r"[a-zA-Z0-9_-]+")  # valid in a level of a discovery topic
 class DeviceDescription:
     """`model`: name of the board, or ""."""
 
-    run: str
+    topics: Topics
     name: str
     classes: Sequence[str]
     model: str = ""
@@ -38,8 +43,8 @@ def discovery_message(prefix: str, device: DeviceDescription, status_topic: str,
     `status_topic`: topic of the device's DeviceStatus. `health`: also describe the sensors of the health messages.
     Raises ConfigError if the run name or the device name is not valid in a discovery topic.
     """
-    topics = Topics(device.run)
-    for kind, name in (("run", device.run), ("device", device.name)):
+    topics = device.topics
+    for kind, name in (("run", topics.run), ("device", device.name)):
         if not _ID.fullmatch(name):
             raise ConfigError(
                 f"{kind} name {name!r} is not valid in Home Assistant, which allows letters, digits, '_' and '-'; "
@@ -50,7 +55,7 @@ def discovery_message(prefix: str, device: DeviceDescription, status_topic: str,
         components |= _health(topics.health(device.name))
     payload = {
         "device": {
-            "identifiers": [f"fedfmsl/{device.run}/{device.name}"],
+            "identifiers": [f"{topics.root}/{device.name}"],
             "name": device.name,
             "manufacturer": PRODUCT,
             **({"model": device.model} if device.model else {}),
@@ -62,22 +67,26 @@ def discovery_message(prefix: str, device: DeviceDescription, status_topic: str,
         ],
         "qos": 1,
         "components": {
-            key: {"platform": "sensor", "unique_id": f"fedfmsl/{device.run}/{device.name}/{key}", **component}
+            key: {"platform": "sensor", "unique_id": f"{topics.root}/{device.name}/{key}", **component}
             for key, component in components.items()
         },
     }
-    return f"{prefix}/device/{device.run}/{device.name}/config", json.dumps(payload).encode()
+    return discovery_topic(prefix, topics.run, device.name), json.dumps(payload).encode()
 
 
 def _predictions(topic: str, classes: Sequence[str]) -> dict[str, dict[str, Any]]:
+    # as published: a message holds a class name as one line
+    options = list(dict.fromkeys(one_line(name)[:MAX_STATE] for name in (*classes, UNKNOWN)))
+    listed = len(json.dumps(options, ensure_ascii=False).encode()) <= MAX_OPTIONS_BYTES
+    highest = f"dict((value_json.probabilities | dictsort(by='value', reverse=true))[:{PROBABILITIES}])"
     return {
         "class": {
             "name": "Class",
-            "device_class": "enum",
-            "options": list(dict.fromkeys([*classes, UNKNOWN])),
+            **({"device_class": "enum", "options": options} if listed else {}),
             "state_topic": topic,
-            "value_template": "{{ value_json.label }}",
+            "value_template": f"{{{{ value_json.label[:{MAX_STATE}] }}}}",
             "json_attributes_topic": topic,
+            "json_attributes_template": f"{{{{ dict(value_json, probabilities={highest}) | tojson }}}}",
         },
         "confidence": {
             "name": "Confidence",

@@ -9,12 +9,11 @@ from types import TracebackType
 from edge_runtime.inference.classifier import Classifier
 from edge_runtime.inference.home_assistant import DeviceDescription, discovery_message
 from edge_runtime.settings import PredictSettings
-from fedfmsl.common.cli import notice
 from fedfmsl.errors import ConfigError
 from fedfmsl.protocol.messages import DeviceStatus, Prediction, encode
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.identity import read_identity
-from fedfmsl.transport.link import Connected, Disconnected, Link, Will
+from fedfmsl.transport.link import Connected, Link, Will
 
 
 class Publisher:
@@ -26,17 +25,15 @@ class Publisher:
             raise ConfigError("--publish needs --run NAME: the run to publish in")
         identity = settings.identity
         self._device = (read_identity(identity).name if identity else None) or classifier.device
-        self._topics = topics = Topics(settings.run)
+        self._topics = topics = Topics(settings.run, settings.topic_prefix)
         self._discovery: tuple[str, bytes] | None = None
         if settings.home_assistant:
-            description = DeviceDescription(
-                settings.run, self._device, classifier.classes, version=version("fedfmsl-edge")
-            )
+            description = DeviceDescription(topics, self._device, classifier.classes, version=version("fedfmsl-edge"))
             status_topic = topics.prediction_status(self._device)
             self._discovery = discovery_message(settings.home_assistant, description, status_topic, health=False)
         self._link = Link(
             settings.broker,
-            f"fedfmsl-{settings.run}-{self._device}-predict-{secrets.token_hex(8)}",
+            topics.client_id(self._device, "predict", secrets.token_hex(8)),
             Will(topics.prediction_status(self._device), self._status(online=False)),
             identity=identity,
             insecure=settings.insecure,
@@ -62,8 +59,6 @@ class Publisher:
     def _handle_connection_events(self) -> None:
         """Publishes discovery and status after every connect, because the broker may have published the last will."""
         while (event := self._link.next_event(0)) is not None:
-            if isinstance(event, Disconnected):
-                notice(f"no connection to the broker ({event.reason}); reconnecting")
             if isinstance(event, Connected):
                 if self._discovery is not None:
                     self._link.publish(*self._discovery, retain=True)

@@ -42,8 +42,8 @@ def check_broker(settings: Settings, context: Context) -> Iterator[Finding]:
     if context.running:
         yield Finding("broker", "the daemon runs and uses this device's name; see python -m edge_runtime status")
         return
-    topics, address = Topics(settings.run), parse_address(settings.broker)
-    client = f"fedfmsl-check-{secrets.token_hex(8)}"
+    topics, address = Topics(settings.run, settings.topic_prefix), parse_address(settings.broker)
+    client = topics.client_id("check", secrets.token_hex(8))
     link = Link(settings.broker, client, identity=settings.identity, insecure=settings.insecure)
     link.connect()
     try:

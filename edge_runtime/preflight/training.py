@@ -13,7 +13,7 @@ from edge_runtime.data.inputs import reader_of
 from edge_runtime.data.sample_reader import SampleReader
 from edge_runtime.engines.factory import open_engine
 from edge_runtime.preflight.context import Context, Finding, format_size
-from edge_runtime.resources.plan import measure_minimum
+from edge_runtime.resources.plan import largest_extent, measure_minimum
 from edge_runtime.settings import Settings
 from edge_runtime.store import DeviceStore
 from fedfmsl.common.class_folders import check_folder
@@ -55,12 +55,13 @@ def check_samples(settings: Settings, context: Context) -> Iterator[Finding]:
         return
     reader = SampleReader(reader_of(context.bundle))
     scratch = DeviceStore(context.scratch)
-    splits = SampleFolder(settings.images, context.bundle, scratch, settings.labels, reader=reader).scan()
+    most = largest_extent(settings.memory)
+    splits = SampleFolder(settings.images, context.bundle, scratch, settings.labels, reader, most).scan()
     _, context.largest = largest(splits.samples, reader.kind)
     classes = len({sample.label for sample in splits.samples})
     yield Finding("samples", f"{len(splits.samples)} {reader.kind.noun}s of {classes} classes in {settings.images}")
     for skipped in splits.skipped:
-        yield Finding("skipped", f"{skipped.path}: {skipped.reason}", warning=True)
+        yield Finding("skipped", str(skipped), warning=True)
 
 
 def check_memory(settings: Settings, context: Context) -> Iterator[Finding]:

@@ -94,6 +94,11 @@ def make_plan(
     return plan
 
 
+def largest_extent(memory: int | None) -> int:
+    """Bytes that reading one sample may take: half of the limit `memory`, so that no single file decides what fits."""
+    return _budget(memory) // 2
+
+
 def measure_minimum(
     bundle: Bundle, engine: EngineName, threads: int, sample: Path, memory: int | None, step_seconds: float
 ) -> tuple[int, float]:

@@ -21,9 +21,11 @@ STATE/samples.sqlite     the device's files and the splits of its samples (see `
 
 from __future__ import annotations
 
+import re
 import secrets
 import socket
 import tempfile
+import unicodedata
 from pathlib import Path
 
 from edge_runtime.store.global_store import GlobalStore
@@ -116,8 +118,7 @@ class DeviceStore:
                     f"--state {self.root} belongs to device {name!r}, not {configured!r}; use another folder"
                 )
             return name
-        host = "".join(c for c in socket.gethostname() if c.isalnum() or c in "-_") or "device"
-        name = configured or check_name("device", f"{host[:40]}-{secrets.token_hex(4)}")
+        name = configured or f"{name_of_host(socket.gethostname())}-{secrets.token_hex(4)}"
         write_atomically(path, name.encode(), durable=True)
         return name
 
@@ -142,3 +143,9 @@ class DeviceStore:
         temporary += [each for path in files for each in path.parent.glob(f".{path.name}.*")]
         for path in temporary:
             path.unlink(missing_ok=True)
+
+
+def name_of_host(host: str) -> str:
+    """The start of a device name, made of any host name: küche becomes kuche, カメラ becomes device."""
+    plain = unicodedata.normalize("NFKD", host).encode("ascii", "ignore").decode()
+    return re.sub(r"[^A-Za-z0-9_]+", "-", plain)[:40].strip("-_") or "device"

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from fedfmsl.common.exit_codes import DISK_FULL, INTERRUPTED
 from fedfmsl.common.files import FULL
-from fedfmsl.errors import FedFMSLError
+from fedfmsl.errors import FedFMSLError, InputError, no_permission
 
 # No wrapping at the terminal's width. No markup, because the text may come from other machines.
 console = Console(soft_wrap=True, markup=False, emoji=False)
@@ -32,6 +32,11 @@ class _Application(typer.Typer):
             for line in error.lines:
                 print(f"error: {line}", file=sys.stderr)
             sys.exit(error.exit_code)
+        except PermissionError as error:
+            if error.filename is None:
+                raise
+            print(f"error: {no_permission(error.filename, 'use')}", file=sys.stderr)
+            sys.exit(InputError.exit_code)
         except OSError as error:
             if error.errno not in FULL:
                 raise

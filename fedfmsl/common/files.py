@@ -1,4 +1,4 @@
-"""Atomic and durable writing of files."""
+"""Files: how their names are shown, and how they are written atomically and durably."""
 
 from __future__ import annotations
 
@@ -6,8 +6,18 @@ import errno
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from unicodedata import category
 
 FULL = {errno.ENOSPC, errno.EDQUOT}  # error numbers of a full disk
+
+
+def shown(path: os.PathLike[str] | str) -> str:
+    """A path as text for messages, logs and predictions.
+
+    Linux takes any bytes as a name. Bytes that are not UTF-8, which Python keeps as surrogates, and control characters
+    are escaped; every other name stays as it is.
+    """
+    return "".join(map(_escaped, os.fspath(path)))
 
 
 def write_atomically(path: Path, data: bytes | Iterable[bytes], durable: bool = False) -> None:
@@ -29,6 +39,12 @@ def write_atomically(path: Path, data: bytes | Iterable[bytes], durable: bool = 
     except OSError:  # often a full disk, where the temporary file takes space
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _escaped(character: str) -> str:
+    if "\udc80" <= character <= "\udcff":
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode() if category(character) in ("Cc", "Cs") else character
 
 
 def sync(path: Path) -> None:

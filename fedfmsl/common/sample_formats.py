@@ -5,6 +5,8 @@ All suffixes are declared here, in lower case. `edge_runtime.data` reads the fil
 
 from __future__ import annotations
 
+import posixpath
+
 # Pillow's name of an image format → the suffixes of its files. AVIF needs Pillow 11.3 or newer, HEIF pillow-heif.
 READ_IMAGES = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
@@ -36,3 +38,9 @@ TEXT_SUFFIXES = frozenset({".txt"})
 IMAGE_SUFFIXES = frozenset(
     suffix for formats in (READ_IMAGES, UNREAD_IMAGES) for each in formats.values() for suffix in each
 )
+_UNREAD = {suffix: name for name, suffixes in UNREAD_IMAGES.items() for suffix in suffixes}
+
+
+def unread_format(name: str) -> str:
+    """The format of a file by its name, if it is one of UNREAD_IMAGES; otherwise ""."""
+    return _UNREAD.get(posixpath.splitext(name)[1].lower(), "")

@@ -56,7 +56,8 @@ _FILE_TYPES: dict[Any, tuple[type, ...]] = {bool: (bool,), int: (int,), float: (
 _WRONG_TYPE = object()  # pydantic rejects it; it would convert some values of a wrong type
 THE_SETTINGS = "the settings are"
 EXAMPLE = 'pass a text file with lines like run = "orchard"'
-_PASSWORD = re.compile(r"(\w+://)?\S*@")  # USER:PASSWORD@ of an address
+_LOGIN = re.compile(r"(\w+://)?.*@", re.DOTALL)  # USER:PASSWORD@ of an address
+_NO_PORT = re.compile(r"(://[^/:@\[\]]*:)(?!\d{1,5}(?:/|$)).*", re.DOTALL)  # USER:PASSWORD without its @
 
 
 class SettingsModel(BaseSettings):
@@ -255,7 +256,12 @@ def _redacted(value: Any) -> str:
         return str(value).lower()
     if not isinstance(value, str):
         return one_line(repr(value))
-    return one_line(repr("…" if PEM in value else _PASSWORD.sub(r"\1", value)))
+    return one_line(repr("…" if PEM in value else without_secrets(value)))
+
+
+def without_secrets(address: str) -> str:
+    """An address without user and password, for messages. What follows a host's colon is shown only if it is a port."""
+    return _NO_PORT.sub(r"\1…", _LOGIN.sub(r"\1", address))
 
 
 def _explain(details: ErrorDetails, places: Mapping[str, Place], config: Path | None) -> tuple[float, str]:

@@ -30,10 +30,10 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
-from safetensors.numpy import load_file
+from safetensors.numpy import load
 
 from fedfmsl.algorithms.arrays import Vector
-from fedfmsl.errors import BundleError
+from fedfmsl.errors import BundleError, no_permission
 from fedfmsl.protocol.layout import Layout, Slot
 from fedfmsl.protocol.messages import Count, Number, Positive
 
@@ -158,6 +158,8 @@ class Bundle:
         try:
             with path.open("rb") as file:
                 raw = file.read(MAX_MANIFEST_BYTES + 1)
+        except PermissionError as error:
+            raise BundleError(no_permission(path)) from error
         except OSError as error:
             raise BundleError(
                 f"no bundle at {root}: {path.name} is not readable; make one with python -m export.build"
@@ -170,12 +172,16 @@ class Bundle:
             ) from error
 
     def verify(self) -> None:
-        """Checks sizes and checksums. Raises BundleError with the name of the first file that is missing or altered."""
+        """Checks sizes and checksums. Raises BundleError with the first file that is missing, altered or unreadable."""
         for name, entry in self.manifest.files.items():
             path = self.path(name)
             if not path.is_file():
                 raise BundleError(f"bundle {self.root}: {name} is missing; copy or build the bundle again")
-            if path.stat().st_size != entry.size or file_sha256(path) != entry.sha256:
+            try:
+                altered = path.stat().st_size != entry.size or file_sha256(path) != entry.sha256
+            except PermissionError as error:
+                raise BundleError(no_permission(path)) from error
+            if altered:
                 raise BundleError(f"bundle {self.root}: {name} has been altered (SHA-256); copy or build it again")
 
     def path(self, name: str) -> Path:
@@ -198,8 +204,11 @@ class Bundle:
         return ZeroShot(np.asarray(tensors["zero_shot"], np.float32), float(tensors["zero_shot_scale"][0]))
 
     def _init(self) -> dict[str, Vector]:
+        path = self.path("init.safetensors")
         try:
-            return load_file(self.path("init.safetensors"))
+            return load(path.read_bytes())
+        except PermissionError as error:
+            raise BundleError(no_permission(path)) from error
         except (OSError, SafetensorError) as error:
             raise BundleError(f"bundle {self.root}: init.safetensors is not readable; build it again") from error
 

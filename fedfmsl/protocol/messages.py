@@ -122,8 +122,9 @@ class Globals(Message):
 
 
 class DeviceStatus(Message):
-    """Retained, last will. `instance` is random at each start and detects a duplicate device name. `paused`: why the
-    device may not train now; new rounds do not wait for a paused device."""
+    """Retained, last will; also published whenever the server comes online. `instance` is random at each start and
+    detects a duplicate device name. `paused`: why the device may not train now; new rounds do not wait for a paused
+    device. `error`: why it cannot take part; no round waits for it."""
 
     device: Name
     online: bool
@@ -155,13 +156,15 @@ class Activity(str, Enum):
 
 
 HEALTH_SECONDS = 60.0  # between two messages while nothing changes
+MAX_HEARTBEAT_AGE = 3 * HEALTH_SECONDS + 30  # seconds; a process without a heartbeat for longer counts as dead
 
 
 class Health(Message):
-    """A device's health for its operator, retained. A run does not depend on it.
+    """A device's health for its operator, and its heartbeat, retained.
 
     `time` and `started` are unix seconds, sizes are bytes, temperatures °C. `others`: share of the processors that
     other processes use. `slowdown`: duration of a training step, relative to the measured one. `paused`: the reason.
+    `disconnected`: why there is no connection to the broker, `disconnected_since`: since when (unix seconds).
     """
 
     device: Name
@@ -190,6 +193,8 @@ class Health(Message):
     skipped: Count = 0
     unacknowledged: Count = 0
     rounds_done: Count = 0
+    disconnected: Text = ""
+    disconnected_since: Amount = 0
 
 
 class Prediction(Message):

@@ -7,10 +7,13 @@ import os
 from dataclasses import dataclass, field
 from urllib.parse import unquote, urlsplit
 
+from fedfmsl.common.settings import without_secrets
 from fedfmsl.errors import ConfigError
 
 PORTS = {"mqtt": 1883, "mqtts": 8883, "ws": 80, "wss": 443}
 WEBSOCKET_PATH = "/mqtt"
+RESERVED = "/?#[]"  # end the part of a URL that holds user and password
+ENCODE = "percent-encode it (# is %23, / is %2F, ? is %3F, @ is %40), or set FEDFMSL_USER and FEDFMSL_PASSWORD instead"
 
 
 @dataclass(frozen=True)
@@ -33,23 +36,30 @@ class Address:
 
 def parse_address(broker: str) -> Address:
     """Parses an address like mqtts://host and fills in defaults. An address without user and password takes them from
-    FEDFMSL_USER and FEDFMSL_PASSWORD: other users can read a command line, but not the environment. Raises ConfigError.
+    FEDFMSL_USER and FEDFMSL_PASSWORD: other users can read a command line, but not the environment.
+
+    Raises ConfigError. Its text has no part of the address that may be a password.
     """
-    text = f"broker address {without_password(broker)!r}"
+    text = f"broker address {without_secrets(broker)!r}"
+    scheme, _, rest = broker.partition("://")
+    login, _, location = rest.rpartition("@")
+    if any(c in RESERVED or c.isspace() for c in login):
+        raise ConfigError(f"{text}: its user or password holds a space or one of {RESERVED}; {ENCODE}")
     try:
-        parts = urlsplit(broker)
+        parts = urlsplit(f"{scheme}://{location}")
         host, port = parts.hostname, parts.port
-    except ValueError as error:
-        raise ConfigError(f"{text}: {error}; write it like mqtt://host:port") from error
-    if parts.scheme not in PORTS or not host or port == 0:
+    except ValueError:  # its text shows the port, which is a password if the address ends before its @
+        host = port = None
+    if scheme not in PORTS or not host or port == 0:
         raise ConfigError(f"{text} is not of the form mqtt://host:port; the other schemes are mqtts, ws and wss")
+    user, _, password = login.partition(":")
     return Address(
-        parts.scheme,
+        scheme,
         host,
-        port or PORTS[parts.scheme],
+        port or PORTS[scheme],
         parts.path or WEBSOCKET_PATH,
-        unquote(parts.username or "") or os.environ.get("FEDFMSL_USER", ""),
-        unquote(parts.password or "") or os.environ.get("FEDFMSL_PASSWORD", ""),
+        unquote(user) or os.environ.get("FEDFMSL_USER", ""),
+        unquote(password) or os.environ.get("FEDFMSL_PASSWORD", ""),
     )
 
 
@@ -82,9 +92,3 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:  # a name
         return False
-
-
-def without_password(broker: str) -> str:
-    """An address without user and password, for messages."""
-    scheme, separator, rest = broker.partition("://")
-    return f"{scheme}{separator}{rest.rpartition('@')[2]}"

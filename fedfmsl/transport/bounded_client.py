@@ -1,7 +1,7 @@
-"""paho's client with bounded memory, the reason of a TLS failure, and reconnection spread over time.
+"""paho's client with bounded memory, the reason of a failed connection, and reconnection spread over time.
 
-paho reads a packet of any length into memory (MQTT allows 256 MB). It loses the reason for which TLS ended a
-connection. After an outage it reconnects all clients at the same moment.
+paho reads a packet of any length into memory (MQTT allows 256 MB), and messages faster than their receiver takes them.
+It loses the reason for which a connection failed. After an outage it reconnects all clients at the same moment.
 """
 
 from __future__ import annotations
@@ -9,10 +9,12 @@ from __future__ import annotations
 import contextlib
 import random
 import threading
+import time
+from collections.abc import Callable
 
 import paho.mqtt.client as paho
 from paho.mqtt.client import _WebsocketWrapper
-from paho.mqtt.enums import CallbackAPIVersion
+from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
 
 from fedfmsl.common.backoff import Backoff
 
@@ -20,6 +22,7 @@ MAX_PAYLOAD = 256 * 1024  # bytes of a message; the longest of this project is a
 _HEAD = 2 + 65535 + 2  # largest head of a packet: length of the topic, topic, packet number
 _MAX_PACKET = _HEAD + MAX_PAYLOAD
 _BLOCK = 1 << 16
+_PAUSE_SECONDS = 0.05  # between two looks at whether the receiver has caught up
 RECONNECT = Backoff(first=4.0, longest=60.0)
 
 
@@ -28,9 +31,12 @@ class BoundedClient(paho.Client):
 
     A longer packet is read to its end and delivered truncated; `packet_size` is its full size. paho acknowledges it, so
     the broker does not send it again.
+
+    While `is_behind()` it reads nothing, and TCP holds the broker back. It still sends what is published, and pings, so
+    the broker keeps the connection.
     """
 
-    def __init__(self, client_id: str, websocket: bool) -> None:
+    def __init__(self, client_id: str, websocket: bool, is_behind: Callable[[], bool], backoff: Backoff) -> None:
         super().__init__(
             CallbackAPIVersion.VERSION2,
             client_id,
@@ -38,13 +44,38 @@ class BoundedClient(paho.Client):
             transport="websockets" if websocket else "tcp",
         )
         self.closing = threading.Event()  # stops the attempts to connect
-        self.last_error: OSError | None = None  # of the socket
+        self.last_error: OSError | None = None  # of the socket, or of the attempt to connect
+        self._is_behind = is_behind
+        self._backoff = backoff
         self._attempts = 0  # to connect, since the last connection
 
     @property
     def packet_size(self) -> int:
         """Bytes of the current packet without its fixed header, as its sender announced them."""
         return int(self._in_packet["remaining_length"])
+
+    def reconnect(self) -> MQTTErrorCode:
+        try:
+            return super().reconnect()
+        except OSError as error:
+            self.last_error = error
+            raise
+
+    def _packet_read(self) -> MQTTErrorCode:
+        if self._pauses():
+            self.closing.wait(_PAUSE_SECONDS)
+            return MQTTErrorCode.MQTT_ERR_AGAIN
+        return super()._packet_read()
+
+    def _check_keepalive(self) -> None:
+        if self._pauses():  # the broker's answers to pings are not read
+            with self._msgtime_mutex:
+                self._last_bytes_received = time.monotonic()
+            self._ping_t = 0.0
+        super()._check_keepalive()
+
+    def _pauses(self) -> bool:
+        return self.is_connected() and self._is_behind()
 
     def _sock_recv(self, bufsize: int) -> bytes:
         # paho appends the result to `received`. The head and one byte too many stay; the rest is dropped before more
@@ -82,7 +113,7 @@ class BoundedClient(paho.Client):
     def _reconnect_wait(self) -> None:
         # A restart of the broker disconnects all clients at once. paho's fixed delays would reconnect all at once.
         self._attempts = 0 if self._reconnect_delay is None else self._attempts + 1  # None once connected
-        self._reconnect_delay = round(RECONNECT.delay(self._attempts))
+        self._reconnect_delay = round(self._backoff.delay(self._attempts))
         self.closing.wait(random.uniform(1, self._reconnect_delay))
 
 

@@ -1,7 +1,8 @@
 """The MQTT link of every process: one paho client behind a queue of events.
 
-paho's thread only puts events into the queue; the owner of the link takes them out, so no lock is needed. The queue is
-short. When it is full, paho's thread waits and reads no more messages, so memory stays bounded.
+paho's thread only puts events into the queue; the owner of the link takes them out, so no lock is needed. Once
+MAX_EVENTS wait in the queue, paho's thread reads no more messages, so memory stays bounded. It never waits, so the
+connection lasts however long the owner takes.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from pathlib import Path
 import paho.mqtt.client as paho
 from paho.mqtt.reasoncodes import ReasonCode
 
+from fedfmsl.common.backoff import Backoff
 from fedfmsl.errors import BrokerError
 from fedfmsl.transport.address import parse_address, require_loopback
-from fedfmsl.transport.bounded_client import MAX_PAYLOAD, BoundedClient
+from fedfmsl.transport.bounded_client import MAX_PAYLOAD, RECONNECT, BoundedClient
 from fedfmsl.transport.identity import client_context
+from fedfmsl.transport.outage import Outage
 from fedfmsl.transport.tls_errors import explain
 
 logger = logging.getLogger(__name__)
@@ -29,7 +32,6 @@ CONNECT_SECONDS = 10
 KEEPALIVE_SECONDS = 15  # a half-open connection is detected after at most twice this time
 QOS = 1
 MAX_EVENTS = 32
-FULL_QUEUE_SECONDS = 0.2  # time after which a thread that waits at a full queue checks whether the link closes
 
 # paho's texts for MQTT 3.1.1's return codes about user and password.
 _BAD_LOGIN = ("Not authorized", "Bad user name or password")
@@ -37,8 +39,11 @@ _BAD_LOGIN = ("Not authorized", "Bad user name or password")
 
 @dataclass(frozen=True)
 class Received:
+    """`retained`: the broker had kept the message. Its sender may be gone since."""
+
     topic: str
     payload: bytes
+    retained: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,22 +91,25 @@ class Link:
         identity: Path | None = None,
         insecure: bool = False,
         keepalive: int = KEEPALIVE_SECONDS,
+        reconnect: Backoff = RECONNECT,
     ) -> None:
         """`broker`: an address (see `fedfmsl.transport.address`). `identity`: an identity file, for mqtts and wss.
 
         The link does not rely on sessions that the broker keeps. Raises ConfigError for an invalid address or identity,
         and for an unencrypted connection to another machine unless `insecure`.
         """
-        self.events: queue.Queue[LinkEvent] = queue.Queue(MAX_EVENTS)
+        self.events: queue.SimpleQueue[LinkEvent] = queue.SimpleQueue()
+        self.outage = Outage()
         self._address = address = parse_address(broker)
         if not address.encrypted and not insecure:
             require_loopback(f"traffic to {address.host}", address.host, f"use {address.scheme}s:// with --identity")
         self._subscriptions: set[str] = set()
         self._answered = threading.Event()
         self._refusal: str | None = None
+        self._refused = False  # the broker has said why, and closes the connection
         self._closing = False
         self._keepalive = keepalive
-        self._client = BoundedClient(client_id, address.websocket)
+        self._client = BoundedClient(client_id, address.websocket, self._is_behind, reconnect)
         self._client.max_queued_messages_set(0)
         self._client.ws_set_options(address.path)
         if identity and not address.encrypted:
@@ -116,6 +124,7 @@ class Link:
         if will:
             self._client.will_set(will.topic, will.payload, QOS, retain=True)
         self._client.on_connect = self._on_connect
+        self._client.on_connect_fail = self._on_connect_fail
         self._client.on_disconnect = self._on_disconnect
         self._client.on_message = self._on_message
 
@@ -156,12 +165,12 @@ class Link:
             return None
 
     def post(self, value: object) -> None:
-        """Adds Posted(value) to the queue, in any thread. Waits while the queue is full; does nothing after `close`."""
+        """Adds Posted(value) to the queue, in any thread. Does nothing after `close`."""
         self._put(Posted(value))
 
     def close(self, last: paho.MQTTMessageInfo | None = None) -> None:
-        """Disconnects. First waits up to CONNECT_SECONDS for `last` and all earlier messages. Drops incoming messages,
-        so that a full queue does not block."""
+        """Disconnects. First waits up to CONNECT_SECONDS for `last` and all earlier messages. Drops incoming
+        messages."""
         self._closing = True
         if last is not None:
             # a client that is not connected cannot wait; the broker publishes its last will
@@ -176,8 +185,10 @@ class Link:
     ) -> None:
         if reason.is_failure:
             hint = "user, password and identity" if str(reason) in _BAD_LOGIN else "--broker"
+            self._refused = True
             self._lost(f"{reason}; check {hint}")
             return
+        self.outage.ended()
         for topic in self._subscriptions.copy():
             client.subscribe(topic, QOS)
         self._answered.set()
@@ -187,8 +198,10 @@ class Link:
         self, client: paho.Client, data: object, flags: paho.DisconnectFlags, reason: ReasonCode, _: object
     ) -> None:
         error, self._client.last_error = self._client.last_error, None
-        tls = isinstance(error, ssl.SSLError)
-        if tls:
+        refused, self._refused = self._refused, False
+        if refused or self._closing:  # the reason is known
+            return
+        if isinstance(error, ssl.SSLError):
             self._lost(explain(error))
         elif self._answered.is_set():
             self._lost(
@@ -197,8 +210,14 @@ class Link:
         else:
             self._lost(f"{error or reason}; check --broker, user and password")
 
+    def _on_connect_fail(self, client: paho.Client, data: object) -> None:
+        error, self._client.last_error = self._client.last_error, None
+        self._lost(explain(error) if isinstance(error, ssl.SSLError) else f"{error}; check that it runs")
+
     def _lost(self, reason: str) -> None:
-        if not self._answered.is_set():
+        if self._answered.is_set():
+            self.outage.lost(reason)
+        else:
             self._refusal = reason
             self._answered.set()
         self._put(Disconnected(reason))
@@ -213,11 +232,11 @@ class Link:
         if size > MAX_PAYLOAD:
             self._put(Oversize(topic, size))
         else:
-            self._put(Received(topic, bytes(message.payload)))
+            self._put(Received(topic, bytes(message.payload), message.retain))
 
     def _put(self, event: LinkEvent) -> None:
-        """Waits while the queue is full, until the link closes."""
-        while not self._closing:
-            with contextlib.suppress(queue.Full):
-                self.events.put(event, timeout=FULL_QUEUE_SECONDS)
-                return
+        if not self._closing:
+            self.events.put(event)
+
+    def _is_behind(self) -> bool:
+        return self.events.qsize() >= MAX_EVENTS and not self._closing

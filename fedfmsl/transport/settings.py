@@ -8,13 +8,16 @@ from typing import Annotated
 from pydantic import Field
 
 from fedfmsl.common.settings import File, SettingsModel, checked, panel
-from fedfmsl.protocol.topics import check_name
+from fedfmsl.protocol.topics import ROOT, check_name, check_prefix
 from fedfmsl.transport.address import parse_address
 
 RunName = Annotated[str, checked(partial(check_name, "run"))]
 DeviceName = Annotated[str, checked(partial(check_name, "device"))]
+TopicPrefix = Annotated[str, checked(check_prefix)]
+DiscoveryPrefix = Annotated[str, checked(lambda text: text and check_prefix(text))]
 Broker = Annotated[str, checked(parse_address)]
 CONNECTION = panel("Connection")
+HOME_ASSISTANT = "homeassistant"  # its default discovery prefix
 
 
 class AccessSettings(SettingsModel):
@@ -36,6 +39,12 @@ class ConnectionSettings(AccessSettings):
     broker: Broker = Field(
         "mqtt://localhost:1883",
         description="Address of the MQTT broker: mqtt, mqtts, ws or wss://HOST[:PORT]. User and password: "
-        "USER:PASSWORD@HOST, or FEDFMSL_USER and FEDFMSL_PASSWORD.",
+        "USER:PASSWORD@HOST, percent-encoded, or FEDFMSL_USER and FEDFMSL_PASSWORD.",
+        json_schema_extra=CONNECTION,
+    )
+    topic_prefix: TopicPrefix = Field(
+        ROOT,
+        description="First levels of all MQTT topics, the same on server and devices. Brokers with several tenants "
+        "need another one, like tenant-7/fedfmsl.",
         json_schema_extra=CONNECTION,
     )

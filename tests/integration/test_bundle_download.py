@@ -103,6 +103,18 @@ def test_an_unreachable_server_is_named(bundle: Path, tmp_path: Path) -> None:
         fetch_bundle(status, tmp_path / "device", retry_delays=(0.0, 0.0))
 
 
+def test_a_proxy_of_the_environment_that_is_in_the_way_is_named(
+    served: tuple[ServerStatus, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status, _ = served
+    monkeypatch.setenv("http_proxy", f"http://me:secret@127.0.0.1:{free_port()}")
+    with pytest.raises(BundleError, match=r"through the proxy http://127.* of http_proxy; .*no_proxy=127") as caught:
+        fetch_bundle(status, tmp_path / "device", retry_delays=())
+    assert "secret" not in str(caught.value)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")  # the remedy
+    fetch_bundle(status, tmp_path / "device", retry_delays=()).verify()
+
+
 def test_a_file_that_is_missing_on_the_server_is_named(served: tuple[ServerStatus, Path], tmp_path: Path) -> None:
     status, root = served
     (root / WEIGHTS).unlink()

@@ -26,15 +26,16 @@ from support.provisioned_fleet import (
 )
 
 from devices.provisioning.authority import SERVER, make_authority
-from devices.provisioning.broker_kit import HOME_ASSISTANT
 from devices.provisioning.settings_file import read_table
 from edge_runtime.inference.home_assistant import DeviceDescription, discovery_message
 from fedfmsl.errors import BrokerError
 from fedfmsl.protocol.bundle import Bundle
-from fedfmsl.protocol.topics import Topics
+from fedfmsl.protocol.topics import Topics, discovery_topic
 from fedfmsl.transport.address import parse_address
 from fedfmsl.transport.identity import read_identity
 from fedfmsl.transport.link import Connected, Disconnected, Link, LinkEvent, Received
+from fedfmsl.transport.settings import HOME_ASSISTANT
+from trainer_server.service.purge import purge
 
 pytestmark = pytest.mark.needs("mosquitto")
 
@@ -109,7 +110,7 @@ def attempt(connect: Callable[..., Link], name: str, topic: str, allowed: str) -
 def introduction(device: str) -> str:
     """The topic on which a daemon announces its device to Home Assistant."""
     return discovery_message(
-        "homeassistant", DeviceDescription("orchard", device, ["apple"]), TOPICS.status(device), health=True
+        "homeassistant", DeviceDescription(TOPICS, device, ["apple"]), TOPICS.status(device), health=True
     )[0]
 
 
@@ -268,6 +269,14 @@ def test_a_device_announces_only_itself_to_home_assistant(connect: Callable[...,
         publish(device, topic)
     publish(device, TOPICS.status("device-0"), LAST)
     assert [event.topic for event in until_last(home) if isinstance(event, Received)] == mine
+
+
+def test_the_server_may_remove_all_that_an_old_run_has_left(fleet: Fleet, connect: Callable[..., Link]) -> None:
+    topics, device = Topics("old"), connect("device-0")
+    announcement = discovery_topic("homeassistant", "old", "device-0")
+    for topic in (topics.status("device-0"), topics.prediction("device-0"), announcement):
+        publish(device, topic, retain=True)
+    assert purge(Link(fleet.url, "purge", identity=fleet.server), topics, "homeassistant") == 3
 
 
 def test_home_assistant_reads_and_writes_only_its_topics(connect: Callable[..., Link]) -> None:

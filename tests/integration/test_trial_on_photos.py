@@ -140,7 +140,9 @@ def test_no_device_holds_photos_of_another(folder: Path) -> None:
     for name in NAMES:
         state = folder / "devices" / name
         with closing(sqlite3.connect(state / "samples.sqlite")) as db:
-            known = {sha256 for (sha256,) in db.execute("SELECT sha256 FROM slices UNION SELECT sha256 FROM files")}
+            known = {
+                sha256 for (sha256,) in db.execute("SELECT sha256 FROM slices UNION SELECT sha256 FROM file_versions")
+            }
         assert known == photos[name]
         assert not (state / "cache").exists()
         assert not [path for path in state.rglob("*") if path.suffix == ".jpg" or path.name in photos["device-3"]]

@@ -386,7 +386,7 @@ def test_predict_names_a_folder_without_images(world: World, personalized: Path)
 
 
 def test_an_unknown_model_is_an_error_with_the_known_ones(world: World) -> None:
-    from export.families import MODELS
+    from export.models import MODELS
 
     ended = run_module("export.build", "--model", "nope", cwd=world.scratch)
     ended.assert_error(CONFIG, "'nope'", *MODELS, "transformers folder")

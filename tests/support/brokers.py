@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -22,8 +23,15 @@ class RestartableBroker:
     """
 
     def __init__(
-        self, processes: Processes, folder: Path, kind: str = "mosquitto", persistent: bool = False, autosave: int = 1
+        self,
+        processes: Processes,
+        folder: Path,
+        kind: str = "mosquitto",
+        persistent: bool = False,
+        autosave: int = 1,
+        lines: Sequence[str] = ("allow_anonymous true", "max_queued_messages 0"),
     ) -> None:
+        """`lines` of mosquitto's configuration."""
         assert not (persistent and kind == "amqtt"), "amqtt keeps nothing"
         self.kind = kind
         self.port = free_port()
@@ -35,7 +43,7 @@ class RestartableBroker:
         if kind == "mosquitto":
             settings = folder / "mosquitto"
             settings.mkdir(parents=True)
-            lines = [f"listener {self.port} 127.0.0.1", "allow_anonymous true", "max_queued_messages 0"]
+            lines = [f"listener {self.port} 127.0.0.1", *lines]
             if persistent:
                 lines += ["persistence true", f"persistence_location {settings}/"]
                 lines += ["autosave_on_changes true", f"autosave_interval {autosave}"]

@@ -86,7 +86,7 @@ def make_daemon(
     runner = runner_type(device, samples, control, tracker, no_report)
     health = HealthReporter(link, topics, name, store, read, timing.health)
     governor, worker = Governor(limits, read), Worker(control, link.post)
-    loop = DaemonLoop(run, link, Announcer(link, topics, name), health, governor, runner, worker, timing=timing)
+    loop = DaemonLoop(topics, link, Announcer(link, topics, name), health, governor, runner, worker, timing=timing)
     return InProcessDaemon(device, runner, loop, link)
 
 

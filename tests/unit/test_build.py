@@ -17,6 +17,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 from support.bundles import IMAGE_SIZE, LAYERS, RANK, Built, build, random_samples, relative_error, run_graph
 from support.samples import CLASSES
 from support.tiny_models import write_vit
@@ -25,11 +26,11 @@ from transformers import AutoModel, GPT2Config, ViTConfig
 from export import parity
 from export.build import class_names
 from export.bundle import build_bundle
-from export.families import MODELS
 from export.families.family import Family
 from export.families.vit import VIT
 from export.graph import OPSET
 from export.graphs import expert_layout
+from export.models import MODELS
 from export.parity import check_parity
 from export.reference import normalize_pixels
 from export.weights import load_backbone
@@ -224,6 +225,7 @@ def test_class_names_from_a_number_or_a_list(classes: str, names: tuple[str, ...
         ("cat,cat", "class 'cat' is named twice"),
         ("cat,,dog", "has an empty name"),
         ("", "has an empty name"),
+        ("²", "needs at least two classes, got 1"),  # a digit, but no number
     ],
 )
 def test_fewer_than_two_different_class_names_are_refused(classes: str, message: str) -> None:
@@ -250,6 +252,66 @@ def test_weights_of_another_type_are_refused(vit_folder: Path, tmp_path: Path) -
             load_backbone(model, str(weights) if weights else None, 4, None, None, 0)
 
 
+def change_config(folder: Path, **values: Any) -> Path:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **values}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"image_size": [32, 48]}, r"image_size \[32, 48\]; only square"),
+        ({"image_size": "32"}, "image_size '32'; only square"),
+        ({"patch_size": [8, 4]}, r"patch_size \[8, 4\]; only square"),
+        ({"patch_size": None}, "patch_size None; only square"),
+        ({"num_channels": 1}, "num_channels 1, but devices read images of 3"),
+    ],
+)
+def test_a_config_of_other_images_than_square_rgb_is_refused(
+    vit_folder: Path, tmp_path: Path, values: dict[str, Any], message: str
+) -> None:
+    folder = change_config(shutil.copytree(vit_folder, tmp_path / "copy"), **values)
+    with pytest.raises(WeightsError, match=message):
+        load_backbone(str(folder), None, 4)
+
+
+def test_sizes_of_a_config_may_be_lists(vit: Built, vit_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(vit_folder, tmp_path / vit_folder.name)
+    change_config(folder, image_size=[IMAGE_SIZE, IMAGE_SIZE], patch_size=[8, 8])
+    assert build(folder, tmp_path / "bundle").bundle.sha256 == vit.bundle.sha256
+
+
+def test_a_named_model_takes_the_image_size_of_its_weights(vit_folder: Path) -> None:
+    assert load_backbone("vit-b16", str(vit_folder), 4).size == IMAGE_SIZE
+
+
+def test_an_adapter_a_pointer_and_values_that_are_not_finite_are_refused(vit_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(vit_folder, tmp_path / "copy")
+    adapter, weights = folder / "adapter_config.json", folder / "model.safetensors"
+    adapter.write_text("{}")
+    with pytest.raises(WeightsError, match="merge the PEFT adapter"):
+        load_backbone(str(folder), None, 4)
+    adapter.unlink()
+    tensors = load_file(weights)
+    tensors["vit.layernorm.weight"][3] = np.nan
+    save_file(tensors, weights, {"format": "pt"})
+    with pytest.raises(WeightsError, match=r"tensor 'vit\.layernorm\.weight' has values that are not finite"):
+        load_backbone(str(folder), None, 4)
+    weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 345000000\n")
+    with pytest.raises(WeightsError, match=r"model\.safetensors is a Git LFS pointer, .*; run git lfs pull"):
+        load_backbone(str(folder), None, 4)
+
+
+def test_wrong_arguments_are_found_without_torch(tmp_path: Path) -> None:
+    code = "import sys; sys.modules['torch'] = None; from export.build import app; app()"
+    result = subprocess.run(
+        [sys.executable, "-c", code, "--model", "nope"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (result.returncode, result.stderr.count("\n")) == (ConfigError.exit_code, 1)
+    assert "--model 'nope'" in result.stderr
+
+
 @pytest.mark.parametrize("damage", ["no config", "no weights", "truncated", "a tensor missing", "a tensor reshaped"])
 def test_an_incomplete_weights_folder_is_one_clear_error(vit_folder: Path, tmp_path: Path, damage: str) -> None:
     folder = shutil.copytree(vit_folder, tmp_path / "copy")
@@ -261,11 +323,9 @@ def test_an_incomplete_weights_folder_is_one_clear_error(vit_folder: Path, tmp_p
     elif damage == "truncated":
         weights.write_bytes(weights.read_bytes()[:-1000])
     elif damage == "a tensor missing":
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": LAYERS + 1}))
+        change_config(folder, num_hidden_layers=LAYERS + 1)
     else:
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 80}))
+        change_config(folder, intermediate_size=80)
     with pytest.raises(WeightsError, match=re.escape(str(folder))):
         load_backbone(str(folder), None, 4, None, None, 0)
 

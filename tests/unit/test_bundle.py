@@ -31,6 +31,25 @@ def test_verify_names_the_file_that_is_missing_or_changed(vit: Built, tmp_path: 
     Bundle.load(root).verify()
 
 
+def test_every_file_of_a_bundle_has_the_mode_of_a_new_file(built: Built, tmp_path: Path) -> None:
+    """So that the user of a service can read what an administrator built."""
+    (tmp_path / "new").touch()
+    (mode,) = {path.stat().st_mode for path in built.bundle.root.iterdir()}
+    assert mode == (tmp_path / "new").stat().st_mode
+
+
+def test_a_file_of_another_user_is_one_clear_error(vit: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, *arguments: Any, **options: Any) -> Any:
+        raise PermissionError(13, "Permission denied", str(path))  # root may read every file, so modes do not show it
+
+    bundle = vit.bundle
+    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    for read in (lambda: Bundle.load(bundle.root), bundle.verify, bundle.initial):
+        with pytest.raises(BundleError, match=r"no permission to read it as user \d+; change its owner or its mode"):
+            read()
+
+
 @pytest.mark.parametrize("content", [None, b"", b"{}", b"\xff", b'{"schema_version": 2}'])
 def test_a_folder_without_a_valid_manifest_is_refused(tmp_path: Path, content: bytes | None) -> None:
     if content is not None:

@@ -106,6 +106,33 @@ def test_rounds_do_not_wait_for_a_paused_device_but_accept_its_update(vit: Built
     assert [note.text for note in run.of(Log)][-2:] == ["c paused: 81 °C", "c resumes"]
 
 
+@pytest.mark.parametrize("online", [True, False], ids=["without samples", "lost"])
+def test_no_round_waits_for_a_device_that_cannot_take_part(vit: Built, online: bool) -> None:
+    run = started(vit)
+    run.answers("ab")
+    run.feed(StatusSeen(run.status("c", online=online, error="no images in photos")))
+    assert run.announced.stage is Stage.GLOBAL and run.state.expected == {"a", "b"}
+    run.feed(StatusSeen(run.status("c", online=False)))  # a last will explains nothing
+    assert run.state.expected == {"a", "b"}
+    run.feed(StatusSeen(run.status("c")))
+    run.answers("ab")
+    assert run.state.expected == set(ABC)
+    assert [note.text for note in run.of(Log)][3:] == [
+        "c cannot take part: no images in photos",
+        *(["c is offline"] if online else []),
+        "c is online",
+    ]
+
+
+def test_a_round_that_nobody_can_answer_lasts_until_its_deadline(vit: Built) -> None:
+    run = started(vit)
+    run.feed(*(StatusSeen(run.status(name, online=False, error="no heartbeat")) for name in ABC))
+    assert run.announced.round == 1
+    run.now = next_deadline(run.plan, run.state)
+    run.feed()
+    assert run.of(StoreRound)[-1].closed.missing == tuple(ABC)
+
+
 def test_paused_devices_count_as_joined(vit: Built) -> None:
     run = CoordinatorRun(plan_for(vit, devices=2))
     run.feed(*(StatusSeen(run.status(name, paused="outside of --hours")) for name in "ab"))

@@ -41,12 +41,14 @@ from edge_runtime.daemon.state import (
 )
 from edge_runtime.daemon.timing import ACK_TIMEOUT
 from edge_runtime.store import DeviceStore
+from edge_runtime.store.device_store import name_of_host
 from fedfmsl.algorithms.sal import CapabilityQueue, Sal
 from fedfmsl.common.backoff import Backoff
 from fedfmsl.errors import ConfigError
 from fedfmsl.protocol.duplicate_name import DuplicateNameGuard
 from fedfmsl.protocol.messages import Ack, DeviceStatus, Round, ServerStatus, Stage, Training, Update, Verdict
 from fedfmsl.protocol.tensors import blob_hash, pack
+from fedfmsl.protocol.topics import check_name
 
 BUNDLE, OTHER_BUNDLE, E, E1, E2, G, H = (digit * 64 for digit in "0123456")
 SAL = Sal(CapabilityQueue(2, 0.1), max_level=2)
@@ -210,6 +212,18 @@ def test_a_device_that_took_part_stops_when_the_run_has_finished() -> None:
     assert (
         drive([HERE, finished, Idle()])[1] == []
     )  # a device that did not take part waits for the next run of that name
+
+
+def test_the_end_of_an_earlier_run_does_not_end_a_device_of_the_next_one() -> None:
+    finished, restarted = RoundSeen(round_(9, Stage.FINISHED)), device(session="s", last_started=8)
+    gone = ServerSeen(OTHER_SESSION.status.model_copy(update={"online": False}))
+    for server in (OTHER_SESSION, gone):
+        for events in ([server, finished, Idle()], [finished, Idle(), server, Idle()]):
+            state, commands = drive(events, restarted)
+            assert not any(isinstance(command, Stop) for command in commands)
+            work = Work(round_(1, session="s2"))
+            assert work in drive([OTHER_SESSION, RoundSeen(round_(1, session="s2")), Idle()], state)[1]
+    assert Stop() in drive([GONE, finished, Idle()], restarted)[1]
 
 
 def test_a_run_with_another_bundle_is_an_error() -> None:
@@ -403,6 +417,26 @@ def test_a_devices_name_is_made_once_and_kept(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="invalid"):
         DeviceStore(tmp_path / "d").ensure_name("a/b")
     assert not (tmp_path / "d").exists()
+
+
+@pytest.mark.parametrize(
+    ("host", "name"),
+    [
+        ("pi", "pi"),
+        ("küche", "kuche"),
+        ("_pi", "pi"),
+        (".-pi-", "pi"),
+        ("raspberry pi", "raspberry-pi"),
+        ("x.y.example", "x-y-example"),
+        ("カメラ", "device"),
+        ("", "device"),
+        ("\udcff\udcfe", "device"),
+        ("a" * 64, "a" * 40),
+    ],
+)
+def test_every_host_name_makes_a_device_name(host: str, name: str) -> None:
+    assert name_of_host(host) == name
+    assert check_name("device", f"{name_of_host(host)}-01234567")
 
 
 def test_a_state_folder_that_is_none_is_refused_in_one_line(tmp_path: Path) -> None:

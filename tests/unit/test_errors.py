@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from fedfmsl.common.cli import console
-from fedfmsl.errors import FedFMSLError
+from fedfmsl.common.cli import application, console
+from fedfmsl.errors import FedFMSLError, InputError
 
 
 def test_untrusted_text_is_printed_without_markup(capsys: pytest.CaptureFixture[str]) -> None:
@@ -16,3 +16,17 @@ def test_untrusted_text_is_printed_without_markup(capsys: pytest.CaptureFixture[
 def test_every_error_has_its_own_exit_code() -> None:
     kinds: list[type[FedFMSLError]] = [FedFMSLError, *FedFMSLError.__subclasses__()]
     assert len({kind.exit_code for kind in kinds}) == len(kinds)
+
+
+def test_a_file_of_another_user_ends_a_command_with_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    app = application()
+
+    @app.command()
+    def read() -> None:
+        raise PermissionError(13, "Permission denied", "photos/labels.csv")
+
+    with pytest.raises(SystemExit) as ended:
+        app([])
+    assert ended.value.code == InputError.exit_code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: photos/labels.csv: no permission to use it as user ")

@@ -18,13 +18,18 @@ from support.bundles import Built
 from support.opened_files import on_open, opened_below
 from support.samples import CLASSES, LONG_AGO, set_dates, write_texts
 
-from edge_runtime.data.folder import TOO_LARGE, SampleFolder, largest, scan_once
+from edge_runtime.data.folder import SampleFolder, largest, scan_once
 from edge_runtime.data.inputs import IMAGES
 from edge_runtime.data.ledger import open_ledger
-from edge_runtime.data.sample_reader import MAX_FILE_BYTES
 from edge_runtime.data.samples import Sample, Splits, assign_new_samples
+from edge_runtime.data.unreadable import MAX_FILE_BYTES
 from edge_runtime.store import DeviceStore
 from fedfmsl.errors import ConfigError, InputError
+
+NO_IMAGE = (
+    "not a readable image: it is damaged, or none of JPEG, PNG, WEBP, BMP, GIF, TIFF, AVIF, HEIF; "
+    "convert it to JPEG or PNG"
+)
 
 
 @pytest.fixture
@@ -97,7 +102,7 @@ def test_an_unchanged_folder_is_not_read_again_even_after_a_restart(
     again = SampleFolder(photos, vit.bundle, store).scan()
     assert reads == []
     assert again == first
-    assert skipped(again, photos) == {"kiwi/bad.jpg": "not a readable image"}
+    assert skipped(again, photos) == {"kiwi/bad.jpg": NO_IMAGE}
 
 
 def test_new_and_changed_files_are_read_and_deleted_ones_leave(
@@ -114,7 +119,7 @@ def test_new_and_changed_files_are_read_and_deleted_ones_leave(
     assert names(second.samples) == names(first.samples) - {"kiwi/03.jpg"} | {"plum/new.jpg"}
     assert second.class_counts(4)[CLASSES.index("kiwi")] + sum(s.label == 1 for s in second.test) == 9
     with sqlite3.connect(store.samples) as db:
-        assert db.execute("SELECT count(*) FROM files").fetchone() == (40,)
+        assert db.execute("SELECT count(*) FROM file_versions").fetchone() == (40,)
 
 
 def test_a_sample_keeps_its_split_under_another_name_and_after_an_absence(
@@ -142,7 +147,7 @@ def test_a_file_that_is_being_written_is_left_for_the_next_scan(vit: Built, phot
     assert skipped(now, photos) == {}
     assert "plum/new.jpg" not in names(now.samples)
     put(path, whole[:-200], LONG_AGO)  # the writer is slow
-    assert skipped(folder.scan(), photos) == {"plum/new.jpg": "not a readable image"}
+    assert "not a readable image: it is damaged (" in skipped(folder.scan(), photos)["plum/new.jpg"]
     put(path, whole, LONG_AGO + 1)
     last = folder.scan()
     assert skipped(last, photos) == {}
@@ -217,7 +222,7 @@ def test_an_image_larger_than_any_at_the_start_is_skipped_if_it_takes_much_memor
 ) -> None:
     folder = SampleFolder(photos, vit.bundle, store)
     first = assigned(folder, store)
-    assert max(sample.extent for sample in first.samples) < 60 * 60
+    assert max(sample.extent for sample in first.samples) < 60 * 60 * 8
     Image.new("RGB", (1000, 1000)).save(photos / "plum" / "larger.png")
     Image.new("RGB", (3000, 3000)).save(photos / "plum" / "large.png")
     Image.new("RGB", (3000, 3000)).save(photos / "plum" / "large.jpg")  # is decoded smaller
@@ -225,16 +230,19 @@ def test_an_image_larger_than_any_at_the_start_is_skipped_if_it_takes_much_memor
     reads.clear()
     second = folder.scan()
     assert names(second.samples) - names(first.samples) == {"plum/larger.png", "plum/large.jpg"}
-    assert skipped(second, photos) == {"plum/large.png": TOO_LARGE}
+    reason = skipped(second, photos)["plum/large.png"]
+    assert reason.startswith("needs 72 MB of memory to read, more than the device has planned")
     assert max(map(reads.count, reads)) == 1
     assert "plum/large.png" in names(SampleFolder(photos, vit.bundle, store).scan().samples)  # part of its memory plan
-    assert skipped(folder.scan(), photos) == {"plum/large.png": TOO_LARGE}
+    assert skipped(folder.scan(), photos) == {"plum/large.png": reason}
+    limited = SampleFolder(photos, vit.bundle, DeviceStore(photos.parent), most=71_000_000).scan()
+    assert "half of the device's memory limit" in skipped(limited, photos)["plum/large.png"]
 
 
 def test_ordinary_images_share_one_memory_plan() -> None:
-    small, ordinary, huge = (Sample(Path(f"{extent}.png"), "", 0, extent) for extent in (1, 2**20, 2**24))
+    small, ordinary, huge = (Sample(Path(f"{extent}.png"), "", 0, extent) for extent in (1, 2**22, 2**26))
     assert largest([small], IMAGES)[0] == largest([ordinary, small], IMAGES)[0]
-    assert largest([small, huge, ordinary], IMAGES) == (2**24, huge.path)
+    assert largest([small, huge, ordinary], IMAGES) == (2**26, huge.path)
 
 
 def test_a_file_without_read_permission_is_skipped_until_it_has_it(
@@ -266,10 +274,10 @@ def test_texts_come_and_go_like_images(bert: Built, store: DeviceStore, tmp_path
     folder = SampleFolder(texts, bert.bundle, store)
     first = assigned(folder, store)
     put(texts / "plum" / "new.txt", b"a ripe plum")
-    put(texts / "plum" / "large.txt", b"plum " * 100_000)
+    put(texts / "plum" / "large.txt", b"plum " * 1_000_000)
     second = folder.scan()
     assert names(second.samples) - names(first.samples) == {"plum/new.txt"}
-    assert skipped(second, texts) == {"plum/large.txt": TOO_LARGE}
+    assert skipped(second, texts).keys() == {"plum/large.txt"}
 
 
 def test_a_damaged_ledger_is_one_line_that_names_it(vit: Built, photos: Path, store: DeviceStore) -> None:
@@ -298,7 +306,9 @@ def test_a_file_of_more_than_256_mb_is_skipped_unread(vit: Built, photos: Path, 
     path = put(photos / "plum" / "video.jpg", b"")
     os.truncate(path, MAX_FILE_BYTES + 1)  # sparse
     os.utime(path, (LONG_AGO, LONG_AGO))
-    assert skipped(SampleFolder(photos, vit.bundle, store).scan(), photos) == {"plum/video.jpg": "not a readable image"}
+    assert skipped(SampleFolder(photos, vit.bundle, store).scan(), photos) == {
+        "plum/video.jpg": "not a readable image: it has more than 268 MB"
+    }
 
 
 # --- a CSV file of labels

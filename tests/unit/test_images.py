@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
 
-from edge_runtime.data.images import REDUCING_GAP, pixel_count
+from edge_runtime.data.images import REDUCING_GAP, RGB_BYTES, extent
 from edge_runtime.data.inputs import reader_for
+from edge_runtime.engines.memory import peak_rss
 from fedfmsl.protocol.bundle import ImagePreprocessing
 
 SIZE = 32
@@ -73,14 +76,92 @@ def test_a_large_photo_is_decoded_smaller_and_looks_the_same(tmp_path: Path) -> 
     photo.save(tmp_path / "photo.jpg", quality=95)
     photo.save(tmp_path / "progressive.jpg", quality=95, progressive=True)
     photo.save(tmp_path / "photo.png")
-    assert pixel_count(tmp_path / "photo.jpg", SIZE) == 225 * 300
-    assert pixel_count(tmp_path / "photo.jpg", 600 // REDUCING_GAP) == 900 * 1200
-    assert pixel_count(tmp_path / "progressive.jpg", SIZE) == pixel_count(tmp_path / "photo.png", SIZE) == 1800 * 2400
+    assert memory(tmp_path / "photo.jpg", SIZE) == 225 * 300 * RGB_BYTES
+    assert memory(tmp_path / "photo.jpg", 600 // REDUCING_GAP) == 900 * 1200 * RGB_BYTES
+    assert memory(tmp_path / "progressive.jpg", SIZE) == 225 * 300 * RGB_BYTES + 1800 * 2400 * 3  # 4:2:0, 16 bits
+    assert memory(tmp_path / "photo.png", SIZE) == 1800 * 2400 * RGB_BYTES
     whole = READER.load(tmp_path / "photo.png").astype(int)
     for name in ("photo.jpg", "progressive.jpg"):
         assert np.abs(READER.load(tmp_path / name).astype(int) - whole).max() < 6
 
 
-def test_a_file_that_is_not_an_image_has_no_pixels(tmp_path: Path) -> None:
-    (tmp_path / "a.jpg").write_text("no image")
-    assert pixel_count(tmp_path / "a.jpg", SIZE) == pixel_count(tmp_path / "missing.jpg", SIZE) == 0
+def memory(path: Path, size: int) -> int:
+    """What reading takes beside the file's bytes."""
+    with path.open("rb") as file:
+        return extent(file, 0, size)
+
+
+def plain(image: Image.Image) -> NDArray[np.uint8]:
+    """The pixels as they are defined: everything is decoded, turned, scaled, then cropped."""
+    upright = ImageOps.exif_transpose(image).convert("RGB")
+    scale = SIZE / min(upright.size)
+    width, height = (max(SIZE, round(side * scale)) for side in upright.size)
+    left, top = (width - SIZE) // 2, (height - SIZE) // 2
+    scaled = upright.resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(scaled.crop((left, top, left + SIZE, top + SIZE)))
+
+
+@pytest.mark.parametrize("orientation", range(9))
+@pytest.mark.parametrize("save", ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"])
+def test_ordinary_images_have_the_pixels_of_the_plain_way(save: str, orientation: int) -> None:
+    noise = np.random.default_rng(orientation).integers(0, 256, (60, 80 + 100 * orientation, 3), dtype=np.uint8)
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    Image.fromarray(noise).save(buffer := io.BytesIO(), save, **({} if save in ("BMP", "GIF") else {"exif": tags}))
+    expected = Image.open(buffer)
+    expected.draft(None, (REDUCING_GAP * SIZE, REDUCING_GAP * SIZE))
+    assert np.array_equal(READER.decode(buffer.getvalue()), plain(expected))
+
+
+def test_a_damaged_orientation_tag_costs_no_photo(tmp_path: Path) -> None:
+    image = Image.new("RGB", (50, 40), (1, 2, 3))
+    for index, tag in enumerate(
+        (b"Exif\0\0MM\0*\0\0\0\x08\0\1\1\x12\0\7", b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff")
+    ):
+        image.save(tmp_path / f"{index}.jpg", exif=tag)
+        assert READER.load(tmp_path / f"{index}.jpg").shape == (SIZE, SIZE, 3)
+
+
+@pytest.mark.parametrize("size", [(10_000, 1), (1, 10_000), (20_000_000, 1)])
+def test_of_a_strip_only_the_middle_is_scaled(size: tuple[int, int]) -> None:
+    image = Image.new("1", size)
+    image.paste(1, (size[0] // 2 - 8, 0, size[0] // 2 + 8, size[1]))
+    image.save(buffer := io.BytesIO(), "PNG")
+    before = peak_rss()
+    assert READER.decode(buffer.getvalue()).shape == (SIZE, SIZE, 3)
+    assert peak_rss() - before < 200 * 2**20
+
+
+def test_the_size_of_a_jpeg_is_limited_after_its_reduction(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # instead of a file of 200 megapixels
+    Image.new("RGB", (800, 600), (200, 0, 0)).save(buffer := io.BytesIO(), "JPEG")
+    assert np.abs(READER.decode(buffer.getvalue()).astype(int) - (200, 0, 0)).max() < 4
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "RGB"])
+def test_what_is_transparent_becomes_white(mode: str) -> None:
+    """A black logo on a transparent ground. Without an alpha channel one colour is transparent."""
+    logo = Image.new("RGBA", (48, 48), (0, 0, 0, 0))
+    logo.paste((0, 0, 0, 255), (12, 12, 36, 36))
+    key = {}
+    if mode in ("L", "RGB"):
+        ground = 9 if mode == "L" else (9, 9, 9)
+        drawn = Image.new(mode, (48, 48), ground)
+        drawn.paste(0 if mode == "L" else (0, 0, 0), (12, 12, 36, 36))
+        key = {"transparency": ground}
+    elif mode == "P":
+        drawn = Image.new("P", (48, 48), 1)
+        drawn.putpalette([0, 0, 0, 0, 0, 0])
+        drawn.paste(0, (12, 12, 36, 36))
+        key = {"transparency": 1}
+    else:
+        drawn = logo.convert(mode)
+    drawn.save(buffer := io.BytesIO(), "PNG", **key)
+    pixels = READER.decode(buffer.getvalue())
+    assert pixels[:4].min() == 255
+    assert pixels[12:20, 12:20].max() == 0
+
+
+def test_an_alpha_channel_that_hides_everything_is_not_used() -> None:
+    Image.new("RGBA", (40, 40), (10, 200, 30, 0)).save(buffer := io.BytesIO(), "PNG")
+    assert READER.decode(buffer.getvalue())[0, 0].tolist() == [10, 200, 30]

@@ -13,14 +13,21 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
+from support.brokers import RestartableBroker
+from support.processes import Processes, wait_until
 from support.tools import require_tool
 
+from devices.provisioning.broker_kit import password_line
+from fedfmsl.common.backoff import Backoff
+from fedfmsl.common.settings import read_settings
 from fedfmsl.errors import ConfigError
 from fedfmsl.transport.address import parse_address
 from fedfmsl.transport.bounded_client import MAX_PAYLOAD
-from fedfmsl.transport.link import MAX_EVENTS, Connected, Link, LinkEvent, Oversize, Received
+from fedfmsl.transport.link import KEEPALIVE_SECONDS, MAX_EVENTS, Connected, Link, LinkEvent, Oversize, Received
+from fedfmsl.transport.settings import ConnectionSettings
 
 needs_mosquitto = pytest.mark.needs("mosquitto")
 HUGE = 100_000_000
@@ -43,8 +50,8 @@ def port() -> Iterator[int]:
     broker.wait()
 
 
-def connected(port: int, name: str, topic: str = "") -> Link:
-    link = Link(f"mqtt://127.0.0.1:{port}", name)
+def connected(port: int, name: str, topic: str = "", keepalive: int = KEEPALIVE_SECONDS) -> Link:
+    link = Link(f"mqtt://127.0.0.1:{port}", name, keepalive=keepalive)
     link.connect()
     assert link.next_event(10) == Connected()
     if topic:  # the subscription is active once a message on it comes back
@@ -171,6 +178,55 @@ def test_a_full_queue_holds_few_messages_and_loses_none(port: int) -> None:
 
 
 @needs_mosquitto
+def test_a_full_queue_does_not_end_the_connection(port: int) -> None:
+    """mosquitto disconnects a client that is silent for one and a half times its keepalive."""
+    sender, reader = connected(port, "sender3"), connected(port, "reader3", "slow", keepalive=1)
+    for number in range(2 * MAX_EVENTS):
+        last = sender.publish("slow/x", str(number).encode())
+    last.wait_for_publish(30)
+    end = time.monotonic() + 2.5
+    while time.monotonic() < end:
+        assert MAX_EVENTS <= reader.events.qsize() + 1 <= MAX_EVENTS + 1
+        time.sleep(0.05)
+    events = next_events(reader, 2 * MAX_EVENTS)
+    assert events == [Received("slow/x", str(number).encode()) for number in range(2 * MAX_EVENTS)]
+    assert not reader.outage.since
+    sender.close()
+    reader.close()
+
+
+@needs_mosquitto
+def test_every_reason_of_a_lost_connection_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The broker goes, comes back with another password, and at last with the right one."""
+    caplog.set_level("INFO")
+    passwords = tmp_path / "passwords"
+    with Processes(tmp_path / "logs") as processes:
+        lines = ["allow_anonymous false", f"password_file {passwords}"]
+        passwords.write_text(password_line("u", "one"))
+        broker = RestartableBroker(processes, tmp_path / "broker", lines=lines)
+        link = Link(broker.url.replace("//", "//u:one@"), "reasons", reconnect=Backoff(first=1.0, longest=1.0))
+        link.connect()
+        broker.kill()
+        wait_until(lambda: "refused" in link.outage.reason, "a refused connection")
+        passwords.write_text(password_line("u", "two"))
+        broker.start()
+        wait_until(lambda: "Not authorized" in link.outage.reason, "the refused password")
+        assert link.outage.since
+        broker.kill()
+        passwords.write_text(password_line("u", "one"))
+        broker.start()
+        wait_until(lambda: not link.outage.since, "the connection")
+        link.close()
+    assert caplog.messages == [
+        "no connection to the broker (it closed the connection; check that it runs and that this identity has no "
+        "other process); reconnecting",
+        "no connection to the broker ([Errno 111] Connection refused; check that it runs); reconnecting",
+        "no connection to the broker (Not authorized; check user, password and identity); reconnecting",
+        "connected to the broker again",
+    ]
+
+
+@needs_mosquitto
 def test_a_link_with_a_full_queue_closes(port: int) -> None:
     sender, reader = connected(port, "sender2"), connected(port, "reader2", "full")
     for number in range(2 * MAX_EVENTS):
@@ -208,10 +264,29 @@ def test_user_and_password_come_from_the_environment(monkeypatch: pytest.MonkeyP
     assert "secret" not in repr(address)
 
 
-def test_an_error_does_not_show_the_password_of_an_address() -> None:
+@pytest.mark.parametrize(
+    "broker",
+    ["http://me:se-cret@broker.example", "me:se-cret@broker.example", "mqtt://me:se-cret", "mqtt://me:1234cret"]
+    + [f"mqtt://me:se{reserved}cret@broker.example:1883" for reserved in "#/?[] "]
+    + [f"mqtt://me:se{reserved}cret" for reserved in "#?["],
+)
+def test_an_error_does_not_show_the_password_of_an_address(broker: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        parse_address("http://me:secret@broker.example")
-    assert "secret" not in str(caught.value)
+        parse_address(broker)
+    assert "cret" not in str(caught.value) and "1234" not in str(caught.value)
+    with pytest.raises(ConfigError) as caught:
+        read_settings(ConnectionSettings, flags={"broker": broker}, environment=False)
+    assert "cret" not in str(caught.value) and "1234" not in str(caught.value)
+
+
+def test_the_remedy_for_a_password_with_reserved_characters_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    password = "p@ss:w/rd#1?%41 [&ü$"
+    with pytest.raises(ConfigError, match=r"percent-encode it .*, or set FEDFMSL_USER and FEDFMSL_PASSWORD"):
+        parse_address(f"mqtt://me:{password}@broker.example")
+    assert parse_address(f"mqtt://me:{quote(password, safe='')}@broker.example").password == password
+    assert parse_address("mqtt://me:a@b:c@broker.example").password == "a@b:c"
+    monkeypatch.setenv("FEDFMSL_PASSWORD", password)
+    assert parse_address("mqtt://me@broker.example").password == password
 
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "127.8.8.8", "[::1]"])

@@ -43,6 +43,22 @@ def test_ca_kit_and_identities_are_readable_by_their_owner_only(tmp_path: Path) 
     assert read_identity(tmp_path / "pki" / "devices" / "kitchen.toml").name == "kitchen"
 
 
+def test_a_topic_prefix_reaches_the_access_rules_and_every_device(tmp_path: Path) -> None:
+    pki = tmp_path / "pki"
+    provision(pki, *HOSTS, "--run", "orchard", "--topic-prefix", "tenant-7/fedfmsl", "kitchen")
+    provision(pki, "balcony")
+    rules = (pki / "broker" / "acl").read_text()
+    assert "pattern write tenant-7/fedfmsl/+/devices/%u/status\n" in rules
+    assert " fedfmsl/" not in rules
+    assert '"--topic-prefix", "tenant-7/fedfmsl"' in (pki / "broker" / "compose.yaml").read_text()
+    for name in ("kitchen", "balcony"):
+        assert read_table(pki / "devices" / f"{name}.toml")["topic_prefix"] == "tenant-7/fedfmsl"
+    with pytest.raises(ConfigError, match=r"access rules are for tenant-7/fedfmsl; .* in another --pki"):
+        provision(pki, "cellar", "--topic-prefix", "other")
+    with pytest.raises(ConfigError, match="topic prefix 'a b' is invalid"):
+        provision(tmp_path / "new", *HOSTS, "--topic-prefix", "a b")
+
+
 def test_certificates_of_broker_and_server_name_every_host(tmp_path: Path) -> None:
     provision(tmp_path / "pki", *HOSTS)
     for name in ("broker/broker.crt", "server.pem"):

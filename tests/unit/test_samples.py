@@ -198,7 +198,8 @@ def test_unreadable_images_are_skipped_and_named(folder: Path) -> None:
         (folder / "plum" / name).write_bytes(data)
     (folder / "plum" / "folder.jpg").mkdir()
     splits = scan_once(folder, CLASSES, IMAGES)
-    assert reasons(splits, folder) == {f"plum/{name}": "not a readable image" for name in bad}
+    assert set(reasons(splits, folder)) == {f"plum/{name}" for name in bad}
+    assert all(reason.startswith("not a readable image: it is ") for reason in reasons(splits, folder).values())
     assert contents(splits) == before
     for name in bad:
         with pytest.raises(InputError, match=name):
@@ -229,7 +230,11 @@ def test_texts_are_split_like_images_and_unreadable_ones_are_named(texts: Path, 
     for name, data in bad.items():
         (folder / CLASSES[0] / name).write_bytes(data)
     splits = scan_once(folder, CLASSES, TEXTS)
-    assert reasons(splits, folder) == {f"{CLASSES[0]}/{name}": "not a readable text" for name in bad}
+    assert reasons(splits, folder) == {
+        f"{CLASSES[0]}/{name}": "not a readable text: "
+        + ("it is not UTF-8; save it as UTF-8" if data.strip() else "it is empty")
+        for name, data in bad.items()
+    }
     assert contents(splits) == before
     assert {sample.path for part in (splits.train, splits.held_out, splits.test) for sample in part} == {
         *texts_of(folder, without=set(bad))

@@ -16,7 +16,7 @@ from support.coordinators import CoordinatorRun, make_update, plan_for
 from support.processes import Broker, Observer, Processes, wait_until
 
 from fedfmsl.protocol.chunks import chunks
-from fedfmsl.protocol.messages import Ack, Round, Stage, Verdict, encode
+from fedfmsl.protocol.messages import Ack, Round, ServerStatus, Stage, Verdict, encode
 from fedfmsl.protocol.tensors import pack
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.link import Link
@@ -124,13 +124,16 @@ def test_a_reconnection_is_logged(vit: Built, tmp_path: Path) -> None:
     with Processes(tmp_path / "logs") as processes:
         broker = RestartableBroker(processes, tmp_path / "broker", kind="amqtt")
         with scene(vit, Broker(broker.kind, broker.url), tmp_path / "run", "again") as s:
+            before = s.observer.catch_up()
             broker.kill()
             wait_until(lambda: "no connection to the broker" in s.notes, "the server notices")
+            wait_until(lambda: RunStore(s.folder).outage()[0] > 0, "its status says so")
             broker.start()
-            wait_until(lambda: "connected to the broker again" in s.notes, "the server reconnects")
+            s.observer.wait(ServerStatus, lambda status: status.online, "the server reconnects", since=before)
             s.announce_device()
             s.run_to_its_end()
-            assert s.notes.count("no connection to the broker") == 1
+            assert "connected to the broker again" in s.notes
+            assert RunStore(s.folder).outage() == (0, "")
 
 
 def test_the_log_never_exceeds_two_files(vit: Built, broker: Broker, tmp_path: Path) -> None:

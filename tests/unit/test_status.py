@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from edge_runtime.daemon.status import MAX_AGE, describe
+from edge_runtime.daemon.status import describe
 from edge_runtime.store import DeviceStore
-from fedfmsl.protocol.messages import Activity, Health
+from fedfmsl.protocol.messages import MAX_HEARTBEAT_AGE, Activity, Health
 
 
 @pytest.mark.parametrize(
@@ -16,9 +16,17 @@ from fedfmsl.protocol.messages import Activity, Health
     [
         (Activity.WAITING, 40, "last heartbeat 0:00:40 ago, up for 0:01:40"),
         (Activity.STOPPED, 40, "last heartbeat 0:00:40 ago, ran for 0:01:00"),
-        (Activity.WAITING, 10 * MAX_AGE, ", ran for 0:01:00"),
+        (Activity.WAITING, 10 * MAX_HEARTBEAT_AGE, ", ran for 0:01:00"),
     ],
 )
 def test_uptime_and_last_heartbeat_agree(tmp_path: Path, activity: Activity, age: float, expected: str) -> None:
     health = Health(device="kitchen", started=1000, time=1060, activity=activity)
     assert expected in dict(describe(health, DeviceStore(tmp_path), now=1060 + age))["now"]
+
+
+def test_a_lost_connection_is_described_with_its_reason(tmp_path: Path) -> None:
+    health = Health(device="kitchen", started=1000, time=1060, activity=Activity.WAITING)
+    assert "broker" not in dict(describe(health, DeviceStore(tmp_path), now=1061))
+    lost = health.model_copy(update={"disconnected": "Not authorized", "disconnected_since": 1050})
+    broker = dict(describe(lost, DeviceStore(tmp_path), now=1061))["broker"]
+    assert broker.startswith("no connection since 19") and broker.endswith("because: Not authorized")

@@ -160,7 +160,7 @@ def test_a_corrupt_file_is_reported_once_and_skipped(
     assert {p.file for p in one_scan(stream)} == {str(path) for path in files} - {str(files[1])}
     for _ in range(3):
         assert one_scan(stream) == []
-    assert capfd.readouterr().err.splitlines() == [f"skipped: {files[1]} is not a readable image"]
+    assert capfd.readouterr().err.startswith(f"skipped: {files[1]} is not a readable image: ")
 
 
 def test_a_corrupt_file_is_reported_when_it_is_old_enough(

@@ -22,6 +22,30 @@ def test_only_device_topics_of_the_run_have_a_device() -> None:
         assert topics.device_of(topic) is None
 
 
+@pytest.mark.parametrize("prefix", ["", "/a", "a/", "a//b", "a/+", "#", "ü", "a b", "a/" * 9 + "a"])
+def test_prefixes_that_cannot_begin_a_topic_are_refused(prefix: str) -> None:
+    with pytest.raises(ConfigError, match="topic prefix"):
+        Topics("r", prefix)
+
+
+def test_topics_of_another_prefix_are_not_read() -> None:
+    topics, other = Topics("r", "tenant-7/fedfmsl"), Topics("r")
+    chunk = topics.update_chunk("d", 1, 0)
+    assert chunk == "tenant-7/fedfmsl/r/devices/d/update/1/0"
+    assert (topics.update_of(chunk), other.update_of(chunk)) == (("d", 1), None)
+    assert topics.globals_of(topics.globals_chunk("a" * 64, 0)) == "a" * 64
+    assert topics.device_of(other.status("d")) is None
+
+
+def test_client_ids_are_short_and_unique() -> None:
+    long = Topics("r" * 64, "tenant/" * 7 + "fedfmsl")
+    ids = [topics.client_id(*parts) for topics in (Topics("r"), long) for parts in (["server"], ["d" * 64, "0a"])]
+    ids.append(long.client_id("d" * 64, "0b"))
+    assert ids[0] == "fedfmsl-r-server"
+    assert len(set(ids)) == len(ids)
+    assert max(map(len, ids)) <= 100
+
+
 HOSTILE_TOPICS = [
     "",
     "/",

@@ -64,7 +64,7 @@ def is_complete(plan: Plan, state: State, announced: Round) -> bool:
     """Whether enough devices have answered: selected ones only, or all if late updates count."""
     share = plan.config.enough if announced.stage in TRAINING else 1.0
     answers = len(state.updates) if plan.config.max_staleness else len(state.answered & state.expected)
-    wanted = devices_in_share(share, len(state.expected))
+    wanted = devices_in_share(share, len(state.awaited))
     return len(state.updates) >= plan.config.min_updates and answers >= wanted
 
 
@@ -73,7 +73,8 @@ def _receive_status(plan: Plan, state: State, status: DeviceStatus) -> tuple[Sta
     if before is None and len(state.devices) >= MAX_DEVICES:
         return state, [CountRefusal(status.device, "too many devices", f"more than {MAX_DEVICES} devices")]
     stale = before is not None and not status.online and status.instance != before.instance
-    if stale:  # the last will of an earlier process
+    known = before is not None and bool(before.error) and not (before.online or status.online or status.error)
+    if stale or known:  # the last will of an earlier process, or of one that has said why it ends
         return state, []
     commands: list[Command] = []
     if status.online and status.bundle != plan.bundle.sha256:
@@ -84,7 +85,7 @@ def _receive_status(plan: Plan, state: State, status: DeviceStatus) -> tuple[Sta
     if status.error:
         if before is None or not before.error:  # later texts explain the same error
             commands.append(Log(f"{status.device} cannot take part: {status.error}"))
-    elif before is None or before.online != status.online:
+    elif before is None or before.online != status.online or before.error:
         commands.append(Log(f"{status.device} is {'online' if status.online else 'offline'}"))
     elif bool(before.paused) != bool(status.paused):
         commands.append(Log(f"{status.device} {f'paused: {status.paused}' if status.paused else 'resumes'}"))

@@ -129,12 +129,19 @@ class State:
 
     @property
     def online(self) -> frozenset[str]:
-        return frozenset(name for name, status in self.devices.items() if status.online)
+        """Devices that can take part."""
+        return frozenset(name for name, status in self.devices.items() if status.online and not status.error)
 
     @property
     def ready(self) -> frozenset[str]:
         """Devices that are online and not paused."""
         return frozenset(name for name in self.online if not self.devices[name].paused)
+
+    @property
+    def awaited(self) -> frozenset[str]:
+        """The selected devices whose answer the present round needs: not those that have said that they cannot."""
+        unable = frozenset(name for name in self.expected if self.devices[name].error)
+        return self.expected - (unable - self.answered)
 
     @property
     def answered(self) -> frozenset[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from fedfmsl.errors import BundleError, ConfigError, RunError
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.messages import Round, ServerStatus, encode
-from fedfmsl.protocol.topics import Topics
+from fedfmsl.protocol.topics import ROOT, Topics
 from fedfmsl.transport.link import KEEPALIVE_SECONDS, Link, Will
 from trainer_server.config import RunConfig
 from trainer_server.coordinator.advance import advance
@@ -71,6 +71,7 @@ def run_server(
     insecure: bool,
     log_bytes: int = LOG_BYTES,
     keepalive: int = KEEPALIVE_SECONDS,
+    topic_prefix: str = ROOT,
 ) -> None:
     """Coordinates until the run is finished.
 
@@ -90,10 +91,10 @@ def run_server(
             model=bundle.manifest.model,
         )
         offline = status.model_copy(update={"online": False})
-        will = Will(Topics(plan.config.run).server_status, encode(offline))
-        client_id = f"fedfmsl-server-{plan.config.run}"
-        link = Link(broker, client_id, will, identity=identity, insecure=insecure, keepalive=keepalive)
-        Service(plan, state, at, store, link, status).run()
+        topics = Topics(plan.config.run, topic_prefix)
+        will = Will(topics.server_status, encode(offline))
+        link = Link(broker, topics.client_id("server"), will, identity=identity, insecure=insecure, keepalive=keepalive)
+        Service(plan, state, at, store, link, status, topics).run()
 
 
 def make_plan(store: RunStore, bundle: Bundle) -> Plan:

@@ -16,10 +16,10 @@ import time
 from dataclasses import replace
 
 from fedfmsl.errors import MessageError, RunError
-from fedfmsl.protocol.messages import ServerStatus, Stage, parse
+from fedfmsl.protocol.messages import DeviceStatus, ServerStatus, Stage, parse
 from fedfmsl.protocol.tensors import blob_bytes
 from fedfmsl.protocol.topics import Topics
-from fedfmsl.transport.link import Connected, Disconnected, Link, LinkEvent, Oversize, Received
+from fedfmsl.transport.link import Connected, Link, LinkEvent, Oversize, Received
 from trainer_server.coordinator.advance import advance, announcement, next_deadline
 from trainer_server.coordinator.events import (
     AnnounceRound,
@@ -32,6 +32,7 @@ from trainer_server.coordinator.events import (
     StatusSeen,
     Stop,
     StoreRound,
+    UpdateSeen,
 )
 from trainer_server.coordinator.records import ClosedRound
 from trainer_server.coordinator.state import Plan, State
@@ -39,12 +40,13 @@ from trainer_server.service.batch import Batch, Statuses, flatten
 from trainer_server.service.clock import RunClock
 from trainer_server.service.decode import Decoder
 from trainer_server.service.duplicates import DuplicateServerGuard
+from trainer_server.service.liveness import Liveness
 from trainer_server.service.publisher import Publisher
 from trainer_server.service.refusals import Refusals
 from trainer_server.service.run_log import log_round, log_stragglers
 from trainer_server.storage.peft_adapter import write_adapter
 from trainer_server.storage.run_store import LoggedEvent, RunStore
-from trainer_server.storage.uploads import Uploads
+from trainer_server.storage.uploads import Upload, Uploads
 
 logger = logging.getLogger(__name__)
 
@@ -55,29 +57,34 @@ UNKNOWN_DEVICE = "unknown device"
 
 
 class Service:
-    def __init__(self, plan: Plan, state: State, at: float, store: RunStore, link: Link, status: ServerStatus) -> None:
+    def __init__(
+        self, plan: Plan, state: State, at: float, store: RunStore, link: Link, status: ServerStatus, topics: Topics
+    ) -> None:
         """`state` was the state at second `at` of the run's clock."""
         self._plan = plan
         self._state = state
         self._store = store
         self._link = link
-        self._topics = Topics(plan.config.run)
+        self._topics = topics
         self._clock = RunClock(at)
         self._uploads = Uploads(store.folder / "uploads", blob_bytes(plan.largest_update))
         self._decoder = Decoder(self._topics, self._uploads)
         self._publisher = Publisher(link, self._topics, status)
         self._guard = DuplicateServerGuard(plan.session)
+        self._liveness = Liveness()
         self._refusals = Refusals()
         self._statuses: Statuses = {}  # not in the store yet
+        self._unapplied: list[StatusSeen] = []  # of a batch that could not be stored
         self._disk_error = ""
-        self._connected = True
         self._joined: frozenset[str] | None = None  # the devices in the store's list before the first round
+        self._outage = (-1.0, "")  # as stored
 
     def run(self) -> None:
         """Returns when the run is finished. Raises BrokerError, and RunError if the run failed or a newer server took
         over."""
         self._link.connect()
         self._link.subscribe(self._topics.status("+"))
+        self._link.subscribe(self._topics.health("+"))
         self._link.subscribe(self._topics.update_chunk("+", "+", "+"))
         self._link.subscribe(self._topics.server_status)
         if self._state.announced is None:
@@ -100,6 +107,8 @@ class Service:
     def _process_messages(self) -> None:
         """Waits for messages, stores what they change, and executes the commands that follow."""
         batch = Batch(self._state, self._clock.now(), self._statuses.copy())
+        for status in self._unapplied:
+            self._apply(status, batch)
         wait = min(POLL_SECONDS, next_deadline(self._plan, batch.state) - batch.now)
         try:
             for _ in range(BATCH):
@@ -108,30 +117,26 @@ class Service:
                     break
                 wait = 0.0
                 self._process(event, batch)
+            for lost in self._liveness.lost(_online(batch.state), batch.now):
+                self._apply(lost, batch)
             self._store_batch(batch)
         except (OSError, sqlite3.Error) as error:
-            # The batch has no effect: devices retransmit their updates, the broker sends its retained messages again.
+            # The batch has no effect: devices retransmit their updates, and the next batch repeats their statuses.
             self._wait_for_disk(error)
+            self._unapplied = [one.event for one in flatten(batch.statuses) if isinstance(one.event, StatusSeen)]
             for path in batch.files:
                 with contextlib.suppress(OSError):
                     path.unlink(missing_ok=True)
-            self._link.subscribe(self._topics.status("+"))
             return
-        self._state = batch.state
+        self._state, self._unapplied = batch.state, []
         for command in batch.commands:
             self._execute(command)
 
     def _process(self, event: LinkEvent, batch: Batch) -> None:
         if isinstance(event, Connected):
-            if not self._connected:
-                logger.info("connected to the broker again")
-            self._connected = True
             self._guard.connected(self._clock.now())
+            self._liveness.connected((status.device for status in _online(batch.state)), batch.now)
             self._publish_state()
-        elif isinstance(event, Disconnected):
-            if self._connected:
-                logger.warning("no connection to the broker (%s); reconnecting", event.reason)
-            self._connected = False
         elif isinstance(event, Oversize):
             self._refuse(self._sender(event.topic), "too large", f"{event.size} bytes")
         elif isinstance(event, Received):
@@ -142,14 +147,26 @@ class Service:
 
     def _receive(self, received: Received, batch: Batch) -> None:
         """Adds a device's message to the batch, or refuses it."""
+        device = self._topics.device_of(received.topic)
         try:
             event, upload = self._decoder.decode(received, batch.state.devices)
         except MessageError as error:
             about = f"a message on {received.topic[:200]}: {error}"
             self._refuse(self._sender(received.topic), "unreadable", about)
             return
-        if event is None:
-            return
+        seen: StatusSeen | None = None
+        if isinstance(event, StatusSeen):
+            seen = self._liveness.status(event.status, received.retained, batch.now)
+        elif device and not received.retained:
+            known = batch.state.devices.get(device)
+            seen = self._liveness.message(device, known is not None and known.online, batch.now)
+        if seen is not None:
+            self._apply(seen, batch)
+        if isinstance(event, UpdateSeen):
+            self._apply(event, batch, upload)
+
+    def _apply(self, event: StatusSeen | UpdateSeen, batch: Batch, upload: Upload | None = None) -> None:
+        """Advances the batch's state."""
         after, commands = advance(self._plan, batch.state, event, batch.now)
         batch.commands += commands
         if after is batch.state:
@@ -191,6 +208,7 @@ class Service:
     def _tick(self) -> None:
         """Opens and closes rounds."""
         now = self._clock.now()
+        self._save_outage()
         if self._guard.echo_is_missing(now):
             logger.warning("the broker does not return this server's own status; check that --identity is the server's")
         state, commands = advance(self._plan, self._state, ClockTicked(), now)
@@ -247,6 +265,13 @@ class Service:
             except OSError as error:
                 logger.warning("the adapter of round %d could not be written (%s)", closed.round.round, error.strerror)
 
+    def _save_outage(self) -> None:
+        outage = (self._link.outage.since, self._link.outage.reason)
+        if outage != self._outage:
+            with contextlib.suppress(OSError):  # a full disk is logged when an event cannot be stored
+                self._store.save_outage(*outage)
+                self._outage = outage
+
     def _sender(self, topic: str) -> str:
         """The device that a topic belongs to. All devices that have not announced themselves count as one."""
         device = self._topics.device_of(topic) or ""
@@ -264,3 +289,7 @@ class Service:
                 "cannot write to %s (%s); free some disk space, the run waits for it", self._store.folder, error
             )
         time.sleep(POLL_SECONDS)
+
+
+def _online(state: State) -> list[DeviceStatus]:
+    return [status for status in state.devices.values() if status.online]

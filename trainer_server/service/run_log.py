@@ -17,6 +17,7 @@ from trainer_server.coordinator.records import ClosedRound
 logger = logging.getLogger(__name__)
 
 FILE = "notes.log"
+PACKAGES = ("trainer_server", "fedfmsl")  # whose lines go to the file
 NAMES = 10  # devices named in a line
 LOG_BYTES = 8 * 1024 * 1024  # of each of the two files
 
@@ -27,13 +28,15 @@ def log_to_folder(folder: Path, max_bytes: int = LOG_BYTES) -> Iterator[None]:
     # delay: the file is opened at the first line, so a full disk does not prevent the start
     handler = RotatingFileHandler(folder / FILE, maxBytes=max_bytes, backupCount=1, encoding="utf-8", delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%dT%H:%M:%S"))
-    package = logging.getLogger("trainer_server")
-    package.setLevel(logging.INFO)
-    package.addHandler(handler)
+    packages = [logging.getLogger(name) for name in PACKAGES]
+    for package in packages:
+        package.setLevel(logging.INFO)
+        package.addHandler(handler)
     try:
         yield
     finally:
-        package.removeHandler(handler)
+        for package in packages:
+            package.removeHandler(handler)
         handler.close()
 
 

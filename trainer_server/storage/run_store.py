@@ -3,6 +3,7 @@
     RUN/run.sqlite       settings, events since the present round opened (with --audit all events), records of closed
                          rounds, counts of refused messages
     RUN/joined.json      before the first round: the devices that are online
+    RUN/outage.json      since when and why there is no connection to the broker
     RUN/tensors/SHA256   the checkpoint's tensors, and the updates accepted after it
 
 Order of writes: first the complete tensor file, then its event, then the acknowledgement. So a crash leaves at most a
@@ -36,6 +37,7 @@ from trainer_server.storage.checkpoint import Checkpoint, vectors_of
 
 DATABASE = "run.sqlite"
 JOINED = "joined.json"
+OUTAGE = "outage.json"
 BUSY_SECONDS = 10.0
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS run (origin TEXT NOT NULL, ended TEXT);
@@ -221,6 +223,10 @@ class RunStore:
         """Stores which devices are online before the first round, for `joined`. Raises OSError."""
         write_atomically(self.folder / JOINED, json.dumps(sorted(devices)).encode())
 
+    def save_outage(self, since: float, reason: str) -> None:
+        """Stores why the server has no connection to the broker, for `outage`. Raises OSError."""
+        write_atomically(self.folder / OUTAGE, json.dumps([since, reason]).encode())
+
     @contextmanager
     def _transaction(self) -> Iterator[None]:
         self._db.execute("BEGIN IMMEDIATE")
@@ -253,6 +259,15 @@ class RunStore:
             return list(json.loads((self.folder / JOINED).read_bytes()))
         except FileNotFoundError:
             return []
+
+    def outage(self) -> tuple[float, str]:
+        """Since when (unix seconds) and why the server had no connection at the last `save_outage`; 0 and "" if it had
+        one."""
+        try:
+            since, reason = json.loads((self.folder / OUTAGE).read_bytes())
+        except FileNotFoundError:
+            return 0.0, ""
+        return float(since), str(reason)
 
     def events(self, since_checkpoint: bool = True) -> Iterator[LoggedEvent]:
         """Events in order, updates with their tensors. Raises RunError as `read` does."""

@@ -1,0 +1,87 @@
+"""The steps of a build, with a progress bar: weights, zero-shot head, bundle."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from export.bundle import build_bundle
+from export.weights import Backbone, load_backbone
+from export.zero_shot import TEMPLATES, zero_shot_head
+from fedfmsl.common.cli import console
+from fedfmsl.errors import ConfigError, WeightsError
+from fedfmsl.protocol.bundle import Bundle, Precision, ZeroShot
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of `python -m export.build`, with the names of the classes."""
+
+    model: str
+    weights: str | None
+    classes: tuple[str, ...]
+    levels: int | None
+    image_size: int | None
+    max_tokens: int | None
+    tokenizer: Path | None
+    rank: int
+    precision: Precision
+    ort_training: bool
+    prompts: list[str] | None
+    revision: str | None
+    out: Path | None
+    seed: int
+
+
+def export_bundle(options: Options) -> Bundle:
+    """Raises FedFMSLError if an option is unusable, or if the weights cannot be exported."""
+    size = options.image_size or options.max_tokens
+    source = load_backbone(
+        options.model, options.weights, len(options.classes), size, options.revision, options.seed, options.tokenizer
+    )
+    _check_input(source, options)
+    out = options.out or Path("bundles") / source.name
+    columns = (TextColumn("{task.description:<28}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("class names", total=None)
+        zero_shot = _make_zero_shot(source, options.classes, options.prompts)
+        lora = source.family.lora(options.rank)
+        for done, total, what in build_bundle(
+            source,
+            options.classes,
+            options.levels,
+            lora,
+            out,
+            options.seed,
+            options.precision,
+            zero_shot,
+            options.ort_training,
+        ):
+            progress.update(task, completed=done, total=total, description=what)
+    return Bundle.load(out)
+
+
+def _check_input(source: Backbone, options: Options) -> None:
+    """Raises ConfigError if an option is for the other kind of input."""
+    if source.family.input == "tokens" and options.image_size:
+        raise ConfigError(f"--image-size is not valid for the text model {source.name}; use --max-tokens")
+    if source.family.input == "pixels" and (options.max_tokens or options.tokenizer):
+        raise ConfigError(f"--max-tokens and --tokenizer are not valid for the vision model {source.name}; remove them")
+
+
+def _make_zero_shot(source: Backbone, classes: tuple[str, ...], prompts: list[str] | None) -> ZeroShot | None:
+    """The zero-shot head. None if the model has no text tower.
+
+    If the weights lack it, prints the reason, or raises WeightsError if the user passed prompts.
+    """
+    if source.family.text_tower is None and not prompts:
+        return None
+    try:
+        return zero_shot_head(source, classes, prompts or TEMPLATES)
+    except WeightsError as error:
+        if prompts:
+            raise
+        console.print(f"no zero-shot head: {error}")
+        return None

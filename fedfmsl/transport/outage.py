@@ -1,0 +1,34 @@
+"""Logs why there is no connection, and keeps it for a status.
+
+A broker that restarts gives several reasons one after the other, and repeats them at every attempt. Each is logged once
+until the connection is back.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+
+logger = logging.getLogger(__name__)
+
+
+class Outage:
+    """`since`: unix seconds, 0 while there is a connection. `reason`: the latest one, "" while there is a connection."""
+
+    def __init__(self) -> None:
+        self.since = 0.0
+        self.reason = ""
+        self._logged: set[str] = set()
+
+    def lost(self, reason: str) -> None:
+        self.since = self.since or time.time()
+        self.reason = reason
+        if reason not in self._logged:
+            self._logged.add(reason)
+            logger.warning(f"no connection to the broker ({reason}); reconnecting")
+
+    def ended(self) -> None:
+        if self.since:
+            logger.info("connected to the broker again")
+        self.since, self.reason = 0.0, ""
+        self._logged.clear()

@@ -1,0 +1,74 @@
+"""Removal of everything that an old run has left on a real mosquitto."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import pytest
+from support.processes import Broker, Processes
+
+from fedfmsl.errors import BrokerError, RunError
+from fedfmsl.protocol.messages import DeviceStatus, ServerStatus, encode
+from fedfmsl.protocol.topics import Topics, discovery_topic
+from fedfmsl.transport.link import Link, Received
+from trainer_server.service.purge import purge
+
+pytestmark = pytest.mark.needs("mosquitto")
+
+
+@pytest.fixture(scope="module")
+def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
+    with Processes(tmp_path_factory.mktemp("logs")) as processes:
+        yield processes.start_broker("mosquitto")
+
+
+def retained(broker: Broker, topic_filter: str) -> set[str]:
+    """The topics with a retained message."""
+    link = Link(broker.url, f"reader-{time.monotonic_ns()}")
+    link.connect()
+    link.subscribe(topic_filter)
+    found = set()
+    while (event := link.next_event(0.5)) is not None:
+        if isinstance(event, Received) and event.payload:
+            found.add(event.topic)
+    link.close()
+    return found
+
+
+def publish(broker: Broker, messages: dict[str, bytes]) -> None:
+    link = Link(broker.url, "publisher")
+    link.connect()
+    sent = [link.publish(topic, payload, retain=True) for topic, payload in messages.items()]
+    link.close(sent[-1])
+
+
+@pytest.mark.parametrize("prefix", ["fedfmsl", "tenant-7/fedfmsl"])
+def test_all_that_a_run_has_left_is_removed_and_nothing_else(broker: Broker, prefix: str) -> None:
+    topics, other = Topics("orchard", prefix), Topics("orchard2", prefix)
+    names = ["d0", "d1"]
+    status = ServerStatus(online=False, run="orchard", session="1")
+    left = {topics.status(name): encode(DeviceStatus(device=name, online=True)) for name in names}
+    left |= {topics.server_status: encode(status), topics.globals_chunk("a" * 64, 0): b"chunk"}
+    left |= {discovery_topic("homeassistant", "orchard", name): b"{}" for name in names}
+    stays = {other.server_status: encode(status), discovery_topic("homeassistant", "orchard2", "d0"): b"{}"}
+    publish(broker, {**left, **stays})
+    assert purge(Link(broker.url, "purge"), topics, "homeassistant") == len(left)
+    assert retained(broker, "#") == set(stays)
+    publish(broker, dict.fromkeys(stays, b""))
+
+
+def test_a_run_whose_server_is_online_is_not_touched(broker: Broker) -> None:
+    topics = Topics("alive")
+    kept = {topics.server_status: encode(ServerStatus(online=True, run="alive", session="1")), topics.round: b"{}"}
+    publish(broker, kept)
+    with pytest.raises(RunError, match="the server of run 'alive' is online; stop it"):
+        purge(Link(broker.url, "purge"), topics, "")
+    assert retained(broker, "fedfmsl/alive/#") == set(kept)
+
+
+def test_a_client_that_may_not_read_the_run_is_told(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+    link = Link(broker.url, "forbidden")
+    monkeypatch.setattr(link, "subscribe", lambda topic: None)  # as a broker that delivers nothing
+    with pytest.raises(BrokerError, match="does not deliver fedfmsl/orchard/#"):
+        purge(link, Topics("orchard"), "", echo_seconds=0.2)

@@ -1,0 +1,63 @@
+"""Which devices are alive, by what the server hears from them (ours).
+
+A retained status is no sign of life: if a device and the broker lose power together, the broker never publishes the
+last will, and the retained status stays `online`. So a device counts as online only once a message of it arrives live.
+Devices publish their status again when a server comes online, and a heartbeat every minute.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from fedfmsl.protocol.messages import MAX_HEARTBEAT_AGE, DeviceStatus
+from trainer_server.config import MAX_DEVICES
+from trainer_server.coordinator.events import StatusSeen
+
+ANSWER_SECONDS = 90.0  # for the answer to this server's status; a device may have to reconnect first
+BUSY_SECONDS = 10.0  # between two looks at the messages, above which this server was busy
+SILENT = "no heartbeat; is it running?"
+
+
+class Liveness:
+    def __init__(self, silence: float = MAX_HEARTBEAT_AGE, answer: float = ANSWER_SECONDS) -> None:
+        """A device is lost `silence` seconds after its last message, or if it does not answer this server's status
+        within `answer` seconds."""
+        self._silence = silence
+        self._answer = answer
+        self._due: dict[str, float] = {}  # by device: when it is lost
+        self._statuses: dict[str, DeviceStatus] = {}  # by device: its latest status
+        self._looked = math.inf  # when `lost` was called last
+
+    def connected(self, online: Iterable[str], now: float) -> None:
+        """This server has connected and publishes its status, which the `online` devices answer."""
+        for device in online:
+            self._due[device] = min(self._due.get(device, math.inf), now + self._answer)
+
+    def status(self, status: DeviceStatus, retained: bool, now: float) -> StatusSeen | None:
+        """The event of a received status; None if it does not show that its device is alive."""
+        if status.device in self._statuses or len(self._statuses) < MAX_DEVICES:
+            self._statuses[status.device] = status
+        if retained and status.online:
+            return None
+        self._due[status.device] = now + self._silence
+        return StatusSeen(status)
+
+    def message(self, device: str, online: bool, now: float) -> StatusSeen | None:
+        """Any other live message of a device. An event if the device was not `online` until now."""
+        status = self._statuses.get(device)
+        if online or status is not None:
+            self._due[device] = now + self._silence
+        return StatusSeen(status) if status is not None and status.online and not online else None
+
+    def lost(self, online: Iterable[DeviceStatus], now: float) -> list[StatusSeen]:
+        """The events of `online` devices that have become silent."""
+        busy = now - self._looked
+        if busy > BUSY_SECONDS:  # their messages may still wait
+            self._due = {device: due + busy for device, due in self._due.items()}
+        self._looked = now
+        return [
+            StatusSeen(status.model_copy(update={"online": False, "error": SILENT}))
+            for status in online
+            if now >= self._due.setdefault(status.device, now + self._silence)
+        ]

@@ -1,0 +1,81 @@
+"""Removes what a run has left on its broker: retained messages of server and devices, and their announcements."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+
+from fedfmsl.errors import BrokerError, MessageError, RunError
+from fedfmsl.protocol.messages import ServerStatus, parse
+from fedfmsl.protocol.topics import Topics, discovery_topic
+from fedfmsl.transport.link import Link, Received
+
+PASSES = 10  # a broker may deliver only some of the messages at once, mosquitto 1,000 by default
+ECHO_SECONDS = 20.0  # for the broker to return a message
+QUIET_SECONDS = 0.5  # a broker may return it before the last retained messages
+
+
+def purge(link: Link, topics: Topics, home_assistant: str, echo_seconds: float = ECHO_SECONDS) -> int:
+    """Deletes the run's retained messages, and those that announce its devices below the prefix `home_assistant` ("":
+    none). Returns their number. The broker has `echo_seconds` to deliver them.
+
+    Raises BrokerError if the broker cannot be reached or does not allow it. Raises RunError if the run's server is
+    online, or another process publishes the messages again.
+    """
+    filters = [f"{topics.root}/#", *([discovery_topic(home_assistant, topics.run, "+")] if home_assistant else [])]
+    link.connect()
+    removed: set[str] = set()
+    try:
+        for _ in range(PASSES):
+            found = _retained(link, topics, filters, echo_seconds)
+            if not found:
+                return len(removed)
+            for topic in found:
+                link.publish(topic, b"", retain=True)
+            removed |= found
+    finally:
+        link.close(link.publish(_echo_topic(topics, "end"), b""))  # delivered after all deletions
+    raise RunError(
+        f"{sorted(found)[0]} is published again after its removal; stop the process that does it, and repeat the command"
+    )
+
+
+def _echo_topic(topics: Topics, token: str) -> str:
+    return f"{topics.root}/purge/{token}"
+
+
+def _retained(link: Link, topics: Topics, filters: Sequence[str], echo_seconds: float) -> set[str]:
+    """The topics with a retained message. Raises BrokerError and RunError as `purge` does."""
+    for each in filters:
+        link.subscribe(each)
+    echo = _echo_topic(topics, secrets.token_hex(8))
+    link.publish(echo, b"echo")
+    found: set[str] = set()
+    returned, deadline = False, time.monotonic() + echo_seconds
+    while (event := link.next_event(QUIET_SECONDS)) is not None or not returned:
+        if time.monotonic() > deadline:
+            break
+        if not isinstance(event, Received) or not event.payload:
+            continue
+        if event.topic == echo:
+            returned = True
+            continue
+        if event.topic == topics.server_status:
+            _require_offline(event.payload, topics.run)
+        found.add(event.topic)
+    if not returned:
+        raise BrokerError(
+            f"the broker does not deliver {filters[0]} to this client; use the server's --identity or user, and a broker "
+            "that allows wildcards"
+        )
+    for each in filters:
+        link.unsubscribe(each)
+    return found
+
+
+def _require_offline(payload: bytes, run: str) -> None:
+    with suppress(MessageError):
+        if parse(ServerStatus, payload).online:
+            raise RunError(f"the server of run {run!r} is online; stop it, then repeat the command")
