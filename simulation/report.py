@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.console import Console
 from rich.table import Table
 
 from fedfmsl.common import web_page
@@ -47,7 +48,7 @@ def write_report(
             (folder / name).unlink(missing_ok=True)
         else:
             write_atomically(folder / name, data)
-    console.print(_printed(results), width=max(console.width, PRINTED_WIDTH), crop=False)
+    Console(width=max(console.width, PRINTED_WIDTH)).print(_printed(results))
     console.print(f"\nreport     {folder / 'report.html'}")
     if server:
         console.print(f"settings   {folder / 'server.toml'}, for python -m trainer_server start --config")
