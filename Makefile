@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python -m
+LOWEST := $(VENV)/lowest
 INSTALLED := $(VENV)/.installed
 # a separate folder, because onnxruntime-training also installs a package named onnxruntime
 TRAINING := $(VENV)/ort-training
@@ -11,7 +12,7 @@ export HAS_NO_TRAINING_WHEEL := import platform, sys; sys.exit(platform.machine(
 WORKERS ?= 2
 PARALLEL := --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: trial test lint test-arm64 faults tools tools-arm64 install clean
+.PHONY: trial test lint test-lowest test-arm64 faults tools tools-arm64 install clean
 
 trial: install
 	$(RUN) devices.trial
@@ -30,6 +31,13 @@ lint: install
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
 	$(RUN) mypy
+
+# A device with the lowest versions that pyproject.toml allows. They have no wheels for Python 3.13: PYTHON=python3.12
+test-lowest: install
+	$(RUN) pip install --quiet --disable-pip-version-check uv
+	$(RUN) uv venv --quiet --clear --python $(PYTHON) $(LOWEST)
+	$(RUN) uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct --editable .[edge,text] "pytest>=8"
+	$(LOWEST)/bin/python -m pytest --noconftest tests/lowest tests/unit/test_images.py tests/unit/test_unreadable.py
 
 # an emulated Raspberry Pi: qemu, and Debian's arm64 programs in .arm64/
 test-arm64: install tools tools-arm64

@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from fedfmsl.common.cli import application
 from fedfmsl.common.files import write_atomically
 from fedfmsl.errors import ConfigError, RunError
 from fedfmsl.protocol.bundle import Bundle
+from fedfmsl.protocol.class_names import write_names
 from fedfmsl.protocol.messages import Encoding, Stage
 from simulation.federation import History, accuracies, federate, honest, scaled
 from simulation.fleet import open_folders
@@ -146,7 +147,7 @@ def _path(name: str, seed: int) -> Path:
 
 
 def _run(configuration: Configuration, seed: int, threads: int) -> dict[str, Any]:
-    bundle = trial_bundle(FOLDER / f"bundle-{seed}", trial_photos()[0], seed)
+    bundle = trial_bundle(FOLDER / f"bundle-{seed}", [*trial_photos()[0]], seed)
     folders = _device_folders(seed)
     fleet = open_folders(bundle, folders, FOLDER / "devices", FOLDER / "cache", threads)
     started = time.monotonic()
@@ -187,11 +188,13 @@ def _summary(history: History) -> dict[str, Any]:
     }
 
 
-def trial_bundle(folder: Path, classes: Iterable[str], seed: int) -> Bundle:
+def trial_bundle(folder: Path, classes: Sequence[str], seed: int) -> Bundle:
     """The trial's backbone as a bundle in `folder`, built once. Raises RunError if the build fails."""
     if not folder.is_dir():
         command = ["export.build", "--model", "dinov2-s14", "--weights", str(ASSETS / "dinov2-s14")]
-        command += ["--classes", ",".join(classes), "--image-size", str(IMAGE_SIZE), "--levels", str(MAX_LEVEL)]
+        names = folder.with_name(f"{folder.name}-classes.txt")
+        write_names(names, classes)
+        command += ["--classes-file", str(names), "--image-size", str(IMAGE_SIZE), "--levels", str(MAX_LEVEL)]
         command += ["--seed", str(seed), "--out", str(folder)]
         if subprocess.run([sys.executable, "-m", *command], check=False).returncode:
             raise RunError(f"the bundle {folder} could not be built; see the output above")

@@ -108,7 +108,7 @@ def _predict(seed: int, threads: int) -> list[Predictions]:
     untrained = [path for name in left_out for path in test[name]]
     for name in left_out:
         del train[name], test[name]
-    bundle = trial_bundle(FOLDER / f"bundle-{seed}", train, seed)
+    bundle = trial_bundle(FOLDER / f"bundle-{seed}", [*train], seed)
     folders = write_device_folders(train, test, FOLDER / f"samples-{seed}", DEVICES, ALPHA, seed)
     fleet = open_folders(bundle, folders, FOLDER / f"devices-{seed}", FOLDER / "cache", threads)
     federate(trial_config(CONFIGURATIONS["reference"], seed), fleet)

@@ -20,10 +20,12 @@ import typer
 from benchmarks.photos import thin_pacs, unpack_cifar10
 from devices.trial.assets import ASSETS, PHOTOS, WEIGHTS, fetch
 from devices.trial.groceries import unpack_groceries
+from fedfmsl.common.class_folders import folder_classes, has_splits, subfolders
 from fedfmsl.common.cli import application
 from fedfmsl.common.files import write_atomically
 from fedfmsl.errors import ConfigError, InputError, RunError
 from fedfmsl.protocol.bundle import Bundle
+from fedfmsl.protocol.class_names import write_names
 from simulation.charts import own_against_novel
 from simulation.methods import METHODS
 from simulation.results import STREAM, Result, grouped, read_results, spread, value_of
@@ -134,19 +136,21 @@ def _copy_results(source: Path, target: Path) -> None:
 def build_bundle(folder: Path, images: Path, levels: int, precision: str = "fp32") -> Bundle:
     """The trial's backbone with so many levels, built once. Raises RunError if the build fails."""
     if not folder.is_dir():
-        weights, classes = ASSETS / "dinov2-s14", ",".join(classes_of(images))
+        weights, names = ASSETS / "dinov2-s14", folder.with_name(f"{folder.name}-classes.txt")
+        write_names(names, classes_of(images))
         if not weights.is_dir():
             _python("export.rebuild", str(fetch(WEIGHTS)), str(weights))
-        command = ["--model", "dinov2-s14", "--weights", str(weights), "--classes", classes, "--precision", precision]
+        command = ["--model", "dinov2-s14", "--weights", str(weights), "--classes-file", str(names)]
+        command += ["--precision", precision]
         _python("export.build", *command, "--image-size", str(SIZE), "--levels", str(levels), "--out", str(folder))
     return Bundle.load(folder)
 
 
 def classes_of(images: Path) -> list[str]:
     """The classes of DIR/<class>, DIR/train/<class> or DIR/<group>/<class>, sorted."""
-    folders = [path for path in sorted(images.iterdir()) if path.is_dir()]
-    inner = sorted({path.name for folder in folders for path in folder.iterdir() if path.is_dir()})
-    return inner or [folder.name for folder in folders]
+    found = folder_classes(images, "photos", [])
+    groups = [] if has_splits(images, "photos") else subfolders(images, "photos", [])
+    return sorted({name for group in groups for name in subfolders(images / group, "photos", [])}) or found
 
 
 def _python(*command: str) -> None:

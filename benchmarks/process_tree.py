@@ -86,7 +86,7 @@ def measure(command: Sequence[str], environment: Mapping[str, str]) -> Usage:
                     tree.add_memory()
                 count += 1
 
-        sampler = Thread(target=sample)
+        sampler = Thread(target=sample, daemon=True)  # does not outlive an interrupted command
         sampler.start()
         assert process.stdout is not None
         for line in process.stdout:

@@ -41,7 +41,7 @@ from edge_runtime.daemon.state import (
 from fedfmsl.common.backoff import Backoff
 from fedfmsl.errors import BrokerError, RunError
 from fedfmsl.protocol.bundle import Bundle
-from fedfmsl.protocol.chunks import MAX_BLOB_BYTES, Assembler, chunks
+from fedfmsl.protocol.chunks import CHUNK_BYTES, MAX_BLOB_BYTES, Assembler, chunks
 from fedfmsl.protocol.duplicate_name import DuplicateNameGuard
 from fedfmsl.protocol.messages import Ack, DeviceStatus, Round, ServerStatus, encode, parse
 from fedfmsl.protocol.topics import Topics
@@ -93,6 +93,7 @@ class Device:
         )
         self._state = State(name, DuplicateNameGuard(self._status.instance), fleet.bundle.sha256)
         self._attempts = 0
+        self._chunk_bytes = CHUNK_BYTES  # as the server's status says
         self._ack_due = math.inf  # deadline of the acknowledgement of the last update
         self._subscriptions = {
             self._topics.ack(name),
@@ -172,7 +173,7 @@ class Device:
             self.busy = True
             self._fleet.compute(self, command.round)
         elif isinstance(command, Send):
-            self._send(command.round)
+            self._send(command.round, command.chunks)
         elif isinstance(command, Acknowledge):
             self._outbox.pop(command.ack.round, None)
             self._attempts, self._ack_due = 0, math.inf
@@ -186,14 +187,16 @@ class Device:
             self.client.publish(self._topics.status(self.name), self._offline(), QOS, retain=True)
             self.client.disconnect()
 
-    def _send(self, round_: int) -> None:
+    def _send(self, round_: int, only: tuple[int, ...]) -> None:
         blob = self._outbox.get(round_)
         if blob is None:
             return
         self._fleet.tally.sends += 1
         self._ack_due = time.monotonic() + self._fleet.ack_timeout.delay(self._attempts, self.name)
         self._attempts += 1
-        for index, chunk in enumerate(chunks(blob)):
+        for index, chunk in enumerate(chunks(blob, self._chunk_bytes)):
+            if only and index not in only:
+                continue
             self._fleet.tally.bytes_up += len(chunk)
             self.client.publish(self._topics.update_chunk(self.name, round_, index), chunk, QOS)
 
@@ -220,6 +223,7 @@ class Device:
             status = parse(ServerStatus, payload)
             if status.online and not self.stopped:
                 self._execute(PublishStatus())
+            self._chunk_bytes = status.chunk_bytes
             self._receive(ServerSeen(status))
         elif topic == self._topics.round:
             announced = parse(Round, payload)

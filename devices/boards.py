@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 
 import typer
 
 from devices.provisioning.boards import Board, detect_board
-from fedfmsl.common.cli import application, console
+from fedfmsl.common.cli import application, console, print_json
 
 _MB = 1_000_000
 
@@ -24,7 +23,7 @@ def boards(
     """Show the detected board and the daemon's limits on it."""
     board = detect_board(root)
     if as_json:
-        print(json.dumps({**asdict(board), "limits": asdict(board.limits)}))
+        print_json({**asdict(board), "limits": asdict(board.limits)})
         return
     for name, value in _facts(board).items():
         console.print(f"{name:<12} {value}", highlight=False)

@@ -16,7 +16,7 @@ import typer
 
 from edge_runtime.settings import PredictSettings, Settings, StateSettings
 from edge_runtime.store import DeviceStore
-from fedfmsl.common.cli import application, console
+from fedfmsl.common.cli import application, console, print_json
 from fedfmsl.common.options import with_settings
 from fedfmsl.errors import ConfigError
 from fedfmsl.protocol.messages import EngineChoice, Prediction
@@ -62,7 +62,7 @@ def status(
     store = DeviceStore(settings.state)
     health = read_health(store)
     if as_json:
-        print(health.model_dump_json())
+        print_json(health.model_dump(mode="json"))
     else:
         for name, value in describe(health, store, time.time()):
             console.print(f"{name:9}  {value}")
@@ -157,6 +157,7 @@ def probe(
     first: int = typer.Option(1, min=1),
     micro_batch: int = typer.Option(1, min=1),
     lean: bool = typer.Option(False),
+    scratch: Path = typer.Option(),
 ) -> None:
     """Measure a round of each level from the first; print one JSON object per level."""
     from edge_runtime.engines.base import MemoryPlan
@@ -164,8 +165,8 @@ def probe(
     from fedfmsl.protocol.bundle import Bundle
 
     memory = MemoryPlan(micro_batch, lean)
-    for measured in probe_levels(Bundle.load(bundle), engine, threads, sample, feature_batch, first, memory):
-        print(measured.model_dump_json(), flush=True)
+    for measured in probe_levels(Bundle.load(bundle), engine, threads, sample, feature_batch, first, memory, scratch):
+        print_json(measured.model_dump(mode="json"))
 
 
 if __name__ == "__main__":

@@ -12,9 +12,11 @@ import typer
 from export.models import MODELS, choose_weights
 from fedfmsl.common.class_folders import folder_classes
 from fedfmsl.common.cli import application, console
+from fedfmsl.common.folder_walk import SkippedFile, summarize
 from fedfmsl.common.onnx_runtime import require_ort_training
 from fedfmsl.errors import ConfigError
 from fedfmsl.protocol.bundle import Bundle, Precision
+from fedfmsl.protocol.class_names import check_names, read_names, split_names
 
 app = application()
 
@@ -25,8 +27,11 @@ def build(
     weights: str | None = typer.Option(
         None, help="A transformers folder, or 'random'. Default: the model's own, from the hub."
     ),
-    classes: str = typer.Option("100", help="Number of classes, or their names, separated by commas."),
+    classes: str = typer.Option(
+        "100", help="Number of classes, or their names, separated by commas. Quote a name with a comma: '\"a, b\",c'."
+    ),
     classes_from: Path | None = typer.Option(None, help="Take the class names from this folder's subfolders."),
+    classes_file: Path | None = typer.Option(None, help="Take the class names from this text file, one per line."),
     levels: int | None = typer.Option(None, min=1, help="Highest level to export. Default: the number of blocks."),
     image_size: int | None = typer.Option(None, help="Pixels per side, vision models only. Default: the model's own."),
     max_tokens: int | None = typer.Option(None, min=3, help="Tokens per text, text models only. Default: 128."),
@@ -50,7 +55,7 @@ def build(
     """Export a frozen backbone as a bundle for edge devices."""
     if ort_training:
         require_ort_training("--ort-training")
-    names = class_names(classes, classes_from)
+    names = class_names(classes, classes_from, classes_file)
     choose_weights(model, weights, revision)
     try:
         from export.pipeline import Options, export_bundle
@@ -87,22 +92,24 @@ def _print_summary(bundle: Bundle) -> None:
     console.print(f"tuned at level {m.levels:<2} {m.tuned_parameters:,} parameters, share {m.tuned_share:.5f}")
 
 
-def class_names(classes: str, folder: Path | None) -> tuple[str, ...]:
-    """Raises ConfigError if there are fewer than two names or equal ones, InputError if `folder` cannot be read."""
+def class_names(classes: str, folder: Path | None, file: Path | None) -> tuple[str, ...]:
+    """The names of `classes`, or of `folder` or `file` if one is given. Prints what is not used of the folder.
+
+    Raises ConfigError as `check_names` does, or if both are given; InputError if one cannot be read.
+    """
+    if folder is not None and file is not None:
+        raise ConfigError("--classes-from and --classes-file exclude each other; omit one of them")
     if folder is not None:
-        names = folder_classes(folder, "--classes-from")
-    elif classes.isascii() and classes.isdigit():
-        names = [f"class-{index}" for index in range(int(classes))]
-    else:
-        names = [name.strip() for name in classes.split(",")]
-    if not all(names):
-        raise ConfigError(f"--classes {classes!r} has an empty name; write names like apple,pear")
-    if repeated := next((name for name in names if names.count(name) > 1), None):
-        raise ConfigError(f"--classes {classes!r}: class {repeated!r} is named twice; name each class once")
-    if len(names) < 2:
-        source = f"--classes-from {folder}" if folder else f"--classes {classes!r}"
-        raise ConfigError(f"{source} needs at least two classes, got {len(names)}; name more of them")
-    return tuple(names)
+        skipped: list[SkippedFile] = []
+        names = folder_classes(folder, "--classes-from", skipped)
+        for line in summarize(skipped, folder):
+            console.print(f"skipped: {line}")
+        return check_names(names, f"--classes-from {folder}")
+    if file is not None:
+        return check_names(read_names(file, "--classes-file"), f"--classes-file {file}")
+    if classes.isascii() and classes.isdigit():
+        return check_names([f"class-{index}" for index in range(int(classes))], f"--classes {classes}")
+    return check_names(split_names(classes), "--classes")
 
 
 if __name__ == "__main__":

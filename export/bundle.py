@@ -82,7 +82,7 @@ def build_bundle(
             (root / TOKENIZER).write_text(source.tokenizer, encoding="utf-8")
         # not save_file, which lets nobody but the owner read the file
         (root / "init.safetensors").write_bytes(save(_initial_tensors(spec, seed, zero_shot)))
-        (root / MANIFEST).write_text(_manifest(spec, root).model_dump_json(indent=1))
+        (root / MANIFEST).write_text(_manifest(spec, root).model_dump_json(indent=1), encoding="utf-8")
         for level in sorted({1, levels}):
             yield done + 1, steps, f"compare with PEFT, level {level}"
             check_parity(Bundle.load(root), source, level, seed)

@@ -7,6 +7,7 @@ MessageError never ends the process that receives the message.
 from __future__ import annotations
 
 import os
+from unicodedata import category
 
 LINE = 300  # maximum length of untrusted text, in characters
 
@@ -15,6 +16,22 @@ def one_line(text: object) -> str:
     """Untrusted text as one short line of printable characters, for errors and logs."""
     line = " ".join(str(text)[: 10 * LINE].split())
     return "".join(c if c.isprintable() else "?" for c in line)[:LINE]
+
+
+def shown(text: object) -> str:
+    """A path or a name as text for messages, logs and predictions.
+
+    Linux takes any bytes as a name. Bytes that are not UTF-8, which Python keeps as surrogates, and control characters
+    are escaped; every other name stays as it is.
+    """
+    return "".join(_escaped(c) if category(c) in ("Cc", "Cs") else c for c in str(text))
+
+
+def _escaped(character: str) -> str:
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:  # how Python reads a byte that is not UTF-8
+        return f"\\x{code - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode()
 
 
 def no_permission(path: object, do: str = "read") -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+import shlex
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,14 +22,17 @@ from edge_runtime.data.inputs import Kind, Reader, reader_of
 from edge_runtime.data.sample_reader import SampleReader
 from edge_runtime.data.samples import Sample
 from edge_runtime.data.unreadable import UnreadableError, decoding
-from fedfmsl.common.class_folders import check_folder, folder_classes
+from fedfmsl.common.class_folders import check_folder, has_splits, normal_name, subfolders
 from fedfmsl.common.cli import console
+from fedfmsl.common.folder_walk import files_below, has_suffix
+from fedfmsl.common.split_names import Role, role_of
 from fedfmsl.errors import ConfigError, InputError
 from fedfmsl.protocol.bundle import Bundle
+from fedfmsl.protocol.class_names import joined_names
 
 LABEL_COLUMNS = ("label", "labels", "class", "category")
 TRAIN, TEST = "train", "test"
-UNUSED = "validation"  # how the files of a split begin that is neither
+LISTED_CLASSES = 50  # that an error lists
 
 
 @dataclass(frozen=True)
@@ -69,9 +74,9 @@ def load_folder(folder: Path, bundle: Bundle, grouped: bool, test_share: float) 
     """
     reader = reader_of(bundle)
     check_folder(folder, "--images")
-    groups = folder_classes(folder, "--images") if grouped else [""]
-    if groups and not (folder / groups[0]).is_dir():  # they are the classes below DIR/train
-        raise InputError(f"{folder} has train/ and test/ where --partition natural expects one folder per group")
+    if grouped and has_splits(folder, "--images"):
+        raise InputError(f"{folder} has a training folder where --partition natural expects one folder per group")
+    groups = subfolders(folder, "--images", []) if grouped else [""]
     items = [
         Item(str(path), label, group, split, path.read_bytes)
         for group in groups
@@ -89,7 +94,10 @@ def load_table(source: str, bundle: Bundle, columns: Columns, test_share: float)
     or a class is not in the bundle, ConfigError if a column or the package `datasets` is missing.
     """
     reader = reader_of(bundle)
-    rows = [item for split, table in _tables(source) for item in _items(table, split, source, reader, columns)]
+    rows: list[Item] = []
+    for split, table in _tables(source):
+        first = sum(item.split == split for item in rows)  # rows of several files are counted on
+        rows += _items(table, split, first, source, reader, columns)
     items = _readable(rows, reader.kind, source)
     if not any(item.split == TEST for item in items):
         items = _hold_out(items, test_share)
@@ -130,13 +138,13 @@ def _readable(items: Sequence[Item], kind: Kind, source: str) -> list[Item]:
 
 def _dataset(items: Sequence[Item], bundle: Bundle, source: str, inputs: Inputs) -> Dataset:
     """Uses each content once. A content with two classes is skipped; a test sample that is also trained on, too."""
-    classes = {name: label for label, name in enumerate(bundle.manifest.classes)}
-    unknown = sorted({item.label for item in items} - classes.keys())
+    classes = {normal_name(name): label for label, name in enumerate(bundle.manifest.classes)}
+    found = sorted({item.label for item in items})
+    unknown = [label for label in found if label not in classes]
     if unknown:
-        found = ",".join(dict.fromkeys(sorted({item.label for item in items})))
         raise InputError(
             f"{source} has the class {unknown[0]!r}, which is not in bundle {bundle.root}; build one with "
-            f"python -m export.build --classes {found}"
+            f"python -m export.build {_classes_option(found)}"
         )
     contents: dict[str, list[Item]] = {}
     for item in items:
@@ -155,6 +163,13 @@ def _dataset(items: Sequence[Item], bundle: Bundle, source: str, inputs: Inputs)
     return Dataset(train, test, train_groups, test_groups, inputs)
 
 
+def _classes_option(classes: Sequence[str]) -> str:
+    """The option of export.build for these classes."""
+    if len(classes) > LISTED_CLASSES:
+        return f"--classes-file FILE, a text with the {len(classes)} names, one per line"
+    return f"--classes {shlex.quote(joined_names(classes))}"
+
+
 def _check_classes(labels: Sequence[int], bundle: Bundle, source: str) -> None:
     counts = np.bincount(labels, minlength=len(bundle.manifest.classes)) if labels else np.zeros(1, np.int64)
     if counts.min() < 2:
@@ -165,17 +180,18 @@ def _check_classes(labels: Sequence[int], bundle: Bundle, source: str) -> None:
 def _tables(source: str) -> Iterator[tuple[str, pyarrow.Table]]:
     """Each split and its table."""
     path = Path(source).expanduser()
-    files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path] if path.suffix == ".parquet" else []
-    if files == [path] and not path.exists():
+    if path.is_dir():
+        files = {name: path / name for name, _ in files_below(path, "", []) if has_suffix(name, {".parquet"})}
+    else:
+        files = {path.name: path} if path.suffix == ".parquet" else {}
+    if [*files.values()] == [path] and not path.exists():
         raise InputError(f"--dataset {source} does not exist; check the path")
     if not files:
         yield from _hugging_face(source, path)
-    for file in files:
-        if file.name.startswith(UNUSED):
-            console.print(f"skipped: {file} is a validation split; simulate uses the splits train and test")
-            continue
+    for name, split in _used_splits(files, source, Role.TRAIN).items():
+        file = files[name]
         try:
-            yield TEST if file.name.startswith(TEST) else TRAIN, pyarrow.parquet.read_table(file)
+            yield split, pyarrow.parquet.read_table(file)
         except (OSError, pyarrow.ArrowException) as error:
             raise InputError(f"--dataset {file} cannot be read ({error}); pass a parquet file") from error
 
@@ -196,22 +212,37 @@ def _hugging_face(source: str, path: Path) -> Iterator[tuple[str, pyarrow.Table]
             f"({str(error).splitlines()[0]}); check the name"
         ) from error
     splits = loaded if isinstance(loaded, dict) else {TRAIN: loaded}
-    for name, split in splits.items():
-        if name in (TRAIN, TEST):
-            yield name, split.flatten_indices().with_format("arrow")[:]
-        else:
-            console.print(f"skipped: the split {name!r} of {source}; simulate uses the splits train and test")
+    for name, role in _used_splits(splits, source, None).items():
+        yield role, splits[name].flatten_indices().with_format("arrow")[:]
 
 
-def _items(table: pyarrow.Table, split: str, source: str, reader: Reader, columns: Columns) -> list[Item]:
+def _used_splits(names: Iterable[str], source: str, other: Role | None) -> dict[str, str]:
+    """TRAIN or TEST for each table that is used, by the first words in its path: `test/0.parquet`, `test-0.parquet`.
+
+    A validation split is the test split if there is no other. `other`: the role of a table whose name says none.
+    """
+    roles = {}
+    for name in names:
+        words = (re.split(r"[-_.\d]", part)[0] for part in name.split("/"))
+        roles[name] = next(filter(None, map(role_of, words)), other)
+    if len(roles) == 1:
+        return dict.fromkeys(roles, TRAIN)
+    test = Role.TEST if Role.TEST in roles.values() else Role.VALIDATION
+    used = {name: TEST if role is test else TRAIN for name, role in roles.items() if role in (Role.TRAIN, test)}
+    if unused := [name for name in roles if name not in used]:
+        console.print(f"skipped: {', '.join(unused)} of {source}: neither a training nor a test split")
+    return used
+
+
+def _items(table: pyarrow.Table, split: str, first: int, source: str, reader: Reader, columns: Columns) -> list[Item]:
     sample, label = _sample_column(table, reader, columns.sample), _label_column(table, columns.label)
     groups = table.column(_named(table, columns.group, "--group-column")).to_pylist() if columns.group else None
     names = _label_names(table, label)
     column = table.column(sample)
     return [
         Item(
-            f"{source}/{split}/{row}",
-            names[value] if names and isinstance(value, int) else str(value),
+            f"{source}/{split}/{first + row}",
+            normal_name(names[value] if names and isinstance(value, int) else str(value)),
             str(groups[row]) if groups else "",
             split,
             lambda row=row: _bytes(column[row].as_py()),  # type: ignore[misc]

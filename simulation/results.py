@@ -49,7 +49,7 @@ def write_result(path: Path, cell: Cell, result: Result) -> None:
 
 def read_results(paths: Iterable[Path]) -> list[Result]:
     """Those of the files that exist."""
-    return [json.loads(path.read_text()) for path in paths if path.is_file()]
+    return [json.loads(path.read_text("utf-8")) for path in paths if path.is_file()]
 
 
 def value_of(result: Result, row: str, column: str) -> float | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import typer
 from rich.table import Table
 
 from fedfmsl.algorithms.accounting import epsilon
-from fedfmsl.common.cli import console
+from fedfmsl.common.cli import console, print_json
 from fedfmsl.errors import ConfigError, RunError
 from fedfmsl.protocol.messages import Stage
 from trainer_server.coordinator.state import TRAINING
@@ -27,7 +26,7 @@ def status(out: Path = OUT, as_json: bool = typer.Option(False, "--json", help="
     """Show the present round, its missing devices, and refused messages."""
     facts = _facts(RunStore(out))
     if as_json:
-        print(json.dumps(facts))
+        print_json(facts)
         return
     table = Table(show_header=False, box=None)
     for label, text in _rows(facts).items():
@@ -99,7 +98,7 @@ def rounds(out: Path = OUT, as_json: bool = typer.Option(False, "--json", help="
     closed = RunStore(out).rounds()
     if as_json:
         for record in closed:
-            print(record.model_dump_json())
+            print_json(record.model_dump(mode="json"))
         return
     table = Table("round", "stage", "level", "updates", "missing", "seconds", "KB up", "repeated", box=None)
     for record in closed:

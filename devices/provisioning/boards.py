@@ -160,7 +160,7 @@ def _hwmon(root: Path, driver: str) -> list[Path]:
 def _read(path: Path) -> str:
     """A small file's text without trailing NUL and white space, "" if it cannot be read."""
     try:
-        return path.read_text(errors="replace").strip("\0 \n\t")
+        return path.read_text("utf-8", errors="replace").strip("\0 \n\t")
     except OSError:
         return ""
 

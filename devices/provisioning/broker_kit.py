@@ -34,6 +34,8 @@ pattern write {prefix}/+/devices/%u/progress
 pattern write {prefix}/+/devices/%u/update/#
 pattern write {prefix}/+/devices/%u/health
 pattern write {prefix}/+/devices/%u/prediction
+# sends itself a large message (edge_runtime check),
+pattern readwrite {prefix}/+/devices/%u/check
 # and reads the topics of the server and its own acknowledgements.
 pattern read {prefix}/+/devices/%u/status
 pattern read {prefix}/+/devices/%u/ack

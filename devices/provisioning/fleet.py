@@ -176,7 +176,7 @@ class Fleet:
             parts = urlsplit(settings["broker"])
             host = parts.netloc.rpartition("@")[2]
             address = parts._replace(netloc=f"{quote(name)}:{quote(password, safe='')}@{host}").geturl()
-            authority = (self.folder / "ca.crt").read_text()
+            authority = (self.folder / "ca.crt").read_text("utf-8")
             self._write_device(name, {**settings, "broker": address}, {"device": name, "identity": authority})
         self._replace_passwords(lines)
 
@@ -189,7 +189,7 @@ class Fleet:
             self._remove_files(name)
 
     def _password_lines(self) -> list[str]:
-        return self._passwords.read_text().splitlines(keepends=True)
+        return self._passwords.read_text("utf-8").splitlines(keepends=True)
 
     def _replace_passwords(self, lines: Sequence[str]) -> None:
         write_atomically(self._passwords, "".join(lines).encode(), durable=True)
@@ -219,7 +219,7 @@ class Fleet:
         """Raises ConfigError if the file exists: devices in the field may depend on it."""
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with path.open("x") as file:
+            with path.open("x", encoding="utf-8") as file:
                 file.write(text)
         except FileExistsError as error:
             raise ConfigError(

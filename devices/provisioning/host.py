@@ -133,7 +133,8 @@ def _as(user: str, command: Sequence[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command,
         capture_output=True,
-        text=True,
+        encoding="utf-8",
+        errors="replace",
         stdin=subprocess.DEVNULL,
         check=False,
         cwd="/",
@@ -147,7 +148,9 @@ def _as(user: str, command: Sequence[str]) -> subprocess.CompletedProcess[str]:
 def _run(command: Sequence[str]) -> str:
     """The command's output. Raises RunError with its error message."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+        done = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", stdin=subprocess.DEVNULL, check=False
+        )
     except OSError as error:
         raise RunError(f"{shlex.join(command)}: {error}") from error
     if done.returncode:

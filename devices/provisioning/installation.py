@@ -130,7 +130,7 @@ def _check_settings(text: str, request: Request) -> None:
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / CONFIG.name
         copy.touch(0o600)
-        copy.write_text(text)
+        copy.write_text(text, encoding="utf-8")
         try:
             read_settings(Settings, copy, environment=False)
             if request.settings.identity:

@@ -14,6 +14,7 @@ Report = dict[str, Any]  # the content of report.json
 
 _BODY = """<p>{headline}</p>
 <p>{summary}</p>
+<p>{coverage}</p>
 {charts}
 <h2>Test accuracy of the models</h2>
 <p>{definitions}</p>
@@ -44,6 +45,7 @@ def render_page(name: str, report: Report, rounds: Sequence[ClosedRound], data: 
     body = _BODY.format(
         headline=html.escape(headline(report)),
         summary=html.escape(_summary(report)),
+        coverage=html.escape(coverage(report)),
         charts=web_page.charts(svgs(data)),
         definitions=html.escape(_DEFINITIONS.format(samples=report["samples"])),
         models_table=web_page.table(model_rows(report)),
@@ -132,6 +134,12 @@ def headline(report: Report) -> str:
     stages = report["rounds"]
     model = f"{report['model']} · {report['classes']} classes · {report['devices']} devices"
     return f"{model} · α {report['alpha']:g} · seed {report['seed']} · {stages['stage1']} + {stages['stage2']} rounds"
+
+
+def coverage(report: Report) -> str:
+    """How many of the user's files were used. "": all of them."""
+    used, skipped = report["used_files"], report["skipped_files"]
+    return f"{used} of {used + skipped} {report['samples']} were used, {skipped} were skipped" if skipped else ""
 
 
 def mean(values: Iterable[float]) -> float:

@@ -116,7 +116,7 @@ def wait_for_port(port: int, process: subprocess.Popen[Any], seconds: float) -> 
 
 def last_line(log: Path) -> str:
     """The last line of a log file that is not blank."""
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    lines = [line for line in log.read_text("utf-8", errors="replace").splitlines() if line.strip()]
     return lines[-1] if lines else "it printed nothing"
 
 

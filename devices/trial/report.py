@@ -14,7 +14,7 @@ from rich.table import Table
 
 from devices.trial.charts import NAMES, ChartData, Point, png
 from devices.trial.evaluation import ByModel, FleetEvaluation, last_evaluation
-from devices.trial.html_page import Report, headline, mean, model_rows, render_page
+from devices.trial.html_page import Report, coverage, headline, mean, model_rows, render_page
 from fedfmsl.algorithms.evaluation import summarize
 from fedfmsl.common.cli import console
 from fedfmsl.common.files import write_atomically
@@ -28,16 +28,24 @@ SAMPLES = {"image": "photos", "text": "texts"}
 
 
 def write_report(
-    folder: Path, evaluation: FleetEvaluation, *, seed: int, alpha: float, seconds: dict[str, float]
+    folder: Path,
+    evaluation: FleetEvaluation,
+    *,
+    seed: int,
+    alpha: float,
+    seconds: dict[str, float],
+    used: int,
+    skipped: int,
 ) -> None:
     """Writes report.json, report.html and report.png into the run's folder. `seconds`: "export", "fleet_evaluation"
-    and "total".
+    and "total". `used`, `skipped`: the number of the user's files.
 
     Raises RunError if the folder holds no run, or the run has no evaluation.
     """
     rounds = RunStore(folder).rounds()
     report = build_report(rounds, Bundle.load(folder / "bundle").manifest, evaluation, seed, alpha, seconds)
     report["files"] = _files(folder, report)
+    report["used_files"], report["skipped_files"] = used, skipped
     text = json.dumps(report, indent=1, sort_keys=True, ensure_ascii=False)
     write_atomically(folder / "report.json", f"{text}\n".encode())
     data = _chart_data(report, rounds)
@@ -209,6 +217,8 @@ def _print(folder: Path, report: Report) -> None:
     for row in rows[1:]:
         table.add_row(*row, style="bold" if row is rows[-1] else "")
     console.print(table)
+    if text := coverage(report):
+        console.print(f"\n{text}")
     console.print(f"\nreport              {folder / 'report.html'}")
     console.print(f"global expert       {folder / report['files']['global_expert']}")
     for path in report["files"]["personalized"].values():

@@ -25,9 +25,11 @@ from devices.trial.settings import TrialSettings
 from devices.trial.shares import write_device_folders
 from edge_runtime.data.inputs import Kind
 from fedfmsl.common.cli import console
+from fedfmsl.common.folder_walk import SkippedFile, count_files
 from fedfmsl.common.onnx_runtime import require_ort_training
 from fedfmsl.errors import ConfigError, InputError, RunError
 from fedfmsl.protocol.bundle import Bundle
+from fedfmsl.protocol.class_names import write_names
 
 IMAGE_SIZE = 140  # of the default model
 MAX_REPEATS = 5  # of a round, by the server
@@ -41,16 +43,21 @@ def run_trial(settings: TrialSettings) -> None:
     folder = Path("runs") / settings.name
     samples = settings.images or unpack_groceries(fetch(PHOTOS), ASSETS / "groceries")
     kind = kind_of(samples)
-    train, test = find_files(samples, kind, settings.classes)
+    skipped: list[SkippedFile] = []
+    train, test = find_files(samples, kind, settings.classes, skipped=skipped)
     settings = _with_model(settings)
     _clear(folder)
     shares = settings.devices + settings.unseen
     roots = write_device_folders(train, test, folder / "samples", shares, settings.alpha, settings.seed)
     roots, unseen = roots[: settings.devices], roots[settings.devices :]
     counts = [sum(map(len, of_class.values())) for of_class in (train, test)]
-    console.print(f"{kind.noun + 's':<10} {counts[0]} to train on, {counts[1]} to test on")
+    missed = count_files(skipped)
+    counted = f"{counts[0]} to train on, {counts[1]} to test on{f', {missed} skipped' if missed else ''}"
+    console.print(f"{kind.noun + 's':<10} {counted}")
     exporting = time.monotonic()
-    _python("export.build", *_export_arguments(settings, list(train)), "--out", str(folder / "bundle"))
+    names = folder / "classes.txt"  # a command line is too short for thousands of names
+    write_names(names, list(train))
+    _python("export.build", *_export_arguments(settings, names), "--out", str(folder / "bundle"))
     seconds = {"export": time.monotonic() - exporting}
     _check_kind(Bundle.load(folder / "bundle"), samples, kind)
     _federate(settings, folder, roots)
@@ -59,7 +66,9 @@ def run_trial(settings: TrialSettings) -> None:
     evaluation = evaluate_fleet(folder, roots, unseen)
     seconds["fleet_evaluation"] = time.monotonic() - evaluating
     seconds["total"] = time.monotonic() - started
-    write_report(folder, evaluation, seed=settings.seed, alpha=settings.alpha, seconds=seconds)
+    write_report(
+        folder, evaluation, seed=settings.seed, alpha=settings.alpha, seconds=seconds, used=sum(counts), skipped=missed
+    )
 
 
 def _with_model(settings: TrialSettings) -> TrialSettings:
@@ -73,9 +82,9 @@ def _with_model(settings: TrialSettings) -> TrialSettings:
     return settings.model_copy(update={"model": "dinov2-s14", "weights": str(folder), "image_size": size})
 
 
-def _export_arguments(settings: TrialSettings, classes: Sequence[str]) -> list[str]:
+def _export_arguments(settings: TrialSettings, names: Path) -> list[str]:
     return [
-        *("--model", str(settings.model), "--classes", ",".join(classes), "--levels", str(settings.levels)),
+        *("--model", str(settings.model), "--classes-file", str(names), "--levels", str(settings.levels)),
         *("--seed", str(settings.seed), "--precision", settings.precision),
         *(["--ort-training"] if settings.engine == "ort-training" else []),
         *(["--weights", settings.weights] if settings.weights else []),

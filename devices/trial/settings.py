@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import ByteSize, Field, model_validator
+from pydantic import BeforeValidator, ByteSize, Field, model_validator
 
-from fedfmsl.common.settings import CommaSeparated, File, panel
+from fedfmsl.common.settings import File, panel
+from fedfmsl.errors import ConfigError
 from fedfmsl.protocol.bundle import Precision
+from fedfmsl.protocol.class_names import split_names
 from fedfmsl.protocol.messages import EngineChoice
 from fedfmsl.transport.settings import CONNECTION, AccessSettings, Broker, RunName
 from trainer_server.config import RunRules
@@ -16,6 +18,13 @@ DATA = panel("Data")
 MODEL = panel("Model")
 RUN = panel("Run")
 SERVER = RunRules.model_fields
+
+
+def _split_names(value: Any) -> Any:
+    try:
+        return split_names(value) if isinstance(value, str) else value
+    except ConfigError as error:  # pydantic collects only ValueErrors
+        raise ValueError(str(error)) from error
 
 
 class TrialSettings(AccessSettings):
@@ -59,8 +68,10 @@ class TrialSettings(AccessSettings):
         description="Use every class folder of --images (the default; see --classes).",
         json_schema_extra=DATA,
     )
-    classes: Annotated[tuple[str, ...], CommaSeparated] = Field(
-        (), description="Use only these classes of --images, separated by commas.", json_schema_extra=DATA
+    classes: Annotated[tuple[str, ...], BeforeValidator(_split_names)] = Field(
+        (),
+        description="Use only these classes of --images, separated by commas. Quote a name with a comma.",
+        json_schema_extra=DATA,
     )
     alpha: float = Field(
         0.5,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from fedfmsl.common.files import MAX_NAME_BYTES
 from fedfmsl.errors import ConfigError, InputError
 
 LEAST = 2  # training samples of a class on a device that has the class: one to train on, one held out
@@ -60,7 +62,7 @@ def write_device_folders(
         for split, paths, share in (("train", trained, shares[0]), ("test", tested, shares[1])):
             for root, indices in zip(roots, share, strict=True):
                 for index in indices:
-                    target = root / split / name / f"{index:04}-{paths[index].name}"  # subfolders may repeat names
+                    target = root / split / name / _target_name(index, paths[index].name)
                     target.parent.mkdir(exist_ok=True)
                     shutil.copyfile(paths[index], target)
     empty = [root.name for root in roots if not any((root / "train").iterdir())]
@@ -70,6 +72,12 @@ def write_device_folders(
             "use a larger alpha, fewer devices or another seed"
         )
     return roots
+
+
+def _target_name(index: int, name: str) -> str:
+    """The name of a copy. Subfolders may repeat names, so it begins with the number; the end of a long name is kept."""
+    prefix = f"{index:04}-"
+    return prefix + os.fsencode(name)[-(MAX_NAME_BYTES - len(prefix)) :].decode(errors="ignore")
 
 
 def _round(proportions: np.ndarray, total: int) -> np.ndarray:

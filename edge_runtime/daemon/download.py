@@ -16,12 +16,12 @@ from urllib.parse import urlsplit
 
 from fedfmsl.common.backoff import Backoff
 from fedfmsl.common.settings import without_secrets
-from fedfmsl.errors import BundleError, MessageError
+from fedfmsl.errors import BrokerError, BundleError, MessageError
 from fedfmsl.protocol.bundle import MANIFEST, MAX_MANIFEST_BYTES, Bundle, file_sha256
 from fedfmsl.protocol.messages import ServerStatus, parse
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.identity import client_context
-from fedfmsl.transport.link import Link, Received
+from fedfmsl.transport.link import Link, Received, SubscriptionRefused
 from fedfmsl.transport.tls_errors import explain
 
 logger = logging.getLogger(__name__)
@@ -63,6 +63,8 @@ def receive_server_status(
             link.subscribe(topics.server_status)
         event = link.next_event(POLL_SECONDS)
         heartbeat()
+        if isinstance(event, SubscriptionRefused):
+            raise BrokerError(event.error)
         if isinstance(event, Received) and event.topic == topics.server_status and event.payload:
             try:
                 status = parse(ServerStatus, event.payload)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import time
+from dataclasses import dataclass, field
+
 from edge_runtime.store import DeviceStore
 from fedfmsl.errors import MessageError
 from fedfmsl.protocol.chunks import Assembler
@@ -9,31 +13,71 @@ from fedfmsl.protocol.tensors import blob_hash
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.link import Link, Received
 
+logger = logging.getLogger(__name__)
+
+GAP_SECONDS = 10.0  # without a further chunk, after which missing ones are asked for
+
+
+@dataclass
+class _Download:
+    """A blob that is not complete. `since`: when its last chunk arrived or was asked for. `gap`: a single chunk that is
+    asked for, because the broker has dropped some."""
+
+    assembler: Assembler
+    since: float = field(default_factory=time.monotonic)
+    gap: int | None = None
+    logged: bool = False
+
 
 class GlobalsReceiver:
     """`bytes_down`: received bytes that no completed round has reported yet."""
 
-    def __init__(self, link: Link, topics: Topics, store: DeviceStore, max_bytes: int) -> None:
+    def __init__(
+        self, link: Link, topics: Topics, store: DeviceStore, max_bytes: int, gap_seconds: float = GAP_SECONDS
+    ) -> None:
         """A blob has at most `max_bytes`."""
         self.bytes_down = 0
         self._link = link
         self._topics = topics
         self._store = store
         self._max_bytes = max_bytes
-        self._assemblers: dict[str, Assembler] = {}
+        self._gap_seconds = gap_seconds
+        self._downloads: dict[str, _Download] = {}
         self._received: dict[str, bytes] = {}  # complete blobs that are not stored yet
 
     def fetch(self, sha256: str) -> bool:
         """Whether the blob is stored already. If not, subscribes to its chunks."""
         if self._store.globals.read(sha256) is not None:
             return True
-        self._assemblers.setdefault(sha256, Assembler(self._max_bytes))
+        self._downloads.setdefault(sha256, _Download(Assembler(self._max_bytes)))
         self._link.subscribe(self._topics.globals_chunk(sha256, "+"))
         return False
 
+    def fetch_missing(self) -> None:
+        """Asks for missing chunks one by one, to be called at every tick. A broker whose queue is full drops messages,
+        also retained ones; it sends them again to each new subscription."""
+        now = time.monotonic()
+        for sha256, download in self._downloads.items():
+            if now < download.since + self._gap_seconds:
+                continue
+            missing = download.assembler.missing
+            if not download.logged:
+                download.logged = True
+                total = download.assembler.count
+                have = f"{total - len(missing)} of {total}" if total else "no"
+                logger.warning(
+                    f"{have} chunks of the globals {sha256[:12]}… arrived; asking for the others. If this repeats, "
+                    "check the broker's limits (size and number of messages) and access rules"
+                )
+            if missing:
+                self._fetch_chunk(sha256, download, missing[0])
+            else:
+                download.since = now
+                self._link.subscribe(self._topics.globals_chunk(sha256, "+"))
+
     def keep_only(self, required: set[str]) -> None:
         """Drops all other blobs."""
-        for sha256 in self._assemblers.keys() - required:
+        for sha256 in self._downloads.keys() - required:
             self._forget(sha256)
         for sha256 in self._received.keys() - required:
             del self._received[sha256]
@@ -41,11 +85,16 @@ class GlobalsReceiver:
     def receive(self, message: Received) -> None:
         """Raises MessageError if the message is not a chunk, or the complete blob is not the announced one."""
         sha256 = self._topics.globals_of(message.topic)
-        if sha256 not in self._assemblers:  # amqtt sends a new client the retained messages of all topics
+        if sha256 is None or sha256 not in self._downloads:  # amqtt sends a new client all retained messages
             return
         self.bytes_down += len(message.payload)
-        blob = self._assemblers[sha256].add(message.payload)
+        download = self._downloads[sha256]
+        download.since = time.monotonic()
+        blob = download.assembler.add(message.payload)
         if blob is None:
+            missing = download.assembler.missing
+            if download.gap is not None and download.gap not in missing and missing:
+                self._fetch_chunk(sha256, download, missing[0])
             return
         if blob_hash(blob) != sha256:
             raise MessageError(f"the blob under {sha256[:12]}… has another SHA-256")
@@ -61,6 +110,14 @@ class GlobalsReceiver:
             return sha256
         return None
 
+    def _fetch_chunk(self, sha256: str, download: _Download, index: int) -> None:
+        if download.gap is not None:
+            self._link.unsubscribe(self._topics.globals_chunk(sha256, download.gap))
+        download.gap, download.since = index, time.monotonic()
+        self._link.subscribe(self._topics.globals_chunk(sha256, index))
+
     def _forget(self, sha256: str) -> None:
+        download = self._downloads.pop(sha256)
         self._link.unsubscribe(self._topics.globals_chunk(sha256, "+"))
-        del self._assemblers[sha256]
+        if download.gap is not None:
+            self._link.unsubscribe(self._topics.globals_chunk(sha256, download.gap))

@@ -17,6 +17,7 @@ from edge_runtime.resources.sensors import board
 from edge_runtime.store import DeviceStore
 from edge_runtime.training.context import DeviceContext
 from fedfmsl.common.files import write_atomically
+from fedfmsl.common.folder_walk import count_files
 from fedfmsl.common.systemd import Watchdog, notify
 from fedfmsl.errors import one_line
 from fedfmsl.protocol.messages import HEALTH_SECONDS, Activity, Health, encode
@@ -43,7 +44,8 @@ class HealthReporter:
         self._topic = topics.health(name)
         self._store = store
         self._read = read
-        self._constant = {"device": name, "started": time.time(), "version": version("fedfmsl-edge"), "board": board()}
+        self._started = _uptime()
+        self._constant = {"device": name, "version": version("fedfmsl-edge"), "board": board()}
         self._seconds = seconds
         self._watchdog = Watchdog()
         self._due = 0.0
@@ -82,12 +84,19 @@ class HealthReporter:
         notify(f"STATUS={activity.value}{about}{stopping}")
 
     def _measured(self) -> Mapping[str, Any]:
+        now = time.time()
         return {
-            "time": time.time(),
+            "time": now,
+            "started": max(now - (_uptime() - self._started), 0.0),  # right also after the clock was set
             "memory": rss(),
             "disk_free": _free(self._store.root),
             **vars(self._read()),
         }
+
+
+def _uptime() -> float:
+    """Seconds since the machine's start, also those that it slept."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def _free(folder: Path) -> int:
@@ -102,7 +111,7 @@ def _of_device(device: DeviceContext) -> Mapping[str, Any]:
     return {
         "level_cap": device.level_cap,
         "cache": device.cache.used,
-        "skipped": len(device.scanned.skipped),
+        "skipped": count_files(device.scanned.skipped),
         **device.scanned.sizes,
     }
 

@@ -20,6 +20,7 @@ from edge_runtime.daemon.timing import Timing
 from edge_runtime.daemon.worker import Worker
 from edge_runtime.data.samples import SampleChangedError
 from edge_runtime.resources.throttle import WorkStoppedError
+from edge_runtime.training.model import is_exported
 from fedfmsl.common.logs import fields
 from fedfmsl.errors import RunError
 from fedfmsl.protocol.messages import Round
@@ -70,8 +71,9 @@ class Jobs:
         self._worker.submit(self._runner.scan, partial(self._scan_for_round_ended, round_, started=time.monotonic()))
 
     def write_missing_model(self, then: Callable[[], None]) -> None:
-        """Writes personalized.onnx if it is older than the personalized model: the device has missed the evaluation."""
-        if self._runner.device.store.is_model_newer:
+        """Writes personalized.onnx if it is of another session or round than the personalized model: the device has missed
+        the evaluation."""
+        if not is_exported(self._runner.device.store):
             self._worker.submit(self._runner.write_personalized, partial(self._model_ended, then))
         else:
             then()

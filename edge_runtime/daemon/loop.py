@@ -7,6 +7,7 @@ waits for the computation. So a device stays online and sends heartbeats while i
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import deque
 
@@ -49,9 +50,15 @@ from fedfmsl.protocol.duplicate_name import DuplicateNameGuard
 from fedfmsl.protocol.messages import Ack, Activity, DeviceStatus, Round, ServerStatus, parse
 from fedfmsl.protocol.tensors import blob_bytes
 from fedfmsl.protocol.topics import Topics
-from fedfmsl.transport.link import Connected, Disconnected, Link, LinkEvent, Posted, Received
+from fedfmsl.transport.link import Connected, Disconnected, Link, LinkEvent, Posted, Received, SubscriptionRefused
 
 logger = logging.getLogger(__name__)
+
+ECHO_SECONDS = 10.0  # for the broker to return this device's own status
+IF_REPEATED = (
+    "If this repeats, check the broker's access rules for this device's name, its limits (size and number of messages) "
+    "and the server's log; python -m edge_runtime check tries them"
+)
 
 
 class DaemonLoop:
@@ -89,6 +96,8 @@ class DaemonLoop:
         )
         self._connected = True
         self._paused = ""  # the reason, as published
+        self._refused = ""  # why the broker does not let this device take part
+        self._echo_due = math.inf  # when this device's own status must have come back
         self._stop: Stop | None = None
         self._finished_session = ""  # the last session whose end has been handled
         self._next_tick = self._next_sensors = self._next_subscription = 0.0
@@ -109,6 +118,7 @@ class DaemonLoop:
         self._link.subscribe(self._topics.ack(self._name))
         self._link.subscribe(self._topics.status(self._name))
         self._subscribe()
+        self._echo_due = time.monotonic() + ECHO_SECONDS
         self._announcer.introduce()
         self._announce()
         logger.info(f"waiting for the server of run {self._topics.run!r}")
@@ -158,6 +168,10 @@ class DaemonLoop:
             self._announcer.introduce()
             self._announce()
             self._handle(Reconnected())
+        elif isinstance(event, SubscriptionRefused):
+            logger.warning(event.error)
+            self._refused = event.error
+            self._announce()
         elif isinstance(event, Received) and event.payload:
             try:
                 self._receive_message(event)
@@ -169,6 +183,7 @@ class DaemonLoop:
         if message.topic == topics.server_status:
             status = parse(ServerStatus, message.payload)
             self._updates.reset_backoff()
+            self._updates.chunk_bytes = status.chunk_bytes
             if status.online:
                 self._announce()  # the server counts only devices that answer
             self._handle(ServerSeen(status))
@@ -205,7 +220,7 @@ class DaemonLoop:
             self._jobs.start_round(command.round)
         elif isinstance(command, Send):
             if self._connected:
-                self._updates.send(command.round)
+                self._updates.send(command.round, command.chunks)
         elif isinstance(command, Acknowledge):
             self._updates.acknowledge(command.ack)
         elif isinstance(command, PublishStatus):
@@ -223,7 +238,13 @@ class DaemonLoop:
         if not self._state.online_session and now >= self._next_subscription:
             self._subscribe()  # amqtt can lose a message during a subscription
         if self._connected and self._updates.overdue():
+            if self._state.online_session:
+                logger.warning(f"the server has not acknowledged an update; sending it again. {IF_REPEATED}")
             self._handle(AckOverdue())
+        if self._connected and now >= self._echo_due and not self._state.guard.confirmed:
+            self._echo_due = math.inf
+            logger.warning(f"the broker does not return this device's own status. {IF_REPEATED}")
+        self._globals.fetch_missing()
         if now >= self._next_sensors:
             self._next_sensors = now + self._timing.sensors
             self._pause(self._governor.check())
@@ -296,4 +317,6 @@ class DaemonLoop:
 
     def _announce(self) -> None:
         if self._stop is None:
-            self._announcer.status(self._runner.device, paused=self._paused, error=self._jobs.no_samples)
+            self._announcer.status(
+                self._runner.device, paused=self._paused, error=self._refused or self._jobs.no_samples
+            )

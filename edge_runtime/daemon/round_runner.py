@@ -27,10 +27,10 @@ from edge_runtime.training.local_expert import train_personal
 from edge_runtime.training.model import save_personal_model
 from edge_runtime.training.stages import StageFunction, head_statistics, read_globals, statistics, train_global
 from edge_runtime.training.updates import prepare_update, update_header
-from fedfmsl.common.class_folders import SkippedFile
-from fedfmsl.common.files import shown, write_atomically
-from fedfmsl.common.logs import fields
-from fedfmsl.errors import InputError, RunError
+from fedfmsl.common.files import write_atomically
+from fedfmsl.common.folder_walk import SkippedFile, summarize
+from fedfmsl.common.logs import UNENCODABLE, fields
+from fedfmsl.errors import InputError, RunError, shown
 from fedfmsl.protocol.messages import Round, Stage
 from fedfmsl.protocol.tensors import pack
 
@@ -94,18 +94,24 @@ class RoundRunner:
         return True
 
     def _list_skipped(self) -> None:
-        """Writes all skipped files to STATE/skipped.txt, and logs the new ones."""
+        """Writes all skipped files to STATE/skipped.txt, by reason and one by one, and logs the new ones."""
         skipped = self.device.scanned.skipped
         new = [each for each in skipped if each not in self._skipped]
         if not new and len(skipped) == len(self._skipped):
             return
-        for each in new[:LOGGED_FILES]:
-            logger.warning(f"skipped: {each}", **fields(file=shown(each.path), reason=each.reason))
-        if len(new) > LOGGED_FILES:
-            logger.warning(f"skipped: {len(new) - LOGGED_FILES} more files; {self.device.store.skipped} lists all")
+        if len(new) <= LOGGED_FILES:
+            for each in new:
+                logger.warning(f"skipped: {each}", **fields(file=shown(each.path), reason=each.reason))
+        else:
+            for line in summarize(new, self._folder.path)[:LOGGED_FILES]:
+                logger.warning(f"skipped: {line}")
+            logger.warning(f"{self.device.store.skipped} lists all {len(skipped)} skipped files")
         self._skipped = frozenset(skipped)
+        lines = [*summarize(skipped, self._folder.path), "", *map(str, skipped)]
         with contextlib.suppress(OSError):  # the list is only for people
-            write_atomically(self.device.store.skipped, "".join(f"{each}\n" for each in skipped).encode())
+            write_atomically(
+                self.device.store.skipped, "".join(f"{line}\n" for line in lines).encode("utf-8", UNENCODABLE)
+            )
 
     def run(self, round_: Round, bytes_down: int) -> float:
         """Computes a round, to be called after a scan. Returns the seconds that it took.
@@ -146,7 +152,9 @@ class RoundRunner:
         device = self.device
         command = [sys.executable, "-m", "edge_runtime", "personalize"]
         command += ["--bundle", str(device.bundle.root), "--state", str(device.store.root)]
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8", errors="replace"
+        ) as process:
             stderr = self._wait_for(process)
         if process.returncode == os.EX_IOERR:
             raise OSError(errno.ENOSPC, "no space for the personalized model")

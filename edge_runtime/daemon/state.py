@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from fedfmsl.protocol.duplicate_name import DuplicateNameGuard
-from fedfmsl.protocol.messages import Ack, DeviceStatus, Round, ServerStatus, Stage
+from fedfmsl.protocol.messages import Ack, DeviceStatus, Round, ServerStatus, Stage, Verdict
 
 
 @dataclass(frozen=True)
@@ -97,9 +97,10 @@ class Work:
 
 @dataclass(frozen=True)
 class Send:
-    """Send the update of this round from the outbox."""
+    """Send the update of this round from the outbox: all of it, or only some chunks."""
 
     round: int
+    chunks: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -140,8 +141,8 @@ class State:
 
     `announced`: the newest announced round. `running`: the round that is being computed. `last_started`: the last round
     whose computation was started. `stored`: SHA-256 of the global blobs on disk. `unacknowledged`: rounds of `session`
-    with an unacknowledged update. `guard`: finds newer processes with this device's name. `offline_logged`: whether the
-    log has reported that the server is offline.
+    with an unacknowledged update. `guard`: finds newer processes with this device's name. `ended`: newer processes that
+    seem to have ended. `offline_logged`: whether the log has reported that the server is offline.
     """
 
     device: str
@@ -154,6 +155,7 @@ class State:
     last_started: int = 0
     stored: frozenset[str] = frozenset()
     unacknowledged: frozenset[int] = frozenset()
+    ended: frozenset[str] = frozenset()
     offline_logged: bool = False
     running: Round | None = None
 
@@ -211,11 +213,15 @@ def _see_server(state: State, status: ServerStatus) -> tuple[State, list[Command
 
 
 def _see_own_status(state: State, status: DeviceStatus) -> tuple[State, list[Command]]:
+    """A broker that allows one connection per identity ends the newer process's connection whenever this process
+    connects, and publishes its last will. So the last will of a newer process counts as its end once only: a process
+    that has really ended does not come back."""
     guard, instance = state.guard.observe(status.instance), status.instance
     state = replace(state, guard=guard)
-    if guard.confirmed and instance != guard.instance and not status.online:  # the last will of an ended process
-        return state, [PublishStatus()]
-    if not guard.is_newer(instance):
+    newer = guard.is_newer(instance)
+    if guard.confirmed and instance != guard.instance and not status.online and instance not in state.ended:
+        return replace(state, ended=state.ended | {instance} if newer else state.ended), [PublishStatus()]
+    if not newer:
         return state, []
     error = (
         f"duplicate device name {state.device!r}: a newer process took over; if these are two devices, start one of "
@@ -245,6 +251,8 @@ def _is_for_this_device(state: State, announced: Round) -> bool:
 def _acknowledge(state: State, ack: Ack) -> tuple[State, list[Command]]:
     if ack.session != state.session or ack.round not in state.unacknowledged:
         return state, []
+    if ack.verdict is Verdict.INCOMPLETE:
+        return state, [Send(ack.round, ack.missing)] if ack.missing else []
     return replace(state, unacknowledged=state.unacknowledged - {ack.round}), [Acknowledge(ack)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator
 from datetime import datetime, timedelta
@@ -12,7 +13,7 @@ from edge_runtime.store import DeviceStore
 from fedfmsl.errors import RunError
 from fedfmsl.protocol.messages import MAX_HEARTBEAT_AGE, Activity, Health
 
-LISTED_FILES = 20  # skipped files
+LISTED = 20  # reasons for which files are skipped
 
 
 def read_health(store: DeviceStore) -> Health:
@@ -58,11 +59,12 @@ def describe(health: Health, store: DeviceStore, now: float) -> Iterator[tuple[s
     yield "board", ", ".join(facts) or "no sensors"
     sizes = {"memory": health.memory, "features": health.cache, "disk free": health.disk_free}
     yield "storage", ", ".join(f"{what} {size / 1e6:.0f} MB" for what, size in sizes.items())
-    lines = store.skipped.read_text(errors="replace").splitlines() if store.skipped.is_file() else []
-    for line in lines[:LISTED_FILES]:
+    lines = store.skipped.read_text("utf-8", errors="replace").splitlines() if store.skipped.is_file() else []
+    reasons = list(itertools.takewhile(bool, lines))
+    for line in reasons[:LISTED]:
         yield "skipped", line
-    if len(lines) > LISTED_FILES:
-        yield "", f"and {len(lines) - LISTED_FILES} more, in {store.skipped}"
+    if reasons:
+        yield "", f"{store.skipped} lists every file"
 
 
 def _is_alive(health: Health, now: float) -> bool:

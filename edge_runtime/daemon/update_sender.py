@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Container
 
 from edge_runtime.daemon.announce import Announcer
 from edge_runtime.daemon.retransmit import Retransmissions
 from edge_runtime.store.outbox import Outbox
 from fedfmsl.common.backoff import Backoff
-from fedfmsl.protocol.chunks import chunks
+from fedfmsl.protocol.chunks import CHUNK_BYTES, chunks
 from fedfmsl.protocol.messages import Ack, Verdict
 from fedfmsl.protocol.topics import Topics
 
@@ -18,6 +19,7 @@ logger = logging.getLogger(__name__)
 class UpdateSender:
     def __init__(self, announcer: Announcer, topics: Topics, device: str, outbox: Outbox, timeout: Backoff) -> None:
         """`timeout`: how long an acknowledgement may take."""
+        self.chunk_bytes = CHUNK_BYTES  # as the server's status says
         self._announcer = announcer
         self._topics = topics
         self._device = device
@@ -25,13 +27,16 @@ class UpdateSender:
         self._timeout = timeout
         self._retransmissions = Retransmissions(device, timeout)
 
-    def send(self, round_: int) -> None:
-        """Sends the update of a round. Does nothing while paho still delivers it, as it does across reconnections."""
+    def send(self, round_: int, only: Container[int] = ()) -> None:
+        """Sends the update of a round: all chunks, or `only` some. Does nothing while paho still delivers it, as it
+        does across reconnections."""
         update = None if self._retransmissions.is_in_flight(round_) else self._outbox.read(round_)
-        if update is not None:
-            for index, chunk in enumerate(chunks(update)):
+        if update is None:
+            return
+        for index, chunk in enumerate(chunks(update, self.chunk_bytes)):
+            if not only or index in only:
                 sent = self._announcer.publish(self._topics.update_chunk(self._device, round_, index), chunk)
-            self._retransmissions.sent(round_, sent)
+                self._retransmissions.sent(round_, sent)
 
     def acknowledge(self, ack: Ack) -> None:
         self._retransmissions.acknowledged(ack.round)

@@ -19,8 +19,8 @@ from edge_runtime.data.sample_reader import SampleReader
 from edge_runtime.data.samples import Sample, Split, Splits, assign_splits
 from edge_runtime.data.unreadable import UnreadableError
 from edge_runtime.store import DeviceStore
-from fedfmsl.common.class_folders import ClassFile, Listing, SkippedFile, walk_classes
-from fedfmsl.common.files import shown
+from fedfmsl.common.class_folders import ClassFile, Listing, walk_classes
+from fedfmsl.common.folder_walk import SkippedFile, summarize, unreadable
 from fedfmsl.errors import InputError
 from fedfmsl.protocol.bundle import Bundle
 
@@ -28,6 +28,7 @@ WRITE_SECONDS = 2.0  # after its last change, a file may still be written
 REASONS = 3  # reasons that an error lists
 UNLIMITED = 2**62  # an extent
 REMEMBERED_AT_ONCE = 100  # files that one transaction stores
+IN_TWO_CLASSES = "the same content is in another class; remove one of the two"
 # Why a file is too large: at the first scan, and for the memory plan.
 TOO_MUCH = "more than half of the device's memory limit; make it smaller, or raise --memory"
 UNPLANNED = "more than the device has planned; make it smaller, or restart the device"
@@ -51,7 +52,7 @@ class SampleFolder:
         """`labels` is a CSV file (see `edge_runtime.data.labels`). `reader` is shared with the feature cache; default:
         a new one. A file that takes more than `most` bytes of memory to read is skipped. Raises ConfigError or
         BundleError as `reader_of` does."""
-        self._folder = folder
+        self.path = folder
         self._classes = {name: label for label, name in enumerate(bundle.manifest.classes)}
         self._preprocessing = f"{bundle.manifest.preprocessing.model_dump_json()} {decoders()}"
         self._store = store
@@ -78,7 +79,7 @@ class SampleFolder:
             results = list(self._results(ledger, listing.files, report))
             kept = ledger.splits({result.sha256 for result in results if isinstance(result, Sample)})
             splits = _assign(listing, results, tuple(self._classes), kept)
-            _require_training_samples(splits, self._folder, self._reader.kind)
+            _require_training_samples(splits, self.path, self._reader.kind)
             ledger.forget_others({file.name for file in listing.files})  # after the check: an unmounted disk is empty
         if self._largest is None:
             self._largest, _ = largest(splits.samples, self._reader.kind)
@@ -87,13 +88,13 @@ class SampleFolder:
     def forget(self, path: Path) -> None:
         """Makes the next scan read a file again. It changed but kept its size and date."""
         with open_ledger(self._store.samples) as ledger:
-            ledger.forget([path.relative_to(self._folder).as_posix()])
+            ledger.forget([path.relative_to(self.path).as_posix()])
 
     def _walk(self) -> Listing:
         kind, classes = self._reader.kind, tuple(self._classes)
         if self._labels:
-            return walk_labelled(self._folder, kind, self._labels, classes)
-        return walk_classes(self._folder, kind.suffixes, kind.noun, classes)
+            return walk_labelled(self.path, kind, self._labels, classes)
+        return walk_classes(self.path, kind.suffixes, kind.noun, classes)
 
     def _results(self, ledger: Ledger, files: Sequence[ClassFile], report: Report) -> Iterator[FileResult]:
         fresh: list[tuple[ClassFile, Sample | SkippedFile]] = []
@@ -150,7 +151,7 @@ def _read(reader: SampleReader, file: ClassFile, label: int, largest: int) -> tu
     except FileNotFoundError:
         return None, False
     except OSError as error:
-        return SkippedFile(file.path, f"cannot be read ({error.strerror})"), False
+        return unreadable(file.path, error), False
     except UnreadableError as error:
         return SkippedFile(file.path, reader.kind.not_readable(error.reason)), error.lasting
     return found, found is not None and found.extent <= largest
@@ -172,23 +173,21 @@ def _assign(
         others = [next((other for other, _ in same if other.label != sample.label), None) for sample, _ in same]
         for (sample, _), other in zip(same, others, strict=True):
             if other is not None:
-                reason = f"the same as {shown(other.path)}, of class {classes[other.label]!r}; remove one of them"
-                skipped.append(SkippedFile(sample.path, reason))
+                where = f"{other.path}, of class {classes[other.label]!r}"
+                skipped.append(SkippedFile(sample.path, IN_TWO_CLASSES, where))
         if not any(others):
             samples += [sample for sample, is_test in same if not is_test][:1]
             tests += [sample for sample, is_test in same if is_test][:1]
     tests.sort(key=lambda sample: (classes[sample.label], sample.sha256))
-    splits = assign_splits(samples, tests if listing.has_test else None, kept)
+    splits = assign_splits(samples, None if listing.test is None else tests, kept)
     return replace(splits, skipped=(*skipped, *splits.skipped))
 
 
 def _require_training_samples(splits: Splits, folder: Path, kind: Kind) -> None:
     if splits.train:
         return
-    reasons: dict[str, str] = {}
-    for each in splits.skipped:
-        reasons.setdefault(each.reason, str(each))
+    reasons = summarize((each for each in splits.skipped if not each.is_leftover), folder)
     if not reasons:
         raise InputError(f"{kind.noun} folder {folder} holds no {kind.noun}s; put them into one subfolder per class")
-    examples = "; ".join([*reasons.values()][:REASONS]) + ("; …" if len(reasons) > REASONS else "")
+    examples = "; ".join(reasons[:REASONS]) + ("; …" if len(reasons) > REASONS else "")
     raise InputError(f"{kind.noun} folder {folder} holds no {kind.noun}s to train on: {examples}")

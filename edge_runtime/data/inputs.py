@@ -13,10 +13,9 @@ from numpy.typing import NDArray
 
 from edge_runtime.data import images, texts
 from edge_runtime.data.unreadable import UnreadableError, read_file
-from fedfmsl.common.class_folders import files_below, has_suffix
-from fedfmsl.common.files import shown
+from fedfmsl.common.folder_walk import SkippedFile, files_below, has_suffix, wrong_suffix
 from fedfmsl.common.sample_formats import IMAGE_SUFFIXES, TEXT_SUFFIXES
-from fedfmsl.errors import InputError
+from fedfmsl.errors import InputError, shown
 from fedfmsl.protocol.bundle import Bundle, Preprocessing, TextPreprocessing
 
 
@@ -31,9 +30,16 @@ class Kind:
     check: Callable[[bytes], None]
     ordinary: int
 
-    def files(self, folder: Path) -> list[Path]:
-        """The files of this kind at any depth below `folder`, in the order of their names."""
-        return [folder / name for name, _ in files_below(folder, "", []) if self.has_name(name)]
+    def files(self, folder: Path, skipped: list[SkippedFile]) -> list[Path]:
+        """The files of this kind at any depth below `folder`, in the order of their names. What is not used is added to
+        `skipped`."""
+        found = []
+        for name, _ in files_below(folder, "", skipped):
+            if self.has_name(name):
+                found.append(folder / name)
+            else:
+                skipped.append(wrong_suffix(folder / name, self.noun))
+        return found
 
     def not_readable(self, reason: str) -> str:
         """What is wrong with a file that cannot be read for a `reason`."""

@@ -8,15 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from edge_runtime.data.inputs import Kind
-from fedfmsl.common.class_folders import (
-    ClassFile,
-    Listing,
-    SkippedFile,
-    check_folder,
-    files_below,
-    unknown_class,
-    wrong_suffix,
-)
+from fedfmsl.common.class_folders import ClassFile, Listing, check_folder, normal_name, similar, unknown_class
+from fedfmsl.common.folder_walk import SkippedFile, files_below, wrong_suffix
 from fedfmsl.errors import InputError
 
 Labels = dict[str, dict[str, int]]  # file → class → line number
@@ -29,27 +22,30 @@ def walk_labelled(folder: Path, kind: Kind, source: Path, classes: Sequence[str]
     """
     check_folder(folder, kind.noun)
     labels, skipped = read_labels(source)
+    known = {normal_name(name): name for name in classes}
     files: list[ClassFile] = []
     unlabelled = 0
     for name, version in files_below(folder, "", skipped):
-        lines = labels.pop(name, None)
+        lines = labels.pop(normal_name(name), None)
         if lines is None:
             unlabelled += kind.has_name(name)
         elif not kind.has_name(name):
-            skipped.append(SkippedFile(folder / name, wrong_suffix(kind.noun)))
+            skipped.append(wrong_suffix(folder / name, kind.noun))
         elif len(lines) > 1:
-            each = " and ".join(f"{label!r} (line {line})" for label, line in lines.items())
-            skipped.append(SkippedFile(folder / name, f"{source.name} labels it {each}"))
+            each = " and ".join(f"{label!r} in line {line}" for label, line in lines.items())
+            skipped.append(SkippedFile(folder / name, f"several classes in {source.name}", each))
         else:
             ((label, line),) = lines.items()
-            if label in classes:
-                files.append(ClassFile(folder / name, name, label, version))
+            if label in known:
+                files.append(ClassFile(folder / name, name, known[label], version))
             else:
-                skipped.append(SkippedFile(source, f"line {line}: {unknown_class(label, classes)}; correct the line"))
+                detail = " ".join(filter(None, (f"line {line}: {label!r}", similar(label, classes))))
+                skipped.append(SkippedFile(source, f"{unknown_class(classes)}; correct the line", detail))
     for name, lines in labels.items():
-        skipped.append(SkippedFile(source, f"line {min(lines.values())} names {name}, which is not below {folder}"))
+        detail = f"line {min(lines.values())}: {name}"
+        skipped.append(SkippedFile(source, f"names a file that is not below {folder}", detail))
     if unlabelled:
-        skipped.append(SkippedFile(folder, f"{unlabelled} {kind.noun}s have no label in {source.name}"))
+        skipped.append(SkippedFile(folder, f"no label in {source.name}", files=unlabelled))
     return Listing(sorted(files, key=lambda file: file.label), skipped)
 
 
@@ -63,15 +59,15 @@ def read_labels(path: Path) -> tuple[Labels, list[SkippedFile]]:
     skipped = []
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:  # Excel writes a byte order mark
-            reader = csv.DictReader(file, strict=True)
+            reader = csv.DictReader(file, strict=True, skipinitialspace=True)
             if not {"file", "class"} <= {*(reader.fieldnames or ())}:
                 raise InputError(f"labels {path} lack the columns file and class; name them in the first line")
             for row in reader:
-                name, label = ((row[column] or "").strip() for column in ("file", "class"))
+                name, label = (normal_name(row[column] or "") for column in ("file", "class"))
                 if name and label:
                     labels.setdefault(posixpath.normpath(name), {}).setdefault(label, reader.line_num)
                 else:
-                    skipped.append(SkippedFile(path, f"line {reader.line_num} lacks the file or the class"))
+                    skipped.append(SkippedFile(path, "without a file or a class", f"line {reader.line_num}"))
     except FileNotFoundError as error:
         raise InputError(f"labels {path} do not exist; check the path, or use one subfolder per class") from error
     except (OSError, UnicodeDecodeError, csv.Error) as error:

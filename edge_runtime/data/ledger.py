@@ -12,7 +12,8 @@ from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from pathlib import Path
 
 from edge_runtime.data.samples import Sample, Split, Splits
-from fedfmsl.common.class_folders import ClassFile, SkippedFile
+from fedfmsl.common.class_folders import ClassFile
+from fedfmsl.common.folder_walk import SkippedFile
 from fedfmsl.errors import ConfigError
 
 SCHEMA = """

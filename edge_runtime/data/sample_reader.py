@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from edge_runtime.data.inputs import Kind, Reader
 from edge_runtime.data.samples import Sample, SampleChangedError
 from edge_runtime.data.unreadable import UnreadableError, check_name, check_size, read_file
-from fedfmsl.common.class_folders import ClassFile, FileVersion
+from fedfmsl.common.class_folders import ClassFile
+from fedfmsl.common.folder_walk import FileVersion
 
 KEPT_BYTES = 2**23  # of decoded inputs: 55 images of 224 × 224 pixels, or thousands of texts
 

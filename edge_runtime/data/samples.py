@@ -15,9 +15,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fedfmsl.common.class_folders import SkippedFile
-from fedfmsl.common.files import shown
-from fedfmsl.errors import InputError
+from fedfmsl.common.folder_walk import SkippedFile
+from fedfmsl.errors import InputError, shown
 
 HELD_OUT_SHARE = 0.2
 TEST_SHARE = 0.2
@@ -25,7 +24,7 @@ LEAST = 2  # samples per trained class: one to train on, one held out
 # A sample is a near-duplicate of its nearest neighbour if that is closer than this times the nearest one in the other
 # split (Lowe's ratio test).
 NEAR_DUPLICATE = 0.5
-TOO_FEW = "is the only sample of its class; add more: a class needs at least two, one to train on and one held out"
+TOO_FEW = "the only sample of its class; add more: a class needs at least two, one to train on and one held out"
 
 
 @dataclass(frozen=True, slots=True)

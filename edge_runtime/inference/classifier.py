@@ -22,8 +22,7 @@ from edge_runtime.training.model import ModelHeader, PersonalModel, open_model_b
 from fedfmsl.algorithms.arrays import Floats
 from fedfmsl.algorithms.calibration import UNKNOWN
 from fedfmsl.common.cli import notice
-from fedfmsl.common.files import shown
-from fedfmsl.errors import BundleError, FedFMSLError
+from fedfmsl.errors import BundleError, FedFMSLError, shown
 from fedfmsl.protocol.bundle import Bundle, Preprocessing
 from fedfmsl.protocol.messages import Prediction
 

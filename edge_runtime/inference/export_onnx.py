@@ -15,7 +15,7 @@ from onnx import numpy_helper
 from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
 
 from edge_runtime.store import DeviceStore
-from edge_runtime.training.model import open_model_bundle, read_personal_model
+from edge_runtime.training.model import mark_exported, open_model_bundle, read_personal_model
 from fedfmsl.common.files import write_atomically
 from fedfmsl.protocol.bundle import Bundle
 
@@ -47,6 +47,8 @@ def write_model(store: DeviceStore, path: Path, bundle_path: Path | None = None)
     }
     onnx.helper.set_model_props(model, metadata)
     write_atomically(path, _serialized(model, frozen, bundle))
+    if path == store.personalized:
+        mark_exported(store, header)
 
 
 def _serialized(model: onnx.ModelProto, frozen: Sequence[onnx.TensorProto], bundle: Bundle) -> Iterator[bytes]:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from edge_runtime.data.inputs import Kind
 from edge_runtime.inference.classifier import Classifier
-from fedfmsl.common.cli import notice
+from fedfmsl.common.cli import notice, print_json
+from fedfmsl.common.folder_walk import SkippedFile, summarize
 from fedfmsl.errors import InputError
 from fedfmsl.protocol.messages import Prediction
 
@@ -19,8 +20,8 @@ from fedfmsl.protocol.messages import Prediction
 def predict_files(classifier: Classifier, files: Sequence[Path]) -> Iterator[Prediction]:
     """Yields one prediction for each readable file of `files` and of the folders in it.
 
-    Prints a notice for each unreadable file. Raises InputError if there is no file of the model's kind, and after the
-    last prediction if files were unreadable.
+    Prints a notice for each unreadable file, and for each reason why files of a folder are not used. Raises InputError
+    if there is no file of the model's kind, and after the last prediction if files were unreadable.
     """
     kind = classifier.kind
     paths = [path for file in files for path in _files(file, kind)]
@@ -48,7 +49,10 @@ def printer(as_json: bool, top: int) -> Callable[[Prediction | None], None]:
 
     def print_prediction(prediction: Prediction | None) -> None:
         if prediction is not None:
-            print(prediction.model_dump_json() if as_json else _text_line(prediction, top), flush=True)
+            if as_json:
+                print_json(prediction.model_dump(mode="json"))
+            else:
+                print(_text_line(prediction, top), flush=True)
         elif _is_output_closed():
             raise BrokenPipeError
 
@@ -79,7 +83,11 @@ def _text_line(prediction: Prediction, top: int) -> str:
 
 def _files(path: Path, kind: Kind) -> list[Path]:
     if path.is_dir():
-        return kind.files(path)
+        skipped: list[SkippedFile] = []
+        found = kind.files(path, skipped)
+        for line in summarize(skipped, path):
+            notice(f"skipped: {line}")
+        return found
     if not path.is_file():
         raise InputError(f"{kind.noun} {path} does not exist; check the path")
     return [path]

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from edge_runtime.data.inputs import Kind
 from edge_runtime.inference.classifier import Classifier
 from edge_runtime.store import DeviceStore
 from edge_runtime.training.model import read_personal_model
-from fedfmsl.common.class_folders import FileVersion, files_below
 from fedfmsl.common.cli import notice
+from fedfmsl.common.folder_walk import FileVersion, SkippedFile, files_below, summarize, wrong_suffix
 from fedfmsl.errors import InputError
 from fedfmsl.protocol.messages import Prediction
 
@@ -38,17 +39,24 @@ class WatchedFolder:
         if not folder.is_dir():
             raise InputError(f"watched folder {folder} does not exist; create it or pass another folder")
         self._folder = folder
-        self._processed: dict[Path, FileVersion] = _list_files(folder) if only_new else {}
+        self._processed: dict[Path, FileVersion] = _list_files(folder, []) if only_new else {}
         self._first_seen: dict[Path, tuple[FileVersion, float]] = {}  # when each version was first seen
+        self._reported: set[str] = set()  # reasons for which files are not used
 
-    def scan(self, suffixes: Collection[str]) -> list[NewFile]:
-        """Complete new files with one of `suffixes`, oldest first. Later scans return files that may still grow."""
+    def scan(self, kind: Kind) -> list[NewFile]:
+        """Complete new files of this kind, oldest first. Later scans return files that may still grow.
+
+        Prints each reason for which files are not used, once.
+        """
         now = time.monotonic()
+        skipped: list[SkippedFile] = []
         try:
-            files = _list_files(self._folder)
+            files = _list_files(self._folder, skipped)
         except OSError:  # an unmounted disk may come back with the same files
             return []
-        found = {path: version for path, version in files.items() if path.suffix.lower() in suffixes}
+        found = {path: version for path, version in files.items() if kind.has_name(path.name)}
+        skipped += [wrong_suffix(path, kind.noun) for path in files if path not in found]
+        self._report(skipped)
         unchanged = {path: seen for path, seen in self._first_seen.items() if found.get(path) == seen[0]}
         self._first_seen = {path: unchanged.get(path, (version, now)) for path, version in found.items()}
         self._processed = {path: version for path, version in self._processed.items() if found.get(path) == version}
@@ -59,6 +67,12 @@ class WatchedFolder:
             if is_complete and path not in self._processed:
                 new.append(NewFile(path, version, seconds))
         return new
+
+    def _report(self, skipped: Sequence[SkippedFile]) -> None:
+        new = [each for each in skipped if each.reason not in self._reported]
+        for line in summarize(new, self._folder):
+            notice(f"skipped: {line}")
+        self._reported |= {each.reason for each in new}
 
     def mark_processed(self, file: NewFile) -> None:
         self._processed[file.path] = file.version
@@ -72,7 +86,7 @@ def classify_new_files(
     An unreadable file is reported once and skipped.
     """
     while True:
-        for file in folder.scan(classifier.kind.suffixes):
+        for file in folder.scan(classifier.kind):
             try:
                 yield classifier.classify(file.path)
             except InputError as error:
@@ -101,7 +115,7 @@ def wait_for_model(store: DeviceStore, seconds: float = SCAN_SECONDS) -> None:
             return
 
 
-def _list_files(folder: Path) -> dict[Path, FileVersion]:
+def _list_files(folder: Path, skipped: list[SkippedFile]) -> dict[Path, FileVersion]:
     """Raises OSError if the folder itself cannot be read."""
     os.scandir(folder).close()
-    return {folder / name: version for name, version in files_below(folder, "", [])}
+    return {folder / name: version for name, version in files_below(folder, "", skipped)}

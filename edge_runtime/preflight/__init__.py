@@ -11,7 +11,7 @@ from edge_runtime.preflight.machine import check_clock, check_governor, check_st
 from edge_runtime.preflight.network import check_broker, check_identity
 from edge_runtime.preflight.training import check_bundle, check_memory, check_samples
 from edge_runtime.settings import Settings
-from fedfmsl.errors import FedFMSLError
+from fedfmsl.errors import ConfigError, FedFMSLError
 
 # Later checks use what earlier ones have found.
 CHECKS: dict[str, Check] = {
@@ -29,10 +29,20 @@ CHECKS: dict[str, Check] = {
 
 def run_preflight(settings: Settings) -> Iterator[Finding]:
     """Yields the findings of all checks. A failed check is a finding with the error's exit code."""
-    with tempfile.TemporaryDirectory() as scratch:
+    with _scratch() as scratch:
         context = Context(Path(scratch))
         for name, check in CHECKS.items():
             try:
                 yield from check(settings, context)
             except FedFMSLError as error:
                 yield Finding(name, str(error), error.exit_code)
+
+
+def _scratch() -> tempfile.TemporaryDirectory[str]:
+    """Raises ConfigError."""
+    try:
+        return tempfile.TemporaryDirectory()
+    except OSError as error:
+        raise ConfigError(
+            f"the check needs a temporary folder ({error.strerror}); set TMPDIR to a folder that this user can write to"
+        ) from error

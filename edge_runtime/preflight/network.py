@@ -10,12 +10,16 @@ from edge_runtime.daemon.download import receive_server_status
 from edge_runtime.preflight.context import Context, Finding
 from edge_runtime.settings import Settings
 from fedfmsl.errors import ConfigError
+from fedfmsl.protocol.chunks import CHUNK_BYTES, CHUNK_SIZES, HEADER_BYTES
+from fedfmsl.protocol.messages import ServerStatus
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.address import parse_address
 from fedfmsl.transport.identity import device_name, read_identity
 from fedfmsl.transport.link import Link
+from fedfmsl.transport.message_size import largest_message
 
 SERVER_SECONDS = 10.0  # to wait for the status of a server
+NEW_DEVICE = "new-device"  # one whose name is drawn at its first start
 EXPIRY_NOTICE = timedelta(days=30)
 
 
@@ -52,9 +56,24 @@ def check_broker(settings: Settings, context: Context) -> Iterator[Finding]:
             f"{address.host}:{address.port} accepts this device; waiting up to {SERVER_SECONDS:g} s for the server",
         )
         context.server = receive_server_status(link, topics, SERVER_SECONDS)
+        name = device_name(settings.device, settings.identity) or NEW_DEVICE
+        yield from _check_messages(link, topics, name, context.server)
     finally:
         link.close()
     if context.server is None:
         yield Finding("server", f"no server of run {settings.run!r} now; a device waits for it", warning=True)
     else:
         yield Finding("server", f"run {settings.run!r} is online, model {context.server.model}")
+
+
+def _check_messages(link: Link, topics: Topics, name: str, server: ServerStatus | None) -> Iterator[Finding]:
+    """Subscribes to what a device subscribes to, and sends a message as large as a chunk there and back. Raises
+    BrokerError if the broker refuses or drops any of it."""
+    for topic in (topics.round, topics.ack(name), topics.status(name), topics.globals_chunk("0" * 64, "+")):
+        link.subscribe(topic)
+    wanted = server.chunk_bytes if server else CHUNK_BYTES
+    sizes = [size + HEADER_BYTES for size in CHUNK_SIZES if size <= wanted]
+    largest = largest_message(link, topics.check(name), sizes)
+    text = f"the broker returns messages of {largest} bytes, access rules allow what a device subscribes to"
+    smaller = f"{text}; larger ones are dropped, so that rounds take longer: raise the broker's limit"
+    yield Finding("messages", smaller if largest < sizes[0] else text, warning=largest < sizes[0])

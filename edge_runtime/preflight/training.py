@@ -17,6 +17,7 @@ from edge_runtime.resources.plan import largest_extent, measure_minimum
 from edge_runtime.settings import Settings
 from edge_runtime.store import DeviceStore
 from fedfmsl.common.class_folders import check_folder
+from fedfmsl.common.folder_walk import summarize
 from fedfmsl.errors import BundleError
 from fedfmsl.protocol.bundle import MANIFEST, Bundle
 
@@ -60,8 +61,11 @@ def check_samples(settings: Settings, context: Context) -> Iterator[Finding]:
     _, context.largest = largest(splits.samples, reader.kind)
     classes = len({sample.label for sample in splits.samples})
     yield Finding("samples", f"{len(splits.samples)} {reader.kind.noun}s of {classes} classes in {settings.images}")
-    for skipped in splits.skipped:
-        yield Finding("skipped", str(skipped), warning=True)
+    missed = [each for each in splits.skipped if not each.is_leftover]
+    leftovers = [each for each in splits.skipped if each.is_leftover]
+    for group in (missed, leftovers):
+        for line in summarize(group, settings.images):
+            yield Finding("skipped", line, warning=group is missed)
 
 
 def check_memory(settings: Settings, context: Context) -> Iterator[Finding]:
@@ -72,7 +76,7 @@ def check_memory(settings: Settings, context: Context) -> Iterator[Finding]:
     engine = open_engine(settings.engine, context.bundle, threads).name
     started = time.monotonic()
     memory, seconds = measure_minimum(
-        context.bundle, engine, threads, context.largest, settings.memory, settings.step_seconds
+        context.bundle, engine, threads, context.largest, settings.memory, settings.step_seconds, context.scratch
     )
     yield Finding(
         "memory",

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
+from time import tzset
 from typing import Any
 
 from pydantic import GetCoreSchemaHandler
@@ -118,5 +119,6 @@ class Governor:
 
     def check(self) -> str:
         """Reads the sensors. Returns why the device may not train now, or ""."""
+        tzset()  # the time zone may have changed: localtime_r does not read it again
         self.reason = pause_reason(self._limits, self._read(), datetime.now(), paused=bool(self.reason))
         return self.reason

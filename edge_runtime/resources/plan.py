@@ -70,7 +70,7 @@ def make_plan(
     """`largest`: extent and file of the sample that takes most memory to read. `memory`: bytes for the whole daemon,
     by default a share of the machine's. `step_seconds`: the longest allowed step.
 
-    Raises ConfigError if level 1 does not fit.
+    Raises ConfigError if level 1 does not fit, RunError if it cannot be measured.
     """
     budget = _budget(memory)
     path = store.root / "plan.json"
@@ -86,7 +86,7 @@ def make_plan(
         stored = _StoredPlan.model_validate_json(path.read_bytes())
         if stored.conditions == conditions:
             return stored.plan
-    measure = ProbeProcess(bundle, engine, threads, largest[1])
+    measure = ProbeProcess(bundle, engine, threads, largest[1], store.root)
     plan = plan_within(measure, bundle, budget - RESERVE, step_seconds)
     if not plan.memory_plans:
         raise ConfigError(_why_nothing_fits(_measure_minimum(measure), budget, step_seconds))
@@ -100,12 +100,18 @@ def largest_extent(memory: int | None) -> int:
 
 
 def measure_minimum(
-    bundle: Bundle, engine: EngineName, threads: int, sample: Path, memory: int | None, step_seconds: float
+    bundle: Bundle,
+    engine: EngineName,
+    threads: int,
+    sample: Path,
+    memory: int | None,
+    step_seconds: float,
+    scratch: Path,
 ) -> tuple[int, float]:
     """Bytes of memory and seconds per step that a round at level 1 takes at least. Raises ConfigError if that does not
-    fit."""
+    fit, RunError if it cannot be measured. Writes into `scratch` only."""
     budget = _budget(memory)
-    measurements = _measure_minimum(ProbeProcess(bundle, engine, threads, sample))
+    measurements = _measure_minimum(ProbeProcess(bundle, engine, threads, sample, scratch))
     last = measurements[-1] if len(measurements) == 2 else None
     if last is None or last.peak_rss + RESERVE > budget or last.seconds > step_seconds:
         raise ConfigError(_why_nothing_fits(measurements, budget, step_seconds))
@@ -156,10 +162,7 @@ def _measure_minimum(measure: Measure) -> list[Measurement]:
 
 def _why_nothing_fits(minimum: Sequence[Measurement], budget: int, step_seconds: float) -> str:
     if len(minimum) < 2:
-        return (
-            "what a round at level 1 needs could not be measured: the probe ended early, probably because memory ran "
-            "out; use a bundle of a smaller model, or one built with --precision int8"
-        )
+        return "what a round at level 1 needs could not be measured: memory ran out before its end; use a bundle of a smaller model, or one built with --precision int8"
     least = minimum[-1].peak_rss + RESERVE
     if least > budget:
         return (

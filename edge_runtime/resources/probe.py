@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -22,11 +24,14 @@ from edge_runtime.engines.base import Batch, MemoryPlan
 from edge_runtime.engines.factory import open_engine
 from edge_runtime.engines.memory import peak_rss
 from edge_runtime.engines.step_graph import default_micro_batch
+from edge_runtime.store.device_store import PROBE
 from edge_runtime.training.gate import Gate
+from fedfmsl.errors import RunError, one_line
 from fedfmsl.protocol.bundle import Bundle, file_sha256
 from fedfmsl.protocol.messages import EngineChoice, EngineName, Training
 
 BATCH = 16  # samples per step; the server's default
+OUT_OF_MEMORY = ("MemoryError", "bad_alloc", "Failed to allocate memory", "Cannot allocate memory")  # in error texts
 FEATURES = 0  # stands for the feature pass where levels are numbered from 1
 
 
@@ -52,19 +57,20 @@ def probe_levels(
     feature_batch: int,
     first: int,
     memory_plan: MemoryPlan,
+    scratch: Path,
 ) -> Iterator[Measurement]:
-    """A feature pass over `feature_batch` times the sample, then a prediction and a step at each level from `first`."""
+    """A feature pass over `feature_batch` times the sample, then a prediction and a step at each level from `first`.
+    Writes features into the folder `scratch`."""
     with contextlib.suppress(OSError):  # if memory runs out, the kernel ends this process first
         Path("/proc/self/oom_score_adj").write_text("1000")
     dims, levels, theta = bundle.manifest.dims, bundle.manifest.levels, bundle.initial()[0]
     gate = Gate(bundle, threads)
-    with tempfile.TemporaryDirectory() as folder:
-        cache = FeatureCache(DiskCache(Path(folder), 2**40), bundle, threads, batch_size=feature_batch)
-        samples = [Sample(sample, file_sha256(sample), 0)] * feature_batch
-        started = time.perf_counter()
-        gate.log_weights(bundle.initial()[1], cache.pooled(samples, 1), np.zeros((len(samples), 2), np.float32))
-        cache.lifted(samples, levels, 1, theta)
-        yield _measurement(FEATURES, feature_batch, started)
+    cache = FeatureCache(DiskCache(scratch, 2**40), bundle, threads, batch_size=feature_batch)
+    samples = [Sample(sample, file_sha256(sample), 0)] * feature_batch
+    started = time.perf_counter()
+    gate.log_weights(bundle.initial()[1], cache.pooled(samples, 1), np.zeros((len(samples), 2), np.float32))
+    cache.lifted(samples, levels, 1, theta)
+    yield _measurement(FEATURES, feature_batch, started)
     memory_plans = {
         level: MemoryPlan(min(memory_plan.micro_batch, default_micro_batch(dims, level)), memory_plan.lean)
         for level in range(first, levels + 1)
@@ -91,12 +97,17 @@ def _measurement(level: int, size: int, started: float) -> Measurement:
 
 @dataclass(frozen=True)
 class ProbeProcess:
-    """A Measure that runs `probe_levels` in a separate process and ends it when no more measurements are needed."""
+    """A Measure that runs `probe_levels` in a separate process and ends it when no more measurements are needed.
+
+    It needs no other writable folder than `folder`. Measurements end early if memory runs out. Raises RunError if the
+    process fails for another reason, OSError if the disk is full.
+    """
 
     bundle: Bundle
     engine: EngineName
     threads: int
     sample: Path
+    folder: Path
 
     def __call__(self, feature_batch: int, first: int, memory_plan: MemoryPlan) -> Iterator[Measurement]:
         options = {
@@ -110,9 +121,28 @@ class ProbeProcess:
         }
         command = [sys.executable, "-m", "edge_runtime", "probe", *(["--lean"] if memory_plan.lean else [])]
         command += [text for name, value in options.items() for text in (f"--{name}", str(value))]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-            try:
-                for text in process.stdout or ():
-                    yield Measurement(**json.loads(text))
-            finally:
-                process.kill()
+        with (
+            tempfile.TemporaryDirectory(dir=self.folder, prefix=PROBE) as scratch,
+            tempfile.TemporaryFile(dir=scratch) as errors,
+        ):
+            command += ["--scratch", scratch]
+            with subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=errors, encoding="utf-8", errors="replace"
+            ) as process:
+                try:
+                    for text in process.stdout or ():
+                        yield Measurement(**json.loads(text))
+                    process.wait()
+                    errors.seek(0)
+                    check_end(process.returncode, errors.read().decode(errors="replace"))
+                finally:
+                    process.kill()
+
+
+def check_end(code: int, errors: str) -> None:
+    """Raises RunError if the process ended with an error other than a lack of memory, OSError if the disk is full."""
+    if code == os.EX_IOERR:
+        raise OSError(errno.ENOSPC, "no space for the measurement of memory and time")
+    last = next((line for line in reversed(errors.splitlines()) if line.strip()), f"exit code {code}")
+    if code > 0 and not any(text in errors for text in OUT_OF_MEMORY):
+        raise RunError(f"memory and time of a round could not be measured: {one_line(last.removeprefix('error: '))}")

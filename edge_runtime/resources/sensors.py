@@ -117,7 +117,9 @@ def _ask_network_manager(interface: str) -> bool | None:
         return None
     command = [nmcli, "-g", "GENERAL.METERED", "device", "show", interface]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=NMCLI_SECONDS)
+        done = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", check=True, timeout=NMCLI_SECONDS
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return {"yes": True, "no": False}.get(done.stdout.split("(")[0].strip())
@@ -125,7 +127,7 @@ def _ask_network_manager(interface: str) -> bool | None:
 
 def _text(path: Path) -> str | None:
     try:
-        return path.read_text(errors="replace").strip()
+        return path.read_text("utf-8", errors="replace").strip()
     except (OSError, TypeError):  # a sensor that is off; EAGAIN (a Jetson's cv0) becomes a TypeError
         return None
 

@@ -12,6 +12,7 @@ STATE/cache/             the feature cache
 STATE/results.json       the last evaluation
 STATE/mixture            the device's own part of the personalized model, as of the last round
 STATE/personalized.onnx  the personalized model in one file
+STATE/exported           session and round of that file
 STATE/lock               held by the process that uses this directory
 STATE/plan.json          the measured memory plan
 STATE/health.json        the last health message
@@ -23,6 +24,7 @@ from __future__ import annotations
 
 import re
 import secrets
+import shutil
 import socket
 import tempfile
 import unicodedata
@@ -33,6 +35,8 @@ from edge_runtime.store.outbox import Outbox
 from fedfmsl.common.files import FULL, write_atomically
 from fedfmsl.errors import ConfigError
 from fedfmsl.protocol.topics import check_name
+
+PROBE = ".probe-"  # start of the name of a temporary folder
 
 
 class DeviceStore:
@@ -89,10 +93,8 @@ class DeviceStore:
         return self.root / "skipped.txt"
 
     @property
-    def is_model_newer(self) -> bool:
-        """Whether the personalized model is newer than its ONNX file."""
-        written = self.personalized.stat().st_mtime if self.personalized.is_file() else 0.0
-        return self.mixture.is_file() and self.mixture.stat().st_mtime > written
+    def exported(self) -> Path:
+        return self.root / "exported"
 
     def permission_error(self) -> ConfigError:
         """The error if this user may not read the directory."""
@@ -110,7 +112,7 @@ class DeviceStore:
         self._check_writable()
         if path.is_file():
             try:
-                name = check_name("device", path.read_text().strip())
+                name = check_name("device", path.read_text("utf-8").strip())
             except (UnicodeDecodeError, ConfigError) as error:
                 raise ConfigError(f"{path} holds no device name; restore it, or use another --state") from error
             if configured and configured != name:
@@ -138,11 +140,13 @@ class DeviceStore:
     def remove_temporary_files(self) -> None:
         """Removes the temporary files of a killed process. No other process may write at the same time."""
         files = [self.personal, self.baseline, self.residual, self.results, self.mixture, self.personalized]
-        files += [self.health, self.skipped]
+        files += [self.health, self.skipped, self.exported]
         temporary = [path for folder in ("globals", "outbox") for path in (self.root / folder).glob(".*")]
         temporary += [each for path in files for each in path.parent.glob(f".{path.name}.*")]
         for path in temporary:
             path.unlink(missing_ok=True)
+        for folder in self.root.glob(f"{PROBE}*"):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def name_of_host(host: str) -> str:

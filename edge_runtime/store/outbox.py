@@ -31,7 +31,7 @@ class Outbox:
         return self._position()[1]
 
     def _position(self) -> tuple[str, int]:
-        text = self._session.read_text(errors="replace").strip() if self._session.is_file() else ""
+        text = self._session.read_text("utf-8", errors="replace").strip() if self._session.is_file() else ""
         found = re.fullmatch(r"([0-9A-Za-z-]{1,64})(?: ([0-9]{1,10}))?", text)
         return (found[1], int(found[2] or 0)) if found else ("", 0)
 

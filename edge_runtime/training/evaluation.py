@@ -25,6 +25,7 @@ from edge_runtime.training.tensor_file import read_tensors
 from fedfmsl.algorithms.arrays import Floats, Labels, Vector
 from fedfmsl.algorithms.mixture import accuracy, gate_statistics, label_log_p, log_softmax, nll
 from fedfmsl.common.files import write_atomically
+from fedfmsl.errors import shown
 from fedfmsl.protocol.messages import Round
 from fedfmsl.protocol.tensors import pack
 
@@ -100,7 +101,7 @@ def evaluate(context: TrainingContext, round_: Round, published: Globals) -> Sta
     for name in ("start", "global"):
         counts[name] = _per_class(context, labels[models[name].argmax(axis=1) == labels])
     calibrated = model.calibrated(models["mofm"])
-    probabilities = {str(i.path): p.tolist() for i, p in zip(samples, np.exp(calibrated), strict=True)}
+    probabilities = {shown(i.path): p.tolist() for i, p in zip(samples, np.exp(calibrated), strict=True)}
     results = {"run": round_.run, "accuracy": metrics, "probabilities": probabilities}
     write_atomically(context.store.results, json.dumps(results).encode())
     return StageResult(

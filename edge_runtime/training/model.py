@@ -133,6 +133,26 @@ def read_personal_model(store: DeviceStore) -> PersonalModel:
     return PersonalModel(header, {name: np.asarray(tensor, np.float32) for name, tensor in tensors.items()})
 
 
+def mark_exported(store: DeviceStore, header: ModelHeader) -> None:
+    """Records that personalized.onnx is the model with this header."""
+    write_atomically(store.exported, _version(header).encode())
+
+
+def is_exported(store: DeviceStore) -> bool:
+    """Whether personalized.onnx is the personalized model, if there is one. Compares sessions and rounds: the times of
+    files are wrong after the clock was set."""
+    try:
+        header = read_personal_model(store).header
+    except InputError:
+        return True
+    written = store.exported.read_bytes() if store.exported.is_file() and store.personalized.is_file() else b""
+    return written == _version(header).encode()
+
+
+def _version(header: ModelHeader) -> str:
+    return f"{header.session} {header.round}\n"
+
+
 def open_model_bundle(store: DeviceStore, header: ModelHeader, path: Path | None = None) -> Bundle:
     """The bundle that a model belongs to. `path`: its folder; default: the bundle that the device downloaded.
 

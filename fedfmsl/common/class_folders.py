@@ -1,37 +1,39 @@
-"""Folders of labelled files, walked the same way by the export, the trial and the daemon.
+"""Folders of labelled files: one folder per class, with or without a split by the user.
 
-There are two forms: `DIR/<class>/…`, and `DIR/train/<class>/…` with `DIR/test/<class>/…`. Hidden entries and files
-that operating systems create are ignored. Entries are in the order of their names.
+There are two forms: `DIR/<class>/…`, and `DIR/train/<class>/…` with `DIR/test/<class>/…` or `DIR/val/<class>/…` (see
+`fedfmsl.common.split_names`). `fedfmsl.common.folder_walk` decides which files are used. Class names are compared in
+Unicode's normal form NFC, because macOS writes the accents in file names in another form.
 """
 
 from __future__ import annotations
 
 import os
-import posixpath
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+import unicodedata
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from fedfmsl.common.files import shown
+from fedfmsl.common.folder_walk import (
+    FileVersion,
+    SkippedFile,
+    files_below,
+    has_suffix,
+    is_folder,
+    is_unused,
+    unreadable,
+    visible_entries,
+    wrong_suffix,
+)
+from fedfmsl.common.split_names import Role, role_of
 from fedfmsl.errors import InputError
 
-TRAIN, TEST = "train", "test"
-IGNORED = frozenset(
-    {"Thumbs.db", "desktop.ini", "@eaDir", "__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information"}
-)
 CLASSES_NAMED = 8  # classes that a reason lists
+NO_CLASS = "not in a class folder"
+LEADS_BACK = "link into the same folder"
+NOT_TRAINED = "validation split beside a test split; move its files to the training folder to use them"
+NO_SPLIT = "beside the training folder; move it there if it is a class"
 
-
-@dataclass(frozen=True, slots=True)
-class FileVersion:
-    """Changes when the file is written."""
-
-    size: int
-    mtime_ns: int
-
-    @classmethod
-    def of(cls, status: os.stat_result) -> FileVersion:
-        return cls(status.st_size, status.st_mtime_ns)
+Entry = os.DirEntry[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,54 +44,65 @@ class ClassFile:
     name: str
     label: str
     version: FileVersion
-    is_test: bool = False  # below DIR/test
-
-
-@dataclass(frozen=True, slots=True)
-class SkippedFile:
-    """A file or folder that is not used, and why."""
-
-    path: Path
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{shown(self.path)}: {self.reason}"
+    is_test: bool = False  # in the user's own test split
 
 
 @dataclass(frozen=True)
 class Listing:
-    """What a walk found. `has_test`: the folder has its own test split."""
+    """What a walk found. `test`: the name of the folder with the user's own test split; None: there is none."""
 
     files: list[ClassFile]
     skipped: list[SkippedFile]
-    has_test: bool = False
+    test: str | None = None
+
+
+@dataclass(frozen=True)
+class _Splits:
+    """The names of the folders that hold class folders; without `train` it is the walked folder itself. `unused`: the
+    other folders, and why."""
+
+    train: str = ""
+    test: str | None = None
+    unused: Mapping[str, str] = field(default_factory=dict)
 
 
 def walk_classes(folder: Path, suffixes: Collection[str], noun: str, classes: Sequence[str] | None = None) -> Listing:
     """The files in class folders. `noun` names a file in reasons and errors; `suffixes` are in lower case.
 
     A file with another suffix, outside of a class folder, or in a class that is not in `classes` is skipped. Raises
-    InputError if the folder does not exist or cannot be read.
+    InputError if the folder does not exist or cannot be read, or if it is unclear which of its folders are splits.
     """
-    listing = Listing([], [], _has_splits(folder))
-    for split in _splits(folder):
-        for entry in _entries(folder / split, noun):
-            name = f"{split}/{entry.name}" if split else entry.name
-            if not entry.is_dir():
-                if has_suffix(name, suffixes):
-                    listing.skipped.append(SkippedFile(folder / name, "is not in a class folder"))
-                continue
-            found = list(files_below(folder, name, listing.skipped))
-            if classes is None or entry.name in classes:
-                for file, version in found:
-                    if has_suffix(file, suffixes):
-                        listing.files.append(ClassFile(folder / file, file, entry.name, version, split == TEST))
-                    else:
-                        listing.skipped.append(SkippedFile(folder / file, wrong_suffix(noun)))
-            elif any(has_suffix(file, suffixes) for file, _ in found):
-                reason = f"{unknown_class(entry.name, classes)}; rename or remove the folder"
-                listing.skipped.append(SkippedFile(folder / name, reason))
-    return listing
+    skipped: list[SkippedFile] = []
+    entries = _entries(folder, noun, skipped, classes or ())
+    splits = _splits(folder, noun, entries, classes or ())
+    files: list[ClassFile] = []
+    known = None if classes is None else {normal_name(name): name for name in classes}
+
+    def found_in(name: str) -> list[tuple[str, FileVersion]]:
+        found = []
+        for file, version in files_below(folder, name, skipped):
+            if has_suffix(file, suffixes):
+                found.append((file, version))
+            else:
+                skipped.append(wrong_suffix(folder / file, noun))
+        return found
+
+    for name, entry, is_test in _class_level(folder, entries, splits, skipped, classes or ()):
+        if not is_folder(entry, follow=True):
+            path = folder / name
+            skipped.append(SkippedFile(path, NO_CLASS) if has_suffix(name, suffixes) else wrong_suffix(path, noun))
+            continue
+        found, label = found_in(name), normal_name(entry.name)
+        if known is None or label in known:
+            spelling = known[label] if known else label
+            files += [ClassFile(folder / file, file, spelling, version, is_test) for file, version in found]
+        elif found:
+            reason = f"{unknown_class(classes or ())}; rename or remove the folder"
+            skipped.append(SkippedFile(folder / name, reason, similar(label, classes or ()), len(found)))
+    for name, reason in splits.unused.items():
+        if count := len(found_in(name)):
+            skipped.append(SkippedFile(folder / name, reason, files=count))
+    return Listing(files, skipped, splits.test)
 
 
 def check_folder(folder: Path, noun: str) -> None:
@@ -101,62 +114,121 @@ def check_folder(folder: Path, noun: str) -> None:
     raise InputError(f"{noun} folder {folder} does not exist; create or mount it, or pass another folder")
 
 
-def folder_classes(folder: Path, noun: str = "class") -> list[str]:
-    """The names of the class folders; those of DIR/train if DIR has a test split. Raises as `walk_classes` does."""
-    return [entry.name for entry in _entries(folder / _splits(folder)[0], noun) if entry.is_dir()]
+def folder_classes(folder: Path, noun: str, skipped: list[SkippedFile]) -> list[str]:
+    """The names of the class folders; those of the training folder if there is one. Other folders are added to
+    `skipped`. Raises as `walk_classes` does."""
+    entries = _entries(folder, noun, skipped, ())
+    splits = _splits(folder, noun, entries, ())
+    skipped += [SkippedFile(folder / name, reason) for name, reason in splits.unused.items()]
+    found = _class_level(folder, entries, splits, skipped, ())
+    names = [entry.name for _, entry, is_test in found if not is_test and is_folder(entry, follow=True)]
+    return [*dict.fromkeys(map(normal_name, names))]
 
 
-def files_below(folder: Path, name: str, skipped: list[SkippedFile]) -> Iterator[tuple[str, FileVersion]]:
-    """The files at any depth below `folder`/`name`, with their paths below `folder`. A subfolder that cannot be read is
-    added to `skipped`. Links to folders are not followed, because they can form a loop."""
-    try:
-        entries = _visible(folder / name)
-    except FileNotFoundError:  # deleted during the walk
-        return
-    except OSError as error:
-        skipped.append(SkippedFile(folder / name, f"cannot be read ({error.strerror})"))
-        return
-    for entry in entries:
-        path = f"{name}/{entry.name}" if name else entry.name
-        try:
-            if entry.is_dir(follow_symlinks=False):
-                yield from files_below(folder, path, skipped)
-            elif entry.is_file():
-                yield path, FileVersion.of(entry.stat())
-        except FileNotFoundError:
-            continue
+def has_splits(folder: Path, noun: str) -> bool:
+    """Whether class folders are in a training folder. Raises as `walk_classes` does."""
+    return bool(_splits(folder, noun, _entries(folder, noun, [], ()), ()).train)
 
 
-def has_suffix(name: str, suffixes: Collection[str]) -> bool:
-    return posixpath.splitext(name)[1].lower() in suffixes
+def subfolders(folder: Path, noun: str, skipped: list[SkippedFile]) -> list[str]:
+    """The names of all folders in a folder. What the rules leave out is added to `skipped`. Raises InputError if the
+    folder does not exist or cannot be read."""
+    return [entry.name for entry in _entries(folder, noun, skipped, ()) if is_folder(entry, follow=True)]
 
 
-def wrong_suffix(noun: str) -> str:
-    return f"its name has no {noun} suffix"
+def normal_name(name: str) -> str:
+    """The form in which class names are compared."""
+    return unicodedata.normalize("NFC", name)
 
 
-def unknown_class(label: str, classes: Sequence[str]) -> str:
+def unknown_class(classes: Sequence[str]) -> str:
+    """The reason why a file of another class is not used."""
     known = ", ".join(classes[:CLASSES_NAMED]) + (", …" if len(classes) > CLASSES_NAMED else "")
-    return f"class {label!r} is not in the bundle, whose classes are {known}"
+    return f"class not in the bundle, whose classes are {known}"
 
 
-def _has_splits(folder: Path) -> bool:
-    return (folder / TRAIN).is_dir() and (folder / TEST).is_dir()
+def similar(label: str, classes: Sequence[str]) -> str:
+    """A hint at a class whose name differs only in case or outer spaces. "": there is none."""
+    plain = label.strip().casefold()
+    near = next((name for name in classes if name.strip().casefold() == plain), None)
+    return f"did you mean {near!r}?" if near else ""
 
 
-def _splits(folder: Path) -> tuple[str, ...]:
-    return (TRAIN, TEST) if _has_splits(folder) else ("",)
-
-
-def _entries(folder: Path, noun: str) -> list[os.DirEntry[str]]:
+def _entries(folder: Path, noun: str, skipped: list[SkippedFile], kept: Collection[str]) -> list[Entry]:
     try:
         check_folder(folder, noun)
-        return _visible(folder)
+        return visible_entries(folder, skipped, kept)
     except OSError as error:
         raise InputError(f"{noun} folder {folder} cannot be read ({error.strerror}); check its permissions") from error
 
 
-def _visible(folder: Path) -> list[os.DirEntry[str]]:
-    with os.scandir(folder) as entries:
-        visible = [entry for entry in entries if not entry.name.startswith(".") and entry.name not in IGNORED]
-    return sorted(visible, key=lambda entry: entry.name)
+def _splits(folder: Path, noun: str, entries: Sequence[Entry], classes: Collection[str]) -> _Splits:
+    """Finds the user's splits by the names of the folders.
+
+    A training folder is one if a test folder is beside it, or no other folder. Among other folders it has to hold
+    folders itself: `train` is also a class of vehicles. A validation folder is the test split if there is no other.
+    """
+    roles: dict[Role | None, list[str]] = {}
+    for entry in entries:
+        if is_folder(entry, follow=True):
+            roles.setdefault(role_of(entry.name), []).append(entry.name)
+    others, trains = roles.get(None, []), roles.get(Role.TRAIN, [])
+    tests, unused = roles.get(Role.TEST, []), roles.get(Role.VALIDATION, [])
+    if not tests:
+        tests, unused = unused, []
+    if not trains:
+        if tests and not others and not {*tests} <= {*classes}:
+            raise InputError(
+                f"{noun} folder {folder} has {_named(tests)} and no training folder; add {folder / 'train'}, or pass "
+                "a folder with one subfolder per class"
+            )
+        return _Splits()
+    if not tests and (others or trains[0] in classes):
+        return _Splits()
+    if (others or not tests) and not _has_folders(folder / trains[0]):
+        return _Splits()
+    for same in (trains, tests):
+        if len(same) > 1:
+            raise InputError(f"{noun} folder {folder} has {_named(same)}, which mean the same; keep one of them")
+    reasons = {**dict.fromkeys(unused, NOT_TRAINED), **dict.fromkeys(others, NO_SPLIT)}
+    return _Splits(trains[0], tests[0] if tests else None, reasons)
+
+
+def _has_folders(folder: Path) -> bool:
+    try:
+        return any(is_folder(entry, follow=True) for entry in visible_entries(folder, []))
+    except OSError:
+        return False
+
+
+def _named(names: Sequence[str]) -> str:
+    return " and ".join(f"{name}/" for name in names)
+
+
+def _class_level(
+    folder: Path, entries: Sequence[Entry], splits: _Splits, skipped: list[SkippedFile], kept: Collection[str]
+) -> Iterator[tuple[str, Entry, bool]]:
+    """Class folders and the files beside them: the path below `folder`, and whether it is in the test split."""
+    level = [(entry.name, entry, False) for entry in entries if not (splits.train and is_folder(entry, follow=True))]
+    for split in filter(None, (splits.train, splits.test)):
+        try:
+            inner = visible_entries(folder / split, skipped, kept)
+        except OSError as error:
+            skipped.append(unreadable(folder / split, error))
+        else:
+            level += [(f"{split}/{entry.name}", entry, split == splits.test) for entry in inner]
+    for name, entry, is_test in level:
+        if entry.is_symlink() and _leads_back(folder, entry):
+            skipped.append(SkippedFile(folder / name, LEADS_BACK))
+        else:
+            yield name, entry, is_test
+
+
+def _leads_back(folder: Path, link: Entry) -> bool:
+    """Whether a link leads to a folder that contains `folder`, or to a place below it that is read without the link."""
+    if not is_folder(link, follow=True):
+        return False
+    root, target = Path(os.path.realpath(folder)), Path(os.path.realpath(link.path))
+    if not target.is_relative_to(root):
+        return root.is_relative_to(target)
+    return not any(map(is_unused, target.relative_to(root).parts))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import signal
 import sys
 from types import FrameType
@@ -23,8 +25,22 @@ def notice(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def print_json(value: object) -> None:
+    """Prints one line of JSON in ASCII: escapes of another kind, for a terminal without UTF-8, would not be JSON."""
+    print(json.dumps(value), flush=True)
+
+
+def show_unencodable() -> None:
+    """From now on both output streams escape what their encoding lacks, like ☃ without UTF-8, or a file name that is not
+    UTF-8. By default printing it is an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 class _Application(typer.Typer):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        show_unencodable()
         signal.signal(signal.SIGTERM, _terminate)
         try:
             return super().__call__(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Files: how their names are shown, and how they are written atomically and durably."""
+"""Atomic and durable writing of files."""
 
 from __future__ import annotations
 
@@ -6,18 +6,10 @@ import errno
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from unicodedata import category
 
+MAX_NAME_BYTES = 255  # of common file systems
+ADDED_BYTES = 32  # that a temporary name may have more than the name of its file
 FULL = {errno.ENOSPC, errno.EDQUOT}  # error numbers of a full disk
-
-
-def shown(path: os.PathLike[str] | str) -> str:
-    """A path as text for messages, logs and predictions.
-
-    Linux takes any bytes as a name. Bytes that are not UTF-8, which Python keeps as surrogates, and control characters
-    are escaped; every other name stays as it is.
-    """
-    return "".join(map(_escaped, os.fspath(path)))
 
 
 def write_atomically(path: Path, data: bytes | Iterable[bytes], durable: bool = False) -> None:
@@ -26,7 +18,7 @@ def write_atomically(path: Path, data: bytes | Iterable[bytes], durable: bool = 
     `data`: the bytes, or their parts. With `durable` the file survives a power failure right after the call.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{shortened(path.name)}.{os.getpid()}")
     try:
         with temporary.open("wb") as file:
             file.writelines([data] if isinstance(data, bytes) else data)
@@ -41,10 +33,9 @@ def write_atomically(path: Path, data: bytes | Iterable[bytes], durable: bool = 
         raise
 
 
-def _escaped(character: str) -> str:
-    if "\udc80" <= character <= "\udcff":
-        return f"\\x{ord(character) - 0xDC00:02x}"
-    return character.encode("unicode_escape").decode() if category(character) in ("Cc", "Cs") else character
+def shortened(name: str) -> str:
+    """The beginning of a file name, so that ADDED_BYTES more are not too many."""
+    return os.fsdecode(os.fsencode(name)[: MAX_NAME_BYTES - ADDED_BYTES])
 
 
 def sync(path: Path) -> None:

@@ -23,6 +23,7 @@ LogFormat = Literal["text", "json"]
 FILE_BYTES, OLD_FILES = 2 * 1024 * 1024, 2  # size of a log file; number of rotated files to keep
 PACKAGES = ("fedfmsl", "edge_runtime", "trainer_server")  # whose INFO lines are logged; of others only warnings
 RESERVED = frozenset({"time", "level", "message"})  # keys of every JSON line
+UNENCODABLE = "backslashreplace"  # of file names that are not UTF-8
 _PRIORITIES = {logging.INFO: "<6>", logging.WARNING: "<4>", logging.ERROR: "<3>"}  # sd-daemon(3)
 
 
@@ -54,7 +55,11 @@ def set_up_logging(form: LogFormat = "text", file: Path | None = None) -> None:
     if file is not None:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            handlers.append(RotatingFileHandler(file, maxBytes=FILE_BYTES, backupCount=OLD_FILES, encoding="utf-8"))
+            handlers.append(
+                RotatingFileHandler(
+                    file, maxBytes=FILE_BYTES, backupCount=OLD_FILES, encoding="utf-8", errors=UNENCODABLE
+                )
+            )
         except OSError as error:
             raise ConfigError(f"--log-file {file} cannot be written ({error.strerror}); choose another") from error
         handlers[1].setFormatter(_Json() if form == "json" else _DATED)
@@ -68,7 +73,7 @@ class _Json(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         moment = datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds")
         line = {"time": moment, "level": record.levelname.lower(), "message": record.getMessage()}
-        return json.dumps({**line, **getattr(record, "fields", {})}, ensure_ascii=False, default=str)
+        return json.dumps({**line, **getattr(record, "fields", {})}, default=str)  # in ASCII, for any encoding
 
 
 class _Journal(logging.Formatter):

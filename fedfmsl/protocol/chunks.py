@@ -1,6 +1,7 @@
 """Blobs cut into chunks that every broker accepts, and put together again.
 
-A *chunk* is a slice of a blob with a header: its index, the number of chunks, and the blob's SHA-256. A receiver gets
+A *chunk* is a slice of a blob with a header: its size, its index, the number of chunks, and the blob's SHA-256. Some
+brokers accept smaller messages than others, so CHUNK_BYTES may be halved several times. A receiver gets
 chunks in any order, more than once, and of several blobs. `PartialBlob` counts them. Its subclasses store the
 bytes: `Assembler` uses memory, `trainer_server.storage.uploads` uses files.
 """
@@ -17,37 +18,48 @@ from fedfmsl.errors import MessageError
 
 CHUNK_BYTES = 96 * 1024  # AWS IoT's limit of 128 KB is the smallest of the hosted brokers
 MAX_BLOB_BYTES = 64 * 1024 * 1024
+CHUNK_SIZES = tuple(CHUNK_BYTES >> halvings for halvings in range(7))
 _HEADER = struct.Struct(">4sII32s")  # magic, index, count, SHA-256 of the blob
-_MAGIC = b"FMS1"
+HEADER_BYTES = _HEADER.size
+_SIZES = {b"FMS%d" % (number + 1): size for number, size in enumerate(CHUNK_SIZES)}  # by magic
+_MAGICS = {size: magic for magic, size in _SIZES.items()}
 
 
-def chunks(blob: bytes) -> Iterator[bytes]:
-    """The chunks of a blob. All bodies but the last have CHUNK_BYTES."""
+def check_chunk_size(size: int) -> int:
+    """Raises ValueError if `size` is not one of CHUNK_SIZES."""
+    if size not in CHUNK_SIZES:
+        raise ValueError(f"chunks have one of {CHUNK_SIZES} bytes")
+    return size
+
+
+def chunks(blob: bytes, size: int = CHUNK_BYTES) -> Iterator[bytes]:
+    """The chunks of a blob. All bodies but the last have `size` bytes, one of CHUNK_SIZES."""
     digest = hashlib.sha256(blob).digest()
-    count = chunk_count(len(blob))
+    count = chunk_count(len(blob), size)
     for index in range(count):
-        body = blob[index * CHUNK_BYTES : (index + 1) * CHUNK_BYTES]
-        yield _HEADER.pack(_MAGIC, index, count, digest) + body
+        body = blob[index * size : (index + 1) * size]
+        yield _HEADER.pack(_MAGICS[size], index, count, digest) + body
 
 
-def chunk_count(length: int) -> int:
+def chunk_count(length: int, size: int = CHUNK_BYTES) -> int:
     """The number of chunks of a blob of `length` bytes."""
-    return -(-length // CHUNK_BYTES)
+    return -(-length // size)
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Chunk `index` of the `count` chunks of the blob with the SHA-256 `digest`."""
+    """Chunk `index` of the `count` chunks of `size` bytes of the blob with the SHA-256 `digest`."""
 
+    size: int
     index: int
     count: int
     digest: bytes
     body: bytes
 
     @property
-    def blob(self) -> tuple[bytes, int]:
+    def blob(self) -> tuple[bytes, int, int]:
         """Equal for the chunks of one blob."""
-        return self.digest, self.count
+        return self.digest, self.count, self.size
 
     @classmethod
     def read(cls, payload: bytes, max_bytes: int) -> Chunk:
@@ -56,14 +68,15 @@ class Chunk:
         if len(payload) < _HEADER.size:
             raise MessageError("not a chunk: too short")
         magic, index, count, digest = _HEADER.unpack_from(payload)
-        if magic != _MAGIC or index >= count:
+        size = _SIZES.get(magic)
+        if size is None or index >= count:
             raise MessageError("not a chunk: unknown magic or counts out of range")
-        if count > chunk_count(min(max_bytes, MAX_BLOB_BYTES)):
+        if count > chunk_count(min(max_bytes, MAX_BLOB_BYTES), size):
             raise MessageError(f"a blob of {count} chunks: more than {max_bytes} bytes are not expected here")
         length = len(payload) - _HEADER.size
-        if not (length == CHUNK_BYTES or (index == count - 1 and 0 < length < CHUNK_BYTES)):
+        if not (length == size or (index == count - 1 and 0 < length < size)):
             raise MessageError(f"not a chunk: {length} bytes as number {index + 1} of {count}")
-        return cls(index, count, digest, payload[_HEADER.size :])
+        return cls(size, index, count, digest, payload[_HEADER.size :])
 
 
 @dataclass(slots=True)
@@ -78,7 +91,7 @@ class PartialBlob(ABC):
         Raises MessageError if the whole blob does not have its SHA-256.
         """
         if not self._received >> chunk.index & 1:
-            self._write(chunk.index, chunk.body)
+            self._write(chunk.index, chunk.size, chunk.body)
             self._received |= 1 << chunk.index
         if self._received.bit_count() < chunk.count:
             return None
@@ -87,8 +100,13 @@ class PartialBlob(ABC):
             raise MessageError("the chunks do not add up to the announced SHA-256")
         return blob
 
+    def missing(self, count: int) -> list[int]:
+        """The indices of the `count` chunks that have not been received, in order."""
+        return [index for index in range(count) if not self._received >> index & 1]
+
     @abstractmethod
-    def _write(self, index: int, body: bytes) -> None: ...
+    def _write(self, index: int, size: int, body: bytes) -> None:
+        """`size` is the size of all chunks but the last."""
 
     @abstractmethod
     def _read(self) -> bytes:
@@ -99,11 +117,14 @@ class PartialBlob(ABC):
 class _InMemory(PartialBlob):
     _bodies: dict[int, bytes] = field(default_factory=dict)
 
-    def _write(self, index: int, body: bytes) -> None:
+    def _write(self, index: int, size: int, body: bytes) -> None:
         self._bodies[index] = body
 
     def _read(self) -> bytes:
         return b"".join(body for _, body in sorted(self._bodies.items()))
+
+
+NO_BLOB = (b"", 0, 0)
 
 
 class Assembler:
@@ -111,8 +132,18 @@ class Assembler:
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
-        self._blob = (b"", 0)
+        self._blob = NO_BLOB
         self._partial = _InMemory()
+
+    @property
+    def count(self) -> int:
+        """The number of chunks of the incomplete blob; 0 if no chunk of it has been received."""
+        return self._blob[1]
+
+    @property
+    def missing(self) -> list[int]:
+        """The indices of the incomplete blob's chunks that have not been received."""
+        return self._partial.missing(self.count)
 
     def add(self, payload: bytes) -> bytes | None:
         """The whole blob once every chunk has been received, else None.
@@ -126,8 +157,8 @@ class Assembler:
         try:
             blob = self._partial.add(chunk)
         except MessageError:
-            self._blob = (b"", 0)
+            self._blob = NO_BLOB
             raise
         if blob is not None:
-            self._blob = (b"", 0)
+            self._blob = NO_BLOB
         return blob

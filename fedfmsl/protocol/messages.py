@@ -13,6 +13,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from fedfmsl.algorithms.privacy import Privacy
 from fedfmsl.algorithms.sal import Sal
 from fedfmsl.errors import MessageError, one_line
+from fedfmsl.protocol.chunks import CHUNK_BYTES, check_chunk_size
+from fedfmsl.protocol.class_names import valid_name
 from fedfmsl.protocol.topics import MAX_NUMBER, NAME
 
 Name = Annotated[str, Field(pattern=f"^{NAME}$")]  # run or device
@@ -21,9 +23,11 @@ Sha256 = Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")]  # "" if there is n
 Url = Annotated[str, Field(pattern=r"^(https?://[!-~]+)?$", max_length=2048)]
 Key = Annotated[str, Field(pattern=r"^[0-9A-Za-z._-]{1,64}$")]
 Text = Annotated[str, AfterValidator(one_line)]  # for people; a longer text is cut
+ClassName = Annotated[str, AfterValidator(valid_name)]
 Number = Annotated[int, Field(ge=0, le=MAX_NUMBER)]
 Positive = Annotated[int, Field(ge=1, le=MAX_NUMBER)]
 Level = Annotated[int, Field(ge=0, le=1024)]
+ChunkBytes = Annotated[int, AfterValidator(check_chunk_size)]
 Count = Annotated[int, Field(ge=0, le=2**53)]  # also exact as a float
 Amount = Annotated[float, Field(ge=0, le=2**53)]
 
@@ -71,7 +75,8 @@ class Encoding(str, Enum):
 
 class ServerStatus(Message):
     """Retained, last will. Each execution of a run name has its own `session`; a restarted server keeps it. It
-    distinguishes messages and files of an earlier execution."""
+    distinguishes messages and files of an earlier execution. `chunk_bytes`: the size of chunks that the broker takes.
+    """
 
     online: bool
     run: Name
@@ -79,6 +84,7 @@ class ServerStatus(Message):
     bundle: Sha256 = ""
     bundle_url: Url = ""
     model: Text = ""
+    chunk_bytes: ChunkBytes = CHUNK_BYTES
 
 
 class Round(Message):
@@ -206,9 +212,9 @@ class Prediction(Message):
     device: Name
     file: Text
     time: Amount
-    label: Text
+    label: ClassName
     confidence: float = Field(ge=0, le=1)
-    probabilities: dict[Text, float] = Field(max_length=4096)
+    probabilities: dict[ClassName, float] = Field(max_length=4096)
     round: Number
 
 
@@ -236,10 +242,11 @@ class Verdict(str, Enum):
     DUPLICATE = "duplicate"
     LATE = "late"
     REJECTED = "rejected"
+    INCOMPLETE = "incomplete"
 
 
 class Ack(Message):
-    """The server's verdict on an update."""
+    """The server's verdict on an update. INCOMPLETE is none yet: the chunks `missing` have not arrived."""
 
     run: Name
     session: Session
@@ -247,6 +254,7 @@ class Ack(Message):
     device: Name
     verdict: Verdict
     reason: Text = ""
+    missing: tuple[Number, ...] = Field(default=(), max_length=64, fail_fast=True)
 
 
 M = TypeVar("M", bound=Message)

@@ -68,6 +68,15 @@ class Topics:
         return f"{self.root}/server/status"
 
     @property
+    def server_check(self) -> str:
+        """The server sends itself messages here, to learn which ones the broker takes."""
+        return f"{self.root}/server/check"
+
+    def check(self, device: str) -> str:
+        """The same for a device."""
+        return f"{self.root}/devices/{device}/check"
+
+    @property
     def round(self) -> str:
         return f"{self.root}/round"
 

@@ -65,13 +65,24 @@ class Disconnected:
 
 
 @dataclass(frozen=True)
+class SubscriptionRefused:
+    """The broker's access rules forbid a subscription. Each topic once."""
+
+    topic: str
+
+    @property
+    def error(self) -> str:
+        return f"the broker refuses the subscription to {self.topic}; allow it in the broker's access rules"
+
+
+@dataclass(frozen=True)
 class Posted:
     """An event of the link's owner, from another of its threads."""
 
     value: object
 
 
-LinkEvent = Received | Oversize | Connected | Disconnected | Posted
+LinkEvent = Received | Oversize | Connected | Disconnected | SubscriptionRefused | Posted
 
 
 @dataclass(frozen=True)
@@ -103,7 +114,10 @@ class Link:
         self._address = address = parse_address(broker)
         if not address.encrypted and not insecure:
             require_loopback(f"traffic to {address.host}", address.host, f"use {address.scheme}s:// with --identity")
-        self._subscriptions: set[str] = set()
+        self.subscriptions: set[str] = set()
+        self._requested: dict[int, str] = {}  # topic by the packet number of its subscription
+        self._requesting = threading.Lock()  # paho's thread may see the answer first
+        self._denied: set[str] = set()  # topics
         self._answered = threading.Event()
         self._refusal: str | None = None
         self._refused = False  # the broker has said why, and closes the connection
@@ -127,6 +141,7 @@ class Link:
         self._client.on_connect_fail = self._on_connect_fail
         self._client.on_disconnect = self._on_disconnect
         self._client.on_message = self._on_message
+        self._client.on_subscribe = self._on_subscribe
 
     def connect(self) -> None:
         """Connects, and reconnects until `close`. Raises BrokerError if the first attempt fails."""
@@ -140,18 +155,18 @@ class Link:
             raise BrokerError(f"no {where} ({error}); start one{tls} or give another --broker") from error
         self._client.loop_start()
         if not self._answered.wait(CONNECT_SECONDS):
-            self._refusal = f"no answer within {CONNECT_SECONDS} s; check --broker and its port"
+            self._refusal = f"no answer within {CONNECT_SECONDS} s; check that --broker names an MQTT port"
         if self._refusal is not None:
             self.close()
             raise BrokerError(f"the {where} refused the connection: {self._refusal}")
 
     def subscribe(self, topic: str) -> None:
         """Subscribes now and after every reconnection."""
-        self._subscriptions.add(topic)
-        self._client.subscribe(topic, QOS)
+        self.subscriptions.add(topic)
+        self._request(topic)
 
     def unsubscribe(self, topic: str) -> None:
-        self._subscriptions.discard(topic)
+        self.subscriptions.discard(topic)
         self._client.unsubscribe(topic)
 
     def publish(self, topic: str, payload: bytes, retain: bool = False, qos: int = QOS) -> paho.MQTTMessageInfo:
@@ -189,10 +204,25 @@ class Link:
             self._lost(f"{reason}; check {hint}")
             return
         self.outage.ended()
-        for topic in self._subscriptions.copy():
-            client.subscribe(topic, QOS)
+        for topic in self.subscriptions.copy():
+            self._request(topic)
         self._answered.set()
         self._put(Connected())
+
+    def _request(self, topic: str) -> None:
+        with self._requesting:
+            _, number = self._client.subscribe(topic, QOS)
+            if number is not None:
+                self._requested[number] = topic
+
+    def _on_subscribe(
+        self, client: paho.Client, data: object, number: int, reasons: list[ReasonCode], _: object
+    ) -> None:
+        with self._requesting:
+            topic = self._requested.pop(number, "")
+        if any(reason.is_failure for reason in reasons) and topic not in self._denied:
+            self._denied.add(topic)
+            self._put(SubscriptionRefused(topic))
 
     def _on_disconnect(
         self, client: paho.Client, data: object, flags: paho.DisconnectFlags, reason: ReasonCode, _: object
@@ -208,7 +238,10 @@ class Link:
                 f"{error or 'it closed the connection'}; check that it runs and that this identity has no other process"
             )
         else:
-            self._lost(f"{error or reason}; check --broker, user and password")
+            self._lost(
+                f"{error or 'it closed the connection without an answer'}; check that this is an MQTT port, user and "
+                "password, and that the broker allows retained messages"
+            )
 
     def _on_connect_fail(self, client: paho.Client, data: object) -> None:
         error, self._client.last_error = self._client.last_error, None

@@ -86,12 +86,12 @@ def test_a_killed_server_resumes_the_round_with_the_acknowledged_updates(
     assert "run 'killed' has finished; announcing it again" in ended.stdout
 
 
-@pytest.mark.needs("mosquitto")  # amqtt does not end a connection if its client id connects again
+@pytest.mark.parametrize("kind", ["amqtt", pytest.param("mosquitto", marks=pytest.mark.needs("mosquitto"))])
 def test_of_two_servers_of_one_run_the_older_one_exits_with_the_reason(
-    bundle: Path, photos: dict[str, Path], tmp_path: Path
+    bundle: Path, photos: dict[str, Path], tmp_path: Path, kind: str
 ) -> None:
     with Processes(tmp_path / "logs") as processes:
-        broker = processes.start_broker("mosquitto")
+        broker = processes.start_broker(kind)
         with Observer(broker, "duplicate") as observer:
             older = Federation("duplicate", broker, bundle, photos, tmp_path / "older", processes).start_server()
             observer.wait(ServerStatus, lambda s: s.online, "the first server")

@@ -83,9 +83,21 @@ def run_without_new_code(*arguments: str) -> subprocess.CompletedProcess[str]:
     return done
 
 
-def test_the_daemon_trains_without_writable_and_executable_memory(bundle: Path, photos: dict[str, Path]) -> None:
+def test_the_daemon_trains_without_writable_and_executable_memory(
+    bundle: Path, photos: dict[str, Path], tmp_path: Path
+) -> None:
     photo = next(photos["device-0"].rglob("*.jpg"))
-    measuring = ("-m", "edge_runtime", "probe", "--bundle", str(bundle), "--sample", str(photo))
+    measuring = (
+        "-m",
+        "edge_runtime",
+        "probe",
+        "--bundle",
+        str(bundle),
+        "--sample",
+        str(photo),
+        "--scratch",
+        str(tmp_path),
+    )
     done = run_without_new_code(*measuring)
     assert done.returncode == 0, done.stderr
     assert '"level":2' in done.stdout

@@ -29,6 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, bert_folder: Path) -> Path:
     directory = tmp_path_factory.mktemp("trial")
     texts = write_texts(directory / "texts", 30)
     (texts / CLASSES[0] / "empty.txt").touch()
+    (texts / CLASSES[0] / "29.txt").rename(texts / CLASSES[0] / "29\udcfc.txt")  # not UTF-8; a test sample
     rounds = ("--stage1-rounds", str(STAGE1), "--stage2-rounds", "1", "--alpha", "5", "--name", "texts")
     ended = trial(directory, "--images", str(texts), "--model", str(bert_folder), *rounds)
     assert ended.code == 0, ended.stdout + ended.stderr
@@ -105,8 +106,13 @@ def test_predict_names_an_unreadable_text(folder: Path, tmp_path: Path) -> None:
     model = str(folder / "devices/device-0/personalized.onnx")
     (tmp_path / "empty.txt").touch()
     photos = write_photos(tmp_path / "photos", 1)
-    for argument, message in ((tmp_path / "empty.txt", "is not a readable text"), (photos, "no texts in")):
-        run_module("edge_runtime", "predict", "--model", model, str(argument)).assert_error(INPUT, message)
+    empty = run_module("edge_runtime", "predict", "--model", model, str(tmp_path / "empty.txt"))
+    empty.assert_error(INPUT, "is not a readable text: it is empty")
+    ended = run_module("edge_runtime", "predict", "--model", model, str(photos))
+    reason, error = ended.stderr.splitlines()
+    assert ended.code == INPUT
+    assert reason.startswith("skipped: 4 files: .jpg is not a suffix of texts")
+    assert error.startswith("error: no texts in")
 
 
 def test_a_model_of_the_wrong_kind_is_an_error_before_the_run_starts(tmp_path: Path, vit_folder: Path) -> None:

@@ -19,6 +19,7 @@ from support.processes import Federation, Observer, Process, Processes, free_por
 from support.tools import find_tool
 
 from edge_runtime.data.inputs import reader_for
+from fedfmsl.errors import shown
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.messages import Globals, Round, Stage
 from fedfmsl.protocol.peft_names import from_peft
@@ -28,7 +29,7 @@ STAGE1, STAGE2 = 4, 2
 RUN = "whole"  # of both runs: it is part of what is hashed
 DEVICES = ("device-0", "device-1", "device-2")
 WITHOUT_BUNDLE = "device-2"
-CORRUPT = Path("train", "lemon", "torn.jpg")  # in device-1's photos
+CORRUPT = Path("train", "lemon", "torn\udcfc.jpg")  # in device-1's photos; a name that is not UTF-8
 FORBIDDEN = ("torch", "transformers", "onnx", "peft", "optimum")
 ACCURACIES = ("start", "global", "global_prior", "local_expert", "local_only", "mofm")
 
@@ -251,7 +252,7 @@ def test_predict_prints_json_for_a_folder(run: Finished) -> None:
 
 def test_a_corrupt_photo_is_skipped_and_named(run: Finished) -> None:
     torn = run.federation.photos["device-1"] / CORRUPT
-    assert f"skipped: {torn}: not a readable image" in run.process("device-1").stdout
+    assert f"skipped: {shown(torn)}: not a readable image" in run.process("device-1").stdout
     assert run.codes["device-1"] == 0
 
 

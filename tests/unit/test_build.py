@@ -37,6 +37,7 @@ from export.weights import load_backbone
 from fedfmsl.common.onnx_runtime import has_ort_training
 from fedfmsl.errors import BundleError, ConfigError, InputError, WeightsError
 from fedfmsl.protocol.bundle import Bundle
+from fedfmsl.protocol.class_names import write_names
 
 ROOT = Path(__file__).parents[2]
 
@@ -211,32 +212,54 @@ def test_a_wrong_family_fails_the_build(
 
 @pytest.mark.parametrize(
     ("classes", "names"),
-    [("3", ("class-0", "class-1", "class-2")), ("cat, dog", ("cat", "dog"))],
+    [
+        ("3", ("class-0", "class-1", "class-2")),
+        ("cat, dog", ("cat", "dog")),
+        ('"tench, Tinca tinca",goldfish', ("tench, Tinca tinca", "goldfish")),
+        ('" cat",c\u0327a', (" cat", "\u00e7a")),
+    ],
 )
 def test_class_names_from_a_number_or_a_list(classes: str, names: tuple[str, ...]) -> None:
-    assert class_names(classes, None) == names
+    assert class_names(classes, None, None) == names
 
 
 @pytest.mark.parametrize(
     ("classes", "message"),
     [
-        ("0", "--classes '0' needs at least two classes, got 0"),
+        ("0", "--classes 0 needs at least two classes, got 0"),
         ("cat", "needs at least two classes, got 1"),
         ("cat,cat", "class 'cat' is named twice"),
-        ("cat,,dog", "has an empty name"),
-        ("", "has an empty name"),
+        ("c\u0327a,\u00e7a", "class '\u00e7a' is named twice"),
+        ("cat,,dog", "class '' has no letters"),
+        ("", "needs at least two classes, got 0"),
+        ('cat,"dog', "is not a list of names"),
+        ("cat,unknown", "class 'unknown' has the name that predictions use"),
+        ("cat,../x", r"class '\.\./x' has the path \.\. in it"),
+        ('cat,"a\nb"', r"class 'a\\nb' has a control character"),
+        ("cat,\udcc4pfel", r"class '\\udcc4pfel' is not UTF-8"),
+        (f"cat,{'x' * 10_000}", f"class '{'x' * 60}…' has 10000 bytes; use at most 255$"),
         ("²", "needs at least two classes, got 1"),  # a digit, but no number
     ],
 )
-def test_fewer_than_two_different_class_names_are_refused(classes: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        class_names(classes, None)
+def test_class_names_that_are_not_valid_are_refused_in_one_line(classes: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        class_names(classes, None, None)
+    assert "\n" not in str(caught.value)
 
 
 def test_class_names_from_the_subfolders_of_a_folder(photos: Path, tmp_path: Path) -> None:
-    assert class_names("100", photos) == CLASSES
+    assert class_names("100", photos, None) == CLASSES
     with pytest.raises(InputError, match=r"--classes-from folder .*nowhere does not exist"):
-        class_names("100", tmp_path / "nowhere")
+        class_names("100", tmp_path / "nowhere", None)
+
+
+def test_thousands_of_class_names_come_from_a_file(tmp_path: Path) -> None:
+    names = tuple(f"{index:05} {'Annelida, ' * 9}" for index in range(2500))
+    write_names(tmp_path / "classes.txt", names)
+    assert class_names("100", None, tmp_path / "classes.txt") == names
+    (tmp_path / "latin.txt").write_bytes(b"\xc4pfel\nplum\n")
+    with pytest.raises(InputError, match=r"--classes-file .*latin\.txt cannot be read \(not UTF-8\)"):
+        class_names("100", None, tmp_path / "latin.txt")
 
 
 def test_the_error_for_an_unknown_model_lists_the_known_ones() -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedfmsl.errors import MessageError
-from fedfmsl.protocol.chunks import CHUNK_BYTES, MAX_BLOB_BYTES, Assembler, chunks
+from fedfmsl.protocol.chunks import CHUNK_BYTES, CHUNK_SIZES, HEADER_BYTES, MAX_BLOB_BYTES, Assembler, chunks
 
 
 @settings(max_examples=60, deadline=None)
@@ -24,6 +24,20 @@ def test_chunks_in_any_order_and_with_repeats_make_the_blob(size: int, data: st.
     assembler = Assembler(MAX_BLOB_BYTES)
     assert all(assembler.add(pieces[index]) is None for index in [*order[:-1], *repeats])
     assert assembler.add(pieces[order[-1]]) == blob
+
+
+@pytest.mark.parametrize("size", CHUNK_SIZES)
+def test_chunks_have_any_size_of_the_list_and_the_missing_ones_are_known(size: int) -> None:
+    blob = np.random.default_rng(size).bytes(3 * size + 1)
+    *pieces, last = chunks(blob, size)
+    assert {len(piece) for piece in pieces} == {HEADER_BYTES + size}
+    assembler = Assembler(MAX_BLOB_BYTES)
+    assert assembler.missing == []
+    for piece in (last, pieces[1]):
+        assembler.add(piece)
+    assert (assembler.count, assembler.missing) == (4, [0, 2])
+    assembler.add(pieces[2])
+    assert assembler.add(pieces[0]) == blob
 
 
 def test_a_new_blob_replaces_an_incomplete_one() -> None:

@@ -72,6 +72,14 @@ def test_the_dockerfile_copies_exactly_the_sources_of_the_wheel() -> None:
     }
 
 
+def test_the_build_context_holds_only_what_the_images_need() -> None:
+    """A checkout may also hold environments, data sets and the keys of a fleet."""
+    lines = (ROOT / ".dockerignore").read_text().splitlines()
+    copied = [line.split()[1:-1] for line in DOCKERFILE.splitlines() if line.startswith("COPY")]
+    assert "*" in lines
+    assert {line[1:] for line in lines if line.startswith("!")} == {name for names in copied for name in names}
+
+
 def test_the_images_start_existing_modules() -> None:
     started = re.findall(r'(?:ENTRYPOINT|CMD) \["python", "-m", "(\w+)"', DOCKERFILE)
     assert set(started) == {"edge_runtime", "trainer_server"}

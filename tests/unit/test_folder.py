@@ -364,13 +364,13 @@ def test_a_wrong_row_of_a_csv_file_is_named_with_its_line(
     assert len(splits.samples) == 38
     reasons = [str(each) for each in splits.skipped]
     for words in (
-        "labels.csv: line 40 names gone.jpg, which is not below",
-        "labels.csv: line 41: class 'durian' is not in the bundle, whose classes are apple",
-        "day-1/01.jpg: labels.csv labels it 'apple' (line 42) and 'plum' (line 43)",
-        "movie.mp4: its name has no image suffix",
-        "labels.csv: line 45 lacks the file or the class",
-        "labels.csv: line 47 names ../x.jpg",
-        "2 images have no label in labels.csv",
+        f"labels.csv: names a file that is not below {root} (line 40: gone.jpg)",
+        "classes are apple, kiwi, lemon, plum; correct the line (line 41: 'durian')",
+        "day-1/01.jpg: several classes in labels.csv ('apple' in line 42 and 'plum' in line 43)",
+        "movie.mp4: .mp4 is not a suffix of images",
+        "labels.csv: without a file or a class (line 45)",
+        f"labels.csv: names a file that is not below {root} (line 47: ../x.jpg)",
+        "no label in labels.csv",
     ):
         assert sum(words in each for each in reasons) == 1, (words, reasons)
     assert len(reasons) == 7
@@ -401,7 +401,7 @@ def test_a_csv_file_may_change_while_it_is_in_use(
         (b"file;class\na.jpg;kiwi\n", "lack the columns"),
         (b"file,class\n\xff\xfe.jpg,kiwi\n", "must be a CSV file in UTF-8"),
         (b'file,class\n"a.jpg,kiwi\n', "must be a CSV file in UTF-8"),
-        (b"file,class\n", "40 images have no label"),
+        (b"file,class\n", "40 files: no label in labels.csv"),
     ],
 )
 def test_an_unusable_csv_file_is_one_clear_line(

@@ -6,11 +6,12 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from edge_runtime.daemon.globals import GlobalsReceiver
 from edge_runtime.store import DeviceStore
-from fedfmsl.protocol.chunks import chunks
+from fedfmsl.protocol.chunks import CHUNK_SIZES, chunks
 from fedfmsl.protocol.tensors import blob_hash
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.link import Link, Received
@@ -58,6 +59,28 @@ def test_blobs_of_an_earlier_round_are_given_up(receiver: GlobalsReceiver) -> No
     receiver.keep_only({wanted})
     assert receiver.store_next() == wanted
     assert receiver.store_next() is None
+
+
+def test_chunks_that_do_not_arrive_are_asked_for_one_by_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    blob = np.random.default_rng(0).bytes(4 * CHUNK_SIZES[-1])
+    sha256, pieces = blob_hash(blob), list(chunks(blob, CHUNK_SIZES[-1]))
+    link = Link("mqtt://127.0.0.1:9", "device")
+    receiver = GlobalsReceiver(link, TOPICS, DeviceStore(tmp_path), max_bytes=10**6, gap_seconds=0.0)
+    topics = {index: TOPICS.globals_chunk(sha256, index) for index in range(4)}
+    everything = TOPICS.globals_chunk(sha256, "+")
+    receiver.fetch(sha256)
+    receiver.fetch_missing()  # nothing has arrived
+    assert link.subscriptions == {everything}
+    receiver.receive(Received(topics[1], pieces[1]))
+    receiver.fetch_missing()
+    assert link.subscriptions == {everything, topics[0]}
+    receiver.receive(Received(topics[0], pieces[0]))
+    assert link.subscriptions == {everything, topics[2]}
+    for index in (2, 3):
+        receiver.receive(Received(topics[index], pieces[index]))
+    assert link.subscriptions == set()
+    assert receiver.store_next() == sha256
+    assert len(caplog.messages) == 1 and "no chunks of the globals" in caplog.messages[0]
 
 
 def test_chunks_that_were_not_asked_for_are_ignored(receiver: GlobalsReceiver) -> None:

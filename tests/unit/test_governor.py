@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from edge_runtime.resources.governor import DAY, DAYS, Hours, Limits, Readings, pause_reason
+from edge_runtime.resources.governor import DAY, DAYS, Governor, Hours, Limits, Readings, pause_reason
 
 MONDAY = datetime(2026, 11, 23)
 MINUTES = st.integers(0, DAY - 1)
@@ -42,6 +42,21 @@ def at(text: str) -> datetime:
 def test_hours_begin_on_their_days_and_may_end_on_the_next(hours: str, within: list[str], without: list[str]) -> None:
     found = Hours.parse(hours)
     assert [text for text in (*within, *without) if at(text) in found] == within
+
+
+def test_a_changed_time_zone_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
+    hours = (Hours.parse("00:00-12:00"), Hours.parse("12:00-24:00"))
+    governors = [Governor(Limits((each,)), Readings) for each in hours]
+
+    def allowed() -> list[bool]:
+        return [not governor.check() for governor in governors]
+
+    monkeypatch.setenv("TZ", "UTC0")
+    before = allowed()
+    monkeypatch.setenv("TZ", "UTC-12")
+    assert allowed() == before[::-1]
+    monkeypatch.undo()
+    allowed()  # for the other tests
 
 
 @given(HOURS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -90,6 +91,19 @@ def test_health_is_published_when_the_activity_changes_and_at_intervals(
     assert next_health(late) == eager.newest  # retained
     late.close()
     link.close()
+
+
+def test_the_uptime_is_right_after_the_clock_was_set(
+    vit: Built, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    daemon = make_daemon(vit, photos, tmp_path / "state")
+    health_reporter = HealthReporter(daemon.link, Topics(RUN), "d", daemon.device.store, Readings, seconds=0.0)
+    late = time.time() + 86_400
+    monkeypatch.setattr(time, "time", lambda: late)
+    health_reporter.heartbeat(Activity.WAITING)
+    assert health_reporter.newest is not None
+    assert health_reporter.newest.time == late
+    assert 0 <= late - health_reporter.newest.started < 60
 
 
 def test_without_a_connection_no_messages_are_queued(

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -20,6 +24,54 @@ def test_a_json_line_has_the_severity_and_the_fields(capsys: pytest.CaptureFixtu
         root.handlers, root.level = handlers, level
     line = json.loads(capsys.readouterr().out)
     assert (line["level"], line["message"], line["round"], line["sal_level"]) == ("info", "round 3 closed", 3, 1)
+
+
+PROGRAM = r"""
+import logging, sys
+from pathlib import Path
+from rich.table import Table
+from fedfmsl.common.cli import application, console, notice, print_json
+from fedfmsl.common.logs import set_up_logging
+from fedfmsl.errors import ConfigError
+
+TEXT = "gr\u00f6\u00dfe \u2603 \udcfc"  # the last one is of a file name that is not UTF-8
+app = application()
+
+@app.command()
+def show(file: Path, form: str) -> None:
+    set_up_logging(form, file)
+    logging.getLogger("fedfmsl").warning("log %s", TEXT)
+    table = Table("name", box=None)
+    table.add_row(TEXT)
+    console.print(table)
+    print_json({"file": TEXT})
+    notice(TEXT)
+    raise ConfigError(f"{TEXT} is wrong")
+
+app()
+"""
+ENVIRONMENTS = {
+    "UTF-8": {"PYTHONUTF8": "1"},
+    "C": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    "ascii": {"PYTHONIOENCODING": "ascii"},
+}
+
+
+@pytest.mark.parametrize(("locale", "form"), [("UTF-8", "text"), ("C", "text"), ("ascii", "json")])
+def test_no_text_is_lost_or_ends_a_process_in_any_locale(tmp_path: Path, locale: str, form: str) -> None:
+    environment = {**os.environ, **ENVIRONMENTS[locale]}
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path / "log"), form]
+    done = subprocess.run(command, capture_output=True, env=environment, check=False)
+    assert (done.returncode, b"Traceback" in done.stderr) == (2, False), done.stderr.decode()
+    logged, *shown, printed = done.stdout.splitlines()
+    assert b"log gr" in logged and b"udcfc" in logged
+    assert b"udcfc" in b"".join(shown)
+    assert json.loads(printed) == {"file": "größe \u2603 \udcfc"}
+    notice, error = done.stderr.splitlines()
+    assert b"udcfc" in notice and error.startswith(b"error: gr") and error.endswith(b"udcfc is wrong")
+    if form == "json":
+        assert json.loads(logged)["message"] == "log größe \u2603 \udcfc"
+    assert "log größe" in (tmp_path / "log").read_text("utf-8") or form == "json"
 
 
 @pytest.mark.parametrize("name", ["time", "level", "message"])

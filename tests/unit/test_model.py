@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from edge_runtime.inference.export_onnx import write_model
 from edge_runtime.training.evaluation import evaluate, predict_models, train_baseline
 from edge_runtime.training.local_expert import LocalExpert, train_personal
 from edge_runtime.training.mixture import compute_mixture, global_temperature, tempered
-from edge_runtime.training.model import make_personal_model, read_personal_model, save_personal_model
+from edge_runtime.training.model import is_exported, make_personal_model, read_personal_model, save_personal_model
 from edge_runtime.training.stages import Globals, StageFunction, statistics, train_global
 from fedfmsl.algorithms.calibration import fit_temperature
 from fedfmsl.algorithms.mixture import accuracy, nll
@@ -142,6 +143,22 @@ def test_the_onnx_file_has_the_origin_as_metadata(vit: Built, photos: Path, tmp_
         "prior": json.dumps(header.prior),
         "held": "[true, true, true, true]",
     }
+
+
+def test_a_newer_model_is_recognised_by_session_and_round(vit: Built, photos: Path, tmp_path: Path) -> None:
+    device = make_daemon(vit, photos, tmp_path).device
+    store = device.store
+    assert is_exported(store)  # there is nothing to write
+    save_personal_model(device, round_of(Stage.GLOBAL), globals_of(vit))
+    assert not is_exported(store)
+    write_model(store, tmp_path / "copy.onnx", vit.bundle.root)
+    assert not is_exported(store)
+    write_model(store, store.personalized, vit.bundle.root)
+    os.utime(store.personalized, (0, 0))  # the clock was set meanwhile
+    assert is_exported(store)
+    save_personal_model(device, round_of(Stage.GLOBAL).model_copy(update={"session": "t"}), globals_of(vit))
+    os.utime(store.mixture, (0, 0))
+    assert not is_exported(store)
 
 
 def test_a_model_needs_its_own_bundle(vit: Built, dinov2: Built, photos: Path, tmp_path: Path) -> None:

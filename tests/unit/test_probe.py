@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +17,9 @@ from support.bundles import LAYERS, Built
 from edge_runtime.engines.base import MemoryPlan
 from edge_runtime.engines.step_graph import default_micro_batch
 from edge_runtime.resources.plan import make_plan, plan_within
-from edge_runtime.resources.probe import BATCH, FEATURES, Measurement
+from edge_runtime.resources.probe import BATCH, FEATURES, Measurement, check_end
 from edge_runtime.store import DeviceStore
-from fedfmsl.errors import ConfigError
+from fedfmsl.errors import ConfigError, RunError
 from fedfmsl.protocol.messages import EngineName
 
 GB = 10**9
@@ -142,5 +144,34 @@ def test_a_time_nothing_fits_into_is_refused_with_what_it_takes(vit: Built, phot
 
 
 def test_a_sample_that_cannot_be_read_is_not_taken_for_a_lack_of_memory(vit: Built, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="could not be measured"):
+    with pytest.raises(RunError, match=r"could not be measured: .*nothing\.jpg"):
         plan_of(vit, DeviceStore(tmp_path), tmp_path / "nothing.jpg", 100 * GB)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_measurement_writes_into_the_state_directory_only(
+    vit: Built, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "temporary").write_text("no folder")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))  # as on a read-only root without TMPDIR
+    store = DeviceStore(tmp_path / "state")
+    store.root.mkdir()
+    assert plan_of(vit, store, photo, 100 * GB).level_cap == LAYERS
+    assert [path.name for path in store.root.iterdir()] == ["plan.json"]
+
+
+@pytest.mark.parametrize(
+    ("code", "errors", "raised"),
+    [
+        (0, "", None),
+        (-9, "", None),  # the kernel ends a process that takes too much
+        (-6, "terminate called after throwing an instance of 'std::bad_alloc'", None),
+        (1, "Traceback …\nMemoryError\n", None),
+        (1, "Traceback …\nFileNotFoundError: [Errno 2] No usable temporary directory found\n", RunError),
+        (3, "error: photo.jpg is not a readable image; replace it\n", RunError),
+        (74, "error: the disk is full\n", OSError),
+    ],
+)
+def test_only_a_lack_of_memory_is_taken_for_one(code: int, errors: str, raised: type[Exception] | None) -> None:
+    with pytest.raises(raised) if raised else contextlib.nullcontext():
+        check_end(code, errors)

@@ -165,7 +165,7 @@ def test_unseen_devices_are_reported_apart(vit: Built, folder: Path) -> None:
     assert report["unseen"]["accuracy_novel"]["global"]["mean"] == 0.7
     assert "c" not in report["accuracy_fleet"]["global"]["per_device"]
     record(folder, whole_run())
-    write_report(folder, evaluation, seed=0, alpha=0.5, seconds=SECONDS)
+    write_report(folder, evaluation, seed=0, alpha=0.5, seconds=SECONDS, used=60, skipped=0)
     assert "did not take part: c." in (folder / "report.html").read_text()
 
 
@@ -176,7 +176,7 @@ def test_where_every_device_holds_every_class_nothing_is_novel(vit: Built, folde
     assert report["accuracy_stream"]["mofm"] == {"0": 0.75}
     assert report["harmonic"]["mofm"] is None
     record(folder, whole_run())
-    write_report(folder, evaluation, seed=0, alpha=0.5, seconds=SECONDS)
+    write_report(folder, evaluation, seed=0, alpha=0.5, seconds=SECONDS, used=60, skipped=0)
     assert "own test photos correctly" in (folder / "report.html").read_text()  # the first picture has no novel axis
 
 
@@ -184,12 +184,14 @@ def test_the_first_picture_and_the_table_show_own_against_novel(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     record(folder, whole_run())
-    write_report(folder, FLEET, seed=0, alpha=0.5, seconds=SECONDS)
+    write_report(folder, FLEET, seed=0, alpha=0.5, seconds=SECONDS, used=30, skipped=60)
     page = (folder / "report.html").read_text()
     assert 'alt="MoFM knows 81% of a device&#x27;s own photos, 40% of novel ones"' in page[: page.index("</div>")]
     printed = capsys.readouterr().out.splitlines()
     head = next(line for line in printed if line.startswith("model "))
     assert head.split()[:5] == ["model", "own", "novel", "fleet", "harmonic"]
+    assert "30 of 90 photos were used, 60 were skipped" in printed
+    assert "30 of 90 photos were used, 60 were skipped" in page
     mofm = next(line for line in printed if line.startswith("MoFM"))
     assert mofm.split()[1:4] == ["81.2%", "40.0%", "43.8%"]
 
@@ -214,7 +216,7 @@ def test_without_a_baseline_there_is_no_local_only(vit: Built, folder: Path) -> 
     evaluation = FleetEvaluation(fleet_accuracies(baseline=False), {})
     assert "local_only" not in report_of(vit, whole_run(baseline=False), evaluation)["accuracy"]
     record(folder, whole_run(baseline=False))
-    write_report(folder, evaluation, seed=0, alpha=0.5, seconds=SECONDS)
+    write_report(folder, evaluation, seed=0, alpha=0.5, seconds=SECONDS, used=60, skipped=0)
     assert "local only" not in (folder / "report.html").read_text()
 
 
@@ -232,14 +234,14 @@ def test_a_model_that_some_devices_lack_is_averaged_over_the_others(vit: Built, 
     del rounds[-1].updates["b"].metrics["local_only"]
     assert report_of(vit, rounds)["accuracy"]["local_only"] == {"mean": 0.25, "per_device": {"a": 0.25}}
     record(folder, rounds)
-    write_report(folder, FLEET, seed=0, alpha=0.5, seconds=SECONDS)
+    write_report(folder, FLEET, seed=0, alpha=0.5, seconds=SECONDS, used=60, skipped=0)
 
 
 def test_the_same_rounds_give_the_same_bytes(folder: Path) -> None:
     record(folder, whole_run())
     written = []
     for _ in range(2):
-        write_report(folder, FLEET, seed=0, alpha=0.5, seconds=SECONDS)
+        write_report(folder, FLEET, seed=0, alpha=0.5, seconds=SECONDS, used=60, skipped=0)
         written.append([(folder / f"report.{kind}").read_bytes() for kind in ("json", "html", "png")])
     assert written[0] == written[1]
     assert json.loads(written[0][0])["accuracy"]["mofm"]["mean"] == 0.8125
@@ -250,7 +252,7 @@ def test_the_page_needs_no_other_file_and_the_chart_has_its_size(folder: Path) -
     model.parent.mkdir(parents=True)
     model.touch()
     record(folder, whole_run())
-    write_report(folder, FLEET, seed=0, alpha=0.5, seconds=SECONDS)
+    write_report(folder, FLEET, seed=0, alpha=0.5, seconds=SECONDS, used=60, skipped=0)
     page = (folder / "report.html").read_text()
     assert page.count("<img ") == page.count('src="data:image/svg+xml;base64,') == 4
     assert 'href="devices/a/personalized.onnx"' in page
@@ -267,7 +269,7 @@ def test_a_run_without_evaluation_is_one_clear_error(vit: Built, rounds: list[Cl
 
 def test_an_unreadable_record_is_one_clear_error(folder: Path) -> None:
     with pytest.raises(RunError, match="no run at"):
-        write_report(folder, FLEET, seed=0, alpha=0.5, seconds=SECONDS)
+        write_report(folder, FLEET, seed=0, alpha=0.5, seconds=SECONDS, used=60, skipped=0)
     (folder / "run.sqlite").write_text("torn")
     with pytest.raises(RunError, match="cannot be read"):
-        write_report(folder, FLEET, seed=0, alpha=0.5, seconds=SECONDS)
+        write_report(folder, FLEET, seed=0, alpha=0.5, seconds=SECONDS, used=60, skipped=0)

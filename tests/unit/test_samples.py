@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -109,7 +110,7 @@ def test_a_class_with_one_image_is_skipped_until_there_are_two(folder: Path) -> 
 def test_a_folder_in_which_every_class_has_one_image_is_refused(folder: Path) -> None:
     for name in CLASSES:
         keep_one_of(folder / name)
-    with pytest.raises(InputError, match=r"no images to train on: .*apple.*at least two"):
+    with pytest.raises(InputError, match=r"no images to train on: 4 files: .*at least two.*apple"):
         scan_once(folder, CLASSES, IMAGES)
 
 
@@ -126,12 +127,14 @@ def test_a_class_that_is_not_in_the_bundle_is_skipped_with_the_known_classes(fol
     (folder / "notes" / "a.txt").write_text("not an image")
     splits = scan_once(folder, CLASSES, IMAGES)
     assert splits.class_counts(4).tolist() == [8, 8, 0, 8]
-    (reason,) = reasons(splits, folder).values()
-    assert reason.startswith("class 'lime' is not in the bundle, whose classes are apple, kiwi, lemon, plum")
+    assert reasons(splits, folder) == {
+        "lime": "class not in the bundle, whose classes are apple, kiwi, lemon, plum; rename or remove the folder",
+        "notes/a.txt": ".txt is not a suffix of images",
+    }
 
 
 def test_a_folder_of_unknown_classes_is_refused_with_the_known_ones(folder: Path) -> None:
-    with pytest.raises(InputError, match=r"no images to train on: .*'apple' is not.* are pear, quince; rename"):
+    with pytest.raises(InputError, match=r"no images to train on: 40 files: .* are pear, quince; rename.*\(apple, "):
         scan_once(folder, ("pear", "quince"), IMAGES)
 
 
@@ -140,7 +143,7 @@ def test_the_same_image_in_two_classes_is_skipped(folder: Path) -> None:
     twice, other = sorted((folder / "kiwi").iterdir())[0], folder / "plum" / "copy.jpg"
     shutil.copyfile(twice, other)
     splits = scan_once(folder, CLASSES, IMAGES)
-    found = {each.path: each.reason for each in splits.skipped}
+    found = {each.path: str(each) for each in splits.skipped}
     assert set(found) == {twice, other}
     assert str(other) in found[twice]
     assert "'plum'" in found[twice]
@@ -149,7 +152,7 @@ def test_the_same_image_in_two_classes_is_skipped(folder: Path) -> None:
     assert splits.class_counts(4).sum() + len(splits.test) == sum(map(len, whole)) - 1
 
 
-def test_skipped_files_are_named_unless_a_system_has_left_them(folder: Path) -> None:
+def test_skipped_files_are_named_and_leftovers_of_systems_are_not_missed(folder: Path) -> None:
     before = contents(scan_once(folder, CLASSES, IMAGES))
     for name in ("kiwi/movie.mp4", "kiwi/deep/notes.txt", "lost.jpg"):
         (folder / name).parent.mkdir(exist_ok=True)
@@ -159,7 +162,9 @@ def test_skipped_files_are_named_unless_a_system_has_left_them(folder: Path) -> 
         (folder / name).write_bytes((folder / "plum" / "00.jpg").read_bytes())
     splits = scan_once(folder, CLASSES, IMAGES)
     assert contents(splits) == before
-    assert set(reasons(splits, folder)) == {"kiwi/movie.mp4", "kiwi/deep/notes.txt", "lost.jpg"}
+    missed = replace(splits, skipped=tuple(each for each in splits.skipped if not each.is_leftover))
+    assert set(reasons(missed, folder)) == {"kiwi/movie.mp4", "kiwi/deep/notes.txt", "lost.jpg", "README.md"}
+    assert len(splits.skipped) == 4 + 5
 
 
 def test_an_image_in_both_folders_of_the_user_is_not_tested_on(folder: Path) -> None:

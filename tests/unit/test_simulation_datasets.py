@@ -59,6 +59,22 @@ def test_a_table_has_the_samples_of_its_folder(vit: Built, photos: Path, table: 
     assert np.array_equal(rows.inputs.batch([one])["pixels"], folder.inputs.batch([same])["pixels"])
 
 
+def test_the_files_of_a_split_are_counted_on_and_a_validation_split_is_tested_on(
+    vit: Built, table: Path, tmp_path: Path
+) -> None:
+    rows = pyarrow.parquet.read_table(table)
+    whole = load_table(str(table), vit.bundle, Columns(), TEST_SHARE)
+    for name, rests in {"train/0.parquet": [0], "train/1.parquet": [1, 2], "validation/0.parquet": [3]}.items():
+        (tmp_path / "files" / name).parent.mkdir(parents=True, exist_ok=True)
+        part = rows.take([index for index in range(len(rows)) if index % 4 in rests])
+        pyarrow.parquet.write_table(part, tmp_path / "files" / name)
+    (tmp_path / "files" / "train" / "._0.parquet").write_bytes(b"what macOS keeps about the file")
+    data = load_table(str(tmp_path / "files"), vit.bundle, Columns(), TEST_SHARE)
+    assert (len(data.train), len(data.test)) == (30, 10)
+    pixels = {each.sha256: whole.inputs.batch([each])["pixels"].tobytes() for each in (*whole.train, *whole.test)}
+    assert all(data.inputs.batch([each])["pixels"].tobytes() == pixels[each.sha256] for each in data.train)
+
+
 def test_group_folders_are_the_natural_groups(vit: Built, tmp_path: Path) -> None:
     for seed, shop in enumerate(("north", "south")):
         write_photos(tmp_path / shop, per_class=5, seed=seed)
@@ -85,15 +101,6 @@ def test_each_content_is_used_once_and_not_in_two_classes(vit: Built, tmp_path: 
     assert labels(data.train).count(1) == 4
     assert labels(data.test).count(0) == 4
     assert len(contents(data)) == len(data.train) + len(data.test)
-
-
-def test_a_validation_split_is_left_out_and_named(
-    vit: Built, table: Path, photos: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    shutil.copy(table, table.parent / "validation-00000-of-00001.parquet")
-    rows = load_table(str(table.parent), vit.bundle, Columns(), TEST_SHARE)
-    assert contents(rows) == contents(load_folder(photos, vit.bundle, grouped=False, test_share=TEST_SHARE))
-    assert "validation-00000-of-00001.parquet is a validation split" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -160,7 +160,10 @@ def test_a_corrupt_file_is_reported_once_and_skipped(
     assert {p.file for p in one_scan(stream)} == {str(path) for path in files} - {str(files[1])}
     for _ in range(3):
         assert one_scan(stream) == []
-    assert capfd.readouterr().err.startswith(f"skipped: {files[1]} is not a readable image: ")
+    hidden, note, corrupt = capfd.readouterr().err.splitlines()
+    assert hidden == f"skipped: {files[0].parent / '.hidden.jpg'}: hidden"
+    assert note == f"skipped: {files[0].parent / 'notes.txt'}: .txt is not a suffix of images"
+    assert corrupt.startswith(f"skipped: {files[1]} is not a readable image: ")
 
 
 def test_a_corrupt_file_is_reported_when_it_is_old_enough(

@@ -20,6 +20,7 @@ from devices.trial.dataset import Files, find_files, kind_of
 from devices.trial.shares import LEAST, dirichlet_shares, write_device_folders
 from edge_runtime.data.folder import scan_once
 from edge_runtime.data.inputs import IMAGES, TEXTS
+from fedfmsl.common.folder_walk import SkippedFile, count_files
 from fedfmsl.errors import ConfigError, InputError
 from fedfmsl.protocol.bundle import file_sha256
 
@@ -86,6 +87,27 @@ def test_photos_with_one_name_in_two_subfolders_of_a_class_are_both_used(tmp_pat
     train = {"kiwi": sorted([*first.rglob("*.jpg"), *second.rglob("*.jpg")])}
     write_device_folders(train, {}, tmp_path / "fleet", devices=1, alpha=1.0, seed=0)
     assert copies(tmp_path / "fleet") == copies(tmp_path / "in")
+
+
+def test_files_with_names_of_255_bytes_are_copied(tmp_path: Path) -> None:
+    photos = write_photos(tmp_path / "in", 5, ["kiwi"])
+    for letter, path in zip("xü日", sorted((photos / "kiwi").iterdir()), strict=False):
+        path.rename(path.with_name(letter * (251 // len(letter.encode())) + ".jpg"))
+    write_device_folders(*find_files(photos, IMAGES), tmp_path / "fleet", devices=1, alpha=1.0, seed=0)
+    assert copies(tmp_path / "fleet") == copies(photos)
+
+
+def test_skipped_files_are_counted_on_the_console(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photos = write_photos(tmp_path / "in", 4, ["kiwi", "a class, with a comma "])
+    for path in (photos / "kiwi").iterdir():
+        path.rename(path.with_suffix(".mov"))
+    skipped: list[SkippedFile] = []
+    train, _ = find_files(photos, IMAGES, skipped=skipped)
+    assert [*train] == ["a class, with a comma "]
+    assert capsys.readouterr().out.splitlines() == [
+        "skipped: 4 files: .mov is not a suffix of images (kiwi/00.mov, kiwi/01.mov, kiwi/02.mov, …)"
+    ]
+    assert count_files(skipped) == 4
 
 
 def test_a_device_without_samples_is_named(found: tuple[Files, Files], tmp_path: Path) -> None:

@@ -16,9 +16,8 @@ from PIL import Image, features
 from devices.trial.dataset import find_files
 from edge_runtime.data.inputs import IMAGES, reader_for
 from edge_runtime.data.unreadable import UnreadableError, decoding
-from fedfmsl.common.files import shown
 from fedfmsl.common.sample_formats import IMAGE_SUFFIXES, READ_IMAGES, UNREAD_IMAGES
-from fedfmsl.errors import InputError
+from fedfmsl.errors import InputError, shown
 from fedfmsl.protocol.bundle import ImagePreprocessing
 from fedfmsl.protocol.messages import Prediction, encode, parse
 
@@ -105,7 +104,7 @@ def test_a_damaged_image_is_read_or_has_a_reason(form: str) -> None:
         (image("ICO"), NO_FORMAT),
         (image("JPEG2000"), NO_FORMAT),
         (png(60_000, 60_000), "it has too many pixels"),
-        (png(12_000, 12_000), "its 144 megapixels need 2304 MB of memory, more than the limit of"),
+        (png(12_000, 12_000), "its 144 megapixels need 2880 MB of memory, more than the limit of"),
         (image("TIFF", "F"), "no defined white"),
         (image("JPEG")[:300], "it is damaged"),
         (b"\0\0\0\x18ftypmp42\0\0\0\0mp42isom" + bytes(100), NO_FORMAT),

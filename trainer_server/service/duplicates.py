@@ -28,8 +28,8 @@ class DuplicateServerGuard:
     def receive(self, status: ServerStatus) -> None:
         """Sets `superseded` if a newer server has taken over.
 
-        After a reconnection an offline status counts as well. Both servers use one client id, so this server's
-        connection has ended the newer one's, and the status is its last will.
+        After a reconnection an offline status counts as well: where the broker allows one connection per identity,
+        this server's connection has ended the newer one's, and the status is its last will.
         """
         if self._guard.is_newer(status.session) and (status.online or self._connections > 1):
             self.superseded = True

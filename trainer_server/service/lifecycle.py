@@ -93,7 +93,9 @@ def run_server(
         offline = status.model_copy(update={"online": False})
         topics = Topics(plan.config.run, topic_prefix)
         will = Will(topics.server_status, encode(offline))
-        link = Link(broker, topics.client_id("server"), will, identity=identity, insecure=insecure, keepalive=keepalive)
+        # a client id of its own: amqtt would not tell the older one of two servers with one client id
+        client_id = topics.client_id("server", secrets.token_hex(8))
+        link = Link(broker, client_id, will, identity=identity, insecure=insecure, keepalive=keepalive)
         Service(plan, state, at, store, link, status, topics).run()
 
 

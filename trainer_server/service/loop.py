@@ -15,11 +15,13 @@ import sqlite3
 import time
 from dataclasses import replace
 
-from fedfmsl.errors import MessageError, RunError
+from fedfmsl.errors import BrokerError, MessageError, RunError
+from fedfmsl.protocol.chunks import CHUNK_BYTES, CHUNK_SIZES, HEADER_BYTES
 from fedfmsl.protocol.messages import DeviceStatus, ServerStatus, Stage, parse
 from fedfmsl.protocol.tensors import blob_bytes
 from fedfmsl.protocol.topics import Topics
-from fedfmsl.transport.link import Connected, Link, LinkEvent, Oversize, Received
+from fedfmsl.transport.link import Connected, Link, LinkEvent, Oversize, Received, SubscriptionRefused
+from fedfmsl.transport.message_size import largest_message
 from trainer_server.coordinator.advance import advance, announcement, next_deadline
 from trainer_server.coordinator.events import (
     AnnounceRound,
@@ -83,6 +85,7 @@ class Service:
         """Returns when the run is finished. Raises BrokerError, and RunError if the run failed or a newer server took
         over."""
         self._link.connect()
+        self._measure_chunks()
         self._link.subscribe(self._topics.status("+"))
         self._link.subscribe(self._topics.health("+"))
         self._link.subscribe(self._topics.update_chunk("+", "+", "+"))
@@ -103,6 +106,25 @@ class Service:
             self._link.close(self._publisher.last)
         if self._store.ended != FINISHED:
             raise RunError(self._store.ended)
+
+    def _measure_chunks(self) -> None:
+        """Chooses the largest chunks that the broker takes. A broker that returns nothing is logged."""
+        lengths = [size + HEADER_BYTES for size in CHUNK_SIZES]
+        try:
+            size = largest_message(self._link, self._topics.server_check, lengths) - HEADER_BYTES
+        except BrokerError as error:
+            logger.warning("%s", error)
+        else:
+            if size != CHUNK_BYTES:
+                logger.warning("the broker takes no messages of %d bytes; using chunks of %d bytes", lengths[0], size)
+            self._publisher.use_chunks_of(size)
+        self._connect(self._state)
+
+    def _connect(self, state: State) -> None:
+        """The start of a connection."""
+        self._guard.connected(self._clock.now())
+        self._liveness.connected((status.device for status in _online(state)), self._clock.now())
+        self._publish_state()
 
     def _process_messages(self) -> None:
         """Waits for messages, stores what they change, and executes the commands that follow."""
@@ -134,9 +156,9 @@ class Service:
 
     def _process(self, event: LinkEvent, batch: Batch) -> None:
         if isinstance(event, Connected):
-            self._guard.connected(self._clock.now())
-            self._liveness.connected((status.device for status in _online(batch.state)), batch.now)
-            self._publish_state()
+            self._connect(batch.state)
+        elif isinstance(event, SubscriptionRefused):
+            raise BrokerError(event.error)
         elif isinstance(event, Oversize):
             self._refuse(self._sender(event.topic), "too large", f"{event.size} bytes")
         elif isinstance(event, Received):
@@ -199,6 +221,8 @@ class Service:
         except MessageError:
             return
         self._guard.receive(status)
+        if status.session == self._plan.session and not status.online:  # the last will of this run's previous server
+            self._publisher.publish_status(online=True)
         if self._guard.superseded:
             raise RunError(
                 f"another server was started for run {self._plan.config.run!r} and took over; "
@@ -209,6 +233,8 @@ class Service:
         """Opens and closes rounds."""
         now = self._clock.now()
         self._save_outage()
+        for gap in self._uploads.gaps():
+            self._publisher.ask_for_chunks(gap)
         if self._guard.echo_is_missing(now):
             logger.warning("the broker does not return this server's own status; check that --identity is the server's")
         state, commands = advance(self._plan, self._state, ClockTicked(), now)

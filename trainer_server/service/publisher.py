@@ -5,9 +5,10 @@ from __future__ import annotations
 import paho.mqtt.client as paho
 
 from fedfmsl.protocol.chunks import chunks
-from fedfmsl.protocol.messages import Ack, Round, ServerStatus, encode
+from fedfmsl.protocol.messages import Ack, Round, ServerStatus, Verdict, encode
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.link import Link
+from trainer_server.storage.uploads import Gap
 
 
 class Publisher:
@@ -19,6 +20,10 @@ class Publisher:
         self._status = status
         self._retained: dict[str, int] = {}  # SHA-256 of the globals on the broker → number of their chunks
         self.last: paho.MQTTMessageInfo | None = None
+
+    def use_chunks_of(self, size: int) -> None:
+        """From now on, of this server and, as its status says, of its devices."""
+        self._status = self._status.model_copy(update={"chunk_bytes": size})
 
     def forget_globals(self) -> None:
         """Publishes every blob again when it is needed, because the broker may have lost its retained messages."""
@@ -32,7 +37,7 @@ class Publisher:
         if sha256 in self._retained:
             return
         count = 0
-        for count, chunk in enumerate(chunks(blob), start=1):
+        for count, chunk in enumerate(chunks(blob, self._status.chunk_bytes), start=1):
             self._publish(self._topics.globals_chunk(sha256, count - 1), chunk, retain=True)
         self._retained[sha256] = count
 
@@ -45,6 +50,12 @@ class Publisher:
 
     def send_ack(self, ack: Ack) -> None:
         self._publish(self._topics.ack(ack.device), encode(ack))
+
+    def ask_for_chunks(self, gap: Gap) -> None:
+        """Asks a device for chunks of an update that have not arrived."""
+        run, session = self._status.run, self._status.session
+        ack = Ack(run=run, session=session, round=gap.round, device=gap.device, verdict=Verdict.INCOMPLETE)
+        self.send_ack(ack.model_copy(update={"missing": gap.missing}))
 
     def _publish(self, topic: str, payload: bytes, retain: bool = False) -> None:
         self.last = self._link.publish(topic, payload, retain)

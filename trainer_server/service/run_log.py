@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
+from fedfmsl.common.logs import UNENCODABLE
 from fedfmsl.protocol.messages import Round
 from trainer_server.coordinator.records import ClosedRound
 
@@ -26,7 +27,9 @@ LOG_BYTES = 8 * 1024 * 1024  # of each of the two files
 def log_to_folder(folder: Path, max_bytes: int = LOG_BYTES) -> Iterator[None]:
     """Within this context log lines also go to the file in `folder`."""
     # delay: the file is opened at the first line, so a full disk does not prevent the start
-    handler = RotatingFileHandler(folder / FILE, maxBytes=max_bytes, backupCount=1, encoding="utf-8", delay=True)
+    handler = RotatingFileHandler(
+        folder / FILE, maxBytes=max_bytes, backupCount=1, encoding="utf-8", delay=True, errors=UNENCODABLE
+    )
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%dT%H:%M:%S"))
     packages = [logging.getLogger(name) for name in PACKAGES]
     for package in packages:

@@ -7,6 +7,7 @@ The folder is emptied at every start, because devices retransmit unfinished upda
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,10 +16,12 @@ from pathlib import Path
 
 from fedfmsl.common.files import sync
 from fedfmsl.errors import MessageError
-from fedfmsl.protocol.chunks import CHUNK_BYTES, Chunk, PartialBlob
+from fedfmsl.protocol.chunks import Chunk, PartialBlob
 
 PARTIALS = 2  # of one device: a late update and one of the next round
 SYNCS = 8  # files that are synced at the same time
+GAP_SECONDS = 10.0  # without a further chunk, after which the missing ones are asked for
+GAP_CHUNKS = 16  # asked for at once; a broker that has dropped chunks may drop more of a burst
 
 
 @dataclass(frozen=True)
@@ -37,17 +40,27 @@ class _InFile(PartialBlob):
 
     path: Path
     size: int = 0
+    since: float = 0.0  # when its last chunk arrived, or missing ones were asked for
 
-    def _write(self, index: int, body: bytes) -> None:
+    def _write(self, index: int, size: int, body: bytes) -> None:
         with self.path.open("r+b" if self._received else "wb") as file:
-            file.seek(index * CHUNK_BYTES)
+            file.seek(index * size)
             file.write(body)
 
     def _read(self) -> bytes:
         return self.path.read_bytes()
 
 
-_Blob = tuple[int, bytes, int]  # round, SHA-256, number of chunks
+_Blob = tuple[int, bytes, int, int]  # round, SHA-256, number and size of chunks
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Chunks of an update that do not arrive."""
+
+    device: str
+    round: int
+    missing: tuple[int, ...]
 
 
 class Uploads:
@@ -72,9 +85,10 @@ class Uploads:
         if it cannot be written. Both delete the partial blob, which frees space on a full disk. It can be sent again.
         """
         chunk = Chunk.read(payload, self._cap_bytes)
-        blob = (round_, chunk.digest, chunk.count)
+        blob = (round_, *chunk.blob)
         partial = self._remove(device, blob)
         partial.size += len(payload)
+        partial.since = time.monotonic()
         try:
             whole = partial.add(chunk)
         except (OSError, MessageError):
@@ -84,6 +98,16 @@ class Uploads:
             self._insert(device, blob, partial)
             return None
         return Upload(partial.path, whole, chunk.digest.hex(), partial.size)
+
+    def gaps(self, seconds: float = GAP_SECONDS) -> list[Gap]:
+        """The unfinished updates of which no chunk has arrived for `seconds`, again every `seconds`."""
+        now, gaps = time.monotonic(), []
+        for device, partials in self._partials.items():
+            for (round_, _, chunks, _), partial in partials.items():
+                if now >= partial.since + seconds:
+                    partial.since = now
+                    gaps.append(Gap(device, round_, tuple(partial.missing(chunks)[:GAP_CHUNKS])))
+        return gaps
 
     def store(self, files: Mapping[Path, Path]) -> None:
         """Moves files of complete blobs to their targets on the same disk. They survive a power cut after this call.
