@@ -26,7 +26,7 @@ from simulation.methods.local_training import shuffled_steps
 from simulation.methods.server import start_theta
 from simulation.participation import Participation
 from simulation.partition import by_dirichlet
-from simulation.store import MappedStore
+from simulation.store import FileStore
 
 TEST_SHARE = 0.2
 
@@ -69,7 +69,7 @@ class LoadedJob:
         self.data: Dataset = load_folder(Path(job.images), self.bundle, False, TEST_SHARE)
         names = sorted(sample.sha256 for sample in (*self.data.train, *self.data.test))
         self.features = Features(
-            MappedStore(Path(job.features), names), self.bundle, job.threads, reader=self.data.inputs
+            FileStore(Path(job.features), names), self.bundle, job.threads, reader=self.data.inputs
         )
 
     @cached_property

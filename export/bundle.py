@@ -122,6 +122,7 @@ class _Spec:
             layers_pattern=family.layers_pattern,
             head_width=self.geometry.feature,
             classifier_width=family.classifier_width * self.geometry.feature,
+            base_class=f"{family.reference.__module__}.{family.reference.__name__}",
         )
 
     def graph_writer(self, root: Path, weight_file: WeightFile) -> GraphWriter:

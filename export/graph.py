@@ -20,7 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 OPSET = 20
 RUNTIME_DOMAIN = "com.microsoft"
 VERSIONS = {"": OPSET, RUNTIME_DOMAIN: 1}
-IR_VERSION = 10  # the newest version that ONNX Runtime 1.19 reads
+IR_VERSION = 9  # the oldest version that has opset 20; ONNX Runtime 1.17 reads it
 ALIGNMENT = 4096  # page size, so that memory-mapped weights need no copy
 WEIGHTS_FILE = "backbone.weights"
 INLINE_BYTES = 4096  # larger constants are stored in the weight file

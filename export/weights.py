@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,19 +14,20 @@ from huggingface_hub import constants
 from huggingface_hub.utils import get_session
 from safetensors import SafetensorError
 from transformers import PretrainedConfig
-from transformers.models.auto.image_processing_auto import get_image_processor_config
 from transformers.utils import cached_file
 
 from export.families import FAMILIES
-from export.families.family import RGB, Family
+from export.families.family import Family
 from export.folder import check_folder, check_image_config
-from export.models import RANDOM, choose_weights
+from export.image_processor import read_processor
+from export.models import RANDOM, ModelSpec, choose_weights
 from export.tokenizer import read_tokenizer
 from fedfmsl.common.cli import console
 from fedfmsl.errors import ConfigError, WeightsError
 from fedfmsl.protocol.bundle import TOKENIZER, ImagePreprocessing, Preprocessing, TextPreprocessing
 
 MAX_TOKENS = 128  # default of --max-tokens
+SNAPSHOT = re.compile(r"/models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{40})$")  # a folder of the hub's cache
 HUB_SECONDS = 5.0  # timeout of the check whether the hub answers
 
 
@@ -34,13 +36,14 @@ class Origin:
     """Source of weights: a folder or a hub repository.
 
     `cached`: read the local cache only, because the hub does not answer. `revision`: from the user. `commit`: the
-    commit that `revision` names.
+    commit that `revision` names. `hub`: the repository that a folder is a copy of.
     """
 
     source: str
     revision: str | None = None
     cached: bool = False
     commit: str | None = None
+    hub: str | None = None
 
     @property
     def options(self) -> dict[str, Any]:
@@ -50,6 +53,8 @@ class Origin:
     @property
     def base(self) -> str:
         """Name of the hub repository, or of the folder. The folder's path would differ between machines."""
+        if self.hub:
+            return self.hub
         folder = Path(self.source)
         return folder.resolve().name if folder.is_dir() else self.source
 
@@ -68,17 +73,13 @@ class Origin:
 
 @dataclass(frozen=True)
 class Backbone:
-    """A transformers classification model. `origin` is None for random weights.
-
-    `mean` and `std`: image normalization that the weights were trained with.
-    """
+    """A transformers classification model. `preprocessing`: of samples, before the graphs. `origin` is None for random
+    weights."""
 
     name: str
     family: Family
     model: Any
-    size: int  # pixels per side, or tokens
-    mean: RGB
-    std: RGB
+    preprocessing: Preprocessing
     tokenizer: str  # JSON of a text model's tokenizer, else ""
     origin: Origin | None
 
@@ -88,11 +89,10 @@ class Backbone:
         return getattr(self.model, self.family.backbone)
 
     @property
-    def preprocessing(self) -> Preprocessing:
-        """The preprocessing of samples before the graphs."""
-        if self.family.input == "tokens":
-            return TextPreprocessing(max_tokens=self.size, pad_id=self.model.config.pad_token_id)
-        return ImagePreprocessing(size=self.size, mean=self.mean, std=self.std)
+    def size(self) -> int:
+        """Pixels per side, or tokens."""
+        preprocessing = self.preprocessing
+        return preprocessing.max_tokens if isinstance(preprocessing, TextPreprocessing) else preprocessing.size
 
     @property
     def parameters(self) -> int:
@@ -128,9 +128,11 @@ def load_backbone(
         expected = (FAMILIES[spec.family],) if spec else tuple(FAMILIES.values())
         family, config, origin = _find_weights(model if source == RANDOM else source, revision, classes, expected)
     config._attn_implementation = "eager"
-    mean, std = _normalization(family, origin) if origin else (family.mean, family.std)
+    preprocessing = _preprocessing(family, config, origin, size, spec)
     if source == RANDOM:
         origin = None
+    elif origin and spec and _has_shape(config, family, spec):
+        origin = replace(origin, hub=spec.hub)
     tokenizer_json = ""
     if family.input == "tokens":
         tokenizer_json = read_tokenizer(tokenizer or _tokenizer_of(origin), config.vocab_size)
@@ -140,19 +142,45 @@ def load_backbone(
         name=model if spec else Path(model).resolve().name,
         family=family,
         model=loaded.eval(),
-        size=size or (spec.size if spec else None) or _default_size(family, config),
-        mean=mean,
-        std=std,
+        preprocessing=preprocessing,
         tokenizer=tokenizer_json,
         origin=origin,
     )
 
 
-def _default_size(family: Family, config: Any) -> int:
-    """Pixels per side, or tokens, from the config."""
+def _preprocessing(
+    family: Family, config: Any, origin: Origin | None, size: int | None, spec: ModelSpec | None
+) -> Preprocessing:
+    """From the image processor beside the weights, or the family's if there is none. `size` is the user's.
+
+    Raises WeightsError if a device cannot do what the processor does, or if the model cannot take its images.
+    """
     if family.input == "tokens":
-        return min(MAX_TOKENS, int(config.max_position_embeddings))
-    return int(config.image_size)
+        longest = min(MAX_TOKENS, int(config.max_position_embeddings))
+        return TextPreprocessing(max_tokens=size or longest, pad_id=config.pad_token_id)
+    try:
+        processor = read_processor(origin.source, origin.options, family.model_type) if origin else None
+    except (OSError, ValueError) as error:
+        assert origin
+        raise origin.to_weights_error(error) from error
+    if processor is None:
+        size = size or (spec.size if spec else None) or config.image_size
+        return ImagePreprocessing(size=size, mean=family.mean, std=family.std)
+    if size is None and processor.sized:
+        if not family.any_size and processor.size != config.image_size:
+            raise WeightsError(
+                f"{processor.place} makes images of {processor.size} px, but the model takes {config.image_size} px; "
+                f"correct it, or pass --image-size {config.image_size}"
+            )
+        size = processor.size
+    return processor.preprocessing(size or config.image_size)
+
+
+def _has_shape(config: Any, family: Family, spec: ModelSpec) -> bool:
+    """Whether a folder can be a copy of the named model."""
+    expected = family.reference.config_class(**spec.config)
+    keys = ("hidden_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size", "vocab_size")
+    return all(getattr(config, key, None) == getattr(expected, key, None) for key in keys)
 
 
 def _tokenizer_of(origin: Origin | None) -> Path:
@@ -210,6 +238,8 @@ def _find_weights(
     origin = Origin(source, revision)
     if Path(source).is_dir():
         check_folder(Path(source))
+        if snapshot := SNAPSHOT.search(str(Path(source).resolve())):
+            origin = replace(origin, hub=f"{snapshot[1]}/{snapshot[2]}", commit=snapshot[3])
     else:
         origin = replace(origin, cached=not _is_hub_reachable())
         place = "the cache, because the hub does not answer" if origin.cached else "the hub"
@@ -223,7 +253,7 @@ def _find_weights(
                 config = kind.from_pretrained(source, num_labels=classes, **origin.options)
                 if family.input == "pixels":
                     check_image_config(config, source)
-                return family, config, replace(origin, commit=settings.get("_commit_hash"))
+                return family, config, replace(origin, commit=origin.commit or settings.get("_commit_hash"))
     except (OSError, ValueError, TypeError) as error:  # TypeError: config.json is a list
         raise origin.to_weights_error(error) from error
     supported = ", ".join(family.model_type for family in expected)
@@ -239,19 +269,3 @@ def _is_hub_reachable() -> bool:
     except OSError:  # includes the errors of requests and of HF_HUB_OFFLINE
         return False
     return True
-
-
-def _normalization(family: Family, origin: Origin) -> tuple[RGB, RGB]:
-    """Mean and standard deviation of the image processor beside the weights. Default: the family's."""
-    try:
-        processor = get_image_processor_config(origin.source, **origin.options)
-        if not processor.get("do_normalize", True):
-            return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-        return _rgb(processor.get("image_mean", family.mean)), _rgb(processor.get("image_std", family.std))
-    except (OSError, ValueError, TypeError) as error:
-        raise origin.to_weights_error(error) from error
-
-
-def _rgb(values: Any) -> RGB:
-    red, green, blue = map(float, values)
-    return red, green, blue

@@ -16,13 +16,13 @@ from edge_runtime.training.context import TrainingContext
 from edge_runtime.training.model import save_personal_model
 from edge_runtime.training.stages import Globals, StageResult, read_globals
 from edge_runtime.training.updates import prepare_update, update_header
-from fedfmsl.algorithms.arrays import Tensors
 from fedfmsl.errors import RunError
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.chunks import chunks
 from fedfmsl.protocol.messages import DeviceStatus, Round, Stage, Update, Verdict
 from fedfmsl.protocol.tensors import blob_hash, pack, unpack
 from simulation.fleet import Fleet
+from simulation.spill import StoredUpdates
 from trainer_server.config import RunConfig
 from trainer_server.coordinator.advance import advance, is_complete, next_deadline
 from trainer_server.coordinator.events import (
@@ -86,16 +86,16 @@ class Federation:
         self._fleet = fleet
         self._tamper = tamper
         self._feedback = feedback
-        self._blobs: dict[str, Tensors] = {}
+        self._updates = StoredUpdates()
         self._now = 0.0
-        self._plan = Plan(config, fleet.bundle, str(uuid.uuid4()), self._blobs.__getitem__)
+        self._plan = Plan(config, fleet.bundle, str(uuid.uuid4()), self._updates.read)
         self._state = initial_state(self._plan, self._now)
         for name in fleet.names:
             self._advance(StatusSeen(_status(fleet, name)))
         self._close()
 
-    def step(self, devices: Collection[str] | None = None) -> Mapping[str, Sent]:
-        """Computes the present round and opens the next one. Returns the updates by device.
+    def step(self, devices: Collection[str] | None = None) -> Mapping[str, int]:
+        """Computes the present round and opens the next one. Returns the bytes on the wire of each device's update.
 
         Of the selected devices, those in `devices` answer; the others miss the round deadline. Default: all answer.
         Raises RunError if the server refuses an update or the run fails.
@@ -103,15 +103,16 @@ class Federation:
         selected = self.announced.chosen or self._fleet.names
         answering = [name for name in selected if devices is None or name in devices]
         task = Task(self.announced, self.received, self.config.seed, self._tamper, self._feedback)
-        updates = self._fleet.map(compute, dict.fromkeys(answering, task))
-        for sent in updates.values():
+        sizes = {}
+        for name, sent in self._fleet.each(compute, [(name, task) for name in answering]):
             if sent.norm is not None:
                 self.history.norms.setdefault(self.announced.stage, []).append(sent.norm)
             event = _received(sent.blob)
-            self._blobs[event.sha256] = event.tensors
+            self._updates.add(event.sha256, sent.blob)
             _check_accepted(self._advance(event))
+            sizes[name] = event.size
         self._close()
-        return updates
+        return sizes
 
     def _advance(self, event: Event) -> list[Command]:
         self._state, commands = advance(self._plan, self._state, event, self._now)
@@ -122,7 +123,7 @@ class Federation:
         if self._state.announced is not None and not is_complete(self._plan, self._state, self._state.announced):
             self._now = next_deadline(self._plan, self._state)
         commands = self._advance(ClockTicked())
-        self._blobs.clear()
+        self._updates.clear()
         self.history.rounds += [command.closed for command in commands if isinstance(command, StoreRound)]
         self.finished = _stopped(commands)
         assert self._state.announced is not None

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import shutil
 import time
+from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +26,7 @@ from edge_runtime.training.context import TrainingContext
 from edge_runtime.training.gate import Gate
 from fedfmsl.protocol.bundle import Bundle
 from simulation.engine import ResidentEngine
-from simulation.store import MappedStore
+from simulation.store import FileStore
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -52,12 +53,18 @@ class Fleet(Protocol):
     def level_cap(self, name: str) -> int:
         """The highest level that a device trains."""
 
-    def map(self, function: Callable[[TrainingContext, T], R], tasks: Mapping[str, T]) -> dict[str, R]:
-        """Calls `function` for each device in `tasks` with its task. The results are in the order of `tasks`.
+    def each(
+        self, function: Callable[[TrainingContext, T], R], tasks: Iterable[tuple[str, T]]
+    ) -> Iterator[tuple[str, R]]:
+        """Calls `function` for each device in `tasks` with its task. The results are in the order of `tasks`. Only a
+        few tasks and results are in memory at a time.
 
         The function may run in another process. So it must not change anything but the device's state directory, and
         tasks and results should be small.
         """
+
+    def map(self, function: Callable[[TrainingContext, T], R], tasks: Mapping[str, T]) -> dict[str, R]:
+        """The results of `each` by device."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,7 @@ class VirtualDevice(TrainingContext):
         return self.scanned
 
 
-class Devices:
+class Devices(ABC):
     """The devices of a fleet, without their computation."""
 
     def __init__(
@@ -93,6 +100,14 @@ class Devices:
 
     def level_cap(self, name: str) -> int:
         return self._level_caps.get(name, self.bundle.manifest.levels)
+
+    @abstractmethod
+    def each(
+        self, function: Callable[[TrainingContext, T], R], tasks: Iterable[tuple[str, T]]
+    ) -> Iterator[tuple[str, R]]: ...
+
+    def map(self, function: Callable[[TrainingContext, T], R], tasks: Mapping[str, T]) -> dict[str, R]:
+        return dict(self.each(function, tasks.items()))
 
 
 class LocalFleet(Devices):
@@ -128,13 +143,14 @@ class LocalFleet(Devices):
             report=lambda *_: None,
         )
 
-    def map(self, function: Callable[[TrainingContext, T], R], tasks: Mapping[str, T]) -> dict[str, R]:
-        results = {}
-        for name, task in tasks.items():
+    def each(
+        self, function: Callable[[TrainingContext, T], R], tasks: Iterable[tuple[str, T]]
+    ) -> Iterator[tuple[str, R]]:
+        for name, task in tasks:
             started = time.process_time()
-            results[name] = function(self.context(name), task)
+            result = function(self.context(name), task)
             self.seconds[name] += time.process_time() - started
-        return results
+            yield name, result
 
     def close(self) -> None:
         """Removes the devices' state directories."""
@@ -162,5 +178,5 @@ def open_folders(bundle: Bundle, folders: Sequence[Path], states: Path, cache: P
     kind = reader_of(bundle).kind
     splits = {folder.name: scan_once(folder, bundle.manifest.classes, kind) for folder in folders}
     contents = sorted({sample.sha256 for each in splits.values() for sample in each.samples})
-    features = Features(MappedStore(cache, contents), bundle, threads)
+    features = Features(FileStore(cache, contents), bundle, threads)
     return LocalFleet(bundle, features, compute_features(features, splits, bundle.manifest.levels), states, threads)

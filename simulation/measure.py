@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from edge_runtime.data.samples import are_in, labels_of
+from edge_runtime.data.samples import are_in, contents_once, labels_of
 from edge_runtime.training.context import Samples, TrainingContext
 from fedfmsl.algorithms.arrays import Bools, Labels
 from fedfmsl.algorithms.evaluation import DeviceAccuracy, adapting_streams, device_accuracy, novel_samples, summarize
@@ -41,7 +41,7 @@ def measure(method: Method[Any, Any], fleet: Fleet, state: Any, devices: Sequenc
     The first `test_devices` are measured on those of the federation too: fleet, novel and other streams are about
     them."""
     shared = [sample for name in fleet.names for sample in fleet.splits(name).test]
-    tests = {name: _once((*fleet.splits(name).test, *shared)) for name in devices[:test_devices]}
+    tests = {name: contents_once((*fleet.splits(name).test, *shared)) for name in devices[:test_devices]}
     tests |= {name: fleet.splits(name).test for name in devices[test_devices:]}
     classes = len(fleet.bundle.manifest.classes)
     held = {name: fleet.splits(name).class_counts(classes) > 0 for name in {*fleet.names, *devices}}
@@ -86,8 +86,8 @@ def predict(
     kinds: Mapping[str, tuple[Bools, Bools]],
 ) -> dict[str, dict[str, Predicted]]:
     """By device and row: predictions for the device's samples. `kinds` of test samples: see `Task`."""
-    tasks = {name: Task(method, method.model(state, name), each, kinds.get(name)) for name, each in samples.items()}
-    return fleet.map(_predict, tasks)
+    tasks = ((name, Task(method, method.model(state, name), each, kinds.get(name))) for name, each in samples.items())
+    return dict(fleet.each(_predict, tasks))
 
 
 def _predict(context: TrainingContext, task: Task) -> dict[str, Predicted]:
@@ -99,7 +99,3 @@ def _predict(context: TrainingContext, task: Task) -> dict[str, Predicted]:
             stream = adapting_streams(rows[row], labels, *task.kinds, prior, held)
             predicted[row] = replace(predicted[row], stream=stream)
     return predicted
-
-
-def _once(samples: Samples) -> Samples:
-    return tuple({sample.sha256: sample for sample in samples}.values())

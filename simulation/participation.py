@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from trainer_server.coordinator.selection import devices_in_share
 
 SPEED_SPREAD = 0.5  # standard deviation of the log of the devices' speeds: the fastest tenth is 3.6 times the slowest
 
 
 @dataclass(frozen=True)
 class Participation:
-    """`fraction` of the devices is selected in each round. A selected device drops out with probability `dropout`. Of
-    the others, the share `stragglers` misses the round deadline: those that need most time.
+    """`fraction` of the devices is selected in each round of training, rounded up as the server does. Other rounds ask
+    all devices. An asked device drops out with probability `dropout`. Of the others, the share `stragglers`, rounded
+    down, misses the round deadline: those that need most time.
 
     A device's time is its number of training samples divided by its speed, which is constant.
     """
@@ -25,16 +27,24 @@ class Participation:
     seed: int = 0
 
     def devices(self, sizes: Mapping[str, int], index: int) -> Sequence[str]:
-        """The devices whose updates arrive in round `index`, at least one. `sizes`: training samples by device."""
+        """The devices whose updates arrive in round `index` of training, at least one. `sizes`: training samples by
+        device."""
+        return self._arrived(sizes, self.fraction, [self.seed, index])
+
+    def all_devices(self, sizes: Mapping[str, int], index: int) -> Sequence[str]:
+        """The same for a round that asks all devices, beside round `index` of training."""
+        return self._arrived(sizes, 1.0, [self.seed, index, 1])
+
+    def _arrived(self, sizes: Mapping[str, int], fraction: float, seed: Sequence[int]) -> Sequence[str]:
         names = sorted(sizes)
-        rng = np.random.default_rng([self.seed, index])
-        selected = rng.choice(len(names), max(1, round(self.fraction * len(names))), replace=False)
+        rng = np.random.default_rng(seed)
+        selected = rng.choice(len(names), devices_in_share(fraction, len(names)), replace=False)
         present = selected[rng.random(len(selected)) >= self.dropout]
         if not len(present):
             present = selected[:1]
         speeds = np.exp(SPEED_SPREAD * np.random.default_rng(self.seed).standard_normal(len(names)))
         times = {int(device): sizes[names[device]] / speeds[device] for device in present}
-        in_time = max(1, math.ceil((1 - self.stragglers) * len(times)))
+        in_time = devices_in_share(1 - self.stragglers, len(times))
         return [names[device] for device in sorted(sorted(times, key=times.__getitem__)[:in_time])]
 
 

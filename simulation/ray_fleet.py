@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import socket
 import tempfile
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,11 +21,12 @@ from edge_runtime.training.context import TrainingContext
 from fedfmsl.errors import ConfigError, FedFMSLError, one_line
 from fedfmsl.protocol.bundle import Bundle
 from simulation.fleet import Devices, LocalFleet
-from simulation.store import ArrayStore, MappedStore
+from simulation.store import ArrayStore, FileStore
 
 T = TypeVar("T")
 R = TypeVar("R")
 REACH_SECONDS = 5.0
+CALLS_AHEAD = 8  # of each worker; more would keep more results in memory
 LOCAL = "local"  # Ray's name for a new instance on this machine
 
 
@@ -62,7 +64,7 @@ class Worker:
     def __init__(self, recipe: Recipe) -> None:
         self._threads = recipe.threads
         self._bundle = Bundle.load(recipe.bundle)
-        store: Store = MappedStore(recipe.features, recipe.names)
+        store: Store = FileStore(recipe.features, recipe.names)
         if recipe.arrays is not None:
             ray = import_ray()
             store = ArrayStore({folder: ray.get(rows) for folder, rows in recipe.arrays.items()})
@@ -90,7 +92,7 @@ class RayPool:
     """The workers of a simulation: one for each core of this machine, or of the cluster at `address`, divided by
     `threads`. `features`: the folder of the store."""
 
-    def __init__(self, bundle: Bundle, store: MappedStore, features: Path, threads: int, address: str | None) -> None:
+    def __init__(self, bundle: Bundle, store: FileStore, features: Path, threads: int, address: str | None) -> None:
         """Raises ConfigError if Ray is not installed or cannot be reached."""
         self._ray = import_ray()
         try:
@@ -147,17 +149,23 @@ class RayFleet(Devices):
         given = pool.put(dict(splits)), pool.put(self._level_caps)
         pool.get([worker.open.remote(key, *given) for worker in pool.workers])
 
-    def map(self, function: Callable[[TrainingContext, T], R], tasks: Mapping[str, T]) -> dict[str, R]:
-        called = self._pool.put(function)
-        shared = {id(task): self._pool.put(task) for task in {id(task): task for task in tasks.values()}.values()}
-        calls = [
-            self._worker[name].compute.remote(self._key, called, name, shared[id(task)]) for name, task in tasks.items()
-        ]
-        results = {}
-        for name, (result, seconds) in zip(tasks, self._pool.get(calls), strict=True):
-            results[name] = result
-            self.seconds[name] += seconds
-        return results
+    def each(
+        self, function: Callable[[TrainingContext, T], R], tasks: Iterable[tuple[str, T]]
+    ) -> Iterator[tuple[str, R]]:
+        called, calls, last, given = self._pool.put(function), deque[tuple[str, Any]](), None, None
+        for name, task in tasks:
+            if task is not last:  # most calls of a round have the same task
+                last, given = task, self._pool.put(task)
+            calls.append((name, self._worker[name].compute.remote(self._key, called, name, given)))
+            if len(calls) > CALLS_AHEAD * len(self._pool.workers):
+                yield self._result(*calls.popleft())
+        while calls:
+            yield self._result(*calls.popleft())
+
+    def _result(self, name: str, call: Any) -> tuple[str, Any]:
+        ((result, seconds),) = self._pool.get([call])
+        self.seconds[name] += seconds
+        return name, result
 
     def close(self) -> None:
         """Removes the devices' state directories."""

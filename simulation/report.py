@@ -2,46 +2,27 @@
 
 from __future__ import annotations
 
-import base64
 import html
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
 
+from fedfmsl.common import web_page
 from fedfmsl.common.cli import console
 from fedfmsl.common.files import write_atomically
 from simulation.charts import labels_by_device, own_against_novel
 from simulation.methods.base import stage_rounds
 from simulation.methods.fedfmsl import FedFMSL
-from simulation.results import Result, as_csv, as_markdown
+from simulation.results import STREAM, Result, as_csv, as_markdown, rows_of
 from simulation.settings import SimulationSettings
 
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{name} · FedFMSL Edge</title>
-<style>
-body {{ margin: 0 auto; max-width: 1200px; padding: 1.5rem 1rem 3rem; color: #222;
-  font: 16px/1.5 system-ui, sans-serif }}
-img {{ max-width: 100%; height: auto }}
-.wide {{ overflow-x: auto }}
-table {{ border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }}
-th, td {{ padding: .35rem .8rem; text-align: left; white-space: nowrap; border-bottom: 1px solid #e8e8e8 }}
-</style>
-</head>
-<body>
-<h1>{name}</h1>
-<p>{summary}</p>
-{charts}
-<div class="wide">{table}</div>
-</body>
-</html>
-"""
+PRINTED = ("own", "novel", f"{STREAM}0.1", "harmonic")
+PRINTED_WIDTH = 120  # a narrower terminal breaks the lines, so that no number is cut off
 
 
 def write_report(
@@ -51,21 +32,36 @@ def write_report(
     classes: Sequence[str],
     label_counts: Callable[[], NDArray[np.int64]],
 ) -> None:
-    """Writes results.csv, results.md, charts, report.html, and server.toml if FedFMSL was run. Prints their paths."""
-    table = as_markdown(results)
+    """Writes results.csv, results.md, charts, report.html, and server.toml if FedFMSL was run. Files of an earlier
+    simulation that it does not write are removed. Prints the main columns and the paths."""
     images = {"labels.svg": labels_by_device(label_counts(), classes), "accuracy.svg": own_against_novel(results)}
-    charts = {name: svg for name, svg in images.items() if svg is not None}
-    files = {"results.csv": as_csv(results).encode(), "results.md": table.encode(), **charts}
-    files["report.html"] = _page(settings, table, charts).encode()
     server = server_settings(results, settings)
-    if server:
-        files["server.toml"] = server.encode()
+    files = {
+        "results.csv": as_csv(results).encode(),
+        "results.md": as_markdown(results).encode(),
+        **images,
+        "report.html": _page(settings, results, images).encode(),
+        "server.toml": server.encode() if server else None,
+    }
     for name, data in files.items():
-        write_atomically(folder / name, data)
-    console.print(table)
-    console.print(f"report     {folder / 'report.html'}")
+        if data is None:
+            (folder / name).unlink(missing_ok=True)
+        else:
+            write_atomically(folder / name, data)
+    Console(width=max(console.width, PRINTED_WIDTH)).print(_printed(results))
+    console.print(f"\nreport     {folder / 'report.html'}")
     if server:
         console.print(f"settings   {folder / 'server.toml'}, for python -m trainer_server start --config")
+
+
+def _printed(results: Sequence[Result]) -> Table:
+    head, *rows = rows_of(results, PRINTED)
+    printed = Table(box=None, pad_edge=False)
+    for index, name in enumerate(head):
+        printed.add_column(name, justify="left" if index < 2 else "right", no_wrap=True)
+    for row in rows:
+        printed.add_row(*row)
+    return printed
 
 
 def server_settings(results: Sequence[Result], settings: SimulationSettings) -> str:
@@ -97,18 +93,11 @@ def server_settings(results: Sequence[Result], settings: SimulationSettings) -> 
     return "\n".join(lines) + "\n"
 
 
-def _page(settings: SimulationSettings, table: str, charts: dict[str, bytes]) -> str:
-    images = [f'<img src="data:image/svg+xml;base64,{base64.b64encode(svg).decode()}">' for svg in charts.values()]
-    head, _, *rows = [line.strip("|\n ").split(" | ") for line in table.splitlines()]
-    cells = [f"<tr>{''.join(f'<th>{html.escape(cell)}</th>' for cell in head)}</tr>"]
-    cells += [f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows]
+def _page(settings: SimulationSettings, results: Sequence[Result], images: Mapping[str, bytes | None]) -> str:
     summary = (
         f"{settings.devices} devices · {settings.rounds} rounds · partition {settings.partition.value} · share of "
         f"devices per round {settings.fraction:g} · {settings.seeds} seed{'s' if settings.seeds > 1 else ''}"
     )
-    return _PAGE.format(
-        name=html.escape(settings.name),
-        summary=html.escape(summary),
-        charts="\n".join(images),
-        table=f"<table>{''.join(cells)}</table>",
-    )
+    charts = web_page.charts([(name.removesuffix(".svg"), svg) for name, svg in images.items() if svg is not None])
+    parts = [f"<p>{html.escape(summary)}</p>", charts, web_page.table(rows_of(results))]
+    return web_page.page(settings.name, "\n".join(parts))

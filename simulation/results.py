@@ -78,15 +78,20 @@ def as_csv(results: Sequence[Result]) -> str:
 
 
 def as_markdown(results: Sequence[Result]) -> str:
-    """A row for each model with one α and learning rate: mean ± standard deviation over the seeds."""
-    head = ["method", "model", "α", "learning rate", "seeds", *(c.replace("_", " ") for c in (*COLUMNS, *COSTS))]
-    lines = [head, ["---"] * len(head)]
+    head, *rows = rows_of(results)
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, ["---"] * len(head), *rows))
+
+
+def rows_of(results: Sequence[Result], columns: Sequence[str] = (*COLUMNS, *COSTS)) -> list[list[str]]:
+    """A head, and a row for each model with one α and learning rate: mean ± standard deviation over the seeds."""
+    rows = [["method", "model", "α", "learning rate", "seeds", *(column.replace("_", " ") for column in columns)]]
     for (method, row, alpha, rate), same in grouped(results).items():
         cells = [method, row, "" if alpha is None else f"{alpha:g}", f"{rate:g}", str(len(same))]
-        cells += [spread([value_of(result, row, column) for result in same], ".3f") for column in COLUMNS]
-        cells += [spread([value_of(result, row, column) for result in same], ".3g") for column in COSTS]
-        lines.append(cells)
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+        for column in columns:
+            form = ".3g" if column in COSTS else ".3f"
+            cells.append(spread([value_of(result, row, column) for result in same], form))
+        rows.append(cells)
+    return rows
 
 
 def grouped(results: Sequence[Result]) -> dict[tuple[str, str, float | None, float], list[Result]]:

@@ -23,13 +23,14 @@ from edge_runtime.data.samples import Splits, assign_splits, labels_of
 from edge_runtime.training.context import Samples
 from fedfmsl import __version__
 from fedfmsl.common.cli import console
+from fedfmsl.errors import ConfigError
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.messages import Training
 from simulation.datasets import Columns, Dataset, load_folder, load_table
 from simulation.fleet import LocalFleet, compute_features
 from simulation.measure import held_out_accuracy, measure
-from simulation.methods import method_of
-from simulation.methods.base import MethodSettings, RoundCost
+from simulation.methods import METHODS, method_of
+from simulation.methods.base import MethodSettings, RoundCost, train_sizes
 from simulation.participation import Participation, assign_level_caps
 from simulation.partition import (
     Partition,
@@ -45,9 +46,11 @@ from simulation.ray_fleet import RayFleet, RayPool, import_ray
 from simulation.report import write_report
 from simulation.results import Cell, Result, key_of, read_results, value_of, write_result
 from simulation.settings import SimulationSettings
-from simulation.store import MappedStore
-from trainer_server.config import STAGE2
+from simulation.store import FileStore
+from trainer_server.config import STAGE2, highest_level
 
+# Part of the name of every result. Raise it with a change of code or constants that changes results within a version.
+NUMERICS = 1
 TEST_SHARE = 0.2
 # Settings that do not change a result, and those that are in the name of its file.
 ELSEWHERE = {"name", "bundle", "images", "dataset", "threads", "ray", "address"}
@@ -57,6 +60,9 @@ GRID = {"methods", "seeds", "alpha", "learning_rate"}
 def simulate(settings: SimulationSettings) -> None:
     """Writes runs/NAME. Raises FedFMSLError if an option or the data is unusable."""
     bundle = Bundle.load(settings.bundle)
+    bundle.verify()
+    highest_level(bundle, settings.max_level)
+    _check_level_caps(settings)
     if settings.ray or settings.address:
         import_ray()
     simulation = Simulation(settings, bundle, _load(settings, bundle))
@@ -84,7 +90,7 @@ class Simulation:
 
     @property
     def level(self) -> int:
-        return self.settings.level(self.bundle)
+        return highest_level(self.bundle, self.settings.max_level)
 
     @cached_property
     def cells(self) -> dict[Cell, Path]:
@@ -109,15 +115,16 @@ class Simulation:
         values = self.settings.model_dump(mode="json", exclude={*ELSEWHERE, *GRID})
         data = [f"{s.sha256} {s.label}" for part in (self.dataset.train, self.dataset.test) for s in part]
         contents = hashlib.sha256("\n".join(data).encode()).hexdigest()
-        return key_of({**values, "bundle": self.bundle.sha256, "data": contents, "version": __version__})
+        numerics = {"numerics": NUMERICS} if NUMERICS > 1 else {}  # results without it are older, and current
+        return key_of({**values, "bundle": self.bundle.sha256, "data": contents, "version": __version__, **numerics})
 
     @cached_property
-    def _store(self) -> MappedStore:
+    def _store(self) -> FileStore:
         names = sorted(sample.sha256 for sample in (*self.dataset.train, *self.dataset.test))
-        return MappedStore(self.folder / "features", names)
+        return FileStore(self.folder / "features", names)
 
     @cached_property
-    def _features(self) -> Features[MappedStore]:
+    def _features(self) -> Features[FileStore]:
         return Features(self._store, self.bundle, self.settings.threads, reader=self.dataset.inputs)
 
     @cached_property
@@ -193,11 +200,16 @@ class Simulation:
             self.bundle, self._features, splits, Path(self._states.name) / key, settings.threads, *devices
         )
 
+    def participation(self, cell: Cell) -> Participation:
+        settings = self.settings
+        return Participation(settings.fraction, settings.dropout, settings.stragglers, cell.seed)
+
     def method_settings(self, cell: Cell) -> MethodSettings:
         settings = self.settings
         common = {"batch_size": settings.batch_size, "seed": cell.seed}
         stage1 = Training(epochs=settings.epochs, learning_rate=cell.learning_rate, **common)
-        return MethodSettings(settings.rounds, stage1, self.level, cell.seed, STAGE2.model_copy(update=common))
+        stage2 = STAGE2.model_copy(update=common)
+        return MethodSettings(settings.rounds, stage1, self.level, cell.seed, stage2, self.participation(cell))
 
     def run_all(self, cells: Sequence[Cell], advance: Callable[[], None]) -> Iterator[tuple[Cell, Result]]:
         """Computes cells, with Ray several at once. Yields each when it is done."""
@@ -224,8 +236,7 @@ class Simulation:
         with self._lock:  # features of other cells may be computed in other threads
             fleet = self.fleet(cell, pool)
         settings, method = self.settings, method_of(cell.method)
-        participation = Participation(settings.fraction, settings.dropout, settings.stragglers, cell.seed)
-        sizes = {name: len(fleet.splits(name).train) for name in fleet.names}
+        participation, sizes = self.participation(cell), train_sizes(fleet)
         state, cost = method.start(fleet, self.method_settings(cell))
         costs, participations = [cost], 0
         for index in range(settings.rounds):
@@ -248,6 +259,17 @@ class Simulation:
         fleet.close()
         write_result(self.cells[cell], cell, result)
         return read_results([self.cells[cell]])[0]
+
+
+def _check_level_caps(settings: SimulationSettings) -> None:
+    """Raises ConfigError if there are level caps and a method that does not follow them."""
+    unfit = [name for name in settings.methods if settings.level_caps and not method_of(name).follows_level_caps]
+    if unfit:
+        fit = [name for name in METHODS if method_of(name).follows_level_caps]
+        raise ConfigError(
+            f"--level-caps has no effect on {', '.join(unfit)}, whose devices train all blocks of the level; it is for "
+            f"{', '.join(fit)}"
+        )
 
 
 def _load(settings: SimulationSettings, bundle: Bundle) -> Dataset:

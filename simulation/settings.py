@@ -7,8 +7,7 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from devices.trial.settings import TrialSettings
-from fedfmsl.common.settings import CommaSeparated, File, Fraction, SettingsModel, panel
-from fedfmsl.protocol.bundle import Bundle
+from fedfmsl.common.settings import CommaSeparated, File, Fraction, SettingsModel, flag_of, panel
 from fedfmsl.transport.settings import RunName
 from simulation.methods import METHODS
 from simulation.partition import Scheme
@@ -96,7 +95,9 @@ class SimulationSettings(SettingsModel):
         description="Number of further devices that are kept out of it, for evaluation.",
         json_schema_extra=DEVICES,
     )
-    fraction: Fraction = Field(1.0, description="Share of devices selected in a round.", json_schema_extra=DEVICES)
+    fraction: Fraction = Field(
+        1.0, description="Share of devices selected in a round of training, rounded up.", json_schema_extra=DEVICES
+    )
     dropout: Share = Field(
         0.0, description="Probability that a selected device does not answer.", json_schema_extra=DEVICES
     )
@@ -106,7 +107,9 @@ class SimulationSettings(SettingsModel):
         json_schema_extra=DEVICES,
     )
     level_caps: Annotated[tuple[LevelCap, ...], CommaSeparated] = Field(
-        (), description="Level caps, each of equally many devices. Default: no caps.", json_schema_extra=DEVICES
+        (),
+        description="Level caps, each of equally many devices; for fedfmsl and its ablations. Default: no caps.",
+        json_schema_extra=DEVICES,
     )
 
     threads: int = Field(
@@ -133,7 +136,19 @@ class SimulationSettings(SettingsModel):
             raise ValueError(f"--methods {unknown[0]!r}: no such method; choose from {', '.join(METHODS)}")
         if not (self.methods and self.alpha and self.learning_rate):
             raise ValueError("--methods, --alpha and --learning-rate need at least one value each")
+        for name, (needed, has_effect) in self._needs().items():
+            if name in self.model_fields_set and not has_effect:
+                raise ValueError(f"{flag_of(name)} has no effect without {needed}; leave it out, or give {needed}")
         return self
 
-    def level(self, bundle: Bundle) -> int:
-        return min(self.max_level or bundle.manifest.levels, bundle.manifest.levels)
+    def _needs(self) -> dict[str, tuple[str, bool]]:
+        """For options that need another one: which, and whether it is given."""
+        dataset = ("--dataset", self.dataset is not None)
+        dirichlet = self.partition in (Scheme.DIRICHLET, Scheme.QUANTITY)
+        return {
+            "sample_column": dataset,
+            "label_column": dataset,
+            "group_column": ("--dataset and --partition natural", dataset[1] and self.partition is Scheme.NATURAL),
+            "classes_per_device": ("--partition pathological", self.partition is Scheme.PATHOLOGICAL),
+            "alpha": ("--partition dirichlet or quantity", dirichlet),
+        }

@@ -1,6 +1,7 @@
-"""Where a simulation keeps the hidden states and features of all samples: one memory-mapped file per folder.
+"""Where a simulation keeps the hidden states and features of all samples: one file per folder.
 
-Virtual devices and worker processes read the same pages of the system's page cache, so a device has no copy.
+Virtual devices and worker processes read the same pages of the system's page cache, so a device has no copy. The files
+are not mapped: pages that a process has mapped count as its memory.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,7 +75,7 @@ class _Store(ABC):
         return self._derived_bytes // length if self._priority[folder] is Priority.DERIVED else sys.maxsize
 
 
-class MappedStore(_Store):
+class FileStore(_Store):
     """The states of a known list of names. All bytes of a folder have the same length.
 
     A name's bytes have a checksum, so that a half-written row is computed again after a crash. Several processes may
@@ -101,7 +103,7 @@ class MappedStore(_Store):
         return {
             folder: (
                 [self.names[row] for row in np.flatnonzero(table.checksums).tolist()],
-                table.rows[table.checksums > 0],
+                table.rows()[table.checksums > 0],
             )
             for folder, table in self._tables.items()
         }
@@ -123,7 +125,7 @@ class MappedStore(_Store):
 
 
 class ArrayStore(_Store):
-    """The `arrays` of a `MappedStore` on another machine. Nothing is added to them."""
+    """The `arrays` of a `FileStore` on another machine. Nothing is added to them."""
 
     def __init__(self, arrays: Mapping[str, StoredRows], derived_bytes: int = DERIVED_BYTES) -> None:
         super().__init__(derived_bytes)
@@ -147,14 +149,13 @@ class ArrayStore(_Store):
 
 @dataclass(frozen=True)
 class _Table:
-    """`rows` (n, length) of bytes. `checksums` (n,): 0 for a row that is not stored. `checked` (n,): rows that this
-    process has compared with their checksum.
-
-    Rows are written with `pwrite`, because a write to a mapped page would kill the process on a full disk.
+    """A file of n rows of `length` bytes. `checksums` (n,): 0 for a row that is not stored; other processes add some.
+    `checked` (n,): rows that this process has compared with their checksum.
     """
 
     path: Path
-    rows: NDArray[np.uint8]
+    file: BinaryIO
+    length: int
     checksums: NDArray[np.uint32]
     checked: NDArray[np.bool_]
 
@@ -167,18 +168,23 @@ class _Table:
                 opened.truncate(size)
         return cls(
             path,
-            np.asarray(np.memmap(path, np.uint8, "r", shape=(count, length))),  # an array is indexed faster
-            np.asarray(np.memmap(checksums, CRC, "r", shape=(count,))),
+            path.open("rb"),
+            length,
+            np.asarray(np.memmap(checksums, CRC, "r", shape=(count,))),  # an array is indexed faster
             np.zeros(count, bool),
         )
 
     def get(self, row: int) -> bytes | None:
-        data: bytes = self.rows[row].tobytes()
+        data = os.pread(self.file.fileno(), self.length, row * self.length)
         if not self.checked[row]:
             if self.checksums[row] != _checksum(data):
                 return None
             self.checked[row] = True
         return data
+
+    def rows(self) -> NDArray[np.uint8]:
+        """All rows (n, length)."""
+        return np.memmap(self.path, np.uint8, "r", shape=(len(self.checksums), self.length))
 
     def put(self, row: int, data: bytes) -> None:
         _write(self.path, row * len(data), data)

@@ -13,6 +13,8 @@ from fedfmsl.algorithms.privacy import Privacy
 from fedfmsl.algorithms.sal import AllAtOnce, CapabilityQueue, FixedSchedule, Sal
 from fedfmsl.algorithms.server_optimizers import FedAdam, FedAvg, FedAvgM, ServerOptimizer
 from fedfmsl.common.settings import Fraction, panel
+from fedfmsl.errors import ConfigError
+from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.messages import Encoding, Training
 from fedfmsl.transport.settings import RunName
 
@@ -225,6 +227,17 @@ class RunConfig(RunRules):
                 "fixed-schedule or all-at-once"
             )
         return self
+
+
+def highest_level(bundle: Bundle, max_level: int | None) -> int:
+    """`max_level`, or the bundle's highest level. Raises ConfigError if the bundle has no such level."""
+    levels = bundle.manifest.levels
+    if max_level is not None and max_level > levels:
+        raise ConfigError(
+            f"--max-level {max_level} is more than {levels}, the highest level of the bundle at {bundle.root}; lower "
+            "it, or export more levels"
+        )
+    return max_level or levels
 
 
 def sal_rules(trigger: Trigger, min_gain: float, max_level: int) -> tuple[Sal, Sal]:

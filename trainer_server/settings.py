@@ -30,6 +30,7 @@ from trainer_server.config import (
     RunConfig,
     RunRules,
     Trigger,
+    highest_level,
     sal_rules,
 )
 
@@ -146,18 +147,13 @@ class ServerSettings(ServiceSettings, RunRules):
 
     def run_config(self, bundle: Bundle) -> RunConfig:
         """The configuration of a run with this bundle. Raises ConfigError if the bundle does not support it."""
-        levels = bundle.manifest.levels
-        if self.max_level and self.max_level > levels:
-            raise ConfigError(
-                f"--max-level {self.max_level} is more than {levels}, the highest level of the bundle at "
-                f"{bundle.root}; lower it, or export more levels"
-            )
+        max_level = highest_level(bundle, self.max_level)
         if self.head is Head.ZERO_SHOT and bundle.zero_shot() is None:
             raise ConfigError(
                 f"--head zero-shot: the bundle of {bundle.manifest.model} has no such head; build one of clip-vit-b16 "
                 "with its weights, or choose class-means"
             )
-        return self._config(self.max_level or levels)
+        return self._config(max_level)
 
     def _config(self, max_level: int) -> RunConfig:
         rules = {key: getattr(self, key) for key in RunRules.model_fields}

@@ -18,7 +18,7 @@ import numpy as np
 from edge_runtime.data.cache import DiskCache
 from edge_runtime.data.features import FeatureCache
 from edge_runtime.data.folder import SampleFolder
-from edge_runtime.data.samples import Sample, are_in, labels_of
+from edge_runtime.data.samples import are_in, contents_once, labels_of
 from edge_runtime.engines.step_graph import StepGraphEngine
 from edge_runtime.store import DeviceStore
 from edge_runtime.training.context import Samples, TrainingContext
@@ -129,9 +129,7 @@ def _take_over(cache: Path, target: Path) -> None:
 
 
 def _test_samples(devices: Sequence[TrainingContext]) -> Samples:
-    """The test samples of all devices, each content once."""
-    unique: dict[str, Sample] = {sample.sha256: sample for device in devices for sample in device.scanned.test}
-    return tuple(unique.values())
+    return contents_once(sample for device in devices for sample in device.scanned.test)
 
 
 def _measure(

@@ -2,45 +2,20 @@
 
 from __future__ import annotations
 
-import base64
 import html
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from devices.trial.charts import NAMES, ChartData, svgs
+from fedfmsl.common import web_page
 from trainer_server.coordinator.records import ClosedRound
 
 Report = dict[str, Any]  # the content of report.json
 
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{name} · FedFMSL Edge</title>
-<style>
-body {{ margin: 0 auto; max-width: 1200px; padding: 1.5rem 1rem 3rem; color: #222; background: #fff;
-  font: 16px/1.5 system-ui, sans-serif }}
-h1 {{ margin: 0; font-size: 1.6rem }}
-h2 {{ margin: 2.5rem 0 .5rem; font-size: 1.15rem }}
-p {{ margin: .25rem 0; color: #555 }}
-a {{ color: #0072b2; overflow-wrap: anywhere }}
-.charts {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)); gap: 2rem;
-  margin-top: 1.5rem }}
-img {{ width: 100%; height: auto }}
-.wide {{ overflow-x: auto }}
-table {{ border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }}
-th, td {{ padding: .35rem .8rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #e8e8e8 }}
-th {{ color: #555; font-weight: 600 }}
-th:first-child, td:first-child {{ padding-left: 0; text-align: left }}
-</style>
-</head>
-<body>
-<h1>{name}</h1>
-<p>{headline}</p>
+_BODY = """<p>{headline}</p>
 <p>{summary}</p>
 <p>{coverage}</p>
-<div class="charts">{charts}</div>
+{charts}
 <h2>Test accuracy of the models</h2>
 <p>{definitions}</p>
 {models_table}
@@ -50,10 +25,7 @@ th:first-child, td:first-child {{ padding-left: 0; text-align: left }}
 <h2>Rounds, with accuracy on held-out {samples}</h2>
 {rounds}
 <h2>Models</h2>
-{models}
-</body>
-</html>
-"""
+{models}"""
 
 _DEFINITIONS = (
     "own: the device's own test {samples} · novel: those of classes that it does not hold, but another device does · "
@@ -64,30 +36,26 @@ _DEFINITIONS = (
 
 
 def render_page(name: str, report: Report, rounds: Sequence[ClosedRound], data: ChartData) -> str:
-    charts = [
-        f'<img alt="{html.escape(title)}" src="data:image/svg+xml;base64,{base64.b64encode(svg).decode()}">'
-        for title, svg in svgs(data)
-    ]
     files = report["files"]
     links = [("Global expert (PEFT adapter)", files["global_expert"])]
     links += [(f"Personalized model of {device} (ONNX)", path) for device, path in files["personalized"].items()]
     models = [
         f'<p>{html.escape(what)}: <a href="{html.escape(path)}">{html.escape(path)}</a></p>' for what, path in links
     ]
-    return _PAGE.format(
-        name=html.escape(name),
+    body = _BODY.format(
         headline=html.escape(headline(report)),
         summary=html.escape(_summary(report)),
         coverage=html.escape(coverage(report)),
-        charts="\n".join(charts),
+        charts=web_page.charts(svgs(data)),
         definitions=html.escape(_DEFINITIONS.format(samples=report["samples"])),
-        models_table=_html_table(model_rows(report)),
+        models_table=web_page.table(model_rows(report)),
         unseen=_unseen(report),
-        accuracies=_html_table(accuracy_rows(report)),
+        accuracies=web_page.table(accuracy_rows(report)),
         samples=report["samples"],
-        rounds=_html_table(_round_rows(rounds)),
+        rounds=web_page.table(_round_rows(rounds)),
         models="\n".join(models),
     )
+    return web_page.page(name, body)
 
 
 def _summary(report: Report) -> str:
@@ -108,7 +76,7 @@ def _unseen(report: Report) -> str:
     (accuracy, *_) = unseen["accuracy"].values()
     names = ", ".join(accuracy["per_device"])
     text = f"These devices did not take part: {names}. They have received the globals and have not trained."
-    return f"<h2>Unseen devices</h2><p>{html.escape(text)}</p>{_html_table(model_rows(unseen))}"
+    return f"<h2>Unseen devices</h2><p>{html.escape(text)}</p>{web_page.table(model_rows(unseen))}"
 
 
 def model_rows(report: Report) -> list[list[str]]:
@@ -159,13 +127,6 @@ def _round_rows(rounds: Sequence[ClosedRound]) -> list[list[str]]:
             ]
         )
     return rows
-
-
-def _html_table(rows: Sequence[Sequence[str]]) -> str:
-    lines = []
-    for tag, row in zip(["th", *["td"] * (len(rows) - 1)], rows, strict=True):
-        lines.append("<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>")
-    return f'<div class="wide"><table>{"".join(lines)}</table></div>'
 
 
 def headline(report: Report) -> str:

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError, features
 from PIL.JpegImagePlugin import JpegImageFile
 
+from edge_runtime.data.resize import to_square
 from edge_runtime.data.unreadable import UnreadableError, decoding
 from fedfmsl.common.sample_formats import READ_IMAGES
 from fedfmsl.protocol.bundle import ImagePreprocessing
@@ -78,14 +79,8 @@ def extent(file: BinaryIO, file_size: int, size: int) -> int:
 
 @decoding()
 def decode_pixels(data: bytes, preprocessing: ImagePreprocessing) -> Pixels:
-    """An image file's bytes as (S, S, 3) uint8 RGB: shorter side resized to S, centre cropped."""
-    size = preprocessing.size
-    image = _decode(data, size)
-    scale = size / min(image.size)
-    width, height = (max(size, round(side * scale)) for side in image.size)
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - size) // 2, (height - size) // 2
-    return np.asarray(image.crop((left, top, left + size, top + size)))
+    """An image file's bytes as (S, S, 3) uint8 RGB."""
+    return np.asarray(to_square(_decode(data, preprocessing.edge), preprocessing))
 
 
 def _decode(data: bytes, size: int) -> Image.Image:

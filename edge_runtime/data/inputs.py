@@ -87,7 +87,7 @@ def reader_for(preprocessing: Preprocessing, tokenizer: str = "") -> Reader:
     if isinstance(preprocessing, TextPreprocessing):
         return Reader(TEXTS, "tokens", texts.TextTokenizer(tokenizer, preprocessing).decode, texts.extent)
     decode = partial(images.decode_pixels, preprocessing=preprocessing)
-    return Reader(IMAGES, "pixels", decode, partial(images.extent, size=preprocessing.size))
+    return Reader(IMAGES, "pixels", decode, partial(images.extent, size=preprocessing.edge))
 
 
 def reader_of(bundle: Bundle) -> Reader:

@@ -7,7 +7,7 @@ needs their features: `assign_splits`, then `assign_new_samples`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
@@ -168,6 +168,11 @@ def are_in(samples: Sequence[Sample], part: Sequence[Sample]) -> NDArray[np.bool
     """Which samples (n,) have a content of `part`."""
     contents = {sample.sha256 for sample in part}
     return np.array([sample.sha256 in contents for sample in samples], bool)
+
+
+def contents_once(samples: Iterable[Sample]) -> tuple[Sample, ...]:
+    """The samples, each content once."""
+    return tuple({sample.sha256: sample for sample in samples}.values())
 
 
 def _content(sample: Sample) -> str:

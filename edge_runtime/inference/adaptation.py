@@ -8,11 +8,9 @@ from typing import Protocol
 
 import numpy as np
 
-from fedfmsl.algorithms.arrays import Floats
+from fedfmsl.algorithms.arrays import MIN_PROBABILITY, Floats
 from fedfmsl.algorithms.label_shift import WINDOW, adapted_prior, prior_shift
 from fedfmsl.algorithms.mixture import log_softmax
-
-MIN_PROBABILITY = 1e-30
 
 
 class ModelFacts(Protocol):

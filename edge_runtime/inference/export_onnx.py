@@ -19,6 +19,12 @@ from edge_runtime.training.model import mark_exported, open_model_bundle, read_p
 from fedfmsl.common.files import write_atomically
 from fedfmsl.protocol.bundle import Bundle
 
+# Numbers of fields in onnx.proto
+MODEL_GRAPH = onnx.ModelProto.GRAPH_FIELD_NUMBER
+GRAPH_INITIALIZER = onnx.GraphProto.INITIALIZER_FIELD_NUMBER
+TENSOR_RAW_DATA = onnx.TensorProto.RAW_DATA_FIELD_NUMBER
+LENGTH_DELIMITED = 2  # protobuf's type of a field that starts with its length
+
 
 def write_model(store: DeviceStore, path: Path, bundle_path: Path | None = None) -> None:
     """Writes the device's newest model to `path`. Default bundle: the one that the device downloaded.
@@ -54,14 +60,38 @@ def write_model(store: DeviceStore, path: Path, bundle_path: Path | None = None)
 def _serialized(model: onnx.ModelProto, frozen: Sequence[onnx.TensorProto], bundle: Bundle) -> Iterator[bytes]:
     """Parts of the serialized model, with one frozen weight in memory at a time.
 
-    Protobuf reads concatenated messages as one message with concatenated lists.
+    The weights are the last fields of the one graph, whose length is written first. Concatenated messages would be the
+    same model to protobuf, but some readers, such as Netron's, only see the first or the last graph.
     """
+    graph = model.graph.SerializeToString(deterministic=True)
+    model.ClearField("graph")
+    tensors = [_without_data(reference) for reference in frozen]
+    starts = [_field(GRAPH_INITIALIZER, len(head) + size) + head for head, size in tensors]
+    sizes = [len(start) + size for start, (_, size) in zip(starts, tensors, strict=True)]
     yield model.SerializeToString(deterministic=True)
-    for reference in frozen:
-        model = onnx.ModelProto()
-        tensor = model.graph.initializer.add()
+    yield _field(MODEL_GRAPH, len(graph) + sum(sizes))
+    yield graph
+    for start, reference in zip(starts, frozen, strict=True):
+        yield start
+        tensor = onnx.TensorProto()
         tensor.CopyFrom(reference)
         load_external_data_for_tensor(tensor, str(bundle.root))
-        tensor.data_location = onnx.TensorProto.DEFAULT
-        del tensor.external_data[:]
-        yield model.SerializeToString(deterministic=True)
+        yield tensor.raw_data
+
+
+def _without_data(reference: onnx.TensorProto) -> tuple[bytes, int]:
+    """A tensor with external data, serialized up to its data. Returns it and the bytes of the data."""
+    length = next(int(entry.value) for entry in reference.external_data if entry.key == "length")
+    tensor = onnx.TensorProto(name=reference.name, dims=reference.dims, data_type=reference.data_type)
+    return tensor.SerializeToString(deterministic=True) + _field(TENSOR_RAW_DATA, length), length
+
+
+def _field(number: int, length: int) -> bytes:
+    """The start of a protobuf field of `length` bytes: its number and the length, both as varints."""
+    return _varint(number << 3 | LENGTH_DELIMITED) + _varint(length)
+
+
+def _varint(value: int) -> bytes:
+    """Seven bits per byte, the lowest first. All bytes but the last have the highest bit set."""
+    rest = value >> 7
+    return bytes([value & 127 | 128]) + _varint(rest) if rest else bytes([value])

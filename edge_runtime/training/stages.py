@@ -115,18 +115,24 @@ def train_global(context: TrainingContext, round_: Round, published: Globals) ->
 
 
 def head_statistics(context: TrainingContext, round_: Round, published: Globals) -> StageResult:
-    """Class sums and second moments of the global expert's features (n, F). The server computes its head from them."""
-    samples, engine, level = context.splits.train, context.engine, min(round_.level, context.level_cap)
+    """Class sums and second moments of the global expert's features. The server computes its head from them."""
+    level = min(round_.level, context.level_cap)
+    tensors = feature_moments(context, published.expert, level)
+    return StageResult(tensors, samples=len(context.splits.train), level=level)
+
+
+def feature_moments(context: TrainingContext, expert: Vector, level: int) -> dict[str, Vector]:
+    """The arguments of `discriminant_head` from the training split: its features (n, F) have the LoRA of `expert`."""
+    samples, engine = context.splits.train, context.engine
     engine.load(level)
-    engine.set(published.expert[: context.bundle.expert.size(level)])
-    features = np.concatenate(
-        [engine.features(h) for h in context.hidden_states(samples, published.expert, level).batches()]
-    )
+    engine.set(expert[: context.bundle.expert.size(level)])
+    features = np.concatenate([engine.features(h) for h in context.hidden_states(samples, expert, level).batches()])
     sums = class_sums(features, labels_of(samples), context.classes)
-    tensors = {name: sums[name] for name in ("class_sums", "class_counts")} | {
-        "second_moments": second_moments(features)
+    return {
+        "class_sums": sums["class_sums"],
+        "class_counts": sums["class_counts"],
+        "second_moments": second_moments(features),
     }
-    return StageResult(tensors, samples=len(samples), level=level)
 
 
 def shuffle_seed(context: TrainingContext, round_: Round) -> list[int]:

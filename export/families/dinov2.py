@@ -47,5 +47,6 @@ DINOV2 = Family(
     outer=_outer,
     mean=IMAGENET_MEAN,
     std=IMAGENET_STD,
+    any_size=True,
     classifier_width=2,  # transformers' classifier also reads the mean patch token
 )

@@ -18,9 +18,8 @@ import torch
 from export.graph import Array
 from export.transformer import Geometry
 from fedfmsl.errors import ConfigError
-from fedfmsl.protocol.bundle import LoraSpec
+from fedfmsl.protocol.bundle import RGB, LoraSpec
 
-RGB = tuple[float, float, float]
 HALF: RGB = (0.5, 0.5, 0.5)
 IMAGENET_MEAN: RGB = (0.485, 0.456, 0.406)
 IMAGENET_STD: RGB = (0.229, 0.224, 0.225)
@@ -45,6 +44,7 @@ class Family:
     input: Literal["pixels", "tokens"] = "pixels"
     mean: RGB = HALF
     std: RGB = HALF
+    any_size: bool = False  # whether images may have other sizes than `image_size` of the config
     classifier_width: int = 1  # input width of the reference's classifier, in F
     optimum_model: Callable[[Any], Any] | None = None  # reference → model for optimum; default: the backbone
     text_tower: type[Any] | None = None  # class with `logit_scale` and `text_embeds` (F,)

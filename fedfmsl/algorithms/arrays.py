@@ -20,3 +20,4 @@ Tensors = Mapping[str, NDArray[np.generic]]  # by name
 Parts = Mapping[str, slice]  # the head and each block: where its values are in a flat vector, in order
 
 NEVER = -1e4  # a log-probability whose exp is zero in float32
+MIN_PROBABILITY = 1e-30  # lower ones count as this, so that logarithms and quotients are finite

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from fedfmsl.algorithms.arrays import Floats
+from fedfmsl.algorithms.arrays import MIN_PROBABILITY, Floats
 
 RATE_STRENGTH = 10.0  # pseudo-samples of the default rate; ours, chosen on held-out samples
 CLASS_STRENGTH = 1000.0  # pseudo-samples of the default classes within each group
@@ -26,7 +26,7 @@ def adapted_prior(log_p: Floats, prior: Floats, held: NDArray[np.bool_]) -> Floa
     start = np.asarray(prior, np.float64)
     if len(log_p) < MIN_SAMPLES:
         return np.asarray(start, np.float32)
-    likelihood = np.exp(np.asarray(log_p, np.float64)) / np.maximum(start, 1e-30)
+    likelihood = np.exp(np.asarray(log_p, np.float64)) / np.maximum(start, MIN_PROBABILITY)
     adapted = start.copy()
     for _ in range(ITERATIONS):
         posterior = likelihood * adapted
@@ -34,13 +34,15 @@ def adapted_prior(log_p: Floats, prior: Floats, held: NDArray[np.bool_]) -> Floa
         rates = [counts[group].sum() + RATE_STRENGTH * start[group].sum() for group in (held, ~held)]
         for group, rate in zip((held, ~held), rates, strict=True):
             classes = counts[group] + CLASS_STRENGTH * start[group]
-            adapted[group] = rate / sum(rates) * classes / max(classes.sum(), 1e-30)
+            adapted[group] = rate / sum(rates) * classes / max(classes.sum(), MIN_PROBABILITY)
     return np.asarray(adapted, np.float32)
 
 
 def prior_shift(prior: Floats, adapted: Floats) -> Floats:
     """What the log-probabilities of a model with the class prior `prior` gain under `adapted`, both (C,)."""
-    return np.asarray(np.log(np.maximum(adapted, 1e-30)) - np.log(np.maximum(prior, 1e-30)), np.float32)
+    return np.asarray(
+        np.log(np.maximum(adapted, MIN_PROBABILITY)) - np.log(np.maximum(prior, MIN_PROBABILITY)), np.float32
+    )
 
 
 def adapt_in_order(log_p: Floats, prior: Floats, held: NDArray[np.bool_]) -> Floats:

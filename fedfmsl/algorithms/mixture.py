@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fedfmsl.algorithms.arrays import NEVER, Floats, Labels
+from fedfmsl.algorithms.arrays import MIN_PROBABILITY, NEVER, Floats, Labels
 
 SMOOTHING = 0.1  # samples added to each held class
 NOVEL_RATE = 0.2  # prior probability of a novel class; ours, chosen on held-out samples
@@ -90,7 +90,9 @@ def log_sum_exp(values: Floats) -> Floats:
 
 def _log(probabilities: NDArray[np.float64]) -> Floats:
     """NEVER where the probability is zero."""
-    return np.asarray(np.where(probabilities > 0, np.log(np.maximum(probabilities, 1e-30)), NEVER), np.float32)
+    return np.asarray(
+        np.where(probabilities > 0, np.log(np.maximum(probabilities, MIN_PROBABILITY)), NEVER), np.float32
+    )
 
 
 def log_softmax(logits: Floats) -> Floats:

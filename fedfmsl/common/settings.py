@@ -50,7 +50,7 @@ _TEXTS = {  # of pydantic's error types; the fields are those of the error's con
     "literal_error": "is unknown; choose {expected}",
     "path_type": "is not a path; write it as a text in quotes",
     "string_type": "is not a text; put it in quotes",
-    "tuple_type": 'is not a list; write it like ["…", "…"]',
+    "tuple_type": "is not a list; write [{value}]",
 }
 _FILE_TYPES: dict[Any, tuple[type, ...]] = {bool: (bool,), int: (int,), float: (int, float)}  # of values in a file
 _WRONG_TYPE = object()  # pydantic rejects it; it would convert some values of a wrong type
@@ -275,7 +275,7 @@ def _explain(details: ErrorDetails, places: Mapping[str, Place], config: Path | 
         return math.inf, f"{flag_of(key)} is missing; give it, or {variable_of(key)}, or {key} {where}"
     name, value, line = places[key]
     if details["type"] in _TEXTS:
-        return line, f"{name}{value} {_TEXTS[details['type']].format(**details.get('ctx', {}))}"
+        return line, f"{name}{value} {_TEXTS[details['type']].format(value=value, **details.get('ctx', {}))}"
     _, quoted, predicate = message.partition(value)
     if quoted and value[0] in "'\"":  # shows the value once
         return line, f"{name}{value}{predicate}"

@@ -25,7 +25,7 @@ import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -41,6 +41,9 @@ MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 4 * 1024 * 1024
 TOKENIZER = "tokenizer.json"
 Precision = Literal["fp32", "int8"]  # of the frozen weight matrices
+RGB = tuple[float, float, float]
+Filter = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
+FILTERS: tuple[Filter, ...] = get_args(Filter)  # by Pillow's number
 FileName = Annotated[str, Field(pattern=r"^[0-9A-Za-z][0-9A-Za-z._-]{0,127}$")]  # of a file beside the manifest
 
 
@@ -48,13 +51,32 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+class Resize(_Frozen):
+    """How transformers' image processors resize with Pillow: the shorter side to `edge` pixels, or both sides to `edge`
+    pixels without `keep_ratio`. The longer side is cut to whole pixels."""
+
+    edge: Positive
+    keep_ratio: bool
+    filter: Filter
+
+
 class ImagePreprocessing(_Frozen):
-    """Resize the shorter side to `size` (bicubic), crop the centre, scale to 0…1, normalize per channel."""
+    """Resize, crop the centre of `size` pixels per side, scale to 0…1, normalize per channel.
+
+    `resize`: None for weights without an image processor. The shorter side is then resized to `size` (bicubic), and the
+    longer one is rounded to whole pixels (ours).
+    """
 
     kind: Literal["image"] = "image"
     size: Positive
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: RGB
+    std: RGB
+    resize: Resize | None = None
+
+    @property
+    def edge(self) -> int:
+        """Pixels of the shorter side before the crop."""
+        return self.resize.edge if self.resize else self.size
 
 
 class TextPreprocessing(_Frozen):
@@ -85,7 +107,7 @@ class LoraSpec(_Frozen):
 
 
 class PeftSpec(_Frozen):
-    """How to write the global expert as a PEFT adapter: `base` for `from_pretrained`, the key `prefix` of the backbone,
+    """How to write the global expert as a PEFT adapter: `base`, a name on the hub or of a folder, the key `prefix` of the backbone,
     PEFT's name for its list of blocks, and the input widths of our head and of the classifier in transformers. A wider
     classifier, which also reads mean-pooled patches, gets zeros there.
     """
@@ -96,6 +118,7 @@ class PeftSpec(_Frozen):
     layers_pattern: str
     head_width: int
     classifier_width: int
+    base_class: str | None = None  # module and name of the base model's class
 
 
 class FileEntry(_Frozen):

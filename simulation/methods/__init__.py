@@ -33,6 +33,7 @@ METHODS = {  # by name: the module, and what makes the method
     "fedfmsl-no-gate": "ablations:without_gate",
     "fedfmsl-untrained-gate": "ablations:with_untrained_gate",
     "fedfmsl-zero-head": "ablations:without_class_means",
+    "fedit-head": "ablations:FedITWithHead",
 }
 
 

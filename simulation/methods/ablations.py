@@ -1,15 +1,21 @@
-"""FedFMSL without one of its parts (ours). Each is a whole run of the coordinator."""
+"""FedFMSL without one of its parts, and FedIT with one of them (ours). The former are whole runs of the coordinator."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from edge_runtime.training.context import Samples, TrainingContext
-from edge_runtime.training.stages import StageResult
-from fedfmsl.algorithms.arrays import Floats
+from edge_runtime.training.stages import StageResult, feature_moments
+from fedfmsl.algorithms.arrays import Floats, Vector
+from fedfmsl.algorithms.discriminant import discriminant_head
+from simulation.fleet import Fleet
+from simulation.methods.base import RoundCost
 from simulation.methods.fedfmsl import FedFMSL, Stage2
+from simulation.methods.fedit import FedIT
+from simulation.methods.server import State, sum_over, wire_bytes
 from trainer_server.config import Head, Trigger
 
 
@@ -42,6 +48,30 @@ class HalfWeights(FedFMSL):
         models = super().log_p(context, model, samples)
         both = np.logaddexp(models["global"], models["local-expert"]) - np.log(2)
         return {self.name: np.asarray(both, np.float32)}
+
+
+class FedITWithHead(FedIT):
+    """FedIT. After the last round all devices send the sums that FedFMSL's head is computed from."""
+
+    name = "fedit-head"
+    title = "FedIT, head of FedFMSL"
+    source = "ours"
+
+    def round(self, fleet: Fleet, state: State, devices: Sequence[str], index: int) -> tuple[State, RoundCost]:
+        state, cost = super().round(fleet, state, devices, index)
+        if index + 1 < state.settings.rounds:
+            return state, cost
+        asked = state.settings.all_devices(fleet, index)
+        total, sizes = sum_over(fleet, own_moments, [(name, state.shared) for name in asked])
+        shared = state.shared.copy()
+        head = discriminant_head(total["class_sums"], total["class_counts"], total["second_moments"])
+        shared[: head.size] = head
+        received = dict.fromkeys(asked, wire_bytes(fleet.bundle, state.shared))
+        return replace(state, shared=shared), cost + RoundCost(sizes, received)
+
+
+def own_moments(context: TrainingContext, theta: Vector) -> dict[str, Vector]:
+    return feature_moments(context, theta, context.level_of(theta))
 
 
 def _same_gate(_: str, result: StageResult) -> StageResult:

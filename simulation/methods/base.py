@@ -10,8 +10,10 @@ from edge_runtime.training.context import Samples, TrainingContext
 from fedfmsl.algorithms.arrays import Floats
 from fedfmsl.protocol.messages import Training
 from simulation.fleet import Fleet
+from simulation.participation import Participation
 from trainer_server.config import STAGE2
 
+EVERY_DEVICE = Participation()
 STAGE2_SHARE = 5 / 17  # of the rounds, as the server's defaults
 
 State = TypeVar("State")
@@ -31,6 +33,7 @@ class MethodSettings:
     `rounds`: communication rounds, of both stages together. `training`: of a device in one round of stage 1. `level`:
     the highest level. `seed` determines everything that is random. `stage2`: the training in the last rounds. FedFMSL
     and methods that personalize after the federation do it then; for other methods only the training changes.
+    `participation`: which devices answer a round that asks all of them.
     """
 
     rounds: int
@@ -38,14 +41,24 @@ class MethodSettings:
     level: int
     seed: int
     stage2: Training = STAGE2
+    participation: Participation = EVERY_DEVICE
 
     @property
     def stage2_indices(self) -> range:
         return range(self.rounds - stage_rounds(self.rounds)[1], self.rounds)
 
+    def all_devices(self, fleet: Fleet, index: int) -> Sequence[str]:
+        """The devices that answer a round that asks all of them, beside round `index` of training."""
+        return self.participation.all_devices(train_sizes(fleet), index)
+
     def training_of(self, index: int) -> Training:
         """The training of a device in round `index`, from 0."""
         return self.stage2 if index in self.stage2_indices else self.training
+
+
+def train_sizes(fleet: Fleet) -> dict[str, int]:
+    """The number of training samples of each device."""
+    return {name: len(fleet.splits(name).train) for name in fleet.names}
 
 
 def _sum(a: Mapping[str, int], b: Mapping[str, int]) -> dict[str, int]:
@@ -77,6 +90,11 @@ class Method(Protocol[State, Model]):
     def title(self) -> str: ...
     @property
     def source(self) -> str: ...
+
+    @property
+    def follows_level_caps(self) -> bool:
+        """Whether a device trains the blocks up to its level cap only. Default: all devices train all blocks."""
+        return False
 
     @property
     def adapting(self) -> Collection[str]:

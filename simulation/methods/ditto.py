@@ -97,4 +97,4 @@ class Ditto(SingleModel):
 
 
 def _kept(state: State, results: Mapping[str, Pair]) -> State:
-    return replace(state, personal={**state.personal, **{name: pair.personal for name, pair in results.items()}})
+    return replace(state, personal=state.personal.updated((name, pair.personal) for name, pair in results.items()))

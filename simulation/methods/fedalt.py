@@ -14,8 +14,10 @@ devices as RoW, and weights of ½; it adapts by training its LoRA and router.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -31,6 +33,7 @@ from simulation.methods.base import Method, MethodSettings, RoundCost, round_see
 from simulation.methods.dual_lora import Adapters, weighted_log_p, wide_engine
 from simulation.methods.local_training import cross_entropy, shuffled_steps
 from simulation.methods.server import State, exchange, start_theta
+from simulation.spill import StoredArrays
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,19 +41,24 @@ class AltState(State):
     """`shared` (P,): the start. `personal`: the individual adapters (P,). `sent`: those that the server has received.
     `routers`: by device, (2, F); `untrained` is that of all others."""
 
-    sent: Mapping[str, Vector] = field(default_factory=dict)
-    routers: Mapping[str, Floats] = field(default_factory=dict)
+    sent: StoredArrays = field(default_factory=StoredArrays)
+    routers: StoredArrays = field(default_factory=StoredArrays)
     untrained: Floats
 
-    def models(self, devices: Sequence[str]) -> dict[str, Model]:
+    @cached_property
+    def total(self) -> Doubles:
+        """The sum (P,) of all adapters that were sent."""
         total = np.zeros(self.shared.size)
         for name in sorted(self.sent):
             total += self.sent[name]
-        return {name: self._model(name, total) for name in devices}
+        return total
 
-    def _model(self, device: str, total: Doubles) -> Model:
-        others = len(self.sent.keys() - {device})
-        rest = np.asarray((total - self.sent.get(device, 0.0)) / others, np.float32) if others else self.shared
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "total"}  # it follows from the others
+
+    def model(self, device: str) -> Model:
+        others = len(self.sent) - (device in self.sent)
+        rest = np.asarray((self.total - self.sent.get(device, 0.0)) / others, np.float32) if others else self.shared
         return Model(self.personal.get(device, self.shared), rest, self.routers.get(device, self.untrained))
 
 
@@ -112,7 +120,7 @@ class FedALT(Method[AltState, Model]):
 
     def round(self, fleet: Fleet, state: AltState, devices: Sequence[str], index: int) -> tuple[AltState, RoundCost]:
         state = _train(fleet, state, devices, index, self.restricted)
-        sent = {**state.sent, **{name: state.personal[name] for name in devices}}
+        sent = state.sent.updated((name, state.personal[name]) for name in devices)
         return replace(state, sent=sent), exchange(fleet.bundle, state.shared, devices)
 
     def adapt(self, fleet: Fleet, state: AltState, devices: Sequence[str]) -> AltState:
@@ -121,7 +129,7 @@ class FedALT(Method[AltState, Model]):
         return state
 
     def model(self, state: AltState, device: str) -> Model:
-        return state.models([device])[device]
+        return state.model(device)
 
     def log_p(self, context: TrainingContext, model: Model, samples: Samples) -> dict[str, Floats]:
         pooled = context.cache.precise().pooled(samples, context.level_of(model.individual))
@@ -132,13 +140,10 @@ class FedALT(Method[AltState, Model]):
 def _train(fleet: Fleet, state: AltState, devices: Sequence[str], index: int, restricted: bool) -> AltState:
     settings = state.settings
     training = settings.training_of(index)
-    tasks = {
-        name: Task(model, training, round_seed(settings, name, index), restricted)
-        for name, model in state.models(devices).items()
-    }
+    tasks = {name: Task(state.model(name), training, round_seed(settings, name, index), restricted) for name in devices}
     results = fleet.map(train_individual, tasks)
     return replace(
         state,
-        personal={**state.personal, **{name: model.individual for name, model in results.items()}},
-        routers={**state.routers, **{name: model.router for name, model in results.items()}},
+        personal=state.personal.updated((name, model.individual) for name, model in results.items()),
+        routers=state.routers.updated((name, model.router) for name, model in results.items()),
     )

@@ -183,4 +183,4 @@ class FedDPA(Method[DualState, Model]):
 
 
 def _kept(state: DualState, results: Mapping[str, Pair]) -> DualState:
-    return replace(state, personal={**state.personal, **{name: pair.personal for name, pair in results.items()}})
+    return replace(state, personal=state.personal.updated((name, pair.personal) for name, pair in results.items()))

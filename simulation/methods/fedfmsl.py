@@ -11,9 +11,8 @@ from edge_runtime.training.local_expert import train_personal
 from edge_runtime.training.stages import Globals
 from fedfmsl.algorithms.arrays import Floats
 from fedfmsl.algorithms.sal import CapabilityQueue
-from fedfmsl.protocol.chunks import chunks
 from fedfmsl.protocol.messages import Round, Stage
-from simulation.federation import Federation, Sent, Tamper, honest
+from simulation.federation import Federation, Tamper, honest
 from simulation.fleet import Fleet
 from simulation.methods.base import Method, MethodSettings, RoundCost, stage_rounds
 from trainer_server.config import Head, RunConfig, Trigger, sal_rules
@@ -30,8 +29,16 @@ class Stage2:
     of: int
 
 
+class SimulatedRun(Federation):
+    """A run, and the settings of the comparison."""
+
+    def __init__(self, settings: MethodSettings, config: RunConfig, fleet: Fleet, tamper: Tamper) -> None:
+        super().__init__(config, fleet, tamper)
+        self.settings = settings
+
+
 @dataclass(frozen=True)
-class FedFMSL(Method[Federation, Stage2]):
+class FedFMSL(Method[SimulatedRun, Stage2]):
     """Both stages, with the server's defaults. `sal`: when more blocks are activated. `head`: what stage 1 starts from.
     `tamper`: changes the results of devices; for an ablation."""
 
@@ -43,10 +50,14 @@ class FedFMSL(Method[Federation, Stage2]):
     source: str = "Wu et al., FedFMSL, IEEE TMC 23(12), 2024"
 
     @property
+    def follows_level_caps(self) -> bool:
+        return True
+
+    @property
     def adapting(self) -> Collection[str]:
         return (self.name,)
 
-    def start(self, fleet: Fleet, settings: MethodSettings) -> tuple[Federation, RoundCost]:
+    def start(self, fleet: Fleet, settings: MethodSettings) -> tuple[SimulatedRun, RoundCost]:
         stage1_rounds, stage2_rounds = stage_rounds(settings.rounds)
         stage1_sal, stage2_sal = sal_rules(self.sal, CapabilityQueue().min_gain, settings.level)
         config = RunConfig.model_validate(
@@ -63,25 +74,28 @@ class FedFMSL(Method[Federation, Stage2]):
                 "seed": settings.seed,
             }
         )
-        run = Federation(config, fleet, self.tamper)
-        return run, _cost(run.step(), bytes_down=0)
+        run = SimulatedRun(settings, config, fleet, self.tamper)
+        return run, _cost(run.step(settings.all_devices(fleet, 0)), bytes_down=0)
 
     def round(
-        self, fleet: Fleet, state: Federation, devices: Sequence[str], index: int
-    ) -> tuple[Federation, RoundCost]:
-        """The head round belongs to the last round of stage 1."""
+        self, fleet: Fleet, state: SimulatedRun, devices: Sequence[str], index: int
+    ) -> tuple[SimulatedRun, RoundCost]:
+        """The head round belongs to the last round of stage 1. It asks all devices, as the server does."""
         bytes_down = state.bytes_down
         cost = _cost(state.step(devices), bytes_down)
         if state.announced.stage is Stage.HEAD:
             bytes_down = state.bytes_down
-            cost += _cost(state.step(), bytes_down)
+            cost += _cost(state.step(state.settings.all_devices(fleet, index)), bytes_down)
         return state, cost
 
-    def adapt(self, fleet: Fleet, state: Federation, devices: Sequence[str]) -> Federation:
-        fleet.map(_train_alone, {name: self.model(state, name) for name in devices})
+    def adapt(self, fleet: Fleet, state: SimulatedRun, devices: Sequence[str]) -> SimulatedRun:
+        fleet.map(_train_alone, dict.fromkeys(devices, self._stage2(state)))
         return state
 
-    def model(self, state: Federation, device: str) -> Stage2:
+    def model(self, state: SimulatedRun, device: str) -> Stage2:
+        return self._stage2(state)
+
+    def _stage2(self, state: SimulatedRun) -> Stage2:
         config, announced = state.config, state.announced
         sal = replace(config.stage2_sal, max_level=announced.level)
         changes = {"stage": Stage.PERSONAL, "training": config.stage2, "sal": sal}
@@ -98,6 +112,5 @@ def _train_alone(context: TrainingContext, model: Stage2) -> None:
         train_personal(context, model.round.model_copy(update={"index": index, "of": model.of}), model.published)
 
 
-def _cost(updates: Mapping[str, Sent], bytes_down: int) -> RoundCost:
-    up = {name: sum(map(len, chunks(sent.blob))) for name, sent in updates.items()}
-    return RoundCost(bytes_up=up, bytes_down=dict.fromkeys(updates, bytes_down))
+def _cost(bytes_up: Mapping[str, int], bytes_down: int) -> RoundCost:
+    return RoundCost(bytes_up=bytes_up, bytes_down=dict.fromkeys(bytes_up, bytes_down))

@@ -49,4 +49,4 @@ def fine_tune(fleet: Fleet, state: State, devices: Sequence[str], index: int, re
         for name in devices
     }
     results = fleet.map(train_received, tasks)
-    return replace(state, personal={**state.personal, **{name: result.theta for name, result in results.items()}})
+    return replace(state, personal=state.personal.updated((name, result.theta) for name, result in results.items()))

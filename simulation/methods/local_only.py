@@ -18,6 +18,7 @@ from simulation.methods.base import MethodSettings, RoundCost
 from simulation.methods.fine_tuning import fine_tune
 from simulation.methods.server import State
 from simulation.methods.single_model import SingleModel
+from simulation.spill import StoredArrays
 
 
 def own_start(context: TrainingContext, level: int) -> Vector:
@@ -32,9 +33,9 @@ class LocalOnly(SingleModel):
     restricted = True
 
     def start(self, fleet: Fleet, settings: MethodSettings) -> tuple[State, RoundCost]:
-        starts = fleet.map(own_start, dict.fromkeys([*fleet.names, *fleet.unseen], settings.level))
+        starts = fleet.each(own_start, [(name, settings.level) for name in (*fleet.names, *fleet.unseen)])
         size = fleet.bundle.expert.size(settings.level)
-        return State(settings, np.zeros(size, np.float32), starts), RoundCost()
+        return State(settings, np.zeros(size, np.float32), StoredArrays(starts)), RoundCost()
 
     def round(self, fleet: Fleet, state: State, devices: Sequence[str], index: int) -> tuple[State, RoundCost]:
         return fine_tune(fleet, state, devices, index, self.restricted), RoundCost()

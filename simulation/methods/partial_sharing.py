@@ -110,4 +110,4 @@ class PartialSharing(Method[PartialState, Vector]):
 
 
 def _kept(state: PartialState, results: Mapping[str, Trained]) -> PartialState:
-    return replace(state, personal={**state.personal, **{name: result.theta for name, result in results.items()}})
+    return replace(state, personal=state.personal.updated((name, result.theta) for name, result in results.items()))

@@ -6,14 +6,17 @@ federated class means (FedNCM), as stage 1 of FedFMSL does. All blocks of the le
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
+from typing import TypeVar
 
 import numpy as np
 
+from edge_runtime.training.context import TrainingContext
 from edge_runtime.training.stages import train_class_sums
 from fedfmsl.algorithms.aggregation import Contribution, WeightedMean
-from fedfmsl.algorithms.arrays import Vector
+from fedfmsl.algorithms.arrays import Doubles, Vector
 from fedfmsl.algorithms.class_means import class_mean_head
 from fedfmsl.algorithms.server_optimizers import FedAvg, Moments
 from fedfmsl.protocol.bundle import Bundle
@@ -22,6 +25,9 @@ from fedfmsl.protocol.tensors import pack
 from simulation.fleet import Fleet
 from simulation.methods.base import MethodSettings, RoundCost
 from simulation.methods.local_training import Choose, everything
+from simulation.spill import StoredArrays
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -31,7 +37,7 @@ class State:
 
     settings: MethodSettings
     shared: Vector
-    personal: Mapping[str, Vector] = field(default_factory=dict)
+    personal: StoredArrays = field(default_factory=StoredArrays)
 
 
 @dataclass(frozen=True)
@@ -45,19 +51,25 @@ class Trained:
 def start_theta(fleet: Fleet, settings: MethodSettings) -> tuple[Vector, RoundCost]:
     """The trainables (P,) that all devices start from, and the cost of sending the class sums."""
     level = settings.level
-    sums = fleet.map(train_class_sums, dict.fromkeys(fleet.names, level))
-    total = {
-        key: _sum([sums[name][key] for name in sorted(sums)]) for key in ("class_sums", "class_counts", "norm_sum")
-    }
+    asked = [(name, level) for name in settings.all_devices(fleet, 0)]
+    total, sizes = sum_over(fleet, train_class_sums, asked)
     head = class_mean_head(total["class_sums"], total["class_counts"], float(total["norm_sum"][0]))
     theta = fleet.bundle.initial()[0][: fleet.bundle.expert.size(level)]
     theta[: head.size] = head
-    header = Globals(run="simulation", kind="statistics")
-    return theta, RoundCost(bytes_up={name: len(pack(header, tensors)) for name, tensors in sums.items()})
+    return theta, RoundCost(bytes_up=sizes)
 
 
-def _sum(arrays: Sequence[Vector]) -> Vector:
-    return np.asarray(np.sum(arrays, axis=0, dtype=np.float64), np.float32)
+def sum_over(
+    fleet: Fleet, function: Callable[[TrainingContext, T], Mapping[str, Vector]], tasks: Iterable[tuple[str, T]]
+) -> tuple[dict[str, Vector], dict[str, int]]:
+    """The sums over devices of the tensors that each computes, and the bytes that each sends."""
+    total: dict[str, Doubles] = {}
+    sizes: dict[str, int] = {}
+    for name, tensors in fleet.each(function, sorted(tasks, key=itemgetter(0))):
+        for key, values in tensors.items():
+            total[key] = total.get(key, 0.0) + values.astype(np.float64)
+        sizes[name] = len(pack(Globals(run="simulation", kind="statistics"), tensors))
+    return {key: values.astype(np.float32) for key, values in total.items()}, sizes
 
 
 def average(bundle: Bundle, shared: Vector, results: Mapping[str, Trained]) -> Vector:

@@ -37,7 +37,8 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def options(built: Built, photos: Path, *more: str) -> list[str]:
     return [
         *("--bundle", str(built.bundle.root), "--images", str(photos), "--devices", "3", "--unseen", "1"),
-        *("--rounds", "3", "--epochs", "1", "--max-level", "1", "--alpha", "5", "--threads", "1", *more),
+        *("--rounds", "3", "--epochs", "1", "--max-level", "1", "--threads", "1"),
+        *(more if {"--alpha", "--partition"} & {*more} else ("--alpha", "5", *more)),
     ]
 
 

@@ -30,7 +30,7 @@ from export.families.family import Family
 from export.families.vit import VIT
 from export.graph import OPSET
 from export.graphs import expert_layout
-from export.models import MODELS
+from export.models import MODELS, ModelSpec
 from export.parity import check_parity
 from export.reference import normalize_pixels
 from export.weights import load_backbone
@@ -306,7 +306,23 @@ def test_sizes_of_a_config_may_be_lists(vit: Built, vit_folder: Path, tmp_path: 
 
 
 def test_a_named_model_takes_the_image_size_of_its_weights(vit_folder: Path) -> None:
-    assert load_backbone("vit-b16", str(vit_folder), 4).size == IMAGE_SIZE
+    source = load_backbone("vit-b16", str(vit_folder), 4)
+    assert source.size == IMAGE_SIZE
+    assert source.origin and source.origin.base == vit_folder.name  # these weights are of another model
+
+
+def test_a_copy_of_weights_on_the_hub_has_the_name_of_their_repository(
+    vit_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = json.loads((vit_folder / "config.json").read_text())
+    keys = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "image_size", "patch_size")
+    spec = ModelSpec("org/name", "vit", {key: config[key] for key in keys})
+    monkeypatch.setitem(MODELS, "tiny", spec)
+    source = load_backbone("tiny", str(vit_folder), 4)
+    assert source.origin and (source.origin.base, source.origin.commit) == ("org/name", None)
+    snapshot = shutil.copytree(vit_folder, tmp_path / "models--other--vit-tiny" / "snapshots" / ("a1" * 20))
+    source = load_backbone(str(snapshot), None, 4)
+    assert source.origin and (source.origin.base, source.origin.commit) == ("other/vit-tiny", "a1" * 20)
 
 
 def test_an_adapter_a_pointer_and_values_that_are_not_finite_are_refused(vit_folder: Path, tmp_path: Path) -> None:
@@ -349,31 +365,6 @@ def test_an_incomplete_weights_folder_is_one_clear_error(vit_folder: Path, tmp_p
         change_config(folder, num_hidden_layers=LAYERS + 1)
     else:
         change_config(folder, intermediate_size=80)
-    with pytest.raises(WeightsError, match=re.escape(str(folder))):
-        load_backbone(str(folder), None, 4, None, None, 0)
-
-
-@pytest.mark.parametrize(
-    ("processor", "mean", "std"),
-    [
-        ({"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)),
-        ({"do_normalize": False, "image_mean": [0.1, 0.2, 0.3]}, (0, 0, 0), (1, 1, 1)),
-        ({}, VIT.mean, VIT.std),
-    ],
-)
-def test_normalization_comes_from_the_image_processor_beside_the_weights(
-    vit_folder: Path, tmp_path: Path, processor: dict[str, Any], mean: tuple[float, ...], std: tuple[float, ...]
-) -> None:
-    folder = shutil.copytree(vit_folder, tmp_path / "copy")
-    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
-    preprocessing = build(folder, tmp_path / "bundle", levels=1).bundle.manifest.preprocessing
-    assert (preprocessing.mean, preprocessing.std) == (mean, std)
-
-
-@pytest.mark.parametrize("text", ["{", '{"image_mean": 0.5}', '{"image_std": ["a", "b", "c"]}'])
-def test_an_invalid_image_processor_is_one_clear_error(vit_folder: Path, tmp_path: Path, text: str) -> None:
-    folder = shutil.copytree(vit_folder, tmp_path / "copy")
-    (folder / "preprocessor_config.json").write_text(text)
     with pytest.raises(WeightsError, match=re.escape(str(folder))):
         load_backbone(str(folder), None, 4, None, None, 0)
 

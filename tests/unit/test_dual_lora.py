@@ -24,7 +24,7 @@ from simulation.methods.fedalt import Task as FedALTTask
 from simulation.methods.feddpa import Task as FedDPATask
 from simulation.methods.feddpa import local_weights, train_adapters
 from simulation.methods.local_training import is_lora_a
-from simulation.store import MappedStore
+from simulation.store import FileStore
 
 LEVELS = [1, 2]
 WEIGHTS = np.array([0.3, 0.7], np.float32)
@@ -35,7 +35,7 @@ def context(vit: Built, tmp_path_factory: pytest.TempPathFactory) -> TrainingCon
     root = tmp_path_factory.mktemp("device")
     photos = write_device_photos(root / "photos", {"apple": 8, "kiwi": 7, "lemon": 9}, seed=0)
     splits = {"d": scan_once(photos, vit.bundle.manifest.classes, IMAGES)}
-    store = MappedStore(root / "cache", sorted(sample.sha256 for sample in splits["d"].samples))
+    store = FileStore(root / "cache", sorted(sample.sha256 for sample in splits["d"].samples))
     features = Features(store, vit.bundle, threads=1)
     fleet = LocalFleet(vit.bundle, features, compute_features(features, splits, 2), root / "states", threads=1)
     return fleet.context("d")

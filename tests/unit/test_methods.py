@@ -22,6 +22,7 @@ from edge_runtime.training.loop import Targets, train
 from fedfmsl.algorithms.adamw import AdamW
 from fedfmsl.algorithms.arrays import Vector
 from fedfmsl.algorithms.class_means import class_mean_head
+from fedfmsl.algorithms.discriminant import discriminant_head, second_moments
 from fedfmsl.algorithms.mixture import label_log_p
 from fedfmsl.errors import ConfigError
 from fedfmsl.protocol.layout import Layout
@@ -33,7 +34,7 @@ from simulation.methods.ditto import Ditto
 from simulation.methods.fedit import FedIT
 from simulation.methods.local_training import Proximal, halves, is_head, is_lora_a, mask, shuffled_steps, train_steps
 from simulation.methods.server import State, Trained, average, start_theta, wire_bytes
-from simulation.store import MappedStore
+from simulation.store import FileStore
 from trainer_server.config import Head
 
 FIELD = [name for name in METHODS if not name.startswith("fedfmsl")]
@@ -64,7 +65,7 @@ def fleet(vit: Built, tmp_path_factory: pytest.TempPathFactory) -> LocalFleet:
         folder = write_device_photos(root / name, counts, seed=index)
         splits[name] = scan_once(folder, vit.bundle.manifest.classes, IMAGES)
     contents = sorted({sample.sha256 for each in splits.values() for sample in each.samples})
-    features = Features(MappedStore(root / "cache", contents), vit.bundle, threads=1)
+    features = Features(FileStore(root / "cache", contents), vit.bundle, threads=1)
     return LocalFleet(vit.bundle, features, compute_features(features, splits, LEVEL), root / "states", 1, {GUEST})
 
 
@@ -201,6 +202,30 @@ def test_fedprox_without_its_term_is_fedit_and_with_it_stays_nearer(fleet: Local
     assert np.linalg.norm(fedprox(10.0) - start) < 0.9 * np.linalg.norm(fedit - start)
 
 
+def test_fedit_head_replaces_the_head_of_fedit_after_the_last_round(fleet: LocalFleet, layout: Layout) -> None:
+    states, costs = {}, {}
+    for name in ("fedit", "fedit-head"):
+        method: Any = method_of(name)
+        state = run(fleet, method, rounds=2)
+        states[name], costs[name] = method.round(fleet, state, NAMES, 2)
+    fedit, headed = states["fedit"].shared, states["fedit-head"].shared
+    head = mask(layout, fedit.size, is_head) == 1
+    assert np.array_equal(headed[~head], fedit[~head])
+    features, labels = [], []
+    for name in NAMES:
+        context = fleet.context(name)
+        context.engine.load(LEVEL)
+        context.engine.set(fedit)
+        states = context.cache.frozen(context.splits.train, LEVEL)
+        features.append(context.engine.features(states.batch(np.arange(len(context.splits.train)))))
+        labels.append(labels_of(context.splits.train))
+    x, y = np.concatenate(features), np.concatenate(labels)
+    sums = np.stack([x[y == label].sum(axis=0) for label in range(4)])
+    expected = discriminant_head(sums, np.bincount(y, minlength=4).astype(np.float32), second_moments(x))
+    assert headed[head] == pytest.approx(expected, rel=1e-3, abs=1e-3)
+    assert costs["fedit-head"].bytes_up[NAMES[0]] > costs["fedit"].bytes_up[NAMES[0]]
+
+
 def test_ffa_lora_trains_and_sends_everything_but_a(fleet: LocalFleet, layout: Layout, start: Vector) -> None:
     method = method_of("ffa-lora")
     state, cost = method.round(fleet, method.start(fleet, SETTINGS)[0], NAMES, 0)
@@ -321,7 +346,7 @@ def test_a_device_that_took_no_part_has_a_model_and_adapts_alone(fleet: LocalFle
     assert before.shape == (len(samples), 4)
     assert np.exp(before).sum(axis=1) == pytest.approx(1, abs=1e-4)
     adapted = method.adapt(fleet, state, [GUEST])
-    shared_only = name in ("fedit", "fedprox", "ffa-lora", "centralised")
+    shared_only = name in ("fedit", "fedprox", "ffa-lora", "centralised", "fedit-head")
     assert np.array_equal(before, predict(fleet, method, adapted, GUEST, samples)) == shared_only
     for device in NAMES:
         own = fleet.splits(device).held_out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -127,12 +128,39 @@ def test_a_devices_models_predict_samples_of_other_devices(vit: Built, photos: P
         assert accuracy(log_p[len(others) :], labels_of(own)) == reported[name]
 
 
-def test_the_onnx_file_has_the_origin_as_metadata(vit: Built, photos: Path, tmp_path: Path) -> None:
+def top_level_fields(message: bytes) -> Iterator[int]:
+    """The numbers of the fields of a protobuf message, in their order. Some readers take a repeated field as two."""
+
+    def varint() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte, at = message[at], at + 1
+            value |= (byte & 127) << shift
+            if byte < 128:
+                return value
+            shift += 7
+
+    at = 0
+    while at < len(message):
+        key = varint()
+        yield key >> 3
+        length = varint()  # the value itself in a field of type 0
+        at += length if key & 7 == 2 else 0
+    assert at == len(message)
+
+
+def test_the_onnx_file_is_one_message_with_the_origin_as_metadata(vit: Built, photos: Path, tmp_path: Path) -> None:
     device = make_daemon(vit, photos, tmp_path).device
     save_personal_model(device, round_of(Stage.GLOBAL), globals_of(vit))
     write_model(device.store, tmp_path / "model.onnx", vit.bundle.root)
     header, manifest = read_personal_model(device.store).header, vit.bundle.manifest
-    named = {entry.key: entry.value for entry in onnx.load(str(tmp_path / "model.onnx")).metadata_props}
+    file = tmp_path / "model.onnx"
+    assert list(top_level_fields(file.read_bytes())).count(onnx.ModelProto.GRAPH_FIELD_NUMBER) == 1
+    model = onnx.load(str(file))
+    onnx.checker.check_model(model)
+    assert (model.ir_version, [opset.version for opset in model.opset_import]) == (9, [20])
+    named = {entry.key: entry.value for entry in model.metadata_props}
     assert named == {
         **{"run": "r", "session": "s", "round": "3", "device": "d", "level": str(header.level)},
         **{"bundle": vit.bundle.sha256, "expert": SHA, "gate": SHA, "model": manifest.model},

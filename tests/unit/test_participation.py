@@ -6,7 +6,11 @@ from collections import Counter
 
 import pytest
 
+from fedfmsl.algorithms.sal import AllAtOnce, Sal
+from fedfmsl.protocol.messages import DeviceStatus
 from simulation.participation import Participation, assign_level_caps
+from trainer_server.config import RunConfig
+from trainer_server.coordinator.selection import select_devices
 
 SIZES = {f"device-{index}": 10 for index in range(50)}
 
@@ -18,6 +22,23 @@ def test_each_round_selects_another_share_and_a_seed_repeats() -> None:
     assert one.devices(SIZES, 3) != one.devices(SIZES, 4)
     assert one.devices(SIZES, 3) != two.devices(SIZES, 3)
     assert set(Participation().devices(SIZES, 0)) == set(SIZES)
+
+
+@pytest.mark.parametrize(("count", "selected"), [(1000, 100), (6, 1), (25, 3), (1, 1)])
+def test_a_tenth_is_rounded_up_as_the_server_does(count: int, selected: int) -> None:
+    sizes = {f"device-{index}": 10 for index in range(count)}
+    sal = Sal(AllAtOnce(), max_level=1)
+    config = RunConfig(run="r", devices=count, select="random", fraction=0.1, stage1_sal=sal, stage2_sal=sal)
+    ready = {name: DeviceStatus(device=name, online=True, bundle="0" * 64) for name in sizes}
+    assert len(Participation(fraction=0.1).devices(sizes, 0)) == selected
+    assert len(select_devices(config, ready, 1, 1)) == selected
+
+
+def test_a_round_that_asks_all_devices_misses_those_that_fail() -> None:
+    assert set(Participation(fraction=0.1).all_devices(SIZES, 0)) == set(SIZES)
+    assert len(Participation(fraction=0.1, stragglers=0.3).all_devices(SIZES, 0)) == 35
+    unreliable = Participation(dropout=0.5)
+    assert unreliable.all_devices(SIZES, 0) != unreliable.devices(SIZES, 0) != unreliable.all_devices(SIZES, 1)
 
 
 def test_dropouts_and_stragglers_are_missing_but_never_all_devices() -> None:

@@ -14,12 +14,19 @@ from support.samples import CLASSES, write_device_photos
 from edge_runtime.data.samples import labels_of
 from edge_runtime.training.context import Samples, TrainingContext
 from fedfmsl.algorithms.arrays import Floats
+from fedfmsl.algorithms.class_means import SCALE
+from fedfmsl.algorithms.discriminant import OVERCONFIDENCE, SHRINKAGE
+from fedfmsl.algorithms.evaluation import SHARES, STREAM_SEED
+from fedfmsl.algorithms.label_shift import CLASS_STRENGTH, ITERATIONS, MIN_SAMPLES, RATE_STRENGTH, WINDOW
+from fedfmsl.algorithms.mixture import LOCAL_SHARE, NOVEL_RATE, SMOOTHING
 from simulation.fleet import Fleet, open_folders
 from simulation.measure import held_out_accuracy, measure
-from simulation.methods.base import Method, MethodSettings, RoundCost
-from simulation.report import server_settings
+from simulation.methods.base import STAGE2_SHARE, Method, MethodSettings, RoundCost
+from simulation.report import server_settings, write_report
 from simulation.results import as_csv, as_markdown, spread
+from simulation.run import NUMERICS, TEST_SHARE
 from simulation.settings import SimulationSettings
+from trainer_server.config import STAGE2
 
 
 class Constant(Method[int, int]):
@@ -108,7 +115,37 @@ def test_the_recommended_setting_is_the_best_on_held_out_samples(vit: Built, tmp
     assert "learning_rate = 0.002\n" in server_settings([*RESULTS, *of_other_alpha], settings)
 
 
-@pytest.mark.parametrize(("name", "value"), [("methods", ""), ("alpha", ","), ("learning_rate", "")])
-def test_an_empty_list_is_refused(name: str, value: str, vit: Built, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="at least one value each"):
-        SimulationSettings(bundle=vit.bundle.root, images=tmp_path, **{name: value})
+def test_a_changed_constant_needs_other_numerics() -> None:
+    """Results of another value would be taken for results of this one. After a change, raise NUMERICS too."""
+    constants = {
+        "numerics": NUMERICS,
+        "stage 2": (STAGE2.epochs, STAGE2.learning_rate, STAGE2.weight_decay, STAGE2_SHARE),
+        "class means": SCALE,
+        "head": (SHRINKAGE, OVERCONFIDENCE),
+        "mixture": (SMOOTHING, NOVEL_RATE, LOCAL_SHARE),
+        "adaptation": (RATE_STRENGTH, CLASS_STRENGTH, MIN_SAMPLES, ITERATIONS, WINDOW),
+        "streams": (SHARES, STREAM_SEED),
+        "test split": TEST_SHARE,
+    }
+    assert constants == {
+        "numerics": 1,
+        "stage 2": (1, 1e-4, 0.01, 5 / 17),
+        "class means": 20.0,
+        "head": (1 / 3, 12.0),
+        "mixture": (0.1, 0.2, 0.5),
+        "adaptation": (10.0, 1000.0, 10, 20, 1000),
+        "streams": ((0.0, 0.1, 0.5), 0),
+        "test split": 0.2,
+    }
+
+
+def test_the_report_leaves_no_file_of_an_earlier_one(
+    vit: Built, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = SimulationSettings(bundle=vit.bundle.root, images=tmp_path)
+    for results in (RESULTS, [result(0.1, 0, 1.0, 1.0, method="fedit")]):
+        write_report(tmp_path, results, settings, CLASSES, lambda: np.ones((2, 4), np.int64))
+    written = {"results.csv", "results.md", "labels.svg", "accuracy.svg", "report.html"}
+    assert {path.name for path in tmp_path.iterdir()} == written
+    printed = capsys.readouterr().out
+    assert "0.600 ± 0.141" in printed and "|" not in printed

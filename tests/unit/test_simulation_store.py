@@ -7,18 +7,18 @@ from pathlib import Path
 import pytest
 
 from edge_runtime.data.cache import Priority
-from simulation.store import ArrayStore, MappedStore
+from simulation.store import ArrayStore, FileStore
 
 NAMES = ("a", "b", "c")
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> MappedStore:
+def store(tmp_path: Path) -> FileStore:
     return opened(tmp_path)
 
 
-def opened(root: Path, derived_bytes: int = 100) -> MappedStore:
-    store = MappedStore(root, NAMES, derived_bytes)
+def opened(root: Path, derived_bytes: int = 100) -> FileStore:
+    store = FileStore(root, NAMES, derived_bytes)
     for folder, priority in (
         ("states", Priority.PRESENT),
         ("lifted", Priority.DERIVED),
@@ -28,7 +28,7 @@ def opened(root: Path, derived_bytes: int = 100) -> MappedStore:
     return store
 
 
-def test_rows_are_read_by_later_processes(store: MappedStore, tmp_path: Path) -> None:
+def test_rows_are_read_by_later_processes(store: FileStore, tmp_path: Path) -> None:
     assert not store.has("states", "b")
     assert store.get("states", "b") is None
     assert store.put("states", "b", b"1234")
@@ -38,14 +38,14 @@ def test_rows_are_read_by_later_processes(store: MappedStore, tmp_path: Path) ->
     assert not again.has("states", "a")
 
 
-def test_two_open_stores_see_each_others_rows(store: MappedStore, tmp_path: Path) -> None:
+def test_two_open_stores_see_each_others_rows(store: FileStore, tmp_path: Path) -> None:
     store.put("states", "a", b"1234")
     other = opened(tmp_path)
     other.put("states", "c", b"5678")
     assert store.get("states", "c") == b"5678"
 
 
-def test_a_half_written_row_is_not_returned_and_can_be_written_again(store: MappedStore, tmp_path: Path) -> None:
+def test_a_half_written_row_is_not_returned_and_can_be_written_again(store: FileStore, tmp_path: Path) -> None:
     store.put("states", "b", b"1234")
     (path,) = tmp_path.rglob("states")
     damaged = bytearray(path.read_bytes())
@@ -57,7 +57,7 @@ def test_a_half_written_row_is_not_returned_and_can_be_written_again(store: Mapp
     assert again.get("states", "b") == b"1234"
 
 
-def test_unknown_names_and_states_ahead_are_not_stored(store: MappedStore, tmp_path: Path) -> None:
+def test_unknown_names_and_states_ahead_are_not_stored(store: FileStore, tmp_path: Path) -> None:
     assert not store.put("states", "z", b"1234")
     assert not store.put("later", "a", b"1234")
     assert not list(tmp_path.rglob("later*"))
@@ -74,14 +74,14 @@ def test_derived_states_are_the_most_recently_used_ones_in_memory(tmp_path: Path
     assert not list(tmp_path.rglob("lifted*"))
 
 
-def test_other_names_have_other_files(store: MappedStore, tmp_path: Path) -> None:
+def test_other_names_have_other_files(store: FileStore, tmp_path: Path) -> None:
     store.put("states", "a", b"1234")
-    other = MappedStore(tmp_path, ("b", "a"))
+    other = FileStore(tmp_path, ("b", "a"))
     other.use("states", Priority.PRESENT)
     assert not other.has("states", "a")
 
 
-def test_another_machine_reads_the_stored_rows_and_adds_none(store: MappedStore) -> None:
+def test_another_machine_reads_the_stored_rows_and_adds_none(store: FileStore) -> None:
     store.put("states", "b", b"1234")
     remote = ArrayStore(store.arrays())
     for folder in ("states", "unknown"):

@@ -10,7 +10,6 @@ while a server runs. So no round closes because the system time changes or the s
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from dataclasses import replace
 
@@ -34,7 +33,7 @@ from trainer_server.coordinator.events import (
 )
 from trainer_server.coordinator.records import ClosedRound
 from trainer_server.coordinator.round_update import apply_round
-from trainer_server.coordinator.selection import ROUNDING, select_devices
+from trainer_server.coordinator.selection import devices_in_share, select_devices
 from trainer_server.coordinator.state import TRAINING, Accepted, Plan, State
 from trainer_server.coordinator.validation import validate_update
 
@@ -65,7 +64,8 @@ def is_complete(plan: Plan, state: State, announced: Round) -> bool:
     """Whether enough devices have answered: selected ones only, or all if late updates count."""
     share = plan.config.enough if announced.stage in TRAINING else 1.0
     answers = len(state.updates) if plan.config.max_staleness else len(state.answered & state.expected)
-    return len(state.updates) >= plan.config.min_updates and answers >= math.ceil(share * len(state.awaited) - ROUNDING)
+    wanted = devices_in_share(share, len(state.awaited))
+    return len(state.updates) >= plan.config.min_updates and answers >= wanted
 
 
 def _receive_status(plan: Plan, state: State, status: DeviceStatus) -> tuple[State, list[Command]]:

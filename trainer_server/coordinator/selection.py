@@ -14,6 +14,11 @@ Devices = Mapping[str, DeviceStatus]
 ROUNDING = 1e-9  # tolerance for products like 0.07 · 100, which is above 7 in floating point
 
 
+def devices_in_share(share: float, count: int) -> int:
+    """The number of devices that are a share of `count`: rounded up, so at least one of any."""
+    return math.ceil(share * count - ROUNDING)
+
+
 def select_devices(config: RunConfig, ready: Devices, level: int, round_: int) -> frozenset[str]:
     """The devices, out of the ready ones, that round `round_` at `level` asks. Deterministic."""
     return SELECTIONS[config.select](config, ready, level, round_)
@@ -25,7 +30,7 @@ def _all(config: RunConfig, ready: Devices, level: int, round_: int) -> frozense
 
 def _random(config: RunConfig, ready: Devices, level: int, round_: int) -> frozenset[str]:
     """A random share, but at least `min_updates`."""
-    wanted = max(math.ceil(config.fraction * len(ready) - ROUNDING), config.min_updates)
+    wanted = max(devices_in_share(config.fraction, len(ready)), config.min_updates)
     drawn = np.random.default_rng([config.seed, round_]).permutation(sorted(ready))[:wanted]
     return frozenset(str(name) for name in drawn)
 

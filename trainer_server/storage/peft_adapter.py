@@ -1,15 +1,19 @@
 """Writes the global expert as a PEFT adapter folder for `PeftModel.from_pretrained`, without torch.
 
-The base model needs a linear `classifier` with one output for each name in `labels.json`:
+The base model needs a linear `classifier` with one output for each of the C names in `labels.json`:
 
-    vit, dinov2    AutoModelForImageClassification.from_pretrained(BASE, num_labels=C)
-    deit           DeiTForImageClassification.from_pretrained(BASE, num_labels=C)
-    clip           export.families.clip.CLIPVisionClassifier.from_pretrained(BASE, num_labels=C); without this
-                   package, CLIPVisionModelWithProjection with `classifier = torch.nn.Linear(F, C)`, applied to
-                   its `image_embeds`
-    bert           AutoModelForSequenceClassification.from_pretrained(BASE, num_labels=C)
+    vit, dinov2    AutoModelForImageClassification.from_pretrained(BASE, num_labels=C, ignore_mismatched_sizes=True)
+    deit           DeiTForImageClassification, with the same arguments
+    clip           export.families.clip.CLIPVisionClassifier, with the same arguments; without this package,
+                   CLIPVisionModelWithProjection with `classifier = torch.nn.Linear(F, C)`, applied to its `image_embeds`
+    bert           AutoModelForSequenceClassification, with the same arguments
 
 BASE is the name in adapter_config.json: of a model on the hub, at the revision given there, or of a local folder.
+ignore_mismatched_sizes is for a base with a head of other classes. For a base on the hub, AutoPeftModel finds the class:
+
+    AutoPeftModel.from_pretrained(FOLDER, num_labels=C, ignore_mismatched_sizes=True)
+
+`preprocessor_config.json` is the preprocessing of the devices, for AutoImageProcessor.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ from safetensors.numpy import save
 
 from fedfmsl.algorithms.arrays import Vector
 from fedfmsl.common.files import write_atomically
-from fedfmsl.protocol.bundle import Bundle
+from fedfmsl.protocol.bundle import FILTERS, Bundle, ImagePreprocessing, Resize
 from fedfmsl.protocol.peft_names import to_peft
 
 
@@ -30,9 +34,11 @@ def write_adapter(bundle: Bundle, expert: Vector, level: int, folder: Path) -> N
     """`expert` (P_level,) holds the trainable parameters of `level`. Raises OSError."""
     manifest = bundle.manifest
     blocks = manifest.dims.blocks
+    library, _, base_class = (manifest.peft.base_class or "").rpartition(".")
     config = {
         "peft_type": "LORA",
         "task_type": None,
+        "auto_mapping": {"base_model_class": base_class, "parent_library": library} if base_class else None,
         "base_model_name_or_path": manifest.peft.base,
         "revision": manifest.peft.revision,
         "r": manifest.lora.rank,
@@ -49,5 +55,29 @@ def write_adapter(bundle: Bundle, expert: Vector, level: int, folder: Path) -> N
     contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
     write_atomically(folder / "adapter_config.json", json.dumps(config, indent=1).encode())
     write_atomically(folder / "adapter_model.safetensors", save(contiguous, {"format": "pt"}))
+    if isinstance(manifest.preprocessing, ImagePreprocessing):
+        processor = json.dumps(_image_processor(manifest.preprocessing), indent=1)
+        write_atomically(folder / "preprocessor_config.json", processor.encode())
     labels = {str(index): name for index, name in enumerate(manifest.classes)}
     write_atomically(folder / "labels.json", json.dumps(labels, indent=1).encode())
+
+
+def _image_processor(preprocessing: ImagePreprocessing) -> dict[str, object]:
+    """The preprocessing as transformers' CLIPImageProcessor, which knows all of its steps."""
+    size = preprocessing.size
+    resize = preprocessing.resize or Resize(edge=size, keep_ratio=True, filter="bicubic")
+    edge = resize.edge
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": edge} if resize.keep_ratio else {"height": edge, "width": edge},
+        "resample": FILTERS.index(resize.filter),
+        "do_center_crop": True,
+        "crop_size": {"height": size, "width": size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": preprocessing.mean,
+        "image_std": preprocessing.std,
+    }
