@@ -62,7 +62,10 @@ class Fleet:
     def settings(
         self, hosts: Sequence[str], run: str | None, broker: str | None, prefix: str | None = None
     ) -> dict[str, str]:
-        """Run, broker and topic prefix that devices get: the arguments, else the stored values. Raises ConfigError if invalid."""
+        """Run, broker and topic prefix that devices get: the arguments, else the stored values.
+
+        Raises ConfigError if they are invalid.
+        """
         path = self.folder / "fleet.toml"
         stored = read_table(path) if path.is_file() else {}
         found = {"run": run or stored.get("run"), "broker": broker or stored.get("broker")}

@@ -168,7 +168,8 @@ class _HttpClient:
                 if error.code == 416:  # the part is complete
                     return
                 raise BundleError(
-                    f"cannot fetch {file.url}: HTTP {error.code}{_proxy_hint(file.url)}; check the server, or pass --bundle"
+                    f"cannot fetch {file.url}: HTTP {error.code}{_proxy_hint(file.url)}; check the server, or pass "
+                    "--bundle"
                 ) from error
             except (
                 urllib.error.URLError,

@@ -71,8 +71,8 @@ class Jobs:
         self._worker.submit(self._runner.scan, partial(self._scan_for_round_ended, round_, started=time.monotonic()))
 
     def write_missing_model(self, then: Callable[[], None]) -> None:
-        """Writes personalized.onnx if it is of another session or round than the personalized model: the device has missed
-        the evaluation."""
+        """Writes personalized.onnx if it is of another session or round than the personalized model, as after a missed
+        evaluation."""
         if not is_exported(self._runner.device.store):
             self._worker.submit(self._runner.write_personalized, partial(self._model_ended, then))
         else:

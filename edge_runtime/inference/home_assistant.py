@@ -18,8 +18,8 @@ from fedfmsl.protocol.messages import Activity
 from fedfmsl.protocol.topics import Topics, discovery_topic
 
 PRODUCT = "FedFMSL Edge"
-# Home Assistant does not record the attributes of a state if their JSON has more than 16,384 bytes. They are the options
-# of a sensor and what its template selects.
+# Home Assistant does not record the attributes of a state if their JSON has more than 16,384 bytes. They are the
+# options of a sensor and what its template selects.
 MAX_OPTIONS_BYTES = 7000
 PROBABILITIES = 10  # the highest ones, among the attributes
 MAX_STATE = 255  # characters

@@ -162,7 +162,10 @@ def _measure_minimum(measure: Measure) -> list[Measurement]:
 
 def _why_nothing_fits(minimum: Sequence[Measurement], budget: int, step_seconds: float) -> str:
     if len(minimum) < 2:
-        return "what a round at level 1 needs could not be measured: memory ran out before its end; use a bundle of a smaller model, or one built with --precision int8"
+        return (
+            "what a round at level 1 needs could not be measured: memory ran out before its end; use a bundle of a "
+            "smaller model, or one built with --precision int8"
+        )
     least = minimum[-1].peak_rss + RESERVE
     if least > budget:
         return (

@@ -31,7 +31,7 @@ def print_json(value: object) -> None:
 
 
 def show_unencodable() -> None:
-    """From now on both output streams escape what their encoding lacks, like ☃ without UTF-8, or a file name that is not
+    """From now on both output streams escape what their encoding lacks: ☃ without UTF-8, or a file name that is not
     UTF-8. By default printing it is an error."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

@@ -107,9 +107,9 @@ class LoraSpec(_Frozen):
 
 
 class PeftSpec(_Frozen):
-    """How to write the global expert as a PEFT adapter: `base`, a name on the hub or of a folder, the key `prefix` of the backbone,
-    PEFT's name for its list of blocks, and the input widths of our head and of the classifier in transformers. A wider
-    classifier, which also reads mean-pooled patches, gets zeros there.
+    """How to write the global expert as a PEFT adapter: `base`, a name on the hub or of a folder, the key `prefix` of
+    the backbone, PEFT's name for its list of blocks, and the input widths of our head and of the classifier in
+    transformers. A wider classifier, which also reads mean-pooled patches, gets zeros there.
     """
 
     base: str

@@ -31,7 +31,7 @@ def check_prefix(prefix: str) -> str:
     """The prefix of all topics. Raises ConfigError."""
     if not _PREFIX.fullmatch(prefix):
         raise ConfigError(
-            f"topic prefix {prefix!r} is invalid: write levels of letters, digits, '.', '_' or '-', like tenant-7/fedfmsl"
+            f"topic prefix {prefix!r} is invalid: write letters, digits, '.', '_' or '-', like tenant-7/fedfmsl"
         )
     return prefix
 

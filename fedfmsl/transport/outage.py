@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 class Outage:
-    """`since`: unix seconds, 0 while there is a connection. `reason`: the latest one, "" while there is a connection."""
+    """`since`: unix seconds. `reason`: the latest one. Both are empty while there is a connection."""
 
     def __init__(self) -> None:
         self.since = 0.0

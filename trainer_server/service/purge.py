@@ -38,7 +38,8 @@ def purge(link: Link, topics: Topics, home_assistant: str, echo_seconds: float =
     finally:
         link.close(link.publish(_echo_topic(topics, "end"), b""))  # delivered after all deletions
     raise RunError(
-        f"{sorted(found)[0]} is published again after its removal; stop the process that does it, and repeat the command"
+        f"{sorted(found)[0]} is published again after its removal; stop the process that does it, then repeat the "
+        "command"
     )
 
 
@@ -67,8 +68,8 @@ def _retained(link: Link, topics: Topics, filters: Sequence[str], echo_seconds: 
         found.add(event.topic)
     if not returned:
         raise BrokerError(
-            f"the broker does not deliver {filters[0]} to this client; use the server's --identity or user, and a broker "
-            "that allows wildcards"
+            f"the broker does not deliver {filters[0]} to this client; use the server's --identity or user, and a "
+            "broker that allows wildcards"
         )
     for each in filters:
         link.unsubscribe(each)

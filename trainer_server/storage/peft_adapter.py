@@ -5,11 +5,11 @@ The base model needs a linear `classifier` with one output for each of the C nam
     vit, dinov2    AutoModelForImageClassification.from_pretrained(BASE, num_labels=C, ignore_mismatched_sizes=True)
     deit           DeiTForImageClassification, with the same arguments
     clip           export.families.clip.CLIPVisionClassifier, with the same arguments; without this package,
-                   CLIPVisionModelWithProjection with `classifier = torch.nn.Linear(F, C)`, applied to its `image_embeds`
+                   CLIPVisionModelWithProjection and `classifier = torch.nn.Linear(F, C)`, applied to `image_embeds`
     bert           AutoModelForSequenceClassification, with the same arguments
 
 BASE is the name in adapter_config.json: of a model on the hub, at the revision given there, or of a local folder.
-ignore_mismatched_sizes is for a base with a head of other classes. For a base on the hub, AutoPeftModel finds the class:
+ignore_mismatched_sizes is for a base with a head of other classes. AutoPeftModel finds the class of a base on the hub:
 
     AutoPeftModel.from_pretrained(FOLDER, num_labels=C, ignore_mismatched_sizes=True)
 
