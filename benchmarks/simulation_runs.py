@@ -68,9 +68,9 @@ class Run:
 class Runs:
     """`ours`: the first run, then runs of other seeds with the same features. `int8`: a first run with int8 weights.
 
-    `tried`: Flower's settings, of which
-    `best` needs the fewest processor seconds. `cached`: with the states of the frozen blocks stored. `whole`: with LoRA
-    in all blocks."""
+    The others are of Flower. `tried`: a run of each setting, of which `best` needs the fewest processor seconds.
+    `cached`: with the states of the frozen blocks stored. `whole`: with LoRA in all blocks.
+    """
 
     ours: Sequence[Run]
     int8: Run

@@ -1,7 +1,7 @@
 """Fleets on Ray: devices in worker processes on this machine, or on the machines of a cluster.
 
 A device of a fleet always has the same worker, because its state directory is on the worker's machine. On one machine
-all workers read the same memory map of features. On a cluster they read Ray's object store, which has a copy on each
+all workers read the same files of features. On a cluster they read Ray's object store, which has a copy on each
 machine; the bundle is at the same path on all of them.
 """
 
@@ -48,7 +48,7 @@ def _check_reachable(address: str) -> None:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a worker opens. `arrays`: by folder of the store, a reference to `StoredRows`; None: the worker maps the
+    """What a worker opens. `arrays`: by folder of the store, a reference to `StoredRows`; None: the worker reads the
     files below `features`, which are those of `names`."""
 
     bundle: Path
@@ -64,8 +64,10 @@ class Worker:
     def __init__(self, recipe: Recipe) -> None:
         self._threads = recipe.threads
         self._bundle = Bundle.load(recipe.bundle)
-        store: Store = FileStore(recipe.features, recipe.names)
-        if recipe.arrays is not None:
+        store: Store
+        if recipe.arrays is None:
+            store = FileStore(recipe.features, recipe.names)
+        else:  # on another machine, where the folder of features does not exist
             ray = import_ray()
             store = ArrayStore({folder: ray.get(rows) for folder, rows in recipe.arrays.items()})
         self._features = Features(store, self._bundle, recipe.threads)

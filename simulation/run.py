@@ -115,7 +115,7 @@ class Simulation:
         values = self.settings.model_dump(mode="json", exclude={*ELSEWHERE, *GRID})
         data = [f"{s.sha256} {s.label}" for part in (self.dataset.train, self.dataset.test) for s in part]
         contents = hashlib.sha256("\n".join(data).encode()).hexdigest()
-        numerics = {"numerics": NUMERICS} if NUMERICS > 1 else {}  # results without it are older, and current
+        numerics = {"numerics": NUMERICS} if NUMERICS > 1 else {}  # the files of results at 1 lack it in their names
         return key_of({**values, "bundle": self.bundle.sha256, "data": contents, "version": __version__, **numerics})
 
     @cached_property

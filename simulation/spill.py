@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from itertools import count
 from pathlib import Path
-from typing import Any
 from weakref import finalize
 
 import numpy as np
@@ -78,9 +77,6 @@ class StoredArrays(Mapping[str, Floats]):
 
     def __len__(self) -> int:
         return len(self._stored)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return StoredArrays, (list(self.items()),)
 
 
 class StoredUpdates:

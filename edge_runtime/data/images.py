@@ -179,10 +179,7 @@ def _rgb(image: Image.Image) -> Image.Image:
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.has_transparency_data:
         drawn = image.convert("RGBA")
-        if drawn.getchannel("A").getextrema() != (
-            0,
-            0,
-        ):  # an image that is transparent everywhere has an unused channel
+        if drawn.getchannel("A").getextrema() != (0, 0):  # a channel of zeros only is unused
             white = Image.new("RGB", drawn.size, WHITE)
             white.paste(drawn, mask=drawn)
             return white

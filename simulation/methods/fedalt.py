@@ -17,7 +17,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
@@ -52,9 +51,6 @@ class AltState(State):
         for name in sorted(self.sent):
             total += self.sent[name]
         return total
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "total"}  # it follows from the others
 
     def model(self, device: str) -> Model:
         others = len(self.sent) - (device in self.sent)

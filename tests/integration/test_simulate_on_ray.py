@@ -24,7 +24,7 @@ def options(vit: Built, tmp_path: Path) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("parallel", [("--ray",), ("--address", "local")], ids=["memory map", "object store"])
+@pytest.mark.parametrize("parallel", [("--ray",), ("--address", "local")], ids=["files", "object store"])
 def test_cells_and_devices_in_parallel_give_the_same_numbers(
     parallel: tuple[str, ...], options: list[str], tmp_path: Path
 ) -> None:

@@ -1,4 +1,4 @@
-"""The memory-mapped store of a simulation: real files."""
+"""The stores of a simulation: real files."""
 
 from __future__ import annotations
 

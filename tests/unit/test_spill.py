@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +17,8 @@ def test_a_mapping_on_disk_never_changes_and_leaves_no_files(tmp_path: Path, mon
     assert [*before] == ["a", "b"] and [*after] == ["a", "b", "c"]
     assert (before["a"].tolist(), after["a"].tolist()) == ([0, 0, 0], [7, 7, 7])
     assert np.array_equal(after["b"], np.ones((2, 2), np.float32)) and after.get("d") is None
-    copy = pickle.loads(pickle.dumps(after))  # noqa: S301
-    assert {name: array.tolist() for name, array in copy.items()} == {name: after[name].tolist() for name in after}
-    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 4 + 3
-    del before, copy
+    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 4
+    del before
     assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 3  # no other version uses the first "a"
     del after
     assert not list(tmp_path.iterdir())
