@@ -34,6 +34,7 @@ pattern write {prefix}/+/devices/%u/progress
 pattern write {prefix}/+/devices/%u/update/#
 pattern write {prefix}/+/devices/%u/health
 pattern write {prefix}/+/devices/%u/prediction
+pattern write {prefix}/+/devices/%u/prediction/status
 # sends itself a large message (edge_runtime check),
 pattern readwrite {prefix}/+/devices/%u/check
 # and reads the topics of the server and its own acknowledgements.
@@ -52,6 +53,7 @@ topic write {HOME_ASSISTANT}/status
 topic read {prefix}/+/devices/+/status
 topic read {prefix}/+/devices/+/health
 topic read {prefix}/+/devices/+/prediction
+topic read {prefix}/+/devices/+/prediction/status
 
 # The server reads and writes all topics. A second server at the same time needs its own name (see
 # use_username_as_clientid in mosquitto.conf): make an identity like a device's, and add these two lines for it.
@@ -106,7 +108,7 @@ use_username_as_clientid true
 {password_file}allow_anonymous false
 acl_file {folder}/acl
 
-# Chunks have 96 KiB and a header (fedfmsl/protocol/chunks.py), announcements of rounds up to 128 KiB. A longer packet
+# Chunks have 96 KiB and a header (fedfmsl/protocol/chunks.py), announcements of rounds up to 192 KiB. A longer packet
 # ends its sender's connection before it is read (message_size_limit would read all of it first, up to 256 MB).
 max_packet_size 262144
 

@@ -6,6 +6,7 @@ the connection. So only a message that comes back shows what the broker takes.
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Sequence
 
@@ -24,17 +25,17 @@ def largest_message(link: Link, topic: str, sizes: Sequence[int], seconds: float
     live = False
     try:
         for size in sizes:
-            payload = bytes(size)
+            payload = secrets.token_bytes(size)  # no one else's
             deadline = time.monotonic() + seconds
             while time.monotonic() < deadline:
                 # QoS 0: paho would repeat a message that ends the connection at every reconnection
                 link.publish(topic, payload, retain=True, qos=0)
                 link.subscribe(topic)
-                outcome = _wait(link, topic, size, RESEND_SECONDS)
+                outcome = _wait(link, topic, payload, RESEND_SECONDS)
                 if outcome == "live":  # the subscription was faster than the message
                     live = True
                     link.subscribe(topic)
-                    outcome = _wait(link, topic, size, RESEND_SECONDS, again=True)
+                    outcome = _wait(link, topic, payload, RESEND_SECONDS, again=True)
                 if outcome == "retained":
                     return size
                 if outcome == "ended":
@@ -50,13 +51,13 @@ def largest_message(link: Link, topic: str, sizes: Sequence[int], seconds: float
     )
 
 
-def _wait(link: Link, topic: str, size: int, seconds: float, again: bool = False) -> str:
-    """What has become of a message of `size` bytes: retained, live, ended (the connection), or lost. `again`: a live
-    one has been received before."""
+def _wait(link: Link, topic: str, payload: bytes, seconds: float, again: bool = False) -> str:
+    """What has become of a message: retained, live, ended (the connection), or lost. `again`: a live one has been
+    received before."""
     deadline = time.monotonic() + seconds
     while (left := deadline - time.monotonic()) > 0:
         event = link.next_event(left)
-        if isinstance(event, Received) and event.topic == topic and len(event.payload) == size:
+        if isinstance(event, Received) and event.topic == topic and event.payload == payload:
             if event.retained:
                 return "retained"
             if not again:

@@ -264,7 +264,8 @@ def test_a_device_announces_only_itself_to_home_assistant(connect: Callable[...,
         "homeassistant/status",
     ):
         attempt(connect, "mallory", topic, TOPICS.progress("mallory"))
-    mine = [introduction("device-0"), TOPICS.prediction("device-0"), TOPICS.health("device-0")]
+    mine = [introduction("device-0"), TOPICS.prediction("device-0"), TOPICS.prediction_status("device-0")]
+    mine += [TOPICS.health("device-0")]
     for topic in (*mine, TOPICS.update_chunk("device-0", 1, 0)):  # Home Assistant may not read the last one
         publish(device, topic)
     publish(device, TOPICS.status("device-0"), LAST)

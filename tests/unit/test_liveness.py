@@ -57,6 +57,15 @@ def test_a_device_of_an_earlier_server_is_lost_if_it_does_not_answer(liveness: L
     assert lost_at(liveness, 6) == 6 + ANSWER
 
 
+def test_nobody_is_lost_while_the_server_has_no_connection(liveness: Liveness) -> None:
+    liveness.status(HERE, retained=False, now=0)
+    liveness.disconnected()
+    back = int(2 * SILENCE)
+    assert not any(liveness.lost([HERE], now) for now in range(back))
+    liveness.connected(["d"], now=back)
+    assert lost_at(liveness, back) == back + ANSWER
+
+
 def test_nobody_is_lost_while_the_server_itself_is_busy(liveness: Liveness) -> None:
     liveness.status(HERE, retained=False, now=0)
     assert liveness.lost([HERE], now=1) == []

@@ -31,8 +31,11 @@ class Liveness:
 
     def connected(self, online: Iterable[str], now: float) -> None:
         """This server has connected and publishes its status, which the `online` devices answer."""
-        for device in online:
-            self._due[device] = min(self._due.get(device, math.inf), now + self._answer)
+        self._due |= dict.fromkeys(online, now + self._answer)
+
+    def disconnected(self) -> None:
+        """This server has lost its connection, so it hears from no device, and loses none."""
+        self._due = dict.fromkeys(self._due, math.inf)
 
     def status(self, status: DeviceStatus, retained: bool, now: float) -> StatusSeen | None:
         """The event of a received status; None if it does not show that its device is alive."""

@@ -20,7 +20,7 @@ from fedfmsl.protocol.chunks import CHUNK_BYTES, CHUNK_SIZES, HEADER_BYTES
 from fedfmsl.protocol.messages import DeviceStatus, ServerStatus, Stage, parse
 from fedfmsl.protocol.tensors import blob_bytes
 from fedfmsl.protocol.topics import Topics
-from fedfmsl.transport.link import Connected, Link, LinkEvent, Oversize, Received, SubscriptionRefused
+from fedfmsl.transport.link import Connected, Disconnected, Link, LinkEvent, Oversize, Received, SubscriptionRefused
 from fedfmsl.transport.message_size import largest_message
 from trainer_server.coordinator.advance import advance, announcement, next_deadline
 from trainer_server.coordinator.events import (
@@ -90,6 +90,7 @@ class Service:
         self._link.subscribe(self._topics.health("+"))
         self._link.subscribe(self._topics.update_chunk("+", "+", "+"))
         self._link.subscribe(self._topics.server_status)
+        self._connect(self._state)
         if self._state.announced is None:
             config = self._plan.config
             count = f"{config.devices} device{'s' if config.devices > 1 else ''}"
@@ -118,10 +119,10 @@ class Service:
             if size != CHUNK_BYTES:
                 logger.warning("the broker takes no messages of %d bytes; using chunks of %d bytes", lengths[0], size)
             self._publisher.use_chunks_of(size)
-        self._connect(self._state)
 
     def _connect(self, state: State) -> None:
-        """The start of a connection."""
+        """The start of a connection. The subscriptions come first: a retained answer to this server's status would be
+        no sign of life, and the guard counts only statuses before this server's own as earlier ones."""
         self._guard.connected(self._clock.now())
         self._liveness.connected((status.device for status in _online(state)), self._clock.now())
         self._publish_state()
@@ -157,6 +158,8 @@ class Service:
     def _process(self, event: LinkEvent, batch: Batch) -> None:
         if isinstance(event, Connected):
             self._connect(batch.state)
+        elif isinstance(event, Disconnected):
+            self._liveness.disconnected()
         elif isinstance(event, SubscriptionRefused):
             raise BrokerError(event.error)
         elif isinstance(event, Oversize):
