@@ -19,6 +19,7 @@ from optimum.utils import DummyVisionInputGenerator
 
 from export.graph import INLINE_BYTES, WeightFile
 from export.weights import Backbone
+from fedfmsl.errors import BundleError
 
 OPSET = 17
 TOLERANCE = 1e-3  # optimum's value for vision transformers
@@ -27,8 +28,7 @@ TOLERANCE = 1e-3  # optimum's value for vision transformers
 def write_backbone_onnx(source: Backbone, path: Path, weight_file: WeightFile) -> None:
     """Writes `path`: normalized pixels (B, 3, S, S), or tokens (B, N) and their mask → last hidden state (B, N, D).
 
-    The weights are stored in `weight_file`. Raises optimum's ValueError if ONNX Runtime and torch differ by more than
-    TOLERANCE.
+    The weights are stored in `weight_file`. Raises BundleError if ONNX Runtime and torch differ by more than TOLERANCE.
     """
     backbone = source.family.optimum_model(source.model) if source.family.optimum_model else source.backbone
     model_config = copy.deepcopy(backbone.config)
@@ -47,7 +47,13 @@ def write_backbone_onnx(source: Backbone, path: Path, weight_file: WeightFile) -
     with tempfile.TemporaryDirectory() as folder, _quiet():
         raw = Path(folder) / "model.onnx"
         _, outputs = export(backbone, config, raw, opset=OPSET, input_shapes=shapes)
-        validate_model_outputs(config, backbone, raw, outputs, TOLERANCE, shapes, use_subprocess=False)
+        try:
+            validate_model_outputs(config, backbone, raw, outputs, TOLERANCE, shapes, use_subprocess=False)
+        except ValueError as error:
+            raise BundleError(
+                f"{source.name}: outputs of ONNX Runtime and torch differ by more than {TOLERANCE}; this model cannot "
+                "be exported"
+            ) from error
         model = onnx.load(str(raw))
     for index, tensor in enumerate(model.graph.initializer):
         if len(tensor.raw_data) > INLINE_BYTES:

@@ -18,6 +18,8 @@ from fedfmsl.errors import ConfigError
 from fedfmsl.protocol.bundle import Bundle, Precision
 from fedfmsl.protocol.class_names import check_names, read_names, split_names
 
+MAX_DIGITS = 5  # of a number of classes: a head for more of them would take gigabytes
+
 app = application()
 
 
@@ -95,7 +97,8 @@ def _print_summary(bundle: Bundle) -> None:
 def class_names(classes: str, folder: Path | None, file: Path | None) -> tuple[str, ...]:
     """The names of `classes`, or of `folder` or `file` if one is given. Prints what is not used of the folder.
 
-    Raises ConfigError as `check_names` does, or if both are given; InputError if one cannot be read.
+    Raises ConfigError as `check_names` does, if there are too many, or if both are given. Raises InputError if one
+    cannot be read.
     """
     if folder is not None and file is not None:
         raise ConfigError("--classes-from and --classes-file exclude each other; omit one of them")
@@ -108,6 +111,8 @@ def class_names(classes: str, folder: Path | None, file: Path | None) -> tuple[s
     if file is not None:
         return check_names(read_names(file, "--classes-file"), f"--classes-file {file}")
     if classes.isascii() and classes.isdigit():
+        if len(classes) > MAX_DIGITS:
+            raise ConfigError(f"--classes {classes[:12]}… is more than {10**MAX_DIGITS - 1} classes; lower it")
         return check_names([f"class-{index}" for index in range(int(classes))], f"--classes {classes}")
     return check_names(split_names(classes), "--classes")
 

@@ -12,13 +12,15 @@ CHANNELS = 3  # devices read RGB
 
 
 def check_folder(folder: Path) -> None:
-    """Raises WeightsError if the folder has an adapter, or pointers of Git LFS in place of files."""
+    """Raises WeightsError if the folder has an adapter, or pointers of Git LFS or folders in place of files."""
     if (folder / "adapter_config.json").is_file():
         raise WeightsError(
             f"{folder} has an adapter_config.json; merge the PEFT adapter into its base (merge_and_unload) and pass "
             "the folder of the whole model"
         )
     for path in sorted((*folder.glob("*.safetensors"), *folder.glob("*.json"))):
+        if not path.is_file():
+            raise WeightsError(f"{path} is not a file; download the folder again")
         with path.open("rb") as file:
             if file.read(len(LFS_POINTER)) == LFS_POINTER:
                 raise WeightsError(f"{path} is a Git LFS pointer, not the file itself; run git lfs pull in {folder}")

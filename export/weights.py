@@ -60,7 +60,9 @@ class Origin:
 
     def to_weights_error(self, error: Exception) -> WeightsError:
         """The error for the user from an error of transformers."""
-        reason = str(error).splitlines()[0]
+        reason = (str(error).splitlines() or [""])[0]
+        if not isinstance(error, OSError | ValueError | SafetensorError):  # their texts are for programmers: 'banana'
+            reason = f"{type(error).__name__}: {reason}"
         if Path(self.source).is_dir():
             return WeightsError(f"{self.source} is not a usable transformers folder: {reason}")
         if not self.cached:
@@ -211,7 +213,7 @@ def load_pretrained(kind: type[Any], origin: Origin, config: Any) -> Any:
             adapter_kwargs={"revision": origin.options["revision"]},
             **origin.options,
         )
-    except (OSError, ValueError, SafetensorError) as error:
+    except Exception as error:  # transformers checks few values of a config: any kind of error follows from a bad one
         raise origin.to_weights_error(error) from error
     absent = [*info["missing_keys"], *info["mismatched_keys"]]
     missing = [key for key in absent if not key.startswith("classifier.")]
@@ -254,7 +256,9 @@ def _find_weights(
                 if family.input == "pixels":
                     check_image_config(config, source)
                 return family, config, replace(origin, commit=origin.commit or settings.get("_commit_hash"))
-    except (OSError, ValueError, TypeError) as error:  # TypeError: config.json is a list
+    except WeightsError:
+        raise
+    except Exception as error:  # of any kind: config.json is a list, or has values of other types
         raise origin.to_weights_error(error) from error
     supported = ", ".join(family.model_type for family in expected)
     raise WeightsError(

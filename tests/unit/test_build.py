@@ -227,6 +227,7 @@ def test_class_names_from_a_number_or_a_list(classes: str, names: tuple[str, ...
     ("classes", "message"),
     [
         ("0", "--classes 0 needs at least two classes, got 0"),
+        ("9" * 5000, "--classes 999999999999… is more than 99999 classes"),  # Python refuses the number itself
         ("cat", "needs at least two classes, got 1"),
         ("cat,cat", "class 'cat' is named twice"),
         ("c\u0327a,\u00e7a", "class '\u00e7a' is named twice"),
@@ -299,6 +300,23 @@ def test_a_config_of_other_images_than_square_rgb_is_refused(
         load_backbone(str(folder), None, 4)
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"hidden_act": "banana"},
+        {"num_hidden_layers": "three"},
+        {"hidden_size": True},
+        {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+    ],
+)
+def test_a_config_that_transformers_fails_on_is_one_clear_error(
+    vit_folder: Path, tmp_path: Path, values: dict[str, Any]
+) -> None:
+    folder = change_config(shutil.copytree(vit_folder, tmp_path / "copy"), **values)
+    with pytest.raises(WeightsError, match=f"^{re.escape(str(folder))} is not a usable transformers folder: .*$"):
+        load_backbone(str(folder), None, 4)
+
+
 def test_sizes_of_a_config_may_be_lists(vit: Built, vit_folder: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(vit_folder, tmp_path / vit_folder.name)
     change_config(folder, image_size=[IMAGE_SIZE, IMAGE_SIZE], patch_size=[8, 8])
@@ -351,7 +369,9 @@ def test_wrong_arguments_are_found_without_torch(tmp_path: Path) -> None:
     assert "--model 'nope'" in result.stderr
 
 
-@pytest.mark.parametrize("damage", ["no config", "no weights", "truncated", "a tensor missing", "a tensor reshaped"])
+@pytest.mark.parametrize(
+    "damage", ["no config", "no weights", "a folder", "truncated", "a tensor missing", "a tensor reshaped"]
+)
 def test_an_incomplete_weights_folder_is_one_clear_error(vit_folder: Path, tmp_path: Path, damage: str) -> None:
     folder = shutil.copytree(vit_folder, tmp_path / "copy")
     weights = folder / "model.safetensors"
@@ -359,6 +379,9 @@ def test_an_incomplete_weights_folder_is_one_clear_error(vit_folder: Path, tmp_p
         (folder / "config.json").unlink()
     elif damage == "no weights":
         weights.unlink()
+    elif damage == "a folder":
+        weights.unlink()
+        weights.mkdir()
     elif damage == "truncated":
         weights.write_bytes(weights.read_bytes()[:-1000])
     elif damage == "a tensor missing":
