@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -80,7 +81,7 @@ def server_settings(results: Sequence[Result], settings: SimulationSettings) -> 
     lines = [
         f"# The best of {len(scores)} learning rates in a simulation: held-out accuracy {scores[best]:.3f}.",
         f'run = "{settings.name}"',
-        f'bundle = "{settings.bundle.resolve()}"',
+        f"bundle = {json.dumps(str(settings.bundle.resolve()), ensure_ascii=False)}",  # JSON's escapes are TOML's
         f"devices = {settings.devices}",
         f"stage1_rounds = {stage1}",
         f"stage2_rounds = {stage2}",

@@ -50,6 +50,7 @@ from simulation.store import FileStore
 from trainer_server.config import STAGE2, highest_level
 
 # Part of the name of every result. Raise it with a change of code or constants that changes results within a version.
+# Features are kept: after a change of how samples are decoded, delete them too.
 NUMERICS = 1
 TEST_SHARE = 0.2
 # Settings that do not change a result, and those that are in the name of its file.
@@ -61,7 +62,7 @@ def simulate(settings: SimulationSettings) -> None:
     """Writes runs/NAME. Raises FedFMSLError if an option or the data is unusable."""
     bundle = Bundle.load(settings.bundle)
     bundle.verify()
-    highest_level(bundle, settings.max_level)
+    highest_level(bundle, settings.max_level)  # raises its error before the data is read
     _check_level_caps(settings)
     if settings.ray or settings.address:
         import_ray()

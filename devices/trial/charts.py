@@ -37,6 +37,7 @@ MARKERS = {"start": "P", "local_only": "o", "global": "s", "global_prior": "v", 
 INK, FAINT, SHADE = "#222222", "#6b6b6b", "#d5dbe1"
 STYLE = {
     "font.size": 11,
+    "text.parse_math": False,  # names of classes and devices may have dollar signs
     "text.color": INK,
     "axes.edgecolor": "#b0b0b0",
     "axes.labelcolor": FAINT,

@@ -13,6 +13,7 @@ from fedfmsl.common.folder_walk import SkippedFile, summarize
 from fedfmsl.errors import ConfigError, InputError
 from fedfmsl.protocol.class_names import fault
 
+NOT_TRAINED = "test sample of a class without training samples; add some, or remove it"
 Files = dict[str, list[Path]]  # class → its files
 
 
@@ -43,12 +44,14 @@ def find_files(
     classes = [*map(normal_name, classes)]
     files = [file for file in listing.files if not classes or file.label in classes]
     unreadable = {file.path: reason for file in files if (reason := _unreadable(file, kind))}
-    unused = [*listing.skipped, *unreadable.values()]
+    files = [file for file in files if file.path not in unreadable]
+    trained = {file.label for file in files if not file.is_test}
+    untrained = [SkippedFile(file.path, NOT_TRAINED) for file in files if file.label not in trained]
+    unused = [*listing.skipped, *unreadable.values(), *untrained]
     for line in summarize(unused, folder):
         console.print(f"skipped: {line}")
     if skipped is not None:
         skipped += unused
-    files = [file for file in files if file.path not in unreadable]
     train = _by_class([file for file in files if not file.is_test], classes)
     for name in train:
         if problem := fault(name):
@@ -59,8 +62,7 @@ def find_files(
     if not train:
         raise InputError(f"folder {folder} holds no {kind.noun}s to train on; put them into one subfolder per class")
     if listing.test is not None:
-        test = _by_class([file for file in files if file.is_test], ())
-        return train, {name: test[name] for name in train if name in test}
+        return train, _by_class([file for file in files if file.is_test and file.label in trained], [*train])
     test = {}
     for name, paths in train.items():
         kept = max(2, len(paths) - round(test_share * len(paths)))

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tomlkit
 from support.bundles import Built
 from support.samples import CLASSES, write_device_photos
 
@@ -19,6 +20,7 @@ from fedfmsl.algorithms.discriminant import OVERCONFIDENCE, SHRINKAGE
 from fedfmsl.algorithms.evaluation import SHARES, STREAM_SEED
 from fedfmsl.algorithms.label_shift import CLASS_STRENGTH, ITERATIONS, MIN_SAMPLES, RATE_STRENGTH, WINDOW
 from fedfmsl.algorithms.mixture import LOCAL_SHARE, NOVEL_RATE, SMOOTHING
+from simulation.charts import labels_by_device
 from simulation.fleet import Fleet, open_folders
 from simulation.measure import held_out_accuracy, measure
 from simulation.methods.base import STAGE2_SHARE, Method, MethodSettings, RoundCost
@@ -105,11 +107,17 @@ def test_a_row_is_the_mean_over_the_seeds() -> None:
     assert spread([None], ".2f") == ""
 
 
-def test_the_recommended_setting_is_the_best_on_held_out_samples(vit: Built, tmp_path: Path) -> None:
-    settings = SimulationSettings(bundle=vit.bundle.root, images=tmp_path, devices=9, fraction=0.5)
+def test_names_of_classes_are_no_formulas_in_charts() -> None:
+    assert labels_by_device(np.ones((2, 2), np.int64), ["a$^$b", "plum"]).startswith(b"<?xml")
+
+
+def test_the_recommended_setting_is_the_best_on_held_out_samples(tmp_path: Path) -> None:
+    bundle = tmp_path / 'a "b"'
+    settings = SimulationSettings(bundle=bundle, images=tmp_path, devices=9, fraction=0.5)
     text = server_settings([*RESULTS, result(0.1, 0, 1.0, 1.0, method="fedit")], settings)
     assert "learning_rate = 0.002\n" in text
     assert 'select = "random"\nfraction = 0.5\n' in text
+    assert tomlkit.parse(text)["bundle"] == str(bundle)
     assert server_settings([result(0.1, 0, 1.0, 1.0, method="fedit")], settings) == ""
     of_other_alpha = [result(0.001, 0, 0.9, 0.62, alpha=0.1), result(0.002, 0, 0.9, 0.58, alpha=0.1)]
     assert "learning_rate = 0.002\n" in server_settings([*RESULTS, *of_other_alpha], settings)

@@ -132,10 +132,16 @@ def test_the_last_photos_of_each_class_by_name_are_test_photos(photos: Path) -> 
         assert [path.name for path in test[name]] == [f"{index:02}.jpg" for index in range(7, 10)]
 
 
-def test_the_users_own_split_is_kept(photos: Path, tmp_path: Path) -> None:
+def test_the_users_own_split_is_kept(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for kind in ("train", "test"):
         shutil.copytree(photos, tmp_path / kind)
+    write_photos(tmp_path / "test", 2, ["durian"])
     train, test = find_files(tmp_path, IMAGES)
+    assert [*train] == [*test] == [*CLASSES]
+    assert capsys.readouterr().out.splitlines() == [
+        "skipped: 2 files: test sample of a class without training samples; add some, or remove it "
+        "(test/durian/00.jpg, test/durian/01.jpg)"
+    ]
     assert {path.relative_to(tmp_path).parts[0] for paths in train.values() for path in paths} == {"train"}
     assert {path.relative_to(tmp_path).parts[0] for paths in test.values() for path in paths} == {"test"}
 

@@ -10,21 +10,33 @@ from contextlib import suppress
 from fedfmsl.errors import BrokerError, MessageError, RunError
 from fedfmsl.protocol.messages import ServerStatus, parse
 from fedfmsl.protocol.topics import Topics, discovery_topic
-from fedfmsl.transport.link import Link, Received
+from fedfmsl.transport.link import Disconnected, Link, LinkEvent, Received
 
 PASSES = 10  # a broker may deliver only some of the messages at once, mosquitto 1,000 by default
 ECHO_SECONDS = 20.0  # for the broker to return a message
 QUIET_SECONDS = 0.5  # a broker may return it before the last retained messages
+SERVER_SECONDS = 6.0  # for a server to come back whose connection this client has ended
 
 
-def purge(link: Link, topics: Topics, home_assistant: str, echo_seconds: float = ECHO_SECONDS) -> int:
+def purge(
+    link: Link,
+    topics: Topics,
+    home_assistant: str,
+    echo_seconds: float = ECHO_SECONDS,
+    server_seconds: float = SERVER_SECONDS,
+) -> int:
     """Deletes the run's retained messages, and those that announce its devices below the prefix `home_assistant` ("":
     none). Returns their number. The broker has `echo_seconds` to deliver them.
+
+    A broker with one connection per identity ends the server's connection for this client, if both have the server's
+    identity, and says that the server is offline. So a server that has been there has `server_seconds` to come back.
 
     Raises BrokerError if the broker cannot be reached or does not allow it. Raises RunError if the run's server is
     online, or another process publishes the messages again.
     """
-    filters = [f"{topics.root}/#", *([discovery_topic(home_assistant, topics.run, "+")] if home_assistant else [])]
+    # the server's status first, because a broker may deliver only the first messages
+    filters = [topics.server_status, f"{topics.root}/#"]
+    filters += [discovery_topic(home_assistant, topics.run, "+")] if home_assistant else []
     link.connect()
     removed: set[str] = set()
     try:
@@ -32,6 +44,8 @@ def purge(link: Link, topics: Topics, home_assistant: str, echo_seconds: float =
             found = _retained(link, topics, filters, echo_seconds)
             if not found:
                 return len(removed)
+            if not removed and topics.server_status in found:
+                _wait_for_server(link, topics, server_seconds)
             for topic in found:
                 link.publish(topic, b"", retain=True)
             removed |= found
@@ -55,9 +69,11 @@ def _retained(link: Link, topics: Topics, filters: Sequence[str], echo_seconds: 
     link.publish(echo, b"echo")
     found: set[str] = set()
     returned, deadline = False, time.monotonic() + echo_seconds
-    while (event := link.next_event(QUIET_SECONDS)) is not None or not returned:
+    while (event := _next_event(link, QUIET_SECONDS)) is not None or not returned:
         if time.monotonic() > deadline:
             break
+        if event is None:  # the first one may not have found room in the broker's queue
+            link.publish(echo, b"echo")
         if not isinstance(event, Received) or not event.payload:
             continue
         if event.topic == echo:
@@ -68,12 +84,32 @@ def _retained(link: Link, topics: Topics, filters: Sequence[str], echo_seconds: 
         found.add(event.topic)
     if not returned:
         raise BrokerError(
-            f"the broker does not deliver {filters[0]} to this client; use the server's --identity or user, and a "
+            f"the broker does not deliver {topics.root}/# to this client; use the server's --identity or user, and a "
             "broker that allows wildcards"
         )
     for each in filters:
         link.unsubscribe(each)
     return found
+
+
+def _wait_for_server(link: Link, topics: Topics, seconds: float) -> None:
+    """Raises RunError if the server comes online, BrokerError if its connection ends this client's."""
+    link.subscribe(topics.server_status)
+    deadline = time.monotonic() + seconds
+    while (left := deadline - time.monotonic()) > 0:
+        event = _next_event(link, left)
+        if isinstance(event, Received) and event.topic == topics.server_status:
+            _require_offline(event.payload, topics.run)
+
+
+def _next_event(link: Link, timeout: float) -> LinkEvent | None:
+    event = link.next_event(timeout)
+    if isinstance(event, Disconnected):
+        raise BrokerError(
+            f"the connection to the broker ended ({event.reason}); stop the run's server if it runs, then repeat the "
+            "command"
+        )
+    return event
 
 
 def _require_offline(payload: bytes, run: str) -> None:
