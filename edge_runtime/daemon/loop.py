@@ -183,8 +183,8 @@ class DaemonLoop:
         if message.topic == topics.server_status:
             status = parse(ServerStatus, message.payload)
             self._updates.reset_backoff()
-            self._updates.chunk_bytes = status.chunk_bytes
             if status.online:
+                self._updates.chunk_bytes = self._globals.chunk_bytes = status.chunk_bytes
                 self._announce()  # the server counts only devices that answer
             self._handle(ServerSeen(status))
         elif message.topic == topics.round:
