@@ -163,7 +163,7 @@ class DaemonLoop:
         elif isinstance(event, Disconnected):
             self._connected = False
         elif isinstance(event, Connected):
-            self._connected = True
+            self._connected, self._refused = True, ""
             self._updates.reset_backoff()
             self._announcer.introduce()
             self._announce()
