@@ -7,6 +7,7 @@ Unicode's normal form NFC, because macOS writes the accents in file names in ano
 
 from __future__ import annotations
 
+import contextlib
 import os
 import unicodedata
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -137,7 +138,9 @@ def subfolders(folder: Path, noun: str, skipped: list[SkippedFile]) -> list[str]
 
 
 def normal_name(name: str) -> str:
-    """The form in which class names are compared."""
+    """The form in which class names are compared. Names of folders are UTF-8 also if the locale is not."""
+    with contextlib.suppress(UnicodeError):  # a name that is not from the file system, or a folder's that is not UTF-8
+        name = os.fsencode(name).decode()
     return unicodedata.normalize("NFC", name)
 
 

@@ -64,7 +64,9 @@ class _Application(typer.Typer):
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
-    """Exits through `finally` blocks, so that files are closed and child processes end."""
+    """Exits through `finally` blocks, so that files are closed and child processes end. A second signal would interrupt
+    them: `timeout` sends it to the process, and to its group."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.exit(128 + number)
 
 

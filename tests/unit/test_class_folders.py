@@ -6,6 +6,7 @@ import errno
 import inspect
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,6 +45,19 @@ def test_files_come_in_the_order_of_names_at_every_depth(tmp_path: Path) -> None
         *("a/z.bmp", "a.b/c.webp", "b/10.png", "b/2.jpg", "b/d.jpg", "b/deep/1.JPEG")
     ]
     assert classes_in(tmp_path) == ["a", "a.b", "b"]
+
+
+def test_class_folders_are_utf8_in_every_locale(tmp_path: Path) -> None:
+    touch(tmp_path, "A\u0308pfel/1.jpg", "plum/2.jpg")
+    code = (
+        "import sys; from pathlib import Path; from fedfmsl.common.class_folders import walk_classes; "
+        "listing = walk_classes(Path(sys.argv[1]), ['.jpg'], 'image', ['plum', '\\xc4pfel']); "
+        "print(ascii([file.label for file in listing.files]))"
+    )
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    printed = subprocess.run(command, env={**os.environ, **locale}, capture_output=True, text=True, check=True).stdout
+    assert printed == "['\\xc4pfel', 'plum']\n"
 
 
 @pytest.mark.parametrize(

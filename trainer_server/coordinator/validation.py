@@ -49,7 +49,11 @@ def validate_update(plan: Plan, state: State, update: Update, tensors: Tensors) 
         return rejected("other round", f"round {update.round} has not been announced")
     task = next((round_ for round_ in (announced, *state.recent) if round_.round == update.round), None)
     if task is None or task.stage is not announced.stage:
-        return Validation(Verdict.LATE, "late", f"round {update.round} is closed, the present one is {state.round}")
+        reason = (
+            f"round {update.round} is closed, the present one is {state.round}; if this repeats, --round-timeout is "
+            "too short for this device"
+        )
+        return Validation(Verdict.LATE, "late", reason)
     if update.stage is not task.stage:
         return rejected("other stage", f"stage {update.stage.value}, but stage {task.stage.value} was announced")
     if task.chosen and update.device not in task.chosen:
