@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from edge_runtime.store import DeviceStore
 from fedfmsl.errors import MessageError
-from fedfmsl.protocol.chunks import Assembler
+from fedfmsl.protocol.chunks import CHUNK_BYTES, Assembler, Chunk
 from fedfmsl.protocol.tensors import blob_hash
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.link import Link, Received
@@ -30,13 +30,15 @@ class _Download:
 
 
 class GlobalsReceiver:
-    """`bytes_down`: received bytes that no completed round has reported yet."""
+    """`bytes_down`: received bytes that no completed round has reported yet. `chunk_bytes`: the size of chunks, as the
+    server's status says."""
 
     def __init__(
         self, link: Link, topics: Topics, store: DeviceStore, max_bytes: int, gap_seconds: float = GAP_SECONDS
     ) -> None:
         """A blob has at most `max_bytes`."""
         self.bytes_down = 0
+        self.chunk_bytes = CHUNK_BYTES
         self._link = link
         self._topics = topics
         self._store = store
@@ -89,6 +91,8 @@ class GlobalsReceiver:
             return
         self.bytes_down += len(message.payload)
         download = self._downloads[sha256]
+        if Chunk.read(message.payload, self._max_bytes).size != self.chunk_bytes:
+            return  # a server that used smaller chunks before its restart has left it on the broker
         download.since = time.monotonic()
         blob = download.assembler.add(message.payload)
         if blob is None:

@@ -163,7 +163,7 @@ class DaemonLoop:
         elif isinstance(event, Disconnected):
             self._connected = False
         elif isinstance(event, Connected):
-            self._connected = True
+            self._connected, self._refused = True, ""
             self._updates.reset_backoff()
             self._announcer.introduce()
             self._announce()
@@ -183,8 +183,8 @@ class DaemonLoop:
         if message.topic == topics.server_status:
             status = parse(ServerStatus, message.payload)
             self._updates.reset_backoff()
-            self._updates.chunk_bytes = status.chunk_bytes
             if status.online:
+                self._updates.chunk_bytes = self._globals.chunk_bytes = status.chunk_bytes
                 self._announce()  # the server counts only devices that answer
             self._handle(ServerSeen(status))
         elif message.topic == topics.round:

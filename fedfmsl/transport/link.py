@@ -66,7 +66,7 @@ class Disconnected:
 
 @dataclass(frozen=True)
 class SubscriptionRefused:
-    """The broker's access rules forbid a subscription. Each topic once."""
+    """The broker's access rules forbid a subscription. Each topic once per connection."""
 
     topic: str
 
@@ -204,6 +204,7 @@ class Link:
             self._lost(f"{reason}; check {hint}")
             return
         self.outage.ended()
+        self._denied.clear()
         for topic in self.subscriptions.copy():
             self._request(topic)
         self._answered.set()

@@ -66,6 +66,7 @@ def test_chunks_that_do_not_arrive_are_asked_for_one_by_one(tmp_path: Path, capl
     sha256, pieces = blob_hash(blob), list(chunks(blob, CHUNK_SIZES[-1]))
     link = Link("mqtt://127.0.0.1:9", "device")
     receiver = GlobalsReceiver(link, TOPICS, DeviceStore(tmp_path), max_bytes=10**6, gap_seconds=0.0)
+    receiver.chunk_bytes = CHUNK_SIZES[-1]
     topics = {index: TOPICS.globals_chunk(sha256, index) for index in range(4)}
     everything = TOPICS.globals_chunk(sha256, "+")
     receiver.fetch(sha256)
@@ -81,6 +82,18 @@ def test_chunks_that_do_not_arrive_are_asked_for_one_by_one(tmp_path: Path, capl
     assert link.subscriptions == set()
     assert receiver.store_next() == sha256
     assert len(caplog.messages) == 1 and "no chunks of the globals" in caplog.messages[0]
+
+
+def test_chunks_of_another_size_that_an_earlier_server_has_left_are_ignored(tmp_path: Path) -> None:
+    blob = np.random.default_rng(0).bytes(4 * CHUNK_SIZES[-1])
+    sha256, link = blob_hash(blob), Link("mqtt://127.0.0.1:9", "device")
+    receiver = GlobalsReceiver(link, TOPICS, DeviceStore(tmp_path), max_bytes=10**6)
+    receiver.chunk_bytes = CHUNK_SIZES[-2]
+    receiver.fetch(sha256)
+    new, old = (list(chunks(blob, size)) for size in CHUNK_SIZES[-2:])
+    for index in (0, 3, 1, 2):
+        receiver.receive(Received(TOPICS.globals_chunk(sha256, index), (new + old[2:])[index]))
+    assert receiver.store_next() == sha256
 
 
 def test_chunks_that_were_not_asked_for_are_ignored(receiver: GlobalsReceiver) -> None:

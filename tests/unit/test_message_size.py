@@ -55,7 +55,7 @@ def test_the_largest_message_that_a_broker_takes_is_found(link: Link, largest: i
 @pytest.mark.parametrize("link", [(ANYBODY, "acl_file {folder}/acl")], indirect=True, ids=["access rules"])
 def test_a_broker_that_returns_nothing_is_named_with_the_topic(link: Link) -> None:
     with pytest.raises(BrokerError, match="returns none of its messages on topic; check its access rules"):
-        largest_message(link, "topic", SIZES[:1], SECONDS)
+        largest_message(link, "topic", SIZES[:1], seconds=0.5)
 
 
 def refuse(listener: socket.socket, answers: int) -> None:

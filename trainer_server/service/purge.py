@@ -72,7 +72,7 @@ def _retained(link: Link, topics: Topics, filters: Sequence[str], echo_seconds: 
     while (event := _next_event(link, QUIET_SECONDS)) is not None or not returned:
         if time.monotonic() > deadline:
             break
-        if event is None:  # the first one may not have found room in the broker's queue
+        if event is None:  # a full queue of the broker drops the first one
             link.publish(echo, b"echo")
         if not isinstance(event, Received) or not event.payload:
             continue

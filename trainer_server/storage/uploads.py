@@ -20,7 +20,7 @@ from fedfmsl.protocol.chunks import Chunk, PartialBlob
 
 PARTIALS = 2  # of one device: a late update and one of the next round
 SYNCS = 8  # files that are synced at the same time
-GAP_SECONDS = 10.0  # without a further chunk, after which the missing ones are asked for
+GAP_SECONDS = 10.0  # without a further chunk, after which the missing ones are asked for, then in doubling intervals
 GAP_CHUNKS = 16  # asked for at once; a broker that has dropped chunks may drop more of a burst
 
 
@@ -41,6 +41,7 @@ class _InFile(PartialBlob):
     path: Path
     size: int = 0
     since: float = 0.0  # when its last chunk arrived, or missing ones were asked for
+    asked: int = 0  # how often they were asked for without an answer
 
     def _write(self, index: int, size: int, body: bytes) -> None:
         with self.path.open("r+b" if self._received else "wb") as file:
@@ -88,7 +89,7 @@ class Uploads:
         blob = (round_, *chunk.blob)
         partial = self._remove(device, blob)
         partial.size += len(payload)
-        partial.since = time.monotonic()
+        partial.since, partial.asked = time.monotonic(), 0
         try:
             whole = partial.add(chunk)
         except (OSError, MessageError):
@@ -100,12 +101,13 @@ class Uploads:
         return Upload(partial.path, whole, chunk.digest.hex(), partial.size)
 
     def gaps(self, seconds: float = GAP_SECONDS) -> list[Gap]:
-        """The unfinished updates of which no chunk has arrived for `seconds`, again every `seconds`."""
+        """The unfinished updates of which no chunk has arrived for `seconds`, again in doubling intervals: their device
+        may be gone."""
         now, gaps = time.monotonic(), []
         for device, partials in self._partials.items():
             for (round_, _, chunks, _), partial in partials.items():
-                if now >= partial.since + seconds:
-                    partial.since = now
+                if now >= partial.since + seconds * 2**partial.asked:
+                    partial.since, partial.asked = now, partial.asked + 1
                     gaps.append(Gap(device, round_, tuple(partial.missing(chunks)[:GAP_CHUNKS])))
         return gaps
 
