@@ -35,7 +35,9 @@ def build(
     classes_from: Path | None = typer.Option(None, help="Take the class names from this folder's subfolders."),
     classes_file: Path | None = typer.Option(None, help="Take the class names from this text file, one per line."),
     levels: int | None = typer.Option(None, min=1, help="Highest level to export. Default: the number of blocks."),
-    image_size: int | None = typer.Option(None, help="Pixels per side, vision models only. Default: the model's own."),
+    image_size: int | None = typer.Option(
+        None, min=1, help="Pixels per side, vision models only. Default: the model's own."
+    ),
     max_tokens: int | None = typer.Option(None, min=3, help="Tokens per text, text models only. Default: 128."),
     tokenizer: Path | None = typer.Option(
         None, help="A tokenizer.json, text models only. Default: the one beside the weights."
@@ -52,7 +54,7 @@ def build(
     ),
     revision: str | None = typer.Option(None, help="Hub revision, for example a commit. Default: main."),
     out: Path | None = typer.Option(None, help="Folder of the bundle. Default: bundles/MODEL."),
-    seed: int = typer.Option(0, help="Seed of the initial LoRA and of random weights."),
+    seed: int = typer.Option(0, min=0, help="Seed of the initial LoRA and of random weights."),
 ) -> None:
     """Export a frozen backbone as a bundle for edge devices."""
     if ort_training:

@@ -57,14 +57,18 @@ def build_bundle(
     levels = levels or geometry.blocks
     if levels > geometry.blocks:
         raise ConfigError(f"--levels {levels} is more than the {geometry.blocks} blocks of the model; lower it")
-    if out.exists() and not (out / MANIFEST).exists() and any(out.iterdir()):
+    if out.exists() and not (out / MANIFEST).exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out {out} exists and is not a bundle; choose another folder")
     if ort_training and precision != "fp32":
         raise ConfigError(f"--ort-training needs --precision fp32, not {precision}; omit one of them")
     spec = _Spec(source, geometry, classes, levels, lora, precision)
     steps = 1 + (4 + ort_training) * levels + 2 + 2
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        created = tempfile.TemporaryDirectory(dir=out.parent)
+    except (FileExistsError, FileNotFoundError, NotADirectoryError) as error:
+        raise ConfigError(f"--out {out} cannot be created ({error.strerror}); choose another folder") from error
+    with created as scratch:
         root = Path(scratch) / "bundle"
         root.mkdir()
         done = 0
