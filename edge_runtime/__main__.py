@@ -66,7 +66,7 @@ def status(
     else:
         for name, value in describe(health, store, time.time()):
             console.print(f"{name:9}  {value}")
-    check_alive(health)
+    check_alive(health, store.root)
 
 
 @app.command()

@@ -25,13 +25,13 @@ def locked(state: Path, remedy: str) -> Iterator[None]:
         yield
 
 
-def is_locked(state: Path) -> bool:
-    """Whether a process uses the state directory now. False if this user may not read the lock."""
+def is_locked(state: Path) -> bool | None:
+    """Whether a process uses the state directory now. None if there is no lock, or if this user may not read it."""
     try:
         with (state / "lock").open() as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except OSError:  # there is no lock yet, or this user may not read it
-        pass
+    except OSError:
+        return None
     return False

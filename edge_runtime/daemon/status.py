@@ -6,9 +6,11 @@ import itertools
 import time
 from collections.abc import Iterator
 from datetime import datetime, timedelta
+from pathlib import Path
 
 from pydantic import ValidationError
 
+from edge_runtime.daemon.lock import is_locked
 from edge_runtime.store import DeviceStore
 from fedfmsl.errors import RunError
 from fedfmsl.protocol.messages import MAX_HEARTBEAT_AGE, Activity, Health
@@ -26,11 +28,14 @@ def read_health(store: DeviceStore) -> Health:
         raise RunError(f"no daemon has used --state {store.root} yet; check --state and --config") from error
 
 
-def check_alive(health: Health) -> None:
-    """Raises RunError if the daemon has stopped or sent no heartbeat for MAX_HEARTBEAT_AGE."""
+def check_alive(health: Health, state: Path) -> None:
+    """Raises RunError if the daemon has stopped, uses its state directory no longer, or sent no heartbeat for
+    MAX_HEARTBEAT_AGE."""
     age = time.time() - health.time
     if health.activity is Activity.STOPPED:
         raise RunError(f"the daemon stopped {_ago(age)}; start it again")
+    if is_locked(state) is False:
+        raise RunError(f"the daemon ended after its heartbeat {_ago(age)}; check its log and start it again")
     if age > MAX_HEARTBEAT_AGE:
         raise RunError(f"the daemon's last heartbeat was {_ago(age)}; check its log and start it again")
 

@@ -21,7 +21,7 @@ UNSYNCHRONIZED = 5  # TIME_ERROR of adjtimex(2)
 
 def check_state(settings: Settings, context: Context) -> Iterator[Finding]:
     state = settings.state
-    context.running = is_locked(state)
+    context.running = bool(is_locked(state))
     existing = next(path for path in (state.absolute(), *state.absolute().parents) if path.exists())
     if not os.access(existing, os.W_OK | os.X_OK):
         raise ConfigError(f"this user cannot write to {existing}; check as the daemon's user, or change its owner")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
 
-from edge_runtime.daemon.status import describe
+from edge_runtime.daemon.lock import locked
+from edge_runtime.daemon.status import check_alive, describe
 from edge_runtime.store import DeviceStore
+from fedfmsl.errors import RunError
 from fedfmsl.protocol.messages import MAX_HEARTBEAT_AGE, Activity, Health
 
 
@@ -30,3 +33,12 @@ def test_a_lost_connection_is_described_with_its_reason(tmp_path: Path) -> None:
     lost = health.model_copy(update={"disconnected": "Not authorized", "disconnected_since": 1050})
     broker = dict(describe(lost, DeviceStore(tmp_path), now=1061))["broker"]
     assert broker.startswith("no connection since 19") and broker.endswith("because: Not authorized")
+
+
+def test_a_killed_daemon_is_noticed_before_its_heartbeat_is_old(tmp_path: Path) -> None:
+    health = Health(device="kitchen", started=1000, time=time.time(), activity=Activity.WAITING)
+    check_alive(health, tmp_path)  # no lock that this user can read: only the heartbeat counts
+    with locked(tmp_path, "stop it"):
+        check_alive(health, tmp_path)
+    with pytest.raises(RunError, match=r"the daemon ended after its heartbeat .* ago; check its log"):
+        check_alive(health, tmp_path)
