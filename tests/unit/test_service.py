@@ -92,6 +92,27 @@ def scene(vit: Built, broker: Broker, folder: Path, run: str, log_bytes: int = L
     link.close()
 
 
+def test_the_server_subscribes_before_devices_can_answer_its_status(
+    vit: Built, broker: Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A broker delivers an earlier answer as a retained message, which is no sign of life."""
+    calls: list[tuple[str, str]] = []
+    originals = {"subscribe": Link.subscribe, "publish": Link.publish}
+    for name in originals:
+
+        def recorded(link: Link, topic: str, *more: object, name: str = name, **named: object) -> object:
+            calls.append((name, topic))
+            return originals[name](link, topic, *more, **named)
+
+        monkeypatch.setattr(Link, name, recorded)
+    with scene(vit, broker, tmp_path / "run", "order") as s:
+        first = calls.index(("publish", s.topics.server_status))
+        for topic in (s.topics.status("+"), s.topics.health("+"), s.topics.server_status):
+            assert calls.index(("subscribe", topic)) < first
+        s.announce_device()
+        s.run_to_its_end()
+
+
 def test_a_device_that_joins_while_the_disk_cannot_be_written_takes_part_later(
     vit: Built, broker: Broker, tmp_path: Path
 ) -> None:
