@@ -54,7 +54,8 @@ def test_added_images_are_used_from_the_next_round_on_and_removed_ones_are_not(
     last = [m for m in observer.seen if isinstance(m, DeviceStatus) and m.device == FIRST and m.online][-1]
     assert last.train + last.held_out + last.test == 20 + 20 - 2 - 1
     assert f"{folder / 'lemon' / 'torn.jpg'}: not a readable image" in said
-    assert f"{folder / 'apple' / 'again.jpg'}: the same as {folder / 'kiwi' / '00.jpg'}, of class 'kiwi'" in said
+    again = f"{folder / 'apple' / 'again.jpg'}: the same content is in another class"
+    assert again in said and f"({folder / 'kiwi' / '00.jpg'}, of class 'kiwi')" in said
     with closing(sqlite3.connect(DeviceStore(federation.state(FIRST)).samples)) as ledger:
         counts = dict(ledger.execute("SELECT slice, count(*) FROM slices GROUP BY slice"))
     assert sum(counts.values()) == 20 + 20

@@ -100,6 +100,6 @@ def test_the_daemon_trains_without_writable_and_executable_memory(
     )
     done = run_without_new_code(*measuring)
     assert done.returncode == 0, done.stderr
-    assert '"level":2' in done.stdout
+    assert '"level": 2' in done.stdout
     forbidden = run_without_new_code("-c", "import mmap; mmap.mmap(-1, 4096, prot=mmap.PROT_WRITE | mmap.PROT_EXEC)")
     assert "PermissionError" in forbidden.stderr
