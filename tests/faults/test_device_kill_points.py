@@ -28,13 +28,12 @@ MANY = 2000  # classes, so that an update is more than one chunk
 FULL_SECONDS = 2.0  # duration of the fault
 DISK_MEGABYTES = 40
 OUTBOX, GLOBALS = "edge_runtime.store.outbox:Outbox", "edge_runtime.store.global_store:GlobalStore"
-ANNOUNCER = "edge_runtime.daemon.announce:Announcer"
 HALF_SENT = "when its update is half sent"
 Kill = tuple[str, str, str, int]  # name in the table, and arguments of `kill_point.arm`
 KILLS: list[Kill] = [
     ("before its update is in the outbox", f"{OUTBOX}.write", "before", 1),
     ("when its update is in the outbox", f"{OUTBOX}.write", "after", 1),
-    (HALF_SENT, f"{ANNOUNCER}.publish", "after", 3),
+    (HALF_SENT, "edge_runtime.daemon.update_sender:Retransmissions.sent", "before", 1),
     ("after the ack, before it is stored", f"{OUTBOX}.acknowledge", "before", 1),
     ("after the ack is stored, before the update is removed", "edge_runtime.store.outbox:write_atomically", "after", 1),
     ("before globals are kept", f"{GLOBALS}.write", "before", 1),

@@ -1,8 +1,8 @@
 """python tests/support/kill_point.py MODULE:NAME before|after CALL MODULE_TO_RUN ARGUMENTS…
 
 Runs a module as `python -m` does, in a process that SIGKILLs itself before or after the CALL-th call (from 1) of a
-function or method. A function that another module imports by name is called under that module's name. "after" a publish
-is after its acknowledgement by the broker.
+function or method. A function that another module imports by name is called under that module's name. A message that
+the function has published, or receives as an argument, is first acknowledged by the broker.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import os
 import runpy
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -47,16 +47,21 @@ def arm(point: str, when: str, call: int) -> None:
     def last(*args: Any, **kwargs: Any) -> Any:
         now = next(calls) == call
         if now and when == "before":
-            die()
+            die_after_delivery(args)
         result = function(*args, **kwargs)
         if now:
-            if isinstance(result, paho.MQTTMessageInfo):
-                result.wait_for_publish(DELIVERY_SECONDS)
-            die()
+            die_after_delivery([result])
         return result
 
     static = isinstance(inspect.getattr_static(holder, name), staticmethod)
     setattr(holder, name, staticmethod(last) if static else last)
+
+
+def die_after_delivery(values: Iterable[object]) -> NoReturn:
+    for value in values:
+        if isinstance(value, paho.MQTTMessageInfo):
+            value.wait_for_publish(DELIVERY_SECONDS)
+    die()
 
 
 def die() -> NoReturn:
