@@ -48,6 +48,8 @@ def resume(settings: ResumeSettings) -> None:
 def _coordinate(store: RunStore, bundle: Bundle, settings: ServiceSettings) -> None:
     set_up_logging(settings.log, settings.log_file)
     run = store.origin.config.run
+    if store.ended is None and store.origin.config.exposure:
+        logger.warning(store.origin.config.exposure)
     if store.ended == FINISHED:
         logger.info(f"run {run!r} has finished; announcing it again")
     elif store.ended is not None:

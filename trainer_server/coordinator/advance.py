@@ -32,13 +32,14 @@ from trainer_server.coordinator.events import (
     UpdateSeen,
 )
 from trainer_server.coordinator.records import ClosedRound
-from trainer_server.coordinator.round_update import apply_round
+from trainer_server.coordinator.round_update import apply_round, update_limit
 from trainer_server.coordinator.selection import devices_in_share, select_devices
 from trainer_server.coordinator.state import TRAINING, Accepted, Plan, State
 from trainer_server.coordinator.validation import validate_update
 
 Blobs = dict[str, tuple[str, bytes]]  # kind of globals → SHA-256 and blob
 
+NAMED_DEVICES = 5  # in one line of the log
 REMEMBERED_ROUNDS = 2  # updates of older rounds are reported as late, also if they were accepted before
 
 
@@ -107,7 +108,7 @@ def _receive_update(plan: Plan, state: State, event: UpdateSeen) -> tuple[State,
         about = f"update for round {update.round}: {validation.reason}"
         return state, [SendAck(ack), CountRefusal(update.device, validation.kind, about)]
     key = (update.round, update.device)
-    accepted = Accepted(update, event.sha256, event.size)
+    accepted = Accepted(update, event.sha256, event.size, validation.norm)
     state = replace(state, updates={**state.updates, key: accepted}, counted=state.counted | {key})
     return state, [SendAck(ack)]
 
@@ -208,16 +209,34 @@ def _close_round(plan: Plan, state: State, closing: Round, now: float) -> tuple[
         too_few = f"round {state.round} got {len(state.updates)} updates, fewer than {config.min_updates}"
     record = _record(state, closing, now, too_few)
     if not too_few:
+        notes = _scaled_down(plan, state, closing)
         state, commands = _open_round(
             plan, replace(apply_round(plan, state, closing), repeats=0), state.position + 1, now
         )
-        return state, [record, *commands, *([Stop()] if state.position == finish else [])]
+        return state, [record, *notes, *commands, *([Stop()] if state.position == finish else [])]
     if config.max_repeats is not None and state.repeats >= config.max_repeats:
         times = f"{state.repeats + 1} times in a row"
         state, commands = _open_round(plan, state, finish, now)
         return state, [record, *commands, Stop(f"{too_few}, {times}; the run ends")]
     state, commands = _open_round(plan, replace(state, repeats=state.repeats + 1), state.position, now)
     return state, [record, Log(f"{too_few}; repeating it"), *commands]
+
+
+def _scaled_down(plan: Plan, state: State, closing: Round) -> list[Command]:
+    """Names the devices whose updates are scaled down."""
+    limit = update_limit(plan, state)
+    large = [
+        f"{key[1]} ({state.updates[key].norm:.4g})" for key in sorted(state.updates) if state.updates[key].norm > limit
+    ]
+    if closing.stage not in TRAINING or not large:
+        return []
+    more = f" and {len(large) - NAMED_DEVICES} more" if len(large) > NAMED_DEVICES else ""
+    return [
+        Log(
+            f"round {closing.round}: updates with a norm far above the median are scaled down to {limit:.4g}: "
+            f"{', '.join(large[:NAMED_DEVICES])}{more}; if this repeats, check these devices"
+        )
+    ]
 
 
 def _record(state: State, closing: Round, now: float, repeated: str) -> StoreRound:

@@ -86,11 +86,12 @@ class Plan:
 
 @dataclass(frozen=True)
 class Accepted:
-    """Header of an accepted update, SHA-256 of its blob, bytes on the wire."""
+    """Header of an accepted update, SHA-256 of its blob, bytes on the wire, L2 norm of what it trained."""
 
     update: Update
     sha256: str
     size: int
+    norm: float
 
 
 Key = tuple[int, str]  # round and device: one update counts for each
@@ -102,6 +103,8 @@ class State:
 
     Globals: `expert` (P,) has the bundle's highest level, and its blocks above SAL's level are untrained. `start` (P₁,)
     is the expert that stage 1 starts from. `gate` (G,) is the gate adapter.
+
+    `norms`: the median norms of the updates in the stage's last rounds.
 
     Round: `position` in the schedule is -1 while the server waits for devices. `since` is the time of the
     announcement. `expected` are the selected devices. `updates` are the accepted updates of the present round.
@@ -117,6 +120,7 @@ class State:
     gate_moments: Moments
     sal: SalState
     since: float
+    norms: tuple[float, ...] = ()
     position: int = -1
     round: int = 0
     repeats: int = 0

@@ -22,6 +22,7 @@ class Checkpoint(BaseModel):
     queue: tuple[float, ...]
     seen: int
     since: float
+    norms: tuple[float, ...]
     position: int
     round: int
     repeats: int
@@ -38,6 +39,7 @@ class Checkpoint(BaseModel):
             queue=state.sal.queue,
             seen=state.sal.seen,
             since=state.since,
+            norms=state.norms,
             position=state.position,
             round=state.round,
             repeats=state.repeats,
@@ -59,6 +61,7 @@ class Checkpoint(BaseModel):
             gate_moments=Moments(vectors["gate_first"], vectors["gate_second"]),
             sal=SalState(self.level, self.queue, self.seen),
             since=self.since,
+            norms=self.norms,
             position=self.position,
             round=self.round,
             repeats=self.repeats,
