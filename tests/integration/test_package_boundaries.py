@@ -43,7 +43,7 @@ FEDFMSL = f"fedfmsl.errors {ALGORITHMS} {COMMON} {PROTOCOL} {TRANSPORT}"
 EDGE = "edge_runtime"
 TABLE = (
     Row("fedfmsl.errors"),
-    Row(ALGORITHMS, "", "numpy"),
+    Row(ALGORITHMS, "", "numpy cryptography Crypto"),
     Row(COMMON, "fedfmsl.errors", "typer rich pydantic pydantic_core pydantic_settings tomli"),
     Row(PROTOCOL, f"fedfmsl.errors {ALGORITHMS}", "numpy pydantic safetensors"),
     Row(TRANSPORT, f"fedfmsl.errors {COMMON} {PROTOCOL}", "paho pydantic cryptography"),
@@ -235,7 +235,7 @@ def distributions_of(extra: str) -> set[str]:
 def test_the_edge_extra_installs_neither_torch_nor_what_needs_it() -> None:
     assert distributions_of("edge") == {
         *("numpy", "paho-mqtt", "pydantic", "pydantic-settings", "rich", "safetensors", "tomli", "typer"),
-        *("cryptography", "psutil", "tomlkit"),
+        *("cryptography", "psutil", "pycryptodome", "tomlkit"),
         *("onnx", "onnxruntime", "pillow", "prometheus-client"),
     }
 
