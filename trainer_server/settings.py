@@ -33,6 +33,7 @@ from trainer_server.config import (
     highest_level,
     sal_rules,
 )
+from trainer_server.coordinator.limits import least_updates
 
 TRAINING = panel("Training on the devices")
 
@@ -160,7 +161,7 @@ class ServerSettings(ServiceSettings, RunRules):
         stage1_sal, stage2_sal = sal_rules(self.sal, self.sal_min_gain, max_level)
         privacy = None
         if self.dp_noise is not None and self.dp_clip is not None:
-            privacy = Privacy(clip=self.dp_clip, noise_multiplier=self.dp_noise, shares=self.min_updates)
+            privacy = Privacy(clip=self.dp_clip, noise_multiplier=self.dp_noise, shares=least_updates(self))
         return RunConfig(
             **rules,
             stage1=self._training(self.epochs, self.learning_rate),

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from fedfmsl.protocol.messages import Message, Round, Stage, Update
 
+NAMES = 10  # of devices in a line of text
+
 
 class ClosedRound(Message):
     """The record of one closed round.
@@ -44,6 +46,12 @@ def successful_rounds(rounds: Sequence[ClosedRound], stage: Stage) -> list[Close
     """The stage's rounds in order, without those that were repeated."""
     by_index = {r.round.index: r for r in rounds if r.round.stage is stage and not r.repeated}
     return [by_index[index] for index in sorted(by_index)]
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names for a line of text; of many only some."""
+    more = len(names) - NAMES
+    return ", ".join(names[:NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
 def _model(metric: str) -> str:

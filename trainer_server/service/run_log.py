@@ -13,13 +13,12 @@ from pathlib import Path
 
 from fedfmsl.common.logs import UNENCODABLE
 from fedfmsl.protocol.messages import Round
-from trainer_server.coordinator.records import ClosedRound
+from trainer_server.coordinator.records import ClosedRound, listed
 
 logger = logging.getLogger(__name__)
 
 FILE = "notes.log"
 PACKAGES = ("trainer_server", "fedfmsl")  # whose lines go to the file
-NAMES = 10  # devices named in a line
 LOG_BYTES = 8 * 1024 * 1024  # of each of the two files
 
 
@@ -51,7 +50,4 @@ def log_round(announced: Round) -> None:
 
 def log_stragglers(closed: ClosedRound) -> None:
     if closed.missing:
-        names, more = ", ".join(closed.missing[:NAMES]), len(closed.missing) - NAMES
-        logger.warning(
-            "round %d closed without %s", closed.round.round, f"{names} and {more} more" if more > 0 else names
-        )
+        logger.warning("round %d closed without %s", closed.round.round, listed(closed.missing))
