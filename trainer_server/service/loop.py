@@ -47,7 +47,7 @@ from trainer_server.service.duplicates import DuplicateServerGuard
 from trainer_server.service.liveness import Liveness
 from trainer_server.service.publisher import Publisher
 from trainer_server.service.refusals import Refusals
-from trainer_server.service.run_log import log_round, log_stragglers
+from trainer_server.service.run_log import log_participation, log_round, log_stragglers
 from trainer_server.storage.peft_adapter import write_adapter
 from trainer_server.storage.run_store import LoggedEvent, RunStore
 from trainer_server.storage.uploads import Upload, Uploads
@@ -285,6 +285,8 @@ class Service:
             self._finish_round(command.closed)
         elif isinstance(command, Log):
             logger.log(logging.WARNING if command.warning else logging.INFO, command.text)
+        elif isinstance(command, Stop) and not command.error:
+            log_participation(self._plan.config, self._state.devices, *self._store.participation())
 
     def _publish_state(self) -> None:
         """Publishes status and round at every connection, because the broker may have lost its retained messages."""

@@ -6,14 +6,15 @@ RUN/notes.log, notes.log.1      log lines with time, rotated at LOG_BYTES
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
 from fedfmsl.common.logs import BOUNDED, UNENCODABLE
 from fedfmsl.protocol.messages import Round
-from trainer_server.coordinator.records import ClosedRound, listed
+from trainer_server.config import RunConfig
+from trainer_server.coordinator.records import ClosedRound, listed, rare_devices
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,19 @@ def log_round(announced: Round) -> None:
     where = f"{announced.stage.value} {announced.index + 1}/{announced.of}"
     selected = f", selected devices: {len(announced.chosen)}" if announced.chosen else ""
     logger.info("round %d: %s, level %d%s", announced.round, where, announced.level, selected)
+
+
+def log_participation(config: RunConfig, known: Collection[str], counts: Mapping[str, int], rounds: int) -> None:
+    """At the end of a run: which devices it has hardly learned from. `counts`: by device, of the training `rounds`."""
+    rare = rare_devices(counts, rounds, known, config.fraction)
+    if rare:
+        names = listed([f"{name} in {count}" for name, count in rare.items()])
+        logger.warning(
+            "the model has learned little from %d of %d devices: of %d training rounds they took part: %s",
+            *(len(rare), max(config.devices, len(known)), rounds, names),
+        )
+    if len(known) < config.devices:
+        logger.warning("only %d of %d devices have joined the run", len(known), config.devices)
 
 
 def log_stragglers(closed: ClosedRound) -> None:

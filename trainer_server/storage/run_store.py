@@ -304,8 +304,8 @@ class RunStore:
         )
         return dict(self._db.execute(query).fetchall())
 
-    def participation(self) -> dict[str, int]:
-        """Number of training rounds that were not repeated, by device with an update in them; under "" all of them."""
+    def participation(self) -> tuple[dict[str, int], int]:
+        """In how many training rounds each device took part, and how many there were. Repeated ones do not count."""
         stages = ", ".join(f"'{stage.value}'" for stage in TRAINING)
         trained = (
             "(SELECT record FROM rounds WHERE json_extract(record, '$.repeated') = '' AND"
@@ -313,7 +313,7 @@ class RunStore:
         )
         by_device = f"SELECT key, count(*) FROM {trained}, json_each(record, '$.updates') GROUP BY key"
         (total,) = self._db.execute(f"SELECT count(*) FROM {trained}").fetchone()
-        return {**dict(self._db.execute(by_device).fetchall()), "": total}
+        return dict(self._db.execute(by_device).fetchall()), total
 
     def rounds(self, after: int = 0) -> list[ClosedRound]:
         """Records of the closed rounds with a number above `after`."""
