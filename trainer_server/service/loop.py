@@ -35,6 +35,7 @@ from trainer_server.coordinator.events import (
     StatusSeen,
     Stop,
     StoreRound,
+    UpdateRefused,
     UpdateSeen,
 )
 from trainer_server.coordinator.records import ClosedRound
@@ -47,7 +48,7 @@ from trainer_server.service.floods import FloodGuard, Sweeper
 from trainer_server.service.liveness import Liveness
 from trainer_server.service.publisher import Publisher
 from trainer_server.service.refusals import Refusals
-from trainer_server.service.run_log import log_round, log_stragglers
+from trainer_server.service.run_log import log_participation, log_round, log_stragglers
 from trainer_server.storage.peft_adapter import write_adapter
 from trainer_server.storage.run_store import LoggedEvent, RunStore
 from trainer_server.storage.uploads import Upload, Uploads
@@ -218,6 +219,9 @@ class Service:
             seen = self._liveness.status(event.status, received.retained, batch.now)
         elif device and not received.retained:
             known = batch.state.devices.get(device)
+            at_work = self._decoder.shows_work(received)
+            if known is not None and at_work is not None:
+                self._liveness.work(device, at_work, batch.now)
             seen = self._liveness.message(device, known is not None and known.online, batch.now)
         if seen is not None:
             self._apply(seen, batch)
@@ -228,13 +232,16 @@ class Service:
         """Advances the batch's state."""
         after, commands = advance(self._plan, batch.state, event, batch.now)
         batch.commands += commands
+        accepted = isinstance(event, UpdateSeen) and (event.update.round, event.update.device) in after.updates
+        if upload is not None and (after is batch.state or not accepted):
+            self._uploads.discard(upload)
         if after is batch.state:
-            if upload is not None:
-                self._uploads.discard(upload)
             return
         batch.state = after
         if isinstance(event, StatusSeen):
             batch.add_status(event)
+        elif not accepted:
+            batch.updates.append(LoggedEvent(batch.now, UpdateRefused(event.update.device)))
         else:
             self._floods.counted(event.update.device, event.size)
             batch.updates.append(LoggedEvent(batch.now, replace(event, tensors={})))
@@ -276,7 +283,9 @@ class Service:
             self._publisher.ask_for_chunks(gap)
         if self._guard.echo_is_missing(now):
             logger.warning("the broker does not return this server's own status; check that --identity is the server's")
-        state, commands = advance(self._plan, self._state, ClockTicked(), now)
+        overdue = now >= next_deadline(self._plan, self._state)
+        ticked = ClockTicked(self._liveness.working(now) if overdue else frozenset())
+        state, commands = advance(self._plan, self._state, ticked, now)
         if not commands:
             return
         stop = next((command for command in commands if isinstance(command, Stop)), None)
@@ -285,11 +294,12 @@ class Service:
         ended = (stop.error or FINISHED) if stop else None
         rounds = [command.closed for command in commands if isinstance(command, StoreRound)]
         try:
-            events = [*flatten(self._statuses), LoggedEvent(now, ClockTicked())]
+            events = [*flatten(self._statuses), LoggedEvent(now, ticked)]
             self._store.commit(events, rounds, self._refusals.pending(), ended)
             self._refusals.clear()
             self._state, self._statuses, self._disk_error = state, {}, ""
-            self._store.save_checkpoint(state, now)
+            if any(isinstance(command, AnnounceRound) for command in commands):  # it holds no updates
+                self._store.save_checkpoint(state, now)
         except (OSError, sqlite3.Error) as error:
             self._wait_for_disk(error)
         if self._state is state:
@@ -310,7 +320,9 @@ class Service:
         elif isinstance(command, StoreRound):
             self._finish_round(command.closed)
         elif isinstance(command, Log):
-            logger.info(command.text)
+            logger.log(logging.WARNING if command.warning else logging.INFO, command.text)
+        elif isinstance(command, Stop) and not command.error:
+            log_participation(self._plan.config, self._state.devices, *self._store.participation())
 
     def _publish_state(self) -> None:
         """Publishes status and round at every connection, because the broker may have lost its retained messages."""
