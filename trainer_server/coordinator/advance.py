@@ -2,6 +2,8 @@
 
     gather → statistics → global × n → [head] → personal × m → [baseline] → evaluate → finished
 
+With secure sums, statistics and head are several rounds each (see `fedfmsl.protocol.secure_sums`).
+
 All rounds have the same form: announce, collect one update per device, close, apply. A round closes when enough devices
 have answered or at its deadline, whichever is first. It is repeated if too few updates came. The I/O loop
 (`trainer_server.service.loop`) does MQTT, clock and disk. `now` is in seconds of the run's own clock, which counts only
@@ -15,7 +17,10 @@ from dataclasses import replace
 
 from fedfmsl.algorithms.arrays import Tensors
 from fedfmsl.algorithms.sal import Sal
-from fedfmsl.protocol.messages import Ack, DeviceStatus, Globals, Round, Stage, Verdict
+from fedfmsl.algorithms.secure_aggregation import MIN_DEVICES, SecureAggregationError
+from fedfmsl.errors import MessageError
+from fedfmsl.protocol.messages import EXCHANGE, Ack, DeviceStatus, Globals, Round, Stage, Verdict
+from fedfmsl.protocol.secure_sums import SHARES
 from fedfmsl.protocol.tensors import blob_hash, pack
 from trainer_server.config import MAX_DEVICES
 from trainer_server.coordinator.events import (
@@ -32,9 +37,10 @@ from trainer_server.coordinator.events import (
     UpdateSeen,
 )
 from trainer_server.coordinator.records import ClosedRound
-from trainer_server.coordinator.round_update import apply_round
+from trainer_server.coordinator.round_update import apply_round, without_sums
+from trainer_server.coordinator.secure_sums import MAX_REPEATS, asked_devices, shortage
 from trainer_server.coordinator.selection import devices_in_share, select_devices
-from trainer_server.coordinator.state import TRAINING, Accepted, Plan, State
+from trainer_server.coordinator.state import SUMS, TRAINING, Accepted, Plan, State, Step
 from trainer_server.coordinator.validation import validate_update
 
 Blobs = dict[str, tuple[str, bytes]]  # kind of globals → SHA-256 and blob
@@ -131,10 +137,10 @@ def _open_round(plan: Plan, state: State, position: int, now: float) -> tuple[St
     """Selects devices, publishes the globals and announces the round at `position` of the schedule."""
     config, number, step = plan.config, state.round + 1, plan.schedule[position]
     stage, level = step.stage, state.sal.level
-    ready = {name: state.devices[name] for name in state.ready}
-    # a repeated round asks every device, because the same selection could fail again
-    selects = stage in TRAINING and not state.repeats
-    selected = select_devices(config, ready, level, number) if selects else state.ready
+    if step.sums is not None and position == plan.part_of(step.sums).start and len(state.ready) < MIN_DEVICES:
+        reason = f"{len(state.ready)} devices are online, and secure sums need {MIN_DEVICES}"
+        return _skip_sums(plan, state, step.sums, reason, now)
+    selected = _selected(plan, state, step, number)
     oldest = number - max(config.max_staleness, REMEMBERED_ROUNDS)
     closed = [*state.recent, *([state.announced] if state.announced else [])]
     blobs = pack_globals(plan, state, stage)
@@ -146,12 +152,14 @@ def _open_round(plan: Plan, state: State, position: int, now: float) -> tuple[St
         index=step.index,
         of=step.of,
         level=level,
-        chosen=tuple(sorted(selected)) if selected != state.ready else (),
+        chosen=tuple(sorted(selected)) if selected != state.ready or step.sums is not None else (),
         repetitions=config.stage1_rounds if stage is Stage.BASELINE else 1,
         training=config.stage2 if stage is Stage.PERSONAL else config.stage1,
         sal=_sal_of(plan, state, stage),
         encoding=config.encoding,
         privacy=config.privacy,
+        min_class_count=config.min_class_count if step.sums is not None else 0,
+        classes=state.secure.classes if stage in SUMS else (),
         **{kind: sha256 for kind, (sha256, _) in blobs.items()},
     )
     state = replace(
@@ -168,6 +176,17 @@ def _open_round(plan: Plan, state: State, position: int, now: float) -> tuple[St
     return state, _announce(blobs, announced)
 
 
+def _selected(plan: Plan, state: State, step: Step, number: int) -> frozenset[str]:
+    """The devices that the round asks. A repeated round of training asks every device, because the same selection could
+    fail again."""
+    if step.sums is not None:
+        return asked_devices(plan, state, step.stage)
+    if step.stage not in TRAINING or state.repeats:
+        return state.ready
+    ready = {name: state.devices[name] for name in state.ready}
+    return select_devices(plan.config, ready, state.sal.level, number)
+
+
 def announcement(plan: Plan, state: State, announced: Round) -> list[Command]:
     """Publishes the present round again, after a restart or for a broker that lost its retained messages."""
     return _announce(pack_globals(plan, state, announced.stage), announced)
@@ -178,15 +197,19 @@ def _announce(blobs: Blobs, announced: Round) -> list[Command]:
 
 
 def pack_globals(plan: Plan, state: State, stage: Stage) -> Blobs:
-    """The globals by kind: the global expert at its level, the expert that stage 1 started from, the gate adapter.
-    Empty before the statistics round."""
-    if stage is Stage.STATISTICS:
-        return {}
-    tensors: dict[str, Tensors] = {
-        "expert": plan.bundle.expert.split(state.expert[: plan.bundle.expert.size(state.sal.level)]),
-        "start": plan.bundle.expert.split(state.start),
-        "gate": plan.bundle.gate.split(state.gate),
-    }
+    """The globals by kind: the global expert at its level, the expert that stage 1 started from, the gate adapter; in
+    the rounds of secure sums also keys and shares. Before stage 1 there are no experts."""
+    tensors: dict[str, Tensors] = {}
+    if state.start.size:
+        tensors = {
+            "expert": plan.bundle.expert.split(state.expert[: plan.bundle.expert.size(state.sal.level)]),
+            "start": plan.bundle.expert.split(state.start),
+            "gate": plan.bundle.gate.split(state.gate),
+        }
+    if state.secure.roster and stage is not Stage.KEYS:
+        tensors["roster"] = state.secure.roster
+        if stage is Stage.UNMASK:
+            tensors["shares"] = {SHARES: state.secure.shares}
     blobs = {kind: pack(Globals(run=plan.config.run, kind=kind), named) for kind, named in tensors.items()}
     return {kind: (blob_hash(blob), blob) for kind, blob in blobs.items()}
 
@@ -194,7 +217,7 @@ def pack_globals(plan: Plan, state: State, stage: Stage) -> Blobs:
 def _sal_of(plan: Plan, state: State, stage: Stage) -> Sal:
     """The stage's rule. After stage 1 no device activates more blocks than the global expert has."""
     config = plan.config
-    if stage in (Stage.STATISTICS, Stage.GLOBAL):
+    if stage in (Stage.STATISTICS, Stage.GLOBAL, Stage.HOLDERS, *EXCHANGE):
         return config.stage1_sal
     rule = config.stage2_sal if stage is Stage.PERSONAL else config.stage1_sal
     return replace(rule, max_level=state.sal.level)
@@ -202,22 +225,54 @@ def _sal_of(plan: Plan, state: State, stage: Stage) -> Sal:
 
 def _close_round(plan: Plan, state: State, closing: Round, now: float) -> tuple[State, list[Command]]:
     """Applies the updates and opens the next round, or repeats this one."""
-    config, finish = plan.config, len(plan.schedule) - 1
+    config, finish, step = plan.config, len(plan.schedule) - 1, plan.schedule[state.position]
     too_few = ""
     if len(state.updates) < config.min_updates:
         too_few = f"round {state.round} got {len(state.updates)} updates, fewer than {config.min_updates}"
+    elif step.sums is not None:
+        too_few = shortage(plan, state, closing)
     record = _record(state, closing, now, too_few)
     if not too_few:
-        state, commands = _open_round(
-            plan, replace(apply_round(plan, state, closing), repeats=0), state.position + 1, now
-        )
+        try:
+            applied = apply_round(plan, state, closing)
+        except (SecureAggregationError, MessageError) as error:
+            assert step.sums is not None
+            state, commands = _skip_sums(plan, state, step.sums, str(error), now)
+            return state, [record, *commands]
+        position = state.position + 1
+        # repeats of all rounds of secure sums count together
+        repeats = state.repeats if step.sums is not None and plan.schedule[position].sums is step.sums else 0
+        state, commands = _open_round(plan, replace(applied, repeats=repeats), position, now)
         return state, [record, *commands, *([Stop()] if state.position == finish else [])]
+    if step.sums is not None:
+        state, commands = _repeat_sums(plan, state, step.sums, too_few, now)
+        return state, [record, *commands]
     if config.max_repeats is not None and state.repeats >= config.max_repeats:
         times = f"{state.repeats + 1} times in a row"
         state, commands = _open_round(plan, state, finish, now)
         return state, [record, *commands, Stop(f"{too_few}, {times}; the run ends")]
     state, commands = _open_round(plan, replace(state, repeats=state.repeats + 1), state.position, now)
     return state, [record, Log(f"{too_few}; repeating it"), *commands]
+
+
+def _repeat_sums(plan: Plan, state: State, sums: Stage, reason: str, now: float) -> tuple[State, list[Command]]:
+    """Starts secure sums again, with fresh keys; once masks may have been removed, repeats only their removal."""
+    stage = plan.schedule[state.position].stage
+    if stage in SUMS or state.repeats >= MAX_REPEATS:
+        return _skip_sums(plan, state, sums, reason, now)
+    position = state.position if stage is Stage.UNMASK else plan.part_of(sums).start
+    state, commands = _open_round(plan, replace(state, repeats=state.repeats + 1), position, now)
+    return state, [Log(f"{reason}; repeating it"), *commands]
+
+
+def _skip_sums(plan: Plan, state: State, sums: Stage, reason: str, now: float) -> tuple[State, list[Command]]:
+    """Goes on without the secure sums of a stage."""
+    without = "stage 1 starts from the bundle's own head"
+    if sums is Stage.HEAD:
+        without = "the global expert keeps the head of stage 1"
+    state = replace(without_sums(plan, state, sums), repeats=0)
+    state, commands = _open_round(plan, state, plan.part_of(sums).stop, now)
+    return state, [Log(f"no secure sums: {reason}; {without}"), *commands]
 
 
 def _record(state: State, closing: Round, now: float, repeated: str) -> StoreRound:

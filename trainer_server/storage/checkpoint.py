@@ -12,7 +12,10 @@ from fedfmsl.algorithms.arrays import Tensors
 from fedfmsl.algorithms.sal import SalState
 from fedfmsl.algorithms.server_optimizers import Moments
 from fedfmsl.protocol.messages import DeviceStatus, Round
-from trainer_server.coordinator.state import State
+from trainer_server.coordinator.state import SecureSums, State
+
+SECURE = "secure_"  # start of the names of the tensors of the secure sums
+SHARES, MASKED, ROSTER = f"{SECURE}shares", f"{SECURE}masked", f"{SECURE}roster_"
 
 
 class Checkpoint(BaseModel):
@@ -30,6 +33,10 @@ class Checkpoint(BaseModel):
     devices: list[DeviceStatus]
     expected: list[str]
     counted: list[tuple[int, str]]
+    keys_round: int = 0
+    members: tuple[str, ...] = ()
+    survivors: tuple[str, ...] = ()
+    classes: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, state: State) -> Checkpoint:
@@ -46,11 +53,25 @@ class Checkpoint(BaseModel):
             devices=list(state.devices.values()),
             expected=sorted(state.expected),
             counted=sorted(state.counted),
+            keys_round=state.secure.keys_round,
+            members=state.secure.members,
+            survivors=state.secure.survivors,
+            classes=state.secure.classes,
         )
 
     def state(self, tensors: Tensors) -> State:
         """The inverse of `of` and `vectors_of`. Raises KeyError if a vector is missing."""
-        vectors = {name: np.asarray(tensor, np.float32) for name, tensor in tensors.items()}
+        named = {name: tensor for name, tensor in tensors.items() if name.startswith(SECURE)}
+        secure = SecureSums(
+            roster={name.removeprefix(ROSTER): tensor for name, tensor in named.items() if name.startswith(ROSTER)},
+            keys_round=self.keys_round,
+            members=self.members,
+            survivors=self.survivors,
+            classes=self.classes,
+            shares=np.asarray(named[SHARES], np.uint8),
+            masked=np.asarray(named[MASKED], np.uint64),
+        )
+        vectors = {name: np.asarray(tensors[name], np.float32) for name in tensors.keys() - named.keys()}
         return State(
             expert=vectors["expert"],
             gate=vectors["gate"],
@@ -67,6 +88,7 @@ class Checkpoint(BaseModel):
             devices={status.device: status for status in self.devices},
             expected=frozenset(self.expected),
             counted=frozenset(self.counted),
+            secure=secure,
         )
 
 
@@ -79,4 +101,7 @@ def vectors_of(state: State) -> Tensors:
         "expert_second": state.expert_moments.second,
         "gate_first": state.gate_moments.first,
         "gate_second": state.gate_moments.second,
+        SHARES: state.secure.shares,
+        MASKED: state.secure.masked,
+        **{ROSTER + name: tensor for name, tensor in state.secure.roster.items()},
     }
