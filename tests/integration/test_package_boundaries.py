@@ -25,7 +25,7 @@ else:
 ROOT = Path(__file__).parents[2]
 ROOTS = ("fedfmsl", "export", "trainer_server", "edge_runtime", "devices", "simulation", "benchmarks")
 MODELS = {"torch", "transformers", "peft", "optimum", "onnxscript"}  # what an export needs
-SERVER_ONLY = {"starlette", "uvicorn", "dp_accounting", "trainer_server"}
+SERVER_ONLY = {"dp_accounting", "trainer_server"}
 EXPORT_ONLY = {*MODELS, "export", "huggingface_hub"}
 
 
@@ -63,7 +63,7 @@ TABLE = (
     Row(
         "trainer_server.service",
         f"{FEDFMSL} trainer_server.config trainer_server.coordinator trainer_server.storage",
-        "paho starlette uvicorn",
+        "paho",
     ),
     Row("trainer_server", f"{FEDFMSL} trainer_server.*", "typer rich pydantic pydantic_settings"),
     Row(f"{EDGE}.store", FEDFMSL),
