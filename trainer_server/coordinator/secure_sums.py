@@ -49,10 +49,8 @@ class Sums:
     total: Doubles | None = None
 
 
-def asked_devices(plan: Plan, state: State, stage: Stage) -> frozenset[str]:
-    """The devices that take part in a round of the secure sums."""
-    if stage is Stage.KEYS or not plan.masks:
-        return state.ready
+def asked_devices(state: State, stage: Stage) -> frozenset[str]:
+    """The devices that take part in a round of the secure sums after their keys."""
     return frozenset(state.secure.survivors if stage is Stage.UNMASK else state.secure.members)
 
 
