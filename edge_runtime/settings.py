@@ -23,6 +23,8 @@ from fedfmsl.transport.settings import (
     RunName,
 )
 
+AUTO = "auto"  # the fastest execution provider
+
 RUN, SAMPLES, RESOURCES, SCHEDULE, OUTPUT = (
     panel(name) for name in ("Run", "Samples", "Resources", "When the device trains", "Predictions and metrics")
 )
@@ -78,6 +80,12 @@ class Settings(PredictSettings, LogSettings):
     engine: EngineChoice = Field(
         "auto",
         description="Training engine. auto: onnxruntime-training if it is installed and the bundle supports it.",
+        json_schema_extra=RESOURCES,
+    )
+    provider: str = Field(
+        AUTO,
+        description="Execution provider of ONNX Runtime, like cpu or cuda. auto: the fastest one that agrees with the "
+        "CPU, measured at the first start.",
         json_schema_extra=RESOURCES,
     )
     threads: int = Field(0, ge=0, description="Threads for computation. 0: one per core.", json_schema_extra=RESOURCES)

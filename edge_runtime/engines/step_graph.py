@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from edge_runtime.engines.base import Batch, MemoryPlan, expert_decay
 from edge_runtime.engines.memory import release_free_memory
-from edge_runtime.engines.sessions import InferenceSession, open_session, run
+from edge_runtime.engines.sessions import CPU, InferenceSession, open_session, run
 from fedfmsl.algorithms.adamw import AdamW
 from fedfmsl.algorithms.arrays import Floats, Vector
 from fedfmsl.protocol.bundle import Bundle, Dims
@@ -35,10 +35,18 @@ class StepGraphEngine:
 
     name: EngineName = "step-graph"
 
-    def __init__(self, bundle: Bundle, threads: int = 0, memory_plans: Mapping[int, MemoryPlan] | None = None) -> None:
-        """`threads` = 0 uses all cores. `memory_plans` by level; see `memory_plan_of` for the default."""
+    def __init__(
+        self,
+        bundle: Bundle,
+        threads: int = 0,
+        memory_plans: Mapping[int, MemoryPlan] | None = None,
+        provider: str = CPU,
+    ) -> None:
+        """`threads` = 0 uses all cores. `memory_plans` by level; see `memory_plan_of` for the default. `provider`: the
+        execution provider of ONNX Runtime."""
         self._bundle = bundle
         self._threads = threads
+        self._provider = provider
         self._memory_plans = memory_plans or {}
         self._memory_plan = MemoryPlan(1)
         self._sessions: dict[str, InferenceSession] = {}
@@ -102,7 +110,7 @@ class StepGraphEngine:
         return run(self._sessions[kind], outputs, inputs)
 
     def _open(self, name: str, prepack: bool) -> InferenceSession:
-        return open_session(self._bundle, name, self._threads, prepack)
+        return open_session(self._bundle, name, self._threads, prepack, self._provider)
 
 
 def memory_plan_of(memory_plans: Mapping[int, MemoryPlan], bundle: Bundle, level: int) -> MemoryPlan:

@@ -46,6 +46,7 @@ class _Conditions(BaseModel):
     bundle: str
     engine: EngineName
     threads: int
+    provider: str
     memory: int
     step_seconds: float
     largest: int
@@ -63,6 +64,7 @@ def make_plan(
     store: DeviceStore,
     engine: EngineName,
     threads: int,
+    provider: str,
     largest: tuple[int, Path],
     memory: int | None,
     step_seconds: float,
@@ -78,6 +80,7 @@ def make_plan(
         bundle=bundle.sha256,
         engine=engine,
         threads=threads,
+        provider=provider,
         memory=budget,
         step_seconds=step_seconds,
         largest=largest[0],
@@ -86,7 +89,7 @@ def make_plan(
         stored = _StoredPlan.model_validate_json(path.read_bytes())
         if stored.conditions == conditions:
             return stored.plan
-    measure = ProbeProcess(bundle, engine, threads, largest[1], store.root)
+    measure = ProbeProcess(bundle, engine, threads, provider, largest[1], store.root)
     plan = plan_within(measure, bundle, budget - RESERVE, step_seconds)
     if not plan.memory_plans:
         raise ConfigError(_why_nothing_fits(_measure_minimum(measure), budget, step_seconds))
@@ -103,6 +106,7 @@ def measure_minimum(
     bundle: Bundle,
     engine: EngineName,
     threads: int,
+    provider: str,
     sample: Path,
     memory: int | None,
     step_seconds: float,
@@ -111,7 +115,7 @@ def measure_minimum(
     """Bytes of memory and seconds per step that a round at level 1 takes at least. Raises ConfigError if that does not
     fit, RunError if it cannot be measured. Writes into `scratch` only."""
     budget = _budget(memory)
-    measurements = _measure_minimum(ProbeProcess(bundle, engine, threads, sample, scratch))
+    measurements = _measure_minimum(ProbeProcess(bundle, engine, threads, provider, sample, scratch))
     last = measurements[-1] if len(measurements) == 2 else None
     if last is None or last.peak_rss + RESERVE > budget or last.seconds > step_seconds:
         raise ConfigError(_why_nothing_fits(measurements, budget, step_seconds))
