@@ -22,6 +22,7 @@ from edge_runtime.engines.sessions import CPU, open_session, run
 from edge_runtime.engines.step_graph import StepGraphEngine
 from edge_runtime.resources.providers import offered_providers
 from fedfmsl.common.cli import application, console
+from fedfmsl.errors import BundleError
 from fedfmsl.protocol.bundle import Bundle, ImagePreprocessing
 
 app = application("Measure the execution providers of the installed ONNX Runtime.")
@@ -44,7 +45,12 @@ def main(
     print("| provider | computation | ms | × cpu | error | gradient cosine |\n|---|---|---|---|---|---|")
     reference: dict[str, tuple[float, NDArray[Any]]] = {}
     for provider in sorted(offered_providers(), key=lambda name: name != CPU):
-        for name, compute in computations(loaded, provider, chosen, seed):
+        try:
+            named = list(computations(loaded, provider, chosen, seed))
+        except BundleError as error:
+            console.print(f"{provider}: {error}")
+            continue
+        for name, compute in named:
             result = compute()
             milliseconds = 1e3 * median_seconds(compute, repeats)
             if provider == CPU:
@@ -52,9 +58,8 @@ def main(
             before, expected = reference[name]
             error = np.linalg.norm(result - expected) / np.linalg.norm(expected)
             cosine = (result @ expected) / (np.linalg.norm(result) * np.linalg.norm(expected))
-            print(
-                f"| {provider} | {name} | {milliseconds:.2f} | {before / milliseconds:.1f} | {error:.1e} | {cosine:.7f} |"
-            )
+            row = [provider, name, f"{milliseconds:.2f}", f"{before / milliseconds:.1f}", f"{error:.1e}", f"{cosine:.7f}"]
+            print(f"| {' | '.join(row)} |")
 
 
 def computations(

@@ -102,9 +102,9 @@ class Features(Generic[S_co]):
         reader: Inputs | None = None,
         provider: str = CPU,
     ) -> None:
-        """`provider`: the execution provider of ONNX Runtime. `batch_size` samples go through the backbone at once. `free_memory` is called before a graph is opened.
-        `reader` is shared with the scan of the folder; default: a new one. Raises ConfigError or BundleError as
-        `reader_of` does."""
+        """`batch_size` samples go through the backbone at once. `free_memory` is called before a graph is opened.
+        `reader` is shared with the scan of the folder; default: a new one. `provider`: the execution provider of ONNX
+        Runtime. Raises ConfigError or BundleError as `reader_of` does."""
         self._store = store
         self._bundle = bundle
         self._threads = threads

@@ -33,6 +33,8 @@ def open_model(path: Path, threads: int, prepack: bool = True, provider: str = C
     Raises BundleError if ONNX Runtime cannot read the file or start the provider.
     """
     options = session_options(threads, prepack)
+    if provider != CPU and hasattr(onnxruntime, "preload_dlls"):
+        onnxruntime.preload_dlls()  # CUDA's libraries from Python packages, where the system has none
     wanted = list(dict.fromkeys([onnx_runtime_name(provider), onnx_runtime_name(CPU)]))
     settings = [PROVIDER_OPTIONS.get(name, {}) for name in wanted]
     try:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from edge_runtime.data.features import BATCH as FEATURE_BATCH
 from edge_runtime.engines.base import MemoryPlan
+from edge_runtime.engines.sessions import CPU
 from edge_runtime.engines.step_graph import default_micro_batch
 from edge_runtime.resources.probe import BATCH, FEATURES, Measure, Measurement, ProbeProcess
 from edge_runtime.store import DeviceStore
@@ -90,7 +91,7 @@ def make_plan(
         if stored.conditions == conditions:
             return stored.plan
     measure = ProbeProcess(bundle, engine, threads, provider, largest[1], store.root)
-    plan = plan_within(measure, bundle, budget - RESERVE, step_seconds)
+    plan = plan_within(measure, bundle, budget - RESERVE, step_seconds, provider)
     if not plan.memory_plans:
         raise ConfigError(_why_nothing_fits(_measure_minimum(measure), budget, step_seconds))
     write_atomically(path, _StoredPlan(conditions=conditions, plan=plan).model_dump_json().encode())
@@ -122,7 +123,9 @@ def measure_minimum(
     return last.peak_rss + RESERVE, last.seconds
 
 
-def plan_within(measure: Measure, bundle: Bundle, budget: int, step_seconds: float) -> Plan:
+def plan_within(
+    measure: Measure, bundle: Bundle, budget: int, step_seconds: float, provider: str = CPU
+) -> Plan:
     """The plan with the highest level cap within `budget` bytes.
 
     A measurement's peak memory covers all earlier ones of its process, so everything up to it fits together.
@@ -150,7 +153,7 @@ def plan_within(measure: Measure, bundle: Bundle, budget: int, step_seconds: flo
         elif memory_plan.lean:
             break
         else:
-            tried = min(memory_plan.micro_batch, default_micro_batch(dims, failed))
+            tried = min(memory_plan.micro_batch, default_micro_batch(dims, failed, provider))
             memory_plan = MemoryPlan(tried // 2) if tried > 1 else MemoryPlan(1, lean=True)
     return Plan(feature_batch=feature_batch, memory_plans=plans, seconds=seconds)
 

@@ -73,7 +73,7 @@ def probe_levels(
     cache.lifted(samples, levels, 1, theta)
     yield _measurement(FEATURES, feature_batch, started)
     memory_plans = {
-        level: MemoryPlan(min(memory_plan.micro_batch, default_micro_batch(dims, level)), memory_plan.lean)
+        level: MemoryPlan(min(memory_plan.micro_batch, default_micro_batch(dims, level, provider)), memory_plan.lean)
         for level in range(first, levels + 1)
     }
     engine = open_engine(choice, bundle, threads, memory_plans, provider)

@@ -170,7 +170,8 @@ class Health(Message):
 
     `time` and `started` are unix seconds, sizes are bytes, temperatures °C. `others`: share of the processors that
     other processes use. `slowdown`: duration of a training step, relative to the measured one. `paused`: the reason.
-    `provider`: the execution provider in use, and why not another. `disconnected`: why there is no connection to the broker, `disconnected_since`: since when (unix seconds).
+    `provider`: the execution provider in use, and why not another. `disconnected`: why there is no connection to the
+    broker, `disconnected_since`: since when (unix seconds).
     """
 
     device: Name
