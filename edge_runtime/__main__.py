@@ -92,11 +92,11 @@ def predict(
     publish: bool = typer.Option(
         False,
         "--publish",
-        help="Also publish the predictions in the run. If a daemon runs here, set its `watch` instead.",
+        help="Also publish the predictions in the run. Not with the identity of a running daemon: set its `watch`.",
     ),
 ) -> None:
     """Classify images or texts with a personalized model."""
-    from edge_runtime.daemon.lock import locked
+    from edge_runtime.daemon.lock import is_locked, locked
     from edge_runtime.inference.adaptation import PriorAdapter
     from edge_runtime.inference.classifier import FileClassifier, StateClassifier
     from edge_runtime.inference.predict import end_on_closed_output, predict_files, printer
@@ -112,6 +112,8 @@ def predict(
     inbox = WatchedFolder(watch, only_new=new) if watch else None
     adapts = watch is not None if adapt is None else adapt
     adapter = PriorAdapter() if adapts else None
+    if publish and model is not None and is_locked(settings.state):
+        raise ConfigError(f"the daemon of --state {settings.state} runs; set its `watch` instead of --publish")
     with contextlib.ExitStack() as resources, end_on_closed_output():
         if model is not None:
             classifier: Classifier = FileClassifier(model, unknown, adapter)

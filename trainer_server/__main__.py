@@ -55,7 +55,9 @@ def _coordinate(store: RunStore, bundle: Bundle, settings: ServiceSettings) -> N
     elif store.checkpoint() is not None:
         logger.info(f"resuming run {run!r} at {store.folder}")
     identity, insecure = settings.identity, settings.insecure
-    bundle_server = BundleServer(bundle.root, settings.serve, identity, insecure) if settings.serve else None
+    bundle_server = None
+    if settings.serve:
+        bundle_server = BundleServer(bundle.root, settings.serve, identity, insecure, settings.revoked)
     try:
         url = bundle_server.url if bundle_server else ""
         run_server(store, bundle, settings.broker, url, identity, insecure, topic_prefix=settings.topic_prefix)

@@ -43,6 +43,11 @@ class ServiceSettings(ConnectionSettings, LogSettings):
     serve: str | None = Field(
         None, description="HOST:PORT to serve the bundle on, for devices without it.", json_schema_extra=CONNECTION
     )
+    revoked: File | None = Field(
+        None,
+        description="Revocation list in PEM for --serve. Default: revoked.crl beside --identity, or in the kit there.",
+        json_schema_extra=CONNECTION,
+    )
 
 
 class ResumeSettings(ServiceSettings):

@@ -2,8 +2,8 @@
 
 While a SAL level lasts, the prefix is constant, so a step starts from the stored hidden state. A state is in fp16 by
 default, and named after the sample's content. Its folder is named after everything else that the state depends on:
-frozen weights, graph, preprocessing, level, and the LoRA in the prefix. So a state can be missing, but never stale. A
-state that the store has no space for is computed each time it is needed.
+frozen weights, graph, preprocessing, decoding code, level, and the LoRA in the prefix. So a state can be missing, but
+never stale. A state that the store has no space for is computed each time it is needed.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_runtime.data import inputs
 from edge_runtime.data.cache import DiskCache, Priority
 from edge_runtime.data.inputs import reader_of
 from edge_runtime.data.sample_reader import SampleReader
@@ -163,7 +164,7 @@ class Features(Generic[S_co]):
 
     def _folder(self, name: str, priority: Priority) -> str:
         computed = "" if self._provider == CPU else f"-{self._provider}"
-        folder = f"{self._bundle.features_key}{computed}-{self._dtype.name}-{name}"
+        folder = f"{self._bundle.features_key}-{inputs.DECODING}{computed}-{self._dtype.name}-{name}"
         self._store.use(folder, priority)
         return folder
 

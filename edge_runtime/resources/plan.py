@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from edge_runtime.data.features import BATCH as FEATURE_BATCH
 from edge_runtime.engines.base import MemoryPlan
+from edge_runtime.engines.memory import usable_memory
 from edge_runtime.engines.sessions import CPU
 from edge_runtime.engines.step_graph import default_micro_batch
 from edge_runtime.resources.probe import BATCH, FEATURES, Measure, Measurement, ProbeProcess
@@ -25,6 +26,7 @@ from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.messages import EngineName
 
 MEMORY_SHARE = 0.5  # of the machine's memory; the default budget
+LIMIT_SHARE = 2 / 3  # of the memory that the container or service may use; at most this is the default budget
 RESERVE = 32 * 2**20  # bytes for what the probe does not have in memory: messages, globals, results
 
 
@@ -159,7 +161,7 @@ def plan_within(
 
 
 def _budget(memory: int | None) -> int:
-    return memory or int(MEMORY_SHARE * psutil.virtual_memory().total)
+    return memory or int(min(MEMORY_SHARE * psutil.virtual_memory().total, LIMIT_SHARE * usable_memory()))
 
 
 def _measure_minimum(measure: Measure) -> list[Measurement]:

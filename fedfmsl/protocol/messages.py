@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from fedfmsl.algorithms.privacy import Privacy
 from fedfmsl.algorithms.sal import Sal
-from fedfmsl.errors import MessageError, one_line
+from fedfmsl.errors import MessageError, one_line, shown
 from fedfmsl.protocol.chunks import CHUNK_BYTES, check_chunk_size
 from fedfmsl.protocol.class_names import valid_name
 from fedfmsl.protocol.topics import MAX_NUMBER, NAME
@@ -24,6 +24,7 @@ Url = Annotated[str, Field(pattern=r"^(https?://[!-~]+)?$", max_length=2048)]
 Key = Annotated[str, Field(pattern=r"^[0-9A-Za-z._-]{1,64}$")]
 Text = Annotated[str, AfterValidator(one_line)]  # for people; a longer text is cut
 ClassName = Annotated[str, AfterValidator(valid_name)]
+FileName = Annotated[str, AfterValidator(shown), Field(max_length=16_384)]  # the longest path, each byte as \xff
 Number = Annotated[int, Field(ge=0, le=MAX_NUMBER)]
 Positive = Annotated[int, Field(ge=1, le=MAX_NUMBER)]
 Level = Annotated[int, Field(ge=0, le=1024)]
@@ -206,13 +207,14 @@ class Health(Message):
 
 
 class Prediction(Message):
-    """The personalized model's prediction for one file, retained. `label`: a class or `unknown`. `round`: the round of
-    the model. `probabilities` are calibrated."""
+    """The personalized model's prediction for one file, retained. `file`: its name; on the device itself, its path.
+    `label`: a class or `unknown`. `round`: the round of the model. `probabilities` are calibrated; a message that would
+    be too long has only the highest ones."""
 
     max_bytes = 192 * 1024  # mostly `probabilities`
 
     device: Name
-    file: Text
+    file: FileName
     time: Amount
     label: ClassName
     confidence: float = Field(ge=0, le=1)

@@ -34,8 +34,9 @@ class Identity:
     def client_context(self) -> ssl.SSLContext:
         return self._load(_client_context(self.authorities))
 
-    def server_context(self) -> ssl.SSLContext:
-        """Accepts clients with a certificate of the same CA. Raises ConfigError if the file is not a server's."""
+    def server_context(self, revoked: Path | None = None) -> ssl.SSLContext:
+        """Accepts clients with a certificate of the same CA that is not in the revocation list `revoked` (PEM). Raises
+        ConfigError if the file is not a server's, or the list is invalid."""
         if self.name is None or not self.authorities:
             raise ConfigError(
                 f"{self.path} has only the CA's certificates, and a server also needs a private key and a certificate; "
@@ -45,6 +46,15 @@ class Identity:
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.verify_mode = ssl.CERT_REQUIRED
         context.load_verify_locations(cadata=self.authorities)
+        if revoked is not None:
+            try:
+                context.load_verify_locations(revoked)
+            except OSError as error:  # ssl.SSLError is one
+                raise ConfigError(
+                    f"--revoked {revoked} is no readable revocation list in PEM ({one_line(error)}); pass the kit's "
+                    "revoked.crl"
+                ) from error
+            context.verify_flags |= ssl.VerifyFlags.VERIFY_CRL_CHECK_LEAF
         return self._load(context)
 
     def _load(self, context: ssl.SSLContext) -> ssl.SSLContext:

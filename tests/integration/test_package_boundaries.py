@@ -25,7 +25,7 @@ else:
 ROOT = Path(__file__).parents[2]
 ROOTS = ("fedfmsl", "export", "trainer_server", "edge_runtime", "devices", "simulation", "benchmarks")
 MODELS = {"torch", "transformers", "peft", "optimum", "onnxscript"}  # what an export needs
-SERVER_ONLY = {"starlette", "uvicorn", "dp_accounting", "trainer_server"}
+SERVER_ONLY = {"dp_accounting", "trainer_server"}
 EXPORT_ONLY = {*MODELS, "export", "huggingface_hub"}
 
 
@@ -43,7 +43,7 @@ FEDFMSL = f"fedfmsl.errors {ALGORITHMS} {COMMON} {PROTOCOL} {TRANSPORT}"
 EDGE = "edge_runtime"
 TABLE = (
     Row("fedfmsl.errors"),
-    Row(ALGORITHMS, "", "numpy"),
+    Row(ALGORITHMS, "", "numpy cryptography Crypto"),
     Row(COMMON, "fedfmsl.errors", "typer rich pydantic pydantic_core pydantic_settings tomli"),
     Row(PROTOCOL, f"fedfmsl.errors {ALGORITHMS}", "numpy pydantic safetensors"),
     Row(TRANSPORT, f"fedfmsl.errors {COMMON} {PROTOCOL}", "paho pydantic cryptography"),
@@ -63,7 +63,7 @@ TABLE = (
     Row(
         "trainer_server.service",
         f"{FEDFMSL} trainer_server.config trainer_server.coordinator trainer_server.storage",
-        "paho starlette uvicorn",
+        "paho",
     ),
     Row("trainer_server", f"{FEDFMSL} trainer_server.*", "typer rich pydantic pydantic_settings"),
     Row(f"{EDGE}.store", FEDFMSL),
@@ -235,7 +235,7 @@ def distributions_of(extra: str) -> set[str]:
 def test_the_edge_extra_installs_neither_torch_nor_what_needs_it() -> None:
     assert distributions_of("edge") == {
         *("numpy", "paho-mqtt", "pydantic", "pydantic-settings", "rich", "safetensors", "tomli", "typer"),
-        *("cryptography", "psutil", "tomlkit"),
+        *("cryptography", "psutil", "pycryptodome", "tomlkit"),
         *("onnx", "onnxruntime", "pillow", "prometheus-client"),
     }
 

@@ -15,6 +15,7 @@ import sqlite3
 import time
 from dataclasses import replace
 
+from fedfmsl.common.files import NO_DESCRIPTORS, has_descriptors
 from fedfmsl.errors import BrokerError, MessageError, RunError
 from fedfmsl.protocol.chunks import CHUNK_BYTES, CHUNK_SIZES, HEADER_BYTES
 from fedfmsl.protocol.messages import DeviceStatus, ServerStatus, Stage, parse
@@ -312,11 +313,11 @@ class Service:
             logger.warning("refused from %s (%s): %s", sender, kind, text)
 
     def _wait_for_disk(self, error: OSError | sqlite3.Error) -> None:
-        if str(error) != self._disk_error:
-            self._disk_error = str(error)
-            logger.error(
-                "cannot write to %s (%s); free some disk space, the run waits for it", self._store.folder, error
-            )
+        cause = "free some disk space" if has_descriptors() else NO_DESCRIPTORS
+        about = f"{getattr(error, 'strerror', None) or error}; {cause}"  # without the file, which differs
+        if about != self._disk_error:
+            self._disk_error = about
+            logger.error("cannot write to %s (%s); the run waits", self._store.folder, about)
         time.sleep(POLL_SECONDS)
 
 

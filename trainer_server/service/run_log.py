@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
-from fedfmsl.common.logs import UNENCODABLE
+from fedfmsl.common.logs import BOUNDED, UNENCODABLE
 from fedfmsl.protocol.messages import Round
 from trainer_server.coordinator.records import ClosedRound
 
@@ -31,6 +31,7 @@ def log_to_folder(folder: Path, max_bytes: int = LOG_BYTES) -> Iterator[None]:
         folder / FILE, maxBytes=max_bytes, backupCount=1, encoding="utf-8", delay=True, errors=UNENCODABLE
     )
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%dT%H:%M:%S"))
+    handler.addFilter(BOUNDED)
     packages = [logging.getLogger(name) for name in PACKAGES]
     for package in packages:
         package.setLevel(logging.INFO)
