@@ -47,8 +47,8 @@ def main(
     for provider in sorted(offered_providers(), key=lambda name: name != CPU):
         try:
             named = list(computations(loaded, provider, chosen, seed))
-        except BundleError as error:
-            console.print(f"{provider}: {error}")
+        except BundleError as reason:
+            console.print(f"{provider}: {reason}")
             continue
         for name, compute in named:
             result = compute()
@@ -58,7 +58,14 @@ def main(
             before, expected = reference[name]
             error = np.linalg.norm(result - expected) / np.linalg.norm(expected)
             cosine = (result @ expected) / (np.linalg.norm(result) * np.linalg.norm(expected))
-            row = [provider, name, f"{milliseconds:.2f}", f"{before / milliseconds:.1f}", f"{error:.1e}", f"{cosine:.7f}"]
+            row = [
+                provider,
+                name,
+                f"{milliseconds:.2f}",
+                f"{before / milliseconds:.1f}",
+                f"{error:.1e}",
+                f"{cosine:.7f}",
+            ]
             print(f"| {' | '.join(row)} |")
 
 

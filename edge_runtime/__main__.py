@@ -182,12 +182,11 @@ def try_provider(
     out: Path = typer.Option(help="File to write."),
 ) -> None:
     """Compute with one execution provider; write outputs and seconds."""
-    from safetensors.numpy import save_file
-
     from edge_runtime.resources import providers
     from fedfmsl.protocol.bundle import Bundle
+    from fedfmsl.protocol.tensors import pack
 
-    save_file(providers.try_provider(Bundle.load(bundle), provider, threads), out)
+    out.write_bytes(pack(*providers.try_provider(Bundle.load(bundle), provider, threads)))
 
 
 if __name__ == "__main__":

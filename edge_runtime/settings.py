@@ -23,8 +23,6 @@ from fedfmsl.transport.settings import (
     RunName,
 )
 
-AUTO = "auto"  # the fastest execution provider
-
 RUN, SAMPLES, RESOURCES, SCHEDULE, OUTPUT = (
     panel(name) for name in ("Run", "Samples", "Resources", "When the device trains", "Predictions and metrics")
 )
@@ -83,7 +81,7 @@ class Settings(PredictSettings, LogSettings):
         json_schema_extra=RESOURCES,
     )
     provider: str = Field(
-        AUTO,
+        "auto",
         description="Execution provider of ONNX Runtime, like cpu or cuda. auto: the fastest one that agrees with the "
         "CPU, measured at the first start.",
         json_schema_extra=RESOURCES,

@@ -35,6 +35,8 @@ def open_model(path: Path, threads: int, prepack: bool = True, provider: str = C
     options = session_options(threads, prepack)
     if provider != CPU and hasattr(onnxruntime, "preload_dlls"):
         onnxruntime.preload_dlls()  # CUDA's libraries from Python packages, where the system has none
+    if provider not in map(short_name, onnxruntime.get_available_providers()):
+        raise BundleError(f"the installed ONNX Runtime has no execution provider {provider!r}")
     wanted = list(dict.fromkeys([onnx_runtime_name(provider), onnx_runtime_name(CPU)]))
     settings = [PROVIDER_OPTIONS.get(name, {}) for name in wanted]
     try:

@@ -125,9 +125,7 @@ def measure_minimum(
     return last.peak_rss + RESERVE, last.seconds
 
 
-def plan_within(
-    measure: Measure, bundle: Bundle, budget: int, step_seconds: float, provider: str = CPU
-) -> Plan:
+def plan_within(measure: Measure, bundle: Bundle, budget: int, step_seconds: float, provider: str = CPU) -> Plan:
     """The plan with the highest level cap within `budget` bytes.
 
     A measurement's peak memory covers all earlier ones of its process, so everything up to it fits together.

@@ -18,22 +18,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
-from safetensors.numpy import load_file
 
 from edge_runtime.engines.base import Batch
 from edge_runtime.engines.runtime import onnxruntime
 from edge_runtime.engines.sessions import CPU, open_session, run, short_name
 from edge_runtime.engines.step_graph import StepGraphEngine
-from edge_runtime.settings import AUTO
 from edge_runtime.store import DeviceStore
 from edge_runtime.store.device_store import PROBE
+from fedfmsl.algorithms.arrays import Floats
 from fedfmsl.common.files import write_atomically
 from fedfmsl.errors import ConfigError, one_line
 from fedfmsl.protocol.bundle import Bundle, ImagePreprocessing
 from fedfmsl.protocol.messages import EngineName
+from fedfmsl.protocol.tensors import unpack
 
+AUTO = "auto"
 REMOTE = "azure"  # a provider that sends inputs to another machine
 SAMPLES = 4
+TOKENS = 10  # ids that every vocabulary has
 SPREAD = 0.02  # standard deviation of what is added to the trainables, so that no gradient is zero
 LEVEL = 2  # the first level whose step has a backward pass through a whole block
 REPEATS = 3
@@ -41,7 +43,7 @@ SECONDS = 600.0  # after which a provider counts as failed
 RELATIVE_ERROR = 1e-3  # of hidden states, features, logits and loss, in the Euclidean norm
 LEAST_COSINE = 0.9999  # between the gradients
 
-Outputs = Mapping[str, NDArray[Any]]
+Outputs = Mapping[str, NDArray[np.generic]]
 
 
 class Trial(BaseModel):
@@ -124,7 +126,7 @@ def fastest(trials: Mapping[str, Trial]) -> Choice:
 
 def try_providers(bundle: Bundle, providers: list[str], threads: int, folder: Path) -> dict[str, Trial]:
     """Tries each provider and compares it with the first one. Writes into a temporary folder in `folder`."""
-    trials, reference = dict[str, Trial](), dict[str, NDArray[Any]]()
+    trials, reference = dict[str, Trial](), dict[str, NDArray[np.generic]]()
     with tempfile.TemporaryDirectory(dir=folder, prefix=PROBE) as scratch:
         for name in providers:
             path = Path(scratch) / name
@@ -132,10 +134,9 @@ def try_providers(bundle: Bundle, providers: list[str], threads: int, folder: Pa
             if refused:
                 trials[name] = Trial(refused=refused)
                 continue
-            outputs = load_file(path)
-            seconds = float(outputs.pop("seconds"))
+            trial, outputs = unpack(path.read_bytes(), Trial)
             reference = reference or outputs
-            trials[name] = Trial(refused=disagreement(reference, outputs), seconds=seconds)
+            trials[name] = Trial(refused=disagreement(reference, outputs), seconds=trial.seconds)
     return trials
 
 
@@ -158,13 +159,13 @@ def _run_trial(bundle: Bundle, provider: str, threads: int, out: Path) -> str:
 
 def disagreement(reference: Outputs, outputs: Outputs) -> str:
     """Why `outputs` are not those of the CPU within the bounds, or ""."""
-    for name, expected in reference.items():
-        found = outputs[name].astype(np.float64)
-        expected = expected.astype(np.float64)
+    for name in reference:
+        expected, found = (np.asarray(each[name], np.float64) for each in (reference, outputs))
         if not np.isfinite(found).all():
             return f"its {name} is not finite"
         if name == "gradient":
-            cosine = float((found @ expected) / (np.linalg.norm(found) * np.linalg.norm(expected)))
+            norms = np.linalg.norm(found) * np.linalg.norm(expected)
+            cosine = float(found @ expected / norms) if norms else 0.0
             if not cosine >= LEAST_COSINE:
                 return f"its gradient has cosine {cosine:.5f} to the CPU's, less than {LEAST_COSINE}"
             continue
@@ -174,9 +175,9 @@ def disagreement(reference: Outputs, outputs: Outputs) -> str:
     return ""
 
 
-def try_provider(bundle: Bundle, provider: str, threads: int) -> dict[str, NDArray[Any]]:
-    """What the provider computes: `hidden` (B, N, D), `feature` (B, F), `logits` (B, C), `loss`, `gradient` (P,), and
-    `seconds`, the least of REPEATS turns after a first one that is not counted.
+def try_provider(bundle: Bundle, provider: str, threads: int) -> tuple[Trial, dict[str, Floats]]:
+    """What the provider computes: `hidden` (B, N, D), `feature` (B, F), `logits` (B, C), `loss` (1,) and `gradient`
+    (P,). The seconds of the trial are the least of REPEATS turns, after a first one that is not counted.
 
     Raises BundleError if the provider cannot be started.
     """
@@ -188,16 +189,16 @@ def try_provider(bundle: Bundle, provider: str, threads: int) -> dict[str, NDArr
     initial = bundle.initial()[0][: bundle.expert.size(level)]
     engine.set(initial + SPREAD * rng.standard_normal(initial.size, np.float32))  # the head starts at zero
     inputs, labels = _random_inputs(bundle, rng), rng.integers(0, dims.classes, SAMPLES)
-    outputs, seconds = dict[str, NDArray[Any]](), []
+    outputs, seconds = dict[str, Floats](), []
     for _ in range(1 + REPEATS):
         started = time.perf_counter()
         hidden, feature = run(session, [f"hidden_{level}", "pooled"], inputs)
         logits = engine.predict(hidden)
         loss, gradient = engine.gradient(Batch.cross_entropy(hidden, labels, dims.classes))
         seconds.append(time.perf_counter() - started)
-        outputs = {"hidden": hidden, "feature": feature, "logits": logits, "loss": np.array([loss])}
-        outputs["gradient"] = gradient
-    return {**outputs, "seconds": np.array(min(seconds[1:]))}
+        outputs = {"hidden": hidden, "feature": feature, "logits": logits, "gradient": gradient}
+        outputs["loss"] = np.array([loss], np.float32)
+    return Trial(seconds=min(seconds[1:])), outputs
 
 
 def _random_inputs(bundle: Bundle, rng: np.random.Generator) -> dict[str, NDArray[Any]]:
@@ -205,7 +206,7 @@ def _random_inputs(bundle: Bundle, rng: np.random.Generator) -> dict[str, NDArra
     if isinstance(preprocessing, ImagePreprocessing):
         shape = (SAMPLES, preprocessing.size, preprocessing.size, 3)
         return {"pixels": rng.integers(0, 256, shape, np.uint8)}
-    tokens = rng.integers(0, 100, (SAMPLES, preprocessing.max_tokens))
+    tokens = rng.integers(0, TOKENS, (SAMPLES, preprocessing.max_tokens))
     return {"tokens": np.where(tokens == preprocessing.pad_id, preprocessing.pad_id + 1, tokens).astype(np.int64)}
 
 

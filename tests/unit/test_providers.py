@@ -33,7 +33,7 @@ OUTPUTS = {"hidden": np.ones((2, 3)), "loss": np.array([2.0]), "gradient": np.ar
         ("loss", np.array([np.nan]), "its loss is not finite"),
         ("gradient", np.array([1.0, 2.0, 3.01]), ""),
         ("gradient", np.array([1.0, 2.0, 4.0]), "its gradient has cosine 0.99"),
-        ("gradient", np.zeros(3), "its gradient has cosine nan"),
+        ("gradient", np.zeros(3), "its gradient has cosine 0.0"),
     ],
 )
 def test_results_must_be_those_of_the_cpu_within_bounds(name: str, value: np.ndarray, reason: str) -> None:
@@ -65,7 +65,7 @@ def test_a_provider_that_cannot_start_is_named_and_the_cpu_is_used(
     store = DeviceStore(tmp_path)
     choice = choose_provider("auto", vit.bundle, 1, store)
     assert choice.provider == CPU
-    assert choice.trials["cuda"].refused.startswith("it fails: ONNX Runtime ")
+    assert choice.trials["cuda"].refused.startswith("it fails: the installed ONNX Runtime has no")
     assert not choice.trials[CPU].refused
     monkeypatch.setattr(providers, "try_providers", lambda *_: pytest.fail("it was measured before"))
     assert choose_provider("auto", vit.bundle, 1, store) == choice
@@ -73,13 +73,13 @@ def test_a_provider_that_cannot_start_is_named_and_the_cpu_is_used(
 
 def test_a_process_of_a_provider_computes_the_same_as_the_cpu_does_here(vit: Built, tmp_path: Path) -> None:
     assert not try_providers(vit.bundle, [CPU], 1, tmp_path)[CPU].refused
-    first, second = (providers.try_provider(vit.bundle, CPU, 1) for _ in range(2))
+    first, second = (providers.try_provider(vit.bundle, CPU, 1)[1] for _ in range(2))
     assert disagreement(first, second) == ""
     assert np.abs(first["gradient"]).max() > 0
 
 
 def test_texts_are_computed_too(bert: Built) -> None:
-    assert np.isfinite(providers.try_provider(bert.bundle, CPU, 1)["loss"]).all()
+    assert np.isfinite(providers.try_provider(bert.bundle, CPU, 1)[1]["loss"]).all()
 
 
 def test_no_provider_but_the_cpu_needs_no_measurement(vit: Built, tmp_path: Path) -> None:
@@ -91,5 +91,5 @@ def test_an_unknown_provider_is_refused_with_those_that_are_offered(vit: Built, 
         choose_provider("gpu", vit.bundle, 1, DeviceStore(tmp_path))
     with pytest.raises(ConfigError, match="ort-training has cpu only"):
         provider_for("ort-training", "cuda", vit.bundle, 1, DeviceStore(tmp_path))
-    with pytest.raises(BundleError, match="cannot"):
+    with pytest.raises(BundleError, match="no execution provider"):
         open_session(vit.bundle, "features.onnx", 1, provider="cuda")
