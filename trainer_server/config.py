@@ -132,7 +132,13 @@ class RunRules(BaseModel):
 
     stage1_rounds: int = Field(12, ge=1, description="Rounds of stage 1.", json_schema_extra=ROUNDS)
     stage2_rounds: int = Field(5, ge=1, description="Rounds of stage 2.", json_schema_extra=ROUNDS)
-    round_timeout: float = Field(600.0, gt=0, description="Seconds until the round deadline.", json_schema_extra=ROUNDS)
+    round_timeout: float = Field(
+        600.0,
+        gt=0,
+        description="Seconds until the round deadline. A round with too few updates lasts up to 16 times as long while "
+        "devices are at work.",
+        json_schema_extra=ROUNDS,
+    )
     head: Head = Field(
         Head.CLASS_MEANS,
         description="Head that stage 1 starts from; zero-shot needs a CLIP bundle.",
@@ -142,8 +148,12 @@ class RunRules(BaseModel):
         False, description="Also train every device alone, for comparison.", json_schema_extra=ROUNDS
     )
 
-    min_updates: int = Field(
-        1, ge=1, description="Number of updates below which a round is repeated.", json_schema_extra=UPDATES
+    min_updates: int | None = Field(
+        None,
+        ge=1,
+        description="Number of updates below which a round lasts longer or is repeated. Default: half of those that a "
+        "round waits for (--devices × --fraction × --enough), rounded up.",
+        json_schema_extra=UPDATES,
     )
     max_repeats: int | None = Field(
         None,
@@ -180,7 +190,7 @@ class RunRules(BaseModel):
 
     @model_validator(mode="after")
     def _check_updates(self) -> RunRules:
-        if self.min_updates > self.devices:
+        if self.min_updates is not None and self.min_updates > self.devices:
             raise ValueError(
                 f"--min-updates {self.min_updates} is more than --devices {self.devices}: no round could close; lower "
                 "it, or wait for more devices"
@@ -199,8 +209,8 @@ class RunConfig(RunRules):
     """The configuration of a run, as its server stores it.
 
     A training round asks the devices that `select` picks. It closes when the share `enough` of them has answered, or at
-    the round deadline. With fewer than `min_updates` it is repeated. With `max_staleness` 0 an update for a closed
-    round is late; otherwise it counts with a lower weight in the current round, up to that age (FedBuff).
+    the round deadline. With fewer than `min_updates` it lasts longer or is repeated. With `max_staleness` 0 an update
+    for a closed round is late; otherwise it counts with a lower weight in the current round, up to that age (FedBuff).
     """
 
     stage1: Training = STAGE1

@@ -6,6 +6,7 @@ import ipaddress
 import json
 from pathlib import Path
 
+from devices.provisioning.broker_kit import CONNECTIONS
 from fedfmsl.protocol.topics import ROOT
 from fedfmsl.transport.address import netloc
 
@@ -39,6 +40,7 @@ services:
     volumes:
       - {{type: bind, source: ., target: {_quoted(str(folder))}}}
     {network}
+    ulimits: {{nofile: {2 * CONNECTIONS}}}
     cap_drop: [ALL]
     security_opt: ["no-new-privileges:true"]
     restart: unless-stopped

@@ -27,7 +27,7 @@ from devices.provisioning.authority import (
     serial_of,
 )
 from devices.provisioning.broker_kit import SERVER as SERVER_NAME
-from devices.provisioning.broker_kit import acl, mosquitto_conf, new_password, password_line
+from devices.provisioning.broker_kit import acl, mosquitto_conf, new_password, password_line, systemd_limits
 from devices.provisioning.compose import compose_yaml
 from devices.provisioning.settings_file import read_table, settings_text
 from fedfmsl.common.files import write_atomically
@@ -110,6 +110,7 @@ class Fleet:
         self._write(broker / "revoked.crl", authority.revocation_list([]))
         self._write(broker / "acl", acl(prefix))
         self._write(broker / "mosquitto.conf", mosquitto_conf(kit, passwords))
+        self._write(broker / "limits.conf", systemd_limits())
         self._write(broker / "compose.yaml", compose_yaml(kit, hosts[0], settings.get("run"), SOURCE, prefix))
         # the server also serves the bundle over HTTPS, under the same host names
         self._write(

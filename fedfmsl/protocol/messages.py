@@ -171,7 +171,8 @@ class Health(Message):
 
     `time` and `started` are unix seconds, sizes are bytes, temperatures °C. `others`: share of the processors that
     other processes use. `slowdown`: duration of a training step, relative to the measured one. `paused`: the reason.
-    `disconnected`: why there is no connection to the broker, `disconnected_since`: since when (unix seconds).
+    `provider`: the execution provider in use, and why not another. `disconnected`: why there is no connection to the
+    broker, `disconnected_since`: since when (unix seconds).
     """
 
     device: Name
@@ -185,6 +186,7 @@ class Health(Message):
     stage: Text = ""
     level: Level = 0
     level_cap: Level = 0
+    provider: Text = ""
     slowdown: Amount = 1.0
     temperature: float | None = Field(default=None, ge=-273, le=1000)
     others: float | None = Field(default=None, ge=0, le=1)

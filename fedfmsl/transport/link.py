@@ -12,6 +12,7 @@ import logging
 import queue
 import ssl
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,6 +112,7 @@ class Link:
         """
         self.events: queue.SimpleQueue[LinkEvent] = queue.SimpleQueue()
         self.outage = Outage()
+        self.drops: Callable[[str], bool] = lambda topic: False  # live messages on which topics are not delivered
         self._address = address = parse_address(broker)
         if not address.encrypted and not insecure:
             require_loopback(f"traffic to {address.host}", address.host, f"use {address.scheme}s:// with --identity")
@@ -260,6 +262,8 @@ class Link:
         try:
             topic = message.topic
         except UnicodeDecodeError:  # not a valid topic
+            return
+        if not message.retain and self.drops(topic):
             return
         head = 2 + len(topic.encode()) + (2 if message.qos else 0)
         size = self._client.packet_size - head

@@ -35,7 +35,7 @@ def test_ca_kit_and_identities_are_readable_by_their_owner_only(tmp_path: Path) 
         *("ca.crt", "ca.key", "server.pem"),
         *("fleet.toml", "devices/kitchen.toml", "devices/balcony.toml", "issued/kitchen.crt", "issued/balcony.crt"),
         *(f"broker/{name}" for name in ("mosquitto.conf", "acl", "ca.crt", "broker.crt", "broker.key", "revoked.crl")),
-        "broker/compose.yaml",
+        *("broker/compose.yaml", "broker/limits.conf"),
     }
     modes = {stat.S_IMODE((tmp_path / "pki" / name).stat().st_mode) for name in made}
     assert modes == {0o600}

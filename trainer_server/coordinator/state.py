@@ -19,6 +19,8 @@ from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.layout import Layout
 from fedfmsl.protocol.messages import DeviceStatus, Round, Stage, Update
 from trainer_server.config import RunConfig
+from trainer_server.coordinator.limits import Limits
+from trainer_server.coordinator.refusals import Refused
 
 TRAINING = (Stage.GLOBAL, Stage.PERSONAL)
 
@@ -105,6 +107,10 @@ class State:
 
     Round: `position` in the schedule is -1 while the server waits for devices. `since` is the time of the
     announcement. `expected` are the selected devices. `updates` are the accepted updates of the present round.
+    `refused`: devices whose latest updates were refused.
+
+    Deadlines: `limits` are the settings that may change. `stretch`: how many times as long as `--round-timeout` a round
+    lasts. `slowest`: by stage, the longest time from an announcement to an update, in seconds.
 
     Late updates: `recent` are closed rounds whose late updates still count. `counted` are the keys of the updates
     accepted in these rounds and in the last REMEMBERED_ROUNDS. A second update with such a key is a duplicate.
@@ -117,12 +123,16 @@ class State:
     gate_moments: Moments
     sal: SalState
     since: float
+    limits: Limits
+    stretch: int = 1
+    slowest: Mapping[Stage, float] = field(default_factory=dict)
     position: int = -1
     round: int = 0
     repeats: int = 0
     announced: Round | None = None
     devices: Mapping[str, DeviceStatus] = field(default_factory=dict)
     expected: frozenset[str] = frozenset()
+    refused: Mapping[str, Refused] = field(default_factory=dict)
     updates: Mapping[Key, Accepted] = field(default_factory=dict)
     recent: tuple[Round, ...] = ()
     counted: frozenset[Key] = frozenset()
@@ -139,9 +149,11 @@ class State:
 
     @property
     def awaited(self) -> frozenset[str]:
-        """The selected devices whose answer the present round needs: not those that have said that they cannot."""
-        unable = frozenset(name for name in self.expected if self.devices[name].error)
-        return self.expected - (unable - self.answered)
+        """The selected devices whose answer the present round needs: not those that have said that they cannot, that
+        are paused, or whose update was refused."""
+        unable = frozenset(name for name in self.expected if self.devices[name].error or self.devices[name].paused)
+        refused = frozenset(name for name, last in self.refused.items() if last.round == self.round)
+        return self.expected - ((unable | refused) - self.answered)
 
     @property
     def answered(self) -> frozenset[str]:
@@ -158,4 +170,5 @@ def initial_state(plan: Plan, now: float) -> State:
         gate_moments=Moments.zeros(gate.size),
         sal=plan.config.stage1_sal.start(),
         since=now,
+        limits=Limits.of(plan.config),
     )

@@ -35,6 +35,7 @@ from trainer_server.coordinator.events import (
     StatusSeen,
     Stop,
     StoreRound,
+    UpdateRefused,
     UpdateSeen,
 )
 from trainer_server.coordinator.records import ClosedRound
@@ -43,10 +44,11 @@ from trainer_server.service.batch import Batch, Statuses, flatten
 from trainer_server.service.clock import RunClock
 from trainer_server.service.decode import Decoder
 from trainer_server.service.duplicates import DuplicateServerGuard
+from trainer_server.service.floods import FloodGuard, Sweeper
 from trainer_server.service.liveness import Liveness
 from trainer_server.service.publisher import Publisher
 from trainer_server.service.refusals import Refusals
-from trainer_server.service.run_log import log_round, log_stragglers
+from trainer_server.service.run_log import log_participation, log_round, log_stragglers
 from trainer_server.storage.peft_adapter import write_adapter
 from trainer_server.storage.run_store import LoggedEvent, RunStore
 from trainer_server.storage.uploads import Upload, Uploads
@@ -56,6 +58,7 @@ logger = logging.getLogger(__name__)
 POLL_SECONDS = 1.0  # longest wait for a message
 BATCH = 64  # messages in one commit
 FINISHED = "finished"
+FLOODS = "it floods the server, which ignores it"
 UNKNOWN_DEVICE = "unknown device"
 
 
@@ -75,6 +78,8 @@ class Service:
         self._publisher = Publisher(link, self._topics, status)
         self._guard = DuplicateServerGuard(plan.session)
         self._liveness = Liveness()
+        self._floods = FloodGuard(blob_bytes(plan.largest_update))
+        self._sweeper = Sweeper(link, topics, self._floods.dropped)
         self._refusals = Refusals()
         self._statuses: Statuses = {}  # not in the store yet
         self._unapplied: list[StatusSeen] = []  # of a batch that could not be stored
@@ -120,6 +125,7 @@ class Service:
             if size != CHUNK_BYTES:
                 logger.warning("the broker takes no messages of %d bytes; using chunks of %d bytes", lengths[0], size)
             self._publisher.use_chunks_of(size)
+            self._floods.use_chunks_of(size)
 
     def _connect(self, state: State) -> None:
         """The start of a connection. The subscriptions come first: a retained answer to this server's status would be
@@ -162,7 +168,10 @@ class Service:
         elif isinstance(event, Disconnected):
             self._liveness.disconnected()
         elif isinstance(event, SubscriptionRefused):
-            raise BrokerError(event.error)
+            if not self._sweeper.is_sweep(event.topic):
+                raise BrokerError(event.error)
+        elif isinstance(event, Received | Oversize) and self._is_flood(event, batch):
+            pass
         elif isinstance(event, Oversize):
             self._refuse(self._sender(event.topic), "too large", f"{event.size} bytes")
         elif isinstance(event, Received):
@@ -171,9 +180,34 @@ class Service:
             else:
                 self._receive(event, batch)
 
+    def _is_flood(self, event: Received | Oversize, batch: Batch) -> bool:
+        """Whether a message is of a device that is ignored. The message that shows a flood takes the device out of the
+        round."""
+        if self._sweeper.sender(event) is None:
+            device = self._topics.device_of(event.topic)
+            size = event.size if isinstance(event, Oversize) else len(event.payload)
+            flood = self._floods.received(device, size, batch.now) if device else ""
+            if not flood or device is None:
+                return False
+            logger.error(
+                "%s floods this server (%s): it is ignored until this server is started again; revoke its identity",
+                *(device, flood),
+            )
+            self._refuse(device, "flood", flood)
+            known = batch.state.devices.get(device)
+            if known is not None and known.online:
+                self._apply(StatusSeen(known.model_copy(update={"online": False, "error": FLOODS})), batch)
+        if isinstance(event, Received):
+            self._sweeper.remove(event)
+        return True
+
     def _receive(self, received: Received, batch: Batch) -> None:
         """Adds a device's message to the batch, or refuses it."""
         device = self._topics.device_of(received.topic)
+        if received.retained and received.payload and self._topics.update_of(received.topic):
+            self._sweeper.remove(received)  # devices publish no retained chunks, which would fill the broker
+            self._refuse(self._sender(received.topic), "retained", f"a chunk of an update on {received.topic[:200]}")
+            return
         try:
             event, upload = self._decoder.decode(received, batch.state.devices)
         except MessageError as error:
@@ -185,6 +219,9 @@ class Service:
             seen = self._liveness.status(event.status, received.retained, batch.now)
         elif device and not received.retained:
             known = batch.state.devices.get(device)
+            at_work = self._decoder.shows_work(received)
+            if known is not None and at_work is not None:
+                self._liveness.work(device, at_work, batch.now)
             seen = self._liveness.message(device, known is not None and known.online, batch.now)
         if seen is not None:
             self._apply(seen, batch)
@@ -195,14 +232,18 @@ class Service:
         """Advances the batch's state."""
         after, commands = advance(self._plan, batch.state, event, batch.now)
         batch.commands += commands
+        accepted = isinstance(event, UpdateSeen) and (event.update.round, event.update.device) in after.updates
+        if upload is not None and (after is batch.state or not accepted):
+            self._uploads.discard(upload)
         if after is batch.state:
-            if upload is not None:
-                self._uploads.discard(upload)
             return
         batch.state = after
         if isinstance(event, StatusSeen):
             batch.add_status(event)
+        elif not accepted:
+            batch.updates.append(LoggedEvent(batch.now, UpdateRefused(event.update.device)))
         else:
+            self._floods.counted(event.update.device, event.size)
             batch.updates.append(LoggedEvent(batch.now, replace(event, tensors={})))
             if upload is not None:
                 batch.files[upload.path] = self._store.tensors / upload.sha256
@@ -236,12 +277,15 @@ class Service:
     def _tick(self) -> None:
         """Opens and closes rounds."""
         now = self._clock.now()
+        self._sweeper.sweep(now)
         self._save_outage()
         for gap in self._uploads.gaps():
             self._publisher.ask_for_chunks(gap)
         if self._guard.echo_is_missing(now):
             logger.warning("the broker does not return this server's own status; check that --identity is the server's")
-        state, commands = advance(self._plan, self._state, ClockTicked(), now)
+        overdue = now >= next_deadline(self._plan, self._state)
+        ticked = ClockTicked(self._liveness.working(now) if overdue else frozenset())
+        state, commands = advance(self._plan, self._state, ticked, now)
         if not commands:
             return
         stop = next((command for command in commands if isinstance(command, Stop)), None)
@@ -250,11 +294,12 @@ class Service:
         ended = (stop.error or FINISHED) if stop else None
         rounds = [command.closed for command in commands if isinstance(command, StoreRound)]
         try:
-            events = [*flatten(self._statuses), LoggedEvent(now, ClockTicked())]
+            events = [*flatten(self._statuses), LoggedEvent(now, ticked)]
             self._store.commit(events, rounds, self._refusals.pending(), ended)
             self._refusals.clear()
             self._state, self._statuses, self._disk_error = state, {}, ""
-            self._store.save_checkpoint(state, now)
+            if any(isinstance(command, AnnounceRound) for command in commands):  # it holds no updates
+                self._store.save_checkpoint(state, now)
         except (OSError, sqlite3.Error) as error:
             self._wait_for_disk(error)
         if self._state is state:
@@ -265,6 +310,7 @@ class Service:
         if isinstance(command, PublishGlobals):
             self._publisher.publish_globals(command.sha256, command.blob)
         elif isinstance(command, AnnounceRound):
+            self._floods.round_opened()
             self._publisher.announce_round(command.round)
             log_round(command.round)
         elif isinstance(command, SendAck):
@@ -274,7 +320,9 @@ class Service:
         elif isinstance(command, StoreRound):
             self._finish_round(command.closed)
         elif isinstance(command, Log):
-            logger.info(command.text)
+            logger.log(logging.WARNING if command.warning else logging.INFO, command.text)
+        elif isinstance(command, Stop) and not command.error:
+            log_participation(self._plan.config, self._state.devices, *self._store.participation())
 
     def _publish_state(self) -> None:
         """Publishes status and round at every connection, because the broker may have lost its retained messages."""

@@ -11,7 +11,9 @@ from pydantic import BaseModel
 from fedfmsl.algorithms.arrays import Tensors
 from fedfmsl.algorithms.sal import SalState
 from fedfmsl.algorithms.server_optimizers import Moments
-from fedfmsl.protocol.messages import DeviceStatus, Round
+from fedfmsl.protocol.messages import DeviceStatus, Round, Stage
+from trainer_server.coordinator.limits import Limits
+from trainer_server.coordinator.refusals import Refused
 from trainer_server.coordinator.state import State
 
 
@@ -22,6 +24,9 @@ class Checkpoint(BaseModel):
     queue: tuple[float, ...]
     seen: int
     since: float
+    limits: Limits
+    stretch: int
+    slowest: dict[Stage, float]
     position: int
     round: int
     repeats: int
@@ -29,6 +34,7 @@ class Checkpoint(BaseModel):
     recent: tuple[Round, ...]
     devices: list[DeviceStatus]
     expected: list[str]
+    refused: dict[str, Refused]
     counted: list[tuple[int, str]]
 
     @classmethod
@@ -38,6 +44,9 @@ class Checkpoint(BaseModel):
             queue=state.sal.queue,
             seen=state.sal.seen,
             since=state.since,
+            limits=state.limits,
+            stretch=state.stretch,
+            slowest=dict(state.slowest),
             position=state.position,
             round=state.round,
             repeats=state.repeats,
@@ -45,6 +54,7 @@ class Checkpoint(BaseModel):
             recent=state.recent,
             devices=list(state.devices.values()),
             expected=sorted(state.expected),
+            refused=dict(state.refused),
             counted=sorted(state.counted),
         )
 
@@ -59,6 +69,9 @@ class Checkpoint(BaseModel):
             gate_moments=Moments(vectors["gate_first"], vectors["gate_second"]),
             sal=SalState(self.level, self.queue, self.seen),
             since=self.since,
+            limits=self.limits,
+            stretch=self.stretch,
+            slowest=self.slowest,
             position=self.position,
             round=self.round,
             repeats=self.repeats,
@@ -66,6 +79,7 @@ class Checkpoint(BaseModel):
             recent=self.recent,
             devices={status.device: status for status in self.devices},
             expected=frozenset(self.expected),
+            refused=self.refused,
             counted=frozenset(self.counted),
         )
 

@@ -30,9 +30,17 @@ from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.messages import DeviceStatus, Update, parse
 from fedfmsl.protocol.tensors import Header, blob_hash, pack, unpack
 from trainer_server.config import RunConfig
-from trainer_server.coordinator.events import ClockTicked, Event, StatusSeen, UpdateSeen
+from trainer_server.coordinator.events import (
+    ClockTicked,
+    Event,
+    LimitsChanged,
+    StatusSeen,
+    UpdateRefused,
+    UpdateSeen,
+)
+from trainer_server.coordinator.limits import Limits
 from trainer_server.coordinator.records import ClosedRound
-from trainer_server.coordinator.state import State
+from trainer_server.coordinator.state import TRAINING, State
 from trainer_server.storage.checkpoint import Checkpoint, vectors_of
 
 DATABASE = "run.sqlite"
@@ -282,7 +290,11 @@ class RunStore:
         if kind == "update":
             update, tensors = self._unpack(sha256, Update)
             return UpdateSeen(update, tensors, sha256, size)
-        return ClockTicked()
+        if kind == "refused":
+            return UpdateRefused(json.loads(body))
+        if kind == "limits":
+            return LimitsChanged(parse(Limits, body.encode()))
+        return ClockTicked(frozenset(json.loads(body)))
 
     def pending_updates(self) -> dict[str, int]:
         """Number of updates accepted since the last checkpoint, by device."""
@@ -291,6 +303,17 @@ class RunStore:
             " (SELECT coalesce(max(seq), 0) FROM checkpoints) GROUP BY 1 ORDER BY 1"
         )
         return dict(self._db.execute(query).fetchall())
+
+    def participation(self) -> tuple[dict[str, int], int]:
+        """In how many training rounds each device took part, and how many there were. Repeated ones do not count."""
+        stages = ", ".join(f"'{stage.value}'" for stage in TRAINING)
+        trained = (
+            "(SELECT record FROM rounds WHERE json_extract(record, '$.repeated') = '' AND"
+            f" json_extract(record, '$.round.stage') IN ({stages}))"
+        )
+        by_device = f"SELECT key, count(*) FROM {trained}, json_each(record, '$.updates') GROUP BY key"
+        (total,) = self._db.execute(f"SELECT count(*) FROM {trained}").fetchone()
+        return dict(self._db.execute(by_device).fetchall()), total
 
     def rounds(self, after: int = 0) -> list[ClosedRound]:
         """Records of the closed rounds with a number above `after`."""
@@ -314,4 +337,8 @@ def _to_row(logged: LoggedEvent) -> tuple[float, str, str, str | None, int | Non
         return logged.at, "status", event.status.model_dump_json(), None, None
     if isinstance(event, UpdateSeen):
         return logged.at, "update", event.update.model_dump_json(), event.sha256, event.size
-    return logged.at, "tick", "{}", None, None
+    if isinstance(event, UpdateRefused):
+        return logged.at, "refused", json.dumps(event.device), None, None
+    if isinstance(event, LimitsChanged):
+        return logged.at, "limits", event.limits.model_dump_json(), None, None
+    return logged.at, "tick", json.dumps(sorted(event.working)), None, None
