@@ -14,7 +14,7 @@ from fedfmsl.algorithms.privacy import Privacy
 from fedfmsl.algorithms.sal import Sal
 from fedfmsl.errors import MessageError, one_line, shown
 from fedfmsl.protocol.chunks import CHUNK_BYTES, check_chunk_size
-from fedfmsl.protocol.class_names import valid_name
+from fedfmsl.protocol.class_names import MAX_CLASSES, valid_name
 from fedfmsl.protocol.topics import MAX_NUMBER, NAME
 
 Name = Annotated[str, Field(pattern=f"^{NAME}$")]  # run or device
@@ -201,7 +201,8 @@ class Health(Message):
 
     `time` and `started` are unix seconds, sizes are bytes, temperatures °C. `others`: share of the processors that
     other processes use. `slowdown`: duration of a training step, relative to the measured one. `paused`: the reason.
-    `disconnected`: why there is no connection to the broker, `disconnected_since`: since when (unix seconds).
+    `provider`: the execution provider in use, and why not another. `disconnected`: why there is no connection to the
+    broker, `disconnected_since`: since when (unix seconds).
     """
 
     device: Name
@@ -215,6 +216,7 @@ class Health(Message):
     stage: Text = ""
     level: Level = 0
     level_cap: Level = 0
+    provider: Text = ""
     slowdown: Amount = 1.0
     temperature: float | None = Field(default=None, ge=-273, le=1000)
     others: float | None = Field(default=None, ge=0, le=1)
@@ -246,7 +248,7 @@ class Prediction(Message):
     time: Amount
     label: ClassName
     confidence: float = Field(ge=0, le=1)
-    probabilities: dict[ClassName, float] = Field(max_length=4096)
+    probabilities: dict[ClassName, float] = Field(max_length=MAX_CLASSES)
     round: Number
 
 
@@ -262,7 +264,9 @@ class Update(Message):
     level: Level
     samples: Count
     metrics: dict[Key, float] = Field(default={}, max_length=64)
-    counts: dict[Key, Annotated[list[Count], Field(max_length=4096, fail_fast=True)]] = Field(default={}, max_length=16)
+    counts: dict[Key, Annotated[list[Count], Field(max_length=MAX_CLASSES, fail_fast=True)]] = Field(
+        default={}, max_length=16
+    )
     engine: str = Field(default="", max_length=32)
     seconds: Amount = 0.0
     peak_rss_mb: Amount = 0.0
