@@ -62,6 +62,8 @@ def describe(health: Health, store: DeviceStore, now: float) -> Iterator[tuple[s
     yield "round", f"{health.round} ({health.stage}), level {health.level}" if health.round else "none yet"
     slowdown = f", steps take {health.slowdown:.1f} times as long as measured" if health.slowdown > 1.1 else ""
     yield "level cap", f"{health.level_cap}{slowdown}"
+    if health.provider:
+        yield "provider", health.provider
     yield "samples", f"{health.train} train, {health.held_out} held-out, {health.test} test"
     yield "updates", f"{health.rounds_done} rounds done, {health.unacknowledged} updates not acknowledged yet"
     facts = [f"{health.temperature:.1f} °C"] if health.temperature is not None else []
