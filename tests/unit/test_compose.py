@@ -30,9 +30,9 @@ def test_the_kit_is_mounted_at_the_path_in_the_brokers_configuration() -> None:
 
 def test_clients_reach_the_server_by_the_name_in_its_certificate() -> None:
     services = compose()
-    assert services["broker"]["hostname"] == "fleet.example"
-    assert services["broker"]["ports"] == ["8883:8883", "8443:8443"]
-    assert services["server"]["network_mode"] == "service:broker"
+    assert services["broker"]["networks"] == {"default": {"aliases": ["fleet.example"]}}
+    assert services["broker"]["ports"] == ["8883:8883"]
+    assert services["server"]["ports"] == ["8443:8443"]
     command = services["server"]["command"]
     options = dict(zip(command[1::2], command[2::2], strict=True))
     assert options["--broker"] == "mqtts://fleet.example"
@@ -40,6 +40,12 @@ def test_clients_reach_the_server_by_the_name_in_its_certificate() -> None:
     assert {volume["target"] for volume in services["server"]["volumes"]} == {
         options[name] for name in ("--bundle", "--out", "--identity")
     }
+
+
+def test_the_server_keeps_its_network_when_the_broker_restarts() -> None:
+    """A container that uses another one's network loses it when that one restarts."""
+    for host in ("fleet.example", "2001:db8::1"):
+        assert "service:" not in compose(host=host)["server"].get("network_mode", "")
 
 
 def test_with_an_address_both_use_the_machines_network() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import socket
 import threading
 from pathlib import Path
 
@@ -23,7 +25,8 @@ class BundleServer:
     """Serves a bundle's files at `url` in a thread until `close`."""
 
     def __init__(self, root: Path, address: str, identity: Path | None = None, insecure: bool = False) -> None:
-        """`address` is HOST:PORT. With an identity: HTTPS, for clients with a certificate of the same CA.
+        """`address` is HOST:PORT as clients reach it. If it is not this machine's, because of a container's network or
+        address translation, the server listens on all addresses. With an identity: HTTPS, for clients with a certificate of the same CA.
 
         Without an identity the address must be a loopback address, unless `insecure`. Raises ConfigError if address or
         identity is invalid, RunError if the server cannot listen there.
@@ -35,7 +38,7 @@ class BundleServer:
             require_loopback(f"the bundle from --serve {address}", host, "pass the server's --identity")
         self.url = f"{'https' if identity else 'http'}://{address}/bundle"
         config = uvicorn.Config(
-            bundle_app(Bundle.load(root)), host=host.strip("[]"), port=int(port), log_level="critical"
+            bundle_app(Bundle.load(root)), host=_own(host.strip("[]")), port=int(port), log_level="critical"
         )
         config.load()
         if identity:
@@ -62,6 +65,17 @@ class BundleServer:
             pass
         finally:
             self._ended.set()
+
+
+def _own(host: str) -> str:
+    """`host`, or "" for all addresses if this machine does not have it."""
+    try:
+        for family, kind, protocol, _, address in socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM):
+            with socket.socket(family, kind, protocol) as probe:
+                probe.bind(address)
+    except OSError as error:
+        return "" if error.errno == errno.EADDRNOTAVAIL else host
+    return host
 
 
 def bundle_app(bundle: Bundle) -> Starlette:
