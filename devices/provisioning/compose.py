@@ -6,11 +6,13 @@ import ipaddress
 import json
 from pathlib import Path
 
+from devices.provisioning.broker_kit import CONNECTIONS
 from fedfmsl.protocol.topics import ROOT
 from fedfmsl.transport.address import netloc
 
 OWNER = 1883  # the user of the image eclipse-mosquitto; devices/Dockerfile uses the same
 _STATE, _BUNDLE, _IDENTITY = "/var/lib/fedfmsl", "/bundle", "/run/server.pem"
+_KIT = "/run/broker"  # where the server finds the revocation list, beside its identity
 
 
 def compose_yaml(folder: Path, host: str, run: str | None, source: Path, prefix: str = ROOT) -> str:
@@ -42,6 +44,7 @@ services:
     volumes:
       - {{type: bind, source: ., target: {_quoted(str(folder))}}}
     {broker}
+    ulimits: {{nofile: {2 * CONNECTIONS}}}
     cap_drop: [ALL]
     security_opt: ["no-new-privileges:true"]
     restart: unless-stopped
@@ -54,6 +57,7 @@ services:
     command: {json.dumps(command)}
     volumes:
       - {{type: bind, source: ../server.pem, target: {_IDENTITY}, read_only: true}}
+      - {{type: bind, source: ., target: {_KIT}, read_only: true}}
       - {{type: bind, source: "${{BUNDLE:?folder of the bundle}}", target: {_BUNDLE}, read_only: true}}
       - {{type: volume, source: run, target: {_STATE}}}
     {server}

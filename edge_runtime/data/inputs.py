@@ -18,6 +18,10 @@ from fedfmsl.common.sample_formats import IMAGE_SUFFIXES, TEXT_SUFFIXES
 from fedfmsl.errors import InputError, shown
 from fedfmsl.protocol.bundle import Bundle, Preprocessing, TextPreprocessing
 
+# Of the code that decodes samples (this module, `images`, `resize`, `texts`). Raise it when the input that a file gives
+# changes: cached features and remembered files of an earlier version are then not used.
+DECODING = 1
+
 
 @dataclass(frozen=True)
 class Kind:

@@ -9,7 +9,17 @@ from pathlib import Path
 
 MAX_NAME_BYTES = 255  # of common file systems
 ADDED_BYTES = 32  # that a temporary name may have more than the name of its file
+NO_DESCRIPTORS = "no more files can be opened; raise the limit of open files (LimitNOFILE= of a service, ulimit -n)"
 FULL = {errno.ENOSPC, errno.EDQUOT}  # error numbers of a full disk
+
+
+def has_descriptors() -> bool:
+    """Whether this process can open another file. If not, errors of files and databases are no errors of the disk."""
+    try:
+        os.close(os.open(os.devnull, os.O_RDONLY))
+    except OSError as error:
+        return error.errno not in (errno.EMFILE, errno.ENFILE)
+    return True
 
 
 def write_atomically(path: Path, data: bytes | Iterable[bytes], durable: bool = False) -> None:

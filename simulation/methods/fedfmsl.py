@@ -64,6 +64,7 @@ class FedFMSL(Method[SimulatedRun, Stage2]):
             {
                 "run": "simulation",
                 "devices": len(fleet.names),
+                "min_updates": 1,  # any participation is a round, as with the other methods
                 "stage1_rounds": stage1_rounds,
                 "stage2_rounds": stage2_rounds,
                 "stage1": settings.training.model_copy(update={"seed": settings.seed}),

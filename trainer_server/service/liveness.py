@@ -27,6 +27,7 @@ class Liveness:
         self._answer = answer
         self._due: dict[str, float] = {}  # by device: when it is lost
         self._statuses: dict[str, DeviceStatus] = {}  # by device: its latest status
+        self._at_work: dict[str, float] = {}  # by device: until when its last sign of work counts
         self._looked = math.inf  # when `lost` was called last
 
     def connected(self, online: Iterable[str], now: float) -> None:
@@ -52,6 +53,17 @@ class Liveness:
         if online or status is not None:
             self._due[device] = now + self._silence
         return StatusSeen(status) if status is not None and status.online and not online else None
+
+    def work(self, device: str, at_work: bool, now: float) -> None:
+        """A live heartbeat says whether the device is at work; so does a chunk of its update."""
+        if at_work:
+            self._at_work[device] = now + self._silence
+        else:
+            self._at_work.pop(device, None)
+
+    def working(self, now: float) -> frozenset[str]:
+        """The devices that are at work, as far as their latest heartbeats say."""
+        return frozenset(device for device, until in self._at_work.items() if now < until)
 
     def lost(self, online: Iterable[DeviceStatus], now: float) -> list[StatusSeen]:
         """The events of `online` devices that have become silent."""

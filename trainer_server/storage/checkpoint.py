@@ -11,8 +11,13 @@ from pydantic import BaseModel
 from fedfmsl.algorithms.arrays import Tensors
 from fedfmsl.algorithms.sal import SalState
 from fedfmsl.algorithms.server_optimizers import Moments
-from fedfmsl.protocol.messages import DeviceStatus, Round
-from trainer_server.coordinator.state import State
+from fedfmsl.protocol.messages import DeviceStatus, Round, Stage
+from trainer_server.coordinator.limits import Limits
+from trainer_server.coordinator.refusals import Refused
+from trainer_server.coordinator.state import SecureSums, State
+
+SECURE = "secure_"  # start of the names of the tensors of the secure sums
+SHARES, MASKED, ROSTER = f"{SECURE}shares", f"{SECURE}masked", f"{SECURE}roster_"
 
 
 class Checkpoint(BaseModel):
@@ -22,6 +27,9 @@ class Checkpoint(BaseModel):
     queue: tuple[float, ...]
     seen: int
     since: float
+    limits: Limits
+    stretch: int
+    slowest: dict[Stage, float]
     position: int
     round: int
     repeats: int
@@ -29,7 +37,12 @@ class Checkpoint(BaseModel):
     recent: tuple[Round, ...]
     devices: list[DeviceStatus]
     expected: list[str]
+    refused: dict[str, Refused]
     counted: list[tuple[int, str]]
+    keys_round: int = 0
+    members: tuple[str, ...] = ()
+    survivors: tuple[str, ...] = ()
+    classes: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, state: State) -> Checkpoint:
@@ -38,6 +51,9 @@ class Checkpoint(BaseModel):
             queue=state.sal.queue,
             seen=state.sal.seen,
             since=state.since,
+            limits=state.limits,
+            stretch=state.stretch,
+            slowest=dict(state.slowest),
             position=state.position,
             round=state.round,
             repeats=state.repeats,
@@ -45,12 +61,27 @@ class Checkpoint(BaseModel):
             recent=state.recent,
             devices=list(state.devices.values()),
             expected=sorted(state.expected),
+            refused=dict(state.refused),
             counted=sorted(state.counted),
+            keys_round=state.secure.keys_round,
+            members=state.secure.members,
+            survivors=state.secure.survivors,
+            classes=state.secure.classes,
         )
 
     def state(self, tensors: Tensors) -> State:
         """The inverse of `of` and `vectors_of`. Raises KeyError if a vector is missing."""
-        vectors = {name: np.asarray(tensor, np.float32) for name, tensor in tensors.items()}
+        named = {name: tensor for name, tensor in tensors.items() if name.startswith(SECURE)}
+        secure = SecureSums(
+            roster={name.removeprefix(ROSTER): tensor for name, tensor in named.items() if name.startswith(ROSTER)},
+            keys_round=self.keys_round,
+            members=self.members,
+            survivors=self.survivors,
+            classes=self.classes,
+            shares=np.asarray(named[SHARES], np.uint8),
+            masked=np.asarray(named[MASKED], np.uint64),
+        )
+        vectors = {name: np.asarray(tensors[name], np.float32) for name in tensors.keys() - named.keys()}
         return State(
             expert=vectors["expert"],
             gate=vectors["gate"],
@@ -59,6 +90,9 @@ class Checkpoint(BaseModel):
             gate_moments=Moments(vectors["gate_first"], vectors["gate_second"]),
             sal=SalState(self.level, self.queue, self.seen),
             since=self.since,
+            limits=self.limits,
+            stretch=self.stretch,
+            slowest=self.slowest,
             position=self.position,
             round=self.round,
             repeats=self.repeats,
@@ -66,7 +100,9 @@ class Checkpoint(BaseModel):
             recent=self.recent,
             devices={status.device: status for status in self.devices},
             expected=frozenset(self.expected),
+            refused=self.refused,
             counted=frozenset(self.counted),
+            secure=secure,
         )
 
 
@@ -79,4 +115,7 @@ def vectors_of(state: State) -> Tensors:
         "expert_second": state.expert_moments.second,
         "gate_first": state.gate_moments.first,
         "gate_second": state.gate_moments.second,
+        SHARES: state.secure.shares,
+        MASKED: state.secure.masked,
+        **{ROSTER + name: tensor for name, tensor in state.secure.roster.items()},
     }

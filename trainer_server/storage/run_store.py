@@ -3,6 +3,7 @@
     RUN/run.sqlite       settings, events since the present round opened (with --audit all events), records of closed
                          rounds, counts of refused messages
     RUN/joined.json      before the first round: the devices that are online
+    RUN/certificates.json  when the certificates of server and broker expire
     RUN/outage.json      since when and why there is no connection to the broker
     RUN/tensors/SHA256   the checkpoint's tensors, and the updates accepted after it
 
@@ -30,14 +31,23 @@ from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.messages import DeviceStatus, Update, parse
 from fedfmsl.protocol.tensors import Header, blob_hash, pack, unpack
 from trainer_server.config import RunConfig
-from trainer_server.coordinator.events import ClockTicked, Event, StatusSeen, UpdateSeen
+from trainer_server.coordinator.events import (
+    ClockTicked,
+    Event,
+    LimitsChanged,
+    StatusSeen,
+    UpdateRefused,
+    UpdateSeen,
+)
+from trainer_server.coordinator.limits import Limits
 from trainer_server.coordinator.records import ClosedRound
-from trainer_server.coordinator.state import State
+from trainer_server.coordinator.state import TRAINING, State
 from trainer_server.storage.checkpoint import Checkpoint, vectors_of
 
 DATABASE = "run.sqlite"
 JOINED = "joined.json"
 OUTAGE = "outage.json"
+CERTIFICATES = "certificates.json"
 BUSY_SECONDS = 10.0
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS run (origin TEXT NOT NULL, ended TEXT);
@@ -260,6 +270,17 @@ class RunStore:
         except FileNotFoundError:
             return []
 
+    def save_certificates(self, until: Mapping[str, float]) -> None:
+        """Stores when certificates expire (unix seconds), by the name of their owner, for `certificates`. Raises
+        OSError."""
+        write_atomically(self.folder / CERTIFICATES, json.dumps(dict(until)).encode())
+
+    def certificates(self) -> dict[str, float]:
+        try:
+            return dict(json.loads((self.folder / CERTIFICATES).read_bytes()))
+        except FileNotFoundError:
+            return {}
+
     def outage(self) -> tuple[float, str]:
         """Since when (unix seconds) and why the server had no connection at the last `save_outage`; 0 and "" if it had
         one."""
@@ -282,7 +303,11 @@ class RunStore:
         if kind == "update":
             update, tensors = self._unpack(sha256, Update)
             return UpdateSeen(update, tensors, sha256, size)
-        return ClockTicked()
+        if kind == "refused":
+            return UpdateRefused(json.loads(body))
+        if kind == "limits":
+            return LimitsChanged(parse(Limits, body.encode()))
+        return ClockTicked(frozenset(json.loads(body)))
 
     def pending_updates(self) -> dict[str, int]:
         """Number of updates accepted since the last checkpoint, by device."""
@@ -291,6 +316,17 @@ class RunStore:
             " (SELECT coalesce(max(seq), 0) FROM checkpoints) GROUP BY 1 ORDER BY 1"
         )
         return dict(self._db.execute(query).fetchall())
+
+    def participation(self) -> tuple[dict[str, int], int]:
+        """In how many training rounds each device took part, and how many there were. Repeated ones do not count."""
+        stages = ", ".join(f"'{stage.value}'" for stage in TRAINING)
+        trained = (
+            "(SELECT record FROM rounds WHERE json_extract(record, '$.repeated') = '' AND"
+            f" json_extract(record, '$.round.stage') IN ({stages}))"
+        )
+        by_device = f"SELECT key, count(*) FROM {trained}, json_each(record, '$.updates') GROUP BY key"
+        (total,) = self._db.execute(f"SELECT count(*) FROM {trained}").fetchone()
+        return dict(self._db.execute(by_device).fetchall()), total
 
     def rounds(self, after: int = 0) -> list[ClosedRound]:
         """Records of the closed rounds with a number above `after`."""
@@ -314,4 +350,8 @@ def _to_row(logged: LoggedEvent) -> tuple[float, str, str, str | None, int | Non
         return logged.at, "status", event.status.model_dump_json(), None, None
     if isinstance(event, UpdateSeen):
         return logged.at, "update", event.update.model_dump_json(), event.sha256, event.size
-    return logged.at, "tick", "{}", None, None
+    if isinstance(event, UpdateRefused):
+        return logged.at, "refused", json.dumps(event.device), None, None
+    if isinstance(event, LimitsChanged):
+        return logged.at, "limits", event.limits.model_dump_json(), None, None
+    return logged.at, "tick", json.dumps(sorted(event.working)), None, None
