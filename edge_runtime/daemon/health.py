@@ -90,6 +90,8 @@ class HealthReporter:
         return {
             "time": now,
             "started": max(now - (_uptime() - self._started), 0.0),  # right also after the clock was set
+            "certificate_until": self._link.own_until,
+            "broker_certificate_until": self._link.broker_until,
             "memory": rss(),
             "disk_free": _free(self._store.root),
             **vars(self._read()),

@@ -21,8 +21,10 @@ from fedfmsl.protocol.chunks import CHUNK_BYTES, CHUNK_SIZES, HEADER_BYTES
 from fedfmsl.protocol.messages import DeviceStatus, ServerStatus, Stage, parse
 from fedfmsl.protocol.tensors import blob_bytes
 from fedfmsl.protocol.topics import Topics
+from fedfmsl.transport.identity import describe_expiry
 from fedfmsl.transport.link import Connected, Disconnected, Link, LinkEvent, Oversize, Received, SubscriptionRefused
 from fedfmsl.transport.message_size import largest_message
+from fedfmsl.transport.settings import SERVER_NAME
 from trainer_server.coordinator.advance import advance, next_deadline
 from trainer_server.coordinator.announce import announcement
 from trainer_server.coordinator.events import (
@@ -131,6 +133,7 @@ class Service:
     def _connect(self, state: State) -> None:
         """The start of a connection. The subscriptions come first: a retained answer to this server's status would be
         no sign of life, and the guard counts only statuses before this server's own as earlier ones."""
+        self._save_certificates()
         self._guard.connected(self._clock.now())
         self._liveness.connected((status.device for status in _online(state)), self._clock.now())
         self._publish_state()
@@ -343,6 +346,16 @@ class Service:
                 write_adapter(self._plan.bundle, expert, level, self._store.folder / "global_expert")
             except OSError as error:
                 logger.warning("the adapter of round %d could not be written (%s)", closed.round.round, error.strerror)
+
+    def _save_certificates(self) -> None:
+        found = {SERVER_NAME: self._link.own_until, "broker": self._link.broker_until}
+        until = {name: moment for name, moment in found.items() if moment}
+        for name, moment in until.items():
+            text, is_soon = describe_expiry(moment, time.time(), name)
+            if is_soon:
+                logger.warning("the certificate of the %s is valid %s", name, text)
+        with contextlib.suppress(OSError):  # a full disk
+            self._store.save_certificates(until)
 
     def _save_outage(self) -> None:
         outage = (self._link.outage.since, self._link.outage.reason)
