@@ -52,6 +52,8 @@ def describe(health: Health, store: DeviceStore, now: float) -> Iterator[tuple[s
     if health.disconnected_since:
         since = datetime.fromtimestamp(health.disconnected_since).isoformat(" ", "seconds")
         yield "broker", f"no connection since {since} because: {health.disconnected}"
+    if health.refused:
+        yield "broker", health.refused
     yield "round", f"{health.round} ({health.stage}), level {health.level}" if health.round else "none yet"
     slowdown = f", steps take {health.slowdown:.1f} times as long as measured" if health.slowdown > 1.1 else ""
     yield "level cap", f"{health.level_cap}{slowdown}"

@@ -172,6 +172,7 @@ class Health(Message):
     `time` and `started` are unix seconds, sizes are bytes, temperatures °C. `others`: share of the processors that
     other processes use. `slowdown`: duration of a training step, relative to the measured one. `paused`: the reason.
     `disconnected`: why there is no connection to the broker, `disconnected_since`: since when (unix seconds).
+    `refused`: what the broker seems to refuse.
     """
 
     device: Name
@@ -200,6 +201,7 @@ class Health(Message):
     skipped: Count = 0
     unacknowledged: Count = 0
     rounds_done: Count = 0
+    refused: Text = ""
     disconnected: Text = ""
     disconnected_since: Amount = 0
 

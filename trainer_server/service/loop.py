@@ -161,7 +161,7 @@ class Service:
         if isinstance(event, Connected):
             self._connect(batch.state)
         elif isinstance(event, Disconnected):
-            self._liveness.disconnected()
+            self._liveness.disconnected(batch.now)
         elif isinstance(event, SubscriptionRefused):
             raise BrokerError(event.error)
         elif isinstance(event, Oversize):
