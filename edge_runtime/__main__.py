@@ -154,6 +154,7 @@ def probe(
     bundle: Path = typer.Option(),
     engine: EngineChoice = typer.Option("auto"),
     threads: int = typer.Option(1, min=1),
+    provider: str = typer.Option("cpu"),
     sample: Path = typer.Option(help="Sample to pass through the backbone."),
     feature_batch: int = typer.Option(1, min=1),
     first: int = typer.Option(1, min=1),
@@ -167,8 +168,25 @@ def probe(
     from fedfmsl.protocol.bundle import Bundle
 
     memory = MemoryPlan(micro_batch, lean)
-    for measured in probe_levels(Bundle.load(bundle), engine, threads, sample, feature_batch, first, memory, scratch):
+    for measured in probe_levels(
+        Bundle.load(bundle), engine, threads, provider, sample, feature_batch, first, memory, scratch
+    ):
         print_json(measured.model_dump(mode="json"))
+
+
+@app.command(hidden=True)
+def try_provider(
+    bundle: Path = typer.Option(),
+    provider: str = typer.Option(),
+    threads: int = typer.Option(1, min=1),
+    out: Path = typer.Option(help="File to write."),
+) -> None:
+    """Compute with one execution provider; write outputs and seconds."""
+    from edge_runtime.resources import providers
+    from fedfmsl.protocol.bundle import Bundle
+    from fedfmsl.protocol.tensors import pack
+
+    out.write_bytes(pack(*providers.try_provider(Bundle.load(bundle), provider, threads)))
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ class ServiceSettings(ConnectionSettings, LogSettings):
     """How the server is reached, and where it logs to."""
 
     serve: str | None = Field(
-        None, description="HOST:PORT to serve the bundle on, for devices without it.", json_schema_extra=CONNECTION
+        None, description="HOST:PORT where devices without the bundle download it.", json_schema_extra=CONNECTION
     )
     revoked: File | None = Field(
         None,

@@ -40,6 +40,7 @@ class HealthReporter:
         """`read` reads the sensors. Publishes every `seconds` while the activity stays the same."""
         self.newest: Health | None = None
         self.rounds_done = 0  # since the start
+        self.provider = ""  # see `describe_choice`
         self._link = link
         self._topic = topics.health(name)
         self._store = store
@@ -75,8 +76,8 @@ class HealthReporter:
             return
         self._due = time.monotonic() + self._seconds
         now = {"activity": activity, "paused": paused, "rounds_done": self.rounds_done, "slowdown": slowdown}
-        now |= {"disconnected": outage.reason, "disconnected_since": outage.since, "refused": refused}
-        now |= self._measured()
+        now |= {"provider": self.provider, "refused": refused}
+        now |= {"disconnected": outage.reason, "disconnected_since": outage.since, **self._measured()}
         known = {**(_of_device(device) if device else {}), **(_of_state(state) if state else {})}
         self.newest = Health.model_validate({**self._constant, **now, **known})
         self._link.publish(self._topic, encode(self.newest), retain=True, qos=0)
@@ -91,6 +92,8 @@ class HealthReporter:
         return {
             "time": now,
             "started": max(now - (_uptime() - self._started), 0.0),  # right also after the clock was set
+            "certificate_until": self._link.own_until,
+            "broker_certificate_until": self._link.broker_until,
             "memory": rss(),
             "disk_free": _free(self._store.root),
             **vars(self._read()),

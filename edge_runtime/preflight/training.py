@@ -14,6 +14,7 @@ from edge_runtime.data.sample_reader import SampleReader
 from edge_runtime.engines.factory import open_engine
 from edge_runtime.preflight.context import Context, Finding, format_size
 from edge_runtime.resources.plan import largest_extent, measure_minimum
+from edge_runtime.resources.providers import describe_choice, provider_for
 from edge_runtime.settings import Settings
 from edge_runtime.store import DeviceStore
 from fedfmsl.common.class_folders import check_folder
@@ -74,9 +75,18 @@ def check_memory(settings: Settings, context: Context) -> Iterator[Finding]:
         return
     threads = settings.thread_count
     engine = open_engine(settings.engine, context.bundle, threads).name
+    choice = provider_for(engine, settings.provider, context.bundle, threads, DeviceStore(context.scratch))
+    yield Finding("provider", describe_choice(choice))
     started = time.monotonic()
     memory, seconds = measure_minimum(
-        context.bundle, engine, threads, context.largest, settings.memory, settings.step_seconds, context.scratch
+        context.bundle,
+        engine,
+        threads,
+        choice.provider,
+        context.largest,
+        settings.memory,
+        settings.step_seconds,
+        context.scratch,
     )
     yield Finding(
         "memory",

@@ -111,7 +111,7 @@ def test_what_is_planned_fits_and_nothing_larger_would(
 
 
 def plan_of(built: Built, store: DeviceStore, photo: Path, memory: int, step_seconds: float = 1e6) -> object:
-    return make_plan(built.bundle, store, "step-graph", 1, (1, photo), memory, step_seconds)
+    return make_plan(built.bundle, store, "step-graph", 1, "cpu", (1, photo), memory, step_seconds)
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from fedfmsl.protocol.tensors import pack
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.link import Link
 from trainer_server.coordinator.state import Plan
+from trainer_server.service.floods import SPARE_MESSAGES
 from trainer_server.service.lifecycle import open_run, run_server
 from trainer_server.service.run_log import LOG_BYTES
 from trainer_server.storage.run_store import DATABASE, RunStore
@@ -128,7 +129,7 @@ def test_a_device_that_joins_while_the_disk_cannot_be_written_takes_part_later(
 
 
 def test_a_flood_of_garbage_costs_no_round_and_fills_no_log(vit: Built, broker: Broker, tmp_path: Path) -> None:
-    garbage = 3000
+    garbage = SPARE_MESSAGES - 100
     with scene(vit, broker, tmp_path / "run", "flood") as s:
         s.announce_device()
         s.observer.wait(Round, lambda r: True, "the first round")

@@ -34,8 +34,9 @@ class BundleServer:
         insecure: bool = False,
         revoked: Path | None = None,
     ) -> None:
-        """`address` is HOST:PORT. With an identity: HTTPS, for clients with a certificate of the same CA that is not
-        in the list `revoked`; default: the one that devices.provision writes beside the identity, if it is there.
+        """`address` is HOST:PORT as clients reach it. With an identity: HTTPS, for clients with a certificate of the same
+        CA that is not in the list `revoked`; default: the one that devices.provision writes beside the identity, if it
+        is there.
 
         Without an identity the address must be a loopback address, unless `insecure`. Raises ConfigError if address or
         identity is invalid, RunError if the server cannot listen there.

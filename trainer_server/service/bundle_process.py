@@ -243,8 +243,9 @@ class Server:
             _say(f"the bundle's server ended connections: {counts}; the last one of {self._last}")
 
 
-def listen(host: str, port: int) -> list[socket.socket]:
-    """Listens on every address of `host`. Waits up to BIND_SECONDS for the port. Raises OSError."""
+def listen(host: str | None, port: int) -> list[socket.socket]:
+    """Listens on every address of `host`; on all addresses if `host` is None or if this machine has none of its
+    addresses: in a container, or behind address translation, clients use another machine's. Waits up to BIND_SECONDS for the port. Raises OSError."""
     deadline = time.monotonic() + BIND_SECONDS
     while True:
         listeners: list[socket.socket] = []
@@ -257,6 +258,8 @@ def listen(host: str, port: int) -> list[socket.socket]:
                 except OSError as error:
                     if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
                         raise
+            if not listeners and host is not None:
+                return listen(None, port)
             if not listeners:
                 raise OSError(errno.EADDRNOTAVAIL, "this machine has no such address")
         except OSError as error:

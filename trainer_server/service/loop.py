@@ -21,9 +21,12 @@ from fedfmsl.protocol.chunks import CHUNK_BYTES, CHUNK_SIZES, HEADER_BYTES
 from fedfmsl.protocol.messages import DeviceStatus, ServerStatus, Stage, parse
 from fedfmsl.protocol.tensors import blob_bytes
 from fedfmsl.protocol.topics import Topics
+from fedfmsl.transport.identity import describe_expiry
 from fedfmsl.transport.link import Connected, Disconnected, Link, LinkEvent, Oversize, Received, SubscriptionRefused
 from fedfmsl.transport.message_size import largest_message
-from trainer_server.coordinator.advance import advance, announcement, next_deadline
+from fedfmsl.transport.settings import SERVER_NAME
+from trainer_server.coordinator.advance import advance, next_deadline
+from trainer_server.coordinator.announce import announcement
 from trainer_server.coordinator.events import (
     AnnounceRound,
     ClockTicked,
@@ -44,6 +47,7 @@ from trainer_server.service.batch import Batch, Statuses, flatten
 from trainer_server.service.clock import RunClock
 from trainer_server.service.decode import Decoder
 from trainer_server.service.duplicates import DuplicateServerGuard
+from trainer_server.service.floods import FloodGuard, Sweeper
 from trainer_server.service.liveness import Liveness
 from trainer_server.service.publisher import Publisher
 from trainer_server.service.refusals import Refusals
@@ -57,6 +61,7 @@ logger = logging.getLogger(__name__)
 POLL_SECONDS = 1.0  # longest wait for a message
 BATCH = 64  # messages in one commit
 FINISHED = "finished"
+FLOODS = "it floods the server, which ignores it"
 UNKNOWN_DEVICE = "unknown device"
 
 
@@ -76,6 +81,8 @@ class Service:
         self._publisher = Publisher(link, self._topics, status)
         self._guard = DuplicateServerGuard(plan.session)
         self._liveness = Liveness()
+        self._floods = FloodGuard(blob_bytes(plan.largest_update))
+        self._sweeper = Sweeper(link, topics, self._floods.dropped)
         self._refusals = Refusals()
         self._statuses: Statuses = {}  # not in the store yet
         self._unapplied: list[StatusSeen] = []  # of a batch that could not be stored
@@ -121,10 +128,12 @@ class Service:
             if size != CHUNK_BYTES:
                 logger.warning("the broker takes no messages of %d bytes; using chunks of %d bytes", lengths[0], size)
             self._publisher.use_chunks_of(size)
+            self._floods.use_chunks_of(size)
 
     def _connect(self, state: State) -> None:
         """The start of a connection. The subscriptions come first: a retained answer to this server's status would be
         no sign of life, and the guard counts only statuses before this server's own as earlier ones."""
+        self._save_certificates()
         self._guard.connected(self._clock.now())
         self._liveness.connected((status.device for status in _online(state)), self._clock.now())
         self._publish_state()
@@ -163,7 +172,10 @@ class Service:
         elif isinstance(event, Disconnected):
             self._liveness.disconnected(batch.now)
         elif isinstance(event, SubscriptionRefused):
-            raise BrokerError(event.error)
+            if not self._sweeper.is_sweep(event.topic):
+                raise BrokerError(event.error)
+        elif isinstance(event, Received | Oversize) and self._is_flood(event, batch):
+            pass
         elif isinstance(event, Oversize):
             self._refuse(self._sender(event.topic), "too large", f"{event.size} bytes")
         elif isinstance(event, Received):
@@ -172,9 +184,34 @@ class Service:
             else:
                 self._receive(event, batch)
 
+    def _is_flood(self, event: Received | Oversize, batch: Batch) -> bool:
+        """Whether a message is of a device that is ignored. The message that shows a flood takes the device out of the
+        round."""
+        if self._sweeper.sender(event) is None:
+            device = self._topics.device_of(event.topic)
+            size = event.size if isinstance(event, Oversize) else len(event.payload)
+            flood = self._floods.received(device, size, batch.now) if device else ""
+            if not flood or device is None:
+                return False
+            logger.error(
+                "%s floods this server (%s): it is ignored until this server is started again; revoke its identity",
+                *(device, flood),
+            )
+            self._refuse(device, "flood", flood)
+            known = batch.state.devices.get(device)
+            if known is not None and known.online:
+                self._apply(StatusSeen(known.model_copy(update={"online": False, "error": FLOODS})), batch)
+        if isinstance(event, Received):
+            self._sweeper.remove(event)
+        return True
+
     def _receive(self, received: Received, batch: Batch) -> None:
         """Adds a device's message to the batch, or refuses it."""
         device = self._topics.device_of(received.topic)
+        if received.retained and received.payload and self._topics.update_of(received.topic):
+            self._sweeper.remove(received)  # devices publish no retained chunks, which would fill the broker
+            self._refuse(self._sender(received.topic), "retained", f"a chunk of an update on {received.topic[:200]}")
+            return
         try:
             event, upload = self._decoder.decode(received, batch.state.devices)
         except MessageError as error:
@@ -210,6 +247,7 @@ class Service:
         elif not accepted:
             batch.updates.append(LoggedEvent(batch.now, UpdateRefused(event.update.device)))
         else:
+            self._floods.counted(event.update.device, event.size)
             batch.updates.append(LoggedEvent(batch.now, replace(event, tensors={})))
             if upload is not None:
                 batch.files[upload.path] = self._store.tensors / upload.sha256
@@ -243,6 +281,7 @@ class Service:
     def _tick(self) -> None:
         """Opens and closes rounds."""
         now = self._clock.now()
+        self._sweeper.sweep(now)
         self._save_outage()
         for gap in self._uploads.gaps():
             self._publisher.ask_for_chunks(gap)
@@ -275,6 +314,7 @@ class Service:
         if isinstance(command, PublishGlobals):
             self._publisher.publish_globals(command.sha256, command.blob)
         elif isinstance(command, AnnounceRound):
+            self._floods.round_opened()
             self._publisher.announce_round(command.round)
             log_round(command.round)
         elif isinstance(command, SendAck):
@@ -299,13 +339,23 @@ class Service:
     def _finish_round(self, closed: ClosedRound) -> None:
         """Logs stragglers and writes the PEFT adapter. The record is already stored."""
         log_stragglers(closed)
-        if closed.round.stage in (Stage.GLOBAL, Stage.HEAD):
+        if closed.round.expert and closed.round.stage in (Stage.GLOBAL, Stage.HEAD, Stage.UNMASK):
             level = closed.round.level
             expert = self._state.expert[: self._plan.bundle.expert.size(level)]
             try:
                 write_adapter(self._plan.bundle, expert, level, self._store.folder / "global_expert")
             except OSError as error:
                 logger.warning("the adapter of round %d could not be written (%s)", closed.round.round, error.strerror)
+
+    def _save_certificates(self) -> None:
+        found = {SERVER_NAME: self._link.own_until, "broker": self._link.broker_until}
+        until = {name: moment for name, moment in found.items() if moment}
+        for name, moment in until.items():
+            text, is_soon = describe_expiry(moment, time.time(), name)
+            if is_soon:
+                logger.warning("the certificate of the %s is valid %s", name, text)
+        with contextlib.suppress(OSError):  # a full disk
+            self._store.save_certificates(until)
 
     def _save_outage(self) -> None:
         outage = (self._link.outage.since, self._link.outage.reason)

@@ -3,6 +3,7 @@
     RUN/run.sqlite       settings, events since the present round opened (with --audit all events), records of closed
                          rounds, counts of refused messages
     RUN/joined.json      before the first round: the devices that are online
+    RUN/certificates.json  when the certificates of server and broker expire
     RUN/outage.json      since when and why there is no connection to the broker
     RUN/tensors/SHA256   the checkpoint's tensors, and the updates accepted after it
 
@@ -46,6 +47,7 @@ from trainer_server.storage.checkpoint import Checkpoint, vectors_of
 DATABASE = "run.sqlite"
 JOINED = "joined.json"
 OUTAGE = "outage.json"
+CERTIFICATES = "certificates.json"
 BUSY_SECONDS = 10.0
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS run (origin TEXT NOT NULL, ended TEXT);
@@ -267,6 +269,17 @@ class RunStore:
             return list(json.loads((self.folder / JOINED).read_bytes()))
         except FileNotFoundError:
             return []
+
+    def save_certificates(self, until: Mapping[str, float]) -> None:
+        """Stores when certificates expire (unix seconds), by the name of their owner, for `certificates`. Raises
+        OSError."""
+        write_atomically(self.folder / CERTIFICATES, json.dumps(dict(until)).encode())
+
+    def certificates(self) -> dict[str, float]:
+        try:
+            return dict(json.loads((self.folder / CERTIFICATES).read_bytes()))
+        except FileNotFoundError:
+            return {}
 
     def outage(self) -> tuple[float, str]:
         """Since when (unix seconds) and why the server had no connection at the last `save_outage`; 0 and "" if it had
