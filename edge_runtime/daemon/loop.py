@@ -91,7 +91,7 @@ class DaemonLoop:
         self._name = device.device_name
         self._store = store
         largest = max(blob_bytes(max(device.bundle.expert.total, device.bundle.gate.total)), KEYS_BYTES)
-        self._globals = GlobalsReceiver(link, self._topics, store, largest)
+        self._globals = GlobalsReceiver(link, self._topics, store, largest, device.device_name)
         self._disk = DiskRetry(store, device.cache, timing.disk_retry)
         self._updates = UpdateSender(announcer, self._topics, device.device_name, store.outbox, timing.ack)
         self._jobs = Jobs(
