@@ -179,7 +179,7 @@ class Service:
         if isinstance(event, Connected):
             self._connect(batch.state)
         elif isinstance(event, Disconnected):
-            self._liveness.disconnected()
+            self._liveness.disconnected(batch.now)
         elif isinstance(event, SubscriptionRefused):
             if not self._sweeper.is_sweep(event.topic):
                 raise BrokerError(event.error)
