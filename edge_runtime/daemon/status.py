@@ -53,6 +53,8 @@ def describe(health: Health, store: DeviceStore, now: float) -> Iterator[tuple[s
     if health.disconnected_since:
         since = datetime.fromtimestamp(health.disconnected_since).isoformat(" ", "seconds")
         yield "broker", f"no connection since {since} because: {health.disconnected}"
+    if health.refused:
+        yield "broker", health.refused
     for label, until, who in (
         ("identity", health.certificate_until, health.device),
         ("", health.broker_certificate_until, "broker"),

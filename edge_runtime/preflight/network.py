@@ -6,6 +6,7 @@ import secrets
 import time
 from collections.abc import Iterator
 from datetime import datetime, timezone
+from pathlib import Path
 
 from edge_runtime.daemon.download import receive_server_status
 from edge_runtime.preflight.context import Context, Finding
@@ -26,6 +27,7 @@ NEW_DEVICE = "new-device"  # one whose name is made at its first start
 
 def check_identity(settings: Settings, context: Context) -> Iterator[Finding]:
     name = device_name(settings.device, settings.identity)
+    yield from _check_password(settings, context.config)
     if settings.identity is None:
         yield Finding("identity", "none; the broker must allow anonymous clients, or a user and password")
         return
@@ -42,6 +44,14 @@ def check_identity(settings: Settings, context: Context) -> Iterator[Finding]:
         )
     text, is_soon = describe_expiry(end.timestamp(), now.timestamp(), name or NEW_DEVICE)
     yield Finding("identity", f"{name}, {text}", warning=is_soon)
+
+
+def _check_password(settings: Settings, config: Path | None) -> Iterator[Finding]:
+    """A note if the file of the settings has a password that other users may read."""
+    if config is None or not parse_address(settings.broker).password or not config.stat().st_mode & 0o077:
+        return
+    if settings.broker in config.read_text("utf-8", errors="replace"):
+        yield Finding("identity", f"other users may read the password in {config}; chmod 600 {config}", warning=True)
 
 
 def check_broker(settings: Settings, context: Context) -> Iterator[Finding]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -107,6 +108,8 @@ class RunStore:
         """
         require_folder(folder)
         path = folder / DATABASE
+        if not _readable(folder):
+            raise RunError(f"this user may not read {folder}; run the command as the server's user")
         if not path.is_file():
             raise RunError(f"no run at {folder}: {DATABASE} is missing; start one with python -m trainer_server start")
         self.folder = folder
@@ -121,7 +124,8 @@ class RunStore:
     @classmethod
     def create(cls, folder: Path, origin: Origin) -> RunStore:
         """Raises OSError or sqlite3.Error if it cannot be written."""
-        (folder / "tensors").mkdir(parents=True, exist_ok=True)
+        folder.mkdir(0o700, parents=True, exist_ok=True)  # it holds updates of devices
+        (folder / "tensors").mkdir(exist_ok=True)
         with closing(sqlite3.connect(folder / DATABASE, timeout=BUSY_SECONDS, isolation_level=None)) as db:
             db.execute("PRAGMA journal_mode = WAL")
             db.execute("PRAGMA synchronous = FULL")
@@ -336,6 +340,11 @@ class RunStore:
     def refusals(self) -> list[RefusalCount]:
         rows = self._db.execute("SELECT device, kind, count, last FROM refusals ORDER BY count DESC, device, kind")
         return [RefusalCount(*row) for row in rows]
+
+
+def _readable(folder: Path) -> bool:
+    """Whether this user may read a folder. True if it does not exist."""
+    return not folder.exists() or os.access(folder, os.R_OK | os.X_OK)
 
 
 def require_folder(folder: Path) -> None:
