@@ -113,6 +113,10 @@ class DeviceStore:
     def exported(self) -> Path:
         return self.root / "exported"
 
+    @property
+    def _name(self) -> Path:
+        return self.root / "identity"
+
     def permission_error(self) -> ConfigError:
         """The error if this user may not read the directory."""
         return ConfigError(
@@ -124,22 +128,25 @@ class DeviceStore:
 
         Raises ConfigError if the directory belongs to another device than `configured`, or cannot be written.
         """
-        path = self.root / "identity"
-        name = check_name("device", configured) if configured else ""
+        if configured:
+            check_name("device", configured)
         self._check_writable()
-        if path.is_file():
-            try:
-                name = check_name("device", path.read_text("utf-8").strip())
-            except (UnicodeDecodeError, ConfigError) as error:
-                raise ConfigError(f"{path} holds no device name; restore it, or use another --state") from error
-            if configured and configured != name:
-                raise ConfigError(
-                    f"--state {self.root} belongs to device {name!r}, not {configured!r}; use another folder"
-                )
-            return name
-        name = configured or f"{name_of_host(socket.gethostname())}-{secrets.token_hex(4)}"
-        write_atomically(path, name.encode(), durable=True)
+        stored = self.name()
+        if stored and configured and configured != stored:
+            raise ConfigError(
+                f"--state {self.root} belongs to device {stored!r}, not {configured!r}; use another folder"
+            )
+        name = stored or configured or f"{name_of_host(socket.gethostname())}-{secrets.token_hex(4)}"
+        if not stored:
+            write_atomically(self._name, name.encode(), durable=True)
         return name
+
+    def name(self) -> str | None:
+        """The device's name. None: it has not started yet. Raises ConfigError if the file is damaged."""
+        try:
+            return check_name("device", self._name.read_text("utf-8").strip()) if self._name.is_file() else None
+        except (UnicodeDecodeError, ConfigError) as error:
+            raise ConfigError(f"{self._name} holds no device name; restore it, or use another --state") from error
 
     def _check_writable(self) -> None:
         """Raises ConfigError. A full disk is not an error: the daemon waits for space."""
