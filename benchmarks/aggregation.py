@@ -176,7 +176,7 @@ def trial_config(configuration: Configuration, seed: int) -> RunConfig:
         stage1_sal=stage1_sal,
         stage2_sal=stage2_sal,
         seed=seed,
-        **configuration.settings,
+        **{"min_updates": 1, **configuration.settings},
     )
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -18,6 +18,7 @@ from edge_runtime.settings import PredictSettings, Settings, StateSettings
 from edge_runtime.store import DeviceStore
 from fedfmsl.common.cli import application, console, print_json
 from fedfmsl.common.options import with_settings
+from fedfmsl.common.settings import read_settings
 from fedfmsl.errors import ConfigError
 from fedfmsl.protocol.messages import EngineChoice, Prediction
 
@@ -36,14 +37,18 @@ def run(settings: Settings) -> None:
     launch(settings)
 
 
+def _with_file(config: Path | None, flags: Mapping[str, Any]) -> tuple[Settings, Path | None]:
+    return read_settings(Settings, config, flags), config
+
+
 @app.command()
-@with_settings(Settings)
-def check(settings: Settings) -> None:
+@with_settings(Settings, read=_with_file)
+def check(read: tuple[Settings, Path | None]) -> None:
     """Check what a run needs: clock, disk, broker, certificate, bundle, samples, memory. Writes nothing."""
     from edge_runtime.preflight import run_preflight
 
     code = 0
-    for finding in run_preflight(settings):
+    for finding in run_preflight(*read):
         code = code or finding.code
         mark = "error" if finding.code else "note" if finding.warning else "ok"
         console.print(f"{mark:5}  {finding.name:9}  {finding.text}")
@@ -92,11 +97,11 @@ def predict(
     publish: bool = typer.Option(
         False,
         "--publish",
-        help="Also publish the predictions in the run. If a daemon runs here, set its `watch` instead.",
+        help="Also publish the predictions in the run. Not with the identity of a running daemon: set its `watch`.",
     ),
 ) -> None:
     """Classify images or texts with a personalized model."""
-    from edge_runtime.daemon.lock import locked
+    from edge_runtime.daemon.lock import is_locked, locked
     from edge_runtime.inference.adaptation import PriorAdapter
     from edge_runtime.inference.classifier import FileClassifier, StateClassifier
     from edge_runtime.inference.predict import end_on_closed_output, predict_files, printer
@@ -112,6 +117,8 @@ def predict(
     inbox = WatchedFolder(watch, only_new=new) if watch else None
     adapts = watch is not None if adapt is None else adapt
     adapter = PriorAdapter() if adapts else None
+    if publish and model is not None and is_locked(settings.state):
+        raise ConfigError(f"the daemon of --state {settings.state} runs; set its `watch` instead of --publish")
     with contextlib.ExitStack() as resources, end_on_closed_output():
         if model is not None:
             classifier: Classifier = FileClassifier(model, unknown, adapter)
@@ -152,6 +159,7 @@ def probe(
     bundle: Path = typer.Option(),
     engine: EngineChoice = typer.Option("auto"),
     threads: int = typer.Option(1, min=1),
+    provider: str = typer.Option("cpu"),
     sample: Path = typer.Option(help="Sample to pass through the backbone."),
     feature_batch: int = typer.Option(1, min=1),
     first: int = typer.Option(1, min=1),
@@ -165,8 +173,25 @@ def probe(
     from fedfmsl.protocol.bundle import Bundle
 
     memory = MemoryPlan(micro_batch, lean)
-    for measured in probe_levels(Bundle.load(bundle), engine, threads, sample, feature_batch, first, memory, scratch):
+    for measured in probe_levels(
+        Bundle.load(bundle), engine, threads, provider, sample, feature_batch, first, memory, scratch
+    ):
         print_json(measured.model_dump(mode="json"))
+
+
+@app.command(hidden=True)
+def try_provider(
+    bundle: Path = typer.Option(),
+    provider: str = typer.Option(),
+    threads: int = typer.Option(1, min=1),
+    out: Path = typer.Option(help="File to write."),
+) -> None:
+    """Compute with one execution provider; write outputs and seconds."""
+    from edge_runtime.resources import providers
+    from fedfmsl.protocol.bundle import Bundle
+    from fedfmsl.protocol.tensors import pack
+
+    out.write_bytes(pack(*providers.try_provider(Bundle.load(bundle), provider, threads)))
 
 
 if __name__ == "__main__":

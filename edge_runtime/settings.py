@@ -80,6 +80,12 @@ class Settings(PredictSettings, LogSettings):
         description="Training engine. auto: onnxruntime-training if it is installed and the bundle supports it.",
         json_schema_extra=RESOURCES,
     )
+    provider: str = Field(
+        "auto",
+        description="Execution provider of ONNX Runtime, like cpu or cuda. auto: the fastest one that agrees with the "
+        "CPU, measured at the first start.",
+        json_schema_extra=RESOURCES,
+    )
     threads: int = Field(0, ge=0, description="Threads for computation. 0: one per core.", json_schema_extra=RESOURCES)
     memory: ByteSize | None = Field(
         None,

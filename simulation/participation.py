@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trainer_server.coordinator.selection import devices_in_share
+from trainer_server.coordinator.limits import devices_in_share
 
 SPEED_SPREAD = 0.5  # standard deviation of the log of the devices' speeds: the fastest tenth is 3.6 times the slowest
 

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import logging
+import os
 import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 from fedfmsl.common.cli import application, console
 from fedfmsl.common.logs import set_up_logging
 from fedfmsl.common.options import with_settings
+from fedfmsl.common.settings import read_settings
+from fedfmsl.errors import ConfigError
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.link import Link
 from trainer_server.inspect import export, replay, rounds, status
 from trainer_server.service.bundle_http import BundleServer
-from trainer_server.service.lifecycle import open_bundle, open_run, run_server
+from trainer_server.service.lifecycle import NO_CHANGES, open_bundle, open_run, run_server
 from trainer_server.service.loop import FINISHED
 from trainer_server.service.purge import purge as remove_retained
 from trainer_server.settings import PurgeSettings, ResumeSettings, ServerSettings, ServiceSettings
 from trainer_server.storage.run_store import RunStore
+from trainer_server.stored import require_unchanged
 
 logger = logging.getLogger("trainer_server")  # __name__ is __main__ here
 app = application("Coordinate a federated run: both stages of FedFMSL, over MQTT.")
@@ -32,20 +39,30 @@ def start(settings: ServerSettings) -> None:
     _coordinate(open_run(settings.folder, settings.run_config(bundle), bundle), bundle, settings)
 
 
+def _read_resume(config: Path | None, flags: Mapping[str, Any]) -> ResumeSettings:
+    settings = read_settings(ResumeSettings, config, flags, file_model=ServerSettings)
+    require_unchanged(RunStore(settings.out).origin.config, config)
+    return settings
+
+
 @app.command()
-@with_settings(ResumeSettings, ServerSettings)
+@with_settings(ResumeSettings, read=_read_resume)
 def resume(settings: ResumeSettings) -> None:
     """Resume an interrupted run with its stored configuration.
 
-    Connection and log settings are not stored; pass them again or use --config.
+    Only --round-timeout, --min-updates, --max-repeats and --enough may change. Connection and log settings are not
+    stored; pass them again or use --config.
     """
     store = RunStore(settings.out)
     bundle = open_bundle(store)
     bundle.verify()
-    _coordinate(store, bundle, settings)
+    _coordinate(store, bundle, settings, settings.changes)
 
 
-def _coordinate(store: RunStore, bundle: Bundle, settings: ServiceSettings) -> None:
+def _coordinate(
+    store: RunStore, bundle: Bundle, settings: ServiceSettings, changes: Mapping[str, Any] = NO_CHANGES
+) -> None:
+    os.umask(0o027)  # the run's files hold updates of devices
     set_up_logging(settings.log, settings.log_file)
     run = store.origin.config.run
     if store.ended is None and store.origin.config.exposure:
@@ -57,10 +74,29 @@ def _coordinate(store: RunStore, bundle: Bundle, settings: ServiceSettings) -> N
     elif store.checkpoint() is not None:
         logger.info(f"resuming run {run!r} at {store.folder}")
     identity, insecure = settings.identity, settings.insecure
-    bundle_server = BundleServer(bundle.root, settings.serve, identity, insecure) if settings.serve else None
+    if settings.allowed is not None and len(settings.allowed) < store.origin.config.devices:
+        raise ConfigError(
+            f"--allow has {len(settings.allowed)} devices, and the run waits for {store.origin.config.devices}; add "
+            "names, or lower --devices"
+        )
+    bundle_server = None
+    if settings.serve:
+        bundle_server = BundleServer(
+            bundle.root, settings.serve, identity, insecure, settings.revoked, settings.allowed
+        )
     try:
         url = bundle_server.url if bundle_server else ""
-        run_server(store, bundle, settings.broker, url, identity, insecure, topic_prefix=settings.topic_prefix)
+        run_server(
+            store,
+            bundle,
+            settings.broker,
+            url,
+            identity,
+            insecure,
+            topic_prefix=settings.topic_prefix,
+            changes=changes,
+            allowed=settings.allowed,
+        )
     finally:
         if bundle_server:
             bundle_server.close()

@@ -133,10 +133,19 @@ class RunRules(BaseModel):
     audit: bool = Field(
         False, description="Keep every update, so that `replay` can check the run.", json_schema_extra=RUN
     )
+    audit_rounds: int | None = Field(
+        None, ge=1, description="Number of latest rounds that --audit keeps. Default: all.", json_schema_extra=RUN
+    )
 
     stage1_rounds: int = Field(12, ge=1, description="Rounds of stage 1.", json_schema_extra=ROUNDS)
     stage2_rounds: int = Field(5, ge=1, description="Rounds of stage 2.", json_schema_extra=ROUNDS)
-    round_timeout: float = Field(600.0, gt=0, description="Seconds until the round deadline.", json_schema_extra=ROUNDS)
+    round_timeout: float = Field(
+        600.0,
+        gt=0,
+        description="Seconds until the round deadline. A round with too few updates lasts up to 16 times as long while "
+        "devices are at work.",
+        json_schema_extra=ROUNDS,
+    )
     head: Head = Field(
         Head.CLASS_MEANS,
         description="Head that stage 1 starts from; zero-shot needs a CLIP bundle.",
@@ -146,8 +155,12 @@ class RunRules(BaseModel):
         False, description="Also train every device alone, for comparison.", json_schema_extra=ROUNDS
     )
 
-    min_updates: int = Field(
-        1, ge=1, description="Number of updates below which a round is repeated.", json_schema_extra=UPDATES
+    min_updates: int | None = Field(
+        None,
+        ge=1,
+        description="Number of updates below which a round lasts longer or is repeated. Default: half of those that a "
+        "round waits for (--devices × --fraction × --enough), rounded up.",
+        json_schema_extra=UPDATES,
     )
     max_repeats: int | None = Field(
         None,
@@ -180,15 +193,28 @@ class RunRules(BaseModel):
         description="Encoding of updates on the wire. int8 uses error feedback.",
         json_schema_extra=AGGREGATION,
     )
+    secure_sums: bool = Field(
+        False,
+        description="Secure aggregation of the class sums: the server learns no single device's. Needs three devices.",
+        json_schema_extra=PRIVACY,
+    )
+    min_class_count: int = Field(
+        10, ge=1, description="Samples from which a device's class enters a secure sum.", json_schema_extra=PRIVACY
+    )
+    min_holders: int = Field(
+        3, ge=3, description="Devices that must hold a class for its secure sum.", json_schema_extra=PRIVACY
+    )
     delta: float = Field(1e-5, gt=0, lt=1, description="δ of the reported privacy budget ε.", json_schema_extra=PRIVACY)
 
     @model_validator(mode="after")
     def _check_updates(self) -> RunRules:
-        if self.min_updates > self.devices:
+        if self.min_updates is not None and self.min_updates > self.devices:
             raise ValueError(
                 f"--min-updates {self.min_updates} is more than --devices {self.devices}: no round could close; lower "
                 "it, or wait for more devices"
             )
+        if self.audit_rounds is not None and not self.audit:
+            raise ValueError(f"--audit-rounds {self.audit_rounds} needs --audit; add it")
         if self.fraction < 1 and self.select is not Selection.RANDOM:
             raise ValueError(f"--fraction {self.fraction:g} needs --select random, not {self.select.value}")
         return self
@@ -204,8 +230,8 @@ class RunConfig(RunRules):
     """The configuration of a run, as its server stores it.
 
     A training round asks the devices that `select` picks. It closes when the share `enough` of them has answered, or at
-    the round deadline. With fewer than `min_updates` it is repeated. With `max_staleness` 0 an update for a closed
-    round is late; otherwise it counts with a lower weight in the current round, up to that age (FedBuff).
+    the round deadline. With fewer than `min_updates` it lasts longer or is repeated. With `max_staleness` 0 an update
+    for a closed round is late; otherwise it counts with a lower weight in the current round, up to that age (FedBuff).
     """
 
     stage1: Training = STAGE1
@@ -235,6 +261,8 @@ class RunConfig(RunRules):
                 "privacy is accounted for the plain mean of updates in time: with --dp-noise leave out --rule, --clip "
                 "and --max-staleness"
             )
+        if self.secure_sums:
+            raise ValueError("the sums of a run with --dp-noise carry noise instead: leave out --secure-sums")
         if self.encoding is not Encoding.FP32:
             raise ValueError("privacy is accounted for unrounded updates: with --dp-noise leave out --encoding")
         if any(isinstance(sal.trigger, CapabilityQueue) for sal in (self.stage1_sal, self.stage2_sal)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,15 @@ from fedfmsl.algorithms.accounting import epsilon
 from fedfmsl.common.cli import console, print_json
 from fedfmsl.errors import ConfigError, RunError
 from fedfmsl.protocol.messages import Stage
+from fedfmsl.transport.identity import describe_expiry
+from trainer_server.coordinator.records import NAMES, listed, rare_devices
+from trainer_server.coordinator.refusals import LEFT_OUT_AFTER, is_left_out
 from trainer_server.coordinator.state import TRAINING
 from trainer_server.service.lifecycle import make_plan, open_bundle, replay_rounds
 from trainer_server.storage.peft_adapter import write_adapter
 from trainer_server.storage.run_store import RunStore
 
 OUT = typer.Option(help="Folder of the run.")
-NAMES = 10  # devices named in a line of text
 
 
 def status(out: Path = OUT, as_json: bool = typer.Option(False, "--json", help="One JSON object.")) -> None:
@@ -57,10 +60,19 @@ def _facts(store: RunStore) -> dict[str, Any]:
             "answered": answered,
             "missing": sorted(set(selected) - set(answered)),
         }
+        left_out = {name: one.until for name, one in checkpoint[0].refused.items() if is_left_out(one, announced.round)}
+        facts |= {"left_out": left_out} if left_out else {}
     if since and store.ended is None:
         facts["broker"] = (
             f"no connection since {datetime.fromtimestamp(since).isoformat(' ', 'seconds')} because: {reason}"
         )
+    counts, trained = store.participation()
+    known = [status.device for status in checkpoint[0].devices] if checkpoint else []
+    if rare := rare_devices(counts, trained, known, config.fraction):
+        facts |= {"training_rounds": trained, "rarely_took_part": rare}
+    if until := store.certificates():
+        facts["certificates_until"] = until
+    facts["bytes"] = store.sizes()
     facts |= {
         "closed_rounds": len(closed),
         "repeated": [r.repeated for r in closed if r.repeated],
@@ -80,8 +92,21 @@ def _rows(facts: dict[str, Any]) -> dict[str, str]:
         online, devices = facts["online"], rows.pop("devices")
         names = f": {', '.join(online[:NAMES])}" if online else ""
         rows["online"] = f"{len(online)} of {devices} devices{names}"
+    if until := facts.get("certificates_until"):
+        now = time.time()
+        texts = [f"{name} {describe_expiry(moment, now, name)[0]}" for name, moment in until.items()]
+        rows["certificates"] = "; ".join(texts)
+        del rows["certificates until"]
+    rows["storage"] = ", ".join(f"{what} {size / 1e6:.1f} MB" for what, size in facts["bytes"].items())
+    del rows["bytes"]
     if "stage" in facts:
         rows["stage"] = f"{facts['stage']}, round {rows.pop('stage round')} of {rows.pop('stage rounds')}"
+    if "left_out" in facts:
+        until = [f"{name} until round {round_}" for name, round_ in facts["left_out"].items()]
+        rows["left out"] = f"{listed(until)}; {LEFT_OUT_AFTER} updates in a row were refused"
+    if "rarely_took_part" in facts:
+        rare = [f"{name} {count}×" for name, count in facts["rarely_took_part"].items()]
+        rows["rarely took part"] = f"{listed(rare)}, of {rows.pop('training rounds')} training rounds"
     return rows
 
 
@@ -108,7 +133,7 @@ def rounds(out: Path = OUT, as_json: bool = typer.Option(False, "--json", help="
             f"{announced.stage.value} {announced.index + 1}/{announced.of}",
             str(announced.level),
             str(len(record.updates)),
-            str(len(record.missing)),
+            listed(record.missing),
             f"{record.seconds:.1f}",
             f"{sum(record.bytes_up.values()) / 1e3:.0f}",
             record.repeated,
@@ -136,12 +161,13 @@ def replay(out: Path = OUT) -> None:
     store = RunStore(out)
     bundle = open_bundle(store)
     recorded = {closed.round.round: closed.round for closed in store.rounds()}
-    replayed = 0
+    replayed = compared = 0
     for announced in replay_rounds(store, make_plan(store, bundle)):
         replayed += 1
+        compared += announced.round in recorded
         if announced.round in recorded and announced != recorded[announced.round]:
             raise RunError(f"round {announced.round} differs from its record; was {out} altered?")
     if not recorded:
         console.print("no closed rounds to compare yet")
         return
-    console.print(f"{replayed} announced rounds replayed; the {len(recorded)} closed ones equal their records")
+    console.print(f"{replayed} announced rounds replayed; the {compared} closed ones equal their records")

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field, ValidationError, model_validator
 
 from fedfmsl.algorithms.privacy import Privacy
 from fedfmsl.algorithms.sal import CapabilityQueue
 from fedfmsl.common.logs import LogSettings
-from fedfmsl.common.settings import File, panel
+from fedfmsl.common.settings import File, Fraction, panel
 from fedfmsl.errors import ConfigError
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.messages import Training
+from fedfmsl.protocol.topics import check_name
 from fedfmsl.transport.settings import CONNECTION, HOME_ASSISTANT, ConnectionSettings, DiscoveryPrefix, RunName
 from trainer_server.config import (
     AGGREGATION,
@@ -22,6 +25,7 @@ from trainer_server.config import (
     RUN,
     STAGE1,
     STAGE2,
+    UPDATES,
     Aggregation,
     Head,
     Optimizer,
@@ -33,6 +37,7 @@ from trainer_server.config import (
     highest_level,
     sal_rules,
 )
+from trainer_server.coordinator.limits import Limits, least_updates
 
 TRAINING = panel("Training on the devices")
 
@@ -41,14 +46,64 @@ class ServiceSettings(ConnectionSettings, LogSettings):
     """How the server is reached, and where it logs to."""
 
     serve: str | None = Field(
-        None, description="HOST:PORT to serve the bundle on, for devices without it.", json_schema_extra=CONNECTION
+        None, description="HOST:PORT where devices without the bundle download it.", json_schema_extra=CONNECTION
     )
+    revoked: File | None = Field(
+        None,
+        description="Revocation list in PEM for --serve. Default: revoked.crl beside --identity, or in the kit there.",
+        json_schema_extra=CONNECTION,
+    )
+    allow: str | None = Field(
+        None,
+        description="Devices that may take part: names with commas, or a file with one name per line. "
+        "Default: all that the broker lets in.",
+        json_schema_extra=CONNECTION,
+    )
+
+    @cached_property
+    def allowed(self) -> frozenset[str] | None:
+        """The devices of `allow`; None if all are allowed. Raises ConfigError."""
+        if self.allow is None:
+            return None
+        path = Path(self.allow).expanduser()
+        try:
+            names = path.read_text("utf-8").split() if path.is_file() else self.allow.split(",")
+            return frozenset(check_name("device", name.strip()) for name in names)
+        except (OSError, UnicodeDecodeError, ConfigError) as error:
+            raise ConfigError(
+                f"--allow {self.allow}: {error}; give names like kitchen,balcony or a file with one per line"
+            ) from error
 
 
 class ResumeSettings(ServiceSettings):
-    """What the command `resume` needs. The run's configuration is stored in its folder."""
+    """What the command `resume` needs. The run's configuration is stored in its folder; it may change `Limits`."""
 
     out: File = Field(description="Folder of the run.", json_schema_extra=RUN)
+    round_timeout: float | None = Field(
+        None, gt=0, description="Seconds until the round deadline. Default: as stored.", json_schema_extra=ROUNDS
+    )
+    min_updates: int | None = Field(
+        None,
+        ge=1,
+        description="Number of updates below which a round lasts longer or is repeated. Default: as stored.",
+        json_schema_extra=UPDATES,
+    )
+    max_repeats: int | None = Field(
+        None,
+        ge=0,
+        description="Consecutive repeats after which the run fails. Default: as stored.",
+        json_schema_extra=UPDATES,
+    )
+    enough: Fraction | None = Field(
+        None,
+        description="Share of the selected devices whose updates close a round. Default: as stored.",
+        json_schema_extra=UPDATES,
+    )
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """The limits that change."""
+        return {key: value for key in Limits.model_fields if (value := getattr(self, key)) is not None}
 
 
 class PurgeSettings(ConnectionSettings):
@@ -161,7 +216,7 @@ class ServerSettings(ServiceSettings, RunRules):
         stage1_sal, stage2_sal = sal_rules(self.sal, self.sal_min_gain, max_level)
         privacy = None
         if self.dp_noise is not None and self.dp_clip is not None:
-            privacy = Privacy(clip=self.dp_clip, noise_multiplier=self.dp_noise, shares=self.min_updates)
+            privacy = Privacy(clip=self.dp_clip, noise_multiplier=self.dp_noise, shares=least_updates(self))
         return RunConfig(
             **rules,
             stage1=self._training(self.epochs, self.learning_rate),

@@ -8,15 +8,17 @@ import secrets
 import shlex
 from pathlib import Path
 
-from fedfmsl.transport.settings import HOME_ASSISTANT  # also its common name or user name
-
-SERVER = "server"  # common name or user name of the run's server
+from fedfmsl.transport.settings import HOME_ASSISTANT, SERVER_NAME  # also common names or user names
 
 # PBKDF2 iterations, mosquitto's own default. The passwords are long and random, so more iterations would only slow the
 # broker down when a fleet reconnects: it computes them in its single thread.
 _ROUNDS = 101
 _SALT_BYTES = 12
 _PASSWORD_BYTES = 24
+
+QUEUED_BYTES = 800_000_000  # of messages that wait for one client
+MEMORY_BYTES = 2_000_000_000  # of the broker
+CONNECTIONS = 5000  # 2,500 devices, and as many that have no login yet
 
 
 def acl(prefix: str) -> str:
@@ -57,7 +59,7 @@ topic read {prefix}/+/devices/+/prediction/status
 
 # The server reads and writes all topics. A second server at the same time needs its own name (see
 # use_username_as_clientid in mosquitto.conf): make an identity like a device's, and add these two lines for it.
-user {SERVER}
+user {SERVER_NAME}
 topic readwrite {prefix}/#
 # It removes the announcements of an old run (trainer_server purge).
 topic readwrite {HOME_ASSISTANT}/device/#
@@ -112,20 +114,39 @@ acl_file {folder}/acl
 # ends its sender's connection before it is read (message_size_limit would read all of it first, up to 256 MB).
 max_packet_size 262144
 
-# No limit on the number of queued messages: a device would wait for a dropped one until the round deadline, and the
-# server publishes the 700 chunks of the largest expert at once. The limit on bytes is enough for updates of ViT-B/16
-# (1.2 MB) from 1,000 devices at once, and bounds what a hostile device can make the broker store.
-max_queued_messages 0
-max_queued_bytes 2000000000
+# Bounds of memory. The broker stores what a client does not read in time: what 1,000 devices with ViT-B/16 send at once
+# (13 messages and 1.2 MB each) waits for the server. Beyond these limits it drops messages, and the server asks for the
+# missing chunks of updates again. Without upgrade_outgoing_qos there is no limit on messages with QoS 0. Queues need up
+# to twice their bytes.
+max_queued_messages 20000
+max_queued_bytes {QUEUED_BYTES}
+upgrade_outgoing_qos true
+# The last resort, also for retained messages: the broker ends connections that need more.
+memory_limit {MEMORY_BYTES}
+# A connection of anybody takes one of them until the broker ends it after 90 s without a login. Each needs a file
+# descriptor: limits.conf in this folder raises systemd's limit.
+max_connections {CONNECTIONS}
 # Unacknowledged messages per client. 20 messages of 96 KiB use a connection with high latency fully.
 max_inflight_messages 20
 
-# Sessions and retained messages survive a restart of the broker. Written every minute and at its end.
+# Sessions and retained messages survive a restart of the broker. Written every minute and at its end (autosave).
 persistence true
 persistence_location {folder}/
 autosave_interval 60
 # The broker deletes the session and the queued messages of a device that was offline for two months (2m).
 persistent_client_expiration 2m
+"""
+
+
+def systemd_limits() -> str:
+    """A drop-in for the service of the mosquitto package."""
+    return f"""\
+# Written by devices.provision: copy it to /etc/systemd/system/mosquitto.service.d/, then systemctl daemon-reload.
+[Service]
+LimitNOFILE={2 * CONNECTIONS}
+MemoryMax={MEMORY_BYTES * 5 // 4}
+Restart=on-failure
+RestartSec=5s
 """
 
 

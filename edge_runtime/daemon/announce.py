@@ -9,6 +9,7 @@ from pathlib import Path
 import paho.mqtt.client as paho
 
 from edge_runtime.data.features import Report
+from edge_runtime.inference.publish import as_published
 from edge_runtime.training.context import TrainingContext
 from fedfmsl.protocol.messages import DeviceStatus, Prediction, Progress, encode
 from fedfmsl.protocol.topics import Topics
@@ -55,8 +56,7 @@ class Announcer:
 
     def prediction(self, prediction: Prediction) -> None:
         """May be called in any thread."""
-        payload = encode(prediction.model_copy(update={"device": self._name}))
-        self._link.publish(self._topics.prediction(self._name), payload, retain=True)
+        self._link.publish(self._topics.prediction(self._name), as_published(prediction, self._name), retain=True)
 
     def publish(self, topic: str, payload: bytes, retain: bool = False) -> paho.MQTTMessageInfo:
         self.last = self._link.publish(topic, payload, retain)

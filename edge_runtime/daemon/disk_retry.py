@@ -9,6 +9,7 @@ import time
 from edge_runtime.data.features import FeatureCache
 from edge_runtime.store import DeviceStore
 from fedfmsl.common.backoff import Backoff
+from fedfmsl.common.files import NO_DESCRIPTORS, has_descriptors
 
 logger = logging.getLogger(__name__)
 
@@ -34,10 +35,12 @@ class DiskRetry:
         `required_globals`: SHA-256 of the global blobs to keep. `evict`: also empty the feature cache, which no other
         thread may use then.
         """
+        is_full = has_descriptors()
         if not self._failures:
-            logger.warning(f"--state {self._store.root}: cannot write ({error}); retrying until there is free space")
+            remedy = "retrying until there is free space" if is_full else f"retrying: {NO_DESCRIPTORS}"
+            logger.warning(f"--state {self._store.root}: cannot write ({error}); {remedy}")
         with contextlib.suppress(OSError):  # a read-only disk
-            if evict:
+            if evict and is_full:
                 self._cache.evict_all()
             self._store.globals.keep_only(required_globals)
         self._due = time.monotonic() + (self._backoff.delay(self._failures - 1) if self._failures else 0.0)

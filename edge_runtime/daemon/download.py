@@ -30,6 +30,7 @@ REPORT_SECONDS = 60.0  # without a server, until that is logged
 POLL_SECONDS = 1.0
 RESUBSCRIBE_SECONDS = 5.0
 HTTP_SECONDS = 30
+BUSY_SECONDS = 5.0
 RETRY_DELAYS = tuple(Backoff(first=1.0, longest=16.0).delay(attempt) for attempt in range(5))
 BLOCK_BYTES = 1 << 18
 
@@ -167,6 +168,9 @@ class _HttpClient:
             except urllib.error.HTTPError as error:
                 if error.code == 416:  # the part is complete
                     return
+                if error.code == 503 and "Retry-After" in error.headers:  # it serves as many devices as it can
+                    self._wait(BUSY_SECONDS)
+                    continue
                 raise BundleError(
                     f"cannot fetch {file.url}: HTTP {error.code}{_proxy_hint(file.url)}; check the server, or pass "
                     "--bundle"
@@ -185,14 +189,17 @@ class _HttpClient:
                 if file.received > before:
                     delays = list(self.retry_delays)
                 if not delays:
-                    # uvicorn closes the connection without an alert if the client has no certificate of the CA
                     tls_hint = ", with the fleet's --identity" if file.url.startswith("https:") else ""
                     raise BundleError(
                         f"cannot fetch {file.url}: {cause}{_proxy_hint(file.url)}; start again to resume{tls_hint}"
                     ) from error
-                time.sleep(delays.pop(0))
+                self._wait(delays.pop(0))
             except (OSError, ValueError) as error:  # this device's disk, or an invalid address
                 raise BundleError(f"cannot fetch {file.url}: {error}; start again to resume") from error
+
+    def _wait(self, seconds: float) -> None:
+        self.heartbeat()
+        time.sleep(seconds)
 
     def _receive(self, file: _File) -> None:
         """Sends one request. With If-Range the server sends the rest (206) if the file is the announced one, otherwise

@@ -27,14 +27,17 @@ from edge_runtime.inference.watcher import Watcher
 from edge_runtime.resources.governor import Governor
 from edge_runtime.resources.level_cap import LevelCap
 from edge_runtime.resources.plan import Plan, largest_extent, make_plan
+from edge_runtime.resources.providers import describe_choice, provider_for
 from edge_runtime.resources.sensors import Sensors, board
 from edge_runtime.resources.throttle import ControlledEngine, LevelCapTracker, StepControl, reported_and_checked
 from edge_runtime.settings import Settings
 from edge_runtime.store import DeviceStore
 from edge_runtime.training.context import DeviceContext
 from edge_runtime.training.gate import Gate
+from edge_runtime.training.model import read_personal_model
 from fedfmsl.common.class_folders import check_folder
 from fedfmsl.common.logs import fields, set_up_logging
+from fedfmsl.errors import FedFMSLError
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.messages import Activity, EngineName
 from fedfmsl.protocol.topics import Topics
@@ -92,6 +95,7 @@ class _Prepared:
     bundle: Bundle
     engine: EngineName
     threads: int
+    provider: str
     reader: SampleReader
     folder: SampleFolder
     scanned: Splits
@@ -113,6 +117,8 @@ def _prepare(
         server = wait_for_server(link, topics, heartbeat)
         bundle = fetch_bundle(server, store.bundles, settings.identity, heartbeat)
     bundle.verify()
+    if not settings.bundle:
+        store.keep_bundles(bundle.sha256, _bundle_of_model(store))
     engine = open_engine(settings.engine, bundle, threads).name
     reader = SampleReader(reader_of(bundle))
     kind = reader.kind
@@ -121,13 +127,26 @@ def _prepare(
     scanned = folder.scan(FIRST_SCAN_SECONDS, report)
     report("measuring", 0, 1)
     largest_sample = largest(scanned.samples, kind)
-    plan = make_plan(bundle, store, engine, threads, largest_sample, settings.memory, settings.step_seconds)
+    provider = provider_for(engine, settings.provider, bundle, threads, store)
+    if provider.trials:
+        health.provider = describe_choice(provider)
+        logger.info(f"provider {health.provider}")
+    plan = make_plan(
+        bundle, store, engine, threads, provider.provider, largest_sample, settings.memory, settings.step_seconds
+    )
     logger.info(
         f"device {name}: {len(scanned.train)} {kind.noun}s to train on, {len(scanned.held_out)} held out, "
         f"{len(scanned.test)} to test on; engine {engine}, level cap {plan.level_cap}",
         **fields(device=name, engine=engine, level_cap=plan.level_cap),
     )
-    return _Prepared(bundle, engine, threads, reader, folder, scanned, plan)
+    return _Prepared(bundle, engine, threads, provider.provider, reader, folder, scanned, plan)
+
+
+def _bundle_of_model(store: DeviceStore) -> str:
+    """SHA-256 of the bundle of the personalized model; "" if there is none."""
+    with contextlib.suppress(FedFMSLError):
+        return read_personal_model(store).header.bundle
+    return ""
 
 
 def _runner(
@@ -138,20 +157,32 @@ def _runner(
     progress = rate_limited(progress_poster(link.post))
     report = reported_and_checked(progress, control.check)
     tracker = LevelCapTracker(LevelCap.planned(plan, settings.step_seconds))
-    engine = ControlledEngine(open_engine(prepared.engine, bundle, threads, plan.memory_plans), control, tracker)
+    engine = ControlledEngine(
+        open_engine(prepared.engine, bundle, threads, plan.memory_plans, prepared.provider), control, tracker
+    )
     disk = DiskCache(store.cache, settings.cache, settings.keep_free)
     device = DeviceContext(
         device_name=name,
         bundle=bundle,
         scanned=prepared.scanned,
-        cache=FeatureCache(disk, bundle, threads, report, plan.feature_batch, engine.release, reader=prepared.reader),
+        cache=FeatureCache(
+            disk,
+            bundle,
+            threads,
+            report,
+            plan.feature_batch,
+            engine.release,
+            reader=prepared.reader,
+            provider=prepared.provider,
+        ),
         engine=engine,
         gate=Gate(bundle, threads),
         store=store,
         level_cap=plan.level_cap,
         report=report,
     )
-    return RoundRunner(device, prepared.folder, control, tracker, reported_and_checked(progress, control.check_stopped))
+    scan_report = reported_and_checked(progress, control.check_stopped)
+    return RoundRunner(device, prepared.folder, control, tracker, scan_report, settings.identity)
 
 
 def _introduction(settings: Settings, topics: Topics, name: str, bundle: Bundle) -> Message | None:

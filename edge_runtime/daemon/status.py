@@ -14,6 +14,7 @@ from edge_runtime.daemon.lock import is_locked
 from edge_runtime.store import DeviceStore
 from fedfmsl.errors import RunError
 from fedfmsl.protocol.messages import MAX_HEARTBEAT_AGE, Activity, Health
+from fedfmsl.transport.identity import describe_expiry
 
 LISTED = 20  # reasons for which files are skipped
 
@@ -52,9 +53,19 @@ def describe(health: Health, store: DeviceStore, now: float) -> Iterator[tuple[s
     if health.disconnected_since:
         since = datetime.fromtimestamp(health.disconnected_since).isoformat(" ", "seconds")
         yield "broker", f"no connection since {since} because: {health.disconnected}"
+    if health.refused:
+        yield "broker", health.refused
+    for label, until, who in (
+        ("identity", health.certificate_until, health.device),
+        ("", health.broker_certificate_until, "broker"),
+    ):
+        if until:
+            yield label, f"certificate of {who} valid {describe_expiry(until, now, who)[0]}"
     yield "round", f"{health.round} ({health.stage}), level {health.level}" if health.round else "none yet"
     slowdown = f", steps take {health.slowdown:.1f} times as long as measured" if health.slowdown > 1.1 else ""
     yield "level cap", f"{health.level_cap}{slowdown}"
+    if health.provider:
+        yield "provider", health.provider
     yield "samples", f"{health.train} train, {health.held_out} held-out, {health.test} test"
     yield "updates", f"{health.rounds_done} rounds done, {health.unacknowledged} updates not acknowledged yet"
     facts = [f"{health.temperature:.1f} °C"] if health.temperature is not None else []
@@ -62,7 +73,8 @@ def describe(health: Health, store: DeviceStore, now: float) -> Iterator[tuple[s
     facts += [f"other processes use {health.others:.0%} of the processors"] if health.others is not None else []
     facts += ["metered network"] if health.metered else []
     yield "board", ", ".join(facts) or "no sensors"
-    sizes = {"memory": health.memory, "features": health.cache, "disk free": health.disk_free}
+    sizes = {"memory": health.memory, "features": health.cache, "bundles": _size(store.bundles)}
+    sizes["disk free"] = health.disk_free
     yield "storage", ", ".join(f"{what} {size / 1e6:.0f} MB" for what, size in sizes.items())
     lines = store.skipped.read_text("utf-8", errors="replace").splitlines() if store.skipped.is_file() else []
     reasons = list(itertools.takewhile(bool, lines))
@@ -70,6 +82,11 @@ def describe(health: Health, store: DeviceStore, now: float) -> Iterator[tuple[s
         yield "skipped", line
     if reasons:
         yield "", f"{store.skipped} lists every file"
+
+
+def _size(folder: Path) -> int:
+    """Bytes of the files in it."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _is_alive(health: Health, now: float) -> bool:

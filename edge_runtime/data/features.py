@@ -2,8 +2,8 @@
 
 While a SAL level lasts, the prefix is constant, so a step starts from the stored hidden state. A state is in fp16 by
 default, and named after the sample's content. Its folder is named after everything else that the state depends on:
-frozen weights, graph, preprocessing, level, and the LoRA in the prefix. So a state can be missing, but never stale. A
-state that the store has no space for is computed each time it is needed.
+frozen weights, graph, preprocessing, decoding code, level, and the LoRA in the prefix. So a state can be missing, but
+never stale. A state that the store has no space for is computed each time it is needed.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_runtime.data import inputs
 from edge_runtime.data.cache import DiskCache, Priority
 from edge_runtime.data.inputs import reader_of
 from edge_runtime.data.sample_reader import SampleReader
 from edge_runtime.data.samples import Sample
 from edge_runtime.engines.memory import release_free_memory
-from edge_runtime.engines.sessions import open_session, run
+from edge_runtime.engines.sessions import CPU, open_session, run
 from fedfmsl.algorithms.arrays import Floats, Vector
 from fedfmsl.protocol.bundle import Bundle
 
@@ -100,14 +101,16 @@ class Features(Generic[S_co]):
         free_memory: Callable[[], None] = lambda: None,
         dtype: type[np.floating[Any]] = np.float16,
         reader: Inputs | None = None,
+        provider: str = CPU,
     ) -> None:
         """`batch_size` samples go through the backbone at once. `free_memory` is called before a graph is opened.
-        `reader` is shared with the scan of the folder; default: a new one. Raises ConfigError or BundleError as
-        `reader_of` does."""
+        `reader` is shared with the scan of the folder; default: a new one. `provider`: the execution provider of ONNX
+        Runtime. Raises ConfigError or BundleError as `reader_of` does."""
         self._store = store
         self._bundle = bundle
         self._threads = threads
         self._report = report
+        self._provider = provider
         self._batch_size = batch_size
         self._free_memory = free_memory
         self._dtype = np.dtype(dtype)
@@ -160,7 +163,8 @@ class Features(Generic[S_co]):
         return np.frombuffer(data, np.float32).reshape(-1, self._feature)
 
     def _folder(self, name: str, priority: Priority) -> str:
-        folder = f"{self._bundle.features_key}-{self._dtype.name}-{name}"
+        computed = "" if self._provider == CPU else f"-{self._provider}"
+        folder = f"{self._bundle.features_key}-{inputs.DECODING}{computed}-{self._dtype.name}-{name}"
         self._store.use(folder, priority)
         return folder
 
@@ -221,7 +225,7 @@ class Features(Generic[S_co]):
         if not samples:
             return
         self._free_memory()
-        session = open_session(self._bundle, "features.onnx", self._threads)
+        session = open_session(self._bundle, "features.onnx", self._threads, provider=self._provider)
         for start in range(0, len(samples), self._batch_size):
             part = samples[start : start + self._batch_size]
             yield part, run(session, outputs, self._reader.batch(part))
@@ -235,7 +239,7 @@ class Features(Generic[S_co]):
             hidden = states.read(part)
             self._free_memory()
             for block, lora in loras.items():
-                session = open_session(self._bundle, f"lift-{block}.onnx", self._threads)
+                session = open_session(self._bundle, f"lift-{block}.onnx", self._threads, provider=self._provider)
                 for some in range(0, len(part), self._batch_size):
                     now = slice(some, some + self._batch_size)
                     (hidden[now],) = run(session, ["lifted"], {"hidden": hidden[now], "theta": lora})

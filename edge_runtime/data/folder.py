@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from edge_runtime.data.features import Report
 from edge_runtime.data.images import decoders
-from edge_runtime.data.inputs import Kind, Reader, reader_of
+from edge_runtime.data.inputs import DECODING, Kind, Reader, reader_of
 from edge_runtime.data.labels import walk_labelled
 from edge_runtime.data.ledger import Ledger, open_ledger
 from edge_runtime.data.sample_reader import SampleReader
@@ -54,7 +54,7 @@ class SampleFolder:
         BundleError as `reader_of` does."""
         self.path = folder
         self._classes = {name: label for label, name in enumerate(bundle.manifest.classes)}
-        self._preprocessing = f"{bundle.manifest.preprocessing.model_dump_json()} {decoders()}"
+        self._preprocessing = f"{bundle.manifest.preprocessing.model_dump_json()} {DECODING}"
         self._store = store
         self._reader = reader or SampleReader(reader_of(bundle))
         self._labels = labels
@@ -75,7 +75,7 @@ class SampleFolder:
             time.sleep(wait)
             listing = self._walk()
         with open_ledger(self._store.samples) as ledger:
-            ledger.set_preprocessing(self._preprocessing)
+            ledger.set_reading(self._preprocessing, decoders())
             results = list(self._results(ledger, listing.files, report))
             kept = ledger.splits({result.sha256 for result in results if isinstance(result, Sample)})
             splits = _assign(listing, results, tuple(self._classes), kept)

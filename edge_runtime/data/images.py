@@ -8,7 +8,6 @@ read.
 from __future__ import annotations
 
 import io
-import os
 import re
 import warnings
 from collections.abc import Iterator
@@ -25,12 +24,13 @@ from PIL.JpegImagePlugin import JpegImageFile
 
 from edge_runtime.data.resize import to_square
 from edge_runtime.data.unreadable import UnreadableError, decoding
+from edge_runtime.engines.memory import usable_memory
 from fedfmsl.common.sample_formats import READ_IMAGES
 from fedfmsl.protocol.bundle import ImagePreprocessing
 
 REDUCING_GAP = 3  # a JPEG is decoded at this many times the target size or larger; the loss is not visible
 MAX_ASPECT = 16  # longer side per shorter side; of a longer strip, only the middle is resized
-MAX_BYTES = min(2**30, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4)  # of memory for one image
+MAX_BYTES = min(2**30, usable_memory() // 4)  # of memory for one image
 RGB_BYTES = 8  # of memory per pixel: the decoded image, and its upright copy
 OTHER_BYTES = 20  # per pixel with other channels, which are converted, and in formats with a buffer of their own
 BUFFERED = frozenset({"WEBP", "AVIF", "HEIF"})
@@ -57,11 +57,12 @@ Pixels = NDArray[np.uint8]
 
 
 def decoders() -> str:
-    """The versions of the packages that decode images. Other versions may read other files."""
-    try:
-        return f"pillow {version('pillow')}, pillow-heif {version('pillow-heif')}"
-    except PackageNotFoundError:
-        return f"pillow {version('pillow')}"
+    """What decides which images can be read: the versions of the packages that decode them, and the memory for one."""
+    found = []
+    for name in ("fedfmsl-edge", "pillow", "pillow-heif"):
+        with suppress(PackageNotFoundError):
+            found.append(f"{name} {version(name)}")
+    return f"{', '.join(found)}, {MAX_BYTES} bytes"
 
 
 @decoding()

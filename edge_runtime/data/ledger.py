@@ -17,7 +17,8 @@ from fedfmsl.common.folder_walk import SkippedFile
 from fedfmsl.errors import ConfigError
 
 SCHEMA = """
-CREATE TABLE IF NOT EXISTS reading (preprocessing TEXT NOT NULL);
+-- how files were read: what they become, and what decides which ones can be read
+CREATE TABLE IF NOT EXISTS read_with (preprocessing TEXT NOT NULL, decoders TEXT NOT NULL);
 -- `unreadable`: why a file cannot be read; its `sha256` is then empty
 CREATE TABLE IF NOT EXISTS file_versions (
     path BLOB PRIMARY KEY, size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL, sha256 TEXT NOT NULL,
@@ -35,13 +36,16 @@ class Ledger:
     def __init__(self, db: sqlite3.Connection) -> None:
         self._db = db
 
-    def set_preprocessing(self, preprocessing: str) -> None:
-        """Forgets all files if they were read in another way."""
-        if self._db.execute("SELECT preprocessing FROM reading").fetchall() != [(preprocessing,)]:
+    def set_reading(self, preprocessing: str, decoders: str) -> None:
+        """Forgets all files if they were read with another preprocessing. Forgets those that could not be read if other
+        decoders have tried."""
+        before = self._db.execute("SELECT preprocessing, decoders FROM read_with").fetchall()
+        if before != [(preprocessing, decoders)]:
+            same = [row[0] for row in before] == [preprocessing]
             with _full_disk_ignored(), self._db:
-                self._db.execute("DELETE FROM file_versions")
-                self._db.execute("DELETE FROM reading")
-                self._db.execute("INSERT INTO reading VALUES (?)", (preprocessing,))
+                self._db.execute("DELETE FROM file_versions" + (" WHERE unreadable != ''" if same else ""))
+                self._db.execute("DELETE FROM read_with")
+                self._db.execute("INSERT INTO read_with VALUES (?, ?)", (preprocessing, decoders))
 
     def recall(self, file: ClassFile, label: int) -> Sample | SkippedFile | None:
         """The sample of a file, or why it has none. None if this version of it was not read before."""

@@ -1,7 +1,8 @@
-"""Resident memory of this process."""
+"""Memory of this process, and the memory that it may use."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import re
 import resource
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import psutil
 
+_V1, _V2 = "sys/fs/cgroup/memory", "sys/fs/cgroup"
 _HIGH_WATER = re.compile(r"^VmHWM:\s*(\d+) kB$", re.MULTILINE)
 
 
@@ -29,6 +31,22 @@ def rss() -> int:
 def peak_rss_mb() -> float:
     """Peak resident memory in MiB."""
     return peak_rss() / 2**20
+
+
+def usable_memory(root: Path = Path("/")) -> int:
+    """Bytes of memory of the machine, or of the container or service if it has a limit (cgroup v2 or v1)."""
+    limits = [int(psutil.virtual_memory().total)]
+    with contextlib.suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers in ("", "memory"):
+                mount, name = (_V1, "memory.limit_in_bytes") if controllers else (_V2, "memory.max")
+                group = Path(path.strip("/"))
+                # every group above limits this one; a container may see only its own, as the root
+                for each in (group, *group.parents):
+                    with contextlib.suppress(OSError, ValueError):  # ValueError: "max", no limit
+                        limits.append(int((root / mount / each / name).read_text()))
+    return min(limits)
 
 
 def release_free_memory() -> None:

@@ -14,21 +14,48 @@ from fedfmsl.common.onnx_runtime import keep_int8_exact
 from fedfmsl.errors import BundleError
 from fedfmsl.protocol.bundle import Bundle
 
+CPU = "cpu"
+PROVIDER_OPTIONS = {"CUDAExecutionProvider": {"use_tf32": "0"}}  # TF32 keeps 10 bits; states agree with the CPU's
+
 InferenceSession: TypeAlias = Any  # the class belongs to the installed ONNX Runtime distribution
 
 
-def open_session(bundle: Bundle, name: str, threads: int, prepack: bool = True) -> InferenceSession:
-    """A session of the bundle's graph `name`. Raises BundleError if ONNX Runtime cannot read it."""
-    return open_model(bundle.path(name), threads, prepack)
+def open_session(
+    bundle: Bundle, name: str, threads: int, prepack: bool = True, provider: str = CPU
+) -> InferenceSession:
+    """A session of the bundle's graph `name`. Raises BundleError as `open_model` does."""
+    return open_model(bundle.path(name), threads, prepack, provider)
 
 
-def open_model(path: Path, threads: int, prepack: bool = True) -> InferenceSession:
-    """A session of an ONNX file. `threads` = 0 uses all cores. Raises BundleError if ONNX Runtime cannot read it."""
+def open_model(path: Path, threads: int, prepack: bool = True, provider: str = CPU) -> InferenceSession:
+    """A session of an ONNX file. `threads` = 0 uses all cores. Nodes that `provider` does not support run on the CPU.
+
+    Raises BundleError if ONNX Runtime cannot read the file or start the provider.
+    """
     options = session_options(threads, prepack)
+    if provider != CPU and hasattr(onnxruntime, "preload_dlls"):
+        onnxruntime.preload_dlls()  # CUDA's libraries from Python packages, where the system has none
+    if provider not in map(short_name, onnxruntime.get_available_providers()):
+        raise BundleError(f"the installed ONNX Runtime has no execution provider {provider!r}")
+    wanted = list(dict.fromkeys([onnx_runtime_name(provider), onnx_runtime_name(CPU)]))
+    settings = [PROVIDER_OPTIONS.get(name, {}) for name in wanted]
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(str(path), options, providers=wanted, provider_options=settings)
     except Exception as error:  # ONNX Runtime's exceptions have no common base class
         raise BundleError(f"ONNX Runtime cannot load {path}: {str(error).splitlines()[0]}") from error
+    if session.get_providers()[0] != wanted[0]:  # ONNX Runtime goes on with the CPU and only logs why
+        raise BundleError(f"ONNX Runtime cannot start {wanted[0]}; its libraries or the device are missing")
+    return session
+
+
+def onnx_runtime_name(provider: str) -> str:
+    """ONNX Runtime's name of a provider, like `CUDAExecutionProvider` of `cuda`. Unknown names stay as they are."""
+    return next((name for name in onnxruntime.get_available_providers() if short_name(name) == provider), provider)
+
+
+def short_name(provider: str) -> str:
+    """The name in settings, like `cuda` for `CUDAExecutionProvider`."""
+    return provider.removesuffix("ExecutionProvider").lower()
 
 
 def session_options(threads: int, prepack: bool = True) -> Any:

@@ -16,9 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
+from pydantic import ValidationError
+
 from fedfmsl.common.backoff import Backoff
-from fedfmsl.errors import MessageError
-from fedfmsl.protocol.messages import Prediction, parse
+from fedfmsl.protocol.messages import Prediction, first_error
 
 logger = logging.getLogger(__name__)
 
@@ -96,9 +97,10 @@ class Watcher:
         with process.stdout as lines:
             for line in lines:
                 try:
-                    prediction = parse(Prediction, line)
-                except MessageError as error:
-                    logger.warning(f"ignored an invalid line from the classifier of {self._folder}: {error}")
+                    prediction = Prediction.model_validate_json(line)  # with every class; published are those that fit
+                except ValidationError as error:
+                    reason = first_error(error)
+                    logger.warning(f"ignored an invalid line from the classifier of {self._folder}: {reason}")
                 else:
                     self._on_prediction(prediction)
                     count += 1

@@ -15,6 +15,8 @@ from pydantic import BaseModel, ValidationError
 
 from edge_runtime.data.features import BATCH as FEATURE_BATCH
 from edge_runtime.engines.base import MemoryPlan
+from edge_runtime.engines.memory import usable_memory
+from edge_runtime.engines.sessions import CPU
 from edge_runtime.engines.step_graph import default_micro_batch
 from edge_runtime.resources.probe import BATCH, FEATURES, Measure, Measurement, ProbeProcess
 from edge_runtime.store import DeviceStore
@@ -24,6 +26,7 @@ from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.messages import EngineName
 
 MEMORY_SHARE = 0.5  # of the machine's memory; the default budget
+LIMIT_SHARE = 2 / 3  # of the memory that the container or service may use; at most this is the default budget
 RESERVE = 32 * 2**20  # bytes for what the probe does not have in memory: messages, globals, results
 
 
@@ -46,6 +49,7 @@ class _Conditions(BaseModel):
     bundle: str
     engine: EngineName
     threads: int
+    provider: str
     memory: int
     step_seconds: float
     largest: int
@@ -63,6 +67,7 @@ def make_plan(
     store: DeviceStore,
     engine: EngineName,
     threads: int,
+    provider: str,
     largest: tuple[int, Path],
     memory: int | None,
     step_seconds: float,
@@ -78,6 +83,7 @@ def make_plan(
         bundle=bundle.sha256,
         engine=engine,
         threads=threads,
+        provider=provider,
         memory=budget,
         step_seconds=step_seconds,
         largest=largest[0],
@@ -86,12 +92,20 @@ def make_plan(
         stored = _StoredPlan.model_validate_json(path.read_bytes())
         if stored.conditions == conditions:
             return stored.plan
-    measure = ProbeProcess(bundle, engine, threads, largest[1], store.root)
-    plan = plan_within(measure, bundle, budget - RESERVE, step_seconds)
+    measure = ProbeProcess(bundle, engine, threads, provider, largest[1], store.root)
+    plan = plan_within(measure, bundle, budget - RESERVE, step_seconds, provider)
     if not plan.memory_plans:
         raise ConfigError(_why_nothing_fits(_measure_minimum(measure), budget, step_seconds))
     write_atomically(path, _StoredPlan(conditions=conditions, plan=plan).model_dump_json().encode())
     return plan
+
+
+def planned_bundle(store: DeviceStore) -> str:
+    """SHA-256 of the bundle that the device last started with. "": it has not started yet."""
+    try:
+        return _StoredPlan.model_validate_json((store.root / "plan.json").read_bytes()).conditions.bundle
+    except (OSError, ValidationError):
+        return ""
 
 
 def largest_extent(memory: int | None) -> int:
@@ -103,6 +117,7 @@ def measure_minimum(
     bundle: Bundle,
     engine: EngineName,
     threads: int,
+    provider: str,
     sample: Path,
     memory: int | None,
     step_seconds: float,
@@ -111,14 +126,14 @@ def measure_minimum(
     """Bytes of memory and seconds per step that a round at level 1 takes at least. Raises ConfigError if that does not
     fit, RunError if it cannot be measured. Writes into `scratch` only."""
     budget = _budget(memory)
-    measurements = _measure_minimum(ProbeProcess(bundle, engine, threads, sample, scratch))
+    measurements = _measure_minimum(ProbeProcess(bundle, engine, threads, provider, sample, scratch))
     last = measurements[-1] if len(measurements) == 2 else None
     if last is None or last.peak_rss + RESERVE > budget or last.seconds > step_seconds:
         raise ConfigError(_why_nothing_fits(measurements, budget, step_seconds))
     return last.peak_rss + RESERVE, last.seconds
 
 
-def plan_within(measure: Measure, bundle: Bundle, budget: int, step_seconds: float) -> Plan:
+def plan_within(measure: Measure, bundle: Bundle, budget: int, step_seconds: float, provider: str = CPU) -> Plan:
     """The plan with the highest level cap within `budget` bytes.
 
     A measurement's peak memory covers all earlier ones of its process, so everything up to it fits together.
@@ -146,13 +161,13 @@ def plan_within(measure: Measure, bundle: Bundle, budget: int, step_seconds: flo
         elif memory_plan.lean:
             break
         else:
-            tried = min(memory_plan.micro_batch, default_micro_batch(dims, failed))
+            tried = min(memory_plan.micro_batch, default_micro_batch(dims, failed, provider))
             memory_plan = MemoryPlan(tried // 2) if tried > 1 else MemoryPlan(1, lean=True)
     return Plan(feature_batch=feature_batch, memory_plans=plans, seconds=seconds)
 
 
 def _budget(memory: int | None) -> int:
-    return memory or int(MEMORY_SHARE * psutil.virtual_memory().total)
+    return memory or int(min(MEMORY_SHARE * psutil.virtual_memory().total, LIMIT_SHARE * usable_memory()))
 
 
 def _measure_minimum(measure: Measure) -> list[Measurement]:

@@ -53,6 +53,7 @@ def probe_levels(
     bundle: Bundle,
     choice: EngineChoice,
     threads: int,
+    provider: str,
     sample: Path,
     feature_batch: int,
     first: int,
@@ -65,17 +66,17 @@ def probe_levels(
         Path("/proc/self/oom_score_adj").write_text("1000")
     dims, levels, theta = bundle.manifest.dims, bundle.manifest.levels, bundle.initial()[0]
     gate = Gate(bundle, threads)
-    cache = FeatureCache(DiskCache(scratch, 2**40), bundle, threads, batch_size=feature_batch)
+    cache = FeatureCache(DiskCache(scratch, 2**40), bundle, threads, batch_size=feature_batch, provider=provider)
     samples = [Sample(sample, file_sha256(sample), 0)] * feature_batch
     started = time.perf_counter()
     gate.log_weights(bundle.initial()[1], cache.pooled(samples, 1), np.zeros((len(samples), 2), np.float32))
     cache.lifted(samples, levels, 1, theta)
     yield _measurement(FEATURES, feature_batch, started)
     memory_plans = {
-        level: MemoryPlan(min(memory_plan.micro_batch, default_micro_batch(dims, level)), memory_plan.lean)
+        level: MemoryPlan(min(memory_plan.micro_batch, default_micro_batch(dims, level, provider)), memory_plan.lean)
         for level in range(first, levels + 1)
     }
-    engine = open_engine(choice, bundle, threads, memory_plans)
+    engine = open_engine(choice, bundle, threads, memory_plans, provider)
     hidden = np.random.default_rng(0).standard_normal((BATCH, dims.tokens, dims.hidden), np.float32)
     for level, each in memory_plans.items():
         size, trainables = each.micro_batch, theta[: bundle.expert.size(level)]
@@ -106,6 +107,7 @@ class ProbeProcess:
     bundle: Bundle
     engine: EngineName
     threads: int
+    provider: str
     sample: Path
     folder: Path
 
@@ -114,6 +116,7 @@ class ProbeProcess:
             "bundle": self.bundle.root,
             "engine": self.engine,
             "threads": self.threads,
+            "provider": self.provider,
             "sample": self.sample,
             "feature-batch": feature_batch,
             "first": first,

@@ -29,10 +29,12 @@ from fedfmsl.common.split_names import Role, role_of
 from fedfmsl.errors import InputError
 
 CLASSES_NAMED = 8  # classes that a reason lists
+NAMED = 3  # folders that an error lists
 NO_CLASS = "not in a class folder"
 LEADS_BACK = "link into the same folder"
 NOT_TRAINED = "validation split beside a test split; move its files to the training folder to use them"
 NO_SPLIT = "beside the training folder; move it there if it is a class"
+EMPTY = "class folder without a file that can be used"
 
 Entry = os.DirEntry[str]
 
@@ -97,6 +99,8 @@ def walk_classes(folder: Path, suffixes: Collection[str], noun: str, classes: Se
         if known is None or label in known:
             spelling = known[label] if known else label
             files += [ClassFile(folder / file, file, spelling, version, is_test) for file, version in found]
+            if not found:
+                skipped.append(SkippedFile(folder / name, EMPTY, files=0))
         elif found:
             reason = f"{unknown_class(classes or ())}; rename or remove the folder"
             skipped.append(SkippedFile(folder / name, reason, similar(label, classes or ()), len(found)))
@@ -168,8 +172,9 @@ def _entries(folder: Path, noun: str, skipped: list[SkippedFile], kept: Collecti
 def _splits(folder: Path, noun: str, entries: Sequence[Entry], classes: Collection[str]) -> _Splits:
     """Finds the user's splits by the names of the folders.
 
-    A training folder is one if a test folder is beside it, or no other folder. Among other folders it has to hold
-    folders itself: `train` is also a class of vehicles. A validation folder is the test split if there is no other.
+    A training folder holds folders. Alone or beside a test folder it is one; among other folders it may also be a
+    class, of vehicles for example, if the names of the classes do not say otherwise. A validation folder is the test
+    split if there is no other.
     """
     roles: dict[Role | None, list[str]] = {}
     for entry in entries:
@@ -186,10 +191,16 @@ def _splits(folder: Path, noun: str, entries: Sequence[Entry], classes: Collecti
                 "a folder with one subfolder per class"
             )
         return _Splits()
-    if not tests and (others or trains[0] in classes):
-        return _Splits()
-    if (others or not tests) and not _has_folders(folder / trains[0]):
-        return _Splits()
+    if others or not tests:
+        known, inner = {*map(normal_name, classes)}, _folders_in(folder / trains[0])
+        beside = not known.isdisjoint(map(normal_name, others))  # whether classes are beside the training folder
+        if not inner or (known.isdisjoint(inner) and (beside or trains[0] in known)):
+            return _Splits()
+        if not tests and (beside or (others and not known)):
+            raise InputError(
+                f"{noun} folder {folder} has {_named(trains)} with folders in it beside {_named(others)}, so it is not "
+                f"clear whether it is the training folder; pass {folder / trains[0]}, or rename it"
+            )
     for same in (trains, tests):
         if len(same) > 1:
             raise InputError(f"{noun} folder {folder} has {_named(same)}, which mean the same; keep one of them")
@@ -197,15 +208,17 @@ def _splits(folder: Path, noun: str, entries: Sequence[Entry], classes: Collecti
     return _Splits(trains[0], tests[0] if tests else None, reasons)
 
 
-def _has_folders(folder: Path) -> bool:
+def _folders_in(folder: Path) -> set[str]:
+    """The names of the folders in a folder, in their normal form."""
     try:
-        return any(is_folder(entry, follow=True) for entry in visible_entries(folder, []))
+        return {normal_name(entry.name) for entry in visible_entries(folder, []) if is_folder(entry, follow=True)}
     except OSError:
-        return False
+        return set()
 
 
 def _named(names: Sequence[str]) -> str:
-    return " and ".join(f"{name}/" for name in names)
+    more = [f"{len(names) - NAMED} more"] if len(names) > NAMED else []
+    return " and ".join([*(f"{name}/" for name in names[:NAMED]), *more])
 
 
 def _class_level(

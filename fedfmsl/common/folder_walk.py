@@ -47,7 +47,7 @@ class FileVersion:
 @dataclass(frozen=True, slots=True)
 class SkippedFile:
     """A file or folder that is not used, and why. Equal reasons are counted together; `detail` is about this one only.
-    `files`: the number of files in a folder that would be used."""
+    `files`: the number of files in a folder that would be used; 0 for a folder without any."""
 
     path: Path
     reason: str
@@ -171,10 +171,11 @@ def _unused(entry: os.DirEntry[str], kept: Collection[str]) -> str:
 
 
 def _line(reason: str, group: list[SkippedFile], folder: Path) -> str:
-    if len(group) == 1 and group[0].files == 1:
+    files = sum(each.files for each in group)
+    if len(group) == 1 and files <= 1:
         return str(group[0])
-    what = "files or folders" if group[0].is_leftover else "files"
-    counted = f"{sum(each.files for each in group)} {what}: {shown(reason)}"
+    what = "files or folders" if group[0].is_leftover else "files" if files else "folders"
+    counted = f"{files or len(group)} {what}: {shown(reason)}"
     named = [_example(each, folder) for each in group[:EXAMPLES] if each.path != folder]
     named += ["…"] if len(group) > EXAMPLES else []
     return f"{counted} ({', '.join(named)})" if named else counted

@@ -9,6 +9,9 @@ import json
 import logging
 import os
 import sys
+import time
+from collections import Counter
+from collections.abc import Callable
 from datetime import datetime, timezone
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
@@ -22,6 +25,7 @@ from fedfmsl.errors import ConfigError
 LogFormat = Literal["text", "json"]
 FILE_BYTES, OLD_FILES = 2 * 1024 * 1024, 2  # size of a log file; number of rotated files to keep
 PACKAGES = ("fedfmsl", "edge_runtime", "trainer_server")  # whose INFO lines are logged; of others only warnings
+LINES, WARNINGS = 6000, 60  # of one place in the source, in a minute
 RESERVED = frozenset({"time", "level", "message"})  # keys of every JSON line
 UNENCODABLE = "backslashreplace"  # of file names that are not UTF-8
 _PRIORITIES = {logging.INFO: "<6>", logging.WARNING: "<4>", logging.ERROR: "<3>"}  # sd-daemon(3)
@@ -63,10 +67,41 @@ def set_up_logging(form: LogFormat = "text", file: Path | None = None) -> None:
         except OSError as error:
             raise ConfigError(f"--log-file {file} cannot be written ({error.strerror}); choose another") from error
         handlers[1].setFormatter(_Json() if form == "json" else _DATED)
+    for handler in handlers:
+        handler.addFilter(BOUNDED)
     logging.basicConfig(level=logging.WARNING, handlers=handlers, force=True)
     for package in PACKAGES:
         logging.getLogger(package).setLevel(logging.INFO)
     logging.raiseExceptions = False  # a full disk must not end the process, nor fill the journal
+
+
+class BoundedLines(logging.Filter):
+    """Drops lines of a place in the source that logs too often, so that no fault and no client fills a disk (ours)."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self._clock = clock
+        self._since = clock()
+        self._counts: Counter[tuple[str, int]] = Counter()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Every handler asks about the same record, which keeps the first answer."""
+        passes: bool | None = getattr(record, "passes", None)
+        if passes is None:
+            now = self._clock()
+            if now >= self._since + 60:
+                self._since = now
+                self._counts.clear()
+            place = (record.pathname, record.lineno)
+            self._counts[place] += 1
+            most = WARNINGS if record.levelno >= logging.WARNING else LINES
+            record.passes = passes = self._counts[place] <= most
+            if self._counts[place] == most:
+                record.msg, record.args = f"{record.getMessage()} (more such lines are left out for a minute)", ()
+        return passes
+
+
+BOUNDED = BoundedLines()
 
 
 class _Json(logging.Formatter):

@@ -164,7 +164,7 @@ class TomlSource(InitSettingsSource):
         """Raises ConfigError if the file cannot be read or is not TOML."""
         self.problems: list[tuple[float, str]] = []  # unknown keys, with their lines
         self.places: dict[str, Place] = {}
-        text, table = _load(path) if path else ("", {})
+        text, table = load_toml(path) if path else ("", {})
         values, listed = {}, False
         for key, value in table.items():
             line = _line_of(text, key)
@@ -190,7 +190,8 @@ def type_of(field: FieldInfo) -> tuple[Any, list[Any]]:
     return annotation, constraints
 
 
-def _load(path: Path) -> tuple[str, dict[str, Any]]:
+def load_toml(path: Path) -> tuple[str, dict[str, Any]]:
+    """The text of a TOML file, and its values. Raises ConfigError if the file cannot be read or is not TOML."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:

@@ -12,9 +12,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from fedfmsl.algorithms.privacy import Privacy
 from fedfmsl.algorithms.sal import Sal
-from fedfmsl.errors import MessageError, one_line
+from fedfmsl.errors import MessageError, one_line, shown
 from fedfmsl.protocol.chunks import CHUNK_BYTES, check_chunk_size
-from fedfmsl.protocol.class_names import valid_name
+from fedfmsl.protocol.class_names import MAX_CLASSES, valid_name
 from fedfmsl.protocol.topics import MAX_NUMBER, NAME
 
 Name = Annotated[str, Field(pattern=f"^{NAME}$")]  # run or device
@@ -24,6 +24,7 @@ Url = Annotated[str, Field(pattern=r"^(https?://[!-~]+)?$", max_length=2048)]
 Key = Annotated[str, Field(pattern=r"^[0-9A-Za-z._-]{1,64}$")]
 Text = Annotated[str, AfterValidator(one_line)]  # for people; a longer text is cut
 ClassName = Annotated[str, AfterValidator(valid_name)]
+FileName = Annotated[str, AfterValidator(shown), Field(max_length=16_384)]  # the longest path, each byte as \xff
 Number = Annotated[int, Field(ge=0, le=MAX_NUMBER)]
 Positive = Annotated[int, Field(ge=1, le=MAX_NUMBER)]
 Level = Annotated[int, Field(ge=0, le=1024)]
@@ -49,7 +50,15 @@ class Stage(str, Enum):
     BASELINE = "baseline"  # train alone, for comparison; nothing is aggregated
     EVALUATE = "evaluate"  # measure on the test split, write the personalized model
     FINISHED = "finished"  # nothing more to do
+    # Secure sums: around the masked vectors of `holders` and of `statistics` or `head`. Last, because the shuffles of
+    # training depend on a stage's position.
+    KEYS = "keys"  # public keys
+    SHARES = "shares"  # encrypted shares of the seeds of the masks
+    HOLDERS = "holders"  # how many devices hold each class
+    UNMASK = "unmask"  # the shares that remove the masks from a sum
 
+
+EXCHANGE = (Stage.KEYS, Stage.SHARES, Stage.UNMASK)  # the rounds of secure sums without samples
 
 EngineName = Literal["step-graph", "ort-training"]
 EngineChoice = Literal["auto", "step-graph", "ort-training"]
@@ -92,6 +101,10 @@ class Round(Message):
 
     `expert` (the global expert), `start` (the expert before stage 1) and `gate` are the SHA-256 of blobs of globals;
     "" if there is none yet. `chosen`: the selected devices; empty if all are selected.
+
+    Secure sums: `min_class_count` is the number of samples from which a device holds a class; 0: the sums are plain.
+    `classes`: those whose sums are asked for. `roster` and `shares` are the SHA-256 of the blobs of public keys and of
+    encrypted shares.
     """
 
     max_bytes = 192 * 1024  # mostly `chosen`
@@ -108,10 +121,28 @@ class Round(Message):
     expert: Sha256 = ""
     start: Sha256 = ""
     gate: Sha256 = ""
+    min_class_count: Number = 0
+    classes: tuple[Annotated[int, Field(ge=0, lt=4096)], ...] = Field(default=(), max_length=4096, fail_fast=True)
+    roster: Sha256 = ""
+    shares: Sha256 = ""
     training: Training
     sal: Sal
     encoding: Encoding = Encoding.FP32
     privacy: Privacy | None = None
+
+    @property
+    def blobs(self) -> frozenset[str]:
+        """SHA-256 of the blobs of globals that the round needs."""
+        return frozenset({self.expert, self.start, self.gate, self.roster, self.shares} - {""})
+
+    @model_validator(mode="after")
+    def _secure_sums_of_their_stages_only(self) -> Round:
+        secure = self.min_class_count > 0
+        if self.stage in (*EXCHANGE, Stage.HOLDERS) and not secure:
+            raise ValueError(f"stage {self.stage.value} has no min_class_count")
+        if secure and self.stage not in (*EXCHANGE, Stage.HOLDERS, Stage.STATISTICS, Stage.HEAD):
+            raise ValueError(f"stage {self.stage.value} has no secure sums")
+        return self
 
     @model_validator(mode="after")
     def _no_second_moments_with_privacy(self) -> Round:
@@ -170,7 +201,10 @@ class Health(Message):
 
     `time` and `started` are unix seconds, sizes are bytes, temperatures °C. `others`: share of the processors that
     other processes use. `slowdown`: duration of a training step, relative to the measured one. `paused`: the reason.
-    `disconnected`: why there is no connection to the broker, `disconnected_since`: since when (unix seconds).
+    `provider`: the execution provider in use, and why not another. `disconnected`: why there is no connection to the
+    broker, `disconnected_since`: since when (unix seconds).
+    `certificate_until` and `broker_certificate_until`: when they expire (unix seconds); 0 if there is none.
+    `refused`: what the broker seems to refuse.
     """
 
     device: Name
@@ -184,6 +218,7 @@ class Health(Message):
     stage: Text = ""
     level: Level = 0
     level_cap: Level = 0
+    provider: Text = ""
     slowdown: Amount = 1.0
     temperature: float | None = Field(default=None, ge=-273, le=1000)
     others: float | None = Field(default=None, ge=0, le=1)
@@ -199,22 +234,26 @@ class Health(Message):
     skipped: Count = 0
     unacknowledged: Count = 0
     rounds_done: Count = 0
+    refused: Text = ""
     disconnected: Text = ""
     disconnected_since: Amount = 0
+    certificate_until: Amount = 0
+    broker_certificate_until: Amount = 0
 
 
 class Prediction(Message):
-    """The personalized model's prediction for one file, retained. `label`: a class or `unknown`. `round`: the round of
-    the model. `probabilities` are calibrated."""
+    """The personalized model's prediction for one file, retained. `file`: its name; on the device itself, its path.
+    `label`: a class or `unknown`. `round`: the round of the model. `probabilities` are calibrated; a message that would
+    be too long has only the highest ones."""
 
     max_bytes = 192 * 1024  # mostly `probabilities`
 
     device: Name
-    file: Text
+    file: FileName
     time: Amount
     label: ClassName
     confidence: float = Field(ge=0, le=1)
-    probabilities: dict[ClassName, float] = Field(max_length=4096)
+    probabilities: dict[ClassName, float] = Field(max_length=MAX_CLASSES)
     round: Number
 
 
@@ -230,7 +269,9 @@ class Update(Message):
     level: Level
     samples: Count
     metrics: dict[Key, float] = Field(default={}, max_length=64)
-    counts: dict[Key, Annotated[list[Count], Field(max_length=4096, fail_fast=True)]] = Field(default={}, max_length=16)
+    counts: dict[Key, Annotated[list[Count], Field(max_length=MAX_CLASSES, fail_fast=True)]] = Field(
+        default={}, max_length=16
+    )
     engine: str = Field(default="", max_length=32)
     seconds: Amount = 0.0
     peak_rss_mb: Amount = 0.0

@@ -11,11 +11,12 @@ from __future__ import annotations
 import re
 import ssl
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timezone
 from pathlib import Path
 
 from fedfmsl.errors import ConfigError, one_line
 
+NOTICE_SECONDS = 30 * 86400.0  # before a certificate expires
 MAX_BYTES = 1 << 20  # of an identity file
 _BLOCK = re.compile(r"-----BEGIN ([A-Z0-9 ]+)-----\n.*?-----END \1-----", re.DOTALL)
 _CERTIFICATE, _KEY = "CERTIFICATE", "PRIVATE KEY"
@@ -34,8 +35,9 @@ class Identity:
     def client_context(self) -> ssl.SSLContext:
         return self._load(_client_context(self.authorities))
 
-    def server_context(self) -> ssl.SSLContext:
-        """Accepts clients with a certificate of the same CA. Raises ConfigError if the file is not a server's."""
+    def server_context(self, revoked: Path | None = None) -> ssl.SSLContext:
+        """Accepts clients with a certificate of the same CA that is not in the revocation list `revoked` (PEM). Raises
+        ConfigError if the file is not a server's, or the list is invalid."""
         if self.name is None or not self.authorities:
             raise ConfigError(
                 f"{self.path} has only the CA's certificates, and a server also needs a private key and a certificate; "
@@ -45,6 +47,15 @@ class Identity:
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.verify_mode = ssl.CERT_REQUIRED
         context.load_verify_locations(cadata=self.authorities)
+        if revoked is not None:
+            try:
+                context.load_verify_locations(revoked)
+            except OSError as error:  # ssl.SSLError is one
+                raise ConfigError(
+                    f"--revoked {revoked} is no readable revocation list in PEM ({one_line(error)}); pass the kit's "
+                    "revoked.crl"
+                ) from error
+            context.verify_flags |= ssl.VerifyFlags.VERIFY_CRL_CHECK_LEAF
         return self._load(context)
 
     def _load(self, context: ssl.SSLContext) -> ssl.SSLContext:
@@ -67,7 +78,7 @@ def read_identity(path: Path) -> Identity:
         mode = path.stat().st_mode
     except OSError as error:
         raise ConfigError(f"identity {path} is not readable ({error}); make one with devices.provision") from error
-    blocks = [(match[1], match[0]) for match in _BLOCK.finditer(text.replace("\r\n", "\n"))]
+    blocks = pem_blocks(text)
     certificates = [block for kind, block in blocks if kind == _CERTIFICATE]
     has_key = any(kind.endswith(_KEY) for kind, _ in blocks)
     if not certificates:
@@ -85,6 +96,20 @@ def read_identity(path: Path) -> Identity:
     identity = Identity(path, name, "\n".join(authorities), valid)
     identity.client_context()
     return identity
+
+
+def describe_expiry(until: float, now: float, name: str) -> tuple[str, bool]:
+    """When the certificate of `name` expires, for a reader, and whether it has to be renewed soon. Unix seconds."""
+    day = f"until {datetime.fromtimestamp(until, timezone.utc):%Y-%m-%d}"
+    if until - now >= NOTICE_SECONDS:
+        return day, False
+    when = "it has expired" if until <= now else f"only {(until - now) / 86400:.0f} days"
+    return f"{day}, {when}: renew it with python -m devices.provision --renew {name}", True
+
+
+def pem_blocks(text: str) -> list[tuple[str, str]]:
+    """Kind and text of each PEM block."""
+    return [(match[1], match[0]) for match in _BLOCK.finditer(text.replace("\r\n", "\n"))]
 
 
 def device_name(configured: str | None, identity: Path | None) -> str | None:

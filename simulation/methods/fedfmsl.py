@@ -66,6 +66,7 @@ class FedFMSL(Method[SimulatedRun, Stage2]):
             {
                 "run": "simulation",
                 "devices": len(fleet.names),
+                "min_updates": 1,  # any participation is a round, as with the other methods
                 "stage1_rounds": stage1_rounds,
                 "stage2_rounds": stage2_rounds,
                 "stage1": settings.training.model_copy(update={"seed": settings.seed}),
@@ -78,7 +79,11 @@ class FedFMSL(Method[SimulatedRun, Stage2]):
             }
         )
         run = SimulatedRun(settings, config, fleet, self.tamper)
-        return run, _cost(run.step(settings.all_devices(fleet, 0)), bytes_down=0)
+        devices = settings.all_devices(fleet, 0)
+        cost = _cost(run.step(devices), bytes_down=0)
+        while run.announced.stage is Stage.STATISTICS:  # after the round of the holders, with secure sums
+            cost += _cost(run.step(devices), bytes_down=0)
+        return run, cost
 
     def round(
         self, fleet: Fleet, state: SimulatedRun, devices: Sequence[str], index: int
@@ -86,7 +91,7 @@ class FedFMSL(Method[SimulatedRun, Stage2]):
         """The head round belongs to the last round of stage 1. It asks all devices, as the server does."""
         bytes_down = state.bytes_down
         cost = _cost(state.step(devices), bytes_down)
-        if state.announced.stage is Stage.HEAD:
+        while state.announced.stage in (Stage.HOLDERS, Stage.HEAD):
             bytes_down = state.bytes_down
             cost += _cost(state.step(state.settings.all_devices(fleet, index)), bytes_down)
         return state, cost

@@ -28,12 +28,15 @@ from trainer_server.coordinator.events import (
     ClockTicked,
     Command,
     Event,
+    LimitsChanged,
     SendAck,
     StatusSeen,
     Stop,
     StoreRound,
+    UpdateRefused,
     UpdateSeen,
 )
+from trainer_server.coordinator.limits import Limits
 from trainer_server.coordinator.state import Plan, initial_state
 from trainer_server.service.lifecycle import make_plan, open_run, replay_rounds, restore_state
 from trainer_server.storage.checkpoint import vectors_of
@@ -41,6 +44,7 @@ from trainer_server.storage.run_store import LoggedEvent, RunStore
 
 TIMEOUT, JOIN, MAX_NORM, MAX_SAMPLES = 100.0, 50.0, 50.0, 1000
 DEVICES = ["a", "b", "c", "d"]
+UNMERGED = (Stage.BASELINE, Stage.EVALUATE)
 TRAINED = {Stage.GLOBAL: "expert", Stage.PERSONAL: "gate"}
 # flaw of an update → what it changes in the header
 HEADERS: dict[str, dict[str, Any]] = {
@@ -104,7 +108,11 @@ class Machine(RuleBasedStateMachine):
         self.stages = [Stage.STATISTICS, *[Stage.GLOBAL] * 3, Stage.HEAD, *[Stage.PERSONAL] * 2]
         self.stages += [*[Stage.BASELINE] * baseline, Stage.EVALUATE, Stage.FINISHED]
         self.position, self.round, self.opened, self.repeats = -1, 0, 0.0, 0
+        self.timeout, self.least, self.stretch = TIMEOUT, min_updates, 1
+        self.slowest: dict[Stage, float] = {}
         self.known: dict[str, bool] = {}  # device → whether it is online, and ours
+        self.strange: set[str] = set()  # devices with another bundle
+        self.refused: dict[str, tuple[int, int]] = {}  # device → rounds with a refused update, and the last of them
         self.asked: set[str] = set()
         self.history: dict[
             int, tuple[Stage, set[str] | None]
@@ -134,6 +142,8 @@ class Machine(RuleBasedStateMachine):
         bundle = BUNDLE[0].sha256 if ours else "f" * 64
         self.feed(StatusSeen(DeviceStatus(device=device, online=online, bundle=bundle, level_cap=len(device))))
         self.known[device] = online and bool(ours)
+        if online:  # one that leaves keeps its error
+            self.strange = self.strange - {device} if ours else self.strange | {device}
         assert self.state.online == {name for name, there in self.known.items() if there}
 
     @precondition(lambda self: not self.over and self.announced)
@@ -166,6 +176,12 @@ class Machine(RuleBasedStateMachine):
             self.accepted[update.round, device] = update
             self.counted.add((update.round, device))
             self.taught[update.round, device] = tensors
+            self.refused.pop(device, None)
+            if update.round == self.round and update.stage not in UNMERGED:
+                self.slowest[update.stage] = max(self.slowest.get(update.stage, 0.0), self.now - self.opened)
+        elif self.counts_against(update, wanted):
+            times, latest = self.refused.get(device, (0, 0))
+            self.refused[device] = (times + (latest != self.round), self.round)
         assert self.state.updates.keys() == self.accepted.keys()
 
     @precondition(lambda self: not self.over and self.announced)
@@ -178,12 +194,26 @@ class Machine(RuleBasedStateMachine):
         self.tick(0.0, False)
 
     @precondition(lambda self: not self.over)
-    @rule(seconds=st.sampled_from([0.0, 0.0, 0.0, 1.0, JOIN, TIMEOUT, 1e6]), dies=st.sampled_from([False, False, True]))
-    def tick(self, seconds: float, dies: bool) -> None:
+    @rule(timeout=st.sampled_from([TIMEOUT, 3 * TIMEOUT]), least=st.integers(1, 2))
+    def resume(self, timeout: float, least: int) -> None:
+        """The operator resumes the run with other limits."""
+        self.timeout, self.least = timeout, least
+        limits = Limits.of(self.config).model_copy(update={"round_timeout": timeout, "min_updates": least})
+        self.feed(LimitsChanged(limits))
+        assert self.state.limits == limits
+
+    @precondition(lambda self: not self.over)
+    @rule(
+        seconds=st.sampled_from([0.0, 0.0, 0.0, 1.0, JOIN, TIMEOUT, 1e6]),
+        dies=st.sampled_from([False, False, True]),
+        busy=st.booleans(),
+    )
+    def tick(self, seconds: float, dies: bool, busy: bool = False) -> None:
         self.now += seconds
         before, closing = self.state, self.stages[self.position] if self.announced else None
-        closes = self.must_close()
-        commands = self.feed(ClockTicked(), keep=not dies)
+        lasts_longer = busy and self.may_last_longer()
+        closes = self.must_close() and not lasts_longer
+        commands = self.feed(ClockTicked(frozenset(DEVICES if busy else [])), keep=not dies)
         if dies:
             self.crash()
         stops = [c for c in commands if isinstance(c, Stop)]
@@ -191,18 +221,22 @@ class Machine(RuleBasedStateMachine):
         self.over = bool(stops)
         if closing is None:
             ready, late = len(before.online), self.now >= JOIN
-            starts = ready >= 2 or (late and ready >= self.config.min_updates)
+            starts = ready >= 2 or (late and ready >= self.least)
             assert bool(opened) == starts
             assert self.over == (late and not starts)
             if starts:
                 self.open(0, opened[0])
             return
         assert bool(opened) == closes
+        if lasts_longer:
+            self.stretch *= 2
+            DONE["longer rounds"] += 1
+        assert self.state.stretch == self.stretch or closes
         if not closes:
             return
         (record,) = [c.closed for c in commands if isinstance(c, StoreRound)]
         assert set(record.updates) == {device for _, device in self.accepted}
-        enough = len(self.accepted) >= self.config.min_updates
+        enough = len(self.accepted) >= self.least
         assert bool(record.repeated) != enough
         for stage, kind in TRAINED.items():
             self.check_vector(
@@ -211,6 +245,8 @@ class Machine(RuleBasedStateMachine):
         assert self.state.sal.level >= before.sal.level
         given_up = not enough and self.config.max_repeats is not None and self.repeats >= self.config.max_repeats
         self.repeats = 0 if enough else self.repeats + 1
+        quick = 2 * (self.now - self.opened) < self.seconds()
+        self.stretch = 1 if not enough else max(self.stretch // 2, 1) if quick else self.stretch
         following = self.position + 1 if enough else len(self.stages) - 1 if given_up else self.position
         assert self.over == (following == len(self.stages) - 1)
         self.open(following, opened[0])
@@ -239,6 +275,10 @@ class Machine(RuleBasedStateMachine):
             "announced",
             "devices",
             "expected",
+            "refused",
+            "limits",
+            "stretch",
+            "slowest",
             "updates",
             "recent",
             "counted",
@@ -259,8 +299,10 @@ class Machine(RuleBasedStateMachine):
         self.state, commands = advance(self.plan, before, event, self.now)
         self.announced += [c.round for c in commands if isinstance(c, AnnounceRound)]
         if self.store and self.state is not before:
+            if isinstance(event, UpdateSeen) and (event.update.round, event.update.device) not in self.state.updates:
+                event = UpdateRefused(event.update.device)
             self.store.commit([LoggedEvent(self.now, event)], [c.closed for c in commands if isinstance(c, StoreRound)])
-            if isinstance(event, ClockTicked) and keep:
+            if any(isinstance(command, AnnounceRound) for command in commands) and keep:
                 self.store.save_checkpoint(self.state, self.now)
                 if not self.config.audit:
                     assert len(list(self.store.tensors.iterdir())) == 1
@@ -272,24 +314,57 @@ class Machine(RuleBasedStateMachine):
         online = {name for name, there in self.known.items() if there}
         self.position, self.round, self.opened = position, self.round + 1, self.now
         assert (opened.round, opened.stage) == (self.round, self.stages[position])
-        self.asked = set(opened.chosen) or online
+        if opened.stage in UNMERGED:
+            self.stretch = 1
+        able = {name for name in online if not self.is_left_out(name)}
+        able = able if len(able) >= self.least else online
+        self.asked = set(opened.chosen) or able
         self.history[self.round] = (opened.stage, set(opened.chosen) or None)
-        assert self.asked <= online
+        assert self.asked <= able
         if opened.stage in TRAINED and not self.repeats and self.config.select is Selection.RANDOM:
-            wanted = max(math.ceil(len(online) / 2), self.config.min_updates)
-            assert len(self.asked) == min(wanted, len(online))
+            wanted = max(math.ceil(len(able) / 2), self.least)
+            assert len(self.asked) == min(wanted, len(able))
         elif opened.stage not in TRAINED or self.repeats:
-            assert self.asked == online
+            assert self.asked == able
         self.accepted = {}
         oldest = self.round - max(2, self.config.max_staleness)
         self.counted = {key for key in self.counted if key[0] >= oldest}
 
+    def is_left_out(self, device: str) -> bool:
+        times, latest = self.refused.get(device, (0, 0))
+        return times >= 3 and latest < self.round <= latest + 10
+
+    def counts_against(self, update: Update, verdict: Verdict) -> bool:
+        ours = update.run == "r" and update.session == self.plan.session
+        refused = verdict is Verdict.REJECTED and update.round == self.round
+        return ours and refused and update.device in self.asked
+
+    def awaited(self) -> set[str]:
+        """The asked devices that have not answered and may still do so."""
+        refused = {name for name, (_, latest) in self.refused.items() if latest == self.round}
+        return self.asked - self.strange - refused - {device for _, device in self.accepted}
+
+    def seconds(self) -> float:
+        """The length of the present round."""
+        stage, repetitions = self.stages[self.position], self.announced[-1].repetitions
+        alike = {
+            Stage.BASELINE: self.slowest.get(Stage.GLOBAL, 0.0),
+            Stage.EVALUATE: max(self.slowest.values(), default=0),
+        }
+        return self.stretch * max(self.timeout, 3 * repetitions * alike.get(stage, 0.0))
+
+    def may_last_longer(self) -> bool:
+        late = self.announced and not self.is_complete() and self.now - self.opened >= self.seconds()
+        return bool(late and len(self.accepted) < self.least and self.awaited() and self.stretch < 16)
+
     def must_close(self) -> bool:
-        if self.now - self.opened >= TIMEOUT:
-            return True
+        return bool(self.announced) and (self.is_complete() or self.now - self.opened >= self.seconds())
+
+    def is_complete(self) -> bool:
         share = self.config.enough if self.stages[self.position] in TRAINED else 1.0
         who = [device for _, device in self.accepted if self.config.max_staleness or device in self.asked]
-        return len(self.accepted) >= self.config.min_updates and len(who) >= share * len(self.asked)
+        needed = self.awaited() | {device for _, device in self.accepted if device in self.asked}
+        return len(self.accepted) >= self.least and len(who) >= share * len(needed)
 
     def verdict(self, update: Update, flawed: bool) -> Verdict:
         age = self.round - update.round

@@ -25,7 +25,7 @@ else:
 ROOT = Path(__file__).parents[2]
 ROOTS = ("fedfmsl", "export", "trainer_server", "edge_runtime", "devices", "simulation", "benchmarks")
 MODELS = {"torch", "transformers", "peft", "optimum", "onnxscript"}  # what an export needs
-SERVER_ONLY = {"starlette", "uvicorn", "dp_accounting", "trainer_server"}
+SERVER_ONLY = {"dp_accounting", "trainer_server"}
 EXPORT_ONLY = {*MODELS, "export", "huggingface_hub"}
 
 
@@ -43,7 +43,7 @@ FEDFMSL = f"fedfmsl.errors {ALGORITHMS} {COMMON} {PROTOCOL} {TRANSPORT}"
 EDGE = "edge_runtime"
 TABLE = (
     Row("fedfmsl.errors"),
-    Row(ALGORITHMS, "", "numpy"),
+    Row(ALGORITHMS, "", "numpy cryptography Crypto"),
     Row(COMMON, "fedfmsl.errors", "typer rich pydantic pydantic_core pydantic_settings tomli"),
     Row(PROTOCOL, f"fedfmsl.errors {ALGORITHMS}", "numpy pydantic safetensors"),
     Row(TRANSPORT, f"fedfmsl.errors {COMMON} {PROTOCOL}", "paho pydantic cryptography"),
@@ -63,10 +63,10 @@ TABLE = (
     Row(
         "trainer_server.service",
         f"{FEDFMSL} trainer_server.config trainer_server.coordinator trainer_server.storage",
-        "paho starlette uvicorn",
+        "paho",
     ),
     Row("trainer_server", f"{FEDFMSL} trainer_server.*", "typer rich pydantic pydantic_settings"),
-    Row(f"{EDGE}.store", FEDFMSL),
+    Row(f"{EDGE}.store", FEDFMSL, "pydantic"),
     Row(f"{EDGE}.engines", FEDFMSL, "numpy onnxruntime psutil"),
     Row(f"{EDGE}.data", f"{FEDFMSL} {EDGE}.store {EDGE}.engines", "numpy PIL pydantic"),
     Row(f"{EDGE}.training", f"{FEDFMSL} {EDGE}.store {EDGE}.engines {EDGE}.data", "numpy pydantic"),
@@ -212,7 +212,10 @@ def test_nothing_imports_benchmarks_or_tests() -> None:
         ("fedfmsl", {"pydantic", "safetensors", "onnxruntime", "torch", "paho", "typer", "dp_accounting"}),
         ("fedfmsl.protocol.bundle", {*EXPORT_ONLY, "onnx", "onnxruntime", "paho", "typer"}),
         ("edge_runtime.__main__", {*EXPORT_ONLY, *SERVER_ONLY, "onnx", "tokenizers"}),
-        ("edge_runtime.daemon.loop", {*EXPORT_ONLY, *SERVER_ONLY, "onnx", "tokenizers", "prometheus_client"}),
+        (
+            "edge_runtime.daemon.loop",
+            {*EXPORT_ONLY, *SERVER_ONLY, "onnx", "tokenizers", "prometheus_client", "Crypto", "cryptography"},
+        ),
         ("edge_runtime.engines", {*EXPORT_ONLY, *SERVER_ONLY, "onnx", "paho", "typer"}),
         ("trainer_server.__main__", {*EXPORT_ONLY, "onnx", "onnxruntime", "edge_runtime", "PIL"}),
         ("devices.install", {*EXPORT_ONLY, *SERVER_ONLY, "amqtt", "matplotlib", "onnx", "pyarrow", "tokenizers"}),
@@ -235,7 +238,7 @@ def distributions_of(extra: str) -> set[str]:
 def test_the_edge_extra_installs_neither_torch_nor_what_needs_it() -> None:
     assert distributions_of("edge") == {
         *("numpy", "paho-mqtt", "pydantic", "pydantic-settings", "rich", "safetensors", "tomli", "typer"),
-        *("cryptography", "psutil", "tomlkit"),
+        *("cryptography", "psutil", "pycryptodome", "tomlkit"),
         *("onnx", "onnxruntime", "pillow", "prometheus-client"),
     }
 

@@ -173,8 +173,9 @@ def test_predictions_are_published_with_a_discovery_message(
         link.subscribe(topic)
     options = ["--watch", str(inbox), "--publish", "--run", topics.run, "--broker", broker.url]
     process = processes.start_module("predict", "edge_runtime", *arguments(store, *options))
+    names = {Path(path).name for path in photos_in(inbox)}
     files, discovered, online = set(), False, False
-    while len(files) < len(photos_in(inbox)) or not discovered or not online:
+    while len(files) < len(names) or not discovered or not online:
         event = link.next_event(SECONDS)
         assert event is not None, process.stderr
         if not isinstance(event, Received):
@@ -187,7 +188,7 @@ def test_predictions_are_published_with_a_discovery_message(
             online = parse(DeviceStatus, event.payload).online
         elif event.topic == topics.prediction("kitchen"):  # amqtt sends messages of other clients' subscriptions, too
             files.add(parse(Prediction, event.payload).file)
-    assert files == photos_in(inbox)
+    assert files == names
     process.kill()
     status = receive(link, topics.prediction_status("kitchen"), DeviceStatus)
     assert isinstance(status, DeviceStatus) and not status.online
@@ -200,10 +201,15 @@ def test_predictions_are_published_with_a_discovery_message(
     late.close()
 
 
-def test_publishing_beside_a_daemon_is_refused(store: DeviceStore, inbox: Path) -> None:
+@pytest.mark.parametrize(
+    ("more", "text"), [((), "in use by another process"), (("--model", "model.onnx"), "the daemon of --state")]
+)
+def test_publishing_beside_a_daemon_is_refused(
+    store: DeviceStore, inbox: Path, more: tuple[str, ...], text: str
+) -> None:
     with locked(store.root, ""):
-        result = run_module("edge_runtime", *arguments(store, str(inbox), "--publish", "--run", "stream"))
-    result.assert_error(CONFIG, "in use by another process", "watch")
+        result = run_module("edge_runtime", *arguments(store, str(inbox), "--publish", "--run", "stream", *more))
+    result.assert_error(CONFIG, text, "watch")
 
 
 @pytest.mark.parametrize(

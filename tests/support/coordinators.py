@@ -109,8 +109,11 @@ class CoordinatorRun:
 
     def feed(self, *events: Event) -> list[Command]:
         """Commands of these events and of a clock tick after them."""
+        return self.feed_only(*events, ClockTicked())
+
+    def feed_only(self, *events: Event) -> list[Command]:
         fresh: list[Command] = []
-        for event in (*events, ClockTicked()):
+        for event in events:
             self.state, commands = advance(self.plan, self.state, event, self.now)
             fresh += commands
         self.commands += fresh

@@ -91,11 +91,56 @@ def test_a_class_may_have_the_name_of_a_split(tmp_path: Path) -> None:
     touch(tmp_path, "train/1.jpg", "bus/2.jpg", "test/3.jpg")
     assert classes_in(tmp_path) == ["bus", "test", "train"]
     shutil.rmtree(tmp_path / "test")
-    touch(tmp_path, "train/old/1.jpg")
     assert classes_in(tmp_path) == ["bus", "train"]
-    shutil.rmtree(tmp_path / "bus")
-    listing = walk_classes(tmp_path, IMAGES.suffixes, IMAGES.noun, ["bus", "train"])
-    assert {file.label for file in listing.files} == {"train"}
+
+
+@pytest.mark.parametrize(
+    ("names", "classes", "found"),
+    [
+        (("train/old/1.jpg", "bus/2.jpg"), ["bus", "train"], {"bus", "train"}),
+        (("train/old/1.jpg", "bus/2.jpg"), ["bus", "car"], {"bus"}),
+        (("train/old/1.jpg",), ["bus", "train"], {"train"}),
+        (("train/bus/1.jpg", "test/bus/2.jpg", "train/train/3.jpg"), ["bus", "train"], {"bus", "train"}),
+        (("train/bus/1.jpg", "masks/2.jpg"), ["bus", "car"], {"bus"}),
+        (("train/bus/1.jpg", "masks/2.jpg", "test/bus/3.jpg"), None, {"bus"}),
+    ],
+)
+def test_the_names_of_the_classes_or_a_test_folder_decide_what_train_is(
+    tmp_path: Path, names: tuple[str, ...], classes: list[str] | None, found: set[str]
+) -> None:
+    touch(tmp_path, *names)
+    listing = walk_classes(tmp_path, IMAGES.suffixes, IMAGES.noun, classes)
+    assert {file.label for file in listing.files} == found
+    assert len(listing.files) + count_files(listing.skipped) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("names", "classes", "beside"),
+    [
+        (("train/kiwi/1.jpg", "masks/2.jpg"), None, "masks/"),
+        (("train/kiwi/1.jpg", *(f"{each}/2.jpg" for each in "abcde")), None, "a/ and b/ and c/ and 2 more"),
+        (("train/kiwi/1.jpg", "plum/2.jpg"), CLASSES, "plum/"),
+    ],
+)
+def test_a_training_folder_that_may_be_a_class_is_refused(
+    tmp_path: Path, names: tuple[str, ...], classes: tuple[str, ...] | None, beside: str
+) -> None:
+    touch(tmp_path, *names)
+    message = f"has train/ with folders in it beside {beside}, so .*; pass {tmp_path}/train, or rename it"
+    with pytest.raises(InputError, match=message):
+        walk_classes(tmp_path, IMAGES.suffixes, IMAGES.noun, classes)
+
+
+def test_empty_class_folders_are_counted_and_named(tmp_path: Path) -> None:
+    touch(tmp_path, "kiwi/1.jpg", "plum/notes.txt")
+    for name in ("apple", "lemon", "other"):
+        (tmp_path / name).mkdir()
+    of_a_device, of_a_trial = (
+        summarize(walk_classes(tmp_path, IMAGES.suffixes, IMAGES.noun, classes).skipped, tmp_path)
+        for classes in (CLASSES, None)
+    )
+    assert of_a_device[0] == "3 folders: class folder without a file that can be used (apple, lemon, plum)"
+    assert of_a_trial[0] == "4 folders: class folder without a file that can be used (apple, lemon, other, …)"
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from fedfmsl import errors
 from fedfmsl.__main__ import PARTS, app
 from fedfmsl.common.exit_codes import EXIT_CODES
 
-HEAVY = ("torch", "onnxruntime", "paho", "starlette", "pydantic", "edge_runtime", "trainer_server", "export", "devices")
+HEAVY = ("torch", "onnxruntime", "paho", "pydantic", "edge_runtime", "trainer_server", "export", "devices")
 
 
 def options_of(command: Any) -> dict[str, Any]:

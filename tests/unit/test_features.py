@@ -13,6 +13,7 @@ from support.opened_files import opened_below
 from support.samples import CLASSES, set_dates
 from support.torch_reference import hidden_states, torch_expert
 
+from edge_runtime.data import inputs
 from edge_runtime.data.cache import DiskCache
 from edge_runtime.data.features import FeatureCache, HiddenStates
 from edge_runtime.data.folder import SampleFolder, scan_once
@@ -194,6 +195,16 @@ def test_states_of_another_bundle_are_never_used(vit: Built, dinov2: Built, imag
     one = FeatureCache(DiskCache(tmp_path), vit.bundle, threads=1).frozen(images, 1)
     two = FeatureCache(DiskCache(tmp_path), dinov2.bundle, threads=1).frozen(images, 1)
     assert one.folder != two.folder
+
+
+def test_states_of_other_decoding_code_are_never_used(
+    vit: Built, images: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = set()
+    for version in (1, 2):
+        monkeypatch.setattr(inputs, "DECODING", version)
+        folders.add(FeatureCache(DiskCache(tmp_path), vit.bundle, threads=1).frozen(images, 1).folder)
+    assert len(folders) == 2
 
 
 def test_unused_states_are_dropped(vit: Built, images: Samples, tmp_path: Path, memory: Memory) -> None:

@@ -9,6 +9,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -258,15 +259,33 @@ def test_a_file_without_read_permission_is_skipped_until_it_has_it(
     assert skipped(folder.scan(), photos) == {}
 
 
-def test_another_preprocessing_reads_everything_again_and_changes_no_split(
-    vit: Built, photos: Path, store: DeviceStore, reads: list[str]
+@pytest.mark.parametrize(
+    ("preprocessing", "decoders", "read_again"),
+    [("another", "", 41), ("", "another", 1)],
+    ids=["another preprocessing", "another version of a decoder"],
+)
+def test_what_may_be_read_otherwise_is_read_again_and_changes_no_split(
+    vit: Built,
+    photos: Path,
+    store: DeviceStore,
+    reads: list[str],
+    preprocessing: str,
+    decoders: str,
+    read_again: int,
 ) -> None:
+    put(photos / "plum" / "damaged.jpg", b"not a photo")
     first = assigned(SampleFolder(photos, vit.bundle, store), store)
-    with open_ledger(store.samples) as ledger:
-        ledger.set_preprocessing("another")
+    with closing(sqlite3.connect(store.samples)) as db, db:
+        if preprocessing:
+            db.execute("UPDATE read_with SET preprocessing = ?", [preprocessing])
+        if decoders:
+            db.execute("UPDATE read_with SET decoders = ?", [decoders])
     reads.clear()
     assert SampleFolder(photos, vit.bundle, store).scan() == first
-    assert len(reads) == 40
+    assert len(reads) == read_again
+    reads.clear()
+    assert SampleFolder(photos, vit.bundle, store).scan() == first
+    assert reads == []
 
 
 def test_texts_come_and_go_like_images(bert: Built, store: DeviceStore, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fedfmsl.common.logs import fields, set_up_logging
+from fedfmsl.common.logs import BoundedLines, fields, set_up_logging
 
 
 def test_a_json_line_has_the_severity_and_the_fields(capsys: pytest.CaptureFixture[str]) -> None:
@@ -78,3 +78,20 @@ def test_no_text_is_lost_or_ends_a_process_in_any_locale(tmp_path: Path, locale:
 def test_a_field_cannot_replace_a_key_of_every_line(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name}: every log line has it; choose another name"):
         fields(**{name: 1})
+
+
+def test_a_place_that_logs_too_often_is_cut_off_for_a_minute_and_says_so() -> None:
+    now = [0.0]
+    bounded = BoundedLines(lambda: now[0])
+
+    def record(line: int, level: int = logging.WARNING) -> logging.LogRecord:
+        return logging.LogRecord("fedfmsl", level, "module.py", line, "refused from %s", ("mallory",), None)
+
+    first = [record(1) for _ in range(200)]
+    assert [bounded.filter(each) for each in first].count(True) == 60
+    assert bounded.filter(first[0])  # the second handler asks again
+    assert "more such lines" in first[59].getMessage() and "mallory" in first[59].getMessage()
+    assert bounded.filter(record(2))  # another place
+    assert sum(bounded.filter(record(3, logging.INFO)) for _ in range(200)) == 200
+    now[0] = 61.0
+    assert bounded.filter(record(1))

@@ -31,7 +31,7 @@ def test_a_tenth_is_rounded_up_as_the_server_does(count: int, selected: int) -> 
     config = RunConfig(run="r", devices=count, select="random", fraction=0.1, stage1_sal=sal, stage2_sal=sal)
     ready = {name: DeviceStatus(device=name, online=True, bundle="0" * 64) for name in sizes}
     assert len(Participation(fraction=0.1).devices(sizes, 0)) == selected
-    assert len(select_devices(config, ready, 1, 1)) == selected
+    assert len(select_devices(config, ready, 1, 1, least=1)) == selected
 
 
 def test_a_round_that_asks_all_devices_misses_those_that_fail() -> None:

@@ -105,7 +105,8 @@ def test_skipped_files_are_counted_on_the_console(tmp_path: Path, capsys: pytest
     train, _ = find_files(photos, IMAGES, skipped=skipped)
     assert [*train] == ["a class, with a comma "]
     assert capsys.readouterr().out.splitlines() == [
-        "skipped: 4 files: .mov is not a suffix of images (kiwi/00.mov, kiwi/01.mov, kiwi/02.mov, …)"
+        "skipped: 4 files: .mov is not a suffix of images (kiwi/00.mov, kiwi/01.mov, kiwi/02.mov, …)",
+        f"skipped: {photos}/kiwi: class folder without a file that can be used",
     ]
     assert count_files(skipped) == 4
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from fedfmsl.algorithms.arrays import Tensors
 from fedfmsl.protocol.messages import Ack, DeviceStatus, Round, Update
+from trainer_server.coordinator.limits import Limits
 from trainer_server.coordinator.records import ClosedRound
 
 
@@ -25,11 +26,28 @@ class UpdateSeen:
 
 
 @dataclass(frozen=True)
+class UpdateRefused:
+    """A selected device's update for the present round was refused. The log has this instead of the update."""
+
+    device: str
+
+
+@dataclass(frozen=True)
+class LimitsChanged:
+    """The operator has resumed the run with other limits."""
+
+    limits: Limits
+
+
+@dataclass(frozen=True)
 class ClockTicked:
-    """No message is waiting. Rounds open and close only at this event, so every message that arrived before counts."""
+    """No message is waiting. Rounds open and close only at this event, so every message that arrived before counts.
+    `working`: devices whose heartbeats show that they are at work."""
+
+    working: frozenset[str] = frozenset()
 
 
-Event = StatusSeen | UpdateSeen | ClockTicked
+Event = StatusSeen | UpdateSeen | UpdateRefused | LimitsChanged | ClockTicked
 
 
 @dataclass(frozen=True)
@@ -66,9 +84,10 @@ class StoreRound:
 
 @dataclass(frozen=True)
 class Log:
-    """Write a line for the operator."""
+    """Write a line for the operator. `warning`: something needs attention."""
 
     text: str
+    warning: bool = False
 
 
 @dataclass(frozen=True)

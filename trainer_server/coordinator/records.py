@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from fedfmsl.algorithms.bounds import capped_weights
 from fedfmsl.protocol.messages import Message, Round, Stage, Update
+
+NAMES = 10  # of devices in a line of text
 
 
 class ClosedRound(Message):
@@ -47,6 +49,20 @@ def successful_rounds(rounds: Sequence[ClosedRound], stage: Stage) -> list[Close
     """The stage's rounds in order, without those that were repeated."""
     by_index = {r.round.index: r for r in rounds if r.round.stage is stage and not r.repeated}
     return [by_index[index] for index in sorted(by_index)]
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names for a line of text; of many only some."""
+    more = len(names) - NAMES
+    return ", ".join(names[:NAMES]) + (f" and {more} more" if more > 0 else "")
+
+
+def rare_devices(counts: Mapping[str, int], rounds: int, known: Iterable[str], fraction: float) -> dict[str, int]:
+    """The number of training rounds that a device took part in, for each one that did so in less than half of those
+    that it should be in: a `fraction` of the `rounds`. `counts`: by device. `known`: devices that have announced
+    themselves."""
+    names = sorted({*known, *counts})
+    return {name: counts.get(name, 0) for name in names if 2 * counts.get(name, 0) < fraction * rounds}
 
 
 def _model(metric: str) -> str:

@@ -1,29 +1,43 @@
-"""Serves the bundle over HTTP(S), with Range and ETag. It is too large for a broker."""
+"""Starts the process that serves the bundle over HTTP(S) (`bundle_process`). The bundle is too large for a broker."""
 
 from __future__ import annotations
 
+import contextlib
+import json
+import logging
+import subprocess
+import sys
 import threading
+from dataclasses import asdict
 from pathlib import Path
-
-import uvicorn
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import FileResponse, PlainTextResponse, Response
-from starlette.routing import Route
 
 from fedfmsl.errors import BundleError, ConfigError, RunError
 from fedfmsl.protocol.bundle import MANIFEST, Bundle
 from fedfmsl.transport.address import require_loopback
 from fedfmsl.transport.identity import read_identity
+from trainer_server.service.bundle_process import LISTENING, Job
 
-START_SECONDS = 10
+logger = logging.getLogger(__name__)
+
+COMMAND = (sys.executable, "-m", "trainer_server.service.bundle_process")
+RESTART_SECONDS = 5.0
 
 
 class BundleServer:
-    """Serves a bundle's files at `url` in a thread until `close`."""
+    """Serves a bundle's files at `url` in another process until `close`. A process that ends is started again."""
 
-    def __init__(self, root: Path, address: str, identity: Path | None = None, insecure: bool = False) -> None:
-        """`address` is HOST:PORT. With an identity: HTTPS, for clients with a certificate of the same CA.
+    def __init__(
+        self,
+        root: Path,
+        address: str,
+        identity: Path | None = None,
+        insecure: bool = False,
+        revoked: Path | None = None,
+        allowed: frozenset[str] | None = None,
+    ) -> None:
+        """`address` is HOST:PORT as clients reach it. With an identity: HTTPS, for clients with a certificate of the
+        same CA that is not in the list `revoked`, and with a name of `allowed`. Default of `revoked`: the list of
+        devices.provision beside the identity, if it is there.
 
         Without an identity the address must be a loopback address, unless `insecure`. Raises ConfigError if address or
         identity is invalid, RunError if the server cannot listen there.
@@ -33,56 +47,87 @@ class BundleServer:
             raise ConfigError(f"--serve {address!r} is not HOST:PORT, for example fleet.example:8443")
         if identity is None and not insecure:
             require_loopback(f"the bundle from --serve {address}", host, "pass the server's --identity")
-        self.url = f"{'https' if identity else 'http'}://{address}/bundle"
-        config = uvicorn.Config(
-            bundle_app(Bundle.load(root)), host=host.strip("[]"), port=int(port), log_level="critical"
-        )
-        config.load()
         if identity:
-            # uvicorn's own options need key and CA in separate files
-            config.ssl = read_identity(identity).server_context()
-        self._server = uvicorn.Server(config)
-        self._thread = threading.Thread(target=self._serve, daemon=True)
-        self._ended = threading.Event()
+            revoked = revoked or revocation_list_beside(identity)
+            read_identity(identity).server_context(revoked)  # raises ConfigError
+            if revoked is None:
+                logger.warning(
+                    "the bundle's server has no revocation list, so it serves revoked devices; give --revoked"
+                )
+        self.url = f"{'https' if identity else 'http'}://{address}/bundle"
+        self._address = address
+        self._job = Job(
+            host.strip("[]"),
+            int(port),
+            _files(Bundle.load(root)),
+            str(identity.absolute()) if identity else None,
+            str(revoked.absolute()) if revoked else None,
+            sorted(allowed) if allowed is not None and identity else None,
+        )
+        self._closing = threading.Event()
+        self._process = self._start()
+        self._thread = threading.Thread(target=self._follow, daemon=True)
         self._thread.start()
-        for _ in range(START_SECONDS * 20):
-            if self._server.started or self._ended.wait(0.05):
-                break
-        if not self._server.started:
-            raise RunError(f"cannot serve the bundle on {address}; is the port in use? choose another --serve")
 
     def close(self) -> None:
-        self._server.should_exit = True
+        self._closing.set()
+        _close_input(self._process)
         self._thread.join()
 
-    def _serve(self) -> None:
-        try:
-            self._server.run()
-        except SystemExit:  # uvicorn exits if it cannot bind
-            pass
-        finally:
-            self._ended.set()
+    def _start(self) -> subprocess.Popen[str]:
+        """Raises RunError if it does not listen."""
+        process = subprocess.Popen(COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert process.stdin and process.stdout
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.write(json.dumps(asdict(self._job)) + "\n")
+            process.stdin.flush()
+        first = process.stdout.readline().strip()
+        if first != LISTENING:
+            _close_input(process)
+            process.wait()
+            raise RunError(
+                f"cannot serve the bundle on {self._address} ({first or 'see above'}); is the port in use? choose "
+                "another --serve"
+            )
+        return process
+
+    def _follow(self) -> None:
+        """Logs what the process writes, until `close`."""
+        while True:
+            assert self._process.stdout
+            for line in self._process.stdout:
+                logger.warning("%s", line.strip())
+            code = self._process.wait()
+            if self._closing.is_set():
+                return
+            logger.warning("the bundle's server ended with exit code %d; starting it again", code)
+            while not self._closing.wait(RESTART_SECONDS):
+                with contextlib.suppress(RunError):
+                    self._process = self._start()
+                    break
+            else:
+                return
+            if self._closing.is_set():
+                _close_input(self._process)
 
 
-def bundle_app(bundle: Bundle) -> Starlette:
-    """Serves the manifest and the files that it names. The ETag of each file is its SHA-256."""
+def revocation_list_beside(identity: Path) -> Path | None:
+    """The list in the folder of `identity`, or in the broker's kit there."""
+    places = [identity.parent / "revoked.crl", identity.parent / "broker" / "revoked.crl"]
+    return next((path for path in places if path.is_file()), None)
+
+
+def _files(bundle: Bundle) -> dict[str, tuple[str, str]]:
+    """Absolute path and SHA-256 of the manifest and of the files that it names, by name."""
     digests = {MANIFEST: bundle.sha256} | {name: entry.sha256 for name, entry in bundle.manifest.files.items()}
-
-    async def serve(request: Request) -> Response:
-        name = request.path_params["name"]
-        if name not in digests or not _exists(bundle, name):
-            return PlainTextResponse("the bundle has no such file", status_code=404)
-        etag = f'"{digests[name]}"'
-        known = {tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")}
-        if known & {etag, "*"}:
-            return Response(status_code=304, headers={"etag": etag})
-        return FileResponse(bundle.path(name), headers={"etag": etag}, media_type="application/octet-stream")
-
-    return Starlette(routes=[Route("/bundle/{name:path}", serve)])
+    found = {}
+    for name, sha256 in digests.items():
+        with contextlib.suppress(BundleError):  # the manifest names a file outside of the bundle
+            found[name] = (str(bundle.path(name).absolute()), sha256)
+    return found
 
 
-def _exists(bundle: Bundle, name: str) -> bool:
-    try:
-        return bundle.path(name).is_file()
-    except BundleError:  # the manifest names a file outside of the bundle
-        return False
+def _close_input(process: subprocess.Popen[str]) -> None:
+    with contextlib.suppress(OSError):
+        assert process.stdin
+        process.stdin.close()

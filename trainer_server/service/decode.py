@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Container
 
 from fedfmsl.errors import MessageError
-from fedfmsl.protocol.messages import DeviceStatus, Update, parse
+from fedfmsl.protocol.messages import Activity, DeviceStatus, Health, Update, parse
 from fedfmsl.protocol.tensors import unpack
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.link import Received
@@ -36,6 +37,15 @@ class Decoder:
             raise MessageError(f"device {device!r} has not announced itself")
         upload = self._uploads.add(*source, received.payload)
         return (None, None) if upload is None else (self._update(source, upload), upload)
+
+    def shows_work(self, received: Received) -> bool | None:
+        """Whether a device's live message shows that it is at work; None if the message says nothing about it."""
+        device = self._topics.device_of(received.topic)
+        if device is not None and received.topic == self._topics.health(device):
+            with contextlib.suppress(MessageError):  # a heartbeat of another version is a sign of life only
+                return parse(Health, received.payload).activity is Activity.WORKING
+            return None
+        return True if self._topics.update_of(received.topic) is not None else None
 
     @staticmethod
     def _status(device: str, payload: bytes) -> DeviceStatus:

@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
+from fedfmsl.common.settings import flag_of
 from fedfmsl.errors import BundleError, ConfigError, RunError
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.messages import Round, ServerStatus, encode
+from fedfmsl.protocol.secure_sums import SignedKeys
 from fedfmsl.protocol.topics import ROOT, Topics
+from fedfmsl.transport.identity import read_identity
 from fedfmsl.transport.link import KEEPALIVE_SECONDS, Link, Will
+from fedfmsl.transport.signatures import Authorities
 from trainer_server.config import RunConfig
 from trainer_server.coordinator.advance import advance
-from trainer_server.coordinator.events import AnnounceRound
-from trainer_server.coordinator.state import Plan, State, initial_state
+from trainer_server.coordinator.events import AnnounceRound, LimitsChanged, Log
+from trainer_server.coordinator.limits import Limits, check_change
+from trainer_server.coordinator.state import CheckKeys, Plan, State, initial_state, unsigned
 from trainer_server.service.loop import Service
 from trainer_server.service.run_log import LOG_BYTES, log_to_folder
-from trainer_server.storage.run_store import DATABASE, Origin, RunStore, require_folder
+from trainer_server.storage.run_store import DATABASE, LoggedEvent, Origin, RunStore, require_folder
+
+logger = logging.getLogger(__name__)
+
+NO_CHANGES: Mapping[str, Any] = MappingProxyType({})
 
 
 def open_run(folder: Path, config: RunConfig, bundle: Bundle) -> RunStore:
@@ -47,9 +59,10 @@ def open_run(folder: Path, config: RunConfig, bundle: Bundle) -> RunStore:
         raise ConfigError(f"{folder} holds a run with another bundle ({origin.bundle}); choose another --out")
     for name, value in config:
         if getattr(origin.config, name) != value:
+            change = f" {flag_of(name)} {value}" if name in Limits.model_fields else ""
             raise ConfigError(
                 f"{folder} holds run {origin.config.run!r} with {name} = {getattr(origin.config, name)}, not {value}; "
-                "resume it with python -m trainer_server resume, or choose another --out"
+                f"resume it with python -m trainer_server resume{change}, or choose another --out"
             )
     return store
 
@@ -72,14 +85,20 @@ def run_server(
     log_bytes: int = LOG_BYTES,
     keepalive: int = KEEPALIVE_SECONDS,
     topic_prefix: str = ROOT,
+    changes: Mapping[str, Any] = NO_CHANGES,
+    allowed: frozenset[str] | None = None,
 ) -> None:
-    """Coordinates until the run is finished.
+    """Coordinates until the run is finished. `changes`: fields of `Limits` that change from now on. `allowed`: the
+    devices that may take part; None: all.
 
-    Raises RunError if the run failed, another server runs in its folder, or a newer server took over.
+    Raises ConfigError if the run cannot have these limits, RunError if the run failed, another server runs in its
+    folder, or a newer server took over.
     """
     with store.locked(), log_to_folder(store.folder, log_bytes):
         plan = make_plan(store, bundle)
         state, at = restore_state(store, plan)
+        plan = replace(plan, check_keys=_key_check(identity))
+        state = change_limits(store, plan, state, at, changes)
         if state.announced is None:  # the join timeout starts again
             state = replace(state, since=at)
         status = ServerStatus(
@@ -96,7 +115,35 @@ def run_server(
         # a client id of its own: amqtt would not tell the older one of two servers with one client id
         client_id = topics.client_id("server", secrets.token_hex(8))
         link = Link(broker, client_id, will, identity=identity, insecure=insecure, keepalive=keepalive)
-        Service(plan, state, at, store, link, status, topics).run()
+        Service(plan, state, at, store, link, status, topics, allowed).run()
+
+
+def _key_check(identity: Path | None) -> CheckKeys:
+    """With a certificate, the server accepts only keys for secure sums that a device of its CA has signed."""
+    own = read_identity(identity) if identity else None
+    if own is None or own.name is None:
+        return unsigned
+    authorities = Authorities(own.authorities)
+
+    def check(name: str, signed: SignedKeys, message: bytes) -> None:
+        authorities.check(name, signed.certificate, signed.signature, message)
+
+    return check
+
+
+def change_limits(store: RunStore, plan: Plan, state: State, at: float, changes: Mapping[str, Any]) -> State:
+    """The state after these fields of its limits have changed. Raises ConfigError if the run cannot have them."""
+    limits = state.limits.model_copy(update=dict(changes))
+    if limits == state.limits or store.ended is not None:
+        return state
+    check_change(plan.config, limits)
+    event = LimitsChanged(limits)
+    after, commands = advance(plan, state, event, at)
+    store.commit([LoggedEvent(at, event)])
+    for command in commands:
+        if isinstance(command, Log):
+            logger.info(command.text)
+    return after
 
 
 def make_plan(store: RunStore, bundle: Bundle) -> Plan:
@@ -113,13 +160,13 @@ def restore_state(store: RunStore, plan: Plan) -> tuple[State, float]:
 
 
 def replay_rounds(store: RunStore, plan: Plan) -> Iterator[Round]:
-    """Announces every round again, computed from the event log alone.
+    """Announces every round again, computed from the event log alone, with --audit-rounds from the first kept state on.
 
     Raises RunError if the run was started without --audit, which keeps the whole log.
     """
     if not store.origin.config.audit:
         raise RunError(f"{store.folder} was run without --audit, which keeps the updates; start a new run with --audit")
-    state = initial_state(plan, 0.0)
+    state, _ = store.first_state() or (initial_state(plan, 0.0), 0.0)
     for logged in store.events(since_checkpoint=False):
         state, commands = advance(plan, state, logged.event, logged.at)
         yield from (command.round for command in commands if isinstance(command, AnnounceRound))

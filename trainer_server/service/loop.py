@@ -15,14 +15,18 @@ import sqlite3
 import time
 from dataclasses import replace
 
+from fedfmsl.common.files import NO_DESCRIPTORS, has_descriptors
 from fedfmsl.errors import BrokerError, MessageError, RunError
 from fedfmsl.protocol.chunks import CHUNK_BYTES, CHUNK_SIZES, HEADER_BYTES
 from fedfmsl.protocol.messages import DeviceStatus, ServerStatus, Stage, parse
 from fedfmsl.protocol.tensors import blob_bytes
 from fedfmsl.protocol.topics import Topics
+from fedfmsl.transport.identity import describe_expiry
 from fedfmsl.transport.link import Connected, Disconnected, Link, LinkEvent, Oversize, Received, SubscriptionRefused
 from fedfmsl.transport.message_size import largest_message
-from trainer_server.coordinator.advance import advance, announcement, next_deadline
+from fedfmsl.transport.settings import SERVER_NAME
+from trainer_server.coordinator.advance import advance, next_deadline
+from trainer_server.coordinator.announce import announcement
 from trainer_server.coordinator.events import (
     AnnounceRound,
     ClockTicked,
@@ -34,6 +38,7 @@ from trainer_server.coordinator.events import (
     StatusSeen,
     Stop,
     StoreRound,
+    UpdateRefused,
     UpdateSeen,
 )
 from trainer_server.coordinator.records import ClosedRound
@@ -42,10 +47,11 @@ from trainer_server.service.batch import Batch, Statuses, flatten
 from trainer_server.service.clock import RunClock
 from trainer_server.service.decode import Decoder
 from trainer_server.service.duplicates import DuplicateServerGuard
+from trainer_server.service.floods import FloodGuard, Sweeper
 from trainer_server.service.liveness import Liveness
 from trainer_server.service.publisher import Publisher
 from trainer_server.service.refusals import Refusals
-from trainer_server.service.run_log import log_round, log_stragglers
+from trainer_server.service.run_log import log_participation, log_round, log_stragglers
 from trainer_server.storage.peft_adapter import write_adapter
 from trainer_server.storage.run_store import LoggedEvent, RunStore
 from trainer_server.storage.uploads import Upload, Uploads
@@ -55,14 +61,24 @@ logger = logging.getLogger(__name__)
 POLL_SECONDS = 1.0  # longest wait for a message
 BATCH = 64  # messages in one commit
 FINISHED = "finished"
+FLOODS = "it floods the server, which ignores it"
 UNKNOWN_DEVICE = "unknown device"
 
 
 class Service:
     def __init__(
-        self, plan: Plan, state: State, at: float, store: RunStore, link: Link, status: ServerStatus, topics: Topics
+        self,
+        plan: Plan,
+        state: State,
+        at: float,
+        store: RunStore,
+        link: Link,
+        status: ServerStatus,
+        topics: Topics,
+        allowed: frozenset[str] | None = None,
     ) -> None:
-        """`state` was the state at second `at` of the run's clock."""
+        """`state` was the state at second `at` of the run's clock. `allowed`: the devices that may take part."""
+        self._allowed = allowed
         self._plan = plan
         self._state = state
         self._store = store
@@ -74,6 +90,8 @@ class Service:
         self._publisher = Publisher(link, self._topics, status)
         self._guard = DuplicateServerGuard(plan.session)
         self._liveness = Liveness()
+        self._floods = FloodGuard(blob_bytes(plan.largest_update))
+        self._sweeper = Sweeper(link, topics, self._floods.dropped)
         self._refusals = Refusals()
         self._statuses: Statuses = {}  # not in the store yet
         self._unapplied: list[StatusSeen] = []  # of a batch that could not be stored
@@ -119,10 +137,12 @@ class Service:
             if size != CHUNK_BYTES:
                 logger.warning("the broker takes no messages of %d bytes; using chunks of %d bytes", lengths[0], size)
             self._publisher.use_chunks_of(size)
+            self._floods.use_chunks_of(size)
 
     def _connect(self, state: State) -> None:
         """The start of a connection. The subscriptions come first: a retained answer to this server's status would be
         no sign of life, and the guard counts only statuses before this server's own as earlier ones."""
+        self._save_certificates()
         self._guard.connected(self._clock.now())
         self._liveness.connected((status.device for status in _online(state)), self._clock.now())
         self._publish_state()
@@ -159,9 +179,12 @@ class Service:
         if isinstance(event, Connected):
             self._connect(batch.state)
         elif isinstance(event, Disconnected):
-            self._liveness.disconnected()
+            self._liveness.disconnected(batch.now)
         elif isinstance(event, SubscriptionRefused):
-            raise BrokerError(event.error)
+            if not self._sweeper.is_sweep(event.topic):
+                raise BrokerError(event.error)
+        elif isinstance(event, Received | Oversize) and self._is_flood(event, batch):
+            pass
         elif isinstance(event, Oversize):
             self._refuse(self._sender(event.topic), "too large", f"{event.size} bytes")
         elif isinstance(event, Received):
@@ -170,9 +193,37 @@ class Service:
             else:
                 self._receive(event, batch)
 
+    def _is_flood(self, event: Received | Oversize, batch: Batch) -> bool:
+        """Whether a message is of a device that is ignored. The message that shows a flood takes the device out of the
+        round."""
+        if self._sweeper.sender(event) is None:
+            device = self._topics.device_of(event.topic)
+            size = event.size if isinstance(event, Oversize) else len(event.payload)
+            flood = self._floods.received(device, size, batch.now) if device else ""
+            if not flood or device is None:
+                return False
+            logger.error(
+                "%s floods this server (%s): it is ignored until this server is started again; revoke its identity",
+                *(device, flood),
+            )
+            self._refuse(device, "flood", flood)
+            known = batch.state.devices.get(device)
+            if known is not None and known.online:
+                self._apply(StatusSeen(known.model_copy(update={"online": False, "error": FLOODS})), batch)
+        if isinstance(event, Received):
+            self._sweeper.remove(event)
+        return True
+
     def _receive(self, received: Received, batch: Batch) -> None:
         """Adds a device's message to the batch, or refuses it."""
         device = self._topics.device_of(received.topic)
+        if device is not None and self._allowed is not None and device not in self._allowed:
+            self._refuse(UNKNOWN_DEVICE, "not allowed", f"{device} is not in --allow")
+            return
+        if received.retained and received.payload and self._topics.update_of(received.topic):
+            self._sweeper.remove(received)  # devices publish no retained chunks, which would fill the broker
+            self._refuse(self._sender(received.topic), "retained", f"a chunk of an update on {received.topic[:200]}")
+            return
         try:
             event, upload = self._decoder.decode(received, batch.state.devices)
         except MessageError as error:
@@ -184,6 +235,9 @@ class Service:
             seen = self._liveness.status(event.status, received.retained, batch.now)
         elif device and not received.retained:
             known = batch.state.devices.get(device)
+            at_work = self._decoder.shows_work(received)
+            if known is not None and at_work is not None:
+                self._liveness.work(device, at_work, batch.now)
             seen = self._liveness.message(device, known is not None and known.online, batch.now)
         if seen is not None:
             self._apply(seen, batch)
@@ -194,14 +248,18 @@ class Service:
         """Advances the batch's state."""
         after, commands = advance(self._plan, batch.state, event, batch.now)
         batch.commands += commands
+        accepted = isinstance(event, UpdateSeen) and (event.update.round, event.update.device) in after.updates
+        if upload is not None and (after is batch.state or not accepted):
+            self._uploads.discard(upload)
         if after is batch.state:
-            if upload is not None:
-                self._uploads.discard(upload)
             return
         batch.state = after
         if isinstance(event, StatusSeen):
             batch.add_status(event)
+        elif not accepted:
+            batch.updates.append(LoggedEvent(batch.now, UpdateRefused(event.update.device)))
         else:
+            self._floods.counted(event.update.device, event.size)
             batch.updates.append(LoggedEvent(batch.now, replace(event, tensors={})))
             if upload is not None:
                 batch.files[upload.path] = self._store.tensors / upload.sha256
@@ -235,12 +293,15 @@ class Service:
     def _tick(self) -> None:
         """Opens and closes rounds."""
         now = self._clock.now()
+        self._sweeper.sweep(now)
         self._save_outage()
         for gap in self._uploads.gaps():
             self._publisher.ask_for_chunks(gap)
         if self._guard.echo_is_missing(now):
             logger.warning("the broker does not return this server's own status; check that --identity is the server's")
-        state, commands = advance(self._plan, self._state, ClockTicked(), now)
+        overdue = now >= next_deadline(self._plan, self._state)
+        ticked = ClockTicked(self._liveness.working(now) if overdue else frozenset())
+        state, commands = advance(self._plan, self._state, ticked, now)
         if not commands:
             return
         stop = next((command for command in commands if isinstance(command, Stop)), None)
@@ -249,11 +310,12 @@ class Service:
         ended = (stop.error or FINISHED) if stop else None
         rounds = [command.closed for command in commands if isinstance(command, StoreRound)]
         try:
-            events = [*flatten(self._statuses), LoggedEvent(now, ClockTicked())]
+            events = [*flatten(self._statuses), LoggedEvent(now, ticked)]
             self._store.commit(events, rounds, self._refusals.pending(), ended)
             self._refusals.clear()
             self._state, self._statuses, self._disk_error = state, {}, ""
-            self._store.save_checkpoint(state, now)
+            if any(isinstance(command, AnnounceRound) for command in commands):  # it holds no updates
+                self._store.save_checkpoint(state, now)
         except (OSError, sqlite3.Error) as error:
             self._wait_for_disk(error)
         if self._state is state:
@@ -264,6 +326,7 @@ class Service:
         if isinstance(command, PublishGlobals):
             self._publisher.publish_globals(command.sha256, command.blob)
         elif isinstance(command, AnnounceRound):
+            self._floods.round_opened()
             self._publisher.announce_round(command.round)
             log_round(command.round)
         elif isinstance(command, SendAck):
@@ -273,7 +336,9 @@ class Service:
         elif isinstance(command, StoreRound):
             self._finish_round(command.closed)
         elif isinstance(command, Log):
-            logger.info(command.text)
+            logger.log(logging.WARNING if command.warning else logging.INFO, command.text)
+        elif isinstance(command, Stop) and not command.error:
+            log_participation(self._plan.config, self._state.devices, *self._store.participation())
 
     def _publish_state(self) -> None:
         """Publishes status and round at every connection, because the broker may have lost its retained messages."""
@@ -286,13 +351,23 @@ class Service:
     def _finish_round(self, closed: ClosedRound) -> None:
         """Logs stragglers and writes the PEFT adapter. The record is already stored."""
         log_stragglers(closed)
-        if closed.round.stage in (Stage.GLOBAL, Stage.HEAD):
+        if closed.round.expert and closed.round.stage in (Stage.GLOBAL, Stage.HEAD, Stage.UNMASK):
             level = closed.round.level
             expert = self._state.expert[: self._plan.bundle.expert.size(level)]
             try:
                 write_adapter(self._plan.bundle, expert, level, self._store.folder / "global_expert")
             except OSError as error:
                 logger.warning("the adapter of round %d could not be written (%s)", closed.round.round, error.strerror)
+
+    def _save_certificates(self) -> None:
+        found = {SERVER_NAME: self._link.own_until, "broker": self._link.broker_until}
+        until = {name: moment for name, moment in found.items() if moment}
+        for name, moment in until.items():
+            text, is_soon = describe_expiry(moment, time.time(), name)
+            if is_soon:
+                logger.warning("the certificate of the %s is valid %s", name, text)
+        with contextlib.suppress(OSError):  # a full disk
+            self._store.save_certificates(until)
 
     def _save_outage(self) -> None:
         outage = (self._link.outage.since, self._link.outage.reason)
@@ -312,11 +387,11 @@ class Service:
             logger.warning("refused from %s (%s): %s", sender, kind, text)
 
     def _wait_for_disk(self, error: OSError | sqlite3.Error) -> None:
-        if str(error) != self._disk_error:
-            self._disk_error = str(error)
-            logger.error(
-                "cannot write to %s (%s); free some disk space, the run waits for it", self._store.folder, error
-            )
+        cause = "free some disk space" if has_descriptors() else NO_DESCRIPTORS
+        about = f"{getattr(error, 'strerror', None) or error}; {cause}"  # without the file, which differs
+        if about != self._disk_error:
+            self._disk_error = about
+            logger.error("cannot write to %s (%s); the run waits", self._store.folder, about)
         time.sleep(POLL_SECONDS)
 
 

@@ -11,8 +11,13 @@ from pydantic import BaseModel
 from fedfmsl.algorithms.arrays import Tensors
 from fedfmsl.algorithms.sal import SalState
 from fedfmsl.algorithms.server_optimizers import Moments
-from fedfmsl.protocol.messages import DeviceStatus, Round
-from trainer_server.coordinator.state import State
+from fedfmsl.protocol.messages import DeviceStatus, Round, Stage
+from trainer_server.coordinator.limits import Limits
+from trainer_server.coordinator.refusals import Refused
+from trainer_server.coordinator.state import SecureSums, State
+
+SECURE = "secure_"  # start of the names of the tensors of the secure sums
+SHARES, MASKED, ROSTER = f"{SECURE}shares", f"{SECURE}masked", f"{SECURE}roster_"
 
 
 class Checkpoint(BaseModel):
@@ -23,6 +28,9 @@ class Checkpoint(BaseModel):
     seen: int
     since: float
     norms: tuple[float, ...]
+    limits: Limits
+    stretch: int
+    slowest: dict[Stage, float]
     position: int
     round: int
     repeats: int
@@ -30,7 +38,12 @@ class Checkpoint(BaseModel):
     recent: tuple[Round, ...]
     devices: list[DeviceStatus]
     expected: list[str]
+    refused: dict[str, Refused]
     counted: list[tuple[int, str]]
+    keys_round: int = 0
+    members: tuple[str, ...] = ()
+    survivors: tuple[str, ...] = ()
+    classes: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, state: State) -> Checkpoint:
@@ -40,6 +53,9 @@ class Checkpoint(BaseModel):
             seen=state.sal.seen,
             since=state.since,
             norms=state.norms,
+            limits=state.limits,
+            stretch=state.stretch,
+            slowest=dict(state.slowest),
             position=state.position,
             round=state.round,
             repeats=state.repeats,
@@ -47,12 +63,27 @@ class Checkpoint(BaseModel):
             recent=state.recent,
             devices=list(state.devices.values()),
             expected=sorted(state.expected),
+            refused=dict(state.refused),
             counted=sorted(state.counted),
+            keys_round=state.secure.keys_round,
+            members=state.secure.members,
+            survivors=state.secure.survivors,
+            classes=state.secure.classes,
         )
 
     def state(self, tensors: Tensors) -> State:
         """The inverse of `of` and `vectors_of`. Raises KeyError if a vector is missing."""
-        vectors = {name: np.asarray(tensor, np.float32) for name, tensor in tensors.items()}
+        named = {name: tensor for name, tensor in tensors.items() if name.startswith(SECURE)}
+        secure = SecureSums(
+            roster={name.removeprefix(ROSTER): tensor for name, tensor in named.items() if name.startswith(ROSTER)},
+            keys_round=self.keys_round,
+            members=self.members,
+            survivors=self.survivors,
+            classes=self.classes,
+            shares=np.asarray(named[SHARES], np.uint8),
+            masked=np.asarray(named[MASKED], np.uint64),
+        )
+        vectors = {name: np.asarray(tensors[name], np.float32) for name in tensors.keys() - named.keys()}
         return State(
             expert=vectors["expert"],
             gate=vectors["gate"],
@@ -62,6 +93,9 @@ class Checkpoint(BaseModel):
             sal=SalState(self.level, self.queue, self.seen),
             since=self.since,
             norms=self.norms,
+            limits=self.limits,
+            stretch=self.stretch,
+            slowest=self.slowest,
             position=self.position,
             round=self.round,
             repeats=self.repeats,
@@ -69,7 +103,9 @@ class Checkpoint(BaseModel):
             recent=self.recent,
             devices={status.device: status for status in self.devices},
             expected=frozenset(self.expected),
+            refused=self.refused,
             counted=frozenset(self.counted),
+            secure=secure,
         )
 
 
@@ -82,4 +118,7 @@ def vectors_of(state: State) -> Tensors:
         "expert_second": state.expert_moments.second,
         "gate_first": state.gate_moments.first,
         "gate_second": state.gate_moments.second,
+        SHARES: state.secure.shares,
+        MASKED: state.secure.masked,
+        **{ROSTER + name: tensor for name, tensor in state.secure.roster.items()},
     }

@@ -1,0 +1,131 @@
+"""python -m benchmarks.providers: the execution providers of this machine's ONNX Runtime, in agreement and time.
+
+Each provider computes the features of the same random samples and a training step at several levels. `bound` is a step
+whose hidden states are already on the device (IO binding): the most that keeping them there can save.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import typer
+from numpy.typing import NDArray
+
+from edge_runtime.engines.base import Batch
+from edge_runtime.engines.runtime import onnxruntime
+from edge_runtime.engines.sessions import CPU, open_session, run
+from edge_runtime.engines.step_graph import StepGraphEngine
+from edge_runtime.resources.providers import offered_providers
+from fedfmsl.common.cli import application, console
+from fedfmsl.errors import BundleError
+from fedfmsl.protocol.bundle import Bundle, ImagePreprocessing
+
+app = application("Measure the execution providers of the installed ONNX Runtime.")
+
+BATCH = 16
+SPREAD = 0.02  # standard deviation of what is added to the trainables; the head starts at zero
+
+
+@app.command()
+def main(
+    bundle: Path = typer.Option(help="Bundle of a vision model, like bundles/benchmark-vit-b16-fp32."),
+    levels: str = typer.Option("1,2,4,12", help="Levels to measure, separated by commas."),
+    repeats: int = typer.Option(10, min=3, help="Measured turns of each computation."),
+    seed: int = typer.Option(0, help="Seed of the samples."),
+) -> None:
+    """Print a Markdown table. Times are medians; errors are relative to the CPU's results in the Euclidean norm."""
+    loaded = Bundle.load(bundle)
+    chosen = [level for level in map(int, levels.split(",")) if level <= loaded.manifest.levels]
+    console.print(f"onnxruntime {onnxruntime.__version__}, {loaded.manifest.model}, batches of {BATCH}")
+    print("| provider | computation | ms | × cpu | error | gradient cosine |\n|---|---|---|---|---|---|")
+    reference: dict[str, tuple[float, NDArray[Any]]] = {}
+    for provider in sorted(offered_providers(), key=lambda name: name != CPU):
+        try:
+            named = list(computations(loaded, provider, chosen, seed))
+        except BundleError as reason:
+            console.print(f"{provider}: {reason}")
+            continue
+        for name, compute in named:
+            result = compute()
+            milliseconds = 1e3 * median_seconds(compute, repeats)
+            if provider == CPU:
+                reference[name] = milliseconds, result
+            before, expected = reference[name]
+            error = np.linalg.norm(result - expected) / np.linalg.norm(expected)
+            cosine = (result @ expected) / (np.linalg.norm(result) * np.linalg.norm(expected))
+            row = [
+                provider,
+                name,
+                f"{milliseconds:.2f}",
+                f"{before / milliseconds:.1f}",
+                f"{error:.1e}",
+                f"{cosine:.7f}",
+            ]
+            print(f"| {' | '.join(row)} |")
+
+
+def computations(
+    bundle: Bundle, provider: str, levels: list[int], seed: int
+) -> Iterator[tuple[str, Callable[[], NDArray[Any]]]]:
+    """Names and computations of one provider. Each returns one vector: pooled features, or a gradient."""
+    dims, preprocessing = bundle.manifest.dims, bundle.manifest.preprocessing
+    assert isinstance(preprocessing, ImagePreprocessing)
+    rng = np.random.default_rng(seed)
+    pixels = rng.integers(0, 256, (BATCH, preprocessing.size, preprocessing.size, 3), np.uint8)
+    hidden = rng.standard_normal((BATCH, dims.tokens, dims.hidden), np.float32)
+    batch = Batch.cross_entropy(hidden, rng.integers(0, dims.classes, BATCH), dims.classes)
+    session = open_session(bundle, "features.onnx", 0, provider=provider)
+    yield "features", lambda: run(session, ["pooled"], {"pixels": pixels})[0].ravel()
+    for level in levels:
+        initial = bundle.initial()[0][: bundle.expert.size(level)]
+        theta = initial + SPREAD * np.random.default_rng(level).standard_normal(initial.size, np.float32)
+        engine = StepGraphEngine(bundle, provider=provider)
+        engine.load(level)
+        engine.set(theta)
+        yield f"step, level {level}", lambda engine=engine: engine.gradient(batch)[1]  # type: ignore[misc]
+        (inputs,) = batch.micro_batches(BATCH)
+        step = open_session(bundle, f"step-{level}.onnx", 0, provider=provider)
+        yield (
+            f"step, level {level}, one micro-batch",
+            lambda step=step, inputs=inputs, theta=theta: run(  # type: ignore[misc]
+                step, ["loss", "gradient"], {**inputs, "theta": theta}
+            )[1],
+        )
+        yield f"step, level {level}, bound", bound(step, {**inputs, "theta": theta}, provider)
+
+
+def bound(session: Any, inputs: dict[str, NDArray[Any]], provider: str) -> Callable[[], NDArray[Any]]:
+    """A step whose inputs but `theta` stay on the device of the provider."""
+    device = "cuda" if provider in ("cuda", "tensorrt") else "cpu"
+    binding = session.io_binding()
+    for name, values in inputs.items():
+        if name != "theta":
+            binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(values, device, 0))
+    binding.bind_output("loss")
+    binding.bind_output("gradient")
+
+    def compute() -> NDArray[Any]:
+        binding.bind_cpu_input("theta", inputs["theta"])
+        session.run_with_iobinding(binding)
+        gradient: NDArray[Any] = binding.copy_outputs_to_cpu()[1]
+        return gradient
+
+    return compute
+
+
+def median_seconds(compute: Callable[[], object], repeats: int) -> float:
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        compute()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
+
+
+if __name__ == "__main__":
+    app()

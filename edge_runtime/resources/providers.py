@@ -1,0 +1,219 @@
+"""Which execution provider of ONNX Runtime a device computes with (ours).
+
+A provider is used only if it agrees with the CPU. Each one computes the features, a prediction and a training step of
+the same random samples, in a separate process, because a driver may crash. The fastest one that agrees is kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ValidationError
+
+from edge_runtime.engines.base import Batch
+from edge_runtime.engines.runtime import onnxruntime
+from edge_runtime.engines.sessions import CPU, open_session, run, short_name
+from edge_runtime.engines.step_graph import StepGraphEngine
+from edge_runtime.store import DeviceStore
+from edge_runtime.store.device_store import PROBE
+from fedfmsl.algorithms.arrays import Floats
+from fedfmsl.common.files import write_atomically
+from fedfmsl.errors import ConfigError, one_line
+from fedfmsl.protocol.bundle import Bundle, ImagePreprocessing
+from fedfmsl.protocol.messages import EngineName
+from fedfmsl.protocol.tensors import unpack
+
+AUTO = "auto"
+REMOTE = "azure"  # a provider that sends inputs to another machine
+SAMPLES = 4
+TOKENS = 10  # ids that every vocabulary has
+SPREAD = 0.02  # standard deviation of what is added to the trainables, so that no gradient is zero
+LEVEL = 2  # the first level whose step has a backward pass through a whole block
+REPEATS = 3
+SECONDS = 600.0  # after which a provider counts as failed
+RELATIVE_ERROR = 1e-3  # of hidden states, features, logits and loss, in the Euclidean norm
+LEAST_COSINE = 0.9999  # between the gradients
+
+Outputs = Mapping[str, NDArray[np.generic]]
+
+
+class Trial(BaseModel):
+    """`refused`: why the provider is not used; empty if it may be. `seconds` of its feature pass, prediction and step
+    together."""
+
+    refused: str = ""
+    seconds: float = 0.0
+
+
+class Choice(BaseModel):
+    """The provider in use, and what every other offered provider did."""
+
+    provider: str = CPU
+    trials: dict[str, Trial] = {}
+
+
+class _Conditions(BaseModel):
+    """Everything that a choice depends on."""
+
+    asked: str
+    bundle: str
+    onnxruntime: str
+    offered: tuple[str, ...]
+    threads: int
+
+
+class _StoredChoice(BaseModel):
+    """In STATE/provider.json."""
+
+    conditions: _Conditions
+    choice: Choice
+
+
+def offered_providers() -> tuple[str, ...]:
+    """Short names of what the installed ONNX Runtime offers on this machine's side, like ("cuda", "cpu")."""
+    names = (short_name(name) for name in onnxruntime.get_available_providers())
+    return tuple(name for name in names if name != REMOTE)
+
+
+def provider_for(engine: EngineName, asked: str, bundle: Bundle, threads: int, store: DeviceStore) -> Choice:
+    """As `choose_provider`. onnxruntime-training has the CPU's provider only."""
+    if engine == "ort-training" and asked not in (AUTO, CPU):
+        raise ConfigError(f"--provider {asked}: the engine ort-training has cpu only; add --engine step-graph")
+    return choose_provider(CPU if engine == "ort-training" else asked, bundle, threads, store)
+
+
+def choose_provider(asked: str, bundle: Bundle, threads: int, store: DeviceStore) -> Choice:
+    """`asked`: a provider, or AUTO for the fastest. A provider that fails or disagrees is replaced by the CPU.
+
+    Raises ConfigError if the installed ONNX Runtime does not offer `asked`.
+    """
+    offered = offered_providers()
+    if asked not in (AUTO, *offered):
+        raise ConfigError(
+            f"--provider {asked}: the installed onnxruntime offers {', '.join(sorted(offered))}; install the "
+            "distribution of ONNX Runtime for this device, or omit --provider"
+        )
+    candidates = [name for name in (offered if asked == AUTO else (asked,)) if name != CPU]
+    if not candidates:
+        return Choice()
+    path = store.root / "provider.json"
+    conditions = _Conditions(
+        asked=asked, bundle=bundle.sha256, onnxruntime=onnxruntime.__version__, offered=offered, threads=threads
+    )
+    with contextlib.suppress(OSError, ValidationError):
+        stored = _StoredChoice.model_validate_json(path.read_bytes())
+        if stored.conditions == conditions:
+            return stored.choice
+    choice = fastest(try_providers(bundle, [CPU, *candidates], threads, store.root))
+    write_atomically(path, _StoredChoice(conditions=conditions, choice=choice).model_dump_json().encode())
+    return choice
+
+
+def fastest(trials: Mapping[str, Trial]) -> Choice:
+    """The fastest provider that agrees with the CPU, which is always among them."""
+    usable = {name: trial for name, trial in trials.items() if not trial.refused}
+    return Choice(provider=min(usable, key=lambda name: usable[name].seconds, default=CPU), trials=dict(trials))
+
+
+def try_providers(bundle: Bundle, providers: list[str], threads: int, folder: Path) -> dict[str, Trial]:
+    """Tries each provider and compares it with the first one. Writes into a temporary folder in `folder`."""
+    trials, reference = dict[str, Trial](), dict[str, NDArray[np.generic]]()
+    with tempfile.TemporaryDirectory(dir=folder, prefix=PROBE) as scratch:
+        for name in providers:
+            path = Path(scratch) / name
+            refused = _run_trial(bundle, name, threads, path)
+            if refused:
+                trials[name] = Trial(refused=refused)
+                continue
+            trial, outputs = unpack(path.read_bytes(), Trial)
+            reference = reference or outputs
+            trials[name] = Trial(refused=disagreement(reference, outputs), seconds=trial.seconds)
+    return trials
+
+
+def _run_trial(bundle: Bundle, provider: str, threads: int, out: Path) -> str:
+    """Runs `python -m edge_runtime try-provider`. Returns why it failed, or ""."""
+    command = [sys.executable, "-m", "edge_runtime", "try-provider", "--provider", provider]
+    command += ["--bundle", str(bundle.root), "--threads", str(threads), "--out", str(out)]
+    try:
+        process = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return f"it took longer than {SECONDS:.0f} s"
+    if process.returncode == 0:
+        return ""
+    lines = [line for line in process.stderr.splitlines() if line.strip()]
+    last = lines[-1].removeprefix("error: ") if lines else f"it ended with code {process.returncode}"
+    return one_line(f"it fails: {last}")
+
+
+def disagreement(reference: Outputs, outputs: Outputs) -> str:
+    """Why `outputs` are not those of the CPU within the bounds, or ""."""
+    for name in reference:
+        expected, found = (np.asarray(each[name], np.float64) for each in (reference, outputs))
+        if not np.isfinite(found).all():
+            return f"its {name} is not finite"
+        if name == "gradient":
+            norms = np.linalg.norm(found) * np.linalg.norm(expected)
+            cosine = float(found @ expected / norms) if norms else 0.0
+            if not cosine >= LEAST_COSINE:
+                return f"its gradient has cosine {cosine:.5f} to the CPU's, less than {LEAST_COSINE}"
+            continue
+        error = float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+        if not error <= RELATIVE_ERROR:
+            return f"its {name} differs from the CPU's by {error:.2g}, more than {RELATIVE_ERROR}"
+    return ""
+
+
+def try_provider(bundle: Bundle, provider: str, threads: int) -> tuple[Trial, dict[str, Floats]]:
+    """What the provider computes: `hidden` (B, N, D), `feature` (B, F), `logits` (B, C), `loss` (1,) and `gradient`
+    (P,). The seconds of the trial are the least of REPEATS turns, after a first one that is not counted.
+
+    Raises BundleError if the provider cannot be started.
+    """
+    dims, level = bundle.manifest.dims, min(LEVEL, bundle.manifest.levels)
+    rng = np.random.default_rng(0)
+    session = open_session(bundle, "features.onnx", threads, provider=provider)
+    engine = StepGraphEngine(bundle, threads, provider=provider)
+    engine.load(level)
+    initial = bundle.initial()[0][: bundle.expert.size(level)]
+    engine.set(initial + SPREAD * rng.standard_normal(initial.size, np.float32))  # the head starts at zero
+    inputs, labels = _random_inputs(bundle, rng), rng.integers(0, dims.classes, SAMPLES)
+    outputs, seconds = dict[str, Floats](), []
+    for _ in range(1 + REPEATS):
+        started = time.perf_counter()
+        hidden, feature = run(session, [f"hidden_{level}", "pooled"], inputs)
+        logits = engine.predict(hidden)
+        loss, gradient = engine.gradient(Batch.cross_entropy(hidden, labels, dims.classes))
+        seconds.append(time.perf_counter() - started)
+        outputs = {"hidden": hidden, "feature": feature, "logits": logits, "gradient": gradient}
+        outputs["loss"] = np.array([loss], np.float32)
+    return Trial(seconds=min(seconds[1:])), outputs
+
+
+def _random_inputs(bundle: Bundle, rng: np.random.Generator) -> dict[str, NDArray[Any]]:
+    preprocessing = bundle.manifest.preprocessing
+    if isinstance(preprocessing, ImagePreprocessing):
+        shape = (SAMPLES, preprocessing.size, preprocessing.size, 3)
+        return {"pixels": rng.integers(0, 256, shape, np.uint8)}
+    tokens = rng.integers(0, TOKENS, (SAMPLES, preprocessing.max_tokens))
+    return {"tokens": np.where(tokens == preprocessing.pad_id, preprocessing.pad_id + 1, tokens).astype(np.int64)}
+
+
+def describe_choice(choice: Choice) -> str:
+    """One line, like "cuda, 12.3 times as fast as cpu; tensorrt is not used: it fails: …"."""
+    trials, used = choice.trials, choice.provider
+    ratio = f", {trials[CPU].seconds / trials[used].seconds:.1f} times as fast as {CPU}" if used != CPU else ""
+    refused = [f"{name} is not used: {trial.refused}" for name, trial in trials.items() if trial.refused]
+    slower = [f"{name} is slower" for name, trial in trials.items() if name not in (used, CPU) and not trial.refused]
+    return "; ".join([f"{used}{ratio}", *refused, *slower])

@@ -1,0 +1,182 @@
+"""Unauthorized clients, revoked devices and greedy ones at the bundle's HTTPS server."""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+import shutil
+import socket
+import ssl
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from support.processes import free_port, wait_until
+from support.provisioned_fleet import write_identity
+
+from devices.provisioning.authority import CLIENT, SERVER, make_authority
+from edge_runtime.daemon.download import fetch_bundle
+from fedfmsl.errors import BundleError, ConfigError
+from fedfmsl.protocol.bundle import Bundle
+from fedfmsl.protocol.messages import ServerStatus
+from fedfmsl.transport.identity import client_context
+from trainer_server.service import bundle_process
+from trainer_server.service.bundle_files import Served, read_request, respond
+from trainer_server.service.bundle_http import BundleServer
+from trainer_server.service.bundle_process import Contexts, Server, listen
+
+OURS = make_authority("ours")
+
+
+class Fleet:
+    """The bundle's server and its members' identities. `url` and `port` of the server."""
+
+    def __init__(self, folder: Path, bundle: Path) -> None:
+        issued = {name: OURS.issue(name, [CLIENT]) for name in ("device", "lost")}
+        self.devices = {name: write_identity(folder / f"{name}.pem", one, OURS) for name, one in issued.items()}
+        self.serial = issued["lost"].certificate.serial_number
+        self.identity = write_identity(folder / "server.pem", OURS.issue("server", [SERVER], ["localhost"]), OURS)
+        self.revoked = folder / "revoked.crl"
+        self.revoked.write_text(OURS.revocation_list([]))
+        self.port, self.bundle, self.folder = free_port(), Bundle.load(bundle), folder
+        self.server = BundleServer(bundle, f"localhost:{self.port}", self.identity)
+
+    def fetch(self, name: str) -> Bundle:
+        status = ServerStatus(online=True, run="x", session="1", bundle=self.bundle.sha256, bundle_url=self.server.url)
+        return fetch_bundle(status, self.folder / "fetched" / name, self.devices[name], retry_delays=(0.0,))
+
+    def open(self, name: str) -> ssl.SSLSocket:
+        """A connection after the TLS handshake."""
+        raw = socket.create_connection(("localhost", self.port), 10)
+        return client_context(self.devices[name]).wrap_socket(raw, server_hostname="localhost")
+
+
+@pytest.fixture
+def fleet(tmp_path: Path, bundle: Path) -> Iterator[Fleet]:
+    made = Fleet(tmp_path, bundle)
+    yield made
+    made.server.close()
+
+
+def descriptors(process: int | str) -> int:
+    return sum(1 for _ in Path(f"/proc/{process}/fd").iterdir())
+
+
+def test_a_thousand_bare_connections_take_no_descriptor_of_the_coordinator(fleet: Fleet) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
+    with ExitStack() as bare:
+        before = descriptors("self")
+        for _ in range(1100):
+            bare.enter_context(socket.create_connection(("localhost", fleet.port), 10))
+        mine = descriptors("self") - before - 1100  # this process is the coordinator's
+        pid = fleet.server._process.pid
+        wait_until(lambda: descriptors(pid) <= bundle_process.WAITING + 20, "ended connections")
+        fleet.fetch("device").verify()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert mine <= 0
+
+
+def test_a_revoked_device_is_refused_at_once_and_without_a_restart(fleet: Fleet) -> None:
+    fleet.fetch("lost").verify()
+    shutil.rmtree(fleet.folder / "fetched" / "lost")
+    fleet.revoked.write_text(OURS.revocation_list([fleet.serial]))
+    with pytest.raises(BundleError, match="our certificate is revoked"):
+        fleet.fetch("lost")
+    fleet.fetch("device").verify()
+
+
+def test_a_device_that_is_not_allowed_gets_no_file(fleet: Fleet, bundle: Path) -> None:
+    fleet.server.close()
+    fleet.server = BundleServer(bundle, f"localhost:{fleet.port}", fleet.identity, allowed=frozenset({"device"}))
+    fleet.fetch("device").verify()
+    with pytest.raises(BundleError, match="HTTP 403"):
+        fleet.fetch("lost")
+
+
+def test_a_revocation_list_that_is_none_is_named(fleet: Fleet, bundle: Path) -> None:
+    with pytest.raises(ConfigError, match="is no readable revocation list"):
+        BundleServer(bundle, "localhost:1", fleet.identity, revoked=bundle / "manifest.json")
+    fleet.revoked.write_text("half of a file")  # while it is copied
+    fleet.fetch("device").verify()
+
+
+def test_a_client_that_sends_no_request_or_reads_nothing_is_ended(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(bundle_process, "ANSWER_SECONDS", 0.3)
+    monkeypatch.setattr(bundle_process, "BLOCK_SECONDS", 0.3)
+    large = tmp_path / "large"
+    large.write_bytes(bytes(30_000_000))
+    listeners, (end, ended) = listen("localhost", 0), os.pipe()
+    port = listeners[0].getsockname()[1]
+    server = Server({"large": Served(large, "0" * 64)}, Contexts(fleet.identity, fleet.revoked), listeners[:1])
+    thread = threading.Thread(target=server.serve, args=(end,))
+    thread.start()
+    fleet.port = port
+    for request in (b"", b"GET /bundle/large HTTP/1.1\r\nX: ", b"GET /bundle/large HTTP/1.1\r\n\r\n"):
+        with fleet.open("device") as connection:
+            connection.sendall(request)
+            wait_until(lambda: not server._connections, f"the end after {request!r}", seconds=20)
+    with ExitStack() as slow:
+        for _ in range(bundle_process.PER_CLIENT):
+            connection = slow.enter_context(fleet.open("device"))
+            connection.sendall(b"GET /bundle/large HTTP/1.1\r\n\r\n")
+            assert connection.recv(12) == b"HTTP/1.1 200"
+        with fleet.open("device") as connection:
+            connection.sendall(b"GET /bundle/large HTTP/1.1\r\n\r\n")
+            assert connection.recv(12) == b"HTTP/1.1 429"
+    os.write(ended, b"x")
+    thread.join()
+
+
+def test_a_client_may_fetch_the_bundle_four_times_at_once(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(bytes(100_000))
+    server = Server({"file": Served(file, "0" * 64)}, None, [])
+    refused = 0
+    for _ in range(10):
+        with server._transfer("device") as answer:
+            refused += answer is not None
+            server._clients["device"].allowance -= 200_000  # a little more than the bundle
+    assert refused == 6
+    with server._transfer("another") as answer:
+        assert answer is None
+
+
+def test_a_process_that_ends_is_started_again(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("trainer_server.service.bundle_http.RESTART_SECONDS", 0.0)
+    caplog.set_level(logging.WARNING)
+    first = fleet.server._process
+    first.kill()
+    wait_until(lambda: fleet.server._process is not first, "the second process")
+    fleet.fetch("device").verify()
+    assert "starting it again" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [b"", b"GET /\r\n", b"\x16\x03\x01\r\n\r\n", b"GET / HTTP/2\r\n\r\n", b"GET / HTTP/1.1\r\nX: " + b"x" * 9000],
+)
+def test_what_is_no_request_is_refused(sent: bytes) -> None:
+    blocks = [sent, b""]
+    with pytest.raises(ValueError):
+        read_request(lambda size: blocks.pop(0)[:size])
+
+
+@pytest.mark.parametrize(
+    ("wanted", "status", "body"),
+    [("bytes=2-", 206, b"cde"), ("bytes=1-2", 206, b"bc"), ("bytes=5-", 416, b"Re"), ("bytes=-2", 200, b"abcde")],
+)
+def test_ranges(tmp_path: Path, wanted: str, status: int, body: bytes) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(b"abcde")
+    request = read_request(lambda size: f"GET /bundle/file HTTP/1.1\r\nRange: {wanted}\r\n\r\n".encode())
+    sent = b"".join(respond(request, {"file": Served(file, "0" * 64)}).blocks())
+    head, _, rest = sent.partition(b"\r\n\r\n")
+    assert head.startswith(f"HTTP/1.1 {status} ".encode()) and rest[: len(body)] == body

@@ -1,0 +1,95 @@
+"""An execution provider is used only if it agrees with the CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edge_runtime.engines.sessions import CPU, open_session
+from edge_runtime.resources import providers
+from edge_runtime.resources.providers import (
+    Trial,
+    choose_provider,
+    describe_choice,
+    disagreement,
+    fastest,
+    provider_for,
+    try_providers,
+)
+from edge_runtime.store import DeviceStore
+from fedfmsl.errors import BundleError, ConfigError
+from tests.support.bundles import Built
+
+OUTPUTS = {"hidden": np.ones((2, 3)), "loss": np.array([2.0]), "gradient": np.array([1.0, 2.0, 3.0])}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("hidden", np.full((2, 3), 1.0005), ""),
+        ("hidden", np.full((2, 3), 1.01), "its hidden differs from the CPU's by 0.01"),
+        ("loss", np.array([np.nan]), "its loss is not finite"),
+        ("gradient", np.array([1.0, 2.0, 3.01]), ""),
+        ("gradient", np.array([1.0, 2.0, 4.0]), "its gradient has cosine 0.99"),
+        ("gradient", np.zeros(3), "its gradient has cosine 0.0"),
+    ],
+)
+def test_results_must_be_those_of_the_cpu_within_bounds(name: str, value: np.ndarray, reason: str) -> None:
+    found = disagreement(OUTPUTS, {**OUTPUTS, name: value})
+    assert found.startswith(reason) if reason else found == ""
+
+
+def test_the_fastest_that_agrees_is_kept_and_the_others_are_named() -> None:
+    trials = {
+        CPU: Trial(seconds=2.0),
+        "cuda": Trial(seconds=0.5),
+        "tensorrt": Trial(refused="it fails: no library"),
+        "openvino": Trial(seconds=0.1, refused="its loss is not finite"),
+        "dnnl": Trial(seconds=1.0),
+    }
+    choice = fastest(trials)
+    assert choice.provider == "cuda"
+    assert describe_choice(choice) == (
+        "cuda, 4.0 times as fast as cpu; tensorrt is not used: it fails: no library; "
+        "openvino is not used: its loss is not finite; dnnl is slower"
+    )
+    assert fastest({CPU: Trial(refused="it fails"), "cuda": Trial(refused="it fails")}).provider == CPU
+
+
+def test_a_provider_that_cannot_start_is_named_and_the_cpu_is_used(
+    vit: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(providers, "offered_providers", lambda: ("cuda", CPU))
+    store = DeviceStore(tmp_path)
+    choice = choose_provider("auto", vit.bundle, 1, store)
+    assert choice.provider == CPU
+    assert choice.trials["cuda"].refused.startswith("it fails: the installed ONNX Runtime has no")
+    assert not choice.trials[CPU].refused
+    monkeypatch.setattr(providers, "try_providers", lambda *_: pytest.fail("it was measured before"))
+    assert choose_provider("auto", vit.bundle, 1, store) == choice
+
+
+def test_a_process_of_a_provider_computes_the_same_as_the_cpu_does_here(vit: Built, tmp_path: Path) -> None:
+    assert not try_providers(vit.bundle, [CPU], 1, tmp_path)[CPU].refused
+    first, second = (providers.try_provider(vit.bundle, CPU, 1)[1] for _ in range(2))
+    assert disagreement(first, second) == ""
+    assert np.abs(first["gradient"]).max() > 0
+
+
+def test_texts_are_computed_too(bert: Built) -> None:
+    assert np.isfinite(providers.try_provider(bert.bundle, CPU, 1)[1]["loss"]).all()
+
+
+def test_no_provider_but_the_cpu_needs_no_measurement(vit: Built, tmp_path: Path) -> None:
+    assert choose_provider("auto", vit.bundle, 1, DeviceStore(tmp_path / "missing")).trials == {}
+
+
+def test_an_unknown_provider_is_refused_with_those_that_are_offered(vit: Built, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--provider gpu: the installed onnxruntime offers cpu"):
+        choose_provider("gpu", vit.bundle, 1, DeviceStore(tmp_path))
+    with pytest.raises(ConfigError, match="ort-training has cpu only"):
+        provider_for("ort-training", "cuda", vit.bundle, 1, DeviceStore(tmp_path))
+    with pytest.raises(BundleError, match="no execution provider"):
+        open_session(vit.bundle, "features.onnx", 1, provider="cuda")

@@ -1,0 +1,82 @@
+"""The settings that may change while a run lasts, and the deadlines of rounds that follow from them (ours)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+
+from fedfmsl.errors import ConfigError
+from fedfmsl.protocol.messages import Message, Round, Stage
+from trainer_server.config import RunConfig, RunRules
+
+MAX_STRETCH = 16  # how many times as long a round lasts at most
+UNMERGED = (Stage.BASELINE, Stage.EVALUATE)  # rounds that no later round waits for
+UNMERGED_FACTOR = 3.0  # their deadline, relative to the slowest update of earlier rounds with such work
+ROUNDING = 1e-9  # tolerance for products like 0.07 · 100, which is above 7 in floating point
+
+
+class Limits(Message):
+    """When a round closes. Each field is the setting of this name; `min_updates` has its default's value.
+
+    They are part of the state and change by an event, so that a replay closes every round as the server did.
+    """
+
+    round_timeout: float
+    min_updates: int
+    max_repeats: int | None
+    enough: float
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Limits:
+        return cls(
+            round_timeout=config.round_timeout,
+            min_updates=least_updates(config),
+            max_repeats=config.max_repeats,
+            enough=config.enough,
+        )
+
+    def differences(self, other: Limits) -> Iterator[str]:
+        """A text for each field in which `other` differs."""
+        for name, value in other:
+            if value != getattr(self, name):
+                yield f"{name} is {value} from now on, it was {getattr(self, name)}"
+
+
+def devices_in_share(share: float, count: int) -> int:
+    """The number of devices that are a share of `count`: rounded up, so at least one of any."""
+    return math.ceil(share * count - ROUNDING)
+
+
+def least_updates(config: RunRules) -> int:
+    """`--min-updates`; by default half of the updates that a round waits for."""
+    if config.min_updates is not None:
+        return config.min_updates
+    return max(devices_in_share(config.fraction * config.enough / 2, config.devices), 1)
+
+
+def check_change(config: RunConfig, changed: Limits) -> None:
+    """Raises ConfigError if a run with this configuration cannot have these limits."""
+    if changed.min_updates > config.devices:
+        raise ConfigError(
+            f"--min-updates {changed.min_updates} is more than --devices {config.devices}: no round could close; "
+            "lower it"
+        )
+    if config.privacy is not None and changed.min_updates != config.privacy.shares:
+        raise ConfigError(
+            f"--min-updates {changed.min_updates}: with --dp-noise it stays {config.privacy.shares}, because every "
+            "device adds a share of the noise"
+        )
+
+
+def round_seconds(limits: Limits, announced: Round, stretch: int, slowest: Mapping[Stage, float]) -> float:
+    """The seconds from a round's announcement to its deadline.
+
+    `stretch`: how many times as long it lasts, because devices were still at work. `slowest`: by stage, the longest
+    time from an announcement to an update, in seconds. The baseline trains like stage 1, `repetitions` times as long.
+    An evaluation computes features, as the first round does.
+    """
+    seconds = limits.round_timeout
+    if announced.stage in UNMERGED:
+        alike = [slowest.get(Stage.GLOBAL, 0.0)] if announced.stage is Stage.BASELINE else [*slowest.values()]
+        seconds = max(seconds, UNMERGED_FACTOR * announced.repetitions * max(alike, default=0.0))
+    return stretch * seconds

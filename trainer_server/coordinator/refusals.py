@@ -1,0 +1,32 @@
+"""Devices whose updates are refused: a round does not wait for them, and later rounds leave them out (ours)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+LEFT_OUT_AFTER = 3  # rounds in a row with a refused update
+LEFT_OUT_ROUNDS = 10
+
+
+class Refused(NamedTuple):
+    """A device of which no update was accepted since one was refused. `times`: rounds with a refused update, one after
+    the other. `round`: the latest of them."""
+
+    times: int
+    round: int
+
+    @property
+    def until(self) -> int:
+        """The last round that leaves the device out; 0 if none does."""
+        return self.round + LEFT_OUT_ROUNDS if self.times >= LEFT_OUT_AFTER else 0
+
+
+def refuse(before: Refused | None, round_: int) -> Refused:
+    """After an update of round `round_` was refused. Several in one round count once."""
+    if before is not None and before.round == round_:
+        return before
+    return Refused((before.times if before else 0) + 1, round_)
+
+
+def is_left_out(refused: Refused | None, round_: int) -> bool:
+    return refused is not None and refused.round < round_ <= refused.until

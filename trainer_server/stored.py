@@ -1,0 +1,52 @@
+"""What a resumed run may change, and what it keeps as it was started."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedfmsl.algorithms.sal import CapabilityQueue
+from fedfmsl.common.settings import flag_of, load_toml
+from fedfmsl.errors import ConfigError
+from trainer_server.config import RunConfig, RunRules
+from trainer_server.coordinator.limits import Limits
+
+CHANGEABLE = ", ".join(map(flag_of, Limits.model_fields))
+
+
+def require_unchanged(config: RunConfig, file: Path | None) -> None:
+    """Raises ConfigError if a TOML file of settings has another value than the run for a setting that cannot change."""
+    stored = stored_settings(config)
+    for key, value in load_toml(file)[1].items() if file else ():
+        if key in stored and key not in Limits.model_fields and value != stored[key]:
+            raise ConfigError(
+                f"{file}: {key} = {value!r}, but the run was started with {_text(stored[key])}, which cannot change; "
+                f"a resumed run may change {CHANGEABLE}"
+            )
+
+
+def stored_settings(config: RunConfig) -> Mapping[str, Any]:
+    """The values of the settings of `start`, by key. `sal_min_gain` only if SAL has a capability queue."""
+    aggregation, privacy, trigger = config.aggregation, config.privacy, config.stage1_sal.trigger
+    found = {key: getattr(config, key) for key in RunRules.model_fields}
+    found |= {
+        "epochs": config.stage1.epochs,
+        "batch_size": config.stage1.batch_size,
+        "learning_rate": config.stage1.learning_rate,
+        "local_learning_rate": config.stage2.learning_rate,
+        "sal": trigger.kind,
+        "max_level": config.stage1_sal.max_level,
+        "rule": aggregation.rule,
+        "trim": aggregation.trim,
+        "clip": aggregation.clip,
+        "server_optimizer": aggregation.optimizer,
+        "server_learning_rate": aggregation.learning_rate,
+        "dp_noise": privacy.noise_multiplier if privacy else None,
+        "dp_clip": privacy.clip if privacy else None,
+    }
+    return found | ({"sal_min_gain": trigger.min_gain} if isinstance(trigger, CapabilityQueue) else {})
+
+
+def _text(value: Any) -> str:
+    return "none" if value is None else repr(getattr(value, "value", value))
