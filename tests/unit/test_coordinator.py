@@ -774,7 +774,7 @@ def test_a_hostile_update_is_bounded_by_the_honest_ones_and_named(vit: Built) ->
 
 
 def test_a_device_that_is_alone_in_a_round_is_bounded_by_earlier_rounds(vit: Built) -> None:
-    run = trained(started(vit))
+    run = trained(started(vit, min_updates=1))
     run.answers(ABC)
     size = vit.bundle.expert.size(1)
     before, limit = run.state.expert[:size], 2 * run.state.norms[0]
