@@ -1,6 +1,7 @@
 """The folder of a fleet: CA, broker kit, and an identity or a password for every member.
 
 PKI/ca.key              the CA's key, which signs; never copy it to the broker or a device
+PKI/fedfmsl-server.service      systemd unit of the run's server
 PKI/server.pem          identity file of the run's server (--identity)
 PKI/devices/NAME.toml   a device's settings and identity: copy it to the device, for devices.install (or as --identity)
 PKI/homeassistant.crt, .key     Home Assistant's, if it is among the names
@@ -11,6 +12,7 @@ PKI/broker/             the kit: copy it to the broker
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,8 @@ from devices.provisioning.authority import (
 )
 from devices.provisioning.broker_kit import acl, mosquitto_conf, new_password, password_line, systemd_limits
 from devices.provisioning.compose import compose_yaml
+from devices.provisioning.service_unit import SERVER as SERVER_UNIT
+from devices.provisioning.service_unit import server_unit
 from devices.provisioning.settings_file import read_table, settings_text
 from fedfmsl.common.files import write_atomically
 from fedfmsl.common.settings import without_secrets
@@ -116,6 +120,7 @@ class Fleet:
         self._write(broker / "compose.yaml", compose_yaml(kit, hosts[0], settings.get("run"), SOURCE, prefix))
         self._record(BROKER_NAME, issued)
         self._issue_server(authority, hosts)
+        self._write(self.folder / f"{SERVER_UNIT}.service", server_unit(Path(sys.executable)))
         if passwords:
             self._write(self._passwords, "")
             self._add_passwords([SERVER_NAME], settings)

@@ -207,6 +207,7 @@ class Health(Message):
     `provider`: the execution provider in use, and why not another. `disconnected`: why there is no connection to the
     broker, `disconnected_since`: since when (unix seconds).
     `certificate_until` and `broker_certificate_until`: when they expire (unix seconds); 0 if there is none.
+    `refused`: what the broker seems to refuse.
     """
 
     device: Name
@@ -236,6 +237,7 @@ class Health(Message):
     skipped: Count = 0
     unacknowledged: Count = 0
     rounds_done: Count = 0
+    refused: Text = ""
     disconnected: Text = ""
     disconnected_since: Amount = 0
     certificate_until: Amount = 0

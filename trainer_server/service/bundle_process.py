@@ -30,11 +30,12 @@ from pathlib import Path
 
 from fedfmsl.errors import ConfigError
 from fedfmsl.transport.identity import read_identity
-from trainer_server.service.bundle_files import Response, Served, read_request, refusal, respond
+from trainer_server.service.bundle_files import HEAD_BYTES, Response, Served, read_request, refusal, respond
 
 LISTENING = "listening"  # the first line if it does
 WAITING, TRANSFERS, PER_CLIENT = 128, 256, 4  # connections; all of them fit into 1,024 descriptors
 ANSWER_SECONDS = 10.0  # for the handshake, then for the request
+REFUSAL_SECONDS = 3.0  # for the client to read why its certificate is refused
 BLOCK_SECONDS = 30.0  # for each block of a file, so that a client takes at least 2 KB/s
 ALLOWANCE, ALLOWANCE_SECONDS = 4, 600.0  # bundles of one client at once; seconds until it may fetch one more
 REQUEST_BYTES = 1 << 16  # that a request costs at least
@@ -46,13 +47,15 @@ NICE = 5  # handshakes take processor time, and the coordinator comes first
 
 @dataclass(frozen=True)
 class Job:
-    """`files`: path and SHA-256 by name. Without `identity` it serves plain HTTP. `revoked`: the revocation list."""
+    """`files`: path and SHA-256 by name. Without `identity` it serves plain HTTP. `revoked`: the revocation list.
+    `allowed`: names of clients; None: all."""
 
     host: str
     port: int
     files: Mapping[str, Sequence[str]]
     identity: str | None = None
     revoked: str | None = None
+    allowed: Sequence[str] | None = None
 
 
 @dataclass(eq=False)
@@ -102,7 +105,14 @@ class Contexts:
 
 
 class Server:
-    def __init__(self, files: Mapping[str, Served], contexts: Contexts | None, listeners: Sequence[socket.socket]):
+    def __init__(
+        self,
+        files: Mapping[str, Served],
+        contexts: Contexts | None,
+        listeners: Sequence[socket.socket],
+        allowed: Sequence[str] | None = None,
+    ) -> None:
+        self._allowed = allowed
         self._files = files
         self._contexts = contexts
         self._listeners = listeners
@@ -160,6 +170,8 @@ class Server:
         except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
             is_revoked = getattr(error, "verify_code", 0) == REVOKED
             self._count("revoked certificate" if is_revoked else "no valid request", connection)
+            if isinstance(error, ssl.SSLCertVerificationError):
+                self._drain(connection)
         finally:
             with self._lock:
                 if connection in self._connections:
@@ -184,7 +196,9 @@ class Server:
             earned = self._unit * (now - client.at) / ALLOWANCE_SECONDS
             client.allowance, client.at = min(client.allowance + earned, ALLOWANCE * self._unit), now
             refused = None
-            if name and (client.transfers >= PER_CLIENT or client.allowance <= 0):
+            if self._allowed is not None and name not in self._allowed:
+                refused = refusal(HTTPStatus.FORBIDDEN)
+            elif name and (client.transfers >= PER_CLIENT or client.allowance <= 0):
                 refused = refusal(HTTPStatus.TOO_MANY_REQUESTS)
             elif self._transfers >= TRANSFERS:
                 refused = refusal(HTTPStatus.SERVICE_UNAVAILABLE)
@@ -207,6 +221,16 @@ class Server:
             connection.deadline = time.monotonic() + BLOCK_SECONDS
             connection.socket.sendall(block)
             self._clients[name].allowance -= len(block)
+
+    @staticmethod
+    def _drain(connection: _Connection) -> None:
+        """Reads what the client sends until it has read why it is refused. If the connection was closed before, the
+        client could not send its request, and would not read the reason."""
+        connection.deadline = min(connection.deadline, time.monotonic() + REFUSAL_SECONDS)
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(connection.socket, socket.SHUT_WR)
+            while socket.socket.recv(connection.socket, HEAD_BYTES):
+                pass
 
     def _end_overdue(self) -> None:
         now = time.monotonic()
@@ -245,7 +269,8 @@ class Server:
 
 def listen(host: str | None, port: int) -> list[socket.socket]:
     """Listens on every address of `host`; on all addresses if `host` is None or if this machine has none of its
-    addresses: in a container, or behind address translation, clients use another machine's. Waits up to BIND_SECONDS for the port. Raises OSError."""
+    addresses: in a container, or behind address translation, clients use another machine's. Waits up to BIND_SECONDS
+    for the port. Raises OSError."""
     deadline = time.monotonic() + BIND_SECONDS
     while True:
         listeners: list[socket.socket] = []
@@ -282,7 +307,8 @@ def _say(line: str) -> None:
 def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM):  # for the coordinator, whose end closes standard input
         signal.signal(number, signal.SIG_IGN)
-    os.nice(NICE)
+    with contextlib.suppress(OSError):
+        os.nice(NICE)
     job = Job(**json.loads(sys.stdin.readline()))
     files = {name: Served(Path(path), sha256) for name, (path, sha256) in job.files.items()}
     try:
@@ -295,7 +321,7 @@ def main() -> int:
         _say(str(error))
         return 1
     _say(LISTENING)
-    Server(files, contexts, listeners).serve(until=sys.stdin.fileno())
+    Server(files, contexts, listeners, job.allowed).serve(until=sys.stdin.fileno())
     return 0
 
 

@@ -86,8 +86,10 @@ def run_server(
     keepalive: int = KEEPALIVE_SECONDS,
     topic_prefix: str = ROOT,
     changes: Mapping[str, Any] = NO_CHANGES,
+    allowed: frozenset[str] | None = None,
 ) -> None:
-    """Coordinates until the run is finished. `changes`: fields of `Limits` that change from now on.
+    """Coordinates until the run is finished. `changes`: fields of `Limits` that change from now on. `allowed`: the
+    devices that may take part; None: all.
 
     Raises ConfigError if the run cannot have these limits, RunError if the run failed, another server runs in its
     folder, or a newer server took over.
@@ -113,7 +115,7 @@ def run_server(
         # a client id of its own: amqtt would not tell the older one of two servers with one client id
         client_id = topics.client_id("server", secrets.token_hex(8))
         link = Link(broker, client_id, will, identity=identity, insecure=insecure, keepalive=keepalive)
-        Service(plan, state, at, store, link, status, topics).run()
+        Service(plan, state, at, store, link, status, topics, allowed).run()
 
 
 def _key_check(identity: Path | None) -> CheckKeys:
@@ -158,13 +160,13 @@ def restore_state(store: RunStore, plan: Plan) -> tuple[State, float]:
 
 
 def replay_rounds(store: RunStore, plan: Plan) -> Iterator[Round]:
-    """Announces every round again, computed from the event log alone.
+    """Announces every round again, computed from the event log alone, with --audit-rounds from the first kept state on.
 
     Raises RunError if the run was started without --audit, which keeps the whole log.
     """
     if not store.origin.config.audit:
         raise RunError(f"{store.folder} was run without --audit, which keeps the updates; start a new run with --audit")
-    state = initial_state(plan, 0.0)
+    state, _ = store.first_state() or (initial_state(plan, 0.0), 0.0)
     for logged in store.events(since_checkpoint=False):
         state, commands = advance(plan, state, logged.event, logged.at)
         yield from (command.round for command in commands if isinstance(command, AnnounceRound))

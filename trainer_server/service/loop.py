@@ -67,9 +67,18 @@ UNKNOWN_DEVICE = "unknown device"
 
 class Service:
     def __init__(
-        self, plan: Plan, state: State, at: float, store: RunStore, link: Link, status: ServerStatus, topics: Topics
+        self,
+        plan: Plan,
+        state: State,
+        at: float,
+        store: RunStore,
+        link: Link,
+        status: ServerStatus,
+        topics: Topics,
+        allowed: frozenset[str] | None = None,
     ) -> None:
-        """`state` was the state at second `at` of the run's clock."""
+        """`state` was the state at second `at` of the run's clock. `allowed`: the devices that may take part."""
+        self._allowed = allowed
         self._plan = plan
         self._state = state
         self._store = store
@@ -170,7 +179,7 @@ class Service:
         if isinstance(event, Connected):
             self._connect(batch.state)
         elif isinstance(event, Disconnected):
-            self._liveness.disconnected()
+            self._liveness.disconnected(batch.now)
         elif isinstance(event, SubscriptionRefused):
             if not self._sweeper.is_sweep(event.topic):
                 raise BrokerError(event.error)
@@ -208,6 +217,9 @@ class Service:
     def _receive(self, received: Received, batch: Batch) -> None:
         """Adds a device's message to the batch, or refuses it."""
         device = self._topics.device_of(received.topic)
+        if device is not None and self._allowed is not None and device not in self._allowed:
+            self._refuse(UNKNOWN_DEVICE, "not allowed", f"{device} is not in --allow")
+            return
         if received.retained and received.payload and self._topics.update_of(received.topic):
             self._sweeper.remove(received)  # devices publish no retained chunks, which would fill the broker
             self._refuse(self._sender(received.topic), "retained", f"a chunk of an update on {received.topic[:200]}")
