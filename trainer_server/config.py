@@ -11,6 +11,7 @@ from pydantic_settings import SettingsConfigDict
 from fedfmsl.algorithms.aggregation import AggregationRule, CoordinateMedian, TrimmedMean, WeightedMean
 from fedfmsl.algorithms.privacy import Privacy
 from fedfmsl.algorithms.sal import AllAtOnce, CapabilityQueue, FixedSchedule, Sal
+from fedfmsl.algorithms.secure_aggregation import MIN_DEVICES
 from fedfmsl.algorithms.server_optimizers import FedAdam, FedAvg, FedAvgM, ServerOptimizer
 from fedfmsl.common.settings import Fraction, panel
 from fedfmsl.errors import ConfigError
@@ -129,6 +130,9 @@ class RunRules(BaseModel):
     audit: bool = Field(
         False, description="Keep every update, so that `replay` can check the run.", json_schema_extra=RUN
     )
+    audit_rounds: int | None = Field(
+        None, ge=1, description="Number of latest rounds that --audit keeps. Default: all.", json_schema_extra=RUN
+    )
 
     stage1_rounds: int = Field(12, ge=1, description="Rounds of stage 1.", json_schema_extra=ROUNDS)
     stage2_rounds: int = Field(5, ge=1, description="Rounds of stage 2.", json_schema_extra=ROUNDS)
@@ -186,6 +190,12 @@ class RunRules(BaseModel):
         description="Encoding of updates on the wire. int8 uses error feedback.",
         json_schema_extra=AGGREGATION,
     )
+    secure: bool = Field(
+        False,
+        description="Secure aggregation of all updates and sums: the server learns no single device's. Excludes --rule "
+        "trimmed-mean and median, --clip, --encoding, --max-staleness and --dp-noise.",
+        json_schema_extra=PRIVACY,
+    )
     secure_sums: bool = Field(
         False,
         description="Secure aggregation of the class sums: the server learns no single device's. Needs three devices.",
@@ -206,6 +216,8 @@ class RunRules(BaseModel):
                 f"--min-updates {self.min_updates} is more than --devices {self.devices}: no round could close; lower "
                 "it, or wait for more devices"
             )
+        if self.audit_rounds is not None and not self.audit:
+            raise ValueError(f"--audit-rounds {self.audit_rounds} needs --audit; add it")
         if self.fraction < 1 and self.select is not Selection.RANDOM:
             raise ValueError(f"--fraction {self.fraction:g} needs --select random, not {self.select.value}")
         return self
@@ -230,6 +242,22 @@ class RunConfig(RunRules):
     stage2_sal: Sal
     aggregation: Aggregation = AGGREGATION_DEFAULT
     privacy: Privacy | None = None
+
+    @model_validator(mode="after")
+    def _check_secure(self) -> RunConfig:
+        excluded = {
+            f"--rule {self.aggregation.rule.value}": self.aggregation.rule is not Rule.MEAN,
+            "--clip": self.aggregation.clip is not None,
+            "--max-staleness": self.max_staleness > 0,
+            f"--encoding {self.encoding.value}": self.encoding is not Encoding.FP32,
+            "--dp-noise": self.privacy is not None,
+        }
+        found = [option for option, is_set in excluded.items() if is_set]
+        if self.secure and found:
+            raise ValueError(f"with --secure the server sees no single update: leave out {', '.join(found)}")
+        if self.secure and self.devices < MIN_DEVICES:
+            raise ValueError(f"--secure needs at least {MIN_DEVICES} devices, not --devices {self.devices}")
+        return self
 
     @model_validator(mode="after")
     def _check_privacy(self) -> RunConfig:

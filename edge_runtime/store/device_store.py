@@ -4,7 +4,8 @@ STATE/identity           the device's name, created at the first start
 STATE/session            see `edge_runtime.store.outbox`
 STATE/outbox/ROUND       updates that the server has not acknowledged
 STATE/globals/SHA256     global blobs that the device has received
-STATE/bundles/SHA256/    downloaded bundles
+STATE/bundles/SHA256/    downloaded bundles: the present and the previous one, and that of STATE/mixture
+STATE/bundles/used       SHA-256 of the present and of the previous one, in lines
 STATE/personal           the local expert; it never leaves the device
 STATE/residual           the encoding error of the last update (error feedback)
 STATE/secure             see `edge_runtime.store.secure_store`
@@ -23,6 +24,7 @@ STATE/samples.sqlite     the device's files and the splits of its samples (see `
 
 from __future__ import annotations
 
+import contextlib
 import re
 import secrets
 import shutil
@@ -90,6 +92,18 @@ class DeviceStore:
     def bundles(self) -> Path:
         """Downloaded bundles, each in a folder named by its SHA-256."""
         return self.root / "bundles"
+
+    def keep_bundles(self, present: str, of_model: str = "") -> None:
+        """Removes all downloaded bundles but the `present` one, the one before it, and that of the personalized model.
+        Arguments are SHA-256. Does nothing on a disk that cannot be written."""
+        used = self.bundles / "used"
+        with contextlib.suppress(OSError):
+            known = used.read_text("ascii", errors="replace").split() if used.is_file() else []
+            order = [present, *(name for name in known if name != present)][:2]
+            write_atomically(used, "\n".join(order).encode())
+            for folder in self.bundles.iterdir():
+                if folder.is_dir() and folder.name not in {*order, of_model}:
+                    shutil.rmtree(folder, ignore_errors=True)
 
     @property
     def skipped(self) -> Path:

@@ -92,7 +92,7 @@ def counted_samples(context: TrainingContext, round_: Round) -> Bools:
     """Which samples of the training split (n,) enter the sums: in secure sums those of the round's classes, if the
     device has enough of them."""
     labels = labels_of(context.splits.train)
-    if not round_.min_class_count:
+    if not round_.secure:
         return np.ones(labels.size, np.bool_)
     asked = np.isin(np.arange(context.classes), round_.classes)
     return np.asarray((asked & _enough(context, round_))[labels], np.bool_)
@@ -106,7 +106,7 @@ def _enough(context: TrainingContext, round_: Round) -> Bools:
 
 def _reported(round_: Round, counted: Bools) -> int:
     """The number of samples in the header of sums. With secure sums it is only in them."""
-    return 0 if round_.min_class_count else counted.size
+    return 0 if round_.secure else counted.size
 
 
 def train_class_sums(context: TrainingContext, level: int, counted: Bools | None = None) -> dict[str, Vector]:

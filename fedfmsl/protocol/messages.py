@@ -102,9 +102,9 @@ class Round(Message):
     `expert` (the global expert), `start` (the expert before stage 1) and `gate` are the SHA-256 of blobs of globals;
     "" if there is none yet. `chosen`: the selected devices; empty if all are selected.
 
-    Secure sums: `min_class_count` is the number of samples from which a device holds a class; 0: the sums are plain.
-    `classes`: those whose sums are asked for. `roster` and `shares` are the SHA-256 of the blobs of public keys and of
-    encrypted shares.
+    `secure`: the round belongs to secure aggregation. Of its class sums, `min_class_count` is the number of samples
+    from which a device holds a class, and `classes` are those whose sums are asked for. `roster` and
+    `shares` are the SHA-256 of the blobs of public keys and of encrypted shares.
     """
 
     max_bytes = 192 * 1024  # mostly `chosen`
@@ -121,6 +121,7 @@ class Round(Message):
     expert: Sha256 = ""
     start: Sha256 = ""
     gate: Sha256 = ""
+    secure: bool = False
     min_class_count: Number = 0
     classes: tuple[Annotated[int, Field(ge=0, lt=MAX_CLASSES)], ...] = Field(
         default=(), max_length=MAX_CLASSES, fail_fast=True
@@ -139,11 +140,13 @@ class Round(Message):
 
     @model_validator(mode="after")
     def _secure_sums_of_their_stages_only(self) -> Round:
-        secure = self.min_class_count > 0
-        if self.stage in (*EXCHANGE, Stage.HOLDERS) and not secure:
-            raise ValueError(f"stage {self.stage.value} has no min_class_count")
-        if secure and self.stage not in (*EXCHANGE, Stage.HOLDERS, Stage.STATISTICS, Stage.HEAD):
-            raise ValueError(f"stage {self.stage.value} has no secure sums")
+        sums = self.stage in (Stage.HOLDERS, Stage.STATISTICS, Stage.HEAD)
+        if self.stage in (*EXCHANGE, Stage.HOLDERS) and not self.secure:
+            raise ValueError(f"stage {self.stage.value} belongs to secure aggregation only")
+        if self.secure and self.stage in (Stage.BASELINE, Stage.EVALUATE, Stage.FINISHED):
+            raise ValueError(f"stage {self.stage.value} has no secure aggregation")
+        if sums and self.secure != (self.min_class_count > 0):
+            raise ValueError("min_class_count is not that of secure sums")
         return self
 
     @model_validator(mode="after")
