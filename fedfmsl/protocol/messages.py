@@ -123,7 +123,9 @@ class Round(Message):
     gate: Sha256 = ""
     secure: bool = False
     min_class_count: Number = 0
-    classes: tuple[Annotated[int, Field(ge=0, lt=4096)], ...] = Field(default=(), max_length=4096, fail_fast=True)
+    classes: tuple[Annotated[int, Field(ge=0, lt=MAX_CLASSES)], ...] = Field(
+        default=(), max_length=MAX_CLASSES, fail_fast=True
+    )
     roster: Sha256 = ""
     shares: Sha256 = ""
     training: Training
