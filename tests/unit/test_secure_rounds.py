@@ -10,9 +10,14 @@ import numpy as np
 import pytest
 from support.bundles import Built
 from support.coordinators import make_update
+from support.in_process_daemon import make_daemon, no_report
 from support.secure_devices import SecureDevice, SecureRun, secure_devices
+from support.training_contexts import announced_round
 
 from devices.provisioning.authority import CLIENT, make_authority
+from edge_runtime.daemon.round_runner import RoundRunner
+from edge_runtime.data.folder import SampleFolder
+from edge_runtime.settings import Secure
 from edge_runtime.store.secure_store import SecureRecord, SecureStore
 from fedfmsl.algorithms.aggregation import Contribution, WeightedMean
 from fedfmsl.algorithms.arrays import Tensors
@@ -265,6 +270,18 @@ def test_keys_are_signed_and_a_forged_roster_is_refused(
         published(other, "d0", other.announced)
         device.store.globals.write(other.of(PublishGlobals)[0].blob)
         device.answer(run.announced.model_copy(update={"roster": other.announced.roster}))
+
+
+@pytest.mark.parametrize(("required", "stage"), [(Secure.SUMS, Stage.HEAD), (Secure.ALL, Stage.GLOBAL)])
+def test_a_device_may_require_secure_aggregation(
+    vit: Built, photos: Path, tmp_path: Path, required: Secure, stage: Stage
+) -> None:
+    daemon = make_daemon(vit, photos, tmp_path)
+    device, folder = daemon.device, SampleFolder(photos, vit.bundle, daemon.device.store)
+    control = daemon.runner.control
+    runner = RoundRunner(device, folder, control, daemon.runner.tracker, no_report, secure=required)
+    with pytest.raises(RunError, match=f"--secure {required.value}: the server asks .* without secure aggregation"):
+        runner.run(announced_round(stage, level=1), bytes_down=0)
 
 
 class Killed(BaseException):
