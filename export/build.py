@@ -16,9 +16,11 @@ from fedfmsl.common.folder_walk import SkippedFile, summarize
 from fedfmsl.common.onnx_runtime import require_ort_training
 from fedfmsl.errors import ConfigError
 from fedfmsl.protocol.bundle import Bundle, Precision
-from fedfmsl.protocol.class_names import check_names, read_names, split_names
+from fedfmsl.protocol.class_names import MAX_CLASSES, check_names, read_names, split_names
 
-MAX_DIGITS = 5  # of a number of classes: a head for more of them would take gigabytes
+MAX_PIXELS = 2048  # per side
+MAX_TOKENS = 8192  # per text
+MAX_SEED = 2**53
 
 app = application()
 
@@ -36,9 +38,11 @@ def build(
     classes_file: Path | None = typer.Option(None, help="Take the class names from this text file, one per line."),
     levels: int | None = typer.Option(None, min=1, help="Highest level to export. Default: the number of blocks."),
     image_size: int | None = typer.Option(
-        None, min=1, help="Pixels per side, vision models only. Default: the model's own."
+        None, min=1, max=MAX_PIXELS, help="Pixels per side, vision models only. Default: the model's own."
     ),
-    max_tokens: int | None = typer.Option(None, min=3, help="Tokens per text, text models only. Default: 128."),
+    max_tokens: int | None = typer.Option(
+        None, min=3, max=MAX_TOKENS, help="Tokens per text, text models only. Default: 128."
+    ),
     tokenizer: Path | None = typer.Option(
         None, help="A tokenizer.json, text models only. Default: the one beside the weights."
     ),
@@ -54,7 +58,7 @@ def build(
     ),
     revision: str | None = typer.Option(None, help="Hub revision, for example a commit. Default: main."),
     out: Path | None = typer.Option(None, help="Folder of the bundle. Default: bundles/MODEL."),
-    seed: int = typer.Option(0, min=0, help="Seed of the initial LoRA and of random weights."),
+    seed: int = typer.Option(0, min=0, max=MAX_SEED, help="Seed of the initial LoRA and of random weights."),
 ) -> None:
     """Export a frozen backbone as a bundle for edge devices."""
     if ort_training:
@@ -113,8 +117,8 @@ def class_names(classes: str, folder: Path | None, file: Path | None) -> tuple[s
     if file is not None:
         return check_names(read_names(file, "--classes-file"), f"--classes-file {file}")
     if classes.isascii() and classes.isdigit():
-        if len(classes) > MAX_DIGITS:
-            raise ConfigError(f"--classes {classes[:12]}… is more than {10**MAX_DIGITS - 1} classes; lower it")
+        if len(classes) > len(str(MAX_CLASSES)):
+            raise ConfigError(f"--classes {classes[:12]}… is more than {MAX_CLASSES} classes; lower it")
         return check_names([f"class-{index}" for index in range(int(classes))], f"--classes {classes}")
     return check_names(split_names(classes), "--classes")
 

@@ -5,10 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fedfmsl.errors import WeightsError
+from fedfmsl.errors import WeightsError, one_line
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 CHANNELS = 3  # devices read RGB
+# The numbers of a config that an export reads, and their highest values. They are far above those of real models; more
+# would fill the memory before anything could be checked.
+COUNTS = {
+    **{"hidden_size": 2**14, "num_hidden_layers": 1024, "num_attention_heads": 2**10, "intermediate_size": 2**16},
+    **{"projection_dim": 2**14, "vocab_size": 2**20, "type_vocab_size": 2**10, "max_position_embeddings": 2**16},
+    **{"image_size": 2**12, "patch_size": 2**12, "mlp_ratio": 64},
+}
+NUMBERS = ("layer_norm_eps", "initializer_range")
 
 
 def check_folder(folder: Path) -> None:
@@ -24,6 +32,35 @@ def check_folder(folder: Path) -> None:
         with path.open("rb") as file:
             if file.read(len(LFS_POINTER)) == LFS_POINTER:
                 raise WeightsError(f"{path} is a Git LFS pointer, not the file itself; run git lfs pull in {folder}")
+
+
+def check_config(config: Any, source: str) -> None:
+    """Raises WeightsError for a number that is of another type, or outside of what any model has.
+
+    transformers keeps whatever JSON says, and fails later or not at all.
+    """
+    for key, most in COUNTS.items():
+        value = getattr(config, key, 1)
+        if type(value) is not int or not 0 < value <= most:
+            raise WeightsError(f"{source}: config.json has {key} {shortened(value)}, not a number from 1 to {most}")
+    for key in NUMBERS:
+        value = getattr(config, key, 1.0)
+        if type(value) not in (int, float) or not 0 < value <= 1:
+            raise WeightsError(f"{source}: config.json has {key} {shortened(value)}, not a number above 0, at most 1")
+
+
+def check_padding(config: Any, source: str) -> None:
+    """Raises WeightsError if the token that fills texts is not one of the vocabulary."""
+    value = config.pad_token_id
+    if type(value) is not int or not 0 <= value < config.vocab_size:
+        raise WeightsError(
+            f"{source}: config.json has pad_token_id {shortened(value)}, not a token from 0 to {config.vocab_size - 1}"
+        )
+
+
+def shortened(value: Any) -> str:
+    """A value of a JSON file for an error of one line."""
+    return one_line(repr(value) if not isinstance(value, int) or abs(value) < 10**12 else f"{str(value)[:12]}…")[:60]
 
 
 def check_image_config(config: Any, source: str) -> None:

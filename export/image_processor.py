@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,13 @@ import transformers
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 from transformers.utils import cached_file
 
-from fedfmsl.errors import WeightsError
+from fedfmsl.errors import WeightsError, one_line
 from fedfmsl.protocol.bundle import FILTERS, RGB, ImagePreprocessing, Resize
 
 FILES = ("preprocessor_config.json", "processor_config.json")  # the second, of transformers 5, has it nested
 PROCESSORS = ("ViTImageProcessor", "DeiTImageProcessor", "CLIPImageProcessor", "BitImageProcessor")
+MAX_PIXELS = 4096  # per side, before the crop
+LARGEST = 1e4  # of mean and standard deviation, and of what one is divided by
 # Keys that change no pixel. The conversion to RGB is always done.
 WITHOUT_EFFECT = {
     *("image_processor_type", "feature_extractor_type", "processor_class", "_processor_class", "do_convert_rgb"),
@@ -94,7 +95,7 @@ class Processor:
         elif keep_ratio:
             raise values.refused("size", "without do_center_crop the images are not square")
         resample = values["resample"]
-        if resample not in range(len(FILTERS)):
+        if not isinstance(resample, int) or resample not in range(len(FILTERS)):
             raise values.refused("resample", "it is a number from 0 to 5")
         return cls(
             place=place,
@@ -105,8 +106,13 @@ class Processor:
         )
 
     def preprocessing(self, size: int) -> ImagePreprocessing:
-        """For images of `size` px, with the image scaled in proportion."""
+        """For images of `size` px, with the image scaled in proportion. Raises WeightsError if it gets too large."""
         edge = max(size, round(self.resize.edge * size / self.size))
+        if edge > MAX_PIXELS:
+            raise WeightsError(
+                f"{self.place} resizes images to {self.resize.edge} px and crops {self.size} px, which makes {edge} px "
+                f"for {size} px; devices resize to at most {MAX_PIXELS} px"
+            )
         resize = self.resize.model_copy(update={"edge": edge})
         return ImagePreprocessing(size=size, mean=self.mean, std=self.std, resize=resize)
 
@@ -124,12 +130,14 @@ def _with_defaults(given: dict[str, Any], model_type: str, place: str) -> dict[s
         if key in settings and key.startswith("do_") and value is None:  # "no" or the default, it depends on the class
             raise WeightsError(f"{place} has {key} null; write true or false")
         if key not in {*settings, *WITHOUT_EFFECT} and value not in (None, False):
-            raise WeightsError(f"{place} has {key} {value!r}, which is not a setting of {name}; remove it")
+            raise WeightsError(
+                f"{place} has {key} {one_line(repr(value))}, which is not a setting of {name}; remove it"
+            )
     chosen = {key: value for key, value in given.items() if key in settings and value is not None}
     try:
         values: dict[str, Any] = kind(**chosen).to_dict()
-    except (ValueError, TypeError) as error:
-        raise WeightsError(f"{place} is not valid: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # of any kind: the values may be of any type
+        raise WeightsError(f"{place} is not valid: {one_line(error)}") from error
     return values
 
 
@@ -141,7 +149,7 @@ class _Values(dict[str, Any]):
         self._place = place
 
     def refused(self, key: str, reason: str) -> WeightsError:
-        return WeightsError(f"{self._place} has {key} {self[key]!r}, which a device cannot do: {reason}")
+        return WeightsError(f"{self._place} has {key} {one_line(repr(self[key]))}, which a device cannot do: {reason}")
 
     def edge(self) -> tuple[int, bool]:
         """The pixels of `size`, and whether only the shorter side gets them."""
@@ -153,18 +161,26 @@ class _Values(dict[str, Any]):
     def square(self, key: str) -> int:
         size = self[key]
         if set(size) != {"height", "width"} or size["height"] != size["width"] or not _is_count(size["height"]):
-            raise self.refused(key, "images are square: a shortest_edge, or an equal height and width")
+            raise self.refused(
+                key, f"images are square: a shortest_edge, or an equal height and width, of at most {MAX_PIXELS} px"
+            )
         return int(size["height"])
 
     def normalization(self) -> dict[str, RGB]:
         """`mean` and `std` for pixels from 0 to 1."""
         scale = 255 * self._number("rescale_factor") if self["do_rescale"] else 255.0
+        if not 255 / LARGEST <= scale <= 255 * LARGEST:
+            raise self.refused("rescale_factor", f"it is more than {LARGEST:g} times 1/255, or less")
         if not self["do_normalize"]:
             return {"mean": (0.0, 0.0, 0.0), "std": (1 / scale,) * 3}
         mean, std = self._rgb("image_mean"), self._rgb("image_std")
         if min(std) <= 0:
             raise self.refused("image_std", "it must be positive")
-        return {"mean": _divided(mean, scale), "std": _divided(std, scale)}
+        mean, std = _divided(mean, scale), _divided(std, scale)
+        for key, highest in (("image_mean", max(map(abs, mean))), ("image_std", max(*std, *(1 / s for s in std)))):
+            if highest > LARGEST:
+                raise self.refused(key, f"for pixels from 0 to 1 it is above {LARGEST:g} or below {1 / LARGEST:g}")
+        return {"mean": mean, "std": std}
 
     def _rgb(self, key: str) -> RGB:
         """One number for each channel, or one for all."""
@@ -187,8 +203,8 @@ def _divided(values: RGB, by: float) -> RGB:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MAX_PIXELS

@@ -64,11 +64,14 @@ def export_bundle(options: Options) -> Bundle:
 
 
 def _check_input(source: Backbone, options: Options) -> None:
-    """Raises ConfigError if an option is for the other kind of input."""
+    """Raises ConfigError if an option is for the other kind of input, or larger than the model."""
     if source.family.input == "tokens" and options.image_size:
         raise ConfigError(f"--image-size is not valid for the text model {source.name}; use --max-tokens")
     if source.family.input == "pixels" and (options.max_tokens or options.tokenizer):
         raise ConfigError(f"--max-tokens and --tokenizer are not valid for the vision model {source.name}; remove them")
+    hidden = source.model.config.hidden_size
+    if options.rank > hidden:
+        raise ConfigError(f"--rank {options.rank} is more than the hidden size {hidden} of {source.name}; lower it")
 
 
 def _make_zero_shot(source: Backbone, classes: tuple[str, ...], prompts: list[str] | None) -> ZeroShot | None:

@@ -18,7 +18,7 @@ from transformers.utils import cached_file
 
 from export.families import FAMILIES
 from export.families.family import Family
-from export.folder import check_folder, check_image_config
+from export.folder import check_config, check_folder, check_image_config, check_padding
 from export.image_processor import read_processor
 from export.models import RANDOM, ModelSpec, choose_weights
 from export.tokenizer import read_tokenizer
@@ -139,7 +139,7 @@ def load_backbone(
     if family.input == "tokens":
         tokenizer_json = read_tokenizer(tokenizer or _tokenizer_of(origin), config.vocab_size)
     torch.manual_seed(seed)
-    loaded = load_pretrained(family.reference, origin, config) if origin else family.reference(config)
+    loaded = load_pretrained(family.reference, origin, config) if origin else _random(family, config, model)
     return Backbone(
         name=model if spec else Path(model).resolve().name,
         family=family,
@@ -150,6 +150,14 @@ def load_backbone(
     )
 
 
+def _random(family: Family, config: Any, model: str) -> Any:
+    """A model with random weights. Raises WeightsError if transformers cannot make one of this config."""
+    try:
+        return family.reference(config)
+    except Exception as error:  # of any kind, as in `load_pretrained`
+        raise Origin(model).to_weights_error(error) from error
+
+
 def _preprocessing(
     family: Family, config: Any, origin: Origin | None, size: int | None, spec: ModelSpec | None
 ) -> Preprocessing:
@@ -158,7 +166,7 @@ def _preprocessing(
     Raises WeightsError if a device cannot do what the processor does, or if the model cannot take its images.
     """
     if family.input == "tokens":
-        longest = min(MAX_TOKENS, int(config.max_position_embeddings))
+        longest = min(MAX_TOKENS, config.max_position_embeddings)
         return TextPreprocessing(max_tokens=size or longest, pad_id=config.pad_token_id)
     try:
         processor = read_processor(origin.source, origin.options, family.model_type) if origin else None
@@ -255,6 +263,9 @@ def _find_weights(
                 config = kind.from_pretrained(source, num_labels=classes, **origin.options)
                 if family.input == "pixels":
                     check_image_config(config, source)
+                check_config(config, source)
+                if family.input == "tokens":
+                    check_padding(config, source)
                 return family, config, replace(origin, commit=origin.commit or settings.get("_commit_hash"))
     except WeightsError:
         raise

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
+from export.folder import check_config
 from export.weights import Backbone, Origin, load_pretrained
 from fedfmsl.errors import ConfigError, WeightsError
 from fedfmsl.protocol.bundle import ZeroShot
@@ -39,7 +40,11 @@ def zero_shot_head(source: Backbone, classes: Sequence[str], templates: Sequence
     origin, kind = source.origin, source.family.text_tower
     if origin is None or kind is None:
         raise WeightsError(f"the weights of {source.name} have no text tower; use weights of a whole CLIP model")
-    config = kind.config_class.from_pretrained(origin.source, **origin.options)
+    try:
+        config = kind.config_class.from_pretrained(origin.source, **origin.options)
+    except Exception as error:  # transformers checks few values of a config
+        raise origin.to_weights_error(error) from error
+    check_config(config, origin.source)
     tower = load_pretrained(kind, origin, config).double().eval()
     tokenizer, longest = _tokenizer(origin), config.max_position_embeddings
     rows = []

@@ -88,7 +88,7 @@ class Federation:
         self._feedback = feedback
         self._updates = StoredUpdates()
         self._now = 0.0
-        self._plan = Plan(config, fleet.bundle, str(uuid.uuid4()), self._updates.read)
+        self._plan = Plan(config, fleet.bundle, str(uuid.uuid4()), self._updates.read, masks=False)
         self._state = initial_state(self._plan, self._now)
         for name in fleet.names:
             self._advance(StatusSeen(_status(fleet, name)))

@@ -186,6 +186,17 @@ class RunRules(BaseModel):
         description="Encoding of updates on the wire. int8 uses error feedback.",
         json_schema_extra=AGGREGATION,
     )
+    secure_sums: bool = Field(
+        False,
+        description="Secure aggregation of the class sums: the server learns no single device's. Needs three devices.",
+        json_schema_extra=PRIVACY,
+    )
+    min_class_count: int = Field(
+        10, ge=1, description="Samples from which a device's class enters a secure sum.", json_schema_extra=PRIVACY
+    )
+    min_holders: int = Field(
+        3, ge=3, description="Devices that must hold a class for its secure sum.", json_schema_extra=PRIVACY
+    )
     delta: float = Field(1e-5, gt=0, lt=1, description="δ of the reported privacy budget ε.", json_schema_extra=PRIVACY)
 
     @model_validator(mode="after")
@@ -229,6 +240,8 @@ class RunConfig(RunRules):
                 "privacy is accounted for the plain mean of updates in time: with --dp-noise leave out --rule, --clip "
                 "and --max-staleness"
             )
+        if self.secure_sums:
+            raise ValueError("the sums of a run with --dp-noise carry noise instead: leave out --secure-sums")
         if self.encoding is not Encoding.FP32:
             raise ValueError("privacy is accounted for unrounded updates: with --dp-noise leave out --encoding")
         if any(isinstance(sal.trigger, CapabilityQueue) for sal in (self.stage1_sal, self.stage2_sal)):

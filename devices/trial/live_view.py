@@ -32,6 +32,10 @@ STAGES = {
     Stage.BASELINE: "baseline, every device alone",
     Stage.EVALUATE: "evaluation on test samples",
     Stage.FINISHED: "finished",
+    Stage.KEYS: "secure sums, keys",
+    Stage.SHARES: "secure sums, shares",
+    Stage.HOLDERS: "secure sums, holders of classes",
+    Stage.UNMASK: "secure sums, removal of the masks",
 }
 LAST_NOTES = 3
 BARS = "▁▂▃▄▅▆▇█"

@@ -19,7 +19,7 @@ from fedfmsl.algorithms.evaluation import summarize
 from fedfmsl.common.cli import console
 from fedfmsl.common.files import write_atomically
 from fedfmsl.protocol.bundle import Bundle, Manifest
-from fedfmsl.protocol.messages import Stage, Update
+from fedfmsl.protocol.messages import EXCHANGE, Round, Stage, Update
 from trainer_server.coordinator.records import ClosedRound, successful_rounds
 from trainer_server.storage.run_store import RunStore
 
@@ -172,7 +172,14 @@ def _seconds(rounds: Sequence[ClosedRound], seconds: dict[str, float]) -> dict[s
         Stage.BASELINE: "baseline",
         Stage.EVALUATE: "evaluation",
     }
-    spent = {name: sum(r.seconds for r in rounds if names.get(r.round.stage) == name) for name in names.values()}
+
+    def part(round_: Round) -> str | None:
+        if round_.stage not in (*EXCHANGE, Stage.HOLDERS):
+            return names.get(round_.stage)
+        first = round_.index < (2 if round_.stage is Stage.UNMASK else 1)  # the secure sums before stage 1
+        return names[Stage.STATISTICS if first else Stage.HEAD]
+
+    spent = {name: sum(r.seconds for r in rounds if part(r.round) == name) for name in names.values()}
     return {name: round(value, 1) for name, value in (seconds | spent).items()}
 
 

@@ -170,7 +170,8 @@ def _runner(
         level_cap=plan.level_cap,
         report=report,
     )
-    return RoundRunner(device, prepared.folder, control, tracker, reported_and_checked(progress, control.check_stopped))
+    scan_report = reported_and_checked(progress, control.check_stopped)
+    return RoundRunner(device, prepared.folder, control, tracker, scan_report, settings.identity)
 
 
 def _introduction(settings: Settings, topics: Topics, name: str, bundle: Bundle) -> Message | None:

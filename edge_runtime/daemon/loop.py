@@ -54,6 +54,7 @@ from fedfmsl.transport.link import Connected, Disconnected, Link, LinkEvent, Pos
 
 logger = logging.getLogger(__name__)
 
+KEYS_BYTES = 16 * 1024 * 1024  # of the keys or the shares of secure sums, for more than 2500 devices
 ECHO_SECONDS = 10.0  # for the broker to return this device's own status
 IF_REPEATED = (
     "If this repeats, check the broker's access rules for this device's name, its limits (size and number of messages) "
@@ -87,7 +88,7 @@ class DaemonLoop:
         self._timing = timing
         self._name = device.device_name
         self._store = store
-        largest = blob_bytes(max(device.bundle.expert.total, device.bundle.gate.total))
+        largest = max(blob_bytes(max(device.bundle.expert.total, device.bundle.gate.total)), KEYS_BYTES)
         self._globals = GlobalsReceiver(link, self._topics, store, largest)
         self._disk = DiskRetry(store, device.cache, timing.disk_retry)
         self._updates = UpdateSender(announcer, self._topics, device.device_name, store.outbox, timing.ack)

@@ -13,6 +13,9 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -25,20 +28,32 @@ from edge_runtime.training.context import DeviceContext
 from edge_runtime.training.evaluation import evaluate, train_baseline
 from edge_runtime.training.local_expert import train_personal
 from edge_runtime.training.model import save_personal_model
-from edge_runtime.training.stages import StageFunction, head_statistics, read_globals, statistics, train_global
+from edge_runtime.training.stages import (
+    StageFunction,
+    StageResult,
+    head_statistics,
+    holders,
+    read_globals,
+    statistics,
+    train_global,
+)
 from edge_runtime.training.updates import prepare_update, update_header
 from fedfmsl.common.files import write_atomically
 from fedfmsl.common.folder_walk import SkippedFile, summarize
 from fedfmsl.common.logs import UNENCODABLE, fields
 from fedfmsl.errors import InputError, RunError, shown
-from fedfmsl.protocol.messages import Round, Stage
+from fedfmsl.protocol.messages import EXCHANGE, Round, Stage
 from fedfmsl.protocol.tensors import pack
+
+if TYPE_CHECKING:
+    from edge_runtime.daemon.secure_rounds import SecureRounds
 
 logger = logging.getLogger(__name__)
 
 LOGGED_FILES = 10  # skipped files that one scan logs
 POLL_SECONDS = 0.5
 STAGES: dict[Stage, StageFunction] = {
+    Stage.HOLDERS: holders,
     Stage.STATISTICS: statistics,
     Stage.GLOBAL: train_global,
     Stage.HEAD: head_statistics,
@@ -62,13 +77,15 @@ class RoundRunner:
         control: StepControl,
         tracker: LevelCapTracker,
         scan_report: Report,
+        identity: Path | None = None,
     ) -> None:
-        """`scan_report` receives the progress of scans."""
+        """`scan_report` receives the progress of scans. `identity`: the file whose key signs keys of secure sums."""
         self.device = device
         self.control = control
         self.tracker = tracker
         self._folder = folder
         self._scan_report = scan_report
+        self._identity = identity
         self._skipped: frozenset[SkippedFile] = frozenset()
         self._list_skipped()
 
@@ -118,12 +135,14 @@ class RoundRunner:
 
         Writes the update to the outbox, and the personalized model as of this round. Raises SampleChangedError if a
         file has changed since the scan, OSError if the disk is full, WorkStoppedError if the loop stops it. After an
-        error the round can be computed again, with the same result.
+        error the round can be computed again, with the same result. Raises RunError if it refuses secure sums.
         """
         store = self.device.store
         store.outbox.enter(round_.session)
         self.control.check()
         started, device = time.perf_counter(), self.device
+        if round_.stage in EXCHANGE:
+            return self._write_update(round_, self._secure.exchange(round_), started, bytes_down)
         global_values = read_globals(device.bundle, store.globals.read, round_)
         try:
             result = STAGES[round_.stage](device, round_, global_values)
@@ -132,17 +151,29 @@ class RoundRunner:
             raise
         # The noise is from the operating system's entropy: a server that knew its seed could subtract it.
         result = prepare_update(device.bundle, store.residual, round_, result, np.random.default_rng())
+        if round_.min_class_count:
+            result = self._secure.mask(round_, result)
         save_personal_model(device, round_, global_values)
         device.cache.drop_unused()
         device.cache.drop_others(device.scanned.samples)
         if round_.stage is Stage.EVALUATE:
             self.write_personalized()
+        return self._write_update(round_, result, started, bytes_down)
+
+    def _write_update(self, round_: Round, result: StageResult, started: float, bytes_down: int) -> float:
+        """Writes the update to the outbox. Returns the seconds since `started`."""
         seconds = time.perf_counter() - started
         update = update_header(
-            device, round_, result, seconds=seconds, peak_rss_mb=peak_rss_mb(), bytes_down=bytes_down
+            self.device, round_, result, seconds=seconds, peak_rss_mb=peak_rss_mb(), bytes_down=bytes_down
         )
-        store.outbox.write(round_.round, pack(update, result.tensors))
+        self.device.store.outbox.write(round_.round, pack(update, result.tensors))
         return seconds
+
+    @cached_property
+    def _secure(self) -> SecureRounds:
+        from edge_runtime.daemon.secure_rounds import SecureRounds  # takes 8 MB of memory
+
+        return SecureRounds(self.device.store, self.device.device_name, self._identity)
 
     def write_personalized(self) -> None:
         """Writes personalized.onnx in a separate process, because the onnx package takes memory.

@@ -190,7 +190,7 @@ def is_outdated(state: State) -> bool:
 
 def required_globals(announced: Round | None) -> set[str]:
     """SHA-256 of the global blobs that a round needs."""
-    return {announced.expert, announced.start, announced.gate} - {""} if announced else set()
+    return set(announced.blobs) if announced else set()
 
 
 def _see_server(state: State, status: ServerStatus) -> tuple[State, list[Command]]:

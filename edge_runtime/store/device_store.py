@@ -7,6 +7,7 @@ STATE/globals/SHA256     global blobs that the device has received
 STATE/bundles/SHA256/    downloaded bundles
 STATE/personal           the local expert; it never leaves the device
 STATE/residual           the encoding error of the last update (error feedback)
+STATE/secure             see `edge_runtime.store.secure_store`
 STATE/baseline           the expert trained alone, in a run with a baseline
 STATE/cache/             the feature cache
 STATE/results.json       the last evaluation
@@ -32,6 +33,7 @@ from pathlib import Path
 
 from edge_runtime.store.global_store import GlobalStore
 from edge_runtime.store.outbox import Outbox
+from edge_runtime.store.secure_store import SecureStore
 from fedfmsl.common.files import FULL, write_atomically
 from fedfmsl.errors import ConfigError
 from fedfmsl.protocol.topics import check_name
@@ -46,6 +48,7 @@ class DeviceStore:
         self.root = root
         self.outbox = Outbox(root)
         self.globals = GlobalStore(root)
+        self.secure = SecureStore(root)
 
     @property
     def cache(self) -> Path:

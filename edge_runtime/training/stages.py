@@ -14,7 +14,7 @@ import numpy as np
 from edge_runtime.data.samples import labels_of
 from edge_runtime.training.context import TrainingContext
 from edge_runtime.training.loop import Targets, predict_log_p, train
-from fedfmsl.algorithms.arrays import Tensors, Vector
+from fedfmsl.algorithms.arrays import Bools, Tensors, Vector
 from fedfmsl.algorithms.class_means import class_mean_head, class_sums
 from fedfmsl.algorithms.discriminant import second_moments
 from fedfmsl.algorithms.mixture import accuracy
@@ -79,13 +79,42 @@ StageFunction = Callable[[TrainingContext, Round, Globals], StageResult]
 
 def statistics(context: TrainingContext, round_: Round, _: Globals) -> StageResult:
     """Class sums of the frozen features. The server makes the head of class means from them."""
-    return StageResult(train_class_sums(context, round_.level), samples=len(context.splits.train))
+    counted = counted_samples(context, round_)
+    return StageResult(train_class_sums(context, round_.level, counted), samples=_reported(round_, counted))
 
 
-def train_class_sums(context: TrainingContext, level: int) -> dict[str, Vector]:
-    """`class_sums` of the training split. Also caches the hidden states of `level`."""
+def holders(context: TrainingContext, round_: Round, _: Globals) -> StageResult:
+    """1 for each class that this device has enough samples of for a secure sum, else 0 (C,)."""
+    return StageResult({"held": _enough(context, round_).astype(np.float32)})
+
+
+def counted_samples(context: TrainingContext, round_: Round) -> Bools:
+    """Which samples of the training split (n,) enter the sums: in secure sums those of the round's classes, if the
+    device has enough of them."""
+    labels = labels_of(context.splits.train)
+    if not round_.min_class_count:
+        return np.ones(labels.size, np.bool_)
+    asked = np.isin(np.arange(context.classes), round_.classes)
+    return np.asarray((asked & _enough(context, round_))[labels], np.bool_)
+
+
+def _enough(context: TrainingContext, round_: Round) -> Bools:
+    """The classes (C,) with `min_class_count` samples in the training split."""
+    counts = np.bincount(labels_of(context.splits.train), minlength=context.classes)
+    return np.asarray(counts >= round_.min_class_count, np.bool_)
+
+
+def _reported(round_: Round, counted: Bools) -> int:
+    """The number of samples in the header of sums. With secure sums it is only in them."""
+    return 0 if round_.min_class_count else counted.size
+
+
+def train_class_sums(context: TrainingContext, level: int, counted: Bools | None = None) -> dict[str, Vector]:
+    """`class_sums` of the training split, or of those samples in it that are `counted` (n,). Also caches the hidden
+    states of `level`."""
     samples = context.splits.train
-    return class_sums(context.cache.pooled(samples, level), labels_of(samples), context.classes)
+    chosen = np.ones(len(samples), np.bool_) if counted is None else counted
+    return class_sums(context.cache.pooled(samples, level)[chosen], labels_of(samples)[chosen], context.classes)
 
 
 def class_mean_expert(context: TrainingContext) -> Vector:
@@ -117,17 +146,23 @@ def train_global(context: TrainingContext, round_: Round, published: Globals) ->
 def head_statistics(context: TrainingContext, round_: Round, published: Globals) -> StageResult:
     """Class sums and second moments of the global expert's features. The server computes its head from them."""
     level = min(round_.level, context.level_cap)
-    tensors = feature_moments(context, published.expert, level)
-    return StageResult(tensors, samples=len(context.splits.train), level=level)
+    counted = counted_samples(context, round_)
+    tensors = feature_moments(context, published.expert, level, counted)
+    return StageResult(tensors, samples=_reported(round_, counted), level=level)
 
 
-def feature_moments(context: TrainingContext, expert: Vector, level: int) -> dict[str, Vector]:
-    """The arguments of `discriminant_head` from the training split: its features (n, F) have the LoRA of `expert`."""
+def feature_moments(
+    context: TrainingContext, expert: Vector, level: int, counted: Bools | None = None
+) -> dict[str, Vector]:
+    """The arguments of `discriminant_head` from the training split, or those samples in it that are `counted` (n,).
+    Their features have the LoRA of `expert`."""
     samples, engine = context.splits.train, context.engine
     engine.load(level)
     engine.set(expert[: context.bundle.expert.size(level)])
     features = np.concatenate([engine.features(h) for h in context.hidden_states(samples, expert, level).batches()])
-    sums = class_sums(features, labels_of(samples), context.classes)
+    chosen = np.ones(len(samples), np.bool_) if counted is None else counted
+    features = features[chosen]
+    sums = class_sums(features, labels_of(samples)[chosen], context.classes)
     return {
         "class_sums": sums["class_sums"],
         "class_counts": sums["class_counts"],

@@ -17,11 +17,12 @@ from edge_runtime.training.context import TrainingContext
 from edge_runtime.training.stages import StageResult
 from edge_runtime.training.tensor_file import read_tensors
 from fedfmsl.algorithms.arrays import Tensors, Vector
+from fedfmsl.algorithms.fixed_point import Words, fixed_point
 from fedfmsl.algorithms.privacy import Privacy, privatize, privatize_statistics
 from fedfmsl.common.files import write_atomically
-from fedfmsl.errors import MessageError
+from fedfmsl.errors import MessageError, RunError
 from fedfmsl.protocol.bundle import Bundle
-from fedfmsl.protocol.encoding import decode, encode
+from fedfmsl.protocol.encoding import SUMS, decode, encode
 from fedfmsl.protocol.layout import Layout
 from fedfmsl.protocol.messages import Encoding, Round, Stage, Update
 from fedfmsl.protocol.tensors import pack
@@ -33,6 +34,8 @@ def prepare_update(
     """`result` with the tensors to send. Saves the residual of the encoding in the file `residual_path`."""
     if round_.privacy is not None and round_.stage in (Stage.STATISTICS, Stage.GLOBAL, Stage.PERSONAL):
         result = _add_noise(round_, round_.privacy, result, rng)
+    if round_.min_class_count:
+        return replace(result, tensors={SUMS: _fixed_point(round_, result.tensors)})
     if result.delta is None:
         return result
     layout = bundle.gate if round_.stage is Stage.PERSONAL else bundle.expert
@@ -45,6 +48,15 @@ def prepare_update(
     tensors, after = encode_with_feedback(layout, result.delta, before, round_.encoding)
     save_residual(residual_path, round_, before, after)
     return replace(result, tensors=tensors)
+
+
+def _fixed_point(round_: Round, tensors: Tensors) -> Words:
+    """The tensors as one vector of fixed-point numbers. Raises RunError if a value is too large."""
+    values = np.concatenate([np.asarray(tensor, np.float64).ravel() for tensor in tensors.values()])
+    try:
+        return fixed_point(values)
+    except ValueError as error:
+        raise RunError(f"the sums of round {round_.round} cannot be sent: {error}") from error
 
 
 def update_header(

@@ -4,9 +4,9 @@
     secrets = [Secrets.new() for _ in names]                                 # one on each device
     roster = Roster(names, np.stack([s.public_keys for s in secrets]), context)
     shares[u] = secrets[u].encrypted_shares(roster, u)                       # for the holders of u
-    masked[u] = secrets[u].mask(roster, u, index, members, encode(vector))
+    masked[u] = secrets[u].mask(roster, u, index, members, fixed_point(vector))
     opened[u] = secrets[u].open_shares(roster, u, index, members, survivors, shares)
-    total = decode(unmask(roster, index, members, survivors, masked_total, opened))
+    total = numbers(unmask(roster, index, members, survivors, masked_total, opened))
 
 Devices are positions 0 … n-1 in the roster. `members` are the devices that mask vector `index`; `survivors` are those
 whose masked vector has arrived. Every device has a seed for each vector's self mask and one for its pairwise masks. Its
@@ -33,13 +33,10 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from numpy.typing import NDArray
 
-from fedfmsl.algorithms.arrays import Doubles
+from fedfmsl.algorithms.fixed_point import Words
 
-Words = NDArray[np.uint64]  # integers modulo 2^64
 Bytes = NDArray[np.uint8]
 
-FRACTION_BITS = 20
-LARGEST = 2.0**30  # absolute value of an encoded number; the sum of 8192 of them does not wrap
 VECTORS = 2  # vectors that one set of keys can mask
 MIN_DEVICES = 3  # of a sum of two, each of the two knows the other's part
 NEIGHBOURS = 32  # even; with up to 33 devices all are neighbours
@@ -49,19 +46,6 @@ SHARE_BYTES = _NONCE_BYTES + 2 * VECTORS * SEED_BYTES + _TAG_BYTES  # encrypted,
 
 class SecureAggregationError(Exception):
     """What was received cannot be used: too few shares, a damaged share, an impossible set of devices."""
-
-
-def encode(values: Doubles) -> Words:
-    """Fixed-point numbers (P,) modulo 2^64. Raises ValueError if a value is not finite or larger than LARGEST."""
-    largest = float(np.abs(values).max(initial=0.0))
-    if not largest <= LARGEST:
-        raise ValueError(f"a value of {largest:.4g} is too large for secure aggregation; at most {LARGEST:.4g} is not")
-    return np.rint(values * 2.0**FRACTION_BITS).astype(np.int64).view(np.uint64)
-
-
-def decode(words: Words) -> Doubles:
-    """The numbers (P,) of a sum of encoded vectors."""
-    return words.view(np.int64) / 2.0**FRACTION_BITS
 
 
 def threshold(holders: int) -> int:

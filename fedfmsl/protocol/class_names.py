@@ -14,6 +14,7 @@ from fedfmsl.algorithms.calibration import UNKNOWN
 from fedfmsl.errors import ConfigError, InputError, one_line
 
 MAX_BYTES = 255  # of a folder name
+MAX_CLASSES = 4096  # messages have a number for each class
 SHOWN = 60  # characters of a name in an error
 BREAKS = ("Cc", "Zl", "Zp")  # Unicode categories: control characters, line and paragraph separators
 
@@ -21,8 +22,10 @@ BREAKS = ("Cc", "Zl", "Zp")  # Unicode categories: control characters, line and 
 def check_names(names: Sequence[str], source: str) -> tuple[str, ...]:
     """The names in NFC. `source`: where they are from, for errors.
 
-    Raises ConfigError if there are fewer than two, two are equal, or one is not valid.
+    Raises ConfigError if there are fewer than two or more than MAX_CLASSES, two are equal, or one is not valid.
     """
+    if len(names) > MAX_CLASSES:
+        raise ConfigError(f"{source}: {len(names)} classes are more than {MAX_CLASSES}; name fewer")
     normal = tuple(unicodedata.normalize("NFC", name) for name in names)
     for name in normal:
         if problem := fault(name):

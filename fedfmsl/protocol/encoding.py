@@ -15,6 +15,7 @@ from fedfmsl.errors import MessageError
 from fedfmsl.protocol.layout import Layout
 from fedfmsl.protocol.messages import Encoding
 
+SUMS = "sums"  # name of the only tensor (P,) of an update of secure sums: fixed-point numbers
 SCALES = "scales"  # name of a tensor (k,): the scale of each int8 tensor, in the order of the layout
 _STEPS = 127
 _FP16_MAX = float(np.finfo(np.float16).max)

@@ -14,7 +14,7 @@ from fedfmsl.algorithms.privacy import Privacy
 from fedfmsl.algorithms.sal import Sal
 from fedfmsl.errors import MessageError, one_line, shown
 from fedfmsl.protocol.chunks import CHUNK_BYTES, check_chunk_size
-from fedfmsl.protocol.class_names import valid_name
+from fedfmsl.protocol.class_names import MAX_CLASSES, valid_name
 from fedfmsl.protocol.topics import MAX_NUMBER, NAME
 
 Name = Annotated[str, Field(pattern=f"^{NAME}$")]  # run or device
@@ -50,7 +50,15 @@ class Stage(str, Enum):
     BASELINE = "baseline"  # train alone, for comparison; nothing is aggregated
     EVALUATE = "evaluate"  # measure on the test split, write the personalized model
     FINISHED = "finished"  # nothing more to do
+    # Secure sums: around the masked vectors of `holders` and of `statistics` or `head`. Last, because the shuffles of
+    # training depend on a stage's position.
+    KEYS = "keys"  # public keys
+    SHARES = "shares"  # encrypted shares of the seeds of the masks
+    HOLDERS = "holders"  # how many devices hold each class
+    UNMASK = "unmask"  # the shares that remove the masks from a sum
 
+
+EXCHANGE = (Stage.KEYS, Stage.SHARES, Stage.UNMASK)  # the rounds of secure sums without samples
 
 EngineName = Literal["step-graph", "ort-training"]
 EngineChoice = Literal["auto", "step-graph", "ort-training"]
@@ -93,6 +101,10 @@ class Round(Message):
 
     `expert` (the global expert), `start` (the expert before stage 1) and `gate` are the SHA-256 of blobs of globals;
     "" if there is none yet. `chosen`: the selected devices; empty if all are selected.
+
+    Secure sums: `min_class_count` is the number of samples from which a device holds a class; 0: the sums are plain.
+    `classes`: those whose sums are asked for. `roster` and `shares` are the SHA-256 of the blobs of public keys and of
+    encrypted shares.
     """
 
     max_bytes = 192 * 1024  # mostly `chosen`
@@ -109,10 +121,28 @@ class Round(Message):
     expert: Sha256 = ""
     start: Sha256 = ""
     gate: Sha256 = ""
+    min_class_count: Number = 0
+    classes: tuple[Annotated[int, Field(ge=0, lt=4096)], ...] = Field(default=(), max_length=4096, fail_fast=True)
+    roster: Sha256 = ""
+    shares: Sha256 = ""
     training: Training
     sal: Sal
     encoding: Encoding = Encoding.FP32
     privacy: Privacy | None = None
+
+    @property
+    def blobs(self) -> frozenset[str]:
+        """SHA-256 of the blobs of globals that the round needs."""
+        return frozenset({self.expert, self.start, self.gate, self.roster, self.shares} - {""})
+
+    @model_validator(mode="after")
+    def _secure_sums_of_their_stages_only(self) -> Round:
+        secure = self.min_class_count > 0
+        if self.stage in (*EXCHANGE, Stage.HOLDERS) and not secure:
+            raise ValueError(f"stage {self.stage.value} has no min_class_count")
+        if secure and self.stage not in (*EXCHANGE, Stage.HOLDERS, Stage.STATISTICS, Stage.HEAD):
+            raise ValueError(f"stage {self.stage.value} has no secure sums")
+        return self
 
     @model_validator(mode="after")
     def _no_second_moments_with_privacy(self) -> Round:
@@ -218,7 +248,7 @@ class Prediction(Message):
     time: Amount
     label: ClassName
     confidence: float = Field(ge=0, le=1)
-    probabilities: dict[ClassName, float] = Field(max_length=4096)
+    probabilities: dict[ClassName, float] = Field(max_length=MAX_CLASSES)
     round: Number
 
 
@@ -234,7 +264,9 @@ class Update(Message):
     level: Level
     samples: Count
     metrics: dict[Key, float] = Field(default={}, max_length=64)
-    counts: dict[Key, Annotated[list[Count], Field(max_length=4096, fail_fast=True)]] = Field(default={}, max_length=16)
+    counts: dict[Key, Annotated[list[Count], Field(max_length=MAX_CLASSES, fail_fast=True)]] = Field(
+        default={}, max_length=16
+    )
     engine: str = Field(default="", max_length=32)
     seconds: Amount = 0.0
     peak_rss_mb: Amount = 0.0

@@ -24,7 +24,8 @@ Header = TypeVar("Header", bound=BaseModel)
 # Maximum header of a blob, with the names and shapes of its tensors. Parsed JSON takes up to 24 times as much memory.
 MAX_HEADER_BYTES = 512 * 1024
 MAX_TENSORS = 4096
-DTYPES = (np.float32, np.float16, np.int8)  # of encoded values (see `fedfmsl.protocol.encoding`)
+# Of encoded values (see `fedfmsl.protocol.encoding`), and of secure sums (see `fedfmsl.protocol.secure_sums`).
+DTYPES = (np.float32, np.float16, np.int8, np.uint64, np.uint8)
 
 
 def pack(header: BaseModel, tensors: Tensors) -> bytes:
@@ -54,7 +55,8 @@ def unpack(blob: bytes, header_type: type[Header]) -> tuple[Header, dict[str, ND
         raise MessageError(f"a blob of {len(tensors)} tensors: more than {MAX_TENSORS}")
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES:
-            raise MessageError(one_line(f"tensor {name!r} is {tensor.dtype}, not float32, float16 or int8"))
+            known = ", ".join(np.dtype(each).name for each in DTYPES)
+            raise MessageError(one_line(f"tensor {name!r} is {tensor.dtype}, not one of {known}"))
     return header, tensors
 
 

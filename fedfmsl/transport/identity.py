@@ -77,7 +77,7 @@ def read_identity(path: Path) -> Identity:
         mode = path.stat().st_mode
     except OSError as error:
         raise ConfigError(f"identity {path} is not readable ({error}); make one with devices.provision") from error
-    blocks = [(match[1], match[0]) for match in _BLOCK.finditer(text.replace("\r\n", "\n"))]
+    blocks = pem_blocks(text)
     certificates = [block for kind, block in blocks if kind == _CERTIFICATE]
     has_key = any(kind.endswith(_KEY) for kind, _ in blocks)
     if not certificates:
@@ -95,6 +95,11 @@ def read_identity(path: Path) -> Identity:
     identity = Identity(path, name, "\n".join(authorities), valid)
     identity.client_context()
     return identity
+
+
+def pem_blocks(text: str) -> list[tuple[str, str]]:
+    """Kind and text of each PEM block."""
+    return [(match[1], match[0]) for match in _BLOCK.finditer(text.replace("\r\n", "\n"))]
 
 
 def device_name(configured: str | None, identity: Path | None) -> str | None:

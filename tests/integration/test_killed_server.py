@@ -12,7 +12,9 @@ from fedfmsl.protocol.messages import Ack, Globals, Round, ServerStatus, Stage, 
 from fedfmsl.protocol.tensors import unpack
 from trainer_server.storage.run_store import RunStore
 
-ROUNDS = ("--stage1-rounds", "2", "--stage2-rounds", "2", "--audit")
+ROUNDS = ("--stage1-rounds", "2", "--stage2-rounds", "2", "--audit", "--secure-sums", "--min-class-count", "2")
+CLOSED = 17
+SECURE = (Stage.KEYS, Stage.SHARES, Stage.HOLDERS, Stage.UNMASK, Stage.STATISTICS)
 
 
 def finish(federation: Federation, observer: Observer) -> bytes:
@@ -46,7 +48,7 @@ def test_a_killed_server_resumes_the_round_with_the_acknowledged_updates(
         server = federation.start_server(*ROUNDS)
         for name in photos:
             federation.start_device(name, "--bundle", str(bundle))
-        for stage in (Stage.STATISTICS, Stage.GLOBAL, Stage.HEAD, Stage.PERSONAL, Stage.EVALUATE):
+        for stage in (*SECURE, Stage.GLOBAL, Stage.HEAD, Stage.PERSONAL, Stage.EVALUATE):
             killed = observer.wait(Round, lambda r, stage=stage: r.stage is stage, stage.value)
             federation.devices[slow].pause()  # so that the round stays open
             for name in set(photos) - {slow}:
@@ -64,15 +66,15 @@ def test_a_killed_server_resumes_the_round_with_the_acknowledged_updates(
     acks = [
         (ack.round, ack.device) for ack in observer.seen if isinstance(ack, Ack) and ack.verdict is Verdict.ACCEPTED
     ]
-    assert len(acks) == len(set(acks)) == 7 * len(photos)
+    assert len(acks) == len(set(acks)) == CLOSED * len(photos)
     assert not any(closed["missing"] or closed["repeated"] for closed in federation.rounds())
 
     out = ("--out", str(federation.server_folder))
     replayed = run_module("trainer_server", "replay", *out)
     assert (replayed.code, replayed.stderr) == (0, "")
-    assert "8 announced rounds replayed; the 7 closed ones equal" in replayed.stdout
+    assert f"{CLOSED + 1} announced rounds replayed; the {CLOSED} closed ones equal" in replayed.stdout
     status = json.loads(run_module("trainer_server", "status", *out, "--json").stdout)
-    assert (status["ended"], status["closed_rounds"], status["repeated"]) == ("finished", 7, [])
+    assert (status["ended"], status["closed_rounds"], status["repeated"]) == ("finished", CLOSED, [])
     adapter = run_module("trainer_server", "export", *out, "--to", str(tmp_path / "adapter"))
     assert adapter.code == 0
     for file in ("adapter_model.safetensors", "adapter_config.json"):
@@ -80,7 +82,7 @@ def test_a_killed_server_resumes_the_round_with_the_acknowledged_updates(
             federation.server_folder / "global_expert" / file
         ).read_bytes()
     listed = run_module("trainer_server", "rounds", *out, "--json").stdout.splitlines()
-    assert [json.loads(line)["round"]["round"] for line in listed] == [1, 2, 3, 4, 5, 6, 7]
+    assert [json.loads(line)["round"]["round"] for line in listed] == list(range(1, CLOSED + 1))
     ended = run_module("trainer_server", "resume", *out, "--broker", broker.url)
     assert (ended.code, ended.stdout.splitlines()[-1]) == (0, "run finished")
     assert "run 'killed' has finished; announcing it again" in ended.stdout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -32,6 +33,7 @@ from export.graph import OPSET
 from export.graphs import expert_layout
 from export.models import MODELS, ModelSpec
 from export.parity import check_parity
+from export.pipeline import Options, export_bundle
 from export.reference import normalize_pixels
 from export.weights import load_backbone
 from fedfmsl.common.onnx_runtime import has_ort_training
@@ -227,7 +229,8 @@ def test_class_names_from_a_number_or_a_list(classes: str, names: tuple[str, ...
     ("classes", "message"),
     [
         ("0", "--classes 0 needs at least two classes, got 0"),
-        ("9" * 5000, "--classes 999999999999… is more than 99999 classes"),  # Python refuses the number itself
+        ("9" * 5000, "--classes 999999999999… is more than 4096 classes"),  # Python refuses the number itself
+        ("4097", "--classes 4097: 4097 classes are more than 4096; name fewer"),
         ("cat", "needs at least two classes, got 1"),
         ("cat,cat", "class 'cat' is named twice"),
         ("c\u0327a,\u00e7a", "class '\u00e7a' is named twice"),
@@ -304,8 +307,6 @@ def test_a_config_of_other_images_than_square_rgb_is_refused(
     "values",
     [
         {"hidden_act": "banana"},
-        {"num_hidden_layers": "three"},
-        {"hidden_size": True},
         {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
     ],
 )
@@ -315,6 +316,64 @@ def test_a_config_that_transformers_fails_on_is_one_clear_error(
     folder = change_config(shutil.copytree(vit_folder, tmp_path / "copy"), **values)
     with pytest.raises(WeightsError, match=f"^{re.escape(str(folder))} is not a usable transformers folder: .*$"):
         load_backbone(str(folder), None, 4)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("layer_norm_eps", value) for value in ("1e-12", math.nan, -1e-12, 0, 1e30, None)),
+        *(("initializer_range", value) for value in ("0.02", math.inf)),
+        *(("num_hidden_layers", value) for value in ("three", 0, -1, 2.0, 10**9)),
+        *(("hidden_size", value) for value in (True, 10**30)),
+        *(("num_attention_heads", value) for value in (0, [2])),
+        *(("intermediate_size", 10**12), ("patch_size", 10**9), ("image_size", 10**9)),
+    ],
+)
+@pytest.mark.parametrize("weights", [None, "random"])
+def test_numbers_of_a_config_that_no_model_has_are_refused(
+    vit_folder: Path, tmp_path: Path, key: str, value: Any, weights: str | None
+) -> None:
+    folder = change_config(shutil.copytree(vit_folder, tmp_path / "copy"), **{key: value})
+    message = f"^{re.escape(str(folder))}: config.json has {key} .*, not a number "
+    with pytest.raises(WeightsError, match=message) as caught:
+        load_backbone(str(folder), weights, 4)
+    assert len(str(caught.value)) < len(str(folder)) + 200
+
+
+@pytest.mark.parametrize("value", ["0", -1, 32, None, 1e300])
+def test_a_padding_token_outside_of_the_vocabulary_is_refused(bert_folder: Path, tmp_path: Path, value: Any) -> None:
+    folder = change_config(shutil.copytree(bert_folder, tmp_path / "copy"), pad_token_id=value)
+    with pytest.raises(WeightsError, match=r"config.json has pad_token_id .*, not a token from 0 to 31"):
+        load_backbone(str(folder), None, 4)
+
+
+def test_random_weights_of_a_config_that_transformers_fails_on_are_one_clear_error(
+    vit_folder: Path, tmp_path: Path
+) -> None:
+    folder = change_config(shutil.copytree(vit_folder, tmp_path / "copy"), num_attention_heads=5)
+    with pytest.raises(WeightsError, match="is not a usable transformers folder"):
+        load_backbone(str(folder), "random", 4)
+
+
+def test_a_rank_above_the_hidden_size_is_refused(vit_folder: Path, tmp_path: Path) -> None:
+    options = Options(
+        model=str(vit_folder),
+        weights=None,
+        classes=CLASSES,
+        levels=1,
+        image_size=None,
+        max_tokens=None,
+        tokenizer=None,
+        rank=100_000,
+        precision="fp32",
+        ort_training=False,
+        prompts=None,
+        revision=None,
+        out=tmp_path / "out",
+        seed=0,
+    )
+    with pytest.raises(ConfigError, match="--rank 100000 is more than the hidden size 32 of tiny-vit"):
+        export_bundle(options)
 
 
 def test_sizes_of_a_config_may_be_lists(vit: Built, vit_folder: Path, tmp_path: Path) -> None:

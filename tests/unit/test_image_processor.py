@@ -134,6 +134,11 @@ def test_a_jpeg_that_is_decoded_smaller_differs_by_less_than_two_grey_levels(
         ({"image_mean": [0.5, 0.5]}, r"image_mean \[0.5, 0.5\], which"),
         ({"image_std": ["a", "b", "c"]}, r"image_std \['a', 'b', 'c'\], which"),
         ({"image_std": 0}, "image_std 0, which .* must be positive"),
+        ({"image_std": 1e-300}, "image_std 1e-300, which .* above 10000 or below 0.0001"),
+        ({"image_mean": 10**400}, "image_mean 10{299}, which .* must be a number, or three"),
+        ({"rescale_factor": 1e200}, r"rescale_factor 1e\+200, which .* more than 10000 times 1/255"),
+        ({"size": 10**12}, "size {'height': 1000000000000, .*of at most 4096 px"),
+        ({"resample": 2.0}, "resample 2.0, which"),
         ({"do_normalize": None}, "do_normalize null"),
         ({"do_center_crop": True}, "do_center_crop True, which is not a setting of ViTImageProcessor"),
         ({"crop_pct": 0.9}, "crop_pct 0.9, which is not a setting"),
@@ -191,6 +196,12 @@ def test_the_size_of_images(
     preprocessing = load_backbone(str(folder), None, 2, asked).preprocessing
     assert isinstance(preprocessing, ImagePreprocessing)
     assert (preprocessing.size, preprocessing.edge) == (size, edge)
+
+
+def test_a_crop_of_a_few_pixels_is_not_scaled_without_limit(tmp_path: Path) -> None:
+    values = {"image_processor_type": "CLIPImageProcessor", "size": 4096, "crop_size": 1}
+    with pytest.raises(WeightsError, match=r"makes 917504 px for 224 px; devices resize to at most 4096 px"):
+        read(write(tmp_path, values)).preprocessing(224)
 
 
 def test_images_of_another_size_than_the_models_are_refused(vit_folder: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedfmsl.algorithms import secure_aggregation as sa
+from fedfmsl.algorithms.fixed_point import FRACTION_BITS, LARGEST, Words, fixed_point, numbers
 from fedfmsl.algorithms.secure_aggregation import Roster, Secrets, SecureAggregationError
 
 
@@ -29,13 +30,13 @@ class Execution:
         shares = {u: each.encrypted_shares(roster, u) for u, each in enumerate(secrets)}
         return cls(secrets, roster, shares)
 
-    def masked(self, device: int, members: set[int], values: np.ndarray, index: int = 0) -> sa.Words:
-        return self.secrets[device].mask(self.roster, device, index, members, sa.encode(values))
+    def masked(self, device: int, members: set[int], values: np.ndarray, index: int = 0) -> Words:
+        return self.secrets[device].mask(self.roster, device, index, members, fixed_point(values))
 
     def opened(self, device: int, members: set[int], survivors: set[int], index: int = 0) -> sa.Bytes:
         return self.secrets[device].open_shares(self.roster, device, index, members, survivors, self.shares)
 
-    def total(self, members: set[int], survivors: set[int], answering: set[int], values: np.ndarray) -> sa.Words:
+    def total(self, members: set[int], survivors: set[int], answering: set[int], values: np.ndarray) -> Words:
         masked = sum((self.masked(u, members, values[u]) for u in survivors), np.zeros(values.shape[1], np.uint64))
         opened = {u: self.opened(u, members, survivors) for u in answering}
         return sa.unmask(self.roster, 0, members, survivors, masked, opened)
@@ -56,11 +57,11 @@ def test_the_sum_is_exact_with_devices_lost_at_every_step(six: Execution, data: 
     members = set(range(6)) - data.draw(st.sets(st.integers(0, 5), max_size=1))
     survivors = members - data.draw(st.sets(st.sampled_from(sorted(members)), max_size=1))
     answering = set(data.draw(st.permutations(sorted(survivors)))[: data.draw(st.integers(3, len(survivors)))])
-    expected = sum((sa.encode(VALUES[u]) for u in survivors), np.zeros(5, np.uint64))
+    expected = sum((fixed_point(VALUES[u]) for u in survivors), np.zeros(5, np.uint64))
     if six.roster.enough(answering, members):
         total = six.total(members, survivors, answering, VALUES)
         assert np.array_equal(total, expected)
-        assert np.allclose(sa.decode(total), VALUES[sorted(survivors)].sum(axis=0), atol=6 * 2.0**-sa.FRACTION_BITS)
+        assert np.allclose(numbers(total), VALUES[sorted(survivors)].sum(axis=0), atol=6 * 2.0**-FRACTION_BITS)
     else:
         with pytest.raises(SecureAggregationError, match=r"shares of device-000\d, fewer than 5"):
             six.total(members, survivors, answering, VALUES)
@@ -72,7 +73,7 @@ def test_the_neighbour_graph_of_many_devices_is_mutual_and_its_sum_is_exact() ->
     assert all(len(roster.holders(u)) == sa.NEIGHBOURS + 1 and u in roster.holders(u) for u in range(40))
     assert all(u in roster.holders(v) for u in range(40) for v in roster.holders(u))
     survivors = members - {0, 17}
-    expected = sum((sa.encode(VALUES[u]) for u in survivors), np.zeros(5, np.uint64))
+    expected = sum((fixed_point(VALUES[u]) for u in survivors), np.zeros(5, np.uint64))
     assert np.array_equal(many.total(members, survivors, survivors - {1, 20}, VALUES), expected)
 
 
@@ -89,7 +90,7 @@ def test_the_masks_of_one_device_hide_its_vector_from_all_others_together(six: E
     masked = six.masked(0, everybody, VALUES[0])
     opened = {u: six.opened(u, everybody, everybody - {0}) for u in range(1, 6)}
     rest = sa.unmask(six.roster, 0, everybody, everybody - {0}, masked, opened)
-    assert not np.array_equal(rest, sa.encode(VALUES[0]))
+    assert not np.array_equal(rest, fixed_point(VALUES[0]))
 
 
 def test_shares_are_only_for_their_holder_and_roster(six: Execution) -> None:
@@ -129,11 +130,11 @@ def test_a_public_key_of_small_order_is_refused(six: Execution) -> None:
 
 
 def test_encoded_sums_do_not_wrap_and_other_values_are_refused() -> None:
-    extremes = np.array([sa.LARGEST, -sa.LARGEST])
+    extremes = np.array([LARGEST, -LARGEST])
     total = np.zeros(2, np.uint64)
     for _ in range(2500):  # the most devices of a run
-        total += sa.encode(extremes)
-    assert np.array_equal(sa.decode(total), 2500 * extremes)
-    for value in (2 * sa.LARGEST, np.inf, np.nan):
+        total += fixed_point(extremes)
+    assert np.array_equal(numbers(total), 2500 * extremes)
+    for value in (2 * LARGEST, np.inf, np.nan):
         with pytest.raises(ValueError, match="too large"):
-            sa.encode(np.array([value]))
+            fixed_point(np.array([value]))

@@ -2,6 +2,8 @@
 
     gather → statistics → global × n → [head] → personal × m → [baseline] → evaluate → finished
 
+With secure sums, statistics and head are several rounds each (see `fedfmsl.protocol.secure_sums`).
+
 All rounds have the same form: announce, collect one update per device, close, apply. A round closes when enough devices
 have answered or at its deadline, whichever is first. If too few updates came, it lasts longer while devices are at
 work, up to a limit, and is repeated otherwise. The I/O loop (`trainer_server.service.loop`) does MQTT, clock and disk.
@@ -14,19 +16,17 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 
-from fedfmsl.algorithms.arrays import Tensors
-from fedfmsl.algorithms.sal import Sal
-from fedfmsl.protocol.messages import Ack, DeviceStatus, Globals, Round, Stage, Verdict
-from fedfmsl.protocol.tensors import blob_hash, pack
+from fedfmsl.algorithms.secure_aggregation import MIN_DEVICES, SecureAggregationError
+from fedfmsl.errors import MessageError
+from fedfmsl.protocol.messages import Ack, DeviceStatus, Round, Stage, Verdict
 from trainer_server.config import MAX_DEVICES
+from trainer_server.coordinator.announce import announce, pack_globals, sal_of
 from trainer_server.coordinator.events import (
-    AnnounceRound,
     Command,
     CountRefusal,
     Event,
     LimitsChanged,
     Log,
-    PublishGlobals,
     SendAck,
     StatusSeen,
     Stop,
@@ -37,12 +37,11 @@ from trainer_server.coordinator.events import (
 from trainer_server.coordinator.limits import MAX_STRETCH, UNMERGED, devices_in_share, round_seconds
 from trainer_server.coordinator.records import ClosedRound, listed
 from trainer_server.coordinator.refusals import LEFT_OUT_AFTER, LEFT_OUT_ROUNDS, refuse
-from trainer_server.coordinator.round_update import apply_round
+from trainer_server.coordinator.round_update import apply_round, without_sums
+from trainer_server.coordinator.secure_sums import MAX_REPEATS, asked_devices, shortage
 from trainer_server.coordinator.selection import eligible_devices, select_devices
-from trainer_server.coordinator.state import TRAINING, Accepted, Plan, State
+from trainer_server.coordinator.state import SUMS, TRAINING, Accepted, Plan, State, Step
 from trainer_server.coordinator.validation import validate_update
-
-Blobs = dict[str, tuple[str, bytes]]  # kind of globals → SHA-256 and blob
 
 RAISE_TIMEOUT = "If this repeats, stop the server and resume with a longer --round-timeout"
 REMEMBERED_ROUNDS = 2  # updates of older rounds are reported as late, also if they were accepted before
@@ -176,12 +175,10 @@ def _open_round(plan: Plan, state: State, position: int, now: float) -> tuple[St
     """Selects devices, publishes the globals and announces the round at `position` of the schedule."""
     config, number, step = plan.config, state.round + 1, plan.schedule[position]
     stage, level = step.stage, state.sal.level
-    least = state.limits.min_updates
-    ready = {name: state.devices[name] for name in state.ready}
-    eligible = eligible_devices(ready, state.refused, number, least)
-    # a repeated round asks every device, because the same selection could fail again
-    selects = stage in TRAINING and not state.repeats
-    selected = select_devices(config, eligible, level, number, least) if selects else frozenset(eligible)
+    if step.sums is not None and position == plan.part_of(step.sums).start and len(state.ready) < MIN_DEVICES:
+        reason = f"{len(state.ready)} devices are online, and secure sums need {MIN_DEVICES}"
+        return _skip_sums(plan, state, step.sums, reason, now)
+    selected = _selected(plan, state, step, number)
     oldest = number - max(config.max_staleness, REMEMBERED_ROUNDS)
     closed = [*state.recent, *([state.announced] if state.announced else [])]
     blobs = pack_globals(plan, state, stage)
@@ -193,12 +190,14 @@ def _open_round(plan: Plan, state: State, position: int, now: float) -> tuple[St
         index=step.index,
         of=step.of,
         level=level,
-        chosen=tuple(sorted(selected)) if selected != state.ready else (),
+        chosen=tuple(sorted(selected)) if selected != state.ready or step.sums is not None else (),
         repetitions=config.stage1_rounds if stage is Stage.BASELINE else 1,
         training=config.stage2 if stage is Stage.PERSONAL else config.stage1,
-        sal=_sal_of(plan, state, stage),
+        sal=sal_of(plan, state, stage),
         encoding=config.encoding,
         privacy=config.privacy,
+        min_class_count=config.min_class_count if step.sums is not None else 0,
+        classes=state.secure.classes if stage in SUMS else (),
         **{kind: sha256 for kind, (sha256, _) in blobs.items()},
     )
     state = replace(
@@ -213,39 +212,19 @@ def _open_round(plan: Plan, state: State, position: int, now: float) -> tuple[St
         recent=tuple(closed[len(closed) - config.max_staleness :]) if config.max_staleness else (),
         counted=frozenset(key for key in state.counted if key[0] >= oldest),
     )
-    return state, _announce(blobs, announced)
+    return state, announce(blobs, announced)
 
 
-def announcement(plan: Plan, state: State, announced: Round) -> list[Command]:
-    """Publishes the present round again, after a restart or for a broker that lost its retained messages."""
-    return _announce(pack_globals(plan, state, announced.stage), announced)
-
-
-def _announce(blobs: Blobs, announced: Round) -> list[Command]:
-    return [*(PublishGlobals(sha256, blob) for sha256, blob in blobs.values()), AnnounceRound(announced)]
-
-
-def pack_globals(plan: Plan, state: State, stage: Stage) -> Blobs:
-    """The globals by kind: the global expert at its level, the expert that stage 1 started from, the gate adapter.
-    Empty before the statistics round."""
-    if stage is Stage.STATISTICS:
-        return {}
-    tensors: dict[str, Tensors] = {
-        "expert": plan.bundle.expert.split(state.expert[: plan.bundle.expert.size(state.sal.level)]),
-        "start": plan.bundle.expert.split(state.start),
-        "gate": plan.bundle.gate.split(state.gate),
-    }
-    blobs = {kind: pack(Globals(run=plan.config.run, kind=kind), named) for kind, named in tensors.items()}
-    return {kind: (blob_hash(blob), blob) for kind, blob in blobs.items()}
-
-
-def _sal_of(plan: Plan, state: State, stage: Stage) -> Sal:
-    """The stage's rule. After stage 1 no device activates more blocks than the global expert has."""
-    config = plan.config
-    if stage in (Stage.STATISTICS, Stage.GLOBAL):
-        return config.stage1_sal
-    rule = config.stage2_sal if stage is Stage.PERSONAL else config.stage1_sal
-    return replace(rule, max_level=state.sal.level)
+def _selected(plan: Plan, state: State, step: Step, number: int) -> frozenset[str]:
+    """The devices that the round asks. A repeated round of training asks every device, because the same selection could
+    fail again."""
+    if step.sums is not None and plan.masks and step.stage is not Stage.KEYS:
+        return asked_devices(state, step.stage)
+    ready, least = {name: state.devices[name] for name in state.ready}, state.limits.min_updates
+    eligible = eligible_devices(ready, state.refused, number, least)
+    if step.stage not in TRAINING or state.repeats:
+        return frozenset(eligible)
+    return select_devices(plan.config, eligible, state.sal.level, number, least)
 
 
 def _end_of_time(
@@ -255,7 +234,7 @@ def _end_of_time(
     repeated, their work would be lost, and the repeated round would take as long."""
     busy = sorted(working & state.awaited - state.answered)
     after = f"{next_deadline(plan, state) - state.since:.0f} s"
-    if len(state.updates) >= state.limits.min_updates or not busy or state.stretch >= MAX_STRETCH:
+    if not _too_few(plan, state, announced) or not busy or state.stretch >= MAX_STRETCH:
         state, commands = _close_round(plan, state, announced, now)
         if busy:
             late = f"round {announced.round}: still at work after {after}: {listed(busy)}; {RAISE_TIMEOUT}"
@@ -263,31 +242,68 @@ def _end_of_time(
         return state, commands
     seconds = next_deadline(plan, state := replace(state, stretch=2 * state.stretch)) - state.since
     text = (
-        f"round {announced.round} has {len(state.updates)} of at least {state.limits.min_updates} updates after "
-        f"{after}; still at work: {listed(busy)}; it lasts up to {seconds:.0f} s now. {RAISE_TIMEOUT}"
+        f"{_too_few(plan, state, announced)} after {after}; still at work: {listed(busy)}; "
+        f"it lasts up to {seconds:.0f} s now. {RAISE_TIMEOUT}"
     )
     return state, [Log(text, warning=True)]
 
 
+def _too_few(plan: Plan, state: State, closing: Round) -> str:
+    """Why the updates of the round are too few, or ""."""
+    count, least = len(state.updates), state.limits.min_updates
+    if count < least:
+        return f"round {state.round} got {count} updates, fewer than {least}"
+    return "" if plan.schedule[state.position].sums is None else shortage(plan, state, closing)
+
+
 def _close_round(plan: Plan, state: State, closing: Round, now: float) -> tuple[State, list[Command]]:
     """Applies the updates and opens the next round, or repeats this one."""
-    limits, finish = state.limits, len(plan.schedule) - 1
-    too_few = ""
-    if len(state.updates) < limits.min_updates:
-        too_few = f"round {state.round} got {len(state.updates)} updates, fewer than {limits.min_updates}"
+    limits, finish, step = state.limits, len(plan.schedule) - 1, plan.schedule[state.position]
+    too_few = _too_few(plan, state, closing)
     record = _record(state, closing, now, too_few)
     if not too_few:
+        try:
+            applied = apply_round(plan, state, closing)
+        except (SecureAggregationError, MessageError) as error:
+            assert step.sums is not None
+            state, commands = _skip_sums(plan, state, step.sums, str(error), now)
+            return state, [record, *commands]
         quick = 2 * (now - state.since) < next_deadline(plan, state) - state.since
         stretch = max(state.stretch // 2, 1) if quick else state.stretch
-        state = replace(apply_round(plan, state, closing), repeats=0, stretch=stretch)
-        state, commands = _open_round(plan, state, state.position + 1, now)
+        position = state.position + 1
+        # repeats of all rounds of secure sums count together
+        repeats = state.repeats if step.sums is not None and plan.schedule[position].sums is step.sums else 0
+        state, commands = _open_round(plan, replace(applied, repeats=repeats, stretch=stretch), position, now)
         return state, [record, *commands, *([Stop()] if state.position == finish else [])]
+    if step.sums is not None:
+        state, commands = _repeat_sums(plan, state, step.sums, too_few, now)
+        return state, [record, *commands]
     if limits.max_repeats is not None and state.repeats >= limits.max_repeats:
         times = f"{state.repeats + 1} times in a row"
         state, commands = _open_round(plan, state, finish, now)
         return state, [record, *commands, Stop(f"{too_few}, {times}; the run ends")]
     state, commands = _open_round(plan, replace(state, repeats=state.repeats + 1, stretch=1), state.position, now)
     return state, [record, Log(f"{too_few}; repeating it", warning=True), *commands]
+
+
+def _repeat_sums(plan: Plan, state: State, sums: Stage, reason: str, now: float) -> tuple[State, list[Command]]:
+    """Starts secure sums again, with fresh keys; once masks may have been removed, repeats only their removal."""
+    stage = plan.schedule[state.position].stage
+    if stage in SUMS or state.repeats >= MAX_REPEATS:
+        return _skip_sums(plan, state, sums, reason, now)
+    position = state.position if stage is Stage.UNMASK else plan.part_of(sums).start
+    state, commands = _open_round(plan, replace(state, repeats=state.repeats + 1, stretch=1), position, now)
+    return state, [Log(f"{reason}; repeating it", warning=True), *commands]
+
+
+def _skip_sums(plan: Plan, state: State, sums: Stage, reason: str, now: float) -> tuple[State, list[Command]]:
+    """Goes on without the secure sums of a stage."""
+    without = "stage 1 starts from the bundle's own head"
+    if sums is Stage.HEAD:
+        without = "the global expert keeps the head of stage 1"
+    state = replace(without_sums(plan, state, sums), repeats=0, stretch=1)
+    state, commands = _open_round(plan, state, plan.part_of(sums).stop, now)
+    return state, [Log(f"no secure sums: {reason}; {without}", warning=True), *commands]
 
 
 def _record(state: State, closing: Round, now: float, repeated: str) -> StoreRound:

@@ -8,31 +8,76 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedfmsl.algorithms.aggregation import Aggregate, Contribution, weighted_average
-from fedfmsl.algorithms.arrays import Tensors, Vector
+from fedfmsl.algorithms.arrays import Doubles, Tensors, Vector
 from fedfmsl.algorithms.class_means import class_mean_head, direction_head
 from fedfmsl.algorithms.discriminant import discriminant_head
 from fedfmsl.protocol.layout import Layout
 from fedfmsl.protocol.messages import Round, Stage, Update
 from trainer_server.config import Head
-from trainer_server.coordinator.state import Accepted, Plan, State
+from trainer_server.coordinator.secure_sums import apply_updates
+from trainer_server.coordinator.state import NO_SUMS, Accepted, Plan, State
 from trainer_server.coordinator.validation import class_statistics, expert_delta, gate_delta, head_statistics
 
 
 def apply_round(plan: Plan, state: State, closing: Round) -> State:
-    """The state after `state.updates` have been applied."""
+    """The state after `state.updates` have been applied.
+
+    Raises SecureAggregationError or MessageError if they are of secure sums, and these cannot be used.
+    """
+    stage = plan.schedule[state.position].sums
+    if stage is not None:
+        sums = apply_updates(plan, state, closing)
+        return sums.state if sums.total is None else _secure_sums(plan, sums.state, stage, sums.total)
     return APPLY[closing.stage](plan, state, closing) if closing.stage in APPLY else state
 
 
+def without_sums(plan: Plan, state: State, stage: Stage) -> State:
+    """The state if the secure sums of a stage have failed. Stage 1 then starts from the bundle's own head."""
+    state = replace(state, secure=NO_SUMS)
+    if stage is not Stage.STATISTICS:
+        return state
+    dims, zero_shot = plan.bundle.manifest.dims, plan.bundle.zero_shot()
+    head = np.zeros(plan.bundle.expert.size(0), np.float32)
+    if zero_shot is not None and plan.config.head is not Head.ZEROS:
+        norm = dims.feature**0.5  # of a normalized feature, about
+        head = direction_head(zero_shot.rows, zero_shot.scale, np.ones(1, np.float32), norm)
+    return _starting_from(plan, state, head)
+
+
+def _secure_sums(plan: Plan, state: State, stage: Stage, total: Doubles) -> State:
+    """The state after secure sums (P,). Raises MessageError if no features have them."""
+    first = stage is Stage.STATISTICS
+    layout = plan.statistics if first else plan.head_statistics
+    tensors = layout.split(np.asarray(total, np.float32))
+    samples = round(float(tensors["class_counts"].sum()))
+    if first:
+        return _with_first_head(plan, state, class_statistics(plan, samples, tensors))
+    return _with_final_head(plan, state, head_statistics(plan, samples, tensors))
+
+
 def _statistics(plan: Plan, state: State, closing: Round) -> State:
-    total: NDArray[np.float64] = np.zeros(plan.statistics.total)
+    return _with_first_head(plan, state, _total(plan, state, plan.statistics, class_statistics))
+
+
+def _total(plan: Plan, state: State, layout: Layout, read: Callable[[Plan, int, Tensors], Vector]) -> Doubles:
+    """The sums of all updates, flat."""
+    total: NDArray[np.float64] = np.zeros(layout.total)
     for accepted in _in_order(state):
-        total += class_statistics(plan, accepted.update, plan.read(accepted.sha256))
-    head = _first_head(plan, plan.statistics.split(np.asarray(total, np.float32)))
+        total += read(plan, accepted.update.samples, plan.read(accepted.sha256))
+    return total
+
+
+def _with_first_head(plan: Plan, state: State, total: NDArray[np.floating[Any]]) -> State:
+    return _starting_from(plan, state, _first_head(plan, plan.statistics.split(np.asarray(total, np.float32))))
+
+
+def _starting_from(plan: Plan, state: State, head: Vector) -> State:
     expert = state.expert.copy()
     expert[: head.size] = head
     return replace(state, expert=expert, start=expert[: plan.bundle.expert.size(1)])
@@ -60,10 +105,11 @@ def _expert(plan: Plan, state: State, closing: Round) -> State:
 
 
 def _head(plan: Plan, state: State, closing: Round) -> State:
+    return _with_final_head(plan, state, _total(plan, state, plan.head_statistics, head_statistics))
+
+
+def _with_final_head(plan: Plan, state: State, total: NDArray[np.floating[Any]]) -> State:
     """The head in closed form, from the features of all samples under the trained LoRA."""
-    total: NDArray[np.float64] = np.zeros(plan.head_statistics.total)
-    for accepted in _in_order(state):
-        total += head_statistics(plan, accepted.update, plan.read(accepted.sha256))
     sums = plan.head_statistics.split(np.asarray(total, np.float32))
     expert = state.expert.copy()
     head = discriminant_head(sums["class_sums"], sums["class_counts"], sums["second_moments"])

@@ -6,42 +6,59 @@ thousand updates needs no more memory than one with ten.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 
 from fedfmsl.algorithms.arrays import Tensors, Vector
+from fedfmsl.algorithms.fixed_point import Words
 from fedfmsl.algorithms.sal import SalState
+from fedfmsl.algorithms.secure_aggregation import VECTORS, Bytes
 from fedfmsl.algorithms.server_optimizers import Moments
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.layout import Layout
 from fedfmsl.protocol.messages import DeviceStatus, Round, Stage, Update
+from fedfmsl.protocol.secure_sums import SignedKeys
 from trainer_server.config import RunConfig
 from trainer_server.coordinator.limits import Limits
 from trainer_server.coordinator.refusals import Refused
 
 TRAINING = (Stage.GLOBAL, Stage.PERSONAL)
+SUMS = (Stage.STATISTICS, Stage.HEAD)
+
+CheckKeys = Callable[[str, SignedKeys, bytes], None]  # name and keys of a device, and what it must have signed
+
+
+def unsigned(name: str, signed: SignedKeys, message: bytes) -> None:
+    """Accepts all keys, where devices have no certificates."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """Round `index` of a stage that has `of` rounds."""
+    """Round `index` of a stage that has `of` rounds. `sums`: the stage whose secure sums it belongs to."""
 
     stage: Stage
     index: int
     of: int
+    sums: Stage | None = None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is constant during a run. `read` loads the tensors of an accepted update by the SHA-256 of its blob."""
+    """What is constant during a run. `read` loads the tensors of an accepted update by the SHA-256 of its blob.
+
+    `check_keys` raises MessageError if signed keys are not valid. Without `masks`, as in a simulation, the vectors of
+    secure sums are not masked, and have the same sum.
+    """
 
     config: RunConfig
     bundle: Bundle
     session: str
     read: Callable[[str], Tensors]
+    check_keys: CheckKeys = unsigned
+    masks: bool = True
 
     @cached_property
     def schedule(self) -> list[Step]:
@@ -56,7 +73,28 @@ class Plan:
             Stage.EVALUATE: 1,
             Stage.FINISHED: 1,
         }
-        return [Step(stage, index, of) for stage, of in rounds.items() for index in range(of)]
+        steps = []
+        for stage, of in rounds.items():
+            secure = config.secure_sums and stage in SUMS
+            steps += list(self._secure(stage)) if secure else [Step(stage, index, of) for index in range(of)]
+        return steps
+
+    def _secure(self, sums: Stage) -> Iterator[Step]:
+        """The rounds of the secure sums of a stage: first of the holders of each class, then of the classes' samples
+        (see `fedfmsl.protocol.secure_sums`)."""
+        index, of = SUMS.index(sums), len(SUMS)
+        if self.masks:
+            yield Step(Stage.KEYS, index, of, sums)
+            yield Step(Stage.SHARES, index, of, sums)
+        for vector, stage in enumerate((Stage.HOLDERS, sums)):
+            yield Step(stage, index, of, sums) if stage is Stage.HOLDERS else Step(stage, 0, 1, sums)
+            if self.masks:
+                yield Step(Stage.UNMASK, VECTORS * index + vector, VECTORS * of, sums)
+
+    def part_of(self, sums: Stage) -> range:
+        """The positions of the schedule that belong to the secure sums of a stage."""
+        positions = [position for position, step in enumerate(self.schedule) if step.sums is sums]
+        return range(positions[0], positions[-1] + 1)
 
     @cached_property
     def statistics(self) -> Layout:
@@ -71,9 +109,10 @@ class Plan:
 
     @property
     def largest_update(self) -> int:
-        """Values in the largest update of any stage."""
+        """Values in the largest update of any stage, of four bytes each."""
         bundle = self.bundle
-        return max(bundle.expert.total, bundle.gate.total, self.statistics.total, self.head_statistics.total)
+        sums = max(self.statistics.total, self.head_statistics.total)
+        return max(bundle.expert.total, bundle.gate.total, sums * (2 if self.config.secure_sums else 1))
 
     def _sums(self, last: tuple[str, int]) -> Layout:
         dims, (name, size) = self.bundle.manifest.dims, last
@@ -95,6 +134,25 @@ class Accepted:
     size: int
 
 
+@dataclass(frozen=True)
+class SecureSums:
+    """The secure sums in progress (see `fedfmsl.protocol.secure_sums`).
+
+    `roster`: the published keys. `keys_round`: the round in which they were sent. `members`: the devices that mask the
+    next vector. `survivors`: those whose masked vectors have arrived, with the sum `masked` (P,). `shares` (n, H,
+    SHARE_BYTES): the published shares. `classes`: those with enough holders.
+    """
+
+    roster: Tensors = field(default_factory=dict)
+    keys_round: int = 0
+    members: tuple[str, ...] = ()
+    survivors: tuple[str, ...] = ()
+    classes: tuple[int, ...] = ()
+    shares: Bytes = field(default_factory=lambda: np.empty((0, 0, 0), np.uint8))
+    masked: Words = field(default_factory=lambda: np.empty(0, np.uint64))
+
+
+NO_SUMS = SecureSums()
 Key = tuple[int, str]  # round and device: one update counts for each
 
 
@@ -114,6 +172,8 @@ class State:
 
     Late updates: `recent` are closed rounds whose late updates still count. `counted` are the keys of the updates
     accepted in these rounds and in the last REMEMBERED_ROUNDS. A second update with such a key is a duplicate.
+
+    `secure`: the secure sums in progress.
     """
 
     expert: Vector
@@ -136,6 +196,7 @@ class State:
     updates: Mapping[Key, Accepted] = field(default_factory=dict)
     recent: tuple[Round, ...] = ()
     counted: frozenset[Key] = frozenset()
+    secure: SecureSums = NO_SUMS
 
     @property
     def online(self) -> frozenset[str]:

@@ -15,6 +15,7 @@ from fedfmsl.protocol.encoding import decode
 from fedfmsl.protocol.layout import Layout
 from fedfmsl.protocol.messages import Stage, Update, Verdict
 from trainer_server.coordinator.records import held_out_accuracies
+from trainer_server.coordinator.secure_sums import check_update
 from trainer_server.coordinator.state import Plan, State
 
 ROUNDING = 1e-3  # relative tolerance for the rounding of a device's own sums
@@ -37,6 +38,7 @@ def validate_update(plan: Plan, state: State, update: Update, tensors: Tensors) 
         return Validation(Verdict.REJECTED, kind, reason)
 
     config, announced = plan.config, state.announced
+    secure = state.position >= 0 and plan.schedule[state.position].sums is not None
     if update.run != config.run:
         return rejected("other run", f"belongs to run {update.run!r}, this is {config.run!r}")
     if update.session != plan.session:
@@ -47,7 +49,8 @@ def validate_update(plan: Plan, state: State, update: Update, tensors: Tensors) 
         return Validation(Verdict.DUPLICATE, "repeated", "already counted")
     if announced is None or update.round > state.round:
         return rejected("other round", f"round {update.round} has not been announced")
-    task = next((round_ for round_ in (announced, *state.recent) if round_.round == update.round), None)
+    recent = () if secure else state.recent
+    task = next((round_ for round_ in (announced, *recent) if round_.round == update.round), None)
     if task is None or task.stage is not announced.stage:
         reason = (
             f"round {update.round} is closed, the present one is {state.round}; if this repeats, --round-timeout is "
@@ -65,7 +68,10 @@ def validate_update(plan: Plan, state: State, update: Update, tensors: Tensors) 
     if update.level > task.level:
         return rejected("tensors", f"is of level {update.level}, above the announced {task.level}")
     try:
-        CHECKS[update.stage](plan, update, tensors)
+        if secure:
+            check_update(plan, state, update, tensors)
+        else:
+            CHECKS[update.stage](plan, update, tensors)
     except MessageError as error:
         return rejected("tensors", str(error))
     return Validation(Verdict.ACCEPTED)
@@ -87,31 +93,33 @@ def gate_delta(plan: Plan, update: Update, tensors: Tensors) -> Vector:
     return delta
 
 
-def class_statistics(plan: Plan, update: Update, tensors: Tensors) -> Vector:
-    """Class sums, counts and the sum of norms, flat. Raises MessageError if they contradict each other."""
+def class_statistics(plan: Plan, samples: int, tensors: Tensors) -> Vector:
+    """Class sums, counts and the sum of norms of at most `samples` samples, flat. Raises MessageError if they
+    contradict each other."""
     flat, (sums, counts, norm) = _joined(plan.statistics, tensors)
-    largest = plan.config.max_norm * max(update.samples, 1)
+    largest = plan.config.max_norm * max(samples, 1)
     _bound(float(np.abs(norm[0])), largest, "sum of norms")
     if plan.config.privacy is not None:  # with noise only the bound on the norm holds
         _bound(float(np.linalg.norm(np.asarray(flat, np.float64))), largest, "norm")
         return flat
     if counts.min() < 0 or norm[0] < 0:
         raise MessageError("the update holds negative counts or norms")
-    _check_counts(counts, update)
+    _check_counts(counts, samples)
     if np.linalg.norm(sums, axis=1).sum() > norm[0] * (1 + ROUNDING):  # the triangle inequality
         raise MessageError("the update's class sums are longer than its sum of norms")
     return flat
 
 
-def head_statistics(plan: Plan, update: Update, tensors: Tensors) -> Vector:
-    """Class sums, counts and second moments, flat. Raises MessageError if no features (n, F) have them."""
+def head_statistics(plan: Plan, samples: int, tensors: Tensors) -> Vector:
+    """Class sums, counts and second moments of at most `samples` samples, flat. Raises MessageError if no features
+    (n, F) have them."""
     flat, (sums, counts, moments) = _joined(plan.head_statistics, tensors)
     if counts.min() < 0 or not counts.any():
         raise MessageError("the update holds negative counts or counts no images")
-    _check_counts(counts, update)
+    _check_counts(counts, samples)
     scatter, held = within_scatter(sums, counts, moments), counts > 0
     squares = float(np.trace(scatter) + ((sums[held] ** 2).sum(axis=1) / counts[held]).sum())  # Σ |xᵢ|²
-    _bound(max(squares, 0.0) ** 0.5, plan.config.max_norm * max(update.samples, 1), "root of the sum of squares")
+    _bound(max(squares, 0.0) ** 0.5, plan.config.max_norm * max(samples, 1), "root of the sum of squares")
     slack = SCATTER_ROUNDING * max(squares, 0.0) + np.finfo(np.float32).tiny
     if np.any(sums[~held]) or not _is_positive_definite(scatter + slack * np.eye(len(scatter))):
         raise MessageError("the update's class sums do not fit its second moments")
@@ -125,9 +133,9 @@ def _joined(layout: Layout, tensors: Tensors) -> tuple[Vector, list[NDArray[np.f
     return layout.join(tensors), [np.asarray(tensors[slot.name], np.float64) for slot in layout.slots]
 
 
-def _check_counts(counts: NDArray[np.float64], update: Update) -> None:
-    if counts.sum() > update.samples:
-        raise MessageError(f"the update counts {counts.sum():.0f} images and claims {update.samples} samples")
+def _check_counts(counts: NDArray[np.float64], samples: int) -> None:
+    if counts.sum() > samples:
+        raise MessageError(f"the update counts {counts.sum():.0f} images and claims {samples} samples")
 
 
 def _is_positive_definite(symmetric: Doubles) -> bool:
@@ -147,11 +155,11 @@ def _check_gate(plan: Plan, update: Update, tensors: Tensors) -> None:
 
 
 def _check_statistics(plan: Plan, update: Update, tensors: Tensors) -> None:
-    class_statistics(plan, update, tensors)
+    class_statistics(plan, update.samples, tensors)
 
 
 def _check_head(plan: Plan, update: Update, tensors: Tensors) -> None:
-    head_statistics(plan, update, tensors)
+    head_statistics(plan, update.samples, tensors)
 
 
 def _check_nothing(plan: Plan, update: Update, tensors: Tensors) -> None:

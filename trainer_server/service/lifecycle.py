@@ -15,13 +15,16 @@ from fedfmsl.common.settings import flag_of
 from fedfmsl.errors import BundleError, ConfigError, RunError
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.messages import Round, ServerStatus, encode
+from fedfmsl.protocol.secure_sums import SignedKeys
 from fedfmsl.protocol.topics import ROOT, Topics
+from fedfmsl.transport.identity import read_identity
 from fedfmsl.transport.link import KEEPALIVE_SECONDS, Link, Will
+from fedfmsl.transport.signatures import Authorities
 from trainer_server.config import RunConfig
 from trainer_server.coordinator.advance import advance
 from trainer_server.coordinator.events import AnnounceRound, LimitsChanged, Log
 from trainer_server.coordinator.limits import Limits, check_change
-from trainer_server.coordinator.state import Plan, State, initial_state
+from trainer_server.coordinator.state import CheckKeys, Plan, State, initial_state, unsigned
 from trainer_server.service.loop import Service
 from trainer_server.service.run_log import LOG_BYTES, log_to_folder
 from trainer_server.storage.run_store import DATABASE, LoggedEvent, Origin, RunStore, require_folder
@@ -92,6 +95,7 @@ def run_server(
     with store.locked(), log_to_folder(store.folder, log_bytes):
         plan = make_plan(store, bundle)
         state, at = restore_state(store, plan)
+        plan = replace(plan, check_keys=_key_check(identity))
         state = change_limits(store, plan, state, at, changes)
         if state.announced is None:  # the join timeout starts again
             state = replace(state, since=at)
@@ -110,6 +114,19 @@ def run_server(
         client_id = topics.client_id("server", secrets.token_hex(8))
         link = Link(broker, client_id, will, identity=identity, insecure=insecure, keepalive=keepalive)
         Service(plan, state, at, store, link, status, topics).run()
+
+
+def _key_check(identity: Path | None) -> CheckKeys:
+    """With a certificate, the server accepts only keys for secure sums that a device of its CA has signed."""
+    own = read_identity(identity) if identity else None
+    if own is None or own.name is None:
+        return unsigned
+    authorities = Authorities(own.authorities)
+
+    def check(name: str, signed: SignedKeys, message: bytes) -> None:
+        authorities.check(name, signed.certificate, signed.signature, message)
+
+    return check
 
 
 def change_limits(store: RunStore, plan: Plan, state: State, at: float, changes: Mapping[str, Any]) -> State:

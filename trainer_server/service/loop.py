@@ -23,7 +23,8 @@ from fedfmsl.protocol.tensors import blob_bytes
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.link import Connected, Disconnected, Link, LinkEvent, Oversize, Received, SubscriptionRefused
 from fedfmsl.transport.message_size import largest_message
-from trainer_server.coordinator.advance import advance, announcement, next_deadline
+from trainer_server.coordinator.advance import advance, next_deadline
+from trainer_server.coordinator.announce import announcement
 from trainer_server.coordinator.events import (
     AnnounceRound,
     ClockTicked,
@@ -335,7 +336,7 @@ class Service:
     def _finish_round(self, closed: ClosedRound) -> None:
         """Logs stragglers and writes the PEFT adapter. The record is already stored."""
         log_stragglers(closed)
-        if closed.round.stage in (Stage.GLOBAL, Stage.HEAD):
+        if closed.round.expert and closed.round.stage in (Stage.GLOBAL, Stage.HEAD, Stage.UNMASK):
             level = closed.round.level
             expert = self._state.expert[: self._plan.bundle.expert.size(level)]
             try:

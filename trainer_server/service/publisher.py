@@ -44,7 +44,7 @@ class Publisher:
     def announce_round(self, announced: Round) -> None:
         """Also deletes the globals that this round does not use."""
         self._publish(self._topics.round, encode(announced), retain=True)
-        for sha256 in set(self._retained) - {announced.expert, announced.start, announced.gate}:
+        for sha256 in set(self._retained) - announced.blobs:
             for index in range(self._retained.pop(sha256)):  # an empty retained message deletes the old one
                 self._publish(self._topics.globals_chunk(sha256, index), b"", retain=True)
 

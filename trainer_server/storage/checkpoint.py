@@ -14,7 +14,10 @@ from fedfmsl.algorithms.server_optimizers import Moments
 from fedfmsl.protocol.messages import DeviceStatus, Round, Stage
 from trainer_server.coordinator.limits import Limits
 from trainer_server.coordinator.refusals import Refused
-from trainer_server.coordinator.state import State
+from trainer_server.coordinator.state import SecureSums, State
+
+SECURE = "secure_"  # start of the names of the tensors of the secure sums
+SHARES, MASKED, ROSTER = f"{SECURE}shares", f"{SECURE}masked", f"{SECURE}roster_"
 
 
 class Checkpoint(BaseModel):
@@ -36,6 +39,10 @@ class Checkpoint(BaseModel):
     expected: list[str]
     refused: dict[str, Refused]
     counted: list[tuple[int, str]]
+    keys_round: int = 0
+    members: tuple[str, ...] = ()
+    survivors: tuple[str, ...] = ()
+    classes: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, state: State) -> Checkpoint:
@@ -56,11 +63,25 @@ class Checkpoint(BaseModel):
             expected=sorted(state.expected),
             refused=dict(state.refused),
             counted=sorted(state.counted),
+            keys_round=state.secure.keys_round,
+            members=state.secure.members,
+            survivors=state.secure.survivors,
+            classes=state.secure.classes,
         )
 
     def state(self, tensors: Tensors) -> State:
         """The inverse of `of` and `vectors_of`. Raises KeyError if a vector is missing."""
-        vectors = {name: np.asarray(tensor, np.float32) for name, tensor in tensors.items()}
+        named = {name: tensor for name, tensor in tensors.items() if name.startswith(SECURE)}
+        secure = SecureSums(
+            roster={name.removeprefix(ROSTER): tensor for name, tensor in named.items() if name.startswith(ROSTER)},
+            keys_round=self.keys_round,
+            members=self.members,
+            survivors=self.survivors,
+            classes=self.classes,
+            shares=np.asarray(named[SHARES], np.uint8),
+            masked=np.asarray(named[MASKED], np.uint64),
+        )
+        vectors = {name: np.asarray(tensors[name], np.float32) for name in tensors.keys() - named.keys()}
         return State(
             expert=vectors["expert"],
             gate=vectors["gate"],
@@ -81,6 +102,7 @@ class Checkpoint(BaseModel):
             expected=frozenset(self.expected),
             refused=self.refused,
             counted=frozenset(self.counted),
+            secure=secure,
         )
 
 
@@ -93,4 +115,7 @@ def vectors_of(state: State) -> Tensors:
         "expert_second": state.expert_moments.second,
         "gate_first": state.gate_moments.first,
         "gate_second": state.gate_moments.second,
+        SHARES: state.secure.shares,
+        MASKED: state.secure.masked,
+        **{ROSTER + name: tensor for name, tensor in state.secure.roster.items()},
     }

@@ -57,7 +57,7 @@ def replay(recorded: Recorder, device: str, broker: Broker, recorder: Recorder) 
     link.publish(topics.server_status, encode(status), retain=True)
     *asked, finished = recorded.rounds
     for announced in asked:
-        for sha256 in {announced.expert, announced.start, announced.gate} - {""}:
+        for sha256 in announced.blobs:
             for index, chunk in enumerate(chunks(recorded.blobs[sha256])):
                 link.publish(topics.globals_chunk(sha256, index), chunk, retain=True)
         link.publish(topics.round, encode(announced), retain=True)

@@ -1,0 +1,55 @@
+"""What a device must remember of secure sums: the seed of its secrets, and what it has already sent.
+
+STATE/secure     the current execution of the protocol, and the vectors of the session that were opened
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fedfmsl.common.files import write_atomically
+from fedfmsl.protocol.messages import Name, Number, Session, Sha256
+
+
+class MaskedVector(BaseModel):
+    """A vector `kind` that was masked in round `round` among `members`. `survivors`: with whom it was opened, or
+    nobody."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: str
+    round: Number
+    members: tuple[Name, ...]
+    survivors: tuple[Name, ...] = ()
+
+
+class SecureRecord(BaseModel):
+    """`seed`: of the secrets, in hexadecimal. `roster`: digest of the roster for which shares were made. `vectors`: by
+    index. `opened`: the kinds of vectors whose masks this device has helped to remove in this session."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    session: Session
+    keys_round: Number
+    seed: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    roster: Sha256 = ""
+    vectors: dict[int, MaskedVector] = {}
+    opened: tuple[str, ...] = ()
+
+
+class SecureStore:
+    def __init__(self, state: Path) -> None:
+        self._path = state / "secure"
+
+    def read(self) -> SecureRecord | None:
+        """None before the first secure sums, or if the file is damaged."""
+        try:
+            return SecureRecord.model_validate_json(self._path.read_bytes())
+        except (FileNotFoundError, ValidationError):
+            return None
+
+    def write(self, record: SecureRecord) -> None:
+        write_atomically(self._path, record.model_dump_json().encode(), durable=True)

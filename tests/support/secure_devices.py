@@ -1,0 +1,106 @@
+"""A run with secure sums without I/O: devices that answer with the code of the daemon, and keep it on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edge_runtime.daemon.secure_rounds import SecureRounds
+from edge_runtime.store import DeviceStore
+from edge_runtime.training.stages import StageResult
+from fedfmsl.algorithms.arrays import Tensors
+from fedfmsl.algorithms.class_means import class_sums
+from fedfmsl.algorithms.fixed_point import fixed_point
+from fedfmsl.protocol.encoding import SUMS
+from fedfmsl.protocol.messages import EXCHANGE, Round, Stage
+from support.bundles import Built
+from support.coordinators import CoordinatorRun, head_statistics, make_update, plan_for
+from trainer_server.coordinator.events import Command, PublishGlobals
+from trainer_server.storage.checkpoint import Checkpoint, vectors_of
+
+MIN_CLASS_COUNT = 4
+
+
+@dataclass(frozen=True)
+class SecureDevice:
+    """A device with random features (n, F) of its first classes. Every answer is from a new process."""
+
+    name: str
+    folder: Path
+    features: np.ndarray
+    labels: np.ndarray
+    classes: int
+    identity: Path | None = None
+
+    @property
+    def store(self) -> DeviceStore:
+        return DeviceStore(self.folder)
+
+    def answer(self, round_: Round, masks: bool = True) -> Tensors:
+        rounds = SecureRounds(self.store, self.name, self.identity)
+        if round_.stage in EXCHANGE:
+            return rounds.exchange(round_).tensors
+        result = StageResult({SUMS: self.sums(round_)})
+        return rounds.mask(round_, result).tensors if masks else result.tensors
+
+    def sums(self, round_: Round) -> np.ndarray:
+        enough = np.bincount(self.labels, minlength=self.classes) >= round_.min_class_count
+        if round_.stage is Stage.HOLDERS:
+            return fixed_point(enough.astype(np.float64))
+        chosen = (enough & np.isin(np.arange(self.classes), round_.classes))[self.labels]
+        compute = class_sums if round_.stage is Stage.STATISTICS else head_statistics
+        tensors = compute(self.features[chosen], self.labels[chosen], self.classes)
+        return fixed_point(np.concatenate([np.asarray(each, np.float64).ravel() for each in tensors.values()]))
+
+
+class SecureRun(CoordinatorRun):
+    """A run whose server is restarted from its checkpoint before each round. `devices` by name."""
+
+    def __init__(self, built: Built, devices: Iterable[SecureDevice], masks: bool = True, **config: Any) -> None:
+        self.devices = {device.name: device for device in devices}
+        settings = {"secure_sums": True, "min_class_count": MIN_CLASS_COUNT, "min_updates": 1, **config}
+        self.masks = masks
+        plan = plan_for(built, len(self.devices), stage1_rounds=1, stage2_rounds=1, **settings)
+        super().__init__(replace(plan, masks=masks))
+        self.online(*self.devices)
+
+    def step(self, without: Collection[str] = ()) -> list[Command]:
+        """Answers the present round, and passes the deadline if devices are missing."""
+        self.state = Checkpoint.of(self.state).state(vectors_of(self.state))
+        round_ = self.announced
+        asked = [name for name in round_.chosen or self.devices if name not in without]
+        for command in self.of(PublishGlobals):
+            for name in asked:
+                self.devices[name].store.globals.write(command.blob)
+        secure = self.plan.schedule[self.state.position].sums is not None
+        answers = {name: self.devices[name].answer(round_, self.masks) if secure else None for name in asked}
+        changes = {name: {"tensors": tensors, "samples": 0} if secure else {} for name, tensors in answers.items()}
+        commands = self.feed(*(make_update(self.plan, round_, name, **changes[name]) for name in asked))
+        if self.announced.round == round_.round:
+            self.now += 1000
+            commands += self.feed()
+        return commands
+
+    def until(self, stage: Stage, lost: dict[tuple[Stage, int], Collection[str]] | None = None) -> None:
+        """`lost`: the devices that do not answer rounds of a stage and index."""
+        while self.announced.stage is not stage:
+            self.step((lost or {}).get((self.announced.stage, self.announced.index), ()))
+
+
+def secure_devices(
+    built: Built, folder: Path, count: int, identities: dict[str, Path] | None = None
+) -> list[SecureDevice]:
+    """Device i holds 6 samples each of all classes but the last, which only the first device holds."""
+    dims, rng = built.bundle.manifest.dims, np.random.default_rng(7)
+    devices = []
+    for index in range(count):
+        labels = np.repeat(np.arange(dims.classes - (index > 0)), 6)
+        features = rng.normal(size=(labels.size, dims.feature)).astype(np.float32)
+        name = f"d{index}"
+        identity = (identities or {}).get(name)
+        devices.append(SecureDevice(name, folder / name, features, labels, dims.classes, identity))
+    return devices

@@ -1,0 +1,198 @@
+"""Secure sums between the coordinator and the daemon's code, with lost devices and refused requests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.bundles import Built
+from support.secure_devices import SecureRun, secure_devices
+
+from devices.provisioning.authority import CLIENT, make_authority
+from fedfmsl.errors import RunError
+from fedfmsl.protocol.messages import Globals, Round, Stage
+from fedfmsl.protocol.tensors import blob_hash, pack, unpack
+from trainer_server.coordinator.events import AnnounceRound, Log, PublishGlobals
+
+SEVEN = 7  # of seven, five shares recover a seed
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [
+        {},
+        {(Stage.SHARES, 0): ["d0"]},
+        {(Stage.HOLDERS, 0): ["d1"], (Stage.UNMASK, 0): ["d2"]},
+        {(Stage.STATISTICS, 0): ["d0"], (Stage.UNMASK, 1): ["d3"]},
+        {(Stage.HEAD, 0): ["d6"], (Stage.UNMASK, 3): ["d5"]},
+    ],
+)
+def test_the_sums_are_exactly_those_of_the_devices_that_answered(
+    vit: Built, tmp_path: Path, lost: dict[tuple[Stage, int], list[str]]
+) -> None:
+    run = SecureRun(vit, secure_devices(vit, tmp_path, SEVEN))
+    run.until(Stage.GLOBAL, lost)
+    assert [c.round.stage for c in run.of(AnnounceRound)] == [
+        *(Stage.KEYS, Stage.SHARES, Stage.HOLDERS, Stage.UNMASK, Stage.STATISTICS, Stage.UNMASK, Stage.GLOBAL),
+    ]
+    assert len(run.of(AnnounceRound)[4].round.classes) == vit.bundle.manifest.dims.classes - 1  # one has one holder
+    asked = set(run.of(AnnounceRound)[4].round.chosen)
+    counted = asked - set(lost.get((Stage.STATISTICS, 0), ()))
+    plain = SecureRun(vit, [d for d in secure_devices(vit, tmp_path, SEVEN) if d.name in counted], masks=False)
+    plain.until(Stage.GLOBAL)
+    assert run.state.expert.any() and np.array_equal(run.state.expert, plain.state.expert)
+    run.until(Stage.PERSONAL, lost)
+    assert not any("no secure sums" in command.text for command in run.of(Log))
+    head_size = vit.bundle.expert.size(0)
+    assert not np.array_equal(run.state.expert[:head_size], plain.state.expert[:head_size])
+    assert not run.state.secure.roster
+
+
+@pytest.mark.parametrize(
+    ("lost", "stages", "reason"),
+    [
+        ({(Stage.KEYS, 0): ["d0", "d1", "d2", "d3", "d4"]}, [Stage.KEYS] * 3, "got 2 updates"),
+        (
+            {(Stage.HOLDERS, 0): ["d0", "d1", "d2"]},
+            [Stage.KEYS, Stage.SHARES, Stage.HOLDERS] * 3,
+            "got 4 updates, too few to remove the masks",
+        ),
+        (
+            {(Stage.UNMASK, 0): ["d0", "d1", "d2"]},
+            [Stage.KEYS, Stage.SHARES, Stage.HOLDERS, *[Stage.UNMASK] * 3],
+            "got 4 updates, too few to remove the masks",
+        ),
+        (
+            {(Stage.STATISTICS, 0): ["d0", "d1", "d2"]},
+            [Stage.KEYS, Stage.SHARES, Stage.HOLDERS, Stage.UNMASK, Stage.STATISTICS],
+            "got 4 updates, too few to remove the masks",
+        ),
+    ],
+)
+def test_with_too_few_devices_they_are_repeated_and_the_run_goes_on_without(
+    vit: Built, tmp_path: Path, lost: dict[tuple[Stage, int], list[str]], stages: list[Stage], reason: str
+) -> None:
+    run = SecureRun(vit, secure_devices(vit, tmp_path, SEVEN))
+    run.until(Stage.GLOBAL, lost)
+    assert [c.round.stage for c in run.of(AnnounceRound)] == [*stages, Stage.GLOBAL]
+    assert any(reason in c.text and "starts from the bundle's own head" in c.text for c in run.of(Log))
+    assert not run.state.expert[: vit.bundle.expert.size(0)].any()
+
+
+def test_two_devices_start_without_sums(vit: Built, tmp_path: Path) -> None:
+    run = SecureRun(vit, secure_devices(vit, tmp_path, 2))
+    assert run.announced.stage is Stage.GLOBAL
+    run.until(Stage.PERSONAL)
+    lines = [command.text for command in run.of(Log) if "no secure sums" in command.text]
+    assert lines == [
+        "no secure sums: 2 devices are online, and secure sums need 3; stage 1 starts from the bundle's own head",
+        "no secure sums: 2 devices are online, and secure sums need 3; the global expert keeps the head of stage 1",
+    ]
+
+
+def test_a_clip_bundle_without_sums_starts_zero_shot(clip: Built, tmp_path: Path) -> None:
+    run = SecureRun(clip, secure_devices(clip, tmp_path, 2))
+    zero_shot = clip.bundle.zero_shot()
+    assert zero_shot is not None and run.announced.stage is Stage.GLOBAL
+    dims = clip.bundle.manifest.dims
+    head = run.state.expert[: zero_shot.rows.size].reshape(dims.classes, dims.feature)
+    cosines = (head * zero_shot.rows).sum(1) / np.linalg.norm(head, axis=1) / np.linalg.norm(zero_shot.rows, axis=1)
+    assert np.allclose(cosines, 1, atol=1e-5)
+
+
+def test_without_a_class_of_three_holders_there_are_no_sums(vit: Built, tmp_path: Path) -> None:
+    run = SecureRun(vit, secure_devices(vit, tmp_path, 3), min_class_count=100)
+    run.until(Stage.GLOBAL)
+    assert any("no class has 3 devices with 100 samples" in command.text for command in run.of(Log))
+
+
+def published(run: SecureRun, device: str, round_: Round) -> None:
+    for command in run.of(PublishGlobals):
+        run.devices[device].store.globals.write(command.blob)
+
+
+def test_a_device_opens_a_vector_for_one_set_of_survivors_only(vit: Built, tmp_path: Path) -> None:
+    """Not even with a restart in between: both kinds of shares of one device would reveal its vector."""
+    run = SecureRun(vit, secure_devices(vit, tmp_path, SEVEN))
+    run.until(Stage.UNMASK)
+    round_, device = run.announced, run.devices["d0"]
+    published(run, "d0", round_)
+    first = device.answer(round_)["opened"]
+    assert np.array_equal(device.answer(round_)["opened"], first)
+    fewer = round_.model_copy(update={"round": round_.round + 1, "chosen": round_.chosen[:-1]})
+    with pytest.raises(RunError, match=r"refused to the server in round 5 \(unmask\): .* together reveal a vector"):
+        device.answer(fewer)
+
+
+def test_a_device_masks_a_vector_once_and_does_not_join_a_second_sum_of_the_same(vit: Built, tmp_path: Path) -> None:
+    run = SecureRun(vit, secure_devices(vit, tmp_path, SEVEN))
+    run.until(Stage.HOLDERS)
+    round_, device = run.announced, run.devices["d0"]
+    published(run, "d0", round_)
+    first = device.answer(round_)["sums"]
+    assert np.array_equal(device.answer(round_)["sums"], first)
+    for change in ({"chosen": round_.chosen[:-1]}, {"round": 9}):
+        with pytest.raises(RunError, match="the same vector with other masks"):
+            device.answer(round_.model_copy(update=change))
+    for change, error in (({"chosen": ("d0", "d1")}, "too few"), ({"chosen": ("d0", "d1", "x")}, "not in the roster")):
+        with pytest.raises(RunError, match=error):
+            device.answer(round_.model_copy(update=change))
+    run.until(Stage.GLOBAL)
+    for number, stage in enumerate((Stage.KEYS, Stage.SHARES), start=100):  # a server that starts them again
+        asked = round_.model_copy(update={"round": number, "stage": stage})
+        if stage is Stage.SHARES:
+            break
+        device.answer(asked)
+    with pytest.raises(RunError, match="two sums over different devices"):
+        device.answer(round_.model_copy(update={"round": 102}))
+
+
+@pytest.fixture(scope="module")
+def identities(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder, authority, identities = tmp_path_factory.mktemp("identities"), make_authority("test"), {}
+    for name in ("d0", "d1", "d2", "d3"):
+        issued = authority.issue(name, [CLIENT])
+        identities[name] = folder / f"{name}.pem"
+        identities[name].write_text(issued.key_pem + issued.certificate_pem + authority.certificate_pem)
+        identities[name].chmod(0o600)
+    return identities
+
+
+def test_keys_are_signed_and_a_forged_roster_is_refused(
+    vit: Built, tmp_path: Path, identities: dict[str, Path]
+) -> None:
+    run = SecureRun(vit, secure_devices(vit, tmp_path, 4, identities))
+    run.until(Stage.HOLDERS)  # every device has accepted the roster
+    run = SecureRun(vit, secure_devices(vit, tmp_path / "forged", 4, identities))
+    run.until(Stage.SHARES)
+    device, (command,) = run.devices["d0"], run.of(PublishGlobals)
+    header, tensors = unpack(command.blob, Globals)
+
+    def answer(**changes: np.ndarray) -> None:
+        blob = pack(header, {**tensors, **changes})
+        device.store.globals.write(blob)
+        device.answer(run.announced.model_copy(update={"roster": blob_hash(blob)}))
+
+    keys = tensors["keys"].copy()
+    keys[1] = keys[2]
+    for changes, error in (
+        ({"keys": keys}, "the signature of d1 is not valid"),
+        ({"name": np.frombuffer(b"d0d1d2dX", np.uint8)}, "the signature of dX is not valid: its certificate is of"),
+        ({"name": np.frombuffer(b"d0d1d2d2", np.uint8)}, "a device twice"),
+        ({"certificate_ends": tensors["certificate_ends"][::-1].copy()}, "do not end"),
+    ):
+        with pytest.raises(RunError, match=error):
+            answer(**changes)
+    few = {name: tensor[:2] for name, tensor in tensors.items() if name == "keys" or name.endswith("_ends")}
+    for column in ("name", "certificate", "signature"):
+        few[column] = tensors[column][: int(few[f"{column}_ends"][-1])]
+    with pytest.raises(RunError, match="2 devices are fewer than 3"):
+        answer(**few)
+    answer()
+    other = SecureRun(vit, [*secure_devices(vit, tmp_path / "other", 4)])
+    other.until(Stage.SHARES)
+    with pytest.raises(RunError, match="the signature of d0 is not valid"):  # without certificates
+        published(other, "d0", other.announced)
+        device.store.globals.write(other.of(PublishGlobals)[0].blob)
+        device.answer(run.announced.model_copy(update={"roster": other.announced.roster}))

@@ -1,0 +1,166 @@
+"""The secure sums of a run: what the server does in their rounds (see `fedfmsl.protocol.secure_sums`).
+
+If they fail, the run goes on without them: the first head is then the bundle's own, and the global expert keeps the
+head of stage 1. Before the first masks are removed they are tried again, with fresh keys. Afterwards they are not: the
+difference of two sums over different devices would reveal the devices that are only in one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from fedfmsl.algorithms.arrays import Doubles, Tensors
+from fedfmsl.algorithms.fixed_point import Words, numbers
+from fedfmsl.algorithms.secure_aggregation import (
+    MIN_DEVICES,
+    SEED_BYTES,
+    SHARE_BYTES,
+    Roster,
+    held_members,
+    unmask,
+)
+from fedfmsl.errors import MessageError
+from fedfmsl.protocol.encoding import SUMS
+from fedfmsl.protocol.messages import Round, Stage, Update
+from fedfmsl.protocol.secure_sums import (
+    OPENED,
+    SHARES,
+    SignedKeys,
+    context,
+    read_roster,
+    roster_of,
+    roster_tensors,
+    tensor_of,
+    vector_of,
+)
+from trainer_server.coordinator.state import NO_SUMS, Plan, SecureSums, State
+
+MAX_REPEATS = 2  # of one of these rounds, before the run goes on without the sums
+
+
+@dataclass(frozen=True)
+class Sums:
+    """`total` (P,): the sums of the statistics or of the head round, once they are complete."""
+
+    state: State
+    total: Doubles | None = None
+
+
+def asked_devices(state: State, stage: Stage) -> frozenset[str]:
+    """The devices that take part in a round of the secure sums after their keys."""
+    return frozenset(state.secure.survivors if stage is Stage.UNMASK else state.secure.members)
+
+
+def shortage(plan: Plan, state: State, closing: Round) -> str:
+    """Why the updates of a round of the secure sums are too few, or ""."""
+    answered, count = _answered(state), len(state.answered)
+    if count < MIN_DEVICES:
+        return f"round {state.round} got {count} updates, and secure sums need {MIN_DEVICES}"
+    if closing.stage is Stage.KEYS or not plan.masks:
+        return ""
+    roster = _roster(plan, state.secure)
+    members = answered if closing.stage is Stage.SHARES else state.secure.members
+    if not roster.enough(_places(roster, answered), _places(roster, members)):
+        return f"round {state.round} got {count} updates, too few to remove the masks"
+    return ""
+
+
+def check_update(plan: Plan, state: State, update: Update, tensors: Tensors) -> None:
+    """Raises MessageError if an update of the secure sums is not valid."""
+    if update.stage is Stage.KEYS:
+        signed = SignedKeys.read(tensors)
+        plan.check_keys(update.device, signed, signed.message(update.device, _context(plan, update.round)))
+        return
+    if update.stage in (Stage.SHARES, Stage.UNMASK):
+        roster = _roster(plan, state.secure)
+        device = _positions(roster)[update.device]
+        if update.stage is Stage.SHARES:
+            tensor_of(tensors, SHARES, np.uint8, (len(roster.holders(device)), SHARE_BYTES))
+        else:
+            held = held_members(roster, device, _places(roster, state.secure.members))
+            tensor_of(tensors, OPENED, np.uint8, (len(held), SEED_BYTES))
+    else:
+        tensor_of(tensors, SUMS, np.uint64, (_values(plan, update.stage),))
+    if len(tensors) != 1:
+        raise MessageError(f"the update holds {len(tensors)} tensors, expected 1")
+
+
+def apply_updates(plan: Plan, state: State, closing: Round) -> Sums:
+    """The state after a round of the secure sums. Raises SecureAggregationError or MessageError if they fail."""
+    secure = state.secure
+    if closing.stage is Stage.KEYS:
+        signed = {name: SignedKeys.read(tensors) for name, tensors in _tensors(plan, state)}
+        members = tuple(sorted(signed))
+        return _progress(state, SecureSums(roster_tensors(signed), closing.round, members))
+    if closing.stage is Stage.SHARES:
+        roster = _roster(plan, secure)
+        shares = np.zeros((len(roster.names), len(roster.holders(0)), SHARE_BYTES), np.uint8)
+        for name, tensors in _tensors(plan, state):
+            shares[_positions(roster)[name]] = tensors[SHARES]
+        return _progress(state, replace(secure, shares=shares, members=_answered(state)))
+    if closing.stage is not Stage.UNMASK:
+        masked = np.zeros(_values(plan, closing.stage), np.uint64)
+        for _, tensors in _tensors(plan, state):
+            masked += np.asarray(tensors[SUMS], np.uint64)
+        secure = replace(secure, masked=masked, survivors=_answered(state))
+        return _progress(state, secure) if plan.masks else _completed(plan, state, secure, closing.stage, masked)
+    roster = _roster(plan, secure)
+    position = _positions(roster)
+    opened = {position[name]: np.asarray(tensors[OPENED], np.uint8) for name, tensors in _tensors(plan, state)}
+    places, survivors = _places(roster, secure.members), _places(roster, secure.survivors)
+    total = unmask(roster, vector_of(closing), places, survivors, secure.masked, opened)
+    masked_stage = plan.schedule[state.position - 1].stage
+    return _completed(plan, state, replace(secure, members=_answered(state)), masked_stage, total)
+
+
+def _completed(plan: Plan, state: State, secure: SecureSums, stage: Stage, total: Words) -> Sums:
+    """Raises MessageError if no class has enough holders."""
+    values = numbers(total)
+    secure = replace(secure, masked=NO_SUMS.masked)
+    if stage is not Stage.HOLDERS:
+        return Sums(replace(state, secure=NO_SUMS), values)
+    classes = tuple(int(index) for index in np.flatnonzero(values >= plan.config.min_holders))
+    if not classes:
+        least = f"{plan.config.min_holders} devices with {plan.config.min_class_count} samples of it"
+        raise MessageError(f"no class has {least} to learn from (--min-holders, --min-class-count)")
+    return _progress(state, replace(secure, classes=classes))
+
+
+def _progress(state: State, secure: SecureSums) -> Sums:
+    return Sums(replace(state, secure=secure))
+
+
+def _values(plan: Plan, stage: Stage) -> int:
+    """Length of the vectors of a masked stage."""
+    if stage is Stage.HOLDERS:
+        return plan.bundle.manifest.dims.classes
+    return plan.statistics.total if stage is Stage.STATISTICS else plan.head_statistics.total
+
+
+def _context(plan: Plan, keys_round: int) -> bytes:
+    return context(plan.config.run, plan.session, keys_round)
+
+
+def _roster(plan: Plan, secure: SecureSums) -> Roster:
+    return roster_of(read_roster(secure.roster), _context(plan, secure.keys_round))
+
+
+def _positions(roster: Roster) -> dict[str, int]:
+    return {name: position for position, name in enumerate(roster.names)}
+
+
+def _places(roster: Roster, devices: Iterable[str]) -> frozenset[int]:
+    return frozenset(map(_positions(roster).__getitem__, devices))
+
+
+def _answered(state: State) -> tuple[str, ...]:
+    return tuple(sorted(state.answered))
+
+
+def _tensors(plan: Plan, state: State) -> Iterator[tuple[str, Tensors]]:
+    """Name and tensors of each device, one at a time."""
+    for round_, device in sorted(state.updates):
+        yield device, plan.read(state.updates[round_, device].sha256)
