@@ -28,8 +28,9 @@ def least_squares_weights(candidates: Doubles, total: Doubles) -> Doubles:
 def linear_weights(gram: Doubles, products: Doubles, prior: float) -> Doubles:
     """The best linear estimate of the weights (m,) of candidates that are members with probability `prior` each.
 
-    With terms (m, N), what each candidate adds to the total (N,) if it is a member, `gram` is terms · termsᵀ (m, m), and
-    `products` is terms · total (m,). If the total has few numbers, many weights fit it, and this is the better attack.
+    With terms (m, N), what each candidate adds to the total (N,) if it is a member, `gram` is terms · termsᵀ (m, m),
+    and `products` is terms · total (m,). If the total has few numbers, many weights fit it, and this is the better
+    attack.
     """
     variance, scale = prior * (1 - prior), max(float(np.trace(gram)), TINY)
     known = variance * gram / scale + ROUNDING * np.eye(len(gram))

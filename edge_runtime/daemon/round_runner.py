@@ -151,7 +151,7 @@ class RoundRunner:
             raise
         # The noise is from the operating system's entropy: a server that knew its seed could subtract it.
         result = prepare_update(device.bundle, store.residual, round_, result, np.random.default_rng())
-        if round_.min_class_count:
+        if round_.secure_sums:
             result = self._secure.mask(round_, result)
         save_personal_model(device, round_, global_values)
         device.cache.drop_unused()

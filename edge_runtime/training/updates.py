@@ -34,7 +34,7 @@ def prepare_update(
     """`result` with the tensors to send. Saves the residual of the encoding in the file `residual_path`."""
     if round_.privacy is not None and round_.stage in (Stage.STATISTICS, Stage.GLOBAL, Stage.PERSONAL):
         result = _add_noise(round_, round_.privacy, result, rng)
-    if round_.min_class_count:
+    if round_.secure_sums:
         return replace(result, tensors={SUMS: _fixed_point(round_, result.tensors)})
     if result.delta is None:
         return result

@@ -41,8 +41,8 @@ def discriminant_head(sums: Vector, counts: Vector, moments: Vector, shrinkage: 
     """The flat head, weight (C, F) and bias (C,), whose softmax is the posterior of classes with equal priors.
 
     `sums` (C, F), `counts` (C,) and `moments` (F(F+1)/2,) are of the features. Classes share the covariance within
-    classes, which is shrunk towards a scaled identity by the share `shrinkage`. A class without samples has the weights zero and the lowest
-    bias of the others, so it never wins over all of them. Without any samples the head is zero.
+    classes, which is shrunk towards a scaled identity by the share `shrinkage`. A class without samples has the weights
+    zero and the lowest bias of the others, so it never wins over all of them. Without any samples the head is zero.
     """
     feature, means, samples = sums.shape[1], _means(sums, counts), float(counts.sum())
     held = counts > 0
@@ -65,21 +65,34 @@ def discriminant_head(sums: Vector, counts: Vector, moments: Vector, shrinkage: 
 def logit_head(head: Vector, sums: Vector, counts: Vector, moments: Vector) -> Vector:
     """The flat head whose logits are the discriminant of the logits z of `head`, in the same form.
 
-    `sums` (C, C), `counts` (C,) and `moments` (C(C+1)/2,) are of z. A class without samples keeps its weights, relative
-    to the mean of the others and at their new scale. If fewer than two classes have samples, `head` is returned.
+    `sums` (C, C), `counts` (C,) and `moments` (C(C+1)/2,) are of z.
     """
-    classes, held = len(counts), counts > 0
+    classes = len(counts)
+    weight, bias = _rows(head, classes)
+    mapping, shift = _rows(discriminant_head(sums, counts, moments, LOGIT_SHRINKAGE), classes)
+    return np.concatenate([(mapping @ weight).ravel(), mapping @ bias + shift]).astype(np.float32)
+
+
+def with_former_rows(head: Vector, former: Vector, counts: Vector) -> Vector:
+    """The flat head with rows of the `former` one for classes without samples, by `counts` (C,).
+
+    They are taken relative to the mean of the other rows, and at their new scale. If fewer than two classes have
+    samples, the former head is returned.
+    """
+    held = counts > 0
     if held.sum() < 2:
-        return head.copy()
-    mapped = np.asarray(discriminant_head(sums, counts, moments, LOGIT_SHRINKAGE), np.float64)
-    mapping, shift = mapped[: classes**2].reshape(classes, classes), mapped[classes**2 :]
-    before = head.astype(np.float64)
-    weight, bias = before[:-classes].reshape(classes, -1), before[-classes:]
-    new_weight, new_bias = mapping @ weight, mapping @ bias + shift
-    weight, bias = weight - weight[held].mean(axis=0), bias - bias[held].mean()
-    scale = np.linalg.norm(new_weight[held]) / max(float(np.linalg.norm(weight[held])), MIN_VARIANCE)
-    new_weight[~held], new_bias[~held] = scale * weight[~held], scale * bias[~held]
-    return np.concatenate([new_weight.ravel(), new_bias]).astype(np.float32)
+        return former.copy()
+    (weight, bias), (before, offset) = _rows(head, len(counts)), _rows(former, len(counts))
+    before, offset = before - before[held].mean(axis=0), offset - offset[held].mean()
+    scale = np.linalg.norm(weight[held]) / max(float(np.linalg.norm(before[held])), MIN_VARIANCE)
+    weight[~held], bias[~held] = scale * before[~held], scale * offset[~held]
+    return np.concatenate([weight.ravel(), bias]).astype(np.float32)
+
+
+def _rows(head: Vector, classes: int) -> tuple[Doubles, Doubles]:
+    """Weight (C, width) and bias (C,) of a flat head, in fp64."""
+    values = head.astype(np.float64)
+    return values[:-classes].reshape(classes, -1), values[-classes:]
 
 
 def _means(sums: Values, counts: Values) -> Doubles:

@@ -27,7 +27,7 @@ MEMBERS = RNG.permutation(np.arange(PHOTOS) < PHOTOS // 2)
 def test_class_sums_of_features_tell_every_member() -> None:
     sums = class_sums(FEATURES[MEMBERS].astype(np.float32), LABELS[MEMBERS], CLASSES)["class_sums"]
     for label, total in enumerate(sums):
-        own = LABELS == label
+        own = label == LABELS
         weights = least_squares_weights(FEATURES[own], total.astype(np.float64))
         assert balanced_accuracy(weights, MEMBERS[own], LABELS[own]) == 1
     gram = class_gram(FEATURES, LABELS)

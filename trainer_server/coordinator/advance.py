@@ -20,7 +20,7 @@ from fedfmsl.algorithms.secure_aggregation import MIN_DEVICES, SecureAggregation
 from fedfmsl.errors import MessageError
 from fedfmsl.protocol.messages import Ack, DeviceStatus, Round, Stage, Verdict
 from trainer_server.config import MAX_DEVICES
-from trainer_server.coordinator.announce import announce, pack_globals, sal_of
+from trainer_server.coordinator.announce import COUNTED, announce, pack_globals, sal_of, sums_of
 from trainer_server.coordinator.events import (
     Command,
     CountRefusal,
@@ -196,7 +196,9 @@ def _open_round(plan: Plan, state: State, position: int, now: float) -> tuple[St
         sal=sal_of(plan, state, stage),
         encoding=config.encoding,
         privacy=config.privacy,
-        min_class_count=config.min_class_count if step.sums is not None else 0,
+        sums=sums_of(plan, stage),
+        min_class_count=config.min_class_count if stage in COUNTED and config.privacy is None else 0,
+        secure_sums=step.sums is not None,
         classes=state.secure.classes if stage in SUMS else (),
         **{kind: sha256 for kind, (sha256, _) in blobs.items()},
     )

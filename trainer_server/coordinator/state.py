@@ -19,9 +19,9 @@ from fedfmsl.algorithms.secure_aggregation import VECTORS, Bytes
 from fedfmsl.algorithms.server_optimizers import Moments
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.layout import Layout
-from fedfmsl.protocol.messages import DeviceStatus, Round, Stage, Update
+from fedfmsl.protocol.messages import DeviceStatus, Round, Stage, Sums, Update
 from fedfmsl.protocol.secure_sums import SignedKeys
-from trainer_server.config import RunConfig
+from trainer_server.config import Head, RunConfig
 from trainer_server.coordinator.limits import Limits
 from trainer_server.coordinator.refusals import Refused
 
@@ -65,9 +65,10 @@ class Plan:
         """Every round of the run in order. The last one is FINISHED."""
         config = self.config
         rounds = {
-            Stage.STATISTICS: 1,
+            Stage.STATISTICS: int(config.head is not Head.ZEROS),
             Stage.GLOBAL: config.stage1_rounds,
-            Stage.HEAD: int(config.privacy is None),  # noise would drown the second moments
+            # noise would drown the second moments
+            Stage.HEAD: int(config.privacy is None and config.head_sums is not Sums.NONE),
             Stage.PERSONAL: config.stage2_rounds,
             Stage.BASELINE: int(config.baseline),
             Stage.EVALUATE: 1,
@@ -80,13 +81,15 @@ class Plan:
         return steps
 
     def _secure(self, sums: Stage) -> Iterator[Step]:
-        """The rounds of the secure sums of a stage: first of the holders of each class, then of the classes' samples
-        (see `fedfmsl.protocol.secure_sums`)."""
+        """The rounds of the secure sums of a stage: first of the holders of each class, if a class needs several, then
+        of the classes' samples (see `fedfmsl.protocol.secure_sums`)."""
         index, of = SUMS.index(sums), len(SUMS)
         if self.masks:
             yield Step(Stage.KEYS, index, of, sums)
             yield Step(Stage.SHARES, index, of, sums)
         for vector, stage in enumerate((Stage.HOLDERS, sums)):
+            if stage is Stage.HOLDERS and self.config.min_holders == 1:
+                continue
             yield Step(stage, index, of, sums) if stage is Stage.HOLDERS else Step(stage, 0, 1, sums)
             if self.masks:
                 yield Step(Stage.UNMASK, VECTORS * index + vector, VECTORS * of, sums)
@@ -99,13 +102,14 @@ class Plan:
     @cached_property
     def statistics(self) -> Layout:
         """The layout of updates in the statistics round."""
-        return self._sums(("norm_sum", 1))
+        return self._sums(self.bundle.manifest.dims.feature, ("norm_sum", 1))
 
     @cached_property
     def head_statistics(self) -> Layout:
         """The layout of updates in the head round."""
-        feature = self.bundle.manifest.dims.feature
-        return self._sums(("second_moments", feature * (feature + 1) // 2))
+        dims = self.bundle.manifest.dims
+        width = dims.classes if self.config.head_sums is Sums.LOGITS else dims.feature
+        return self._sums(width, ("second_moments", width * (width + 1) // 2))
 
     @property
     def largest_update(self) -> int:
@@ -114,12 +118,12 @@ class Plan:
         sums = max(self.statistics.total, self.head_statistics.total)
         return max(bundle.expert.total, bundle.gate.total, sums * (2 if self.config.secure_sums else 1))
 
-    def _sums(self, last: tuple[str, int]) -> Layout:
-        dims, (name, size) = self.bundle.manifest.dims, last
+    def _sums(self, width: int, last: tuple[str, int]) -> Layout:
+        classes, (name, size) = self.bundle.manifest.dims.classes, last
         return Layout.build(
             [
-                ("statistics", "class_sums", (dims.classes, dims.feature)),
-                ("statistics", "class_counts", (dims.classes,)),
+                ("statistics", "class_sums", (classes, width)),
+                ("statistics", "class_counts", (classes,)),
                 ("statistics", name, (size,)),
             ]
         )
@@ -161,7 +165,8 @@ class State:
     """The state of a run between two events.
 
     Globals: `expert` (P,) has the bundle's highest level, and its blocks above SAL's level are untrained. `start` (P₁,)
-    is the expert that stage 1 starts from. `gate` (G,) is the gate adapter.
+    is the expert that stage 1 starts from; if its head is zeros, that of the first round of stage 1 replaces it. `gate`
+    (G,) is the gate adapter.
 
     Round: `position` in the schedule is -1 while the server waits for devices. `since` is the time of the
     announcement. `expected` are the selected devices. `updates` are the accepted updates of the present round.
@@ -222,11 +227,12 @@ class State:
 
 
 def initial_state(plan: Plan, now: float) -> State:
-    expert, gate = plan.bundle.initial()
+    expert, gate = plan.bundle.initial()  # its head is zeros
+    first = plan.bundle.expert.size(1) if plan.config.head is Head.ZEROS else 0
     return State(
         expert=expert,
         gate=gate,
-        start=np.empty(0, np.float32),
+        start=expert[:first],
         expert_moments=Moments.zeros(expert.size),
         gate_moments=Moments.zeros(gate.size),
         sal=plan.config.stage1_sal.start(),
