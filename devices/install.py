@@ -35,6 +35,9 @@ def _request(source: Path | None, flags: Mapping[str, Any]) -> Request | None:
 def install(
     request: Request | None,
     root: Path = typer.Option(ROOT, help="Only write the files, below this folder: for example a mounted SD card."),
+    renew: Path | None = typer.Option(
+        None, help="Only replace the identity in the installed settings by that of this file from devices.provision."
+    ),
     uninstall: bool = typer.Option(False, "--uninstall", help="Remove service and settings; the state stays."),
     purge: bool = typer.Option(False, "--purge", help="With --uninstall: also remove state and user."),
 ) -> None:
@@ -46,6 +49,8 @@ def install(
     os.umask(0o022)
     if uninstall:
         lines = installation.uninstall(root, purge)
+    elif renew is not None:
+        lines = installation.renew(renew, root)
     elif request is None:
         raise ConfigError("the device's file is missing; pass the one that devices.provision wrote, like kitchen.toml")
     else:

@@ -1,4 +1,4 @@
-"""python -m devices.provision: makes a fleet's CA, broker kit and identities, and revokes identities.
+"""python -m devices.provision: makes a fleet's CA, broker kit and identities, renews and revokes identities.
 
 The files that it writes are listed in `devices.provisioning.fleet`.
 """
@@ -11,8 +11,7 @@ from pathlib import Path
 
 import typer
 
-from devices.provisioning.broker_kit import SERVER
-from devices.provisioning.fleet import Fleet
+from devices.provisioning.fleet import RESERVED, Fleet
 from fedfmsl.common.cli import application, console
 from fedfmsl.errors import ConfigError
 from fedfmsl.protocol.topics import ROOT, check_name
@@ -37,30 +36,39 @@ def provision(
         f"later. Give it to the server too. Default: {ROOT}.",
     ),
     user: bool = typer.Option(False, "--user", help="Passwords instead of certificates; connections still use TLS."),
-    revoke: list[str] = typer.Option([], metavar="DEVICE", help="Revoke a device's identity or password."),
+    renew: list[str] = typer.Option(
+        [],
+        metavar="NAME",
+        help="Make a new certificate of a device, server or broker. The earlier one stays valid.",
+    ),
+    revoke: list[str] = typer.Option(
+        [], metavar="NAME", help="Revoke a device's identity or password, or the identity of server."
+    ),
     kit: Path | None = typer.Option(
         None,
         help="Where the kit will be on the broker's machine: mosquitto.conf names its files by this folder. "
         "Default: PKI/broker on this machine.",
     ),
 ) -> None:
-    """With --host: make the CA and the broker's kit. With names: make devices' identities. With --revoke: revoke
-    them."""
-    for name in (*(names or ()), *revoke):
+    """With --host: make the CA and the broker's kit. With names: make devices' identities. With --renew: make new
+    certificates. With --revoke: revoke identities."""
+    for name in (*(names or ()), *renew, *revoke):
         check_name("device", name)
-        if name == SERVER:
-            raise ConfigError(f"device name {SERVER!r} is the server's; choose another")
-    if names and revoke:
+    for name in names or ():
+        if name in RESERVED:
+            raise ConfigError(f"device name {name!r} is the {name}'s; choose another")
+    if sum(map(bool, (names, renew, revoke))) > 1:
         raise ConfigError(
-            f"--revoke and new devices ({', '.join(names)}) exclude each other; repeat --revoke before each name"
+            "--revoke, --renew and new devices exclude each other; call the command once for each, with --revoke or "
+            "--renew before each name"
         )
     os.umask(0o077)  # most of the files are secret
-    if not (names or host or revoke):
-        raise ConfigError("nothing to do: pass --host to make a CA, names of devices, or --revoke a device")
+    if not (names or host or renew or revoke):
+        raise ConfigError("nothing to do: pass --host to make a CA, names of devices, --renew or --revoke")
     fleet = Fleet(pki, partial(console.print, highlight=False))
     if not host and not fleet.exists:
         raise ConfigError(f"{pki} holds no CA; make one with --host, the broker's name")
-    settings = fleet.settings(host, run, broker, topic_prefix) if host or names else {}
+    settings = fleet.settings(host, run, broker, topic_prefix) if host or names or renew else {}
     if host:
         fleet.create(host, (kit or pki / "broker").absolute(), user, settings)
     if names and user != fleet.has_passwords:
@@ -70,6 +78,8 @@ def provision(
         fleet.store_settings(settings)
     if names:
         fleet.add(names, settings)
+    if renew:
+        fleet.renew(renew, settings)
     if revoke:
         fleet.revoke(revoke)
 

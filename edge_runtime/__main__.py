@@ -8,9 +8,9 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -18,6 +18,7 @@ from edge_runtime.settings import PredictSettings, Settings, StateSettings
 from edge_runtime.store import DeviceStore
 from fedfmsl.common.cli import application, console, print_json
 from fedfmsl.common.options import with_settings
+from fedfmsl.common.settings import read_settings
 from fedfmsl.errors import ConfigError
 from fedfmsl.protocol.messages import EngineChoice, Prediction
 
@@ -36,14 +37,18 @@ def run(settings: Settings) -> None:
     launch(settings)
 
 
+def _with_file(config: Path | None, flags: Mapping[str, Any]) -> tuple[Settings, Path | None]:
+    return read_settings(Settings, config, flags), config
+
+
 @app.command()
-@with_settings(Settings)
-def check(settings: Settings) -> None:
+@with_settings(Settings, read=_with_file)
+def check(read: tuple[Settings, Path | None]) -> None:
     """Check what a run needs: clock, disk, broker, certificate, bundle, samples, memory. Writes nothing."""
     from edge_runtime.preflight import run_preflight
 
     code = 0
-    for finding in run_preflight(settings):
+    for finding in run_preflight(*read):
         code = code or finding.code
         mark = "error" if finding.code else "note" if finding.warning else "ok"
         console.print(f"{mark:5}  {finding.name:9}  {finding.text}")

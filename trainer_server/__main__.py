@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from fedfmsl.common.cli import application, console
 from fedfmsl.common.logs import set_up_logging
 from fedfmsl.common.options import with_settings
 from fedfmsl.common.settings import read_settings
+from fedfmsl.errors import ConfigError
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.link import Link
@@ -60,6 +62,7 @@ def resume(settings: ResumeSettings) -> None:
 def _coordinate(
     store: RunStore, bundle: Bundle, settings: ServiceSettings, changes: Mapping[str, Any] = NO_CHANGES
 ) -> None:
+    os.umask(0o027)  # the run's files hold updates of devices
     set_up_logging(settings.log, settings.log_file)
     run = store.origin.config.run
     if store.ended == FINISHED:
@@ -69,13 +72,28 @@ def _coordinate(
     elif store.checkpoint() is not None:
         logger.info(f"resuming run {run!r} at {store.folder}")
     identity, insecure = settings.identity, settings.insecure
+    if settings.allowed is not None and len(settings.allowed) < store.origin.config.devices:
+        raise ConfigError(
+            f"--allow has {len(settings.allowed)} devices, and the run waits for {store.origin.config.devices}; add "
+            "names, or lower --devices"
+        )
     bundle_server = None
     if settings.serve:
-        bundle_server = BundleServer(bundle.root, settings.serve, identity, insecure, settings.revoked)
+        bundle_server = BundleServer(
+            bundle.root, settings.serve, identity, insecure, settings.revoked, settings.allowed
+        )
     try:
         url = bundle_server.url if bundle_server else ""
         run_server(
-            store, bundle, settings.broker, url, identity, insecure, topic_prefix=settings.topic_prefix, changes=changes
+            store,
+            bundle,
+            settings.broker,
+            url,
+            identity,
+            insecure,
+            topic_prefix=settings.topic_prefix,
+            changes=changes,
+            allowed=settings.allowed,
         )
     finally:
         if bundle_server:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from fedfmsl.algorithms.accounting import epsilon
 from fedfmsl.common.cli import console, print_json
 from fedfmsl.errors import ConfigError, RunError
 from fedfmsl.protocol.messages import Stage
+from fedfmsl.transport.identity import describe_expiry
 from trainer_server.coordinator.records import NAMES, listed, rare_devices
 from trainer_server.coordinator.refusals import LEFT_OUT_AFTER, is_left_out
 from trainer_server.coordinator.state import TRAINING
@@ -68,6 +70,8 @@ def _facts(store: RunStore) -> dict[str, Any]:
     known = [status.device for status in checkpoint[0].devices] if checkpoint else []
     if rare := rare_devices(counts, trained, known, config.fraction):
         facts |= {"training_rounds": trained, "rarely_took_part": rare}
+    if until := store.certificates():
+        facts["certificates_until"] = until
     facts |= {
         "closed_rounds": len(closed),
         "repeated": [r.repeated for r in closed if r.repeated],
@@ -87,6 +91,11 @@ def _rows(facts: dict[str, Any]) -> dict[str, str]:
         online, devices = facts["online"], rows.pop("devices")
         names = f": {', '.join(online[:NAMES])}" if online else ""
         rows["online"] = f"{len(online)} of {devices} devices{names}"
+    if until := facts.get("certificates_until"):
+        now = time.time()
+        texts = [f"{name} {describe_expiry(moment, now, name)[0]}" for name, moment in until.items()]
+        rows["certificates"] = "; ".join(texts)
+        del rows["certificates until"]
     if "stage" in facts:
         rows["stage"] = f"{facts['stage']}, round {rows.pop('stage round')} of {rows.pop('stage rounds')}"
     if "left_out" in facts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from fedfmsl.common.settings import File, Fraction, panel
 from fedfmsl.errors import ConfigError
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.messages import Training
+from fedfmsl.protocol.topics import check_name
 from fedfmsl.transport.settings import CONNECTION, HOME_ASSISTANT, ConnectionSettings, DiscoveryPrefix, RunName
 from trainer_server.config import (
     AGGREGATION,
@@ -44,13 +46,33 @@ class ServiceSettings(ConnectionSettings, LogSettings):
     """How the server is reached, and where it logs to."""
 
     serve: str | None = Field(
-        None, description="HOST:PORT to serve the bundle on, for devices without it.", json_schema_extra=CONNECTION
+        None, description="HOST:PORT where devices without the bundle download it.", json_schema_extra=CONNECTION
     )
     revoked: File | None = Field(
         None,
         description="Revocation list in PEM for --serve. Default: revoked.crl beside --identity, or in the kit there.",
         json_schema_extra=CONNECTION,
     )
+    allow: str | None = Field(
+        None,
+        description="Devices that may take part: names with commas, or a file with one name per line. "
+        "Default: all that the broker lets in.",
+        json_schema_extra=CONNECTION,
+    )
+
+    @cached_property
+    def allowed(self) -> frozenset[str] | None:
+        """The devices of `allow`; None if all are allowed. Raises ConfigError."""
+        if self.allow is None:
+            return None
+        path = Path(self.allow).expanduser()
+        try:
+            names = path.read_text("utf-8").split() if path.is_file() else self.allow.split(",")
+            return frozenset(check_name("device", name.strip()) for name in names)
+        except (OSError, UnicodeDecodeError, ConfigError) as error:
+            raise ConfigError(
+                f"--allow {self.allow}: {error}; give names like kitchen,balcony or a file with one per line"
+            ) from error
 
 
 class ResumeSettings(ServiceSettings):

@@ -47,12 +47,13 @@ class Authority(Issued):
         days: int = IDENTITY_DAYS,
         now: datetime | None = None,
     ) -> Issued:
-        """A key and its certificate with common name `name` for `usages`. A server's certificate also names its
-        `hosts` (names or addresses). Raises ValueError if a host is invalid."""
+        """A key and its certificate with common name `name` for `usages`, valid for `days`, but not longer than the
+        CA. A server's certificate also names its `hosts` (names or addresses). Raises ValueError if a host is
+        invalid."""
         key = ec.generate_private_key(ec.SECP256R1())
         usage = x509.KeyUsage(True, False, False, False, False, False, False, False, False)  # digital signature
         builder = (
-            _builder(name, self.certificate.subject, key, days, now)
+            _builder(name, self.certificate.subject, key, days, now, self.certificate.not_valid_after_utc)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(usage, critical=True)
             .add_extension(x509.ExtendedKeyUsage(usages), critical=False)
@@ -98,9 +99,20 @@ def load_authority(certificate: bytes, key: bytes) -> Authority:
     return Authority(x509.load_pem_x509_certificate(certificate), loaded)
 
 
-def serial_of(certificate: bytes) -> int:
-    """Serial number of the first certificate in a PEM text. Raises ValueError if there is none."""
-    return x509.load_pem_x509_certificates(certificate)[0].serial_number
+def serials_of(certificates: bytes) -> list[int]:
+    """Serial numbers of the certificates in a PEM text. Raises ValueError if there is none."""
+    return [certificate.serial_number for certificate in x509.load_pem_x509_certificates(certificates)]
+
+
+def hosts_of(certificate: bytes) -> list[str]:
+    """The names and addresses that a server's certificate is for. Raises ValueError if it has none."""
+    try:
+        found = x509.load_pem_x509_certificate(certificate).extensions.get_extension_for_class(
+            x509.SubjectAlternativeName
+        )
+    except x509.ExtensionNotFound as error:
+        raise ValueError("its certificate names no host") from error
+    return [str(name.value) for name in found.value]
 
 
 def revoked_serials(revocation_list: bytes) -> list[int]:
@@ -113,9 +125,15 @@ def pem(certificate: x509.Certificate) -> str:
 
 
 def _builder(
-    name: str, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, days: int, now: datetime | None
+    name: str,
+    issuer: x509.Name,
+    key: ec.EllipticCurvePrivateKey,
+    days: int,
+    now: datetime | None,
+    latest: datetime | None = None,
 ) -> x509.CertificateBuilder:
     start = (now or _now()) - CLOCK_SKEW
+    end = start + timedelta(days=days)
     return (
         x509.CertificateBuilder()
         .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]))
@@ -123,7 +141,7 @@ def _builder(
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
         .not_valid_before(start)
-        .not_valid_after(start + timedelta(days=days))
+        .not_valid_after(min(end, latest) if latest else end)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
     )
 

@@ -8,9 +8,7 @@ import secrets
 import shlex
 from pathlib import Path
 
-from fedfmsl.transport.settings import HOME_ASSISTANT  # also its common name or user name
-
-SERVER = "server"  # common name or user name of the run's server
+from fedfmsl.transport.settings import HOME_ASSISTANT, SERVER_NAME  # also common names or user names
 
 # PBKDF2 iterations, mosquitto's own default. The passwords are long and random, so more iterations would only slow the
 # broker down when a fleet reconnects: it computes them in its single thread.
@@ -61,7 +59,7 @@ topic read {prefix}/+/devices/+/prediction/status
 
 # The server reads and writes all topics. A second server at the same time needs its own name (see
 # use_username_as_clientid in mosquitto.conf): make an identity like a device's, and add these two lines for it.
-user {SERVER}
+user {SERVER_NAME}
 topic readwrite {prefix}/#
 # It removes the announcements of an old run (trainer_server purge).
 topic readwrite {HOME_ASSISTANT}/device/#

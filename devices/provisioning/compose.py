@@ -12,24 +12,28 @@ from fedfmsl.transport.address import netloc
 
 OWNER = 1883  # the user of the image eclipse-mosquitto; devices/Dockerfile uses the same
 _STATE, _BUNDLE, _IDENTITY = "/var/lib/fedfmsl", "/bundle", "/run/server.pem"
+_KIT = "/run/broker"  # where the server finds the revocation list, beside its identity
 
 
 def compose_yaml(folder: Path, host: str, run: str | None, source: Path, prefix: str = ROOT) -> str:
     """For the kit in `folder`. Clients reach broker and server at `host`. The server's image is built from `source`.
 
-    Both containers share one network namespace. If `host` is a name, it also resolves there, so the server reaches the
-    broker and listens under the name in their certificates. If it is an address, both use the machine's network.
+    If `host` is a name, the containers have a network of their own, where it is the broker's name: the server reaches
+    the broker under the name in its certificate. If it is an address, both use the machine's network.
     """
     command = ["start", "--run", f"${{RUN:-{run}}}" if run else "${RUN:?name of the run}"]
     command += ["--devices", "${DEVICES:?number of devices}", "--bundle", _BUNDLE, "--out", _STATE]
     command += ["--identity", _IDENTITY, "--broker", f"mqtts://{netloc(host)}", "--serve", f"{netloc(host)}:8443"]
     command += [] if prefix == ROOT else ["--topic-prefix", prefix]
     named = not _is_address(host)
-    network = f'hostname: {_quoted(host)}\n    ports: ["8883:8883", "8443:8443"]' if named else "network_mode: host"
+    machine = "network_mode: host"
+    broker = f'ports: ["8883:8883"]\n    networks: {{default: {{aliases: [{_quoted(host)}]}}}}' if named else machine
+    server = 'ports: ["8443:8443"]' if named else machine
     return f"""\
 # Written by devices.provision:
 #   chown -R {OWNER}:{OWNER} . ../server.pem     # the images' user must own the keys
-#   DEVICES=2 BUNDLE=/path/of/bundle docker compose up --detach
+#   printf 'DEVICES=2\\nBUNDLE=/path/of/bundle\\n' > .env     # read by every command of docker compose
+#   docker compose up --detach
 # To start only the broker, without ../server.pem: docker compose up --detach broker
 
 services:
@@ -39,7 +43,7 @@ services:
     user: "{OWNER}:{OWNER}"
     volumes:
       - {{type: bind, source: ., target: {_quoted(str(folder))}}}
-    {network}
+    {broker}
     ulimits: {{nofile: {2 * CONNECTIONS}}}
     cap_drop: [ALL]
     security_opt: ["no-new-privileges:true"]
@@ -53,9 +57,10 @@ services:
     command: {json.dumps(command)}
     volumes:
       - {{type: bind, source: ../server.pem, target: {_IDENTITY}, read_only: true}}
+      - {{type: bind, source: ., target: {_KIT}, read_only: true}}
       - {{type: bind, source: "${{BUNDLE:?folder of the bundle}}", target: {_BUNDLE}, read_only: true}}
       - {{type: volume, source: run, target: {_STATE}}}
-    network_mode: {"service:broker" if named else "host"}
+    {server}
     environment: [FEDFMSL_USER, FEDFMSL_PASSWORD]  # of a broker with passwords
     depends_on: [broker]
     cap_drop: [ALL]

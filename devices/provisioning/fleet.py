@@ -1,16 +1,18 @@
 """The folder of a fleet: CA, broker kit, and an identity or a password for every member.
 
 PKI/ca.key              the CA's key, which signs; never copy it to the broker or a device
+PKI/fedfmsl-server.service      systemd unit of the run's server
 PKI/server.pem          identity file of the run's server (--identity)
 PKI/devices/NAME.toml   a device's settings and identity: copy it to the device, for devices.install (or as --identity)
 PKI/homeassistant.crt, .key     Home Assistant's, if it is among the names
-PKI/issued/NAME.crt     certificates that can be revoked
+PKI/issued/NAME.crt     all certificates of a member, of the server and of the broker, so that they can be revoked
 PKI/fleet.toml          run and broker for devices that are added later
 PKI/broker/             the kit: copy it to the broker
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,22 +23,26 @@ from devices.provisioning.authority import (
     SERVER,
     Authority,
     Issued,
+    hosts_of,
     load_authority,
     make_authority,
     revoked_serials,
-    serial_of,
+    serials_of,
 )
-from devices.provisioning.broker_kit import SERVER as SERVER_NAME
 from devices.provisioning.broker_kit import acl, mosquitto_conf, new_password, password_line, systemd_limits
 from devices.provisioning.compose import compose_yaml
+from devices.provisioning.service_unit import SERVER as SERVER_UNIT
+from devices.provisioning.service_unit import server_unit
 from devices.provisioning.settings_file import read_table, settings_text
 from fedfmsl.common.files import write_atomically
 from fedfmsl.common.settings import without_secrets
 from fedfmsl.errors import ConfigError
 from fedfmsl.protocol.topics import ROOT, check_name, check_prefix
 from fedfmsl.transport.address import netloc, parse_address
-from fedfmsl.transport.settings import HOME_ASSISTANT
+from fedfmsl.transport.settings import HOME_ASSISTANT, SERVER_NAME
 
+BROKER_NAME = "broker"  # of --renew
+RESERVED = (SERVER_NAME, BROKER_NAME)  # names that no device may have
 SOURCE = Path(__file__).parents[2]
 
 
@@ -112,10 +118,9 @@ class Fleet:
         self._write(broker / "mosquitto.conf", mosquitto_conf(kit, passwords))
         self._write(broker / "limits.conf", systemd_limits())
         self._write(broker / "compose.yaml", compose_yaml(kit, hosts[0], settings.get("run"), SOURCE, prefix))
-        # the server also serves the bundle over HTTPS, under the same host names
-        self._write(
-            self.folder / "server.pem", _identity(authority.issue(SERVER_NAME, [SERVER, CLIENT], hosts), authority)
-        )
+        self._record(BROKER_NAME, issued)
+        self._issue_server(authority, hosts)
+        self._write(self.folder / f"{SERVER_UNIT}.service", server_unit(Path(sys.executable)))
         if passwords:
             self._write(self._passwords, "")
             self._add_passwords([SERVER_NAME], settings)
@@ -130,23 +135,68 @@ class Fleet:
         authority = self._authority()
         for name in names:
             issued = authority.issue(name, [CLIENT])
-            # first, so that every certificate that is handed out can be revoked
-            self._write(self.folder / "issued" / f"{name}.crt", issued.certificate_pem)
+            if self._issued(name).exists():
+                raise ConfigError(
+                    f"{self._issued(name)} already exists and is not overwritten; --renew or --revoke {name} first"
+                )
+            self._record(name, issued)
             if name == HOME_ASSISTANT:  # reads key and certificate from two files
                 self._write(self.folder / f"{name}.crt", issued.certificate_pem)
                 self._write(self.folder / f"{name}.key", issued.key_pem)
             else:
                 self._write_device(name, settings, {"identity": _identity(issued, authority)})
 
+    def renew(self, names: Sequence[str], settings: Mapping[str, str]) -> None:
+        """Makes new certificates, of the server and the broker too. The earlier ones stay valid until they expire, so
+        no connection is cut. Raises ConfigError for an unknown name."""
+        authority = self._authority()
+        known = self.folder / "broker" / "broker.crt"
+        for name in names:
+            if name == BROKER_NAME:
+                hosts = hosts_of(known.read_bytes())
+                issued = authority.issue(hosts[0], [SERVER], hosts)
+                self._record(name, issued)
+                self._replace(known, issued.certificate_pem)
+                self._replace(known.with_suffix(".key"), issued.key_pem)
+                self.report("copy both to the broker, and reload it: systemctl reload mosquitto")
+            elif name == SERVER_NAME:
+                self._issue_server(authority, hosts_of(known.read_bytes()))
+                self.report(
+                    "copy it to the server; --serve uses it at once, the connection to the broker after a restart"
+                )
+            elif self.has_passwords:
+                raise ConfigError(f"{name} has a password, which does not expire; --revoke it, and add {name} again")
+            elif not self._issued(name).exists():
+                raise ConfigError(f"cannot renew {name}; valid names are those in {self.folder}/issued")
+            else:
+                self._renew_member(name, authority.issue(name, [CLIENT]), authority, settings)
+
+    def _renew_member(self, name: str, issued: Issued, authority: Authority, settings: Mapping[str, str]) -> None:
+        self._record(name, issued)
+        if name == HOME_ASSISTANT:
+            self._replace(self.folder / f"{name}.crt", issued.certificate_pem)
+            self._replace(self.folder / f"{name}.key", issued.key_pem)
+            return
+        path = self.folder / "devices" / f"{name}.toml"
+        self._replace(path, _device_file(name, settings, {"identity": _identity(issued, authority)}))
+        self.report(f"copy it to {name}, and run there: python -m devices.install --renew {path.name}")
+
     def revoke(self, names: Sequence[str]) -> None:
-        """Revokes the members' certificates or passwords. Raises ConfigError for an unknown name."""
+        """Revokes the members' certificates or passwords, all that they ever had. Raises ConfigError for an unknown
+        name."""
+        if BROKER_NAME in names:
+            raise ConfigError(
+                "devices read no revocation list; if the broker's key is stolen, make a new CA with --host in another "
+                "--pki, and give all members new identities"
+            )
         if self.has_passwords:
             self._remove_passwords(names)
             return
         path = self.folder / "broker" / "revoked.crl"
-        certificates = [self.folder / "issued" / f"{name}.crt" for name in names]
+        certificates = [self._issued(name) for name in names]
         try:
-            serials = [*revoked_serials(path.read_bytes()), *(serial_of(file.read_bytes()) for file in certificates)]
+            serials = revoked_serials(path.read_bytes())
+            serials += [serial for file in certificates for serial in serials_of(file.read_bytes())]
         except (OSError, ValueError, IndexError) as error:
             raise ConfigError(
                 f"cannot revoke {', '.join(names)}: {error}; valid names are those in {self.folder}/issued"
@@ -157,6 +207,8 @@ class Fleet:
             file.unlink()
             self._remove_files(name)
         self.report(f"wrote {path}; copy it to the broker and restart the broker, which also ends open connections")
+        if SERVER_NAME in names:
+            self.report("the server needs another identity: --renew server")
 
     # passwords
 
@@ -210,14 +262,33 @@ class Fleet:
 
     def _write_device(self, name: str, settings: Mapping[str, str], own: Mapping[str, str]) -> None:
         path = self.folder / "devices" / f"{name}.toml"
-        about = f"The identity of {name} and the CA that it trusts. Secret: copy this file to {name} only."
-        self._write(path, settings_text((f"Written by devices.provision for {name}.", settings), (about, own)))
+        self._write(path, _device_file(name, settings, own))
         self.report(f"copy it to {name}, and run there: python -m devices.install {path.name} --images DIR")
 
     def _remove_files(self, name: str) -> None:
-        files = [f"{name}.crt", f"{name}.key"] if name == HOME_ASSISTANT else [f"devices/{name}.toml"]
+        special = {HOME_ASSISTANT: [f"{name}.crt", f"{name}.key"], SERVER_NAME: ["server.pem"]}
+        files = special.get(name, [f"devices/{name}.toml"])
         for file in files:
             (self.folder / file).unlink(missing_ok=True)
+
+    def _issued(self, name: str) -> Path:
+        return self.folder / "issued" / f"{name}.crt"
+
+    def _record(self, name: str, issued: Issued) -> None:
+        """To be called first, so that every certificate that is handed out can be revoked."""
+        path = self._issued(name)
+        earlier = path.read_text("utf-8") if path.exists() else ""
+        write_atomically(path, (earlier + issued.certificate_pem).encode(), durable=True)
+
+    def _issue_server(self, authority: Authority, hosts: Sequence[str]) -> None:
+        """The server also serves the bundle over HTTPS, under the broker's host names."""
+        issued = authority.issue(SERVER_NAME, [SERVER, CLIENT], hosts)
+        self._record(SERVER_NAME, issued)
+        self._replace(self.folder / "server.pem", _identity(issued, authority))
+
+    def _replace(self, path: Path, text: str) -> None:
+        write_atomically(path, text.encode(), durable=True)
+        self.report(f"wrote {path}")
 
     def _write(self, path: Path, text: str) -> None:
         """Raises ConfigError if the file exists: devices in the field may depend on it."""
@@ -230,6 +301,11 @@ class Fleet:
                 f"{path} already exists and is not overwritten; remove it first, or choose another name"
             ) from error
         self.report(f"wrote {path}")
+
+
+def _device_file(name: str, settings: Mapping[str, str], own: Mapping[str, str]) -> str:
+    about = f"The identity of {name} and the CA that it trusts. Secret: copy this file to {name} only."
+    return settings_text((f"Written by devices.provision for {name}.", settings), (about, own))
 
 
 def _identity(issued: Issued, authority: Authority) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 from devices.provisioning import host
 from devices.provisioning.boards import Board, detect_board
 from devices.provisioning.service_unit import NAME, STATE, USER, Service, service_unit
-from devices.provisioning.settings_file import Value, settings_text
+from devices.provisioning.settings_file import Value, dumps, item, read_document, settings_text
 from edge_runtime.settings import Settings
 from fedfmsl.common.files import write_atomically
 from fedfmsl.common.settings import SettingsError, read_settings
@@ -62,6 +62,24 @@ def install(request: Request, root: Path = ROOT) -> list[str]:
     _write(_below(root, CONFIG), text, 0o600, USER if local else None)
     _write(_below(root, UNIT), service_unit(service, host.systemd_version() if local else 0))
     return [*_notes(request, board), _start(root)]
+
+
+def renew(source: Path, root: Path = ROOT) -> list[str]:
+    """Replaces the identity in the installed settings by the one in `source`, and restarts the service. Its state and
+    its other settings stay. Raises ConfigError if nothing is installed, or the file has no identity of this device."""
+    config = _below(root, CONFIG)
+    if not config.is_file():
+        raise ConfigError(f"{CONFIG} does not exist; install first, without --renew")
+    earlier, later = read_identity(config), read_identity(source)
+    if later.valid is None or later.name != earlier.name:
+        raise ConfigError(f"{source} holds no certificate of {earlier.name}; pass the file of --renew {earlier.name}")
+    table = read_document(config)
+    table["identity"] = item("".join(_PEM.findall(source.read_text("utf-8", errors="replace"))))
+    local = root == ROOT
+    _write(config, dumps(table), 0o600, USER if local else None)
+    if local and host.systemd_runs():
+        host.start_service(NAME)
+    return [f"{earlier.name} has a certificate until {later.valid[1]:%Y-%m-%d}; remove {source}"]
 
 
 def uninstall(root: Path = ROOT, purge: bool = False) -> list[str]:

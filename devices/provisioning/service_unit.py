@@ -1,4 +1,4 @@
-"""Text of the daemon's systemd unit: own user, few privileges, limits on memory and processors, watchdog.
+"""Texts of the systemd units of daemon and server: own user, few privileges, limits on memory and processors.
 
 For systemd 249 (JetPack 6) and newer.
 """
@@ -14,9 +14,36 @@ from devices.provisioning.boards import MEMORY_HIGH, MEMORY_MAX, Limits
 
 NAME, USER = "fedfmsl", "fedfmsl"
 STATE = Path("/var/lib") / NAME
+SERVER, SERVER_CONFIG = "fedfmsl-server", Path("/etc/fedfmsl/server.toml")  # the run's server
 WRONG_SETTING = 2  # ConfigError's exit code
 TERMINATED = 128 + 15
 _STEPS_SINCE = 254  # systemd's first version with growing delays between restarts
+
+_HARDENING = """\
+NoNewPrivileges=yes
+CapabilityBoundingSet=
+ProtectSystem=strict
+ProtectHome=read-only
+PrivateTmp=yes
+PrivateDevices=yes
+PrivateUsers=yes
+ProtectClock=yes
+ProtectControlGroups=yes
+ProtectHostname=yes
+ProtectKernelLogs=yes
+ProtectKernelModules=yes
+ProtectKernelTunables=yes
+ProtectProc=invisible
+RemoveIPC=yes
+RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+LockPersonality=yes
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+SystemCallFilter=~@privileged
+SystemCallErrorNumber=EPERM"""
 
 
 @dataclass(frozen=True)
@@ -83,32 +110,64 @@ OOMScoreAdjust=500
 OOMPolicy=continue
 
 # Privileges: read files, write its own files, use the network. Images may be in a home directory.
-NoNewPrivileges=yes
-CapabilityBoundingSet=
-ProtectSystem=strict
-{writes}ProtectHome=read-only
-PrivateTmp=yes
-PrivateDevices=yes
-PrivateUsers=yes
-ProtectClock=yes
-ProtectControlGroups=yes
-ProtectHostname=yes
-ProtectKernelLogs=yes
-ProtectKernelModules=yes
-ProtectKernelTunables=yes
-ProtectProc=invisible
-RemoveIPC=yes
-RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX
-RestrictNamespaces=yes
-RestrictRealtime=yes
-RestrictSUIDSGID=yes
-LockPersonality=yes
+{writes}{_HARDENING}
 # ONNX Runtime does not compile at run time, so no memory needs to be writable and executable.
 MemoryDenyWriteExecute=yes
-SystemCallArchitectures=native
-SystemCallFilter=@system-service
-SystemCallFilter=~@privileged
-SystemCallErrorNumber=EPERM
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+
+def server_unit(python: Path) -> str:
+    """The unit of the run's server, with the same restrictions. Its settings and identity are in one folder."""
+    folder = SERVER_CONFIG.parent
+    return f"""\
+# Written by devices.provision for the server's machine. Settings are in {SERVER_CONFIG}, for example:
+#   run = "orchard"
+#   devices = 2
+#   bundle = "/var/lib/{SERVER}/bundle"
+#   out = "/var/lib/{SERVER}/orchard"
+#   broker = "mqtts://fleet.example"
+#   identity = "server.pem"
+#   serve = "fleet.example:8443"
+# To install it, as root:
+#   useradd --system --user-group --no-create-home --home-dir /var/lib/{SERVER} -s /usr/sbin/nologin {SERVER}
+#   install -o {SERVER} -m 600 -t {folder} server.pem server.toml
+#   cp broker/revoked.crl {folder}/ && cp {SERVER}.service /etc/systemd/system/
+#   systemctl daemon-reload && systemctl enable --now {SERVER}
+
+[Unit]
+Description=FedFMSL server: coordinates a federated run
+After=network-online.target time-sync.target
+Wants=network-online.target
+# No limit on the number of restarts.
+StartLimitIntervalSec=0
+
+[Service]
+ExecStart={_quoted(python)} -m trainer_server start --config {SERVER_CONFIG}
+User={SERVER}
+Group={SERVER}
+StateDirectory={SERVER}
+StateDirectoryMode=0700
+WorkingDirectory=/var/lib/{SERVER}
+UMask=0077
+
+# It resumes its run after a failure. It ends when the run is finished, and a wrong setting is no reason to try again.
+Restart=on-failure
+RestartSec=10s
+RestartPreventExitStatus={WRONG_SETTING}
+SuccessExitStatus={TERMINATED}
+TimeoutStopSec=2min
+LimitCORE=0
+LimitNOFILE=4096
+MemoryHigh={MEMORY_HIGH:.0%}
+MemoryMax={MEMORY_MAX:.0%}
+TasksMax=1024
+
+# Privileges: read files, write its own files, use the network.
+{_HARDENING}
+MemoryDenyWriteExecute=yes
 
 [Install]
 WantedBy=multi-user.target

@@ -25,19 +25,28 @@ def settings_text(*parts: tuple[str, Mapping[str, Value]]) -> str:
         for line in comment.splitlines():
             document.add(tomlkit.comment(line))
         for key, value in settings.items():
-            document.add(key, _item(value))
+            document.add(key, item(value))
     return tomlkit.dumps(document)
 
 
 def read_table(path: Path) -> dict[str, Any]:
     """Raises ConfigError if the file is not TOML."""
+    return read_document(path).unwrap()
+
+
+def read_document(path: Path) -> tomlkit.TOMLDocument:
+    """With its comments, for changes. Raises ConfigError if the file is not TOML."""
     try:
-        return tomlkit.parse(path.read_text("utf-8")).unwrap()
+        return tomlkit.parse(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError, TOMLKitError) as error:
         raise ConfigError(f"{path} cannot be read: {one_line(error)}; pass a file from devices.provision") from None
 
 
-def _item(value: Value) -> Item:
+def dumps(document: tomlkit.TOMLDocument) -> str:
+    return tomlkit.dumps(document)
+
+
+def item(value: Value) -> Item:
     if isinstance(value, str) and value.startswith(PEM):
         return tomlkit.value(f'"""\n{value}"""')  # OpenSSL reads the file, and expects BEGIN at the start of a line
     return tomlkit.item(value)

@@ -8,13 +8,14 @@ from typing import Any
 
 from devices.trial.charts import NAMES, ChartData, svgs
 from fedfmsl.common import web_page
-from trainer_server.coordinator.records import ClosedRound
+from trainer_server.coordinator.records import ClosedRound, listed
 
 Report = dict[str, Any]  # the content of report.json
 
 _BODY = """<p>{headline}</p>
 <p>{summary}</p>
 <p>{coverage}</p>
+{gaps}
 {charts}
 <h2>Test accuracy of the models</h2>
 <p>{definitions}</p>
@@ -46,6 +47,7 @@ def render_page(name: str, report: Report, rounds: Sequence[ClosedRound], data: 
         headline=html.escape(headline(report)),
         summary=html.escape(_summary(report)),
         coverage=html.escape(coverage(report)),
+        gaps="\n".join(f"<p><strong>{html.escape(text)}</strong></p>" for text in gaps(report)),
         charts=web_page.charts(svgs(data)),
         definitions=html.escape(_DEFINITIONS.format(samples=report["samples"])),
         models_table=web_page.table(model_rows(report)),
@@ -140,6 +142,20 @@ def coverage(report: Report) -> str:
     """How many of the user's files were used. "": all of them."""
     used, skipped = report["used_files"], report["skipped_files"]
     return f"{used} of {used + skipped} {report['samples']} were used, {skipped} were skipped" if skipped else ""
+
+
+def gaps(report: Report) -> list[str]:
+    """What is missing in the report: a line for each model that was not measured on every device, and for devices that
+    hardly took part."""
+    missing = {name: listed(devices) for name, devices in report["missing"].items() if devices}
+    lines = []
+    if names := missing.pop("evaluation", ""):
+        lines.append(f"All accuracies are without {names}: no evaluation of theirs arrived.")
+    lines += [f"{NAMES[model]} is without {names}, and cannot be compared." for model, names in missing.items()]
+    rounds = report["rounds"]["stage1"] + report["rounds"]["stage2"]
+    for name, count in report["rarely_took_part"].items():
+        lines.append(f"{name} took part in {count} of {rounds} training rounds.")
+    return lines
 
 
 def mean(values: Iterable[float]) -> float:

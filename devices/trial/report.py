@@ -7,6 +7,7 @@ give equal reports.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,13 +15,13 @@ from rich.table import Table
 
 from devices.trial.charts import NAMES, ChartData, Point, png
 from devices.trial.evaluation import ByModel, FleetEvaluation, last_evaluation
-from devices.trial.html_page import Report, coverage, headline, mean, model_rows, render_page
+from devices.trial.html_page import Report, coverage, gaps, headline, mean, model_rows, render_page
 from fedfmsl.algorithms.evaluation import summarize
 from fedfmsl.common.cli import console
 from fedfmsl.common.files import write_atomically
 from fedfmsl.protocol.bundle import Bundle, Manifest
 from fedfmsl.protocol.messages import EXCHANGE, Round, Stage, Update
-from trainer_server.coordinator.records import ClosedRound, successful_rounds
+from trainer_server.coordinator.records import ClosedRound, rare_devices, successful_rounds
 from trainer_server.storage.run_store import RunStore
 
 DIGITS = 6
@@ -67,20 +68,28 @@ def build_report(
     tested = {name: update for name, update in closed.updates.items() if update.samples}
     stage1, stage2 = successful_rounds(rounds, Stage.GLOBAL), successful_rounds(rounds, Stage.PERSONAL)
     exchanged = [r for r in rounds if r.round.stage in (Stage.GLOBAL, Stage.HEAD, Stage.PERSONAL)]
+    devices = {name for r in rounds for name in (*r.updates, *r.missing)}
+    counts = Counter(name for r in (*stage1, *stage2) for name in r.updates)
+    accuracy = _accuracy(closed, tested)
     rss: dict[str, float] = {}
     for update in (update for r in rounds for update in r.updates.values()):
         rss[update.device] = max(rss.get(update.device, 0.0), round(update.peak_rss_mb, 1))
     return {
         "seed": seed,
         "alpha": alpha,
-        "devices": len({name for r in rounds for name in (*r.updates, *r.missing)}),
+        "devices": len(devices),
         "classes": len(manifest.classes),
         "class_names": list(manifest.classes),
         "model": manifest.model,
         "samples": SAMPLES[manifest.preprocessing.kind],
         "rounds": {"stage1": len(stage1), "stage2": len(stage2)},
         "seconds": _seconds(rounds, seconds),
-        "accuracy": _accuracy(closed, tested),
+        "accuracy": accuracy,
+        "missing": {
+            "evaluation": sorted(devices - closed.updates.keys()),
+            **{model: sorted(tested.keys() - values["per_device"].keys()) for model, values in accuracy.items()},
+        },
+        "rarely_took_part": rare_devices(counts, len(stage1) + len(stage2), devices, fraction=1.0),
         **_measured(evaluation.devices),
         "unseen": _unseen(evaluation.unseen),
         "accuracy_global_test": {name: _rounded(_balanced(tested, name)) for name in ("start", "global")},
@@ -224,8 +233,9 @@ def _print(folder: Path, report: Report) -> None:
     for row in rows[1:]:
         table.add_row(*row, style="bold" if row is rows[-1] else "")
     console.print(table)
-    if text := coverage(report):
-        console.print(f"\n{text}")
+    for text in (*gaps(report), coverage(report)):
+        if text:
+            console.print(f"\n{text}")
     console.print(f"\nreport              {folder / 'report.html'}")
     console.print(f"global expert       {folder / report['files']['global_expert']}")
     for path in report["files"]["personalized"].values():

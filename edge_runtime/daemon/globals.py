@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from edge_runtime.store import DeviceStore
+from fedfmsl.common.backoff import GAP, Backoff, Timeout
 from fedfmsl.errors import MessageError
 from fedfmsl.protocol.chunks import CHUNK_BYTES, Assembler, Chunk
 from fedfmsl.protocol.tensors import blob_hash
@@ -15,16 +15,14 @@ from fedfmsl.transport.link import Link, Received
 
 logger = logging.getLogger(__name__)
 
-GAP_SECONDS = 10.0  # without a further chunk, after which missing ones are asked for
-
 
 @dataclass
 class _Download:
-    """A blob that is not complete. `since`: when its last chunk arrived or was asked for. `gap`: a single chunk that is
-    asked for, because the broker has dropped some."""
+    """A blob that is not complete. `timeout`: until missing chunks are asked for. `gap`: a single chunk that is asked
+    for, because the broker has dropped some."""
 
     assembler: Assembler
-    since: float = field(default_factory=time.monotonic)
+    timeout: Timeout
     gap: int | None = None
     logged: bool = False
 
@@ -34,16 +32,17 @@ class GlobalsReceiver:
     server's status says."""
 
     def __init__(
-        self, link: Link, topics: Topics, store: DeviceStore, max_bytes: int, gap_seconds: float = GAP_SECONDS
+        self, link: Link, topics: Topics, store: DeviceStore, max_bytes: int, name: str = "", gap: Backoff = GAP
     ) -> None:
-        """A blob has at most `max_bytes`."""
+        """A blob has at most `max_bytes`. Devices with different names do not ask at the same moment."""
         self.bytes_down = 0
         self.chunk_bytes = CHUNK_BYTES
         self._link = link
         self._topics = topics
         self._store = store
         self._max_bytes = max_bytes
-        self._gap_seconds = gap_seconds
+        self._name = name
+        self._gap = gap
         self._downloads: dict[str, _Download] = {}
         self._received: dict[str, bytes] = {}  # complete blobs that are not stored yet
 
@@ -51,16 +50,15 @@ class GlobalsReceiver:
         """Whether the blob is stored already. If not, subscribes to its chunks."""
         if self._store.globals.read(sha256) is not None:
             return True
-        self._downloads.setdefault(sha256, _Download(Assembler(self._max_bytes)))
+        self._downloads.setdefault(sha256, _Download(Assembler(self._max_bytes), Timeout(self._gap, self._name)))
         self._link.subscribe(self._topics.globals_chunk(sha256, "+"))
         return False
 
     def fetch_missing(self) -> None:
         """Asks for missing chunks one by one, to be called at every tick. A broker whose queue is full drops messages,
-        also retained ones; it sends them again to each new subscription."""
-        now = time.monotonic()
+        also retained ones; it sends them again to each new subscription. The intervals grow while nothing arrives."""
         for sha256, download in self._downloads.items():
-            if now < download.since + self._gap_seconds:
+            if not download.timeout.expired():
                 continue
             missing = download.assembler.missing
             if not download.logged:
@@ -74,7 +72,6 @@ class GlobalsReceiver:
             if missing:
                 self._fetch_chunk(sha256, download, missing[0])
             else:
-                download.since = now
                 self._link.subscribe(self._topics.globals_chunk(sha256, "+"))
 
     def keep_only(self, required: set[str]) -> None:
@@ -93,7 +90,7 @@ class GlobalsReceiver:
         download = self._downloads[sha256]
         if Chunk.read(message.payload, self._max_bytes).size != self.chunk_bytes:
             return  # a server that used smaller chunks before its restart has left it on the broker
-        download.since = time.monotonic()
+        download.timeout.restart()
         blob = download.assembler.add(message.payload)
         if blob is None:
             missing = download.assembler.missing
@@ -117,7 +114,7 @@ class GlobalsReceiver:
     def _fetch_chunk(self, sha256: str, download: _Download, index: int) -> None:
         if download.gap is not None:
             self._link.unsubscribe(self._topics.globals_chunk(sha256, download.gap))
-        download.gap, download.since = index, time.monotonic()
+        download.gap = index
         self._link.subscribe(self._topics.globals_chunk(sha256, index))
 
     def _forget(self, sha256: str) -> None:

@@ -62,19 +62,21 @@ class HealthReporter:
         paused: str = "",
         slowdown: float = 1.0,
         alive: bool = True,
+        refused: str = "",
     ) -> None:
         """To be called about once a second. Resets the watchdog if the daemon is `alive`, and publishes the health when
         the activity or the connection has changed or the next message is due. Without a connection it is only
-        written to the state directory."""
+        written to the state directory. `refused`: what the broker seems to refuse."""
         if alive:
             self._watchdog()
         newest, outage = self.newest, self._link.outage
-        changed = newest is None or newest.activity is not activity or newest.disconnected != one_line(outage.reason)
+        shown = (activity, one_line(outage.reason), one_line(refused))
+        changed = newest is None or (newest.activity, newest.disconnected, newest.refused) != shown
         if not changed and time.monotonic() < self._due:
             return
         self._due = time.monotonic() + self._seconds
         now = {"activity": activity, "paused": paused, "rounds_done": self.rounds_done, "slowdown": slowdown}
-        now |= {"provider": self.provider}
+        now |= {"provider": self.provider, "refused": refused}
         now |= {"disconnected": outage.reason, "disconnected_since": outage.since, **self._measured()}
         known = {**(_of_device(device) if device else {}), **(_of_state(state) if state else {})}
         self.newest = Health.model_validate({**self._constant, **now, **known})
@@ -90,6 +92,8 @@ class HealthReporter:
         return {
             "time": now,
             "started": max(now - (_uptime() - self._started), 0.0),  # right also after the clock was set
+            "certificate_until": self._link.own_until,
+            "broker_certificate_until": self._link.broker_until,
             "memory": rss(),
             "disk_free": _free(self._store.root),
             **vars(self._read()),

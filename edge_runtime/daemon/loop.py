@@ -56,6 +56,8 @@ logger = logging.getLogger(__name__)
 
 KEYS_BYTES = 16 * 1024 * 1024  # of the keys or the shares of secure sums, for more than 2500 devices
 ECHO_SECONDS = 10.0  # for the broker to return this device's own status
+NO_ECHO = "the broker does not return this device's own status"
+UNACKNOWLEDGED = "the server has not acknowledged an update"
 IF_REPEATED = (
     "If this repeats, check the broker's access rules for this device's name, its limits (size and number of messages) "
     "and the server's log; python -m edge_runtime check tries them"
@@ -89,7 +91,7 @@ class DaemonLoop:
         self._name = device.device_name
         self._store = store
         largest = max(blob_bytes(max(device.bundle.expert.total, device.bundle.gate.total)), KEYS_BYTES)
-        self._globals = GlobalsReceiver(link, self._topics, store, largest)
+        self._globals = GlobalsReceiver(link, self._topics, store, largest, device.device_name)
         self._disk = DiskRetry(store, device.cache, timing.disk_retry)
         self._updates = UpdateSender(announcer, self._topics, device.device_name, store.outbox, timing.ack)
         self._jobs = Jobs(
@@ -98,6 +100,8 @@ class DaemonLoop:
         self._connected = True
         self._paused = ""  # the reason, as published
         self._refused = ""  # why the broker does not let this device take part
+        self._unheard = ""  # why this device's own status seems to be dropped
+        self._unanswered = ""  # why its updates seem to be dropped
         self._echo_due = math.inf  # when this device's own status must have come back
         self._stop: Stop | None = None
         self._finished_session = ""  # the last session whose end has been handled
@@ -240,11 +244,13 @@ class DaemonLoop:
             self._subscribe()  # amqtt can lose a message during a subscription
         if self._connected and self._updates.overdue():
             if self._state.online_session:
-                logger.warning(f"the server has not acknowledged an update; sending it again. {IF_REPEATED}")
+                self._unanswered = UNACKNOWLEDGED
+                logger.warning(f"{UNACKNOWLEDGED}; sending it again. {IF_REPEATED}")
             self._handle(AckOverdue())
         if self._connected and now >= self._echo_due and not self._state.guard.confirmed:
             self._echo_due = math.inf
-            logger.warning(f"the broker does not return this device's own status. {IF_REPEATED}")
+            self._unheard = NO_ECHO
+            logger.warning(f"{NO_ECHO}. {IF_REPEATED}")
         self._globals.fetch_missing()
         if now >= self._next_sensors:
             self._next_sensors = now + self._timing.sensors
@@ -277,7 +283,16 @@ class DaemonLoop:
         alive = self._worker.is_alive() or bool(self._paused)
         slowdown = self._runner.tracker.cap.slowdown
         paused = self._paused or self._jobs.no_samples
-        self._health.heartbeat(activity, self._runner.device, self._state, paused, slowdown, alive)
+        self._health.heartbeat(activity, self._runner.device, self._state, paused, slowdown, alive, self._denied())
+
+    def _denied(self) -> str:
+        """What the broker seems to refuse: it drops a message that its access rules forbid without a word."""
+        if self._state.guard.confirmed:
+            self._unheard = ""
+        if not self._state.unacknowledged:
+            self._unanswered = ""
+        seems = self._unheard or self._unanswered
+        return self._refused or (f"{seems}: the broker's access rules or limits may forbid it" if seems else "")
 
     def _subscribe(self) -> None:
         """Subscribes to the messages for all devices."""
@@ -296,7 +311,11 @@ class DaemonLoop:
             self._jobs.write_missing_model(then=self._finished)
 
     def _finished(self) -> None:
-        logger.info(f"run {self._topics.run!r} has finished; this device's model is {self._store.personalized}")
+        finished, path = f"run {self._topics.run!r} has finished", self._store.personalized
+        if path.is_file():
+            logger.info(f"{finished}; this device's model is {path}")
+        else:
+            logger.warning(f"{finished}; this device has no model: it completed no round in which one is trained")
         if self._stay:
             logger.info("waiting for the next run of this name")
         else:

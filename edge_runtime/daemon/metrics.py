@@ -31,6 +31,12 @@ GAUGES = (
     ("resident_memory_bytes", "memory", "Resident memory of the daemon."),
     ("disk_free_bytes", "disk_free", "Free space on the disk of the state directory."),
     ("feature_cache_bytes", "cache", "Disk space of the feature cache."),
+    ("certificate_expiry_timestamp_seconds", "certificate_until", "Unix time when the device's certificate expires."),
+    (
+        "broker_certificate_expiry_timestamp_seconds",
+        "broker_certificate_until",
+        "Unix time when the broker's certificate expires.",
+    ),
     ("unacknowledged_updates", "unacknowledged", "Updates that the server has not acknowledged."),
 )
 SPLITS = ("train", "held_out", "test", "skipped")

@@ -14,6 +14,7 @@ from edge_runtime.daemon.lock import is_locked
 from edge_runtime.store import DeviceStore
 from fedfmsl.errors import RunError
 from fedfmsl.protocol.messages import MAX_HEARTBEAT_AGE, Activity, Health
+from fedfmsl.transport.identity import describe_expiry
 
 LISTED = 20  # reasons for which files are skipped
 
@@ -52,6 +53,14 @@ def describe(health: Health, store: DeviceStore, now: float) -> Iterator[tuple[s
     if health.disconnected_since:
         since = datetime.fromtimestamp(health.disconnected_since).isoformat(" ", "seconds")
         yield "broker", f"no connection since {since} because: {health.disconnected}"
+    if health.refused:
+        yield "broker", health.refused
+    for label, until, who in (
+        ("identity", health.certificate_until, health.device),
+        ("", health.broker_certificate_until, "broker"),
+    ):
+        if until:
+            yield label, f"certificate of {who} valid {describe_expiry(until, now, who)[0]}"
     yield "round", f"{health.round} ({health.stage}), level {health.level}" if health.round else "none yet"
     slowdown = f", steps take {health.slowdown:.1f} times as long as measured" if health.slowdown > 1.1 else ""
     yield "level cap", f"{health.level_cap}{slowdown}"

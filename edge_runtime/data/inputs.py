@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_runtime.data import images, texts
-from edge_runtime.data.unreadable import UnreadableError, read_file
+from edge_runtime.data.unreadable import UnreadableError, UnreadableFileError, read_file
 from fedfmsl.common.folder_walk import SkippedFile, files_below, has_suffix, wrong_suffix
 from fedfmsl.common.sample_formats import IMAGE_SUFFIXES, TEXT_SUFFIXES
-from fedfmsl.errors import InputError, shown
+from fedfmsl.errors import shown
 from fedfmsl.protocol.bundle import Bundle, Preprocessing, TextPreprocessing
 
 # Of the code that decodes samples (this module, `images`, `resize`, `texts`). Raise it when the input that a file gives
@@ -72,14 +72,15 @@ class Reader:
     extent: Callable[[BinaryIO, int], int]
 
     def load(self, path: Path) -> NDArray[Any]:
-        """Raises InputError if the file cannot be read."""
+        """Raises UnreadableFileError if the file cannot be read."""
         try:
             return self.decode(read_file(path))
         except UnreadableError as error:
-            raise InputError(f"{shown(path)} is {self.kind.not_readable(error.reason)}") from error
+            text = f"{shown(path)} is {self.kind.not_readable(error.reason)}"
+            raise UnreadableFileError(text, error.lasting) from error
 
     def batch(self, paths: Sequence[Path]) -> dict[str, NDArray[Any]]:
-        """`pixels` (B, S, S, 3) uint8 or `tokens` (B, N) int64. Raises InputError if a file cannot be read."""
+        """`pixels` (B, S, S, 3) uint8 or `tokens` (B, N) int64. Raises UnreadableFileError if a file cannot be read."""
         return {self.input: np.stack([self.load(path) for path in paths])}
 
 

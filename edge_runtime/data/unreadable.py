@@ -22,6 +22,14 @@ class UnreadableError(InputError):
         self.lasting = lasting
 
 
+class UnreadableFileError(InputError):
+    """The same with the name of the file in its text."""
+
+    def __init__(self, text: str, lasting: bool) -> None:
+        super().__init__(text)
+        self.lasting = lasting
+
+
 @contextmanager
 def decoding() -> Iterator[None]:
     """Raises UnreadableError for anything that a decoder raises.

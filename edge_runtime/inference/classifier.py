@@ -22,6 +22,7 @@ from edge_runtime.training.model import ModelHeader, PersonalModel, open_model_b
 from fedfmsl.algorithms.arrays import Floats
 from fedfmsl.algorithms.calibration import UNKNOWN
 from fedfmsl.common.cli import notice
+from fedfmsl.common.files import why_no_file
 from fedfmsl.errors import BundleError, FedFMSLError, shown
 from fedfmsl.protocol.bundle import Bundle, Preprocessing
 from fedfmsl.protocol.messages import Prediction
@@ -91,8 +92,8 @@ class FileClassifier:
 
         Raises BundleError if `model` is not a personalized model, ConfigError if the packages for texts are missing.
         """
-        if not model.is_file():
-            raise BundleError(f"model {model} does not exist; a device writes personalized.onnx to its state directory")
+        if reason := why_no_file(model):
+            raise BundleError(f"model {model} {reason}; a device writes personalized.onnx to its state directory")
         try:
             self._session = open_model(model, THREADS)
             metadata = _Metadata.model_validate(self._session.get_modelmeta().custom_metadata_map)

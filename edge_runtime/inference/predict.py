@@ -12,31 +12,38 @@ from pathlib import Path
 from edge_runtime.data.inputs import Kind
 from edge_runtime.inference.classifier import Classifier
 from fedfmsl.common.cli import notice, print_json
+from fedfmsl.common.files import FOLDER, why_no_file
 from fedfmsl.common.folder_walk import SkippedFile, summarize
-from fedfmsl.errors import InputError
+from fedfmsl.errors import InputError, shown
 from fedfmsl.protocol.messages import Prediction
 
 
 def predict_files(classifier: Classifier, files: Sequence[Path]) -> Iterator[Prediction]:
     """Yields one prediction for each readable file of `files` and of the folders in it.
 
-    Prints a notice for each unreadable file, and for each reason why files of a folder are not used. Raises InputError
-    if there is no file of the model's kind, and after the last prediction if files were unreadable.
+    Prints a notice for each path or file that cannot be read, and for each reason why files of a folder are not used.
+    Raises InputError after the last prediction if there was one.
     """
     kind = classifier.kind
-    paths = [path for file in files for path in _files(file, kind)]
-    if not paths:
-        raise InputError(f"no {kind.noun}s in {', '.join(map(str, files))}: no file name has one of their suffixes")
     errors: list[InputError] = []
+    paths: list[Path] = []
+    for each in files:
+        try:
+            paths += _files(each, kind)
+        except InputError as error:
+            errors.append(error)
+    total = len(paths) + len(errors)
+    for unusable in errors if total > 1 else ():
+        notice(str(unusable))
     for path in paths:
         try:
             yield classifier.classify(path)
         except InputError as error:
             errors.append(error)
-            if len(paths) > 1:
+            if total > 1:
                 notice(str(error))
-    if len(paths) > 1 and errors:
-        raise InputError(f"{len(errors)} of {len(paths)} {kind.noun}s could not be classified; see the lines above")
+    if errors and total > 1:
+        raise InputError(f"{len(errors)} of {total} files could not be classified; see the lines above")
     if errors:
         raise errors[0]
 
@@ -82,12 +89,16 @@ def _text_line(prediction: Prediction, top: int) -> str:
 
 
 def _files(path: Path, kind: Kind) -> list[Path]:
-    if path.is_dir():
-        skipped: list[SkippedFile] = []
-        found = kind.files(path, skipped)
-        for line in summarize(skipped, path):
-            notice(f"skipped: {line}")
-        return found
-    if not path.is_file():
-        raise InputError(f"{kind.noun} {path} does not exist; check the path")
-    return [path]
+    """Raises InputError if the path is neither a file nor a folder with files of the kind."""
+    reason = why_no_file(path)
+    if not reason:
+        return [path]
+    if reason != FOLDER:
+        raise InputError(f"{kind.noun} {shown(path)} {reason}; check the path")
+    skipped: list[SkippedFile] = []
+    found = kind.files(path, skipped)
+    for line in summarize(skipped, path):
+        notice(f"skipped: {line}")
+    if not found:
+        raise InputError(f"no {kind.noun}s in {shown(path)}: no file name has one of their suffixes")
+    return found

@@ -27,10 +27,11 @@ CHECKS: dict[str, Check] = {
 }
 
 
-def run_preflight(settings: Settings) -> Iterator[Finding]:
-    """Yields the findings of all checks. A failed check is a finding with the error's exit code."""
+def run_preflight(settings: Settings, config: Path | None = None) -> Iterator[Finding]:
+    """Yields the findings of all checks. A failed check is a finding with the error's exit code. `config`: the file
+    of the settings."""
     with _scratch() as scratch:
-        context = Context(Path(scratch))
+        context = Context(Path(scratch), config)
         for name, check in CHECKS.items():
             try:
                 yield from check(settings, context)

@@ -24,10 +24,11 @@ class Finding:
 
 @dataclass
 class Context:
-    """What earlier checks have found. `scratch`: a temporary directory. `running`: the device's daemon runs. `largest`:
-    the largest sample."""
+    """What earlier checks have found. `scratch`: a temporary directory. `config`: the file of the settings. `running`:
+    the device's daemon runs. `largest`: the largest sample."""
 
     scratch: Path
+    config: Path | None = None
     server: ServerStatus | None = None
     bundle: Bundle | None = None
     running: bool = False

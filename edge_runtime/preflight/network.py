@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Iterator
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timezone
+from pathlib import Path
 
 from edge_runtime.daemon.download import receive_server_status
 from edge_runtime.preflight.context import Context, Finding
@@ -14,17 +16,17 @@ from fedfmsl.protocol.chunks import CHUNK_BYTES, CHUNK_SIZES, HEADER_BYTES
 from fedfmsl.protocol.messages import ServerStatus
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.address import parse_address
-from fedfmsl.transport.identity import device_name, read_identity
+from fedfmsl.transport.identity import describe_expiry, device_name, read_identity
 from fedfmsl.transport.link import Link
 from fedfmsl.transport.message_size import largest_message
 
 SERVER_SECONDS = 10.0  # to wait for the status of a server
 NEW_DEVICE = "new-device"  # one whose name is drawn at its first start
-EXPIRY_NOTICE = timedelta(days=30)
 
 
 def check_identity(settings: Settings, context: Context) -> Iterator[Finding]:
     name = device_name(settings.device, settings.identity)
+    yield from _check_password(settings, context.config)
     if settings.identity is None:
         yield Finding("identity", "none; the broker must allow anonymous clients, or a user and password")
         return
@@ -39,7 +41,16 @@ def check_identity(settings: Settings, context: Context) -> Iterator[Finding]:
             f"the certificate in {settings.identity} is valid from {start:%Y-%m-%d} to {end:%Y-%m-%d}, but the clock "
             f"says {now:%Y-%m-%d}; set the clock, or ask the operator for another certificate"
         )
-    yield Finding("identity", f"{name}, until {end:%Y-%m-%d}", warning=end - now < EXPIRY_NOTICE)
+    text, is_soon = describe_expiry(end.timestamp(), now.timestamp(), name or NEW_DEVICE)
+    yield Finding("identity", f"{name}, {text}", warning=is_soon)
+
+
+def _check_password(settings: Settings, config: Path | None) -> Iterator[Finding]:
+    """A note if the file of the settings has a password that other users may read."""
+    if config is None or not parse_address(settings.broker).password or not config.stat().st_mode & 0o077:
+        return
+    if settings.broker in config.read_text("utf-8", errors="replace"):
+        yield Finding("identity", f"other users may read the password in {config}; chmod 600 {config}", warning=True)
 
 
 def check_broker(settings: Settings, context: Context) -> Iterator[Finding]:
@@ -55,6 +66,9 @@ def check_broker(settings: Settings, context: Context) -> Iterator[Finding]:
             "broker",
             f"{address.host}:{address.port} accepts this device; waiting up to {SERVER_SECONDS:g} s for the server",
         )
+        if link.broker_until:
+            text, is_soon = describe_expiry(link.broker_until, time.time(), "broker")
+            yield Finding("broker", f"its certificate is valid {text}", warning=is_soon)
         context.server = receive_server_status(link, topics, SERVER_SECONDS)
         name = device_name(settings.device, settings.identity) or NEW_DEVICE
         yield from _check_messages(link, topics, name, context.server)

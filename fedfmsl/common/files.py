@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 
 MAX_NAME_BYTES = 255  # of common file systems
 ADDED_BYTES = 32  # that a temporary name may have more than the name of its file
 NO_DESCRIPTORS = "no more files can be opened; raise the limit of open files (LimitNOFILE= of a service, ulimit -n)"
+FOLDER = "is a folder"  # why a path is not the name of a file
 FULL = {errno.ENOSPC, errno.EDQUOT}  # error numbers of a full disk
 
 
@@ -20,6 +22,19 @@ def has_descriptors() -> bool:
     except OSError as error:
         return error.errno not in (errno.EMFILE, errno.ENFILE)
     return True
+
+
+def why_no_file(path: Path) -> str:
+    """Why a path is not the name of a file. "": it is one."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return "does not exist"
+    except (OSError, ValueError) as error:  # ValueError: a name with a null character
+        return f"cannot be read ({getattr(error, 'strerror', None) or error})"
+    if stat.S_ISREG(mode):
+        return ""
+    return FOLDER if stat.S_ISDIR(mode) else "is neither a file nor a folder"
 
 
 def write_atomically(path: Path, data: bytes | Iterable[bytes], durable: bool = False) -> None:

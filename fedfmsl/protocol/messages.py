@@ -213,6 +213,8 @@ class Health(Message):
     other processes use. `slowdown`: duration of a training step, relative to the measured one. `paused`: the reason.
     `provider`: the execution provider in use, and why not another. `disconnected`: why there is no connection to the
     broker, `disconnected_since`: since when (unix seconds).
+    `certificate_until` and `broker_certificate_until`: when they expire (unix seconds); 0 if there is none.
+    `refused`: what the broker seems to refuse.
     """
 
     device: Name
@@ -242,8 +244,11 @@ class Health(Message):
     skipped: Count = 0
     unacknowledged: Count = 0
     rounds_done: Count = 0
+    refused: Text = ""
     disconnected: Text = ""
     disconnected_since: Amount = 0
+    certificate_until: Amount = 0
+    broker_certificate_until: Amount = 0
 
 
 class Prediction(Message):

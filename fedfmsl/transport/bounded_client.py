@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import random
+import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import paho.mqtt.client as paho
 from paho.mqtt.client import _WebsocketWrapper
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
 
 from fedfmsl.common.backoff import Backoff
+from fedfmsl.transport.settings import SERVER_NAME
 
 MAX_PAYLOAD = 256 * 1024  # bytes of a message; the longest of this project is a chunk of 96 KB and its header
 _HEAD = 2 + 65535 + 2  # largest head of a packet: length of the topic, topic, packet number
@@ -45,6 +49,7 @@ class BoundedClient(paho.Client):
         )
         self.closing = threading.Event()  # stops the attempts to connect
         self.last_error: OSError | None = None  # of the socket, or of the attempt to connect
+        self.peer_until = 0.0  # when the broker's certificate expires, in unix seconds; 0 without TLS
         self._is_behind = is_behind
         self._backoff = backoff
         self._attempts = 0  # to connect, since the last connection
@@ -76,6 +81,18 @@ class BoundedClient(paho.Client):
 
     def _pauses(self) -> bool:
         return self.is_connected() and self._is_behind()
+
+    def _ssl_wrap_socket(self, tcp_sock: socket.socket) -> ssl.SSLSocket:
+        """The run's server has a certificate for the same host as the broker, for the bundle's HTTPS. It must not pass
+        for the broker."""
+        sock = super()._ssl_wrap_socket(tcp_sock)
+        certificate: dict[str, Any] = dict(sock.getpeercert() or {})
+        names = dict(pair for group in certificate.get("subject", ()) for pair in group)
+        if names.get("commonName") == SERVER_NAME:
+            sock.close()
+            raise ssl.SSLError(f"its certificate is that of the run's {SERVER_NAME}; check --broker")
+        self.peer_until = float(ssl.cert_time_to_seconds(certificate["notAfter"])) if certificate else 0.0
+        return sock
 
     def _sock_recv(self, bufsize: int) -> bytes:
         # paho appends the result to `received`. The head and one byte too many stay; the rest is dropped before more

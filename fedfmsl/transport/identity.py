@@ -11,11 +11,12 @@ from __future__ import annotations
 import re
 import ssl
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timezone
 from pathlib import Path
 
 from fedfmsl.errors import ConfigError, one_line
 
+NOTICE_SECONDS = 30 * 86400.0  # before a certificate expires
 MAX_BYTES = 1 << 20  # of an identity file
 _BLOCK = re.compile(r"-----BEGIN ([A-Z0-9 ]+)-----\n.*?-----END \1-----", re.DOTALL)
 _CERTIFICATE, _KEY = "CERTIFICATE", "PRIVATE KEY"
@@ -95,6 +96,15 @@ def read_identity(path: Path) -> Identity:
     identity = Identity(path, name, "\n".join(authorities), valid)
     identity.client_context()
     return identity
+
+
+def describe_expiry(until: float, now: float, name: str) -> tuple[str, bool]:
+    """When the certificate of `name` expires, for a reader, and whether it has to be renewed soon. Unix seconds."""
+    day = f"until {datetime.fromtimestamp(until, timezone.utc):%Y-%m-%d}"
+    if until - now >= NOTICE_SECONDS:
+        return day, False
+    when = "it has expired" if until <= now else f"only {(until - now) / 86400:.0f} days"
+    return f"{day}, {when}: renew it with python -m devices.provision --renew {name}", True
 
 
 def pem_blocks(text: str) -> list[tuple[str, str]]:

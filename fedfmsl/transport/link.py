@@ -23,7 +23,7 @@ from fedfmsl.common.backoff import Backoff
 from fedfmsl.errors import BrokerError
 from fedfmsl.transport.address import parse_address, require_loopback
 from fedfmsl.transport.bounded_client import MAX_PAYLOAD, RECONNECT, BoundedClient
-from fedfmsl.transport.identity import client_context
+from fedfmsl.transport.identity import client_context, read_identity
 from fedfmsl.transport.outage import Outage
 from fedfmsl.transport.tls_errors import explain
 
@@ -133,7 +133,10 @@ class Link:
                 "--identity is not used for %s://%s, which is unencrypted; use %ss://",
                 *(address.scheme, address.host, address.scheme),
             )
+        self.own_until = 0.0  # when this client's certificate expires, in unix seconds; 0 without one
         if address.encrypted:
+            valid = read_identity(identity).valid if identity else None
+            self.own_until = valid[1].timestamp() if valid else 0.0
             self._client.tls_set_context(client_context(identity))
         if address.user:
             self._client.username_pw_set(address.user, address.password)
@@ -161,6 +164,11 @@ class Link:
         if self._refusal is not None:
             self.close()
             raise BrokerError(f"the {where} refused the connection: {self._refusal}")
+
+    @property
+    def broker_until(self) -> float:
+        """When the broker's certificate expires, in unix seconds; 0 without TLS, and before a connection."""
+        return self._client.peer_until
 
     def subscribe(self, topic: str) -> None:
         """Subscribes now and after every reconnection."""

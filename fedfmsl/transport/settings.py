@@ -17,6 +17,7 @@ TopicPrefix = Annotated[str, checked(check_prefix)]
 DiscoveryPrefix = Annotated[str, checked(lambda text: text and check_prefix(text))]
 Broker = Annotated[str, checked(parse_address)]
 CONNECTION = panel("Connection")
+SERVER_NAME = "server"  # common name or user name of the run's server
 HOME_ASSISTANT = "homeassistant"  # its default discovery prefix
 
 

@@ -81,9 +81,10 @@ class FedFMSL(Method[SimulatedRun, Stage2]):
             }
         )
         run = SimulatedRun(settings, config, fleet, self.tamper)
-        if run.announced.stage is not Stage.STATISTICS:
-            return run, RoundCost()
-        return run, _cost(run.step(settings.all_devices(fleet, 0)), bytes_down=0)
+        devices, cost = settings.all_devices(fleet, 0), RoundCost()
+        while run.announced.stage in (Stage.HOLDERS, Stage.STATISTICS):
+            cost += _cost(run.step(devices), bytes_down=0)
+        return run, cost
 
     def round(
         self, fleet: Fleet, state: SimulatedRun, devices: Sequence[str], index: int
@@ -91,7 +92,7 @@ class FedFMSL(Method[SimulatedRun, Stage2]):
         """The head round belongs to the last round of stage 1. It asks all devices, as the server does."""
         bytes_down = state.bytes_down
         cost = _cost(state.step(devices), bytes_down)
-        if state.announced.stage is Stage.HEAD:
+        while state.announced.stage in (Stage.HOLDERS, Stage.HEAD):
             bytes_down = state.bytes_down
             cost += _cost(state.step(state.settings.all_devices(fleet, index)), bytes_down)
         return state, cost

@@ -41,6 +41,22 @@ def served(bundle: Path, tmp_path: Path) -> Iterator[tuple[ServerStatus, Path]]:
     server.close()
 
 
+def test_a_server_whose_address_is_not_this_machines_listens_on_all(bundle: Path, tmp_path: Path) -> None:
+    """As in a container, or behind address translation: clients reach it under another address than its own."""
+    port = free_port()
+    server = BundleServer(bundle, f"192.0.2.1:{port}", insecure=True)
+    assert server.url == f"http://192.0.2.1:{port}/bundle"
+    status = ServerStatus(
+        online=True,
+        run="fetch",
+        session="1",
+        bundle=Bundle.load(bundle).sha256,
+        bundle_url=server.url.replace("192.0.2.1", "127.0.0.1"),
+    )
+    fetch_bundle(status, tmp_path / "fetched").verify()
+    server.close()
+
+
 def test_the_bundle_is_downloaded_once(
     served: tuple[ServerStatus, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

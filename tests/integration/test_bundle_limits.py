@@ -89,6 +89,14 @@ def test_a_revoked_device_is_refused_at_once_and_without_a_restart(fleet: Fleet)
     fleet.fetch("device").verify()
 
 
+def test_a_device_that_is_not_allowed_gets_no_file(fleet: Fleet, bundle: Path) -> None:
+    fleet.server.close()
+    fleet.server = BundleServer(bundle, f"localhost:{fleet.port}", fleet.identity, allowed=frozenset({"device"}))
+    fleet.fetch("device").verify()
+    with pytest.raises(BundleError, match="HTTP 403"):
+        fleet.fetch("lost")
+
+
 def test_a_revocation_list_that_is_none_is_named(fleet: Fleet, bundle: Path) -> None:
     with pytest.raises(ConfigError, match="is no readable revocation list"):
         BundleServer(bundle, "localhost:1", fleet.identity, revoked=bundle / "manifest.json")

@@ -6,6 +6,7 @@ import shutil
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -196,6 +197,51 @@ def test_a_broker_with_an_expired_certificate_is_not_trusted(fleet: Fleet, tmp_p
         expired = start_fleet(pki, processes)
         with pytest.raises(BrokerError, match=r"its certificate has expired; renew it, or set this machine's clock"):
             Link(expired.url, "device-0", identity=fleet.device("device-0")).connect()
+
+
+def test_the_identity_of_the_server_does_not_pass_for_the_broker(fleet: Fleet, tmp_path: Path) -> None:
+    pki = shutil.copytree(fleet.pki, tmp_path / "pki")
+    stolen = (pki / "server.pem").read_text()
+    (pki / "broker" / "broker.crt").write_text(stolen[stolen.index("-----BEGIN CERTIFICATE") :])
+    (pki / "broker" / "broker.key").write_text(stolen[: stolen.index("-----BEGIN CERTIFICATE")])
+    conf = pki / "broker" / "mosquitto.conf"
+    conf.write_text(conf.read_text().replace(str(fleet.pki), str(pki)))
+    with Processes(tmp_path / "logs") as processes:
+        false = start_fleet(pki, processes)
+        for url in (false.url, false.websocket_url):
+            with pytest.raises(BrokerError, match="its certificate is that of the run's server"):
+                Link(url, "device-0", identity=fleet.device("device-0")).connect()
+
+
+def test_renewed_certificates_count_after_a_reload_and_cut_no_connection(tmp_path: Path) -> None:
+    pki = tmp_path / "pki"
+    provision(pki, *HOSTS, "kitchen", "lost")
+    earlier = Path(shutil.copy(pki / "devices" / "kitchen.toml", tmp_path / "kitchen.toml"))
+    with Processes(tmp_path / "logs") as processes:
+        fleet = start_fleet(pki, processes)
+        link, serial = Link(fleet.url, "kitchen", identity=earlier), served_serial(fleet)
+        link.connect()
+        assert isinstance(link.next_event(10), Connected)
+        assert link.own_until - time.time() > 800 * 86400 and link.broker_until - time.time() > 800 * 86400
+        provision(pki, "--renew", "kitchen", "--renew", "broker", "--renew", "server")
+        processes.started["mosquitto"].send_signal(signal.SIGHUP)
+        wait_until(lambda: served_serial(fleet) != serial, "the new certificate of the broker")
+        publish(link, TOPICS.status("kitchen"))
+        assert link.next_event(0) is None  # the connection was not cut
+        for identity in (fleet.device("kitchen"), earlier):
+            again = Link(fleet.url, "kitchen", identity=identity)
+            again.connect()
+            again.close()
+        link.close()
+
+
+def served_serial(fleet: Fleet) -> int:
+    """Serial number of the broker's certificate."""
+    context = read_identity(fleet.device("lost")).client_context()
+    with socket.create_connection(("localhost", fleet.port), 10) as raw:
+        found = context.wrap_socket(raw, server_hostname="localhost").getpeercert()
+        assert found
+        return int(str(found["serialNumber"]), 16)
 
 
 def test_a_port_without_tls_is_named(broker: Broker, fleet: Fleet) -> None:

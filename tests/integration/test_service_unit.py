@@ -12,7 +12,7 @@ from support.tools import NOT_TESTED, not_tested
 
 from devices.provisioning import host
 from devices.provisioning.boards import Limits
-from devices.provisioning.service_unit import NAME, Service, service_unit
+from devices.provisioning.service_unit import NAME, SERVER, Service, server_unit, service_unit
 
 LIMITS = Limits(3, 300, 1_900_000_000, 2_500_000_000, 2_900_000_000, 75.0, ("cpu-thermal",))
 VERSION = host.systemd_version()
@@ -41,6 +41,12 @@ def write_unit(folder: Path, systemd: int = VERSION, **changes: object) -> Path:
     return path
 
 
+def write_server_unit(folder: Path) -> Path:
+    path = folder / f"{SERVER}.service"
+    path.write_text(server_unit(Path(sys.executable)))
+    return path
+
+
 def systemd_analyze(*arguments: str) -> str:
     """Its output on both streams."""
     command = ["systemd-analyze", *arguments]
@@ -54,6 +60,17 @@ def test_systemd_accepts_the_unit(tmp_path: Path, changes: dict[str, object]) ->
 
 
 @with_systemd
+def test_systemd_accepts_the_servers_unit(tmp_path: Path) -> None:
+    assert systemd_analyze("verify", str(write_server_unit(tmp_path))) == ""
+
+
+def test_the_server_works_without_writable_and_executable_memory() -> None:
+    code = "from Crypto.Protocol.SecretSharing import Shamir; Shamir.split(2, 3, bytes(16))"
+    done = run_without_new_code("-c", f"import trainer_server.__main__; {code}")
+    assert done.returncode == 0, done.stderr
+
+
+@with_systemd
 def test_paths_in_the_unit_are_escaped(tmp_path: Path) -> None:
     output = systemd_analyze("verify", "--man=no", str(write_unit(tmp_path, python=Path("/a b/100%/$x/python"))))
     assert "Command /a b/100%/$x/python is not executable: No such file or directory" in output
@@ -61,9 +78,10 @@ def test_paths_in_the_unit_are_escaped(tmp_path: Path) -> None:
 
 @with_systemd
 def test_the_exposure_level_is_low(tmp_path: Path) -> None:
-    output = systemd_analyze("security", "--offline=true", str(write_unit(tmp_path)))
-    score = re.search(rf"exposure level for {NAME}.service: ([\d.]+)", output)
-    assert score and float(score[1]) <= 2.0, output
+    for path in (write_unit(tmp_path), write_server_unit(tmp_path)):
+        output = systemd_analyze("security", "--offline=true", str(path))
+        score = re.search(rf"exposure level for {path.name}: ([\d.]+)", output)
+        assert score and float(score[1]) <= 2.0, output
 
 
 def test_restart_delays_grow_if_systemd_supports_it(tmp_path: Path) -> None:

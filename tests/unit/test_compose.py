@@ -12,6 +12,7 @@ import yaml
 from setuptools import find_packages
 
 from devices.provisioning.compose import compose_yaml
+from trainer_server.service.bundle_http import revocation_list_beside
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = (ROOT / "devices" / "Dockerfile").read_text()
@@ -30,16 +31,30 @@ def test_the_kit_is_mounted_at_the_path_in_the_brokers_configuration() -> None:
 
 def test_clients_reach_the_server_by_the_name_in_its_certificate() -> None:
     services = compose()
-    assert services["broker"]["hostname"] == "fleet.example"
-    assert services["broker"]["ports"] == ["8883:8883", "8443:8443"]
-    assert services["server"]["network_mode"] == "service:broker"
+    assert services["broker"]["networks"] == {"default": {"aliases": ["fleet.example"]}}
+    assert services["broker"]["ports"] == ["8883:8883"]
+    assert services["server"]["ports"] == ["8443:8443"]
     command = services["server"]["command"]
     options = dict(zip(command[1::2], command[2::2], strict=True))
     assert options["--broker"] == "mqtts://fleet.example"
     assert options["--serve"] == "fleet.example:8443"
-    assert {volume["target"] for volume in services["server"]["volumes"]} == {
-        options[name] for name in ("--bundle", "--out", "--identity")
-    }
+    targets = {volume["target"] for volume in services["server"]["volumes"]}
+    assert targets == {options["--bundle"], options["--out"], options["--identity"], "/run/broker"}
+
+
+def test_the_server_finds_the_revocation_list_beside_its_identity(tmp_path: Path) -> None:
+    mounted = {volume["target"]: volume["source"] for volume in compose()["server"]["volumes"]}
+    assert mounted["/run/server.pem"] == "../server.pem"
+    assert mounted["/run/broker"] == "."
+    (tmp_path / "broker").mkdir()
+    (tmp_path / "broker" / "revoked.crl").touch()
+    assert revocation_list_beside(tmp_path / "server.pem") == tmp_path / "broker" / "revoked.crl"
+
+
+def test_the_server_keeps_its_network_when_the_broker_restarts() -> None:
+    """A container that uses another one's network loses it when that one restarts."""
+    for host in ("fleet.example", "2001:db8::1"):
+        assert "service:" not in compose(host=host)["server"].get("network_mode", "")
 
 
 def test_with_an_address_both_use_the_machines_network() -> None:

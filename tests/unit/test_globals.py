@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 
 from edge_runtime.daemon.globals import GlobalsReceiver
 from edge_runtime.store import DeviceStore
+from fedfmsl.common.backoff import Backoff
 from fedfmsl.protocol.chunks import CHUNK_SIZES, chunks
 from fedfmsl.protocol.tensors import blob_hash
 from fedfmsl.protocol.topics import Topics
@@ -65,7 +67,7 @@ def test_chunks_that_do_not_arrive_are_asked_for_one_by_one(tmp_path: Path, capl
     blob = np.random.default_rng(0).bytes(4 * CHUNK_SIZES[-1])
     sha256, pieces = blob_hash(blob), list(chunks(blob, CHUNK_SIZES[-1]))
     link = Link("mqtt://127.0.0.1:9", "device")
-    receiver = GlobalsReceiver(link, TOPICS, DeviceStore(tmp_path), max_bytes=10**6, gap_seconds=0.0)
+    receiver = GlobalsReceiver(link, TOPICS, DeviceStore(tmp_path), max_bytes=10**6, gap=Backoff(0.0, 0.0))
     receiver.chunk_bytes = CHUNK_SIZES[-1]
     topics = {index: TOPICS.globals_chunk(sha256, index) for index in range(4)}
     everything = TOPICS.globals_chunk(sha256, "+")
@@ -82,6 +84,20 @@ def test_chunks_that_do_not_arrive_are_asked_for_one_by_one(tmp_path: Path, capl
     assert link.subscriptions == set()
     assert receiver.store_next() == sha256
     assert len(caplog.messages) == 1 and "no chunks of the globals" in caplog.messages[0]
+
+
+def test_missing_chunks_are_asked_for_less_and_less_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start, asked = time.monotonic(), list[float]()
+    now = start
+    link = Link("mqtt://127.0.0.1:9", "device")
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    receiver = GlobalsReceiver(link, TOPICS, DeviceStore(tmp_path), max_bytes=10**6, gap=Backoff(10.0, 40.0))
+    receiver.fetch(next(iter(BLOBS)))
+    monkeypatch.setattr(link, "subscribe", lambda topic: asked.append(now - start))
+    for second in range(160):
+        now = start + second
+        receiver.fetch_missing()
+    assert [round(each) for each in asked] == [11, 31, 71, 111, 151]
 
 
 def test_chunks_of_another_size_that_an_earlier_server_has_left_are_ignored(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from devices.provisioning.authority import CLIENT, SERVER, Authority, Issued, make_authority
 from fedfmsl.errors import ConfigError
-from fedfmsl.transport.identity import device_name, read_identity
+from fedfmsl.transport.identity import describe_expiry, device_name, read_identity
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +38,11 @@ def test_an_identity_has_a_name_and_a_ca(authority: Authority, issued: Issued, t
     identity.server_context()
 
 
-def test_an_identity_has_a_validity(authority: Authority, tmp_path: Path) -> None:
+def test_an_identity_has_a_validity(tmp_path: Path) -> None:
     now = datetime(
         2048, 12, 31, 23, 59, 58, tzinfo=timezone.utc
     )  # ends after 2049, where DER writes the year with four digits
-    issued = authority.issue("kitchen", [CLIENT], days=500, now=now)
+    issued = make_authority("test", now).issue("kitchen", [CLIENT], days=500, now=now)
     identity = read_identity(write(tmp_path / "x.pem", issued.key_pem, issued.certificate_pem))
     assert identity.valid == (issued.certificate.not_valid_before_utc, issued.certificate.not_valid_after_utc)
 
@@ -124,3 +124,13 @@ def test_a_device_has_the_name_of_its_certificate(authority: Authority, issued: 
     assert device_name("other", None) == "other"
     with pytest.raises(ConfigError, match=r"--device 'other'.*omit --device"):
         device_name("other", path)
+
+
+@pytest.mark.parametrize(
+    ("days", "says"),
+    [(31, "until 2030-02-01"), (10, "only 10 days: renew it with"), (-1, "it has expired: renew it with")],
+)
+def test_an_expiry_is_announced_thirty_days_ahead(days: int, says: str) -> None:
+    until = datetime(2030, 2, 1, 12, tzinfo=timezone.utc).timestamp()
+    text, is_soon = describe_expiry(until, until - days * 86400, "kitchen")
+    assert says in text and is_soon == (days < 30)

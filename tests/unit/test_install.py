@@ -256,3 +256,20 @@ def test_all_errors_are_reported_at_once(device_file: Path, root: Path) -> None:
     with pytest.raises(SettingsError) as caught:
         install(root, device_file, "--images", "/data", "--hours", "late", "--memory", "much")
     assert len(caught.value.lines) == 2
+
+
+def test_a_renewed_identity_replaces_the_installed_one_and_nothing_else(device_file: Path, root: Path) -> None:
+    install(root, device_file, "--images", "/photos", "--hours", "22:00-06:00")
+    config, pki = root / CONFIG.relative_to("/"), device_file.parents[1]
+    before = read_table(config)
+    assert CliRunner().invoke(provision, ["--pki", str(pki), "--renew", "kitchen"]).exit_code == 0
+    os.umask(0o022)
+    assert "kitchen has a certificate until" in install(root, "--renew", device_file)
+    after = read_table(config)
+    assert {key for key in after if after[key] != before[key]} == {"identity"} and after.keys() == before.keys()
+    assert after["identity"] == read_table(device_file)["identity"]
+    assert stat.S_IMODE(config.stat().st_mode) == 0o600
+    assert CliRunner().invoke(provision, ["--pki", str(pki), "cellar"]).exit_code == 0
+    os.umask(0o022)
+    with pytest.raises(ConfigError, match="holds no certificate of kitchen"):
+        install(root, "--renew", pki / "devices" / "cellar.toml")

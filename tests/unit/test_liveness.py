@@ -59,11 +59,24 @@ def test_a_device_of_an_earlier_server_is_lost_if_it_does_not_answer(liveness: L
 
 def test_nobody_is_lost_while_the_server_has_no_connection(liveness: Liveness) -> None:
     liveness.status(HERE, retained=False, now=0)
-    liveness.disconnected()
+    liveness.disconnected(now=0)
     back = int(2 * SILENCE)
     assert not any(liveness.lost([HERE], now) for now in range(back))
     liveness.connected(["d"], now=back)
     assert lost_at(liveness, back) == back + ANSWER
+
+
+def test_a_dead_device_is_lost_also_if_the_servers_connection_is_lost_every_minute(liveness: Liveness) -> None:
+    alive = HERE.model_copy(update={"device": "alive"})
+    now, lost = 0.0, []
+    while not lost:
+        liveness.connected(["d", "alive"], now)
+        liveness.status(alive, retained=False, now=now + 1)
+        lost = [event for second in range(2, 60) for event in liveness.lost([HERE, alive], now + second)]
+        liveness.disconnected(now + 60)
+        now += 65  # five of them without a connection
+    assert {event.status.device for event in lost} == {"d"}
+    assert now == 2 * 65
 
 
 def test_nobody_is_lost_while_the_server_itself_is_busy(liveness: Liveness) -> None:

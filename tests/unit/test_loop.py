@@ -25,6 +25,7 @@ from edge_runtime.daemon.timing import Timing
 from edge_runtime.resources.governor import Limits, Readings
 from edge_runtime.resources.throttle import WorkStoppedError
 from fedfmsl.algorithms.sal import CapabilityQueue, Sal
+from fedfmsl.common.backoff import Backoff
 from fedfmsl.errors import BundleError, RunError
 from fedfmsl.protocol.messages import (
     Activity,
@@ -42,7 +43,7 @@ from fedfmsl.transport.address import parse_address
 from fedfmsl.transport.link import Link
 
 TOPICS = Topics(RUN)
-QUICK = Timing(tick=0.05, sensors=0.05, health=0.1)
+QUICK = Timing(tick=0.05, sensors=0.05, health=0.1, ack=Backoff(first=0.2, longest=0.2))
 GRAPH_SECONDS = 3.0  # of a single call of ONNX Runtime, at least
 LIMIT = 75.0
 
@@ -270,6 +271,28 @@ def test_a_device_that_must_leave_stops_its_computation(scene: Scene) -> None:
     scene.end()
     (error,) = scene.errors
     assert isinstance(error, RunError) and "--device" in str(error)
+
+
+class Unanswered(Runner):
+    """Its updates reach no server, as if the broker's access rules dropped them without a word."""
+
+    def compute(self, task: Round) -> float:
+        self.device.store.outbox.write(task.round, b"an update")
+        return 0.0
+
+
+@pytest.mark.parametrize("scene", [Unanswered], indirect=True)
+def test_updates_that_the_broker_seems_to_drop_are_in_the_health(scene: Scene) -> None:
+    health = scene.observer.wait(Health, lambda h: bool(h.refused), "its suspicion")
+    assert health.refused.startswith("the server has not acknowledged an update: the broker's access rules")
+
+
+@pytest.mark.parametrize("scene", [Runner], indirect=True)
+def test_a_device_does_not_announce_a_model_that_does_not_exist(scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
+    scene.observer.wait(Health, lambda h: h.rounds_done == 1, "a round without a model")
+    scene.announce(round_(9, Stage.FINISHED))
+    scene.end()
+    assert "has finished; this device has no model" in caplog.text
 
 
 class Broken(Runner):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import stat
 import subprocess
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from devices.provision import app
+from devices.provisioning.authority import CA_DAYS, CLIENT, hosts_of, make_authority, revoked_serials, serials_of
 from devices.provisioning.broker_kit import password_line
 from devices.provisioning.settings_file import read_table
 from fedfmsl.errors import ConfigError
@@ -32,8 +34,9 @@ def test_ca_kit_and_identities_are_readable_by_their_owner_only(tmp_path: Path) 
     provision(tmp_path / "pki", *HOSTS, "kitchen", "balcony")
     made = files(tmp_path / "pki")
     assert set(made) == {
-        *("ca.crt", "ca.key", "server.pem"),
+        *("ca.crt", "ca.key", "server.pem", "fedfmsl-server.service"),
         *("fleet.toml", "devices/kitchen.toml", "devices/balcony.toml", "issued/kitchen.crt", "issued/balcony.crt"),
+        *("issued/server.crt", "issued/broker.crt"),
         *(f"broker/{name}" for name in ("mosquitto.conf", "acl", "ca.crt", "broker.crt", "broker.key", "revoked.crl")),
         *("broker/compose.yaml", "broker/limits.conf"),
     }
@@ -90,6 +93,39 @@ def test_a_revoked_name_can_be_used_again(tmp_path: Path) -> None:
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.count("Serial Number") == 2
 
 
+def test_renewed_certificates_replace_the_files_and_the_earlier_ones_can_be_revoked(tmp_path: Path) -> None:
+    pki = tmp_path / "pki"
+    provision(pki, *HOSTS, "--run", "orchard", "kitchen")
+    before = files(pki)
+    provision(pki, "--renew", "kitchen", "--renew", "server", "--renew", "broker")
+    after = files(pki)
+    changed = {name for name in after if after[name] != before.get(name)}
+    assert changed == {
+        *("devices/kitchen.toml", "server.pem", "broker/broker.crt", "broker/broker.key"),
+        *(f"issued/{name}.crt" for name in ("kitchen", "server", "broker")),
+    }
+    assert read_table(pki / "devices" / "kitchen.toml")["run"] == "orchard"
+    assert hosts_of(after["broker/broker.crt"]) == ["broker.example", "192.0.2.1"]
+    provision(pki, "--revoke", "kitchen", "--revoke", "server")
+    revoked = revoked_serials((pki / "broker" / "revoked.crl").read_bytes())
+    for name in ("kitchen", "server"):
+        both = serials_of(after[f"issued/{name}.crt"])
+        assert len(both) == 2 and set(both) <= set(revoked)
+    provision(pki, "--renew", "server")
+    assert not set(serials_of((pki / "issued" / "server.crt").read_bytes())) & set(revoked)
+    for arguments, says in (
+        (("--renew", "cellar"), "valid names are those in"),
+        (("--revoke", "broker"), "make a new CA with --host in another --pki"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            provision(pki, *arguments)
+
+
+def test_no_certificate_is_valid_longer_than_its_ca() -> None:
+    authority = make_authority("old", now=datetime.now(timezone.utc) - timedelta(days=CA_DAYS - 30))
+    assert authority.issue("x", [CLIENT]).certificate.not_valid_after_utc == authority.certificate.not_valid_after_utc
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -103,7 +139,8 @@ def test_a_revoked_name_can_be_used_again(tmp_path: Path) -> None:
         ((*HOSTS, "a/b"), "is invalid"),
         ((*HOSTS, "+"), "is invalid"),
         (("--revoke", "../ca"), "is invalid"),
-        (("--revoke", "kitchen", "balcony"), "repeat --revoke before each name"),
+        (("--revoke", "kitchen", "balcony"), "--revoke or --renew before each name"),
+        ((*HOSTS, "broker"), "is the broker's; choose another"),
     ],
 )
 def test_invalid_arguments_are_named_and_write_nothing(tmp_path: Path, arguments: tuple[str, ...], says: str) -> None:

@@ -24,7 +24,7 @@ from trainer_server.storage.run_store import Origin, RunStore
 SECONDS = {"export": 30.0, "fleet_evaluation": 3.0, "total": 100.0}
 KEYS = {
     *("seed", "alpha", "devices", "classes", "model", "rounds", "seconds", "accuracy", "accuracy_global_test", "gate"),
-    *("accuracy_fleet", "accuracy_novel", "accuracy_stream", "harmonic", "worst_decile", "unseen"),
+    *("accuracy_fleet", "accuracy_novel", "accuracy_stream", "harmonic", "worst_decile", "unseen", "missing"),
     *("levels", "tuned_share", "tuned_parameters", "backbone_parameters"),
     *("bytes_up_per_device_round", "bytes_down_per_device_round", "device_peak_rss_mb"),
 }
@@ -235,6 +235,24 @@ def test_a_model_that_some_devices_lack_is_averaged_over_the_others(vit: Built, 
     assert report_of(vit, rounds)["accuracy"]["local_only"] == {"mean": 0.25, "per_device": {"a": 0.25}}
     record(folder, rounds)
     write_report(folder, FLEET, seed=0, alpha=0.5, seconds=SECONDS, used=60, skipped=0)
+
+
+def test_a_report_names_what_is_missing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rounds = whole_run()
+    del rounds[-1].updates["b"].metrics["local_only"]
+    del rounds[-1].updates["c"]
+    late = closed(Stage.BASELINE, update("a", Stage.BASELINE, 8), missing=("c",))
+    record(folder, [*rounds[:-1], late, rounds[-1]])
+    write_report(folder, FLEET, seed=0, alpha=0.5, seconds=SECONDS, used=60, skipped=0)
+    printed, page = capsys.readouterr().out.splitlines(), (folder / "report.html").read_text()
+    for text in (
+        "All accuracies are without c: no evaluation of theirs arrived.",
+        "local only is without b, and cannot be compared.",
+        "c took part in 0 of 3 training rounds.",
+    ):
+        assert text in printed
+        assert text in page
+    assert json.loads((folder / "report.json").read_text())["missing"]["evaluation"] == ["c"]
 
 
 def test_the_same_rounds_give_the_same_bytes(folder: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.secure_aggregation import measure
 from fedfmsl.algorithms import secure_aggregation as sa
 from fedfmsl.algorithms.fixed_point import FRACTION_BITS, LARGEST, Words, fixed_point, numbers
 from fedfmsl.algorithms.secure_aggregation import Roster, Secrets, SecureAggregationError
@@ -138,3 +139,8 @@ def test_encoded_sums_do_not_wrap_and_other_values_are_refused() -> None:
     for value in (2 * LARGEST, np.inf, np.nan):
         with pytest.raises(ValueError, match="too large"):
             fixed_point(np.array([value]))
+
+
+def test_the_benchmark_measures_both_sides() -> None:
+    costs = measure(5, 64)
+    assert costs.plain < costs.sent and costs.received > 0

@@ -73,14 +73,21 @@ class Scene:
 
 
 @contextmanager
-def scene(vit: Built, broker: Broker, folder: Path, run: str, log_bytes: int = LOG_BYTES) -> Iterator[Scene]:
+def scene(
+    vit: Built,
+    broker: Broker,
+    folder: Path,
+    run: str,
+    log_bytes: int = LOG_BYTES,
+    allowed: frozenset[str] | None = None,
+) -> Iterator[Scene]:
     config = plan_for(vit, devices=1, run=run, stage1_rounds=1, stage2_rounds=1).config
     folder.mkdir()
 
     def serve() -> None:
         open_run(folder, config, vit.bundle).close()
         store = RunStore(folder, busy_seconds=0.05)
-        run_server(store, vit.bundle, broker.url, "", None, insecure=False, log_bytes=log_bytes)
+        run_server(store, vit.bundle, broker.url, "", None, insecure=False, log_bytes=log_bytes, allowed=allowed)
 
     server = threading.Thread(target=serve, daemon=True)
     link = Link(broker.url, f"device-{run}")
@@ -140,6 +147,15 @@ def test_a_flood_of_garbage_costs_no_round_and_fills_no_log(vit: Built, broker: 
         (refused,) = RunStore(s.folder).refusals()
         assert (refused.device, refused.kind, refused.count) == ("a", "unreadable", garbage)
         assert len(s.notes) < 2000
+
+
+def test_a_device_that_is_not_allowed_takes_no_part(vit: Built, broker: Broker, tmp_path: Path) -> None:
+    with scene(vit, broker, tmp_path / "run", "allow", allowed=frozenset({"a"})) as s:
+        s.link.publish(s.topics.status("b"), encode(CoordinatorRun(s.plan).status("b")), retain=True)
+        wait_until(lambda: "b is not in --allow" in s.notes, "the refusal")
+        s.announce_device()
+        s.run_to_its_end()
+        assert {name for closed in RunStore(s.folder).rounds() for name in closed.missing} == set()
 
 
 def test_a_reconnection_is_logged(vit: Built, tmp_path: Path) -> None:

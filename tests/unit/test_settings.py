@@ -158,6 +158,16 @@ def test_server_settings_that_do_not_fit_together_name_the_flags(tmp_path: Path)
             read_settings(ServerSettings, flags={**needed, **more}, environment=False)
 
 
+@pytest.mark.parametrize("given", ["kitchen, balcony", "names.txt"])
+def test_allowed_devices_are_names_or_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "names.txt").write_text("kitchen\nbalcony\n")
+    flags = {"run": "r", "devices": 2, "bundle": tmp_path, "allow": given}
+    assert read_settings(ServerSettings, flags=flags).allowed == {"kitchen", "balcony"}
+    with pytest.raises(ConfigError, match=r"--allow a/b: device name 'a/b' is invalid"):
+        assert read_settings(ServerSettings, flags={**flags, "allow": "a/b"}).allowed
+
+
 def test_the_config_file_may_be_named_by_the_environment(written: Callable[[str], Path]) -> None:
     assert run("--loud", environment={"FEDFMSL_CONFIG": str(written(NEEDED))})["loud"] is True
 

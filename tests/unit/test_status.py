@@ -33,6 +33,8 @@ def test_a_lost_connection_is_described_with_its_reason(tmp_path: Path) -> None:
     lost = health.model_copy(update={"disconnected": "Not authorized", "disconnected_since": 1050})
     broker = dict(describe(lost, DeviceStore(tmp_path), now=1061))["broker"]
     assert broker.startswith("no connection since 19") and broker.endswith("because: Not authorized")
+    denied = health.model_copy(update={"refused": "the broker does not return this device's own status"})
+    assert dict(describe(denied, DeviceStore(tmp_path), now=1061))["broker"] == denied.refused
 
 
 def test_a_killed_daemon_is_noticed_before_its_heartbeat_is_old(tmp_path: Path) -> None:

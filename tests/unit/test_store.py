@@ -228,6 +228,12 @@ def test_a_folder_without_a_valid_run_is_refused(tmp_path: Path) -> None:
         RunStore(tmp_path)
 
 
+def test_the_folder_of_a_run_belongs_to_its_owner(vit: Built, folder: Path) -> None:
+    config = plan_for(vit).config
+    open_run(folder, config, vit.bundle)
+    assert folder.stat().st_mode & 0o077 == 0
+
+
 def test_a_folder_that_cannot_be_written_is_one_clear_error(vit: Built, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="cannot be written"):

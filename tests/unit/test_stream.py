@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import threading
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 from support.bundles import Built
 from support.in_process_daemon import make_daemon
+from support.opened_files import on_open
 from support.personal_models import another_model, globals_of, keep, round_of
 from support.samples import CLASSES, write_photos
 
@@ -28,6 +30,7 @@ from edge_runtime.inference.stream import UNREADABLE_SECONDS, WatchedFolder, cla
 from edge_runtime.store import DeviceStore
 from edge_runtime.training.model import read_personal_model, save_personal_model
 from fedfmsl.algorithms.calibration import UNKNOWN
+from fedfmsl.common.backoff import Backoff
 from fedfmsl.common.files import write_atomically
 from fedfmsl.errors import BundleError, ConfigError, InputError
 from fedfmsl.protocol.messages import Prediction, Stage
@@ -183,16 +186,70 @@ def test_a_corrupt_file_is_reported_when_it_is_old_enough(
     assert len(capfd.readouterr().err.splitlines()) == 1
 
 
-def test_a_folder_that_is_unmounted_and_mounted_again_is_not_classified_again(
-    vit: Built, store: DeviceStore, files: list[Path]
+def test_a_file_that_may_be_read_later_is_tried_again(
+    vit: Built, store: DeviceStore, files: list[Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    allowed = False
+
+    def refuse(path: Path) -> None:
+        if path == files[1] and not allowed:
+            raise PermissionError(errno.EACCES, "Permission denied")
+
+    folder = WatchedFolder(files[0].parents[1], retry=Backoff(first=0.0, longest=0.0))
+    stream = classify_new_files(StateClassifier(store, vit.bundle.root), folder, 0.0)
+    with on_open(refuse):  # tests may run as root, who may read every file
+        assert len(one_scan(stream)) == len(files) - 1
+        assert one_scan(stream) == one_scan(stream) == []
+        allowed = True
+        assert [p.file for p in one_scan(stream)] == [str(files[1])]
+    assert capfd.readouterr().err.splitlines() == [
+        f"{files[1]} is not a readable image: it cannot be opened (Permission denied); trying again later"
+    ]
+
+
+def test_a_path_that_is_no_file_is_named_and_the_others_are_classified(
+    vit: Built, store: DeviceStore, files: list[Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "empty").mkdir()
+    paths = [files[0], tmp_path / "pipe.jpg", tmp_path / "empty", tmp_path / ("x" * 300), tmp_path / "gone", files[1]]
+    found = []
+    with pytest.raises(InputError, match="4 of 6 files could not be classified; see the lines above"):
+        for prediction in predict_files(StateClassifier(store, vit.bundle.root), paths):
+            found.append(prediction.file)
+    assert found == [str(files[0]), str(files[1])]
+    for path in paths[1], paths[4]:
+        with pytest.raises(InputError, match=f"^image {path} "):
+            list(predict_files(StateClassifier(store, vit.bundle.root), [path]))
+    assert capfd.readouterr().err.splitlines() == [
+        f"image {paths[1]} is neither a file nor a folder; check the path",
+        f"no images in {paths[2]}: no file name has one of their suffixes",
+        f"image {paths[3]} cannot be read (File name too long); check the path",
+        f"image {paths[4]} does not exist; check the path",
+    ]
+
+
+def test_a_model_that_is_no_file_is_said(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=f"model {tmp_path} is a folder; a device writes personalized.onnx"):
+        FileClassifier(tmp_path)
+
+
+def test_a_folder_that_is_unmounted_and_mounted_again_is_named_and_not_classified_again(
+    vit: Built, store: DeviceStore, files: list[Path], capfd: pytest.CaptureFixture[str]
 ) -> None:
     folder = files[0].parents[1]
     stream = classify_new_files(StateClassifier(store, vit.bundle.root), WatchedFolder(folder), 0.0)
     assert len(one_scan(stream)) == len(files)
     folder.rename(folder.with_name("unmounted"))
-    assert one_scan(stream) == []
+    for _ in range(3):
+        assert one_scan(stream) == []
     folder.with_name("unmounted").rename(folder)
-    assert one_scan(stream) == []
+    for _ in range(3):
+        assert one_scan(stream) == []
+    assert capfd.readouterr().err.splitlines() == [
+        f"watched folder {folder} cannot be read (No such file or directory); waiting for it",
+        f"watched folder {folder} can be read again",
+    ]
 
 
 def test_model_changes_during_a_scan_lose_no_file(vit: Built, store: DeviceStore, files: list[Path]) -> None:

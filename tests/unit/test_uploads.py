@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.tools import not_tested
 
+from fedfmsl.common.backoff import Backoff
 from fedfmsl.errors import MessageError
 from fedfmsl.protocol.chunks import CHUNK_BYTES, CHUNK_SIZES, chunks
 from trainer_server.storage.uploads import PARTIALS, Gap, Upload, Uploads
@@ -38,17 +39,16 @@ def uploads(folder: Path) -> Uploads:
 
 
 def test_missing_chunks_of_a_stalled_update_are_known(tmp_path: Path) -> None:
-    uploads = Uploads(tmp_path / "uploads", CAP)
+    uploads = Uploads(tmp_path / "uploads", CAP, gap=Backoff(0.0, 0.0))
     blob = random_blob(0, 3 * CHUNK_SIZES[-1] + 5)
     pieces = list(chunks(blob, CHUNK_SIZES[-1]))
     assert uploads.add("d", 7, pieces[2]) is None
-    assert uploads.gaps(seconds=60) == []
-    assert uploads.gaps(seconds=0) == [Gap("d", 7, (0, 1, 3))]
+    assert uploads.gaps() == [Gap("d", 7, (0, 1, 3))]
     for piece in (pieces[0], pieces[3]):
         uploads.add("d", 7, piece)
     upload = uploads.add("d", 7, pieces[1])
     assert upload is not None and upload.blob == blob
-    assert uploads.gaps(seconds=0) == []
+    assert uploads.gaps() == []
 
 
 def send(uploads: Uploads, device: str, round_: int, blob: bytes) -> Upload:

@@ -33,9 +33,11 @@ class BundleServer:
         identity: Path | None = None,
         insecure: bool = False,
         revoked: Path | None = None,
+        allowed: frozenset[str] | None = None,
     ) -> None:
-        """`address` is HOST:PORT. With an identity: HTTPS, for clients with a certificate of the same CA that is not
-        in the list `revoked`; default: the one that devices.provision writes beside the identity, if it is there.
+        """`address` is HOST:PORT as clients reach it. With an identity: HTTPS, for clients with a certificate of the same
+        CA that is not in the list `revoked`, and with a name of `allowed`. Default of `revoked`: the list of
+        devices.provision beside the identity, if it is there.
 
         Without an identity the address must be a loopback address, unless `insecure`. Raises ConfigError if address or
         identity is invalid, RunError if the server cannot listen there.
@@ -60,6 +62,7 @@ class BundleServer:
             _files(Bundle.load(root)),
             str(identity.absolute()) if identity else None,
             str(revoked.absolute()) if revoked else None,
+            sorted(allowed) if allowed is not None and identity else None,
         )
         self._closing = threading.Event()
         self._process = self._start()

@@ -46,13 +46,15 @@ NICE = 5  # handshakes take processor time, and the coordinator comes first
 
 @dataclass(frozen=True)
 class Job:
-    """`files`: path and SHA-256 by name. Without `identity` it serves plain HTTP. `revoked`: the revocation list."""
+    """`files`: path and SHA-256 by name. Without `identity` it serves plain HTTP. `revoked`: the revocation list.
+    `allowed`: names of clients; None: all."""
 
     host: str
     port: int
     files: Mapping[str, Sequence[str]]
     identity: str | None = None
     revoked: str | None = None
+    allowed: Sequence[str] | None = None
 
 
 @dataclass(eq=False)
@@ -102,7 +104,14 @@ class Contexts:
 
 
 class Server:
-    def __init__(self, files: Mapping[str, Served], contexts: Contexts | None, listeners: Sequence[socket.socket]):
+    def __init__(
+        self,
+        files: Mapping[str, Served],
+        contexts: Contexts | None,
+        listeners: Sequence[socket.socket],
+        allowed: Sequence[str] | None = None,
+    ) -> None:
+        self._allowed = allowed
         self._files = files
         self._contexts = contexts
         self._listeners = listeners
@@ -184,7 +193,9 @@ class Server:
             earned = self._unit * (now - client.at) / ALLOWANCE_SECONDS
             client.allowance, client.at = min(client.allowance + earned, ALLOWANCE * self._unit), now
             refused = None
-            if name and (client.transfers >= PER_CLIENT or client.allowance <= 0):
+            if self._allowed is not None and name not in self._allowed:
+                refused = refusal(HTTPStatus.FORBIDDEN)
+            elif name and (client.transfers >= PER_CLIENT or client.allowance <= 0):
                 refused = refusal(HTTPStatus.TOO_MANY_REQUESTS)
             elif self._transfers >= TRANSFERS:
                 refused = refusal(HTTPStatus.SERVICE_UNAVAILABLE)
@@ -243,8 +254,10 @@ class Server:
             _say(f"the bundle's server ended connections: {counts}; the last one of {self._last}")
 
 
-def listen(host: str, port: int) -> list[socket.socket]:
-    """Listens on every address of `host`. Waits up to BIND_SECONDS for the port. Raises OSError."""
+def listen(host: str | None, port: int) -> list[socket.socket]:
+    """Listens on every address of `host`; on all addresses if `host` is None or if this machine has none of its
+    addresses: in a container, or behind address translation, clients use another machine's. Waits up to BIND_SECONDS
+    for the port. Raises OSError."""
     deadline = time.monotonic() + BIND_SECONDS
     while True:
         listeners: list[socket.socket] = []
@@ -257,6 +270,8 @@ def listen(host: str, port: int) -> list[socket.socket]:
                 except OSError as error:
                     if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
                         raise
+            if not listeners and host is not None:
+                return listen(None, port)
             if not listeners:
                 raise OSError(errno.EADDRNOTAVAIL, "this machine has no such address")
         except OSError as error:
@@ -279,7 +294,8 @@ def _say(line: str) -> None:
 def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM):  # for the coordinator, whose end closes standard input
         signal.signal(number, signal.SIG_IGN)
-    os.nice(NICE)
+    with contextlib.suppress(OSError):
+        os.nice(NICE)
     job = Job(**json.loads(sys.stdin.readline()))
     files = {name: Served(Path(path), sha256) for name, (path, sha256) in job.files.items()}
     try:
@@ -292,7 +308,7 @@ def main() -> int:
         _say(str(error))
         return 1
     _say(LISTENING)
-    Server(files, contexts, listeners).serve(until=sys.stdin.fileno())
+    Server(files, contexts, listeners, job.allowed).serve(until=sys.stdin.fileno())
     return 0
 
 

@@ -86,8 +86,10 @@ def run_server(
     keepalive: int = KEEPALIVE_SECONDS,
     topic_prefix: str = ROOT,
     changes: Mapping[str, Any] = NO_CHANGES,
+    allowed: frozenset[str] | None = None,
 ) -> None:
-    """Coordinates until the run is finished. `changes`: fields of `Limits` that change from now on.
+    """Coordinates until the run is finished. `changes`: fields of `Limits` that change from now on. `allowed`: the
+    devices that may take part; None: all.
 
     Raises ConfigError if the run cannot have these limits, RunError if the run failed, another server runs in its
     folder, or a newer server took over.
@@ -113,7 +115,7 @@ def run_server(
         # a client id of its own: amqtt would not tell the older one of two servers with one client id
         client_id = topics.client_id("server", secrets.token_hex(8))
         link = Link(broker, client_id, will, identity=identity, insecure=insecure, keepalive=keepalive)
-        Service(plan, state, at, store, link, status, topics).run()
+        Service(plan, state, at, store, link, status, topics, allowed).run()
 
 
 def _key_check(identity: Path | None) -> CheckKeys:

@@ -2,7 +2,9 @@
 
 A retained status is no sign of life: if a device and the broker lose power together, the broker never publishes the
 last will, and the retained status stays `online`. So a device counts as online only once a message of it arrives live.
-Devices publish their status again when a server comes online, and a heartbeat every minute.
+Devices publish their status again when a server comes online, and a heartbeat every minute. Only the time during which
+the server is connected and looks at its messages counts, and a new connection does not start it anew: otherwise a
+server whose connection is lost every minute would count every dead device as alive.
 """
 
 from __future__ import annotations
@@ -25,18 +27,23 @@ class Liveness:
         within `answer` seconds."""
         self._silence = silence
         self._answer = answer
-        self._due: dict[str, float] = {}  # by device: when it is lost
+        self._due: dict[str, float] = {}  # by device: when it is lost, in seconds of listening
         self._statuses: dict[str, DeviceStatus] = {}  # by device: its latest status
         self._at_work: dict[str, float] = {}  # by device: until when its last sign of work counts
+        self._deaf = 0.0  # seconds without a connection, or without a look at the messages
+        self._since = math.inf  # when the connection was lost
         self._looked = math.inf  # when `lost` was called last
 
     def connected(self, online: Iterable[str], now: float) -> None:
         """This server has connected and publishes its status, which the `online` devices answer."""
-        self._due |= dict.fromkeys(online, now + self._answer)
+        self._deaf += max(now - self._since, 0.0)
+        self._since, self._looked = math.inf, now
+        due = self._heard(now) + self._answer
+        self._due |= {device: min(self._due.get(device, due), due) for device in online}
 
-    def disconnected(self) -> None:
+    def disconnected(self, now: float) -> None:
         """This server has lost its connection, so it hears from no device, and loses none."""
-        self._due = dict.fromkeys(self._due, math.inf)
+        self._since = min(self._since, now)
 
     def status(self, status: DeviceStatus, retained: bool, now: float) -> StatusSeen | None:
         """The event of a received status; None if it does not show that its device is alive."""
@@ -44,14 +51,14 @@ class Liveness:
             self._statuses[status.device] = status
         if retained and status.online:
             return None
-        self._due[status.device] = now + self._silence
+        self._due[status.device] = self._heard(now) + self._silence
         return StatusSeen(status)
 
     def message(self, device: str, online: bool, now: float) -> StatusSeen | None:
         """Any other live message of a device. An event if the device was not `online` until now."""
         status = self._statuses.get(device)
         if online or status is not None:
-            self._due[device] = now + self._silence
+            self._due[device] = self._heard(now) + self._silence
         return StatusSeen(status) if status is not None and status.online and not online else None
 
     def work(self, device: str, at_work: bool, now: float) -> None:
@@ -67,12 +74,16 @@ class Liveness:
 
     def lost(self, online: Iterable[DeviceStatus], now: float) -> list[StatusSeen]:
         """The events of `online` devices that have become silent."""
-        busy = now - self._looked
-        if busy > BUSY_SECONDS:  # their messages may still wait
-            self._due = {device: due + busy for device, due in self._due.items()}
+        if now - self._looked > BUSY_SECONDS and self._since > now:  # their messages may still wait
+            self._deaf += now - self._looked
         self._looked = now
+        heard = self._heard(now)
         return [
             StatusSeen(status.model_copy(update={"online": False, "error": SILENT}))
             for status in online
-            if now >= self._due.setdefault(status.device, now + self._silence)
+            if heard >= self._due.setdefault(status.device, heard + self._silence)
         ]
+
+    def _heard(self, now: float) -> float:
+        """The seconds of listening until now."""
+        return min(now, self._since) - self._deaf

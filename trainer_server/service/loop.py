@@ -21,8 +21,10 @@ from fedfmsl.protocol.chunks import CHUNK_BYTES, CHUNK_SIZES, HEADER_BYTES
 from fedfmsl.protocol.messages import DeviceStatus, ServerStatus, Stage, parse
 from fedfmsl.protocol.tensors import blob_bytes
 from fedfmsl.protocol.topics import Topics
+from fedfmsl.transport.identity import describe_expiry
 from fedfmsl.transport.link import Connected, Disconnected, Link, LinkEvent, Oversize, Received, SubscriptionRefused
 from fedfmsl.transport.message_size import largest_message
+from fedfmsl.transport.settings import SERVER_NAME
 from trainer_server.coordinator.advance import advance, next_deadline
 from trainer_server.coordinator.announce import announcement
 from trainer_server.coordinator.events import (
@@ -65,9 +67,18 @@ UNKNOWN_DEVICE = "unknown device"
 
 class Service:
     def __init__(
-        self, plan: Plan, state: State, at: float, store: RunStore, link: Link, status: ServerStatus, topics: Topics
+        self,
+        plan: Plan,
+        state: State,
+        at: float,
+        store: RunStore,
+        link: Link,
+        status: ServerStatus,
+        topics: Topics,
+        allowed: frozenset[str] | None = None,
     ) -> None:
-        """`state` was the state at second `at` of the run's clock."""
+        """`state` was the state at second `at` of the run's clock. `allowed`: the devices that may take part."""
+        self._allowed = allowed
         self._plan = plan
         self._state = state
         self._store = store
@@ -131,6 +142,7 @@ class Service:
     def _connect(self, state: State) -> None:
         """The start of a connection. The subscriptions come first: a retained answer to this server's status would be
         no sign of life, and the guard counts only statuses before this server's own as earlier ones."""
+        self._save_certificates()
         self._guard.connected(self._clock.now())
         self._liveness.connected((status.device for status in _online(state)), self._clock.now())
         self._publish_state()
@@ -167,7 +179,7 @@ class Service:
         if isinstance(event, Connected):
             self._connect(batch.state)
         elif isinstance(event, Disconnected):
-            self._liveness.disconnected()
+            self._liveness.disconnected(batch.now)
         elif isinstance(event, SubscriptionRefused):
             if not self._sweeper.is_sweep(event.topic):
                 raise BrokerError(event.error)
@@ -205,6 +217,9 @@ class Service:
     def _receive(self, received: Received, batch: Batch) -> None:
         """Adds a device's message to the batch, or refuses it."""
         device = self._topics.device_of(received.topic)
+        if device is not None and self._allowed is not None and device not in self._allowed:
+            self._refuse(UNKNOWN_DEVICE, "not allowed", f"{device} is not in --allow")
+            return
         if received.retained and received.payload and self._topics.update_of(received.topic):
             self._sweeper.remove(received)  # devices publish no retained chunks, which would fill the broker
             self._refuse(self._sender(received.topic), "retained", f"a chunk of an update on {received.topic[:200]}")
@@ -343,6 +358,16 @@ class Service:
                 write_adapter(self._plan.bundle, expert, level, self._store.folder / "global_expert")
             except OSError as error:
                 logger.warning("the adapter of round %d could not be written (%s)", closed.round.round, error.strerror)
+
+    def _save_certificates(self) -> None:
+        found = {SERVER_NAME: self._link.own_until, "broker": self._link.broker_until}
+        until = {name: moment for name, moment in found.items() if moment}
+        for name, moment in until.items():
+            text, is_soon = describe_expiry(moment, time.time(), name)
+            if is_soon:
+                logger.warning("the certificate of the %s is valid %s", name, text)
+        with contextlib.suppress(OSError):  # a full disk
+            self._store.save_certificates(until)
 
     def _save_outage(self) -> None:
         outage = (self._link.outage.since, self._link.outage.reason)

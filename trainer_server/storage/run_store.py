@@ -3,6 +3,7 @@
     RUN/run.sqlite       settings, events since the present round opened (with --audit all events), records of closed
                          rounds, counts of refused messages
     RUN/joined.json      before the first round: the devices that are online
+    RUN/certificates.json  when the certificates of server and broker expire
     RUN/outage.json      since when and why there is no connection to the broker
     RUN/tensors/SHA256   the checkpoint's tensors, and the updates accepted after it
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -46,6 +48,7 @@ from trainer_server.storage.checkpoint import Checkpoint, vectors_of
 DATABASE = "run.sqlite"
 JOINED = "joined.json"
 OUTAGE = "outage.json"
+CERTIFICATES = "certificates.json"
 BUSY_SECONDS = 10.0
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS run (origin TEXT NOT NULL, ended TEXT);
@@ -105,6 +108,8 @@ class RunStore:
         """
         require_folder(folder)
         path = folder / DATABASE
+        if not _readable(folder):
+            raise RunError(f"this user may not read {folder}; run the command as the server's user")
         if not path.is_file():
             raise RunError(f"no run at {folder}: {DATABASE} is missing; start one with python -m trainer_server start")
         self.folder = folder
@@ -119,7 +124,8 @@ class RunStore:
     @classmethod
     def create(cls, folder: Path, origin: Origin) -> RunStore:
         """Raises OSError or sqlite3.Error if it cannot be written."""
-        (folder / "tensors").mkdir(parents=True, exist_ok=True)
+        folder.mkdir(0o700, parents=True, exist_ok=True)  # it holds updates of devices
+        (folder / "tensors").mkdir(exist_ok=True)
         with closing(sqlite3.connect(folder / DATABASE, timeout=BUSY_SECONDS, isolation_level=None)) as db:
             db.execute("PRAGMA journal_mode = WAL")
             db.execute("PRAGMA synchronous = FULL")
@@ -268,6 +274,17 @@ class RunStore:
         except FileNotFoundError:
             return []
 
+    def save_certificates(self, until: Mapping[str, float]) -> None:
+        """Stores when certificates expire (unix seconds), by the name of their owner, for `certificates`. Raises
+        OSError."""
+        write_atomically(self.folder / CERTIFICATES, json.dumps(dict(until)).encode())
+
+    def certificates(self) -> dict[str, float]:
+        try:
+            return dict(json.loads((self.folder / CERTIFICATES).read_bytes()))
+        except FileNotFoundError:
+            return {}
+
     def outage(self) -> tuple[float, str]:
         """Since when (unix seconds) and why the server had no connection at the last `save_outage`; 0 and "" if it had
         one."""
@@ -323,6 +340,11 @@ class RunStore:
     def refusals(self) -> list[RefusalCount]:
         rows = self._db.execute("SELECT device, kind, count, last FROM refusals ORDER BY count DESC, device, kind")
         return [RefusalCount(*row) for row in rows]
+
+
+def _readable(folder: Path) -> bool:
+    """Whether this user may read a folder. True if it does not exist."""
+    return not folder.exists() or os.access(folder, os.R_OK | os.X_OK)
 
 
 def require_folder(folder: Path) -> None:

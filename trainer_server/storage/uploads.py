@@ -7,20 +7,19 @@ The folder is emptied at every start, because devices retransmit unfinished upda
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
+from fedfmsl.common.backoff import GAP, Backoff, Timeout
 from fedfmsl.common.files import sync
 from fedfmsl.errors import MessageError
 from fedfmsl.protocol.chunks import Chunk, PartialBlob
 
 PARTIALS = 2  # of one device: a late update and one of the next round
 SYNCS = 8  # files that are synced at the same time
-GAP_SECONDS = 10.0  # without a further chunk, after which the missing ones are asked for, then in doubling intervals
 GAP_CHUNKS = 16  # asked for at once; a broker that has dropped chunks may drop more of a burst
 
 
@@ -39,9 +38,8 @@ class _InFile(PartialBlob):
     """`size` is the bytes on the wire so far."""
 
     path: Path
+    gap: Timeout  # until missing chunks are asked for
     size: int = 0
-    since: float = 0.0  # when its last chunk arrived, or missing ones were asked for
-    asked: int = 0  # how often they were asked for without an answer
 
     def _write(self, index: int, size: int, body: bytes) -> None:
         with self.path.open("r+b" if self._received else "wb") as file:
@@ -67,8 +65,9 @@ class Gap:
 class Uploads:
     """Keeps at most PARTIALS unfinished blobs of each device. A further one replaces the least recently used one."""
 
-    def __init__(self, folder: Path, cap_bytes: int) -> None:
+    def __init__(self, folder: Path, cap_bytes: int, gap: Backoff = GAP) -> None:
         """Empties `folder`, which must hold nothing else. Refuses blobs of more than `cap_bytes`."""
+        self._gap = gap
         self._folder = folder
         self._cap_bytes = cap_bytes
         self._numbers = count()
@@ -89,7 +88,7 @@ class Uploads:
         blob = (round_, *chunk.blob)
         partial = self._remove(device, blob)
         partial.size += len(payload)
-        partial.since, partial.asked = time.monotonic(), 0
+        partial.gap.restart()
         try:
             whole = partial.add(chunk)
         except (OSError, MessageError):
@@ -100,16 +99,15 @@ class Uploads:
             return None
         return Upload(partial.path, whole, chunk.digest.hex(), partial.size)
 
-    def gaps(self, seconds: float = GAP_SECONDS) -> list[Gap]:
-        """The unfinished updates of which no chunk has arrived for `seconds`, again in doubling intervals: their device
+    def gaps(self) -> list[Gap]:
+        """The unfinished updates of which no chunk has arrived for a while, again in growing intervals: their device
         may be gone."""
-        now, gaps = time.monotonic(), []
-        for device, partials in self._partials.items():
-            for (round_, _, chunks, _), partial in partials.items():
-                if now >= partial.since + seconds * 2**partial.asked:
-                    partial.since, partial.asked = now, partial.asked + 1
-                    gaps.append(Gap(device, round_, tuple(partial.missing(chunks)[:GAP_CHUNKS])))
-        return gaps
+        return [
+            Gap(device, round_, tuple(partial.missing(chunks)[:GAP_CHUNKS]))
+            for device, partials in self._partials.items()
+            for (round_, _, chunks, _), partial in partials.items()
+            if partial.gap.expired()
+        ]
 
     def store(self, files: Mapping[Path, Path]) -> None:
         """Moves files of complete blobs to their targets on the same disk. They survive a power cut after this call.
@@ -132,7 +130,7 @@ class Uploads:
         partial = partials.pop(blob, None)
         if not partials:
             self._partials.pop(device, None)
-        return partial or _InFile(self._folder / str(next(self._numbers)))
+        return partial or _InFile(self._folder / str(next(self._numbers)), Timeout(self._gap, device))
 
     def _insert(self, device: str, blob: _Blob, partial: _InFile) -> None:
         """Inserts it as the most recently used one."""
