@@ -129,6 +129,9 @@ class RunRules(BaseModel):
     audit: bool = Field(
         False, description="Keep every update, so that `replay` can check the run.", json_schema_extra=RUN
     )
+    audit_rounds: int | None = Field(
+        None, ge=1, description="Number of latest rounds that --audit keeps. Default: all.", json_schema_extra=RUN
+    )
 
     stage1_rounds: int = Field(12, ge=1, description="Rounds of stage 1.", json_schema_extra=ROUNDS)
     stage2_rounds: int = Field(5, ge=1, description="Rounds of stage 2.", json_schema_extra=ROUNDS)
@@ -212,6 +215,8 @@ class RunRules(BaseModel):
                 f"--min-updates {self.min_updates} is more than --devices {self.devices}: no round could close; lower "
                 "it, or wait for more devices"
             )
+        if self.audit_rounds is not None and not self.audit:
+            raise ValueError(f"--audit-rounds {self.audit_rounds} needs --audit; add it")
         if self.fraction < 1 and self.select is not Selection.RANDOM:
             raise ValueError(f"--fraction {self.fraction:g} needs --select random, not {self.select.value}")
         return self

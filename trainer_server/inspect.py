@@ -72,6 +72,7 @@ def _facts(store: RunStore) -> dict[str, Any]:
         facts |= {"training_rounds": trained, "rarely_took_part": rare}
     if until := store.certificates():
         facts["certificates_until"] = until
+    facts["bytes"] = store.sizes()
     facts |= {
         "closed_rounds": len(closed),
         "repeated": [r.repeated for r in closed if r.repeated],
@@ -96,6 +97,8 @@ def _rows(facts: dict[str, Any]) -> dict[str, str]:
         texts = [f"{name} {describe_expiry(moment, now, name)[0]}" for name, moment in until.items()]
         rows["certificates"] = "; ".join(texts)
         del rows["certificates until"]
+    rows["storage"] = ", ".join(f"{what} {size / 1e6:.1f} MB" for what, size in facts["bytes"].items())
+    del rows["bytes"]
     if "stage" in facts:
         rows["stage"] = f"{facts['stage']}, round {rows.pop('stage round')} of {rows.pop('stage rounds')}"
     if "left_out" in facts:
@@ -158,12 +161,13 @@ def replay(out: Path = OUT) -> None:
     store = RunStore(out)
     bundle = open_bundle(store)
     recorded = {closed.round.round: closed.round for closed in store.rounds()}
-    replayed = 0
+    replayed = compared = 0
     for announced in replay_rounds(store, make_plan(store, bundle)):
         replayed += 1
+        compared += announced.round in recorded
         if announced.round in recorded and announced != recorded[announced.round]:
             raise RunError(f"round {announced.round} differs from its record; was {out} altered?")
     if not recorded:
         console.print("no closed rounds to compare yet")
         return
-    console.print(f"{replayed} announced rounds replayed; the {len(recorded)} closed ones equal their records")
+    console.print(f"{replayed} announced rounds replayed; the {compared} closed ones equal their records")

@@ -34,8 +34,10 @@ from edge_runtime.settings import Settings
 from edge_runtime.store import DeviceStore
 from edge_runtime.training.context import DeviceContext
 from edge_runtime.training.gate import Gate
+from edge_runtime.training.model import read_personal_model
 from fedfmsl.common.class_folders import check_folder
 from fedfmsl.common.logs import fields, set_up_logging
+from fedfmsl.errors import FedFMSLError
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.messages import Activity, EngineName
 from fedfmsl.protocol.topics import Topics
@@ -115,6 +117,8 @@ def _prepare(
         server = wait_for_server(link, topics, heartbeat)
         bundle = fetch_bundle(server, store.bundles, settings.identity, heartbeat)
     bundle.verify()
+    if not settings.bundle:
+        store.keep_bundles(bundle.sha256, _bundle_of_model(store))
     engine = open_engine(settings.engine, bundle, threads).name
     reader = SampleReader(reader_of(bundle))
     kind = reader.kind
@@ -136,6 +140,13 @@ def _prepare(
         **fields(device=name, engine=engine, level_cap=plan.level_cap),
     )
     return _Prepared(bundle, engine, threads, provider.provider, reader, folder, scanned, plan)
+
+
+def _bundle_of_model(store: DeviceStore) -> str:
+    """SHA-256 of the bundle of the personalized model; "" if there is none."""
+    with contextlib.suppress(FedFMSLError):
+        return read_personal_model(store).header.bundle
+    return ""
 
 
 def _runner(

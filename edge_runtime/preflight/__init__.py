@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from edge_runtime.preflight.context import Check, Context, Finding
@@ -12,6 +14,7 @@ from edge_runtime.preflight.network import check_broker, check_identity
 from edge_runtime.preflight.training import check_bundle, check_memory, check_samples
 from edge_runtime.settings import Settings
 from fedfmsl.errors import ConfigError, FedFMSLError
+from fedfmsl.transport import outage
 
 # Later checks use what earlier ones have found.
 CHECKS: dict[str, Check] = {
@@ -30,13 +33,24 @@ CHECKS: dict[str, Check] = {
 def run_preflight(settings: Settings, config: Path | None = None) -> Iterator[Finding]:
     """Yields the findings of all checks. A failed check is a finding with the error's exit code. `config`: the file
     of the settings."""
-    with _scratch() as scratch:
+    with _scratch() as scratch, _without_logs_of_outages():
         context = Context(Path(scratch), config)
         for name, check in CHECKS.items():
             try:
                 yield from check(settings, context)
             except FedFMSLError as error:
                 yield Finding(name, str(error), error.exit_code)
+
+
+@contextmanager
+def _without_logs_of_outages() -> Iterator[None]:
+    """Some brokers end the connection at a message that the checks try, which is a finding of its own."""
+    outages = logging.getLogger(outage.__name__)
+    before, outages.disabled = outages.disabled, True
+    try:
+        yield
+    finally:
+        outages.disabled = before
 
 
 def _scratch() -> tempfile.TemporaryDirectory[str]:

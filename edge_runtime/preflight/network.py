@@ -11,7 +11,8 @@ from pathlib import Path
 from edge_runtime.daemon.download import receive_server_status
 from edge_runtime.preflight.context import Context, Finding
 from edge_runtime.settings import Settings
-from fedfmsl.errors import ConfigError
+from edge_runtime.store import DeviceStore
+from fedfmsl.errors import BrokerError, ConfigError
 from fedfmsl.protocol.chunks import CHUNK_BYTES, CHUNK_SIZES, HEADER_BYTES
 from fedfmsl.protocol.messages import ServerStatus
 from fedfmsl.protocol.topics import Topics
@@ -21,7 +22,7 @@ from fedfmsl.transport.link import Link
 from fedfmsl.transport.message_size import largest_message
 
 SERVER_SECONDS = 10.0  # to wait for the status of a server
-NEW_DEVICE = "new-device"  # one whose name is drawn at its first start
+NEW_DEVICE = "new-device"  # one whose name is made at its first start
 
 
 def check_identity(settings: Settings, context: Context) -> Iterator[Finding]:
@@ -70,7 +71,7 @@ def check_broker(settings: Settings, context: Context) -> Iterator[Finding]:
             text, is_soon = describe_expiry(link.broker_until, time.time(), "broker")
             yield Finding("broker", f"its certificate is valid {text}", warning=is_soon)
         context.server = receive_server_status(link, topics, SERVER_SECONDS)
-        name = device_name(settings.device, settings.identity) or NEW_DEVICE
+        name = device_name(settings.device, settings.identity) or DeviceStore(settings.state).name()
         yield from _check_messages(link, topics, name, context.server)
     finally:
         link.close()
@@ -80,14 +81,22 @@ def check_broker(settings: Settings, context: Context) -> Iterator[Finding]:
         yield Finding("server", f"run {settings.run!r} is online, model {context.server.model}")
 
 
-def _check_messages(link: Link, topics: Topics, name: str, server: ServerStatus | None) -> Iterator[Finding]:
+def _check_messages(link: Link, topics: Topics, known: str | None, server: ServerStatus | None) -> Iterator[Finding]:
     """Subscribes to what a device subscribes to, and sends a message as large as a chunk there and back. Raises
-    BrokerError if the broker refuses or drops any of it."""
+    BrokerError if the broker refuses or drops any of it. `known`: the device's name, if it has one already."""
+    name = known or NEW_DEVICE
     for topic in (topics.round, topics.ack(name), topics.status(name), topics.globals_chunk("0" * 64, "+")):
         link.subscribe(topic)
     wanted = server.chunk_bytes if server else CHUNK_BYTES
     sizes = [size + HEADER_BYTES for size in CHUNK_SIZES if size <= wanted]
-    largest = largest_message(link, topics.check(name), sizes)
+    try:
+        largest = largest_message(link, topics.check(name), sizes)
+    except BrokerError as error:
+        if known:
+            raise
+        raise BrokerError(
+            f"{error}; this device has no name yet: give it one that they allow, with --device"
+        ) from error
     text = f"the broker returns messages of {largest} bytes, access rules allow what a device subscribes to"
     smaller = f"{text}; larger ones are dropped, so that rounds take longer: raise the broker's limit"
     yield Finding("messages", smaller if largest < sizes[0] else text, warning=largest < sizes[0])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 from edge_runtime.daemon.download import fetch_manifest
 from edge_runtime.data.folder import SampleFolder, largest
@@ -13,7 +12,7 @@ from edge_runtime.data.inputs import reader_of
 from edge_runtime.data.sample_reader import SampleReader
 from edge_runtime.engines.factory import open_engine
 from edge_runtime.preflight.context import Context, Finding, format_size
-from edge_runtime.resources.plan import largest_extent, measure_minimum
+from edge_runtime.resources.plan import largest_extent, measure_minimum, planned_bundle
 from edge_runtime.resources.providers import describe_choice, provider_for
 from edge_runtime.settings import Settings
 from edge_runtime.store import DeviceStore
@@ -24,10 +23,12 @@ from fedfmsl.protocol.bundle import MANIFEST, Bundle
 
 
 def check_bundle(settings: Settings, context: Context) -> Iterator[Finding]:
-    """The bundle that a run would use: --bundle, a downloaded one, or the server's, which is not downloaded here."""
+    """The bundle that a run would use: --bundle, or the server's, which is not downloaded here. Without a server, the
+    one that the device last started with."""
     announced = context.server.bundle if context.server else ""
     store = DeviceStore(settings.state)
-    root = settings.bundle or (store.bundles / announced if announced else _newest(store.bundles))
+    expected = announced or planned_bundle(store)
+    root = settings.bundle or (store.bundles / expected if expected else None)
     if root is not None and (settings.bundle or (root / MANIFEST).is_file()):
         bundle = Bundle.load(root)
         bundle.verify()
@@ -93,8 +94,3 @@ def check_memory(settings: Settings, context: Context) -> Iterator[Finding]:
         f"a round at level 1 takes {format_size(memory)}, a step {seconds:.2f} s (measured in "
         f"{time.monotonic() - started:.0f} s); engine {engine}",
     )
-
-
-def _newest(bundles: Path) -> Path | None:
-    manifests = sorted(bundles.glob(f"*/{MANIFEST}"), key=lambda path: path.stat().st_mtime)
-    return manifests[-1].parent if manifests else None

@@ -4,7 +4,8 @@ STATE/identity           the device's name, created at the first start
 STATE/session            see `edge_runtime.store.outbox`
 STATE/outbox/ROUND       updates that the server has not acknowledged
 STATE/globals/SHA256     global blobs that the device has received
-STATE/bundles/SHA256/    downloaded bundles
+STATE/bundles/SHA256/    downloaded bundles: the present and the previous one, and that of STATE/mixture
+STATE/bundles/used       SHA-256 of the present and of the previous one, in lines
 STATE/personal           the local expert; it never leaves the device
 STATE/residual           the encoding error of the last update (error feedback)
 STATE/secure             see `edge_runtime.store.secure_store`
@@ -23,6 +24,7 @@ STATE/samples.sqlite     the device's files and the splits of its samples (see `
 
 from __future__ import annotations
 
+import contextlib
 import re
 import secrets
 import shutil
@@ -91,6 +93,18 @@ class DeviceStore:
         """Downloaded bundles, each in a folder named by its SHA-256."""
         return self.root / "bundles"
 
+    def keep_bundles(self, present: str, of_model: str = "") -> None:
+        """Removes all downloaded bundles but the `present` one, the one before it, and that of the personalized model.
+        Arguments are SHA-256. Does nothing on a disk that cannot be written."""
+        used = self.bundles / "used"
+        with contextlib.suppress(OSError):
+            known = used.read_text("ascii", errors="replace").split() if used.is_file() else []
+            order = [present, *(name for name in known if name != present)][:2]
+            write_atomically(used, "\n".join(order).encode())
+            for folder in self.bundles.iterdir():
+                if folder.is_dir() and folder.name not in {*order, of_model}:
+                    shutil.rmtree(folder, ignore_errors=True)
+
     @property
     def skipped(self) -> Path:
         return self.root / "skipped.txt"
@@ -98,6 +112,10 @@ class DeviceStore:
     @property
     def exported(self) -> Path:
         return self.root / "exported"
+
+    @property
+    def _name(self) -> Path:
+        return self.root / "identity"
 
     def permission_error(self) -> ConfigError:
         """The error if this user may not read the directory."""
@@ -110,22 +128,25 @@ class DeviceStore:
 
         Raises ConfigError if the directory belongs to another device than `configured`, or cannot be written.
         """
-        path = self.root / "identity"
-        name = check_name("device", configured) if configured else ""
+        if configured:
+            check_name("device", configured)
         self._check_writable()
-        if path.is_file():
-            try:
-                name = check_name("device", path.read_text("utf-8").strip())
-            except (UnicodeDecodeError, ConfigError) as error:
-                raise ConfigError(f"{path} holds no device name; restore it, or use another --state") from error
-            if configured and configured != name:
-                raise ConfigError(
-                    f"--state {self.root} belongs to device {name!r}, not {configured!r}; use another folder"
-                )
-            return name
-        name = configured or f"{name_of_host(socket.gethostname())}-{secrets.token_hex(4)}"
-        write_atomically(path, name.encode(), durable=True)
+        stored = self.name()
+        if stored and configured and configured != stored:
+            raise ConfigError(
+                f"--state {self.root} belongs to device {stored!r}, not {configured!r}; use another folder"
+            )
+        name = stored or configured or f"{name_of_host(socket.gethostname())}-{secrets.token_hex(4)}"
+        if not stored:
+            write_atomically(self._name, name.encode(), durable=True)
         return name
+
+    def name(self) -> str | None:
+        """The device's name. None: it has not started yet. Raises ConfigError if the file is damaged."""
+        try:
+            return check_name("device", self._name.read_text("utf-8").strip()) if self._name.is_file() else None
+        except (UnicodeDecodeError, ConfigError) as error:
+            raise ConfigError(f"{self._name} holds no device name; restore it, or use another --state") from error
 
     def _check_writable(self) -> None:
         """Raises ConfigError. A full disk is not an error: the daemon waits for space."""

@@ -125,6 +125,15 @@ class Topics:
         known = parts[:1] == ["globals"] and len(parts) == 3
         return parts[1] if known and _SHA256.fullmatch(parts[1]) else None
 
+    def has(self, topic: str) -> bool:
+        """Whether a topic is one of this run. Another tenant's prefix may begin with this run's root."""
+        device = self.device_of(topic)
+        if device is None:
+            return topic in (self.server_status, self.server_check, self.round) or self.globals_of(topic) is not None
+        own = (self.status, self.progress, self.health, self.prediction, self.prediction_status, self.ack, self.check)
+        # a device may write anything below its updates
+        return topic in [each(device) for each in own] or topic.startswith(f"{self.root}/devices/{device}/update/")
+
     def _below_root(self, topic: str) -> list[str]:
         """The levels of a topic of the run without `root`; none for another topic."""
         root = f"{self.root}/"

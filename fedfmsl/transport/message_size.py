@@ -31,9 +31,11 @@ def largest_message(link: Link, topic: str, sizes: Sequence[int], seconds: float
         if outcome == "retained":
             between = sizes[1:-1]
             return next((n for n in between if _sent_and_returned(link, topic, n, seconds) == outcome), sizes[-1])
+        if outcome == "ended":
+            outcome = _sent_and_returned(link, topic, sizes[-1], seconds, retain=False)
     finally:
         link.unsubscribe(topic)
-        link.publish(topic, b"", retain=True)
+        link.publish(topic, b"", retain=True, qos=0)
     if outcome == "live":
         raise BrokerError("the broker keeps no retained messages, which a run needs; allow them in its configuration")
     raise BrokerError(
@@ -42,16 +44,20 @@ def largest_message(link: Link, topic: str, sizes: Sequence[int], seconds: float
     )
 
 
-def _sent_and_returned(link: Link, topic: str, size: int, seconds: float) -> str:
+def _sent_and_returned(link: Link, topic: str, size: int, seconds: float, retain: bool = True) -> str:
     """What becomes of a message of `size` bytes within `seconds`: retained, live, ended (the connection), or lost."""
     payload = secrets.token_bytes(size)  # no one else's
     deadline, live = time.monotonic() + seconds, False
     while time.monotonic() < deadline:
         # QoS 0: paho would repeat a message that ends the connection at every reconnection
-        link.publish(topic, payload, retain=True, qos=0)
-        link.subscribe(topic)
+        if retain:
+            link.publish(topic, payload, retain=True, qos=0)
+            link.subscribe(topic)
+        else:
+            link.subscribe(topic)
+            link.publish(topic, payload, qos=0)
         outcome = _wait(link, topic, payload, RESEND_SECONDS)
-        if outcome == "live":  # the subscription was faster than the message
+        if outcome == "live" and retain:  # the subscription was faster than the message
             live = True
             link.subscribe(topic)
             outcome = _wait(link, topic, payload, RESEND_SECONDS, again=True)

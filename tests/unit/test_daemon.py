@@ -432,7 +432,9 @@ def blob_of(number: int, session: str = "s") -> bytes:
 
 
 def test_a_devices_name_is_made_once_and_kept(tmp_path: Path) -> None:
+    assert DeviceStore(tmp_path / "a").name() is None
     name = DeviceStore(tmp_path / "a").ensure_name(None)
+    assert DeviceStore(tmp_path / "a").name() == name
     assert DeviceStore(tmp_path / "a").ensure_name(None) == DeviceStore(tmp_path / "a").ensure_name(name) == name
     assert DeviceStore(tmp_path / "b").ensure_name(None) != name
     assert DeviceStore(tmp_path / "c").ensure_name("pi-4") == "pi-4"

@@ -52,6 +52,13 @@ def test_the_largest_message_that_a_broker_takes_is_found(link: Link, largest: i
 
 
 @needs_mosquitto
+@pytest.mark.parametrize("link", [(ANYBODY, "retain_available false")], indirect=True, ids=["no retained messages"])
+def test_a_broker_that_ends_connections_at_retained_messages_is_named_and_left_alone(link: Link) -> None:
+    with pytest.raises(BrokerError, match="keeps no retained messages, which a run needs"):
+        largest_message(link, "topic", SIZES[-1:], SECONDS)
+
+
+@needs_mosquitto
 @pytest.mark.parametrize("link", [(ANYBODY, "acl_file {folder}/acl")], indirect=True, ids=["access rules"])
 def test_a_broker_that_returns_nothing_is_named_with_the_topic(link: Link) -> None:
     with pytest.raises(BrokerError, match="returns none of its messages on topic; check its access rules"):

@@ -57,7 +57,10 @@ def test_all_that_a_run_has_left_is_removed_and_nothing_else(broker: Broker, pre
     left |= {topics.globals_chunk("a" * 64, index): b"chunk" for index in range(chunks)}
     left |= {topics.server_status: encode(status)}
     left |= {discovery_topic("homeassistant", "orchard", name): b"{}" for name in names}
-    stays = {other.server_status: encode(status), discovery_topic("homeassistant", "orchard2", "d0"): b"{}"}
+    inner = Topics("r", topics.root)  # of another tenant
+    left |= {f"{topics.root}/devices/d0/update/what/a/device/leaves": b"x"}
+    stays = {inner.round: b"{}", inner.status("d0"): b"{}"}
+    stays |= {other.server_status: encode(status), discovery_topic("homeassistant", "orchard2", "d0"): b"{}"}
     publish(broker, {**left, **stays})
     assert purge(Link(broker.url, "purge"), topics, "homeassistant", server_seconds=0.1) == len(left)
     assert retained(broker, "#") == set(stays)

@@ -19,6 +19,7 @@ from trainer_server.coordinator.advance import advance
 from trainer_server.coordinator.events import ClockTicked, Event, StatusSeen, Stop, StoreRound, UpdateSeen
 from trainer_server.coordinator.state import Plan, State
 from trainer_server.service.lifecycle import make_plan, open_bundle, open_run, replay_rounds, restore_state
+from trainer_server.storage import run_store
 from trainer_server.storage.checkpoint import Checkpoint, vectors_of
 from trainer_server.storage.run_store import DATABASE, LoggedEvent, RunStore
 
@@ -116,6 +117,31 @@ def test_the_folder_of_a_run_is_not_a_file(vit: Built, folder: Path) -> None:
     for use in (RunStore, lambda path: open_run(path, plan_for(vit).config, vit.bundle)):
         with pytest.raises(ConfigError, match=f"--out {folder} is a file; pass a folder"):
             use(folder)
+
+
+def test_an_audited_run_keeps_only_its_latest_rounds_and_replays_them(vit: Built, folder: Path) -> None:
+    whole = dict.fromkeys(("events", "tensors"), 0)
+    for server in run_to_its_end(opened(vit, folder, audit=True, audit_rounds=2)):
+        last = server
+        whole["tensors"] = max(whole["tensors"], len(list(server.store.tensors.iterdir())))
+    assert whole["tensors"] <= 3 + 3 * len(ABC)  # three checkpoints, and the updates of two rounds and the present one
+    again = list(replay_rounds(last.store, last.plan))
+    assert [announced.round for announced in again] == [6, 7]
+    assert again[:-1] == [closed.round for closed in last.store.rounds()][-1:]
+    assert again[-1] == last.state.announced
+
+
+def test_records_of_old_rounds_have_no_values_of_single_devices(
+    vit: Built, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_store, "DETAILS", 2 * len(ABC))  # of two rounds
+    for server in run_to_its_end(opened(vit, folder, devices=len(ABC))):
+        last = server
+    closed = last.store.rounds()
+    assert [bool(record.updates and record.bytes_up) for record in closed] == [False] * 4 + [True] * 2
+    assert [record.round.round for record in closed] == list(range(1, 7))
+    counts, rounds = last.store.participation()
+    assert counts == dict.fromkeys(ABC, rounds)
 
 
 def test_a_run_without_an_audit_cannot_be_replayed(vit: Built, folder: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 
 from fedfmsl.errors import ConfigError
@@ -35,6 +37,25 @@ def test_topics_of_another_prefix_are_not_read() -> None:
     assert (topics.update_of(chunk), other.update_of(chunk)) == (("d", 1), None)
     assert topics.globals_of(topics.globals_chunk("a" * 64, 0)) == "a" * 64
     assert topics.device_of(other.status("d")) is None
+
+
+def test_every_topic_of_a_run_is_known_and_no_topic_of_a_tenant_below_it() -> None:
+    values = {"device": "d", "sha256": "a" * 64, "round_": 1, "index": 0}
+    topics, others = Topics("r"), [Topics(run, f"fedfmsl/r{more}") for run in ("x", "d") for more in ("", "/devices")]
+    found = set()
+    for name, member in vars(Topics).items():
+        if name.startswith("_") or name in ("root", "run", "prefix", "client_id", "has") or name.endswith("_of"):
+            continue
+        for each in (topics, *others):
+            if isinstance(member, property):
+                topic = getattr(each, name)
+            else:
+                keys = [*inspect.signature(member).parameters][1:]
+                topic = getattr(each, name)(*(values[key] for key in keys))
+            assert topics.has(topic) == (each is topics), topic
+        found.add(name)
+    assert found >= {"round", "ack", "server_check", "globals_chunk", "update_chunk", "prediction_status"}
+    assert topics.has("fedfmsl/r/devices/d/update/any/thing/at/all")
 
 
 def test_client_ids_are_short_and_unique() -> None:

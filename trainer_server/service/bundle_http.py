@@ -35,8 +35,8 @@ class BundleServer:
         revoked: Path | None = None,
         allowed: frozenset[str] | None = None,
     ) -> None:
-        """`address` is HOST:PORT as clients reach it. With an identity: HTTPS, for clients with a certificate of the same
-        CA that is not in the list `revoked`, and with a name of `allowed`. Default of `revoked`: the list of
+        """`address` is HOST:PORT as clients reach it. With an identity: HTTPS, for clients with a certificate of the
+        same CA that is not in the list `revoked`, and with a name of `allowed`. Default of `revoked`: the list of
         devices.provision beside the identity, if it is there.
 
         Without an identity the address must be a loopback address, unless `insecure`. Raises ConfigError if address or

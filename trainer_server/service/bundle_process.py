@@ -30,11 +30,12 @@ from pathlib import Path
 
 from fedfmsl.errors import ConfigError
 from fedfmsl.transport.identity import read_identity
-from trainer_server.service.bundle_files import Response, Served, read_request, refusal, respond
+from trainer_server.service.bundle_files import HEAD_BYTES, Response, Served, read_request, refusal, respond
 
 LISTENING = "listening"  # the first line if it does
 WAITING, TRANSFERS, PER_CLIENT = 128, 256, 4  # connections; all of them fit into 1,024 descriptors
 ANSWER_SECONDS = 10.0  # for the handshake, then for the request
+REFUSAL_SECONDS = 3.0  # for the client to read why its certificate is refused
 BLOCK_SECONDS = 30.0  # for each block of a file, so that a client takes at least 2 KB/s
 ALLOWANCE, ALLOWANCE_SECONDS = 4, 600.0  # bundles of one client at once; seconds until it may fetch one more
 REQUEST_BYTES = 1 << 16  # that a request costs at least
@@ -169,6 +170,8 @@ class Server:
         except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
             is_revoked = getattr(error, "verify_code", 0) == REVOKED
             self._count("revoked certificate" if is_revoked else "no valid request", connection)
+            if isinstance(error, ssl.SSLCertVerificationError):
+                self._drain(connection)
         finally:
             with self._lock:
                 if connection in self._connections:
@@ -218,6 +221,16 @@ class Server:
             connection.deadline = time.monotonic() + BLOCK_SECONDS
             connection.socket.sendall(block)
             self._clients[name].allowance -= len(block)
+
+    @staticmethod
+    def _drain(connection: _Connection) -> None:
+        """Reads what the client sends until it has read why it is refused. If the connection was closed before, the
+        client could not send its request, and would not read the reason."""
+        connection.deadline = min(connection.deadline, time.monotonic() + REFUSAL_SECONDS)
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(connection.socket, socket.SHUT_WR)
+            while socket.socket.recv(connection.socket, HEAD_BYTES):
+                pass
 
     def _end_overdue(self) -> None:
         now = time.monotonic()

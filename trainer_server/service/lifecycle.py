@@ -160,13 +160,13 @@ def restore_state(store: RunStore, plan: Plan) -> tuple[State, float]:
 
 
 def replay_rounds(store: RunStore, plan: Plan) -> Iterator[Round]:
-    """Announces every round again, computed from the event log alone.
+    """Announces every round again, computed from the event log alone, with --audit-rounds from the first kept state on.
 
     Raises RunError if the run was started without --audit, which keeps the whole log.
     """
     if not store.origin.config.audit:
         raise RunError(f"{store.folder} was run without --audit, which keeps the updates; start a new run with --audit")
-    state = initial_state(plan, 0.0)
+    state, _ = store.first_state() or (initial_state(plan, 0.0), 0.0)
     for logged in store.events(since_checkpoint=False):
         state, commands = advance(plan, state, logged.event, logged.at)
         yield from (command.round for command in commands if isinstance(command, AnnounceRound))

@@ -25,7 +25,7 @@ def purge(
     echo_seconds: float = ECHO_SECONDS,
     server_seconds: float = SERVER_SECONDS,
 ) -> int:
-    """Deletes the run's retained messages, and those that announce its devices below the prefix `home_assistant` ("":
+    """Deletes the run's retained messages, on topics of the protocol only, and those that announce its devices below the prefix `home_assistant` ("":
     none). Returns their number. The broker has `echo_seconds` to deliver them.
 
     A broker with one connection per identity ends the server's connection for this client, if both have the server's
@@ -81,7 +81,8 @@ def _retained(link: Link, topics: Topics, filters: Sequence[str], echo_seconds: 
             continue
         if event.topic == topics.server_status:
             _require_offline(event.payload, topics.run)
-        found.add(event.topic)
+        if topics.has(event.topic) or not event.topic.startswith(f"{topics.root}/"):
+            found.add(event.topic)
     if not returned:
         raise BrokerError(
             f"the broker does not deliver {topics.root}/# to this client; use the server's --identity or user, and a "

@@ -13,6 +13,7 @@ file that no row names.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -50,6 +51,7 @@ JOINED = "joined.json"
 OUTAGE = "outage.json"
 CERTIFICATES = "certificates.json"
 BUSY_SECONDS = 10.0
+DETAILS = 500_000  # headers of updates in the records of rounds, of about 400 bytes each; older records have none
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS run (origin TEXT NOT NULL, ended TEXT);
 -- AUTOINCREMENT: a number is never used again, also after the events before a checkpoint were deleted
@@ -194,7 +196,11 @@ class RunStore:
         refusals: Mapping[tuple[str, str], tuple[int, str]] | None = None,
         ended: str | None = None,
     ) -> None:
-        """Stores everything durably, in one transaction. Raises sqlite3.Error if it cannot be written."""
+        """Stores everything durably, in one transaction. Raises sqlite3.Error if it cannot be written.
+
+        Records of rounds that are too old keep no values of single devices (see DETAILS).
+        """
+        rounds = list(rounds)
         with self._transaction():
             self._db.executemany(
                 "INSERT INTO events (at, kind, body, sha256, size) VALUES (?, ?, ?, ?, ?)", map(_to_row, events)
@@ -203,6 +209,12 @@ class RunStore:
                 "INSERT INTO rounds VALUES (?, ?, ?)",
                 [(closed.round.round, time.time(), closed.model_dump_json()) for closed in rounds],
             )
+            without_details = (
+                "UPDATE rounds SET record = json_set(record, '$.updates', json('{}'), '$.bytes_up', json('{}'),"
+                " '$.missing', json('[]')) WHERE round = ?"
+            )
+            kept = max(DETAILS // self.origin.config.devices, 1)
+            self._db.executemany(without_details, [(closed.round.round - kept,) for closed in rounds])
             self._db.executemany(
                 "INSERT INTO refusals VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE"
                 " SET count = count + excluded.count, last = excluded.last",
@@ -214,7 +226,8 @@ class RunStore:
             self.ended = ended
 
     def save_checkpoint(self, state: State, at: float) -> None:
-        """Stores the state. Deletes earlier events, checkpoints and tensors, unless the run has --audit.
+        """Stores the state. Deletes earlier events, checkpoints and tensors; with --audit only those of rounds before
+        --audit-rounds.
 
         Raises OSError or sqlite3.Error if it cannot be written; the previous checkpoint is valid then.
         """
@@ -225,13 +238,26 @@ class RunStore:
         with self._transaction():
             (last,) = self._db.execute("SELECT coalesce(max(seq), 0) FROM events").fetchone()
             self._db.execute("INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?, ?)", (last, at, checkpoint, sha256))
-            if not self.origin.config.audit:
-                self._db.execute("DELETE FROM events WHERE seq <= ?", (last,))
-                self._db.execute("DELETE FROM checkpoints WHERE seq < ?", (last,))
-        if not self.origin.config.audit:
+            first = self._first_needed(last)
+            self._db.execute("DELETE FROM events WHERE seq <= ?", (first,))
+            self._db.execute("DELETE FROM checkpoints WHERE seq < ?", (first,))
+        if first:
+            query = "SELECT sha256 FROM checkpoints UNION SELECT sha256 FROM events WHERE sha256 IS NOT NULL"
+            needed = {name for (name,) in self._db.execute(query)}
             for path in self.tensors.iterdir():
-                if path.name != sha256:
+                if path.name not in needed:
                     path.unlink(missing_ok=True)
+
+    def _first_needed(self, last: int) -> int:
+        """Number of the checkpoint from which the run has to be kept; 0 if all of it."""
+        config = self.origin.config
+        if not config.audit:
+            return last
+        if config.audit_rounds is None:
+            return 0
+        query = "SELECT seq FROM checkpoints ORDER BY seq DESC LIMIT 1 OFFSET ?"
+        row = self._db.execute(query, (config.audit_rounds,)).fetchone()
+        return int(row[0]) if row else 0
 
     def save_joined(self, devices: Iterable[str]) -> None:
         """Stores which devices are online before the first round, for `joined`. Raises OSError."""
@@ -261,7 +287,17 @@ class RunStore:
 
     def state(self) -> tuple[State, float] | None:
         """The state in the last checkpoint and its time. Raises RunError if its tensor file is missing or altered."""
-        row = self._db.execute("SELECT state, sha256, at FROM checkpoints ORDER BY seq DESC LIMIT 1").fetchone()
+        return self._state("SELECT state, sha256, at FROM checkpoints ORDER BY seq DESC LIMIT 1")
+
+    def first_state(self) -> tuple[State, float] | None:
+        """The state from which the kept events go on. None if they are all events of the run. Raises RunError as
+        `state` does."""
+        query = "SELECT (SELECT min(seq) FROM checkpoints) < coalesce((SELECT min(seq) FROM events), 1 << 62)"
+        (was_cut,) = self._db.execute(query).fetchone()
+        return self._state("SELECT state, sha256, at FROM checkpoints ORDER BY seq LIMIT 1") if was_cut else None
+
+    def _state(self, query: str) -> tuple[State, float] | None:
+        row = self._db.execute(query).fetchone()
         if row is None:
             return None
         _, vectors = self._unpack(row[1], _Vectors)
@@ -322,10 +358,12 @@ class RunStore:
         return dict(self._db.execute(query).fetchall())
 
     def participation(self) -> tuple[dict[str, int], int]:
-        """In how many training rounds each device took part, and how many there were. Repeated ones do not count."""
+        """In how many training rounds each device took part, and how many there were. Repeated ones do not count, nor
+        those whose record has no details any more."""
         stages = ", ".join(f"'{stage.value}'" for stage in TRAINING)
         trained = (
             "(SELECT record FROM rounds WHERE json_extract(record, '$.repeated') = '' AND"
+            " json_extract(record, '$.updates') != '{}' AND"
             f" json_extract(record, '$.round.stage') IN ({stages}))"
         )
         by_device = f"SELECT key, count(*) FROM {trained}, json_each(record, '$.updates') GROUP BY key"
@@ -336,6 +374,15 @@ class RunStore:
         """Records of the closed rounds with a number above `after`."""
         rows = self._db.execute("SELECT record FROM rounds WHERE round > ? ORDER BY round", (after,))
         return [ClosedRound.model_validate_json(record) for (record,) in rows]
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes on the disk: of the database, the tensors and all other files."""
+        found = {"database": 0, "tensors": 0, "other": 0}
+        for path in self.folder.rglob("*"):
+            with contextlib.suppress(OSError):  # it was just removed
+                kind = "tensors" if path.parent == self.tensors else "database" if DATABASE in path.name else "other"
+                found[kind] += path.stat().st_size if path.is_file() else 0
+        return found
 
     def refusals(self) -> list[RefusalCount]:
         rows = self._db.execute("SELECT device, kind, count, last FROM refusals ORDER BY count DESC, device, kind")
