@@ -11,6 +11,7 @@ from pydantic_settings import SettingsConfigDict
 from fedfmsl.algorithms.aggregation import AggregationRule, CoordinateMedian, TrimmedMean, WeightedMean
 from fedfmsl.algorithms.privacy import Privacy
 from fedfmsl.algorithms.sal import AllAtOnce, CapabilityQueue, FixedSchedule, Sal
+from fedfmsl.algorithms.secure_aggregation import MIN_DEVICES
 from fedfmsl.algorithms.server_optimizers import FedAdam, FedAvg, FedAvgM, ServerOptimizer
 from fedfmsl.common.settings import Fraction, panel
 from fedfmsl.errors import ConfigError
@@ -189,6 +190,12 @@ class RunRules(BaseModel):
         description="Encoding of updates on the wire. int8 uses error feedback.",
         json_schema_extra=AGGREGATION,
     )
+    secure: bool = Field(
+        False,
+        description="Secure aggregation of all updates and sums: the server learns no single device's. Excludes --rule "
+        "trimmed-mean and median, --clip, --encoding, --max-staleness and --dp-noise.",
+        json_schema_extra=PRIVACY,
+    )
     secure_sums: bool = Field(
         False,
         description="Secure aggregation of the class sums: the server learns no single device's. Needs three devices.",
@@ -241,6 +248,22 @@ class RunConfig(RunRules):
     stage2_sal: Sal
     aggregation: Aggregation = AGGREGATION_DEFAULT
     privacy: Privacy | None = None
+
+    @model_validator(mode="after")
+    def _check_secure(self) -> RunConfig:
+        excluded = {
+            f"--rule {self.aggregation.rule.value}": self.aggregation.rule is not Rule.MEAN,
+            "--clip": self.aggregation.clip is not None,
+            "--max-staleness": self.max_staleness > 0,
+            f"--encoding {self.encoding.value}": self.encoding is not Encoding.FP32,
+            "--dp-noise": self.privacy is not None,
+        }
+        found = [option for option, is_set in excluded.items() if is_set]
+        if self.secure and found:
+            raise ValueError(f"with --secure the server sees no single update: leave out {', '.join(found)}")
+        if self.secure and self.devices < MIN_DEVICES:
+            raise ValueError(f"--secure needs at least {MIN_DEVICES} devices, not --devices {self.devices}")
+        return self
 
     @model_validator(mode="after")
     def _check_privacy(self) -> RunConfig:

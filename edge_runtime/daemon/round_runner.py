@@ -142,7 +142,9 @@ class RoundRunner:
         self.control.check()
         started, device = time.perf_counter(), self.device
         if round_.stage in EXCHANGE:
-            return self._write_update(round_, self._secure.exchange(round_), started, bytes_down)
+            return self._write_update(round_, self._secure.exchange(round_, device.level_cap), started, bytes_down)
+        if round_.secure:  # the level cap may have changed since
+            device = replace(device, level_cap=self._secure.level(round_))
         global_values = read_globals(device.bundle, store.globals.read, round_)
         try:
             result = STAGES[round_.stage](device, round_, global_values)
@@ -151,7 +153,7 @@ class RoundRunner:
             raise
         # The noise is from the operating system's entropy: a server that knew its seed could subtract it.
         result = prepare_update(device.bundle, store.residual, round_, result, np.random.default_rng())
-        if round_.secure_sums:
+        if round_.secure:
             result = self._secure.mask(round_, result)
         save_personal_model(device, round_, global_values)
         device.cache.drop_unused()

@@ -109,7 +109,7 @@ def _enough(context: TrainingContext, round_: Round) -> Bools:
 
 def _reported(round_: Round, counted: Bools) -> int:
     """The number of samples in the header of sums. With secure sums it is only in them."""
-    return 0 if round_.secure_sums else counted.size
+    return 0 if round_.secure else counted.size
 
 
 def train_class_sums(context: TrainingContext, level: int, counted: Bools | None = None) -> dict[str, Vector]:

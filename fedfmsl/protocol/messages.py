@@ -111,7 +111,8 @@ class Round(Message):
     globals; "" if there is none yet. `chosen`: the selected devices; empty if all are selected.
 
     Rounds of statistics and head: `sums` is what devices sum, `min_class_count` the number of samples from which a
-    device's class is in them. With `secure_sums`, `classes` are those that are asked for (empty: all), and `roster` and
+    device's class is in them. `secure`: the round belongs to secure aggregation. Of its class sums, `classes` are those
+    that are asked for (empty: all). `roster` and
     `shares` are the SHA-256 of the blobs of public keys and of encrypted shares.
     """
 
@@ -131,8 +132,10 @@ class Round(Message):
     gate: Sha256 = ""
     sums: Sums = Sums.NONE
     min_class_count: Number = 0
-    secure_sums: bool = False
-    classes: tuple[Annotated[int, Field(ge=0, lt=4096)], ...] = Field(default=(), max_length=4096, fail_fast=True)
+    secure: bool = False
+    classes: tuple[Annotated[int, Field(ge=0, lt=MAX_CLASSES)], ...] = Field(
+        default=(), max_length=MAX_CLASSES, fail_fast=True
+    )
     roster: Sha256 = ""
     shares: Sha256 = ""
     training: Training
@@ -147,11 +150,10 @@ class Round(Message):
 
     @model_validator(mode="after")
     def _secure_sums_of_their_stages_only(self) -> Round:
-        secure = self.secure_sums
-        if self.stage in (*EXCHANGE, Stage.HOLDERS) and not secure:
-            raise ValueError(f"stage {self.stage.value} is of secure sums only")
-        if secure and self.stage not in (*EXCHANGE, Stage.HOLDERS, Stage.STATISTICS, Stage.HEAD):
-            raise ValueError(f"stage {self.stage.value} has no secure sums")
+        if self.stage in (*EXCHANGE, Stage.HOLDERS) and not self.secure:
+            raise ValueError(f"stage {self.stage.value} belongs to secure aggregation only")
+        if self.secure and self.stage in (Stage.BASELINE, Stage.EVALUATE, Stage.FINISHED):
+            raise ValueError(f"stage {self.stage.value} has no secure aggregation")
         return self
 
     @model_validator(mode="after")

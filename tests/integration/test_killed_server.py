@@ -12,9 +12,9 @@ from fedfmsl.protocol.messages import Ack, Globals, Round, ServerStatus, Stage, 
 from fedfmsl.protocol.tensors import unpack
 from trainer_server.storage.run_store import RunStore
 
-SUMS = ("--head", "class-means", "--secure-sums", "--min-class-count", "2", "--min-holders", "3")
+SUMS = ("--head", "class-means", "--secure", "--min-class-count", "2", "--min-holders", "3")
 ROUNDS = ("--stage1-rounds", "2", "--stage2-rounds", "2", "--audit", *SUMS)
-CLOSED = 17
+CLOSED = 29
 SECURE = (Stage.KEYS, Stage.SHARES, Stage.HOLDERS, Stage.UNMASK, Stage.STATISTICS)
 
 

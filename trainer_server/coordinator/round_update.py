@@ -17,23 +17,30 @@ from fedfmsl.algorithms.aggregation import Aggregate, Contribution, weighted_ave
 from fedfmsl.algorithms.arrays import Doubles, Tensors, Vector
 from fedfmsl.algorithms.class_means import class_mean_head, direction_head
 from fedfmsl.algorithms.discriminant import discriminant_head, logit_head, with_former_rows
+from fedfmsl.algorithms.weighted_sums import weighted_mean
+from fedfmsl.errors import MessageError
 from fedfmsl.protocol.layout import Layout
 from fedfmsl.protocol.messages import Round, Stage, Sums, Update
 from trainer_server.config import Head
-from trainer_server.coordinator.secure_sums import apply_updates
-from trainer_server.coordinator.state import NO_SUMS, Accepted, Plan, State
+from trainer_server.coordinator.secure_sums import apply_updates, update_parts
+from trainer_server.coordinator.state import NO_SUMS, TRAINING, Accepted, Part, Plan, State
 from trainer_server.coordinator.validation import class_statistics, expert_delta, gate_delta, head_statistics
+
+ROUNDING = 1e-6  # of an accuracy from fixed-point numbers
 
 
 def apply_round(plan: Plan, state: State, closing: Round) -> State:
     """The state after `state.updates` have been applied.
 
-    Raises SecureAggregationError or MessageError if they are of secure sums, and these cannot be used.
+    Raises SecureAggregationError or MessageError if they are of secure aggregation, and cannot be used.
     """
-    stage = plan.schedule[state.position].sums
-    if stage is not None:
+    part = plan.schedule[state.position].part
+    if part is not None:
         sums = apply_updates(plan, state, closing)
-        return sums.state if sums.total is None else _secure_sums(plan, sums.state, stage, sums.total)
+        if sums.total is None:
+            return sums.state
+        apply = _secure_updates if part[0] in TRAINING else _secure_sums
+        return apply(plan, sums.state, part, sums.total)
     return APPLY[closing.stage](plan, state, closing) if closing.stage in APPLY else state
 
 
@@ -50,9 +57,24 @@ def without_sums(plan: Plan, state: State, stage: Stage) -> State:
     return _starting_from(plan, state, head)
 
 
-def _secure_sums(plan: Plan, state: State, stage: Stage, total: Doubles) -> State:
+def _secure_updates(plan: Plan, state: State, part: Part, total: Doubles) -> State:
+    """The state after the sum of the weighted updates of a round. Raises MessageError if it cannot be their sum."""
+    stage, index = part
+    assert state.announced is not None
+    combined, accuracy = weighted_mean(total, update_parts(plan, stage, state.announced.level))
+    norm = float(np.linalg.norm(combined.delta))
+    if not combined.trained or not norm <= plan.config.max_norm or not 0 <= accuracy <= 1 + ROUNDING:
+        raise MessageError(f"the mean of the updates has the norm {norm:.4g} and the accuracy {accuracy:.4g}")
+    if stage is Stage.PERSONAL:
+        return _with_gate(plan, state, combined)
+    padded = np.zeros(state.expert.size)
+    padded[: combined.delta.size] = combined.delta
+    return _with_expert(plan, state, Aggregate(padded, combined.trained), index, accuracy)
+
+
+def _secure_sums(plan: Plan, state: State, part: Part, total: Doubles) -> State:
     """The state after secure sums (P,). Raises MessageError if no features have them."""
-    first = stage is Stage.STATISTICS
+    first = part[0] is Stage.STATISTICS
     layout = plan.statistics if first else plan.head_statistics
     tensors = layout.split(np.asarray(total, np.float32))
     samples = round(float(tensors["class_counts"].sum()))
@@ -95,11 +117,16 @@ def _first_head(plan: Plan, sums: Mapping[str, Vector]) -> Vector:
 
 def _expert(plan: Plan, state: State, closing: Round) -> State:
     combined = _combined(plan, state, plan.bundle.expert, expert_delta)
+    return _with_expert(plan, state, combined, closing.index, _held_out(state))
+
+
+def _with_expert(plan: Plan, state: State, combined: Aggregate, index: int, accuracy: float) -> State:
+    """The state after round `index` of stage 1."""
     expert, moments = plan.config.aggregation.server_optimizer.step(state.expert, combined, state.expert_moments)
     # after the last round no device would train a newly activated block
-    last = closing.index + 1 == closing.of
-    sal = state.sal if last else plan.config.stage1_sal.observe(state.sal, _held_out(state))
-    first = plan.config.head is Head.ZEROS and closing.index == 0
+    last = index + 1 == plan.config.stage1_rounds
+    sal = state.sal if last else plan.config.stage1_sal.observe(state.sal, accuracy)
+    first = plan.config.head is Head.ZEROS and index == 0
     start = expert[: plan.bundle.expert.size(1)] if first else state.start
     return replace(state, expert=expert, start=start, expert_moments=moments, sal=sal)
 
@@ -120,7 +147,10 @@ def _with_final_head(plan: Plan, state: State, total: NDArray[np.floating[Any]])
 
 
 def _gate(plan: Plan, state: State, closing: Round) -> State:
-    combined = _combined(plan, state, plan.bundle.gate, gate_delta)
+    return _with_gate(plan, state, _combined(plan, state, plan.bundle.gate, gate_delta))
+
+
+def _with_gate(plan: Plan, state: State, combined: Aggregate) -> State:
     gate, moments = plan.config.aggregation.server_optimizer.step(state.gate, combined, state.gate_moments)
     return replace(state, gate=gate, gate_moments=moments)
 

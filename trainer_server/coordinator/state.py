@@ -7,7 +7,7 @@ thousand updates needs no more memory than one with ten.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -35,14 +35,17 @@ def unsigned(name: str, signed: SignedKeys, message: bytes) -> None:
     """Accepts all keys, where devices have no certificates."""
 
 
+Part = tuple[Stage, int]  # the rounds of secure aggregation around this round of a stage
+
+
 @dataclass(frozen=True)
 class Step:
-    """Round `index` of a stage that has `of` rounds. `sums`: the stage whose secure sums it belongs to."""
+    """Round `index` of a stage that has `of` rounds. `part`: the secure aggregation that it belongs to."""
 
     stage: Stage
     index: int
     of: int
-    sums: Stage | None = None
+    part: Part | None = None
 
 
 @dataclass(frozen=True)
@@ -74,29 +77,36 @@ class Plan:
             Stage.EVALUATE: 1,
             Stage.FINISHED: 1,
         }
+        plain = [Step(stage, index, of) for stage, of in rounds.items() for index in range(of)]
+        masked = [step for step in plain if self._is_secure(step.stage)]
         steps = []
-        for stage, of in rounds.items():
-            secure = config.secure_sums and stage in SUMS
-            steps += list(self._secure(stage)) if secure else [Step(stage, index, of) for index in range(of)]
+        for step in plain:
+            steps += list(self._secure(step, masked.index(step), len(masked))) if step in masked else [step]
         return steps
 
-    def _secure(self, sums: Stage) -> Iterator[Step]:
-        """The rounds of the secure sums of a stage: first of the holders of each class, if a class needs several, then
-        of the classes' samples (see `fedfmsl.protocol.secure_sums`)."""
-        index, of = SUMS.index(sums), len(SUMS)
-        if self.masks:
-            yield Step(Stage.KEYS, index, of, sums)
-            yield Step(Stage.SHARES, index, of, sums)
-        for vector, stage in enumerate((Stage.HOLDERS, sums)):
-            if stage is Stage.HOLDERS and self.config.min_holders == 1:
-                continue
-            yield Step(stage, index, of, sums) if stage is Stage.HOLDERS else Step(stage, 0, 1, sums)
-            if self.masks:
-                yield Step(Stage.UNMASK, VECTORS * index + vector, VECTORS * of, sums)
+    def _is_secure(self, stage: Stage) -> bool:
+        secure = self.config.secure
+        return (stage in SUMS and (secure or self.config.secure_sums)) or (stage in TRAINING and secure)
 
-    def part_of(self, sums: Stage) -> range:
-        """The positions of the schedule that belong to the secure sums of a stage."""
-        positions = [position for position, step in enumerate(self.schedule) if step.sums is sums]
+    def _secure(self, masked: Step, execution: int, executions: int) -> Iterator[Step]:
+        """The rounds of the secure aggregation of a round (see `fedfmsl.protocol.secure_sums`). Before class sums, the
+        holders of each class are counted, if a class needs several."""
+        part = (masked.stage, masked.index)
+        vectors = [replace(masked, part=part)]
+        if masked.stage in SUMS and self.config.min_holders > 1:
+            vectors = [Step(Stage.HOLDERS, SUMS.index(masked.stage), len(SUMS), part), *vectors]
+        if self.masks:
+            yield Step(Stage.KEYS, execution, executions, part)
+            yield Step(Stage.SHARES, execution, executions, part)
+        for step in vectors:
+            yield step
+            if self.masks:
+                vector = int(step.stage is not Stage.HOLDERS)
+                yield Step(Stage.UNMASK, VECTORS * execution + vector, VECTORS * executions, part)
+
+    def positions_of(self, part: Part) -> range:
+        """The positions of the schedule that belong to a secure aggregation."""
+        positions = [position for position, step in enumerate(self.schedule) if step.part == part]
         return range(positions[0], positions[-1] + 1)
 
     @cached_property
@@ -115,8 +125,8 @@ class Plan:
     def largest_update(self) -> int:
         """Values in the largest update of any stage, of four bytes each."""
         bundle = self.bundle
-        sums = max(self.statistics.total, self.head_statistics.total)
-        return max(bundle.expert.total, bundle.gate.total, sums * (2 if self.config.secure_sums else 1))
+        values = max(bundle.expert.total, bundle.gate.total, self.statistics.total, self.head_statistics.total)
+        return 2 * values + 4096 if self.config.secure or self.config.secure_sums else values
 
     def _sums(self, width: int, last: tuple[str, int]) -> Layout:
         classes, (name, size) = self.bundle.manifest.dims.classes, last
@@ -140,15 +150,16 @@ class Accepted:
 
 @dataclass(frozen=True)
 class SecureSums:
-    """The secure sums in progress (see `fedfmsl.protocol.secure_sums`).
+    """The secure aggregation in progress (see `fedfmsl.protocol.secure_sums`).
 
-    `roster`: the published keys. `keys_round`: the round in which they were sent. `members`: the devices that mask the
+    `roster`: the published keys. `keys_round`: the round in which they were sent. `level`: that of its rounds. `members`: the devices that mask the
     next vector. `survivors`: those whose masked vectors have arrived, with the sum `masked` (P,). `shares` (n, H,
     SHARE_BYTES): the published shares. `classes`: those with enough holders.
     """
 
     roster: Tensors = field(default_factory=dict)
     keys_round: int = 0
+    level: int = 0
     members: tuple[str, ...] = ()
     survivors: tuple[str, ...] = ()
     classes: tuple[int, ...] = ()
@@ -178,7 +189,7 @@ class State:
     Late updates: `recent` are closed rounds whose late updates still count. `counted` are the keys of the updates
     accepted in these rounds and in the last REMEMBERED_ROUNDS. A second update with such a key is a duplicate.
 
-    `secure`: the secure sums in progress.
+    `secure`: the secure aggregation in progress.
     """
 
     expert: Vector
