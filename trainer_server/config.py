@@ -11,11 +11,12 @@ from pydantic_settings import SettingsConfigDict
 from fedfmsl.algorithms.aggregation import AggregationRule, CoordinateMedian, TrimmedMean, WeightedMean
 from fedfmsl.algorithms.privacy import Privacy
 from fedfmsl.algorithms.sal import AllAtOnce, CapabilityQueue, FixedSchedule, Sal
+from fedfmsl.algorithms.secure_aggregation import MIN_DEVICES
 from fedfmsl.algorithms.server_optimizers import FedAdam, FedAvg, FedAvgM, ServerOptimizer
 from fedfmsl.common.settings import Fraction, panel
 from fedfmsl.errors import ConfigError
 from fedfmsl.protocol.bundle import Bundle
-from fedfmsl.protocol.messages import Encoding, Training
+from fedfmsl.protocol.messages import Encoding, Sums, Training
 from fedfmsl.transport.settings import RunName
 
 RUN, ROUNDS, UPDATES, AGGREGATION, PRIVACY = (
@@ -27,12 +28,12 @@ MAX_DEVICES = 2500  # an announcement can name all of them within `Round.max_byt
 
 
 class Head(str, Enum):
-    """The head that stage 1 starts from: class means of the devices' features, text embeddings of the class names, or
-    zeros."""
+    """The head that stage 1 starts from: zeros, class means of the devices' features, or text embeddings of the class
+    names."""
 
+    ZEROS = "zeros"
     CLASS_MEANS = "class-means"
     ZERO_SHOT = "zero-shot"
-    ZEROS = "zeros"
 
 
 class Selection(str, Enum):
@@ -143,8 +144,8 @@ class RunRules(BaseModel):
         json_schema_extra=ROUNDS,
     )
     head: Head = Field(
-        Head.CLASS_MEANS,
-        description="Head that stage 1 starts from; zero-shot needs a CLIP bundle.",
+        Head.ZEROS,
+        description="Head that stage 1 starts from. class-means reveals who took part; zero-shot needs a CLIP bundle.",
         json_schema_extra=ROUNDS,
     )
     baseline: bool = Field(
@@ -189,16 +190,28 @@ class RunRules(BaseModel):
         description="Encoding of updates on the wire. int8 uses error feedback.",
         json_schema_extra=AGGREGATION,
     )
+    secure: bool = Field(
+        False,
+        description="Secure aggregation of all updates and sums: the server learns no single device's. Excludes --rule "
+        "trimmed-mean and median, --clip, --encoding, --max-staleness and --dp-noise.",
+        json_schema_extra=PRIVACY,
+    )
     secure_sums: bool = Field(
         False,
         description="Secure aggregation of the class sums: the server learns no single device's. Needs three devices.",
         json_schema_extra=PRIVACY,
     )
+    head_sums: Sums = Field(
+        Sums.LOGITS,
+        description="What devices sum for the head after stage 1. features reveal more about photos than logits; none: "
+        "the head stays as trained.",
+        json_schema_extra=PRIVACY,
+    )
     min_class_count: int = Field(
-        10, ge=1, description="Samples from which a device's class enters a secure sum.", json_schema_extra=PRIVACY
+        10, ge=1, description="Samples from which a device's class enters its sums.", json_schema_extra=PRIVACY
     )
     min_holders: int = Field(
-        3, ge=3, description="Devices that must hold a class for its secure sum.", json_schema_extra=PRIVACY
+        1, ge=1, description="Devices that must hold a class for its secure sum.", json_schema_extra=PRIVACY
     )
     delta: float = Field(1e-5, gt=0, lt=1, description="δ of the reported privacy budget ε.", json_schema_extra=PRIVACY)
 
@@ -235,6 +248,22 @@ class RunConfig(RunRules):
     stage2_sal: Sal
     aggregation: Aggregation = AGGREGATION_DEFAULT
     privacy: Privacy | None = None
+
+    @model_validator(mode="after")
+    def _check_secure(self) -> RunConfig:
+        excluded = {
+            f"--rule {self.aggregation.rule.value}": self.aggregation.rule is not Rule.MEAN,
+            "--clip": self.aggregation.clip is not None,
+            "--max-staleness": self.max_staleness > 0,
+            f"--encoding {self.encoding.value}": self.encoding is not Encoding.FP32,
+            "--dp-noise": self.privacy is not None,
+        }
+        found = [option for option, is_set in excluded.items() if is_set]
+        if self.secure and found:
+            raise ValueError(f"with --secure the server sees no single update: leave out {', '.join(found)}")
+        if self.secure and self.devices < MIN_DEVICES:
+            raise ValueError(f"--secure needs at least {MIN_DEVICES} devices, not --devices {self.devices}")
+        return self
 
     @model_validator(mode="after")
     def _check_privacy(self) -> RunConfig:
