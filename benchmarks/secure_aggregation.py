@@ -89,7 +89,7 @@ def measure(count: int, values: int) -> Costs:
     """The costs of a sum over `count` devices, of which the share LOST is lost."""
     secrets = [Secrets.new() for _ in range(count)]
     names = [f"device-{number:04}" for number in range(count)]
-    signed = [SignedKeys(each.public_keys, *_proofs()) for each in secrets]
+    signed = [SignedKeys(each.public_keys, 1, *_proofs()) for each in secrets]
     roster = Roster(names, np.stack([each.keys for each in signed]), b"benchmark")
     survivors = range(int(LOST * count), count)
     everybody, remaining, first = set(range(count)), set(survivors), survivors[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_settings import SettingsConfigDict
@@ -12,11 +12,12 @@ from fedfmsl.algorithms.aggregation import AggregationRule, CoordinateMedian, Tr
 from fedfmsl.algorithms.bounds import NORM_FACTOR, WEIGHT_CAP
 from fedfmsl.algorithms.privacy import Privacy
 from fedfmsl.algorithms.sal import AllAtOnce, CapabilityQueue, FixedSchedule, Sal
+from fedfmsl.algorithms.secure_aggregation import MIN_DEVICES
 from fedfmsl.algorithms.server_optimizers import FedAdam, FedAvg, FedAvgM, ServerOptimizer
 from fedfmsl.common.settings import Fraction, panel
 from fedfmsl.errors import ConfigError
 from fedfmsl.protocol.bundle import Bundle
-from fedfmsl.protocol.messages import Encoding, Training
+from fedfmsl.protocol.messages import Encoding, Sums, Training
 from fedfmsl.transport.settings import RunName
 
 RUN, ROUNDS, UPDATES, AGGREGATION, PRIVACY = (
@@ -28,12 +29,12 @@ MAX_DEVICES = 2500  # an announcement can name all of them within `Round.max_byt
 
 
 class Head(str, Enum):
-    """The head that stage 1 starts from: class means of the devices' features, text embeddings of the class names, or
-    zeros."""
+    """The head that stage 1 starts from: zeros, class means of the devices' features, or text embeddings of the class
+    names."""
 
+    ZEROS = "zeros"
     CLASS_MEANS = "class-means"
     ZERO_SHOT = "zero-shot"
-    ZEROS = "zeros"
 
 
 class Selection(str, Enum):
@@ -147,8 +148,8 @@ class RunRules(BaseModel):
         json_schema_extra=ROUNDS,
     )
     head: Head = Field(
-        Head.CLASS_MEANS,
-        description="Head that stage 1 starts from; zero-shot needs a CLIP bundle.",
+        Head.ZEROS,
+        description="Head that stage 1 starts from. class-means reveals who took part; zero-shot needs a CLIP bundle.",
         json_schema_extra=ROUNDS,
     )
     baseline: bool = Field(
@@ -193,16 +194,28 @@ class RunRules(BaseModel):
         description="Encoding of updates on the wire. int8 uses error feedback.",
         json_schema_extra=AGGREGATION,
     )
+    secure: bool = Field(
+        False,
+        description="Secure aggregation of all updates and sums: the server learns no single device's. Excludes --rule "
+        "trimmed-mean and median, --clip, --encoding, --max-staleness and --dp-noise.",
+        json_schema_extra=PRIVACY,
+    )
     secure_sums: bool = Field(
         False,
         description="Secure aggregation of the class sums: the server learns no single device's. Needs three devices.",
         json_schema_extra=PRIVACY,
     )
+    head_sums: Sums = Field(
+        Sums.LOGITS,
+        description="What devices sum for the head after stage 1. features reveal more about photos than logits; none: "
+        "the head stays as trained.",
+        json_schema_extra=PRIVACY,
+    )
     min_class_count: int = Field(
-        10, ge=1, description="Samples from which a device's class enters a secure sum.", json_schema_extra=PRIVACY
+        10, ge=1, description="Samples from which a device's class enters its sums.", json_schema_extra=PRIVACY
     )
     min_holders: int = Field(
-        3, ge=3, description="Devices that must hold a class for its secure sum.", json_schema_extra=PRIVACY
+        1, ge=1, description="Devices that must hold a class for its secure sum.", json_schema_extra=PRIVACY
     )
     delta: float = Field(1e-5, gt=0, lt=1, description="δ of the reported privacy budget ε.", json_schema_extra=PRIVACY)
 
@@ -241,16 +254,41 @@ class RunConfig(RunRules):
     aggregation: Aggregation = AGGREGATION_DEFAULT
     privacy: Privacy | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _choose_rule(cls, settings: Any) -> Any:
+        """Without a choice, a run whose server sees sums or noisy updates only has the mean."""
+        if isinstance(settings, dict) and (settings.get("secure") or settings.get("privacy")):
+            return {"aggregation": Aggregation(rule=Rule.MEAN), **settings}
+        return settings
+
     @property
     def exposure(self) -> str:
         """Why one hostile device could steer this run; "" if the aggregation rule withstands a minority of them."""
         aggregation = self.aggregation
         if aggregation.rule is Rule.MEAN or (aggregation.rule is Rule.TRIMMED_MEAN and not aggregation.trim):
-            what = "with --dp-noise every" if self.privacy else f"--rule {aggregation.rule.value}: every"
+            what = "--dp-noise" if self.privacy else "--secure" if self.secure else f"--rule {aggregation.rule.value}"
+            what += ": every"
             return f"{what} update counts in the mean, so one hostile device can bias it in every round"
         if self.devices < ROBUST_FROM:
             return f"--rule {aggregation.rule.value} leaves out nothing of fewer than {ROBUST_FROM} updates"
         return ""
+
+    @model_validator(mode="after")
+    def _check_secure(self) -> RunConfig:
+        excluded = {
+            f"--rule {self.aggregation.rule.value}": self.aggregation.rule is not Rule.MEAN,
+            "--clip": self.aggregation.clip is not None,
+            "--max-staleness": self.max_staleness > 0,
+            f"--encoding {self.encoding.value}": self.encoding is not Encoding.FP32,
+            "--dp-noise": self.privacy is not None,
+        }
+        found = [option for option, is_set in excluded.items() if is_set]
+        if self.secure and found:
+            raise ValueError(f"with --secure the server sees no single update: leave out {', '.join(found)}")
+        if self.secure and self.devices < MIN_DEVICES:
+            raise ValueError(f"--secure needs at least {MIN_DEVICES} devices, not --devices {self.devices}")
+        return self
 
     @model_validator(mode="after")
     def _check_privacy(self) -> RunConfig:

@@ -152,7 +152,8 @@ class ServerSettings(ServiceSettings, RunRules):
     rule: Rule | None = Field(
         None,
         description="Aggregation rule. trimmed-mean and median withstand a minority of hostile devices from three "
-        "updates on; mean, which is weighted by samples, does not. Default: trimmed-mean; with --dp-noise mean.",
+        "updates on; mean, which is weighted by samples, does not. Default: trimmed-mean; with --dp-noise or "
+        "--secure mean.",
         json_schema_extra=AGGREGATION,
     )
     trim: float = Field(
@@ -224,7 +225,7 @@ class ServerSettings(ServiceSettings, RunRules):
             stage1_sal=stage1_sal,
             stage2_sal=stage2_sal,
             aggregation=Aggregation(
-                rule=self.rule or (Rule.MEAN if privacy else AGGREGATION_DEFAULT.rule),
+                rule=self.rule or (Rule.MEAN if privacy or self.secure else AGGREGATION_DEFAULT.rule),
                 trim=self.trim,
                 clip=self.clip,
                 optimizer=self.server_optimizer,

@@ -24,6 +24,7 @@ from edge_runtime.data.folder import SampleFolder
 from edge_runtime.data.samples import SampleChangedError
 from edge_runtime.engines.memory import peak_rss_mb
 from edge_runtime.resources.throttle import LevelCapTracker, StepControl, WorkStoppedError
+from edge_runtime.settings import Secure
 from edge_runtime.training.context import DeviceContext
 from edge_runtime.training.evaluation import evaluate, train_baseline
 from edge_runtime.training.local_expert import train_personal
@@ -52,6 +53,11 @@ logger = logging.getLogger(__name__)
 
 LOGGED_FILES = 10  # skipped files that one scan logs
 POLL_SECONDS = 0.5
+REQUIRED = {  # the stages that a device takes part in with secure aggregation only
+    Secure.OFF: (),
+    Secure.SUMS: (Stage.STATISTICS, Stage.HEAD),
+    Secure.ALL: (Stage.STATISTICS, Stage.HEAD, Stage.GLOBAL, Stage.PERSONAL),
+}
 STAGES: dict[Stage, StageFunction] = {
     Stage.HOLDERS: holders,
     Stage.STATISTICS: statistics,
@@ -78,14 +84,18 @@ class RoundRunner:
         tracker: LevelCapTracker,
         scan_report: Report,
         identity: Path | None = None,
+        secure: Secure = Secure.OFF,
     ) -> None:
-        """`scan_report` receives the progress of scans. `identity`: the file whose key signs keys of secure sums."""
+        """`scan_report` receives the progress of scans. `identity`: the file whose key signs keys of secure sums.
+        `secure`: what leaves the device with secure aggregation only.
+        """
         self.device = device
         self.control = control
         self.tracker = tracker
         self._folder = folder
         self._scan_report = scan_report
         self._identity = identity
+        self._required = secure
         self._skipped: frozenset[SkippedFile] = frozenset()
         self._list_skipped()
 
@@ -137,12 +147,19 @@ class RoundRunner:
         file has changed since the scan, OSError if the disk is full, WorkStoppedError if the loop stops it. After an
         error the round can be computed again, with the same result. Raises RunError if it refuses secure sums.
         """
+        if round_.stage in REQUIRED[self._required] and not round_.secure:
+            raise RunError(
+                f"--secure {self._required.value}: the server asks for round {round_.round} ({round_.stage.value}) "
+                "without secure aggregation; start the run with --secure-sums or --secure"
+            )
         store = self.device.store
         store.outbox.enter(round_.session)
         self.control.check()
         started, device = time.perf_counter(), self.device
         if round_.stage in EXCHANGE:
-            return self._write_update(round_, self._secure.exchange(round_), started, bytes_down)
+            return self._write_update(round_, self._secure.exchange(round_, device.level_cap), started, bytes_down)
+        if round_.secure:  # the level cap may have changed since
+            device = replace(device, level_cap=self._secure.level(round_))
         global_values = read_globals(device.bundle, store.globals.read, round_)
         try:
             result = STAGES[round_.stage](device, round_, global_values)
@@ -151,7 +168,7 @@ class RoundRunner:
             raise
         # The noise is from the operating system's entropy: a server that knew its seed could subtract it.
         result = prepare_update(device.bundle, store.residual, round_, result, np.random.default_rng())
-        if round_.min_class_count:
+        if round_.secure:
             result = self._secure.mask(round_, result)
         save_personal_model(device, round_, global_values)
         device.cache.drop_unused()

@@ -7,8 +7,9 @@ a vector only once for each set of keys, and opens the shares of a vector for on
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,7 @@ from fedfmsl.protocol.secure_sums import (
     read_roster,
     roster_of,
     tensor_of,
+    thin_level,
     vector_of,
 )
 from fedfmsl.protocol.tensors import unpack
@@ -61,14 +63,21 @@ class SecureRounds:
                 "server that only reads, not from one that invents devices"
             )
 
-    def exchange(self, round_: Round) -> StageResult:
+    def exchange(self, round_: Round, level_cap: int) -> StageResult:
         """The answer to a round `keys`, `shares` or `unmask`. Raises RunError if the device refuses it."""
         answers: dict[Stage, Callable[[Round], Tensors]] = {
-            Stage.KEYS: self._keys,
+            Stage.KEYS: partial(self._keys, level_cap=level_cap),
             Stage.SHARES: self._shares,
             Stage.UNMASK: self._unmask,
         }
         return StageResult(self._checked(round_, answers[round_.stage]))
+
+    def level(self, round_: Round) -> int:
+        """The level that the device has announced with its keys. Raises RunError if it has none."""
+        try:
+            return self._record(round_).level
+        except MessageError as error:
+            raise _refusal(round_, error) from error
 
     def mask(self, round_: Round, result: StageResult) -> StageResult:
         """The result with masked sums. Raises RunError if the device refuses it."""
@@ -78,19 +87,22 @@ class SecureRounds:
         try:
             return answer(round_)
         except (MessageError, SecureAggregationError) as error:
-            raise RunError(
-                f"refused to the server in round {round_.round} ({round_.stage.value}): {error}; this device takes no "
-                "part in these secure sums"
-            ) from error
+            raise _refusal(round_, error) from error
 
-    def _keys(self, round_: Round) -> Tensors:
+    def _keys(self, round_: Round, level_cap: int) -> Tensors:
         before = self._store.secure.read()
         opened = before.opened if before is not None and before.session == round_.session else ()
         if before is None or (before.session, before.keys_round) != (round_.session, round_.round):
             seed = Secrets.new().seed.hex()
-            before = SecureRecord(session=round_.session, keys_round=round_.round, seed=seed, opened=opened)
+            before = SecureRecord(
+                session=round_.session,
+                keys_round=round_.round,
+                level=min(round_.level, level_cap),
+                seed=seed,
+                opened=opened,
+            )
             self._store.secure.write(before)
-        signed = SignedKeys(_secrets(before).public_keys)
+        signed = SignedKeys(_secrets(before).public_keys, before.level)
         if self._signer is not None:
             message = signed.message(self._name, context(round_.run, round_.session, round_.round))
             signed = replace(signed, certificate=self._signer.certificate, signature=self._signer.sign(message))
@@ -104,7 +116,7 @@ class SecureRounds:
                 self._authorities.check(name, each.certificate, each.signature, each.message(name, about))
         roster, secrets = roster_of(signed, about), _secrets(record)
         own = signed.get(self._name)
-        if own is None or not np.array_equal(own.keys, secrets.public_keys):
+        if own is None or own.level != record.level or not np.array_equal(own.keys, secrets.public_keys):
             raise MessageError("the roster does not have this device's keys")
         if record.roster not in ("", roster.digest.hex()):
             raise MessageError("it has published another roster before")
@@ -113,13 +125,15 @@ class SecureRounds:
 
     def _masked(self, round_: Round, tensors: Tensors) -> Tensors:
         record, index, kind = self._record(round_), vector_of(round_), f"{round_.stage.value} {round_.index}"
-        if kind in record.opened or round_.index >= KINDS[round_.stage]:
+        if kind in record.opened or round_.index >= KINDS.get(round_.stage, round_.of):
             raise MessageError("it has asked for these sums before; two sums over different devices reveal a device's")
-        roster = self._roster(round_, record)
+        roster, levels = self._roster(round_, record)
         members = _positions(roster, round_.chosen)
+        level = round_.level if round_.stage is Stage.GLOBAL else 0
+        _check_levels(levels, round_.chosen, level)
         if len(members) < MIN_DEVICES or self._name not in round_.chosen:
             raise MessageError(f"{len(members)} devices are too few to hide this one")
-        vector = MaskedVector(kind=kind, round=round_.round, members=round_.chosen)
+        vector = MaskedVector(kind=kind, level=level, round=round_.round, members=round_.chosen)
         if record.vectors.get(index, vector) != vector:
             raise MessageError("it asks for the same vector with other masks")
         self._store.secure.write(record.model_copy(update={"vectors": {**record.vectors, index: vector}}))
@@ -128,13 +142,14 @@ class SecureRounds:
 
     def _unmask(self, round_: Round) -> Tensors:
         record, index = self._record(round_), vector_of(round_)
-        roster = self._roster(round_, record)
+        roster, levels = self._roster(round_, record)
         vector = record.vectors.get(index)
         if vector is None:
             raise MessageError("it asks for shares of a vector that this device has not masked")
         if vector.survivors not in ((), round_.chosen):
             raise MessageError("it asks for the shares of other devices than before, which together reveal a vector")
         members, survivors = (_positions(roster, names) for names in (vector.members, round_.chosen))
+        _check_levels(levels, round_.chosen, vector.level)
         device = roster.names.index(self._name)
         shape = (len(roster.names), len(roster.holders(device)), None)
         published = np.asarray(tensor_of(self._blob(round_.shares), SHARES, np.uint8, shape), np.uint8)
@@ -153,13 +168,14 @@ class SecureRounds:
             raise MessageError("this device has no keys in this session; its --state may have been deleted")
         return record
 
-    def _roster(self, round_: Round, record: SecureRecord) -> Roster:
-        """The roster for which this device has made shares, so its keys are already checked."""
+    def _roster(self, round_: Round, record: SecureRecord) -> tuple[Roster, Mapping[str, int]]:
+        """The roster for which this device has made shares, so its keys are already checked, and the devices' levels."""
         about = context(round_.run, round_.session, record.keys_round)
-        roster = roster_of(read_roster(self._blob(round_.roster)), about)
+        signed = read_roster(self._blob(round_.roster))
+        roster = roster_of(signed, about)
         if roster.digest.hex() != record.roster:
             raise MessageError("the roster is another one than this device has made shares for")
-        return roster
+        return roster, {name: each.level for name, each in signed.items()}
 
     def _blob(self, sha256: str) -> Tensors:
         blob = self._store.globals.read(sha256) if sha256 else None
@@ -168,8 +184,20 @@ class SecureRounds:
         return unpack(blob, Globals)[1]
 
 
+def _refusal(round_: Round, error: Exception) -> RunError:
+    where = f"round {round_.round} ({round_.stage.value})"
+    return RunError(f"refused to the server in {where}: {error}; this device takes no part in this secure aggregation")
+
+
 def _secrets(record: SecureRecord) -> Secrets:
     return Secrets(bytes.fromhex(record.seed))
+
+
+def _check_levels(levels: Mapping[str, int], names: tuple[str, ...], highest: int) -> None:
+    """Raises MessageError if a block was trained by so few devices that their sum reveals them."""
+    level = thin_level((levels.get(name, 0) for name in names), highest)
+    if level:
+        raise MessageError(f"fewer than {MIN_DEVICES} devices train at level {level} or above")
 
 
 def _positions(roster: Roster, names: tuple[str, ...]) -> frozenset[int]:

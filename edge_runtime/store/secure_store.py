@@ -11,29 +11,31 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedfmsl.common.files import write_atomically
-from fedfmsl.protocol.messages import Name, Number, Session, Sha256
+from fedfmsl.protocol.messages import Level, Name, Number, Session, Sha256
 
 
 class MaskedVector(BaseModel):
-    """A vector `kind` that was masked in round `round` among `members`. `survivors`: with whom it was opened, or
-    nobody."""
+    """A vector `kind` that was masked in round `round` among `members`, at `level` if it is an expert. `survivors`:
+    with whom it was opened, or nobody."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: str
+    level: Level = 0
     round: Number
     members: tuple[Name, ...]
     survivors: tuple[Name, ...] = ()
 
 
 class SecureRecord(BaseModel):
-    """`seed`: of the secrets, in hexadecimal. `roster`: digest of the roster for which shares were made. `vectors`: by
-    index. `opened`: the kinds of vectors whose masks this device has helped to remove in this session."""
+    """`level`: at which the device trains. `seed`: of the secrets, in hexadecimal. `roster`: digest of the
+    roster for which shares were made. `vectors`: by index. `opened`: the kinds of vectors whose masks this device has helped to remove in this session."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     session: Session
     keys_round: Number
+    level: Level = 0
     seed: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
     roster: Sha256 = ""
     vectors: dict[int, MaskedVector] = {}

@@ -19,6 +19,7 @@ from edge_runtime.training.tensor_file import read_tensors
 from fedfmsl.algorithms.arrays import Tensors, Vector
 from fedfmsl.algorithms.fixed_point import Words, fixed_point
 from fedfmsl.algorithms.privacy import Privacy, privatize, privatize_statistics
+from fedfmsl.algorithms.weighted_sums import FRACTION_BITS, weighted_update
 from fedfmsl.common.files import write_atomically
 from fedfmsl.errors import MessageError, RunError
 from fedfmsl.protocol.bundle import Bundle
@@ -34,11 +35,11 @@ def prepare_update(
     """`result` with the tensors to send. Saves the residual of the encoding in the file `residual_path`."""
     if round_.privacy is not None and round_.stage in (Stage.STATISTICS, Stage.GLOBAL, Stage.PERSONAL):
         result = _add_noise(round_, round_.privacy, result, rng)
-    if round_.min_class_count:
-        return replace(result, tensors={SUMS: _fixed_point(round_, result.tensors)})
+    layout = bundle.gate if round_.stage is Stage.PERSONAL else bundle.expert
+    if round_.secure:
+        return StageResult({SUMS: _secure_sums(layout, round_, result)}, level=result.level)
     if result.delta is None:
         return result
-    layout = bundle.gate if round_.stage is Stage.PERSONAL else bundle.expert
     if round_.encoding is Encoding.FP32:
         return replace(result, tensors=encode(layout, result.delta, round_.encoding))
     # The file is written before the update is in the outbox, and also stores the residual that this update includes.
@@ -50,13 +51,17 @@ def prepare_update(
     return replace(result, tensors=tensors)
 
 
-def _fixed_point(round_: Round, tensors: Tensors) -> Words:
-    """The tensors as one vector of fixed-point numbers. Raises RunError if a value is too large."""
-    values = np.concatenate([np.asarray(tensor, np.float64).ravel() for tensor in tensors.values()])
+def _secure_sums(layout: Layout, round_: Round, result: StageResult) -> Words:
+    """What the result adds to a secure sum. Raises RunError if a value is too large."""
     try:
-        return fixed_point(values)
+        if result.delta is None:
+            tensors = result.tensors.values()
+            return fixed_point(np.concatenate([np.asarray(tensor, np.float64).ravel() for tensor in tensors]))
+        parts = layout.parts_of(round_.level) if round_.stage is Stage.GLOBAL else layout.parts
+        accuracy = result.metrics.get("held_out_global", 0.0)
+        return fixed_point(weighted_update(result.delta, result.samples, accuracy, parts), FRACTION_BITS)
     except ValueError as error:
-        raise RunError(f"the sums of round {round_.round} cannot be sent: {error}") from error
+        raise RunError(f"the update of round {round_.round} cannot be sent: {error}") from error
 
 
 def update_header(

@@ -10,17 +10,18 @@ from fedfmsl.algorithms.arrays import Doubles
 Words = NDArray[np.uint64]  # integers modulo 2^64
 
 FRACTION_BITS = 20
-LARGEST = 2.0**30  # absolute value of a number; the sum of 8192 of them does not wrap
+TOTAL_BITS = 50  # of a number; the sum of 8192 of them does not wrap
+LARGEST = 2.0 ** (TOTAL_BITS - FRACTION_BITS)  # absolute value of a number
 
 
-def fixed_point(values: Doubles) -> Words:
-    """Fixed-point numbers (P,) modulo 2^64. Raises ValueError if a value is not finite or larger than LARGEST."""
-    largest = float(np.abs(values).max(initial=0.0))
-    if not largest <= LARGEST:
-        raise ValueError(f"a value of {largest:.4g} is too large; at most {LARGEST:.4g} is not")
-    return np.rint(values * 2.0**FRACTION_BITS).astype(np.int64).view(np.uint64)
+def fixed_point(values: Doubles, bits: int = FRACTION_BITS) -> Words:
+    """Numbers (P,) with `bits` after the point, modulo 2^64. Raises ValueError if one is not finite or too large."""
+    largest, limit = float(np.abs(values).max(initial=0.0)), 2.0 ** (TOTAL_BITS - bits)
+    if not largest <= limit:
+        raise ValueError(f"a value of {largest:.4g} is too large, more than {limit:.4g}")
+    return np.rint(values * 2.0**bits).astype(np.int64).view(np.uint64)
 
 
-def numbers(words: Words) -> Doubles:
+def numbers(words: Words, bits: int = FRACTION_BITS) -> Doubles:
     """The inverse of `fixed_point`, also for a sum of its results."""
-    return words.view(np.int64) / 2.0**FRACTION_BITS
+    return words.view(np.int64) / 2.0**bits

@@ -70,6 +70,10 @@ class Layout:
         ends: list[int] = [part.stop for part in self.parts.values()]
         return ends[level]
 
+    def parts_of(self, level: int) -> dict[str, slice]:
+        """The range of the head and of each block up to `level`."""
+        return {part: span for part, span in self.parts.items() if span.stop <= self.size(level)}
+
     def names(self, level: int) -> list[str]:
         return [slot.name for slot in self.slots if slot.end <= self.size(level)]
 

@@ -7,13 +7,14 @@
     unmask    OPENED (M, 16)                               the roster, SHARES (n, H, SHARE_BYTES)
     statistics or head, and unmask again                   as above
 
-H holders of a device's seeds, M members whose seeds it holds. Index i of the stages `keys` and `holders` is the i-th
-execution of the protocol; its rounds `unmask` have the indices 2i and 2i + 1.
+The updates of stages 1 and 2 take the same rounds without `holders`; their SUMS are those of
+`fedfmsl.algorithms.weighted_sums`. H holders of a device's seeds, M members whose seeds it holds. Index i of the stages
+`keys` and `shares` is the i-th execution of the protocol; its rounds `unmask` have the indices 2i and 2i + 1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from fedfmsl.algorithms.arrays import Tensors
 from fedfmsl.algorithms.secure_aggregation import (
     KEY_BYTES,
+    MIN_DEVICES,
     VECTORS,
     Bytes,
     Roster,
@@ -32,7 +34,7 @@ from fedfmsl.protocol.messages import Round, Stage
 
 SHARES, OPENED = "shares", "opened"
 MAX_PROOF_BYTES = 8192  # of a certificate or a signature
-_KEYS, _PROOFS, _NAMES = "keys", ("certificate", "signature"), "name"
+_KEYS, _LEVEL, _PROOFS, _NAMES = "keys", "level", ("certificate", "signature"), "name"
 
 
 def context(run: str, session: str, keys_round: int) -> bytes:
@@ -47,32 +49,41 @@ def vector_of(round_: Round) -> int:
 
 @dataclass(frozen=True)
 class SignedKeys:
-    """Public keys (1 + VECTORS, 32) of a device, its certificate (DER), and the signature of `message`.
+    """Public keys (1 + VECTORS, 32) of a device, its certificate (DER), and the signature of `message`. `level`: at
+    which it trains.
 
     Without a certificate, as on a broker with passwords, both are empty.
     """
 
     keys: Bytes
+    level: int = 0
     certificate: bytes = b""
     signature: bytes = b""
 
     def message(self, name: str, context: bytes) -> bytes:
         """What the device `name` signs."""
-        return b"\n".join((b"fedfmsl keys of secure sums", context, name.encode(), self.keys.tobytes()))
+        about = (b"fedfmsl keys of secure sums", context, name.encode(), b"%d" % self.level)
+        return b"\n".join((*about, self.keys.tobytes()))
 
     def tensors(self) -> Tensors:
-        return {_KEYS: self.keys, **{name: _bytes(value) for name, value in zip(_PROOFS, self._proofs, strict=True)}}
+        level = np.array([self.level], np.uint64)
+        return {
+            _KEYS: self.keys,
+            _LEVEL: level,
+            **{name: _bytes(value) for name, value in zip(_PROOFS, self._proofs, strict=True)},
+        }
 
     @classmethod
     def read(cls, tensors: Tensors) -> SignedKeys:
         """The inverse of `tensors`. Raises MessageError."""
-        if set(tensors) != {_KEYS, *_PROOFS}:
+        if set(tensors) != {_KEYS, _LEVEL, *_PROOFS}:
             raise MessageError(f"the tensors {sorted(tensors)[:3]} are not signed keys")
         proofs = [tensor_of(tensors, name, np.uint8, (None,)) for name in _PROOFS]
         if max(proof.size for proof in proofs) > MAX_PROOF_BYTES:
             raise MessageError(f"a certificate or signature is longer than {MAX_PROOF_BYTES} bytes")
         keys = np.asarray(tensor_of(tensors, _KEYS, np.uint8, (1 + VECTORS, KEY_BYTES)), np.uint8)
-        return cls(keys, proofs[0].tobytes(), proofs[1].tobytes())
+        level = int(np.asarray(tensor_of(tensors, _LEVEL, np.uint64, (1,)))[0])
+        return cls(keys, level, proofs[0].tobytes(), proofs[1].tobytes())
 
     @property
     def _proofs(self) -> tuple[bytes, bytes]:
@@ -88,7 +99,10 @@ def roster_tensors(signed: Mapping[str, SignedKeys]) -> Tensors:
         "certificate": [each.certificate for each in ordered],
         "signature": [each.signature for each in ordered],
     }
-    tensors: dict[str, NDArray[np.generic]] = {_KEYS: np.stack([each.keys for each in ordered])}
+    tensors: dict[str, NDArray[np.generic]] = {
+        _KEYS: np.stack([each.keys for each in ordered]),
+        _LEVEL: np.array([each.level for each in ordered], np.uint64),
+    }
     for column, values in columns.items():
         tensors[column] = _bytes(b"".join(values))
         tensors[f"{column}_ends"] = np.cumsum([len(value) for value in values], dtype=np.uint64)
@@ -103,10 +117,11 @@ def read_roster(tensors: Tensors) -> dict[str, SignedKeys]:
         decoded = [name.decode() for name in names]
     except UnicodeDecodeError as error:
         raise MessageError("the roster has a name that is not UTF-8") from error
-    rows = zip(keys, certificates, signatures, strict=True)
+    levels = np.asarray(tensor_of(tensors, _LEVEL, np.uint64, (len(keys),)))
+    rows = zip(keys, levels, certificates, signatures, strict=True)
     signed = {
-        name: SignedKeys(np.asarray(row, np.uint8), certificate, signature)
-        for name, (row, certificate, signature) in zip(decoded, rows, strict=True)
+        name: SignedKeys(np.asarray(row, np.uint8), int(level), certificate, signature)
+        for name, (row, level, certificate, signature) in zip(decoded, rows, strict=True)
     }
     if len(signed) != len(decoded):
         raise MessageError("the roster has a device twice")
@@ -116,10 +131,19 @@ def read_roster(tensors: Tensors) -> dict[str, SignedKeys]:
 def roster_of(signed: Mapping[str, SignedKeys], context: bytes) -> Roster:
     """Raises MessageError if there are too few devices."""
     names = sorted(signed)
+    about = b" ".join((context, *(b"%d" % signed[name].level for name in names)))
     try:
-        return Roster(names, np.stack([signed[name].keys for name in names]), context)
+        return Roster(names, np.stack([signed[name].keys for name in names]), about)
     except (SecureAggregationError, ValueError) as error:
         raise MessageError(str(error)) from error
+
+
+def thin_level(levels: Iterable[int], highest: int) -> int:
+    """The lowest level, up to `highest`, that some but fewer than MIN_DEVICES of these devices train; 0 if there is
+    none. The sum of its block would be of so few devices."""
+    trained = list(levels)
+    counts = ((level, sum(each >= level for each in trained)) for level in range(1, highest + 1))
+    return next((level for level, count in counts if 0 < count < MIN_DEVICES), 0)
 
 
 def tensor_of(tensors: Tensors, name: str, dtype: type[np.generic], shape: Sequence[int | None]) -> NDArray[np.generic]:

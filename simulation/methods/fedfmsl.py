@@ -11,14 +11,14 @@ from edge_runtime.training.local_expert import train_personal
 from edge_runtime.training.stages import Globals
 from fedfmsl.algorithms.arrays import Floats
 from fedfmsl.algorithms.sal import CapabilityQueue
-from fedfmsl.protocol.messages import Round, Stage
+from fedfmsl.protocol.messages import Round, Stage, Sums
 from simulation.federation import Federation, Tamper, honest
 from simulation.fleet import Fleet
 from simulation.methods.base import Method, MethodSettings, RoundCost, stage_rounds
 from trainer_server.config import Aggregation, Head, Rule, RunConfig, Trigger, sal_rules
 
 AS_IN_THE_PAPER = Aggregation(rule=Rule.MEAN, norm_factor=None, weight_cap=None)
-ROWS = {"start": "class-means", "global": "global", "local_expert": "local-expert"}  # beside the mixture
+ROWS = {"start": "start", "global": "global", "local_expert": "local-expert"}  # beside the mixture
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,17 @@ class SimulatedRun(Federation):
 @dataclass(frozen=True)
 class FedFMSL(Method[SimulatedRun, Stage2]):
     """Both stages, with the server's defaults, except that updates are averaged as in the paper: a mean weighted by
-    samples, without the bounds on norms and weights that protect a fleet. `sal`: when more blocks are activated. `head`: what stage 1 starts from.
-    `tamper`: changes the results of devices; for an ablation."""
+    samples, without the bounds on norms and weights that protect a fleet.
+
+    `sal`: when more blocks are activated. `head`: what stage 1 starts from. `sums`: what the head after stage 1 is
+    computed from. `min_class_count`: samples from which a device's class enters them. `tamper`: changes the results of
+    devices; for an ablation.
+    """
 
     sal: Trigger = Trigger.CAPABILITY_QUEUE
-    head: Head = Head.CLASS_MEANS
+    head: Head = Head.ZEROS
+    sums: Sums = Sums.LOGITS
+    min_class_count: int = RunConfig.model_fields["min_class_count"].default
     tamper: Tamper = honest
     name: str = "fedfmsl"
     title: str = "FedFMSL (MoFM)"
@@ -72,6 +78,8 @@ class FedFMSL(Method[SimulatedRun, Stage2]):
                 "stage1": settings.training.model_copy(update={"seed": settings.seed}),
                 "stage2": settings.stage2.model_copy(update={"seed": settings.seed}),
                 "head": self.head,
+                "head_sums": self.sums,
+                "min_class_count": self.min_class_count,
                 "stage1_sal": stage1_sal,
                 "stage2_sal": stage2_sal,
                 "aggregation": AS_IN_THE_PAPER,
@@ -79,9 +87,8 @@ class FedFMSL(Method[SimulatedRun, Stage2]):
             }
         )
         run = SimulatedRun(settings, config, fleet, self.tamper)
-        devices = settings.all_devices(fleet, 0)
-        cost = _cost(run.step(devices), bytes_down=0)
-        while run.announced.stage is Stage.STATISTICS:  # after the round of the holders, with secure sums
+        devices, cost = settings.all_devices(fleet, 0), RoundCost()
+        while run.announced.stage in (Stage.HOLDERS, Stage.STATISTICS):
             cost += _cost(run.step(devices), bytes_down=0)
         return run, cost
 

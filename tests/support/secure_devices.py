@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+import itertools
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,17 @@ import numpy as np
 from edge_runtime.daemon.secure_rounds import SecureRounds
 from edge_runtime.store import DeviceStore
 from edge_runtime.training.stages import StageResult
+from edge_runtime.training.updates import prepare_update
 from fedfmsl.algorithms.arrays import Tensors
 from fedfmsl.algorithms.class_means import class_sums
 from fedfmsl.algorithms.fixed_point import fixed_point
+from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.encoding import SUMS
 from fedfmsl.protocol.messages import EXCHANGE, Round, Stage
 from support.bundles import Built
 from support.coordinators import CoordinatorRun, head_statistics, make_update, plan_for
-from trainer_server.coordinator.events import Command, PublishGlobals
+from trainer_server.coordinator.events import Command, PublishGlobals, StatusSeen
+from trainer_server.coordinator.state import TRAINING
 from trainer_server.storage.checkpoint import Checkpoint, vectors_of
 
 MIN_CLASS_COUNT = 4
@@ -35,6 +39,8 @@ class SecureDevice:
     labels: np.ndarray
     classes: int
     identity: Path | None = None
+    bundle: Bundle | None = None
+    level_cap: int = 1
 
     @property
     def store(self) -> DeviceStore:
@@ -43,15 +49,27 @@ class SecureDevice:
     def answer(self, round_: Round, masks: bool = True) -> Tensors:
         rounds = SecureRounds(self.store, self.name, self.identity)
         if round_.stage in EXCHANGE:
-            return rounds.exchange(round_).tensors
-        result = StageResult({SUMS: self.sums(round_)})
+            return rounds.exchange(round_, self.level_cap).tensors
+        result = self.trained(round_) if round_.stage in TRAINING else StageResult({SUMS: self.sums(round_)})
         return rounds.mask(round_, result).tensors if masks else result.tensors
+
+    def trained(self, round_: Round) -> StageResult:
+        """A random update of stage 1, at the device's level, or of stage 2."""
+        assert self.bundle is not None
+        level = min(round_.level, self.level_cap)
+        size = self.bundle.expert.size(level) if round_.stage is Stage.GLOBAL else self.bundle.gate.total
+        rng = np.random.default_rng([round_.index, *self.name.encode()])
+        delta = rng.normal(size=size).astype(np.float32)
+        metrics = {"held_out_global": 0.5, "loss": 1.0}
+        result = StageResult(delta=delta, samples=self.labels.size, level=level, metrics=metrics)
+        return prepare_update(self.bundle, self.folder / "residual", round_, result, rng)
 
     def sums(self, round_: Round) -> np.ndarray:
         enough = np.bincount(self.labels, minlength=self.classes) >= round_.min_class_count
         if round_.stage is Stage.HOLDERS:
             return fixed_point(enough.astype(np.float64))
-        chosen = (enough & np.isin(np.arange(self.classes), round_.classes))[self.labels]
+        asked = np.isin(np.arange(self.classes), round_.classes) if round_.classes else enough
+        chosen = (enough & asked)[self.labels]
         compute = class_sums if round_.stage is Stage.STATISTICS else head_statistics
         tensors = compute(self.features[chosen], self.labels[chosen], self.classes)
         return fixed_point(np.concatenate([np.asarray(each, np.float64).ravel() for each in tensors.values()]))
@@ -62,23 +80,31 @@ class SecureRun(CoordinatorRun):
 
     def __init__(self, built: Built, devices: Iterable[SecureDevice], masks: bool = True, **config: Any) -> None:
         self.devices = {device.name: device for device in devices}
-        settings = {"secure_sums": True, "min_class_count": MIN_CLASS_COUNT, "min_updates": 1, **config}
+        settings = {
+            "secure_sums": True,
+            "min_class_count": MIN_CLASS_COUNT,
+            "min_holders": 3,
+            "min_updates": 1,
+            **config,
+        }
         self.masks = masks
-        plan = plan_for(built, len(self.devices), stage1_rounds=1, stage2_rounds=1, **settings)
+        plan = plan_for(built, len(self.devices), **{"stage1_rounds": 1, "stage2_rounds": 1, **settings})
         super().__init__(replace(plan, masks=masks))
-        self.online(*self.devices)
+        for name, device in self.devices.items():
+            self.feed(StatusSeen(self.status(name, level_cap=device.level_cap)))
 
     def step(self, without: Collection[str] = ()) -> list[Command]:
         """Answers the present round, and passes the deadline if devices are missing."""
         self.state = Checkpoint.of(self.state).state(vectors_of(self.state))
         round_ = self.announced
         asked = [name for name in round_.chosen or self.devices if name not in without]
-        for command in self.of(PublishGlobals):
-            for name in asked:
-                self.devices[name].store.globals.write(command.blob)
-        secure = self.plan.schedule[self.state.position].sums is not None
+        blobs = {command.sha256: command.blob for command in self.of(PublishGlobals)}
+        for name, sha256 in itertools.product(asked, {round_.roster, round_.shares} - {""}):
+            self.devices[name].store.globals.write(blobs[sha256])
+        secure = self.plan.schedule[self.state.position].part is not None
         answers = {name: self.devices[name].answer(round_, self.masks) if secure else None for name in asked}
-        changes = {name: {"tensors": tensors, "samples": 0} if secure else {} for name, tensors in answers.items()}
+        hidden = {"samples": 0, "metrics": {}}
+        changes = {name: {"tensors": tensors, **hidden} if secure else {} for name, tensors in answers.items()}
         commands = self.feed(*(make_update(self.plan, round_, name, **changes[name]) for name in asked))
         if self.announced.round == round_.round:
             self.now += 1000
@@ -92,9 +118,14 @@ class SecureRun(CoordinatorRun):
 
 
 def secure_devices(
-    built: Built, folder: Path, count: int, identities: dict[str, Path] | None = None
+    built: Built,
+    folder: Path,
+    count: int,
+    identities: dict[str, Path] | None = None,
+    level_caps: Sequence[int] = (),
 ) -> list[SecureDevice]:
-    """Device i holds 6 samples each of all classes but the last, which only the first device holds."""
+    """Device i holds 6 samples each of all classes but the last, which only the first device holds. `level_caps`: of
+    the first devices; 1 of the others."""
     dims, rng = built.bundle.manifest.dims, np.random.default_rng(7)
     devices = []
     for index in range(count):
@@ -102,5 +133,6 @@ def secure_devices(
         features = rng.normal(size=(labels.size, dims.feature)).astype(np.float32)
         name = f"d{index}"
         identity = (identities or {}).get(name)
-        devices.append(SecureDevice(name, folder / name, features, labels, dims.classes, identity))
+        cap = level_caps[index] if index < len(level_caps) else 1
+        devices.append(SecureDevice(name, folder / name, features, labels, dims.classes, identity, built.bundle, cap))
     return devices

@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from support.bundles import Built
-from support.secure_devices import SecureRun, secure_devices
+from support.coordinators import make_update
+from support.in_process_daemon import make_daemon, no_report
+from support.secure_devices import SecureDevice, SecureRun, secure_devices
+from support.training_contexts import announced_round
 
 from devices.provisioning.authority import CLIENT, make_authority
-from fedfmsl.errors import RunError
-from fedfmsl.protocol.messages import Globals, Round, Stage
+from edge_runtime.daemon.round_runner import RoundRunner
+from edge_runtime.data.folder import SampleFolder
+from edge_runtime.settings import Secure
+from edge_runtime.store.secure_store import SecureRecord, SecureStore
+from fedfmsl.algorithms.aggregation import Contribution, WeightedMean
+from fedfmsl.algorithms.arrays import Tensors
+from fedfmsl.algorithms.fixed_point import fixed_point, numbers
+from fedfmsl.algorithms.sal import AllAtOnce, FixedSchedule, Sal
+from fedfmsl.algorithms.secure_aggregation import SHARE_BYTES
+from fedfmsl.algorithms.weighted_sums import FRACTION_BITS, weighted_mean, weighted_update, weighted_values
+from fedfmsl.errors import MessageError, RunError
+from fedfmsl.protocol.messages import EXCHANGE, Globals, Round, Stage, Verdict
+from fedfmsl.protocol.secure_sums import SignedKeys
 from fedfmsl.protocol.tensors import blob_hash, pack, unpack
-from trainer_server.coordinator.events import AnnounceRound, Log, PublishGlobals
+from trainer_server.coordinator.events import AnnounceRound, Log, PublishGlobals, SendAck, StoreRound
 
 SEVEN = 7  # of seven, five shares recover a seed
 
@@ -43,7 +59,7 @@ def test_the_sums_are_exactly_those_of_the_devices_that_answered(
     plain.until(Stage.GLOBAL)
     assert run.state.expert.any() and np.array_equal(run.state.expert, plain.state.expert)
     run.until(Stage.PERSONAL, lost)
-    assert not any("no secure sums" in command.text for command in run.of(Log))
+    assert not any("no secure aggregation" in command.text for command in run.of(Log))
     head_size = vit.bundle.expert.size(0)
     assert not np.array_equal(run.state.expert[:head_size], plain.state.expert[:head_size])
     assert not run.state.secure.roster
@@ -84,10 +100,10 @@ def test_two_devices_start_without_sums(vit: Built, tmp_path: Path) -> None:
     run = SecureRun(vit, secure_devices(vit, tmp_path, 2))
     assert run.announced.stage is Stage.GLOBAL
     run.until(Stage.PERSONAL)
-    lines = [command.text for command in run.of(Log) if "no secure sums" in command.text]
+    lines = [command.text for command in run.of(Log) if "no secure aggregation" in command.text]
     assert lines == [
-        "no secure sums: 2 devices are online, and secure sums need 3; stage 1 starts from the bundle's own head",
-        "no secure sums: 2 devices are online, and secure sums need 3; the global expert keeps the head of stage 1",
+        "no secure aggregation: 2 devices are online, and secure aggregation needs 3; stage 1 starts from the bundle's own head",
+        "no secure aggregation: 2 devices are online, and secure aggregation needs 3; the global expert keeps the head of stage 1",
     ]
 
 
@@ -105,6 +121,63 @@ def test_without_a_class_of_three_holders_there_are_no_sums(vit: Built, tmp_path
     run = SecureRun(vit, secure_devices(vit, tmp_path, 3), min_class_count=100)
     run.until(Stage.GLOBAL)
     assert any("no class has 3 devices with 100 samples" in command.text for command in run.of(Log))
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [
+        {},
+        {(Stage.GLOBAL, 0): ["d6"], (Stage.UNMASK, 5): ["d5"], (Stage.PERSONAL, 0): ["d4"]},
+        {(Stage.GLOBAL, 1): ["d0", "d1"]},  # of the four at level 2
+    ],
+)
+def test_the_updates_of_both_stages_are_aggregated_as_without_masks(
+    vit: Built, tmp_path: Path, lost: dict[tuple[Stage, int], list[str]]
+) -> None:
+    config = {"secure": True, "stage1_rounds": 3, "stage1_sal": Sal(FixedSchedule(2), max_level=2)}
+    caps = (2, 2, 2, 2)
+    run = SecureRun(vit, secure_devices(vit, tmp_path / "masked", SEVEN, level_caps=caps), **config)
+    if (Stage.GLOBAL, 1) in lost:
+        run.until(Stage.GLOBAL)
+        run.state = replace(run.state, sal=replace(run.state.sal, level=2))
+        run.step()
+        rounds = []
+        while len(rounds) < 4:
+            rounds.append(run.announced)
+            run.step(lost.get((run.announced.stage, run.announced.index), ()))
+        assert run.announced.stage is Stage.KEYS  # again, because two devices at level 2 are too few
+        return
+    run.until(Stage.EVALUATE, lost)
+    plain = SecureRun(vit, secure_devices(vit, tmp_path / "plain", SEVEN, level_caps=caps), masks=False, **config)
+    plain.until(Stage.EVALUATE, lost)
+    levels = [c.round.level for c in run.of(AnnounceRound) if c.round.stage is Stage.GLOBAL]
+    assert levels == [1, 1, 2]
+    assert np.array_equal(run.state.expert, plain.state.expert) and np.array_equal(run.state.gate, plain.state.gate)
+    assert run.state.gate.any() and run.state.sal == plain.state.sal
+    for command in run.of(StoreRound):
+        assert all(not update.metrics and not update.samples for update in command.closed.updates.values())
+
+
+def test_a_level_that_fewer_than_three_devices_train_is_not_trained(vit: Built, tmp_path: Path) -> None:
+    config = {"secure": True, "stage1_rounds": 3, "stage1_sal": Sal(AllAtOnce(), max_level=2)}
+    run = SecureRun(vit, secure_devices(vit, tmp_path, 5, level_caps=(2, 2)), **config)
+    run.until(Stage.GLOBAL)
+    assert run.announced.level == 1
+
+
+def test_weighted_sums_are_the_means_of_each_part() -> None:
+    parts = {"head": slice(0, 2), "0": slice(2, 5)}
+    rng = np.random.default_rng(0)
+    updates = [(rng.normal(size=size).astype(np.float32), weight) for size, weight in ((5, 3), (2, 9), (5, 1))]
+    total = sum(
+        (fixed_point(weighted_update(delta, weight, 0.25, parts), FRACTION_BITS) for delta, weight in updates),
+        np.zeros(weighted_values(parts), np.uint64),
+    )
+    mean, accuracy = weighted_mean(numbers(total, FRACTION_BITS), parts)
+    contributions = [Contribution.of(delta, weight) for delta, weight in updates]
+    expected = WeightedMean().aggregate(contributions, parts)
+    assert np.allclose(mean.delta, expected.delta, atol=1e-8) and accuracy == 0.25
+    assert mean.trained == (slice(0, 2), slice(2, 5))
 
 
 def published(run: SecureRun, device: str, round_: Round) -> None:
@@ -178,13 +251,14 @@ def test_keys_are_signed_and_a_forged_roster_is_refused(
     keys[1] = keys[2]
     for changes, error in (
         ({"keys": keys}, "the signature of d1 is not valid"),
+        ({"level": tensors["level"] + np.uint64(1)}, "the signature of d0 is not valid"),
         ({"name": np.frombuffer(b"d0d1d2dX", np.uint8)}, "the signature of dX is not valid: its certificate is of"),
         ({"name": np.frombuffer(b"d0d1d2d2", np.uint8)}, "a device twice"),
         ({"certificate_ends": tensors["certificate_ends"][::-1].copy()}, "do not end"),
     ):
         with pytest.raises(RunError, match=error):
             answer(**changes)
-    few = {name: tensor[:2] for name, tensor in tensors.items() if name == "keys" or name.endswith("_ends")}
+    few = {name: tensor[:2] for name, tensor in tensors.items() if name in ("keys", "level") or "_ends" in name}
     for column in ("name", "certificate", "signature"):
         few[column] = tensors[column][: int(few[f"{column}_ends"][-1])]
     with pytest.raises(RunError, match="2 devices are fewer than 3"):
@@ -196,3 +270,79 @@ def test_keys_are_signed_and_a_forged_roster_is_refused(
         published(other, "d0", other.announced)
         device.store.globals.write(other.of(PublishGlobals)[0].blob)
         device.answer(run.announced.model_copy(update={"roster": other.announced.roster}))
+
+
+@pytest.mark.parametrize(("required", "stage"), [(Secure.SUMS, Stage.HEAD), (Secure.ALL, Stage.GLOBAL)])
+def test_a_device_may_require_secure_aggregation(
+    vit: Built, photos: Path, tmp_path: Path, required: Secure, stage: Stage
+) -> None:
+    daemon = make_daemon(vit, photos, tmp_path)
+    device, folder = daemon.device, SampleFolder(photos, vit.bundle, daemon.device.store)
+    control = daemon.runner.control
+    runner = RoundRunner(device, folder, control, daemon.runner.tracker, no_report, secure=required)
+    with pytest.raises(RunError, match=f"--secure {required.value}: the server asks .* without secure aggregation"):
+        runner.run(announced_round(stage, level=1), bytes_down=0)
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_a_device_that_is_killed_at_each_of_its_writes_is_in_the_same_sum(
+    vit: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: bool
+) -> None:
+    """The next process answers again. The answer that counts is the one that reaches the outbox, the only one sent."""
+    run = SecureRun(vit, secure_devices(vit, tmp_path / "masked", 3), secure=True)
+    answer, write = SecureDevice.answer, SecureStore.write
+    killed: list[Stage] = []
+
+    def fail(store: SecureStore, record: SecureRecord) -> None:
+        if after:
+            write(store, record)
+        raise Killed
+
+    def interrupted(device: SecureDevice, round_: Round, masks: bool = True) -> Tensors:
+        if device.name == "d1":
+            with monkeypatch.context() as patch, contextlib.suppress(Killed):
+                patch.setattr(SecureStore, "write", fail)
+                answer(device, round_, masks)
+                raise AssertionError(f"no write in {round_.stage.value}")
+            killed.append(round_.stage)
+        return answer(device, round_, masks)
+
+    monkeypatch.setattr(SecureDevice, "answer", interrupted)
+    run.until(Stage.EVALUATE)
+    assert {*killed} == {*EXCHANGE, Stage.HOLDERS, Stage.STATISTICS, Stage.GLOBAL, Stage.HEAD, Stage.PERSONAL}
+    monkeypatch.undo()
+    plain = SecureRun(vit, secure_devices(vit, tmp_path / "plain", 3), masks=False, secure=True)
+    plain.until(Stage.EVALUATE)
+    assert np.array_equal(run.state.expert, plain.state.expert) and np.array_equal(run.state.gate, plain.state.gate)
+
+
+def test_updates_that_do_not_fit_the_round_are_refused(vit: Built, tmp_path: Path) -> None:
+    run = SecureRun(vit, secure_devices(vit, tmp_path, 3))
+    wrong = {
+        Stage.KEYS: ({"keys": np.zeros((3, 32), np.uint8)}, "are not signed keys"),
+        Stage.SHARES: ({"shares": np.zeros((2, SHARE_BYTES), np.uint8)}, "expected uint8[3, 92]"),
+        Stage.HOLDERS: ({"sums": np.zeros(4, np.float32)}, "expected uint64[4]"),
+        Stage.UNMASK: ({"opened": np.zeros((4, 16), np.uint8)}, "expected uint8[3, 16]"),
+        Stage.STATISTICS: ({"sums": np.zeros(7, np.uint64)}, "is uint64[7]"),
+    }
+    for stage, (tensors, error) in wrong.items():
+        run.until(stage)
+        (reply, *_) = run.feed(make_update(run.plan, run.announced, "d0", tensors=tensors))
+        assert reply.ack.verdict is Verdict.REJECTED and error in reply.ack.reason
+
+
+def test_a_server_with_a_certificate_accepts_signed_keys_only(vit: Built, tmp_path: Path) -> None:
+    run = SecureRun(vit, secure_devices(vit, tmp_path, 3))
+
+    def check(name: str, signed: SignedKeys, message: bytes) -> None:
+        raise MessageError(f"the signature of {name} is not valid")
+
+    run.plan = replace(run.plan, check_keys=check)
+    commands = run.step()
+    assert [command.ack.reason for command in commands if isinstance(command, SendAck)] == [
+        f"the signature of d{number} is not valid" for number in range(3)
+    ]

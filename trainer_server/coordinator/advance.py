@@ -2,7 +2,7 @@
 
     gather → statistics → global × n → [head] → personal × m → [baseline] → evaluate → finished
 
-With secure sums, statistics and head are several rounds each (see `fedfmsl.protocol.secure_sums`).
+With secure aggregation, each of them is several rounds (see `fedfmsl.protocol.secure_sums`).
 
 All rounds have the same form: announce, collect one update per device, close, apply. A round closes when enough devices
 have answered or at its deadline, whichever is first. If too few updates came, it lasts longer while devices are at
@@ -20,7 +20,7 @@ from fedfmsl.algorithms.secure_aggregation import MIN_DEVICES, SecureAggregation
 from fedfmsl.errors import MessageError
 from fedfmsl.protocol.messages import Ack, DeviceStatus, Round, Stage, Verdict
 from trainer_server.config import MAX_DEVICES
-from trainer_server.coordinator.announce import announce, pack_globals, sal_of
+from trainer_server.coordinator.announce import COUNTED, announce, pack_globals, sal_of, sums_of
 from trainer_server.coordinator.events import (
     Command,
     CountRefusal,
@@ -38,12 +38,18 @@ from trainer_server.coordinator.limits import MAX_STRETCH, UNMERGED, devices_in_
 from trainer_server.coordinator.records import ClosedRound, listed
 from trainer_server.coordinator.refusals import LEFT_OUT_AFTER, LEFT_OUT_ROUNDS, refuse
 from trainer_server.coordinator.round_update import apply_round, scaled_down, without_sums
-from trainer_server.coordinator.secure_sums import MAX_REPEATS, asked_devices, shortage
+from trainer_server.coordinator.secure_sums import MAX_REPEATS, asked_devices, secure_level, shortage
 from trainer_server.coordinator.selection import eligible_devices, select_devices
-from trainer_server.coordinator.state import SUMS, TRAINING, Accepted, Plan, State, Step
+from trainer_server.coordinator.state import SUMS, TRAINING, Accepted, Part, Plan, State, Step
 from trainer_server.coordinator.validation import validate_update
 
 RAISE_TIMEOUT = "If this repeats, stop the server and resume with a longer --round-timeout"
+WITHOUT = {  # what a run does without a secure aggregation
+    Stage.STATISTICS: "stage 1 starts from the bundle's own head",
+    Stage.HEAD: "the global expert keeps the head of stage 1",
+    Stage.GLOBAL: "this round does not change the global expert",
+    Stage.PERSONAL: "this round does not change the gate adapter",
+}
 REMEMBERED_ROUNDS = 2  # updates of older rounds are reported as late, also if they were accepted before
 
 
@@ -175,9 +181,13 @@ def _open_round(plan: Plan, state: State, position: int, now: float) -> tuple[St
     """Selects devices, publishes the globals and announces the round at `position` of the schedule."""
     config, number, step = plan.config, state.round + 1, plan.schedule[position]
     stage, level = step.stage, state.sal.level
-    if step.sums is not None and position == plan.part_of(step.sums).start and len(state.ready) < MIN_DEVICES:
-        reason = f"{len(state.ready)} devices are online, and secure sums need {MIN_DEVICES}"
-        return _skip_sums(plan, state, step.sums, reason, now)
+    if step.part is not None:
+        starts = position == plan.positions_of(step.part).start
+        if starts and step.part[0] in SUMS and len(state.ready) < MIN_DEVICES:
+            reason = f"{len(state.ready)} devices are online, and secure aggregation needs {MIN_DEVICES}"
+            return _skip_part(plan, state, step.part, reason, now)
+        if step.part[0] is Stage.GLOBAL:
+            level = secure_level(state) if starts else state.secure.level
     selected = _selected(plan, state, step, number)
     oldest = number - max(config.max_staleness, REMEMBERED_ROUNDS)
     closed = [*state.recent, *([state.announced] if state.announced else [])]
@@ -190,13 +200,15 @@ def _open_round(plan: Plan, state: State, position: int, now: float) -> tuple[St
         index=step.index,
         of=step.of,
         level=level,
-        chosen=tuple(sorted(selected)) if selected != state.ready or step.sums is not None else (),
+        chosen=tuple(sorted(selected)) if selected != state.ready or step.part is not None else (),
         repetitions=config.stage1_rounds if stage is Stage.BASELINE else 1,
         training=config.stage2 if stage is Stage.PERSONAL else config.stage1,
         sal=sal_of(plan, state, stage),
         encoding=config.encoding,
         privacy=config.privacy,
-        min_class_count=config.min_class_count if step.sums is not None else 0,
+        sums=sums_of(plan, stage),
+        min_class_count=config.min_class_count if stage in COUNTED and config.privacy is None else 0,
+        secure=step.part is not None,
         classes=state.secure.classes if stage in SUMS else (),
         **{kind: sha256 for kind, (sha256, _) in blobs.items()},
     )
@@ -218,11 +230,11 @@ def _open_round(plan: Plan, state: State, position: int, now: float) -> tuple[St
 def _selected(plan: Plan, state: State, step: Step, number: int) -> frozenset[str]:
     """The devices that the round asks. A repeated round of training asks every device, because the same selection could
     fail again."""
-    if step.sums is not None and plan.masks and step.stage is not Stage.KEYS:
+    if step.part is not None and plan.masks and step.stage is not Stage.KEYS:
         return asked_devices(state, step.stage)
     ready, least = {name: state.devices[name] for name in state.ready}, state.limits.min_updates
     eligible = eligible_devices(ready, state.refused, number, least)
-    if step.stage not in TRAINING or state.repeats:
+    if (step.part[0] if step.part else step.stage) not in TRAINING or state.repeats:
         return frozenset(eligible)
     return select_devices(plan.config, eligible, state.sal.level, number, least)
 
@@ -253,7 +265,7 @@ def _too_few(plan: Plan, state: State, closing: Round) -> str:
     count, least = len(state.updates), state.limits.min_updates
     if count < least:
         return f"round {state.round} got {count} updates, fewer than {least}"
-    return "" if plan.schedule[state.position].sums is None else shortage(plan, state, closing)
+    return "" if plan.schedule[state.position].part is None else shortage(plan, state, closing)
 
 
 def _close_round(plan: Plan, state: State, closing: Round, now: float) -> tuple[State, list[Command]]:
@@ -267,45 +279,42 @@ def _close_round(plan: Plan, state: State, closing: Round, now: float) -> tuple[
         try:
             applied = apply_round(plan, state, closing)
         except (SecureAggregationError, MessageError) as error:
-            assert step.sums is not None
-            state, commands = _skip_sums(plan, state, step.sums, str(error), now)
+            assert step.part is not None
+            state, commands = _skip_part(plan, state, step.part, str(error), now)
             return state, [record, *commands]
         quick = 2 * (now - state.since) < next_deadline(plan, state) - state.since
         stretch = max(state.stretch // 2, 1) if quick else state.stretch
         position = state.position + 1
-        # repeats of all rounds of secure sums count together
-        repeats = state.repeats if step.sums is not None and plan.schedule[position].sums is step.sums else 0
+        # repeats of all rounds of a secure aggregation count together
+        repeats = state.repeats if step.part is not None and plan.schedule[position].part == step.part else 0
         state, commands = _open_round(plan, replace(applied, repeats=repeats, stretch=stretch), position, now)
         return state, [record, *notes, *commands, *([Stop()] if state.position == finish else [])]
-    if step.sums is not None:
-        state, commands = _repeat_sums(plan, state, step.sums, too_few, now)
+    if step.part is not None and _is_skipped(step, step.part, state.repeats):
+        state, commands = _skip_part(plan, state, step.part, too_few, now)
         return state, [record, *commands]
     if limits.max_repeats is not None and state.repeats >= limits.max_repeats:
         times = f"{state.repeats + 1} times in a row"
         state, commands = _open_round(plan, state, finish, now)
         return state, [record, *commands, Stop(f"{too_few}, {times}; the run ends")]
-    state, commands = _open_round(plan, replace(state, repeats=state.repeats + 1, stretch=1), state.position, now)
+    position = state.position
+    if step.part is not None and step.stage is not Stage.UNMASK:  # again with fresh keys
+        position = plan.positions_of(step.part).start
+    state, commands = _open_round(plan, replace(state, repeats=state.repeats + 1, stretch=1), position, now)
     return state, [record, Log(f"{too_few}; repeating it", warning=True), *commands]
 
 
-def _repeat_sums(plan: Plan, state: State, sums: Stage, reason: str, now: float) -> tuple[State, list[Command]]:
-    """Starts secure sums again, with fresh keys; once masks may have been removed, repeats only their removal."""
-    stage = plan.schedule[state.position].stage
-    if stage in SUMS or state.repeats >= MAX_REPEATS:
-        return _skip_sums(plan, state, sums, reason, now)
-    position = state.position if stage is Stage.UNMASK else plan.part_of(sums).start
-    state, commands = _open_round(plan, replace(state, repeats=state.repeats + 1, stretch=1), position, now)
-    return state, [Log(f"{reason}; repeating it", warning=True), *commands]
+def _is_skipped(step: Step, part: Part, repeats: int) -> bool:
+    """Whether the run goes on without a secure aggregation, of which a round got too few updates."""
+    if part[0] in TRAINING:
+        return step.stage is Stage.UNMASK and repeats >= MAX_REPEATS
+    return step.stage in SUMS or repeats >= MAX_REPEATS
 
 
-def _skip_sums(plan: Plan, state: State, sums: Stage, reason: str, now: float) -> tuple[State, list[Command]]:
-    """Goes on without the secure sums of a stage."""
-    without = "stage 1 starts from the bundle's own head"
-    if sums is Stage.HEAD:
-        without = "the global expert keeps the head of stage 1"
-    state = replace(without_sums(plan, state, sums), repeats=0, stretch=1)
-    state, commands = _open_round(plan, state, plan.part_of(sums).stop, now)
-    return state, [Log(f"no secure sums: {reason}; {without}", warning=True), *commands]
+def _skip_part(plan: Plan, state: State, part: Part, reason: str, now: float) -> tuple[State, list[Command]]:
+    """Goes on without a secure aggregation."""
+    state = replace(without_sums(plan, state, part[0]), repeats=0, stretch=1)
+    state, commands = _open_round(plan, state, plan.positions_of(part).stop, now)
+    return state, [Log(f"no secure aggregation: {reason}; {WITHOUT[part[0]]}", warning=True), *commands]
 
 
 def _record(state: State, closing: Round, now: float, repeated: str) -> StoreRound:

@@ -19,25 +19,32 @@ from fedfmsl.algorithms.aggregation import Aggregate, Contribution
 from fedfmsl.algorithms.arrays import Doubles, Tensors, Vector
 from fedfmsl.algorithms.bounds import NORM_ROUNDS, capped_weights, norm_limit
 from fedfmsl.algorithms.class_means import class_mean_head, direction_head
-from fedfmsl.algorithms.discriminant import discriminant_head
+from fedfmsl.algorithms.discriminant import discriminant_head, logit_head, with_former_rows
+from fedfmsl.algorithms.weighted_sums import weighted_mean
+from fedfmsl.errors import MessageError
 from fedfmsl.protocol.layout import Layout
-from fedfmsl.protocol.messages import Round, Stage, Update
+from fedfmsl.protocol.messages import Round, Stage, Sums, Update
 from trainer_server.config import Head
 from trainer_server.coordinator.records import listed
-from trainer_server.coordinator.secure_sums import apply_updates
-from trainer_server.coordinator.state import NO_SUMS, TRAINING, Accepted, Plan, State
+from trainer_server.coordinator.secure_sums import apply_updates, update_parts
+from trainer_server.coordinator.state import NO_SUMS, TRAINING, Accepted, Part, Plan, State
 from trainer_server.coordinator.validation import class_statistics, expert_delta, gate_delta, head_statistics
+
+ROUNDING = 1e-6  # of an accuracy from fixed-point numbers
 
 
 def apply_round(plan: Plan, state: State, closing: Round) -> State:
     """The state after `state.updates` have been applied.
 
-    Raises SecureAggregationError or MessageError if they are of secure sums, and these cannot be used.
+    Raises SecureAggregationError or MessageError if they are of secure aggregation, and cannot be used.
     """
-    stage = plan.schedule[state.position].sums
-    if stage is not None:
+    part = plan.schedule[state.position].part
+    if part is not None:
         sums = apply_updates(plan, state, closing)
-        return sums.state if sums.total is None else _secure_sums(plan, sums.state, stage, sums.total)
+        if sums.total is None:
+            return sums.state
+        apply = _secure_updates if part[0] in TRAINING else _secure_sums
+        return apply(plan, sums.state, part, sums.total)
     if closing.stage not in APPLY:
         return state
     norms = _recent_norms(state, closing)
@@ -79,15 +86,30 @@ def without_sums(plan: Plan, state: State, stage: Stage) -> State:
         return state
     dims, zero_shot = plan.bundle.manifest.dims, plan.bundle.zero_shot()
     head = np.zeros(plan.bundle.expert.size(0), np.float32)
-    if zero_shot is not None and plan.config.head is not Head.ZEROS:
+    if zero_shot is not None:
         norm = dims.feature**0.5  # of a normalized feature, about
         head = direction_head(zero_shot.rows, zero_shot.scale, np.ones(1, np.float32), norm)
     return _starting_from(plan, state, head)
 
 
-def _secure_sums(plan: Plan, state: State, stage: Stage, total: Doubles) -> State:
+def _secure_updates(plan: Plan, state: State, part: Part, total: Doubles) -> State:
+    """The state after the sum of the weighted updates of a round. Raises MessageError if it cannot be their sum."""
+    stage, index = part
+    assert state.announced is not None
+    combined, accuracy = weighted_mean(total, update_parts(plan, stage, state.announced.level))
+    norm = float(np.linalg.norm(combined.delta))
+    if not combined.trained or not norm <= plan.config.max_norm or not 0 <= accuracy <= 1 + ROUNDING:
+        raise MessageError(f"the mean of the updates has the norm {norm:.4g} and the accuracy {accuracy:.4g}")
+    if stage is Stage.PERSONAL:
+        return _with_gate(plan, state, combined)
+    padded = np.zeros(state.expert.size)
+    padded[: combined.delta.size] = combined.delta
+    return _with_expert(plan, state, Aggregate(padded, combined.trained), index, accuracy)
+
+
+def _secure_sums(plan: Plan, state: State, part: Part, total: Doubles) -> State:
     """The state after secure sums (P,). Raises MessageError if no features have them."""
-    first = stage is Stage.STATISTICS
+    first = part[0] is Stage.STATISTICS
     layout = plan.statistics if first else plan.head_statistics
     tensors = layout.split(np.asarray(total, np.float32))
     samples = round(float(tensors["class_counts"].sum()))
@@ -123,8 +145,6 @@ def _first_head(plan: Plan, sums: Mapping[str, Vector]) -> Vector:
     counts, norm_sum = sums["class_counts"], float(sums["norm_sum"][0])
     if plan.config.head is Head.CLASS_MEANS:
         return class_mean_head(sums["class_sums"], counts, norm_sum)
-    if plan.config.head is Head.ZEROS:
-        return np.zeros(plan.bundle.expert.size(0), np.float32)
     zero_shot = plan.bundle.zero_shot()
     assert zero_shot is not None  # checked when the run was started
     return direction_head(zero_shot.rows, zero_shot.scale, counts, norm_sum)
@@ -132,11 +152,18 @@ def _first_head(plan: Plan, sums: Mapping[str, Vector]) -> Vector:
 
 def _expert(plan: Plan, state: State, closing: Round) -> State:
     combined = _combined(plan, state, plan.bundle.expert, expert_delta)
+    return _with_expert(plan, state, combined, closing.index, _held_out(state))
+
+
+def _with_expert(plan: Plan, state: State, combined: Aggregate, index: int, accuracy: float) -> State:
+    """The state after round `index` of stage 1."""
     expert, moments = plan.config.aggregation.server_optimizer.step(state.expert, combined, state.expert_moments)
     # after the last round no device would train a newly activated block
-    last = closing.index + 1 == closing.of
-    sal = state.sal if last else plan.config.stage1_sal.observe(state.sal, _held_out(state))
-    return replace(state, expert=expert, expert_moments=moments, sal=sal)
+    last = index + 1 == plan.config.stage1_rounds
+    sal = state.sal if last else plan.config.stage1_sal.observe(state.sal, accuracy)
+    first = plan.config.head is Head.ZEROS and index == 0
+    start = expert[: plan.bundle.expert.size(1)] if first else state.start
+    return replace(state, expert=expert, start=start, expert_moments=moments, sal=sal)
 
 
 def _head(plan: Plan, state: State, closing: Round) -> State:
@@ -144,16 +171,21 @@ def _head(plan: Plan, state: State, closing: Round) -> State:
 
 
 def _with_final_head(plan: Plan, state: State, total: NDArray[np.floating[Any]]) -> State:
-    """The head in closed form, from the features of all samples under the trained LoRA."""
-    sums = plan.head_statistics.split(np.asarray(total, np.float32))
-    expert = state.expert.copy()
-    head = discriminant_head(sums["class_sums"], sums["class_counts"], sums["second_moments"])
-    expert[: head.size] = head
+    """The head in closed form, from the logits or features of all samples under the trained LoRA."""
+    tensors = plan.head_statistics.split(np.asarray(total, np.float32))
+    sums, counts, moments = (tensors[name] for name in ("class_sums", "class_counts", "second_moments"))
+    expert, former = state.expert.copy(), state.expert[: plan.bundle.expert.size(0)]
+    logits = plan.config.head_sums is Sums.LOGITS
+    head = logit_head(former, sums, counts, moments) if logits else discriminant_head(sums, counts, moments)
+    expert[: head.size] = with_former_rows(head, former, counts)
     return replace(state, expert=expert)
 
 
 def _gate(plan: Plan, state: State, closing: Round) -> State:
-    combined = _combined(plan, state, plan.bundle.gate, gate_delta)
+    return _with_gate(plan, state, _combined(plan, state, plan.bundle.gate, gate_delta))
+
+
+def _with_gate(plan: Plan, state: State, combined: Aggregate) -> State:
     gate, moments = plan.config.aggregation.server_optimizer.step(state.gate, combined, state.gate_moments)
     return replace(state, gate=gate, gate_moments=moments)
 
@@ -169,8 +201,8 @@ def _held_out(state: State) -> float:
 def _combined(plan: Plan, state: State, layout: Layout, delta: Callable[[Plan, Update, Tensors], Vector]) -> Aggregate:
     """The aggregated update of the round.
 
-    Updates above `update_limit` are scaled down to it, and weights are capped. An update that is s rounds late has 1/√(1 + s) of its weight (FedBuff, Nguyen et al., AISTATS 2022). Under privacy
-    all updates have the same weight, else clipping would not bound a device's influence, and a part with fewer
+    Updates above `update_limit` are scaled down to it, and weights are capped. An update that is s rounds late has
+    1/√(1 + s) of its weight (FedBuff, Nguyen et al., AISTATS 2022). Under privacy all updates have the same weight, else clipping would not bound a device's influence, and a part with fewer
     contributions than `Privacy.shares` is not released, because it has too little noise.
     """
 

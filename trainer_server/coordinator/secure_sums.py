@@ -1,8 +1,9 @@
-"""The secure sums of a run: what the server does in their rounds (see `fedfmsl.protocol.secure_sums`).
+"""Secure aggregation: what the server does in its rounds (see `fedfmsl.protocol.secure_sums`).
 
-If they fail, the run goes on without them: the first head is then the bundle's own, and the global expert keeps the
+If class sums fail, the run goes on without them: the first head is then the bundle's own, and the global expert keeps the
 head of stage 1. Before the first masks are removed they are tried again, with fresh keys. Afterwards they are not: the
-difference of two sums over different devices would reveal the devices that are only in one.
+difference of two sums over different devices would reveal the devices that are only in one. Updates of stages 1 and 2
+are tried again as in other runs, until their masks may have been removed; then the round changes nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fedfmsl.algorithms.arrays import Doubles, Tensors
+from fedfmsl.algorithms.arrays import Doubles, Parts, Tensors
 from fedfmsl.algorithms.fixed_point import Words, numbers
 from fedfmsl.algorithms.secure_aggregation import (
     MIN_DEVICES,
@@ -22,6 +23,7 @@ from fedfmsl.algorithms.secure_aggregation import (
     held_members,
     unmask,
 )
+from fedfmsl.algorithms.weighted_sums import FRACTION_BITS, weighted_values
 from fedfmsl.errors import MessageError
 from fedfmsl.protocol.encoding import SUMS
 from fedfmsl.protocol.messages import Round, Stage, Update
@@ -34,16 +36,17 @@ from fedfmsl.protocol.secure_sums import (
     roster_of,
     roster_tensors,
     tensor_of,
+    thin_level,
     vector_of,
 )
-from trainer_server.coordinator.state import NO_SUMS, Plan, SecureSums, State
+from trainer_server.coordinator.state import NO_SUMS, TRAINING, Plan, SecureSums, State
 
-MAX_REPEATS = 2  # of one of these rounds, before the run goes on without the sums
+MAX_REPEATS = 2  # before the run goes on without the sums
 
 
 @dataclass(frozen=True)
 class Sums:
-    """`total` (P,): the sums of the statistics or of the head round, once they are complete."""
+    """`total` (P,): the sum of the vectors of statistics, head or updates, once it is complete."""
 
     state: State
     total: Doubles | None = None
@@ -58,18 +61,29 @@ def shortage(plan: Plan, state: State, closing: Round) -> str:
     """Why the updates of a round of the secure sums are too few, or ""."""
     answered, count = _answered(state), len(state.answered)
     if count < MIN_DEVICES:
-        return f"round {state.round} got {count} updates, and secure sums need {MIN_DEVICES}"
+        return f"round {state.round} got {count} updates, and secure aggregation needs {MIN_DEVICES}"
     if closing.stage is Stage.KEYS or not plan.masks:
         return ""
     roster = _roster(plan, state.secure)
     members = answered if closing.stage is Stage.SHARES else state.secure.members
     if not roster.enough(_places(roster, answered), _places(roster, members)):
         return f"round {state.round} got {count} updates, too few to remove the masks"
+    if closing.stage is Stage.GLOBAL:
+        levels = read_roster(state.secure.roster)
+        level = thin_level((levels[name].level for name in answered), closing.level)
+        if level:
+            return f"round {state.round} got updates of fewer than {MIN_DEVICES} devices at level {level} or above"
     return ""
 
 
-def check_update(plan: Plan, state: State, update: Update, tensors: Tensors) -> None:
-    """Raises MessageError if an update of the secure sums is not valid."""
+def secure_level(state: State) -> int:
+    """The level of a round of stage 1: up to SAL's, the highest that MIN_DEVICES devices train."""
+    caps = sorted((state.devices[name].level_cap for name in state.ready), reverse=True)
+    return max(min(state.sal.level, caps[MIN_DEVICES - 1]), 1) if len(caps) >= MIN_DEVICES else 1
+
+
+def check_update(plan: Plan, state: State, task: Round, update: Update, tensors: Tensors) -> None:
+    """Raises MessageError if an update for a round of secure aggregation is not valid."""
     if update.stage is Stage.KEYS:
         signed = SignedKeys.read(tensors)
         plan.check_keys(update.device, signed, signed.message(update.device, _context(plan, update.round)))
@@ -83,7 +97,7 @@ def check_update(plan: Plan, state: State, update: Update, tensors: Tensors) -> 
             held = held_members(roster, device, _places(roster, state.secure.members))
             tensor_of(tensors, OPENED, np.uint8, (len(held), SEED_BYTES))
     else:
-        tensor_of(tensors, SUMS, np.uint64, (_values(plan, update.stage),))
+        tensor_of(tensors, SUMS, np.uint64, (_values(plan, update.stage, task.level),))
     if len(tensors) != 1:
         raise MessageError(f"the update holds {len(tensors)} tensors, expected 1")
 
@@ -94,7 +108,7 @@ def apply_updates(plan: Plan, state: State, closing: Round) -> Sums:
     if closing.stage is Stage.KEYS:
         signed = {name: SignedKeys.read(tensors) for name, tensors in _tensors(plan, state)}
         members = tuple(sorted(signed))
-        return _progress(state, SecureSums(roster_tensors(signed), closing.round, members))
+        return _progress(state, SecureSums(roster_tensors(signed), closing.round, closing.level, members))
     if closing.stage is Stage.SHARES:
         roster = _roster(plan, secure)
         shares = np.zeros((len(roster.names), len(roster.holders(0)), SHARE_BYTES), np.uint8)
@@ -102,7 +116,7 @@ def apply_updates(plan: Plan, state: State, closing: Round) -> Sums:
             shares[_positions(roster)[name]] = tensors[SHARES]
         return _progress(state, replace(secure, shares=shares, members=_answered(state)))
     if closing.stage is not Stage.UNMASK:
-        masked = np.zeros(_values(plan, closing.stage), np.uint64)
+        masked = np.zeros(_values(plan, closing.stage, closing.level), np.uint64)
         for _, tensors in _tensors(plan, state):
             masked += np.asarray(tensors[SUMS], np.uint64)
         secure = replace(secure, masked=masked, survivors=_answered(state))
@@ -118,7 +132,7 @@ def apply_updates(plan: Plan, state: State, closing: Round) -> Sums:
 
 def _completed(plan: Plan, state: State, secure: SecureSums, stage: Stage, total: Words) -> Sums:
     """Raises MessageError if no class has enough holders."""
-    values = numbers(total)
+    values = numbers(total, FRACTION_BITS) if stage in TRAINING else numbers(total)
     secure = replace(secure, masked=NO_SUMS.masked)
     if stage is not Stage.HOLDERS:
         return Sums(replace(state, secure=NO_SUMS), values)
@@ -133,8 +147,15 @@ def _progress(state: State, secure: SecureSums) -> Sums:
     return Sums(replace(state, secure=secure))
 
 
-def _values(plan: Plan, stage: Stage) -> int:
+def update_parts(plan: Plan, stage: Stage, level: int) -> Parts:
+    """The parts of an update of stage 1 or 2."""
+    return plan.bundle.expert.parts_of(level) if stage is Stage.GLOBAL else plan.bundle.gate.parts
+
+
+def _values(plan: Plan, stage: Stage, level: int) -> int:
     """Length of the vectors of a masked stage."""
+    if stage in TRAINING:
+        return weighted_values(update_parts(plan, stage, level))
     if stage is Stage.HOLDERS:
         return plan.bundle.manifest.dims.classes
     return plan.statistics.total if stage is Stage.STATISTICS else plan.head_statistics.total

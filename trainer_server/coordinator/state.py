@@ -7,7 +7,7 @@ thousand updates needs no more memory than one with ten.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -19,9 +19,9 @@ from fedfmsl.algorithms.secure_aggregation import VECTORS, Bytes
 from fedfmsl.algorithms.server_optimizers import Moments
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.layout import Layout
-from fedfmsl.protocol.messages import DeviceStatus, Round, Stage, Update
+from fedfmsl.protocol.messages import DeviceStatus, Round, Stage, Sums, Update
 from fedfmsl.protocol.secure_sums import SignedKeys
-from trainer_server.config import RunConfig
+from trainer_server.config import Head, RunConfig
 from trainer_server.coordinator.limits import Limits
 from trainer_server.coordinator.refusals import Refused
 
@@ -35,14 +35,17 @@ def unsigned(name: str, signed: SignedKeys, message: bytes) -> None:
     """Accepts all keys, where devices have no certificates."""
 
 
+Part = tuple[Stage, int]  # the rounds of secure aggregation around this round of a stage
+
+
 @dataclass(frozen=True)
 class Step:
-    """Round `index` of a stage that has `of` rounds. `sums`: the stage whose secure sums it belongs to."""
+    """Round `index` of a stage that has `of` rounds. `part`: the secure aggregation that it belongs to."""
 
     stage: Stage
     index: int
     of: int
-    sums: Stage | None = None
+    part: Part | None = None
 
 
 @dataclass(frozen=True)
@@ -65,61 +68,72 @@ class Plan:
         """Every round of the run in order. The last one is FINISHED."""
         config = self.config
         rounds = {
-            Stage.STATISTICS: 1,
+            Stage.STATISTICS: int(config.head is not Head.ZEROS),
             Stage.GLOBAL: config.stage1_rounds,
-            Stage.HEAD: int(config.privacy is None),  # noise would drown the second moments
+            # noise would drown the second moments
+            Stage.HEAD: int(config.privacy is None and config.head_sums is not Sums.NONE),
             Stage.PERSONAL: config.stage2_rounds,
             Stage.BASELINE: int(config.baseline),
             Stage.EVALUATE: 1,
             Stage.FINISHED: 1,
         }
+        plain = [Step(stage, index, of) for stage, of in rounds.items() for index in range(of)]
+        masked = [step for step in plain if self._is_secure(step.stage)]
         steps = []
-        for stage, of in rounds.items():
-            secure = config.secure_sums and stage in SUMS
-            steps += list(self._secure(stage)) if secure else [Step(stage, index, of) for index in range(of)]
+        for step in plain:
+            steps += list(self._secure(step, masked.index(step), len(masked))) if step in masked else [step]
         return steps
 
-    def _secure(self, sums: Stage) -> Iterator[Step]:
-        """The rounds of the secure sums of a stage: first of the holders of each class, then of the classes' samples
-        (see `fedfmsl.protocol.secure_sums`)."""
-        index, of = SUMS.index(sums), len(SUMS)
-        if self.masks:
-            yield Step(Stage.KEYS, index, of, sums)
-            yield Step(Stage.SHARES, index, of, sums)
-        for vector, stage in enumerate((Stage.HOLDERS, sums)):
-            yield Step(stage, index, of, sums) if stage is Stage.HOLDERS else Step(stage, 0, 1, sums)
-            if self.masks:
-                yield Step(Stage.UNMASK, VECTORS * index + vector, VECTORS * of, sums)
+    def _is_secure(self, stage: Stage) -> bool:
+        secure = self.config.secure
+        return (stage in SUMS and (secure or self.config.secure_sums)) or (stage in TRAINING and secure)
 
-    def part_of(self, sums: Stage) -> range:
-        """The positions of the schedule that belong to the secure sums of a stage."""
-        positions = [position for position, step in enumerate(self.schedule) if step.sums is sums]
+    def _secure(self, masked: Step, execution: int, executions: int) -> Iterator[Step]:
+        """The rounds of the secure aggregation of a round (see `fedfmsl.protocol.secure_sums`). Before class sums, the
+        holders of each class are counted, if a class needs several."""
+        part = (masked.stage, masked.index)
+        vectors = [replace(masked, part=part)]
+        if masked.stage in SUMS and self.config.min_holders > 1:
+            vectors = [Step(Stage.HOLDERS, SUMS.index(masked.stage), len(SUMS), part), *vectors]
+        if self.masks:
+            yield Step(Stage.KEYS, execution, executions, part)
+            yield Step(Stage.SHARES, execution, executions, part)
+        for step in vectors:
+            yield step
+            if self.masks:
+                vector = int(step.stage is not Stage.HOLDERS)
+                yield Step(Stage.UNMASK, VECTORS * execution + vector, VECTORS * executions, part)
+
+    def positions_of(self, part: Part) -> range:
+        """The positions of the schedule that belong to a secure aggregation."""
+        positions = [position for position, step in enumerate(self.schedule) if step.part == part]
         return range(positions[0], positions[-1] + 1)
 
     @cached_property
     def statistics(self) -> Layout:
         """The layout of updates in the statistics round."""
-        return self._sums(("norm_sum", 1))
+        return self._sums(self.bundle.manifest.dims.feature, ("norm_sum", 1))
 
     @cached_property
     def head_statistics(self) -> Layout:
         """The layout of updates in the head round."""
-        feature = self.bundle.manifest.dims.feature
-        return self._sums(("second_moments", feature * (feature + 1) // 2))
+        dims = self.bundle.manifest.dims
+        width = dims.classes if self.config.head_sums is Sums.LOGITS else dims.feature
+        return self._sums(width, ("second_moments", width * (width + 1) // 2))
 
     @property
     def largest_update(self) -> int:
         """Values in the largest update of any stage, of four bytes each."""
         bundle = self.bundle
-        sums = max(self.statistics.total, self.head_statistics.total)
-        return max(bundle.expert.total, bundle.gate.total, sums * (2 if self.config.secure_sums else 1))
+        values = max(bundle.expert.total, bundle.gate.total, self.statistics.total, self.head_statistics.total)
+        return 2 * values + 4096 if self.config.secure or self.config.secure_sums else values
 
-    def _sums(self, last: tuple[str, int]) -> Layout:
-        dims, (name, size) = self.bundle.manifest.dims, last
+    def _sums(self, width: int, last: tuple[str, int]) -> Layout:
+        classes, (name, size) = self.bundle.manifest.dims.classes, last
         return Layout.build(
             [
-                ("statistics", "class_sums", (dims.classes, dims.feature)),
-                ("statistics", "class_counts", (dims.classes,)),
+                ("statistics", "class_sums", (classes, width)),
+                ("statistics", "class_counts", (classes,)),
                 ("statistics", name, (size,)),
             ]
         )
@@ -137,15 +151,16 @@ class Accepted:
 
 @dataclass(frozen=True)
 class SecureSums:
-    """The secure sums in progress (see `fedfmsl.protocol.secure_sums`).
+    """The secure aggregation in progress (see `fedfmsl.protocol.secure_sums`).
 
-    `roster`: the published keys. `keys_round`: the round in which they were sent. `members`: the devices that mask the
+    `roster`: the published keys. `keys_round`: the round in which they were sent. `level`: that of its rounds. `members`: the devices that mask the
     next vector. `survivors`: those whose masked vectors have arrived, with the sum `masked` (P,). `shares` (n, H,
     SHARE_BYTES): the published shares. `classes`: those with enough holders.
     """
 
     roster: Tensors = field(default_factory=dict)
     keys_round: int = 0
+    level: int = 0
     members: tuple[str, ...] = ()
     survivors: tuple[str, ...] = ()
     classes: tuple[int, ...] = ()
@@ -162,7 +177,8 @@ class State:
     """The state of a run between two events.
 
     Globals: `expert` (P,) has the bundle's highest level, and its blocks above SAL's level are untrained. `start` (P₁,)
-    is the expert that stage 1 starts from. `gate` (G,) is the gate adapter.
+    is the expert that stage 1 starts from; if its head is zeros, that of the first round of stage 1 replaces it. `gate`
+    (G,) is the gate adapter.
 
     `norms`: the median norms of the updates in the stage's last rounds.
 
@@ -176,7 +192,7 @@ class State:
     Late updates: `recent` are closed rounds whose late updates still count. `counted` are the keys of the updates
     accepted in these rounds and in the last REMEMBERED_ROUNDS. A second update with such a key is a duplicate.
 
-    `secure`: the secure sums in progress.
+    `secure`: the secure aggregation in progress.
     """
 
     expert: Vector
@@ -226,11 +242,12 @@ class State:
 
 
 def initial_state(plan: Plan, now: float) -> State:
-    expert, gate = plan.bundle.initial()
+    expert, gate = plan.bundle.initial()  # its head is zeros
+    first = plan.bundle.expert.size(1) if plan.config.head is Head.ZEROS else 0
     return State(
         expert=expert,
         gate=gate,
-        start=np.empty(0, np.float32),
+        start=expert[:first],
         expert_moments=Moments.zeros(expert.size),
         gate_moments=Moments.zeros(gate.size),
         sal=plan.config.stage1_sal.start(),

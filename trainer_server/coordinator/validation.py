@@ -41,7 +41,7 @@ def validate_update(plan: Plan, state: State, update: Update, tensors: Tensors) 
         return Validation(Verdict.REJECTED, kind, reason)
 
     config, announced = plan.config, state.announced
-    secure = state.position >= 0 and plan.schedule[state.position].sums is not None
+    secure = state.position >= 0 and plan.schedule[state.position].part is not None
     if update.run != config.run:
         return rejected("other run", f"belongs to run {update.run!r}, this is {config.run!r}")
     if update.session != plan.session:
@@ -72,7 +72,7 @@ def validate_update(plan: Plan, state: State, update: Update, tensors: Tensors) 
         return rejected("tensors", f"is of level {update.level}, above the announced {task.level}")
     try:
         if secure:
-            check_update(plan, state, update, tensors)
+            check_update(plan, state, task, update, tensors)
         norm = 0.0 if secure else CHECKS[update.stage](plan, update, tensors)
     except MessageError as error:
         return rejected("tensors", str(error))
@@ -116,8 +116,8 @@ def head_statistics(plan: Plan, samples: int, tensors: Tensors) -> Vector:
     """Class sums, counts and second moments of at most `samples` samples, flat. Raises MessageError if no features
     (n, F) have them."""
     flat, (sums, counts, moments) = _joined(plan.head_statistics, tensors)
-    if counts.min() < 0 or not counts.any():
-        raise MessageError("the update holds negative counts or counts no images")
+    if counts.min() < 0:
+        raise MessageError("the update holds negative counts")
     _check_counts(counts, samples)
     scatter, held = within_scatter(sums, counts, moments), counts > 0
     squares = float(np.trace(scatter) + ((sums[held] ** 2).sum(axis=1) / counts[held]).sum())  # Σ |xᵢ|²

@@ -41,6 +41,7 @@ class Checkpoint(BaseModel):
     refused: dict[str, Refused]
     counted: list[tuple[int, str]]
     keys_round: int = 0
+    secure_level: int = 0
     members: tuple[str, ...] = ()
     survivors: tuple[str, ...] = ()
     classes: tuple[int, ...] = ()
@@ -66,6 +67,7 @@ class Checkpoint(BaseModel):
             refused=dict(state.refused),
             counted=sorted(state.counted),
             keys_round=state.secure.keys_round,
+            secure_level=state.secure.level,
             members=state.secure.members,
             survivors=state.secure.survivors,
             classes=state.secure.classes,
@@ -77,6 +79,7 @@ class Checkpoint(BaseModel):
         secure = SecureSums(
             roster={name.removeprefix(ROSTER): tensor for name, tensor in named.items() if name.startswith(ROSTER)},
             keys_round=self.keys_round,
+            level=self.secure_level,
             members=self.members,
             survivors=self.survivors,
             classes=self.classes,
