@@ -55,8 +55,8 @@ NOTES = [
     "with FedAvgM, 0.875 with FedAdam and 0.862 with the reference.",
     "- The hostile device is device-0: it sends −10 times its update in every round of both stages, and honest "
     "statistics. Its own samples do not count in these rows, nor in their reference.",
-    f"- Private: clip {CLIP} for both stages, noise shared by six devices, ε at δ = {DELTA:g} after 18 rounds "
-    "(statistics, 12, 5) by `fedfmsl.algorithms.accounting`. Devices report no accuracies, so the levels follow a "
+    f"- Private: clip {CLIP} for both stages, noise shared by six devices, ε at δ = {DELTA:g} after 17 rounds "
+    "(12 and 5) by `fedfmsl.algorithms.accounting`. Devices report no accuracies, so the levels follow a "
     "fixed schedule. Compare with the row of that schedule.",
     "- Not measured: more than six devices, other α, other data; several hostile devices, devices that cooperate or "
     "stay just below a clip; late updates; bytes down, which are fp32 with every encoding.",
@@ -260,7 +260,7 @@ def _accuracy(result: dict[str, Any], model: str, hostile: bool) -> float:
 
 def _epsilon(configuration: Configuration) -> str:
     privacy = configuration.settings.get("privacy")
-    return f"{epsilon(privacy, 1 + 12 + 5, DELTA):.3g}" if privacy else "–"
+    return f"{epsilon(privacy, 12 + 5, DELTA):.3g}" if privacy else "–"
 
 
 if __name__ == "__main__":

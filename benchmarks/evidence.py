@@ -38,7 +38,7 @@ FEDFMSL = "fedfmsl"
 SAL = (FEDFMSL, "fedfmsl-all-at-once", "fedfmsl-fixed-schedule")  # they differ with several levels only
 AT_ONE_LEVEL = tuple(name for name in METHODS if name not in SAL[1:])
 COLUMNS = ("own", "novel", "fleet", "harmonic", "worst_decile")
-ROW_TITLES = {"class-means": "its class means", "global": "its global expert", "local-expert": "its local expert"}
+ROW_TITLES = {"start": "after its first round", "global": "its global expert", "local-expert": "its local expert"}
 COSTS = {"kilobytes_up": "kB up", "kilobytes_down": "kB down", "device_seconds": "device-seconds"}
 
 app = application()

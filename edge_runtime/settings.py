@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -26,6 +27,14 @@ from fedfmsl.transport.settings import (
 RUN, SAMPLES, RESOURCES, SCHEDULE, OUTPUT = (
     panel(name) for name in ("Run", "Samples", "Resources", "When the device trains", "Predictions and metrics")
 )
+
+
+class Secure(str, Enum):
+    """What a device sends only as a part of a sum over several devices."""
+
+    OFF = "off"  # nothing
+    SUMS = "sums"  # its class sums
+    ALL = "all"  # its updates of stages 1 and 2 too
 
 
 class StateSettings(SettingsModel):
@@ -59,6 +68,12 @@ class Settings(PredictSettings, LogSettings):
     )
     bundle: File | None = Field(
         None, description="Bundle folder. Default: downloaded from the run's server.", json_schema_extra=RUN
+    )
+    secure: Secure = Field(
+        Secure.OFF,
+        description="Take part only with secure aggregation: of class sums (sums), of updates too (all). "
+        "Default: as the server says.",
+        json_schema_extra=RUN,
     )
     stay: bool = Field(
         False,

@@ -24,7 +24,7 @@ from edge_runtime.data.samples import Sample
 from edge_runtime.data.unreadable import UnreadableError, decoding
 from fedfmsl.common.class_folders import check_folder, has_splits, normal_name, subfolders
 from fedfmsl.common.cli import console
-from fedfmsl.common.folder_walk import files_below, has_suffix
+from fedfmsl.common.folder_walk import SkippedFile, count_files, files_below, has_suffix
 from fedfmsl.common.split_names import Role, role_of
 from fedfmsl.errors import ConfigError, InputError
 from fedfmsl.protocol.bundle import Bundle
@@ -47,13 +47,20 @@ class Columns:
 @dataclass(frozen=True)
 class Dataset:
     """Each content occurs once. `train_groups` and `test_groups`: the natural group of each sample, "" without one.
-    `inputs` decodes samples."""
+    `inputs` decodes samples. `skipped`: the number of files or rows that are not used."""
 
     train: tuple[Sample, ...]
     test: tuple[Sample, ...]
     train_groups: tuple[str, ...]
     test_groups: tuple[str, ...]
     inputs: Inputs
+    skipped: int
+
+    @property
+    def coverage(self) -> str:
+        """How many samples are used. "": all of them."""
+        used = len(self.train) + len(self.test)
+        return f"{used} of {used + self.skipped} samples were used, {self.skipped} were skipped" if self.skipped else ""
 
 
 @dataclass(frozen=True)
@@ -77,14 +84,17 @@ def load_folder(folder: Path, bundle: Bundle, grouped: bool, test_share: float) 
     if grouped and has_splits(folder, "--images"):
         raise InputError(f"{folder} has a training folder where --partition natural expects one folder per group")
     groups = subfolders(folder, "--images", []) if grouped else [""]
+    skipped: list[SkippedFile] = []
     items = [
         Item(str(path), label, group, split, path.read_bytes)
         for group in groups
-        for split, files in zip((TRAIN, TEST), find_files(folder / group, reader.kind, (), test_share), strict=True)
+        for split, files in zip(
+            (TRAIN, TEST), find_files(folder / group, reader.kind, (), test_share, skipped), strict=True
+        )
         for label, paths in files.items()
         for path in paths
     ]
-    return _dataset(items, bundle, str(folder), SampleReader(reader))
+    return _dataset(items, bundle, str(folder), SampleReader(reader), count_files(skipped))
 
 
 def load_table(source: str, bundle: Bundle, columns: Columns, test_share: float) -> Dataset:
@@ -101,7 +111,8 @@ def load_table(source: str, bundle: Bundle, columns: Columns, test_share: float)
     items = _readable(rows, reader.kind, source)
     if not any(item.split == TEST for item in items):
         items = _hold_out(items, test_share)
-    return _dataset(items, bundle, source, TableInputs(reader, {item.name: item.read for item in items}))
+    inputs = TableInputs(reader, {item.name: item.read for item in items})
+    return _dataset(items, bundle, source, inputs, len(rows) - len(items))
 
 
 @dataclass(frozen=True)
@@ -136,8 +147,8 @@ def _readable(items: Sequence[Item], kind: Kind, source: str) -> list[Item]:
     return readable
 
 
-def _dataset(items: Sequence[Item], bundle: Bundle, source: str, inputs: Inputs) -> Dataset:
-    """Uses each content once. A content with two classes is skipped; a test sample that is also trained on, too."""
+def _dataset(items: Sequence[Item], bundle: Bundle, source: str, inputs: Inputs, skipped: int) -> Dataset:
+    """`skipped`: those that are not among `items`. Uses each content once. A content with two classes is skipped; a test sample that is also trained on, too."""
     classes = {normal_name(name): label for label, name in enumerate(bundle.manifest.classes)}
     found = sorted({item.label for item in items})
     unknown = [label for label in found if label not in classes]
@@ -160,7 +171,7 @@ def _dataset(items: Sequence[Item], bundle: Bundle, source: str, inputs: Inputs)
     _check_classes([sample.label for sample, _ in parts[TRAIN]], bundle, source)
     train, test = (tuple(sample for sample, _ in part) for part in parts.values())
     train_groups, test_groups = (tuple(group for _, group in part) for part in parts.values())
-    return Dataset(train, test, train_groups, test_groups, inputs)
+    return Dataset(train, test, train_groups, test_groups, inputs, skipped + len(items) - used)
 
 
 def _classes_option(classes: Sequence[str]) -> str:

@@ -32,8 +32,9 @@ def write_report(
     settings: SimulationSettings,
     classes: Sequence[str],
     label_counts: Callable[[], NDArray[np.int64]],
+    coverage: str = "",
 ) -> None:
-    """Writes results.csv, results.md, charts, report.html, and server.toml if FedFMSL was run. Files of an earlier
+    """`coverage`: how many samples were used, if not all. Writes results.csv, results.md, charts, report.html, and server.toml if FedFMSL was run. Files of an earlier
     simulation that it does not write are removed. Prints the main columns and the paths."""
     images = {"labels.svg": labels_by_device(label_counts(), classes), "accuracy.svg": own_against_novel(results)}
     server = server_settings(results, settings)
@@ -41,7 +42,7 @@ def write_report(
         "results.csv": as_csv(results).encode(),
         "results.md": as_markdown(results).encode(),
         **images,
-        "report.html": _page(settings, results, images).encode(),
+        "report.html": _page(settings, results, images, coverage).encode(),
         "server.toml": server.encode() if server else None,
     }
     for name, data in files.items():
@@ -94,11 +95,14 @@ def server_settings(results: Sequence[Result], settings: SimulationSettings) -> 
     return "\n".join(lines) + "\n"
 
 
-def _page(settings: SimulationSettings, results: Sequence[Result], images: Mapping[str, bytes | None]) -> str:
+def _page(
+    settings: SimulationSettings, results: Sequence[Result], images: Mapping[str, bytes | None], coverage: str
+) -> str:
     summary = (
         f"{settings.devices} devices · {settings.rounds} rounds · partition {settings.partition.value} · share of "
         f"devices per round {settings.fraction:g} · {settings.seeds} seed{'s' if settings.seeds > 1 else ''}"
     )
     charts = web_page.charts([(name.removesuffix(".svg"), svg) for name, svg in images.items() if svg is not None])
-    parts = [f"<p>{html.escape(summary)}</p>", charts, web_page.table(rows_of(results))]
+    lines = [f"<p>{html.escape(line)}</p>" for line in (summary, coverage) if line]
+    parts = [*lines, charts, web_page.table(rows_of(results))]
     return web_page.page(settings.name, "\n".join(parts))

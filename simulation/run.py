@@ -50,7 +50,7 @@ from simulation.store import FileStore
 from trainer_server.config import STAGE2, highest_level
 
 # Part of the name of every result. Raise it with a change of code or constants that changes results within a version.
-# Features are kept: after a change of how samples are decoded, delete them too.
+# After a change of how samples are decoded, raise edge_runtime.data.inputs.DECODING too: features are kept.
 NUMERICS = 1
 TEST_SHARE = 0.2
 # Settings that do not change a result, and those that are in the name of its file.
@@ -76,7 +76,8 @@ def simulate(settings: SimulationSettings) -> None:
     with _progress("rounds", len(cells) * settings.rounds) as advance:
         for cell, result in simulation.run_all(cells, lambda: advance(1)):
             console.print(_line(cell, result))
-    write_report(simulation.folder, simulation.results, settings, bundle.manifest.classes, simulation.label_counts)
+    classes, data = bundle.manifest.classes, simulation.dataset
+    write_report(simulation.folder, simulation.results, settings, classes, simulation.label_counts, data.coverage)
 
 
 @dataclass(frozen=True)

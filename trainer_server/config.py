@@ -16,7 +16,7 @@ from fedfmsl.algorithms.server_optimizers import FedAdam, FedAvg, FedAvgM, Serve
 from fedfmsl.common.settings import Fraction, panel
 from fedfmsl.errors import ConfigError
 from fedfmsl.protocol.bundle import Bundle
-from fedfmsl.protocol.messages import Encoding, Training
+from fedfmsl.protocol.messages import Encoding, Sums, Training
 from fedfmsl.transport.settings import RunName
 
 RUN, ROUNDS, UPDATES, AGGREGATION, PRIVACY = (
@@ -28,12 +28,12 @@ MAX_DEVICES = 2500  # an announcement can name all of them within `Round.max_byt
 
 
 class Head(str, Enum):
-    """The head that stage 1 starts from: class means of the devices' features, text embeddings of the class names, or
-    zeros."""
+    """The head that stage 1 starts from: zeros, class means of the devices' features, or text embeddings of the class
+    names."""
 
+    ZEROS = "zeros"
     CLASS_MEANS = "class-means"
     ZERO_SHOT = "zero-shot"
-    ZEROS = "zeros"
 
 
 class Selection(str, Enum):
@@ -144,8 +144,8 @@ class RunRules(BaseModel):
         json_schema_extra=ROUNDS,
     )
     head: Head = Field(
-        Head.CLASS_MEANS,
-        description="Head that stage 1 starts from; zero-shot needs a CLIP bundle.",
+        Head.ZEROS,
+        description="Head that stage 1 starts from. class-means reveals who took part; zero-shot needs a CLIP bundle.",
         json_schema_extra=ROUNDS,
     )
     baseline: bool = Field(
@@ -201,11 +201,17 @@ class RunRules(BaseModel):
         description="Secure aggregation of the class sums: the server learns no single device's. Needs three devices.",
         json_schema_extra=PRIVACY,
     )
+    head_sums: Sums = Field(
+        Sums.LOGITS,
+        description="What devices sum for the head after stage 1. features reveal more about photos than logits; none: "
+        "the head stays as trained.",
+        json_schema_extra=PRIVACY,
+    )
     min_class_count: int = Field(
-        10, ge=1, description="Samples from which a device's class enters a secure sum.", json_schema_extra=PRIVACY
+        10, ge=1, description="Samples from which a device's class enters its sums.", json_schema_extra=PRIVACY
     )
     min_holders: int = Field(
-        3, ge=3, description="Devices that must hold a class for its secure sum.", json_schema_extra=PRIVACY
+        1, ge=1, description="Devices that must hold a class for its secure sum.", json_schema_extra=PRIVACY
     )
     delta: float = Field(1e-5, gt=0, lt=1, description="δ of the reported privacy budget ε.", json_schema_extra=PRIVACY)
 

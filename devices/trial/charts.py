@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from fedfmsl.common.scatter import Method, draw_own_against_novel
 
 NAMES = {
-    "start": "class means",
+    "start": "first round",
     "local_only": "local only",
     "global": "global",
     "global_prior": "global + prior",

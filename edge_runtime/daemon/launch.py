@@ -182,7 +182,7 @@ def _runner(
         report=report,
     )
     scan_report = reported_and_checked(progress, control.check_stopped)
-    return RoundRunner(device, prepared.folder, control, tracker, scan_report, settings.identity)
+    return RoundRunner(device, prepared.folder, control, tracker, scan_report, settings.identity, settings.secure)
 
 
 def _introduction(settings: Settings, topics: Topics, name: str, bundle: Bundle) -> Message | None:

@@ -24,6 +24,7 @@ from edge_runtime.data.folder import SampleFolder
 from edge_runtime.data.samples import SampleChangedError
 from edge_runtime.engines.memory import peak_rss_mb
 from edge_runtime.resources.throttle import LevelCapTracker, StepControl, WorkStoppedError
+from edge_runtime.settings import Secure
 from edge_runtime.training.context import DeviceContext
 from edge_runtime.training.evaluation import evaluate, train_baseline
 from edge_runtime.training.local_expert import train_personal
@@ -52,6 +53,11 @@ logger = logging.getLogger(__name__)
 
 LOGGED_FILES = 10  # skipped files that one scan logs
 POLL_SECONDS = 0.5
+REQUIRED = {  # the stages that a device takes part in with secure aggregation only
+    Secure.OFF: (),
+    Secure.SUMS: (Stage.STATISTICS, Stage.HEAD),
+    Secure.ALL: (Stage.STATISTICS, Stage.HEAD, Stage.GLOBAL, Stage.PERSONAL),
+}
 STAGES: dict[Stage, StageFunction] = {
     Stage.HOLDERS: holders,
     Stage.STATISTICS: statistics,
@@ -78,14 +84,18 @@ class RoundRunner:
         tracker: LevelCapTracker,
         scan_report: Report,
         identity: Path | None = None,
+        secure: Secure = Secure.OFF,
     ) -> None:
-        """`scan_report` receives the progress of scans. `identity`: the file whose key signs keys of secure sums."""
+        """`scan_report` receives the progress of scans. `identity`: the file whose key signs keys of secure sums.
+        `secure`: what leaves the device with secure aggregation only.
+        """
         self.device = device
         self.control = control
         self.tracker = tracker
         self._folder = folder
         self._scan_report = scan_report
         self._identity = identity
+        self._required = secure
         self._skipped: frozenset[SkippedFile] = frozenset()
         self._list_skipped()
 
@@ -137,6 +147,11 @@ class RoundRunner:
         file has changed since the scan, OSError if the disk is full, WorkStoppedError if the loop stops it. After an
         error the round can be computed again, with the same result. Raises RunError if it refuses secure sums.
         """
+        if round_.stage in REQUIRED[self._required] and not round_.secure:
+            raise RunError(
+                f"--secure {self._required.value}: the server asks for round {round_.round} ({round_.stage.value}) "
+                "without secure aggregation; start the run with --secure-sums or --secure"
+            )
         store = self.device.store
         store.outbox.enter(round_.session)
         self.control.check()

@@ -70,11 +70,12 @@ def make_personal_model(context: TrainingContext, round_: Round, published: Glob
     """The device's model after this round, with the published globals.
 
     Before stage 2 the local expert is the global expert with the device's log class prior. Before there is a global
-    expert, both experts have the head of the device's own class means, and novel classes have no probability (ours).
+    expert, or while its head is zeros, both experts have the head of the device's own class means, and novel classes
+    have no probability (ours).
     Runs both experts on the held-out split.
     """
     expert, gate, biases = published.expert, published.gate, context.biases
-    if not expert.size:
+    if not expert[: context.bundle.expert.size(0)].any():
         expert = class_mean_expert(context)[: context.bundle.expert.size(1)]
         biases = Biases.of_counts(context.class_counts, novel_rate=0.0)
     if not gate.size:

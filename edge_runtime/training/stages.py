@@ -22,13 +22,13 @@ from fedfmsl.errors import RunError
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.layout import Layout
 from fedfmsl.protocol.messages import Globals as GlobalsHeader
-from fedfmsl.protocol.messages import Round, Stage
+from fedfmsl.protocol.messages import Round, Stage, Sums
 from fedfmsl.protocol.tensors import unpack
 
 
 @dataclass(frozen=True)
 class Globals:
-    """The published globals: global expert (P,), class-mean expert that stage 1 starts from (P₁,), gate adapter (G,).
+    """The published globals: global expert (P,), expert that stage 1 starts from (P₁,), gate adapter (G,).
 
     A vector that is not published yet is empty.
     """
@@ -78,9 +78,13 @@ StageFunction = Callable[[TrainingContext, Round, Globals], StageResult]
 
 
 def statistics(context: TrainingContext, round_: Round, _: Globals) -> StageResult:
-    """Class sums of the frozen features. The server makes the head of class means from them."""
+    """Class sums of the frozen features. The server makes the head of class means from them. If it asks for no sums,
+    only counts and the sum of norms."""
     counted = counted_samples(context, round_)
-    return StageResult(train_class_sums(context, round_.level, counted), samples=_reported(round_, counted))
+    sums = train_class_sums(context, round_.level, counted)
+    if round_.sums is Sums.NONE:
+        sums["class_sums"] = np.zeros_like(sums["class_sums"])
+    return StageResult(sums, samples=_reported(round_, counted))
 
 
 def holders(context: TrainingContext, round_: Round, _: Globals) -> StageResult:
@@ -89,13 +93,12 @@ def holders(context: TrainingContext, round_: Round, _: Globals) -> StageResult:
 
 
 def counted_samples(context: TrainingContext, round_: Round) -> Bools:
-    """Which samples of the training split (n,) enter the sums: in secure sums those of the round's classes, if the
-    device has enough of them."""
-    labels = labels_of(context.splits.train)
-    if not round_.secure:
-        return np.ones(labels.size, np.bool_)
-    asked = np.isin(np.arange(context.classes), round_.classes)
-    return np.asarray((asked & _enough(context, round_))[labels], np.bool_)
+    """Which samples of the training split (n,) enter the sums: those of the round's classes that the device has enough
+    samples of."""
+    chosen = _enough(context, round_)
+    if round_.classes:
+        chosen &= np.isin(np.arange(context.classes), round_.classes)
+    return np.asarray(chosen[labels_of(context.splits.train)], np.bool_)
 
 
 def _enough(context: TrainingContext, round_: Round) -> Bools:
@@ -144,29 +147,31 @@ def train_global(context: TrainingContext, round_: Round, published: Globals) ->
 
 
 def head_statistics(context: TrainingContext, round_: Round, published: Globals) -> StageResult:
-    """Class sums and second moments of the global expert's features. The server computes its head from them."""
+    """Class sums and second moments of the global expert's logits, or of its features. The server computes its head
+    from them."""
     level = min(round_.level, context.level_cap)
     counted = counted_samples(context, round_)
-    tensors = feature_moments(context, published.expert, level, counted)
+    tensors = sample_moments(context, published.expert, level, round_.sums, counted)
     return StageResult(tensors, samples=_reported(round_, counted), level=level)
 
 
-def feature_moments(
-    context: TrainingContext, expert: Vector, level: int, counted: Bools | None = None
+def sample_moments(
+    context: TrainingContext, expert: Vector, level: int, kind: Sums, counted: Bools | None = None
 ) -> dict[str, Vector]:
-    """The arguments of `discriminant_head` from the training split, or those samples in it that are `counted` (n,).
-    Their features have the LoRA of `expert`."""
+    """The arguments of `discriminant_head` or `logit_head` from the training split, or those samples in it that are
+    `counted` (n,): of features with the LoRA of `expert`, or of its logits."""
     samples, engine = context.splits.train, context.engine
     engine.load(level)
     engine.set(expert[: context.bundle.expert.size(level)])
-    features = np.concatenate([engine.features(h) for h in context.hidden_states(samples, expert, level).batches()])
+    compute = engine.predict if kind is Sums.LOGITS else engine.features
+    values = np.concatenate([compute(hidden) for hidden in context.hidden_states(samples, expert, level).batches()])
     chosen = np.ones(len(samples), np.bool_) if counted is None else counted
-    features = features[chosen]
-    sums = class_sums(features, labels_of(samples)[chosen], context.classes)
+    values = values[chosen]
+    sums = class_sums(values, labels_of(samples)[chosen], context.classes)
     return {
         "class_sums": sums["class_sums"],
         "class_counts": sums["class_counts"],
-        "second_moments": second_moments(features),
+        "second_moments": second_moments(values),
     }
 
 

@@ -43,9 +43,9 @@ class Message(BaseModel):
 class Stage(str, Enum):
     """What devices do in a round. `global` and `personal` are stages 1 and 2 of the paper; the others are ours."""
 
-    STATISTICS = "statistics"  # class sums of the features: the first head
+    STATISTICS = "statistics"  # class sums of the features: the first head, unless it is zeros
     GLOBAL = "global"  # stage 1: train the global expert
-    HEAD = "head"  # class sums and second moments of the global expert's features: its final head
+    HEAD = "head"  # class sums and second moments of the global expert's logits or features: its final head
     PERSONAL = "personal"  # stage 2: train the local expert and the gate adapter
     BASELINE = "baseline"  # train alone, for comparison; nothing is aggregated
     EVALUATE = "evaluate"  # measure on the test split, write the personalized model
@@ -56,6 +56,14 @@ class Stage(str, Enum):
     SHARES = "shares"  # encrypted shares of the seeds of the masks
     HOLDERS = "holders"  # how many devices hold each class
     UNMASK = "unmask"  # the shares that remove the masks from a sum
+
+
+class Sums(str, Enum):
+    """What devices sum over their samples for the server, in the rounds of statistics and head."""
+
+    LOGITS = "logits"  # of the global expert, by class
+    FEATURES = "features"  # by class
+    NONE = "none"  # only counts and norms
 
 
 EXCHANGE = (Stage.KEYS, Stage.SHARES, Stage.UNMASK)  # the rounds of secure sums without samples
@@ -99,11 +107,12 @@ class ServerStatus(Message):
 class Round(Message):
     """The announcement of a round, retained.
 
-    `expert` (the global expert), `start` (the expert before stage 1) and `gate` are the SHA-256 of blobs of globals;
-    "" if there is none yet. `chosen`: the selected devices; empty if all are selected.
+    `expert` (the global expert), `start` (the expert that stage 1 starts from) and `gate` are the SHA-256 of blobs of
+    globals; "" if there is none yet. `chosen`: the selected devices; empty if all are selected.
 
-    `secure`: the round belongs to secure aggregation. Of its class sums, `min_class_count` is the number of samples
-    from which a device holds a class, and `classes` are those whose sums are asked for. `roster` and
+    Rounds of statistics and head: `sums` is what devices sum, `min_class_count` the number of samples from which a
+    device's class is in them. `secure`: the round belongs to secure aggregation. Of its class sums, `classes` are those
+    that are asked for (empty: all). `roster` and
     `shares` are the SHA-256 of the blobs of public keys and of encrypted shares.
     """
 
@@ -121,9 +130,12 @@ class Round(Message):
     expert: Sha256 = ""
     start: Sha256 = ""
     gate: Sha256 = ""
-    secure: bool = False
+    sums: Sums = Sums.NONE
     min_class_count: Number = 0
-    classes: tuple[Annotated[int, Field(ge=0, lt=4096)], ...] = Field(default=(), max_length=4096, fail_fast=True)
+    secure: bool = False
+    classes: tuple[Annotated[int, Field(ge=0, lt=MAX_CLASSES)], ...] = Field(
+        default=(), max_length=MAX_CLASSES, fail_fast=True
+    )
     roster: Sha256 = ""
     shares: Sha256 = ""
     training: Training
@@ -138,13 +150,10 @@ class Round(Message):
 
     @model_validator(mode="after")
     def _secure_sums_of_their_stages_only(self) -> Round:
-        sums = self.stage in (Stage.HOLDERS, Stage.STATISTICS, Stage.HEAD)
         if self.stage in (*EXCHANGE, Stage.HOLDERS) and not self.secure:
             raise ValueError(f"stage {self.stage.value} belongs to secure aggregation only")
         if self.secure and self.stage in (Stage.BASELINE, Stage.EVALUATE, Stage.FINISHED):
             raise ValueError(f"stage {self.stage.value} has no secure aggregation")
-        if sums and self.secure != (self.min_class_count > 0):
-            raise ValueError("min_class_count is not that of secure sums")
         return self
 
     @model_validator(mode="after")

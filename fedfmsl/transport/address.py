@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
+from contextlib import suppress
 from dataclasses import dataclass, field
 from urllib.parse import unquote, urlsplit
 
@@ -12,6 +14,9 @@ from fedfmsl.errors import ConfigError
 
 PORTS = {"mqtt": 1883, "mqtts": 8883, "ws": 80, "wss": 443}
 WEBSOCKET_PATH = "/mqtt"
+MAX_HOST = 253  # characters
+_HOST = re.compile(r"[A-Za-z0-9._-]+")
+_NETLOC = re.compile(r"(\[[0-9A-Za-z.:%_-]+\]|[^:\[\]]+)(:[0-9]*)?")
 RESERVED = "/?#[]"  # end the part of a URL that holds user and password
 ENCODE = "percent-encode it (# is %23, / is %2F, ? is %3F, @ is %40), or set FEDFMSL_USER and FEDFMSL_PASSWORD instead"
 
@@ -50,8 +55,10 @@ def parse_address(broker: str) -> Address:
         host, port = parts.hostname, parts.port
     except ValueError:  # its text shows the port, which is a password if the address ends before its @
         host = port = None
-    if scheme not in PORTS or not host or port == 0:
+    if scheme not in PORTS or not host or port == 0 or not _NETLOC.fullmatch(parts.netloc):
         raise ConfigError(f"{text} is not of the form mqtt://host:port; the other schemes are mqtts, ws and wss")
+    if not location.isprintable() or not is_host(host):
+        raise ConfigError(f"{text} has no valid host name or address; check its dots, spaces and length")
     user, _, password = login.partition(":")
     return Address(
         scheme,
@@ -72,11 +79,24 @@ def listening_on(address: str, what: str, insecure: bool) -> tuple[str, int]:
     """Host and port of HOST:PORT, where `what` is served without TLS. Raises ConfigError for another form, and for an
     address that other machines reach unless `insecure`."""
     host, _, port = address.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 2**16:
-        raise ConfigError(f"{address!r} is not HOST:PORT; write it like 127.0.0.1:9000")
+    is_port = port.isascii() and port.isdigit() and len(port) < 6 and 0 < int(port) < 2**16
+    if not is_port or not _NETLOC.fullmatch(address) or not is_host(host.strip("[]")):
+        raise ConfigError(f"{address!r} is not HOST:PORT; write it like 127.0.0.1:9000 or [::1]:9000")
     if not insecure:
         require_loopback(what, host, "let it listen on 127.0.0.1")
     return host.strip("[]"), int(port)
+
+
+def is_host(host: str) -> bool:
+    """Whether it is an IP address, or can be the name of a machine. Underscores are common in local networks."""
+    with suppress(ValueError):
+        ipaddress.ip_address(host)
+        return True
+    try:
+        name = host.encode("idna").decode()
+    except UnicodeError:  # a part of the name is empty or too long, or has a character that no name has
+        return False
+    return len(name) <= MAX_HOST and _HOST.fullmatch(name) is not None
 
 
 def require_loopback(what: str, host: str, remedy: str) -> None:

@@ -32,7 +32,8 @@ METHODS = {  # by name: the module, and what makes the method
     "fedfmsl-fixed-schedule": "ablations:with_fixed_schedule",
     "fedfmsl-no-gate": "ablations:without_gate",
     "fedfmsl-untrained-gate": "ablations:with_untrained_gate",
-    "fedfmsl-zero-head": "ablations:without_class_means",
+    "fedfmsl-feature-sums": "ablations:with_feature_sums",
+    "fedfmsl-no-sums": "ablations:without_head_round",
     "fedit-head": "ablations:FedITWithHead",
 }
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from edge_runtime.training.context import Samples, TrainingContext
-from edge_runtime.training.stages import StageResult, feature_moments
+from edge_runtime.training.stages import StageResult, sample_moments
 from fedfmsl.algorithms.arrays import Floats, Vector
 from fedfmsl.algorithms.discriminant import discriminant_head
+from fedfmsl.protocol.messages import Sums
 from simulation.fleet import Fleet
 from simulation.methods.base import RoundCost
 from simulation.methods.fedfmsl import FedFMSL, Stage2
@@ -27,8 +28,19 @@ def with_fixed_schedule() -> FedFMSL:
     return FedFMSL(Trigger.FIXED_SCHEDULE, name="fedfmsl-fixed-schedule", title="FedFMSL, fixed schedule")
 
 
-def without_class_means() -> FedFMSL:
-    return FedFMSL(head=Head.ZEROS, name="fedfmsl-zero-head", title="FedFMSL, head of zeros")
+def with_feature_sums() -> FedFMSL:
+    """Devices send class sums of all features before stage 1, and with second moments after it."""
+    return FedFMSL(
+        head=Head.CLASS_MEANS,
+        sums=Sums.FEATURES,
+        min_class_count=1,
+        name="fedfmsl-feature-sums",
+        title="FedFMSL, sums of features",
+    )
+
+
+def without_head_round() -> FedFMSL:
+    return FedFMSL(sums=Sums.NONE, name="fedfmsl-no-sums", title="FedFMSL, no sums")
 
 
 def with_untrained_gate() -> FedFMSL:
@@ -71,7 +83,7 @@ class FedITWithHead(FedIT):
 
 
 def own_moments(context: TrainingContext, theta: Vector) -> dict[str, Vector]:
-    return feature_moments(context, theta, context.level_of(theta))
+    return sample_moments(context, theta, context.level_of(theta), Sums.FEATURES)
 
 
 def _same_gate(_: str, result: StageResult) -> StageResult:

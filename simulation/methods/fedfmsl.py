@@ -11,13 +11,13 @@ from edge_runtime.training.local_expert import train_personal
 from edge_runtime.training.stages import Globals
 from fedfmsl.algorithms.arrays import Floats
 from fedfmsl.algorithms.sal import CapabilityQueue
-from fedfmsl.protocol.messages import Round, Stage
+from fedfmsl.protocol.messages import Round, Stage, Sums
 from simulation.federation import Federation, Tamper, honest
 from simulation.fleet import Fleet
 from simulation.methods.base import Method, MethodSettings, RoundCost, stage_rounds
 from trainer_server.config import Head, RunConfig, Trigger, sal_rules
 
-ROWS = {"start": "class-means", "global": "global", "local_expert": "local-expert"}  # beside the mixture
+ROWS = {"start": "start", "global": "global", "local_expert": "local-expert"}  # beside the mixture
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,13 @@ class SimulatedRun(Federation):
 @dataclass(frozen=True)
 class FedFMSL(Method[SimulatedRun, Stage2]):
     """Both stages, with the server's defaults. `sal`: when more blocks are activated. `head`: what stage 1 starts from.
-    `tamper`: changes the results of devices; for an ablation."""
+    `sums`: what the head after stage 1 is computed from. `min_class_count`: samples from which a device's class enters
+    them. `tamper`: changes the results of devices; for an ablation."""
 
     sal: Trigger = Trigger.CAPABILITY_QUEUE
-    head: Head = Head.CLASS_MEANS
+    head: Head = Head.ZEROS
+    sums: Sums = Sums.LOGITS
+    min_class_count: int = RunConfig.model_fields["min_class_count"].default
     tamper: Tamper = honest
     name: str = "fedfmsl"
     title: str = "FedFMSL (MoFM)"
@@ -70,15 +73,16 @@ class FedFMSL(Method[SimulatedRun, Stage2]):
                 "stage1": settings.training.model_copy(update={"seed": settings.seed}),
                 "stage2": settings.stage2.model_copy(update={"seed": settings.seed}),
                 "head": self.head,
+                "head_sums": self.sums,
+                "min_class_count": self.min_class_count,
                 "stage1_sal": stage1_sal,
                 "stage2_sal": stage2_sal,
                 "seed": settings.seed,
             }
         )
         run = SimulatedRun(settings, config, fleet, self.tamper)
-        devices = settings.all_devices(fleet, 0)
-        cost = _cost(run.step(devices), bytes_down=0)
-        while run.announced.stage is Stage.STATISTICS:  # after the round of the holders, with secure sums
+        devices, cost = settings.all_devices(fleet, 0), RoundCost()
+        while run.announced.stage in (Stage.HOLDERS, Stage.STATISTICS):
             cost += _cost(run.step(devices), bytes_down=0)
         return run, cost
 

@@ -12,7 +12,8 @@ from fedfmsl.protocol.messages import Ack, Globals, Round, ServerStatus, Stage, 
 from fedfmsl.protocol.tensors import unpack
 from trainer_server.storage.run_store import RunStore
 
-ROUNDS = ("--stage1-rounds", "2", "--stage2-rounds", "2", "--audit", "--secure", "--min-class-count", "2")
+SUMS = ("--head", "class-means", "--secure", "--min-class-count", "2", "--min-holders", "3")
+ROUNDS = ("--stage1-rounds", "2", "--stage2-rounds", "2", "--audit", *SUMS)
 CLOSED = 29
 SECURE = (Stage.KEYS, Stage.SHARES, Stage.HOLDERS, Stage.UNMASK, Stage.STATISTICS)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -13,10 +13,10 @@ from fedfmsl.algorithms.class_means import class_sums
 from fedfmsl.algorithms.discriminant import second_moments
 from fedfmsl.algorithms.privacy import Privacy
 from fedfmsl.algorithms.sal import CapabilityQueue, Sal
-from fedfmsl.protocol.messages import DeviceStatus, Round, Stage, Update, Verdict
+from fedfmsl.protocol.messages import DeviceStatus, Round, Stage, Sums, Update, Verdict
 from fedfmsl.protocol.tensors import blob_hash, pack
 from support.bundles import LAYERS, Built
-from trainer_server.config import RunConfig
+from trainer_server.config import Head, RunConfig
 from trainer_server.coordinator.advance import advance
 from trainer_server.coordinator.events import (
     ClockTicked,
@@ -46,6 +46,8 @@ def plan_for(bundle_owner: Built, devices: int = 3, **config: Any) -> Plan:
         "stage2_rounds": 2,
         "stage1_sal": RULE,
         "stage2_sal": RULE,
+        "head": Head.CLASS_MEANS,
+        "head_sums": Sums.FEATURES,
         **config,
     }
     return Plan(RunConfig(**settings_), bundle_owner.bundle, session="s", read=TENSORS.__getitem__)
@@ -67,7 +69,8 @@ def make_update(plan: Plan, announced: Round, device: str, accuracy: float = 0.5
         norm_sum = np.array([np.linalg.norm(sums, axis=1).sum() * 1.5], np.float32)
         tensors = {"class_sums": sums, "class_counts": counts, "norm_sum": norm_sum}
     elif announced.stage is Stage.HEAD:
-        tensors = head_statistics(drawn(samples, dims.feature), rng.integers(0, dims.classes, samples), dims.classes)
+        width = dims.classes if announced.sums is Sums.LOGITS else dims.feature
+        tensors = head_statistics(drawn(samples, width), rng.integers(0, dims.classes, samples), dims.classes)
     elif announced.stage is Stage.GLOBAL:
         tensors = bundle.expert.split(drawn(bundle.expert.size(announced.level)))
     elif announced.stage is Stage.PERSONAL:
@@ -90,9 +93,17 @@ def make_update(plan: Plan, announced: Round, device: str, accuracy: float = 0.5
 
 
 def head_statistics(features: NDArray[np.float32], labels: NDArray[np.int64], classes: int) -> Tensors:
-    """What a device with these features (n, F) and labels (n,) sends in the head round."""
+    """What a device with these features or logits (n, D) and labels (n,) sends in the head round."""
     sums = class_sums(features, labels, classes)
     return {**{name: sums[name] for name in ("class_sums", "class_counts")}, "second_moments": second_moments(features)}
+
+
+def unchanged(state: State, before: State) -> bool:
+    """Whether all parts but the counts of refusals are the same objects, or equal. `==` of dataclasses compares arrays
+    element by element, from Python 3.13 on also those that are the same object."""
+    names = [each.name for each in fields(State) if each.name != "refused"]
+    pairs = [(getattr(state, name), getattr(before, name)) for name in names]
+    return all(new is old or new == old for new, old in pairs)
 
 
 @dataclass

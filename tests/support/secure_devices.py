@@ -68,7 +68,8 @@ class SecureDevice:
         enough = np.bincount(self.labels, minlength=self.classes) >= round_.min_class_count
         if round_.stage is Stage.HOLDERS:
             return fixed_point(enough.astype(np.float64))
-        chosen = (enough & np.isin(np.arange(self.classes), round_.classes))[self.labels]
+        asked = np.isin(np.arange(self.classes), round_.classes) if round_.classes else enough
+        chosen = (enough & asked)[self.labels]
         compute = class_sums if round_.stage is Stage.STATISTICS else head_statistics
         tensors = compute(self.features[chosen], self.labels[chosen], self.classes)
         return fixed_point(np.concatenate([np.asarray(each, np.float64).ravel() for each in tensors.values()]))
@@ -79,7 +80,13 @@ class SecureRun(CoordinatorRun):
 
     def __init__(self, built: Built, devices: Iterable[SecureDevice], masks: bool = True, **config: Any) -> None:
         self.devices = {device.name: device for device in devices}
-        settings = {"secure_sums": True, "min_class_count": MIN_CLASS_COUNT, "min_updates": 1, **config}
+        settings = {
+            "secure_sums": True,
+            "min_class_count": MIN_CLASS_COUNT,
+            "min_holders": 3,
+            "min_updates": 1,
+            **config,
+        }
         self.masks = masks
         plan = plan_for(built, len(self.devices), **{"stage1_rounds": 1, "stage2_rounds": 1, **settings})
         super().__init__(replace(plan, masks=masks))

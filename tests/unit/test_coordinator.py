@@ -23,16 +23,18 @@ from support.coordinators import (
     make_update,
     plan_for,
     started,
+    unchanged,
 )
 
 from fedfmsl.algorithms.class_means import class_mean_head
-from fedfmsl.algorithms.discriminant import discriminant_head
+from fedfmsl.algorithms.discriminant import discriminant_head, logit_head, with_former_rows
 from fedfmsl.algorithms.sal import AllAtOnce, CapabilityQueue, FixedSchedule
 from fedfmsl.protocol.messages import (
     Encoding,
     Globals,
     Round,
     Stage,
+    Sums,
     Training,
     Verdict,
     encode,
@@ -207,6 +209,35 @@ def test_stage_1_ends_with_the_discriminant_of_all_devices_as_head(vit: Built) -
     assert np.array_equal(sent, run.state.expert[: sent.size])
 
 
+def test_the_head_of_logit_sums_is_their_discriminant_after_the_trained_head(vit: Built) -> None:
+    run = started(vit, stage1_rounds=1, head_sums=Sums.LOGITS)
+    run.answers(ABC)
+    run.answers(ABC)
+    assert (run.announced.stage, run.announced.sums) == (Stage.HEAD, Sums.LOGITS)
+    dims, rng = vit.bundle.manifest.dims, np.random.default_rng(0)
+    logits, labels = rng.normal(size=(90, dims.classes)).astype(np.float32), np.arange(90) % (dims.classes - 1)
+    logits[np.arange(90), labels] += 3
+    before = run.state.expert[: vit.bundle.expert.size(0)]
+    for device, rows in zip(ABC, np.split(np.arange(90), [10, 40]), strict=True):
+        tensors = head_statistics(logits[rows], labels[rows], dims.classes)
+        run.feed(make_update(run.plan, run.announced, device, tensors=tensors, samples=len(rows)))
+    assert run.announced.stage is Stage.PERSONAL
+    together = head_statistics(logits, labels, dims.classes)
+    sums, counts, moments = (together[name] for name in ("class_sums", "class_counts", "second_moments"))
+    wanted = with_former_rows(logit_head(before, sums, counts, moments), before, counts)  # the last class has no sample
+    assert np.allclose(run.state.expert[: wanted.size], wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_a_head_round_in_which_no_class_has_enough_samples_keeps_the_trained_head(vit: Built) -> None:
+    run = started(vit, stage1_rounds=1, head_sums=Sums.LOGITS)
+    run.answers(ABC)
+    run.answers(ABC)
+    before, classes = run.state.expert, vit.bundle.manifest.dims.classes
+    nothing = head_statistics(np.zeros((0, classes), np.float32), np.zeros(0, np.int64), classes)
+    run.answers(ABC, tensors=nothing)
+    assert run.announced.stage is Stage.PERSONAL and np.array_equal(run.state.expert, before)
+
+
 def test_a_run_with_privacy_has_no_head_round(vit: Built) -> None:
     names = [f"d{i}" for i in range(4)]
     rule = replace(RULE, trigger=FixedSchedule(2))
@@ -215,18 +246,32 @@ def test_a_run_with_privacy_has_no_head_round(vit: Built) -> None:
     assert stages == [Stage.STATISTICS, *[Stage.GLOBAL] * 4, *[Stage.PERSONAL] * 2, Stage.EVALUATE, Stage.FINISHED]
 
 
-@pytest.mark.parametrize("head", [Head.ZEROS, Head.ZERO_SHOT])
-def test_the_global_expert_starts_from_the_configured_head(clip: Built, head: Head) -> None:
-    run = started(clip, head=head)
+def test_by_default_nothing_is_sent_before_stage_1_which_starts_from_a_head_of_zeros(vit: Built) -> None:
+    run = started(vit, head=Head.ZEROS)
+    layout = vit.bundle.expert
+    assert run.announced.stage is Stage.GLOBAL and not run.state.start[: layout.size(0)].any()
+    assert {run.announced.expert, run.announced.start} <= {command.sha256 for command in run.of(PublishGlobals)}
+    run.answers(ABC)
+    first = run.state.expert[: layout.size(1)]
+    assert first[: layout.size(0)].any() and np.array_equal(run.state.start, first)
+    run.answers(ABC)
+    assert np.array_equal(run.state.start, first)
+
+
+def test_a_run_without_sums_has_no_head_round(vit: Built) -> None:
+    run = started(vit, head=Head.ZEROS, head_sums=Sums.NONE)
+    assert {step.stage for step in run.plan.schedule}.isdisjoint({Stage.STATISTICS, Stage.HEAD})
+
+
+def test_the_global_expert_starts_from_the_zero_shot_head_and_no_class_sums_are_asked_for(clip: Built) -> None:
+    run = started(clip, head=Head.ZERO_SHOT)
+    assert run.announced.sums is Sums.NONE
     updates = [make_update(run.plan, run.announced, device) for device in ABC]
     run.feed(*updates)
     layout, zero_shot = clip.bundle.expert, clip.bundle.zero_shot()
     start = layout.split(run.state.start)
     assert not start["classifier.bias"].any()
     assert np.array_equal(run.state.start, run.state.expert[: layout.size(1)])
-    if head is Head.ZEROS:
-        assert not start["classifier.weight"].any()
-        return
     assert zero_shot is not None
     norm = sum(u.tensors["norm_sum"].item() for u in updates) / sum(u.tensors["class_counts"].sum() for u in updates)
     assert np.allclose(start["classifier.weight"] * norm, zero_shot.scale * zero_shot.rows, rtol=1e-4)
@@ -313,7 +358,7 @@ def test_an_invalid_update_is_rejected_with_its_reason(
     assert reply.ack.verdict is Verdict.REJECTED
     assert reason in reply.ack.reason
     assert isinstance(refusal, CountRefusal)
-    assert replace(run.state, refused={}) == before
+    assert unchanged(run.state, before)
     run.answers(["a"])
     assert run.verdicts[-1] is Verdict.ACCEPTED  # a valid one of the same device still counts
 
@@ -680,7 +725,7 @@ def diagonal(width: int, value: float) -> NDArray[np.float32]:
     ("flaw", "reason"),
     [
         ({"class_counts": np.full(4, -1.0)}, "negative counts"),
-        ({"class_counts": np.zeros(4)}, "counts no images"),
+        ({"class_counts": np.zeros(4)}, "do not fit"),
         ({"class_counts": np.full(4, 1e9)}, "counts 4000000000 images"),
         ({"class_counts": np.array([9.0, 9, 9, 0])}, "do not fit"),  # the last class has a sum, but no images
         ({"class_sums": np.full((4, 32), 99.0)}, "do not fit"),
@@ -705,7 +750,7 @@ def test_head_statistics_that_no_features_have_are_rejected(
     )
     assert (reply.ack.verdict, refusal.kind) == (Verdict.REJECTED, "tensors")
     assert reason in reply.ack.reason
-    assert replace(run.state, refused={}) == before
+    assert unchanged(run.state, before)
     (reply, *_) = run.answers(["a"], tensors=tensors)
     assert reply.ack.verdict is Verdict.ACCEPTED
 

@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 
 from fedfmsl.algorithms.arrays import Doubles, Floats, Labels
 from fedfmsl.algorithms.class_means import class_sums
-from fedfmsl.algorithms.discriminant import OVERCONFIDENCE, SHRINKAGE, discriminant_head, second_moments, within_scatter
+from fedfmsl.algorithms.discriminant import (
+    LOGIT_SHRINKAGE,
+    OVERCONFIDENCE,
+    SHRINKAGE,
+    discriminant_head,
+    logit_head,
+    second_moments,
+    with_former_rows,
+    within_scatter,
+)
 from fedfmsl.algorithms.mixture import log_softmax
 
 CLASSES, WIDTH = 4, 6
@@ -95,3 +104,34 @@ def test_the_scatter_is_the_sum_over_samples(size: int, seed: int) -> None:
     expected = sum(np.outer(row, row) for row in centred.astype(np.float64))
     scatter = within_scatter(sums["class_sums"], sums["class_counts"], second_moments(features))
     assert np.allclose(scatter, expected, atol=1e-5 * float((features**2).sum()))
+
+
+def test_the_head_of_logit_sums_gives_the_discriminant_of_the_logits() -> None:
+    features, labels = samples(150, 0)
+    rng = np.random.default_rng(1)
+    weight, bias = rng.normal(size=(CLASSES, WIDTH)), rng.normal(size=CLASSES)
+    head = np.concatenate([weight.ravel(), bias]).astype(np.float32)
+    logits = (features @ weight.T + bias).astype(np.float32)
+    sums = class_sums(logits, labels, CLASSES)
+    statistics = sums["class_sums"], sums["class_counts"], second_moments(logits)
+    found, over_logits = logit_head(head, *statistics), discriminant_head(*statistics, LOGIT_SHRINKAGE)
+    assert found.shape == head.shape and found.dtype == np.float32
+    expected = logits @ over_logits[: CLASSES**2].reshape(CLASSES, CLASSES).T + over_logits[CLASSES**2 :]
+    assert np.allclose(features @ found[:-CLASSES].reshape(CLASSES, WIDTH).T + found[-CLASSES:], expected, atol=1e-3)
+
+
+def test_a_class_without_samples_keeps_its_former_row_at_the_new_scale() -> None:
+    rng, counts = np.random.default_rng(0), np.array([3, 0, 5, 9], np.float32)
+    former, head = (rng.normal(size=CLASSES * (WIDTH + 1)).astype(np.float32) for _ in range(2))
+    at = rng.normal(size=(50, WIDTH))
+
+    def logits(flat: Floats) -> Doubles:
+        return np.asarray(at @ flat[:-CLASSES].reshape(CLASSES, WIDTH).T + flat[-CLASSES:], np.float64)
+
+    found, held = logits(with_former_rows(head, former, counts)), counts > 0
+    assert np.allclose(found[:, held], logits(head)[:, held], atol=1e-5)
+    relative = logits(former) - logits(former)[:, held].mean(axis=1, keepdims=True)
+    scale = found[:, 1] / relative[:, 1]
+    assert scale.std() < 1e-5 and scale.mean() > 0
+    nearly_none = np.array([3, 0, 0, 0], np.float32)
+    assert np.array_equal(with_former_rows(head, former, nearly_none), former)

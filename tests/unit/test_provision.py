@@ -131,7 +131,8 @@ def test_no_certificate_is_valid_longer_than_its_ca() -> None:
     [
         ((), "nothing to do"),
         (("kitchen",), "holds no CA; make one with --host"),
-        (("--host", "-not a host-é"), "pass a host's name or address"),
+        (("--host", "-not a host-é"), "no valid host name or address"),
+        ((*HOSTS, "--host", "-not a host-é"), "pass a host's name or address"),
         ((*HOSTS, "server"), "is the server's; choose another"),
         ((*HOSTS, "--broker", "mqtt://broker.example"), "speaks TLS only"),
         ((*HOSTS, "--broker", "broker.example"), "not of the form"),

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from support.bundles import Built
-from support.secure_devices import SecureRun, secure_devices
+from support.coordinators import make_update
+from support.in_process_daemon import make_daemon, no_report
+from support.secure_devices import SecureDevice, SecureRun, secure_devices
+from support.training_contexts import announced_round
 
 from devices.provisioning.authority import CLIENT, make_authority
+from edge_runtime.daemon.round_runner import RoundRunner
+from edge_runtime.data.folder import SampleFolder
+from edge_runtime.settings import Secure
+from edge_runtime.store.secure_store import SecureRecord, SecureStore
 from fedfmsl.algorithms.aggregation import Contribution, WeightedMean
+from fedfmsl.algorithms.arrays import Tensors
 from fedfmsl.algorithms.fixed_point import fixed_point, numbers
 from fedfmsl.algorithms.sal import AllAtOnce, FixedSchedule, Sal
+from fedfmsl.algorithms.secure_aggregation import SHARE_BYTES
 from fedfmsl.algorithms.weighted_sums import FRACTION_BITS, weighted_mean, weighted_update, weighted_values
-from fedfmsl.errors import RunError
-from fedfmsl.protocol.messages import Globals, Round, Stage
+from fedfmsl.errors import MessageError, RunError
+from fedfmsl.protocol.messages import EXCHANGE, Globals, Round, Stage, Verdict
+from fedfmsl.protocol.secure_sums import SignedKeys
 from fedfmsl.protocol.tensors import blob_hash, pack, unpack
-from trainer_server.coordinator.events import AnnounceRound, Log, PublishGlobals, StoreRound
+from trainer_server.coordinator.events import AnnounceRound, Log, PublishGlobals, SendAck, StoreRound
 
 SEVEN = 7  # of seven, five shares recover a seed
 
@@ -259,3 +270,79 @@ def test_keys_are_signed_and_a_forged_roster_is_refused(
         published(other, "d0", other.announced)
         device.store.globals.write(other.of(PublishGlobals)[0].blob)
         device.answer(run.announced.model_copy(update={"roster": other.announced.roster}))
+
+
+@pytest.mark.parametrize(("required", "stage"), [(Secure.SUMS, Stage.HEAD), (Secure.ALL, Stage.GLOBAL)])
+def test_a_device_may_require_secure_aggregation(
+    vit: Built, photos: Path, tmp_path: Path, required: Secure, stage: Stage
+) -> None:
+    daemon = make_daemon(vit, photos, tmp_path)
+    device, folder = daemon.device, SampleFolder(photos, vit.bundle, daemon.device.store)
+    control = daemon.runner.control
+    runner = RoundRunner(device, folder, control, daemon.runner.tracker, no_report, secure=required)
+    with pytest.raises(RunError, match=f"--secure {required.value}: the server asks .* without secure aggregation"):
+        runner.run(announced_round(stage, level=1), bytes_down=0)
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_a_device_that_is_killed_at_each_of_its_writes_is_in_the_same_sum(
+    vit: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: bool
+) -> None:
+    """The next process answers again. The answer that counts is the one that reaches the outbox, the only one sent."""
+    run = SecureRun(vit, secure_devices(vit, tmp_path / "masked", 3), secure=True)
+    answer, write = SecureDevice.answer, SecureStore.write
+    killed: list[Stage] = []
+
+    def fail(store: SecureStore, record: SecureRecord) -> None:
+        if after:
+            write(store, record)
+        raise Killed
+
+    def interrupted(device: SecureDevice, round_: Round, masks: bool = True) -> Tensors:
+        if device.name == "d1":
+            with monkeypatch.context() as patch, contextlib.suppress(Killed):
+                patch.setattr(SecureStore, "write", fail)
+                answer(device, round_, masks)
+                raise AssertionError(f"no write in {round_.stage.value}")
+            killed.append(round_.stage)
+        return answer(device, round_, masks)
+
+    monkeypatch.setattr(SecureDevice, "answer", interrupted)
+    run.until(Stage.EVALUATE)
+    assert {*killed} == {*EXCHANGE, Stage.HOLDERS, Stage.STATISTICS, Stage.GLOBAL, Stage.HEAD, Stage.PERSONAL}
+    monkeypatch.undo()
+    plain = SecureRun(vit, secure_devices(vit, tmp_path / "plain", 3), masks=False, secure=True)
+    plain.until(Stage.EVALUATE)
+    assert np.array_equal(run.state.expert, plain.state.expert) and np.array_equal(run.state.gate, plain.state.gate)
+
+
+def test_updates_that_do_not_fit_the_round_are_refused(vit: Built, tmp_path: Path) -> None:
+    run = SecureRun(vit, secure_devices(vit, tmp_path, 3))
+    wrong = {
+        Stage.KEYS: ({"keys": np.zeros((3, 32), np.uint8)}, "are not signed keys"),
+        Stage.SHARES: ({"shares": np.zeros((2, SHARE_BYTES), np.uint8)}, "expected uint8[3, 92]"),
+        Stage.HOLDERS: ({"sums": np.zeros(4, np.float32)}, "expected uint64[4]"),
+        Stage.UNMASK: ({"opened": np.zeros((4, 16), np.uint8)}, "expected uint8[3, 16]"),
+        Stage.STATISTICS: ({"sums": np.zeros(7, np.uint64)}, "is uint64[7]"),
+    }
+    for stage, (tensors, error) in wrong.items():
+        run.until(stage)
+        (reply, *_) = run.feed(make_update(run.plan, run.announced, "d0", tensors=tensors))
+        assert reply.ack.verdict is Verdict.REJECTED and error in reply.ack.reason
+
+
+def test_a_server_with_a_certificate_accepts_signed_keys_only(vit: Built, tmp_path: Path) -> None:
+    run = SecureRun(vit, secure_devices(vit, tmp_path, 3))
+
+    def check(name: str, signed: SignedKeys, message: bytes) -> None:
+        raise MessageError(f"the signature of {name} is not valid")
+
+    run.plan = replace(run.plan, check_keys=check)
+    commands = run.step()
+    assert [command.ack.reason for command in commands if isinstance(command, SendAck)] == [
+        f"the signature of d{number} is not valid" for number in range(3)
+    ]

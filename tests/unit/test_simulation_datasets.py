@@ -101,6 +101,9 @@ def test_each_content_is_used_once_and_not_in_two_classes(vit: Built, tmp_path: 
     assert labels(data.train).count(1) == 4
     assert labels(data.test).count(0) == 4
     assert len(contents(data)) == len(data.train) + len(data.test)
+    (tmp_path / "train" / "apple" / "torn.jpg").write_bytes(b"no photo")
+    data = load_folder(tmp_path, vit.bundle, grouped=False, test_share=TEST_SHARE)
+    assert data.coverage == "31 of 36 samples were used, 5 were skipped"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -107,8 +108,13 @@ def test_a_row_is_the_mean_over_the_seeds() -> None:
     assert spread([None], ".2f") == ""
 
 
-def test_names_of_classes_are_no_formulas_in_charts() -> None:
-    assert labels_by_device(np.ones((2, 2), np.int64), ["a$^$b", "plum"]).startswith(b"<?xml")
+def test_names_of_classes_are_text_in_charts_in_any_script() -> None:
+    names = ["a$^$b", "りんご", "शलजम", "plum"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        chart = labels_by_device(np.ones((2, 4), np.int64), names).decode()
+    assert chart.startswith("<?xml")
+    assert all(f">{name}</text>" in chart for name in names)
 
 
 def test_the_recommended_setting_is_the_best_on_held_out_samples(tmp_path: Path) -> None:
@@ -152,7 +158,8 @@ def test_the_report_leaves_no_file_of_an_earlier_one(
 ) -> None:
     settings = SimulationSettings(bundle=vit.bundle.root, images=tmp_path)
     for results in (RESULTS, [result(0.1, 0, 1.0, 1.0, method="fedit")]):
-        write_report(tmp_path, results, settings, CLASSES, lambda: np.ones((2, 4), np.int64))
+        write_report(tmp_path, results, settings, CLASSES, lambda: np.ones((2, 4), np.int64), "39 of 40 were used")
+    assert "<p>39 of 40 were used</p>" in (tmp_path / "report.html").read_text()
     written = {"results.csv", "results.md", "labels.svg", "accuracy.svg", "report.html"}
     assert {path.name for path in tmp_path.iterdir()} == written
     printed = capsys.readouterr().out

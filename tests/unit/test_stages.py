@@ -31,7 +31,7 @@ from fedfmsl.algorithms.privacy import Privacy
 from fedfmsl.algorithms.sal import AllAtOnce
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.encoding import decode
-from fedfmsl.protocol.messages import Encoding, Stage
+from fedfmsl.protocol.messages import Encoding, Stage, Sums
 
 
 @pytest.fixture
@@ -57,14 +57,14 @@ def test_stage_1_returns_the_delta_at_the_level_cap(context: TrainingContext) ->
     assert np.array_equal(result.delta, context.engine.get() - before[:size])
 
 
-@pytest.mark.parametrize("cap", [1, 2])
-def test_the_head_round_sends_sums_of_the_features_that_the_experts_head_reads(
-    context: TrainingContext, cap: int
+@pytest.mark.parametrize(("cap", "kind"), [(1, Sums.FEATURES), (2, Sums.FEATURES), (2, Sums.LOGITS)])
+def test_the_head_round_sends_sums_of_the_experts_logits_or_of_the_features_that_its_head_reads(
+    context: TrainingContext, cap: int, kind: Sums
 ) -> None:
     """Whatever the level cap, because the LoRA below it is applied, too."""
     theta = random_theta(context.bundle, 2, seed=1)
     result = head_statistics(
-        replace(context, level_cap=cap), announced_round(Stage.HEAD, level=2), Globals(theta, theta, theta)
+        replace(context, level_cap=cap), announced_round(Stage.HEAD, level=2, sums=kind), Globals(theta, theta, theta)
     )
     samples, labels = context.splits.train, labels_of(context.splits.train)
     assert (result.samples, result.level, result.delta, dict(result.metrics)) == (len(samples), cap, None, {})
@@ -77,12 +77,35 @@ def test_the_head_round_sends_sums_of_the_features_that_the_experts_head_reads(
     )
     parts = context.bundle.expert.split(theta)
     assert np.allclose(features @ parts["classifier.weight"].T + parts["classifier.bias"], logits, atol=1e-4)
-    sums = result.tensors["class_sums"]
+    sums, values = result.tensors["class_sums"], logits if kind is Sums.LOGITS else features
     for label in range(context.classes):
-        assert np.allclose(sums[label], features[labels == label].sum(axis=0), rtol=1e-2, atol=2e-2)
+        assert np.allclose(sums[label], values[labels == label].sum(axis=0), rtol=1e-2, atol=2e-2)
     assert np.array_equal(result.tensors["class_counts"], np.bincount(labels))
-    wanted = second_moments(features)
+    wanted = second_moments(values)
     assert np.allclose(result.tensors["second_moments"], wanted, atol=1e-2 * np.abs(wanted).max())
+
+
+def test_a_class_with_too_few_samples_or_that_is_not_asked_for_is_in_no_sum(context: TrainingContext) -> None:
+    theta = random_theta(context.bundle, 1, seed=1)
+    counts = np.bincount(labels_of(context.splits.train), minlength=context.classes)
+    for change, kept in (
+        ({"min_class_count": int(counts.max()) + 1}, np.zeros(counts.size, np.bool_)),
+        ({"min_class_count": int(counts.max())}, counts == counts.max()),
+        ({"classes": (1,)}, np.arange(counts.size) == 1),
+    ):
+        tensors = head_statistics(
+            context, announced_round(Stage.HEAD, sums=Sums.LOGITS, **change), Globals(theta, theta, theta)
+        ).tensors
+        assert np.array_equal(tensors["class_counts"], np.where(kept, counts, 0))
+        assert np.array_equal(np.asarray(tensors["class_sums"]).any(axis=1), kept & (counts > 0))
+        assert np.asarray(tensors["second_moments"]).any() == kept.any()
+
+
+def test_without_class_sums_a_device_sends_only_counts_and_norms(context: TrainingContext) -> None:
+    nothing = initial_globals(context.bundle, level=1)
+    tensors = statistics(context, announced_round(Stage.STATISTICS, sums=Sums.NONE), nothing).tensors
+    assert not np.asarray(tensors["class_sums"]).any()
+    assert np.asarray(tensors["norm_sum"]).item() > 0
 
 
 def test_stage_2_returns_the_delta_of_the_gate_adapter(context: TrainingContext) -> None:
@@ -161,7 +184,7 @@ def test_the_update_equals_the_delta_except_for_the_encoding(
 
 def test_private_statistics_of_real_features_give_almost_the_same_head(context: TrainingContext) -> None:
     low_noise = Privacy(clip=1.0, noise_multiplier=1e-6, shares=1)
-    round_ = announced_round(Stage.STATISTICS, privacy=low_noise)
+    round_ = announced_round(Stage.STATISTICS, privacy=low_noise, sums=Sums.FEATURES)
     result = statistics(context, round_, initial_globals(context.bundle, level=1))
     update = prepare_update(context.bundle, context.store.residual, round_, result, np.random.default_rng(0))
     expected = head(train_class_sums(context, 1))

@@ -20,7 +20,7 @@ from fedfmsl.algorithms.secure_aggregation import MIN_DEVICES, SecureAggregation
 from fedfmsl.errors import MessageError
 from fedfmsl.protocol.messages import Ack, DeviceStatus, Round, Stage, Verdict
 from trainer_server.config import MAX_DEVICES
-from trainer_server.coordinator.announce import announce, pack_globals, sal_of
+from trainer_server.coordinator.announce import COUNTED, announce, pack_globals, sal_of, sums_of
 from trainer_server.coordinator.events import (
     Command,
     CountRefusal,
@@ -206,8 +206,9 @@ def _open_round(plan: Plan, state: State, position: int, now: float) -> tuple[St
         sal=sal_of(plan, state, stage),
         encoding=config.encoding,
         privacy=config.privacy,
+        sums=sums_of(plan, stage),
+        min_class_count=config.min_class_count if stage in COUNTED and config.privacy is None else 0,
         secure=step.part is not None,
-        min_class_count=config.min_class_count if step.part is not None and step.part[0] in SUMS else 0,
         classes=state.secure.classes if stage in SUMS else (),
         **{kind: sha256 for kind, (sha256, _) in blobs.items()},
     )

@@ -6,12 +6,14 @@ from dataclasses import replace
 
 from fedfmsl.algorithms.arrays import Tensors
 from fedfmsl.algorithms.sal import Sal
-from fedfmsl.protocol.messages import EXCHANGE, Globals, Round, Stage
+from fedfmsl.protocol.messages import EXCHANGE, Globals, Round, Stage, Sums
 from fedfmsl.protocol.secure_sums import SHARES
 from fedfmsl.protocol.tensors import blob_hash, pack
+from trainer_server.config import Head
 from trainer_server.coordinator.events import AnnounceRound, Command, PublishGlobals
 from trainer_server.coordinator.state import Plan, State
 
+COUNTED = (Stage.HOLDERS, Stage.STATISTICS, Stage.HEAD)  # rounds that follow `min_class_count`
 Blobs = dict[str, tuple[str, bytes]]  # kind of globals → SHA-256 and blob
 
 
@@ -40,6 +42,13 @@ def pack_globals(plan: Plan, state: State, stage: Stage) -> Blobs:
             tensors["shares"] = {SHARES: state.secure.shares}
     blobs = {kind: pack(Globals(run=plan.config.run, kind=kind), named) for kind, named in tensors.items()}
     return {kind: (blob_hash(blob), blob) for kind, blob in blobs.items()}
+
+
+def sums_of(plan: Plan, stage: Stage) -> Sums:
+    """What devices sum in a round of this stage."""
+    if stage is Stage.HEAD:
+        return plan.config.head_sums
+    return Sums.FEATURES if stage is Stage.STATISTICS and plan.config.head is Head.CLASS_MEANS else Sums.NONE
 
 
 def sal_of(plan: Plan, state: State, stage: Stage) -> Sal:

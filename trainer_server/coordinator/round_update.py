@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from fedfmsl.algorithms.aggregation import Aggregate, Contribution, weighted_average
 from fedfmsl.algorithms.arrays import Doubles, Tensors, Vector
 from fedfmsl.algorithms.class_means import class_mean_head, direction_head
-from fedfmsl.algorithms.discriminant import discriminant_head
+from fedfmsl.algorithms.discriminant import discriminant_head, logit_head, with_former_rows
 from fedfmsl.algorithms.weighted_sums import weighted_mean
 from fedfmsl.errors import MessageError
 from fedfmsl.protocol.layout import Layout
-from fedfmsl.protocol.messages import Round, Stage, Update
+from fedfmsl.protocol.messages import Round, Stage, Sums, Update
 from trainer_server.config import Head
 from trainer_server.coordinator.secure_sums import apply_updates, update_parts
 from trainer_server.coordinator.state import NO_SUMS, TRAINING, Accepted, Part, Plan, State
@@ -51,7 +51,7 @@ def without_sums(plan: Plan, state: State, stage: Stage) -> State:
         return state
     dims, zero_shot = plan.bundle.manifest.dims, plan.bundle.zero_shot()
     head = np.zeros(plan.bundle.expert.size(0), np.float32)
-    if zero_shot is not None and plan.config.head is not Head.ZEROS:
+    if zero_shot is not None:
         norm = dims.feature**0.5  # of a normalized feature, about
         head = direction_head(zero_shot.rows, zero_shot.scale, np.ones(1, np.float32), norm)
     return _starting_from(plan, state, head)
@@ -110,8 +110,6 @@ def _first_head(plan: Plan, sums: Mapping[str, Vector]) -> Vector:
     counts, norm_sum = sums["class_counts"], float(sums["norm_sum"][0])
     if plan.config.head is Head.CLASS_MEANS:
         return class_mean_head(sums["class_sums"], counts, norm_sum)
-    if plan.config.head is Head.ZEROS:
-        return np.zeros(plan.bundle.expert.size(0), np.float32)
     zero_shot = plan.bundle.zero_shot()
     assert zero_shot is not None  # checked when the run was started
     return direction_head(zero_shot.rows, zero_shot.scale, counts, norm_sum)
@@ -128,7 +126,9 @@ def _with_expert(plan: Plan, state: State, combined: Aggregate, index: int, accu
     # after the last round no device would train a newly activated block
     last = index + 1 == plan.config.stage1_rounds
     sal = state.sal if last else plan.config.stage1_sal.observe(state.sal, accuracy)
-    return replace(state, expert=expert, expert_moments=moments, sal=sal)
+    first = plan.config.head is Head.ZEROS and index == 0
+    start = expert[: plan.bundle.expert.size(1)] if first else state.start
+    return replace(state, expert=expert, start=start, expert_moments=moments, sal=sal)
 
 
 def _head(plan: Plan, state: State, closing: Round) -> State:
@@ -136,11 +136,13 @@ def _head(plan: Plan, state: State, closing: Round) -> State:
 
 
 def _with_final_head(plan: Plan, state: State, total: NDArray[np.floating[Any]]) -> State:
-    """The head in closed form, from the features of all samples under the trained LoRA."""
-    sums = plan.head_statistics.split(np.asarray(total, np.float32))
-    expert = state.expert.copy()
-    head = discriminant_head(sums["class_sums"], sums["class_counts"], sums["second_moments"])
-    expert[: head.size] = head
+    """The head in closed form, from the logits or features of all samples under the trained LoRA."""
+    tensors = plan.head_statistics.split(np.asarray(total, np.float32))
+    sums, counts, moments = (tensors[name] for name in ("class_sums", "class_counts", "second_moments"))
+    expert, former = state.expert.copy(), state.expert[: plan.bundle.expert.size(0)]
+    logits = plan.config.head_sums is Sums.LOGITS
+    head = logit_head(former, sums, counts, moments) if logits else discriminant_head(sums, counts, moments)
+    expert[: head.size] = with_former_rows(head, former, counts)
     return replace(state, expert=expert)
 
 

@@ -19,9 +19,9 @@ from fedfmsl.algorithms.secure_aggregation import VECTORS, Bytes
 from fedfmsl.algorithms.server_optimizers import Moments
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.layout import Layout
-from fedfmsl.protocol.messages import DeviceStatus, Round, Stage, Update
+from fedfmsl.protocol.messages import DeviceStatus, Round, Stage, Sums, Update
 from fedfmsl.protocol.secure_sums import SignedKeys
-from trainer_server.config import RunConfig
+from trainer_server.config import Head, RunConfig
 from trainer_server.coordinator.limits import Limits
 from trainer_server.coordinator.refusals import Refused
 
@@ -68,9 +68,10 @@ class Plan:
         """Every round of the run in order. The last one is FINISHED."""
         config = self.config
         rounds = {
-            Stage.STATISTICS: 1,
+            Stage.STATISTICS: int(config.head is not Head.ZEROS),
             Stage.GLOBAL: config.stage1_rounds,
-            Stage.HEAD: int(config.privacy is None),  # noise would drown the second moments
+            # noise would drown the second moments
+            Stage.HEAD: int(config.privacy is None and config.head_sums is not Sums.NONE),
             Stage.PERSONAL: config.stage2_rounds,
             Stage.BASELINE: int(config.baseline),
             Stage.EVALUATE: 1,
@@ -89,10 +90,10 @@ class Plan:
 
     def _secure(self, masked: Step, execution: int, executions: int) -> Iterator[Step]:
         """The rounds of the secure aggregation of a round (see `fedfmsl.protocol.secure_sums`). Before class sums, the
-        holders of each class are counted."""
+        holders of each class are counted, if a class needs several."""
         part = (masked.stage, masked.index)
         vectors = [replace(masked, part=part)]
-        if masked.stage in SUMS:
+        if masked.stage in SUMS and self.config.min_holders > 1:
             vectors = [Step(Stage.HOLDERS, SUMS.index(masked.stage), len(SUMS), part), *vectors]
         if self.masks:
             yield Step(Stage.KEYS, execution, executions, part)
@@ -111,13 +112,14 @@ class Plan:
     @cached_property
     def statistics(self) -> Layout:
         """The layout of updates in the statistics round."""
-        return self._sums(("norm_sum", 1))
+        return self._sums(self.bundle.manifest.dims.feature, ("norm_sum", 1))
 
     @cached_property
     def head_statistics(self) -> Layout:
         """The layout of updates in the head round."""
-        feature = self.bundle.manifest.dims.feature
-        return self._sums(("second_moments", feature * (feature + 1) // 2))
+        dims = self.bundle.manifest.dims
+        width = dims.classes if self.config.head_sums is Sums.LOGITS else dims.feature
+        return self._sums(width, ("second_moments", width * (width + 1) // 2))
 
     @property
     def largest_update(self) -> int:
@@ -126,12 +128,12 @@ class Plan:
         values = max(bundle.expert.total, bundle.gate.total, self.statistics.total, self.head_statistics.total)
         return 2 * values + 4096 if self.config.secure or self.config.secure_sums else values
 
-    def _sums(self, last: tuple[str, int]) -> Layout:
-        dims, (name, size) = self.bundle.manifest.dims, last
+    def _sums(self, width: int, last: tuple[str, int]) -> Layout:
+        classes, (name, size) = self.bundle.manifest.dims.classes, last
         return Layout.build(
             [
-                ("statistics", "class_sums", (dims.classes, dims.feature)),
-                ("statistics", "class_counts", (dims.classes,)),
+                ("statistics", "class_sums", (classes, width)),
+                ("statistics", "class_counts", (classes,)),
                 ("statistics", name, (size,)),
             ]
         )
@@ -174,7 +176,8 @@ class State:
     """The state of a run between two events.
 
     Globals: `expert` (P,) has the bundle's highest level, and its blocks above SAL's level are untrained. `start` (P₁,)
-    is the expert that stage 1 starts from. `gate` (G,) is the gate adapter.
+    is the expert that stage 1 starts from; if its head is zeros, that of the first round of stage 1 replaces it. `gate`
+    (G,) is the gate adapter.
 
     Round: `position` in the schedule is -1 while the server waits for devices. `since` is the time of the
     announcement. `expected` are the selected devices. `updates` are the accepted updates of the present round.
@@ -235,11 +238,12 @@ class State:
 
 
 def initial_state(plan: Plan, now: float) -> State:
-    expert, gate = plan.bundle.initial()
+    expert, gate = plan.bundle.initial()  # its head is zeros
+    first = plan.bundle.expert.size(1) if plan.config.head is Head.ZEROS else 0
     return State(
         expert=expert,
         gate=gate,
-        start=np.empty(0, np.float32),
+        start=expert[:first],
         expert_moments=Moments.zeros(expert.size),
         gate_moments=Moments.zeros(gate.size),
         sal=plan.config.stage1_sal.start(),

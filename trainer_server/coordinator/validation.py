@@ -114,8 +114,8 @@ def head_statistics(plan: Plan, samples: int, tensors: Tensors) -> Vector:
     """Class sums, counts and second moments of at most `samples` samples, flat. Raises MessageError if no features
     (n, F) have them."""
     flat, (sums, counts, moments) = _joined(plan.head_statistics, tensors)
-    if counts.min() < 0 or not counts.any():
-        raise MessageError("the update holds negative counts or counts no images")
+    if counts.min() < 0:
+        raise MessageError("the update holds negative counts")
     _check_counts(counts, samples)
     scatter, held = within_scatter(sums, counts, moments), counts > 0
     squares = float(np.trace(scatter) + ((sums[held] ** 2).sum(axis=1) / counts[held]).sum())  # Σ |xᵢ|²
