@@ -22,7 +22,7 @@ test: install tools lint
 	@if [ -d $(TRAINING)/onnxruntime ]; then \
 		echo "the tests of engines again, with onnxruntime-training" && \
 		PYTHONPATH=$(CURDIR)/$(TRAINING) $(RUN) pytest $(PARALLEL) -m ort_training tests/unit/test_engines.py \
-			tests/unit/test_build.py tests/integration/test_package_boundaries.py tests/integration/test_trial_on_photos.py; \
+			tests/unit/test_build.py tests/unit/test_probe.py; \
 	else \
 		echo "not tested here: onnxruntime-training is not installed"; \
 		[ "$$CI" != true ] || $(VENV)/bin/python -c "$$HAS_NO_TRAINING_WHEEL"; fi
