@@ -178,11 +178,11 @@ def _attacks(runs: Sequence[Run]) -> list[str]:
         "## Membership",
         "",
         f"Half of the {len(runs[0].all.labels)} photos, drawn at random, are in the sums of {DEVICES} devices",
-        f"(Dirichlet, α = {ALPHAS[0]:g}). The attacker has all photos, and knows how many of each class are in the sums.",
-        "Accuracy is the mean of the shares of photos in the sums and of other photos that it tells; chance is 0.5. The",
-        "last column is the share of photos whose class is in the sums. Class sums of features are attacked by",
-        "non-negative least squares, the others by the best linear estimate. Sums of logits are class sums, counts and",
-        "second moments.",
+        f"(Dirichlet, α = {ALPHAS[0]:g}). The attacker has all photos, and knows how many of each class are in sums.",
+        "Accuracy is the mean of the shares of photos in the sums and of other photos that it tells; chance is 0.5.",
+        "The last column is the share of photos whose class is in the sums. Class sums of features are attacked by",
+        "non-negative least squares, second moments by the best linear estimate, sums of logits (class sums, counts",
+        "and second moments) by the better of both.",
         "",
         "| what the server sees | accuracy | photos |",
         "| --- | --- | --- |",
@@ -196,7 +196,7 @@ def _attacks(runs: Sequence[Run]) -> list[str]:
         "| no sums | 0.500 | |",
         "",
         "N numbers about m candidates tell about 0.5 + 0.4 · √(N / m) of them. So 0.52 takes 400 candidates for each",
-        f"number: {400 * runs[0].classes} photos of a class for its {runs[0].classes} logits, 150,000 for its features.",
+        f"number: {400 * runs[0].classes} photos of a class for {runs[0].classes} logits, 150,000 for its features.",
         "",
     ]
 
@@ -222,20 +222,25 @@ def _in_sums(run: Run, owner: Labels, least: int, holders: int) -> tuple[Labels,
 
 
 def _by_least_squares(run: Run, owner: Labels, each: bool = False, least: int = 1, holders: int = 1) -> Seen:
-    """Each class sum by itself. The weight of a photo is its largest in any sum."""
     owner, part = _in_sums(run, owner, least, holders)
-    labels, features = run.all.labels, run.all.features
+    return _seen(_largest_weights(run.all.features, run.all.labels, owner, part, each), owner, run.all.labels, part)
+
+
+def _largest_weights(values: Doubles, labels: Labels, owner: Labels, part: Bools, each: bool) -> Doubles:
+    """By non-negative least squares, each class sum of values (m, D) by itself. The weight of a photo is its largest in
+    any sum."""
     weights = np.zeros(len(labels))
     for label in np.unique(labels[part]):
         own = labels == label
         sums = [owner[own] == device for device in range(DEVICES)] if each else [owner[own] >= 0]
-        found = [least_squares_weights(features[own], features[own][members].sum(axis=0)) for members in sums]
+        found = [least_squares_weights(values[own], values[own][members].sum(axis=0)) for members in sums]
         weights[own] = np.max(found, axis=0)
-    return _seen(weights, owner, labels, part)
+    return weights
 
 
 def _linearly(run: Run, owner: Labels, logits: bool = True, each: bool = False, least: int = 1) -> Seen:
-    """Of features, second moments only. With `each`, the weights of a photo in the sums of all devices are added."""
+    """Of features, second moments only, by the best linear estimate. With `each`, the weights of a photo in the sums of
+    all devices are added. Of logits, by least squares if that is better: it finds the photos of small sums."""
     owner, part = _in_sums(run, owner, least, 1)
     photos = run.all
     gram = class_gram(photos.logits, photos.labels) + moment_gram(photos.logits)
@@ -243,7 +248,12 @@ def _linearly(run: Run, owner: Labels, logits: bool = True, each: bool = False, 
         gram = moment_gram(photos.features / np.linalg.norm(photos.features, axis=1, keepdims=True))
     groups = [owner == device for device in range(DEVICES)] if each else [owner >= 0]
     weights = [linear_weights(gram, gram @ members, float(members.mean())) for members in groups if members.any()]
-    return _seen(np.sum(weights, axis=0), owner, photos.labels, part)
+    seen = _seen(np.sum(weights, axis=0), owner, photos.labels, part)
+    if not logits:
+        return seen
+    counted = np.concatenate([photos.logits, np.ones((len(photos.labels), 1))], axis=1)
+    by_squares = _seen(_largest_weights(counted, photos.labels, owner, part, each), owner, photos.labels, part)
+    return max(seen, by_squares, key=lambda found: found.accuracy)
 
 
 def _seen(weights: Doubles, owner: Labels, labels: Labels, part: Bools) -> Seen:

@@ -25,6 +25,8 @@ LONG_FILES = (  # of 10 s or more, by `pytest --durations`
     "test_trial_on_texts.py",
     "test_build.py",
     "test_security.py",
+    "test_flooding_member.py",
+    "test_bundle_limits.py",
     "test_network_faults.py",
     "test_machine_faults.py",
     "test_watched_folder.py",

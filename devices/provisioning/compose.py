@@ -12,7 +12,7 @@ from fedfmsl.transport.address import netloc
 
 OWNER = 1883  # the user of the image eclipse-mosquitto; devices/Dockerfile uses the same
 _STATE, _BUNDLE, _IDENTITY = "/var/lib/fedfmsl", "/bundle", "/run/server.pem"
-_KIT = "/run/broker"  # where the server finds the revocation list, beside its identity
+_REVOKED = "/run/revoked.crl"  # where the server finds the revocation list, beside its identity
 
 
 def compose_yaml(folder: Path, host: str, run: str | None, source: Path, prefix: str = ROOT) -> str:
@@ -57,7 +57,8 @@ services:
     command: {json.dumps(command)}
     volumes:
       - {{type: bind, source: ../server.pem, target: {_IDENTITY}, read_only: true}}
-      - {{type: bind, source: ., target: {_KIT}, read_only: true}}
+      # not the whole folder, which holds the broker's key; restart the server after a revocation, as the broker
+      - {{type: bind, source: ./revoked.crl, target: {_REVOKED}, read_only: true}}
       - {{type: bind, source: "${{BUNDLE:?folder of the bundle}}", target: {_BUNDLE}, read_only: true}}
       - {{type: volume, source: run, target: {_STATE}}}
     {server}

@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from fedfmsl.protocol.duplicate_name import DuplicateNameGuard
 from fedfmsl.protocol.messages import Ack, DeviceStatus, Round, ServerStatus, Stage, Verdict
 
+MOST_RETURNS = 4  # of an earlier process; one that leaves for a newer process returns once or twice
+
 
 @dataclass(frozen=True)
 class ServerSeen:
@@ -142,7 +144,8 @@ class State:
     `announced`: the newest announced round. `running`: the round that is being computed. `last_started`: the last round
     whose computation was started. `stored`: SHA-256 of the global blobs on disk. `unacknowledged`: rounds of `session`
     with an unacknowledged update. `guard`: finds newer processes with this device's name. `ended`: newer processes that
-    seem to have ended. `offline_logged`: whether the log has reported that the server is offline.
+    seem to have ended. `returns`: connections in which an earlier process was seen at work, at most one each
+    (`returned`). `offline_logged`: whether the log has reported that the server is offline.
     """
 
     device: str
@@ -156,6 +159,8 @@ class State:
     stored: frozenset[str] = frozenset()
     unacknowledged: frozenset[int] = frozenset()
     ended: frozenset[str] = frozenset()
+    returns: int = 0
+    returned: bool = False
     offline_logged: bool = False
     running: Round | None = None
 
@@ -174,7 +179,9 @@ def advance(state: State, event: Event) -> tuple[State, list[Command]]:
         return state, [Send(event.round)] if state.online_session == state.session else []
     if isinstance(event, WorkFailed):
         return replace(state, last_started=event.round - 1, running=None), []
-    if isinstance(event, Reconnected | AckOverdue):
+    if isinstance(event, Reconnected):
+        return replace(state, returned=False), _send_unacknowledged(state)
+    if isinstance(event, AckOverdue):
         return state, _send_unacknowledged(state)
     if isinstance(event, AckSeen):
         return _acknowledge(state, event.ack)
@@ -215,13 +222,20 @@ def _see_server(state: State, status: ServerStatus) -> tuple[State, list[Command
 def _see_own_status(state: State, status: DeviceStatus) -> tuple[State, list[Command]]:
     """A broker that allows one connection per identity ends the newer process's connection whenever this process
     connects, and publishes its last will. So the last will of a newer process counts as its end once only: a process
-    that has really ended does not come back."""
+    that has really ended does not come back.
+
+    Two processes that start at the same time on such a broker may each see the other's last will first, and then take
+    each other for the earlier one. After MOST_RETURNS the one with the lower instance leaves."""
     guard, instance = state.guard.observe(status.instance), status.instance
     state = replace(state, guard=guard)
-    newer = guard.is_newer(instance)
-    if guard.confirmed and instance != guard.instance and not status.online and instance not in state.ended:
+    newer, loses = guard.is_newer(instance), False
+    if guard.confirmed and instance in guard.earlier and not state.returned:
+        state = replace(state, returns=state.returns + 1, returned=True)
+        loses = state.returns >= MOST_RETURNS and guard.instance < instance
+    is_will = guard.confirmed and instance != guard.instance and not status.online
+    if is_will and not loses and instance not in state.ended:
         return replace(state, ended=state.ended | {instance} if newer else state.ended), [PublishStatus()]
-    if not newer:
+    if not (newer or loses):
         return state, []
     error = (
         f"duplicate device name {state.device!r}: a newer process took over; if these are two devices, start one of "

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from edge_runtime.data.inputs import Kind
 from fedfmsl.common.class_folders import ClassFile, Listing, check_folder, normal_name, similar, unknown_class
+from fedfmsl.common.files import why_no_file
 from fedfmsl.common.folder_walk import SkippedFile, files_below, wrong_suffix
 from fedfmsl.errors import InputError
 
@@ -57,6 +58,8 @@ def read_labels(path: Path) -> tuple[Labels, list[SkippedFile]]:
     """
     labels: Labels = {}
     skipped = []
+    if reason := why_no_file(path):  # opening a pipe would wait for its writer
+        raise InputError(f"labels {path}: it {reason}; pass a CSV file, or use one subfolder per class")
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:  # Excel writes a byte order mark
             reader = csv.DictReader(file, strict=True, skipinitialspace=True)
@@ -68,8 +71,6 @@ def read_labels(path: Path) -> tuple[Labels, list[SkippedFile]]:
                     labels.setdefault(posixpath.normpath(name), {}).setdefault(label, reader.line_num)
                 else:
                     skipped.append(SkippedFile(path, "without a file or a class", f"line {reader.line_num}"))
-    except FileNotFoundError as error:
-        raise InputError(f"labels {path} do not exist; check the path, or use one subfolder per class") from error
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"labels {path} cannot be read ({error}); it must be a CSV file in UTF-8") from error
     return labels, skipped

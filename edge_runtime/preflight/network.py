@@ -71,6 +71,11 @@ def check_broker(settings: Settings, context: Context) -> Iterator[Finding]:
             text, is_soon = describe_expiry(link.broker_until, time.time(), "broker")
             yield Finding("broker", f"its certificate is valid {text}", warning=is_soon)
         context.server = receive_server_status(link, topics, SERVER_SECONDS)
+        if link.outage.count:
+            raise BrokerError(
+                "the broker has ended this idle connection; if a daemon with this identity runs elsewhere, each ends the "
+                "other's connection: stop it, or use another --identity"
+            )
         name = device_name(settings.device, settings.identity) or DeviceStore(settings.state).name()
         yield from _check_messages(link, topics, name, context.server)
     finally:
@@ -92,7 +97,7 @@ def _check_messages(link: Link, topics: Topics, known: str | None, server: Serve
     try:
         largest = largest_message(link, topics.check(name), sizes)
     except BrokerError as error:
-        if known:
+        if known or name not in str(error):
             raise
         raise BrokerError(
             f"{error}; this device has no name yet: give it one that they allow, with --device"

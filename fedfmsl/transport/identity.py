@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
+from fedfmsl.common.files import why_no_file
 from fedfmsl.errors import ConfigError, one_line
 
 NOTICE_SECONDS = 30 * 86400.0  # before a certificate expires
@@ -72,6 +73,8 @@ class Identity:
 def read_identity(path: Path) -> Identity:
     """Raises ConfigError if the file is not an identity, or users other than its owner can read its key."""
     try:
+        if path.exists() and (reason := why_no_file(path)):  # opening a pipe would wait for its writer
+            raise ConfigError(f"identity {path} {reason}; make one with devices.provision")
         if path.stat().st_size > MAX_BYTES:
             raise ConfigError(f"identity {path} is too long for a PEM file; make one with devices.provision")
         text = path.read_text("utf-8", errors="replace")  # there may be any text around the PEM blocks

@@ -13,14 +13,17 @@ logger = logging.getLogger(__name__)
 
 
 class Outage:
-    """`since`: unix seconds. `reason`: the latest one. Both are empty while there is a connection."""
+    """`since`: unix seconds. `reason`: the latest one. Both are empty while there is a connection. `count`: of outages
+    so far."""
 
     def __init__(self) -> None:
+        self.count = 0
         self.since = 0.0
         self.reason = ""
         self._logged: set[str] = set()
 
     def lost(self, reason: str) -> None:
+        self.count += not self.since
         self.since = self.since or time.time()
         self.reason = reason
         if reason not in self._logged:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import support.arm64.board as board_module
 from support.arm64.board import HERE, PROGRAMS, PYTHON, Board, NoBoardError, build, require_emulation
-from support.arm64.wheels import REPOSITORY, build_wheel, download, install
+from support.arm64.wheels import LOCK, build_wheel, download, install
 from support.processes import Processes
 from support.shared_folders import fingerprint, locked, made_once
 from support.tools import not_tested, require_tool
@@ -46,9 +46,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def wheels(wheel: Path) -> Path:
+def wheels() -> Path:
     """The wheels that it needs on the board."""
-    return kept("wheels", REPOSITORY / "pyproject.toml", lambda folder: download(wheel, PYTHON, folder))
+    return kept("wheels", LOCK, lambda folder: download(PYTHON, folder))
 
 
 @pytest.fixture(scope="session")

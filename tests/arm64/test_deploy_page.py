@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from support.arm64.board import Board
-from support.arm64.wheels import REPOSITORY
+from support.arm64.wheels import LOCK, REPOSITORY
 from support.bundles import Built
 from support.processes import Broker, Federation, Process, Processes, free_port, wait_until
 from support.provisioned_fleet import Fleet, provision, start_fleet
@@ -45,6 +45,7 @@ def pi(base: Board, wheel: Path, wheels: Path, tmp_path: Path) -> Board:
     """A new board with the files that the section copies to it. Its pip finds the wheels on its disk."""
     board = base.copy(tmp_path / "root")
     shutil.copy(wheel, board.path(HOME))
+    shutil.copy(LOCK, board.path(HOME))
     shutil.copytree(wheels, board.path("/var/cache/wheels"))
     board.path("/etc/pip.conf").write_text(PIP_CONF)
     with board.path("/etc/hosts").open("a") as hosts:

@@ -40,8 +40,8 @@ def test_a_broker_restart_in_a_round_loses_no_update(
     persistent: bool,
     end: str,
 ) -> None:
-    if not full and (kind, end) != ("amqtt", "kill"):
-        pytest.skip("one by one in the long form only (--full)")
+    if not full:
+        pytest.skip("with simulated devices in the long form only (--full); with real ones in tests/integration")
     if kind == "mosquitto":
         require_tool("mosquitto")
     broker = RestartableBroker(processes, tmp_path, kind, persistent, autosave=20)

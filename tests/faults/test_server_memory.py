@@ -9,7 +9,7 @@ import pytest
 from benchmarks.load import measure
 from fedfmsl.protocol.bundle import Bundle
 
-FEW, MANY = 10, 200
+FEW, MANY = 10, 120
 ROUNDS = 2
 
 

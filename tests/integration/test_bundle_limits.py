@@ -6,11 +6,12 @@ import logging
 import os
 import resource
 import shutil
+import signal
 import socket
 import ssl
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -23,10 +24,9 @@ from fedfmsl.errors import BundleError, ConfigError
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.messages import ServerStatus
 from fedfmsl.transport.identity import client_context
-from trainer_server.service import bundle_process
 from trainer_server.service.bundle_files import Served, read_request, respond
 from trainer_server.service.bundle_http import BundleServer
-from trainer_server.service.bundle_process import Contexts, Server, listen
+from trainer_server.service.bundle_process import WAITING, Contexts, Limits, Server, listen
 
 OURS = make_authority("ours")
 
@@ -73,8 +73,8 @@ def test_a_thousand_bare_connections_take_no_descriptor_of_the_coordinator(fleet
         for _ in range(1100):
             bare.enter_context(socket.create_connection(("localhost", fleet.port), 10))
         mine = descriptors("self") - before - 1100  # this process is the coordinator's
-        pid = fleet.server._process.pid
-        wait_until(lambda: descriptors(pid) <= bundle_process.WAITING + 20, "ended connections")
+        pid = fleet.server.pid
+        wait_until(lambda: descriptors(pid) <= WAITING + 20, "ended connections")
         fleet.fetch("device").verify()
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert mine <= 0
@@ -104,57 +104,72 @@ def test_a_revocation_list_that_is_none_is_named(fleet: Fleet, bundle: Path) -> 
     fleet.fetch("device").verify()
 
 
-def test_a_client_that_sends_no_request_or_reads_nothing_is_ended(
-    fleet: Fleet, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(bundle_process, "ANSWER_SECONDS", 0.3)
-    monkeypatch.setattr(bundle_process, "BLOCK_SECONDS", 0.3)
-    large = tmp_path / "large"
-    large.write_bytes(bytes(30_000_000))
-    listeners, (end, ended) = listen("localhost", 0), os.pipe()
-    port = listeners[0].getsockname()[1]
-    server = Server({"large": Served(large, "0" * 64)}, Contexts(fleet.identity, fleet.revoked), listeners[:1])
+@pytest.fixture
+def large(tmp_path: Path) -> Served:
+    path = tmp_path / "large"
+    path.write_bytes(bytes(30_000_000))
+    return Served(path, "0" * 64)
+
+
+@contextmanager
+def serving(fleet: Fleet, large: Served, limits: Limits) -> Iterator[Server]:
+    """A server in this process instead of the fleet's, which serves a large file."""
+    listeners, (end, ended) = listen("localhost", 0)[:1], os.pipe()
+    fleet.port = listeners[0].getsockname()[1]
+    server = Server({"large": large}, Contexts(fleet.identity, fleet.revoked), listeners, limits=limits)
     thread = threading.Thread(target=server.serve, args=(end,))
     thread.start()
-    fleet.port = port
-    for request in (b"", b"GET /bundle/large HTTP/1.1\r\nX: ", b"GET /bundle/large HTTP/1.1\r\n\r\n"):
-        with fleet.open("device") as connection:
-            connection.sendall(request)
-            wait_until(lambda: not server._connections, f"the end after {request!r}", seconds=20)
-    with ExitStack() as slow:
-        for _ in range(bundle_process.PER_CLIENT):
-            connection = slow.enter_context(fleet.open("device"))
-            connection.sendall(b"GET /bundle/large HTTP/1.1\r\n\r\n")
-            assert connection.recv(12) == b"HTTP/1.1 200"
-        with fleet.open("device") as connection:
-            connection.sendall(b"GET /bundle/large HTTP/1.1\r\n\r\n")
-            assert connection.recv(12) == b"HTTP/1.1 429"
+    yield server
     os.write(ended, b"x")
     thread.join()
+    for descriptor in (end, ended):
+        os.close(descriptor)
+    listeners[0].close()
 
 
-def test_a_client_may_fetch_the_bundle_four_times_at_once(tmp_path: Path) -> None:
-    file = tmp_path / "file"
-    file.write_bytes(bytes(100_000))
-    server = Server({"file": Served(file, "0" * 64)}, None, [])
-    refused = 0
-    for _ in range(10):
-        with server._transfer("device") as answer:
-            refused += answer is not None
-            server._clients["device"].allowance -= 200_000  # a little more than the bundle
-    assert refused == 6
-    with server._transfer("another") as answer:
-        assert answer is None
+REQUEST = b"GET /bundle/large HTTP/1.1\r\n\r\n"
 
 
-def test_a_process_that_ends_is_started_again(
-    fleet: Fleet, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr("trainer_server.service.bundle_http.RESTART_SECONDS", 0.0)
+@pytest.mark.parametrize("sent", [b"", b"GET /bundle/large HTTP/1.1\r\nX: ", REQUEST], ids=["none", "half", "whole"])
+def test_a_client_that_sends_no_request_or_reads_nothing_is_ended(fleet: Fleet, large: Served, sent: bytes) -> None:
+    with serving(fleet, large, Limits(answer=0.3, block=0.3)) as server, fleet.open("device") as connection:
+        connection.sendall(sent)
+        wait_until(lambda: bool(server.ended), "the end of the connection")
+        received = 0
+        with suppress(OSError):
+            while block := connection.recv(1 << 20):
+                received += len(block)
+        assert received < large.path.stat().st_size
+
+
+def test_a_client_has_four_transfers_at_a_time(fleet: Fleet, large: Served) -> None:
+    with serving(fleet, large, Limits()), ExitStack() as slow:
+        for status in (200, 200, 200, 200, 429):
+            connection = slow.enter_context(fleet.open("device"))
+            connection.sendall(REQUEST)
+            assert connection.recv(12) == b"HTTP/1.1 %d" % status
+
+
+def test_a_client_may_fetch_the_bundle_four_times(fleet: Fleet, large: Served) -> None:
+    statuses = []
+    with serving(fleet, large, Limits(bundle_seconds=1e9)):
+        for _ in range(6):
+            with fleet.open("device") as connection:
+                connection.sendall(REQUEST)
+                statuses.append(connection.recv(12)[-3:])
+                with suppress(OSError):
+                    while connection.recv(1 << 20):
+                        pass
+    assert statuses == [b"200"] * 4 + [b"429"] * 2
+
+
+def test_a_process_that_ends_is_started_again(fleet: Fleet, bundle: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
-    first = fleet.server._process
-    first.kill()
-    wait_until(lambda: fleet.server._process is not first, "the second process")
+    fleet.server.close()
+    fleet.server = BundleServer(bundle, f"localhost:{fleet.port}", fleet.identity, restart_seconds=0.0)
+    first = fleet.server.pid
+    os.kill(first, signal.SIGKILL)
+    wait_until(lambda: fleet.server.pid != first, "the second process")
     fleet.fetch("device").verify()
     assert "starting it again" in caplog.text
 

@@ -48,8 +48,13 @@ def accepted(observer: Observer) -> Counter[tuple[str, int]]:
     return Counter((ack.device, ack.round) for ack in acks if ack.verdict is Verdict.ACCEPTED)
 
 
-@pytest.mark.parametrize("copied", [False, True], ids=["the same --device", "a copied state folder"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "copied"),
+    [
+        pytest.param("amqtt", False, id="the same --device, amqtt"),
+        pytest.param("mosquitto", True, id="a copied state folder, mosquitto", marks=pytest.mark.needs("mosquitto")),
+    ],
+)
 def test_of_two_devices_with_one_identity_the_older_exits_and_the_run_continues(
     kind: str, copied: bool, bundle: Path, photos: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -15,13 +15,12 @@ from support.processes import Ended, run_module
 from support.samples import CLASSES, write_device_photos
 
 from devices.trial.evaluation import evaluate_fleet
-from fedfmsl.common.onnx_runtime import has_ort_training
 from fedfmsl.protocol.bundle import Bundle
 
 DEVICES, STAGE1, STAGE2 = 3, 2, 1
 NAMES = [f"device-{index}" for index in range(DEVICES)]
 ACCURACIES = {"start", "local_only", "global", "global_prior", "local_expert", "mofm"}
-ENGINE = "ort-training" if has_ort_training() else "step-graph"
+ENGINE = "step-graph"
 REPORT = {
     *("seed", "alpha", "devices", "classes", "model", "rounds", "seconds", "accuracy", "accuracy_global_test", "gate"),
     *("accuracy_fleet", "accuracy_novel", "accuracy_stream", "harmonic", "worst_decile", "unseen"),
@@ -69,7 +68,6 @@ def test_the_report_has_every_documented_key(report: dict[str, Any]) -> None:
     assert set(report["gate"]) == {"mean_local_weight", "entropy"}
 
 
-@pytest.mark.ort_training
 def test_the_report_has_the_settings_of_the_run(report: dict[str, Any], folder: Path) -> None:
     manifest = Bundle.load(folder / "bundle").manifest
     assert (report["seed"], report["alpha"], report["model"]) == (0, 1.0, "tiny-vit")
@@ -162,7 +160,6 @@ def test_the_folder_holds_the_report_the_adapter_and_every_personalized_model(fo
         assert (folder / "devices" / name / "personalized.onnx").is_file()
 
 
-@pytest.mark.ort_training
 def test_a_personalized_model_of_a_trial_predicts(folder: Path) -> None:
     photo = next((folder / "samples" / NAMES[0]).rglob("*.jpg"))
     model = folder / "devices" / NAMES[0] / "personalized.onnx"
@@ -173,7 +170,6 @@ def test_a_personalized_model_of_a_trial_predicts(folder: Path) -> None:
     assert sum(probabilities.values()) == pytest.approx(1, abs=1e-4)
 
 
-@pytest.mark.ort_training
 def test_every_process_of_the_trial_has_a_log_without_a_traceback(folder: Path) -> None:
     logs = {path.stem: path.read_text() for path in (folder / "logs").iterdir()}
     assert set(logs) == {"broker", "server", *NAMES}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -97,6 +97,14 @@ def head_statistics(features: NDArray[np.float32], labels: NDArray[np.int64], cl
     """What a device with these features or logits (n, D) and labels (n,) sends in the head round."""
     sums = class_sums(features, labels, classes)
     return {**{name: sums[name] for name in ("class_sums", "class_counts")}, "second_moments": second_moments(features)}
+
+
+def unchanged(state: State, before: State) -> bool:
+    """Whether all parts but the counts of refusals are the same objects, or equal. `==` of dataclasses compares arrays
+    element by element, from Python 3.13 on also those that are the same object."""
+    names = [each.name for each in fields(State) if each.name != "refused"]
+    pairs = [(getattr(state, name), getattr(before, name)) for name in names]
+    return all(new is old or new == old for new, old in pairs)
 
 
 @dataclass

@@ -39,16 +39,15 @@ def test_clients_reach_the_server_by_the_name_in_its_certificate() -> None:
     assert options["--broker"] == "mqtts://fleet.example"
     assert options["--serve"] == "fleet.example:8443"
     targets = {volume["target"] for volume in services["server"]["volumes"]}
-    assert targets == {options["--bundle"], options["--out"], options["--identity"], "/run/broker"}
+    assert targets == {options["--bundle"], options["--out"], options["--identity"], "/run/revoked.crl"}
 
 
 def test_the_server_finds_the_revocation_list_beside_its_identity(tmp_path: Path) -> None:
     mounted = {volume["target"]: volume["source"] for volume in compose()["server"]["volumes"]}
     assert mounted["/run/server.pem"] == "../server.pem"
-    assert mounted["/run/broker"] == "."
-    (tmp_path / "broker").mkdir()
-    (tmp_path / "broker" / "revoked.crl").touch()
-    assert revocation_list_beside(tmp_path / "server.pem") == tmp_path / "broker" / "revoked.crl"
+    assert mounted["/run/revoked.crl"] == "./revoked.crl"  # and not the folder, which holds the broker's key
+    (tmp_path / "revoked.crl").touch()
+    assert revocation_list_beside(tmp_path / "server.pem") == tmp_path / "revoked.crl"
 
 
 def test_the_server_keeps_its_network_when_the_broker_restarts() -> None:

@@ -23,6 +23,7 @@ from support.coordinators import (
     make_update,
     plan_for,
     started,
+    unchanged,
 )
 
 from fedfmsl.algorithms.class_means import class_mean_head
@@ -53,6 +54,7 @@ from trainer_server.coordinator.events import (
     Stop,
     StoreRound,
 )
+from trainer_server.storage.checkpoint import Checkpoint, vectors_of
 
 # a whole run
 
@@ -237,6 +239,25 @@ def test_a_head_round_in_which_no_class_has_enough_samples_keeps_the_trained_hea
     assert run.announced.stage is Stage.PERSONAL and np.array_equal(run.state.expert, before)
 
 
+@pytest.mark.parametrize(("accuracies", "stays"), [((0.8, 0.75, 0.0), True), ((0.9, 0.3, 0.2), False)])
+def test_the_head_of_the_sums_stays_unless_most_devices_are_much_worse_with_it(
+    vit: Built, accuracies: tuple[float, ...], stays: bool
+) -> None:
+    run = started(vit, stage1_rounds=1)
+    run.answers(ABC)
+    run.answers(ABC, accuracy=0.8)
+    size, former = vit.bundle.expert.size(0), run.state.expert
+    run.answers(ABC)
+    run.state = Checkpoint.of(run.state).state(vectors_of(run.state))
+    assert run.announced.stage is Stage.PERSONAL and not np.array_equal(run.state.expert[:size], former[:size])
+    updates = [make_update(run.plan, run.announced, name, accuracy=a) for name, a in zip(ABC, accuracies, strict=True)]
+    logged = run.feed(*updates)
+    assert (run.announced.index, np.array_equal(run.state.expert, former)) == ((1, False) if stays else (0, True))
+    assert any(isinstance(note, Log) and "head of stage 1" in note.text for note in logged) != stays
+    run.answers(ABC, accuracy=0.1)
+    assert run.announced.stage is (Stage.EVALUATE if stays else Stage.PERSONAL)
+
+
 def test_a_run_with_privacy_has_no_head_round(vit: Built) -> None:
     names = [f"d{i}" for i in range(4)]
     rule = replace(RULE, trigger=FixedSchedule(2))
@@ -357,7 +378,7 @@ def test_an_invalid_update_is_rejected_with_its_reason(
     assert reply.ack.verdict is Verdict.REJECTED
     assert reason in reply.ack.reason
     assert isinstance(refusal, CountRefusal)
-    assert replace(run.state, refused={}) == before
+    assert unchanged(run.state, before)
     run.answers(["a"])
     assert run.verdicts[-1] is Verdict.ACCEPTED  # a valid one of the same device still counts
 
@@ -749,7 +770,7 @@ def test_head_statistics_that_no_features_have_are_rejected(
     )
     assert (reply.ack.verdict, refusal.kind) == (Verdict.REJECTED, "tensors")
     assert reason in reply.ack.reason
-    assert replace(run.state, refused={}) == before
+    assert unchanged(run.state, before)
     (reply, *_) = run.answers(["a"], tensors=tensors)
     assert reply.ack.verdict is Verdict.ACCEPTED
 

@@ -16,6 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from edge_runtime.daemon.retransmit import Retransmissions
 from edge_runtime.daemon.state import (
+    MOST_RETURNS,
     Acknowledge,
     AckOverdue,
     AckSeen,
@@ -290,6 +291,24 @@ def test_of_two_processes_that_end_each_others_connection_the_older_one_leaves()
         assert commands == [PublishStatus()]
     (leave,) = drive([seen("me"), seen("newer", online=False)], older)[1]
     assert isinstance(leave, Stop) and leave.quietly and "a newer process took over" in leave.error
+
+
+@pytest.mark.parametrize("online", [True, False], ids=["status", "last will"])
+def test_of_two_processes_that_take_each_other_for_the_earlier_one_exactly_one_leaves(online: bool) -> None:
+    """On such a broker each may see the other's last will before its own status, if they start at the same time."""
+    states = {
+        name: drive(
+            [seen(other, online=False), seen(name)], State(device="d", guard=DuplicateNameGuard(name), bundle=BUNDLE)
+        )[0]
+        for name, other in (("a", "b"), ("b", "a"))
+    }
+    left = []
+    for _ in range(MOST_RETURNS):
+        for name, other in (("a", "b"), ("b", "a")):
+            statuses = [seen(other, online)] * 3  # one connection, and so one return
+            states[name], commands = drive([Reconnected(), *statuses, seen(name)], states[name])
+            left += [name for command in commands if isinstance(command, Stop)][:1]
+    assert left == ["a"]
 
 
 @given(st.permutations("abcde"), st.data())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,13 @@ from support.bundles import (
 )
 from support.samples import CLASSES
 from support.torch_reference import torch_expert, torch_step, trainables
+from support.training_contexts import announced_round, initial_globals, training_context
 
 from edge_runtime.engines import Batch, Engine, MemoryPlan, StepGraphEngine, open_engine
 from edge_runtime.engines.base import expert_decay
 from edge_runtime.engines.ort_training import OrtTrainingEngine, TrainingSession
+from edge_runtime.training.local_expert import train_personal
+from edge_runtime.training.stages import train_global
 from export.bundle import build_bundle
 from export.reference import torch_inputs
 from fedfmsl.algorithms.adamw import AdamW
@@ -38,7 +42,7 @@ from fedfmsl.algorithms.arrays import NEVER
 from fedfmsl.common.onnx_runtime import has_ort_training
 from fedfmsl.errors import BundleError, ConfigError
 from fedfmsl.protocol.bundle import Bundle
-from fedfmsl.protocol.messages import Training
+from fedfmsl.protocol.messages import Stage, Training
 from fedfmsl.protocol.peft_names import from_peft
 
 TOLERANCE = 1e-5
@@ -46,11 +50,14 @@ TOLERANCE = 1e-5
 # (1.1e-5 was measured with both).
 TOLERANCES = {"bert": 2e-5}
 LEVELS = [1, 2, LAYERS]
+RATE, DECAY = 1e-3, 0.05
 C = len(CLASSES)
 Inputs = dict[str, NDArray[Any]]
 
-pytestmark = pytest.mark.ort_training
-with_ort_training = pytest.mark.skipif(not has_ort_training(), reason="the standard ONNX Runtime is installed")
+WITH_ORT_TRAINING = (
+    pytest.mark.ort_training,
+    pytest.mark.skipif(not has_ort_training(), reason="the standard ONNX Runtime is installed"),
+)
 without_ort_training = pytest.mark.skipif(has_ort_training(), reason="onnxruntime-training is installed")
 
 
@@ -66,16 +73,22 @@ def ort_training(bundle: Bundle, level: int, theta: Floats, inputs: Inputs) -> t
     return loss, bundle.expert.join({name: parameter.grad for name, parameter in session.state.parameters})
 
 
+def with_ort_training(test: Callable[..., None]) -> Callable[..., None]:
+    for mark in WITH_ORT_TRAINING:
+        test = mark(test)
+    return test
+
+
 Differentiate = Callable[[Bundle, int, Floats, Inputs], tuple[float, Floats]]
 each_gradient = pytest.mark.parametrize(
     "differentiate",
-    [pytest.param(step_graph, id="step-graph"), pytest.param(ort_training, id="ort-training", marks=with_ort_training)],
+    [pytest.param(step_graph, id="step-graph"), pytest.param(ort_training, id="ort-training", marks=WITH_ORT_TRAINING)],
 )
 each_engine = pytest.mark.parametrize(
     "engine_of",
     [
         pytest.param(StepGraphEngine, id="step-graph"),
-        pytest.param(OrtTrainingEngine, id="ort-training", marks=with_ort_training),
+        pytest.param(OrtTrainingEngine, id="ort-training", marks=WITH_ORT_TRAINING),
     ],
 )
 
@@ -150,26 +163,54 @@ def test_masked_classes_get_no_gradient(vit: Built, level: int, differentiate: D
 def test_twenty_steps_equal_torchs_adamw_over_the_whole_model(
     built: Built, level: int, micro_batch: int, lean: bool, engine_of: Callable[..., Engine]
 ) -> None:
+    steps, bundle = twenty_steps(built, level), built.bundle
+    engine = engine_of(bundle, threads=1, memory_plans={level: MemoryPlan(micro_batch, lean)})
+    engine.load(level)
+    engine.set(steps.theta, Training(epochs=1, learning_rate=RATE, weight_decay=DECAY))
+    hidden = hidden_of(built, steps.samples, level)
+    losses = []
+    for b in steps.batches:
+        losses.append(engine.step(Batch.cross_entropy(hidden[b], steps.labels[b], C)))
+        engine.release()
+    assert np.abs(engine.get() - steps.trained).max() < 1e-4
+    assert losses == pytest.approx(steps.losses, rel=1e-4)
+    assert relative_error(engine.predict(hidden), steps.logits) < 1e-3
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Twenty batches, and what torch's AdamW makes of them."""
+
+    samples: NDArray[Any]
+    labels: NDArray[np.int64]
+    batches: list[NDArray[np.int64]]
+    theta: Floats
+    trained: Floats
+    losses: list[float]
+    logits: Floats
+
+
+KNOWN: dict[tuple[str, int], Steps] = {}  # by bundle and level: torch takes most of the time of these tests
+
+
+def twenty_steps(built: Built, level: int) -> Steps:
+    key = built.bundle.sha256, level
+    if key not in KNOWN:
+        KNOWN[key] = train_with_torch(built, level)
+    return KNOWN[key]
+
+
+def train_with_torch(built: Built, level: int) -> Steps:
     bundle, manifest = built.bundle, built.bundle.manifest
     rng = np.random.default_rng(5)
     samples, labels = random_samples(built, 24, seed=5), rng.integers(0, C, 24)
     batches = [rng.choice(24, size, replace=False) for size in (8, 7, 4, 1) * 5]
-    theta, rate, decay = random_theta(bundle, level, 4), 1e-3, 0.05
-
-    engine = engine_of(bundle, threads=1, memory_plans={level: MemoryPlan(micro_batch, lean)})
-    engine.load(level)
-    engine.set(theta, Training(epochs=1, learning_rate=rate, weight_decay=decay))
-    hidden = hidden_of(built, samples, level)
-    losses = []
-    for b in batches:
-        losses.append(engine.step(Batch.cross_entropy(hidden[b], labels[b], C)))
-        engine.release()
-
+    theta = random_theta(bundle, level, 4)
     with torch_expert(built, theta) as model:
         head = [p for name, p in trainables(model).items() if "classifier" in name]
         lora = [p for name, p in trainables(model).items() if "classifier" not in name]
         optimizer = torch.optim.AdamW(
-            [{"params": head, "weight_decay": 0.0}, {"params": lora, "weight_decay": decay}], lr=rate
+            [{"params": head, "weight_decay": 0.0}, {"params": lora, "weight_decay": DECAY}], lr=RATE
         )
         inputs, targets, theirs = torch_inputs(samples, manifest.preprocessing), torch.from_numpy(labels), []
         for batch in batches:
@@ -184,10 +225,8 @@ def test_twenty_steps_equal_torchs_adamw_over_the_whole_model(
         state = {name: p.detach().numpy() for name, p in trainables(model).items()}
         logits = model(**inputs).logits.detach().numpy()
         trained = bundle.expert.join(from_peft(manifest.peft, state))
-    assert np.abs(trained - theta).max() > 10 * rate  # training has changed them
-    assert np.abs(engine.get() - trained).max() < 1e-4
-    assert losses == pytest.approx(theirs, rel=1e-4)
-    assert relative_error(engine.predict(hidden), logits) < 1e-3
+    assert np.abs(trained - theta).max() > 10 * RATE  # training has changed them
+    return Steps(samples, labels, batches, theta, trained, theirs, logits)
 
 
 def test_a_callers_own_adamw_on_the_gradient_takes_the_same_steps(vit: Built) -> None:
@@ -253,6 +292,21 @@ def test_auto_selects_onnxruntime_training_if_the_bundle_has_its_artifacts(
     assert open_engine("auto", int8, 1).name == "step-graph"
     with pytest.raises(ConfigError, match=r"has no onnxruntime-training artifacts; build it with .* --ort-training"):
         open_engine("ort-training", int8, 1)
+
+
+@with_ort_training
+def test_a_device_trains_the_same_in_both_stages_with_either_engine(vit: Built, photos: Path, tmp_path: Path) -> None:
+    published, updates = initial_globals(vit.bundle, 1), []
+    for engine_of in (StepGraphEngine, OrtTrainingEngine):
+        context = training_context(vit.bundle, photos, tmp_path / engine_of.__name__)
+        context = replace(context, engine=engine_of(vit.bundle, threads=1))
+        trained = [
+            train(context, announced_round(stage), published).delta
+            for stage, train in ((Stage.GLOBAL, train_global), (Stage.PERSONAL, train_personal))
+        ]
+        assert all(delta is not None and delta.any() for delta in trained)
+        updates.append(np.concatenate([delta for delta in trained if delta is not None]))
+    assert np.abs(updates[0] - updates[1]).max() < 1e-4
 
 
 @with_ort_training

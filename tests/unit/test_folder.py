@@ -415,7 +415,7 @@ def test_a_csv_file_may_change_while_it_is_in_use(
 @pytest.mark.parametrize(
     ("data", "says"),
     [
-        (None, "do not exist"),
+        (None, "does not exist"),
         (b"", "lack the columns"),
         (b"file;class\na.jpg;kiwi\n", "lack the columns"),
         (b"file,class\n\xff\xfe.jpg,kiwi\n", "must be a CSV file in UTF-8"),

@@ -21,7 +21,7 @@ from support.bundles import IMAGE_SIZE, Built, build
 from support.samples import CLASSES
 from support.tiny_models import write_clip
 
-from export.weights import load_backbone
+from export.weights import _is_hub_reachable, load_backbone
 from fedfmsl.errors import ConfigError, WeightsError
 from fedfmsl.protocol.bundle import Bundle
 
@@ -178,7 +178,12 @@ def test_without_hub_and_cache_the_error_comes_at_once_with_a_remedy(
     assert result.returncode == WeightsError.exit_code
     (line,) = result.stderr.strip().splitlines()
     assert line.startswith("error: cannot fetch google/vit-base-patch16-224-in21k")
-    assert "--weights FOLDER" in line
+    assert "--weights FOLDER" in line and "--weights random" in line
+
+
+def test_with_hf_hub_offline_the_hub_counts_as_unreachable() -> None:
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
+    assert not _is_hub_reachable()
 
 
 def test_a_revision_that_does_not_exist_is_an_error(hub: Hub, tmp_path: Path) -> None:

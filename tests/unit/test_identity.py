@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from datetime import datetime, timezone
 from pathlib import Path
 
 import pytest
 
 from devices.provisioning.authority import CLIENT, SERVER, Authority, Issued, make_authority
-from fedfmsl.errors import ConfigError
+from edge_runtime.data.labels import read_labels
+from fedfmsl.errors import ConfigError, InputError
 from fedfmsl.transport.identity import describe_expiry, device_name, read_identity
 
 
@@ -124,6 +126,14 @@ def test_a_device_has_the_name_of_its_certificate(authority: Authority, issued: 
     assert device_name("other", None) == "other"
     with pytest.raises(ConfigError, match=r"--device 'other'.*omit --device"):
         device_name("other", path)
+
+
+def test_a_pipe_is_named_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.pem")
+    with pytest.raises(ConfigError, match=r"x\.pem is neither a file nor a folder"):
+        read_identity(tmp_path / "x.pem")
+    with pytest.raises(InputError, match=r"x\.pem: it is neither a file nor a folder"):
+        read_labels(tmp_path / "x.pem")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 
 from fedfmsl.protocol.tensors import pack
 from trainer_server.__main__ import app
-from trainer_server.coordinator.events import StatusSeen
+from trainer_server.coordinator.events import StatusSeen, StoreRound
+from trainer_server.coordinator.refusals import LEFT_OUT_AFTER, LEFT_OUT_ROUNDS
 from trainer_server.service.lifecycle import open_run
 from trainer_server.storage.run_store import LoggedEvent, RunStore
 
@@ -63,6 +64,22 @@ def test_during_a_round_status_shows_its_stage_and_the_missing_devices(run: Coor
     assert shown["stage"] == "statistics, round 1 of 1"
     assert (shown["selected"], shown["answered"], shown["missing"]) == ("2: a, b", "1: a", "1: b")
     assert as_json(store).items() >= {"stage": "statistics", "stage_round": 1, "closed_rounds": 0}.items()
+
+
+def test_status_names_devices_that_are_left_out_and_those_that_rarely_took_part(
+    run: CoordinatorRun, store: RunStore
+) -> None:
+    run.online("a", "b")
+    run.answers(["a", "b"])
+    for _ in range(LEFT_OUT_AFTER):
+        run.answers(["b"], tensors={})
+        run.answers(["a"])
+    store.commit([], [command.closed for command in run.of(StoreRound)])
+    store.save_checkpoint(run.state, 0.0)
+    shown, until = rows(store), run.announced.round - 1 + LEFT_OUT_ROUNDS
+    assert shown["left out"] == f"b until round {until}; 3 updates in a row were refused"
+    assert shown["rarely took part"] == "b 0×, of 3 training rounds"
+    assert as_json(store).items() >= {"left_out": {"b": until}, "rarely_took_part": {"b": 0}}.items()
 
 
 def test_at_the_end_status_shows_no_round(run: CoordinatorRun, store: RunStore) -> None:

@@ -19,12 +19,13 @@ from edge_runtime.engines.step_graph import default_micro_batch
 from edge_runtime.resources.plan import make_plan, plan_within, planned_bundle
 from edge_runtime.resources.probe import BATCH, FEATURES, Measurement, check_end
 from edge_runtime.store import DeviceStore
+from fedfmsl.common.onnx_runtime import has_ort_training
 from fedfmsl.errors import ConfigError, RunError
 from fedfmsl.protocol.messages import EngineName
 
 GB = 10**9
 FEATURE_BATCHES = (4, 2, 1)
-ENGINE: EngineName = "step-graph"
+ENGINE: EngineName = "ort-training" if has_ort_training() else "step-graph"
 
 
 @dataclass
@@ -111,7 +112,7 @@ def test_what_is_planned_fits_and_nothing_larger_would(
 
 
 def plan_of(built: Built, store: DeviceStore, photo: Path, memory: int, step_seconds: float = 1e6) -> object:
-    return make_plan(built.bundle, store, "step-graph", 1, "cpu", (1, photo), memory, step_seconds)
+    return make_plan(built.bundle, store, ENGINE, 1, "cpu", (1, photo), memory, step_seconds)
 
 
 @pytest.fixture
@@ -119,6 +120,7 @@ def photo(photos: Path) -> Path:
     return next(photos.rglob("*.jpg"))
 
 
+@pytest.mark.ort_training
 def test_it_is_measured_once_for_a_budget(
     vit: Built, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

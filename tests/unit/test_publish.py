@@ -12,7 +12,9 @@ from support.processes import Processes, wait_until
 
 from devices.provisioning.broker_kit import password_line
 from edge_runtime.inference.publish import Publisher, as_published
-from edge_runtime.settings import PredictSettings
+from edge_runtime.preflight import network
+from edge_runtime.preflight.context import Context
+from edge_runtime.settings import PredictSettings, Settings
 from fedfmsl.common.backoff import Backoff
 from fedfmsl.errors import BrokerError
 from fedfmsl.protocol.messages import Prediction, parse
@@ -65,4 +67,17 @@ def test_publishing_with_the_identity_of_a_running_daemon_ends(broker: str) -> N
     with pytest.raises(BrokerError, match=r"'kitchen' at once: a daemon .* set the daemon's `watch`"), publisher:
         wait_until(lambda: publisher.publish(None), "the error")  # type: ignore[func-returns-value]
     wait_until(lambda: not daemon.outage.since, "the daemon's connection")
+    daemon.close()
+
+
+@pytest.mark.needs("mosquitto")
+def test_a_check_beside_a_daemon_with_the_same_identity_says_so(
+    broker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(network, "SERVER_SECONDS", 2.5)
+    daemon = Link(broker, "daemon", reconnect=QUICK)
+    daemon.connect()
+    settings = Settings(run="orchard", broker=broker, images=tmp_path, state=tmp_path)
+    with pytest.raises(BrokerError, match="if a daemon with this identity runs elsewhere"):
+        list(network.check_broker(settings, Context(tmp_path)))
     daemon.close()

@@ -12,14 +12,15 @@ from pathlib import Path
 import pytest
 from support.brokers import RestartableBroker
 from support.bundles import Built
-from support.coordinators import CoordinatorRun, make_update, plan_for
+from support.coordinators import ROUND_SECONDS, CoordinatorRun, make_update, plan_for
 from support.processes import Broker, Observer, Processes, wait_until
 
 from fedfmsl.protocol.chunks import chunks
-from fedfmsl.protocol.messages import Ack, Round, ServerStatus, Stage, Verdict, encode
+from fedfmsl.protocol.messages import Ack, Activity, Health, Round, ServerStatus, Stage, Verdict, encode
 from fedfmsl.protocol.tensors import pack
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.link import Link
+from trainer_server.coordinator.events import UpdateRefused, UpdateSeen
 from trainer_server.coordinator.state import Plan
 from trainer_server.service.floods import SPARE_MESSAGES
 from trainer_server.service.lifecycle import open_run, run_server
@@ -55,6 +56,10 @@ class Scene:
     def announce_device(self) -> None:
         self.link.publish(self.topics.status("a"), encode(CoordinatorRun(self.plan).status("a")), retain=True)
 
+    def send(self, sent: UpdateSeen) -> None:
+        for index, chunk in enumerate(chunks(pack(sent.update, sent.tensors))):
+            self.link.publish(self.topics.update_chunk("a", str(sent.update.round), str(index)), chunk)
+
     def run_to_its_end(self) -> None:
         since = 0
         while True:
@@ -63,8 +68,7 @@ class Scene:
                 break
             since = announced.round
             update = make_update(self.plan, announced, "a")
-            for index, chunk in enumerate(chunks(pack(update.update, update.tensors))):
-                self.link.publish(self.topics.update_chunk("a", str(since), str(index)), chunk)
+            self.send(update)
             ack = self.observer.wait(Ack, lambda a, since=since: a.round == since, "its acknowledgement")
             assert ack.verdict is Verdict.ACCEPTED
         self.server.join(30)
@@ -80,8 +84,10 @@ def scene(
     run: str,
     log_bytes: int = LOG_BYTES,
     allowed: frozenset[str] | None = None,
+    round_timeout: float = ROUND_SECONDS,
 ) -> Iterator[Scene]:
-    config = plan_for(vit, devices=1, run=run, stage1_rounds=1, stage2_rounds=1).config
+    plan = plan_for(vit, devices=1, run=run, stage1_rounds=1, stage2_rounds=1, round_timeout=round_timeout)
+    config = plan.config
     folder.mkdir()
 
     def serve() -> None:
@@ -147,6 +153,35 @@ def test_a_flood_of_garbage_costs_no_round_and_fills_no_log(vit: Built, broker: 
         (refused,) = RunStore(s.folder).refusals()
         assert (refused.device, refused.kind, refused.count) == ("a", "unreadable", garbage)
         assert len(s.notes) < 2000
+
+
+def test_a_round_lasts_longer_while_heartbeats_say_that_a_device_is_at_work(
+    vit: Built, broker: Broker, tmp_path: Path
+) -> None:
+    with scene(vit, broker, tmp_path / "run", "slow", round_timeout=0.5) as s:
+        health = Health(device="a", time=0, started=0, activity=Activity.WORKING)
+        s.announce_device()
+        s.observer.wait(Round, lambda r: True, "the first round")
+        s.link.publish(s.topics.health("a"), encode(health), retain=True)
+        wait_until(lambda: "still at work: a" in s.notes, "the server sees that the device is at work")
+        s.run_to_its_end()
+        assert not any(closed.repeated for closed in RunStore(s.folder).rounds())
+
+
+def test_a_refused_update_is_logged_without_its_tensors(vit: Built, broker: Broker, tmp_path: Path) -> None:
+    with scene(vit, broker, tmp_path / "run", "refused") as s:
+        s.announce_device()
+        first = s.observer.wait(Round, lambda r: True, "the first round")
+        flawed = make_update(s.plan, first, "a", tensors={})
+        for _ in range(2):
+            begun = s.observer.catch_up()
+            s.send(flawed)
+            s.observer.wait(Ack, lambda a: a.verdict is Verdict.REJECTED, "the refusal", begun)
+        store = RunStore(s.folder)
+        assert [logged.event for logged in store.events()] == [UpdateRefused("a")]
+        assert len([*store.tensors.iterdir()]) == 1  # of the checkpoint
+        s.send(make_update(s.plan, first, "a"))
+        s.observer.wait(Round, lambda r: r.round == 2, "a valid update still counts")
 
 
 def test_a_device_that_is_not_allowed_takes_no_part(vit: Built, broker: Broker, tmp_path: Path) -> None:

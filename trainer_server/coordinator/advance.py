@@ -34,10 +34,11 @@ from trainer_server.coordinator.events import (
     UpdateRefused,
     UpdateSeen,
 )
+from trainer_server.coordinator.former_head import why_rejected
 from trainer_server.coordinator.limits import MAX_STRETCH, UNMERGED, devices_in_share, round_seconds
 from trainer_server.coordinator.records import ClosedRound, listed
 from trainer_server.coordinator.refusals import LEFT_OUT_AFTER, LEFT_OUT_ROUNDS, refuse
-from trainer_server.coordinator.round_update import apply_round, without_sums
+from trainer_server.coordinator.round_update import apply_round, with_former_head, without_sums
 from trainer_server.coordinator.secure_sums import MAX_REPEATS, asked_devices, secure_level, shortage
 from trainer_server.coordinator.selection import eligible_devices, select_devices
 from trainer_server.coordinator.state import SUMS, TRAINING, Accepted, Part, Plan, State, Step
@@ -272,6 +273,11 @@ def _close_round(plan: Plan, state: State, closing: Round, now: float) -> tuple[
     """Applies the updates and opens the next round, or repeats this one."""
     limits, finish, step = state.limits, len(plan.schedule) - 1, plan.schedule[state.position]
     too_few = _too_few(plan, state, closing)
+    if not too_few and (rejected := _rejected_head(state, closing)):
+        text = f"{rejected}; stage 2 begins again with the head of stage 1"
+        record = _record(state, closing, now, text)
+        state, commands = _open_round(plan, replace(with_former_head(state), repeats=0, stretch=1), state.position, now)
+        return state, [record, Log(text, warning=True), *commands]
     record = _record(state, closing, now, too_few)
     if not too_few:
         try:
@@ -299,6 +305,13 @@ def _close_round(plan: Plan, state: State, closing: Round, now: float) -> tuple[
         position = plan.positions_of(step.part).start
     state, commands = _open_round(plan, replace(state, repeats=state.repeats + 1, stretch=1), position, now)
     return state, [record, Log(f"{too_few}; repeating it", warning=True), *commands]
+
+
+def _rejected_head(state: State, closing: Round) -> str:
+    """Why the first round of stage 2 has to begin again with the head of stage 1, or ""."""
+    if closing.stage is not Stage.PERSONAL or closing.index:
+        return ""
+    return why_rejected(state.former, {key[1]: accepted.update for key, accepted in state.updates.items()})
 
 
 def _is_skipped(step: Step, part: Part, repeats: int) -> bool:

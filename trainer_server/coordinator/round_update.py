@@ -22,6 +22,7 @@ from fedfmsl.errors import MessageError
 from fedfmsl.protocol.layout import Layout
 from fedfmsl.protocol.messages import Round, Stage, Sums, Update
 from trainer_server.config import Head
+from trainer_server.coordinator.former_head import FormerHead, reported
 from trainer_server.coordinator.secure_sums import apply_updates, update_parts
 from trainer_server.coordinator.state import NO_SUMS, TRAINING, Accepted, Part, Plan, State
 from trainer_server.coordinator.validation import class_statistics, expert_delta, gate_delta, head_statistics
@@ -128,7 +129,8 @@ def _with_expert(plan: Plan, state: State, combined: Aggregate, index: int, accu
     sal = state.sal if last else plan.config.stage1_sal.observe(state.sal, accuracy)
     first = plan.config.head is Head.ZEROS and index == 0
     start = expert[: plan.bundle.expert.size(1)] if first else state.start
-    return replace(state, expert=expert, start=start, expert_moments=moments, sal=sal)
+    former = FormerHead(accuracies=reported({key[1]: accepted.update for key, accepted in state.updates.items()}))
+    return replace(state, expert=expert, start=start, expert_moments=moments, sal=sal, former=former)
 
 
 def _head(plan: Plan, state: State, closing: Round) -> State:
@@ -143,7 +145,14 @@ def _with_final_head(plan: Plan, state: State, total: NDArray[np.floating[Any]])
     logits = plan.config.head_sums is Sums.LOGITS
     head = logit_head(former, sums, counts, moments) if logits else discriminant_head(sums, counts, moments)
     expert[: head.size] = with_former_rows(head, former, counts)
-    return replace(state, expert=expert)
+    return replace(state, expert=expert, former=replace(state.former, head=former))
+
+
+def with_former_head(state: State) -> State:
+    """The state with the head of stage 1 in place of the one of the sums."""
+    expert = state.expert.copy()
+    expert[: state.former.head.size] = state.former.head
+    return replace(state, expert=expert, former=FormerHead())
 
 
 def _gate(plan: Plan, state: State, closing: Round) -> State:

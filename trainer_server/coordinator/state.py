@@ -22,6 +22,7 @@ from fedfmsl.protocol.layout import Layout
 from fedfmsl.protocol.messages import DeviceStatus, Round, Stage, Sums, Update
 from fedfmsl.protocol.secure_sums import SignedKeys
 from trainer_server.config import Head, RunConfig
+from trainer_server.coordinator.former_head import FormerHead
 from trainer_server.coordinator.limits import Limits
 from trainer_server.coordinator.refusals import Refused
 
@@ -190,7 +191,7 @@ class State:
     Late updates: `recent` are closed rounds whose late updates still count. `counted` are the keys of the updates
     accepted in these rounds and in the last REMEMBERED_ROUNDS. A second update with such a key is a duplicate.
 
-    `secure`: the secure aggregation in progress.
+    `secure`: the secure aggregation in progress. `former`: what is known of the head of stage 1.
     """
 
     expert: Vector
@@ -214,6 +215,7 @@ class State:
     recent: tuple[Round, ...] = ()
     counted: frozenset[Key] = frozenset()
     secure: SecureSums = NO_SUMS
+    former: FormerHead = field(default_factory=FormerHead)
 
     @property
     def online(self) -> frozenset[str]:

@@ -34,6 +34,7 @@ class BundleServer:
         insecure: bool = False,
         revoked: Path | None = None,
         allowed: frozenset[str] | None = None,
+        restart_seconds: float = RESTART_SECONDS,
     ) -> None:
         """`address` is HOST:PORT as clients reach it. With an identity: HTTPS, for clients with a certificate of the
         same CA that is not in the list `revoked`, and with a name of `allowed`. Default of `revoked`: the list of
@@ -56,6 +57,7 @@ class BundleServer:
                 )
         self.url = f"{'https' if identity else 'http'}://{address}/bundle"
         self._address = address
+        self._restart_seconds = restart_seconds
         self._job = Job(
             host.strip("[]"),
             int(port),
@@ -68,6 +70,11 @@ class BundleServer:
         self._process = self._start()
         self._thread = threading.Thread(target=self._follow, daemon=True)
         self._thread.start()
+
+    @property
+    def pid(self) -> int:
+        """Of the process that serves now."""
+        return self._process.pid
 
     def close(self) -> None:
         self._closing.set()
@@ -101,7 +108,7 @@ class BundleServer:
             if self._closing.is_set():
                 return
             logger.warning("the bundle's server ended with exit code %d; starting it again", code)
-            while not self._closing.wait(RESTART_SECONDS):
+            while not self._closing.wait(self._restart_seconds):
                 with contextlib.suppress(RunError):
                     self._process = self._start()
                     break

@@ -4,9 +4,8 @@ It has its own file descriptors, so that connections of others cannot take the c
 line of JSON, from standard input, and ends when that is closed. It writes a line when it listens, and at most one line
 a minute about connections that it has ended.
 
-Limits: WAITING connections without a request (a further one ends the oldest), TRANSFERS at a time, PER_CLIENT of one
-client; seconds for the TLS handshake, for the request and for each block; and an allowance of bytes for each client.
-Clients are told apart by the names in their certificates, so there are no limits per client without TLS.
+A connection of more than WAITING without a request ends the oldest of them. Clients are told apart by the names in
+their certificates, so there are no limits per client without TLS.
 """
 
 from __future__ import annotations
@@ -33,16 +32,27 @@ from fedfmsl.transport.identity import read_identity
 from trainer_server.service.bundle_files import HEAD_BYTES, Response, Served, read_request, refusal, respond
 
 LISTENING = "listening"  # the first line if it does
-WAITING, TRANSFERS, PER_CLIENT = 128, 256, 4  # connections; all of them fit into 1,024 descriptors
-ANSWER_SECONDS = 10.0  # for the handshake, then for the request
+WAITING = 128  # connections without a request
 REFUSAL_SECONDS = 3.0  # for the client to read why its certificate is refused
-BLOCK_SECONDS = 30.0  # for each block of a file, so that a client takes at least 2 KB/s
-ALLOWANCE, ALLOWANCE_SECONDS = 4, 600.0  # bundles of one client at once; seconds until it may fetch one more
 REQUEST_BYTES = 1 << 16  # that a request costs at least
 BIND_SECONDS = 3.0  # for the port of a server that was killed to become free
 REPORT_SECONDS = 60.0
 REVOKED = 23  # OpenSSL's X509_V_ERR_CERT_REVOKED
 NICE = 5  # handshakes take processor time, and the coordinator comes first
+
+
+@dataclass(frozen=True)
+class Limits:
+    """`transfers` at a time, `per_client` of one client: with WAITING they fit into 1,024 descriptors. Seconds:
+    `answer` for the handshake, then for the request; `block` for each block of a file, so that a client takes at least
+    2 KB/s. A client may fetch `bundles` at once, and one more every `bundle_seconds`."""
+
+    transfers: int = 256
+    per_client: int = 4
+    answer: float = 10.0
+    block: float = 30.0
+    bundles: int = 4
+    bundle_seconds: float = 600.0
 
 
 @dataclass(frozen=True)
@@ -111,8 +121,10 @@ class Server:
         contexts: Contexts | None,
         listeners: Sequence[socket.socket],
         allowed: Sequence[str] | None = None,
+        limits: Limits = Limits(),
     ) -> None:
         self._allowed = allowed
+        self._limits = limits
         self._files = files
         self._contexts = contexts
         self._listeners = listeners
@@ -121,7 +133,7 @@ class Server:
         self._clients: dict[str, _Client] = {}
         self._transfers = 0
         self._bundle = sum(served.path.stat().st_size for served in files.values() if served.path.is_file())
-        self._ended: Counter[str] = Counter()  # by reason
+        self.ended: Counter[str] = Counter()  # connections since the last report, by reason
         self._last, self._reported = "", time.monotonic()
 
     def serve(self, until: int) -> None:
@@ -152,7 +164,7 @@ class Server:
             except OSError:  # the client is gone
                 accepted.close()
                 return
-        connection = _Connection(accepted, address[0], time.monotonic() + ANSWER_SECONDS)
+        connection = _Connection(accepted, address[0], time.monotonic() + self._limits.answer)
         with self._lock:
             self._connections.append(connection)
             waiting = sum(not each.requested for each in self._connections)
@@ -183,7 +195,7 @@ class Server:
         if not isinstance(connection.socket, ssl.SSLSocket):
             return ""
         connection.socket.do_handshake()
-        connection.deadline = time.monotonic() + ANSWER_SECONDS
+        connection.deadline = time.monotonic() + self._limits.answer
         subject = (connection.socket.getpeercert() or {}).get("subject", ())
         return str(dict(pair for group in subject for pair in group).get("commonName", ""))  # type: ignore[misc]
 
@@ -191,16 +203,16 @@ class Server:
     def _transfer(self, name: str) -> Iterator[Response | None]:
         """Counts a transfer. Yields a refusal if the client or all of them have too many."""
         with self._lock:
-            client = self._clients.setdefault(name, _Client(ALLOWANCE * self._unit, time.monotonic()))
+            client = self._clients.setdefault(name, _Client(self._limits.bundles * self._unit, time.monotonic()))
             now = time.monotonic()
-            earned = self._unit * (now - client.at) / ALLOWANCE_SECONDS
-            client.allowance, client.at = min(client.allowance + earned, ALLOWANCE * self._unit), now
+            earned = self._unit * (now - client.at) / self._limits.bundle_seconds
+            client.allowance, client.at = min(client.allowance + earned, self._limits.bundles * self._unit), now
             refused = None
             if self._allowed is not None and name not in self._allowed:
                 refused = refusal(HTTPStatus.FORBIDDEN)
-            elif name and (client.transfers >= PER_CLIENT or client.allowance <= 0):
+            elif name and (client.transfers >= self._limits.per_client or client.allowance <= 0):
                 refused = refusal(HTTPStatus.TOO_MANY_REQUESTS)
-            elif self._transfers >= TRANSFERS:
+            elif self._transfers >= self._limits.transfers:
                 refused = refusal(HTTPStatus.SERVICE_UNAVAILABLE)
             client.transfers += 1
             self._transfers += 1
@@ -218,7 +230,7 @@ class Server:
     def _send(self, connection: _Connection, name: str, response: Response) -> None:
         self._clients[name].allowance -= REQUEST_BYTES
         for block in response.blocks():
-            connection.deadline = time.monotonic() + BLOCK_SECONDS
+            connection.deadline = time.monotonic() + self._limits.block
             connection.socket.sendall(block)
             self._clients[name].allowance -= len(block)
 
@@ -255,14 +267,14 @@ class Server:
 
     def _count(self, reason: str, connection: _Connection) -> None:
         with self._lock:
-            self._ended[reason] += 1
+            self.ended[reason] += 1
             self._last = connection.address
 
     def _report(self) -> None:
-        if self._ended and time.monotonic() >= self._reported + REPORT_SECONDS:
+        if self.ended and time.monotonic() >= self._reported + REPORT_SECONDS:
             with self._lock:
-                counts = ", ".join(f"{reason} {count}×" for reason, count in self._ended.items())
-                self._ended.clear()
+                counts = ", ".join(f"{reason} {count}×" for reason, count in self.ended.items())
+                self.ended.clear()
             self._reported = time.monotonic()
             _say(f"the bundle's server ended connections: {counts}; the last one of {self._last}")
 

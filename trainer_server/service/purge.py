@@ -25,8 +25,8 @@ def purge(
     echo_seconds: float = ECHO_SECONDS,
     server_seconds: float = SERVER_SECONDS,
 ) -> int:
-    """Deletes the run's retained messages, on topics of the protocol only, and those that announce its devices below the prefix `home_assistant` ("":
-    none). Returns their number. The broker has `echo_seconds` to deliver them.
+    """Deletes the run's retained messages, on topics of the protocol only, and those that announce its devices below
+    the prefix `home_assistant` ("": none). Returns their number. The broker has `echo_seconds` to deliver them.
 
     A broker with one connection per identity ends the server's connection for this client, if both have the server's
     identity, and says that the server is offline. So a server that has been there has `server_seconds` to come back.

@@ -12,6 +12,7 @@ from fedfmsl.algorithms.arrays import Tensors
 from fedfmsl.algorithms.sal import SalState
 from fedfmsl.algorithms.server_optimizers import Moments
 from fedfmsl.protocol.messages import DeviceStatus, Round, Stage
+from trainer_server.coordinator.former_head import FormerHead
 from trainer_server.coordinator.limits import Limits
 from trainer_server.coordinator.refusals import Refused
 from trainer_server.coordinator.state import SecureSums, State
@@ -44,6 +45,7 @@ class Checkpoint(BaseModel):
     members: tuple[str, ...] = ()
     survivors: tuple[str, ...] = ()
     classes: tuple[int, ...] = ()
+    former_accuracies: dict[str, float] = {}
 
     @classmethod
     def of(cls, state: State) -> Checkpoint:
@@ -69,6 +71,7 @@ class Checkpoint(BaseModel):
             members=state.secure.members,
             survivors=state.secure.survivors,
             classes=state.secure.classes,
+            former_accuracies=dict(state.former.accuracies),
         )
 
     def state(self, tensors: Tensors) -> State:
@@ -106,6 +109,7 @@ class Checkpoint(BaseModel):
             refused=self.refused,
             counted=frozenset(self.counted),
             secure=secure,
+            former=FormerHead(vectors["former_head"], self.former_accuracies),
         )
 
 
@@ -118,6 +122,7 @@ def vectors_of(state: State) -> Tensors:
         "expert_second": state.expert_moments.second,
         "gate_first": state.gate_moments.first,
         "gate_second": state.gate_moments.second,
+        "former_head": state.former.head,
         SHARES: state.secure.shares,
         MASKED: state.secure.masked,
         **{ROSTER + name: tensor for name, tensor in state.secure.roster.items()},

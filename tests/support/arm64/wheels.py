@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[3]
+LOCK = REPOSITORY / "devices" / "requirements.txt"
 # Platform tags for glibc 2.35 of JetPack 6. Raspberry Pi OS has 2.36 or 2.41. pip needs every tag by name.
 _GLIBC = ("2_35", "2_34", "2_31", "2_28", "2_27", "2_26", "2_24", "2_17", "2014")
 PLATFORMS = [f"manylinux{'' if version == '2014' else '_'}{version}_aarch64" for version in _GLIBC]
@@ -35,11 +36,13 @@ def build_wheel(folder: Path) -> Path:
     return wheel
 
 
-def download(wheel: Path, python: str, folder: Path) -> None:
-    """Downloads all wheels of `[edge]` for aarch64."""
-    pip("download", *for_aarch64(python), f"--dest={folder}", f"{wheel}[edge]")
+def download(python: str, folder: Path) -> None:
+    """Downloads all wheels of `[edge]` for aarch64, by their hashes."""
+    pip("download", *for_aarch64(python), f"--dest={folder}", "--require-hashes", f"--requirement={LOCK}")
 
 
 def install(wheel: Path, python: str, wheels: Path, target: Path) -> None:
     """Installs as pip on the device would. The host's pip is faster."""
-    pip("install", *for_aarch64(python), "--no-index", f"--find-links={wheels}", f"--target={target}", f"{wheel}[edge]")
+    options = [*for_aarch64(python), "--no-index", f"--target={target}"]
+    pip("install", *options, f"--find-links={wheels}", "--require-hashes", f"--requirement={LOCK}")
+    pip("install", *options, "--no-deps", str(wheel))
