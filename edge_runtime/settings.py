@@ -11,7 +11,7 @@ from pydantic import ByteSize, Field, ValidationInfo, field_validator
 
 from edge_runtime.resources.governor import Hours, Limits
 from fedfmsl.common.logs import LogSettings
-from fedfmsl.common.settings import CommaSeparated, File, Fraction, SettingsModel, panel
+from fedfmsl.common.settings import MAX_THREADS, CommaSeparated, File, Fraction, SettingsModel, panel
 from fedfmsl.errors import ConfigError
 from fedfmsl.protocol.messages import EngineChoice
 from fedfmsl.transport.address import listening_on
@@ -101,9 +101,12 @@ class Settings(PredictSettings, LogSettings):
         "CPU, measured at the first start.",
         json_schema_extra=RESOURCES,
     )
-    threads: int = Field(0, ge=0, description="Threads for computation. 0: one per core.", json_schema_extra=RESOURCES)
+    threads: int = Field(
+        0, ge=0, le=MAX_THREADS, description="Threads for computation. 0: one per core.", json_schema_extra=RESOURCES
+    )
     memory: ByteSize | None = Field(
         None,
+        gt=0,
         description="Memory limit, like 512MB. Default: half of the machine's memory.",
         json_schema_extra=RESOURCES,
     )
@@ -120,6 +123,7 @@ class Settings(PredictSettings, LogSettings):
     step_seconds: float = Field(
         60.0,
         ge=0.001,
+        le=86_400,
         description="Longest duration of one training step, in seconds. It limits the level.",
         json_schema_extra=RESOURCES,
     )

@@ -7,11 +7,11 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from devices.trial.settings import TrialSettings
-from fedfmsl.common.settings import CommaSeparated, File, Fraction, SettingsModel, flag_of, panel
+from fedfmsl.common.settings import MAX_THREADS, CommaSeparated, File, Fraction, SettingsModel, flag_of, panel
 from fedfmsl.transport.settings import RunName
 from simulation.methods import METHODS
 from simulation.partition import Scheme
-from trainer_server.config import MAX_DEVICES, STAGE1
+from trainer_server.config import MAX_DEVICES, MAX_ROUNDS, STAGE1
 
 DATA = panel("Data")
 RUN = panel("Run")
@@ -31,7 +31,9 @@ class SimulationSettings(SettingsModel):
     name: RunName = Field(
         "simulation", description="Name of the simulation; results are in runs/NAME.", json_schema_extra=RUN
     )
-    rounds: int = Field(17, ge=1, description="Communication rounds, of both stages together.", json_schema_extra=RUN)
+    rounds: int = Field(
+        17, ge=1, le=MAX_ROUNDS, description="Communication rounds, of both stages together.", json_schema_extra=RUN
+    )
     epochs: int = Field(STAGE1.epochs, ge=1, description="Local epochs in a round.", json_schema_extra=RUN)
     batch_size: int = Field(STAGE1.batch_size, ge=1, description="Samples in one training step.", json_schema_extra=RUN)
     max_level: int | None = Field(
@@ -48,7 +50,7 @@ class SimulationSettings(SettingsModel):
     methods: Annotated[tuple[str, ...], CommaSeparated] = Field(
         ("fedfmsl",), description=f"Methods: {', '.join(METHODS)}.", json_schema_extra=GRID
     )
-    seeds: int = Field(1, ge=1, description="Seeds 0 … n-1.", json_schema_extra=GRID)
+    seeds: int = Field(1, ge=1, le=1000, description="Seeds 0 … n-1.", json_schema_extra=GRID)
     alpha: Annotated[tuple[Alpha, ...], CommaSeparated] = Field(
         (0.5,), description="Dirichlet α of --partition dirichlet and quantity.", json_schema_extra=GRID
     )
@@ -92,6 +94,7 @@ class SimulationSettings(SettingsModel):
     unseen: int = Field(
         0,
         ge=0,
+        le=MAX_DEVICES,
         description="Number of further devices that are kept out of it, for evaluation.",
         json_schema_extra=DEVICES,
     )
@@ -115,6 +118,7 @@ class SimulationSettings(SettingsModel):
     threads: int = Field(
         0,
         ge=0,
+        le=MAX_THREADS,
         description="Threads; 0: one per core. With --ray, of each worker process; 0: one.",
         json_schema_extra=PROCESSES,
     )

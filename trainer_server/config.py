@@ -17,6 +17,7 @@ from fedfmsl.common.settings import Fraction, panel
 from fedfmsl.errors import ConfigError
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.messages import Encoding, Sums, Training
+from fedfmsl.protocol.topics import MAX_NUMBER
 from fedfmsl.transport.settings import RunName
 
 RUN, ROUNDS, UPDATES, AGGREGATION, PRIVACY = (
@@ -24,6 +25,7 @@ RUN, ROUNDS, UPDATES, AGGREGATION, PRIVACY = (
 )
 
 
+MAX_ROUNDS = 100_000  # of a stage
 MAX_DEVICES = 2500  # an announcement can name all of them within `Round.max_bytes`
 
 
@@ -134,8 +136,8 @@ class RunRules(BaseModel):
         None, ge=1, description="Number of latest rounds that --audit keeps. Default: all.", json_schema_extra=RUN
     )
 
-    stage1_rounds: int = Field(12, ge=1, description="Rounds of stage 1.", json_schema_extra=ROUNDS)
-    stage2_rounds: int = Field(5, ge=1, description="Rounds of stage 2.", json_schema_extra=ROUNDS)
+    stage1_rounds: int = Field(12, ge=1, le=MAX_ROUNDS, description="Rounds of stage 1.", json_schema_extra=ROUNDS)
+    stage2_rounds: int = Field(5, ge=1, le=MAX_ROUNDS, description="Rounds of stage 2.", json_schema_extra=ROUNDS)
     round_timeout: float = Field(
         600.0,
         gt=0,
@@ -208,7 +210,11 @@ class RunRules(BaseModel):
         json_schema_extra=PRIVACY,
     )
     min_class_count: int = Field(
-        10, ge=1, description="Samples from which a device's class enters its sums.", json_schema_extra=PRIVACY
+        10,
+        ge=1,
+        le=MAX_NUMBER,
+        description="Samples from which a device's class enters its sums.",
+        json_schema_extra=PRIVACY,
     )
     min_holders: int = Field(
         1, ge=1, description="Devices that must hold a class for its secure sum.", json_schema_extra=PRIVACY

@@ -12,12 +12,13 @@ from fedfmsl.protocol.bundle import Precision
 from fedfmsl.protocol.class_names import split_names
 from fedfmsl.protocol.messages import EngineChoice
 from fedfmsl.transport.settings import CONNECTION, AccessSettings, Broker, RunName
-from trainer_server.config import RunRules
+from trainer_server.config import MAX_ROUNDS, RunRules
 
 DATA = panel("Data")
 MODEL = panel("Model")
 RUN = panel("Run")
 SERVER = RunRules.model_fields
+MAX_TRIAL = 1000  # devices, each of which is a process
 
 
 def _split_names(value: Any) -> Any:
@@ -31,25 +32,27 @@ class TrialSettings(AccessSettings):
     """What the command `devices.trial` needs."""
 
     name: RunName = Field("trial", description="Name of the run; results are in runs/NAME.", json_schema_extra=RUN)
-    devices: int = Field(6, ge=1, description="Number of devices.", json_schema_extra=RUN)
+    devices: int = Field(6, ge=1, le=MAX_TRIAL, description="Number of devices.", json_schema_extra=RUN)
     seed: int = Field(0, ge=0, description="Seed of the shares, the export and the run.", json_schema_extra=RUN)
     stage1_rounds: int = Field(
-        SERVER["stage1_rounds"].default, ge=1, description="Rounds of stage 1.", json_schema_extra=RUN
+        SERVER["stage1_rounds"].default, ge=1, le=MAX_ROUNDS, description="Rounds of stage 1.", json_schema_extra=RUN
     )
     stage2_rounds: int = Field(
-        SERVER["stage2_rounds"].default, ge=1, description="Rounds of stage 2.", json_schema_extra=RUN
+        SERVER["stage2_rounds"].default, ge=1, le=MAX_ROUNDS, description="Rounds of stage 2.", json_schema_extra=RUN
     )
     round_timeout: float = Field(300.0, ge=1, description="Seconds until the round deadline.", json_schema_extra=RUN)
     baseline: bool = Field(True, description="Also train every device alone, for comparison.", json_schema_extra=RUN)
     unseen: int = Field(
         0,
         ge=0,
+        le=MAX_TRIAL,
         description="Number of further devices that get a share of the samples and do not take part. The models are "
         "tested on them.",
         json_schema_extra=RUN,
     )
     memory: ByteSize | None = Field(
         None,
+        gt=0,
         description="Memory limit of each device, like 512MB. Default: half of the machine's memory.",
         json_schema_extra=RUN,
     )
@@ -85,7 +88,7 @@ class TrialSettings(AccessSettings):
     )
     weights: str | None = Field(None, description="As for export.build; requires --model.", json_schema_extra=MODEL)
     image_size: int | None = Field(
-        None, description="Pixels per side. Default: 140, or that of --model.", json_schema_extra=MODEL
+        None, ge=1, description="Pixels per side. Default: 140, or that of --model.", json_schema_extra=MODEL
     )
     precision: Precision = Field("fp32", description="As for export.build.", json_schema_extra=MODEL)
     levels: int = Field(3, ge=1, description="Highest SAL level.", json_schema_extra=MODEL)

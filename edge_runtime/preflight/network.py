@@ -97,7 +97,7 @@ def _check_messages(link: Link, topics: Topics, known: str | None, server: Serve
     try:
         largest = largest_message(link, topics.check(name), sizes)
     except BrokerError as error:
-        if known:
+        if known or name not in str(error):
             raise
         raise BrokerError(
             f"{error}; this device has no name yet: give it one that they allow, with --device"

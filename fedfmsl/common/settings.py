@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar, get_args, get_origin
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, field_validator
 from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails
+from pydantic_core import ErrorDetails, PydanticCustomError
 from pydantic_settings import BaseSettings, EnvSettingsSource, InitSettingsSource, SettingsConfigDict
 
 from fedfmsl.errors import ConfigError, one_line
@@ -28,6 +28,8 @@ else:
 
 PREFIX = "FEDFMSL_"
 PEM = "-----BEGIN"
+LARGEST = 2**53  # of a number; integers up to this are exact as a float
+MAX_THREADS = 1024
 NOT_A_SIZE = "is not a size; write it like 512MB or 2GB"
 NOT_AN_INTEGER, NOT_A_NUMBER = "is not an integer; write it like 2", "is not a number; write it like 0.5"
 NOT_A_SWITCH = "is neither true nor false; write one of them"
@@ -64,8 +66,22 @@ class SettingsModel(BaseSettings):
     """Base of a settings model. `Field(json_schema_extra=panel("…"))` puts a setting into a group of the help."""
 
     model_config = SettingsConfigDict(
-        frozen=True, extra="forbid", env_prefix=PREFIX, env_ignore_empty=True, enable_decoding=False
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        env_prefix=PREFIX,
+        env_ignore_empty=True,
+        enable_decoding=False,
     )
+
+    @field_validator("*")
+    @classmethod
+    def _check_size(cls, value: Any) -> Any:
+        """A larger number fails in messages, in databases, or as a time."""
+        for each in value if isinstance(value, tuple) else (value,):
+            if isinstance(each, int | float) and abs(each) > LARGEST:
+                raise PydanticCustomError("less_than_equal", "too large", {"le": LARGEST})
+        return value
 
 
 M = TypeVar("M", bound=SettingsModel)

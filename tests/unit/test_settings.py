@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import typer
+from pydantic import ByteSize
 from support.bundles import Built
 from typer.testing import CliRunner
 
@@ -20,9 +21,10 @@ from edge_runtime.__main__ import app as edge
 from edge_runtime.settings import PredictSettings, Settings, StateSettings
 from fedfmsl.algorithms.sal import CapabilityQueue, Sal
 from fedfmsl.common.options import reference, with_settings
-from fedfmsl.common.settings import SettingsError, SettingsModel, read_settings
+from fedfmsl.common.settings import SettingsError, SettingsModel, read_settings, type_of
 from fedfmsl.errors import ConfigError
 from fedfmsl.transport.identity import read_identity
+from simulation.settings import SimulationSettings
 from trainer_server.__main__ import app as server
 from trainer_server.config import RunConfig, RunRules
 from trainer_server.settings import ResumeSettings, ServerSettings
@@ -300,3 +302,24 @@ def test_keys_and_passwords_are_not_shown(written: Callable[[str], Path]) -> Non
     with pytest.raises(SettingsError) as caught:
         run("--config", str(written(NEEDED + 'broker = "mqttz://kitchen:hush@fleet.example"\n')))
     assert "mqttz" in str(caught.value) and "hush" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "given"),
+    [
+        (Settings, {"run": "r", "images": "."}),
+        (ServerSettings, {"run": "r", "bundle": "b", "devices": "3"}),
+        (ResumeSettings, {"out": "o"}),
+        (TrialSettings, {}),
+        (SimulationSettings, {"bundle": "b", "images": "."}),
+    ],
+    ids=lambda value: value.__name__ if isinstance(value, type) else "",
+)
+def test_no_setting_takes_a_number_without_bounds(model: type[SettingsModel], given: dict[str, str]) -> None:
+    read_settings(model, flags=given, environment=False)
+    for name, field in model.model_fields.items():
+        if type_of(field)[0] in (int, float, ByteSize):
+            for value in ("nan", "inf", "-inf", "1" + 30 * "0", "-1"):
+                with pytest.raises(SettingsError, match=rf"--{name.replace('_', '-')} '{value}' is ") as caught:
+                    read_settings(model, flags={**given, name: value}, environment=False)
+                assert len(caught.value.lines) == 1
