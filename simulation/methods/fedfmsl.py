@@ -41,12 +41,13 @@ class SimulatedRun(Federation):
 class FedFMSL(Method[SimulatedRun, Stage2]):
     """Both stages, with the server's defaults. `sal`: when more blocks are activated. `head`: what stage 1 starts from.
     `sums`: what the head after stage 1 is computed from. `min_class_count`: samples from which a device's class enters
-    them. `tamper`: changes the results of devices; for an ablation."""
+    them. `secure_sums`: whether they are rounded as for secure aggregation, and need three devices. `tamper`: changes the results of devices; for an ablation."""
 
     sal: Trigger = Trigger.CAPABILITY_QUEUE
     head: Head = Head.ZEROS
     sums: Sums = Sums.LOGITS
     min_class_count: int = RunConfig.model_fields["min_class_count"].default
+    secure_sums: bool = RunConfig.model_fields["secure_sums"].default
     tamper: Tamper = honest
     name: str = "fedfmsl"
     title: str = "FedFMSL (MoFM)"
@@ -75,6 +76,7 @@ class FedFMSL(Method[SimulatedRun, Stage2]):
                 "head": self.head,
                 "head_sums": self.sums,
                 "min_class_count": self.min_class_count,
+                "secure_sums": self.secure_sums,
                 "stage1_sal": stage1_sal,
                 "stage2_sal": stage2_sal,
                 "seed": settings.seed,
