@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import unicodedata
 import warnings
 from collections.abc import Sequence
 
@@ -16,9 +15,6 @@ from numpy.typing import NDArray
 from devices.trial.charts import INK, STYLE
 from fedfmsl.common.scatter import Method, draw_own_against_novel
 from simulation.results import Result, grouped, value_of
-
-WIDTH = 9.0  # inches
-WIDER = 0.08  # inches by which a Chinese, Japanese or Korean letter is wider than matplotlib's box for it
 
 
 def own_against_novel(results: Sequence[Result]) -> bytes | None:
@@ -43,12 +39,9 @@ def own_against_novel(results: Sequence[Result]) -> bytes | None:
 def labels_by_device(counts: NDArray[np.int64], classes: Sequence[str]) -> bytes:
     """Training samples by device and class. `counts` (K, C). SVG, whose reader chooses the font: names may be in any
     script."""
-    wide = max(sum(unicodedata.east_asian_width(letter) in "WF" for letter in name) for name in classes)
-    margin = min(wide * WIDER / WIDTH, 0.5)
     with rc_context({**STYLE, "svg.fonttype": "none"}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from")
-        figure = Figure(figsize=(WIDTH, 1.5 + 0.25 * min(len(classes), 40)))
-        figure.set_layout_engine("constrained", rect=(margin, 0, 1 - margin, 1))
+        figure = Figure(figsize=(9, 1.5 + 0.25 * min(len(classes), 40)), layout="constrained")
         axes = figure.subplots()
         image = axes.imshow(counts.T, aspect="auto", cmap="Greens", interpolation="nearest")
         axes.set_xlabel("device")

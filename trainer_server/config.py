@@ -203,8 +203,9 @@ class RunRules(BaseModel):
         json_schema_extra=PRIVACY,
     )
     secure_sums: bool = Field(
-        False,
-        description="Secure aggregation of the class sums: the server learns no single device's. Needs three devices.",
+        True,
+        description="Secure aggregation of the class sums: the server learns no single device's. With fewer than three "
+        "devices there are no class sums. A run with --dp-noise adds noise to them instead.",
         json_schema_extra=PRIVACY,
     )
     head_sums: Sums = Field(
@@ -305,8 +306,6 @@ class RunConfig(RunRules):
                 "privacy is accounted for the plain mean of updates in time: with --dp-noise leave out --rule, --clip "
                 "and --max-staleness"
             )
-        if self.secure_sums:
-            raise ValueError("the sums of a run with --dp-noise carry noise instead: leave out --secure-sums")
         if self.encoding is not Encoding.FP32:
             raise ValueError("privacy is accounted for unrounded updates: with --dp-noise leave out --encoding")
         if any(isinstance(sal.trigger, CapabilityQueue) for sal in (self.stage1_sal, self.stage2_sal)):

@@ -44,14 +44,15 @@ class FedFMSL(Method[SimulatedRun, Stage2]):
     samples, without the bounds on norms and weights that protect a fleet.
 
     `sal`: when more blocks are activated. `head`: what stage 1 starts from. `sums`: what the head after stage 1 is
-    computed from. `min_class_count`: samples from which a device's class enters them. `tamper`: changes the results of
-    devices; for an ablation.
+    computed from. `min_class_count`: samples from which a device's class enters them. `secure_sums`: whether they are
+    rounded as for secure aggregation, and need three devices. `tamper`: changes the results of devices; for an ablation.
     """
 
     sal: Trigger = Trigger.CAPABILITY_QUEUE
     head: Head = Head.ZEROS
     sums: Sums = Sums.LOGITS
     min_class_count: int = RunConfig.model_fields["min_class_count"].default
+    secure_sums: bool = RunConfig.model_fields["secure_sums"].default
     tamper: Tamper = honest
     name: str = "fedfmsl"
     title: str = "FedFMSL (MoFM)"
@@ -80,6 +81,7 @@ class FedFMSL(Method[SimulatedRun, Stage2]):
                 "head": self.head,
                 "head_sums": self.sums,
                 "min_class_count": self.min_class_count,
+                "secure_sums": self.secure_sums,
                 "stage1_sal": stage1_sal,
                 "stage2_sal": stage2_sal,
                 "aggregation": AS_IN_THE_PAPER,

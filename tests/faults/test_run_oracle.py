@@ -29,7 +29,16 @@ SAL = Sal(CapabilityQueue(3, 0.02), max_level=1)
 
 def run_without_a_network(out: Path, bundle: Bundle) -> None:
     """Writes the folder of a finished run."""
-    config = RunConfig(run="r", devices=3, stage1_rounds=2, stage2_rounds=1, stage1_sal=SAL, stage2_sal=SAL, audit=True)
+    config = RunConfig(
+        run="r",
+        devices=3,
+        stage1_rounds=2,
+        stage2_rounds=1,
+        stage1_sal=SAL,
+        stage2_sal=SAL,
+        audit=True,
+        secure_sums=False,
+    )
     store = RunStore.create(out, Origin(config=config, session="s", bundle=bundle.root, sha256=bundle.sha256))
     plan = make_plan(store, bundle)
     state = initial_state(plan, 0.0)

@@ -79,7 +79,7 @@ def finish(kind: str, bundle: Path, photos: dict[str, Path], folder: Path) -> Fi
         federation = Federation(RUN, broker, bundle, photos, folder, processes)
         with Observer(broker, RUN) as observer:
             server = federation.start_server(
-                *("--stage1-rounds", str(STAGE1), "--stage2-rounds", str(STAGE2), "--baseline"),
+                *("--stage1-rounds", str(STAGE1), "--stage2-rounds", str(STAGE2), "--baseline", "--secure-sums"),
                 *("--serve", f"127.0.0.1:{free_port()}"),
             )
             for name in photos:
@@ -121,7 +121,8 @@ def test_the_run_also_works_on_mosquitto(repeated: Finished) -> None:
 
 def test_the_records_hold_every_round_with_every_device(run: Finished) -> None:
     expected = [("global", index) for index in range(STAGE1)]
-    expected += [("head", 0), *(("personal", index) for index in range(STAGE2))]
+    expected += [("keys", 0), ("shares", 0), ("head", 0), ("unmask", 1)]
+    expected += [("personal", index) for index in range(STAGE2)]
     expected += [("baseline", 0), ("evaluate", 0)]
     assert [(line["round"]["stage"], line["round"]["index"]) for line in run.rounds] == expected
     assert [line["round"]["round"] for line in run.rounds] == list(range(1, len(expected) + 1))
@@ -279,9 +280,9 @@ def test_a_running_daemon_has_no_library_of_torch_or_onnx_in_memory(run: Finishe
 
 
 def comparable(line: dict[str, Any]) -> dict[str, Any]:
-    """A round without its session, seconds and bytes, which differ from run to run."""
+    """A round without its session, seconds, bytes, keys and shares, which differ from run to run."""
     kept = {key: value for key, value in line.items() if key not in ("seconds", "bytes_up")}
-    kept["round"] = {key: value for key, value in line["round"].items() if key not in ("session",)}
+    kept["round"] = {key: value for key, value in line["round"].items() if key not in ("session", "roster", "shares")}
     volatile = ("session", "seconds", "peak_rss_mb", "bytes_down")
     kept["updates"] = {
         name: {key: value for key, value in update.items() if key not in volatile}

@@ -49,6 +49,7 @@ def plan_for(bundle_owner: Built, devices: int = 3, **config: Any) -> Plan:
         "stage2_sal": RULE,
         "head": Head.CLASS_MEANS,
         "head_sums": Sums.FEATURES,
+        "secure_sums": False,
         **config,
     }
     return Plan(RunConfig(**settings_), bundle_owner.bundle, session="s", read=TENSORS.__getitem__)

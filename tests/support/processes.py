@@ -308,14 +308,16 @@ class Federation:
         return [closed.model_dump(mode="json") for closed in RunStore(self.server_folder).rounds()]
 
     def start_server(self, *arguments: str) -> Process:
-        """May be called again after the server has ended: it resumes its run."""
+        """May be called again after the server has ended: it resumes its run. The sums are plain unless the arguments
+        say otherwise."""
+        plain = [] if any(argument.startswith("--secure") for argument in arguments) else ["--no-secure-sums"]
         starts = sum(name.startswith("server") for name in self.processes.started)
         return self.processes.start_module(
             f"server-{starts}" if starts else "server",
             "trainer_server",
             *("start", "--run", self.run, "--bundle", str(self.bundle)),
             *("--broker", self.broker.url, "--out", str(self.server_folder), "--devices", str(len(self.photos))),
-            *("--learning-rate", "0.01", "--local-learning-rate", "0.01", *arguments),
+            *("--learning-rate", "0.01", "--local-learning-rate", "0.01", *plain, *arguments),
         )
 
     def start_device(

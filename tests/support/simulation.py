@@ -54,7 +54,7 @@ class Simulation:
             "trainer_server",
             *("start", "--run", RUN, "--bundle", str(self.bundle.root), "--devices", str(self.devices)),
             *("--broker", url or self.broker.url, "--out", str(self.out), "--audit"),
-            *("--stage1-rounds", str(STAGE1), "--stage2-rounds", str(STAGE2), "--max-level", "1"),
+            *("--stage1-rounds", str(STAGE1), "--stage2-rounds", str(STAGE2), "--max-level", "1", "--no-secure-sums"),
             *("--round-timeout", str(ROUND_TIMEOUT), *arguments),
             launcher=launcher,
             environment=environment,

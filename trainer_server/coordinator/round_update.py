@@ -180,6 +180,8 @@ def _with_final_head(plan: Plan, state: State, total: NDArray[np.floating[Any]])
     logits = plan.config.head_sums is Sums.LOGITS
     head = logit_head(former, sums, counts, moments) if logits else discriminant_head(sums, counts, moments)
     expert[: head.size] = with_former_rows(head, former, counts)
+    if np.array_equal(expert, state.expert):
+        return state
     return replace(state, expert=expert, former=replace(state.former, head=former))
 
 

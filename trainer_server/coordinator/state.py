@@ -86,8 +86,9 @@ class Plan:
         return steps
 
     def _is_secure(self, stage: Stage) -> bool:
-        secure = self.config.secure
-        return (stage in SUMS and (secure or self.config.secure_sums)) or (stage in TRAINING and secure)
+        config = self.config
+        sums = config.secure or (config.secure_sums and config.privacy is None)
+        return (stage in SUMS and sums) or (stage in TRAINING and config.secure)
 
     def _secure(self, masked: Step, execution: int, executions: int) -> Iterator[Step]:
         """The rounds of the secure aggregation of a round (see `fedfmsl.protocol.secure_sums`). Before class sums, the

@@ -351,7 +351,8 @@ class Service:
     def _finish_round(self, closed: ClosedRound) -> None:
         """Logs stragglers and writes the PEFT adapter. The record is already stored."""
         log_stragglers(closed)
-        if closed.round.expert and closed.round.stage in (Stage.GLOBAL, Stage.HEAD, Stage.UNMASK):
+        first = closed.round.stage is Stage.PERSONAL and closed.round.index == 0  # it may bring a former head back
+        if closed.round.expert and (first or closed.round.stage in (Stage.GLOBAL, Stage.HEAD, Stage.UNMASK)):
             level = closed.round.level
             expert = self._state.expert[: self._plan.bundle.expert.size(level)]
             try:
