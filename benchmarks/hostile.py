@@ -28,7 +28,7 @@ from trainer_server.coordinator.records import successful_rounds
 
 Change = Callable[[StageResult], StageResult]
 SAMPLES = 1_000_000  # the most that the server accepts
-STAGE1_ROUNDS, STAGE2_ROUNDS = 12, 5
+STAGE1_ROUNDS, STAGE2_ROUNDS = 6, 2
 MODELS = ("global", "mofm")
 HELD_OUT = ("held_out_global_prior", "held_out_mofm")
 
