@@ -93,7 +93,7 @@ class Machine(RuleBasedStateMachine):
             fraction=0.5 if selection is Selection.RANDOM else 1.0, max_staleness=staleness, max_repeats=max_repeats,
             join_timeout=JOIN, round_timeout=TIMEOUT, max_norm=MAX_NORM, max_samples=MAX_SAMPLES, stage1_rounds=3,
             stage2_rounds=2, stage1_sal=sal, stage2_sal=sal, baseline=baseline, audit=audit, secure_sums=False,
-            aggregation=Aggregation(rule=aggregation),
+            aggregation=Aggregation(rule=aggregation, norm_factor=None, weight_cap=None),
         )  # fmt: skip
         self.blobs: dict[str, Tensors] = {}
         self.folder = tempfile.TemporaryDirectory() if stored else None
