@@ -19,9 +19,9 @@ from fedfmsl.algorithms.arrays import Tensors
 from fedfmsl.algorithms.discriminant import discriminant_head
 from fedfmsl.algorithms.sal import CapabilityQueue, Sal
 from fedfmsl.protocol.bundle import Bundle
-from fedfmsl.protocol.messages import DeviceStatus, Round, Stage, Update, Verdict
+from fedfmsl.protocol.messages import DeviceStatus, Round, Stage, Sums, Update, Verdict
 from fedfmsl.protocol.tensors import blob_hash, pack
-from trainer_server.config import Aggregation, Rule, RunConfig, Selection
+from trainer_server.config import Aggregation, Head, Rule, RunConfig, Selection
 from trainer_server.coordinator.advance import advance
 from trainer_server.coordinator.events import (
     AnnounceRound,
@@ -93,6 +93,7 @@ class Machine(RuleBasedStateMachine):
             fraction=0.5 if selection is Selection.RANDOM else 1.0, max_staleness=staleness, max_repeats=max_repeats,
             join_timeout=JOIN, round_timeout=TIMEOUT, max_norm=MAX_NORM, max_samples=MAX_SAMPLES, stage1_rounds=3,
             stage2_rounds=2, stage1_sal=sal, stage2_sal=sal, baseline=baseline, audit=audit, secure_sums=False,
+            head=Head.CLASS_MEANS, head_sums=Sums.FEATURES,
             aggregation=Aggregation(rule=aggregation, norm_factor=None, weight_cap=None),
         )  # fmt: skip
         self.blobs: dict[str, Tensors] = {}
