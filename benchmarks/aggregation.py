@@ -78,12 +78,13 @@ class Configuration:
 
 
 def _aggregation(**settings: Any) -> dict[str, Any]:
-    return {"aggregation": Aggregation(**settings)}
+    """The mean as in the paper, without bounds on norms and weights, but for `settings`."""
+    return {"aggregation": Aggregation(**{"rule": Rule.MEAN, "norm_factor": None, "weight_cap": None, **settings})}
 
 
 def _private(noise: float) -> Configuration:
     privacy = Privacy(clip=CLIP, noise_multiplier=noise, shares=DEVICES)
-    settings = {"privacy": privacy, "min_updates": DEVICES, "delta": DELTA}
+    settings = {**_aggregation(), "privacy": privacy, "min_updates": DEVICES, "delta": DELTA}
     return Configuration(f"private: clip {CLIP}, noise {noise}", settings, Trigger.FIXED_SCHEDULE)
 
 
@@ -93,10 +94,12 @@ TRIMMED, MEDIAN, CLIPPED = (
     _aggregation(clip=CLIP),
 )
 CONFIGURATIONS = {
-    "reference": Configuration("mean, fp32 (reference)"),
-    "fp16": Configuration("fp16", {"encoding": Encoding.FP16}),
-    "int8": Configuration("int8, error feedback", {"encoding": Encoding.INT8}),
-    "int8-forgetful": Configuration("int8, no error feedback", {"encoding": Encoding.INT8}, feedback=False),
+    "reference": Configuration("mean, fp32 (reference)", _aggregation()),
+    "fp16": Configuration("fp16", {**_aggregation(), "encoding": Encoding.FP16}),
+    "int8": Configuration("int8, error feedback", {**_aggregation(), "encoding": Encoding.INT8}),
+    "int8-forgetful": Configuration(
+        "int8, no error feedback", {**_aggregation(), "encoding": Encoding.INT8}, feedback=False
+    ),
     "trimmed-mean": Configuration("trimmed mean, 0.2", TRIMMED),
     "median": Configuration("median", MEDIAN),
     "clip": Configuration(f"mean, clip {CLIP}", CLIPPED),
@@ -106,15 +109,19 @@ CONFIGURATIONS = {
     "fedadam": Configuration(
         "FedAdam, rate 0.01, τ 0.001", _aggregation(optimizer=Optimizer.FEDADAM, learning_rate=1e-2)
     ),
-    "hostile-mean": Configuration("one hostile: mean", hostile=True),
+    "hostile-mean": Configuration("one hostile: mean", _aggregation(), hostile=True),
     "hostile-trimmed-mean": Configuration("one hostile: trimmed mean, 0.2", TRIMMED, hostile=True),
     "hostile-median": Configuration("one hostile: median", MEDIAN, hostile=True),
     "hostile-clip": Configuration(f"one hostile: mean, clip {CLIP}", CLIPPED, hostile=True),
-    "fixed-schedule": Configuration("fixed schedule of levels, not private", sal=Trigger.FIXED_SCHEDULE),
+    "fixed-schedule": Configuration(
+        "fixed schedule of levels, not private", _aggregation(), sal=Trigger.FIXED_SCHEDULE
+    ),
     "private-0.1": _private(0.1),
     "private-0.3": _private(0.3),
     "private-1.0": _private(1.0),
-    "half": Configuration("a random half of the devices each round", {"select": Selection.RANDOM, "fraction": 0.5}),
+    "half": Configuration(
+        "a random half of the devices each round", {**_aggregation(), "select": Selection.RANDOM, "fraction": 0.5}
+    ),
 }
 
 

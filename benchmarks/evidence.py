@@ -133,8 +133,8 @@ def _copy_results(source: Path, target: Path) -> None:
         shutil.copyfile(path, target / path.name)
 
 
-def build_bundle(folder: Path, images: Path, levels: int, precision: str = "fp32") -> Bundle:
-    """The trial's backbone with so many levels, built once. Raises RunError if the build fails."""
+def build_bundle(folder: Path, images: Path, levels: int, precision: str = "fp32", size: int = SIZE) -> Bundle:
+    """The trial's backbone with so many levels, for photos of `size` pixels, built once. Raises RunError if the build fails."""
     if not folder.is_dir():
         weights, names = ASSETS / "dinov2-s14", folder.with_name(f"{folder.name}-classes.txt")
         write_names(names, classes_of(images))
@@ -142,7 +142,7 @@ def build_bundle(folder: Path, images: Path, levels: int, precision: str = "fp32
             _python("export.rebuild", str(fetch(WEIGHTS)), str(weights))
         command = ["--model", "dinov2-s14", "--weights", str(weights), "--classes-file", str(names)]
         command += ["--precision", precision]
-        _python("export.build", *command, "--image-size", str(SIZE), "--levels", str(levels), "--out", str(folder))
+        _python("export.build", *command, "--image-size", str(size), "--levels", str(levels), "--out", str(folder))
     return Bundle.load(folder)
 
 

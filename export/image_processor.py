@@ -123,12 +123,15 @@ def _with_defaults(given: dict[str, Any], model_type: str, place: str) -> dict[s
     named = given.get(key) or IMAGE_PROCESSOR_MAPPING_NAMES[model_type][0]
     name = str(named).replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast").removesuffix("Pil")
     if name not in PROCESSORS:
-        raise WeightsError(f"{place} has {key} {named!r}; devices can only do what {', '.join(PROCESSORS)} do")
+        raise WeightsError(
+            f"{place} has {key} {one_line(repr(named))}; devices can only do what {', '.join(PROCESSORS)} do"
+        )
     kind = getattr(transformers, name)
     settings = {*inspect.signature(kind.__init__).parameters} - WITHOUT_EFFECT
     for key, value in given.items():
-        if key in settings and key.startswith("do_") and value is None:  # "no" or the default, it depends on the class
-            raise WeightsError(f"{place} has {key} null; write true or false")
+        # null means no, or the default: it depends on the class
+        if key in settings and key.startswith("do_") and not isinstance(value, bool):
+            raise WeightsError(f"{place} has {key} {one_line(json.dumps(value))}; write true or false")
         if key not in {*settings, *WITHOUT_EFFECT} and value not in (None, False):
             raise WeightsError(
                 f"{place} has {key} {one_line(repr(value))}, which is not a setting of {name}; remove it"

@@ -52,7 +52,11 @@ def zero_shot_head(source: Backbone, classes: Sequence[str], templates: Sequence
         for name in classes:
             prompts = [template.replace("{}", name.replace("_", " ")) for template in templates]
             tokens = tokenizer(prompts, padding=True, truncation=True, max_length=longest, return_tensors="pt")
-            texts = torch.nn.functional.normalize(tower(**tokens).text_embeds, dim=1)
+            try:
+                embedded = tower(**tokens).text_embeds
+            except Exception as error:  # of any kind, from a bad value of the config
+                raise origin.to_weights_error(error) from error
+            texts = torch.nn.functional.normalize(embedded, dim=1)
             rows.append(torch.nn.functional.normalize(texts.mean(dim=0), dim=0).numpy())
     return ZeroShot(np.stack(rows).astype(np.float32), scale=tower.logit_scale.detach().exp().item())
 

@@ -77,14 +77,22 @@ class Federation:
     """A run, round by round. `announced`: the present round. `received`: its globals as devices read them, of
     `bytes_down` bytes on the wire."""
 
-    def __init__(self, config: RunConfig, fleet: Fleet, tamper: Tamper = honest, feedback: bool = True) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        fleet: Fleet,
+        tamper: Tamper = honest,
+        feedback: bool = True,
+        hostile: Collection[str] = (),
+    ) -> None:
         """The devices `fleet.names` take part. Opens the first round. Without `feedback`, the rounding error of the
-        encoding is dropped."""
+        encoding is dropped. The server may refuse updates of the devices `hostile`."""
         self.config = config
         self.history = History()
         self.finished = False
         self._fleet = fleet
         self._tamper = tamper
+        self._hostile = frozenset(hostile)
         self._feedback = feedback
         self._updates = StoredUpdates()
         self._now = 0.0
@@ -98,7 +106,7 @@ class Federation:
         """Computes the present round and opens the next one. Returns the bytes on the wire of each device's update.
 
         Of the selected devices, those in `devices` answer; the others miss the round deadline. Default: all answer.
-        Raises RunError if the server refuses an update or the run fails.
+        Raises RunError if the server refuses an update of a device that is not hostile, or the run fails.
         """
         selected = self.announced.chosen or self._fleet.names
         answering = [name for name in selected if devices is None or name in devices]
@@ -109,7 +117,9 @@ class Federation:
                 self.history.norms.setdefault(self.announced.stage, []).append(sent.norm)
             event = _received(sent.blob)
             self._updates.add(event.sha256, sent.blob)
-            _check_accepted(self._advance(event))
+            commands = self._advance(event)
+            if name not in self._hostile:
+                _check_accepted(commands)
             sizes[name] = event.size
         self._close()
         return sizes
@@ -131,12 +141,18 @@ class Federation:
         self.received, self.bytes_down = _read_globals(self._fleet.bundle, self.announced, commands)
 
 
-def federate(config: RunConfig, fleet: Fleet, tamper: Tamper = honest, feedback: bool = True) -> History:
+def federate(
+    config: RunConfig,
+    fleet: Fleet,
+    tamper: Tamper = honest,
+    feedback: bool = True,
+    hostile: Collection[str] = (),
+) -> History:
     """Runs all rounds on the devices `fleet.names`. Each device's model is in its state directory then.
 
-    Raises RunError if the server refuses an update or the run fails.
+    Raises RunError if the server refuses an update of a device that is not `hostile`, or the run fails.
     """
-    run = Federation(config, fleet, tamper, feedback)
+    run = Federation(config, fleet, tamper, feedback, hostile)
     while not run.finished:
         run.step()
     return run.history

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from enum import Enum
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from fedfmsl.algorithms.aggregation import AggregationRule, CoordinateMedian, TrimmedMean, WeightedMean
+from fedfmsl.algorithms.bounds import NORM_FACTOR, WEIGHT_CAP
 from fedfmsl.algorithms.privacy import Privacy
 from fedfmsl.algorithms.sal import AllAtOnce, CapabilityQueue, FixedSchedule, Sal
 from fedfmsl.algorithms.secure_aggregation import MIN_DEVICES
@@ -69,15 +70,18 @@ class Aggregation(BaseModel):
     """How updates are combined and applied. `fedfmsl.algorithms` defines defaults and bounds.
 
     `trim`: the share of updates that the trimmed mean drops at each end. `clip`: the L2 norm that updates are clipped
-    to; None: no clipping. The server optimizer uses `learning_rate`, `momentum` (FedAvgM; β₁ of FedAdam), `beta2` and
+    to; None: no clipping. `norm_factor` and `weight_cap`: the norm and the weight of an update, relative to the medians
+    of the round, above which it is scaled down (`fedfmsl.algorithms.bounds`); None: no bound. The server optimizer uses `learning_rate`, `momentum` (FedAvgM; β₁ of FedAdam), `beta2` and
     `tau` (FedAdam).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    rule: Rule = Rule.MEAN
+    rule: Rule = Rule.TRIMMED_MEAN
     trim: float = TrimmedMean.trim
     clip: float | None = None
+    norm_factor: float | None = NORM_FACTOR
+    weight_cap: float | None = WEIGHT_CAP
     optimizer: Optimizer = Optimizer.FEDAVG
     learning_rate: float = FedAvg.learning_rate
     momentum: float = FedAvgM.momentum
@@ -237,6 +241,7 @@ class RunRules(BaseModel):
 
 
 AGGREGATION_DEFAULT = Aggregation()
+ROBUST_FROM = 3  # updates, below which robust rules equal the mean
 STAGE1 = Training(epochs=2, learning_rate=2e-3)
 STAGE2 = Training(epochs=1, learning_rate=1e-4)
 
@@ -255,6 +260,26 @@ class RunConfig(RunRules):
     stage2_sal: Sal
     aggregation: Aggregation = AGGREGATION_DEFAULT
     privacy: Privacy | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _choose_rule(cls, settings: Any) -> Any:
+        """Without a choice, a run whose server sees sums or noisy updates only has the mean."""
+        if isinstance(settings, dict) and (settings.get("secure") or settings.get("privacy")):
+            return {"aggregation": Aggregation(rule=Rule.MEAN), **settings}
+        return settings
+
+    @property
+    def exposure(self) -> str:
+        """Why one hostile device could steer this run; "" if the aggregation rule withstands a minority of them."""
+        aggregation = self.aggregation
+        if aggregation.rule is Rule.MEAN or (aggregation.rule is Rule.TRIMMED_MEAN and not aggregation.trim):
+            what = "--dp-noise" if self.privacy else "--secure" if self.secure else f"--rule {aggregation.rule.value}"
+            what += ": every"
+            return f"{what} update counts in the mean, so one hostile device can bias it in every round"
+        if self.devices < ROBUST_FROM:
+            return f"--rule {aggregation.rule.value} leaves out nothing of fewer than {ROBUST_FROM} updates"
+        return ""
 
     @model_validator(mode="after")
     def _check_secure(self) -> RunConfig:

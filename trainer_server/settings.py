@@ -149,16 +149,18 @@ class ServerSettings(ServiceSettings, RunRules):
         None, ge=1, description="Highest level. Default: the bundle's.", json_schema_extra=ROUNDS
     )
 
-    rule: Rule = Field(
-        AGGREGATION_DEFAULT.rule,
-        description="Aggregation rule. trimmed-mean and median withstand hostile updates.",
+    rule: Rule | None = Field(
+        None,
+        description="Aggregation rule. trimmed-mean and median withstand a minority of hostile devices from three "
+        "updates on; mean, which is weighted by samples, does not. Default: trimmed-mean; with --dp-noise or "
+        "--secure mean.",
         json_schema_extra=AGGREGATION,
     )
     trim: float = Field(
         AGGREGATION_DEFAULT.trim,
         ge=0,
         lt=0.5,
-        description="Share that trimmed-mean drops at each end.",
+        description="Share that trimmed-mean drops at each end; of three or more updates at least one, unless it is 0.",
         json_schema_extra=AGGREGATION,
     )
     clip: Positive | None = Field(
@@ -223,7 +225,7 @@ class ServerSettings(ServiceSettings, RunRules):
             stage1_sal=stage1_sal,
             stage2_sal=stage2_sal,
             aggregation=Aggregation(
-                rule=self.rule,
+                rule=self.rule or (Rule.MEAN if privacy or self.secure else AGGREGATION_DEFAULT.rule),
                 trim=self.trim,
                 clip=self.clip,
                 optimizer=self.server_optimizer,

@@ -18,6 +18,7 @@ from math import floor
 import numpy as np
 
 from fedfmsl.algorithms.arrays import Doubles, Parts, Vector
+from fedfmsl.algorithms.bounds import l2_norm
 from fedfmsl.algorithms.checks import check_range
 
 SORT_BYTES = 32 * 1024 * 1024  # memory for the values that a robust rule sorts at a time
@@ -96,8 +97,7 @@ class AggregationRule(ABC):
         vector = contribution.read()
         if self.clip is None:
             return vector
-        # not a BLAS norm: the last bit of its sum depends on the number of threads
-        norm = float(np.sqrt(np.square(vector, dtype=np.float64).sum()))
+        norm = l2_norm(vector)
         return vector if norm <= self.clip else vector * np.float32(self.clip / norm)
 
 
@@ -153,16 +153,19 @@ class _InnerMean(AggregationRule):
 
 @dataclass(frozen=True, kw_only=True)
 class TrimmedMean(_InnerMean):
-    """Leaves out the ⌊trim · n⌋ smallest and largest values of each coordinate (Yin et al., ICML 2018)."""
+    """Leaves out the ⌊trim · n⌋ smallest and largest values of each coordinate (Yin et al., ICML 2018).
 
-    trim: float = 0.1
+    Of three or more values at least one at each end, unless `trim` is 0 (ours).
+    """
+
+    trim: float = 0.2
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range(self, "trim", at_least=0, below=0.5)
 
     def _cut(self, n: int) -> int:
-        return min(floor(self.trim * n + 1e-9), (n - 1) // 2)
+        return min(max(floor(self.trim * n + 1e-9), self.trim > 0), (n - 1) // 2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,12 +174,6 @@ class CoordinateMedian(_InnerMean):
 
     def _cut(self, n: int) -> int:
         return (n - 1) // 2
-
-
-def weighted_average(values: Sequence[tuple[float, float]]) -> float:
-    """Mean of (value, weight) pairs; 0 if there is no weight."""
-    total = sum(weight for _, weight in values)
-    return sum(value * weight for value, weight in values) / total if total else 0.0
 
 
 def _regions(parts: Parts, contributions: Sequence[Contribution]) -> Iterator[Region]:

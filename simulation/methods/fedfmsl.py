@@ -15,8 +15,9 @@ from fedfmsl.protocol.messages import Round, Stage, Sums
 from simulation.federation import Federation, Tamper, honest
 from simulation.fleet import Fleet
 from simulation.methods.base import Method, MethodSettings, RoundCost, stage_rounds
-from trainer_server.config import Head, RunConfig, Trigger, sal_rules
+from trainer_server.config import Aggregation, Head, Rule, RunConfig, Trigger, sal_rules
 
+AS_IN_THE_PAPER = Aggregation(rule=Rule.MEAN, norm_factor=None, weight_cap=None)
 ROWS = {"start": "start", "global": "global", "local_expert": "local-expert"}  # beside the mixture
 
 
@@ -39,9 +40,13 @@ class SimulatedRun(Federation):
 
 @dataclass(frozen=True)
 class FedFMSL(Method[SimulatedRun, Stage2]):
-    """Both stages, with the server's defaults. `sal`: when more blocks are activated. `head`: what stage 1 starts from.
-    `sums`: what the head after stage 1 is computed from. `min_class_count`: samples from which a device's class enters
-    them. `secure_sums`: whether they are rounded as for secure aggregation, and need three devices. `tamper`: changes the results of devices; for an ablation."""
+    """Both stages, with the server's defaults, except that updates are averaged as in the paper: a mean weighted by
+    samples, without the bounds on norms and weights that protect a fleet.
+
+    `sal`: when more blocks are activated. `head`: what stage 1 starts from. `sums`: what the head after stage 1 is
+    computed from. `min_class_count`: samples from which a device's class enters them. `secure_sums`: whether they are
+    rounded as for secure aggregation, and need three devices. `tamper`: changes the results of devices; for an ablation.
+    """
 
     sal: Trigger = Trigger.CAPABILITY_QUEUE
     head: Head = Head.ZEROS
@@ -79,6 +84,7 @@ class FedFMSL(Method[SimulatedRun, Stage2]):
                 "secure_sums": self.secure_sums,
                 "stage1_sal": stage1_sal,
                 "stage2_sal": stage2_sal,
+                "aggregation": AS_IN_THE_PAPER,
                 "seed": settings.seed,
             }
         )

@@ -94,7 +94,7 @@ class Machine(RuleBasedStateMachine):
             join_timeout=JOIN, round_timeout=TIMEOUT, max_norm=MAX_NORM, max_samples=MAX_SAMPLES, stage1_rounds=3,
             stage2_rounds=2, stage1_sal=sal, stage2_sal=sal, baseline=baseline, audit=audit, secure_sums=False,
             head=Head.CLASS_MEANS, head_sums=Sums.FEATURES,
-            aggregation=Aggregation(rule=aggregation),
+            aggregation=Aggregation(rule=aggregation, norm_factor=None, weight_cap=None),
         )  # fmt: skip
         self.blobs: dict[str, Tensors] = {}
         self.folder = tempfile.TemporaryDirectory() if stored else None

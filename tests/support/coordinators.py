@@ -16,7 +16,7 @@ from fedfmsl.algorithms.sal import CapabilityQueue, Sal
 from fedfmsl.protocol.messages import DeviceStatus, Round, Stage, Sums, Update, Verdict
 from fedfmsl.protocol.tensors import blob_hash, pack
 from support.bundles import LAYERS, Built
-from trainer_server.config import Head, RunConfig
+from trainer_server.config import Aggregation, Head, Rule, RunConfig
 from trainer_server.coordinator.advance import advance
 from trainer_server.coordinator.events import (
     ClockTicked,
@@ -32,6 +32,7 @@ from trainer_server.coordinator.state import Plan, State, initial_state
 ROUND_SECONDS, JOIN_SECONDS = 100.0, 50.0
 PRIVACY = Privacy(clip=1.0, noise_multiplier=1.0, shares=1)
 RULE = Sal(CapabilityQueue(2, 0.02), max_level=LAYERS)
+MEAN = Aggregation(rule=Rule.MEAN)
 Tensors = dict[str, NDArray[Any]]
 TENSORS: dict[str, Tensors] = {}  # of updates, by SHA-256
 

@@ -20,7 +20,6 @@ from fedfmsl.algorithms.aggregation import (
     CoordinateMedian,
     TrimmedMean,
     WeightedMean,
-    weighted_average,
 )
 from fedfmsl.algorithms.arrays import Vector
 
@@ -44,7 +43,7 @@ ANY_RULE = st.one_of(
 
 def reference(rule: AggregationRule, rows: list[NDArray[np.float64]], weights: list[float]) -> NDArray[np.float64]:
     if isinstance(rule, TrimmedMean):
-        cut = int(rule.trim * len(rows))
+        cut = max(int(rule.trim * len(rows)), rule.trim > 0 and len(rows) > 2)
         return np.asarray(np.sort(rows, axis=0)[cut : len(rows) - cut].mean(axis=0))
     if isinstance(rule, CoordinateMedian):
         return np.asarray(np.median(rows, axis=0))
@@ -154,9 +153,13 @@ def test_aggregation_does_not_change_its_arguments() -> None:
     assert vector.tolist() == list(range(7))
 
 
-def test_weighted_average_of_nothing_is_zero() -> None:
-    assert weighted_average([]) == weighted_average([(0.7, 0.0)]) == 0.0
-    assert weighted_average([(1.0, 1.0), (0.0, 3.0)]) == 0.25
+@pytest.mark.parametrize(("devices", "hostile"), [(3, 1), (4, 1), (6, 1), (10, 2), (100, 20)])
+def test_the_default_rule_cuts_a_minority_from_three_devices_on(devices: int, hostile: int) -> None:
+    honest = np.random.default_rng(devices).normal(size=(devices - hostile, 7)).astype(np.float32)
+    contributions = [of(row) for row in honest] + [of(np.full(7, -1e6, np.float32))] * hostile
+    result = TrimmedMean().aggregate(contributions, PARTS).delta
+    assert (result >= honest.min(axis=0)).all()
+    assert (TrimmedMean(trim=0).aggregate(contributions, PARTS).delta < honest.min(axis=0)).all()
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from support.bundles import LAYERS, Built, build
 from support.coordinators import (
     ABC,
     JOIN_SECONDS,
+    MEAN,
     PRIVACY,
     ROUND_SECONDS,
     RULE,
@@ -261,7 +262,7 @@ def test_the_head_of_the_sums_stays_unless_most_devices_are_much_worse_with_it(
 def test_a_run_with_privacy_has_no_head_round(vit: Built) -> None:
     names = [f"d{i}" for i in range(4)]
     rule = replace(RULE, trigger=FixedSchedule(2))
-    run = started(vit, names, privacy=PRIVACY, stage1_sal=rule, stage2_sal=rule)
+    run = started(vit, names, privacy=PRIVACY, aggregation=MEAN, stage1_sal=rule, stage2_sal=rule)
     stages = [step.stage for step in run.plan.schedule]
     assert stages == [Stage.STATISTICS, *[Stage.GLOBAL] * 4, *[Stage.PERSONAL] * 2, Stage.EVALUATE, Stage.FINISHED]
 
@@ -637,7 +638,7 @@ def test_if_too_few_devices_can_train_the_level_the_most_capable_are_selected(vi
 
 def test_a_late_update_counts_with_a_discount_if_the_settings_allow_it(vit: Built) -> None:
     """Two updates with equal samples, one of them a round late: it has 1/√2 of its weight."""
-    run = trained(started(vit, max_staleness=1, enough=0.6))
+    run = trained(started(vit, max_staleness=1, enough=0.6, aggregation=MEAN))
     first = run.announced
     run.answers(["a", "b"])
     second, before = run.announced, run.state.expert
@@ -804,10 +805,10 @@ def test_a_device_that_has_not_announced_itself_is_refused(vit: Built) -> None:
     [
         ({"min_updates": 4}, "--min-updates 4 is more than --devices 3"),
         ({"fraction": 0.5}, "--select random"),
-        ({"privacy": PRIVACY}, "capability queue"),
+        ({"privacy": PRIVACY, "aggregation": MEAN}, "capability queue"),
         ({"privacy": PRIVACY, "max_staleness": 1}, "in time"),
         ({"privacy": PRIVACY, "aggregation": Aggregation(rule=Rule.MEDIAN)}, "leave out --rule"),
-        ({"privacy": PRIVACY, "encoding": Encoding.INT8}, "unrounded"),
+        ({"privacy": PRIVACY, "aggregation": MEAN, "encoding": Encoding.INT8}, "unrounded"),
     ],
 )
 def test_contradictory_settings_are_refused(vit: Built, change: dict[str, Any], reason: str) -> None:
@@ -816,6 +817,51 @@ def test_contradictory_settings_are_refused(vit: Built, change: dict[str, Any], 
 
 
 # attacks by a single device
+
+
+def test_a_hostile_update_is_bounded_by_the_honest_ones_and_named(vit: Built) -> None:
+    """Alone it would move the globals as far as `max_norm` allows, in every round and with any weight."""
+    names = ["a", "b", "c", "d"]
+    for aggregation in (Aggregation(), Aggregation(rule=Rule.MEDIAN), MEAN):
+        run = started(vit, names, aggregation=aggregation, stage1_rounds=8)
+        run.answers(names)
+        for _ in range(8):
+            before, announced = run.state.expert, run.announced
+            updates = [make_update(run.plan, announced, name) for name in names]
+            honest = [vit.bundle.expert.join(event.tensors) for event in updates[:3]]
+            size = honest[0].size
+            attack = vit.bundle.expert.split(np.full(size, 999 / size**0.5, np.float32))
+            logged = run.feed(*updates[:3], make_update(run.plan, announced, "d", tensors=attack, samples=1_000_000))
+            moved = float(np.linalg.norm(run.state.expert[:size] - before[:size]))
+            assert moved < 2 * float(np.median([np.linalg.norm(update) for update in honest]))
+            assert any("d (999)" in note.text for note in logged if isinstance(note, Log))
+        assert run.announced.stage is Stage.HEAD and run.state.norms == ()
+
+
+def test_a_device_that_is_alone_in_a_round_is_bounded_by_earlier_rounds(vit: Built) -> None:
+    run = trained(started(vit, min_updates=1))
+    run.answers(ABC)
+    size = vit.bundle.expert.size(1)
+    before, limit = run.state.expert[:size], 2 * run.state.norms[0]
+    attack = vit.bundle.expert.split(np.full(size, 9.0, np.float32))
+    run.feed(make_update(run.plan, run.announced, "a", tensors=attack))
+    run.now = next_deadline(run.plan, run.state)
+    run.feed()
+    assert run.announced.index == 2
+    assert float(np.linalg.norm(run.state.expert[:size] - before)) <= limit * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("lie", [0.0, 1.0])
+def test_a_false_accuracy_of_many_samples_does_not_steer_the_level(vit: Built, lie: float) -> None:
+    runs = [started(vit, ["a", "b", "c", "d"]) for _ in range(2)]
+    for run in runs:
+        run.answers(["a", "b", "c", "d"])
+    for index in range(4):
+        for run, false in zip(runs, (False, True), strict=True):
+            honest = [make_update(run.plan, run.announced, name, accuracy=0.5 + 0.1 * index) for name in "abc"]
+            change = {"accuracy": lie, "samples": 1_000_000} if false else {"accuracy": 0.5 + 0.1 * index}
+            run.feed(*honest, make_update(run.plan, run.announced, "d", **change))
+    assert runs[0].state.sal.level == runs[1].state.sal.level == 1  # a steady gain activates no block
 
 
 @pytest.mark.parametrize("accuracy", [1e308, -0.1, 1.1])
@@ -848,7 +894,7 @@ def test_devices_can_read_the_longest_announcement(vit: Built) -> None:
 @pytest.mark.parametrize("name", ["class_sums", "class_counts"])
 def test_statistics_with_noise_are_bounded_too(vit: Built, name: str) -> None:
     rule = replace(RULE, trigger=FixedSchedule(2))
-    run = started(vit, privacy=PRIVACY, stage1_sal=rule, stage2_sal=rule)
+    run = started(vit, privacy=PRIVACY, aggregation=MEAN, stage1_sal=rule, stage2_sal=rule)
     tensors = dict(make_update(run.plan, run.announced, "a").tensors)
     reply, *_ = run.answers(["a"], tensors={**tensors, name: np.full_like(tensors[name], 1e38)})
     assert (reply.ack.verdict, "norm is" in reply.ack.reason) == (Verdict.REJECTED, True)

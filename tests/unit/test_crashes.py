@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import itertools
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -43,7 +42,7 @@ class Writes:
         self._fails: Callable[[int, str], bool] = lambda number, name: False
         self._error: BaseException = Killed()
         self._after = False
-        replace = os.replace
+        replace = Path.replace
 
         def counted(source: Path, target: Path) -> None:
             fails = self._fails(len(self.names), str(target))
@@ -53,7 +52,7 @@ class Writes:
             if fails:
                 raise self._error
 
-        monkeypatch.setattr(os, "replace", counted)
+        monkeypatch.setattr(Path, "replace", counted)
 
     def of(self, work: Callable[[], object]) -> list[str]:
         """The files that are written, in order."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,14 +37,14 @@ def test_a_blob_that_the_disk_refuses_is_stored_later(
     receiver: GlobalsReceiver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     receive_all(receiver)
-    replace, failures = os.replace, iter([False, True, False])
+    replace, failures = Path.replace, iter([False, True, False])
 
     def full_once(source: Path, target: Path) -> None:
         if next(failures):
             raise OSError(28, "No space left on device")
         replace(source, target)
 
-    monkeypatch.setattr(os, "replace", full_once)
+    monkeypatch.setattr(Path, "replace", full_once)
     first = receiver.store_next()
     with pytest.raises(OSError, match="No space left"):
         receiver.store_next()

@@ -140,6 +140,7 @@ def test_a_jpeg_that_is_decoded_smaller_differs_by_less_than_two_grey_levels(
         ({"size": 10**12}, "size {'height': 1000000000000, .*of at most 4096 px"),
         ({"resample": 2.0}, "resample 2.0, which"),
         ({"do_normalize": None}, "do_normalize null"),
+        ({"do_rescale": "no"}, 'do_rescale "no"; write true or false'),
         ({"do_center_crop": True}, "do_center_crop True, which is not a setting of ViTImageProcessor"),
         ({"crop_pct": 0.9}, "crop_pct 0.9, which is not a setting"),
         ({"do_flip_channel_order": True}, "do_flip_channel_order True, which is not a setting"),

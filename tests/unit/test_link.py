@@ -35,11 +35,15 @@ SPARE = 8 << 20  # bytes of memory that a huge message may take
 
 
 @pytest.fixture(scope="module")
-def port() -> Iterator[int]:
+def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """Of a mosquitto that forwards messages of any size. By default mosquitto 2.1 refuses more than 2 MB."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         free: int = probe.getsockname()[1]
-    broker = subprocess.Popen([require_tool("mosquitto"), "-p", str(free)], stderr=subprocess.DEVNULL)
+    settings = tmp_path_factory.mktemp("mosquitto") / "mosquitto.conf"
+    lines = [f"listener {free} 127.0.0.1", "allow_anonymous true", f"max_packet_size {2 * HUGE}"]
+    settings.write_text("\n".join(lines) + "\n")
+    broker = subprocess.Popen([require_tool("mosquitto"), "-c", str(settings)], stderr=subprocess.DEVNULL)
     for _ in range(500):
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", free)) == 0:

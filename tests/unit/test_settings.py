@@ -110,9 +110,9 @@ def test_help_and_reference_show_every_setting_of_the_model(
 
 def test_help_and_reference_show_types_bounds_and_defaults() -> None:
     shown, page = help_of(server, "start"), reference(ServerSettings)
-    for text in ("--trim <float>", "[default: 0.1] [≥ 0, < 0.5]", "--select <all|random|capable>", "--devices <int>"):
+    for text in ("--trim <float>", "[default: 0.2] [≥ 0, < 0.5]", "--select <all|random|capable>", "--devices <int>"):
         assert text in shown
-    assert "| `trim` | float ≥ 0, < 0.5 | `0.1` |" in page
+    assert "| `trim` | float ≥ 0, < 0.5 | `0.2` |" in page
     assert "| `select` | `all` or `random` or `capable` | `all` |" in page
     assert "--keep-free <size>" in help_of(edge, "run") and "[default: 500.0MB]" in help_of(edge, "run")
 

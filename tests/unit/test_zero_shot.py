@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from transformers import AutoTokenizer, CLIPModel, CLIPVisionModelWithProjection
 
 from export.reference import normalize_pixels
 from export.weights import load_backbone
-from export.zero_shot import zero_shot_head
+from export.zero_shot import TEMPLATES, zero_shot_head
 from fedfmsl.algorithms.class_means import direction_head
 from fedfmsl.errors import ConfigError, WeightsError
 from fedfmsl.protocol.bundle import Bundle
@@ -95,6 +96,25 @@ def test_weights_without_text_tower_or_tokenizer_are_one_clear_error(vit: Built,
     ):
         with pytest.raises(WeightsError, match=message):
             zero_shot_head(source, ["a", "b"], ["{}"])
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("max_position_embeddings", "77", "config.json has max_position_embeddings '77', not a number"),
+        ("eos_token_id", [], "is not a usable transformers folder: "),
+    ],
+)
+def test_a_text_tower_with_a_bad_config_is_one_clear_error(
+    clip_folder: Path, tmp_path: Path, key: str, value: object, message: str
+) -> None:
+    folder = shutil.copytree(clip_folder, tmp_path / "copy")
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"][key] = value
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(WeightsError, match=message) as caught:
+        zero_shot_head(load_backbone(str(folder), None, 2), ("a", "b"), TEMPLATES)
+    assert len(caught.value.lines) == 1
 
 
 def test_the_command_makes_the_head_from_its_prompts(clip_folder: Path, clip: Built, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from fedfmsl.algorithms.bounds import capped_weights
 from fedfmsl.protocol.messages import Message, Round, Stage, Update
 
 NAMES = 10  # of devices in a line of text
@@ -31,10 +32,12 @@ class ClosedRound(Message):
         return {name: value for name, value in means.items() if value is not None}
 
     def mean(self, metric: str) -> float | None:
-        """Mean over the devices that report the metric, weighted by samples."""
-        pairs = [(u.metrics[metric], u.samples) for u in self.updates.values() if metric in u.metrics]
-        total = sum(samples for _, samples in pairs)
-        return sum(value * samples for value, samples in pairs) / total if total else None
+        """Mean over the devices that report the metric, weighted by samples. A weight is capped relative to the median
+        one, so that a device that claims many samples does not decide the mean."""
+        reporting = [update for update in self.updates.values() if metric in update.metrics]
+        weights = capped_weights([update.samples for update in reporting])
+        values = [update.metrics[metric] * weight for update, weight in zip(reporting, weights, strict=True)]
+        return sum(values) / sum(weights) if any(weights) else None
 
 
 def held_out_accuracies(update: Update) -> dict[str, float]:

@@ -5,16 +5,19 @@ They are read one by one in the order of their keys, so the result is bit-identi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from statistics import median
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedfmsl.algorithms.aggregation import Aggregate, Contribution, weighted_average
+from fedfmsl.algorithms.aggregation import Aggregate, Contribution
 from fedfmsl.algorithms.arrays import Doubles, Tensors, Vector
+from fedfmsl.algorithms.bounds import NORM_ROUNDS, capped_weights, norm_limit
 from fedfmsl.algorithms.class_means import class_mean_head, direction_head
 from fedfmsl.algorithms.discriminant import discriminant_head, logit_head, with_former_rows
 from fedfmsl.algorithms.weighted_sums import weighted_mean
@@ -23,6 +26,7 @@ from fedfmsl.protocol.layout import Layout
 from fedfmsl.protocol.messages import Round, Stage, Sums, Update
 from trainer_server.config import Head
 from trainer_server.coordinator.former_head import FormerHead, reported
+from trainer_server.coordinator.records import listed
 from trainer_server.coordinator.secure_sums import apply_updates, update_parts
 from trainer_server.coordinator.state import NO_SUMS, TRAINING, Accepted, Part, Plan, State
 from trainer_server.coordinator.validation import class_statistics, expert_delta, gate_delta, head_statistics
@@ -42,7 +46,38 @@ def apply_round(plan: Plan, state: State, closing: Round) -> State:
             return sums.state
         apply = _secure_updates if part[0] in TRAINING else _secure_sums
         return apply(plan, sums.state, part, sums.total)
-    return APPLY[closing.stage](plan, state, closing) if closing.stage in APPLY else state
+    if closing.stage not in APPLY:
+        return state
+    norms = _recent_norms(state, closing)
+    return replace(APPLY[closing.stage](plan, state, closing), norms=norms)
+
+
+def update_limit(plan: Plan, state: State) -> float:
+    """The L2 norm above which an update of the present training round is scaled down. Infinite under privacy, whose
+    devices clip their updates and add noise."""
+    factor = plan.config.aggregation.norm_factor
+    if plan.config.privacy is not None or factor is None:
+        return math.inf
+    return norm_limit([accepted.norm for accepted in state.updates.values()], state.norms, factor)
+
+
+def scaled_down(plan: Plan, state: State) -> str:
+    """Names the devices whose updates are scaled down; "" if there are none."""
+    limit, norms = update_limit(plan, state), {key: state.updates[key].norm for key in sorted(state.updates)}
+    large = [f"{device} ({norm:.4g})" for (_, device), norm in norms.items() if norm > limit]
+    return (
+        f"round {state.round}: updates with a norm far above the median were scaled down to {limit:.4g}: "
+        f"{listed(large)}; if this repeats, check these devices"
+        if large
+        else ""
+    )
+
+
+def _recent_norms(state: State, closing: Round) -> tuple[float, ...]:
+    """`State.norms` after this round: empty at the end of a stage, because another one trains other tensors."""
+    if closing.stage not in TRAINING or closing.index + 1 == closing.of:
+        return ()
+    return (*state.norms, median(accepted.norm for accepted in state.updates.values()))[-NORM_ROUNDS:]
 
 
 def without_sums(plan: Plan, state: State, stage: Stage) -> State:
@@ -167,29 +202,39 @@ def _with_gate(plan: Plan, state: State, combined: Aggregate) -> State:
 
 
 def _held_out(state: State) -> float:
-    updates = [accepted.update for accepted in _in_order(state)]
-    return weighted_average([(u.metrics.get("held_out_global", 0.0), float(u.samples)) for u in updates])
+    """The median of the devices' held-out accuracies. Unweighted, so a false one moves it to a neighbouring accuracy at
+    most. 0 under privacy, where devices report none."""
+    metrics = [accepted.update.metrics for accepted in _in_order(state)]
+    accuracies = [each["held_out_global"] for each in metrics if "held_out_global" in each]
+    return median(accuracies) if accuracies else 0.0
 
 
 def _combined(plan: Plan, state: State, layout: Layout, delta: Callable[[Plan, Update, Tensors], Vector]) -> Aggregate:
     """The aggregated update of the round.
 
-    An update that is s rounds late has 1/√(1 + s) of its weight (FedBuff, Nguyen et al., AISTATS 2022). Under privacy
-    all updates have the same weight, else clipping would not bound a device's influence, and a part with fewer
+    Updates above `update_limit` are scaled down to it, and weights are capped. An update that is s rounds late has
+    1/√(1 + s) of its weight (FedBuff, Nguyen et al., AISTATS 2022). Under privacy all updates have the same weight, else clipping would not bound a device's influence, and a part with fewer
     contributions than `Privacy.shares` is not released, because it has too little noise.
     """
 
-    def read(accepted: Accepted) -> Vector:
-        return delta(plan, accepted.update, plan.read(accepted.sha256))
+    privacy, aggregation, in_order = plan.config.privacy, plan.config.aggregation, _in_order(state)
+    limit = update_limit(plan, state)
 
-    privacy, contributions = plan.config.privacy, []
-    for accepted in _in_order(state):
+    def read(accepted: Accepted) -> Vector:
+        vector = delta(plan, accepted.update, plan.read(accepted.sha256))
+        return vector * np.float32(limit / accepted.norm) if accepted.norm > limit else vector
+
+    weights = [float(1 if privacy else accepted.update.samples) for accepted in in_order]
+    if aggregation.weight_cap is not None:
+        weights = capped_weights(weights, aggregation.weight_cap)
+    contributions = []
+    for accepted, weight in zip(in_order, weights, strict=True):
         update = accepted.update
-        weight = (1 if privacy else update.samples) / (1 + state.round - update.round) ** 0.5
+        late = state.round - update.round
         size = layout.size(update.level) if update.stage is Stage.GLOBAL else layout.total
-        contributions.append(Contribution(weight, size, partial(read, accepted)))
+        contributions.append(Contribution(weight / (1 + late) ** 0.5, size, partial(read, accepted)))
     least = privacy.shares if privacy else 1
-    return plan.config.aggregation.aggregation_rule.aggregate(contributions, layout.parts, least)
+    return aggregation.aggregation_rule.aggregate(contributions, layout.parts, least)
 
 
 def _in_order(state: State) -> list[Accepted]:

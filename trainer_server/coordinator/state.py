@@ -143,11 +143,12 @@ class Plan:
 
 @dataclass(frozen=True)
 class Accepted:
-    """Header of an accepted update, SHA-256 of its blob, bytes on the wire."""
+    """Header of an accepted update, SHA-256 of its blob, bytes on the wire, L2 norm of what it trained."""
 
     update: Update
     sha256: str
     size: int
+    norm: float
 
 
 @dataclass(frozen=True)
@@ -181,6 +182,8 @@ class State:
     is the expert that stage 1 starts from; if its head is zeros, that of the first round of stage 1 replaces it. `gate`
     (G,) is the gate adapter.
 
+    `norms`: the median norms of the updates in the stage's last rounds.
+
     Round: `position` in the schedule is -1 while the server waits for devices. `since` is the time of the
     announcement. `expected` are the selected devices. `updates` are the accepted updates of the present round.
     `refused`: devices whose latest updates were refused.
@@ -202,6 +205,7 @@ class State:
     sal: SalState
     since: float
     limits: Limits
+    norms: tuple[float, ...] = ()
     stretch: int = 1
     slowest: Mapping[Stage, float] = field(default_factory=dict)
     position: int = -1

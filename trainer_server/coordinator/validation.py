@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedfmsl.algorithms.arrays import Doubles, Tensors, Vector
+from fedfmsl.algorithms.bounds import l2_norm
 from fedfmsl.algorithms.discriminant import within_scatter
 from fedfmsl.errors import MessageError
 from fedfmsl.protocol.encoding import decode
@@ -24,11 +25,13 @@ SCATTER_ROUNDING = 1e-5  # the same for eigenvalues of the scatter, as a share o
 
 @dataclass(frozen=True)
 class Validation:
-    """`kind` is the category that refusals are counted by, `reason` a sentence for the operator."""
+    """`kind` is the category that refusals are counted by, `reason` a sentence for the operator. `norm`: the L2 norm of
+    what an accepted update trained; 0 in other stages."""
 
     verdict: Verdict
     kind: str = ""
     reason: str = ""
+    norm: float = 0.0
 
 
 def validate_update(plan: Plan, state: State, update: Update, tensors: Tensors) -> Validation:
@@ -70,11 +73,10 @@ def validate_update(plan: Plan, state: State, update: Update, tensors: Tensors) 
     try:
         if secure:
             check_update(plan, state, task, update, tensors)
-        else:
-            CHECKS[update.stage](plan, update, tensors)
+        norm = 0.0 if secure else CHECKS[update.stage](plan, update, tensors)
     except MessageError as error:
         return rejected("tensors", str(error))
-    return Validation(Verdict.ACCEPTED)
+    return Validation(Verdict.ACCEPTED, norm=norm)
 
 
 def expert_delta(plan: Plan, update: Update, tensors: Tensors) -> Vector:
@@ -146,33 +148,38 @@ def _is_positive_definite(symmetric: Doubles) -> bool:
     return True
 
 
-def _check_expert(plan: Plan, update: Update, tensors: Tensors) -> None:
-    _bound(float(np.linalg.norm(expert_delta(plan, update, tensors))), plan.config.max_norm, "norm")
+def _check_expert(plan: Plan, update: Update, tensors: Tensors) -> float:
+    return _bound(l2_norm(expert_delta(plan, update, tensors)), plan.config.max_norm, "norm")
 
 
-def _check_gate(plan: Plan, update: Update, tensors: Tensors) -> None:
-    _bound(float(np.linalg.norm(gate_delta(plan, update, tensors))), plan.config.max_norm, "norm")
+def _check_gate(plan: Plan, update: Update, tensors: Tensors) -> float:
+    return _bound(l2_norm(gate_delta(plan, update, tensors)), plan.config.max_norm, "norm")
 
 
-def _check_statistics(plan: Plan, update: Update, tensors: Tensors) -> None:
+def _check_statistics(plan: Plan, update: Update, tensors: Tensors) -> float:
     class_statistics(plan, update.samples, tensors)
+    return 0.0
 
 
-def _check_head(plan: Plan, update: Update, tensors: Tensors) -> None:
+def _check_head(plan: Plan, update: Update, tensors: Tensors) -> float:
     head_statistics(plan, update.samples, tensors)
+    return 0.0
 
 
-def _check_nothing(plan: Plan, update: Update, tensors: Tensors) -> None:
+def _check_nothing(plan: Plan, update: Update, tensors: Tensors) -> float:
     if tensors:
         raise MessageError(f"stage {update.stage.value} takes no tensors")
+    return 0.0
 
 
-def _bound(value: float, limit: float, name: str) -> None:
+def _bound(value: float, limit: float, name: str) -> float:
     if not value <= limit:
         raise MessageError(f"the update's {name} is {value:.4g}, more than {limit:.4g}")
+    return value
 
 
-CHECKS: dict[Stage, Callable[[Plan, Update, Tensors], None]] = {
+# each raises MessageError, or returns the norm of what the update trained
+CHECKS: dict[Stage, Callable[[Plan, Update, Tensors], float]] = {
     Stage.STATISTICS: _check_statistics,
     Stage.GLOBAL: _check_expert,
     Stage.HEAD: _check_head,

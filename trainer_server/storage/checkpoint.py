@@ -28,6 +28,7 @@ class Checkpoint(BaseModel):
     queue: tuple[float, ...]
     seen: int
     since: float
+    norms: tuple[float, ...]
     limits: Limits
     stretch: int
     slowest: dict[Stage, float]
@@ -54,6 +55,7 @@ class Checkpoint(BaseModel):
             queue=state.sal.queue,
             seen=state.sal.seen,
             since=state.since,
+            norms=state.norms,
             limits=state.limits,
             stretch=state.stretch,
             slowest=dict(state.slowest),
@@ -96,6 +98,7 @@ class Checkpoint(BaseModel):
             gate_moments=Moments(vectors["gate_first"], vectors["gate_second"]),
             sal=SalState(self.level, self.queue, self.seen),
             since=self.since,
+            norms=self.norms,
             limits=self.limits,
             stretch=self.stretch,
             slowest=self.slowest,
