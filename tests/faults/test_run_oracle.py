@@ -16,7 +16,7 @@ from fedfmsl.algorithms.sal import CapabilityQueue, Sal
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.messages import DeviceStatus, Stage
 from fedfmsl.protocol.tensors import blob_hash, pack
-from trainer_server.config import RunConfig
+from trainer_server.config import Head, RunConfig
 from trainer_server.coordinator.advance import advance
 from trainer_server.coordinator.events import ClockTicked, Event, StatusSeen, StoreRound, UpdateSeen
 from trainer_server.coordinator.state import Key, State, initial_state
