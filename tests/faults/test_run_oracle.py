@@ -38,6 +38,7 @@ def run_without_a_network(out: Path, bundle: Bundle) -> None:
         stage2_sal=SAL,
         audit=True,
         secure_sums=False,
+        head=Head.CLASS_MEANS,
     )
     store = RunStore.create(out, Origin(config=config, session="s", bundle=bundle.root, sha256=bundle.sha256))
     plan = make_plan(store, bundle)
