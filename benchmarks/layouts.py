@@ -25,7 +25,7 @@ from fedfmsl.protocol.bundle import (
 )
 from fedfmsl.protocol.encoding import encode
 from fedfmsl.protocol.layout import HEAD, Layout
-from fedfmsl.protocol.messages import Round, Stage, Update
+from fedfmsl.protocol.messages import Round, Stage, Sums, Update
 
 INIT = "init.safetensors"
 GATE_WIDTH = 32
@@ -98,9 +98,10 @@ def update_of(bundle: Bundle, device: str, task: Round, level_cap: int) -> tuple
     level = min(task.level, level_cap)
     tensors: Tensors = {}
     if task.stage is Stage.STATISTICS:
-        tensors = _statistics(bundle, samples, rng)
+        tensors = _statistics(bundle, samples, rng, bundle.manifest.dims.feature)
     elif task.stage is Stage.HEAD:
-        tensors = _head_statistics(bundle, samples, rng)
+        dims = bundle.manifest.dims
+        tensors = _head_statistics(bundle, samples, rng, dims.classes if task.sums is Sums.LOGITS else dims.feature)
     elif task.stage is Stage.GLOBAL:
         values = STEP * rng.standard_normal(bundle.expert.size(level), np.float32)
         tensors = encode(bundle.expert, values, task.encoding)
@@ -120,12 +121,11 @@ def update_of(bundle: Bundle, device: str, task: Round, level_cap: int) -> tuple
     return update, tensors
 
 
-def _head_statistics(bundle: Bundle, samples: int, rng: np.random.Generator) -> Tensors:
-    """Of features with the class sums of `_statistics`, and with the same variance in every direction."""
-    sums = _statistics(bundle, samples, rng)
+def _head_statistics(bundle: Bundle, samples: int, rng: np.random.Generator, width: int) -> Tensors:
+    """Of values with the class sums of `_statistics`, and with the same variance in every direction."""
+    sums = _statistics(bundle, samples, rng, width)
     counts = sums["class_counts"]
     means = sums["class_sums"] / np.maximum(counts, 1)[:, None]
-    width = means.shape[1]
     spread = (samples / width) ** 0.5 * np.eye(width, dtype=np.float32)
     return {
         "class_sums": sums["class_sums"],
@@ -134,11 +134,11 @@ def _head_statistics(bundle: Bundle, samples: int, rng: np.random.Generator) -> 
     }
 
 
-def _statistics(bundle: Bundle, samples: int, rng: np.random.Generator) -> Tensors:
-    """Of `samples` unit features with random classes. All features of a class are equal."""
+def _statistics(bundle: Bundle, samples: int, rng: np.random.Generator, width: int) -> Tensors:
+    """Of `samples` unit vectors of this width with random classes. All vectors of a class are equal."""
     dims = bundle.manifest.dims
     counts = np.bincount(rng.integers(0, dims.classes, samples), minlength=dims.classes)
-    directions = rng.standard_normal((dims.classes, dims.feature), np.float32)
+    directions = rng.standard_normal((dims.classes, width), np.float32)
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)
     return {
         "class_sums": (counts[:, None] * directions).astype(np.float32),

@@ -12,7 +12,7 @@ from fedfmsl.algorithms.accounting import epsilon
 from fedfmsl.algorithms.aggregation import Aggregate, Contribution, CoordinateMedian, TrimmedMean, WeightedMean
 from fedfmsl.algorithms.calibration import UNKNOWN, calibrate, fit_temperature, unknown_threshold
 from fedfmsl.algorithms.class_means import class_mean_head, direction_head
-from fedfmsl.algorithms.discriminant import discriminant_head, second_moments
+from fedfmsl.algorithms.discriminant import discriminant_head, logit_head, second_moments, with_former_rows
 from fedfmsl.algorithms.evaluation import (
     DeviceAccuracy,
     FleetAccuracy,
@@ -101,6 +101,7 @@ __all__ = [
     "gate_statistics",
     "label_log_p",
     "log_softmax",
+    "logit_head",
     "mix",
     "nll",
     "novel_samples",
@@ -112,6 +113,7 @@ __all__ = [
     "stream_order",
     "summarize",
     "unknown_threshold",
+    "with_former_rows",
 ]
 
 _LAZY = {"Bundle": "fedfmsl.protocol.bundle", "Training": "fedfmsl.protocol.messages"}

@@ -87,7 +87,7 @@ def messages(bundle: Bundle, begun: Round) -> dict[str, tuple[str, Messages]]:
         "an update of a round to come": ("other round", sent(begun, ones, round=begun.round + 5)),
         "another device's name in an update": ("unreadable", sent(begun, ones, device=VICTIM)),
         "an update on another device's topic": ("unreadable", [(victims, chunk) for _, chunk in sent(begun, ones)]),
-        "100 MB in one message": ("too large", [(own, bytes(HUGE))]),
+        "100 MB in one message": ("flood", [(own, bytes(HUGE))]),
         "chunks of a blob that is too large": ("unreadable", [(own, next(iter(chunks(bytes(LARGE)))))]),
         "random bytes on every topic": ("unreadable", [(topic, NOISE) for topic in noisy]),
         "JSON that is none of ours": (

@@ -95,7 +95,7 @@ class Service:
         self._refusals = Refusals()
         self._statuses: Statuses = {}  # not in the store yet
         self._unapplied: list[StatusSeen] = []  # of a batch that could not be stored
-        self._disk_error = ""
+        self._disk_error = ("", "")
         self._joined: frozenset[str] | None = None  # the devices in the store's list before the first round
         self._outage = (-1.0, "")  # as stored
 
@@ -268,7 +268,7 @@ class Service:
         if batch.updates:
             self._uploads.store(batch.files)
             self._store.commit(batch.events)
-            self._statuses, self._disk_error = {}, ""
+            self._statuses, self._disk_error = {}, ("", "")
         else:
             self._statuses = batch.statuses
         if batch.state.announced is None and batch.state.online != self._joined:
@@ -313,7 +313,7 @@ class Service:
             events = [*flatten(self._statuses), LoggedEvent(now, ticked)]
             self._store.commit(events, rounds, self._refusals.pending(), ended)
             self._refusals.clear()
-            self._state, self._statuses, self._disk_error = state, {}, ""
+            self._state, self._statuses, self._disk_error = state, {}, ("", "")
             if any(isinstance(command, AnnounceRound) for command in commands):  # it holds no updates
                 self._store.save_checkpoint(state, now)
         except (OSError, sqlite3.Error) as error:
@@ -388,11 +388,11 @@ class Service:
             logger.warning("refused from %s (%s): %s", sender, kind, text)
 
     def _wait_for_disk(self, error: OSError | sqlite3.Error) -> None:
-        cause = "free some disk space" if has_descriptors() else NO_DESCRIPTORS
-        about = f"{getattr(error, 'strerror', None) or error}; {cause}"  # without the file, which differs
-        if about != self._disk_error:
-            self._disk_error = about
-            logger.error("cannot write to %s (%s); the run waits", self._store.folder, about)
+        remedy = "free some disk space" if has_descriptors() else NO_DESCRIPTORS
+        reason = getattr(error, "strerror", None) or str(error)  # without the file, which differs each time
+        if (reason, remedy) != self._disk_error:
+            self._disk_error = (reason, remedy)
+            logger.error("cannot write to %s (%s); %s, the run waits for it", self._store.folder, reason, remedy)
         time.sleep(POLL_SECONDS)
 
 
