@@ -150,7 +150,8 @@ def aggregation(
                 result = _run(CONFIGURATIONS[name], seed, threads or os.cpu_count() or 1)
                 write_atomically(path, json.dumps(result, indent=1).encode())
                 print(f"{name}, seed {seed}: {result['seconds']:.0f} s", file=sys.stderr, flush=True)
-    out.write_text("\n".join(["# Aggregation", "", *report(), "", *_table()]) + "\n")
+    table = ["", *_table()] if _results("reference") else []
+    out.write_text("\n".join(["# Aggregation", "", *report(), *table]) + "\n")
     print(out.read_text())
 
 
