@@ -104,9 +104,10 @@ def test_two_devices_start_without_sums(vit: Built, tmp_path: Path) -> None:
     assert run.announced.stage is Stage.GLOBAL
     run.until(Stage.PERSONAL)
     lines = [command.text for command in run.of(Log) if "no secure aggregation" in command.text]
+    reason = "no secure aggregation: 2 devices are online, and secure aggregation needs 3"
     assert lines == [
-        "no secure aggregation: 2 devices are online, and secure aggregation needs 3; stage 1 starts from the bundle's own head",
-        "no secure aggregation: 2 devices are online, and secure aggregation needs 3; the global expert keeps the head of stage 1",
+        f"{reason}; stage 1 starts from the bundle's own head",
+        f"{reason}; the global expert keeps the head of stage 1",
     ]
 
 
