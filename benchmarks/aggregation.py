@@ -3,7 +3,8 @@ and client selection, as one table over seeds.
 
 Data, model and settings are those of `devices.trial`, in one process (see `simulation.federation`). Needs
 `python -m devices.trial.assets` and `python -m export.rebuild assets/dinov2-s14.onnx assets/dinov2-s14` first. Results
-are in runs/aggregation/results, a JSON file per configuration and seed; existing ones are not computed again.
+are in runs/aggregation/results, those with hostile devices in benchmarks/aggregation: a JSON file per configuration
+and seed. Existing ones are not computed again.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 
 import typer
 
+from benchmarks.hostile import report, run_missing
 from benchmarks.tables import spread
 from devices.trial.assets import ASSETS, PHOTOS, fetch
 from devices.trial.dataset import Files, find_files, kind_of
@@ -130,22 +132,25 @@ def aggregation(
     only: list[str] = typer.Option([], help="Name of a configuration; may be repeated. Default: all."),
     seeds: int = typer.Option(3, min=1, help="Seeds 0 … n-1."),
     threads: int = typer.Option(0, min=0, help="Threads; 0: one per core."),
-    out: Path = typer.Option(Path("docs/aggregation.md"), help="Table to write, of all results."),
+    hostile: bool = typer.Option(False, "--hostile", help="Only the runs with hostile devices (benchmarks.hostile)."),
+    out: Path = typer.Option(Path("benchmarks/aggregation.md"), help="Page to write, of all results."),
 ) -> None:
-    """Measure accuracy by aggregation rule, encoding and privacy, and write a table."""
+    """Measure accuracy by aggregation rule, encoding, privacy and attack, and write the tables."""
     unknown = set(only) - CONFIGURATIONS.keys()
     if unknown:
         raise ConfigError(
             f"--only {sorted(unknown)[0]}: no such configuration; choose from {', '.join(CONFIGURATIONS)}"
         )
-    for name in only or CONFIGURATIONS:
+    if not only:
+        run_missing(seeds, threads or os.cpu_count() or 1)
+    for name in () if hostile else only or CONFIGURATIONS:
         for seed in range(seeds):
             path = _path(name, seed)
             if not path.is_file():
                 result = _run(CONFIGURATIONS[name], seed, threads or os.cpu_count() or 1)
                 write_atomically(path, json.dumps(result, indent=1).encode())
                 print(f"{name}, seed {seed}: {result['seconds']:.0f} s", file=sys.stderr, flush=True)
-    out.write_text("\n".join(_table()) + "\n")
+    out.write_text("\n".join(["# Aggregation", "", *report(), "", *_table()]) + "\n")
     print(out.read_text())
 
 
@@ -225,7 +230,7 @@ def _device_folders(seed: int) -> list[Path]:
 def _table() -> list[str]:
     reference = _results("reference")
     lines = [
-        "# Aggregation",
+        "## Encodings, rules, server optimizers, privacy",
         "",
         "The trial in one process: groceries, DINOv2 ViT-S/14 at 140 px, 6 devices, Dirichlet α = 0.5, 12 + 5 rounds, "
         "levels up to 3. Accuracy on the devices' own test samples, weighted by their number: mean ± standard "

@@ -5,6 +5,10 @@ The trial's photos at level 1, in one process. Features are computed once, so a 
 
 from __future__ import annotations
 
+import json
+import statistics
+import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,24 +17,32 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
+from benchmarks.evidence import build_bundle
+from benchmarks.tables import spread
+from devices.trial.assets import ASSETS, PHOTOS, fetch
+from devices.trial.dataset import find_files, kind_of
+from devices.trial.groceries import unpack_groceries
+from devices.trial.shares import write_device_folders
 from edge_runtime.data.features import Features
 from edge_runtime.data.folder import scan_once
 from edge_runtime.data.inputs import reader_of
 from edge_runtime.data.samples import Sample, Splits
 from edge_runtime.training.stages import StageResult
+from fedfmsl.common.files import write_atomically
 from fedfmsl.protocol.bundle import Bundle
-from fedfmsl.protocol.messages import Stage
 from simulation.federation import accuracies, federate, scaled
 from simulation.fleet import LocalFleet, compute_features
 from simulation.store import FileStore
-from trainer_server.config import STAGE1, STAGE2, Aggregation, RunConfig, Trigger, sal_rules
-from trainer_server.coordinator.records import successful_rounds
+from trainer_server.config import STAGE1, STAGE2, Aggregation, Rule, RunConfig, Trigger, sal_rules
 
 Change = Callable[[StageResult], StageResult]
 SAMPLES = 1_000_000  # the most that the server accepts
-STAGE1_ROUNDS, STAGE2_ROUNDS = 12, 5
+STAGE1_ROUNDS, STAGE2_ROUNDS = 6, 2
 MODELS = ("global", "mofm")
-HELD_OUT = ("held_out_global_prior", "held_out_mofm")
+FLEETS = ((6, 1), (10, 2))  # devices, and how many of them are hostile
+ALPHA, SIZE = 0.5, 70
+FOLDER, RESULTS = Path("runs") / "aggregation", Path("benchmarks") / "aggregation"
+Result = Mapping[str, dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -41,6 +53,13 @@ class Attack:
     text: str
     change: Change
     flips_labels: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    text: str
+    aggregation: Aggregation
+    attack: Attack | None = None
 
 
 def sign_flipped(result: StageResult) -> StageResult:
@@ -90,20 +109,88 @@ ATTACKS = {
 }
 
 
-def run_attack(
-    bundle: Bundle,
-    folders: Sequence[Path],
-    cache: Path,
-    aggregation: Aggregation,
-    seed: int,
-    attack: Attack | None = None,
-    hostile: int = 0,
-    threads: int = 1,
-) -> Mapping[str, dict[str, float]]:
-    """By device: the accuracies of MODELS on its test samples, those at the end of stage 2 on its held-out samples, and
-    the number of both. The first `hostile` devices attack."""
-    names = [folder.name for folder in folders]
-    bad = frozenset(names[:hostile])
+def rows() -> dict[str, Row]:
+    """By name: the paper's mean and the default without an attacker, then each attack on the default."""
+    bounds = Aggregation()
+    mean = Aggregation(rule=Rule.MEAN, norm_factor=None, weight_cap=None)
+    quiet = {
+        "mean": Row("mean as in the paper, nobody hostile", mean),
+        "default": Row("default, nobody hostile", bounds),
+    }
+    return quiet | {name: Row(attack.text, bounds, attack) for name, attack in ATTACKS.items()}
+
+
+def run_missing(seeds: int, threads: int) -> None:
+    """Computes the cells that have no result yet, seed by seed, and stores each."""
+    images = unpack_groceries(fetch(PHOTOS), ASSETS / "groceries")
+    bundle = build_bundle(FOLDER / "hostile-bundle", images, 1, size=SIZE)
+    photos = find_files(images, kind_of(images))
+    for seed in range(seeds):
+        for devices, hostile in FLEETS:
+            folder = FOLDER / f"hostile-samples-{devices}-{seed}"
+            missing = {name: row for name, row in rows().items() if not _path(devices, name, seed).is_file()}
+            if missing and not folder.is_dir():
+                write_device_folders(*photos, folder, devices, ALPHA, seed)
+            for name, row in missing.items():
+                started = time.monotonic()
+                result = _run(bundle, sorted(folder.iterdir()), row, seed, hostile, threads)
+                write_atomically(_path(devices, name, seed), json.dumps(result, indent=1).encode())
+                seconds = time.monotonic() - started
+                print(f"{devices} devices, {name}, seed {seed}: {seconds:.0f} s", file=sys.stderr, flush=True)
+
+
+def report() -> list[str]:
+    """A table for each fleet."""
+    lines = [
+        "## Hostile devices",
+        "",
+        f"Groceries, DINOv2 ViT-S/14 at {SIZE} px, level 1, Dirichlet α = {ALPHA}, {STAGE1_ROUNDS} + {STAGE2_ROUNDS} "
+        "rounds. Accuracy on the test samples of the honest devices, weighted by their number: mean ± standard "
+        "deviation over the seeds. Difference: mean difference to the default without a hostile device, with the same "
+        "seeds, devices and samples. The attackers act in every round of both stages.",
+    ]
+    for devices, hostile in FLEETS:
+        lines += ["", f"### {hostile} of {devices} devices", ""]
+        lines += [
+            "| what hostile devices send | seeds | global | difference | mofm | difference |",
+            "|---|---|---|---|---|---|",
+        ]
+        reference = _results(devices, "default")
+        for name, row in rows().items():
+            found = {seed: result for seed, result in _results(devices, name).items() if seed in reference}
+            cells = [row.text, ", ".join(map(str, found)) or "not run"]
+            for model in MODELS if found else ():
+                values = {seed: _accuracy(result, model, hostile) for seed, result in found.items()}
+                gained = [value - _accuracy(reference[seed], model, hostile) for seed, value in values.items()]
+                cells += [spread([*values.values()]), f"{statistics.mean(gained):+.3f}"]
+            lines.append(f"| {' | '.join([*cells, *[''] * (6 - len(cells))])} |")
+    return lines
+
+
+def _path(devices: int, name: str, seed: int) -> Path:
+    return RESULTS / f"{devices}-{name}-seed-{seed}.json"
+
+
+def _results(devices: int, name: str) -> dict[int, Result]:
+    """By seed."""
+    paths = sorted(RESULTS.glob(f"{devices}-{name}-seed-[0-9].json"))
+    return {int(path.stem[-1]): json.loads(path.read_text()) for path in paths}
+
+
+def _accuracy(result: Result, model: str, hostile: int) -> float:
+    """Mean over the test samples of the devices that are honest in every row of the fleet."""
+    honest = [found for name, found in result.items() if name not in _names(hostile)]
+    return sum(each[model] * each["test"] for each in honest) / sum(each["test"] for each in honest)
+
+
+def _names(hostile: int) -> frozenset[str]:
+    return frozenset(f"device-{index}" for index in range(hostile))
+
+
+def _run(bundle: Bundle, folders: Sequence[Path], row: Row, seed: int, hostile: int, threads: int) -> Result:
+    """By device: the accuracies of MODELS on its test samples, and their number."""
+    attack = row.attack
+    bad = _names(hostile) if attack is not None else frozenset()
 
     def tamper(device: str, result: StageResult) -> StageResult:
         return attack.change(result) if attack is not None and device in bad else result
@@ -113,19 +200,12 @@ def run_attack(
     contents = sorted({sample.sha256 for each in splits.values() for sample in each.samples})
     if attack is not None and attack.flips_labels:
         splits |= {name: _flipped(splits[name], len(bundle.manifest.classes)) for name in bad}
-    features = Features(FileStore(cache, contents), bundle, threads)
+    features = Features(FileStore(FOLDER / "hostile-cache", contents), bundle, threads)
     splits = compute_features(features, splits, bundle.manifest.levels)
     with TemporaryDirectory(prefix="fedfmsl-hostile-") as states:
         fleet = LocalFleet(bundle, features, splits, Path(states), threads)
-        history = federate(_config(len(names), aggregation, seed), fleet, tamper, hostile=bad)
-    last = successful_rounds(history.rounds, Stage.PERSONAL)[-1].updates
-    held_out = {
-        name: {"held_out": float(update.samples), **{key: update.metrics[key] for key in HELD_OUT}}
-        for name, update in last.items()
-        if name not in bad
-    }
-    tested = accuracies(history, MODELS)
-    return {name: {**tested[name], **held_out[name]} for name in held_out}
+        history = federate(_config(len(folders), row.aggregation, seed), fleet, tamper, hostile=bad)
+    return accuracies(history, MODELS)
 
 
 def _config(devices: int, aggregation: Aggregation, seed: int) -> RunConfig:

@@ -83,13 +83,15 @@ def fetch_bundle(
     heartbeat: Heartbeat = _no_heartbeat,
     retry_delays: Sequence[float] = RETRY_DELAYS,
     block_bytes: int = BLOCK_BYTES,
+    busy_seconds: float = BUSY_SECONDS,
 ) -> Bundle:
     """The announced bundle, in a subfolder of `folder` named by its SHA-256. Files that are already there are kept.
 
-    `retry_delays` are the seconds before each further attempt while attempts receive nothing. Raises BundleError if the
+    `retry_delays` are the seconds before each further attempt while attempts receive nothing. A server that is busy is
+    asked again every `busy_seconds`, without limit. Raises BundleError if the
     bundle cannot be fetched or differs from the announced one.
     """
-    http_client = _HttpClient(client_context(identity), heartbeat, retry_delays, block_bytes)
+    http_client = _HttpClient(client_context(identity), heartbeat, retry_delays, block_bytes, busy_seconds)
     bundle = _fetch_manifest(server, folder, http_client)
     for name, entry in bundle.manifest.files.items():
         http_client.fetch(_File(f"{server.bundle_url}/{name}", bundle.path(name), entry.sha256, entry.size))
@@ -98,7 +100,7 @@ def fetch_bundle(
 
 def fetch_manifest(server: ServerStatus, folder: Path, identity: Path | None = None) -> Bundle:
     """The announced bundle with its manifest only. Raises BundleError as `fetch_bundle` does."""
-    return _fetch_manifest(server, folder, _HttpClient(client_context(identity)))
+    return _fetch_manifest(server, folder, _HttpClient(client_context(identity), busy_waits=0))
 
 
 def _fetch_manifest(server: ServerStatus, folder: Path, http_client: _HttpClient) -> Bundle:
@@ -140,6 +142,8 @@ class _HttpClient:
     heartbeat: Heartbeat = _no_heartbeat
     retry_delays: Sequence[float] = RETRY_DELAYS
     block_bytes: int = BLOCK_BYTES
+    busy_seconds: float = BUSY_SECONDS  # between attempts while the server serves as many devices as it can
+    busy_waits: float = math.inf
 
     def fetch(self, file: _File) -> None:
         """Raises BundleError if the file cannot be fetched or does not have its SHA-256."""
@@ -159,7 +163,7 @@ class _HttpClient:
     def _resume(self, file: _File) -> None:
         """Receives what is missing, over several connections if necessary. An attempt that receives bytes resets the
         retries. Raises BundleError if no retry is left."""
-        delays = list(self.retry_delays)
+        delays, waits = list(self.retry_delays), 0
         while file.size is None or file.received < file.size or not file.part.is_file():
             before = file.received
             try:
@@ -168,8 +172,11 @@ class _HttpClient:
             except urllib.error.HTTPError as error:
                 if error.code == 416:  # the part is complete
                     return
-                if error.code == 503 and "Retry-After" in error.headers:  # it serves as many devices as it can
-                    self._wait(BUSY_SECONDS)
+                if error.code in (429, 503) and "Retry-After" in error.headers and waits < self.busy_waits:
+                    if not waits:
+                        logger.info(f"the server is busy (HTTP {error.code}); waiting to fetch {file.path.name}")
+                    waits += 1
+                    self._wait(self.busy_seconds)
                     continue
                 raise BundleError(
                     f"cannot fetch {file.url}: HTTP {error.code}{_proxy_hint(file.url)}; check the server, or pass "

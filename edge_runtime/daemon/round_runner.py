@@ -170,7 +170,9 @@ class RoundRunner:
         result = prepare_update(device.bundle, store.residual, round_, result, np.random.default_rng())
         if round_.secure:
             result = self._secure.mask(round_, result)
-        save_personal_model(device, round_, global_values)
+        kept = save_personal_model(device, round_, global_values)
+        if kept:
+            logger.warning(kept, **fields(round=round_.round))
         device.cache.drop_unused()
         device.cache.drop_others(device.scanned.samples)
         if round_.stage is Stage.EVALUATE:

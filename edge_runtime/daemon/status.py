@@ -12,7 +12,8 @@ from pydantic import ValidationError
 
 from edge_runtime.daemon.lock import is_locked
 from edge_runtime.store import DeviceStore
-from fedfmsl.errors import RunError
+from edge_runtime.training.model import read_personal_model
+from fedfmsl.errors import InputError, RunError
 from fedfmsl.protocol.messages import MAX_HEARTBEAT_AGE, Activity, Health
 from fedfmsl.transport.identity import describe_expiry
 
@@ -62,6 +63,7 @@ def describe(health: Health, store: DeviceStore, now: float) -> Iterator[tuple[s
         if until:
             yield label, f"certificate of {who} valid {describe_expiry(until, now, who)[0]}"
     yield "round", f"{health.round} ({health.stage}), level {health.level}" if health.round else "none yet"
+    yield "model", _model(store)
     slowdown = f", steps take {health.slowdown:.1f} times as long as measured" if health.slowdown > 1.1 else ""
     yield "level cap", f"{health.level_cap}{slowdown}"
     if health.provider:
@@ -87,6 +89,16 @@ def describe(health: Health, store: DeviceStore, now: float) -> Iterator[tuple[s
 def _size(folder: Path) -> int:
     """Bytes of the files in it."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _model(store: DeviceStore) -> str:
+    """Which personalized model predictions use."""
+    try:
+        header = read_personal_model(store).header
+    except InputError:
+        return "none yet"
+    kept = f"; kept in round {header.kept_at}, whose model fits the held-out samples less" if header.kept_at else ""
+    return f"of run {header.run}, round {header.round}{kept}"
 
 
 def _is_alive(health: Health, now: float) -> bool:

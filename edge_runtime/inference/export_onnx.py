@@ -15,6 +15,7 @@ from onnx import numpy_helper
 from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
 
 from edge_runtime.store import DeviceStore
+from edge_runtime.training.adoption import SCORES
 from edge_runtime.training.model import mark_exported, open_model_bundle, read_personal_model
 from fedfmsl.common.files import write_atomically
 from fedfmsl.protocol.bundle import Bundle
@@ -44,8 +45,9 @@ def write_model(store: DeviceStore, path: Path, bundle_path: Path | None = None)
     model.graph.input.extend(inputs)
     for name, tensor in sorted(tensors.items()):  # the order in a safetensors file varies
         model.graph.initializer.append(numpy_helper.from_array(tensor, name))
+    origin = header.model_dump(exclude=set(SCORES))
     metadata = {
-        **{key: value if isinstance(value, str) else json.dumps(value) for key, value in header.model_dump().items()},
+        **{key: value if isinstance(value, str) else json.dumps(value) for key, value in origin.items()},
         "model": bundle.manifest.model,
         "classes": json.dumps(bundle.manifest.classes),
         "preprocessing": bundle.manifest.preprocessing.model_dump_json(),

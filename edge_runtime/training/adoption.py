@@ -10,37 +10,42 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from fedfmsl.protocol.messages import Number, Session, Sha256
 
-MARGIN = 0.2  # nats by which the held-out likelihood may fall within a run; ours
+MARGIN = 0.2  # nats by which the held-out likelihood may fall within a session; ours
 
 
 class ModelScore(BaseModel):
     """What the decision needs of a model.
 
-    `expert`: SHA-256 of the global expert, "" before there is one. `nll`: mean negative log-likelihood in nats of the
-    held-out samples with the fingerprint `held_out`. `best_nll`: the lowest one of the models that the device has used
-    in this session. `kept_at`: the last round whose model was not adopted in favour of this one; 0 if none.
+    `has_head`: whether its global expert has a head; before, both experts know the device's own classes only. `nll`:
+    mean negative log-likelihood in nats of the held-out samples with the fingerprint `held_out`. `best_nll`: the lowest
+    one of the models that the device has used in this session. `kept_at`: the last round whose model was not adopted in
+    favour of this one; 0 if there is none.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     session: Session
     bundle: Sha256
-    expert: Sha256
+    has_head: bool = True
     nll: float = 0.0
     best_nll: float = 0.0
     held_out: str = Field("", max_length=64)
     kept_at: Number = 0
 
 
+SCORES = frozenset(ModelScore.model_fields) - {"session", "bundle"}  # fields for this decision only
+
+
 def is_adopted(new: ModelScore, used: ModelScore | None) -> bool:
     """Whether `new` replaces the model in use. Both are scored on the same held-out samples.
 
-    A model without a global expert never replaces one with a global expert, which knows novel classes too. Within a
-    session the likelihood may fall MARGIN below the best one so far. Another session's model must not be worse.
+    Within a session the likelihood may fall MARGIN below the best one so far. Another session's model must not be worse
+    than the one in use. A model of another bundle, or without a global head, is always replaced; a model without a
+    global head replaces no other.
     """
-    if used is None or used.bundle != new.bundle or not used.expert:
+    if used is None or used.bundle != new.bundle or not used.has_head:
         return True
-    if not new.expert:
+    if not new.has_head:
         return False
     if used.session == new.session:
         return new.nll <= used.best_nll + MARGIN

@@ -111,11 +111,11 @@ def train_personal(context: TrainingContext, round_: Round, published: Globals) 
     expert = LocalExpert.load(context, round_.session)
     if expert is None or round_.index == 0:
         expert = LocalExpert.from_global(context, tempered(context, published.expert, temperature), round_.sal)
-    fingerprint = _fingerprint(splits.held_out)
-    if expert.held_out != fingerprint:  # scores are comparable on the same samples only
+    samples = fingerprint(splits.held_out)
+    if expert.held_out != samples:  # scores are comparable on the same samples only
         before = compute_mixture(context, splits.held_out, published, temperature, expert.best, expert.best_level)
         score = nll(before.log_p, labels_of(splits.held_out))
-        expert = replace(expert, best_nll=score, held_out=fingerprint)
+        expert = replace(expert, best_nll=score, held_out=samples)
     if expert.round < round_.index:
         expert = _train_local(context, round_, published, temperature, expert)
         expert.save(context, round_.session)
@@ -194,7 +194,7 @@ def gate_examples(counts: NDArray[np.int64], outputs: ExpertOutputs, labels: Lab
     return GateExamples.concatenate(parts)
 
 
-def _fingerprint(samples: Samples) -> str:
+def fingerprint(samples: Samples) -> str:
     """Depends on contents and labels, not on order."""
     lines = sorted(f"{sample.sha256} {sample.label}" for sample in samples)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -1,48 +1,46 @@
 """The personalized model as a device stores it: MoFM of global expert, local expert and gate, with its calibration.
 
-The device replaces it after every round. The file holds small tensors only: they are inputs of the bundle's template
+The device replaces it after every round, unless its held-out samples are less likely under the new one
+(`edge_runtime.training.adoption`). The file holds small tensors only: they are inputs of the bundle's template
 `personal-{level}.onnx`, which holds the frozen weights. The file never leaves the device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from edge_runtime.data.samples import labels_of
 from edge_runtime.store import DeviceStore
-from edge_runtime.training.context import TrainingContext
-from edge_runtime.training.local_expert import LocalExpert
+from edge_runtime.training.adoption import ModelScore, is_adopted
+from edge_runtime.training.context import Samples, TrainingContext
+from edge_runtime.training.local_expert import LocalExpert, fingerprint
 from edge_runtime.training.mixture import expert_outputs, global_temperature, tempered
 from edge_runtime.training.stages import Globals, class_mean_expert
-from fedfmsl.algorithms.arrays import Floats
+from fedfmsl.algorithms.arrays import MIN_PROBABILITY, Floats
 from fedfmsl.algorithms.calibration import calibrate, fit_temperature, unknown_threshold
-from fedfmsl.algorithms.mixture import Biases
+from fedfmsl.algorithms.mixture import Biases, nll
 from fedfmsl.common.files import write_atomically
 from fedfmsl.errors import BundleError, InputError, MessageError
 from fedfmsl.protocol.bundle import Bundle
-from fedfmsl.protocol.messages import Level, Name, Number, Round, Session, Sha256
+from fedfmsl.protocol.messages import Level, Name, Number, Round, Sha256
 from fedfmsl.protocol.tensors import pack, unpack
 
 
-class ModelHeader(BaseModel):
+class ModelHeader(ModelScore):
     """Origin and calibration of a personalized model. Also the metadata of the exported ONNX file.
 
     `bundle`, `expert` and `gate` are SHA-256 hashes. `expert` and `gate` are "" if the server has none yet.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
     run: Name
-    session: Session
     round: Number
     device: Name
     level: Level
-    bundle: Sha256
     expert: Sha256
     gate: Sha256
     temperature: float = Field(gt=0)
@@ -55,6 +53,10 @@ class ModelHeader(BaseModel):
 class PersonalModel:
     header: ModelHeader
     tensors: Mapping[str, Floats]
+
+    def changed(self, **header: object) -> PersonalModel:
+        """With other values in the header."""
+        return replace(self, header=self.header.model_copy(update=header))
 
     @property
     def inputs(self) -> dict[str, Floats]:
@@ -75,7 +77,8 @@ def make_personal_model(context: TrainingContext, round_: Round, published: Glob
     Runs both experts on the held-out split.
     """
     expert, gate, biases = published.expert, published.gate, context.biases
-    if not expert[: context.bundle.expert.size(0)].any():
+    has_head = bool(expert[: context.bundle.expert.size(0)].any())
+    if not has_head:
         expert = class_mean_expert(context)[: context.bundle.expert.size(1)]
         biases = Biases.of_counts(context.class_counts, novel_rate=0.0)
     if not gate.size:
@@ -89,6 +92,7 @@ def make_personal_model(context: TrainingContext, round_: Round, published: Glob
     samples = context.splits.held_out
     log_p = expert_outputs(context, samples, complete, scale, local.best, level).mixture(context, gate, biases).log_p
     temperature = fit_temperature(log_p, labels_of(samples))
+    score = nll(calibrate(log_p, temperature), labels_of(samples))
     size = context.bundle.expert.size(level)
     header = ModelHeader(
         run=round_.run,
@@ -103,6 +107,10 @@ def make_personal_model(context: TrainingContext, round_: Round, published: Glob
         threshold=unknown_threshold(np.exp(calibrate(log_p, temperature).max(axis=1))),
         prior=tuple(np.exp(biases.prior).tolist()),
         held=tuple((context.class_counts > 0).tolist()),
+        has_head=has_head,
+        nll=score,
+        best_nll=score,
+        held_out=fingerprint(samples),
     )
     tensors = {
         "global_theta": context.to_highest_level(expert)[:size],
@@ -115,10 +123,57 @@ def make_personal_model(context: TrainingContext, round_: Round, published: Glob
     return PersonalModel(header, tensors)
 
 
-def save_personal_model(context: TrainingContext, round_: Round, published: Globals) -> None:
-    """Raises OSError if the disk is full."""
-    model = make_personal_model(context, round_, published)
+def save_personal_model(context: TrainingContext, round_: Round, published: Globals) -> str:
+    """Adopts the model of this round, or keeps the one in use. Returns why it was kept; "" if it was not.
+
+    Raises OSError if the disk is full.
+    """
+    model, used, text = make_personal_model(context, round_, published), _model_in_use(context), ""
+    new = model.header
+    if is_adopted(new, used.header if used else None):
+        if used and used.header.session == new.session and used.header.has_head:
+            model = model.changed(best_nll=min(new.nll, used.header.best_nll))
+    else:
+        assert used is not None
+        old = used.header
+        text = (
+            f"predictions keep the model of run {old.run}, round {old.round}: held-out samples are less likely under "
+            f"that of round {new.round} ({new.nll:.2f} instead of {old.nll:.2f} nats)"
+            if new.has_head
+            else f"predictions keep the model of run {old.run}, round {old.round}, until there is a global head"
+        )
+        model = used.changed(kept_at=new.round)
     write_atomically(context.store.mixture, pack(model.header, model.tensors), durable=True)
+    return text
+
+
+def _model_in_use(context: TrainingContext) -> PersonalModel | None:
+    """The stored model, scored on the present held-out samples. None if there is none that this bundle could run."""
+    try:
+        model = read_personal_model(context.store)
+    except InputError:
+        return None
+    samples = context.splits.held_out
+    if model.header.bundle != context.bundle.sha256:
+        return None
+    if model.header.held_out == fingerprint(samples):
+        return model
+    try:
+        score = nll(model.calibrated(_log_p(context, model, samples)), labels_of(samples))
+    except (KeyError, ValueError):  # tensors of another shape
+        return None
+    return model.changed(nll=score, best_nll=score, held_out=fingerprint(samples))
+
+
+def _log_p(context: TrainingContext, model: PersonalModel, samples: Samples) -> Floats:
+    """Class log-probabilities (n, C) of a stored model, not calibrated."""
+    tensors, none = model.tensors, np.empty(0, np.float32)
+    theta = tensors["global_theta"]
+    local = context.to_highest_level(tensors["local_theta"])
+    outputs = expert_outputs(context, samples, Globals(theta, none, none), 1.0, local, model.header.level)
+    prior = np.log(np.maximum(model.header.prior, MIN_PROBABILITY)).astype(np.float32)
+    biases = Biases(prior, tensors["kept_bias"], tensors["given_bias"], tensors["held_bias"])
+    return outputs.mixture(context, tensors["gate_theta"], biases).log_p
 
 
 def read_personal_model(store: DeviceStore) -> PersonalModel:

@@ -16,7 +16,7 @@ from fedfmsl.algorithms.sal import CapabilityQueue, Sal
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.messages import DeviceStatus, Stage
 from fedfmsl.protocol.tensors import blob_hash, pack
-from trainer_server.config import RunConfig
+from trainer_server.config import Head, RunConfig
 from trainer_server.coordinator.advance import advance
 from trainer_server.coordinator.events import ClockTicked, Event, StatusSeen, StoreRound, UpdateSeen
 from trainer_server.coordinator.state import Key, State, initial_state
@@ -38,6 +38,7 @@ def run_without_a_network(out: Path, bundle: Bundle) -> None:
         stage2_sal=SAL,
         audit=True,
         secure_sums=False,
+        head=Head.CLASS_MEANS,
     )
     store = RunStore.create(out, Origin(config=config, session="s", bundle=bundle.root, sha256=bundle.sha256))
     plan = make_plan(store, bundle)

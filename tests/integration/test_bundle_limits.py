@@ -10,18 +10,19 @@ import signal
 import socket
 import ssl
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 from support.processes import free_port, wait_until
 from support.provisioned_fleet import write_identity
 
 from devices.provisioning.authority import CLIENT, SERVER, make_authority
-from edge_runtime.daemon.download import fetch_bundle
+from edge_runtime.daemon.download import fetch_bundle, fetch_manifest
 from fedfmsl.errors import BundleError, ConfigError
-from fedfmsl.protocol.bundle import Bundle
+from fedfmsl.protocol.bundle import MANIFEST, Bundle
 from fedfmsl.protocol.messages import ServerStatus
 from fedfmsl.transport.identity import client_context
 from trainer_server.service.bundle_files import Served, read_request, respond
@@ -44,9 +45,13 @@ class Fleet:
         self.port, self.bundle, self.folder = free_port(), Bundle.load(bundle), folder
         self.server = BundleServer(bundle, f"localhost:{self.port}", self.identity)
 
+    def status(self, url: str) -> ServerStatus:
+        return ServerStatus(online=True, run="x", session="1", bundle=self.bundle.sha256, bundle_url=url)
+
     def fetch(self, name: str) -> Bundle:
-        status = ServerStatus(online=True, run="x", session="1", bundle=self.bundle.sha256, bundle_url=self.server.url)
-        return fetch_bundle(status, self.folder / "fetched" / name, self.devices[name], retry_delays=(0.0,))
+        return fetch_bundle(
+            self.status(self.server.url), self.folder / "fetched" / name, self.devices[name], retry_delays=(0.0,)
+        )
 
     def open(self, name: str) -> ssl.SSLSocket:
         """A connection after the TLS handshake."""
@@ -112,11 +117,13 @@ def large(tmp_path: Path) -> Served:
 
 
 @contextmanager
-def serving(fleet: Fleet, large: Served, limits: Limits) -> Iterator[Server]:
+def serving(
+    fleet: Fleet, large: Served, limits: Limits, files: Mapping[str, Served] = MappingProxyType({})
+) -> Iterator[Server]:
     """A server in this process instead of the fleet's, which serves a large file."""
     listeners, (end, ended) = listen("localhost", 0)[:1], os.pipe()
     fleet.port = listeners[0].getsockname()[1]
-    server = Server({"large": large}, Contexts(fleet.identity, fleet.revoked), listeners, limits=limits)
+    server = Server({**files, "large": large}, Contexts(fleet.identity, fleet.revoked), listeners, limits=limits)
     thread = threading.Thread(target=server.serve, args=(end,))
     thread.start()
     yield server
@@ -148,6 +155,22 @@ def test_a_client_has_four_transfers_at_a_time(fleet: Fleet, large: Served) -> N
             connection = slow.enter_context(fleet.open("device"))
             connection.sendall(REQUEST)
             assert connection.recv(12) == b"HTTP/1.1 %d" % status
+
+
+def test_a_device_waits_for_a_busy_server_and_its_check_does_not(
+    fleet: Fleet, large: Served, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    names = {MANIFEST: fleet.bundle.sha256, **{name: each.sha256 for name, each in fleet.bundle.manifest.files.items()}}
+    files = {name: Served(fleet.bundle.root / name, sha256) for name, sha256 in names.items()}
+    with serving(fleet, large, Limits(transfers=1), files), fleet.open("lost") as slow:
+        slow.sendall(REQUEST)
+        assert slow.recv(12) == b"HTTP/1.1 200"
+        status = fleet.status(f"https://localhost:{fleet.port}/bundle")
+        with pytest.raises(BundleError, match="HTTP 503"):
+            fetch_manifest(status, tmp_path / "check", fleet.devices["device"])
+        fetch_bundle(status, tmp_path / "device", fleet.devices["device"], slow.close, busy_seconds=0.0).verify()
+    assert "the server is busy (HTTP 503); waiting to fetch manifest.json" in caplog.text
 
 
 def test_a_client_may_fetch_the_bundle_four_times(fleet: Fleet, large: Served) -> None:

@@ -55,6 +55,7 @@ class Simulation:
             *("start", "--run", RUN, "--bundle", str(self.bundle.root), "--devices", str(self.devices)),
             *("--broker", url or self.broker.url, "--out", str(self.out), "--audit"),
             *("--stage1-rounds", str(STAGE1), "--stage2-rounds", str(STAGE2), "--max-level", "1", "--no-secure-sums"),
+            *("--head", "class-means"),
             *("--round-timeout", str(ROUND_TIMEOUT), *arguments),
             launcher=launcher,
             environment=environment,

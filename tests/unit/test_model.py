@@ -28,6 +28,7 @@ from fedfmsl.algorithms.calibration import fit_temperature
 from fedfmsl.algorithms.mixture import accuracy, nll
 from fedfmsl.errors import BundleError, InputError
 from fedfmsl.protocol.messages import Stage
+from fedfmsl.protocol.tensors import pack
 
 EMPTY = np.empty(0, np.float32)
 
@@ -185,6 +186,7 @@ def test_a_newer_model_is_recognised_by_session_and_round(vit: Built, photos: Pa
     os.utime(store.personalized, (0, 0))  # the clock was set meanwhile
     assert is_exported(store)
     save_personal_model(device, round_of(Stage.GLOBAL).model_copy(update={"session": "t"}), globals_of(vit))
+    assert read_personal_model(store).header.session == "t"  # an equally good model
     os.utime(store.mixture, (0, 0))
     assert not is_exported(store)
 
@@ -211,3 +213,30 @@ def test_a_device_with_a_low_level_cap_has_a_model_of_the_globals_level(
     assert model.header.level == 2
     expected = tempered(device, published.expert, global_temperature(device, published))
     assert np.array_equal(model.inputs["global_theta"], expected)
+
+
+def test_a_device_keeps_its_model_while_the_globals_fit_its_samples_less(
+    vit: Built, photos: Path, tmp_path: Path
+) -> None:
+    device = make_daemon(vit, photos, tmp_path).device
+    good = globals_of(vit)
+
+    def save(number: int, published: Globals, session: str = "s") -> tuple[str, int]:
+        round_ = round_of(Stage.GLOBAL).model_copy(update={"session": session, "round": number})
+        text = save_personal_model(device, round_, published)
+        return text, read_personal_model(device.store).header.round
+
+    assert save(1, good) == ("", 1)
+    hostile = replace(good, expert=(-300 * good.expert).astype(np.float32))
+    text, used = save(2, hostile)
+    assert used == 1 and "keep the model of run r, round 1" in text
+    assert read_personal_model(device.store).header.kept_at == 2
+    text, used = save(1, Globals(EMPTY, EMPTY, EMPTY), session="t")  # a new run has no global head yet
+    assert used == 1 and "until there is a global head" in text
+    assert save(3, good) == ("", 3)
+    before = read_personal_model(device.store)
+    device.store.mixture.write_bytes(
+        pack(before.changed(held_out="", nll=9.0, best_nll=9.0).header, dict(before.tensors))
+    )
+    assert save(4, hostile)[1] == 3  # scored again, because the held-out samples are others
+    assert read_personal_model(device.store).header.nll == pytest.approx(before.header.nll, abs=1e-4)

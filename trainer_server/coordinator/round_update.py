@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from fedfmsl.algorithms.aggregation import Aggregate, Contribution
 from fedfmsl.algorithms.arrays import Doubles, Tensors, Vector
-from fedfmsl.algorithms.bounds import NORM_ROUNDS, capped_weights, norm_limit
+from fedfmsl.algorithms.bounds import NORM_ROUNDS, SUMS_CAP, capped_weights, norm_limit
 from fedfmsl.algorithms.class_means import class_mean_head, direction_head
 from fedfmsl.algorithms.discriminant import discriminant_head, logit_head, with_former_rows
 from fedfmsl.algorithms.weighted_sums import weighted_mean
@@ -124,10 +124,15 @@ def _statistics(plan: Plan, state: State, closing: Round) -> State:
 
 
 def _total(plan: Plan, state: State, layout: Layout, read: Callable[[Plan, int, Tensors], Vector]) -> Doubles:
-    """The sums of all updates, flat."""
-    total: NDArray[np.float64] = np.zeros(layout.total)
-    for accepted in _in_order(state):
-        total += read(plan, accepted.update.samples, plan.read(accepted.sha256))
+    """The sums of all updates, flat. Sums of more samples than the median device has are scaled down to as many: a
+    device cannot outweigh the others by claiming samples."""
+    in_order, total = _in_order(state), np.zeros(layout.total)
+    samples = [float(accepted.update.samples) for accepted in in_order]
+    is_bounded = plan.config.privacy is None and plan.config.aggregation.weight_cap is not None
+    kept = capped_weights(samples, SUMS_CAP) if is_bounded else samples
+    for accepted, own, capped in zip(in_order, samples, kept, strict=True):
+        sums = read(plan, accepted.update.samples, plan.read(accepted.sha256))
+        total += sums * (capped / own) if capped < own else sums
     return total
 
 
@@ -213,8 +218,9 @@ def _combined(plan: Plan, state: State, layout: Layout, delta: Callable[[Plan, U
     """The aggregated update of the round.
 
     Updates above `update_limit` are scaled down to it, and weights are capped. An update that is s rounds late has
-    1/√(1 + s) of its weight (FedBuff, Nguyen et al., AISTATS 2022). Under privacy all updates have the same weight, else clipping would not bound a device's influence, and a part with fewer
-    contributions than `Privacy.shares` is not released, because it has too little noise.
+    1/√(1 + s) of its weight (FedBuff, Nguyen et al., AISTATS 2022). Under privacy all updates have the same weight,
+    else clipping would not bound a device's influence, and a part with fewer contributions than `Privacy.shares` is not
+    released, because it has too little noise.
     """
 
     privacy, aggregation, in_order = plan.config.privacy, plan.config.aggregation, _in_order(state)
