@@ -134,7 +134,8 @@ def _copy_results(source: Path, target: Path) -> None:
 
 
 def build_bundle(folder: Path, images: Path, levels: int, precision: str = "fp32", size: int = SIZE) -> Bundle:
-    """The trial's backbone with so many levels, for photos of `size` pixels, built once. Raises RunError if the build fails."""
+    """The trial's backbone with so many levels, for photos of `size` pixels, built once. Raises RunError if the build
+    fails."""
     if not folder.is_dir():
         weights, names = ASSETS / "dinov2-s14", folder.with_name(f"{folder.name}-classes.txt")
         write_names(names, classes_of(images))

@@ -145,9 +145,9 @@ def report() -> list[str]:
         "## Hostile devices",
         "",
         f"Groceries, DINOv2 ViT-S/14 at {SIZE} px, level 1, Dirichlet α = {ALPHA}, {STAGE1_ROUNDS} + {STAGE2_ROUNDS} "
-        "rounds. Accuracy on the test samples of the honest devices, weighted by their number: mean ± standard deviation "
-        "over the seeds. Difference: mean difference to the default without a hostile device, with the same seeds, "
-        "devices and samples. The attackers act in every round of both stages.",
+        "rounds. Accuracy on the test samples of the honest devices, weighted by their number: mean ± standard "
+        "deviation over the seeds. Difference: mean difference to the default without a hostile device, with the same "
+        "seeds, devices and samples. The attackers act in every round of both stages.",
     ]
     for devices, hostile in FLEETS:
         lines += ["", f"### {hostile} of {devices} devices", ""]

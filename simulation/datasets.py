@@ -148,7 +148,8 @@ def _readable(items: Sequence[Item], kind: Kind, source: str) -> list[Item]:
 
 
 def _dataset(items: Sequence[Item], bundle: Bundle, source: str, inputs: Inputs, skipped: int) -> Dataset:
-    """`skipped`: those that are not among `items`. Uses each content once. A content with two classes is skipped; a test sample that is also trained on, too."""
+    """`skipped`: those that are not among `items`. Uses each content once. A content with two classes is skipped; a
+    test sample that is also trained on, too."""
     classes = {normal_name(name): label for label, name in enumerate(bundle.manifest.classes)}
     found = sorted({item.label for item in items})
     unknown = [label for label in found if label not in classes]

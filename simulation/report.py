@@ -34,8 +34,9 @@ def write_report(
     label_counts: Callable[[], NDArray[np.int64]],
     coverage: str = "",
 ) -> None:
-    """`coverage`: how many samples were used, if not all. Writes results.csv, results.md, charts, report.html, and server.toml if FedFMSL was run. Files of an earlier
-    simulation that it does not write are removed. Prints the main columns and the paths."""
+    """`coverage`: how many samples were used, if not all. Writes results.csv, results.md, charts, report.html, and
+    server.toml if FedFMSL was run. Files of an earlier simulation that it does not write are removed. Prints the main
+    columns and the paths."""
     images = {"labels.svg": labels_by_device(label_counts(), classes), "accuracy.svg": own_against_novel(results)}
     server = server_settings(results, settings)
     files = {

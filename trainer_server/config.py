@@ -71,8 +71,8 @@ class Aggregation(BaseModel):
 
     `trim`: the share of updates that the trimmed mean drops at each end. `clip`: the L2 norm that updates are clipped
     to; None: no clipping. `norm_factor` and `weight_cap`: the norm and the weight of an update, relative to the medians
-    of the round, above which it is scaled down (`fedfmsl.algorithms.bounds`); None: no bound. The server optimizer uses `learning_rate`, `momentum` (FedAvgM; β₁ of FedAdam), `beta2` and
-    `tau` (FedAdam).
+    of the round, above which it is scaled down (`fedfmsl.algorithms.bounds`); None: no bound. The server optimizer uses
+    `learning_rate`, `momentum` (FedAvgM; β₁ of FedAdam), `beta2` and `tau` (FedAdam).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

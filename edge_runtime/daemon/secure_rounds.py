@@ -169,7 +169,8 @@ class SecureRounds:
         return record
 
     def _roster(self, round_: Round, record: SecureRecord) -> tuple[Roster, Mapping[str, int]]:
-        """The roster for which this device has made shares, so its keys are already checked, and the devices' levels."""
+        """The roster for which this device has made shares, so its keys are already checked, and the devices'
+        levels."""
         about = context(round_.run, round_.session, record.keys_round)
         signed = read_roster(self._blob(round_.roster))
         roster = roster_of(signed, about)

@@ -73,8 +73,8 @@ def check_broker(settings: Settings, context: Context) -> Iterator[Finding]:
         context.server = receive_server_status(link, topics, SERVER_SECONDS)
         if link.outage.count:
             raise BrokerError(
-                "the broker has ended this idle connection; if a daemon with this identity runs elsewhere, each ends the "
-                "other's connection: stop it, or use another --identity"
+                "the broker has ended this idle connection; if a daemon with this identity runs elsewhere, each ends "
+                "the other's connection: stop it, or use another --identity"
             )
         name = device_name(settings.device, settings.identity) or DeviceStore(settings.state).name()
         yield from _check_messages(link, topics, name, context.server)

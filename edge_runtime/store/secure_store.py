@@ -28,8 +28,9 @@ class MaskedVector(BaseModel):
 
 
 class SecureRecord(BaseModel):
-    """`level`: at which the device trains. `seed`: of the secrets, in hexadecimal. `roster`: digest of the
-    roster for which shares were made. `vectors`: by index. `opened`: the kinds of vectors whose masks this device has helped to remove in this session."""
+    """`level`: at which the device trains. `seed`: of the secrets, in hexadecimal. `roster`: digest of the roster for
+    which shares were made. `vectors`: by index. `opened`: the kinds of vectors whose masks this device has helped to
+    remove in this session."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -45,7 +45,8 @@ class FedFMSL(Method[SimulatedRun, Stage2]):
 
     `sal`: when more blocks are activated. `head`: what stage 1 starts from. `sums`: what the head after stage 1 is
     computed from. `min_class_count`: samples from which a device's class enters them. `secure_sums`: whether they are
-    rounded as for secure aggregation, and need three devices. `tamper`: changes the results of devices; for an ablation.
+    rounded as for secure aggregation, and need three devices. `tamper`: changes the results of devices; for an
+    ablation.
     """
 
     sal: Trigger = Trigger.CAPABILITY_QUEUE

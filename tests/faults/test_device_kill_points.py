@@ -59,6 +59,7 @@ class Real:
         self.federation.start_server(
             *("--stage1-rounds", "2", "--stage2-rounds", "2", "--encoding", "int8", "--audit"),
             *("--round-timeout", str(ROUND_TIMEOUT)),
+            *("--head", "class-means", "--head-sums", "features"),  # the first update is several chunks
         )
 
     def start(self, device: str, launcher: Sequence[str] = ("-m",)) -> None:

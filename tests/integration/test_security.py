@@ -459,16 +459,22 @@ def test_a_kits_path_may_contain_a_space_and_a_number_sign(tmp_path: Path) -> No
 def test_a_whole_run_over_mutual_tls(
     fleet: Fleet, bundle: Path, photos: dict[str, Path], processes: Processes, tmp_path: Path
 ) -> None:
-    mine = {name: photos[name] for name in ("device-0", "device-1")}
+    """With secure sums, whose keys the certificates of the devices sign."""
+    mine = dict(zip(DEVICES, photos.values(), strict=True))
     federation = Federation("orchard", Broker("mosquitto", fleet.url), bundle, mine, tmp_path, processes)
     server = federation.start_server(
         *("--identity", str(fleet.server), "--serve", f"localhost:{free_port()}"),
-        *("--stage1-rounds", "1", "--stage2-rounds", "1"),
+        *("--stage1-rounds", "1", "--stage2-rounds", "1", "--secure-sums"),
     )
     for name in mine:
         federation.start_device(name, "--identity", str(fleet.device(name)))
     for name, device in federation.devices.items():
         ended = device.wait()
         assert ended.code == 0, f"{name}: {ended.stderr}"
+        assert "without a certificate" not in ended.stdout + ended.stderr
         Bundle.load(federation.state(name) / "bundles" / Bundle.load(bundle).sha256).verify()
     assert server.wait().code == 0
+    (keys,) = (line for line in federation.rounds() if line["round"]["stage"] == "keys")
+    assert set(keys["updates"]) == set(mine)
+    assert min(keys["bytes_up"].values()) > 500  # certificate and signature
+    assert not any(line["missing"] or line["repeated"] for line in federation.rounds())

@@ -57,6 +57,8 @@ from trainer_server.coordinator.events import (
 )
 from trainer_server.storage.checkpoint import Checkpoint, vectors_of
 
+UNCAPPED = Aggregation(weight_cap=None)  # no device's sums are scaled down
+
 # a whole run
 
 
@@ -174,7 +176,7 @@ def test_globals_are_published_before_they_are_announced(vit: Built) -> None:
 
 
 def test_the_global_expert_starts_from_the_class_means_of_all_devices(vit: Built) -> None:
-    run = started(vit)
+    run = started(vit, aggregation=UNCAPPED)
     updates = [make_update(run.plan, run.announced, device) for device in ABC]
     run.feed(*updates)
     sums, counts, norms = (
@@ -189,7 +191,7 @@ def test_the_global_expert_starts_from_the_class_means_of_all_devices(vit: Built
 
 
 def test_stage_1_ends_with_the_discriminant_of_all_devices_as_head(vit: Built) -> None:
-    run = started(vit, max_norm=1e9)
+    run = started(vit, max_norm=1e9, aggregation=UNCAPPED)
     while run.announced.stage is not Stage.HEAD:
         run.answers(ABC)
     trained, announced, dims = run.state.expert.copy(), run.announced, vit.bundle.manifest.dims
@@ -212,7 +214,7 @@ def test_stage_1_ends_with_the_discriminant_of_all_devices_as_head(vit: Built) -
 
 
 def test_the_head_of_logit_sums_is_their_discriminant_after_the_trained_head(vit: Built) -> None:
-    run = started(vit, stage1_rounds=1, head_sums=Sums.LOGITS)
+    run = started(vit, stage1_rounds=1, head_sums=Sums.LOGITS, aggregation=UNCAPPED)
     run.answers(ABC)
     run.answers(ABC)
     assert (run.announced.stage, run.announced.sums) == (Stage.HEAD, Sums.LOGITS)
@@ -285,7 +287,7 @@ def test_a_run_without_sums_has_no_head_round(vit: Built) -> None:
 
 
 def test_the_global_expert_starts_from_the_zero_shot_head_and_no_class_sums_are_asked_for(clip: Built) -> None:
-    run = started(clip, head=Head.ZERO_SHOT)
+    run = started(clip, head=Head.ZERO_SHOT, aggregation=UNCAPPED)
     assert run.announced.sums is Sums.NONE
     updates = [make_update(run.plan, run.announced, device) for device in ABC]
     run.feed(*updates)

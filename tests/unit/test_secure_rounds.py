@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 from support.bundles import Built
-from support.coordinators import make_update
+from support.coordinators import make_update, plan_for
 from support.in_process_daemon import make_daemon, no_report
 from support.secure_devices import SecureDevice, SecureRun, secure_devices
 from support.training_contexts import announced_round
@@ -26,9 +28,10 @@ from fedfmsl.algorithms.sal import AllAtOnce, FixedSchedule, Sal
 from fedfmsl.algorithms.secure_aggregation import SHARE_BYTES
 from fedfmsl.algorithms.weighted_sums import FRACTION_BITS, weighted_mean, weighted_update, weighted_values
 from fedfmsl.errors import MessageError, RunError
-from fedfmsl.protocol.messages import EXCHANGE, Globals, Round, Stage, Verdict
+from fedfmsl.protocol.messages import EXCHANGE, Encoding, Globals, Round, Stage, Verdict
 from fedfmsl.protocol.secure_sums import SignedKeys
 from fedfmsl.protocol.tensors import blob_hash, pack, unpack
+from trainer_server.config import Aggregation, Rule
 from trainer_server.coordinator.events import AnnounceRound, Log, PublishGlobals, SendAck, StoreRound
 
 SEVEN = 7  # of seven, five shares recover a seed
@@ -101,9 +104,10 @@ def test_two_devices_start_without_sums(vit: Built, tmp_path: Path) -> None:
     assert run.announced.stage is Stage.GLOBAL
     run.until(Stage.PERSONAL)
     lines = [command.text for command in run.of(Log) if "no secure aggregation" in command.text]
+    reason = "no secure aggregation: 2 devices are online, and secure aggregation needs 3"
     assert lines == [
-        "no secure aggregation: 2 devices are online, and secure aggregation needs 3; stage 1 starts from the bundle's own head",
-        "no secure aggregation: 2 devices are online, and secure aggregation needs 3; the global expert keeps the head of stage 1",
+        f"{reason}; stage 1 starts from the bundle's own head",
+        f"{reason}; the global expert keeps the head of stage 1",
     ]
 
 
@@ -346,3 +350,17 @@ def test_a_server_with_a_certificate_accepts_signed_keys_only(vit: Built, tmp_pa
     assert [command.ack.reason for command in commands if isinstance(command, SendAck)] == [
         f"the signature of d{number} is not valid" for number in range(3)
     ]
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"aggregation": Aggregation(rule=Rule.MEDIAN)}, "leave out --rule median"),
+        ({"aggregation": Aggregation(rule=Rule.MEAN, clip=1.0), "max_staleness": 2}, "leave out --clip, --max-stal"),
+        ({"encoding": Encoding.INT8}, "leave out --encoding int8"),
+        ({"devices": 2}, "--secure needs at least 3 devices, not --devices 2"),
+    ],
+)
+def test_secure_excludes_what_needs_single_updates(vit: Built, change: dict[str, Any], error: str) -> None:
+    with pytest.raises(ValidationError, match=error):
+        plan_for(vit, **{"secure": True, "devices": 3, **change})

@@ -1,9 +1,9 @@
 """Secure aggregation: what the server does in its rounds (see `fedfmsl.protocol.secure_sums`).
 
-If class sums fail, the run goes on without them: the first head is then the bundle's own, and the global expert keeps the
-head of stage 1. Before the first masks are removed they are tried again, with fresh keys. Afterwards they are not: the
-difference of two sums over different devices would reveal the devices that are only in one. Updates of stages 1 and 2
-are tried again as in other runs, until their masks may have been removed; then the round changes nothing.
+If class sums fail, the run goes on without them: the first head is then the bundle's own, and the global expert keeps
+the head of stage 1. Before the first masks are removed they are tried again, with fresh keys. Afterwards they are not:
+the difference of two sums over different devices would reveal the devices that are only in one. Updates of stages 1 and
+2 are tried again as in other runs, until their masks may have been removed; then the round changes nothing.
 """
 
 from __future__ import annotations

@@ -155,9 +155,9 @@ class Accepted:
 class SecureSums:
     """The secure aggregation in progress (see `fedfmsl.protocol.secure_sums`).
 
-    `roster`: the published keys. `keys_round`: the round in which they were sent. `level`: that of its rounds. `members`: the devices that mask the
-    next vector. `survivors`: those whose masked vectors have arrived, with the sum `masked` (P,). `shares` (n, H,
-    SHARE_BYTES): the published shares. `classes`: those with enough holders.
+    `roster`: the published keys. `keys_round`: the round in which they were sent. `level`: that of its rounds.
+    `members`: the devices that mask the next vector. `survivors`: those whose masked vectors have arrived, with the sum
+    `masked` (P,). `shares` (n, H, SHARE_BYTES): the published shares. `classes`: those with enough holders.
     """
 
     roster: Tensors = field(default_factory=dict)

@@ -17,7 +17,6 @@ WINDOW_SECONDS = 60.0
 UPDATES, UPDATES_PER_ROUND = 8, 2  # without effect, of the largest size, that a device may send in a window
 SPARE_BYTES, SPARE_MESSAGES = 4_000_000, 1000  # also allowed
 SWEEP_SECONDS = 20.0  # between two looks for retained messages of a device that is ignored
-OTHERS = ""  # all devices beyond the first MAX_DEVICES
 
 
 @dataclass
@@ -51,12 +50,14 @@ class FloodGuard:
         waste.messages -= chunk_count(size, self._chunk_bytes)
 
     def received(self, device: str, size: int, now: float) -> str:
-        """Counts a message of `size` bytes. If it is too many, drops the device and returns what it has sent."""
+        """Counts a message of `size` bytes. If it is too many, drops the device and returns what it has sent. Only the
+        first MAX_DEVICES names in a window are counted: more are no devices of this run."""
         if now >= self._since + WINDOW_SECONDS:
             self._since, self._rounds = now, 0
             self._waste.clear()
-        known = device in self._waste or len(self._waste) < MAX_DEVICES
-        waste = self._waste.setdefault(device if known else OTHERS, _Waste())
+        if device not in self._waste and len(self._waste) >= MAX_DEVICES:
+            return ""
+        waste = self._waste.setdefault(device, _Waste())
         waste.size += size
         waste.messages += 1
         updates = UPDATES + UPDATES_PER_ROUND * self._rounds
