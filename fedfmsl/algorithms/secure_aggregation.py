@@ -41,11 +41,12 @@ VECTORS = 2  # vectors that one set of keys can mask
 MIN_DEVICES = 3  # of a sum of two, each of the two knows the other's part
 NEIGHBOURS = 32  # even; with up to 33 devices all are neighbours
 SEED_BYTES, KEY_BYTES, _NONCE_BYTES, _TAG_BYTES = 16, 32, 12, 16
+NO_SHARE = bytes(SEED_BYTES)  # no share of a random seed is zeros
 SHARE_BYTES = _NONCE_BYTES + 2 * VECTORS * SEED_BYTES + _TAG_BYTES  # encrypted, for one holder
 
 
 class SecureAggregationError(Exception):
-    """What was received cannot be used: too few shares, a damaged share, an impossible set of devices."""
+    """What was received cannot be used: too few shares, an invalid key, an impossible set of devices."""
 
 
 def threshold(holders: int) -> int:
@@ -166,10 +167,11 @@ class Secrets:
         shares: Mapping[int, Bytes],
     ) -> Bytes:
         """This device's shares (M, 16) of the seeds of the members that it holds, in ascending order: of a survivor's
-        self mask, else of the pairwise masks. `shares` are the results of `encrypted_shares` by device.
+        self mask, else of the pairwise masks. `shares` are the results of `encrypted_shares` by device. A share that
+        is damaged, or was encrypted for another roster, is opened as NO_SHARE: a member that sends such shares must
+        not keep the others from answering.
 
-        Raises SecureAggregationError if a share is damaged, was encrypted for another roster, or the sets of devices
-        are impossible.
+        Raises SecureAggregationError if the sets of devices are impossible.
         """
         if not set(survivors) <= set(members) or device not in survivors or len(survivors) < MIN_DEVICES:
             raise SecureAggregationError("the survivors are fewer than three, or not among the members")
@@ -180,7 +182,8 @@ class Secrets:
             try:
                 plain = cipher.decrypt(sealed[:_NONCE_BYTES], sealed[_NONCE_BYTES:], _route(roster, member, device))
             except InvalidTag:
-                raise SecureAggregationError(f"the share from {roster.names[member]} is damaged") from None
+                opened.append(np.frombuffer(NO_SHARE, np.uint8))
+                continue
             start = (2 * index + (member in survivors)) * SEED_BYTES
             opened.append(np.frombuffer(plain[start : start + SEED_BYTES], np.uint8))
         return np.stack(opened)
@@ -188,6 +191,13 @@ class Secrets:
     def _shared_key(self, roster: Roster, other: int) -> bytes:
         shared = _agreed(self._encryption, roster.keys[other, 0])
         return _derived(shared, b"shares" + roster.digest, SEED_BYTES)
+
+
+def check_public_keys(keys: Bytes) -> None:
+    """Raises SecureAggregationError if one of the keys (1 + VECTORS, 32) is of small order: no device could use it."""
+    private = X25519PrivateKey.generate()
+    for key in keys:
+        _agreed(private, key)
 
 
 def held_members(roster: Roster, device: int, members: Collection[int]) -> list[int]:
@@ -227,11 +237,12 @@ def _recovered(roster: Roster, members: Collection[int], member: int, opened: Ma
     from Crypto.Protocol.SecretSharing import Shamir
 
     holders = roster.holders(member)
-    shares = [
+    found = [
         (place + 1, opened[holder][held_members(roster, holder, members).index(member)].tobytes())
         for place, holder in enumerate(holders)
         if holder in opened
     ]
+    shares = [(place, share) for place, share in found if share != NO_SHARE]
     needed = threshold(len(holders))
     if len(shares) < needed:
         raise SecureAggregationError(f"{len(shares)} shares of {roster.names[member]}, fewer than {needed}")
@@ -259,7 +270,7 @@ def _agreed(private: X25519PrivateKey, public: Bytes) -> bytes:
     try:
         return private.exchange(X25519PublicKey.from_public_bytes(public.tobytes()))
     except ValueError:
-        raise SecureAggregationError("the roster has an invalid public key") from None
+        raise SecureAggregationError("a public key is invalid") from None
 
 
 def _private_key(seed: bytes) -> X25519PrivateKey:

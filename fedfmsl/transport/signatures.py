@@ -8,7 +8,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
 from cryptography.hazmat.primitives.hashes import SHA256
@@ -63,7 +63,7 @@ class Authorities:
             own = x509.load_der_x509_certificate(certificate)
             self._check_certificate(name, own)
             _verify(own, signature, message)
-        except (ValueError, TypeError, InvalidSignature) as error:
+        except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm, x509.InvalidVersion) as error:
             reason = one_line(error) or "it does not fit"
             raise MessageError(f"the signature of {name} is not valid: {reason}") from error
 

@@ -25,7 +25,7 @@ from fedfmsl.algorithms.aggregation import Contribution, WeightedMean
 from fedfmsl.algorithms.arrays import Tensors
 from fedfmsl.algorithms.fixed_point import fixed_point, numbers
 from fedfmsl.algorithms.sal import AllAtOnce, FixedSchedule, Sal
-from fedfmsl.algorithms.secure_aggregation import SHARE_BYTES
+from fedfmsl.algorithms.secure_aggregation import KEY_BYTES, SHARE_BYTES, VECTORS
 from fedfmsl.algorithms.weighted_sums import FRACTION_BITS, weighted_mean, weighted_update, weighted_values
 from fedfmsl.errors import MessageError, RunError
 from fedfmsl.protocol.messages import EXCHANGE, Encoding, Globals, Round, Stage, Verdict
@@ -337,6 +337,55 @@ def test_updates_that_do_not_fit_the_round_are_refused(vit: Built, tmp_path: Pat
         run.until(stage)
         (reply, *_) = run.feed(make_update(run.plan, run.announced, "d0", tensors=tensors))
         assert reply.ack.verdict is Verdict.REJECTED and error in reply.ack.reason
+
+
+def test_a_public_key_that_no_device_could_use_is_refused(vit: Built, tmp_path: Path) -> None:
+    run = SecureRun(vit, secure_devices(vit, tmp_path, 3))
+    tensors = SignedKeys(np.zeros((1 + VECTORS, KEY_BYTES), np.uint8)).tensors()
+    (reply, *_) = run.feed(make_update(run.plan, run.announced, "d0", tensors=tensors))
+    assert reply.ack.verdict is Verdict.REJECTED and reply.ack.reason == "a public key is invalid"
+
+
+def test_damaged_shares_of_one_device_end_the_sums_and_no_other_device(
+    vit: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, answer = SecureRun(vit, secure_devices(vit, tmp_path, 4)), SecureDevice.answer
+
+    def hostile(device: SecureDevice, round_: Round, masks: bool = True) -> Tensors:
+        tensors = answer(device, round_, masks)
+        is_damaged = device.name == "d1" and round_.stage is Stage.SHARES
+        return {"shares": np.zeros_like(tensors["shares"])} if is_damaged else tensors
+
+    monkeypatch.setattr(SecureDevice, "answer", hostile)
+    run.until(Stage.GLOBAL)
+    assert any("no secure aggregation: 0 shares of d1, fewer than 3" in command.text for command in run.of(Log))
+
+
+def answers(run: SecureRun, accuracies: dict[str, float]) -> None:
+    """These devices answer the present round, and report an accuracy if it is above zero."""
+    round_, blobs = run.announced, {command.sha256: command.blob for command in run.of(PublishGlobals)}
+    for name, accuracy in accuracies.items():
+        run.devices[name].store.globals.write(blobs[round_.roster])
+        hidden = {"samples": 0, "metrics": {"held_out_global": accuracy} if accuracy else {}}
+        run.feed(make_update(run.plan, round_, name, tensors=run.devices[name].answer(round_), **hidden))
+
+
+def test_a_share_of_the_devices_closes_no_round_whose_masks_they_cannot_remove(vit: Built, tmp_path: Path) -> None:
+    run = SecureRun(vit, secure_devices(vit, tmp_path, SEVEN), secure=True, enough=0.5)
+    run.until(Stage.GLOBAL)
+    answers(run, dict.fromkeys(("d0", "d1", "d2", "d3"), 0.0))
+    assert run.announced.stage is Stage.GLOBAL and not run.state.repeats
+    answers(run, {"d4": 0.0})
+    assert run.announced.stage is Stage.UNMASK and len(run.announced.chosen) == 5
+
+
+def test_accuracies_that_a_hostile_device_reports_do_not_drop_the_head(vit: Built, tmp_path: Path) -> None:
+    run = SecureRun(vit, secure_devices(vit, tmp_path, 3), secure=True)
+    run.until(Stage.PERSONAL)
+    run.state = replace(run.state, former=replace(run.state.former, accuracies={"d0": 1.0}))
+    assert run.state.former.head.size
+    answers(run, {"d0": 0.01, "d1": 0.0, "d2": 0.0})
+    assert run.announced.stage is Stage.UNMASK
 
 
 def test_a_server_with_a_certificate_accepts_signed_keys_only(vit: Built, tmp_path: Path) -> None:

@@ -41,6 +41,9 @@ def test_a_device_signs_for_its_own_name_only(authority: Authority, tmp_path: Pa
             authorities.check(name, kitchen.certificate, signed, message)
     with pytest.raises(MessageError, match="the signature of kitchen is not valid"):
         authorities.check("kitchen", b"no certificate", signature, MESSAGE)
+    unknown_version = kitchen.certificate.replace(b"\xa0\x03\x02\x01\x02", b"\xa0\x03\x02\x01\x64", 1)
+    with pytest.raises(MessageError, match="the signature of kitchen is not valid: 100 is not"):
+        authorities.check("kitchen", unknown_version, signature, MESSAGE)
 
 
 @pytest.mark.parametrize(

@@ -83,11 +83,13 @@ def next_deadline(plan: Plan, state: State) -> float:
 
 
 def is_complete(plan: Plan, state: State, announced: Round) -> bool:
-    """Whether enough devices have answered: selected ones only, or all if late updates count."""
+    """Whether enough devices have answered: selected ones only, or all if late updates count. A share of the devices is
+    not enough while it is too few for secure aggregation."""
     share = state.limits.enough if announced.stage in TRAINING else 1.0
     answers = len(state.updates) if plan.config.max_staleness else len(state.answered & state.expected)
-    wanted = devices_in_share(share, len(state.awaited))
-    return len(state.updates) >= state.limits.min_updates and answers >= wanted
+    if len(state.updates) < state.limits.min_updates or answers < devices_in_share(share, len(state.awaited)):
+        return False
+    return answers >= len(state.awaited) or not _too_few(plan, state, announced)
 
 
 def _receive_status(plan: Plan, state: State, status: DeviceStatus) -> tuple[State, list[Command]]:
@@ -273,7 +275,7 @@ def _close_round(plan: Plan, state: State, closing: Round, now: float) -> tuple[
     """Applies the updates and opens the next round, or repeats this one."""
     limits, finish, step = state.limits, len(plan.schedule) - 1, plan.schedule[state.position]
     too_few = _too_few(plan, state, closing)
-    if not too_few and (rejected := _rejected_head(state, closing)):
+    if not too_few and (rejected := _rejected_head(plan, state, closing)):
         text = f"{rejected}; stage 2 begins again with the head of stage 1"
         record = _record(state, closing, now, text)
         state, commands = _open_round(plan, replace(with_former_head(state), repeats=0, stretch=1), state.position, now)
@@ -309,9 +311,10 @@ def _close_round(plan: Plan, state: State, closing: Round, now: float) -> tuple[
     return state, [record, Log(f"{too_few}; repeating it", warning=True), *commands]
 
 
-def _rejected_head(state: State, closing: Round) -> str:
-    """Why the first round of stage 2 has to begin again with the head of stage 1, or ""."""
-    if closing.stage is not Stage.PERSONAL or closing.index:
+def _rejected_head(plan: Plan, state: State, closing: Round) -> str:
+    """Why the first round of stage 2 has to begin again with the head of stage 1, or "". Under secure
+    aggregation devices report no accuracies, so a report is a hostile device's."""
+    if closing.stage is not Stage.PERSONAL or closing.index or plan.schedule[state.position].part is not None:
         return ""
     return why_rejected(state.former, {key[1]: accepted.update for key, accepted in state.updates.items()})
 

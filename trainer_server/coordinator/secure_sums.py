@@ -20,6 +20,8 @@ from fedfmsl.algorithms.secure_aggregation import (
     SEED_BYTES,
     SHARE_BYTES,
     Roster,
+    SecureAggregationError,
+    check_public_keys,
     held_members,
     unmask,
 )
@@ -87,6 +89,10 @@ def check_update(plan: Plan, state: State, task: Round, update: Update, tensors:
     if update.stage is Stage.KEYS:
         signed = SignedKeys.read(tensors)
         plan.check_keys(update.device, signed, signed.message(update.device, _context(plan, update.round)))
+        try:
+            check_public_keys(signed.keys)
+        except SecureAggregationError as error:
+            raise MessageError(str(error)) from error
         return
     if update.stage in (Stage.SHARES, Stage.UNMASK):
         roster = _roster(plan, state.secure)
