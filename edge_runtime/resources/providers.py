@@ -119,7 +119,7 @@ def choose_provider(asked: str, bundle: Bundle, threads: int, store: DeviceStore
 
 
 def fastest(trials: Mapping[str, Trial]) -> Choice:
-    """The fastest provider that agrees with the CPU, which is always among them."""
+    """The fastest provider that agrees with the CPU; the CPU if there is none."""
     usable = {name: trial for name, trial in trials.items() if not trial.refused}
     return Choice(provider=min(usable, key=lambda name: usable[name].seconds, default=CPU), trials=dict(trials))
 
@@ -131,6 +131,8 @@ def try_providers(bundle: Bundle, providers: list[str], threads: int, folder: Pa
         for name in providers:
             path = Path(scratch) / name
             refused = _run_trial(bundle, name, threads, path)
+            if not refused and not reference and trials:
+                refused = f"{providers[0]} fails, so there is nothing to compare it with"
             if refused:
                 trials[name] = Trial(refused=refused)
                 continue

@@ -20,6 +20,8 @@ from edge_runtime.resources.providers import (
 )
 from edge_runtime.store import DeviceStore
 from fedfmsl.errors import BundleError, ConfigError
+from fedfmsl.protocol.bundle import Bundle
+from fedfmsl.protocol.tensors import pack
 from tests.support.bundles import Built
 
 OUTPUTS = {"hidden": np.ones((2, 3)), "loss": np.array([2.0]), "gradient": np.array([1.0, 2.0, 3.0])}
@@ -76,6 +78,19 @@ def test_a_process_of_a_provider_computes_the_same_as_the_cpu_does_here(vit: Bui
     first, second = (providers.try_provider(vit.bundle, CPU, 1)[1] for _ in range(2))
     assert disagreement(first, second) == ""
     assert np.abs(first["gradient"]).max() > 0
+
+
+def test_without_a_result_of_the_cpu_no_other_provider_is_used(
+    vit: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(bundle: Bundle, name: str, threads: int, out: Path) -> str:
+        out.write_bytes(pack(Trial(seconds=1.0), {"loss": np.ones(1, np.float32)}))
+        return "it fails: no memory" if name == CPU else ""
+
+    monkeypatch.setattr(providers, "_run_trial", run)
+    choice = fastest(try_providers(vit.bundle, [CPU, "cuda"], 1, tmp_path))
+    assert choice.provider == CPU
+    assert choice.trials["cuda"].refused == "cpu fails, so there is nothing to compare it with"
 
 
 def test_texts_are_computed_too(bert: Built) -> None:
