@@ -194,6 +194,12 @@ class Fleet:
             return
         path = self.folder / "broker" / "revoked.crl"
         certificates = [self._issued(name) for name in names]
+        missing = [name for name, file in zip(names, certificates, strict=True) if not file.is_file()]
+        if missing:
+            raise ConfigError(
+                f"cannot revoke {', '.join(missing)}: it is revoked already or has no certificate; valid names are "
+                f"those in {self.folder}/issued"
+            )
         try:
             serials = revoked_serials(path.read_bytes())
             serials += [serial for file in certificates for serial in serials_of(file.read_bytes())]

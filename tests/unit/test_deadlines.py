@@ -77,6 +77,14 @@ def test_a_round_that_nobody_is_working_on_is_repeated_as_before(vit: Built, wor
     assert (run.announced.round, run.announced.stage, seconds(run)) == (2, Stage.STATISTICS, ROUND_SECONDS)
 
 
+def test_a_device_that_went_offline_while_at_work_is_not_at_work(vit: Built) -> None:
+    run = started(vit)
+    run.answers(A)
+    run.feed(StatusSeen(run.status("b", online=False)), StatusSeen(run.status("c", online=False)))
+    at_deadline(run, "bc")
+    assert (run.announced.round, seconds(run)) == (2, ROUND_SECONDS)
+
+
 def test_a_device_that_never_answers_delays_a_round_up_to_a_limit(vit: Built) -> None:
     run = started(vit)
     while run.announced.round == 1:

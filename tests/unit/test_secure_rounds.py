@@ -32,7 +32,7 @@ from fedfmsl.protocol.messages import EXCHANGE, Encoding, Globals, Round, Stage,
 from fedfmsl.protocol.secure_sums import SignedKeys
 from fedfmsl.protocol.tensors import blob_hash, pack, unpack
 from trainer_server.config import Aggregation, Rule
-from trainer_server.coordinator.events import AnnounceRound, Log, PublishGlobals, SendAck, StoreRound
+from trainer_server.coordinator.events import AnnounceRound, Log, PublishGlobals, SendAck, StatusSeen, StoreRound
 
 SEVEN = 7  # of seven, five shares recover a seed
 
@@ -274,6 +274,19 @@ def test_keys_are_signed_and_a_forged_roster_is_refused(
         published(other, "d0", other.announced)
         device.store.globals.write(other.of(PublishGlobals)[0].blob)
         device.answer(run.announced.model_copy(update={"roster": other.announced.roster}))
+
+
+def test_a_round_of_training_with_too_few_devices_is_repeated_at_its_deadline_only(vit: Built, tmp_path: Path) -> None:
+    run = SecureRun(vit, secure_devices(vit, tmp_path, 3), secure=True, secure_sums=False)
+    run.until(Stage.GLOBAL)
+    run.feed(StatusSeen(run.status("d2", online=False)))
+    run.now += 1000
+    run.feed()
+    for _ in range(3):
+        keys, opened = run.announced, run.now
+        assert keys.stage is Stage.KEYS
+        run.step(without=["d2"])
+        assert run.announced.round == keys.round + 1 and run.now > opened  # `step` had to pass the deadline
 
 
 @pytest.mark.parametrize(("required", "stage"), [(Secure.SUMS, Stage.HEAD), (Secure.ALL, Stage.GLOBAL)])

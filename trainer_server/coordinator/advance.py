@@ -84,12 +84,16 @@ def next_deadline(plan: Plan, state: State) -> float:
 
 def is_complete(plan: Plan, state: State, announced: Round) -> bool:
     """Whether enough devices have answered: selected ones only, or all if late updates count. A share of the devices is
-    not enough while it is too few for secure aggregation."""
+    not enough while it is too few for secure aggregation. If all have answered and are too few, a round of training
+    waits for its deadline, because it is repeated without end; sums are soon given up."""
     share = state.limits.enough if announced.stage in TRAINING else 1.0
     answers = len(state.updates) if plan.config.max_staleness else len(state.answered & state.expected)
     if len(state.updates) < state.limits.min_updates or answers < devices_in_share(share, len(state.awaited)):
         return False
-    return answers >= len(state.awaited) or not _too_few(plan, state, announced)
+    if not _too_few(plan, state, announced):
+        return True
+    part = plan.schedule[state.position].part
+    return answers >= len(state.awaited) and part is not None and part[0] not in TRAINING
 
 
 def _receive_status(plan: Plan, state: State, status: DeviceStatus) -> tuple[State, list[Command]]:
@@ -245,9 +249,9 @@ def _selected(plan: Plan, state: State, step: Step, number: int) -> frozenset[st
 def _end_of_time(
     plan: Plan, state: State, announced: Round, working: frozenset[str], now: float
 ) -> tuple[State, list[Command]]:
-    """At the deadline. A round with too few updates gets twice the time while awaited devices are `working`: if it were
-    repeated, their work would be lost, and the repeated round would take as long."""
-    busy = sorted(working & state.awaited - state.answered)
+    """At the deadline. A round with too few updates gets twice the time while awaited devices that are online are
+    `working`: if it were repeated, their work would be lost, and the repeated round would take as long."""
+    busy = sorted(working & state.awaited & state.online - state.answered)
     after = f"{next_deadline(plan, state) - state.since:.0f} s"
     if not _too_few(plan, state, announced) or not busy or state.stretch >= MAX_STRETCH:
         state, commands = _close_round(plan, state, announced, now)
