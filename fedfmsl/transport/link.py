@@ -203,7 +203,8 @@ class Link:
                 last.wait_for_publish(CONNECT_SECONDS)
         self._client.closing.set()
         self._client.disconnect()
-        self._client.loop_stop()
+        with contextlib.suppress(AttributeError):  # paho's thread may end between paho's look at it and its join
+            self._client.loop_stop()
 
     def _on_connect(
         self, client: paho.Client, data: object, flags: paho.ConnectFlags, reason: ReasonCode, _: object

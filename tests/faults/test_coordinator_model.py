@@ -356,7 +356,8 @@ class Machine(RuleBasedStateMachine):
 
     def may_last_longer(self) -> bool:
         late = self.announced and not self.is_complete() and self.now - self.opened >= self.seconds()
-        return bool(late and len(self.accepted) < self.least and self.awaited() and self.stretch < 16)
+        at_work = self.awaited() & {name for name, there in self.known.items() if there}
+        return bool(late and len(self.accepted) < self.least and at_work and self.stretch < 16)
 
     def must_close(self) -> bool:
         return bool(self.announced) and (self.is_complete() or self.now - self.opened >= self.seconds())
