@@ -106,7 +106,6 @@ def test_an_emulated_device_sends_the_updates_of_a_device_on_x86_64(
             assert device.wait().code == 0, device.stderr
     asked = [announced for announced in recorded.rounds if announced.stage is not Stage.FINISHED]
     assert [r.stage for r in asked] == [
-        Stage.STATISTICS,
         *[Stage.GLOBAL] * 4,
         Stage.HEAD,
         *[Stage.PERSONAL] * 3,
