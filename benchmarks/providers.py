@@ -20,20 +20,19 @@ from edge_runtime.engines.base import Batch
 from edge_runtime.engines.runtime import onnxruntime
 from edge_runtime.engines.sessions import CPU, open_session, run
 from edge_runtime.engines.step_graph import StepGraphEngine
-from edge_runtime.resources.providers import offered_providers
+from edge_runtime.resources.providers import SPREAD, cosine, offered_providers, random_inputs, relative_error
 from fedfmsl.common.cli import application, console
 from fedfmsl.errors import BundleError
-from fedfmsl.protocol.bundle import Bundle, ImagePreprocessing
+from fedfmsl.protocol.bundle import Bundle
 
 app = application("Measure the execution providers of the installed ONNX Runtime.")
 
 BATCH = 16
-SPREAD = 0.02  # standard deviation of what is added to the trainables; the head starts at zero
 
 
 @app.command()
 def main(
-    bundle: Path = typer.Option(help="Bundle of a vision model, like bundles/benchmark-vit-b16-fp32."),
+    bundle: Path = typer.Option(help="Bundle folder, like bundles/benchmark-vit-b16-fp32."),
     levels: str = typer.Option("1,2,4,12", help="Levels to measure, separated by commas."),
     repeats: int = typer.Option(10, min=3, help="Measured turns of each computation."),
     seed: int = typer.Option(0, help="Seed of the samples."),
@@ -56,15 +55,13 @@ def main(
             if provider == CPU:
                 reference[name] = milliseconds, result
             before, expected = reference[name]
-            error = np.linalg.norm(result - expected) / np.linalg.norm(expected)
-            cosine = (result @ expected) / (np.linalg.norm(result) * np.linalg.norm(expected))
             row = [
                 provider,
                 name,
                 f"{milliseconds:.2f}",
                 f"{before / milliseconds:.1f}",
-                f"{error:.1e}",
-                f"{cosine:.7f}",
+                f"{relative_error(result, expected):.1e}",
+                f"{cosine(result, expected):.7f}",
             ]
             print(f"| {' | '.join(row)} |")
 
@@ -73,14 +70,13 @@ def computations(
     bundle: Bundle, provider: str, levels: list[int], seed: int
 ) -> Iterator[tuple[str, Callable[[], NDArray[Any]]]]:
     """Names and computations of one provider. Each returns one vector: pooled features, or a gradient."""
-    dims, preprocessing = bundle.manifest.dims, bundle.manifest.preprocessing
-    assert isinstance(preprocessing, ImagePreprocessing)
+    dims = bundle.manifest.dims
     rng = np.random.default_rng(seed)
-    pixels = rng.integers(0, 256, (BATCH, preprocessing.size, preprocessing.size, 3), np.uint8)
+    samples = random_inputs(bundle, BATCH, rng)
     hidden = rng.standard_normal((BATCH, dims.tokens, dims.hidden), np.float32)
     batch = Batch.cross_entropy(hidden, rng.integers(0, dims.classes, BATCH), dims.classes)
     session = open_session(bundle, "features.onnx", 0, provider=provider)
-    yield "features", lambda: run(session, ["pooled"], {"pixels": pixels})[0].ravel()
+    yield "features", lambda: run(session, ["pooled"], samples)[0].ravel()
     for level in levels:
         initial = bundle.initial()[0][: bundle.expert.size(level)]
         theta = initial + SPREAD * np.random.default_rng(level).standard_normal(initial.size, np.float32)

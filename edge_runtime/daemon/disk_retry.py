@@ -35,12 +35,12 @@ class DiskRetry:
         `required_globals`: SHA-256 of the global blobs to keep. `evict`: also empty the feature cache, which no other
         thread may use then.
         """
-        is_full = has_descriptors()
+        may_open = has_descriptors()  # otherwise the disk is not what fails
         if not self._failures:
-            remedy = "retrying until there is free space" if is_full else f"retrying: {NO_DESCRIPTORS}"
+            remedy = "retrying until there is free space" if may_open else f"retrying: {NO_DESCRIPTORS}"
             logger.warning(f"--state {self._store.root}: cannot write ({error}); {remedy}")
         with contextlib.suppress(OSError):  # a read-only disk
-            if evict and is_full:
+            if evict and may_open:
                 self._cache.evict_all()
             self._store.globals.keep_only(required_globals)
         self._due = time.monotonic() + (self._backoff.delay(self._failures - 1) if self._failures else 0.0)

@@ -88,8 +88,8 @@ def fetch_bundle(
     """The announced bundle, in a subfolder of `folder` named by its SHA-256. Files that are already there are kept.
 
     `retry_delays` are the seconds before each further attempt while attempts receive nothing. A server that is busy is
-    asked again every `busy_seconds`, without limit. Raises BundleError if the
-    bundle cannot be fetched or differs from the announced one.
+    asked again every `busy_seconds`, without limit. Raises BundleError if the bundle cannot be fetched or differs from
+    the announced one.
     """
     http_client = _HttpClient(client_context(identity), heartbeat, retry_delays, block_bytes, busy_seconds)
     bundle = _fetch_manifest(server, folder, http_client)

@@ -166,15 +166,22 @@ def disagreement(reference: Outputs, outputs: Outputs) -> str:
         if not np.isfinite(found).all():
             return f"its {name} is not finite"
         if name == "gradient":
-            norms = np.linalg.norm(found) * np.linalg.norm(expected)
-            cosine = float(found @ expected / norms) if norms else 0.0
-            if not cosine >= LEAST_COSINE:
-                return f"its gradient has cosine {cosine:.5f} to the CPU's, less than {LEAST_COSINE}"
-            continue
-        error = float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
-        if not error <= RELATIVE_ERROR:
+            if not (similarity := cosine(found, expected)) >= LEAST_COSINE:
+                return f"its gradient has cosine {similarity:.5f} to the CPU's, less than {LEAST_COSINE}"
+        elif not (error := relative_error(found, expected)) <= RELATIVE_ERROR:
             return f"its {name} differs from the CPU's by {error:.2g}, more than {RELATIVE_ERROR}"
     return ""
+
+
+def cosine(found: NDArray[Any], expected: NDArray[Any]) -> float:
+    """Between two vectors; 0 if one is zero."""
+    norms = np.linalg.norm(found) * np.linalg.norm(expected)
+    return float(found @ expected / norms) if norms else 0.0
+
+
+def relative_error(found: NDArray[Any], expected: NDArray[Any]) -> float:
+    """In the Euclidean norm."""
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
 def try_provider(bundle: Bundle, provider: str, threads: int) -> tuple[Trial, dict[str, Floats]]:
@@ -190,7 +197,7 @@ def try_provider(bundle: Bundle, provider: str, threads: int) -> tuple[Trial, di
     engine.load(level)
     initial = bundle.initial()[0][: bundle.expert.size(level)]
     engine.set(initial + SPREAD * rng.standard_normal(initial.size, np.float32))  # the head starts at zero
-    inputs, labels = _random_inputs(bundle, rng), rng.integers(0, dims.classes, SAMPLES)
+    inputs, labels = random_inputs(bundle, SAMPLES, rng), rng.integers(0, dims.classes, SAMPLES)
     outputs, seconds = dict[str, Floats](), []
     for _ in range(1 + REPEATS):
         started = time.perf_counter()
@@ -203,12 +210,13 @@ def try_provider(bundle: Bundle, provider: str, threads: int) -> tuple[Trial, di
     return Trial(seconds=min(seconds[1:])), outputs
 
 
-def _random_inputs(bundle: Bundle, rng: np.random.Generator) -> dict[str, NDArray[Any]]:
+def random_inputs(bundle: Bundle, samples: int, rng: np.random.Generator) -> dict[str, NDArray[Any]]:
+    """The input of the graph of features for random images or texts."""
     preprocessing = bundle.manifest.preprocessing
     if isinstance(preprocessing, ImagePreprocessing):
-        shape = (SAMPLES, preprocessing.size, preprocessing.size, 3)
+        shape = (samples, preprocessing.size, preprocessing.size, 3)
         return {"pixels": rng.integers(0, 256, shape, np.uint8)}
-    tokens = rng.integers(0, TOKENS, (SAMPLES, preprocessing.max_tokens))
+    tokens = rng.integers(0, TOKENS, (samples, preprocessing.max_tokens))
     return {"tokens": np.where(tokens == preprocessing.pad_id, preprocessing.pad_id + 1, tokens).astype(np.int64)}
 
 

@@ -25,6 +25,8 @@ from fedfmsl.protocol.messages import Globals as GlobalsHeader
 from fedfmsl.protocol.messages import Round, Stage, Sums
 from fedfmsl.protocol.tensors import unpack
 
+ALL = slice(None)  # all samples
+
 
 @dataclass(frozen=True)
 class Globals:
@@ -112,12 +114,11 @@ def _reported(round_: Round, counted: Bools) -> int:
     return 0 if round_.secure else counted.size
 
 
-def train_class_sums(context: TrainingContext, level: int, counted: Bools | None = None) -> dict[str, Vector]:
+def train_class_sums(context: TrainingContext, level: int, counted: Bools | slice = ALL) -> dict[str, Vector]:
     """`class_sums` of the training split, or of those samples in it that are `counted` (n,). Also caches the hidden
     states of `level`."""
     samples = context.splits.train
-    chosen = np.ones(len(samples), np.bool_) if counted is None else counted
-    return class_sums(context.cache.pooled(samples, level)[chosen], labels_of(samples)[chosen], context.classes)
+    return class_sums(context.cache.pooled(samples, level)[counted], labels_of(samples)[counted], context.classes)
 
 
 def class_mean_expert(context: TrainingContext) -> Vector:
@@ -156,7 +157,7 @@ def head_statistics(context: TrainingContext, round_: Round, published: Globals)
 
 
 def sample_moments(
-    context: TrainingContext, expert: Vector, level: int, kind: Sums, counted: Bools | None = None
+    context: TrainingContext, expert: Vector, level: int, kind: Sums, counted: Bools | slice = ALL
 ) -> dict[str, Vector]:
     """The arguments of `discriminant_head` or `logit_head` from the training split, or those samples in it that are
     `counted` (n,): of features with the LoRA of `expert`, or of its logits."""
@@ -165,9 +166,8 @@ def sample_moments(
     engine.set(expert[: context.bundle.expert.size(level)])
     compute = engine.predict if kind is Sums.LOGITS else engine.features
     values = np.concatenate([compute(hidden) for hidden in context.hidden_states(samples, expert, level).batches()])
-    chosen = np.ones(len(samples), np.bool_) if counted is None else counted
-    values = values[chosen]
-    sums = class_sums(values, labels_of(samples)[chosen], context.classes)
+    values = values[counted]
+    sums = class_sums(values, labels_of(samples)[counted], context.classes)
     return {
         "class_sums": sums["class_sums"],
         "class_counts": sums["class_counts"],
