@@ -94,7 +94,8 @@ def run_server(
     folder, or a newer server took over.
     """
     with store.locked(), log_to_folder(store.folder, log_bytes):
-        plan = make_plan(store, bundle)
+        # a file of a crashed server in this folder is removed with the next checkpoint
+        plan = replace(make_plan(store, bundle), scratch=store.tensors)
         state, at = restore_state(store, plan)
         plan = replace(plan, check_keys=_key_check(identity))
         state = change_limits(store, plan, state, at, changes)
