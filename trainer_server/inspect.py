@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ def _facts(store: RunStore) -> dict[str, Any]:
     announced = checkpoint[0].announced if checkpoint else None
     closed = store.rounds()
     since, reason = store.outage()
-    facts: dict[str, Any] = {"run": config.run, "session": store.origin.session}
+    facts: dict[str, Any] = {"run": config.run, "session": store.origin.session, "server": vars(store.server())}
     if store.ended is not None:
         facts["ended"] = store.ended
     elif checkpoint is None or announced is None:
@@ -58,8 +58,8 @@ def _facts(store: RunStore) -> dict[str, Any]:
         facts |= {
             "round": announced.round,
             "stage": announced.stage.value,
-            "stage_round": announced.index + 1,
-            "stage_rounds": announced.of,
+            "stage_round": announced.ordinal[0],
+            "stage_rounds": announced.ordinal[1],
             "level": announced.level,
             "selected": selected,
             "answered": answered,
@@ -97,6 +97,7 @@ def _facts(store: RunStore) -> dict[str, Any]:
 def _rows(facts: dict[str, Any]) -> dict[str, str]:
     """The facts as text, by label."""
     rows = {name.replace("_", " "): _text(value) for name, value in facts.items()}
+    rows["server"] = _server_text(facts["server"], facts.get("ended"))
     if "online" in facts:
         online, devices = facts["online"], rows.pop("devices")
         names = f": {', '.join(online[:NAMES])}" if online else ""
@@ -124,6 +125,18 @@ def _rows(facts: dict[str, Any]) -> dict[str, str]:
     return rows
 
 
+def _server_text(server: dict[str, Any], ended: str | None) -> str:
+    """Whether a server runs in the folder, and when it stored its last event."""
+    age = timedelta(seconds=max(round(time.time() - server["last_event"]), 0))
+    last = f"last event {age} ago" if server["last_event"] else "no event yet"
+    if server["runs"]:
+        return f"runs as process {server['pid'] or 'unknown'}, {last}"
+    if server["runs"] is None and server["last_event"]:
+        return f"unknown, because this user may not read the lock of the run; {last}"
+    remedy = "" if ended else "; start it again with python -m trainer_server resume"
+    return f"does not run, {last}{remedy}"
+
+
 def _text(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {count}×" for name, count in value.items()) or "nothing"
@@ -144,7 +157,7 @@ def rounds(out: Path = OUT, as_json: bool = typer.Option(False, "--json", help="
         announced = record.round
         table.add_row(
             str(announced.round),
-            f"{announced.stage.value} {announced.index + 1}/{announced.of}",
+            f"{announced.stage.value} {announced.ordinal[0]}/{announced.ordinal[1]}",
             str(announced.level),
             str(len(record.updates)),
             listed(record.missing),

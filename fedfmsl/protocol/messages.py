@@ -149,6 +149,17 @@ class Round(Message):
         """SHA-256 of the blobs of globals that the round needs."""
         return frozenset({self.expert, self.start, self.gate, self.roster, self.shares} - {""})
 
+    @property
+    def ordinal(self) -> tuple[int, int]:
+        """The round's number within its stage, from 1, and how many there are. Rounds that remove masks are numbered by
+        their secure aggregations, as those of keys and shares are: few of them have the VECTORS that `of` leaves room
+        for."""
+        if self.stage is not Stage.UNMASK:
+            return self.index + 1, self.of
+        from fedfmsl.algorithms.secure_aggregation import VECTORS  # takes 8 MB
+
+        return self.index // VECTORS + 1, self.of // VECTORS
+
     @model_validator(mode="after")
     def _secure_sums_of_their_stages_only(self) -> Round:
         if self.stage in (*EXCHANGE, Stage.HOLDERS) and not self.secure:

@@ -47,6 +47,7 @@ TABLE = (
     Row(COMMON, "fedfmsl.errors", "typer rich pydantic pydantic_core pydantic_settings tomli"),
     Row(PROTOCOL, f"fedfmsl.errors {ALGORITHMS}", "numpy pydantic safetensors"),
     Row(TRANSPORT, f"fedfmsl.errors {COMMON} {PROTOCOL}", "paho pydantic cryptography"),
+    Row("fedfmsl.web", f"fedfmsl.errors {COMMON} {TRANSPORT}", "jinja2 starlette uvicorn"),
     Row("fedfmsl", f"fedfmsl.errors {ALGORITHMS} {PROTOCOL}"),
     Row(
         "export",
@@ -213,7 +214,16 @@ def test_nothing_imports_benchmarks_or_tests() -> None:
         ("edge_runtime.__main__", {*EXPORT_ONLY, *SERVER_ONLY, "onnx", "tokenizers"}),
         (
             "edge_runtime.daemon.loop",
-            {*EXPORT_ONLY, *SERVER_ONLY, "onnx", "tokenizers", "prometheus_client", "Crypto", "cryptography"},
+            {
+                *EXPORT_ONLY,
+                *SERVER_ONLY,
+                "onnx",
+                "tokenizers",
+                "prometheus_client",
+                "starlette",
+                "Crypto",
+                "cryptography",
+            },
         ),
         ("edge_runtime.engines", {*EXPORT_ONLY, *SERVER_ONLY, "onnx", "paho", "typer"}),
         ("trainer_server.__main__", {*EXPORT_ONLY, "onnx", "onnxruntime", "edge_runtime", "PIL"}),
@@ -239,6 +249,7 @@ def test_the_edge_extra_installs_neither_torch_nor_what_needs_it() -> None:
         *("numpy", "paho-mqtt", "pydantic", "pydantic-settings", "rich", "safetensors", "tomli", "typer"),
         *("cryptography", "psutil", "pycryptodome", "tomlkit"),
         *("onnx", "onnxruntime", "pillow", "prometheus-client"),
+        *("jinja2", "starlette", "uvicorn"),
     }
 
 

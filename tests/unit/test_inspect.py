@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -103,6 +105,20 @@ def test_status_shows_epsilon_of_each_observer(vit: Built, tmp_path: Path) -> No
     shown = rows(store)
     assert shown["ε for everybody"] == f"{once:.3g} at δ = 1e-05"
     assert shown["ε for the server with one device"] == f"{gaussian_epsilon(2.0, 1e-5):.3g} at δ = 1e-05"
+
+
+def test_status_says_whether_a_server_runs_in_the_folder(run: CoordinatorRun, store: RunStore) -> None:
+    assert rows(store)["server"].startswith("does not run, no event yet; start it again with")
+    with store.locked():
+        assert rows(store)["server"] == f"runs as process {os.getpid()}, no event yet"
+        store.commit([LoggedEvent(0.0, StatusSeen(run.status("a")))])
+        assert rows(store)["server"] == f"runs as process {os.getpid()}, last event 0:00:00 ago"
+    os.utime(store.folder / "lock", (0, time.time() - 90))
+    assert rows(store)["server"].startswith("does not run, last event 0:01:3")
+    server = as_json(store)["server"]
+    assert isinstance(server, dict) and server.items() >= {"runs": False, "pid": os.getpid()}.items()
+    store.commit([], ended="finished")
+    assert rows(store)["server"] == "does not run, last event 0:00:00 ago"
 
 
 def test_at_the_end_status_shows_no_round(run: CoordinatorRun, store: RunStore) -> None:

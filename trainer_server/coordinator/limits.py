@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 
 from fedfmsl.algorithms.secure_aggregation import MIN_DEVICES
+from fedfmsl.common.settings import flag_of
 from fedfmsl.errors import ConfigError
 from fedfmsl.protocol.messages import Message, Round, Stage
 from trainer_server.config import RunConfig, RunRules
@@ -40,7 +41,8 @@ class Limits(Message):
         """A text for each field in which `other` differs."""
         for name, value in other:
             if value != getattr(self, name):
-                yield f"{name} is {value} from now on, it was {getattr(self, name)}"
+                now, before = ("unlimited" if each is None else each for each in (value, getattr(self, name)))
+                yield f"{flag_of(name)} is {now} from now on, it was {before}"
 
 
 def devices_in_share(share: float, count: int) -> int:
