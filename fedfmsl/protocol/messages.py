@@ -151,9 +151,8 @@ class Round(Message):
 
     @property
     def ordinal(self) -> tuple[int, int]:
-        """The round's number within its stage, from 1, and how many there are. Rounds that remove masks are numbered by
-        their secure aggregations, as those of keys and shares are: few of them have the VECTORS that `of` leaves room
-        for."""
+        """The round's number within its stage, from 1, and how many there are. Rounds that remove masks are numbered as
+        those of keys and shares are: `of` counts VECTORS for each secure aggregation, and most have one."""
         if self.stage is not Stage.UNMASK:
             return self.index + 1, self.of
         from fedfmsl.algorithms.secure_aggregation import VECTORS  # takes 8 MB

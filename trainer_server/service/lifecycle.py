@@ -26,8 +26,8 @@ from trainer_server.coordinator.limits import check_change
 from trainer_server.coordinator.state import CheckKeys, Plan, State, initial_state, unsigned
 from trainer_server.service.loop import Service
 from trainer_server.service.run_log import LOG_BYTES, log_to_folder
+from trainer_server.service.stored import differing_settings
 from trainer_server.storage.run_store import DATABASE, LoggedEvent, Origin, RunStore, require_folder
-from trainer_server.stored import differing_settings
 
 logger = logging.getLogger(__name__)
 
