@@ -117,6 +117,7 @@ OPTIONAL = {
     "edge_runtime.data.images": {"pillow_heif"},
     "edge_runtime.data.texts": {"tokenizers"},
     "edge_runtime.inference.export_onnx": {"onnx"},
+    "edge_runtime.inference.model_folder": {"onnx"},
     "simulation.datasets": {"datasets"},
     "simulation.ray_fleet": {"ray"},
     "simulation.methods.dual_lora": {"onnx"},
