@@ -114,6 +114,8 @@ OPTIONAL = {
     "fedfmsl.algorithms.accounting": {"dp_accounting"},
     "fedfmsl.common.scatter": {"matplotlib", "numpy"},
     "edge_runtime.daemon.metrics": {"prometheus_client"},
+    "fedfmsl.transport.metrics": {"prometheus_client"},
+    "trainer_server.service.metrics": {"prometheus_client"},
     "edge_runtime.data.images": {"pillow_heif"},
     "edge_runtime.data.texts": {"tokenizers"},
     "edge_runtime.inference.export_onnx": {"onnx"},
