@@ -88,10 +88,10 @@ def metrics() -> Iterator[str]:
 def _snapshot() -> Snapshot:
     """Of a server of which everything is known. No value of it is shown."""
     privacy = Privacy(clip=1, noise_multiplier=1, shares=1)
-    plan = Mock(config=Mock(run="", privacy=privacy, delta=0.5), session="", bundle=Mock())
+    plan = Mock(config=Mock(run="", privacy=privacy, delta=0.5, secure=False), session="", bundle=Mock())
     plan.bundle.manifest.model = ""
     state = Mock(announced=Mock(stage=Stage.GLOBAL, level=1), round=1)
-    for name in ("devices", "online", "ready", "expected", "answered", "awaited"):
+    for name in ("devices", "online", "ready", "expected", "answered", "awaited", "updates"):
         setattr(state, name, frozenset())
     figures = Figures(refused=Counter({"": 1}), held_out={"mofm": 1})
     return Snapshot(plan, state, figures, PAGE.parent, certificate_until=1, broker_certificate_until=1)

@@ -30,6 +30,7 @@ def _check_metrics(address: str, info: ValidationInfo) -> str:
 MetricsAddress = Annotated[str, AfterValidator(_check_metrics)]
 CONNECTION = panel("Connection")
 SERVER_NAME = "server"  # common name or user name of the run's server
+OPERATOR_NAME = "operator"  # of the person who removes old runs while a server runs
 HOME_ASSISTANT = "homeassistant"  # its default discovery prefix
 
 

@@ -19,7 +19,7 @@ from support.coordinators import ABC, MEAN, PRIVACY, CoordinatorRun, started
 from support.tools import NOT_TESTED
 
 from edge_runtime.daemon import metrics as device_metrics
-from fedfmsl.algorithms.accounting import epsilon
+from fedfmsl.algorithms.accounting import Observer, epsilons
 from fedfmsl.algorithms.sal import FixedSchedule, Sal
 from fedfmsl.protocol.messages import Activity, Health, Stage
 from trainer_server.coordinator.events import StoreRound
@@ -85,7 +85,9 @@ def test_prometheus_reads_where_the_run_stands(run: CoordinatorRun, tmp_path: Pa
     assert (value("aggregation_seconds_sum"), value("aggregation_seconds_count")) == (0.25, 1)
     assert value("refused_messages_total", "flood") == 3
     assert value("held_out_accuracy_ratio", "global") == 0.5
-    assert value("epsilon") == epsilon(PRIVACY, 1, run.plan.config.delta)
+    spent = {observer.value: value("epsilon", observer.value) for observer in Observer}
+    expected = epsilons(PRIVACY, 1, run.plan.config.delta, updates=2)  # the server has seen one of the present round
+    assert spent == {observer.value: epsilon for observer, epsilon in expected.items()}
     assert (value("queued_messages"), value("incomplete_uploads")) == (7, 2)
     assert value("certificate_expiry_timestamp_seconds") == 9e9
 

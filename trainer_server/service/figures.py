@@ -7,23 +7,23 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fedfmsl.protocol.messages import Stage
+from fedfmsl.protocol.messages import NOISED
 from trainer_server.coordinator.records import ClosedRound
-from trainer_server.coordinator.state import TRAINING, Plan, State
+from trainer_server.coordinator.state import Plan, State
 from trainer_server.storage.run_store import RunStore
 
 CLOSED, REPEATED = "closed", "repeated"  # results of a round
-NOISED = (Stage.STATISTICS, *TRAINING)
 
 
 @dataclass
 class Figures:
     """`rounds`: closed ones by result. `round_seconds`: how long they were open, together. `closings` rounds took
     `closing_seconds` to close: aggregation, and the announcement of the next round. `bytes_up`: of accepted updates.
-    `refused`: messages by reason. `noised`: rounds that used privacy budget, also before the server's start.
+    `refused`: messages by reason. `noised`: rounds of the whole run with noise, and `released` those whose sum was.
     """
 
     noised: int = 0
+    released: int = 0
     started: float = field(default_factory=time.time)
     rounds: Counter[str] = field(default_factory=lambda: Counter({CLOSED: 0, REPEATED: 0}))
     round_seconds: float = 0.0
@@ -37,9 +37,11 @@ class Figures:
 
     @classmethod
     def of_run(cls, store: RunStore) -> Figures:
-        if store.origin.config.privacy is None:
-            return cls()
-        return cls(noised=sum(map(is_noised, store.rounds())))
+        figures = cls()
+        if store.origin.config.privacy:
+            for record in store.rounds():
+                figures._count_noise(record)
+        return figures
 
     def closed(self, record: ClosedRound, seconds: float) -> None:
         """`seconds`: how long the closing took."""
@@ -50,13 +52,13 @@ class Figures:
         self.updates += len(record.updates)
         self.stragglers += len(record.missing)
         self.bytes_up += sum(record.bytes_up.values())
-        self.noised += is_noised(record)
+        self._count_noise(record)
         self.held_out |= record.held_out
 
-
-def is_noised(record: ClosedRound) -> bool:
-    """Whether the round used privacy budget."""
-    return record.round.stage in NOISED and not record.repeated
+    def _count_noise(self, record: ClosedRound) -> None:
+        if record.round.stage in NOISED:
+            self.noised += 1
+            self.released += not record.repeated
 
 
 @dataclass(frozen=True)

@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from functools import lru_cache
 from importlib.metadata import version
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
 
-from fedfmsl.algorithms.accounting import epsilon
-from fedfmsl.protocol.messages import Stage
+from fedfmsl.algorithms.accounting import epsilons
+from fedfmsl.protocol.messages import NOISED, Stage
 from fedfmsl.transport.metrics import by_label, info, one_of
 from trainer_server.service.figures import Snapshot
 
 # Of the models that devices measure. Devices could report others without end.
 ACCURACIES = ("global", "global_prior", "local_expert", "mofm", "local_only", "novel")
 PREFIX = "fedfmsl_server"
-_epsilon = lru_cache(maxsize=1)(epsilon)  # takes a second, and changes with a round
 
 
 def families(now: Snapshot) -> Iterator[Metric]:
@@ -54,11 +52,20 @@ def families(now: Snapshot) -> Iterator[Metric]:
     if now.broker_certificate_until:
         name, text = "broker_certificate_expiry_timestamp_seconds", "Unix time when the broker's certificate expires."
         yield _gauge(name, text, now.broker_certificate_until)
-    config = plan.config
-    if config.privacy:
-        spent = _epsilon(config.privacy, figures.noised, config.delta)
-        yield _gauge("epsilon", "The privacy budget that the run has used, at the run's delta.", spent)
-        yield _gauge("delta", "The delta of the privacy budget.", config.delta)
+    yield from _privacy(now)
+
+
+def _privacy(now: Snapshot) -> Iterator[Metric]:
+    config, state, figures = now.plan.config, now.state, now.figures
+    if config.privacy is None:
+        return
+    present = state.announced is not None and state.announced.stage in NOISED and bool(state.updates)
+    updates = figures.noised + present  # of a device that has answered all rounds
+    spent = epsilons(config.privacy, figures.released, config.delta, secure=config.secure, updates=updates)
+    text = "The privacy budget that the run has used at its delta, by observer."
+    by_observer = {observer.value: value for observer, value in spent.items()}
+    yield by_label(GaugeMetricFamily(f"{PREFIX}_epsilon", text, labels=["observer"]), by_observer)
+    yield _gauge("delta", "The delta of the privacy budget.", config.delta)
 
 
 def _participation(now: Snapshot) -> Iterator[Metric]:
