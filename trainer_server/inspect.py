@@ -10,18 +10,23 @@ from typing import Any
 import typer
 from rich.table import Table
 
-from fedfmsl.algorithms.accounting import epsilon
+from fedfmsl.algorithms.accounting import Observer, epsilons
 from fedfmsl.common.cli import console, print_json
 from fedfmsl.errors import ConfigError, RunError
-from fedfmsl.protocol.messages import Stage
+from fedfmsl.protocol.messages import NOISED
 from fedfmsl.transport.identity import describe_expiry
 from trainer_server.coordinator.records import NAMES, listed, rare_devices
 from trainer_server.coordinator.refusals import LEFT_OUT_AFTER, is_left_out
-from trainer_server.coordinator.state import TRAINING
 from trainer_server.service.lifecycle import make_plan, open_bundle, replay_rounds
 from trainer_server.storage.peft_adapter import write_adapter
 from trainer_server.storage.run_store import RunStore
 
+WHO = {
+    Observer.PUBLIC: "everybody",
+    Observer.PARTICIPANT: "another device",
+    Observer.SERVER: "the server",
+    Observer.COLLUDERS: "the server with one device",
+}
 OUT = typer.Option(help="Folder of the run.")
 
 
@@ -79,8 +84,12 @@ def _facts(store: RunStore) -> dict[str, Any]:
         "refused": {f"{r.device}: {r.kind}": r.count for r in store.refusals()},
     }
     if config.privacy:
-        noised = [r for r in closed if r.round.stage in (Stage.STATISTICS, *TRAINING) and not r.repeated]
-        facts["epsilon"] = epsilon(config.privacy, len(noised), config.delta)
+        noised = [r for r in closed if r.round.stage in NOISED]
+        released = sum(not r.repeated for r in noised)
+        present = announced is not None and announced.stage in NOISED and bool(store.pending_updates())
+        updates = len(noised) + present  # of a device that has answered all rounds
+        found = epsilons(config.privacy, released, config.delta, secure=config.secure, updates=updates)
+        facts["epsilon"] = {observer.value: value for observer, value in found.items()}
         facts["delta"] = config.delta
     return facts
 
@@ -98,6 +107,11 @@ def _rows(facts: dict[str, Any]) -> dict[str, str]:
         texts = [f"{name} {describe_expiry(moment, now, name)[0]}" for name, moment in until.items()]
         rows["certificates"] = "; ".join(texts)
         del rows["certificates until"]
+    if "epsilon" in facts:
+        del rows["epsilon"]
+        delta = rows.pop("delta")
+        for name, value in facts["epsilon"].items():
+            rows[f"ε for {WHO[Observer(name)]}"] = f"{value:.3g} at δ = {delta}"
     rows["storage"] = ", ".join(f"{what} {size / 1e6:.1f} MB" for what, size in facts["bytes"].items())
     del rows["bytes"]
     if "stage" in facts:

@@ -67,6 +67,7 @@ class Sums(str, Enum):
 
 
 EXCHANGE = (Stage.KEYS, Stage.SHARES, Stage.UNMASK)  # the rounds of secure sums without samples
+NOISED = (Stage.STATISTICS, Stage.GLOBAL, Stage.PERSONAL)  # with privacy, devices add noise to these
 
 EngineName = Literal["step-graph", "ort-training"]
 EngineChoice = Literal["auto", "step-graph", "ort-training"]
@@ -167,9 +168,9 @@ class Round(Message):
         return self
 
     @model_validator(mode="after")
-    def _no_second_moments_with_privacy(self) -> Round:
-        if self.stage is Stage.HEAD and self.privacy is not None:
-            raise ValueError("a run with privacy has no stage head, because its second moments have no noise")
+    def _no_sums_without_noise(self) -> Round:
+        if self.stage in (Stage.HEAD, Stage.HOLDERS) and self.privacy is not None:
+            raise ValueError(f"a run with privacy has no stage {self.stage.value}, because its sums have no noise")
         return self
 
 
