@@ -133,7 +133,9 @@ class SecureRounds:
         _check_levels(levels, round_.chosen, level)
         if len(members) < MIN_DEVICES or self._name not in round_.chosen:
             raise MessageError(f"{len(members)} devices are too few to hide this one")
-        vector = MaskedVector(kind=kind, level=level, round=round_.round, members=round_.chosen)
+        least = round_.privacy.shares if round_.privacy is not None else 0
+        _check_noise(members, least)
+        vector = MaskedVector(kind=kind, level=level, round=round_.round, members=round_.chosen, least=least)
         if record.vectors.get(index, vector) != vector:
             raise MessageError("it asks for the same vector with other masks")
         self._store.secure.write(record.model_copy(update={"vectors": {**record.vectors, index: vector}}))
@@ -150,6 +152,7 @@ class SecureRounds:
             raise MessageError("it asks for the shares of other devices than before, which together reveal a vector")
         members, survivors = (_positions(roster, names) for names in (vector.members, round_.chosen))
         _check_levels(levels, round_.chosen, vector.level)
+        _check_noise(survivors, vector.least)
         device = roster.names.index(self._name)
         shape = (len(roster.names), len(roster.holders(device)), None)
         published = np.asarray(tensor_of(self._blob(round_.shares), SHARES, np.uint8, shape), np.uint8)
@@ -199,6 +202,12 @@ def _check_levels(levels: Mapping[str, int], names: tuple[str, ...], highest: in
     level = thin_level((levels.get(name, 0) for name in names), highest)
     if level:
         raise MessageError(f"fewer than {MIN_DEVICES} devices train at level {level} or above")
+
+
+def _check_noise(devices: frozenset[int], least: int) -> None:
+    """Raises MessageError if the sum over so few devices has not the whole noise."""
+    if len(devices) < least:
+        raise MessageError(f"the noise is whole from {least} devices on, and the sum is of {len(devices)}")
 
 
 def _positions(roster: Roster, names: tuple[str, ...]) -> frozenset[int]:

@@ -25,7 +25,7 @@ else:
 ROOT = Path(__file__).parents[2]
 ROOTS = ("fedfmsl", "export", "trainer_server", "edge_runtime", "devices", "simulation", "benchmarks")
 MODELS = {"torch", "transformers", "peft", "optimum", "onnxscript"}  # what an export needs
-SERVER_ONLY = {"dp_accounting", "trainer_server"}
+SERVER_ONLY = {"trainer_server"}
 EXPORT_ONLY = {*MODELS, "export", "huggingface_hub"}
 
 
@@ -47,6 +47,7 @@ TABLE = (
     Row(COMMON, "fedfmsl.errors", "typer rich pydantic pydantic_core pydantic_settings tomli"),
     Row(PROTOCOL, f"fedfmsl.errors {ALGORITHMS}", "numpy pydantic safetensors"),
     Row(TRANSPORT, f"fedfmsl.errors {COMMON} {PROTOCOL}", "paho pydantic cryptography"),
+    Row("fedfmsl.web", f"fedfmsl.errors {COMMON} {TRANSPORT}", "jinja2 starlette uvicorn"),
     Row("fedfmsl", f"fedfmsl.errors {ALGORITHMS} {PROTOCOL}"),
     Row(
         "export",
@@ -111,7 +112,6 @@ TABLE = (
 )
 # Optional dependencies: only this module may import them.
 OPTIONAL = {
-    "fedfmsl.algorithms.accounting": {"dp_accounting"},
     "fedfmsl.common.scatter": {"matplotlib", "numpy"},
     "edge_runtime.daemon.metrics": {"prometheus_client"},
     "edge_runtime.data.images": {"pillow_heif"},
@@ -209,12 +209,21 @@ def test_nothing_imports_benchmarks_or_tests() -> None:
 @pytest.mark.parametrize(
     ("module", "never"),
     [
-        ("fedfmsl", {"pydantic", "safetensors", "onnxruntime", "torch", "paho", "typer", "dp_accounting"}),
+        ("fedfmsl", {"pydantic", "safetensors", "onnxruntime", "torch", "paho", "typer"}),
         ("fedfmsl.protocol.bundle", {*EXPORT_ONLY, "onnx", "onnxruntime", "paho", "typer"}),
         ("edge_runtime.__main__", {*EXPORT_ONLY, *SERVER_ONLY, "onnx", "tokenizers"}),
         (
             "edge_runtime.daemon.loop",
-            {*EXPORT_ONLY, *SERVER_ONLY, "onnx", "tokenizers", "prometheus_client", "Crypto", "cryptography"},
+            {
+                *EXPORT_ONLY,
+                *SERVER_ONLY,
+                "onnx",
+                "tokenizers",
+                "prometheus_client",
+                "starlette",
+                "Crypto",
+                "cryptography",
+            },
         ),
         ("edge_runtime.engines", {*EXPORT_ONLY, *SERVER_ONLY, "onnx", "paho", "typer"}),
         ("trainer_server.__main__", {*EXPORT_ONLY, "onnx", "onnxruntime", "edge_runtime", "PIL"}),
@@ -240,6 +249,7 @@ def test_the_edge_extra_installs_neither_torch_nor_what_needs_it() -> None:
         *("numpy", "paho-mqtt", "pydantic", "pydantic-settings", "rich", "safetensors", "tomli", "typer"),
         *("cryptography", "psutil", "pycryptodome", "tomlkit"),
         *("onnx", "onnxruntime", "pillow", "prometheus-client"),
+        *("jinja2", "starlette", "uvicorn"),
     }
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import tracemalloc
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -82,6 +84,22 @@ def test_the_ranges_of_coordinates_do_not_change_the_result(
     contributions = random_contributions(shape, seed)
     whole, ranges = (rule(sort_bytes=size).aggregate(contributions, PARTS) for size in (SORT_BYTES, 40))
     assert ranges.delta.tobytes() == whole.delta.tobytes()
+
+
+@pytest.mark.parametrize("rule", [WeightedMean(), TrimmedMean(sort_bytes=40), CoordinateMedian(sort_bytes=40)])
+def test_each_contribution_is_read_once_and_nothing_is_left_on_the_disk(rule: AggregationRule, tmp_path: Path) -> None:
+    reads: list[int] = []
+
+    def read(device: int) -> Vector:
+        reads.append(device)
+        return np.full(7 - 2 * (device % 3), device, np.float32)
+
+    sizes = [7 - 2 * (device % 3) for device in range(9)]
+    contributions = [Contribution(1.0, size, partial(read, device)) for device, size in enumerate(sizes)]
+    result = rule.aggregate(contributions, PARTS, scratch=tmp_path).delta
+    assert reads == list(range(9))
+    assert not any(tmp_path.iterdir())
+    assert result.tolist() == [4.0] * 3 + [3.5] * 2 + [3.0] * 2
 
 
 def test_a_part_with_too_few_contributions_stays_untrained() -> None:

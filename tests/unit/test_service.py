@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import sqlite3
 import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.brokers import RestartableBroker
@@ -15,6 +17,7 @@ from support.bundles import Built
 from support.coordinators import ROUND_SECONDS, CoordinatorRun, make_update, plan_for
 from support.processes import Broker, Observer, Processes, wait_until
 
+from fedfmsl.algorithms.aggregation import TrimmedMean
 from fedfmsl.protocol.chunks import chunks
 from fedfmsl.protocol.messages import Ack, Activity, Health, Round, ServerStatus, Stage, Verdict, encode
 from fedfmsl.protocol.tensors import pack
@@ -139,6 +142,25 @@ def test_a_device_that_joins_while_the_disk_cannot_be_written_takes_part_later(
             other.execute("ROLLBACK")
         s.run_to_its_end()
         assert s.notes.count("cannot write") == 1
+
+
+def test_an_aggregation_that_finds_a_full_disk_is_tried_again(
+    vit: Built, broker: Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = [OSError(errno.ENOSPC, "No space left on device")] * 2
+    combine = TrimmedMean._combine
+
+    def combine_later(*arguments: Any) -> None:
+        if full:
+            raise full.pop()
+        combine(*arguments)
+
+    monkeypatch.setattr(TrimmedMean, "_combine", combine_later)
+    with scene(vit, broker, tmp_path / "run", "scratch") as s:
+        s.announce_device()
+        s.run_to_its_end()
+        assert s.notes.count("No space left on device") == 1
+        assert not any(closed.repeated for closed in RunStore(s.folder).rounds())
 
 
 def test_a_flood_of_garbage_costs_no_round_and_fills_no_log(vit: Built, broker: Broker, tmp_path: Path) -> None:

@@ -240,7 +240,7 @@ def _combined(plan: Plan, state: State, layout: Layout, delta: Callable[[Plan, U
         size = layout.size(update.level) if update.stage is Stage.GLOBAL else layout.total
         contributions.append(Contribution(weight / (1 + late) ** 0.5, size, partial(read, accepted)))
     least = privacy.shares if privacy else 1
-    return aggregation.aggregation_rule.aggregate(contributions, layout.parts, least)
+    return aggregation.aggregation_rule.aggregate(contributions, layout.parts, least, plan.scratch)
 
 
 def _in_order(state: State) -> list[Accepted]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 
@@ -54,7 +55,8 @@ class Plan:
     """What is constant during a run. `read` loads the tensors of an accepted update by the SHA-256 of its blob.
 
     `check_keys` raises MessageError if signed keys are not valid. Without `masks`, as in a simulation, the vectors of
-    secure sums are not masked, and have the same sum.
+    secure sums are not masked, and have the same sum. `scratch`: the folder for what of a round does not fit in memory;
+    None: that of temporary files.
     """
 
     config: RunConfig
@@ -63,6 +65,7 @@ class Plan:
     read: Callable[[str], Tensors]
     check_keys: CheckKeys = unsigned
     masks: bool = True
+    scratch: Path | None = None
 
     @cached_property
     def schedule(self) -> list[Step]:

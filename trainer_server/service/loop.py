@@ -301,7 +301,11 @@ class Service:
             logger.warning("the broker does not return this server's own status; check that --identity is the server's")
         overdue = now >= next_deadline(self._plan, self._state)
         ticked = ClockTicked(self._liveness.working(now) if overdue else frozenset())
-        state, commands = advance(self._plan, self._state, ticked, now)
+        try:
+            state, commands = advance(self._plan, self._state, ticked, now)
+        except OSError as error:  # the aggregation needs disk space; the next tick tries again
+            self._wait_for_disk(error)
+            return
         if not commands:
             return
         stop = next((command for command in commands if isinstance(command, Stop)), None)
