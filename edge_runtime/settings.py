@@ -163,6 +163,12 @@ class Settings(PredictSettings, LogSettings):
     metrics: str | None = Field(
         None, description="HOST:PORT to serve Prometheus metrics on. Default: none.", json_schema_extra=OUTPUT
     )
+    page: str | None = Field(
+        None,
+        description="HOST:PORT of the device's page, where people see its state and label the files of --watch. "
+        "Default: none.",
+        json_schema_extra=OUTPUT,
+    )
 
     @field_validator("metrics")
     @classmethod
@@ -170,6 +176,16 @@ class Settings(PredictSettings, LogSettings):
         if address is not None:
             try:
                 listening_on(address, "metrics", bool(info.data.get("insecure")))
+            except ConfigError as error:
+                raise ValueError(str(error)) from error
+        return address
+
+    @field_validator("page")
+    @classmethod
+    def _check_page(cls, address: str | None, info: ValidationInfo) -> str | None:
+        if address is not None:
+            try:
+                listening_on(address, "the page", insecure=bool(info.data.get("insecure") or info.data.get("identity")))
             except ConfigError as error:
                 raise ValueError(str(error)) from error
         return address

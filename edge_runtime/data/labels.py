@@ -78,7 +78,7 @@ def read_labels(path: Path) -> tuple[Labels, list[SkippedFile]]:
 
 
 def labelled_names(path: Path) -> frozenset[str]:
-    """The files that have a class, by their paths below the samples' folder. Raises InputError as `read_labels` does."""
+    """The files with a class, by their paths below the samples' folder. Raises InputError as `read_labels` does."""
     return frozenset(read_labels(path)[0])
 
 

@@ -1,7 +1,7 @@
 """Carries out a person's answers, and takes them back: labels, "not in the list", and deletion.
 
 Every answer is in the queue's database before anything moves, and is completed at the next start if the process ends in
-between. A file is never overwritten: its new name is reserved first. A deleted file goes to the trash, which is bounded.
+between. A file is never overwritten: its new name is reserved first. Deleted files go to the trash, which is bounded.
 """
 
 from __future__ import annotations
@@ -75,7 +75,9 @@ class Answers:
         if kind is Kind.LABEL and label not in self._destination.classes:
             raise InputError(f"{one_line(label)!r} is not a class of the list; choose one of it")
         with self._lock:
-            files = [file for file in self._queue.get(numbers) if not file.answered and version_of(file.path) == file.version]
+            files = [
+                file for file in self._queue.get(numbers) if not file.answered and version_of(file.path) == file.version
+            ]
             if not files:
                 raise InputError("the files of this question have an answer already, or are gone; reload the page")
             with _explained(files[0].path):
@@ -266,4 +268,6 @@ def _explained(path: Path) -> Iterator[None]:
     except PermissionError as error:
         raise InputError(no_permission(error.filename or path, "change")) from error
     except OSError as error:
-        raise InputError(f"{shown(path)} could not be moved ({error.strerror or error}); nothing has changed") from error
+        raise InputError(
+            f"{shown(path)} could not be moved ({error.strerror or error}); nothing has changed"
+        ) from error

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from edge_runtime.data.labels import labelled_names, line_of
+from edge_runtime.labelling.queue import Queue
 from fedfmsl.common.class_folders import class_folder, normal_name
 from fedfmsl.common.files import shortened
 from fedfmsl.errors import InputError, shown
@@ -20,12 +20,15 @@ from fedfmsl.errors import InputError, shown
 
 @dataclass(frozen=True)
 class Destination:
-    """The sample folder and the labels file of a device."""
+    """The sample folder and the labels file of a device. Its classes are those of its newest model."""
 
     images: Path
     labels: Path | None
-    noun: str
-    classes: Sequence[str]
+    queue: Queue
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.queue.classes
 
     def reserve(self, source: Path, label: str) -> tuple[Path, str | None]:
         """Where a file with this class belongs, as an empty file until it is moved there, and its line in the labels
@@ -34,7 +37,7 @@ class Destination:
         Raises InputError if the class cannot be a folder or the name is not UTF-8, OSError if nothing can be written.
         """
         if self.labels is None:
-            return reserved(class_folder(self.images, self.noun, self.classes, label), source.name), None
+            return reserved(class_folder(self.images, self.queue.noun, self.classes, label), source.name), None
         inside = source.is_relative_to(self.images)
         folder, name = (source.parent if inside else self.images), shown(source.name)
         if shown(folder) != str(folder):

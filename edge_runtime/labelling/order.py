@@ -1,13 +1,12 @@
-"""Which files to ask about first: least certain first, near-duplicates together, different scenes after each other.
+"""Which files to ask about first: least certain first, near-duplicates together, one scene once.
 
-The margin is that of Scheffer et al. 2001; the greedy k-centre is that of Sener & Savarese 2018, here among the least
-certain files only. The grouping of near-duplicates is ours: they get one answer, so a group has to be small enough to
-be seen at once.
+The margin is that of Scheffer et al. 2001; the rest is ours. Near-duplicates get one answer, so a group has to be small
+enough to be seen at once. A greedy k-centre (Sener & Savarese 2018) among the least certain files needs more answers:
+it prefers unusual photos (benchmarks/labelling.md).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +15,10 @@ from numpy.typing import NDArray
 
 from fedfmsl.algorithms.arrays import Floats
 
-SAME = 0.9  # cosine of two features from which their files are near-duplicates
+SAME = 0.975  # cosine of two features from which their files are near-duplicates; 1% of such pairs are of two classes
+SCENE = 0.95  # cosine from which two questions are about one scene
 GROUP = 12  # files of one question
-POOL = 8  # candidates per question: the k-centre chooses among so many least certain groups
+POOL = 4  # groups per question that are compared
 ROWS = 512  # files whose features are compared at once
 
 Features = NDArray[np.floating[Any]]
@@ -41,19 +41,28 @@ def margins(probabilities: Floats) -> Floats:
     return np.asarray(highest[:, 1] - highest[:, 0], np.float32)
 
 
-def questions(margin: Floats, features: Features, count: int, same: float = SAME) -> list[Question]:
+def questions(margin: Floats, features: Features, count: int) -> list[Question]:
     """The next `count` questions about n files with these margins (n,) and features (n, F) of any float type.
 
-    Takes memory for one copy of the features of the least certain groups, beside ROWS files at a time.
+    A question about the scene of an earlier one comes after all others. Takes memory for the features of POOL groups
+    per question, beside ROWS files at a time.
     """
-    groups = near_duplicates(np.argsort(margin, kind="stable"), features, POOL * count, same)
-    first = _directions(features[[group.first for group in groups]]) if groups else np.empty((0, 0), np.float32)
-    return [groups[index] for index in spread(first, count)]
+    groups = near_duplicates(np.argsort(margin, kind="stable"), features, POOL * count)
+    if not groups:
+        return []
+    first = _directions(features[[group.first for group in groups]])
+    cosines = first @ first.T
+    chosen: list[int] = []
+    for index in range(len(groups)):
+        if not (cosines[index, chosen] >= SCENE).any():
+            chosen.append(index)
+    rest = [index for index in range(len(groups)) if index not in chosen]
+    return [groups[index] for index in (chosen + rest)[:count]]
 
 
-def near_duplicates(order: NDArray[np.intp], features: Features, limit: int, same: float = SAME) -> list[Question]:
+def near_duplicates(order: NDArray[np.intp], features: Features, limit: int) -> list[Question]:
     """The first `limit` groups of near-duplicates. Files are taken in `order`: each joins the first group whose first
-    file has at least the cosine `same` with it and which has space, or begins a group."""
+    file has at least the cosine SAME with it and which has space. A file without such a group begins one."""
     leaders = np.empty((limit, features.shape[1]), np.float32)
     groups: list[list[int]] = []
     for start in range(0, len(order), ROWS):
@@ -63,29 +72,16 @@ def near_duplicates(order: NDArray[np.intp], features: Features, limit: int, sam
         similar = chunk @ leaders[:before].T  # to the groups that were there before this chunk
         for index, row in enumerate(rows):
             within = leaders[before : len(groups)] @ chunk[index]
-            cosines = np.concatenate([similar[index], within])
-            near = next((int(g) for g in np.flatnonzero(cosines >= same) if len(groups[g]) < GROUP), None)
+            same = np.flatnonzero(np.concatenate([similar[index], within]) >= SAME)
+            near = next((int(group) for group in same if len(groups[group]) < GROUP), None)
             if near is not None:
                 groups[near].append(int(row))
-            elif len(groups) < limit and not (cosines >= same).any():
+            elif len(groups) < limit and not len(same):
                 leaders[len(groups)] = chunk[index]
                 groups.append([int(row)])
     return [Question(tuple(group)) for group in groups]
 
 
-def spread(directions: Floats, count: int) -> list[int]:
-    """`count` of n unit vectors (n, F): the first, and then always the one farthest from all chosen ones."""
-    if not len(directions):
-        return []
-    chosen = [0]
-    nearest = directions @ directions[0]
-    while len(chosen) < min(count, len(directions)):
-        nearest[chosen] = np.inf
-        chosen.append(int(nearest.argmin()))
-        nearest = np.maximum(nearest, directions @ directions[chosen[-1]])
-    return chosen
-
-
-def _directions(features: Features | Sequence[Features]) -> Floats:
+def _directions(features: Features) -> Floats:
     rows = np.asarray(features, np.float32)
     return np.asarray(rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12), np.float32)

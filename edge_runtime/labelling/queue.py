@@ -93,7 +93,9 @@ class Queue:
         except sqlite3.OperationalError as error:
             raise OSError(f"{self._path} cannot be written or read ({error})") from error
         except sqlite3.DatabaseError as error:
-            raise ConfigError(f"{self._path} is damaged ({error}); delete it: files are then asked about again") from error
+            raise ConfigError(
+                f"{self._path} is damaged ({error}); delete it: files are then asked about again"
+            ) from error
 
     def describe(self, classes: Sequence[str], noun: str) -> None:
         """Stores what the page shows: the classes, and what a file is."""

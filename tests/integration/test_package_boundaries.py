@@ -70,6 +70,7 @@ TABLE = (
     Row(f"{EDGE}.store", FEDFMSL, "pydantic"),
     Row(f"{EDGE}.engines", FEDFMSL, "numpy onnxruntime psutil"),
     Row(f"{EDGE}.data", f"{FEDFMSL} {EDGE}.store {EDGE}.engines", "numpy PIL pydantic"),
+    Row(f"{EDGE}.labelling", f"{FEDFMSL} {EDGE}.data", "numpy"),
     Row(f"{EDGE}.training", f"{FEDFMSL} {EDGE}.store {EDGE}.engines {EDGE}.data", "numpy pydantic"),
     Row(
         f"{EDGE}.resources",
@@ -79,7 +80,7 @@ TABLE = (
     Row(f"{EDGE}.settings", f"{FEDFMSL} {EDGE}.resources", "pydantic pydantic_settings"),
     Row(
         f"{EDGE}.inference",
-        f"{FEDFMSL} {EDGE}.store {EDGE}.engines {EDGE}.data {EDGE}.training {EDGE}.settings",
+        f"{FEDFMSL} {EDGE}.store {EDGE}.engines {EDGE}.data {EDGE}.labelling {EDGE}.training {EDGE}.settings",
         "numpy pydantic",
     ),
     Row(
@@ -87,6 +88,11 @@ TABLE = (
         f"{FEDFMSL} {EDGE}.store {EDGE}.engines {EDGE}.data {EDGE}.training {EDGE}.resources {EDGE}.settings "
         f"{EDGE}.inference",
         "numpy paho pydantic psutil",
+    ),
+    Row(
+        f"{EDGE}.page",
+        f"{FEDFMSL} fedfmsl.web {EDGE}.store {EDGE}.engines {EDGE}.data {EDGE}.labelling {EDGE}.settings {EDGE}.daemon",
+        "starlette",
     ),
     Row(EDGE, f"{FEDFMSL} {EDGE}.*", "typer rich pydantic"),
     Row(

@@ -29,7 +29,7 @@ def scenes(count: int, each: int, seed: int = 0) -> np.ndarray:
     """Features (count · each, 64): `each` photos of every scene, one scene after the other."""
     random = np.random.default_rng(seed)
     centres = random.normal(size=(count, 1, 64))
-    return (centres + 0.05 * random.normal(size=(count, each, 64))).reshape(-1, 64).astype(np.float16)
+    return (centres + 0.02 * random.normal(size=(count, each, 64))).reshape(-1, 64).astype(np.float16)
 
 
 def test_the_margin_is_between_the_two_best_classes() -> None:
@@ -66,7 +66,7 @@ class Desk:
             self.labels.write_bytes(labels.encode())
         self.queue = Queue(root / "questions.sqlite")
         self.queue.describe(CLASSES, "image")
-        self.destination = Destination(self.images, self.labels, "image", CLASSES)
+        self.destination = Destination(self.images, self.labels, self.queue)
         self.open()
 
     def open(self) -> None:
