@@ -94,7 +94,7 @@ def predict(
         "--adapt/--no-adapt",
         help="Adapt to the classes that the files show, without labels. Default: with --watch.",
     ),
-    questions: bool = typer.Option(False, hidden=True, help="Store what the device's page asks about."),
+    questions: bool = typer.Option(False, help="With --watch: store what the device's page asks about."),
     publish: bool = typer.Option(
         False,
         "--publish",

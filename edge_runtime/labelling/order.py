@@ -1,8 +1,8 @@
 """Which files to ask about first: least certain first, near-duplicates together, one scene once.
 
 The margin is that of Scheffer et al. 2001; the rest is ours. Near-duplicates get one answer, so a group has to be small
-enough to be seen at once. A greedy k-centre (Sener & Savarese 2018) among the least certain files needs more answers:
-it prefers unusual photos (benchmarks/labelling.md).
+enough to be seen at once. A greedy k-centre (Sener & Savarese 2018) among the least certain files is no better
+(benchmarks/labelling.md).
 """
 
 from __future__ import annotations

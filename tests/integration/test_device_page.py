@@ -76,7 +76,7 @@ def test_ten_photos_labelled_by_keyboard_join_the_next_round(
         for index in range(LABELLED):
             answer_one(page, "12"[index % 2], left=WAITING - index - 1)
         page.keyboard.press("u")
-        page.get_by_text(f"{WAITING - LABELLED + 1} waiting").wait_for()
+        wait_for_text(page, f"{WAITING - LABELLED + 1} waiting")
         assert len(list(inbox.rglob("*.jpg"))) == WAITING - LABELLED + 1
         answer_one(page, "2", left=WAITING - LABELLED)
         assert {name: len(list((folder / name).iterdir())) for name in ("apple", "kiwi")} == {"apple": 15, "kiwi": 15}
@@ -96,12 +96,18 @@ def test_ten_photos_labelled_by_keyboard_join_the_next_round(
     assert f"the page of this device is http://0.0.0.0:{port}/" in said and "Traceback" not in said
 
 
+def wait_for_text(page: Page, text: str) -> None:
+    """On a page whose script runs: without it, a key does nothing."""
+    page.get_by_text(text).wait_for()
+    page.wait_for_load_state()
+
+
 def answer_one(page: Page, key: str, left: int) -> None:
     """Answers about the large photo alone; photos like it are unticked."""
     for box in page.get_by_role("checkbox").all()[1:]:
         box.press("Space")
     page.keyboard.press(key)
-    page.get_by_text(f"{left} waiting").wait_for()
+    wait_for_text(page, f"{left} waiting")
 
 
 HOSTILE = ("<img src=x onerror=alert(1)>", '"><script>alert(2)', "ש" * 127, "\u202egnorw", "w" * 255)
@@ -153,16 +159,15 @@ def test_hostile_names_are_only_text_on_a_narrow_dark_page(desk: Desk, url: str,
     page.keyboard.press("ArrowRight")
     assert page.evaluate("document.activeElement.value") == "1"
     page.keyboard.press("Enter")
-    page.get_by_text(f"{len(HOSTILE)} waiting").wait_for()
+    wait_for_text(page, f"{len(HOSTILE)} waiting")
     assert len(list((desk.answers._destination.images / HOSTILE[1]).iterdir())) == 1  # a folder with the hostile name
     page.keyboard.press("Delete")
-    page.get_by_text("4 waiting").wait_for()
+    wait_for_text(page, "4 waiting")
     page.keyboard.press("n")
-    page.get_by_text("Last answer: not in the list").wait_for()
-    for _ in range(3):
+    wait_for_text(page, "Last answer: not in the list")
+    for waiting in (4, 5, 6):
         page.keyboard.press("u")
-        page.wait_for_load_state()
-    page.get_by_text("6 waiting").wait_for()
+        wait_for_text(page, f"{waiting} waiting")
     page.context.close()
     assert not browser.problems
 
