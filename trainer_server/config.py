@@ -201,8 +201,8 @@ class RunRules(BaseModel):
     )
     secure: bool = Field(
         False,
-        description="Secure aggregation of all updates and sums: the server learns no single device's. Excludes --rule "
-        "trimmed-mean and median, --clip, --encoding, --max-staleness and --dp-noise.",
+        description="Secure aggregation of all updates and sums: the server learns no single device's. Excludes every "
+        "--rule but mean, --clip, --encoding, --max-staleness and --dp-noise.",
         json_schema_extra=PRIVACY,
     )
     secure_sums: bool = Field(
