@@ -75,6 +75,13 @@ class Settings(PredictSettings, LogSettings):
         "Default: as the server says.",
         json_schema_extra=RUN,
     )
+    max_epsilon: float | None = Field(
+        None,
+        gt=0,
+        description="Privacy budget ε that the updates of all runs may reach, at δ = 1e-5. The device takes no part in "
+        "rounds that would pass it, or that have no noise. Default: no limit.",
+        json_schema_extra=RUN,
+    )
     stay: bool = Field(
         False,
         description="After a run, wait for the next one of the same name. Always on with --watch.",

@@ -182,7 +182,16 @@ def _runner(
         report=report,
     )
     scan_report = reported_and_checked(progress, control.check_stopped)
-    return RoundRunner(device, prepared.folder, control, tracker, scan_report, settings.identity, settings.secure)
+    return RoundRunner(
+        device,
+        prepared.folder,
+        control,
+        tracker,
+        scan_report,
+        settings.identity,
+        settings.secure,
+        settings.max_epsilon,
+    )
 
 
 def _introduction(settings: Settings, topics: Topics, name: str, bundle: Bundle) -> Message | None:

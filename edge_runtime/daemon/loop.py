@@ -47,7 +47,7 @@ from edge_runtime.resources.governor import Governor
 from fedfmsl.common.logs import fields
 from fedfmsl.errors import FedFMSLError, MessageError, RunError
 from fedfmsl.protocol.duplicate_name import DuplicateNameGuard
-from fedfmsl.protocol.messages import Ack, Activity, DeviceStatus, Round, ServerStatus, parse
+from fedfmsl.protocol.messages import Ack, Activity, DeviceStatus, Round, ServerStatus, Stage, parse
 from fedfmsl.protocol.tensors import blob_bytes
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.link import Connected, Disconnected, Link, LinkEvent, Posted, Received, SubscriptionRefused
@@ -99,6 +99,7 @@ class DaemonLoop:
         )
         self._connected = True
         self._paused = ""  # the reason, as published
+        self._over_budget = ""  # why the announced round would pass the privacy budget
         self._refused = ""  # why the broker does not let this device take part
         self._unheard = ""  # why this device's own status seems to be dropped
         self._unanswered = ""  # why its updates seem to be dropped
@@ -152,7 +153,7 @@ class DaemonLoop:
             if self._stop is None and time.monotonic() >= self._next_tick:
                 self._next_tick = time.monotonic() + self._timing.tick
                 self._tick()
-            if self._stop is None and event is None and self._jobs.may_start_round:
+            if self._stop is None and event is None and self._may_start_round():
                 self._handle(Idle())
             timeout = 0.0 if event is not None else self._timing.tick
         return self._stop
@@ -193,7 +194,9 @@ class DaemonLoop:
                 self._announce()  # the server counts only devices that answer
             self._handle(ServerSeen(status))
         elif message.topic == topics.round:
-            self._handle(RoundSeen(parse(Round, message.payload)))
+            announced = parse(Round, message.payload)
+            self._check_budget(announced)
+            self._handle(RoundSeen(announced))
         elif message.topic == topics.ack(self._name):
             self._handle(AckSeen(parse(Ack, message.payload)))
         elif message.topic == topics.status(self._name):
@@ -260,7 +263,7 @@ class DaemonLoop:
             self._jobs.scan_if_due()
         self._store_globals()
         working = Activity.WAITING if self._state.running is None else Activity.WORKING
-        self._heartbeat(Activity.PAUSED if self._paused or self._jobs.no_samples else working)
+        self._heartbeat(Activity.PAUSED if self._not_working else working)
 
     def _pause(self, reason: str) -> None:
         """Pauses the computation if there is a reason. The server does not wait for a paused device."""
@@ -272,6 +275,26 @@ class DaemonLoop:
             self._announce()
         self._stop_outdated_work()
 
+    def _may_start_round(self) -> bool:
+        announced = self._state.announced
+        if announced is not None and self._state.running is None:  # the round before may have cost something
+            self._check_budget(announced)
+        return self._jobs.may_start_round and not self._over_budget
+
+    def _check_budget(self, announced: Round) -> None:
+        """Tells the server at once if this device takes no part in the round because of its privacy budget. A round
+        `unmask` costs nothing, and changes nothing: it follows a round in which the device took part or did not."""
+        before = self._over_budget
+        if announced.stage is not Stage.UNMASK:
+            self._over_budget = self._runner.budget.refusal(announced)
+        if self._over_budget == before:
+            return
+        if self._over_budget:
+            logger.warning(f"takes no part in round {announced.round}: {self._over_budget}")
+        else:
+            logger.info(f"takes part again from round {announced.round} on")
+        self._announce()
+
     def _stop_outdated_work(self) -> None:
         """During a pause, stops a round when a newer one is announced. Without a pause the round is completed: its
         update is late and counts with a lower weight."""
@@ -282,8 +305,14 @@ class DaemonLoop:
         """The watchdog is not reset while a job makes no step, except during a pause."""
         alive = self._worker.is_alive() or bool(self._paused)
         slowdown = self._runner.tracker.cap.slowdown
-        paused = self._paused or self._jobs.no_samples
-        self._health.heartbeat(activity, self._runner.device, self._state, paused, slowdown, alive, self._denied())
+        self._health.heartbeat(
+            activity, self._runner.device, self._state, self._not_working, slowdown, alive, self._denied()
+        )
+
+    @property
+    def _not_working(self) -> str:
+        """Why this device does not compute now, or ""."""
+        return self._paused or self._over_budget or self._jobs.no_samples
 
     def _denied(self) -> str:
         """What the broker seems to refuse: it drops a message that its access rules forbid without a word."""
@@ -338,5 +367,7 @@ class DaemonLoop:
     def _announce(self) -> None:
         if self._stop is None:
             self._announcer.status(
-                self._runner.device, paused=self._paused, error=self._refused or self._jobs.no_samples
+                self._runner.device,
+                paused=self._paused or self._over_budget,
+                error=self._refused or self._jobs.no_samples,
             )
