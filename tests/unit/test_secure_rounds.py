@@ -20,7 +20,7 @@ from devices.provisioning.authority import CLIENT, make_authority
 from edge_runtime.daemon.round_runner import RoundRunner
 from edge_runtime.data.folder import SampleFolder
 from edge_runtime.settings import Secure
-from edge_runtime.store.secure_store import SecureRecord, SecureStore
+from edge_runtime.store.secure_store import NoKeysError, SecureRecord, SecureStore
 from fedfmsl.algorithms.aggregation import Contribution, WeightedMean
 from fedfmsl.algorithms.arrays import Tensors
 from fedfmsl.algorithms.fixed_point import fixed_point, numbers
@@ -253,6 +253,15 @@ def test_a_device_opens_a_vector_for_one_set_of_survivors_only(vit: Built, tmp_p
     fewer = round_.model_copy(update={"round": round_.round + 1, "chosen": round_.chosen[:-1]})
     with pytest.raises(RunError, match=r"refused to the server in round 5 \(unmask\): .* together reveal a vector"):
         device.answer(fewer)
+
+
+def test_a_device_without_its_keys_waits_for_the_next_ones(vit: Built, tmp_path: Path) -> None:
+    """A second process of its name with an empty state directory, for example."""
+    run = SecureRun(vit, secure_devices(vit, tmp_path, 4))
+    run.until(Stage.SHARES)
+    new = replace(run.devices["d0"], folder=tmp_path / "new")
+    with pytest.raises(NoKeysError, match=r"round 2 \(shares\) needs the keys of an earlier round, .*/new"):
+        new.answer(run.announced)
 
 
 def test_a_device_masks_a_vector_once_and_does_not_join_a_second_sum_of_the_same(vit: Built, tmp_path: Path) -> None:

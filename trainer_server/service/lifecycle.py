@@ -61,7 +61,7 @@ def open_run(folder: Path, config: RunConfig, bundle: Bundle) -> RunStore:
         differences, changes = differing_settings(origin.config, config)
         raise ConfigError(
             f"{folder} holds run {origin.config.run!r} with {differences}; resume it with python -m trainer_server "
-            f"resume --out {folder}{changes}, or choose another --out"
+            f"resume{changes} --out {folder}, or choose another --out"
         )
     return store
 
