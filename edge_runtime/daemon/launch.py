@@ -67,9 +67,10 @@ def launch(settings: Settings) -> None:
             logger.warning("--max-temperature has no effect: no thermal zone can be read; check --thermal-zones")
         health = HealthReporter(link, topics, name, store, sensors.read)
         if settings.metrics:
-            from edge_runtime.daemon.metrics import serve_metrics  # takes 12 MB of memory
+            from edge_runtime.daemon.metrics import families  # takes 12 MB of memory
+            from fedfmsl.transport.metrics import serve_metrics
 
-            serve_metrics(settings.metrics, lambda: health.newest, settings.insecure)
+            serve_metrics(settings.metrics, lambda: families(health.newest), settings.insecure)
         connect(link, health)
         health.ready()
         prepared = _prepare(settings, link, topics, store, name, health)
