@@ -114,7 +114,7 @@ def _alike(one: ServerView, other: ServerView) -> bool:
 
 
 def read_observations(folder: Path, since: float = 0.0) -> tuple[ServerView | None, dict[str, DeviceView]]:
-    """The server, and the devices that have changed at `since` or later, as they were last written; None and {} if the
+    """The server, and the devices that have changed after `since`, as they were last written; None and {} if the
     run has no such file."""
     path = folder / DATABASE
     if not path.is_file():
@@ -123,7 +123,7 @@ def read_observations(folder: Path, since: float = 0.0) -> tuple[ServerView | No
         with closing(sqlite3.connect(path, timeout=BUSY_SECONDS)) as db:
             row = db.execute("SELECT body FROM server").fetchone()
             rows = db.execute(
-                "SELECT device, status, health, heard FROM devices WHERE changed >= ?", (since,)
+                "SELECT device, status, health, heard FROM devices WHERE changed > ?", (since,)
             ).fetchall()
         server = ServerView.model_validate_json(row[0]) if row else None
         return server, {name: _view(status, health, heard) for name, status, health, heard in rows}
