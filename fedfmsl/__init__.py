@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from fedfmsl.algorithms.accounting import epsilon
+from fedfmsl.algorithms.accounting import Observer, epsilon, epsilons
 from fedfmsl.algorithms.aggregation import Aggregate, Contribution, CoordinateMedian, TrimmedMean, WeightedMean
 from fedfmsl.algorithms.calibration import UNKNOWN, calibrate, fit_temperature, unknown_threshold
 from fedfmsl.algorithms.class_means import class_mean_head, direction_head
@@ -77,6 +77,7 @@ __all__ = [
     "InputError",
     "MessageError",
     "Moments",
+    "Observer",
     "Privacy",
     "RunError",
     "Sal",
@@ -96,6 +97,7 @@ __all__ = [
     "direction_head",
     "discriminant_head",
     "epsilon",
+    "epsilons",
     "fit_temperature",
     "gate_offset",
     "gate_statistics",

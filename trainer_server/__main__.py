@@ -25,9 +25,9 @@ from trainer_server.service.console_job import console_job, start_console
 from trainer_server.service.lifecycle import NO_CHANGES, open_bundle, open_run, run_server
 from trainer_server.service.loop import FINISHED
 from trainer_server.service.purge import purge as remove_retained
+from trainer_server.service.stored import require_unchanged
 from trainer_server.settings import ConsoleSettings, PurgeSettings, ResumeSettings, ServerSettings, ServiceSettings
 from trainer_server.storage.run_store import RunStore, require_folder
-from trainer_server.stored import require_unchanged
 
 logger = logging.getLogger("trainer_server")  # __name__ is __main__ here
 app = application("Coordinate a federated run: both stages of FedFMSL, over MQTT.")

@@ -40,6 +40,7 @@ from edge_runtime.daemon.state import (
     is_outdated,
     required_globals,
 )
+from edge_runtime.daemon.status import describe_model
 from edge_runtime.daemon.timing import DEFAULT_TIMING, Timing
 from edge_runtime.daemon.update_sender import UpdateSender
 from edge_runtime.daemon.worker import JobEnded, Progress, Worker
@@ -47,7 +48,7 @@ from edge_runtime.resources.governor import Governor
 from fedfmsl.common.logs import fields
 from fedfmsl.errors import FedFMSLError, MessageError, RunError
 from fedfmsl.protocol.duplicate_name import DuplicateNameGuard
-from fedfmsl.protocol.messages import Ack, Activity, DeviceStatus, Round, ServerStatus, parse
+from fedfmsl.protocol.messages import Ack, Activity, DeviceStatus, Round, ServerStatus, Stage, parse
 from fedfmsl.protocol.tensors import blob_bytes
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.link import Connected, Disconnected, Link, LinkEvent, Posted, Received, SubscriptionRefused
@@ -104,7 +105,7 @@ class DaemonLoop:
         self._unanswered = ""  # why its updates seem to be dropped
         self._echo_due = math.inf  # when this device's own status must have come back
         self._stop: Stop | None = None
-        self._finished_session = ""  # the last session whose end has been handled
+        self._finished_session = ""  # the last session whose end has been handled, or logged
         self._next_tick = self._next_sensors = self._next_subscription = 0.0
         store.remove_temporary_files()
         unacknowledged = store.outbox.unacknowledged(store.outbox.session)
@@ -113,6 +114,7 @@ class DaemonLoop:
             guard=DuplicateNameGuard(INSTANCE),
             bundle=device.bundle.sha256,
             session=store.outbox.session,
+            run=store.outbox.run,
             last_started=max({store.outbox.acknowledged, *unacknowledged}),
             unacknowledged=unacknowledged,
         )
@@ -193,7 +195,9 @@ class DaemonLoop:
                 self._announce()  # the server counts only devices that answer
             self._handle(ServerSeen(status))
         elif message.topic == topics.round:
-            self._handle(RoundSeen(parse(Round, message.payload)))
+            round_ = parse(Round, message.payload)
+            self._handle(RoundSeen(round_))
+            self._log_end(round_)
         elif message.topic == topics.ack(self._name):
             self._handle(AckSeen(parse(Ack, message.payload)))
         elif message.topic == topics.status(self._name):
@@ -309,6 +313,16 @@ class DaemonLoop:
         elif self._finished_session != self._state.session:
             self._finished_session = self._state.session
             self._jobs.write_missing_model(then=self._finished)
+
+    def _log_end(self, announced: Round) -> None:
+        """Logs that a run has finished in which this device did not take part."""
+        is_other = announced.session not in (self._state.session, self._finished_session)
+        if announced.stage is Stage.FINISHED and is_other:
+            self._finished_session = announced.session
+            logger.info(
+                f"run {announced.run!r} has finished without this device; waiting for a new run of this name; the "
+                f"model for predictions is {describe_model(self._store)}"
+            )
 
     def _finished(self) -> None:
         finished, path = f"run {self._topics.run!r} has finished", self._store.personalized

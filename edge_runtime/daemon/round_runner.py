@@ -153,7 +153,7 @@ class RoundRunner:
                 "without secure aggregation; start the run with --secure-sums or --secure"
             )
         store = self.device.store
-        store.outbox.enter(round_.session)
+        store.outbox.enter(round_.session, round_.run)
         self.control.check()
         started, device = time.perf_counter(), self.device
         if round_.stage in EXCHANGE:

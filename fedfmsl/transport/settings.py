@@ -18,6 +18,7 @@ DiscoveryPrefix = Annotated[str, checked(lambda text: text and check_prefix(text
 Broker = Annotated[str, checked(parse_address)]
 CONNECTION = panel("Connection")
 SERVER_NAME = "server"  # common name or user name of the run's server
+OPERATOR_NAME = "operator"  # of the person who removes old runs while a server runs
 HOME_ASSISTANT = "homeassistant"  # its default discovery prefix
 
 

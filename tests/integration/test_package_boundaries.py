@@ -25,7 +25,7 @@ else:
 ROOT = Path(__file__).parents[2]
 ROOTS = ("fedfmsl", "export", "trainer_server", "edge_runtime", "devices", "simulation", "benchmarks")
 MODELS = {"torch", "transformers", "peft", "optimum", "onnxscript"}  # what an export needs
-SERVER_ONLY = {"dp_accounting", "trainer_server"}
+SERVER_ONLY = {"trainer_server"}
 EXPORT_ONLY = {*MODELS, "export", "huggingface_hub"}
 
 
@@ -118,7 +118,6 @@ TABLE = (
 )
 # Optional dependencies: only this module may import them.
 OPTIONAL = {
-    "fedfmsl.algorithms.accounting": {"dp_accounting"},
     "fedfmsl.common.scatter": {"matplotlib", "numpy"},
     "edge_runtime.daemon.metrics": {"prometheus_client"},
     "edge_runtime.data.images": {"pillow_heif"},
@@ -216,7 +215,7 @@ def test_nothing_imports_benchmarks_or_tests() -> None:
 @pytest.mark.parametrize(
     ("module", "never"),
     [
-        ("fedfmsl", {"pydantic", "safetensors", "onnxruntime", "torch", "paho", "typer", "dp_accounting"}),
+        ("fedfmsl", {"pydantic", "safetensors", "onnxruntime", "torch", "paho", "typer"}),
         ("fedfmsl.protocol.bundle", {*EXPORT_ONLY, "onnx", "onnxruntime", "paho", "typer"}),
         ("edge_runtime.__main__", {*EXPORT_ONLY, *SERVER_ONLY, "onnx", "tokenizers"}),
         (

@@ -147,7 +147,7 @@ class Runner(RoundRunner):
 
     def run(self, task: Round, bytes_down: int) -> float:
         self.runs.append(task.round)
-        self.device.store.outbox.enter(task.session)
+        self.device.store.outbox.enter(task.session, task.run)
         return self.compute(task)
 
     def compute(self, task: Round) -> float:

@@ -108,7 +108,6 @@ async def _live(request: Request, values: Values, *names: str) -> Response:
 
 
 def _overview_values(request: Request, snapshot: Snapshot) -> Mapping[str, Any]:
-    config = snapshot.origin.config
     online = sum(views.device_state(snapshot, *item)[0] == "online" for item in snapshot.devices.items())
     own, novel = views.test_accuracy(snapshot)
     missing = views.missing(snapshot)
@@ -122,7 +121,7 @@ def _overview_values(request: Request, snapshot: Snapshot) -> Mapping[str, Any]:
         "gate": views.last_mean(snapshot, "mean_local_weight"),
         "up": sum(summary.bytes_up for summary, _ in snapshot.closed),
         "down": sum(summary.bytes_down for summary, _ in snapshot.closed),
-        "epsilon": views.spent(config.privacy, views.noised_rounds(snapshot), config.delta) if config.privacy else None,
+        "budgets": views.privacy_budgets(snapshot),
         "charts": views.charts(snapshot),
         "has_expert": (snapshot.folder / EXPERT).is_dir(),
         "refused": sum(each.count for counts in snapshot.refusals.values() for each in counts),

@@ -6,14 +6,12 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from functools import lru_cache
 from typing import TypeVar
 
-from fedfmsl.algorithms.privacy import Privacy
-from fedfmsl.protocol.messages import Activity, Round, Stage
+from fedfmsl.algorithms.accounting import epsilons
+from fedfmsl.protocol.messages import NOISED, Activity, Round, Stage
 from trainer_server.console.snapshot import Snapshot
 from trainer_server.coordinator.records import ClosedRound, RoundSummary
-from trainer_server.coordinator.state import TRAINING
 from trainer_server.storage.observations import DeviceView
 
 PER_PAGE = 100  # rows of a table
@@ -77,7 +75,8 @@ class Page:
 def step(announced: Round | RoundSummary) -> str:
     """A round's stage, and its number within the stage."""
     text = STAGES[announced.stage]
-    return f"{text}, round {announced.index + 1} of {announced.of}" if announced.of > 1 else text
+    number, of = announced.ordinal
+    return f"{text}, round {number} of {of}" if of > 1 else text
 
 
 def moment(seconds: float) -> str:
@@ -246,18 +245,22 @@ def test_accuracy(snapshot: Snapshot) -> tuple[float | None, float | None]:
     return None, None
 
 
-def noised_rounds(snapshot: Snapshot) -> int:
-    """The rounds that have used up a part of the privacy budget."""
-    stages = (Stage.STATISTICS, *TRAINING)
-    return sum(summary.stage in stages and not summary.repeated for summary, _ in snapshot.closed)
-
-
-@lru_cache(maxsize=256)
-def spent(privacy: Privacy, count: int, delta: float) -> float:
-    """The privacy budget ε after `count` rounds with noise."""
-    from fedfmsl.algorithms.accounting import epsilon  # takes a second to load, and few runs need it
-
-    return epsilon(privacy, count, delta)
+def privacy_budgets(snapshot: Snapshot) -> list[tuple[str, float]]:
+    """ε by observer, of a device that has answered all rounds; none without differential privacy."""
+    config = snapshot.origin.config
+    if config.privacy is None:
+        return []
+    noised = [summary for summary, _ in snapshot.closed if summary.stage in NOISED]
+    present = snapshot.announced is not None and snapshot.announced.stage in NOISED and bool(snapshot.answered)
+    released = sum(not summary.repeated for summary in noised)
+    found = epsilons(
+        config.privacy,
+        released,
+        config.delta,
+        secure=config.secure,
+        updates=len(noised) + (present and not snapshot.ended),
+    )
+    return [(observer.value, value) for observer, value in found.items()]
 
 
 def metrics_of(record: ClosedRound) -> list[str]:

@@ -50,8 +50,7 @@ class RoundSummary(Message):
 
     round: int
     stage: Stage
-    index: int
-    of: int
+    ordinal: tuple[int, int]
     level: int
     seconds: float
     answered: int
@@ -70,8 +69,7 @@ class RoundSummary(Message):
         return cls(
             round=announced.round,
             stage=announced.stage,
-            index=announced.index,
-            of=announced.of,
+            ordinal=announced.ordinal,
             level=announced.level,
             seconds=closed.seconds,
             answered=len(closed.updates),

@@ -2,6 +2,7 @@
 
     RUN/run.sqlite       settings, events since the present round opened (with --audit all events), records of closed
                          rounds, counts of refused messages
+    RUN/lock             held by the server of the run; names its process, and was changed at its last event
     RUN/joined.json      before the first round: the devices that are online
     RUN/certificates.json  when the certificates of server and broker expire
     RUN/outage.json      since when and why there is no connection to the broker
@@ -14,13 +15,12 @@ file that no row names.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from pydantic import BaseModel
 
 from fedfmsl.algorithms.arrays import Tensors
 from fedfmsl.common.files import write_atomically
+from fedfmsl.common.lock_file import held, is_held, process_of
 from fedfmsl.errors import ConfigError, MessageError, RunError
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.messages import DeviceStatus, Update, parse
@@ -104,6 +105,15 @@ class _Vectors(BaseModel):
     """Header of a checkpoint's tensors."""
 
 
+@dataclass(frozen=True)
+class ServerProcess:
+    """`runs`: None if this user may not know. `pid`: None if unknown. `last_event`: unix seconds; 0: none."""
+
+    runs: bool | None
+    pid: int | None
+    last_event: float
+
+
 class RunStore:
     """The folder of one run. It can be read while a server writes."""
 
@@ -147,12 +157,24 @@ class RunStore:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Excludes other servers within this context. Raises RunError if another server has the lock."""
-        with (self.folder / "lock").open("w") as lock:
+        with ExitStack() as stack:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
+                stack.enter_context(held(self._lock))
+            except BlockingIOError as error:
                 raise RunError(f"another server runs in {self.folder}; stop it first") from error
             yield
+
+    @property
+    def _lock(self) -> Path:
+        return self.folder / "lock"
+
+    def server(self) -> ServerProcess:
+        """The process that coordinates this run, or did so last."""
+        try:
+            at = 0.0 if self.is_unstarted() else self._lock.stat().st_mtime
+        except OSError:
+            at = 0.0
+        return ServerProcess(is_held(self._lock), process_of(self._lock), at)
 
     # tensors
 
@@ -236,6 +258,8 @@ class RunStore:
                 self._db.execute("UPDATE run SET ended = ?", (ended,))
         if ended is not None:
             self.ended = ended
+        with contextlib.suppress(OSError):
+            os.utime(self._lock)  # for `server`
 
     def save_checkpoint(self, state: State, at: float) -> None:
         """Stores the state. Deletes earlier events, checkpoints and tensors; with --audit only those of rounds before
