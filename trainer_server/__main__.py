@@ -103,6 +103,7 @@ def _coordinate(
             topic_prefix=settings.topic_prefix,
             changes=changes,
             allowed=settings.allowed,
+            metrics=settings.metrics,
         )
     logger.info("run finished")
 

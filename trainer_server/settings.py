@@ -22,6 +22,7 @@ from fedfmsl.transport.settings import (
     AccessSettings,
     ConnectionSettings,
     DiscoveryPrefix,
+    MetricsAddress,
     RunName,
 )
 from trainer_server.config import (
@@ -97,6 +98,9 @@ class ServiceSettings(ConnectionSettings, LogSettings, ConsoleAccess):
         description="HOST:PORT of the operator's console, a web page of this run, like 127.0.0.1:8090. Other addresses "
         "than loopback need --identity, for HTTPS. Default: no console.",
         json_schema_extra=CONSOLE,
+    )
+    metrics: MetricsAddress | None = Field(
+        None, description="HOST:PORT to serve Prometheus metrics on. Default: none.", json_schema_extra=CONNECTION
     )
 
     @cached_property

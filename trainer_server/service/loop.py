@@ -49,6 +49,7 @@ from trainer_server.service.batch import Batch, Statuses, flatten
 from trainer_server.service.clock import RunClock
 from trainer_server.service.decode import Decoder
 from trainer_server.service.duplicates import DuplicateServerGuard
+from trainer_server.service.figures import Figures, Snapshot
 from trainer_server.service.floods import FloodGuard, Sweeper
 from trainer_server.service.liveness import Liveness
 from trainer_server.service.publisher import Publisher
@@ -104,6 +105,22 @@ class Service:
         self._outage = (-1.0, "")  # as stored
         self._observations = Observations(store.folder)
         self._operations = Operations(store.folder)
+        self._figures = Figures.of_run(store)
+
+    def snapshot(self) -> Snapshot:
+        """What metrics show now. For any thread."""
+        link, uploads = self._link, self._uploads.incomplete
+        return Snapshot(
+            self._plan,
+            self._state,
+            self._figures,
+            folder=self._store.folder,
+            connected=not link.outage.since,
+            queued=link.events.qsize(),
+            uploads=uploads,
+            certificate_until=link.own_until,
+            broker_certificate_until=link.broker_until,
+        )
 
     def run(self) -> None:
         """Returns when the run is finished. Raises BrokerError, and RunError if the run failed or a newer server took
@@ -347,6 +364,7 @@ class Service:
             self._publisher.ask_for_chunks(gap)
         if self._guard.echo_is_missing(now):
             logger.warning("the broker does not return this server's own status; check that --identity is the server's")
+        started = time.monotonic()
         overdue = now >= next_deadline(self._plan, self._state)
         ticked = ClockTicked(self._liveness.working(now) if overdue else frozenset())
         try:
@@ -371,6 +389,8 @@ class Service:
         except (OSError, sqlite3.Error) as error:
             self._wait_for_disk(error)
         if self._state is state:
+            for record in rounds:
+                self._figures.closed(record, time.monotonic() - started)
             for command in commands:
                 self._execute(command)
 
@@ -436,6 +456,7 @@ class Service:
 
     def _refuse(self, device: str, kind: str, text: str) -> None:
         sender = device if device in self._state.devices else UNKNOWN_DEVICE
+        self._figures.refused[kind] += 1
         if self._refusals.add(sender, kind, text):
             logger.warning("refused from %s (%s): %s", sender, kind, text)
 
