@@ -55,7 +55,7 @@ lock: install
 
 # Programs that tests need beside Python. Without them their tests are skipped, or fail with CI=true (tests/support/tools.py).
 tools:
-	@$(call apt_install,mosquitto faketime,mosquitto faketime)
+	@$(call apt_install,mosquitto faketime chromium,mosquitto faketime chromium)
 
 tools-arm64:
 	@$(call apt_install,mmdebstrap qemu-aarch64-static,mmdebstrap qemu-user-static)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from fedfmsl.algorithms.accounting import epsilon
+from fedfmsl.algorithms.accounting import Observer, epsilon, epsilons
 from fedfmsl.algorithms.aggregation import (
     Aggregate,
     Contribution,
@@ -84,6 +84,7 @@ __all__ = [
     "InputError",
     "MessageError",
     "Moments",
+    "Observer",
     "Privacy",
     "RunError",
     "Sal",
@@ -104,6 +105,7 @@ __all__ = [
     "direction_head",
     "discriminant_head",
     "epsilon",
+    "epsilons",
     "fit_temperature",
     "gate_offset",
     "gate_statistics",

@@ -202,7 +202,7 @@ class RunRules(BaseModel):
     secure: bool = Field(
         False,
         description="Secure aggregation of all updates and sums: the server learns no single device's. Excludes every "
-        "--rule but mean, --clip, --encoding, --max-staleness and --dp-noise.",
+        "--rule but mean, --clip, --encoding and --max-staleness.",
         json_schema_extra=PRIVACY,
     )
     secure_sums: bool = Field(
@@ -291,7 +291,6 @@ class RunConfig(RunRules):
             "--clip": self.aggregation.clip is not None,
             "--max-staleness": self.max_staleness > 0,
             f"--encoding {self.encoding.value}": self.encoding is not Encoding.FP32,
-            "--dp-noise": self.privacy is not None,
         }
         found = [option for option, is_set in excluded.items() if is_set]
         if self.secure and found:
@@ -311,6 +310,10 @@ class RunConfig(RunRules):
             )
         if self.encoding is not Encoding.FP32:
             raise ValueError("privacy is accounted for unrounded updates: with --dp-noise leave out --encoding")
+        if self.min_holders > 1:
+            raise ValueError(
+                "the holders of a class are counted without noise: with --dp-noise leave out --min-holders"
+            )
         if any(isinstance(sal.trigger, CapabilityQueue) for sal in (self.stage1_sal, self.stage2_sal)):
             raise ValueError(
                 "with --dp-noise devices do not report accuracies, which SAL's capability queue needs: choose --sal "

@@ -48,6 +48,9 @@ class Checkpoint(BaseModel):
     survivors: tuple[str, ...] = ()
     classes: tuple[int, ...] = ()
     former_nlls: dict[str, float] = {}
+    paused_at: float | None = None
+    closing: int = 0
+    excluded: list[str] = []
 
     @classmethod
     def of(cls, state: State) -> Checkpoint:
@@ -76,6 +79,9 @@ class Checkpoint(BaseModel):
             survivors=state.secure.survivors,
             classes=state.secure.classes,
             former_nlls=dict(state.former.nlls),
+            paused_at=state.paused_at,
+            closing=state.closing,
+            excluded=sorted(state.excluded),
         )
 
     def state(self, tensors: Tensors) -> State:
@@ -116,6 +122,9 @@ class Checkpoint(BaseModel):
             counted=frozenset(self.counted),
             secure=secure,
             former=FormerHead(vectors["former_head"], self.former_nlls),
+            paused_at=self.paused_at,
+            closing=self.closing,
+            excluded=frozenset(self.excluded),
         )
 
 
