@@ -93,8 +93,7 @@ class BundleServer:
             _close_input(process)
             process.wait()
             raise RunError(
-                f"cannot serve the bundle on {self._address} ({first or 'see above'}); is the port in use? choose "
-                "another --serve"
+                f"cannot serve the bundle on {self._address} ({first or 'see above'}); choose another --serve"
             )
         return process
 

@@ -170,7 +170,12 @@ class Server:
             waiting = sum(not each.requested for each in self._connections)
         if waiting > WAITING:
             self._end_oldest()
-        threading.Thread(target=self._handle, args=(connection,), daemon=True).start()
+        try:
+            threading.Thread(target=self._handle, args=(connection,), daemon=True).start()
+        except RuntimeError:  # the system gives this process no more threads
+            self._count("no more threads", connection)
+            self._end(connection)
+            connection.socket.close()
 
     def _handle(self, connection: _Connection) -> None:
         try:
@@ -329,7 +334,13 @@ def main() -> int:
             contexts = Contexts(Path(job.identity), Path(job.revoked) if job.revoked else None)
             contexts.current()
         listeners = listen(job.host, job.port)
-    except (OSError, ConfigError) as error:
+    except socket.gaierror as error:
+        _say(f"{job.host} is no name or address that this machine knows, {error.strerror}")
+        return 1
+    except OSError as error:
+        _say("the port is in use" if error.errno == errno.EADDRINUSE else str(error))
+        return 1
+    except ConfigError as error:
         _say(str(error))
         return 1
     _say(LISTENING)
