@@ -13,7 +13,7 @@ from prometheus_client.registry import Collector
 
 from fedfmsl.errors import ConfigError
 from fedfmsl.protocol.messages import Activity, Health
-from fedfmsl.transport.address import listening_on
+from fedfmsl.transport.address import listening_on, why_not_listening
 
 # Metrics with one value: name, field of Health, description.
 GAUGES = (
@@ -53,7 +53,9 @@ def serve_metrics(address: str, newest: Callable[[], Health | None], insecure: b
     try:
         start_http_server(port, host, registry)
     except OSError as error:
-        raise ConfigError(f"--metrics {address} cannot be listened on ({error}); choose another port") from error
+        raise ConfigError(
+            f"--metrics {address} cannot be listened on ({why_not_listening(host, error)}); choose another"
+        ) from error
 
 
 class _Newest(Collector):

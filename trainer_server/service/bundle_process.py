@@ -28,6 +28,7 @@ from http import HTTPStatus
 from pathlib import Path
 
 from fedfmsl.errors import ConfigError
+from fedfmsl.transport.address import why_not_listening
 from fedfmsl.transport.identity import read_identity
 from trainer_server.service.bundle_files import HEAD_BYTES, Response, Served, read_request, refusal, respond
 
@@ -334,11 +335,8 @@ def main() -> int:
             contexts = Contexts(Path(job.identity), Path(job.revoked) if job.revoked else None)
             contexts.current()
         listeners = listen(job.host, job.port)
-    except socket.gaierror as error:
-        _say(f"{job.host} is no name or address that this machine knows, {error.strerror}")
-        return 1
     except OSError as error:
-        _say("the port is in use" if error.errno == errno.EADDRINUSE else str(error))
+        _say(why_not_listening(job.host, error))
         return 1
     except ConfigError as error:
         _say(str(error))
