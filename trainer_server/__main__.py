@@ -96,6 +96,7 @@ def _coordinate(
             topic_prefix=settings.topic_prefix,
             changes=changes,
             allowed=settings.allowed,
+            metrics=settings.metrics,
         )
     finally:
         if bundle_server:

@@ -16,7 +16,14 @@ from fedfmsl.errors import ConfigError
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.messages import Training
 from fedfmsl.protocol.topics import check_name
-from fedfmsl.transport.settings import CONNECTION, HOME_ASSISTANT, ConnectionSettings, DiscoveryPrefix, RunName
+from fedfmsl.transport.settings import (
+    CONNECTION,
+    HOME_ASSISTANT,
+    ConnectionSettings,
+    DiscoveryPrefix,
+    MetricsAddress,
+    RunName,
+)
 from trainer_server.config import (
     AGGREGATION,
     AGGREGATION_DEFAULT,
@@ -58,6 +65,10 @@ class ServiceSettings(ConnectionSettings, LogSettings):
         description="Devices that may take part: names with commas, or a file with one name per line. "
         "Default: all that the broker lets in.",
         json_schema_extra=CONNECTION,
+    )
+
+    metrics: MetricsAddress | None = Field(
+        None, description="HOST:PORT to serve Prometheus metrics on. Default: none.", json_schema_extra=CONNECTION
     )
 
     @cached_property

@@ -67,9 +67,10 @@ def launch(settings: Settings) -> None:
             logger.warning("--max-temperature has no effect: no thermal zone can be read; check --thermal-zones")
         health = HealthReporter(link, topics, name, store, sensors.read)
         if settings.metrics:
-            from edge_runtime.daemon.metrics import serve_metrics  # takes 12 MB of memory
+            from edge_runtime.daemon.metrics import families  # takes 12 MB of memory
+            from fedfmsl.transport.metrics import serve_metrics
 
-            serve_metrics(settings.metrics, lambda: health.newest, settings.insecure)
+            serve_metrics(settings.metrics, lambda: families(health.newest), settings.insecure)
         connect(link, health)
         health.ready()
         prepared = _prepare(settings, link, topics, store, name, health)
@@ -212,7 +213,16 @@ def _runner(
         report=report,
     )
     scan_report = reported_and_checked(progress, control.check_stopped)
-    return RoundRunner(device, prepared.folder, control, tracker, scan_report, settings.identity, settings.secure)
+    return RoundRunner(
+        device,
+        prepared.folder,
+        control,
+        tracker,
+        scan_report,
+        settings.identity,
+        settings.secure,
+        settings.max_epsilon,
+    )
 
 
 def _introduction(settings: Settings, topics: Topics, name: str, bundle: Bundle) -> Message | None:

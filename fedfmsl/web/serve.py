@@ -120,9 +120,9 @@ def listen(flag: str, host: str, port: int) -> socket.socket:
             listener = socket.create_server((host, port), family=family, backlog=CONNECTIONS)
         except OSError as error:
             if time.monotonic() > deadline or isinstance(error, socket.gaierror):
+                why = why_not_listening(host, error)
                 raise RunError(
-                    f"{flag}: cannot listen on {netloc(host)}:{port} ({why_not_listening(host, error)}); choose another "
-                    "address"
+                    f"{flag}: cannot listen on {netloc(host)}:{port} ({why}); choose another address"
                 ) from error
             time.sleep(0.1)
         else:

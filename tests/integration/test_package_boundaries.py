@@ -114,9 +114,12 @@ TABLE = (
 OPTIONAL = {
     "fedfmsl.common.scatter": {"matplotlib", "numpy"},
     "edge_runtime.daemon.metrics": {"prometheus_client"},
+    "fedfmsl.transport.metrics": {"prometheus_client"},
+    "trainer_server.service.metrics": {"prometheus_client"},
     "edge_runtime.data.images": {"pillow_heif"},
     "edge_runtime.data.texts": {"tokenizers"},
     "edge_runtime.inference.export_onnx": {"onnx"},
+    "edge_runtime.inference.model_folder": {"onnx"},
     "simulation.datasets": {"datasets"},
     "simulation.ray_fleet": {"ray"},
     "simulation.methods.dual_lora": {"onnx"},

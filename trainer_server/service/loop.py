@@ -47,6 +47,7 @@ from trainer_server.service.batch import Batch, Statuses, flatten
 from trainer_server.service.clock import RunClock
 from trainer_server.service.decode import Decoder
 from trainer_server.service.duplicates import DuplicateServerGuard
+from trainer_server.service.figures import Figures, Snapshot
 from trainer_server.service.floods import FloodGuard, Sweeper
 from trainer_server.service.liveness import Liveness
 from trainer_server.service.publisher import Publisher
@@ -98,6 +99,22 @@ class Service:
         self._disk_error = ("", "")
         self._joined: frozenset[str] | None = None  # the devices in the store's list before the first round
         self._outage = (-1.0, "")  # as stored
+        self._figures = Figures.of_run(store)
+
+    def snapshot(self) -> Snapshot:
+        """What metrics show now. For any thread."""
+        link, uploads = self._link, self._uploads.incomplete
+        return Snapshot(
+            self._plan,
+            self._state,
+            self._figures,
+            folder=self._store.folder,
+            connected=not link.outage.since,
+            queued=link.events.qsize(),
+            uploads=uploads,
+            certificate_until=link.own_until,
+            broker_certificate_until=link.broker_until,
+        )
 
     def run(self) -> None:
         """Returns when the run is finished. Raises BrokerError, and RunError if the run failed or a newer server took
@@ -299,6 +316,7 @@ class Service:
             self._publisher.ask_for_chunks(gap)
         if self._guard.echo_is_missing(now):
             logger.warning("the broker does not return this server's own status; check that --identity is the server's")
+        started = time.monotonic()
         overdue = now >= next_deadline(self._plan, self._state)
         ticked = ClockTicked(self._liveness.working(now) if overdue else frozenset())
         try:
@@ -323,6 +341,8 @@ class Service:
         except (OSError, sqlite3.Error) as error:
             self._wait_for_disk(error)
         if self._state is state:
+            for record in rounds:
+                self._figures.closed(record, time.monotonic() - started)
             for command in commands:
                 self._execute(command)
 
@@ -388,6 +408,7 @@ class Service:
 
     def _refuse(self, device: str, kind: str, text: str) -> None:
         sender = device if device in self._state.devices else UNKNOWN_DEVICE
+        self._figures.refused[kind] += 1
         if self._refusals.add(sender, kind, text):
             logger.warning("refused from %s (%s): %s", sender, kind, text)
 
