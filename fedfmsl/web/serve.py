@@ -89,7 +89,7 @@ class WebServer:
 def parse_listen(flag: str, address: str) -> tuple[str, int]:
     """Host and port of HOST:PORT, which the setting `flag` has. Raises ConfigError."""
     host, _, port = address.rpartition(":")
-    is_port = port.isascii() and port.isdigit() and len(port) < 6 and int(port) < 2**16
+    is_port = port.isascii() and port.isdigit() and len(port) < 6 and 0 < int(port) < 2**16
     if not is_port or not host or not is_host(host.strip("[]")):
         raise ConfigError(f"{flag} {address!r} is not HOST:PORT; write it like 127.0.0.1:8080 or [::1]:8080")
     return host.strip("[]"), int(port)

@@ -198,6 +198,9 @@ class State:
     accepted in these rounds and in the last REMEMBERED_ROUNDS. A second update with such a key is a duplicate.
 
     `secure`: the secure aggregation in progress. `former`: what is known of the head of stage 1.
+
+    What the operator has done: `paused_at` is when the run was paused, `closing` the round to close now, `excluded` the
+    devices that take part no more.
     """
 
     expert: Vector
@@ -223,11 +226,15 @@ class State:
     counted: frozenset[Key] = frozenset()
     secure: SecureSums = NO_SUMS
     former: FormerHead = field(default_factory=FormerHead)
+    paused_at: float | None = None
+    closing: int = 0
+    excluded: frozenset[str] = frozenset()
 
     @property
     def online(self) -> frozenset[str]:
         """Devices that can take part."""
-        return frozenset(name for name, status in self.devices.items() if status.online and not status.error)
+        able = frozenset(name for name, status in self.devices.items() if status.online and not status.error)
+        return able - self.excluded
 
     @property
     def ready(self) -> frozenset[str]:

@@ -47,6 +47,9 @@ class Checkpoint(BaseModel):
     survivors: tuple[str, ...] = ()
     classes: tuple[int, ...] = ()
     former_accuracies: dict[str, float] = {}
+    paused_at: float | None = None
+    closing: int = 0
+    excluded: list[str] = []
 
     @classmethod
     def of(cls, state: State) -> Checkpoint:
@@ -74,6 +77,9 @@ class Checkpoint(BaseModel):
             survivors=state.secure.survivors,
             classes=state.secure.classes,
             former_accuracies=dict(state.former.accuracies),
+            paused_at=state.paused_at,
+            closing=state.closing,
+            excluded=sorted(state.excluded),
         )
 
     def state(self, tensors: Tensors) -> State:
@@ -113,6 +119,9 @@ class Checkpoint(BaseModel):
             counted=frozenset(self.counted),
             secure=secure,
             former=FormerHead(vectors["former_head"], self.former_accuracies),
+            paused_at=self.paused_at,
+            closing=self.closing,
+            excluded=frozenset(self.excluded),
         )
 
 
