@@ -305,6 +305,9 @@ def _close_round(plan: Plan, state: State, closing: Round, now: float) -> tuple[
             assert step.part is not None
             state, commands = _skip_part(plan, state, step.part, str(error), now)
             return state, [record, *commands]
+        if step.stage in (Stage.KEYS, Stage.SHARES) and applied.secure.level < closing.level:
+            about = f"fewer than {MIN_DEVICES} devices answer at a higher one"
+            notes.append(Log(f"this round trains at level {applied.secure.level}: {about}", warning=True))
         quick = 2 * (now - state.since) < next_deadline(plan, state) - state.since
         stretch = max(state.stretch // 2, 1) if quick else state.stretch
         position = state.position + 1
@@ -323,7 +326,9 @@ def _close_round(plan: Plan, state: State, closing: Round, now: float) -> tuple[
     if step.part is not None and step.stage is not Stage.UNMASK:  # again with fresh keys
         position = plan.positions_of(step.part).start
     state, commands = _open_round(plan, replace(state, repeats=state.repeats + 1, stretch=1), position, now)
-    return state, [record, Log(f"{too_few}; repeating it", warning=True), *commands]
+    assert state.announced is not None
+    lower = f" at level {state.announced.level}" if state.announced.level < closing.level else ""
+    return state, [record, Log(f"{too_few}; repeating it{lower}", warning=True), *commands]
 
 
 def _rejected_head(plan: Plan, state: State, closing: Round) -> str:
