@@ -66,6 +66,12 @@ TABLE = (
         f"{FEDFMSL} trainer_server.config trainer_server.coordinator trainer_server.storage",
         "paho",
     ),
+    Row(
+        "trainer_server.console",
+        f"{FEDFMSL} fedfmsl.web trainer_server.config trainer_server.coordinator trainer_server.storage "
+        "trainer_server.service",
+        "pydantic starlette",
+    ),
     Row("trainer_server", f"{FEDFMSL} trainer_server.*", "typer rich pydantic pydantic_settings"),
     Row(f"{EDGE}.store", FEDFMSL, "pydantic"),
     Row(f"{EDGE}.engines", FEDFMSL, "numpy onnxruntime psutil"),
@@ -120,9 +126,12 @@ TABLE = (
 OPTIONAL = {
     "fedfmsl.common.scatter": {"matplotlib", "numpy"},
     "edge_runtime.daemon.metrics": {"prometheus_client"},
+    "fedfmsl.transport.metrics": {"prometheus_client"},
+    "trainer_server.service.metrics": {"prometheus_client"},
     "edge_runtime.data.images": {"pillow_heif"},
     "edge_runtime.data.texts": {"tokenizers"},
     "edge_runtime.inference.export_onnx": {"onnx"},
+    "edge_runtime.inference.model_folder": {"onnx"},
     "simulation.datasets": {"datasets"},
     "simulation.ray_fleet": {"ray"},
     "simulation.methods.dual_lora": {"onnx"},
@@ -232,7 +241,10 @@ def test_nothing_imports_benchmarks_or_tests() -> None:
             },
         ),
         ("edge_runtime.engines", {*EXPORT_ONLY, *SERVER_ONLY, "onnx", "paho", "typer"}),
-        ("trainer_server.__main__", {*EXPORT_ONLY, "onnx", "onnxruntime", "edge_runtime", "PIL"}),
+        (
+            "trainer_server.__main__",
+            {*EXPORT_ONLY, "onnx", "onnxruntime", "edge_runtime", "PIL", "starlette", "uvicorn", "jinja2"},
+        ),
         ("devices.install", {*EXPORT_ONLY, *SERVER_ONLY, "amqtt", "matplotlib", "onnx", "pyarrow", "tokenizers"}),
         ("devices.boards", {*EXPORT_ONLY, *SERVER_ONLY, "amqtt", "matplotlib", "onnx", "pyarrow", "tokenizers"}),
     ],

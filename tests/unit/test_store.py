@@ -207,7 +207,7 @@ def test_settings_that_differ_from_the_runs_are_named(vit: Built, folder: Path) 
     settings = "--stage1-rounds 2, not 3; .*--max-repeats none, not 2; --enough 1.0, not 0.5"
     with pytest.raises(ConfigError, match=settings) as caught:
         open_run(folder, other, vit.bundle)
-    assert f"trainer_server resume --out {folder} --max-repeats 2 --enough 0.5, or" in str(caught.value)
+    assert f"trainer_server resume --max-repeats 2 --enough 0.5 --out {folder}, or" in str(caught.value)
 
 
 def test_a_run_without_events_can_be_started_with_other_settings(vit: Built, dinov2: Built, folder: Path) -> None:

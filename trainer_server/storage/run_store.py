@@ -38,12 +38,14 @@ from trainer_server.coordinator.events import (
     ClockTicked,
     Event,
     LimitsChanged,
+    OperatorActed,
     StatusSeen,
     UpdateRefused,
     UpdateSeen,
 )
 from trainer_server.coordinator.limits import Limits
-from trainer_server.coordinator.records import ClosedRound
+from trainer_server.coordinator.operator import Operation
+from trainer_server.coordinator.records import ClosedRound, RoundSummary
 from trainer_server.coordinator.state import TRAINING, State
 from trainer_server.storage.checkpoint import Checkpoint, vectors_of
 
@@ -63,7 +65,9 @@ CREATE TABLE IF NOT EXISTS events (
 CREATE TABLE IF NOT EXISTS checkpoints (
     seq INTEGER PRIMARY KEY, at REAL NOT NULL, state TEXT NOT NULL, sha256 TEXT NOT NULL
 );
-CREATE TABLE IF NOT EXISTS rounds (round INTEGER PRIMARY KEY, closed_at REAL NOT NULL, record TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS rounds (
+    round INTEGER PRIMARY KEY, closed_at REAL NOT NULL, record TEXT NOT NULL, summary TEXT NOT NULL
+);
 CREATE TABLE IF NOT EXISTS refusals (
     device TEXT NOT NULL, kind TEXT NOT NULL, count INTEGER NOT NULL, last TEXT NOT NULL, PRIMARY KEY (device, kind)
 );
@@ -228,8 +232,16 @@ class RunStore:
                 "INSERT INTO events (at, kind, body, sha256, size) VALUES (?, ?, ?, ?, ?)", map(_to_row, events)
             )
             self._db.executemany(
-                "INSERT INTO rounds VALUES (?, ?, ?)",
-                [(closed.round.round, time.time(), closed.model_dump_json()) for closed in rounds],
+                "INSERT INTO rounds VALUES (?, ?, ?, ?)",
+                [
+                    (
+                        closed.round.round,
+                        time.time(),
+                        closed.model_dump_json(),
+                        RoundSummary.of_record(closed).model_dump_json(),
+                    )
+                    for closed in rounds
+                ],
             )
             without_details = (
                 "UPDATE rounds SET record = json_set(record, '$.updates', json('{}'), '$.bytes_up', json('{}'),"
@@ -309,6 +321,11 @@ class RunStore:
         row = self._db.execute("SELECT state, at FROM checkpoints ORDER BY seq DESC LIMIT 1").fetchone()
         return (Checkpoint.model_validate_json(row[0]), row[1]) if row else None
 
+    def checkpoint_number(self) -> int:
+        """That of the last checkpoint, which is higher than that of earlier ones; 0 before the first round."""
+        (number,) = self._db.execute("SELECT coalesce(max(seq) + 1, 0) FROM checkpoints").fetchone()
+        return int(number)
+
     def state(self) -> tuple[State, float] | None:
         """The state in the last checkpoint and its time. Raises RunError if its tensor file is missing or altered."""
         return self._state("SELECT state, sha256, at FROM checkpoints ORDER BY seq DESC LIMIT 1")
@@ -371,6 +388,8 @@ class RunStore:
             return UpdateRefused(json.loads(body))
         if kind == "limits":
             return LimitsChanged(parse(Limits, body.encode()))
+        if kind == "operator":
+            return OperatorActed(parse(Operation, body.encode()))
         return ClockTicked(frozenset(json.loads(body)))
 
     def pending_updates(self) -> dict[str, int]:
@@ -398,6 +417,16 @@ class RunStore:
         """Records of the closed rounds with a number above `after`."""
         rows = self._db.execute("SELECT record FROM rounds WHERE round > ? ORDER BY round", (after,))
         return [ClosedRound.model_validate_json(record) for (record,) in rows]
+
+    def summaries(self, after: int = 0) -> list[tuple[RoundSummary, float]]:
+        """Of the closed rounds with a number above `after`, each with the moment when it was closed (unix seconds)."""
+        rows = self._db.execute("SELECT summary, closed_at FROM rounds WHERE round > ? ORDER BY round", (after,))
+        return [(RoundSummary.model_validate_json(summary), at) for summary, at in rows]
+
+    def record(self, number: int) -> ClosedRound | None:
+        """The record of a closed round; None if there is none."""
+        row = self._db.execute("SELECT record FROM rounds WHERE round = ?", (number,)).fetchone()
+        return ClosedRound.model_validate_json(row[0]) if row else None
 
     def sizes(self) -> dict[str, int]:
         """Bytes on the disk: of the database, the tensors and all other files."""
@@ -434,4 +463,6 @@ def _to_row(logged: LoggedEvent) -> tuple[float, str, str, str | None, int | Non
         return logged.at, "refused", json.dumps(event.device), None, None
     if isinstance(event, LimitsChanged):
         return logged.at, "limits", event.limits.model_dump_json(), None, None
+    if isinstance(event, OperatorActed):
+        return logged.at, "operator", event.operation.model_dump_json(), None, None
     return logged.at, "tick", json.dumps(sorted(event.working)), None, None
