@@ -17,6 +17,7 @@ from support.run_oracle import Reference
 BAD_SECONDS = 1.0  # duration of a fault
 DISK_MEGABYTES = 40
 DAY = 86_400.0
+FULL = "retrying until there is free space"
 Undisturbed = Callable[[RealRun], Reference]
 
 
@@ -37,9 +38,7 @@ def test_a_device_with_a_full_disk_waits(run: RealRun, undisturbed_real: Undistu
 
         def fill(number: int) -> None:
             disk.fill()
-            wait_until(
-                lambda: "retrying until there is free space" in run.victim.stdout, "it says that its disk is full"
-            )
+            wait_until(lambda: run.victim.stdout.count(FULL) > number, "it says that its disk is full")
             time.sleep(BAD_SECONDS)
             assert run.victim.running
             disk.free()

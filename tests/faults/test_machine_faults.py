@@ -47,7 +47,9 @@ def test_a_server_with_a_full_disk_waits_and_loses_nothing(
 
         def fill(number: int) -> None:
             disk.fill()
-            wait_until(lambda: "the run waits for it" in server.stdout, "the server says that its disk is full")
+            wait_until(
+                lambda: server.stdout.count("the run waits for it") > number, "the server says that its disk is full"
+            )
             time.sleep(BAD_SECONDS)
             assert server.running
             disk.free()

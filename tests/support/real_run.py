@@ -27,8 +27,9 @@ class Shape:
 
 
 def settings_of(shape: Shape) -> list[str]:
-    """Of the server."""
+    """Of the server. No round closes without an update of the victim, so every round can be compared."""
     rounds = ["--stage1-rounds", str(shape.stage1), "--stage2-rounds", str(shape.stage2), "--audit"]
+    rounds += ["--min-updates", str(1 + len(OTHERS))]
     secure = ["--secure", "--min-class-count", "2", "--min-holders", "3"]
     plain = ["--encoding", "int8", "--head-sums", "features"]  # the first update is several chunks
     return [*rounds, "--head", "class-means", *(secure if shape.secure else plain)]

@@ -66,6 +66,7 @@ class Simulation:
             *("--broker", url or self.broker.url, "--out", str(self.out), "--audit"),
             *("--stage1-rounds", str(self.stage1), "--stage2-rounds", str(STAGE2), "--max-level", "1"),
             *("--no-secure-sums", "--head", "class-means"),
+            *("--min-updates", str(self.devices)),  # no round closes without a device, so every round can be compared
             *("--round-timeout", str(ROUND_TIMEOUT), *arguments),
             launcher=launcher,
             environment=environment,
