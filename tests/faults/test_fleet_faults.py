@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from support.bundles import Built
 from support.fault_records import Row
-from support.processes import Broker, Federation, Processes, answers, free_port, wait_until
+from support.processes import RUN_SECONDS, Broker, Federation, Processes, answers, free_port, wait_until
 from support.provisioned_fleet import HOSTS, provision, start_fleet
 from support.real_run import RUN, VICTIM, Shape, settings_of
 from support.recovery import strike_each
@@ -79,7 +79,7 @@ def test_a_revoked_member_is_out_and_the_run_goes_on(
         )
     strike_each(federation.server_folder, row, times, revoke, before=connect)
     for process in (processes.started["server"], *federation.devices.values()):
-        ended = process.wait()
+        ended = process.wait(RUN_SECONDS)
         assert ended.code == 0, (process.log.name, ended.stderr[-2000:])
     row.add(examine(federation.server_folder, (), reference(federation.server_folder)))
 

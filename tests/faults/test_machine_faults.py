@@ -7,6 +7,7 @@ import time
 
 import pytest
 from support.fault_records import Row
+from support.held_start import launcher
 from support.machine_faults import Clock, failing_calls, journaled_disk, kill_for_memory, no_descriptors, small_disk
 from support.processes import Observer, Process, wait_until
 from support.recovery import strike_each
@@ -18,7 +19,7 @@ from fedfmsl.protocol.messages import DeviceStatus
 
 DELAY = (0.1, 0.4)
 BAD_SECONDS = 1.0  # duration of a fault
-DISK_MEGABYTES = 160
+DISK_MEGABYTES = 240
 ACK_SECONDS = 1.0  # until a device sends an update again that the server could not keep
 DAY = 86_400.0
 
@@ -148,17 +149,18 @@ def test_of_two_devices_with_one_identity_the_older_exits_and_no_update_counts_t
     with Observer(simulation.broker, RUN) as observer:
         simulation.start_server()
         simulation.start_fleet(delay=DELAY, first=1, devices=simulation.devices - 1)
-        older = [simulation.start_fleet(delay=DELAY, devices=1)]
+        go = [simulation.folder / f"go-{number}" for number in range(times + 1)]
+        fleets = [simulation.start_fleet(delay=DELAY, devices=1, launcher=launcher(file)) for file in go]
+        go[0].touch()
 
         def start_another(number: int) -> None:
             since = observer.catch_up()
             before = {m.instance for m in observer.seen if isinstance(m, DeviceStatus) and m.device == name}
-            simulation.start_fleet(delay=DELAY, devices=1)
+            go[number + 1].touch()
             observer.wait(
                 DeviceStatus, lambda s: s.device == name and s.instance not in before, "the newer device", since
             )
-            assert f"duplicate device name '{name}'" in older[-1].wait().stderr
-            older.append(simulation.fleets[-1])
+            assert f"duplicate device name '{name}'" in fleets[number].wait().stderr
 
         strike_each(simulation.out, row, times, start_another)
-        simulation.check(row, undisturbed, expelled=older[:-1])
+        simulation.check(row, undisturbed, expelled=fleets[:-1])

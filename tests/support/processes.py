@@ -34,6 +34,7 @@ from support.tools import require_tool
 from trainer_server.storage.run_store import RunStore
 
 SECONDS = 90.0  # timeout of every wait, for a busy machine
+RUN_SECONDS = 600.0  # timeout of a wait for the end of a run
 
 M = TypeVar("M", bound=Message)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from fedfmsl.protocol.messages import Ack, Verdict
 from support.brokers import RestartableBroker
 from support.fault_records import Row
-from support.processes import Federation, Observer, Process, Processes
+from support.processes import RUN_SECONDS, Federation, Observer, Process, Processes
 from support.run_oracle import Reference, examine, reference
 from support.simulation import ROUND_TIMEOUT
 
@@ -73,7 +73,7 @@ class RealRun:
 
     def finish(self) -> None:
         for process in (self.server, *self.federation.devices.values()):
-            ended = process.wait()
+            ended = process.wait(RUN_SECONDS)
             assert ended.code == 0, (process.log.name, ended.code, ended.stderr[-2000:])
 
     def check(self, row: Row, undisturbed: Reference) -> None:

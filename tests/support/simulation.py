@@ -12,7 +12,7 @@ from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.messages import Ack, Round, Stage, Verdict
 from support.brokers import RestartableBroker
 from support.fault_records import Row
-from support.processes import Observer, Process, Processes
+from support.processes import RUN_SECONDS, Observer, Process, Processes
 from support.run_oracle import Findings, Reference, Undisturbed, examine
 from trainer_server.coordinator.state import Key
 
@@ -81,6 +81,7 @@ class Simulation:
         delay: tuple[float, float] = (0.0, 0.0),
         first: int = 0,
         devices: int | None = None,
+        launcher: Sequence[str] = ("-m",),
     ) -> Process:
         """Starts `devices` simulated devices from number `first` on, by default all."""
         fleet = self.processes.start_module(
@@ -89,6 +90,7 @@ class Simulation:
             *("--run", RUN, "--bundle", str(self.bundle.root)),
             *("--first", str(first), "--devices", str(devices or self.devices)),
             *("--broker", url or self.broker.url, "--delay", *map(str, delay), *arguments),
+            launcher=launcher,
         )
         self.fleets.append(fleet)
         return fleet
@@ -96,7 +98,7 @@ class Simulation:
     def finish(self, expelled: Collection[Process] = ()) -> Outcome:
         """The outcome after the last server and the fleets have exited: with 0, except for the `expelled` fleets."""
         for process in (self.servers[-1], *self.fleets):
-            ended = process.wait()
+            ended = process.wait(RUN_SECONDS)
             good = (ended.code == 0) != (process in expelled)
             assert good, (process.log.name, ended.code, ended.stdout[-2000:], ended.stderr[-2000:])
         return Outcome(self.out, [json.loads(fleet.stdout.splitlines()[-1]) for fleet in self.fleets])
