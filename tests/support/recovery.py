@@ -16,9 +16,10 @@ from pathlib import Path
 from types import TracebackType
 
 from support.fault_records import Row
-from support.processes import wait_until
+from support.processes import RUN_SECONDS, wait_until
 from trainer_server.storage.run_store import DATABASE
 
+RECOVERY_SECONDS = 240.0  # timeout
 WITHIN_SECONDS = 0.6  # a fault strikes so long after the fleet has recovered from the one before
 
 
@@ -56,12 +57,12 @@ class Recovery:
         if error is None:
             self._read()
             open_now = self._closed + 1
-            wait_until(lambda: self._has_closed(open_now + 1), f"recovery: round {open_now + 1} is closed")
+            wait_until(lambda: self._has_closed(open_now + 1), f"round {open_now + 1} is closed", RECOVERY_SECONDS)
             self._seconds.append(time.monotonic() - self._struck)
 
     def wait_for_a_moment(self) -> None:
         """Returns at a random moment of a round of stage 1."""
-        wait_until(lambda: self._has_closed(1), "stage 1")
+        wait_until(lambda: self._has_closed(1), "stage 1", RUN_SECONDS)
         time.sleep(self._draw.uniform(0.0, WITHIN_SECONDS))
         self._read()
         assert not self._over, "the run is over before the last fault"
