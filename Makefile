@@ -56,7 +56,7 @@ lock: install
 
 # Programs that tests need beside Python. Without them their tests are skipped, or fail with CI=true (tests/support/tools.py).
 tools:
-	@$(call apt_install,mosquitto faketime strace ip iptables mkfs.ext4,mosquitto faketime strace iproute2 iptables e2fsprogs)
+	@$(call apt_install,mosquitto faketime chromium strace ip iptables mkfs.ext4,mosquitto faketime chromium strace iproute2 iptables e2fsprogs)
 
 tools-arm64:
 	@$(call apt_install,mmdebstrap qemu-aarch64-static,mmdebstrap qemu-user-static)

@@ -28,7 +28,7 @@ def provision(
     broker: str | None = typer.Option(
         None,
         help="The broker's address for devices. It is kept for devices that are added later. "
-        "Default: the first --host, like mqtts://fleet.example.",
+        "With --host, the kit's broker listens on its port. Default: the first --host, like mqtts://fleet.example.",
     ),
     topic_prefix: str | None = typer.Option(
         None,
@@ -39,10 +39,12 @@ def provision(
     renew: list[str] = typer.Option(
         [],
         metavar="NAME",
-        help="Make a new certificate of a device, server or broker. The earlier one stays valid.",
+        help="Make a new certificate of a device, server, operator or broker. The earlier one stays valid. Repeatable.",
     ),
     revoke: list[str] = typer.Option(
-        [], metavar="NAME", help="Revoke a device's identity or password, or the identity of server."
+        [],
+        metavar="NAME",
+        help="Revoke a device's identity or password, or the identity of server or operator. Repeatable.",
     ),
     kit: Path | None = typer.Option(
         None,
@@ -54,14 +56,18 @@ def provision(
     certificates. With --revoke: revoke identities."""
     for name in (*(names or ()), *renew, *revoke):
         check_name("device", name)
+    if renew and revoke:
+        raise ConfigError("--renew and --revoke exclude each other; call the command once for each")
+    if names and (renew or revoke):
+        option = "--renew" if renew else "--revoke"
+        meant = " ".join(f"{option} {name}" for name in (*renew, *revoke, *names))
+        raise ConfigError(
+            f"{option} takes one name, and {' '.join(names)} would be a new device; write {meant}, or make new devices "
+            "in a call of their own"
+        )
     for name in names or ():
         if name in RESERVED:
             raise ConfigError(f"device name {name!r} is the {name}'s; choose another")
-    if sum(map(bool, (names, renew, revoke))) > 1:
-        raise ConfigError(
-            "--revoke, --renew and new devices exclude each other; call the command once for each, with --revoke or "
-            "--renew before each name"
-        )
     os.umask(0o077)  # most of the files are secret
     if not (names or host or renew or revoke):
         raise ConfigError("nothing to do: pass --host to make a CA, names of devices, --renew or --revoke")

@@ -142,11 +142,21 @@ def personalize(
     state: Path = typer.Option(help="State directory of the device."),
     bundle: Path | None = typer.Option(None, help="Bundle folder. Default: the model's, in the state directory."),
     out: Path | None = typer.Option(None, help="File to write. Default: personalized.onnx in the state directory."),
+    folder: Path | None = typer.Option(
+        None, help="Write a folder for Optimum, transformers and transformers.js instead of one file."
+    ),
 ) -> None:
-    """Write the personalized model of the last round as one self-contained ONNX file."""
-    from edge_runtime.inference.export_onnx import write_model  # the only user of the onnx package
+    """Write the personalized model of the last round as one self-contained ONNX file, or as a folder."""
+    from edge_runtime.inference.export_onnx import write_model  # these two need the onnx package
+    from edge_runtime.inference.model_folder import write_folder
 
+    if out and folder:
+        raise ConfigError("--out and --folder exclude each other; omit one of them")
     store = DeviceStore(state)
+    if folder:
+        write_folder(store, folder, bundle)
+        print(folder)
+        return
     path = out or store.personalized
     if path.is_dir():
         raise ConfigError(f"--out {path} is a folder; pass a file, like {path / store.personalized.name}")

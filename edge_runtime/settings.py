@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import os
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import ByteSize, Field, ValidationInfo, field_validator
+from pydantic import ByteSize, Field
 
 from edge_runtime.resources.governor import Hours, Limits
 from fedfmsl.common.logs import LogSettings
+from fedfmsl.common.processors import usable_processors
 from fedfmsl.common.settings import MAX_THREADS, CommaSeparated, File, Fraction, SettingsModel, panel
-from fedfmsl.errors import ConfigError
 from fedfmsl.protocol.messages import EngineChoice
-from fedfmsl.transport.address import listening_on
 from fedfmsl.transport.settings import (
     CONNECTION,
     HOME_ASSISTANT,
     ConnectionSettings,
     DeviceName,
     DiscoveryPrefix,
+    MetricsAddress,
     RunName,
 )
 
@@ -73,6 +72,13 @@ class Settings(PredictSettings, LogSettings):
         Secure.OFF,
         description="Take part only with secure aggregation: of class sums (sums), of updates too (all). "
         "Default: as the server says.",
+        json_schema_extra=RUN,
+    )
+    max_epsilon: float | None = Field(
+        None,
+        gt=0,
+        description="Privacy budget ε that the updates of all runs may reach, at δ = 1e-5. The device takes no part in "
+        "rounds that would pass it, or that have no noise. Default: no limit.",
         json_schema_extra=RUN,
     )
     stay: bool = Field(
@@ -160,24 +166,14 @@ class Settings(PredictSettings, LogSettings):
     watch: File | None = Field(
         None, description="Folder whose new files are classified with the newest model.", json_schema_extra=OUTPUT
     )
-    metrics: str | None = Field(
+    metrics: MetricsAddress | None = Field(
         None, description="HOST:PORT to serve Prometheus metrics on. Default: none.", json_schema_extra=OUTPUT
     )
 
-    @field_validator("metrics")
-    @classmethod
-    def _check_metrics(cls, address: str | None, info: ValidationInfo) -> str | None:
-        if address is not None:
-            try:
-                listening_on(address, "metrics", bool(info.data.get("insecure")))
-            except ConfigError as error:
-                raise ValueError(str(error)) from error
-        return address
-
     @property
     def thread_count(self) -> int:
-        """`threads`, or one per core."""
-        return self.threads or os.cpu_count() or 1
+        """`threads`, or one per processor that this process may use."""
+        return self.threads or usable_processors()
 
     @property
     def limits(self) -> Limits:

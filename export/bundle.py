@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from export.reference import initial_expert
 from export.transformer import Geometry, Transformer
 from export.weights import Backbone
 from fedfmsl.algorithms.arrays import Floats, Vector
-from fedfmsl.errors import ConfigError
+from fedfmsl.errors import BundleError, ConfigError
 from fedfmsl.protocol.bundle import (
     MANIFEST,
     TOKENIZER,
@@ -49,18 +48,16 @@ def build_bundle(
     zero_shot: ZeroShot | None = None,
     ort_training: bool = False,
 ) -> Iterator[tuple[int, int, str]]:
-    """Writes the bundle to `out` and replaces an existing bundle. Yields (steps done, all steps, current step).
+    """Writes the bundle to `out`, as a whole or not at all. Yields (steps done, all steps, current step).
 
-    Raises ConfigError for invalid levels, precision or `out`, BundleError if a graph differs from torch + PEFT.
+    A bundle that is there already stays: a server or a device may use it. Raises ConfigError if it is another one, and
+    for invalid levels, precision or `out`. Raises BundleError if a graph differs from torch + PEFT.
     """
     geometry = source.family.geometry(source.model.config, source.size)
-    levels = levels or geometry.blocks
-    if levels > geometry.blocks:
-        raise ConfigError(f"--levels {levels} is more than the {geometry.blocks} blocks of the model; lower it")
-    if out.exists() and not (out / MANIFEST).exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"--out {out} exists and is not a bundle; choose another folder")
+    levels = check_levels(levels, geometry)
     if ort_training and precision != "fp32":
         raise ConfigError(f"--ort-training needs --precision fp32, not {precision}; omit one of them")
+    check_out(out, classes, precision, levels)
     spec = _Spec(source, geometry, classes, levels, lora, precision)
     steps = 1 + (4 + ort_training) * levels + 2 + 2
     try:
@@ -90,10 +87,50 @@ def build_bundle(
         for level in sorted({1, levels}):
             yield done + 1, steps, f"compare with PEFT, level {level}"
             check_parity(Bundle.load(root), source, level, seed)
-        if out.exists():
-            shutil.rmtree(out)
-        root.rename(out)
+        _keep_or_rename(root, out)
     yield steps, steps, "done"
+
+
+def check_levels(levels: int | None, geometry: Geometry) -> int:
+    """Raises ConfigError if the model has fewer blocks. Default: all of them."""
+    if levels and levels > geometry.blocks:
+        raise ConfigError(f"--levels {levels} is more than the {geometry.blocks} blocks of the model; lower it")
+    return levels or geometry.blocks
+
+
+def check_out(out: Path, classes: tuple[str, ...], precision: Precision, levels: int | None = None) -> None:
+    """Raises ConfigError if a bundle of these options cannot be written to `out`, as far as that is known before the
+    build."""
+    if not (out / MANIFEST).exists():
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise ConfigError(f"--out {out} exists and is not a bundle; choose another folder")
+        return
+    try:
+        there = Bundle.load(out).manifest
+    except BundleError as error:
+        raise ConfigError(f"--out {out} holds a bundle that cannot be read ({error}); choose another folder") from error
+    if (there.classes, there.precision) != (classes, precision) or levels not in (None, there.levels):
+        raise _other_bundle(out)
+
+
+def _keep_or_rename(root: Path, out: Path) -> None:
+    """Raises ConfigError if `out` holds another bundle than `root`."""
+    if (out / MANIFEST).exists():
+        if (out / MANIFEST).read_bytes() != (root / MANIFEST).read_bytes():
+            raise _other_bundle(out)
+        Bundle.load(out).verify()
+        return
+    try:
+        root.rename(out)  # also over an empty folder
+    except OSError as error:
+        raise ConfigError(f"--out {out} cannot be written ({error.strerror}); choose another folder") from error
+
+
+def _other_bundle(out: Path) -> ConfigError:
+    return ConfigError(
+        f"--out {out} holds another bundle, which a server or a device may use; choose another --out, or delete that "
+        "folder first"
+    )
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from export.bundle import build_bundle
-from export.weights import Backbone, load_backbone
+from export.bundle import build_bundle, check_levels, check_out
+from export.weights import Backbone, Found, find_backbone, load_weights
 from export.zero_shot import TEMPLATES, zero_shot_head
 from fedfmsl.common.cli import console
 from fedfmsl.errors import ConfigError, WeightsError
@@ -38,11 +38,13 @@ class Options:
 def export_bundle(options: Options) -> Bundle:
     """Raises FedFMSLError if an option is unusable, or if the weights cannot be exported."""
     size = options.image_size or options.max_tokens
-    source = load_backbone(
-        options.model, options.weights, len(options.classes), size, options.revision, options.seed, options.tokenizer
+    found = find_backbone(
+        options.model, options.weights, len(options.classes), size, options.revision, options.tokenizer
     )
-    _check_input(source, options)
-    out = options.out or Path("bundles") / source.name
+    _check_input(found, options)
+    out = options.out or Path("bundles") / found.name
+    check_out(out, options.classes, options.precision, options.levels)
+    source = load_weights(found, options.seed)
     columns = (TextColumn("{task.description:<28}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("class names", total=None)
@@ -63,15 +65,16 @@ def export_bundle(options: Options) -> Bundle:
     return Bundle.load(out)
 
 
-def _check_input(source: Backbone, options: Options) -> None:
-    """Raises ConfigError if an option is for the other kind of input, or larger than the model."""
+def _check_input(source: Found, options: Options) -> None:
+    """Raises ConfigError if an option is for the other kind of input, or if the model cannot take it."""
     if source.family.input == "tokens" and options.image_size:
         raise ConfigError(f"--image-size is not valid for the text model {source.name}; use --max-tokens")
     if source.family.input == "pixels" and (options.max_tokens or options.tokenizer):
         raise ConfigError(f"--max-tokens and --tokenizer are not valid for the vision model {source.name}; remove them")
-    hidden = source.model.config.hidden_size
+    hidden = source.config.hidden_size
     if options.rank > hidden:
         raise ConfigError(f"--rank {options.rank} is more than the hidden size {hidden} of {source.name}; lower it")
+    check_levels(options.levels, source.family.geometry(source.config, source.size))
 
 
 def _make_zero_shot(source: Backbone, classes: tuple[str, ...], prompts: list[str] | None) -> ZeroShot | None:

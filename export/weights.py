@@ -74,27 +74,35 @@ class Origin:
 
 
 @dataclass(frozen=True)
-class Backbone:
-    """A transformers classification model. `preprocessing`: of samples, before the graphs. `origin` is None for random
-    weights."""
+class Found:
+    """What is known of a model before its weights are read or fetched. `place`: as the user gave it. `config`: of
+    transformers. `preprocessing`: of samples, before the graphs. `origin` is None for random weights."""
 
+    place: str
     name: str
     family: Family
-    model: Any
+    config: Any
     preprocessing: Preprocessing
     tokenizer: str  # JSON of a text model's tokenizer, else ""
     origin: Origin | None
-
-    @property
-    def backbone(self) -> Any:
-        """The part of the model without the head."""
-        return getattr(self.model, self.family.backbone)
 
     @property
     def size(self) -> int:
         """Pixels per side, or tokens."""
         preprocessing = self.preprocessing
         return preprocessing.max_tokens if isinstance(preprocessing, TextPreprocessing) else preprocessing.size
+
+
+@dataclass(frozen=True)
+class Backbone(Found):
+    """A transformers classification model."""
+
+    model: Any
+
+    @property
+    def backbone(self) -> Any:
+        """The part of the model without the head."""
+        return getattr(self.model, self.family.backbone)
 
     @property
     def parameters(self) -> int:
@@ -111,12 +119,33 @@ def load_backbone(
     seed: int = 0,
     tokenizer: Path | None = None,
 ) -> Backbone:
-    """Loads a model with `classes` outputs.
+    """Loads a model with `classes` outputs. Arguments and errors as for `find_backbone` and `load_weights`."""
+    return load_weights(find_backbone(model, weights, classes, size, revision, tokenizer), seed)
+
+
+def load_weights(found: Found, seed: int = 0) -> Backbone:
+    """The model with its weights, or with random ones of this seed. Raises WeightsError if they are missing or damaged,
+    or if transformers cannot make a model of this config."""
+    torch.manual_seed(seed)
+    kind, config, origin = found.family.reference, found.config, found.origin
+    loaded = load_pretrained(kind, origin, config) if origin else _random(found)
+    return Backbone(**vars(found), model=loaded.eval())
+
+
+def find_backbone(
+    model: str,
+    weights: str | None,
+    classes: int,
+    size: int | None = None,
+    revision: str | None = None,
+    tokenizer: Path | None = None,
+) -> Found:
+    """Finds a model with `classes` outputs. Fetches no weights, only small files.
 
     `model`: a name of MODELS, or a transformers folder. `weights`: "random", a folder, or None for the model's own.
     `size`: pixels per side, or tokens. `tokenizer`: a tokenizer.json; None for the one beside the weights.
 
-    Raises ConfigError for an unknown model, or if a tokenizer is required. Raises WeightsError if weights or tokenizer
+    Raises ConfigError for an unknown model, or if a tokenizer is required. Raises WeightsError if config or tokenizer
     are missing, damaged or of another family.
     """
     transformers.logging.set_verbosity_error()
@@ -138,24 +167,23 @@ def load_backbone(
     tokenizer_json = ""
     if family.input == "tokens":
         tokenizer_json = read_tokenizer(tokenizer or _tokenizer_of(origin), config.vocab_size)
-    torch.manual_seed(seed)
-    loaded = load_pretrained(family.reference, origin, config) if origin else _random(family, config, model)
-    return Backbone(
+    return Found(
+        place=model,
         name=model if spec else Path(model).resolve().name,
         family=family,
-        model=loaded.eval(),
+        config=config,
         preprocessing=preprocessing,
         tokenizer=tokenizer_json,
         origin=origin,
     )
 
 
-def _random(family: Family, config: Any, model: str) -> Any:
+def _random(found: Found) -> Any:
     """A model with random weights. Raises WeightsError if transformers cannot make one of this config."""
     try:
-        return family.reference(config)
+        return found.family.reference(found.config)
     except Exception as error:  # of any kind, as in `load_pretrained`
-        raise Origin(model).to_weights_error(error) from error
+        raise Origin(found.place).to_weights_error(error) from error
 
 
 def _preprocessing(

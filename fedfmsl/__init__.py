@@ -8,8 +8,15 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from fedfmsl.algorithms.accounting import epsilon
-from fedfmsl.algorithms.aggregation import Aggregate, Contribution, CoordinateMedian, TrimmedMean, WeightedMean
+from fedfmsl.algorithms.accounting import Observer, epsilon, epsilons
+from fedfmsl.algorithms.aggregation import (
+    Aggregate,
+    Contribution,
+    CoordinateMedian,
+    ScreenedMean,
+    TrimmedMean,
+    WeightedMean,
+)
 from fedfmsl.algorithms.calibration import UNKNOWN, calibrate, fit_temperature, unknown_threshold
 from fedfmsl.algorithms.class_means import class_mean_head, direction_head
 from fedfmsl.algorithms.discriminant import discriminant_head, logit_head, second_moments, with_former_rows
@@ -77,10 +84,12 @@ __all__ = [
     "InputError",
     "MessageError",
     "Moments",
+    "Observer",
     "Privacy",
     "RunError",
     "Sal",
     "SalState",
+    "ScreenedMean",
     "Training",
     "TrimmedMean",
     "WeightedMean",
@@ -96,6 +105,7 @@ __all__ = [
     "direction_head",
     "discriminant_head",
     "epsilon",
+    "epsilons",
     "fit_temperature",
     "gate_offset",
     "gate_statistics",

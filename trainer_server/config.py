@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_settings import SettingsConfigDict
 
-from fedfmsl.algorithms.aggregation import AggregationRule, CoordinateMedian, TrimmedMean, WeightedMean
+from fedfmsl.algorithms.aggregation import AggregationRule, CoordinateMedian, ScreenedMean, TrimmedMean, WeightedMean
 from fedfmsl.algorithms.bounds import NORM_FACTOR, WEIGHT_CAP
 from fedfmsl.algorithms.privacy import Privacy
 from fedfmsl.algorithms.sal import AllAtOnce, CapabilityQueue, FixedSchedule, Sal
@@ -48,8 +48,9 @@ class Selection(str, Enum):
 
 
 class Rule(str, Enum):
-    """Aggregation rules. The mean is weighted by samples; the others give every update the same weight."""
+    """Aggregation rules. The means are weighted by samples; the others give every update the same weight."""
 
+    SCREENED_MEAN = "screened-mean"
     MEAN = "mean"
     TRIMMED_MEAN = "trimmed-mean"
     MEDIAN = "median"
@@ -77,7 +78,7 @@ class Aggregation(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    rule: Rule = Rule.TRIMMED_MEAN
+    rule: Rule = Rule.SCREENED_MEAN
     trim: float = TrimmedMean.trim
     clip: float | None = None
     norm_factor: float | None = NORM_FACTOR
@@ -96,6 +97,8 @@ class Aggregation(BaseModel):
 
     @property
     def aggregation_rule(self) -> AggregationRule:
+        if self.rule is Rule.SCREENED_MEAN:
+            return ScreenedMean(clip=self.clip)
         if self.rule is Rule.TRIMMED_MEAN:
             return TrimmedMean(trim=self.trim, clip=self.clip)
         return CoordinateMedian(clip=self.clip) if self.rule is Rule.MEDIAN else WeightedMean(clip=self.clip)
@@ -198,8 +201,8 @@ class RunRules(BaseModel):
     )
     secure: bool = Field(
         False,
-        description="Secure aggregation of all updates and sums: the server learns no single device's. Excludes --rule "
-        "trimmed-mean and median, --clip, --encoding, --max-staleness and --dp-noise.",
+        description="Secure aggregation of all updates and sums: the server learns no single device's. Excludes every "
+        "--rule but mean, --clip, --encoding and --max-staleness.",
         json_schema_extra=PRIVACY,
     )
     secure_sums: bool = Field(
@@ -288,7 +291,6 @@ class RunConfig(RunRules):
             "--clip": self.aggregation.clip is not None,
             "--max-staleness": self.max_staleness > 0,
             f"--encoding {self.encoding.value}": self.encoding is not Encoding.FP32,
-            "--dp-noise": self.privacy is not None,
         }
         found = [option for option, is_set in excluded.items() if is_set]
         if self.secure and found:
@@ -308,6 +310,10 @@ class RunConfig(RunRules):
             )
         if self.encoding is not Encoding.FP32:
             raise ValueError("privacy is accounted for unrounded updates: with --dp-noise leave out --encoding")
+        if self.min_holders > 1:
+            raise ValueError(
+                "the holders of a class are counted without noise: with --dp-noise leave out --min-holders"
+            )
         if any(isinstance(sal.trigger, CapabilityQueue) for sal in (self.stage1_sal, self.stage2_sal)):
             raise ValueError(
                 "with --dp-noise devices do not report accuracies, which SAL's capability queue needs: choose --sal "

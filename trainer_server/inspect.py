@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import time
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import typer
 from rich.table import Table
 
-from fedfmsl.algorithms.accounting import epsilon
+from fedfmsl.algorithms.accounting import Observer, epsilons
 from fedfmsl.common.cli import console, print_json
 from fedfmsl.errors import ConfigError, RunError
-from fedfmsl.protocol.messages import Stage
+from fedfmsl.protocol.messages import NOISED
 from fedfmsl.transport.identity import describe_expiry
 from trainer_server.coordinator.records import NAMES, listed, rare_devices
 from trainer_server.coordinator.refusals import LEFT_OUT_AFTER, is_left_out
-from trainer_server.coordinator.state import TRAINING
 from trainer_server.service.lifecycle import make_plan, open_bundle, replay_rounds
 from trainer_server.storage.peft_adapter import write_adapter
 from trainer_server.storage.run_store import RunStore
 
+WHO = {
+    Observer.PUBLIC: "everybody",
+    Observer.PARTICIPANT: "another device",
+    Observer.SERVER: "the server",
+    Observer.COLLUDERS: "the server with one device",
+}
 OUT = typer.Option(help="Folder of the run.")
 
 
@@ -43,7 +48,7 @@ def _facts(store: RunStore) -> dict[str, Any]:
     announced = checkpoint[0].announced if checkpoint else None
     closed = store.rounds()
     since, reason = store.outage()
-    facts: dict[str, Any] = {"run": config.run, "session": store.origin.session}
+    facts: dict[str, Any] = {"run": config.run, "session": store.origin.session, "server": vars(store.server())}
     if store.ended is not None:
         facts["ended"] = store.ended
     elif checkpoint is None or announced is None:
@@ -53,8 +58,8 @@ def _facts(store: RunStore) -> dict[str, Any]:
         facts |= {
             "round": announced.round,
             "stage": announced.stage.value,
-            "stage_round": announced.index + 1,
-            "stage_rounds": announced.of,
+            "stage_round": announced.ordinal[0],
+            "stage_rounds": announced.ordinal[1],
             "level": announced.level,
             "selected": selected,
             "answered": answered,
@@ -79,8 +84,12 @@ def _facts(store: RunStore) -> dict[str, Any]:
         "refused": {f"{r.device}: {r.kind}": r.count for r in store.refusals()},
     }
     if config.privacy:
-        noised = [r for r in closed if r.round.stage in (Stage.STATISTICS, *TRAINING) and not r.repeated]
-        facts["epsilon"] = epsilon(config.privacy, len(noised), config.delta)
+        noised = [r for r in closed if r.round.stage in NOISED]
+        released = sum(not r.repeated for r in noised)
+        present = announced is not None and announced.stage in NOISED and bool(store.pending_updates())
+        updates = len(noised) + present  # of a device that has answered all rounds
+        found = epsilons(config.privacy, released, config.delta, secure=config.secure, updates=updates)
+        facts["epsilon"] = {observer.value: value for observer, value in found.items()}
         facts["delta"] = config.delta
     return facts
 
@@ -88,6 +97,7 @@ def _facts(store: RunStore) -> dict[str, Any]:
 def _rows(facts: dict[str, Any]) -> dict[str, str]:
     """The facts as text, by label."""
     rows = {name.replace("_", " "): _text(value) for name, value in facts.items()}
+    rows["server"] = _server_text(facts["server"], facts.get("ended"))
     if "online" in facts:
         online, devices = facts["online"], rows.pop("devices")
         names = f": {', '.join(online[:NAMES])}" if online else ""
@@ -97,6 +107,11 @@ def _rows(facts: dict[str, Any]) -> dict[str, str]:
         texts = [f"{name} {describe_expiry(moment, now, name)[0]}" for name, moment in until.items()]
         rows["certificates"] = "; ".join(texts)
         del rows["certificates until"]
+    if "epsilon" in facts:
+        del rows["epsilon"]
+        delta = rows.pop("delta")
+        for name, value in facts["epsilon"].items():
+            rows[f"ε for {WHO[Observer(name)]}"] = f"{value:.3g} at δ = {delta}"
     rows["storage"] = ", ".join(f"{what} {size / 1e6:.1f} MB" for what, size in facts["bytes"].items())
     del rows["bytes"]
     if "stage" in facts:
@@ -108,6 +123,18 @@ def _rows(facts: dict[str, Any]) -> dict[str, str]:
         rare = [f"{name} {count}×" for name, count in facts["rarely_took_part"].items()]
         rows["rarely took part"] = f"{listed(rare)}, of {rows.pop('training rounds')} training rounds"
     return rows
+
+
+def _server_text(server: dict[str, Any], ended: str | None) -> str:
+    """Whether a server runs in the folder, and when it stored its last event."""
+    age = timedelta(seconds=max(round(time.time() - server["last_event"]), 0))
+    last = f"last event {age} ago" if server["last_event"] else "no event yet"
+    if server["runs"]:
+        return f"runs as process {server['pid'] or 'unknown'}, {last}"
+    if server["runs"] is None and server["last_event"]:
+        return f"unknown, because this user may not read the lock of the run; {last}"
+    remedy = "" if ended else "; start it again with python -m trainer_server resume"
+    return f"does not run, {last}{remedy}"
 
 
 def _text(value: Any) -> str:
@@ -130,7 +157,7 @@ def rounds(out: Path = OUT, as_json: bool = typer.Option(False, "--json", help="
         announced = record.round
         table.add_row(
             str(announced.round),
-            f"{announced.stage.value} {announced.index + 1}/{announced.of}",
+            f"{announced.stage.value} {announced.ordinal[0]}/{announced.ordinal[1]}",
             str(announced.level),
             str(len(record.updates)),
             listed(record.missing),

@@ -8,7 +8,8 @@ import secrets
 import shlex
 from pathlib import Path
 
-from fedfmsl.transport.settings import HOME_ASSISTANT, SERVER_NAME  # also common names or user names
+from fedfmsl.transport.address import PORTS
+from fedfmsl.transport.settings import HOME_ASSISTANT, OPERATOR_NAME, SERVER_NAME  # also common names or user names
 
 # PBKDF2 iterations, mosquitto's own default. The passwords are long and random, so more iterations would only slow the
 # broker down when a fleet reconnects: it computes them in its single thread.
@@ -61,12 +62,16 @@ topic read {prefix}/+/devices/+/prediction/status
 # use_username_as_clientid in mosquitto.conf): make an identity like a device's, and add these two lines for it.
 user {SERVER_NAME}
 topic readwrite {prefix}/#
-# It removes the announcements of an old run (trainer_server purge).
+
+# The operator removes what old runs have left, and the announcements of their devices (trainer_server purge). An
+# identity of the operator's own leaves the server's connection alone.
+user {OPERATOR_NAME}
+topic readwrite {prefix}/#
 topic readwrite {HOME_ASSISTANT}/device/#
 """
 
 
-def mosquitto_conf(folder: Path, passwords: bool) -> str:
+def mosquitto_conf(folder: Path, passwords: bool, port: int = PORTS["mqtts"]) -> str:
     """For a broker that reads its kit from `folder`. Clients have certificates, or user names and `passwords`."""
     password_file = (
         f"""\
@@ -91,7 +96,7 @@ crlfile {folder}/revoked.crl
 # Written by devices.provision for mosquitto 2.0 or newer: mosquitto -c {shlex.quote(f"{folder}/mosquitto.conf")}
 # Keys are readable by their owner only. The owner must be the user that mosquitto runs as.
 
-listener 8883
+listener {port}
 cafile {folder}/ca.crt
 certfile {folder}/broker.crt
 keyfile {folder}/broker.key

@@ -8,14 +8,16 @@ from pathlib import Path
 
 from devices.provisioning.broker_kit import CONNECTIONS
 from fedfmsl.protocol.topics import ROOT
-from fedfmsl.transport.address import netloc
+from fedfmsl.transport.address import PORTS, netloc
 
 OWNER = 1883  # the user of the image eclipse-mosquitto; devices/Dockerfile uses the same
 _STATE, _BUNDLE, _IDENTITY = "/var/lib/fedfmsl", "/bundle", "/run/server.pem"
 _REVOKED = "/run/revoked.crl"  # where the server finds the revocation list, beside its identity
 
 
-def compose_yaml(folder: Path, host: str, run: str | None, source: Path, prefix: str = ROOT) -> str:
+def compose_yaml(
+    folder: Path, host: str, run: str | None, source: Path, prefix: str = ROOT, port: int = PORTS["mqtts"]
+) -> str:
     """For the kit in `folder`. Clients reach broker and server at `host`. The server's image is built from `source`.
 
     If `host` is a name, the containers have a network of their own, where it is the broker's name: the server reaches
@@ -23,11 +25,14 @@ def compose_yaml(folder: Path, host: str, run: str | None, source: Path, prefix:
     """
     command = ["start", "--run", f"${{RUN:-{run}}}" if run else "${RUN:?name of the run}"]
     command += ["--devices", "${DEVICES:?number of devices}", "--bundle", _BUNDLE, "--out", _STATE]
-    command += ["--identity", _IDENTITY, "--broker", f"mqtts://{netloc(host)}", "--serve", f"{netloc(host)}:8443"]
+    location = netloc(host) if port == PORTS["mqtts"] else f"{netloc(host)}:{port}"
+    command += ["--identity", _IDENTITY, "--broker", f"mqtts://{location}", "--serve", f"{netloc(host)}:8443"]
     command += [] if prefix == ROOT else ["--topic-prefix", prefix]
     named = not _is_address(host)
     machine = "network_mode: host"
-    broker = f'ports: ["8883:8883"]\n    networks: {{default: {{aliases: [{_quoted(host)}]}}}}' if named else machine
+    broker = (
+        f'ports: ["{port}:{port}"]\n    networks: {{default: {{aliases: [{_quoted(host)}]}}}}' if named else machine
+    )
     server = 'ports: ["8443:8443"]' if named else machine
     return f"""\
 # Written by devices.provision:

@@ -3,6 +3,7 @@
 PKI/ca.key              the CA's key, which signs; never copy it to the broker or a device
 PKI/fedfmsl-server.service      systemd unit of the run's server
 PKI/server.pem          identity file of the run's server (--identity)
+PKI/operator.pem        identity file of the operator (--identity of trainer_server purge)
 PKI/devices/NAME.toml   a device's settings and identity: copy it to the device, for devices.install (or as --identity)
 PKI/homeassistant.crt, .key     Home Assistant's, if it is among the names
 PKI/issued/NAME.crt     all certificates of a member, of the server and of the broker, so that they can be revoked
@@ -38,11 +39,11 @@ from fedfmsl.common.files import write_atomically
 from fedfmsl.common.settings import without_secrets
 from fedfmsl.errors import ConfigError
 from fedfmsl.protocol.topics import ROOT, check_name, check_prefix
-from fedfmsl.transport.address import netloc, parse_address
-from fedfmsl.transport.settings import HOME_ASSISTANT, SERVER_NAME
+from fedfmsl.transport.address import PORTS, netloc, parse_address
+from fedfmsl.transport.settings import HOME_ASSISTANT, OPERATOR_NAME, SERVER_NAME
 
 BROKER_NAME = "broker"  # of --renew
-RESERVED = (SERVER_NAME, BROKER_NAME)  # names that no device may have
+RESERVED = (SERVER_NAME, OPERATOR_NAME, BROKER_NAME)  # names that no device may have
 SOURCE = Path(__file__).parents[2]
 
 
@@ -115,15 +116,18 @@ class Fleet:
         self._write(broker / "broker.key", issued.key_pem)
         self._write(broker / "revoked.crl", authority.revocation_list([]))
         self._write(broker / "acl", acl(prefix))
-        self._write(broker / "mosquitto.conf", mosquitto_conf(kit, passwords))
+        address = parse_address(settings["broker"])
+        port = PORTS["mqtts"] if address.websocket else address.port  # the kit's WebSocket listener is a comment
+        self._write(broker / "mosquitto.conf", mosquitto_conf(kit, passwords, port))
         self._write(broker / "limits.conf", systemd_limits())
-        self._write(broker / "compose.yaml", compose_yaml(kit, hosts[0], settings.get("run"), SOURCE, prefix))
+        self._write(broker / "compose.yaml", compose_yaml(kit, hosts[0], settings.get("run"), SOURCE, prefix, port))
         self._record(BROKER_NAME, issued)
         self._issue_server(authority, hosts)
+        self._issue_operator(authority)
         self._write(self.folder / f"{SERVER_UNIT}.service", server_unit(Path(sys.executable)))
         if passwords:
             self._write(self._passwords, "")
-            self._add_passwords([SERVER_NAME], settings)
+            self._add_passwords([SERVER_NAME, OPERATOR_NAME], settings)
         self._write(self.folder / "ca.crt", authority.certificate_pem)
         self._write(self.folder / "ca.key", authority.key_pem)  # last: `exists` depends on it
 
@@ -164,6 +168,8 @@ class Fleet:
                 self.report(
                     "copy it to the server; --serve uses it at once, the connection to the broker after a restart"
                 )
+            elif name == OPERATOR_NAME:
+                self._issue_operator(authority)
             elif self.has_passwords:
                 raise ConfigError(f"{name} has a password, which does not expire; --revoke it, and add {name} again")
             elif not self._issued(name).exists():
@@ -213,8 +219,8 @@ class Fleet:
             file.unlink()
             self._remove_files(name)
         self.report(f"wrote {path}; copy it to the broker and restart the broker, which also ends open connections")
-        if SERVER_NAME in names:
-            self.report("the server needs another identity: --renew server")
+        for name in {SERVER_NAME, OPERATOR_NAME} & set(names):
+            self.report(f"the {name} needs another identity: --renew {name}")
 
     # passwords
 
@@ -232,7 +238,7 @@ class Fleet:
         for name in names:
             password = new_password()
             lines.append(password_line(name, password))
-            if name in (SERVER_NAME, HOME_ASSISTANT):
+            if name in (SERVER_NAME, OPERATOR_NAME, HOME_ASSISTANT):
                 self.report(f"{name} {password}")
                 continue
             parts = urlsplit(settings["broker"])
@@ -272,7 +278,8 @@ class Fleet:
         self.report(f"copy it to {name}, and run there: python -m devices.install {path.name} --images DIR")
 
     def _remove_files(self, name: str) -> None:
-        special = {HOME_ASSISTANT: [f"{name}.crt", f"{name}.key"], SERVER_NAME: ["server.pem"]}
+        special = {HOME_ASSISTANT: [f"{name}.crt", f"{name}.key"]}
+        special |= {own: [f"{own}.pem"] for own in (SERVER_NAME, OPERATOR_NAME)}
         files = special.get(name, [f"devices/{name}.toml"])
         for file in files:
             (self.folder / file).unlink(missing_ok=True)
@@ -291,6 +298,11 @@ class Fleet:
         issued = authority.issue(SERVER_NAME, [SERVER, CLIENT], hosts)
         self._record(SERVER_NAME, issued)
         self._replace(self.folder / "server.pem", _identity(issued, authority))
+
+    def _issue_operator(self, authority: Authority) -> None:
+        issued = authority.issue(OPERATOR_NAME, [CLIENT])
+        self._record(OPERATOR_NAME, issued)
+        self._replace(self.folder / "operator.pem", _identity(issued, authority))
 
     def _replace(self, path: Path, text: str) -> None:
         write_atomically(path, text.encode(), durable=True)

@@ -118,7 +118,7 @@ def _round_rows(rounds: Sequence[ClosedRound]) -> list[list[str]]:
         rows.append(
             [
                 str(round_.round),
-                f"{round_.stage.value} {round_.index + 1}/{round_.of}",
+                f"{round_.stage.value} {round_.ordinal[0]}/{round_.ordinal[1]}",
                 str(round_.level),
                 *(f"{held[model]:.1%}" if model in held else "" for model in models),
                 str(len(updates)),

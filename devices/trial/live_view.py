@@ -203,7 +203,8 @@ def summary(closed: ClosedRound) -> str:
 
 
 def _step(round_: Round) -> str:
-    return f"{STAGES[round_.stage]}, {round_.index + 1} of {round_.of}" if round_.of > 1 else STAGES[round_.stage]
+    number, of = round_.ordinal
+    return f"{STAGES[round_.stage]}, {number} of {of}" if of > 1 else STAGES[round_.stage]
 
 
 def render(state: RunState, elapsed: float) -> RenderableType:

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import fcntl
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from fedfmsl.common.lock_file import held, is_held
 from fedfmsl.errors import ConfigError
 
 
 @contextmanager
 def locked(state: Path, remedy: str) -> Iterator[None]:
-    """Holds STATE/lock until the end of the block or of the process. Child processes do not inherit it.
+    """Holds STATE/lock until the end of the block or of the process.
 
     Raises ConfigError if another process holds it; `remedy` completes the message.
     """
     state.mkdir(parents=True, exist_ok=True)
-    with (state / "lock").open("a") as file:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.enter_context(held(_path(state)))
         except BlockingIOError as error:
             raise ConfigError(f"--state {state} is in use by another process; {remedy}") from error
         yield
@@ -27,11 +27,8 @@ def locked(state: Path, remedy: str) -> Iterator[None]:
 
 def is_locked(state: Path) -> bool | None:
     """Whether a process uses the state directory now. None if there is no lock, or if this user may not read it."""
-    try:
-        with (state / "lock").open() as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return None
-    return False
+    return is_held(_path(state))
+
+
+def _path(state: Path) -> Path:
+    return state / "lock"

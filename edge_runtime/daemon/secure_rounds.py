@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from edge_runtime.store import DeviceStore
-from edge_runtime.store.secure_store import MaskedVector, SecureRecord
+from edge_runtime.store.secure_store import MaskedVector, NoKeysError, SecureRecord
 from edge_runtime.training.stages import StageResult
 from fedfmsl.algorithms.arrays import Tensors
 from fedfmsl.algorithms.secure_aggregation import (
@@ -25,7 +25,7 @@ from fedfmsl.algorithms.secure_aggregation import (
     SecureAggregationError,
     held_members,
 )
-from fedfmsl.errors import MessageError, RunError
+from fedfmsl.errors import ClockError, MessageError, RunError
 from fedfmsl.protocol.encoding import SUMS
 from fedfmsl.protocol.messages import Globals, Round, Stage
 from fedfmsl.protocol.secure_sums import (
@@ -64,7 +64,8 @@ class SecureRounds:
             )
 
     def exchange(self, round_: Round, level_cap: int) -> StageResult:
-        """The answer to a round `keys`, `shares` or `unmask`. Raises RunError if the device refuses it."""
+        """The answer to a round `keys`, `shares` or `unmask`. Raises RunError if the device refuses it, NoKeysError if
+        it has no keys for it, ClockError as `Authorities.check` does."""
         answers: dict[Stage, Callable[[Round], Tensors]] = {
             Stage.KEYS: partial(self._keys, level_cap=level_cap),
             Stage.SHARES: self._shares,
@@ -73,19 +74,18 @@ class SecureRounds:
         return StageResult(self._checked(round_, answers[round_.stage]))
 
     def level(self, round_: Round) -> int:
-        """The level that the device has announced with its keys. Raises RunError if it has none."""
-        try:
-            return self._record(round_).level
-        except MessageError as error:
-            raise _refusal(round_, error) from error
+        """The level that the device has announced with its keys. Raises NoKeysError if it has none."""
+        return self._record(round_).level
 
     def mask(self, round_: Round, result: StageResult) -> StageResult:
-        """The result with masked sums. Raises RunError if the device refuses it."""
+        """The result with masked sums. Raises RunError if the device refuses it, NoKeysError as `level` does."""
         return replace(result, tensors=self._checked(round_, lambda _: self._masked(round_, result.tensors)))
 
     def _checked(self, round_: Round, answer: Callable[[Round], Tensors]) -> Tensors:
         try:
             return answer(round_)
+        except ClockError:
+            raise
         except (MessageError, SecureAggregationError) as error:
             raise _refusal(round_, error) from error
 
@@ -133,7 +133,9 @@ class SecureRounds:
         _check_levels(levels, round_.chosen, level)
         if len(members) < MIN_DEVICES or self._name not in round_.chosen:
             raise MessageError(f"{len(members)} devices are too few to hide this one")
-        vector = MaskedVector(kind=kind, level=level, round=round_.round, members=round_.chosen)
+        least = round_.privacy.shares if round_.privacy is not None else 0
+        _check_noise(members, least)
+        vector = MaskedVector(kind=kind, level=level, round=round_.round, members=round_.chosen, least=least)
         if record.vectors.get(index, vector) != vector:
             raise MessageError("it asks for the same vector with other masks")
         self._store.secure.write(record.model_copy(update={"vectors": {**record.vectors, index: vector}}))
@@ -150,6 +152,7 @@ class SecureRounds:
             raise MessageError("it asks for the shares of other devices than before, which together reveal a vector")
         members, survivors = (_positions(roster, names) for names in (vector.members, round_.chosen))
         _check_levels(levels, round_.chosen, vector.level)
+        _check_noise(survivors, vector.least)
         device = roster.names.index(self._name)
         shape = (len(roster.names), len(roster.holders(device)), None)
         published = np.asarray(tensor_of(self._blob(round_.shares), SHARES, np.uint8, shape), np.uint8)
@@ -165,7 +168,11 @@ class SecureRounds:
     def _record(self, round_: Round) -> SecureRecord:
         record = self._store.secure.read()
         if record is None or record.session != round_.session or record.keys_round >= round_.round:
-            raise MessageError("this device has no keys in this session; its --state may have been deleted")
+            raise NoKeysError(
+                f"round {round_.round} ({round_.stage.value}) needs the keys of an earlier round, which are not in "
+                f"{self._store.root}: another process of this name sent them, or the folder is new; this device takes "
+                "part again with the next keys"
+            )
         return record
 
     def _roster(self, round_: Round, record: SecureRecord) -> tuple[Roster, Mapping[str, int]]:
@@ -199,6 +206,12 @@ def _check_levels(levels: Mapping[str, int], names: tuple[str, ...], highest: in
     level = thin_level((levels.get(name, 0) for name in names), highest)
     if level:
         raise MessageError(f"fewer than {MIN_DEVICES} devices train at level {level} or above")
+
+
+def _check_noise(devices: frozenset[int], least: int) -> None:
+    """Raises MessageError if the sum over so few devices has not the whole noise."""
+    if len(devices) < least:
+        raise MessageError(f"the noise is whole from {least} devices on, and the sum is of {len(devices)}")
 
 
 def _positions(roster: Roster, names: tuple[str, ...]) -> frozenset[int]:

@@ -16,7 +16,7 @@ from fedfmsl.protocol.messages import Level, Name, Number, Session, Sha256
 
 class MaskedVector(BaseModel):
     """A vector `kind` that was masked in round `round` among `members`, at `level` if it is an expert. `survivors`:
-    with whom it was opened, or nobody."""
+    with whom it was opened, or nobody. `least`: fewer survivors would not add the whole noise."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -24,6 +24,7 @@ class MaskedVector(BaseModel):
     level: Level = 0
     round: Number
     members: tuple[Name, ...]
+    least: Number = 0
     survivors: tuple[Name, ...] = ()
 
 
@@ -41,6 +42,10 @@ class SecureRecord(BaseModel):
     roster: Sha256 = ""
     vectors: dict[int, MaskedVector] = {}
     opened: tuple[str, ...] = ()
+
+
+class NoKeysError(Exception):
+    """This device has no keys for a round: they were sent before it joined, or its state directory is new."""
 
 
 class SecureStore:

@@ -15,6 +15,7 @@ from edge_runtime.data.samples import labels_of
 from edge_runtime.training.context import TrainingContext
 from edge_runtime.training.loop import Targets, predict_log_p, train
 from fedfmsl.algorithms.arrays import Bools, Tensors, Vector
+from fedfmsl.algorithms.calibration import calibrated_nll
 from fedfmsl.algorithms.class_means import class_mean_head, class_sums
 from fedfmsl.algorithms.discriminant import second_moments
 from fedfmsl.algorithms.mixture import accuracy
@@ -138,12 +139,17 @@ def train_global(context: TrainingContext, round_: Round, published: Globals) ->
     engine.load(level)
     engine.set(theta, round_.training)
     held_out_states = context.hidden_states(splits.held_out, published.expert, level)
-    held_out = predict_log_p(engine, held_out_states, context.class_mask)
+    held_out = predict_log_p(engine, held_out_states, np.zeros(context.classes, np.float32))
     hidden = context.hidden_states(splits.train, published.expert, level)
     targets = Targets.cross_entropy(labels_of(splits.train))
     seed = shuffle_seed(context, round_)
     loss = train(engine, hidden, targets, context.class_mask, round_.training, seed, context.report)
-    metrics = {"held_out_global": accuracy(held_out, labels_of(splits.held_out)), "loss": loss}
+    labels = labels_of(splits.held_out)
+    metrics = {
+        "held_out_global": accuracy(held_out + context.class_mask, labels),
+        "global_nll": calibrated_nll(held_out, labels),
+        "loss": loss,
+    }
     return StageResult(delta=engine.get() - theta, samples=len(splits.train), level=level, metrics=metrics)
 
 

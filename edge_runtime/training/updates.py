@@ -18,14 +18,21 @@ from edge_runtime.training.stages import StageResult
 from edge_runtime.training.tensor_file import read_tensors
 from fedfmsl.algorithms.arrays import Tensors, Vector
 from fedfmsl.algorithms.fixed_point import Words, fixed_point
-from fedfmsl.algorithms.privacy import Privacy, privatize, privatize_statistics
-from fedfmsl.algorithms.weighted_sums import FRACTION_BITS, weighted_update
+from fedfmsl.algorithms.privacy import (
+    Privacy,
+    bounded_statistics,
+    clipped,
+    privatize,
+    privatize_statistics,
+    privatize_words,
+)
+from fedfmsl.algorithms.weighted_sums import FRACTION_BITS, trained_values, weighted_update
 from fedfmsl.common.files import write_atomically
 from fedfmsl.errors import MessageError, RunError
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.encoding import SUMS, decode, encode
 from fedfmsl.protocol.layout import Layout
-from fedfmsl.protocol.messages import Encoding, Round, Stage, Update
+from fedfmsl.protocol.messages import NOISED, Encoding, Round, Stage, Update
 from fedfmsl.protocol.tensors import pack
 
 
@@ -33,11 +40,16 @@ def prepare_update(
     bundle: Bundle, residual_path: Path, round_: Round, result: StageResult, rng: np.random.Generator
 ) -> StageResult:
     """`result` with the tensors to send. Saves the residual of the encoding in the file `residual_path`."""
-    if round_.privacy is not None and round_.stage in (Stage.STATISTICS, Stage.GLOBAL, Stage.PERSONAL):
-        result = _add_noise(round_, round_.privacy, result, rng)
     layout = bundle.gate if round_.stage is Stage.PERSONAL else bundle.expert
+    privacy = round_.privacy if round_.stage in NOISED else None
+    if privacy is not None:  # without metrics and counts, which would reveal facts about the samples
+        # In stage 2 the device's level depends on accuracies, so the round's level replaces it.
+        level = round_.level if round_.stage is Stage.PERSONAL else result.level
+        result = StageResult(result.tensors, result.delta, samples=1, level=level)
     if round_.secure:
-        return StageResult({SUMS: _secure_sums(layout, round_, result)}, level=result.level)
+        return StageResult({SUMS: _secure_sums(layout, round_, privacy, result, rng)}, level=result.level)
+    if privacy is not None:
+        result = _add_noise(privacy, result, rng)
     if result.delta is None:
         return result
     if round_.encoding is Encoding.FP32:
@@ -51,15 +63,26 @@ def prepare_update(
     return replace(result, tensors=tensors)
 
 
-def _secure_sums(layout: Layout, round_: Round, result: StageResult) -> Words:
+def _secure_sums(
+    layout: Layout, round_: Round, privacy: Privacy | None, result: StageResult, rng: np.random.Generator
+) -> Words:
     """What the result adds to a secure sum. Raises RunError if a value is too large."""
     try:
         if result.delta is None:
-            tensors = result.tensors.values()
-            return fixed_point(np.concatenate([np.asarray(tensor, np.float64).ravel() for tensor in tensors]))
+            tensors = {name: np.asarray(tensor, np.float64) for name, tensor in result.tensors.items()}
+            if privacy is None:
+                return fixed_point(np.concatenate([tensor.ravel() for tensor in tensors.values()]))
+            bounded = bounded_statistics(tensors, privacy).values()
+            values = np.concatenate([tensor.ravel() for tensor, _ in bounded])
+            return privatize_words(values, np.repeat([d for _, d in bounded], [t.size for t, _ in bounded]), rng)
         parts = layout.parts_of(round_.level) if round_.stage is Stage.GLOBAL else layout.parts
-        accuracy = result.metrics.get("held_out_global", 0.0)
-        return fixed_point(weighted_update(result.delta, result.samples, accuracy, parts), FRACTION_BITS)
+        if privacy is None:
+            accuracy = result.metrics.get("held_out_global", 0.0)
+            return fixed_point(weighted_update(result.delta, result.samples, accuracy, parts), FRACTION_BITS)
+        update = weighted_update(clipped(result.delta, privacy), 1.0, 0.0, parts)
+        # Also for blocks that the device does not train: their sum needs the noise of as many devices as all others.
+        deviation = np.where(np.arange(update.size) < trained_values(parts), privacy.share, 0.0)
+        return privatize_words(update, deviation, rng, FRACTION_BITS)
     except ValueError as error:
         raise RunError(f"the update of round {round_.round} cannot be sent: {error}") from error
 
@@ -91,13 +114,10 @@ def update_header(
     )
 
 
-def _add_noise(round_: Round, privacy: Privacy, result: StageResult, rng: np.random.Generator) -> StageResult:
-    """`result` with noise, without metrics and counts, which would reveal facts about the samples."""
-    # In stage 2 the device's level depends on accuracies, so the round's level replaces it.
-    level = round_.level if round_.stage is Stage.PERSONAL else result.level
+def _add_noise(privacy: Privacy, result: StageResult, rng: np.random.Generator) -> StageResult:
     if result.delta is None:
-        return StageResult(privatize_statistics(result.tensors, privacy, rng), samples=1, level=level)
-    return StageResult(delta=privatize(result.delta, privacy, rng), samples=1, level=level)
+        return replace(result, tensors=privatize_statistics(result.tensors, privacy, rng))
+    return replace(result, delta=privatize(result.delta, privacy, rng))
 
 
 def encode_with_feedback(layout: Layout, delta: Vector, residual: Vector, encoding: Encoding) -> tuple[Tensors, Vector]:

@@ -10,7 +10,7 @@ import torch
 from transformers import CLIPTextModelWithProjection, CLIPVisionModel, CLIPVisionModelWithProjection
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from export.families.family import Family, affine, array, check_native_size, vision_geometry
+from export.families.family import Family, affine, array, native_geometry
 from export.graph import Array
 from export.transformer import Geometry
 
@@ -41,11 +41,10 @@ class CLIPTextTower(CLIPTextModelWithProjection):  # type: ignore[misc]
 
 
 def _geometry(config: Any, size: int) -> Geometry:
-    return replace(vision_geometry(config, size), feature=config.projection_dim)
+    return replace(native_geometry(config, size), feature=config.projection_dim)
 
 
 def _outer(model: Any, size: int) -> dict[str, Array]:
-    check_native_size(model.config, size)
     tower = model.vision_model
     position = array(tower.embeddings.position_embedding.weight)[None].copy()
     position[:, 0] += array(tower.embeddings.class_embedding)

@@ -10,19 +10,18 @@ from typing import Any
 
 from transformers import DeiTForImageClassification
 
-from export.families.family import IMAGENET_MEAN, IMAGENET_STD, Family, array, check_native_size, vision_geometry
+from export.families.family import IMAGENET_MEAN, IMAGENET_STD, Family, array, native_geometry
 from export.families.vit import BLOCK_KEYS, outer_weights
 from export.graph import Array
 from export.transformer import Geometry
 
 
 def _geometry(config: Any, size: int) -> Geometry:
-    vit = vision_geometry(config, size)
+    vit = native_geometry(config, size)
     return replace(vit, tokens=vit.tokens + 1, special=2)
 
 
 def _outer(model: Any, size: int) -> dict[str, Array]:
-    check_native_size(model.config, size)
     embeddings = model.deit.embeddings
     position = array(embeddings.position_embeddings).copy()
     position[:, 1] += array(embeddings.distillation_token)[0]

@@ -124,10 +124,12 @@ def vision_geometry(config: Any, size: int) -> Geometry:
     )
 
 
-def check_native_size(config: Any, size: int) -> None:
-    """Raises ConfigError if the position embedding was trained for another image size."""
+def native_geometry(config: Any, size: int) -> Geometry:
+    """`vision_geometry` of a model whose position embedding is for one image size. Raises ConfigError for another."""
+    geometry = vision_geometry(config, size)
     if size != config.image_size:
         raise ConfigError(
             f"this {config.model_type} model takes images of {config.image_size} px only, not --image-size {size}; "
             "omit --image-size"
         )
+    return geometry

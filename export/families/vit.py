@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import ViTForImageClassification
 
-from export.families.family import Family, affine, array, check_native_size, vision_geometry
+from export.families.family import Family, affine, array, native_geometry
 from export.graph import Array
 
 BLOCK_KEYS = {
@@ -32,7 +32,6 @@ def outer_weights(backbone: Any, position: Array) -> dict[str, Array]:
 
 
 def _outer(model: Any, size: int) -> dict[str, Array]:
-    check_native_size(model.config, size)
     return outer_weights(model.vit, array(model.vit.embeddings.position_embeddings).copy())
 
 
@@ -42,6 +41,6 @@ VIT = Family(
     backbone="vit",
     layers="encoder.layer",
     block_keys=BLOCK_KEYS,
-    geometry=vision_geometry,
+    geometry=native_geometry,
     outer=_outer,
 )

@@ -1,4 +1,4 @@
-"""Aggregation rules: how client updates become one update. The updates are read one at a time.
+"""Aggregation rules: how client updates become one update. Each update is read once, one at a time.
 
     rule = TrimmedMean(trim=0.1)
     combined = rule.aggregate([Contribution.of(update, weight=samples), ...], parts)
@@ -11,22 +11,27 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from math import floor
+from pathlib import Path
 
 import numpy as np
 
+from fedfmsl.algorithms.agreement import agreeing, agreements, recent_agreements
 from fedfmsl.algorithms.arrays import Doubles, Parts, Vector
 from fedfmsl.algorithms.bounds import l2_norm
 from fedfmsl.algorithms.checks import check_range
+from fedfmsl.algorithms.stored_rows import stored_rows
 
-SORT_BYTES = 32 * 1024 * 1024  # memory for the values that a robust rule sorts at a time
+SORT_BYTES = 4 * 1024 * 1024  # memory for the values that a robust rule keeps or sorts at a time
 
 
 @dataclass(frozen=True)
 class Contribution:
-    """One client update. `read` returns its first `size` values, and is called again for each use.
+    """One client update. `read` returns its first `size` values. `agreement`: that of the device's former rounds, for
+    `ScreenedMean`; None of a new one.
 
     A contribution of weight 0 is ignored. Raises ValueError if the weight is negative or not finite.
     """
@@ -34,6 +39,7 @@ class Contribution:
     weight: float
     size: int
     read: Callable[[], Vector]
+    agreement: float | None = None
 
     def __post_init__(self) -> None:
         check_range(self, "weight", at_least=0)
@@ -46,10 +52,14 @@ class Contribution:
 
 @dataclass(frozen=True)
 class Aggregate:
-    """The combined update. `delta` (P,) is zero outside the `trained` ranges."""
+    """The combined update. `delta` (P,) is zero outside the `trained` ranges.
+
+    Of `ScreenedMean`: the `agreements` of the contributions after this round; None of those that are ignored.
+    """
 
     delta: Doubles
     trained: tuple[slice, ...]
+    agreements: tuple[float | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -70,28 +80,27 @@ class AggregationRule(ABC):
         if self.clip is not None:
             check_range(self, "clip", above=0)
 
-    def aggregate(self, contributions: Sequence[Contribution], parts: Parts, least: int = 1) -> Aggregate:
+    def aggregate(
+        self, contributions: Sequence[Contribution], parts: Parts, least: int = 1, scratch: Path | None = None
+    ) -> Aggregate:
         """The update (P,) of all parts. The same contributions in the same order give the same bits.
 
         Parts that fewer than `least` contributions trained count as not trained: under differential privacy, their
-        sum would hold too little noise.
+        sum would hold too little noise. A robust rule keeps what does not fit in memory in a file without a name in
+        `scratch`; None: the folder of temporary files.
 
-        Raises ValueError if a contribution does not end where a part ends.
+        Raises ValueError if a contribution does not end where a part ends, OSError if the file cannot be written.
         """
-        ends = [part.stop for part in parts.values()]
-        for contribution in contributions:
-            if contribution.size not in ends:
-                raise ValueError(
-                    f"Contribution.size is {contribution.size}; it must be the end of a part, one of {ends}"
-                )
-        delta = np.zeros(max(ends))
+        delta = np.zeros(_checked_size(contributions, parts))
         regions = [region for region in _regions(parts, contributions) if len(region.contributions) >= least]
-        self._combine(regions, delta)
+        if regions:
+            self._combine(regions, delta, scratch)
         return Aggregate(delta, tuple(region.span for region in regions))
 
     @abstractmethod
-    def _combine(self, regions: Sequence[Region], delta: Doubles) -> None:
-        """Writes the combined values of the regions into `delta`."""
+    def _combine(self, regions: Sequence[Region], delta: Doubles, scratch: Path | None) -> None:
+        """Writes the combined values of the regions into `delta`. The first region has the most contributions: those of
+        every other region are among them."""
 
     def _read(self, contribution: Contribution) -> Vector:
         vector = contribution.read()
@@ -103,14 +112,10 @@ class AggregationRule(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class WeightedMean(AggregationRule):
-    """Σ w·Δ / Σ w (FedAvg, McMahan et al., AISTATS 2017).
+    """Σ w·Δ / Σ w (FedAvg, McMahan et al., AISTATS 2017). Memory does not depend on the number of contributions."""
 
-    Reads each contribution once. Memory does not depend on the number of contributions.
-    """
-
-    def _combine(self, regions: Sequence[Region], delta: Doubles) -> None:
-        # the first region has the most contributions: those of every other region are among them
-        for contribution in regions[0].contributions if regions else ():
+    def _combine(self, regions: Sequence[Region], delta: Doubles, scratch: Path | None) -> None:
+        for contribution in regions[0].contributions:
             vector = self._read(contribution)
             for region in regions:
                 if contribution.size >= region.span.stop:
@@ -124,7 +129,7 @@ class _InnerMean(AggregationRule):
     """Per coordinate, the unweighted mean without the smallest and the largest values.
 
     Needs all values of a coordinate at the same time. It works through ranges of coordinates whose values take at most
-    `sort_bytes`, and reads every contribution again for each range: about 4 · P · n / sort_bytes times.
+    `sort_bytes`.
     """
 
     sort_bytes: int = SORT_BYTES
@@ -137,18 +142,20 @@ class _InnerMean(AggregationRule):
     def _cut(self, n: int) -> int:
         """How many of n values are left out at each end."""
 
-    def _combine(self, regions: Sequence[Region], delta: Doubles) -> None:
-        for region in regions:
-            n = len(region.contributions)
-            width = min(max(1, self.sort_bytes // (4 * n)), region.span.stop - region.span.start)
-            buffer = np.empty((width, n), np.float32)
-            for start in range(region.span.start, region.span.stop, width):
-                piece = slice(start, min(start + width, region.span.stop))
-                values = buffer[: piece.stop - piece.start]
-                for column, contribution in enumerate(region.contributions):
-                    values[:, column] = self._read(contribution)[piece]
-                values.sort(axis=1)
-                delta[piece] = values[:, self._cut(n) : n - self._cut(n)].mean(axis=1, dtype=np.float64)
+    def _combine(self, regions: Sequence[Region], delta: Doubles, scratch: Path | None) -> None:
+        contributions = regions[0].contributions
+        with stored_rows(len(contributions), regions[-1].span.stop, self.sort_bytes, scratch) as rows:
+            for contribution in contributions:
+                rows.append(self._read(contribution)[: regions[-1].span.stop])
+            for region in regions:
+                own = [row for row, contribution in enumerate(contributions) if contribution.size >= region.span.stop]
+                cut = self._cut(len(own))
+                width = max(1, self.sort_bytes // (4 * len(own)))
+                for start in range(region.span.start, region.span.stop, width):
+                    piece = slice(start, min(start + width, region.span.stop))
+                    values = rows.block(own, piece)
+                    values.sort(axis=1)
+                    delta[piece] = values[:, cut : len(own) - cut].mean(axis=1, dtype=np.float64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +181,47 @@ class CoordinateMedian(_InnerMean):
 
     def _cut(self, n: int) -> int:
         return (n - 1) // 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScreenedMean(WeightedMean):
+    """The weighted mean of the contributions that agree with the others (see `fedfmsl.algorithms.agreement`).
+
+    Works through the contributions three times. Those of more than `memory_bytes` wait in a file.
+    """
+
+    memory_bytes: int = SORT_BYTES
+
+    def aggregate(
+        self, contributions: Sequence[Contribution], parts: Parts, least: int = 1, scratch: Path | None = None
+    ) -> Aggregate:
+        size = _checked_size(contributions, parts)
+        used = [index for index, contribution in enumerate(contributions) if contribution.weight > 0]
+        with stored_rows(len(used), size, self.memory_bytes, scratch) as rows:
+            for index in used:
+                rows.append(self._read(contributions[index]))
+
+            def read(row: int) -> Vector:
+                return rows.read(row, slice(0, contributions[used[row]].size))
+
+            former = [contributions[index].agreement for index in used]
+            recent = recent_agreements(agreements(len(used), size, read), former)
+            kept = list(contributions)
+            for row, (index, agrees) in enumerate(zip(used, agreeing(recent), strict=True)):
+                weight = contributions[index].weight if agrees else 0.0
+                kept[index] = Contribution(weight, contributions[index].size, partial(read, row))
+            combined = WeightedMean().aggregate(kept, parts, least)
+        found = dict(zip(used, recent, strict=True))
+        return replace(combined, agreements=tuple(found.get(index) for index in range(len(contributions))))
+
+
+def _checked_size(contributions: Sequence[Contribution], parts: Parts) -> int:
+    """The size of all parts. Raises ValueError if a contribution does not end where a part ends."""
+    ends: list[int] = [part.stop for part in parts.values()]
+    for contribution in contributions:
+        if contribution.size not in ends:
+            raise ValueError(f"Contribution.size is {contribution.size}; it must be the end of a part, one of {ends}")
+    return max(ends)
 
 
 def _regions(parts: Parts, contributions: Sequence[Contribution]) -> Iterator[Region]:

@@ -16,12 +16,17 @@ from fedfmsl.algorithms.arrays import Doubles, Parts, Vector
 FRACTION_BITS = 30  # of fixed-point numbers: up to a million, in steps of 1e-9
 
 
+def trained_values(parts: Parts) -> int:
+    """P, the number of values in all parts."""
+    return int(max(span.stop for span in parts.values()))
+
+
 def weighted_values(parts: Parts) -> int:
     """The length of a vector."""
-    return int(max(span.stop for span in parts.values())) + len(parts) + 1
+    return trained_values(parts) + len(parts) + 1
 
 
-def weighted_update(delta: Vector, weight: float, accuracy: float, parts: Parts) -> Doubles:
+def weighted_update(delta: Vector | Doubles, weight: float, accuracy: float, parts: Parts) -> Doubles:
     """The vector (P + number of parts + 1,) of an update (p ≤ P,) that ends where a part ends. `parts` end at P."""
     spans = list(parts.values())
     vector = np.zeros(weighted_values(parts))

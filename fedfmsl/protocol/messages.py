@@ -67,6 +67,7 @@ class Sums(str, Enum):
 
 
 EXCHANGE = (Stage.KEYS, Stage.SHARES, Stage.UNMASK)  # the rounds of secure sums without samples
+NOISED = (Stage.STATISTICS, Stage.GLOBAL, Stage.PERSONAL)  # with privacy, devices add noise to these
 
 EngineName = Literal["step-graph", "ort-training"]
 EngineChoice = Literal["auto", "step-graph", "ort-training"]
@@ -148,6 +149,16 @@ class Round(Message):
         """SHA-256 of the blobs of globals that the round needs."""
         return frozenset({self.expert, self.start, self.gate, self.roster, self.shares} - {""})
 
+    @property
+    def ordinal(self) -> tuple[int, int]:
+        """The round's number within its stage, from 1, and how many there are. Rounds that remove masks are numbered as
+        those of keys and shares are: `of` counts VECTORS for each secure aggregation, and most have one."""
+        if self.stage is not Stage.UNMASK:
+            return self.index + 1, self.of
+        from fedfmsl.algorithms.secure_aggregation import VECTORS  # takes 8 MB
+
+        return self.index // VECTORS + 1, self.of // VECTORS
+
     @model_validator(mode="after")
     def _secure_sums_of_their_stages_only(self) -> Round:
         if self.stage in (*EXCHANGE, Stage.HOLDERS) and not self.secure:
@@ -157,9 +168,9 @@ class Round(Message):
         return self
 
     @model_validator(mode="after")
-    def _no_second_moments_with_privacy(self) -> Round:
-        if self.stage is Stage.HEAD and self.privacy is not None:
-            raise ValueError("a run with privacy has no stage head, because its second moments have no noise")
+    def _no_sums_without_noise(self) -> Round:
+        if self.stage in (Stage.HEAD, Stage.HOLDERS) and self.privacy is not None:
+            raise ValueError(f"a run with privacy has no stage {self.stage.value}, because its sums have no noise")
         return self
 
 

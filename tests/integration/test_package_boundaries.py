@@ -25,7 +25,7 @@ else:
 ROOT = Path(__file__).parents[2]
 ROOTS = ("fedfmsl", "export", "trainer_server", "edge_runtime", "devices", "simulation", "benchmarks")
 MODELS = {"torch", "transformers", "peft", "optimum", "onnxscript"}  # what an export needs
-SERVER_ONLY = {"dp_accounting", "trainer_server"}
+SERVER_ONLY = {"trainer_server"}
 EXPORT_ONLY = {*MODELS, "export", "huggingface_hub"}
 
 
@@ -47,6 +47,7 @@ TABLE = (
     Row(COMMON, "fedfmsl.errors", "typer rich pydantic pydantic_core pydantic_settings tomli"),
     Row(PROTOCOL, f"fedfmsl.errors {ALGORITHMS}", "numpy pydantic safetensors"),
     Row(TRANSPORT, f"fedfmsl.errors {COMMON} {PROTOCOL}", "paho pydantic cryptography"),
+    Row("fedfmsl.web", f"fedfmsl.errors {COMMON} {TRANSPORT}", "jinja2 starlette uvicorn"),
     Row("fedfmsl", f"fedfmsl.errors {ALGORITHMS} {PROTOCOL}"),
     Row(
         "export",
@@ -64,6 +65,12 @@ TABLE = (
         "trainer_server.service",
         f"{FEDFMSL} trainer_server.config trainer_server.coordinator trainer_server.storage",
         "paho",
+    ),
+    Row(
+        "trainer_server.console",
+        f"{FEDFMSL} fedfmsl.web trainer_server.config trainer_server.coordinator trainer_server.storage "
+        "trainer_server.service",
+        "pydantic starlette",
     ),
     Row("trainer_server", f"{FEDFMSL} trainer_server.*", "typer rich pydantic pydantic_settings"),
     Row(f"{EDGE}.store", FEDFMSL, "pydantic"),
@@ -111,12 +118,14 @@ TABLE = (
 )
 # Optional dependencies: only this module may import them.
 OPTIONAL = {
-    "fedfmsl.algorithms.accounting": {"dp_accounting"},
     "fedfmsl.common.scatter": {"matplotlib", "numpy"},
     "edge_runtime.daemon.metrics": {"prometheus_client"},
+    "fedfmsl.transport.metrics": {"prometheus_client"},
+    "trainer_server.service.metrics": {"prometheus_client"},
     "edge_runtime.data.images": {"pillow_heif"},
     "edge_runtime.data.texts": {"tokenizers"},
     "edge_runtime.inference.export_onnx": {"onnx"},
+    "edge_runtime.inference.model_folder": {"onnx"},
     "simulation.datasets": {"datasets"},
     "simulation.ray_fleet": {"ray"},
     "simulation.methods.dual_lora": {"onnx"},
@@ -209,15 +218,27 @@ def test_nothing_imports_benchmarks_or_tests() -> None:
 @pytest.mark.parametrize(
     ("module", "never"),
     [
-        ("fedfmsl", {"pydantic", "safetensors", "onnxruntime", "torch", "paho", "typer", "dp_accounting"}),
+        ("fedfmsl", {"pydantic", "safetensors", "onnxruntime", "torch", "paho", "typer"}),
         ("fedfmsl.protocol.bundle", {*EXPORT_ONLY, "onnx", "onnxruntime", "paho", "typer"}),
         ("edge_runtime.__main__", {*EXPORT_ONLY, *SERVER_ONLY, "onnx", "tokenizers"}),
         (
             "edge_runtime.daemon.loop",
-            {*EXPORT_ONLY, *SERVER_ONLY, "onnx", "tokenizers", "prometheus_client", "Crypto", "cryptography"},
+            {
+                *EXPORT_ONLY,
+                *SERVER_ONLY,
+                "onnx",
+                "tokenizers",
+                "prometheus_client",
+                "starlette",
+                "Crypto",
+                "cryptography",
+            },
         ),
         ("edge_runtime.engines", {*EXPORT_ONLY, *SERVER_ONLY, "onnx", "paho", "typer"}),
-        ("trainer_server.__main__", {*EXPORT_ONLY, "onnx", "onnxruntime", "edge_runtime", "PIL"}),
+        (
+            "trainer_server.__main__",
+            {*EXPORT_ONLY, "onnx", "onnxruntime", "edge_runtime", "PIL", "starlette", "uvicorn", "jinja2"},
+        ),
         ("devices.install", {*EXPORT_ONLY, *SERVER_ONLY, "amqtt", "matplotlib", "onnx", "pyarrow", "tokenizers"}),
         ("devices.boards", {*EXPORT_ONLY, *SERVER_ONLY, "amqtt", "matplotlib", "onnx", "pyarrow", "tokenizers"}),
     ],
@@ -240,6 +261,7 @@ def test_the_edge_extra_installs_neither_torch_nor_what_needs_it() -> None:
         *("numpy", "paho-mqtt", "pydantic", "pydantic-settings", "rich", "safetensors", "tomli", "typer"),
         *("cryptography", "psutil", "pycryptodome", "tomlkit"),
         *("onnx", "onnxruntime", "pillow", "prometheus-client"),
+        *("jinja2", "starlette", "uvicorn"),
     }
 
 

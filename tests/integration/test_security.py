@@ -318,12 +318,17 @@ def test_a_device_announces_only_itself_to_home_assistant(connect: Callable[...,
     assert [event.topic for event in until_last(home) if isinstance(event, Received)] == mine
 
 
-def test_the_server_may_remove_all_that_an_old_run_has_left(fleet: Fleet, connect: Callable[..., Link]) -> None:
-    topics, device = Topics("old"), connect("device-0")
+def test_the_operator_removes_all_that_an_old_run_has_left_beside_a_running_server(
+    fleet: Fleet, connect: Callable[..., Link]
+) -> None:
+    topics, device, server = Topics("old"), connect("device-0"), connect("server")
+    server.subscribe("#")
     announcement = discovery_topic("homeassistant", "old", "device-0")
     for topic in (topics.status("device-0"), topics.prediction("device-0"), announcement):
         publish(device, topic, retain=True)
-    assert purge(Link(fleet.url, "purge", identity=fleet.server), topics, "homeassistant") == 3
+    assert purge(Link(fleet.url, "purge", identity=fleet.pki / "operator.pem"), topics, "homeassistant") == 3
+    publish(device, TOPICS.update_chunk("device-0", 1, 0), LAST)
+    assert not any(isinstance(event, Disconnected) for event in until_last(server))
 
 
 def test_home_assistant_reads_and_writes_only_its_topics(connect: Callable[..., Link]) -> None:

@@ -58,7 +58,7 @@ class SecureDevice:
         assert self.bundle is not None
         level = min(round_.level, self.level_cap)
         size = self.bundle.expert.size(level) if round_.stage is Stage.GLOBAL else self.bundle.gate.total
-        rng = np.random.default_rng([round_.index, *self.name.encode()])
+        rng = self._rng(round_)
         delta = rng.normal(size=size).astype(np.float32)
         metrics = {"held_out_global": 0.5, "loss": 1.0}
         result = StageResult(delta=delta, samples=self.labels.size, level=level, metrics=metrics)
@@ -72,7 +72,12 @@ class SecureDevice:
         chosen = (enough & asked)[self.labels]
         compute = class_sums if round_.stage is Stage.STATISTICS else head_statistics
         tensors = compute(self.features[chosen], self.labels[chosen], self.classes)
-        return fixed_point(np.concatenate([np.asarray(each, np.float64).ravel() for each in tensors.values()]))
+        assert self.bundle is not None
+        sent = prepare_update(self.bundle, self.folder / "residual", round_, StageResult(tensors), self._rng(round_))
+        return np.asarray(sent.tensors[SUMS])
+
+    def _rng(self, round_: Round) -> np.random.Generator:
+        return np.random.default_rng([round_.index, *self.name.encode()])
 
 
 class SecureRun(CoordinatorRun):

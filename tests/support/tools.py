@@ -12,6 +12,7 @@ from typing import NoReturn
 import pytest
 
 PACKAGES = {  # program → Debian package
+    "chromium": "chromium",
     "faketime": "faketime",
     "ip": "iproute2",
     "iptables": "iptables",

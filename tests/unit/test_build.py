@@ -38,7 +38,7 @@ from export.reference import normalize_pixels
 from export.weights import load_backbone
 from fedfmsl.common.onnx_runtime import has_ort_training
 from fedfmsl.errors import BundleError, ConfigError, InputError, WeightsError
-from fedfmsl.protocol.bundle import Bundle
+from fedfmsl.protocol.bundle import MANIFEST, Bundle
 from fedfmsl.protocol.class_names import write_names
 
 ROOT = Path(__file__).parents[2]
@@ -355,25 +355,39 @@ def test_random_weights_of_a_config_that_transformers_fails_on_are_one_clear_err
         load_backbone(str(folder), "random", 4)
 
 
-def test_a_rank_above_the_hidden_size_is_refused(vit_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rank": 100_000}, "--rank 100000 is more than the hidden size 32 of tiny-vit"),
+        ({"image_size": IMAGE_SIZE * 2}, "takes images of 32 px only, not --image-size 64; omit --image-size"),
+        ({"levels": LAYERS + 1}, "--levels 4 is more than the 3 blocks"),
+        ({"max_tokens": 8}, "--max-tokens and --tokenizer are not valid for the vision model"),
+        ({"classes": ("other",)}, "holds another bundle"),
+    ],
+)
+def test_what_a_model_cannot_take_is_refused_before_its_weights_are_fetched(
+    vit: Built, vit_folder: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    folder = shutil.copytree(vit_folder, tmp_path / vit_folder.name)
+    (folder / "model.safetensors").write_bytes(b"")  # reading it would fail
     options = Options(
-        model=str(vit_folder),
+        model=str(folder),
         weights=None,
         classes=CLASSES,
         levels=1,
         image_size=None,
         max_tokens=None,
         tokenizer=None,
-        rank=100_000,
+        rank=4,
         precision="fp32",
         ort_training=False,
         prompts=None,
         revision=None,
-        out=tmp_path / "out",
+        out=vit.bundle.root if "classes" in change else tmp_path / "out",
         seed=0,
     )
-    with pytest.raises(ConfigError, match="--rank 100000 is more than the hidden size 32 of tiny-vit"):
-        export_bundle(options)
+    with pytest.raises(ConfigError, match=message):
+        export_bundle(replace(options, **change))
 
 
 def test_sizes_of_a_config_may_be_lists(vit: Built, vit_folder: Path, tmp_path: Path) -> None:
@@ -466,6 +480,22 @@ def test_invalid_sizes_and_levels_are_refused(
     with pytest.raises(ConfigError, match=message):
         list(build_bundle(source, CLASSES, levels, source.family.lora(RANK), tmp_path / "out", 0))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_bundle_that_a_server_or_device_may_use_is_never_overwritten(
+    vit: Built, vit_folder: Path, tmp_path: Path
+) -> None:
+    out = shutil.copytree(vit.bundle.root, tmp_path / "out")
+    before = {path: path.stat().st_ino for path in out.iterdir()}
+    assert build(vit_folder, out).bundle.sha256 == vit.bundle.sha256  # the same content: nothing to do
+    for change in ({"seed": 1}, {"levels": 1}):
+        with pytest.raises(ConfigError, match=r"out holds another bundle, .*; choose another --out, or delete"):
+            build(vit_folder, out, **change)
+    assert {path: path.stat().st_ino for path in out.iterdir()} == before
+    (out / MANIFEST).write_text("{")
+    with pytest.raises(ConfigError, match=r"holds a bundle that cannot be read .*; choose another folder"):
+        build(vit_folder, out)
+    assert list(tmp_path.iterdir()) == [out]
 
 
 def test_a_folder_that_is_not_a_bundle_is_never_overwritten(vit_folder: Path, tmp_path: Path) -> None:

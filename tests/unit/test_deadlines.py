@@ -19,9 +19,9 @@ from trainer_server.coordinator.events import AnnounceRound, ClockTicked, Limits
 from trainer_server.coordinator.limits import MAX_STRETCH, check_change, least_updates
 from trainer_server.coordinator.refusals import LEFT_OUT_AFTER, LEFT_OUT_ROUNDS
 from trainer_server.service.lifecycle import change_limits, make_plan, open_run, replay_rounds, restore_state
+from trainer_server.service.stored import require_unchanged, stored_settings
 from trainer_server.settings import ResumeSettings, ServerSettings, ServiceSettings
 from trainer_server.storage.run_store import LoggedEvent, RunStore
-from trainer_server.stored import require_unchanged, stored_settings
 
 AB, A = ["a", "b"], ["a"]
 

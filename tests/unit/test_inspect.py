@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from pathlib import Path
 
 import pytest
 from support.bundles import Built
-from support.coordinators import CoordinatorRun, make_update, plan_for
+from support.coordinators import PRIVACY, CoordinatorRun, make_update, plan_for
 from typer.testing import CliRunner
 
+from fedfmsl.algorithms.accounting import gaussian_epsilon
+from fedfmsl.algorithms.sal import AllAtOnce, Sal
 from fedfmsl.protocol.tensors import pack
 from trainer_server.__main__ import app
+from trainer_server.config import Aggregation, Rule
 from trainer_server.coordinator.events import StatusSeen, StoreRound
 from trainer_server.coordinator.refusals import LEFT_OUT_AFTER, LEFT_OUT_ROUNDS
 from trainer_server.service.lifecycle import open_run
@@ -80,6 +85,40 @@ def test_status_names_devices_that_are_left_out_and_those_that_rarely_took_part(
     assert shown["left out"] == f"b until round {until}; 3 updates in a row were refused"
     assert shown["rarely took part"] == "b 0×, of 3 training rounds"
     assert as_json(store).items() >= {"left_out": {"b": until}, "rarely_took_part": {"b": 0}}.items()
+
+
+def test_status_shows_epsilon_of_each_observer(vit: Built, tmp_path: Path) -> None:
+    """The update of the present round, which the server has already seen, counts for the server."""
+    rule = Sal(AllAtOnce(), max_level=1)
+    settings = {"privacy": PRIVACY, "aggregation": Aggregation(rule=Rule.MEAN), "min_updates": 1}
+    plan = plan_for(vit, devices=2, stage1_sal=rule, stage2_sal=rule, **settings)
+    run, store = CoordinatorRun(plan), open_run(tmp_path / "private", plan.config, vit.bundle)
+    run.online("a", "b")
+    run.answers(["a", "b"])
+    store.commit([], [command.closed for command in run.of(StoreRound)])
+    store.save_checkpoint(run.state, 0.0)
+    once = gaussian_epsilon(1.0, 1e-5)
+    assert as_json(store)["epsilon"] == dict.fromkeys(("public", "participant", "server", "colluders"), once)
+    update = make_update(plan, run.announced, "a")
+    (store.tensors / update.sha256).write_bytes(pack(update.update, update.tensors))
+    store.commit([LoggedEvent(1.0, update)])
+    shown = rows(store)
+    assert shown["ε for everybody"] == f"{once:.3g} at δ = 1e-05"
+    assert shown["ε for the server with one device"] == f"{gaussian_epsilon(2.0, 1e-5):.3g} at δ = 1e-05"
+
+
+def test_status_says_whether_a_server_runs_in_the_folder(run: CoordinatorRun, store: RunStore) -> None:
+    assert rows(store)["server"].startswith("does not run, no event yet; start it again with")
+    with store.locked():
+        assert rows(store)["server"] == f"runs as process {os.getpid()}, no event yet"
+        store.commit([LoggedEvent(0.0, StatusSeen(run.status("a")))])
+        assert rows(store)["server"] == f"runs as process {os.getpid()}, last event 0:00:00 ago"
+    os.utime(store.folder / "lock", (0, time.time() - 90))
+    assert rows(store)["server"].startswith("does not run, last event 0:01:3")
+    server = as_json(store)["server"]
+    assert isinstance(server, dict) and server.items() >= {"runs": False, "pid": os.getpid()}.items()
+    store.commit([], ended="finished")
+    assert rows(store)["server"] == "does not run, last event 0:00:00 ago"
 
 
 def test_at_the_end_status_shows_no_round(run: CoordinatorRun, store: RunStore) -> None:

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from math import erf, exp, log, sqrt
+from math import erf, sqrt
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedfmsl.algorithms.accounting import epsilon
+from fedfmsl.algorithms.accounting import (
+    MOST_HOLDERS,
+    epsilon,
+    epsilons,
+    gaussian_epsilon,
+    strongest_mu_squared,
+)
 from fedfmsl.algorithms.arrays import Vector
 from fedfmsl.algorithms.class_means import class_mean_head
-from fedfmsl.algorithms.privacy import Privacy, privatize, privatize_statistics
+from fedfmsl.algorithms.fixed_point import numbers
+from fedfmsl.algorithms.privacy import Privacy, clipped, privatize, privatize_statistics, privatize_words
+from fedfmsl.algorithms.secure_aggregation import NEIGHBOURS
 
 CLASSES, FEATURE = 5, 48
 ALMOST_NONE = Privacy(clip=1.0, noise_multiplier=1e-7, shares=1)
@@ -115,26 +124,66 @@ def test_a_negative_sum_of_norms_gives_a_head_with_bounded_weights() -> None:
     assert np.abs(head).max() <= 20 * 64 / sqrt(FEATURE)
 
 
-def gaussian_delta(epsilon_: float, mu: float) -> float:
-    """The exact δ of a Gaussian mechanism (Balle and Wang, ICML 2018, Theorem 8) of sensitivity over deviation `mu`."""
+def test_fixed_point_noise_adds_up_to_the_whole_noise_and_leaves_the_norm_bounded() -> None:
+    privacy, rng, size = Privacy(clip=2.0, noise_multiplier=1.5, shares=10), np.random.default_rng(2), 20_000
+    values = clipped(rng.normal(size=size).astype(np.float32), privacy)
+    deviation = np.full(size, privacy.share)
+    deviation[:100] = 0
+    words = [privatize_words(values, deviation, rng, bits=30) for _ in range(privacy.shares)]
+    total = numbers(np.sum(words, axis=0, dtype=np.uint64), 30)
+    assert np.std(total[100:] - privacy.shares * values[100:]) == pytest.approx(1.5 * 2.0, rel=0.02)
+    exact = numbers(privatize_words(values, np.zeros(size), rng, bits=30), 30)
+    assert np.linalg.norm(exact) <= 2.0 and np.allclose(exact, values, atol=2**-30)
+    assert np.array_equal(total[:100], privacy.shares * exact[:100])
+    with pytest.raises(ValueError, match=r"noise of 1e-08 is below 100 steps of fixed-point numbers; raise --dp-noise"):
+        privatize_words(values, np.full(size, 1e-8), rng, bits=30)
 
-    def phi(x: float) -> float:
-        return (1 + erf(x / sqrt(2))) / 2
 
-    return phi(mu / 2 - epsilon_ / mu) - exp(epsilon_) * phi(-mu / 2 - epsilon_ / mu)
+@pytest.mark.parametrize(  # computed by dp-accounting's PLDAccountant, the tightest
+    ("noise", "rounds", "expected"),
+    [(0.1, 1, 91.8173), (0.5, 17, 68.3646), (1.1, 17, 22.3458), (1.1, 200, 136.6135), (4.0, 1, 0.92634)],
+)
+def test_epsilon_is_that_of_the_tightest_accountant(noise: float, rounds: int, expected: float) -> None:
+    assert epsilon(Privacy(clip=1.0, noise_multiplier=noise, shares=8), rounds, 1e-5) == pytest.approx(expected, 1e-5)
 
 
-@pytest.mark.parametrize("noise", [0.7, 1.1, 4.0])
-@pytest.mark.parametrize("rounds", [1, 17, 200])
-def test_epsilon_is_between_the_exact_value_and_the_first_renyi_bound(noise: float, rounds: int) -> None:
-    privacy, delta = Privacy(clip=1.0, noise_multiplier=noise, shares=8), 1e-5
-    spent = epsilon(privacy, rounds, delta)
-    # Mironov 2017, Proposition 3 over the Gaussian's α/(2σ²) per round, at its best α
-    first_bound = rounds / (2 * noise**2) + sqrt(2 * rounds * log(1 / delta)) / noise
-    assert spent <= first_bound * 1.01  # the library tries a grid of orders
-    if spent < 500:
-        assert gaussian_delta(spent, sqrt(rounds) / noise) <= delta
-        assert gaussian_delta(0.7 * spent, sqrt(rounds) / noise) > delta
+def test_epsilon_of_rounds_with_different_noise_is_that_of_dp_accounting() -> None:
+    """Google's Rényi accountant is an upper bound, by at most a tenth here."""
+    from dp_accounting import GaussianDpEvent
+    from dp_accounting.rdp import RdpAccountant
+
+    bound = RdpAccountant()
+    for noise, rounds in ((0.7, 3), (2.0, 9)):
+        bound.compose(GaussianDpEvent(noise), rounds)
+    spent = gaussian_epsilon(3 / 0.7**2 + 9 / 2.0**2, 1e-5)
+    assert 0.9 * bound.get_epsilon(1e-5) < spent < bound.get_epsilon(1e-5)
+
+
+def test_the_same_noise_protects_less_from_those_who_know_a_part_of_it() -> None:
+    privacy = Privacy(clip=1.0, noise_multiplier=1.0, shares=10)
+
+    def spent(**known: Any) -> list[float]:
+        return list(epsilons(privacy, 18, 1e-5, **known).values())
+
+    def alone(shares: int) -> float:
+        """ε if the rest of the noise is of so many shares."""
+        return gaussian_epsilon(18 * 10 / shares, 1e-5)
+
+    assert spent() == [alone(10), alone(9), alone(1), alone(1)]
+    assert spent(updates=20)[:2] == spent()[:2]
+    assert spent(updates=20)[2] == gaussian_epsilon(20 * 10, 1e-5)
+    assert spent(secure=True, updates=20) == [alone(10), alone(9), alone(10), alone(9)]
+    assert spent(secure=True, colluders=3)[3] == alone(7)
+    assert spent(secure=True, colluders=4)[3] == alone(1)  # more than a third of them undo secure aggregation
+    assert strongest_mu_squared(privacy, secure=True) == 10 / 9 and strongest_mu_squared(privacy, secure=False) == 10
+    single = Privacy(clip=1.0, noise_multiplier=1.0, shares=1)  # a second update in the sum brings another share
+    assert set(epsilons(single, 5, 1e-5).values()) == {gaussian_epsilon(5, 1e-5)}
+    assert MOST_HOLDERS == NEIGHBOURS + 1
+
+
+def test_without_mechanisms_or_with_much_noise_nothing_is_spent() -> None:
+    assert gaussian_epsilon(0.0, 1e-5) == gaussian_epsilon(1e-12, 1e-5) == 0.0
+    assert gaussian_epsilon(1e-8, 1e-9) < 1e-3 and gaussian_epsilon(1e6, 1e-9) == pytest.approx(5.06e5, rel=1e-3)
 
 
 def test_epsilon_grows_with_rounds_and_falls_with_noise_and_delta() -> None:

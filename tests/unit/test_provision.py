@@ -34,15 +34,16 @@ def test_ca_kit_and_identities_are_readable_by_their_owner_only(tmp_path: Path) 
     provision(tmp_path / "pki", *HOSTS, "kitchen", "balcony")
     made = files(tmp_path / "pki")
     assert set(made) == {
-        *("ca.crt", "ca.key", "server.pem", "fedfmsl-server.service"),
+        *("ca.crt", "ca.key", "server.pem", "operator.pem", "fedfmsl-server.service"),
         *("fleet.toml", "devices/kitchen.toml", "devices/balcony.toml", "issued/kitchen.crt", "issued/balcony.crt"),
-        *("issued/server.crt", "issued/broker.crt"),
+        *("issued/server.crt", "issued/operator.crt", "issued/broker.crt"),
         *(f"broker/{name}" for name in ("mosquitto.conf", "acl", "ca.crt", "broker.crt", "broker.key", "revoked.crl")),
         *("broker/compose.yaml", "broker/limits.conf"),
     }
     modes = {stat.S_IMODE((tmp_path / "pki" / name).stat().st_mode) for name in made}
     assert modes == {0o600}
-    assert read_identity(tmp_path / "pki" / "server.pem").name == "server"
+    for name in ("server", "operator"):
+        assert read_identity(tmp_path / "pki" / f"{name}.pem").name == name
     assert read_identity(tmp_path / "pki" / "devices" / "kitchen.toml").name == "kitchen"
 
 
@@ -60,6 +61,17 @@ def test_a_topic_prefix_reaches_the_access_rules_and_every_device(tmp_path: Path
         provision(pki, "cellar", "--topic-prefix", "other")
     with pytest.raises(ConfigError, match="topic prefix 'a b' is invalid"):
         provision(tmp_path / "new", *HOSTS, "--topic-prefix", "a b")
+
+
+def test_the_port_of_the_brokers_address_reaches_the_kit_and_every_device(tmp_path: Path) -> None:
+    pki = tmp_path / "pki"
+    provision(pki, *HOSTS, "--broker", "mqtts://broker.example:9883", "kitchen")
+    assert "\nlistener 9883\n" in (pki / "broker" / "mosquitto.conf").read_text()
+    compose = (pki / "broker" / "compose.yaml").read_text()
+    assert 'ports: ["9883:9883"]' in compose and '"mqtts://broker.example:9883"' in compose
+    assert read_table(pki / "devices" / "kitchen.toml")["broker"] == "mqtts://broker.example:9883"
+    provision(tmp_path / "web", *HOSTS, "--broker", "wss://broker.example")  # through a proxy, for example
+    assert "\nlistener 8883\n" in (tmp_path / "web" / "broker" / "mosquitto.conf").read_text()
 
 
 def test_certificates_of_broker_and_server_name_every_host(tmp_path: Path) -> None:
@@ -97,12 +109,12 @@ def test_renewed_certificates_replace_the_files_and_the_earlier_ones_can_be_revo
     pki = tmp_path / "pki"
     provision(pki, *HOSTS, "--run", "orchard", "kitchen")
     before = files(pki)
-    provision(pki, "--renew", "kitchen", "--renew", "server", "--renew", "broker")
+    provision(pki, "--renew", "kitchen", "--renew", "server", "--renew", "operator", "--renew", "broker")
     after = files(pki)
     changed = {name for name in after if after[name] != before.get(name)}
     assert changed == {
-        *("devices/kitchen.toml", "server.pem", "broker/broker.crt", "broker/broker.key"),
-        *(f"issued/{name}.crt" for name in ("kitchen", "server", "broker")),
+        *("devices/kitchen.toml", "server.pem", "operator.pem", "broker/broker.crt", "broker/broker.key"),
+        *(f"issued/{name}.crt" for name in ("kitchen", "server", "operator", "broker")),
     }
     assert read_table(pki / "devices" / "kitchen.toml")["run"] == "orchard"
     assert hosts_of(after["broker/broker.crt"]) == ["broker.example", "192.0.2.1"]
@@ -140,7 +152,12 @@ def test_no_certificate_is_valid_longer_than_its_ca() -> None:
         ((*HOSTS, "a/b"), "is invalid"),
         ((*HOSTS, "+"), "is invalid"),
         (("--revoke", "../ca"), "is invalid"),
-        (("--revoke", "kitchen", "balcony"), "--revoke or --renew before each name"),
+        (
+            ("--revoke", "kitchen", "balcony"),
+            "would be a new device; write --revoke kitchen --revoke balcony, or",
+        ),
+        (("--renew", "server", "broker"), "--renew takes one name, .*; write --renew server --renew broker, or"),
+        (("--renew", "kitchen", "--revoke", "balcony"), "--renew and --revoke exclude each other"),
         ((*HOSTS, "broker"), "is the broker's; choose another"),
     ],
 )
@@ -169,10 +186,12 @@ def test_a_broker_uses_either_certificates_or_passwords(
 def test_a_password_is_printed_once_and_stored_as_a_hash(tmp_path: Path) -> None:
     pki = tmp_path / "pki"
     printed = provision(pki, *HOSTS, "--user", "kitchen", "homeassistant")
-    passwords = [line.split()[1] for line in printed.splitlines() if line.startswith(("server ", "homeassistant "))]
-    assert len(passwords) == 2
+    passwords = [
+        line.split()[1] for line in printed.splitlines() if line.startswith(("server ", "operator ", "homeassistant "))
+    ]
+    assert len(passwords) == 3
     assert all(password.encode() not in data for data in files(pki).values() for password in passwords)
-    assert (pki / "broker" / "passwords").read_text().count("$7$101$") == 3  # and kitchen's
+    assert (pki / "broker" / "passwords").read_text().count("$7$101$") == 4  # and kitchen's
     with pytest.raises(ConfigError, match="already has kitchen"):
         provision(pki, "--user", "kitchen")
     provision(pki, "--revoke", "kitchen")

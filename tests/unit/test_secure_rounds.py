@@ -20,10 +20,11 @@ from devices.provisioning.authority import CLIENT, make_authority
 from edge_runtime.daemon.round_runner import RoundRunner
 from edge_runtime.data.folder import SampleFolder
 from edge_runtime.settings import Secure
-from edge_runtime.store.secure_store import SecureRecord, SecureStore
+from edge_runtime.store.secure_store import NoKeysError, SecureRecord, SecureStore
 from fedfmsl.algorithms.aggregation import Contribution, WeightedMean
 from fedfmsl.algorithms.arrays import Tensors
 from fedfmsl.algorithms.fixed_point import fixed_point, numbers
+from fedfmsl.algorithms.privacy import Privacy
 from fedfmsl.algorithms.sal import AllAtOnce, FixedSchedule, Sal
 from fedfmsl.algorithms.secure_aggregation import KEY_BYTES, SHARE_BYTES, VECTORS
 from fedfmsl.algorithms.weighted_sums import FRACTION_BITS, weighted_mean, weighted_update, weighted_values
@@ -31,7 +32,7 @@ from fedfmsl.errors import MessageError, RunError
 from fedfmsl.protocol.messages import EXCHANGE, Encoding, Globals, Round, Stage, Verdict
 from fedfmsl.protocol.secure_sums import SignedKeys
 from fedfmsl.protocol.tensors import blob_hash, pack, unpack
-from trainer_server.config import Aggregation, Rule
+from trainer_server.config import Aggregation, Head, Rule
 from trainer_server.coordinator.events import AnnounceRound, Log, PublishGlobals, SendAck, StatusSeen, StoreRound
 
 SEVEN = 7  # of seven, five shares recover a seed
@@ -169,6 +170,30 @@ def test_a_level_that_fewer_than_three_devices_train_is_not_trained(vit: Built, 
     assert run.announced.level == 1
 
 
+@pytest.mark.parametrize("silent_in", [Stage.KEYS, Stage.SHARES, Stage.GLOBAL])
+def test_a_silent_device_of_three_at_a_level_does_not_stop_the_run(
+    vit: Built, tmp_path: Path, silent_in: Stage
+) -> None:
+    """Before the vectors are masked, the two others join the level below. Afterwards the round is repeated, in the end
+    at a lower level."""
+    config = {"secure": True, "secure_sums": False, "stage1_rounds": 1, "stage1_sal": Sal(AllAtOnce(), max_level=2)}
+    run = SecureRun(vit, secure_devices(vit, tmp_path, 5, level_caps=(2, 2, 2)), **config)
+    run.until(Stage.KEYS)
+    assert run.announced.level == 2
+    levels = []
+    while run.announced.stage is not Stage.PERSONAL:
+        if run.announced.stage is Stage.GLOBAL:
+            levels.append(run.announced.level)
+        run.step(["d0"] if run.announced.stage is silent_in and len(levels) < 9 else [])
+    if silent_in is Stage.GLOBAL:
+        assert levels == [2, 2, 1]
+        text = "updates of fewer than 3 devices at level 2 or above; repeating it at level 1"
+    else:
+        assert levels == [1]
+        text = "this round trains at level 1: fewer than 3 devices answer at a higher one"
+    assert any(text in command.text and command.warning for command in run.of(Log))
+
+
 def test_weighted_sums_are_the_means_of_each_part() -> None:
     parts = {"head": slice(0, 2), "0": slice(2, 5)}
     rng = np.random.default_rng(0)
@@ -182,6 +207,58 @@ def test_weighted_sums_are_the_means_of_each_part() -> None:
     expected = WeightedMean().aggregate(contributions, parts)
     assert np.allclose(mean.delta, expected.delta, atol=1e-8) and accuracy == 0.25
     assert mean.trained == (slice(0, 2), slice(2, 5))
+
+
+def test_with_noise_on_the_devices_the_server_sees_the_noisy_sum_only(vit: Built, tmp_path: Path) -> None:
+    """Also the block that only three of seven devices train has the noise of all."""
+    privacy, rule = Privacy(clip=0.5, noise_multiplier=0.8, shares=SEVEN), Sal(AllAtOnce(), max_level=2)
+    config: dict[str, Any] = {"secure": True, "stage1_sal": rule, "stage2_sal": rule, "min_updates": SEVEN}
+    config |= {"head": Head.CLASS_MEANS, "privacy": privacy, "min_holders": 1}
+    caps = (2, 2, 2)
+    run = SecureRun(vit, secure_devices(vit, tmp_path / "masked", SEVEN, level_caps=caps), **config)
+    run.until(Stage.GLOBAL)
+    before = run.state.expert.copy()
+    assert np.isfinite(before).all() and before.any()
+    run.until(Stage.EVALUATE)
+    layout = vit.bundle.expert
+    for level, trained in ((1, SEVEN), (2, 3)):
+        block = slice(layout.size(level - 1) if level > 1 else 0, layout.size(level))
+        change = run.state.expert[block].astype(np.float64) - before[block]
+        assert np.std(change) == pytest.approx(0.8 * 0.5 / trained, rel=0.2)  # the clipped updates are small beside it
+    assert run.state.gate.any()
+    assert {c.closed.round.stage for c in run.of(StoreRound)} == {
+        *EXCHANGE,
+        Stage.STATISTICS,
+        Stage.GLOBAL,
+        Stage.PERSONAL,
+    }
+    for command in run.of(StoreRound):
+        assert all(not update.metrics and not update.samples for update in command.closed.updates.values())
+
+
+def test_a_device_helps_with_no_sum_that_has_not_the_whole_noise(vit: Built, tmp_path: Path) -> None:
+    privacy, rule = Privacy(clip=0.5, noise_multiplier=0.8, shares=6), Sal(AllAtOnce(), max_level=1)
+    config: dict[str, Any] = {
+        "secure": True,
+        "stage1_sal": rule,
+        "stage2_sal": rule,
+        "min_updates": 6,
+        "min_holders": 1,
+    }
+    run = SecureRun(vit, secure_devices(vit, tmp_path, SEVEN), privacy=privacy, **config)
+    run.until(Stage.GLOBAL)
+    run.step(without=["d5", "d6"])  # five could remove the masks
+    assert run.announced.stage is Stage.KEYS and "fewer than 6" in run.of(Log)[-1].text
+    run.until(Stage.GLOBAL)
+    with pytest.raises(RunError, match="the noise is whole from 8 devices on, and the sum is of 7"):
+        more = replace(privacy, shares=8)
+        run.devices["d0"].answer(run.announced.model_copy(update={"privacy": more}))
+    run.until(Stage.UNMASK)
+    round_ = run.announced
+    published(run, "d0", round_)
+    with pytest.raises(RunError, match="the noise is whole from 6 devices on, and the sum is of 5"):
+        run.devices["d0"].answer(round_.model_copy(update={"chosen": round_.chosen[:5]}))
+    assert run.devices["d0"].answer(round_)
 
 
 def published(run: SecureRun, device: str, round_: Round) -> None:
@@ -200,6 +277,15 @@ def test_a_device_opens_a_vector_for_one_set_of_survivors_only(vit: Built, tmp_p
     fewer = round_.model_copy(update={"round": round_.round + 1, "chosen": round_.chosen[:-1]})
     with pytest.raises(RunError, match=r"refused to the server in round 5 \(unmask\): .* together reveal a vector"):
         device.answer(fewer)
+
+
+def test_a_device_without_its_keys_waits_for_the_next_ones(vit: Built, tmp_path: Path) -> None:
+    """A second process of its name with an empty state directory, for example."""
+    run = SecureRun(vit, secure_devices(vit, tmp_path, 4))
+    run.until(Stage.SHARES)
+    new = replace(run.devices["d0"], folder=tmp_path / "new")
+    with pytest.raises(NoKeysError, match=r"round 2 \(shares\) needs the keys of an earlier round, .*/new"):
+        new.answer(run.announced)
 
 
 def test_a_device_masks_a_vector_once_and_does_not_join_a_second_sum_of_the_same(vit: Built, tmp_path: Path) -> None:
@@ -379,7 +465,7 @@ def answers(run: SecureRun, accuracies: dict[str, float]) -> None:
     round_, blobs = run.announced, {command.sha256: command.blob for command in run.of(PublishGlobals)}
     for name, accuracy in accuracies.items():
         run.devices[name].store.globals.write(blobs[round_.roster])
-        hidden = {"samples": 0, "metrics": {"held_out_global": accuracy} if accuracy else {}}
+        hidden = {"samples": 0, "metrics": {"held_out_global": accuracy, "global_nll": 9.0} if accuracy else {}}
         run.feed(make_update(run.plan, round_, name, tensors=run.devices[name].answer(round_), **hidden))
 
 
@@ -392,10 +478,10 @@ def test_a_share_of_the_devices_closes_no_round_whose_masks_they_cannot_remove(v
     assert run.announced.stage is Stage.UNMASK and len(run.announced.chosen) == 5
 
 
-def test_accuracies_that_a_hostile_device_reports_do_not_drop_the_head(vit: Built, tmp_path: Path) -> None:
+def test_likelihoods_that_a_hostile_device_reports_do_not_drop_the_head(vit: Built, tmp_path: Path) -> None:
     run = SecureRun(vit, secure_devices(vit, tmp_path, 3), secure=True)
     run.until(Stage.PERSONAL)
-    run.state = replace(run.state, former=replace(run.state.former, accuracies={"d0": 1.0}))
+    run.state = replace(run.state, former=replace(run.state.former, nlls={"d0": 0.1}))
     assert run.state.former.head.size
     answers(run, {"d0": 0.01, "d1": 0.0, "d2": 0.0})
     assert run.announced.stage is Stage.UNMASK

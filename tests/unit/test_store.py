@@ -205,8 +205,11 @@ def test_only_one_server_works_in_a_folder(vit: Built, folder: Path) -> None:
 def test_settings_that_differ_from_the_runs_are_named(vit: Built, folder: Path) -> None:
     server = opened(vit, folder)
     server.feed(StatusSeen(CoordinatorRun(server.plan).status("a")))
-    with pytest.raises(ConfigError, match=r"stage1_rounds = 2, not 3.*resume"):
-        open_run(folder, plan_for(vit, stage1_rounds=3, stage2_rounds=1).config, vit.bundle)
+    other = plan_for(vit, stage1_rounds=3, max_repeats=2, enough=0.5).config
+    settings = "--stage1-rounds 2, not 3; .*--max-repeats none, not 2; --enough 1.0, not 0.5"
+    with pytest.raises(ConfigError, match=settings) as caught:
+        open_run(folder, other, vit.bundle)
+    assert f"trainer_server resume --max-repeats 2 --enough 0.5 --out {folder}, or" in str(caught.value)
 
 
 def test_a_run_without_events_can_be_started_with_other_settings(vit: Built, dinov2: Built, folder: Path) -> None:

@@ -15,8 +15,10 @@ from support.bundles import LAYERS, Built
 from edge_runtime.training.stages import StageResult
 from edge_runtime.training.updates import encode_with_feedback, prepare_update
 from fedfmsl.algorithms.arrays import Tensors
+from fedfmsl.algorithms.fixed_point import numbers
 from fedfmsl.algorithms.privacy import Privacy
 from fedfmsl.algorithms.sal import CapabilityQueue, Sal
+from fedfmsl.algorithms.weighted_sums import trained_values
 from fedfmsl.errors import MessageError
 from fedfmsl.protocol.encoding import SCALES, decode, encode
 from fedfmsl.protocol.layout import Layout
@@ -197,6 +199,39 @@ def test_a_private_update_has_no_facts_about_samples_except_its_tensors(
 def test_an_evaluation_is_sent_unchanged(vit: Built, tmp_path: Path, stage: Stage) -> None:
     announced = round_of(stage=stage, privacy=PRIVACY)
     assert prepare_update(vit.bundle, tmp_path / "residual", announced, RESULT, np.random.default_rng(0)) == RESULT
+
+
+@pytest.mark.parametrize("stage", [Stage.STATISTICS, Stage.GLOBAL, Stage.PERSONAL])
+def test_a_secure_update_is_clipped_and_noised_in_fixed_point_numbers(vit: Built, tmp_path: Path, stage: Stage) -> None:
+    dims, layout = vit.bundle.manifest.dims, vit.bundle.gate if stage is Stage.PERSONAL else vit.bundle.expert
+    statistics = {
+        "class_sums": np.ones((dims.classes, dims.feature), np.float32),
+        "class_counts": np.full(dims.classes, 9.0, np.float32),
+        "norm_sum": np.full(1, 50.0, np.float32),
+    }
+    size = layout.size(1) if stage is Stage.GLOBAL else layout.total
+    own = {"tensors": statistics} if stage is Stage.STATISTICS else {"delta": 50 * np.ones(size, np.float32)}
+    result = StageResult(samples=37, level=1, metrics={"held_out_global": 0.9}, **own)  # type: ignore[arg-type]
+    announced = round_of(stage=stage, encoding=Encoding.FP32, level=LAYERS, secure=True)
+
+    def sent(noise: float) -> NDArray[np.float64]:
+        round_ = announced.model_copy(update={"privacy": Privacy(clip=1.0, noise_multiplier=noise, shares=4)})
+        update = prepare_update(vit.bundle, tmp_path / "residual", round_, result, np.random.default_rng(0))
+        assert (update.samples, dict(update.metrics)) == (0, {})
+        bits = 20 if stage is Stage.STATISTICS else 30
+        return numbers(np.asarray(update.tensors["sums"], np.uint64), bits)
+
+    quiet, loud = sent(1e-3), sent(2.0) - sent(1e-3)
+    if stage is Stage.STATISTICS:
+        constant = slice(dims.classes * dims.feature, -1)
+        assert np.allclose(quiet[constant], 1 / dims.classes, atol=1e-5) and not loud[constant].any()
+        return
+    values = trained_values(layout.parts_of(LAYERS) if stage is Stage.GLOBAL else layout.parts)
+    assert np.linalg.norm(quiet[:size]) == pytest.approx(1.0, rel=0.05)
+    assert not loud[values:].any() and set(quiet[values:]) <= {0.0, 1.0}  # weights, and no accuracy
+    assert np.std(loud[:size]) == pytest.approx(1.0, rel=0.1)
+    if stage is Stage.GLOBAL:  # also of blocks that the device does not train
+        assert np.std(loud[size:values]) == pytest.approx(1.0, rel=0.1)
 
 
 def test_noise_is_added_before_the_update_is_encoded(vit: Built, tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 
+from fedfmsl.algorithms.secure_aggregation import MIN_DEVICES
+from fedfmsl.common.settings import flag_of
 from fedfmsl.errors import ConfigError
 from fedfmsl.protocol.messages import Message, Round, Stage
 from trainer_server.config import RunConfig, RunRules
@@ -39,7 +41,8 @@ class Limits(Message):
         """A text for each field in which `other` differs."""
         for name, value in other:
             if value != getattr(self, name):
-                yield f"{name} is {value} from now on, it was {getattr(self, name)}"
+                now, before = ("unlimited" if each is None else each for each in (value, getattr(self, name)))
+                yield f"{flag_of(name)} is {now} from now on, it was {before}"
 
 
 def devices_in_share(share: float, count: int) -> int:
@@ -48,10 +51,11 @@ def devices_in_share(share: float, count: int) -> int:
 
 
 def least_updates(config: RunRules) -> int:
-    """`--min-updates`; by default half of the updates that a round waits for."""
-    if config.min_updates is not None:
-        return config.min_updates
-    return max(devices_in_share(config.fraction * config.enough / 2, config.devices), 1)
+    """`--min-updates`; by default half of the updates that a round waits for. With `--secure` a sum needs three."""
+    least = config.min_updates
+    if least is None:
+        least = max(devices_in_share(config.fraction * config.enough / 2, config.devices), 1)
+    return max(least, MIN_DEVICES) if config.secure else least
 
 
 def check_change(config: RunConfig, changed: Limits) -> None:
@@ -61,7 +65,8 @@ def check_change(config: RunConfig, changed: Limits) -> None:
             f"--min-updates {changed.min_updates} is more than --devices {config.devices}: no round could close; "
             "lower it"
         )
-    if config.privacy is not None and changed.min_updates != config.privacy.shares:
+    least = least_updates(config.model_copy(update={"min_updates": changed.min_updates}))
+    if config.privacy is not None and least != config.privacy.shares:
         raise ConfigError(
             f"--min-updates {changed.min_updates}: with --dp-noise it stays {config.privacy.shares}, because every "
             "device adds a share of the noise"

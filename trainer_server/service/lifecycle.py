@@ -11,7 +11,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from fedfmsl.common.settings import flag_of
 from fedfmsl.errors import BundleError, ConfigError, RunError
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.messages import Round, ServerStatus, encode
@@ -23,10 +22,11 @@ from fedfmsl.transport.signatures import Authorities
 from trainer_server.config import RunConfig
 from trainer_server.coordinator.advance import advance
 from trainer_server.coordinator.events import AnnounceRound, LimitsChanged, Log
-from trainer_server.coordinator.limits import Limits, check_change
+from trainer_server.coordinator.limits import check_change
 from trainer_server.coordinator.state import CheckKeys, Plan, State, initial_state, unsigned
 from trainer_server.service.loop import Service
 from trainer_server.service.run_log import LOG_BYTES, log_to_folder
+from trainer_server.service.stored import differing_settings
 from trainer_server.storage.run_store import DATABASE, LoggedEvent, Origin, RunStore, require_folder
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ NO_CHANGES: Mapping[str, Any] = MappingProxyType({})
 def open_run(folder: Path, config: RunConfig, bundle: Bundle) -> RunStore:
     """Creates a run in `folder`, or opens the one that was started there with the same settings.
 
-    Raises ConfigError naming the first setting that differs, or if `folder` is a file. Raises RunError if the folder
+    Raises ConfigError naming the settings that differ, or if `folder` is a file. Raises RunError if the folder
     cannot be used.
     """
     require_folder(folder)
@@ -57,13 +57,12 @@ def open_run(folder: Path, config: RunConfig, bundle: Bundle) -> RunStore:
     origin = store.origin
     if origin.sha256 != bundle.sha256:
         raise ConfigError(f"{folder} holds a run with another bundle ({origin.bundle}); choose another --out")
-    for name, value in config:
-        if getattr(origin.config, name) != value:
-            change = f" {flag_of(name)} {value}" if name in Limits.model_fields else ""
-            raise ConfigError(
-                f"{folder} holds run {origin.config.run!r} with {name} = {getattr(origin.config, name)}, not {value}; "
-                f"resume it with python -m trainer_server resume{change}, or choose another --out"
-            )
+    if config != origin.config:
+        differences, changes = differing_settings(origin.config, config)
+        raise ConfigError(
+            f"{folder} holds run {origin.config.run!r} with {differences}; resume it with python -m trainer_server "
+            f"resume{changes} --out {folder}, or choose another --out"
+        )
     return store
 
 
@@ -87,15 +86,17 @@ def run_server(
     topic_prefix: str = ROOT,
     changes: Mapping[str, Any] = NO_CHANGES,
     allowed: frozenset[str] | None = None,
+    metrics: str | None = None,
 ) -> None:
     """Coordinates until the run is finished. `changes`: fields of `Limits` that change from now on. `allowed`: the
-    devices that may take part; None: all.
+    devices that may take part; None: all. `metrics`: where Prometheus metrics are served.
 
-    Raises ConfigError if the run cannot have these limits, RunError if the run failed, another server runs in its
-    folder, or a newer server took over.
+    Raises ConfigError if the run cannot have these limits or the metrics cannot be served, RunError if the run failed,
+    another server runs in its folder, or a newer server took over.
     """
     with store.locked(), log_to_folder(store.folder, log_bytes):
-        plan = make_plan(store, bundle)
+        # a file of a crashed server in this folder is removed with the next checkpoint
+        plan = replace(make_plan(store, bundle), scratch=store.tensors)
         state, at = restore_state(store, plan)
         plan = replace(plan, check_keys=_key_check(identity))
         state = change_limits(store, plan, state, at, changes)
@@ -115,7 +116,13 @@ def run_server(
         # a client id of its own: amqtt would not tell the older one of two servers with one client id
         client_id = topics.client_id("server", secrets.token_hex(8))
         link = Link(broker, client_id, will, identity=identity, insecure=insecure, keepalive=keepalive)
-        Service(plan, state, at, store, link, status, topics, allowed).run()
+        service = Service(plan, state, at, store, link, status, topics, allowed)
+        if metrics:
+            from fedfmsl.transport.metrics import serve_metrics
+            from trainer_server.service.metrics import families  # takes 12 MB of memory
+
+            serve_metrics(metrics, lambda: families(service.snapshot()), insecure)
+        service.run()
 
 
 def _key_check(identity: Path | None) -> CheckKeys:

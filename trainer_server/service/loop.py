@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import sqlite3
 import time
 from dataclasses import replace
@@ -33,6 +34,7 @@ from trainer_server.coordinator.events import (
     Command,
     CountRefusal,
     Log,
+    OperatorActed,
     PublishGlobals,
     SendAck,
     StatusSeen,
@@ -47,11 +49,14 @@ from trainer_server.service.batch import Batch, Statuses, flatten
 from trainer_server.service.clock import RunClock
 from trainer_server.service.decode import Decoder
 from trainer_server.service.duplicates import DuplicateServerGuard
+from trainer_server.service.figures import Figures, Snapshot
 from trainer_server.service.floods import FloodGuard, Sweeper
 from trainer_server.service.liveness import Liveness
 from trainer_server.service.publisher import Publisher
 from trainer_server.service.refusals import Refusals
 from trainer_server.service.run_log import log_participation, log_round, log_stragglers
+from trainer_server.storage.observations import Observations, ServerView
+from trainer_server.storage.operations import Operations
 from trainer_server.storage.peft_adapter import write_adapter
 from trainer_server.storage.run_store import LoggedEvent, RunStore
 from trainer_server.storage.uploads import Upload, Uploads
@@ -98,6 +103,24 @@ class Service:
         self._disk_error = ("", "")
         self._joined: frozenset[str] | None = None  # the devices in the store's list before the first round
         self._outage = (-1.0, "")  # as stored
+        self._observations = Observations(store.folder)
+        self._operations = Operations(store.folder)
+        self._figures = Figures.of_run(store)
+
+    def snapshot(self) -> Snapshot:
+        """What metrics show now. For any thread."""
+        link, uploads = self._link, self._uploads.incomplete
+        return Snapshot(
+            self._plan,
+            self._state,
+            self._figures,
+            folder=self._store.folder,
+            connected=not link.outage.since,
+            queued=link.events.qsize(),
+            uploads=uploads,
+            certificate_until=link.own_until,
+            broker_certificate_until=link.broker_until,
+        )
 
     def run(self) -> None:
         """Returns when the run is finished. Raises BrokerError, and RunError if the run failed or a newer server took
@@ -118,8 +141,11 @@ class Service:
                 self._publish_state()
             while self._store.ended is None:
                 self._process_messages()
+                self._obey()
                 self._tick()
+                self._observe()
         finally:
+            self._observations.close()
             if not self._guard.superseded:  # else the retained status is the newer server's
                 self._publisher.publish_status(online=False)
             self._link.close(self._publisher.last)
@@ -231,11 +257,15 @@ class Service:
             self._refuse(self._sender(received.topic), "unreadable", about)
             return
         seen: StatusSeen | None = None
+        health = self._decoder.health(received)
+        if health is not None and health.device in batch.state.devices:
+            heard = time.time()
+            self._observations.heartbeat(health, min(health.time, heard) if received.retained else heard)
         if isinstance(event, StatusSeen):
             seen = self._liveness.status(event.status, received.retained, batch.now)
         elif device and not received.retained:
             known = batch.state.devices.get(device)
-            at_work = self._decoder.shows_work(received)
+            at_work = self._decoder.shows_work(received, health)
             if known is not None and at_work is not None:
                 self._liveness.work(device, at_work, batch.now)
             seen = self._liveness.message(device, known is not None and known.online, batch.now)
@@ -290,6 +320,41 @@ class Service:
                 "stop one of them, or start it with another --run"
             )
 
+    def _obey(self) -> None:
+        """Carries out what the operator asks, as events of the log."""
+        for path, operation in self._operations.waiting():
+            if operation is None:
+                logger.warning("%s holds no action of an operator; it is removed", path)
+            else:
+                now, event = self._clock.now(), OperatorActed(operation)
+                state, commands = advance(self._plan, self._state, event, now)
+                try:
+                    if state is not self._state:
+                        self._store.commit([*flatten(self._statuses), LoggedEvent(now, event)])
+                        self._state, self._statuses = state, {}
+                except (OSError, sqlite3.Error) as error:
+                    self._wait_for_disk(error)
+                    return
+                for command in commands:
+                    self._execute(command)
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+
+    def _observe(self) -> None:
+        """Shows the console where the run stands."""
+        state, seen = self._state, time.time()
+        left = next_deadline(self._plan, state) - self._clock.now()
+        self._observations.save(
+            ServerView(
+                seen=seen,
+                deadline=seen + left if math.isfinite(left) else None,
+                paused=state.paused_at is not None,
+                round_timeout=state.limits.round_timeout,
+                excluded=tuple(sorted(state.excluded)),
+            ),
+            state.devices,
+        )
+
     def _tick(self) -> None:
         """Opens and closes rounds."""
         now = self._clock.now()
@@ -299,11 +364,12 @@ class Service:
             self._publisher.ask_for_chunks(gap)
         if self._guard.echo_is_missing(now):
             logger.warning("the broker does not return this server's own status; check that --identity is the server's")
+        started = time.monotonic()
         overdue = now >= next_deadline(self._plan, self._state)
         ticked = ClockTicked(self._liveness.working(now) if overdue else frozenset())
         try:
             state, commands = advance(self._plan, self._state, ticked, now)
-        except OSError as error:  # no descriptor to read an update
+        except OSError as error:  # no disk space for the aggregation, or no descriptor to read an update
             self._wait_for_disk(error)
             return
         if not commands:
@@ -323,6 +389,8 @@ class Service:
         except (OSError, sqlite3.Error) as error:
             self._wait_for_disk(error)
         if self._state is state:
+            for record in rounds:
+                self._figures.closed(record, time.monotonic() - started)
             for command in commands:
                 self._execute(command)
 
@@ -388,6 +456,7 @@ class Service:
 
     def _refuse(self, device: str, kind: str, text: str) -> None:
         sender = device if device in self._state.devices else UNKNOWN_DEVICE
+        self._figures.refused[kind] += 1
         if self._refusals.add(sender, kind, text):
             logger.warning("refused from %s (%s): %s", sender, kind, text)
 

@@ -85,7 +85,7 @@ def _retained(link: Link, topics: Topics, filters: Sequence[str], echo_seconds: 
             found.add(event.topic)
     if not returned:
         raise BrokerError(
-            f"the broker does not deliver {topics.root}/# to this client; use the server's --identity or user, and a "
+            f"the broker does not deliver {topics.root}/# to this client; use the operator's --identity or user, and a "
             "broker that allows wildcards"
         )
     for each in filters:

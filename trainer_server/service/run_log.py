@@ -45,7 +45,8 @@ def log_to_folder(folder: Path, max_bytes: int = LOG_BYTES) -> Iterator[None]:
 
 
 def log_round(announced: Round) -> None:
-    where = f"{announced.stage.value} {announced.index + 1}/{announced.of}"
+    number, of = announced.ordinal
+    where = f"{announced.stage.value} {number}/{of}"
     selected = f", selected devices: {len(announced.chosen)}" if announced.chosen else ""
     logger.info("round %d: %s, level %d%s", announced.round, where, announced.level, selected)
 

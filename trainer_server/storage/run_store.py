@@ -2,6 +2,7 @@
 
     RUN/run.sqlite       settings, events since the present round opened (with --audit all events), records of closed
                          rounds, counts of refused messages
+    RUN/lock             held by the server of the run; names its process, and was changed at its last event
     RUN/joined.json      before the first round: the devices that are online
     RUN/certificates.json  when the certificates of server and broker expire
     RUN/outage.json      since when and why there is no connection to the broker
@@ -14,13 +15,12 @@ file that no row names.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from pydantic import BaseModel
 
 from fedfmsl.algorithms.arrays import Tensors
 from fedfmsl.common.files import EXHAUSTED, write_atomically
+from fedfmsl.common.lock_file import held, is_held, process_of
 from fedfmsl.errors import ConfigError, MessageError, RunError
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.messages import DeviceStatus, Update, parse
@@ -37,12 +38,14 @@ from trainer_server.coordinator.events import (
     ClockTicked,
     Event,
     LimitsChanged,
+    OperatorActed,
     StatusSeen,
     UpdateRefused,
     UpdateSeen,
 )
 from trainer_server.coordinator.limits import Limits
-from trainer_server.coordinator.records import ClosedRound
+from trainer_server.coordinator.operator import Operation
+from trainer_server.coordinator.records import ClosedRound, RoundSummary
 from trainer_server.coordinator.state import TRAINING, State
 from trainer_server.storage.checkpoint import Checkpoint, vectors_of
 
@@ -62,7 +65,9 @@ CREATE TABLE IF NOT EXISTS events (
 CREATE TABLE IF NOT EXISTS checkpoints (
     seq INTEGER PRIMARY KEY, at REAL NOT NULL, state TEXT NOT NULL, sha256 TEXT NOT NULL
 );
-CREATE TABLE IF NOT EXISTS rounds (round INTEGER PRIMARY KEY, closed_at REAL NOT NULL, record TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS rounds (
+    round INTEGER PRIMARY KEY, closed_at REAL NOT NULL, record TEXT NOT NULL, summary TEXT NOT NULL
+);
 CREATE TABLE IF NOT EXISTS refusals (
     device TEXT NOT NULL, kind TEXT NOT NULL, count INTEGER NOT NULL, last TEXT NOT NULL, PRIMARY KEY (device, kind)
 );
@@ -98,6 +103,15 @@ class RefusalCount:
 
 class _Vectors(BaseModel):
     """Header of a checkpoint's tensors."""
+
+
+@dataclass(frozen=True)
+class ServerProcess:
+    """`runs`: None if this user may not know. `pid`: None if unknown. `last_event`: unix seconds; 0: none."""
+
+    runs: bool | None
+    pid: int | None
+    last_event: float
 
 
 class RunStore:
@@ -143,12 +157,24 @@ class RunStore:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Excludes other servers within this context. Raises RunError if another server has the lock."""
-        with (self.folder / "lock").open("w") as lock:
+        with ExitStack() as stack:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
+                stack.enter_context(held(self._lock))
+            except BlockingIOError as error:
                 raise RunError(f"another server runs in {self.folder}; stop it first") from error
             yield
+
+    @property
+    def _lock(self) -> Path:
+        return self.folder / "lock"
+
+    def server(self) -> ServerProcess:
+        """The process that coordinates this run, or did so last."""
+        try:
+            at = 0.0 if self.is_unstarted() else self._lock.stat().st_mtime
+        except OSError:
+            at = 0.0
+        return ServerProcess(is_held(self._lock), process_of(self._lock), at)
 
     # tensors
 
@@ -209,8 +235,16 @@ class RunStore:
                 "INSERT INTO events (at, kind, body, sha256, size) VALUES (?, ?, ?, ?, ?)", map(_to_row, events)
             )
             self._db.executemany(
-                "INSERT INTO rounds VALUES (?, ?, ?)",
-                [(closed.round.round, time.time(), closed.model_dump_json()) for closed in rounds],
+                "INSERT INTO rounds VALUES (?, ?, ?, ?)",
+                [
+                    (
+                        closed.round.round,
+                        time.time(),
+                        closed.model_dump_json(),
+                        RoundSummary.of_record(closed).model_dump_json(),
+                    )
+                    for closed in rounds
+                ],
             )
             without_details = (
                 "UPDATE rounds SET record = json_set(record, '$.updates', json('{}'), '$.bytes_up', json('{}'),"
@@ -227,6 +261,8 @@ class RunStore:
                 self._db.execute("UPDATE run SET ended = ?", (ended,))
         if ended is not None:
             self.ended = ended
+        with contextlib.suppress(OSError):
+            os.utime(self._lock)  # for `server`
 
     def save_checkpoint(self, state: State, at: float) -> None:
         """Stores the state. Deletes earlier events, checkpoints and tensors; with --audit only those of rounds before
@@ -287,6 +323,11 @@ class RunStore:
         """The last checkpoint and its time. None before the first round."""
         row = self._db.execute("SELECT state, at FROM checkpoints ORDER BY seq DESC LIMIT 1").fetchone()
         return (Checkpoint.model_validate_json(row[0]), row[1]) if row else None
+
+    def checkpoint_number(self) -> int:
+        """That of the last checkpoint, which is higher than that of earlier ones; 0 before the first round."""
+        (number,) = self._db.execute("SELECT coalesce(max(seq) + 1, 0) FROM checkpoints").fetchone()
+        return int(number)
 
     def state(self) -> tuple[State, float] | None:
         """The state in the last checkpoint and its time. Raises RunError if its tensor file is missing or altered."""
@@ -350,6 +391,8 @@ class RunStore:
             return UpdateRefused(json.loads(body))
         if kind == "limits":
             return LimitsChanged(parse(Limits, body.encode()))
+        if kind == "operator":
+            return OperatorActed(parse(Operation, body.encode()))
         return ClockTicked(frozenset(json.loads(body)))
 
     def pending_updates(self) -> dict[str, int]:
@@ -377,6 +420,16 @@ class RunStore:
         """Records of the closed rounds with a number above `after`."""
         rows = self._db.execute("SELECT record FROM rounds WHERE round > ? ORDER BY round", (after,))
         return [ClosedRound.model_validate_json(record) for (record,) in rows]
+
+    def summaries(self, after: int = 0) -> list[tuple[RoundSummary, float]]:
+        """Of the closed rounds with a number above `after`, each with the moment when it was closed (unix seconds)."""
+        rows = self._db.execute("SELECT summary, closed_at FROM rounds WHERE round > ? ORDER BY round", (after,))
+        return [(RoundSummary.model_validate_json(summary), at) for summary, at in rows]
+
+    def record(self, number: int) -> ClosedRound | None:
+        """The record of a closed round; None if there is none."""
+        row = self._db.execute("SELECT record FROM rounds WHERE round = ?", (number,)).fetchone()
+        return ClosedRound.model_validate_json(row[0]) if row else None
 
     def sizes(self) -> dict[str, int]:
         """Bytes on the disk: of the database, the tensors and all other files."""
@@ -413,4 +466,6 @@ def _to_row(logged: LoggedEvent) -> tuple[float, str, str, str | None, int | Non
         return logged.at, "refused", json.dumps(event.device), None, None
     if isinstance(event, LimitsChanged):
         return logged.at, "limits", event.limits.model_dump_json(), None, None
+    if isinstance(event, OperatorActed):
+        return logged.at, "operator", event.operation.model_dump_json(), None, None
     return logged.at, "tick", json.dumps(sorted(event.working)), None, None

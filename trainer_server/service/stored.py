@@ -26,6 +26,19 @@ def require_unchanged(config: RunConfig, file: Path | None) -> None:
             )
 
 
+def differing_settings(stored: RunConfig, given: RunConfig) -> tuple[str, str]:
+    """The settings in which a run's configuration differs from a given one, like "--epochs 1, not 2"; and the options
+    with which `resume` changes those that may change, like " --enough 0.5"."""
+    before, now = stored_settings(stored), stored_settings(given)
+    keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    if not keys:  # a constant that no setting has, of another version
+        keys = [key for key, value in given if getattr(stored, key) != value]
+        before, now = dict(stored), dict(given)
+    texts = [f"{flag_of(key)} {_text(before.get(key))}, not {_text(now.get(key))}" for key in keys]
+    changeable = [key for key in keys if key in Limits.model_fields and now.get(key) is not None]
+    return "; ".join(texts), "".join(f" {flag_of(key)} {_text(now[key])}" for key in changeable)
+
+
 def stored_settings(config: RunConfig) -> Mapping[str, Any]:
     """The values of the settings of `start`, by key. `sal_min_gain` only if SAL has a capability queue."""
     aggregation, privacy, trigger = config.aggregation, config.privacy, config.stage1_sal.trigger
