@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +10,7 @@ from pydantic import ByteSize, Field
 
 from edge_runtime.resources.governor import Hours, Limits
 from fedfmsl.common.logs import LogSettings
+from fedfmsl.common.processors import usable_processors
 from fedfmsl.common.settings import MAX_THREADS, CommaSeparated, File, Fraction, SettingsModel, panel
 from fedfmsl.protocol.messages import EngineChoice
 from fedfmsl.transport.settings import (
@@ -172,8 +172,8 @@ class Settings(PredictSettings, LogSettings):
 
     @property
     def thread_count(self) -> int:
-        """`threads`, or one per core."""
-        return self.threads or os.cpu_count() or 1
+        """`threads`, or one per processor that this process may use."""
+        return self.threads or usable_processors()
 
     @property
     def limits(self) -> Limits:

@@ -59,7 +59,7 @@ class BundleServer:
             str(revoked.absolute()) if revoked else None,
             sorted(allowed) if allowed is not None and identity else None,
         )
-        failure = f"cannot serve the bundle on {address} ({{}}); is the port in use? choose another --serve"
+        failure = f"cannot serve the bundle on {address} ({{}}); choose another --serve"
         self._child = ChildProcess(
             "trainer_server.service.bundle_process",
             json.dumps(asdict(job)),

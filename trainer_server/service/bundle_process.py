@@ -27,6 +27,7 @@ from http import HTTPStatus
 from pathlib import Path
 
 from fedfmsl.errors import ConfigError
+from fedfmsl.transport.address import why_not_listening
 from fedfmsl.transport.identity import read_identity
 from trainer_server.service.bundle_files import HEAD_BYTES, Response, Served, read_request, refusal, respond
 from trainer_server.service.child_process import LISTENING
@@ -169,7 +170,12 @@ class Server:
             waiting = sum(not each.requested for each in self._connections)
         if waiting > WAITING:
             self._end_oldest()
-        threading.Thread(target=self._handle, args=(connection,), daemon=True).start()
+        try:
+            threading.Thread(target=self._handle, args=(connection,), daemon=True).start()
+        except RuntimeError:  # the system gives this process no more threads
+            self._count("no more threads", connection)
+            self._end(connection)
+            connection.socket.close()
 
     def _handle(self, connection: _Connection) -> None:
         try:
@@ -328,7 +334,10 @@ def main() -> int:
             contexts = Contexts(Path(job.identity), Path(job.revoked) if job.revoked else None)
             contexts.current()
         listeners = listen(job.host, job.port)
-    except (OSError, ConfigError) as error:
+    except OSError as error:
+        _say(why_not_listening(job.host, error))
+        return 1
+    except ConfigError as error:
         _say(str(error))
         return 1
     _say(LISTENING)
