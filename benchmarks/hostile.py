@@ -41,7 +41,7 @@ STAGE1_ROUNDS, STAGE2_ROUNDS = 6, 2
 MODELS = ("global", "mofm")
 FLEETS = ((6, 1), (10, 2))  # devices, and how many of them are hostile
 ALPHA, SIZE = 0.5, 70
-FOLDER, RESULTS = Path("runs") / "aggregation", Path("benchmarks") / "aggregation"
+FOLDER, RESULTS = Path("runs") / "aggregation", Path(__file__).with_name("aggregation")
 Result = Mapping[str, dict[str, float]]
 
 

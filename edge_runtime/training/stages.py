@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -25,6 +26,9 @@ from fedfmsl.protocol.layout import Layout
 from fedfmsl.protocol.messages import Globals as GlobalsHeader
 from fedfmsl.protocol.messages import Round, Stage, Sums
 from fedfmsl.protocol.tensors import unpack
+
+if TYPE_CHECKING:
+    from edge_runtime.training.model import PersonalModel
 
 ALL = slice(None)  # all samples
 
@@ -66,7 +70,8 @@ class StageResult:
 
     `tensors`: sent as they are. `delta`: trained minus received values, still to be encoded by
     `edge_runtime.training.updates`; (P,) of an expert at `level`, or (G,) of the gate adapter. `samples`: the weight in
-    the aggregation. `counts`: lists of samples per class.
+    the aggregation. `counts`: lists of samples per class. `model`: the personalized model of this round, if the stage
+    has computed it; it stays on the device.
     """
 
     tensors: Tensors = field(default_factory=dict)
@@ -75,6 +80,7 @@ class StageResult:
     level: int = 0
     metrics: Mapping[str, float] = field(default_factory=dict)
     counts: Mapping[str, list[int]] = field(default_factory=dict)
+    model: PersonalModel | None = None
 
 
 StageFunction = Callable[[TrainingContext, Round, Globals], StageResult]
