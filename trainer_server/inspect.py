@@ -47,7 +47,7 @@ def _facts(store: RunStore) -> dict[str, Any]:
     config = store.origin.config
     checkpoint = store.checkpoint()
     announced = checkpoint[0].announced if checkpoint else None
-    closed = store.rounds()
+    closed = store.closed_stages()
     since, reason = store.outage()
     facts: dict[str, Any] = {"run": config.run, "session": store.origin.session, "server": vars(store.server())}
     if store.ended is not None:
@@ -81,12 +81,12 @@ def _facts(store: RunStore) -> dict[str, Any]:
     facts["bytes"] = store.sizes()
     facts |= {
         "closed_rounds": len(closed),
-        "repeated": [r.repeated for r in closed if r.repeated],
+        "repeated": [repeated for _, repeated in closed if repeated],
         "refused": {f"{r.device}: {r.kind}": r.count for r in store.refusals()},
     }
     if config.privacy:
-        noised = [r for r in closed if r.round.stage in NOISED]
-        released = sum(not r.repeated for r in noised)
+        noised = [repeated for stage, repeated in closed if stage in NOISED]
+        released = noised.count("")
         present = announced is not None and announced.stage in NOISED and bool(store.pending_updates())
         updates = len(noised) + present  # of a device that has answered all rounds
         found = epsilons(config.privacy, released, config.delta, secure=config.secure, updates=updates)

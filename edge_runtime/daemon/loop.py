@@ -100,6 +100,7 @@ class DaemonLoop:
         )
         self._connected = True
         self._paused = ""  # the reason, as published
+        self._over_budget = ""  # why the announced round would pass the privacy budget
         self._refused = ""  # why the broker does not let this device take part
         self._unheard = ""  # why this device's own status seems to be dropped
         self._unanswered = ""  # why its updates seem to be dropped
@@ -154,7 +155,7 @@ class DaemonLoop:
             if self._stop is None and time.monotonic() >= self._next_tick:
                 self._next_tick = time.monotonic() + self._timing.tick
                 self._tick()
-            if self._stop is None and event is None and self._jobs.may_start_round:
+            if self._stop is None and event is None and self._may_start_round():
                 self._handle(Idle())
             timeout = 0.0 if event is not None else self._timing.tick
         return self._stop
@@ -196,6 +197,7 @@ class DaemonLoop:
             self._handle(ServerSeen(status))
         elif message.topic == topics.round:
             round_ = parse(Round, message.payload)
+            self._check_budget(round_)
             self._handle(RoundSeen(round_))
             self._log_end(round_)
         elif message.topic == topics.ack(self._name):
@@ -264,7 +266,7 @@ class DaemonLoop:
             self._jobs.scan_if_due()
         self._store_globals()
         working = Activity.WAITING if self._state.running is None else Activity.WORKING
-        self._heartbeat(Activity.PAUSED if self._paused or self._jobs.no_samples else working)
+        self._heartbeat(Activity.PAUSED if self._not_working else working)
 
     def _pause(self, reason: str) -> None:
         """Pauses the computation if there is a reason. The server does not wait for a paused device."""
@@ -276,6 +278,26 @@ class DaemonLoop:
             self._announce()
         self._stop_outdated_work()
 
+    def _may_start_round(self) -> bool:
+        announced = self._state.announced
+        if announced is not None and self._state.running is None:  # the round before may have cost something
+            self._check_budget(announced)
+        return self._jobs.may_start_round and not self._over_budget
+
+    def _check_budget(self, announced: Round) -> None:
+        """Tells the server at once if this device takes no part in the round because of its privacy budget. A round
+        `unmask` costs nothing, and changes nothing: it follows a round in which the device took part or did not."""
+        before = self._over_budget
+        if announced.stage is not Stage.UNMASK:
+            self._over_budget = self._runner.budget.refusal(announced)
+        if self._over_budget == before:
+            return
+        if self._over_budget:
+            logger.warning(f"takes no part in round {announced.round}: {self._over_budget}")
+        else:
+            logger.info(f"takes part again from round {announced.round} on")
+        self._announce()
+
     def _stop_outdated_work(self) -> None:
         """During a pause, stops a round when a newer one is announced. Without a pause the round is completed: its
         update is late and counts with a lower weight."""
@@ -286,8 +308,14 @@ class DaemonLoop:
         """The watchdog is not reset while a job makes no step, except during a pause."""
         alive = self._worker.is_alive() or bool(self._paused)
         slowdown = self._runner.tracker.cap.slowdown
-        paused = self._paused or self._jobs.no_samples
-        self._health.heartbeat(activity, self._runner.device, self._state, paused, slowdown, alive, self._denied())
+        self._health.heartbeat(
+            activity, self._runner.device, self._state, self._not_working, slowdown, alive, self._denied()
+        )
+
+    @property
+    def _not_working(self) -> str:
+        """Why this device does not compute now, or ""."""
+        return self._paused or self._over_budget or self._jobs.no_samples
 
     def _denied(self) -> str:
         """What the broker seems to refuse: it drops a message that its access rules forbid without a word."""
@@ -352,5 +380,7 @@ class DaemonLoop:
     def _announce(self) -> None:
         if self._stop is None:
             self._announcer.status(
-                self._runner.device, paused=self._paused, error=self._refused or self._jobs.no_samples
+                self._runner.device,
+                paused=self._paused or self._over_budget,
+                error=self._refused or self._jobs.no_samples,
             )

@@ -11,6 +11,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from edge_runtime.daemon.lock import is_locked
+from edge_runtime.daemon.privacy_budget import describe_budget
 from edge_runtime.store import DeviceStore
 from edge_runtime.training.model import read_personal_model
 from fedfmsl.errors import BrokerError, InputError, RunError
@@ -80,6 +81,8 @@ def describe(health: Health, store: DeviceStore, now: float) -> Iterator[tuple[s
     yield "level cap", f"{health.level_cap}{slowdown}"
     if health.provider:
         yield "provider", health.provider
+    if budget := describe_budget(store.budget.read()):
+        yield "privacy", budget
     yield "samples", f"{health.train} train, {health.held_out} held-out, {health.test} test"
     yield "updates", f"{health.rounds_done} rounds done, {health.unacknowledged} updates not acknowledged yet"
     facts = [f"{health.temperature:.1f} °C"] if health.temperature is not None else []

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import queue
+import socket
 import ssl
 import threading
 from collections.abc import Callable
@@ -160,6 +161,11 @@ class Link:
         except ssl.SSLError as error:
             kind = ClockError if is_early(error) else BrokerError
             raise kind(f"cannot trust the {where}: {self._explain(error)}") from error
+        except socket.gaierror as error:
+            raise BrokerError(
+                f"no {where}: this machine cannot find the address of that name ({error.strerror}); check --broker and "
+                "this machine's name server"
+            ) from error
         except (OSError, ValueError) as error:
             tls = " with TLS" if self._address.encrypted else ""
             raise BrokerError(f"no {where} ({error}); start one{tls} or give another --broker") from error

@@ -12,7 +12,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from fedfmsl.errors import ConfigError
-from fedfmsl.transport.address import listening_on
+from fedfmsl.transport.address import listening_on, why_not_listening
 
 Collect = Callable[[], Iterable[Metric]]
 Labelled = GaugeMetricFamily | CounterMetricFamily
@@ -29,7 +29,8 @@ def serve_metrics(address: str, collect: Collect, insecure: bool = False) -> Non
     try:
         start_http_server(port, host, registry)
     except OSError as error:
-        raise ConfigError(f"--metrics {address} cannot be listened on ({error}); choose another port") from error
+        why = why_not_listening(host, error)
+        raise ConfigError(f"--metrics {address} cannot be listened on ({why}); choose another port") from error
 
 
 class _Newest(Collector):

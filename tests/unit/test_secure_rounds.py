@@ -170,6 +170,30 @@ def test_a_level_that_fewer_than_three_devices_train_is_not_trained(vit: Built, 
     assert run.announced.level == 1
 
 
+@pytest.mark.parametrize("silent_in", [Stage.KEYS, Stage.SHARES, Stage.GLOBAL])
+def test_a_silent_device_of_three_at_a_level_does_not_stop_the_run(
+    vit: Built, tmp_path: Path, silent_in: Stage
+) -> None:
+    """Before the vectors are masked, the two others join the level below. Afterwards the round is repeated, in the end
+    at a lower level."""
+    config = {"secure": True, "secure_sums": False, "stage1_rounds": 1, "stage1_sal": Sal(AllAtOnce(), max_level=2)}
+    run = SecureRun(vit, secure_devices(vit, tmp_path, 5, level_caps=(2, 2, 2)), **config)
+    run.until(Stage.KEYS)
+    assert run.announced.level == 2
+    levels = []
+    while run.announced.stage is not Stage.PERSONAL:
+        if run.announced.stage is Stage.GLOBAL:
+            levels.append(run.announced.level)
+        run.step(["d0"] if run.announced.stage is silent_in and len(levels) < 9 else [])
+    if silent_in is Stage.GLOBAL:
+        assert levels == [2, 2, 1]
+        text = "updates of fewer than 3 devices at level 2 or above; repeating it at level 1"
+    else:
+        assert levels == [1]
+        text = "this round trains at level 1: fewer than 3 devices answer at a higher one"
+    assert any(text in command.text and command.warning for command in run.of(Log))
+
+
 def test_weighted_sums_are_the_means_of_each_part() -> None:
     parts = {"head": slice(0, 2), "0": slice(2, 5)}
     rng = np.random.default_rng(0)
@@ -441,7 +465,7 @@ def answers(run: SecureRun, accuracies: dict[str, float]) -> None:
     round_, blobs = run.announced, {command.sha256: command.blob for command in run.of(PublishGlobals)}
     for name, accuracy in accuracies.items():
         run.devices[name].store.globals.write(blobs[round_.roster])
-        hidden = {"samples": 0, "metrics": {"held_out_global": accuracy} if accuracy else {}}
+        hidden = {"samples": 0, "metrics": {"held_out_global": accuracy, "global_nll": 9.0} if accuracy else {}}
         run.feed(make_update(run.plan, round_, name, tensors=run.devices[name].answer(round_), **hidden))
 
 
@@ -454,10 +478,10 @@ def test_a_share_of_the_devices_closes_no_round_whose_masks_they_cannot_remove(v
     assert run.announced.stage is Stage.UNMASK and len(run.announced.chosen) == 5
 
 
-def test_accuracies_that_a_hostile_device_reports_do_not_drop_the_head(vit: Built, tmp_path: Path) -> None:
+def test_likelihoods_that_a_hostile_device_reports_do_not_drop_the_head(vit: Built, tmp_path: Path) -> None:
     run = SecureRun(vit, secure_devices(vit, tmp_path, 3), secure=True)
     run.until(Stage.PERSONAL)
-    run.state = replace(run.state, former=replace(run.state.former, accuracies={"d0": 1.0}))
+    run.state = replace(run.state, former=replace(run.state.former, nlls={"d0": 0.1}))
     assert run.state.former.head.size
     answers(run, {"d0": 0.01, "d1": 0.0, "d2": 0.0})
     assert run.announced.stage is Stage.UNMASK

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import sqlite3
 import time
 from dataclasses import replace
 
-from fedfmsl.common.files import NO_DESCRIPTORS, has_descriptors
+from fedfmsl.common.files import EXHAUSTED, NO_DESCRIPTORS, has_descriptors
 from fedfmsl.errors import BrokerError, MessageError, RunError
 from fedfmsl.protocol.chunks import CHUNK_BYTES, CHUNK_SIZES, HEADER_BYTES
 from fedfmsl.protocol.messages import DeviceStatus, ServerStatus, parse
@@ -31,6 +32,7 @@ from trainer_server.coordinator.events import (
     Command,
     CountRefusal,
     Log,
+    OperatorActed,
     PublishGlobals,
     SendAck,
     StatusSeen,
@@ -51,6 +53,8 @@ from trainer_server.service.liveness import Liveness
 from trainer_server.service.publisher import Publisher
 from trainer_server.service.refusals import Refusals
 from trainer_server.service.run_log import log_participation, log_round, log_stragglers
+from trainer_server.storage.observations import Observations, ServerView
+from trainer_server.storage.operations import Operations
 from trainer_server.storage.run_store import LoggedEvent, RunStore
 from trainer_server.storage.uploads import Upload, Uploads
 
@@ -96,6 +100,8 @@ class Service:
         self._disk_error = ("", "")
         self._joined: frozenset[str] | None = None  # the devices in the store's list before the first round
         self._outage = (-1.0, "")  # as stored
+        self._observations = Observations(store.folder)
+        self._operations = Operations(store.folder)
         self._figures = Figures.of_run(store)
         self._expert_folder = ExpertFolder(plan, store.folder / "global_expert")
 
@@ -133,8 +139,11 @@ class Service:
                 self._publish_state()
             while self._store.ended is None:
                 self._process_messages()
+                self._obey()
                 self._tick()
+                self._observe()
         finally:
+            self._observations.close()
             if not self._guard.superseded:  # else the retained status is the newer server's
                 self._publisher.publish_status(online=False)
             self._link.close(self._publisher.last)
@@ -246,11 +255,15 @@ class Service:
             self._refuse(self._sender(received.topic), "unreadable", about)
             return
         seen: StatusSeen | None = None
+        health = self._decoder.health(received)
+        if health is not None and health.device in batch.state.devices:
+            heard = time.time()
+            self._observations.heartbeat(health, min(health.time, heard) if received.retained else heard)
         if isinstance(event, StatusSeen):
             seen = self._liveness.status(event.status, received.retained, batch.now)
         elif device and not received.retained:
             known = batch.state.devices.get(device)
-            at_work = self._decoder.shows_work(received)
+            at_work = self._decoder.shows_work(received, health)
             if known is not None and at_work is not None:
                 self._liveness.work(device, at_work, batch.now)
             seen = self._liveness.message(device, known is not None and known.online, batch.now)
@@ -305,6 +318,41 @@ class Service:
                 "stop one of them, or start it with another --run"
             )
 
+    def _obey(self) -> None:
+        """Carries out what the operator asks, as events of the log."""
+        for path, operation in self._operations.waiting():
+            if operation is None:
+                logger.warning("%s holds no action of an operator; it is removed", path)
+            else:
+                now, event = self._clock.now(), OperatorActed(operation)
+                state, commands = advance(self._plan, self._state, event, now)
+                try:
+                    if state is not self._state:
+                        self._store.commit([*flatten(self._statuses), LoggedEvent(now, event)])
+                        self._state, self._statuses = state, {}
+                except (OSError, sqlite3.Error) as error:
+                    self._wait_for_disk(error)
+                    return
+                for command in commands:
+                    self._execute(command)
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+
+    def _observe(self) -> None:
+        """Shows the console where the run stands."""
+        state, seen = self._state, time.time()
+        left = next_deadline(self._plan, state) - self._clock.now()
+        self._observations.save(
+            ServerView(
+                seen=seen,
+                deadline=seen + left if math.isfinite(left) else None,
+                paused=state.paused_at is not None,
+                round_timeout=state.limits.round_timeout,
+                excluded=tuple(sorted(state.excluded)),
+            ),
+            state.devices,
+        )
+
     def _tick(self) -> None:
         """Opens and closes rounds."""
         now = self._clock.now()
@@ -319,7 +367,7 @@ class Service:
         ticked = ClockTicked(self._liveness.working(now) if overdue else frozenset())
         try:
             state, commands = advance(self._plan, self._state, ticked, now)
-        except OSError as error:  # the aggregation needs disk space; the next tick tries again
+        except OSError as error:  # no disk space for the aggregation, or no descriptor to read an update
             self._wait_for_disk(error)
             return
         if not commands:
@@ -400,11 +448,12 @@ class Service:
             logger.warning("refused from %s (%s): %s", sender, kind, text)
 
     def _wait_for_disk(self, error: OSError | sqlite3.Error) -> None:
-        remedy = "free some disk space" if has_descriptors() else NO_DESCRIPTORS
+        exhausted = getattr(error, "errno", None) in EXHAUSTED or not has_descriptors()
+        remedy = NO_DESCRIPTORS if exhausted else "free some disk space"
         reason = getattr(error, "strerror", None) or str(error)  # without the file, which differs each time
         if (reason, remedy) != self._disk_error:
             self._disk_error = (reason, remedy)
-            logger.error("cannot write to %s (%s); %s, the run waits for it", self._store.folder, reason, remedy)
+            logger.error("cannot use %s (%s); %s, the run waits for it", self._store.folder, reason, remedy)
         time.sleep(POLL_SECONDS)
 
 
