@@ -33,7 +33,7 @@ from simulation.run import simulate
 from simulation.settings import SimulationSettings
 from trainer_server.config import STAGE1
 
-RESULTS, REPORT = Path("benchmarks/evidence"), Path("benchmarks/evidence.md")
+RESULTS, REPORT = (Path(__file__).with_name(name) for name in ("evidence", "evidence.md"))
 SHARES = ("0.0", "0.1", "0.5")  # of novel samples in a stream, as in the result files
 FEDFMSL = "fedfmsl"
 SAL = (FEDFMSL, "fedfmsl-all-at-once", "fedfmsl-fixed-schedule")  # they differ with several levels only

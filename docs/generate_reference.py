@@ -8,20 +8,26 @@ A test compares the page with `page()`.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import typer
+from prometheus_client.core import Metric
 
 from devices.trial.settings import TrialSettings
-from edge_runtime.daemon.metrics import families
+from edge_runtime.daemon import metrics as device_metrics
 from edge_runtime.settings import Settings
+from fedfmsl.algorithms.privacy import Privacy
 from fedfmsl.common.exit_codes import EXIT_CODES
 from fedfmsl.common.options import reference
 from fedfmsl.common.settings import SettingsModel
-from fedfmsl.protocol.messages import Activity, Health
+from fedfmsl.protocol.messages import Activity, Health, Stage
 from simulation.settings import SimulationSettings
+from trainer_server.service import metrics as server_metrics
+from trainer_server.service.figures import Figures, Snapshot
 from trainer_server.settings import ServerSettings
 
 PAGE = Path(__file__).with_name("reference.md")
@@ -30,6 +36,7 @@ MODULES = (
     "edge_runtime.__main__",
     "trainer_server.__main__",
     "export.build",
+    "export.hub",
     "devices.provision",
     "devices.install",
     "devices.boards",
@@ -72,10 +79,28 @@ def page() -> str:
 
 
 def metrics() -> Iterator[str]:
-    """A Markdown table of the Prometheus metrics of a device."""
+    """Markdown tables of the Prometheus metrics of a device and of the server."""
     known = dict.fromkeys(Health.model_fields, 1)
-    yield from ("", "## Metrics of a device", "", "| metric | type | labels | meaning |", "|---|---|---|---|")
-    for family in families(Health.model_construct(None, **{**known, "activity": next(iter(Activity))})):
+    health = Health.model_construct(None, **{**known, "activity": next(iter(Activity))})
+    yield from _metrics_of("a device", device_metrics.families(health))
+    yield from _metrics_of("the server", server_metrics.families(_snapshot()))
+
+
+def _snapshot() -> Snapshot:
+    """Of a server of which everything is known. No value of it is shown."""
+    privacy = Privacy(clip=1, noise_multiplier=1, shares=1)
+    plan = Mock(config=Mock(run="", privacy=privacy, delta=0.5, secure=False), session="", bundle=Mock())
+    plan.bundle.manifest.model = ""
+    state = Mock(announced=Mock(stage=Stage.GLOBAL, level=1), round=1)
+    for name in ("devices", "online", "ready", "expected", "answered", "awaited", "updates"):
+        setattr(state, name, frozenset())
+    figures = Figures(refused=Counter({"": 1}), held_out={"mofm": 1})
+    return Snapshot(plan, state, figures, PAGE.parent, certificate_until=1, broker_certificate_until=1)
+
+
+def _metrics_of(who: str, families: Iterable[Metric]) -> Iterator[str]:
+    yield from ("", f"## Metrics of {who}", "", "| metric | type | labels | meaning |", "|---|---|---|---|")
+    for family in families:
         name = f"{family.name}_total" if family.type == "counter" else family.name
         labels = ", ".join(f"`{label}`" for label in family.samples[0].labels)
         yield f"| `{name}` | {family.type} | {labels} | {_sentences(family.documentation)} |"

@@ -74,3 +74,7 @@ class MessageError(FedFMSLError):
 
 class RunError(FedFMSLError):
     exit_code = 8
+
+
+class ClockError(BrokerError, MessageError):
+    """A certificate is not valid yet: this machine's clock is behind, as on a board without a battery for it."""

@@ -27,6 +27,7 @@ LONG_FILES = (  # of 10 s or more, by `pytest --durations`
     "test_security.py",
     "test_flooding_member.py",
     "test_bundle_limits.py",
+    "test_console.py",
     "test_network_faults.py",
     "test_machine_faults.py",
     "test_watched_folder.py",
@@ -48,6 +49,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # also for the processes that tests start: n
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="run the long form of tests/faults (make faults)")
+    parser.addoption("--screenshots", metavar="FOLDER", help="write the screenshots of web pages that docs/ has")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import threading
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +15,19 @@ from fedfmsl.common.cli import application, console
 from fedfmsl.common.logs import set_up_logging
 from fedfmsl.common.options import with_settings
 from fedfmsl.common.settings import read_settings
-from fedfmsl.errors import ConfigError
+from fedfmsl.errors import ConfigError, RunError
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.link import Link
 from trainer_server.inspect import export, replay, rounds, status
 from trainer_server.service.bundle_http import BundleServer
+from trainer_server.service.console_job import console_job, start_console
 from trainer_server.service.lifecycle import NO_CHANGES, open_bundle, open_run, run_server
 from trainer_server.service.loop import FINISHED
 from trainer_server.service.purge import purge as remove_retained
 from trainer_server.service.stored import require_unchanged
-from trainer_server.settings import PurgeSettings, ResumeSettings, ServerSettings, ServiceSettings
-from trainer_server.storage.run_store import RunStore
+from trainer_server.settings import ConsoleSettings, PurgeSettings, ResumeSettings, ServerSettings, ServiceSettings
+from trainer_server.storage.run_store import RunStore, require_folder
 
 logger = logging.getLogger("trainer_server")  # __name__ is __main__ here
 app = application("Coordinate a federated run: both stages of FedFMSL, over MQTT.")
@@ -79,13 +82,17 @@ def _coordinate(
             f"--allow has {len(settings.allowed)} devices, and the run waits for {store.origin.config.devices}; add "
             "names, or lower --devices"
         )
-    bundle_server = None
-    if settings.serve:
-        bundle_server = BundleServer(
-            bundle.root, settings.serve, identity, insecure, settings.revoked, settings.allowed
-        )
-    try:
-        url = bundle_server.url if bundle_server else ""
+    with ExitStack() as served:
+        url = ""
+        if settings.serve:
+            bundle_server = BundleServer(
+                bundle.root, settings.serve, identity, insecure, settings.revoked, settings.allowed
+            )
+            served.callback(bundle_server.close)
+            url = bundle_server.url
+        if settings.console:
+            job = console_job(settings.console, store.folder, identity, insecure, settings.console_token)
+            served.callback(start_console(job).close)
         run_server(
             store,
             bundle,
@@ -96,11 +103,25 @@ def _coordinate(
             topic_prefix=settings.topic_prefix,
             changes=changes,
             allowed=settings.allowed,
+            metrics=settings.metrics,
         )
-    finally:
-        if bundle_server:
-            bundle_server.close()
     logger.info("run finished")
+
+
+@app.command(name="console")
+@with_settings(ConsoleSettings, ServerSettings)
+def show_console(settings: ConsoleSettings) -> None:
+    """Serve the operator's console for the runs in a folder: running, interrupted and finished ones."""
+    from trainer_server.console.process import serve
+
+    set_up_logging(settings.log, settings.log_file)
+    require_folder(settings.out)
+    if not settings.out.is_dir():
+        raise RunError(f"--out {settings.out} does not exist; give the folder of a run, or of several runs")
+    job = console_job(settings.console, settings.out, settings.identity, settings.insecure, settings.console_token)
+    with serve(job):
+        logger.info(job.where)
+        threading.Event().wait()
 
 
 @app.command()

@@ -16,7 +16,15 @@ from fedfmsl.errors import ConfigError
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.messages import Training
 from fedfmsl.protocol.topics import check_name
-from fedfmsl.transport.settings import CONNECTION, HOME_ASSISTANT, ConnectionSettings, DiscoveryPrefix, RunName
+from fedfmsl.transport.settings import (
+    CONNECTION,
+    HOME_ASSISTANT,
+    AccessSettings,
+    ConnectionSettings,
+    DiscoveryPrefix,
+    MetricsAddress,
+    RunName,
+)
 from trainer_server.config import (
     AGGREGATION,
     AGGREGATION_DEFAULT,
@@ -40,9 +48,34 @@ from trainer_server.config import (
 from trainer_server.coordinator.limits import Limits, least_updates
 
 TRAINING = panel("Training on the devices")
+CONSOLE = panel("Console")
 
 
-class ServiceSettings(ConnectionSettings, LogSettings):
+class ConsoleAccess(AccessSettings):
+    """Who may use the console."""
+
+    console_token: File | None = Field(
+        None,
+        description="File with the token that opens the console; it is made if it does not exist. Default: "
+        "console.token in the folder of the run; none on a loopback address.",
+        json_schema_extra=CONSOLE,
+    )
+
+
+class ConsoleSettings(ConsoleAccess, LogSettings):
+    """What the command `console` needs."""
+
+    out: File = Field(
+        description="Folder of a run, or a folder with the folders of several runs.", json_schema_extra=RUN
+    )
+    console: str = Field(
+        "127.0.0.1:8090",
+        description="HOST:PORT of the console. Other addresses than loopback need --identity, for HTTPS.",
+        json_schema_extra=CONSOLE,
+    )
+
+
+class ServiceSettings(ConnectionSettings, LogSettings, ConsoleAccess):
     """How the server is reached, and where it logs to."""
 
     serve: str | None = Field(
@@ -58,6 +91,16 @@ class ServiceSettings(ConnectionSettings, LogSettings):
         description="Devices that may take part: names with commas, or a file with one name per line. "
         "Default: all that the broker lets in.",
         json_schema_extra=CONNECTION,
+    )
+
+    console: str | None = Field(
+        None,
+        description="HOST:PORT of the operator's console, a web page of this run, like 127.0.0.1:8090. Other addresses "
+        "than loopback need --identity, for HTTPS. Default: no console.",
+        json_schema_extra=CONSOLE,
+    )
+    metrics: MetricsAddress | None = Field(
+        None, description="HOST:PORT to serve Prometheus metrics on. Default: none.", json_schema_extra=CONNECTION
     )
 
     @cached_property
@@ -151,9 +194,9 @@ class ServerSettings(ServiceSettings, RunRules):
 
     rule: Rule | None = Field(
         None,
-        description="Aggregation rule. trimmed-mean and median withstand a minority of hostile devices from three "
-        "updates on; mean, which is weighted by samples, does not. Default: trimmed-mean; with --dp-noise or "
-        "--secure mean.",
+        description="Aggregation rule. screened-mean leaves out updates that point away from the others; it, "
+        "trimmed-mean and median withstand a minority of hostile devices from three updates on; mean does not. The "
+        "first and the last are weighted by samples. Default: screened-mean; with --dp-noise or --secure mean.",
         json_schema_extra=AGGREGATION,
     )
     trim: float = Field(

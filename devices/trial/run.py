@@ -6,7 +6,6 @@ to the devices, the evaluation on the test samples of all devices, and the repor
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from edge_runtime.data.inputs import Kind
 from fedfmsl.common.cli import console
 from fedfmsl.common.folder_walk import SkippedFile, count_files
 from fedfmsl.common.onnx_runtime import require_ort_training
+from fedfmsl.common.processors import usable_processors
 from fedfmsl.errors import ConfigError, InputError, RunError
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.class_names import write_names
@@ -127,7 +127,7 @@ def _server_arguments(settings: TrialSettings, folder: Path, broker: str) -> lis
 
 
 def _device_arguments(settings: TrialSettings, folder: Path, root: Path, broker: str) -> list[str]:
-    threads = max(1, (os.cpu_count() or 1) // settings.devices)
+    threads = max(1, usable_processors() // settings.devices)
     return [
         *("run", "--run", settings.name, "--device", root.name, "--images", str(root), "--broker", broker),
         *("--state", str(folder / "devices" / root.name), "--bundle", str(folder / "bundle")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import logging
 import math
@@ -18,7 +19,7 @@ from fedfmsl.common.backoff import Backoff
 from fedfmsl.common.settings import without_secrets
 from fedfmsl.errors import BrokerError, BundleError, MessageError
 from fedfmsl.protocol.bundle import MANIFEST, MAX_MANIFEST_BYTES, Bundle, file_sha256
-from fedfmsl.protocol.messages import ServerStatus, parse
+from fedfmsl.protocol.messages import Round, ServerStatus, Stage, parse
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.identity import client_context
 from fedfmsl.transport.link import Link, Received, SubscriptionRefused
@@ -42,30 +43,54 @@ def _no_heartbeat() -> None:
 
 
 def wait_for_server(
-    link: Link, topics: Topics, heartbeat: Heartbeat = _no_heartbeat, report_seconds: float = REPORT_SECONDS
+    link: Link,
+    topics: Topics,
+    heartbeat: Heartbeat = _no_heartbeat,
+    report_seconds: float = REPORT_SECONDS,
+    finished: Callable[[], None] = _no_heartbeat,
 ) -> ServerStatus:
-    """The status of the run's server. Waits without limit, and logs that after `report_seconds`."""
-    status = receive_server_status(link, topics, report_seconds, heartbeat)
+    """The status of the run's server. Waits without limit, and logs that after `report_seconds`. `finished` is called
+    when the broker has the end of the run."""
+    ended: list[bool] = []
+
+    def end() -> None:
+        if not ended:
+            ended.append(True)
+            finished()
+
+    status = receive_server_status(link, topics, report_seconds, heartbeat, end)
     if status is None:
-        logger.info(f"no server of run {topics.run!r} yet; waiting. Check that it is started and that --run is right")
-        status = receive_server_status(link, topics, math.inf, heartbeat)
+        if not ended:
+            about = "Check that it is started and that --run is right"
+            logger.info(f"no server of run {topics.run!r} yet; waiting. {about}")
+        status = receive_server_status(link, topics, math.inf, heartbeat, end)
     assert status is not None
     return status
 
 
 def receive_server_status(
-    link: Link, topics: Topics, timeout: float, heartbeat: Heartbeat = _no_heartbeat
+    link: Link,
+    topics: Topics,
+    timeout: float,
+    heartbeat: Heartbeat = _no_heartbeat,
+    finished: Callable[[], None] = _no_heartbeat,
 ) -> ServerStatus | None:
-    """The status of the run's server if it is online within `timeout` seconds."""
+    """The status of the run's server if it is online within `timeout` seconds. `finished` as for `wait_for_server`,
+    but it may be called several times."""
     deadline, subscribed = time.monotonic() + timeout, -math.inf
     while time.monotonic() < deadline:
         if time.monotonic() > subscribed + RESUBSCRIBE_SECONDS:  # amqtt can lose a message during a subscription
             subscribed = time.monotonic()
             link.subscribe(topics.server_status)
+            link.subscribe(topics.round)
         event = link.next_event(POLL_SECONDS)
         heartbeat()
         if isinstance(event, SubscriptionRefused):
             raise BrokerError(event.error)
+        if isinstance(event, Received) and event.topic == topics.round and event.payload:
+            with contextlib.suppress(MessageError):
+                if parse(Round, event.payload).stage is Stage.FINISHED:
+                    finished()
         if isinstance(event, Received) and event.topic == topics.server_status and event.payload:
             try:
                 status = parse(ServerStatus, event.payload)

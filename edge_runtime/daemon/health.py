@@ -20,7 +20,7 @@ from fedfmsl.common.files import write_atomically
 from fedfmsl.common.folder_walk import count_files
 from fedfmsl.common.systemd import Watchdog, notify
 from fedfmsl.errors import one_line
-from fedfmsl.protocol.messages import HEALTH_SECONDS, Activity, Health, encode
+from fedfmsl.protocol.messages import HEALTH_SECONDS, Activity, Health, Stage, encode
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.link import Link
 
@@ -41,6 +41,7 @@ class HealthReporter:
         self.newest: Health | None = None
         self.rounds_done = 0  # since the start
         self.provider = ""  # see `describe_choice`
+        self.run_finished = False  # before the loop knows the round
         self._link = link
         self._topic = topics.health(name)
         self._store = store
@@ -77,6 +78,7 @@ class HealthReporter:
         self._due = time.monotonic() + self._seconds
         now = {"activity": activity, "paused": paused, "rounds_done": self.rounds_done, "slowdown": slowdown}
         now |= {"provider": self.provider, "refused": refused}
+        now |= {"stage": Stage.FINISHED.value} if self.run_finished else {}
         now |= {"disconnected": outage.reason, "disconnected_since": outage.since, **self._measured()}
         known = {**(_of_device(device) if device else {}), **(_of_state(state) if state else {})}
         self.newest = Health.model_validate({**self._constant, **now, **known})

@@ -15,17 +15,20 @@ from edge_runtime.daemon.disk_retry import DiskRetry
 from edge_runtime.daemon.globals import GlobalsReceiver
 from edge_runtime.daemon.health import HealthReporter
 from edge_runtime.daemon.round_runner import NoSamplesError, RoundRunner
-from edge_runtime.daemon.state import Event, WorkDone, WorkFailed
+from edge_runtime.daemon.state import Event, WorkDone, WorkFailed, WorkSkipped
 from edge_runtime.daemon.timing import Timing
 from edge_runtime.daemon.worker import Worker
 from edge_runtime.data.samples import SampleChangedError
 from edge_runtime.resources.throttle import WorkStoppedError
+from edge_runtime.store.secure_store import NoKeysError
 from edge_runtime.training.model import is_exported
 from fedfmsl.common.logs import fields
-from fedfmsl.errors import RunError
+from fedfmsl.errors import ClockError, RunError
 from fedfmsl.protocol.messages import Round
 
 logger = logging.getLogger(__name__)
+
+CLOCK_SECONDS = 60.0  # until a round is computed again that failed because of this machine's clock
 
 
 class Jobs:
@@ -128,6 +131,13 @@ class Jobs:
             logger.info(f"round {round_.round} starts again: {error}", **fields(round=round_.round))
         except OSError as error:
             self.disk_failed(error)
+        except ClockError as error:
+            logger.warning(f"round {round_.round} is computed again after {CLOCK_SECONDS:.0f} s: {error}")
+            self._round_due = time.monotonic() + CLOCK_SECONDS
+        except NoKeysError as error:
+            logger.warning(str(error), **fields(round=round_.round))
+            self._handle(WorkSkipped(round_.round))
+            return
         else:
             self._disk.succeeded()
             self._received.bytes_down -= bytes_down

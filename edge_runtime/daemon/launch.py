@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
+import time
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -13,7 +15,9 @@ from edge_runtime.daemon.download import fetch_bundle, wait_for_server
 from edge_runtime.daemon.health import HealthReporter
 from edge_runtime.daemon.lock import locked
 from edge_runtime.daemon.loop import DaemonLoop
+from edge_runtime.daemon.page import address_of, page_process
 from edge_runtime.daemon.round_runner import RoundRunner
+from edge_runtime.daemon.status import describe_model
 from edge_runtime.daemon.worker import Worker, progress_poster
 from edge_runtime.data.cache import DiskCache
 from edge_runtime.data.features import FeatureCache
@@ -35,9 +39,10 @@ from edge_runtime.store import DeviceStore
 from edge_runtime.training.context import DeviceContext
 from edge_runtime.training.gate import Gate
 from edge_runtime.training.model import read_personal_model
+from fedfmsl.common.backoff import Backoff
 from fedfmsl.common.class_folders import check_folder
 from fedfmsl.common.logs import fields, set_up_logging
-from fedfmsl.errors import FedFMSLError
+from fedfmsl.errors import ClockError, FedFMSLError
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.messages import Activity, EngineName
 from fedfmsl.protocol.topics import Topics
@@ -46,6 +51,7 @@ from fedfmsl.transport.link import Link
 
 logger = logging.getLogger(__name__)
 
+CLOCK = Backoff(first=2.0, longest=60.0)  # between attempts to connect while the clock is behind
 FIRST_SCAN_SECONDS = 3.0  # wait before the first scan if another process may still write a file
 
 
@@ -62,10 +68,13 @@ def launch(settings: Settings) -> None:
             logger.warning("--max-temperature has no effect: no thermal zone can be read; check --thermal-zones")
         health = HealthReporter(link, topics, name, store, sensors.read)
         if settings.metrics:
-            from edge_runtime.daemon.metrics import serve_metrics  # takes 12 MB of memory
+            from edge_runtime.daemon.metrics import families  # takes 12 MB of memory
+            from fedfmsl.transport.metrics import serve_metrics
 
-            serve_metrics(settings.metrics, lambda: health.newest, settings.insecure)
-        link.connect()
+            serve_metrics(settings.metrics, lambda: families(health.newest), settings.insecure)
+        if settings.page:
+            resources.enter_context(page_process(settings))
+        connect(link, health)
         health.ready()
         prepared = _prepare(settings, link, topics, store, name, health)
         bundle = prepared.bundle
@@ -83,9 +92,32 @@ def launch(settings: Settings) -> None:
             stay=settings.stay or settings.watch is not None,
         )
         if settings.watch:
-            watcher = Watcher(settings.watch, store.root, bundle.root, announcer.prediction)
+            watcher = Watcher(
+                settings.watch,
+                store.root,
+                bundle.root,
+                announcer.prediction,
+                questions=settings.page is not None,
+            )
             resources.enter_context(watcher)
         loop.serve()
+
+
+def connect(link: Link, health: HealthReporter, backoff: Backoff = CLOCK) -> None:
+    """Connects to the broker. Waits while this machine's clock is behind: a board without a battery for its clock has
+    the time only once a server of the network has told it. Raises BrokerError as `Link.connect` does."""
+    for attempt in itertools.count():
+        try:
+            link.connect()
+        except ClockError as error:
+            link.outage.lost(str(error))
+            health.ready()  # else systemd would end it
+            retry = time.monotonic() + backoff.delay(attempt)
+            while time.monotonic() < retry:
+                health.heartbeat(Activity.STARTING)
+                time.sleep(min(1.0, backoff.first))
+        else:
+            return
 
 
 @dataclass(frozen=True)
@@ -114,7 +146,8 @@ def _prepare(
         bundle = Bundle.load(settings.bundle)
     else:
         logger.info(f"waiting for the server of run {settings.run!r}, which serves the bundle")
-        server = wait_for_server(link, topics, heartbeat)
+        server = wait_for_server(link, topics, heartbeat, finished=partial(_wait_for_next_run, topics, store, health))
+        health.run_finished = False
         bundle = fetch_bundle(server, store.bundles, settings.identity, heartbeat)
     bundle.verify()
     if not settings.bundle:
@@ -140,6 +173,13 @@ def _prepare(
         **fields(device=name, engine=engine, level_cap=plan.level_cap),
     )
     return _Prepared(bundle, engine, threads, provider.provider, reader, folder, scanned, plan)
+
+
+def _wait_for_next_run(topics: Topics, store: DeviceStore, health: HealthReporter) -> None:
+    health.run_finished = True
+    model = describe_model(store)
+    waiting = f"run {topics.run!r} has finished; waiting for a new run of this name"
+    logger.info(f"{waiting}; the model for predictions is {model}")
 
 
 def _bundle_of_model(store: DeviceStore) -> str:
@@ -182,12 +222,23 @@ def _runner(
         report=report,
     )
     scan_report = reported_and_checked(progress, control.check_stopped)
-    return RoundRunner(device, prepared.folder, control, tracker, scan_report, settings.identity, settings.secure)
+    return RoundRunner(
+        device,
+        prepared.folder,
+        control,
+        tracker,
+        scan_report,
+        settings.identity,
+        settings.secure,
+        settings.max_epsilon,
+    )
 
 
 def _introduction(settings: Settings, topics: Topics, name: str, bundle: Bundle) -> Message | None:
     """The message that introduces this device to Home Assistant, if it classifies a watched folder."""
     if not (settings.watch and settings.home_assistant):
         return None
-    described = DeviceDescription(topics, name, bundle.manifest.classes, board(), version("fedfmsl-edge"))
+    described = DeviceDescription(
+        topics, name, bundle.manifest.classes, board(), version("fedfmsl-edge"), address_of(settings)
+    )
     return discovery_message(settings.home_assistant, described, topics.status(name), health=True)

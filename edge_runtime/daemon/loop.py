@@ -40,6 +40,7 @@ from edge_runtime.daemon.state import (
     is_outdated,
     required_globals,
 )
+from edge_runtime.daemon.status import describe_model
 from edge_runtime.daemon.timing import DEFAULT_TIMING, Timing
 from edge_runtime.daemon.update_sender import UpdateSender
 from edge_runtime.daemon.worker import JobEnded, Progress, Worker
@@ -47,7 +48,7 @@ from edge_runtime.resources.governor import Governor
 from fedfmsl.common.logs import fields
 from fedfmsl.errors import FedFMSLError, MessageError, RunError
 from fedfmsl.protocol.duplicate_name import DuplicateNameGuard
-from fedfmsl.protocol.messages import Ack, Activity, DeviceStatus, Round, ServerStatus, parse
+from fedfmsl.protocol.messages import Ack, Activity, DeviceStatus, Round, ServerStatus, Stage, parse
 from fedfmsl.protocol.tensors import blob_bytes
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.link import Connected, Disconnected, Link, LinkEvent, Posted, Received, SubscriptionRefused
@@ -99,12 +100,13 @@ class DaemonLoop:
         )
         self._connected = True
         self._paused = ""  # the reason, as published
+        self._over_budget = ""  # why the announced round would pass the privacy budget
         self._refused = ""  # why the broker does not let this device take part
         self._unheard = ""  # why this device's own status seems to be dropped
         self._unanswered = ""  # why its updates seem to be dropped
         self._echo_due = math.inf  # when this device's own status must have come back
         self._stop: Stop | None = None
-        self._finished_session = ""  # the last session whose end has been handled
+        self._finished_session = ""  # the last session whose end has been handled, or logged
         self._next_tick = self._next_sensors = self._next_subscription = 0.0
         store.remove_temporary_files()
         unacknowledged = store.outbox.unacknowledged(store.outbox.session)
@@ -113,6 +115,7 @@ class DaemonLoop:
             guard=DuplicateNameGuard(INSTANCE),
             bundle=device.bundle.sha256,
             session=store.outbox.session,
+            run=store.outbox.run,
             last_started=max({store.outbox.acknowledged, *unacknowledged}),
             unacknowledged=unacknowledged,
         )
@@ -152,7 +155,7 @@ class DaemonLoop:
             if self._stop is None and time.monotonic() >= self._next_tick:
                 self._next_tick = time.monotonic() + self._timing.tick
                 self._tick()
-            if self._stop is None and event is None and self._jobs.may_start_round:
+            if self._stop is None and event is None and self._may_start_round():
                 self._handle(Idle())
             timeout = 0.0 if event is not None else self._timing.tick
         return self._stop
@@ -193,7 +196,10 @@ class DaemonLoop:
                 self._announce()  # the server counts only devices that answer
             self._handle(ServerSeen(status))
         elif message.topic == topics.round:
-            self._handle(RoundSeen(parse(Round, message.payload)))
+            round_ = parse(Round, message.payload)
+            self._check_budget(round_)
+            self._handle(RoundSeen(round_))
+            self._log_end(round_)
         elif message.topic == topics.ack(self._name):
             self._handle(AckSeen(parse(Ack, message.payload)))
         elif message.topic == topics.status(self._name):
@@ -260,7 +266,7 @@ class DaemonLoop:
             self._jobs.scan_if_due()
         self._store_globals()
         working = Activity.WAITING if self._state.running is None else Activity.WORKING
-        self._heartbeat(Activity.PAUSED if self._paused or self._jobs.no_samples else working)
+        self._heartbeat(Activity.PAUSED if self._not_working else working)
 
     def _pause(self, reason: str) -> None:
         """Pauses the computation if there is a reason. The server does not wait for a paused device."""
@@ -272,6 +278,26 @@ class DaemonLoop:
             self._announce()
         self._stop_outdated_work()
 
+    def _may_start_round(self) -> bool:
+        announced = self._state.announced
+        if announced is not None and self._state.running is None:  # the round before may have cost something
+            self._check_budget(announced)
+        return self._jobs.may_start_round and not self._over_budget
+
+    def _check_budget(self, announced: Round) -> None:
+        """Tells the server at once if this device takes no part in the round because of its privacy budget. A round
+        `unmask` costs nothing, and changes nothing: it follows a round in which the device took part or did not."""
+        before = self._over_budget
+        if announced.stage is not Stage.UNMASK:
+            self._over_budget = self._runner.budget.refusal(announced)
+        if self._over_budget == before:
+            return
+        if self._over_budget:
+            logger.warning(f"takes no part in round {announced.round}: {self._over_budget}")
+        else:
+            logger.info(f"takes part again from round {announced.round} on")
+        self._announce()
+
     def _stop_outdated_work(self) -> None:
         """During a pause, stops a round when a newer one is announced. Without a pause the round is completed: its
         update is late and counts with a lower weight."""
@@ -282,8 +308,14 @@ class DaemonLoop:
         """The watchdog is not reset while a job makes no step, except during a pause."""
         alive = self._worker.is_alive() or bool(self._paused)
         slowdown = self._runner.tracker.cap.slowdown
-        paused = self._paused or self._jobs.no_samples
-        self._health.heartbeat(activity, self._runner.device, self._state, paused, slowdown, alive, self._denied())
+        self._health.heartbeat(
+            activity, self._runner.device, self._state, self._not_working, slowdown, alive, self._denied()
+        )
+
+    @property
+    def _not_working(self) -> str:
+        """Why this device does not compute now, or ""."""
+        return self._paused or self._over_budget or self._jobs.no_samples
 
     def _denied(self) -> str:
         """What the broker seems to refuse: it drops a message that its access rules forbid without a word."""
@@ -309,6 +341,16 @@ class DaemonLoop:
         elif self._finished_session != self._state.session:
             self._finished_session = self._state.session
             self._jobs.write_missing_model(then=self._finished)
+
+    def _log_end(self, announced: Round) -> None:
+        """Logs that a run has finished in which this device did not take part."""
+        is_other = announced.session not in (self._state.session, self._finished_session)
+        if announced.stage is Stage.FINISHED and is_other:
+            self._finished_session = announced.session
+            logger.info(
+                f"run {announced.run!r} has finished without this device; waiting for a new run of this name; the "
+                f"model for predictions is {describe_model(self._store)}"
+            )
 
     def _finished(self) -> None:
         finished, path = f"run {self._topics.run!r} has finished", self._store.personalized
@@ -338,5 +380,7 @@ class DaemonLoop:
     def _announce(self) -> None:
         if self._stop is None:
             self._announcer.status(
-                self._runner.device, paused=self._paused, error=self._refused or self._jobs.no_samples
+                self._runner.device,
+                paused=self._paused or self._over_budget,
+                error=self._refused or self._jobs.no_samples,
             )

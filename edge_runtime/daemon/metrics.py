@@ -5,15 +5,12 @@ Import this module only where it is used: the Prometheus client takes 12 MB of m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
-from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
 
-from fedfmsl.errors import ConfigError
 from fedfmsl.protocol.messages import Activity, Health
-from fedfmsl.transport.address import listening_on
+from fedfmsl.transport.metrics import by_label, info, one_of
 
 # Metrics with one value: name, field of Health, description.
 GAUGES = (
@@ -42,49 +39,17 @@ GAUGES = (
 SPLITS = ("train", "held_out", "test", "skipped")
 
 
-def serve_metrics(address: str, newest: Callable[[], Health | None], insecure: bool = False) -> None:
-    """Serves the newest Health on HOST:PORT, from its own threads, until the process ends.
-
-    Raises ConfigError if the address is invalid or in use, or if other machines reach it and `insecure` is not set.
-    """
-    host, port = listening_on(address, f"what --metrics {address} serves", insecure)
-    registry = CollectorRegistry()
-    registry.register(_Newest(newest))
-    try:
-        start_http_server(port, host, registry)
-    except OSError as error:
-        raise ConfigError(f"--metrics {address} cannot be listened on ({error}); choose another port") from error
-
-
-class _Newest(Collector):
-    def __init__(self, newest: Callable[[], Health | None]) -> None:
-        self._newest = newest
-
-    def describe(self) -> list[Metric]:
-        """The metrics are not known when the collector is registered."""
-        return []
-
-    def collect(self) -> Iterator[Metric]:
-        health = self._newest()
-        return iter(()) if health is None else families(health)
-
-
-def families(health: Health) -> Iterator[Metric]:
-    """Unknown values are left out."""
+def families(health: Health | None) -> Iterator[Metric]:
+    """The metrics of the newest health. Unknown values are left out, and everything before the first health."""
+    if health is None:
+        return
     about = {"device": health.device, "version": health.version, "board": health.board}
-    info = GaugeMetricFamily("fedfmsl_info", "The device, its version and board.", labels=list(about))
-    info.add_metric(list(about.values()), 1)
-    yield info
-    activity = GaugeMetricFamily(
-        "fedfmsl_activity", "1 for the current activity, 0 for the others.", labels=["activity"]
-    )
-    for each in Activity:
-        activity.add_metric([each.value], float(each is health.activity))
-    yield activity
+    yield info("fedfmsl_info", "The device, its version and board.", about)
+    activities = [each.value for each in Activity]
+    text = "1 for the current activity, 0 for the others."
+    yield one_of("fedfmsl_activity", text, "activity", activities, health.activity.value)
     samples = GaugeMetricFamily("fedfmsl_samples", "Samples on the device by split.", labels=["split"])
-    for name in SPLITS:
-        samples.add_metric([name], getattr(health, name))
-    yield samples
+    yield by_label(samples, {name: getattr(health, name) for name in SPLITS})
     yield CounterMetricFamily("fedfmsl_rounds", "Rounds completed since the start.", value=health.rounds_done)
     for name, field, text in GAUGES:
         value = getattr(health, field)

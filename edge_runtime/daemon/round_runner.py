@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edge_runtime.daemon.privacy_budget import PrivacyBudget
 from edge_runtime.data.features import Report
 from edge_runtime.data.folder import SampleFolder
 from edge_runtime.data.samples import SampleChangedError
@@ -85,13 +86,15 @@ class RoundRunner:
         scan_report: Report,
         identity: Path | None = None,
         secure: Secure = Secure.OFF,
+        max_epsilon: float | None = None,
     ) -> None:
         """`scan_report` receives the progress of scans. `identity`: the file whose key signs keys of secure sums.
-        `secure`: what leaves the device with secure aggregation only.
+        `secure`: what leaves the device with secure aggregation only. `max_epsilon`: its privacy budget.
         """
         self.device = device
         self.control = control
         self.tracker = tracker
+        self.budget = PrivacyBudget(device.store.budget, max_epsilon)
         self._folder = folder
         self._scan_report = scan_report
         self._identity = identity
@@ -145,7 +148,8 @@ class RoundRunner:
 
         Writes the update to the outbox, and the personalized model as of this round. Raises SampleChangedError if a
         file has changed since the scan, OSError if the disk is full, WorkStoppedError if the loop stops it. After an
-        error the round can be computed again, with the same result. Raises RunError if it refuses secure sums.
+        error the round can be computed again, with the same result. Raises RunError if it refuses secure sums, or if
+        the round would pass its privacy budget.
         """
         if round_.stage in REQUIRED[self._required] and not round_.secure:
             raise RunError(
@@ -153,7 +157,7 @@ class RoundRunner:
                 "without secure aggregation; start the run with --secure-sums or --secure"
             )
         store = self.device.store
-        store.outbox.enter(round_.session)
+        store.outbox.enter(round_.session, round_.run)
         self.control.check()
         started, device = time.perf_counter(), self.device
         if round_.stage in EXCHANGE:
@@ -166,11 +170,12 @@ class RoundRunner:
         except SampleChangedError as error:
             self._folder.forget(error.path)
             raise
+        model = result.model
         # The noise is from the operating system's entropy: a server that knew its seed could subtract it.
         result = prepare_update(device.bundle, store.residual, round_, result, np.random.default_rng())
         if round_.secure:
             result = self._secure.mask(round_, result)
-        kept = save_personal_model(device, round_, global_values)
+        kept = save_personal_model(device, round_, global_values, model)
         if kept:
             logger.warning(kept, **fields(round=round_.round))
         device.cache.drop_unused()
@@ -182,6 +187,7 @@ class RoundRunner:
     def _write_update(self, round_: Round, result: StageResult, started: float, bytes_down: int) -> float:
         """Writes the update to the outbox. Returns the seconds since `started`."""
         seconds = time.perf_counter() - started
+        self.budget.record(round_)
         update = update_header(
             self.device, round_, result, seconds=seconds, peak_rss_mb=peak_rss_mb(), bytes_down=bytes_down
         )

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from edge_runtime.store import DeviceStore
-from edge_runtime.store.secure_store import MaskedVector, SecureRecord
+from edge_runtime.store.secure_store import MaskedVector, NoKeysError, SecureRecord
 from edge_runtime.training.stages import StageResult
 from fedfmsl.algorithms.arrays import Tensors
 from fedfmsl.algorithms.secure_aggregation import (
@@ -25,7 +25,7 @@ from fedfmsl.algorithms.secure_aggregation import (
     SecureAggregationError,
     held_members,
 )
-from fedfmsl.errors import MessageError, RunError
+from fedfmsl.errors import ClockError, MessageError, RunError
 from fedfmsl.protocol.encoding import SUMS
 from fedfmsl.protocol.messages import Globals, Round, Stage
 from fedfmsl.protocol.secure_sums import (
@@ -64,7 +64,8 @@ class SecureRounds:
             )
 
     def exchange(self, round_: Round, level_cap: int) -> StageResult:
-        """The answer to a round `keys`, `shares` or `unmask`. Raises RunError if the device refuses it."""
+        """The answer to a round `keys`, `shares` or `unmask`. Raises RunError if the device refuses it, NoKeysError if
+        it has no keys for it, ClockError as `Authorities.check` does."""
         answers: dict[Stage, Callable[[Round], Tensors]] = {
             Stage.KEYS: partial(self._keys, level_cap=level_cap),
             Stage.SHARES: self._shares,
@@ -73,19 +74,18 @@ class SecureRounds:
         return StageResult(self._checked(round_, answers[round_.stage]))
 
     def level(self, round_: Round) -> int:
-        """The level that the device has announced with its keys. Raises RunError if it has none."""
-        try:
-            return self._record(round_).level
-        except MessageError as error:
-            raise _refusal(round_, error) from error
+        """The level that the device has announced with its keys. Raises NoKeysError if it has none."""
+        return self._record(round_).level
 
     def mask(self, round_: Round, result: StageResult) -> StageResult:
-        """The result with masked sums. Raises RunError if the device refuses it."""
+        """The result with masked sums. Raises RunError if the device refuses it, NoKeysError as `level` does."""
         return replace(result, tensors=self._checked(round_, lambda _: self._masked(round_, result.tensors)))
 
     def _checked(self, round_: Round, answer: Callable[[Round], Tensors]) -> Tensors:
         try:
             return answer(round_)
+        except ClockError:
+            raise
         except (MessageError, SecureAggregationError) as error:
             raise _refusal(round_, error) from error
 
@@ -168,7 +168,11 @@ class SecureRounds:
     def _record(self, round_: Round) -> SecureRecord:
         record = self._store.secure.read()
         if record is None or record.session != round_.session or record.keys_round >= round_.round:
-            raise MessageError("this device has no keys in this session; its --state may have been deleted")
+            raise NoKeysError(
+                f"round {round_.round} ({round_.stage.value}) needs the keys of an earlier round, which are not in "
+                f"{self._store.root}: another process of this name sent them, or the folder is new; this device takes "
+                "part again with the next keys"
+            )
         return record
 
     def _roster(self, round_: Round, record: SecureRecord) -> tuple[Roster, Mapping[str, int]]:

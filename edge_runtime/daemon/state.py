@@ -47,6 +47,13 @@ class WorkFailed:
 
 
 @dataclass(frozen=True)
+class WorkSkipped:
+    """This device cannot take part in the round, and waits for the next one."""
+
+    round: int
+
+
+@dataclass(frozen=True)
 class AckSeen:
     ack: Ack
 
@@ -79,6 +86,7 @@ Event = (
     | GlobalArrived
     | WorkDone
     | WorkFailed
+    | WorkSkipped
     | AckSeen
     | OwnStatusSeen
     | Reconnected
@@ -138,8 +146,8 @@ Command = Fetch | Work | Send | Acknowledge | PublishStatus | Log | Stop
 
 @dataclass(frozen=True)
 class State:
-    """`session`: the session that this device last worked in. `server_session`: that of the server's last status.
-    `online_session`: the same while the server is online, else "".
+    """`session`: the session that this device last worked in, of `run` ("": unknown). `server_session`: that of the
+    server's last status. `online_session`: the same while the server is online, else "".
 
     `announced`: the newest announced round. `running`: the round that is being computed. `last_started`: the last round
     whose computation was started. `stored`: SHA-256 of the global blobs on disk. `unacknowledged`: rounds of `session`
@@ -152,6 +160,7 @@ class State:
     guard: DuplicateNameGuard
     bundle: str
     session: str = ""
+    run: str = ""
     server_session: str = ""
     online_session: str = ""
     announced: Round | None = None
@@ -179,6 +188,8 @@ def advance(state: State, event: Event) -> tuple[State, list[Command]]:
         return state, [Send(event.round)] if state.online_session == state.session else []
     if isinstance(event, WorkFailed):
         return replace(state, last_started=event.round - 1, running=None), []
+    if isinstance(event, WorkSkipped):
+        return replace(state, running=None), []
     if isinstance(event, Reconnected):
         return replace(state, returned=False), _send_unacknowledged(state)
     if isinstance(event, AckOverdue):
@@ -282,9 +293,17 @@ def _act(state: State) -> tuple[State, list[Command]]:
     if not _is_for_this_device(state, announced) or not required_globals(announced) <= state.stored:
         return state, []
     anew = state.session not in ("", announced.session)
-    log = f"run {announced.run!r} was started anew (session {announced.session}); starting with round {announced.round}"
+    what = f"run {announced.run!r} was started anew (session {announced.session})"
+    if state.run not in ("", announced.run):
+        what = f"this device changed from run {state.run!r} to {announced.run!r}"
+    log = f"{what}; starting with round {announced.round}"
     unacknowledged = state.unacknowledged if announced.session == state.session else frozenset()
     state = replace(
-        state, session=announced.session, last_started=announced.round, unacknowledged=unacknowledged, running=announced
+        state,
+        session=announced.session,
+        run=announced.run,
+        last_started=announced.round,
+        unacknowledged=unacknowledged,
+        running=announced,
     )
     return state, [Log(log), Work(announced)] if anew else [Work(announced)]

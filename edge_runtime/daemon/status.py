@@ -11,11 +11,13 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from edge_runtime.daemon.lock import is_locked
+from edge_runtime.daemon.privacy_budget import describe_budget
 from edge_runtime.store import DeviceStore
 from edge_runtime.training.model import read_personal_model
-from fedfmsl.errors import InputError, RunError
-from fedfmsl.protocol.messages import MAX_HEARTBEAT_AGE, Activity, Health
+from fedfmsl.errors import BrokerError, InputError, RunError
+from fedfmsl.protocol.messages import MAX_HEARTBEAT_AGE, Activity, Health, Stage
 from fedfmsl.transport.identity import describe_expiry
+from fedfmsl.transport.tls_errors import is_rejection
 
 LISTED = 20  # reasons for which files are skipped
 
@@ -32,14 +34,21 @@ def read_health(store: DeviceStore) -> Health:
 
 def check_alive(health: Health, state: Path) -> None:
     """Raises RunError if the daemon has stopped, uses its state directory no longer, or sent no heartbeat for
-    MAX_HEARTBEAT_AGE."""
+    MAX_HEARTBEAT_AGE. Raises BrokerError if the broker refuses its certificate, for example a revoked one."""
     age = time.time() - health.time
+    if health.activity is Activity.STOPPED and health.stage == Stage.FINISHED.value:
+        raise RunError(
+            f"the run has finished, so the daemon ended {_ago(age)}; start it again for a new run of this name, or "
+            "with --stay so that it waits for one"
+        )
     if health.activity is Activity.STOPPED:
         raise RunError(f"the daemon stopped {_ago(age)}; start it again")
     if is_locked(state) is False:
         raise RunError(f"the daemon ended after its heartbeat {_ago(age)}; check its log and start it again")
     if age > MAX_HEARTBEAT_AGE:
         raise RunError(f"the daemon's last heartbeat was {_ago(age)}; check its log and start it again")
+    if is_rejection(health.disconnected):
+        raise BrokerError(f"the broker refuses this device: {health.disconnected}")
 
 
 def describe(health: Health, store: DeviceStore, now: float) -> Iterator[tuple[str, str]]:
@@ -62,12 +71,18 @@ def describe(health: Health, store: DeviceStore, now: float) -> Iterator[tuple[s
     ):
         if until:
             yield label, f"certificate of {who} valid {describe_expiry(until, now, who)[0]}"
-    yield "round", f"{health.round} ({health.stage}), level {health.level}" if health.round else "none yet"
-    yield "model", _model(store)
+    if health.stage == Stage.FINISHED.value:
+        waits = "; this device waits for a new run of this name" if _is_alive(health, now) else ""
+        yield "round", f"the run has finished{waits}"
+    else:
+        yield "round", f"{health.round} ({health.stage}), level {health.level}" if health.round else "none yet"
+    yield "model", describe_model(store)
     slowdown = f", steps take {health.slowdown:.1f} times as long as measured" if health.slowdown > 1.1 else ""
     yield "level cap", f"{health.level_cap}{slowdown}"
     if health.provider:
         yield "provider", health.provider
+    if budget := describe_budget(store.budget.read()):
+        yield "privacy", budget
     yield "samples", f"{health.train} train, {health.held_out} held-out, {health.test} test"
     yield "updates", f"{health.rounds_done} rounds done, {health.unacknowledged} updates not acknowledged yet"
     facts = [f"{health.temperature:.1f} °C"] if health.temperature is not None else []
@@ -91,8 +106,8 @@ def _size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def _model(store: DeviceStore) -> str:
-    """Which personalized model predictions use."""
+def describe_model(store: DeviceStore) -> str:
+    """Which personalized model predictions use, like "of run orchard, round 12"."""
     try:
         header = read_personal_model(store).header
     except InputError:

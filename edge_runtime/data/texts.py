@@ -51,6 +51,7 @@ class TextTokenizer:
         length = preprocessing.max_tokens
         self._tokenizer.enable_truncation(length)
         self._tokenizer.enable_padding(length=length, pad_id=preprocessing.pad_id)
+        self.pad_token: str = self._tokenizer.id_to_token(preprocessing.pad_id) or ""
 
     @decoding()
     def decode(self, data: bytes) -> Tokens:

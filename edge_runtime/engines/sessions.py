@@ -17,6 +17,8 @@ from fedfmsl.protocol.bundle import Bundle
 CPU = "cpu"
 PROVIDER_OPTIONS = {"CUDAExecutionProvider": {"use_tf32": "0"}}  # TF32 keeps 10 bits; states agree with the CPU's
 
+UNAVAILABLE = ("the installed ONNX Runtime has no execution provider", "ONNX Runtime cannot start")  # errors begin so
+
 InferenceSession: TypeAlias = Any  # the class belongs to the installed ONNX Runtime distribution
 
 
@@ -36,7 +38,7 @@ def open_model(path: Path, threads: int, prepack: bool = True, provider: str = C
     if provider != CPU and hasattr(onnxruntime, "preload_dlls"):
         onnxruntime.preload_dlls()  # CUDA's libraries from Python packages, where the system has none
     if provider not in map(short_name, onnxruntime.get_available_providers()):
-        raise BundleError(f"the installed ONNX Runtime has no execution provider {provider!r}")
+        raise BundleError(f"{UNAVAILABLE[0]} {provider!r}")
     wanted = list(dict.fromkeys([onnx_runtime_name(provider), onnx_runtime_name(CPU)]))
     settings = [PROVIDER_OPTIONS.get(name, {}) for name in wanted]
     try:
@@ -44,7 +46,7 @@ def open_model(path: Path, threads: int, prepack: bool = True, provider: str = C
     except Exception as error:  # ONNX Runtime's exceptions have no common base class
         raise BundleError(f"ONNX Runtime cannot load {path}: {str(error).splitlines()[0]}") from error
     if session.get_providers()[0] != wanted[0]:  # ONNX Runtime goes on with the CPU and only logs why
-        raise BundleError(f"ONNX Runtime cannot start {wanted[0]}; its libraries or the device are missing")
+        raise BundleError(f"{UNAVAILABLE[1]} {wanted[0]}; its libraries or the device are missing")
     return session
 
 

@@ -1,13 +1,14 @@
 """Writes the personalized model, MoFM of global expert, local expert and gate, as one self-contained ONNX file.
 
 The bundle has a template with experts as inputs and weights as external data. This module turns the experts
-into constants and copies the weights into the file. No other module of `edge_runtime` needs the onnx package.
+into constants and copies the weights into the file. Besides this module, only `model_folder` needs the onnx package.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
@@ -16,7 +17,7 @@ from onnx.external_data_helper import load_external_data_for_tensor, uses_extern
 
 from edge_runtime.store import DeviceStore
 from edge_runtime.training.adoption import SCORES
-from edge_runtime.training.model import mark_exported, open_model_bundle, read_personal_model
+from edge_runtime.training.model import ModelHeader, mark_exported, open_model_bundle, read_personal_model
 from fedfmsl.common.files import write_atomically
 from fedfmsl.protocol.bundle import Bundle
 
@@ -32,6 +33,39 @@ def write_model(store: DeviceStore, path: Path, bundle_path: Path | None = None)
 
     Raises InputError if the device has no personalized model yet, BundleError if its bundle is missing or another one.
     """
+    personal = assemble(store, bundle_path)
+    manifest = personal.bundle.manifest
+    files = {
+        "classes": json.dumps(manifest.classes),
+        "preprocessing": manifest.preprocessing.model_dump_json(),
+        "tokenizer": personal.bundle.tokenizer(),
+    }
+    onnx.helper.set_model_props(personal.model, {**personal.origin, **files})
+    write_atomically(path, serialized(personal.model, personal.frozen, personal.bundle))
+    if path == store.personalized:
+        mark_exported(store, personal.header)
+
+
+@dataclass(frozen=True)
+class AssembledModel:
+    """The device's model with its experts as constants. `frozen`: the weights, which `serialized` adds from the
+    bundle."""
+
+    header: ModelHeader
+    bundle: Bundle
+    model: onnx.ModelProto
+    frozen: Sequence[onnx.TensorProto]
+
+    @property
+    def origin(self) -> dict[str, str]:
+        """Where the model comes from, and its calibration, as metadata of the ONNX file."""
+        origin = self.header.model_dump(exclude=set(SCORES))
+        values = {key: value if isinstance(value, str) else json.dumps(value) for key, value in origin.items()}
+        return {**values, "model": self.bundle.manifest.model}
+
+
+def assemble(store: DeviceStore, bundle_path: Path | None) -> AssembledModel:
+    """Raises as `write_model` does."""
     personal = read_personal_model(store)
     header, tensors = personal.header, personal.inputs
     bundle = open_model_bundle(store, header, bundle_path)
@@ -45,21 +79,10 @@ def write_model(store: DeviceStore, path: Path, bundle_path: Path | None = None)
     model.graph.input.extend(inputs)
     for name, tensor in sorted(tensors.items()):  # the order in a safetensors file varies
         model.graph.initializer.append(numpy_helper.from_array(tensor, name))
-    origin = header.model_dump(exclude=set(SCORES))
-    metadata = {
-        **{key: value if isinstance(value, str) else json.dumps(value) for key, value in origin.items()},
-        "model": bundle.manifest.model,
-        "classes": json.dumps(bundle.manifest.classes),
-        "preprocessing": bundle.manifest.preprocessing.model_dump_json(),
-        "tokenizer": bundle.tokenizer(),
-    }
-    onnx.helper.set_model_props(model, metadata)
-    write_atomically(path, _serialized(model, frozen, bundle))
-    if path == store.personalized:
-        mark_exported(store, header)
+    return AssembledModel(header, bundle, model, frozen)
 
 
-def _serialized(model: onnx.ModelProto, frozen: Sequence[onnx.TensorProto], bundle: Bundle) -> Iterator[bytes]:
+def serialized(model: onnx.ModelProto, frozen: Sequence[onnx.TensorProto], bundle: Bundle) -> Iterator[bytes]:
     """Parts of the serialized model, with one frozen weight in memory at a time.
 
     The weights are the last fields of the one graph, whose length is written first. Concatenated messages would be the

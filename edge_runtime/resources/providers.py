@@ -21,7 +21,7 @@ from pydantic import BaseModel, ValidationError
 
 from edge_runtime.engines.base import Batch
 from edge_runtime.engines.runtime import onnxruntime
-from edge_runtime.engines.sessions import CPU, open_session, run, short_name
+from edge_runtime.engines.sessions import CPU, UNAVAILABLE, open_session, run, short_name
 from edge_runtime.engines.step_graph import StepGraphEngine
 from edge_runtime.store import DeviceStore
 from edge_runtime.store.device_store import PROBE
@@ -47,10 +47,11 @@ Outputs = Mapping[str, NDArray[np.generic]]
 
 
 class Trial(BaseModel):
-    """`refused`: why the provider is not used; empty if it may be. `seconds` of its feature pass, prediction and step
-    together."""
+    """`refused`: why the provider is not used; empty if it may be. `temporary`: it may work at the next start, for
+    example because memory was short. `seconds` of its feature pass, prediction and step together."""
 
     refused: str = ""
+    temporary: bool = False
     seconds: float = 0.0
 
 
@@ -109,11 +110,15 @@ def choose_provider(asked: str, bundle: Bundle, threads: int, store: DeviceStore
     conditions = _Conditions(
         asked=asked, bundle=bundle.sha256, onnxruntime=onnxruntime.__version__, offered=offered, threads=threads
     )
+    known: dict[str, Trial] = {}
     with contextlib.suppress(OSError, ValidationError):
         stored = _StoredChoice.model_validate_json(path.read_bytes())
         if stored.conditions == conditions:
-            return stored.choice
-    choice = fastest(try_providers(bundle, [CPU, *candidates], threads, store.root))
+            known = {name: trial for name, trial in stored.choice.trials.items() if not trial.temporary}
+    missing = [name for name in (CPU, *candidates) if name not in known]
+    if not missing:
+        return fastest(known)
+    choice = fastest({**known, **try_providers(bundle, list(dict.fromkeys([CPU, *missing])), threads, store.root)})
     write_atomically(path, _StoredChoice(conditions=conditions, choice=choice).model_dump_json().encode())
     return choice
 
@@ -134,7 +139,7 @@ def try_providers(bundle: Bundle, providers: list[str], threads: int, folder: Pa
             if not refused and not reference and trials:
                 refused = f"{providers[0]} fails, so there is nothing to compare it with"
             if refused:
-                trials[name] = Trial(refused=refused)
+                trials[name] = Trial(refused=refused, temporary=not any(each in refused for each in UNAVAILABLE))
                 continue
             trial, outputs = unpack(path.read_bytes(), Trial)
             reference = reference or outputs

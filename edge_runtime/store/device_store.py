@@ -9,6 +9,7 @@ STATE/bundles/used       SHA-256 of the present and of the previous one, in line
 STATE/personal           the local expert; it never leaves the device
 STATE/residual           the encoding error of the last update (error feedback)
 STATE/secure             see `edge_runtime.store.secure_store`
+STATE/privacy            see `edge_runtime.store.budget_store`
 STATE/baseline           the expert trained alone, in a run with a baseline
 STATE/cache/             the feature cache
 STATE/results.json       the last evaluation
@@ -19,6 +20,9 @@ STATE/lock               held by the process that uses this directory
 STATE/plan.json          the measured memory plan
 STATE/health.json        the last health message
 STATE/skipped.txt        files that are not used, and why
+STATE/questions.sqlite   files of the watched folder that wait for an answer, and the last answers
+STATE/trash/             files that were deleted on the device's page (see `edge_runtime.labelling.answers`)
+STATE/page-token         the token of the device's page
 STATE/samples.sqlite     the device's files and the splits of its samples (see `edge_runtime.data.ledger`)
 """
 
@@ -33,6 +37,7 @@ import tempfile
 import unicodedata
 from pathlib import Path
 
+from edge_runtime.store.budget_store import BudgetStore
 from edge_runtime.store.global_store import GlobalStore
 from edge_runtime.store.outbox import Outbox
 from edge_runtime.store.secure_store import SecureStore
@@ -51,6 +56,7 @@ class DeviceStore:
         self.outbox = Outbox(root)
         self.globals = GlobalStore(root)
         self.secure = SecureStore(root)
+        self.budget = BudgetStore(root)
 
     @property
     def cache(self) -> Path:
@@ -71,6 +77,18 @@ class DeviceStore:
     @property
     def samples(self) -> Path:
         return self.root / "samples.sqlite"
+
+    @property
+    def questions(self) -> Path:
+        return self.root / "questions.sqlite"
+
+    @property
+    def trash(self) -> Path:
+        return self.root / "trash"
+
+    @property
+    def page_token(self) -> Path:
+        return self.root / "page-token"
 
     @property
     def results(self) -> Path:
@@ -164,7 +182,7 @@ class DeviceStore:
     def remove_temporary_files(self) -> None:
         """Removes the temporary files of a killed process. No other process may write at the same time."""
         files = [self.personal, self.baseline, self.residual, self.results, self.mixture, self.personalized]
-        files += [self.health, self.skipped, self.exported]
+        files += [self.health, self.skipped, self.exported, self.budget.path]
         temporary = [path for folder in ("globals", "outbox") for path in (self.root / folder).glob(".*")]
         temporary += [each for path in files for each in path.parent.glob(f".{path.name}.*")]
         for path in temporary:

@@ -1,6 +1,6 @@
 """The updates that the server has not acknowledged, and the device's position in the run.
 
-STATE/session         the session, and the last round of it whose update was acknowledged
+STATE/session         the session, the last round of it whose update was acknowledged, and its run
 STATE/outbox/ROUND    the unacknowledged update of a round
 """
 
@@ -8,11 +8,18 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 from fedfmsl.common.files import write_atomically
 from fedfmsl.errors import MessageError
 from fedfmsl.protocol.messages import Update
 from fedfmsl.protocol.tensors import unpack
+
+
+class _Position(NamedTuple):
+    session: str = ""
+    acknowledged: int = 0
+    run: str = ""
 
 
 class Outbox:
@@ -23,23 +30,31 @@ class Outbox:
     @property
     def session(self) -> str:
         """The session that this device last worked in; "" before the first."""
-        return self._position()[0]
+        return self._position().session
 
     @property
     def acknowledged(self) -> int:
         """The last round of the session whose update was acknowledged, or 0."""
-        return self._position()[1]
+        return self._position().acknowledged
 
-    def _position(self) -> tuple[str, int]:
+    @property
+    def run(self) -> str:
+        """The run of the session."""
+        return self._position().run
+
+    def _position(self) -> _Position:
         text = self._session.read_text("utf-8", errors="replace").strip() if self._session.is_file() else ""
-        found = re.fullmatch(r"([0-9A-Za-z-]{1,64})(?: ([0-9]{1,10}))?", text)
-        return (found[1], int(found[2] or 0)) if found else ("", 0)
+        found = re.fullmatch(r"([0-9A-Za-z-]{1,64})(?: ([0-9]{1,10}))?(?: (\S{1,64}))?", text)
+        return _Position(found[1], int(found[2] or 0), found[3] or "") if found else _Position()
 
-    def enter(self, session: str) -> bool:
+    def _store(self, position: _Position) -> None:
+        write_atomically(self._session, " ".join(map(str, position)).encode(), durable=True)
+
+    def enter(self, session: str, run: str) -> bool:
         """Starts a session and removes the updates of others. Returns whether it is a new one."""
         if session == self.session:
             return False
-        write_atomically(self._session, session.encode(), durable=True)
+        self._store(_Position(session, 0, run))
         self.unacknowledged(session)
         return True
 
@@ -67,6 +82,6 @@ class Outbox:
 
     def acknowledge(self, round_: int) -> None:
         """Removes the update of a round, and remembers that the round is done."""
-        session, acknowledged = self._position()
-        write_atomically(self._session, f"{session} {max(acknowledged, round_)}".encode(), durable=True)
+        before = self._position()
+        self._store(before._replace(acknowledged=max(before.acknowledged, round_)))
         (self._folder / str(round_)).unlink(missing_ok=True)

@@ -44,6 +44,10 @@ class SecureRecord(BaseModel):
     opened: tuple[str, ...] = ()
 
 
+class NoKeysError(Exception):
+    """This device has no keys for a round: they were sent before it joined, or its state directory is new."""
+
+
 class SecureStore:
     def __init__(self, state: Path) -> None:
         self._path = state / "secure"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import os
 import re
+import socket
 from contextlib import suppress
 from dataclasses import dataclass, field
 from urllib.parse import unquote, urlsplit
@@ -85,6 +87,13 @@ def listening_on(address: str, what: str, insecure: bool) -> tuple[str, int]:
     if not insecure:
         require_loopback(what, host, "let it listen on 127.0.0.1")
     return host.strip("[]"), int(port)
+
+
+def why_not_listening(host: str, error: OSError) -> str:
+    """Why a process cannot listen on an address of `host`."""
+    if isinstance(error, socket.gaierror):
+        return f"{host} is no name or address that this machine knows, {error.strerror}"
+    return "the port is in use" if error.errno == errno.EADDRINUSE else str(error.strerror or error)
 
 
 def is_host(host: str) -> bool:

@@ -10,22 +10,24 @@ from __future__ import annotations
 import contextlib
 import logging
 import queue
+import socket
 import ssl
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import paho.mqtt.client as paho
 from paho.mqtt.reasoncodes import ReasonCode
 
 from fedfmsl.common.backoff import Backoff
-from fedfmsl.errors import BrokerError
+from fedfmsl.errors import BrokerError, ClockError
 from fedfmsl.transport.address import parse_address, require_loopback
 from fedfmsl.transport.bounded_client import MAX_PAYLOAD, RECONNECT, BoundedClient
 from fedfmsl.transport.identity import client_context, read_identity
 from fedfmsl.transport.outage import Outage
-from fedfmsl.transport.tls_errors import explain
+from fedfmsl.transport.tls_errors import explain, is_early
 
 logger = logging.getLogger(__name__)
 
@@ -133,10 +135,12 @@ class Link:
                 "--identity is not used for %s://%s, which is unencrypted; use %ss://",
                 *(address.scheme, address.host, address.scheme),
             )
+        self._valid_from: datetime | None = None
         self.own_until = 0.0  # when this client's certificate expires, in unix seconds; 0 without one
         if address.encrypted:
             valid = read_identity(identity).valid if identity else None
-            self.own_until = valid[1].timestamp() if valid else 0.0
+            if valid:
+                self._valid_from, self.own_until = valid[0], valid[1].timestamp()
             self._client.tls_set_context(client_context(identity))
         if address.user:
             self._client.username_pw_set(address.user, address.password)
@@ -149,12 +153,19 @@ class Link:
         self._client.on_subscribe = self._on_subscribe
 
     def connect(self) -> None:
-        """Connects, and reconnects until `close`. Raises BrokerError if the first attempt fails."""
+        """Connects, and reconnects until `close`. Raises BrokerError if the first attempt fails: a ClockError if this
+        machine's clock is behind the broker's certificate. It can then be called again."""
         where = f"MQTT broker at {self._address.host}:{self._address.port}"
         try:
             self._client.connect(self._address.host, self._address.port, self._keepalive)
         except ssl.SSLError as error:
-            raise BrokerError(f"cannot trust the {where}: {explain(error)}") from error
+            kind = ClockError if is_early(error) else BrokerError
+            raise kind(f"cannot trust the {where}: {self._explain(error)}") from error
+        except socket.gaierror as error:
+            raise BrokerError(
+                f"no {where}: this machine cannot find the address of that name ({error.strerror}); check --broker and "
+                "this machine's name server"
+            ) from error
         except (OSError, ValueError) as error:
             tls = " with TLS" if self._address.encrypted else ""
             raise BrokerError(f"no {where} ({error}); start one{tls} or give another --broker") from error
@@ -164,6 +175,9 @@ class Link:
         if self._refusal is not None:
             self.close()
             raise BrokerError(f"the {where} refused the connection: {self._refusal}")
+
+    def _explain(self, error: BaseException) -> str:
+        return explain(error, self._valid_from)
 
     @property
     def broker_until(self) -> float:
@@ -244,7 +258,7 @@ class Link:
         if refused or self._closing:  # the reason is known
             return
         if isinstance(error, ssl.SSLError):
-            self._lost(explain(error))
+            self._lost(self._explain(error))
         elif self._answered.is_set():
             self._lost(
                 f"{error or 'it closed the connection'}; check that it runs and that this identity has no other process"
@@ -257,7 +271,7 @@ class Link:
 
     def _on_connect_fail(self, client: paho.Client, data: object) -> None:
         error, self._client.last_error = self._client.last_error, None
-        self._lost(explain(error) if isinstance(error, ssl.SSLError) else f"{error}; check that it runs")
+        self._lost(self._explain(error) if isinstance(error, ssl.SSLError) else f"{error}; check that it runs")
 
     def _lost(self, reason: str) -> None:
         if self._answered.is_set():

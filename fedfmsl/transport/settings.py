@@ -5,17 +5,29 @@ from __future__ import annotations
 from functools import partial
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, ValidationInfo
 
 from fedfmsl.common.settings import File, SettingsModel, checked, panel
+from fedfmsl.errors import ConfigError
 from fedfmsl.protocol.topics import ROOT, check_name, check_prefix
-from fedfmsl.transport.address import parse_address
+from fedfmsl.transport.address import listening_on, parse_address
 
 RunName = Annotated[str, checked(partial(check_name, "run"))]
 DeviceName = Annotated[str, checked(partial(check_name, "device"))]
 TopicPrefix = Annotated[str, checked(check_prefix)]
 DiscoveryPrefix = Annotated[str, checked(lambda text: text and check_prefix(text))]
 Broker = Annotated[str, checked(parse_address)]
+
+
+def _check_metrics(address: str, info: ValidationInfo) -> str:
+    try:
+        listening_on(address, "metrics", bool(info.data.get("insecure")))
+    except ConfigError as error:
+        raise ValueError(str(error)) from error
+    return address
+
+
+MetricsAddress = Annotated[str, AfterValidator(_check_metrics)]
 CONNECTION = panel("Connection")
 SERVER_NAME = "server"  # common name or user name of the run's server
 OPERATOR_NAME = "operator"  # of the person who removes old runs while a server runs

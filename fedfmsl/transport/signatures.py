@@ -14,8 +14,9 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from fedfmsl.errors import ConfigError, MessageError, one_line
+from fedfmsl.errors import ClockError, ConfigError, MessageError, one_line
 from fedfmsl.transport.identity import pem_blocks, read_identity
+from fedfmsl.transport.tls_errors import clock_behind
 
 _PADDING = padding.PSS(padding.MGF1(SHA256()), padding.PSS.DIGEST_LENGTH)
 
@@ -58,7 +59,7 @@ class Authorities:
 
     def check(self, name: str, certificate: bytes, signature: bytes, message: bytes) -> None:
         """Raises MessageError unless the client `name` of this CA signed the message with a certificate that is valid
-        now."""
+        now; ClockError if it is not valid yet."""
         try:
             own = x509.load_der_x509_certificate(certificate)
             self._check_certificate(name, own)
@@ -72,8 +73,12 @@ class Authorities:
         now = datetime.now(timezone.utc)
         if not any(_issued(certificate, authority) for authority in self._certificates):
             raise ValueError("its certificate is of another CA")
-        if not certificate.not_valid_before_utc <= now <= certificate.not_valid_after_utc:
-            raise ValueError("its certificate has expired, or the clock of this machine is wrong")
+        if now < certificate.not_valid_before_utc:
+            since = f"{certificate.not_valid_before_utc:%Y-%m-%d}"
+            raise ClockError(clock_behind(f"the certificate of {name} is valid from {since}"))
+        if now > certificate.not_valid_after_utc:
+            until = f"{certificate.not_valid_after_utc:%Y-%m-%d}"
+            raise ValueError(f"its certificate expired on {until}; the clock of this machine says {now:%Y-%m-%d}")
         names = [attribute.value for attribute in certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
         if names != [name]:
             raise ValueError(f"its certificate is of {one_line(names)}")

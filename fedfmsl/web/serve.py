@@ -20,7 +20,7 @@ from starlette.applications import Starlette
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fedfmsl.errors import ConfigError, RunError
-from fedfmsl.transport.address import is_host, is_loopback, netloc
+from fedfmsl.transport.address import is_host, is_loopback, netloc, why_not_listening
 from fedfmsl.transport.identity import read_identity
 
 CONNECTIONS = 64
@@ -89,7 +89,7 @@ class WebServer:
 def parse_listen(flag: str, address: str) -> tuple[str, int]:
     """Host and port of HOST:PORT, which the setting `flag` has. Raises ConfigError."""
     host, _, port = address.rpartition(":")
-    is_port = port.isascii() and port.isdigit() and len(port) < 6 and int(port) < 2**16
+    is_port = port.isascii() and port.isdigit() and len(port) < 6 and 0 < int(port) < 2**16
     if not is_port or not host or not is_host(host.strip("[]")):
         raise ConfigError(f"{flag} {address!r} is not HOST:PORT; write it like 127.0.0.1:8080 or [::1]:8080")
     return host.strip("[]"), int(port)
@@ -120,9 +120,9 @@ def listen(flag: str, host: str, port: int) -> socket.socket:
             listener = socket.create_server((host, port), family=family, backlog=CONNECTIONS)
         except OSError as error:
             if time.monotonic() > deadline or isinstance(error, socket.gaierror):
+                why = why_not_listening(host, error)
                 raise RunError(
-                    f"{flag}: cannot listen on {netloc(host)}:{port} ({error.strerror or error}); is the port in use? "
-                    "choose another one"
+                    f"{flag}: cannot listen on {netloc(host)}:{port} ({why}); choose another address"
                 ) from error
             time.sleep(0.1)
         else:

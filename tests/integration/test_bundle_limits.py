@@ -21,7 +21,7 @@ from support.provisioned_fleet import write_identity
 
 from devices.provisioning.authority import CLIENT, SERVER, make_authority
 from edge_runtime.daemon.download import fetch_bundle, fetch_manifest
-from fedfmsl.errors import BundleError, ConfigError
+from fedfmsl.errors import BundleError, ConfigError, RunError
 from fedfmsl.protocol.bundle import MANIFEST, Bundle
 from fedfmsl.protocol.messages import ServerStatus
 from fedfmsl.transport.identity import client_context
@@ -147,6 +147,29 @@ def test_a_client_that_sends_no_request_or_reads_nothing_is_ended(fleet: Fleet, 
             while block := connection.recv(1 << 20):
                 received += len(block)
         assert received < large.path.stat().st_size
+
+
+def test_a_connection_without_a_thread_is_ended_and_not_the_server(
+    fleet: Fleet, large: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with serving(fleet, large, Limits()) as server:
+        with monkeypatch.context() as patch, socket.create_connection(("localhost", fleet.port), 10) as connection:
+            patch.setattr(threading.Thread, "start", start)
+            assert connection.recv(1) == b"" and server.ended == {"no more threads": 1}
+        with fleet.open("device") as connection:
+            connection.sendall(REQUEST)
+            assert connection.recv(12) == b"HTTP/1.1 200"
+
+
+@pytest.mark.parametrize(("host", "says"), [("no-such-host.invalid", "is no name or address"), ("localhost", "in use")])
+def test_an_address_that_cannot_be_listened_on_is_named_with_its_reason(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, host: str, says: str
+) -> None:
+    with socket.create_server(("localhost", 0)) as taken, pytest.raises(RunError, match=f"{says}.*; choose another"):
+        BundleServer(bundle, f"{host}:{taken.getsockname()[1]}", insecure=True)
 
 
 def test_a_client_has_four_transfers_at_a_time(fleet: Fleet, large: Served) -> None:

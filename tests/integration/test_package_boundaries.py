@@ -52,7 +52,8 @@ TABLE = (
     Row(
         "export",
         f"fedfmsl.errors {ALGORITHMS} {COMMON} {PROTOCOL}",
-        "torch transformers peft optimum huggingface_hub onnx onnxruntime tokenizers safetensors numpy rich typer",
+        "torch transformers peft optimum huggingface_hub requests onnx onnxruntime tokenizers safetensors numpy rich "
+        "typer",
     ),
     Row("trainer_server.config", FEDFMSL, "pydantic pydantic_settings"),
     Row("trainer_server.coordinator", f"{FEDFMSL} trainer_server.config", "numpy"),
@@ -66,10 +67,17 @@ TABLE = (
         f"{FEDFMSL} trainer_server.config trainer_server.coordinator trainer_server.storage",
         "paho",
     ),
+    Row(
+        "trainer_server.console",
+        f"{FEDFMSL} fedfmsl.web trainer_server.config trainer_server.coordinator trainer_server.storage "
+        "trainer_server.service",
+        "pydantic starlette",
+    ),
     Row("trainer_server", f"{FEDFMSL} trainer_server.*", "typer rich pydantic pydantic_settings"),
     Row(f"{EDGE}.store", FEDFMSL, "pydantic"),
     Row(f"{EDGE}.engines", FEDFMSL, "numpy onnxruntime psutil"),
     Row(f"{EDGE}.data", f"{FEDFMSL} {EDGE}.store {EDGE}.engines", "numpy PIL pydantic"),
+    Row(f"{EDGE}.labelling", f"{FEDFMSL} {EDGE}.data", "numpy"),
     Row(f"{EDGE}.training", f"{FEDFMSL} {EDGE}.store {EDGE}.engines {EDGE}.data", "numpy pydantic"),
     Row(
         f"{EDGE}.resources",
@@ -79,7 +87,7 @@ TABLE = (
     Row(f"{EDGE}.settings", f"{FEDFMSL} {EDGE}.resources", "pydantic pydantic_settings"),
     Row(
         f"{EDGE}.inference",
-        f"{FEDFMSL} {EDGE}.store {EDGE}.engines {EDGE}.data {EDGE}.training {EDGE}.settings",
+        f"{FEDFMSL} {EDGE}.store {EDGE}.engines {EDGE}.data {EDGE}.labelling {EDGE}.training {EDGE}.settings",
         "numpy pydantic",
     ),
     Row(
@@ -87,6 +95,11 @@ TABLE = (
         f"{FEDFMSL} {EDGE}.store {EDGE}.engines {EDGE}.data {EDGE}.training {EDGE}.resources {EDGE}.settings "
         f"{EDGE}.inference",
         "numpy paho pydantic psutil",
+    ),
+    Row(
+        f"{EDGE}.page",
+        f"{FEDFMSL} fedfmsl.web {EDGE}.store {EDGE}.engines {EDGE}.data {EDGE}.labelling {EDGE}.settings {EDGE}.daemon",
+        "starlette",
     ),
     Row(EDGE, f"{FEDFMSL} {EDGE}.*", "typer rich pydantic"),
     Row(
@@ -114,9 +127,12 @@ TABLE = (
 OPTIONAL = {
     "fedfmsl.common.scatter": {"matplotlib", "numpy"},
     "edge_runtime.daemon.metrics": {"prometheus_client"},
+    "fedfmsl.transport.metrics": {"prometheus_client"},
+    "trainer_server.service.metrics": {"prometheus_client"},
     "edge_runtime.data.images": {"pillow_heif"},
     "edge_runtime.data.texts": {"tokenizers"},
     "edge_runtime.inference.export_onnx": {"onnx"},
+    "edge_runtime.inference.model_folder": {"onnx"},
     "simulation.datasets": {"datasets"},
     "simulation.ray_fleet": {"ray"},
     "simulation.methods.dual_lora": {"onnx"},
@@ -226,7 +242,10 @@ def test_nothing_imports_benchmarks_or_tests() -> None:
             },
         ),
         ("edge_runtime.engines", {*EXPORT_ONLY, *SERVER_ONLY, "onnx", "paho", "typer"}),
-        ("trainer_server.__main__", {*EXPORT_ONLY, "onnx", "onnxruntime", "edge_runtime", "PIL"}),
+        (
+            "trainer_server.__main__",
+            {*EXPORT_ONLY, "onnx", "onnxruntime", "edge_runtime", "PIL", "starlette", "uvicorn", "jinja2"},
+        ),
         ("devices.install", {*EXPORT_ONLY, *SERVER_ONLY, "amqtt", "matplotlib", "onnx", "pyarrow", "tokenizers"}),
         ("devices.boards", {*EXPORT_ONLY, *SERVER_ONLY, "amqtt", "matplotlib", "onnx", "pyarrow", "tokenizers"}),
     ],

@@ -242,22 +242,22 @@ def test_a_head_round_in_which_no_class_has_enough_samples_keeps_the_trained_hea
     assert run.announced.stage is Stage.PERSONAL and np.array_equal(run.state.expert, before)
 
 
-@pytest.mark.parametrize(("accuracies", "stays"), [((0.8, 0.75, 0.0), True), ((0.9, 0.3, 0.2), False)])
-def test_the_head_of_the_sums_stays_unless_most_devices_are_much_worse_with_it(
-    vit: Built, accuracies: tuple[float, ...], stays: bool
+@pytest.mark.parametrize(("nlls", "stays"), [((0.8, 1.04, 9.0), True), ((0.0, 1.06, 1.1), False)])
+def test_the_head_of_the_sums_stays_unless_most_devices_are_worse_with_it(
+    vit: Built, nlls: tuple[float, ...], stays: bool
 ) -> None:
     run = started(vit, stage1_rounds=1)
     run.answers(ABC)
-    run.answers(ABC, accuracy=0.8)
+    run.answers(ABC, nll=1.0)
     size, former = vit.bundle.expert.size(0), run.state.expert
     run.answers(ABC)
     run.state = Checkpoint.of(run.state).state(vectors_of(run.state))
     assert run.announced.stage is Stage.PERSONAL and not np.array_equal(run.state.expert[:size], former[:size])
-    updates = [make_update(run.plan, run.announced, name, accuracy=a) for name, a in zip(ABC, accuracies, strict=True)]
+    updates = [make_update(run.plan, run.announced, name, nll=each) for name, each in zip(ABC, nlls, strict=True)]
     logged = run.feed(*updates)
     assert (run.announced.index, np.array_equal(run.state.expert, former)) == ((1, False) if stays else (0, True))
     assert any(isinstance(note, Log) and "head of stage 1" in note.text for note in logged) != stays
-    run.answers(ABC, accuracy=0.1)
+    run.answers(ABC, nll=9.0)
     assert run.announced.stage is (Stage.EVALUATE if stays else Stage.PERSONAL)
 
 
@@ -838,6 +838,33 @@ def test_a_hostile_update_is_bounded_by_the_honest_ones_and_named(vit: Built) ->
             assert moved < 2 * float(np.median([np.linalg.norm(update) for update in honest]))
             assert any("d (999)" in note.text for note in logged if isinstance(note, Log))
         assert run.announced.stage is Stage.HEAD and run.state.norms == ()
+
+
+def test_a_device_whose_updates_undo_those_of_others_is_left_out_and_named(vit: Built) -> None:
+    names = ["a", "b", "c", "d"]
+    run = started(vit, names, stage1_rounds=2)
+    run.answers(names)
+    size = vit.bundle.expert.size(1)
+    rng = np.random.default_rng(0)
+    shared = rng.normal(size=size)
+    for _index in range(2):
+        before, announced = run.state.expert[:size], run.announced
+        vectors = [(shared + rng.normal(size=size)).astype(np.float32) for _ in names]
+        vectors[3] = -vectors[3]
+        updates = [
+            make_update(run.plan, announced, name, tensors=vit.bundle.expert.split(vector), samples=10)
+            for name, vector in zip(names, vectors, strict=True)
+        ]
+        logged = run.feed(*updates)
+        (note,) = [note for note in logged if isinstance(note, Log) and "left out" in note.text]
+        assert "d (-" in note.text and "a (" not in note.text
+        assert np.allclose(run.state.expert[:size] - before, np.mean(vectors[:3], axis=0), atol=1e-4)
+        run.state = Checkpoint.of(run.state).state(vectors_of(run.state))
+        assert sorted(run.state.agreements) == names
+    run.answers(names)
+    run.answers(names)
+    assert run.announced.stage is Stage.PERSONAL and run.announced.index == 1
+    assert min(run.state.agreements.values()) > -0.3  # stage 2 has begun anew
 
 
 def test_a_device_that_is_alone_in_a_round_is_bounded_by_earlier_rounds(vit: Built) -> None:

@@ -37,6 +37,7 @@ from edge_runtime.daemon.state import (
     Work,
     WorkDone,
     WorkFailed,
+    WorkSkipped,
     advance,
     is_outdated,
 )
@@ -99,6 +100,12 @@ def test_only_globals_that_are_not_held_are_fetched() -> None:
     state, commands = drive([GlobalArrived(E2), Idle()], state)
     assert commands == [Work(round_(2, expert=E2, gate=G))]
     assert state.stored == {E2, G}  # what is no longer named is no longer kept
+
+
+def test_a_round_that_cannot_be_computed_is_skipped_and_not_tried_again() -> None:
+    state, _ = drive([HERE, RoundSeen(round_(1)), Idle(), WorkSkipped(1)])
+    assert drive([Idle()], state)[1] == []
+    assert drive([RoundSeen(round_(2)), Idle()], state)[1] == [Work(round_(2))]
 
 
 @pytest.mark.parametrize("order", [(HERE, RoundSeen(round_(1, expert=E))), (RoundSeen(round_(1, expert=E)), HERE)])
@@ -259,6 +266,8 @@ def test_a_run_that_is_started_anew_is_logged() -> None:
         Log("run 'r' was started anew (session s2); starting with round 1"),
         Work(round_(1, session="s2")),
     ]
+    _, (log, _) = drive([OTHER_SESSION, RoundSeen(round_(1, session="s2")), Idle()], device(session="s", run="other"))
+    assert log == Log("this device changed from run 'other' to 'r'; starting with round 1")
 
 
 def seen(instance: str, online: bool = True) -> OwnStatusSeen:
@@ -492,7 +501,7 @@ def test_a_state_folder_that_is_none_is_refused_in_one_line(tmp_path: Path) -> N
 
 def test_the_outbox_survives_a_restart_and_drops_what_is_of_another_session_or_torn(tmp_path: Path) -> None:
     store = DeviceStore(tmp_path)
-    store.outbox.enter("s")
+    store.outbox.enter("s", "r")
     for number in (2, 10):
         store.outbox.write(number, blob_of(number))
     store.outbox.write(3, blob_of(3, session="before"))
@@ -510,13 +519,13 @@ def test_the_outbox_survives_a_restart_and_drops_what_is_of_another_session_or_t
 def test_an_acknowledged_round_is_remembered_for_as_long_as_its_session_lasts(tmp_path: Path) -> None:
     store = DeviceStore(tmp_path)
     assert store.outbox.acknowledged == 0
-    assert store.outbox.enter("s")
+    assert store.outbox.enter("s", "r")
     store.outbox.write(3, blob_of(3))
     store.outbox.acknowledge(7)
     store.outbox.acknowledge(2)  # late
     assert (DeviceStore(tmp_path).outbox.session, DeviceStore(tmp_path).outbox.acknowledged) == ("s", 7)
-    assert not store.outbox.enter("s")
-    assert store.outbox.enter("s2")
+    assert not store.outbox.enter("s", "r")
+    assert store.outbox.enter("s2", "r")
     assert (DeviceStore(tmp_path).outbox.session, DeviceStore(tmp_path).outbox.acknowledged) == ("s2", 0)
     assert list((tmp_path / "outbox").iterdir()) == []
 
@@ -566,5 +575,5 @@ def test_globals_are_kept_by_content_and_a_torn_one_is_not_there(tmp_path: Path)
 
 def test_the_session_a_device_works_in_survives_a_restart(tmp_path: Path) -> None:
     assert DeviceStore(tmp_path).outbox.session == ""
-    DeviceStore(tmp_path).outbox.enter("s")
+    DeviceStore(tmp_path).outbox.enter("s", "r")
     assert DeviceStore(tmp_path).outbox.session == "s"

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import socket
+import ssl
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
@@ -14,9 +18,14 @@ from support.in_process_daemon import RUN, make_daemon
 from support.processes import SECONDS, Broker, Processes
 from support.training_contexts import announced_round
 
+from devices.provisioning.authority import CLIENT, SERVER, make_authority
 from edge_runtime.daemon.health import HealthReporter
+from edge_runtime.daemon.launch import connect
 from edge_runtime.daemon.state import State
 from edge_runtime.resources.governor import Readings
+from edge_runtime.store import DeviceStore
+from fedfmsl.common.backoff import Backoff
+from fedfmsl.errors import BrokerError
 from fedfmsl.protocol.duplicate_name import DuplicateNameGuard
 from fedfmsl.protocol.messages import Activity, Health, Stage, parse
 from fedfmsl.protocol.topics import Topics
@@ -145,3 +154,39 @@ def test_systemd_receives_the_activity(
         "STATUS=paused: outside of --hours 22:00-06:00",
         "STATUS=stopped\nSTOPPING=1",
     ]
+
+
+def test_a_device_whose_clock_is_behind_waits_for_the_right_time(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a board without a battery for its clock after it was switched on."""
+    authority, later = make_authority("fleet"), datetime.now(timezone.utc) + timedelta(days=9)
+    own = tmp_path / "own.pem"
+    device = authority.issue("kitchen", [CLIENT], now=later)
+    own.write_text(device.key_pem + device.certificate_pem + authority.certificate_pem)
+    own.chmod(0o600)
+    contexts = []
+    for issued in (authority.issue("broker", [SERVER], ["localhost"], now=now) for now in (later, later, None)):
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        pem = tmp_path / "broker.pem"
+        pem.write_text(issued.key_pem + issued.certificate_pem)
+        context.load_cert_chain(pem)
+        contexts.append(context)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def accept() -> None:
+            for context in contexts:  # the last one is valid, as after the clock was set
+                with listener.accept()[0] as accepted, suppress(OSError):
+                    context.wrap_socket(accepted, server_side=True).close()
+
+        thread = threading.Thread(target=accept)
+        thread.start()
+        link = Link(f"mqtts://localhost:{listener.getsockname()[1]}", "kitchen", identity=own)
+        store = DeviceStore(tmp_path / "state")
+        health = HealthReporter(link, Topics(RUN), "kitchen", store, Readings)
+        with pytest.raises(BrokerError, match="refused the connection"):  # it is no broker
+            connect(link, health, Backoff(first=0.01, longest=0.01))
+        thread.join()
+    since = f"{later - timedelta(days=1):%Y-%m-%d}"
+    assert f"its certificate is not valid yet; this machine's own is valid from {since}; set the clock" in caplog.text
+    assert "set the clock" in Health.model_validate_json(store.health.read_bytes()).disconnected

@@ -23,7 +23,7 @@ from support.tools import require_tool
 from devices.provisioning.broker_kit import password_line
 from fedfmsl.common.backoff import Backoff
 from fedfmsl.common.settings import read_settings
-from fedfmsl.errors import ConfigError
+from fedfmsl.errors import BrokerError, ConfigError
 from fedfmsl.transport.address import listening_on, parse_address
 from fedfmsl.transport.bounded_client import MAX_PAYLOAD
 from fedfmsl.transport.link import KEEPALIVE_SECONDS, MAX_EVENTS, Connected, Link, LinkEvent, Oversize, Received
@@ -86,6 +86,11 @@ def send(port: int, topic: str, size: int, scratch: Path) -> None:
         "c.publish(sys.argv[2], open(sys.argv[3], 'rb').read(), 1).wait_for_publish(60); c.disconnect()\n"
     )
     subprocess.run([sys.executable, "-c", script, str(port), topic, str(scratch)], check=True, timeout=90)
+
+
+def test_a_broker_whose_name_is_unknown_is_no_stopped_broker() -> None:
+    with pytest.raises(BrokerError, match=r"cannot find the address of that name \(.*\); check --broker and this"):
+        Link("mqtt://no-such-host.invalid", "d", insecure=True).connect()
 
 
 def test_an_identity_that_an_unencrypted_broker_ignores_is_logged(caplog: pytest.LogCaptureFixture) -> None:

@@ -18,12 +18,14 @@ import pytest
 from onnx import TensorProto, helper
 from support.bundles import Built
 from support.in_process_daemon import RUN, InProcessDaemon, make_daemon
-from support.processes import SECONDS, Broker, Observer, Processes
+from support.processes import SECONDS, Broker, Observer, Processes, wait_until
 
+from edge_runtime.daemon.privacy_budget import PrivacyBudget
 from edge_runtime.daemon.round_runner import RoundRunner
 from edge_runtime.daemon.timing import Timing
 from edge_runtime.resources.governor import Limits, Readings
 from edge_runtime.resources.throttle import WorkStoppedError
+from fedfmsl.algorithms.privacy import Privacy
 from fedfmsl.algorithms.sal import CapabilityQueue, Sal
 from fedfmsl.common.backoff import Backoff
 from fedfmsl.errors import BundleError, RunError
@@ -147,7 +149,7 @@ class Runner(RoundRunner):
 
     def run(self, task: Round, bytes_down: int) -> float:
         self.runs.append(task.round)
-        self.device.store.outbox.enter(task.session)
+        self.device.store.outbox.enter(task.session, task.run)
         return self.compute(task)
 
     def compute(self, task: Round) -> float:
@@ -207,6 +209,45 @@ class LongGraphRun(Runner):
                 return ended - begun
             self.device.report("training", count, 2 * count)
             count *= 2
+
+
+class Frugal(Runner):
+    """A device whose budget is enough for one update with the noise of PRIVACY."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.budget = PrivacyBudget(self.device.store.budget, limit=4.0)
+
+    def compute(self, task: Round) -> float:
+        self.budget.record(task)
+        return 0.0
+
+
+PRIVACY = Privacy(clip=1.0, noise_multiplier=1.2, shares=1)  # ε of 3.5, and 5.3 after two
+
+
+@pytest.mark.parametrize("scene", [Frugal], indirect=True)
+def test_no_round_waits_for_a_device_that_would_pass_its_privacy_budget(scene: Scene) -> None:
+    runner = scene.daemon.runner
+    assert isinstance(runner, Frugal)
+
+    def paused(reason: str, since: int = 0) -> None:
+        scene.observer.wait(DeviceStatus, lambda s: s.online and reason in s.paused, reason, since)
+
+    def wait_for_runs(runs: list[int]) -> None:
+        wait_until(lambda: runner.runs == runs, f"it has computed {runs}")
+
+    paused("its --max-epsilon 4 allows no update without noise")
+    noised = {"privacy": PRIVACY}
+    scene.announce(round_(2).model_copy(update=noised))
+    wait_for_runs([2])
+    for number, stage in ((3, Stage.GLOBAL), (4, Stage.GLOBAL)):
+        scene.announce(round_(number, stage).model_copy(update=noised))
+    paused("its --max-epsilon 4 would be passed: ε 5.3 after this round")
+    since = scene.observer.catch_up()
+    scene.announce(round_(5, Stage.EVALUATE).model_copy(update=noised))
+    wait_for_runs([2, 5])
+    scene.observer.wait(DeviceStatus, lambda s: s.online and not s.paused, "it takes part again", since)
 
 
 @pytest.mark.parametrize("scene", [LongGraphRun], indirect=True)

@@ -11,9 +11,10 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from support.tools import NOT_TESTED
 
-from edge_runtime.daemon.metrics import serve_metrics
+from edge_runtime.daemon.metrics import families
 from fedfmsl.errors import ConfigError
 from fedfmsl.protocol.messages import Activity, Health
+from fedfmsl.transport.metrics import serve_metrics
 
 HEALTH = Health(
     device="kitchen",
@@ -53,7 +54,7 @@ def scraped(port: int) -> str:
 
 def test_prometheus_reads_what_is_known_and_nothing_else(port: int) -> None:
     newest: list[Health | None] = [None]
-    serve_metrics(f"127.0.0.1:{port}", lambda: newest[0])
+    serve_metrics(f"127.0.0.1:{port}", lambda: families(newest[0]))
     assert list(text_string_to_metric_families(scraped(port))) == []
     newest[0] = HEALTH
     found = [sample for family in text_string_to_metric_families(scraped(port)) for sample in family.samples]
@@ -76,7 +77,7 @@ def test_prometheus_reads_what_is_known_and_nothing_else(port: int) -> None:
 @pytest.mark.skipif(shutil.which("promtool") is None, reason=f"{NOT_TESTED}promtool is not installed")
 def test_promtool_finds_nothing_to_complain_of(port: int) -> None:
     everything = HEALTH.model_copy(update={"others": 0.25, "metered": True, "throttled": True})
-    serve_metrics(f"127.0.0.1:{port}", lambda: everything)
+    serve_metrics(f"127.0.0.1:{port}", lambda: families(everything))
     done = subprocess.run(
         ["promtool", "check", "metrics"], input=scraped(port), capture_output=True, text=True, check=False
     )
@@ -86,7 +87,7 @@ def test_promtool_finds_nothing_to_complain_of(port: int) -> None:
 @pytest.mark.parametrize("address", ["9464", "127.0.0.1", "127.0.0.1:0", "127.0.0.1:http", ":9464"])
 def test_what_is_no_address_is_refused(address: str) -> None:
     with pytest.raises(ConfigError, match="is not HOST:PORT"):
-        serve_metrics(address, lambda: None)
+        serve_metrics(address, list)
 
 
 def test_a_port_that_is_taken_is_refused_in_one_line() -> None:
@@ -94,11 +95,11 @@ def test_a_port_that_is_taken_is_refused_in_one_line() -> None:
         other.bind(("127.0.0.1", 0))
         other.listen()
         with pytest.raises(ConfigError, match=r"cannot be listened on \(.*\); choose another port"):
-            serve_metrics(f"127.0.0.1:{other.getsockname()[1]}", lambda: None)
+            serve_metrics(f"127.0.0.1:{other.getsockname()[1]}", list)
 
 
 def test_others_hear_of_it_only_if_that_is_said(port: int) -> None:
     with pytest.raises(ConfigError, match=r"unencrypted; let it listen on 127\.0\.0\.1, or allow it with --insecure"):
-        serve_metrics(f"0.0.0.0:{port}", lambda: HEALTH)
-    serve_metrics(f"0.0.0.0:{port}", lambda: HEALTH, insecure=True)
+        serve_metrics(f"0.0.0.0:{port}", lambda: families(HEALTH))
+    serve_metrics(f"0.0.0.0:{port}", lambda: families(HEALTH), insecure=True)
     assert "fedfmsl_round 7.0" in scraped(port)

@@ -73,6 +73,28 @@ def test_a_provider_that_cannot_start_is_named_and_the_cpu_is_used(
     assert choose_provider("auto", vit.bundle, 1, store) == choice
 
 
+def test_a_provider_that_failed_for_the_moment_is_tried_again_at_the_next_start(
+    vit: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(providers, "offered_providers", lambda: ("cuda", "dnnl", CPU))
+    fails, tried, loss = {"cuda": "it fails: out of memory"}, list[str](), {CPU: 1.0, "cuda": 1.0, "dnnl": 2.0}
+
+    def run(bundle: Bundle, name: str, threads: int, out: Path) -> str:
+        tried.append(name)
+        seconds = 0.5 if name == "cuda" else 1.0
+        out.write_bytes(pack(Trial(seconds=seconds), {"loss": np.full(1, loss[name], np.float32)}))
+        return fails.get(name, "")
+
+    monkeypatch.setattr(providers, "_run_trial", run)
+    store = DeviceStore(tmp_path)
+    assert choose_provider("auto", vit.bundle, 1, store).provider == CPU
+    fails.clear()
+    again = choose_provider("auto", vit.bundle, 1, store)
+    assert again.provider == "cuda" and again.trials["dnnl"].refused.startswith("its loss differs")
+    assert choose_provider("auto", vit.bundle, 1, store) == again
+    assert tried == [CPU, "cuda", "dnnl", CPU, "cuda"]  # dnnl disagrees at every start
+
+
 def test_a_process_of_a_provider_computes_the_same_as_the_cpu_does_here(vit: Built, tmp_path: Path) -> None:
     assert not try_providers(vit.bundle, [CPU], 1, tmp_path)[CPU].refused
     first, second = (providers.try_provider(vit.bundle, CPU, 1)[1] for _ in range(2))

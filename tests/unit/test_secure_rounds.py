@@ -20,7 +20,7 @@ from devices.provisioning.authority import CLIENT, make_authority
 from edge_runtime.daemon.round_runner import RoundRunner
 from edge_runtime.data.folder import SampleFolder
 from edge_runtime.settings import Secure
-from edge_runtime.store.secure_store import SecureRecord, SecureStore
+from edge_runtime.store.secure_store import NoKeysError, SecureRecord, SecureStore
 from fedfmsl.algorithms.aggregation import Contribution, WeightedMean
 from fedfmsl.algorithms.arrays import Tensors
 from fedfmsl.algorithms.fixed_point import fixed_point, numbers
@@ -171,6 +171,30 @@ def test_a_level_that_fewer_than_three_devices_train_is_not_trained(vit: Built, 
     assert run.announced.level == 1
 
 
+@pytest.mark.parametrize("silent_in", [Stage.KEYS, Stage.SHARES, Stage.GLOBAL])
+def test_a_silent_device_of_three_at_a_level_does_not_stop_the_run(
+    vit: Built, tmp_path: Path, silent_in: Stage
+) -> None:
+    """Before the vectors are masked, the two others join the level below. Afterwards the round is repeated, in the end
+    at a lower level."""
+    config = {"secure": True, "secure_sums": False, "stage1_rounds": 1, "stage1_sal": Sal(AllAtOnce(), max_level=2)}
+    run = SecureRun(vit, secure_devices(vit, tmp_path, 5, level_caps=(2, 2, 2)), **config)
+    run.until(Stage.KEYS)
+    assert run.announced.level == 2
+    levels = []
+    while run.announced.stage is not Stage.PERSONAL:
+        if run.announced.stage is Stage.GLOBAL:
+            levels.append(run.announced.level)
+        run.step(["d0"] if run.announced.stage is silent_in and len(levels) < 9 else [])
+    if silent_in is Stage.GLOBAL:
+        assert levels == [2, 2, 1]
+        text = "updates of fewer than 3 devices at level 2 or above; repeating it at level 1"
+    else:
+        assert levels == [1]
+        text = "this round trains at level 1: fewer than 3 devices answer at a higher one"
+    assert any(text in command.text and command.warning for command in run.of(Log))
+
+
 def test_weighted_sums_are_the_means_of_each_part() -> None:
     parts = {"head": slice(0, 2), "0": slice(2, 5)}
     rng = np.random.default_rng(0)
@@ -254,6 +278,15 @@ def test_a_device_opens_a_vector_for_one_set_of_survivors_only(vit: Built, tmp_p
     fewer = round_.model_copy(update={"round": round_.round + 1, "chosen": round_.chosen[:-1]})
     with pytest.raises(RunError, match=r"refused to the server in round 5 \(unmask\): .* together reveal a vector"):
         device.answer(fewer)
+
+
+def test_a_device_without_its_keys_waits_for_the_next_ones(vit: Built, tmp_path: Path) -> None:
+    """A second process of its name with an empty state directory, for example."""
+    run = SecureRun(vit, secure_devices(vit, tmp_path, 4))
+    run.until(Stage.SHARES)
+    new = replace(run.devices["d0"], folder=tmp_path / "new")
+    with pytest.raises(NoKeysError, match=r"round 2 \(shares\) needs the keys of an earlier round, .*/new"):
+        new.answer(run.announced)
 
 
 def test_a_device_masks_a_vector_once_and_does_not_join_a_second_sum_of_the_same(vit: Built, tmp_path: Path) -> None:
@@ -433,7 +466,7 @@ def answers(run: SecureRun, accuracies: dict[str, float]) -> None:
     round_, blobs = run.announced, {command.sha256: command.blob for command in run.of(PublishGlobals)}
     for name, accuracy in accuracies.items():
         run.devices[name].store.globals.write(blobs[round_.roster])
-        hidden = {"samples": 0, "metrics": {"held_out_global": accuracy} if accuracy else {}}
+        hidden = {"samples": 0, "metrics": {"held_out_global": accuracy, "global_nll": 9.0} if accuracy else {}}
         run.feed(make_update(run.plan, round_, name, tensors=run.devices[name].answer(round_), **hidden))
 
 
@@ -446,10 +479,10 @@ def test_a_share_of_the_devices_closes_no_round_whose_masks_they_cannot_remove(v
     assert run.announced.stage is Stage.UNMASK and len(run.announced.chosen) == 5
 
 
-def test_accuracies_that_a_hostile_device_reports_do_not_drop_the_head(vit: Built, tmp_path: Path) -> None:
+def test_likelihoods_that_a_hostile_device_reports_do_not_drop_the_head(vit: Built, tmp_path: Path) -> None:
     run = SecureRun(vit, secure_devices(vit, tmp_path, 3), secure=True)
     run.until(Stage.PERSONAL)
-    run.state = replace(run.state, former=replace(run.state.former, accuracies={"d0": 1.0}))
+    run.state = replace(run.state, former=replace(run.state.former, nlls={"d0": 0.1}))
     assert run.state.former.head.size
     answers(run, {"d0": 0.01, "d1": 0.0, "d2": 0.0})
     assert run.announced.stage is Stage.UNMASK

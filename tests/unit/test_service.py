@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import sqlite3
 import threading
+import urllib.request
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import pytest
 from support.brokers import RestartableBroker
 from support.bundles import Built
 from support.coordinators import ROUND_SECONDS, CoordinatorRun, make_update, plan_for
-from support.processes import Broker, Observer, Processes, wait_until
+from support.processes import Broker, Observer, Processes, free_port, wait_until
 
 from fedfmsl.algorithms.aggregation import TrimmedMean
 from fedfmsl.protocol.chunks import chunks
@@ -87,6 +88,7 @@ def scene(
     run: str,
     log_bytes: int = LOG_BYTES,
     allowed: frozenset[str] | None = None,
+    metrics: str | None = None,
     round_timeout: float = ROUND_SECONDS,
 ) -> Iterator[Scene]:
     plan = plan_for(vit, devices=1, run=run, stage1_rounds=1, stage2_rounds=1, round_timeout=round_timeout)
@@ -96,7 +98,8 @@ def scene(
     def serve() -> None:
         open_run(folder, config, vit.bundle).close()
         store = RunStore(folder, busy_seconds=0.05)
-        run_server(store, vit.bundle, broker.url, "", None, insecure=False, log_bytes=log_bytes, allowed=allowed)
+        options: dict[str, Any] = {"log_bytes": log_bytes, "allowed": allowed, "metrics": metrics}
+        run_server(store, vit.bundle, broker.url, "", None, insecure=False, **options)
 
     server = threading.Thread(target=serve, daemon=True)
     link = Link(broker.url, f"device-{run}")
@@ -137,11 +140,11 @@ def test_a_device_that_joins_while_the_disk_cannot_be_written_takes_part_later(
         with closing(sqlite3.connect(s.folder / DATABASE, isolation_level=None)) as other:
             other.execute("BEGIN IMMEDIATE")  # so that nothing can be committed
             s.announce_device()
-            wait_until(lambda: "cannot write" in s.notes, "the server notices")
+            wait_until(lambda: "cannot use" in s.notes, "the server notices")
             assert not [m for m in s.observer.seen if isinstance(m, Round)]
             other.execute("ROLLBACK")
         s.run_to_its_end()
-        assert s.notes.count("cannot write") == 1
+        assert s.notes.count("cannot use") == 1
 
 
 def test_an_aggregation_that_finds_a_full_disk_is_tried_again(
@@ -206,13 +209,24 @@ def test_a_refused_update_is_logged_without_its_tensors(vit: Built, broker: Brok
         s.observer.wait(Round, lambda r: r.round == 2, "a valid update still counts")
 
 
-def test_a_device_that_is_not_allowed_takes_no_part(vit: Built, broker: Broker, tmp_path: Path) -> None:
-    with scene(vit, broker, tmp_path / "run", "allow", allowed=frozenset({"a"})) as s:
+def test_a_device_that_is_not_allowed_takes_no_part_and_metrics_count_it(
+    vit: Built, broker: Broker, tmp_path: Path
+) -> None:
+    metrics = f"127.0.0.1:{free_port()}"
+    with scene(vit, broker, tmp_path / "run", "allow", allowed=frozenset({"a"}), metrics=metrics) as s:
         s.link.publish(s.topics.status("b"), encode(CoordinatorRun(s.plan).status("b")), retain=True)
         wait_until(lambda: "b is not in --allow" in s.notes, "the refusal")
         s.announce_device()
         s.run_to_its_end()
-        assert {name for closed in RunStore(s.folder).rounds() for name in closed.missing} == set()
+        records = RunStore(s.folder).rounds()
+        assert {name for closed in records for name in closed.missing} == set()
+        with urllib.request.urlopen(f"http://{metrics}/metrics", timeout=10) as answer:
+            lines = answer.read().decode().splitlines()
+        prefix = "fedfmsl_server"
+        assert f'{prefix}_rounds_total{{result="closed"}} {len(records)}.0' in lines
+        assert f"{prefix}_round_seconds_sum {sum(closed.seconds for closed in records)}" in lines
+        assert f'{prefix}_stage{{stage="finished"}} 1.0' in lines
+        assert any(line.startswith(f'{prefix}_refused_messages_total{{reason="not allowed"}}') for line in lines)
 
 
 def test_a_reconnection_is_logged(vit: Built, tmp_path: Path) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
 
 from devices.provisioning.authority import CLIENT, SERVER, Authority, Issued, make_authority
-from fedfmsl.errors import MessageError
+from fedfmsl.errors import ClockError, MessageError
 from fedfmsl.transport.signatures import Authorities, Signer
 
 MESSAGE = b"keys"
@@ -68,3 +68,12 @@ def test_an_identity_without_a_key_cannot_sign(authority: Authority, tmp_path: P
     path = tmp_path / "ca.crt"
     path.write_text(authority.certificate_pem)
     assert Signer.load(path) is None
+
+
+def test_a_clock_that_is_behind_is_named_and_not_taken_for_a_forgery(authority: Authority, tmp_path: Path) -> None:
+    start = datetime.now(timezone.utc) + timedelta(days=10)
+    kitchen = signer(tmp_path, authority.issue("kitchen", [CLIENT], now=start), authority)
+    since = f"{start - timedelta(days=1):%Y-%m-%d}"
+    says = f"the clock of this machine says .*, but the certificate of kitchen is valid from {since}; set the clock"
+    with pytest.raises(ClockError, match=says):
+        Authorities(authority.certificate_pem).check("kitchen", kitchen.certificate, kitchen.sign(MESSAGE), MESSAGE)

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import ssl
 import time
 from pathlib import Path
 
 import pytest
+from support.bundles import Built
+from support.training_contexts import announced_round
 
+from edge_runtime.daemon.download import wait_for_server
 from edge_runtime.daemon.lock import locked
 from edge_runtime.daemon.status import check_alive, describe
 from edge_runtime.store import DeviceStore
-from fedfmsl.errors import RunError
-from fedfmsl.protocol.messages import MAX_HEARTBEAT_AGE, Activity, Health
+from fedfmsl.errors import BrokerError, RunError
+from fedfmsl.protocol.messages import MAX_HEARTBEAT_AGE, Activity, Health, ServerStatus, Stage, encode
+from fedfmsl.protocol.topics import Topics
+from fedfmsl.transport.link import Link, Received
+from fedfmsl.transport.tls_errors import explain
 
 
 @pytest.mark.parametrize(
@@ -44,3 +51,32 @@ def test_a_killed_daemon_is_noticed_before_its_heartbeat_is_old(tmp_path: Path) 
         check_alive(health, tmp_path)
     with pytest.raises(RunError, match=r"the daemon ended after its heartbeat .* ago; check its log"):
         check_alive(health, tmp_path)
+
+
+def test_after_a_finished_run_it_says_what_the_device_waits_for_and_predicts_with(tmp_path: Path) -> None:
+    health = Health(device="kitchen", started=1, time=time.time(), activity=Activity.WAITING, round=9, stage="finished")
+    shown = dict(describe(health, DeviceStore(tmp_path), time.time()))
+    assert shown["round"] == "the run has finished; this device waits for a new run of this name"
+    assert shown["model"] == "none yet"
+    check_alive(health, tmp_path)
+    with pytest.raises(RunError, match="the run has finished, so the daemon ended 0:00:00 ago; start it again"):
+        check_alive(health.model_copy(update={"activity": Activity.STOPPED}), tmp_path)
+
+
+def test_a_device_whose_certificate_is_refused_fails(tmp_path: Path) -> None:
+    health = Health(device="kitchen", started=1, time=time.time(), activity=Activity.WAITING, disconnected="timed out")
+    check_alive(health, tmp_path)
+    alert = ssl.SSLError(1, "[SSL: SSLV3_ALERT_CERTIFICATE_REVOKED] ssl/tls alert certificate revoked")
+    with pytest.raises(BrokerError, match="the broker refuses this device: our certificate is revoked"):
+        check_alive(health.model_copy(update={"disconnected": explain(alert)}), tmp_path)
+
+
+def test_a_device_that_waits_for_the_bundle_of_the_next_run_knows_the_end_of_the_last(vit: Built) -> None:
+    topics, ends = Topics("r"), list[str]()
+    link = Link("mqtt://127.0.0.1:9", "d")  # not connected
+    server = ServerStatus(online=True, run="r", session="s2", bundle=vit.bundle.sha256)
+    finished = announced_round(Stage.FINISHED)
+    for topic, message in ((topics.round, finished), (topics.round, finished), (topics.server_status, server)):
+        link.events.put(Received(topic, encode(message)))
+    assert wait_for_server(link, topics, finished=lambda: ends.append("end")) == server
+    assert ends == ["end"]

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import http.client
 import json
-import re
 import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlencode
 
 import pytest
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
+from support.web import ask, csrf_of
 
 from fedfmsl.errors import ConfigError, RunError
 from fedfmsl.web import serve
@@ -58,29 +56,6 @@ def site(tmp_path: Path) -> Iterator[WebServer]:
 def guarded(tmp_path: Path) -> Iterator[WebServer]:
     with start(tmp_path, TOKEN) as server:
         yield server
-
-
-def ask(
-    site: WebServer, path: str = "/", form: Any = None, method: str = "", **headers: str
-) -> tuple[int, str, dict[str, str]]:
-    """Status, text and headers of the answer. `form`: the fields of a POST request, or its body."""
-    connection = http.client.HTTPConnection("127.0.0.1", site.port, timeout=10)
-    sent = {"Accept": "text/html"} | {name.replace("_", "-"): value for name, value in headers.items()}
-    body = None
-    if form is not None:
-        body = form if isinstance(form, str) else urlencode(form)
-        sent.setdefault("Content-Type", "application/x-www-form-urlencoded")
-    connection.request(method or ("GET" if body is None else "POST"), path, body, sent)
-    answer = connection.getresponse()
-    text = answer.read().decode()
-    connection.close()
-    return answer.status, text, dict(answer.getheaders())
-
-
-def csrf_of(text: str) -> str:
-    found = re.search(r'name="csrf" content="(\w+)"', text)
-    assert found
-    return found[1]
 
 
 def test_a_page_escapes_texts_and_allows_no_scripts_but_its_own(site: WebServer) -> None:

@@ -13,6 +13,7 @@ time changes or the server is down.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import replace
 
@@ -27,6 +28,7 @@ from trainer_server.coordinator.events import (
     Event,
     LimitsChanged,
     Log,
+    OperatorActed,
     SendAck,
     StatusSeen,
     Stop,
@@ -36,9 +38,10 @@ from trainer_server.coordinator.events import (
 )
 from trainer_server.coordinator.former_head import why_rejected
 from trainer_server.coordinator.limits import MAX_STRETCH, UNMERGED, devices_in_share, round_seconds
+from trainer_server.coordinator.operator import act
 from trainer_server.coordinator.records import ClosedRound, listed
 from trainer_server.coordinator.refusals import LEFT_OUT_AFTER, LEFT_OUT_ROUNDS, refuse
-from trainer_server.coordinator.round_update import apply_round, scaled_down, with_former_head, without_sums
+from trainer_server.coordinator.round_update import apply_round, left_out, scaled_down, with_former_head, without_sums
 from trainer_server.coordinator.secure_sums import MAX_REPEATS, asked_devices, secure_level, shortage
 from trainer_server.coordinator.selection import eligible_devices, select_devices
 from trainer_server.coordinator.state import SUMS, TRAINING, Accepted, Part, Plan, State, Step
@@ -65,9 +68,14 @@ def advance(plan: Plan, state: State, event: Event, now: float) -> tuple[State, 
     if isinstance(event, LimitsChanged):
         changes = [Log(text) for text in state.limits.differences(event.limits)]
         return (replace(state, limits=event.limits), [*changes]) if changes else (state, [])
+    if isinstance(event, OperatorActed):
+        state, text = act(state, event.operation, now)
+        return state, [Log(text)]
+    if state.paused_at is not None:
+        return state, []
     if state.announced is None:
         return _maybe_start(plan, state, now)
-    if is_complete(plan, state, state.announced):
+    if state.closing == state.round or is_complete(plan, state, state.announced):
         return _close_round(plan, state, state.announced, now)
     if now >= next_deadline(plan, state):
         return _end_of_time(plan, state, state.announced, event.working, now)
@@ -75,8 +83,10 @@ def advance(plan: Plan, state: State, event: Event, now: float) -> tuple[State, 
 
 
 def next_deadline(plan: Plan, state: State) -> float:
-    """The latest time for the next ClockTicked."""
+    """The latest time for the next ClockTicked. A paused run has none."""
     announced = state.announced
+    if state.paused_at is not None:
+        return math.inf
     if announced is None:
         return state.since + plan.config.join_timeout
     return state.since + round_seconds(state.limits, announced, state.stretch, state.slowest)
@@ -207,7 +217,8 @@ def _open_round(plan: Plan, state: State, position: int, now: float) -> tuple[St
         index=step.index,
         of=step.of,
         level=level,
-        chosen=tuple(sorted(selected)) if selected != state.ready or step.part is not None else (),
+        # without names, all devices are selected
+        chosen=tuple(sorted(selected)) if selected != state.ready or step.part is not None or state.excluded else (),
         repetitions=config.stage1_rounds if stage is Stage.BASELINE else 1,
         training=config.stage2 if stage is Stage.PERSONAL else config.stage1,
         sal=sal_of(plan, state, stage),
@@ -238,7 +249,7 @@ def _selected(plan: Plan, state: State, step: Step, number: int) -> frozenset[st
     """The devices that the round asks. A repeated round of training asks every device, because the same selection could
     fail again."""
     if step.part is not None and plan.masks and step.stage is not Stage.KEYS:
-        return asked_devices(state, step.stage)
+        return asked_devices(state, step.stage) - state.excluded
     ready, least = {name: state.devices[name] for name in state.ready}, state.limits.min_updates
     eligible = eligible_devices(ready, state.refused, number, least)
     if (step.part[0] if step.part else step.stage) not in TRAINING or state.repeats:
@@ -286,21 +297,25 @@ def _close_round(plan: Plan, state: State, closing: Round, now: float) -> tuple[
         return state, [record, Log(text, warning=True), *commands]
     record = _record(state, closing, now, too_few)
     if not too_few:
-        scaled = scaled_down(plan, state) if closing.stage in TRAINING else ""
-        notes = [Log(scaled, warning=True)] if scaled else []
+        notes = [scaled_down(plan, state)] if closing.stage in TRAINING else []
         try:
             applied = apply_round(plan, state, closing)
         except (SecureAggregationError, MessageError) as error:
             assert step.part is not None
             state, commands = _skip_part(plan, state, step.part, str(error), now)
             return state, [record, *commands]
+        notes += [left_out(plan, state, applied)] if closing.stage in TRAINING else []
+        if step.stage in (Stage.KEYS, Stage.SHARES) and applied.secure.level < closing.level:
+            about = f"fewer than {MIN_DEVICES} devices answer at a higher one"
+            notes.append(f"this round trains at level {applied.secure.level}: {about}")
         quick = 2 * (now - state.since) < next_deadline(plan, state) - state.since
         stretch = max(state.stretch // 2, 1) if quick else state.stretch
         position = state.position + 1
         # repeats of all rounds of a secure aggregation count together
         repeats = state.repeats if step.part is not None and plan.schedule[position].part == step.part else 0
         state, commands = _open_round(plan, replace(applied, repeats=repeats, stretch=stretch), position, now)
-        return state, [record, *notes, *commands, *([Stop()] if state.position == finish else [])]
+        warnings = [Log(note, warning=True) for note in notes if note]
+        return state, [record, *warnings, *commands, *([Stop()] if state.position == finish else [])]
     if step.part is not None and _is_skipped(step, step.part, state.repeats):
         state, commands = _skip_part(plan, state, step.part, too_few, now)
         return state, [record, *commands]
@@ -312,7 +327,9 @@ def _close_round(plan: Plan, state: State, closing: Round, now: float) -> tuple[
     if step.part is not None and step.stage is not Stage.UNMASK:  # again with fresh keys
         position = plan.positions_of(step.part).start
     state, commands = _open_round(plan, replace(state, repeats=state.repeats + 1, stretch=1), position, now)
-    return state, [record, Log(f"{too_few}; repeating it", warning=True), *commands]
+    assert state.announced is not None
+    lower = f" at level {state.announced.level}" if state.announced.level < closing.level else ""
+    return state, [record, Log(f"{too_few}; repeating it{lower}", warning=True), *commands]
 
 
 def _rejected_head(plan: Plan, state: State, closing: Round) -> str:

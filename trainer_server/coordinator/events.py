@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fedfmsl.algorithms.arrays import Tensors
 from fedfmsl.protocol.messages import Ack, DeviceStatus, Round, Update
 from trainer_server.coordinator.limits import Limits
+from trainer_server.coordinator.operator import Operation
 from trainer_server.coordinator.records import ClosedRound
 
 
@@ -40,6 +41,11 @@ class LimitsChanged:
 
 
 @dataclass(frozen=True)
+class OperatorActed:
+    operation: Operation
+
+
+@dataclass(frozen=True)
 class ClockTicked:
     """No message is waiting. Rounds open and close only at this event, so every message that arrived before counts.
     `working`: devices whose heartbeats show that they are at work."""
@@ -47,7 +53,7 @@ class ClockTicked:
     working: frozenset[str] = frozenset()
 
 
-Event = StatusSeen | UpdateSeen | UpdateRefused | LimitsChanged | ClockTicked
+Event = StatusSeen | UpdateSeen | UpdateRefused | LimitsChanged | OperatorActed | ClockTicked
 
 
 @dataclass(frozen=True)

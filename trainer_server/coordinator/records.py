@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from fedfmsl.algorithms.bounds import capped_weights
@@ -38,6 +39,46 @@ class ClosedRound(Message):
         weights = capped_weights([update.samples for update in reporting])
         values = [update.metrics[metric] * weight for update, weight in zip(reporting, weights, strict=True)]
         return sum(values) / sum(weights) if any(weights) else None
+
+
+class RoundSummary(Message):
+    """A closed round without the values of single devices.
+
+    `means`: by metric, the mean over the devices, of metrics that at least half of the updates have. `bytes_up` and
+    `bytes_down`: on the wire, of all devices. `answered` and `missing`: numbers of devices.
+    """
+
+    round: int
+    stage: Stage
+    ordinal: tuple[int, int]
+    level: int
+    seconds: float
+    answered: int
+    missing: int
+    bytes_up: int
+    bytes_down: int
+    means: dict[str, float]
+    repeated: str = ""
+
+    @classmethod
+    def of_record(cls, closed: ClosedRound) -> RoundSummary:
+        announced, updates = closed.round, closed.updates.values()
+        reporting = Counter(name for update in updates for name in update.metrics)
+        names = sorted(name for name, count in reporting.items() if 2 * count >= len(closed.updates))
+        means = {name: closed.mean(name) for name in names}
+        return cls(
+            round=announced.round,
+            stage=announced.stage,
+            ordinal=announced.ordinal,
+            level=announced.level,
+            seconds=closed.seconds,
+            answered=len(closed.updates),
+            missing=len(closed.missing),
+            bytes_up=sum(closed.bytes_up.values()),
+            bytes_down=sum(update.bytes_down for update in updates),
+            means={name: mean for name, mean in means.items() if mean is not None},
+            repeated=closed.repeated,
+        )
 
 
 def held_out_accuracies(update: Update) -> dict[str, float]:

@@ -79,9 +79,19 @@ def shortage(plan: Plan, state: State, closing: Round) -> str:
 
 
 def secure_level(state: State) -> int:
-    """The level of a round of stage 1: up to SAL's, the highest that MIN_DEVICES devices train."""
+    """The level of a round of stage 1: up to SAL's, the highest that MIN_DEVICES devices train. Each repeat from the
+    second on is one level lower, because devices of a level that do not answer would have it repeated without end."""
     caps = sorted((state.devices[name].level_cap for name in state.ready), reverse=True)
-    return max(min(state.sal.level, caps[MIN_DEVICES - 1]), 1) if len(caps) >= MIN_DEVICES else 1
+    highest = min(state.sal.level, caps[MIN_DEVICES - 1]) if len(caps) >= MIN_DEVICES else 1
+    return max(highest - max(state.repeats - MAX_REPEATS + 1, 0), 1)
+
+
+def _merged(secure: SecureSums, members: tuple[str, ...], level: int) -> SecureSums:
+    """With `members`, at the highest level up to `level` that enough of them train: devices of higher levels train at
+    it too."""
+    levels = read_roster(secure.roster)
+    thin = thin_level((levels[name].level for name in members), level)
+    return replace(secure, members=members, level=thin - 1 if thin > 1 else level)
 
 
 def check_update(plan: Plan, state: State, task: Round, update: Update, tensors: Tensors) -> None:
@@ -113,14 +123,14 @@ def apply_updates(plan: Plan, state: State, closing: Round) -> Sums:
     secure = state.secure
     if closing.stage is Stage.KEYS:
         signed = {name: SignedKeys.read(tensors) for name, tensors in _tensors(plan, state)}
-        members = tuple(sorted(signed))
-        return _progress(state, SecureSums(roster_tensors(signed), closing.round, closing.level, members))
+        secure = SecureSums(roster_tensors(signed), closing.round)
+        return _progress(state, _merged(secure, tuple(sorted(signed)), closing.level))
     if closing.stage is Stage.SHARES:
         roster = _roster(plan, secure)
         shares = np.zeros((len(roster.names), len(roster.holders(0)), SHARE_BYTES), np.uint8)
         for name, tensors in _tensors(plan, state):
             shares[_positions(roster)[name]] = tensors[SHARES]
-        return _progress(state, replace(secure, shares=shares, members=_answered(state)))
+        return _progress(state, _merged(replace(secure, shares=shares), _answered(state), secure.level))
     if closing.stage is not Stage.UNMASK:
         masked = np.zeros(_values(plan, closing.stage, closing.level), np.uint64)
         for _, tensors in _tensors(plan, state):

@@ -186,7 +186,8 @@ class State:
     is the expert that stage 1 starts from; if its head is zeros, that of the first round of stage 1 replaces it. `gate`
     (G,) is the gate adapter.
 
-    `norms`: the median norms of the updates in the stage's last rounds.
+    `norms`: the median norms of the updates in the stage's last rounds. `agreements`: by device, how much its updates
+    of the stage agree with those of others (`fedfmsl.algorithms.agreement`).
 
     Round: `position` in the schedule is -1 while the server waits for devices. `since` is the time of the
     announcement. `expected` are the selected devices. `updates` are the accepted updates of the present round.
@@ -199,6 +200,9 @@ class State:
     accepted in these rounds and in the last REMEMBERED_ROUNDS. A second update with such a key is a duplicate.
 
     `secure`: the secure aggregation in progress. `former`: what is known of the head of stage 1.
+
+    What the operator has done: `paused_at` is when the run was paused, `closing` the round to close now, `excluded` the
+    devices that take part no more.
     """
 
     expert: Vector
@@ -210,6 +214,7 @@ class State:
     since: float
     limits: Limits
     norms: tuple[float, ...] = ()
+    agreements: Mapping[str, float] = field(default_factory=dict)
     stretch: int = 1
     slowest: Mapping[Stage, float] = field(default_factory=dict)
     position: int = -1
@@ -224,11 +229,15 @@ class State:
     counted: frozenset[Key] = frozenset()
     secure: SecureSums = NO_SUMS
     former: FormerHead = field(default_factory=FormerHead)
+    paused_at: float | None = None
+    closing: int = 0
+    excluded: frozenset[str] = frozenset()
 
     @property
     def online(self) -> frozenset[str]:
         """Devices that can take part."""
-        return frozenset(name for name, status in self.devices.items() if status.online and not status.error)
+        able = frozenset(name for name, status in self.devices.items() if status.online and not status.error)
+        return able - self.excluded
 
     @property
     def ready(self) -> frozenset[str]:

@@ -48,6 +48,8 @@ def validate_update(plan: Plan, state: State, update: Update, tensors: Tensors) 
         return rejected("other run", "belongs to an earlier session of this run")
     if update.device not in state.devices:
         return rejected("unknown device", "has not announced itself")
+    if update.device in state.excluded:
+        return rejected("excluded", "the operator has excluded this device from the run")
     if (update.round, update.device) in state.counted:
         return Validation(Verdict.DUPLICATE, "repeated", "already counted")
     if announced is None or update.round > state.round:

@@ -5,22 +5,17 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import subprocess
-import sys
-import threading
 from dataclasses import asdict
 from pathlib import Path
 
-from fedfmsl.errors import BundleError, ConfigError, RunError
+from fedfmsl.errors import BundleError, ConfigError
 from fedfmsl.protocol.bundle import MANIFEST, Bundle
 from fedfmsl.transport.address import require_loopback
 from fedfmsl.transport.identity import read_identity
-from trainer_server.service.bundle_process import LISTENING, Job
+from trainer_server.service.bundle_process import Job
+from trainer_server.service.child_process import RESTART_SECONDS, ChildProcess
 
 logger = logging.getLogger(__name__)
-
-COMMAND = (sys.executable, "-m", "trainer_server.service.bundle_process")
-RESTART_SECONDS = 5.0
 
 
 class BundleServer:
@@ -56,9 +51,7 @@ class BundleServer:
                     "the bundle's server has no revocation list, so it serves revoked devices; give --revoked"
                 )
         self.url = f"{'https' if identity else 'http'}://{address}/bundle"
-        self._address = address
-        self._restart_seconds = restart_seconds
-        self._job = Job(
+        job = Job(
             host.strip("[]"),
             int(port),
             _files(Bundle.load(root)),
@@ -66,56 +59,22 @@ class BundleServer:
             str(revoked.absolute()) if revoked else None,
             sorted(allowed) if allowed is not None and identity else None,
         )
-        self._closing = threading.Event()
-        self._process = self._start()
-        self._thread = threading.Thread(target=self._follow, daemon=True)
-        self._thread.start()
+        failure = f"cannot serve the bundle on {address} ({{}}); choose another --serve"
+        self._child = ChildProcess(
+            "trainer_server.service.bundle_process",
+            json.dumps(asdict(job)),
+            "the bundle's server",
+            failure,
+            restart_seconds,
+        )
 
     @property
     def pid(self) -> int:
         """Of the process that serves now."""
-        return self._process.pid
+        return self._child.pid
 
     def close(self) -> None:
-        self._closing.set()
-        _close_input(self._process)
-        self._thread.join()
-
-    def _start(self) -> subprocess.Popen[str]:
-        """Raises RunError if it does not listen."""
-        process = subprocess.Popen(COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        assert process.stdin and process.stdout
-        with contextlib.suppress(BrokenPipeError):
-            process.stdin.write(json.dumps(asdict(self._job)) + "\n")
-            process.stdin.flush()
-        first = process.stdout.readline().strip()
-        if first != LISTENING:
-            _close_input(process)
-            process.wait()
-            raise RunError(
-                f"cannot serve the bundle on {self._address} ({first or 'see above'}); is the port in use? choose "
-                "another --serve"
-            )
-        return process
-
-    def _follow(self) -> None:
-        """Logs what the process writes, until `close`."""
-        while True:
-            assert self._process.stdout
-            for line in self._process.stdout:
-                logger.warning("%s", line.strip())
-            code = self._process.wait()
-            if self._closing.is_set():
-                return
-            logger.warning("the bundle's server ended with exit code %d; starting it again", code)
-            while not self._closing.wait(self._restart_seconds):
-                with contextlib.suppress(RunError):
-                    self._process = self._start()
-                    break
-            else:
-                return
-            if self._closing.is_set():
-                _close_input(self._process)
+        self._child.close()
 
 
 def revocation_list_beside(identity: Path) -> Path | None:
@@ -132,9 +91,3 @@ def _files(bundle: Bundle) -> dict[str, tuple[str, str]]:
         with contextlib.suppress(BundleError):  # the manifest names a file outside of the bundle
             found[name] = (str(bundle.path(name).absolute()), sha256)
     return found
-
-
-def _close_input(process: subprocess.Popen[str]) -> None:
-    with contextlib.suppress(OSError):
-        assert process.stdin
-        process.stdin.close()

@@ -1,8 +1,7 @@
 """The process that serves the bundle: python -m trainer_server.service.bundle_process, started by `bundle_http`.
 
-It has its own file descriptors, so that connections of others cannot take the coordinator's. It reads its job, one
-line of JSON, from standard input, and ends when that is closed. It writes a line when it listens, and at most one line
-a minute about connections that it has ended.
+It has its own file descriptors, so that connections of others cannot take the coordinator's. It is a process as
+`child_process` describes, and writes at most one line a minute about connections that it has ended.
 
 A connection of more than WAITING without a request ends the oldest of them. Clients are told apart by the names in
 their certificates, so there are no limits per client without TLS.
@@ -28,10 +27,11 @@ from http import HTTPStatus
 from pathlib import Path
 
 from fedfmsl.errors import ConfigError
+from fedfmsl.transport.address import why_not_listening
 from fedfmsl.transport.identity import read_identity
 from trainer_server.service.bundle_files import HEAD_BYTES, Response, Served, read_request, refusal, respond
+from trainer_server.service.child_process import LISTENING
 
-LISTENING = "listening"  # the first line if it does
 WAITING = 128  # connections without a request
 REFUSAL_SECONDS = 3.0  # for the client to read why its certificate is refused
 REQUEST_BYTES = 1 << 16  # that a request costs at least
@@ -170,7 +170,12 @@ class Server:
             waiting = sum(not each.requested for each in self._connections)
         if waiting > WAITING:
             self._end_oldest()
-        threading.Thread(target=self._handle, args=(connection,), daemon=True).start()
+        try:
+            threading.Thread(target=self._handle, args=(connection,), daemon=True).start()
+        except RuntimeError:  # the system gives this process no more threads
+            self._count("no more threads", connection)
+            self._end(connection)
+            connection.socket.close()
 
     def _handle(self, connection: _Connection) -> None:
         try:
@@ -329,7 +334,10 @@ def main() -> int:
             contexts = Contexts(Path(job.identity), Path(job.revoked) if job.revoked else None)
             contexts.current()
         listeners = listen(job.host, job.port)
-    except (OSError, ConfigError) as error:
+    except OSError as error:
+        _say(why_not_listening(job.host, error))
+        return 1
+    except ConfigError as error:
         _say(str(error))
         return 1
     _say(LISTENING)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Container
 
 from fedfmsl.errors import MessageError
@@ -38,13 +37,22 @@ class Decoder:
         upload = self._uploads.add(*source, received.payload)
         return (None, None) if upload is None else (self._update(source, upload), upload)
 
-    def shows_work(self, received: Received) -> bool | None:
-        """Whether a device's live message shows that it is at work; None if the message says nothing about it."""
+    def health(self, received: Received) -> Health | None:
+        """A device's heartbeat. None for other messages, and for one of another version: a sign of life only."""
         device = self._topics.device_of(received.topic)
-        if device is not None and received.topic == self._topics.health(device):
-            with contextlib.suppress(MessageError):  # a heartbeat of another version is a sign of life only
-                return parse(Health, received.payload).activity is Activity.WORKING
+        if device is None or received.topic != self._topics.health(device) or not received.payload:
             return None
+        try:
+            health = parse(Health, received.payload)
+        except MessageError:
+            return None
+        return health if health.device == device else None
+
+    def shows_work(self, received: Received, health: Health | None) -> bool | None:
+        """Whether a device's live message, with its heartbeat if it is one, shows that it is at work; None if it says
+        nothing about it."""
+        if health is not None:
+            return health.activity is Activity.WORKING
         return True if self._topics.update_of(received.topic) is not None else None
 
     @staticmethod

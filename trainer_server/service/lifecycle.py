@@ -61,7 +61,7 @@ def open_run(folder: Path, config: RunConfig, bundle: Bundle) -> RunStore:
         differences, changes = differing_settings(origin.config, config)
         raise ConfigError(
             f"{folder} holds run {origin.config.run!r} with {differences}; resume it with python -m trainer_server "
-            f"resume --out {folder}{changes}, or choose another --out"
+            f"resume{changes} --out {folder}, or choose another --out"
         )
     return store
 
@@ -86,12 +86,13 @@ def run_server(
     topic_prefix: str = ROOT,
     changes: Mapping[str, Any] = NO_CHANGES,
     allowed: frozenset[str] | None = None,
+    metrics: str | None = None,
 ) -> None:
     """Coordinates until the run is finished. `changes`: fields of `Limits` that change from now on. `allowed`: the
-    devices that may take part; None: all.
+    devices that may take part; None: all. `metrics`: where Prometheus metrics are served.
 
-    Raises ConfigError if the run cannot have these limits, RunError if the run failed, another server runs in its
-    folder, or a newer server took over.
+    Raises ConfigError if the run cannot have these limits or the metrics cannot be served, RunError if the run failed,
+    another server runs in its folder, or a newer server took over.
     """
     with store.locked(), log_to_folder(store.folder, log_bytes):
         # a file of a crashed server in this folder is removed with the next checkpoint
@@ -115,7 +116,13 @@ def run_server(
         # a client id of its own: amqtt would not tell the older one of two servers with one client id
         client_id = topics.client_id("server", secrets.token_hex(8))
         link = Link(broker, client_id, will, identity=identity, insecure=insecure, keepalive=keepalive)
-        Service(plan, state, at, store, link, status, topics, allowed).run()
+        service = Service(plan, state, at, store, link, status, topics, allowed)
+        if metrics:
+            from fedfmsl.transport.metrics import serve_metrics
+            from trainer_server.service.metrics import families  # takes 12 MB of memory
+
+            serve_metrics(metrics, lambda: families(service.snapshot()), insecure)
+        service.run()
 
 
 def _key_check(identity: Path | None) -> CheckKeys:

@@ -1,7 +1,5 @@
 """The server's I/O loop around the coordinator: MQTT, clock and disk.
 
-RUN/global_expert/       the global expert as a PEFT adapter, written again after every round of stage 1
-
 Every event takes three steps. The coordinator computes the next state and its commands. The store writes the event
 durably. Then the commands are executed. So an acknowledgement remains valid after a crash, and an event that cannot be
 stored has no effect.
@@ -11,14 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import sqlite3
 import time
 from dataclasses import replace
 
-from fedfmsl.common.files import NO_DESCRIPTORS, has_descriptors
+from fedfmsl.common.files import EXHAUSTED, NO_DESCRIPTORS, has_descriptors
 from fedfmsl.errors import BrokerError, MessageError, RunError
 from fedfmsl.protocol.chunks import CHUNK_BYTES, CHUNK_SIZES, HEADER_BYTES
-from fedfmsl.protocol.messages import DeviceStatus, ServerStatus, Stage, parse
+from fedfmsl.protocol.messages import DeviceStatus, ServerStatus, parse
 from fedfmsl.protocol.tensors import blob_bytes
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.identity import describe_expiry
@@ -33,6 +32,7 @@ from trainer_server.coordinator.events import (
     Command,
     CountRefusal,
     Log,
+    OperatorActed,
     PublishGlobals,
     SendAck,
     StatusSeen,
@@ -41,18 +41,20 @@ from trainer_server.coordinator.events import (
     UpdateRefused,
     UpdateSeen,
 )
-from trainer_server.coordinator.records import ClosedRound
 from trainer_server.coordinator.state import Plan, State
 from trainer_server.service.batch import Batch, Statuses, flatten
 from trainer_server.service.clock import RunClock
 from trainer_server.service.decode import Decoder
 from trainer_server.service.duplicates import DuplicateServerGuard
+from trainer_server.service.expert_folder import ExpertFolder
+from trainer_server.service.figures import Figures, Snapshot
 from trainer_server.service.floods import FloodGuard, Sweeper
 from trainer_server.service.liveness import Liveness
 from trainer_server.service.publisher import Publisher
 from trainer_server.service.refusals import Refusals
 from trainer_server.service.run_log import log_participation, log_round, log_stragglers
-from trainer_server.storage.peft_adapter import write_adapter
+from trainer_server.storage.observations import Observations, ServerView
+from trainer_server.storage.operations import Operations
 from trainer_server.storage.run_store import LoggedEvent, RunStore
 from trainer_server.storage.uploads import Upload, Uploads
 
@@ -98,6 +100,25 @@ class Service:
         self._disk_error = ("", "")
         self._joined: frozenset[str] | None = None  # the devices in the store's list before the first round
         self._outage = (-1.0, "")  # as stored
+        self._observations = Observations(store.folder)
+        self._operations = Operations(store.folder)
+        self._figures = Figures.of_run(store)
+        self._expert_folder = ExpertFolder(plan, store.folder / "global_expert")
+
+    def snapshot(self) -> Snapshot:
+        """What metrics show now. For any thread."""
+        link, uploads = self._link, self._uploads.incomplete
+        return Snapshot(
+            self._plan,
+            self._state,
+            self._figures,
+            folder=self._store.folder,
+            connected=not link.outage.since,
+            queued=link.events.qsize(),
+            uploads=uploads,
+            certificate_until=link.own_until,
+            broker_certificate_until=link.broker_until,
+        )
 
     def run(self) -> None:
         """Returns when the run is finished. Raises BrokerError, and RunError if the run failed or a newer server took
@@ -118,8 +139,11 @@ class Service:
                 self._publish_state()
             while self._store.ended is None:
                 self._process_messages()
+                self._obey()
                 self._tick()
+                self._observe()
         finally:
+            self._observations.close()
             if not self._guard.superseded:  # else the retained status is the newer server's
                 self._publisher.publish_status(online=False)
             self._link.close(self._publisher.last)
@@ -231,11 +255,15 @@ class Service:
             self._refuse(self._sender(received.topic), "unreadable", about)
             return
         seen: StatusSeen | None = None
+        health = self._decoder.health(received)
+        if health is not None and health.device in batch.state.devices:
+            heard = time.time()
+            self._observations.heartbeat(health, min(health.time, heard) if received.retained else heard)
         if isinstance(event, StatusSeen):
             seen = self._liveness.status(event.status, received.retained, batch.now)
         elif device and not received.retained:
             known = batch.state.devices.get(device)
-            at_work = self._decoder.shows_work(received)
+            at_work = self._decoder.shows_work(received, health)
             if known is not None and at_work is not None:
                 self._liveness.work(device, at_work, batch.now)
             seen = self._liveness.message(device, known is not None and known.online, batch.now)
@@ -290,6 +318,41 @@ class Service:
                 "stop one of them, or start it with another --run"
             )
 
+    def _obey(self) -> None:
+        """Carries out what the operator asks, as events of the log."""
+        for path, operation in self._operations.waiting():
+            if operation is None:
+                logger.warning("%s holds no action of an operator; it is removed", path)
+            else:
+                now, event = self._clock.now(), OperatorActed(operation)
+                state, commands = advance(self._plan, self._state, event, now)
+                try:
+                    if state is not self._state:
+                        self._store.commit([*flatten(self._statuses), LoggedEvent(now, event)])
+                        self._state, self._statuses = state, {}
+                except (OSError, sqlite3.Error) as error:
+                    self._wait_for_disk(error)
+                    return
+                for command in commands:
+                    self._execute(command)
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+
+    def _observe(self) -> None:
+        """Shows the console where the run stands."""
+        state, seen = self._state, time.time()
+        left = next_deadline(self._plan, state) - self._clock.now()
+        self._observations.save(
+            ServerView(
+                seen=seen,
+                deadline=seen + left if math.isfinite(left) else None,
+                paused=state.paused_at is not None,
+                round_timeout=state.limits.round_timeout,
+                excluded=tuple(sorted(state.excluded)),
+            ),
+            state.devices,
+        )
+
     def _tick(self) -> None:
         """Opens and closes rounds."""
         now = self._clock.now()
@@ -299,11 +362,12 @@ class Service:
             self._publisher.ask_for_chunks(gap)
         if self._guard.echo_is_missing(now):
             logger.warning("the broker does not return this server's own status; check that --identity is the server's")
+        started = time.monotonic()
         overdue = now >= next_deadline(self._plan, self._state)
         ticked = ClockTicked(self._liveness.working(now) if overdue else frozenset())
         try:
             state, commands = advance(self._plan, self._state, ticked, now)
-        except OSError as error:  # the aggregation needs disk space; the next tick tries again
+        except OSError as error:  # no disk space for the aggregation, or no descriptor to read an update
             self._wait_for_disk(error)
             return
         if not commands:
@@ -323,6 +387,8 @@ class Service:
         except (OSError, sqlite3.Error) as error:
             self._wait_for_disk(error)
         if self._state is state:
+            for record in rounds:
+                self._figures.closed(record, time.monotonic() - started)
             for command in commands:
                 self._execute(command)
 
@@ -338,7 +404,8 @@ class Service:
         elif isinstance(command, CountRefusal):
             self._refuse(command.device, command.kind, command.text)
         elif isinstance(command, StoreRound):
-            self._finish_round(command.closed)
+            log_stragglers(command.closed)
+            self._expert_folder.round_closed(command.closed, self._state.expert)
         elif isinstance(command, Log):
             logger.log(logging.WARNING if command.warning else logging.INFO, command.text)
         elif isinstance(command, Stop) and not command.error:
@@ -351,18 +418,6 @@ class Service:
         if self._state.announced is not None:
             for command in announcement(self._plan, self._state, self._state.announced):
                 self._execute(command)
-
-    def _finish_round(self, closed: ClosedRound) -> None:
-        """Logs stragglers and writes the PEFT adapter. The record is already stored."""
-        log_stragglers(closed)
-        first = closed.round.stage is Stage.PERSONAL and closed.round.index == 0  # it may bring a former head back
-        if closed.round.expert and (first or closed.round.stage in (Stage.GLOBAL, Stage.HEAD, Stage.UNMASK)):
-            level = closed.round.level
-            expert = self._state.expert[: self._plan.bundle.expert.size(level)]
-            try:
-                write_adapter(self._plan.bundle, expert, level, self._store.folder / "global_expert")
-            except OSError as error:
-                logger.warning("the adapter of round %d could not be written (%s)", closed.round.round, error.strerror)
 
     def _save_certificates(self) -> None:
         found = {SERVER_NAME: self._link.own_until, "broker": self._link.broker_until}
@@ -388,15 +443,17 @@ class Service:
 
     def _refuse(self, device: str, kind: str, text: str) -> None:
         sender = device if device in self._state.devices else UNKNOWN_DEVICE
+        self._figures.refused[kind] += 1
         if self._refusals.add(sender, kind, text):
             logger.warning("refused from %s (%s): %s", sender, kind, text)
 
     def _wait_for_disk(self, error: OSError | sqlite3.Error) -> None:
-        remedy = "free some disk space" if has_descriptors() else NO_DESCRIPTORS
+        exhausted = getattr(error, "errno", None) in EXHAUSTED or not has_descriptors()
+        remedy = NO_DESCRIPTORS if exhausted else "free some disk space"
         reason = getattr(error, "strerror", None) or str(error)  # without the file, which differs each time
         if (reason, remedy) != self._disk_error:
             self._disk_error = (reason, remedy)
-            logger.error("cannot write to %s (%s); %s, the run waits for it", self._store.folder, reason, remedy)
+            logger.error("cannot use %s (%s); %s, the run waits for it", self._store.folder, reason, remedy)
         time.sleep(POLL_SECONDS)
 
 

@@ -26,8 +26,11 @@ from safetensors.numpy import save
 
 from fedfmsl.algorithms.arrays import Vector
 from fedfmsl.common.files import write_atomically
-from fedfmsl.protocol.bundle import FILTERS, Bundle, ImagePreprocessing, Resize
+from fedfmsl.protocol.bundle import Bundle, ImagePreprocessing
+from fedfmsl.protocol.image_processor import PREPROCESSOR, image_processor
 from fedfmsl.protocol.peft_names import to_peft
+
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 def write_adapter(bundle: Bundle, expert: Vector, level: int, folder: Path) -> None:
@@ -53,31 +56,10 @@ def write_adapter(bundle: Bundle, expert: Vector, level: int, folder: Path) -> N
     }
     tensors = to_peft(manifest.peft, bundle.expert.split(expert))
     contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-    write_atomically(folder / "adapter_config.json", json.dumps(config, indent=1).encode())
+    write_atomically(folder / ADAPTER_CONFIG, json.dumps(config, indent=1).encode())
     write_atomically(folder / "adapter_model.safetensors", save(contiguous, {"format": "pt"}))
     if isinstance(manifest.preprocessing, ImagePreprocessing):
-        processor = json.dumps(_image_processor(manifest.preprocessing), indent=1)
-        write_atomically(folder / "preprocessor_config.json", processor.encode())
+        processor = json.dumps(image_processor(manifest.preprocessing), indent=1)
+        write_atomically(folder / PREPROCESSOR, processor.encode())
     labels = {str(index): name for index, name in enumerate(manifest.classes)}
     write_atomically(folder / "labels.json", json.dumps(labels, indent=1).encode())
-
-
-def _image_processor(preprocessing: ImagePreprocessing) -> dict[str, object]:
-    """The preprocessing as transformers' CLIPImageProcessor, which knows all of its steps."""
-    size = preprocessing.size
-    resize = preprocessing.resize or Resize(edge=size, keep_ratio=True, filter="bicubic")
-    edge = resize.edge
-    return {
-        "image_processor_type": "CLIPImageProcessor",
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"shortest_edge": edge} if resize.keep_ratio else {"height": edge, "width": edge},
-        "resample": FILTERS.index(resize.filter),
-        "do_center_crop": True,
-        "crop_size": {"height": size, "width": size},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": preprocessing.mean,
-        "image_std": preprocessing.std,
-    }

@@ -27,23 +27,25 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from fedfmsl.algorithms.arrays import Tensors
-from fedfmsl.common.files import write_atomically
+from fedfmsl.common.files import EXHAUSTED, write_atomically
 from fedfmsl.common.lock_file import held, is_held, process_of
 from fedfmsl.errors import ConfigError, MessageError, RunError
 from fedfmsl.protocol.bundle import Bundle
-from fedfmsl.protocol.messages import DeviceStatus, Update, parse
+from fedfmsl.protocol.messages import DeviceStatus, Stage, Update, parse
 from fedfmsl.protocol.tensors import Header, blob_hash, pack, unpack
 from trainer_server.config import RunConfig
 from trainer_server.coordinator.events import (
     ClockTicked,
     Event,
     LimitsChanged,
+    OperatorActed,
     StatusSeen,
     UpdateRefused,
     UpdateSeen,
 )
 from trainer_server.coordinator.limits import Limits
-from trainer_server.coordinator.records import ClosedRound
+from trainer_server.coordinator.operator import Operation
+from trainer_server.coordinator.records import ClosedRound, RoundSummary
 from trainer_server.coordinator.state import TRAINING, State
 from trainer_server.storage.checkpoint import Checkpoint, vectors_of
 
@@ -63,7 +65,9 @@ CREATE TABLE IF NOT EXISTS events (
 CREATE TABLE IF NOT EXISTS checkpoints (
     seq INTEGER PRIMARY KEY, at REAL NOT NULL, state TEXT NOT NULL, sha256 TEXT NOT NULL
 );
-CREATE TABLE IF NOT EXISTS rounds (round INTEGER PRIMARY KEY, closed_at REAL NOT NULL, record TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS rounds (
+    round INTEGER PRIMARY KEY, closed_at REAL NOT NULL, record TEXT NOT NULL, summary TEXT NOT NULL
+);
 CREATE TABLE IF NOT EXISTS refusals (
     device TEXT NOT NULL, kind TEXT NOT NULL, count INTEGER NOT NULL, last TEXT NOT NULL, PRIMARY KEY (device, kind)
 );
@@ -179,7 +183,8 @@ class RunStore:
         return self.folder / "tensors"
 
     def read(self, sha256: str) -> Tensors:
-        """The tensors of an accepted update. Raises RunError if its file is missing or altered."""
+        """The tensors of an accepted update. Raises RunError if its file is missing or altered, OSError if no file can
+        be opened."""
         return self._unpack(sha256, Update)[1]
 
     def _unpack(self, sha256: str, header_type: type[Header]) -> tuple[Header, Tensors]:
@@ -193,6 +198,8 @@ class RunStore:
         try:
             blob = path.read_bytes()
         except OSError as error:
+            if error.errno in EXHAUSTED:  # the file is not what fails
+                raise
             raise RunError(f"{path} cannot be read ({error.strerror}); restore it from a backup") from error
         if blob_hash(blob) != sha256:
             raise RunError(f"{path} was altered (wrong SHA-256); restore it from a backup")
@@ -228,12 +235,21 @@ class RunStore:
                 "INSERT INTO events (at, kind, body, sha256, size) VALUES (?, ?, ?, ?, ?)", map(_to_row, events)
             )
             self._db.executemany(
-                "INSERT INTO rounds VALUES (?, ?, ?)",
-                [(closed.round.round, time.time(), closed.model_dump_json()) for closed in rounds],
+                "INSERT INTO rounds VALUES (?, ?, ?, ?)",
+                [
+                    (
+                        closed.round.round,
+                        time.time(),
+                        closed.model_dump_json(),
+                        RoundSummary.of_record(closed).model_dump_json(),
+                    )
+                    for closed in rounds
+                ],
             )
+            chosen = "" if self.origin.config.audit else ", '$.round.chosen', json('[]')"  # a replay compares it
             without_details = (
                 "UPDATE rounds SET record = json_set(record, '$.updates', json('{}'), '$.bytes_up', json('{}'),"
-                " '$.missing', json('[]')) WHERE round = ?"
+                f" '$.missing', json('[]'){chosen}) WHERE round = ?"
             )
             kept = max(DETAILS // self.origin.config.devices, 1)
             self._db.executemany(without_details, [(closed.round.round - kept,) for closed in rounds])
@@ -309,6 +325,11 @@ class RunStore:
         row = self._db.execute("SELECT state, at FROM checkpoints ORDER BY seq DESC LIMIT 1").fetchone()
         return (Checkpoint.model_validate_json(row[0]), row[1]) if row else None
 
+    def checkpoint_number(self) -> int:
+        """That of the last checkpoint, which is higher than that of earlier ones; 0 before the first round."""
+        (number,) = self._db.execute("SELECT coalesce(max(seq) + 1, 0) FROM checkpoints").fetchone()
+        return int(number)
+
     def state(self) -> tuple[State, float] | None:
         """The state in the last checkpoint and its time. Raises RunError if its tensor file is missing or altered."""
         return self._state("SELECT state, sha256, at FROM checkpoints ORDER BY seq DESC LIMIT 1")
@@ -371,6 +392,8 @@ class RunStore:
             return UpdateRefused(json.loads(body))
         if kind == "limits":
             return LimitsChanged(parse(Limits, body.encode()))
+        if kind == "operator":
+            return OperatorActed(parse(Operation, body.encode()))
         return ClockTicked(frozenset(json.loads(body)))
 
     def pending_updates(self) -> dict[str, int]:
@@ -398,6 +421,22 @@ class RunStore:
         """Records of the closed rounds with a number above `after`."""
         rows = self._db.execute("SELECT record FROM rounds WHERE round > ? ORDER BY round", (after,))
         return [ClosedRound.model_validate_json(record) for (record,) in rows]
+
+    def summaries(self, after: int = 0) -> list[tuple[RoundSummary, float]]:
+        """Of the closed rounds with a number above `after`, each with the moment when it was closed (unix seconds)."""
+        rows = self._db.execute("SELECT summary, closed_at FROM rounds WHERE round > ? ORDER BY round", (after,))
+        return [(RoundSummary.model_validate_json(summary), at) for summary, at in rows]
+
+    def record(self, number: int) -> ClosedRound | None:
+        """The record of a closed round; None if there is none."""
+        row = self._db.execute("SELECT record FROM rounds WHERE round = ?", (number,)).fetchone()
+        return ClosedRound.model_validate_json(row[0]) if row else None
+
+    def closed_stages(self) -> list[tuple[Stage, str]]:
+        """Of every closed round, without its record: its stage, and why it was repeated ("": it was not)."""
+        stage, repeated = (f"json_extract(record, '$.{path}')" for path in ("round.stage", "repeated"))
+        query = f"SELECT {stage}, {repeated} FROM rounds ORDER BY round"
+        return [(Stage(stage), repeated) for stage, repeated in self._db.execute(query).fetchall()]
 
     def sizes(self) -> dict[str, int]:
         """Bytes on the disk: of the database, the tensors and all other files."""
@@ -434,4 +473,6 @@ def _to_row(logged: LoggedEvent) -> tuple[float, str, str, str | None, int | Non
         return logged.at, "refused", json.dumps(event.device), None, None
     if isinstance(event, LimitsChanged):
         return logged.at, "limits", event.limits.model_dump_json(), None, None
+    if isinstance(event, OperatorActed):
+        return logged.at, "operator", event.operation.model_dump_json(), None, None
     return logged.at, "tick", json.dumps(sorted(event.working)), None, None

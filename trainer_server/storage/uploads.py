@@ -99,6 +99,11 @@ class Uploads:
             return None
         return Upload(partial.path, whole, chunk.digest.hex(), partial.size)
 
+    @property
+    def incomplete(self) -> int:
+        """Devices of whose updates some chunks are missing."""
+        return len(self._partials)
+
     def gaps(self) -> list[Gap]:
         """The unfinished updates of which no chunk has arrived for a while, again in growing intervals: their device
         may be gone."""

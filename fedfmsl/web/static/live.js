@@ -48,7 +48,7 @@ function drawCharts(root) {
         height: 220,
         cursor: { y: false },
         scales: { x: { time: false } },
-        axes: [axis, { ...axis, size: 56, values: (_, ticks) => ticks.map((tick) => (percent ? `${Math.round(100 * tick)} %` : tick.toLocaleString("en"))) }],
+        axes: [{ ...axis, size: 32 }, { ...axis, size: 56, values: (_, ticks) => ticks.map((tick) => (percent ? `${Math.round(100 * tick)} %` : tick.toLocaleString("en"))) }],
         series: [
           { label: "round" },
           ...Object.keys(series).map((label, index) => ({

@@ -1,0 +1,109 @@
+"""What an operator may do to a run in progress (ours). Each action is an event of the log, so a replay repeats it.
+
+pause, resume        no round opens or closes meanwhile, and no deadline passes
+close                the present round closes now, with the updates that it has
+exclude, include     a device takes part in no round any more; its update of the present round does not count
+deadline             --round-timeout from now on
+download             of the global expert; the log has it, and nothing changes
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from enum import Enum
+from typing import Literal
+
+from fedfmsl.protocol.messages import Amount, Message, Name, Number, Stage, Text
+from trainer_server.coordinator.state import State
+
+
+class Action(str, Enum):
+    PAUSE = "pause"
+    RESUME = "resume"
+    CLOSE = "close"
+    EXCLUDE = "exclude"
+    INCLUDE = "include"
+    DEADLINE = "deadline"
+    DOWNLOAD = "download"
+
+
+class Operation(Message):
+    """One action. `round`: the round to close; if it is not the present one any more, nothing happens. `device`: to
+    exclude or include. `seconds`: the new deadline. `by`: where it comes from."""
+
+    action: Action
+    round: Number = 0
+    device: Name | Literal[""] = ""
+    seconds: Amount = 0.0
+    by: Text = ""
+
+
+def act(state: State, operation: Operation, now: float) -> tuple[State, str]:
+    """The next state, and what has happened. An action that is not possible changes nothing, and the text says why."""
+    state, text = _ACTS[operation.action](state, operation, now)
+    return state, f"operator{f' at {operation.by}' if operation.by else ''}: {text}"
+
+
+def _pause(state: State, operation: Operation, now: float) -> tuple[State, str]:
+    if state.paused_at is not None:
+        return state, "the run is already paused"
+    return replace(state, paused_at=now), "the run is paused; no round opens or closes until it is resumed"
+
+
+def _resume(state: State, operation: Operation, now: float) -> tuple[State, str]:
+    if state.paused_at is None:
+        return state, "the run is not paused"
+    return replace(state, paused_at=None, since=state.since + now - state.paused_at), "the run is resumed"
+
+
+def _close(state: State, operation: Operation, now: float) -> tuple[State, str]:
+    announced = state.announced
+    if announced is None or announced.round != operation.round or announced.stage is Stage.FINISHED:
+        return state, f"round {operation.round} is not open, so it cannot be closed"
+    return replace(state, closing=operation.round), f"round {operation.round} closes now"
+
+
+def _exclude(state: State, operation: Operation, now: float) -> tuple[State, str]:
+    device = operation.device
+    if device not in state.devices:
+        return state, f"{device} has not announced itself, so it cannot be excluded"
+    if device in state.excluded:
+        return state, f"{device} is already excluded"
+    excluded = replace(
+        state,
+        excluded=state.excluded | {device},
+        expected=state.expected - {device},
+        updates={key: accepted for key, accepted in state.updates.items() if key[1] != device},
+    )
+    return excluded, f"{device} is excluded from this run; its updates are refused"
+
+
+def _include(state: State, operation: Operation, now: float) -> tuple[State, str]:
+    if operation.device not in state.excluded:
+        return state, f"{operation.device} is not excluded"
+    after = replace(state, excluded=state.excluded - {operation.device})
+    return after, f"{operation.device} takes part again from the next round on"
+
+
+def _deadline(state: State, operation: Operation, now: float) -> tuple[State, str]:
+    before = state.limits.round_timeout
+    if not operation.seconds or operation.seconds == before:
+        return state, f"the round deadline stays {before:g} s"
+    text = f"the round deadline is {operation.seconds:g} s from now on, it was {before:g} s"
+    return replace(state, limits=state.limits.model_copy(update={"round_timeout": operation.seconds})), text
+
+
+def _download(state: State, operation: Operation, now: float) -> tuple[State, str]:
+    return state, "the global expert is downloaded"
+
+
+_ACTS: dict[Action, Callable[[State, Operation, float], tuple[State, str]]] = {
+    Action.PAUSE: _pause,
+    Action.RESUME: _resume,
+    Action.CLOSE: _close,
+    Action.EXCLUDE: _exclude,
+    Action.INCLUDE: _include,
+    Action.DEADLINE: _deadline,
+    Action.DOWNLOAD: _download,
+}
