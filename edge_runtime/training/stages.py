@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from edge_runtime.data.samples import labels_of
 from edge_runtime.training.context import TrainingContext
 from edge_runtime.training.loop import Targets, predict_log_p, train
+from edge_runtime.training.personal_model import PersonalModel
 from fedfmsl.algorithms.arrays import Bools, Tensors, Vector
 from fedfmsl.algorithms.calibration import calibrated_nll
 from fedfmsl.algorithms.class_means import class_mean_head, class_sums
@@ -27,9 +27,6 @@ from fedfmsl.protocol.layout import Layout
 from fedfmsl.protocol.messages import Globals as GlobalsHeader
 from fedfmsl.protocol.messages import Round, Stage, Sums
 from fedfmsl.protocol.tensors import unpack
-
-if TYPE_CHECKING:
-    from edge_runtime.training.model import PersonalModel
 
 ALL = slice(None)  # all samples
 
