@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import sqlite3
 from collections.abc import Iterator
 from dataclasses import replace
@@ -243,6 +245,19 @@ def test_a_missing_or_altered_update_is_named(vit: Built, folder: Path) -> None:
         restore_state(server.store, server.plan)
     path.write_bytes(whole)
     assert same(restore_state(server.store, server.plan)[0], server.state)
+
+
+def test_without_a_free_descriptor_an_update_is_not_called_missing(vit: Built, folder: Path) -> None:
+    server = opened(vit, folder)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken = os.dup(0)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (taken, hard))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            server.store.read("0" * 64)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        os.close(taken)
 
 
 def test_a_folder_without_a_valid_run_is_refused(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import sqlite3
 import time
 from dataclasses import replace
 
-from fedfmsl.common.files import NO_DESCRIPTORS, has_descriptors
+from fedfmsl.common.files import EXHAUSTED, NO_DESCRIPTORS, has_descriptors
 from fedfmsl.errors import BrokerError, MessageError, RunError
 from fedfmsl.protocol.chunks import CHUNK_BYTES, CHUNK_SIZES, HEADER_BYTES
 from fedfmsl.protocol.messages import DeviceStatus, ServerStatus, Stage, parse
@@ -369,7 +369,7 @@ class Service:
         ticked = ClockTicked(self._liveness.working(now) if overdue else frozenset())
         try:
             state, commands = advance(self._plan, self._state, ticked, now)
-        except OSError as error:  # the aggregation needs disk space; the next tick tries again
+        except OSError as error:  # no disk space for the aggregation, or no descriptor to read an update
             self._wait_for_disk(error)
             return
         if not commands:
@@ -461,11 +461,12 @@ class Service:
             logger.warning("refused from %s (%s): %s", sender, kind, text)
 
     def _wait_for_disk(self, error: OSError | sqlite3.Error) -> None:
-        remedy = "free some disk space" if has_descriptors() else NO_DESCRIPTORS
+        exhausted = getattr(error, "errno", None) in EXHAUSTED or not has_descriptors()
+        remedy = NO_DESCRIPTORS if exhausted else "free some disk space"
         reason = getattr(error, "strerror", None) or str(error)  # without the file, which differs each time
         if (reason, remedy) != self._disk_error:
             self._disk_error = (reason, remedy)
-            logger.error("cannot write to %s (%s); %s, the run waits for it", self._store.folder, reason, remedy)
+            logger.error("cannot use %s (%s); %s, the run waits for it", self._store.folder, reason, remedy)
         time.sleep(POLL_SECONDS)
 
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from fedfmsl.algorithms.arrays import Tensors
-from fedfmsl.common.files import write_atomically
+from fedfmsl.common.files import EXHAUSTED, write_atomically
 from fedfmsl.common.lock_file import held, is_held, process_of
 from fedfmsl.errors import ConfigError, MessageError, RunError
 from fedfmsl.protocol.bundle import Bundle
@@ -183,7 +183,8 @@ class RunStore:
         return self.folder / "tensors"
 
     def read(self, sha256: str) -> Tensors:
-        """The tensors of an accepted update. Raises RunError if its file is missing or altered."""
+        """The tensors of an accepted update. Raises RunError if its file is missing or altered, OSError if no file can
+        be opened."""
         return self._unpack(sha256, Update)[1]
 
     def _unpack(self, sha256: str, header_type: type[Header]) -> tuple[Header, Tensors]:
@@ -197,6 +198,8 @@ class RunStore:
         try:
             blob = path.read_bytes()
         except OSError as error:
+            if error.errno in EXHAUSTED:  # the file is not what fails
+                raise
             raise RunError(f"{path} cannot be read ({error.strerror}); restore it from a backup") from error
         if blob_hash(blob) != sha256:
             raise RunError(f"{path} was altered (wrong SHA-256); restore it from a backup")
