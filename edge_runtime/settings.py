@@ -6,13 +6,15 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import ByteSize, Field
+from pydantic import AfterValidator, ByteSize, Field, ValidationInfo
 
 from edge_runtime.resources.governor import Hours, Limits
 from fedfmsl.common.logs import LogSettings
 from fedfmsl.common.processors import usable_processors
 from fedfmsl.common.settings import MAX_THREADS, CommaSeparated, File, Fraction, SettingsModel, panel
+from fedfmsl.errors import ConfigError
 from fedfmsl.protocol.messages import EngineChoice
+from fedfmsl.transport.address import listening_on
 from fedfmsl.transport.settings import (
     CONNECTION,
     HOME_ASSISTANT,
@@ -26,6 +28,18 @@ from fedfmsl.transport.settings import (
 RUN, SAMPLES, RESOURCES, SCHEDULE, OUTPUT = (
     panel(name) for name in ("Run", "Samples", "Resources", "When the device trains", "Predictions and metrics")
 )
+
+
+def _check_page(address: str, info: ValidationInfo) -> str:
+    """With an identity the page uses TLS."""
+    try:
+        listening_on(address, "the page", bool(info.data.get("insecure") or info.data.get("identity")))
+    except ConfigError as error:
+        raise ValueError(str(error)) from error
+    return address
+
+
+PageAddress = Annotated[str, AfterValidator(_check_page)]
 
 
 class Secure(str, Enum):
@@ -168,6 +182,12 @@ class Settings(PredictSettings, LogSettings):
     )
     metrics: MetricsAddress | None = Field(
         None, description="HOST:PORT to serve Prometheus metrics on. Default: none.", json_schema_extra=OUTPUT
+    )
+    page: PageAddress | None = Field(
+        None,
+        description="HOST:PORT of the device's page, where people see its state and label the files of --watch. "
+        "Default: none.",
+        json_schema_extra=OUTPUT,
     )
 
     @property
