@@ -18,6 +18,7 @@ from fedfmsl.transport.identity import describe_expiry
 from trainer_server.coordinator.records import NAMES, listed, rare_devices
 from trainer_server.coordinator.refusals import LEFT_OUT_AFTER, is_left_out
 from trainer_server.service.lifecycle import make_plan, open_bundle, replay_rounds
+from trainer_server.storage.model_card import result_of, write_card
 from trainer_server.storage.peft_adapter import write_adapter
 from trainer_server.storage.run_store import RunStore
 
@@ -178,6 +179,8 @@ def export(out: Path = OUT, to: Path = typer.Option(help="Folder to write the PE
     state = checkpoint[0]
     try:
         write_adapter(bundle, state.expert[: bundle.expert.size(state.sal.level)], state.sal.level, to)
+        results = [result for closed in store.rounds() if (result := result_of(closed))]
+        write_card(to, bundle, store.origin.config, results[-1] if results else None)
     except OSError as error:
         raise ConfigError(f"--to {to} cannot be written ({error.strerror}); choose another folder") from error
     print(to)

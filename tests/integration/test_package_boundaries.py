@@ -52,7 +52,8 @@ TABLE = (
     Row(
         "export",
         f"fedfmsl.errors {ALGORITHMS} {COMMON} {PROTOCOL}",
-        "torch transformers peft optimum huggingface_hub onnx onnxruntime tokenizers safetensors numpy rich typer",
+        "torch transformers peft optimum huggingface_hub requests onnx onnxruntime tokenizers safetensors numpy rich "
+        "typer",
     ),
     Row("trainer_server.config", FEDFMSL, "pydantic pydantic_settings"),
     Row("trainer_server.coordinator", f"{FEDFMSL} trainer_server.config", "numpy"),
