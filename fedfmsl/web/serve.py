@@ -69,12 +69,13 @@ class WebServer:
         )
         config.load()
         config.ssl = context
-        self._server = uvicorn.Server(config)
+        self._app, self._server = app, uvicorn.Server(config)
         self._listener = listener
         self._thread = threading.Thread(target=self._server.run, args=([listener],), name="web", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
+        self._app.state.closing.set()  # streams end
         self._server.should_exit = True
         self._thread.join(2 * CLOSE_SECONDS)
         self._listener.close()
