@@ -64,6 +64,8 @@ NOTES = [
     "stay just below a clip; late updates; bytes down, which are fp32 with every encoding.",
 ]
 
+PAGE = Path(__file__).with_name("aggregation.md")
+
 app = application()
 
 
@@ -133,7 +135,7 @@ def aggregation(
     seeds: int = typer.Option(3, min=1, help="Seeds 0 … n-1."),
     threads: int = typer.Option(0, min=0, help="Threads; 0: one per core."),
     hostile: bool = typer.Option(False, "--hostile", help="Only the runs with hostile devices (benchmarks.hostile)."),
-    out: Path = typer.Option(Path("benchmarks/aggregation.md"), help="Page to write, of all results."),
+    out: Path = typer.Option(PAGE, show_default=False, help="Page to write, of all results."),
 ) -> None:
     """Measure accuracy by aggregation rule, encoding, privacy and attack, and write the tables."""
     unknown = set(only) - CONFIGURATIONS.keys()

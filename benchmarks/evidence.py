@@ -32,7 +32,7 @@ from simulation.results import STREAM, Result, grouped, read_results, spread, va
 from simulation.run import simulate
 from simulation.settings import SimulationSettings
 
-RESULTS, REPORT = Path("benchmarks/evidence"), Path("benchmarks/evidence.md")
+RESULTS, REPORT = (Path(__file__).with_name(name) for name in ("evidence", "evidence.md"))
 SHARES = ("0.0", "0.1", "0.5")  # of novel samples in a stream, as in the result files
 FEDFMSL = "fedfmsl"
 SAL = (FEDFMSL, "fedfmsl-all-at-once", "fedfmsl-fixed-schedule")  # they differ with several levels only

@@ -41,7 +41,7 @@ STAGE1_ROUNDS, STAGE2_ROUNDS = 6, 2
 MODELS = ("global", "mofm")
 FLEETS = ((6, 1), (10, 2))  # devices, and how many of them are hostile
 ALPHA, SIZE = 0.5, 70
-FOLDER, RESULTS = Path("runs") / "aggregation", Path("benchmarks") / "aggregation"
+FOLDER, RESULTS = Path("runs") / "aggregation", Path(__file__).with_name("aggregation")
 Result = Mapping[str, dict[str, float]]
 
 
@@ -57,9 +57,12 @@ class Attack:
 
 @dataclass(frozen=True)
 class Row:
+    """`absent`: the hostile devices take no part."""
+
     text: str
     aggregation: Aggregation
     attack: Attack | None = None
+    absent: bool = False
 
 
 def sign_flipped(result: StageResult) -> StageResult:
@@ -110,12 +113,14 @@ ATTACKS = {
 
 
 def rows() -> dict[str, Row]:
-    """By name: the paper's mean and the default without an attacker, then each attack on the default."""
+    """By name: the paper's mean and the default without an attacker, the default without the hostile devices, then each
+    attack on the default."""
     bounds = Aggregation()
     mean = Aggregation(rule=Rule.MEAN, norm_factor=None, weight_cap=None)
     quiet = {
         "mean": Row("mean as in the paper, nobody hostile", mean),
         "default": Row("default, nobody hostile", bounds),
+        "absent": Row("nothing: they take no part", bounds, absent=True),
     }
     return quiet | {name: Row(attack.text, bounds, attack) for name, attack in ATTACKS.items()}
 
@@ -195,6 +200,8 @@ def _run(bundle: Bundle, folders: Sequence[Path], row: Row, seed: int, hostile: 
     def tamper(device: str, result: StageResult) -> StageResult:
         return attack.change(result) if attack is not None and device in bad else result
 
+    if row.absent:
+        folders = [folder for folder in folders if folder.name not in _names(hostile)]
     kind = reader_of(bundle).kind
     splits = {folder.name: scan_once(folder, bundle.manifest.classes, kind) for folder in folders}
     contents = sorted({sample.sha256 for each in splits.values() for sample in each.samples})

@@ -43,7 +43,7 @@ from simulation.results import Cell
 from simulation.run import TEST_SHARE, Simulation
 from simulation.settings import SimulationSettings
 
-REPORT = Path("benchmarks/membership.md")
+REPORT = Path(__file__).with_name("membership.md")
 BLOCK = "groceries"
 ALPHAS = (0.5, 0.1)
 DEVICES = 6

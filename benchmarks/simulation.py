@@ -35,7 +35,7 @@ from fedfmsl.errors import InputError
 from fedfmsl.protocol.bundle import Bundle
 from simulation.results import key_of
 
-RUNS, REPORT = Path("runs/simulation-benchmark"), Path("benchmarks/simulation.md")
+RUNS, REPORT = Path("runs/simulation-benchmark"), Path(__file__).with_name("simulation.md")
 LEVELS = 12  # blocks of DINOv2 ViT-S/14
 TRIED_ROUNDS = 3  # of each setting of Flower; the first one loads the models
 WHOLE_ROUNDS = 8  # with LoRA in all blocks; evaluated after the last one

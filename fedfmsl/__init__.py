@@ -9,7 +9,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from fedfmsl.algorithms.accounting import Observer, epsilon, epsilons
-from fedfmsl.algorithms.aggregation import Aggregate, Contribution, CoordinateMedian, TrimmedMean, WeightedMean
+from fedfmsl.algorithms.aggregation import (
+    Aggregate,
+    Contribution,
+    CoordinateMedian,
+    ScreenedMean,
+    TrimmedMean,
+    WeightedMean,
+)
 from fedfmsl.algorithms.calibration import UNKNOWN, calibrate, fit_temperature, unknown_threshold
 from fedfmsl.algorithms.class_means import class_mean_head, direction_head
 from fedfmsl.algorithms.discriminant import discriminant_head, logit_head, second_moments, with_former_rows
@@ -82,6 +89,7 @@ __all__ = [
     "RunError",
     "Sal",
     "SalState",
+    "ScreenedMean",
     "Training",
     "TrimmedMean",
     "WeightedMean",

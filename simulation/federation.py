@@ -164,7 +164,7 @@ def compute(device: TrainingContext, task: Task) -> Sent:
     result = STAGES[round_.stage](device, round_, task.received)
     # A real device writes its model after each round. Here it is used after the last round only.
     if round_.stage is Stage.EVALUATE:
-        save_personal_model(device, round_, task.received)
+        save_personal_model(device, round_, task.received, result.model)
     norm = None if result.delta is None else float(np.linalg.norm(result.delta))
     if not task.feedback:
         device.store.residual.unlink(missing_ok=True)

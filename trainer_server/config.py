@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_settings import SettingsConfigDict
 
-from fedfmsl.algorithms.aggregation import AggregationRule, CoordinateMedian, TrimmedMean, WeightedMean
+from fedfmsl.algorithms.aggregation import AggregationRule, CoordinateMedian, ScreenedMean, TrimmedMean, WeightedMean
 from fedfmsl.algorithms.bounds import NORM_FACTOR, WEIGHT_CAP
 from fedfmsl.algorithms.privacy import Privacy
 from fedfmsl.algorithms.sal import AllAtOnce, CapabilityQueue, FixedSchedule, Sal
@@ -48,8 +48,9 @@ class Selection(str, Enum):
 
 
 class Rule(str, Enum):
-    """Aggregation rules. The mean is weighted by samples; the others give every update the same weight."""
+    """Aggregation rules. The means are weighted by samples; the others give every update the same weight."""
 
+    SCREENED_MEAN = "screened-mean"
     MEAN = "mean"
     TRIMMED_MEAN = "trimmed-mean"
     MEDIAN = "median"
@@ -77,7 +78,7 @@ class Aggregation(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    rule: Rule = Rule.TRIMMED_MEAN
+    rule: Rule = Rule.SCREENED_MEAN
     trim: float = TrimmedMean.trim
     clip: float | None = None
     norm_factor: float | None = NORM_FACTOR
@@ -96,6 +97,8 @@ class Aggregation(BaseModel):
 
     @property
     def aggregation_rule(self) -> AggregationRule:
+        if self.rule is Rule.SCREENED_MEAN:
+            return ScreenedMean(clip=self.clip)
         if self.rule is Rule.TRIMMED_MEAN:
             return TrimmedMean(trim=self.trim, clip=self.clip)
         return CoordinateMedian(clip=self.clip) if self.rule is Rule.MEDIAN else WeightedMean(clip=self.clip)
@@ -198,8 +201,8 @@ class RunRules(BaseModel):
     )
     secure: bool = Field(
         False,
-        description="Secure aggregation of all updates and sums: the server learns no single device's. Excludes --rule "
-        "trimmed-mean and median, --clip, --encoding and --max-staleness.",
+        description="Secure aggregation of all updates and sums: the server learns no single device's. Excludes every "
+        "--rule but mean, --clip, --encoding and --max-staleness.",
         json_schema_extra=PRIVACY,
     )
     secure_sums: bool = Field(

@@ -194,9 +194,9 @@ class ServerSettings(ServiceSettings, RunRules):
 
     rule: Rule | None = Field(
         None,
-        description="Aggregation rule. trimmed-mean and median withstand a minority of hostile devices from three "
-        "updates on; mean, which is weighted by samples, does not. Default: trimmed-mean; with --dp-noise or "
-        "--secure mean.",
+        description="Aggregation rule. screened-mean leaves out updates that point away from the others; it, "
+        "trimmed-mean and median withstand a minority of hostile devices from three updates on; mean does not. The "
+        "first and the last are weighted by samples. Default: screened-mean; with --dp-noise or --secure mean.",
         json_schema_extra=AGGREGATION,
     )
     trim: float = Field(

@@ -170,11 +170,12 @@ class RoundRunner:
         except SampleChangedError as error:
             self._folder.forget(error.path)
             raise
+        model = result.model
         # The noise is from the operating system's entropy: a server that knew its seed could subtract it.
         result = prepare_update(device.bundle, store.residual, round_, result, np.random.default_rng())
         if round_.secure:
             result = self._secure.mask(round_, result)
-        kept = save_personal_model(device, round_, global_values)
+        kept = save_personal_model(device, round_, global_values, model)
         if kept:
             logger.warning(kept, **fields(round=round_.round))
         device.cache.drop_unused()

@@ -13,6 +13,10 @@ from fedfmsl.protocol.messages import Number, Session, Sha256
 MARGIN = 0.2  # nats by which the held-out likelihood may fall within a session; ours
 
 
+class DivergedError(Exception):
+    """The model of a round gives values that are not finite: its globals are hostile, or training has diverged."""
+
+
 class ModelScore(BaseModel):
     """What the decision needs of a model.
 

@@ -8,6 +8,7 @@ import numpy as np
 from pydantic import BaseModel
 
 from edge_runtime.data.samples import labels_of
+from edge_runtime.training.adoption import DivergedError
 from edge_runtime.training.context import Samples, TrainingContext
 from edge_runtime.training.local_expert import LocalExpert
 from edge_runtime.training.loop import Targets, predict_log_p, train
@@ -89,7 +90,10 @@ def evaluate(context: TrainingContext, round_: Round, published: Globals) -> Sta
     """
     samples, held_out = context.splits.test, context.splits.held_out
     labels = labels_of(samples)
-    model = make_personal_model(context, round_, published)
+    try:
+        model = make_personal_model(context, round_, published)
+    except DivergedError:  # the results say so, with accuracies of chance
+        model = None
     models, mixture = _predict(context, round_, published, samples)
     weight, entropy = gate_statistics(mixture.log_gate) if samples else (0.0, 0.0)
     metrics = {name: accuracy(log_p, labels) for name, log_p in models.items()}
@@ -100,7 +104,7 @@ def evaluate(context: TrainingContext, round_: Round, published: Globals) -> Sta
     counts = {"test": _per_class(context, labels)}
     for name in ("start", "global"):
         counts[name] = _per_class(context, labels[models[name].argmax(axis=1) == labels])
-    calibrated = model.calibrated(models["mofm"])
+    calibrated = model.calibrated(models["mofm"]) if model else models["mofm"]
     probabilities = {shown(i.path): p.tolist() for i, p in zip(samples, np.exp(calibrated), strict=True)}
     results = {"run": round_.run, "accuracy": metrics, "probabilities": probabilities}
     write_atomically(context.store.results, json.dumps(results).encode())
@@ -115,6 +119,7 @@ def evaluate(context: TrainingContext, round_: Round, published: Globals) -> Sta
             "mofm_nll_uncalibrated": nll(models["mofm"], labels),
         },
         counts=counts,
+        model=model,
     )
 
 

@@ -163,6 +163,7 @@ def _train_gate(context: TrainingContext, published: Globals, temperature: float
         "held_out_mofm": accuracy(mixture.log_p, labels),
         "held_out_local": accuracy(mixture.local_log_p, labels),
         "held_out_global": accuracy(outputs.global_logits + context.class_mask, labels),  # as in stage 1
+        "global_nll": nll(log_softmax(outputs.global_logits), labels),
         "held_out_global_prior": accuracy(outputs.global_logits + context.biases.prior, labels),
         **({"held_out_novel": accuracy(novel, labels)} if len(novel) else {}),
         "mean_local_weight": weight,

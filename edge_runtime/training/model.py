@@ -16,7 +16,7 @@ from pydantic import Field
 
 from edge_runtime.data.samples import labels_of
 from edge_runtime.store import DeviceStore
-from edge_runtime.training.adoption import ModelScore, is_adopted
+from edge_runtime.training.adoption import DivergedError, ModelScore, is_adopted
 from edge_runtime.training.context import Samples, TrainingContext
 from edge_runtime.training.local_expert import LocalExpert, fingerprint
 from edge_runtime.training.mixture import expert_outputs, global_temperature, tempered
@@ -74,7 +74,7 @@ def make_personal_model(context: TrainingContext, round_: Round, published: Glob
     Before stage 2 the local expert is the global expert with the device's log class prior. Before there is a global
     expert, or while its head is zeros, both experts have the head of the device's own class means, and novel classes
     have no probability (ours).
-    Runs both experts on the held-out split.
+    Runs both experts on the held-out split. Raises DivergedError if their outputs are not finite.
     """
     expert, gate, biases = published.expert, published.gate, context.biases
     has_head = bool(expert[: context.bundle.expert.size(0)].any())
@@ -93,6 +93,11 @@ def make_personal_model(context: TrainingContext, round_: Round, published: Glob
     log_p = expert_outputs(context, samples, complete, scale, local.best, level).mixture(context, gate, biases).log_p
     temperature = fit_temperature(log_p, labels_of(samples))
     score = nll(calibrate(log_p, temperature), labels_of(samples))
+    if np.isnan(log_p).any() or not np.isfinite(score):
+        raise DivergedError(
+            f"the model of round {round_.round} gives values that are not finite, so its globals are hostile, or "
+            "training has diverged"
+        )
     size = context.bundle.expert.size(level)
     header = ModelHeader(
         run=round_.run,
@@ -123,12 +128,21 @@ def make_personal_model(context: TrainingContext, round_: Round, published: Glob
     return PersonalModel(header, tensors)
 
 
-def save_personal_model(context: TrainingContext, round_: Round, published: Globals) -> str:
-    """Adopts the model of this round, or keeps the one in use. Returns why it was kept; "" if it was not.
+def save_personal_model(
+    context: TrainingContext, round_: Round, published: Globals, model: PersonalModel | None = None
+) -> str:
+    """Adopts the model of this round, or keeps the one in use. Returns why it was kept; "" if it was not. `model`: of
+    this round, if it is already known.
 
     Raises OSError if the disk is full.
     """
-    model, used, text = make_personal_model(context, round_, published), _model_in_use(context), ""
+    used, text = _model_in_use(context), ""
+    try:
+        model = model or make_personal_model(context, round_, published)
+    except DivergedError as error:
+        if used is not None:
+            _write(context, used.changed(kept_at=round_.round))
+        return f"{error}; predictions {'keep the earlier model' if used else 'have no model yet'}"
     new = model.header
     if is_adopted(new, used.header if used else None):
         if used and used.header.session == new.session and used.header.has_head:
@@ -143,8 +157,12 @@ def save_personal_model(context: TrainingContext, round_: Round, published: Glob
             else f"predictions keep the model of run {old.run}, round {old.round}, until there is a global head"
         )
         model = used.changed(kept_at=new.round)
-    write_atomically(context.store.mixture, pack(model.header, model.tensors), durable=True)
+    _write(context, model)
     return text
+
+
+def _write(context: TrainingContext, model: PersonalModel) -> None:
+    write_atomically(context.store.mixture, pack(model.header, model.tensors), durable=True)
 
 
 def _model_in_use(context: TrainingContext) -> PersonalModel | None:
@@ -161,6 +179,8 @@ def _model_in_use(context: TrainingContext) -> PersonalModel | None:
     try:
         score = nll(model.calibrated(_log_p(context, model, samples)), labels_of(samples))
     except (KeyError, ValueError):  # tensors of another shape
+        return None
+    if not np.isfinite(score):
         return None
     return model.changed(nll=score, best_nll=score, held_out=fingerprint(samples))
 

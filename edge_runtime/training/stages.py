@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from edge_runtime.data.samples import labels_of
 from edge_runtime.training.context import TrainingContext
 from edge_runtime.training.loop import Targets, predict_log_p, train
 from fedfmsl.algorithms.arrays import Bools, Tensors, Vector
+from fedfmsl.algorithms.calibration import calibrated_nll
 from fedfmsl.algorithms.class_means import class_mean_head, class_sums
 from fedfmsl.algorithms.discriminant import second_moments
 from fedfmsl.algorithms.mixture import accuracy
@@ -24,6 +26,9 @@ from fedfmsl.protocol.layout import Layout
 from fedfmsl.protocol.messages import Globals as GlobalsHeader
 from fedfmsl.protocol.messages import Round, Stage, Sums
 from fedfmsl.protocol.tensors import unpack
+
+if TYPE_CHECKING:
+    from edge_runtime.training.model import PersonalModel
 
 ALL = slice(None)  # all samples
 
@@ -65,7 +70,8 @@ class StageResult:
 
     `tensors`: sent as they are. `delta`: trained minus received values, still to be encoded by
     `edge_runtime.training.updates`; (P,) of an expert at `level`, or (G,) of the gate adapter. `samples`: the weight in
-    the aggregation. `counts`: lists of samples per class.
+    the aggregation. `counts`: lists of samples per class. `model`: the personalized model of this round, if the stage
+    has computed it; it stays on the device.
     """
 
     tensors: Tensors = field(default_factory=dict)
@@ -74,6 +80,7 @@ class StageResult:
     level: int = 0
     metrics: Mapping[str, float] = field(default_factory=dict)
     counts: Mapping[str, list[int]] = field(default_factory=dict)
+    model: PersonalModel | None = None
 
 
 StageFunction = Callable[[TrainingContext, Round, Globals], StageResult]
@@ -138,12 +145,17 @@ def train_global(context: TrainingContext, round_: Round, published: Globals) ->
     engine.load(level)
     engine.set(theta, round_.training)
     held_out_states = context.hidden_states(splits.held_out, published.expert, level)
-    held_out = predict_log_p(engine, held_out_states, context.class_mask)
+    held_out = predict_log_p(engine, held_out_states, np.zeros(context.classes, np.float32))
     hidden = context.hidden_states(splits.train, published.expert, level)
     targets = Targets.cross_entropy(labels_of(splits.train))
     seed = shuffle_seed(context, round_)
     loss = train(engine, hidden, targets, context.class_mask, round_.training, seed, context.report)
-    metrics = {"held_out_global": accuracy(held_out, labels_of(splits.held_out)), "loss": loss}
+    labels = labels_of(splits.held_out)
+    metrics = {
+        "held_out_global": accuracy(held_out + context.class_mask, labels),
+        "global_nll": calibrated_nll(held_out, labels),
+        "loss": loss,
+    }
     return StageResult(delta=engine.get() - theta, samples=len(splits.train), level=level, metrics=metrics)
 
 

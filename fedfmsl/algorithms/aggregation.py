@@ -11,24 +11,27 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from math import floor
 from pathlib import Path
 
 import numpy as np
 
+from fedfmsl.algorithms.agreement import agreeing, agreements, recent_agreements
 from fedfmsl.algorithms.arrays import Doubles, Parts, Vector
 from fedfmsl.algorithms.bounds import l2_norm
 from fedfmsl.algorithms.checks import check_range
 from fedfmsl.algorithms.stored_rows import stored_rows
 
-SORT_BYTES = 4 * 1024 * 1024  # memory for the values that a robust rule sorts at a time
+SORT_BYTES = 4 * 1024 * 1024  # memory for the values that a robust rule keeps or sorts at a time
 
 
 @dataclass(frozen=True)
 class Contribution:
-    """One client update. `read` returns its first `size` values.
+    """One client update. `read` returns its first `size` values. `agreement`: that of the device's former rounds, for
+    `ScreenedMean`; None of a new one.
 
     A contribution of weight 0 is ignored. Raises ValueError if the weight is negative or not finite.
     """
@@ -36,6 +39,7 @@ class Contribution:
     weight: float
     size: int
     read: Callable[[], Vector]
+    agreement: float | None = None
 
     def __post_init__(self) -> None:
         check_range(self, "weight", at_least=0)
@@ -48,10 +52,14 @@ class Contribution:
 
 @dataclass(frozen=True)
 class Aggregate:
-    """The combined update. `delta` (P,) is zero outside the `trained` ranges."""
+    """The combined update. `delta` (P,) is zero outside the `trained` ranges.
+
+    Of `ScreenedMean`: the `agreements` of the contributions after this round; None of those that are ignored.
+    """
 
     delta: Doubles
     trained: tuple[slice, ...]
+    agreements: tuple[float | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -83,13 +91,7 @@ class AggregationRule(ABC):
 
         Raises ValueError if a contribution does not end where a part ends, OSError if the file cannot be written.
         """
-        ends = [part.stop for part in parts.values()]
-        for contribution in contributions:
-            if contribution.size not in ends:
-                raise ValueError(
-                    f"Contribution.size is {contribution.size}; it must be the end of a part, one of {ends}"
-                )
-        delta = np.zeros(max(ends))
+        delta = np.zeros(_checked_size(contributions, parts))
         regions = [region for region in _regions(parts, contributions) if len(region.contributions) >= least]
         if regions:
             self._combine(regions, delta, scratch)
@@ -179,6 +181,47 @@ class CoordinateMedian(_InnerMean):
 
     def _cut(self, n: int) -> int:
         return (n - 1) // 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScreenedMean(WeightedMean):
+    """The weighted mean of the contributions that agree with the others (see `fedfmsl.algorithms.agreement`).
+
+    Works through the contributions three times. Those of more than `memory_bytes` wait in a file.
+    """
+
+    memory_bytes: int = SORT_BYTES
+
+    def aggregate(
+        self, contributions: Sequence[Contribution], parts: Parts, least: int = 1, scratch: Path | None = None
+    ) -> Aggregate:
+        size = _checked_size(contributions, parts)
+        used = [index for index, contribution in enumerate(contributions) if contribution.weight > 0]
+        with stored_rows(len(used), size, self.memory_bytes, scratch) as rows:
+            for index in used:
+                rows.append(self._read(contributions[index]))
+
+            def read(row: int) -> Vector:
+                return rows.read(row, slice(0, contributions[used[row]].size))
+
+            former = [contributions[index].agreement for index in used]
+            recent = recent_agreements(agreements(len(used), size, read), former)
+            kept = list(contributions)
+            for row, (index, agrees) in enumerate(zip(used, agreeing(recent), strict=True)):
+                weight = contributions[index].weight if agrees else 0.0
+                kept[index] = Contribution(weight, contributions[index].size, partial(read, row))
+            combined = WeightedMean().aggregate(kept, parts, least)
+        found = dict(zip(used, recent, strict=True))
+        return replace(combined, agreements=tuple(found.get(index) for index in range(len(contributions))))
+
+
+def _checked_size(contributions: Sequence[Contribution], parts: Parts) -> int:
+    """The size of all parts. Raises ValueError if a contribution does not end where a part ends."""
+    ends: list[int] = [part.stop for part in parts.values()]
+    for contribution in contributions:
+        if contribution.size not in ends:
+            raise ValueError(f"Contribution.size is {contribution.size}; it must be the end of a part, one of {ends}")
+    return max(ends)
 
 
 def _regions(parts: Parts, contributions: Sequence[Contribution]) -> Iterator[Region]:

@@ -47,6 +47,12 @@ def fit_temperature(log_p: Floats, labels: Labels) -> float:
     return math.exp(best)
 
 
+def calibrated_nll(log_p: Floats, labels: Labels) -> float:
+    """The mean negative log-likelihood at the fitted temperature: how good the order of the classes and their relative
+    probabilities are, whatever the scale of the logits."""
+    return nll(calibrate(log_p, fit_temperature(log_p, labels)), labels)
+
+
 def unknown_threshold(confidences: Floats) -> float:
     """The confidence threshold, from the confidences (n,) of held-out samples: the ⌊ALPHA (n + 1)⌋-th smallest.
 

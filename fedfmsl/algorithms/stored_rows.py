@@ -28,13 +28,14 @@ class StoredRows(ABC):
         """Adds a row (n,) of at most the width of the matrix. Raises OSError if it cannot be written."""
 
     @abstractmethod
-    def _read(self, row: int, columns: slice) -> Vector: ...
+    def read(self, row: int, columns: slice) -> Vector:
+        """These columns of a row. The values must have been appended."""
 
     def block(self, rows: Sequence[int], columns: slice) -> Floats:
-        """A copy of these columns of these rows, transposed (columns, rows). The values must have been appended."""
+        """A copy of these columns of these rows, transposed (columns, rows)."""
         values = np.empty((columns.stop - columns.start, len(rows)), np.float32)
         for index, row in enumerate(rows):
-            values[:, index] = self._read(row, columns)
+            values[:, index] = self.read(row, columns)
         return values
 
 
@@ -61,7 +62,7 @@ class _InMemory(StoredRows):
         self._matrix[self._count, : row.size] = row
         self._count += 1
 
-    def _read(self, row: int, columns: slice) -> Vector:
+    def read(self, row: int, columns: slice) -> Vector:
         return self._matrix[row, columns]
 
 
@@ -78,6 +79,6 @@ class _InFile(StoredRows):
             left, offset = left[written:], offset + written
         self._count += 1
 
-    def _read(self, row: int, columns: slice) -> Vector:
+    def read(self, row: int, columns: slice) -> Vector:
         size = (columns.stop - columns.start) * _BYTES
         return np.frombuffer(os.pread(self._descriptor, size, row * self._bytes + columns.start * _BYTES), np.float32)

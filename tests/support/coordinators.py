@@ -55,7 +55,9 @@ def plan_for(bundle_owner: Built, devices: int = 3, **config: Any) -> Plan:
     return Plan(RunConfig(**settings_), bundle_owner.bundle, session="s", read=TENSORS.__getitem__)
 
 
-def make_update(plan: Plan, announced: Round, device: str, accuracy: float = 0.5, **change: Any) -> UpdateSeen:
+def make_update(
+    plan: Plan, announced: Round, device: str, accuracy: float = 0.5, nll: float = 1.0, **change: Any
+) -> UpdateSeen:
     """A valid update of `device`. Its values depend on device and round; `change` replaces fields."""
     bundle, rng = plan.bundle, np.random.default_rng([abs(announced.round), *device.encode()])
 
@@ -85,7 +87,7 @@ def make_update(plan: Plan, announced: Round, device: str, accuracy: float = 0.5
         "stage": announced.stage,
         "level": announced.level,
         "samples": samples,
-        "metrics": {"held_out_global": accuracy},
+        "metrics": {"held_out_global": accuracy, "global_nll": nll},
     }
     tensors = change.pop("tensors", tensors)
     update = Update(**{**fields, **change})

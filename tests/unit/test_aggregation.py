@@ -20,13 +20,14 @@ from fedfmsl.algorithms.aggregation import (
     AggregationRule,
     Contribution,
     CoordinateMedian,
+    ScreenedMean,
     TrimmedMean,
     WeightedMean,
 )
 from fedfmsl.algorithms.arrays import Vector
 
 PARTS = {"head": slice(0, 3), "1": slice(3, 5), "0": slice(5, 7)}
-RULES: list[AggregationRule] = [WeightedMean(), TrimmedMean(), CoordinateMedian()]
+RULES: list[AggregationRule] = [WeightedMean(), ScreenedMean(), TrimmedMean(), CoordinateMedian()]
 of = Contribution.of
 
 
@@ -86,20 +87,28 @@ def test_the_ranges_of_coordinates_do_not_change_the_result(
     assert ranges.delta.tobytes() == whole.delta.tobytes()
 
 
-@pytest.mark.parametrize("rule", [WeightedMean(), TrimmedMean(sort_bytes=40), CoordinateMedian(sort_bytes=40)])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        WeightedMean(),
+        ScreenedMean(memory_bytes=40),
+        TrimmedMean(sort_bytes=40),
+        CoordinateMedian(sort_bytes=40),
+    ],
+)
 def test_each_contribution_is_read_once_and_nothing_is_left_on_the_disk(rule: AggregationRule, tmp_path: Path) -> None:
     reads: list[int] = []
 
     def read(device: int) -> Vector:
         reads.append(device)
-        return np.full(7 - 2 * (device % 3), device, np.float32)
+        return np.full(7 - 2 * (device % 3), 1 + device, np.float32)
 
     sizes = [7 - 2 * (device % 3) for device in range(9)]
     contributions = [Contribution(1.0, size, partial(read, device)) for device, size in enumerate(sizes)]
     result = rule.aggregate(contributions, PARTS, scratch=tmp_path).delta
     assert reads == list(range(9))
     assert not any(tmp_path.iterdir())
-    assert result.tolist() == [4.0] * 3 + [3.5] * 2 + [3.0] * 2
+    assert result.tolist() == [5.0] * 3 + [4.5] * 2 + [4.0] * 2
 
 
 def test_a_part_with_too_few_contributions_stays_untrained() -> None:
@@ -157,7 +166,9 @@ def test_the_memory_of_the_mean_does_not_grow_with_the_devices() -> None:
     assert many <= few + 64 * 1024  # a few words per device, not the 400 kB of its update
 
 
-@pytest.mark.parametrize("rule", [CoordinateMedian(sort_bytes=2**20), TrimmedMean(sort_bytes=2**20)])
+@pytest.mark.parametrize(
+    "rule", [CoordinateMedian(sort_bytes=2**20), TrimmedMean(sort_bytes=2**20), ScreenedMean(memory_bytes=2**20)]
+)
 def test_the_memory_of_robust_rules_is_bounded(rule: AggregationRule) -> None:
     peak = peak_bytes(rule, 20)
     assert peak < 2**20 + 3 * 8 * TOTAL  # a range of coordinates, the result, one update

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -110,6 +111,21 @@ def test_the_evaluated_model_is_the_saved_one(vit: Built, photos: Path, tmp_path
     assert result.metrics["mofm_nll"] == pytest.approx(nll(np.log(probabilities), labels), abs=1e-3)
     assert result.metrics["mofm"] == (probabilities.argmax(axis=1) == labels).mean()
     assert device.store.results.read_bytes() == before
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_model_that_is_not_finite_is_refused_in_one_line(vit: Built, photos: Path, tmp_path: Path) -> None:
+    """Globals of a hostile server, or of training that has diverged."""
+    device = make_daemon(vit, photos, tmp_path).device
+    good = globals_of(vit)
+    hostile = Globals(np.full_like(good.expert, 1e38), good.start, good.gate)
+    says = "the model of round .* gives values that are not finite, .*; predictions "
+    assert re.match(f"{says}have no model yet", save_personal_model(device, round_of(Stage.GLOBAL), hostile))
+    assert save_personal_model(device, round_of(Stage.GLOBAL), good) == ""
+    used = read_personal_model(device.store).header
+    assert re.match(f"{says}keep the earlier model", save_personal_model(device, round_of(Stage.GLOBAL), hostile))
+    assert read_personal_model(device.store).header == used.model_copy(update={"kept_at": used.round})
+    assert evaluate(device, round_of(Stage.EVALUATE), hostile).model is None
 
 
 def test_a_devices_models_predict_samples_of_other_devices(vit: Built, photos: Path, tmp_path: Path) -> None:

@@ -465,7 +465,7 @@ def answers(run: SecureRun, accuracies: dict[str, float]) -> None:
     round_, blobs = run.announced, {command.sha256: command.blob for command in run.of(PublishGlobals)}
     for name, accuracy in accuracies.items():
         run.devices[name].store.globals.write(blobs[round_.roster])
-        hidden = {"samples": 0, "metrics": {"held_out_global": accuracy} if accuracy else {}}
+        hidden = {"samples": 0, "metrics": {"held_out_global": accuracy, "global_nll": 9.0} if accuracy else {}}
         run.feed(make_update(run.plan, round_, name, tensors=run.devices[name].answer(round_), **hidden))
 
 
@@ -478,10 +478,10 @@ def test_a_share_of_the_devices_closes_no_round_whose_masks_they_cannot_remove(v
     assert run.announced.stage is Stage.UNMASK and len(run.announced.chosen) == 5
 
 
-def test_accuracies_that_a_hostile_device_reports_do_not_drop_the_head(vit: Built, tmp_path: Path) -> None:
+def test_likelihoods_that_a_hostile_device_reports_do_not_drop_the_head(vit: Built, tmp_path: Path) -> None:
     run = SecureRun(vit, secure_devices(vit, tmp_path, 3), secure=True)
     run.until(Stage.PERSONAL)
-    run.state = replace(run.state, former=replace(run.state.former, accuracies={"d0": 1.0}))
+    run.state = replace(run.state, former=replace(run.state.former, nlls={"d0": 0.1}))
     assert run.state.former.head.size
     answers(run, {"d0": 0.01, "d1": 0.0, "d2": 0.0})
     assert run.announced.stage is Stage.UNMASK

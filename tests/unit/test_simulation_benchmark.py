@@ -48,7 +48,7 @@ def test_the_first_round_is_not_in_the_mean() -> None:
 
 
 def test_the_flower_side_needs_none_of_our_packages() -> None:
-    tree = ast.parse(Path("benchmarks/flower_simulation.py").read_text())
+    tree = ast.parse((Path(__file__).parents[2] / "benchmarks" / "flower_simulation.py").read_text())
     names = {
         name.split(".")[0]
         for node in ast.walk(tree)

@@ -41,7 +41,7 @@ from trainer_server.coordinator.limits import MAX_STRETCH, UNMERGED, devices_in_
 from trainer_server.coordinator.operator import act
 from trainer_server.coordinator.records import ClosedRound, listed
 from trainer_server.coordinator.refusals import LEFT_OUT_AFTER, LEFT_OUT_ROUNDS, refuse
-from trainer_server.coordinator.round_update import apply_round, scaled_down, with_former_head, without_sums
+from trainer_server.coordinator.round_update import apply_round, left_out, scaled_down, with_former_head, without_sums
 from trainer_server.coordinator.secure_sums import MAX_REPEATS, asked_devices, secure_level, shortage
 from trainer_server.coordinator.selection import eligible_devices, select_devices
 from trainer_server.coordinator.state import SUMS, TRAINING, Accepted, Part, Plan, State, Step
@@ -297,24 +297,25 @@ def _close_round(plan: Plan, state: State, closing: Round, now: float) -> tuple[
         return state, [record, Log(text, warning=True), *commands]
     record = _record(state, closing, now, too_few)
     if not too_few:
-        scaled = scaled_down(plan, state) if closing.stage in TRAINING else ""
-        notes = [Log(scaled, warning=True)] if scaled else []
+        notes = [scaled_down(plan, state)] if closing.stage in TRAINING else []
         try:
             applied = apply_round(plan, state, closing)
         except (SecureAggregationError, MessageError) as error:
             assert step.part is not None
             state, commands = _skip_part(plan, state, step.part, str(error), now)
             return state, [record, *commands]
+        notes += [left_out(plan, state, applied)] if closing.stage in TRAINING else []
         if step.stage in (Stage.KEYS, Stage.SHARES) and applied.secure.level < closing.level:
             about = f"fewer than {MIN_DEVICES} devices answer at a higher one"
-            notes.append(Log(f"this round trains at level {applied.secure.level}: {about}", warning=True))
+            notes.append(f"this round trains at level {applied.secure.level}: {about}")
         quick = 2 * (now - state.since) < next_deadline(plan, state) - state.since
         stretch = max(state.stretch // 2, 1) if quick else state.stretch
         position = state.position + 1
         # repeats of all rounds of a secure aggregation count together
         repeats = state.repeats if step.part is not None and plan.schedule[position].part == step.part else 0
         state, commands = _open_round(plan, replace(applied, repeats=repeats, stretch=stretch), position, now)
-        return state, [record, *notes, *commands, *([Stop()] if state.position == finish else [])]
+        warnings = [Log(note, warning=True) for note in notes if note]
+        return state, [record, *warnings, *commands, *([Stop()] if state.position == finish else [])]
     if step.part is not None and _is_skipped(step, step.part, state.repeats):
         state, commands = _skip_part(plan, state, step.part, too_few, now)
         return state, [record, *commands]

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedfmsl.algorithms.aggregation import Aggregate, Contribution
+from fedfmsl.algorithms.agreement import agreeing
 from fedfmsl.algorithms.arrays import Doubles, Tensors, Vector
 from fedfmsl.algorithms.bounds import NORM_ROUNDS, SUMS_CAP, capped_weights, norm_limit
 from fedfmsl.algorithms.class_means import class_mean_head, direction_head
@@ -24,7 +25,7 @@ from fedfmsl.algorithms.weighted_sums import weighted_mean
 from fedfmsl.errors import MessageError
 from fedfmsl.protocol.layout import Layout
 from fedfmsl.protocol.messages import Round, Stage, Sums, Update
-from trainer_server.config import Head
+from trainer_server.config import Head, Rule
 from trainer_server.coordinator.former_head import FormerHead, reported
 from trainer_server.coordinator.records import listed
 from trainer_server.coordinator.secure_sums import apply_updates, update_parts
@@ -69,6 +70,21 @@ def scaled_down(plan: Plan, state: State) -> str:
         f"round {state.round}: updates with a norm far above the median were scaled down to {limit:.4g}: "
         f"{listed(large)}; if this repeats, check these devices"
         if large
+        else ""
+    )
+
+
+def left_out(plan: Plan, state: State, applied: State) -> str:
+    """Names the devices whose updates did not enter the average of the round; "" if there are none."""
+    devices = sorted(state.answered & applied.agreements.keys())
+    if plan.config.aggregation.rule is not Rule.SCREENED_MEAN or not devices:
+        return ""
+    found = [applied.agreements[device] for device in devices]
+    low = [f"{name} ({each:.2f})" for name, each, kept in zip(devices, found, agreeing(found), strict=True) if not kept]
+    return (
+        f"round {state.round}: updates that point away from the others were left out, with an agreement of "
+        f"{median(found):.2f} in the median: {listed(low)}; if this repeats, check these devices and their labels"
+        if low
         else ""
     )
 
@@ -158,6 +174,7 @@ def _first_head(plan: Plan, sums: Mapping[str, Vector]) -> Vector:
 
 def _expert(plan: Plan, state: State, closing: Round) -> State:
     combined = _combined(plan, state, plan.bundle.expert, expert_delta)
+    state = replace(state, agreements=_agreements(state, combined))
     return _with_expert(plan, state, combined, closing.index, _held_out(state))
 
 
@@ -169,7 +186,7 @@ def _with_expert(plan: Plan, state: State, combined: Aggregate, index: int, accu
     sal = state.sal if last else plan.config.stage1_sal.observe(state.sal, accuracy)
     first = plan.config.head is Head.ZEROS and index == 0
     start = expert[: plan.bundle.expert.size(1)] if first else state.start
-    former = FormerHead(accuracies=reported({key[1]: accepted.update for key, accepted in state.updates.items()}))
+    former = FormerHead(nlls=reported({key[1]: accepted.update for key, accepted in state.updates.items()}))
     return replace(state, expert=expert, start=start, expert_moments=moments, sal=sal, former=former)
 
 
@@ -198,7 +215,8 @@ def with_former_head(state: State) -> State:
 
 
 def _gate(plan: Plan, state: State, closing: Round) -> State:
-    return _with_gate(plan, state, _combined(plan, state, plan.bundle.gate, gate_delta))
+    combined = _combined(plan, state, plan.bundle.gate, gate_delta)
+    return _with_gate(plan, replace(state, agreements=_agreements(state, combined)), combined)
 
 
 def _with_gate(plan: Plan, state: State, combined: Aggregate) -> State:
@@ -238,9 +256,19 @@ def _combined(plan: Plan, state: State, layout: Layout, delta: Callable[[Plan, U
         update = accepted.update
         late = state.round - update.round
         size = layout.size(update.level) if update.stage is Stage.GLOBAL else layout.total
-        contributions.append(Contribution(weight / (1 + late) ** 0.5, size, partial(read, accepted)))
+        former = state.agreements.get(update.device) if state.announced and state.announced.index else None
+        contributions.append(Contribution(weight / (1 + late) ** 0.5, size, partial(read, accepted), former))
     least = privacy.shares if privacy else 1
     return aggregation.aggregation_rule.aggregate(contributions, layout.parts, least, plan.scratch)
+
+
+def _agreements(state: State, combined: Aggregate) -> dict[str, float]:
+    """`State.agreements` after a round: of the first round of a stage only its own."""
+    assert state.announced is not None
+    former = state.agreements if state.announced.index else {}
+    devices = [accepted.update.device for accepted in _in_order(state)]
+    found = zip(devices, combined.agreements or [None] * len(devices), strict=True)
+    return {**former, **{device: each for device, each in found if each is not None}}
 
 
 def _in_order(state: State) -> list[Accepted]:

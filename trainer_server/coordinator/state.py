@@ -185,7 +185,8 @@ class State:
     is the expert that stage 1 starts from; if its head is zeros, that of the first round of stage 1 replaces it. `gate`
     (G,) is the gate adapter.
 
-    `norms`: the median norms of the updates in the stage's last rounds.
+    `norms`: the median norms of the updates in the stage's last rounds. `agreements`: by device, how much its updates
+    of the stage agree with those of others (`fedfmsl.algorithms.agreement`).
 
     Round: `position` in the schedule is -1 while the server waits for devices. `since` is the time of the
     announcement. `expected` are the selected devices. `updates` are the accepted updates of the present round.
@@ -212,6 +213,7 @@ class State:
     since: float
     limits: Limits
     norms: tuple[float, ...] = ()
+    agreements: Mapping[str, float] = field(default_factory=dict)
     stretch: int = 1
     slowest: Mapping[Stage, float] = field(default_factory=dict)
     position: int = -1

@@ -29,6 +29,7 @@ class Checkpoint(BaseModel):
     seen: int
     since: float
     norms: tuple[float, ...]
+    agreements: dict[str, float] = {}
     limits: Limits
     stretch: int
     slowest: dict[Stage, float]
@@ -46,7 +47,7 @@ class Checkpoint(BaseModel):
     members: tuple[str, ...] = ()
     survivors: tuple[str, ...] = ()
     classes: tuple[int, ...] = ()
-    former_accuracies: dict[str, float] = {}
+    former_nlls: dict[str, float] = {}
     paused_at: float | None = None
     closing: int = 0
     excluded: list[str] = []
@@ -59,6 +60,7 @@ class Checkpoint(BaseModel):
             seen=state.sal.seen,
             since=state.since,
             norms=state.norms,
+            agreements=dict(state.agreements),
             limits=state.limits,
             stretch=state.stretch,
             slowest=dict(state.slowest),
@@ -76,7 +78,7 @@ class Checkpoint(BaseModel):
             members=state.secure.members,
             survivors=state.secure.survivors,
             classes=state.secure.classes,
-            former_accuracies=dict(state.former.accuracies),
+            former_nlls=dict(state.former.nlls),
             paused_at=state.paused_at,
             closing=state.closing,
             excluded=sorted(state.excluded),
@@ -105,6 +107,7 @@ class Checkpoint(BaseModel):
             sal=SalState(self.level, self.queue, self.seen),
             since=self.since,
             norms=self.norms,
+            agreements=self.agreements,
             limits=self.limits,
             stretch=self.stretch,
             slowest=self.slowest,
@@ -118,7 +121,7 @@ class Checkpoint(BaseModel):
             refused=self.refused,
             counted=frozenset(self.counted),
             secure=secure,
-            former=FormerHead(vectors["former_head"], self.former_accuracies),
+            former=FormerHead(vectors["former_head"], self.former_nlls),
             paused_at=self.paused_at,
             closing=self.closing,
             excluded=frozenset(self.excluded),
