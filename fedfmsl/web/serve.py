@@ -26,7 +26,7 @@ from fedfmsl.transport.identity import read_identity
 CONNECTIONS = 64
 REQUEST_SECONDS = 10.0  # for the first request of a connection
 HEAD_BYTES = 1 << 14
-CLOSE_SECONDS = 2  # for open streams, when the page ends
+CLOSE_SECONDS = 3  # for open streams, when the page ends
 BIND_SECONDS = 3.0  # for the port of a process that was killed to become free
 
 

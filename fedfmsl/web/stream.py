@@ -29,7 +29,7 @@ def stream(elements: Elements, seconds: float = SECONDS) -> Response:
 
 
 class _Stream(StreamingResponse):
-    """Ends when the server of its application closes."""
+    """Ends when the server of its application closes, after a last look."""
 
     def __init__(self, elements: Elements, seconds: float) -> None:
         headers = {"X-Accel-Buffering": "no"}  # nginx would collect events
@@ -44,7 +44,8 @@ class _Stream(StreamingResponse):
         yield "retry: 2000\n\n"
         sent: Mapping[str, str] = {}
         last = time.monotonic()
-        while not self._closing.is_set():
+        while True:
+            is_last = self._closing.is_set()
             current = await run_in_threadpool(elements)
             changed = {key: html for key, html in current.items() if sent.get(key) != html}
             if changed:
@@ -53,4 +54,6 @@ class _Stream(StreamingResponse):
             elif time.monotonic() - last > KEEP_ALIVE_SECONDS:
                 last = time.monotonic()
                 yield ": \n\n"
+            if is_last:
+                return
             await asyncio.sleep(seconds)
