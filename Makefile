@@ -43,9 +43,10 @@ test-lowest: install
 test-arm64: install tools tools-arm64
 	$(RUN) pytest tests/arm64 $(PARALLEL)
 
-# all fault tests in their long form; make test runs the short form
+# All fault tests in their long form; make test runs the short form. After an interruption the same command goes on. It
+# writes the table of docs/reliability.md, also when tests fail.
 faults: install tools
-	$(RUN) pytest tests/faults --full
+	$(RUN) pytest tests/faults --full --numprocesses $(WORKERS) --maxschedchunk 1
 
 # devices/requirements.txt: the packages of a device with their hashes, for every Python that a device may have
 lock: install
@@ -55,7 +56,7 @@ lock: install
 
 # Programs that tests need beside Python. Without them their tests are skipped, or fail with CI=true (tests/support/tools.py).
 tools:
-	@$(call apt_install,mosquitto faketime chromium,mosquitto faketime chromium)
+	@$(call apt_install,mosquitto faketime chromium strace ip iptables mkfs.ext4,mosquitto faketime chromium strace iproute2 iptables e2fsprogs)
 
 tools-arm64:
 	@$(call apt_install,mmdebstrap qemu-aarch64-static,mmdebstrap qemu-user-static)

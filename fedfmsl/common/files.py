@@ -13,6 +13,7 @@ ADDED_BYTES = 32  # that a temporary name may have more than the name of its fil
 NO_DESCRIPTORS = "no more files can be opened; raise the limit of open files (LimitNOFILE= of a service, ulimit -n)"
 FOLDER = "is a folder"  # why a path is not the name of a file
 FULL = {errno.ENOSPC, errno.EDQUOT}  # error numbers of a full disk
+EXHAUSTED = {errno.EMFILE, errno.ENFILE}  # error numbers without a free descriptor
 
 
 def has_descriptors() -> bool:
@@ -20,7 +21,7 @@ def has_descriptors() -> bool:
     try:
         os.close(os.open(os.devnull, os.O_RDONLY))
     except OSError as error:
-        return error.errno not in (errno.EMFILE, errno.ENFILE)
+        return error.errno not in EXHAUSTED
     return True
 
 

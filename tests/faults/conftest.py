@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from support import fault_table
 from support.brokers import KINDS, RestartableBroker, versions
-from support.fault_table import FaultTable, is_whole, write
-from support.processes import Processes
+from support.bundles import build
+from support.fault_records import Records, Row, product_commit
+from support.processes import Federation, Observer, Processes
+from support.real_run import OTHERS, RUN, VICTIM, RealRun, Shape, undisturbed_run
 from support.run_oracle import Reference, Undisturbed, reference
+from support.samples import CLASSES, write_device_photos
 from support.simulation import Simulation
 from support.tools import find_tool, require_tool
 
@@ -17,30 +21,61 @@ from benchmarks.layouts import layout_bundle
 from fedfmsl.protocol.bundle import Bundle
 
 RELIABILITY = Path(__file__).parents[2] / "docs" / "reliability.md"
-TABLE = pytest.StashKey[FaultTable]()
+TIMES = 10  # of each fault in the long form
+ROW = pytest.StashKey[Row]()
+RECORDS = pytest.StashKey[Records]()
 
 
-def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """Writes the table if all fault tests ran in their long form and passed."""
-    table = session.config.stash.get(TABLE, None)
-    if table and exitstatus == pytest.ExitCode.OK and is_whole(session.config.invocation_params.args):
-        write(RELIABILITY, table.markdown(versions()))
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[RECORDS] = Records(product_commit() if config.getoption("--full") else "")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The long form goes on after the last test that it has finished for this commit."""
+    if config.getoption("--full"):
+        done = {record.test for record in config.stash[RECORDS]}
+        config.hook.pytest_deselected(items=[item for item in items if item.nodeid in done])
+        items[:] = [item for item in items if item.nodeid not in done]
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    report = (yield).get_result()  # type: ignore[attr-defined]
+    finished = report.failed if report.when != "call" else not report.skipped
+    if finished and item.config.getoption("--full"):
+        failure = " ".join(call.excinfo.exconly().split())[:300] if call.excinfo else ""
+        folder = getattr(item, "funcargs", {}).get("tmp_path")
+        row = item.stash.get(ROW, Row())
+        item.config.stash[RECORDS].append(item.nodeid, row, failure, folder and folder / "logs")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """`make faults` writes the table, also when it is interrupted."""
+    config = session.config
+    whole = config.args == fault_table.PATHS and not config.getoption("keyword")
+    if config.getoption("--full") and whole and not hasattr(config, "workerinput"):
+        fault_table.write(RELIABILITY, fault_table.markdown(config.stash[RECORDS], versions()))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    table = config.stash.get(TABLE, None)
-    if table and config.getoption("--full"):
-        terminalreporter.write_line(table.markdown(versions()))
+    if config.getoption("--full"):
+        terminalreporter.write_line(fault_table.markdown(config.stash[RECORDS], versions()))
 
 
-@pytest.fixture(scope="session")
-def table(pytestconfig: pytest.Config) -> FaultTable:
-    return pytestconfig.stash.setdefault(TABLE, FaultTable())
+@pytest.fixture
+def row(request: pytest.FixtureRequest) -> Row:
+    return request.node.stash.setdefault(ROW, Row())  # type: ignore[no-any-return]
 
 
 @pytest.fixture(scope="session")
 def full(pytestconfig: pytest.Config) -> bool:
     return bool(pytestconfig.getoption("--full"))
+
+
+@pytest.fixture(scope="session")
+def times(full: bool) -> int:
+    """How often a fault strikes in a run."""
+    return TIMES if full else 1
 
 
 @pytest.fixture(scope="session")
@@ -64,27 +99,69 @@ def processes(tmp_path: Path) -> Iterator[Processes]:
 
 
 @pytest.fixture
-def simulation(kind: str, layout: Bundle, processes: Processes, tmp_path: Path) -> Simulation:
-    """A run whose broker is started."""
-    return Simulation(processes, RestartableBroker(processes, tmp_path, kind), layout, tmp_path)
+def simulation(kind: str, layout: Bundle, processes: Processes, tmp_path: Path, times: int) -> Simulation:
+    """A run whose broker is started, long enough for `times` faults."""
+    return Simulation.for_faults(times, processes, RestartableBroker(processes, tmp_path, kind), layout, tmp_path)
 
 
 @pytest.fixture(scope="session")
 def undisturbed(layout: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
-    """Runs without a fault, one per number of devices."""
-    known: dict[int, Reference] = {}
+    """Runs without a fault, one for each number of devices and of rounds of stage 1."""
+    known: dict[tuple[int, int], Reference] = {}
 
-    def of(devices: int) -> Reference:
-        if devices not in known:
+    def of(devices: int, rounds: int) -> Reference:
+        if (devices, rounds) not in known:
             folder = tmp_path_factory.mktemp("undisturbed")
             with Processes(folder / "logs") as processes:
                 broker = RestartableBroker(processes, folder, "mosquitto" if find_tool("mosquitto") else "amqtt")
-                simulation = Simulation(processes, broker, layout, folder, devices)
+                simulation = Simulation(processes, broker, layout, folder, devices, rounds)
                 simulation.start_server()
                 simulation.start_fleet()
                 simulation.finish()
-                known[devices] = reference(simulation.out)
-                assert len(known[devices].devices) == devices
-        return known[devices]
+                known[devices, rounds] = reference(simulation.out)
+                assert len(known[devices, rounds].devices) == devices
+        return known[devices, rounds]
 
     return of
+
+
+@pytest.fixture(scope="session")
+def device_photos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("devices")
+    counts = [{"apple": 10, "kiwi": 10}, {"kiwi": 10, "lemon": 8}, dict.fromkeys(CLASSES, 6)]
+    given = enumerate(zip((VICTIM, *OTHERS), counts, strict=True))
+    return {name: write_device_photos(folder / name, each, seed) for seed, (name, each) in given}
+
+
+@pytest.fixture(scope="session")
+def wide(vit_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle with so many classes that an update of class sums is several chunks."""
+    classes = (*CLASSES, *(f"class-{index}" for index in range(2000)))
+    return build(vit_folder, tmp_path_factory.mktemp("bundles") / "wide", levels=1, classes=classes).bundle.root
+
+
+@pytest.fixture(scope="session")
+def undisturbed_real(
+    wide: Path, device_photos: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[RealRun], Reference]:
+    """The run of the same shape without a fault."""
+    known: dict[Shape, Reference] = {}
+
+    def of(run: RealRun) -> Reference:
+        if run.shape not in known:
+            folder, kind = tmp_path_factory.mktemp("undisturbed"), "mosquitto" if find_tool("mosquitto") else "amqtt"
+            known[run.shape] = undisturbed_run(run.shape, run.federation.bundle, device_photos, folder, kind)
+        return known[run.shape]
+
+    return of
+
+
+@pytest.fixture
+def real_run(
+    kind: str, wide: Path, device_photos: dict[str, Path], processes: Processes, tmp_path: Path, full: bool
+) -> Iterator[RealRun]:
+    """A run whose broker is started."""
+    broker = RestartableBroker(processes, tmp_path, kind)
+    federation = Federation(RUN, broker, wide, device_photos, tmp_path, processes)
+    with Observer(broker, RUN) as observer:
+        yield RealRun(federation, observer, Shape(44, 12) if full else Shape(6, 3))

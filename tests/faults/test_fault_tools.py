@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -13,11 +14,13 @@ from pathlib import Path
 
 import pytest
 from support.brokers import RestartableBroker
-from support.fault_table import BEGIN, END, FaultTable, Trial, is_whole, write
+from support.fault_records import Records, Row
+from support.fault_table import BEGIN, END, markdown, write
 from support.hostile_client import publish
 from support.kill_point import launcher
-from support.machine_faults import Clock, small_disk
+from support.machine_faults import Clock, failing_calls, journaled_disk, no_descriptors, small_disk
 from support.network_proxy import LOOPBACK, Packets, Proxy
+from support.network_space import NetworkSpace
 from support.processes import Observer, Processes
 
 from fedfmsl.protocol.messages import ServerStatus, encode
@@ -229,6 +232,14 @@ def test_a_call_that_never_happens_kills_no_process(tmp_path: Path) -> None:
     assert subprocess.run(command, cwd=tmp_path, check=False).returncode == 0
 
 
+def test_calls_before_a_process_is_armed_do_not_count(tmp_path: Path) -> None:
+    (tmp_path / "victim.py").write_text(VICTIM)
+    (tmp_path / "program.py").write_text(MAIN)
+    command = [sys.executable, *launcher("victim:write", "before", 1, tmp_path / "out"), "program", "out"]
+    assert subprocess.run(command, cwd=tmp_path, check=False).returncode == -9
+    assert (tmp_path / "out").read_text() == "one"
+
+
 def test_a_point_that_does_not_exist_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "victim.py").write_text(VICTIM)
     (tmp_path / "program.py").write_text(MAIN)
@@ -303,20 +314,108 @@ def test_messages_of_the_hostile_client_arrive(tmp_path: Path, kind: str, proces
         assert observer.wait(ServerStatus, lambda s: True, "the hostile client") == status
 
 
-def test_the_table_sums_the_trials_and_keeps_the_text_around_it(tmp_path: Path) -> None:
-    table, path = FaultTable(), tmp_path / "reliability.md"
-    for seconds, repeated in ((1.0, 0), (3.0, 1), (2.0, 0)):
-        table.add("cut", Trial(lost=0, double=0, repeated=repeated, recomputed=7, compared=5, recovery=seconds))
+def test_the_table_sums_the_tries_of_this_commit_and_keeps_the_text_around_it(tmp_path: Path) -> None:
+    path, folder, counts = tmp_path / "reliability.md", tmp_path / "records", {"lost": 0, "recomputed": 7}
+    every = {"double": 0, "repeated": 0, "compared": 7, **counts}
+    for commit, seconds in (("abc", [1.0, 3.0, 2.5]), ("abc", [2.0]), ("older", [9.0])):
+        Records(commit, folder).append("test_cut", Row("cut", seconds, every), "", None)
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "server.out").write_text("its last words")
+    Records("abc", folder).append("test_cut::seed", Row("cut", [4.0]), "it went wrong", tmp_path / "logs")
     path.write_text(f"Before.\n{BEGIN}\nold\n{END}\nAfter.\n")
-    write(path, table.markdown("brokers"))
+    write(path, markdown(Records("abc", folder), "brokers"))
     text = path.read_text()
-    assert "| cut | 3 | 0 | 0 | 1 | 21 | 15 | 2.0 | 3.0 |" in text
-    assert "old" not in text
+    assert "| cut | 6 | 1 | 0 | 0 | 0 | 14 | 14 | 2.5 | 4.0 |" in text
+    assert "test_cut::seed: it went wrong" in text
+    assert (folder / "abc-logs" / "seed" / "server.out").read_text() == "its last words"
+    assert "old\n" not in text
     assert text.startswith("Before.\n")
     assert text.endswith("\nAfter.\n")
 
 
-def test_only_the_whole_long_form_writes_the_table() -> None:
-    assert is_whole(["tests/faults", "--full"])
-    for arguments in (["tests/faults"], ["--full"], ["tests/faults", "--full", "-k", "cut"], []):
-        assert not is_whole(arguments)
+def test_after_a_power_loss_a_disk_has_what_was_synced_and_nothing_else(tmp_path: Path) -> None:
+    with journaled_disk(tmp_path / "disk", 8) as disk:
+        for name in ("synced", "unsynced"):
+            with (disk.root / name).open("w") as file:
+                file.write("kept")
+                if name == "synced":
+                    file.flush()
+                    os.fsync(file.fileno())
+                    file.write(" and more")
+        disk.fail()
+        with pytest.raises(OSError, match="Input/output error"):
+            (disk.root / "after").write_text("")
+        disk.repair()
+        assert (disk.root / "synced").read_text() == "kept"
+        assert not (disk.root / "unsynced").exists() or not (disk.root / "unsynced").read_text()
+
+
+WRITER = """
+import os, sys
+for line in sys.stdin:
+    try:
+        with open(sys.argv[1], "w") as file:
+            os.fsync(file.fileno())
+        print("written", flush=True)
+    except OSError as error:
+        print(error.strerror, flush=True)
+"""
+
+
+@pytest.mark.needs("strace")
+def test_files_of_a_running_process_fail_for_a_while(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", WRITER, str(tmp_path / "file")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin
+        assert process.stdout
+
+        def attempt() -> str:
+            process.stdin.write("\n")
+            process.stdin.flush()
+            return str(process.stdout.readline().strip())
+
+        assert attempt() == "written"
+        with no_descriptors(process.pid):
+            assert attempt() == "Too many open files"
+        with failing_calls(process.pid, "fsync", "EIO"):
+            assert attempt() == "Input/output error"
+        assert attempt() == "written"
+        process.stdin.close()
+
+
+PACKETS = 100
+RECEIVER = """
+import socket, sys
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as receiver:
+    receiver.bind((sys.argv[1], 0))
+    print(receiver.getsockname()[1], flush=True)
+    while True:
+        count = 0
+        while receiver.recv(1000) != b"end":
+            count += 1
+        print(count, flush=True)
+"""
+
+
+@pytest.mark.needs("ip", "tc", "iptables")
+def test_a_network_space_loses_packets_and_is_slow() -> None:
+    with NetworkSpace() as network, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+        receiver = subprocess.Popen(
+            [*network.command, sys.executable, "-c", RECEIVER, network.address], stdout=subprocess.PIPE, text=True
+        )
+        assert receiver.stdout
+        address = (network.address, int(receiver.stdout.readline()))
+        counts = []
+        for worsen in (lambda: None, lambda: network.lose(0.5), lambda: network.limit(100)):
+            worsen()
+            for _ in range(PACKETS):
+                sender.sendto(bytes(500), address)
+            network.repair()
+            sender.sendto(b"end", address)
+            counts.append(int(receiver.stdout.readline()))
+        receiver.kill()
+        receiver.wait()
+        receiver.stdout.close()
+    assert counts[0] == PACKETS
+    assert 0.3 * PACKETS < counts[1] < 0.7 * PACKETS
+    assert counts[2] < 0.5 * PACKETS

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from support.fault_table import FaultTable, Trial
+from support.fault_records import Row
 from support.hostile_client import publish
 from support.processes import Observer
+from support.recovery import strike_each
 from support.run_oracle import Undisturbed
-from support.simulation import RUN, Simulation, in_stage_1, recovering
+from support.simulation import RUN, Simulation
 
 from fedfmsl.algorithms.arrays import Tensors
 from fedfmsl.protocol.bundle import Bundle
@@ -97,31 +97,33 @@ def messages(bundle: Bundle, begun: Round) -> dict[str, tuple[str, Messages]]:
     }
 
 
-def attacked(simulation: Simulation, undisturbed: Undisturbed, faults: Sequence[str]) -> Trial:
-    """All of it in the middle of a round, by one whom the server knows and does not wait for: so that each is refused
-    for what it is."""
-    prompt = simulation.broker.kind == "mosquitto"  # amqtt may not take it all, or only when the round is over
-    introduction = DeviceStatus(device=HOSTILE, online=False, bundle=simulation.bundle.sha256)
-    with Observer(simulation.broker, RUN) as observer:
-        simulation.start_server()
-        simulation.start_fleet(delay=DELAY)
-        begun = in_stage_1(observer)
-        ready = messages(simulation.bundle, begun)
-        with recovering(simulation, observer) as seconds:
-            assert publish(simulation.broker.url, [(TOPICS.status(HOSTILE), encode(introduction))]) or not prompt
-            for fault in faults:
-                assert publish(simulation.broker.url, ready[fault][1]) or not prompt, fault
-        outcome = simulation.finish()
-    assert HOSTILE not in {name for closed in RunStore(outcome.out).rounds() for name in closed.updates}
-    refused = set(re.findall(r"refused from \S+ \((.+?)\)", simulation.servers[-1].stdout))
-    assert refused >= {ready[fault][0] for fault in faults} or not prompt, refused
-    return outcome.trial(undisturbed(simulation.devices), *seconds, len(faults))
-
-
 @pytest.mark.parametrize("group", FAULTS)
 def test_messages_of_a_hostile_client_cost_nothing(
-    simulation: Simulation, undisturbed: Undisturbed, table: FaultTable, group: str, full: bool
+    simulation: Simulation, undisturbed: Undisturbed, row: Row, times: int, group: str, full: bool
 ) -> None:
+    """In the middle of a round, of a client that the server knows and does not wait for: so that each message is
+    refused for what it is."""
     if not full and (simulation.broker.kind == "amqtt" or not group.startswith("random bytes")):
         pytest.skip("group by group, and on amqtt, in the long form only (--full)")
-    table.add(f"{group}, {simulation.broker.kind}", attacked(simulation, undisturbed, FAULTS[group]))
+    row.name = f"{group}, {simulation.broker.kind}"
+    prompt = simulation.broker.kind == "mosquitto"  # amqtt may not take it all, or only when the round is over
+    introduction = DeviceStatus(device=HOSTILE, online=False, bundle=simulation.bundle.sha256)
+    reasons: set[str] = set()
+    with Observer(simulation.broker, RUN) as observer:
+
+        def attack(number: int) -> None:
+            observer.catch_up()
+            begun = [message for message in observer.seen if isinstance(message, Round)][-1]
+            assert publish(simulation.broker.url, [(TOPICS.status(HOSTILE), encode(introduction))]) or not prompt
+            for fault in FAULTS[group]:
+                reason, forged = messages(simulation.bundle, begun)[fault]
+                reasons.add(reason)
+                assert publish(simulation.broker.url, forged) or not prompt, fault
+
+        simulation.start_server()
+        simulation.start_fleet(delay=DELAY)
+        strike_each(simulation.out, row, times, attack)
+        outcome = simulation.check(row, undisturbed)
+    assert HOSTILE not in {name for closed in RunStore(outcome.out).rounds() for name in closed.updates}
+    refused = set(re.findall(r"refused from \S+ \((.+?)\)", simulation.servers[-1].stdout))
+    assert refused >= reasons or not prompt, refused

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import random
 import signal
-import time
-from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
-from support.fault_table import FaultTable, Trial
+from support.brokers import RestartableBroker
+from support.fault_records import Row
 from support.kill_point import launcher
-from support.processes import Observer
-from support.run_oracle import Reference, Undisturbed
-from support.simulation import RUN, Simulation
+from support.processes import Processes
+from support.recovery import Recovery, strike_each
+from support.run_oracle import Undisturbed
+from support.simulation import ROUNDS_PER_FAULT, STAGE2, Simulation
 
-from fedfmsl.protocol.messages import Ack, Message, Round, ServerStatus, Stage, Verdict
+from fedfmsl.protocol.bundle import Bundle
 
 DELAY = (0.1, 0.4)
 STORE, SERVICE = "trainer_server.storage.run_store:RunStore", "trainer_server.service.loop:Service"
-RUNS = 2  # in the long form
-Kill = tuple[str, str, int]  # see `killing.arm`
-STATES = {
+STATES = {  # point and side of `kill_point.arm`, and the last call of which one is drawn
     "before a commit": (f"{STORE}.commit", "before", 5),
     "after a commit": (f"{STORE}.commit", "after", 5),
     "before the state is kept": (f"{STORE}.save_checkpoint", "before", 2),
@@ -32,61 +31,67 @@ STATES = {
     "after the broker has what it published": ("fedfmsl.transport.link:Link.publish", "after", 12),
     "while devices gather": (f"{SERVICE}._receive", "before", 3),
 }
-ROUNDS = 7  # that are opened in a run, the last of them FINISHED
+SHORT = 3  # states in the short form
+SHORT_STAGE1 = 1
+ROUNDS = 3 + SHORT_STAGE1 + STAGE2  # that are opened in a run, the last of them FINISHED
 ENDS = {
-    "before the end is committed": [("trainer_server.coordinator.advance:_close_round", "after", ROUNDS - 1)],
-    "after the end is committed, before it is announced": [(f"{STORE}.save_checkpoint", "after", ROUNDS)],
-    "when the end has been announced": [("trainer_server.service.publisher:Publisher.announce_round", "after", ROUNDS)],
+    "before the end is committed": ("trainer_server.coordinator.advance:_close_round", "after", ROUNDS - 1),
+    "after the end is committed, before it is announced": (f"{STORE}.save_checkpoint", "after", ROUNDS),
+    "when the end has been announced": (
+        "trainer_server.service.publisher:Publisher.announce_round",
+        "after",
+        ROUNDS,
+    ),
 }
-
-
-def killed(simulation: Simulation, undisturbed: Reference, kills: Sequence[Kill], seed: int = 0) -> Trial:
-    """A run whose server is killed at one point after the other until the run is finished. Recovery is the time from
-    the last start until an update is accepted or the run is finished."""
-    times, restarted = 0, 0.0
-    with Observer(simulation.broker, RUN) as observer:
-        simulation.start_fleet("--seed", str(seed), delay=DELAY)
-        for kill in kills:
-            ended = simulation.start_server(launcher=launcher(*kill)).wait()
-            if ended.code == 0:
-                break
-            assert ended.code == -signal.SIGKILL, ended.stderr
-            times += 1
-        else:
-            since, restarted = observer.catch_up(), time.monotonic()
-            simulation.start_server()
-            observer.wait(ServerStatus, lambda status: status.online, "the restarted server", since)
-            observer.wait(Message, _goes_on, "an accepted update, or the end", len(observer.seen))
-            restarted = time.monotonic() - restarted
-        assert times
-        return simulation.finish().trial(undisturbed, restarted or None, times)
-
-
-def _goes_on(message: Message) -> bool:
-    over = isinstance(message, Round) and message.stage is Stage.FINISHED
-    return over or (isinstance(message, Ack) and message.verdict in (Verdict.ACCEPTED, Verdict.DUPLICATE))
 
 
 @pytest.mark.parametrize("state", ENDS)
 def test_a_server_killed_at_the_end_of_a_run_announces_the_end_after_its_restart(
-    simulation: Simulation, undisturbed: Undisturbed, table: FaultTable, state: str, full: bool
+    layout: Bundle, kind: str, tmp_path: Path, undisturbed: Undisturbed, row: Row, times: int, state: str, full: bool
 ) -> None:
-    if not full or simulation.broker.kind == "amqtt":
+    """A run for each try. It recovers when the run is over for every device and the server."""
+    if not full or kind == "amqtt":
         pytest.skip("in the long form only (--full), on one kind of broker")
-    trial = killed(simulation, undisturbed(simulation.devices), ENDS[state])
-    table.add(f"server SIGKILL {state}, {simulation.broker.kind}", trial)
+    row.name = f"server SIGKILL {state}, {kind}"
+    for number in range(times):
+        folder = tmp_path / str(number)
+        with Processes(tmp_path / "logs" / str(number)) as processes:
+            broker = RestartableBroker(processes, folder, kind)
+            simulation = Simulation(processes, broker, layout, folder, stage1=SHORT_STAGE1)
+            simulation.start_fleet("--seed", str(number), delay=DELAY)
+            ended = simulation.start_server(launcher=launcher(*ENDS[state])).wait()
+            assert ended.code == -signal.SIGKILL, ended.stderr
+            with Recovery(simulation.out, row):
+                simulation.start_server()
+                simulation.finish()
+            simulation.check(row, undisturbed)
 
 
-@pytest.mark.parametrize("seed", range(RUNS))
 def test_a_server_killed_at_each_state_of_a_round_loses_nothing(
-    simulation: Simulation, undisturbed: Undisturbed, table: FaultTable, full: bool, seed: int
+    simulation: Simulation, undisturbed: Undisturbed, row: Row, full: bool
 ) -> None:
-    """In one run. The call at which the server is killed is random."""
-    if not full and (seed or simulation.broker.kind == "amqtt"):
-        pytest.skip("more than one, and on amqtt, in the long form only (--full)")
-    draw = random.Random(seed)
-    states = draw.sample(sorted(STATES), len(STATES) if full else len(STATES) // 2)
-    kills = [(point, when, draw.randint(1, most)) for point, when, most in (STATES[state] for state in states)]
-    trial = killed(simulation, undisturbed(simulation.devices), kills, seed)
-    assert trial.times >= len(kills) // 2  # the last of them may come too late, after the end
-    table.add(f"server SIGKILL at {len(STATES)} states of a round, {simulation.broker.kind}", trial)
+    """In one run. The order of the states and the call at which the server is killed are random."""
+    if not full and simulation.broker.kind == "amqtt":
+        pytest.skip("on amqtt in the long form only (--full)")
+    row.name = f"server SIGKILL at {len(STATES)} states of a round, {simulation.broker.kind}"
+    draw = random.Random(0)
+    kills = [STATES[state] for state in draw.sample(sorted(STATES), len(STATES) if full else SHORT)]
+    simulation.stage1 = len(kills) * (1 + ROUNDS_PER_FAULT)
+    armed = [simulation.folder / f"armed-{number}" for number in range(len(kills))]
+    launchers = [
+        launcher(point, when, draw.randint(1, most), file)
+        for (point, when, most), file in zip(kills, armed, strict=True)
+    ]
+
+    def kill(number: int) -> None:
+        armed[number].touch()
+        ended = simulation.servers[-1].wait()
+        assert ended.code == -signal.SIGKILL, ended.stderr
+
+    def start_again(number: int) -> None:
+        simulation.start_server(launcher=[*launchers, ("-m",)][number + 1])
+
+    simulation.start_fleet(delay=DELAY)
+    simulation.start_server(launcher=launchers[0])
+    strike_each(simulation.out, row, len(kills), start_again, before=kill)
+    simulation.check(row, undisturbed)

@@ -52,7 +52,8 @@ TABLE = (
     Row(
         "export",
         f"fedfmsl.errors {ALGORITHMS} {COMMON} {PROTOCOL}",
-        "torch transformers peft optimum huggingface_hub onnx onnxruntime tokenizers safetensors numpy rich typer",
+        "torch transformers peft optimum huggingface_hub requests onnx onnxruntime tokenizers safetensors numpy rich "
+        "typer",
     ),
     Row("trainer_server.config", FEDFMSL, "pydantic pydantic_settings"),
     Row("trainer_server.coordinator", f"{FEDFMSL} trainer_server.config", "numpy"),
@@ -76,6 +77,7 @@ TABLE = (
     Row(f"{EDGE}.store", FEDFMSL, "pydantic"),
     Row(f"{EDGE}.engines", FEDFMSL, "numpy onnxruntime psutil"),
     Row(f"{EDGE}.data", f"{FEDFMSL} {EDGE}.store {EDGE}.engines", "numpy PIL pydantic"),
+    Row(f"{EDGE}.labelling", f"{FEDFMSL} {EDGE}.data", "numpy"),
     Row(f"{EDGE}.training", f"{FEDFMSL} {EDGE}.store {EDGE}.engines {EDGE}.data", "numpy pydantic"),
     Row(
         f"{EDGE}.resources",
@@ -85,7 +87,7 @@ TABLE = (
     Row(f"{EDGE}.settings", f"{FEDFMSL} {EDGE}.resources", "pydantic pydantic_settings"),
     Row(
         f"{EDGE}.inference",
-        f"{FEDFMSL} {EDGE}.store {EDGE}.engines {EDGE}.data {EDGE}.training {EDGE}.settings",
+        f"{FEDFMSL} {EDGE}.store {EDGE}.engines {EDGE}.data {EDGE}.labelling {EDGE}.training {EDGE}.settings",
         "numpy pydantic",
     ),
     Row(
@@ -93,6 +95,11 @@ TABLE = (
         f"{FEDFMSL} {EDGE}.store {EDGE}.engines {EDGE}.data {EDGE}.training {EDGE}.resources {EDGE}.settings "
         f"{EDGE}.inference",
         "numpy paho pydantic psutil",
+    ),
+    Row(
+        f"{EDGE}.page",
+        f"{FEDFMSL} fedfmsl.web {EDGE}.store {EDGE}.engines {EDGE}.data {EDGE}.labelling {EDGE}.settings {EDGE}.daemon",
+        "starlette",
     ),
     Row(EDGE, f"{FEDFMSL} {EDGE}.*", "typer rich pydantic"),
     Row(

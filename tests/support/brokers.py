@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+from support.network_space import NetworkSpace
 from support.processes import Process, Processes, answers, broker_command, free_port, wait_until
 from support.tools import find_tool, require_tool
 
@@ -30,20 +31,22 @@ class RestartableBroker:
         persistent: bool = False,
         autosave: int = 1,
         lines: Sequence[str] = ("allow_anonymous true", "max_queued_messages 0"),
+        network: NetworkSpace | None = None,
     ) -> None:
-        """`lines` of mosquitto's configuration."""
+        """`lines` of mosquitto's configuration. `network`: where a mosquitto runs; by default on this host."""
         assert not (persistent and kind == "amqtt"), "amqtt keeps nothing"
         self.kind = kind
         self.port = free_port()
-        self.url = f"mqtt://127.0.0.1:{self.port}"
+        self.host = network.address if network else "127.0.0.1"
+        self.url = f"mqtt://{self.host}:{self.port}"
         self._processes = processes
         self._starts = 0
         self._process: Process
         self._command = broker_command(kind, self.port)
         if kind == "mosquitto":
             settings = folder / "mosquitto"
-            settings.mkdir(parents=True)
-            lines = [f"listener {self.port} 127.0.0.1", *lines]
+            settings.mkdir(parents=True, exist_ok=True)
+            lines = [f"listener {self.port} {self.host}", *lines]
             if persistent:
                 lines += ["persistence true", f"persistence_location {settings}/"]
                 lines += ["autosave_on_changes true", f"autosave_interval {autosave}"]
@@ -51,13 +54,18 @@ class RestartableBroker:
                 lines += ["user root"]  # mosquitto would change to another user, which may not write here
             (settings / "mosquitto.conf").write_text("\n".join(lines) + "\n")
             self._command = [require_tool("mosquitto"), "-c", str(settings / "mosquitto.conf")]
+        self._command = [*(network.command if network else ()), *self._command]
         self.start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def start(self) -> None:
         """Returns when it accepts connections."""
         self._starts += 1
         process = self._processes.start(f"broker-{self.kind}-{self._starts}", *self._command)
-        wait_until(lambda: answers(self.port) or not process.running, f"{self.kind} on port {self.port}")
+        wait_until(lambda: answers(self.port, self.host) or not process.running, f"{self.kind} on port {self.port}")
         assert process.running, process.wait().stderr
         self._process = process
 

@@ -4,62 +4,50 @@ from __future__ import annotations
 
 import os
 import platform
-from collections import defaultdict
+import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
+from support.fault_records import COUNTS, Record, Records
+
 BEGIN, END = "<!-- the fault table: begin -->", "<!-- the fault table: end -->"
-COMMAND = ("tests/faults", "--full")
+PATHS = ["tests/faults"]
+NO_FAULT = "no fault"
 HEAD = (
-    "| fault | times | lost updates | counted twice | repeated rounds | recomputed rounds | equal to a run without "
-    "faults | seconds to recover, median | longest |\n"
-    "|---|---|---|---|---|---|---|---|---|"
+    "| fault | times | failed | lost updates | counted twice | repeated rounds | recomputed rounds | equal to a run "
+    "without faults | seconds to recover, median | longest |\n"
+    "|---|---|---|---|---|---|---|---|---|---|"
 )
-COUNTS = ("lost", "double", "repeated", "recomputed", "compared")
 
 
-@dataclass(frozen=True)
-class Trial:
-    """The findings of a run with a fault that happened `times` times: lost and double updates, repeated rounds, and
-    rounds that were computed again and compared (see `run_oracle.Findings`). `recovery` is in seconds, None if the
-    fault lasted until the end of the run; docs/reliability.md says when it starts and ends."""
-
-    lost: int
-    double: int
-    repeated: int
-    recomputed: int
-    compared: int
-    recovery: float | None
-    times: int = 1
+def markdown(records: Records, versions: str) -> str:
+    rows: dict[str, list[Record]] = {}
+    for record in records:
+        if record.row.name:
+            rows.setdefault(record.row.name, []).append(record)
+    names = sorted(rows, key=lambda name: (name != NO_FAULT, name))
+    lines = [_heading(records, versions), "", HEAD, *(_line(name, rows[name]) for name in names)]
+    failed = [f"- {record.test}: {record.failure} Logs: `{record.logs}`" for record in records if record.failure]
+    return "\n".join([*lines, *(["", "Failed:", "", *failed] if failed else [])])
 
 
-@dataclass
-class FaultTable:
-    trials: dict[str, list[Trial]] = field(default_factory=lambda: defaultdict(list))
-
-    def add(self, fault: str, trial: Trial) -> None:
-        self.trials[fault].append(trial)
-
-    def markdown(self, versions: str) -> str:
-        lines = [
-            f"`python -m pytest {' '.join(COMMAND)}` on {os.cpu_count()} cores, Python {platform.python_version()}, "
-            f"{versions}.",
-            "",
-            HEAD,
-        ]
-        for fault, trials in self.trials.items():
-            seconds = sorted(trial.recovery for trial in trials if trial.recovery is not None)
-            spread = [f"{seconds[len(seconds) // 2]:.1f}", f"{seconds[-1]:.1f}"] if seconds else ["–", "–"]
-            sums = [sum(getattr(trial, name) for trial in trials) for name in ("times", *COUNTS)]
-            cells = [*sums, *spread]
-            lines.append(f"| {fault} | {' | '.join(map(str, cells))} |")
-        return "\n".join(lines)
+def _heading(records: Records, versions: str) -> str:
+    loads = [record.load for record in records]
+    load, cores = statistics.median(loads) if loads else 0.0, os.cpu_count() or 1
+    loaded = (
+        f", on a loaded machine ({load:.0f} processes at work at the same time, median)" if load > 2 * cores else ""
+    )
+    where = f"{cores} cores{loaded}, Python {platform.python_version()}, {versions}"
+    return f"`make faults` at commit {records.commit}, {where}."
 
 
-def is_whole(arguments: Sequence[str]) -> bool:
-    """Whether pytest runs all fault tests in their long form and nothing else."""
-    return tuple(arguments) == COMMAND
+def _line(name: str, records: Sequence[Record]) -> str:
+    seconds = sorted(each for record in records for each in record.row.seconds)
+    failed = sum(bool(record.failure) for record in records)
+    counted = [record.row.counts for record in records if record.row.counts]
+    counts = [str(sum(each[count] for each in counted)) if counted else "–" for count in COUNTS]
+    spread = [f"{statistics.median(seconds):.1f}", f"{seconds[-1]:.1f}"] if seconds else ["–", "–"]
+    return f"| {name} | {' | '.join([str(len(seconds) + failed), str(failed), *counts, *spread])} |"
 
 
 def write(path: Path, table: str) -> None:

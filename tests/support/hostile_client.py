@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from fedfmsl.transport.link import Link
 
 
-def publish(url: str, messages: Iterable[tuple[str, bytes]], seconds: float = 10.0, retain: bool = False) -> bool:
+def publish(url: str, messages: Iterable[tuple[str, bytes]], seconds: float = 60.0, retain: bool = False) -> bool:
     """Connects, publishes and disconnects. False if a message was not acknowledged within `seconds`: a broker closes
     the connection if a message is too large."""
     link = Link(url, f"hostile-{secrets.token_hex(4)}")

@@ -1,8 +1,9 @@
-"""python tests/support/kill_point.py MODULE:NAME before|after CALL MODULE_TO_RUN ARGUMENTS…
+"""python tests/support/kill_point.py MODULE:NAME before|after CALL ARMED MODULE_TO_RUN ARGUMENTS…
 
 Runs a module as `python -m` does, in a process that SIGKILLs itself before or after the CALL-th call (from 1) of a
-function or method. A function that another module imports by name is called under that module's name. A message that
-the function has published, or receives as an argument, is first acknowledged by the broker.
+function or method. If ARMED is not "", only calls since that file exists count. A function that another module imports
+by name is called under that module's name. A message that the function has published, or receives as an argument, is
+first acknowledged by the broker.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ import paho.mqtt.client as paho
 DELIVERY_SECONDS = 10.0
 
 
-def launcher(point: str, when: str, call: int = 1) -> tuple[str, ...]:
+def launcher(point: str, when: str, call: int = 1, armed: Path | None = None) -> tuple[str, ...]:
     """For `Processes.start_module`."""
-    return (__file__, point, when, str(call))
+    return (__file__, point, when, str(call), str(armed or ""))
 
 
-def arm(point: str, when: str, call: int) -> None:
+def arm(point: str, when: str, call: int, armed: Path | None = None) -> None:
     """Replaces the function with one that kills the process at that call. Raises LookupError, AttributeError or
     ImportError if there is no such function."""
     if when not in ("before", "after"):
@@ -45,7 +46,7 @@ def arm(point: str, when: str, call: int) -> None:
 
     @functools.wraps(function)
     def last(*args: Any, **kwargs: Any) -> Any:
-        now = next(calls) == call
+        now = (armed is None or armed.exists()) and next(calls) == call
         if now and when == "before":
             die_after_delivery(args)
         result = function(*args, **kwargs)
@@ -70,8 +71,8 @@ def die() -> NoReturn:
 
 
 if __name__ == "__main__":
-    _, point, when, call, module, *arguments = sys.argv
+    _, point, when, call, armed, module, *arguments = sys.argv
     sys.path[0] = str(Path.cwd())  # as with -m
     sys.argv = [module, *arguments]
-    arm(point, when, int(call))
+    arm(point, when, int(call), Path(armed) if armed else None)
     runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -34,6 +34,7 @@ from support.tools import require_tool
 from trainer_server.storage.run_store import RunStore
 
 SECONDS = 90.0  # timeout of every wait, for a busy machine
+RUN_SECONDS = 600.0  # timeout of a wait for the end of a run
 
 M = TypeVar("M", bound=Message)
 
@@ -53,9 +54,9 @@ def free_port() -> int:
     return port
 
 
-def answers(port: int) -> bool:
+def answers(port: int, host: str = "127.0.0.1") -> bool:
     with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
+        return probe.connect_ex((host, port)) == 0
 
 
 @dataclass(frozen=True)
@@ -307,7 +308,7 @@ class Federation:
         """The server's records of closed rounds."""
         return [closed.model_dump(mode="json") for closed in RunStore(self.server_folder).rounds()]
 
-    def start_server(self, *arguments: str) -> Process:
+    def start_server(self, *arguments: str, launcher: Sequence[str] = ("-m",)) -> Process:
         """May be called again after the server has ended: it resumes its run. The sums are plain unless the arguments
         say otherwise."""
         plain = [] if any(argument.startswith("--secure") for argument in arguments) else ["--no-secure-sums"]
@@ -318,6 +319,7 @@ class Federation:
             *("start", "--run", self.run, "--bundle", str(self.bundle)),
             *("--broker", self.broker.url, "--out", str(self.server_folder), "--devices", str(len(self.photos))),
             *("--learning-rate", "0.01", "--local-learning-rate", "0.01", *plain, *arguments),
+            launcher=launcher,
         )
 
     def start_device(

@@ -24,7 +24,7 @@ from trainer_server.service.lifecycle import make_plan, open_bundle, replay_roun
 from trainer_server.storage.run_store import LoggedEvent, RunStore
 
 Outcome = tuple[str, int, int, str, str, str]
-Undisturbed = Callable[[int], "Reference"]  # number of devices → their run without a fault
+Undisturbed = Callable[[int, int], "Reference"]  # numbers of devices and of rounds of stage 1 → a run without a fault
 
 
 @dataclass(frozen=True)

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.simulated import device_names
 from fedfmsl.protocol.bundle import Bundle
-from fedfmsl.protocol.messages import Ack, Message, Round, Stage, Verdict
+from fedfmsl.protocol.messages import Ack, Round, Stage, Verdict
 from support.brokers import RestartableBroker
-from support.fault_table import COUNTS, Trial
-from support.processes import Observer, Process, Processes
-from support.run_oracle import Findings, Reference, examine
+from support.fault_records import Row
+from support.processes import RUN_SECONDS, Observer, Process, Processes
+from support.run_oracle import Findings, Reference, Undisturbed, examine
 from trainer_server.coordinator.state import Key
 
 RUN = "faults"  # the same in every run: it is part of the hashes
-STAGE1, STAGE2 = 3, 1
+STAGE1, STAGE2 = 3, 1  # rounds
+ROUNDS_PER_FAULT = 4  # for the fault, its recovery and the random moment of the next
 ROUND_TIMEOUT = 80  # seconds; no test may reach it
 
 
@@ -34,12 +31,25 @@ class Simulation:
     bundle: Bundle
     folder: Path
     devices: int = 6
+    stage1: int = STAGE1
     fleets: list[Process] = field(default_factory=list)
     servers: list[Process] = field(default_factory=list)
+
+    @classmethod
+    def for_faults(
+        cls, times: int, processes: Processes, broker: RestartableBroker, bundle: Bundle, folder: Path
+    ) -> Simulation:
+        return cls(processes, broker, bundle, folder, stage1=max(STAGE1, times * ROUNDS_PER_FAULT))
 
     @property
     def out(self) -> Path:
         return self.folder / "server"
+
+    def check(self, row: Row, undisturbed: Undisturbed, expelled: Collection[Process] = ()) -> Outcome:
+        """The outcome of the finished run, which the oracle has examined."""
+        outcome = self.finish(expelled)
+        row.add(outcome.findings(undisturbed(self.devices, self.stage1)))
+        return outcome
 
     def start_server(
         self,
@@ -54,8 +64,9 @@ class Simulation:
             "trainer_server",
             *("start", "--run", RUN, "--bundle", str(self.bundle.root), "--devices", str(self.devices)),
             *("--broker", url or self.broker.url, "--out", str(self.out), "--audit"),
-            *("--stage1-rounds", str(STAGE1), "--stage2-rounds", str(STAGE2), "--max-level", "1", "--no-secure-sums"),
-            *("--head", "class-means"),
+            *("--stage1-rounds", str(self.stage1), "--stage2-rounds", str(STAGE2), "--max-level", "1"),
+            *("--no-secure-sums", "--head", "class-means"),
+            *("--min-updates", str(self.devices)),  # no round closes without a device, so every round can be compared
             *("--round-timeout", str(ROUND_TIMEOUT), *arguments),
             launcher=launcher,
             environment=environment,
@@ -70,6 +81,7 @@ class Simulation:
         delay: tuple[float, float] = (0.0, 0.0),
         first: int = 0,
         devices: int | None = None,
+        launcher: Sequence[str] = ("-m",),
     ) -> Process:
         """Starts `devices` simulated devices from number `first` on, by default all."""
         fleet = self.processes.start_module(
@@ -78,6 +90,7 @@ class Simulation:
             *("--run", RUN, "--bundle", str(self.bundle.root)),
             *("--first", str(first), "--devices", str(devices or self.devices)),
             *("--broker", url or self.broker.url, "--delay", *map(str, delay), *arguments),
+            launcher=launcher,
         )
         self.fleets.append(fleet)
         return fleet
@@ -85,7 +98,7 @@ class Simulation:
     def finish(self, expelled: Collection[Process] = ()) -> Outcome:
         """The outcome after the last server and the fleets have exited: with 0, except for the `expelled` fleets."""
         for process in (self.servers[-1], *self.fleets):
-            ended = process.wait()
+            ended = process.wait(RUN_SECONDS)
             good = (ended.code == 0) != (process in expelled)
             assert good, (process.log.name, ended.code, ended.stdout[-2000:], ended.stderr[-2000:])
         return Outcome(self.out, [json.loads(fleet.stdout.splitlines()[-1]) for fleet in self.fleets])
@@ -112,14 +125,8 @@ class Outcome:
             for name in names
         }
 
-    def trial(self, undisturbed: Reference, recovery: float | None = None, times: int = 1) -> Trial:
-        return trial_of(examine(self.out, self.acknowledged, undisturbed), recovery, times)
-
-
-def trial_of(findings: Findings, recovery: float | None = None, times: int = 1) -> Trial:
-    """Asserts that no update is lost or counted twice, and that no round reached its deadline."""
-    assert (findings.lost, findings.double, findings.repeated, findings.missing) == (0, 0, 0, {}), findings
-    return Trial(**{name: getattr(findings, name) for name in COUNTS}, recovery=recovery, times=times)
+    def findings(self, undisturbed: Reference) -> Findings:
+        return examine(self.out, self.acknowledged, undisturbed)
 
 
 def in_stage_1(observer: Observer, index: int = 1) -> Round:
@@ -127,23 +134,3 @@ def in_stage_1(observer: Observer, index: int = 1) -> Round:
     begun = observer.wait(Round, lambda r: r.stage is Stage.GLOBAL and r.index == index, f"round {index} of stage 1")
     observer.wait(Ack, lambda a: a.round == begun.round and a.verdict is Verdict.ACCEPTED, "its first update")
     return begun
-
-
-@contextmanager
-def recovering(simulation: Simulation, observer: Observer) -> Iterator[list[float]]:
-    """Yields a list that later holds the seconds from the end of the block until every device has an accepted update or
-    the run is finished. The observer also reconnects, and may miss updates meanwhile."""
-    seconds: list[float] = []
-    yield seconds
-    since, ended = observer.catch_up(), time.monotonic()
-    if any(isinstance(message, Round) and message.stage is Stage.FINISHED for message in observer.seen):
-        since = 0  # the run finished during the fault
-    for device in device_names(simulation.devices):
-        observer.wait(Message, partial(_accepted_or_over, device), f"an update of {device} after the fault", since)
-    seconds.append(time.monotonic() - ended)
-
-
-def _accepted_or_over(device: str, message: Message) -> bool:
-    if isinstance(message, Ack):
-        return message.device == device and message.verdict is Verdict.ACCEPTED
-    return isinstance(message, Round) and message.stage is Stage.FINISHED

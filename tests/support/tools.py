@@ -14,13 +14,18 @@ import pytest
 PACKAGES = {  # program → Debian package
     "chromium": "chromium",
     "faketime": "faketime",
+    "ip": "iproute2",
+    "iptables": "iptables",
+    "mkfs.ext4": "e2fsprogs",
     "mmdebstrap": "mmdebstrap",
     "mosquitto": "mosquitto",
     "qemu-aarch64-static": "qemu-user-static",
+    "strace": "strace",
+    "tc": "iproute2",
     "unshare": "util-linux",
 }
 NOT_TESTED = "not tested here: "
-_FOLDERS = ("/usr/sbin", "/usr/local/sbin")  # not in a user's PATH on Debian
+_FOLDERS = ("/usr/sbin", "/usr/local/sbin", "/sbin")  # not in a user's PATH on Debian
 
 
 def find_tool(name: str) -> str | None:

@@ -140,11 +140,11 @@ def test_a_device_that_joins_while_the_disk_cannot_be_written_takes_part_later(
         with closing(sqlite3.connect(s.folder / DATABASE, isolation_level=None)) as other:
             other.execute("BEGIN IMMEDIATE")  # so that nothing can be committed
             s.announce_device()
-            wait_until(lambda: "cannot write" in s.notes, "the server notices")
+            wait_until(lambda: "cannot use" in s.notes, "the server notices")
             assert not [m for m in s.observer.seen if isinstance(m, Round)]
             other.execute("ROLLBACK")
         s.run_to_its_end()
-        assert s.notes.count("cannot write") == 1
+        assert s.notes.count("cannot use") == 1
 
 
 def test_an_aggregation_that_finds_a_full_disk_is_tried_again(
