@@ -31,6 +31,7 @@ from simulation.methods import METHODS
 from simulation.results import STREAM, Result, grouped, read_results, spread, value_of
 from simulation.run import simulate
 from simulation.settings import SimulationSettings
+from trainer_server.config import STAGE1
 
 RESULTS, REPORT = (Path(__file__).with_name(name) for name in ("evidence", "evidence.md"))
 SHARES = ("0.0", "0.1", "0.5")  # of novel samples in a stream, as in the result files
@@ -38,6 +39,8 @@ FEDFMSL = "fedfmsl"
 SAL = (FEDFMSL, "fedfmsl-all-at-once", "fedfmsl-fixed-schedule")  # they differ with several levels only
 AT_ONE_LEVEL = tuple(name for name in METHODS if name not in SAL[1:])
 COLUMNS = ("own", "novel", "fleet", "harmonic", "worst_decile")
+# Controls are computed at the rate of FedFMSL, too.
+FIELD_RATE, CONTROLS = 2e-3, ("fedit", "fine-tuning", "fedit-head")
 ROW_TITLES = {"start": "after its first round", "global": "its global expert", "local-expert": "its local expert"}
 COSTS = {"kilobytes_up": "kB up", "kilobytes_down": "kB down", "device_seconds": "device-seconds"}
 
@@ -119,12 +122,21 @@ def _run(name: str, images: Path, methods: Sequence[str], seeds: int, threads: i
                     name=run,
                     images=images,
                     methods=(method,),
+                    learning_rate=rates_of(method),
                     seeds=seed,
                     threads=threads,
                     **block.settings,
                 )
             )
             _copy_results(results, kept)
+
+
+def rates_of(method: str) -> tuple[float, ...]:
+    """The learning rates that a method is computed at."""
+    own = (STAGE1.learning_rate,)
+    if method.startswith(FEDFMSL):
+        return own
+    return (FIELD_RATE, *own) if method in CONTROLS else (FIELD_RATE,)
 
 
 def _copy_results(source: Path, target: Path) -> None:
@@ -199,13 +211,13 @@ def results_of(folder: Path) -> list[Result]:
 
 def _table(results: Sequence[Result]) -> list[str]:
     """A row for each method in the order of METHODS, and for the parts of FedFMSL."""
-    head = ["method", "seeds", *(column.replace("_", " ") for column in COLUMNS)]
+    head = ["method", "rate", "seeds", *(column.replace("_", " ") for column in COLUMNS)]
     head += [*(f"stream {float(share):.0%}" for share in SHARES), "unseen", "unseen, trained", *COSTS.values()]
     lines = [head, ["---"] * len(head)]
     order = list(METHODS)
-    for (method, row, _, _), same in sorted(grouped(results).items(), key=lambda item: order.index(item[0][0])):
+    for (method, row, _, rate), same in sorted(grouped(results).items(), key=lambda item: order.index(item[0][0])):
         if row == method or method == FEDFMSL:
-            lines.append([ROW_TITLES.get(row) or str(same[0]["title"]), *_cells(row, same, row == method)])
+            lines.append([ROW_TITLES.get(row) or str(same[0]["title"]), f"{rate:g}", *_cells(row, same, row == method)])
     return [f"| {' | '.join(cells)} |" for cells in lines]
 
 

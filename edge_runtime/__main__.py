@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,6 +94,7 @@ def predict(
         "--adapt/--no-adapt",
         help="Adapt to the classes that the files show, without labels. Default: with --watch.",
     ),
+    questions: bool = typer.Option(False, help="With --watch: store what the device's page asks about."),
     publish: bool = typer.Option(
         False,
         "--publish",
@@ -106,7 +107,9 @@ def predict(
     from edge_runtime.inference.classifier import FileClassifier, StateClassifier
     from edge_runtime.inference.predict import end_on_closed_output, predict_files, printer
     from edge_runtime.inference.publish import Publisher
+    from edge_runtime.inference.recorder import Recorder
     from edge_runtime.inference.stream import WatchedFolder, classify_new_files, wait_for_model
+    from edge_runtime.labelling.queue import Queue
 
     if new and not watch:
         raise ConfigError("--new needs --watch; give --watch FOLDER, or omit --new")
@@ -132,9 +135,26 @@ def predict(
         outputs: list[Callable[[Prediction | None], None]] = [printer(as_json, top)]
         if publish:
             outputs.append(resources.enter_context(Publisher(classifier, settings)).publish)
-        for prediction in classify_new_files(classifier, inbox) if inbox else predict_files(classifier, files or []):
+        if inbox is None:
+            predictions: Iterator[Prediction | None] = predict_files(classifier, files or [])
+        elif questions and isinstance(classifier, StateClassifier):
+            recorder = Recorder(Queue(DeviceStore(settings.state).questions), classifier)
+            outputs.append(lambda prediction: recorder.improve() if prediction is None else None)
+            predictions = classify_new_files(classifier, inbox, record=recorder.record)
+        else:
+            predictions = classify_new_files(classifier, inbox)
+        for prediction in predictions:
             for output in outputs:
                 output(prediction)
+
+
+@app.command()
+@with_settings(Settings)
+def page(settings: Settings) -> None:
+    """Serve the device's page: what it is doing, and "What is this?". The daemon starts it with --page."""
+    from edge_runtime.page.service import serve
+
+    serve(settings)
 
 
 @app.command()

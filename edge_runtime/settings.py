@@ -6,13 +6,16 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import ByteSize, Field
+from pydantic import AfterValidator, ByteSize, Field, ValidationInfo
 
 from edge_runtime.resources.governor import Hours, Limits
 from fedfmsl.common.logs import LogSettings
 from fedfmsl.common.processors import usable_processors
-from fedfmsl.common.settings import MAX_THREADS, CommaSeparated, File, Fraction, SettingsModel, panel
+from fedfmsl.common.settings import MAX_THREADS, CommaSeparated, File, Fraction, SettingsModel, checked, panel
+from fedfmsl.errors import ConfigError
+from fedfmsl.protocol.frigate import check_state_topic
 from fedfmsl.protocol.messages import EngineChoice
+from fedfmsl.transport.address import listening_on
 from fedfmsl.transport.settings import (
     CONNECTION,
     HOME_ASSISTANT,
@@ -26,6 +29,19 @@ from fedfmsl.transport.settings import (
 RUN, SAMPLES, RESOURCES, SCHEDULE, OUTPUT = (
     panel(name) for name in ("Run", "Samples", "Resources", "When the device trains", "Predictions and metrics")
 )
+
+
+def _check_page(address: str, info: ValidationInfo) -> str:
+    """With an identity the page uses TLS."""
+    try:
+        listening_on(address, "the page", bool(info.data.get("insecure") or info.data.get("identity")))
+    except ConfigError as error:
+        raise ValueError(str(error)) from error
+    return address
+
+
+FrigateTopic = Annotated[str, checked(check_state_topic)]
+PageAddress = Annotated[str, AfterValidator(_check_page)]
 
 
 class Secure(str, Enum):
@@ -166,8 +182,20 @@ class Settings(PredictSettings, LogSettings):
     watch: File | None = Field(
         None, description="Folder whose new files are classified with the newest model.", json_schema_extra=OUTPUT
     )
+    frigate: FrigateTopic | None = Field(
+        None,
+        description="Topic of a state classification of Frigate, where the class of each new file of --watch is "
+        "published too: PREFIX/CAMERA/classification/MODEL. Default: none.",
+        json_schema_extra=OUTPUT,
+    )
     metrics: MetricsAddress | None = Field(
         None, description="HOST:PORT to serve Prometheus metrics on. Default: none.", json_schema_extra=OUTPUT
+    )
+    page: PageAddress | None = Field(
+        None,
+        description="HOST:PORT of the device's page, where people see its state and label the files of --watch. "
+        "Default: none.",
+        json_schema_extra=OUTPUT,
     )
 
     @property

@@ -25,7 +25,7 @@ class Part:
 
 
 PARTS = {
-    "export": Part("export.build", "export", "Export a frozen backbone as a bundle for edge devices."),
+    "export": Part("export.__main__", "export", "Export a backbone; move a global expert to and from the hub."),
     "server": Part(
         "trainer_server.__main__", "server", "Coordinate a federated run: both stages of FedFMSL, over MQTT."
     ),

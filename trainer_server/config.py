@@ -165,7 +165,7 @@ class RunRules(BaseModel):
         None,
         ge=1,
         description="Number of updates below which a round lasts longer or is repeated. Default: half of those that a "
-        "round waits for (--devices × --fraction × --enough), rounded up.",
+        "round waits for (--devices × --fraction × --enough), rounded up. With --secure at least 3.",
         json_schema_extra=UPDATES,
     )
     max_repeats: int | None = Field(
@@ -221,7 +221,8 @@ class RunRules(BaseModel):
         10,
         ge=1,
         le=MAX_NUMBER,
-        description="Samples from which a device's class enters its sums.",
+        description="Samples from which a class enters the sums: on all devices together, or on the device with "
+        "--no-secure-sums.",
         json_schema_extra=PRIVACY,
     )
     min_holders: int = Field(
@@ -245,7 +246,7 @@ class RunRules(BaseModel):
 
 AGGREGATION_DEFAULT = Aggregation()
 ROBUST_FROM = 3  # updates, below which robust rules equal the mean
-STAGE1 = Training(epochs=2, learning_rate=2e-3)
+STAGE1 = Training(epochs=2, learning_rate=1e-3)
 STAGE2 = Training(epochs=1, learning_rate=1e-4)
 
 

@@ -18,6 +18,7 @@ from fedfmsl.transport.identity import describe_expiry
 from trainer_server.coordinator.records import NAMES, listed, rare_devices
 from trainer_server.coordinator.refusals import LEFT_OUT_AFTER, is_left_out
 from trainer_server.service.lifecycle import make_plan, open_bundle, replay_rounds
+from trainer_server.storage.model_card import result_of, write_card
 from trainer_server.storage.peft_adapter import write_adapter
 from trainer_server.storage.run_store import RunStore
 
@@ -46,7 +47,7 @@ def _facts(store: RunStore) -> dict[str, Any]:
     config = store.origin.config
     checkpoint = store.checkpoint()
     announced = checkpoint[0].announced if checkpoint else None
-    closed = store.rounds()
+    closed = store.closed_stages()
     since, reason = store.outage()
     facts: dict[str, Any] = {"run": config.run, "session": store.origin.session, "server": vars(store.server())}
     if store.ended is not None:
@@ -80,12 +81,12 @@ def _facts(store: RunStore) -> dict[str, Any]:
     facts["bytes"] = store.sizes()
     facts |= {
         "closed_rounds": len(closed),
-        "repeated": [r.repeated for r in closed if r.repeated],
+        "repeated": [repeated for _, repeated in closed if repeated],
         "refused": {f"{r.device}: {r.kind}": r.count for r in store.refusals()},
     }
     if config.privacy:
-        noised = [r for r in closed if r.round.stage in NOISED]
-        released = sum(not r.repeated for r in noised)
+        noised = [repeated for stage, repeated in closed if stage in NOISED]
+        released = noised.count("")
         present = announced is not None and announced.stage in NOISED and bool(store.pending_updates())
         updates = len(noised) + present  # of a device that has answered all rounds
         found = epsilons(config.privacy, released, config.delta, secure=config.secure, updates=updates)
@@ -178,6 +179,8 @@ def export(out: Path = OUT, to: Path = typer.Option(help="Folder to write the PE
     state = checkpoint[0]
     try:
         write_adapter(bundle, state.expert[: bundle.expert.size(state.sal.level)], state.sal.level, to)
+        results = [result for closed in store.rounds() if (result := result_of(closed))]
+        write_card(to, bundle, store.origin.config, results[-1] if results else None)
     except OSError as error:
         raise ConfigError(f"--to {to} cannot be written ({error.strerror}); choose another folder") from error
     print(to)

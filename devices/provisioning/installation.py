@@ -133,7 +133,9 @@ def _limits(board: Board, values: Mapping[str, Value]) -> dict[str, Value]:
 def _service(settings: Settings, board: Board | None) -> Service:
     state = settings.state if "state" in settings.model_fields_set else STATE
     reads = (settings.images, settings.labels, settings.bundle, settings.watch)
-    writes = (state, settings.log_file.parent if settings.log_file else state)
+    writes = [state, settings.log_file.parent if settings.log_file else state]
+    if settings.page and settings.watch:  # its answers move files
+        writes += [settings.watch, settings.images, *([settings.labels.parent] if settings.labels else [])]
     return Service(
         python=Path(sys.executable),
         config=CONFIG,

@@ -15,6 +15,7 @@ from edge_runtime.daemon.download import fetch_bundle, wait_for_server
 from edge_runtime.daemon.health import HealthReporter
 from edge_runtime.daemon.lock import locked
 from edge_runtime.daemon.loop import DaemonLoop
+from edge_runtime.daemon.page import address_of, page_process
 from edge_runtime.daemon.round_runner import RoundRunner
 from edge_runtime.daemon.status import describe_model
 from edge_runtime.daemon.worker import Worker, progress_poster
@@ -71,11 +72,13 @@ def launch(settings: Settings) -> None:
             from fedfmsl.transport.metrics import serve_metrics
 
             serve_metrics(settings.metrics, lambda: families(health.newest), settings.insecure)
+        if settings.page:
+            resources.enter_context(page_process(settings))
         connect(link, health)
         health.ready()
         prepared = _prepare(settings, link, topics, store, name, health)
         bundle = prepared.bundle
-        announcer = Announcer(link, topics, name, _introduction(settings, topics, name, bundle))
+        announcer = Announcer(link, topics, name, _introduction(settings, topics, name, bundle), settings.frigate)
         control = StepControl()
         runner = _runner(settings, prepared, store, name, link, control)
         loop = DaemonLoop(
@@ -89,7 +92,13 @@ def launch(settings: Settings) -> None:
             stay=settings.stay or settings.watch is not None,
         )
         if settings.watch:
-            watcher = Watcher(settings.watch, store.root, bundle.root, announcer.prediction)
+            watcher = Watcher(
+                settings.watch,
+                store.root,
+                bundle.root,
+                announcer.prediction,
+                questions=settings.page is not None,
+            )
             resources.enter_context(watcher)
         loop.serve()
 
@@ -229,5 +238,7 @@ def _introduction(settings: Settings, topics: Topics, name: str, bundle: Bundle)
     """The message that introduces this device to Home Assistant, if it classifies a watched folder."""
     if not (settings.watch and settings.home_assistant):
         return None
-    described = DeviceDescription(topics, name, bundle.manifest.classes, board(), version("fedfmsl-edge"))
+    described = DeviceDescription(
+        topics, name, bundle.manifest.classes, board(), version("fedfmsl-edge"), address_of(settings)
+    )
     return discovery_message(settings.home_assistant, described, topics.status(name), health=True)

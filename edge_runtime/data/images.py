@@ -84,6 +84,15 @@ def decode_pixels(data: bytes, preprocessing: ImagePreprocessing) -> Pixels:
     return np.asarray(to_square(_decode(data, preprocessing.edge), preprocessing))
 
 
+@decoding()
+def thumbnail(data: bytes, size: int) -> bytes:
+    """An image file's bytes as an upright JPEG whose sides have at most `size` pixels."""
+    image, made = _decode(data, size), io.BytesIO()
+    image.thumbnail((size, size))
+    image.save(made, "JPEG", quality=80)
+    return made.getvalue()
+
+
 def _decode(data: bytes, size: int) -> Image.Image:
     """The upright RGB image, with sides long enough for `size`, on white where it is transparent."""
     with _opened(io.BytesIO(data)) as file:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
+import io
 import posixpath
 from collections.abc import Sequence
 from pathlib import Path
 
 from edge_runtime.data.inputs import Kind
 from fedfmsl.common.class_folders import ClassFile, Listing, check_folder, normal_name, similar, unknown_class
-from fedfmsl.common.files import why_no_file
+from fedfmsl.common.files import why_no_file, write_atomically
 from fedfmsl.common.folder_walk import SkippedFile, files_below, wrong_suffix
 from fedfmsl.errors import InputError
 
@@ -74,3 +75,45 @@ def read_labels(path: Path) -> tuple[Labels, list[SkippedFile]]:
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"labels {path} cannot be read ({error}); it must be a CSV file in UTF-8") from error
     return labels, skipped
+
+
+def labelled_names(path: Path) -> frozenset[str]:
+    """The files with a class, by their paths below the samples' folder. Raises InputError as `read_labels` does."""
+    return frozenset(read_labels(path)[0])
+
+
+def line_of(path: Path, name: str, label: str) -> str:
+    """The line that gives the file `name` a class, in the columns of this labels file. Raises InputError as
+    `read_labels` does."""
+    read_labels(path)
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        columns = next(csv.reader(file, strict=True, skipinitialspace=True))
+    line = io.StringIO()
+    values = {"file": name, "class": label}
+    csv.writer(line, quoting=csv.QUOTE_ALL, lineterminator="").writerow([values.get(each, "") for each in columns])
+    return line.getvalue()
+
+
+def add_lines(path: Path, lines: Sequence[str]) -> None:
+    """Adds those lines that a labels file does not have. Other bytes stay as they are. Durable. Raises OSError."""
+    before = path.read_bytes()
+    end = b"\r\n" if b"\r\n" in before else b"\n"
+    present = {*before.splitlines()}
+    new = [line.encode() for line in dict.fromkeys(lines) if line.encode() not in present]
+    joint = b"" if not before or before.endswith((b"\n", b"\r")) else end
+    _rewrite(path, before, before + joint + b"".join(line + end for line in new) if new else before)
+
+
+def remove_lines(path: Path, lines: Sequence[str]) -> None:
+    """Removes lines that `add_lines` has added. Other bytes stay as they are. Durable. Raises OSError."""
+    before, removed = path.read_bytes(), {line.encode() for line in lines}
+    kept = (line for line in before.splitlines(keepends=True) if line.rstrip(b"\r\n") not in removed)
+    _rewrite(path, before, b"".join(kept))
+
+
+def _rewrite(path: Path, before: bytes, after: bytes) -> None:
+    """Keeps the mode, so that the file's owner can still read it."""
+    if after != before:
+        mode = path.stat().st_mode
+        write_atomically(path, after, durable=True)
+        path.chmod(mode)

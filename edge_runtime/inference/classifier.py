@@ -12,14 +12,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 from pydantic import BaseModel, Json, ValidationError
 
+from edge_runtime.data.features import POOLED
 from edge_runtime.data.inputs import Kind, Reader, reader_for, reader_of
 from edge_runtime.engines.sessions import InferenceSession, open_model, open_session, run
 from edge_runtime.inference.adaptation import PriorAdapter
 from edge_runtime.store import DeviceStore
-from edge_runtime.training.model import ModelHeader, PersonalModel, open_model_bundle, read_personal_model
-from fedfmsl.algorithms.arrays import Floats
+from edge_runtime.training.model import open_model_bundle, read_personal_model
+from edge_runtime.training.personal_model import ModelHeader, PersonalModel
+from fedfmsl.algorithms.arrays import Floats, Vector
 from fedfmsl.algorithms.calibration import UNKNOWN
 from fedfmsl.common.cli import notice
 from fedfmsl.common.files import why_no_file
@@ -155,6 +158,7 @@ class StateClassifier:
         self._bundle_path = bundle
         self._threshold = threshold
         self._adapter = adapter
+        self._backbone: tuple[str, InferenceSession] | None = None  # of `feature`, with its bundle's SHA-256
         self._version = self._newest_version()
         self._loaded = self._load(None)
 
@@ -170,14 +174,34 @@ class StateClassifier:
     def kind(self) -> Kind:
         return self._loaded.reader.kind
 
+    @property
+    def round(self) -> int:
+        """The round of the model."""
+        return self._loaded.model.header.round
+
     def classify(self, path: Path) -> Prediction:
+        return self._predict(path, self._adapter)
+
+    def classify_again(self, path: Path) -> Prediction:
+        """A prediction that the class prior is not adapted to: the file has been counted already."""
+        return self._predict(path, None)
+
+    def feature(self, path: Path) -> Vector:
+        """The pooled feature (F,) of the frozen backbone. Raises InputError if the file cannot be read."""
+        bundle = self._loaded.bundle
+        if self._backbone is None or self._backbone[0] != bundle.sha256:
+            self._backbone = bundle.sha256, open_session(bundle, "features.onnx", THREADS, prepack=False)
+        ((feature,),) = run(self._backbone[1], [POOLED], self._loaded.reader.batch([path]))
+        return np.asarray(feature, np.float32)
+
+    def _predict(self, path: Path, adapter: PriorAdapter | None) -> Prediction:
         self._reload_if_newer()
         loaded = self._loaded
         inputs = {**loaded.model.inputs, **loaded.reader.batch([path])}
         ((probabilities,),) = run(loaded.session, ["probabilities"], inputs)
         header = loaded.model.header
-        if self._adapter is not None:
-            probabilities = self._adapter.adapt(probabilities, header)
+        if adapter is not None:
+            probabilities = adapter.adapt(probabilities, header)
         threshold = header.threshold if self._threshold is None else self._threshold
         return Labeler(header.device, header.round, self.classes, threshold).predict(path, probabilities)
 

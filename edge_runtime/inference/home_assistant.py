@@ -28,13 +28,14 @@ _ID = re.compile(r"[a-zA-Z0-9_-]+")  # valid in a level of a discovery topic
 
 @dataclass(frozen=True)
 class DeviceDescription:
-    """`model`: name of the board, or ""."""
+    """`model`: name of the board, or "". `page`: address of the device's page, or ""."""
 
     topics: Topics
     name: str
     classes: Sequence[str]
     model: str = ""
     version: str = ""
+    page: str = ""
 
 
 def discovery_message(prefix: str, device: DeviceDescription, status_topic: str, health: bool) -> tuple[str, bytes]:
@@ -60,6 +61,7 @@ def discovery_message(prefix: str, device: DeviceDescription, status_topic: str,
             "manufacturer": PRODUCT,
             **({"model": device.model} if device.model else {}),
             **({"sw_version": device.version} if device.version else {}),
+            **({"configuration_url": device.page} if device.page else {}),
         },
         "origin": {"name": PRODUCT, **({"sw_version": device.version} if device.version else {})},
         "availability": [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,9 +103,13 @@ class WatchedFolder:
 
 
 def classify_new_files(
-    classifier: Classifier, folder: WatchedFolder, seconds: float = SCAN_SECONDS
+    classifier: Classifier,
+    folder: WatchedFolder,
+    seconds: float = SCAN_SECONDS,
+    record: Callable[[Path, FileVersion, Prediction], None] = lambda *_: None,
 ) -> Iterator[Prediction | None]:
-    """Yields a prediction for each new file, and None after each scan. Scans every `seconds`.
+    """Yields a prediction for each new file, and None after each scan. Scans every `seconds`. `record` is called with
+    each file's path, version and prediction.
 
     An unreadable file is reported once and skipped. One that may be readable later, as with other permissions or more
     free memory, is tried again.
@@ -113,7 +117,9 @@ def classify_new_files(
     while True:
         for file in folder.scan(classifier.kind):
             try:
-                yield classifier.classify(file.path)
+                prediction = classifier.classify(file.path)
+                record(file.path, file.version, prediction)
+                yield prediction
             except InputError as error:
                 if not file.path.exists():
                     continue

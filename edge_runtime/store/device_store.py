@@ -20,6 +20,9 @@ STATE/lock               held by the process that uses this directory
 STATE/plan.json          the measured memory plan
 STATE/health.json        the last health message
 STATE/skipped.txt        files that are not used, and why
+STATE/questions.sqlite   files of the watched folder that wait for an answer, and the last answers
+STATE/trash/             files that were deleted on the device's page (see `edge_runtime.labelling.answers`)
+STATE/page-token         the token of the device's page
 STATE/samples.sqlite     the device's files and the splits of its samples (see `edge_runtime.data.ledger`)
 """
 
@@ -74,6 +77,18 @@ class DeviceStore:
     @property
     def samples(self) -> Path:
         return self.root / "samples.sqlite"
+
+    @property
+    def questions(self) -> Path:
+        return self.root / "questions.sqlite"
+
+    @property
+    def trash(self) -> Path:
+        return self.root / "trash"
+
+    @property
+    def page_token(self) -> Path:
+        return self.root / "page-token"
 
     @property
     def results(self) -> Path:

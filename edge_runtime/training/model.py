@@ -7,19 +7,17 @@ The device replaces it after every round, unless its held-out samples are less l
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from pydantic import Field
 
 from edge_runtime.data.samples import labels_of
 from edge_runtime.store import DeviceStore
-from edge_runtime.training.adoption import DivergedError, ModelScore, is_adopted
+from edge_runtime.training.adoption import DivergedError, is_adopted
 from edge_runtime.training.context import Samples, TrainingContext
 from edge_runtime.training.local_expert import LocalExpert, fingerprint
 from edge_runtime.training.mixture import expert_outputs, global_temperature, tempered
+from edge_runtime.training.personal_model import ModelHeader, PersonalModel
 from edge_runtime.training.stages import Globals, class_mean_expert
 from fedfmsl.algorithms.arrays import MIN_PROBABILITY, Floats
 from fedfmsl.algorithms.calibration import calibrate, fit_temperature, unknown_threshold
@@ -27,45 +25,8 @@ from fedfmsl.algorithms.mixture import Biases, nll
 from fedfmsl.common.files import write_atomically
 from fedfmsl.errors import BundleError, InputError, MessageError
 from fedfmsl.protocol.bundle import Bundle
-from fedfmsl.protocol.messages import Level, Name, Number, Round, Sha256
+from fedfmsl.protocol.messages import Round
 from fedfmsl.protocol.tensors import pack, unpack
-
-
-class ModelHeader(ModelScore):
-    """Origin and calibration of a personalized model. Also the metadata of the exported ONNX file.
-
-    `bundle`, `expert` and `gate` are SHA-256 hashes. `expert` and `gate` are "" if the server has none yet.
-    """
-
-    run: Name
-    round: Number
-    device: Name
-    level: Level
-    expert: Sha256
-    gate: Sha256
-    temperature: float = Field(gt=0)
-    threshold: float = Field(ge=0, le=1)  # a confidence below it means `unknown`
-    prior: tuple[float, ...]  # class prior of the mixture
-    held: tuple[bool, ...]  # classes that the device holds
-
-
-@dataclass(frozen=True)
-class PersonalModel:
-    header: ModelHeader
-    tensors: Mapping[str, Floats]
-
-    def changed(self, **header: object) -> PersonalModel:
-        """With other values in the header."""
-        return replace(self, header=self.header.model_copy(update=header))
-
-    @property
-    def inputs(self) -> dict[str, Floats]:
-        """All inputs of the bundle's template except the samples."""
-        return {**self.tensors, "temperature": np.array([self.header.temperature], np.float32)}
-
-    def calibrated(self, log_p: Floats) -> Floats:
-        """Calibrated class log-probabilities (n, C) of the mixture's."""
-        return calibrate(log_p, self.header.temperature)
 
 
 def make_personal_model(context: TrainingContext, round_: Round, published: Globals) -> PersonalModel:

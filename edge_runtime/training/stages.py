@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edge_runtime.data.samples import labels_of
 from edge_runtime.training.context import TrainingContext
 from edge_runtime.training.loop import Targets, predict_log_p, train
+from edge_runtime.training.personal_model import PersonalModel
 from fedfmsl.algorithms.arrays import Bools, Tensors, Vector
 from fedfmsl.algorithms.calibration import calibrated_nll
 from fedfmsl.algorithms.class_means import class_mean_head, class_sums
@@ -26,9 +27,6 @@ from fedfmsl.protocol.layout import Layout
 from fedfmsl.protocol.messages import Globals as GlobalsHeader
 from fedfmsl.protocol.messages import Round, Stage, Sums
 from fedfmsl.protocol.tensors import unpack
-
-if TYPE_CHECKING:
-    from edge_runtime.training.model import PersonalModel
 
 ALL = slice(None)  # all samples
 
@@ -97,23 +95,24 @@ def statistics(context: TrainingContext, round_: Round, _: Globals) -> StageResu
 
 
 def holders(context: TrainingContext, round_: Round, _: Globals) -> StageResult:
-    """1 for each class that this device has enough samples of for a secure sum, else 0 (C,)."""
-    return StageResult({"held": _enough(context, round_).astype(np.float32)})
+    """For a secure sum (2, C): the samples of each class, at most `min_class_count`, and whether there are any."""
+    counts = _train_counts(context)
+    held = np.stack([np.minimum(counts, round_.min_class_count), counts > 0])
+    return StageResult({"held": held.astype(np.float32)})
 
 
 def counted_samples(context: TrainingContext, round_: Round) -> Bools:
-    """Which samples of the training split (n,) enter the sums: those of the round's classes that the device has enough
-    samples of."""
-    chosen = _enough(context, round_)
+    """Which samples of the training split (n,) enter the sums: those of the round's classes. In sums that are not
+    secure, the device needs `min_class_count` of them; in secure ones, all devices together."""
+    chosen = np.asarray(round_.secure | (_train_counts(context) >= round_.min_class_count), np.bool_)
     if round_.classes:
         chosen &= np.isin(np.arange(context.classes), round_.classes)
     return np.asarray(chosen[labels_of(context.splits.train)], np.bool_)
 
 
-def _enough(context: TrainingContext, round_: Round) -> Bools:
-    """The classes (C,) with `min_class_count` samples in the training split."""
-    counts = np.bincount(labels_of(context.splits.train), minlength=context.classes)
-    return np.asarray(counts >= round_.min_class_count, np.bool_)
+def _train_counts(context: TrainingContext) -> NDArray[np.int64]:
+    """Samples per class (C,) of the training split."""
+    return np.bincount(labels_of(context.splits.train), minlength=context.classes)
 
 
 def _reported(round_: Round, counted: Bools) -> int:
@@ -138,7 +137,11 @@ def class_mean_expert(context: TrainingContext) -> Vector:
 
 
 def train_global(context: TrainingContext, round_: Round, published: Globals) -> StageResult:
-    """Stage 1: local epochs of the cross-entropy over the held classes, at the round's level or the level cap."""
+    """Stage 1: local epochs of the cross-entropy, at the round's level or the level cap.
+
+    If a head round follows, the softmax is over all classes: the head from sums of logits is better then, and the
+    trained head worse (benchmarks/membership.md). Without one it is over the held classes (FedRS, Li & Zhan, KDD 2021).
+    """
     splits, engine, layout = context.splits, context.engine, context.bundle.expert
     level = min(round_.level, context.level_cap)
     theta = published.expert[: layout.size(level)]
@@ -149,7 +152,8 @@ def train_global(context: TrainingContext, round_: Round, published: Globals) ->
     hidden = context.hidden_states(splits.train, published.expert, level)
     targets = Targets.cross_entropy(labels_of(splits.train))
     seed = shuffle_seed(context, round_)
-    loss = train(engine, hidden, targets, context.class_mask, round_.training, seed, context.report)
+    bias = context.class_mask if round_.sums is Sums.NONE else np.zeros(context.classes, np.float32)
+    loss = train(engine, hidden, targets, bias, round_.training, seed, context.report)
     labels = labels_of(splits.held_out)
     metrics = {
         "held_out_global": accuracy(held_out + context.class_mask, labels),

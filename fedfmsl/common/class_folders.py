@@ -130,6 +130,19 @@ def folder_classes(folder: Path, noun: str, skipped: list[SkippedFile]) -> list[
     return [*dict.fromkeys(map(normal_name, names))]
 
 
+def class_folder(folder: Path, noun: str, classes: Sequence[str], label: str) -> Path:
+    """The folder that new files of a class belong in. It need not exist. Raises InputError if no folder can have the
+    name of the class, or as `walk_classes` does."""
+    if "/" in label or is_unused(label):
+        raise InputError(f"no folder can have the name of class {label!r}; give classes in a file (--labels)")
+    skipped: list[SkippedFile] = []
+    splits = _splits(folder, noun, _entries(folder, noun, skipped, classes), classes)
+    level = folder / splits.train
+    entries = _entries(level, noun, skipped, classes)
+    found = (entry.name for entry in entries if is_folder(entry, follow=True) and normal_name(entry.name) == label)
+    return level / next(found, label)
+
+
 def has_splits(folder: Path, noun: str) -> bool:
     """Whether class folders are in a training folder. Raises as `walk_classes` does."""
     return bool(_splits(folder, noun, _entries(folder, noun, [], ()), ()).train)

@@ -54,7 +54,7 @@ class Stage(str, Enum):
     # training depend on a stage's position.
     KEYS = "keys"  # public keys
     SHARES = "shares"  # encrypted shares of the seeds of the masks
-    HOLDERS = "holders"  # how many devices hold each class
+    HOLDERS = "holders"  # how many samples and devices each class has
     UNMASK = "unmask"  # the shares that remove the masks from a sum
 
 
@@ -111,7 +111,8 @@ class Round(Message):
     `expert` (the global expert), `start` (the expert that stage 1 starts from) and `gate` are the SHA-256 of blobs of
     globals; "" if there is none yet. `chosen`: the selected devices; empty if all are selected.
 
-    Rounds of statistics and head: `sums` is what devices sum, `min_class_count` the number of samples from which a
+    Rounds of statistics and head: `sums` is what devices sum (in stage 1: what they will sum in the round of the head),
+    `min_class_count` the number of samples from which a
     device's class is in them. `secure`: the round belongs to secure aggregation. Of its class sums, `classes` are those
     that are asked for (empty: all). `roster` and
     `shares` are the SHA-256 of the blobs of public keys and of encrypted shares.

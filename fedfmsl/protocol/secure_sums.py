@@ -3,7 +3,7 @@
     round     update of a device                           globals
     keys      its `SignedKeys`
     shares    SHARES (H, SHARE_BYTES)                      the roster
-    holders   `encoding.SUMS` (C,), masked                 the roster
+    holders   `encoding.SUMS` (2C,), masked                the roster
     unmask    OPENED (M, 16)                               the roster, SHARES (n, H, SHARE_BYTES)
     statistics or head, and unmask again                   as above
 

@@ -23,7 +23,7 @@ from edge_runtime.data.cache import DiskCache
 from edge_runtime.store import DeviceStore
 from edge_runtime.training.evaluation import BaselineHeader as Alone
 from edge_runtime.training.local_expert import LocalExpertHeader as LocalExpert
-from edge_runtime.training.model import ModelHeader
+from edge_runtime.training.personal_model import ModelHeader
 from fedfmsl.algorithms.privacy import Privacy
 from fedfmsl.algorithms.sal import CapabilityQueue, Sal
 from fedfmsl.errors import BundleError, ConfigError, FedFMSLError, MessageError

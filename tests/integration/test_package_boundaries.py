@@ -52,7 +52,8 @@ TABLE = (
     Row(
         "export",
         f"fedfmsl.errors {ALGORITHMS} {COMMON} {PROTOCOL}",
-        "torch transformers peft optimum huggingface_hub onnx onnxruntime tokenizers safetensors numpy rich typer",
+        "torch transformers peft optimum huggingface_hub requests onnx onnxruntime tokenizers safetensors numpy rich "
+        "typer",
     ),
     Row("trainer_server.config", FEDFMSL, "pydantic pydantic_settings"),
     Row("trainer_server.coordinator", f"{FEDFMSL} trainer_server.config", "numpy"),
@@ -62,8 +63,12 @@ TABLE = (
         "numpy pydantic safetensors",
     ),
     Row(
-        "trainer_server.service",
+        "trainer_server.tracking",
         f"{FEDFMSL} trainer_server.config trainer_server.coordinator trainer_server.storage",
+    ),
+    Row(
+        "trainer_server.service",
+        f"{FEDFMSL} trainer_server.config trainer_server.coordinator trainer_server.storage trainer_server.tracking",
         "paho",
     ),
     Row(
@@ -76,6 +81,7 @@ TABLE = (
     Row(f"{EDGE}.store", FEDFMSL, "pydantic"),
     Row(f"{EDGE}.engines", FEDFMSL, "numpy onnxruntime psutil"),
     Row(f"{EDGE}.data", f"{FEDFMSL} {EDGE}.store {EDGE}.engines", "numpy PIL pydantic"),
+    Row(f"{EDGE}.labelling", f"{FEDFMSL} {EDGE}.data", "numpy"),
     Row(f"{EDGE}.training", f"{FEDFMSL} {EDGE}.store {EDGE}.engines {EDGE}.data", "numpy pydantic"),
     Row(
         f"{EDGE}.resources",
@@ -85,7 +91,7 @@ TABLE = (
     Row(f"{EDGE}.settings", f"{FEDFMSL} {EDGE}.resources", "pydantic pydantic_settings"),
     Row(
         f"{EDGE}.inference",
-        f"{FEDFMSL} {EDGE}.store {EDGE}.engines {EDGE}.data {EDGE}.training {EDGE}.settings",
+        f"{FEDFMSL} {EDGE}.store {EDGE}.engines {EDGE}.data {EDGE}.labelling {EDGE}.training {EDGE}.settings",
         "numpy pydantic",
     ),
     Row(
@@ -93,6 +99,11 @@ TABLE = (
         f"{FEDFMSL} {EDGE}.store {EDGE}.engines {EDGE}.data {EDGE}.training {EDGE}.resources {EDGE}.settings "
         f"{EDGE}.inference",
         "numpy paho pydantic psutil",
+    ),
+    Row(
+        f"{EDGE}.page",
+        f"{FEDFMSL} fedfmsl.web {EDGE}.store {EDGE}.engines {EDGE}.data {EDGE}.labelling {EDGE}.settings {EDGE}.daemon",
+        "starlette",
     ),
     Row(EDGE, f"{FEDFMSL} {EDGE}.*", "typer rich pydantic"),
     Row(
@@ -122,6 +133,7 @@ OPTIONAL = {
     "edge_runtime.daemon.metrics": {"prometheus_client"},
     "fedfmsl.transport.metrics": {"prometheus_client"},
     "trainer_server.service.metrics": {"prometheus_client"},
+    "trainer_server.tracking.sinks": {"tensorboardX", "mlflow", "wandb"},
     "edge_runtime.data.images": {"pillow_heif"},
     "edge_runtime.data.texts": {"tokenizers"},
     "edge_runtime.inference.export_onnx": {"onnx"},

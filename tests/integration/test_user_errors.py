@@ -15,7 +15,7 @@ from support.samples import CLASSES
 
 from edge_runtime.inference.export_onnx import write_model
 from edge_runtime.store import DeviceStore
-from edge_runtime.training.model import ModelHeader
+from edge_runtime.training.personal_model import ModelHeader
 from fedfmsl.algorithms.mixture import Biases
 from fedfmsl.common.onnx_runtime import has_ort_training
 from fedfmsl.protocol.bundle import Bundle

@@ -143,7 +143,7 @@ def test_a_watcher_that_ends_at_once_leaves_no_process_and_no_thread(store: Devi
     with Watcher(inbox, store.root, store.bundles, lambda prediction: None) as watcher:
         pass
     assert watcher.pid is None or not is_child(watcher.pid)
-    assert "watcher" not in {thread.name for thread in threading.enumerate()}
+    assert "child" not in {thread.name for thread in threading.enumerate()}
 
 
 def is_child(pid: int) -> bool:

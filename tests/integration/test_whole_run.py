@@ -121,7 +121,7 @@ def test_the_run_also_works_on_mosquitto(repeated: Finished) -> None:
 
 def test_the_records_hold_every_round_with_every_device(run: Finished) -> None:
     expected = [("global", index) for index in range(STAGE1)]
-    expected += [("keys", 0), ("shares", 0), ("head", 0), ("unmask", 1)]
+    expected += [("keys", 0), ("shares", 0), ("holders", 1), ("unmask", 0), ("head", 0), ("unmask", 1)]
     expected += [("personal", index) for index in range(STAGE2)]
     expected += [("baseline", 0), ("evaluate", 0)]
     assert [(line["round"]["stage"], line["round"]["index"]) for line in run.rounds] == expected

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from edge_runtime.store import DeviceStore
-from edge_runtime.training.model import PersonalModel
+from edge_runtime.training.personal_model import PersonalModel
 from edge_runtime.training.stages import Globals
 from fedfmsl.algorithms.sal import CapabilityQueue, Sal
 from fedfmsl.common.files import write_atomically

@@ -26,7 +26,7 @@ from trainer_server.coordinator.events import Command, PublishGlobals, StatusSee
 from trainer_server.coordinator.state import TRAINING
 from trainer_server.storage.checkpoint import Checkpoint, vectors_of
 
-MIN_CLASS_COUNT = 4
+MIN_CLASS_COUNT = 10  # more than one device has, and fewer than two have
 
 
 @dataclass(frozen=True)
@@ -65,11 +65,13 @@ class SecureDevice:
         return prepare_update(self.bundle, self.folder / "residual", round_, result, rng)
 
     def sums(self, round_: Round) -> np.ndarray:
-        enough = np.bincount(self.labels, minlength=self.classes) >= round_.min_class_count
+        counts = np.bincount(self.labels, minlength=self.classes)
         if round_.stage is Stage.HOLDERS:
-            return fixed_point(enough.astype(np.float64))
-        asked = np.isin(np.arange(self.classes), round_.classes) if round_.classes else enough
-        chosen = (enough & asked)[self.labels]
+            return fixed_point(
+                np.concatenate([np.minimum(counts, round_.min_class_count), counts > 0]).astype(np.float64)
+            )
+        asked = np.isin(np.arange(self.classes), round_.classes) if round_.classes else np.ones(self.classes, np.bool_)
+        chosen = asked[self.labels]
         compute = class_sums if round_.stage is Stage.STATISTICS else head_statistics
         tensors = compute(self.features[chosen], self.labels[chosen], self.classes)
         assert self.bundle is not None

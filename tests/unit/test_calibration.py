@@ -8,7 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedfmsl.algorithms.arrays import Labels
-from fedfmsl.algorithms.calibration import ALPHA, PRIOR_MEDIAN, calibrate, fit_temperature, unknown_threshold
+from fedfmsl.algorithms.calibration import (
+    ALPHA,
+    PRIOR_MEDIAN,
+    calibrate,
+    calibrated_nll,
+    fit_temperature,
+    unknown_threshold,
+)
 from fedfmsl.algorithms.mixture import log_softmax, nll
 
 Floats = np.ndarray
@@ -27,6 +34,13 @@ def draw(size: int, temperature: float, seed: int = 0, classes: int = 5) -> tupl
 def test_with_many_samples_the_temperature_is_that_of_the_labels(temperature: float) -> None:
     fitted = fit_temperature(*draw(20_000, temperature))
     assert fitted == pytest.approx(temperature, rel=0.05)
+
+
+def test_the_calibrated_likelihood_does_not_depend_on_the_scale_of_the_logits() -> None:
+    log_p, labels = draw(2_000, 1.0)
+    usual = calibrated_nll(log_p, labels)
+    assert calibrated_nll(log_softmax(3 * log_p), labels) == pytest.approx(usual, abs=0.01)
+    assert calibrated_nll(np.roll(log_p, 1, axis=1), labels) > usual + 0.5  # every class has another one's logit
 
 
 def test_no_temperature_near_it_is_better() -> None:

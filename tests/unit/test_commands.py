@@ -82,7 +82,7 @@ def test_shell_completion_of_subcommands_options_and_choices() -> None:
 
 
 def test_a_missing_dependency_is_named_with_the_extra_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "export.build", None)
+    monkeypatch.setitem(sys.modules, "export.__main__", None)
     with pytest.raises(errors.ConfigError, match=r"fedfmsl export needs .* pip install 'fedfmsl-edge\[export\]'"):
         CliRunner().invoke(app, ["export", "--help"], catch_exceptions=False)
 

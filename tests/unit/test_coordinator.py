@@ -840,6 +840,33 @@ def test_a_hostile_update_is_bounded_by_the_honest_ones_and_named(vit: Built) ->
         assert run.announced.stage is Stage.HEAD and run.state.norms == ()
 
 
+def test_a_device_whose_updates_undo_those_of_others_is_left_out_and_named(vit: Built) -> None:
+    names = ["a", "b", "c", "d"]
+    run = started(vit, names, stage1_rounds=2)
+    run.answers(names)
+    size = vit.bundle.expert.size(1)
+    rng = np.random.default_rng(0)
+    shared = rng.normal(size=size)
+    for _index in range(2):
+        before, announced = run.state.expert[:size], run.announced
+        vectors = [(shared + rng.normal(size=size)).astype(np.float32) for _ in names]
+        vectors[3] = -vectors[3]
+        updates = [
+            make_update(run.plan, announced, name, tensors=vit.bundle.expert.split(vector), samples=10)
+            for name, vector in zip(names, vectors, strict=True)
+        ]
+        logged = run.feed(*updates)
+        (note,) = [note for note in logged if isinstance(note, Log) and "left out" in note.text]
+        assert "d (-" in note.text and "a (" not in note.text
+        assert np.allclose(run.state.expert[:size] - before, np.mean(vectors[:3], axis=0), atol=1e-4)
+        run.state = Checkpoint.of(run.state).state(vectors_of(run.state))
+        assert sorted(run.state.agreements) == names
+    run.answers(names)
+    run.answers(names)
+    assert run.announced.stage is Stage.PERSONAL and run.announced.index == 1
+    assert min(run.state.agreements.values()) > -0.3  # stage 2 has begun anew
+
+
 def test_a_device_that_is_alone_in_a_round_is_bounded_by_earlier_rounds(vit: Built) -> None:
     run = trained(started(vit, min_updates=1))
     run.answers(ABC)

@@ -114,7 +114,7 @@ def test_commands_parse(page: Path) -> None:
 def test_options_that_text_names_exist(page: Path) -> None:
     if page.name == "CHANGELOG.md":
         return  # it names options that are gone
-    modules = ("edge_runtime", "trainer_server", "export.build", "devices.provision", "devices.install")
+    modules = ("edge_runtime", "trainer_server", "export.build", "export.hub", "devices.provision", "devices.install")
     known = OTHER_OPTIONS.union(*map(options_of, map(command_of, (*modules, "devices.boards", "devices.trial"))))
     known |= options_of(command_of("devices.trial.assets"))
     known = known.union(*(options_of(resolve(words)[0]) for words in commands_in(page.read_text())))

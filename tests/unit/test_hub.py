@@ -1,23 +1,19 @@
-"""Weights from the hub: one commit for all files, the cache if the hub does not answer, errors.
-
-The hub is a local HTTP server with the part of the protocol that the hub's client uses.
-"""
+"""Weights from the hub: one commit for all files, the cache if the hub does not answer, errors."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from socketserver import BaseRequestHandler, ThreadingTCPServer
 
 import numpy as np
 import pytest
 from support.bundles import IMAGE_SIZE, Built, build
+from support.hub import Hub
 from support.samples import CLASSES
 from support.tiny_models import write_clip
 
@@ -28,55 +24,6 @@ from fedfmsl.protocol.bundle import Bundle
 ROOT = Path(__file__).parents[2]
 REPOSITORY = "openai/clip-vit-base-patch16"
 OLD, NEW = "1" * 40, "2" * 40
-
-
-class Hub(ThreadingHTTPServer):
-    """A hub with one repository. `commits`: their folders. The branch main is NEW, the tag v1 is OLD."""
-
-    def __init__(self, commits: dict[str, Path]) -> None:
-        super().__init__(("127.0.0.1", 0), _RequestHandler)
-        self.commits = {**commits, "main": commits[NEW], "v1": commits[OLD]}
-        self.requests: list[tuple[str, str]] = []  # revision, file
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
-
-class _RequestHandler(BaseHTTPRequestHandler):
-    server: Hub
-
-    def do_HEAD(self) -> None:
-        self._answer(with_body=False)
-
-    def do_GET(self) -> None:
-        self._answer(with_body=True)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-    def _answer(self, with_body: bool) -> None:
-        _, _, location = self.path.partition(f"{REPOSITORY}/resolve/")
-        revision, _, name = location.partition("/")
-        if location:
-            self.server.requests.append((revision, name))
-        folder = self.server.commits.get(revision)
-        path = folder / name if folder else Path()
-        if not path.is_file():
-            self.send_response(404)
-            self.send_header("X-Error-Code", "EntryNotFound" if folder or not location else "RevisionNotFound")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        data = path.read_bytes()
-        self.send_response(200)
-        self.send_header("X-Repo-Commit", path.parent.name)
-        self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        if with_body:
-            self.wfile.write(data)
 
 
 class ClosingServer(ThreadingTCPServer):
@@ -105,18 +52,25 @@ def closing_server() -> Iterator[ClosingServer]:
 
 
 @pytest.fixture(scope="module")
-def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The folder of each commit."""
     root = tmp_path_factory.mktemp("commits")
-    hub = Hub({commit: write_clip(root / commit, seed) for seed, commit in enumerate((OLD, NEW))})
+    return {commit: write_clip(root / commit, seed) for seed, commit in enumerate((OLD, NEW))}
+
+
+@pytest.fixture(scope="module")
+def hub(weights: dict[str, Path]) -> Iterator[Hub]:
+    hub = Hub()
+    hub.add(REPOSITORY, weights, tags={"v1": OLD})
     yield hub
     hub.shutdown()
 
 
 @pytest.fixture(scope="module")
-def built_of(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Built]:
+def built_of(weights: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Built]:
     """The expected bundle of each commit."""
     return {
-        commit: build(hub.commits[commit], tmp_path_factory.mktemp("expected") / "bundle", levels=1)
+        commit: build(weights[commit], tmp_path_factory.mktemp("expected") / "bundle", levels=1)
         for commit in (OLD, NEW)
     }
 
@@ -158,9 +112,10 @@ def test_all_files_are_of_one_commit_which_the_manifest_names(
     assert bundle.manifest.peft.revision == commit
     assert bundle.manifest.peft.base == REPOSITORY
     assert_same_commit(bundle, built_of[commit].bundle)
-    assert {requested for requested, _ in hub.requests} <= {revision or "main", commit}
+    requested = hub.files_requested(REPOSITORY)
+    assert {revision for revision, _ in requested} <= {revision or "main", commit}
     assert {"config.json", "model.safetensors", "vocab.json", "preprocessor_config.json"} <= {
-        f for _, f in hub.requests
+        file for _, file in requested
     }
     if revision:  # then the cache is enough if the hub does not answer
         result = run_build(closing_server.url, tmp_path / "home", tmp_path / "offline", *pin)

@@ -29,7 +29,7 @@ from fedfmsl.algorithms.sal import AllAtOnce, FixedSchedule, Sal
 from fedfmsl.algorithms.secure_aggregation import KEY_BYTES, SHARE_BYTES, VECTORS
 from fedfmsl.algorithms.weighted_sums import FRACTION_BITS, weighted_mean, weighted_update, weighted_values
 from fedfmsl.errors import MessageError, RunError
-from fedfmsl.protocol.messages import EXCHANGE, Encoding, Globals, Round, Stage, Verdict
+from fedfmsl.protocol.messages import EXCHANGE, Encoding, Globals, Round, Stage, Sums, Verdict
 from fedfmsl.protocol.secure_sums import SignedKeys
 from fedfmsl.protocol.tensors import blob_hash, pack, unpack
 from trainer_server.config import Aggregation, Head, Rule
@@ -57,6 +57,7 @@ def test_the_sums_are_exactly_those_of_the_devices_that_answered(
         *(Stage.KEYS, Stage.SHARES, Stage.HOLDERS, Stage.UNMASK, Stage.STATISTICS, Stage.UNMASK, Stage.GLOBAL),
     ]
     assert len(run.of(AnnounceRound)[4].round.classes) == vit.bundle.manifest.dims.classes - 1  # one has one holder
+    assert run.announced.sums is run.plan.config.head_sums  # the head of stage 1 will be replaced
     asked = set(run.of(AnnounceRound)[4].round.chosen)
     counted = asked - set(lost.get((Stage.STATISTICS, 0), ()))
     plain = SecureRun(vit, [d for d in secure_devices(vit, tmp_path, SEVEN) if d.name in counted], masks=False)
@@ -102,7 +103,7 @@ def test_with_too_few_devices_they_are_repeated_and_the_run_goes_on_without(
 
 def test_two_devices_start_without_sums(vit: Built, tmp_path: Path) -> None:
     run = SecureRun(vit, secure_devices(vit, tmp_path, 2))
-    assert run.announced.stage is Stage.GLOBAL
+    assert run.announced.stage is Stage.GLOBAL and run.announced.sums is Sums.NONE
     run.until(Stage.PERSONAL)
     lines = [command.text for command in run.of(Log) if "no secure aggregation" in command.text]
     reason = "no secure aggregation: 2 devices are online, and secure aggregation needs 3"
@@ -125,7 +126,7 @@ def test_a_clip_bundle_without_sums_starts_zero_shot(clip: Built, tmp_path: Path
 def test_without_a_class_of_three_holders_there_are_no_sums(vit: Built, tmp_path: Path) -> None:
     run = SecureRun(vit, secure_devices(vit, tmp_path, 3), min_class_count=100)
     run.until(Stage.GLOBAL)
-    assert any("no class has 3 devices with 100 samples" in command.text for command in run.of(Log))
+    assert any("no class has 100 samples on 3 or more devices" in command.text for command in run.of(Log))
 
 
 @pytest.mark.parametrize(
@@ -428,7 +429,7 @@ def test_updates_that_do_not_fit_the_round_are_refused(vit: Built, tmp_path: Pat
     wrong = {
         Stage.KEYS: ({"keys": np.zeros((3, 32), np.uint8)}, "are not signed keys"),
         Stage.SHARES: ({"shares": np.zeros((2, SHARE_BYTES), np.uint8)}, "expected uint8[3, 92]"),
-        Stage.HOLDERS: ({"sums": np.zeros(4, np.float32)}, "expected uint64[4]"),
+        Stage.HOLDERS: ({"sums": np.zeros(4, np.float32)}, "expected uint64[8]"),
         Stage.UNMASK: ({"opened": np.zeros((4, 16), np.uint8)}, "expected uint8[3, 16]"),
         Stage.STATISTICS: ({"sums": np.zeros(7, np.uint64)}, "is uint64[7]"),
     }

@@ -57,6 +57,20 @@ def test_stage_1_returns_the_delta_at_the_level_cap(context: TrainingContext) ->
     assert np.array_equal(result.delta, context.engine.get() - before[:size])
 
 
+def test_samples_train_the_rows_of_novel_classes_only_for_a_head_that_sums_replace(
+    vit: Built, photos: Path, tmp_path: Path
+) -> None:
+    some = shutil.copytree(photos, tmp_path / "some")
+    shutil.rmtree(some / vit.bundle.manifest.classes[0])
+    context = training_context(vit.bundle, some, tmp_path)
+    for sums in (Sums.NONE, Sums.LOGITS):
+        round_ = announced_round(Stage.GLOBAL, sums=sums)
+        result = train_global(context, round_, initial_globals(context.bundle, level=1))
+        assert result.delta is not None
+        rows = context.bundle.expert.split(result.delta)["classifier.weight"]
+        assert rows[1].any() and rows[0].any() == (sums is Sums.LOGITS)
+
+
 @pytest.mark.parametrize(("cap", "kind"), [(1, Sums.FEATURES), (2, Sums.FEATURES), (2, Sums.LOGITS)])
 def test_the_head_round_sends_sums_of_the_experts_logits_or_of_the_features_that_its_head_reads(
     context: TrainingContext, cap: int, kind: Sums

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from support.bundles import Built
 from support.coordinators import ABC, CoordinatorRun, make_update, plan_for
+from support.training_contexts import announced_round
 
 from fedfmsl.common.files import write_atomically
 from fedfmsl.errors import ConfigError, RunError
@@ -19,6 +20,7 @@ from fedfmsl.protocol.messages import Stage
 from fedfmsl.protocol.tensors import pack
 from trainer_server.coordinator.advance import advance
 from trainer_server.coordinator.events import ClockTicked, Event, StatusSeen, Stop, StoreRound, UpdateSeen
+from trainer_server.coordinator.records import ClosedRound
 from trainer_server.coordinator.state import Plan, State
 from trainer_server.service.lifecycle import make_plan, open_bundle, open_run, replay_rounds, restore_state
 from trainer_server.storage import run_store
@@ -144,6 +146,29 @@ def test_records_of_old_rounds_have_no_values_of_single_devices(
     assert [record.round.round for record in closed] == list(range(1, 7))
     counts, rounds = last.store.participation()
     assert counts == dict.fromkeys(ABC, rounds)
+
+
+def test_ten_thousand_rounds_of_a_thousand_devices_fit_on_a_small_disk(
+    vit: Built, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two detailed rounds stand for the 500 that are kept; the others have one size, whatever the devices."""
+    names, detailed = tuple(f"device-{index:04}" for index in range(1000)), run_store.DETAILS // 1000
+    monkeypatch.setattr(run_store, "DETAILS", 2 * len(names))
+    server = opened(vit, folder, devices=len(names))
+    metrics = dict.fromkeys(("loss", "held_out_global", "held_out_mofm", "held_out_local", "gate_entropy"), 0.12345678)
+    run, round_ = CoordinatorRun(server.plan), announced_round(Stage.GLOBAL, chosen=names)
+    update = make_update(run.plan, round_, names[0], samples=100, metrics=metrics).update
+    updates, missing = {name: update.model_copy(update={"device": name}) for name in names}, names[:500]
+    for number in range(1, 6):
+        closed = round_.model_copy(update={"round": number})
+        record = ClosedRound(
+            round=closed, seconds=60.0, updates=updates, bytes_up=dict.fromkeys(names, 50_000), missing=missing
+        )
+        server.store.commit([], [record])
+    sizes = [len(record.model_dump_json()) for record in server.store.rounds()]
+    assert len(set(sizes[:3])) == 1 and sizes[0] < 2000 < sizes[3] == sizes[4]
+    assert 10_000 * sizes[0] + detailed * sizes[4] < 300e6  # bytes
+    assert server.store.closed_stages() == [(Stage.GLOBAL, "")] * 5
 
 
 def test_a_run_without_an_audit_cannot_be_replayed(vit: Built, folder: Path) -> None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from fedfmsl.algorithms.arrays import Tensors
 from fedfmsl.algorithms.sal import Sal
+from fedfmsl.algorithms.secure_aggregation import MIN_DEVICES
 from fedfmsl.protocol.messages import EXCHANGE, Globals, Round, Stage, Sums
 from fedfmsl.protocol.secure_sums import SHARES
 from fedfmsl.protocol.tensors import blob_hash, pack
@@ -45,10 +46,17 @@ def pack_globals(plan: Plan, state: State, stage: Stage) -> Blobs:
 
 
 def sums_of(plan: Plan, stage: Stage) -> Sums:
-    """What devices sum in a round of this stage."""
-    if stage is Stage.HEAD:
+    """What devices sum in a round of this stage, or in stage 1 what they will sum in the round of the head."""
+    if stage is Stage.HEAD or (stage is Stage.GLOBAL and _has_head_round(plan)):
         return plan.config.head_sums
     return Sums.FEATURES if stage is Stage.STATISTICS and plan.config.head is Head.CLASS_MEANS else Sums.NONE
+
+
+def _has_head_round(plan: Plan) -> bool:
+    """Whether sums will replace the head of stage 1, as far as the settings tell."""
+    hidden = plan.config.secure or plan.config.secure_sums
+    enough = plan.config.devices >= MIN_DEVICES or not hidden
+    return enough and any(step.stage is Stage.HEAD for step in plan.schedule)
 
 
 def sal_of(plan: Plan, state: State, stage: Stage) -> Sal:

@@ -147,15 +147,18 @@ def apply_updates(plan: Plan, state: State, closing: Round) -> Sums:
 
 
 def _completed(plan: Plan, state: State, secure: SecureSums, stage: Stage, total: Words) -> Sums:
-    """Raises MessageError if no class has enough holders."""
+    """Raises MessageError if no class has enough samples and holders."""
     values = numbers(total, FRACTION_BITS) if stage in TRAINING else numbers(total)
     secure = replace(secure, masked=NO_SUMS.masked)
     if stage is not Stage.HOLDERS:
         return Sums(replace(state, secure=NO_SUMS), values)
-    classes = tuple(int(index) for index in np.flatnonzero(values >= plan.config.min_holders))
+    samples, holders = values.reshape(2, -1)
+    config = plan.config
+    enough = (samples >= config.min_class_count) & (holders >= config.min_holders)
+    classes = tuple(int(index) for index in np.flatnonzero(enough))
     if not classes:
-        least = f"{plan.config.min_holders} devices with {plan.config.min_class_count} samples of it"
-        raise MessageError(f"no class has {least} to learn from (--min-holders, --min-class-count)")
+        least = f"{config.min_class_count} samples on {config.min_holders} or more devices"
+        raise MessageError(f"no class has {least} to learn from (--min-class-count, --min-holders)")
     return _progress(state, replace(secure, classes=classes))
 
 
@@ -173,7 +176,7 @@ def _values(plan: Plan, stage: Stage, level: int) -> int:
     if stage in TRAINING:
         return weighted_values(update_parts(plan, stage, level))
     if stage is Stage.HOLDERS:
-        return plan.bundle.manifest.dims.classes
+        return 2 * plan.bundle.manifest.dims.classes
     return plan.statistics.total if stage is Stage.STATISTICS else plan.head_statistics.total
 
 

@@ -95,10 +95,11 @@ class Plan:
 
     def _secure(self, masked: Step, execution: int, executions: int) -> Iterator[Step]:
         """The rounds of the secure aggregation of a round (see `fedfmsl.protocol.secure_sums`). Before class sums, the
-        holders of each class are counted, if a class needs several."""
+        samples and the holders of each class are counted, if a class needs several."""
         part = (masked.stage, masked.index)
         vectors = [replace(masked, part=part)]
-        if masked.stage in SUMS and self.config.min_holders > 1:
+        is_counted = max(self.config.min_class_count, self.config.min_holders) > 1 and self.config.privacy is None
+        if masked.stage in SUMS and is_counted:
             vectors = [Step(Stage.HOLDERS, SUMS.index(masked.stage), len(SUMS), part), *vectors]
         if self.masks:
             yield Step(Stage.KEYS, execution, executions, part)

@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fedfmsl.protocol.messages import NOISED
+from fedfmsl.protocol.messages import NOISED, Stage
 from trainer_server.coordinator.records import ClosedRound
 from trainer_server.coordinator.state import Plan, State
 from trainer_server.storage.run_store import RunStore
@@ -39,8 +39,8 @@ class Figures:
     def of_run(cls, store: RunStore) -> Figures:
         figures = cls()
         if store.origin.config.privacy:
-            for record in store.rounds():
-                figures._count_noise(record)
+            for stage, repeated in store.closed_stages():
+                figures._count_noise(stage, repeated)
         return figures
 
     def closed(self, record: ClosedRound, seconds: float) -> None:
@@ -52,13 +52,13 @@ class Figures:
         self.updates += len(record.updates)
         self.stragglers += len(record.missing)
         self.bytes_up += sum(record.bytes_up.values())
-        self._count_noise(record)
+        self._count_noise(record.round.stage, record.repeated)
         self.held_out |= record.held_out
 
-    def _count_noise(self, record: ClosedRound) -> None:
-        if record.round.stage in NOISED:
+    def _count_noise(self, stage: Stage, repeated: str) -> None:
+        if stage in NOISED:
             self.noised += 1
-            self.released += not record.repeated
+            self.released += not repeated
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,5 @@
 """The server's I/O loop around the coordinator: MQTT, clock and disk.
 
-RUN/global_expert/       the global expert as a PEFT adapter, written again after every round of stage 1
-
 Every event takes three steps. The coordinator computes the next state and its commands. The store writes the event
 durably. Then the commands are executed. So an acknowledgement remains valid after a crash, and an event that cannot be
 stored has no effect.
@@ -19,7 +17,7 @@ from dataclasses import replace
 from fedfmsl.common.files import EXHAUSTED, NO_DESCRIPTORS, has_descriptors
 from fedfmsl.errors import BrokerError, MessageError, RunError
 from fedfmsl.protocol.chunks import CHUNK_BYTES, CHUNK_SIZES, HEADER_BYTES
-from fedfmsl.protocol.messages import DeviceStatus, ServerStatus, Stage, parse
+from fedfmsl.protocol.messages import DeviceStatus, ServerStatus, parse
 from fedfmsl.protocol.tensors import blob_bytes
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.identity import describe_expiry
@@ -43,12 +41,12 @@ from trainer_server.coordinator.events import (
     UpdateRefused,
     UpdateSeen,
 )
-from trainer_server.coordinator.records import ClosedRound
 from trainer_server.coordinator.state import Plan, State
 from trainer_server.service.batch import Batch, Statuses, flatten
 from trainer_server.service.clock import RunClock
 from trainer_server.service.decode import Decoder
 from trainer_server.service.duplicates import DuplicateServerGuard
+from trainer_server.service.expert_folder import ExpertFolder
 from trainer_server.service.figures import Figures, Snapshot
 from trainer_server.service.floods import FloodGuard, Sweeper
 from trainer_server.service.liveness import Liveness
@@ -57,7 +55,6 @@ from trainer_server.service.refusals import Refusals
 from trainer_server.service.run_log import log_participation, log_round, log_stragglers
 from trainer_server.storage.observations import Observations, ServerView
 from trainer_server.storage.operations import Operations
-from trainer_server.storage.peft_adapter import write_adapter
 from trainer_server.storage.run_store import LoggedEvent, RunStore
 from trainer_server.storage.uploads import Upload, Uploads
 
@@ -106,6 +103,7 @@ class Service:
         self._observations = Observations(store.folder)
         self._operations = Operations(store.folder)
         self._figures = Figures.of_run(store)
+        self._expert_folder = ExpertFolder(plan, store.folder / "global_expert")
 
     def snapshot(self) -> Snapshot:
         """What metrics show now. For any thread."""
@@ -406,7 +404,8 @@ class Service:
         elif isinstance(command, CountRefusal):
             self._refuse(command.device, command.kind, command.text)
         elif isinstance(command, StoreRound):
-            self._finish_round(command.closed)
+            log_stragglers(command.closed)
+            self._expert_folder.round_closed(command.closed, self._state.expert)
         elif isinstance(command, Log):
             logger.log(logging.WARNING if command.warning else logging.INFO, command.text)
         elif isinstance(command, Stop) and not command.error:
@@ -419,18 +418,6 @@ class Service:
         if self._state.announced is not None:
             for command in announcement(self._plan, self._state, self._state.announced):
                 self._execute(command)
-
-    def _finish_round(self, closed: ClosedRound) -> None:
-        """Logs stragglers and writes the PEFT adapter. The record is already stored."""
-        log_stragglers(closed)
-        first = closed.round.stage is Stage.PERSONAL and closed.round.index == 0  # it may bring a former head back
-        if closed.round.expert and (first or closed.round.stage in (Stage.GLOBAL, Stage.HEAD, Stage.UNMASK)):
-            level = closed.round.level
-            expert = self._state.expert[: self._plan.bundle.expert.size(level)]
-            try:
-                write_adapter(self._plan.bundle, expert, level, self._store.folder / "global_expert")
-            except OSError as error:
-                logger.warning("the adapter of round %d could not be written (%s)", closed.round.round, error.strerror)
 
     def _save_certificates(self) -> None:
         found = {SERVER_NAME: self._link.own_until, "broker": self._link.broker_until}

@@ -30,6 +30,8 @@ from fedfmsl.protocol.bundle import Bundle, ImagePreprocessing
 from fedfmsl.protocol.image_processor import PREPROCESSOR, image_processor
 from fedfmsl.protocol.peft_names import to_peft
 
+ADAPTER_CONFIG = "adapter_config.json"
+
 
 def write_adapter(bundle: Bundle, expert: Vector, level: int, folder: Path) -> None:
     """`expert` (P_level,) holds the trainable parameters of `level`. Raises OSError."""
@@ -54,7 +56,7 @@ def write_adapter(bundle: Bundle, expert: Vector, level: int, folder: Path) -> N
     }
     tensors = to_peft(manifest.peft, bundle.expert.split(expert))
     contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-    write_atomically(folder / "adapter_config.json", json.dumps(config, indent=1).encode())
+    write_atomically(folder / ADAPTER_CONFIG, json.dumps(config, indent=1).encode())
     write_atomically(folder / "adapter_model.safetensors", save(contiguous, {"format": "pt"}))
     if isinstance(manifest.preprocessing, ImagePreprocessing):
         processor = json.dumps(image_processor(manifest.preprocessing), indent=1)

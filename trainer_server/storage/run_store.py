@@ -31,7 +31,7 @@ from fedfmsl.common.files import EXHAUSTED, write_atomically
 from fedfmsl.common.lock_file import held, is_held, process_of
 from fedfmsl.errors import ConfigError, MessageError, RunError
 from fedfmsl.protocol.bundle import Bundle
-from fedfmsl.protocol.messages import DeviceStatus, Update, parse
+from fedfmsl.protocol.messages import DeviceStatus, Stage, Update, parse
 from fedfmsl.protocol.tensors import Header, blob_hash, pack, unpack
 from trainer_server.config import RunConfig
 from trainer_server.coordinator.events import (
@@ -246,9 +246,10 @@ class RunStore:
                     for closed in rounds
                 ],
             )
+            chosen = "" if self.origin.config.audit else ", '$.round.chosen', json('[]')"  # a replay compares it
             without_details = (
                 "UPDATE rounds SET record = json_set(record, '$.updates', json('{}'), '$.bytes_up', json('{}'),"
-                " '$.missing', json('[]')) WHERE round = ?"
+                f" '$.missing', json('[]'){chosen}) WHERE round = ?"
             )
             kept = max(DETAILS // self.origin.config.devices, 1)
             self._db.executemany(without_details, [(closed.round.round - kept,) for closed in rounds])
@@ -430,6 +431,12 @@ class RunStore:
         """The record of a closed round; None if there is none."""
         row = self._db.execute("SELECT record FROM rounds WHERE round = ?", (number,)).fetchone()
         return ClosedRound.model_validate_json(row[0]) if row else None
+
+    def closed_stages(self) -> list[tuple[Stage, str]]:
+        """Of every closed round, without its record: its stage, and why it was repeated ("": it was not)."""
+        stage, repeated = (f"json_extract(record, '$.{path}')" for path in ("round.stage", "repeated"))
+        query = f"SELECT {stage}, {repeated} FROM rounds ORDER BY round"
+        return [(Stage(stage), repeated) for stage, repeated in self._db.execute(query).fetchall()]
 
     def sizes(self) -> dict[str, int]:
         """Bytes on the disk: of the database, the tensors and all other files."""
