@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -28,6 +29,8 @@ RECORDS = pytest.StashKey[Records]()
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[RECORDS] = Records(product_commit() if config.getoption("--full") else "")
+    if config.getoption("--full") and not hasattr(config, "workerinput"):
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops as Ctrl-C does, also in the background
 
 
 @pytest.hookimpl(trylast=True)  # after tests/conftest.py has sorted
