@@ -200,18 +200,18 @@ def _run(bundle: Bundle, folders: Sequence[Path], row: Row, seed: int, hostile: 
     def tamper(device: str, result: StageResult) -> StageResult:
         return attack.change(result) if attack is not None and device in bad else result
 
-    if row.absent:
-        folders = [folder for folder in folders if folder.name not in _names(hostile)]
     kind = reader_of(bundle).kind
     splits = {folder.name: scan_once(folder, bundle.manifest.classes, kind) for folder in folders}
     contents = sorted({sample.sha256 for each in splits.values() for sample in each.samples})
+    if row.absent:
+        splits = {name: each for name, each in splits.items() if name not in _names(hostile)}
     if attack is not None and attack.flips_labels:
         splits |= {name: _flipped(splits[name], len(bundle.manifest.classes)) for name in bad}
     features = Features(FileStore(FOLDER / "hostile-cache", contents), bundle, threads)
     splits = compute_features(features, splits, bundle.manifest.levels)
     with TemporaryDirectory(prefix="fedfmsl-hostile-") as states:
         fleet = LocalFleet(bundle, features, splits, Path(states), threads)
-        history = federate(_config(len(folders), row.aggregation, seed), fleet, tamper, hostile=bad)
+        history = federate(_config(len(splits), row.aggregation, seed), fleet, tamper, hostile=bad)
     return accuracies(history, MODELS)
 
 

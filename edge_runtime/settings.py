@@ -11,8 +11,9 @@ from pydantic import AfterValidator, ByteSize, Field, ValidationInfo
 from edge_runtime.resources.governor import Hours, Limits
 from fedfmsl.common.logs import LogSettings
 from fedfmsl.common.processors import usable_processors
-from fedfmsl.common.settings import MAX_THREADS, CommaSeparated, File, Fraction, SettingsModel, panel
+from fedfmsl.common.settings import MAX_THREADS, CommaSeparated, File, Fraction, SettingsModel, checked, panel
 from fedfmsl.errors import ConfigError
+from fedfmsl.protocol.frigate import check_state_topic
 from fedfmsl.protocol.messages import EngineChoice
 from fedfmsl.transport.address import listening_on
 from fedfmsl.transport.settings import (
@@ -39,6 +40,7 @@ def _check_page(address: str, info: ValidationInfo) -> str:
     return address
 
 
+FrigateTopic = Annotated[str, checked(check_state_topic)]
 PageAddress = Annotated[str, AfterValidator(_check_page)]
 
 
@@ -179,6 +181,12 @@ class Settings(PredictSettings, LogSettings):
 
     watch: File | None = Field(
         None, description="Folder whose new files are classified with the newest model.", json_schema_extra=OUTPUT
+    )
+    frigate: FrigateTopic | None = Field(
+        None,
+        description="Topic of a state classification of Frigate, where the class of each new file of --watch is "
+        "published too: PREFIX/CAMERA/classification/MODEL. Default: none.",
+        json_schema_extra=OUTPUT,
     )
     metrics: MetricsAddress | None = Field(
         None, description="HOST:PORT to serve Prometheus metrics on. Default: none.", json_schema_extra=OUTPUT

@@ -165,7 +165,7 @@ class RunRules(BaseModel):
         None,
         ge=1,
         description="Number of updates below which a round lasts longer or is repeated. Default: half of those that a "
-        "round waits for (--devices × --fraction × --enough), rounded up.",
+        "round waits for (--devices × --fraction × --enough), rounded up. With --secure at least 3.",
         json_schema_extra=UPDATES,
     )
     max_repeats: int | None = Field(

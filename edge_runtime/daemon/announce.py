@@ -11,6 +11,7 @@ import paho.mqtt.client as paho
 from edge_runtime.data.features import Report
 from edge_runtime.inference.publish import as_published
 from edge_runtime.training.context import TrainingContext
+from fedfmsl.protocol.frigate import state_payload
 from fedfmsl.protocol.messages import DeviceStatus, Prediction, Progress, encode
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.link import Link, Will
@@ -33,13 +34,17 @@ def device_link(broker: str, topics: Topics, name: str, identity: Path | None = 
 class Announcer:
     """Publishes a device's messages. `last`: the last message that the link must deliver before it closes."""
 
-    def __init__(self, link: Link, topics: Topics, name: str, introduction: Message | None = None) -> None:
-        """`introduction` is the message that introduces this device to Home Assistant."""
+    def __init__(
+        self, link: Link, topics: Topics, name: str, introduction: Message | None = None, frigate: str | None = None
+    ) -> None:
+        """`introduction` is the message that introduces this device to Home Assistant. `frigate`: the topic of a state
+        classification of Frigate, where predictions are published too."""
         self.last: paho.MQTTMessageInfo | None = None
         self._link = link
         self._topics = topics
         self._name = name
         self._introduction = introduction
+        self._frigate = frigate
 
     def introduce(self) -> None:
         """Publishes the introduction, after each connect: the broker may have lost its retained messages."""
@@ -57,6 +62,8 @@ class Announcer:
     def prediction(self, prediction: Prediction) -> None:
         """May be called in any thread."""
         self._link.publish(self._topics.prediction(self._name), as_published(prediction, self._name), retain=True)
+        if self._frigate is not None and (state := state_payload(prediction)) is not None:
+            self._link.publish(self._frigate, state, retain=True)
 
     def publish(self, topic: str, payload: bytes, retain: bool = False) -> paho.MQTTMessageInfo:
         self.last = self._link.publish(topic, payload, retain)

@@ -78,7 +78,7 @@ def launch(settings: Settings) -> None:
         health.ready()
         prepared = _prepare(settings, link, topics, store, name, health)
         bundle = prepared.bundle
-        announcer = Announcer(link, topics, name, _introduction(settings, topics, name, bundle))
+        announcer = Announcer(link, topics, name, _introduction(settings, topics, name, bundle), settings.frigate)
         control = StepControl()
         runner = _runner(settings, prepared, store, name, link, control)
         loop = DaemonLoop(

@@ -66,12 +66,12 @@ class PrivacyBudget:
 
 def describe_budget(spent: Spent) -> str:
     """The budget that a device has used; "" if none."""
-    noised = (
-        f"ε {gaussian_epsilon(spent.mu_squared, DELTA):.3g} (δ = {DELTA:g}) after {spent.updates} updates with noise"
-    )
     if spent.unbounded:
         return f"no ε holds: {UNBOUNDED}"
-    return noised if spent.updates else ""
+    if not spent.updates:
+        return ""
+    count = f"{spent.updates} noised update{'s' if spent.updates > 1 else ''}"
+    return f"ε {gaussian_epsilon(spent.mu_squared, DELTA):.3g} (δ = {DELTA:g}) after {count}"
 
 
 def _is_recorded(spent: Spent, round_: Round) -> bool:

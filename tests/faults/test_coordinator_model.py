@@ -420,7 +420,7 @@ def test_the_coordinator_agrees_with_a_simple_model_of_rounds(
     run_state_machine_as_test(
         Machine,
         settings=settings(
-            max_examples=10_000 if full else 150,
+            max_examples=10_000 if full else 100,
             stateful_step_count=30,
             deadline=None,
             derandomize=True,

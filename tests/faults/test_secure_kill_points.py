@@ -38,7 +38,7 @@ def test_a_device_or_server_killed_at_each_step_of_secure_sums_gives_the_same_ru
 ) -> None:
     if not full or real_run.federation.broker.kind == "amqtt":
         pytest.skip(
-            "in the long form only (--full), on one kind of broker; see tests/integration/test_killed_server.py"
+            "in the long form only (--full), on one kind of broker; see tests/integration/test_killed_secure_device.py"
         )
     kills, run = KILLS[side], real_run
     row.name = (

@@ -6,9 +6,10 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
-from support.held_round import finished_rounds
 from support.kill_point import launcher
 from support.processes import Broker, Federation, Observer, Processes
+
+from fedfmsl.protocol.messages import Round, Stage
 
 RECORD = "edge_runtime.store.secure_store:SecureStore.write"
 VICTIM, OTHERS = "device-0", ("device-1", "device-2")
@@ -31,10 +32,11 @@ def test_a_device_killed_after_it_has_recorded_what_it_will_send_is_in_the_same_
             ended = federation.devices[VICTIM].wait()
             assert ended.code == -signal.SIGKILL, (step, ended.stdout[-1000:], ended.stderr[-1000:])
         federation.start_device(VICTIM, "--bundle", str(bundle), again=True)
-        rounds = finished_rounds(federation, observer)
+        observer.wait(Round, lambda r: r.stage is Stage.EVALUATE, "the end of stage 2")
+        rounds = federation.rounds()
     assert [line["round"]["stage"] for line in rounds] == [
         *("keys", "shares", "global", "unmask"),
         *("keys", "shares", "personal", "unmask"),
-        "evaluate",
     ]
+    assert all(sorted(line["updates"]) == sorted(photos) and not line["repeated"] for line in rounds)
     assert "no secure aggregation" not in (federation.server_folder / "notes.log").read_text()

@@ -15,9 +15,9 @@ from fedfmsl.algorithms.bounds import capped_weights, l2_norm, norm_limit
     [
         ([], []),
         ([0, 0], [0, 0]),
-        ([100, 80, 120, 1e6], [100, 80, 120, 330]),
+        ([100, 80, 120, 1e6], [100, 80, 120, 165]),
         ([1e6], [1e6]),
-        ([0, 0, 0, 50, 60, 1e6], [0, 0, 0, 50, 60, 180]),  # devices without samples do not lower the cap
+        ([0, 0, 0, 50, 60, 1e6], [0, 0, 0, 50, 60, 90]),  # devices without samples do not lower the cap
     ],
 )
 def test_a_weight_is_capped_relative_to_the_median(weights: list[float], wanted: list[float]) -> None:

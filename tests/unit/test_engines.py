@@ -169,9 +169,10 @@ def test_twenty_steps_equal_torchs_adamw_over_the_whole_model(
     engine.set(steps.theta, Training(epochs=1, learning_rate=RATE, weight_decay=DECAY))
     hidden = hidden_of(built, steps.samples, level)
     losses = []
-    for b in steps.batches:
+    for number, b in enumerate(steps.batches):
         losses.append(engine.step(Batch.cross_entropy(hidden[b], steps.labels[b], C)))
-        engine.release()
+        if number in (0, 9, 19):  # opening the graphs again takes most of the time
+            engine.release()
     assert np.abs(engine.get() - steps.trained).max() < 1e-4
     assert losses == pytest.approx(steps.losses, rel=1e-4)
     assert relative_error(engine.predict(hidden), steps.logits) < 1e-3

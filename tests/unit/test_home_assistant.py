@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from typing import Literal
 
 import pytest
@@ -57,6 +58,7 @@ class Device(Strict):
     manufacturer: str
     model: str | None = None
     sw_version: str | None = None
+    configuration_url: str | None = Field(default=None, pattern="^(https?|homeassistant)://")
 
 
 class Origin(Strict):
@@ -95,6 +97,12 @@ def test_the_message_is_valid_in_home_assistant(health: bool) -> None:
     assert message.availability[0].topic == "some/topic"
     assert len({sensor.unique_id for sensor in message.components.values()}) == len(message.components)
     assert (message.device.model, message.device.sw_version) == ("Raspberry Pi 5", "0.1.0")
+
+
+def test_the_device_links_to_its_page() -> None:
+    assert message_of(KITCHEN, health=False)[1].device.configuration_url is None
+    with_page = replace(KITCHEN, page="http://192.168.1.7:8080/")
+    assert message_of(with_page, health=False)[1].device.configuration_url == "http://192.168.1.7:8080/"
 
 
 def test_sensors_read_existing_fields_of_our_messages() -> None:

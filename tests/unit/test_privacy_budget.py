@@ -56,7 +56,7 @@ def test_epsilon_adds_up_over_runs_restarts_and_different_noise(tmp_path: Path) 
     spent = BudgetStore(tmp_path).read()
     assert spent.mu_squared == pytest.approx(2 * 4 / 4 + 4 / 64 + (4 / 3) / 64) and spent.updates == 4
     assert describe_budget(spent) == (
-        f"ε {gaussian_epsilon(spent.mu_squared, DELTA):.3g} (δ = 1e-05) after 4 updates with noise"
+        f"ε {gaussian_epsilon(spent.mu_squared, DELTA):.3g} (δ = 1e-05) after 4 noised updates"
     )
 
 

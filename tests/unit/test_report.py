@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from support.bundles import LAYERS, Built
 
+from devices.trial import report as report_module
 from devices.trial.evaluation import ByModel, FleetEvaluation
 from devices.trial.report import build_report, write_report
 from fedfmsl.algorithms.evaluation import DeviceAccuracy
@@ -124,6 +125,12 @@ def folder(vit: Built, tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def no_png(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that do not look at report.png, which takes a second."""
+    monkeypatch.setattr(report_module, "png", lambda data: b"")
+
+
 def record(folder: Path, rounds: list[ClosedRound]) -> None:
     sal = Sal(CapabilityQueue(2, 0.02), max_level=LAYERS)
     config = RunConfig(run="r", devices=2, stage1_sal=sal, stage2_sal=sal)
@@ -157,6 +164,7 @@ def test_own_novel_fleet_and_streams_are_means_over_the_devices_samples(vit: Bui
     assert report["unseen"] is None
 
 
+@pytest.mark.usefixtures("no_png")
 def test_unseen_devices_are_reported_apart(vit: Built, folder: Path) -> None:
     kept_out = {"global": {"c": DeviceAccuracy(0.5, 4, 0.6, 20, 0.7, 8, {0.0: 0.5, 0.1: 0.52, 0.5: 0.6})}}
     evaluation = FleetEvaluation(fleet_accuracies(), kept_out)
@@ -169,6 +177,7 @@ def test_unseen_devices_are_reported_apart(vit: Built, folder: Path) -> None:
     assert "did not take part: c." in (folder / "report.html").read_text()
 
 
+@pytest.mark.usefixtures("no_png")
 def test_where_every_device_holds_every_class_nothing_is_novel(vit: Built, folder: Path) -> None:
     evaluation = FleetEvaluation(nothing_novel(), {})
     report = report_of(vit, whole_run(), evaluation)
@@ -180,6 +189,7 @@ def test_where_every_device_holds_every_class_nothing_is_novel(vit: Built, folde
     assert "own test photos correctly" in (folder / "report.html").read_text()  # the first picture has no novel axis
 
 
+@pytest.mark.usefixtures("no_png")
 def test_the_first_picture_and_the_table_show_own_against_novel(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -212,6 +222,7 @@ def test_costs_are_per_device_and_round_of_both_stages(vit: Built) -> None:
     assert report["device_peak_rss_mb_per_device"] == {"a": 120.0, "b": 110.0, "c": 0.0}
 
 
+@pytest.mark.usefixtures("no_png")
 def test_without_a_baseline_there_is_no_local_only(vit: Built, folder: Path) -> None:
     evaluation = FleetEvaluation(fleet_accuracies(baseline=False), {})
     assert "local_only" not in report_of(vit, whole_run(baseline=False), evaluation)["accuracy"]
@@ -237,6 +248,7 @@ def test_a_model_that_some_devices_lack_is_averaged_over_the_others(vit: Built, 
     write_report(folder, FLEET, seed=0, alpha=0.5, seconds=SECONDS, used=60, skipped=0)
 
 
+@pytest.mark.usefixtures("no_png")
 def test_a_report_names_what_is_missing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rounds = whole_run()
     del rounds[-1].updates["b"].metrics["local_only"]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +14,9 @@ from support.samples import CLASSES
 from support.tiny_models import write_clip
 from support.torch_reference import features_of
 from transformers import AutoTokenizer, CLIPModel, CLIPVisionModelWithProjection
+from typer.testing import CliRunner
 
+from export.build import app
 from export.reference import normalize_pixels
 from export.weights import load_backbone
 from export.zero_shot import TEMPLATES, zero_shot_head
@@ -118,10 +118,10 @@ def test_a_text_tower_with_a_bad_config_is_one_clear_error(
 
 
 def test_the_command_makes_the_head_from_its_prompts(clip_folder: Path, clip: Built, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "export.build", "--model", str(clip_folder), "--levels", "1"]
-    arguments = ["--classes", ",".join(CLASSES), "--out", str(tmp_path / "b"), "--prompt", "{}", "--prompt", "the {}"]
-    result = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
+    arguments = ["--model", str(clip_folder), "--levels", "1", "--classes", ",".join(CLASSES)]
+    prompts = ["--prompt", "{}", "--prompt", "the {}"]
+    result = CliRunner().invoke(app, [*arguments, *prompts, "--out", str(tmp_path / "b")], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
     assert "zero-shot head" in result.stdout
     zero_shot = Bundle.load(tmp_path / "b").zero_shot()
     assert zero_shot is not None
