@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from devices.trial.assets import ASSETS, PHOTOS, WEIGHTS, fetch
+from devices.trial.closed_rounds import ClosedRounds
 from devices.trial.dataset import find_files, kind_of
 from devices.trial.evaluation import evaluate_fleet
 from devices.trial.groceries import unpack_groceries
-from devices.trial.live_view import LiveView
-from devices.trial.processes import Processes
+from devices.trial.processes import Processes, free_port
 from devices.trial.report import write_report
 from devices.trial.settings import TrialSettings
 from devices.trial.shares import write_device_folders
@@ -99,11 +99,13 @@ def _federate(settings: TrialSettings, folder: Path, roots: Sequence[Path]) -> N
     with Processes(folder / "logs") as processes:
         address = settings.broker or processes.start_broker()
         console.print(f"broker     {address}{'' if settings.broker else '  (embedded)'}")
-        server = processes.start("server", "trainer_server", *_server_arguments(settings, folder, address), *access)
+        page = f"127.0.0.1:{free_port()}"
+        console.print(f"console    http://{page}/  (until the run has finished)")
+        arguments = [*_server_arguments(settings, folder, address), "--console", page]
+        server = processes.start("server", "trainer_server", *arguments, *access)
         for root in roots:
             processes.start(root.name, "edge_runtime", *_device_arguments(settings, folder, root, address), *access)
-        with LiveView(address, settings.name, folder, settings.identity, settings.insecure) as view:
-            processes.wait(server, view.refresh)
+        processes.wait(server, ClosedRounds(folder).print_new)
 
 
 def _server_arguments(settings: TrialSettings, folder: Path, broker: str) -> list[str]:

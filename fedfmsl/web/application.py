@@ -5,6 +5,7 @@ Templates are Jinja's, with escaping. A package's templates extend `base.html` o
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from http import HTTPStatus
@@ -51,7 +52,7 @@ def application(
         middleware=[Middleware(Gate, access=access, refuse=error_page)],
         exception_handlers={HTTPException: _http_error, Exception: _fault},
     )
-    app.state.environment, app.state.access = environment, access
+    app.state.environment, app.state.access, app.state.closing = environment, access, threading.Event()
     return app
 
 

@@ -26,7 +26,7 @@ from fedfmsl.transport.identity import read_identity
 CONNECTIONS = 64
 REQUEST_SECONDS = 10.0  # for the first request of a connection
 HEAD_BYTES = 1 << 14
-CLOSE_SECONDS = 2  # for open streams, when the page ends
+CLOSE_SECONDS = 3  # for open streams, when the page ends
 BIND_SECONDS = 3.0  # for the port of a process that was killed to become free
 
 
@@ -69,12 +69,13 @@ class WebServer:
         )
         config.load()
         config.ssl = context
-        self._server = uvicorn.Server(config)
+        self._app, self._server = app, uvicorn.Server(config)
         self._listener = listener
         self._thread = threading.Thread(target=self._server.run, args=([listener],), name="web", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
+        self._app.state.closing.set()  # streams end
         self._server.should_exit = True
         self._thread.join(2 * CLOSE_SECONDS)
         self._listener.close()

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 
 from starlette.concurrency import run_in_threadpool
-from starlette.responses import StreamingResponse
+from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 SECONDS = 1.0  # between two updates
 KEEP_ALIVE_SECONDS = 15.0  # between two messages, so that proxies keep the connection
@@ -21,23 +23,37 @@ KEEP_ALIVE_SECONDS = 15.0  # between two messages, so that proxies keep the conn
 Elements = Callable[[], Mapping[str, str]]
 
 
-def stream(elements: Elements, seconds: float = SECONDS) -> StreamingResponse:
+def stream(elements: Elements, seconds: float = SECONDS) -> Response:
     """Calls `elements` in another thread, at most every `seconds`."""
-    headers = {"X-Accel-Buffering": "no"}  # nginx would collect events
-    return StreamingResponse(_events(elements, seconds), media_type="text/event-stream", headers=headers)
+    return _Stream(elements, seconds)
 
 
-async def _events(elements: Elements, seconds: float) -> AsyncIterator[str]:
-    yield "retry: 2000\n\n"
-    sent: Mapping[str, str] = {}
-    last = time.monotonic()
-    while True:
-        current = await run_in_threadpool(elements)
-        changed = {key: html for key, html in current.items() if sent.get(key) != html}
-        if changed:
-            sent, last = dict(current), time.monotonic()
-            yield f"data: {json.dumps(changed)}\n\n"
-        elif time.monotonic() - last > KEEP_ALIVE_SECONDS:
-            last = time.monotonic()
-            yield ": \n\n"
-        await asyncio.sleep(seconds)
+class _Stream(StreamingResponse):
+    """Ends when the server of its application closes, after a last look."""
+
+    def __init__(self, elements: Elements, seconds: float) -> None:
+        headers = {"X-Accel-Buffering": "no"}  # nginx would collect events
+        super().__init__(self._events(elements, seconds), media_type="text/event-stream", headers=headers)
+        self._closing = threading.Event()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._closing = scope["app"].state.closing
+        await super().__call__(scope, receive, send)
+
+    async def _events(self, elements: Elements, seconds: float) -> AsyncIterator[str]:
+        yield "retry: 2000\n\n"
+        sent: Mapping[str, str] = {}
+        last = time.monotonic()
+        while True:
+            is_last = self._closing.is_set()
+            current = await run_in_threadpool(elements)
+            changed = {key: html for key, html in current.items() if sent.get(key) != html}
+            if changed:
+                sent, last = dict(current), time.monotonic()
+                yield f"data: {json.dumps(changed)}\n\n"
+            elif time.monotonic() - last > KEEP_ALIVE_SECONDS:
+                last = time.monotonic()
+                yield ": \n\n"
+            if is_last:
+                return
+            await asyncio.sleep(seconds)

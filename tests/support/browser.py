@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
 AXE = Path(__file__).with_name("axe.min.js")
-SECONDS = 15.0  # for an element to appear
+SECONDS = 90.0  # for an element to appear, on a busy machine
 
 
 @dataclass

@@ -134,7 +134,9 @@ def test_a_rate_limit_refills() -> None:
     assert limit.allows("b", 10.0)
 
 
-def test_a_stream_sends_all_elements_first_and_then_those_that_change(site: WebServer) -> None:
+def test_a_stream_sends_all_elements_first_and_then_those_that_change(
+    site: WebServer, caplog: pytest.LogCaptureFixture
+) -> None:
     connection = http.client.HTTPConnection("127.0.0.1", site.port, timeout=10)
     connection.request("GET", "/live")
     answer = connection.getresponse()
@@ -144,6 +146,8 @@ def test_a_stream_sends_all_elements_first_and_then_those_that_change(site: WebS
         line = answer.readline().decode()
         if line.startswith("data: "):
             events.append(json.loads(line[6:]))
+    site.close()
+    assert not caplog.messages  # the stream ends with its server
     connection.close()
     assert [set(event) for event in events] == [{"a", "b"}, {"a"}]
 

@@ -18,7 +18,7 @@ from trainer_server.service.child_process import LISTENING
 from trainer_server.service.console_job import ConsoleJob
 
 FLAG = "--console"
-NICE = 10  # the coordinator comes first
+NICE = 5  # the coordinator comes first
 
 
 def serve(job: ConsoleJob) -> WebServer:

@@ -23,7 +23,7 @@ from trainer_server.storage.operations import Operations
 from trainer_server.storage.run_store import DATABASE, Origin, RefusalCount, RunStore
 
 BUSY_SECONDS = 2.0
-FRESH_SECONDS = 0.5  # between two looks at a folder
+FRESH_SECONDS = 0.2  # between two looks at a folder
 DEPTH = 3  # of a run below the folder of several runs
 SILENT_SECONDS = 15.0  # after which a server has stopped, or is busy
 

@@ -97,7 +97,10 @@ function follow(url) {
   const notice = document.getElementById("stream");
   const source = new EventSource(url);
   source.onopen = () => (notice.hidden = true);
-  source.onmessage = (event) => update(JSON.parse(event.data));
+  source.onmessage = (event) => {
+    update(JSON.parse(event.data));
+    if (document.querySelector("[data-last]")) source.close(); // nothing will change any more
+  };
   source.onerror = () => {
     notice.textContent = "The connection is lost. This page shows an earlier state, and connects again.";
     notice.hidden = false;
