@@ -12,7 +12,7 @@ from edge_runtime.labelling.order import questions
 from edge_runtime.labelling.queue import Queue, WaitingFile, version_of
 
 PLANNED = 24  # questions that one comparison of all waiting files gives
-FRESH_SECONDS = 30.0  # after which predictions may be newer than the planned questions
+FRESH_SECONDS = 120.0  # after which predictions may be newer than the planned questions
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 WAITING, LABELLED = 12, 10
 TEMPLATES = Path(service.__file__).parent / "templates"
-SCREENSHOT = os.environ.get("FEDFMSL_SCREENSHOT")  # file to write a picture for the docs to
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +46,12 @@ def sign_in(browser: Chromium, url: str, token: str, **context: object) -> Page:
 
 
 def test_ten_photos_labelled_by_keyboard_join_the_next_round(
-    broker: Broker, bundle: Path, photos: dict[str, Path], tmp_path: Path, browser: Chromium
+    broker: Broker,
+    bundle: Path,
+    photos: dict[str, Path],
+    tmp_path: Path,
+    browser: Chromium,
+    pytestconfig: pytest.Config,
 ) -> None:
     folder = shutil.copytree(photos[FIRST], tmp_path / "photos")
     inbox, port = write_device_photos(tmp_path / "inbox", {"apple": 6, "kiwi": 6}, seed=9), free_port()
@@ -73,6 +77,8 @@ def test_ten_photos_labelled_by_keyboard_join_the_next_round(
         assert page.locator(".pictures img").count() == WAITING and not accessibility_faults(page)
         page.get_by_role("link", name="What is this?", exact=True).press("Enter")
         assert not accessibility_faults(page)
+        if pictures := pytestconfig.getoption("--screenshots"):
+            page.screenshot(path=Path(pictures) / "labelling.png")
         for index in range(LABELLED):
             answer_one(page, "12"[index % 2], left=WAITING - index - 1)
         page.keyboard.press("u")
@@ -154,8 +160,6 @@ def test_hostile_names_are_only_text_on_a_narrow_dark_page(desk: Desk, url: str,
         assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), f"{path} is too wide"
     page.goto(f"{url}ask")
     assert page.locator("main script, main img[src=x]").count() == 0
-    if SCREENSHOT:
-        page.screenshot(path=SCREENSHOT)
     page.keyboard.press("ArrowRight")
     assert page.evaluate("document.activeElement.value") == "1"
     page.keyboard.press("Enter")
@@ -170,6 +174,15 @@ def test_hostile_names_are_only_text_on_a_narrow_dark_page(desk: Desk, url: str,
         wait_for_text(page, f"{waiting} waiting")
     page.context.close()
     assert not browser.problems
+
+
+def test_a_text_is_shown_as_text(desk: Desk, url: str, browser: Chromium) -> None:
+    desk.queue.describe(HOSTILE, "text")
+    desk.asking.next(1)[0].files[0].path.write_bytes(b"<b>Ripe</b> plums \xff")
+    page = browser.open(url)
+    assert "<b>Ripe</b> plums \ufffd" in page.locator("blockquote").all_inner_texts()
+    assert not page.locator("main img").count()
+    page.context.close()
 
 
 @pytest.mark.parametrize("path", ["file/1/../../../etc/passwd", "file/%2e%2e/small.jpg", "file/999/small.jpg", "x"])

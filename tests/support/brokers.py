@@ -17,7 +17,8 @@ KINDS = ("amqtt", "mosquitto")
 
 
 class RestartableBroker:
-    """A broker that can be used as a `processes.Broker`.
+    """A broker that can be used as a `processes.Broker`. It is started when its address is first asked for, so that a
+    test that is skipped starts none.
 
     A persistent mosquitto keeps sessions, queued and retained messages over a restart: all of them after `stop`, and
     after `kill` those of its last save, which happens after every `autosave` changes. amqtt keeps nothing.
@@ -36,17 +37,16 @@ class RestartableBroker:
         """`lines` of mosquitto's configuration. `network`: where a mosquitto runs; by default on this host."""
         assert not (persistent and kind == "amqtt"), "amqtt keeps nothing"
         self.kind = kind
-        self.port = free_port()
+        self._port = free_port()
         self.host = network.address if network else "127.0.0.1"
-        self.url = f"mqtt://{self.host}:{self.port}"
         self._processes = processes
         self._starts = 0
         self._process: Process
-        self._command = broker_command(kind, self.port)
+        self._command = broker_command(kind, self._port)
         if kind == "mosquitto":
             settings = folder / "mosquitto"
             settings.mkdir(parents=True, exist_ok=True)
-            lines = [f"listener {self.port} {self.host}", *lines]
+            lines = [f"listener {self._port} {self.host}", *lines]
             if persistent:
                 lines += ["persistence true", f"persistence_location {settings}/"]
                 lines += ["autosave_on_changes true", f"autosave_interval {autosave}"]
@@ -55,7 +55,16 @@ class RestartableBroker:
             (settings / "mosquitto.conf").write_text("\n".join(lines) + "\n")
             self._command = [require_tool("mosquitto"), "-c", str(settings / "mosquitto.conf")]
         self._command = [*(network.command if network else ()), *self._command]
-        self.start()
+
+    @property
+    def port(self) -> int:
+        if not self._starts:
+            self.start()
+        return self._port
+
+    @property
+    def url(self) -> str:
+        return f"mqtt://{self.host}:{self.port}"
 
     @property
     def pid(self) -> int:
@@ -65,7 +74,7 @@ class RestartableBroker:
         """Returns when it accepts connections."""
         self._starts += 1
         process = self._processes.start(f"broker-{self.kind}-{self._starts}", *self._command)
-        wait_until(lambda: answers(self.port, self.host) or not process.running, f"{self.kind} on port {self.port}")
+        wait_until(lambda: answers(self._port, self.host) or not process.running, f"{self.kind} on port {self._port}")
         assert process.running, process.wait().stderr
         self._process = process
 
