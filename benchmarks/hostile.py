@@ -81,7 +81,7 @@ def false_accuracies(result: StageResult) -> StageResult:
 
 def poisoned_statistics(result: StageResult) -> StageResult:
     """Sums of the next class, as of a thousand times the samples. They agree with each other."""
-    if not result.tensors:
+    if "class_sums" not in result.tensors:
         return result
     sums = {name: np.asarray(1000 * tensor, np.float32) for name, tensor in result.tensors.items()}
     for name in ("class_sums", "class_counts"):

@@ -265,7 +265,7 @@ def test_a_resumed_run_may_change_its_limits_and_nothing_else(config: RunConfig,
     require_unchanged(config, file)
     file.write_text("learning_rate = 0.5\n")
     with pytest.raises(
-        ConfigError, match=r"learning_rate = 0.5, but the run was started with 0.002, .*--round-timeout"
+        ConfigError, match=r"learning_rate = 0.5, but the run was started with 0.001, .*--round-timeout"
     ):
         require_unchanged(config, file)
 
