@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from support.bundles import Built
 from support.coordinators import ABC, started
+from support.processes import wait_until
 from support.tools import not_tested
 
 from fedfmsl.errors import ConfigError
@@ -92,8 +93,7 @@ def test_a_failing_tracker_is_said_once_and_gets_the_rounds_later(
     with caplog.at_level(logging.WARNING):
         tracker = Tracker(store.folder, [SPEC], "vit", sink.open)
         store.commit([], closed)
-        while sink.failures:
-            pass
+        wait_until(lambda: not sink.failures, "the tracker answers again")
         tracker.close()
     assert list(sink.steps) == [one.round.round for one in closed]
     (line,) = [record.getMessage() for record in caplog.records]
