@@ -185,7 +185,7 @@ def _report() -> str:
         for alpha in sorted({result["alpha"] for result in results}, key=lambda each: -(each or 0)):
             same = [result for result in results if result["alpha"] == alpha]
             lines += ["", f"## {block.title}{'' if alpha is None else f', α = {alpha:g}'}", "", *_table(same)]
-            svg = own_against_novel(same)
+            svg = own_against_novel([each for each in same if not _is_second_rate(each)])
             if svg is not None:
                 picture = RESULTS / f"{name}{'' if alpha is None else f'-{alpha:g}'}.svg"
                 write_atomically(picture, svg)
@@ -193,6 +193,11 @@ def _report() -> str:
         if not results:
             lines += ["", f"## {block.title}", "", "Not run yet."]
     return "\n".join(lines) + "\n"
+
+
+def _is_second_rate(result: Result) -> bool:
+    """Whether the method is in the picture at another rate."""
+    return result["method"] in CONTROLS and result["learning_rate"] != FIELD_RATE
 
 
 def results_of(folder: Path) -> list[Result]:

@@ -37,6 +37,7 @@ from fedfmsl.common.cli import application
 from fedfmsl.common.files import write_atomically
 from fedfmsl.protocol.messages import Stage
 from simulation.datasets import load_folder
+from simulation.methods.ablations import without_head_round
 from simulation.methods.fedfmsl import FedFMSL
 from simulation.partition import by_dirichlet
 from simulation.results import Cell
@@ -47,7 +48,8 @@ REPORT = Path(__file__).with_name("membership.md")
 BLOCK = "groceries"
 ALPHAS = (0.5, 0.1)
 DEVICES = 6
-THRESHOLDS = ((1, 1), (1, 3), (5, 3), (10, 3), (10, 1))  # photos of a class on a device, devices with as many
+# photos of a class on a device, devices with as many, photos on all devices; the second is the default
+THRESHOLDS = ((1, 1, 1), (1, 1, 10), (10, 1, 10), (1, 3, 10), (10, 3, 30))
 
 INTRODUCTION = [
     "# What class statistics tell",
@@ -99,16 +101,18 @@ def membership(
     )
     simulation = Simulation(settings, bundle, load_folder(images, bundle, False, TEST_SHARE))
     simulation.compute_features(lambda _: None)
-    runs = {alpha: [_stage1(simulation, cell) for cell in simulation.cells if cell.alpha == alpha] for alpha in ALPHAS}
-    lines = [*INTRODUCTION, *_attacks(runs[ALPHAS[0]]), *_inversions(runs[ALPHAS[0]]), *_heads(runs)]
+    cells = {alpha: [cell for cell in simulation.cells if cell.alpha == alpha] for alpha in ALPHAS}
+    runs = {alpha: [_stage1(simulation, cell, FedFMSL()) for cell in cells[alpha]] for alpha in ALPHAS}
+    without = {alpha: [_stage1(simulation, cell, without_head_round()) for cell in cells[alpha]] for alpha in ALPHAS}
+    lines = [*INTRODUCTION, *_attacks(runs[ALPHAS[0]]), *_inversions(runs[ALPHAS[0]]), *_heads(runs, without)]
     write_atomically(REPORT, ("\n".join(lines) + "\n").encode())
     print(REPORT)
 
 
-def _stage1(simulation: Simulation, cell: Cell) -> Run:
-    fleet, method, settings = simulation.fleet(cell, None), FedFMSL(), simulation.method_settings(cell)
+def _stage1(simulation: Simulation, cell: Cell, method: FedFMSL) -> Run:
+    fleet, settings = simulation.fleet(cell, None), simulation.method_settings(cell)
     run, _ = method.start(fleet, settings)
-    while run.announced.stage is not Stage.HEAD:
+    while run.announced.stage not in (Stage.HEAD, Stage.PERSONAL):
         run.step()
     expert = run.received.expert
     parts = fleet.map(_photos, dict.fromkeys([*fleet.names, *fleet.unseen], expert))
@@ -172,7 +176,7 @@ def _attacks(runs: Sequence[Run]) -> list[str]:
         "each device's sums of logits": partial(_linearly, each=True),
         "each device's sums of logits, of classes with 10 photos": partial(_linearly, each=True, least=10),
         "sums of logits over all devices": _linearly,
-        "sums of logits over all devices, of classes with 10 photos on a device": partial(_linearly, least=10),
+        "sums of logits over all devices, of classes with 10 photos (default)": partial(_linearly, total=10),
     }
     lines = [
         "## Membership",
@@ -212,17 +216,17 @@ def _owners(run: Run, seed: int) -> Labels:
     return owner
 
 
-def _in_sums(run: Run, owner: Labels, least: int, holders: int) -> tuple[Labels, Bools]:
+def _in_sums(run: Run, owner: Labels, least: int, holders: int, total: int) -> tuple[Labels, Bools]:
     """`owner`, -1 for photos that are in no sum, and which photos have a class that is in the sums."""
     labels = run.all.labels
     counts = np.array([np.bincount(labels[owner == device], minlength=run.classes) for device in range(DEVICES)])
     holds = counts >= max(least, 1)
-    chosen = holds.sum(axis=0) >= holders
+    chosen = (holds.sum(axis=0) >= holders) & (counts.sum(axis=0) >= total)
     return np.where((holds & chosen)[owner, labels], owner, -1), chosen[labels]
 
 
 def _by_least_squares(run: Run, owner: Labels, each: bool = False, least: int = 1, holders: int = 1) -> Seen:
-    owner, part = _in_sums(run, owner, least, holders)
+    owner, part = _in_sums(run, owner, least, holders, total=1)
     return _seen(_largest_weights(run.all.features, run.all.labels, owner, part, each), owner, run.all.labels, part)
 
 
@@ -238,10 +242,10 @@ def _largest_weights(values: Doubles, labels: Labels, owner: Labels, part: Bools
     return weights
 
 
-def _linearly(run: Run, owner: Labels, logits: bool = True, each: bool = False, least: int = 1) -> Seen:
+def _linearly(run: Run, owner: Labels, logits: bool = True, each: bool = False, least: int = 1, total: int = 1) -> Seen:
     """Of features, second moments only, by the best linear estimate. With `each`, the weights of a photo in the sums of
     all devices are added. Of logits, by least squares if that is better: it finds the photos of small sums."""
-    owner, part = _in_sums(run, owner, least, 1)
+    owner, part = _in_sums(run, owner, least, 1, total)
     photos = run.all
     gram = class_gram(photos.logits, photos.labels) + moment_gram(photos.logits)
     if not logits:
@@ -298,23 +302,26 @@ def _inversions(runs: Sequence[Run]) -> list[str]:
 # what the head loses
 
 
-def _heads(runs: Mapping[float, Sequence[Run]]) -> list[str]:
+def _heads(runs: Mapping[float, Sequence[Run]], without: Mapping[float, Sequence[Run]]) -> list[str]:
+    """`without`: the runs without a head round."""
     lines = [
         "## The head after stage 1",
         "",
         "Accuracy of the global expert, without stage 2, on the held-out photos of all devices, which choices were",
-        "made on, and on all test photos. A class that is in no sum keeps its trained row.",
+        "made on, and on all test photos. A class that is in no sum keeps its trained row. Without sums, devices train",
+        "over the classes that they hold, else over all classes.",
         "",
-        "| α | head from | photos of a class on a device | devices | classes | held-out | test |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| α | head from | photos of a class on a device | devices | on all devices | classes | held-out | test |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for alpha, of_alpha in runs.items():
-        trained = [(run.head, 0) for run in of_alpha]
-        lines.append(_head_row(f"| {alpha:g} | training only | | |", of_alpha, trained))
+        for text, trained in (("no sums", without[alpha]), ("the trained head", of_alpha)):
+            lines.append(_head_row(f"| {alpha:g} | {text} | | | |", trained, [(run.head, 0) for run in trained]))
         for name, logits in (("features", False), ("logits", True)):
-            for least, holders in THRESHOLDS:
-                heads = [_head(run, logits, least, holders) for run in of_alpha]
-                lines.append(_head_row(f"| {alpha:g} | {name} | {least} | {holders} |", of_alpha, heads))
+            for threshold in THRESHOLDS:
+                heads = [_head(run, logits, *threshold) for run in of_alpha]
+                start = f"| {alpha:g} | {name} | {' | '.join(map(str, threshold))} |"
+                lines.append(_head_row(start, of_alpha, heads))
     return lines
 
 
@@ -327,11 +334,11 @@ def _head_row(start: str, runs: Sequence[Run], heads: Sequence[tuple[Vector, int
     return f"{start} {classes:.1f} | {' | '.join(scores)} |"
 
 
-def _head(run: Run, logits: bool, least: int, holders: int) -> tuple[Vector, int]:
+def _head(run: Run, logits: bool, least: int, holders: int, total: int) -> tuple[Vector, int]:
     """The head that the server computes, and the number of classes in the sums."""
     counts = np.array([np.bincount(photos.labels, minlength=run.classes) for photos in run.train])
     holds = counts >= least
-    chosen = holds.sum(axis=0) >= holders
+    chosen = (holds.sum(axis=0) >= holders) & (counts.sum(axis=0) >= total)
     parts = [photos[(own & chosen)[photos.labels]] for photos, own in zip(run.train, holds, strict=True)]
     together = _joined(parts)
     values = (together.logits if logits else together.features).astype(np.float32)

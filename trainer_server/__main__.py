@@ -104,6 +104,7 @@ def _coordinate(
             changes=changes,
             allowed=settings.allowed,
             metrics=settings.metrics,
+            track=settings.track,
         )
     logger.info("run finished")
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, model_validator
 
 from fedfmsl.algorithms.privacy import Privacy
 from fedfmsl.algorithms.sal import CapabilityQueue
 from fedfmsl.common.logs import LogSettings
-from fedfmsl.common.settings import File, Fraction, panel
+from fedfmsl.common.settings import CommaSeparated, File, Fraction, checked, panel
 from fedfmsl.errors import ConfigError
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.messages import Training
@@ -46,9 +46,11 @@ from trainer_server.config import (
     sal_rules,
 )
 from trainer_server.coordinator.limits import Limits, least_updates
+from trainer_server.tracking.sinks import parse
 
 TRAINING = panel("Training on the devices")
 CONSOLE = panel("Console")
+Trackers = Annotated[tuple[Annotated[str, checked(parse)], ...], CommaSeparated]
 
 
 class ConsoleAccess(AccessSettings):
@@ -101,6 +103,11 @@ class ServiceSettings(ConnectionSettings, LogSettings, ConsoleAccess):
     )
     metrics: MetricsAddress | None = Field(
         None, description="HOST:PORT to serve Prometheus metrics on. Default: none.", json_schema_extra=CONNECTION
+    )
+    track: Trackers = Field(
+        (),
+        description="Trackers that get the figures of every round: tensorboard:DIR, mlflow:URI, wandb:PROJECT.",
+        json_schema_extra=CONNECTION,
     )
 
     @cached_property

@@ -24,8 +24,11 @@ def peak_rss() -> int:
 
 
 def rss() -> int:
-    """Resident memory in bytes."""
-    return int(psutil.Process().memory_info().rss)
+    """Resident memory in bytes; its peak if no file can be opened."""
+    try:
+        return int(psutil.Process().memory_info().rss)
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def peak_rss_mb() -> float:

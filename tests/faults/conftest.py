@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -28,14 +29,18 @@ RECORDS = pytest.StashKey[Records]()
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[RECORDS] = Records(product_commit() if config.getoption("--full") else "")
+    if config.getoption("--full") and not hasattr(config, "workerinput"):
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops as Ctrl-C does, also in the background
 
 
+@pytest.hookimpl(trylast=True)  # after tests/conftest.py has sorted
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The long form goes on after the last test that it has finished for this commit."""
+    """The long form goes on after the last test that it has finished for this commit. Tests with a row come first."""
     if config.getoption("--full"):
         done = {record.test for record in config.stash[RECORDS]}
         config.hook.pytest_deselected(items=[item for item in items if item.nodeid in done])
         items[:] = [item for item in items if item.nodeid not in done]
+        items.sort(key=lambda item: "row" not in getattr(item, "fixturenames", ()))
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 from support.fault_records import Row
-from support.machine_faults import Clock, failing_calls, journaled_disk, kill_for_memory, no_descriptors, small_disk
+from support.machine_faults import Clock, failing_calls, journaled_disk, kill_for_memory, small_disk
 from support.processes import wait_until
 from support.real_run import VICTIM, RealRun
 from support.recovery import strike_each
@@ -93,19 +93,6 @@ def test_a_device_that_the_kernel_kills_for_its_memory_goes_on(
         run.start(VICTIM)
 
     strike_each(run.out, row, times, kill)
-    run.check(row, undisturbed_real(run))
-
-
-def test_a_device_without_descriptors_waits(run: RealRun, undisturbed_real: Undisturbed, row: Row, times: int) -> None:
-    row.name = f"real device out of descriptors for {BAD_SECONDS:.0f} s (EMFILE), mosquitto"
-    run.start(VICTIM)
-
-    def exhaust(number: int) -> None:
-        with no_descriptors(run.victim.pid):
-            time.sleep(BAD_SECONDS)
-        assert run.victim.running, run.victim.stderr
-
-    strike_each(run.out, row, times, exhaust)
     run.check(row, undisturbed_real(run))
 
 

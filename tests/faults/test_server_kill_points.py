@@ -31,7 +31,7 @@ STATES = {  # point and side of `kill_point.arm`, and the last call of which one
     "after the broker has what it published": ("fedfmsl.transport.link:Link.publish", "after", 12),
     "while devices gather": (f"{SERVICE}._receive", "before", 3),
 }
-SHORT = 3  # states in the short form
+SHORT = 2  # states in the short form
 SHORT_STAGE1 = 1
 ROUNDS = 3 + SHORT_STAGE1 + STAGE2  # that are opened in a run, the last of them FINISHED
 ENDS = {

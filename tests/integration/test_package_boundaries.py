@@ -63,8 +63,12 @@ TABLE = (
         "numpy pydantic safetensors",
     ),
     Row(
-        "trainer_server.service",
+        "trainer_server.tracking",
         f"{FEDFMSL} trainer_server.config trainer_server.coordinator trainer_server.storage",
+    ),
+    Row(
+        "trainer_server.service",
+        f"{FEDFMSL} trainer_server.config trainer_server.coordinator trainer_server.storage trainer_server.tracking",
         "paho",
     ),
     Row(
@@ -129,6 +133,7 @@ OPTIONAL = {
     "edge_runtime.daemon.metrics": {"prometheus_client"},
     "fedfmsl.transport.metrics": {"prometheus_client"},
     "trainer_server.service.metrics": {"prometheus_client"},
+    "trainer_server.tracking.sinks": {"tensorboardX", "mlflow", "wandb"},
     "edge_runtime.data.images": {"pillow_heif"},
     "edge_runtime.data.texts": {"tokenizers"},
     "edge_runtime.inference.export_onnx": {"onnx"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 
+from edge_runtime.engines.memory import rss
 from fedfmsl.common.files import has_descriptors
 
 
@@ -15,6 +16,7 @@ def test_exhausted_descriptors_are_told_from_a_full_disk() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (taken, hard))
     try:
         assert not has_descriptors()
+        assert rss() > 0
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         os.close(taken)

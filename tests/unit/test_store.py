@@ -297,6 +297,14 @@ def test_a_folder_without_a_valid_run_is_refused(tmp_path: Path) -> None:
         RunStore(tmp_path)
 
 
+def test_a_run_of_an_earlier_version_is_refused(vit: Built, folder: Path) -> None:
+    open_run(folder, plan_for(vit).config, vit.bundle).close()
+    with sqlite3.connect(folder / DATABASE) as db:
+        db.execute("ALTER TABLE rounds DROP COLUMN summary")
+    with pytest.raises(RunError, match="is it a run of this version"):
+        RunStore(folder)
+
+
 def test_the_folder_of_a_run_belongs_to_its_owner(vit: Built, folder: Path) -> None:
     config = plan_for(vit).config
     open_run(folder, config, vit.bundle)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -28,6 +28,7 @@ from trainer_server.service.loop import Service
 from trainer_server.service.run_log import LOG_BYTES, log_to_folder
 from trainer_server.service.stored import differing_settings
 from trainer_server.storage.run_store import DATABASE, LoggedEvent, Origin, RunStore, require_folder
+from trainer_server.tracking.tracker import Tracker
 
 logger = logging.getLogger(__name__)
 
@@ -87,9 +88,11 @@ def run_server(
     changes: Mapping[str, Any] = NO_CHANGES,
     allowed: frozenset[str] | None = None,
     metrics: str | None = None,
+    track: Sequence[str] = (),
 ) -> None:
     """Coordinates until the run is finished. `changes`: fields of `Limits` that change from now on. `allowed`: the
     devices that may take part; None: all. `metrics`: where Prometheus metrics are served.
+    `track`: trackers that get the figures of every closed round (see `trainer_server.tracking`).
 
     Raises ConfigError if the run cannot have these limits or the metrics cannot be served, RunError if the run failed,
     another server runs in its folder, or a newer server took over.
@@ -122,7 +125,12 @@ def run_server(
             from trainer_server.service.metrics import families  # takes 12 MB of memory
 
             serve_metrics(metrics, lambda: families(service.snapshot()), insecure)
-        service.run()
+        tracker = Tracker(store.folder, track, bundle.manifest.model) if track else None
+        try:
+            service.run()
+        finally:
+            if tracker:
+                tracker.close()
 
 
 def _key_check(identity: Path | None) -> CheckKeys:

@@ -134,6 +134,7 @@ class RunStore:
             self._db.execute("PRAGMA synchronous = FULL")
             (origin, self.ended) = self._db.execute("SELECT origin, ended FROM run").fetchone()
             self.origin = Origin.model_validate_json(origin)
+            self._db.execute("SELECT summary FROM rounds LIMIT 0")  # a run of an earlier version has none
         except (sqlite3.Error, TypeError, ValueError) as error:
             raise RunError(f"{path} cannot be read ({error}); is it a run of this version?") from error
 
