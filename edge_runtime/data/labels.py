@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
+import os
 import posixpath
 from collections.abc import Sequence
 from pathlib import Path
@@ -112,8 +114,11 @@ def remove_lines(path: Path, lines: Sequence[str]) -> None:
 
 
 def _rewrite(path: Path, before: bytes, after: bytes) -> None:
-    """Keeps the mode, so that the file's owner can still read it."""
+    """Keeps mode and group, so that others can still read it, and a link as a link."""
     if after != before:
-        mode = path.stat().st_mode
+        path = path.resolve()
+        found = path.stat()
         write_atomically(path, after, durable=True)
-        path.chmod(mode)
+        with contextlib.suppress(PermissionError):  # this process is not in the group
+            os.chown(path, -1, found.st_gid)
+        path.chmod(found.st_mode)
