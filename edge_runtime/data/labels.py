@@ -107,7 +107,10 @@ def add_lines(path: Path, lines: Sequence[str]) -> None:
 
 
 def remove_lines(path: Path, lines: Sequence[str]) -> None:
-    """Removes lines that `add_lines` has added. Other bytes stay as they are. Durable. Raises OSError."""
+    """Removes lines that `add_lines` has added; a file that is gone has none. Other bytes stay as they are. Durable.
+    Raises OSError."""
+    if not path.exists():
+        return
     before, removed = path.read_bytes(), {line.encode() for line in lines}
     kept = (line for line in before.splitlines(keepends=True) if line.rstrip(b"\r\n") not in removed)
     _rewrite(path, before, b"".join(kept))

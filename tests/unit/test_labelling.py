@@ -278,7 +278,8 @@ def test_the_page_takes_classes_by_name_and_names_the_fault_of_a_labels_file(tmp
         form = {"csrf": csrf_of(text), f"file-{number}": "on", "class": "pear"}
         assert status == 200 and ask(site, "/ask", form)[0] == 303
         assert read_labels(labels)[0] == {"x.jpg": {"pear": 2}}
-        labels.unlink()
+        labels.rename(tmp_path / "gone")
+        assert ask(site, "/undo", {"csrf": csrf_of(text)})[0] == 303 and (desk.inbox / "x.jpg").is_file()
         status, text, _ = ask(site, "/ask")
         assert status == 500 and f"labels {labels}: it does not exist" in text
 
