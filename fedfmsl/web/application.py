@@ -21,11 +21,10 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from fedfmsl.web.access import Access
+from fedfmsl.web.access import SESSION_SECONDS, Access
 from fedfmsl.web.gate import SIGN_IN, STATIC, Gate
 
 _FOLDER = Path(__file__).parent
-COOKIE_SECONDS = 12 * 3600
 
 
 def application(
@@ -99,7 +98,7 @@ async def _sign_in(request: Request) -> Response:
         return page(request, "sign_in.html", 403, error="This is not the token.")
     response = RedirectResponse("/", 303)
     response.set_cookie(
-        access.cookie, session, COOKIE_SECONDS, httponly=True, samesite="strict", secure=access.encrypted
+        access.cookie, session, int(SESSION_SECONDS), httponly=True, samesite="strict", secure=access.encrypted
     )
     return response
 

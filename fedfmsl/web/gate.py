@@ -3,6 +3,7 @@ headers. The form of a POST request is in `request.state.form`."""
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Mapping
 from urllib.parse import parse_qsl
@@ -16,6 +17,7 @@ from fedfmsl.web.access import Access
 
 BODY_BYTES = 1 << 16
 FIELDS = 1000  # of a form
+FORM_SECONDS = 10.0  # for a form to arrive
 FORM = "application/x-www-form-urlencoded"
 SIGN_IN = "/sign-in"
 STATIC = "/static/"
@@ -73,9 +75,11 @@ class Gate:
         if request.headers.get("content-type", "").split(";")[0].strip() != FORM:
             return self._refuse(request, 415, "This is no form.")
         try:
-            form = await _form(request)
+            form = await asyncio.wait_for(_form(request), FORM_SECONDS)
         except ClientDisconnect:
             return Response(status_code=400)
+        except asyncio.TimeoutError:
+            return self._refuse(request, 408, "This form has not arrived in time.")
         if form is None:
             return self._refuse(request, 413, "This form is too large.")
         if not self._access.is_csrf(request.state.session, form.get("csrf", "")):

@@ -24,7 +24,7 @@ from fedfmsl.transport.address import is_host, is_loopback, netloc, why_not_list
 from fedfmsl.transport.identity import read_identity
 
 CONNECTIONS = 64
-REQUEST_SECONDS = 10.0  # for the first request of a connection
+REQUEST_SECONDS = 10.0  # for a request of a connection, and at most twice that between two
 HEAD_BYTES = 1 << 14
 CLOSE_SECONDS = 3  # for open streams, when the page ends
 BIND_SECONDS = 3.0  # for the port of a process that was killed to become free
@@ -33,15 +33,23 @@ BIND_SECONDS = 3.0  # for the port of a process that was killed to become free
 class _Protocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._started = self.loop.call_later(REQUEST_SECONDS, self._end_without_request)
+        self._earlier: object = None  # the latest request when it was last checked
+        self._check = self.loop.call_later(REQUEST_SECONDS, self._end_without_request)
+        if len(self.connections) > 2 * CONNECTIONS:  # requests of more than CONNECTIONS are refused with an answer
+            transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._started.cancel()
+        self._check.cancel()
         super().connection_lost(exc)
 
     def _end_without_request(self) -> None:
-        if self.cycle is None and not self.transport.is_closing():
+        """Ends a connection that has begun no request since the last check, and waits for no answer."""
+        is_idle = self.cycle is None or self.cycle.response_complete
+        if is_idle and self.cycle is self._earlier:
             self.transport.close()
+        else:
+            self._earlier = self.cycle
+            self._check = self.loop.call_later(REQUEST_SECONDS, self._end_without_request)
 
 
 class WebServer:

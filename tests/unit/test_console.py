@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import io
 import re
+import resource
+import shutil
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -198,6 +200,8 @@ def test_a_look_at_a_folder_reads_only_what_is_new(vit: Built, tmp_path: Path, m
     store = RunStore(folder)
     store.commit([], [closed_round("shops", 3, 3, ["device-0000", "device-0001"])])
     second = reader.snapshot()
+    assert (second.took_part, second.trained) == ({"device-0001": 3, "device-0002": 2}, 3)
+    assert views.rows(second)[0].took_part == "0 of 3"
     assert [summary.round for summary, _ in second.closed] == [1, 2, 3]
     assert second.closed[0] is first.closed[0]
     observations = Observations(folder)
@@ -207,6 +211,41 @@ def test_a_look_at_a_folder_reads_only_what_is_new(vit: Built, tmp_path: Path, m
     assert third.devices["device-0000"] is first.devices["device-0000"]
     Operations(folder).add(Operation(action=Action.PAUSE))
     assert [each.action for each in reader.snapshot().waiting] == [Action.PAUSE]
+
+
+def test_another_run_in_the_same_folder_is_shown_from_its_start(
+    vit: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(snapshot, "FRESH_SECONDS", 0.0)
+    folder = stored_run(tmp_path / "shops", vit, devices=3, rounds=4)
+    reader = RunReader("k", folder)
+    origin = reader.snapshot().origin
+    shutil.rmtree(folder)
+    RunStore.create(folder, origin.model_copy(update={"session": "other"}))
+    after = reader.snapshot()
+    assert (after.origin.session, after.closed, after.devices) == ("other", [], {})
+
+
+def test_a_damaged_file_of_observations_is_begun_anew(tmp_path: Path) -> None:
+    (tmp_path / "observations.sqlite").write_text("no database")
+    observations, view = Observations(tmp_path), ServerView(seen=1.0)
+    observations.save(view, {"a": status("a")})
+    observations._next = 0.0
+    observations.save(view, {"a": status("a")})
+    assert read_observations(tmp_path) == (view, {"a": DeviceView(status=status("a"))})
+    observations.close()
+
+
+def test_an_operation_that_cannot_be_opened_now_is_kept(tmp_path: Path) -> None:
+    operations = Operations(tmp_path)
+    operations.add(Operation(action=Action.PAUSE))
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, before[1]))
+    try:
+        assert operations.waiting() == []
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert [each and each.action for _, each in operations.waiting()] == [Action.PAUSE]
 
 
 def test_observations_are_written_at_most_once_a_second_and_only_changes(tmp_path: Path) -> None:

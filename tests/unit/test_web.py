@@ -16,7 +16,7 @@ from starlette.routing import Route
 from support.web import ask, csrf_of
 
 from fedfmsl.errors import ConfigError, RunError
-from fedfmsl.web import serve
+from fedfmsl.web import gate, serve
 from fedfmsl.web.access import Access, RateLimit, stored_token
 from fedfmsl.web.application import application, page
 from fedfmsl.web.serve import WebServer, listen, parse_listen, server_context
@@ -36,8 +36,12 @@ async def _live(request: Request) -> Response:
     return stream(lambda: {"a": f"<p id='a'>{next(COUNT)}</p>", "b": "<p id='b'></p>"}, seconds=0.01)
 
 
+async def _slow(request: Request) -> Response:
+    return stream(lambda: {"a": "<p id='a'></p>"}, seconds=60.0)
+
+
 COUNT = iter(range(1000))
-ROUTES = [Route("/", _show, methods=["GET", "POST"]), Route("/live", _live)]
+ROUTES = [Route("/", _show, methods=["GET", "POST"]), Route("/live", _live), Route("/slow", _slow)]
 
 
 def start(tmp_path: Path, token: str | None = None) -> WebServer:
@@ -150,6 +154,46 @@ def test_a_stream_sends_all_elements_first_and_then_those_that_change(
     assert not caplog.messages  # the stream ends with its server
     connection.close()
     assert [set(event) for event in events] == [{"a", "b"}, {"a"}]
+
+
+def test_a_stream_that_waits_ends_at_once_with_its_server(site: WebServer, caplog: pytest.LogCaptureFixture) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", site.port, timeout=10)
+    connection.request("GET", "/slow")
+    answer = connection.getresponse()
+    while not answer.readline().startswith(b"data: "):
+        pass
+    site.close()
+    assert not caplog.messages
+    connection.close()
+
+
+def test_a_stream_ends_with_its_session(guarded: WebServer) -> None:
+    form = {"csrf": csrf_of(ask(guarded, "/sign-in")[1])}
+    cookie = ask(guarded, "/sign-in", form=form | {"token": TOKEN})[2]["set-cookie"].split(";")[0]
+    signed_in = {"csrf": csrf_of(ask(guarded, Cookie=cookie)[1])}
+    connection = http.client.HTTPConnection("127.0.0.1", guarded.port, timeout=10)
+    connection.request("GET", "/live", headers={"Cookie": cookie})
+    answer = connection.getresponse()
+    answer.readline()
+    assert ask(guarded, "/sign-out", form=signed_in, Cookie=cookie)[0] == 303
+    answer.read()  # to its end
+    connection.close()
+
+
+def test_a_form_that_does_not_arrive_is_refused(site: WebServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate, "FORM_SECONDS", 0.05)
+    assert ask(site, form="csrf=", Content_Length="100")[0] == 408
+
+
+def test_a_connection_without_another_request_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "REQUEST_SECONDS", 0.1)
+    with start(tmp_path) as site, socket.create_connection(("127.0.0.1", site.port), timeout=5) as client:
+        request = b"GET /static/style.css HTTP/1.1\r\nHost: localhost\r\n"
+        client.sendall(request + b"\r\n" + request)  # the second one never ends
+        since = time.monotonic()
+        while client.recv(1 << 16):
+            pass
+        assert time.monotonic() - since < 4
 
 
 def test_a_connection_without_a_request_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -271,8 +271,11 @@ async def _action(request: Request) -> Response:
             operation=operation,
         )
     archive = await run_in_threadpool(_archive, snapshot) if operation.action is Action.DOWNLOAD else None
-    if snapshot.ended is None and not await run_in_threadpool(Operations(snapshot.folder).add, operation):
-        raise HTTPException(409, "Too many actions wait for the server. Is it running?")
+    try:
+        if snapshot.ended is None and not await run_in_threadpool(Operations(snapshot.folder).add, operation):
+            raise HTTPException(409, "Too many actions wait for the server. Is it running?")
+    except OSError as error:
+        raise HTTPException(507, f"The action cannot be stored ({error.strerror}). Is the disk full?") from error
     logger.info("%s: %s, by %s", snapshot.folder, operation.action.value, operation.by)
     if archive is not None:
         return _download(archive, "application/zip", f"{snapshot.origin.config.run}-global-expert.zip")

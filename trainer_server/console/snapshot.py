@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 import threading
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -30,8 +31,9 @@ SILENT_SECONDS = 15.0  # after which a server has stopped, or is busy
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A run at one moment. `left_out`: by device, until which round. `waiting`: actions that the server has not carried
-    out. `outage`: since when and why the server has no connection to the broker."""
+    """A run at one moment. `left_out`: by device, until which round. `took_part`: by device, in how many of the
+    `trained` training rounds. `waiting`: actions that the server has not carried out. `outage`: since when and why the
+    server has no connection to the broker."""
 
     key: str
     folder: Path
@@ -44,6 +46,8 @@ class Snapshot:
     left_out: Mapping[str, int] = field(default_factory=dict)
     devices: Mapping[str, DeviceView] = field(default_factory=dict)
     closed: Sequence[tuple[RoundSummary, float]] = ()
+    took_part: Mapping[str, int] = field(default_factory=dict)
+    trained: int = 0
     refusals: Mapping[str, Sequence[RefusalCount]] = field(default_factory=dict)
     waiting: Sequence[Operation] = ()
     outage: tuple[float, str] = (0.0, "")
@@ -112,9 +116,14 @@ class RunReader:
         return found
 
     def _read(self) -> Snapshot:
-        last = self._snapshot
-        server, changed = read_observations(self.folder, self._since)
         with closing(self._store()) as store:
+            if store.origin.session != self._snapshot.origin.session:  # another run is in the folder now
+                self._snapshot = Snapshot(self.key, self.folder, store.origin)
+                self._number, self._since = -1, 0.0
+            last = self._snapshot
+            server, changed = read_observations(self.folder, self._since)
+            if server is not None and server.seen < self._since:  # the clock was set back
+                server, changed = read_observations(self.folder)
             number = store.checkpoint_number()
             if number != self._number:
                 checkpoint = store.checkpoint()
@@ -125,6 +134,8 @@ class RunReader:
             for count in store.refusals():
                 refusals.setdefault(count.device, []).append(count)
             newest = last.closed[-1][0].round if last.closed else 0
+            closed = store.summaries(after=newest)
+            took_part, trained = store.participation(newest, closed[-1][0].round) if closed else ({}, 0)
             devices = {status.device: DeviceView(status=status) for status in point.devices} if point else {}
             snapshot = Snapshot(
                 key=self.key,
@@ -141,7 +152,9 @@ class RunReader:
                     if announced and is_left_out(refused, announced.round)
                 },
                 devices=devices | dict(last.devices) | changed,
-                closed=[*last.closed, *store.summaries(after=newest)],
+                closed=[*last.closed, *closed],
+                took_part=Counter(last.took_part) + Counter(took_part),
+                trained=last.trained + trained,
                 refusals=refusals,
                 waiting=[operation for _, operation in Operations(self.folder).waiting() if operation],
                 outage=store.outage(),

@@ -56,6 +56,7 @@ class Row:
     held_out: int
     test: int
     skipped: int
+    took_part: str
     refused: str
     excluded: bool
 
@@ -174,6 +175,7 @@ def _row(snapshot: Snapshot, name: str, view: DeviceView) -> Row:
         held_out=status.held_out if status else 0,
         test=status.test if status else 0,
         skipped=health.skipped if health else 0,
+        took_part=f"{snapshot.took_part.get(name, 0)} of {snapshot.trained}",
         refused="; ".join(f"{each.kind} {each.count}×: {each.last}" for each in refusals),
         excluded=name in snapshot.excluded,
     )

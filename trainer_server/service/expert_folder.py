@@ -34,5 +34,6 @@ class ExpertFolder:
                 write_adapter(bundle, expert[: bundle.expert.size(announced.level)], announced.level, self._folder)
             if announced.expert and (changed or result):
                 write_card(self._folder, bundle, self._plan.config, self._result)
-        except OSError as error:
-            logger.warning("the adapter of round %d could not be written (%s)", announced.round, error.strerror)
+        except (OSError, ValueError) as error:  # ValueError: a power failure has damaged a file of the folder
+            reason = getattr(error, "strerror", None) or error
+            logger.warning("the adapter of round %d could not be written (%s)", announced.round, reason)

@@ -12,6 +12,8 @@ from trainer_server.coordinator.records import ClosedRound
 from trainer_server.coordinator.state import Plan, State
 from trainer_server.storage.run_store import RunStore
 
+# Of the models that devices measure. Devices could report others without end.
+ACCURACIES = ("global", "global_prior", "local_expert", "mofm", "local_only", "novel")
 CLOSED, REPEATED = "closed", "repeated"  # results of a round
 
 
@@ -53,7 +55,7 @@ class Figures:
         self.stragglers += len(record.missing)
         self.bytes_up += sum(record.bytes_up.values())
         self._count_noise(record.round.stage, record.repeated)
-        self.held_out |= record.held_out
+        self.held_out |= {name: value for name, value in record.held_out.items() if name in ACCURACIES}
 
     def _count_noise(self, stage: Stage, repeated: str) -> None:
         if stage in NOISED:

@@ -17,8 +17,6 @@ from fedfmsl.protocol.messages import NOISED, Stage
 from fedfmsl.transport.metrics import by_label, info, one_of
 from trainer_server.service.figures import Snapshot
 
-# Of the models that devices measure. Devices could report others without end.
-ACCURACIES = ("global", "global_prior", "local_expert", "mofm", "local_only", "novel")
 PREFIX = "fedfmsl_server"
 
 
@@ -98,9 +96,10 @@ def _rounds(now: Snapshot) -> Iterator[Metric]:
     yield CounterMetricFamily(f"{PREFIX}_update_bytes", "Bytes of the updates in closed rounds.", figures.bytes_up)
     text = "Refused messages, by reason."
     yield by_label(CounterMetricFamily(f"{PREFIX}_refused_messages", text, labels=["reason"]), dict(figures.refused))
-    known = {name: value for name, value in dict(figures.held_out).items() if name in ACCURACIES}
     text = "Mean held-out accuracy of the devices in the last round that measured it, by model."
-    yield by_label(GaugeMetricFamily(f"{PREFIX}_held_out_accuracy_ratio", text, labels=["model"]), known)
+    yield by_label(
+        GaugeMetricFamily(f"{PREFIX}_held_out_accuracy_ratio", text, labels=["model"]), dict(figures.held_out)
+    )
 
 
 def _gauge(name: str, text: str, value: float) -> Metric:

@@ -46,7 +46,8 @@ class DeviceView(BaseModel):
 
 
 class Observations:
-    """Writes. A fault of the file is not the run's: what could not be written is written later."""
+    """Writes. A fault of the file is not the run's: what could not be written is written later, and a damaged file is
+    begun anew."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / DATABASE
@@ -82,7 +83,10 @@ class Observations:
                     " health = excluded.health, heard = excluded.heard, changed = excluded.changed",
                     [(name, *values, server.seen) for name, values in self._healths.items()],
                 )
-        except sqlite3.Error:  # a full disk is logged when an event cannot be stored
+        except sqlite3.OperationalError:  # a full disk is logged when an event cannot be stored
+            return
+        except sqlite3.Error:  # a power failure has damaged it
+            self._begin_anew()
             return
         self._server = server
         self._statuses |= changed
@@ -93,16 +97,24 @@ class Observations:
             with contextlib.suppress(sqlite3.Error):
                 self._db.close()
 
+    def _begin_anew(self) -> None:
+        self.close()
+        self._db, self._server, self._statuses = None, None, {}
+        for end in ("", "-wal", "-shm"):
+            with contextlib.suppress(OSError):
+                self._path.with_name(f"{DATABASE}{end}").unlink(missing_ok=True)
+
     def _is_written(self, server: ServerView) -> bool:
         last = self._server
         return last is not None and server.seen - last.seen < SERVER_SECONDS and _alike(server, last)
 
     def _open(self) -> sqlite3.Connection:
         if self._db is None:
-            self._db = sqlite3.connect(self._path, timeout=BUSY_SECONDS)
-            self._db.execute("PRAGMA journal_mode = WAL")
-            self._db.execute("PRAGMA synchronous = OFF")
-            self._db.executescript(SCHEMA)
+            db = sqlite3.connect(self._path, timeout=BUSY_SECONDS)
+            db.execute("PRAGMA journal_mode = WAL")
+            db.execute("PRAGMA synchronous = OFF")
+            db.executescript(SCHEMA)
+            self._db = db
         return self._db
 
 

@@ -7,6 +7,7 @@ Every action can be carried out twice without harm, because the server may crash
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 
@@ -32,19 +33,25 @@ class Operations:
         return True
 
     def waiting(self) -> list[tuple[Path, Operation | None]]:
-        """In the order in which they were added; None for a file that holds no action."""
-        return [(path, _read(path)) for path in self._paths()]
+        """In the order in which they were added; None for a file that holds no action. A file that cannot be opened
+        now, for example without a free descriptor, is left for later."""
+        found: list[tuple[Path, Operation | None]] = []
+        for path in self._paths():
+            with contextlib.suppress(OSError):
+                found.append((path, _read(path)))
+        return found
 
     def _paths(self) -> list[Path]:
         try:
             return sorted(path for path in self._folder.iterdir() if path.suffix == ".json")
-        except FileNotFoundError:
+        except OSError:  # there is no such folder yet, or no free descriptor
             return []
 
 
 def _read(path: Path) -> Operation | None:
+    with path.open("rb") as file:
+        body = file.read(Operation.max_bytes + 1)
     try:
-        with path.open("rb") as file:
-            return parse(Operation, file.read(Operation.max_bytes + 1))
-    except (MessageError, OSError):
+        return parse(Operation, body)
+    except MessageError:
         return None

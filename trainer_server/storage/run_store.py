@@ -405,18 +405,18 @@ class RunStore:
         )
         return dict(self._db.execute(query).fetchall())
 
-    def participation(self) -> tuple[dict[str, int], int]:
-        """In how many training rounds each device took part, and how many there were. Repeated ones do not count, nor
-        those whose record has no details any more."""
+    def participation(self, after: int = 0, until: int = 1 << 62) -> tuple[dict[str, int], int]:
+        """In how many training rounds with a number above `after` and up to `until` each device took part, and how many
+        there were. Repeated ones do not count, nor those whose record has no details any more."""
         stages = ", ".join(f"'{stage.value}'" for stage in TRAINING)
         trained = (
-            "(SELECT record FROM rounds WHERE json_extract(record, '$.repeated') = '' AND"
+            "(SELECT record FROM rounds WHERE round > ? AND round <= ? AND json_extract(record, '$.repeated') = '' AND"
             " json_extract(record, '$.updates') != '{}' AND"
             f" json_extract(record, '$.round.stage') IN ({stages}))"
         )
         by_device = f"SELECT key, count(*) FROM {trained}, json_each(record, '$.updates') GROUP BY key"
-        (total,) = self._db.execute(f"SELECT count(*) FROM {trained}").fetchone()
-        return dict(self._db.execute(by_device).fetchall()), total
+        (total,) = self._db.execute(f"SELECT count(*) FROM {trained}", (after, until)).fetchone()
+        return dict(self._db.execute(by_device, (after, until)).fetchall()), total
 
     def rounds(self, after: int = 0) -> list[ClosedRound]:
         """Records of the closed rounds with a number above `after`."""
