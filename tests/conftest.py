@@ -27,7 +27,7 @@ LONG_FILES = (  # of 10 s or more, by `pytest --durations`
     "test_security.py",
     "test_flooding_member.py",
     "test_bundle_limits.py",
-    "test_console.py",
+    "test_console_in_chromium.py",
     "test_network_faults.py",
     "test_machine_faults.py",
     "test_watched_folder.py",

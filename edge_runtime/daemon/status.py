@@ -38,7 +38,7 @@ def check_alive(health: Health, state: Path) -> None:
     age = time.time() - health.time
     if health.activity is Activity.STOPPED and health.stage == Stage.FINISHED.value:
         raise RunError(
-            f"the run has finished, so the daemon ended {_ago(age)}; start it again for a new run of this name, or "
+            f"the run has finished, and the daemon stopped {_ago(age)}; start it again for a new run of this name, or "
             "with --stay so that it waits for one"
         )
     if health.activity is Activity.STOPPED:

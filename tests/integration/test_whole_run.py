@@ -299,7 +299,7 @@ def test_the_same_seed_gives_the_same_rounds(run: Finished, repeated: Finished) 
 def test_the_same_seed_gives_the_same_adapter(run: Finished, repeated: Finished) -> None:
     folders = [{path.name: path.read_bytes() for path in each.adapter.iterdir()} for each in (run, repeated)]
     weights = "adapter_model.safetensors"
-    assert set(folders[0]) == {"adapter_config.json", weights, "labels.json", "preprocessor_config.json"}
+    assert set(folders[0]) == {"adapter_config.json", weights, "labels.json", "README.md", "preprocessor_config.json"}
     assert folders[0] == folders[1]
 
 

@@ -10,7 +10,7 @@ from fedfmsl.protocol.messages import Round, Stage
 from support.processes import Federation, Observer
 
 FIRST, HOLDER = "device-0", "device-1"
-ROUNDS = ("--stage1-rounds", "6", "--stage2-rounds", "2")
+ROUNDS = ("--stage1-rounds", "6", "--stage2-rounds", "2", "--head-sums", "none")
 
 
 def start_all(federation: Federation, *but: str) -> None:

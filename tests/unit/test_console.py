@@ -1,5 +1,5 @@
 """What the operator's console shows of stored runs, and what it lets an operator do. A browser and a real server are
-in tests/integration/test_console.py."""
+in tests/integration/test_console_in_chromium.py."""
 
 from __future__ import annotations
 

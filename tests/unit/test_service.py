@@ -18,7 +18,7 @@ from support.bundles import Built
 from support.coordinators import ROUND_SECONDS, CoordinatorRun, make_update, plan_for
 from support.processes import Broker, Observer, Processes, free_port, wait_until
 
-from fedfmsl.algorithms.aggregation import TrimmedMean
+from fedfmsl.algorithms.aggregation import Aggregate, ScreenedMean
 from fedfmsl.protocol.chunks import chunks
 from fedfmsl.protocol.messages import Ack, Activity, Health, Round, ServerStatus, Stage, Verdict, encode
 from fedfmsl.protocol.tensors import pack
@@ -151,14 +151,14 @@ def test_an_aggregation_that_finds_a_full_disk_is_tried_again(
     vit: Built, broker: Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full = [OSError(errno.ENOSPC, "No space left on device")] * 2
-    combine = TrimmedMean._combine
+    aggregate = ScreenedMean.aggregate
 
-    def combine_later(*arguments: Any) -> None:
+    def aggregate_later(*arguments: Any) -> Aggregate:
         if full:
             raise full.pop()
-        combine(*arguments)
+        return aggregate(*arguments)
 
-    monkeypatch.setattr(TrimmedMean, "_combine", combine_later)
+    monkeypatch.setattr(ScreenedMean, "aggregate", aggregate_later)
     with scene(vit, broker, tmp_path / "run", "scratch") as s:
         s.announce_device()
         s.run_to_its_end()

@@ -59,7 +59,7 @@ def test_after_a_finished_run_it_says_what_the_device_waits_for_and_predicts_wit
     assert shown["round"] == "the run has finished; this device waits for a new run of this name"
     assert shown["model"] == "none yet"
     check_alive(health, tmp_path)
-    with pytest.raises(RunError, match="the run has finished, so the daemon ended 0:00:00 ago; start it again"):
+    with pytest.raises(RunError, match="the run has finished, and the daemon stopped 0:00:00 ago; start it again"):
         check_alive(health.model_copy(update={"activity": Activity.STOPPED}), tmp_path)
 
 
