@@ -47,12 +47,16 @@ def push(
 ) -> None:
     """Upload a global expert. First says what leaves this machine: weights, class names and figures."""
     files = {name: _read(folder / name) for name in FILES if name in REQUIRED or (folder / name).is_file()}
-    if license_:
-        files[CARD] = with_license(files[CARD], license_)
+    try:
+        if license_:
+            files[CARD] = with_license(files[CARD], license_)
+        lines = list(leaving(files, repo, public))
+    except (ValueError, AttributeError) as error:  # not JSON, not UTF-8, or no object
+        raise InputError(f"{LABELS} or {CARD} in {folder} is damaged ({one_line(error)}); export it again") from error
     token = get_token()
     if token is None:
         raise ConfigError("there is no token of the hub; set HF_TOKEN, or run: hf auth login")
-    for line in leaving(files, repo, public):
+    for line in lines:
         console.print(line)
     if not yes:
         if not sys.stdin.isatty():

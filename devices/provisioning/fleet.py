@@ -176,6 +176,8 @@ class Fleet:
                 raise ConfigError(f"cannot renew {name}; valid names are those in {self.folder}/issued")
             else:
                 self._renew_member(name, authority.issue(name, [CLIENT]), authority, settings)
+            if name in (SERVER_NAME, OPERATOR_NAME) and self.has_passwords and name not in self._users():  # revoked
+                self._add_passwords([name], settings)
 
     def _renew_member(self, name: str, issued: Issued, authority: Authority, settings: Mapping[str, str]) -> None:
         self._record(name, issued)
@@ -197,6 +199,7 @@ class Fleet:
             )
         if self.has_passwords:
             self._remove_passwords(names)
+            self._report_revoked(self._passwords, names)
             return
         path = self.folder / "broker" / "revoked.crl"
         certificates = [self._issued(name) for name in names]
@@ -218,8 +221,11 @@ class Fleet:
         for name, file in zip(names, certificates, strict=True):
             file.unlink()
             self._remove_files(name)
+        self._report_revoked(path, names)
+
+    def _report_revoked(self, path: Path, names: Sequence[str]) -> None:
         self.report(f"wrote {path}; copy it to the broker and restart the broker, which also ends open connections")
-        for name in {SERVER_NAME, OPERATOR_NAME} & set(names):
+        for name in sorted({SERVER_NAME, OPERATOR_NAME} & set(names)):
             self.report(f"the {name} needs another identity: --renew {name}")
 
     # passwords
@@ -231,7 +237,7 @@ class Fleet:
     def _add_passwords(self, names: Sequence[str], settings: Mapping[str, str]) -> None:
         """Writes a device's password to its file, and reports the others."""
         lines = self._password_lines()
-        if taken := {_user(line) for line in lines} & set(names):
+        if taken := self._users() & set(names):
             raise ConfigError(
                 f"{self._passwords} already has {', '.join(sorted(taken))}; --revoke first, or choose another name"
             )
@@ -250,11 +256,14 @@ class Fleet:
 
     def _remove_passwords(self, names: Sequence[str]) -> None:
         lines = self._password_lines()
-        if missing := set(names) - {_user(line) for line in lines}:
+        if missing := set(names) - self._users():
             raise ConfigError(f"{self._passwords} has no {', '.join(sorted(missing))}; check the names")
         self._replace_passwords([line for line in lines if _user(line) not in names])
         for name in names:
             self._remove_files(name)
+
+    def _users(self) -> set[str]:
+        return {_user(line) for line in self._password_lines()}
 
     def _password_lines(self) -> list[str]:
         return self._passwords.read_text("utf-8").splitlines(keepends=True)

@@ -2,11 +2,13 @@
 work together.
 
 An update is recorded before it is in the outbox, from where it leaves. A process that ends in between computes it
-again, with other noise. Then only that one leaves, so it counts once.
+again, with other noise. Then only that one leaves, so it counts once. In a session that the device enters again, it
+counts again.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from edge_runtime.store.budget_store import BudgetStore, Spent
@@ -36,7 +38,7 @@ class PrivacyBudget:
             return f"{cap} allows no update without noise (--dp-noise of the server)"
         if spent.unbounded:
             return f"{cap} is passed: {UNBOUNDED}; delete STATE/privacy to count from now on"
-        cost = strongest_mu_squared(round_.privacy, round_.secure)
+        cost = _cost(round_)
         after = gaussian_epsilon(spent.mu_squared + cost, DELTA)
         return f"{cap} would be passed: ε {after:.3g} after this round" if after > self.limit else ""
 
@@ -53,15 +55,23 @@ class PrivacyBudget:
             if not spent.unbounded:
                 self.store.write(spent.model_copy(update={"unbounded": True}))
             return
+        cost = _cost(round_)
         self.store.write(
             Spent(
-                mu_squared=spent.mu_squared + strongest_mu_squared(round_.privacy, round_.secure),
+                mu_squared=spent.mu_squared + cost,
                 updates=spent.updates + 1,
                 unbounded=spent.unbounded,
                 session=round_.session,
                 round=round_.round,
+                cost=cost,
             )
         )
+
+    def forget_round(self) -> None:
+        """To be called before the device enters another session: its last update may have left."""
+        spent = self.store.read()
+        if spent.round:
+            self.store.write(spent.model_copy(update={"session": Spent().session, "round": 0, "cost": 0.0}))
 
 
 def describe_budget(spent: Spent) -> str:
@@ -74,5 +84,11 @@ def describe_budget(spent: Spent) -> str:
     return f"ε {gaussian_epsilon(spent.mu_squared, DELTA):.3g} (δ = {DELTA:g}) after {count}"
 
 
+def _cost(round_: Round) -> float:
+    """μ² of the round's update; infinite without noise."""
+    return strongest_mu_squared(round_.privacy, round_.secure) if round_.privacy is not None else math.inf
+
+
 def _is_recorded(spent: Spent, round_: Round) -> bool:
-    return (spent.session, spent.round) == (round_.session, round_.round)
+    """Not if the round is announced again with less noise."""
+    return (spent.session, spent.round) == (round_.session, round_.round) and _cost(round_) <= spent.cost

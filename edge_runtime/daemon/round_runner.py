@@ -157,6 +157,9 @@ class RoundRunner:
                 "without secure aggregation; start the run with --secure-sums or --secure"
             )
         store = self.device.store
+        if round_.session != store.outbox.session:  # a server that comes back to a session could ask for a round again
+            store.secure.forget()
+            self.budget.forget_round()
         store.outbox.enter(round_.session, round_.run)
         self.control.check()
         started, device = time.perf_counter(), self.device

@@ -1,7 +1,8 @@
 """A device's part of secure sums (see `fedfmsl.protocol.secure_sums`), and what it refuses to the server.
 
 It records what it sends before it sends it, so that after a restart it sends the same and never the opposite: it masks
-a vector only once for each set of keys, and opens the shares of a vector for one set of survivors only.
+a vector only once for each set of keys, and opens the shares of a vector for one set of survivors only. A device that
+enters another session has no keys of the former one any more.
 """
 
 from __future__ import annotations

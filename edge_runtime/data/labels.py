@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
+import os
 import posixpath
 from collections.abc import Sequence
 from pathlib import Path
@@ -105,15 +107,21 @@ def add_lines(path: Path, lines: Sequence[str]) -> None:
 
 
 def remove_lines(path: Path, lines: Sequence[str]) -> None:
-    """Removes lines that `add_lines` has added. Other bytes stay as they are. Durable. Raises OSError."""
+    """Removes lines that `add_lines` has added; a file that is gone has none. Other bytes stay as they are. Durable.
+    Raises OSError."""
+    if not path.exists():
+        return
     before, removed = path.read_bytes(), {line.encode() for line in lines}
     kept = (line for line in before.splitlines(keepends=True) if line.rstrip(b"\r\n") not in removed)
     _rewrite(path, before, b"".join(kept))
 
 
 def _rewrite(path: Path, before: bytes, after: bytes) -> None:
-    """Keeps the mode, so that the file's owner can still read it."""
+    """Keeps mode and group, so that others can still read it, and a link as a link."""
     if after != before:
-        mode = path.stat().st_mode
+        path = path.resolve()
+        found = path.stat()
         write_atomically(path, after, durable=True)
-        path.chmod(mode)
+        with contextlib.suppress(PermissionError):  # this process is not in the group
+            os.chown(path, -1, found.st_gid)
+        path.chmod(found.st_mode)

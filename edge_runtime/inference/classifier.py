@@ -179,6 +179,17 @@ class StateClassifier:
         """The round of the model."""
         return self._loaded.model.header.round
 
+    def refresh(self) -> None:
+        """Loads the newest model if it is another one. Reports an unusable one once, and keeps the current one."""
+        newest = self._newest_version()
+        if newest in (self._version, None):
+            return
+        self._version = newest
+        try:
+            self._loaded = self._load(self._loaded)
+        except FedFMSLError as error:
+            notice(f"still using the model of round {self._loaded.model.header.round}: {error}")
+
     def classify(self, path: Path) -> Prediction:
         return self._predict(path, self._adapter)
 
@@ -195,7 +206,7 @@ class StateClassifier:
         return np.asarray(feature, np.float32)
 
     def _predict(self, path: Path, adapter: PriorAdapter | None) -> Prediction:
-        self._reload_if_newer()
+        self.refresh()
         loaded = self._loaded
         inputs = {**loaded.model.inputs, **loaded.reader.batch([path])}
         ((probabilities,),) = run(loaded.session, ["probabilities"], inputs)
@@ -212,17 +223,6 @@ class StateClassifier:
         except OSError:
             return None
         return status.st_ino, status.st_mtime_ns
-
-    def _reload_if_newer(self) -> None:
-        """Reports an unusable newer model once, and continues with the current one."""
-        newest = self._newest_version()
-        if newest in (self._version, None):
-            return
-        self._version = newest
-        try:
-            self._loaded = self._load(self._loaded)
-        except FedFMSLError as error:
-            notice(f"still using the model of round {self._loaded.model.header.round}: {error}")
 
     def _load(self, before: _LoadedModel | None) -> _LoadedModel:
         """Reuses the unchanged parts of `before`."""

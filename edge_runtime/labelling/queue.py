@@ -35,7 +35,8 @@ CREATE TABLE IF NOT EXISTS files (
     time REAL NOT NULL, round INTEGER NOT NULL, label TEXT NOT NULL, guesses TEXT NOT NULL, margin REAL NOT NULL,
     feature BLOB NOT NULL, answer INTEGER
 );
-CREATE INDEX IF NOT EXISTS waiting ON files (answer, margin);
+CREATE INDEX IF NOT EXISTS waiting ON files (answer, margin, round);
+CREATE INDEX IF NOT EXISTS newest ON files (time);
 -- `state`: begun, done, undoing or undone; see `edge_runtime.labelling.answers`
 CREATE TABLE IF NOT EXISTS answers (
     id INTEGER PRIMARY KEY AUTOINCREMENT, kind TEXT NOT NULL, label TEXT NOT NULL, state TEXT NOT NULL
@@ -141,13 +142,22 @@ class Queue:
             ).fetchone()
         return np.frombuffer(row[0], np.float16).astype(np.float32) if row else None
 
-    def older(self, round_: int) -> Path | None:
-        """The least certain waiting file whose prediction is of an older round. None: there is none."""
+    def of_another_round(self, round_: int) -> tuple[int, Path] | None:
+        """The least certain waiting file whose prediction is of another round. None: there is none."""
         with self.open() as db:
             row = db.execute(
-                "SELECT path FROM files WHERE answer IS NULL AND round < ? ORDER BY margin LIMIT 1", (round_,)
+                "SELECT id, path FROM files WHERE answer IS NULL AND round != ? ORDER BY margin LIMIT 1", (round_,)
             ).fetchone()
-        return Path(os.fsdecode(row[0])) if row else None
+        return (row[0], Path(os.fsdecode(row[1]))) if row else None
+
+    def waiting_after(self, number: int, count: int) -> list[tuple[int, Path]]:
+        """The next `count` waiting files with a higher number."""
+        with self.open() as db:
+            rows = db.execute(
+                "SELECT id, path FROM files NOT INDEXED WHERE id > ? AND answer IS NULL ORDER BY id LIMIT ?",
+                (number, count),
+            ).fetchall()
+        return [(row[0], Path(os.fsdecode(row[1]))) for row in rows]
 
     def waiting(self) -> tuple[list[int], Floats, NDArray[np.float16]]:
         """Numbers, margins (n,) and features (n, F) of the MOST least certain waiting files. A feature of another

@@ -21,8 +21,8 @@ from edge_runtime.labelling.queue import Queue, WaitingFile
 from edge_runtime.page.device import skipped_files, state_of
 from edge_runtime.page.thumbnails import SIZES, Thumbnails
 from edge_runtime.store import DeviceStore
-from fedfmsl.errors import InputError, shown
-from fedfmsl.web.application import fragment, page
+from fedfmsl.errors import FedFMSLError, InputError, one_line, shown
+from fedfmsl.web.application import error_page, fragment, page
 from fedfmsl.web.stream import stream
 
 FILES = Path(__file__).parent / "files"
@@ -48,7 +48,10 @@ class Desk:
 def routes(desk: Desk) -> list[Route]:
     def bound(view: Callable[[Desk, Request], Any]) -> Callable[[Request], Any]:
         async def answered(request: Request) -> Response:
-            response: Response = await run_in_threadpool(view, desk, request)
+            try:
+                response: Response = await run_in_threadpool(view, desk, request)
+            except (FedFMSLError, OSError) as error:  # as a labels file that is missing, or a full disk
+                return error_page(request, 500, one_line(error))
             return response
 
         return functools.wraps(view)(answered)
@@ -107,20 +110,18 @@ def _undo(desk: Desk, request: Request) -> Response:
 
 
 def _answer(desk: Desk, form: dict[str, str]) -> None:
-    """Fields: `file-NUMBER` for each file, and `class` (its number in the list) or `answer` (unlisted or delete).
+    """Fields: `file-NUMBER` for each file, and `class` (its name) or `answer` (unlisted or delete).
 
     Raises InputError if the form is not of this page, or as `Answers.answer` does.
     """
-    classes = desk.queue.classes
     try:
         numbers = [int(name.removeprefix("file-")) for name in form if name.startswith("file-")]
-        label = classes[int(form["class"])] if "class" in form else ""
         kind = Kind.LABEL if "class" in form else Kind(form["answer"])
-    except (ValueError, KeyError, IndexError) as error:
+    except (ValueError, KeyError) as error:
         raise InputError("this answer is of another page; reload it and answer again") from error
     if not numbers:
         raise InputError("no picture is chosen; tick at least one")
-    desk.answers.answer(numbers, kind, label)
+    desk.answers.answer(numbers, kind, form.get("class", ""))
 
 
 def _question(desk: Desk, request: Request, problem: str = "", status: int = 200) -> Response:
@@ -136,16 +137,16 @@ def _question(desk: Desk, request: Request, problem: str = "", status: int = 200
         "last": _describe(last) if last else "",
         "files": [_shown_file(desk, file) for file in asked[0].files] if asked else [],
         "guess": _guess(asked[0], classes) if asked else None,
-        "classes": [(index, name, str(index + 1) if index < KEYS else "") for index, name in enumerate(classes)],
+        "classes": [(name, str(index + 1) if index < KEYS else "") for index, name in enumerate(classes)],
         "as_list": len(classes) > BUTTONS,
     }
     return page(request, "ask.html", status, **values)
 
 
-def _guess(asked: Asked, classes: tuple[str, ...]) -> tuple[int, float] | None:
-    """The number and the probability of the most probable class of the first file."""
+def _guess(asked: Asked, classes: tuple[str, ...]) -> tuple[str, float] | None:
+    """The name and the probability of the most probable class of the first file."""
     (name, share), *_ = asked.files[0].guesses or (("", 0.0),)
-    return (classes.index(name), share) if name in classes else None
+    return (name, share) if name in classes else None
 
 
 def _describe(answered: Answered) -> str:

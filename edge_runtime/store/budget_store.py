@@ -15,7 +15,7 @@ from fedfmsl.protocol.messages import Count, Number, Session
 
 class Spent(BaseModel):
     """`mu_squared` is the sum over `updates` updates with noise. `unbounded`: an update without noise was sent, or an
-    earlier record is damaged, so no ε holds. `session` and `round`: of the last recorded update."""
+    earlier record is damaged, so no ε holds. `session`, `round` and `cost` (μ²): of the last recorded update."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -24,6 +24,7 @@ class Spent(BaseModel):
     unbounded: bool = False
     session: Session = "none"
     round: Number = 0
+    cost: float = Field(default=0.0, ge=0)
 
 
 class BudgetStore:

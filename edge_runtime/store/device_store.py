@@ -182,7 +182,7 @@ class DeviceStore:
     def remove_temporary_files(self) -> None:
         """Removes the temporary files of a killed process. No other process may write at the same time."""
         files = [self.personal, self.baseline, self.residual, self.results, self.mixture, self.personalized]
-        files += [self.health, self.skipped, self.exported, self.budget.path]
+        files += [self.health, self.skipped, self.exported, self.budget.path, self.secure.path]
         temporary = [path for folder in ("globals", "outbox") for path in (self.root / folder).glob(".*")]
         temporary += [each for path in files for each in path.parent.glob(f".{path.name}.*")]
         for path in temporary:

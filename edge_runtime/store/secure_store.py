@@ -50,14 +50,17 @@ class NoKeysError(Exception):
 
 class SecureStore:
     def __init__(self, state: Path) -> None:
-        self._path = state / "secure"
+        self.path = state / "secure"
 
     def read(self) -> SecureRecord | None:
         """None before the first secure sums, or if the file is damaged."""
         try:
-            return SecureRecord.model_validate_json(self._path.read_bytes())
+            return SecureRecord.model_validate_json(self.path.read_bytes())
         except (FileNotFoundError, ValidationError):
             return None
 
     def write(self, record: SecureRecord) -> None:
-        write_atomically(self._path, record.model_dump_json().encode(), durable=True)
+        write_atomically(self.path, record.model_dump_json().encode(), durable=True)
+
+    def forget(self) -> None:
+        self.path.unlink(missing_ok=True)

@@ -23,6 +23,7 @@ from fedfmsl.algorithms.checks import check_range
 from fedfmsl.algorithms.fixed_point import FRACTION_BITS, Words, fixed_point
 
 MAX_NORM = 4.0  # cap of a mean feature norm, over √F; a normalized feature has about 1 (ours)
+LEAST_NOISE = 1e-12  # of a multiplier: with less, ε is too large to compute
 MIN_STEPS = 100  # of fixed-point numbers in a share of the noise
 
 
@@ -37,7 +38,7 @@ class Privacy:
 
     def __post_init__(self) -> None:
         check_range(self, "clip", above=0)
-        check_range(self, "noise_multiplier", above=0)
+        check_range(self, "noise_multiplier", at_least=LEAST_NOISE)
         check_range(self, "shares", at_least=1, at_most=2**31)
 
     @property

@@ -161,7 +161,7 @@ def test_hostile_names_are_only_text_on_a_narrow_dark_page(desk: Desk, url: str,
     page.goto(f"{url}ask")
     assert page.locator("main script, main img[src=x]").count() == 0
     page.keyboard.press("ArrowRight")
-    assert page.evaluate("document.activeElement.value") == "1"
+    assert page.evaluate("document.activeElement.value") == HOSTILE[1]
     page.keyboard.press("Enter")
     wait_for_text(page, f"{len(HOSTILE)} waiting")
     assert len(list((desk.answers._destination.images / HOSTILE[1]).iterdir())) == 1  # a folder with the hostile name

@@ -18,7 +18,7 @@ from support.run_oracle import Findings
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / ".faults"
-PRODUCT = ("fedfmsl", "edge_runtime", "trainer_server", "devices", "benchmarks")
+PRODUCT = ("fedfmsl", "edge_runtime", "trainer_server", "devices", "benchmarks/*.py")
 COUNTS = ("lost", "double", "repeated", "recomputed", "compared")
 
 

@@ -94,6 +94,17 @@ def test_the_command_line_has_priority_over_board_and_file(device_file: Path, ro
     assert "\nReadWritePaths=/mnt/ssd/state\n" in below(root, UNIT).read_text()
 
 
+def test_the_service_may_change_what_answers_on_the_page_change(device_file: Path, root: Path) -> None:
+    folders = ("--images", "/photos", "--watch", "/inbox", "--labels", "/lists/labels.csv")
+    install(root, device_file, *folders)
+    assert "\nReadWritePaths=" not in below(root, UNIT).read_text()
+    install(root, device_file, *folders, "--page", "127.0.0.1:8080")
+    lines = below(root, UNIT).read_text().splitlines()
+    assert {line for line in lines if line.startswith("ReadWritePaths=")} == {
+        f"ReadWritePaths={path}" for path in ("/photos", "/inbox", "/lists")
+    }
+
+
 def test_a_second_installation_replaces_the_first(device_file: Path, root: Path) -> None:
     install(root, device_file, "--images", "/old", "--mains-only")
     install(root, device_file, "--images", "/new")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.web import ask, csrf_of
 
 from edge_runtime.data.inputs import IMAGES
 from edge_runtime.data.labels import read_labels, walk_labelled
@@ -17,9 +18,15 @@ from edge_runtime.labelling.asking import Asking
 from edge_runtime.labelling.destination import Destination
 from edge_runtime.labelling.order import GROUP, margins, near_duplicates, questions
 from edge_runtime.labelling.queue import Queue, version_of
+from edge_runtime.page import service
+from edge_runtime.page.views import routes
+from edge_runtime.store import DeviceStore
 from fedfmsl.common.class_folders import walk_classes
 from fedfmsl.errors import InputError
 from fedfmsl.protocol.messages import Prediction
+from fedfmsl.web.access import Access
+from fedfmsl.web.application import application
+from fedfmsl.web.serve import WebServer, listen
 
 CLASSES = ("apple", "pear", "it's <b>a</b> plum")
 LONG = "ü" * 120 + ".jpg"  # 244 bytes
@@ -245,6 +252,36 @@ def test_an_answer_about_a_changed_file_or_another_class_is_refused(desk: Desk) 
         desk.answers.answer([number], Kind.LABEL, "apple")
     assert not Asking(desk.queue, desk.destination).next(5)  # until it is classified again
     assert desk.photo("x.jpg") != number
+
+
+def test_a_labels_file_keeps_its_mode_and_stays_a_link(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, "file,class\n")
+    assert desk.labels is not None
+    list_ = desk.labels.rename(tmp_path / "list.csv")
+    list_.chmod(0o640)
+    desk.labels.symlink_to(list_)
+    desk.answers.answer([desk.photo("x.jpg")], Kind.LABEL, "pear")
+    assert desk.labels.is_symlink() and list_.read_text() == 'file,class\n"x.jpg","pear"\n'
+    assert list_.stat().st_mode & 0o777 == 0o640
+
+
+def test_the_page_takes_classes_by_name_and_names_the_fault_of_a_labels_file(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, "file,class\n")
+    number, labels = desk.photo("x.jpg"), desk.labels
+    assert labels is not None
+    listener = listen("--page", "127.0.0.1", 0)
+    access = Access("127.0.0.1", listener.getsockname()[1], None, encrypted=False)
+    views = routes(service.open_desk(DeviceStore(tmp_path), desk.images, labels, watched=True))
+    with WebServer(application("d", views, access, Path(service.__file__).parent / "templates"), listener) as site:
+        status, text, _ = ask(site, "/ask")
+        desk.queue.describe(("pear", "apple"), "image")  # of a new run
+        form = {"csrf": csrf_of(text), f"file-{number}": "on", "class": "pear"}
+        assert status == 200 and ask(site, "/ask", form)[0] == 303
+        assert read_labels(labels)[0] == {"x.jpg": {"pear": 2}}
+        labels.rename(tmp_path / "gone")
+        assert ask(site, "/undo", {"csrf": csrf_of(text)})[0] == 303 and (desk.inbox / "x.jpg").is_file()
+        status, text, _ = ask(site, "/ask")
+        assert status == 500 and f"labels {labels}: it does not exist" in text
 
 
 def test_labels_go_into_the_training_folder_of_a_split(tmp_path: Path) -> None:

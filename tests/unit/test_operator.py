@@ -30,8 +30,9 @@ def test_a_paused_run_opens_and_closes_no_round_and_keeps_its_time(vit: Built) -
     left = next_deadline(run.plan, run.state) - run.now
     assert "the run is paused" in act(run, Action.PAUSE)
     assert act(run, Action.PAUSE) == "the run is already paused"
-    run.answers("abc")
     run.now += 10 * ROUND_SECONDS
+    run.answers("abc")
+    assert act(run, Action.CLOSE, round=1) == "round 1 closes when the run is resumed"
     run.feed(ClockTicked())
     assert run.verdicts == [Verdict.ACCEPTED] * 3
     assert (run.announced.round, run.of(StoreRound)) == (1, [])
@@ -41,6 +42,7 @@ def test_a_paused_run_opens_and_closes_no_round_and_keeps_its_time(vit: Built) -
     run.feed(ClockTicked())
     assert run.announced.round == 2
     assert run.of(StoreRound)[0].closed.seconds == 10
+    assert list(run.state.slowest.values()) == [10]  # later deadlines follow from it
 
 
 def test_a_round_closes_at_once_with_the_updates_that_it_has(vit: Built) -> None:

@@ -13,6 +13,7 @@ from support.training_contexts import announced_round
 from edge_runtime.daemon.privacy_budget import DELTA, PrivacyBudget, describe_budget
 from edge_runtime.store.budget_store import BudgetStore, Spent
 from edge_runtime.store.outbox import Outbox
+from edge_runtime.store.secure_store import SecureRecord
 from fedfmsl.algorithms.accounting import gaussian_epsilon
 from fedfmsl.algorithms.privacy import Privacy
 from fedfmsl.algorithms.sal import AllAtOnce, Sal
@@ -68,6 +69,8 @@ def test_a_device_takes_no_part_in_what_would_pass_its_limit(tmp_path: Path) -> 
         assert budget.refusal(round_of(1, stage, secure=True)) == ""
     budget.record(round_of(2))
     assert budget.refusal(round_of(2)) == ""  # computed again
+    assert budget.refusal(round_of(2, noise=1.0)) != ""  # with less noise
+    assert "allows no update without noise" in budget.refusal(round_of(2, noise=0))
     reason = f"its --max-epsilon {budget.limit:.6g} would be passed: ε {twice:.3g} after this round"
     assert budget.refusal(round_of(3)) == reason
     with pytest.raises(RunError, match="round 3: its --max-epsilon"):
@@ -126,4 +129,17 @@ def test_a_device_killed_around_its_record_never_counts_less_than_what_left(
     assert left == (where == "after the outbox")
     assert store.budget.read().updates == (0 if where == "before the record" else 1)
     daemon.runner.run(asked, bytes_down=0)
-    assert store.budget.read() == Spent(mu_squared=1.0, updates=1, session=asked.session, round=asked.round)
+    assert store.budget.read() == Spent(mu_squared=1.0, updates=1, session=asked.session, round=asked.round, cost=1.0)
+
+
+def test_a_server_that_comes_back_to_a_session_gets_nothing_twice_for_the_price_of_one(daemon: InProcessDaemon) -> None:
+    """A second noised update of one round counts again, and a second mask would have the keys of the first."""
+    asked = announced_round(Stage.STATISTICS, level=1, encoding=Encoding.FP32, privacy=PRIVACY)
+    elsewhere = announced_round(Stage.KEYS, level=1, session="other", secure=True)
+    store = daemon.device.store
+    store.secure.write(SecureRecord(session=asked.session, keys_round=1, seed="0" * 64))
+    daemon.runner.run(asked, bytes_down=0)
+    daemon.runner.run(elsewhere, bytes_down=0)
+    daemon.runner.run(asked, bytes_down=0)
+    assert store.budget.read().updates == 2
+    assert store.secure.read() is None

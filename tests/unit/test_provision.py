@@ -194,7 +194,11 @@ def test_a_password_is_printed_once_and_stored_as_a_hash(tmp_path: Path) -> None
     assert (pki / "broker" / "passwords").read_text().count("$7$101$") == 4  # and kitchen's
     with pytest.raises(ConfigError, match="already has kitchen"):
         provision(pki, "--user", "kitchen")
-    provision(pki, "--revoke", "kitchen")
+    revoked = provision(pki, "--revoke", "kitchen", "--revoke", "server")
+    assert "copy it to the broker" in " ".join(revoked.split()) and "--renew server" in revoked
+    assert (pki / "broker" / "passwords").read_text().count("$7$101$") == 2
+    new = next(line for line in provision(pki, "--renew", "server").splitlines() if line.startswith("server "))
+    assert new.split()[1] not in passwords
     assert "kitchen" not in (pki / "broker" / "passwords").read_text()
     assert not (pki / "devices" / "kitchen.toml").exists()
 

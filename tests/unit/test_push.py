@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -173,6 +174,9 @@ def test_what_is_missing_is_named(hub: Hub, expert: Path, tmp_path: Path, monkey
         run(*there)
     with pytest.raises(FedFMSLError, match="pass the global_expert folder of a run"):
         run("push", REPO, "--folder", str(tmp_path), "--yes")
+    (damaged := Path(shutil.copytree(expert, tmp_path / "damaged")) / "labels.json").write_text("[")
+    with pytest.raises(FedFMSLError, match=r"labels\.json or README\.md in .* is damaged"):
+        run("push", REPO, "--folder", str(damaged.parent), "--yes")
     with pytest.raises(FedFMSLError, match="is not an identifier of the hub"):
         run("push", REPO, "--folder", str(expert), "--yes", "--license", "mine: all")
     use(f"http://127.0.0.1:{free_port()}", monkeypatch)

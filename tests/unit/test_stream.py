@@ -26,7 +26,9 @@ from edge_runtime.inference.adaptation import PriorAdapter
 from edge_runtime.inference.classifier import FileClassifier, StateClassifier
 from edge_runtime.inference.export_onnx import write_model
 from edge_runtime.inference.predict import predict_files
+from edge_runtime.inference.recorder import Recorder
 from edge_runtime.inference.stream import UNREADABLE_SECONDS, WatchedFolder, classify_new_files, wait_for_model
+from edge_runtime.labelling.queue import Queue, version_of
 from edge_runtime.store import DeviceStore
 from edge_runtime.training.model import read_personal_model, save_personal_model
 from fedfmsl.algorithms.calibration import UNKNOWN
@@ -126,6 +128,23 @@ def test_every_file_is_classified_once_oldest_first(vit: Built, store: DeviceSto
     shutil.copy(files[4], files[5])  # another photo under its name
     assert [p.file for p in first(stream, 1)] == [str(files[5])]
     assert one_scan(stream) == []
+
+
+def test_waiting_files_follow_the_newest_model_and_lost_ones_are_forgotten(
+    vit: Built, store: DeviceStore, files: list[Path], tmp_path: Path
+) -> None:
+    classifier, queue = StateClassifier(store, vit.bundle.root), Queue(tmp_path / "questions.sqlite")
+    recorder = Recorder(queue, classifier)
+    for path in files[:3]:
+        version = version_of(path)
+        assert version is not None
+        recorder.record(path, version, classifier.classify(path))
+    files[0].unlink()
+    files[1].write_bytes(b"no photo")
+    keep(store, another_model(vit.bundle, read_personal_model(store), round_=1, level=1))  # of a new run
+    for _ in range(2):  # nothing new arrives
+        recorder.improve()
+    assert [(file.path, file.round) for file in queue.recent(9)] == [(files[2], 1)]
 
 
 def test_only_new_skips_existing_files(vit: Built, store: DeviceStore, files: list[Path]) -> None:

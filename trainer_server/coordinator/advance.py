@@ -158,7 +158,8 @@ def _receive_update(plan: Plan, state: State, event: UpdateSeen, now: float) -> 
         refused={name: refused for name, refused in state.refused.items() if name != update.device},
     )
     if update.round == state.round and update.stage not in UNMERGED:
-        seconds = max(state.slowest.get(update.stage, 0.0), now - state.since)
+        until = now if state.paused_at is None else state.paused_at
+        seconds = max(state.slowest.get(update.stage, 0.0), until - state.since)
         state = replace(state, slowest={**state.slowest, update.stage: seconds})
     return state, [SendAck(ack)]
 

@@ -61,7 +61,8 @@ def _close(state: State, operation: Operation, now: float) -> tuple[State, str]:
     announced = state.announced
     if announced is None or announced.round != operation.round or announced.stage is Stage.FINISHED:
         return state, f"round {operation.round} is not open, so it cannot be closed"
-    return replace(state, closing=operation.round), f"round {operation.round} closes now"
+    when = "now" if state.paused_at is None else "when the run is resumed"
+    return replace(state, closing=operation.round), f"round {operation.round} closes {when}"
 
 
 def _exclude(state: State, operation: Operation, now: float) -> tuple[State, str]:
