@@ -150,11 +150,12 @@ class Answers:
         return (reserved(self._trash, path.name) if kind is Kind.DELETE else path), None
 
     def _complete(self, number: int) -> None:
-        """May be called again after it was interrupted."""
+        """May be called again after it was interrupted. Files that are gone meanwhile get no line."""
         moves = self._moves(number)
         for move in moves:
             _move(move.source, move.target, move.version)
-        self._change_lines(add_lines, moves)
+            _release(move)
+        self._change_lines(add_lines, [move for move in moves if move.target.exists()])
         self._set_state(number, "done")
 
     def _take_back(self, number: int) -> None:
@@ -256,7 +257,14 @@ def _move_back(move: _Move) -> None:
             move.target.unlink()
         else:
             _move(move.target, reserved(move.source.parent, move.source.name), move.version)
-    elif (found := version_of(move.target)) is not None and not found.size:  # only its name was reserved
+    else:
+        _release(move)
+
+
+def _release(move: _Move) -> None:
+    """Removes a target of which only the name is reserved."""
+    found = version_of(move.target)
+    if move.source != move.target and found != move.version and found is not None and not found.size:
         move.target.unlink()
 
 

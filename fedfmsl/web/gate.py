@@ -58,7 +58,9 @@ class Gate:
         request.state.can_sign_out = access.needs_token and session is not None
         host = request.headers.get("host", "")
         if not access.is_host(host):
-            return self._refuse(request, 400, "This address is not of this machine. Use its name or its IP address.")
+            return self._refuse(
+                request, 400, "This page has another name. Use its IP address, or the name that it listens on."
+            )
         address = request.client.host if request.client else ""
         if not access.requests.allows(address, time.monotonic()):
             return self._refuse(request, 429, "Too many requests. Try again in a minute.")

@@ -227,6 +227,27 @@ def test_an_answer_that_a_crash_interrupts_is_completed_at_the_next_start(
     assert sorted(path.name for path in desk.inbox.iterdir()) == ["0.jpg", "1.jpg"]
 
 
+@pytest.mark.parametrize("labels", [None, "file,class\n"], ids=("folders", "csv"))
+def test_a_file_that_is_gone_when_its_answer_is_completed_leaves_no_trace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, labels: str | None
+) -> None:
+    desk = Desk(tmp_path, labels)
+    number = desk.photo("x.jpg")
+
+    def crash(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(answers_module, "_move", crash)
+        patch.setattr(answers_module.Answers, "_take_back", crash)
+        with pytest.raises(KeyboardInterrupt):
+            desk.answers.answer([number], Kind.LABEL, "pear")
+    (desk.inbox / "x.jpg").unlink()
+    desk.open()
+    assert desk.files() == {}
+    assert desk.labels is None or desk.labels.read_text() == labels
+
+
 def test_an_answer_that_fails_changes_nothing(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     numbers = [desk.photo(f"{index}.jpg") for index in range(2)]
     before, real = desk.files(), answers_module._move

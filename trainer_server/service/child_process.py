@@ -67,10 +67,15 @@ class ChildProcess:
             if self._closing.is_set():
                 return
             logger.warning("%s ended with exit code %d; starting it again", self._what, code)
+            last = ""
             while not self._closing.wait(self._restart_seconds):
-                with contextlib.suppress(RunError):
+                try:
                     self._process = self._start()
                     break
+                except (RunError, OSError) as error:  # OSError: no descriptor or no memory for another process
+                    if str(error) != last:
+                        logger.warning("%s does not start: %s", self._what, error)
+                    last = str(error)
             else:
                 return
             if self._closing.is_set():
