@@ -169,4 +169,4 @@ def real_run(
     broker = RestartableBroker(processes, tmp_path, kind)
     federation = Federation(RUN, broker, wide, device_photos, tmp_path, processes)
     with Observer(broker, RUN) as observer:
-        yield RealRun(federation, observer, Shape(44, 12) if full else Shape(6, 3))
+        yield RealRun(federation, observer, Shape(44, 12) if full else Shape(8, 8))
