@@ -2,6 +2,7 @@
 "use strict";
 
 const COLOURS = ["--series-1", "--series-2", "--series-3", "--series-4", "--series-5"];
+const ROUND_STEPS = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000]; // no half rounds
 
 // Changes `old` into `fresh`, and leaves equal elements in place: their focus and selection stay.
 function patch(old, fresh) {
@@ -48,7 +49,7 @@ function drawCharts(root) {
         height: 220,
         cursor: { y: false },
         scales: { x: { time: false } },
-        axes: [{ ...axis, size: 32 }, { ...axis, size: 56, values: (_, ticks) => ticks.map((tick) => (percent ? `${Math.round(100 * tick)} %` : tick.toLocaleString("en"))) }],
+        axes: [{ ...axis, size: 32, incrs: ROUND_STEPS }, { ...axis, size: 56, values: (_, ticks) => ticks.map((tick) => (percent ? `${Math.round(100 * tick)} %` : tick.toLocaleString("en"))) }],
         series: [
           { label: "round" },
           ...Object.keys(series).map((label, index) => ({
