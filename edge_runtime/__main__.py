@@ -173,14 +173,13 @@ def personalize(
     if out and folder:
         raise ConfigError("--out and --folder exclude each other; omit one of them")
     store = DeviceStore(state)
-    if folder:
-        write_folder(store, folder, bundle)
-        print(folder)
-        return
-    path = out or store.personalized
-    if path.is_dir():
+    path = folder or out or store.personalized
+    if not folder and path.is_dir():
         raise ConfigError(f"--out {path} is a folder; pass a file, like {path / store.personalized.name}")
-    write_model(store, path, bundle)
+    try:
+        (write_folder if folder else write_model)(store, path, bundle)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written ({error.strerror}); choose another path") from error
     print(path)
 
 

@@ -16,6 +16,7 @@ from support.personal_models import globals_of, round_of
 from support.samples import CLASSES
 from transformers import AutoImageProcessor, AutoTokenizer, pipeline
 
+from edge_runtime.__main__ import personalize
 from edge_runtime.inference.classifier import FileClassifier
 from edge_runtime.inference.export_onnx import write_model
 from edge_runtime.inference.model_folder import write_folder
@@ -101,3 +102,12 @@ def test_a_folder_is_replaced_by_a_newer_model_but_never_mixed_with_other_files(
         write_folder(written.store, folder / "config.json", written.bundle)
     with pytest.raises(BundleError, match="is not a personalized model"):
         FileClassifier(folder / "onnx" / "model.onnx")
+
+
+@pytest.mark.parametrize("built", ["vit"], indirect=True)
+@pytest.mark.parametrize("option", ["out", "folder"])
+def test_a_path_that_cannot_be_written_is_an_error(written: Written, tmp_path: Path, option: str) -> None:
+    (file := tmp_path / "server.log").touch()
+    paths = {"out": None, "folder": None, option: file / "model"}
+    with pytest.raises(ConfigError, match=r"server.log/model cannot be written \(.*\); choose another path"):
+        personalize(written.store.root, written.bundle, **paths)

@@ -56,6 +56,6 @@ def console_job(address: str, folder: Path, identity: Path | None, insecure: boo
 
 def start_console(job: ConsoleJob) -> ChildProcess:
     """Raises RunError if it cannot be served."""
-    started = ChildProcess("trainer_server.console.process", json.dumps(asdict(job)), "the console", "--console: {}")
+    started = ChildProcess("trainer_server.console.process", json.dumps(asdict(job)), "the console", "{}")
     logger.info("%s", job.where)
     return started
