@@ -6,16 +6,14 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator, ByteSize, Field, ValidationInfo
+from pydantic import ByteSize, Field
 
 from edge_runtime.resources.governor import Hours, Limits
 from fedfmsl.common.logs import LogSettings
 from fedfmsl.common.processors import usable_processors
 from fedfmsl.common.settings import MAX_THREADS, CommaSeparated, File, Fraction, SettingsModel, checked, panel
-from fedfmsl.errors import ConfigError
 from fedfmsl.protocol.frigate import check_state_topic
 from fedfmsl.protocol.messages import EngineChoice
-from fedfmsl.transport.address import listening_on
 from fedfmsl.transport.settings import (
     CONNECTION,
     HOME_ASSISTANT,
@@ -24,6 +22,7 @@ from fedfmsl.transport.settings import (
     DiscoveryPrefix,
     MetricsAddress,
     RunName,
+    served,
 )
 
 RUN, SAMPLES, RESOURCES, SCHEDULE, OUTPUT = (
@@ -31,17 +30,8 @@ RUN, SAMPLES, RESOURCES, SCHEDULE, OUTPUT = (
 )
 
 
-def _check_page(address: str, info: ValidationInfo) -> str:
-    """With an identity the page uses TLS."""
-    try:
-        listening_on(address, "the page", bool(info.data.get("insecure") or info.data.get("identity")))
-    except ConfigError as error:
-        raise ValueError(str(error)) from error
-    return address
-
-
 FrigateTopic = Annotated[str, checked(check_state_topic)]
-PageAddress = Annotated[str, AfterValidator(_check_page)]
+PageAddress = Annotated[str, served("the page", "insecure", "identity")]  # with an identity it uses TLS
 
 
 class Secure(str, Enum):

@@ -10,11 +10,11 @@ from typing import Any
 import typer
 from rich.table import Table
 
-from fedfmsl.algorithms.accounting import Observer, epsilons
+from fedfmsl.algorithms.accounting import Observer
 from fedfmsl.common.cli import console, print_json
 from fedfmsl.errors import ConfigError, RunError
-from fedfmsl.protocol.messages import NOISED
 from fedfmsl.transport.identity import describe_expiry
+from trainer_server.coordinator.privacy_budget import NoisedRounds, privacy_budget
 from trainer_server.coordinator.records import NAMES, listed, rare_devices
 from trainer_server.coordinator.refusals import LEFT_OUT_AFTER, is_left_out
 from trainer_server.service.lifecycle import make_plan, open_bundle, replay_rounds
@@ -85,12 +85,8 @@ def _facts(store: RunStore) -> dict[str, Any]:
         "refused": {f"{r.device}: {r.kind}": r.count for r in store.refusals()},
     }
     if config.privacy:
-        noised = [repeated for stage, repeated in closed if stage in NOISED]
-        released = noised.count("")
-        present = announced is not None and announced.stage in NOISED and bool(store.pending_updates())
-        updates = len(noised) + present  # of a device that has answered all rounds
-        found = epsilons(config.privacy, released, config.delta, secure=config.secure, updates=updates)
-        facts["epsilon"] = {observer.value: value for observer, value in found.items()}
+        is_answered = bool(store.pending_updates())
+        facts["epsilon"] = privacy_budget(config, NoisedRounds.of(closed), announced, is_answered)
         facts["delta"] = config.delta
     return facts
 

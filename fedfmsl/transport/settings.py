@@ -19,15 +19,20 @@ DiscoveryPrefix = Annotated[str, checked(lambda text: text and check_prefix(text
 Broker = Annotated[str, checked(parse_address)]
 
 
-def _check_metrics(address: str, info: ValidationInfo) -> str:
-    try:
-        listening_on(address, "metrics", bool(info.data.get("insecure")))
-    except ConfigError as error:
-        raise ValueError(str(error)) from error
-    return address
+def served(what: str, *permits: str) -> AfterValidator:
+    """The check of a HOST:PORT where `what` is served. One of the settings `permits` allows it to other machines."""
+
+    def check(address: str, info: ValidationInfo) -> str:
+        try:
+            listening_on(address, what, any(info.data.get(name) for name in permits))
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+        return address
+
+    return AfterValidator(check)
 
 
-MetricsAddress = Annotated[str, AfterValidator(_check_metrics)]
+MetricsAddress = Annotated[str, served("metrics", "insecure")]
 CONNECTION = panel("Connection")
 SERVER_NAME = "server"  # common name or user name of the run's server
 OPERATOR_NAME = "operator"  # of the person who removes old runs while a server runs

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import TypeVar
 
-from fedfmsl.algorithms.accounting import epsilons
-from fedfmsl.protocol.messages import NOISED, Activity, Round, Stage
+from fedfmsl.protocol.messages import Activity, Round, Stage
 from trainer_server.console.snapshot import Snapshot
+from trainer_server.coordinator.privacy_budget import NoisedRounds, privacy_budget
 from trainer_server.coordinator.records import ClosedRound, RoundSummary
 from trainer_server.storage.observations import DeviceView
 
@@ -249,20 +249,11 @@ def test_accuracy(snapshot: Snapshot) -> tuple[float | None, float | None]:
 
 def privacy_budgets(snapshot: Snapshot) -> list[tuple[str, float]]:
     """ε by observer, of a device that has answered all rounds; none without differential privacy."""
-    config = snapshot.origin.config
-    if config.privacy is None:
-        return []
-    noised = [summary for summary, _ in snapshot.closed if summary.stage in NOISED]
-    present = snapshot.announced is not None and snapshot.announced.stage in NOISED and bool(snapshot.answered)
-    released = sum(not summary.repeated for summary in noised)
-    found = epsilons(
-        config.privacy,
-        released,
-        config.delta,
-        secure=config.secure,
-        updates=len(noised) + (present and not snapshot.ended),
-    )
-    return [(observer.value, value) for observer, value in found.items()]
+    if snapshot.origin.config.privacy is None:
+        return []  # without a look at all rounds
+    closed = NoisedRounds.of((summary.stage, summary.repeated) for summary, _ in snapshot.closed)
+    announced = None if snapshot.ended else snapshot.announced
+    return list(privacy_budget(snapshot.origin.config, closed, announced, bool(snapshot.answered)).items())
 
 
 def metrics_of(record: ClosedRound) -> list[str]:

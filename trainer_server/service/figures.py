@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fedfmsl.protocol.messages import NOISED, Stage
+from trainer_server.coordinator.privacy_budget import NoisedRounds
 from trainer_server.coordinator.records import ClosedRound
 from trainer_server.coordinator.state import Plan, State
 from trainer_server.storage.run_store import RunStore
@@ -21,11 +21,10 @@ CLOSED, REPEATED = "closed", "repeated"  # results of a round
 class Figures:
     """`rounds`: closed ones by result. `round_seconds`: how long they were open, together. `closings` rounds took
     `closing_seconds` to close: aggregation, and the announcement of the next round. `bytes_up`: of accepted updates.
-    `refused`: messages by reason. `noised`: rounds of the whole run with noise, and `released` those whose sum was.
+    `refused`: messages by reason. `noised`: rounds of the whole run.
     """
 
-    noised: int = 0
-    released: int = 0
+    noised: NoisedRounds = field(default_factory=NoisedRounds)
     started: float = field(default_factory=time.time)
     rounds: Counter[str] = field(default_factory=lambda: Counter({CLOSED: 0, REPEATED: 0}))
     round_seconds: float = 0.0
@@ -39,11 +38,7 @@ class Figures:
 
     @classmethod
     def of_run(cls, store: RunStore) -> Figures:
-        figures = cls()
-        if store.origin.config.privacy:
-            for stage, repeated in store.closed_stages():
-                figures._count_noise(stage, repeated)
-        return figures
+        return cls(NoisedRounds.of(store.closed_stages()) if store.origin.config.privacy else NoisedRounds())
 
     def closed(self, record: ClosedRound, seconds: float) -> None:
         """`seconds`: how long the closing took."""
@@ -54,13 +49,8 @@ class Figures:
         self.updates += len(record.updates)
         self.stragglers += len(record.missing)
         self.bytes_up += sum(record.bytes_up.values())
-        self._count_noise(record.round.stage, record.repeated)
+        self.noised.add(record.round.stage, record.repeated)
         self.held_out |= {name: value for name, value in record.held_out.items() if name in ACCURACIES}
-
-    def _count_noise(self, stage: Stage, repeated: str) -> None:
-        if stage in NOISED:
-            self.noised += 1
-            self.released += not repeated
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from importlib.metadata import version
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
 
-from fedfmsl.algorithms.accounting import epsilons
-from fedfmsl.protocol.messages import NOISED, Stage
+from fedfmsl.protocol.messages import Stage
 from fedfmsl.transport.metrics import by_label, info, one_of
+from trainer_server.coordinator.privacy_budget import privacy_budget
 from trainer_server.service.figures import Snapshot
 
 PREFIX = "fedfmsl_server"
@@ -57,11 +57,8 @@ def _privacy(now: Snapshot) -> Iterator[Metric]:
     config, state, figures = now.plan.config, now.state, now.figures
     if config.privacy is None:
         return
-    present = state.announced is not None and state.announced.stage in NOISED and bool(state.updates)
-    updates = figures.noised + present  # of a device that has answered all rounds
-    spent = epsilons(config.privacy, figures.released, config.delta, secure=config.secure, updates=updates)
+    by_observer = privacy_budget(config, figures.noised, state.announced, bool(state.updates))
     text = "The privacy budget that the run has used at its delta, by observer."
-    by_observer = {observer.value: value for observer, value in spent.items()}
     yield by_label(GaugeMetricFamily(f"{PREFIX}_epsilon", text, labels=["observer"]), by_observer)
     yield _gauge("delta", "The delta of the privacy budget.", config.delta)
 
