@@ -61,13 +61,13 @@ def test_an_operator_watches_a_whole_run_and_excludes_a_device(
     with Processes(tmp_path / "logs") as processes:
         federation = Federation("watched", broker, bundle, photos, tmp_path, processes)
         server = federation.start_server(*ROUNDS, "--devices", "2", "--console", address)
-        for name in photos:
-            federation.start_device(name, "--bundle", str(bundle))
         wait_until(lambda: answers(int(address.split(":")[1])), "the console")
         page = browser.open(f"http://{address}/")
         page.click("text=Pause the run")
         confirm(page)
         page.wait_for_selector("h1:has-text('paused')")
+        for name in photos:  # only now: no round closes before the exclusion, however slow the machine is
+            federation.start_device(name, "--bundle", str(bundle))
 
         # the console's process dies and the server lives; the page follows the next process
         kill_console(server)
@@ -82,9 +82,9 @@ def test_an_operator_watches_a_whole_run_and_excludes_a_device(
         page.fill("#seconds", "450")
         page.click("text=Change the deadline")
         confirm(page)
-        page.wait_for_selector("#facts:has-text('of 450 s')")
         page.click("text=Resume the run")
         confirm(page)
+        page.wait_for_selector("#facts:has-text('of 450 s')")
 
         # from here on the page is not loaded again
         page.evaluate("window.stays = true")
@@ -95,7 +95,7 @@ def test_an_operator_watches_a_whole_run_and_excludes_a_device(
         assert accessibility_faults(page) == []
         assert server.wait().code == 0
     rounds = RunStore(federation.server_folder).rounds()
-    assert {name for closed in rounds[-3:] for name in closed.updates} == {*photos} - {EXCLUDED}  # of stage 2
+    assert {name for closed in rounds for name in closed.updates} == {*photos} - {EXCLUDED}
     log = (federation.server_folder / "notes.log").read_text()
     assert [line.split(": ", 1)[1] for line in log.splitlines() if "operator at 127.0.0.1" in line] == [
         "the run is paused; no round opens or closes until it is resumed",
