@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import numpy as np
 
@@ -17,8 +17,13 @@ Devices = Mapping[str, DeviceStatus]
 def eligible_devices(ready: Devices, refused: Mapping[str, Refused], round_: int, least: int) -> Devices:
     """The ready devices without those that are left out of round `round_`; all of them if fewer than `least` would
     remain."""
-    remaining = {name: status for name, status in ready.items() if not is_left_out(refused.get(name), round_)}
-    return remaining if len(remaining) >= least else ready
+    return without(ready, {name for name in ready if is_left_out(refused.get(name), round_)}, least)
+
+
+def without(devices: Devices, left_out: Collection[str], least: int) -> Devices:
+    """The devices that are not in `left_out`; all of them if fewer than `least` would remain."""
+    remaining = {name: status for name, status in devices.items() if name not in left_out}
+    return remaining if len(remaining) >= least else devices
 
 
 def select_devices(config: RunConfig, ready: Devices, level: int, round_: int, least: int) -> frozenset[str]:

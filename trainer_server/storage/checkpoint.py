@@ -30,6 +30,7 @@ class Checkpoint(BaseModel):
     since: float
     norms: tuple[float, ...]
     agreements: dict[str, float] = {}
+    left_out: dict[str, int] = {}
     limits: Limits
     stretch: int
     slowest: dict[Stage, float]
@@ -48,6 +49,7 @@ class Checkpoint(BaseModel):
     survivors: tuple[str, ...] = ()
     classes: tuple[int, ...] = ()
     former_nlls: dict[str, float] = {}
+    head_rejected: bool = False
     paused_at: float | None = None
     closing: int = 0
     excluded: list[str] = []
@@ -61,6 +63,7 @@ class Checkpoint(BaseModel):
             since=state.since,
             norms=state.norms,
             agreements=dict(state.agreements),
+            left_out=dict(state.left_out),
             limits=state.limits,
             stretch=state.stretch,
             slowest=dict(state.slowest),
@@ -79,6 +82,7 @@ class Checkpoint(BaseModel):
             survivors=state.secure.survivors,
             classes=state.secure.classes,
             former_nlls=dict(state.former.nlls),
+            head_rejected=state.former.rejected,
             paused_at=state.paused_at,
             closing=state.closing,
             excluded=sorted(state.excluded),
@@ -108,6 +112,7 @@ class Checkpoint(BaseModel):
             since=self.since,
             norms=self.norms,
             agreements=self.agreements,
+            left_out=self.left_out,
             limits=self.limits,
             stretch=self.stretch,
             slowest=self.slowest,
@@ -121,7 +126,7 @@ class Checkpoint(BaseModel):
             refused=self.refused,
             counted=frozenset(self.counted),
             secure=secure,
-            former=FormerHead(vectors["former_head"], self.former_nlls),
+            former=FormerHead(vectors["former_head"], self.former_nlls, self.head_rejected),
             paused_at=self.paused_at,
             closing=self.closing,
             excluded=frozenset(self.excluded),
