@@ -13,7 +13,7 @@ from pathlib import Path
 import paho.mqtt.client as paho
 import pytest
 from support.forked import fork_module
-from support.processes import Broker, Ended, Federation, Processes, free_port, wait_until
+from support.processes import RUN_SECONDS, Broker, Ended, Federation, Processes, free_port, wait_until
 from support.provisioned_fleet import (
     HOSTS,
     LONG_AGO,
@@ -475,7 +475,7 @@ def test_a_whole_run_over_mutual_tls(
     for name in mine:
         federation.start_device(name, "--identity", str(fleet.device(name)))
     for name, device in federation.devices.items():
-        ended = device.wait()
+        ended = device.wait(RUN_SECONDS)
         assert ended.code == 0, f"{name}: {ended.stderr}"
         assert "without a certificate" not in ended.stdout + ended.stderr
         Bundle.load(federation.state(name) / "bundles" / Bundle.load(bundle).sha256).verify()
