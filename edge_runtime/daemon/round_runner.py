@@ -35,6 +35,7 @@ from edge_runtime.training.stages import (
     StageResult,
     head_statistics,
     holders,
+    measure_global,
     read_globals,
     statistics,
     train_global,
@@ -64,6 +65,7 @@ STAGES: dict[Stage, StageFunction] = {
     Stage.STATISTICS: statistics,
     Stage.GLOBAL: train_global,
     Stage.HEAD: head_statistics,
+    Stage.CANARY: measure_global,
     Stage.PERSONAL: train_personal,
     Stage.BASELINE: train_baseline,
     Stage.EVALUATE: evaluate,
@@ -178,6 +180,8 @@ class RoundRunner:
         result = prepare_update(device.bundle, store.residual, round_, result, np.random.default_rng())
         if round_.secure:
             result = self._secure.mask(round_, result)
+        if round_.stage is Stage.CANARY:  # predictions do not use a global expert that may be rejected
+            return self._write_update(round_, result, started, bytes_down)
         kept = save_personal_model(device, round_, global_values, model)
         if kept:
             logger.warning(kept, **fields(round=round_.round))
