@@ -16,9 +16,10 @@ from edge_runtime.settings import Settings
 from edge_runtime.store import DeviceStore
 from fedfmsl.errors import ConfigError
 from fedfmsl.transport.address import is_loopback
+from fedfmsl.transport.listening import listen, parse_listen
 from fedfmsl.web.access import Access, stored_token
 from fedfmsl.web.application import application
-from fedfmsl.web.serve import WebServer, listen, parse_listen, server_context
+from fedfmsl.web.serve import WebServer, page_contexts
 
 FLAG = "--page"
 
@@ -28,14 +29,14 @@ def serve(settings: Settings) -> None:
     if settings.page is None:
         raise ConfigError(f"{FLAG} is missing; give the address of the page, like {FLAG} 127.0.0.1:8080")
     store = DeviceStore(settings.state)
-    host, port = parse_listen(FLAG, settings.page)
-    context = server_context(FLAG, host, settings.identity, settings.insecure)
+    host, port = parse_listen(settings.page)
+    contexts = page_contexts(host, settings.identity)
     token = None if is_loopback(host) else stored_token(store.page_token)
     desk = open_desk(store, settings.images.resolve(), settings.labels, settings.watch is not None)
-    access = Access(host, port, token, context is not None)
+    access = Access(host, port, token, contexts is not None)
     title = store.name() or "Device"
     app = application(title, routes(desk), access, Path(__file__).parent / "templates")
-    with WebServer(app, listen(FLAG, host, port), context) as server:
+    with WebServer(app, listen(FLAG, host, port), contexts) as server:
         print(f"the page of this device is {server.url}" + (f"; its token is in {store.page_token}" if token else ""))
         sys.stdout.flush()
         _wait_for_closed_output()

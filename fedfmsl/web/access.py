@@ -1,7 +1,8 @@
 """Who may use a web page: host names, token, sessions, CSRF tokens and rate limits.
 
-A page on a loopback address is open to the users of this machine. Every other page needs a token. Names in the Host
-header are checked, so that a page of another site cannot reach this one under its own name (DNS rebinding).
+A page on a loopback address is open to the users of this machine. Every other page needs a token, or the certificate of
+an operator (`fedfmsl.transport.identity.operator_of`) where the server asks for one. Names in the Host header are
+checked, so that a page of another site cannot reach this one under its own name (DNS rebinding).
 """
 
 from __future__ import annotations
@@ -65,10 +66,6 @@ class Access:
         self.requests = RateLimit(burst=200, seconds=0.05)
         self.failures = RateLimit(burst=5, seconds=12.0)
 
-    @property
-    def needs_token(self) -> bool:
-        return self._token is not None
-
     def is_host(self, header: str) -> bool:
         """Whether a Host header names this machine: by an address, localhost, its own name, or the name it listens
         on."""
@@ -102,12 +99,18 @@ class Access:
     def sign_out(self, session: str) -> None:
         self._sessions.pop(session, None)
 
-    def session(self, cookie: str | None) -> str | None:
-        """The session of a request; None if it has to sign in."""
+    def session(self, cookie: str | None, operator: str = "") -> str | None:
+        """The session of a request; None if it has to sign in. `operator`: whose certificate its connection has."""
         if self._token is None:
             return ANONYMOUS
+        if self.is_signed_in(cookie):
+            return cookie
+        return f"certificate of {operator}" if operator else None
+
+    def is_signed_in(self, cookie: str | None) -> bool:
+        """Whether it is the cookie of a session that began with the token."""
         until = self._sessions.get(cookie or "")
-        return cookie if until is not None and time.monotonic() < until else None
+        return until is not None and time.monotonic() < until
 
     def csrf(self, session: str | None) -> str:
         """What a form of this session carries. Other sites cannot read it."""

@@ -25,9 +25,11 @@ from fedfmsl.errors import BundleError, ConfigError, RunError
 from fedfmsl.protocol.bundle import MANIFEST, Bundle
 from fedfmsl.protocol.messages import ServerStatus
 from fedfmsl.transport.identity import client_context
+from fedfmsl.transport.listening import listen
+from fedfmsl.transport.server_contexts import ServerContexts
 from trainer_server.service.bundle_files import Served, read_request, respond
 from trainer_server.service.bundle_http import BundleServer
-from trainer_server.service.bundle_process import WAITING, Contexts, Limits, Server, listen
+from trainer_server.service.bundle_process import WAITING, Limits, Server
 
 OURS = make_authority("ours")
 
@@ -121,9 +123,11 @@ def serving(
     fleet: Fleet, large: Served, limits: Limits, files: Mapping[str, Served] = MappingProxyType({})
 ) -> Iterator[Server]:
     """A server in this process instead of the fleet's, which serves a large file."""
-    listeners, (end, ended) = listen("localhost", 0)[:1], os.pipe()
+    listeners, (end, ended) = listen("--serve", "localhost", 0)[:1], os.pipe()
     fleet.port = listeners[0].getsockname()[1]
-    server = Server({**files, "large": large}, Contexts(fleet.identity, fleet.revoked), listeners, limits=limits)
+    server = Server(
+        {**files, "large": large}, ServerContexts(fleet.identity, fleet.revoked, pytest.fail), listeners, limits=limits
+    )
     thread = threading.Thread(target=server.serve, args=(end,))
     thread.start()
     yield server

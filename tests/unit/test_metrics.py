@@ -12,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from support.tools import NOT_TESTED
 
 from edge_runtime.daemon.metrics import families
-from fedfmsl.errors import ConfigError
+from fedfmsl.errors import ConfigError, RunError
 from fedfmsl.protocol.messages import Activity, Health
 from fedfmsl.transport.metrics import serve_metrics
 
@@ -94,7 +94,9 @@ def test_a_port_that_is_taken_is_refused_in_one_line() -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
-        with pytest.raises(ConfigError, match=r"cannot be listened on \(.*\); choose another port"):
+        with pytest.raises(
+            RunError, match=r"--metrics: cannot listen on .* \(the port is in use\); choose another address"
+        ):
             serve_metrics(f"127.0.0.1:{other.getsockname()[1]}", list)
 
 
