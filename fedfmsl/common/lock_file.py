@@ -11,13 +11,14 @@ from pathlib import Path
 
 
 @contextmanager
-def held(path: Path) -> Iterator[None]:
+def held(path: Path, wait: bool = False) -> Iterator[None]:
     """Holds the lock until the end of the block or of the process. Child processes do not inherit it.
 
-    Raises BlockingIOError if another process holds it, OSError if the file cannot be opened.
+    If another process or thread holds it: with `wait` waits for it, otherwise raises BlockingIOError. Raises OSError if
+    the file cannot be opened.
     """
     with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         with contextlib.suppress(OSError):  # a full disk
             file.truncate(0)
             file.write(f"{os.getpid()}\n")
