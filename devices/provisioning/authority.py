@@ -57,10 +57,23 @@ class Authority(Issued):
         now: datetime | None = None,
         unit: str = "",
     ) -> Issued:
-        """A key and its certificate with common name `name` and organizational unit `unit` for `usages`, valid for
-        `days`, but not longer than the CA. A server's certificate also names its `hosts` (names or addresses). Raises
-        ValueError if a host is invalid."""
+        """A new key and its certificate. See `certify`."""
         key = ec.generate_private_key(ec.SECP256R1())
+        return Issued(self.certify(key.public_key(), name, usages, hosts, days, now, unit), key)
+
+    def certify(
+        self,
+        key: ec.EllipticCurvePublicKey,
+        name: str,
+        usages: Sequence[x509.ObjectIdentifier],
+        hosts: Sequence[str] = (),
+        days: int = IDENTITY_DAYS,
+        now: datetime | None = None,
+        unit: str = "",
+    ) -> x509.Certificate:
+        """A certificate of `key` with common name `name` and organizational unit `unit` for `usages`, valid for `days`,
+        but not longer than the CA. A server's certificate also names its `hosts` (names or addresses). Raises
+        ValueError if a host is invalid."""
         usage = x509.KeyUsage(True, False, False, False, False, False, False, False, False)  # digital signature
         builder = (
             _builder(name, self.certificate.subject, key, days, now, self.certificate.not_valid_after_utc, unit)
@@ -72,7 +85,7 @@ class Authority(Issued):
         if hosts:
             names = x509.SubjectAlternativeName([_general_name(host) for host in hosts])
             builder = builder.add_extension(names, critical=False)
-        return Issued(builder.sign(self.key, hashes.SHA256()), key)
+        return builder.sign(self.key, hashes.SHA256())
 
     def revocation_list(self, serials: Iterable[int], now: datetime | None = None) -> str:
         """In PEM. Valid as long as the CA, because mosquitto refuses every client once the list has expired."""
@@ -94,7 +107,7 @@ def make_authority(name: str, now: datetime | None = None) -> Authority:
     usage = x509.KeyUsage(False, False, False, False, False, True, True, False, False)  # certificates and CRLs
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     builder = (
-        _builder(name, subject, key, CA_DAYS, now)
+        _builder(name, subject, key.public_key(), CA_DAYS, now)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(usage, critical=True)
     )
@@ -112,6 +125,12 @@ def load_authority(certificate: bytes, key: bytes) -> Authority:
 def serials_of(certificates: bytes) -> list[int]:
     """Serial numbers of the certificates in a PEM text. Raises ValueError if there is none."""
     return [certificate.serial_number for certificate in x509.load_pem_x509_certificates(certificates)]
+
+
+def name_of(certificates: bytes) -> str:
+    """The common name of the certificates of one member in a PEM text. Raises ValueError if there is none."""
+    (common,) = x509.load_pem_x509_certificates(certificates)[0].subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+    return str(common.value)
 
 
 def hosts_of(certificate: bytes) -> list[str]:
@@ -137,7 +156,7 @@ def pem(certificate: x509.Certificate) -> str:
 def _builder(
     name: str,
     issuer: x509.Name,
-    key: ec.EllipticCurvePrivateKey,
+    key: ec.EllipticCurvePublicKey,
     days: int,
     now: datetime | None,
     latest: datetime | None = None,
@@ -152,11 +171,11 @@ def _builder(
         x509.CertificateBuilder()
         .subject_name(x509.Name(subject))
         .issuer_name(issuer)
-        .public_key(key.public_key())
+        .public_key(key)
         .serial_number(x509.random_serial_number())
         .not_valid_before(start)
         .not_valid_after(min(end, latest) if latest else end)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
     )
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from edge_runtime.inference.child_process import ChildProcess
 from edge_runtime.settings import Settings
 from edge_runtime.store import DeviceStore
+from fedfmsl.common.token_file import stored_token
 from fedfmsl.transport.address import is_loopback, netloc, parse_address
 from fedfmsl.transport.identity import read_identity
 from fedfmsl.transport.listening import listen, parse_listen
-from fedfmsl.web.access import stored_token
 
 logger = logging.getLogger(__name__)
 

@@ -14,12 +14,13 @@ from edge_runtime.page.thumbnails import Thumbnails
 from edge_runtime.page.views import Desk, routes
 from edge_runtime.settings import Settings
 from edge_runtime.store import DeviceStore
+from fedfmsl.common.token_file import stored_token
 from fedfmsl.errors import ConfigError
 from fedfmsl.transport.address import is_loopback
 from fedfmsl.transport.listening import listen, parse_listen
-from fedfmsl.web.access import Access, stored_token
+from fedfmsl.web.access import Access
 from fedfmsl.web.application import application
-from fedfmsl.web.serve import WebServer, page_contexts
+from fedfmsl.web.serve import WebServer, page_context
 
 FLAG = "--page"
 
@@ -30,13 +31,13 @@ def serve(settings: Settings) -> None:
         raise ConfigError(f"{FLAG} is missing; give the address of the page, like {FLAG} 127.0.0.1:8080")
     store = DeviceStore(settings.state)
     host, port = parse_listen(settings.page)
-    contexts = page_contexts(host, settings.identity)
+    context = page_context(host, settings.identity)
     token = None if is_loopback(host) else stored_token(store.page_token)
     desk = open_desk(store, settings.images.resolve(), settings.labels, settings.watch is not None)
-    access = Access(host, port, token, contexts is not None)
+    access = Access(host, port, token, context is not None)
     title = store.name() or "Device"
     app = application(title, routes(desk), access, Path(__file__).parent / "templates")
-    with WebServer(app, listen(FLAG, host, port), contexts) as server:
+    with WebServer(app, listen(FLAG, host, port), context) as server:
         print(f"the page of this device is {server.url}" + (f"; its token is in {store.page_token}" if token else ""))
         sys.stdout.flush()
         _wait_for_closed_output()

@@ -20,7 +20,7 @@ EXIT_CODES = {
     errors.WeightsError.exit_code: "model weights cannot be found, downloaded or recognized",
     errors.BrokerError.exit_code: "the MQTT broker is unreachable or refuses the client",
     errors.MessageError.exit_code: "a message does not match the protocol; no command ends with this code",
-    errors.RunError.exit_code: "a run cannot continue: too few devices, or a process that ended early",
+    errors.RunError.exit_code: "a run cannot continue: too few devices, a process that ended early, or a port in use",
     DISK_FULL: "the disk is full",
     INTERRUPTED: "interrupted with Ctrl-C (SIGINT)",
     TERMINATED: "terminated (SIGTERM)",

@@ -42,11 +42,15 @@ def listen(flag: str, host: str, port: int, anywhere: bool = False) -> list[sock
 
 def cannot_listen(flag: str, host: str, port: int, error: OSError) -> RunError:
     """The error of a process that cannot listen there, with its reason."""
-    if isinstance(error, socket.gaierror):
-        why = f"{host} is no name or address that this machine knows, {error.strerror}"
-    else:
-        why = "the port is in use" if error.errno == errno.EADDRINUSE else str(error.strerror or error)
+    why = why_not_listening(host, error)
     return RunError(f"{flag}: cannot listen on {netloc(host)}:{port} ({why}); choose another address")
+
+
+def why_not_listening(host: str, error: OSError) -> str:
+    """Why a process cannot listen on an address of `host`."""
+    if isinstance(error, socket.gaierror):
+        return f"{host} is no name or address that this machine knows, {error.strerror}"
+    return "the port is in use" if error.errno == errno.EADDRINUSE else str(error.strerror or error)
 
 
 def _listeners(host: str | None, port: int, anywhere: bool) -> list[socket.socket]:

@@ -10,20 +10,16 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
-import os
 import secrets
 import socket
 import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from pathlib import Path
 from urllib.parse import urlsplit
 
-from fedfmsl.common.files import why_no_file
 from fedfmsl.errors import ConfigError
 from fedfmsl.transport.address import is_loopback
 
-MIN_TOKEN = 16  # characters
 SESSION_SECONDS = 12 * 3600.0
 SESSIONS = 64
 ADDRESSES = 1024  # whose requests are counted
@@ -118,24 +114,3 @@ class Access:
 
     def is_csrf(self, session: str | None, token: str) -> bool:
         return hmac.compare_digest(self.csrf(session).encode(), token.encode())
-
-
-def stored_token(path: Path) -> str:
-    """The token in a file. Makes the file, for its owner only, if it does not exist. Raises ConfigError."""
-    try:
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            token = secrets.token_urlsafe(24)
-            with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-                file.write(token + "\n")
-            return token
-        if reason := why_no_file(path):
-            raise ConfigError(f"token file {path} {reason}; name a file")
-        if path.stat().st_mode & 0o077:
-            raise ConfigError(f"token file {path}: others may read it; chmod 600 {path}")
-        token = path.read_text("utf-8", errors="replace").strip()
-    except OSError as error:
-        raise ConfigError(f"token file {path} cannot be used ({error.strerror}); check the path") from error
-    if len(token) < MIN_TOKEN:
-        raise ConfigError(f"token file {path} has less than {MIN_TOKEN} characters; remove it, and a new one is made")
-    return token

@@ -13,7 +13,7 @@ import logging
 import socket
 import ssl
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ CLOSE_SECONDS = 3  # for open streams, when the page ends
 ABORT_SECONDS = 2  # then connections are cut
 PAUSE_SECONDS = 0.1  # until a connection is accepted again after no descriptor was free
 TICKS = 10  # of uvicorn, a second
+Context = Callable[[], ssl.SSLContext]  # for new connections
 
 
 class _Protocol(H11Protocol):
@@ -79,12 +80,10 @@ def _of_operator(app: ASGIApp, operator: str) -> Any:
 
 
 class _Server(uvicorn.Server):
-    def __init__(
-        self, config: uvicorn.Config, listeners: Sequence[socket.socket], contexts: ServerContexts | None
-    ) -> None:
+    def __init__(self, config: uvicorn.Config, listeners: Sequence[socket.socket], current: Context | None) -> None:
         super().__init__(config)
-        self._listeners, self._contexts = listeners, contexts
-        self._context = contexts.current() if contexts else None
+        self._listeners, self._current = listeners, current
+        self._context = current() if current else None
         self._accepting: list[asyncio.Task[None]] = []
         self._connecting: list[asyncio.Task[None]] = []  # the oldest first
 
@@ -100,8 +99,8 @@ class _Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """After a change of certificates all connections end, also those of revoked operators. Browsers connect
         again."""
-        if self._contexts and counter % TICKS == 0 and self._contexts.current() is not self._context:
-            self._context = self._contexts.current()
+        if self._current and counter % TICKS == 0 and self._current() is not self._context:
+            self._context = self._current()
             for connection in list(self.server_state.connections):
                 connection.transport.close()
         return await super().on_tick(counter)
@@ -125,7 +124,7 @@ class _Server(uvicorn.Server):
 
     async def _connect(self, accepted: socket.socket) -> None:
         loop = asyncio.get_running_loop()
-        context = self._contexts.current() if self._contexts else None
+        context = self._current() if self._current else None
         seconds = HANDSHAKE_SECONDS if context else None
         with contextlib.suppress(OSError):  # the handshake has failed, or takes too long
             await loop.connect_accepted_socket(self._protocol, accepted, ssl=context, ssl_handshake_timeout=seconds)
@@ -137,13 +136,11 @@ class _Server(uvicorn.Server):
 class WebServer:
     """Serves `app` on `listeners` until `close`."""
 
-    def __init__(
-        self, app: Starlette, listeners: Sequence[socket.socket], contexts: ServerContexts | None = None
-    ) -> None:
-        """`contexts`: for TLS."""
+    def __init__(self, app: Starlette, listeners: Sequence[socket.socket], context: Context | None = None) -> None:
+        """`context`: for TLS."""
         host, port = listeners[0].getsockname()[:2]
         self.port: int = port
-        self.url = f"{'https' if contexts else 'http'}://{netloc(host)}:{port}/"
+        self.url = f"{'https' if context else 'http'}://{netloc(host)}:{port}/"
         config = uvicorn.Config(
             app,
             http=_Protocol,
@@ -160,7 +157,7 @@ class WebServer:
             timeout_graceful_shutdown=CLOSE_SECONDS,
         )
         config.load()
-        self._app, self._server = app, _Server(config, listeners, contexts)
+        self._app, self._server = app, _Server(config, listeners, context)
         self._listeners = listeners
         self._thread = threading.Thread(target=self._server.run, name="web", daemon=True)
         self._thread.start()
@@ -179,9 +176,9 @@ class WebServer:
         self.close()
 
 
-def page_contexts(
+def page_context(
     host: str, identity: Path | None, revoked: Path | None = None, clients: ssl.VerifyMode = ssl.CERT_NONE
-) -> ServerContexts | None:
+) -> Context | None:
     """For a page that listens on `host`; None for a page without TLS: on a loopback address, or without `identity`.
     `clients` and `revoked`, by default the list beside `identity`, as `ServerContexts`. Raises ConfigError."""
     if is_loopback(host) or identity is None:
@@ -190,4 +187,4 @@ def page_contexts(
         revoked = revoked or revocation_list_beside(identity)
         if revoked is None:
             logger.warning("no revocation list, so the certificates of revoked operators open the page; give --revoked")
-    return ServerContexts(identity, revoked, logger.warning, clients)
+    return ServerContexts(identity, revoked, logger.warning, clients).current

@@ -130,12 +130,14 @@ def serving(
     )
     thread = threading.Thread(target=server.serve, args=(end,))
     thread.start()
-    yield server
-    os.write(ended, b"x")
-    thread.join()
-    for descriptor in (end, ended):
-        os.close(descriptor)
-    listeners[0].close()
+    try:
+        yield server
+    finally:
+        os.write(ended, b"x")
+        thread.join()
+        for descriptor in (end, ended):
+            os.close(descriptor)
+        listeners[0].close()
 
 
 REQUEST = b"GET /bundle/large HTTP/1.1\r\n\r\n"
@@ -160,8 +162,9 @@ def test_a_connection_without_a_thread_is_ended_and_not_the_server(
         raise RuntimeError("can't start new thread")
 
     with serving(fleet, large, Limits()) as server:
-        with monkeypatch.context() as patch, socket.create_connection(("localhost", fleet.port), 10) as connection:
-            patch.setattr(threading.Thread, "start", start)
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", start)  # before the server accepts the connection
+            connection = socket.create_connection(("localhost", fleet.port), 10)
             assert connection.recv(1) == b"" and server.ended == {"no more threads": 1}
         with fleet.open("device") as connection:
             connection.sendall(REQUEST)

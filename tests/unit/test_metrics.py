@@ -35,6 +35,7 @@ HEALTH = Health(
     train=40,
     skipped=2,
     rounds_done=6,
+    epsilon=2.5,
 )
 
 
@@ -70,6 +71,7 @@ def test_prometheus_reads_what_is_known_and_nothing_else(port: int) -> None:
     assert value("on_battery") == 0
     assert value("samples", split="skipped") == 2
     assert value("rounds_total") == 6
+    assert value("epsilon") == 2.5
     assert value("health_timestamp_seconds") == HEALTH.time
     assert not {"fedfmsl_metered", "fedfmsl_other_processes_cpu_ratio"} & {sample.name for sample in found}
 

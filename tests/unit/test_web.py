@@ -21,15 +21,15 @@ from support.web import ask, csrf_of
 
 from devices.provisioning.authority import CLIENT, CONSOLE, SERVER, Authority, Issued, make_authority
 from fedfmsl.common.files import write_atomically
+from fedfmsl.common.token_file import stored_token
 from fedfmsl.errors import ConfigError, RunError
 from fedfmsl.transport import listening
 from fedfmsl.transport.identity import client_context
 from fedfmsl.transport.listening import listen
-from fedfmsl.transport.server_contexts import ServerContexts
 from fedfmsl.web import gate, serve
-from fedfmsl.web.access import Access, RateLimit, stored_token
+from fedfmsl.web.access import Access, RateLimit
 from fedfmsl.web.application import application, page
-from fedfmsl.web.serve import WebServer, page_contexts
+from fedfmsl.web.serve import Context, WebServer, page_context
 from fedfmsl.web.stream import stream
 
 TOKEN = "a token of enough characters"
@@ -54,10 +54,10 @@ COUNT = iter(range(1000))
 ROUTES = [Route("/", _show, methods=["GET", "POST"]), Route("/live", _live), Route("/slow", _slow)]
 
 
-def start(tmp_path: Path, token: str | None = None, contexts: ServerContexts | None = None) -> WebServer:
+def start(tmp_path: Path, token: str | None = None, context: Context | None = None) -> WebServer:
     listeners = listen("--page", "127.0.0.1", 0)
-    access = Access("localhost", listeners[0].getsockname()[1], token, encrypted=contexts is not None)
-    return WebServer(application("Test", ROUTES, access, tmp_path), listeners, contexts)
+    access = Access("localhost", listeners[0].getsockname()[1], token, encrypted=context is not None)
+    return WebServer(application("Test", ROUTES, access, tmp_path), listeners, context)
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,9 @@ class Certified:
         """Of a client with this certificate."""
         return client_context(write_identity(self.folder / f"{name}.pem", self.issued.get(name), self.authority))
 
-    def contexts(self) -> ServerContexts:
+    def server(self) -> Context:
         server = write_identity(self.folder / "server.pem", self.issued["server"], self.authority)
-        found = page_contexts("0.0.0.0", server, clients=ssl.CERT_OPTIONAL)
+        found = page_context("0.0.0.0", server, clients=ssl.CERT_OPTIONAL)
         assert found
         return found
 
@@ -259,7 +259,7 @@ def test_an_operators_certificate_opens_the_page_and_a_devices_does_not(
 ) -> None:
     monkeypatch.setattr(serve, "TICKS", 1)
     certified.revoke("former")
-    with start(tmp_path, TOKEN, certified.contexts()) as site:
+    with start(tmp_path, TOKEN, certified.server()) as site:
         for name in ("nobody", "device", "operator-by-name", "server"):
             context = certified.context(name)
             assert ask(site, context=context)[0] == 303
@@ -291,7 +291,7 @@ def test_handshakes_without_an_end_are_bounded(
     monkeypatch.setattr(serve, "HANDSHAKES", number)
     monkeypatch.setattr(serve, "HANDSHAKE_SECONDS", seconds)
     certified.revoke("former")
-    with start(tmp_path, TOKEN, certified.contexts()) as site, ExitStack() as opened:
+    with start(tmp_path, TOKEN, certified.server()) as site, ExitStack() as opened:
         silent = [
             opened.enter_context(socket.create_connection(("127.0.0.1", site.port), timeout=30)) for _ in range(12)
         ]

@@ -11,10 +11,11 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+from fedfmsl.common.token_file import stored_token
 from fedfmsl.errors import FedFMSLError
 from fedfmsl.transport.listening import listen, parse_listen
-from fedfmsl.web.access import Access, stored_token
-from fedfmsl.web.serve import WebServer, page_contexts
+from fedfmsl.web.access import Access
+from fedfmsl.web.serve import WebServer, page_context
 from trainer_server.console.pages import console
 from trainer_server.service.child_process import LISTENING
 from trainer_server.service.console_job import ConsoleJob
@@ -27,10 +28,10 @@ def serve(job: ConsoleJob) -> WebServer:
     """Serves until `close`. Raises ConfigError or RunError."""
     host, port = parse_listen(job.address)
     identity, revoked = (Path(path) if path else None for path in (job.identity, job.revoked))
-    contexts = page_contexts(host, identity, revoked, ssl.CERT_OPTIONAL)  # operators have certificates
+    context = page_context(host, identity, revoked, ssl.CERT_OPTIONAL)  # operators have certificates
     token = stored_token(job.token_file) if job.token_file else None
-    access = Access(host, port, token, encrypted=contexts is not None)
-    return WebServer(console(Path(job.folder), access), listen(FLAG, host, port), contexts)
+    access = Access(host, port, token, encrypted=context is not None)
+    return WebServer(console(Path(job.folder), access), listen(FLAG, host, port), context)
 
 
 def main() -> int:
