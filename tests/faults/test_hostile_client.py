@@ -22,7 +22,8 @@ from fedfmsl.protocol.tensors import pack
 from fedfmsl.protocol.topics import Topics
 from trainer_server.storage.run_store import RunStore
 
-DELAY = (0.4, 0.8)
+DELAY = (1.0, 1.6)  # a round lasts longer than the forging of a message
+LONGER = 3  # times as many rounds where sending takes several of them
 HOSTILE, VICTIM = "hostile", "device-0000"
 TOPICS = Topics(RUN)
 NOISE = np.random.default_rng(0).bytes(5000)
@@ -120,6 +121,7 @@ def test_messages_of_a_hostile_client_cost_nothing(
                 reasons.add(reason)
                 assert publish(simulation.broker.url, forged) or not prompt, fault
 
+        simulation.stage1 *= LONGER if full and not prompt else 1
         simulation.start_server()
         simulation.start_fleet(delay=DELAY)
         strike_each(simulation.out, row, times, attack)
