@@ -21,8 +21,8 @@ from fedfmsl.transport.settings import (
     DeviceName,
     DiscoveryPrefix,
     MetricsAddress,
+    PageAddress,
     RunName,
-    served,
 )
 
 RUN, SAMPLES, RESOURCES, SCHEDULE, OUTPUT = (
@@ -31,7 +31,6 @@ RUN, SAMPLES, RESOURCES, SCHEDULE, OUTPUT = (
 
 
 FrigateTopic = Annotated[str, checked(check_state_topic)]
-PageAddress = Annotated[str, served("the page", "insecure", "identity")]  # with an identity it uses TLS
 
 
 class Secure(str, Enum):
