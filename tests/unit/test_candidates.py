@@ -126,11 +126,11 @@ def test_a_candidate_that_most_devices_lose_with_is_rejected_and_the_round_begin
     candidate = run.state.expert
     restarted(run)
     assert not np.array_equal(good, candidate) and np.array_equal(run.state.good.expert, good)
-    measured(run, {"a": 1.3, "b": 1.3, "c": 0.5})
+    measured(run, {"a": 1.4, "b": 1.4, "c": 0.5})
     record = closed(run)[-1]
     assert record.repeated == record.rejected
     assert record.rejected == (
-        f"the candidate of round {made + 1} is rejected: 2 of 3 devices lose more than 0.2 nats of held-out "
+        f"the candidate of round {made + 1} is rejected: 2 of 3 devices lose more than 0.3 nats of held-out "
         f"likelihood; the global expert of round {made} comes back"
     )
     assert record.rejected in next(log.text for log in run.of(Log) if log.warning)
