@@ -20,6 +20,7 @@ STAGES = {
     Stage.STATISTICS: "class means",
     Stage.GLOBAL: "stage 1, global expert",
     Stage.HEAD: "head of the global expert",
+    Stage.CANARY: "canary, some devices measure the global expert",
     Stage.PERSONAL: "stage 2, local experts and gate",
     Stage.BASELINE: "baseline, every device alone",
     Stage.EVALUATE: "evaluation on test samples",
