@@ -23,6 +23,7 @@ from fedfmsl.protocol.messages import Ack, DeviceStatus, Round, Stage, Verdict
 from trainer_server.config import MAX_DEVICES, MIN_REPORTS
 from trainer_server.coordinator.adoption import canaries, rejection, with_last_good, with_verdict
 from trainer_server.coordinator.announce import COUNTED, announce, pack_globals, sal_of, sums_of
+from trainer_server.coordinator.candidates import Rollback
 from trainer_server.coordinator.events import (
     Command,
     CountRefusal,
@@ -42,6 +43,7 @@ from trainer_server.coordinator.limits import MAX_STRETCH, UNMERGED, devices_in_
 from trainer_server.coordinator.operator import act
 from trainer_server.coordinator.records import ClosedRound, listed
 from trainer_server.coordinator.refusals import LEFT_OUT_AFTER, LEFT_OUT_ROUNDS, refuse
+from trainer_server.coordinator.rollback import restart_position, rolled_back
 from trainer_server.coordinator.round_update import apply_round, left_out, scaled_down, with_former_head, without_sums
 from trainer_server.coordinator.secure_sums import MAX_REPEATS, asked_devices, secure_level, shortage
 from trainer_server.coordinator.selection import eligible_devices, select_devices
@@ -74,6 +76,8 @@ def advance(plan: Plan, state: State, event: Event, now: float) -> tuple[State, 
         return state, [Log(text)]
     if state.paused_at is not None:
         return state, []
+    if state.rollback is not None:
+        return _roll_back(plan, state, state.rollback, now)
     if state.announced is None:
         return _maybe_start(plan, state, now)
     if state.closing == state.round or is_complete(plan, state, state.announced):
@@ -349,6 +353,17 @@ def _close_round(plan: Plan, state: State, closing: Round, now: float) -> tuple[
     assert state.announced is not None
     lower = f" at level {state.announced.level}" if state.announced.level < closing.level else ""
     return state, [record, Log(f"{too_few}; repeating it{lower}", warning=True), *commands]
+
+
+def _roll_back(plan: Plan, state: State, rollback: Rollback, now: float) -> tuple[State, list[Command]]:
+    """Goes on with the global expert of an earlier round. The updates of the present round fit another one."""
+    assert state.announced is not None
+    text = f"rolled back to the global expert of round {rollback.round}"
+    records = [] if state.announced.stage is Stage.FINISHED else [_record(state, state.announced, now, text)]
+    position = restart_position(plan, state.position)
+    returned = replace(rolled_back(plan, state, position), repeats=0, stretch=1)
+    state, commands = _open_round(plan, returned, position, now)
+    return replace(state, recent=()), [*records, Log(text, warning=True), *commands]
 
 
 def _reject_candidate(

@@ -21,8 +21,8 @@ EXPERT = "expert"  # name of the tensor in the file of a kept global expert
 
 
 def restart_position(plan: Plan, position: int) -> int:
-    """The position of the schedule from which a run goes on that is rolled back at `position`. Sums for the head are not
-    asked for again: devices mask one sum of each kind in a session."""
+    """The position of the schedule from which a run goes on that is rolled back at `position`. Sums for the head are
+    not asked for again: devices mask one sum of each kind in a session."""
     step = plan.schedule[position]
     if (step.part[0] if step.part else step.stage) in (Stage.STATISTICS, Stage.GLOBAL):
         return plan.positions_of(step.part).start if step.part else position
@@ -31,8 +31,8 @@ def restart_position(plan: Plan, position: int) -> int:
 
 
 def rolled_back(plan: Plan, state: State, position: int) -> State:
-    """The state with the ordered global expert, to open the round at `position`. It is a candidate that has no other one
-    to be compared with. At the start of stage 2 the gate adapter is the initial one. SAL's level stays."""
+    """The state with the ordered global expert, to open the round at `position`. It is a candidate that has no other
+    one to be compared with. At the start of stage 2 the gate adapter is the initial one. SAL's level stays."""
     assert state.rollback is not None
     state = replace(
         state,
