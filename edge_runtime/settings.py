@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,7 @@ from fedfmsl.common.processors import usable_processors
 from fedfmsl.common.settings import MAX_THREADS, CommaSeparated, File, Fraction, SettingsModel, checked, panel
 from fedfmsl.protocol.frigate import check_state_topic
 from fedfmsl.protocol.messages import EngineChoice
+from fedfmsl.transport.address import listening_on
 from fedfmsl.transport.settings import (
     CONNECTION,
     HOME_ASSISTANT,
@@ -31,6 +33,7 @@ RUN, SAMPLES, RESOURCES, SCHEDULE, OUTPUT = (
 
 
 FrigateTopic = Annotated[str, checked(check_state_topic)]
+AuthorityAddress = Annotated[str, checked(partial(listening_on, what="the authority", insecure=True))]
 PageAddress = Annotated[str, served("the page", "insecure", "identity")]  # with an identity it uses TLS
 
 
@@ -86,6 +89,12 @@ class Settings(PredictSettings, LogSettings):
         description="Privacy budget ε that the updates of all runs may reach, at δ = 1e-5. The device takes no part in "
         "rounds that would pass it, or that have no noise. Default: no limit.",
         json_schema_extra=RUN,
+    )
+    authority: AuthorityAddress | None = Field(
+        None,
+        description="HOST:PORT of devices.provision serve, where the device renews its certificate when a third of its "
+        "life is left. Default: it is not renewed.",
+        json_schema_extra=CONNECTION,
     )
     stay: bool = Field(
         False,

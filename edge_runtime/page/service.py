@@ -29,7 +29,7 @@ def serve(settings: Settings) -> None:
         raise ConfigError(f"{FLAG} is missing; give the address of the page, like {FLAG} 127.0.0.1:8080")
     store = DeviceStore(settings.state)
     host, port = parse_listen(FLAG, settings.page)
-    context = server_context(FLAG, host, settings.identity, settings.insecure)
+    context = server_context(FLAG, host, store.renewed.newest(settings.identity), settings.insecure)
     token = None if is_loopback(host) else stored_token(store.page_token)
     desk = open_desk(store, settings.images.resolve(), settings.labels, settings.watch is not None)
     access = Access(host, port, token, context is not None)
