@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from enum import Enum
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -15,7 +14,7 @@ from fedfmsl.common.processors import usable_processors
 from fedfmsl.common.settings import MAX_THREADS, CommaSeparated, File, Fraction, SettingsModel, checked, panel
 from fedfmsl.protocol.frigate import check_state_topic
 from fedfmsl.protocol.messages import EngineChoice
-from fedfmsl.transport.address import listening_on
+from fedfmsl.transport.listening import parse_listen
 from fedfmsl.transport.settings import (
     CONNECTION,
     HOME_ASSISTANT,
@@ -23,8 +22,8 @@ from fedfmsl.transport.settings import (
     DeviceName,
     DiscoveryPrefix,
     MetricsAddress,
+    PageAddress,
     RunName,
-    served,
 )
 
 RUN, SAMPLES, RESOURCES, SCHEDULE, OUTPUT = (
@@ -33,8 +32,7 @@ RUN, SAMPLES, RESOURCES, SCHEDULE, OUTPUT = (
 
 
 FrigateTopic = Annotated[str, checked(check_state_topic)]
-AuthorityAddress = Annotated[str, checked(partial(listening_on, what="the authority", insecure=True))]
-PageAddress = Annotated[str, served("the page", "insecure", "identity")]  # with an identity it uses TLS
+AuthorityAddress = Annotated[str, checked(parse_listen)]
 
 
 class Secure(str, Enum):

@@ -61,6 +61,8 @@ def launch(settings: Settings) -> None:
     """Takes part in the run until it has finished. Raises FedFMSLError if that is not possible."""
     set_up_logging(settings.log, settings.log_file)
     check_folder(settings.images, "--images")
+    if settings.watch:
+        check_folder(settings.watch, "--watch")
     topics, store = Topics(settings.run, settings.topic_prefix), DeviceStore(settings.state)
     name = store.ensure_name(device_name(settings.device, settings.identity))
     with locked(store.root, "stop that process, or use another --state"), contextlib.ExitStack() as resources:
@@ -76,7 +78,7 @@ def launch(settings: Settings) -> None:
 
             serve_metrics(settings.metrics, lambda: families(health.newest), settings.insecure)
         if settings.page:
-            resources.enter_context(page_process(settings))
+            resources.enter_context(page_process(settings, store))
         connect(link, health)
         health.ready()
         prepared = _prepare(settings, link, topics, store, name, health)

@@ -53,9 +53,10 @@ class Gate:
     async def _check(self, request: Request) -> Response | None:
         """A response if the request goes no further. Sets `session`, `csrf` and `form` of its state."""
         access, path = self._access, request.url.path
-        session = access.session(request.cookies.get(access.cookie))
+        cookie = request.cookies.get(access.cookie)
+        session = access.session(cookie, request.scope.get("operator", ""))
         request.state.session, request.state.csrf, request.state.form = session, access.csrf(session), {}
-        request.state.can_sign_out = access.needs_token and session is not None
+        request.state.can_sign_out = access.is_signed_in(cookie)
         host = request.headers.get("host", "")
         if not access.is_host(host):
             return self._refuse(

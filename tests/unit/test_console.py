@@ -19,8 +19,9 @@ from support.stored_runs import closed_round, stored_run
 from support.web import ask, csrf_of
 
 from fedfmsl.protocol.messages import Activity, DeviceStatus, Health
+from fedfmsl.transport.listening import listen
 from fedfmsl.web.access import Access
-from fedfmsl.web.serve import WebServer, listen
+from fedfmsl.web.serve import WebServer
 from trainer_server.console import snapshot, views
 from trainer_server.console.pages import console
 from trainer_server.console.snapshot import RunReader, Runs, Snapshot
@@ -35,9 +36,9 @@ HOSTILE = "<script>alert(1)</script>"
 
 @contextmanager
 def open_console(folder: Path) -> Iterator[WebServer]:
-    listener = listen("--console", "127.0.0.1", 0)
-    access = Access("127.0.0.1", listener.getsockname()[1], None, encrypted=False)
-    with WebServer(console(folder, access), listener) as site:
+    listeners = listen("--console", "127.0.0.1", 0)
+    access = Access("127.0.0.1", listeners[0].getsockname()[1], None, encrypted=False)
+    with WebServer(console(folder, access), listeners) as site:
         yield site
 
 

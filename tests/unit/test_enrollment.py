@@ -254,6 +254,13 @@ def test_wrong_arguments_of_provision_are_named(pki: Path, arguments: tuple[str,
         run(provision, *arguments, "--pki", pki)
 
 
+def test_a_persons_key_gets_no_certificate_of_a_device(pki: Path, enrollment: Enrollment) -> None:
+    run(provision, "--pki", pki, "--operator", "anna")
+    request = renewal_request(new_key(), "anna", key_in(pki / "operators" / "anna.pem"))
+    with pytest.raises(ConfigError, match="device name 'anna' is reserved"):
+        enrollment.answer(request.encode(), NOW + timedelta(days=IDENTITY_DAYS * 2 / 3))
+
+
 def test_the_authority_reaches_devices_that_are_added_later(pki: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     address = f"127.0.0.1:{free_port()}"
     monkeypatch.setattr("signal.pause", lambda: None)

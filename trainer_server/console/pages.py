@@ -259,7 +259,7 @@ async def _action(request: Request) -> Response:
     reader = await _reader(request)
     snapshot = await run_in_threadpool(reader.snapshot)
     form: Mapping[str, str] = request.state.form if request.method == "POST" else request.query_params
-    operation = _operation(form, request.client.host if request.client else "")
+    operation = _operation(form, request.client.host if request.client else "", request.scope.get("operator", ""))
     if operation.action is not Action.DOWNLOAD and snapshot.ended is not None:
         raise HTTPException(409, "The run has ended; nothing can be changed.")
     if request.method == "GET":
@@ -276,16 +276,16 @@ async def _action(request: Request) -> Response:
             raise HTTPException(409, "Too many actions wait for the server. Is it running?")
     except OSError as error:
         raise HTTPException(507, f"The action cannot be stored ({error.strerror}). Is the disk full?") from error
-    logger.info("%s: %s, by %s", snapshot.folder, operation.action.value, operation.by)
+    logger.info("%s: %s, by %s", snapshot.folder, operation.action.value, f"{operation.name} {operation.by}".strip())
     if archive is not None:
         return _download(archive, "application/zip", f"{snapshot.origin.config.run}-global-expert.zip")
     return RedirectResponse(f"/runs/{reader.key}/{'devices' if operation.device else ''}", 303)
 
 
-def _operation(form: Mapping[str, str], by: str) -> Operation:
+def _operation(form: Mapping[str, str], by: str, name: str) -> Operation:
     fields = {name: form[name] for name in ("action", "device", "round", "seconds") if form.get(name)}
     try:
-        operation = Operation.model_validate({**fields, "by": by})
+        operation = Operation.model_validate({**fields, "by": by, "name": name})
     except ValidationError as error:
         raise HTTPException(400, "This is no action, or one of its values is not possible.") from error
     if operation.action in (Action.EXCLUDE, Action.INCLUDE) and not operation.device:
