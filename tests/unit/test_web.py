@@ -46,12 +46,21 @@ async def _live(request: Request) -> Response:
     return stream(lambda: {"a": f"<p id='a'>{next(COUNT)}</p>", "b": "<p id='b'></p>"}, seconds=0.01)
 
 
+async def _faulty(request: Request) -> Response:
+    raise ZeroDivisionError
+
+
 async def _slow(request: Request) -> Response:
     return stream(lambda: {"a": "<p id='a'></p>"}, seconds=60.0)
 
 
 COUNT = iter(range(1000))
-ROUTES = [Route("/", _show, methods=["GET", "POST"]), Route("/live", _live), Route("/slow", _slow)]
+ROUTES = [
+    Route("/", _show, methods=["GET", "POST"]),
+    Route("/live", _live),
+    Route("/slow", _slow),
+    Route("/faulty", _faulty),
+]
 
 
 def start(tmp_path: Path, token: str | None = None, context: Context | None = None) -> WebServer:
@@ -123,6 +132,10 @@ def test_a_page_escapes_texts_and_allows_no_scripts_but_its_own(site: WebServer)
     assert headers["cache-control"] == "no-store"
     assert ask(site, "/static/live.js")[0] == 200
     assert ask(site, "/static/../access.py")[0] == ask(site, "/nowhere")[0] == 404
+    assert "/nowhere is no page here." in ask(site, "/nowhere")[1]
+    status, text, faulty = ask(site, "/faulty")
+    assert (status, faulty["content-security-policy"]) == (500, policy)
+    assert "This page has a fault" in text
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sqlite3
 import tempfile
 import zipfile
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -17,7 +18,7 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from fedfmsl.errors import BundleError, ConfigError
+from fedfmsl.errors import BundleError, ConfigError, RunError
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.web.access import Access
 from fedfmsl.web.application import application, fragment, page
@@ -130,18 +131,17 @@ def _overview_values(request: Request, snapshot: Snapshot) -> Mapping[str, Any]:
 
 async def _overview(request: Request) -> Response:
     def values(request: Request, snapshot: Snapshot) -> Mapping[str, Any]:
-        return {**_overview_values(request, snapshot), "settings": _settings(snapshot), "classes": _classes(snapshot)}
+        return {
+            **_overview_values(request, snapshot),
+            "settings": views.settings(snapshot),
+            "classes": _classes(snapshot),
+        }
 
     return await _show(request, "overview.html", values)
 
 
 async def _live_overview(request: Request) -> Response:
     return await _live(request, _overview_values, "facts", "missing", "charts", "actions")
-
-
-def _settings(snapshot: Snapshot) -> list[tuple[str, str]]:
-    config = snapshot.origin.config.model_dump(mode="json", exclude_none=True)
-    return [(name.replace("_", " "), str(value)) for name, value in config.items()]
 
 
 def _classes(snapshot: Snapshot) -> tuple[str, ...]:
@@ -195,7 +195,10 @@ async def _round(request: Request) -> Response:
     reader = await _reader(request)
     number = request.path_params["number"]
     snapshot = await run_in_threadpool(reader.snapshot)
-    record = await run_in_threadpool(reader.record, number) if number < 2**31 else None
+    try:
+        record = await run_in_threadpool(reader.record, number) if number < 2**31 else None
+    except (RunError, sqlite3.Error, OSError, ValueError) as error:
+        raise HTTPException(503, "The files of the run cannot be read at this moment. Reload the page.") from error
     if record is None:
         raise HTTPException(404, f"Round {number} is not closed.")
     shown, part = views.part(sorted(record.updates.items()), _number(request.query_params.get("page", "1")))
