@@ -38,7 +38,7 @@ from edge_runtime.settings import Settings
 from edge_runtime.store import DeviceStore
 from edge_runtime.training.context import DeviceContext
 from edge_runtime.training.gate import Gate
-from edge_runtime.training.model import read_personal_model
+from edge_runtime.training.stored_model import read_personal_model
 from fedfmsl.common.backoff import Backoff
 from fedfmsl.common.class_folders import check_folder
 from fedfmsl.common.logs import fields, set_up_logging
