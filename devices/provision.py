@@ -160,14 +160,19 @@ def sign(
 
 @app.command()
 def serve(
-    address: str = typer.Argument(metavar="ADDRESS", help="HOST:PORT as devices reach this machine."),
+    address: str = typer.Argument(
+        metavar="ADDRESS", help="HOST:PORT as devices reach this machine. Kept for devices that are added later."
+    ),
     pki: Path = PKI,
 ) -> None:
     """Answer requests over HTTPS until interrupted: those with a token, and renewals of valid certificates."""
     from devices.provisioning.authority_server import serve as start  # the other commands need no web server
 
     fleet = _fleet(pki)
+    with fleet.locked():
+        settings = fleet.settings([], None, None) | {"authority": address}
     with start(Enrollment(fleet), address, fleet.report):
+        fleet.store_settings(settings)
         fleet.report(f"answers requests at {address}; stop it with Ctrl-C")
         signal.pause()
 

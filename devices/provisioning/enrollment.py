@@ -77,7 +77,8 @@ class Enrollment:
         return device_file(name, settings, {"identity": pem(certificate) + authority.certificate_pem})
 
     def _check_name(self, name: str) -> None:
-        if name in RESERVED or name == HOME_ASSISTANT:  # their files are made on this machine
+        # the identities of these are made on this machine, and have other rights
+        if name in RESERVED or name == HOME_ASSISTANT or self.fleet.is_operator(name):
             raise ConfigError(f"device name {name!r} is reserved; choose another")
         if self.fleet.is_operator(name):
             raise ConfigError(f"{name} is an operator; choose another name for the device")

@@ -9,7 +9,7 @@ PKI/devices/NAME.toml   a device's settings and identity: copy it to the device,
 PKI/homeassistant.crt, .key     Home Assistant's, if it is among the names
 PKI/issued/NAME.crt     all certificates of a member, of the server and of the broker, so that they can be revoked
 PKI/tokens/NAME.json    the one-time token of a device that makes its key itself (see `devices.provisioning.enrollment`)
-PKI/fleet.toml          run and broker for devices that are added later
+PKI/fleet.toml          run, broker and authority for devices that are added later
 PKI/lock                held by the process that issues or revokes certificates
 PKI/broker/             the kit: copy it to the broker
 """
@@ -80,14 +80,14 @@ class Fleet:
     def settings(
         self, hosts: Sequence[str], run: str | None, broker: str | None, prefix: str | None = None
     ) -> dict[str, str]:
-        """Run, broker and topic prefix that devices get: the arguments, else the stored values.
+        """Run, broker, topic prefix and authority that devices get: the arguments, else the stored values.
 
         Raises ConfigError if they are invalid.
         """
         path = self.folder / "fleet.toml"
         stored = read_table(path) if path.is_file() else {}
         found = {"run": run or stored.get("run"), "broker": broker or stored.get("broker")}
-        found["topic_prefix"] = prefix or stored.get("topic_prefix")
+        found |= {"topic_prefix": prefix or stored.get("topic_prefix"), "authority": stored.get("authority")}
         if hosts:
             found["broker"] = broker or f"mqtts://{netloc(hosts[0])}"
         settings = {key: value for key, value in found.items() if value}

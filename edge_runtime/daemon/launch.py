@@ -38,7 +38,7 @@ from edge_runtime.settings import Settings
 from edge_runtime.store import DeviceStore
 from edge_runtime.training.context import DeviceContext
 from edge_runtime.training.gate import Gate
-from edge_runtime.training.model import read_personal_model
+from edge_runtime.training.stored_model import read_personal_model
 from fedfmsl.common.backoff import Backoff
 from fedfmsl.common.class_folders import check_folder
 from fedfmsl.common.logs import fields, set_up_logging
@@ -64,6 +64,7 @@ def launch(settings: Settings) -> None:
     topics, store = Topics(settings.run, settings.topic_prefix), DeviceStore(settings.state)
     name = store.ensure_name(device_name(settings.device, settings.identity))
     with locked(store.root, "stop that process, or use another --state"), contextlib.ExitStack() as resources:
+        settings = with_newest_identity(settings, store)
         link = device_link(settings.broker, topics, name, settings.identity, settings.insecure)
         sensors = Sensors(zones=settings.thermal_zones)
         if settings.max_temperature is not None and sensors.read().temperature is None:
@@ -78,6 +79,10 @@ def launch(settings: Settings) -> None:
             resources.enter_context(page_process(settings, store))
         connect(link, health)
         health.ready()
+        if settings.authority and settings.identity == store.renewed.path:
+            from edge_runtime.daemon.renewal import Renewal  # takes 8 MB of memory
+
+            resources.enter_context(Renewal(store.renewed, settings.authority, link.renew_identity))
         prepared = _prepare(settings, link, topics, store, name, health)
         bundle = prepared.bundle
         announcer = Announcer(link, topics, name, _introduction(settings, topics, name, bundle), settings.frigate)
@@ -103,6 +108,17 @@ def launch(settings: Settings) -> None:
             )
             resources.enter_context(watcher)
         loop.serve()
+
+
+def with_newest_identity(settings: Settings, store: DeviceStore) -> Settings:
+    """With the identity that this device has renewed, or may renew (see `edge_runtime.daemon.renewal`)."""
+    if settings.identity is None:
+        return settings
+    newest = store.renewed.newest(settings.identity)
+    if settings.authority:
+        with contextlib.suppress(OSError):  # a full disk: the next start tries again
+            newest = store.renewed.adopt(settings.identity)
+    return settings.model_copy(update={"identity": newest})
 
 
 def connect(link: Link, health: HealthReporter, backoff: Backoff = CLOCK) -> None:

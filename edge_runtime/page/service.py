@@ -31,7 +31,7 @@ def serve(settings: Settings) -> None:
         raise ConfigError(f"{FLAG} is missing; give the address of the page, like {FLAG} 127.0.0.1:8080")
     store = DeviceStore(settings.state)
     host, port = parse_listen(settings.page)
-    context = page_context(host, settings.identity)
+    context = page_context(host, store.renewed.newest(settings.identity))
     token = None if is_loopback(host) else stored_token(store.page_token)
     desk = open_desk(store, settings.images.resolve(), settings.labels, settings.watch is not None)
     access = Access(host, port, token, context is not None)
