@@ -41,6 +41,7 @@ class Checkpoint(BaseModel):
     devices: list[DeviceStatus]
     expected: list[str]
     refused: dict[str, Refused]
+    silent: dict[str, int] = {}
     counted: list[tuple[int, str]]
     keys_round: int = 0
     secure_level: int = 0
@@ -48,6 +49,7 @@ class Checkpoint(BaseModel):
     survivors: tuple[str, ...] = ()
     classes: tuple[int, ...] = ()
     former_nlls: dict[str, float] = {}
+    waiting: bool = False
     paused_at: float | None = None
     closing: int = 0
     excluded: list[str] = []
@@ -72,6 +74,7 @@ class Checkpoint(BaseModel):
             devices=list(state.devices.values()),
             expected=sorted(state.expected),
             refused=dict(state.refused),
+            silent=dict(state.silent),
             counted=sorted(state.counted),
             keys_round=state.secure.keys_round,
             secure_level=state.secure.level,
@@ -79,6 +82,7 @@ class Checkpoint(BaseModel):
             survivors=state.secure.survivors,
             classes=state.secure.classes,
             former_nlls=dict(state.former.nlls),
+            waiting=state.waiting,
             paused_at=state.paused_at,
             closing=state.closing,
             excluded=sorted(state.excluded),
@@ -119,9 +123,11 @@ class Checkpoint(BaseModel):
             devices={status.device: status for status in self.devices},
             expected=frozenset(self.expected),
             refused=self.refused,
+            silent=self.silent,
             counted=frozenset(self.counted),
             secure=secure,
             former=FormerHead(vectors["former_head"], self.former_nlls),
+            waiting=self.waiting,
             paused_at=self.paused_at,
             closing=self.closing,
             excluded=frozenset(self.excluded),

@@ -28,11 +28,13 @@ CREATE TABLE IF NOT EXISTS devices (device TEXT PRIMARY KEY, status TEXT, health
 
 class ServerView(BaseModel):
     """The server at the moment `seen` (unix seconds). `deadline`: that of the present round, or of the wait for
-    devices; None if there is none now. `excluded`: devices that the operator has excluded."""
+    devices; None if there is none now. `waits`: what the run waits for, if too few devices can answer. `excluded`:
+    devices that the operator has excluded."""
 
     seen: float
     deadline: float | None = None
     paused: bool = False
+    waits: str = ""
     round_timeout: float = 0.0
     excluded: tuple[str, ...] = ()
 
