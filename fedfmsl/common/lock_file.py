@@ -19,13 +19,14 @@ _WHOLE_FILE = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
 
 
 @contextmanager
-def held(path: Path) -> Iterator[None]:
+def held(path: Path, wait: bool = False) -> Iterator[None]:
     """Holds the lock until the end of the block or of the process. Child processes do not inherit it.
 
-    Raises BlockingIOError if another process holds it, OSError if the file cannot be opened.
+    If another process or thread holds it: with `wait` waits for it, otherwise raises BlockingIOError. Raises OSError if
+    the file cannot be opened.
     """
     with path.open("a") as file:
-        fcntl.fcntl(file, fcntl.F_OFD_SETLK, _WHOLE_FILE)
+        fcntl.fcntl(file, fcntl.F_OFD_SETLKW if wait else fcntl.F_OFD_SETLK, _WHOLE_FILE)
         with contextlib.suppress(OSError):  # a full disk
             file.truncate(0)
             file.write(f"{os.getpid()}\n")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from support.bundles import Built
 from support.coordinators import PRIVACY, CoordinatorRun, make_update, plan_for
+from support.stored_runs import closed_round
 from typer.testing import CliRunner
 
 from fedfmsl.algorithms.accounting import gaussian_epsilon
@@ -99,6 +100,14 @@ def test_status_and_a_server_that_starts_show_what_the_operator_has_done(
     waits = ServerView(seen=time.time(), waits="2 devices must answer and 1 can")
     Observations(store.folder).save(waits, {})
     assert rows(store)["waits"] == waits.waits
+
+
+def test_status_names_rejected_candidates(store: RunStore) -> None:
+    assert "rejected" not in rows(store)
+    record = closed_round("r", 3, 4, ["a", "b"]).model_copy(update={"rejected": "the candidate of round 2 is rejected"})
+    store.commit([], [closed_round("r", 2, 4, ["a", "b"]), record])
+    assert rows(store)["rejected"].startswith("in round 3: the candidate of round 2 is")
+    assert as_json(store)["rejected"] == {"3": "the candidate of round 2 is rejected"}
 
 
 def test_status_names_devices_that_are_left_out_and_those_that_rarely_took_part(

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 from fedfmsl.algorithms.secure_aggregation import MIN_DEVICES
-from fedfmsl.protocol.messages import DeviceStatus
+from fedfmsl.protocol.messages import DeviceStatus, Stage
+from trainer_server.config import MIN_REPORTS
 from trainer_server.coordinator.records import listed
 from trainer_server.coordinator.state import Plan, State
 
@@ -23,12 +24,16 @@ REMEDY = (
 
 def needed_updates(plan: Plan, state: State) -> int:
     """How many updates the present round needs."""
-    least = state.limits.min_updates
-    return least if plan.schedule[state.position].part is None else max(least, MIN_DEVICES)
+    step, least = plan.schedule[state.position], state.limits.min_updates
+    if step.stage is Stage.CANARY:
+        return MIN_REPORTS
+    return least if step.part is None else max(least, MIN_DEVICES)
 
 
 def must_wait(plan: Plan, state: State) -> bool:
-    """Whether another repeat of the present round would be in vain."""
+    """Whether another repeat of the present round would be in vain. A canary round is left out instead."""
+    if plan.schedule[state.position].stage is Stage.CANARY:
+        return False
     often = state.repeats + 1 >= WAITS_AFTER and state.limits.max_repeats is None
     return often and is_short(plan, state)
 
