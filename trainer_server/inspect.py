@@ -19,6 +19,7 @@ from trainer_server.coordinator.records import NAMES, listed, rare_devices
 from trainer_server.coordinator.refusals import LEFT_OUT_AFTER, is_left_out, left_out_of_sums
 from trainer_server.service.lifecycle import make_plan, open_bundle, replay_rounds
 from trainer_server.service.run_log import PAUSED
+from trainer_server.storage.kept_experts import KeptExperts
 from trainer_server.storage.model_card import result_of, write_card
 from trainer_server.storage.observations import read_observations
 from trainer_server.storage.peft_adapter import write_adapter
@@ -78,6 +79,8 @@ def _facts(store: RunStore) -> dict[str, Any]:
         facts |= {"left_out": left_out} if left_out else {}
         silent = left_out_of_sums(checkpoint[0].silent, announced.round)
         facts |= {"left_out_of_sums": silent} if silent else {}
+    if kept := KeptExperts(store.folder).rounds():
+        facts["rollback_to"] = kept
     if rejected := store.rejections():
         facts["rejected"] = {str(number): why for number, why in rejected.items()}
     if since and store.ended is None:
@@ -129,6 +132,8 @@ def _rows(facts: dict[str, Any]) -> dict[str, str]:
     del rows["bytes"]
     if "stage" in facts:
         rows["stage"] = f"{facts['stage']}, round {rows.pop('stage round')} of {rows.pop('stage rounds')}"
+    if "rollback_to" in facts:
+        rows["rollback to"] = f"round {', '.join(map(str, facts['rollback_to']))}"
     if "rejected" in facts:
         rows["rejected"] = "; ".join(f"in round {number}: {why}" for number, why in facts["rejected"].items())
     if "left_out" in facts:

@@ -6,11 +6,9 @@ import contextlib
 import itertools
 import logging
 import time
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 
 from edge_runtime.daemon.announce import Announcer, Message, device_link, rate_limited
 from edge_runtime.daemon.download import fetch_bundle, wait_for_server
@@ -81,6 +79,10 @@ def launch(settings: Settings) -> None:
             resources.enter_context(page_process(settings, store))
         connect(link, health)
         health.ready()
+        if settings.authority and settings.identity == store.renewed.path:
+            from edge_runtime.daemon.renewal import Renewal  # takes 8 MB of memory
+
+            resources.enter_context(Renewal(store.renewed, settings.authority, link.renew_identity))
         try:
             prepared = _prepare(settings, link, topics, store, name, health)
         except RunOverError:
@@ -94,8 +96,6 @@ def launch(settings: Settings) -> None:
         announcer = Announcer(link, topics, name, _introduction(settings, topics, name, bundle), settings.frigate)
         control = StepControl()
         runner = _runner(settings, prepared, store, name, link, control)
-        if settings.authority and settings.identity == store.renewed.path:
-            resources.enter_context(_renewal(settings.authority, store, link, runner))
         loop = DaemonLoop(
             topics,
             link,
@@ -127,16 +127,6 @@ def with_newest_identity(settings: Settings, store: DeviceStore) -> Settings:
         with contextlib.suppress(OSError):  # a full disk: the next start tries again
             newest = store.renewed.adopt(settings.identity)
     return settings.model_copy(update={"identity": newest})
-
-
-def _renewal(authority: str, store: DeviceStore, link: Link, runner: RoundRunner) -> AbstractContextManager[object]:
-    from edge_runtime.daemon.renewal import Renewal  # takes 8 MB of memory
-
-    def renewed(identity: Path) -> None:
-        link.renew_identity(identity)
-        runner.forget_identity()
-
-    return Renewal(store.renewed, authority, renewed)
 
 
 def connect(link: Link, health: HealthReporter, backoff: Backoff = CLOCK) -> None:

@@ -7,7 +7,9 @@ import os
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from click.testing import Result
 from support.bundles import Built
 from support.coordinators import PRIVACY, CoordinatorRun, make_update, plan_for
 from support.stored_runs import closed_round
@@ -23,7 +25,9 @@ from trainer_server.coordinator.operator import Action, Operation
 from trainer_server.coordinator.refusals import LEFT_OUT_AFTER, LEFT_OUT_ROUNDS
 from trainer_server.service.lifecycle import open_run
 from trainer_server.service.run_log import log_standing
+from trainer_server.storage.kept_experts import KeptExperts
 from trainer_server.storage.observations import Observations, ServerView
+from trainer_server.storage.operations import Operations
 from trainer_server.storage.run_store import LoggedEvent, RunStore
 
 
@@ -100,6 +104,22 @@ def test_status_and_a_server_that_starts_show_what_the_operator_has_done(
     waits = ServerView(seen=time.time(), waits="2 devices must answer and 1 can")
     Observations(store.folder).save(waits, {})
     assert rows(store)["waits"] == waits.waits
+
+
+def test_the_command_returns_to_a_kept_round_or_names_those_that_are_kept(store: RunStore) -> None:
+    def rollback(number: int) -> Result:
+        return CliRunner().invoke(app, ["rollback", str(number), "--out", str(store.folder)])
+
+    assert "keeps no global expert yet" in str(rollback(1).exception)
+    for number in (3, 4):
+        KeptExperts(store.folder).write(number, np.zeros(3, np.float32))
+    assert "round 5 is not kept; those of these rounds are: 3, 4" in str(rollback(5).exception)
+    assert rows(store)["rollback to"] == "round 3, 4"
+    assert "when its server is started again" in rollback(3).stdout
+    ((_, operation),) = Operations(store.folder).waiting()
+    assert operation is not None and (operation.action, operation.round) == (Action.ROLLBACK, 3)
+    store.commit([], ended="too few updates")
+    assert "has failed (too few updates)" in str(rollback(3).exception)
 
 
 def test_status_names_rejected_candidates(store: RunStore) -> None:

@@ -23,6 +23,7 @@ from fedfmsl.protocol.messages import Ack, DeviceStatus, Round, Stage, Verdict
 from trainer_server.config import MAX_DEVICES, MIN_REPORTS
 from trainer_server.coordinator.adoption import canaries, rejection, with_last_good, with_verdict
 from trainer_server.coordinator.announce import COUNTED, announce, pack_globals, sal_of, sums_of
+from trainer_server.coordinator.candidates import Rollback
 from trainer_server.coordinator.events import (
     Command,
     CountRefusal,
@@ -49,6 +50,7 @@ from trainer_server.coordinator.refusals import (
     left_out_of_sums,
     refuse,
 )
+from trainer_server.coordinator.rollback import restart_position, rolled_back
 from trainer_server.coordinator.round_update import apply_round, left_out, scaled_down, with_former_head, without_sums
 from trainer_server.coordinator.secure_sums import MAX_REPEATS, asked_devices, secure_level, shortage
 from trainer_server.coordinator.selection import eligible_devices, select_devices
@@ -82,6 +84,8 @@ def advance(plan: Plan, state: State, event: Event, now: float) -> tuple[State, 
         return state, [Log(text)]
     if state.paused_at is not None:
         return state, []
+    if state.rollback is not None:
+        return _roll_back(plan, state, state.rollback, now)
     if state.announced is None:
         return _maybe_start(plan, state, now)
     if state.closing == state.round or is_complete(plan, state, state.announced):
@@ -398,6 +402,17 @@ def _go_on(plan: Plan, state: State, waited: Round, now: float) -> tuple[State, 
     record = _record(state, waited, now, "it waited for devices that it did not ask")
     state, commands = _open_round(plan, state, state.position, now)
     return state, [record, Log(f"round {waited.round} waited; enough devices can answer now"), *commands]
+
+
+def _roll_back(plan: Plan, state: State, rollback: Rollback, now: float) -> tuple[State, list[Command]]:
+    """Goes on with the global expert of an earlier round. The updates of the present round fit another one."""
+    assert state.announced is not None
+    text = f"rolled back to the global expert of round {rollback.round}"
+    records = [] if state.announced.stage is Stage.FINISHED else [_record(state, state.announced, now, text)]
+    position = restart_position(plan, state.position)
+    returned = replace(rolled_back(plan, state, position), repeats=0, stretch=1)
+    state, commands = _open_round(plan, returned, position, now)
+    return replace(state, recent=()), [*records, Log(text, warning=True), *commands]
 
 
 def _reject_candidate(

@@ -23,7 +23,7 @@ from fedfmsl.protocol.layout import Layout
 from fedfmsl.protocol.messages import DeviceStatus, Round, Stage, Sums, Update
 from fedfmsl.protocol.secure_sums import SignedKeys
 from trainer_server.config import Head, RunConfig
-from trainer_server.coordinator.candidates import LastGood
+from trainer_server.coordinator.candidates import LastGood, Rollback
 from trainer_server.coordinator.former_head import FormerHead
 from trainer_server.coordinator.limits import Limits
 from trainer_server.coordinator.refusals import Refused
@@ -53,7 +53,8 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is constant during a run. `read` loads the tensors of an accepted update by the SHA-256 of its blob.
+    """What is constant during a run. `read` loads the tensors of an accepted update, or of a global expert that the
+    operator returns to, by the SHA-256 of the blob.
 
     `check_keys` raises MessageError if signed keys are not valid. Without `masks`, as in a simulation, the vectors of
     secure sums are not masked, and have the same sum. `scratch`: the folder for what of a round does not fit in memory;
@@ -207,8 +208,8 @@ class State:
 
     `waiting`: the run waits until enough devices can answer (see `trainer_server.coordinator.waiting`).
 
-    What the operator has done: `paused_at` is when the run was paused, `closing` the round to close now, `excluded` the
-    devices that take part no more.
+    What the operator has done: `paused_at` is when the run was paused, `rollback` where it returns to, `closing` the
+    round to close now, `excluded` the devices that take part no more.
     """
 
     expert: Vector
@@ -240,6 +241,7 @@ class State:
     made: int = 0
     good: LastGood = field(default_factory=LastGood)
     paused_at: float | None = None
+    rollback: Rollback | None = None
     closing: int = 0
     excluded: frozenset[str] = frozenset()
 

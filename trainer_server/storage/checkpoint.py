@@ -1,6 +1,7 @@
 """The state of a run when a round opens, as JSON and tensors. A restarted server resumes from it.
 
-It holds no updates, because a checkpoint is written before the first update of a round arrives.
+It holds no updates, because a checkpoint is written before the first update of a round arrives; and no rollback,
+because the round that opens is the one that a rollback leads to.
 """
 
 from __future__ import annotations
