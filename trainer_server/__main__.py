@@ -28,6 +28,7 @@ from trainer_server.service.console_job import console_job, start_console
 from trainer_server.service.lifecycle import NO_CHANGES, open_bundle, open_run, run_server
 from trainer_server.service.loop import FINISHED
 from trainer_server.service.purge import purge as remove_retained
+from trainer_server.service.run_log import log_standing
 from trainer_server.service.stored import require_unchanged
 from trainer_server.settings import ConsoleSettings, PurgeSettings, ResumeSettings, ServerSettings, ServiceSettings
 from trainer_server.storage.kept_experts import KeptExperts
@@ -81,6 +82,8 @@ def _coordinate(
         logger.info(f"run {run!r} at {store.folder} has ended ({store.ended}); for a new one choose another --out")
     elif store.checkpoint() is not None:
         logger.info(f"resuming run {run!r} at {store.folder}")
+    if store.ended is None:
+        log_standing(*store.standing())
     identity, insecure = settings.identity, settings.insecure
     if settings.allowed is not None and len(settings.allowed) < store.origin.config.devices:
         raise ConfigError(

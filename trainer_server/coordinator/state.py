@@ -195,7 +195,8 @@ class State:
 
     Round: `position` in the schedule is -1 while the server waits for devices. `since` is the time of the
     announcement. `expected` are the selected devices. `updates` are the accepted updates of the present round.
-    `refused`: devices whose latest updates were refused.
+    `refused`: devices whose latest updates were refused. `silent`: those that did not answer in a secure sum, each with
+    the last round that leaves it out.
 
     Deadlines: `limits` are the settings that may change. `stretch`: how many times as long as `--round-timeout` a round
     lasts. `slowest`: by stage, the longest time from an announcement to an update, in seconds.
@@ -204,6 +205,8 @@ class State:
     accepted in these rounds and in the last REMEMBERED_ROUNDS. A second update with such a key is a duplicate.
 
     `secure`: the secure aggregation in progress. `former`: what is known of the head of stage 1.
+
+    `waiting`: the run waits until enough devices can answer (see `trainer_server.coordinator.waiting`).
 
     What the operator has done: `paused_at` is when the run was paused, `rollback` where it returns to, `closing` the
     round to close now, `excluded` the devices that take part no more.
@@ -228,11 +231,13 @@ class State:
     devices: Mapping[str, DeviceStatus] = field(default_factory=dict)
     expected: frozenset[str] = frozenset()
     refused: Mapping[str, Refused] = field(default_factory=dict)
+    silent: Mapping[str, int] = field(default_factory=dict)
     updates: Mapping[Key, Accepted] = field(default_factory=dict)
     recent: tuple[Round, ...] = ()
     counted: frozenset[Key] = frozenset()
     secure: SecureSums = NO_SUMS
     former: FormerHead = field(default_factory=FormerHead)
+    waiting: bool = False
     made: int = 0
     good: LastGood = field(default_factory=LastGood)
     paused_at: float | None = None

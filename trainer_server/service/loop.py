@@ -24,6 +24,7 @@ from fedfmsl.transport.identity import describe_expiry
 from fedfmsl.transport.link import Connected, Disconnected, Link, LinkEvent, Oversize, Received, SubscriptionRefused
 from fedfmsl.transport.message_size import largest_message
 from fedfmsl.transport.settings import SERVER_NAME
+from trainer_server.coordinator import waiting
 from trainer_server.coordinator.advance import advance, next_deadline
 from trainer_server.coordinator.announce import announcement
 from trainer_server.coordinator.events import (
@@ -375,6 +376,7 @@ class Service:
                 seen=seen,
                 deadline=seen + left if math.isfinite(left) else None,
                 paused=state.paused_at is not None,
+                waits=waiting.reason(self._plan, state) if state.waiting else "",
                 round_timeout=state.limits.round_timeout,
                 excluded=tuple(sorted(state.excluded)),
                 acted=self._acted,

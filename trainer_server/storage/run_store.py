@@ -45,7 +45,7 @@ from trainer_server.coordinator.events import (
     UpdateSeen,
 )
 from trainer_server.coordinator.limits import Limits
-from trainer_server.coordinator.operator import Operation
+from trainer_server.coordinator.operator import Operation, after_operations
 from trainer_server.coordinator.records import ClosedRound, RoundSummary
 from trainer_server.coordinator.state import TRAINING, State
 from trainer_server.storage.checkpoint import Checkpoint, vectors_of
@@ -407,6 +407,16 @@ class RunStore:
             " (SELECT coalesce(max(seq), 0) FROM checkpoints) GROUP BY 1 ORDER BY 1"
         )
         return dict(self._db.execute(query).fetchall())
+
+    def standing(self) -> tuple[bool, frozenset[str]]:
+        """Whether the operator has paused the run, and the devices that the operator has excluded."""
+        last = "SELECT coalesce(max(seq), 0) FROM checkpoints"
+        rows = self._db.execute(f"SELECT body FROM events WHERE kind = 'operator' AND seq > ({last}) ORDER BY seq")
+        operations = [parse(Operation, body.encode()) for (body,) in rows.fetchall()]
+        checkpoint = self.checkpoint()
+        if checkpoint is None:
+            return after_operations(False, (), operations)
+        return after_operations(checkpoint[0].paused_at is not None, checkpoint[0].excluded, operations)
 
     def participation(self, after: int = 0, until: int = 1 << 62) -> tuple[dict[str, int], int]:
         """In how many training rounds with a number above `after` and up to `until` each device took part, and how many
