@@ -56,6 +56,36 @@ def check(read: tuple[Settings, Path | None]) -> None:
 
 
 @app.command()
+def enroll(
+    token: str | None = typer.Argument(
+        None, envvar="FEDFMSL_TOKEN", help="What python -m devices.provision token printed. Not with --install."
+    ),
+    authority: str | None = typer.Option(
+        None, help="HOST:PORT of python -m devices.provision serve, which answers at once."
+    ),
+    out: Path | None = typer.Option(None, help="Write the request to this file, for python -m devices.provision sign."),
+    install: Path | None = typer.Option(None, help="Complete the device's file with this answer of sign."),
+    folder: Path = typer.Option(Path(), help="Where the device's file is written, NAME.toml."),
+) -> None:
+    """Make this device's key, and get its certificate. The key stays on this device."""
+    from edge_runtime.enrollment import ask_authority, install_answer, write_request
+
+    if [authority, out, install].count(None) != 2:
+        raise ConfigError("pass one of --authority HOST:PORT, --out REQUEST and --install ANSWER")
+    if install is not None:
+        written = install_answer(install, folder)
+    elif token is None:
+        raise ConfigError("the token is missing; pass what python -m devices.provision token NAME printed")
+    elif out is not None:
+        print(write_request(token, out, folder))
+        return
+    else:
+        assert authority is not None
+        written = ask_authority(token, authority, folder)
+    print(f"wrote {written}; install the daemon with: python -m devices.install {written} --images DIR")
+
+
+@app.command()
 @with_settings(StateSettings, Settings)
 def status(
     settings: StateSettings,
@@ -128,6 +158,7 @@ def predict(
         else:
             store = DeviceStore(settings.state)
             if publish:
+                settings = settings.model_copy(update={"identity": store.renewed.newest(settings.identity)})
                 resources.enter_context(locked(store.root, "end it first, or set its `watch` instead of --publish"))
             if inbox is not None:
                 wait_for_model(store)

@@ -177,7 +177,6 @@ class _Spec:
             preprocessing=source.preprocessing,
             experts=self.experts,
             gate=self.gate,
-            classes=len(self.classes),
             levels=self.levels,
             precision=self.precision,
         )

@@ -17,8 +17,8 @@ from onnx.external_data_helper import load_external_data_for_tensor, uses_extern
 
 from edge_runtime.store import DeviceStore
 from edge_runtime.training.adoption import SCORES
-from edge_runtime.training.model import mark_exported, open_model_bundle, read_personal_model
 from edge_runtime.training.personal_model import ModelHeader
+from edge_runtime.training.stored_model import mark_exported, open_model_bundle, read_personal_model
 from fedfmsl.common.files import write_atomically
 from fedfmsl.protocol.bundle import Bundle
 
@@ -80,6 +80,8 @@ def assemble(store: DeviceStore, bundle_path: Path | None) -> AssembledModel:
     model.graph.input.extend(inputs)
     for name, tensor in sorted(tensors.items()):  # the order in a safetensors file varies
         model.graph.initializer.append(numpy_helper.from_array(tensor, name))
+    probabilities = next(value for value in model.graph.output if value.name == "probabilities")
+    probabilities.type.tensor_type.shape.dim[1].dim_value = len(header.held)  # C, which the template leaves open
     return AssembledModel(header, bundle, model, frozen)
 
 

@@ -1,6 +1,7 @@
 """The state directory: the files that a device needs after a restart.
 
 STATE/identity           the device's name, created at the first start
+STATE/identity.pem, next.key   see `edge_runtime.store.identity_store`
 STATE/session            see `edge_runtime.store.outbox`
 STATE/outbox/ROUND       updates that the server has not acknowledged
 STATE/globals/SHA256     global blobs that the device has received
@@ -39,6 +40,7 @@ from pathlib import Path
 
 from edge_runtime.store.budget_store import BudgetStore
 from edge_runtime.store.global_store import GlobalStore
+from edge_runtime.store.identity_store import IdentityStore
 from edge_runtime.store.outbox import Outbox
 from edge_runtime.store.secure_store import SecureStore
 from fedfmsl.common.files import FULL, write_atomically
@@ -57,6 +59,7 @@ class DeviceStore:
         self.globals = GlobalStore(root)
         self.secure = SecureStore(root)
         self.budget = BudgetStore(root)
+        self.renewed = IdentityStore(root)
 
     @property
     def cache(self) -> Path:
@@ -183,6 +186,7 @@ class DeviceStore:
         """Removes the temporary files of a killed process. No other process may write at the same time."""
         files = [self.personal, self.baseline, self.residual, self.results, self.mixture, self.personalized]
         files += [self.health, self.skipped, self.exported, self.budget.path, self.secure.path]
+        files += [self.renewed.path, self.renewed.next_key]
         temporary = [path for folder in ("globals", "outbox") for path in (self.root / folder).glob(".*")]
         temporary += [each for path in files for each in path.parent.glob(f".{path.name}.*")]
         for path in temporary:

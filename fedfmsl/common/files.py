@@ -13,6 +13,14 @@ ADDED_BYTES = 32  # that a temporary name may have more than the name of its fil
 NO_DESCRIPTORS = "no more files can be opened; raise the limit of open files (LimitNOFILE= of a service, ulimit -n)"
 FOLDER = "is a folder"  # why a path is not the name of a file
 FULL = {errno.ENOSPC, errno.EDQUOT}  # error numbers of a full disk
+FAILING = {
+    errno.EIO,
+    errno.EROFS,
+    errno.ENODEV,
+    errno.ENXIO,
+    errno.ESTALE,
+    errno.EUCLEAN,
+}  # of one that fails, or is gone
 EXHAUSTED = {errno.EMFILE, errno.ENFILE}  # error numbers without a free descriptor
 
 
@@ -38,15 +46,18 @@ def why_no_file(path: Path) -> str:
     return FOLDER if stat.S_ISDIR(mode) else "is neither a file nor a folder"
 
 
-def write_atomically(path: Path, data: bytes | Iterable[bytes], durable: bool = False) -> None:
+def write_atomically(path: Path, data: bytes | Iterable[bytes], durable: bool = False, private: bool = False) -> None:
     """Writes `path` so that a reader sees either the old or all of the new bytes, also after a crash.
 
-    `data`: the bytes, or their parts. With `durable` the file survives a power failure right after the call.
+    `data`: the bytes, or their parts. With `durable` the file survives a power failure right after the call. With
+    `private` its owner alone may read it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{shortened(path.name)}.{os.getpid()}")
     try:
         with temporary.open("wb") as file:
+            if private:
+                os.fchmod(file.fileno(), 0o600)
             file.writelines([data] if isinstance(data, bytes) else data)
             if durable:
                 file.flush()

@@ -30,7 +30,8 @@ Positive = Annotated[int, Field(ge=1, le=MAX_NUMBER)]
 Level = Annotated[int, Field(ge=0, le=1024)]
 ChunkBytes = Annotated[int, AfterValidator(check_chunk_size)]
 Count = Annotated[int, Field(ge=0, le=2**53)]  # also exact as a float
-Amount = Annotated[float, Field(ge=0, le=2**53)]
+MAX_AMOUNT = 2**53
+Amount = Annotated[float, Field(ge=0, le=MAX_AMOUNT)]
 
 
 class Message(BaseModel):
@@ -50,12 +51,13 @@ class Stage(str, Enum):
     BASELINE = "baseline"  # train alone, for comparison; nothing is aggregated
     EVALUATE = "evaluate"  # measure on the test split, write the personalized model
     FINISHED = "finished"  # nothing more to do
-    # Secure sums: around the masked vectors of `holders` and of `statistics` or `head`. Last, because the shuffles of
-    # training depend on a stage's position.
+    # The shuffles of training depend on a stage's position, so all others follow.
+    # Secure sums: around the masked vectors of `holders` and of `statistics` or `head`.
     KEYS = "keys"  # public keys
     SHARES = "shares"  # encrypted shares of the seeds of the masks
     HOLDERS = "holders"  # how many samples and devices each class has
     UNMASK = "unmask"  # the shares that remove the masks from a sum
+    CANARY = "canary"  # some devices measure the global expert before all others receive it
 
 
 class Sums(str, Enum):
@@ -164,7 +166,7 @@ class Round(Message):
     def _secure_sums_of_their_stages_only(self) -> Round:
         if self.stage in (*EXCHANGE, Stage.HOLDERS) and not self.secure:
             raise ValueError(f"stage {self.stage.value} belongs to secure aggregation only")
-        if self.secure and self.stage in (Stage.BASELINE, Stage.EVALUATE, Stage.FINISHED):
+        if self.secure and self.stage in (Stage.CANARY, Stage.BASELINE, Stage.EVALUATE, Stage.FINISHED):
             raise ValueError(f"stage {self.stage.value} has no secure aggregation")
         return self
 
@@ -228,7 +230,8 @@ class Health(Message):
     `provider`: the execution provider in use, and why not another. `disconnected`: why there is no connection to the
     broker, `disconnected_since`: since when (unix seconds).
     `certificate_until` and `broker_certificate_until`: when they expire (unix seconds); 0 if there is none.
-    `refused`: what the broker seems to refuse.
+    `refused`: what the broker seems to refuse. `epsilon`: the privacy budget of all its runs at δ = 1e-5; None if it
+    has sent no update with noise, or also some without.
     """
 
     device: Name
@@ -259,6 +262,7 @@ class Health(Message):
     unacknowledged: Count = 0
     rounds_done: Count = 0
     refused: Text = ""
+    epsilon: Amount | None = None
     disconnected: Text = ""
     disconnected_since: Amount = 0
     certificate_until: Amount = 0

@@ -19,6 +19,7 @@ from fedfmsl.errors import ConfigError, one_line
 
 NOTICE_SECONDS = 30 * 86400.0  # before a certificate expires
 MAX_BYTES = 1 << 20  # of an identity file
+CONSOLE_USAGE = "2.25.323032453919229874322479340807902485668"  # extended key usage: opens the console
 _BLOCK = re.compile(r"-----BEGIN ([A-Z0-9 ]+)-----\n.*?-----END \1-----", re.DOTALL)
 _CERTIFICATE, _KEY = "CERTIFICATE", "PRIVATE KEY"
 
@@ -34,11 +35,14 @@ class Identity:
     valid: tuple[datetime, datetime] | None = None
 
     def client_context(self) -> ssl.SSLContext:
-        return self._load(_client_context(self.authorities))
+        return self._load(trusting(self.authorities))
 
-    def server_context(self, revoked: Path | None = None) -> ssl.SSLContext:
-        """Accepts clients with a certificate of the same CA that is not in the revocation list `revoked` (PEM). Raises
-        ConfigError if the file is not a server's, or the list is invalid."""
+    def server_context(
+        self, revoked: Path | None = None, clients: ssl.VerifyMode = ssl.CERT_REQUIRED
+    ) -> ssl.SSLContext:
+        """Accepts client certificates of the same CA that are not in the revocation list `revoked` (PEM); with
+        `clients` CERT_OPTIONAL also clients without a certificate, with CERT_NONE it asks for none. Raises ConfigError
+        if the file is not a server's, or the list is invalid."""
         if self.name is None or not self.authorities:
             raise ConfigError(
                 f"{self.path} has only the CA's certificates, and a server also needs a private key and a certificate; "
@@ -46,7 +50,7 @@ class Identity:
             )
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
-        context.verify_mode = ssl.CERT_REQUIRED
+        context.verify_mode = clients
         context.load_verify_locations(cadata=self.authorities)
         if revoked is not None:
             try:
@@ -91,7 +95,7 @@ def read_identity(path: Path) -> Identity:
     own, authorities = (certificates[0], certificates[1:]) if has_key else (None, certificates)
     try:
         name, valid = _parse(own) if own else (None, None)
-        _client_context("\n".join(authorities))
+        trusting("\n".join(authorities))
     except (ValueError, ssl.SSLError) as error:
         raise ConfigError(
             f"identity {path} holds an unreadable certificate ({one_line(error)}); make one with devices.provision"
@@ -99,6 +103,25 @@ def read_identity(path: Path) -> Identity:
     identity = Identity(path, name, "\n".join(authorities), valid)
     identity.client_context()
     return identity
+
+
+def operator_of(certificate: bytes) -> str:
+    """The name of the operator whose certificate (DER) opens the console; "" for the certificates of others."""
+    from cryptography import x509
+
+    try:
+        parsed = x509.load_der_x509_certificate(certificate)
+        usages = parsed.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+    except (x509.ExtensionNotFound, ValueError):
+        return ""
+    if x509.ObjectIdentifier(CONSOLE_USAGE) not in usages:
+        return ""
+    # all operators have one common name, by which the broker knows them
+    names = [
+        *parsed.subject.get_attributes_for_oid(x509.NameOID.ORGANIZATIONAL_UNIT_NAME),
+        *parsed.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME),
+    ]
+    return one_line(names[0].value) if names else ""
 
 
 def describe_expiry(until: float, now: float, name: str) -> tuple[str, bool]:
@@ -129,7 +152,7 @@ def client_context(identity: Path | None) -> ssl.SSLContext:
 
     Raises ConfigError as `read_identity` does.
     """
-    return read_identity(identity).client_context() if identity else _client_context("")
+    return read_identity(identity).client_context() if identity else trusting("")
 
 
 def _parse(certificate: str) -> tuple[str, tuple[datetime, datetime]]:
@@ -143,7 +166,8 @@ def _parse(certificate: str) -> tuple[str, tuple[datetime, datetime]]:
     return str(names[0].value), (parsed.not_valid_before_utc, parsed.not_valid_after_utc)
 
 
-def _client_context(authorities: str) -> ssl.SSLContext:
+def trusting(authorities: str) -> ssl.SSLContext:
+    """The context of a client that trusts these certificates of a CA, in PEM; "": those of the system."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     if authorities:

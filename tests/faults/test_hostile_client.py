@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from support.fault_records import Row
 from support.hostile_client import publish
-from support.processes import Observer
+from support.processes import SECONDS, Observer
 from support.recovery import strike_each
 from support.run_oracle import Undisturbed
 from support.simulation import RUN, Simulation
@@ -23,6 +23,8 @@ from fedfmsl.protocol.topics import Topics
 from trainer_server.storage.run_store import RunStore
 
 DELAY = (0.4, 0.8)
+LONG_DELAY = (1.0, 1.6)  # a round lasts longer than the forging of messages for it
+LONGER = 3  # times as many rounds where sending takes several of them
 HOSTILE, VICTIM = "hostile", "device-0000"
 TOPICS = Topics(RUN)
 NOISE = np.random.default_rng(0).bytes(5000)
@@ -107,6 +109,7 @@ def test_messages_of_a_hostile_client_cost_nothing(
         pytest.skip("group by group, and on amqtt, in the long form only (--full)")
     row.name = f"{group}, {simulation.broker.kind}"
     prompt = simulation.broker.kind == "mosquitto"  # amqtt may not take it all, or only when the round is over
+    seconds = SECONDS if prompt else 2.0
     introduction = DeviceStatus(device=HOSTILE, online=False, bundle=simulation.bundle.sha256)
     reasons: set[str] = set()
     with Observer(simulation.broker, RUN) as observer:
@@ -114,14 +117,17 @@ def test_messages_of_a_hostile_client_cost_nothing(
         def attack(number: int) -> None:
             observer.catch_up()
             begun = [message for message in observer.seen if isinstance(message, Round)][-1]
-            assert publish(simulation.broker.url, [(TOPICS.status(HOSTILE), encode(introduction))]) or not prompt
+            assert (
+                publish(simulation.broker.url, [(TOPICS.status(HOSTILE), encode(introduction))], seconds) or not prompt
+            )
             for fault in FAULTS[group]:
                 reason, forged = messages(simulation.bundle, begun)[fault]
                 reasons.add(reason)
-                assert publish(simulation.broker.url, forged) or not prompt, fault
+                assert publish(simulation.broker.url, forged, seconds) or not prompt, fault
 
+        simulation.stage1 *= LONGER if full and not prompt else 1
         simulation.start_server()
-        simulation.start_fleet(delay=DELAY)
+        simulation.start_fleet(delay=LONG_DELAY if full else DELAY)
         strike_each(simulation.out, row, times, attack)
         outcome = simulation.check(row, undisturbed)
     assert HOSTILE not in {name for closed in RunStore(outcome.out).rounds() for name in closed.updates}

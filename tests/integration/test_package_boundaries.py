@@ -108,8 +108,8 @@ TABLE = (
     Row(EDGE, f"{FEDFMSL} {EDGE}.*", "typer rich pydantic"),
     Row(
         "devices.provisioning",
-        f"{FEDFMSL} {EDGE}.settings {EDGE}.resources",
-        "cryptography tomli tomlkit",
+        f"{FEDFMSL} fedfmsl.web {EDGE}.settings {EDGE}.resources",
+        "cryptography pydantic starlette tomli tomlkit",
     ),
     Row(
         "devices.trial",
@@ -246,7 +246,8 @@ def test_nothing_imports_benchmarks_or_tests() -> None:
                 "cryptography",
             },
         ),
-        ("edge_runtime.engines", {*EXPORT_ONLY, *SERVER_ONLY, "onnx", "paho", "typer"}),
+        ("edge_runtime.page.service", {*EXPORT_ONLY, *SERVER_ONLY, "onnx", "onnxruntime", "tokenizers", "paho"}),
+        ("edge_runtime.engines.step_graph", {*EXPORT_ONLY, *SERVER_ONLY, "onnx", "paho", "typer"}),
         (
             "trainer_server.__main__",
             {*EXPORT_ONLY, "onnx", "onnxruntime", "edge_runtime", "PIL", "starlette", "uvicorn", "jinja2"},

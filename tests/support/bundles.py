@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from edge_runtime.engines.sessions import open_session, run
 from fedfmsl.algorithms.arrays import Vector
 from fedfmsl.common.onnx_runtime import has_ort_training
 from fedfmsl.protocol.bundle import TOKENIZER, Bundle, Precision
+from fedfmsl.protocol.layout import HEAD, Layout
 from support.samples import CLASSES
 from support.shared_folders import fingerprint, made_once
 
@@ -79,6 +80,19 @@ def build(
     return Built(weights, Bundle.load(out), seed)
 
 
+def with_classes(built: Built, count: int) -> Built:
+    """The same files with another number of classes."""
+    manifest, feature = built.bundle.manifest, built.bundle.manifest.dims.feature
+    head = [(HEAD, "classifier.weight", (count, feature)), (HEAD, "classifier.bias", (count,))]
+    loras = [(slot.part, slot.name, slot.shape) for slot in manifest.expert_layout if slot.part != HEAD]
+    changes = {
+        "classes": tuple(f"class-{index}" for index in range(count)),
+        "dims": manifest.dims.model_copy(update={"classes": count}),
+        "expert_layout": Layout.build([*head, *loras]).slots,
+    }
+    return replace(built, bundle=Bundle(built.bundle.root, manifest.model_copy(update=changes), built.bundle.sha256))
+
+
 def shared_weights(name: str) -> Path:
     """The tiny backbone `name` (vit, dinov2, deit, clip or bert) as a transformers folder. Read only: copy it to change
     it."""
@@ -127,7 +141,9 @@ def as_input(built: Built, samples: NDArray[Any]) -> dict[str, NDArray[Any]]:
 
 def random_theta(bundle: Bundle, level: int, seed: int) -> Vector:
     """Trainables of a level, none of them zero."""
-    theta = bundle.initial()[0][: bundle.expert.size(level)]
+    theta, head = bundle.initial()[0], bundle.expert.size(0)
+    lora = theta[theta.size - bundle.expert.total + head :][: bundle.expert.size(level) - head]
+    theta = np.concatenate([np.zeros(head, np.float32), lora])
     return np.asarray(theta + np.random.default_rng(seed).normal(0, 0.1, theta.size), np.float32)
 
 

@@ -269,7 +269,7 @@ def test_after_a_rejected_head_stage_1_trains_on_without_sums_and_stage_2_begins
     while not run.of(Stop):
         run.state = Checkpoint.of(run.state).state(vectors_of(run.state))
         found.append((run.announced.stage, run.announced.index, run.announced.sums))
-        run.answers(ABC, nll=9.0)
+        run.answers(ABC, nll=1.0)
     retrained = [(Stage.GLOBAL, index, Sums.NONE) for index in range(2, 8)]
     assert found == [*retrained, (Stage.PERSONAL, 0, Sums.NONE), (Stage.EVALUATE, 0, Sums.NONE)]
 

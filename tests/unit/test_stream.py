@@ -30,7 +30,8 @@ from edge_runtime.inference.recorder import Recorder
 from edge_runtime.inference.stream import UNREADABLE_SECONDS, WatchedFolder, classify_new_files, wait_for_model
 from edge_runtime.labelling.queue import Queue, version_of
 from edge_runtime.store import DeviceStore
-from edge_runtime.training.model import read_personal_model, save_personal_model
+from edge_runtime.training.model import save_personal_model
+from edge_runtime.training.stored_model import read_personal_model
 from fedfmsl.algorithms.calibration import UNKNOWN
 from fedfmsl.common.backoff import Backoff
 from fedfmsl.common.files import write_atomically
@@ -318,7 +319,7 @@ def test_an_unusable_newer_model_is_reported_and_the_current_one_stays_in_use(
 
 
 def test_the_default_bundle_is_the_downloaded_one(vit: Built, dinov2: Built, store: DeviceStore) -> None:
-    with pytest.raises(BundleError, match=r"pass its folder with --bundle, or pass --model .*personalized\.onnx"):
+    with pytest.raises(BundleError, match=r"started with --bundle; pass that folder with --bundle"):
         StateClassifier(store)
     with pytest.raises(BundleError, match="is not the bundle of the model"):
         StateClassifier(store, dinov2.bundle.root)

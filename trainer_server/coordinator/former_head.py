@@ -27,10 +27,12 @@ METRIC = "global_nll"
 @dataclass(frozen=True)
 class FormerHead:
     """The head of stage 1, flat, once another one replaces it, and by device the negative log-likelihood of its
-    held-out samples. `rejected`: whether the other one was rejected; then no sums replace the head any more."""
+    held-out samples. `made`: the closed round that made it. `rejected`: whether the other one was rejected; then no
+    sums replace the head any more."""
 
     head: Vector = field(default_factory=lambda: np.empty(0, np.float32))
     nlls: Mapping[str, float] = field(default_factory=dict)
+    made: int = 0
     rejected: bool = False
 
 

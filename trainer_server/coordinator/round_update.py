@@ -219,14 +219,14 @@ def _with_final_head(plan: Plan, state: State, total: NDArray[np.floating[Any]])
     expert[: head.size] = with_former_rows(head, former, counts)
     if np.array_equal(expert, state.expert):
         return state
-    return replace(state, expert=expert, former=replace(state.former, head=former))
+    return replace(state, expert=expert, former=replace(state.former, head=former, made=state.made))
 
 
 def with_former_head(state: State) -> State:
     """The state with the head of stage 1 in place of the one of the sums."""
     expert = state.expert.copy()
     expert[: state.former.head.size] = state.former.head
-    return replace(state, expert=expert, former=FormerHead(rejected=True))
+    return replace(state, expert=expert, made=state.former.made, former=FormerHead(rejected=True))
 
 
 def _gate(plan: Plan, state: State, closing: Round) -> State:

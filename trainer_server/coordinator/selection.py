@@ -9,21 +9,14 @@ import numpy as np
 from fedfmsl.protocol.messages import DeviceStatus
 from trainer_server.config import RunConfig, Selection
 from trainer_server.coordinator.limits import devices_in_share
-from trainer_server.coordinator.refusals import Refused, is_left_out
 
 Devices = Mapping[str, DeviceStatus]
 
 
-def eligible_devices(ready: Devices, refused: Mapping[str, Refused], round_: int, least: int) -> Devices:
-    """The ready devices without those that are left out of round `round_`; all of them if fewer than `least` would
-    remain."""
-    return without(ready, {name for name in ready if is_left_out(refused.get(name), round_)}, least)
-
-
-def without(devices: Devices, left_out: Collection[str], least: int) -> Devices:
-    """The devices that are not in `left_out`; all of them if fewer than `least` would remain."""
-    remaining = {name: status for name, status in devices.items() if name not in left_out}
-    return remaining if len(remaining) >= least else devices
+def eligible_devices(ready: Devices, left_out: Collection[str], least: int) -> Devices:
+    """The ready devices without those that are left out; all of them if fewer than `least` would remain."""
+    remaining = {name: status for name, status in ready.items() if name not in left_out}
+    return remaining if len(remaining) >= least else ready
 
 
 def select_devices(config: RunConfig, ready: Devices, level: int, round_: int, least: int) -> frozenset[str]:
