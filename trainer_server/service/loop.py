@@ -53,6 +53,7 @@ from trainer_server.service.liveness import Liveness
 from trainer_server.service.publisher import Publisher
 from trainer_server.service.refusals import Refusals
 from trainer_server.service.run_log import log_participation, log_round, log_stragglers
+from trainer_server.storage.expert_folder import last_result
 from trainer_server.storage.observations import Acted, Observations, ServerView
 from trainer_server.storage.operations import Operations
 from trainer_server.storage.run_store import LoggedEvent, RunStore
@@ -138,6 +139,8 @@ class Service:
         try:
             if self._store.ended is not None:  # the previous server may have stopped before it announced the end
                 self._publish_state()
+            if self._store.checkpoint_number():
+                self._expert_folder.resumed(self._state, last_result(self._store))
             while self._store.ended is None:
                 self._process_messages()
                 self._obey()
