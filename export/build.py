@@ -15,8 +15,9 @@ from fedfmsl.common.cli import application, console
 from fedfmsl.common.folder_walk import SkippedFile, summarize
 from fedfmsl.common.onnx_runtime import require_ort_training
 from fedfmsl.errors import ConfigError
-from fedfmsl.protocol.bundle import Bundle, Precision
+from fedfmsl.protocol.bundle import Precision
 from fedfmsl.protocol.class_names import MAX_CLASSES, check_names, read_names, split_names
+from fedfmsl.protocol.task_bundle import TaskBundle
 
 MAX_PIXELS = 2048  # per side
 MAX_TOKENS = 8192  # per text
@@ -88,16 +89,17 @@ def build(
     _print_summary(export_bundle(options))
 
 
-def _print_summary(bundle: Bundle) -> None:
-    m = bundle.manifest
+def _print_summary(bundle: TaskBundle) -> None:
+    m, task = bundle.manifest, bundle.task
     size = sum(entry.size for entry in m.files.values())
     console.print(f"bundle            {bundle.root}  ({size / 1e6:.1f} MB, SHA-256 {bundle.sha256[:12]}…)")
-    console.print(f"model             {m.model}, {m.dims.blocks} blocks, levels 1–{m.levels}, {m.dims.classes} classes")
+    console.print(f"model             {m.model}, {m.dims.blocks} blocks, levels 1–{m.levels}")
     console.print(f"backbone          {m.backbone_parameters:,} parameters, frozen")
-    zero_shot = bundle.zero_shot()
-    if zero_shot:
-        console.print(f"zero-shot head    {len(zero_shot.rows)} classes, for --head zero-shot")
-    console.print(f"tuned at level {m.levels:<2} {m.tuned_parameters:,} parameters, share {m.tuned_share:.5f}")
+    console.print(f"task              {len(task.classes)} classes, SHA-256 {task.sha256[:12]}…")
+    if task.zero_shot:
+        console.print(f"zero-shot head    {len(task.classes)} classes, for --head zero-shot")
+    tuned, share = bundle.tuned_parameters, bundle.tuned_share
+    console.print(f"tuned at level {m.levels:<2} {tuned:,} parameters, share {share:.5f}")
 
 
 def class_names(classes: str, folder: Path | None, file: Path | None) -> tuple[str, ...]:

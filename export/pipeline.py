@@ -11,8 +11,11 @@ from export.bundle import build_bundle, check_levels, check_out
 from export.weights import Backbone, Found, find_backbone, load_weights
 from export.zero_shot import TEMPLATES, zero_shot_head
 from fedfmsl.common.cli import console
+from fedfmsl.common.files import write_atomically
 from fedfmsl.errors import ConfigError, WeightsError
-from fedfmsl.protocol.bundle import Bundle, Precision, ZeroShot
+from fedfmsl.protocol.bundle import Bundle, Precision
+from fedfmsl.protocol.task import TASK, Task, ZeroShot
+from fedfmsl.protocol.task_bundle import TaskBundle
 
 
 @dataclass(frozen=True)
@@ -35,34 +38,36 @@ class Options:
     seed: int
 
 
-def export_bundle(options: Options) -> Bundle:
-    """Raises FedFMSLError if an option is unusable, or if the weights cannot be exported."""
+def export_bundle(options: Options) -> TaskBundle:
+    """The bundle, with its task beside it. Raises FedFMSLError if an option is unusable, or if the weights cannot be
+    exported."""
     size = options.image_size or options.max_tokens
     found = find_backbone(
         options.model, options.weights, len(options.classes), size, options.revision, options.tokenizer
     )
     _check_input(found, options)
     out = options.out or Path("bundles") / found.name
-    check_out(out, options.classes, options.precision, options.levels)
+    check_out(out, options.precision, options.levels)
     source = load_weights(found, options.seed)
     columns = (TextColumn("{task.description:<28}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task("class names", total=None)
+        step = progress.add_task("class names", total=None)
         zero_shot = _make_zero_shot(source, options.classes, options.prompts)
         lora = source.family.lora(options.rank)
         for done, total, what in build_bundle(
-            source,
-            options.classes,
-            options.levels,
-            lora,
-            out,
-            options.seed,
-            options.precision,
-            zero_shot,
-            options.ort_training,
+            source, options.levels, lora, out, options.seed, options.precision, options.ort_training
         ):
-            progress.update(task, completed=done, total=total, description=what)
-    return Bundle.load(out)
+            progress.update(step, completed=done, total=total, description=what)
+    bundle = Bundle.load(out)
+    return write_task(bundle, Task.of(bundle.sha256, options.classes, "--classes", zero_shot))
+
+
+def write_task(bundle: Bundle, task: Task) -> TaskBundle:
+    """Writes the task of runs that are started without another one beside the bundle's files."""
+    together, path = TaskBundle(bundle, task), bundle.root / TASK
+    if not path.is_file() or path.read_bytes() != task.blob:
+        write_atomically(path, task.blob)
+    return together
 
 
 def _check_input(source: Found, options: Options) -> None:

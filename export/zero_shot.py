@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from export.folder import check_config
 from export.weights import Backbone, Origin, load_pretrained
 from fedfmsl.errors import ConfigError, WeightsError
-from fedfmsl.protocol.bundle import ZeroShot
+from fedfmsl.protocol.task import ZeroShot
 
 TEMPLATES = (  # ours, for photos of objects
     "a photo of a {}.",
@@ -58,7 +58,8 @@ def zero_shot_head(source: Backbone, classes: Sequence[str], templates: Sequence
                 raise origin.to_weights_error(error) from error
             texts = torch.nn.functional.normalize(embedded, dim=1)
             rows.append(torch.nn.functional.normalize(texts.mean(dim=0), dim=0).numpy())
-    return ZeroShot(np.stack(rows).astype(np.float32), scale=tower.logit_scale.detach().exp().item())
+    scale = tower.logit_scale.detach().exp().item()
+    return ZeroShot(np.stack(rows).astype(np.float32), scale, tuple(templates))
 
 
 @contextmanager

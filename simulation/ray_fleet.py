@@ -19,7 +19,7 @@ from edge_runtime.data.features import Features, Store
 from edge_runtime.data.samples import Splits
 from edge_runtime.training.context import TrainingContext
 from fedfmsl.errors import ConfigError, FedFMSLError, one_line
-from fedfmsl.protocol.bundle import Bundle
+from fedfmsl.protocol.task_bundle import TaskBundle
 from simulation.fleet import Devices, LocalFleet
 from simulation.store import ArrayStore, FileStore
 
@@ -63,7 +63,7 @@ class Worker:
 
     def __init__(self, recipe: Recipe) -> None:
         self._threads = recipe.threads
-        self._bundle = Bundle.load(recipe.bundle)
+        self._bundle = TaskBundle.open(recipe.bundle)
         store: Store
         if recipe.arrays is None:
             store = FileStore(recipe.features, recipe.names)
@@ -94,7 +94,7 @@ class RayPool:
     """The workers of a simulation: one for each core of this machine, or of the cluster at `address`, divided by
     `threads`. `features`: the folder of the store."""
 
-    def __init__(self, bundle: Bundle, store: FileStore, features: Path, threads: int, address: str | None) -> None:
+    def __init__(self, bundle: TaskBundle, store: FileStore, features: Path, threads: int, address: str | None) -> None:
         """Raises ConfigError if Ray is not installed or cannot be reached."""
         self._ray = import_ray()
         try:

@@ -26,6 +26,7 @@ from fedfmsl.common.files import write_atomically
 from fedfmsl.errors import BundleError, InputError, MessageError
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.messages import Round
+from fedfmsl.protocol.task_bundle import TaskBundle
 from fedfmsl.protocol.tensors import pack, unpack
 
 
@@ -67,6 +68,7 @@ def make_personal_model(context: TrainingContext, round_: Round, published: Glob
         device=context.device_name,
         level=level,
         bundle=context.bundle.sha256,
+        task=context.bundle.task.sha256,
         expert=round_.expert,
         gate=round_.gate,
         temperature=temperature,
@@ -127,13 +129,13 @@ def _write(context: TrainingContext, model: PersonalModel) -> None:
 
 
 def _model_in_use(context: TrainingContext) -> PersonalModel | None:
-    """The stored model, scored on the present held-out samples. None if there is none that this bundle could run."""
+    """The stored model, scored on the present held-out samples. None if there is none of this bundle and task."""
     try:
         model = read_personal_model(context.store)
     except InputError:
         return None
     samples = context.splits.held_out
-    if model.header.bundle != context.bundle.sha256:
+    if (model.header.bundle, model.header.task) != (context.bundle.sha256, context.bundle.task.sha256):
         return None
     if model.header.held_out == fingerprint(samples):
         return model
@@ -190,10 +192,11 @@ def _version(header: ModelHeader) -> str:
     return f"{header.session} {header.round}\n"
 
 
-def open_model_bundle(store: DeviceStore, header: ModelHeader, path: Path | None = None) -> Bundle:
-    """The bundle that a model belongs to. `path`: its folder; default: the bundle that the device downloaded.
+def open_model_bundle(store: DeviceStore, header: ModelHeader, path: Path | None = None) -> TaskBundle:
+    """The bundle and the task that a model belongs to. `path`: the bundle's folder; default: the bundle that the device
+    downloaded.
 
-    Raises BundleError if it does not exist or is another bundle.
+    Raises BundleError if the bundle does not exist or is another one, or if the task is missing.
     """
     root = path or store.bundles / header.bundle
     if not root.is_dir():
@@ -204,4 +207,9 @@ def open_model_bundle(store: DeviceStore, header: ModelHeader, path: Path | None
     bundle = Bundle.load(root)
     if bundle.sha256 != header.bundle:
         raise BundleError(f"bundle {root} is not the bundle of the model in {store.root}; pass another --bundle")
-    return bundle
+    task = store.tasks.task(header.task)
+    if task is None:
+        raise BundleError(
+            f"the task of the model in {store.root} is missing; the device's next round replaces the model"
+        )
+    return TaskBundle(bundle, task)

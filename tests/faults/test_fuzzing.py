@@ -102,8 +102,8 @@ MESSAGES: list[Message] = [
 HEADERS: list[BaseModel] = [
     next(message for message in MESSAGES if isinstance(message, Update)),
     Globals(run="r", kind="expert"),
-    LocalExpert(session="s", round=1, level=2, queue=(0.5, 0.6), seen=2, best_level=1, best_nll=0.3),
-    Alone(session="s", level=2),
+    LocalExpert(session="s", task=SHA, round=1, level=2, queue=(0.5, 0.6), seen=2, best_level=1, best_nll=0.3),
+    Alone(session="s", task=SHA, level=2),
     ModelHeader(
         run="r",
         session="s",
@@ -111,6 +111,7 @@ HEADERS: list[BaseModel] = [
         device="d",
         level=2,
         bundle=SHA,
+        task=SHA,
         expert=SHA,
         gate="",
         temperature=1.5,

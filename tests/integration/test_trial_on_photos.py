@@ -15,7 +15,7 @@ from support.processes import Ended, run_module
 from support.samples import CLASSES, write_device_photos
 
 from devices.trial.evaluation import evaluate_fleet
-from fedfmsl.protocol.bundle import Bundle
+from fedfmsl.protocol.task_bundle import TaskBundle
 
 DEVICES, STAGE1, STAGE2 = 3, 2, 1
 NAMES = [f"device-{index}" for index in range(DEVICES)]
@@ -69,7 +69,7 @@ def test_the_report_has_every_documented_key(report: dict[str, Any]) -> None:
 
 
 def test_the_report_has_the_settings_of_the_run(report: dict[str, Any], folder: Path) -> None:
-    manifest = Bundle.load(folder / "bundle").manifest
+    manifest = TaskBundle.open(folder / "bundle").manifest
     assert (report["seed"], report["alpha"], report["model"]) == (0, 1.0, "tiny-vit")
     assert report["rounds"] == {"stage1": STAGE1, "stage2": STAGE2}
     assert report["engines"] == [ENGINE]

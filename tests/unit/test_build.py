@@ -38,8 +38,9 @@ from export.reference import normalize_pixels
 from export.weights import load_backbone
 from fedfmsl.common.onnx_runtime import has_ort_training
 from fedfmsl.errors import BundleError, ConfigError, InputError, WeightsError
-from fedfmsl.protocol.bundle import MANIFEST, Bundle
+from fedfmsl.protocol.bundle import MANIFEST
 from fedfmsl.protocol.class_names import write_names
+from fedfmsl.protocol.task_bundle import TaskBundle
 
 ROOT = Path(__file__).parents[2]
 
@@ -66,9 +67,9 @@ def test_builds_in_new_processes_from_copies_of_the_weights_are_identical(clip_f
             check=False,
         )
         assert result.returncode == 0, result.stderr
-        bundles.append(Bundle.load(tmp_path / name / "out"))
+        bundles.append(TaskBundle.open(tmp_path / name / "out"))
     assert bundles[0].sha256 == bundles[1].sha256
-    assert bundles[0].zero_shot() is not None
+    assert bundles[0].task.zero_shot is not None
 
 
 def test_frozen_weights_are_stored_once_for_all_levels(tmp_path: Path) -> None:
@@ -150,7 +151,7 @@ def test_the_parity_check_finds_slightly_wrong_weights(vit: Built, tmp_path: Pat
     raw[:1000] *= 1.01
     weights.write_bytes(raw.tobytes())
     with pytest.raises(BundleError, match="differ from torch"):
-        check_parity(Bundle.load(tmp_path / "bundle"), vit.source, LAYERS, seed=1)
+        check_parity(TaskBundle.open(tmp_path / "bundle"), vit.source, LAYERS, seed=1)
 
 
 def without(name: str) -> Callable[[Family], Family]:
@@ -208,7 +209,7 @@ def test_a_wrong_family_fails_the_build(
     right: Built = request.getfixturevalue(name)
     source = replace(right.source, family=wrong(right.source.family))
     with pytest.raises(BundleError, match="this model cannot be exported"):
-        list(build_bundle(source, CLASSES, 1, source.family.lora(RANK), tmp_path / "out", 0))
+        list(build_bundle(source, 1, source.family.lora(RANK), tmp_path / "out", 0))
     assert not (tmp_path / "out").exists()
 
 
@@ -478,7 +479,7 @@ def test_invalid_sizes_and_levels_are_refused(
 ) -> None:
     source = load_backbone(str(vit_folder), None, 4, size, None, 0)
     with pytest.raises(ConfigError, match=message):
-        list(build_bundle(source, CLASSES, levels, source.family.lora(RANK), tmp_path / "out", 0))
+        list(build_bundle(source, levels, source.family.lora(RANK), tmp_path / "out", 0))
     assert not (tmp_path / "out").exists()
 
 
@@ -502,5 +503,5 @@ def test_a_folder_that_is_not_a_bundle_is_never_overwritten(vit_folder: Path, tm
     (tmp_path / "thesis.txt").write_text("years of work")
     source = load_backbone(str(vit_folder), None, 4, None, None, 0)
     with pytest.raises(ConfigError, match="is not a bundle"):
-        list(build_bundle(source, CLASSES, 1, source.family.lora(RANK), tmp_path, 0))
+        list(build_bundle(source, 1, source.family.lora(RANK), tmp_path, 0))
     assert (tmp_path / "thesis.txt").read_text() == "years of work"

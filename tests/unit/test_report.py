@@ -18,6 +18,7 @@ from fedfmsl.algorithms.evaluation import DeviceAccuracy
 from fedfmsl.algorithms.sal import CapabilityQueue, Sal
 from fedfmsl.errors import RunError
 from fedfmsl.protocol.messages import Round, Stage, Training, Update
+from fedfmsl.protocol.task import Task
 from trainer_server.config import RunConfig
 from trainer_server.coordinator.records import ClosedRound
 from trainer_server.storage.run_store import Origin, RunStore
@@ -134,7 +135,9 @@ def no_png(monkeypatch: pytest.MonkeyPatch) -> None:
 def record(folder: Path, rounds: list[ClosedRound]) -> None:
     sal = Sal(CapabilityQueue(2, 0.02), max_level=LAYERS)
     config = RunConfig(run="r", devices=2, stage1_sal=sal, stage2_sal=sal)
-    store = RunStore.create(folder, Origin(config=config, session="s", bundle=folder / "bundle", sha256="f" * 64))
+    task = Task("f" * 64, ("apple", "pear"))
+    origin = Origin(config=config, session="s", bundle=folder / "bundle", sha256=task.bundle, task=task.sha256)
+    store = RunStore.create(folder, origin, task)
     numbered = [(one, one.round.model_copy(update={"round": number})) for number, one in enumerate(rounds, start=1)]
     store.commit([], [one.model_copy(update={"round": round_}) for one, round_ in numbered])
 
