@@ -155,8 +155,8 @@ def _dataset(items: Sequence[Item], bundle: TaskBundle, source: str, inputs: Inp
     unknown = [label for label in found if label not in classes]
     if unknown:
         raise InputError(
-            f"{source} has the class {unknown[0]!r}, which is not in bundle {bundle.root}; build one with "
-            f"python -m export.build {_classes_option(found)}"
+            f"{source} has the class {unknown[0]!r}, which the task does not have; name the classes with "
+            f"{_classes_option(found)}"
         )
     contents: dict[str, list[Item]] = {}
     for item in items:
@@ -176,7 +176,7 @@ def _dataset(items: Sequence[Item], bundle: TaskBundle, source: str, inputs: Inp
 
 
 def _classes_option(classes: Sequence[str]) -> str:
-    """The option of export.build for these classes."""
+    """The option that names these classes."""
     if len(classes) > LISTED_CLASSES:
         return f"--classes-file FILE, a text with the {len(classes)} names, one per line"
     return f"--classes {shlex.quote(joined_names(classes))}"

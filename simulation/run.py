@@ -54,13 +54,13 @@ from trainer_server.config import STAGE2, highest_level
 NUMERICS = 1
 TEST_SHARE = 0.2
 # Settings that do not change a result, and those that are in the name of its file.
-ELSEWHERE = {"name", "bundle", "images", "dataset", "threads", "ray", "address"}
+ELSEWHERE = {"name", "bundle", "classes", "classes_file", "task", "images", "dataset", "threads", "ray", "address"}
 GRID = {"methods", "seeds", "alpha", "learning_rate"}
 
 
 def simulate(settings: SimulationSettings) -> None:
     """Writes runs/NAME. Raises FedFMSLError if an option or the data is unusable."""
-    bundle = TaskBundle.open(settings.bundle)
+    bundle = settings.open_task(settings.bundle)
     bundle.verify()
     highest_level(bundle, settings.max_level)  # raises its error before the data is read
     _check_level_caps(settings)
@@ -118,7 +118,7 @@ class Simulation:
         data = [f"{s.sha256} {s.label}" for part in (self.dataset.train, self.dataset.test) for s in part]
         contents = hashlib.sha256("\n".join(data).encode()).hexdigest()
         numerics = {"numerics": NUMERICS} if NUMERICS > 1 else {}  # the files of results at 1 lack it in their names
-        return key_of({**values, "bundle": self.bundle.sha256, "data": contents, "version": __version__, **numerics})
+        return key_of({**values, "task": self.bundle.task.sha256, "data": contents, "version": __version__, **numerics})
 
     @cached_property
     def _store(self) -> FileStore:

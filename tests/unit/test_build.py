@@ -40,6 +40,7 @@ from fedfmsl.common.onnx_runtime import has_ort_training
 from fedfmsl.errors import BundleError, ConfigError, InputError, WeightsError
 from fedfmsl.protocol.bundle import MANIFEST
 from fedfmsl.protocol.class_names import write_names
+from fedfmsl.protocol.task import TASK
 from fedfmsl.protocol.task_bundle import TaskBundle
 
 ROOT = Path(__file__).parents[2]
@@ -90,7 +91,7 @@ def test_the_bundle_has_every_file_of_its_docstring_and_only_standard_operators(
         others |= {f"ort-training-{level}.{kind}" for level in levels for kind in ("onnx", "checkpoint")}
         others |= {"ort-training-optimizer.onnx"}
     assert set(bundle.manifest.files) == names | others
-    assert {path.name for path in bundle.root.iterdir()} == {*bundle.manifest.files, "manifest.json"}
+    assert {path.name for path in bundle.root.iterdir()} == {*bundle.manifest.files, "manifest.json", TASK}
     for name in names:
         model = onnx.load(str(bundle.path(name)), load_external_data=False)
         assert {opset.domain for opset in model.opset_import} == {""}
