@@ -5,23 +5,32 @@ from __future__ import annotations
 from math import prod
 from pathlib import Path
 
+import numpy as np
 import onnx
-from onnx import shape_inference
+from onnx import numpy_helper, shape_inference
 
 PRODUCTS = ("Gemm", "MatMul", "MatMulInteger")
 
 
-def graph_flops(path: Path, batch: int) -> int:
-    """The sum of 2·M·N·K over all products, at batch size `batch`."""
+def graph_flops(path: Path, batch: int, trainables: int, head: tuple[int, int]) -> int:
+    """The sum of 2·M·N·K over all products, for P = `trainables` and a `head` (C, F)."""
     model = onnx.load(str(path), load_external_data=False)
-    for node in model.graph.node:
+    # how graphs find C and C·F, which shape inference cannot follow: kind of node, kind of its first input
+    known = {("Div", "shape"): head[0], ("Mul", "div"): prod(head), ("Shape", "bias"): head[0]}
+    for node in list(model.graph.node):
         if node.op_type == "MatMulIntegerToFloat":  # shape inference does not know it; shapes as for MatMulInteger
             node.op_type, node.domain = "MatMulInteger", ""
             del node.input[2:]
+        kind = node.op_type, node.input[0].split(".")[0] if node.input else ""
+        if kind in known:
+            value = np.array([known[kind]])
+            model.graph.initializer.append(numpy_helper.from_array(value, node.output[0]))
+            model.graph.node.remove(node)
+    sizes = {"B": batch, "P": trainables, "C": head[0]}
     for value in model.graph.input:
         for dim in value.type.tensor_type.shape.dim:
-            if dim.dim_param == "B":
-                dim.dim_value = batch
+            if dim.dim_param in sizes:
+                dim.dim_value = sizes[dim.dim_param]
     model = shape_inference.infer_shapes(model, data_prop=True)
     shapes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
     for value in [*model.graph.input, *model.graph.value_info, *model.graph.output]:

@@ -75,7 +75,8 @@ def _engine(choice: EngineChoice, setting: Setting, level: int) -> Variant:
     engine = open_engine(choice, bundle, setting.threads)
     engine.load(level)
     engine.set(bundle.initial()[0][:size], Training(epochs=1, learning_rate=LEARNING_RATE))
-    return Variant(lambda: engine.step(batch), graph_flops(bundle.path(f"step-{level}.onnx"), setting.batch))
+    flops = graph_flops(bundle.path(f"step-{level}.onnx"), setting.batch, size, (len(bundle.classes), dims.feature))
+    return Variant(lambda: engine.step(batch), flops)
 
 
 def _torch(setting: Setting, level: int | None) -> Variant:

@@ -6,6 +6,7 @@ Each command imports what it needs. `status` runs often, on slow boards, and doe
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -53,6 +54,37 @@ def check(read: tuple[Settings, Path | None]) -> None:
         mark = "error" if finding.code else "note" if finding.warning else "ok"
         console.print(f"{mark:5}  {finding.name:9}  {finding.text}")
     sys.exit(code)
+
+
+@app.command()
+def enroll(
+    token: str | None = typer.Argument(
+        None, envvar="FEDFMSL_TOKEN", help="What python -m devices.provision token printed. Not with --install."
+    ),
+    authority: str | None = typer.Option(
+        None, help="HOST:PORT of python -m devices.provision serve, which answers at once."
+    ),
+    out: Path | None = typer.Option(None, help="Write the request to this file, for python -m devices.provision sign."),
+    install: Path | None = typer.Option(None, help="Complete the device's file with this answer of sign."),
+    folder: Path = typer.Option(Path(), help="Where the device's file is written, NAME.toml."),
+) -> None:
+    """Make this device's key, and get its certificate. The key stays on this device."""
+    from edge_runtime.enrollment import ask_authority, install_answer, write_request
+
+    os.umask(0o077)  # the files hold the key
+    if [authority, out, install].count(None) != 2:
+        raise ConfigError("pass one of --authority HOST:PORT, --out REQUEST and --install ANSWER")
+    if install is not None:
+        written = install_answer(install, folder)
+    elif token is None:
+        raise ConfigError("the token is missing; pass what python -m devices.provision token NAME printed")
+    elif out is not None:
+        print(write_request(token, out, folder))
+        return
+    else:
+        assert authority is not None
+        written = ask_authority(token, authority, folder)
+    print(f"wrote {written}; install the daemon with: python -m devices.install {written} --images DIR")
 
 
 @app.command()

@@ -280,9 +280,7 @@ class Tape:
         op = self.graph.op
         return op("Mul", weights, op("Sub", gradient, op("ReduceSum", terms, self.graph.ints(-1))))
 
-    def expert_loss(
-        self, logits: Var, labels: str, weights: str, gate: str, other: str, bias: str, classes: int
-    ) -> str:
+    def expert_loss(self, logits: Var, labels: str, weights: str, gate: str, other: str, bias: str) -> str:
         """The loss Σ wᵢ · −log(exp(gateᵢ) p(yᵢ) + exp(otherᵢ)). Sets the gradient of `logits` (B, C).
 
         p is the softmax of logits + `bias` (C,). `gate` (B,): log gate weight of this expert. `other` (B,): log of the
@@ -297,7 +295,7 @@ class Tape:
         loss = op("Neg", op("ReduceSum", op("Mul", weights, total), keepdims=0))
         if logits.trainable:
             share = op("Mul", weights, op("Exp", op("Sub", own, total)))
-            one_hot = op("OneHot", labels, self.graph.const(classes, np.int64), self.graph.const([0.0, 1.0]), axis=-1)
+            one_hot = op("OneHot", labels, op("Shape", bias), self.graph.const([0.0, 1.0]), axis=-1)
             gradient = op("Mul", op("Sub", op("Exp", log_p), one_hot), op("Unsqueeze", share, self.graph.ints(1)))
             self._gradients[logits.name] = gradient
         return loss

@@ -186,7 +186,6 @@ class _Spec:
             preprocessing=source.preprocessing,
             experts=self.experts,
             gate=self.gate,
-            classes=self.outputs,
             levels=self.levels,
             precision=self.precision,
         )

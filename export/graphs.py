@@ -1,7 +1,7 @@
 """The graphs of a bundle, composed from the transformer and the tape.
 
 Letters of shapes: B batch, N tokens, D hidden size, F feature width, L blocks, C classes, P trainables of a level, G
-trainables of the gate adapter.
+trainables of the gate adapter. B, C and P are symbolic: whoever runs a graph chooses them.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ def gate_layout(feature: int) -> Layout:
     )
 
 
+LAST = 2**63 - 1  # the end of a slice up to the last value
 MASKED_SCORE = -1e9  # added to an attention score: the weight is then exactly zero
 
 
@@ -80,7 +81,6 @@ class GraphWriter:
     preprocessing: Preprocessing
     experts: Layout
     gate: Layout
-    classes: int
     levels: int
     precision: Precision
 
@@ -148,7 +148,7 @@ class GraphWriter:
         tape, (hidden, padding) = self._tape(graph), self._hidden(graph)
         parameters = self._theta(graph, "theta", level, trainable=False)
         logits, feature = self._expert(tape, hidden, padding, level, parameters)
-        graph.output(logits.name, "logits", ["B", self.classes])
+        graph.output(logits.name, "logits", ["B", "C"])
         graph.output(feature.name, "feature", ["B", self.transformer.geometry.feature])
         return graph
 
@@ -165,7 +165,7 @@ class GraphWriter:
         first = g.blocks - level
         for block in range(first):
             x = self.transformer.block(tape, x, block, {}, mask=_mask(padding))
-        kept, given, held = (graph.input(f"{n}_bias", np.float32, [self.classes]) for n in ("kept", "given", "held"))
+        kept, given, held = (graph.input(f"{n}_bias", np.float32, ["C"]) for n in ("kept", "given", "held"))
         logits = {}
         for expert in ("global", "local"):
             parameters = self._theta(graph, f"{expert}_theta", level, trainable=False)
@@ -180,7 +180,7 @@ class GraphWriter:
         weighted = graph.op("Add", stacked, graph.op("Unsqueeze", log_gate, graph.ints(2)))
         mixed = graph.op("ReduceLogSumExp", weighted, graph.ints(1), keepdims=0)
         tempered = graph.op("Div", mixed, graph.input("temperature", np.float32, [1]))
-        graph.output(graph.op("Softmax", tempered, axis=-1), "probabilities", ["B", self.classes])
+        graph.output(graph.op("Softmax", tempered, axis=-1), "probabilities", ["B", "C"])
         return graph
 
     def gate_predict(self) -> Graph:
@@ -251,19 +251,29 @@ class GraphWriter:
         return Var(graph.input("pooled", np.float32, ["B", self.transformer.geometry.feature]))
 
     def _parameters(self, graph: Graph, theta: str, layout: Layout, part: slice, trainable: bool) -> dict[str, Var]:
-        """The tensors of `theta`, which is the slice `part` of the layout's vector."""
+        """The tensors of the slice `part` of the layout's vector, which is the end of `theta`."""
         variables = {}
         for slot in layout.slots:
             if part.start <= slot.offset and slot.end <= part.stop:
-                bounds = graph.ints(slot.offset - part.start), graph.ints(slot.end - part.start)
+                end = slot.end - part.stop
+                bounds = graph.ints(slot.offset - part.stop), graph.ints(end or LAST)
                 flat = graph.op("Slice", theta, *bounds)
                 variables[slot.name] = Var(graph.op("Reshape", flat, graph.ints(*slot.shape)), trainable)
         return variables
 
     def _theta(self, graph: Graph, name: str, level: int, trainable: bool) -> dict[str, Var]:
-        size = self.experts.size(level)
-        theta = graph.input(name, np.float32, [size])
-        return self._parameters(graph, theta, self.experts, slice(0, size), trainable)
+        """The trainables of `level`, from a vector (P,). Its length tells C: the head has F + 1 values per class."""
+        feature, loras = self.transformer.geometry.feature, slice(self.experts.size(0), self.experts.size(level))
+        theta = graph.input(name, np.float32, ["P"])
+        head = graph.op("Slice", theta, graph.ints(0), graph.ints(loras.start - loras.stop))
+        classes = graph.op("Div", graph.op("Shape", head), graph.ints(feature + 1))
+        biases = graph.op("Mul", classes, graph.ints(feature))  # index of the first bias
+        weight = graph.op("Reshape", graph.op("Slice", head, graph.ints(0), biases), graph.ints(-1, feature))
+        return {
+            "classifier.weight": Var(weight, trainable),
+            "classifier.bias": Var(graph.op("Slice", head, biases, graph.ints(LAST)), trainable),
+            **self._parameters(graph, theta, self.experts, loras, trainable),
+        }
 
     def _gate_theta(self, graph: Graph, trainable: bool) -> dict[str, Var]:
         theta = graph.input("gate_theta", np.float32, [self.gate.total])
@@ -293,9 +303,9 @@ class GraphWriter:
         hidden, padding = self._hidden(graph)
         labels = graph.input("labels", np.int64, ["B"])
         weights, gate, other = (graph.input(name, np.float32, ["B"]) for name in ("weights", "gate", "other"))
-        bias = graph.input("bias", np.float32, [self.classes])
+        bias = graph.input("bias", np.float32, ["C"])
         logits, _ = self._expert(tape, hidden, padding, level, parameters)
-        return tape.expert_loss(logits, labels, weights, gate, other, bias, self.classes)
+        return tape.expert_loss(logits, labels, weights, gate, other, bias)
 
     def _gate_logits(self, graph: Graph, tape: Tape, pooled: Var, offset: str, parameters: Mapping[str, Var]) -> Var:
         """`offset` (B, 2) + gate adapter: LayerNorm without affine parameters, F → 16, GELU, 16 → 2 (ours)."""

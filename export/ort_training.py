@@ -4,7 +4,7 @@
     ort-training-{k}.checkpoint   a nominal checkpoint: names of the trainables in the layout's order, no values
     ort-training-optimizer.onnx   AdamW as in torch, without weight decay, for every level
 
-Frozen weights stay in the weight file of the bundle.
+Frozen weights stay in the weight file of the bundle. The number of classes C is symbolic; a session sets it.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ def write_artifacts(writer: GraphWriter, level: int) -> str:
         optimizer = onnx.load(str(Path(folder) / "optimizer_model.onnx"))
         checkpoint = (Path(folder) / "nominal_checkpoint").read_bytes()
     _inputs_to_externals(training, externals)
+    _make_classes_symbolic(training)
     if [value.name for value in training.graph.input if value.name in set(trainables)] != trainables:
         raise BundleError(
             f"onnxruntime-training changed the order of the trainables of level {level}; install version 1.19.2, "
@@ -66,6 +67,14 @@ def _inputs_to_externals(model: onnx.ModelProto, externals: list[TensorProto]) -
     for value in [value for value in model.graph.input if value.name in names]:
         model.graph.input.remove(value)
     model.graph.initializer.extend(externals)
+
+
+def _make_classes_symbolic(training: onnx.ModelProto) -> None:
+    """Replaces the number of classes that the parameters of the head were declared with."""
+    for value in [*training.graph.input, *training.graph.output]:
+        if value.name.startswith("classifier."):  # parameters and sums of gradients
+            value.type.tensor_type.shape.dim[0].dim_param = "C"
+    del training.graph.value_info[:]  # shapes of intermediate tensors, which ONNX Runtime infers again
 
 
 def _use_torch_adamw(optimizer: onnx.ModelProto) -> None:

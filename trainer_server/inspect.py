@@ -109,6 +109,8 @@ def _rows(facts: dict[str, Any]) -> dict[str, str]:
         delta = rows.pop("delta")
         for name, value in facts["epsilon"].items():
             rows[f"ε for {WHO[Observer(name)]}"] = f"{value:.3g} at δ = {delta}"
+    else:
+        rows["privacy"] = "none was asked for (--dp-noise)"
     rows["storage"] = ", ".join(f"{what} {size / 1e6:.1f} MB" for what, size in facts["bytes"].items())
     del rows["bytes"]
     if "stage" in facts:

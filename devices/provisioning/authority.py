@@ -47,10 +47,21 @@ class Authority(Issued):
         days: int = IDENTITY_DAYS,
         now: datetime | None = None,
     ) -> Issued:
-        """A key and its certificate with common name `name` for `usages`, valid for `days`, but not longer than the
-        CA. A server's certificate also names its `hosts` (names or addresses). Raises ValueError if a host is
-        invalid."""
+        """A new key and its certificate. See `certify`."""
         key = ec.generate_private_key(ec.SECP256R1())
+        return Issued(self.certify(key.public_key(), name, usages, hosts, days, now), key)
+
+    def certify(
+        self,
+        key: ec.EllipticCurvePublicKey,
+        name: str,
+        usages: Sequence[x509.ObjectIdentifier],
+        hosts: Sequence[str] = (),
+        days: int = IDENTITY_DAYS,
+        now: datetime | None = None,
+    ) -> x509.Certificate:
+        """A certificate of `key` with common name `name` for `usages`, valid for `days`, but not longer than the CA. A
+        server's certificate also names its `hosts` (names or addresses). Raises ValueError if a host is invalid."""
         usage = x509.KeyUsage(True, False, False, False, False, False, False, False, False)  # digital signature
         builder = (
             _builder(name, self.certificate.subject, key, days, now, self.certificate.not_valid_after_utc)
@@ -62,7 +73,7 @@ class Authority(Issued):
         if hosts:
             names = x509.SubjectAlternativeName([_general_name(host) for host in hosts])
             builder = builder.add_extension(names, critical=False)
-        return Issued(builder.sign(self.key, hashes.SHA256()), key)
+        return builder.sign(self.key, hashes.SHA256())
 
     def revocation_list(self, serials: Iterable[int], now: datetime | None = None) -> str:
         """In PEM. Valid as long as the CA, because mosquitto refuses every client once the list has expired."""
@@ -84,7 +95,7 @@ def make_authority(name: str, now: datetime | None = None) -> Authority:
     usage = x509.KeyUsage(False, False, False, False, False, True, True, False, False)  # certificates and CRLs
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     builder = (
-        _builder(name, subject, key, CA_DAYS, now)
+        _builder(name, subject, key.public_key(), CA_DAYS, now)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(usage, critical=True)
     )
@@ -127,7 +138,7 @@ def pem(certificate: x509.Certificate) -> str:
 def _builder(
     name: str,
     issuer: x509.Name,
-    key: ec.EllipticCurvePrivateKey,
+    key: ec.EllipticCurvePublicKey,
     days: int,
     now: datetime | None,
     latest: datetime | None = None,
@@ -138,11 +149,11 @@ def _builder(
         x509.CertificateBuilder()
         .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]))
         .issuer_name(issuer)
-        .public_key(key.public_key())
+        .public_key(key)
         .serial_number(x509.random_serial_number())
         .not_valid_before(start)
         .not_valid_after(min(end, latest) if latest else end)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
     )
 
 

@@ -7,7 +7,9 @@ PKI/operator.pem        identity file of the operator (--identity of trainer_ser
 PKI/devices/NAME.toml   a device's settings and identity: copy it to the device, for devices.install (or as --identity)
 PKI/homeassistant.crt, .key     Home Assistant's, if it is among the names
 PKI/issued/NAME.crt     all certificates of a member, of the server and of the broker, so that they can be revoked
+PKI/tokens/NAME.json    the one-time token of a device that makes its key itself (see `devices.provisioning.enrollment`)
 PKI/fleet.toml          run and broker for devices that are added later
+PKI/lock                held by the process that issues or revokes certificates
 PKI/broker/             the kit: copy it to the broker
 """
 
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote, urlsplit
@@ -36,6 +39,7 @@ from devices.provisioning.service_unit import SERVER as SERVER_UNIT
 from devices.provisioning.service_unit import server_unit
 from devices.provisioning.settings_file import read_table, settings_text
 from fedfmsl.common.files import write_atomically
+from fedfmsl.common.lock_file import held
 from fedfmsl.common.settings import without_secrets
 from fedfmsl.errors import ConfigError
 from fedfmsl.protocol.topics import ROOT, check_name, check_prefix
@@ -65,6 +69,10 @@ class Fleet:
     def has_passwords(self) -> bool:
         """Whether members have passwords instead of certificates."""
         return self._passwords.is_file()
+
+    def locked(self) -> AbstractContextManager[None]:
+        """Waits for other processes and threads that issue or revoke certificates."""
+        return held(self.folder / "lock", wait=True)
 
     def settings(
         self, hosts: Sequence[str], run: str | None, broker: str | None, prefix: str | None = None
@@ -121,7 +129,7 @@ class Fleet:
         self._write(broker / "mosquitto.conf", mosquitto_conf(kit, passwords, port))
         self._write(broker / "limits.conf", systemd_limits())
         self._write(broker / "compose.yaml", compose_yaml(kit, hosts[0], settings.get("run"), SOURCE, prefix, port))
-        self._record(BROKER_NAME, issued)
+        self.record(BROKER_NAME, issued.certificate_pem)
         self._issue_server(authority, hosts)
         self._issue_operator(authority)
         self._write(self.folder / f"{SERVER_UNIT}.service", server_unit(Path(sys.executable)))
@@ -136,30 +144,34 @@ class Fleet:
         if self.has_passwords:
             self._add_passwords(names, settings)
             return
-        authority = self._authority()
+        authority = self.authority()
         for name in names:
             issued = authority.issue(name, [CLIENT])
-            if self._issued(name).exists():
-                raise ConfigError(
-                    f"{self._issued(name)} already exists and is not overwritten; --renew or --revoke {name} first"
-                )
-            self._record(name, issued)
+            self.check_free(name)
+            self.record(name, issued.certificate_pem)
             if name == HOME_ASSISTANT:  # reads key and certificate from two files
                 self._write(self.folder / f"{name}.crt", issued.certificate_pem)
                 self._write(self.folder / f"{name}.key", issued.key_pem)
             else:
                 self._write_device(name, settings, {"identity": _identity(issued, authority)})
 
+    def check_free(self, name: str) -> None:
+        """Raises ConfigError if a member has the name."""
+        if self.issued(name).exists():
+            raise ConfigError(
+                f"{self.issued(name)} already exists and is not overwritten; --renew or --revoke {name} first"
+            )
+
     def renew(self, names: Sequence[str], settings: Mapping[str, str]) -> None:
         """Makes new certificates, of the server and the broker too. The earlier ones stay valid until they expire, so
         no connection is cut. Raises ConfigError for an unknown name."""
-        authority = self._authority()
+        authority = self.authority()
         known = self.folder / "broker" / "broker.crt"
         for name in names:
             if name == BROKER_NAME:
                 hosts = hosts_of(known.read_bytes())
                 issued = authority.issue(hosts[0], [SERVER], hosts)
-                self._record(name, issued)
+                self.record(name, issued.certificate_pem)
                 self._replace(known, issued.certificate_pem)
                 self._replace(known.with_suffix(".key"), issued.key_pem)
                 self.report("copy both to the broker, and reload it: systemctl reload mosquitto")
@@ -172,7 +184,7 @@ class Fleet:
                 self._issue_operator(authority)
             elif self.has_passwords:
                 raise ConfigError(f"{name} has a password, which does not expire; --revoke it, and add {name} again")
-            elif not self._issued(name).exists():
+            elif not self.issued(name).exists():
                 raise ConfigError(f"cannot renew {name}; valid names are those in {self.folder}/issued")
             else:
                 self._renew_member(name, authority.issue(name, [CLIENT]), authority, settings)
@@ -180,13 +192,13 @@ class Fleet:
                 self._add_passwords([name], settings)
 
     def _renew_member(self, name: str, issued: Issued, authority: Authority, settings: Mapping[str, str]) -> None:
-        self._record(name, issued)
+        self.record(name, issued.certificate_pem)
         if name == HOME_ASSISTANT:
             self._replace(self.folder / f"{name}.crt", issued.certificate_pem)
             self._replace(self.folder / f"{name}.key", issued.key_pem)
             return
         path = self.folder / "devices" / f"{name}.toml"
-        self._replace(path, _device_file(name, settings, {"identity": _identity(issued, authority)}))
+        self._replace(path, device_file(name, settings, {"identity": _identity(issued, authority)}))
         self.report(f"copy it to {name}, and run there: python -m devices.install --renew {path.name}")
 
     def revoke(self, names: Sequence[str]) -> None:
@@ -202,7 +214,7 @@ class Fleet:
             self._report_revoked(self._passwords, names)
             return
         path = self.folder / "broker" / "revoked.crl"
-        certificates = [self._issued(name) for name in names]
+        certificates = [self.issued(name) for name in names]
         missing = [name for name, file in zip(names, certificates, strict=True) if not file.is_file()]
         if missing:
             raise ConfigError(
@@ -217,9 +229,10 @@ class Fleet:
                 f"cannot revoke {', '.join(names)}: {error}; valid names are those in {self.folder}/issued"
             ) from error
         # before the certificates are removed, so that an interrupted call can be repeated
-        write_atomically(path, self._authority().revocation_list(serials).encode(), durable=True)
+        write_atomically(path, self.authority().revocation_list(serials).encode(), durable=True)
         for name, file in zip(names, certificates, strict=True):
             file.unlink()
+            self.token(name).unlink(missing_ok=True)
             self._remove_files(name)
         self._report_revoked(path, names)
 
@@ -273,7 +286,7 @@ class Fleet:
 
     # files
 
-    def _authority(self) -> Authority:
+    def authority(self) -> Authority:
         try:
             return load_authority((self.folder / "ca.crt").read_bytes(), (self.folder / "ca.key").read_bytes())
         except (OSError, ValueError) as error:
@@ -283,7 +296,7 @@ class Fleet:
 
     def _write_device(self, name: str, settings: Mapping[str, str], own: Mapping[str, str]) -> None:
         path = self.folder / "devices" / f"{name}.toml"
-        self._write(path, _device_file(name, settings, own))
+        self._write(path, device_file(name, settings, own))
         self.report(f"copy it to {name}, and run there: python -m devices.install {path.name} --images DIR")
 
     def _remove_files(self, name: str) -> None:
@@ -293,24 +306,27 @@ class Fleet:
         for file in files:
             (self.folder / file).unlink(missing_ok=True)
 
-    def _issued(self, name: str) -> Path:
+    def token(self, name: str) -> Path:
+        return self.folder / "tokens" / f"{name}.json"
+
+    def issued(self, name: str) -> Path:
         return self.folder / "issued" / f"{name}.crt"
 
-    def _record(self, name: str, issued: Issued) -> None:
+    def record(self, name: str, certificate: str) -> None:
         """To be called first, so that every certificate that is handed out can be revoked."""
-        path = self._issued(name)
+        path = self.issued(name)
         earlier = path.read_text("utf-8") if path.exists() else ""
-        write_atomically(path, (earlier + issued.certificate_pem).encode(), durable=True)
+        write_atomically(path, (earlier + certificate).encode(), durable=True)
 
     def _issue_server(self, authority: Authority, hosts: Sequence[str]) -> None:
         """The server also serves the bundle over HTTPS, under the broker's host names."""
         issued = authority.issue(SERVER_NAME, [SERVER, CLIENT], hosts)
-        self._record(SERVER_NAME, issued)
+        self.record(SERVER_NAME, issued.certificate_pem)
         self._replace(self.folder / "server.pem", _identity(issued, authority))
 
     def _issue_operator(self, authority: Authority) -> None:
         issued = authority.issue(OPERATOR_NAME, [CLIENT])
-        self._record(OPERATOR_NAME, issued)
+        self.record(OPERATOR_NAME, issued.certificate_pem)
         self._replace(self.folder / "operator.pem", _identity(issued, authority))
 
     def _replace(self, path: Path, text: str) -> None:
@@ -330,8 +346,9 @@ class Fleet:
         self.report(f"wrote {path}")
 
 
-def _device_file(name: str, settings: Mapping[str, str], own: Mapping[str, str]) -> str:
-    about = f"The identity of {name} and the CA that it trusts. Secret: copy this file to {name} only."
+def device_file(name: str, settings: Mapping[str, str], own: Mapping[str, str]) -> str:
+    """The text of a device's file. `own`: its identity, and what else only this device has."""
+    about = f"The identity of {name} and the CA that it trusts. With the key it is secret: it belongs on {name} only."
     return settings_text((f"Written by devices.provision for {name}.", settings), (about, own))
 
 

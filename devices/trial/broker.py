@@ -10,7 +10,8 @@ import typer
 from amqtt.broker import Broker
 
 from fedfmsl.common.cli import application
-from fedfmsl.errors import BrokerError
+from fedfmsl.errors import RunError
+from fedfmsl.transport.address import why_not_listening
 from fedfmsl.transport.link import KEEPALIVE_SECONDS
 
 app = application()
@@ -25,10 +26,11 @@ def broker(
 ) -> None:
     """Run a small MQTT broker (amqtt, MQTT 3.1.1) until interrupted."""
     logging.disable(logging.ERROR)
-    asyncio.run(_serve(f"{bind}:{port}"))
+    asyncio.run(_serve(bind, port))
 
 
-async def _serve(address: str) -> None:
+async def _serve(bind: str, port: int) -> None:
+    address = f"{bind}:{port}"
     config = {
         "listeners": {"default": {"type": "tcp", "bind": address, "max_connections": 0}},
         "timeout_disconnect_delay": KEEPALIVE_SECONDS // 2,  # MQTT allows a client 1.5 times its keepalive
@@ -42,7 +44,8 @@ async def _serve(address: str) -> None:
     try:
         await instance.start()
     except Exception as error:  # amqtt raises exceptions of several types
-        raise BrokerError(f"cannot start a broker on {address} ({error}); choose another --port") from error
+        why = why_not_listening(bind, error.__cause__) if isinstance(error.__cause__, OSError) else error
+        raise RunError(f"cannot start a broker on {address} ({why}); choose another --port") from error
     print(f"broker on mqtt://{address}", flush=True)
     await stop.wait()
     await instance.shutdown()

@@ -9,7 +9,7 @@ import time
 from edge_runtime.data.features import FeatureCache
 from edge_runtime.store import DeviceStore
 from fedfmsl.common.backoff import Backoff
-from fedfmsl.common.files import NO_DESCRIPTORS, has_descriptors
+from fedfmsl.common.files import FULL, NO_DESCRIPTORS, has_descriptors
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,8 @@ class DiskRetry:
         """
         may_open = has_descriptors()  # otherwise the disk is not what fails
         if not self._failures:
-            remedy = "retrying until there is free space" if may_open else f"retrying: {NO_DESCRIPTORS}"
+            disk = "retrying until there is free space" if error.errno in FULL else "retrying; check the disk"
+            remedy = disk if may_open else f"retrying: {NO_DESCRIPTORS}"
             logger.warning(f"--state {self._store.root}: cannot write ({error}); {remedy}")
         with contextlib.suppress(OSError):  # a read-only disk
             if evict and may_open:

@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from edge_runtime.daemon.privacy_budget import epsilon_of
 from edge_runtime.daemon.state import State
 from edge_runtime.engines.memory import rss
 from edge_runtime.resources.governor import Readings
@@ -20,7 +21,7 @@ from fedfmsl.common.files import write_atomically
 from fedfmsl.common.folder_walk import count_files
 from fedfmsl.common.systemd import Watchdog, notify
 from fedfmsl.errors import one_line
-from fedfmsl.protocol.messages import HEALTH_SECONDS, Activity, Health, Stage, encode
+from fedfmsl.protocol.messages import HEALTH_SECONDS, MAX_AMOUNT, Activity, Health, Stage, encode
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.link import Link
 
@@ -98,6 +99,7 @@ class HealthReporter:
             "broker_certificate_until": self._link.broker_until,
             "memory": rss(),
             "disk_free": _free(self._store.root),
+            "epsilon": _epsilon(self._store),
             **vars(self._read()),
         }
 
@@ -113,6 +115,15 @@ def _free(folder: Path) -> int:
         return shutil.disk_usage(folder).free
     except OSError:
         return 0
+
+
+def _epsilon(store: DeviceStore) -> float | None:
+    """None also if the record cannot be read: the round that needs it says so."""
+    try:
+        epsilon = epsilon_of(store.budget.read())
+    except OSError:
+        return None
+    return None if epsilon is None else min(epsilon, MAX_AMOUNT)
 
 
 def _of_device(device: DeviceContext) -> Mapping[str, Any]:

@@ -34,6 +34,7 @@ GAUGES = (
         "broker_certificate_until",
         "Unix time when the broker's certificate expires.",
     ),
+    ("epsilon", "epsilon", "The privacy budget that all runs have used, at a delta of 1e-5."),
     ("unacknowledged_updates", "unacknowledged", "Updates that the server has not acknowledged."),
 )
 SPLITS = ("train", "held_out", "test", "skipped")

@@ -17,7 +17,6 @@ from fedfmsl.errors import RunError
 from fedfmsl.protocol.messages import NOISED, Round, Stage
 
 DELTA = 1e-5
-UNBOUNDED = "it has sent updates without noise, or its record of them is damaged"
 REVEALING = (*NOISED, Stage.HOLDERS, Stage.HEAD)  # stages whose updates depend on the samples of the training split
 LEADING = (*REVEALING, Stage.KEYS, Stage.SHARES)  # and those that lead to such an update
 
@@ -37,7 +36,7 @@ class PrivacyBudget:
         if round_.privacy is None:
             return f"{cap} allows no update without noise (--dp-noise of the server)"
         if spent.unbounded:
-            return f"{cap} is passed: {UNBOUNDED}; delete STATE/privacy to count from now on"
+            return f"{cap} is passed: {_why_unbounded(spent)}; delete STATE/privacy to count from now on"
         cost = _cost(round_)
         after = gaussian_epsilon(spent.mu_squared + cost, DELTA)
         return f"{cap} would be passed: ε {after:.3g} after this round" if after > self.limit else ""
@@ -61,6 +60,7 @@ class PrivacyBudget:
                 mu_squared=spent.mu_squared + cost,
                 updates=spent.updates + 1,
                 unbounded=spent.unbounded,
+                damaged=spent.damaged,
                 session=round_.session,
                 round=round_.round,
                 cost=cost,
@@ -74,14 +74,26 @@ class PrivacyBudget:
             self.store.write(spent.model_copy(update={"session": Spent().session, "round": 0, "cost": 0.0}))
 
 
+def epsilon_of(spent: Spent) -> float | None:
+    """ε at DELTA of the updates so far. None if no ε holds, and before the first update."""
+    return gaussian_epsilon(spent.mu_squared, DELTA) if spent.updates and not spent.unbounded else None
+
+
 def describe_budget(spent: Spent) -> str:
-    """The budget that a device has used; "" if none."""
+    """The budget that a device has used; "" before its first update."""
+    if spent.unbounded and not (spent.damaged or spent.updates):
+        return "none was asked for: the runs of this device had no noise (--dp-noise of the server)"
     if spent.unbounded:
-        return f"no ε holds: {UNBOUNDED}"
-    if not spent.updates:
+        return f"no ε holds: {_why_unbounded(spent)}"
+    epsilon = epsilon_of(spent)
+    if epsilon is None:
         return ""
     count = f"{spent.updates} noised update{'s' if spent.updates > 1 else ''}"
-    return f"ε {gaussian_epsilon(spent.mu_squared, DELTA):.3g} (δ = {DELTA:g}) after {count}"
+    return f"ε {epsilon:.3g} (δ = {DELTA:g}) after {count}"
+
+
+def _why_unbounded(spent: Spent) -> str:
+    return "the record of its updates was damaged" if spent.damaged else "it has sent updates without noise"
 
 
 def _cost(round_: Round) -> float:

@@ -59,6 +59,7 @@ REQUIRED = {  # the stages that a device takes part in with secure aggregation o
     Secure.SUMS: (Stage.STATISTICS, Stage.HEAD),
     Secure.ALL: (Stage.STATISTICS, Stage.HEAD, Stage.GLOBAL, Stage.PERSONAL),
 }
+MEASURES = (Stage.BASELINE, Stage.EVALUATE)  # stages whose updates are accuracies and counts
 STAGES: dict[Stage, StageFunction] = {
     Stage.HOLDERS: holders,
     Stage.STATISTICS: statistics,
@@ -176,6 +177,9 @@ class RoundRunner:
         model = result.model
         # The noise is from the operating system's entropy: a server that knew its seed could subtract it.
         result = prepare_update(device.bundle, store.residual, round_, result, np.random.default_rng())
+        if self.budget.limit is not None and round_.stage in MEASURES:
+            # Accuracies and counts without noise reveal facts about the samples, as often as the server asks for them.
+            result = StageResult(level=round_.level)
         if round_.secure:
             result = self._secure.mask(round_, result)
         kept = save_personal_model(device, round_, global_values, model)

@@ -28,7 +28,7 @@ def has_artifacts(bundle: TaskBundle) -> bool:
 class TrainingSession:
     """Module, Optimizer and CheckpointState of a level, with the trainables `theta` (P,).
 
-    The bundle's checkpoint holds names and shapes without values. `state.parameters` maps each name of the layout to
+    The bundle's checkpoint holds names without shapes and values. `state.parameters` maps each name of the layout to
     its `data` and `grad`.
     """
 
@@ -36,6 +36,7 @@ class TrainingSession:
         """Raises BundleError if onnxruntime-training cannot read the level's artifacts."""
         api, root = training_api(), bundle.root
         options = session_options(threads, prepack=False)  # Module fails with packed weights
+        options.add_free_dimension_override_by_name("C", bundle.expert.slots[0].shape[0])
         try:
             self.state = api.CheckpointState.load_checkpoint(root / f"ort-training-{level}.checkpoint")
             self._module = api.Module(root / f"ort-training-{level}.onnx", self.state, session_options=options)

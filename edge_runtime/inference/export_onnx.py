@@ -80,6 +80,8 @@ def assemble(store: DeviceStore, bundle_path: Path | None) -> AssembledModel:
     model.graph.input.extend(inputs)
     for name, tensor in sorted(tensors.items()):  # the order in a safetensors file varies
         model.graph.initializer.append(numpy_helper.from_array(tensor, name))
+    probabilities = next(value for value in model.graph.output if value.name == "probabilities")
+    probabilities.type.tensor_type.shape.dim[1].dim_value = len(header.held)  # C, which the template leaves open
     return AssembledModel(header, bundle, model, frozen)
 
 

@@ -15,13 +15,14 @@ from fedfmsl.protocol.messages import Count, Number, Session
 
 class Spent(BaseModel):
     """`mu_squared` is the sum over `updates` updates with noise. `unbounded`: an update without noise was sent, or an
-    earlier record is damaged, so no ε holds. `session`, `round` and `cost` (μ²): of the last recorded update."""
+    earlier record was `damaged`, so no ε holds. `session`, `round` and `cost` (μ²): of the last recorded update."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     mu_squared: float = Field(default=0.0, ge=0)
     updates: Count = 0
     unbounded: bool = False
+    damaged: bool = False
     session: Session = "none"
     round: Number = 0
     cost: float = Field(default=0.0, ge=0)
@@ -38,7 +39,7 @@ class BudgetStore:
         except FileNotFoundError:
             return Spent()
         except ValidationError:
-            return Spent(unbounded=True)
+            return Spent(unbounded=True, damaged=True)
 
     def write(self, spent: Spent) -> None:
         write_atomically(self.path, spent.model_dump_json().encode(), durable=True)

@@ -200,9 +200,10 @@ def open_model_bundle(store: DeviceStore, header: ModelHeader, path: Path | None
     """
     root = path or store.bundles / header.bundle
     if not root.is_dir():
+        own = "" if path else "the device did not download it, so it was started with --bundle; "
+        alone = f"; {store.personalized} needs no bundle" if store.personalized.is_file() else ""
         raise BundleError(
-            f"the bundle of the model in {store.root} is not at {root}; pass its folder with --bundle, "
-            f"or pass --model {store.personalized} to predict"
+            f"the bundle of the model in {store.root} is not at {root}; {own}pass that folder with --bundle{alone}"
         )
     bundle = Bundle.load(root)
     if bundle.sha256 != header.bundle:

@@ -12,8 +12,8 @@ from typing import Any
 import typer
 from rich.console import Console
 
-from fedfmsl.common.exit_codes import DISK_FULL, INTERRUPTED
-from fedfmsl.common.files import FULL
+from fedfmsl.common.exit_codes import DISK, INTERRUPTED
+from fedfmsl.common.files import FAILING, FULL
 from fedfmsl.errors import FedFMSLError, InputError, no_permission
 
 # No wrapping at the terminal's width. No markup, because the text may come from other machines.
@@ -54,10 +54,12 @@ class _Application(typer.Typer):
             print(f"error: {no_permission(error.filename, 'use')}", file=sys.stderr)
             sys.exit(InputError.exit_code)
         except OSError as error:
-            if error.errno not in FULL:
+            if error.errno not in FULL | FAILING:
                 raise
-            print(f"error: the disk is full ({error}); free some space and start again", file=sys.stderr)
-            sys.exit(DISK_FULL)
+            full = "the disk is full", "free some space"
+            what, remedy = full if error.errno in FULL else ("the disk fails", "check it, its cable and its mount")
+            print(f"error: {what} ({error}); {remedy}, and start again", file=sys.stderr)
+            sys.exit(DISK)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             sys.exit(INTERRUPTED)

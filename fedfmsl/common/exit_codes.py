@@ -7,7 +7,7 @@ import signal
 
 from fedfmsl import errors
 
-DISK_FULL = os.EX_IOERR
+DISK = os.EX_IOERR
 INTERRUPTED = 128 + signal.SIGINT
 TERMINATED = 128 + signal.SIGTERM
 
@@ -20,8 +20,8 @@ EXIT_CODES = {
     errors.WeightsError.exit_code: "model weights cannot be found, downloaded or recognized",
     errors.BrokerError.exit_code: "the MQTT broker is unreachable or refuses the client",
     errors.MessageError.exit_code: "a message does not match the protocol; no command ends with this code",
-    errors.RunError.exit_code: "a run cannot continue: too few devices, or a process that ended early",
-    DISK_FULL: "the disk is full",
+    errors.RunError.exit_code: "a run cannot continue: too few devices, a process that ended early, or a port in use",
+    DISK: "the disk is full, or fails",
     INTERRUPTED: "interrupted with Ctrl-C (SIGINT)",
     TERMINATED: "terminated (SIGTERM)",
 }

@@ -13,6 +13,14 @@ ADDED_BYTES = 32  # that a temporary name may have more than the name of its fil
 NO_DESCRIPTORS = "no more files can be opened; raise the limit of open files (LimitNOFILE= of a service, ulimit -n)"
 FOLDER = "is a folder"  # why a path is not the name of a file
 FULL = {errno.ENOSPC, errno.EDQUOT}  # error numbers of a full disk
+FAILING = {
+    errno.EIO,
+    errno.EROFS,
+    errno.ENODEV,
+    errno.ENXIO,
+    errno.ESTALE,
+    errno.EUCLEAN,
+}  # of one that fails, or is gone
 EXHAUSTED = {errno.EMFILE, errno.ENFILE}  # error numbers without a free descriptor
 
 

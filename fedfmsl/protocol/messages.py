@@ -30,7 +30,8 @@ Positive = Annotated[int, Field(ge=1, le=MAX_NUMBER)]
 Level = Annotated[int, Field(ge=0, le=1024)]
 ChunkBytes = Annotated[int, AfterValidator(check_chunk_size)]
 Count = Annotated[int, Field(ge=0, le=2**53)]  # also exact as a float
-Amount = Annotated[float, Field(ge=0, le=2**53)]
+MAX_AMOUNT = 2**53
+Amount = Annotated[float, Field(ge=0, le=MAX_AMOUNT)]
 
 
 class Message(BaseModel):
@@ -230,7 +231,8 @@ class Health(Message):
     `provider`: the execution provider in use, and why not another. `disconnected`: why there is no connection to the
     broker, `disconnected_since`: since when (unix seconds).
     `certificate_until` and `broker_certificate_until`: when they expire (unix seconds); 0 if there is none.
-    `refused`: what the broker seems to refuse.
+    `refused`: what the broker seems to refuse. `epsilon`: the privacy budget of all its runs at δ = 1e-5; None if it
+    has sent no update with noise, or also some without.
     """
 
     device: Name
@@ -261,6 +263,7 @@ class Health(Message):
     unacknowledged: Count = 0
     rounds_done: Count = 0
     refused: Text = ""
+    epsilon: Amount | None = None
     disconnected: Text = ""
     disconnected_since: Amount = 0
     certificate_until: Amount = 0

@@ -34,7 +34,7 @@ class Identity:
     valid: tuple[datetime, datetime] | None = None
 
     def client_context(self) -> ssl.SSLContext:
-        return self._load(_client_context(self.authorities))
+        return self._load(trusting(self.authorities))
 
     def server_context(self, revoked: Path | None = None) -> ssl.SSLContext:
         """Accepts clients with a certificate of the same CA that is not in the revocation list `revoked` (PEM). Raises
@@ -91,7 +91,7 @@ def read_identity(path: Path) -> Identity:
     own, authorities = (certificates[0], certificates[1:]) if has_key else (None, certificates)
     try:
         name, valid = _parse(own) if own else (None, None)
-        _client_context("\n".join(authorities))
+        trusting("\n".join(authorities))
     except (ValueError, ssl.SSLError) as error:
         raise ConfigError(
             f"identity {path} holds an unreadable certificate ({one_line(error)}); make one with devices.provision"
@@ -129,7 +129,7 @@ def client_context(identity: Path | None) -> ssl.SSLContext:
 
     Raises ConfigError as `read_identity` does.
     """
-    return read_identity(identity).client_context() if identity else _client_context("")
+    return read_identity(identity).client_context() if identity else trusting("")
 
 
 def _parse(certificate: str) -> tuple[str, tuple[datetime, datetime]]:
@@ -143,7 +143,8 @@ def _parse(certificate: str) -> tuple[str, tuple[datetime, datetime]]:
     return str(names[0].value), (parsed.not_valid_before_utc, parsed.not_valid_after_utc)
 
 
-def _client_context(authorities: str) -> ssl.SSLContext:
+def trusting(authorities: str) -> ssl.SSLContext:
+    """The context of a client that trusts these certificates of a CA, in PEM; "": those of the system."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     if authorities:

@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from fedfmsl.errors import ConfigError
+from fedfmsl.errors import RunError
 from fedfmsl.transport.address import listening_on, why_not_listening
 
 Collect = Callable[[], Iterable[Metric]]
@@ -21,7 +21,8 @@ Labelled = GaugeMetricFamily | CounterMetricFamily
 def serve_metrics(address: str, collect: Collect, insecure: bool = False) -> None:
     """Serves what `collect` gives on HOST:PORT, from its own threads, until the process ends.
 
-    Raises ConfigError if the address is invalid or in use, or if other machines reach it and `insecure` is not set.
+    Raises ConfigError if the address is invalid, or if other machines reach it and `insecure` is not set; RunError if
+    it cannot listen there.
     """
     host, port = listening_on(address, f"what --metrics {address} serves", insecure)
     registry = CollectorRegistry()
@@ -30,7 +31,7 @@ def serve_metrics(address: str, collect: Collect, insecure: bool = False) -> Non
         start_http_server(port, host, registry)
     except OSError as error:
         why = why_not_listening(host, error)
-        raise ConfigError(f"--metrics {address} cannot be listened on ({why}); choose another port") from error
+        raise RunError(f"--metrics {address}: cannot listen there ({why}); choose another address") from error
 
 
 class _Newest(Collector):

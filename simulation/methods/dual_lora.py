@@ -21,7 +21,7 @@ from edge_runtime.engines.step_graph import StepGraphEngine
 from edge_runtime.training.context import Samples, TrainingContext
 from fedfmsl.algorithms.arrays import Floats, Vector
 from fedfmsl.algorithms.mixture import log_softmax
-from fedfmsl.protocol.layout import Layout, Slot
+from fedfmsl.protocol.layout import HEAD, Layout, Slot
 from fedfmsl.protocol.task_bundle import TaskBundle
 from simulation.methods.local_training import is_lora_a, is_lora_b, step_graphs
 
@@ -130,8 +130,8 @@ def open_wide(bundle: TaskBundle, name: str, threads: int, prepack: bool = True)
 
 
 def _widen(graph: onnx.GraphProto, layout: Layout) -> None:
-    """Replaces the bounds of each slice of `theta`, and the shape that the slice gets."""
-    wide = {slot.offset: after for slot, after in zip(layout.slots, wide_layout(layout).slots, strict=True)}
+    """Replaces the bounds of each slice of `theta`, and the shape that the slice gets. Bounds count from the end of
+    `theta`, except the start of the head and the end of the last slice. LoRA of rank 2r has twice the values."""
     stored = {tensor.name: tensor for tensor in graph.initializer}
     reshapes = {node.input[0]: node for node in graph.node if node.op_type == "Reshape"}
 
@@ -142,13 +142,10 @@ def _widen(graph: onnx.GraphProto, layout: Layout) -> None:
             graph.initializer.append(stored[name])
         return name
 
-    end = 0
+    loras = iter(slot for slot in wide_layout(layout).slots if slot.part != HEAD)
     for node in graph.node:
         if node.op_type == "Slice" and node.input[0] == "theta":
-            slot = wide[int(numpy_helper.to_array(stored[node.input[1]])[0])]
-            node.input[1], node.input[2] = constant(slot.offset), constant(slot.end)
-            reshapes[node.output[0]].input[1] = constant(*slot.shape)
-            end = max(end, slot.end)
-    for value in (*graph.input, *graph.output):
-        if value.name in ("theta", "gradient"):
-            value.type.tensor_type.shape.dim[0].dim_value = end
+            start, end = (int(numpy_helper.to_array(stored[name])[0]) for name in node.input[1:3])
+            node.input[1], node.input[2] = constant(2 * start), constant(2 * end if end < 0 else end)
+            if start:
+                reshapes[node.output[0]].input[1] = constant(*next(loras).shape)

@@ -3,6 +3,7 @@ run are bit-identical."""
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable
 
@@ -13,6 +14,8 @@ from support.processes import wait_until
 from support.real_run import VICTIM, RealRun
 from support.recovery import strike_each
 from support.run_oracle import Reference
+
+from fedfmsl.common.exit_codes import DISK
 
 BAD_SECONDS = 1.0  # duration of a fault
 DISK_MEGABYTES = 40
@@ -58,7 +61,9 @@ def test_a_device_whose_disk_fails_goes_on_with_what_was_synced(
         def lose(number: int) -> None:
             disk.fail()
             time.sleep(seconds)
-            run.victim.kill()
+            run.victim.send_signal(signal.SIGKILL)
+            if (ended := run.victim.wait()).code != -signal.SIGKILL:  # it has noticed by itself
+                ended.assert_error(DISK, "the disk fails", "Input/output error")
             disk.repair()
             run.start(VICTIM)
 

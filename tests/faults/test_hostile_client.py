@@ -23,6 +23,8 @@ from fedfmsl.protocol.topics import Topics
 from trainer_server.storage.run_store import RunStore
 
 DELAY = (0.4, 0.8)
+LONG_DELAY = (1.0, 1.6)  # a round lasts longer than the forging of messages for it
+LONGER = 3  # times as many rounds where sending takes several of them
 HOSTILE, VICTIM = "hostile", "device-0000"
 TOPICS = Topics(RUN)
 NOISE = np.random.default_rng(0).bytes(5000)
@@ -120,8 +122,9 @@ def test_messages_of_a_hostile_client_cost_nothing(
                 reasons.add(reason)
                 assert publish(simulation.broker.url, forged) or not prompt, fault
 
+        simulation.stage1 *= LONGER if full and not prompt else 1
         simulation.start_server()
-        simulation.start_fleet(delay=DELAY)
+        simulation.start_fleet(delay=LONG_DELAY if full else DELAY)
         strike_each(simulation.out, row, times, attack)
         outcome = simulation.check(row, undisturbed)
     assert HOSTILE not in {name for closed in RunStore(outcome.out).rounds() for name in closed.updates}

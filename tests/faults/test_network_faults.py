@@ -24,6 +24,7 @@ from fedfmsl.protocol.task_bundle import TaskBundle
 DELAY = (0.1, 0.4)
 KEEPALIVE_SECONDS = 1
 AWAY_SECONDS = 1.0  # duration of a fault without a network
+LONGER = 3  # times as many rounds: while the network is bad, rounds close
 BAD_SECONDS = 3.0  # duration of a fault of a network that works
 JOINING = 100  # devices
 
@@ -123,6 +124,7 @@ def test_latency_repetition_and_reordering_lose_no_update(
             time.sleep(BAD_SECONDS)
             proxy.latency, proxy.repeat, proxy.swap = 0.0, 0.0, 0.0
 
+        simulation.stage1 *= LONGER if full else 1
         simulation.start_server(url=proxy.url)
         simulation.start_fleet(url=proxy.url, delay=DELAY)
         strike_each(simulation.out, row, times, worsen)
@@ -156,7 +158,7 @@ def test_lost_packets_and_low_bandwidth_lose_no_update(
     row.name = f"{fault} for {BAD_SECONDS:.0f} s, devices and server, mosquitto"
     with NetworkSpace() as network:
         broker = RestartableBroker(processes, tmp_path, network=network)
-        simulation = Simulation.for_faults(times, processes, broker, layout, tmp_path)
+        simulation = Simulation.for_faults(times * LONGER, processes, broker, layout, tmp_path)
 
         def strike(number: int) -> None:
             worsen(network)

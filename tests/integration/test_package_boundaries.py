@@ -108,8 +108,8 @@ TABLE = (
     Row(EDGE, f"{FEDFMSL} {EDGE}.*", "typer rich pydantic"),
     Row(
         "devices.provisioning",
-        f"{FEDFMSL} {EDGE}.settings {EDGE}.resources",
-        "cryptography tomli tomlkit",
+        f"{FEDFMSL} fedfmsl.web {EDGE}.settings {EDGE}.resources",
+        "cryptography pydantic starlette tomli tomlkit",
     ),
     Row(
         "devices.trial",

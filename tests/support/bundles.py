@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from fedfmsl.algorithms.arrays import Vector
 from fedfmsl.common.onnx_runtime import has_ort_training
 from fedfmsl.protocol.bundle import TOKENIZER, Bundle, Precision
 from fedfmsl.protocol.task import Task
-from fedfmsl.protocol.task_bundle import TaskBundle
+from fedfmsl.protocol.task_bundle import TaskBundle, with_numbered_classes
 from support.samples import CLASSES
 from support.shared_folders import fingerprint, made_once
 
@@ -81,6 +81,11 @@ def build(
         pass
     bundle = Bundle.load(out)
     return Built(weights, write_task(bundle, Task.of(bundle.sha256, classes, "the test", zero_shot)), seed)
+
+
+def with_classes(built: Built, count: int) -> Built:
+    """The same bundle with another number of classes."""
+    return replace(built, bundle=with_numbered_classes(built.bundle, count))
 
 
 def shared_weights(name: str) -> Path:

@@ -41,6 +41,8 @@ OTHER_OPTIONS = {
     "--install-completion",
 }  # of pytest, pip, mypy, typer
 
+GROUP_OPTIONS = {"--help", "--version", "--install-completion"}  # devices.provision passes others to a command
+
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
@@ -82,7 +84,7 @@ def until_operator(words: list[str]) -> list[str]:
 def resolve(words: list[str]) -> tuple[Any, list[str]]:
     """The click command that `words` name, and its arguments."""
     command, arguments = command_of(words[0]), words[1:]
-    while hasattr(command, "resolve_command") and arguments and not arguments[0].startswith("-"):
+    while hasattr(command, "resolve_command") and arguments and arguments[0] not in GROUP_OPTIONS:
         context = command.make_context(command.name, [], resilient_parsing=True)
         _, command, arguments = command.resolve_command(context, arguments)
     return command, arguments

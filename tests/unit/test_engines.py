@@ -25,6 +25,7 @@ from support.bundles import (
     random_theta,
     relative_error,
     run_graph,
+    with_classes,
 )
 from support.samples import CLASSES
 from support.torch_reference import torch_expert, torch_step, trainables
@@ -128,6 +129,25 @@ MIXTURE: Inputs = {
 def test_loss_and_every_gradient_equal_torch_and_peft(
     built: Built, level: int, terms: Inputs, differentiate: Differentiate
 ) -> None:
+    check_step(built, level, terms, differentiate)
+
+
+@pytest.mark.parametrize("classes", [2, 9])
+@each_gradient
+def test_one_bundle_steps_with_any_number_of_classes(built: Built, classes: int, differentiate: Differentiate) -> None:
+    other, level = with_classes(built, classes), 2
+    bias = np.linspace(0.5, -0.5, classes, dtype=np.float32)
+    check_step(other, level, {**MIXTURE, "labels": np.array([0, 1, classes - 1, 1, 0]), "bias": bias}, differentiate)
+    samples, theta = random_samples(other, 3, seed=2), random_theta(other.bundle, level, 2)
+    with torch.no_grad(), torch_expert(other, theta) as model:
+        logits = model(**torch_inputs(samples, other.bundle.manifest.preprocessing)).logits.numpy()
+    hidden = hidden_of(other, samples, level)
+    (ours,) = run_graph(other.bundle, f"predict-{level}.onnx", ["logits"], hidden=hidden, theta=theta)
+    assert relative_error(ours, logits) < TOLERANCE
+
+
+def check_step(built: Built, level: int, terms: Inputs, differentiate: Differentiate) -> None:
+    """Loss and gradients at random trainables equal torch + PEFT."""
     size = len(terms["labels"])
     samples, theta = random_samples(built, size, seed=level), random_theta(built.bundle, level, 1)
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
+
 import pytest
 
 from fedfmsl.common.cli import application, console
+from fedfmsl.common.exit_codes import DISK
 from fedfmsl.errors import FedFMSLError, InputError
 
 
@@ -30,3 +34,20 @@ def test_a_file_of_another_user_ends_a_command_with_one_line(capsys: pytest.Capt
     assert ended.value.code == InputError.exit_code
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: photos/labels.csv: no permission to use it as user ")
+
+
+@pytest.mark.parametrize(("number", "what"), [(errno.ENOSPC, "the disk is full"), (errno.EIO, "the disk fails")])
+def test_a_disk_that_is_full_or_fails_ends_a_command_with_one_line(
+    capsys: pytest.CaptureFixture[str], number: int, what: str
+) -> None:
+    app = application()
+
+    @app.command()
+    def read() -> None:
+        raise OSError(number, os.strerror(number), "state/session")
+
+    with pytest.raises(SystemExit) as ended:
+        app([])
+    assert ended.value.code == DISK
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {what} (") and "state/session" in line

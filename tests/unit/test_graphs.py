@@ -5,7 +5,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from support.bundles import LAYERS, Built, as_input, hidden_of, random_samples, random_theta, relative_error, run_graph
+from numpy.typing import NDArray
+from support.bundles import (
+    LAYERS,
+    Built,
+    as_input,
+    hidden_of,
+    random_samples,
+    random_theta,
+    relative_error,
+    run_graph,
+    with_classes,
+)
 from support.samples import CLASSES
 from support.torch_reference import features_of, hidden_states, torch_expert
 
@@ -102,10 +113,20 @@ def test_the_initial_gate_is_bayes_rule(built: Built) -> None:
 def test_the_personalized_graph_equals_the_mixture_of_its_experts_and_gate(
     built: Built, level: int, temperature: float
 ) -> None:
+    check_the_personalized_graph(built, level, temperature, np.array([3, 0, 8, 1]))
+
+
+@pytest.mark.parametrize("classes", [2, 9])
+def test_the_personalized_graph_takes_any_number_of_classes(vit: Built, classes: int) -> None:
+    check_the_personalized_graph(with_classes(vit, classes), 2, 0.4, np.arange(classes))
+
+
+def check_the_personalized_graph(built: Built, level: int, temperature: float, counts: NDArray[np.int64]) -> None:
+    """`counts` (C,): the device's samples of each class."""
     bundle, rng = built.bundle, np.random.default_rng(level)
     samples = as_input(built, random_samples(built, 5, seed=13))
     thetas = {expert: random_theta(bundle, level, seed) for seed, expert in enumerate(("global", "local"))}
-    biases = Biases.of_counts(np.array([3, 0, 8, 1]))
+    biases = Biases.of_counts(counts)
     gate_theta = rng.normal(0, 0.5, bundle.gate.total).astype(np.float32)
     hidden, pooled = run_graph(bundle, "features.onnx", [f"hidden_{level}", "pooled"], **samples)
     logits = {

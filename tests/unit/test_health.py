@@ -24,6 +24,8 @@ from edge_runtime.daemon.launch import connect
 from edge_runtime.daemon.state import State
 from edge_runtime.resources.governor import Readings
 from edge_runtime.store import DeviceStore
+from edge_runtime.store.budget_store import Spent
+from fedfmsl.algorithms.accounting import gaussian_epsilon
 from fedfmsl.common.backoff import Backoff
 from fedfmsl.errors import BrokerError
 from fedfmsl.protocol.duplicate_name import DuplicateNameGuard
@@ -75,6 +77,8 @@ def test_health_is_published_when_the_activity_changes_and_at_intervals(
 
     announced = announced_round(Stage.GLOBAL, level=2)
     state = State("kitchen", DuplicateNameGuard(""), "", announced=announced, unacknowledged=frozenset({1, 2}))
+    assert starting.epsilon is None  # no update with noise yet
+    device.store.budget.write(Spent(mu_squared=1.0, updates=1))
     health_reporter.rounds_done = 2
     health_reporter.heartbeat(Activity.WORKING, device, state)
     health_reporter.heartbeat(
@@ -87,6 +91,7 @@ def test_health_is_published_when_the_activity_changes_and_at_intervals(
     assert (working.unacknowledged, working.rounds_done) == (2, 2)
     assert (working.train, working.held_out) == (len(device.scanned.train), len(device.scanned.held_out))
     assert working.cache == device.cache.used > 0
+    assert paused.epsilon == pytest.approx(gaussian_epsilon(1.0, 1e-5))
     assert (paused.activity, paused.paused) == (Activity.PAUSED, "81.5 °C, above --max-temperature 75")
     assert paused == health_reporter.newest == Health.model_validate_json(device.store.health.read_bytes())
 

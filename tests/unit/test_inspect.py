@@ -56,6 +56,7 @@ def test_before_the_first_round_status_shows_the_devices_that_are_online(store: 
     assert rows(store)["online"] == "1 of 2 devices: dev-a"
     assert as_json(store).items() >= {"online": ["dev-a"], "devices": 2}.items()
     assert not {"round", "stage", "ended"} & rows(store).keys()
+    assert rows(store)["privacy"] == "none was asked for (--dp-noise)"
 
 
 def test_during_a_round_status_shows_its_stage_and_the_missing_devices(run: CoordinatorRun, store: RunStore) -> None:
@@ -104,6 +105,7 @@ def test_status_shows_epsilon_of_each_observer(vit: Built, tmp_path: Path) -> No
     store.commit([LoggedEvent(1.0, update)])
     shown = rows(store)
     assert shown["ε for everybody"] == f"{once:.3g} at δ = 1e-05"
+    assert "privacy" not in shown
     assert shown["ε for the server with one device"] == f"{gaussian_epsilon(2.0, 1e-5):.3g} at δ = 1e-05"
 
 

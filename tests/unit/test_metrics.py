@@ -12,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from support.tools import NOT_TESTED
 
 from edge_runtime.daemon.metrics import families
-from fedfmsl.errors import ConfigError
+from fedfmsl.errors import ConfigError, RunError
 from fedfmsl.protocol.messages import Activity, Health
 from fedfmsl.transport.metrics import serve_metrics
 
@@ -35,6 +35,7 @@ HEALTH = Health(
     train=40,
     skipped=2,
     rounds_done=6,
+    epsilon=2.5,
 )
 
 
@@ -70,6 +71,7 @@ def test_prometheus_reads_what_is_known_and_nothing_else(port: int) -> None:
     assert value("on_battery") == 0
     assert value("samples", split="skipped") == 2
     assert value("rounds_total") == 6
+    assert value("epsilon") == 2.5
     assert value("health_timestamp_seconds") == HEALTH.time
     assert not {"fedfmsl_metered", "fedfmsl_other_processes_cpu_ratio"} & {sample.name for sample in found}
 
@@ -94,7 +96,7 @@ def test_a_port_that_is_taken_is_refused_in_one_line() -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
-        with pytest.raises(ConfigError, match=r"cannot be listened on \(.*\); choose another port"):
+        with pytest.raises(RunError, match=r"cannot listen there \(the port is in use\); choose another address"):
             serve_metrics(f"127.0.0.1:{other.getsockname()[1]}", list)
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from support.bundles import Built
 from support.in_process_daemon import InProcessDaemon, make_daemon
-from support.training_contexts import announced_round
+from support.training_contexts import announced_round, initial_globals
 
-from edge_runtime.daemon.privacy_budget import DELTA, PrivacyBudget, describe_budget
+from edge_runtime.daemon.privacy_budget import DELTA, PrivacyBudget, describe_budget, epsilon_of
 from edge_runtime.store.budget_store import BudgetStore, Spent
 from edge_runtime.store.outbox import Outbox
 from edge_runtime.store.secure_store import SecureRecord
@@ -18,7 +18,8 @@ from fedfmsl.algorithms.accounting import gaussian_epsilon
 from fedfmsl.algorithms.privacy import Privacy
 from fedfmsl.algorithms.sal import AllAtOnce, Sal
 from fedfmsl.errors import RunError
-from fedfmsl.protocol.messages import Encoding, Round, Stage, Training
+from fedfmsl.protocol.messages import Encoding, Globals, Round, Stage, Training, Update
+from fedfmsl.protocol.tensors import blob_hash, pack, unpack
 
 PRIVACY = Privacy(clip=1.0, noise_multiplier=2.0, shares=4)
 
@@ -90,10 +91,13 @@ def test_after_an_update_without_noise_or_a_damaged_record_no_limit_holds(tmp_pa
         PrivacyBudget(store).record(round_of(1, noise=0))
     assert PrivacyBudget(store).refusal(round_of(2)) == ""
     reason = PrivacyBudget(store, limit=1000.0).refusal(round_of(2))
-    assert (
-        reason.startswith("its --max-epsilon 1000 is passed: it has sent updates without noise") and "delete" in reason
-    )
-    assert describe_budget(store.read()).startswith("no ε holds: it has sent updates without noise")
+    why = "the record of its updates was damaged" if damaged else "it has sent updates without noise"
+    assert reason == f"its --max-epsilon 1000 is passed: {why}; delete STATE/privacy to count from now on"
+    plain = "none was asked for: the runs of this device had no noise (--dp-noise of the server)"
+    assert describe_budget(store.read()) == (f"no ε holds: {why}" if damaged else plain)
+    PrivacyBudget(store).record(round_of(3))
+    assert describe_budget(store.read()) == f"no ε holds: {why}"
+    assert epsilon_of(store.read()) is None
     store.path.unlink()
     assert PrivacyBudget(store, limit=1000.0).refusal(round_of(2)) == ""
     assert describe_budget(store.read()) == ""
@@ -143,3 +147,23 @@ def test_a_server_that_comes_back_to_a_session_gets_nothing_twice_for_the_price_
     daemon.runner.run(asked, bytes_down=0)
     assert store.budget.read().updates == 2
     assert store.secure.read() is None
+
+
+@pytest.mark.parametrize("stage", [Stage.BASELINE, Stage.EVALUATE])
+def test_a_device_with_a_limit_sends_no_accuracies_and_no_counts(daemon: InProcessDaemon, stage: Stage) -> None:
+    daemon.runner.budget = replace(daemon.runner.budget, limit=8.0)
+    store, published = daemon.device.store, initial_globals(daemon.device.bundle, 1)
+    layout = daemon.device.bundle.expert
+    named = {
+        "expert": layout.split(published.expert),
+        "start": layout.split(published.start),
+        "gate": daemon.device.bundle.gate.split(published.gate),
+    }
+    blobs = {kind: pack(Globals(run="r", kind=kind), tensors) for kind, tensors in named.items()}
+    for blob in blobs.values():
+        store.globals.write(blob)
+    asked = announced_round(stage, **{kind: blob_hash(blob) for kind, blob in blobs.items()})
+    daemon.runner.run(asked, bytes_down=0)
+    update, tensors = unpack(store.outbox.read(asked.round) or b"", Update)
+    assert (tensors, update.metrics, update.counts, update.samples) == ({}, {}, {}, 0)
+    assert (store.results if stage is Stage.EVALUATE else store.baseline).is_file()  # for its owner

@@ -34,7 +34,7 @@ def test_ca_kit_and_identities_are_readable_by_their_owner_only(tmp_path: Path) 
     provision(tmp_path / "pki", *HOSTS, "kitchen", "balcony")
     made = files(tmp_path / "pki")
     assert set(made) == {
-        *("ca.crt", "ca.key", "server.pem", "operator.pem", "fedfmsl-server.service"),
+        *("ca.crt", "ca.key", "server.pem", "operator.pem", "fedfmsl-server.service", "lock"),
         *("fleet.toml", "devices/kitchen.toml", "devices/balcony.toml", "issued/kitchen.crt", "issued/balcony.crt"),
         *("issued/server.crt", "issued/operator.crt", "issued/broker.crt"),
         *(f"broker/{name}" for name in ("mosquitto.conf", "acl", "ca.crt", "broker.crt", "broker.key", "revoked.crl")),

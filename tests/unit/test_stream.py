@@ -318,7 +318,7 @@ def test_an_unusable_newer_model_is_reported_and_the_current_one_stays_in_use(
 
 
 def test_the_default_bundle_is_the_downloaded_one(vit: Built, dinov2: Built, store: DeviceStore) -> None:
-    with pytest.raises(BundleError, match=r"pass its folder with --bundle, or pass --model .*personalized\.onnx"):
+    with pytest.raises(BundleError, match=r"started with --bundle; pass that folder with --bundle"):
         StateClassifier(store)
     with pytest.raises(BundleError, match="is not the bundle of the model"):
         StateClassifier(store, dinov2.bundle.root)

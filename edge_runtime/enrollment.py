@@ -1,0 +1,87 @@
+"""`edge_runtime enroll`: makes this device's key, and asks for its certificate. The key never leaves the device.
+
+    NAME.key     fingerprint of the CA and private key, until the answer is there
+    NAME.toml    the device's file: its settings, key, certificate, and the CA's certificate
+
+Both are readable by their owner only, if the caller has set such a umask. A key that is there is used again, so that an
+interrupted call can be repeated: the authority answers the same request in the same way.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fedfmsl.common.files import why_no_file, write_atomically
+from fedfmsl.errors import ConfigError
+from fedfmsl.transport.authority_client import MAX_ANSWER_BYTES, fetch_authority, request_certificate
+from fedfmsl.transport.enrollment import Token, check_answer, fingerprint, first_request, name_in, new_key
+from fedfmsl.transport.identity import pem_blocks, read_identity
+
+_CERTIFICATE = "-----BEGIN CERTIFICATE-----"
+
+
+def ask_authority(token_text: str, address: str, folder: Path) -> Path:
+    """Asks HOST:PORT `address`. Returns the device's file. Raises ConfigError if the token is refused or the device has
+    its file already, RunError if there is no answer."""
+    token = Token.parse(token_text)
+    key = _key(token, folder)
+    authority = fetch_authority(address, token.fingerprint)
+    return _complete(request_certificate(address, first_request(key, token), authority), folder)
+
+
+def write_request(token_text: str, out: Path, folder: Path) -> str:
+    """Writes the request to a file. Returns what to do next. Raises ConfigError."""
+    token = Token.parse(token_text)
+    write_atomically(out, first_request(_key(token, folder), token).encode(), durable=True)
+    return (
+        f"wrote {out}; on the machine with the CA: python -m devices.provision sign {out.name}; then copy its answer "
+        f"here, and run: python -m edge_runtime enroll --install {out.with_suffix('.toml').name}"
+    )
+
+
+def install_answer(answer: Path, folder: Path) -> Path:
+    """Completes the device's file with an answer of `devices.provision sign`. Raises ConfigError."""
+    if reason := why_no_file(answer):
+        raise ConfigError(f"{answer} {reason}; pass the file that python -m devices.provision sign wrote")
+    if answer.stat().st_size > MAX_ANSWER_BYTES:
+        raise ConfigError(f"{answer} is too long; pass the file that python -m devices.provision sign wrote")
+    return _complete(answer.read_text("utf-8", errors="replace"), folder)
+
+
+def _complete(answer: str, folder: Path) -> Path:
+    """Writes the answer with this device's key. Raises ConfigError if it is not for this device."""
+    blocks = pem_blocks(answer)
+    if [kind for kind, _ in blocks] != ["CERTIFICATE"] * 2:
+        raise ConfigError("the answer has not the two certificates of a device and its CA; copy it again")
+    own, authority = (block for _, block in blocks)
+    name = name_in(own)
+    path, key_file = folder / f"{name}.toml", folder / f"{name}.key"
+    if reason := why_no_file(key_file):
+        raise ConfigError(f"{key_file} {reason}; pass the --folder in which {name} has made its request")
+    expected, _, key = key_file.read_text("utf-8", errors="replace").partition("\n")
+    if fingerprint(authority) != expected:
+        raise ConfigError(f"the answer for {name} is of another CA than its token; copy the right one")
+    check_answer(key, own, authority)
+    write_atomically(path, answer.replace(_CERTIFICATE, key + _CERTIFICATE, 1).encode(), durable=True)
+    read_identity(path)
+    key_file.unlink()
+    return path
+
+
+def _key(token: Token, folder: Path) -> str:
+    """This device's private key in PEM; makes it if there is none. Raises ConfigError if the device has its file."""
+    path, key_file = folder / f"{token.name}.toml", folder / f"{token.name}.key"
+    if path.exists():
+        raise ConfigError(f"{path} already exists and is not overwritten; remove it, or choose another --folder")
+    if key_file.exists():
+        expected, _, key = key_file.read_text("utf-8", errors="replace").partition("\n")
+        if expected == token.fingerprint:
+            return key
+        raise ConfigError(
+            f"{key_file} is the key for another CA than the token's; remove it, or choose another --folder"
+        )
+    if not folder.is_dir():
+        raise ConfigError(f"--folder {folder} does not exist; create it first")
+    key = new_key()
+    write_atomically(key_file, f"{token.fingerprint}\n{key}".encode(), durable=True)
+    return key
