@@ -25,8 +25,8 @@ from support.tiny_models import write_vit
 from transformers import AutoModel, GPT2Config, ViTConfig
 
 from export import parity
-from export.build import class_names
 from export.bundle import build_bundle
+from export.class_options import class_names
 from export.families.family import Family
 from export.families.vit import VIT
 from export.graph import OPSET
@@ -47,7 +47,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_two_builds_are_byte_identical(vit: Built, vit_folder: Path, tmp_path: Path) -> None:
-    assert build(vit_folder, tmp_path / "again").bundle.sha256 == vit.bundle.sha256
+    again = build(vit_folder, tmp_path / "again", classes=("fig", "quince")).bundle
+    assert again.sha256 == vit.bundle.sha256 and again.classes != vit.bundle.classes
+    assert again.features_key == vit.bundle.features_key  # so cached features serve every task
     assert build(vit_folder, tmp_path / "other", seed=1).bundle.sha256 != vit.bundle.sha256
 
 
@@ -254,18 +256,18 @@ def test_class_names_that_are_not_valid_are_refused_in_one_line(classes: str, me
 
 
 def test_class_names_from_the_subfolders_of_a_folder(photos: Path, tmp_path: Path) -> None:
-    assert class_names("100", photos, None) == CLASSES
+    assert class_names(None, photos, None) == CLASSES
     with pytest.raises(InputError, match=r"--classes-from folder .*nowhere does not exist"):
-        class_names("100", tmp_path / "nowhere", None)
+        class_names(None, tmp_path / "nowhere", None)
 
 
 def test_thousands_of_class_names_come_from_a_file(tmp_path: Path) -> None:
     names = tuple(f"{index:05} {'Annelida, ' * 9}" for index in range(2500))
     write_names(tmp_path / "classes.txt", names)
-    assert class_names("100", None, tmp_path / "classes.txt") == names
+    assert class_names(None, None, tmp_path / "classes.txt") == names
     (tmp_path / "latin.txt").write_bytes(b"\xc4pfel\nplum\n")
     with pytest.raises(InputError, match=r"--classes-file .*latin\.txt cannot be read \(not UTF-8\)"):
-        class_names("100", None, tmp_path / "latin.txt")
+        class_names(None, None, tmp_path / "latin.txt")
 
 
 def test_the_error_for_an_unknown_model_lists_the_known_ones() -> None:
@@ -364,7 +366,7 @@ def test_random_weights_of_a_config_that_transformers_fails_on_are_one_clear_err
         ({"image_size": IMAGE_SIZE * 2}, "takes images of 32 px only, not --image-size 64; omit --image-size"),
         ({"levels": LAYERS + 1}, "--levels 4 is more than the 3 blocks"),
         ({"max_tokens": 8}, "--max-tokens and --tokenizer are not valid for the vision model"),
-        ({"classes": ("other",)}, "holds another bundle"),
+        ({"precision": "int8"}, "holds another bundle"),
     ],
 )
 def test_what_a_model_cannot_take_is_refused_before_its_weights_are_fetched(
@@ -385,7 +387,7 @@ def test_what_a_model_cannot_take_is_refused_before_its_weights_are_fetched(
         ort_training=False,
         prompts=None,
         revision=None,
-        out=vit.bundle.root if "classes" in change else tmp_path / "out",
+        out=vit.bundle.root if "precision" in change else tmp_path / "out",
         seed=0,
     )
     with pytest.raises(ConfigError, match=message):
