@@ -108,8 +108,8 @@ def test_the_manifest_counts_backbone_and_trainables(built: Built) -> None:
     assert manifest.backbone_parameters == sum(
         p.numel() for p in (set(model.parameters()) - set(model.classifier.parameters()))
     )
-    assert manifest.tuned_parameters == built.bundle.initial()[0].size == head + lora
-    assert manifest.tuned_share == manifest.tuned_parameters / manifest.backbone_parameters
+    assert built.bundle.tuned_parameters == built.bundle.initial()[0].size == head + lora
+    assert built.bundle.tuned_share == built.bundle.tuned_parameters / manifest.backbone_parameters
 
 
 def test_the_initial_expert_has_initial_lora_of_peft_and_a_zero_head(built: Built) -> None:
