@@ -91,7 +91,7 @@ def _coordinate(
             served.callback(bundle_server.close)
             url = bundle_server.url
         if settings.console:
-            job = console_job(settings.console, store.folder, identity, insecure, settings.console_token)
+            job = console_job(settings.console, store.folder, identity, settings.revoked, settings.console_token)
             served.callback(start_console(job).close)
         run_server(
             store,
@@ -119,7 +119,7 @@ def show_console(settings: ConsoleSettings) -> None:
     require_folder(settings.out)
     if not settings.out.is_dir():
         raise RunError(f"--out {settings.out} does not exist; give the folder of a run, or of several runs")
-    job = console_job(settings.console, settings.out, settings.identity, settings.insecure, settings.console_token)
+    job = console_job(settings.console, settings.out, settings.identity, settings.revoked, settings.console_token)
     with serve(job):
         logger.info(job.where)
         threading.Event().wait()

@@ -68,6 +68,8 @@ def _facts(store: RunStore) -> dict[str, Any]:
         }
         left_out = {name: one.until for name, one in checkpoint[0].refused.items() if is_left_out(one, announced.round)}
         facts |= {"left_out": left_out} if left_out else {}
+    if rejected := store.rejections():
+        facts["rejected"] = {str(number): why for number, why in rejected.items()}
     if since and store.ended is None:
         facts["broker"] = (
             f"no connection since {datetime.fromtimestamp(since).isoformat(' ', 'seconds')} because: {reason}"
@@ -115,6 +117,8 @@ def _rows(facts: dict[str, Any]) -> dict[str, str]:
     del rows["bytes"]
     if "stage" in facts:
         rows["stage"] = f"{facts['stage']}, round {rows.pop('stage round')} of {rows.pop('stage rounds')}"
+    if "rejected" in facts:
+        rows["rejected"] = "; ".join(f"in round {number}: {why}" for number, why in facts["rejected"].items())
     if "left_out" in facts:
         until = [f"{name} until round {round_}" for name, round_ in facts["left_out"].items()]
         rows["left out"] = f"{listed(until)}; {LEFT_OUT_AFTER} updates in a row were refused"

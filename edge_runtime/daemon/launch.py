@@ -6,9 +6,11 @@ import contextlib
 import itertools
 import logging
 import time
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 
 from edge_runtime.daemon.announce import Announcer, Message, device_link, rate_limited
 from edge_runtime.daemon.download import Heartbeat, fetch_bundle, wait_for_server
@@ -65,9 +67,12 @@ def launch(settings: Settings) -> None:
     """Takes part in the run until it has finished. Raises FedFMSLError if that is not possible."""
     set_up_logging(settings.log, settings.log_file)
     check_folder(settings.images, "--images")
+    if settings.watch:
+        check_folder(settings.watch, "--watch")
     topics, store = Topics(settings.run, settings.topic_prefix), DeviceStore(settings.state)
     name = store.ensure_name(device_name(settings.device, settings.identity))
     with locked(store.root, "stop that process, or use another --state"), contextlib.ExitStack() as resources:
+        settings = with_newest_identity(settings, store)
         link = device_link(settings.broker, topics, name, settings.identity, settings.insecure)
         sensors = Sensors(zones=settings.thermal_zones)
         if settings.max_temperature is not None and sensors.read().temperature is None:
@@ -79,7 +84,7 @@ def launch(settings: Settings) -> None:
 
             serve_metrics(settings.metrics, lambda: families(health.newest), settings.insecure)
         if settings.page:
-            resources.enter_context(page_process(settings))
+            resources.enter_context(page_process(settings, store))
         connect(link, health)
         health.ready()
         anew = False
@@ -105,6 +110,8 @@ def _take_part(
         announcer = Announcer(link, topics, name, _introduction(settings, topics, name, bundle), settings.frigate)
         control = StepControl()
         runner = _runner(settings, prepared, store, name, link, control)
+        if settings.authority and settings.identity == store.renewed.path:
+            resources.enter_context(_renewal(settings.authority, store, link, runner))
         loop = DaemonLoop(
             topics,
             link,
@@ -125,6 +132,27 @@ def _take_part(
             )
             resources.enter_context(watcher)
         return loop.serve()
+
+
+def with_newest_identity(settings: Settings, store: DeviceStore) -> Settings:
+    """With the identity that this device has renewed, or may renew (see `edge_runtime.daemon.renewal`)."""
+    if settings.identity is None:
+        return settings
+    newest = store.renewed.newest(settings.identity)
+    if settings.authority:
+        with contextlib.suppress(OSError):  # a full disk: the next start tries again
+            newest = store.renewed.adopt(settings.identity)
+    return settings.model_copy(update={"identity": newest})
+
+
+def _renewal(authority: str, store: DeviceStore, link: Link, runner: RoundRunner) -> AbstractContextManager[object]:
+    from edge_runtime.daemon.renewal import Renewal  # takes 8 MB of memory
+
+    def renewed(identity: Path) -> None:
+        link.renew_identity(identity)
+        runner.forget_identity()
+
+    return Renewal(store.renewed, authority, renewed)
 
 
 def connect(link: Link, health: HealthReporter, backoff: Backoff = CLOCK) -> None:

@@ -125,6 +125,10 @@ def save_personal_model(
 
 
 def _write(context: TrainingContext, model: PersonalModel) -> None:
+    """Also the task, without which the model cannot be read."""
+    tasks, task = context.store.tasks, context.bundle.task
+    if tasks.read(task.sha256) is None:
+        tasks.write(task.blob)
     write_atomically(context.store.mixture, pack(model.header, model.tensors), durable=True)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from support.bundles import Built
 from support.coordinators import PRIVACY, CoordinatorRun, make_update, plan_for
+from support.stored_runs import closed_round
 from typer.testing import CliRunner
 
 from fedfmsl.algorithms.accounting import gaussian_epsilon
@@ -70,6 +71,14 @@ def test_during_a_round_status_shows_its_stage_and_the_missing_devices(run: Coor
     assert shown["stage"] == "statistics, round 1 of 1"
     assert (shown["selected"], shown["answered"], shown["missing"]) == ("2: a, b", "1: a", "1: b")
     assert as_json(store).items() >= {"stage": "statistics", "stage_round": 1, "closed_rounds": 0}.items()
+
+
+def test_status_names_rejected_candidates(store: RunStore) -> None:
+    assert "rejected" not in rows(store)
+    record = closed_round("r", 3, 4, ["a", "b"]).model_copy(update={"rejected": "the candidate of round 2 is rejected"})
+    store.commit([], [closed_round("r", 2, 4, ["a", "b"]), record])
+    assert rows(store)["rejected"].startswith("in round 3: the candidate of round 2 is")
+    assert as_json(store)["rejected"] == {"3": "the candidate of round 2 is rejected"}
 
 
 def test_status_names_devices_that_are_left_out_and_those_that_rarely_took_part(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,10 +54,10 @@ class Server:
         if isinstance(event, ClockTicked):
             self.store.save_checkpoint(state, self.now)
 
-    def answers(self) -> Iterator[Event]:
+    def answers(self, nll: float) -> Iterator[Event]:
         assert self.state.announced is not None
         for device in ABC:
-            yield make_update(self.plan, self.state.announced, device)
+            yield make_update(self.plan, self.state.announced, device, nll=nll)
             yield ClockTicked()
 
 
@@ -72,8 +72,8 @@ def opened(vit: Built, folder: Path, **config: object) -> Server:
     return Server(store, make_plan(store, vit.bundle))
 
 
-def run_to_its_end(server: Server) -> Iterator[Server]:
-    """Restarts the server from its folder after every event, and yields the new one."""
+def run_to_its_end(server: Server, nll: Callable[[State], float] = lambda _: 1.0) -> Iterator[Server]:
+    """Restarts the server from its folder after every event, and yields the new one. `nll`: what devices report."""
     folder, bundle = server.store.folder, server.plan.bundle
     statuses = [StatusSeen(CoordinatorRun(server.plan).status(name)) for name in ABC]
     todo: list[Event] = [*statuses, ClockTicked()]
@@ -86,7 +86,7 @@ def run_to_its_end(server: Server) -> Iterator[Server]:
             server = Server(store, make_plan(store, bundle))
             assert same(server.state, before)
             yield server
-        todo = list(server.answers())
+        todo = list(server.answers(nll(server.state)))
 
 
 @pytest.mark.parametrize("audit", [False, True])
@@ -100,6 +100,29 @@ def test_a_server_killed_after_any_event_resumes_in_the_same_state(vit: Built, f
     assert last.state.expert.tobytes() == undisturbed.state.expert.tobytes()
     assert last.state.gate.tobytes() == undisturbed.state.gate.tobytes()
     assert [c.round.round for c in last.store.rounds()] == list(range(1, 7))
+
+
+def of_a_poisoned_candidate(state: State) -> float:
+    """The likelihood under the candidates that the second round of stage 1 and the canaries measure is bad."""
+    assert state.announced is not None
+    measured = (state.announced.stage, state.announced.index) in ((Stage.GLOBAL, 1), (Stage.CANARY, 0))
+    return 9.0 if measured and state.made != state.good.round else 1.0
+
+
+def test_a_server_killed_at_any_step_of_a_rejection_goes_on_with_the_last_good_global_expert(
+    vit: Built, folder: Path
+) -> None:
+    for server in run_to_its_end(opened(vit, folder, audit=True, canary="3"), of_a_poisoned_candidate):
+        last = server
+    undisturbed = CoordinatorRun(replace(last.plan, read=plan_for(vit).read))
+    undisturbed.online(*ABC)
+    while not undisturbed.of(Stop):
+        undisturbed.answers(ABC, nll=of_a_poisoned_candidate(undisturbed.state))
+    assert last.state.expert.tobytes() == undisturbed.state.expert.tobytes()
+    rejected = [closed.round.stage for closed in last.store.rounds() if closed.rejected]
+    assert rejected == [Stage.GLOBAL, Stage.CANARY]
+    again = list(replay_rounds(last.store, last.plan))
+    assert again[:-1] == [closed.round for closed in last.store.rounds()]
 
 
 def test_the_disk_holds_only_what_the_present_round_needs(vit: Built, folder: Path) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from fedfmsl.errors import RunError
 from fedfmsl.protocol.messages import Round
+from trainer_server.coordinator.limits import Limits
 from trainer_server.coordinator.operator import Operation
 from trainer_server.coordinator.records import ClosedRound, RoundSummary
 from trainer_server.coordinator.refusals import is_left_out
@@ -43,6 +44,7 @@ class Snapshot:
     announced: Round | None = None
     expected: frozenset[str] = frozenset()
     answered: frozenset[str] = frozenset()
+    limits: Limits | None = None
     left_out: Mapping[str, int] = field(default_factory=dict)
     devices: Mapping[str, DeviceView] = field(default_factory=dict)
     closed: Sequence[tuple[RoundSummary, float]] = ()
@@ -98,6 +100,7 @@ class RunReader:
             return self._snapshot
 
     def record(self, number: int) -> ClosedRound | None:
+        """None if the round is not closed. Raises RunError if the run cannot be read now."""
         with closing(self._store()) as store:
             return store.record(number)
 
@@ -146,6 +149,7 @@ class RunReader:
                 announced=announced,
                 expected=frozenset(point.expected if point else ()),
                 answered=frozenset(store.pending_updates()),
+                limits=point.limits if point else None,
                 left_out={
                     name: refused.until
                     for name, refused in (point.refused.items() if point else ())

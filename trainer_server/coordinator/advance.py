@@ -1,6 +1,6 @@
 """A run as a state machine without I/O: `advance(plan, state, event, now) -> (state, commands)`.
 
-    gather → statistics → global × n → [head] → personal × m → [baseline] → evaluate → finished
+    gather → statistics → global × n → [head] → [canary] → personal × m → [baseline] → evaluate → finished
 
 With secure aggregation, each of them is several rounds (see `fedfmsl.protocol.secure_sums`).
 
@@ -20,7 +20,8 @@ from dataclasses import replace
 from fedfmsl.algorithms.secure_aggregation import MIN_DEVICES, SecureAggregationError
 from fedfmsl.errors import MessageError
 from fedfmsl.protocol.messages import Ack, DeviceStatus, Round, Stage, Verdict
-from trainer_server.config import MAX_DEVICES
+from trainer_server.config import MAX_DEVICES, MIN_REPORTS
+from trainer_server.coordinator.adoption import canaries, rejection, with_last_good, with_verdict
 from trainer_server.coordinator.announce import COUNTED, announce, pack_globals, sal_of, sums_of
 from trainer_server.coordinator.events import (
     Command,
@@ -98,7 +99,7 @@ def is_complete(plan: Plan, state: State, announced: Round) -> bool:
     waits for its deadline, because it is repeated without end; sums are soon given up."""
     share = state.limits.enough if announced.stage in TRAINING else 1.0
     answers = len(state.updates) if plan.config.max_staleness else len(state.answered & state.expected)
-    if len(state.updates) < state.limits.min_updates or answers < devices_in_share(share, len(state.awaited)):
+    if len(state.updates) < _least(state, announced) or answers < devices_in_share(share, len(state.awaited)):
         return False
     if not _too_few(plan, state, announced):
         return True
@@ -207,6 +208,12 @@ def _open_round(plan: Plan, state: State, position: int, now: float) -> tuple[St
         if step.part[0] is Stage.GLOBAL:
             level = secure_level(state) if starts else state.secure.level
     selected = _selected(plan, state, step, number)
+    if stage is Stage.CANARY and not selected:
+        about = (
+            f"no canary round: fewer than {MIN_REPORTS} devices that are online have measured the last global expert"
+        )
+        state, commands = _open_round(plan, state, position + 1, now)
+        return state, [Log(about, warning=True), *commands]
     oldest = number - max(config.max_staleness, REMEMBERED_ROUNDS)
     closed = [*state.recent, *([state.announced] if state.announced else [])]
     blobs = pack_globals(plan, state, stage)
@@ -253,6 +260,8 @@ def _selected(plan: Plan, state: State, step: Step, number: int) -> frozenset[st
         return asked_devices(state, step.stage) - state.excluded
     ready, least = {name: state.devices[name] for name in state.ready}, state.limits.min_updates
     eligible = eligible_devices(ready, state.refused, number, least)
+    if step.stage is Stage.CANARY:
+        return canaries(plan, state, eligible, number)
     if (step.part[0] if step.part else step.stage) not in TRAINING or state.repeats:
         return frozenset(eligible)
     return select_devices(plan.config, eligible, state.sal.level, number, least)
@@ -279,9 +288,14 @@ def _end_of_time(
     return state, [Log(text, warning=True)]
 
 
+def _least(state: State, announced: Round) -> int:
+    """The fewest updates that a round closes with."""
+    return MIN_REPORTS if announced.stage is Stage.CANARY else state.limits.min_updates
+
+
 def _too_few(plan: Plan, state: State, closing: Round) -> str:
     """Why the updates of the round are too few, or ""."""
-    count, least = len(state.updates), state.limits.min_updates
+    count, least = len(state.updates), _least(state, closing)
     if count < least:
         return f"round {state.round} got {count} updates, fewer than {least}"
     return "" if plan.schedule[state.position].part is None else shortage(plan, state, closing)
@@ -296,15 +310,19 @@ def _close_round(plan: Plan, state: State, closing: Round, now: float) -> tuple[
         record = _record(state, closing, now, text)
         state, commands = _open_round(plan, replace(with_former_head(state), repeats=0, stretch=1), state.position, now)
         return state, [record, Log(text, warning=True), *commands]
+    if not too_few and (rejected := rejection(plan, state, closing)):
+        return _reject_candidate(plan, state, closing, rejected, now)
     record = _record(state, closing, now, too_few)
     if not too_few:
         notes = [scaled_down(plan, state)] if closing.stage in TRAINING else []
         try:
-            applied = apply_round(plan, state, closing)
+            applied = apply_round(plan, with_verdict(plan, state, closing), closing)
         except (SecureAggregationError, MessageError) as error:
             assert step.part is not None
             state, commands = _skip_part(plan, state, step.part, str(error), now)
             return state, [record, *commands]
+        if applied.expert is not state.expert:
+            applied = replace(applied, made=closing.round)
         notes += [left_out(plan, state, applied)] if closing.stage in TRAINING else []
         if step.stage in (Stage.KEYS, Stage.SHARES) and applied.secure.level < closing.level:
             about = f"fewer than {MIN_DEVICES} devices answer at a higher one"
@@ -333,6 +351,18 @@ def _close_round(plan: Plan, state: State, closing: Round, now: float) -> tuple[
     return state, [record, Log(f"{too_few}; repeating it{lower}", warning=True), *commands]
 
 
+def _reject_candidate(
+    plan: Plan, state: State, closing: Round, rejected: str, now: float
+) -> tuple[State, list[Command]]:
+    """Goes on with the last good global expert. A round that has trained from the candidate begins again, and no late
+    update of it counts."""
+    is_canary = closing.stage is Stage.CANARY
+    record = _record(state, closing, now, "" if is_canary else rejected, rejected)
+    position = state.position + 1 if is_canary else state.position
+    state, commands = _open_round(plan, replace(with_last_good(state), repeats=0, stretch=1), position, now)
+    return replace(state, recent=()), [record, Log(f"round {closing.round}: {rejected}", warning=True), *commands]
+
+
 def _rejected_head(plan: Plan, state: State, closing: Round) -> str:
     """Why the first round of stage 2 has to begin again with the head of stage 1, or "". Under secure
     aggregation devices report no accuracies, so a report is a hostile device's."""
@@ -355,7 +385,7 @@ def _skip_part(plan: Plan, state: State, part: Part, reason: str, now: float) ->
     return state, [Log(f"no secure aggregation: {reason}; {WITHOUT[part[0]]}", warning=True), *commands]
 
 
-def _record(state: State, closing: Round, now: float, repeated: str) -> StoreRound:
+def _record(state: State, closing: Round, now: float, repeated: str, rejected: str = "") -> StoreRound:
     """The record of a round.
 
     If late updates count, a device may have several: the record has the newest one, and the bytes of all.
@@ -371,5 +401,6 @@ def _record(state: State, closing: Round, now: float, repeated: str) -> StoreRou
         bytes_up=dict(bytes_up),
         missing=tuple(sorted(state.expected - state.answered)),
         repeated=repeated,
+        rejected=rejected,
     )
     return StoreRound(closed)

@@ -30,19 +30,22 @@ class Action(str, Enum):
 
 class Operation(Message):
     """One action. `round`: the round to close; if it is not the present one any more, nothing happens. `device`: to
-    exclude or include. `seconds`: the new deadline. `by`: where it comes from."""
+    exclude or include. `seconds`: the new deadline. `by`: where it comes from. `name`: of the operator, if its
+    certificate tells."""
 
     action: Action
     round: Number = 0
     device: Name | Literal[""] = ""
     seconds: Amount = 0.0
     by: Text = ""
+    name: Text = ""
 
 
 def act(state: State, operation: Operation, now: float) -> tuple[State, str]:
     """The next state, and what has happened. An action that is not possible changes nothing, and the text says why."""
     state, text = _ACTS[operation.action](state, operation, now)
-    return state, f"operator{f' at {operation.by}' if operation.by else ''}: {text}"
+    who = " ".join(["operator", *filter(None, (operation.name, operation.by and f"at {operation.by}"))])
+    return state, f"{who}: {text}"
 
 
 def _pause(state: State, operation: Operation, now: float) -> tuple[State, str]:

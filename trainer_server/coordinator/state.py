@@ -23,6 +23,7 @@ from fedfmsl.protocol.messages import DeviceStatus, Round, Stage, Sums, Update
 from fedfmsl.protocol.secure_sums import SignedKeys
 from fedfmsl.protocol.task_bundle import TaskBundle
 from trainer_server.config import Head, RunConfig
+from trainer_server.coordinator.candidates import LastGood
 from trainer_server.coordinator.former_head import FormerHead
 from trainer_server.coordinator.limits import Limits
 from trainer_server.coordinator.refusals import Refused
@@ -76,6 +77,7 @@ class Plan:
             Stage.GLOBAL: config.stage1_rounds,
             # noise would drown the second moments
             Stage.HEAD: int(config.privacy is None and config.head_sums is not Sums.NONE),
+            Stage.CANARY: int(config.canary is not None),
             Stage.PERSONAL: config.stage2_rounds,
             Stage.BASELINE: int(config.baseline),
             Stage.EVALUATE: 1,
@@ -184,7 +186,8 @@ class State:
 
     Globals: `expert` (P,) has the bundle's highest level, and its blocks above SAL's level are untrained. `start` (P₁,)
     is the expert that stage 1 starts from; if its head is zeros, that of the first round of stage 1 replaces it. `gate`
-    (G,) is the gate adapter.
+    (G,) is the gate adapter. `made`: the closed round that made the global expert. `good`: the last one that was not
+    rejected (`trainer_server.coordinator.candidates`).
 
     `norms`: the median norms of the updates in the stage's last rounds. `agreements`: by device, how much its updates
     of the stage agree with those of others (`fedfmsl.algorithms.agreement`).
@@ -229,6 +232,8 @@ class State:
     counted: frozenset[Key] = frozenset()
     secure: SecureSums = NO_SUMS
     former: FormerHead = field(default_factory=FormerHead)
+    made: int = 0
+    good: LastGood = field(default_factory=LastGood)
     paused_at: float | None = None
     closing: int = 0
     excluded: frozenset[str] = frozenset()

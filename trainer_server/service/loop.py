@@ -53,7 +53,7 @@ from trainer_server.service.liveness import Liveness
 from trainer_server.service.publisher import Publisher
 from trainer_server.service.refusals import Refusals
 from trainer_server.service.run_log import log_participation, log_round, log_stragglers
-from trainer_server.storage.observations import Observations, ServerView
+from trainer_server.storage.observations import Acted, Observations, ServerView
 from trainer_server.storage.operations import Operations
 from trainer_server.storage.run_store import LoggedEvent, RunStore
 from trainer_server.storage.uploads import Upload, Uploads
@@ -102,6 +102,7 @@ class Service:
         self._outage = (-1.0, "")  # as stored
         self._observations = Observations(store.folder)
         self._operations = Operations(store.folder)
+        self._acted: Acted | None = None  # the operator's last action
         self._figures = Figures.of_run(store)
         self._expert_folder = ExpertFolder(plan, store.folder / "global_expert")
 
@@ -333,6 +334,8 @@ class Service:
                 except (OSError, sqlite3.Error) as error:
                     self._wait_for_disk(error)
                     return
+                text = next(command.text for command in commands if isinstance(command, Log))
+                self._acted = Acted(text=text, at=time.time())
                 for command in commands:
                     self._execute(command)
             with contextlib.suppress(OSError):
@@ -349,6 +352,7 @@ class Service:
                 paused=state.paused_at is not None,
                 round_timeout=state.limits.round_timeout,
                 excluded=tuple(sorted(state.excluded)),
+                acted=self._acted,
             ),
             state.devices,
         )

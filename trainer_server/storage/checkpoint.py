@@ -12,6 +12,7 @@ from fedfmsl.algorithms.arrays import Tensors
 from fedfmsl.algorithms.sal import SalState
 from fedfmsl.algorithms.server_optimizers import Moments
 from fedfmsl.protocol.messages import DeviceStatus, Round, Stage
+from trainer_server.coordinator.candidates import LastGood
 from trainer_server.coordinator.former_head import FormerHead
 from trainer_server.coordinator.limits import Limits
 from trainer_server.coordinator.refusals import Refused
@@ -48,6 +49,9 @@ class Checkpoint(BaseModel):
     survivors: tuple[str, ...] = ()
     classes: tuple[int, ...] = ()
     former_nlls: dict[str, float] = {}
+    made: int = 0
+    good_round: int = 0
+    good_nlls: dict[str, float] = {}
     paused_at: float | None = None
     closing: int = 0
     excluded: list[str] = []
@@ -79,6 +83,9 @@ class Checkpoint(BaseModel):
             survivors=state.secure.survivors,
             classes=state.secure.classes,
             former_nlls=dict(state.former.nlls),
+            made=state.made,
+            good_round=state.good.round,
+            good_nlls=dict(state.good.nlls),
             paused_at=state.paused_at,
             closing=state.closing,
             excluded=sorted(state.excluded),
@@ -122,6 +129,8 @@ class Checkpoint(BaseModel):
             counted=frozenset(self.counted),
             secure=secure,
             former=FormerHead(vectors["former_head"], self.former_nlls),
+            made=self.made,
+            good=LastGood(vectors["good_expert"], self.good_round, self.good_nlls),
             paused_at=self.paused_at,
             closing=self.closing,
             excluded=frozenset(self.excluded),
@@ -138,6 +147,7 @@ def vectors_of(state: State) -> Tensors:
         "gate_first": state.gate_moments.first,
         "gate_second": state.gate_moments.second,
         "former_head": state.former.head,
+        "good_expert": state.good.expert,
         SHARES: state.secure.shares,
         MASKED: state.secure.masked,
         **{ROSTER + name: tensor for name, tensor in state.secure.roster.items()},

@@ -462,6 +462,14 @@ class RunStore:
         query = f"SELECT {stage}, {repeated} FROM rounds ORDER BY round"
         return [(Stage(stage), repeated) for stage, repeated in self._db.execute(query).fetchall()]
 
+    def rejections(self) -> dict[int, str]:
+        """By closed round, why the global expert that its devices measured was rejected."""
+        query = (
+            "SELECT round, json_extract(record, '$.rejected') AS why FROM rounds WHERE coalesce(why, '') != '' "
+            "ORDER BY round"
+        )
+        return dict(self._db.execute(query).fetchall())
+
     def sizes(self) -> dict[str, int]:
         """Bytes on the disk: of the database, the tensors and all other files."""
         found = {"database": 0, "tensors": 0, "other": 0}
