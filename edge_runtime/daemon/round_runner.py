@@ -211,10 +211,6 @@ class RoundRunner:
 
         return SecureRounds(self.device.store, self.device.device_name, self._identity)
 
-    def forget_identity(self) -> None:
-        """The next sum is signed with the identity's new certificate. May be called in any thread."""
-        self.__dict__.pop("_secure", None)
-
     def write_personalized(self) -> None:
         """Writes personalized.onnx in a separate process, because the onnx package takes memory.
 
