@@ -24,8 +24,9 @@ from edge_runtime.data.texts import TextTokenizer
 from edge_runtime.inference.export_onnx import assemble, serialized
 from edge_runtime.store import DeviceStore
 from fedfmsl.common.whole_folder import check_own, write_folder
-from fedfmsl.protocol.bundle import TOKENIZER, Bundle, ImagePreprocessing, Preprocessing, TextPreprocessing
+from fedfmsl.protocol.bundle import TOKENIZER, ImagePreprocessing, Preprocessing, TextPreprocessing
 from fedfmsl.protocol.image_processor import PREPROCESSOR, image_processor
+from fedfmsl.protocol.task_bundle import TaskBundle
 
 MODEL = "onnx/model.onnx"
 # The model type and class of transformers for each family. transformers.js has no image classifier of type clip, and
@@ -59,8 +60,8 @@ def write_model_folder(store: DeviceStore, folder: Path, bundle_path: Path | Non
     write_folder(folder, {**files, MODEL: serialized(personal.model, personal.frozen, bundle)})
 
 
-def _config(bundle: Bundle) -> dict[str, Any]:
-    """transformers' configuration of a classifier with the bundle's classes."""
+def _config(bundle: TaskBundle) -> dict[str, Any]:
+    """transformers' configuration of a classifier with the task's classes."""
     manifest = bundle.manifest
     model_type, name = CLASSES[manifest.family]
     image = {"image_size": manifest.preprocessing.size} if manifest.preprocessing.kind == "image" else {}
@@ -70,8 +71,8 @@ def _config(bundle: Bundle) -> dict[str, Any]:
         "hidden_size": manifest.dims.hidden,
         "num_hidden_layers": manifest.dims.blocks,
         **image,
-        "id2label": {str(index): name for index, name in enumerate(manifest.classes)},
-        "label2id": {name: index for index, name in enumerate(manifest.classes)},
+        "id2label": {str(index): name for index, name in enumerate(bundle.classes)},
+        "label2id": {name: index for index, name in enumerate(bundle.classes)},
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedfmsl.algorithms.arrays import Vector
-from fedfmsl.protocol.bundle import Bundle
+from fedfmsl.protocol.task_bundle import TaskBundle
 from trainer_server.config import RunConfig
 from trainer_server.storage.model_card import Result, model_card, result_of
 from trainer_server.storage.peft_adapter import adapter_files
@@ -13,7 +13,7 @@ CARD = "README.md"
 
 
 def expert_files(
-    bundle: Bundle, config: RunConfig, expert: Vector, level: int, result: Result | None
+    bundle: TaskBundle, config: RunConfig, expert: Vector, level: int, result: Result | None
 ) -> dict[str, bytes]:
     """Content by name, for `write_folder`. `expert` (P,), at `level`. `result`: the latest one."""
     return {**adapter_files(bundle, expert, level), CARD: model_card(bundle, config, level, result).encode()}

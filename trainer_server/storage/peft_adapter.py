@@ -24,12 +24,13 @@ import numpy as np
 from safetensors.numpy import save
 
 from fedfmsl.algorithms.arrays import Vector
-from fedfmsl.protocol.bundle import Bundle, ImagePreprocessing
+from fedfmsl.protocol.bundle import ImagePreprocessing
 from fedfmsl.protocol.image_processor import PREPROCESSOR, image_processor
 from fedfmsl.protocol.peft_names import to_peft
+from fedfmsl.protocol.task_bundle import TaskBundle
 
 
-def adapter_files(bundle: Bundle, expert: Vector, level: int) -> dict[str, bytes]:
+def adapter_files(bundle: TaskBundle, expert: Vector, level: int) -> dict[str, bytes]:
     """Content by name. `expert` (P,) or (P_level,): of it, the trainable parameters of `level` are used."""
     manifest = bundle.manifest
     blocks = manifest.dims.blocks
@@ -54,7 +55,7 @@ def adapter_files(bundle: Bundle, expert: Vector, level: int) -> dict[str, bytes
     contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
     files: dict[str, object] = {
         "adapter_config.json": config,
-        "labels.json": {str(index): name for index, name in enumerate(manifest.classes)},
+        "labels.json": {str(index): name for index, name in enumerate(bundle.classes)},
     }
     if isinstance(manifest.preprocessing, ImagePreprocessing):
         files[PREPROCESSOR] = image_processor(manifest.preprocessing)
