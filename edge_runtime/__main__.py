@@ -139,7 +139,6 @@ def predict(
     from edge_runtime.inference.publish import Publisher
     from edge_runtime.inference.recorder import Recorder
     from edge_runtime.inference.stream import WatchedFolder, classify_new_files, wait_for_model
-    from edge_runtime.labelling.queue import Queue
 
     if new and not watch:
         raise ConfigError("--new needs --watch; give --watch FOLDER, or omit --new")
@@ -169,7 +168,7 @@ def predict(
         if inbox is None:
             predictions: Iterator[Prediction | None] = predict_files(classifier, files or [])
         elif questions and isinstance(classifier, StateClassifier):
-            recorder = Recorder(Queue(DeviceStore(settings.state).questions), classifier)
+            recorder = Recorder(DeviceStore(settings.state).questions, classifier)
             outputs.append(lambda prediction: recorder.improve() if prediction is None else None)
             predictions = classify_new_files(classifier, inbox, record=recorder.record)
         else:
