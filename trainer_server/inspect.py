@@ -47,7 +47,7 @@ def _facts(store: RunStore) -> dict[str, Any]:
     config = store.origin.config
     checkpoint = store.checkpoint()
     announced = checkpoint[0].announced if checkpoint else None
-    closed = store.closed_stages()
+    closed = store.closed_counts()
     since, reason = store.outage()
     facts: dict[str, Any] = {"run": config.run, "session": store.origin.session, "server": vars(store.server())}
     if store.ended is not None:
@@ -82,8 +82,8 @@ def _facts(store: RunStore) -> dict[str, Any]:
         facts["certificates_until"] = until
     facts["bytes"] = store.sizes()
     facts |= {
-        "closed_rounds": len(closed),
-        "repeated": [repeated for _, repeated in closed if repeated],
+        "closed_rounds": sum(closed.values()),
+        "repeated": store.repetitions(),
         "refused": {f"{r.device}: {r.kind}": r.count for r in store.refusals()},
     }
     if config.privacy:
