@@ -218,7 +218,7 @@ class RunRules(BaseModel):
     )
 
     max_loss: Positive = Field(
-        0.2,
+        0.3,
         description="Nats of held-out likelihood that a device may lose with a new global expert. The devices measure "
         "it with the round that follows. Not with --secure or --dp-noise.",
         json_schema_extra=ADOPTION,

@@ -14,7 +14,7 @@ from edge_runtime.daemon.announce import Announcer, Message, device_link, rate_l
 from edge_runtime.daemon.download import fetch_bundle, wait_for_server
 from edge_runtime.daemon.health import HealthReporter
 from edge_runtime.daemon.lock import locked
-from edge_runtime.daemon.loop import DaemonLoop
+from edge_runtime.daemon.loop import STOPS, DaemonLoop
 from edge_runtime.daemon.page import address_of, page_process
 from edge_runtime.daemon.round_runner import RoundRunner
 from edge_runtime.daemon.status import describe_model
@@ -44,7 +44,7 @@ from fedfmsl.common.class_folders import check_folder
 from fedfmsl.common.logs import fields, set_up_logging
 from fedfmsl.errors import ClockError, FedFMSLError
 from fedfmsl.protocol.bundle import Bundle
-from fedfmsl.protocol.messages import Activity, EngineName
+from fedfmsl.protocol.messages import Activity, EngineName, Round
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.identity import device_name
 from fedfmsl.transport.link import Link
@@ -83,7 +83,15 @@ def launch(settings: Settings) -> None:
             from edge_runtime.daemon.renewal import Renewal  # takes 8 MB of memory
 
             resources.enter_context(Renewal(store.renewed, settings.authority, link.renew_identity))
-        prepared = _prepare(settings, link, topics, store, name, health)
+        try:
+            prepared = _prepare(settings, link, topics, store, name, health)
+        except RunOverError:
+            logger.info(
+                f"run {settings.run!r} has finished; the model for predictions is {describe_model(store)}; {STOPS}"
+            )
+            health.heartbeat(Activity.STOPPED)
+            link.close()
+            return
         bundle = prepared.bundle
         announcer = Announcer(link, topics, name, _introduction(settings, topics, name, bundle), settings.frigate)
         control = StepControl()
@@ -96,7 +104,7 @@ def launch(settings: Settings) -> None:
             Governor(settings.limits, sensors.read),
             runner,
             Worker(control, link.post),
-            stay=settings.stay or settings.watch is not None,
+            stay=_stays(settings),
         )
         if settings.watch:
             watcher = Watcher(
@@ -138,6 +146,10 @@ def connect(link: Link, health: HealthReporter, backoff: Backoff = CLOCK) -> Non
             return
 
 
+class RunOverError(Exception):
+    """The run has finished with this device."""
+
+
 @dataclass(frozen=True)
 class _Prepared:
     """Everything that is fetched or measured before the first round."""
@@ -164,7 +176,7 @@ def _prepare(
         bundle = Bundle.load(settings.bundle)
     else:
         logger.info(f"waiting for the server of run {settings.run!r}, which serves the bundle")
-        server = wait_for_server(link, topics, heartbeat, finished=partial(_wait_for_next_run, topics, store, health))
+        server = wait_for_server(link, topics, heartbeat, finished=partial(wait_for_next_run, settings, store, health))
         health.run_finished = False
         bundle = fetch_bundle(server, store.bundles, settings.identity, heartbeat)
     bundle.verify()
@@ -193,11 +205,18 @@ def _prepare(
     return _Prepared(bundle, engine, threads, provider.provider, reader, folder, scanned, plan)
 
 
-def _wait_for_next_run(topics: Topics, store: DeviceStore, health: HealthReporter) -> None:
+def wait_for_next_run(settings: Settings, store: DeviceStore, health: HealthReporter, finished: Round) -> None:
+    """Raises RunOverError if this device took part in the run, and does not stay: as with a bundle of its own."""
     health.run_finished = True
+    if finished.session == store.outbox.session and not _stays(settings):
+        raise RunOverError
     model = describe_model(store)
-    waiting = f"run {topics.run!r} has finished; waiting for a new run of this name"
+    waiting = f"run {settings.run!r} has finished; waiting for a new run of this name"
     logger.info(f"{waiting}; the model for predictions is {model}")
+
+
+def _stays(settings: Settings) -> bool:
+    return settings.stay or settings.watch is not None
 
 
 def _bundle_of_model(store: DeviceStore) -> str:

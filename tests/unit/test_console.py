@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 from support.bundles import Built
 from support.coordinators import started
@@ -28,6 +29,7 @@ from trainer_server.console.snapshot import RunReader, Runs, Snapshot
 from trainer_server.coordinator.events import OperatorActed
 from trainer_server.coordinator.limits import Limits
 from trainer_server.coordinator.operator import Action, Operation
+from trainer_server.storage.kept_experts import KeptExperts
 from trainer_server.storage.observations import DeviceView, Observations, ServerView, read_observations
 from trainer_server.storage.operations import Operations
 from trainer_server.storage.run_store import LoggedEvent, Origin, RefusalCount, RunStore
@@ -172,6 +174,17 @@ def test_an_action_is_confirmed_and_then_waits_for_the_server(vit: Built, tmp_pa
             {"round": "x"},
         ):
             assert ask(site, path, form={**form, **wrong})[0] == 400
+
+
+def test_the_page_of_a_round_offers_to_return_to_its_global_expert_if_it_is_kept(vit: Built, tmp_path: Path) -> None:
+    folder = stored_run(tmp_path / "shops", vit, devices=3, rounds=2)
+    KeptExperts(folder).write(2, np.zeros(3, np.float32))
+    with open_console(folder) as site:
+        path = path_of(folder)
+        offers = ["Return to the global expert" in ask(site, f"{path}rounds/{number}")[1] for number in (1, 2)]
+        assert offers == [False, True]
+        question = "Return to the global expert that round 2 has made?"
+        assert question in ask(site, f"{path}action?action=rollback&round=2")[1]
 
 
 def test_nothing_of_a_finished_run_can_be_changed_but_its_expert_downloaded(vit: Built, tmp_path: Path) -> None:

@@ -19,12 +19,22 @@ from fedfmsl.errors import ConfigError, RunError
 from fedfmsl.protocol.messages import Stage
 from fedfmsl.protocol.tensors import pack
 from trainer_server.coordinator.advance import advance
-from trainer_server.coordinator.events import ClockTicked, Event, StatusSeen, Stop, StoreRound, UpdateSeen
+from trainer_server.coordinator.events import (
+    ClockTicked,
+    Event,
+    OperatorActed,
+    StatusSeen,
+    Stop,
+    StoreRound,
+    UpdateSeen,
+)
+from trainer_server.coordinator.operator import Action, Operation
 from trainer_server.coordinator.records import ClosedRound
 from trainer_server.coordinator.state import Plan, State
 from trainer_server.service.lifecycle import make_plan, open_bundle, open_run, replay_rounds, restore_state
 from trainer_server.storage import run_store
 from trainer_server.storage.checkpoint import Checkpoint, vectors_of
+from trainer_server.storage.kept_experts import KeptExperts
 from trainer_server.storage.run_store import DATABASE, LoggedEvent, RunStore
 
 
@@ -123,6 +133,32 @@ def test_a_server_killed_at_any_step_of_a_rejection_goes_on_with_the_last_good_g
     assert rejected == [Stage.GLOBAL, Stage.CANARY]
     again = list(replay_rounds(last.store, last.plan))
     assert again[:-1] == [closed.round for closed in last.store.rounds()]
+
+
+def test_a_finished_run_that_is_rolled_back_goes_on_and_can_be_killed_and_replayed(vit: Built, folder: Path) -> None:
+    for server in run_to_its_end(opened(vit, folder, audit=True)):
+        last = server
+        if server.state.made == 2 and not KeptExperts(folder).rounds():
+            KeptExperts(folder).write(2, server.state.expert)
+            expert = server.state.expert.tobytes()
+    assert last.state.expert.tobytes() != expert
+    sha256 = KeptExperts(folder).copy(2, last.store.tensors)
+    event = OperatorActed(Operation(action=Action.ROLLBACK, round=2, sha256=sha256))
+    last.now += 1.0
+    state, _ = advance(last.plan, last.state, event, last.now)
+    last.store.commit([LoggedEvent(last.now, event)], reopens=True)
+    again = Server(RunStore(folder), last.plan)
+    assert again.store.ended is None and again.state.rollback == state.rollback
+    again.feed(ClockTicked())
+    assert again.state.announced is not None and again.state.announced.stage is Stage.PERSONAL
+    while again.store.ended is None:
+        for each in again.answers(1.0):
+            again.feed(each)
+    assert again.state.expert.tobytes() == expert
+    replayed = {announced.round: announced for announced in replay_rounds(again.store, again.plan)}
+    assert [replayed[closed.round.round] for closed in again.store.rounds()] == [
+        closed.round for closed in again.store.rounds()
+    ]
 
 
 def test_the_disk_holds_only_what_the_present_round_needs(vit: Built, folder: Path) -> None:

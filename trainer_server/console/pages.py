@@ -26,6 +26,7 @@ from fedfmsl.web.stream import stream
 from trainer_server.console import views
 from trainer_server.console.snapshot import RunReader, Runs, Snapshot
 from trainer_server.coordinator.operator import Action, Operation
+from trainer_server.storage.kept_experts import KeptExperts
 from trainer_server.storage.operations import Operations
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,8 @@ QUESTIONS = {
     "round does not count. Revoke its identity as well if others could have it.",
     Action.INCLUDE: "Let {device} take part again, from the next round on?",
     Action.DEADLINE: "Change the round deadline to {seconds:g} seconds, also of the present round?",
+    Action.ROLLBACK: "Return to the global expert that round {round} has made? The updates of the present round do not "
+    "count. After stage 1, stage 2 begins again.",
     Action.DOWNLOAD: "Download the global expert as a PEFT adapter?",
 }
 Values = Callable[[Request, Snapshot], Mapping[str, Any]]
@@ -210,6 +213,7 @@ async def _round(request: Request) -> Response:
         updates=shown,
         part=part,
         metrics=views.metrics_of(record),
+        is_kept=number in await run_in_threadpool(KeptExperts(reader.folder).rounds),
     )
 
 

@@ -36,6 +36,14 @@ class LastGood:
     nlls: Mapping[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Rollback:
+    """The operator's order to return to the global expert that the closed round has made, in the blob `sha256`."""
+
+    round: int
+    sha256: str
+
+
 def votes_to_reject(reports: int, max_regressed: float) -> int:
     """How many of so many devices have to lose to reject a candidate: more than the share `max_regressed`, at least
     two, and at most all but one. So it takes two false reports to reject a good candidate, or to keep a bad one."""

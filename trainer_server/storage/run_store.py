@@ -7,6 +7,7 @@
     RUN/certificates.json  when the certificates of server and broker expire
     RUN/outage.json      since when and why there is no connection to the broker
     RUN/tensors/SHA256   the checkpoint's tensors, and the updates accepted after it
+    RUN/experts/         see `trainer_server.storage.kept_experts`
 
 Order of writes: first the complete tensor file, then its event, then the acknowledgement. So a crash leaves at most a
 file that no row names.
@@ -44,7 +45,7 @@ from trainer_server.coordinator.events import (
     UpdateSeen,
 )
 from trainer_server.coordinator.limits import Limits
-from trainer_server.coordinator.operator import Operation
+from trainer_server.coordinator.operator import Operation, after_operations
 from trainer_server.coordinator.records import ClosedRound, RoundSummary
 from trainer_server.coordinator.state import TRAINING, State
 from trainer_server.storage.checkpoint import Checkpoint, vectors_of
@@ -106,7 +107,7 @@ class RefusalCount:
 
 
 class _Vectors(BaseModel):
-    """Header of a checkpoint's tensors."""
+    """Header of a checkpoint's tensors, or any header."""
 
 
 @dataclass(frozen=True)
@@ -188,9 +189,9 @@ class RunStore:
         return self.folder / "tensors"
 
     def read(self, sha256: str) -> Tensors:
-        """The tensors of an accepted update. Raises RunError if its file is missing or altered, OSError if no file can
-        be opened."""
-        return self._unpack(sha256, Update)[1]
+        """The tensors of an accepted update or a kept global expert. Raises RunError if its file is missing or altered,
+        OSError if no file can be opened."""
+        return self._unpack(sha256, _Vectors)[1]
 
     def _unpack(self, sha256: str, header_type: type[Header]) -> tuple[Header, Tensors]:
         try:
@@ -229,8 +230,10 @@ class RunStore:
         rounds: Iterable[ClosedRound] = (),
         refusals: Mapping[tuple[str, str], tuple[int, str]] | None = None,
         ended: str | None = None,
+        reopens: bool = False,
     ) -> None:
-        """Stores everything durably, in one transaction. Raises sqlite3.Error if it cannot be written.
+        """Stores everything durably, in one transaction. `reopens`: the run has not ended any more. Raises
+        sqlite3.Error if it cannot be written.
 
         Records of rounds that are too old keep no values of single devices (see DETAILS); those before --keep-rounds
         are deleted, and only counted.
@@ -266,9 +269,9 @@ class RunStore:
                 " SET count = count + excluded.count, last = excluded.last",
                 [(*key, count, last) for key, (count, last) in (refusals or {}).items()],
             )
-            if ended is not None:
+            if ended is not None or reopens:
                 self._db.execute("UPDATE run SET ended = ?", (ended,))
-        if ended is not None:
+        if ended is not None or reopens:
             self.ended = ended
         with contextlib.suppress(OSError):
             os.utime(self._lock)  # for `server`
@@ -420,6 +423,16 @@ class RunStore:
         )
         return dict(self._db.execute(query).fetchall())
 
+    def standing(self) -> tuple[bool, frozenset[str]]:
+        """Whether the operator has paused the run, and the devices that the operator has excluded."""
+        last = "SELECT coalesce(max(seq), 0) FROM checkpoints"
+        rows = self._db.execute(f"SELECT body FROM events WHERE kind = 'operator' AND seq > ({last}) ORDER BY seq")
+        operations = [parse(Operation, body.encode()) for (body,) in rows.fetchall()]
+        checkpoint = self.checkpoint()
+        if checkpoint is None:
+            return after_operations(False, (), operations)
+        return after_operations(checkpoint[0].paused_at is not None, checkpoint[0].excluded, operations)
+
     def participation(self, after: int = 0, until: int = 1 << 62) -> tuple[dict[str, int], int]:
         """In how many training rounds with a number above `after` and up to `until` each device took part, and how many
         there were. Repeated ones do not count, nor those whose record has no details any more."""
@@ -507,5 +520,5 @@ def _to_row(logged: LoggedEvent) -> tuple[float, str, str, str | None, int | Non
     if isinstance(event, LimitsChanged):
         return logged.at, "limits", event.limits.model_dump_json(), None, None
     if isinstance(event, OperatorActed):
-        return logged.at, "operator", event.operation.model_dump_json(), None, None
+        return logged.at, "operator", event.operation.model_dump_json(), event.operation.sha256 or None, None
     return logged.at, "tick", json.dumps(sorted(event.working)), None, None
