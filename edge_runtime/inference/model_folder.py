@@ -24,8 +24,9 @@ from edge_runtime.inference.export_onnx import assemble, serialized
 from edge_runtime.store import DeviceStore
 from fedfmsl.common.files import write_atomically
 from fedfmsl.errors import ConfigError
-from fedfmsl.protocol.bundle import TOKENIZER, Bundle, ImagePreprocessing, Preprocessing, TextPreprocessing
+from fedfmsl.protocol.bundle import TOKENIZER, ImagePreprocessing, Preprocessing, TextPreprocessing
 from fedfmsl.protocol.image_processor import PREPROCESSOR, image_processor
+from fedfmsl.protocol.task_bundle import TaskBundle
 
 # The model type and class of transformers for each family. transformers.js has no image classifier of type clip, and
 # reads nothing but the class names for one of type vit.
@@ -69,8 +70,8 @@ def _check_folder(folder: Path, own: set[str]) -> None:
         raise ConfigError(f"--folder {folder} has other files, like {others[0]}; pass a new or an empty folder")
 
 
-def _config(bundle: Bundle) -> dict[str, Any]:
-    """transformers' configuration of a classifier with the bundle's classes."""
+def _config(bundle: TaskBundle) -> dict[str, Any]:
+    """transformers' configuration of a classifier with the task's classes."""
     manifest = bundle.manifest
     model_type, name = CLASSES[manifest.family]
     image = {"image_size": manifest.preprocessing.size} if manifest.preprocessing.kind == "image" else {}
@@ -80,8 +81,8 @@ def _config(bundle: Bundle) -> dict[str, Any]:
         "hidden_size": manifest.dims.hidden,
         "num_hidden_layers": manifest.dims.blocks,
         **image,
-        "id2label": {str(index): name for index, name in enumerate(manifest.classes)},
-        "label2id": {name: index for index, name in enumerate(manifest.classes)},
+        "id2label": {str(index): name for index, name in enumerate(bundle.classes)},
+        "label2id": {name: index for index, name in enumerate(bundle.classes)},
     }
 
 

@@ -58,8 +58,10 @@ def closed(vit: Built) -> list[ClosedRound]:
 def store(vit: Built, tmp_path: Path) -> RunStore:
     """A run without rounds."""
     config = started(vit, ABC).plan.config
-    origin = RunOrigin(config=config, session="5" * 16, bundle=vit.bundle.root, sha256=vit.bundle.sha256)
-    return RunStore.create(tmp_path / "run", origin)
+    origin = RunOrigin(
+        config=config, session="5" * 16, bundle=vit.bundle.root, sha256=vit.bundle.sha256, task=vit.bundle.task.sha256
+    )
+    return RunStore.create(tmp_path / "run", origin, vit.bundle.task)
 
 
 @pytest.fixture(autouse=True)

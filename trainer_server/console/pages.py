@@ -7,6 +7,7 @@ import sqlite3
 import tempfile
 import zipfile
 from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,8 +19,7 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from fedfmsl.errors import BundleError, ConfigError, RunError
-from fedfmsl.protocol.bundle import Bundle
+from fedfmsl.errors import ConfigError, RunError
 from fedfmsl.web.access import Access
 from fedfmsl.web.application import application, fragment, page
 from fedfmsl.web.stream import stream
@@ -28,6 +28,7 @@ from trainer_server.console.snapshot import RunReader, Runs, Snapshot
 from trainer_server.coordinator.operator import Action, Operation
 from trainer_server.storage.kept_experts import KeptExperts
 from trainer_server.storage.operations import Operations
+from trainer_server.storage.run_store import RunStore
 
 logger = logging.getLogger(__name__)
 
@@ -148,10 +149,11 @@ async def _live_overview(request: Request) -> Response:
 
 
 def _classes(snapshot: Snapshot) -> tuple[str, ...]:
-    """The names of the run's classes; none if the bundle is not here any more."""
+    """The names of the run's classes; none if its folder cannot be read."""
     try:
-        return tuple(Bundle.load(snapshot.origin.bundle).manifest.classes)
-    except (BundleError, ConfigError):
+        with closing(RunStore(snapshot.folder)) as store:
+            return store.task().classes
+    except (RunError, ConfigError):
         return ()
 
 

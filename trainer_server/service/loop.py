@@ -445,8 +445,10 @@ class Service:
 
     def _publish_state(self) -> None:
         """Publishes status and round at every connection, because the broker may have lost its retained messages."""
-        self._publisher.publish_status(online=True)
         self._publisher.forget_globals()
+        task = self._plan.bundle.task
+        self._publisher.publish_globals(task.sha256, task.blob)
+        self._publisher.publish_status(online=True)
         if self._state.announced is not None:
             for command in announcement(self._plan, self._state, self._state.announced):
                 self._execute(command)

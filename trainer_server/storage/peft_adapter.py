@@ -26,14 +26,15 @@ from safetensors.numpy import save
 
 from fedfmsl.algorithms.arrays import Vector
 from fedfmsl.common.files import write_atomically
-from fedfmsl.protocol.bundle import Bundle, ImagePreprocessing
+from fedfmsl.protocol.bundle import ImagePreprocessing
 from fedfmsl.protocol.image_processor import PREPROCESSOR, image_processor
 from fedfmsl.protocol.peft_names import to_peft
+from fedfmsl.protocol.task_bundle import TaskBundle
 
 ADAPTER_CONFIG = "adapter_config.json"
 
 
-def write_adapter(bundle: Bundle, expert: Vector, level: int, folder: Path) -> None:
+def write_adapter(bundle: TaskBundle, expert: Vector, level: int, folder: Path) -> None:
     """`expert` (P_level,) holds the trainable parameters of `level`. Raises OSError."""
     manifest = bundle.manifest
     blocks = manifest.dims.blocks
@@ -61,5 +62,5 @@ def write_adapter(bundle: Bundle, expert: Vector, level: int, folder: Path) -> N
     if isinstance(manifest.preprocessing, ImagePreprocessing):
         processor = json.dumps(image_processor(manifest.preprocessing), indent=1)
         write_atomically(folder / PREPROCESSOR, processor.encode())
-    labels = {str(index): name for index, name in enumerate(manifest.classes)}
+    labels = {str(index): name for index, name in enumerate(bundle.classes)}
     write_atomically(folder / "labels.json", json.dumps(labels, indent=1).encode())
