@@ -24,7 +24,8 @@ from fedfmsl.protocol.tensors import pack
 from trainer_server.console.snapshot import RunReader
 from trainer_server.coordinator.events import ClockTicked
 from trainer_server.coordinator.privacy_budget import NoisedRounds
-from trainer_server.storage.run_store import LoggedEvent, Origin, RunStore
+from trainer_server.service.lifecycle import open_run
+from trainer_server.storage.run_store import LoggedEvent, RunStore
 
 ROUNDS, BATCH, KEPT = 10_000, 500, 600
 
@@ -37,8 +38,7 @@ def _without_sync(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def opened(vit: Built, folder: Path) -> tuple[RunStore, CoordinatorRun]:
     plan = plan_for(vit, keep_rounds=KEPT)
-    origin = Origin(config=plan.config, session="s", bundle=vit.bundle.root, sha256=vit.bundle.sha256)
-    store = RunStore.create(folder, origin)
+    store = open_run(folder, plan.config, vit.bundle)
     run = CoordinatorRun(plan)
     run.online(*ABC)
     return store, run
