@@ -31,7 +31,7 @@ WHO = {
     Observer.SERVER: "the server",
     Observer.COLLUDERS: "the server with one device",
 }
-OUT = typer.Option(help="Folder of the run.")
+OUT = typer.Option(help="Folder of the run.", readable=False)  # `RunStore` says who may read it
 
 
 def status(out: Path = OUT, as_json: bool = typer.Option(False, "--json", help="One JSON object.")) -> None:

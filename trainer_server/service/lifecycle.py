@@ -60,6 +60,11 @@ def open_run(folder: Path, config: RunConfig, bundle: Bundle) -> RunStore:
         raise ConfigError(f"{folder} holds a run with another bundle ({origin.bundle}); choose another --out")
     if config != origin.config:
         differences, changes = differing_settings(origin.config, config)
+        if store.ended is not None:
+            raise ConfigError(
+                f"{folder} holds run {origin.config.run!r} with {differences}; it has ended, so choose another "
+                "--out for a new run"
+            )
         raise ConfigError(
             f"{folder} holds run {origin.config.run!r} with {differences}; resume it with python -m trainer_server "
             f"resume{changes} --out {folder}, or choose another --out"
