@@ -55,6 +55,7 @@ from trainer_server.service.liveness import Liveness
 from trainer_server.service.publisher import Publisher
 from trainer_server.service.refusals import Refusals
 from trainer_server.service.run_log import log_participation, log_round, log_stragglers
+from trainer_server.storage.expert_folder import last_result
 from trainer_server.storage.kept_experts import KeptExperts
 from trainer_server.storage.observations import Acted, Observations, ServerView
 from trainer_server.storage.operations import Operations
@@ -142,6 +143,8 @@ class Service:
         try:
             self._keep_expert()
             self._obey()  # a finished run goes on if it is rolled back
+            if self._store.checkpoint_number():
+                self._expert_folder.resumed(self._state, last_result(self._store))
             while self._store.ended is None:
                 self._process_messages()
                 self._obey()
@@ -444,8 +447,10 @@ class Service:
 
     def _publish_state(self) -> None:
         """Publishes status and round at every connection, because the broker may have lost its retained messages."""
-        self._publisher.publish_status(online=True)
         self._publisher.forget_globals()
+        task = self._plan.bundle.task
+        self._publisher.publish_globals(task.sha256, task.blob)
+        self._publisher.publish_status(online=True)
         if self._state.announced is not None:
             for command in announcement(self._plan, self._state, self._state.announced):
                 self._execute(command)
