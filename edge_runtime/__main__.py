@@ -189,7 +189,7 @@ def page(settings: Settings) -> None:
 
 @app.command()
 def personalize(
-    state: Path = typer.Option(help="State directory of the device."),
+    state: Path = typer.Option(help="State directory of the device.", readable=False),
     bundle: Path | None = typer.Option(None, help="Bundle folder. Default: the model's, in the state directory."),
     out: Path | None = typer.Option(None, help="File to write. Default: personalized.onnx in the state directory."),
     folder: Path | None = typer.Option(

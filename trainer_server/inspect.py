@@ -31,7 +31,7 @@ WHO = {
     Observer.SERVER: "the server",
     Observer.COLLUDERS: "the server with one device",
 }
-OUT = typer.Option(help="Folder of the run.")
+OUT = typer.Option(help="Folder of the run.", readable=False)  # `RunStore` says who may read it
 
 
 def status(out: Path = OUT, as_json: bool = typer.Option(False, "--json", help="One JSON object.")) -> None:
@@ -50,7 +50,7 @@ def _facts(store: RunStore) -> dict[str, Any]:
     config = store.origin.config
     checkpoint = store.checkpoint()
     announced = checkpoint[0].announced if checkpoint else None
-    closed = store.closed_stages()
+    closed = store.closed_counts()
     since, reason = store.outage()
     paused, excluded = store.standing()
     facts: dict[str, Any] = {"run": config.run, "session": store.origin.session, "server": vars(store.server())}
@@ -95,8 +95,8 @@ def _facts(store: RunStore) -> dict[str, Any]:
         facts["certificates_until"] = until
     facts["bytes"] = store.sizes()
     facts |= {
-        "closed_rounds": len(closed),
-        "repeated": [repeated for _, repeated in closed if repeated],
+        "closed_rounds": sum(closed.values()),
+        "repeated": store.repetitions(),
         "refused": {f"{r.device}: {r.kind}": r.count for r in store.refusals()},
     }
     if config.privacy:

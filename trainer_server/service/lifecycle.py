@@ -71,6 +71,11 @@ def open_run(folder: Path, config: RunConfig, bundle: TaskBundle) -> RunStore:
         )
     if config != origin.config:
         differences, changes = differing_settings(origin.config, config)
+        if store.ended is not None:
+            raise ConfigError(
+                f"{folder} holds run {origin.config.run!r} with {differences}; it has ended, so choose another "
+                "--out for a new run"
+            )
         raise ConfigError(
             f"{folder} holds run {origin.config.run!r} with {differences}; resume it with python -m trainer_server "
             f"resume{changes} --out {folder}, or choose another --out"
@@ -188,7 +193,7 @@ def restore_state(store: RunStore, plan: Plan) -> tuple[State, float]:
 
 
 def replay_rounds(store: RunStore, plan: Plan) -> Iterator[Round]:
-    """Announces every round again, computed from the event log alone, with --audit-rounds from the first kept state on.
+    """Announces every round again, computed from the event log alone, from the first kept state on (--keep-rounds).
 
     Raises RunError if the run was started without --audit, which keeps the whole log.
     """
