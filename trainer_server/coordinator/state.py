@@ -18,10 +18,10 @@ from fedfmsl.algorithms.fixed_point import Words
 from fedfmsl.algorithms.sal import SalState
 from fedfmsl.algorithms.secure_aggregation import VECTORS, Bytes
 from fedfmsl.algorithms.server_optimizers import Moments
-from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.layout import Layout
 from fedfmsl.protocol.messages import DeviceStatus, Round, Stage, Sums, Update
 from fedfmsl.protocol.secure_sums import SignedKeys
+from fedfmsl.protocol.task_bundle import TaskBundle
 from trainer_server.config import Head, RunConfig
 from trainer_server.coordinator.candidates import LastGood, Rollback
 from trainer_server.coordinator.former_head import RETRAINED, FormerHead
@@ -67,7 +67,7 @@ class Plan:
     """
 
     config: RunConfig
-    bundle: Bundle
+    bundle: TaskBundle
     session: str
     read: Callable[[str], Tensors]
     check_keys: CheckKeys = unsigned
@@ -137,8 +137,8 @@ class Plan:
     @cached_property
     def head_statistics(self) -> Layout:
         """The layout of updates in the head round."""
-        dims = self.bundle.manifest.dims
-        width = dims.classes if self.config.head_sums is Sums.LOGITS else dims.feature
+        classes, feature = len(self.bundle.classes), self.bundle.manifest.dims.feature
+        width = classes if self.config.head_sums is Sums.LOGITS else feature
         return self._sums(width, ("second_moments", width * (width + 1) // 2))
 
     @property
@@ -149,7 +149,7 @@ class Plan:
         return 2 * values + 4096 if self.config.secure or self.config.secure_sums else values
 
     def _sums(self, width: int, last: tuple[str, int]) -> Layout:
-        classes, (name, size) = self.bundle.manifest.dims.classes, last
+        classes, (name, size) = len(self.bundle.classes), last
         return Layout.build(
             [
                 ("statistics", "class_sums", (classes, width)),
