@@ -36,6 +36,7 @@ MODULES = (
     "edge_runtime.__main__",
     "trainer_server.__main__",
     "export.build",
+    "export.task",
     "export.hub",
     "devices.provision",
     "devices.install",

@@ -18,7 +18,7 @@ from fedfmsl.common.logs import set_up_logging
 from fedfmsl.common.options import with_settings
 from fedfmsl.common.settings import read_settings
 from fedfmsl.errors import ConfigError, RunError
-from fedfmsl.protocol.bundle import Bundle
+from fedfmsl.protocol.task_bundle import TaskBundle
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.link import Link
 from trainer_server.coordinator.operator import Action, Operation
@@ -43,7 +43,7 @@ app = application("Coordinate a federated run: both stages of FedFMSL, over MQTT
 @with_settings(ServerSettings)
 def start(settings: ServerSettings) -> None:
     """Coordinate one run until it is finished. The same command resumes an interrupted run."""
-    bundle = Bundle.load(settings.bundle)
+    bundle = settings.open_task(settings.bundle)
     bundle.verify()
     _coordinate(open_run(settings.folder, settings.run_config(bundle), bundle), bundle, settings)
 
@@ -69,7 +69,7 @@ def resume(settings: ResumeSettings) -> None:
 
 
 def _coordinate(
-    store: RunStore, bundle: Bundle, settings: ServiceSettings, changes: Mapping[str, Any] = NO_CHANGES
+    store: RunStore, bundle: TaskBundle, settings: ServiceSettings, changes: Mapping[str, Any] = NO_CHANGES
 ) -> None:
     os.umask(0o027)  # the run's files hold updates of devices
     set_up_logging(settings.log, settings.log_file)

@@ -38,7 +38,7 @@ BLOCK_BYTES = 1 << 18
 Heartbeat = Callable[[], None]  # called at least once a second or once per block
 
 
-def _no_heartbeat() -> None:
+def no_heartbeat() -> None:
     pass
 
 
@@ -49,7 +49,7 @@ def _nothing(_: Round) -> None:
 def wait_for_server(
     link: Link,
     topics: Topics,
-    heartbeat: Heartbeat = _no_heartbeat,
+    heartbeat: Heartbeat = no_heartbeat,
     report_seconds: float = REPORT_SECONDS,
     finished: Callable[[Round], None] = _nothing,
 ) -> ServerStatus:
@@ -76,7 +76,7 @@ def receive_server_status(
     link: Link,
     topics: Topics,
     timeout: float,
-    heartbeat: Heartbeat = _no_heartbeat,
+    heartbeat: Heartbeat = no_heartbeat,
     finished: Callable[[Round], None] = _nothing,
 ) -> ServerStatus | None:
     """The status of the run's server if it is online within `timeout` seconds. `finished` as for `wait_for_server`,
@@ -100,7 +100,7 @@ def receive_server_status(
                 status = parse(ServerStatus, event.payload)
             except MessageError:
                 continue
-            if status.online:
+            if status.online and status.task:
                 return status
     return None
 
@@ -109,7 +109,7 @@ def fetch_bundle(
     server: ServerStatus,
     folder: Path,
     identity: Path | None = None,
-    heartbeat: Heartbeat = _no_heartbeat,
+    heartbeat: Heartbeat = no_heartbeat,
     retry_delays: Sequence[float] = RETRY_DELAYS,
     block_bytes: int = BLOCK_BYTES,
     busy_seconds: float = BUSY_SECONDS,
@@ -168,7 +168,7 @@ class _File:
 @dataclass(frozen=True)
 class _HttpClient:
     tls: ssl.SSLContext
-    heartbeat: Heartbeat = _no_heartbeat
+    heartbeat: Heartbeat = no_heartbeat
     retry_delays: Sequence[float] = RETRY_DELAYS
     block_bytes: int = BLOCK_BYTES
     busy_seconds: float = BUSY_SECONDS  # between attempts while the server serves as many devices as it can

@@ -7,6 +7,8 @@ STATE/outbox/ROUND       updates that the server has not acknowledged
 STATE/globals/SHA256     global blobs that the device has received
 STATE/bundles/SHA256/    downloaded bundles: the present and the previous one, and that of STATE/mixture
 STATE/bundles/used       SHA-256 of the present and of the previous one, in lines
+STATE/tasks/SHA256       the task that the device last started with, and that of STATE/mixture
+STATE/task               SHA-256 of the former
 STATE/personal           the local expert; it never leaves the device
 STATE/residual           the encoding error of the last update (error feedback)
 STATE/secure             see `edge_runtime.store.secure_store`
@@ -43,6 +45,7 @@ from edge_runtime.store.global_store import GlobalStore
 from edge_runtime.store.identity_store import IdentityStore
 from edge_runtime.store.outbox import Outbox
 from edge_runtime.store.secure_store import SecureStore
+from edge_runtime.store.task_store import TaskStore
 from fedfmsl.common.files import FULL, write_atomically
 from fedfmsl.errors import ConfigError
 from fedfmsl.protocol.topics import check_name
@@ -56,7 +59,8 @@ class DeviceStore:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.outbox = Outbox(root)
-        self.globals = GlobalStore(root)
+        self.globals = GlobalStore(root / "globals")
+        self.tasks = TaskStore(root)
         self.secure = SecureStore(root)
         self.budget = BudgetStore(root)
         self.renewed = IdentityStore(root)
@@ -126,6 +130,16 @@ class DeviceStore:
                 if folder.is_dir() and folder.name not in {*order, of_model}:
                     shutil.rmtree(folder, ignore_errors=True)
 
+    def sizes(self) -> dict[str, int]:
+        """Bytes on the disk: of downloaded bundles, of unacknowledged updates and of all other files but the cache,
+        which counts its own."""
+        found = {"bundles": 0, "updates": 0, "other": 0}
+        kinds = {self.bundles: "bundles", self.outbox.folder: "updates"}
+        for path in self.root.iterdir() if self.root.is_dir() else ():
+            if path != self.cache:
+                found[kinds.get(path, "other")] += sum(map(_size, path.rglob("*") if path.is_dir() else [path]))
+        return found
+
     @property
     def skipped(self) -> Path:
         return self.root / "skipped.txt"
@@ -185,14 +199,22 @@ class DeviceStore:
     def remove_temporary_files(self) -> None:
         """Removes the temporary files of a killed process. No other process may write at the same time."""
         files = [self.personal, self.baseline, self.residual, self.results, self.mixture, self.personalized]
-        files += [self.health, self.skipped, self.exported, self.budget.path, self.secure.path]
+        files += [self.health, self.skipped, self.exported, self.budget.path, self.secure.path, self.tasks.path]
         files += [self.renewed.path, self.renewed.next_key]
-        temporary = [path for folder in ("globals", "outbox") for path in (self.root / folder).glob(".*")]
+        temporary = [path for folder in ("globals", "tasks", "outbox") for path in (self.root / folder).glob(".*")]
         temporary += [each for path in files for each in path.parent.glob(f".{path.name}.*")]
         for path in temporary:
             path.unlink(missing_ok=True)
         for folder in self.root.glob(f"{PROBE}*"):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _size(path: Path) -> int:
+    """Of a file; 0 for a folder, or for a file that was just removed."""
+    try:
+        return path.stat().st_size if path.is_file() else 0
+    except OSError:
+        return 0
 
 
 def name_of_host(host: str) -> str:

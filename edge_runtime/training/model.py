@@ -64,6 +64,7 @@ def make_personal_model(context: TrainingContext, round_: Round, published: Glob
         device=context.device_name,
         level=level,
         bundle=context.bundle.sha256,
+        task=context.bundle.task.sha256,
         expert=round_.expert,
         gate=round_.gate,
         temperature=temperature,
@@ -128,17 +129,21 @@ def served_model(context: TrainingContext, new: PersonalModel | None) -> Persona
 
 
 def _write(context: TrainingContext, model: PersonalModel) -> None:
+    """Also the task, without which the model cannot be read."""
+    tasks, task = context.store.tasks, context.bundle.task
+    if tasks.read(task.sha256) is None:
+        tasks.write(task.blob)
     write_atomically(context.store.mixture, pack(model.header, model.tensors), durable=True)
 
 
 def _model_in_use(context: TrainingContext) -> PersonalModel | None:
-    """The stored model, scored on the present held-out samples. None if there is none that this bundle could run."""
+    """The stored model, scored on the present held-out samples. None if there is none of this bundle and task."""
     try:
         model = read_personal_model(context.store)
     except InputError:
         return None
     samples = context.splits.held_out
-    if model.header.bundle != context.bundle.sha256:
+    if (model.header.bundle, model.header.task) != (context.bundle.sha256, context.bundle.task.sha256):
         return None
     if model.header.held_out == fingerprint(samples):
         return model

@@ -13,6 +13,7 @@ from edge_runtime.training.personal_model import ModelHeader, PersonalModel
 from fedfmsl.common.files import write_atomically
 from fedfmsl.errors import BundleError, InputError, MessageError
 from fedfmsl.protocol.bundle import Bundle
+from fedfmsl.protocol.task_bundle import TaskBundle
 from fedfmsl.protocol.tensors import unpack
 
 
@@ -68,19 +69,25 @@ def _version(header: ModelHeader) -> str:
     return f"{header.session} {header.round}\n"
 
 
-def open_model_bundle(store: DeviceStore, header: ModelHeader, path: Path | None = None) -> Bundle:
-    """The bundle that a model belongs to. `path`: its folder; default: the bundle that the device downloaded.
+def open_model_bundle(store: DeviceStore, header: ModelHeader, path: Path | None = None) -> TaskBundle:
+    """The bundle and the task that a model belongs to. `path`: the bundle's folder; default: the bundle that the device
+    downloaded.
 
-    Raises BundleError if it does not exist or is another bundle.
+    Raises BundleError if the bundle does not exist or is another one, or if the task is missing.
     """
     root = path or store.bundles / header.bundle
     if not root.is_dir():
         own = "" if path else "the device did not download it, so it was started with --bundle; "
-        alone = f"; {store.personalized} needs no bundle" if store.personalized.is_file() else ""
+        alone = f"; {store.personalized} needs no bundle (predict --model)" if store.personalized.is_file() else ""
         raise BundleError(
             f"the bundle of the model in {store.root} is not at {root}; {own}pass that folder with --bundle{alone}"
         )
     bundle = Bundle.load(root)
     if bundle.sha256 != header.bundle:
         raise BundleError(f"bundle {root} is not the bundle of the model in {store.root}; pass another --bundle")
-    return bundle
+    task = store.tasks.task(header.task)
+    if task is None:
+        raise BundleError(
+            f"the task of the model in {store.root} is missing; the device's next round replaces the model"
+        )
+    return TaskBundle(bundle, task)

@@ -15,9 +15,9 @@ from support.run_oracle import Undisturbed
 from support.simulation import RUN, Simulation
 
 from fedfmsl.algorithms.arrays import Tensors
-from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.chunks import chunks
 from fedfmsl.protocol.messages import DeviceStatus, Round, Update, encode
+from fedfmsl.protocol.task_bundle import TaskBundle
 from fedfmsl.protocol.tensors import pack
 from fedfmsl.protocol.topics import Topics
 from trainer_server.storage.run_store import RunStore
@@ -69,7 +69,7 @@ def sent(begun: Round, tensors: Tensors, **changes: object) -> Messages:
     return [(TOPICS.update_chunk(HOSTILE, update.round, 0), chunk) for chunk in chunks(pack(update, tensors))]
 
 
-def messages(bundle: Bundle, begun: Round) -> dict[str, tuple[str, Messages]]:
+def messages(bundle: TaskBundle, begun: Round) -> dict[str, tuple[str, Messages]]:
     """The messages of each fault, by its name in the table, and the reason with which the server refuses them."""
     ones = bundle.expert.split(np.ones(bundle.expert.size(1), np.float32))
 

@@ -19,7 +19,7 @@ from edge_runtime.store import DeviceStore
 from edge_runtime.training.personal_model import ModelHeader
 from fedfmsl.algorithms.mixture import Biases
 from fedfmsl.common.onnx_runtime import has_ort_training
-from fedfmsl.protocol.bundle import Bundle
+from fedfmsl.protocol.task_bundle import TaskBundle
 from fedfmsl.protocol.tensors import pack
 
 CONFIG, INPUT, BUNDLE, WEIGHTS, BROKER, RUN = 2, 3, 4, 5, 6, 8
@@ -113,7 +113,7 @@ def world(broker: Broker, bundle: Path, vit_folder: Path, photos: dict[str, Path
 @pytest.fixture(scope="module")
 def personalized(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A personalized model of untrained experts."""
-    opened, store = Bundle.load(bundle), DeviceStore(tmp_path_factory.mktemp("state"))
+    opened, store = TaskBundle.open(bundle), DeviceStore(tmp_path_factory.mktemp("state"))
     expert, gate = opened.initial()
     theta, biases = expert[: opened.expert.size(1)], Biases.of_counts(np.ones(len(CLASSES), np.int64))
     tensors = {"global_theta": theta, "local_theta": theta, "gate_theta": gate}
@@ -125,6 +125,7 @@ def personalized(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
         device="none",
         level=1,
         bundle=opened.sha256,
+        task=opened.task.sha256,
         expert="",
         gate="",
         temperature=1.0,
@@ -133,6 +134,7 @@ def personalized(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
         held=(True,) * len(CLASSES),
     )
     store.mixture.write_bytes(pack(header, tensors))
+    store.tasks.write(opened.task.blob)
     write_model(store, store.personalized, bundle)
     return store.personalized
 

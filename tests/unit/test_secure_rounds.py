@@ -65,7 +65,7 @@ def test_the_sums_are_exactly_those_of_the_devices_that_answered(
     assert [c.round.stage for c in run.of(AnnounceRound)] == [
         *(Stage.KEYS, Stage.SHARES, Stage.HOLDERS, Stage.UNMASK, Stage.STATISTICS, Stage.UNMASK, Stage.GLOBAL),
     ]
-    assert len(run.of(AnnounceRound)[4].round.classes) == vit.bundle.manifest.dims.classes - 1  # one has one holder
+    assert len(run.of(AnnounceRound)[4].round.classes) == len(vit.bundle.classes) - 1  # one has one holder
     assert run.announced.sums is run.plan.config.head_sums  # the head of stage 1 will be replaced
     asked = set(run.of(AnnounceRound)[4].round.chosen)
     counted = asked - set(lost.get((Stage.STATISTICS, 0), ()))
@@ -130,10 +130,10 @@ def test_two_devices_start_without_sums(vit: Built, tmp_path: Path) -> None:
 
 def test_a_clip_bundle_without_sums_starts_zero_shot(clip: Built, tmp_path: Path) -> None:
     run = SecureRun(clip, secure_devices(clip, tmp_path, 2))
-    zero_shot = clip.bundle.zero_shot()
+    zero_shot = clip.bundle.task.zero_shot
     assert zero_shot is not None and run.announced.stage is Stage.GLOBAL
     dims = clip.bundle.manifest.dims
-    head = run.state.expert[: zero_shot.rows.size].reshape(dims.classes, dims.feature)
+    head = run.state.expert[: zero_shot.rows.size].reshape(len(clip.bundle.classes), dims.feature)
     cosines = (head * zero_shot.rows).sum(1) / np.linalg.norm(head, axis=1) / np.linalg.norm(zero_shot.rows, axis=1)
     assert np.allclose(cosines, 1, atol=1e-5)
 

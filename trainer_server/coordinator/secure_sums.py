@@ -177,7 +177,7 @@ def _values(plan: Plan, stage: Stage, level: int) -> int:
     if stage in TRAINING:
         return weighted_values(update_parts(plan, stage, level))
     if stage is Stage.HOLDERS:
-        return 2 * plan.bundle.manifest.dims.classes
+        return 2 * len(plan.bundle.classes)
     return plan.statistics.total if stage is Stage.STATISTICS else plan.head_statistics.total
 
 

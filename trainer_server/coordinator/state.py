@@ -18,13 +18,13 @@ from fedfmsl.algorithms.fixed_point import Words
 from fedfmsl.algorithms.sal import SalState
 from fedfmsl.algorithms.secure_aggregation import VECTORS, Bytes
 from fedfmsl.algorithms.server_optimizers import Moments
-from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.layout import Layout
 from fedfmsl.protocol.messages import DeviceStatus, Round, Stage, Sums, Update
 from fedfmsl.protocol.secure_sums import SignedKeys
+from fedfmsl.protocol.task_bundle import TaskBundle
 from trainer_server.config import Head, RunConfig
 from trainer_server.coordinator.candidates import LastGood, Rollback
-from trainer_server.coordinator.former_head import FormerHead
+from trainer_server.coordinator.former_head import RETRAINED, FormerHead
 from trainer_server.coordinator.limits import Limits
 from trainer_server.coordinator.refusals import Refused
 
@@ -50,6 +50,11 @@ class Step:
     of: int
     part: Part | None = None
 
+    @property
+    def purpose(self) -> Stage:
+        """The stage that the round is for: that of the vectors which a secure aggregation sums."""
+        return self.part[0] if self.part else self.stage
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -62,7 +67,7 @@ class Plan:
     """
 
     config: RunConfig
-    bundle: Bundle
+    bundle: TaskBundle
     session: str
     read: Callable[[str], Tensors]
     check_keys: CheckKeys = unsigned
@@ -118,6 +123,12 @@ class Plan:
         positions = [position for position, step in enumerate(self.schedule) if step.part == part]
         return range(positions[0], positions[-1] + 1)
 
+    @property
+    def retraining(self) -> int:
+        """The position from which stage 1 is trained again after a rejected head."""
+        rounds = [position for position, step in enumerate(self.schedule) if step.stage is Stage.GLOBAL]
+        return rounds[-RETRAINED:][0]
+
     @cached_property
     def statistics(self) -> Layout:
         """The layout of updates in the statistics round."""
@@ -126,8 +137,8 @@ class Plan:
     @cached_property
     def head_statistics(self) -> Layout:
         """The layout of updates in the head round."""
-        dims = self.bundle.manifest.dims
-        width = dims.classes if self.config.head_sums is Sums.LOGITS else dims.feature
+        classes, feature = len(self.bundle.classes), self.bundle.manifest.dims.feature
+        width = classes if self.config.head_sums is Sums.LOGITS else feature
         return self._sums(width, ("second_moments", width * (width + 1) // 2))
 
     @property
@@ -138,7 +149,7 @@ class Plan:
         return 2 * values + 4096 if self.config.secure or self.config.secure_sums else values
 
     def _sums(self, width: int, last: tuple[str, int]) -> Layout:
-        classes, (name, size) = self.bundle.manifest.dims.classes, last
+        classes, (name, size) = len(self.bundle.classes), last
         return Layout.build(
             [
                 ("statistics", "class_sums", (classes, width)),
@@ -191,7 +202,8 @@ class State:
     rejected (`trainer_server.coordinator.candidates`).
 
     `norms`: the median norms of the updates in the stage's last rounds. `agreements`: by device, how much its updates
-    of the stage agree with those of others (`fedfmsl.algorithms.agreement`).
+    of the stage agree with those of others (`fedfmsl.algorithms.agreement`). `left_out`: by device, how many rounds of
+    the stage left its update out.
 
     Round: `position` in the schedule is -1 while the server waits for devices. `since` is the time of the
     announcement. `expected` are the selected devices. `updates` are the accepted updates of the present round.
@@ -222,6 +234,7 @@ class State:
     limits: Limits
     norms: tuple[float, ...] = ()
     agreements: Mapping[str, float] = field(default_factory=dict)
+    left_out: Mapping[str, int] = field(default_factory=dict)
     stretch: int = 1
     slowest: Mapping[Stage, float] = field(default_factory=dict)
     position: int = -1
