@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fedfmsl.algorithms.accounting import epsilons
@@ -18,17 +18,17 @@ class NoisedRounds:
     released: int = 0
 
     @classmethod
-    def of(cls, closed: Iterable[tuple[Stage, str]]) -> NoisedRounds:
-        """Of the stages of closed rounds, and why each is repeated."""
+    def of(cls, closed: Mapping[tuple[Stage, bool], int]) -> NoisedRounds:
+        """Of the numbers of closed rounds by stage and whether they were repeated."""
         rounds = cls()
-        for stage, repeated in closed:
-            rounds.add(stage, repeated)
+        for (stage, repeated), count in closed.items():
+            rounds.add(stage, repeated, count)
         return rounds
 
-    def add(self, stage: Stage, repeated: str) -> None:
+    def add(self, stage: Stage, repeated: bool, count: int = 1) -> None:
         if stage in NOISED:
-            self.sent += 1
-            self.released += not repeated
+            self.sent += count
+            self.released += 0 if repeated else count
 
 
 def privacy_budget(
