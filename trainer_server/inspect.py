@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from rich.table import Table
 
 from fedfmsl.algorithms.accounting import Observer
-from fedfmsl.common.cli import console, print_json
+from fedfmsl.common.cli import print_json
 from fedfmsl.common.whole_folder import check_own, write_folder
 from fedfmsl.errors import ConfigError, RunError
 from fedfmsl.transport.identity import describe_expiry
@@ -36,6 +35,10 @@ OUT = typer.Option(help="Folder of the run.", readable=False)  # `RunStore` says
 
 def status(out: Path = OUT, as_json: bool = typer.Option(False, "--json", help="One JSON object.")) -> None:
     """Show the present round, its missing devices, and refused messages."""
+    from rich.table import Table
+
+    from fedfmsl.common.cli import console
+
     facts = _facts(RunStore(out))
     if as_json:
         print_json(facts)
@@ -170,6 +173,10 @@ def _text(value: Any) -> str:
 
 def rounds(out: Path = OUT, as_json: bool = typer.Option(False, "--json", help="One JSON object per round.")) -> None:
     """List the closed rounds."""
+    from rich.table import Table
+
+    from fedfmsl.common.cli import console
+
     closed = RunStore(out).rounds()
     if as_json:
         for record in closed:
@@ -210,6 +217,8 @@ def export(out: Path = OUT, to: Path = typer.Option(help="Folder to write the PE
 
 def replay(out: Path = OUT) -> None:
     """Recompute a run from its event log and compare every round, bit by bit. Needs a run with --audit."""
+    from fedfmsl.common.cli import console
+
     store = RunStore(out)
     bundle = open_bundle(store)
     recorded = {closed.round.round: closed.round for closed in store.rounds()}
