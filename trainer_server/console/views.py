@@ -251,7 +251,8 @@ def privacy_budgets(snapshot: Snapshot) -> list[tuple[str, float]]:
     """ε by observer, of a device that has answered all rounds; none without differential privacy."""
     if snapshot.origin.config.privacy is None:
         return []  # without a look at all rounds
-    closed = NoisedRounds.of((summary.stage, summary.repeated) for summary, _ in snapshot.closed)
+    stages = [(summary.stage, summary.repeated) for summary, _ in snapshot.closed]
+    closed = NoisedRounds.of(stages, snapshot.origin.spent_before)
     announced = None if snapshot.ended else snapshot.announced
     return list(privacy_budget(snapshot.origin.config, closed, announced, bool(snapshot.answered)).items())
 

@@ -13,8 +13,8 @@ from trainer_server.config import RunConfig
 
 @dataclass
 class NoisedRounds:
-    """Closed rounds with noise: `sent` counts all of them, `released` those whose sum was used. `before`: the sums of μ²
-    of the runs that this one goes on from, by observer."""
+    """Closed rounds with noise: `sent` counts all of them, `released` those whose sum was used. `before`: the sums of
+    μ² of the runs that this one goes on from, by observer."""
 
     sent: int = 0
     released: int = 0

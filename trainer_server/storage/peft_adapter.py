@@ -31,7 +31,8 @@ from fedfmsl.protocol.image_processor import PREPROCESSOR, image_processor
 from fedfmsl.protocol.peft_names import to_peft
 from fedfmsl.protocol.task_bundle import TaskBundle
 
-ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_CONFIG, ADAPTER_TENSORS, LABELS = "adapter_config.json", "adapter_model.safetensors", "labels.json"
+BACKBONE = "backbone"  # metadata of the tensors: the SHA-256 of the frozen weights
 
 
 def write_adapter(bundle: TaskBundle, expert: Vector, level: int, folder: Path) -> None:
@@ -58,9 +59,15 @@ def write_adapter(bundle: TaskBundle, expert: Vector, level: int, folder: Path) 
     tensors = to_peft(manifest.peft, bundle.expert.split(expert))
     contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
     write_atomically(folder / ADAPTER_CONFIG, json.dumps(config, indent=1).encode())
-    write_atomically(folder / "adapter_model.safetensors", save(contiguous, {"format": "pt"}))
+    metadata = {"format": "pt", BACKBONE: backbone_of(bundle)}
+    write_atomically(folder / ADAPTER_TENSORS, save(contiguous, metadata))
     if isinstance(manifest.preprocessing, ImagePreprocessing):
         processor = json.dumps(image_processor(manifest.preprocessing), indent=1)
         write_atomically(folder / PREPROCESSOR, processor.encode())
     labels = {str(index): name for index, name in enumerate(bundle.classes)}
-    write_atomically(folder / "labels.json", json.dumps(labels, indent=1).encode())
+    write_atomically(folder / LABELS, json.dumps(labels, indent=1).encode())
+
+
+def backbone_of(bundle: TaskBundle) -> str:
+    """The SHA-256 of the bundle's frozen weights."""
+    return bundle.manifest.files["backbone.weights"].sha256
