@@ -27,7 +27,6 @@ from edge_runtime.training.personal_model import ModelHeader
 from fedfmsl.algorithms.privacy import Privacy
 from fedfmsl.algorithms.sal import CapabilityQueue, Sal
 from fedfmsl.errors import BundleError, ConfigError, FedFMSLError, MessageError
-from fedfmsl.protocol.task_bundle import with_numbered_classes
 from fedfmsl.protocol.bundle import MANIFEST, Bundle
 from fedfmsl.protocol.chunks import CHUNK_BYTES, Assembler, chunks
 from fedfmsl.protocol.encoding import decode as decode_vector
@@ -49,6 +48,7 @@ from fedfmsl.protocol.messages import (
     encode,
     parse,
 )
+from fedfmsl.protocol.task_bundle import with_numbered_classes
 from fedfmsl.protocol.tensors import DTYPES, blob_hash, pack, unpack
 from fedfmsl.protocol.topics import MAX_NUMBER, NAME, Topics
 from trainer_server.storage.uploads import Uploads
