@@ -24,7 +24,7 @@ from devices.trial.shares import write_device_folders
 from edge_runtime.data.samples import labels_of
 from edge_runtime.inference.classifier import StateClassifier
 from edge_runtime.training.context import TrainingContext
-from edge_runtime.training.model import read_personal_model
+from edge_runtime.training.stored_model import read_personal_model
 from fedfmsl.algorithms.arrays import Floats, Labels
 from fedfmsl.algorithms.calibration import calibrate, fit_temperature, unknown_threshold
 from fedfmsl.algorithms.mixture import accuracy, nll

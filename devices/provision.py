@@ -67,6 +67,9 @@ def members(
         help="First levels of all topics, for a broker with several tenants. It is kept for devices that are added "
         f"later. Give it to the server too. Default: {ROOT}.",
     ),
+    operator: list[str] = typer.Option(
+        [], metavar="NAME", help="Person to make a certificate for, which opens the server's console. Repeatable."
+    ),
     user: bool = typer.Option(False, "--user", help="Passwords instead of certificates; connections still use TLS."),
     renew: list[str] = typer.Option(
         [],
@@ -84,9 +87,10 @@ def members(
         "Default: PKI/broker on this machine.",
     ),
 ) -> None:
-    """With --host: make the CA and the broker's kit. With names: make devices' identities. With --renew: make new
-    certificates. With --revoke: revoke identities. This is the command if none is named."""
-    for name in (*(names or ()), *renew, *revoke):
+    """With --host: make the CA and the broker's kit. With names: make devices' identities. With --operator: make
+    certificates for persons. With --renew: make new certificates. With --revoke: revoke identities. This is the
+    command if none is named."""
+    for name in (*(names or ()), *operator, *renew, *revoke):
         check_name("device", name)
     if renew and revoke:
         raise ConfigError("--renew and --revoke exclude each other; call the command once for each")
@@ -97,12 +101,12 @@ def members(
             f"{option} takes one name, and {' '.join(names)} would be a new device; write {meant}, or make new devices "
             "in a call of their own"
         )
-    for name in names or ():
+    for name in (*(names or ()), *operator):
         if name in RESERVED:
-            raise ConfigError(f"device name {name!r} is the {name}'s; choose another")
+            raise ConfigError(f"name {name!r} is the {name}'s; choose another")
     os.umask(0o077)  # most of the files are secret
-    if not (names or host or renew or revoke):
-        raise ConfigError("nothing to do: pass --host to make a CA, names of devices, --renew or --revoke")
+    if not (names or operator or host or renew or revoke):
+        raise ConfigError("nothing to do: pass --host to make a CA, names of devices, --operator, --renew or --revoke")
     fleet = Fleet(pki, partial(console.print, highlight=False))
     if not host and not fleet.exists:
         raise ConfigError(f"{pki} holds no CA; make one with --host, the broker's name")
@@ -117,6 +121,8 @@ def members(
     with fleet.locked():
         if names:
             fleet.add(names, settings)
+        if operator:
+            fleet.add_operators(operator)
         if renew:
             fleet.renew(renew, settings)
         if revoke:
@@ -154,14 +160,19 @@ def sign(
 
 @app.command()
 def serve(
-    address: str = typer.Argument(metavar="ADDRESS", help="HOST:PORT as devices reach this machine."),
+    address: str = typer.Argument(
+        metavar="ADDRESS", help="HOST:PORT as devices reach this machine. Kept for devices that are added later."
+    ),
     pki: Path = PKI,
 ) -> None:
     """Answer requests over HTTPS until interrupted: those with a token, and renewals of valid certificates."""
     from devices.provisioning.authority_server import serve as start  # the other commands need no web server
 
     fleet = _fleet(pki)
+    with fleet.locked():
+        settings = fleet.settings([], None, None) | {"authority": address}
     with start(Enrollment(fleet), address, fleet.report):
+        fleet.store_settings(settings)
         fleet.report(f"answers requests at {address}; stop it with Ctrl-C")
         signal.pause()
 

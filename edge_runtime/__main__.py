@@ -6,7 +6,6 @@ Each command imports what it needs. `status` runs often, on slow boards, and doe
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -71,7 +70,6 @@ def enroll(
     """Make this device's key, and get its certificate. The key stays on this device."""
     from edge_runtime.enrollment import ask_authority, install_answer, write_request
 
-    os.umask(0o077)  # the files hold the key
     if [authority, out, install].count(None) != 2:
         raise ConfigError("pass one of --authority HOST:PORT, --out REQUEST and --install ANSWER")
     if install is not None:
@@ -160,6 +158,7 @@ def predict(
         else:
             store = DeviceStore(settings.state)
             if publish:
+                settings = settings.model_copy(update={"identity": store.renewed.newest(settings.identity)})
                 resources.enter_context(locked(store.root, "end it first, or set its `watch` instead of --publish"))
             if inbox is not None:
                 wait_for_model(store)

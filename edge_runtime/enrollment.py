@@ -3,8 +3,8 @@
     NAME.key     fingerprint of the CA and private key, until the answer is there
     NAME.toml    the device's file: its settings, key, certificate, and the CA's certificate
 
-Both are readable by their owner only, if the caller has set such a umask. A key that is there is used again, so that an
-interrupted call can be repeated: the authority answers the same request in the same way.
+Their owner alone may read them. A key that is there is used again, so that an interrupted call can be repeated: the
+authority answers the same request in the same way.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ def _complete(answer: str, folder: Path) -> Path:
     if fingerprint(authority) != expected:
         raise ConfigError(f"the answer for {name} is of another CA than its token; copy the right one")
     check_answer(key, own, authority)
-    write_atomically(path, answer.replace(_CERTIFICATE, key + _CERTIFICATE, 1).encode(), durable=True)
+    text = answer.replace(_CERTIFICATE, key + _CERTIFICATE, 1)
+    write_atomically(path, text.encode(), durable=True, private=True)
     read_identity(path)
     key_file.unlink()
     return path
@@ -83,5 +84,5 @@ def _key(token: Token, folder: Path) -> str:
     if not folder.is_dir():
         raise ConfigError(f"--folder {folder} does not exist; create it first")
     key = new_key()
-    write_atomically(key_file, f"{token.fingerprint}\n{key}".encode(), durable=True)
+    write_atomically(key_file, f"{token.fingerprint}\n{key}".encode(), durable=True, private=True)
     return key

@@ -14,6 +14,7 @@ from fedfmsl.common.processors import usable_processors
 from fedfmsl.common.settings import MAX_THREADS, CommaSeparated, File, Fraction, SettingsModel, checked, panel
 from fedfmsl.protocol.frigate import check_state_topic
 from fedfmsl.protocol.messages import EngineChoice
+from fedfmsl.transport.listening import parse_listen
 from fedfmsl.transport.settings import (
     CONNECTION,
     HOME_ASSISTANT,
@@ -21,8 +22,8 @@ from fedfmsl.transport.settings import (
     DeviceName,
     DiscoveryPrefix,
     MetricsAddress,
+    PageAddress,
     RunName,
-    served,
 )
 
 RUN, SAMPLES, RESOURCES, SCHEDULE, OUTPUT = (
@@ -31,7 +32,7 @@ RUN, SAMPLES, RESOURCES, SCHEDULE, OUTPUT = (
 
 
 FrigateTopic = Annotated[str, checked(check_state_topic)]
-PageAddress = Annotated[str, served("the page", "insecure", "identity")]  # with an identity it uses TLS
+AuthorityAddress = Annotated[str, checked(parse_listen)]
 
 
 class Secure(str, Enum):
@@ -87,9 +88,16 @@ class Settings(PredictSettings, LogSettings):
         "rounds that would pass it, or that have no noise. Default: no limit.",
         json_schema_extra=RUN,
     )
+    authority: AuthorityAddress | None = Field(
+        None,
+        description="HOST:PORT of devices.provision serve, where the device renews its certificate when a third of its "
+        "life is left. Default: it is not renewed.",
+        json_schema_extra=CONNECTION,
+    )
     stay: bool = Field(
         False,
-        description="After a run, wait for the next one of the same name. Always on with --watch.",
+        description="After a run, wait for the next one of the same name. Without it the device stops at the end of a "
+        "run, also when it is started again before the next server. Always on with --watch; devices.install sets it.",
         json_schema_extra=RUN,
     )
 

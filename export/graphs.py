@@ -1,7 +1,7 @@
 """The graphs of a bundle, composed from the transformer and the tape.
 
 Letters of shapes: B batch, N tokens, D hidden size, F feature width, L blocks, C classes, P trainables of a level, G
-trainables of the gate adapter. B, C and P are symbolic: whoever runs a graph chooses them.
+trainables of the gate adapter. B, C and P are symbolic: the inputs of a graph decide them.
 """
 
 from __future__ import annotations

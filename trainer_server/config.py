@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from enum import Enum
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from fedfmsl.algorithms.aggregation import AggregationRule, CoordinateMedian, ScreenedMean, TrimmedMean, WeightedMean
@@ -21,12 +22,14 @@ from fedfmsl.protocol.task_bundle import TaskBundle
 from fedfmsl.protocol.topics import MAX_NUMBER
 from fedfmsl.transport.settings import RunName
 
-RUN, ROUNDS, UPDATES, AGGREGATION, PRIVACY = (
-    panel(name) for name in ("Run", "Rounds", "Which updates count", "Aggregation", "Privacy")
+RUN, ROUNDS, UPDATES, AGGREGATION, ADOPTION, PRIVACY = (
+    panel(name)
+    for name in ("Run", "Rounds", "Which updates count", "Aggregation", "Adoption of the global expert", "Privacy")
 )
 
 
 MAX_ROUNDS = 100_000  # of a stage
+MIN_REPORTS = 3  # of devices about a global expert; with fewer, one could decide
 MAX_DEVICES = 2500  # an announcement can name all of them within `Round.max_bytes`
 
 
@@ -65,6 +68,23 @@ class Optimizer(str, Enum):
 
 
 Positive = Annotated[float, Field(gt=0)]
+
+
+def _number_as_text(value: Any) -> Any:
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _check_canary(text: str) -> str:
+    found = re.fullmatch(r"([0-9]{1,4})(%?)", text.strip())
+    number, is_share = (int(found[1]), bool(found[2])) if found else (0, False)
+    if not (1 <= number <= 100 if is_share else number >= MIN_REPORTS):
+        raise ValueError(
+            f"is neither a share like 10% nor a number of at least {MIN_REPORTS} devices; with fewer, one could decide"
+        )
+    return text.strip()
+
+
+Canary = Annotated[str, BeforeValidator(_number_as_text), AfterValidator(_check_canary)]
 
 
 class Aggregation(BaseModel):
@@ -200,6 +220,25 @@ class RunRules(BaseModel):
         1_000_000, ge=1, description="Sample count above which an update is refused.", json_schema_extra=UPDATES
     )
 
+    max_loss: Positive = Field(
+        0.3,
+        description="Nats of held-out likelihood that a device may lose with a new global expert. The devices measure "
+        "it with the round that follows. Not with --secure or --dp-noise.",
+        json_schema_extra=ADOPTION,
+    )
+    max_regressed: Fraction = Field(
+        0.5,
+        description="Share of the devices that may lose more than --max-loss; if more do, the last good global expert "
+        "comes back. At least two and all but one have to agree. 1: no global expert is rejected.",
+        json_schema_extra=ADOPTION,
+    )
+    canary: Canary | None = Field(
+        None,
+        description="Share (10%) or number (at least 3) of devices that measure the global expert of stage 1 in a "
+        "round of its own before all others receive it. Default: none; all devices measure it with their updates.",
+        json_schema_extra=ADOPTION,
+    )
+
     encoding: Encoding = Field(
         Encoding.FP32,
         description="Encoding of updates on the wire. int8 uses error feedback.",
@@ -306,6 +345,13 @@ class RunConfig(RunRules):
             raise ValueError(f"with --secure the server sees no single update: leave out {', '.join(found)}")
         if self.secure and self.devices < MIN_DEVICES:
             raise ValueError(f"--secure needs at least {MIN_DEVICES} devices, not --devices {self.devices}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_canary(self) -> RunConfig:
+        if self.canary is not None and (self.secure or self.privacy):
+            option = "--secure" if self.secure else "--dp-noise"
+            raise ValueError(f"with {option} devices report no likelihoods of single devices: leave out --canary")
         return self
 
     @model_validator(mode="after")

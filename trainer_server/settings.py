@@ -22,7 +22,9 @@ from fedfmsl.transport.settings import (
     AccessSettings,
     ConnectionSettings,
     DiscoveryPrefix,
+    Listen,
     MetricsAddress,
+    PageAddress,
     RunName,
 )
 from trainer_server.config import (
@@ -57,6 +59,12 @@ Trackers = Annotated[tuple[Annotated[str, checked(parse)], ...], CommaSeparated]
 class ConsoleAccess(AccessSettings):
     """Who may use the console."""
 
+    revoked: File | None = Field(
+        None,
+        description="Revocation list in PEM for --serve and --console. Default: revoked.crl beside --identity, or in "
+        "the kit there.",
+        json_schema_extra=CONNECTION,
+    )
     console_token: File | None = Field(
         None,
         description="File with the token that opens the console; it is made if it does not exist. Default: "
@@ -71,7 +79,7 @@ class ConsoleSettings(ConsoleAccess, LogSettings):
     out: File = Field(
         description="Folder of a run, or a folder with the folders of several runs.", json_schema_extra=RUN
     )
-    console: str = Field(
+    console: PageAddress = Field(
         "127.0.0.1:8090",
         description="HOST:PORT of the console. Other addresses than loopback need --identity, for HTTPS.",
         json_schema_extra=CONSOLE,
@@ -81,13 +89,8 @@ class ConsoleSettings(ConsoleAccess, LogSettings):
 class ServiceSettings(ConnectionSettings, LogSettings, ConsoleAccess):
     """How the server is reached, and where it logs to."""
 
-    serve: str | None = Field(
+    serve: Listen | None = Field(
         None, description="HOST:PORT where devices without the bundle download it.", json_schema_extra=CONNECTION
-    )
-    revoked: File | None = Field(
-        None,
-        description="Revocation list in PEM for --serve. Default: revoked.crl beside --identity, or in the kit there.",
-        json_schema_extra=CONNECTION,
     )
     allow: str | None = Field(
         None,
@@ -96,7 +99,7 @@ class ServiceSettings(ConnectionSettings, LogSettings, ConsoleAccess):
         json_schema_extra=CONNECTION,
     )
 
-    console: str | None = Field(
+    console: PageAddress | None = Field(
         None,
         description="HOST:PORT of the operator's console, a web page of this run, like 127.0.0.1:8090. Other addresses "
         "than loopback need --identity, for HTTPS. Default: no console.",

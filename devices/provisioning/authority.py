@@ -10,13 +10,17 @@ from datetime import datetime, timedelta, timezone
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from cryptography.hazmat.primitives.serialization import pkcs12
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID, ObjectIdentifier
+
+from fedfmsl.transport.identity import CONSOLE_USAGE
 
 CA_DAYS = 3650
 IDENTITY_DAYS = 825  # the longest validity that common TLS libraries accept
 CLOCK_SKEW = timedelta(days=1)  # a device's clock may be behind before its first time synchronization
 
 CLIENT, SERVER = ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH
+CONSOLE = ObjectIdentifier(CONSOLE_USAGE)
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,11 @@ class Issued:
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         ).decode()
 
+    def pkcs12(self, name: str, password: str) -> bytes:
+        """Key and certificate in the form that browsers import."""
+        encryption = serialization.BestAvailableEncryption(password.encode())
+        return pkcs12.serialize_key_and_certificates(name.encode(), self.key, self.certificate, None, encryption)
+
 
 @dataclass(frozen=True)
 class Authority(Issued):
@@ -46,10 +55,11 @@ class Authority(Issued):
         hosts: Sequence[str] = (),
         days: int = IDENTITY_DAYS,
         now: datetime | None = None,
+        unit: str = "",
     ) -> Issued:
         """A new key and its certificate. See `certify`."""
         key = ec.generate_private_key(ec.SECP256R1())
-        return Issued(self.certify(key.public_key(), name, usages, hosts, days, now), key)
+        return Issued(self.certify(key.public_key(), name, usages, hosts, days, now, unit), key)
 
     def certify(
         self,
@@ -59,12 +69,14 @@ class Authority(Issued):
         hosts: Sequence[str] = (),
         days: int = IDENTITY_DAYS,
         now: datetime | None = None,
+        unit: str = "",
     ) -> x509.Certificate:
-        """A certificate of `key` with common name `name` for `usages`, valid for `days`, but not longer than the CA. A
-        server's certificate also names its `hosts` (names or addresses). Raises ValueError if a host is invalid."""
+        """A certificate of `key` with common name `name` and organizational unit `unit` for `usages`, valid for `days`,
+        but not longer than the CA. A server's certificate also names its `hosts` (names or addresses). Raises
+        ValueError if a host is invalid."""
         usage = x509.KeyUsage(True, False, False, False, False, False, False, False, False)  # digital signature
         builder = (
-            _builder(name, self.certificate.subject, key, days, now, self.certificate.not_valid_after_utc)
+            _builder(name, self.certificate.subject, key, days, now, self.certificate.not_valid_after_utc, unit)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(usage, critical=True)
             .add_extension(x509.ExtendedKeyUsage(usages), critical=False)
@@ -115,6 +127,12 @@ def serials_of(certificates: bytes) -> list[int]:
     return [certificate.serial_number for certificate in x509.load_pem_x509_certificates(certificates)]
 
 
+def name_of(certificates: bytes) -> str:
+    """The common name of the certificates of one member in a PEM text. Raises ValueError if there is none."""
+    (common,) = x509.load_pem_x509_certificates(certificates)[0].subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+    return str(common.value)
+
+
 def hosts_of(certificate: bytes) -> list[str]:
     """The names and addresses that a server's certificate is for. Raises ValueError if it has none."""
     try:
@@ -142,12 +160,16 @@ def _builder(
     days: int,
     now: datetime | None,
     latest: datetime | None = None,
+    unit: str = "",
 ) -> x509.CertificateBuilder:
     start = (now or _now()) - CLOCK_SKEW
     end = start + timedelta(days=days)
+    subject = [x509.NameAttribute(NameOID.COMMON_NAME, name)]
+    if unit:
+        subject.append(x509.NameAttribute(NameOID.ORGANIZATIONAL_UNIT_NAME, unit))
     return (
         x509.CertificateBuilder()
-        .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]))
+        .subject_name(x509.Name(subject))
         .issuer_name(issuer)
         .public_key(key)
         .serial_number(x509.random_serial_number())

@@ -3,7 +3,7 @@
     GET  /ca      the CA's certificate, which a device compares with the fingerprint in its token
     POST /sign    a request in PEM; the answer is the device's file without its key, or a line that says why not
 
-The server's own certificate and key are made when it starts, and only in memory but for a moment: OpenSSL reads files.
+The server's own certificate and key are renewed every month, and only in memory but for a moment: OpenSSL reads files.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -23,14 +24,17 @@ from starlette.routing import Route
 
 from devices.provisioning.authority import SERVER
 from devices.provisioning.enrollment import Enrollment
+from devices.provisioning.fleet import Fleet
 from fedfmsl.errors import ConfigError
 from fedfmsl.transport.authority_client import AUTHORITY, SIGN
 from fedfmsl.transport.enrollment import MAX_REQUEST_BYTES
+from fedfmsl.transport.listening import listen, parse_listen
 from fedfmsl.web.access import RateLimit
-from fedfmsl.web.serve import WebServer, listen, parse_listen
+from fedfmsl.web.serve import WebServer
 
 FLAG = "ADDRESS"  # of the command
 NAME = "authority"  # in the server's certificate
+RENEWAL_DAYS = 30
 BODY_SECONDS = 10.0  # for a request to arrive
 BURST, SECONDS = 20, 3.0  # requests of one address at once, and until it may send one more
 
@@ -40,12 +44,28 @@ Report = Callable[[str], None]
 def serve(enrollment: Enrollment, address: str, report: Report) -> WebServer:
     """`address`: HOST:PORT as devices reach it. `report` receives a line for each request. Raises ConfigError for an
     invalid address, RunError if it cannot listen there."""
-    host, port = parse_listen(FLAG, address)
-    return WebServer(application(enrollment, report), listen(FLAG, host, port), server_context(enrollment, host))
+    host, port = parse_listen(address)
+    contexts = _Contexts(enrollment.fleet, host)
+    contexts.current()
+    return WebServer(application(enrollment, report), listen(FLAG, host, port), contexts.current)
 
 
-def server_context(enrollment: Enrollment, host: str) -> ssl.SSLContext:
-    issued = enrollment.fleet.authority().issue(NAME, [SERVER], [host])
+@dataclass
+class _Contexts:
+    fleet: Fleet
+    host: str
+    _context: ssl.SSLContext | None = None
+    _made: float = 0.0
+
+    def current(self) -> ssl.SSLContext:
+        """The TLS context for new connections."""
+        if self._context is None or time.time() > self._made + RENEWAL_DAYS * 86400:
+            self._context, self._made = _server_context(self.fleet, self.host), time.time()
+        return self._context
+
+
+def _server_context(fleet: Fleet, host: str) -> ssl.SSLContext:
+    issued = fleet.authority().issue(NAME, [SERVER], [host], 2 * RENEWAL_DAYS)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     with tempfile.NamedTemporaryFile("w", suffix=".pem") as file:  # readable by its owner only

@@ -4,11 +4,12 @@ PKI/ca.key              the CA's key, which signs; never copy it to the broker o
 PKI/fedfmsl-server.service      systemd unit of the run's server
 PKI/server.pem          identity file of the run's server (--identity)
 PKI/operator.pem        identity file of the operator (--identity of trainer_server purge)
+PKI/operators/NAME.pem, .p12    the same for one person, and for that person's browser
 PKI/devices/NAME.toml   a device's settings and identity: copy it to the device, for devices.install (or as --identity)
 PKI/homeassistant.crt, .key     Home Assistant's, if it is among the names
 PKI/issued/NAME.crt     all certificates of a member, of the server and of the broker, so that they can be revoked
 PKI/tokens/NAME.json    the one-time token of a device that makes its key itself (see `devices.provisioning.enrollment`)
-PKI/fleet.toml          run and broker for devices that are added later
+PKI/fleet.toml          run, broker and authority for devices that are added later
 PKI/lock                held by the process that issues or revokes certificates
 PKI/broker/             the kit: copy it to the broker
 """
@@ -24,12 +25,14 @@ from urllib.parse import quote, urlsplit
 
 from devices.provisioning.authority import (
     CLIENT,
+    CONSOLE,
     SERVER,
     Authority,
     Issued,
     hosts_of,
     load_authority,
     make_authority,
+    name_of,
     revoked_serials,
     serials_of,
 )
@@ -77,14 +80,14 @@ class Fleet:
     def settings(
         self, hosts: Sequence[str], run: str | None, broker: str | None, prefix: str | None = None
     ) -> dict[str, str]:
-        """Run, broker and topic prefix that devices get: the arguments, else the stored values.
+        """Run, broker, topic prefix and authority that devices get: the arguments, else the stored values.
 
         Raises ConfigError if they are invalid.
         """
         path = self.folder / "fleet.toml"
         stored = read_table(path) if path.is_file() else {}
         found = {"run": run or stored.get("run"), "broker": broker or stored.get("broker")}
-        found["topic_prefix"] = prefix or stored.get("topic_prefix")
+        found |= {"topic_prefix": prefix or stored.get("topic_prefix"), "authority": stored.get("authority")}
         if hosts:
             found["broker"] = broker or f"mqtts://{netloc(hosts[0])}"
         settings = {key: value for key, value in found.items() if value}
@@ -155,6 +158,13 @@ class Fleet:
             else:
                 self._write_device(name, settings, {"identity": _identity(issued, authority)})
 
+    def add_operators(self, names: Sequence[str]) -> None:
+        """Makes the certificates of persons. They open the console; at the broker all are `operator`."""
+        authority = self.authority()
+        for name in names:
+            self.check_free(name)
+            self._issue_operator(authority, name)
+
     def check_free(self, name: str) -> None:
         """Raises ConfigError if a member has the name."""
         if self.issued(name).exists():
@@ -180,8 +190,8 @@ class Fleet:
                 self.report(
                     "copy it to the server; --serve uses it at once, the connection to the broker after a restart"
                 )
-            elif name == OPERATOR_NAME:
-                self._issue_operator(authority)
+            elif self.is_operator(name):
+                self._issue_operator(authority, name)
             elif self.has_passwords:
                 raise ConfigError(f"{name} has a password, which does not expire; --revoke it, and add {name} again")
             elif not self.issued(name).exists():
@@ -209,18 +219,25 @@ class Fleet:
                 "devices read no revocation list; if the broker's key is stolen, make a new CA with --host in another "
                 "--pki, and give all members new identities"
             )
-        if self.has_passwords:
-            self._remove_passwords(names)
-            self._report_revoked(self._passwords, names)
-            return
+        users = self._users() & set(names) if self.has_passwords else set()
+        certified = [name for name in names if self.issued(name).is_file()]
+        if missing := [name for name in names if name not in users and name not in certified]:
+            places = f"{self.folder}/issued" + (f" and {self._passwords}" if self.has_passwords else "")
+            raise ConfigError(
+                f"cannot revoke {', '.join(missing)}: it is revoked already or was never made; valid names are those "
+                f"in {places}"
+            )
+        if users:
+            self._remove_passwords(sorted(users))
+            self.report(f"wrote {self._passwords}; copy it to the broker and restart the broker")
+        if certified:
+            self._revoke_certificates(certified)
+        for name in sorted({SERVER_NAME, OPERATOR_NAME} & set(names)):
+            self.report(f"the {name} needs another identity: --renew {name}")
+
+    def _revoke_certificates(self, names: Sequence[str]) -> None:
         path = self.folder / "broker" / "revoked.crl"
         certificates = [self.issued(name) for name in names]
-        missing = [name for name, file in zip(names, certificates, strict=True) if not file.is_file()]
-        if missing:
-            raise ConfigError(
-                f"cannot revoke {', '.join(missing)}: it is revoked already or has no certificate; valid names are "
-                f"those in {self.folder}/issued"
-            )
         try:
             serials = revoked_serials(path.read_bytes())
             serials += [serial for file in certificates for serial in serials_of(file.read_bytes())]
@@ -234,12 +251,10 @@ class Fleet:
             file.unlink()
             self.token(name).unlink(missing_ok=True)
             self._remove_files(name)
-        self._report_revoked(path, names)
-
-    def _report_revoked(self, path: Path, names: Sequence[str]) -> None:
-        self.report(f"wrote {path}; copy it to the broker and restart the broker, which also ends open connections")
-        for name in sorted({SERVER_NAME, OPERATOR_NAME} & set(names)):
-            self.report(f"the {name} needs another identity: --renew {name}")
+        self.report(
+            f"wrote {path}; copy it to the server, and to the broker and restart the broker, which also ends open "
+            "connections"
+        )
 
     # passwords
 
@@ -269,8 +284,6 @@ class Fleet:
 
     def _remove_passwords(self, names: Sequence[str]) -> None:
         lines = self._password_lines()
-        if missing := set(names) - self._users():
-            raise ConfigError(f"{self._passwords} has no {', '.join(sorted(missing))}; check the names")
         self._replace_passwords([line for line in lines if _user(line) not in names])
         for name in names:
             self._remove_files(name)
@@ -302,7 +315,7 @@ class Fleet:
     def _remove_files(self, name: str) -> None:
         special = {HOME_ASSISTANT: [f"{name}.crt", f"{name}.key"]}
         special |= {own: [f"{own}.pem"] for own in (SERVER_NAME, OPERATOR_NAME)}
-        files = special.get(name, [f"devices/{name}.toml"])
+        files = special.get(name, [f"devices/{name}.toml", f"operators/{name}.pem", f"operators/{name}.p12"])
         for file in files:
             (self.folder / file).unlink(missing_ok=True)
 
@@ -324,10 +337,21 @@ class Fleet:
         self.record(SERVER_NAME, issued.certificate_pem)
         self._replace(self.folder / "server.pem", _identity(issued, authority))
 
-    def _issue_operator(self, authority: Authority) -> None:
-        issued = authority.issue(OPERATOR_NAME, [CLIENT])
-        self.record(OPERATOR_NAME, issued.certificate_pem)
-        self._replace(self.folder / "operator.pem", _identity(issued, authority))
+    def is_operator(self, name: str) -> bool:
+        """Whether it is the operator that every fleet has, or a person."""
+        issued = self.issued(name)
+        return name == OPERATOR_NAME or (issued.is_file() and name_of(issued.read_bytes()) == OPERATOR_NAME)
+
+    def _issue_operator(self, authority: Authority, name: str = OPERATOR_NAME) -> None:
+        """A person also gets a file for the browser."""
+        path = self.folder / ("operator.pem" if name == OPERATOR_NAME else f"operators/{name}.pem")
+        issued = authority.issue(OPERATOR_NAME, [CLIENT, CONSOLE], unit="" if name == OPERATOR_NAME else name)
+        self.record(name, issued.certificate_pem)
+        self._replace(path, _identity(issued, authority))
+        if name != OPERATOR_NAME:
+            password, browser = new_password(), path.with_suffix(".p12")
+            write_atomically(browser, issued.pkcs12(f"{name}, operator", password), durable=True)
+            self.report(f"wrote {browser}; import it in {name}'s browser, with the password {password}")
 
     def _replace(self, path: Path, text: str) -> None:
         write_atomically(path, text.encode(), durable=True)

@@ -11,8 +11,8 @@ from amqtt.broker import Broker
 
 from fedfmsl.common.cli import application
 from fedfmsl.errors import RunError
-from fedfmsl.transport.address import why_not_listening
 from fedfmsl.transport.link import KEEPALIVE_SECONDS
+from fedfmsl.transport.listening import why_not_listening
 
 app = application()
 

@@ -177,6 +177,7 @@ def _seconds(rounds: Sequence[ClosedRound], seconds: dict[str, float]) -> dict[s
         Stage.STATISTICS: "features",
         Stage.GLOBAL: "stage1",
         Stage.HEAD: "stage1",
+        Stage.CANARY: "stage1",
         Stage.PERSONAL: "stage2",
         Stage.BASELINE: "baseline",
         Stage.EVALUATE: "evaluation",

@@ -42,21 +42,25 @@ def no_heartbeat() -> None:
     pass
 
 
+def _nothing(_: Round) -> None:
+    pass
+
+
 def wait_for_server(
     link: Link,
     topics: Topics,
     heartbeat: Heartbeat = no_heartbeat,
     report_seconds: float = REPORT_SECONDS,
-    finished: Callable[[], None] = no_heartbeat,
+    finished: Callable[[Round], None] = _nothing,
 ) -> ServerStatus:
     """The status of the run's server. Waits without limit, and logs that after `report_seconds`. `finished` is called
-    when the broker has the end of the run."""
+    with the end of the run if the broker has it."""
     ended: list[bool] = []
 
-    def end() -> None:
+    def end(round_: Round) -> None:
         if not ended:
             ended.append(True)
-            finished()
+            finished(round_)
 
     status = receive_server_status(link, topics, report_seconds, heartbeat, end)
     if status is None:
@@ -73,7 +77,7 @@ def receive_server_status(
     topics: Topics,
     timeout: float,
     heartbeat: Heartbeat = no_heartbeat,
-    finished: Callable[[], None] = no_heartbeat,
+    finished: Callable[[Round], None] = _nothing,
 ) -> ServerStatus | None:
     """The status of the run's server if it is online within `timeout` seconds. `finished` as for `wait_for_server`,
     but it may be called several times."""
@@ -89,8 +93,8 @@ def receive_server_status(
             raise BrokerError(event.error)
         if isinstance(event, Received) and event.topic == topics.round and event.payload:
             with contextlib.suppress(MessageError):
-                if parse(Round, event.payload).stage is Stage.FINISHED:
-                    finished()
+                if (round_ := parse(Round, event.payload)).stage is Stage.FINISHED:
+                    finished(round_)
         if isinstance(event, Received) and event.topic == topics.server_status and event.payload:
             try:
                 status = parse(ServerStatus, event.payload)

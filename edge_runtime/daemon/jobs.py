@@ -21,7 +21,7 @@ from edge_runtime.daemon.worker import Worker
 from edge_runtime.data.samples import SampleChangedError
 from edge_runtime.resources.throttle import WorkStoppedError
 from edge_runtime.store.secure_store import NoKeysError
-from edge_runtime.training.model import is_exported
+from edge_runtime.training.stored_model import is_exported
 from fedfmsl.common.logs import fields
 from fedfmsl.errors import ClockError, RunError
 from fedfmsl.protocol.messages import Round

@@ -14,7 +14,7 @@ from edge_runtime.daemon.announce import Announcer, Message, device_link, rate_l
 from edge_runtime.daemon.download import Heartbeat, fetch_bundle, wait_for_server
 from edge_runtime.daemon.health import HealthReporter
 from edge_runtime.daemon.lock import locked
-from edge_runtime.daemon.loop import DaemonLoop
+from edge_runtime.daemon.loop import STOPS, DaemonLoop
 from edge_runtime.daemon.page import address_of, page_process
 from edge_runtime.daemon.receive_task import receive_task
 from edge_runtime.daemon.round_runner import RoundRunner
@@ -40,15 +40,15 @@ from edge_runtime.settings import Settings
 from edge_runtime.store import DeviceStore
 from edge_runtime.training.context import DeviceContext
 from edge_runtime.training.gate import Gate
-from edge_runtime.training.model import read_personal_model
 from edge_runtime.training.personal_model import ModelHeader
+from edge_runtime.training.stored_model import read_personal_model
 from fedfmsl.common.backoff import Backoff
 from fedfmsl.common.class_folders import check_folder
 from fedfmsl.common.logs import fields, set_up_logging
 from fedfmsl.errors import ClockError, FedFMSLError, RunError
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.class_names import describe_classes
-from fedfmsl.protocol.messages import Activity, EngineName, ServerStatus
+from fedfmsl.protocol.messages import Activity, EngineName, Round, ServerStatus
 from fedfmsl.protocol.task import Task
 from fedfmsl.protocol.task_bundle import TaskBundle
 from fedfmsl.protocol.topics import Topics
@@ -65,9 +65,12 @@ def launch(settings: Settings) -> None:
     """Takes part in the run until it has finished. Raises FedFMSLError if that is not possible."""
     set_up_logging(settings.log, settings.log_file)
     check_folder(settings.images, "--images")
+    if settings.watch:
+        check_folder(settings.watch, "--watch")
     topics, store = Topics(settings.run, settings.topic_prefix), DeviceStore(settings.state)
     name = store.ensure_name(device_name(settings.device, settings.identity))
     with locked(store.root, "stop that process, or use another --state"), contextlib.ExitStack() as resources:
+        settings = with_newest_identity(settings, store)
         link = device_link(settings.broker, topics, name, settings.identity, settings.insecure)
         sensors = Sensors(zones=settings.thermal_zones)
         if settings.max_temperature is not None and sensors.read().temperature is None:
@@ -79,12 +82,23 @@ def launch(settings: Settings) -> None:
 
             serve_metrics(settings.metrics, lambda: families(health.newest), settings.insecure)
         if settings.page:
-            resources.enter_context(page_process(settings))
+            resources.enter_context(page_process(settings, store))
         connect(link, health)
         health.ready()
+        if settings.authority and settings.identity == store.renewed.path:
+            from edge_runtime.daemon.renewal import Renewal  # takes 8 MB of memory
+
+            resources.enter_context(Renewal(store.renewed, settings.authority, link.renew_identity))
         anew = False
-        while _take_part(settings, link, topics, store, name, health, sensors, anew):
-            anew = True
+        try:
+            while _take_part(settings, link, topics, store, name, health, sensors, anew):
+                anew = True
+        except RunOverError:
+            logger.info(
+                f"run {settings.run!r} has finished; the model for predictions is {describe_model(store)}; {STOPS}"
+            )
+            health.heartbeat(Activity.STOPPED)
+            link.close()
 
 
 def _take_part(
@@ -98,7 +112,7 @@ def _take_part(
     anew: bool,
 ) -> bool:
     """Prepares the device for a task, and takes part in the run until it has finished. `anew`: not for the first time.
-    True: the server has announced another task."""
+    True: the server has announced another task. Raises RunOverError as `wait_for_next_run` does."""
     with contextlib.ExitStack() as resources:
         prepared = _prepare(settings, link, topics, store, name, health, anew)
         bundle = prepared.bundle
@@ -113,7 +127,7 @@ def _take_part(
             Governor(settings.limits, sensors.read),
             runner,
             Worker(control, link.post),
-            stay=settings.stay or settings.watch is not None,
+            stay=_stays(settings),
         )
         if settings.watch:
             watcher = Watcher(
@@ -125,6 +139,17 @@ def _take_part(
             )
             resources.enter_context(watcher)
         return loop.serve()
+
+
+def with_newest_identity(settings: Settings, store: DeviceStore) -> Settings:
+    """With the identity that this device has renewed, or may renew (see `edge_runtime.daemon.renewal`)."""
+    if settings.identity is None:
+        return settings
+    newest = store.renewed.newest(settings.identity)
+    if settings.authority:
+        with contextlib.suppress(OSError):  # a full disk: the next start tries again
+            newest = store.renewed.adopt(settings.identity)
+    return settings.model_copy(update={"identity": newest})
 
 
 def connect(link: Link, health: HealthReporter, backoff: Backoff = CLOCK) -> None:
@@ -142,6 +167,10 @@ def connect(link: Link, health: HealthReporter, backoff: Backoff = CLOCK) -> Non
                 time.sleep(min(1.0, backoff.first))
         else:
             return
+
+
+class RunOverError(Exception):
+    """The run has finished with this device."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +200,7 @@ def _prepare(
     if own and task and task.bundle == own.sha256:
         bundle = TaskBundle(own, task)
     else:
-        server, task = _wait_for_task(link, topics, store, name, health, heartbeat)
+        server, task = _wait_for_task(settings, link, topics, store, name, health, heartbeat)
         if own and server.bundle != own.sha256:
             raise RunError(other_bundle(server, own.sha256))
         bundle = TaskBundle(own or fetch_bundle(server, store.bundles, settings.identity, heartbeat), task)
@@ -205,23 +234,36 @@ def _prepare(
 
 
 def _wait_for_task(
-    link: Link, topics: Topics, store: DeviceStore, name: str, health: HealthReporter, heartbeat: Heartbeat
+    settings: Settings,
+    link: Link,
+    topics: Topics,
+    store: DeviceStore,
+    name: str,
+    health: HealthReporter,
+    heartbeat: Heartbeat,
 ) -> tuple[ServerStatus, Task]:
-    """The server's status and its task. Waits for them without limit."""
+    """The server's status and its task. Waits for them without limit. Raises RunOverError."""
     logger.info(f"waiting for the server of run {topics.run!r}, which has the task")
     task = None
     while task is None:
-        server = wait_for_server(link, topics, heartbeat, finished=partial(_wait_for_next_run, topics, store, health))
+        server = wait_for_server(link, topics, heartbeat, finished=partial(wait_for_next_run, settings, store, health))
         health.run_finished = False
         task = receive_task(link, topics, server, store.tasks, name, heartbeat)
     return server, task
 
 
-def _wait_for_next_run(topics: Topics, store: DeviceStore, health: HealthReporter) -> None:
+def wait_for_next_run(settings: Settings, store: DeviceStore, health: HealthReporter, finished: Round) -> None:
+    """Raises RunOverError if this device took part in the run, and does not stay: as with a bundle of its own."""
     health.run_finished = True
+    if finished.session == store.outbox.session and not _stays(settings):
+        raise RunOverError
     model = describe_model(store)
-    waiting = f"run {topics.run!r} has finished; waiting for a new run of this name"
+    waiting = f"run {settings.run!r} has finished; waiting for a new run of this name"
     logger.info(f"{waiting}; the model for predictions is {model}")
+
+
+def _stays(settings: Settings) -> bool:
+    return settings.stay or settings.watch is not None
 
 
 def _origin_of_model(store: DeviceStore) -> ModelHeader | None:

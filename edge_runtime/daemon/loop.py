@@ -58,6 +58,7 @@ logger = logging.getLogger(__name__)
 KEYS_BYTES = 16 * 1024 * 1024  # of the keys or the shares of secure sums, for more than 2500 devices
 ECHO_SECONDS = 10.0  # for the broker to return this device's own status
 NO_ECHO = "the broker does not return this device's own status"
+STOPS = "this device stops; with --stay it waits for the next run of this name, as an installed service does"
 UNACKNOWLEDGED = "the server has not acknowledged an update"
 IF_REPEATED = (
     "If this repeats, check the broker's access rules for this device's name, its limits (size and number of messages) "
@@ -365,6 +366,7 @@ class DaemonLoop:
         if self._stay:
             logger.info("waiting for the next run of this name")
         else:
+            logger.info(STOPS)
             self._stop = Stop()
 
     # Disk and network

@@ -8,15 +8,21 @@ from pathlib import Path
 
 from edge_runtime.inference.child_process import ChildProcess
 from edge_runtime.settings import Settings
-from fedfmsl.transport.address import is_loopback, listening_on, netloc, parse_address
+from edge_runtime.store import DeviceStore
+from fedfmsl.common.token_file import stored_token
+from fedfmsl.transport.address import is_loopback, netloc, parse_address
+from fedfmsl.transport.identity import read_identity
+from fedfmsl.transport.listening import listen, parse_listen
 
 logger = logging.getLogger(__name__)
 
 ANY = {"0.0.0.0", "::"}
 
 
-def page_process(settings: Settings) -> ChildProcess:
-    """`python -m edge_runtime page` with the settings of the daemon."""
+def page_process(settings: Settings, store: DeviceStore) -> ChildProcess:
+    """`python -m edge_runtime page` with the settings of the daemon. Raises ConfigError or RunError if it could not be
+    served now."""
+    _check(settings, store)
     values: dict[str, str | Path | None] = {
         "run": settings.run,
         "state": settings.state,
@@ -33,11 +39,22 @@ def page_process(settings: Settings) -> ChildProcess:
     return ChildProcess("the device's page", arguments, _on_line)
 
 
+def _check(settings: Settings, store: DeviceStore) -> None:
+    assert settings.page
+    host, port = parse_listen(settings.page)
+    if not is_loopback(host):
+        stored_token(store.page_token)
+        if settings.identity:
+            read_identity(settings.identity).server_context()
+    for listener in listen("--page", host, port):
+        listener.close()
+
+
 def address_of(settings: Settings) -> str:
     """The address of the page for other machines. "": there is no page, or only this machine reaches it."""
     if settings.page is None:
         return ""
-    host, port = listening_on(settings.page, "the page", insecure=True)
+    host, port = parse_listen(settings.page)
     if is_loopback(host):
         return ""
     if host in ANY:

@@ -35,6 +35,7 @@ from edge_runtime.training.stages import (
     StageResult,
     head_statistics,
     holders,
+    measure_global,
     read_globals,
     statistics,
     train_global,
@@ -59,12 +60,13 @@ REQUIRED = {  # the stages that a device takes part in with secure aggregation o
     Secure.SUMS: (Stage.STATISTICS, Stage.HEAD),
     Secure.ALL: (Stage.STATISTICS, Stage.HEAD, Stage.GLOBAL, Stage.PERSONAL),
 }
-MEASURES = (Stage.BASELINE, Stage.EVALUATE)  # stages whose updates are accuracies and counts
+MEASURES = (Stage.CANARY, Stage.BASELINE, Stage.EVALUATE)  # stages whose updates are accuracies and counts
 STAGES: dict[Stage, StageFunction] = {
     Stage.HOLDERS: holders,
     Stage.STATISTICS: statistics,
     Stage.GLOBAL: train_global,
     Stage.HEAD: head_statistics,
+    Stage.CANARY: measure_global,
     Stage.PERSONAL: train_personal,
     Stage.BASELINE: train_baseline,
     Stage.EVALUATE: evaluate,
@@ -182,6 +184,8 @@ class RoundRunner:
             result = StageResult(level=round_.level)
         if round_.secure:
             result = self._secure.mask(round_, result)
+        if round_.stage is Stage.CANARY:  # predictions do not use a global expert that may be rejected
+            return self._write_update(round_, result, started, bytes_down)
         kept = save_personal_model(device, round_, global_values, model)
         if kept:
             logger.warning(kept, **fields(round=round_.round))

@@ -54,9 +54,9 @@ class SecureRounds:
         """Raises ConfigError if the identity cannot sign."""
         self._store = store
         self._name = name
-        self._signer = Signer.load(identity) if identity else None
+        self._identity = identity
         self._authorities = None
-        if identity and self._signer:
+        if identity and Signer.load(identity):
             self._authorities = Authorities(read_identity(identity).authorities)
         else:
             logger.info(
@@ -104,9 +104,10 @@ class SecureRounds:
             )
             self._store.secure.write(before)
         signed = SignedKeys(_secrets(before).public_keys, before.level)
-        if self._signer is not None:
+        signer = Signer.load(self._identity) if self._identity else None  # its certificate may have been renewed
+        if signer is not None:
             message = signed.message(self._name, context(round_.run, round_.session, round_.round))
-            signed = replace(signed, certificate=self._signer.certificate, signature=self._signer.sign(message))
+            signed = replace(signed, certificate=signer.certificate, signature=signer.sign(message))
         return signed.tensors()
 
     def _shares(self, round_: Round) -> Tensors:

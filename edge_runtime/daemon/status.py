@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from edge_runtime.daemon.lock import is_locked
 from edge_runtime.daemon.privacy_budget import describe_budget
 from edge_runtime.store import DeviceStore
-from edge_runtime.training.model import read_personal_model
+from edge_runtime.training.stored_model import read_personal_model, served_accuracy
 from fedfmsl.errors import BrokerError, InputError, RunError
 from fedfmsl.protocol.messages import MAX_HEARTBEAT_AGE, Activity, Health, Stage
 from fedfmsl.transport.identity import describe_expiry
@@ -77,6 +77,7 @@ def describe(health: Health, store: DeviceStore, now: float) -> Iterator[tuple[s
     else:
         yield "round", f"{health.round} ({health.stage}), level {health.level}" if health.round else "none yet"
     yield "model", describe_model(store)
+    yield "accuracy", describe_accuracy(store)
     slowdown = f", steps take {health.slowdown:.1f} times as long as measured" if health.slowdown > 1.1 else ""
     yield "level cap", f"{health.level_cap}{slowdown}"
     if health.provider:
@@ -112,8 +113,16 @@ def describe_model(store: DeviceStore) -> str:
         header = read_personal_model(store).header
     except InputError:
         return "none yet"
-    kept = f"; kept in round {header.kept_at}, whose model fits the held-out samples less" if header.kept_at else ""
+    kept = f"; that of round {header.kept_at} is not used: {header.kept_because}" if header.kept_at else ""
     return f"of run {header.run}, round {header.round}{kept}"
+
+
+def describe_accuracy(store: DeviceStore) -> str:
+    """Of the model that predictions use, on the device's test samples."""
+    served = served_accuracy(store)
+    if served is None:
+        return "of this model not measured yet: a run measures it at its end"
+    return f"{served.accuracy:.0%} of {served.samples} test samples right"
 
 
 def _is_alive(health: Health, now: float) -> bool:

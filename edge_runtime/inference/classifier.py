@@ -20,8 +20,8 @@ from edge_runtime.data.inputs import Kind, Reader, reader_for, reader_of
 from edge_runtime.engines.sessions import InferenceSession, open_model, open_session, run
 from edge_runtime.inference.adaptation import PriorAdapter
 from edge_runtime.store import DeviceStore
-from edge_runtime.training.model import open_model_bundle, read_personal_model
 from edge_runtime.training.personal_model import ModelHeader, PersonalModel
+from edge_runtime.training.stored_model import open_model_bundle, read_personal_model
 from fedfmsl.algorithms.arrays import Floats, Vector
 from fedfmsl.algorithms.calibration import UNKNOWN
 from fedfmsl.common.cli import notice

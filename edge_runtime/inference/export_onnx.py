@@ -17,8 +17,8 @@ from onnx.external_data_helper import load_external_data_for_tensor, uses_extern
 
 from edge_runtime.store import DeviceStore
 from edge_runtime.training.adoption import SCORES
-from edge_runtime.training.model import mark_exported, open_model_bundle, read_personal_model
 from edge_runtime.training.personal_model import ModelHeader
+from edge_runtime.training.stored_model import mark_exported, open_model_bundle, read_personal_model
 from fedfmsl.common.files import write_atomically
 from fedfmsl.protocol.task_bundle import TaskBundle
 

@@ -12,7 +12,7 @@ from edge_runtime.data.inputs import Kind
 from edge_runtime.data.unreadable import UnreadableFileError
 from edge_runtime.inference.classifier import Classifier
 from edge_runtime.store import DeviceStore
-from edge_runtime.training.model import read_personal_model
+from edge_runtime.training.stored_model import read_personal_model
 from fedfmsl.common.backoff import Backoff
 from fedfmsl.common.class_folders import check_folder
 from fedfmsl.common.cli import notice

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -16,11 +15,11 @@ LISTED = 500  # skipped files
 
 
 def state_of(store: DeviceStore) -> Mapping[str, Any]:
-    """`facts`: pairs of a label and a text; `problem`: why the daemon does not work, or ""; `accuracy`."""
+    """`facts`: pairs of a label and a text; `problem`: why the daemon does not work, or ""."""
     try:
         health = read_health(store)
     except FedFMSLError as error:
-        return {"facts": [], "problem": str(error), "accuracy": ""}
+        return {"facts": [], "problem": str(error)}
     problem = ""
     try:
         check_alive(health, store.root)
@@ -28,7 +27,7 @@ def state_of(store: DeviceStore) -> Mapping[str, Any]:
         problem = str(error)
     described = describe(health, store, time.time())
     facts = [(label, text) for label, text in described if label not in ("skipped", "")]
-    return {"facts": facts, "problem": problem, "accuracy": _accuracy(store)}
+    return {"facts": facts, "problem": problem}
 
 
 def skipped_files(store: DeviceStore) -> tuple[list[str], list[str], int]:
@@ -38,12 +37,3 @@ def skipped_files(store: DeviceStore) -> tuple[list[str], list[str], int]:
     reasons = list(itertools.takewhile(bool, lines))
     files = list(lines)
     return reasons, files[:LISTED], max(len(files) - LISTED, 0)
-
-
-def _accuracy(store: DeviceStore) -> str:
-    """Of the personalized model on the device's test samples, in the last evaluation."""
-    try:
-        found = json.loads(store.results.read_text("utf-8"))
-        return f"{found['accuracy']['mofm']:.0%} of {len(found['probabilities'])} test samples right"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "not measured yet: a run measures it at its end"

@@ -14,11 +14,13 @@ from edge_runtime.page.thumbnails import Thumbnails
 from edge_runtime.page.views import Desk, routes
 from edge_runtime.settings import Settings
 from edge_runtime.store import DeviceStore
+from fedfmsl.common.token_file import stored_token
 from fedfmsl.errors import ConfigError
 from fedfmsl.transport.address import is_loopback
-from fedfmsl.web.access import Access, stored_token
+from fedfmsl.transport.listening import listen, parse_listen
+from fedfmsl.web.access import Access
 from fedfmsl.web.application import application
-from fedfmsl.web.serve import WebServer, listen, parse_listen, server_context
+from fedfmsl.web.serve import WebServer, page_context
 
 FLAG = "--page"
 
@@ -28,8 +30,8 @@ def serve(settings: Settings) -> None:
     if settings.page is None:
         raise ConfigError(f"{FLAG} is missing; give the address of the page, like {FLAG} 127.0.0.1:8080")
     store = DeviceStore(settings.state)
-    host, port = parse_listen(FLAG, settings.page)
-    context = server_context(FLAG, host, settings.identity, settings.insecure)
+    host, port = parse_listen(settings.page)
+    context = page_context(host, store.renewed.newest(settings.identity))
     token = None if is_loopback(host) else stored_token(store.page_token)
     desk = open_desk(store, settings.images.resolve(), settings.labels, settings.watch is not None)
     access = Access(host, port, token, context is not None)

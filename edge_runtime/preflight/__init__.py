@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import tempfile
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from edge_runtime.preflight.machine import check_clock, check_governor, check_st
 from edge_runtime.preflight.network import check_broker, check_identity
 from edge_runtime.preflight.training import check_bundle, check_memory, check_samples
 from edge_runtime.settings import Settings
+from edge_runtime.store import DeviceStore
 from fedfmsl.errors import ConfigError, FedFMSLError
 from fedfmsl.transport import outage
 
@@ -33,6 +35,9 @@ CHECKS: dict[str, Check] = {
 def run_preflight(settings: Settings, config: Path | None = None) -> Iterator[Finding]:
     """Yields the findings of all checks. A failed check is a finding with the error's exit code. `config`: the file
     of the settings."""
+    with contextlib.suppress(ConfigError):  # the check of the identity says why it cannot be used
+        newest = DeviceStore(settings.state).renewed.newest(settings.identity)
+        settings = settings.model_copy(update={"identity": newest})
     with _scratch() as scratch, _without_logs_of_outages():
         context = Context(Path(scratch), config)
         for name, check in CHECKS.items():

@@ -1,6 +1,7 @@
 """The state directory: the files that a device needs after a restart.
 
 STATE/identity           the device's name, created at the first start
+STATE/identity.pem, next.key   see `edge_runtime.store.identity_store`
 STATE/session            see `edge_runtime.store.outbox`
 STATE/outbox/ROUND       updates that the server has not acknowledged
 STATE/globals/SHA256     global blobs that the device has received
@@ -41,6 +42,7 @@ from pathlib import Path
 
 from edge_runtime.store.budget_store import BudgetStore
 from edge_runtime.store.global_store import GlobalStore
+from edge_runtime.store.identity_store import IdentityStore
 from edge_runtime.store.outbox import Outbox
 from edge_runtime.store.secure_store import SecureStore
 from edge_runtime.store.task_store import TaskStore
@@ -61,6 +63,7 @@ class DeviceStore:
         self.tasks = TaskStore(root)
         self.secure = SecureStore(root)
         self.budget = BudgetStore(root)
+        self.renewed = IdentityStore(root)
 
     @property
     def cache(self) -> Path:
@@ -187,6 +190,7 @@ class DeviceStore:
         """Removes the temporary files of a killed process. No other process may write at the same time."""
         files = [self.personal, self.baseline, self.residual, self.results, self.mixture, self.personalized]
         files += [self.health, self.skipped, self.exported, self.budget.path, self.secure.path, self.tasks.path]
+        files += [self.renewed.path, self.renewed.next_key]
         temporary = [path for folder in ("globals", "tasks", "outbox") for path in (self.root / folder).glob(".*")]
         temporary += [each for path in files for each in path.parent.glob(f".{path.name}.*")]
         for path in temporary:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from fedfmsl.protocol.messages import Number, Session, Sha256
+from fedfmsl.protocol.messages import Number, Session, Sha256, Text
 
 MARGIN = 0.2  # nats by which the held-out likelihood may fall within a session; ours
 
@@ -23,7 +23,7 @@ class ModelScore(BaseModel):
     `has_head`: whether its global expert has a head; before, both experts know the device's own classes only. `nll`:
     mean negative log-likelihood in nats of the held-out samples with the fingerprint `held_out`. `best_nll`: the lowest
     one of the models that the device has used in this session. `kept_at`: the last round whose model was not adopted in
-    favour of this one; 0 if there is none.
+    favour of this one, and why; 0 if there is none.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -36,6 +36,7 @@ class ModelScore(BaseModel):
     best_nll: float = 0.0
     held_out: str = Field("", max_length=64)
     kept_at: Number = 0
+    kept_because: Text = ""
 
 
 SCORES = frozenset(ModelScore.model_fields) - {"session", "bundle", "task"}  # fields for this decision only

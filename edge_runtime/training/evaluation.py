@@ -20,8 +20,9 @@ from edge_runtime.training.mixture import (
     global_temperature,
     tempered,
 )
-from edge_runtime.training.model import make_personal_model
+from edge_runtime.training.model import make_personal_model, model_log_p, served_model
 from edge_runtime.training.stages import Globals, StageResult, class_mean_expert, shuffle_seed
+from edge_runtime.training.stored_model import Served
 from edge_runtime.training.tensor_file import read_tensors
 from fedfmsl.algorithms.arrays import Floats, Labels, Vector
 from fedfmsl.algorithms.mixture import accuracy, gate_statistics, label_log_p, log_softmax, nll
@@ -85,7 +86,8 @@ def predict_models(context: TrainingContext, round_: Round, published: Globals, 
 
 
 def evaluate(context: TrainingContext, round_: Round, published: Globals) -> StageResult:
-    """Accuracy of every model on the test split, which no other stage reads. Also writes results.json.
+    """Accuracy of every model on the test split, which no other stage reads. Also writes results.json, which has the
+    accuracy of the model that predictions use as well: it may be an earlier one.
 
     The accuracy on novel classes is an estimate by class dropout on the held-out split.
     """
@@ -108,6 +110,12 @@ def evaluate(context: TrainingContext, round_: Round, published: Globals) -> Sta
     calibrated = model.calibrated(models["mofm"]) if model else models["mofm"]
     probabilities = {shown(i.path): p.tolist() for i, p in zip(samples, np.exp(calibrated), strict=True)}
     results = {"run": round_.run, "accuracy": metrics, "probabilities": probabilities}
+    served = served_model(context, model)
+    if served is not None:
+        log_p = models["mofm"] if served is model else model_log_p(context, served, samples)
+        used, right = served.header, accuracy(log_p, labels)
+        measured = Served(session=used.session, round=used.round, samples=len(samples), accuracy=right)
+        results["served"] = measured.model_dump()
     write_atomically(context.store.results, json.dumps(results).encode())
     return StageResult(
         samples=len(samples),

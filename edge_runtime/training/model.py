@@ -7,27 +7,23 @@ The device replaces it after every round, unless its held-out samples are less l
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 
 from edge_runtime.data.samples import labels_of
-from edge_runtime.store import DeviceStore
 from edge_runtime.training.adoption import DivergedError, is_adopted
 from edge_runtime.training.context import Samples, TrainingContext
 from edge_runtime.training.local_expert import LocalExpert, fingerprint
 from edge_runtime.training.mixture import expert_outputs, global_temperature, tempered
 from edge_runtime.training.personal_model import ModelHeader, PersonalModel
 from edge_runtime.training.stages import Globals, class_mean_expert
+from edge_runtime.training.stored_model import read_personal_model
 from fedfmsl.algorithms.arrays import MIN_PROBABILITY, Floats
 from fedfmsl.algorithms.calibration import calibrate, fit_temperature, unknown_threshold
 from fedfmsl.algorithms.mixture import Biases, nll
 from fedfmsl.common.files import write_atomically
-from fedfmsl.errors import BundleError, InputError, MessageError
-from fedfmsl.protocol.bundle import Bundle
+from fedfmsl.errors import InputError
 from fedfmsl.protocol.messages import Round
-from fedfmsl.protocol.task_bundle import TaskBundle
-from fedfmsl.protocol.tensors import pack, unpack
+from fedfmsl.protocol.tensors import pack
 
 
 def make_personal_model(context: TrainingContext, round_: Round, published: Globals) -> PersonalModel:
@@ -104,7 +100,7 @@ def save_personal_model(
         model = model or make_personal_model(context, round_, published)
     except DivergedError as error:
         if used is not None:
-            _write(context, used.changed(kept_at=round_.round))
+            _write(context, used.changed(kept_at=round_.round, kept_because="its values are not finite"))
         return f"{error}; predictions {'keep the earlier model' if used else 'have no model yet'}"
     new = model.header
     if is_adopted(new, used.header if used else None):
@@ -113,18 +109,30 @@ def save_personal_model(
     else:
         assert used is not None
         old = used.header
-        text = (
-            f"predictions keep the model of run {old.run}, round {old.round}: held-out samples are less likely under "
-            f"that of round {new.round} ({new.nll:.2f} instead of {old.nll:.2f} nats)"
+        why = (
+            f"held-out samples are less likely under it ({new.nll:.2f} instead of {old.nll:.2f} nats)"
             if new.has_head
-            else f"predictions keep the model of run {old.run}, round {old.round}, until there is a global head"
+            else "there is no global head yet"
         )
-        model = used.changed(kept_at=new.round)
+        text = f"predictions keep the model of run {old.run}, round {old.round}, not that of round {new.round}: {why}"
+        model = used.changed(kept_at=new.round, kept_because=why)
     _write(context, model)
     return text
 
 
+def served_model(context: TrainingContext, new: PersonalModel | None) -> PersonalModel | None:
+    """The model that predictions use once the device has decided about `new`, its model of this round; None if it has
+    none. Writes nothing."""
+    used = _model_in_use(context)
+    is_new = new is not None and is_adopted(new.header, used.header if used else None)
+    return new if is_new else used
+
+
 def _write(context: TrainingContext, model: PersonalModel) -> None:
+    """Also the task, without which the model cannot be read."""
+    tasks, task = context.store.tasks, context.bundle.task
+    if tasks.read(task.sha256) is None:
+        tasks.write(task.blob)
     write_atomically(context.store.mixture, pack(model.header, model.tensors), durable=True)
 
 
@@ -140,7 +148,7 @@ def _model_in_use(context: TrainingContext) -> PersonalModel | None:
     if model.header.held_out == fingerprint(samples):
         return model
     try:
-        score = nll(model.calibrated(_log_p(context, model, samples)), labels_of(samples))
+        score = nll(model.calibrated(model_log_p(context, model, samples)), labels_of(samples))
     except (KeyError, ValueError):  # tensors of another shape
         return None
     if not np.isfinite(score):
@@ -148,7 +156,7 @@ def _model_in_use(context: TrainingContext) -> PersonalModel | None:
     return model.changed(nll=score, best_nll=score, held_out=fingerprint(samples))
 
 
-def _log_p(context: TrainingContext, model: PersonalModel, samples: Samples) -> Floats:
+def model_log_p(context: TrainingContext, model: PersonalModel, samples: Samples) -> Floats:
     """Class log-probabilities (n, C) of a stored model, not calibrated."""
     tensors, none = model.tensors, np.empty(0, np.float32)
     theta = tensors["global_theta"]
@@ -157,60 +165,3 @@ def _log_p(context: TrainingContext, model: PersonalModel, samples: Samples) -> 
     prior = np.log(np.maximum(model.header.prior, MIN_PROBABILITY)).astype(np.float32)
     biases = Biases(prior, tensors["kept_bias"], tensors["given_bias"], tensors["held_bias"])
     return outputs.mixture(context, tensors["gate_theta"], biases).log_p
-
-
-def read_personal_model(store: DeviceStore) -> PersonalModel:
-    """Raises InputError if there is no personalized model or it is damaged, ConfigError if it may not be read."""
-    try:
-        header, tensors = unpack(store.mixture.read_bytes(), ModelHeader)
-    except PermissionError as error:
-        raise store.permission_error() from error
-    except OSError as error:
-        raise InputError(f"{store.root} has no personalized model yet; the first round creates it") from error
-    except MessageError as error:
-        raise InputError(f"{store.mixture} is damaged ({error}); the device's next round replaces it") from error
-    return PersonalModel(header, {name: np.asarray(tensor, np.float32) for name, tensor in tensors.items()})
-
-
-def mark_exported(store: DeviceStore, header: ModelHeader) -> None:
-    """Records that personalized.onnx is the model with this header."""
-    write_atomically(store.exported, _version(header).encode())
-
-
-def is_exported(store: DeviceStore) -> bool:
-    """Whether personalized.onnx is the personalized model, if there is one. Compares sessions and rounds: the times of
-    files are wrong after the clock was set."""
-    try:
-        header = read_personal_model(store).header
-    except InputError:
-        return True
-    written = store.exported.read_bytes() if store.exported.is_file() and store.personalized.is_file() else b""
-    return written == _version(header).encode()
-
-
-def _version(header: ModelHeader) -> str:
-    return f"{header.session} {header.round}\n"
-
-
-def open_model_bundle(store: DeviceStore, header: ModelHeader, path: Path | None = None) -> TaskBundle:
-    """The bundle and the task that a model belongs to. `path`: the bundle's folder; default: the bundle that the device
-    downloaded.
-
-    Raises BundleError if the bundle does not exist or is another one, or if the task is missing.
-    """
-    root = path or store.bundles / header.bundle
-    if not root.is_dir():
-        own = "" if path else "the device did not download it, so it was started with --bundle; "
-        alone = f"; {store.personalized} needs no bundle" if store.personalized.is_file() else ""
-        raise BundleError(
-            f"the bundle of the model in {store.root} is not at {root}; {own}pass that folder with --bundle{alone}"
-        )
-    bundle = Bundle.load(root)
-    if bundle.sha256 != header.bundle:
-        raise BundleError(f"bundle {root} is not the bundle of the model in {store.root}; pass another --bundle")
-    task = store.tasks.task(header.task)
-    if task is None:
-        raise BundleError(
-            f"the task of the model in {store.root} is missing; the device's next round replaces the model"
-        )
-    return TaskBundle(bundle, task)

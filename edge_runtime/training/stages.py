@@ -1,4 +1,4 @@
-"""The stages `statistics`, `global` and `head`, and the types that all stages share.
+"""The stages `statistics`, `global`, `head` and `canary`, and the types that all stages share.
 
 A stage is a function of the context, the announced round and the published globals. It returns a `StageResult`. No
 stage does network I/O.
@@ -147,20 +147,37 @@ def train_global(context: TrainingContext, round_: Round, published: Globals) ->
     theta = published.expert[: layout.size(level)]
     engine.load(level)
     engine.set(theta, round_.training)
-    held_out_states = context.hidden_states(splits.held_out, published.expert, level)
-    held_out = predict_log_p(engine, held_out_states, np.zeros(context.classes, np.float32))
+    measured = _held_out_metrics(context, published.expert, level)
     hidden = context.hidden_states(splits.train, published.expert, level)
     targets = Targets.cross_entropy(labels_of(splits.train))
     seed = shuffle_seed(context, round_)
     bias = context.class_mask if round_.sums is Sums.NONE else np.zeros(context.classes, np.float32)
     loss = train(engine, hidden, targets, bias, round_.training, seed, context.report)
-    labels = labels_of(splits.held_out)
-    metrics = {
-        "held_out_global": accuracy(held_out + context.class_mask, labels),
-        "global_nll": calibrated_nll(held_out, labels),
-        "loss": loss,
+    return StageResult(
+        delta=engine.get() - theta, samples=len(splits.train), level=level, metrics={**measured, "loss": loss}
+    )
+
+
+def measure_global(context: TrainingContext, round_: Round, published: Globals) -> StageResult:
+    """Canary round: accuracy and likelihood of the held-out samples under a global expert that other devices do not
+    have yet."""
+    level = min(round_.level, context.level_cap)
+    context.engine.load(level)
+    context.engine.set(published.expert[: context.bundle.expert.size(level)])
+    metrics = _held_out_metrics(context, published.expert, level)
+    return StageResult(samples=len(context.splits.held_out), level=level, metrics=metrics)
+
+
+def _held_out_metrics(context: TrainingContext, expert: Vector, level: int) -> dict[str, float]:
+    """Of the engine's expert, which is the global `expert` (P,) at `level`. The likelihood is over all classes."""
+    samples = context.splits.held_out
+    states = context.hidden_states(samples, expert, level)
+    log_p = predict_log_p(context.engine, states, np.zeros(context.classes, np.float32))
+    labels = labels_of(samples)
+    return {
+        "held_out_global": accuracy(log_p + context.class_mask, labels),
+        "global_nll": calibrated_nll(log_p, labels),
     }
-    return StageResult(delta=engine.get() - theta, samples=len(splits.train), level=level, metrics=metrics)
 
 
 def head_statistics(context: TrainingContext, round_: Round, published: Globals) -> StageResult:

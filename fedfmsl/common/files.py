@@ -46,15 +46,18 @@ def why_no_file(path: Path) -> str:
     return FOLDER if stat.S_ISDIR(mode) else "is neither a file nor a folder"
 
 
-def write_atomically(path: Path, data: bytes | Iterable[bytes], durable: bool = False) -> None:
+def write_atomically(path: Path, data: bytes | Iterable[bytes], durable: bool = False, private: bool = False) -> None:
     """Writes `path` so that a reader sees either the old or all of the new bytes, also after a crash.
 
-    `data`: the bytes, or their parts. With `durable` the file survives a power failure right after the call.
+    `data`: the bytes, or their parts. With `durable` the file survives a power failure right after the call. With
+    `private` its owner alone may read it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{shortened(path.name)}.{os.getpid()}")
     try:
         with temporary.open("wb") as file:
+            if private:
+                os.fchmod(file.fileno(), 0o600)
             file.writelines([data] if isinstance(data, bytes) else data)
             if durable:
                 file.flush()

@@ -51,12 +51,13 @@ class Stage(str, Enum):
     BASELINE = "baseline"  # train alone, for comparison; nothing is aggregated
     EVALUATE = "evaluate"  # measure on the test split, write the personalized model
     FINISHED = "finished"  # nothing more to do
-    # Secure sums: around the masked vectors of `holders` and of `statistics` or `head`. Last, because the shuffles of
-    # training depend on a stage's position.
+    # The shuffles of training depend on a stage's position, so all others follow.
+    # Secure sums: around the masked vectors of `holders` and of `statistics` or `head`.
     KEYS = "keys"  # public keys
     SHARES = "shares"  # encrypted shares of the seeds of the masks
     HOLDERS = "holders"  # how many samples and devices each class has
     UNMASK = "unmask"  # the shares that remove the masks from a sum
+    CANARY = "canary"  # some devices measure the global expert before all others receive it
 
 
 class Sums(str, Enum):
@@ -167,7 +168,7 @@ class Round(Message):
     def _secure_sums_of_their_stages_only(self) -> Round:
         if self.stage in (*EXCHANGE, Stage.HOLDERS) and not self.secure:
             raise ValueError(f"stage {self.stage.value} belongs to secure aggregation only")
-        if self.secure and self.stage in (Stage.BASELINE, Stage.EVALUATE, Stage.FINISHED):
+        if self.secure and self.stage in (Stage.CANARY, Stage.BASELINE, Stage.EVALUATE, Stage.FINISHED):
             raise ValueError(f"stage {self.stage.value} has no secure aggregation")
         return self
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import ipaddress
 import os
 import re
-import socket
 from contextlib import suppress
 from dataclasses import dataclass, field
 from urllib.parse import unquote, urlsplit
@@ -75,25 +73,6 @@ def parse_address(broker: str) -> Address:
 def netloc(host: str) -> str:
     """A host name or address in a URL: IPv6 in brackets."""
     return f"[{host}]" if ":" in host else host
-
-
-def listening_on(address: str, what: str, insecure: bool) -> tuple[str, int]:
-    """Host and port of HOST:PORT, where `what` is served without TLS. Raises ConfigError for another form, and for an
-    address that other machines reach unless `insecure`."""
-    host, _, port = address.rpartition(":")
-    is_port = port.isascii() and port.isdigit() and len(port) < 6 and 0 < int(port) < 2**16
-    if not is_port or not _NETLOC.fullmatch(address) or not is_host(host.strip("[]")):
-        raise ConfigError(f"{address!r} is not HOST:PORT; write it like 127.0.0.1:9000 or [::1]:9000")
-    if not insecure:
-        require_loopback(what, host, "let it listen on 127.0.0.1")
-    return host.strip("[]"), int(port)
-
-
-def why_not_listening(host: str, error: OSError) -> str:
-    """Why a process cannot listen on an address of `host`."""
-    if isinstance(error, socket.gaierror):
-        return f"{host} is no name or address that this machine knows, {error.strerror}"
-    return "the port is in use" if error.errno == errno.EADDRINUSE else str(error.strerror or error)
 
 
 def is_host(host: str) -> bool:

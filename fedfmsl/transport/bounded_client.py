@@ -82,6 +82,10 @@ class BoundedClient(paho.Client):
     def _pauses(self) -> bool:
         return self.is_connected() and self._is_behind()
 
+    def use_context(self, context: ssl.SSLContext) -> None:
+        """For later connections. paho's `tls_set_context` can be called once only."""
+        self._ssl_context = context
+
     def _ssl_wrap_socket(self, tcp_sock: socket.socket) -> ssl.SSLSocket:
         """The run's server has a certificate for the same host as the broker, for the bundle's HTTPS. It must not pass
         for the broker."""

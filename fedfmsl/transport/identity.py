@@ -19,6 +19,7 @@ from fedfmsl.errors import ConfigError, one_line
 
 NOTICE_SECONDS = 30 * 86400.0  # before a certificate expires
 MAX_BYTES = 1 << 20  # of an identity file
+CONSOLE_USAGE = "2.25.323032453919229874322479340807902485668"  # extended key usage: opens the console
 _BLOCK = re.compile(r"-----BEGIN ([A-Z0-9 ]+)-----\n.*?-----END \1-----", re.DOTALL)
 _CERTIFICATE, _KEY = "CERTIFICATE", "PRIVATE KEY"
 
@@ -36,9 +37,12 @@ class Identity:
     def client_context(self) -> ssl.SSLContext:
         return self._load(trusting(self.authorities))
 
-    def server_context(self, revoked: Path | None = None) -> ssl.SSLContext:
-        """Accepts clients with a certificate of the same CA that is not in the revocation list `revoked` (PEM). Raises
-        ConfigError if the file is not a server's, or the list is invalid."""
+    def server_context(
+        self, revoked: Path | None = None, clients: ssl.VerifyMode = ssl.CERT_REQUIRED
+    ) -> ssl.SSLContext:
+        """Accepts client certificates of the same CA that are not in the revocation list `revoked` (PEM); with
+        `clients` CERT_OPTIONAL also clients without a certificate, with CERT_NONE it asks for none. Raises ConfigError
+        if the file is not a server's, or the list is invalid."""
         if self.name is None or not self.authorities:
             raise ConfigError(
                 f"{self.path} has only the CA's certificates, and a server also needs a private key and a certificate; "
@@ -46,7 +50,7 @@ class Identity:
             )
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
-        context.verify_mode = ssl.CERT_REQUIRED
+        context.verify_mode = clients
         context.load_verify_locations(cadata=self.authorities)
         if revoked is not None:
             try:
@@ -99,6 +103,25 @@ def read_identity(path: Path) -> Identity:
     identity = Identity(path, name, "\n".join(authorities), valid)
     identity.client_context()
     return identity
+
+
+def operator_of(certificate: bytes) -> str:
+    """The name of the operator whose certificate (DER) opens the console; "" for the certificates of others."""
+    from cryptography import x509
+
+    try:
+        parsed = x509.load_der_x509_certificate(certificate)
+        usages = parsed.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+    except (x509.ExtensionNotFound, ValueError):
+        return ""
+    if x509.ObjectIdentifier(CONSOLE_USAGE) not in usages:
+        return ""
+    # all operators have one common name, by which the broker knows them
+    names = [
+        *parsed.subject.get_attributes_for_oid(x509.NameOID.ORGANIZATIONAL_UNIT_NAME),
+        *parsed.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME),
+    ]
+    return one_line(names[0].value) if names else ""
 
 
 def describe_expiry(until: float, now: float, name: str) -> tuple[str, bool]:

@@ -184,6 +184,13 @@ class Link:
         """When the broker's certificate expires, in unix seconds; 0 without TLS, and before a connection."""
         return self._client.peer_until
 
+    def renew_identity(self, identity: Path) -> None:
+        """From the next connection on, uses a renewed certificate. The present connection stays. May be called in any
+        thread. Raises ConfigError as `read_identity` does."""
+        if self._address.encrypted and (valid := read_identity(identity).valid):
+            self._client.use_context(client_context(identity))
+            self._valid_from, self.own_until = valid[0], valid[1].timestamp()
+
     def subscribe(self, topic: str) -> None:
         """Subscribes now and after every reconnection."""
         self.subscriptions.add(topic)

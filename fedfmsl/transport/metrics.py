@@ -11,8 +11,8 @@ from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from fedfmsl.errors import RunError
-from fedfmsl.transport.address import listening_on, why_not_listening
+from fedfmsl.transport.address import require_loopback
+from fedfmsl.transport.listening import cannot_listen, parse_listen
 
 Collect = Callable[[], Iterable[Metric]]
 Labelled = GaugeMetricFamily | CounterMetricFamily
@@ -21,17 +21,18 @@ Labelled = GaugeMetricFamily | CounterMetricFamily
 def serve_metrics(address: str, collect: Collect, insecure: bool = False) -> None:
     """Serves what `collect` gives on HOST:PORT, from its own threads, until the process ends.
 
-    Raises ConfigError if the address is invalid, or if other machines reach it and `insecure` is not set; RunError if
-    it cannot listen there.
+    Raises ConfigError if the address is invalid, or if other machines reach it and `insecure` is not set, and RunError
+    if it cannot be listened on.
     """
-    host, port = listening_on(address, f"what --metrics {address} serves", insecure)
+    host, port = parse_listen(address)
+    if not insecure:
+        require_loopback(f"what --metrics {address} serves", host, "let it listen on 127.0.0.1")
     registry = CollectorRegistry()
     registry.register(_Newest(collect))
     try:
         start_http_server(port, host, registry)
     except OSError as error:
-        why = why_not_listening(host, error)
-        raise RunError(f"--metrics {address}: cannot listen there ({why}); choose another address") from error
+        raise cannot_listen("--metrics", host, port, error) from error
 
 
 class _Newest(Collector):

@@ -10,13 +10,15 @@ from pydantic import AfterValidator, Field, ValidationInfo
 from fedfmsl.common.settings import File, SettingsModel, checked, panel
 from fedfmsl.errors import ConfigError
 from fedfmsl.protocol.topics import ROOT, check_name, check_prefix
-from fedfmsl.transport.address import listening_on, parse_address
+from fedfmsl.transport.address import parse_address, require_loopback
+from fedfmsl.transport.listening import parse_listen
 
 RunName = Annotated[str, checked(partial(check_name, "run"))]
 DeviceName = Annotated[str, checked(partial(check_name, "device"))]
 TopicPrefix = Annotated[str, checked(check_prefix)]
 DiscoveryPrefix = Annotated[str, checked(lambda text: text and check_prefix(text))]
 Broker = Annotated[str, checked(parse_address)]
+Listen = Annotated[str, checked(parse_listen)]
 
 
 def served(what: str, *permits: str) -> AfterValidator:
@@ -24,7 +26,10 @@ def served(what: str, *permits: str) -> AfterValidator:
 
     def check(address: str, info: ValidationInfo) -> str:
         try:
-            listening_on(address, what, any(info.data.get(name) for name in permits))
+            host, _ = parse_listen(address)
+            if not any(info.data.get(name) for name in permits):
+                identity = "pass --identity, " if "identity" in permits else ""
+                require_loopback(what, host, f"{identity}let it listen on 127.0.0.1")
         except ConfigError as error:
             raise ValueError(str(error)) from error
         return address
@@ -33,6 +38,7 @@ def served(what: str, *permits: str) -> AfterValidator:
 
 
 MetricsAddress = Annotated[str, served("metrics", "insecure")]
+PageAddress = Annotated[str, served("the page", "insecure", "identity")]  # with an identity it uses TLS
 CONNECTION = panel("Connection")
 SERVER_NAME = "server"  # common name or user name of the run's server
 OPERATOR_NAME = "operator"  # of the person who removes old runs while a server runs

@@ -1,7 +1,8 @@
 """Who may use a web page: host names, token, sessions, CSRF tokens and rate limits.
 
-A page on a loopback address is open to the users of this machine. Every other page needs a token. Names in the Host
-header are checked, so that a page of another site cannot reach this one under its own name (DNS rebinding).
+A page on a loopback address is open to the users of this machine. Every other page needs a token, or the certificate of
+an operator (`fedfmsl.transport.identity.operator_of`) where the server asks for one. Names in the Host header are
+checked, so that a page of another site cannot reach this one under its own name (DNS rebinding).
 """
 
 from __future__ import annotations
@@ -9,20 +10,16 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
-import os
 import secrets
 import socket
 import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from pathlib import Path
 from urllib.parse import urlsplit
 
-from fedfmsl.common.files import why_no_file
 from fedfmsl.errors import ConfigError
 from fedfmsl.transport.address import is_loopback
 
-MIN_TOKEN = 16  # characters
 SESSION_SECONDS = 12 * 3600.0
 SESSIONS = 64
 ADDRESSES = 1024  # whose requests are counted
@@ -65,10 +62,6 @@ class Access:
         self.requests = RateLimit(burst=200, seconds=0.05)
         self.failures = RateLimit(burst=5, seconds=12.0)
 
-    @property
-    def needs_token(self) -> bool:
-        return self._token is not None
-
     def is_host(self, header: str) -> bool:
         """Whether a Host header names this machine: by an address, localhost, its own name, or the name it listens
         on."""
@@ -102,12 +95,18 @@ class Access:
     def sign_out(self, session: str) -> None:
         self._sessions.pop(session, None)
 
-    def session(self, cookie: str | None) -> str | None:
-        """The session of a request; None if it has to sign in."""
+    def session(self, cookie: str | None, operator: str = "") -> str | None:
+        """The session of a request; None if it has to sign in. `operator`: whose certificate its connection has."""
         if self._token is None:
             return ANONYMOUS
+        if self.is_signed_in(cookie):
+            return cookie
+        return f"certificate of {operator}" if operator else None
+
+    def is_signed_in(self, cookie: str | None) -> bool:
+        """Whether it is the cookie of a session that began with the token."""
         until = self._sessions.get(cookie or "")
-        return cookie if until is not None and time.monotonic() < until else None
+        return until is not None and time.monotonic() < until
 
     def csrf(self, session: str | None) -> str:
         """What a form of this session carries. Other sites cannot read it."""
@@ -115,24 +114,3 @@ class Access:
 
     def is_csrf(self, session: str | None, token: str) -> bool:
         return hmac.compare_digest(self.csrf(session).encode(), token.encode())
-
-
-def stored_token(path: Path) -> str:
-    """The token in a file. Makes the file, for its owner only, if it does not exist. Raises ConfigError."""
-    try:
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            token = secrets.token_urlsafe(24)
-            with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-                file.write(token + "\n")
-            return token
-        if reason := why_no_file(path):
-            raise ConfigError(f"token file {path} {reason}; name a file")
-        if path.stat().st_mode & 0o077:
-            raise ConfigError(f"token file {path}: others may read it; chmod 600 {path}")
-        token = path.read_text("utf-8", errors="replace").strip()
-    except OSError as error:
-        raise ConfigError(f"token file {path} cannot be used ({error.strerror}); check the path") from error
-    if len(token) < MIN_TOKEN:
-        raise ConfigError(f"token file {path} has less than {MIN_TOKEN} characters; remove it, and a new one is made")
-    return token

@@ -49,7 +49,7 @@ def application(
             *routes,
         ],
         middleware=[Middleware(Gate, access=access, refuse=error_page)],
-        exception_handlers={HTTPException: _http_error, Exception: _fault},
+        exception_handlers={HTTPException: _http_error},
     )
     app.state.environment, app.state.access, app.state.closing = environment, access, threading.Event()
     return app
@@ -76,11 +76,8 @@ def error_page(request: Request, status: int, reason: str) -> Response:
 
 def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return error_page(request, error.status_code, error.detail)
-
-
-def _fault(request: Request, error: Exception) -> Response:
-    return error_page(request, 500, "This page has a fault. The log of its process says more.")
+    is_bare = error.detail == HTTPStatus(error.status_code).phrase  # of starlette: no route or file has the path
+    return error_page(request, error.status_code, f"{request.url.path} is no page here." if is_bare else error.detail)
 
 
 async def _sign_in(request: Request) -> Response:

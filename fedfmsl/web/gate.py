@@ -31,6 +31,7 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
 }
+FAULT = "This page has a fault. The log of its process says more."
 # Makes a response that says why a request is refused.
 Refuse = Callable[[Request, int, str], Response]
 
@@ -46,16 +47,22 @@ class Gate:
             await self._app(scope, receive, send)
             return
         request = Request(scope, receive)
-        send = _with_headers(send, is_static=request.url.path.startswith(STATIC))
+        sender = _Sender(send, is_static=request.url.path.startswith(STATIC))
         response = await self._check(request)
-        await (response or self._app)(scope, receive, send)
+        try:
+            await (response or self._app)(scope, receive, sender)
+        except Exception:
+            if not sender.has_started:
+                await self._refuse(request, 500, FAULT)(scope, receive, sender)
+            raise  # for the log
 
     async def _check(self, request: Request) -> Response | None:
         """A response if the request goes no further. Sets `session`, `csrf` and `form` of its state."""
         access, path = self._access, request.url.path
-        session = access.session(request.cookies.get(access.cookie))
+        cookie = request.cookies.get(access.cookie)
+        session = access.session(cookie, request.scope.get("operator", ""))
         request.state.session, request.state.csrf, request.state.form = session, access.csrf(session), {}
-        request.state.can_sign_out = access.needs_token and session is not None
+        request.state.can_sign_out = access.is_signed_in(cookie)
         host = request.headers.get("host", "")
         if not access.is_host(host):
             return self._refuse(
@@ -103,13 +110,18 @@ async def _form(request: Request) -> Mapping[str, str] | None:
         return None
 
 
-def _with_headers(send: Send, is_static: bool) -> Send:
-    async def sending(message: Message) -> None:
+class _Sender:
+    """Sends a response with the security headers."""
+
+    def __init__(self, send: Send, is_static: bool) -> None:
+        self._send, self._is_static = send, is_static
+        self.has_started = False
+
+    async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
+            self.has_started = True
             headers = MutableHeaders(scope=message)
             for name, value in HEADERS.items():
                 headers[name] = value
-            headers["Cache-Control"] = "no-cache" if is_static else "no-store"
-        await send(message)
-
-    return sending
+            headers["Cache-Control"] = "no-cache" if self._is_static else "no-store"
+        await self._send(message)

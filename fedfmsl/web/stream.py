@@ -39,9 +39,9 @@ class _Stream(StreamingResponse):
         self._is_signed_in: Callable[[], bool] = lambda: True
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        access, session = scope["app"].state.access, scope["state"]["session"]
+        access, session, operator = scope["app"].state.access, scope["state"]["session"], scope.get("operator", "")
         self._closing = scope["app"].state.closing
-        self._is_signed_in = lambda: access.session(session) is not None
+        self._is_signed_in = lambda: access.session(session, operator) is not None
         try:
             await super().__call__(scope, receive, send)
         except asyncio.CancelledError:  # the server ends, and a client that reads nothing holds the stream

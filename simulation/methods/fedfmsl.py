@@ -41,7 +41,7 @@ class SimulatedRun(Federation):
 @dataclass(frozen=True)
 class FedFMSL(Method[SimulatedRun, Stage2]):
     """Both stages, with the server's defaults, except that updates are averaged as in the paper: a mean weighted by
-    samples, without the bounds on norms and weights that protect a fleet.
+    samples, without the bounds on norms and weights that protect a fleet, and no global expert is rejected.
 
     `sal`: when more blocks are activated. `head`: what stage 1 starts from. `sums`: what the head after stage 1 is
     computed from. `min_class_count`: samples from which a device's class enters them. `secure_sums`: whether they are
@@ -86,6 +86,7 @@ class FedFMSL(Method[SimulatedRun, Stage2]):
                 "stage1_sal": stage1_sal,
                 "stage2_sal": stage2_sal,
                 "aggregation": AS_IN_THE_PAPER,
+                "max_regressed": 1.0,
                 "seed": settings.seed,
             }
         )

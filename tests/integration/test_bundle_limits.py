@@ -26,9 +26,11 @@ from fedfmsl.protocol.bundle import MANIFEST
 from fedfmsl.protocol.messages import ServerStatus
 from fedfmsl.protocol.task_bundle import TaskBundle
 from fedfmsl.transport.identity import client_context
+from fedfmsl.transport.listening import listen
+from fedfmsl.transport.server_contexts import ServerContexts
 from trainer_server.service.bundle_files import Served, read_request, respond
 from trainer_server.service.bundle_http import BundleServer
-from trainer_server.service.bundle_process import WAITING, Contexts, Limits, Server, listen
+from trainer_server.service.bundle_process import WAITING, Limits, Server
 
 OURS = make_authority("ours")
 
@@ -122,17 +124,21 @@ def serving(
     fleet: Fleet, large: Served, limits: Limits, files: Mapping[str, Served] = MappingProxyType({})
 ) -> Iterator[Server]:
     """A server in this process instead of the fleet's, which serves a large file."""
-    listeners, (end, ended) = listen("localhost", 0)[:1], os.pipe()
+    listeners, (end, ended) = listen("--serve", "localhost", 0)[:1], os.pipe()
     fleet.port = listeners[0].getsockname()[1]
-    server = Server({**files, "large": large}, Contexts(fleet.identity, fleet.revoked), listeners, limits=limits)
+    server = Server(
+        {**files, "large": large}, ServerContexts(fleet.identity, fleet.revoked, pytest.fail), listeners, limits=limits
+    )
     thread = threading.Thread(target=server.serve, args=(end,))
     thread.start()
-    yield server
-    os.write(ended, b"x")
-    thread.join()
-    for descriptor in (end, ended):
-        os.close(descriptor)
-    listeners[0].close()
+    try:
+        yield server
+    finally:
+        os.write(ended, b"x")
+        thread.join()
+        for descriptor in (end, ended):
+            os.close(descriptor)
+        listeners[0].close()
 
 
 REQUEST = b"GET /bundle/large HTTP/1.1\r\n\r\n"
@@ -157,8 +163,9 @@ def test_a_connection_without_a_thread_is_ended_and_not_the_server(
         raise RuntimeError("can't start new thread")
 
     with serving(fleet, large, Limits()) as server:
-        with monkeypatch.context() as patch, socket.create_connection(("localhost", fleet.port), 10) as connection:
-            patch.setattr(threading.Thread, "start", start)
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", start)  # before the server accepts the connection
+            connection = socket.create_connection(("localhost", fleet.port), 10)
             assert connection.recv(1) == b"" and server.ended == {"no more threads": 1}
         with fleet.open("device") as connection:
             connection.sendall(REQUEST)

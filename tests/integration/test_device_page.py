@@ -21,9 +21,10 @@ from edge_runtime.page import service
 from edge_runtime.page.views import Desk, routes
 from edge_runtime.store import DeviceStore
 from fedfmsl.protocol.messages import DeviceStatus, Prediction
+from fedfmsl.transport.listening import listen
 from fedfmsl.web.access import Access
 from fedfmsl.web.application import application
-from fedfmsl.web.serve import WebServer, listen
+from fedfmsl.web.serve import WebServer
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -145,9 +146,9 @@ def desk(tmp_path: Path) -> Desk:
 
 @pytest.fixture
 def url(desk: Desk) -> Iterator[str]:
-    listener = listen("--page", "127.0.0.1", 0)
-    access = Access("127.0.0.1", listener.getsockname()[1], None, encrypted=False)
-    with WebServer(application("kitchen", routes(desk), access, TEMPLATES), listener) as server:
+    listeners = listen("--page", "127.0.0.1", 0)
+    access = Access("127.0.0.1", listeners[0].getsockname()[1], None, encrypted=False)
+    with WebServer(application("kitchen", routes(desk), access, TEMPLATES), listeners) as server:
         yield server.url
 
 

@@ -246,7 +246,8 @@ def test_nothing_imports_benchmarks_or_tests() -> None:
                 "cryptography",
             },
         ),
-        ("edge_runtime.engines", {*EXPORT_ONLY, *SERVER_ONLY, "onnx", "paho", "typer"}),
+        ("edge_runtime.page.service", {*EXPORT_ONLY, *SERVER_ONLY, "onnx", "onnxruntime", "tokenizers", "paho"}),
+        ("edge_runtime.engines.step_graph", {*EXPORT_ONLY, *SERVER_ONLY, "onnx", "paho", "typer"}),
         (
             "trainer_server.__main__",
             {*EXPORT_ONLY, "onnx", "onnxruntime", "edge_runtime", "PIL", "starlette", "uvicorn", "jinja2"},

@@ -286,11 +286,23 @@ CASES = [
         )
         if not has_ort_training()
     ),
+    *(
+        Wrong(
+            f"a port for {option} that is taken",
+            command,
+            RUN,
+            (f"{option}: cannot listen on 127.0.0.1:", "the port is in use", "choose another address"),
+        )
+        for option, command in (
+            ("--console", lambda w: w.server(console=f"127.0.0.1:{w.taken}")),
+            ("--page", lambda w: w.device(page=f"127.0.0.1:{w.taken}")),
+        )
+    ),
     Wrong(
-        "a port to serve on that is taken",
-        lambda w: w.server(serve=f"127.0.0.1:{w.taken}"),
-        RUN,
-        ("cannot serve the bundle on 127.0.0.1:", "choose another --serve"),
+        "a watched folder that does not exist",
+        lambda w: w.device(watch=w.scratch / "nowhere"),
+        INPUT,
+        ("--watch folder", "nowhere does not exist", "create or mount it"),
     ),
     *(
         Wrong(

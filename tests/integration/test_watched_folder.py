@@ -24,7 +24,8 @@ from support.samples import CLASSES, write_photos
 from edge_runtime.daemon.lock import locked
 from edge_runtime.inference.watcher import NICENESS, Watcher
 from edge_runtime.store import DeviceStore
-from edge_runtime.training.model import read_personal_model, save_personal_model
+from edge_runtime.training.model import save_personal_model
+from edge_runtime.training.stored_model import read_personal_model
 from fedfmsl.common.backoff import Backoff
 from fedfmsl.protocol.messages import DeviceStatus, Message, Prediction, Stage, parse
 from fedfmsl.protocol.topics import Topics

@@ -41,11 +41,11 @@ class OfflineServer:
             yield StatusSeen(CoordinatorRun(self.plan).status(name))
         yield ClockTicked()
 
-    def answers(self) -> Iterator[Event]:
-        """All devices answer the present round."""
+    def answers(self, nll: float = 1.0) -> Iterator[Event]:
+        """All devices answer the present round. `nll`: what they report."""
         assert self.state.announced is not None
         for device in ABC:
-            yield make_update(self.plan, self.state.announced, device)
+            yield make_update(self.plan, self.state.announced, device, nll=nll)
             yield ClockTicked()
 
     def run(self) -> OfflineServer:

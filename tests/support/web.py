@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import re
+import ssl
 from typing import Any
 from urllib.parse import urlencode
 
@@ -11,10 +12,20 @@ from fedfmsl.web.serve import WebServer
 
 
 def ask(
-    site: WebServer, path: str = "/", form: Any = None, method: str = "", **headers: str
+    site: WebServer,
+    path: str = "/",
+    form: Any = None,
+    method: str = "",
+    context: ssl.SSLContext | None = None,
+    **headers: str,
 ) -> tuple[int, str, dict[str, str]]:
-    """Status, text and headers of the answer. `form`: the fields of a POST request, or its body."""
-    connection = http.client.HTTPConnection("127.0.0.1", site.port, timeout=10)
+    """Status, text and headers of the answer. `form`: the fields of a POST request, or its body. `context`: for TLS."""
+    if context:
+        connection: http.client.HTTPConnection = http.client.HTTPSConnection(
+            "localhost", site.port, timeout=30, context=context
+        )
+    else:
+        connection = http.client.HTTPConnection("127.0.0.1", site.port, timeout=30)
     sent = {"Accept": "text/html"} | {name.replace("_", "-"): value for name, value in headers.items()}
     body = None
     if form is not None:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 from support.bundles import Built
 from support.coordinators import started
@@ -19,13 +20,16 @@ from support.stored_runs import closed_round, stored_run
 from support.web import ask, csrf_of
 
 from fedfmsl.protocol.messages import Activity, DeviceStatus, Health
+from fedfmsl.transport.listening import listen
 from fedfmsl.web.access import Access
-from fedfmsl.web.serve import WebServer, listen
+from fedfmsl.web.serve import WebServer
 from trainer_server.console import snapshot, views
 from trainer_server.console.pages import console
 from trainer_server.console.snapshot import RunReader, Runs, Snapshot
 from trainer_server.coordinator.events import OperatorActed
+from trainer_server.coordinator.limits import Limits
 from trainer_server.coordinator.operator import Action, Operation
+from trainer_server.storage.kept_experts import KeptExperts
 from trainer_server.storage.observations import DeviceView, Observations, ServerView, read_observations
 from trainer_server.storage.operations import Operations
 from trainer_server.storage.run_store import LoggedEvent, Origin, RefusalCount, RunStore
@@ -35,9 +39,9 @@ HOSTILE = "<script>alert(1)</script>"
 
 @contextmanager
 def open_console(folder: Path) -> Iterator[WebServer]:
-    listener = listen("--console", "127.0.0.1", 0)
-    access = Access("127.0.0.1", listener.getsockname()[1], None, encrypted=False)
-    with WebServer(console(folder, access), listener) as site:
+    listeners = listen("--console", "127.0.0.1", 0)
+    access = Access("127.0.0.1", listeners[0].getsockname()[1], None, encrypted=False)
+    with WebServer(console(folder, access), listeners) as site:
         yield site
 
 
@@ -74,6 +78,11 @@ def test_the_pages_of_a_run(vit: Built, tmp_path: Path) -> None:
         for missing in ("rounds/5", "rounds/99999999999", "nowhere", "devices/../../x"):
             assert ask(site, path_of(folder) + missing)[0] == 404
         assert ask(site, "/runs/unknown/")[0] == 404
+        path = path_of(folder)
+        hidden = (folder / "run.sqlite").rename(folder / "elsewhere")
+        status_, text, _ = ask(site, f"{path}rounds/4")
+        assert (status_, "cannot be read at this moment" in text) == (503, True)
+        hidden.rename(folder / "run.sqlite")
         assert ask(site, path_of(folder) + "log.txt")[1].startswith("first line")
 
 
@@ -115,10 +124,25 @@ def test_the_state_of_a_device_has_its_reason(vit: Built, tmp_path: Path) -> Non
         "f": ("left out", "until round 12: its updates were refused"),
         "g": ("excluded", "by the operator"),
     }
-    assert {state for state, _ in found.values()} == set(views.STATES)
+    ended = Snapshot(**{**vars(run), "ended": "finished"})
+    after = {(row.state, row.why) for row in views.rows(ended)}
+    assert after == {("run ended", ""), ("excluded", "by the operator")}
+    assert {state for state, _ in {*found.values(), *after}} == set(views.STATES)
     assert [row.name for row in views.rows(run, only="error")] == ["c", "e"]
     assert [row.name for row in views.rows(run, search="B")] == ["b"]
     assert views.missing(run) == [("a", "is online and has not answered"), ("b", "paused: on battery")]
+
+
+def test_settings_are_single_values_as_they_are_now(vit: Built, tmp_path: Path) -> None:
+    run = with_devices(tmp_path, vit)
+    before = dict(views.settings(run))
+    assert before["stage1: epochs"] == str(run.origin.config.stage1.epochs)
+    assert not any(set("{}'") & set(value) for value in before.values())
+    limits = Limits.of(run.origin.config).model_copy(update={"max_repeats": 7})
+    run = Snapshot(**{**vars(run), "limits": limits, "server": ServerView(seen=0, round_timeout=45.0)})
+    now = dict(views.settings(run))
+    assert now["round timeout"] == f"45 (at the start {before['round timeout']})"
+    assert now["max repeats"].startswith("7")
 
 
 def test_a_missing_device_at_work_shows_what_was_refused_before(vit: Built, tmp_path: Path) -> None:
@@ -152,6 +176,17 @@ def test_an_action_is_confirmed_and_then_waits_for_the_server(vit: Built, tmp_pa
             {"round": "x"},
         ):
             assert ask(site, path, form={**form, **wrong})[0] == 400
+
+
+def test_the_page_of_a_round_offers_to_return_to_its_global_expert_if_it_is_kept(vit: Built, tmp_path: Path) -> None:
+    folder = stored_run(tmp_path / "shops", vit, devices=3, rounds=2)
+    KeptExperts(folder).write(2, np.zeros(3, np.float32))
+    with open_console(folder) as site:
+        path = path_of(folder)
+        offers = ["Return to the global expert" in ask(site, f"{path}rounds/{number}")[1] for number in (1, 2)]
+        assert offers == [False, True]
+        question = "Return to the global expert that round 2 has made?"
+        assert question in ask(site, f"{path}action?action=rollback&round=2")[1]
 
 
 def test_nothing_of_a_finished_run_can_be_changed_but_its_expert_downloaded(vit: Built, tmp_path: Path) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import socket
 import stat
 from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
+from support.processes import free_port
 from typer.testing import CliRunner
 
 from devices.provision import app as provision
@@ -19,11 +19,12 @@ from devices.provisioning.enrollment import MOST_VALID, Enrollment
 from devices.provisioning.fleet import Fleet
 from devices.provisioning.settings_file import read_table
 from edge_runtime.__main__ import app as edge
+from edge_runtime.settings import Settings
+from fedfmsl.common.settings import read_settings
 from fedfmsl.errors import ConfigError, RunError
 from fedfmsl.transport.authority_client import fetch_authority, request_certificate
 from fedfmsl.transport.enrollment import Request, Token, first_request, new_key, renewal_request
 from fedfmsl.transport.identity import pem_blocks, read_identity
-from fedfmsl.web.serve import WebServer
 
 NOW = datetime.now(timezone.utc)
 DAY = timedelta(days=1)
@@ -84,15 +85,9 @@ def test_a_request_and_its_answer_travel_as_files_and_the_key_stays(pki: Path, t
 
 @pytest.fixture
 def address(enrollment: Enrollment) -> Iterator[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with serving(enrollment, port):
-        yield f"127.0.0.1:{port}"
-
-
-def serving(enrollment: Enrollment, port: int) -> WebServer:
-    return serve(enrollment, f"127.0.0.1:{port}", lambda line: None)
+    address = f"127.0.0.1:{free_port()}"
+    with serve(enrollment, address, lambda line: None):
+        yield address
 
 
 def test_a_device_without_the_ca_trusts_the_one_of_its_token(pki: Path, tmp_path: Path, address: str) -> None:
@@ -257,6 +252,22 @@ def test_wrong_arguments_of_enroll_are_named(arguments: tuple[str, ...], says: s
 def test_wrong_arguments_of_provision_are_named(pki: Path, arguments: tuple[str, ...], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         run(provision, *arguments, "--pki", pki)
+
+
+def test_a_persons_key_gets_no_certificate_of_a_device(pki: Path, enrollment: Enrollment) -> None:
+    run(provision, "--pki", pki, "--operator", "anna")
+    request = renewal_request(new_key(), "anna", key_in(pki / "operators" / "anna.pem"))
+    with pytest.raises(ConfigError, match="device name 'anna' is reserved"):
+        enrollment.answer(request.encode(), NOW + timedelta(days=IDENTITY_DAYS * 2 / 3))
+
+
+def test_the_authority_reaches_devices_that_are_added_later(pki: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    monkeypatch.setattr("signal.pause", lambda: None)
+    assert address in run(provision, "serve", address, "--pki", pki)
+    run(provision, "--pki", pki, "kitchen")
+    settings = read_settings(Settings, pki / "devices" / "kitchen.toml", {"images": "photos"}, environment=False)
+    assert settings.authority == address
 
 
 def test_a_broker_with_passwords_has_no_tokens(tmp_path: Path) -> None:

@@ -7,9 +7,12 @@ import os
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from click.testing import Result
 from support.bundles import Built
 from support.coordinators import PRIVACY, CoordinatorRun, make_update, plan_for
+from support.stored_runs import closed_round
 from typer.testing import CliRunner
 
 from fedfmsl.algorithms.accounting import gaussian_epsilon
@@ -17,9 +20,14 @@ from fedfmsl.algorithms.sal import AllAtOnce, Sal
 from fedfmsl.protocol.tensors import pack
 from trainer_server.__main__ import app
 from trainer_server.config import Aggregation, Rule
-from trainer_server.coordinator.events import StatusSeen, StoreRound
+from trainer_server.coordinator.events import OperatorActed, StatusSeen, StoreRound
+from trainer_server.coordinator.operator import Action, Operation
 from trainer_server.coordinator.refusals import LEFT_OUT_AFTER, LEFT_OUT_ROUNDS
 from trainer_server.service.lifecycle import open_run
+from trainer_server.service.run_log import log_standing
+from trainer_server.storage.kept_experts import KeptExperts
+from trainer_server.storage.observations import Observations, ServerView
+from trainer_server.storage.operations import Operations
 from trainer_server.storage.run_store import LoggedEvent, RunStore
 
 
@@ -70,6 +78,56 @@ def test_during_a_round_status_shows_its_stage_and_the_missing_devices(run: Coor
     assert shown["stage"] == "statistics, round 1 of 1"
     assert (shown["selected"], shown["answered"], shown["missing"]) == ("2: a, b", "1: a", "1: b")
     assert as_json(store).items() >= {"stage": "statistics", "stage_round": 1, "closed_rounds": 0}.items()
+
+
+def test_status_and_a_server_that_starts_show_what_the_operator_has_done(
+    run: CoordinatorRun, store: RunStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    def act(*actions: Action) -> None:
+        store.commit([LoggedEvent(0.0, OperatorActed(Operation(action=each, device="b"))) for each in actions])
+
+    run.online("a", "b")
+    act(Action.PAUSE, Action.EXCLUDE)
+    assert rows(store)["paused"].startswith("by the operator; resume it on the console")
+    store.save_checkpoint(run.state, 0.0)
+    assert {"paused", "excluded"} & as_json(store).keys() == set()
+    act(Action.EXCLUDE, Action.PAUSE)
+    assert as_json(store).items() >= {"paused": True, "excluded": ["b"], "missing": ["a"]}.items()
+    assert rows(store)["excluded"] == "1: b"
+    log_standing(*store.standing())
+    assert [record.message.partition(";")[0] for record in caplog.records] == [
+        "the run is paused by the operator",
+        "excluded by the operator: b",
+    ]
+    act(Action.INCLUDE, Action.RESUME)
+    assert {"paused", "excluded"} & as_json(store).keys() == set()
+    waits = ServerView(seen=time.time(), waits="2 devices must answer and 1 can")
+    Observations(store.folder).save(waits, {})
+    assert rows(store)["waits"] == waits.waits
+
+
+def test_the_command_returns_to_a_kept_round_or_names_those_that_are_kept(store: RunStore) -> None:
+    def rollback(number: int) -> Result:
+        return CliRunner().invoke(app, ["rollback", str(number), "--out", str(store.folder)])
+
+    assert "keeps no global expert yet" in str(rollback(1).exception)
+    for number in (3, 4):
+        KeptExperts(store.folder).write(number, np.zeros(3, np.float32))
+    assert "round 5 is not kept; those of these rounds are: 3, 4" in str(rollback(5).exception)
+    assert rows(store)["rollback to"] == "round 3, 4"
+    assert "when its server is started again" in rollback(3).stdout
+    ((_, operation),) = Operations(store.folder).waiting()
+    assert operation is not None and (operation.action, operation.round) == (Action.ROLLBACK, 3)
+    store.commit([], ended="too few updates")
+    assert "has failed (too few updates)" in str(rollback(3).exception)
+
+
+def test_status_names_rejected_candidates(store: RunStore) -> None:
+    assert "rejected" not in rows(store)
+    record = closed_round("r", 3, 4, ["a", "b"]).model_copy(update={"rejected": "the candidate of round 2 is rejected"})
+    store.commit([], [closed_round("r", 2, 4, ["a", "b"]), record])
+    assert rows(store)["rejected"].startswith("in round 3: the candidate of round 2 is")
+    assert as_json(store)["rejected"] == {"3": "the candidate of round 2 is rejected"}
 
 
 def test_status_names_devices_that_are_left_out_and_those_that_rarely_took_part(

@@ -24,9 +24,10 @@ from edge_runtime.store import DeviceStore
 from fedfmsl.common.class_folders import walk_classes
 from fedfmsl.errors import InputError
 from fedfmsl.protocol.messages import Prediction
+from fedfmsl.transport.listening import listen
 from fedfmsl.web.access import Access
 from fedfmsl.web.application import application
-from fedfmsl.web.serve import WebServer, listen
+from fedfmsl.web.serve import WebServer
 
 CLASSES = ("apple", "pear", "it's <b>a</b> plum")
 LONG = "ü" * 120 + ".jpg"  # 244 bytes
@@ -290,10 +291,10 @@ def test_the_page_takes_classes_by_name_and_names_the_fault_of_a_labels_file(tmp
     desk = Desk(tmp_path, "file,class\n")
     number, labels = desk.photo("x.jpg"), desk.labels
     assert labels is not None
-    listener = listen("--page", "127.0.0.1", 0)
-    access = Access("127.0.0.1", listener.getsockname()[1], None, encrypted=False)
+    listeners = listen("--page", "127.0.0.1", 0)
+    access = Access("127.0.0.1", listeners[0].getsockname()[1], None, encrypted=False)
     views = routes(service.open_desk(DeviceStore(tmp_path), desk.images, labels, watched=True))
-    with WebServer(application("d", views, access, Path(service.__file__).parent / "templates"), listener) as site:
+    with WebServer(application("d", views, access, Path(service.__file__).parent / "templates"), listeners) as site:
         status, text, _ = ask(site, "/ask")
         desk.queue.describe(("pear", "apple"), "image")  # of a new run
         form = {"csrf": csrf_of(text), f"file-{number}": "on", "class": "pear"}

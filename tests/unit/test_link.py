@@ -24,9 +24,10 @@ from devices.provisioning.broker_kit import password_line
 from fedfmsl.common.backoff import Backoff
 from fedfmsl.common.settings import read_settings
 from fedfmsl.errors import BrokerError, ConfigError
-from fedfmsl.transport.address import listening_on, parse_address
+from fedfmsl.transport.address import parse_address
 from fedfmsl.transport.bounded_client import MAX_PAYLOAD
 from fedfmsl.transport.link import KEEPALIVE_SECONDS, MAX_EVENTS, Connected, Link, LinkEvent, Oversize, Received
+from fedfmsl.transport.listening import parse_listen
 from fedfmsl.transport.settings import ConnectionSettings
 
 needs_mosquitto = pytest.mark.needs("mosquitto")
@@ -278,7 +279,7 @@ def test_user_and_password_come_from_the_environment(monkeypatch: pytest.MonkeyP
     ["a..b", ".", ".a", "*", "a b", "a%20b", "a\x00b", "a\nb", "a" * 64, "a." * 127 + "a", "ü..", "\ud800", "[::1]x"],
 )
 def test_what_cannot_be_a_host_is_one_line_without_words_of_a_codec(host: str) -> None:
-    for read in (lambda: parse_address(f"mqtt://{host}"), lambda: listening_on(f"{host}:80", "it", True)):
+    for read in (lambda: parse_address(f"mqtt://{host}"), lambda: parse_listen(f"{host}:80")):
         with pytest.raises(ConfigError, match=r"no valid host name|not of the form|is not HOST:PORT") as caught:
             read()
         assert "codec" not in str(caught.value) and "\n" not in str(caught.value)
@@ -286,13 +287,13 @@ def test_what_cannot_be_a_host_is_one_line_without_words_of_a_codec(host: str) -
 
 @pytest.mark.parametrize("host", ["pi", "_pi.local", "a.b.", "küche", "10.0.0.1", "[::1]", "[fe80::1%eth0]"])
 def test_names_and_addresses_of_machines_are_hosts(host: str) -> None:
-    assert parse_address(f"mqtt://{host}:1884").port == listening_on(f"{host}:1884", "it", True)[1] == 1884
+    assert parse_address(f"mqtt://{host}:1884").port == parse_listen(f"{host}:1884")[1] == 1884
 
 
 @pytest.mark.parametrize("port", ["", "0", "65536", "²", "٣", "-1", "9" * 5000])
 def test_what_cannot_be_a_port_is_refused(port: str) -> None:
     with pytest.raises(ConfigError, match="is not HOST:PORT"):
-        listening_on(f"pi:{port}", "it", True)
+        parse_listen(f"pi:{port}")
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,9 @@ def test_a_port_that_is_taken_is_refused_in_one_line() -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
-        with pytest.raises(RunError, match=r"cannot listen there \(the port is in use\); choose another address"):
+        with pytest.raises(
+            RunError, match=r"--metrics: cannot listen on .* \(the port is in use\); choose another address"
+        ):
             serve_metrics(f"127.0.0.1:{other.getsockname()[1]}", list)
 
 

@@ -16,6 +16,7 @@ from support.bundles import Built, run_graph
 from support.in_process_daemon import make_daemon
 from support.personal_models import SHA, globals_of, round_of
 
+from edge_runtime.daemon.status import describe_model
 from edge_runtime.data.inputs import reader_of
 from edge_runtime.data.samples import labels_of
 from edge_runtime.engines.sessions import open_model, run
@@ -23,8 +24,9 @@ from edge_runtime.inference.export_onnx import write_model
 from edge_runtime.training.evaluation import evaluate, predict_models, train_baseline
 from edge_runtime.training.local_expert import LocalExpert, train_personal
 from edge_runtime.training.mixture import compute_mixture, global_temperature, tempered
-from edge_runtime.training.model import is_exported, make_personal_model, read_personal_model, save_personal_model
+from edge_runtime.training.model import make_personal_model, save_personal_model
 from edge_runtime.training.stages import Globals, StageFunction, statistics, train_global
+from edge_runtime.training.stored_model import is_exported, read_personal_model, served_accuracy
 from fedfmsl.algorithms.calibration import fit_temperature
 from fedfmsl.algorithms.mixture import accuracy, nll
 from fedfmsl.errors import BundleError, InputError
@@ -102,6 +104,8 @@ def test_the_evaluated_model_is_the_saved_one(vit: Built, photos: Path, tmp_path
     result = evaluate(device, round_of(Stage.EVALUATE), published)
     before = device.store.results.read_bytes()
     save_personal_model(device, round_of(Stage.EVALUATE), published)
+    served = served_accuracy(device.store)
+    assert served and served.accuracy == result.metrics["mofm"]
     write_model(device.store, tmp_path / "model.onnx", vit.bundle.root)
     model = open_model(tmp_path / "model.onnx", 1)
     samples = device.scanned.test
@@ -124,7 +128,9 @@ def test_a_model_that_is_not_finite_is_refused_in_one_line(vit: Built, photos: P
     assert save_personal_model(device, round_of(Stage.GLOBAL), good) == ""
     used = read_personal_model(device.store).header
     assert re.match(f"{says}keep the earlier model", save_personal_model(device, round_of(Stage.GLOBAL), hostile))
-    assert read_personal_model(device.store).header == used.model_copy(update={"kept_at": used.round})
+    assert read_personal_model(device.store).header == used.model_copy(
+        update={"kept_at": used.round, "kept_because": "its values are not finite"}
+    )
     assert evaluate(device, round_of(Stage.EVALUATE), hostile).model is None
 
 
@@ -180,7 +186,8 @@ def test_the_onnx_file_is_one_message_with_the_origin_as_metadata(vit: Built, ph
     named = {entry.key: entry.value for entry in model.metadata_props}
     assert named == {
         **{"run": "r", "session": "s", "round": "3", "device": "d", "level": str(header.level)},
-        **{"bundle": vit.bundle.sha256, "expert": SHA, "gate": SHA, "model": manifest.model},
+        **{"bundle": vit.bundle.sha256, "task": vit.bundle.task.sha256, "expert": SHA, "gate": SHA},
+        "model": manifest.model,
         **{"temperature": str(header.temperature), "threshold": str(header.threshold)},
         "classes": '["apple", "kiwi", "lemon", "plum"]',
         "preprocessing": manifest.preprocessing.model_dump_json(),
@@ -247,9 +254,15 @@ def test_a_device_keeps_its_model_while_the_globals_fit_its_samples_less(
     text, used = save(2, hostile)
     assert used == 1 and "keep the model of run r, round 1" in text
     assert read_personal_model(device.store).header.kept_at == 2
+    assert "round 1; that of round 2 is not used: held-out samples are less likely" in describe_model(device.store)
+    evaluate(device, round_of(Stage.EVALUATE).model_copy(update={"round": 2}), hostile)
+    served, test = served_accuracy(device.store), device.scanned.test  # of the model in use, not of the evaluated one
+    mofm = predict_models(device, round_of(Stage.GLOBAL), good, test)["mofm"]
+    assert served and (served.round, served.accuracy) == (1, accuracy(mofm, labels_of(test)))
     text, used = save(1, Globals(EMPTY, EMPTY, EMPTY), session="t")  # a new run has no global head yet
-    assert used == 1 and "until there is a global head" in text
+    assert used == 1 and "there is no global head yet" in text
     assert save(3, good) == ("", 3)
+    assert served_accuracy(device.store) is None  # this one is not measured yet
     before = read_personal_model(device.store)
     device.store.mixture.write_bytes(
         pack(before.changed(held_out="", nll=9.0, best_nll=9.0).header, dict(before.tensors))

@@ -23,8 +23,9 @@ from edge_runtime.inference.model_folder import write_folder
 from edge_runtime.store import DeviceStore
 from edge_runtime.training.model import save_personal_model
 from fedfmsl.errors import BundleError, ConfigError
-from fedfmsl.protocol.bundle import MANIFEST
+from fedfmsl.protocol.bundle import MANIFEST, Bundle
 from fedfmsl.protocol.messages import Stage
+from fedfmsl.protocol.task import Task
 from fedfmsl.protocol.task_bundle import TaskBundle
 
 
@@ -49,7 +50,9 @@ def written(built: Built, photos: Path, texts: Path, tmp_path: Path) -> Written:
         manifest = json.loads((bundle / MANIFEST).read_text())
         manifest["preprocessing"]["resize"] = {"edge": IMAGE_SIZE + 5, "keep_ratio": True, "filter": "bilinear"}
         (bundle / MANIFEST).write_text(json.dumps(manifest))
-    device = make_daemon(replace(built, bundle=TaskBundle.open(bundle)), samples, tmp_path).device
+    opened = Bundle.load(bundle)
+    task = Task.of(opened.sha256, built.bundle.classes, "the test")
+    device = make_daemon(replace(built, bundle=TaskBundle(opened, task)), samples, tmp_path).device
     save_personal_model(device, round_of(Stage.GLOBAL), globals_of(built))
     write_folder(device.store, tmp_path / "folder", bundle)
     write_model(device.store, tmp_path / "model.onnx", bundle)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import stat
 import subprocess
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.serialization import Encoding, pkcs12
 from typer.testing import CliRunner
 
 from devices.provision import app
@@ -16,7 +18,7 @@ from devices.provisioning.broker_kit import password_line
 from devices.provisioning.settings_file import read_table
 from fedfmsl.errors import ConfigError
 from fedfmsl.transport.address import parse_address
-from fedfmsl.transport.identity import read_identity
+from fedfmsl.transport.identity import operator_of, read_identity
 
 HOSTS = ("--host", "broker.example", "--host", "192.0.2.1")
 
@@ -133,6 +135,28 @@ def test_renewed_certificates_replace_the_files_and_the_earlier_ones_can_be_revo
             provision(pki, *arguments)
 
 
+@pytest.mark.parametrize("kind", [(), ("--user",)], ids=["certificates", "passwords"])
+def test_operators_have_files_for_console_and_browser_that_can_be_revoked(
+    tmp_path: Path, kind: tuple[str, ...]
+) -> None:
+    pki = tmp_path / "pki"
+    printed = " ".join(provision(pki, *HOSTS, *kind, "--operator", "anna").split())
+    found = re.search(r"anna\.p12; import it in anna's browser, with the password (\S+)", printed)
+    assert found
+    loaded = pkcs12.load_pkcs12((pki / "operators" / "anna.p12").read_bytes(), found[1].encode())
+    assert loaded.cert and operator_of(loaded.cert.certificate.public_bytes(Encoding.DER)) == "anna"
+    assert read_identity(pki / "operators" / "anna.pem").name == "operator"  # for the broker
+    assert (pki / "operators" / "anna.p12").stat().st_mode & 0o077 == 0
+    with pytest.raises(ConfigError, match="already exists"):
+        provision(pki, "--operator", "anna")
+    provision(pki, "--renew", "anna")
+    serials = serials_of((pki / "issued" / "anna.crt").read_bytes())
+    printed = provision(pki, "--revoke", "anna", "--revoke", "operator")
+    assert "copy it to the server" in " ".join(printed.split())
+    assert len(serials) == 2 and set(serials) < set(revoked_serials((pki / "broker" / "revoked.crl").read_bytes()))
+    assert not list((pki / "operators").iterdir())
+
+
 def test_no_certificate_is_valid_longer_than_its_ca() -> None:
     authority = make_authority("old", now=datetime.now(timezone.utc) - timedelta(days=CA_DAYS - 30))
     assert authority.issue("x", [CLIENT]).certificate.not_valid_after_utc == authority.certificate.not_valid_after_utc
@@ -159,6 +183,7 @@ def test_no_certificate_is_valid_longer_than_its_ca() -> None:
         (("--renew", "server", "broker"), "--renew takes one name, .*; write --renew server --renew broker, or"),
         (("--renew", "kitchen", "--revoke", "balcony"), "--renew and --revoke exclude each other"),
         ((*HOSTS, "broker"), "is the broker's; choose another"),
+        ((*HOSTS, "--operator", "server"), "is the server's; choose another"),
     ],
 )
 def test_invalid_arguments_are_named_and_write_nothing(tmp_path: Path, arguments: tuple[str, ...], says: str) -> None:

@@ -6,7 +6,7 @@ import errno
 import sqlite3
 import threading
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +25,13 @@ from fedfmsl.protocol.tensors import pack
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.link import Link
 from trainer_server.coordinator.events import UpdateRefused, UpdateSeen
+from trainer_server.coordinator.operator import Action, Operation
 from trainer_server.coordinator.state import Plan
 from trainer_server.service.floods import SPARE_MESSAGES
 from trainer_server.service.lifecycle import open_run, run_server
 from trainer_server.service.run_log import LOG_BYTES
+from trainer_server.storage.kept_experts import KeptExperts
+from trainer_server.storage.operations import Operations
 from trainer_server.storage.run_store import DATABASE, RunStore
 
 
@@ -47,6 +50,7 @@ class Scene:
     link: Link
     observer: Observer
     server: threading.Thread
+    serve: Callable[[], None]
 
     @property
     def topics(self) -> Topics:
@@ -64,8 +68,11 @@ class Scene:
         for index, chunk in enumerate(chunks(pack(sent.update, sent.tensors))):
             self.link.publish(self.topics.update_chunk("a", str(sent.update.round), str(index)), chunk)
 
-    def run_to_its_end(self) -> None:
-        since = 0
+    def start_again(self) -> None:
+        self.server = threading.Thread(target=self.serve, daemon=True)
+        self.server.start()
+
+    def run_to_its_end(self, since: int = 0) -> None:
         while True:
             announced = self.observer.wait(Round, lambda r, since=since: r.round > since, "the next round")
             if announced.stage is Stage.FINISHED:
@@ -108,7 +115,7 @@ def scene(
         server.start()
         wait_until(lambda: bool(observer.catch_up()), "the server is online")
         plan = Plan(config, vit.bundle, RunStore(folder).origin.session, plan_for(vit).read)
-        yield Scene(plan, folder, link, observer, server)
+        yield Scene(plan, folder, link, observer, server, serve)
     link.close()
 
 
@@ -145,6 +152,24 @@ def test_a_device_that_joins_while_the_disk_cannot_be_written_takes_part_later(
             other.execute("ROLLBACK")
         s.run_to_its_end()
         assert s.notes.count("cannot use") == 1
+
+
+def test_a_finished_run_goes_on_after_a_rollback(vit: Built, broker: Broker, tmp_path: Path) -> None:
+    with scene(vit, broker, tmp_path / "run", "rollback") as s:
+        s.announce_device()
+        s.run_to_its_end()
+        experts = KeptExperts(s.folder).rounds()
+        made = experts[0]
+        assert Operations(s.folder).add(Operation(action=Action.PAUSE))
+        assert Operations(s.folder).add(Operation(action=Action.ROLLBACK, round=made))
+        closed = RunStore(s.folder).rounds()[-1].round.round
+        s.start_again()
+        s.run_to_its_end(since=closed + 1)
+        assert "operator: the run has ended (finished), so pause changes nothing" in s.notes
+        assert f"the run returns to the global expert of round {made} now" in s.notes
+        stages = [each.round.stage for each in RunStore(s.folder).rounds() if each.round.round > closed]
+        assert stages == [Stage.PERSONAL, Stage.EVALUATE]
+        assert KeptExperts(s.folder).rounds() == experts
 
 
 def test_an_aggregation_that_finds_a_full_disk_is_tried_again(

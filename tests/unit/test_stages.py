@@ -21,7 +21,14 @@ from edge_runtime.engines.step_graph import StepGraphEngine
 from edge_runtime.training.context import TrainingContext
 from edge_runtime.training.local_expert import LocalExpert, train_personal
 from edge_runtime.training.mixture import compute_mixture, global_temperature
-from edge_runtime.training.stages import Globals, head_statistics, statistics, train_class_sums, train_global
+from edge_runtime.training.stages import (
+    Globals,
+    head_statistics,
+    measure_global,
+    statistics,
+    train_class_sums,
+    train_global,
+)
 from edge_runtime.training.updates import prepare_update
 from fedfmsl.algorithms.arrays import Tensors, Vector
 from fedfmsl.algorithms.class_means import class_mean_head
@@ -69,6 +76,15 @@ def test_samples_train_the_rows_of_novel_classes_only_for_a_head_that_sums_repla
         assert result.delta is not None
         rows = context.bundle.expert.split(result.delta)["classifier.weight"]
         assert rows[1].any() and rows[0].any() == (sums is Sums.LOGITS)
+
+
+def test_a_canary_measures_what_training_reports_and_changes_nothing(context: TrainingContext) -> None:
+    published = initial_globals(context.bundle, level=1)
+    published.expert[:] = random_theta(context.bundle, 1, seed=1)
+    measured = measure_global(context, announced_round(Stage.CANARY), published)
+    trained = train_global(context, announced_round(Stage.GLOBAL), published).metrics
+    assert dict(measured.metrics) == {name: trained[name] for name in ("held_out_global", "global_nll")}
+    assert (measured.tensors, measured.delta, measured.samples) == ({}, None, len(context.splits.held_out))
 
 
 @pytest.mark.parametrize(("cap", "kind"), [(1, Sums.FEATURES), (2, Sums.FEATURES), (2, Sums.LOGITS)])

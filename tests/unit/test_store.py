@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,12 +18,14 @@ from support.training_contexts import announced_round
 from fedfmsl.errors import ConfigError, RunError
 from fedfmsl.protocol.messages import Stage
 from trainer_server.coordinator.advance import advance
-from trainer_server.coordinator.events import ClockTicked, StatusSeen, StoreRound
+from trainer_server.coordinator.events import ClockTicked, OperatorActed, StatusSeen, Stop, StoreRound
+from trainer_server.coordinator.operator import Action, Operation
 from trainer_server.coordinator.records import ClosedRound
 from trainer_server.coordinator.state import State
 from trainer_server.service.lifecycle import make_plan, open_bundle, open_run, replay_rounds, restore_state
 from trainer_server.storage import run_store
 from trainer_server.storage.checkpoint import Checkpoint, vectors_of
+from trainer_server.storage.kept_experts import KeptExperts
 from trainer_server.storage.run_store import DATABASE, LoggedEvent, RunStore
 
 
@@ -43,8 +45,8 @@ def opened(vit: Built, folder: Path, **config: object) -> OfflineServer:
     return OfflineServer(store, make_plan(store, vit.bundle))
 
 
-def run_to_its_end(server: OfflineServer) -> Iterator[OfflineServer]:
-    """Restarts the server from its folder after every event, and yields the new one."""
+def run_to_its_end(server: OfflineServer, nll: Callable[[State], float] = lambda _: 1.0) -> Iterator[OfflineServer]:
+    """Restarts the server from its folder after every event, and yields the new one. `nll`: what devices report."""
     folder, bundle = server.store.folder, server.plan.bundle
     todo = list(server.joins())
     while server.store.ended is None:
@@ -56,7 +58,7 @@ def run_to_its_end(server: OfflineServer) -> Iterator[OfflineServer]:
             server = OfflineServer(store, make_plan(store, bundle))
             assert same(server.state, before)
             yield server
-        todo = list(server.answers())
+        todo = list(server.answers(nll(server.state)))
 
 
 @pytest.mark.parametrize("audit", [False, True])
@@ -70,6 +72,55 @@ def test_a_server_killed_after_any_event_resumes_in_the_same_state(vit: Built, f
     assert last.state.expert.tobytes() == undisturbed.state.expert.tobytes()
     assert last.state.gate.tobytes() == undisturbed.state.gate.tobytes()
     assert [c.round.round for c in last.store.rounds()] == list(range(1, 7))
+
+
+def of_a_poisoned_candidate(state: State) -> float:
+    """The likelihood under the candidates that the second round of stage 1 and the canaries measure is bad."""
+    assert state.announced is not None
+    measured = (state.announced.stage, state.announced.index) in ((Stage.GLOBAL, 1), (Stage.CANARY, 0))
+    return 9.0 if measured and state.made != state.good.round else 1.0
+
+
+def test_a_server_killed_at_any_step_of_a_rejection_goes_on_with_the_last_good_global_expert(
+    vit: Built, folder: Path
+) -> None:
+    for server in run_to_its_end(opened(vit, folder, audit=True, canary="3"), of_a_poisoned_candidate):
+        last = server
+    undisturbed = CoordinatorRun(replace(last.plan, read=plan_for(vit).read))
+    undisturbed.online(*ABC)
+    while not undisturbed.of(Stop):
+        undisturbed.answers(ABC, nll=of_a_poisoned_candidate(undisturbed.state))
+    assert last.state.expert.tobytes() == undisturbed.state.expert.tobytes()
+    rejected = [closed.round.stage for closed in last.store.rounds() if closed.rejected]
+    assert rejected == [Stage.GLOBAL, Stage.CANARY]
+    again = list(replay_rounds(last.store, last.plan))
+    assert again[:-1] == [closed.round for closed in last.store.rounds()]
+
+
+def test_a_finished_run_that_is_rolled_back_goes_on_and_can_be_killed_and_replayed(vit: Built, folder: Path) -> None:
+    for server in run_to_its_end(opened(vit, folder, audit=True)):
+        last = server
+        if server.state.made == 2 and not KeptExperts(folder).rounds():
+            KeptExperts(folder).write(2, server.state.expert)
+            expert = server.state.expert.tobytes()
+    assert last.state.expert.tobytes() != expert
+    sha256 = KeptExperts(folder).copy(2, last.store.tensors)
+    event = OperatorActed(Operation(action=Action.ROLLBACK, round=2, sha256=sha256))
+    last.now += 1.0
+    state, _ = advance(last.plan, last.state, event, last.now)
+    last.store.commit([LoggedEvent(last.now, event)], reopens=True)
+    again = OfflineServer(RunStore(folder), last.plan)
+    assert again.store.ended is None and again.state.rollback == state.rollback
+    again.feed(ClockTicked())
+    assert again.state.announced is not None and again.state.announced.stage is Stage.PERSONAL
+    while again.store.ended is None:
+        for each in again.answers(1.0):
+            again.feed(each)
+    assert again.state.expert.tobytes() == expert
+    replayed = {announced.round: announced for announced in replay_rounds(again.store, again.plan)}
+    assert [replayed[closed.round.round] for closed in again.store.rounds()] == [
+        closed.round for closed in again.store.rounds()
+    ]
 
 
 def test_the_disk_holds_only_what_the_present_round_needs(vit: Built, folder: Path) -> None:

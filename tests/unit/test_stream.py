@@ -30,7 +30,8 @@ from edge_runtime.inference.recorder import Recorder
 from edge_runtime.inference.stream import UNREADABLE_SECONDS, WatchedFolder, classify_new_files, wait_for_model
 from edge_runtime.labelling.queue import Queue, version_of
 from edge_runtime.store import DeviceStore
-from edge_runtime.training.model import read_personal_model, save_personal_model
+from edge_runtime.training.model import save_personal_model
+from edge_runtime.training.stored_model import read_personal_model
 from fedfmsl.algorithms.calibration import UNKNOWN
 from fedfmsl.common.backoff import Backoff
 from fedfmsl.common.files import write_atomically

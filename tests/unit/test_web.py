@@ -5,21 +5,31 @@ from __future__ import annotations
 import http.client
 import json
 import socket
+import ssl
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
+from support.provisioned_fleet import write_identity
 from support.web import ask, csrf_of
 
+from devices.provisioning.authority import CLIENT, CONSOLE, SERVER, Authority, Issued, make_authority
+from fedfmsl.common.files import write_atomically
+from fedfmsl.common.token_file import stored_token
 from fedfmsl.errors import ConfigError, RunError
+from fedfmsl.transport import listening
+from fedfmsl.transport.identity import client_context
+from fedfmsl.transport.listening import listen
 from fedfmsl.web import gate, serve
-from fedfmsl.web.access import Access, RateLimit, stored_token
+from fedfmsl.web.access import Access, RateLimit
 from fedfmsl.web.application import application, page
-from fedfmsl.web.serve import WebServer, listen, parse_listen, server_context
+from fedfmsl.web.serve import Context, WebServer, page_context
 from fedfmsl.web.stream import stream
 
 TOKEN = "a token of enough characters"
@@ -28,7 +38,7 @@ HOSTILE = "<script>alert(1)</script>"
 
 async def _show(request: Request) -> Response:
     if request.method == "POST":
-        return Response(request.state.form["name"])
+        return Response(f"{request.state.form['name']}{request.scope['operator']}")
     return page(request, "error.html", title="Devices", reason=HOSTILE)
 
 
@@ -36,18 +46,66 @@ async def _live(request: Request) -> Response:
     return stream(lambda: {"a": f"<p id='a'>{next(COUNT)}</p>", "b": "<p id='b'></p>"}, seconds=0.01)
 
 
+async def _faulty(request: Request) -> Response:
+    raise ZeroDivisionError
+
+
 async def _slow(request: Request) -> Response:
     return stream(lambda: {"a": "<p id='a'></p>"}, seconds=60.0)
 
 
 COUNT = iter(range(1000))
-ROUTES = [Route("/", _show, methods=["GET", "POST"]), Route("/live", _live), Route("/slow", _slow)]
+ROUTES = [
+    Route("/", _show, methods=["GET", "POST"]),
+    Route("/live", _live),
+    Route("/slow", _slow),
+    Route("/faulty", _faulty),
+]
 
 
-def start(tmp_path: Path, token: str | None = None) -> WebServer:
-    listener = listen("--page", "127.0.0.1", 0)
-    access = Access("127.0.0.1", listener.getsockname()[1], token, encrypted=False)
-    return WebServer(application("Test", ROUTES, access, tmp_path), listener)
+def start(tmp_path: Path, token: str | None = None, context: Context | None = None) -> WebServer:
+    listeners = listen("--page", "127.0.0.1", 0)
+    access = Access("localhost", listeners[0].getsockname()[1], token, encrypted=context is not None)
+    return WebServer(application("Test", ROUTES, access, tmp_path), listeners, context)
+
+
+@dataclass(frozen=True)
+class Certified:
+    """A fleet's CA, and the certificates of its members, of which "former" is revoked."""
+
+    folder: Path
+    authority: Authority
+    issued: Mapping[str, Issued]
+
+    def revoke(self, *names: str) -> None:
+        serials = [self.issued[name].certificate.serial_number for name in names]
+        write_atomically(self.folder / "revoked.crl", self.authority.revocation_list(serials).encode(), durable=False)
+
+    def context(self, name: str) -> ssl.SSLContext:
+        """Of a client with this certificate."""
+        return client_context(write_identity(self.folder / f"{name}.pem", self.issued.get(name), self.authority))
+
+    def server(self) -> Context:
+        server = write_identity(self.folder / "server.pem", self.issued["server"], self.authority)
+        found = page_context("0.0.0.0", server, clients=ssl.CERT_OPTIONAL)
+        assert found
+        return found
+
+
+@pytest.fixture(scope="module")
+def certified(tmp_path_factory: pytest.TempPathFactory) -> Certified:
+    authority = make_authority("fleet")
+    operators = {
+        name: authority.issue("operator", [CLIENT, CONSOLE], unit=unit)
+        for name, unit in (("operator", ""), ("anna", "anna"), ("former", "former"))
+    }
+    issued = {
+        "server": authority.issue("server", [SERVER, CLIENT], ["localhost"]),
+        "device": authority.issue("device", [CLIENT]),
+        "operator-by-name": authority.issue("operator", [CLIENT]),
+        **operators,
+    }
+    return Certified(tmp_path_factory.mktemp("pki"), authority, issued)
 
 
 @pytest.fixture
@@ -74,6 +132,10 @@ def test_a_page_escapes_texts_and_allows_no_scripts_but_its_own(site: WebServer)
     assert headers["cache-control"] == "no-store"
     assert ask(site, "/static/live.js")[0] == 200
     assert ask(site, "/static/../access.py")[0] == ask(site, "/nowhere")[0] == 404
+    assert "/nowhere is no page here." in ask(site, "/nowhere")[1]
+    status, text, faulty = ask(site, "/faulty")
+    assert (status, faulty["content-security-policy"]) == (500, policy)
+    assert "This page has a fault" in text
 
 
 @pytest.mark.parametrize(
@@ -205,17 +267,57 @@ def test_a_connection_without_a_request_is_closed(tmp_path: Path, monkeypatch: p
         assert time.monotonic() - since < 4
 
 
+def test_an_operators_certificate_opens_the_page_and_a_devices_does_not(
+    tmp_path: Path, certified: Certified, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve, "TICKS", 1)
+    certified.revoke("former")
+    with start(tmp_path, TOKEN, certified.server()) as site:
+        for name in ("nobody", "device", "operator-by-name", "server"):
+            context = certified.context(name)
+            assert ask(site, context=context)[0] == 303
+            assert ask(site, "/live", context=context, Accept="text/event-stream")[0] == 401
+        with pytest.raises(OSError):
+            ask(site, context=certified.context("former"))
+        for name in ("operator", "anna"):
+            context = certified.context(name)
+            status, text, _ = ask(site, context=context)
+            assert (status, "Sign out" in text) == (200, False)
+            form = {"name": "by ", "csrf": csrf_of(text)}
+            assert ask(site, form=form, context=context)[:2] == (200, f"by {name}")
+            assert ask(site, form=form, context=certified.context("device"))[0] == 401
+        connection = http.client.HTTPSConnection("localhost", site.port, timeout=30, context=certified.context("anna"))
+        connection.request("GET", "/slow")
+        answer = connection.getresponse()
+        assert answer.status == 200
+        certified.revoke("former", "anna")
+        with pytest.raises(http.client.IncompleteRead):
+            answer.read()  # the revocation ends open connections
+        with pytest.raises(OSError):
+            ask(site, context=certified.context("anna"))
+
+
+@pytest.mark.parametrize(("number", "seconds", "ended"), [(4, 60.0, 8), (64, 0.2, 12)], ids=["number", "time"])
+def test_handshakes_without_an_end_are_bounded(
+    tmp_path: Path, certified: Certified, monkeypatch: pytest.MonkeyPatch, number: int, seconds: float, ended: int
+) -> None:
+    monkeypatch.setattr(serve, "HANDSHAKES", number)
+    monkeypatch.setattr(serve, "HANDSHAKE_SECONDS", seconds)
+    certified.revoke("former")
+    with start(tmp_path, TOKEN, certified.server()) as site, ExitStack() as opened:
+        silent = [
+            opened.enter_context(socket.create_connection(("127.0.0.1", site.port), timeout=30)) for _ in range(12)
+        ]
+        assert [each.recv(1) for each in silent[:ended]] == [b""] * ended
+        monkeypatch.setattr(serve, "HANDSHAKE_SECONDS", 60.0)
+        assert ask(site, context=certified.context("nobody"))[0] == 303
+
+
 def test_where_a_page_listens() -> None:
-    assert parse_listen("--page", "[::1]:8080") == ("::1", 8080)
-    for wrong in ("8080", "127.0.0.1:", "a b:80", "127.0.0.1:99999", "host:-1"):
-        with pytest.raises(ConfigError, match=r"--page .*HOST:PORT"):
-            parse_listen("--page", wrong)
-    with pytest.raises(ConfigError, match=r"--page.* unencrypted .*--identity"):
-        server_context("--page", "192.168.1.5", None, insecure=False)
     with pytest.raises(ConfigError, match="needs a token"):
         Access("0.0.0.0", 80, None, encrypted=True)
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(serve, "BIND_SECONDS", 0.0)
+        patch.setattr(listening, "BIND_SECONDS", 0.0)
         port = taken.getsockname()[1]
         with pytest.raises(RunError, match=f"--page: cannot listen on 127.0.0.1:{port}"):
             listen("--page", "127.0.0.1", port)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sqlite3
 import tempfile
 import zipfile
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -25,6 +26,7 @@ from fedfmsl.web.stream import stream
 from trainer_server.console import views
 from trainer_server.console.snapshot import RunReader, Runs, Snapshot
 from trainer_server.coordinator.operator import Action, Operation
+from trainer_server.storage.kept_experts import KeptExperts
 from trainer_server.storage.operations import Operations
 from trainer_server.storage.run_store import RunStore
 
@@ -44,6 +46,8 @@ QUESTIONS = {
     "round does not count. Revoke its identity as well if others could have it.",
     Action.INCLUDE: "Let {device} take part again, from the next round on?",
     Action.DEADLINE: "Change the round deadline to {seconds:g} seconds, also of the present round?",
+    Action.ROLLBACK: "Return to the global expert that round {round} has made? The updates of the present round do not "
+    "count. After stage 1, stage 2 begins again.",
     Action.DOWNLOAD: "Download the global expert as a PEFT adapter?",
 }
 Values = Callable[[Request, Snapshot], Mapping[str, Any]]
@@ -131,18 +135,17 @@ def _overview_values(request: Request, snapshot: Snapshot) -> Mapping[str, Any]:
 
 async def _overview(request: Request) -> Response:
     def values(request: Request, snapshot: Snapshot) -> Mapping[str, Any]:
-        return {**_overview_values(request, snapshot), "settings": _settings(snapshot), "classes": _classes(snapshot)}
+        return {
+            **_overview_values(request, snapshot),
+            "settings": views.settings(snapshot),
+            "classes": _classes(snapshot),
+        }
 
     return await _show(request, "overview.html", values)
 
 
 async def _live_overview(request: Request) -> Response:
     return await _live(request, _overview_values, "facts", "missing", "charts", "actions")
-
-
-def _settings(snapshot: Snapshot) -> list[tuple[str, str]]:
-    config = snapshot.origin.config.model_dump(mode="json", exclude_none=True)
-    return [(name.replace("_", " "), str(value)) for name, value in config.items()]
 
 
 def _classes(snapshot: Snapshot) -> tuple[str, ...]:
@@ -197,7 +200,10 @@ async def _round(request: Request) -> Response:
     reader = await _reader(request)
     number = request.path_params["number"]
     snapshot = await run_in_threadpool(reader.snapshot)
-    record = await run_in_threadpool(reader.record, number) if number < 2**31 else None
+    try:
+        record = await run_in_threadpool(reader.record, number) if number < 2**31 else None
+    except (RunError, sqlite3.Error, OSError, ValueError) as error:
+        raise HTTPException(503, "The files of the run cannot be read at this moment. Reload the page.") from error
     if record is None:
         raise HTTPException(404, f"Round {number} is not closed.")
     shown, part = views.part(sorted(record.updates.items()), _number(request.query_params.get("page", "1")))
@@ -209,6 +215,7 @@ async def _round(request: Request) -> Response:
         updates=shown,
         part=part,
         metrics=views.metrics_of(record),
+        is_kept=number in await run_in_threadpool(KeptExperts(reader.folder).rounds),
     )
 
 
@@ -261,7 +268,7 @@ async def _action(request: Request) -> Response:
     reader = await _reader(request)
     snapshot = await run_in_threadpool(reader.snapshot)
     form: Mapping[str, str] = request.state.form if request.method == "POST" else request.query_params
-    operation = _operation(form, request.client.host if request.client else "")
+    operation = _operation(form, request.client.host if request.client else "", request.scope.get("operator", ""))
     if operation.action is not Action.DOWNLOAD and snapshot.ended is not None:
         raise HTTPException(409, "The run has ended; nothing can be changed.")
     if request.method == "GET":
@@ -278,16 +285,16 @@ async def _action(request: Request) -> Response:
             raise HTTPException(409, "Too many actions wait for the server. Is it running?")
     except OSError as error:
         raise HTTPException(507, f"The action cannot be stored ({error.strerror}). Is the disk full?") from error
-    logger.info("%s: %s, by %s", snapshot.folder, operation.action.value, operation.by)
+    logger.info("%s: %s, by %s", snapshot.folder, operation.action.value, f"{operation.name} {operation.by}".strip())
     if archive is not None:
         return _download(archive, "application/zip", f"{snapshot.origin.config.run}-global-expert.zip")
     return RedirectResponse(f"/runs/{reader.key}/{'devices' if operation.device else ''}", 303)
 
 
-def _operation(form: Mapping[str, str], by: str) -> Operation:
+def _operation(form: Mapping[str, str], by: str, name: str) -> Operation:
     fields = {name: form[name] for name in ("action", "device", "round", "seconds") if form.get(name)}
     try:
-        operation = Operation.model_validate({**fields, "by": by})
+        operation = Operation.model_validate({**fields, "by": by, "name": name})
     except ValidationError as error:
         raise HTTPException(400, "This is no action, or one of its values is not possible.") from error
     if operation.action in (Action.EXCLUDE, Action.INCLUDE) and not operation.device:

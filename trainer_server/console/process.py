@@ -6,13 +6,16 @@ import json
 import logging
 import os
 import signal
+import ssl
 import sys
 from contextlib import suppress
 from pathlib import Path
 
+from fedfmsl.common.token_file import stored_token
 from fedfmsl.errors import FedFMSLError
-from fedfmsl.web.access import Access, stored_token
-from fedfmsl.web.serve import WebServer, listen, parse_listen, server_context
+from fedfmsl.transport.listening import listen, parse_listen
+from fedfmsl.web.access import Access
+from fedfmsl.web.serve import WebServer, page_context
 from trainer_server.console.pages import console
 from trainer_server.service.child_process import LISTENING
 from trainer_server.service.console_job import ConsoleJob
@@ -23,12 +26,12 @@ NICE = 5  # the coordinator comes first
 
 def serve(job: ConsoleJob) -> WebServer:
     """Serves until `close`. Raises ConfigError or RunError."""
-    host, port = parse_listen(FLAG, job.address)
-    context = server_context(FLAG, host, Path(job.identity) if job.identity else None, job.insecure)
+    host, port = parse_listen(job.address)
+    identity, revoked = (Path(path) if path else None for path in (job.identity, job.revoked))
+    context = page_context(host, identity, revoked, ssl.CERT_OPTIONAL)  # operators have certificates
     token = stored_token(job.token_file) if job.token_file else None
-    listener = listen(FLAG, host, port)
-    access = Access(host, listener.getsockname()[1], token, encrypted=context is not None)
-    return WebServer(console(Path(job.folder), access), listener, context)
+    access = Access(host, port, token, encrypted=context is not None)
+    return WebServer(console(Path(job.folder), access), listen(FLAG, host, port), context)
 
 
 def main() -> int:

@@ -14,9 +14,10 @@ from pathlib import Path
 
 from fedfmsl.errors import RunError
 from fedfmsl.protocol.messages import Round
+from trainer_server.coordinator.limits import Limits
 from trainer_server.coordinator.operator import Operation
 from trainer_server.coordinator.records import ClosedRound, RoundSummary
-from trainer_server.coordinator.refusals import is_left_out
+from trainer_server.coordinator.refusals import is_left_out, left_out_of_sums
 from trainer_server.storage import observations
 from trainer_server.storage.checkpoint import Checkpoint
 from trainer_server.storage.observations import DeviceView, ServerView, read_observations
@@ -31,9 +32,9 @@ SILENT_SECONDS = 15.0  # after which a server has stopped, or is busy
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A run at one moment. `left_out`: by device, until which round. `took_part`: by device, in how many of the
-    `trained` training rounds. `waiting`: actions that the server has not carried out. `outage`: since when and why the
-    server has no connection to the broker."""
+    """A run at one moment. `left_out`, `silent`: by device, until which round; the latter of secure sums only.
+    `took_part`: by device, in how many of the `trained` training rounds. `waiting`: actions that the server has not
+    carried out. `outage`: since when and why the server has no connection to the broker."""
 
     key: str
     folder: Path
@@ -43,7 +44,9 @@ class Snapshot:
     announced: Round | None = None
     expected: frozenset[str] = frozenset()
     answered: frozenset[str] = frozenset()
+    limits: Limits | None = None
     left_out: Mapping[str, int] = field(default_factory=dict)
+    silent: Mapping[str, int] = field(default_factory=dict)
     devices: Mapping[str, DeviceView] = field(default_factory=dict)
     closed: Sequence[tuple[RoundSummary, float]] = ()
     took_part: Mapping[str, int] = field(default_factory=dict)
@@ -98,6 +101,7 @@ class RunReader:
             return self._snapshot
 
     def record(self, number: int) -> ClosedRound | None:
+        """None if the round is not closed. Raises RunError if the run cannot be read now."""
         with closing(self._store()) as store:
             return store.record(number)
 
@@ -146,6 +150,8 @@ class RunReader:
                 announced=announced,
                 expected=frozenset(point.expected if point else ()),
                 answered=frozenset(store.pending_updates()),
+                silent=left_out_of_sums(point.silent, announced.round) if point and announced else {},
+                limits=point.limits if point else None,
                 left_out={
                     name: refused.until
                     for name, refused in (point.refused.items() if point else ())

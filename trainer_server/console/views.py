@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fedfmsl.protocol.messages import Activity, Round, Stage
 from trainer_server.console.snapshot import Snapshot
@@ -20,6 +20,7 @@ STAGES = {
     Stage.STATISTICS: "class means",
     Stage.GLOBAL: "stage 1, global expert",
     Stage.HEAD: "head of the global expert",
+    Stage.CANARY: "canary, some devices measure the global expert",
     Stage.PERSONAL: "stage 2, local experts and gate",
     Stage.BASELINE: "baseline, every device alone",
     Stage.EVALUATE: "evaluation on test samples",
@@ -61,7 +62,15 @@ class Row:
     excluded: bool
 
 
-STATES = {"online": "good", "paused": "warn", "left out": "warn", "excluded": "warn", "offline": "bad", "error": "bad"}
+STATES = {
+    "online": "good",
+    "paused": "warn",
+    "left out": "warn",
+    "excluded": "warn",
+    "offline": "bad",
+    "error": "bad",
+    "run ended": "muted",
+}
 
 
 @dataclass(frozen=True)
@@ -111,6 +120,8 @@ def state_of(snapshot: Snapshot) -> tuple[str, str]:
         return "no server", "bad"
     if snapshot.server and snapshot.server.paused:
         return "paused", "warn"
+    if snapshot.server and snapshot.server.waits:
+        return "waiting for devices", "bad"
     return ("waiting for devices", "warn") if snapshot.announced is None else ("running", "good")
 
 
@@ -119,6 +130,8 @@ def device_state(snapshot: Snapshot, name: str, view: DeviceView) -> tuple[str, 
     status = view.status
     if name in snapshot.excluded:
         return "excluded", "by the operator"
+    if snapshot.ended is not None:  # nobody watches the devices any more
+        return "run ended", ""
     if status is None or not status.online:
         error = status.error if status else ""
         return ("error", error) if error else ("offline", "")
@@ -128,6 +141,8 @@ def device_state(snapshot: Snapshot, name: str, view: DeviceView) -> tuple[str, 
         return "paused", status.paused
     if name in snapshot.left_out:
         return "left out", f"until round {snapshot.left_out[name]}: its updates were refused"
+    if name in snapshot.silent:
+        return "left out", f"of secure sums until round {snapshot.silent[name]}: it did not answer in one"
     return "online", ""
 
 
@@ -255,6 +270,36 @@ def privacy_budgets(snapshot: Snapshot) -> list[tuple[str, float]]:
     closed = NoisedRounds.of(stages, snapshot.origin.spent_before)
     announced = None if snapshot.ended else snapshot.announced
     return list(privacy_budget(snapshot.origin.config, closed, announced, bool(snapshot.answered)).items())
+
+
+def settings(snapshot: Snapshot) -> list[tuple[str, str]]:
+    """Name and value of each setting of the run as it is now, and the value at the start if it has changed."""
+    start = dict(_flat(snapshot.origin.config.model_dump(mode="json", exclude_none=True)))
+    limits = snapshot.limits.model_dump() if snapshot.limits else {}
+    if snapshot.server and snapshot.server.round_timeout:
+        limits["round_timeout"] = snapshot.server.round_timeout
+    now = {**start, **{name.replace("_", " "): _value(value) for name, value in limits.items() if value is not None}}
+    return [
+        (name, value if value == start.get(name, value) else f"{value} (at the start {start[name]})")
+        for name, value in now.items()
+    ]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in values.items():
+        name = prefix + key.replace("_", " ")
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{name}: ")
+        else:
+            yield name, _value(value)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return ", ".join(map(_value, value)) or "none" if isinstance(value, list | tuple) else str(value)
 
 
 def metrics_of(record: ClosedRound) -> list[str]:

@@ -4,17 +4,19 @@ pause, resume        no round opens or closes meanwhile, and no deadline passes
 close                the present round closes now, with the updates that it has
 exclude, include     a device takes part in no round any more; its update of the present round does not count
 deadline             --round-timeout from now on
+rollback             to the global expert that an earlier round has made (`trainer_server.coordinator.rollback`)
 download             of the global expert; the log has it, and nothing changes
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from enum import Enum
 from typing import Literal
 
-from fedfmsl.protocol.messages import Amount, Message, Name, Number, Stage, Text
+from fedfmsl.protocol.messages import Amount, Message, Name, Number, Sha256, Stage, Text
+from trainer_server.coordinator.candidates import Rollback
 from trainer_server.coordinator.state import State
 
 
@@ -25,24 +27,44 @@ class Action(str, Enum):
     EXCLUDE = "exclude"
     INCLUDE = "include"
     DEADLINE = "deadline"
+    ROLLBACK = "rollback"
     DOWNLOAD = "download"
 
 
 class Operation(Message):
-    """One action. `round`: the round to close; if it is not the present one any more, nothing happens. `device`: to
-    exclude or include. `seconds`: the new deadline. `by`: where it comes from."""
+    """One action. `round`: the round to close; if it is not the present one any more, nothing happens. Or the round to
+    return to; the server adds `sha256`, the blob of its global expert. `device`: to exclude or include. `seconds`: the
+    new deadline. `by`: where it comes from. `name`: of the operator, if its certificate tells."""
 
     action: Action
     round: Number = 0
     device: Name | Literal[""] = ""
     seconds: Amount = 0.0
+    sha256: Sha256 = ""
     by: Text = ""
+    name: Text = ""
+
+
+def after_operations(
+    paused: bool, excluded: Iterable[str], operations: Iterable[Operation]
+) -> tuple[bool, frozenset[str]]:
+    """Whether a run is paused, and the excluded devices, after actions that have taken effect."""
+    devices = set(excluded)
+    for operation in operations:
+        if operation.action in (Action.PAUSE, Action.RESUME):
+            paused = operation.action is Action.PAUSE
+        elif operation.action is Action.EXCLUDE:
+            devices.add(operation.device)
+        elif operation.action is Action.INCLUDE:
+            devices.discard(operation.device)
+    return paused, frozenset(devices)
 
 
 def act(state: State, operation: Operation, now: float) -> tuple[State, str]:
     """The next state, and what has happened. An action that is not possible changes nothing, and the text says why."""
     state, text = _ACTS[operation.action](state, operation, now)
-    return state, f"operator{f' at {operation.by}' if operation.by else ''}: {text}"
+    who = " ".join(["operator", *filter(None, (operation.name, operation.by and f"at {operation.by}"))])
+    return state, f"{who}: {text}"
 
 
 def _pause(state: State, operation: Operation, now: float) -> tuple[State, str]:
@@ -95,6 +117,14 @@ def _deadline(state: State, operation: Operation, now: float) -> tuple[State, st
     return replace(state, limits=state.limits.model_copy(update={"round_timeout": operation.seconds})), text
 
 
+def _rollback(state: State, operation: Operation, now: float) -> tuple[State, str]:
+    if state.announced is None or operation.round >= state.round or not operation.sha256:
+        return state, f"no global expert of round {operation.round} is kept, so the run cannot return to it"
+    when = "now" if state.paused_at is None else "when it is resumed"
+    rollback = Rollback(operation.round, operation.sha256)
+    return replace(state, rollback=rollback), f"the run returns to the global expert of round {operation.round} {when}"
+
+
 def _download(state: State, operation: Operation, now: float) -> tuple[State, str]:
     return state, "the global expert is downloaded"
 
@@ -106,5 +136,6 @@ _ACTS: dict[Action, Callable[[State, Operation, float], tuple[State, str]]] = {
     Action.EXCLUDE: _exclude,
     Action.INCLUDE: _include,
     Action.DEADLINE: _deadline,
+    Action.ROLLBACK: _rollback,
     Action.DOWNLOAD: _download,
 }

@@ -15,7 +15,8 @@ class ClosedRound(Message):
     """The record of one closed round.
 
     `seconds`: how long the round was open. `updates` and `bytes_up` (bytes on the wire) are by device. `missing`: the
-    stragglers. `repeated`: the reason, if the round failed and was repeated.
+    stragglers. `repeated`: the reason, if the round failed and was repeated. `rejected`: why the global expert that the
+    devices measured in this round was rejected.
     """
 
     round: Round
@@ -24,6 +25,7 @@ class ClosedRound(Message):
     bytes_up: dict[str, int]
     missing: tuple[str, ...]
     repeated: str = ""
+    rejected: str = ""
 
     @property
     def held_out(self) -> dict[str, float]:
@@ -59,6 +61,7 @@ class RoundSummary(Message):
     bytes_down: int
     means: dict[str, float]
     repeated: str = ""
+    rejected: str = ""
 
     @classmethod
     def of_record(cls, closed: ClosedRound) -> RoundSummary:
@@ -78,6 +81,7 @@ class RoundSummary(Message):
             bytes_down=sum(update.bytes_down for update in updates),
             means={name: mean for name, mean in means.items() if mean is not None},
             repeated=closed.repeated,
+            rejected=closed.rejected,
         )
 
 

@@ -23,6 +23,7 @@ from fedfmsl.protocol.messages import DeviceStatus, Round, Stage, Sums, Update
 from fedfmsl.protocol.secure_sums import SignedKeys
 from fedfmsl.protocol.task_bundle import TaskBundle
 from trainer_server.config import Head, RunConfig
+from trainer_server.coordinator.candidates import LastGood, Rollback
 from trainer_server.coordinator.former_head import FormerHead
 from trainer_server.coordinator.limits import Limits
 from trainer_server.coordinator.refusals import Refused
@@ -53,7 +54,8 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is constant during a run. `read` loads the tensors of an accepted update by the SHA-256 of its blob.
+    """What is constant during a run. `read` loads the tensors of an accepted update, or of a global expert that the
+    operator returns to, by the SHA-256 of the blob.
 
     `check_keys` raises MessageError if signed keys are not valid. Without `masks`, as in a simulation, the vectors of
     secure sums are not masked, and have the same sum. `scratch`: the folder for what of a round does not fit in memory;
@@ -80,6 +82,7 @@ class Plan:
             Stage.STATISTICS: int(config.head is not Head.ZEROS and has_new_rows),
             Stage.GLOBAL: config.stage1_rounds,
             Stage.HEAD: int(has_head_round),
+            Stage.CANARY: int(config.canary is not None and config.stage1_rounds > 0),
             Stage.PERSONAL: config.stage2_rounds,
             Stage.BASELINE: int(config.baseline),
             Stage.EVALUATE: 1,
@@ -188,14 +191,16 @@ class State:
 
     Globals: `expert` (P,) has the bundle's highest level, and its blocks above SAL's level are untrained. `start` is
     the expert that stage 1 starts from: (P₁,), or with the level of a warm start. If its head is zeros, that of the
-    first round of stage 1 replaces it. `gate` (G,) is the gate adapter.
+    first round of stage 1 replaces it. `gate` (G,) is the gate adapter. `made`: the closed round that made the global
+    expert. `good`: the last one that was not rejected (`trainer_server.coordinator.candidates`).
 
     `norms`: the median norms of the updates in the stage's last rounds. `agreements`: by device, how much its updates
     of the stage agree with those of others (`fedfmsl.algorithms.agreement`).
 
     Round: `position` in the schedule is -1 while the server waits for devices. `since` is the time of the
     announcement. `expected` are the selected devices. `updates` are the accepted updates of the present round.
-    `refused`: devices whose latest updates were refused.
+    `refused`: devices whose latest updates were refused. `silent`: those that did not answer in a secure sum, each with
+    the last round that leaves it out.
 
     Deadlines: `limits` are the settings that may change. `stretch`: how many times as long as `--round-timeout` a round
     lasts. `slowest`: by stage, the longest time from an announcement to an update, in seconds.
@@ -205,8 +210,10 @@ class State:
 
     `secure`: the secure aggregation in progress. `former`: what is known of the head of stage 1.
 
-    What the operator has done: `paused_at` is when the run was paused, `closing` the round to close now, `excluded` the
-    devices that take part no more.
+    `waiting`: the run waits until enough devices can answer (see `trainer_server.coordinator.waiting`).
+
+    What the operator has done: `paused_at` is when the run was paused, `rollback` where it returns to, `closing` the
+    round to close now, `excluded` the devices that take part no more.
     """
 
     expert: Vector
@@ -228,12 +235,17 @@ class State:
     devices: Mapping[str, DeviceStatus] = field(default_factory=dict)
     expected: frozenset[str] = frozenset()
     refused: Mapping[str, Refused] = field(default_factory=dict)
+    silent: Mapping[str, int] = field(default_factory=dict)
     updates: Mapping[Key, Accepted] = field(default_factory=dict)
     recent: tuple[Round, ...] = ()
     counted: frozenset[Key] = frozenset()
     secure: SecureSums = NO_SUMS
     former: FormerHead = field(default_factory=FormerHead)
+    waiting: bool = False
+    made: int = 0
+    good: LastGood = field(default_factory=LastGood)
     paused_at: float | None = None
+    rollback: Rollback | None = None
     closing: int = 0
     excluded: frozenset[str] = frozenset()
 

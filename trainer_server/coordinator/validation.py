@@ -185,6 +185,7 @@ CHECKS: dict[Stage, Callable[[Plan, Update, Tensors], float]] = {
     Stage.STATISTICS: _check_statistics,
     Stage.GLOBAL: _check_expert,
     Stage.HEAD: _check_head,
+    Stage.CANARY: _check_nothing,
     Stage.PERSONAL: _check_gate,
     Stage.BASELINE: _check_nothing,
     Stage.EVALUATE: _check_nothing,

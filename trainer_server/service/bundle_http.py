@@ -8,10 +8,11 @@ import logging
 from dataclasses import asdict
 from pathlib import Path
 
-from fedfmsl.errors import BundleError, ConfigError
+from fedfmsl.errors import BundleError
 from fedfmsl.protocol.bundle import MANIFEST, Bundle
 from fedfmsl.transport.address import require_loopback
-from fedfmsl.transport.identity import read_identity
+from fedfmsl.transport.listening import parse_listen
+from fedfmsl.transport.server_contexts import ServerContexts, revocation_list_beside
 from trainer_server.service.bundle_process import Job
 from trainer_server.service.child_process import RESTART_SECONDS, ChildProcess
 
@@ -38,33 +39,29 @@ class BundleServer:
         Without an identity the address must be a loopback address, unless `insecure`. Raises ConfigError if address or
         identity is invalid, RunError if the server cannot listen there.
         """
-        host, _, port = address.rpartition(":")
-        if not host or not port.isdigit() or not 0 < int(port) < 2**16:
-            raise ConfigError(f"--serve {address!r} is not HOST:PORT, for example fleet.example:8443")
+        host, port = parse_listen(address)
         if identity is None and not insecure:
             require_loopback(f"the bundle from --serve {address}", host, "pass the server's --identity")
         if identity:
             revoked = revoked or revocation_list_beside(identity)
-            read_identity(identity).server_context(revoked)  # raises ConfigError
+            ServerContexts(identity, revoked, logger.warning)  # raises ConfigError
             if revoked is None:
                 logger.warning(
                     "the bundle's server has no revocation list, so it serves revoked devices; give --revoked"
                 )
         self.url = f"{'https' if identity else 'http'}://{address}/bundle"
         job = Job(
-            host.strip("[]"),
-            int(port),
+            host,
+            port,
             _files(Bundle.load(root)),
             str(identity.absolute()) if identity else None,
             str(revoked.absolute()) if revoked else None,
             sorted(allowed) if allowed is not None and identity else None,
         )
-        failure = f"cannot serve the bundle on {address} ({{}}); choose another --serve"
         self._child = ChildProcess(
             "trainer_server.service.bundle_process",
             json.dumps(asdict(job)),
             "the bundle's server",
-            failure,
             restart_seconds,
         )
 
@@ -75,12 +72,6 @@ class BundleServer:
 
     def close(self) -> None:
         self._child.close()
-
-
-def revocation_list_beside(identity: Path) -> Path | None:
-    """The list in the folder of `identity`, or in the broker's kit there."""
-    places = [identity.parent / "revoked.crl", identity.parent / "broker" / "revoked.crl"]
-    return next((path for path in places if path.is_file()), None)
 
 
 def _files(bundle: Bundle) -> dict[str, tuple[str, str]]:

@@ -22,20 +22,19 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
 
-from fedfmsl.errors import ConfigError
-from fedfmsl.transport.address import why_not_listening
-from fedfmsl.transport.identity import read_identity
+from fedfmsl.errors import FedFMSLError
+from fedfmsl.transport.listening import listen
+from fedfmsl.transport.server_contexts import ServerContexts
 from trainer_server.service.bundle_files import HEAD_BYTES, Response, Served, read_request, refusal, respond
 from trainer_server.service.child_process import LISTENING
 
 WAITING = 128  # connections without a request
 REFUSAL_SECONDS = 3.0  # for the client to read why its certificate is refused
 REQUEST_BYTES = 1 << 16  # that a request costs at least
-BIND_SECONDS = 3.0  # for the port of a server that was killed to become free
 REPORT_SECONDS = 60.0
 REVOKED = 23  # OpenSSL's X509_V_ERR_CERT_REVOKED
 NICE = 5  # handshakes take processor time, and the coordinator comes first
@@ -85,40 +84,11 @@ class _Client:
     transfers: int = 0
 
 
-@dataclass
-class Contexts:
-    """The TLS context for new connections. Changed files (a revocation, a renewed certificate) count at once."""
-
-    identity: Path
-    revoked: Path | None
-    _context: ssl.SSLContext | None = None
-    _stamps: list[tuple[int, int]] = field(default_factory=list)
-
-    def current(self) -> ssl.SSLContext:
-        """Raises ConfigError if the files are invalid, unless they were valid before."""
-        paths = [path for path in (self.identity, self.revoked) if path]
-        try:
-            stamps = [(path.stat().st_mtime_ns, path.stat().st_ino) for path in paths]
-        except OSError as error:
-            if self._context is None:
-                raise ConfigError(f"{error.filename} cannot be read ({error.strerror}); check the path") from error
-            return self._context
-        if self._context is None or stamps != self._stamps:
-            try:
-                self._context, self._stamps = read_identity(self.identity).server_context(self.revoked), stamps
-            except ConfigError as error:
-                if self._context is None:
-                    raise
-                self._stamps = stamps
-                _say(f"still using the earlier certificate and revocation list: {error}")
-        return self._context
-
-
 class Server:
     def __init__(
         self,
         files: Mapping[str, Served],
-        contexts: Contexts | None,
+        contexts: ServerContexts | None,
         listeners: Sequence[socket.socket],
         allowed: Sequence[str] | None = None,
         limits: Limits = Limits(),
@@ -284,38 +254,6 @@ class Server:
             _say(f"the bundle's server ended connections: {counts}; the last one of {self._last}")
 
 
-def listen(host: str | None, port: int) -> list[socket.socket]:
-    """Listens on every address of `host`; on all addresses if `host` is None or if this machine has none of its
-    addresses: in a container, or behind address translation, clients use another machine's. Waits up to BIND_SECONDS
-    for the port. Raises OSError."""
-    deadline = time.monotonic() + BIND_SECONDS
-    while True:
-        listeners: list[socket.socket] = []
-        try:
-            for family, _, _, _, address in socket.getaddrinfo(
-                host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-            ):
-                try:
-                    listeners.append(socket.create_server(address[:2], family=family, backlog=WAITING))
-                except OSError as error:
-                    if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
-                        raise
-            if not listeners and host is not None:
-                return listen(None, port)
-            if not listeners:
-                raise OSError(errno.EADDRNOTAVAIL, "this machine has no such address")
-        except OSError as error:
-            for listener in listeners:
-                listener.close()
-            if error.errno != errno.EADDRINUSE or time.monotonic() > deadline:
-                raise
-            time.sleep(0.1)
-        else:
-            for listener in listeners:
-                listener.setblocking(False)
-            return listeners
-
-
 def _say(line: str) -> None:
     with contextlib.suppress(OSError):  # the coordinator has ended
         print(line, flush=True)
@@ -331,13 +269,9 @@ def main() -> int:
     try:
         contexts = None
         if job.identity:
-            contexts = Contexts(Path(job.identity), Path(job.revoked) if job.revoked else None)
-            contexts.current()
-        listeners = listen(job.host, job.port)
-    except OSError as error:
-        _say(why_not_listening(job.host, error))
-        return 1
-    except ConfigError as error:
+            contexts = ServerContexts(Path(job.identity), Path(job.revoked) if job.revoked else None, _say)
+        listeners = listen("--serve", job.host, job.port, anywhere=True)
+    except FedFMSLError as error:
         _say(str(error))
         return 1
     _say(LISTENING)

@@ -20,13 +20,11 @@ RESTART_SECONDS = 5.0
 class ChildProcess:
     """Runs until `close`. What it writes after its first line is logged."""
 
-    def __init__(
-        self, module: str, job: str, what: str, failure: str, restart_seconds: float = RESTART_SECONDS
-    ) -> None:
-        """`python -m module`. `what` it is, for the log. Raises RunError, with the text `failure` and the process's
-        reason in place of {}, if it does not serve."""
+    def __init__(self, module: str, job: str, what: str, restart_seconds: float = RESTART_SECONDS) -> None:
+        """`python -m module`. `what` it is, for the log. Raises RunError with the process's reason if it does not
+        serve."""
         self._command = (sys.executable, "-m", module)
-        self._job, self._what, self._failure = job, what, failure
+        self._job, self._what = job, what
         self._restart_seconds = restart_seconds
         self._closing = threading.Event()
         self._process = self._start()
@@ -54,7 +52,7 @@ class ChildProcess:
         if first != LISTENING:
             _close_input(process)
             process.wait()
-            raise RunError(self._failure.format(first or "see above"))
+            raise RunError(first or f"{self._what} does not start; its error is above")
         return process
 
     def _follow(self) -> None:

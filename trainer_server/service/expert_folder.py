@@ -26,7 +26,7 @@ class ExpertFolder:
         it. A failure is logged."""
         bundle, announced = self._plan.bundle, closed.round
         first = announced.stage is Stage.PERSONAL and announced.index == 0  # it may bring a former head back
-        changed = first or announced.stage in (Stage.GLOBAL, Stage.HEAD, Stage.UNMASK)
+        changed = first or announced.stage in (Stage.GLOBAL, Stage.HEAD, Stage.UNMASK, Stage.CANARY)
         result = result_of(closed)
         self._result = result or self._result
         try:

@@ -24,6 +24,7 @@ from fedfmsl.transport.identity import describe_expiry
 from fedfmsl.transport.link import Connected, Disconnected, Link, LinkEvent, Oversize, Received, SubscriptionRefused
 from fedfmsl.transport.message_size import largest_message
 from fedfmsl.transport.settings import SERVER_NAME
+from trainer_server.coordinator import waiting
 from trainer_server.coordinator.advance import advance, next_deadline
 from trainer_server.coordinator.announce import announcement
 from trainer_server.coordinator.events import (
@@ -41,6 +42,7 @@ from trainer_server.coordinator.events import (
     UpdateRefused,
     UpdateSeen,
 )
+from trainer_server.coordinator.operator import Action, Operation
 from trainer_server.coordinator.state import Plan, State
 from trainer_server.service.batch import Batch, Statuses, flatten
 from trainer_server.service.clock import RunClock
@@ -53,7 +55,8 @@ from trainer_server.service.liveness import Liveness
 from trainer_server.service.publisher import Publisher
 from trainer_server.service.refusals import Refusals
 from trainer_server.service.run_log import log_participation, log_round, log_stragglers
-from trainer_server.storage.observations import Observations, ServerView
+from trainer_server.storage.kept_experts import KeptExperts
+from trainer_server.storage.observations import Acted, Observations, ServerView
 from trainer_server.storage.operations import Operations
 from trainer_server.storage.run_store import LoggedEvent, RunStore
 from trainer_server.storage.uploads import Upload, Uploads
@@ -102,7 +105,9 @@ class Service:
         self._outage = (-1.0, "")  # as stored
         self._observations = Observations(store.folder)
         self._operations = Operations(store.folder)
+        self._acted: Acted | None = None  # the operator's last action
         self._figures = Figures.of_run(store)
+        self._kept = KeptExperts(store.folder)
         self._expert_folder = ExpertFolder(plan, store.folder / "global_expert")
 
     def snapshot(self) -> Snapshot:
@@ -135,6 +140,8 @@ class Service:
             count = f"{config.devices} device{'s' if config.devices > 1 else ''}"
             logger.info("waiting up to %.0f s for %s", config.join_timeout, count)
         try:
+            self._keep_expert()
+            self._obey()  # a finished run goes on if it is rolled back
             if self._store.ended is not None:  # the previous server may have stopped before it announced the end
                 self._publish_state()
             while self._store.ended is None:
@@ -321,22 +328,44 @@ class Service:
     def _obey(self) -> None:
         """Carries out what the operator asks, as events of the log."""
         for path, operation in self._operations.waiting():
+            ended = self._store.ended
             if operation is None:
                 logger.warning("%s holds no action of an operator; it is removed", path)
+            elif ended is not None and (operation.action is not Action.ROLLBACK or ended != FINISHED):
+                logger.warning("operator: the run has ended (%s), so %s changes nothing", ended, operation.action.value)
             else:
-                now, event = self._clock.now(), OperatorActed(operation)
-                state, commands = advance(self._plan, self._state, event, now)
+                now = self._clock.now()
                 try:
+                    event = OperatorActed(self._with_expert(operation))
+                    state, commands = advance(self._plan, self._state, event, now)
                     if state is not self._state:
-                        self._store.commit([*flatten(self._statuses), LoggedEvent(now, event)])
+                        events = [*flatten(self._statuses), LoggedEvent(now, event)]
+                        self._store.commit(events, reopens=ended is not None)
                         self._state, self._statuses = state, {}
                 except (OSError, sqlite3.Error) as error:
                     self._wait_for_disk(error)
                     return
+                text = next(command.text for command in commands if isinstance(command, Log))
+                self._acted = Acted(text=text, at=time.time())
                 for command in commands:
                     self._execute(command)
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
+
+    def _with_expert(self, operation: Operation) -> Operation:
+        """A rollback with the global expert that it needs, so that a replay finds it. Raises OSError."""
+        if operation.action is not Action.ROLLBACK:
+            return operation
+        return operation.model_copy(update={"sha256": self._kept.copy(operation.round, self._store.tensors)})
+
+    def _keep_expert(self) -> None:
+        """Keeps the present global expert for a rollback, if it is a new one. A failure is logged."""
+        made = self._state.made
+        try:
+            if made and made not in self._kept.rounds():
+                self._kept.write(made, self._state.expert)
+        except OSError as error:
+            logger.warning("the global expert of round %d is not kept for a rollback (%s)", made, error.strerror)
 
     def _observe(self) -> None:
         """Shows the console where the run stands."""
@@ -347,8 +376,10 @@ class Service:
                 seen=seen,
                 deadline=seen + left if math.isfinite(left) else None,
                 paused=state.paused_at is not None,
+                waits=waiting.reason(self._plan, state) if state.waiting else "",
                 round_timeout=state.limits.round_timeout,
                 excluded=tuple(sorted(state.excluded)),
+                acted=self._acted,
             ),
             state.devices,
         )
@@ -387,6 +418,7 @@ class Service:
         except (OSError, sqlite3.Error) as error:
             self._wait_for_disk(error)
         if self._state is state:
+            self._keep_expert()
             for record in rounds:
                 self._figures.closed(record, time.monotonic() - started)
             for command in commands:

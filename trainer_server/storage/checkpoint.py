@@ -1,6 +1,7 @@
 """The state of a run when a round opens, as JSON and tensors. A restarted server resumes from it.
 
-It holds no updates, because a checkpoint is written before the first update of a round arrives.
+It holds no updates, because a checkpoint is written before the first update of a round arrives; and no rollback,
+because the round that opens is the one that a rollback leads to.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from fedfmsl.algorithms.arrays import Tensors
 from fedfmsl.algorithms.sal import SalState
 from fedfmsl.algorithms.server_optimizers import Moments
 from fedfmsl.protocol.messages import DeviceStatus, Round, Stage
+from trainer_server.coordinator.candidates import LastGood
 from trainer_server.coordinator.former_head import FormerHead
 from trainer_server.coordinator.limits import Limits
 from trainer_server.coordinator.refusals import Refused
@@ -41,6 +43,7 @@ class Checkpoint(BaseModel):
     devices: list[DeviceStatus]
     expected: list[str]
     refused: dict[str, Refused]
+    silent: dict[str, int] = {}
     counted: list[tuple[int, str]]
     keys_round: int = 0
     secure_level: int = 0
@@ -48,6 +51,10 @@ class Checkpoint(BaseModel):
     survivors: tuple[str, ...] = ()
     classes: tuple[int, ...] = ()
     former_nlls: dict[str, float] = {}
+    waiting: bool = False
+    made: int = 0
+    good_round: int = 0
+    good_nlls: dict[str, float] = {}
     paused_at: float | None = None
     closing: int = 0
     excluded: list[str] = []
@@ -72,6 +79,7 @@ class Checkpoint(BaseModel):
             devices=list(state.devices.values()),
             expected=sorted(state.expected),
             refused=dict(state.refused),
+            silent=dict(state.silent),
             counted=sorted(state.counted),
             keys_round=state.secure.keys_round,
             secure_level=state.secure.level,
@@ -79,6 +87,10 @@ class Checkpoint(BaseModel):
             survivors=state.secure.survivors,
             classes=state.secure.classes,
             former_nlls=dict(state.former.nlls),
+            waiting=state.waiting,
+            made=state.made,
+            good_round=state.good.round,
+            good_nlls=dict(state.good.nlls),
             paused_at=state.paused_at,
             closing=state.closing,
             excluded=sorted(state.excluded),
@@ -119,9 +131,13 @@ class Checkpoint(BaseModel):
             devices={status.device: status for status in self.devices},
             expected=frozenset(self.expected),
             refused=self.refused,
+            silent=self.silent,
             counted=frozenset(self.counted),
             secure=secure,
             former=FormerHead(vectors["former_head"], self.former_nlls),
+            waiting=self.waiting,
+            made=self.made,
+            good=LastGood(vectors["good_expert"], self.good_round, self.good_nlls),
             paused_at=self.paused_at,
             closing=self.closing,
             excluded=frozenset(self.excluded),
@@ -138,6 +154,7 @@ def vectors_of(state: State) -> Tensors:
         "gate_first": state.gate_moments.first,
         "gate_second": state.gate_moments.second,
         "former_head": state.former.head,
+        "good_expert": state.good.expert,
         SHARES: state.secure.shares,
         MASKED: state.secure.masked,
         **{ROSTER + name: tensor for name, tensor in state.secure.roster.items()},

@@ -31,7 +31,7 @@ def result_of(closed: ClosedRound) -> Result | None:
     evaluated = closed.round.stage is Stage.EVALUATE
     metric = "global" if evaluated else "held_out_global"
     accuracy = closed.mean(metric)
-    if accuracy is None or closed.repeated:
+    if accuracy is None or closed.repeated or closed.rejected:
         return None
     devices = sum(metric in update.metrics for update in closed.updates.values())
     return Result(accuracy, "test" if evaluated else "held-out", devices, closed.round.round)

@@ -8,6 +8,7 @@
     RUN/outage.json      since when and why there is no connection to the broker
     RUN/tasks/SHA256     the run's task
     RUN/tensors/SHA256   the checkpoint's tensors, the updates accepted after it, and what the run goes on from
+    RUN/experts/         see `trainer_server.storage.kept_experts`
 
 Order of writes: first the complete tensor file, then its event, then the acknowledgement. So a crash leaves at most a
 file that no row names.
@@ -46,7 +47,7 @@ from trainer_server.coordinator.events import (
     UpdateSeen,
 )
 from trainer_server.coordinator.limits import Limits
-from trainer_server.coordinator.operator import Operation
+from trainer_server.coordinator.operator import Operation, after_operations
 from trainer_server.coordinator.records import ClosedRound, RoundSummary
 from trainer_server.coordinator.state import TRAINING, State
 from trainer_server.coordinator.warm_start import WarmStart
@@ -122,7 +123,7 @@ class RefusalCount:
 
 
 class _Vectors(BaseModel):
-    """Header of a checkpoint's tensors."""
+    """Header of a checkpoint's tensors, or any header."""
 
 
 @dataclass(frozen=True)
@@ -219,9 +220,9 @@ class RunStore:
         return self.folder / "tensors"
 
     def read(self, sha256: str) -> Tensors:
-        """The tensors of an accepted update. Raises RunError if its file is missing or altered, OSError if no file can
-        be opened."""
-        return self._unpack(sha256, Update)[1]
+        """The tensors of an accepted update or a kept global expert. Raises RunError if its file is missing or altered,
+        OSError if no file can be opened."""
+        return self._unpack(sha256, _Vectors)[1]
 
     def _unpack(self, sha256: str, header_type: type[Header]) -> tuple[Header, Tensors]:
         try:
@@ -273,8 +274,10 @@ class RunStore:
         rounds: Iterable[ClosedRound] = (),
         refusals: Mapping[tuple[str, str], tuple[int, str]] | None = None,
         ended: str | None = None,
+        reopens: bool = False,
     ) -> None:
-        """Stores everything durably, in one transaction. Raises sqlite3.Error if it cannot be written.
+        """Stores everything durably, in one transaction. `reopens`: the run has not ended any more. Raises
+        sqlite3.Error if it cannot be written.
 
         Records of rounds that are too old keep no values of single devices (see DETAILS).
         """
@@ -307,9 +310,9 @@ class RunStore:
                 " SET count = count + excluded.count, last = excluded.last",
                 [(*key, count, last) for key, (count, last) in (refusals or {}).items()],
             )
-            if ended is not None:
+            if ended is not None or reopens:
                 self._db.execute("UPDATE run SET ended = ?", (ended,))
-        if ended is not None:
+        if ended is not None or reopens:
             self.ended = ended
         with contextlib.suppress(OSError):
             os.utime(self._lock)  # for `server`
@@ -454,6 +457,16 @@ class RunStore:
         )
         return dict(self._db.execute(query).fetchall())
 
+    def standing(self) -> tuple[bool, frozenset[str]]:
+        """Whether the operator has paused the run, and the devices that the operator has excluded."""
+        last = "SELECT coalesce(max(seq), 0) FROM checkpoints"
+        rows = self._db.execute(f"SELECT body FROM events WHERE kind = 'operator' AND seq > ({last}) ORDER BY seq")
+        operations = [parse(Operation, body.encode()) for (body,) in rows.fetchall()]
+        checkpoint = self.checkpoint()
+        if checkpoint is None:
+            return after_operations(False, (), operations)
+        return after_operations(checkpoint[0].paused_at is not None, checkpoint[0].excluded, operations)
+
     def participation(self, after: int = 0, until: int = 1 << 62) -> tuple[dict[str, int], int]:
         """In how many training rounds with a number above `after` and up to `until` each device took part, and how many
         there were. Repeated ones do not count, nor those whose record has no details any more."""
@@ -487,6 +500,14 @@ class RunStore:
         stage, repeated = (f"json_extract(record, '$.{path}')" for path in ("round.stage", "repeated"))
         query = f"SELECT {stage}, {repeated} FROM rounds ORDER BY round"
         return [(Stage(stage), repeated) for stage, repeated in self._db.execute(query).fetchall()]
+
+    def rejections(self) -> dict[int, str]:
+        """By closed round, why the global expert that its devices measured was rejected."""
+        query = (
+            "SELECT round, json_extract(record, '$.rejected') AS why FROM rounds WHERE coalesce(why, '') != '' "
+            "ORDER BY round"
+        )
+        return dict(self._db.execute(query).fetchall())
 
     def sizes(self) -> dict[str, int]:
         """Bytes on the disk: of the database, the tensors and all other files."""
@@ -524,7 +545,7 @@ def _to_row(logged: LoggedEvent) -> tuple[float, str, str, str | None, int | Non
     if isinstance(event, LimitsChanged):
         return logged.at, "limits", event.limits.model_dump_json(), None, None
     if isinstance(event, OperatorActed):
-        return logged.at, "operator", event.operation.model_dump_json(), None, None
+        return logged.at, "operator", event.operation.model_dump_json(), event.operation.sha256 or None, None
     return logged.at, "tick", json.dumps(sorted(event.working)), None, None
 
 

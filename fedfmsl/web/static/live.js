@@ -57,7 +57,7 @@ function drawCharts(root) {
             stroke: colour(COLOURS[index % COLOURS.length]),
             dash: [[], [6, 4], [2, 3], [10, 3, 2, 3], [1, 4]][index % 5],
             width: 2,
-            spanGaps: true,
+            spanGaps: false, // a secure round has no values
             points: { show: x.length < 60, size: 5 },
             value: (_, value) => format(value),
           })),

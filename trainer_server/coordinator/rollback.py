@@ -1,0 +1,51 @@
+"""The operator returns a run to the global expert that an earlier round has made (ours).
+
+The order is an event of the log, with the SHA-256 of that global expert. It takes effect when the next round could open
+or close, so a paused run waits for it. In stage 1 the present round begins again. Later, stage 2 begins again, because
+local experts and the gate adapter fit the global expert that they were trained with.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from fedfmsl.algorithms.server_optimizers import Moments
+from fedfmsl.protocol.messages import Stage
+from trainer_server.coordinator.candidates import LastGood
+from trainer_server.coordinator.former_head import FormerHead
+from trainer_server.coordinator.state import NO_SUMS, Plan, State
+
+EXPERT = "expert"  # name of the tensor in the file of a kept global expert
+
+
+def restart_position(plan: Plan, position: int) -> int:
+    """The position of the schedule from which a run goes on that is rolled back at `position`. Sums for the head are
+    not asked for again: devices mask one sum of each kind in a session."""
+    step = plan.schedule[position]
+    if (step.part[0] if step.part else step.stage) in (Stage.STATISTICS, Stage.GLOBAL):
+        return plan.positions_of(step.part).start if step.part else position
+    stages = [each.part[0] if each.part else each.stage for each in plan.schedule]
+    return stages.index(Stage.PERSONAL)
+
+
+def rolled_back(plan: Plan, state: State, position: int) -> State:
+    """The state with the ordered global expert, to open the round at `position`. It is a candidate that has no other
+    one to be compared with. At the start of stage 2 the gate adapter is the initial one. SAL's level stays."""
+    assert state.rollback is not None
+    state = replace(
+        state,
+        expert=np.asarray(plan.read(state.rollback.sha256)[EXPERT], np.float32),
+        expert_moments=Moments.zeros(state.expert.size),
+        made=state.rollback.round,
+        good=LastGood(),
+        former=FormerHead(),
+        norms=(),
+        secure=NO_SUMS,
+        rollback=None,
+    )
+    step = plan.schedule[position]
+    if (step.part[0] if step.part else step.stage) is not Stage.PERSONAL:
+        return state
+    return replace(state, gate=plan.bundle.initial()[1], gate_moments=Moments.zeros(state.gate.size))
