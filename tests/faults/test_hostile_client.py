@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from support.fault_records import Row
 from support.hostile_client import publish
-from support.processes import Observer
+from support.processes import SECONDS, Observer
 from support.recovery import strike_each
 from support.run_oracle import Undisturbed
 from support.simulation import RUN, Simulation
@@ -109,6 +109,7 @@ def test_messages_of_a_hostile_client_cost_nothing(
         pytest.skip("group by group, and on amqtt, in the long form only (--full)")
     row.name = f"{group}, {simulation.broker.kind}"
     prompt = simulation.broker.kind == "mosquitto"  # amqtt may not take it all, or only when the round is over
+    seconds = SECONDS if prompt else 2.0
     introduction = DeviceStatus(device=HOSTILE, online=False, bundle=simulation.bundle.sha256)
     reasons: set[str] = set()
     with Observer(simulation.broker, RUN) as observer:
@@ -116,11 +117,13 @@ def test_messages_of_a_hostile_client_cost_nothing(
         def attack(number: int) -> None:
             observer.catch_up()
             begun = [message for message in observer.seen if isinstance(message, Round)][-1]
-            assert publish(simulation.broker.url, [(TOPICS.status(HOSTILE), encode(introduction))]) or not prompt
+            assert (
+                publish(simulation.broker.url, [(TOPICS.status(HOSTILE), encode(introduction))], seconds) or not prompt
+            )
             for fault in FAULTS[group]:
                 reason, forged = messages(simulation.bundle, begun)[fault]
                 reasons.add(reason)
-                assert publish(simulation.broker.url, forged) or not prompt, fault
+                assert publish(simulation.broker.url, forged, seconds) or not prompt, fault
 
         simulation.stage1 *= LONGER if full and not prompt else 1
         simulation.start_server()
