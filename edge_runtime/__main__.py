@@ -190,7 +190,7 @@ def page(settings: Settings) -> None:
 
 @app.command()
 def personalize(
-    state: Path = typer.Option(help="State directory of the device."),
+    state: Path = typer.Option(help="State directory of the device.", readable=False),
     bundle: Path | None = typer.Option(None, help="Bundle folder. Default: the model's, in the state directory."),
     out: Path | None = typer.Option(None, help="File to write. Default: personalized.onnx in the state directory."),
     folder: Path | None = typer.Option(
@@ -199,7 +199,7 @@ def personalize(
 ) -> None:
     """Write the personalized model of the last round as one self-contained ONNX file, or as a folder."""
     from edge_runtime.inference.export_onnx import write_model  # these two need the onnx package
-    from edge_runtime.inference.model_folder import write_folder
+    from edge_runtime.inference.model_folder import write_model_folder
 
     if out and folder:
         raise ConfigError("--out and --folder exclude each other; omit one of them")
@@ -208,7 +208,7 @@ def personalize(
     if not folder and path.is_dir():
         raise ConfigError(f"--out {path} is a folder; pass a file, like {path / store.personalized.name}")
     try:
-        (write_folder if folder else write_model)(store, path, bundle)
+        (write_model_folder if folder else write_model)(store, path, bundle)
     except OSError as error:
         raise ConfigError(f"{path} cannot be written ({error.strerror}); choose another path") from error
     print(path)

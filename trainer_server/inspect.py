@@ -12,6 +12,7 @@ from rich.table import Table
 
 from fedfmsl.algorithms.accounting import Observer
 from fedfmsl.common.cli import console, print_json
+from fedfmsl.common.whole_folder import check_own, write_folder
 from fedfmsl.errors import ConfigError, RunError
 from fedfmsl.transport.identity import describe_expiry
 from trainer_server.coordinator.privacy_budget import NoisedRounds, privacy_budget
@@ -19,10 +20,9 @@ from trainer_server.coordinator.records import NAMES, listed, rare_devices
 from trainer_server.coordinator.refusals import LEFT_OUT_AFTER, is_left_out, left_out_of_sums
 from trainer_server.service.lifecycle import make_plan, open_bundle, replay_rounds
 from trainer_server.service.run_log import PAUSED
+from trainer_server.storage.expert_folder import expert_files, last_result
 from trainer_server.storage.kept_experts import KeptExperts
-from trainer_server.storage.model_card import result_of, write_card
 from trainer_server.storage.observations import read_observations
-from trainer_server.storage.peft_adapter import write_adapter
 from trainer_server.storage.run_store import RunStore
 
 WHO = {
@@ -31,7 +31,7 @@ WHO = {
     Observer.SERVER: "the server",
     Observer.COLLUDERS: "the server with one device",
 }
-OUT = typer.Option(help="Folder of the run.")
+OUT = typer.Option(help="Folder of the run.", readable=False)  # `RunStore` says who may read it
 
 
 def status(out: Path = OUT, as_json: bool = typer.Option(False, "--json", help="One JSON object.")) -> None:
@@ -204,10 +204,10 @@ def export(out: Path = OUT, to: Path = typer.Option(help="Folder to write the PE
     if checkpoint is None or not checkpoint[0].start.size:
         raise RunError(f"{out} has no global expert yet: its first round is not closed; try again later")
     state = checkpoint[0]
+    files = expert_files(bundle, store.origin.config, state.expert, state.sal.level, last_result(store))
+    check_own("--to", to, files)
     try:
-        write_adapter(bundle, state.expert[: bundle.expert.size(state.sal.level)], state.sal.level, to)
-        results = [result for closed in store.rounds() if (result := result_of(closed))]
-        write_card(to, bundle, store.origin.config, results[-1] if results else None)
+        write_folder(to, files)
     except OSError as error:
         raise ConfigError(f"--to {to} cannot be written ({error.strerror}); choose another folder") from error
     print(to)

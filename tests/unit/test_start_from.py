@@ -21,6 +21,7 @@ from support.samples import CLASSES
 from export.reference import add_lora
 from fedfmsl.algorithms.accounting import Observer, epsilons
 from fedfmsl.algorithms.sal import AllAtOnce, Sal
+from fedfmsl.common.whole_folder import write_folder
 from fedfmsl.errors import ConfigError, RunError
 from fedfmsl.protocol.messages import Stage
 from fedfmsl.protocol.task import Task
@@ -30,7 +31,7 @@ from trainer_server.coordinator.privacy_budget import NoisedRounds, privacy_budg
 from trainer_server.coordinator.warm_start import warm_start
 from trainer_server.service.lifecycle import make_plan, open_run, replay_rounds
 from trainer_server.storage.adapter_reader import read_adapter
-from trainer_server.storage.peft_adapter import write_adapter
+from trainer_server.storage.peft_adapter import adapter_files
 from trainer_server.storage.run_store import RunStore
 
 LEVEL = 2
@@ -165,8 +166,8 @@ def test_the_privacy_budget_adds_up_over_three_runs(vit: Built, earlier: Path, t
 
 def test_an_adapter_of_every_family_is_read_as_it_was_written(built: Built, tmp_path: Path) -> None:
     theta = random_theta(built.bundle, LEVEL, seed=8)
-    write_adapter(built.bundle, theta, LEVEL, tmp_path)
-    adapter = read_adapter(tmp_path, built.bundle)
+    write_folder(tmp_path / "adapter", adapter_files(built.bundle, theta, LEVEL))
+    adapter = read_adapter(tmp_path / "adapter", built.bundle)
     assert (adapter.classes, adapter.level) == (CLASSES, LEVEL)
     assert np.array_equal(adapter.expert, theta)
     warm = warm_start(built.bundle, adapter.classes, adapter.expert, adapter.level)
@@ -227,7 +228,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
 @pytest.mark.parametrize("wrong", WRONG)
 def test_an_adapter_that_cannot_be_used_is_one_clear_error(vit: Built, tmp_path: Path, wrong: str) -> None:
     folder = tmp_path / "adapter"
-    write_adapter(vit.bundle, random_theta(vit.bundle, LEVEL, seed=8), LEVEL, folder)
+    write_folder(folder, adapter_files(vit.bundle, random_theta(vit.bundle, LEVEL, seed=8), LEVEL))
     damage, text = WRONG[wrong]
     damage(folder)
     with pytest.raises(ConfigError, match=text) as error:

@@ -82,6 +82,11 @@ def open_run(folder: Path, config: RunConfig, bundle: TaskBundle, source: Path |
         )
     if config != origin.config:
         differences, changes = differing_settings(origin.config, config)
+        if store.ended is not None:
+            raise ConfigError(
+                f"{folder} holds run {origin.config.run!r} with {differences}; it has ended, so choose another "
+                "--out for a new run"
+            )
         raise ConfigError(
             f"{folder} holds run {origin.config.run!r} with {differences}; resume it with python -m trainer_server "
             f"resume{changes} --out {folder}, or choose another --out"

@@ -151,7 +151,7 @@ class RunStore:
             raise RunError(f"no run at {folder}: {DATABASE} is missing; start one with python -m trainer_server start")
         self.folder = folder
         try:
-            self._db = sqlite3.connect(path, timeout=busy_seconds, isolation_level=None)
+            self._db = _opened(path, busy_seconds)
             self._db.execute("PRAGMA synchronous = FULL")
             (origin, self.ended) = self._db.execute("SELECT origin, ended FROM run").fetchone()
             _check_version(path, origin)
@@ -521,6 +521,20 @@ class RunStore:
     def refusals(self) -> list[RefusalCount]:
         rows = self._db.execute("SELECT device, kind, count, last FROM refusals ORDER BY count DESC, device, kind")
         return [RefusalCount(*row) for row in rows]
+
+
+def _opened(path: Path, busy_seconds: float) -> sqlite3.Connection:
+    """A database in a folder that this user may not write to, as a backup, is read as it is: SQLite would make files
+    beside it. Raises RunError if it has changes that are in such a file only."""
+    if os.access(path.parent, os.W_OK):
+        return sqlite3.connect(path, timeout=busy_seconds, isolation_level=None)
+    log = path.with_name(f"{path.name}-wal")
+    if log.is_file() and log.stat().st_size:
+        raise RunError(
+            f"this user may not write to {path.parent}, and {log.name} has changes that are not in {path.name} yet; "
+            "run the command as the server's user, or on a copy that can be written"
+        )
+    return sqlite3.connect(f"{path.absolute().as_uri()}?immutable=1", uri=True, isolation_level=None)
 
 
 def _readable(folder: Path) -> bool:
