@@ -13,7 +13,7 @@ from typing import Any
 
 import typer
 
-from fedfmsl.common.cli import application, console
+from fedfmsl.common.cli import application
 from fedfmsl.common.logs import set_up_logging
 from fedfmsl.common.options import with_settings
 from fedfmsl.common.settings import read_settings
@@ -151,6 +151,8 @@ def purge(settings: PurgeSettings) -> None:
 
     The folder of the run stays. Devices that still run publish their status again.
     """
+    from fedfmsl.common.cli import console
+
     topics = Topics(settings.run, settings.topic_prefix)
     link = Link(
         settings.broker,
@@ -172,6 +174,8 @@ def rollback(
     The updates of the present round do not count. After stage 1, stage 2 begins again, with new local experts. The
     server carries it out and logs it; a server that does not run does so when it is started again.
     """
+    from fedfmsl.common.cli import console
+
     store = RunStore(out)
     kept = KeptExperts(out).rounds()
     if store.ended not in (None, FINISHED):

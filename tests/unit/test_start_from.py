@@ -147,7 +147,7 @@ NOISY = {
 
 def budget(server: OfflineServer) -> dict[str, float]:
     store = server.store
-    closed = NoisedRounds.of(store.closed_stages(), store.origin.spent_before)
+    closed = NoisedRounds.of(store.closed_counts(), store.origin.spent_before)
     return privacy_budget(store.origin.config, closed, server.state.announced, is_answered=False)
 
 

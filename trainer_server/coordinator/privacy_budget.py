@@ -3,7 +3,7 @@ console show the same one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from fedfmsl.algorithms.accounting import Observer, gaussian_epsilon, mu_squared_sums
@@ -21,17 +21,17 @@ class NoisedRounds:
     before: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, closed: Iterable[tuple[Stage, str]], before: Mapping[str, float]) -> NoisedRounds:
-        """Of the stages of closed rounds, and why each is repeated."""
+    def of(cls, closed: Mapping[tuple[Stage, bool], int], before: Mapping[str, float]) -> NoisedRounds:
+        """Of the numbers of closed rounds by stage and whether they were repeated."""
         rounds = cls(before=before)
-        for stage, repeated in closed:
-            rounds.add(stage, repeated)
+        for (stage, repeated), count in closed.items():
+            rounds.add(stage, repeated, count)
         return rounds
 
-    def add(self, stage: Stage, repeated: str) -> None:
+    def add(self, stage: Stage, repeated: bool, count: int = 1) -> None:
         if stage in NOISED:
-            self.sent += 1
-            self.released += not repeated
+            self.sent += count
+            self.released += 0 if repeated else count
 
 
 def privacy_budget(

@@ -24,7 +24,7 @@ from fedfmsl.protocol.secure_sums import SignedKeys
 from fedfmsl.protocol.task_bundle import TaskBundle
 from trainer_server.config import Head, RunConfig
 from trainer_server.coordinator.candidates import LastGood, Rollback
-from trainer_server.coordinator.former_head import FormerHead
+from trainer_server.coordinator.former_head import RETRAINED, FormerHead
 from trainer_server.coordinator.limits import Limits
 from trainer_server.coordinator.refusals import Refused
 from trainer_server.coordinator.warm_start import WarmStart
@@ -50,6 +50,11 @@ class Step:
     index: int
     of: int
     part: Part | None = None
+
+    @property
+    def purpose(self) -> Stage:
+        """The stage that the round is for: that of the vectors which a secure aggregation sums."""
+        return self.part[0] if self.part else self.stage
 
 
 @dataclass(frozen=True)
@@ -121,6 +126,12 @@ class Plan:
         """The positions of the schedule that belong to a secure aggregation."""
         positions = [position for position, step in enumerate(self.schedule) if step.part == part]
         return range(positions[0], positions[-1] + 1)
+
+    @property
+    def retraining(self) -> int:
+        """The position from which stage 1 is trained again after a rejected head."""
+        rounds = [position for position, step in enumerate(self.schedule) if step.stage is Stage.GLOBAL]
+        return rounds[-RETRAINED:][0]
 
     @cached_property
     def statistics(self) -> Layout:
@@ -195,7 +206,8 @@ class State:
     expert. `good`: the last one that was not rejected (`trainer_server.coordinator.candidates`).
 
     `norms`: the median norms of the updates in the stage's last rounds. `agreements`: by device, how much its updates
-    of the stage agree with those of others (`fedfmsl.algorithms.agreement`).
+    of the stage agree with those of others (`fedfmsl.algorithms.agreement`). `left_out`: by device, how many rounds of
+    the stage left its update out.
 
     Round: `position` in the schedule is -1 while the server waits for devices. `since` is the time of the
     announcement. `expected` are the selected devices. `updates` are the accepted updates of the present round.
@@ -226,6 +238,7 @@ class State:
     limits: Limits
     norms: tuple[float, ...] = ()
     agreements: Mapping[str, float] = field(default_factory=dict)
+    left_out: Mapping[str, int] = field(default_factory=dict)
     stretch: int = 1
     slowest: Mapping[Stage, float] = field(default_factory=dict)
     position: int = -1

@@ -204,7 +204,7 @@ def restore_state(store: RunStore, plan: Plan) -> tuple[State, float]:
 
 
 def replay_rounds(store: RunStore, plan: Plan) -> Iterator[Round]:
-    """Announces every round again, computed from the event log alone, with --audit-rounds from the first kept state on.
+    """Announces every round again, computed from the event log alone, from the first kept state on (--keep-rounds).
 
     Raises RunError if the run was started without --audit, which keeps the whole log.
     """

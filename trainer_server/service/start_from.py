@@ -75,7 +75,7 @@ def _spent(store: RunStore, is_answered: bool) -> dict[str, float] | None:
     origin, checkpoint = store.origin, store.checkpoint()
     if origin.config.privacy is None or (origin.start is not None and origin.start.mu_squared is None):
         return None
-    closed = NoisedRounds.of(store.closed_stages(), origin.spent_before)
+    closed = NoisedRounds.of(store.closed_counts(), origin.spent_before)
     return spent_mu_squared(origin.config, closed, checkpoint[0].announced if checkpoint else None, is_answered)
 
 

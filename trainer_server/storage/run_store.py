@@ -74,6 +74,10 @@ CREATE TABLE IF NOT EXISTS checkpoints (
 CREATE TABLE IF NOT EXISTS rounds (
     round INTEGER PRIMARY KEY, closed_at REAL NOT NULL, record TEXT NOT NULL, summary TEXT NOT NULL
 );
+-- closed rounds whose records are deleted: how many of each stage were `repeated` (1) or not (0)
+CREATE TABLE IF NOT EXISTS deleted_rounds (
+    stage TEXT NOT NULL, repeated INTEGER NOT NULL, count INTEGER NOT NULL, PRIMARY KEY (stage, repeated)
+);
 CREATE TABLE IF NOT EXISTS refusals (
     device TEXT NOT NULL, kind TEXT NOT NULL, count INTEGER NOT NULL, last TEXT NOT NULL, PRIMARY KEY (device, kind)
 );
@@ -156,7 +160,7 @@ class RunStore:
             (origin, self.ended) = self._db.execute("SELECT origin, ended FROM run").fetchone()
             _check_version(path, origin)
             self.origin = Origin.model_validate_json(origin)
-            self._db.execute("SELECT summary FROM rounds LIMIT 0")  # a run of an earlier version has none
+            self._db.execute("SELECT summary, count FROM rounds, deleted_rounds LIMIT 0")  # not in earlier versions
         except (sqlite3.Error, TypeError, ValueError) as error:
             raise RunError(f"{path} cannot be read ({error}); is it a run of this version?") from error
 
@@ -279,7 +283,8 @@ class RunStore:
         """Stores everything durably, in one transaction. `reopens`: the run has not ended any more. Raises
         sqlite3.Error if it cannot be written.
 
-        Records of rounds that are too old keep no values of single devices (see DETAILS).
+        Records of rounds that are too old keep no values of single devices (see DETAILS); those before --keep-rounds
+        are deleted, and only counted.
         """
         rounds = list(rounds)
         with self._transaction():
@@ -305,6 +310,8 @@ class RunStore:
             )
             kept = max(DETAILS // self.origin.config.devices, 1)
             self._db.executemany(without_details, [(closed.round.round - kept,) for closed in rounds])
+            if rounds:
+                self._delete_rounds(rounds[-1].round.round - self.origin.config.keep_rounds)
             self._db.executemany(
                 "INSERT INTO refusals VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE"
                 " SET count = count + excluded.count, last = excluded.last",
@@ -317,9 +324,19 @@ class RunStore:
         with contextlib.suppress(OSError):
             os.utime(self._lock)  # for `server`
 
+    def _delete_rounds(self, last: int) -> None:
+        """Deletes the records up to that round, and adds them to the counts of deleted rounds."""
+        count = (
+            "INSERT INTO deleted_rounds SELECT json_extract(record, '$.round.stage'),"
+            " json_extract(record, '$.repeated') != '', count(*) FROM rounds WHERE round <= ? GROUP BY 1, 2"
+            " ON CONFLICT DO UPDATE SET count = count + excluded.count"
+        )
+        self._db.execute(count, (last,))
+        self._db.execute("DELETE FROM rounds WHERE round <= ?", (last,))
+
     def save_checkpoint(self, state: State, at: float) -> None:
         """Stores the state. Deletes earlier events, checkpoints and tensors; with --audit only those of rounds before
-        --audit-rounds.
+        --keep-rounds.
 
         Raises OSError or sqlite3.Error if it cannot be written; the previous checkpoint is valid then.
         """
@@ -346,10 +363,8 @@ class RunStore:
         config = self.origin.config
         if not config.audit:
             return last
-        if config.audit_rounds is None:
-            return 0
         query = "SELECT seq FROM checkpoints ORDER BY seq DESC LIMIT 1 OFFSET ?"
-        row = self._db.execute(query, (config.audit_rounds,)).fetchone()
+        row = self._db.execute(query, (config.keep_rounds,)).fetchone()
         return int(row[0]) if row else 0
 
     def save_joined(self, devices: Iterable[str]) -> None:
@@ -495,11 +510,20 @@ class RunStore:
         row = self._db.execute("SELECT record FROM rounds WHERE round = ?", (number,)).fetchone()
         return ClosedRound.model_validate_json(row[0]) if row else None
 
-    def closed_stages(self) -> list[tuple[Stage, str]]:
-        """Of every closed round, without its record: its stage, and why it was repeated ("": it was not)."""
-        stage, repeated = (f"json_extract(record, '$.{path}')" for path in ("round.stage", "repeated"))
-        query = f"SELECT {stage}, {repeated} FROM rounds ORDER BY round"
-        return [(Stage(stage), repeated) for stage, repeated in self._db.execute(query).fetchall()]
+    def closed_counts(self) -> dict[tuple[Stage, bool], int]:
+        """How many rounds the run has closed, also those whose records are deleted, by stage and whether they were
+        repeated."""
+        stage, repeated = "json_extract(record, '$.round.stage')", "json_extract(record, '$.repeated') != ''"
+        query = (
+            f"SELECT stage, repeated, sum(count) FROM (SELECT {stage} AS stage, {repeated} AS repeated, 1 AS count"
+            " FROM rounds UNION ALL SELECT stage, repeated, count FROM deleted_rounds) GROUP BY 1, 2"
+        )
+        return {(Stage(stage), bool(repeated)): count for stage, repeated, count in self._db.execute(query).fetchall()}
+
+    def repetitions(self) -> list[str]:
+        """Why rounds were repeated, in order."""
+        query = "SELECT json_extract(record, '$.repeated') AS why FROM rounds WHERE why != '' ORDER BY round"
+        return [why for (why,) in self._db.execute(query).fetchall()]
 
     def rejections(self) -> dict[int, str]:
         """By closed round, why the global expert that its devices measured was rejected."""
