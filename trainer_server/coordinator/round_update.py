@@ -276,7 +276,9 @@ def _combined(plan: Plan, state: State, layout: Layout, delta: Callable[[Plan, U
         late = state.round - update.round
         size = layout.size(update.level) if update.stage is Stage.GLOBAL else layout.total
         former = state.agreements.get(update.device) if state.announced and state.announced.index else None
-        contributions.append(Contribution(weight / (1 + late) ** 0.5, size, partial(read, accepted), former))
+        contributions.append(
+            Contribution(weight / (1 + late) ** 0.5, size, partial(read, accepted), former, update.device)
+        )
     least = privacy.shares if privacy else 1
     return aggregation.aggregation_rule.aggregate(contributions, layout.parts, least, plan.scratch)
 
