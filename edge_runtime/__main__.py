@@ -16,7 +16,7 @@ import typer
 
 from edge_runtime.settings import PredictSettings, Settings, StateSettings
 from edge_runtime.store import DeviceStore
-from fedfmsl.common.cli import application, console, print_json
+from fedfmsl.common.cli import application, print_json
 from fedfmsl.common.options import with_settings
 from fedfmsl.common.settings import read_settings
 from fedfmsl.errors import ConfigError
@@ -46,6 +46,7 @@ def _with_file(config: Path | None, flags: Mapping[str, Any]) -> tuple[Settings,
 def check(read: tuple[Settings, Path | None]) -> None:
     """Check what a run needs: clock, disk, broker, certificate, bundle, samples, memory. Writes nothing."""
     from edge_runtime.preflight import run_preflight
+    from fedfmsl.common.cli import console
 
     code = 0
     for finding in run_preflight(*read):
@@ -93,6 +94,7 @@ def status(
 ) -> None:
     """Show the state of this device. Fails if its daemon does not run."""
     from edge_runtime.daemon.status import check_alive, describe, read_health
+    from fedfmsl.common.cli import console
 
     store = DeviceStore(settings.state)
     health = read_health(store)
