@@ -7,6 +7,7 @@ import io
 import re
 import resource
 import shutil
+import time
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -96,6 +97,17 @@ def test_several_runs_and_a_new_one_are_found(vit: Built, tmp_path: Path) -> Non
         text = ask(site)[1]
     states = re.findall(r'<td class="(good|warn|bad)">([a-z ]+)</td>', text)
     assert states == [("good", "finished"), ("warn", "waiting for devices"), ("bad", "failed")]
+
+
+def test_a_run_that_waits_for_devices_says_for_which(vit: Built, tmp_path: Path) -> None:
+    folder = stored_run(tmp_path / "r", vit, devices=2, rounds=1)
+    waits = ServerView(seen=time.time(), waits="2 devices must answer and 1 can. Missing: b (offline)")
+    Observations(folder).save(waits, {})
+    with open_console(folder) as site:
+        page = ask(site, path_of(folder))[1]
+    assert (
+        "waiting for devices" in page and "The run waits: 2 devices must answer and 1 can. Missing: b (offline)" in page
+    )
 
 
 def test_the_state_of_a_device_has_its_reason(vit: Built, tmp_path: Path) -> None:

@@ -153,6 +153,14 @@ def test_what_names_no_tracker_is_refused(spec: str) -> None:
         sinks.parse(spec)
 
 
+def test_a_file_is_no_folder_of_event_files(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert sinks.parse(f"tensorboard:{tmp_path / 'new' / 'folder'}")[0] == "tensorboard"
+    for target in ("file", "file/below"):
+        with pytest.raises(ConfigError, match="file is a file; give a folder"):
+            sinks.parse(f"tensorboard:{tmp_path / target}")
+
+
 def test_a_missing_package_is_named_before_the_run_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sinks, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"needs the package wandb: pip install 'fedfmsl-edge\[wandb\]'"):

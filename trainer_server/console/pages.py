@@ -19,6 +19,7 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from fedfmsl.common.whole_folder import read_folder
 from fedfmsl.errors import ConfigError, RunError
 from fedfmsl.web.access import Access
 from fedfmsl.web.application import application, fragment, page
@@ -306,14 +307,14 @@ def _operation(form: Mapping[str, str], by: str, name: str) -> Operation:
 
 def _archive(snapshot: Snapshot) -> IO[bytes]:
     """The files of the global expert as a ZIP file."""
-    folder = snapshot.folder / EXPERT
-    paths = sorted(path for path in folder.glob("*") if path.is_file() and not path.name.startswith("."))
-    if not paths:
-        raise HTTPException(404, "There is no global expert yet: the first round of stage 1 is not closed.")
+    try:
+        files = read_folder(snapshot.folder / EXPERT)
+    except OSError as error:
+        raise HTTPException(404, "There is no global expert yet: the first round of stage 1 is not closed.") from error
     file = tempfile.SpooledTemporaryFile(IN_MEMORY)  # noqa: SIM115
     with zipfile.ZipFile(file, "w") as archive:
-        for path in paths:
-            archive.write(path, f"{EXPERT}/{path.name}")
+        for name, data in files.items():
+            archive.writestr(f"{EXPERT}/{name}", data)
     file.seek(0)
     return file
 

@@ -265,8 +265,8 @@ def test_accuracy(snapshot: Snapshot) -> tuple[float | None, float | None]:
 def privacy_budgets(snapshot: Snapshot) -> list[tuple[str, float]]:
     """ε by observer, of a device that has answered all rounds; none without differential privacy."""
     if snapshot.origin.config.privacy is None:
-        return []  # without a look at all rounds
-    closed = NoisedRounds.of((summary.stage, summary.repeated) for summary, _ in snapshot.closed)
+        return []
+    closed = NoisedRounds.of(snapshot.counts, snapshot.origin.spent_before)
     announced = None if snapshot.ended else snapshot.announced
     return list(privacy_budget(snapshot.origin.config, closed, announced, bool(snapshot.answered)).items())
 

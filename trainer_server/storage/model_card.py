@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
-from fedfmsl.common.files import write_atomically
 from fedfmsl.protocol.messages import Stage
 from fedfmsl.protocol.task_bundle import TaskBundle
 from trainer_server.config import RunConfig
 from trainer_server.coordinator.records import ClosedRound
-from trainer_server.storage.peft_adapter import ADAPTER_CONFIG
-
-CARD = "README.md"
 
 
 @dataclass(frozen=True)
@@ -35,13 +30,6 @@ def result_of(closed: ClosedRound) -> Result | None:
         return None
     devices = sum(metric in update.metrics for update in closed.updates.values())
     return Result(accuracy, "test" if evaluated else "held-out", devices, closed.round.round)
-
-
-def write_card(folder: Path, bundle: TaskBundle, config: RunConfig, result: Result | None) -> None:
-    """Writes the card beside the adapter in `folder`. Raises OSError."""
-    adapter = json.loads((folder / ADAPTER_CONFIG).read_bytes())
-    level = len(adapter["layers_to_transform"])
-    write_atomically(folder / CARD, model_card(bundle, config, level, result).encode())
 
 
 def model_card(bundle: TaskBundle, config: RunConfig, level: int, result: Result | None) -> str:
