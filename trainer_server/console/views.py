@@ -266,7 +266,7 @@ def privacy_budgets(snapshot: Snapshot) -> list[tuple[str, float]]:
     """ε by observer, of a device that has answered all rounds; none without differential privacy."""
     if snapshot.origin.config.privacy is None:
         return []
-    closed = NoisedRounds.of(snapshot.counts)
+    closed = NoisedRounds.of(snapshot.counts, snapshot.origin.spent_before)
     announced = None if snapshot.ended else snapshot.announced
     return list(privacy_budget(snapshot.origin.config, closed, announced, bool(snapshot.answered)).items())
 
