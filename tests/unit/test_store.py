@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import sqlite3
@@ -17,6 +18,8 @@ from support.training_contexts import announced_round
 
 from fedfmsl.errors import ConfigError, RunError
 from fedfmsl.protocol.messages import Stage
+from fedfmsl.protocol.task import Task
+from fedfmsl.protocol.task_bundle import TaskBundle
 from trainer_server.coordinator.advance import advance
 from trainer_server.coordinator.events import ClockTicked, OperatorActed, StatusSeen, Stop, StoreRound
 from trainer_server.coordinator.operator import Action, Operation
@@ -325,6 +328,32 @@ def test_a_run_of_an_earlier_version_is_refused(vit: Built, folder: Path) -> Non
         db.execute("ALTER TABLE rounds DROP COLUMN summary")
     with pytest.raises(RunError, match="is it a run of this version"):
         RunStore(folder)
+
+
+def test_a_run_without_a_task_is_refused(vit: Built, folder: Path) -> None:
+    """As before the class list left the bundle."""
+    store = open_run(folder, plan_for(vit).config, vit.bundle)
+    former = store.origin.model_dump(mode="json", exclude={"task"})
+    store.close()
+    with sqlite3.connect(folder / DATABASE) as db:
+        db.execute("UPDATE run SET origin = ?", (json.dumps(former),))
+    with pytest.raises(RunError, match=r"without a task; export its bundle again .*, and start a new run"):
+        RunStore(folder)
+
+
+def test_a_run_keeps_its_task(vit: Built, folder: Path) -> None:
+    config = plan_for(vit).config
+    store = open_run(folder, config, vit.bundle)
+    other = TaskBundle(vit.bundle, Task(vit.bundle.sha256, ("fig", "quince")))
+    open_run(folder, config, other).close()  # nothing has happened in the run yet
+    assert RunStore(folder).task().classes == ("fig", "quince")
+    store = open_run(folder, config, vit.bundle)
+    store.commit([LoggedEvent(0.0, ClockTicked())])
+    with pytest.raises(ConfigError, match=r"holds run 'r' with another task \(4 classes: 'apple', .*choose another"):
+        open_run(folder, config, other)
+    (folder / "tasks" / store.origin.task).write_bytes(other.task.blob)
+    with pytest.raises(RunError, match="was altered"):
+        store.task()
 
 
 def test_the_folder_of_a_run_belongs_to_its_owner(vit: Built, folder: Path) -> None:
