@@ -94,8 +94,8 @@ def prepare(
     try:
         scanned = folder.scan(FIRST_SCAN_SECONDS, report)
     except InputError:
-        server = receive_server_status(link, topics, HEAR_SECONDS, heartbeat) if known else None
-        if server is None or server.task == bundle.task.sha256:
+        heard = receive_server_status(link, topics, HEAR_SECONDS, heartbeat) if known else None
+        if heard is None or heard.task == bundle.task.sha256:
             raise
         return prepare(settings, link, topics, store, name, health, anew=True)
     report("measuring", 0, 1)
