@@ -57,6 +57,9 @@ def _facts(store: RunStore) -> dict[str, Any]:
     since, reason = store.outage()
     paused, excluded = store.standing()
     facts: dict[str, Any] = {"run": config.run, "session": store.origin.session, "server": vars(store.server())}
+    if store.origin.start is not None:
+        facts["goes_on_from"] = store.origin.start.text
+        facts |= {"not_counted": text} if (text := store.origin.uncounted) else {}
     if store.ended is None:
         view, _ = read_observations(store.folder)
         facts |= {"paused": True} if paused else {}
@@ -104,7 +107,9 @@ def _facts(store: RunStore) -> dict[str, Any]:
     }
     if config.privacy:
         is_answered = bool(store.pending_updates())
-        facts["epsilon"] = privacy_budget(config, NoisedRounds.of(closed), announced, is_answered)
+        facts["epsilon"] = privacy_budget(
+            config, NoisedRounds.of(closed, store.origin.spent_before), announced, is_answered
+        )
         facts["delta"] = config.delta
     return facts
 

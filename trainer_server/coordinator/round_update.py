@@ -171,9 +171,12 @@ def _with_first_head(plan: Plan, state: State, total: NDArray[np.floating[Any]])
 
 
 def _starting_from(plan: Plan, state: State, head: Vector) -> State:
-    expert = state.expert.copy()
+    """The state with this first head; in a warm start only its rows of new classes count."""
+    expert, level = state.expert.copy(), 1
+    if plan.warm:
+        head, level = plan.warm.with_new_rows(state.expert[: head.size], head), state.sal.level
     expert[: head.size] = head
-    return replace(state, expert=expert, start=expert[: plan.bundle.expert.size(1)])
+    return replace(state, expert=expert, start=expert[: plan.bundle.expert.size(level)])
 
 
 def _first_head(plan: Plan, sums: Mapping[str, Vector]) -> Vector:
@@ -198,7 +201,8 @@ def _with_expert(plan: Plan, state: State, combined: Aggregate, index: int, accu
     # after the last round no device would train a newly activated block
     last = index + 1 == plan.config.stage1_rounds or state.former.rejected
     sal = state.sal if last else plan.config.stage1_sal.observe(state.sal, accuracy)
-    first = plan.config.head is Head.ZEROS and index == 0 and not state.former.rejected
+    is_cold = not (plan.warm and plan.warm.kept.any()) and not state.former.rejected
+    first = plan.config.head is Head.ZEROS and index == 0 and is_cold
     start = expert[: plan.bundle.expert.size(1)] if first else state.start
     nlls = reported({key[1]: accepted.update for key, accepted in state.updates.items()})
     former = replace(state.former, nlls=nlls)
@@ -272,7 +276,9 @@ def _combined(plan: Plan, state: State, layout: Layout, delta: Callable[[Plan, U
         late = state.round - update.round
         size = layout.size(update.level) if update.stage is Stage.GLOBAL else layout.total
         former = state.agreements.get(update.device) if state.announced and state.announced.index else None
-        contributions.append(Contribution(weight / (1 + late) ** 0.5, size, partial(read, accepted), former))
+        contributions.append(
+            Contribution(weight / (1 + late) ** 0.5, size, partial(read, accepted), former, update.device)
+        )
     least = privacy.shares if privacy else 1
     return aggregation.aggregation_rule.aggregate(contributions, layout.parts, least, plan.scratch)
 
