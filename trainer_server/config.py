@@ -166,7 +166,13 @@ class RunRules(BaseModel):
         json_schema_extra=RUN,
     )
 
-    stage1_rounds: int = Field(12, ge=1, le=MAX_ROUNDS, description="Rounds of stage 1.", json_schema_extra=ROUNDS)
+    stage1_rounds: int = Field(
+        12,
+        ge=0,
+        le=MAX_ROUNDS,
+        description="Rounds of stage 1. 0 only with --from: stage 2 then starts at once.",
+        json_schema_extra=ROUNDS,
+    )
     stage2_rounds: int = Field(5, ge=1, le=MAX_ROUNDS, description="Rounds of stage 2.", json_schema_extra=ROUNDS)
     round_timeout: float = Field(
         600.0,
@@ -279,6 +285,8 @@ class RunRules(BaseModel):
                 f"--min-updates {self.min_updates} is more than --devices {self.devices}: no round could close; lower "
                 "it, or wait for more devices"
             )
+        if self.baseline and not self.stage1_rounds:
+            raise ValueError("--baseline trains for as many rounds as stage 1, not for --stage1-rounds 0; omit one")
         if self.fraction < 1 and self.select is not Selection.RANDOM:
             raise ValueError(f"--fraction {self.fraction:g} needs --select random, not {self.select.value}")
         return self

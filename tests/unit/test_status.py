@@ -13,8 +13,8 @@ from support.training_contexts import announced_round
 
 from edge_runtime.daemon.download import wait_for_server
 from edge_runtime.daemon.health import HealthReporter
-from edge_runtime.daemon.launch import RunOverError, wait_for_next_run
 from edge_runtime.daemon.lock import locked
+from edge_runtime.daemon.prepare import RunOverError, wait_for_next_run
 from edge_runtime.daemon.status import check_alive, describe
 from edge_runtime.resources.governor import Readings
 from edge_runtime.settings import Settings

@@ -36,7 +36,8 @@ def with_last_good(state: State) -> State:
     """The state with the last good global expert in place of the candidate. SAL's level stays: no round has trained the
     blocks above that of the last good one, so they change nothing. The server optimizer starts without momentum."""
     good, moments = state.good, Moments.zeros(state.expert.size)
-    return replace(state, expert=good.expert, made=good.round, expert_moments=moments, former=FormerHead())
+    former = FormerHead(rejected=state.former.rejected or state.former.head.size > 0)
+    return replace(state, expert=good.expert, made=good.round, expert_moments=moments, former=former)
 
 
 def with_verdict(plan: Plan, state: State, closing: Round) -> State:

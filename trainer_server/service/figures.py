@@ -38,7 +38,8 @@ class Figures:
 
     @classmethod
     def of_run(cls, store: RunStore) -> Figures:
-        return cls(NoisedRounds.of(store.closed_counts()) if store.origin.config.privacy else NoisedRounds())
+        origin = store.origin
+        return cls(NoisedRounds.of(store.closed_counts() if origin.config.privacy else {}, origin.spent_before))
 
     def closed(self, record: ClosedRound, seconds: float) -> None:
         """`seconds`: how long the closing took."""

@@ -7,7 +7,7 @@
     RUN/certificates.json  when the certificates of server and broker expire
     RUN/outage.json      since when and why there is no connection to the broker
     RUN/tasks/SHA256     the run's task
-    RUN/tensors/SHA256   the checkpoint's tensors, and the updates accepted after it
+    RUN/tensors/SHA256   the checkpoint's tensors, the updates accepted after it, and what the run goes on from
     RUN/experts/         see `trainer_server.storage.kept_experts`
 
 Order of writes: first the complete tensor file, then its event, then the acknowledgement. So a crash leaves at most a
@@ -50,7 +50,9 @@ from trainer_server.coordinator.limits import Limits
 from trainer_server.coordinator.operator import Operation, after_operations
 from trainer_server.coordinator.records import ClosedRound, RoundSummary
 from trainer_server.coordinator.state import TRAINING, State
+from trainer_server.coordinator.warm_start import WarmStart
 from trainer_server.storage.checkpoint import Checkpoint, vectors_of
+from trainer_server.storage.start_record import Start, StartOrigin, warm_start_of
 
 DATABASE = "run.sqlite"
 TASKS = "tasks"
@@ -83,13 +85,27 @@ CREATE TABLE IF NOT EXISTS refusals (
 
 
 class Origin(BaseModel):
-    """What a run was started with. `bundle`: the bundle's folder. `sha256`: the bundle's hash. `task`: the task's."""
+    """What a run was started with. `bundle`: the bundle's folder. `sha256`: the bundle's hash. `task`: the task's.
+    `start`: what it goes on from; None if it starts afresh."""
 
     config: RunConfig
     session: str
     bundle: Path
     sha256: str
     task: str
+    start: StartOrigin | None = None
+
+    @property
+    def spent_before(self) -> dict[str, float]:
+        """The sums of μ² of earlier runs, by observer."""
+        return dict(self.start.mu_squared or {}) if self.start else {}
+
+    @property
+    def uncounted(self) -> str:
+        """What the privacy budget does not count of earlier runs; "" if it counts all."""
+        if self.start is None or self.config.privacy is None or self.start.mu_squared is not None:
+            return ""
+        return f"ε counts this run only: what was sent for {self.start.source} had no noise, or is unknown"
 
 
 @dataclass(frozen=True)
@@ -149,11 +165,13 @@ class RunStore:
             raise RunError(f"{path} cannot be read ({error}); is it a run of this version?") from error
 
     @classmethod
-    def create(cls, folder: Path, origin: Origin, task: Task) -> RunStore:
+    def create(cls, folder: Path, origin: Origin, task: Task, start: Start | None = None) -> RunStore:
         """Raises OSError or sqlite3.Error if it cannot be written."""
+        origin = origin.model_copy(update={"start": start.origin if start else None})
         folder.mkdir(0o700, parents=True, exist_ok=True)  # it holds updates of devices
         (folder / "tensors").mkdir(exist_ok=True)
         _write_task(folder, task)
+        _write_start(folder, start)
         with closing(sqlite3.connect(folder / DATABASE, timeout=BUSY_SECONDS, isolation_level=None)) as db:
             db.execute("PRAGMA journal_mode = WAL")
             db.execute("PRAGMA synchronous = FULL")
@@ -228,19 +246,26 @@ class RunStore:
             raise RunError(f"{path} was altered (wrong SHA-256); restore it from a backup")
         return blob
 
+    def warm_start(self) -> WarmStart | None:
+        """What the run goes on from. Raises RunError if its tensor file is missing or altered."""
+        start = self.origin.start
+        return warm_start_of(start, self._unpack(start.sha256, _Vectors)[1]) if start else None
+
     def is_unstarted(self) -> bool:
         """Whether no event has been stored yet."""
         query = "SELECT (SELECT count(*) FROM checkpoints) + (SELECT count(*) FROM events) = 0"
         return self.ended is None and bool(self._db.execute(query).fetchone()[0])
 
-    def reset(self, config: RunConfig, bundle: TaskBundle) -> None:
+    def reset(self, config: RunConfig, bundle: TaskBundle, start: Start | None = None) -> None:
         """Replaces the settings of an unstarted run."""
         _write_task(self.folder, bundle.task)
+        _write_start(self.folder, start)
         renewed = {
             "config": config,
             "bundle": bundle.root.absolute(),
             "sha256": bundle.sha256,
             "task": bundle.task.sha256,
+            "start": start.origin if start else None,
         }
         self.origin = self.origin.model_copy(update=renewed)
         self._db.execute("UPDATE run SET origin = ?", (self.origin.model_dump_json(),))
@@ -328,6 +353,7 @@ class RunStore:
         if first:
             query = "SELECT sha256 FROM checkpoints UNION SELECT sha256 FROM events WHERE sha256 IS NOT NULL"
             needed = {name for (name,) in self._db.execute(query)}
+            needed |= {self.origin.start.sha256} if self.origin.start else set()
             for path in self.tensors.iterdir():
                 if path.name not in needed:
                     path.unlink(missing_ok=True)
@@ -565,6 +591,12 @@ def _write_task(folder: Path, task: Task) -> None:
     """Raises OSError."""
     (folder / TASKS).mkdir(exist_ok=True)
     write_atomically(folder / TASKS / task.sha256, task.blob, durable=True)
+
+
+def _write_start(folder: Path, start: Start | None) -> None:
+    """Raises OSError."""
+    if start:
+        write_atomically(folder / "tensors" / start.origin.sha256, start.blob, durable=True)
 
 
 def _check_version(path: Path, origin: str) -> None:
