@@ -17,7 +17,6 @@ from edge_runtime.training.stored_model import read_personal_model, served_accur
 from fedfmsl.errors import BrokerError, InputError, RunError
 from fedfmsl.protocol.messages import MAX_HEARTBEAT_AGE, Activity, Health, Stage
 from fedfmsl.transport.identity import describe_expiry
-from fedfmsl.transport.tls_errors import is_rejection
 
 LISTED = 20  # reasons for which files are skipped
 
@@ -47,7 +46,7 @@ def check_alive(health: Health, state: Path) -> None:
         raise RunError(f"the daemon ended after its heartbeat {_ago(age)}; check its log and start it again")
     if age > MAX_HEARTBEAT_AGE:
         raise RunError(f"the daemon's last heartbeat was {_ago(age)}; check its log and start it again")
-    if is_rejection(health.disconnected):
+    if health.rejected:
         raise BrokerError(f"the broker refuses this device: {health.disconnected}")
 
 

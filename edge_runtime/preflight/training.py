@@ -37,8 +37,8 @@ def check_bundle(settings: Settings, context: Context) -> Iterator[Finding]:
             raise BundleError(
                 f"bundle {root} is not that of run {settings.run!r}; omit --bundle to download it from the server"
             )
-        task = context.task or store.tasks.present()
-        if task is not None and task.bundle == bundle.sha256:
+        task = context.task or store.tasks.known_for(bundle)
+        if task is not None:
             context.bundle = TaskBundle(bundle, task)
         yield Finding("bundle", f"{bundle.manifest.model} at {root}, checksums OK")
         return
