@@ -15,6 +15,8 @@ STATE/baseline           the expert trained alone, in a run with a baseline
 STATE/cache/             the feature cache
 STATE/results.json       the last evaluation
 STATE/mixture            the device's own part of the personalized model, as of the last round
+STATE/former             that of the model which predictions used before
+STATE/mixture.lock       held while one of the two is replaced
 STATE/personalized.onnx  the personalized model in one file
 STATE/exported           session and round of that file
 STATE/lock               held by the process that uses this directory
@@ -102,6 +104,14 @@ class DeviceStore:
         return self.root / "mixture"
 
     @property
+    def former(self) -> Path:
+        return self.root / "former"
+
+    @property
+    def mixture_lock(self) -> Path:
+        return self.root / "mixture.lock"
+
+    @property
     def personalized(self) -> Path:
         return self.root / "personalized.onnx"
 
@@ -184,8 +194,8 @@ class DeviceStore:
 
     def remove_temporary_files(self) -> None:
         """Removes the temporary files of a killed process. No other process may write at the same time."""
-        files = [self.personal, self.baseline, self.residual, self.results, self.mixture, self.personalized]
-        files += [self.health, self.skipped, self.exported, self.budget.path, self.secure.path]
+        files = [self.personal, self.baseline, self.residual, self.results, self.mixture, self.former]
+        files += [self.personalized, self.health, self.skipped, self.exported, self.budget.path, self.secure.path]
         files += [self.renewed.path, self.renewed.next_key]
         temporary = [path for folder in ("globals", "outbox") for path in (self.root / folder).glob(".*")]
         temporary += [each for path in files for each in path.parent.glob(f".{path.name}.*")]
