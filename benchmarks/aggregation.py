@@ -35,9 +35,9 @@ from fedfmsl.algorithms.privacy import Privacy
 from fedfmsl.common.cli import application
 from fedfmsl.common.files import write_atomically
 from fedfmsl.errors import ConfigError, RunError
-from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.class_names import write_names
 from fedfmsl.protocol.messages import Encoding, Stage
+from fedfmsl.protocol.task_bundle import TaskBundle
 from simulation.federation import History, accuracies, federate, honest, scaled
 from simulation.fleet import open_folders
 from trainer_server.config import STAGE1, STAGE2, Aggregation, Optimizer, Rule, RunConfig, Selection, Trigger, sal_rules
@@ -203,7 +203,7 @@ def _summary(history: History) -> dict[str, Any]:
     }
 
 
-def trial_bundle(folder: Path, classes: Sequence[str], seed: int) -> Bundle:
+def trial_bundle(folder: Path, classes: Sequence[str], seed: int) -> TaskBundle:
     """The trial's backbone as a bundle in `folder`, built once. Raises RunError if the build fails."""
     if not folder.is_dir():
         command = ["export.build", "--model", "dinov2-s14", "--weights", str(ASSETS / "dinov2-s14")]
@@ -213,7 +213,7 @@ def trial_bundle(folder: Path, classes: Sequence[str], seed: int) -> Bundle:
         command += ["--seed", str(seed), "--out", str(folder)]
         if subprocess.run([sys.executable, "-m", *command], check=False).returncode:
             raise RunError(f"the bundle {folder} could not be built; see the output above")
-    return Bundle.load(folder)
+    return TaskBundle.open(folder)
 
 
 def trial_photos() -> tuple[Files, Files]:

@@ -24,8 +24,8 @@ from fedfmsl.common.class_folders import folder_classes, has_splits, subfolders
 from fedfmsl.common.cli import application
 from fedfmsl.common.files import write_atomically
 from fedfmsl.errors import ConfigError, InputError, RunError
-from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.class_names import write_names
+from fedfmsl.protocol.task_bundle import TaskBundle
 from simulation.charts import own_against_novel
 from simulation.methods import METHODS
 from simulation.results import STREAM, Result, grouped, read_results, spread, value_of
@@ -145,7 +145,7 @@ def _copy_results(source: Path, target: Path) -> None:
         shutil.copyfile(path, target / path.name)
 
 
-def build_bundle(folder: Path, images: Path, levels: int, precision: str = "fp32", size: int = SIZE) -> Bundle:
+def build_bundle(folder: Path, images: Path, levels: int, precision: str = "fp32", size: int = SIZE) -> TaskBundle:
     """The trial's backbone with so many levels, for photos of `size` pixels, built once. Raises RunError if the build
     fails."""
     if not folder.is_dir():
@@ -156,7 +156,7 @@ def build_bundle(folder: Path, images: Path, levels: int, precision: str = "fp32
         command = ["--model", "dinov2-s14", "--weights", str(weights), "--classes-file", str(names)]
         command += ["--precision", precision]
         _python("export.build", *command, "--image-size", str(size), "--levels", str(levels), "--out", str(folder))
-    return Bundle.load(folder)
+    return TaskBundle.open(folder)
 
 
 def classes_of(images: Path) -> list[str]:

@@ -29,7 +29,7 @@ from edge_runtime.data.inputs import reader_of
 from edge_runtime.data.samples import Sample, Splits
 from edge_runtime.training.stages import StageResult
 from fedfmsl.common.files import write_atomically
-from fedfmsl.protocol.bundle import Bundle
+from fedfmsl.protocol.task_bundle import TaskBundle
 from simulation.federation import accuracies, federate, scaled
 from simulation.fleet import LocalFleet, compute_features
 from simulation.store import FileStore
@@ -192,7 +192,7 @@ def _names(hostile: int) -> frozenset[str]:
     return frozenset(f"device-{index}" for index in range(hostile))
 
 
-def _run(bundle: Bundle, folders: Sequence[Path], row: Row, seed: int, hostile: int, threads: int) -> Result:
+def _run(bundle: TaskBundle, folders: Sequence[Path], row: Row, seed: int, hostile: int, threads: int) -> Result:
     """By device: the accuracies of MODELS on its test samples, and their number."""
     attack = row.attack
     bad = _names(hostile) if attack is not None else frozenset()
@@ -201,12 +201,12 @@ def _run(bundle: Bundle, folders: Sequence[Path], row: Row, seed: int, hostile: 
         return attack.change(result) if attack is not None and device in bad else result
 
     kind = reader_of(bundle).kind
-    splits = {folder.name: scan_once(folder, bundle.manifest.classes, kind) for folder in folders}
+    splits = {folder.name: scan_once(folder, bundle.classes, kind) for folder in folders}
     contents = sorted({sample.sha256 for each in splits.values() for sample in each.samples})
     if row.absent:
         splits = {name: each for name, each in splits.items() if name not in _names(hostile)}
     if attack is not None and attack.flips_labels:
-        splits |= {name: _flipped(splits[name], len(bundle.manifest.classes)) for name in bad}
+        splits |= {name: _flipped(splits[name], len(bundle.classes)) for name in bad}
     features = Features(FileStore(FOLDER / "hostile-cache", contents), bundle, threads)
     splits = compute_features(features, splits, bundle.manifest.levels)
     with TemporaryDirectory(prefix="fedfmsl-hostile-") as states:

@@ -24,8 +24,10 @@ from fedfmsl.protocol.bundle import (
     file_sha256,
 )
 from fedfmsl.protocol.encoding import encode
-from fedfmsl.protocol.layout import HEAD, Layout
+from fedfmsl.protocol.layout import Layout
 from fedfmsl.protocol.messages import Round, Stage, Sums, Update
+from fedfmsl.protocol.task import TASK
+from fedfmsl.protocol.task_bundle import TaskBundle, with_numbered_classes
 
 INIT = "init.safetensors"
 GATE_WIDTH = 32
@@ -36,22 +38,19 @@ VIT_B16_PARAMETERS = 85_798_656
 
 def layout_bundle(
     folder: Path, levels: int = 12, hidden: int = 768, blocks: int = 12, rank: int = 4, classes: int = 100
-) -> Bundle:
+) -> TaskBundle:
     """Writes a bundle with the layout of ViT-B/16, or of a smaller ViT, and without weights.
 
     The server and `benchmarks.simulated` can use it. It cannot be trained.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    shapes: list[tuple[str, str, tuple[int, ...]]] = [
-        (HEAD, "classifier.weight", (classes, hidden)),
-        (HEAD, "classifier.bias", (classes,)),
-    ]
+    shapes: list[tuple[str, str, tuple[int, ...]]] = []
     for block in reversed(range(blocks - levels, blocks)):
         for target in ("query", "value"):
             module = f"encoder.layer.{block}.attention.attention.{target}"
             shapes.append((str(block), f"{module}.lora_A.weight", (rank, hidden)))
             shapes.append((str(block), f"{module}.lora_B.weight", (hidden, rank)))
-    expert = Layout.build(shapes)
+    lora = Layout.build(shapes)
     gate = Layout.build(
         [
             ("gate", "gate.down.weight", (GATE_WIDTH, hidden)),
@@ -61,18 +60,17 @@ def layout_bundle(
         ]
     )
     rng = np.random.default_rng(0)
-    initial = {name: rng.normal(0, STEP, size) for name, size in (("expert", expert.total), ("gate", gate.total))}
+    initial = {name: rng.normal(0, STEP, size) for name, size in (("lora", lora.total), ("gate", gate.total))}
     (folder / INIT).write_bytes(save({name: values.astype(np.float32) for name, values in initial.items()}))
     manifest = Manifest(
         model="layout-only",
         family="vit",
         precision="fp32",
         preprocessing=ImagePreprocessing(size=224, mean=HALF, std=HALF),
-        dims=Dims(tokens=197, hidden=hidden, feature=hidden, blocks=blocks, classes=classes),
+        dims=Dims(tokens=197, hidden=hidden, feature=hidden, blocks=blocks),
         lora=LoraSpec(rank=rank, alpha=2 * rank, targets=("query", "value")),
         levels=levels,
-        classes=tuple(f"class-{index}" for index in range(classes)),
-        expert_layout=expert.slots,
+        lora_layout=lora.slots,
         gate_layout=gate.slots,
         peft=PeftSpec(
             base="layout-only",
@@ -83,14 +81,15 @@ def layout_bundle(
             classifier_width=hidden,
         ),
         backbone_parameters=VIT_B16_PARAMETERS,
-        tuned_parameters=expert.total,
         files={INIT: FileEntry(size=(folder / INIT).stat().st_size, sha256=file_sha256(folder / INIT))},
     )
     (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1))
-    return Bundle.load(folder)
+    bundle = with_numbered_classes(Bundle.load(folder), classes)
+    (folder / TASK).write_bytes(bundle.task.blob)
+    return bundle
 
 
-def update_of(bundle: Bundle, device: str, task: Round, level_cap: int) -> tuple[Update, Tensors]:
+def update_of(bundle: TaskBundle, device: str, task: Round, level_cap: int) -> tuple[Update, Tensors]:
     """The update of a simulated device. It depends only on device, stage and index in the stage: two runs that count
     the same updates have bit-identical globals."""
     rng = np.random.default_rng([*device.encode(), list(Stage).index(task.stage), task.index])
@@ -100,8 +99,8 @@ def update_of(bundle: Bundle, device: str, task: Round, level_cap: int) -> tuple
     if task.stage is Stage.STATISTICS:
         tensors = _statistics(bundle, samples, rng, bundle.manifest.dims.feature)
     elif task.stage is Stage.HEAD:
-        dims = bundle.manifest.dims
-        tensors = _head_statistics(bundle, samples, rng, dims.classes if task.sums is Sums.LOGITS else dims.feature)
+        classes, feature = len(bundle.classes), bundle.manifest.dims.feature
+        tensors = _head_statistics(bundle, samples, rng, classes if task.sums is Sums.LOGITS else feature)
     elif task.stage is Stage.GLOBAL:
         values = STEP * rng.standard_normal(bundle.expert.size(level), np.float32)
         tensors = encode(bundle.expert, values, task.encoding)
@@ -121,7 +120,7 @@ def update_of(bundle: Bundle, device: str, task: Round, level_cap: int) -> tuple
     return update, tensors
 
 
-def _head_statistics(bundle: Bundle, samples: int, rng: np.random.Generator, width: int) -> Tensors:
+def _head_statistics(bundle: TaskBundle, samples: int, rng: np.random.Generator, width: int) -> Tensors:
     """Of values with the class sums of `_statistics`, and with the same variance in every direction."""
     sums = _statistics(bundle, samples, rng, width)
     counts = sums["class_counts"]
@@ -134,11 +133,11 @@ def _head_statistics(bundle: Bundle, samples: int, rng: np.random.Generator, wid
     }
 
 
-def _statistics(bundle: Bundle, samples: int, rng: np.random.Generator, width: int) -> Tensors:
+def _statistics(bundle: TaskBundle, samples: int, rng: np.random.Generator, width: int) -> Tensors:
     """Of `samples` unit vectors of this width with random classes. All vectors of a class are equal."""
-    dims = bundle.manifest.dims
-    counts = np.bincount(rng.integers(0, dims.classes, samples), minlength=dims.classes)
-    directions = rng.standard_normal((dims.classes, width), np.float32)
+    classes = len(bundle.classes)
+    counts = np.bincount(rng.integers(0, classes, samples), minlength=classes)
+    directions = rng.standard_normal((classes, width), np.float32)
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)
     return {
         "class_sums": (counts[:, None] * directions).astype(np.float32),

@@ -24,8 +24,9 @@ from edge_runtime.data.samples import Sample, labels_of
 from edge_runtime.engines.memory import peak_rss_mb
 from edge_runtime.engines.step_graph import StepGraphEngine
 from edge_runtime.training.loop import Targets, predict_log_p, train
-from fedfmsl.protocol.bundle import Bundle, ImagePreprocessing, file_sha256
+from fedfmsl.protocol.bundle import ImagePreprocessing, file_sha256
 from fedfmsl.protocol.messages import Training
+from fedfmsl.protocol.task_bundle import TaskBundle
 
 HELD_OUT = 0.2
 
@@ -57,12 +58,12 @@ class Seconds:
 
 
 def edge(setting: Setting) -> Seconds:
-    bundle, spent = Bundle.load(Path(setting.bundle)), Seconds()
-    train_on, held_out = _split(setting, bundle.manifest.dims.classes)
+    bundle, spent = TaskBundle.open(Path(setting.bundle)), Seconds()
+    train_on, held_out = _split(setting, len(bundle.classes))
     cache = FeatureCache(DiskCache(Path(setting.scratch)), bundle, setting.threads)
     engine = StepGraphEngine(bundle, setting.threads)
     training = Training(epochs=setting.epochs, batch_size=setting.batch, learning_rate=1e-3)
-    bias = np.zeros(bundle.manifest.dims.classes, np.float32)
+    bias = np.zeros(len(bundle.classes), np.float32)
     theta = bundle.initial()[0]
     targets = Targets.cross_entropy(labels_of(train_on))
     for round_, level in enumerate(setting.levels):
@@ -90,13 +91,12 @@ def torch(setting: Setting) -> Seconds:
     from export.weights import load_backbone
 
     torch.set_num_threads(setting.threads)
-    manifest, spent = Bundle.load(Path(setting.bundle)).manifest, Seconds()
+    bundle, spent = TaskBundle.open(Path(setting.bundle)), Seconds()
+    manifest = bundle.manifest
     preprocessing = manifest.preprocessing
     assert isinstance(preprocessing, ImagePreprocessing)
-    train_on, held_out = _split(setting, manifest.dims.classes)
-    source = load_backbone(
-        setting.model, setting.weights, manifest.dims.classes, preprocessing.size, None, setting.seed
-    )
+    train_on, held_out = _split(setting, len(bundle.classes))
+    source = load_backbone(setting.model, setting.weights, len(bundle.classes), preprocessing.size, None, setting.seed)
     source.model.set_attn_implementation("sdpa")  # the default of transformers
     model = add_lora(source, manifest.lora, manifest.dims.blocks, setting.seed)
     started = time.perf_counter()

@@ -119,7 +119,7 @@ def _stage1(simulation: Simulation, cell: Cell, method: FedFMSL) -> Run:
     fleet.close()
     members = [parts[name] for name in fleet.names]
     return Run(
-        classes=len(fleet.bundle.manifest.classes),
+        classes=len(fleet.bundle.classes),
         head=expert[: fleet.bundle.expert.size(0)],
         train=[part["train"] for part in members],
         held_out=_joined(part["held_out"] for part in members),

@@ -23,7 +23,7 @@ from edge_runtime.engines.step_graph import StepGraphEngine
 from edge_runtime.resources.providers import SPREAD, cosine, offered_providers, random_inputs, relative_error
 from fedfmsl.common.cli import application, console
 from fedfmsl.errors import BundleError
-from fedfmsl.protocol.bundle import Bundle
+from fedfmsl.protocol.task_bundle import TaskBundle
 
 app = application("Measure the execution providers of the installed ONNX Runtime.")
 
@@ -38,7 +38,7 @@ def main(
     seed: int = typer.Option(0, help="Seed of the samples."),
 ) -> None:
     """Print a Markdown table. Times are medians; errors are relative to the CPU's results in the Euclidean norm."""
-    loaded = Bundle.load(bundle)
+    loaded = TaskBundle.open(bundle)
     chosen = [level for level in map(int, levels.split(",")) if level <= loaded.manifest.levels]
     console.print(f"onnxruntime {onnxruntime.__version__}, {loaded.manifest.model}, batches of {BATCH}")
     print("| provider | computation | ms | × cpu | error | gradient cosine |\n|---|---|---|---|---|---|")
@@ -67,14 +67,14 @@ def main(
 
 
 def computations(
-    bundle: Bundle, provider: str, levels: list[int], seed: int
+    bundle: TaskBundle, provider: str, levels: list[int], seed: int
 ) -> Iterator[tuple[str, Callable[[], NDArray[Any]]]]:
     """Names and computations of one provider. Each returns one vector: pooled features, or a gradient."""
     dims = bundle.manifest.dims
     rng = np.random.default_rng(seed)
     samples = random_inputs(bundle, BATCH, rng)
     hidden = rng.standard_normal((BATCH, dims.tokens, dims.hidden), np.float32)
-    batch = Batch.cross_entropy(hidden, rng.integers(0, dims.classes, BATCH), dims.classes)
+    batch = Batch.cross_entropy(hidden, rng.integers(0, len(bundle.classes), BATCH), len(bundle.classes))
     session = open_session(bundle, "features.onnx", 0, provider=provider)
     yield "features", lambda: run(session, ["pooled"], samples)[0].ravel()
     for level in levels:

@@ -29,8 +29,8 @@ from edge_runtime.daemon.timing import ACK_TIMEOUT
 from fedfmsl.common.backoff import Backoff
 from fedfmsl.common.cli import application
 from fedfmsl.errors import BrokerError, ConfigError
-from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.messages import Round
+from fedfmsl.protocol.task_bundle import TaskBundle
 from fedfmsl.protocol.tensors import pack
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.link import KEEPALIVE_SECONDS
@@ -46,7 +46,7 @@ class SimulatedFleet:
 
     def __init__(
         self,
-        bundle: Bundle,
+        bundle: TaskBundle,
         run: str,
         broker: str,
         names: Sequence[str],
@@ -142,7 +142,7 @@ def simulate(
 ) -> None:
     """Simulate many devices of a run, in one process."""
     fleet = SimulatedFleet(
-        Bundle.load(bundle),
+        TaskBundle.open(bundle),
         run,
         broker,
         device_names(devices, first),

@@ -40,10 +40,10 @@ from edge_runtime.daemon.state import (
 )
 from fedfmsl.common.backoff import Backoff
 from fedfmsl.errors import BrokerError, RunError
-from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.chunks import CHUNK_BYTES, MAX_BLOB_BYTES, Assembler, chunks
 from fedfmsl.protocol.duplicate_name import DuplicateNameGuard
 from fedfmsl.protocol.messages import Ack, DeviceStatus, Round, ServerStatus, encode, parse
+from fedfmsl.protocol.task_bundle import TaskBundle
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.link import QOS
 
@@ -55,7 +55,7 @@ class Fleet(Protocol):
 
     host: str
     port: int
-    bundle: Bundle
+    bundle: TaskBundle
     topics: Topics
     level_cap: int
     keepalive: int

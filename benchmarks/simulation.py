@@ -32,7 +32,7 @@ from devices.trial.assets import ASSETS
 from fedfmsl.common.cli import application
 from fedfmsl.common.files import write_atomically
 from fedfmsl.errors import InputError
-from fedfmsl.protocol.bundle import Bundle
+from fedfmsl.protocol.task_bundle import TaskBundle
 from simulation.results import key_of
 
 RUNS, REPORT = Path("runs/simulation-benchmark"), Path(__file__).with_name("simulation.md")
@@ -96,7 +96,7 @@ class Benchmark:
         job = replace(self.job, features=str(self.folder / "ours-0" / "features"), seed=seed)
         return self._measured(f"ours-{seed}", lambda out: command(job, out), os.environ, lambda: self.loaded)
 
-    def int8(self, bundle: Bundle) -> Run:
+    def int8(self, bundle: TaskBundle) -> Run:
         """Our run with another bundle, which also evaluates it."""
         name = "ours-int8"
         job = replace(self.job, bundle=str(bundle.root), features=str(self.folder / name / "features"))

@@ -16,8 +16,9 @@ from edge_runtime.data.features import Features
 from edge_runtime.data.samples import Sample, Splits, assign_splits, labels_of
 from edge_runtime.training.context import Samples
 from fedfmsl.algorithms.arrays import Vector
-from fedfmsl.protocol.bundle import Bundle, ImagePreprocessing
+from fedfmsl.protocol.bundle import ImagePreprocessing
 from fedfmsl.protocol.messages import Training
+from fedfmsl.protocol.task_bundle import TaskBundle
 from simulation.datasets import Dataset, load_folder
 from simulation.fleet import LocalFleet, compute_features
 from simulation.methods.base import MethodSettings, round_seed
@@ -65,7 +66,7 @@ class LoadedJob:
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self.bundle = Bundle.load(Path(job.bundle))
+        self.bundle = TaskBundle.open(Path(job.bundle))
         self.data: Dataset = load_folder(Path(job.images), self.bundle, False, TEST_SHARE)
         names = sorted(sample.sha256 for sample in (*self.data.train, *self.data.test))
         self.features = Features(
@@ -140,7 +141,7 @@ def write_for_flower(loaded: LoadedJob, folder: Path, levels: tuple[int, ...]) -
             "weights": job.weights,
             **bundle.manifest.lora.model_dump(),
             "layout": [slot.name for slot in bundle.expert.slots],
-            "classes": bundle.manifest.dims.classes,
+            "classes": len(bundle.classes),
             "devices": job.devices,
             "learning_rate": job.learning_rate,
             "weight_decay": settings.training.weight_decay,

@@ -150,7 +150,7 @@ def bundle_of(model: str, weights: str | None, precision: str, ort_training: Pat
     with_training = ort_training is not None and precision == "fp32"
     folder = Path("bundles") / f"benchmark-{model}-{precision}{'-training' if with_training else ''}"
     if not (folder / "manifest.json").is_file():
-        command = [sys.executable, "-m", "export.build", "--model", model, "--out", str(folder)]
+        command = [sys.executable, "-m", "export.build", "--model", model, "--classes", "100", "--out", str(folder)]
         command += ["--precision", precision, *(["--weights", weights] if weights else [])]
         command += ["--ort-training"] if with_training else []
         if subprocess.run(command, env=_environment(ort_training if with_training else None), check=False).returncode:

@@ -23,8 +23,9 @@ from edge_runtime.engines.base import Batch
 from edge_runtime.engines.factory import open_engine
 from edge_runtime.engines.memory import peak_rss_mb
 from edge_runtime.training.loop import Targets
-from fedfmsl.protocol.bundle import Bundle, ImagePreprocessing
+from fedfmsl.protocol.bundle import ImagePreprocessing
 from fedfmsl.protocol.messages import EngineChoice, Training
+from fedfmsl.protocol.task_bundle import TaskBundle
 
 LEARNING_RATE = 1e-3
 PRODUCT_SIDE = 2048
@@ -65,16 +66,16 @@ def make(name: str, setting: Setting) -> Variant:
 def _engine(choice: EngineChoice, setting: Setting, level: int) -> Variant:
     from benchmarks.flops import graph_flops
 
-    bundle = Bundle.load(setting.bundle)
+    bundle = TaskBundle.open(setting.bundle)
     dims, size = bundle.manifest.dims, bundle.expert.size(level)
     rng = np.random.default_rng(setting.seed)
-    targets = Targets.cross_entropy(rng.integers(0, dims.classes, setting.batch))
+    targets = Targets.cross_entropy(rng.integers(0, len(bundle.classes), setting.batch))
     hidden = rng.normal(size=(setting.batch, dims.tokens, dims.hidden)).astype(np.float32)
-    batch = Batch(hidden, targets.labels, targets.gate, targets.other, np.zeros(dims.classes, np.float32))
+    batch = Batch(hidden, targets.labels, targets.gate, targets.other, np.zeros(len(bundle.classes), np.float32))
     engine = open_engine(choice, bundle, setting.threads)
     engine.load(level)
     engine.set(bundle.initial()[0][:size], Training(epochs=1, learning_rate=LEARNING_RATE))
-    flops = graph_flops(bundle.path(f"step-{level}.onnx"), setting.batch, size, (dims.classes, dims.feature))
+    flops = graph_flops(bundle.path(f"step-{level}.onnx"), setting.batch, size, (len(bundle.classes), dims.feature))
     return Variant(lambda: engine.step(batch), flops)
 
 
@@ -87,19 +88,20 @@ def _torch(setting: Setting, level: int | None) -> Variant:
     from export.weights import load_backbone
 
     torch.set_num_threads(setting.threads)
-    manifest = Bundle.load(setting.bundle).manifest
+    bundle = TaskBundle.open(setting.bundle)
+    manifest = bundle.manifest
     assert isinstance(manifest.preprocessing, ImagePreprocessing)
     dims, size = manifest.dims, manifest.preprocessing.size
-    source = load_backbone(setting.model, setting.weights, dims.classes, size, None, setting.seed)
+    source = load_backbone(setting.model, setting.weights, len(bundle.classes), size, None, setting.seed)
     source.model.set_attn_implementation("sdpa")  # the default of transformers
     model = add_lora(source, manifest.lora, level or dims.blocks, setting.seed)
     model.train()
-    labels = torch.randint(0, dims.classes, (setting.batch,))
+    labels = torch.randint(0, len(bundle.classes), (setting.batch,))
     pixels = torch.randn(setting.batch, 3, size, size)
     hidden = torch.randn(setting.batch, dims.tokens, dims.hidden)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
     backbone = source.backbone
-    classify = torch.nn.Linear(dims.hidden, dims.classes)
+    classify = torch.nn.Linear(dims.hidden, len(bundle.classes))
 
     def logits() -> Any:
         if level is None:

@@ -36,6 +36,7 @@ MODULES = (
     "edge_runtime.__main__",
     "trainer_server.__main__",
     "export.build",
+    "export.task",
     "export.hub",
     "devices.provision",
     "devices.install",
@@ -92,7 +93,7 @@ def _snapshot() -> Snapshot:
     plan = Mock(config=Mock(run="", privacy=privacy, delta=0.5, secure=False), session="", bundle=Mock())
     plan.bundle.manifest.model = ""
     state = Mock(announced=Mock(stage=Stage.GLOBAL, level=1), round=1)
-    for name in ("devices", "online", "ready", "expected", "answered", "awaited", "updates"):
+    for name in ("devices", "online", "ready", "expected", "answered", "awaited", "updates", "excluded"):
         setattr(state, name, frozenset())
     figures = Figures(refused=Counter({"": 1}), held_out={"mofm": 1})
     return Snapshot(plan, state, figures, PAGE.parent, certificate_until=1, broker_certificate_until=1)

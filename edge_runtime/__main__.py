@@ -199,7 +199,7 @@ def personalize(
 ) -> None:
     """Write the personalized model of the last round as one self-contained ONNX file, or as a folder."""
     from edge_runtime.inference.export_onnx import write_model  # these two need the onnx package
-    from edge_runtime.inference.model_folder import write_folder
+    from edge_runtime.inference.model_folder import write_model_folder
 
     if out and folder:
         raise ConfigError("--out and --folder exclude each other; omit one of them")
@@ -208,7 +208,7 @@ def personalize(
     if not folder and path.is_dir():
         raise ConfigError(f"--out {path} is a folder; pass a file, like {path / store.personalized.name}")
     try:
-        (write_folder if folder else write_model)(store, path, bundle)
+        (write_model_folder if folder else write_model)(store, path, bundle)
     except OSError as error:
         raise ConfigError(f"{path} cannot be written ({error.strerror}); choose another path") from error
     print(path)
@@ -237,6 +237,7 @@ def rollback(
 @app.command(hidden=True)
 def probe(
     bundle: Path = typer.Option(),
+    classes: int = typer.Option(2, min=2),
     engine: EngineChoice = typer.Option("auto"),
     threads: int = typer.Option(1, min=1),
     provider: str = typer.Option("cpu"),
@@ -251,17 +252,17 @@ def probe(
     from edge_runtime.engines.base import MemoryPlan
     from edge_runtime.resources.probe import probe_levels
     from fedfmsl.protocol.bundle import Bundle
+    from fedfmsl.protocol.task_bundle import with_numbered_classes
 
-    memory = MemoryPlan(micro_batch, lean)
-    for measured in probe_levels(
-        Bundle.load(bundle), engine, threads, provider, sample, feature_batch, first, memory, scratch
-    ):
+    opened, memory = with_numbered_classes(Bundle.load(bundle), classes), MemoryPlan(micro_batch, lean)
+    for measured in probe_levels(opened, engine, threads, provider, sample, feature_batch, first, memory, scratch):
         print_json(measured.model_dump(mode="json"))
 
 
 @app.command(hidden=True)
 def try_provider(
     bundle: Path = typer.Option(),
+    classes: int = typer.Option(2, min=2),
     provider: str = typer.Option(),
     threads: int = typer.Option(1, min=1),
     out: Path = typer.Option(help="File to write."),
@@ -269,9 +270,11 @@ def try_provider(
     """Compute with one execution provider; write outputs and seconds."""
     from edge_runtime.resources import providers
     from fedfmsl.protocol.bundle import Bundle
+    from fedfmsl.protocol.task_bundle import with_numbered_classes
     from fedfmsl.protocol.tensors import pack
 
-    out.write_bytes(pack(*providers.try_provider(Bundle.load(bundle), provider, threads)))
+    opened = with_numbered_classes(Bundle.load(bundle), classes)
+    out.write_bytes(pack(*providers.try_provider(opened, provider, threads)))
 
 
 if __name__ == "__main__":

@@ -96,7 +96,8 @@ class Settings(PredictSettings, LogSettings):
     )
     stay: bool = Field(
         False,
-        description="After a run, wait for the next one of the same name. Always on with --watch.",
+        description="After a run, wait for the next one of the same name. Without it the device stops at the end of a "
+        "run, also when it is started again before the next server. Always on with --watch; devices.install sets it.",
         json_schema_extra=RUN,
     )
 

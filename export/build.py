@@ -9,14 +9,15 @@ from pathlib import Path
 
 import typer
 
+from export.class_options import CLASSES_HELP, class_names
 from export.models import MODELS, choose_weights
-from fedfmsl.common.class_folders import folder_classes
 from fedfmsl.common.cli import application, console
-from fedfmsl.common.folder_walk import SkippedFile, summarize
 from fedfmsl.common.onnx_runtime import require_ort_training
 from fedfmsl.errors import ConfigError
 from fedfmsl.protocol.bundle import Bundle, Precision
-from fedfmsl.protocol.class_names import MAX_CLASSES, check_names, read_names, split_names
+from fedfmsl.protocol.class_names import describe_classes
+from fedfmsl.protocol.task import TASK
+from fedfmsl.protocol.task_bundle import TaskBundle
 
 MAX_PIXELS = 2048  # per side
 MAX_TOKENS = 8192  # per text
@@ -31,8 +32,10 @@ def build(
     weights: str | None = typer.Option(
         None, help="A transformers folder, or 'random'. Default: the model's own, from the hub."
     ),
-    classes: str = typer.Option(
-        "100", help="Number of classes, or their names, separated by commas. Quote a name with a comma: '\"a, b\",c'."
+    classes: str | None = typer.Option(
+        None,
+        help=f"{CLASSES_HELP} Writes {TASK} beside the bundle's files, for runs that are started without another task. "
+        "Default: no task; name the classes with trainer_server start --classes.",
     ),
     classes_from: Path | None = typer.Option(None, help="Take the class names from this folder's subfolders."),
     classes_file: Path | None = typer.Option(None, help="Take the class names from this text file, one per line."),
@@ -64,6 +67,8 @@ def build(
     if ort_training:
         require_ort_training("--ort-training")
     names = class_names(classes, classes_from, classes_file)
+    if prompt and not names:
+        raise ConfigError("--prompt needs the names of the classes; add --classes")
     choose_weights(model, weights, revision)
     try:
         from export.pipeline import Options, export_bundle
@@ -89,38 +94,21 @@ def build(
 
 
 def _print_summary(bundle: Bundle) -> None:
-    m = bundle.manifest
+    m, levels = bundle.manifest, bundle.manifest.levels
     size = sum(entry.size for entry in m.files.values())
     console.print(f"bundle            {bundle.root}  ({size / 1e6:.1f} MB, SHA-256 {bundle.sha256[:12]}…)")
-    console.print(f"model             {m.model}, {m.dims.blocks} blocks, levels 1–{m.levels}, {m.dims.classes} classes")
+    console.print(f"model             {m.model}, {m.dims.blocks} blocks, levels 1–{levels}")
     console.print(f"backbone          {m.backbone_parameters:,} parameters, frozen")
-    zero_shot = bundle.zero_shot()
-    if zero_shot:
-        console.print(f"zero-shot head    {len(zero_shot.rows)} classes, for --head zero-shot")
-    console.print(f"tuned at level {m.levels:<2} {m.tuned_parameters:,} parameters, share {m.tuned_share:.5f}")
-
-
-def class_names(classes: str, folder: Path | None, file: Path | None) -> tuple[str, ...]:
-    """The names of `classes`, or of `folder` or `file` if one is given. Prints what is not used of the folder.
-
-    Raises ConfigError as `check_names` does, if there are too many, or if both are given. Raises InputError if one
-    cannot be read.
-    """
-    if folder is not None and file is not None:
-        raise ConfigError("--classes-from and --classes-file exclude each other; omit one of them")
-    if folder is not None:
-        skipped: list[SkippedFile] = []
-        names = folder_classes(folder, "--classes-from", skipped)
-        for line in summarize(skipped, folder):
-            console.print(f"skipped: {line}")
-        return check_names(names, f"--classes-from {folder}")
-    if file is not None:
-        return check_names(read_names(file, "--classes-file"), f"--classes-file {file}")
-    if classes.isascii() and classes.isdigit():
-        if len(classes) > len(str(MAX_CLASSES)):
-            raise ConfigError(f"--classes {classes[:12]}… is more than {MAX_CLASSES} classes; lower it")
-        return check_names([f"class-{index}" for index in range(int(classes))], f"--classes {classes}")
-    return check_names(split_names(classes), "--classes")
+    if not isinstance(bundle, TaskBundle):
+        lora, row = bundle.lora.total, m.dims.feature + 1
+        console.print("task              none; name the classes with python -m trainer_server start --classes")
+        console.print(f"tuned at level {levels:<2} {lora:,} parameters, and {row:,} for each class")
+        return
+    task, tuned = bundle.task, bundle.tuned_parameters
+    console.print(f"task              {describe_classes(task.classes)}")
+    if task.zero_shot:
+        console.print(f"zero-shot head    {len(task.classes)} classes, for --head zero-shot")
+    console.print(f"tuned at level {levels:<2} {tuned:,} parameters, share {bundle.tuned_share:.5f}")
 
 
 if __name__ == "__main__":

@@ -31,21 +31,19 @@ from fedfmsl.protocol.bundle import (
     Manifest,
     PeftSpec,
     Precision,
-    ZeroShot,
     file_sha256,
 )
 from fedfmsl.protocol.layout import Layout
+from fedfmsl.protocol.task_bundle import with_numbered_classes
 
 
 def build_bundle(
     source: Backbone,
-    classes: tuple[str, ...],
     levels: int | None,
     lora: LoraSpec,
     out: Path,
     seed: int,
     precision: Precision = "fp32",
-    zero_shot: ZeroShot | None = None,
     ort_training: bool = False,
 ) -> Iterator[tuple[int, int, str]]:
     """Writes the bundle to `out`, as a whole or not at all. Yields (steps done, all steps, current step).
@@ -57,8 +55,8 @@ def build_bundle(
     levels = check_levels(levels, geometry)
     if ort_training and precision != "fp32":
         raise ConfigError(f"--ort-training needs --precision fp32, not {precision}; omit one of them")
-    check_out(out, classes, precision, levels)
-    spec = _Spec(source, geometry, classes, levels, lora, precision)
+    check_out(out, precision, levels)
+    spec = _Spec(source, geometry, levels, lora, precision)
     steps = 1 + (4 + ort_training) * levels + 2 + 2
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -82,11 +80,11 @@ def build_bundle(
         if source.tokenizer:
             (root / TOKENIZER).write_text(source.tokenizer, encoding="utf-8")
         # not save_file, which lets nobody but the owner read the file
-        (root / "init.safetensors").write_bytes(save(_initial_tensors(spec, seed, zero_shot)))
+        (root / "init.safetensors").write_bytes(save(_initial_tensors(spec, seed)))
         (root / MANIFEST).write_text(_manifest(spec, root).model_dump_json(indent=1), encoding="utf-8")
         for level in sorted({1, levels}):
             yield done + 1, steps, f"compare with PEFT, level {level}"
-            check_parity(Bundle.load(root), source, level, seed)
+            check_parity(with_numbered_classes(Bundle.load(root), spec.outputs), source, level, seed)
         _keep_or_rename(root, out)
     yield steps, steps, "done"
 
@@ -98,7 +96,7 @@ def check_levels(levels: int | None, geometry: Geometry) -> int:
     return levels or geometry.blocks
 
 
-def check_out(out: Path, classes: tuple[str, ...], precision: Precision, levels: int | None = None) -> None:
+def check_out(out: Path, precision: Precision, levels: int | None = None) -> None:
     """Raises ConfigError if a bundle of these options cannot be written to `out`, as far as that is known before the
     build."""
     if not (out / MANIFEST).exists():
@@ -109,7 +107,7 @@ def check_out(out: Path, classes: tuple[str, ...], precision: Precision, levels:
         there = Bundle.load(out).manifest
     except BundleError as error:
         raise ConfigError(f"--out {out} holds a bundle that cannot be read ({error}); choose another folder") from error
-    if (there.classes, there.precision) != (classes, precision) or levels not in (None, there.levels):
+    if there.precision != precision or levels not in (None, there.levels):
         raise _other_bundle(out)
 
 
@@ -139,15 +137,26 @@ class _Spec:
 
     source: Backbone
     geometry: Geometry
-    classes: tuple[str, ...]
     levels: int
     lora: LoraSpec
     precision: Precision
 
     @property
+    def outputs(self) -> int:
+        """The classes of the torch model that the graphs are compared with. No class of it is in the bundle."""
+        return int(self.source.model.config.num_labels)
+
+    @property
     def experts(self) -> Layout:
         """The layout of all blocks, also of those above `levels`."""
-        return expert_layout(self.source.family, self.geometry, self.lora.rank, len(self.classes))
+        return expert_layout(self.source.family, self.geometry, self.lora.rank, self.outputs)
+
+    @property
+    def loras(self) -> Layout:
+        """The layout of the LoRA up to `levels`."""
+        layout = self.experts
+        slots = [slot for slot in layout.slots if layout.size(0) < slot.end <= layout.size(self.levels)]
+        return Layout.build([(slot.part, slot.name, slot.shape) for slot in slots])
 
     @property
     def gate(self) -> Layout:
@@ -182,13 +191,10 @@ class _Spec:
         )
 
 
-def _initial_tensors(spec: _Spec, seed: int, zero_shot: ZeroShot | None) -> dict[str, Floats]:
+def _initial_tensors(spec: _Spec, seed: int) -> dict[str, Floats]:
     layout, blocks = spec.experts, spec.geometry.blocks
-    expert = initial_expert(spec.source, spec.lora, spec.peft, layout, blocks, seed)[: layout.size(spec.levels)]
-    tensors = {"expert": expert, "gate": _initial_gate(spec.gate, seed)}
-    if zero_shot:
-        tensors |= {"zero_shot": zero_shot.rows, "zero_shot_scale": np.array([zero_shot.scale], np.float32)}
-    return tensors
+    expert = initial_expert(spec.source, spec.lora, spec.peft, layout, blocks, seed)
+    return {"lora": expert[layout.size(0) : layout.size(spec.levels)], "gate": _initial_gate(spec.gate, seed)}
 
 
 def _initial_gate(layout: Layout, seed: int) -> Vector:
@@ -203,7 +209,7 @@ def _initial_gate(layout: Layout, seed: int) -> Vector:
 
 def _manifest(spec: _Spec, root: Path) -> Manifest:
     """The manifest of the files in `root`."""
-    source, geometry, layout = spec.source, spec.geometry, spec.experts
+    source, geometry = spec.source, spec.geometry
     return Manifest(
         model=source.name,
         family=source.family.model_type,
@@ -214,16 +220,13 @@ def _manifest(spec: _Spec, root: Path) -> Manifest:
             hidden=geometry.hidden,
             feature=geometry.feature,
             blocks=geometry.blocks,
-            classes=len(spec.classes),
         ),
         lora=spec.lora,
         levels=spec.levels,
-        classes=spec.classes,
-        expert_layout=tuple(slot for slot in layout.slots if slot.end <= layout.size(spec.levels)),
+        lora_layout=spec.loras.slots,
         gate_layout=spec.gate.slots,
         peft=spec.peft,
         backbone_parameters=source.parameters,
-        tuned_parameters=layout.size(spec.levels),
         files={
             path.name: FileEntry(size=path.stat().st_size, sha256=file_sha256(path)) for path in sorted(root.iterdir())
         },

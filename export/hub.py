@@ -21,9 +21,11 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import validate_repo_id
 from requests import RequestException
 
 from fedfmsl.common.cli import application, console
+from fedfmsl.common.whole_folder import read_folder
 from fedfmsl.errors import ConfigError, InputError, WeightsError, one_line
 from fedfmsl.protocol.image_processor import PREPROCESSOR
 
@@ -46,7 +48,9 @@ def push(
     yes: bool = typer.Option(False, "--yes", help="Do not ask before anything is sent."),
 ) -> None:
     """Upload a global expert. First says what leaves this machine: weights, class names and figures."""
-    files = {name: _read(folder / name) for name in FILES if name in REQUIRED or (folder / name).is_file()}
+    with hub_errors(repo, "push"):
+        validate_repo_id(repo)
+    files = _read(folder)
     try:
         if license_:
             files[CARD] = with_license(files[CARD], license_)
@@ -105,21 +109,32 @@ def leaving(files: dict[str, bytes], repo: str, public: bool) -> Iterator[str]:
 
 
 def with_license(card: bytes, name: str) -> bytes:
-    """The model card with this licence in its metadata."""
+    """The model card with this licence in its metadata. Raises ValueError if it has no metadata."""
     if not re.fullmatch(r"[a-z0-9.-]+", name):
         raise ConfigError(f"--license {one_line(name)!r} is not an identifier of the hub, like apache-2.0 or cc-by-4.0")
-    text = re.sub(r"^license: .*\n", "", card.decode(), flags=re.MULTILINE)
-    return re.sub(r"\A---\n", f"---\nlicense: {name}\n", text).encode()
+    found = re.fullmatch(r"---\n(.*?\n)---\n(.*)", card.decode(), re.DOTALL)
+    if found is None:
+        raise ValueError("it has no metadata between lines ---, where the licence belongs")
+    metadata = re.sub(r"^license: .*\n", "", found[1], flags=re.MULTILINE)
+    return f"---\nlicense: {name}\n{metadata}---\n{found[2]}".encode()
 
 
-def _read(path: Path) -> bytes:
+def _read(folder: Path) -> dict[str, bytes]:
+    """The files of a global expert by name. Raises InputError."""
     try:
-        return path.read_bytes()
+        there = read_folder(folder)
     except OSError as error:
-        raise InputError(
-            f"{path} cannot be read ({error.strerror}); pass the global_expert folder of a run, or one of "
-            "python -m trainer_server export"
-        ) from error
+        raise _no_expert(folder, error.strerror or "") from error
+    if missing := [name for name in REQUIRED if name not in there]:
+        raise _no_expert(folder / missing[0], "No such file")
+    return {name: there[name] for name in FILES if name in there}
+
+
+def _no_expert(path: Path, why: str) -> InputError:
+    return InputError(
+        f"{path} cannot be read ({why}); pass the global_expert folder of a run, or one of "
+        "python -m trainer_server export"
+    )
 
 
 @contextmanager

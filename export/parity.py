@@ -14,6 +14,7 @@ from fedfmsl.algorithms.arrays import Vector
 from fedfmsl.common.onnx_runtime import keep_int8_exact
 from fedfmsl.errors import BundleError
 from fedfmsl.protocol.bundle import Bundle, Precision
+from fedfmsl.protocol.task_bundle import TaskBundle
 
 # int8 errors on two random samples: DINOv2 0.04, MiniLM 0.22 (on real texts its gradient has a cosine of 0.99 to fp32)
 TOLERANCE: dict[Precision, float] = {"fp32": 1e-4, "int8": 0.3}
@@ -30,12 +31,12 @@ class Parity:
     logits: float
 
 
-def check_parity(bundle: Bundle, source: Backbone, level: int, seed: int) -> Parity:
+def check_parity(bundle: TaskBundle, source: Backbone, level: int, seed: int) -> Parity:
     """Raises BundleError if loss, gradient or logits at `level` differ from torch + PEFT by more than TOLERANCE."""
     manifest = bundle.manifest
     rng = np.random.default_rng(seed)
     samples = random_samples(source, manifest.preprocessing, BATCH, rng)
-    labels = rng.integers(0, manifest.dims.classes, BATCH)
+    labels = rng.integers(0, len(bundle.classes), BATCH)
     theta: Vector = bundle.initial()[0][: bundle.expert.size(level)]
     theta = (theta + rng.normal(0, 0.02, theta.size)).astype(np.float32)
     loss, gradient, logits = loss_and_gradient(
@@ -58,7 +59,7 @@ def check_parity(bundle: Bundle, source: Backbone, level: int, seed: int) -> Par
         weights=np.full(BATCH, 1 / BATCH, np.float32),
         gate=np.zeros(BATCH, np.float32),
         other=np.full(BATCH, -1e4, np.float32),
-        bias=np.zeros(manifest.dims.classes, np.float32),
+        bias=np.zeros(len(bundle.classes), np.float32),
         theta=theta,
     )
     (ours_logits,) = _run(bundle, f"predict-{level}.onnx", ["logits"], hidden=hidden, theta=theta)

@@ -8,16 +8,21 @@ from pathlib import Path
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from export.bundle import build_bundle, check_levels, check_out
-from export.weights import Backbone, Found, find_backbone, load_weights
-from export.zero_shot import TEMPLATES, zero_shot_head
+from export.weights import Found, find_backbone, load_weights
+from export.zero_shot import make_zero_shot
 from fedfmsl.common.cli import console
-from fedfmsl.errors import ConfigError, WeightsError
-from fedfmsl.protocol.bundle import Bundle, Precision, ZeroShot
+from fedfmsl.common.files import write_atomically
+from fedfmsl.errors import ConfigError
+from fedfmsl.protocol.bundle import Bundle, Precision
+from fedfmsl.protocol.task import TASK, Task
+from fedfmsl.protocol.task_bundle import TaskBundle
+
+OUTPUTS = 5  # of the torch model that the graphs are compared with; none of them is in the bundle
 
 
 @dataclass(frozen=True)
 class Options:
-    """The options of `python -m export.build`, with the names of the classes."""
+    """The options of `python -m export.build`, with the names of the classes, if it writes a task."""
 
     model: str
     weights: str | None
@@ -36,33 +41,35 @@ class Options:
 
 
 def export_bundle(options: Options) -> Bundle:
-    """Raises FedFMSLError if an option is unusable, or if the weights cannot be exported."""
+    """The bundle; with its task if the options name classes. Raises FedFMSLError if an option is unusable, or if the
+    weights cannot be exported."""
     size = options.image_size or options.max_tokens
-    found = find_backbone(
-        options.model, options.weights, len(options.classes), size, options.revision, options.tokenizer
-    )
+    found = find_backbone(options.model, options.weights, OUTPUTS, size, options.revision, options.tokenizer)
     _check_input(found, options)
     out = options.out or Path("bundles") / found.name
-    check_out(out, options.classes, options.precision, options.levels)
+    check_out(out, options.precision, options.levels)
     source = load_weights(found, options.seed)
     columns = (TextColumn("{task.description:<28}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task("class names", total=None)
-        zero_shot = _make_zero_shot(source, options.classes, options.prompts)
+        step = progress.add_task("class names", total=None)
+        zero_shot = make_zero_shot(source, options.classes, options.prompts) if options.classes else None
         lora = source.family.lora(options.rank)
         for done, total, what in build_bundle(
-            source,
-            options.classes,
-            options.levels,
-            lora,
-            out,
-            options.seed,
-            options.precision,
-            zero_shot,
-            options.ort_training,
+            source, options.levels, lora, out, options.seed, options.precision, options.ort_training
         ):
-            progress.update(task, completed=done, total=total, description=what)
-    return Bundle.load(out)
+            progress.update(step, completed=done, total=total, description=what)
+    bundle = Bundle.load(out)
+    if not options.classes:
+        return bundle
+    return write_task(bundle, Task.of(bundle.sha256, options.classes, "--classes", zero_shot))
+
+
+def write_task(bundle: Bundle, task: Task) -> TaskBundle:
+    """Writes the task of runs that are started without another one beside the bundle's files."""
+    together, path = TaskBundle(bundle, task), bundle.root / TASK
+    if not path.is_file() or path.read_bytes() != task.blob:
+        write_atomically(path, task.blob)
+    return together
 
 
 def _check_input(source: Found, options: Options) -> None:
@@ -75,19 +82,3 @@ def _check_input(source: Found, options: Options) -> None:
     if options.rank > hidden:
         raise ConfigError(f"--rank {options.rank} is more than the hidden size {hidden} of {source.name}; lower it")
     check_levels(options.levels, source.family.geometry(source.config, source.size))
-
-
-def _make_zero_shot(source: Backbone, classes: tuple[str, ...], prompts: list[str] | None) -> ZeroShot | None:
-    """The zero-shot head. None if the model has no text tower.
-
-    If the weights lack it, prints the reason, or raises WeightsError if the user passed prompts.
-    """
-    if source.family.text_tower is None and not prompts:
-        return None
-    try:
-        return zero_shot_head(source, classes, prompts or TEMPLATES)
-    except WeightsError as error:
-        if prompts:
-            raise
-        console.print(f"no zero-shot head: {error}")
-        return None

@@ -14,9 +14,10 @@ import torch
 from transformers import AutoTokenizer
 
 from export.folder import check_config
-from export.weights import Backbone, Origin, load_pretrained
+from export.weights import Found, Origin, load_pretrained
+from fedfmsl.common.cli import console
 from fedfmsl.errors import ConfigError, WeightsError
-from fedfmsl.protocol.bundle import ZeroShot
+from fedfmsl.protocol.task import ZeroShot
 
 TEMPLATES = (  # ours, for photos of objects
     "a photo of a {}.",
@@ -27,7 +28,23 @@ TEMPLATES = (  # ours, for photos of objects
 )
 
 
-def zero_shot_head(source: Backbone, classes: Sequence[str], templates: Sequence[str]) -> ZeroShot:
+def make_zero_shot(source: Found, classes: Sequence[str], prompts: list[str] | None) -> ZeroShot | None:
+    """The zero-shot head. None if the model has no text tower.
+
+    If the weights lack it, prints the reason, or raises WeightsError if the user passed prompts.
+    """
+    if source.family.text_tower is None and not prompts:
+        return None
+    try:
+        return zero_shot_head(source, classes, prompts or TEMPLATES)
+    except WeightsError as error:
+        if prompts:
+            raise
+        console.print(f"no zero-shot head: {error}")
+        return None
+
+
+def zero_shot_head(source: Found, classes: Sequence[str], templates: Sequence[str]) -> ZeroShot:
     """The directions (C, F) of the classes. Each is the mean over the prompts of a class.
 
     Underscores in class names become spaces. Computed in fp64, so that the fp32 result does not depend on the number of
@@ -58,7 +75,8 @@ def zero_shot_head(source: Backbone, classes: Sequence[str], templates: Sequence
                 raise origin.to_weights_error(error) from error
             texts = torch.nn.functional.normalize(embedded, dim=1)
             rows.append(torch.nn.functional.normalize(texts.mean(dim=0), dim=0).numpy())
-    return ZeroShot(np.stack(rows).astype(np.float32), scale=tower.logit_scale.detach().exp().item())
+    scale = tower.logit_scale.detach().exp().item()
+    return ZeroShot(np.stack(rows).astype(np.float32), scale, tuple(templates))
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """FedFMSL Edge's public API: the algorithms over numpy arrays, and bundles.
 
-Importing it needs numpy only. `Bundle` and `Training` need pydantic, which is imported at their first use.
+Importing it needs numpy only. Bundles, tasks and `Training` need pydantic, which is imported at first use.
 """
 
 from __future__ import annotations
@@ -61,6 +61,8 @@ if TYPE_CHECKING:
     __version__: str
     from fedfmsl.protocol.bundle import Bundle
     from fedfmsl.protocol.messages import Training
+    from fedfmsl.protocol.task import Task
+    from fedfmsl.protocol.task_bundle import TaskBundle
 
 __all__ = [
     "UNKNOWN",
@@ -90,6 +92,8 @@ __all__ = [
     "Sal",
     "SalState",
     "ScreenedMean",
+    "Task",
+    "TaskBundle",
     "Training",
     "TrimmedMean",
     "WeightedMean",
@@ -126,7 +130,12 @@ __all__ = [
     "with_former_rows",
 ]
 
-_LAZY = {"Bundle": "fedfmsl.protocol.bundle", "Training": "fedfmsl.protocol.messages"}
+_LAZY = {
+    "Bundle": "fedfmsl.protocol.bundle",
+    "Task": "fedfmsl.protocol.task",
+    "TaskBundle": "fedfmsl.protocol.task_bundle",
+    "Training": "fedfmsl.protocol.messages",
+}
 
 
 def __getattr__(name: str) -> object:

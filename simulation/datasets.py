@@ -27,8 +27,8 @@ from fedfmsl.common.cli import console
 from fedfmsl.common.folder_walk import SkippedFile, count_files, files_below, has_suffix
 from fedfmsl.common.split_names import Role, role_of
 from fedfmsl.errors import ConfigError, InputError
-from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.class_names import joined_names
+from fedfmsl.protocol.task_bundle import TaskBundle
 
 LABEL_COLUMNS = ("label", "labels", "class", "category")
 TRAIN, TEST = "train", "test"
@@ -74,7 +74,7 @@ class Item:
     read: Callable[[], bytes]
 
 
-def load_folder(folder: Path, bundle: Bundle, grouped: bool, test_share: float) -> Dataset:
+def load_folder(folder: Path, bundle: TaskBundle, grouped: bool, test_share: float) -> Dataset:
     """DIR/<class>/… or DIR/{train,test}/<class>/…; with `grouped`, DIR/<group>/ holds one of these for each group.
 
     Raises InputError if there is nothing to train on, or a class is not in the bundle.
@@ -97,7 +97,7 @@ def load_folder(folder: Path, bundle: Bundle, grouped: bool, test_share: float) 
     return _dataset(items, bundle, str(folder), SampleReader(reader), count_files(skipped))
 
 
-def load_table(source: str, bundle: Bundle, columns: Columns, test_share: float) -> Dataset:
+def load_table(source: str, bundle: TaskBundle, columns: Columns, test_share: float) -> Dataset:
     """A parquet file, a folder of parquet files, a saved Hugging Face dataset, or the id of one on the hub.
 
     Without a test split, the last `test_share` of each class is one. Raises InputError if there is nothing to train on
@@ -147,16 +147,16 @@ def _readable(items: Sequence[Item], kind: Kind, source: str) -> list[Item]:
     return readable
 
 
-def _dataset(items: Sequence[Item], bundle: Bundle, source: str, inputs: Inputs, skipped: int) -> Dataset:
+def _dataset(items: Sequence[Item], bundle: TaskBundle, source: str, inputs: Inputs, skipped: int) -> Dataset:
     """`skipped`: those that are not among `items`. Uses each content once. A content with two classes is skipped; a
     test sample that is also trained on, too."""
-    classes = {normal_name(name): label for label, name in enumerate(bundle.manifest.classes)}
+    classes = {normal_name(name): label for label, name in enumerate(bundle.classes)}
     found = sorted({item.label for item in items})
     unknown = [label for label in found if label not in classes]
     if unknown:
         raise InputError(
-            f"{source} has the class {unknown[0]!r}, which is not in bundle {bundle.root}; build one with "
-            f"python -m export.build {_classes_option(found)}"
+            f"{source} has the class {unknown[0]!r}, which the task does not have; name the classes with "
+            f"{_classes_option(found)}"
         )
     contents: dict[str, list[Item]] = {}
     for item in items:
@@ -176,16 +176,16 @@ def _dataset(items: Sequence[Item], bundle: Bundle, source: str, inputs: Inputs,
 
 
 def _classes_option(classes: Sequence[str]) -> str:
-    """The option of export.build for these classes."""
+    """The option that names these classes."""
     if len(classes) > LISTED_CLASSES:
         return f"--classes-file FILE, a text with the {len(classes)} names, one per line"
     return f"--classes {shlex.quote(joined_names(classes))}"
 
 
-def _check_classes(labels: Sequence[int], bundle: Bundle, source: str) -> None:
-    counts = np.bincount(labels, minlength=len(bundle.manifest.classes)) if labels else np.zeros(1, np.int64)
+def _check_classes(labels: Sequence[int], bundle: TaskBundle, source: str) -> None:
+    counts = np.bincount(labels, minlength=len(bundle.classes)) if labels else np.zeros(1, np.int64)
     if counts.min() < 2:
-        name, count = bundle.manifest.classes[int(counts.argmin())], int(counts.min())
+        name, count = bundle.classes[int(counts.argmin())], int(counts.min())
         raise InputError(f"{source} has {count} training sample(s) of class {name!r}; at least two are needed")
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from edge_runtime.engines.sessions import InferenceSession
 from edge_runtime.engines.step_graph import StepGraphEngine
-from fedfmsl.protocol.bundle import Bundle
+from fedfmsl.protocol.task_bundle import TaskBundle
 
 
 class ResidentEngine(StepGraphEngine):
     """A `StepGraphEngine` that keeps the sessions of all levels. Virtual devices alternate between levels, and to open
     a session takes longer than a local epoch. A real device has no memory for that."""
 
-    def __init__(self, bundle: Bundle, threads: int = 0) -> None:
+    def __init__(self, bundle: TaskBundle, threads: int = 0) -> None:
         """`threads` = 0 uses all cores."""
         super().__init__(bundle, threads)
         self._resident: dict[int, dict[str, InferenceSession]] = {}

@@ -17,9 +17,9 @@ from edge_runtime.training.model import save_personal_model
 from edge_runtime.training.stages import Globals, StageResult, read_globals
 from edge_runtime.training.updates import prepare_update, update_header
 from fedfmsl.errors import RunError
-from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.chunks import chunks
 from fedfmsl.protocol.messages import DeviceStatus, Round, Stage, Update, Verdict
+from fedfmsl.protocol.task_bundle import TaskBundle
 from fedfmsl.protocol.tensors import blob_hash, pack, unpack
 from simulation.fleet import Fleet
 from simulation.spill import StoredUpdates
@@ -187,7 +187,7 @@ def _stopped(commands: Iterable[Command]) -> bool:
     return any(isinstance(command, Stop) for command in commands)
 
 
-def _read_globals(bundle: Bundle, round_: Round, commands: Iterable[Command]) -> tuple[Globals, int]:
+def _read_globals(bundle: TaskBundle, round_: Round, commands: Iterable[Command]) -> tuple[Globals, int]:
     """The globals of a round, and their bytes on the wire."""
     blobs = {command.sha256: command.blob for command in commands if isinstance(command, PublishGlobals)}
     return read_globals(bundle, blobs.get, round_), sum(len(chunk) for blob in blobs.values() for chunk in chunks(blob))

@@ -24,7 +24,7 @@ from edge_runtime.data.samples import Splits, assign_new_samples
 from edge_runtime.store import DeviceStore
 from edge_runtime.training.context import TrainingContext
 from edge_runtime.training.gate import Gate
-from fedfmsl.protocol.bundle import Bundle
+from fedfmsl.protocol.task_bundle import TaskBundle
 from simulation.engine import ResidentEngine
 from simulation.store import FileStore
 
@@ -39,7 +39,7 @@ class Fleet(Protocol):
     """
 
     @property
-    def bundle(self) -> Bundle: ...
+    def bundle(self) -> TaskBundle: ...
     @property
     def names(self) -> Sequence[str]: ...
     @property
@@ -81,7 +81,7 @@ class Devices(ABC):
 
     def __init__(
         self,
-        bundle: Bundle,
+        bundle: TaskBundle,
         splits: Mapping[str, Splits],
         unseen: Collection[str] = (),
         level_caps: Mapping[str, int] | None = None,
@@ -115,7 +115,7 @@ class LocalFleet(Devices):
 
     def __init__(
         self,
-        bundle: Bundle,
+        bundle: TaskBundle,
         features: Features[Store],
         splits: Mapping[str, Splits],
         states: Path,
@@ -170,13 +170,13 @@ def compute_features(features: Features[Store], splits: Mapping[str, Splits], le
     }
 
 
-def open_folders(bundle: Bundle, folders: Sequence[Path], states: Path, cache: Path, threads: int) -> LocalFleet:
+def open_folders(bundle: TaskBundle, folders: Sequence[Path], states: Path, cache: Path, threads: int) -> LocalFleet:
     """A fleet with a device for each folder of photos or texts. `cache`: folder for all features.
 
     Raises InputError if a folder has no samples.
     """
     kind = reader_of(bundle).kind
-    splits = {folder.name: scan_once(folder, bundle.manifest.classes, kind) for folder in folders}
+    splits = {folder.name: scan_once(folder, bundle.classes, kind) for folder in folders}
     contents = sorted({sample.sha256 for each in splits.values() for sample in each.samples})
     features = Features(FileStore(cache, contents), bundle, threads)
     return LocalFleet(bundle, features, compute_features(features, splits, bundle.manifest.levels), states, threads)

@@ -43,7 +43,7 @@ def measure(method: Method[Any, Any], fleet: Fleet, state: Any, devices: Sequenc
     shared = [sample for name in fleet.names for sample in fleet.splits(name).test]
     tests = {name: contents_once((*fleet.splits(name).test, *shared)) for name in devices[:test_devices]}
     tests |= {name: fleet.splits(name).test for name in devices[test_devices:]}
-    classes = len(fleet.bundle.manifest.classes)
+    classes = len(fleet.bundle.classes)
     held = {name: fleet.splits(name).class_counts(classes) > 0 for name in {*fleet.names, *devices}}
     by_fleet = np.any([held[name] for name in fleet.names], axis=0)
     shared_by = set(devices[:test_devices])

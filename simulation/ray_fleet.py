@@ -20,6 +20,8 @@ from edge_runtime.data.samples import Splits
 from edge_runtime.training.context import TrainingContext
 from fedfmsl.errors import ConfigError, FedFMSLError, one_line
 from fedfmsl.protocol.bundle import Bundle
+from fedfmsl.protocol.task import Task
+from fedfmsl.protocol.task_bundle import TaskBundle
 from simulation.fleet import Devices, LocalFleet
 from simulation.store import ArrayStore, FileStore
 
@@ -52,6 +54,7 @@ class Recipe:
     files below `features`, which are those of `names`."""
 
     bundle: Path
+    task: bytes
     threads: int
     features: Path
     names: Sequence[str]
@@ -63,7 +66,7 @@ class Worker:
 
     def __init__(self, recipe: Recipe) -> None:
         self._threads = recipe.threads
-        self._bundle = Bundle.load(recipe.bundle)
+        self._bundle = TaskBundle(Bundle.load(recipe.bundle), Task.unpack(recipe.task))
         store: Store
         if recipe.arrays is None:
             store = FileStore(recipe.features, recipe.names)
@@ -94,7 +97,7 @@ class RayPool:
     """The workers of a simulation: one for each core of this machine, or of the cluster at `address`, divided by
     `threads`. `features`: the folder of the store."""
 
-    def __init__(self, bundle: Bundle, store: FileStore, features: Path, threads: int, address: str | None) -> None:
+    def __init__(self, bundle: TaskBundle, store: FileStore, features: Path, threads: int, address: str | None) -> None:
         """Raises ConfigError if Ray is not installed or cannot be reached."""
         self._ray = import_ray()
         try:
@@ -112,7 +115,9 @@ class RayPool:
         arrays = None
         if address:
             arrays = {folder: self._ray.put(rows) for folder, rows in store.arrays().items()}
-        recipe = self._ray.put(Recipe(bundle.root.resolve(), threads, features.resolve(), store.names, arrays))
+        recipe = self._ray.put(
+            Recipe(bundle.root.resolve(), bundle.task.blob, threads, features.resolve(), store.names, arrays)
+        )
         count = max(1, int(self._ray.cluster_resources()["CPU"]) // threads)
         worker = self._ray.remote(num_cpus=threads)(Worker)
         self.workers = [worker.remote(recipe) for _ in range(count)]

@@ -24,8 +24,8 @@ from edge_runtime.training.context import Samples
 from fedfmsl import __version__
 from fedfmsl.common.cli import console
 from fedfmsl.errors import ConfigError
-from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.messages import Training
+from fedfmsl.protocol.task_bundle import TaskBundle
 from simulation.datasets import Columns, Dataset, load_folder, load_table
 from simulation.fleet import LocalFleet, compute_features
 from simulation.measure import held_out_accuracy, measure
@@ -54,13 +54,13 @@ from trainer_server.config import STAGE2, highest_level
 NUMERICS = 1
 TEST_SHARE = 0.2
 # Settings that do not change a result, and those that are in the name of its file.
-ELSEWHERE = {"name", "bundle", "images", "dataset", "threads", "ray", "address"}
+ELSEWHERE = {"name", "bundle", "classes", "classes_file", "task", "images", "dataset", "threads", "ray", "address"}
 GRID = {"methods", "seeds", "alpha", "learning_rate"}
 
 
 def simulate(settings: SimulationSettings) -> None:
     """Writes runs/NAME. Raises FedFMSLError if an option or the data is unusable."""
-    bundle = Bundle.load(settings.bundle)
+    bundle = settings.open_task(settings.bundle)
     bundle.verify()
     highest_level(bundle, settings.max_level)  # raises its error before the data is read
     _check_level_caps(settings)
@@ -76,14 +76,14 @@ def simulate(settings: SimulationSettings) -> None:
     with _progress("rounds", len(cells) * settings.rounds) as advance:
         for cell, result in simulation.run_all(cells, lambda: advance(1)):
             console.print(_line(cell, result))
-    classes, data = bundle.manifest.classes, simulation.dataset
+    classes, data = bundle.classes, simulation.dataset
     write_report(simulation.folder, simulation.results, settings, classes, simulation.label_counts, data.coverage)
 
 
 @dataclass(frozen=True)
 class Simulation:
     settings: SimulationSettings
-    bundle: Bundle
+    bundle: TaskBundle
     dataset: Dataset
 
     @property
@@ -118,7 +118,7 @@ class Simulation:
         data = [f"{s.sha256} {s.label}" for part in (self.dataset.train, self.dataset.test) for s in part]
         contents = hashlib.sha256("\n".join(data).encode()).hexdigest()
         numerics = {"numerics": NUMERICS} if NUMERICS > 1 else {}  # the files of results at 1 lack it in their names
-        return key_of({**values, "bundle": self.bundle.sha256, "data": contents, "version": __version__, **numerics})
+        return key_of({**values, "task": self.bundle.task.sha256, "data": contents, "version": __version__, **numerics})
 
     @cached_property
     def _store(self) -> FileStore:
@@ -176,7 +176,7 @@ class Simulation:
     def label_counts(self) -> NDArray[np.int64]:
         """Training samples by device and class (K, C) of the first cell."""
         cell = next(iter(self.cells))
-        return self.partition(cell).counts(labels_of(self.dataset.train), len(self.bundle.manifest.classes))
+        return self.partition(cell).counts(labels_of(self.dataset.train), len(self.bundle.classes))
 
     def splits(self, cell: Cell) -> dict[str, Splits]:
         """The splits of each device. Stores the states that devices need of them."""
@@ -274,7 +274,7 @@ def _check_level_caps(settings: SimulationSettings) -> None:
         )
 
 
-def _load(settings: SimulationSettings, bundle: Bundle) -> Dataset:
+def _load(settings: SimulationSettings, bundle: TaskBundle) -> Dataset:
     if settings.images is not None:
         return load_folder(settings.images, bundle, settings.partition is Scheme.NATURAL, TEST_SHARE)
     columns = Columns(settings.sample_column, settings.label_column, settings.group_column)

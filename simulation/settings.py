@@ -7,11 +7,12 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from devices.trial.settings import TrialSettings
-from fedfmsl.common.settings import MAX_THREADS, CommaSeparated, File, Fraction, SettingsModel, flag_of, panel
+from fedfmsl.common.settings import MAX_THREADS, CommaSeparated, File, Fraction, flag_of, panel
 from fedfmsl.transport.settings import RunName
 from simulation.methods import METHODS
 from simulation.partition import Scheme
 from trainer_server.config import MAX_DEVICES, MAX_ROUNDS, STAGE1
+from trainer_server.task_settings import TaskSettings
 
 DATA = panel("Data")
 RUN = panel("Run")
@@ -24,7 +25,7 @@ Rate = Annotated[float, Field(gt=0)]
 LevelCap = Annotated[int, Field(ge=1)]
 
 
-class SimulationSettings(SettingsModel):
+class SimulationSettings(TaskSettings):
     """What the command `simulate` needs."""
 
     bundle: File = Field(description="Bundle folder, as export.build writes it.", json_schema_extra=RUN)

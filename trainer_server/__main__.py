@@ -18,7 +18,7 @@ from fedfmsl.common.logs import set_up_logging
 from fedfmsl.common.options import with_settings
 from fedfmsl.common.settings import read_settings
 from fedfmsl.errors import ConfigError, RunError
-from fedfmsl.protocol.bundle import Bundle
+from fedfmsl.protocol.task_bundle import TaskBundle
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.link import Link
 from trainer_server.coordinator.operator import Action, Operation
@@ -28,6 +28,7 @@ from trainer_server.service.console_job import console_job, start_console
 from trainer_server.service.lifecycle import NO_CHANGES, open_bundle, open_run, run_server
 from trainer_server.service.loop import FINISHED
 from trainer_server.service.purge import purge as remove_retained
+from trainer_server.service.run_log import log_standing
 from trainer_server.service.stored import require_unchanged
 from trainer_server.settings import ConsoleSettings, PurgeSettings, ResumeSettings, ServerSettings, ServiceSettings
 from trainer_server.storage.kept_experts import KeptExperts
@@ -42,7 +43,7 @@ app = application("Coordinate a federated run: both stages of FedFMSL, over MQTT
 @with_settings(ServerSettings)
 def start(settings: ServerSettings) -> None:
     """Coordinate one run until it is finished. The same command resumes an interrupted run."""
-    bundle = Bundle.load(settings.bundle)
+    bundle = settings.open_task(settings.bundle)
     bundle.verify()
     _coordinate(open_run(settings.folder, settings.run_config(bundle), bundle), bundle, settings)
 
@@ -68,7 +69,7 @@ def resume(settings: ResumeSettings) -> None:
 
 
 def _coordinate(
-    store: RunStore, bundle: Bundle, settings: ServiceSettings, changes: Mapping[str, Any] = NO_CHANGES
+    store: RunStore, bundle: TaskBundle, settings: ServiceSettings, changes: Mapping[str, Any] = NO_CHANGES
 ) -> None:
     os.umask(0o027)  # the run's files hold updates of devices
     set_up_logging(settings.log, settings.log_file)
@@ -81,6 +82,8 @@ def _coordinate(
         logger.info(f"run {run!r} at {store.folder} has ended ({store.ended}); for a new one choose another --out")
     elif store.checkpoint() is not None:
         logger.info(f"resuming run {run!r} at {store.folder}")
+    if store.ended is None:
+        log_standing(*store.standing())
     identity, insecure = settings.identity, settings.insecure
     if settings.allowed is not None and len(settings.allowed) < store.origin.config.devices:
         raise ConfigError(

@@ -17,8 +17,8 @@ from fedfmsl.algorithms.secure_aggregation import MIN_DEVICES
 from fedfmsl.algorithms.server_optimizers import FedAdam, FedAvg, FedAvgM, ServerOptimizer
 from fedfmsl.common.settings import Fraction, panel
 from fedfmsl.errors import ConfigError
-from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.messages import Encoding, Sums, Training
+from fedfmsl.protocol.task_bundle import TaskBundle
 from fedfmsl.protocol.topics import MAX_NUMBER
 from fedfmsl.transport.settings import RunName
 
@@ -369,7 +369,7 @@ class RunConfig(RunRules):
         return self
 
 
-def highest_level(bundle: Bundle, max_level: int | None) -> int:
+def highest_level(bundle: TaskBundle, max_level: int | None) -> int:
     """`max_level`, or the bundle's highest level. Raises ConfigError if the bundle has no such level."""
     levels = bundle.manifest.levels
     if max_level is not None and max_level > levels:

@@ -12,15 +12,17 @@ from rich.table import Table
 
 from fedfmsl.algorithms.accounting import Observer
 from fedfmsl.common.cli import console, print_json
+from fedfmsl.common.whole_folder import check_own, write_folder
 from fedfmsl.errors import ConfigError, RunError
 from fedfmsl.transport.identity import describe_expiry
 from trainer_server.coordinator.privacy_budget import NoisedRounds, privacy_budget
 from trainer_server.coordinator.records import NAMES, listed, rare_devices
-from trainer_server.coordinator.refusals import LEFT_OUT_AFTER, is_left_out
+from trainer_server.coordinator.refusals import LEFT_OUT_AFTER, is_left_out, left_out_of_sums
 from trainer_server.service.lifecycle import make_plan, open_bundle, replay_rounds
+from trainer_server.service.run_log import PAUSED
+from trainer_server.storage.expert_folder import expert_files, last_result
 from trainer_server.storage.kept_experts import KeptExperts
-from trainer_server.storage.model_card import result_of, write_card
-from trainer_server.storage.peft_adapter import write_adapter
+from trainer_server.storage.observations import read_observations
 from trainer_server.storage.run_store import RunStore
 
 WHO = {
@@ -50,7 +52,13 @@ def _facts(store: RunStore) -> dict[str, Any]:
     announced = checkpoint[0].announced if checkpoint else None
     closed = store.closed_stages()
     since, reason = store.outage()
+    paused, excluded = store.standing()
     facts: dict[str, Any] = {"run": config.run, "session": store.origin.session, "server": vars(store.server())}
+    if store.ended is None:
+        view, _ = read_observations(store.folder)
+        facts |= {"paused": True} if paused else {}
+        facts |= {"waits": view.waits} if view and view.waits and not paused else {}
+    facts |= {"excluded": sorted(excluded)} if excluded else {}
     if store.ended is not None:
         facts["ended"] = store.ended
     elif checkpoint is None or announced is None:
@@ -65,10 +73,12 @@ def _facts(store: RunStore) -> dict[str, Any]:
             "level": announced.level,
             "selected": selected,
             "answered": answered,
-            "missing": sorted(set(selected) - set(answered)),
+            "missing": sorted(set(selected) - set(answered) - excluded),
         }
         left_out = {name: one.until for name, one in checkpoint[0].refused.items() if is_left_out(one, announced.round)}
         facts |= {"left_out": left_out} if left_out else {}
+        silent = left_out_of_sums(checkpoint[0].silent, announced.round)
+        facts |= {"left_out_of_sums": silent} if silent else {}
     if kept := KeptExperts(store.folder).rounds():
         facts["rollback_to"] = kept
     if rejected := store.rejections():
@@ -100,6 +110,8 @@ def _rows(facts: dict[str, Any]) -> dict[str, str]:
     """The facts as text, by label."""
     rows = {name.replace("_", " "): _text(value) for name, value in facts.items()}
     rows["server"] = _server_text(facts["server"], facts.get("ended"))
+    if "paused" in facts:
+        rows["paused"] = PAUSED
     if "online" in facts:
         online, devices = facts["online"], rows.pop("devices")
         names = f": {', '.join(online[:NAMES])}" if online else ""
@@ -127,6 +139,9 @@ def _rows(facts: dict[str, Any]) -> dict[str, str]:
     if "left_out" in facts:
         until = [f"{name} until round {round_}" for name, round_ in facts["left_out"].items()]
         rows["left out"] = f"{listed(until)}; {LEFT_OUT_AFTER} updates in a row were refused"
+    if "left_out_of_sums" in facts:
+        until = [f"{name} until round {round_}" for name, round_ in facts["left_out_of_sums"].items()]
+        rows["left out of sums"] = f"{listed(until)}; without an answer in a secure sum"
     if "rarely_took_part" in facts:
         rare = [f"{name} {count}×" for name, count in facts["rarely_took_part"].items()]
         rows["rarely took part"] = f"{listed(rare)}, of {rows.pop('training rounds')} training rounds"
@@ -184,10 +199,10 @@ def export(out: Path = OUT, to: Path = typer.Option(help="Folder to write the PE
     if checkpoint is None or not checkpoint[0].start.size:
         raise RunError(f"{out} has no global expert yet: its first round is not closed; try again later")
     state = checkpoint[0]
+    files = expert_files(bundle, store.origin.config, state.expert, state.sal.level, last_result(store))
+    check_own("--to", to, files)
     try:
-        write_adapter(bundle, state.expert[: bundle.expert.size(state.sal.level)], state.sal.level, to)
-        results = [result for closed in store.rounds() if (result := result_of(closed))]
-        write_card(to, bundle, store.origin.config, results[-1] if results else None)
+        write_folder(to, files)
     except OSError as error:
         raise ConfigError(f"--to {to} cannot be written ({error.strerror}); choose another folder") from error
     print(to)

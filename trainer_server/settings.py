@@ -13,8 +13,8 @@ from fedfmsl.algorithms.sal import CapabilityQueue
 from fedfmsl.common.logs import LogSettings
 from fedfmsl.common.settings import CommaSeparated, File, Fraction, checked, panel
 from fedfmsl.errors import ConfigError
-from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.messages import Training
+from fedfmsl.protocol.task_bundle import TaskBundle
 from fedfmsl.protocol.topics import check_name
 from fedfmsl.transport.settings import (
     CONNECTION,
@@ -48,6 +48,7 @@ from trainer_server.config import (
     sal_rules,
 )
 from trainer_server.coordinator.limits import Limits, least_updates
+from trainer_server.task_settings import TaskSettings
 from trainer_server.tracking.sinks import parse
 
 TRAINING = panel("Training on the devices")
@@ -170,7 +171,7 @@ class PurgeSettings(ConnectionSettings):
     )
 
 
-class ServerSettings(ServiceSettings, RunRules):
+class ServerSettings(ServiceSettings, TaskSettings, RunRules):
     """What the command `start` needs."""
 
     bundle: File = Field(description="Bundle folder.", json_schema_extra=RUN)
@@ -255,13 +256,13 @@ class ServerSettings(ServiceSettings, RunRules):
     def folder(self) -> Path:
         return self.out or Path("runs") / self.run / "server"
 
-    def run_config(self, bundle: Bundle) -> RunConfig:
-        """The configuration of a run with this bundle. Raises ConfigError if the bundle does not support it."""
+    def run_config(self, bundle: TaskBundle) -> RunConfig:
+        """The configuration of a run with this bundle and task. Raises ConfigError if they do not support it."""
         max_level = highest_level(bundle, self.max_level)
-        if self.head is Head.ZERO_SHOT and bundle.zero_shot() is None:
+        if self.head is Head.ZERO_SHOT and bundle.task.zero_shot is None:
             raise ConfigError(
-                f"--head zero-shot: the bundle of {bundle.manifest.model} has no such head; build one of clip-vit-b16 "
-                "with its weights, or choose class-means"
+                f"--head zero-shot: the task of {bundle.manifest.model} has no such head; make one of clip-vit-b16 "
+                "with python -m export.task, or choose class-means"
             )
         return self._config(max_level)
 

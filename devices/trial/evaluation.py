@@ -28,8 +28,8 @@ from edge_runtime.training.stages import Globals, read_globals
 from fedfmsl.algorithms.arrays import Bools, Floats
 from fedfmsl.algorithms.evaluation import DeviceAccuracy, adapting_streams, device_accuracy, novel_samples
 from fedfmsl.errors import RunError
-from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.messages import Round, Stage
+from fedfmsl.protocol.task_bundle import TaskBundle
 from trainer_server.coordinator.records import ClosedRound, successful_rounds
 from trainer_server.storage.run_store import RunStore
 
@@ -66,7 +66,7 @@ def evaluate_fleet(folder: Path, roots: Sequence[Path], unseen: Sequence[Path] =
     with tempfile.TemporaryDirectory(dir=folder, prefix="evaluation-") as scratch:
         for root in roots:
             _take_over(folder / "devices" / root.name / "cache", Path(scratch) / "cache")
-        opened = _Opener(Bundle.load(folder / "bundle"), Path(scratch) / "cache")
+        opened = _Opener(TaskBundle.open(folder / "bundle"), Path(scratch) / "cache")
         devices = [opened.device(root, folder / "devices" / root.name) for root in roots]
         others = [opened.device(root, Path(scratch) / root.name) for root in unseen]
         evaluated = [device for device in devices if device.device_name in closed.updates]
@@ -82,7 +82,7 @@ class _Opener:
     """Opens devices of one bundle. They share engine, gate and feature cache: they take turns, and a cache entry
     depends only on its name."""
 
-    def __init__(self, bundle: Bundle, cache: Path) -> None:
+    def __init__(self, bundle: TaskBundle, cache: Path) -> None:
         self.bundle = bundle
         self._features = FeatureCache(DiskCache(cache), bundle, ALL_CORES)
         self._engine = _MemoizedEngine(bundle, ALL_CORES)
@@ -107,7 +107,7 @@ class _Opener:
 class _MemoizedEngine(StepGraphEngine):
     """Predicts each batch once per expert: all devices have the same global expert."""
 
-    def __init__(self, bundle: Bundle, threads: int) -> None:
+    def __init__(self, bundle: TaskBundle, threads: int) -> None:
         super().__init__(bundle, threads)
         self._known: dict[bytes, Floats] = {}
 

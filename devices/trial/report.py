@@ -19,8 +19,8 @@ from devices.trial.html_page import Report, coverage, gaps, headline, mean, mode
 from fedfmsl.algorithms.evaluation import summarize
 from fedfmsl.common.cli import console
 from fedfmsl.common.files import write_atomically
-from fedfmsl.protocol.bundle import Bundle, Manifest
 from fedfmsl.protocol.messages import EXCHANGE, Round, Stage, Update
+from fedfmsl.protocol.task_bundle import TaskBundle
 from trainer_server.coordinator.records import ClosedRound, rare_devices, successful_rounds
 from trainer_server.storage.run_store import RunStore
 
@@ -44,7 +44,7 @@ def write_report(
     Raises RunError if the folder holds no run, or the run has no evaluation.
     """
     rounds = RunStore(folder).rounds()
-    report = build_report(rounds, Bundle.load(folder / "bundle").manifest, evaluation, seed, alpha, seconds)
+    report = build_report(rounds, TaskBundle.open(folder / "bundle"), evaluation, seed, alpha, seconds)
     report["files"] = _files(folder, report)
     report["used_files"], report["skipped_files"] = used, skipped
     text = json.dumps(report, indent=1, sort_keys=True, ensure_ascii=False)
@@ -57,14 +57,14 @@ def write_report(
 
 def build_report(
     rounds: Sequence[ClosedRound],
-    manifest: Manifest,
+    bundle: TaskBundle,
     evaluation: FleetEvaluation,
     seed: int,
     alpha: float,
     seconds: dict[str, float],
 ) -> Report:
     """The content of report.json, except `files`. Raises RunError if no round has evaluated the models."""
-    closed = last_evaluation(rounds)
+    closed, manifest = last_evaluation(rounds), bundle.manifest
     tested = {name: update for name, update in closed.updates.items() if update.samples}
     stage1, stage2 = successful_rounds(rounds, Stage.GLOBAL), successful_rounds(rounds, Stage.PERSONAL)
     exchanged = [r for r in rounds if r.round.stage in (Stage.GLOBAL, Stage.HEAD, Stage.PERSONAL)]
@@ -78,8 +78,8 @@ def build_report(
         "seed": seed,
         "alpha": alpha,
         "devices": len(devices),
-        "classes": len(manifest.classes),
-        "class_names": list(manifest.classes),
+        "classes": len(bundle.classes),
+        "class_names": list(bundle.classes),
         "model": manifest.model,
         "samples": SAMPLES[manifest.preprocessing.kind],
         "rounds": {"stage1": len(stage1), "stage2": len(stage2)},
@@ -99,8 +99,8 @@ def build_report(
             "entropy": _rounded(closed.mean("gate_entropy") or 0.0),
         },
         "levels": [r.round.level for r in stage1],
-        "tuned_share": manifest.tuned_share,
-        "tuned_parameters": manifest.tuned_parameters,
+        "tuned_share": bundle.tuned_share,
+        "tuned_parameters": bundle.tuned_parameters,
         "backbone_parameters": manifest.backbone_parameters,
         "bytes_up_per_device_round": mean(size for r in exchanged for size in r.bytes_up.values()),
         "bytes_down_per_device_round": mean(u.bytes_down for r in exchanged for u in r.updates.values()),

@@ -28,8 +28,8 @@ from fedfmsl.common.folder_walk import SkippedFile, count_files
 from fedfmsl.common.onnx_runtime import require_ort_training
 from fedfmsl.common.processors import usable_processors
 from fedfmsl.errors import ConfigError, InputError, RunError
-from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.class_names import write_names
+from fedfmsl.protocol.task_bundle import TaskBundle
 
 IMAGE_SIZE = 140  # of the default model
 MAX_REPEATS = 5  # of a round, by the server
@@ -59,7 +59,7 @@ def run_trial(settings: TrialSettings) -> None:
     write_names(names, list(train))
     _python("export.build", *_export_arguments(settings, names), "--out", str(folder / "bundle"))
     seconds = {"export": time.monotonic() - exporting}
-    _check_kind(Bundle.load(folder / "bundle"), samples, kind)
+    _check_kind(TaskBundle.open(folder / "bundle"), samples, kind)
     _federate(settings, folder, roots)
     console.print(f"evaluating every device's models on all test {kind.noun}s")
     evaluating = time.monotonic()
@@ -138,7 +138,7 @@ def _device_arguments(settings: TrialSettings, folder: Path, root: Path, broker:
     ]
 
 
-def _check_kind(bundle: Bundle, samples: Path, kind: Kind) -> None:
+def _check_kind(bundle: TaskBundle, samples: Path, kind: Kind) -> None:
     manifest = bundle.manifest
     if manifest.preprocessing.kind != kind.noun:
         raise InputError(

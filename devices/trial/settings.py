@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
-
-from pydantic import BeforeValidator, ByteSize, Field, model_validator
+from pydantic import ByteSize, Field, model_validator
 
 from fedfmsl.common.settings import File, panel
-from fedfmsl.errors import ConfigError
 from fedfmsl.protocol.bundle import Precision
-from fedfmsl.protocol.class_names import split_names
 from fedfmsl.protocol.messages import EngineChoice
 from fedfmsl.transport.settings import CONNECTION, AccessSettings, Broker, RunName
 from trainer_server.config import MAX_ROUNDS, RunRules
+from trainer_server.task_settings import ClassList
 
 DATA = panel("Data")
 MODEL = panel("Model")
 RUN = panel("Run")
 SERVER = RunRules.model_fields
 MAX_TRIAL = 1000  # devices, each of which is a process
-
-
-def _split_names(value: Any) -> Any:
-    try:
-        return split_names(value) if isinstance(value, str) else value
-    except ConfigError as error:  # pydantic collects only ValueErrors
-        raise ValueError(str(error)) from error
 
 
 class TrialSettings(AccessSettings):
@@ -71,7 +61,7 @@ class TrialSettings(AccessSettings):
         description="Use every class folder of --images (the default; see --classes).",
         json_schema_extra=DATA,
     )
-    classes: Annotated[tuple[str, ...], BeforeValidator(_split_names)] = Field(
+    classes: ClassList = Field(
         (),
         description="Use only these classes of --images, separated by commas. Quote a name with a comma.",
         json_schema_extra=DATA,

@@ -38,25 +38,29 @@ BLOCK_BYTES = 1 << 18
 Heartbeat = Callable[[], None]  # called at least once a second or once per block
 
 
-def _no_heartbeat() -> None:
+def no_heartbeat() -> None:
+    pass
+
+
+def _nothing(_: Round) -> None:
     pass
 
 
 def wait_for_server(
     link: Link,
     topics: Topics,
-    heartbeat: Heartbeat = _no_heartbeat,
+    heartbeat: Heartbeat = no_heartbeat,
     report_seconds: float = REPORT_SECONDS,
-    finished: Callable[[], None] = _no_heartbeat,
+    finished: Callable[[Round], None] = _nothing,
 ) -> ServerStatus:
     """The status of the run's server. Waits without limit, and logs that after `report_seconds`. `finished` is called
-    when the broker has the end of the run."""
+    with the end of the run if the broker has it."""
     ended: list[bool] = []
 
-    def end() -> None:
+    def end(round_: Round) -> None:
         if not ended:
             ended.append(True)
-            finished()
+            finished(round_)
 
     status = receive_server_status(link, topics, report_seconds, heartbeat, end)
     if status is None:
@@ -72,8 +76,8 @@ def receive_server_status(
     link: Link,
     topics: Topics,
     timeout: float,
-    heartbeat: Heartbeat = _no_heartbeat,
-    finished: Callable[[], None] = _no_heartbeat,
+    heartbeat: Heartbeat = no_heartbeat,
+    finished: Callable[[Round], None] = _nothing,
 ) -> ServerStatus | None:
     """The status of the run's server if it is online within `timeout` seconds. `finished` as for `wait_for_server`,
     but it may be called several times."""
@@ -89,14 +93,14 @@ def receive_server_status(
             raise BrokerError(event.error)
         if isinstance(event, Received) and event.topic == topics.round and event.payload:
             with contextlib.suppress(MessageError):
-                if parse(Round, event.payload).stage is Stage.FINISHED:
-                    finished()
+                if (round_ := parse(Round, event.payload)).stage is Stage.FINISHED:
+                    finished(round_)
         if isinstance(event, Received) and event.topic == topics.server_status and event.payload:
             try:
                 status = parse(ServerStatus, event.payload)
             except MessageError:
                 continue
-            if status.online:
+            if status.online and status.task:
                 return status
     return None
 
@@ -105,7 +109,7 @@ def fetch_bundle(
     server: ServerStatus,
     folder: Path,
     identity: Path | None = None,
-    heartbeat: Heartbeat = _no_heartbeat,
+    heartbeat: Heartbeat = no_heartbeat,
     retry_delays: Sequence[float] = RETRY_DELAYS,
     block_bytes: int = BLOCK_BYTES,
     busy_seconds: float = BUSY_SECONDS,
@@ -164,7 +168,7 @@ class _File:
 @dataclass(frozen=True)
 class _HttpClient:
     tls: ssl.SSLContext
-    heartbeat: Heartbeat = _no_heartbeat
+    heartbeat: Heartbeat = no_heartbeat
     retry_delays: Sequence[float] = RETRY_DELAYS
     block_bytes: int = BLOCK_BYTES
     busy_seconds: float = BUSY_SECONDS  # between attempts while the server serves as many devices as it can

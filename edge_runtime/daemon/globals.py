@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
-from edge_runtime.store import DeviceStore
+from edge_runtime.store.global_store import GlobalStore
 from fedfmsl.common.backoff import GAP, Backoff, Timeout
 from fedfmsl.errors import MessageError
 from fedfmsl.protocol.chunks import CHUNK_BYTES, Assembler, Chunk
@@ -32,7 +32,7 @@ class GlobalsReceiver:
     server's status says."""
 
     def __init__(
-        self, link: Link, topics: Topics, store: DeviceStore, max_bytes: int, name: str = "", gap: Backoff = GAP
+        self, link: Link, topics: Topics, store: GlobalStore, max_bytes: int, name: str = "", gap: Backoff = GAP
     ) -> None:
         """A blob has at most `max_bytes`. Devices with different names do not ask at the same moment."""
         self.bytes_down = 0
@@ -48,7 +48,7 @@ class GlobalsReceiver:
 
     def fetch(self, sha256: str) -> bool:
         """Whether the blob is stored already. If not, subscribes to its chunks."""
-        if self._store.globals.read(sha256) is not None:
+        if self._store.read(sha256) is not None:
             return True
         self._downloads.setdefault(sha256, _Download(Assembler(self._max_bytes), Timeout(self._gap, self._name)))
         self._link.subscribe(self._topics.globals_chunk(sha256, "+"))
@@ -106,7 +106,7 @@ class GlobalsReceiver:
         """Stores one complete blob and returns its SHA-256; None if there is none. Raises OSError if the disk is full.
         The blob stays in memory then, for another attempt."""
         for sha256, blob in self._received.items():
-            self._store.globals.write(blob)
+            self._store.write(blob)
             del self._received[sha256]
             return sha256
         return None

@@ -11,12 +11,14 @@ from functools import partial
 from importlib.metadata import version
 
 from edge_runtime.daemon.announce import Announcer, Message, device_link, rate_limited
-from edge_runtime.daemon.download import fetch_bundle, wait_for_server
+from edge_runtime.daemon.download import Heartbeat, fetch_bundle, wait_for_server
 from edge_runtime.daemon.health import HealthReporter
 from edge_runtime.daemon.lock import locked
-from edge_runtime.daemon.loop import DaemonLoop
+from edge_runtime.daemon.loop import STOPS, DaemonLoop
 from edge_runtime.daemon.page import address_of, page_process
+from edge_runtime.daemon.receive_task import receive_task
 from edge_runtime.daemon.round_runner import RoundRunner
+from edge_runtime.daemon.state import other_bundle
 from edge_runtime.daemon.status import describe_model
 from edge_runtime.daemon.worker import Worker, progress_poster
 from edge_runtime.data.cache import DiskCache
@@ -38,13 +40,17 @@ from edge_runtime.settings import Settings
 from edge_runtime.store import DeviceStore
 from edge_runtime.training.context import DeviceContext
 from edge_runtime.training.gate import Gate
-from edge_runtime.training.stored_model import read_personal_model
+from edge_runtime.training.personal_model import ModelHeader
+from edge_runtime.training.stored_model import read_personal_model, tasks_of_models
 from fedfmsl.common.backoff import Backoff
 from fedfmsl.common.class_folders import check_folder
 from fedfmsl.common.logs import fields, set_up_logging
-from fedfmsl.errors import ClockError, FedFMSLError
+from fedfmsl.errors import ClockError, FedFMSLError, RunError
 from fedfmsl.protocol.bundle import Bundle
-from fedfmsl.protocol.messages import Activity, EngineName
+from fedfmsl.protocol.class_names import describe_classes
+from fedfmsl.protocol.messages import Activity, EngineName, Round, ServerStatus
+from fedfmsl.protocol.task import Task
+from fedfmsl.protocol.task_bundle import TaskBundle
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.identity import device_name
 from fedfmsl.transport.link import Link
@@ -83,7 +89,32 @@ def launch(settings: Settings) -> None:
             from edge_runtime.daemon.renewal import Renewal  # takes 8 MB of memory
 
             resources.enter_context(Renewal(store.renewed, settings.authority, link.renew_identity))
-        prepared = _prepare(settings, link, topics, store, name, health)
+        anew = False
+        try:
+            while _take_part(settings, link, topics, store, name, health, sensors, anew):
+                anew = True
+        except RunOverError:
+            logger.info(
+                f"run {settings.run!r} has finished; the model for predictions is {describe_model(store)}; {STOPS}"
+            )
+            health.heartbeat(Activity.STOPPED)
+            link.close()
+
+
+def _take_part(
+    settings: Settings,
+    link: Link,
+    topics: Topics,
+    store: DeviceStore,
+    name: str,
+    health: HealthReporter,
+    sensors: Sensors,
+    anew: bool,
+) -> bool:
+    """Prepares the device for a task, and takes part in the run until it has finished. `anew`: not for the first time.
+    True: the server has announced another task. Raises RunOverError as `wait_for_next_run` does."""
+    with contextlib.ExitStack() as resources:
+        prepared = _prepare(settings, link, topics, store, name, health, anew)
         bundle = prepared.bundle
         announcer = Announcer(link, topics, name, _introduction(settings, topics, name, bundle), settings.frigate)
         control = StepControl()
@@ -96,7 +127,7 @@ def launch(settings: Settings) -> None:
             Governor(settings.limits, sensors.read),
             runner,
             Worker(control, link.post),
-            stay=settings.stay or settings.watch is not None,
+            stay=_stays(settings),
         )
         if settings.watch:
             watcher = Watcher(
@@ -107,7 +138,7 @@ def launch(settings: Settings) -> None:
                 questions=settings.page is not None,
             )
             resources.enter_context(watcher)
-        loop.serve()
+        return loop.serve()
 
 
 def with_newest_identity(settings: Settings, store: DeviceStore) -> Settings:
@@ -138,11 +169,15 @@ def connect(link: Link, health: HealthReporter, backoff: Backoff = CLOCK) -> Non
             return
 
 
+class RunOverError(Exception):
+    """The run has finished with this device."""
+
+
 @dataclass(frozen=True)
 class _Prepared:
     """Everything that is fetched or measured before the first round."""
 
-    bundle: Bundle
+    bundle: TaskBundle
     engine: EngineName
     threads: int
     provider: str
@@ -153,23 +188,28 @@ class _Prepared:
 
 
 def _prepare(
-    settings: Settings, link: Link, topics: Topics, store: DeviceStore, name: str, health: HealthReporter
+    settings: Settings, link: Link, topics: Topics, store: DeviceStore, name: str, health: HealthReporter, anew: bool
 ) -> _Prepared:
-    """Fetches the bundle, scans the samples and measures the machine."""
+    """Fetches bundle and task, scans the samples and measures the machine."""
     threads = settings.thread_count
     heartbeat = partial(health.heartbeat, Activity.STARTING)
     announcer = Announcer(link, topics, name)
     report = reported_and_checked(rate_limited(announcer.progress), heartbeat)
-    if settings.bundle:
-        bundle = Bundle.load(settings.bundle)
+    own = Bundle.load(settings.bundle) if settings.bundle else None
+    task = store.tasks.present() if own and not anew else None  # without waiting for the server
+    if own and task and task.bundle == own.sha256:
+        bundle = TaskBundle(own, task)
     else:
-        logger.info(f"waiting for the server of run {settings.run!r}, which serves the bundle")
-        server = wait_for_server(link, topics, heartbeat, finished=partial(_wait_for_next_run, topics, store, health))
-        health.run_finished = False
-        bundle = fetch_bundle(server, store.bundles, settings.identity, heartbeat)
+        server, task = _wait_for_task(settings, link, topics, store, name, health, heartbeat)
+        if own and server.bundle != own.sha256:
+            raise RunError(other_bundle(server, own.sha256))
+        bundle = TaskBundle(own or fetch_bundle(server, store.bundles, settings.identity, heartbeat), task)
     bundle.verify()
+    of_model = _origin_of_model(store)
     if not settings.bundle:
-        store.keep_bundles(bundle.sha256, _bundle_of_model(store))
+        store.keep_bundles(bundle.sha256, of_model.bundle if of_model else "")
+    store.tasks.keep(bundle.task, *tasks_of_models(store))
+    logger.info(f"task of run {settings.run!r}: {describe_classes(bundle.classes)}")
     engine = open_engine(settings.engine, bundle, threads).name
     reader = SampleReader(reader_of(bundle))
     kind = reader.kind
@@ -193,18 +233,44 @@ def _prepare(
     return _Prepared(bundle, engine, threads, provider.provider, reader, folder, scanned, plan)
 
 
-def _wait_for_next_run(topics: Topics, store: DeviceStore, health: HealthReporter) -> None:
+def _wait_for_task(
+    settings: Settings,
+    link: Link,
+    topics: Topics,
+    store: DeviceStore,
+    name: str,
+    health: HealthReporter,
+    heartbeat: Heartbeat,
+) -> tuple[ServerStatus, Task]:
+    """The server's status and its task. Waits for them without limit. Raises RunOverError."""
+    logger.info(f"waiting for the server of run {topics.run!r}, which has the task")
+    task = None
+    while task is None:
+        server = wait_for_server(link, topics, heartbeat, finished=partial(wait_for_next_run, settings, store, health))
+        health.run_finished = False
+        task = receive_task(link, topics, server, store.tasks, name, heartbeat)
+    return server, task
+
+
+def wait_for_next_run(settings: Settings, store: DeviceStore, health: HealthReporter, finished: Round) -> None:
+    """Raises RunOverError if this device took part in the run, and does not stay: as with a bundle of its own."""
     health.run_finished = True
+    if finished.session == store.outbox.session and not _stays(settings):
+        raise RunOverError
     model = describe_model(store)
-    waiting = f"run {topics.run!r} has finished; waiting for a new run of this name"
+    waiting = f"run {settings.run!r} has finished; waiting for a new run of this name"
     logger.info(f"{waiting}; the model for predictions is {model}")
 
 
-def _bundle_of_model(store: DeviceStore) -> str:
-    """SHA-256 of the bundle of the personalized model; "" if there is none."""
+def _stays(settings: Settings) -> bool:
+    return settings.stay or settings.watch is not None
+
+
+def _origin_of_model(store: DeviceStore) -> ModelHeader | None:
+    """The header of the personalized model; None if there is none."""
     with contextlib.suppress(FedFMSLError):
-        return read_personal_model(store).header.bundle
-    return ""
+        return read_personal_model(store).header
+    return None
 
 
 def _runner(
@@ -252,11 +318,9 @@ def _runner(
     )
 
 
-def _introduction(settings: Settings, topics: Topics, name: str, bundle: Bundle) -> Message | None:
+def _introduction(settings: Settings, topics: Topics, name: str, bundle: TaskBundle) -> Message | None:
     """The message that introduces this device to Home Assistant, if it classifies a watched folder."""
     if not (settings.watch and settings.home_assistant):
         return None
-    described = DeviceDescription(
-        topics, name, bundle.manifest.classes, board(), version("fedfmsl-edge"), address_of(settings)
-    )
+    described = DeviceDescription(topics, name, bundle.classes, board(), version("fedfmsl-edge"), address_of(settings))
     return discovery_message(settings.home_assistant, described, topics.status(name), health=True)

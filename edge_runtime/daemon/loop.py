@@ -58,6 +58,7 @@ logger = logging.getLogger(__name__)
 KEYS_BYTES = 16 * 1024 * 1024  # of the keys or the shares of secure sums, for more than 2500 devices
 ECHO_SECONDS = 10.0  # for the broker to return this device's own status
 NO_ECHO = "the broker does not return this device's own status"
+STOPS = "this device stops; with --stay it waits for the next run of this name, as an installed service does"
 UNACKNOWLEDGED = "the server has not acknowledged an update"
 IF_REPEATED = (
     "If this repeats, check the broker's access rules for this device's name, its limits (size and number of messages) "
@@ -92,7 +93,7 @@ class DaemonLoop:
         self._name = device.device_name
         self._store = store
         largest = max(blob_bytes(max(device.bundle.expert.total, device.bundle.gate.total)), KEYS_BYTES)
-        self._globals = GlobalsReceiver(link, self._topics, store, largest, device.device_name)
+        self._globals = GlobalsReceiver(link, self._topics, store.globals, largest, device.device_name)
         self._disk = DiskRetry(store, device.cache, timing.disk_retry)
         self._updates = UpdateSender(announcer, self._topics, device.device_name, store.outbox, timing.ack)
         self._jobs = Jobs(
@@ -114,14 +115,16 @@ class DaemonLoop:
             device=device.device_name,
             guard=DuplicateNameGuard(INSTANCE),
             bundle=device.bundle.sha256,
+            task=device.bundle.task.sha256,
             session=store.outbox.session,
             run=store.outbox.run,
             last_started=max({store.outbox.acknowledged, *unacknowledged}),
             unacknowledged=unacknowledged,
         )
 
-    def serve(self) -> None:
-        """Takes part in the run until it has finished. Raises FedFMSLError if this device cannot take part, and every
+    def serve(self) -> bool:
+        """Takes part in the run until it has finished. True: the server has announced another task, for which the
+        device must be prepared anew, with the same link. Raises FedFMSLError if this device cannot take part, and every
         other error of the computation."""
         self._link.subscribe(self._topics.ack(self._name))
         self._link.subscribe(self._topics.status(self._name))
@@ -138,13 +141,15 @@ class DaemonLoop:
             raise
         finally:
             self._worker.control.stop()
-            if not stop.quietly:
+            if not (stop.quietly or stop.anew):
                 self._announcer.status(self._runner.device, online=False, error=stop.error)
                 self._heartbeat(Activity.STOPPED)
-            self._link.close(self._announcer.last)
+            if not stop.anew:
+                self._link.close(self._announcer.last)
             self._worker.close()
         if stop.error:
             raise RunError(stop.error)
+        return stop.anew
 
     def _loop(self) -> Stop:
         timeout = 0.0
@@ -336,7 +341,7 @@ class DaemonLoop:
 
     def _finish(self, stop: Stop) -> None:
         """Stops the daemon, or waits for the next run."""
-        if stop.error:
+        if stop.error or stop.anew:
             self._stop = stop
         elif self._finished_session != self._state.session:
             self._finished_session = self._state.session
@@ -361,6 +366,7 @@ class DaemonLoop:
         if self._stay:
             logger.info("waiting for the next run of this name")
         else:
+            logger.info(STOPS)
             self._stop = Stop()
 
     # Disk and network

@@ -135,10 +135,12 @@ class Log:
 @dataclass(frozen=True)
 class Stop:
     """End the daemon, because of an `error` if there is one. With `quietly` no status may be published, because a
-    newer process uses the device's name."""
+    newer process uses the device's name. With `anew` the daemon does not end, but begins again with the server's task.
+    """
 
     error: str = ""
     quietly: bool = False
+    anew: bool = False
 
 
 Command = Fetch | Work | Send | Acknowledge | PublishStatus | Log | Stop
@@ -146,8 +148,9 @@ Command = Fetch | Work | Send | Acknowledge | PublishStatus | Log | Stop
 
 @dataclass(frozen=True)
 class State:
-    """`session`: the session that this device last worked in, of `run` ("": unknown). `server_session`: that of the
-    server's last status. `online_session`: the same while the server is online, else "".
+    """`bundle` and `task`: what this device is prepared for. `session`: the session that this device last worked in, of
+    `run` ("": unknown). `server_session`: that of the server's last status. `online_session`: the same while the server
+    is online, else "".
 
     `announced`: the newest announced round. `running`: the round that is being computed. `last_started`: the last round
     whose computation was started. `stored`: SHA-256 of the global blobs on disk. `unacknowledged`: rounds of `session`
@@ -159,6 +162,7 @@ class State:
     device: str
     guard: DuplicateNameGuard
     bundle: str
+    task: str = ""
     session: str = ""
     run: str = ""
     server_session: str = ""
@@ -219,15 +223,21 @@ def _see_server(state: State, status: ServerStatus) -> tuple[State, list[Command
         state = replace(state, server_session=status.session, online_session="", offline_logged=not finished)
         return state, [offline] if report else []
     if status.bundle != state.bundle:
-        return state, [
-            Stop(
-                f"run {status.run!r} uses another bundle (model {status.model}, SHA-256 {status.bundle[:12]}…) than "
-                f"this device ({state.bundle[:12]}…); pass the run's --bundle, or none to fetch it from the server"
-            )
-        ]
+        return state, [Stop(other_bundle(status, state.bundle))]
+    if status.task != state.task:
+        anew = f"run {status.run!r} has another task (SHA-256 {status.task[:12]}…); this device begins again with it"
+        return state, [Log(anew), Stop(anew=True)]
     online = [Log(f"the server of run {status.run} is online")] if state.offline_logged else []
     state = replace(state, server_session=status.session, online_session=status.session, offline_logged=False)
     return state, [*online, *_send_unacknowledged(state), *_fetch_missing(state)]
+
+
+def other_bundle(status: ServerStatus, own: str) -> str:
+    """Why a device with the bundle `own`, a SHA-256, cannot take part."""
+    return (
+        f"run {status.run!r} uses another bundle (model {status.model}, SHA-256 {status.bundle[:12]}…) than "
+        f"this device ({own[:12]}…); pass the run's --bundle, or none to fetch it from the server"
+    )
 
 
 def _see_own_status(state: State, status: DeviceStatus) -> tuple[State, list[Command]]:

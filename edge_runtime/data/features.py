@@ -26,7 +26,7 @@ from edge_runtime.data.samples import Sample
 from edge_runtime.engines.memory import release_free_memory
 from edge_runtime.engines.sessions import CPU, open_session, run
 from fedfmsl.algorithms.arrays import Floats, Vector
-from fedfmsl.protocol.bundle import Bundle
+from fedfmsl.protocol.task_bundle import TaskBundle
 
 BATCH = 4  # samples per pass; more are not faster and take more memory
 LIFTED_AT_ONCE = 16  # samples that go through a lift graph before the next graph is opened
@@ -94,7 +94,7 @@ class Features(Generic[S_co]):
     def __init__(
         self,
         store: S_co,
-        bundle: Bundle,
+        bundle: TaskBundle,
         threads: int,
         report: Report = lambda *_: None,
         batch_size: int = BATCH,

@@ -22,7 +22,7 @@ from edge_runtime.store import DeviceStore
 from fedfmsl.common.class_folders import ClassFile, Listing, walk_classes
 from fedfmsl.common.folder_walk import SkippedFile, summarize, unreadable
 from fedfmsl.errors import InputError
-from fedfmsl.protocol.bundle import Bundle
+from fedfmsl.protocol.task_bundle import TaskBundle
 
 WRITE_SECONDS = 2.0  # after its last change, a file may still be written
 REASONS = 3  # reasons that an error lists
@@ -43,7 +43,7 @@ class SampleFolder:
     def __init__(
         self,
         folder: Path,
-        bundle: Bundle,
+        bundle: TaskBundle,
         store: DeviceStore,
         labels: Path | None = None,
         reader: SampleReader | None = None,
@@ -53,7 +53,7 @@ class SampleFolder:
         a new one. A file that takes more than `most` bytes of memory to read is skipped. Raises ConfigError or
         BundleError as `reader_of` does."""
         self.path = folder
-        self._classes = {name: label for label, name in enumerate(bundle.manifest.classes)}
+        self._classes = {name: label for label, name in enumerate(bundle.classes)}
         self._preprocessing = f"{bundle.manifest.preprocessing.model_dump_json()} {DECODING}"
         self._store = store
         self._reader = reader or SampleReader(reader_of(bundle))

@@ -10,13 +10,13 @@ from edge_runtime.engines.sessions import CPU
 from edge_runtime.engines.step_graph import StepGraphEngine
 from fedfmsl.common.onnx_runtime import has_ort_training, require_ort_training
 from fedfmsl.errors import ConfigError
-from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.messages import EngineChoice
+from fedfmsl.protocol.task_bundle import TaskBundle
 
 
 def open_engine(
     choice: EngineChoice,
-    bundle: Bundle,
+    bundle: TaskBundle,
     threads: int = 0,
     memory_plans: Mapping[int, MemoryPlan] | None = None,
     provider: str = CPU,

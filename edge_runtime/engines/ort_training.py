@@ -15,13 +15,13 @@ from edge_runtime.engines.sessions import InferenceSession, open_session, run, s
 from edge_runtime.engines.step_graph import memory_plan_of
 from fedfmsl.algorithms.arrays import Floats, Vector
 from fedfmsl.errors import BundleError
-from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.messages import EngineName, Training
+from fedfmsl.protocol.task_bundle import TaskBundle
 
 OPTIMIZER = "ort-training-optimizer.onnx"
 
 
-def has_artifacts(bundle: Bundle) -> bool:
+def has_artifacts(bundle: TaskBundle) -> bool:
     return OPTIMIZER in bundle.manifest.files
 
 
@@ -32,7 +32,7 @@ class TrainingSession:
     its `data` and `grad`.
     """
 
-    def __init__(self, bundle: Bundle, level: int, theta: Vector, learning_rate: float, threads: int) -> None:
+    def __init__(self, bundle: TaskBundle, level: int, theta: Vector, learning_rate: float, threads: int) -> None:
         """Raises BundleError if onnxruntime-training cannot read the level's artifacts."""
         api, root = training_api(), bundle.root
         options = session_options(threads, prepack=False)  # Module fails with packed weights
@@ -79,7 +79,9 @@ class OrtTrainingEngine:
 
     name: EngineName = "ort-training"
 
-    def __init__(self, bundle: Bundle, threads: int = 0, memory_plans: Mapping[int, MemoryPlan] | None = None) -> None:
+    def __init__(
+        self, bundle: TaskBundle, threads: int = 0, memory_plans: Mapping[int, MemoryPlan] | None = None
+    ) -> None:
         """`threads` = 0 uses all cores. `memory_plans` by level; see `memory_plan_of` for the default."""
         self._bundle = bundle
         self._threads = threads

@@ -13,8 +13,9 @@ from edge_runtime.engines.memory import release_free_memory
 from edge_runtime.engines.sessions import CPU, InferenceSession, open_session, run
 from fedfmsl.algorithms.adamw import AdamW
 from fedfmsl.algorithms.arrays import Floats, Vector
-from fedfmsl.protocol.bundle import Bundle, Dims
+from fedfmsl.protocol.bundle import Dims
 from fedfmsl.protocol.messages import EngineName, Training
+from fedfmsl.protocol.task_bundle import TaskBundle
 
 ACTIVATION_BYTES = 128 * 2**20  # on the CPU
 ACCELERATOR_BYTES = 2**31  # a GPU needs many rows: at level 12 a step of 16 samples takes 198 ms with 1, 42 with 16
@@ -38,7 +39,7 @@ class StepGraphEngine:
 
     def __init__(
         self,
-        bundle: Bundle,
+        bundle: TaskBundle,
         threads: int = 0,
         memory_plans: Mapping[int, MemoryPlan] | None = None,
         provider: str = CPU,
@@ -115,7 +116,7 @@ class StepGraphEngine:
 
 
 def memory_plan_of(
-    memory_plans: Mapping[int, MemoryPlan], bundle: Bundle, level: int, provider: str = CPU
+    memory_plans: Mapping[int, MemoryPlan], bundle: TaskBundle, level: int, provider: str = CPU
 ) -> MemoryPlan:
     """The plan of the level. Default: see `default_micro_batch`."""
     return memory_plans.get(level) or MemoryPlan(default_micro_batch(bundle.manifest.dims, level, provider))

@@ -27,8 +27,9 @@ from fedfmsl.algorithms.calibration import UNKNOWN
 from fedfmsl.common.cli import notice
 from fedfmsl.common.files import why_no_file
 from fedfmsl.errors import BundleError, FedFMSLError, shown
-from fedfmsl.protocol.bundle import Bundle, Preprocessing
+from fedfmsl.protocol.bundle import Preprocessing
 from fedfmsl.protocol.messages import Prediction
+from fedfmsl.protocol.task_bundle import TaskBundle
 
 THREADS = 0  # all cores
 
@@ -130,12 +131,13 @@ class FileClassifier:
 @dataclass(frozen=True)
 class _LoadedModel:
     model: PersonalModel
-    bundle: Bundle
+    bundle: TaskBundle
     reader: Reader
     session: InferenceSession  # of the template at the model's level
 
-    def has_bundle_of(self, header: ModelHeader) -> bool:
-        return self.bundle.sha256 == header.bundle
+    def is_for(self, header: ModelHeader) -> bool:
+        """Whether bundle and task are those of another model."""
+        return (self.bundle.sha256, self.bundle.task.sha256) == (header.bundle, header.task)
 
 
 class StateClassifier:
@@ -168,7 +170,7 @@ class StateClassifier:
 
     @property
     def classes(self) -> Sequence[str]:
-        return self._loaded.bundle.manifest.classes
+        return self._loaded.bundle.classes
 
     @property
     def kind(self) -> Kind:
@@ -228,7 +230,7 @@ class StateClassifier:
         """Reuses the unchanged parts of `before`."""
         model = read_personal_model(self._store)
         header = model.header
-        if before is None or not before.has_bundle_of(header):
+        if before is None or not before.is_for(header):
             bundle = open_model_bundle(self._store, header, self._bundle_path)
             return _LoadedModel(model, bundle, reader_of(bundle), _template(bundle, header.level))
         same = before.model.header.level == header.level
@@ -236,6 +238,6 @@ class StateClassifier:
         return replace(before, model=model, session=session)
 
 
-def _template(bundle: Bundle, level: int) -> InferenceSession:
+def _template(bundle: TaskBundle, level: int) -> InferenceSession:
     """Does not pack the weights, so that they stay a shared memory-mapped file."""
     return open_session(bundle, f"personal-{level}.onnx", THREADS, prepack=False)

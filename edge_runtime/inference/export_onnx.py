@@ -20,7 +20,7 @@ from edge_runtime.training.adoption import SCORES
 from edge_runtime.training.personal_model import ModelHeader
 from edge_runtime.training.stored_model import mark_exported, open_model_bundle, read_personal_model
 from fedfmsl.common.files import write_atomically
-from fedfmsl.protocol.bundle import Bundle
+from fedfmsl.protocol.task_bundle import TaskBundle
 
 # Numbers of fields in onnx.proto
 MODEL_GRAPH = onnx.ModelProto.GRAPH_FIELD_NUMBER
@@ -37,7 +37,7 @@ def write_model(store: DeviceStore, path: Path, bundle_path: Path | None = None)
     personal = assemble(store, bundle_path)
     manifest = personal.bundle.manifest
     files = {
-        "classes": json.dumps(manifest.classes),
+        "classes": json.dumps(personal.bundle.classes),
         "preprocessing": manifest.preprocessing.model_dump_json(),
         "tokenizer": personal.bundle.tokenizer(),
     }
@@ -53,7 +53,7 @@ class AssembledModel:
     bundle."""
 
     header: ModelHeader
-    bundle: Bundle
+    bundle: TaskBundle
     model: onnx.ModelProto
     frozen: Sequence[onnx.TensorProto]
 
@@ -85,7 +85,7 @@ def assemble(store: DeviceStore, bundle_path: Path | None) -> AssembledModel:
     return AssembledModel(header, bundle, model, frozen)
 
 
-def serialized(model: onnx.ModelProto, frozen: Sequence[onnx.TensorProto], bundle: Bundle) -> Iterator[bytes]:
+def serialized(model: onnx.ModelProto, frozen: Sequence[onnx.TensorProto], bundle: TaskBundle) -> Iterator[bytes]:
     """Parts of the serialized model, with one frozen weight in memory at a time.
 
     The weights are the last fields of the one graph, whose length is written first. Concatenated messages would be the

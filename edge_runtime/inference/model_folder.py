@@ -11,6 +11,7 @@ of the bundle's template: pixels as bytes, or texts padded to the bundle's lengt
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,12 @@ from onnx import TensorProto, helper, numpy_helper
 from edge_runtime.data.texts import TextTokenizer
 from edge_runtime.inference.export_onnx import assemble, serialized
 from edge_runtime.store import DeviceStore
-from fedfmsl.common.files import write_atomically
-from fedfmsl.errors import ConfigError
-from fedfmsl.protocol.bundle import TOKENIZER, Bundle, ImagePreprocessing, Preprocessing, TextPreprocessing
+from fedfmsl.common.whole_folder import check_own, write_folder
+from fedfmsl.protocol.bundle import TOKENIZER, ImagePreprocessing, Preprocessing, TextPreprocessing
 from fedfmsl.protocol.image_processor import PREPROCESSOR, image_processor
+from fedfmsl.protocol.task_bundle import TaskBundle
 
+MODEL = "onnx/model.onnx"
 # The model type and class of transformers for each family. transformers.js has no image classifier of type clip, and
 # reads nothing but the class names for one of type vit.
 CLASSES = {
@@ -38,7 +40,7 @@ CLASSES = {
 }
 
 
-def write_folder(store: DeviceStore, folder: Path, bundle_path: Path | None = None) -> None:
+def write_model_folder(store: DeviceStore, folder: Path, bundle_path: Path | None = None) -> None:
     """Writes the device's newest model to `folder`. Default bundle: the one that the device downloaded.
 
     Raises ConfigError if `folder` is no folder or has other files. Raises InputError if the device has no personalized
@@ -46,31 +48,20 @@ def write_folder(store: DeviceStore, folder: Path, bundle_path: Path | None = No
     """
     personal = assemble(store, bundle_path)
     bundle, preprocessing = personal.bundle, personal.bundle.manifest.preprocessing
-    files: dict[str, str] = {"config.json": _json(_config(bundle))}
+    files: dict[str, bytes | Iterable[bytes]] = {"config.json": _json(_config(bundle))}
     if isinstance(preprocessing, ImagePreprocessing):
         files[PREPROCESSOR] = _json(image_processor(preprocessing))
     else:
-        files[TOKENIZER] = bundle.tokenizer()
+        files[TOKENIZER] = bundle.tokenizer().encode()
         files["tokenizer_config.json"] = _json(_tokenizer_config(bundle.tokenizer(), preprocessing))
-    _check_folder(folder, {*files, "onnx"})
+    check_own("--folder", folder, [*files, MODEL])
     _standardize(personal.model.graph, preprocessing)
     helper.set_model_props(personal.model, personal.origin)
-    write_atomically(folder / "onnx" / "model.onnx", serialized(personal.model, personal.frozen, bundle))
-    for name, text in files.items():
-        write_atomically(folder / name, text.encode())
+    write_folder(folder, {**files, MODEL: serialized(personal.model, personal.frozen, bundle)})
 
 
-def _check_folder(folder: Path, own: set[str]) -> None:
-    """Raises ConfigError if the folder cannot be one of this module's."""
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"--folder {folder} is a file; pass a folder")
-    others = sorted(path.name for path in folder.iterdir() if path.name not in own) if folder.is_dir() else []
-    if others:
-        raise ConfigError(f"--folder {folder} has other files, like {others[0]}; pass a new or an empty folder")
-
-
-def _config(bundle: Bundle) -> dict[str, Any]:
-    """transformers' configuration of a classifier with the bundle's classes."""
+def _config(bundle: TaskBundle) -> dict[str, Any]:
+    """transformers' configuration of a classifier with the task's classes."""
     manifest = bundle.manifest
     model_type, name = CLASSES[manifest.family]
     image = {"image_size": manifest.preprocessing.size} if manifest.preprocessing.kind == "image" else {}
@@ -80,8 +71,8 @@ def _config(bundle: Bundle) -> dict[str, Any]:
         "hidden_size": manifest.dims.hidden,
         "num_hidden_layers": manifest.dims.blocks,
         **image,
-        "id2label": {str(index): name for index, name in enumerate(manifest.classes)},
-        "label2id": {name: index for index, name in enumerate(manifest.classes)},
+        "id2label": {str(index): name for index, name in enumerate(bundle.classes)},
+        "label2id": {name: index for index, name in enumerate(bundle.classes)},
     }
 
 
@@ -155,5 +146,5 @@ def _from_input_ids(preprocessing: TextPreprocessing) -> Steps:
     return value, nodes, constants
 
 
-def _json(values: object) -> str:
-    return json.dumps(values, indent=1, ensure_ascii=False) + "\n"
+def _json(values: object) -> bytes:
+    return (json.dumps(values, indent=1, ensure_ascii=False) + "\n").encode()

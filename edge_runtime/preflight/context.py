@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edge_runtime.settings import Settings
-from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.messages import ServerStatus
+from fedfmsl.protocol.task import Task
+from fedfmsl.protocol.task_bundle import TaskBundle
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,14 @@ class Finding:
 @dataclass
 class Context:
     """What earlier checks have found. `scratch`: a temporary directory. `config`: the file of the settings. `running`:
-    the device's daemon runs. `largest`: the largest sample."""
+    the device's daemon runs. `task`: the run's, or the
+    one that the device last started with. `largest`: the largest sample."""
 
     scratch: Path
     config: Path | None = None
     server: ServerStatus | None = None
-    bundle: Bundle | None = None
+    task: Task | None = None
+    bundle: TaskBundle | None = None
     running: bool = False
     largest: Path | None = None
 

@@ -9,6 +9,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from edge_runtime.daemon.download import receive_server_status
+from edge_runtime.daemon.receive_task import receive_task
 from edge_runtime.preflight.context import Context, Finding
 from edge_runtime.settings import Settings
 from edge_runtime.store import DeviceStore
@@ -78,6 +79,11 @@ def check_broker(settings: Settings, context: Context) -> Iterator[Finding]:
             )
         name = device_name(settings.device, settings.identity) or DeviceStore(settings.state).name()
         yield from _check_messages(link, topics, name, context.server)
+        if context.server is not None:
+            store = DeviceStore(settings.state).tasks
+            context.task = store.task(context.server.task) or receive_task(
+                link, topics, context.server, DeviceStore(context.scratch).tasks, timeout=SERVER_SECONDS
+            )
     finally:
         link.close()
     if context.server is None:

@@ -20,6 +20,7 @@ from fedfmsl.common.class_folders import check_folder
 from fedfmsl.common.folder_walk import summarize
 from fedfmsl.errors import BundleError
 from fedfmsl.protocol.bundle import MANIFEST, Bundle
+from fedfmsl.protocol.task_bundle import TaskBundle
 
 
 def check_bundle(settings: Settings, context: Context) -> Iterator[Finding]:
@@ -36,7 +37,9 @@ def check_bundle(settings: Settings, context: Context) -> Iterator[Finding]:
             raise BundleError(
                 f"bundle {root} is not that of run {settings.run!r}; omit --bundle to download it from the server"
             )
-        context.bundle = bundle
+        task = context.task or store.tasks.present()
+        if task is not None and task.bundle == bundle.sha256:
+            context.bundle = TaskBundle(bundle, task)
         yield Finding("bundle", f"{bundle.manifest.model} at {root}, checksums OK")
         return
     if context.server is None:
@@ -54,7 +57,9 @@ def check_bundle(settings: Settings, context: Context) -> Iterator[Finding]:
 def check_samples(settings: Settings, context: Context) -> Iterator[Finding]:
     if context.bundle is None:
         check_folder(settings.images, "--images")
-        yield Finding("samples", f"{settings.images} exists; checking its files needs the bundle", warning=True)
+        yield Finding(
+            "samples", f"{settings.images} exists; checking its files needs the bundle and the server", warning=True
+        )
         return
     reader = SampleReader(reader_of(context.bundle))
     scratch = DeviceStore(context.scratch)

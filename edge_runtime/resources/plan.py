@@ -18,12 +18,12 @@ from edge_runtime.engines.base import MemoryPlan
 from edge_runtime.engines.memory import usable_memory
 from edge_runtime.engines.sessions import CPU
 from edge_runtime.engines.step_graph import default_micro_batch
-from edge_runtime.resources.probe import BATCH, FEATURES, Measure, Measurement, ProbeProcess
+from edge_runtime.resources.probe import BATCH, FEATURES, Measure, Measurement, ProbeProcess, measured_classes
 from edge_runtime.store import DeviceStore
 from fedfmsl.common.files import write_atomically
 from fedfmsl.errors import ConfigError
-from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.messages import EngineName
+from fedfmsl.protocol.task_bundle import TaskBundle
 
 MEMORY_SHARE = 0.5  # of the machine's memory; the default budget
 LIMIT_SHARE = 2 / 3  # of the memory that the container or service may use; at most this is the default budget
@@ -47,6 +47,7 @@ class _Conditions(BaseModel):
     """Everything that a plan depends on."""
 
     bundle: str
+    classes: int
     engine: EngineName
     threads: int
     provider: str
@@ -63,7 +64,7 @@ class _StoredPlan(BaseModel):
 
 
 def make_plan(
-    bundle: Bundle,
+    bundle: TaskBundle,
     store: DeviceStore,
     engine: EngineName,
     threads: int,
@@ -81,6 +82,7 @@ def make_plan(
     path = store.root / "plan.json"
     conditions = _Conditions(
         bundle=bundle.sha256,
+        classes=measured_classes(bundle),
         engine=engine,
         threads=threads,
         provider=provider,
@@ -114,7 +116,7 @@ def largest_extent(memory: int | None) -> int:
 
 
 def measure_minimum(
-    bundle: Bundle,
+    bundle: TaskBundle,
     engine: EngineName,
     threads: int,
     provider: str,
@@ -133,7 +135,7 @@ def measure_minimum(
     return last.peak_rss + RESERVE, last.seconds
 
 
-def plan_within(measure: Measure, bundle: Bundle, budget: int, step_seconds: float, provider: str = CPU) -> Plan:
+def plan_within(measure: Measure, bundle: TaskBundle, budget: int, step_seconds: float, provider: str = CPU) -> Plan:
     """The plan with the highest level cap within `budget` bytes.
 
     A measurement's peak memory covers all earlier ones of its process, so everything up to it fits together.

@@ -27,8 +27,9 @@ from edge_runtime.engines.step_graph import default_micro_batch
 from edge_runtime.store.device_store import PROBE
 from edge_runtime.training.gate import Gate
 from fedfmsl.errors import RunError, one_line
-from fedfmsl.protocol.bundle import Bundle, file_sha256
+from fedfmsl.protocol.bundle import file_sha256
 from fedfmsl.protocol.messages import EngineChoice, EngineName, Training
+from fedfmsl.protocol.task_bundle import TaskBundle
 
 BATCH = 16  # samples per step; the server's default
 OUT_OF_MEMORY = ("MemoryError", "bad_alloc", "Failed to allocate memory", "Cannot allocate memory")  # in error texts
@@ -50,7 +51,7 @@ Measure = Callable[[int, int, MemoryPlan], Iterator[Measurement]]
 
 
 def probe_levels(
-    bundle: Bundle,
+    bundle: TaskBundle,
     choice: EngineChoice,
     threads: int,
     provider: str,
@@ -80,7 +81,7 @@ def probe_levels(
     hidden = np.random.default_rng(0).standard_normal((BATCH, dims.tokens, dims.hidden), np.float32)
     for level, each in memory_plans.items():
         size, trainables = each.micro_batch, theta[: bundle.expert.size(level)]
-        batch = Batch.cross_entropy(hidden[:size], np.zeros(size, np.int64), dims.classes)
+        batch = Batch.cross_entropy(hidden[:size], np.zeros(size, np.int64), len(bundle.classes))
         engine.load(level)
         engine.set(trainables)
         engine.predict(hidden[:feature_batch])
@@ -104,7 +105,7 @@ class ProbeProcess:
     process fails for another reason, OSError if the disk is full.
     """
 
-    bundle: Bundle
+    bundle: TaskBundle
     engine: EngineName
     threads: int
     provider: str
@@ -114,6 +115,7 @@ class ProbeProcess:
     def __call__(self, feature_batch: int, first: int, memory_plan: MemoryPlan) -> Iterator[Measurement]:
         options = {
             "bundle": self.bundle.root,
+            "classes": measured_classes(self.bundle),
             "engine": self.engine,
             "threads": self.threads,
             "provider": self.provider,
@@ -140,6 +142,11 @@ class ProbeProcess:
                     check_end(process.returncode, errors.read().decode(errors="replace"))
                 finally:
                     process.kill()
+
+
+def measured_classes(bundle: TaskBundle) -> int:
+    """The classes of a measurement: the next power of two, so that a few more classes need no other measurement."""
+    return 1 << (len(bundle.classes) - 1).bit_length()
 
 
 def check_end(code: int, errors: str) -> None:

@@ -28,8 +28,9 @@ from edge_runtime.store.device_store import PROBE
 from fedfmsl.algorithms.arrays import Floats
 from fedfmsl.common.files import write_atomically
 from fedfmsl.errors import ConfigError, one_line
-from fedfmsl.protocol.bundle import Bundle, ImagePreprocessing
+from fedfmsl.protocol.bundle import ImagePreprocessing
 from fedfmsl.protocol.messages import EngineName
+from fedfmsl.protocol.task_bundle import TaskBundle
 from fedfmsl.protocol.tensors import unpack
 
 AUTO = "auto"
@@ -85,14 +86,14 @@ def offered_providers() -> tuple[str, ...]:
     return tuple(name for name in names if name != REMOTE)
 
 
-def provider_for(engine: EngineName, asked: str, bundle: Bundle, threads: int, store: DeviceStore) -> Choice:
+def provider_for(engine: EngineName, asked: str, bundle: TaskBundle, threads: int, store: DeviceStore) -> Choice:
     """As `choose_provider`. onnxruntime-training has the CPU's provider only."""
     if engine == "ort-training" and asked not in (AUTO, CPU):
         raise ConfigError(f"--provider {asked}: the engine ort-training has cpu only; add --engine step-graph")
     return choose_provider(CPU if engine == "ort-training" else asked, bundle, threads, store)
 
 
-def choose_provider(asked: str, bundle: Bundle, threads: int, store: DeviceStore) -> Choice:
+def choose_provider(asked: str, bundle: TaskBundle, threads: int, store: DeviceStore) -> Choice:
     """`asked`: a provider, or AUTO for the fastest. A provider that fails or disagrees is replaced by the CPU.
 
     Raises ConfigError if the installed ONNX Runtime does not offer `asked`.
@@ -129,7 +130,7 @@ def fastest(trials: Mapping[str, Trial]) -> Choice:
     return Choice(provider=min(usable, key=lambda name: usable[name].seconds, default=CPU), trials=dict(trials))
 
 
-def try_providers(bundle: Bundle, providers: list[str], threads: int, folder: Path) -> dict[str, Trial]:
+def try_providers(bundle: TaskBundle, providers: list[str], threads: int, folder: Path) -> dict[str, Trial]:
     """Tries each provider and compares it with the first one. Writes into a temporary folder in `folder`."""
     trials, reference = dict[str, Trial](), dict[str, NDArray[np.generic]]()
     with tempfile.TemporaryDirectory(dir=folder, prefix=PROBE) as scratch:
@@ -147,10 +148,11 @@ def try_providers(bundle: Bundle, providers: list[str], threads: int, folder: Pa
     return trials
 
 
-def _run_trial(bundle: Bundle, provider: str, threads: int, out: Path) -> str:
+def _run_trial(bundle: TaskBundle, provider: str, threads: int, out: Path) -> str:
     """Runs `python -m edge_runtime try-provider`. Returns why it failed, or ""."""
     command = [sys.executable, "-m", "edge_runtime", "try-provider", "--provider", provider]
-    command += ["--bundle", str(bundle.root), "--threads", str(threads), "--out", str(out)]
+    command += ["--bundle", str(bundle.root), "--classes", str(len(bundle.classes))]
+    command += ["--threads", str(threads), "--out", str(out)]
     try:
         process = subprocess.run(
             command, capture_output=True, encoding="utf-8", errors="replace", timeout=SECONDS, check=False
@@ -189,33 +191,33 @@ def relative_error(found: NDArray[Any], expected: NDArray[Any]) -> float:
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
-def try_provider(bundle: Bundle, provider: str, threads: int) -> tuple[Trial, dict[str, Floats]]:
+def try_provider(bundle: TaskBundle, provider: str, threads: int) -> tuple[Trial, dict[str, Floats]]:
     """What the provider computes: `hidden` (B, N, D), `feature` (B, F), `logits` (B, C), `loss` (1,) and `gradient`
     (P,). The seconds of the trial are the least of REPEATS turns, after a first one that is not counted.
 
     Raises BundleError if the provider cannot be started.
     """
-    dims, level = bundle.manifest.dims, min(LEVEL, bundle.manifest.levels)
+    level = min(LEVEL, bundle.manifest.levels)
     rng = np.random.default_rng(0)
     session = open_session(bundle, "features.onnx", threads, provider=provider)
     engine = StepGraphEngine(bundle, threads, provider=provider)
     engine.load(level)
     initial = bundle.initial()[0][: bundle.expert.size(level)]
     engine.set(initial + SPREAD * rng.standard_normal(initial.size, np.float32))  # the head starts at zero
-    inputs, labels = random_inputs(bundle, SAMPLES, rng), rng.integers(0, dims.classes, SAMPLES)
+    inputs, labels = random_inputs(bundle, SAMPLES, rng), rng.integers(0, len(bundle.classes), SAMPLES)
     outputs, seconds = dict[str, Floats](), []
     for _ in range(1 + REPEATS):
         started = time.perf_counter()
         hidden, feature = run(session, [f"hidden_{level}", "pooled"], inputs)
         logits = engine.predict(hidden)
-        loss, gradient = engine.gradient(Batch.cross_entropy(hidden, labels, dims.classes))
+        loss, gradient = engine.gradient(Batch.cross_entropy(hidden, labels, len(bundle.classes)))
         seconds.append(time.perf_counter() - started)
         outputs = {"hidden": hidden, "feature": feature, "logits": logits, "gradient": gradient}
         outputs["loss"] = np.array([loss], np.float32)
     return Trial(seconds=min(seconds[1:])), outputs
 
 
-def random_inputs(bundle: Bundle, samples: int, rng: np.random.Generator) -> dict[str, NDArray[Any]]:
+def random_inputs(bundle: TaskBundle, samples: int, rng: np.random.Generator) -> dict[str, NDArray[Any]]:
     """The input of the graph of features for random images or texts."""
     preprocessing = bundle.manifest.preprocessing
     if isinstance(preprocessing, ImagePreprocessing):

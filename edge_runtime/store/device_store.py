@@ -7,6 +7,8 @@ STATE/outbox/ROUND       updates that the server has not acknowledged
 STATE/globals/SHA256     global blobs that the device has received
 STATE/bundles/SHA256/    downloaded bundles: the present and the previous one, and that of STATE/mixture
 STATE/bundles/used       SHA-256 of the present and of the previous one, in lines
+STATE/tasks/SHA256       the task that the device last started with, and those of STATE/mixture and STATE/former
+STATE/task               SHA-256 of the former
 STATE/personal           the local expert; it never leaves the device
 STATE/residual           the encoding error of the last update (error feedback)
 STATE/secure             see `edge_runtime.store.secure_store`
@@ -45,6 +47,7 @@ from edge_runtime.store.global_store import GlobalStore
 from edge_runtime.store.identity_store import IdentityStore
 from edge_runtime.store.outbox import Outbox
 from edge_runtime.store.secure_store import SecureStore
+from edge_runtime.store.task_store import TaskStore
 from fedfmsl.common.files import FULL, write_atomically
 from fedfmsl.errors import ConfigError
 from fedfmsl.protocol.topics import check_name
@@ -58,7 +61,8 @@ class DeviceStore:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.outbox = Outbox(root)
-        self.globals = GlobalStore(root)
+        self.globals = GlobalStore(root / "globals")
+        self.tasks = TaskStore(root)
         self.secure = SecureStore(root)
         self.budget = BudgetStore(root)
         self.renewed = IdentityStore(root)
@@ -196,8 +200,9 @@ class DeviceStore:
         """Removes the temporary files of a killed process. No other process may write at the same time."""
         files = [self.personal, self.baseline, self.residual, self.results, self.mixture, self.former]
         files += [self.personalized, self.health, self.skipped, self.exported, self.budget.path, self.secure.path]
+        files += [self.tasks.path]
         files += [self.renewed.path, self.renewed.next_key]
-        temporary = [path for folder in ("globals", "outbox") for path in (self.root / folder).glob(".*")]
+        temporary = [path for folder in ("globals", "tasks", "outbox") for path in (self.root / folder).glob(".*")]
         temporary += [each for path in files for each in path.parent.glob(f".{path.name}.*")]
         for path in temporary:
             path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The globals that a device has received: STATE/globals/SHA256."""
+"""Blobs that a device has received, named by their SHA-256: STATE/globals/SHA256, STATE/tasks/SHA256."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from fedfmsl.protocol.tensors import blob_hash
 
 
 class GlobalStore:
-    def __init__(self, state: Path) -> None:
-        self._folder = state / "globals"
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
 
     def read(self, sha256: str) -> bytes | None:
         """The blob, or None if it is missing or damaged."""

@@ -31,6 +31,7 @@ class ModelScore(BaseModel):
 
     session: Session
     bundle: Sha256
+    task: Sha256
     has_head: bool = True
     nll: float = 0.0
     best_nll: float = 0.0
@@ -40,19 +41,19 @@ class ModelScore(BaseModel):
     by_hand: bool = False
 
 
-SCORES = frozenset(ModelScore.model_fields) - {"session", "bundle"}  # fields for this decision only
+SCORES = frozenset(ModelScore.model_fields) - {"session", "bundle", "task"}  # fields for this decision only
 
 
 def is_adopted(new: ModelScore, used: ModelScore | None) -> bool:
     """Whether `new` replaces the model in use. Both are scored on the same held-out samples.
 
     Within a session the likelihood may fall MARGIN below the best one so far. Another session's model must not be worse
-    than the one in use. A model of another bundle, or without a global head, is always replaced; a model without a
-    global head replaces no other. One that was chosen by hand stays.
+    than the one in use. A model of another bundle or task, or without a global head, is always replaced; a model
+    without a global head replaces no other. One that was chosen by hand stays.
     """
     if used is not None and used.by_hand:
         return False
-    if used is None or used.bundle != new.bundle or not used.has_head:
+    if used is None or (used.bundle, used.task) != (new.bundle, new.task) or not used.has_head:
         return True
     if not new.has_head:
         return False

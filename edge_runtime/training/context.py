@@ -18,7 +18,7 @@ from edge_runtime.training.loop import predict_log_p
 from fedfmsl.algorithms.arrays import Floats, Vector
 from fedfmsl.algorithms.mixture import Biases, class_mask
 from fedfmsl.algorithms.sal import Sal
-from fedfmsl.protocol.bundle import Bundle
+from fedfmsl.protocol.task_bundle import TaskBundle
 
 Samples = tuple[Sample, ...]
 
@@ -28,7 +28,7 @@ class TrainingContext:
     """`scanned`: the samples of the last folder scan. `report`: receives the progress of long computations."""
 
     device_name: str
-    bundle: Bundle
+    bundle: TaskBundle
     scanned: Splits
     cache: Features[Store]
     engine: Engine
@@ -40,7 +40,7 @@ class TrainingContext:
     @property
     def classes(self) -> int:
         """C, the number of classes."""
-        return self.bundle.manifest.dims.classes
+        return len(self.bundle.classes)
 
     @cached_property
     def splits(self) -> Splits:

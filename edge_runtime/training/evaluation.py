@@ -36,6 +36,7 @@ class BaselineHeader(BaseModel):
     """Header of the baseline's file, beside the tensor `theta` (P,)."""
 
     session: str
+    task: str
     level: int
 
 
@@ -68,7 +69,7 @@ def train_baseline(context: TrainingContext, round_: Round, _: Globals) -> Stage
         if repetition:
             state = sal.observe(state, score[0])
     assert best is not None
-    header = BaselineHeader(session=round_.session, level=context.level_of(best[1]))
+    header = BaselineHeader(session=round_.session, task=context.bundle.task.sha256, level=context.level_of(best[1]))
     write_atomically(context.store.baseline, pack(header, {"theta": best[1]}))
     metrics = {"held_out_local_only": best[0][0]}
     return StageResult(samples=len(splits.train), level=header.level, metrics=metrics)
@@ -171,4 +172,4 @@ def _load_baseline(context: TrainingContext, session: str) -> Vector | None:
     if found is None:
         return None
     header, (theta,) = found
-    return theta if header.session == session else None
+    return theta if (header.session, header.task) == (session, context.bundle.task.sha256) else None

@@ -10,7 +10,7 @@ import numpy as np
 from edge_runtime.engines.sessions import open_session, run
 from fedfmsl.algorithms.adamw import AdamW
 from fedfmsl.algorithms.arrays import Floats, Vector
-from fedfmsl.protocol.bundle import Bundle
+from fedfmsl.protocol.task_bundle import TaskBundle
 
 # Ours, chosen on held-out samples. Splits are small, and with more steps the gate collapses onto one expert.
 STEPS = 5
@@ -37,7 +37,7 @@ class GateExamples:
 class Gate:
     """Runs the two gate graphs of a bundle."""
 
-    def __init__(self, bundle: Bundle, threads: int) -> None:
+    def __init__(self, bundle: TaskBundle, threads: int) -> None:
         self._step = open_session(bundle, "gate-step.onnx", threads)
         self._predict = open_session(bundle, "gate-predict.onnx", threads)
 

@@ -45,6 +45,7 @@ class LocalExpertHeader(BaseModel):
     """Header of the local expert's file, beside the tensors `theta` and `best` (P,)."""
 
     session: str
+    task: str
     round: int
     level: int
     queue: tuple[float, ...]
@@ -80,12 +81,14 @@ class LocalExpert:
 
     @classmethod
     def load(cls, context: TrainingContext, session: str) -> LocalExpert | None:
-        """The local expert of an earlier round of the same session. None if there is none, or if it is damaged."""
+        """The local expert of an earlier round of the same session and task. None if there is none."""
         found = read_tensors(context.store.personal, LocalExpertHeader, ["theta", "best"])
         if found is None:
             return None
         header, (theta, best) = found
-        if header.session != session or {theta.shape, best.shape} != {(context.bundle.expert.total,)}:
+        if (header.session, header.task) != (session, context.bundle.task.sha256):
+            return None
+        if {theta.shape, best.shape} != {(context.bundle.expert.total,)}:
             return None
         sal = SalState(header.level, header.queue, header.seen)
         return cls(theta, sal, best, header.best_level, header.best_nll, header.round, header.held_out)
@@ -93,6 +96,7 @@ class LocalExpert:
     def save(self, context: TrainingContext, session: str) -> None:
         header = LocalExpertHeader(
             session=session,
+            task=context.bundle.task.sha256,
             round=self.round,
             level=self.sal.level,
             queue=self.sal.queue,

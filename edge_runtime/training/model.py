@@ -16,7 +16,12 @@ from edge_runtime.training.local_expert import LocalExpert, fingerprint
 from edge_runtime.training.mixture import expert_outputs, global_temperature, tempered
 from edge_runtime.training.personal_model import ModelHeader, PersonalModel
 from edge_runtime.training.stages import Globals, class_mean_expert
-from edge_runtime.training.stored_model import model_chosen_by_hand, read_personal_model, write_personal_model
+from edge_runtime.training.stored_model import (
+    model_chosen_by_hand,
+    read_personal_model,
+    stored_model,
+    write_personal_model,
+)
 from fedfmsl.algorithms.arrays import MIN_PROBABILITY, Floats
 from fedfmsl.algorithms.calibration import calibrate, fit_temperature, unknown_threshold
 from fedfmsl.algorithms.mixture import Biases, nll
@@ -64,6 +69,7 @@ def make_personal_model(context: TrainingContext, round_: Round, published: Glob
         device=context.device_name,
         level=level,
         bundle=context.bundle.sha256,
+        task=context.bundle.task.sha256,
         expert=round_.expert,
         gate=round_.gate,
         temperature=temperature,
@@ -98,7 +104,7 @@ def save_personal_model(
     if chosen is not None:
         return f"predictions keep the model of run {chosen.header.run}, round {chosen.header.round}: {BY_HAND}"
     used, text = _model_in_use(context), ""
-    former = used
+    former = stored_model(context.store)
     try:
         model = model or make_personal_model(context, round_, published)
     except DivergedError as error:
@@ -107,7 +113,7 @@ def save_personal_model(
             write_personal_model(context.store, kept)
         return f"{error}; predictions {'keep the earlier model' if used else 'have no model yet'}"
     new = model.header
-    if used is not None and (used.header.session, used.header.round) == (new.session, new.round):
+    if former is not None and (former.header.session, former.header.round) == (new.session, new.round):
         former = None  # the round is computed again
     if is_adopted(new, used.header if used else None):
         if used and used.header.session == new.session and used.header.has_head:
@@ -122,6 +128,9 @@ def save_personal_model(
         )
         text = f"predictions keep the model of run {old.run}, round {old.round}, not that of round {new.round}: {why}"
         model, former = used.changed(kept_at=new.round, kept_because=why), None
+    tasks, task = context.store.tasks, context.bundle.task
+    if tasks.read(task.sha256) is None:  # the model cannot be read without it
+        tasks.write(task.blob)
     write_personal_model(context.store, model, former)
     return text
 
@@ -135,13 +144,13 @@ def served_model(context: TrainingContext, new: PersonalModel | None) -> Persona
 
 
 def _model_in_use(context: TrainingContext) -> PersonalModel | None:
-    """The stored model, scored on the present held-out samples. None if there is none that this bundle could run."""
+    """The stored model, scored on the present held-out samples. None if there is none of this bundle and task."""
     try:
         model = read_personal_model(context.store)
     except InputError:
         return None
     samples = context.splits.held_out
-    if model.header.bundle != context.bundle.sha256:
+    if (model.header.bundle, model.header.task) != (context.bundle.sha256, context.bundle.task.sha256):
         return None
     if model.header.held_out == fingerprint(samples):
         return model

@@ -17,7 +17,7 @@ from fedfmsl.protocol.messages import Level, Name, Number, Sha256
 class ModelHeader(ModelScore):
     """Origin and calibration of a personalized model. Also the metadata of the exported ONNX file.
 
-    `bundle`, `expert` and `gate` are SHA-256 hashes. `expert` and `gate` are "" if the server has none yet.
+    `bundle`, `task`, `expert` and `gate` are SHA-256 hashes. `expert` and `gate` are "" if the server has none yet.
     """
 
     run: Name

@@ -15,11 +15,11 @@ from edge_runtime.training.stored_model import (
     model_chosen_by_hand,
     open_model_bundle,
     read_former_model,
-    read_personal_model,
+    stored_model,
     write_model_file,
 )
 from fedfmsl.common.lock_file import held
-from fedfmsl.errors import ConfigError, InputError
+from fedfmsl.errors import BundleError, ConfigError, InputError
 
 
 def roll_back(store: DeviceStore) -> ModelHeader:
@@ -34,9 +34,11 @@ def roll_back(store: DeviceStore) -> ModelHeader:
                 f"this device was returned to the model of round {chosen.header.round} already; python -m edge_runtime "
                 "rollback --undo uses the newer one again"
             )
-        former, used = read_former_model(store), _if_readable(store)
-        if used is None or former.header.bundle != used.header.bundle:
+        former, used = read_former_model(store), stored_model(store)
+        if used is not None and used.header.bundle != former.header.bundle:
             open_model_bundle(store, former.header)
+        elif store.tasks.task(former.header.task) is None:
+            raise BundleError(f"the task of the earlier model in {store.root} is missing, so it cannot be used")
         return _exchange(store, former.changed(by_hand=True), used)
 
 
@@ -66,13 +68,6 @@ def _writing(store: DeviceStore) -> Iterator[None]:
     except OSError as error:
         about = f"{store.root} cannot be written ({error.strerror}); run the command as the daemon's user"
         raise ConfigError(about) from error
-
-
-def _if_readable(store: DeviceStore) -> PersonalModel | None:
-    try:
-        return read_personal_model(store)
-    except InputError:
-        return None
 
 
 def _exchange(store: DeviceStore, chosen: PersonalModel, other: PersonalModel | None) -> ModelHeader:

@@ -22,10 +22,10 @@ from fedfmsl.algorithms.class_means import class_mean_head, class_sums
 from fedfmsl.algorithms.discriminant import second_moments
 from fedfmsl.algorithms.mixture import accuracy
 from fedfmsl.errors import RunError
-from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.layout import Layout
 from fedfmsl.protocol.messages import Globals as GlobalsHeader
 from fedfmsl.protocol.messages import Round, Stage, Sums
+from fedfmsl.protocol.task_bundle import TaskBundle
 from fedfmsl.protocol.tensors import unpack
 
 ALL = slice(None)  # all samples
@@ -43,7 +43,7 @@ class Globals:
     gate: Vector
 
 
-def read_globals(bundle: Bundle, read: Callable[[str], bytes | None], round_: Round) -> Globals:
+def read_globals(bundle: TaskBundle, read: Callable[[str], bytes | None], round_: Round) -> Globals:
     """The globals that a round names. `read` returns the blob with a SHA-256, or None. Raises RunError if one is
     missing or damaged."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -12,8 +13,9 @@ from edge_runtime.store import DeviceStore
 from edge_runtime.training.personal_model import ModelHeader, PersonalModel
 from fedfmsl.common.files import write_atomically
 from fedfmsl.common.lock_file import held
-from fedfmsl.errors import BundleError, InputError, MessageError
+from fedfmsl.errors import BundleError, FedFMSLError, InputError, MessageError
 from fedfmsl.protocol.bundle import Bundle
+from fedfmsl.protocol.task_bundle import TaskBundle
 from fedfmsl.protocol.tensors import pack, unpack
 
 
@@ -39,13 +41,26 @@ def _read(store: DeviceStore, path: Path, missing: str) -> PersonalModel:
     return PersonalModel(header, {name: np.asarray(tensor, np.float32) for name, tensor in tensors.items()})
 
 
+def tasks_of_models(store: DeviceStore) -> list[str]:
+    """The SHA-256 of the tasks of the personalized model and of the earlier one, as far as they can be read."""
+    found = []
+    for read in (read_personal_model, read_former_model):
+        with contextlib.suppress(FedFMSLError):
+            found.append(read(store).header.task)
+    return found
+
+
+def stored_model(store: DeviceStore) -> PersonalModel | None:
+    """The personalized model; None if there is none or it is damaged. Raises ConfigError if it may not be read."""
+    with contextlib.suppress(InputError):
+        return read_personal_model(store)
+    return None
+
+
 def model_chosen_by_hand(store: DeviceStore) -> PersonalModel | None:
     """The personalized model if the device was returned to it (`edge_runtime.training.rollback`)."""
-    try:
-        model = read_personal_model(store)
-    except InputError:
-        return None
-    return model if model.header.by_hand else None
+    model = stored_model(store)
+    return model if model and model.header.by_hand else None
 
 
 def write_personal_model(store: DeviceStore, model: PersonalModel, former: PersonalModel | None = None) -> None:
@@ -103,10 +118,11 @@ def _version(header: ModelHeader) -> str:
     return f"{header.session} {header.round}\n"
 
 
-def open_model_bundle(store: DeviceStore, header: ModelHeader, path: Path | None = None) -> Bundle:
-    """The bundle that a model belongs to. `path`: its folder; default: the bundle that the device downloaded.
+def open_model_bundle(store: DeviceStore, header: ModelHeader, path: Path | None = None) -> TaskBundle:
+    """The bundle and the task that a model belongs to. `path`: the bundle's folder; default: the bundle that the device
+    downloaded.
 
-    Raises BundleError if it does not exist or is another bundle.
+    Raises BundleError if the bundle does not exist or is another one, or if the task is missing.
     """
     root = path or store.bundles / header.bundle
     if not root.is_dir():
@@ -118,4 +134,9 @@ def open_model_bundle(store: DeviceStore, header: ModelHeader, path: Path | None
     bundle = Bundle.load(root)
     if bundle.sha256 != header.bundle:
         raise BundleError(f"bundle {root} is not the bundle of the model in {store.root}; pass another --bundle")
-    return bundle
+    task = store.tasks.task(header.task)
+    if task is None:
+        raise BundleError(
+            f"the task of the model in {store.root} is missing; the device's next round replaces the model"
+        )
+    return TaskBundle(bundle, task)

@@ -29,15 +29,15 @@ from fedfmsl.algorithms.privacy import (
 from fedfmsl.algorithms.weighted_sums import FRACTION_BITS, trained_values, weighted_update
 from fedfmsl.common.files import write_atomically
 from fedfmsl.errors import MessageError, RunError
-from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.encoding import SUMS, decode, encode
 from fedfmsl.protocol.layout import Layout
 from fedfmsl.protocol.messages import NOISED, Encoding, Round, Stage, Update
+from fedfmsl.protocol.task_bundle import TaskBundle
 from fedfmsl.protocol.tensors import pack
 
 
 def prepare_update(
-    bundle: Bundle, residual_path: Path, round_: Round, result: StageResult, rng: np.random.Generator
+    bundle: TaskBundle, residual_path: Path, round_: Round, result: StageResult, rng: np.random.Generator
 ) -> StageResult:
     """`result` with the tensors to send. Saves the residual of the encoding in the file `residual_path`."""
     layout = bundle.gate if round_.stage is Stage.PERSONAL else bundle.expert
@@ -57,9 +57,9 @@ def prepare_update(
     # The file is written before the update is in the outbox, and also stores the residual that this update includes.
     # If the process ends in between, or if too few devices answer, the round of this index is repeated. It then starts
     # from `before` again. So a residual is part of exactly one update of each index, and always of the same one.
-    before = load_residual(residual_path, round_)
+    before = load_residual(residual_path, round_, bundle.task.sha256)
     tensors, after = encode_with_feedback(layout, result.delta, before, round_.encoding)
-    save_residual(residual_path, round_, before, after)
+    save_residual(residual_path, round_, bundle.task.sha256, before, after)
     return replace(result, tensors=tensors)
 
 
@@ -139,22 +139,24 @@ class ResidualHeader(BaseModel):
     """
 
     session: str
+    task: str
     stage: Stage
     index: int
 
 
-def load_residual(path: Path, round_: Round) -> Vector:
-    """The residual (P,) to add to this round's update. Empty if the file is damaged or of another session or stage."""
+def load_residual(path: Path, round_: Round, task: str) -> Vector:
+    """The residual (P,) to add to this round's update. Empty if the file is damaged, or of another session, task or
+    stage."""
     found = read_tensors(path, ResidualHeader, ["before", "after"])
     if found is not None:
         header, (before, after) = found
         residual = before if header.index == round_.index else after
-        is_own = (header.session, header.stage) == (round_.session, round_.stage)
+        is_own = (header.session, header.task, header.stage) == (round_.session, task, round_.stage)
         if is_own and residual.ndim == 1 and np.isfinite(residual).all():
             return residual
     return np.empty(0, np.float32)
 
 
-def save_residual(path: Path, round_: Round, before: Vector, after: Vector) -> None:
-    header = ResidualHeader(session=round_.session, stage=round_.stage, index=round_.index)
+def save_residual(path: Path, round_: Round, task: str, before: Vector, after: Vector) -> None:
+    header = ResidualHeader(session=round_.session, task=task, stage=round_.stage, index=round_.index)
     write_atomically(path, pack(header, {"before": before, "after": after}), durable=True)

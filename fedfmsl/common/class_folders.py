@@ -164,7 +164,7 @@ def normal_name(name: str) -> str:
 def unknown_class(classes: Sequence[str]) -> str:
     """The reason why a file of another class is not used."""
     known = ", ".join(classes[:CLASSES_NAMED]) + (", …" if len(classes) > CLASSES_NAMED else "")
-    return f"class not in the bundle, whose classes are {known}"
+    return f"class not in the task, whose classes are {known}"
 
 
 def similar(label: str, classes: Sequence[str]) -> str:

@@ -9,20 +9,20 @@
     predict-{k}.onnx        level k: hidden state, trainables → class logits, class-token feature
     personal-{k}.onnx       level k: pixels, both experts, gate, temperature → class probabilities (a template)
     gate-step.onnx, gate-predict.onnx
-    init.safetensors        the trainables that every run starts from; a zero-shot head if the model has a text tower
+    init.safetensors        the LoRA and the gate adapter that every run starts from
     tokenizer.json          of a text model: the tokenizer, in the format of Hugging Face's `tokenizers`
     ort-training-{k}.onnx, ort-training-{k}.checkpoint, ort-training-optimizer.onnx
                             level k: the step for onnxruntime-training (optional)
 
 "pixels" is (B, S, S, 3) uint8. The graphs of a text model take "tokens" instead, (B, N) int64.
 
+The number of classes C is not a bundle's: a run's task names them (`fedfmsl.protocol.task`).
 All files are in one folder because ONNX refuses external data outside the folder of the model.
 """
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal, get_args
@@ -91,13 +91,12 @@ Preprocessing = Annotated[ImagePreprocessing | TextPreprocessing, Field(discrimi
 
 
 class Dims(_Frozen):
-    """`tokens` N, `hidden` D, `feature` F (input of head and gate), `blocks` L, `classes` C."""
+    """`tokens` N, `hidden` D, `feature` F (input of head and gate), `blocks` L."""
 
     tokens: Positive
     hidden: Positive
     feature: Positive
     blocks: Positive
-    classes: Positive
 
 
 class LoraSpec(_Frozen):
@@ -127,7 +126,9 @@ class FileEntry(_Frozen):
 
 
 class Manifest(_Frozen):
-    schema_version: Literal[3] = 3
+    """`lora_layout`: the LoRA of the highest level. The head comes before it, as a task has it."""
+
+    schema_version: Literal[4] = 4
     model: str
     family: str
     precision: Precision
@@ -135,46 +136,31 @@ class Manifest(_Frozen):
     dims: Dims
     lora: LoraSpec
     levels: int = Field(ge=1, le=1024)
-    classes: tuple[str, ...]
-    expert_layout: tuple[Slot, ...]
+    lora_layout: tuple[Slot, ...]
     gate_layout: tuple[Slot, ...]
     peft: PeftSpec
     backbone_parameters: int = Field(ge=1)
-    tuned_parameters: int = Field(ge=0)
     files: dict[FileName, FileEntry]
-
-    @property
-    def tuned_share(self) -> float:
-        """Trainable parameters of the highest level, as a share of the backbone's parameters."""
-        return self.tuned_parameters / self.backbone_parameters
-
-
-@dataclass(frozen=True)
-class ZeroShot:
-    """A head from class names alone: a unit vector per class, `rows` (C, F), and the model's `scale` of cosines."""
-
-    rows: Vector
-    scale: float
 
 
 class Bundle:
-    """A bundle on disk. `expert` and `gate` are the layouts of their trainables; `sha256` is the manifest's."""
+    """A bundle on disk. `lora` and `gate` are the layouts of their trainables; `sha256` is the manifest's."""
 
     def __init__(self, root: Path, manifest: Manifest, sha256: str) -> None:
         """Raises ValueError if the layouts do not fit the levels."""
         self.root = root
         self.manifest = manifest
         self.sha256 = sha256
-        self.expert = Layout(manifest.expert_layout)
+        self.lora = Layout(manifest.lora_layout)
         self.gate = Layout(manifest.gate_layout)
-        if len(self.expert.parts) != manifest.levels + 1 or not self.gate.slots:
+        if len(self.lora.parts) != manifest.levels or not self.gate.slots:
             raise ValueError("the layouts do not fit the levels")
 
     @classmethod
     def load(cls, root: str | Path) -> Bundle:
         """Reads the manifest. `verify` also checks the files.
 
-        Raises BundleError if there is no readable manifest of schema 3 in the folder.
+        Raises BundleError if there is no readable manifest of schema 4 in the folder.
         """
         root = Path(root)
         path = root / MANIFEST
@@ -191,7 +177,7 @@ class Bundle:
             return cls(root, Manifest.model_validate_json(raw), hashlib.sha256(raw).hexdigest())
         except ValueError as error:  # pydantic's ValidationError is one
             raise BundleError(
-                f"{path} is not a bundle manifest of schema 3; build the bundle again with python -m export.build"
+                f"{path} is not a bundle manifest of schema 4; export the bundle again with python -m export.build"
             ) from error
 
     def verify(self) -> None:
@@ -214,26 +200,16 @@ class Bundle:
             raise BundleError(f"bundle {self.root}: the manifest names {name!r}, outside the bundle; build it again")
         return path
 
-    def initial(self) -> tuple[Vector, Vector]:
-        """The trainables that every run starts from: expert at the highest level (P,), gate adapter (G,)."""
-        tensors = self._init()
-        return np.asarray(tensors["expert"], np.float32), np.asarray(tensors["gate"], np.float32)
-
-    def zero_shot(self) -> ZeroShot | None:
-        """The zero-shot head, or None if the bundle has none."""
-        tensors = self._init()
-        if "zero_shot" not in tensors:
-            return None
-        return ZeroShot(np.asarray(tensors["zero_shot"], np.float32), float(tensors["zero_shot_scale"][0]))
-
-    def _init(self) -> dict[str, Vector]:
+    def initial_lora_and_gate(self) -> tuple[Vector, Vector]:
+        """The trainables that every run starts from: LoRA at the highest level, gate adapter (G,)."""
         path = self.path("init.safetensors")
         try:
-            return load(path.read_bytes())
+            tensors = load(path.read_bytes())
         except PermissionError as error:
             raise BundleError(no_permission(path)) from error
         except (OSError, SafetensorError) as error:
             raise BundleError(f"bundle {self.root}: init.safetensors is not readable; build it again") from error
+        return np.asarray(tensors["lora"], np.float32), np.asarray(tensors["gate"], np.float32)
 
     def tokenizer(self) -> str:
         """The JSON of a text model's tokenizer; empty for an image model."""

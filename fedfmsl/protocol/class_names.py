@@ -15,6 +15,7 @@ from fedfmsl.errors import ConfigError, InputError, one_line
 
 MAX_BYTES = 255  # of a folder name
 MAX_CLASSES = 4096  # messages have a number for each class
+LISTED = 5  # names in a list for people
 SHOWN = 60  # characters of a name in an error
 BREAKS = ("Cc", "Zl", "Zp")  # Unicode categories: control characters, line and paragraph separators
 
@@ -72,6 +73,12 @@ def split_names(text: str) -> list[str]:
     except csv.Error as error:
         raise ConfigError(f"{_quoted(text)} is not a list of names ({error}); write it like apple,pear") from error
     return rows[0] if rows else []
+
+
+def describe_classes(names: Sequence[str]) -> str:
+    """A list of names for people, shortened."""
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return f"{len(names)} classes: {', '.join(_quoted(name) for name in names[:LISTED])}{more}"
 
 
 def joined_names(names: Sequence[str]) -> str:

@@ -102,3 +102,12 @@ class Layout:
         if not slots:
             return np.empty(0, np.float32)
         return np.concatenate([np.asarray(tensors[s.name], np.float32).ravel() for s in slots])
+
+
+def expert_layout(classes: int, feature: int, lora: Layout) -> Layout:
+    """The layout of an expert: the head of C `classes` over features (F,), then the LoRA."""
+    head: list[tuple[str, str, tuple[int, ...]]] = [
+        (HEAD, "classifier.weight", (classes, feature)),
+        (HEAD, "classifier.bias", (classes,)),
+    ]
+    return Layout.build([*head, *((slot.part, slot.name, slot.shape) for slot in lora.slots)])

@@ -96,12 +96,14 @@ class Encoding(str, Enum):
 class ServerStatus(Message):
     """Retained, last will. Each execution of a run name has its own `session`; a restarted server keeps it. It
     distinguishes messages and files of an earlier execution. `chunk_bytes`: the size of chunks that the broker takes.
+    `task`: the SHA-256 of the run's task, whose chunks are among those of globals.
     """
 
     online: bool
     run: Name
     session: Session
     bundle: Sha256 = ""
+    task: Sha256 = ""
     bundle_url: Url = ""
     model: Text = ""
     chunk_bytes: ChunkBytes = CHUNK_BYTES

@@ -33,16 +33,18 @@ def pack(header: BaseModel, tensors: Tensors) -> bytes:
     return save(contiguous, metadata={"header": header.model_dump_json()})
 
 
-def unpack(blob: bytes, header_type: type[Header]) -> tuple[Header, dict[str, NDArray[np.generic]]]:
-    """The header, and copies of the tensors. Memory: that of the tensors and of a header of MAX_HEADER_BYTES.
+def unpack(
+    blob: bytes, header_type: type[Header], max_header_bytes: int = MAX_HEADER_BYTES
+) -> tuple[Header, dict[str, NDArray[np.generic]]]:
+    """The header, and copies of the tensors. Memory: that of the tensors and of a header of `max_header_bytes`.
 
     Raises MessageError unless the blob is a safetensors file with a valid header of this type and at most MAX_TENSORS
     tensors of DTYPES.
     """
     try:
         length = int.from_bytes(blob[:8], "little")
-        if length > MAX_HEADER_BYTES:
-            raise ValueError(f"its header is longer than {MAX_HEADER_BYTES} bytes")
+        if length > max_header_bytes:
+            raise ValueError(f"its header is longer than {max_header_bytes} bytes")
         # safetensors checks the structure, and that the tensors cover each byte once, before it copies
         tensors = load(blob)
         metadata = json.loads(blob[8 : 8 + length])["__metadata__"]

@@ -21,8 +21,8 @@ from edge_runtime.engines.step_graph import StepGraphEngine
 from edge_runtime.training.context import Samples, TrainingContext
 from fedfmsl.algorithms.arrays import Floats, Vector
 from fedfmsl.algorithms.mixture import log_softmax
-from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.layout import HEAD, Layout, Slot
+from fedfmsl.protocol.task_bundle import TaskBundle
 from simulation.methods.local_training import is_lora_a, is_lora_b, step_graphs
 
 
@@ -46,7 +46,7 @@ class Adapters:
     wide: Layout
 
     @classmethod
-    def of(cls, bundle: Bundle) -> Adapters:
+    def of(cls, bundle: TaskBundle) -> Adapters:
         return cls(bundle.expert, wide_layout(bundle.expert))
 
     def combine(self, first: Vector, second: Vector, weights: Floats) -> Vector:
@@ -119,7 +119,7 @@ def weighted_log_p(
     return log_softmax(np.concatenate(logits))
 
 
-def open_wide(bundle: Bundle, name: str, threads: int, prepack: bool = True) -> InferenceSession:
+def open_wide(bundle: TaskBundle, name: str, threads: int, prepack: bool = True) -> InferenceSession:
     """A session of the bundle's graph `name`, with `theta` cut as `wide_layout` says. Needs ONNX Runtime 1.21."""
     path = bundle.path(name)
     model = onnx.load(str(path), load_external_data=False)

@@ -19,8 +19,8 @@ from fedfmsl.algorithms.aggregation import Contribution, WeightedMean
 from fedfmsl.algorithms.arrays import Doubles, Vector
 from fedfmsl.algorithms.class_means import class_mean_head
 from fedfmsl.algorithms.server_optimizers import FedAvg, Moments
-from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.messages import Globals
+from fedfmsl.protocol.task_bundle import TaskBundle
 from fedfmsl.protocol.tensors import pack
 from simulation.fleet import Fleet
 from simulation.methods.base import MethodSettings, RoundCost
@@ -72,7 +72,7 @@ def sum_over(
     return {key: values.astype(np.float32) for key, values in total.items()}, sizes
 
 
-def average(bundle: Bundle, shared: Vector, results: Mapping[str, Trained]) -> Vector:
+def average(bundle: TaskBundle, shared: Vector, results: Mapping[str, Trained]) -> Vector:
     """FedAvg (McMahan et al., AISTATS 2017): `shared` (P,) plus the mean update of the devices, weighted by their
     samples. Values that no device changed stay."""
     parts = {name: part for name, part in bundle.expert.parts.items() if part.stop <= shared.size}
@@ -81,14 +81,14 @@ def average(bundle: Bundle, shared: Vector, results: Mapping[str, Trained]) -> V
     return FedAvg().step(shared, combined, Moments.zeros(shared.size))[0]
 
 
-def wire_bytes(bundle: Bundle, theta: Vector, sent: Choose = everything) -> int:
+def wire_bytes(bundle: TaskBundle, theta: Vector, sent: Choose = everything) -> int:
     """The length of a message with the chosen tensors of `theta` (P,), in fp32."""
     tensors = bundle.expert.split(theta)
     chosen = {slot.name: tensors[slot.name] for slot in bundle.expert.slots if slot.name in tensors and sent(slot)}
     return len(pack(Globals(run="simulation", kind="expert"), chosen))
 
 
-def exchange(bundle: Bundle, theta: Vector, devices: Sequence[str], sent: Choose = everything) -> RoundCost:
+def exchange(bundle: TaskBundle, theta: Vector, devices: Sequence[str], sent: Choose = everything) -> RoundCost:
     """The cost of a round in which each device receives and sends the chosen tensors once."""
     each = dict.fromkeys(devices, wire_bytes(bundle, theta, sent))
     return RoundCost(each, each)

@@ -19,7 +19,7 @@ from support.simulation import Simulation
 from support.tools import find_tool, require_tool
 
 from benchmarks.layouts import layout_bundle
-from fedfmsl.protocol.bundle import Bundle
+from fedfmsl.protocol.task_bundle import TaskBundle
 
 RELIABILITY = Path(__file__).parents[2] / "docs" / "reliability.md"
 TIMES = 10  # of each fault in the long form
@@ -84,7 +84,7 @@ def times(full: bool) -> int:
 
 
 @pytest.fixture(scope="session")
-def layout(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def layout(tmp_path_factory: pytest.TempPathFactory) -> TaskBundle:
     """A bundle whose updates have 0.3 MB, which is four chunks."""
     return layout_bundle(tmp_path_factory.mktemp("bundles") / "layout", 2, hidden=384, blocks=3, classes=200)
 
@@ -104,13 +104,13 @@ def processes(tmp_path: Path) -> Iterator[Processes]:
 
 
 @pytest.fixture
-def simulation(kind: str, layout: Bundle, processes: Processes, tmp_path: Path, times: int) -> Simulation:
+def simulation(kind: str, layout: TaskBundle, processes: Processes, tmp_path: Path, times: int) -> Simulation:
     """A run whose broker is started, long enough for `times` faults."""
     return Simulation.for_faults(times, processes, RestartableBroker(processes, tmp_path, kind), layout, tmp_path)
 
 
 @pytest.fixture(scope="session")
-def undisturbed(layout: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+def undisturbed(layout: TaskBundle, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
     """Runs without a fault, one for each number of devices and of rounds of stage 1."""
     known: dict[tuple[int, int], Reference] = {}
 

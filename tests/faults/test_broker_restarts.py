@@ -16,7 +16,7 @@ from support.run_oracle import Undisturbed
 from support.simulation import Simulation
 from support.tools import require_tool
 
-from fedfmsl.protocol.bundle import Bundle
+from fedfmsl.protocol.task_bundle import TaskBundle
 
 DELAY = (0.1, 0.4)
 AWAY_SECONDS = 1.0  # duration of a fault
@@ -41,7 +41,7 @@ def long_form_only(full: bool) -> None:
     ],
 )
 def test_a_broker_restart_in_a_round_loses_no_update(
-    layout: Bundle,
+    layout: TaskBundle,
     processes: Processes,
     tmp_path: Path,
     undisturbed: Undisturbed,
@@ -71,7 +71,7 @@ def test_a_broker_restart_in_a_round_loses_no_update(
 
 @pytest.mark.needs("mosquitto")
 def test_a_broker_with_a_full_queue_drops_messages_and_no_update_is_lost(
-    layout: Bundle, processes: Processes, tmp_path: Path, undisturbed: Undisturbed, row: Row, times: int
+    layout: TaskBundle, processes: Processes, tmp_path: Path, undisturbed: Undisturbed, row: Row, times: int
 ) -> None:
     row.name = f"broker drops messages: queue of {QUEUED_MESSAGES}, server stopped for {AWAY_SECONDS:.0f} s, mosquitto"
     lines = ("allow_anonymous true", f"max_queued_messages {QUEUED_MESSAGES}", "max_inflight_messages 5")
@@ -91,7 +91,7 @@ def test_a_broker_with_a_full_queue_drops_messages_and_no_update_is_lost(
 
 @pytest.mark.needs("mosquitto")
 def test_a_broker_with_a_full_disk_loses_no_update(
-    layout: Bundle, processes: Processes, tmp_path: Path, undisturbed: Undisturbed, row: Row, times: int
+    layout: TaskBundle, processes: Processes, tmp_path: Path, undisturbed: Undisturbed, row: Row, times: int
 ) -> None:
     row.name = f"broker's disk full for {AWAY_SECONDS:.0f} s, then SIGKILL, mosquitto"
     with small_disk(tmp_path / "mosquitto", DISK_MEGABYTES) as disk:
@@ -113,7 +113,7 @@ def test_a_broker_with_a_full_disk_loses_no_update(
 
 @pytest.mark.needs("mosquitto")
 def test_a_broker_without_descriptors_loses_no_update(
-    layout: Bundle, processes: Processes, tmp_path: Path, undisturbed: Undisturbed, row: Row, times: int
+    layout: TaskBundle, processes: Processes, tmp_path: Path, undisturbed: Undisturbed, row: Row, times: int
 ) -> None:
     row.name = f"connections cut, broker out of descriptors for {AWAY_SECONDS:.0f} s (EMFILE), mosquitto"
     broker = RestartableBroker(processes, tmp_path)

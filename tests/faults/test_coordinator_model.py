@@ -18,8 +18,8 @@ from benchmarks.layouts import layout_bundle, update_of
 from fedfmsl.algorithms.arrays import Tensors
 from fedfmsl.algorithms.discriminant import discriminant_head, with_former_rows
 from fedfmsl.algorithms.sal import CapabilityQueue, Sal
-from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.messages import DeviceStatus, Round, Stage, Sums, Update, Verdict
+from fedfmsl.protocol.task_bundle import TaskBundle
 from fedfmsl.protocol.tensors import blob_hash, pack
 from trainer_server.config import Aggregation, Head, Rule, RunConfig, Selection
 from trainer_server.coordinator.advance import advance
@@ -56,7 +56,7 @@ HEADERS: dict[str, dict[str, Any]] = {
     "accuracy": {"metrics": {"held_out_global": 1e308}},
 }
 FLAWS = ["", "", "", "", *HEADERS, "nan", "shape", "norm", "missing"]
-BUNDLE: list[Bundle] = []
+BUNDLE: list[TaskBundle] = []
 DONE: Counter[str] = Counter()
 
 

@@ -48,6 +48,7 @@ from fedfmsl.protocol.messages import (
     encode,
     parse,
 )
+from fedfmsl.protocol.task_bundle import with_numbered_classes
 from fedfmsl.protocol.tensors import DTYPES, blob_hash, pack, unpack
 from fedfmsl.protocol.topics import MAX_NUMBER, NAME, Topics
 from trainer_server.storage.uploads import Uploads
@@ -102,8 +103,8 @@ MESSAGES: list[Message] = [
 HEADERS: list[BaseModel] = [
     next(message for message in MESSAGES if isinstance(message, Update)),
     Globals(run="r", kind="expert"),
-    LocalExpert(session="s", round=1, level=2, queue=(0.5, 0.6), seen=2, best_level=1, best_nll=0.3),
-    Alone(session="s", level=2),
+    LocalExpert(session="s", task=SHA, round=1, level=2, queue=(0.5, 0.6), seen=2, best_level=1, best_nll=0.3),
+    Alone(session="s", task=SHA, level=2),
     ModelHeader(
         run="r",
         session="s",
@@ -111,6 +112,7 @@ HEADERS: list[BaseModel] = [
         device="d",
         level=2,
         bundle=SHA,
+        task=SHA,
         expert=SHA,
         gate="",
         temperature=1.5,
@@ -253,8 +255,8 @@ def manifest(rng: random.Random, folder: Path, built: Built) -> Target:
     def read(data: bytes) -> list[Path]:
         (folder / MANIFEST).write_bytes(data)
         bundle = Bundle.load(folder)
-        assert bundle.expert.total >= bundle.expert.size(bundle.manifest.levels) >= 0
-        assert bundle.manifest.tuned_share >= 0
+        expert = with_numbered_classes(bundle, 2).expert
+        assert expert.total >= expert.size(bundle.manifest.levels) >= 0
         return [bundle.path(name) for name in bundle.manifest.files]
 
     def check(paths: list[Path]) -> bool:

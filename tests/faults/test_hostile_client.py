@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 from support.fault_records import Row
 from support.hostile_client import publish
-from support.processes import Observer
+from support.processes import SECONDS, Observer
 from support.recovery import strike_each
 from support.run_oracle import Undisturbed
 from support.simulation import RUN, Simulation
 
 from fedfmsl.algorithms.arrays import Tensors
-from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.chunks import chunks
 from fedfmsl.protocol.messages import DeviceStatus, Round, Update, encode
+from fedfmsl.protocol.task_bundle import TaskBundle
 from fedfmsl.protocol.tensors import pack
 from fedfmsl.protocol.topics import Topics
 from trainer_server.storage.run_store import RunStore
@@ -69,7 +69,7 @@ def sent(begun: Round, tensors: Tensors, **changes: object) -> Messages:
     return [(TOPICS.update_chunk(HOSTILE, update.round, 0), chunk) for chunk in chunks(pack(update, tensors))]
 
 
-def messages(bundle: Bundle, begun: Round) -> dict[str, tuple[str, Messages]]:
+def messages(bundle: TaskBundle, begun: Round) -> dict[str, tuple[str, Messages]]:
     """The messages of each fault, by its name in the table, and the reason with which the server refuses them."""
     ones = bundle.expert.split(np.ones(bundle.expert.size(1), np.float32))
 
@@ -109,6 +109,7 @@ def test_messages_of_a_hostile_client_cost_nothing(
         pytest.skip("group by group, and on amqtt, in the long form only (--full)")
     row.name = f"{group}, {simulation.broker.kind}"
     prompt = simulation.broker.kind == "mosquitto"  # amqtt may not take it all, or only when the round is over
+    seconds = SECONDS if prompt else 2.0
     introduction = DeviceStatus(device=HOSTILE, online=False, bundle=simulation.bundle.sha256)
     reasons: set[str] = set()
     with Observer(simulation.broker, RUN) as observer:
@@ -116,11 +117,13 @@ def test_messages_of_a_hostile_client_cost_nothing(
         def attack(number: int) -> None:
             observer.catch_up()
             begun = [message for message in observer.seen if isinstance(message, Round)][-1]
-            assert publish(simulation.broker.url, [(TOPICS.status(HOSTILE), encode(introduction))]) or not prompt
+            assert (
+                publish(simulation.broker.url, [(TOPICS.status(HOSTILE), encode(introduction))], seconds) or not prompt
+            )
             for fault in FAULTS[group]:
                 reason, forged = messages(simulation.bundle, begun)[fault]
                 reasons.add(reason)
-                assert publish(simulation.broker.url, forged) or not prompt, fault
+                assert publish(simulation.broker.url, forged, seconds) or not prompt, fault
 
         simulation.stage1 *= LONGER if full and not prompt else 1
         simulation.start_server()

@@ -19,7 +19,7 @@ from support.recovery import Recovery, strike_each
 from support.run_oracle import Undisturbed
 from support.simulation import Simulation
 
-from fedfmsl.protocol.bundle import Bundle
+from fedfmsl.protocol.task_bundle import TaskBundle
 
 DELAY = (0.1, 0.4)
 KEEPALIVE_SECONDS = 1
@@ -142,7 +142,7 @@ def test_latency_repetition_and_reordering_lose_no_update(
     ],
 )
 def test_lost_packets_and_low_bandwidth_lose_no_update(
-    layout: Bundle,
+    layout: TaskBundle,
     processes: Processes,
     tmp_path: Path,
     undisturbed: Undisturbed,
@@ -172,7 +172,7 @@ def test_lost_packets_and_low_bandwidth_lose_no_update(
 
 
 def test_devices_that_join_at_once_all_take_part(
-    layout: Bundle, undisturbed: Undisturbed, tmp_path: Path, row: Row, times: int, full: bool, kind: str
+    layout: TaskBundle, undisturbed: Undisturbed, tmp_path: Path, row: Row, times: int, full: bool, kind: str
 ) -> None:
     """A run for each try. It recovers when its first round is closed."""
     if not full or kind == "amqtt":

@@ -13,8 +13,8 @@ from support.run_oracle import Findings, Reference, examine, reference
 from benchmarks.layouts import update_of
 from benchmarks.simulated import device_names
 from fedfmsl.algorithms.sal import CapabilityQueue, Sal
-from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.messages import DeviceStatus, Stage
+from fedfmsl.protocol.task_bundle import TaskBundle
 from fedfmsl.protocol.tensors import blob_hash, pack
 from trainer_server.config import Head, RunConfig
 from trainer_server.coordinator.advance import advance
@@ -27,7 +27,7 @@ DEVICES = device_names(3)
 SAL = Sal(CapabilityQueue(3, 0.02), max_level=1)
 
 
-def run_without_a_network(out: Path, bundle: Bundle) -> None:
+def run_without_a_network(out: Path, bundle: TaskBundle) -> None:
     """Writes the folder of a finished run."""
     config = RunConfig(
         run="r",
@@ -40,7 +40,9 @@ def run_without_a_network(out: Path, bundle: Bundle) -> None:
         secure_sums=False,
         head=Head.CLASS_MEANS,
     )
-    store = RunStore.create(out, Origin(config=config, session="s", bundle=bundle.root, sha256=bundle.sha256))
+    task = bundle.task
+    origin = Origin(config=config, session="s", bundle=bundle.root, sha256=bundle.sha256, task=task.sha256)
+    store = RunStore.create(out, origin, task)
     plan = make_plan(store, bundle)
     state = initial_state(plan, 0.0)
 
@@ -66,7 +68,7 @@ def run_without_a_network(out: Path, bundle: Bundle) -> None:
 
 
 @pytest.fixture(scope="module")
-def finished(layout: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(layout: TaskBundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("finished")
     run_without_a_network(out, layout)
     return out

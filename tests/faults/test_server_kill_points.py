@@ -15,7 +15,7 @@ from support.recovery import Recovery, strike_each
 from support.run_oracle import Undisturbed
 from support.simulation import ROUNDS_PER_FAULT, STAGE2, Simulation
 
-from fedfmsl.protocol.bundle import Bundle
+from fedfmsl.protocol.task_bundle import TaskBundle
 
 DELAY = (0.1, 0.4)
 STORE, SERVICE = "trainer_server.storage.run_store:RunStore", "trainer_server.service.loop:Service"
@@ -47,7 +47,14 @@ ENDS = {
 
 @pytest.mark.parametrize("state", ENDS)
 def test_a_server_killed_at_the_end_of_a_run_announces_the_end_after_its_restart(
-    layout: Bundle, kind: str, tmp_path: Path, undisturbed: Undisturbed, row: Row, times: int, state: str, full: bool
+    layout: TaskBundle,
+    kind: str,
+    tmp_path: Path,
+    undisturbed: Undisturbed,
+    row: Row,
+    times: int,
+    state: str,
+    full: bool,
 ) -> None:
     """A run for each try. It recovers when the run is over for every device and the server."""
     if not full or kind == "amqtt":

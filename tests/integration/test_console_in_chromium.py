@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +17,8 @@ from support.provisioned_fleet import write_identity
 from support.stored_runs import stored_run
 
 from devices.provisioning.authority import CLIENT, SERVER, make_authority
+from fedfmsl.protocol.task import Task
+from fedfmsl.protocol.task_bundle import TaskBundle
 from fedfmsl.transport.identity import client_context
 from trainer_server.console.process import serve
 from trainer_server.service.console_job import ConsoleJob
@@ -118,12 +119,9 @@ def test_hostile_texts_a_thousand_devices_and_every_page_for_everyone(
     browser.problems.clear()
     text = f"{HOSTILE}{RIGHT_TO_LEFT}{'x' * 10_000}"
     folder = stored_run(tmp_path / "shops", vit, devices=1000, rounds=30, ended="finished", board=text)
-    bundle = shutil.copytree(vit.bundle.root, tmp_path / "bundle")
-    manifest = json.loads((bundle / "manifest.json").read_text())
-    manifest["classes"] = [HOSTILE, RIGHT_TO_LEFT, "x" * 200]
-    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    task = Task(vit.bundle.sha256, (HOSTILE, RIGHT_TO_LEFT, "x" * 200))
     store = RunStore(folder)
-    store.reset(store.origin.config, type(vit.bundle).load(bundle))
+    store.reset(store.origin.config, TaskBundle(vit.bundle, task))
     (folder / "notes.log").write_text(f"refused: {text}\n", encoding="utf-8")
     address = f"127.0.0.1:{free_port()}"
     with serve(ConsoleJob(address, str(folder))):

@@ -16,8 +16,8 @@ from edge_runtime.engines.base import MemoryPlan
 from edge_runtime.engines.step_graph import default_micro_batch
 from edge_runtime.resources.plan import Plan
 from edge_runtime.resources.probe import BATCH
-from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.messages import Round, Stage
+from fedfmsl.protocol.task_bundle import TaskBundle
 
 LEVELS = 6
 SHAPE = {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768, "patch_size": 2}
@@ -27,13 +27,13 @@ UNTOUCHED = 64 * MB  # reserved by allocators and never used; how much depends o
 
 
 @pytest.fixture(scope="module")
-def wide(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def wide(tmp_path_factory: pytest.TempPathFactory) -> TaskBundle:
     """257 tokens of 192 values: the memory of a training step depends on the micro-batch."""
     weights = write_vit(tmp_path_factory.mktemp("weights"), num_hidden_layers=LEVELS, **SHAPE)
     return build(weights, tmp_path_factory.mktemp("bundles") / "wide").bundle
 
 
-def test_a_run_stays_within_its_budget(wide: Bundle, broker: Broker, tmp_path: Path) -> None:
+def test_a_run_stays_within_its_budget(wide: TaskBundle, broker: Broker, tmp_path: Path) -> None:
     """The kernel limits the data of a process, which is everything but mapped files. Unlike the budget, it counts
     memory that is allocated and never used, and does not count the code of libraries (some 45 MB). The device reports
     its peak memory, which the test compares with the budget."""

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import paho.mqtt.client as paho
 import pytest
-from support.processes import Broker, Ended, Federation, Processes, free_port, run_module, wait_until
+from support.forked import fork_module
+from support.processes import RUN_SECONDS, Broker, Ended, Federation, Processes, free_port, wait_until
 from support.provisioned_fleet import (
     HOSTS,
     LONG_AGO,
@@ -118,7 +119,7 @@ def introduction(device: str) -> str:
 def join(url: str, photos: Path, state: Path, *arguments: str, environment: dict[str, str] | None = None) -> Ended:
     """Runs the device's command to its end."""
     command = ("run", "--run", "orchard", "--images", str(photos), "--broker", url, "--state", str(state))
-    return run_module("edge_runtime", *command, *arguments, environment=environment)
+    return fork_module("edge_runtime", *command, *arguments, environment=environment)
 
 
 def coordinate(url: str, bundle: Path, out: Path, *arguments: str) -> Ended:
@@ -135,7 +136,7 @@ def coordinate(url: str, bundle: Path, out: Path, *arguments: str) -> Ended:
         "--devices",
         "1",
     )
-    return run_module("trainer_server", *command, *arguments)
+    return fork_module("trainer_server", *command, *arguments)
 
 
 UNAUTHORIZED: dict[str, tuple[Callable[[Fleet, Path], Path], str]] = {
@@ -474,7 +475,7 @@ def test_a_whole_run_over_mutual_tls(
     for name in mine:
         federation.start_device(name, "--identity", str(fleet.device(name)))
     for name, device in federation.devices.items():
-        ended = device.wait()
+        ended = device.wait(RUN_SECONDS)
         assert ended.code == 0, f"{name}: {ended.stderr}"
         assert "without a certificate" not in ended.stdout + ended.stderr
         Bundle.load(federation.state(name) / "bundles" / Bundle.load(bundle).sha256).verify()

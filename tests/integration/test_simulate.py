@@ -137,5 +137,5 @@ def test_a_class_that_the_bundle_lacks_is_named(vit: Built, photos: Path, tmp_pa
     shutil.copytree(data / "train" / "apple", data / "train" / "quince")
     ended = run_module("simulation", *options(vit, data), cwd=tmp_path)
     assert ended.code == 3
-    assert "'quince', which is not in bundle" in ended.stderr
+    assert "'quince', which the task does not have" in ended.stderr
     assert "--classes apple,kiwi,lemon,plum,quince" in ended.stderr

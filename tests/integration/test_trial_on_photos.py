@@ -15,7 +15,7 @@ from support.processes import Ended, run_module
 from support.samples import CLASSES, write_device_photos
 
 from devices.trial.evaluation import evaluate_fleet
-from fedfmsl.protocol.bundle import Bundle
+from fedfmsl.protocol.task_bundle import TaskBundle
 
 DEVICES, STAGE1, STAGE2 = 3, 2, 1
 NAMES = [f"device-{index}" for index in range(DEVICES)]
@@ -69,14 +69,14 @@ def test_the_report_has_every_documented_key(report: dict[str, Any]) -> None:
 
 
 def test_the_report_has_the_settings_of_the_run(report: dict[str, Any], folder: Path) -> None:
-    manifest = Bundle.load(folder / "bundle").manifest
+    bundle = TaskBundle.open(folder / "bundle")
     assert (report["seed"], report["alpha"], report["model"]) == (0, 1.0, "tiny-vit")
     assert report["rounds"] == {"stage1": STAGE1, "stage2": STAGE2}
     assert report["engines"] == [ENGINE]
     assert len(report["levels"]) >= STAGE1
-    assert report["tuned_share"] == manifest.tuned_share
-    assert report["tuned_parameters"] == manifest.tuned_parameters
-    assert report["backbone_parameters"] == manifest.backbone_parameters
+    assert report["tuned_share"] == bundle.tuned_share
+    assert report["tuned_parameters"] == bundle.tuned_parameters
+    assert report["backbone_parameters"] == bundle.manifest.backbone_parameters
 
 
 @pytest.mark.parametrize("model", sorted(ACCURACIES))

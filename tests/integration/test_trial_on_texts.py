@@ -14,8 +14,8 @@ from support.processes import Ended, run_module
 from support.samples import CLASSES, write_photos, write_texts
 
 from edge_runtime.data.inputs import reader_of
-from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.peft_names import from_peft
+from fedfmsl.protocol.task_bundle import TaskBundle
 
 DEVICES, INPUT, STAGE1 = 2, 3, 3
 
@@ -75,7 +75,7 @@ def test_the_adapter_gives_the_global_experts_logits_on_transformers_own_class(f
     from peft import PeftModel
     from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
-    bundle = Bundle.load(folder / "bundle")
+    bundle = TaskBundle.open(folder / "bundle")
     paths = sorted((folder / "samples").rglob("*.txt"))[:16]
     tensors = from_peft(bundle.manifest.peft, load_file(folder / "global_expert" / "adapter_model.safetensors"))
     theta = bundle.expert.join(tensors)
@@ -98,7 +98,7 @@ def test_the_adapter_gives_the_global_experts_logits_on_transformers_own_class(f
     assert np.ptp(theirs) > 0.01
 
 
-def session(bundle: Bundle, name: str) -> onnxruntime.InferenceSession:
+def session(bundle: TaskBundle, name: str) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(str(bundle.path(name)), providers=["CPUExecutionProvider"])
 
 

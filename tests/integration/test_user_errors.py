@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.forked import fork_module
 from support.processes import Broker, free_port, run_module
 from support.samples import CLASSES
 
@@ -18,7 +19,7 @@ from edge_runtime.store import DeviceStore
 from edge_runtime.training.personal_model import ModelHeader
 from fedfmsl.algorithms.mixture import Biases
 from fedfmsl.common.onnx_runtime import has_ort_training
-from fedfmsl.protocol.bundle import Bundle
+from fedfmsl.protocol.task_bundle import TaskBundle
 from fedfmsl.protocol.tensors import pack
 
 CONFIG, INPUT, BUNDLE, WEIGHTS, BROKER, RUN = 2, 3, 4, 5, 6, 8
@@ -112,7 +113,7 @@ def world(broker: Broker, bundle: Path, vit_folder: Path, photos: dict[str, Path
 @pytest.fixture(scope="module")
 def personalized(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A personalized model of untrained experts."""
-    opened, store = Bundle.load(bundle), DeviceStore(tmp_path_factory.mktemp("state"))
+    opened, store = TaskBundle.open(bundle), DeviceStore(tmp_path_factory.mktemp("state"))
     expert, gate = opened.initial()
     theta, biases = expert[: opened.expert.size(1)], Biases.of_counts(np.ones(len(CLASSES), np.int64))
     tensors = {"global_theta": theta, "local_theta": theta, "gate_theta": gate}
@@ -124,6 +125,7 @@ def personalized(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
         device="none",
         level=1,
         bundle=opened.sha256,
+        task=opened.task.sha256,
         expert="",
         gate="",
         temperature=1.0,
@@ -132,6 +134,7 @@ def personalized(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
         held=(True,) * len(CLASSES),
     )
     store.mixture.write_bytes(pack(header, tensors))
+    store.tasks.write(opened.task.blob)
     write_model(store, store.personalized, bundle)
     return store.personalized
 
@@ -385,16 +388,22 @@ CASES = [
 
 @pytest.mark.parametrize("wrong", CASES, ids=lambda wrong: wrong.what)
 def test_an_invalid_option_is_one_line_of_error(world: World, wrong: Wrong) -> None:
-    run_module(*wrong.command(world), cwd=world.scratch).assert_error(wrong.code, *wrong.parts)
+    fork_module(*wrong.command(world), cwd=world.scratch).assert_error(wrong.code, *wrong.parts)
+
+
+@pytest.mark.parametrize("command", [World.device, World.server, World.trial])
+def test_a_command_in_a_process_of_its_own_reports_the_same(world: World, command: Callable[..., list[str]]) -> None:
+    wrong = command(world, **{"name" if command == World.trial else "run": "a/b"})
+    run_module(*wrong, cwd=world.scratch).assert_error(CONFIG, "'a/b'", "letters, digits")
 
 
 def test_predict_names_a_file_that_is_not_an_image(world: World, personalized: Path) -> None:
-    ended = run_module(*world.predict(personalized, world.text_file()))
+    ended = fork_module(*world.predict(personalized, world.text_file()))
     ended.assert_error(INPUT, "notes.jpg is not a readable image")
 
 
 def test_predict_names_a_folder_without_images(world: World, personalized: Path) -> None:
-    run_module(*world.predict(personalized, world.folder("empty"))).assert_error(INPUT, "no images in", "empty")
+    fork_module(*world.predict(personalized, world.folder("empty"))).assert_error(INPUT, "no images in", "empty")
 
 
 def test_an_unknown_model_is_an_error_with_the_known_ones(world: World) -> None:

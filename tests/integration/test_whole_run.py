@@ -20,9 +20,9 @@ from support.tools import find_tool
 
 from edge_runtime.data.inputs import reader_for
 from fedfmsl.errors import shown
-from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.messages import Globals, Round, Stage
 from fedfmsl.protocol.peft_names import from_peft
+from fedfmsl.protocol.task_bundle import TaskBundle
 from fedfmsl.protocol.tensors import unpack
 
 STAGE1, STAGE2 = 4, 2
@@ -153,9 +153,9 @@ def test_the_federation_learns_the_colours(run: Finished) -> None:
 
 def test_a_device_sends_only_what_the_protocol_names(run: Finished) -> None:
     """Sums in the head round, gate adapters in stage 2, numbers in the evaluation. The local expert is not sent."""
-    bundle = Bundle.load(run.federation.bundle)
-    gate, dims = bundle.gate, bundle.manifest.dims
-    sums = dims.classes * (dims.classes + 1) + dims.classes * (dims.classes + 1) // 2
+    bundle = TaskBundle.open(run.federation.bundle)
+    gate, classes = bundle.gate, len(bundle.classes)
+    sums = classes * (classes + 1) + classes * (classes + 1) // 2
     for line in run.rounds:
         if line["round"]["stage"] == "head":
             assert sums * 4 < min(line["bytes_up"].values()) <= max(line["bytes_up"].values()) < sums * 4 + 4096
@@ -168,11 +168,11 @@ def test_a_device_sends_only_what_the_protocol_names(run: Finished) -> None:
 def announced_expert(run: Finished) -> NDArray[np.float32]:
     """The global expert as the server announced it last, and devices received it."""
     _, tensors = unpack(run.blobs[run.last.expert], Globals)
-    return Bundle.load(run.federation.bundle).expert.join(tensors)
+    return TaskBundle.open(run.federation.bundle).expert.join(tensors)
 
 
 def test_the_adapter_is_the_announced_global_expert(run: Finished) -> None:
-    bundle = Bundle.load(run.federation.bundle)
+    bundle = TaskBundle.open(run.federation.bundle)
     tensors = from_peft(bundle.manifest.peft, load_file(run.adapter / "adapter_model.safetensors"))
     np.testing.assert_array_equal(bundle.expert.join(tensors), announced_expert(run))
 
@@ -182,7 +182,7 @@ def test_the_adapter_in_torch_gives_the_logits_of_the_global_expert(run: Finishe
     from peft import PeftModel
     from transformers import AutoModelForImageClassification
 
-    bundle = Bundle.load(run.federation.bundle)
+    bundle = TaskBundle.open(run.federation.bundle)
     manifest, level = bundle.manifest, run.last.level
     paths = sorted(run.federation.photos["device-2"].rglob("*.jpg"))
     pixels = reader_for(manifest.preprocessing).batch(paths)["pixels"]
@@ -191,7 +191,7 @@ def test_the_adapter_in_torch_gives_the_logits_of_the_global_expert(run: Finishe
     (ours,) = predict.run(["logits"], {"hidden": hidden, "theta": announced_expert(run)})
 
     base = AutoModelForImageClassification.from_pretrained(
-        vit_folder, num_labels=manifest.dims.classes, ignore_mismatched_sizes=True
+        vit_folder, num_labels=len(bundle.classes), ignore_mismatched_sizes=True
     )
     model = PeftModel.from_pretrained(base, str(run.adapter)).eval()
     mean, std = (np.array(v, np.float32) for v in (manifest.preprocessing.mean, manifest.preprocessing.std))
@@ -217,7 +217,7 @@ def results(run: Finished, device: str) -> dict[str, list[float]]:
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_personalized_model_gives_the_probabilities_of_the_daemon(run: Finished, device: str, tmp_path: Path) -> None:
     alone = shutil.copy(run.federation.state(device) / "personalized.onnx", tmp_path)  # it needs no other file
-    model, preprocessing = session(Path(alone)), Bundle.load(run.federation.bundle).manifest.preprocessing
+    model, preprocessing = session(Path(alone)), TaskBundle.open(run.federation.bundle).manifest.preprocessing
     own = results(run, device)
     assert len(own) == run.rounds[-1]["updates"][device]["samples"] > 0
     pixels = reader_for(preprocessing).batch([Path(name) for name in own])["pixels"]
@@ -246,7 +246,7 @@ def test_predict_prints_json_for_a_folder(run: Finished) -> None:
     printed = {line["file"]: line["probabilities"] for line in map(json.loads, ended.stdout.splitlines())}
     assert set(printed) == set(own)
     for file, probabilities in printed.items():
-        assert list(probabilities) == list(Bundle.load(run.federation.bundle).manifest.classes)
+        assert list(probabilities) == list(TaskBundle.open(run.federation.bundle).classes)
         np.testing.assert_allclose(list(probabilities.values()), own[file], atol=1e-4, rtol=0)
 
 
@@ -257,8 +257,8 @@ def test_a_corrupt_photo_is_skipped_and_named(run: Finished) -> None:
 
 
 def test_a_device_without_a_bundle_downloads_it(run: Finished) -> None:
-    sha256 = Bundle.load(run.federation.bundle).sha256
-    fetched = Bundle.load(run.federation.state(WITHOUT_BUNDLE) / "bundles" / sha256)
+    sha256 = TaskBundle.open(run.federation.bundle).sha256
+    fetched = TaskBundle.open(run.federation.state(WITHOUT_BUNDLE) / "bundles" / sha256)
     fetched.verify()
     assert fetched.sha256 == sha256
     assert not list(fetched.root.glob("*.part"))

@@ -25,7 +25,7 @@ def test_stage_1_starts_from_the_scaled_directions_of_the_class_names(
             assert [process.wait().code for process in (server, *devices)] == [0, 0, 0]
             first = observer.wait(Round, lambda r: r.stage is Stage.GLOBAL, "stage 1")
             _, start = unpack(observer.blobs[first.start], Globals)
-    zero_shot = clip.bundle.zero_shot()
+    zero_shot = clip.bundle.task.zero_shot
     assert zero_shot is not None
     weight = start["classifier.weight"]
     lengths = np.linalg.norm(weight, axis=1)

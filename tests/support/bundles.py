@@ -17,7 +17,8 @@ from edge_runtime.engines.sessions import open_session, run
 from fedfmsl.algorithms.arrays import Vector
 from fedfmsl.common.onnx_runtime import has_ort_training
 from fedfmsl.protocol.bundle import TOKENIZER, Bundle, Precision
-from fedfmsl.protocol.layout import HEAD, Layout
+from fedfmsl.protocol.task import Task
+from fedfmsl.protocol.task_bundle import TaskBundle, with_numbered_classes
 from support.samples import CLASSES
 from support.shared_folders import fingerprint, made_once
 
@@ -38,10 +39,10 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Built:
-    """A bundle and the transformers folder that it was built from."""
+    """A bundle with its task, and the transformers folder that it was built from."""
 
     weights: Path
-    bundle: Bundle
+    bundle: TaskBundle
     seed: int = 0
 
     @cached_property
@@ -49,7 +50,7 @@ class Built:
         """The torch model, loaded when it is first used: torch takes seconds to import."""
         from export.weights import load_backbone
 
-        classes = len(self.bundle.manifest.classes)
+        classes = len(self.bundle.classes)
         return load_backbone(str(self.weights), None, classes, _size(self.weights), None, self.seed)
 
 
@@ -68,6 +69,7 @@ def build(
     """Builds the bundle of a transformers folder, at IMAGE_SIZE or MAX_TOKENS. It has a zero-shot head if the model has
     a text tower, and the files of onnxruntime-training if the tests run with that engine."""
     from export.bundle import build_bundle
+    from export.pipeline import write_task
     from export.weights import load_backbone
     from export.zero_shot import TEMPLATES, zero_shot_head
 
@@ -75,22 +77,15 @@ def build(
     zero_shot = zero_shot_head(source, classes, TEMPLATES) if source.family.text_tower else None
     lora = source.family.lora(RANK)
     ort_training = precision == "fp32" and has_ort_training()
-    for _ in build_bundle(source, tuple(classes), levels, lora, out, seed, precision, zero_shot, ort_training):
+    for _ in build_bundle(source, levels, lora, out, seed, precision, ort_training):
         pass
-    return Built(weights, Bundle.load(out), seed)
+    bundle = Bundle.load(out)
+    return Built(weights, write_task(bundle, Task.of(bundle.sha256, classes, "the test", zero_shot)), seed)
 
 
 def with_classes(built: Built, count: int) -> Built:
-    """The same files with another number of classes."""
-    manifest, feature = built.bundle.manifest, built.bundle.manifest.dims.feature
-    head = [(HEAD, "classifier.weight", (count, feature)), (HEAD, "classifier.bias", (count,))]
-    loras = [(slot.part, slot.name, slot.shape) for slot in manifest.expert_layout if slot.part != HEAD]
-    changes = {
-        "classes": tuple(f"class-{index}" for index in range(count)),
-        "dims": manifest.dims.model_copy(update={"classes": count}),
-        "expert_layout": Layout.build([*head, *loras]).slots,
-    }
-    return replace(built, bundle=Bundle(built.bundle.root, manifest.model_copy(update=changes), built.bundle.sha256))
+    """The same bundle with another number of classes."""
+    return replace(built, bundle=with_numbered_classes(built.bundle, count))
 
 
 def shared_weights(name: str) -> Path:
@@ -110,7 +105,7 @@ def shared_bundle(name: str) -> Built:
     """Its bundle at every level. All workers and later runs use the same folder, which is built again when the code
     that it depends on changes. Read only: copy it to change it."""
     weights = shared_weights(name)
-    bundle = Bundle.load(made_once(_shared() / "bundles" / name, lambda folder: build(weights, folder)))
+    bundle = TaskBundle.open(made_once(_shared() / "bundles" / name, lambda folder: build(weights, folder)))
     bundle.verify()
     return Built(weights, bundle)
 
@@ -139,11 +134,9 @@ def as_input(built: Built, samples: NDArray[Any]) -> dict[str, NDArray[Any]]:
     return {built.source.family.input: samples}
 
 
-def random_theta(bundle: Bundle, level: int, seed: int) -> Vector:
+def random_theta(bundle: TaskBundle, level: int, seed: int) -> Vector:
     """Trainables of a level, none of them zero."""
-    theta, head = bundle.initial()[0], bundle.expert.size(0)
-    lora = theta[theta.size - bundle.expert.total + head :][: bundle.expert.size(level) - head]
-    theta = np.concatenate([np.zeros(head, np.float32), lora])
+    theta = bundle.initial()[0][: bundle.expert.size(level)]
     return np.asarray(theta + np.random.default_rng(seed).normal(0, 0.1, theta.size), np.float32)
 
 

@@ -66,15 +66,15 @@ def make_update(
 
     samples = int(rng.integers(40, 90))
 
-    dims, tensors = bundle.manifest.dims, Tensors()
+    dims, classes, tensors = bundle.manifest.dims, len(bundle.classes), Tensors()
     if announced.stage is Stage.STATISTICS:
-        counts = rng.integers(1, 9, dims.classes).astype(np.float32)
-        sums = drawn(dims.classes, dims.feature)
+        counts = rng.integers(1, 9, classes).astype(np.float32)
+        sums = drawn(classes, dims.feature)
         norm_sum = np.array([np.linalg.norm(sums, axis=1).sum() * 1.5], np.float32)
         tensors = {"class_sums": sums, "class_counts": counts, "norm_sum": norm_sum}
     elif announced.stage is Stage.HEAD:
-        width = dims.classes if announced.sums is Sums.LOGITS else dims.feature
-        tensors = head_statistics(drawn(samples, width), rng.integers(0, dims.classes, samples), dims.classes)
+        width = classes if announced.sums is Sums.LOGITS else dims.feature
+        tensors = head_statistics(drawn(samples, width), rng.integers(0, classes, samples), classes)
     elif announced.stage is Stage.GLOBAL:
         tensors = bundle.expert.split(drawn(bundle.expert.size(announced.level)))
     elif announced.stage is Stage.PERSONAL:

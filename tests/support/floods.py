@@ -12,9 +12,9 @@ from pathlib import Path
 import paho.mqtt.client as paho
 
 from devices.provisioning.broker_kit import QUEUED_BYTES
-from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.chunks import CHUNK_BYTES, chunks
 from fedfmsl.protocol.messages import DeviceStatus, encode
+from fedfmsl.protocol.task_bundle import TaskBundle
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.identity import read_identity
 from fedfmsl.transport.link import Connected, Link, Received
@@ -37,7 +37,7 @@ class Flooded:
     broker: Process
     server: Process
     out: Path
-    bundle: Bundle
+    bundle: TaskBundle
 
     def announce(self, device: str) -> None:
         """Announces a device, which stays online."""
@@ -75,7 +75,7 @@ def flooded(processes: Processes, bundle: Path, folder: Path, queued_bytes: int 
     )
     wait_until(lambda: "waiting" in server.stdout or not server.running, "the server")
     assert server.running, server.stderr
-    return Flooded(fleet, processes.started["mosquitto"], server, out, Bundle.load(bundle))
+    return Flooded(fleet, processes.started["mosquitto"], server, out, TaskBundle.open(bundle))
 
 
 def flood(scene: Flooded, seconds: float, name: str = "mallory") -> int:

@@ -11,7 +11,7 @@ import sys
 from fedfmsl.common.cli import application
 from fedfmsl.common.logs import set_up_logging
 from fedfmsl.common.options import with_settings
-from fedfmsl.protocol.bundle import Bundle
+from fedfmsl.protocol.task_bundle import TaskBundle
 from trainer_server.service.lifecycle import open_run, run_server
 from trainer_server.settings import ServerSettings
 
@@ -28,7 +28,7 @@ def main(keepalive: int) -> None:
     @with_settings(ServerSettings)
     def start(settings: ServerSettings) -> None:
         set_up_logging()
-        bundle = Bundle.load(settings.bundle)
+        bundle = TaskBundle.open(settings.bundle)
         store = open_run(settings.folder, settings.run_config(bundle), bundle)
         run_server(store, bundle, settings.broker, "", settings.identity, settings.insecure, keepalive=keepalive)
 

@@ -9,8 +9,8 @@ from edge_runtime.training.personal_model import PersonalModel
 from edge_runtime.training.stages import Globals
 from fedfmsl.algorithms.sal import CapabilityQueue, Sal
 from fedfmsl.common.files import write_atomically
-from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.messages import Round, Stage, Training
+from fedfmsl.protocol.task_bundle import TaskBundle
 from fedfmsl.protocol.tensors import pack
 from support.bundles import Built, random_theta
 
@@ -38,7 +38,7 @@ def globals_of(built: Built, level: int = 2) -> Globals:
     return Globals(random_theta(built.bundle, level, 1), random_theta(built.bundle, 1, 2), built.bundle.initial()[1])
 
 
-def another_model(bundle: Bundle, before: PersonalModel, round_: int, level: int) -> PersonalModel:
+def another_model(bundle: TaskBundle, before: PersonalModel, round_: int, level: int) -> PersonalModel:
     theta = {name: random_theta(bundle, level, seed) for seed, name in enumerate(("global_theta", "local_theta"))}
     header = before.header.model_copy(update={"round": round_, "level": level})
     return replace(before, header=header, tensors={**before.tensors, **theta})

@@ -17,9 +17,9 @@ from edge_runtime.training.updates import prepare_update
 from fedfmsl.algorithms.arrays import Tensors
 from fedfmsl.algorithms.class_means import class_sums
 from fedfmsl.algorithms.fixed_point import fixed_point
-from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.encoding import SUMS
 from fedfmsl.protocol.messages import EXCHANGE, Round, Stage
+from fedfmsl.protocol.task_bundle import TaskBundle
 from support.bundles import Built
 from support.coordinators import CoordinatorRun, head_statistics, make_update, plan_for
 from trainer_server.coordinator.events import Command, PublishGlobals, StatusSeen
@@ -39,7 +39,7 @@ class SecureDevice:
     labels: np.ndarray
     classes: int
     identity: Path | None = None
-    bundle: Bundle | None = None
+    bundle: TaskBundle | None = None
     level_cap: int = 1
 
     @property
@@ -133,13 +133,13 @@ def secure_devices(
 ) -> list[SecureDevice]:
     """Device i holds 6 samples each of all classes but the last, which only the first device holds. `level_caps`: of
     the first devices; 1 of the others."""
-    dims, rng = built.bundle.manifest.dims, np.random.default_rng(7)
+    classes, dims, rng = len(built.bundle.classes), built.bundle.manifest.dims, np.random.default_rng(7)
     devices = []
     for index in range(count):
-        labels = np.repeat(np.arange(dims.classes - (index > 0)), 6)
+        labels = np.repeat(np.arange(classes - (index > 0)), 6)
         features = rng.normal(size=(labels.size, dims.feature)).astype(np.float32)
         name = f"d{index}"
         identity = (identities or {}).get(name)
         cap = level_caps[index] if index < len(level_caps) else 1
-        devices.append(SecureDevice(name, folder / name, features, labels, dims.classes, identity, built.bundle, cap))
+        devices.append(SecureDevice(name, folder / name, features, labels, classes, identity, built.bundle, cap))
     return devices

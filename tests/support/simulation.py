@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.messages import Ack, Round, Stage, Verdict
+from fedfmsl.protocol.task_bundle import TaskBundle
 from support.brokers import RestartableBroker
 from support.fault_records import Row
 from support.processes import RUN_SECONDS, Observer, Process, Processes
@@ -28,7 +28,7 @@ class Simulation:
 
     processes: Processes
     broker: RestartableBroker
-    bundle: Bundle
+    bundle: TaskBundle
     folder: Path
     devices: int = 6
     stage1: int = STAGE1
@@ -37,7 +37,7 @@ class Simulation:
 
     @classmethod
     def for_faults(
-        cls, times: int, processes: Processes, broker: RestartableBroker, bundle: Bundle, folder: Path
+        cls, times: int, processes: Processes, broker: RestartableBroker, bundle: TaskBundle, folder: Path
     ) -> Simulation:
         return cls(processes, broker, bundle, folder, stage1=max(STAGE1, times * ROUNDS_PER_FAULT))
 

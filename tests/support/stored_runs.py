@@ -20,8 +20,14 @@ ANSWERING = 20  # devices in the records of rounds, so that a long run is soon w
 def stored_run(folder: Path, built: Built, devices: int, rounds: int, ended: str | None = None, **texts: Any) -> Path:
     """A run with that many devices, and closed rounds of stage 1. `texts`: fields of every device's heartbeat."""
     plan = plan_for(built, devices, run=folder.name)
-    origin = Origin(config=plan.config, session="s", bundle=built.bundle.root, sha256=built.bundle.sha256)
-    store = RunStore.create(folder, origin)
+    origin = Origin(
+        config=plan.config,
+        session="s",
+        bundle=built.bundle.root,
+        sha256=built.bundle.sha256,
+        task=built.bundle.task.sha256,
+    )
+    store = RunStore.create(folder, origin, built.bundle.task)
     names = [f"device-{number:04}" for number in range(devices)]
     answering = names[: ANSWERING + 1]
     store.commit([], [closed_round(folder.name, number, rounds, answering) for number in range(1, rounds + 1)])

@@ -19,7 +19,8 @@ from transformers import (
 
 from export.families.clip import CLIPVisionClassifier
 from export.reference import torch_inputs
-from trainer_server.storage.peft_adapter import write_adapter
+from fedfmsl.common.whole_folder import write_folder
+from trainer_server.storage.peft_adapter import adapter_files
 
 LEVEL = 2
 BASES = {
@@ -33,7 +34,7 @@ BASES = {
 
 @pytest.fixture
 def adapter(built: Built, tmp_path: Path) -> Path:
-    write_adapter(built.bundle, random_theta(built.bundle, LEVEL, seed=8), LEVEL, tmp_path / "adapter")
+    write_folder(tmp_path / "adapter", adapter_files(built.bundle, random_theta(built.bundle, LEVEL, seed=8), LEVEL))
     return tmp_path / "adapter"
 
 

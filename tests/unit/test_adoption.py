@@ -6,7 +6,7 @@ import pytest
 
 from edge_runtime.training.adoption import MARGIN, ModelScore, is_adopted
 
-USED = ModelScore(session="s", bundle="a" * 64, nll=0.6, best_nll=0.5)
+USED = ModelScore(session="s", bundle="a" * 64, task="b" * 64, nll=0.6, best_nll=0.5)
 
 
 @pytest.mark.parametrize(

@@ -25,8 +25,8 @@ from support.tiny_models import write_vit
 from transformers import AutoModel, GPT2Config, ViTConfig
 
 from export import parity
-from export.build import class_names
 from export.bundle import build_bundle
+from export.class_options import class_names
 from export.families.family import Family
 from export.families.vit import VIT
 from export.graph import OPSET
@@ -38,14 +38,18 @@ from export.reference import normalize_pixels
 from export.weights import load_backbone
 from fedfmsl.common.onnx_runtime import has_ort_training
 from fedfmsl.errors import BundleError, ConfigError, InputError, WeightsError
-from fedfmsl.protocol.bundle import MANIFEST, Bundle
+from fedfmsl.protocol.bundle import MANIFEST
 from fedfmsl.protocol.class_names import write_names
+from fedfmsl.protocol.task import TASK
+from fedfmsl.protocol.task_bundle import TaskBundle
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_two_builds_are_byte_identical(vit: Built, vit_folder: Path, tmp_path: Path) -> None:
-    assert build(vit_folder, tmp_path / "again").bundle.sha256 == vit.bundle.sha256
+    again = build(vit_folder, tmp_path / "again", classes=("fig", "quince")).bundle
+    assert again.sha256 == vit.bundle.sha256 and again.classes != vit.bundle.classes
+    assert again.features_key == vit.bundle.features_key  # so cached features serve every task
     assert build(vit_folder, tmp_path / "other", seed=1).bundle.sha256 != vit.bundle.sha256
 
 
@@ -66,9 +70,9 @@ def test_builds_in_new_processes_from_copies_of_the_weights_are_identical(clip_f
             check=False,
         )
         assert result.returncode == 0, result.stderr
-        bundles.append(Bundle.load(tmp_path / name / "out"))
+        bundles.append(TaskBundle.open(tmp_path / name / "out"))
     assert bundles[0].sha256 == bundles[1].sha256
-    assert bundles[0].zero_shot() is not None
+    assert bundles[0].task.zero_shot is not None
 
 
 def test_frozen_weights_are_stored_once_for_all_levels(tmp_path: Path) -> None:
@@ -89,7 +93,7 @@ def test_the_bundle_has_every_file_of_its_docstring_and_only_standard_operators(
         others |= {f"ort-training-{level}.{kind}" for level in levels for kind in ("onnx", "checkpoint")}
         others |= {"ort-training-optimizer.onnx"}
     assert set(bundle.manifest.files) == names | others
-    assert {path.name for path in bundle.root.iterdir()} == {*bundle.manifest.files, "manifest.json"}
+    assert {path.name for path in bundle.root.iterdir()} == {*bundle.manifest.files, "manifest.json", TASK}
     for name in names:
         model = onnx.load(str(bundle.path(name)), load_external_data=False)
         assert {opset.domain for opset in model.opset_import} == {""}
@@ -104,8 +108,8 @@ def test_the_manifest_counts_backbone_and_trainables(built: Built) -> None:
     assert manifest.backbone_parameters == sum(
         p.numel() for p in (set(model.parameters()) - set(model.classifier.parameters()))
     )
-    assert manifest.tuned_parameters == built.bundle.initial()[0].size == head + lora
-    assert manifest.tuned_share == manifest.tuned_parameters / manifest.backbone_parameters
+    assert built.bundle.tuned_parameters == built.bundle.initial()[0].size == head + lora
+    assert built.bundle.tuned_share == built.bundle.tuned_parameters / manifest.backbone_parameters
 
 
 def test_the_initial_expert_has_initial_lora_of_peft_and_a_zero_head(built: Built) -> None:
@@ -150,7 +154,7 @@ def test_the_parity_check_finds_slightly_wrong_weights(vit: Built, tmp_path: Pat
     raw[:1000] *= 1.01
     weights.write_bytes(raw.tobytes())
     with pytest.raises(BundleError, match="differ from torch"):
-        check_parity(Bundle.load(tmp_path / "bundle"), vit.source, LAYERS, seed=1)
+        check_parity(TaskBundle.open(tmp_path / "bundle"), vit.source, LAYERS, seed=1)
 
 
 def without(name: str) -> Callable[[Family], Family]:
@@ -208,7 +212,7 @@ def test_a_wrong_family_fails_the_build(
     right: Built = request.getfixturevalue(name)
     source = replace(right.source, family=wrong(right.source.family))
     with pytest.raises(BundleError, match="this model cannot be exported"):
-        list(build_bundle(source, CLASSES, 1, source.family.lora(RANK), tmp_path / "out", 0))
+        list(build_bundle(source, 1, source.family.lora(RANK), tmp_path / "out", 0))
     assert not (tmp_path / "out").exists()
 
 
@@ -252,18 +256,18 @@ def test_class_names_that_are_not_valid_are_refused_in_one_line(classes: str, me
 
 
 def test_class_names_from_the_subfolders_of_a_folder(photos: Path, tmp_path: Path) -> None:
-    assert class_names("100", photos, None) == CLASSES
+    assert class_names(None, photos, None) == CLASSES
     with pytest.raises(InputError, match=r"--classes-from folder .*nowhere does not exist"):
-        class_names("100", tmp_path / "nowhere", None)
+        class_names(None, tmp_path / "nowhere", None)
 
 
 def test_thousands_of_class_names_come_from_a_file(tmp_path: Path) -> None:
     names = tuple(f"{index:05} {'Annelida, ' * 9}" for index in range(2500))
     write_names(tmp_path / "classes.txt", names)
-    assert class_names("100", None, tmp_path / "classes.txt") == names
+    assert class_names(None, None, tmp_path / "classes.txt") == names
     (tmp_path / "latin.txt").write_bytes(b"\xc4pfel\nplum\n")
     with pytest.raises(InputError, match=r"--classes-file .*latin\.txt cannot be read \(not UTF-8\)"):
-        class_names("100", None, tmp_path / "latin.txt")
+        class_names(None, None, tmp_path / "latin.txt")
 
 
 def test_the_error_for_an_unknown_model_lists_the_known_ones() -> None:
@@ -362,7 +366,7 @@ def test_random_weights_of_a_config_that_transformers_fails_on_are_one_clear_err
         ({"image_size": IMAGE_SIZE * 2}, "takes images of 32 px only, not --image-size 64; omit --image-size"),
         ({"levels": LAYERS + 1}, "--levels 4 is more than the 3 blocks"),
         ({"max_tokens": 8}, "--max-tokens and --tokenizer are not valid for the vision model"),
-        ({"classes": ("other",)}, "holds another bundle"),
+        ({"precision": "int8"}, "holds another bundle"),
     ],
 )
 def test_what_a_model_cannot_take_is_refused_before_its_weights_are_fetched(
@@ -383,7 +387,7 @@ def test_what_a_model_cannot_take_is_refused_before_its_weights_are_fetched(
         ort_training=False,
         prompts=None,
         revision=None,
-        out=vit.bundle.root if "classes" in change else tmp_path / "out",
+        out=vit.bundle.root if "precision" in change else tmp_path / "out",
         seed=0,
     )
     with pytest.raises(ConfigError, match=message):
@@ -478,7 +482,7 @@ def test_invalid_sizes_and_levels_are_refused(
 ) -> None:
     source = load_backbone(str(vit_folder), None, 4, size, None, 0)
     with pytest.raises(ConfigError, match=message):
-        list(build_bundle(source, CLASSES, levels, source.family.lora(RANK), tmp_path / "out", 0))
+        list(build_bundle(source, levels, source.family.lora(RANK), tmp_path / "out", 0))
     assert not (tmp_path / "out").exists()
 
 
@@ -502,5 +506,5 @@ def test_a_folder_that_is_not_a_bundle_is_never_overwritten(vit_folder: Path, tm
     (tmp_path / "thesis.txt").write_text("years of work")
     source = load_backbone(str(vit_folder), None, 4, None, None, 0)
     with pytest.raises(ConfigError, match="is not a bundle"):
-        list(build_bundle(source, CLASSES, 1, source.family.lora(RANK), tmp_path, 0))
+        list(build_bundle(source, 1, source.family.lora(RANK), tmp_path, 0))
     assert (tmp_path / "thesis.txt").read_text() == "years of work"

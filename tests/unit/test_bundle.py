@@ -68,7 +68,7 @@ def test_a_folder_without_a_valid_manifest_is_refused(tmp_path: Path, content: b
         {"files": {"a": {"size": 1, "sha256": "../x"}}},
         {"levels": 2},
         {"gate_layout": []},
-        {"expert_layout": []},
+        {"lora_layout": []},
         {"backbone_parameters": 0},
         {"model": "m" * MAX_MANIFEST_BYTES},
     ],

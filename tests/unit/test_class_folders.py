@@ -17,7 +17,7 @@ from support.samples import CLASSES, write_photos
 from devices.trial.dataset import find_files
 from edge_runtime.data.folder import scan_once
 from edge_runtime.data.inputs import IMAGES
-from export.build import class_names
+from export.class_options import class_names
 from fedfmsl.common.class_folders import folder_classes, walk_classes
 from fedfmsl.common.folder_walk import SkippedFile, count_files, summarize
 from fedfmsl.errors import ConfigError, InputError
@@ -161,7 +161,7 @@ def test_skipped_files_have_a_reason_and_are_counted_by_it(tmp_path: Path) -> No
     touch(tmp_path, "kiwi/1.jpg", "kiwi/movie.mp4", "Plum /2.jpg", "notes/a.txt", "lost.jpg", "README.md")
     touch(tmp_path, *(f"lime/{index}.jpg" for index in range(5)), *(f"kiwi/{index}.mov" for index in range(4)), "x")
     listing = walk_classes(tmp_path, IMAGES.suffixes, IMAGES.noun, CLASSES)
-    other = "class not in the bundle, whose classes are apple, kiwi, lemon, plum; rename or remove the folder"
+    other = "class not in the task, whose classes are apple, kiwi, lemon, plum; rename or remove the folder"
     assert sorted(summarize(listing.skipped, tmp_path)) == sorted(
         [
             f"6 files: {other} (Plum  (did you mean 'plum'?), lime)",
@@ -190,7 +190,7 @@ def test_leftovers_are_used_nowhere_and_counted_everywhere(tmp_path: Path) -> No
         (photos / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(plain, photos / name)
     assert [label for _, label, _ in walk(photos)] == [name for name in CLASSES for _ in range(3)]
-    assert class_names("", photos, None) == CLASSES
+    assert class_names(None, photos, None) == CLASSES
     for skipped in (
         walk_classes(photos, IMAGES.suffixes, "image", CLASSES).skipped,
         scan_once(photos, CLASSES, IMAGES).skipped,
@@ -297,7 +297,7 @@ def test_the_export_the_trial_and_the_daemon_find_the_same(tmp_path: Path) -> No
     shutil.copytree(photos, split / "train", symlinks=True)
     shutil.copytree(write_photos(tmp_path / "test", 3, seed=7), split / "test")
     for root in (photos, split):
-        names = class_names("", root, None)
+        names = class_names(None, root, None)
         assert names == CLASSES
         train, test = find_files(root, IMAGES)
         assert tuple(train) == CLASSES

@@ -52,7 +52,9 @@ def path_of(folder: Path) -> str:
 
 
 def with_devices(tmp_path: Path, built: Built, **devices: DeviceView) -> Snapshot:
-    origin = Origin(config=started(built).plan.config, session="s", bundle=tmp_path, sha256="")
+    origin = Origin(
+        config=started(built).plan.config, session="s", bundle=tmp_path, sha256="", task=built.bundle.task.sha256
+    )
     return Snapshot("key", tmp_path, origin, devices=devices)
 
 
@@ -256,7 +258,7 @@ def test_another_run_in_the_same_folder_is_shown_from_its_start(
     reader = RunReader("k", folder)
     origin = reader.snapshot().origin
     shutil.rmtree(folder)
-    RunStore.create(folder, origin.model_copy(update={"session": "other"}))
+    RunStore.create(folder, origin.model_copy(update={"session": "other"}), vit.bundle.task)
     after = reader.snapshot()
     assert (after.origin.session, after.closed, after.devices) == ("other", [], {})
 

@@ -196,15 +196,15 @@ def test_stage_1_ends_with_the_discriminant_of_all_devices_as_head(vit: Built) -
         run.answers(ABC)
     trained, announced, dims = run.state.expert.copy(), run.announced, vit.bundle.manifest.dims
     rng = np.random.default_rng(0)
-    labels = rng.integers(0, dims.classes, 90)
-    features = (rng.normal(size=(dims.classes, dims.feature))[labels] + rng.normal(size=(90, dims.feature))).astype(
-        np.float32
-    )
+    labels = rng.integers(0, len(vit.bundle.classes), 90)
+    features = (
+        rng.normal(size=(len(vit.bundle.classes), dims.feature))[labels] + rng.normal(size=(90, dims.feature))
+    ).astype(np.float32)
     for device, rows in zip(ABC, np.split(np.arange(90), [10, 40]), strict=True):
-        tensors = head_statistics(features[rows], labels[rows], dims.classes)
+        tensors = head_statistics(features[rows], labels[rows], len(vit.bundle.classes))
         run.feed(make_update(run.plan, announced, device, tensors=tensors, samples=len(rows)))
     assert run.announced.stage is Stage.PERSONAL
-    together = head_statistics(features, labels, dims.classes)
+    together = head_statistics(features, labels, len(vit.bundle.classes))
     wanted = discriminant_head(*(together[name] for name in ("class_sums", "class_counts", "second_moments")))
     assert np.allclose(run.state.expert[: wanted.size], wanted, rtol=1e-3, atol=1e-4)
     assert np.array_equal(run.state.expert[wanted.size :], trained[wanted.size :])  # LoRA is unchanged
@@ -218,15 +218,18 @@ def test_the_head_of_logit_sums_is_their_discriminant_after_the_trained_head(vit
     run.answers(ABC)
     run.answers(ABC)
     assert (run.announced.stage, run.announced.sums) == (Stage.HEAD, Sums.LOGITS)
-    dims, rng = vit.bundle.manifest.dims, np.random.default_rng(0)
-    logits, labels = rng.normal(size=(90, dims.classes)).astype(np.float32), np.arange(90) % (dims.classes - 1)
+    rng = np.random.default_rng(0)
+    logits, labels = (
+        rng.normal(size=(90, len(vit.bundle.classes))).astype(np.float32),
+        np.arange(90) % (len(vit.bundle.classes) - 1),
+    )
     logits[np.arange(90), labels] += 3
     before = run.state.expert[: vit.bundle.expert.size(0)]
     for device, rows in zip(ABC, np.split(np.arange(90), [10, 40]), strict=True):
-        tensors = head_statistics(logits[rows], labels[rows], dims.classes)
+        tensors = head_statistics(logits[rows], labels[rows], len(vit.bundle.classes))
         run.feed(make_update(run.plan, run.announced, device, tensors=tensors, samples=len(rows)))
     assert run.announced.stage is Stage.PERSONAL
-    together = head_statistics(logits, labels, dims.classes)
+    together = head_statistics(logits, labels, len(vit.bundle.classes))
     sums, counts, moments = (together[name] for name in ("class_sums", "class_counts", "second_moments"))
     wanted = with_former_rows(logit_head(before, sums, counts, moments), before, counts)  # the last class has no sample
     assert np.allclose(run.state.expert[: wanted.size], wanted, rtol=1e-3, atol=1e-4)
@@ -236,7 +239,7 @@ def test_a_head_round_in_which_no_class_has_enough_samples_keeps_the_trained_hea
     run = started(vit, stage1_rounds=1, head_sums=Sums.LOGITS)
     run.answers(ABC)
     run.answers(ABC)
-    before, classes = run.state.expert, vit.bundle.manifest.dims.classes
+    before, classes = run.state.expert, len(vit.bundle.classes)
     nothing = head_statistics(np.zeros((0, classes), np.float32), np.zeros(0, np.int64), classes)
     run.answers(ABC, tensors=nothing)
     assert run.announced.stage is Stage.PERSONAL and np.array_equal(run.state.expert, before)
@@ -291,7 +294,7 @@ def test_the_global_expert_starts_from_the_zero_shot_head_and_no_class_sums_are_
     assert run.announced.sums is Sums.NONE
     updates = [make_update(run.plan, run.announced, device) for device in ABC]
     run.feed(*updates)
-    layout, zero_shot = clip.bundle.expert, clip.bundle.zero_shot()
+    layout, zero_shot = clip.bundle.expert, clip.bundle.task.zero_shot
     start = layout.split(run.state.start)
     assert not start["classifier.bias"].any()
     assert np.array_equal(run.state.start, run.state.expert[: layout.size(1)])

@@ -34,7 +34,7 @@ WEIGHTS = np.array([0.3, 0.7], np.float32)
 def context(vit: Built, tmp_path_factory: pytest.TempPathFactory) -> TrainingContext:
     root = tmp_path_factory.mktemp("device")
     photos = write_device_photos(root / "photos", {"apple": 8, "kiwi": 7, "lemon": 9}, seed=0)
-    splits = {"d": scan_once(photos, vit.bundle.manifest.classes, IMAGES)}
+    splits = {"d": scan_once(photos, vit.bundle.classes, IMAGES)}
     store = FileStore(root / "cache", sorted(sample.sha256 for sample in splits["d"].samples))
     features = Features(store, vit.bundle, threads=1)
     fleet = LocalFleet(vit.bundle, features, compute_features(features, splits, 2), root / "states", threads=1)

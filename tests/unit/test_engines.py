@@ -42,9 +42,9 @@ from fedfmsl.algorithms.adamw import AdamW
 from fedfmsl.algorithms.arrays import NEVER
 from fedfmsl.common.onnx_runtime import has_ort_training
 from fedfmsl.errors import BundleError, ConfigError
-from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.messages import Stage, Training
 from fedfmsl.protocol.peft_names import from_peft
+from fedfmsl.protocol.task_bundle import TaskBundle
 
 TOLERANCE = 1e-5
 # ONNX Runtime 1.19, and 1.32 on processors without AVX-512, sum in another order. Errors are larger in post-norm blocks
@@ -62,12 +62,12 @@ WITH_ORT_TRAINING = (
 without_ort_training = pytest.mark.skipif(has_ort_training(), reason="onnxruntime-training is installed")
 
 
-def step_graph(bundle: Bundle, level: int, theta: Floats, inputs: Inputs) -> tuple[float, Floats]:
+def step_graph(bundle: TaskBundle, level: int, theta: Floats, inputs: Inputs) -> tuple[float, Floats]:
     loss, gradient = run_graph(bundle, f"step-{level}.onnx", ["loss", "gradient"], theta=theta, **inputs)
     return float(loss), gradient
 
 
-def ort_training(bundle: Bundle, level: int, theta: Floats, inputs: Inputs) -> tuple[float, Floats]:
+def ort_training(bundle: TaskBundle, level: int, theta: Floats, inputs: Inputs) -> tuple[float, Floats]:
     session = TrainingSession(bundle, level, theta, learning_rate=1e-3, threads=1)
     loss = session.add_gradient(inputs)
     assert np.array_equal(session.get(), theta)
@@ -80,7 +80,7 @@ def with_ort_training(test: Callable[..., None]) -> Callable[..., None]:
     return test
 
 
-Differentiate = Callable[[Bundle, int, Floats, Inputs], tuple[float, Floats]]
+Differentiate = Callable[[TaskBundle, int, Floats, Inputs], tuple[float, Floats]]
 each_gradient = pytest.mark.parametrize(
     "differentiate",
     [pytest.param(step_graph, id="step-graph"), pytest.param(ort_training, id="ort-training", marks=WITH_ORT_TRAINING)],
@@ -335,7 +335,7 @@ def test_damaged_artifacts_are_one_clear_error(vit: Built, tmp_path: Path) -> No
     shutil.copytree(vit.bundle.root, tmp_path / "bundle")
     (tmp_path / "bundle" / "ort-training-1.onnx").write_bytes(b"not a graph")
     with pytest.raises(BundleError, match="onnxruntime-training cannot load level 1"):
-        TrainingSession(Bundle.load(tmp_path / "bundle"), 1, random_theta(vit.bundle, 1, 0), 1e-3, threads=1)
+        TrainingSession(TaskBundle.open(tmp_path / "bundle"), 1, random_theta(vit.bundle, 1, 0), 1e-3, threads=1)
 
 
 @with_ort_training
@@ -352,7 +352,7 @@ def test_writing_artifacts_is_silent_and_changes_no_file_in_the_working_director
 
 @with_ort_training
 def test_artifacts_for_int8_are_refused(vit: Built, tmp_path: Path) -> None:
-    steps = build_bundle(vit.source, CLASSES, 1, vit.bundle.manifest.lora, tmp_path / "b", 0, "int8", ort_training=True)
+    steps = build_bundle(vit.source, 1, vit.bundle.manifest.lora, tmp_path / "b", 0, "int8", ort_training=True)
     with pytest.raises(ConfigError, match="needs --precision fp32"):
         list(steps)
 

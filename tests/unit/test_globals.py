@@ -23,7 +23,7 @@ BLOBS = {blob_hash(blob): blob for blob in (b"one", b"two")}
 
 @pytest.fixture
 def receiver(tmp_path: Path) -> Iterator[GlobalsReceiver]:
-    yield GlobalsReceiver(Link("mqtt://127.0.0.1:9", "device"), TOPICS, DeviceStore(tmp_path), max_bytes=1000)
+    yield GlobalsReceiver(Link("mqtt://127.0.0.1:9", "device"), TOPICS, DeviceStore(tmp_path).globals, max_bytes=1000)
 
 
 def receive_all(receiver: GlobalsReceiver) -> None:
@@ -66,7 +66,7 @@ def test_chunks_that_do_not_arrive_are_asked_for_one_by_one(tmp_path: Path, capl
     blob = np.random.default_rng(0).bytes(4 * CHUNK_SIZES[-1])
     sha256, pieces = blob_hash(blob), list(chunks(blob, CHUNK_SIZES[-1]))
     link = Link("mqtt://127.0.0.1:9", "device")
-    receiver = GlobalsReceiver(link, TOPICS, DeviceStore(tmp_path), max_bytes=10**6, gap=Backoff(0.0, 0.0))
+    receiver = GlobalsReceiver(link, TOPICS, DeviceStore(tmp_path).globals, max_bytes=10**6, gap=Backoff(0.0, 0.0))
     receiver.chunk_bytes = CHUNK_SIZES[-1]
     topics = {index: TOPICS.globals_chunk(sha256, index) for index in range(4)}
     everything = TOPICS.globals_chunk(sha256, "+")
@@ -90,7 +90,7 @@ def test_missing_chunks_are_asked_for_less_and_less_often(tmp_path: Path, monkey
     now = start
     link = Link("mqtt://127.0.0.1:9", "device")
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    receiver = GlobalsReceiver(link, TOPICS, DeviceStore(tmp_path), max_bytes=10**6, gap=Backoff(10.0, 40.0))
+    receiver = GlobalsReceiver(link, TOPICS, DeviceStore(tmp_path).globals, max_bytes=10**6, gap=Backoff(10.0, 40.0))
     receiver.fetch(next(iter(BLOBS)))
     monkeypatch.setattr(link, "subscribe", lambda topic: asked.append(now - start))
     for second in range(160):
@@ -102,7 +102,7 @@ def test_missing_chunks_are_asked_for_less_and_less_often(tmp_path: Path, monkey
 def test_chunks_of_another_size_that_an_earlier_server_has_left_are_ignored(tmp_path: Path) -> None:
     blob = np.random.default_rng(0).bytes(4 * CHUNK_SIZES[-1])
     sha256, link = blob_hash(blob), Link("mqtt://127.0.0.1:9", "device")
-    receiver = GlobalsReceiver(link, TOPICS, DeviceStore(tmp_path), max_bytes=10**6)
+    receiver = GlobalsReceiver(link, TOPICS, DeviceStore(tmp_path).globals, max_bytes=10**6)
     receiver.chunk_bytes = CHUNK_SIZES[-2]
     receiver.fetch(sha256)
     new, old = (list(chunks(blob, size)) for size in CHUNK_SIZES[-2:])

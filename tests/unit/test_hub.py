@@ -90,7 +90,7 @@ def assert_same_commit(bundle: Bundle, expected: Bundle) -> None:
     """Equal weights and an equal zero-shot head: weights, tokenizer and text tower are of one commit."""
     file = "backbone.weights"
     assert bundle.manifest.files[file] == expected.manifest.files[file]
-    ours, theirs = bundle.zero_shot(), expected.zero_shot()
+    ours, theirs = bundle.task.zero_shot, expected.task.zero_shot
     assert ours and theirs
     assert np.array_equal(ours.rows, theirs.rows)
 

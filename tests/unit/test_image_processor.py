@@ -20,9 +20,10 @@ from edge_runtime.data.inputs import reader_for, reader_of
 from export.image_processor import FILES, Processor, read_processor
 from export.reference import normalize_pixels
 from export.weights import load_backbone
+from fedfmsl.common.whole_folder import write_folder
 from fedfmsl.errors import WeightsError
 from fedfmsl.protocol.bundle import ImagePreprocessing
-from trainer_server.storage.peft_adapter import write_adapter
+from trainer_server.storage.peft_adapter import adapter_files
 
 RAW = {"do_rescale": False, "image_mean": [123.675, 116.28, 103.53], "image_std": [58.395, 57.12, 57.375]}
 SQUARE = {"height": 48, "width": 48}
@@ -105,7 +106,7 @@ def test_logits_from_photos_equal_those_of_transformers(vit_folder: Path, photos
     assert relative_error(found, expected) < 1e-5
 
     adapter = tmp_path / "adapter"
-    write_adapter(built.bundle, built.bundle.initial()[0], 1, adapter)
+    write_folder(adapter, adapter_files(built.bundle, built.bundle.initial()[0], 1))
     assert relative_error(theirs(adapter, photos).numpy(), theirs(folder, photos).numpy()) < EXACT
 
 

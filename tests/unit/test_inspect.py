@@ -20,11 +20,13 @@ from fedfmsl.algorithms.sal import AllAtOnce, Sal
 from fedfmsl.protocol.tensors import pack
 from trainer_server.__main__ import app
 from trainer_server.config import Aggregation, Rule
-from trainer_server.coordinator.events import StatusSeen, StoreRound
-from trainer_server.coordinator.operator import Action
+from trainer_server.coordinator.events import OperatorActed, StatusSeen, StoreRound
+from trainer_server.coordinator.operator import Action, Operation
 from trainer_server.coordinator.refusals import LEFT_OUT_AFTER, LEFT_OUT_ROUNDS
 from trainer_server.service.lifecycle import open_run
+from trainer_server.service.run_log import log_standing
 from trainer_server.storage.kept_experts import KeptExperts
+from trainer_server.storage.observations import Observations, ServerView
 from trainer_server.storage.operations import Operations
 from trainer_server.storage.run_store import LoggedEvent, RunStore
 
@@ -76,6 +78,32 @@ def test_during_a_round_status_shows_its_stage_and_the_missing_devices(run: Coor
     assert shown["stage"] == "statistics, round 1 of 1"
     assert (shown["selected"], shown["answered"], shown["missing"]) == ("2: a, b", "1: a", "1: b")
     assert as_json(store).items() >= {"stage": "statistics", "stage_round": 1, "closed_rounds": 0}.items()
+
+
+def test_status_and_a_server_that_starts_show_what_the_operator_has_done(
+    run: CoordinatorRun, store: RunStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    def act(*actions: Action) -> None:
+        store.commit([LoggedEvent(0.0, OperatorActed(Operation(action=each, device="b"))) for each in actions])
+
+    run.online("a", "b")
+    act(Action.PAUSE, Action.EXCLUDE)
+    assert rows(store)["paused"].startswith("by the operator; resume it on the console")
+    store.save_checkpoint(run.state, 0.0)
+    assert {"paused", "excluded"} & as_json(store).keys() == set()
+    act(Action.EXCLUDE, Action.PAUSE)
+    assert as_json(store).items() >= {"paused": True, "excluded": ["b"], "missing": ["a"]}.items()
+    assert rows(store)["excluded"] == "1: b"
+    log_standing(*store.standing())
+    assert [record.message.partition(";")[0] for record in caplog.records] == [
+        "the run is paused by the operator",
+        "excluded by the operator: b",
+    ]
+    act(Action.INCLUDE, Action.RESUME)
+    assert {"paused", "excluded"} & as_json(store).keys() == set()
+    waits = ServerView(seen=time.time(), waits="2 devices must answer and 1 can")
+    Observations(store.folder).save(waits, {})
+    assert rows(store)["waits"] == waits.waits
 
 
 def test_the_command_returns_to_a_kept_round_or_names_those_that_are_kept(store: RunStore) -> None:

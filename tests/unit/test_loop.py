@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from support.bundles import Built
 from support.in_process_daemon import RUN, InProcessDaemon, make_daemon
 from support.processes import SECONDS, Broker, Observer, Processes, wait_until
 
+from edge_runtime.daemon.loop import STOPS
 from edge_runtime.daemon.privacy_budget import PrivacyBudget
 from edge_runtime.daemon.round_runner import RoundRunner
 from edge_runtime.daemon.timing import Timing
@@ -330,10 +332,12 @@ def test_updates_that_the_broker_seems_to_drop_are_in_the_health(scene: Scene) -
 
 @pytest.mark.parametrize("scene", [Runner], indirect=True)
 def test_a_device_does_not_announce_a_model_that_does_not_exist(scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "edge_runtime")
     scene.observer.wait(Health, lambda h: h.rounds_done == 1, "a round without a model")
     scene.announce(round_(9, Stage.FINISHED))
     scene.end()
     assert "has finished; this device has no model" in caplog.text
+    assert STOPS in caplog.text
 
 
 class Broken(Runner):

@@ -69,7 +69,7 @@ def fleet(vit: Built, tmp_path_factory: pytest.TempPathFactory) -> LocalFleet:
     splits = {}
     for index, (name, counts) in enumerate(COUNTS.items()):
         folder = write_device_photos(root / name, counts, seed=index)
-        splits[name] = scan_once(folder, vit.bundle.manifest.classes, IMAGES)
+        splits[name] = scan_once(folder, vit.bundle.classes, IMAGES)
     contents = sorted({sample.sha256 for each in splits.values() for sample in each.samples})
     features = Features(FileStore(root / "cache", contents), vit.bundle, threads=1)
     return LocalFleet(vit.bundle, features, compute_features(features, splits, LEVEL), root / "states", 1, {GUEST})

@@ -186,7 +186,8 @@ def test_the_onnx_file_is_one_message_with_the_origin_as_metadata(vit: Built, ph
     named = {entry.key: entry.value for entry in model.metadata_props}
     assert named == {
         **{"run": "r", "session": "s", "round": "3", "device": "d", "level": str(header.level)},
-        **{"bundle": vit.bundle.sha256, "expert": SHA, "gate": SHA, "model": manifest.model},
+        **{"bundle": vit.bundle.sha256, "task": vit.bundle.task.sha256, "expert": SHA, "gate": SHA},
+        "model": manifest.model,
         **{"temperature": str(header.temperature), "threshold": str(header.threshold)},
         "classes": '["apple", "kiwi", "lemon", "plum"]',
         "preprocessing": manifest.preprocessing.model_dump_json(),

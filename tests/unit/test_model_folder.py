@@ -19,12 +19,14 @@ from transformers import AutoImageProcessor, AutoTokenizer, pipeline
 from edge_runtime.__main__ import personalize
 from edge_runtime.inference.classifier import FileClassifier
 from edge_runtime.inference.export_onnx import write_model
-from edge_runtime.inference.model_folder import write_folder
+from edge_runtime.inference.model_folder import write_model_folder
 from edge_runtime.store import DeviceStore
 from edge_runtime.training.model import save_personal_model
 from fedfmsl.errors import BundleError, ConfigError
 from fedfmsl.protocol.bundle import MANIFEST, Bundle
 from fedfmsl.protocol.messages import Stage
+from fedfmsl.protocol.task import Task
+from fedfmsl.protocol.task_bundle import TaskBundle
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,11 @@ def written(built: Built, photos: Path, texts: Path, tmp_path: Path) -> Written:
         manifest = json.loads((bundle / MANIFEST).read_text())
         manifest["preprocessing"]["resize"] = {"edge": IMAGE_SIZE + 5, "keep_ratio": True, "filter": "bilinear"}
         (bundle / MANIFEST).write_text(json.dumps(manifest))
-    device = make_daemon(replace(built, bundle=Bundle.load(bundle)), samples, tmp_path).device
+    opened = Bundle.load(bundle)
+    task = Task.of(opened.sha256, built.bundle.classes, "the test")
+    device = make_daemon(replace(built, bundle=TaskBundle(opened, task)), samples, tmp_path).device
     save_personal_model(device, round_of(Stage.GLOBAL), globals_of(built))
-    write_folder(device.store, tmp_path / "folder", bundle)
+    write_model_folder(device.store, tmp_path / "folder", bundle)
     write_model(device.store, tmp_path / "model.onnx", bundle)
     some = sorted(samples.rglob("*.*"))[::5]
     return Written(tmp_path / "folder", FileClassifier(tmp_path / "model.onnx"), some, device.store, bundle)
@@ -93,13 +97,13 @@ def test_the_pipeline_of_a_text_model_gives_the_probabilities_of_predict(written
 @pytest.mark.parametrize("built", ["vit"], indirect=True)
 def test_a_folder_is_replaced_by_a_newer_model_but_never_mixed_with_other_files(written: Written) -> None:
     folder = written.folder
-    write_folder(written.store, folder, written.bundle)
+    write_model_folder(written.store, folder, written.bundle)
     assert json.loads((folder / "config.json").read_text())["id2label"] == {str(i): n for i, n in enumerate(CLASSES)}
     (folder / "notes.txt").write_text("")
     with pytest.raises(ConfigError, match=r"has other files, like notes.txt; pass a new or an empty folder"):
-        write_folder(written.store, folder, written.bundle)
+        write_model_folder(written.store, folder, written.bundle)
     with pytest.raises(ConfigError, match="is a file; pass a folder"):
-        write_folder(written.store, folder / "config.json", written.bundle)
+        write_model_folder(written.store, folder / "config.json", written.bundle)
     with pytest.raises(BundleError, match="is not a personalized model"):
         FileClassifier(folder / "onnx" / "model.onnx")
 

@@ -20,7 +20,7 @@ from edge_runtime.resources.providers import (
 )
 from edge_runtime.store import DeviceStore
 from fedfmsl.errors import BundleError, ConfigError
-from fedfmsl.protocol.bundle import Bundle
+from fedfmsl.protocol.task_bundle import TaskBundle
 from fedfmsl.protocol.tensors import pack
 from tests.support.bundles import Built
 
@@ -79,7 +79,7 @@ def test_a_provider_that_failed_for_the_moment_is_tried_again_at_the_next_start(
     monkeypatch.setattr(providers, "offered_providers", lambda: ("cuda", "dnnl", CPU))
     fails, tried, loss = {"cuda": "it fails: out of memory"}, list[str](), {CPU: 1.0, "cuda": 1.0, "dnnl": 2.0}
 
-    def run(bundle: Bundle, name: str, threads: int, out: Path) -> str:
+    def run(bundle: TaskBundle, name: str, threads: int, out: Path) -> str:
         tried.append(name)
         seconds = 0.5 if name == "cuda" else 1.0
         out.write_bytes(pack(Trial(seconds=seconds), {"loss": np.full(1, loss[name], np.float32)}))
@@ -105,7 +105,7 @@ def test_a_process_of_a_provider_computes_the_same_as_the_cpu_does_here(vit: Bui
 def test_without_a_result_of_the_cpu_no_other_provider_is_used(
     vit: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def run(bundle: Bundle, name: str, threads: int, out: Path) -> str:
+    def run(bundle: TaskBundle, name: str, threads: int, out: Path) -> str:
         out.write_bytes(pack(Trial(seconds=1.0), {"loss": np.ones(1, np.float32)}))
         return "it fails: no memory" if name == CPU else ""
 

@@ -86,6 +86,15 @@ def test_the_card_has_what_the_hub_and_its_readers_need(expert: Path, trained: C
     assert result_of(evaluated) is None  # no accuracy of the test split was reported
 
 
+def test_a_resumed_server_writes_the_folder_again(expert: Path, trained: CoordinatorRun) -> None:
+    names = {path.name for path in expert.iterdir()}
+    (expert / "adapter_model.safetensors").write_bytes(b"")  # after a power failure
+    ExpertFolder(trained.plan, expert).resumed(trained.state, None)
+    assert {path.name for path in expert.iterdir()} == names
+    assert (expert / "adapter_model.safetensors").stat().st_size > 1000
+    assert "No accuracy was reported" in (expert / "README.md").read_text()
+
+
 def test_a_base_on_the_hub_and_strange_names_are_valid_metadata(vit: Built, trained: CoordinatorRun) -> None:
     manifest = vit.bundle.manifest
     peft = manifest.peft.model_copy(update={"base": "facebook/dinov2-small", "revision": "1" * 40})
@@ -177,6 +186,9 @@ def test_what_is_missing_is_named(hub: Hub, expert: Path, tmp_path: Path, monkey
     (damaged := Path(shutil.copytree(expert, tmp_path / "damaged")) / "labels.json").write_text("[")
     with pytest.raises(FedFMSLError, match=r"labels\.json or README\.md in .* is damaged"):
         run("push", REPO, "--folder", str(damaged.parent), "--yes")
+    (bare := Path(shutil.copytree(expert, tmp_path / "bare")) / "README.md").write_text("# No metadata\n")
+    with pytest.raises(FedFMSLError, match=r"is damaged .*no metadata"):
+        run("push", REPO, "--folder", str(bare.parent), "--yes", "--license", "mit")
     with pytest.raises(FedFMSLError, match="is not an identifier of the hub"):
         run("push", REPO, "--folder", str(expert), "--yes", "--license", "mine: all")
     use(f"http://127.0.0.1:{free_port()}", monkeypatch)
@@ -184,5 +196,7 @@ def test_what_is_missing_is_named(hub: Hub, expert: Path, tmp_path: Path, monkey
         with pytest.raises(FedFMSLError, match=r"the hub does not answer at http://127\.0\.0\.1"):
             run(*command)
     monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(FedFMSLError, match="'bad name' is not a name of a repository"):
+        run("push", "bad name", "--folder", str(expert), "--yes")
     with pytest.raises(FedFMSLError, match="there is no token of the hub; set HF_TOKEN, or run: hf auth login"):
         run("push", REPO, "--folder", str(expert), "--yes")

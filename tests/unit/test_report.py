@@ -17,7 +17,9 @@ from devices.trial.report import build_report, write_report
 from fedfmsl.algorithms.evaluation import DeviceAccuracy
 from fedfmsl.algorithms.sal import CapabilityQueue, Sal
 from fedfmsl.errors import RunError
+from fedfmsl.protocol.bundle import MANIFEST
 from fedfmsl.protocol.messages import Round, Stage, Training, Update
+from fedfmsl.protocol.task import TASK, Task
 from trainer_server.config import RunConfig
 from trainer_server.coordinator.records import ClosedRound
 from trainer_server.storage.run_store import Origin, RunStore
@@ -121,7 +123,8 @@ FLEET = FleetEvaluation(fleet_accuracies(), {})
 @pytest.fixture
 def folder(vit: Built, tmp_path: Path) -> Path:
     (tmp_path / "bundle").mkdir()
-    shutil.copy(vit.bundle.root / "manifest.json", tmp_path / "bundle")
+    for name in (MANIFEST, TASK):
+        shutil.copy(vit.bundle.root / name, tmp_path / "bundle")
     return tmp_path
 
 
@@ -134,13 +137,15 @@ def no_png(monkeypatch: pytest.MonkeyPatch) -> None:
 def record(folder: Path, rounds: list[ClosedRound]) -> None:
     sal = Sal(CapabilityQueue(2, 0.02), max_level=LAYERS)
     config = RunConfig(run="r", devices=2, stage1_sal=sal, stage2_sal=sal)
-    store = RunStore.create(folder, Origin(config=config, session="s", bundle=folder / "bundle", sha256="f" * 64))
+    task = Task("f" * 64, ("apple", "pear"))
+    origin = Origin(config=config, session="s", bundle=folder / "bundle", sha256=task.bundle, task=task.sha256)
+    store = RunStore.create(folder, origin, task)
     numbered = [(one, one.round.model_copy(update={"round": number})) for number, one in enumerate(rounds, start=1)]
     store.commit([], [one.model_copy(update={"round": round_}) for one, round_ in numbered])
 
 
 def report_of(built: Built, rounds: list[ClosedRound], evaluation: FleetEvaluation = FLEET) -> dict[str, Any]:
-    return build_report(rounds, built.bundle.manifest, evaluation, 3, 0.5, SECONDS)
+    return build_report(rounds, built.bundle, evaluation, 3, 0.5, SECONDS)
 
 
 def test_the_numbers_are_those_of_the_last_evaluation(vit: Built) -> None:

@@ -128,7 +128,7 @@ def test_a_class_that_is_not_in_the_bundle_is_skipped_with_the_known_classes(fol
     splits = scan_once(folder, CLASSES, IMAGES)
     assert splits.class_counts(4).tolist() == [8, 8, 0, 8]
     assert reasons(splits, folder) == {
-        "lime": "class not in the bundle, whose classes are apple, kiwi, lemon, plum; rename or remove the folder",
+        "lime": "class not in the task, whose classes are apple, kiwi, lemon, plum; rename or remove the folder",
         "notes/a.txt": ".txt is not a suffix of images",
     }
 

@@ -36,9 +36,9 @@ from fedfmsl.algorithms.discriminant import second_moments
 from fedfmsl.algorithms.mixture import label_log_p
 from fedfmsl.algorithms.privacy import Privacy
 from fedfmsl.algorithms.sal import AllAtOnce
-from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.encoding import decode
 from fedfmsl.protocol.messages import Encoding, Stage, Sums
+from fedfmsl.protocol.task_bundle import TaskBundle
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_samples_train_the_rows_of_novel_classes_only_for_a_head_that_sums_repla
     vit: Built, photos: Path, tmp_path: Path
 ) -> None:
     some = shutil.copytree(photos, tmp_path / "some")
-    shutil.rmtree(some / vit.bundle.manifest.classes[0])
+    shutil.rmtree(some / vit.bundle.classes[0])
     context = training_context(vit.bundle, some, tmp_path)
     for sums in (Sums.NONE, Sums.LOGITS):
         round_ = announced_round(Stage.GLOBAL, sums=sums)
@@ -242,7 +242,7 @@ def test_splits_are_assigned_once_and_equal_after_the_next_scan(
     assert contents(before.splits) == contents(context.splits)
     root = shutil.copytree(context.bundle.root, tmp_path / "no-features")
     (root / "features.onnx").unlink()  # computing features again would fail
-    cache = FeatureCache(DiskCache(tmp_path / "empty"), Bundle.load(root), threads=1)
+    cache = FeatureCache(DiskCache(tmp_path / "empty"), TaskBundle.open(root), threads=1)
     after = replace(before, scanned=folder.scan(), cache=cache)
     assert after.splits == before.splits
 

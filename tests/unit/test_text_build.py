@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from support.bundles import MAX_TOKENS, RANK, Built
-from support.samples import CLASSES
 from support.tiny_models import write_tokenizer
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -80,7 +79,7 @@ def test_an_unusable_tokenizer_is_one_clear_error(bert_folder: Path, tmp_path: P
 def test_more_tokens_than_positions_are_refused(bert_folder: Path, tmp_path: Path) -> None:
     source = load_backbone(str(bert_folder), None, 4, MAX_TOKENS + 5, None, 0)
     with pytest.raises(ConfigError, match=f"--max-tokens {MAX_TOKENS + 5} is more than the 16 positions"):
-        list(build_bundle(source, CLASSES, 1, source.family.lora(RANK), tmp_path / "out", 0))
+        list(build_bundle(source, 1, source.family.lora(RANK), tmp_path / "out", 0))
 
 
 @pytest.mark.parametrize(

@@ -58,8 +58,10 @@ def closed(vit: Built) -> list[ClosedRound]:
 def store(vit: Built, tmp_path: Path) -> RunStore:
     """A run without rounds."""
     config = started(vit, ABC).plan.config
-    origin = RunOrigin(config=config, session="5" * 16, bundle=vit.bundle.root, sha256=vit.bundle.sha256)
-    return RunStore.create(tmp_path / "run", origin)
+    origin = RunOrigin(
+        config=config, session="5" * 16, bundle=vit.bundle.root, sha256=vit.bundle.sha256, task=vit.bundle.task.sha256
+    )
+    return RunStore.create(tmp_path / "run", origin, vit.bundle.task)
 
 
 @pytest.fixture(autouse=True)
@@ -149,6 +151,14 @@ def test_mlflow_has_each_point_once_even_if_the_server_forgets_what_it_sent(
 def test_what_names_no_tracker_is_refused(spec: str) -> None:
     with pytest.raises(ConfigError, match=r"is not tensorboard:DIR, mlflow:URI or wandb:PROJECT"):
         sinks.parse(spec)
+
+
+def test_a_file_is_no_folder_of_event_files(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert sinks.parse(f"tensorboard:{tmp_path / 'new' / 'folder'}")[0] == "tensorboard"
+    for target in ("file", "file/below"):
+        with pytest.raises(ConfigError, match="file is a file; give a folder"):
+            sinks.parse(f"tensorboard:{tmp_path / target}")
 
 
 def test_a_missing_package_is_named_before_the_run_starts(monkeypatch: pytest.MonkeyPatch) -> None:

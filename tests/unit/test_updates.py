@@ -173,8 +173,8 @@ def test_a_private_update_has_no_facts_about_samples_except_its_tensors(
 ) -> None:
     dims, gate = vit.bundle.manifest.dims, vit.bundle.gate.total
     statistics = {
-        "class_sums": np.ones((dims.classes, dims.feature), np.float32),
-        "class_counts": np.full(dims.classes, 9.0, np.float32),
+        "class_sums": np.ones((len(vit.bundle.classes), dims.feature), np.float32),
+        "class_counts": np.full(len(vit.bundle.classes), 9.0, np.float32),
         "norm_sum": np.full(1, 50.0, np.float32),
     }
     own: dict[Stage, dict[str, Any]] = {
@@ -187,7 +187,7 @@ def test_a_private_update_has_no_facts_about_samples_except_its_tensors(
     update = prepare_update(vit.bundle, tmp_path / "residual", announced, result, np.random.default_rng(0))
     assert (update.samples, dict(update.metrics), dict(update.counts)) == (1, {}, {})
     if stage is Stage.STATISTICS:
-        assert np.allclose(np.asarray(update.tensors["class_counts"], np.float32), 1 / dims.classes)
+        assert np.allclose(np.asarray(update.tensors["class_counts"], np.float32), 1 / len(vit.bundle.classes))
     else:
         norm = np.linalg.norm(np.concatenate([t.ravel() for t in update.tensors.values()]))
         assert norm == pytest.approx(PRIVACY.clip, rel=1e-3)
@@ -205,8 +205,8 @@ def test_an_evaluation_is_sent_unchanged(vit: Built, tmp_path: Path, stage: Stag
 def test_a_secure_update_is_clipped_and_noised_in_fixed_point_numbers(vit: Built, tmp_path: Path, stage: Stage) -> None:
     dims, layout = vit.bundle.manifest.dims, vit.bundle.gate if stage is Stage.PERSONAL else vit.bundle.expert
     statistics = {
-        "class_sums": np.ones((dims.classes, dims.feature), np.float32),
-        "class_counts": np.full(dims.classes, 9.0, np.float32),
+        "class_sums": np.ones((len(vit.bundle.classes), dims.feature), np.float32),
+        "class_counts": np.full(len(vit.bundle.classes), 9.0, np.float32),
         "norm_sum": np.full(1, 50.0, np.float32),
     }
     size = layout.size(1) if stage is Stage.GLOBAL else layout.total
@@ -223,8 +223,8 @@ def test_a_secure_update_is_clipped_and_noised_in_fixed_point_numbers(vit: Built
 
     quiet, loud = sent(1e-3), sent(2.0) - sent(1e-3)
     if stage is Stage.STATISTICS:
-        constant = slice(dims.classes * dims.feature, -1)
-        assert np.allclose(quiet[constant], 1 / dims.classes, atol=1e-5) and not loud[constant].any()
+        constant = slice(len(vit.bundle.classes) * dims.feature, -1)
+        assert np.allclose(quiet[constant], 1 / len(vit.bundle.classes), atol=1e-5) and not loud[constant].any()
         return
     values = trained_values(layout.parts_of(LAYERS) if stage is Stage.GLOBAL else layout.parts)
     assert np.linalg.norm(quiet[:size]) == pytest.approx(1.0, rel=0.05)

@@ -22,7 +22,7 @@ from export.weights import load_backbone
 from export.zero_shot import TEMPLATES, zero_shot_head
 from fedfmsl.algorithms.class_means import direction_head
 from fedfmsl.errors import ConfigError, WeightsError
-from fedfmsl.protocol.bundle import Bundle
+from fedfmsl.protocol.task_bundle import TaskBundle
 
 
 def test_probabilities_of_the_zero_shot_head_equal_clips(clip: Built, clip_folder: Path) -> None:
@@ -66,13 +66,13 @@ def test_a_prompt_longer_than_the_text_towers_input_is_truncated(clip: Built) ->
 
 
 def test_only_bundles_of_families_with_a_text_tower_have_the_head(clip: Built, vit: Built) -> None:
-    zero_shot = clip.bundle.zero_shot()
+    zero_shot = clip.bundle.task.zero_shot
     assert zero_shot is not None
     assert zero_shot.rows.shape == (len(CLASSES), FEATURE)
     assert zero_shot.scale == pytest.approx(
         float(CLIPModel.from_pretrained(clip.source.origin.source).logit_scale.detach().exp())
     )
-    assert vit.bundle.zero_shot() is None
+    assert vit.bundle.task.zero_shot is None
 
 
 @pytest.mark.parametrize("template", ["a photo", "{} and {}"])
@@ -123,7 +123,7 @@ def test_the_command_makes_the_head_from_its_prompts(clip_folder: Path, clip: Bu
     result = CliRunner().invoke(app, [*arguments, *prompts, "--out", str(tmp_path / "b")], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     assert "zero-shot head" in result.stdout
-    zero_shot = Bundle.load(tmp_path / "b").zero_shot()
+    zero_shot = TaskBundle.open(tmp_path / "b").task.zero_shot
     assert zero_shot is not None
     assert np.array_equal(zero_shot.rows, zero_shot_head(clip.source, CLASSES, ["{}", "the {}"]).rows)
 

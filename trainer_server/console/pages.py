@@ -7,6 +7,7 @@ import sqlite3
 import tempfile
 import zipfile
 from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,8 +19,8 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from fedfmsl.errors import BundleError, ConfigError, RunError
-from fedfmsl.protocol.bundle import Bundle
+from fedfmsl.common.whole_folder import read_folder
+from fedfmsl.errors import ConfigError, RunError
 from fedfmsl.web.access import Access
 from fedfmsl.web.application import application, fragment, page
 from fedfmsl.web.stream import stream
@@ -28,6 +29,7 @@ from trainer_server.console.snapshot import RunReader, Runs, Snapshot
 from trainer_server.coordinator.operator import Action, Operation
 from trainer_server.storage.kept_experts import KeptExperts
 from trainer_server.storage.operations import Operations
+from trainer_server.storage.run_store import RunStore
 
 logger = logging.getLogger(__name__)
 
@@ -148,10 +150,11 @@ async def _live_overview(request: Request) -> Response:
 
 
 def _classes(snapshot: Snapshot) -> tuple[str, ...]:
-    """The names of the run's classes; none if the bundle is not here any more."""
+    """The names of the run's classes; none if its folder cannot be read."""
     try:
-        return tuple(Bundle.load(snapshot.origin.bundle).manifest.classes)
-    except (BundleError, ConfigError):
+        with closing(RunStore(snapshot.folder)) as store:
+            return store.task().classes
+    except (RunError, ConfigError):
         return ()
 
 
@@ -304,14 +307,14 @@ def _operation(form: Mapping[str, str], by: str, name: str) -> Operation:
 
 def _archive(snapshot: Snapshot) -> IO[bytes]:
     """The files of the global expert as a ZIP file."""
-    folder = snapshot.folder / EXPERT
-    paths = sorted(path for path in folder.glob("*") if path.is_file() and not path.name.startswith("."))
-    if not paths:
-        raise HTTPException(404, "There is no global expert yet: the first round of stage 1 is not closed.")
+    try:
+        files = read_folder(snapshot.folder / EXPERT)
+    except OSError as error:
+        raise HTTPException(404, "There is no global expert yet: the first round of stage 1 is not closed.") from error
     file = tempfile.SpooledTemporaryFile(IN_MEMORY)  # noqa: SIM115
     with zipfile.ZipFile(file, "w") as archive:
-        for path in paths:
-            archive.write(path, f"{EXPERT}/{path.name}")
+        for name, data in files.items():
+            archive.writestr(f"{EXPERT}/{name}", data)
     file.seek(0)
     return file
 

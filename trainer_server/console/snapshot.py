@@ -17,7 +17,7 @@ from fedfmsl.protocol.messages import Round
 from trainer_server.coordinator.limits import Limits
 from trainer_server.coordinator.operator import Operation
 from trainer_server.coordinator.records import ClosedRound, RoundSummary
-from trainer_server.coordinator.refusals import is_left_out
+from trainer_server.coordinator.refusals import is_left_out, left_out_of_sums
 from trainer_server.storage import observations
 from trainer_server.storage.checkpoint import Checkpoint
 from trainer_server.storage.observations import DeviceView, ServerView, read_observations
@@ -32,9 +32,9 @@ SILENT_SECONDS = 15.0  # after which a server has stopped, or is busy
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A run at one moment. `left_out`: by device, until which round. `took_part`: by device, in how many of the
-    `trained` training rounds. `waiting`: actions that the server has not carried out. `outage`: since when and why the
-    server has no connection to the broker."""
+    """A run at one moment. `left_out`, `silent`: by device, until which round; the latter of secure sums only.
+    `took_part`: by device, in how many of the `trained` training rounds. `waiting`: actions that the server has not
+    carried out. `outage`: since when and why the server has no connection to the broker."""
 
     key: str
     folder: Path
@@ -46,6 +46,7 @@ class Snapshot:
     answered: frozenset[str] = frozenset()
     limits: Limits | None = None
     left_out: Mapping[str, int] = field(default_factory=dict)
+    silent: Mapping[str, int] = field(default_factory=dict)
     devices: Mapping[str, DeviceView] = field(default_factory=dict)
     closed: Sequence[tuple[RoundSummary, float]] = ()
     took_part: Mapping[str, int] = field(default_factory=dict)
@@ -149,6 +150,7 @@ class RunReader:
                 announced=announced,
                 expected=frozenset(point.expected if point else ()),
                 answered=frozenset(store.pending_updates()),
+                silent=left_out_of_sums(point.silent, announced.round) if point and announced else {},
                 limits=point.limits if point else None,
                 left_out={
                     name: refused.until

@@ -120,6 +120,8 @@ def state_of(snapshot: Snapshot) -> tuple[str, str]:
         return "no server", "bad"
     if snapshot.server and snapshot.server.paused:
         return "paused", "warn"
+    if snapshot.server and snapshot.server.waits:
+        return "waiting for devices", "bad"
     return ("waiting for devices", "warn") if snapshot.announced is None else ("running", "good")
 
 
@@ -139,6 +141,8 @@ def device_state(snapshot: Snapshot, name: str, view: DeviceView) -> tuple[str, 
         return "paused", status.paused
     if name in snapshot.left_out:
         return "left out", f"until round {snapshot.left_out[name]}: its updates were refused"
+    if name in snapshot.silent:
+        return "left out", f"of secure sums until round {snapshot.silent[name]}: it did not answer in one"
     return "online", ""
 
 

@@ -42,13 +42,21 @@ from trainer_server.coordinator.former_head import why_rejected
 from trainer_server.coordinator.limits import MAX_STRETCH, UNMERGED, devices_in_share, round_seconds
 from trainer_server.coordinator.operator import act
 from trainer_server.coordinator.records import ClosedRound, listed
-from trainer_server.coordinator.refusals import LEFT_OUT_AFTER, LEFT_OUT_ROUNDS, refuse
+from trainer_server.coordinator.refusals import (
+    LEFT_OUT_AFTER,
+    LEFT_OUT_ROUNDS,
+    LEFT_OUT_SUMS,
+    is_left_out,
+    left_out_of_sums,
+    refuse,
+)
 from trainer_server.coordinator.rollback import restart_position, rolled_back
 from trainer_server.coordinator.round_update import apply_round, left_out, scaled_down, with_former_head, without_sums
 from trainer_server.coordinator.secure_sums import MAX_REPEATS, asked_devices, secure_level, shortage
 from trainer_server.coordinator.selection import eligible_devices, select_devices
 from trainer_server.coordinator.state import SUMS, TRAINING, Accepted, Part, Plan, State, Step
 from trainer_server.coordinator.validation import validate_update
+from trainer_server.coordinator.waiting import REMEDY, is_short, must_wait, needed_updates, reason
 
 RAISE_TIMEOUT = "If this repeats, stop the server and resume with a longer --round-timeout"
 WITHOUT = {  # what a run does without a secure aggregation
@@ -82,15 +90,17 @@ def advance(plan: Plan, state: State, event: Event, now: float) -> tuple[State, 
         return _maybe_start(plan, state, now)
     if state.closing == state.round or is_complete(plan, state, state.announced):
         return _close_round(plan, state, state.announced, now)
+    if state.waiting:
+        return (state, []) if is_short(plan, state) else _go_on(plan, state, state.announced, now)
     if now >= next_deadline(plan, state):
         return _end_of_time(plan, state, state.announced, event.working, now)
     return state, []
 
 
 def next_deadline(plan: Plan, state: State) -> float:
-    """The latest time for the next ClockTicked. A paused run has none."""
+    """The latest time for the next ClockTicked. A paused or waiting run has none."""
     announced = state.announced
-    if state.paused_at is not None:
+    if state.paused_at is not None or state.waiting:
         return math.inf
     if announced is None:
         return state.since + plan.config.join_timeout
@@ -162,7 +172,7 @@ def _receive_update(plan: Plan, state: State, event: UpdateSeen, now: float) -> 
         counted=state.counted | {key},
         refused={name: refused for name, refused in state.refused.items() if name != update.device},
     )
-    if update.round == state.round and update.stage not in UNMERGED:
+    if update.round == state.round and update.stage not in UNMERGED and not state.waiting:
         until = now if state.paused_at is None else state.paused_at
         seconds = max(state.slowest.get(update.stage, 0.0), until - state.since)
         state = replace(state, slowest={**state.slowest, update.stage: seconds})
@@ -204,14 +214,14 @@ def _open_round(plan: Plan, state: State, position: int, now: float) -> tuple[St
     """Selects devices, publishes the globals and announces the round at `position` of the schedule."""
     config, number, step = plan.config, state.round + 1, plan.schedule[position]
     stage, level = step.stage, state.sal.level
+    selected = _selected(plan, state, step, number)
     if step.part is not None:
         starts = position == plan.positions_of(step.part).start
         if starts and step.part[0] in SUMS and len(state.ready) < MIN_DEVICES:
             reason = f"{len(state.ready)} devices are online, and secure aggregation needs {MIN_DEVICES}"
             return _skip_part(plan, state, step.part, reason, now)
         if step.part[0] is Stage.GLOBAL:
-            level = secure_level(state) if starts else state.secure.level
-    selected = _selected(plan, state, step, number)
+            level = secure_level(state, selected) if starts else state.secure.level
     if stage is Stage.CANARY and not selected:
         about = (
             f"no canary round: fewer than {MIN_REPORTS} devices that are online have measured the last global expert"
@@ -248,6 +258,7 @@ def _open_round(plan: Plan, state: State, position: int, now: float) -> tuple[St
         round=number,
         announced=announced,
         since=now,
+        waiting=False,
         stretch=1 if stage in UNMERGED else state.stretch,  # their deadline follows measured time
         expected=selected,
         updates={},
@@ -263,7 +274,11 @@ def _selected(plan: Plan, state: State, step: Step, number: int) -> frozenset[st
     if step.part is not None and plan.masks and step.stage is not Stage.KEYS:
         return asked_devices(state, step.stage) - state.excluded
     ready, least = {name: state.devices[name] for name in state.ready}, state.limits.min_updates
-    eligible = eligible_devices(ready, state.refused, number, least)
+    left_out_ones = {name for name in ready if is_left_out(state.refused.get(name), number)}
+    if step.part is not None:
+        left_out_ones |= left_out_of_sums(state.silent, number).keys()
+        least = max(least, MIN_DEVICES)
+    eligible = eligible_devices(ready, left_out_ones, least)
     if step.stage is Stage.CANARY:
         return canaries(plan, state, eligible, number)
     if (step.part[0] if step.part else step.stage) not in TRAINING or state.repeats:
@@ -279,7 +294,9 @@ def _end_of_time(
     busy = sorted(working & state.awaited & state.online - state.answered)
     after = f"{next_deadline(plan, state) - state.since:.0f} s"
     if not _too_few(plan, state, announced) or not busy or state.stretch >= MAX_STRETCH:
+        state, notes = _leave_out_silent(plan, state, working)
         state, commands = _close_round(plan, state, announced, now)
+        commands = [*notes, *commands]
         if busy:
             late = f"round {announced.round}: still at work after {after}: {listed(busy)}; {RAISE_TIMEOUT}"
             commands = [Log(late, warning=True), *commands]
@@ -290,6 +307,19 @@ def _end_of_time(
         f"it lasts up to {seconds:.0f} s now. {RAISE_TIMEOUT}"
     )
     return state, [Log(text, warning=True)]
+
+
+def _leave_out_silent(plan: Plan, state: State, working: frozenset[str]) -> tuple[State, list[Log]]:
+    """At the deadline of a round of a secure sum: the devices that are online, not at work, and have not answered. They
+    would cost the next sums their deadlines too."""
+    part, quiet = plan.schedule[state.position].part, sorted(state.awaited & state.online - state.answered - working)
+    if part is None or not quiet:
+        return state, []
+    until = state.round + LEFT_OUT_SUMS * len(plan.positions_of(part))
+    silent = {**left_out_of_sums(state.silent, state.round), **dict.fromkeys(quiet, until)}
+    about = f"left out of the next {LEFT_OUT_SUMS} secure sums, unless fewer than {MIN_DEVICES} would remain"
+    text = f"round {state.round}: online but without an answer: {listed(quiet)}; {about}"
+    return replace(state, silent=silent), [Log(text, warning=True)]
 
 
 def _least(state: State, announced: Round) -> int:
@@ -349,10 +379,29 @@ def _close_round(plan: Plan, state: State, closing: Round, now: float) -> tuple[
     position = state.position
     if step.part is not None and step.stage is not Stage.UNMASK:  # again with fresh keys
         position = plan.positions_of(step.part).start
+    waits, silent = must_wait(plan, state), sorted(state.awaited & state.ready - state.answered)
     state, commands = _open_round(plan, replace(state, repeats=state.repeats + 1, stretch=1), position, now)
+    if waits:
+        text = f"{too_few}; the run waits: {reason(plan, state)}. {REMEDY}"
+        return replace(state, waiting=True), [record, Log(text, warning=True), *commands]
     assert state.announced is not None
     lower = f" at level {state.announced.level}" if state.announced.level < closing.level else ""
-    return state, [record, Log(f"{too_few}; repeating it{lower}", warning=True), *commands]
+    absent = f"; {reason(plan, state)}" if is_short(plan, state) else ""
+    quiet = f"; without an answer: {listed(silent)}" if silent else ""
+    return state, [record, Log(f"{too_few}; repeating it{lower}{quiet}{absent}", warning=True), *commands]
+
+
+def _go_on(plan: Plan, state: State, waited: Round, now: float) -> tuple[State, list[Command]]:
+    """The end of a wait. The open round gets its whole time, without the wait. If it does not ask enough of the devices
+    that can answer, it is announced anew."""
+    able = state.ready & frozenset(waited.chosen) if waited.chosen else state.ready
+    state = replace(state, waiting=False, since=now, repeats=0)
+    if len(able) >= needed_updates(plan, state):
+        text = f"round {waited.round} goes on: {len(able)} devices can answer now"
+        return replace(state, expected=state.expected | able), [Log(text)]
+    record = _record(state, waited, now, "it waited for devices that it did not ask")
+    state, commands = _open_round(plan, state, state.position, now)
+    return state, [record, Log(f"round {waited.round} waited; enough devices can answer now"), *commands]
 
 
 def _roll_back(plan: Plan, state: State, rollback: Rollback, now: float) -> tuple[State, list[Command]]:

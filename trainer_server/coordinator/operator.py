@@ -10,7 +10,7 @@ download             of the global expert; the log has it, and nothing changes
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from enum import Enum
 from typing import Literal
@@ -43,6 +43,21 @@ class Operation(Message):
     sha256: Sha256 = ""
     by: Text = ""
     name: Text = ""
+
+
+def after_operations(
+    paused: bool, excluded: Iterable[str], operations: Iterable[Operation]
+) -> tuple[bool, frozenset[str]]:
+    """Whether a run is paused, and the excluded devices, after actions that have taken effect."""
+    devices = set(excluded)
+    for operation in operations:
+        if operation.action in (Action.PAUSE, Action.RESUME):
+            paused = operation.action is Action.PAUSE
+        elif operation.action is Action.EXCLUDE:
+            devices.add(operation.device)
+        elif operation.action is Action.INCLUDE:
+            devices.discard(operation.device)
+    return paused, frozenset(devices)
 
 
 def act(state: State, operation: Operation, now: float) -> tuple[State, str]:

@@ -1,11 +1,15 @@
-"""Devices whose updates are refused: a round does not wait for them, and later rounds leave them out (ours)."""
+"""Devices that later rounds leave out (ours): those whose updates are refused, for which a round does not wait either,
+and those that are online but do not answer in a secure sum. Such a sum waits for them until its deadline, and may have
+to be repeated."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 LEFT_OUT_AFTER = 3  # rounds in a row with a refused update
 LEFT_OUT_ROUNDS = 10
+LEFT_OUT_SUMS = 10  # secure sums that leave out a device that did not answer in one
 
 
 class Refused(NamedTuple):
@@ -30,3 +34,9 @@ def refuse(before: Refused | None, round_: int) -> Refused:
 
 def is_left_out(refused: Refused | None, round_: int) -> bool:
     return refused is not None and refused.round < round_ <= refused.until
+
+
+def left_out_of_sums(silent: Mapping[str, int], round_: int) -> dict[str, int]:
+    """The devices that secure sums which start in round `round_` leave out, each with the last such round. `silent`:
+    those that did not answer in a sum."""
+    return {name: until for name, until in silent.items() if round_ <= until}

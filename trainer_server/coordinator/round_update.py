@@ -101,7 +101,7 @@ def without_sums(plan: Plan, state: State, stage: Stage) -> State:
     state = replace(state, secure=NO_SUMS)
     if stage is not Stage.STATISTICS:
         return state
-    dims, zero_shot = plan.bundle.manifest.dims, plan.bundle.zero_shot()
+    dims, zero_shot = plan.bundle.manifest.dims, plan.bundle.task.zero_shot
     head = np.zeros(plan.bundle.expert.size(0), np.float32)
     if zero_shot is not None:
         norm = dims.feature**0.5  # of a normalized feature, about
@@ -167,7 +167,7 @@ def _first_head(plan: Plan, sums: Mapping[str, Vector]) -> Vector:
     counts, norm_sum = sums["class_counts"], float(sums["norm_sum"][0])
     if plan.config.head is Head.CLASS_MEANS:
         return class_mean_head(sums["class_sums"], counts, norm_sum)
-    zero_shot = plan.bundle.zero_shot()
+    zero_shot = plan.bundle.task.zero_shot
     assert zero_shot is not None  # checked when the run was started
     return direction_head(zero_shot.rows, zero_shot.scale, counts, norm_sum)
 

@@ -78,10 +78,11 @@ def shortage(plan: Plan, state: State, closing: Round) -> str:
     return ""
 
 
-def secure_level(state: State) -> int:
-    """The level of a round of stage 1: up to SAL's, the highest that MIN_DEVICES devices train. Each repeat from the
-    second on is one level lower, because devices of a level that do not answer would have it repeated without end."""
-    caps = sorted((state.devices[name].level_cap for name in state.ready), reverse=True)
+def secure_level(state: State, asked: Iterable[str]) -> int:
+    """The level of a round of stage 1: up to SAL's, the highest that MIN_DEVICES of the asked devices train. Each
+    repeat from the second on is one level lower, because devices of a level that do not answer would have it repeated
+    without end."""
+    caps = sorted((state.devices[name].level_cap for name in asked), reverse=True)
     highest = min(state.sal.level, caps[MIN_DEVICES - 1]) if len(caps) >= MIN_DEVICES else 1
     return max(highest - max(state.repeats - MAX_REPEATS + 1, 0), 1)
 
@@ -176,7 +177,7 @@ def _values(plan: Plan, stage: Stage, level: int) -> int:
     if stage in TRAINING:
         return weighted_values(update_parts(plan, stage, level))
     if stage is Stage.HOLDERS:
-        return 2 * plan.bundle.manifest.dims.classes
+        return 2 * len(plan.bundle.classes)
     return plan.statistics.total if stage is Stage.STATISTICS else plan.head_statistics.total
 
 

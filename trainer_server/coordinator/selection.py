@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import numpy as np
 
 from fedfmsl.protocol.messages import DeviceStatus
 from trainer_server.config import RunConfig, Selection
 from trainer_server.coordinator.limits import devices_in_share
-from trainer_server.coordinator.refusals import Refused, is_left_out
 
 Devices = Mapping[str, DeviceStatus]
 
 
-def eligible_devices(ready: Devices, refused: Mapping[str, Refused], round_: int, least: int) -> Devices:
-    """The ready devices without those that are left out of round `round_`; all of them if fewer than `least` would
-    remain."""
-    remaining = {name: status for name, status in ready.items() if not is_left_out(refused.get(name), round_)}
+def eligible_devices(ready: Devices, left_out: Collection[str], least: int) -> Devices:
+    """The ready devices without those that are left out; all of them if fewer than `least` would remain."""
+    remaining = {name: status for name, status in ready.items() if name not in left_out}
     return remaining if len(remaining) >= least else ready
 
 

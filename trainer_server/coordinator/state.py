@@ -18,10 +18,10 @@ from fedfmsl.algorithms.fixed_point import Words
 from fedfmsl.algorithms.sal import SalState
 from fedfmsl.algorithms.secure_aggregation import VECTORS, Bytes
 from fedfmsl.algorithms.server_optimizers import Moments
-from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.layout import Layout
 from fedfmsl.protocol.messages import DeviceStatus, Round, Stage, Sums, Update
 from fedfmsl.protocol.secure_sums import SignedKeys
+from fedfmsl.protocol.task_bundle import TaskBundle
 from trainer_server.config import Head, RunConfig
 from trainer_server.coordinator.candidates import LastGood, Rollback
 from trainer_server.coordinator.former_head import FormerHead
@@ -62,7 +62,7 @@ class Plan:
     """
 
     config: RunConfig
-    bundle: Bundle
+    bundle: TaskBundle
     session: str
     read: Callable[[str], Tensors]
     check_keys: CheckKeys = unsigned
@@ -126,8 +126,8 @@ class Plan:
     @cached_property
     def head_statistics(self) -> Layout:
         """The layout of updates in the head round."""
-        dims = self.bundle.manifest.dims
-        width = dims.classes if self.config.head_sums is Sums.LOGITS else dims.feature
+        classes, feature = len(self.bundle.classes), self.bundle.manifest.dims.feature
+        width = classes if self.config.head_sums is Sums.LOGITS else feature
         return self._sums(width, ("second_moments", width * (width + 1) // 2))
 
     @property
@@ -138,7 +138,7 @@ class Plan:
         return 2 * values + 4096 if self.config.secure or self.config.secure_sums else values
 
     def _sums(self, width: int, last: tuple[str, int]) -> Layout:
-        classes, (name, size) = self.bundle.manifest.dims.classes, last
+        classes, (name, size) = len(self.bundle.classes), last
         return Layout.build(
             [
                 ("statistics", "class_sums", (classes, width)),
@@ -195,7 +195,8 @@ class State:
 
     Round: `position` in the schedule is -1 while the server waits for devices. `since` is the time of the
     announcement. `expected` are the selected devices. `updates` are the accepted updates of the present round.
-    `refused`: devices whose latest updates were refused.
+    `refused`: devices whose latest updates were refused. `silent`: those that did not answer in a secure sum, each with
+    the last round that leaves it out.
 
     Deadlines: `limits` are the settings that may change. `stretch`: how many times as long as `--round-timeout` a round
     lasts. `slowest`: by stage, the longest time from an announcement to an update, in seconds.
@@ -204,6 +205,8 @@ class State:
     accepted in these rounds and in the last REMEMBERED_ROUNDS. A second update with such a key is a duplicate.
 
     `secure`: the secure aggregation in progress. `former`: what is known of the head of stage 1.
+
+    `waiting`: the run waits until enough devices can answer (see `trainer_server.coordinator.waiting`).
 
     What the operator has done: `paused_at` is when the run was paused, `rollback` where it returns to, `closing` the
     round to close now, `excluded` the devices that take part no more.
@@ -228,11 +231,13 @@ class State:
     devices: Mapping[str, DeviceStatus] = field(default_factory=dict)
     expected: frozenset[str] = frozenset()
     refused: Mapping[str, Refused] = field(default_factory=dict)
+    silent: Mapping[str, int] = field(default_factory=dict)
     updates: Mapping[Key, Accepted] = field(default_factory=dict)
     recent: tuple[Round, ...] = ()
     counted: frozenset[Key] = frozenset()
     secure: SecureSums = NO_SUMS
     former: FormerHead = field(default_factory=FormerHead)
+    waiting: bool = False
     made: int = 0
     good: LastGood = field(default_factory=LastGood)
     paused_at: float | None = None

@@ -6,11 +6,12 @@ import logging
 from pathlib import Path
 
 from fedfmsl.algorithms.arrays import Vector
+from fedfmsl.common.whole_folder import write_folder
 from fedfmsl.protocol.messages import Stage
 from trainer_server.coordinator.records import ClosedRound
-from trainer_server.coordinator.state import Plan
-from trainer_server.storage.model_card import Result, result_of, write_card
-from trainer_server.storage.peft_adapter import write_adapter
+from trainer_server.coordinator.state import Plan, State
+from trainer_server.storage.expert_folder import expert_files
+from trainer_server.storage.model_card import Result, result_of
 
 logger = logging.getLogger(__name__)
 
@@ -19,21 +20,33 @@ class ExpertFolder:
     def __init__(self, plan: Plan, folder: Path) -> None:
         self._plan = plan
         self._folder = folder
+        self._level = 0  # of the adapter in the folder
         self._result: Result | None = None  # the latest one
 
+    def resumed(self, state: State, result: Result | None) -> None:
+        """Writes the folder again: the server may have ended before it was written, or a power failure damaged it.
+        `result`: the latest one."""
+        self._result = result
+        if state.start.size:
+            self._level = state.sal.level
+            self._write(state.expert)
+
     def round_closed(self, closed: ClosedRound, expert: Vector) -> None:
-        """Writes the adapter after rounds that change the global expert (P,), and the card after those that measure
-        it. A failure is logged."""
-        bundle, announced = self._plan.bundle, closed.round
+        """Writes the folder after rounds that change the global expert (P,), or that measure it."""
+        announced = closed.round
         first = announced.stage is Stage.PERSONAL and announced.index == 0  # it may bring a former head back
         changed = first or announced.stage in (Stage.GLOBAL, Stage.HEAD, Stage.UNMASK, Stage.CANARY)
         result = result_of(closed)
         self._result = result or self._result
+        if announced.expert and changed:
+            self._level = announced.level
+        if announced.expert and self._level and (changed or result):
+            self._write(expert)
+
+    def _write(self, expert: Vector) -> None:
+        """A failure is logged."""
+        plan = self._plan
         try:
-            if announced.expert and changed:
-                write_adapter(bundle, expert[: bundle.expert.size(announced.level)], announced.level, self._folder)
-            if announced.expert and (changed or result):
-                write_card(self._folder, bundle, self._plan.config, self._result)
-        except (OSError, ValueError) as error:  # ValueError: a power failure has damaged a file of the folder
-            reason = getattr(error, "strerror", None) or error
-            logger.warning("the adapter of round %d could not be written (%s)", announced.round, reason)
+            write_folder(self._folder, expert_files(plan.bundle, plan.config, expert, self._level, self._result))
+        except OSError as error:
+            logger.warning("%s could not be written (%s)", self._folder, error.strerror or error)

@@ -13,8 +13,10 @@ from typing import Any
 
 from fedfmsl.errors import BundleError, ConfigError, RunError
 from fedfmsl.protocol.bundle import Bundle
+from fedfmsl.protocol.class_names import describe_classes
 from fedfmsl.protocol.messages import Round, ServerStatus, encode
 from fedfmsl.protocol.secure_sums import SignedKeys
+from fedfmsl.protocol.task_bundle import TaskBundle
 from fedfmsl.protocol.topics import ROOT, Topics
 from fedfmsl.transport.identity import read_identity
 from fedfmsl.transport.link import KEEPALIVE_SECONDS, Link, Will
@@ -35,7 +37,7 @@ logger = logging.getLogger(__name__)
 NO_CHANGES: Mapping[str, Any] = MappingProxyType({})
 
 
-def open_run(folder: Path, config: RunConfig, bundle: Bundle) -> RunStore:
+def open_run(folder: Path, config: RunConfig, bundle: TaskBundle) -> RunStore:
     """Creates a run in `folder`, or opens the one that was started there with the same settings.
 
     Raises ConfigError naming the settings that differ, or if `folder` is a file. Raises RunError if the folder
@@ -44,10 +46,14 @@ def open_run(folder: Path, config: RunConfig, bundle: Bundle) -> RunStore:
     require_folder(folder)
     if not (folder / DATABASE).is_file():
         origin = Origin(
-            config=config, session=secrets.token_hex(8), bundle=bundle.root.absolute(), sha256=bundle.sha256
+            config=config,
+            session=secrets.token_hex(8),
+            bundle=bundle.root.absolute(),
+            sha256=bundle.sha256,
+            task=bundle.task.sha256,
         )
         try:
-            return RunStore.create(folder, origin)
+            return RunStore.create(folder, origin, bundle.task)
         except (OSError, sqlite3.Error) as error:
             raise RunError(
                 f"{folder} cannot be written ({error}); choose another --out, or free some disk space"
@@ -58,6 +64,11 @@ def open_run(folder: Path, config: RunConfig, bundle: Bundle) -> RunStore:
     origin = store.origin
     if origin.sha256 != bundle.sha256:
         raise ConfigError(f"{folder} holds a run with another bundle ({origin.bundle}); choose another --out")
+    if origin.task != bundle.task.sha256:
+        raise ConfigError(
+            f"{folder} holds run {origin.config.run!r} with another task ({describe_classes(store.task().classes)}); "
+            f"resume it with python -m trainer_server resume --out {folder}, or choose another --out"
+        )
     if config != origin.config:
         differences, changes = differing_settings(origin.config, config)
         raise ConfigError(
@@ -67,17 +78,18 @@ def open_run(folder: Path, config: RunConfig, bundle: Bundle) -> RunStore:
     return store
 
 
-def open_bundle(store: RunStore) -> Bundle:
-    """The bundle that the run was started with. Raises BundleError if its folder is missing or holds another one."""
+def open_bundle(store: RunStore) -> TaskBundle:
+    """The bundle and the task that the run was started with. Raises BundleError if the bundle's folder is missing or
+    holds another one, RunError if the task is missing or altered."""
     bundle = Bundle.load(store.origin.bundle)
     if bundle.sha256 != store.origin.sha256:
         raise BundleError(f"{bundle.root} is not the bundle that the run was started with; restore that bundle")
-    return bundle
+    return TaskBundle(bundle, store.task(), f"the task of {store.folder}")
 
 
 def run_server(
     store: RunStore,
-    bundle: Bundle,
+    bundle: TaskBundle,
     broker: str,
     bundle_url: str,
     identity: Path | None,
@@ -110,6 +122,7 @@ def run_server(
             run=plan.config.run,
             session=plan.session,
             bundle=bundle.sha256,
+            task=bundle.task.sha256,
             bundle_url=bundle_url,
             model=bundle.manifest.model,
         )
@@ -161,7 +174,7 @@ def change_limits(store: RunStore, plan: Plan, state: State, at: float, changes:
     return after
 
 
-def make_plan(store: RunStore, bundle: Bundle) -> Plan:
+def make_plan(store: RunStore, bundle: TaskBundle) -> Plan:
     return Plan(store.origin.config, bundle, store.origin.session, store.read)
 
 

@@ -24,6 +24,7 @@ from fedfmsl.transport.identity import describe_expiry
 from fedfmsl.transport.link import Connected, Disconnected, Link, LinkEvent, Oversize, Received, SubscriptionRefused
 from fedfmsl.transport.message_size import largest_message
 from fedfmsl.transport.settings import SERVER_NAME
+from trainer_server.coordinator import waiting
 from trainer_server.coordinator.advance import advance, next_deadline
 from trainer_server.coordinator.announce import announcement
 from trainer_server.coordinator.events import (
@@ -54,6 +55,7 @@ from trainer_server.service.liveness import Liveness
 from trainer_server.service.publisher import Publisher
 from trainer_server.service.refusals import Refusals
 from trainer_server.service.run_log import log_participation, log_round, log_stragglers
+from trainer_server.storage.expert_folder import last_result
 from trainer_server.storage.kept_experts import KeptExperts
 from trainer_server.storage.observations import Acted, Observations, ServerView
 from trainer_server.storage.operations import Operations
@@ -143,6 +145,8 @@ class Service:
             self._obey()  # a finished run goes on if it is rolled back
             if self._store.ended is not None:  # the previous server may have stopped before it announced the end
                 self._publish_state()
+            if self._store.checkpoint_number():
+                self._expert_folder.resumed(self._state, last_result(self._store))
             while self._store.ended is None:
                 self._process_messages()
                 self._obey()
@@ -375,6 +379,7 @@ class Service:
                 seen=seen,
                 deadline=seen + left if math.isfinite(left) else None,
                 paused=state.paused_at is not None,
+                waits=waiting.reason(self._plan, state) if state.waiting else "",
                 round_timeout=state.limits.round_timeout,
                 excluded=tuple(sorted(state.excluded)),
                 acted=self._acted,
@@ -443,8 +448,10 @@ class Service:
 
     def _publish_state(self) -> None:
         """Publishes status and round at every connection, because the broker may have lost its retained messages."""
-        self._publisher.publish_status(online=True)
         self._publisher.forget_globals()
+        task = self._plan.bundle.task
+        self._publisher.publish_globals(task.sha256, task.blob)
+        self._publisher.publish_status(online=True)
         if self._state.announced is not None:
             for command in announcement(self._plan, self._state, self._state.announced):
                 self._execute(command)

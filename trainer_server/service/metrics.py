@@ -38,6 +38,8 @@ def families(now: Snapshot) -> Iterator[Metric]:
     yield _gauge("round", "The newest announced round.", state.round)
     if announced:
         yield _gauge("level", "The SAL level of the present round.", announced.level)
+    yield _gauge("paused", "1 if the operator has paused the run.", state.paused_at is not None)
+    yield _gauge("waiting", "1 if the run waits, because too few devices can answer a round.", state.waiting)
     yield from _participation(now)
     yield from _rounds(now)
     yield _gauge("connected", "1 if the server is connected to the broker.", now.connected)
@@ -72,8 +74,12 @@ def _participation(now: Snapshot) -> Iterator[Metric]:
         "selected": len(state.expected),
         "answered": len(state.answered & state.expected),
         "missing": len(state.awaited - state.answered),
+        "excluded": len(state.excluded),
     }
-    text = "Devices: known, online, ready (not paused); of the present round selected, answered, missing."
+    text = (
+        "Devices: known, online, ready (not paused), excluded by the operator; of the present round selected, "
+        "answered, missing."
+    )
     yield by_label(GaugeMetricFamily(f"{PREFIX}_devices", text, labels=["state"]), counts)
 
 

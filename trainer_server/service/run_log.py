@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 FILE = "notes.log"
 PACKAGES = ("trainer_server", "fedfmsl")  # whose lines go to the file
+PAUSED = "by the operator; resume it on the console (--console)"
 LOG_BYTES = 8 * 1024 * 1024  # of each of the two files
 
 
@@ -49,6 +50,14 @@ def log_round(announced: Round) -> None:
     where = f"{announced.stage.value} {number}/{of}"
     selected = f", selected devices: {len(announced.chosen)}" if announced.chosen else ""
     logger.info("round %d: %s, level %d%s", announced.round, where, announced.level, selected)
+
+
+def log_standing(paused: bool, excluded: Collection[str]) -> None:
+    """When a server starts: what the operator has done to the run before."""
+    if paused:
+        logger.warning("the run is paused %s", PAUSED)
+    if excluded:
+        logger.warning("excluded by the operator: %s; include them on the console", listed(sorted(excluded)))
 
 
 def log_participation(config: RunConfig, known: Collection[str], counts: Mapping[str, int], rounds: int) -> None:

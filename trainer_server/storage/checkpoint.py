@@ -43,6 +43,7 @@ class Checkpoint(BaseModel):
     devices: list[DeviceStatus]
     expected: list[str]
     refused: dict[str, Refused]
+    silent: dict[str, int] = {}
     counted: list[tuple[int, str]]
     keys_round: int = 0
     secure_level: int = 0
@@ -50,6 +51,7 @@ class Checkpoint(BaseModel):
     survivors: tuple[str, ...] = ()
     classes: tuple[int, ...] = ()
     former_nlls: dict[str, float] = {}
+    waiting: bool = False
     made: int = 0
     good_round: int = 0
     good_nlls: dict[str, float] = {}
@@ -77,6 +79,7 @@ class Checkpoint(BaseModel):
             devices=list(state.devices.values()),
             expected=sorted(state.expected),
             refused=dict(state.refused),
+            silent=dict(state.silent),
             counted=sorted(state.counted),
             keys_round=state.secure.keys_round,
             secure_level=state.secure.level,
@@ -84,6 +87,7 @@ class Checkpoint(BaseModel):
             survivors=state.secure.survivors,
             classes=state.secure.classes,
             former_nlls=dict(state.former.nlls),
+            waiting=state.waiting,
             made=state.made,
             good_round=state.good.round,
             good_nlls=dict(state.good.nlls),
@@ -127,9 +131,11 @@ class Checkpoint(BaseModel):
             devices={status.device: status for status in self.devices},
             expected=frozenset(self.expected),
             refused=self.refused,
+            silent=self.silent,
             counted=frozenset(self.counted),
             secure=secure,
             former=FormerHead(vectors["former_head"], self.former_nlls),
+            waiting=self.waiting,
             made=self.made,
             good=LastGood(vectors["good_expert"], self.good_round, self.good_nlls),
             paused_at=self.paused_at,

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
-from fedfmsl.common.files import write_atomically
-from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.messages import Stage
+from fedfmsl.protocol.task_bundle import TaskBundle
 from trainer_server.config import RunConfig
 from trainer_server.coordinator.records import ClosedRound
-from trainer_server.storage.peft_adapter import ADAPTER_CONFIG
-
-CARD = "README.md"
 
 
 @dataclass(frozen=True)
@@ -37,14 +32,7 @@ def result_of(closed: ClosedRound) -> Result | None:
     return Result(accuracy, "test" if evaluated else "held-out", devices, closed.round.round)
 
 
-def write_card(folder: Path, bundle: Bundle, config: RunConfig, result: Result | None) -> None:
-    """Writes the card beside the adapter in `folder`. Raises OSError."""
-    adapter = json.loads((folder / ADAPTER_CONFIG).read_bytes())
-    level = len(adapter["layers_to_transform"])
-    write_atomically(folder / CARD, model_card(bundle, config, level, result).encode())
-
-
-def model_card(bundle: Bundle, config: RunConfig, level: int, result: Result | None) -> str:
+def model_card(bundle: TaskBundle, config: RunConfig, level: int, result: Result | None) -> str:
     """Metadata between two lines `---`, then text. `level`: of the global expert."""
     manifest = bundle.manifest
     task = "image-classification" if manifest.preprocessing.kind == "image" else "text-classification"
@@ -64,7 +52,7 @@ def model_card(bundle: Bundle, config: RunConfig, level: int, result: Result | N
     return "\n".join(["---", *lines, "---", "", *_text(bundle, config, level, result), ""])
 
 
-def _text(bundle: Bundle, config: RunConfig, level: int, result: Result | None) -> list[str]:
+def _text(bundle: TaskBundle, config: RunConfig, level: int, result: Result | None) -> list[str]:
     manifest = bundle.manifest
     lora = manifest.lora
     revision = f" at revision `{manifest.peft.revision}`" if manifest.peft.revision else ""
@@ -91,7 +79,7 @@ def _text(bundle: Bundle, config: RunConfig, level: int, result: Result | None) 
         "",
         "`labels.json` has them by the number of the output.",
         "",
-        *(f"    {index} {json.dumps(name, ensure_ascii=False)}" for index, name in enumerate(manifest.classes)),
+        *(f"    {index} {json.dumps(name, ensure_ascii=False)}" for index, name in enumerate(bundle.classes)),
         "",
         "## Licence",
         "",

@@ -35,12 +35,14 @@ class Acted(BaseModel):
 
 class ServerView(BaseModel):
     """The server at the moment `seen` (unix seconds). `deadline`: that of the present round, or of the wait for
-    devices; None if there is none now. `excluded`: devices that the operator has excluded. `acted`: the operator's last
-    action that this server has carried out or refused."""
+    devices; None if there is none now. `waits`: what the run waits for, if too few devices can answer. `excluded`:
+    devices that the operator has excluded. `acted`: the operator's last action that this server has carried out or
+    refused."""
 
     seen: float
     deadline: float | None = None
     paused: bool = False
+    waits: str = ""
     round_timeout: float = 0.0
     excluded: tuple[str, ...] = ()
     acted: Acted | None = None

@@ -1,4 +1,4 @@
-"""Writes the global expert as a PEFT adapter folder for `PeftModel.from_pretrained`, without torch.
+"""The files of the global expert as a PEFT adapter for `PeftModel.from_pretrained`, made without torch.
 
 The base model needs a linear `classifier` with one output for each of the C names in `labels.json`:
 
@@ -19,22 +19,19 @@ ignore_mismatched_sizes is for a base with a head of other classes. AutoPeftMode
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import save
 
 from fedfmsl.algorithms.arrays import Vector
-from fedfmsl.common.files import write_atomically
-from fedfmsl.protocol.bundle import Bundle, ImagePreprocessing
+from fedfmsl.protocol.bundle import ImagePreprocessing
 from fedfmsl.protocol.image_processor import PREPROCESSOR, image_processor
 from fedfmsl.protocol.peft_names import to_peft
+from fedfmsl.protocol.task_bundle import TaskBundle
 
-ADAPTER_CONFIG = "adapter_config.json"
 
-
-def write_adapter(bundle: Bundle, expert: Vector, level: int, folder: Path) -> None:
-    """`expert` (P_level,) holds the trainable parameters of `level`. Raises OSError."""
+def adapter_files(bundle: TaskBundle, expert: Vector, level: int) -> dict[str, bytes]:
+    """Content by name. `expert` (P,) or (P_level,): of it, the trainable parameters of `level` are used."""
     manifest = bundle.manifest
     blocks = manifest.dims.blocks
     library, _, base_class = (manifest.peft.base_class or "").rpartition(".")
@@ -54,12 +51,13 @@ def write_adapter(bundle: Bundle, expert: Vector, level: int, folder: Path) -> N
         "modules_to_save": ["classifier"],
         "inference_mode": True,
     }
-    tensors = to_peft(manifest.peft, bundle.expert.split(expert))
+    tensors = to_peft(manifest.peft, bundle.expert.split(expert[: bundle.expert.size(level)]))
     contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-    write_atomically(folder / ADAPTER_CONFIG, json.dumps(config, indent=1).encode())
-    write_atomically(folder / "adapter_model.safetensors", save(contiguous, {"format": "pt"}))
+    files: dict[str, object] = {
+        "adapter_config.json": config,
+        "labels.json": {str(index): name for index, name in enumerate(bundle.classes)},
+    }
     if isinstance(manifest.preprocessing, ImagePreprocessing):
-        processor = json.dumps(image_processor(manifest.preprocessing), indent=1)
-        write_atomically(folder / PREPROCESSOR, processor.encode())
-    labels = {str(index): name for index, name in enumerate(manifest.classes)}
-    write_atomically(folder / "labels.json", json.dumps(labels, indent=1).encode())
+        files[PREPROCESSOR] = image_processor(manifest.preprocessing)
+    texts = {name: json.dumps(value, indent=1).encode() for name, value in files.items()}
+    return {**texts, "adapter_model.safetensors": save(contiguous, {"format": "pt"})}

@@ -6,6 +6,7 @@
     RUN/joined.json      before the first round: the devices that are online
     RUN/certificates.json  when the certificates of server and broker expire
     RUN/outage.json      since when and why there is no connection to the broker
+    RUN/tasks/SHA256     the run's task
     RUN/tensors/SHA256   the checkpoint's tensors, and the updates accepted after it
     RUN/experts/         see `trainer_server.storage.kept_experts`
 
@@ -30,9 +31,10 @@ from pydantic import BaseModel
 from fedfmsl.algorithms.arrays import Tensors
 from fedfmsl.common.files import EXHAUSTED, write_atomically
 from fedfmsl.common.lock_file import held, is_held, process_of
-from fedfmsl.errors import ConfigError, MessageError, RunError
-from fedfmsl.protocol.bundle import Bundle
+from fedfmsl.errors import BundleError, ConfigError, MessageError, RunError
 from fedfmsl.protocol.messages import DeviceStatus, Stage, Update, parse
+from fedfmsl.protocol.task import Task
+from fedfmsl.protocol.task_bundle import TaskBundle
 from fedfmsl.protocol.tensors import Header, blob_hash, pack, unpack
 from trainer_server.config import RunConfig
 from trainer_server.coordinator.events import (
@@ -45,12 +47,13 @@ from trainer_server.coordinator.events import (
     UpdateSeen,
 )
 from trainer_server.coordinator.limits import Limits
-from trainer_server.coordinator.operator import Operation
+from trainer_server.coordinator.operator import Operation, after_operations
 from trainer_server.coordinator.records import ClosedRound, RoundSummary
 from trainer_server.coordinator.state import TRAINING, State
 from trainer_server.storage.checkpoint import Checkpoint, vectors_of
 
 DATABASE = "run.sqlite"
+TASKS = "tasks"
 JOINED = "joined.json"
 OUTAGE = "outage.json"
 CERTIFICATES = "certificates.json"
@@ -76,12 +79,13 @@ CREATE TABLE IF NOT EXISTS refusals (
 
 
 class Origin(BaseModel):
-    """What a run was started with. `bundle`: the bundle's folder. `sha256`: the bundle's hash."""
+    """What a run was started with. `bundle`: the bundle's folder. `sha256`: the bundle's hash. `task`: the task's."""
 
     config: RunConfig
     session: str
     bundle: Path
     sha256: str
+    task: str
 
 
 @dataclass(frozen=True)
@@ -134,16 +138,18 @@ class RunStore:
             self._db = sqlite3.connect(path, timeout=busy_seconds, isolation_level=None)
             self._db.execute("PRAGMA synchronous = FULL")
             (origin, self.ended) = self._db.execute("SELECT origin, ended FROM run").fetchone()
+            _check_version(path, origin)
             self.origin = Origin.model_validate_json(origin)
             self._db.execute("SELECT summary FROM rounds LIMIT 0")  # a run of an earlier version has none
         except (sqlite3.Error, TypeError, ValueError) as error:
             raise RunError(f"{path} cannot be read ({error}); is it a run of this version?") from error
 
     @classmethod
-    def create(cls, folder: Path, origin: Origin) -> RunStore:
+    def create(cls, folder: Path, origin: Origin, task: Task) -> RunStore:
         """Raises OSError or sqlite3.Error if it cannot be written."""
         folder.mkdir(0o700, parents=True, exist_ok=True)  # it holds updates of devices
         (folder / "tensors").mkdir(exist_ok=True)
+        _write_task(folder, task)
         with closing(sqlite3.connect(folder / DATABASE, timeout=BUSY_SECONDS, isolation_level=None)) as db:
             db.execute("PRAGMA journal_mode = WAL")
             db.execute("PRAGMA synchronous = FULL")
@@ -177,6 +183,17 @@ class RunStore:
         except OSError:
             at = 0.0
         return ServerProcess(is_held(self._lock), process_of(self._lock), at)
+
+    def task(self) -> Task:
+        """The run's task. Raises RunError if its file is missing or altered."""
+        path = self.folder / TASKS / self.origin.task
+        try:
+            task = Task.read(path)
+        except BundleError as error:
+            raise RunError(f"{error}; or restore the file from a backup") from error
+        if task.sha256 != self.origin.task:
+            raise RunError(f"{path} was altered (wrong SHA-256); restore it from a backup")
+        return task
 
     # tensors
 
@@ -212,9 +229,15 @@ class RunStore:
         query = "SELECT (SELECT count(*) FROM checkpoints) + (SELECT count(*) FROM events) = 0"
         return self.ended is None and bool(self._db.execute(query).fetchone()[0])
 
-    def reset(self, config: RunConfig, bundle: Bundle) -> None:
+    def reset(self, config: RunConfig, bundle: TaskBundle) -> None:
         """Replaces the settings of an unstarted run."""
-        renewed = {"config": config, "bundle": bundle.root.absolute(), "sha256": bundle.sha256}
+        _write_task(self.folder, bundle.task)
+        renewed = {
+            "config": config,
+            "bundle": bundle.root.absolute(),
+            "sha256": bundle.sha256,
+            "task": bundle.task.sha256,
+        }
         self.origin = self.origin.model_copy(update=renewed)
         self._db.execute("UPDATE run SET origin = ?", (self.origin.model_dump_json(),))
 
@@ -408,6 +431,16 @@ class RunStore:
         )
         return dict(self._db.execute(query).fetchall())
 
+    def standing(self) -> tuple[bool, frozenset[str]]:
+        """Whether the operator has paused the run, and the devices that the operator has excluded."""
+        last = "SELECT coalesce(max(seq), 0) FROM checkpoints"
+        rows = self._db.execute(f"SELECT body FROM events WHERE kind = 'operator' AND seq > ({last}) ORDER BY seq")
+        operations = [parse(Operation, body.encode()) for (body,) in rows.fetchall()]
+        checkpoint = self.checkpoint()
+        if checkpoint is None:
+            return after_operations(False, (), operations)
+        return after_operations(checkpoint[0].paused_at is not None, checkpoint[0].excluded, operations)
+
     def participation(self, after: int = 0, until: int = 1 << 62) -> tuple[dict[str, int], int]:
         """In how many training rounds with a number above `after` and up to `until` each device took part, and how many
         there were. Repeated ones do not count, nor those whose record has no details any more."""
@@ -488,3 +521,19 @@ def _to_row(logged: LoggedEvent) -> tuple[float, str, str, str | None, int | Non
     if isinstance(event, OperatorActed):
         return logged.at, "operator", event.operation.model_dump_json(), event.operation.sha256 or None, None
     return logged.at, "tick", json.dumps(sorted(event.working)), None, None
+
+
+def _write_task(folder: Path, task: Task) -> None:
+    """Raises OSError."""
+    (folder / TASKS).mkdir(exist_ok=True)
+    write_atomically(folder / TASKS / task.sha256, task.blob, durable=True)
+
+
+def _check_version(path: Path, origin: str) -> None:
+    """Raises RunError for a run whose bundle held its class list."""
+    stored = json.loads(origin)
+    if isinstance(stored, dict) and "sha256" in stored and "task" not in stored:
+        raise RunError(
+            f"{path} is a run of an earlier version, without a task; export its bundle again with python -m "
+            "export.build, and start a new run with another --out"
+        )

@@ -16,14 +16,14 @@ from edge_runtime.data.inputs import reader_for
 from edge_runtime.engines.base import Batch, MemoryPlan
 from edge_runtime.engines.sessions import open_session, run
 from edge_runtime.engines.step_graph import StepGraphEngine
-from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.messages import Training
+from fedfmsl.protocol.task_bundle import TaskBundle
 
 THREADS = 2
 
 
 def main(folder: str, level: str, out: str, image: str = "") -> None:
-    bundle, k = Bundle.load(Path(folder)), int(level)
+    bundle, k = TaskBundle.open(Path(folder)), int(level)
     dims = bundle.manifest.dims
     hidden = np.random.default_rng(0).standard_normal((1, dims.tokens, dims.hidden), np.float32)
     if image:
@@ -37,7 +37,7 @@ def main(folder: str, level: str, out: str, image: str = "") -> None:
     theta = (theta + np.random.default_rng(1).normal(0, 0.02, theta.size)).astype(np.float32)  # no gradient is zero
     engine.set(theta, Training(epochs=1, learning_rate=1e-3))
     started = time.perf_counter()
-    loss = engine.step(Batch.cross_entropy(hidden, np.array([1]), dims.classes))
+    loss = engine.step(Batch.cross_entropy(hidden, np.array([1]), len(bundle.classes)))
     print(f"step {time.perf_counter() - started:.1f} s, loss {loss:.6f}")
     np.savez(out, hidden=hidden, loss=loss, step=engine.get() - theta)
     print(*re.findall(r"Vm(?:Peak|HWM):.*", Path("/proc/self/status").read_text()), sep="\n")
