@@ -8,8 +8,9 @@ INSTALLED := $(VENV)/.installed
 # a separate folder, because onnxruntime-training also installs a package named onnxruntime
 TRAINING := $(VENV)/ort-training
 export HAS_NO_TRAINING_WHEEL := import platform, sys; sys.exit(platform.machine() == "x86_64" and sys.version_info < (3, 13))
-# processes that run tests; a file's tests stay in one of them, and tests/conftest.py starts long files first
-WORKERS ?= 2
+# Processes that run tests, for two cores: a test waits for a fifth of its time. A file's tests stay in one process, and
+# tests/conftest.py starts long files first.
+WORKERS ?= 3
 PARALLEL := --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: trial test lint test-lowest test-arm64 faults lock tools tools-arm64 install clean
@@ -45,6 +46,7 @@ test-arm64: install tools tools-arm64
 
 # All fault tests in their long form; make test runs the short form. After an interruption the same command goes on. It
 # writes the table of docs/reliability.md, also when tests fail.
+faults: WORKERS := 2
 faults: install tools
 	$(RUN) pytest tests/faults --full --numprocesses $(WORKERS) --maxschedchunk 1
 

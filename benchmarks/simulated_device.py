@@ -91,7 +91,8 @@ class Device:
             bundle=fleet.bundle.sha256,
             level_cap=fleet.level_cap,
         )
-        self._state = State(name, DuplicateNameGuard(self._status.instance), fleet.bundle.sha256)
+        guard, task = DuplicateNameGuard(self._status.instance), fleet.bundle.task.sha256
+        self._state = State(name, guard, fleet.bundle.sha256, task)
         self._attempts = 0
         self._chunk_bytes = CHUNK_BYTES  # as the server's status says
         self._ack_due = math.inf  # deadline of the acknowledgement of the last update

@@ -16,7 +16,7 @@ import typer
 
 from edge_runtime.settings import PredictSettings, Settings, StateSettings
 from edge_runtime.store import DeviceStore
-from fedfmsl.common.cli import application, console, print_json
+from fedfmsl.common.cli import application, print_json
 from fedfmsl.common.options import with_settings
 from fedfmsl.common.settings import read_settings
 from fedfmsl.errors import ConfigError
@@ -46,6 +46,7 @@ def _with_file(config: Path | None, flags: Mapping[str, Any]) -> tuple[Settings,
 def check(read: tuple[Settings, Path | None]) -> None:
     """Check what a run needs: clock, disk, broker, certificate, bundle, samples, memory. Writes nothing."""
     from edge_runtime.preflight import run_preflight
+    from fedfmsl.common.cli import console
 
     code = 0
     for finding in run_preflight(*read):
@@ -93,6 +94,7 @@ def status(
 ) -> None:
     """Show the state of this device. Fails if its daemon does not run."""
     from edge_runtime.daemon.status import check_alive, describe, read_health
+    from fedfmsl.common.cli import console
 
     store = DeviceStore(settings.state)
     health = read_health(store)
@@ -139,7 +141,6 @@ def predict(
     from edge_runtime.inference.publish import Publisher
     from edge_runtime.inference.recorder import Recorder
     from edge_runtime.inference.stream import WatchedFolder, classify_new_files, wait_for_model
-    from edge_runtime.labelling.queue import Queue
 
     if new and not watch:
         raise ConfigError("--new needs --watch; give --watch FOLDER, or omit --new")
@@ -169,7 +170,7 @@ def predict(
         if inbox is None:
             predictions: Iterator[Prediction | None] = predict_files(classifier, files or [])
         elif questions and isinstance(classifier, StateClassifier):
-            recorder = Recorder(Queue(DeviceStore(settings.state).questions), classifier)
+            recorder = Recorder(DeviceStore(settings.state).questions, classifier)
             outputs.append(lambda prediction: recorder.improve() if prediction is None else None)
             predictions = classify_new_files(classifier, inbox, record=recorder.record)
         else:
@@ -190,7 +191,7 @@ def page(settings: Settings) -> None:
 
 @app.command()
 def personalize(
-    state: Path = typer.Option(help="State directory of the device."),
+    state: Path = typer.Option(help="State directory of the device.", readable=False),
     bundle: Path | None = typer.Option(None, help="Bundle folder. Default: the model's, in the state directory."),
     out: Path | None = typer.Option(None, help="File to write. Default: personalized.onnx in the state directory."),
     folder: Path | None = typer.Option(

@@ -85,7 +85,7 @@ class Settings(PredictSettings, LogSettings):
         None,
         gt=0,
         description="Privacy budget ε that the updates of all runs may reach, at δ = 1e-5. The device takes no part in "
-        "rounds that would pass it, or that have no noise. Default: no limit.",
+        "rounds that would pass it, or that have no noise, and sends no accuracies. Default: no limit.",
         json_schema_extra=RUN,
     )
     authority: AuthorityAddress | None = Field(

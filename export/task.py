@@ -63,7 +63,10 @@ def _zero_shot(
             raise ConfigError(f"--prompt needs a text tower, which {manifest.model} does not have; omit it")
         return None
     if weights is None and (manifest.model not in MODELS or manifest.peft.base == RANDOM):
-        raise ConfigError(f"the weights of {manifest.model} are not on the hub; pass their folder with --weights")
+        raise ConfigError(
+            f"the weights of {manifest.model} are not on the hub; pass their folder with --weights, or "
+            "name the classes with --classes of trainer_server start, without a zero-shot head"
+        )
     from export.weights import find_backbone
     from export.zero_shot import make_zero_shot
 

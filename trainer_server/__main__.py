@@ -13,7 +13,7 @@ from typing import Any
 
 import typer
 
-from fedfmsl.common.cli import application, console
+from fedfmsl.common.cli import application
 from fedfmsl.common.logs import set_up_logging
 from fedfmsl.common.options import with_settings
 from fedfmsl.common.settings import read_settings
@@ -38,14 +38,21 @@ from trainer_server.storage.run_store import RunStore, require_folder
 logger = logging.getLogger("trainer_server")  # __name__ is __main__ here
 app = application("Coordinate a federated run: both stages of FedFMSL, over MQTT.")
 
+FROM = typer.Option(
+    None,
+    "--from",
+    help="Go on from this folder, of an earlier run or of a PEFT adapter of the same base, and not from zeros. Classes "
+    "are matched by name.",
+)
+
 
 @app.command()
 @with_settings(ServerSettings)
-def start(settings: ServerSettings) -> None:
+def start(settings: ServerSettings, source: Path | None = FROM) -> None:
     """Coordinate one run until it is finished. The same command resumes an interrupted run."""
     bundle = settings.open_task(settings.bundle)
     bundle.verify()
-    _coordinate(open_run(settings.folder, settings.run_config(bundle), bundle), bundle, settings)
+    _coordinate(open_run(settings.folder, settings.run_config(bundle), bundle, source), bundle, settings)
 
 
 def _read_resume(config: Path | None, flags: Mapping[str, Any]) -> ResumeSettings:
@@ -82,6 +89,10 @@ def _coordinate(
         logger.info(f"run {run!r} at {store.folder} has ended ({store.ended}); for a new one choose another --out")
     elif store.checkpoint() is not None:
         logger.info(f"resuming run {run!r} at {store.folder}")
+    elif store.origin.start is not None:
+        logger.info(f"run {run!r} goes on from {store.origin.start.text}")
+        if text := store.origin.uncounted:
+            logger.warning(text)
     if store.ended is None:
         log_standing(*store.standing())
     identity, insecure = settings.identity, settings.insecure
@@ -140,6 +151,8 @@ def purge(settings: PurgeSettings) -> None:
 
     The folder of the run stays. Devices that still run publish their status again.
     """
+    from fedfmsl.common.cli import console
+
     topics = Topics(settings.run, settings.topic_prefix)
     link = Link(
         settings.broker,
@@ -161,6 +174,8 @@ def rollback(
     The updates of the present round do not count. After stage 1, stage 2 begins again, with new local experts. The
     server carries it out and logs it; a server that does not run does so when it is started again.
     """
+    from fedfmsl.common.cli import console
+
     store = RunStore(out)
     kept = KeptExperts(out).rounds()
     if store.ended not in (None, FINISHED):

@@ -157,13 +157,22 @@ class RunRules(BaseModel):
     )
     seed: int = Field(0, ge=0, description="Seed of the run.", json_schema_extra=RUN)
     audit: bool = Field(
-        False, description="Keep every update, so that `replay` can check the run.", json_schema_extra=RUN
+        False, description="Keep the updates, so that `replay` can check the run.", json_schema_extra=RUN
     )
-    audit_rounds: int | None = Field(
-        None, ge=1, description="Number of latest rounds that --audit keeps. Default: all.", json_schema_extra=RUN
+    keep_rounds: int = Field(
+        10_000,
+        ge=1,
+        description="Number of latest closed rounds whose records are kept; with --audit also their updates.",
+        json_schema_extra=RUN,
     )
 
-    stage1_rounds: int = Field(12, ge=1, le=MAX_ROUNDS, description="Rounds of stage 1.", json_schema_extra=ROUNDS)
+    stage1_rounds: int = Field(
+        12,
+        ge=0,
+        le=MAX_ROUNDS,
+        description="Rounds of stage 1. 0 only with --from: stage 2 then starts at once.",
+        json_schema_extra=ROUNDS,
+    )
     stage2_rounds: int = Field(5, ge=1, le=MAX_ROUNDS, description="Rounds of stage 2.", json_schema_extra=ROUNDS)
     round_timeout: float = Field(
         600.0,
@@ -276,8 +285,8 @@ class RunRules(BaseModel):
                 f"--min-updates {self.min_updates} is more than --devices {self.devices}: no round could close; lower "
                 "it, or wait for more devices"
             )
-        if self.audit_rounds is not None and not self.audit:
-            raise ValueError(f"--audit-rounds {self.audit_rounds} needs --audit; add it")
+        if self.baseline and not self.stage1_rounds:
+            raise ValueError("--baseline trains for as many rounds as stage 1, not for --stage1-rounds 0; omit one")
         if self.fraction < 1 and self.select is not Selection.RANDOM:
             raise ValueError(f"--fraction {self.fraction:g} needs --select random, not {self.select.value}")
         return self

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from rich.table import Table
 
 from fedfmsl.algorithms.accounting import Observer
-from fedfmsl.common.cli import console, print_json
+from fedfmsl.common.cli import print_json
 from fedfmsl.common.whole_folder import check_own, write_folder
 from fedfmsl.errors import ConfigError, RunError
 from fedfmsl.transport.identity import describe_expiry
@@ -31,11 +30,15 @@ WHO = {
     Observer.SERVER: "the server",
     Observer.COLLUDERS: "the server with one device",
 }
-OUT = typer.Option(help="Folder of the run.")
+OUT = typer.Option(help="Folder of the run.", readable=False)  # `RunStore` says who may read it
 
 
 def status(out: Path = OUT, as_json: bool = typer.Option(False, "--json", help="One JSON object.")) -> None:
     """Show the present round, its missing devices, and refused messages."""
+    from rich.table import Table
+
+    from fedfmsl.common.cli import console
+
     facts = _facts(RunStore(out))
     if as_json:
         print_json(facts)
@@ -50,10 +53,13 @@ def _facts(store: RunStore) -> dict[str, Any]:
     config = store.origin.config
     checkpoint = store.checkpoint()
     announced = checkpoint[0].announced if checkpoint else None
-    closed = store.closed_stages()
+    closed = store.closed_counts()
     since, reason = store.outage()
     paused, excluded = store.standing()
     facts: dict[str, Any] = {"run": config.run, "session": store.origin.session, "server": vars(store.server())}
+    if store.origin.start is not None:
+        facts["goes_on_from"] = store.origin.start.text
+        facts |= {"not_counted": text} if (text := store.origin.uncounted) else {}
     if store.ended is None:
         view, _ = read_observations(store.folder)
         facts |= {"paused": True} if paused else {}
@@ -95,13 +101,15 @@ def _facts(store: RunStore) -> dict[str, Any]:
         facts["certificates_until"] = until
     facts["bytes"] = store.sizes()
     facts |= {
-        "closed_rounds": len(closed),
-        "repeated": [repeated for _, repeated in closed if repeated],
+        "closed_rounds": sum(closed.values()),
+        "repeated": store.repetitions(),
         "refused": {f"{r.device}: {r.kind}": r.count for r in store.refusals()},
     }
     if config.privacy:
         is_answered = bool(store.pending_updates())
-        facts["epsilon"] = privacy_budget(config, NoisedRounds.of(closed), announced, is_answered)
+        facts["epsilon"] = privacy_budget(
+            config, NoisedRounds.of(closed, store.origin.spent_before), announced, is_answered
+        )
         facts["delta"] = config.delta
     return facts
 
@@ -170,6 +178,10 @@ def _text(value: Any) -> str:
 
 def rounds(out: Path = OUT, as_json: bool = typer.Option(False, "--json", help="One JSON object per round.")) -> None:
     """List the closed rounds."""
+    from rich.table import Table
+
+    from fedfmsl.common.cli import console
+
     closed = RunStore(out).rounds()
     if as_json:
         for record in closed:
@@ -210,6 +222,8 @@ def export(out: Path = OUT, to: Path = typer.Option(help="Folder to write the PE
 
 def replay(out: Path = OUT) -> None:
     """Recompute a run from its event log and compare every round, bit by bit. Needs a run with --audit."""
+    from fedfmsl.common.cli import console
+
     store = RunStore(out)
     bundle = open_bundle(store)
     recorded = {closed.round.round: closed.round for closed in store.rounds()}

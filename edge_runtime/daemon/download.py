@@ -100,7 +100,7 @@ def receive_server_status(
                 status = parse(ServerStatus, event.payload)
             except MessageError:
                 continue
-            if status.online and status.task:
+            if status.online:
                 return status
     return None
 

@@ -80,7 +80,8 @@ class HealthReporter:
         now = {"activity": activity, "paused": paused, "rounds_done": self.rounds_done, "slowdown": slowdown}
         now |= {"provider": self.provider, "refused": refused}
         now |= {"stage": Stage.FINISHED.value} if self.run_finished else {}
-        now |= {"disconnected": outage.reason, "disconnected_since": outage.since, **self._measured()}
+        lost = {"disconnected": outage.reason, "disconnected_since": outage.since, "rejected": outage.rejected}
+        now |= {**lost, **self._measured()}
         known = {**(_of_device(device) if device else {}), **(_of_state(state) if state else {})}
         self.newest = Health.model_validate({**self._constant, **now, **known})
         self._link.publish(self._topic, encode(self.newest), retain=True, qos=0)

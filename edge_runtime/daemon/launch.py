@@ -1,4 +1,4 @@
-"""Starts the daemon: opens the link, fetches the bundle, scans the samples, measures the machine, runs the loop."""
+"""Starts the daemon: opens the link, prepares the device, runs the loop."""
 
 from __future__ import annotations
 
@@ -6,50 +6,35 @@ import contextlib
 import itertools
 import logging
 import time
-from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import version
 
 from edge_runtime.daemon.announce import Announcer, Message, device_link, rate_limited
-from edge_runtime.daemon.download import Heartbeat, fetch_bundle, wait_for_server
 from edge_runtime.daemon.health import HealthReporter
 from edge_runtime.daemon.lock import locked
 from edge_runtime.daemon.loop import STOPS, DaemonLoop
 from edge_runtime.daemon.page import address_of, page_process
-from edge_runtime.daemon.receive_task import receive_task
+from edge_runtime.daemon.prepare import Prepared, RunOverError, prepare, stays
 from edge_runtime.daemon.round_runner import RoundRunner
-from edge_runtime.daemon.state import other_bundle
 from edge_runtime.daemon.status import describe_model
 from edge_runtime.daemon.worker import Worker, progress_poster
 from edge_runtime.data.cache import DiskCache
 from edge_runtime.data.features import FeatureCache
-from edge_runtime.data.folder import SampleFolder, largest
-from edge_runtime.data.inputs import reader_of
-from edge_runtime.data.sample_reader import SampleReader
-from edge_runtime.data.samples import Splits
 from edge_runtime.engines.factory import open_engine
 from edge_runtime.inference.home_assistant import DeviceDescription, discovery_message
 from edge_runtime.inference.watcher import Watcher
 from edge_runtime.resources.governor import Governor
 from edge_runtime.resources.level_cap import LevelCap
-from edge_runtime.resources.plan import Plan, largest_extent, make_plan
-from edge_runtime.resources.providers import describe_choice, provider_for
 from edge_runtime.resources.sensors import Sensors, board
 from edge_runtime.resources.throttle import ControlledEngine, LevelCapTracker, StepControl, reported_and_checked
 from edge_runtime.settings import Settings
 from edge_runtime.store import DeviceStore
 from edge_runtime.training.context import DeviceContext
 from edge_runtime.training.gate import Gate
-from edge_runtime.training.personal_model import ModelHeader
-from edge_runtime.training.stored_model import read_personal_model, tasks_of_models
 from fedfmsl.common.backoff import Backoff
 from fedfmsl.common.class_folders import check_folder
-from fedfmsl.common.logs import fields, set_up_logging
-from fedfmsl.errors import ClockError, FedFMSLError, RunError
-from fedfmsl.protocol.bundle import Bundle
-from fedfmsl.protocol.class_names import describe_classes
-from fedfmsl.protocol.messages import Activity, EngineName, Round, ServerStatus
-from fedfmsl.protocol.task import Task
+from fedfmsl.common.logs import set_up_logging
+from fedfmsl.errors import ClockError
+from fedfmsl.protocol.messages import Activity
 from fedfmsl.protocol.task_bundle import TaskBundle
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.identity import device_name
@@ -58,7 +43,6 @@ from fedfmsl.transport.link import Link
 logger = logging.getLogger(__name__)
 
 CLOCK = Backoff(first=2.0, longest=60.0)  # between attempts to connect while the clock is behind
-FIRST_SCAN_SECONDS = 3.0  # wait before the first scan if another process may still write a file
 
 
 def launch(settings: Settings) -> None:
@@ -114,7 +98,7 @@ def _take_part(
     """Prepares the device for a task, and takes part in the run until it has finished. `anew`: not for the first time.
     True: the server has announced another task. Raises RunOverError as `wait_for_next_run` does."""
     with contextlib.ExitStack() as resources:
-        prepared = _prepare(settings, link, topics, store, name, health, anew)
+        prepared = prepare(settings, link, topics, store, name, health, anew)
         bundle = prepared.bundle
         announcer = Announcer(link, topics, name, _introduction(settings, topics, name, bundle), settings.frigate)
         control = StepControl()
@@ -127,7 +111,7 @@ def _take_part(
             Governor(settings.limits, sensors.read),
             runner,
             Worker(control, link.post),
-            stay=_stays(settings),
+            stay=stays(settings),
         )
         if settings.watch:
             watcher = Watcher(
@@ -169,112 +153,8 @@ def connect(link: Link, health: HealthReporter, backoff: Backoff = CLOCK) -> Non
             return
 
 
-class RunOverError(Exception):
-    """The run has finished with this device."""
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """Everything that is fetched or measured before the first round."""
-
-    bundle: TaskBundle
-    engine: EngineName
-    threads: int
-    provider: str
-    reader: SampleReader
-    folder: SampleFolder
-    scanned: Splits
-    plan: Plan
-
-
-def _prepare(
-    settings: Settings, link: Link, topics: Topics, store: DeviceStore, name: str, health: HealthReporter, anew: bool
-) -> _Prepared:
-    """Fetches bundle and task, scans the samples and measures the machine."""
-    threads = settings.thread_count
-    heartbeat = partial(health.heartbeat, Activity.STARTING)
-    announcer = Announcer(link, topics, name)
-    report = reported_and_checked(rate_limited(announcer.progress), heartbeat)
-    own = Bundle.load(settings.bundle) if settings.bundle else None
-    task = store.tasks.present() if own and not anew else None  # without waiting for the server
-    if own and task and task.bundle == own.sha256:
-        bundle = TaskBundle(own, task)
-    else:
-        server, task = _wait_for_task(settings, link, topics, store, name, health, heartbeat)
-        if own and server.bundle != own.sha256:
-            raise RunError(other_bundle(server, own.sha256))
-        bundle = TaskBundle(own or fetch_bundle(server, store.bundles, settings.identity, heartbeat), task)
-    bundle.verify()
-    of_model = _origin_of_model(store)
-    if not settings.bundle:
-        store.keep_bundles(bundle.sha256, of_model.bundle if of_model else "")
-    store.tasks.keep(bundle.task, *tasks_of_models(store))
-    logger.info(f"task of run {settings.run!r}: {describe_classes(bundle.classes)}")
-    engine = open_engine(settings.engine, bundle, threads).name
-    reader = SampleReader(reader_of(bundle))
-    kind = reader.kind
-    most = largest_extent(settings.memory)
-    folder = SampleFolder(settings.images, bundle, store, settings.labels, reader, most)
-    scanned = folder.scan(FIRST_SCAN_SECONDS, report)
-    report("measuring", 0, 1)
-    largest_sample = largest(scanned.samples, kind)
-    provider = provider_for(engine, settings.provider, bundle, threads, store)
-    if provider.trials:
-        health.provider = describe_choice(provider)
-        logger.info(f"provider {health.provider}")
-    plan = make_plan(
-        bundle, store, engine, threads, provider.provider, largest_sample, settings.memory, settings.step_seconds
-    )
-    logger.info(
-        f"device {name}: {len(scanned.train)} {kind.noun}s to train on, {len(scanned.held_out)} held out, "
-        f"{len(scanned.test)} to test on; engine {engine}, level cap {plan.level_cap}",
-        **fields(device=name, engine=engine, level_cap=plan.level_cap),
-    )
-    return _Prepared(bundle, engine, threads, provider.provider, reader, folder, scanned, plan)
-
-
-def _wait_for_task(
-    settings: Settings,
-    link: Link,
-    topics: Topics,
-    store: DeviceStore,
-    name: str,
-    health: HealthReporter,
-    heartbeat: Heartbeat,
-) -> tuple[ServerStatus, Task]:
-    """The server's status and its task. Waits for them without limit. Raises RunOverError."""
-    logger.info(f"waiting for the server of run {topics.run!r}, which has the task")
-    task = None
-    while task is None:
-        server = wait_for_server(link, topics, heartbeat, finished=partial(wait_for_next_run, settings, store, health))
-        health.run_finished = False
-        task = receive_task(link, topics, server, store.tasks, name, heartbeat)
-    return server, task
-
-
-def wait_for_next_run(settings: Settings, store: DeviceStore, health: HealthReporter, finished: Round) -> None:
-    """Raises RunOverError if this device took part in the run, and does not stay: as with a bundle of its own."""
-    health.run_finished = True
-    if finished.session == store.outbox.session and not _stays(settings):
-        raise RunOverError
-    model = describe_model(store)
-    waiting = f"run {settings.run!r} has finished; waiting for a new run of this name"
-    logger.info(f"{waiting}; the model for predictions is {model}")
-
-
-def _stays(settings: Settings) -> bool:
-    return settings.stay or settings.watch is not None
-
-
-def _origin_of_model(store: DeviceStore) -> ModelHeader | None:
-    """The header of the personalized model; None if there is none."""
-    with contextlib.suppress(FedFMSLError):
-        return read_personal_model(store).header
-    return None
-
-
 def _runner(
-    settings: Settings, prepared: _Prepared, store: DeviceStore, name: str, link: Link, control: StepControl
+    settings: Settings, prepared: Prepared, store: DeviceStore, name: str, link: Link, control: StepControl
 ) -> RoundRunner:
     """Opens the engine, the caches and the gate. Progress is posted to the link's queue."""
     bundle, threads, plan = prepared.bundle, prepared.threads, prepared.plan

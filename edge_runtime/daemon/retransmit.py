@@ -6,6 +6,7 @@ import time
 from typing import Protocol
 
 from edge_runtime.daemon.timing import ACK_TIMEOUT
+from edge_runtime.store.outbox import UNACKNOWLEDGED
 from fedfmsl.common.backoff import Backoff
 
 
@@ -28,6 +29,8 @@ class Retransmissions:
 
     def sent(self, round_: int, last_chunk: Delivery) -> None:
         self._last_chunks[round_] = last_chunk
+        while len(self._last_chunks) > UNACKNOWLEDGED:
+            del self._last_chunks[min(self._last_chunks)]
         self._since = time.monotonic()
 
     def acknowledged(self, round_: int) -> None:

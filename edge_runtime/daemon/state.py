@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from edge_runtime.store.outbox import UNACKNOWLEDGED
 from fedfmsl.protocol.duplicate_name import DuplicateNameGuard
 from fedfmsl.protocol.messages import Ack, DeviceStatus, Round, ServerStatus, Stage, Verdict
 
@@ -188,7 +189,8 @@ def advance(state: State, event: Event) -> tuple[State, list[Command]]:
     if isinstance(event, GlobalArrived):
         return replace(state, stored=state.stored | {event.sha256}), []
     if isinstance(event, WorkDone):
-        state = replace(state, unacknowledged=state.unacknowledged | {event.round}, running=None)
+        latest = sorted(state.unacknowledged | {event.round})[-UNACKNOWLEDGED:]  # as in the outbox
+        state = replace(state, unacknowledged=frozenset(latest), running=None)
         return state, [Send(event.round)] if state.online_session == state.session else []
     if isinstance(event, WorkFailed):
         return replace(state, last_started=event.round - 1, running=None), []

@@ -17,7 +17,6 @@ from edge_runtime.training.stored_model import read_personal_model, served_accur
 from fedfmsl.errors import BrokerError, InputError, RunError
 from fedfmsl.protocol.messages import MAX_HEARTBEAT_AGE, Activity, Health, Stage
 from fedfmsl.transport.identity import describe_expiry
-from fedfmsl.transport.tls_errors import is_rejection
 
 LISTED = 20  # reasons for which files are skipped
 
@@ -47,7 +46,7 @@ def check_alive(health: Health, state: Path) -> None:
         raise RunError(f"the daemon ended after its heartbeat {_ago(age)}; check its log and start it again")
     if age > MAX_HEARTBEAT_AGE:
         raise RunError(f"the daemon's last heartbeat was {_ago(age)}; check its log and start it again")
-    if is_rejection(health.disconnected):
+    if health.rejected:
         raise BrokerError(f"the broker refuses this device: {health.disconnected}")
 
 
@@ -91,8 +90,7 @@ def describe(health: Health, store: DeviceStore, now: float) -> Iterator[tuple[s
     facts += [f"other processes use {health.others:.0%} of the processors"] if health.others is not None else []
     facts += ["metered network"] if health.metered else []
     yield "board", ", ".join(facts) or "no sensors"
-    sizes = {"memory": health.memory, "features": health.cache, "bundles": _size(store.bundles)}
-    sizes["disk free"] = health.disk_free
+    sizes = {"memory": health.memory, "features": health.cache, **store.sizes(), "disk free": health.disk_free}
     yield "storage", ", ".join(f"{what} {size / 1e6:.0f} MB" for what, size in sizes.items())
     lines = store.skipped.read_text("utf-8", errors="replace").splitlines() if store.skipped.is_file() else []
     reasons = list(itertools.takewhile(bool, lines))
@@ -100,11 +98,6 @@ def describe(health: Health, store: DeviceStore, now: float) -> Iterator[tuple[s
         yield "skipped", line
     if reasons:
         yield "", f"{store.skipped} lists every file"
-
-
-def _size(folder: Path) -> int:
-    """Bytes of the files in it."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def describe_model(store: DeviceStore) -> str:

@@ -16,6 +16,7 @@ from fedfmsl.common.class_folders import ClassFile
 from fedfmsl.common.folder_walk import SkippedFile
 from fedfmsl.errors import ConfigError
 
+ABSENT = 100_000  # contents of deleted files whose splits are kept, of about 150 bytes each
 SCHEMA = """
 -- how files were read: what they become, and what decides which ones can be read
 CREATE TABLE IF NOT EXISTS read_with (preprocessing TEXT NOT NULL, decoders TEXT NOT NULL);
@@ -24,7 +25,8 @@ CREATE TABLE IF NOT EXISTS file_versions (
     path BLOB PRIMARY KEY, size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL, sha256 TEXT NOT NULL,
     extent INTEGER NOT NULL, unreadable TEXT NOT NULL
 ) WITHOUT ROWID;
--- contents of deleted files stay, because the files may come back; `place` is the order of assignment
+-- contents of deleted files stay, because the files may come back: the latest ABSENT of them; `place` is the order of
+-- assignment
 CREATE TABLE IF NOT EXISTS slices (place INTEGER PRIMARY KEY, sha256 TEXT NOT NULL UNIQUE, slice TEXT NOT NULL);
 """
 
@@ -93,6 +95,15 @@ class Ledger:
                 "DO UPDATE SET slice = excluded.slice WHERE slice != excluded.slice",
                 [(sample.sha256, part.value) for part, samples in parts for sample in samples],
             )
+            self._forget_absent({sample.sha256 for _, samples in parts for sample in samples})
+
+    def _forget_absent(self, present: set[str]) -> None:
+        """Forgets the splits that were assigned first, if more than ABSENT are of contents that are not `present`."""
+        (known,) = self._db.execute("SELECT count(*) FROM slices").fetchone()
+        if known - len(present) > ABSENT:
+            rows = self._db.execute("SELECT place, sha256 FROM slices ORDER BY place")
+            absent = [(place,) for place, sha256 in rows if sha256 not in present]
+            self._db.executemany("DELETE FROM slices WHERE place = ?", absent[:-ABSENT])
 
 
 def _full_disk_ignored() -> AbstractContextManager[None]:

@@ -26,6 +26,8 @@ from fedfmsl.errors import InputError, no_permission, one_line, shown
 UNDOABLE = 100  # answers that can be taken back
 TRASH_FILES = 200
 TRASH_BYTES = 200_000_000
+NOT_BACK = "it could not be moved back either, which the next start tries again"
+MTIME_NS = 2 * 10**9  # precision of the time of a file on a FAT disk
 
 
 class Kind(Enum):
@@ -70,7 +72,7 @@ class Answers:
         """Gives the waiting files with these numbers one answer. `label` is the class for Kind.LABEL.
 
         A file that has changed, is gone, or has an answer already is left out. Raises InputError if nothing is left or
-        a file cannot be moved; then nothing has changed.
+        a file cannot be moved; then nothing has changed, unless the text says otherwise.
         """
         if kind is Kind.LABEL and label not in self._destination.classes:
             raise InputError(f"{one_line(label)!r} is not a class of the list; choose one of it")
@@ -85,7 +87,8 @@ class Answers:
                 try:
                     self._complete(number)
                 except BaseException:
-                    self._take_back(number)
+                    with _explained(files[0].path, NOT_BACK):
+                        self._take_back(number)
                     raise
             self._prune()
         return Answered(kind, label, len(files))
@@ -98,8 +101,8 @@ class Answers:
                 raise InputError("there is no answer to undo")
             number, answered = last
             moves = self._moves(number)
-            present = sum(version_of(move.target) == move.version for move in moves)
-            with _explained(moves[0].target):
+            present = sum(_is_there(move) for move in moves)
+            with _explained(moves[0].target, "the next start tries again"):
                 self._take_back(number)
             if not present:
                 raise InputError("the files of the last answer are gone, so it could not be undone")
@@ -252,13 +255,13 @@ def _move_back(move: _Move) -> None:
     """Leaves a target that has changed. A file that arrived under the old name stays, too."""
     if move.source == move.target:
         return
-    if version_of(move.target) == move.version:
-        if version_of(move.source) == move.version:  # copied to another disk, and not removed there
-            move.target.unlink()
-        else:
-            _move(move.target, reserved(move.source.parent, move.source.name), move.version)
-    else:
+    found = version_of(move.target)
+    if found is None or not _is_there(move):
         _release(move)
+    elif version_of(move.source) == move.version:  # copied to another disk, and not removed there
+        move.target.unlink()
+    else:
+        _move(move.target, reserved(move.source.parent, move.source.name), found)
 
 
 def _release(move: _Move) -> None:
@@ -268,14 +271,20 @@ def _release(move: _Move) -> None:
         move.target.unlink()
 
 
+def _is_there(move: _Move) -> bool:
+    """Whether the file is where the answer has put it. Times of another disk may be less precise."""
+    found = version_of(move.target)
+    if found is None or found.size != move.version.size:
+        return False
+    return abs(found.mtime_ns - move.version.mtime_ns) <= MTIME_NS
+
+
 @contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """OSError as InputError."""
+def _explained(path: Path, outcome: str = "nothing has changed") -> Iterator[None]:
+    """OSError as InputError, which says what has become of the answer."""
     try:
         yield
     except PermissionError as error:
-        raise InputError(no_permission(error.filename or path, "change")) from error
+        raise InputError(f"{no_permission(error.filename or path, 'change')}; {outcome}") from error
     except OSError as error:
-        raise InputError(
-            f"{shown(path)} could not be moved ({error.strerror or error}); nothing has changed"
-        ) from error
+        raise InputError(f"{shown(path)} could not be moved ({error.strerror or error}); {outcome}") from error

@@ -6,10 +6,12 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from edge_runtime.labelling.destination import Destination
 from edge_runtime.labelling.order import questions
-from edge_runtime.labelling.queue import Queue, WaitingFile, version_of
+from edge_runtime.labelling.queue import Queue, WaitingFile, is_gone, version_of
+from fedfmsl.common.folder_walk import FileVersion
 
 PLANNED = 24  # questions that one comparison of all waiting files gives
 FRESH_SECONDS = 120.0  # after which predictions may be newer than the planned questions
@@ -48,7 +50,8 @@ class Asking:
     def _plan(self) -> None:
         has_label = self._destination.has_label()
         waiting = self._queue.paths()
-        self._queue.forget([number for number, path, known in waiting if has_label(path) or version_of(path) != known])
+        changed = (number for number, path, known in waiting if has_label(path) or _has_changed(path, known))
+        self._queue.forget(list(changed))
         numbers, margin, features = self._queue.waiting()
         planned = questions(margin, features, PLANNED)
         self._planned = [[numbers[member] for member in question.members] for question in planned]
@@ -56,6 +59,13 @@ class Asking:
 
     def _still_waiting(self) -> Iterator[Asked]:
         for question in self._planned:
-            files = tuple(file for file in self._queue.get(question) if not file.answered)
+            known = self._queue.get(question)
+            files = tuple(file for file in known if not file.answered and version_of(file.path) == file.version)
             if files:
                 yield Asked(files)
+
+
+def _has_changed(path: Path, known: FileVersion) -> bool:
+    """Whether a file is gone or another one. One that cannot be reached now keeps its question."""
+    found = version_of(path)
+    return is_gone(path) if found is None else found != known

@@ -73,6 +73,17 @@ def version_of(path: Path) -> FileVersion | None:
         return None
 
 
+def is_gone(path: Path) -> bool:
+    """Whether a file was removed. Not if its folder is gone: its disk may come back."""
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return path.parent.is_dir()
+    except OSError:
+        pass
+    return False
+
+
 class Queue:
     """May be used by several processes and threads. Raises ConfigError if the file is damaged, OSError if the disk is
     full or cannot be written."""

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from edge_runtime.preflight.context import Check, Context, Finding
-from edge_runtime.preflight.machine import check_clock, check_governor, check_state, check_watch
+from edge_runtime.preflight.machine import check_clock, check_governor, check_page, check_state, check_watch
 from edge_runtime.preflight.network import check_broker, check_identity
 from edge_runtime.preflight.training import check_bundle, check_memory, check_samples
 from edge_runtime.settings import Settings
@@ -29,6 +29,7 @@ CHECKS: dict[str, Check] = {
     "memory": check_memory,
     "governor": check_governor,
     "watch": check_watch,
+    "page": check_page,
 }
 
 

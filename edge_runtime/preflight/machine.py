@@ -13,7 +13,8 @@ from edge_runtime.preflight.context import Context, Finding, format_size
 from edge_runtime.resources.governor import pause_reason
 from edge_runtime.resources.sensors import Sensors
 from edge_runtime.settings import Settings
-from fedfmsl.errors import ConfigError
+from fedfmsl.common.class_folders import check_folder
+from fedfmsl.errors import ConfigError, InputError, no_permission
 
 CLOCK_SECONDS = 60.0  # that the clock may be behind the newest file
 UNSYNCHRONIZED = 5  # TIME_ERROR of adjtimex(2)
@@ -64,8 +65,20 @@ def check_governor(settings: Settings, context: Context) -> Iterator[Finding]:
 def check_watch(settings: Settings, context: Context) -> Iterator[Finding]:
     if settings.watch is None:
         return
+    check_folder(settings.watch, "--watch")
     if not os.access(settings.watch, os.R_OK | os.X_OK):
-        raise ConfigError(
-            f"--watch {settings.watch} is not a folder that this user can read; create it, or choose another"
-        )
+        raise InputError(no_permission(f"--watch {settings.watch}"))
     yield Finding("watch", f"{settings.watch} can be read")
+
+
+def check_page(settings: Settings, context: Context) -> Iterator[Finding]:
+    """Answers move files from the watched folder to the sample folder, and write the labels file."""
+    if settings.page is None or settings.watch is None:
+        return
+    folders = [settings.watch, settings.labels.parent if settings.labels else settings.images]
+    denied = [str(folder) for folder in folders if not os.access(folder, os.W_OK | os.X_OK)]
+    if denied:
+        text = f"this user cannot write to {' and '.join(denied)}, so answers cannot be stored; change its owner"
+        yield Finding("page", text, warning=True)
+    else:
+        yield Finding("page", "answers can be stored")

@@ -79,7 +79,7 @@ def check_broker(settings: Settings, context: Context) -> Iterator[Finding]:
             )
         name = device_name(settings.device, settings.identity) or DeviceStore(settings.state).name()
         yield from _check_messages(link, topics, name, context.server)
-        if context.server is not None:
+        if context.server is not None and context.server.task:
             store = DeviceStore(settings.state).tasks
             context.task = store.task(context.server.task) or receive_task(
                 link, topics, context.server, DeviceStore(context.scratch).tasks, timeout=SERVER_SECONDS

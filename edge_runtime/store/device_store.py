@@ -140,6 +140,16 @@ class DeviceStore:
                 if folder.is_dir() and folder.name not in {*order, of_model}:
                     shutil.rmtree(folder, ignore_errors=True)
 
+    def sizes(self) -> dict[str, int]:
+        """Bytes on the disk: of downloaded bundles, of unacknowledged updates and of all other files but the cache,
+        which counts its own."""
+        found = {"bundles": 0, "updates": 0, "other": 0}
+        kinds = {self.bundles: "bundles", self.outbox.folder: "updates"}
+        for path in self.root.iterdir() if self.root.is_dir() else ():
+            if path != self.cache:
+                found[kinds.get(path, "other")] += sum(map(_size, path.rglob("*") if path.is_dir() else [path]))
+        return found
+
     @property
     def skipped(self) -> Path:
         return self.root / "skipped.txt"
@@ -208,6 +218,14 @@ class DeviceStore:
             path.unlink(missing_ok=True)
         for folder in self.root.glob(f"{PROBE}*"):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _size(path: Path) -> int:
+    """Of a file; 0 for a folder, or for a file that was just removed."""
+    try:
+        return path.stat().st_size if path.is_file() else 0
+    except OSError:
+        return 0
 
 
 def name_of_host(host: str) -> str:

@@ -1,7 +1,7 @@
 """The updates that the server has not acknowledged, and the device's position in the run.
 
 STATE/session         the session, the last round of it whose update was acknowledged, and its run
-STATE/outbox/ROUND    the unacknowledged update of a round
+STATE/outbox/ROUND    the unacknowledged update of a round, of the latest UNACKNOWLEDGED rounds
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from fedfmsl.errors import MessageError
 from fedfmsl.protocol.messages import Update
 from fedfmsl.protocol.tensors import unpack
 
+# A server that acknowledges no update, as one that the broker's rules keep from it, must not fill the disk.
+UNACKNOWLEDGED = 32
+
 
 class _Position(NamedTuple):
     session: str = ""
@@ -24,7 +27,7 @@ class _Position(NamedTuple):
 
 class Outbox:
     def __init__(self, state: Path) -> None:
-        self._folder = state / "outbox"
+        self.folder = state / "outbox"
         self._session = state / "session"
 
     @property
@@ -59,17 +62,21 @@ class Outbox:
         return True
 
     def write(self, round_: int, update: bytes) -> None:
-        write_atomically(self._folder / str(round_), update, durable=True)
+        """Removes the updates of all but the latest UNACKNOWLEDGED rounds."""
+        write_atomically(self.folder / str(round_), update, durable=True)
+        rounds = sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdecimal())
+        for earlier in rounds[:-UNACKNOWLEDGED]:
+            (self.folder / str(earlier)).unlink(missing_ok=True)
 
     def read(self, round_: int) -> bytes | None:
         """The unacknowledged update of a round, if there is one."""
-        path = self._folder / str(round_)
+        path = self.folder / str(round_)
         return path.read_bytes() if path.is_file() else None
 
     def unacknowledged(self, session: str) -> frozenset[int]:
         """The rounds of a session with unacknowledged updates. Removes unreadable files and those of other sessions."""
         rounds = set()
-        for path in list(self._folder.iterdir()) if self._folder.is_dir() else []:
+        for path in list(self.folder.iterdir()) if self.folder.is_dir() else []:
             try:
                 update, _ = unpack(path.read_bytes(), Update)
             except MessageError:
@@ -84,4 +91,4 @@ class Outbox:
         """Removes the update of a round, and remembers that the round is done."""
         before = self._position()
         self._store(before._replace(acknowledged=max(before.acknowledged, round_)))
-        (self._folder / str(round_)).unlink(missing_ok=True)
+        (self.folder / str(round_)).unlink(missing_ok=True)

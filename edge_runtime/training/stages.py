@@ -20,7 +20,7 @@ from fedfmsl.algorithms.arrays import Bools, Tensors, Vector
 from fedfmsl.algorithms.calibration import calibrated_nll
 from fedfmsl.algorithms.class_means import class_mean_head, class_sums
 from fedfmsl.algorithms.discriminant import second_moments
-from fedfmsl.algorithms.mixture import accuracy
+from fedfmsl.algorithms.mixture import accuracy, log_frequencies
 from fedfmsl.errors import RunError
 from fedfmsl.protocol.layout import Layout
 from fedfmsl.protocol.messages import Globals as GlobalsHeader
@@ -140,7 +140,8 @@ def train_global(context: TrainingContext, round_: Round, published: Globals) ->
     """Stage 1: local epochs of the cross-entropy, at the round's level or the level cap.
 
     If a head round follows, the softmax is over all classes: the head from sums of logits is better then, and the
-    trained head worse (benchmarks/membership.md). Without one it is over the held classes (FedRS, Li & Zhan, KDD 2021).
+    trained head worse (benchmarks/membership.md). Without one the logits are adjusted by the device's class
+    frequencies, so that devices with different classes train the same global expert (`log_frequencies`).
     """
     splits, engine, layout = context.splits, context.engine, context.bundle.expert
     level = min(round_.level, context.level_cap)
@@ -151,7 +152,8 @@ def train_global(context: TrainingContext, round_: Round, published: Globals) ->
     hidden = context.hidden_states(splits.train, published.expert, level)
     targets = Targets.cross_entropy(labels_of(splits.train))
     seed = shuffle_seed(context, round_)
-    bias = context.class_mask if round_.sums is Sums.NONE else np.zeros(context.classes, np.float32)
+    adjusted = round_.sums is Sums.NONE
+    bias = log_frequencies(_train_counts(context)) if adjusted else np.zeros(context.classes, np.float32)
     loss = train(engine, hidden, targets, bias, round_.training, seed, context.report)
     return StageResult(
         delta=engine.get() - theta, samples=len(splits.train), level=level, metrics={**measured, "loss": loss}

@@ -127,7 +127,7 @@ def open_model_bundle(store: DeviceStore, header: ModelHeader, path: Path | None
     root = path or store.bundles / header.bundle
     if not root.is_dir():
         own = "" if path else "the device did not download it, so it was started with --bundle; "
-        alone = f"; {store.personalized} needs no bundle" if store.personalized.is_file() else ""
+        alone = f"; {store.personalized} needs no bundle (predict --model)" if store.personalized.is_file() else ""
         raise BundleError(
             f"the bundle of the model in {store.root} is not at {root}; {own}pass that folder with --bundle{alone}"
         )

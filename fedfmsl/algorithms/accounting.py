@@ -68,6 +68,20 @@ def gaussian_epsilon(mu_squared: float, delta: float) -> float:
     return high
 
 
+def mu_squared_sums(
+    privacy: Privacy, rounds: int, *, secure: bool = False, updates: int | None = None, colluders: int = 1
+) -> dict[Observer, float]:
+    """The sum of μ² of each observer. Sums of several runs add up. Arguments as of `epsilons`."""
+    updates = rounds if updates is None else updates
+    check_number("rounds", rounds, at_least=0)
+    check_number("updates", updates, at_least=0)
+    seen = {Observer.PUBLIC: rounds, Observer.PARTICIPANT: rounds}
+    return {
+        observer: (rounds if secure else seen.get(observer, updates)) * mu_squared(privacy, observer, secure, colluders)
+        for observer in Observer
+    }
+
+
 def epsilons(
     privacy: Privacy, rounds: int, delta: float, *, secure: bool = False, updates: int | None = None, colluders: int = 1
 ) -> dict[Observer, float]:
@@ -86,17 +100,8 @@ def epsilons(
     Raises ValueError unless `rounds`, `updates` and `colluders` are at least 0, and `delta` is between 0 and 1, both
     excluded.
     """
-    updates = rounds if updates is None else updates
-    check_number("rounds", rounds, at_least=0)
-    check_number("updates", updates, at_least=0)
-    seen = {Observer.PUBLIC: rounds, Observer.PARTICIPANT: rounds}
-    return {
-        observer: gaussian_epsilon(
-            (rounds if secure else seen.get(observer, updates)) * mu_squared(privacy, observer, secure, colluders),
-            delta,
-        )
-        for observer in Observer
-    }
+    sums = mu_squared_sums(privacy, rounds, secure=secure, updates=updates, colluders=colluders)
+    return {observer: gaussian_epsilon(total, delta) for observer, total in sums.items()}
 
 
 def epsilon(privacy: Privacy, rounds: int, delta: float) -> float:

@@ -31,7 +31,7 @@ SORT_BYTES = 4 * 1024 * 1024  # memory for the values that a robust rule keeps o
 @dataclass(frozen=True)
 class Contribution:
     """One client update. `read` returns its first `size` values. `agreement`: that of the device's former rounds, for
-    `ScreenedMean`; None of a new one.
+    `ScreenedMean`; None of a new one. `owner`: its device, if a round may have several of one; "": nobody else's.
 
     A contribution of weight 0 is ignored. Raises ValueError if the weight is negative or not finite.
     """
@@ -40,6 +40,7 @@ class Contribution:
     size: int
     read: Callable[[], Vector]
     agreement: float | None = None
+    owner: str = ""
 
     def __post_init__(self) -> None:
         check_range(self, "weight", at_least=0)
@@ -205,7 +206,8 @@ class ScreenedMean(WeightedMean):
                 return rows.read(row, slice(0, contributions[used[row]].size))
 
             former = [contributions[index].agreement for index in used]
-            recent = recent_agreements(agreements(len(used), size, read), former)
+            owners = [contributions[index].owner or index for index in used]
+            recent = recent_agreements(agreements(owners, size, read), former)
             kept = list(contributions)
             for row, (index, agrees) in enumerate(zip(used, agreeing(recent), strict=True)):
                 weight = contributions[index].weight if agrees else 0.0

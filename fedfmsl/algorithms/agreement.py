@@ -1,6 +1,6 @@
 """Which updates take part in an average: those whose direction agrees with that of the others (ours).
 
-    found = agreements(rows, sizes)
+    found = agreements(devices, size, read)
     recent = recent_agreements(found, former)
     kept = agreeing(recent)
 
@@ -10,7 +10,8 @@ inconspicuous. A single round says little of devices with different classes, so 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from statistics import median
 
 import numpy as np
@@ -24,18 +25,20 @@ DECAY = 0.5  # of the weight of an earlier round
 ROUNDING = 1e-9  # of the squared length of a sum of directions
 
 
-def agreements(count: int, size: int, read: Callable[[int], Vector]) -> list[float]:
-    """For each of `count` vectors (n,), n ≤ `size`: the cosine between it and the sum of the other ones' directions.
+def agreements(owners: Sequence[Hashable], size: int, read: Callable[[int], Vector]) -> list[float]:
+    """For each vector (n,), n ≤ `size`: the cosine between it and the sum of the directions of other owners' vectors.
 
-    `read` returns a vector by its index, and is called twice for each. 0 for a vector of zeros, or without others.
+    `owners`: of each vector. `read` returns a vector by its index, and is called twice for each, and more often for
+    those of an owner of several. 0 for a vector of zeros, or without others.
     """
-    total = np.zeros(size)
-    for index in range(count):
-        vector = read(index)
-        norm = l2_norm(vector)
-        if norm > 0:
-            total[: vector.size] += vector / np.float64(norm)
-    return [_agreement(read(index), total) for index in range(count)]
+    total, of_owner = np.zeros(size), defaultdict(list)
+    for index, owner in enumerate(owners):
+        _add_direction(total, read(index), 1.0)
+        of_owner[owner].append(index)
+    return [
+        _agreement(read(index), _without(total, set(of_owner[owner]) - {index}, read))
+        for index, owner in enumerate(owners)
+    ]
 
 
 def recent_agreements(found: Sequence[float], former: Sequence[float | None]) -> list[float]:
@@ -50,6 +53,23 @@ def agreeing(recent: Sequence[float]) -> list[bool]:
     """Which of the agreements are high enough; at least half of them."""
     usual = median(recent) if recent else 0.0
     return [each >= usual - max((1 - LEAST) * usual, CHANCE) for each in recent]
+
+
+def _add_direction(total: Doubles, vector: Vector, sign: float) -> None:
+    """Adds the direction of a vector (n,) to the first n values of `total`."""
+    norm = l2_norm(vector)
+    if norm > 0:
+        total[: vector.size] += sign * (vector / np.float64(norm))
+
+
+def _without(total: Doubles, indices: Iterable[int], read: Callable[[int], Vector]) -> Doubles:
+    """`total` without the directions of these vectors."""
+    if not (left_out := sorted(indices)):
+        return total
+    rest = total.copy()
+    for index in left_out:
+        _add_direction(rest, read(index), -1.0)
+    return rest
 
 
 def _agreement(vector: Vector, total: Doubles) -> float:

@@ -60,6 +60,13 @@ def class_mask(counts: NDArray[np.int64]) -> Floats:
     return np.asarray(np.where(counts > 0, 0.0, NEVER), np.float32)
 
 
+def log_frequencies(counts: NDArray[np.int64]) -> Floats:
+    """Added to logits (C,): the log share of each class in `counts` (C,), and a very low number for classes without
+    samples. Training with it is logit adjustment (Menon et al., ICLR 2021; by device: FedLC, Zhang et al., ICML 2022):
+    the logits themselves then have equal class priors."""
+    return _log(counts / max(counts.sum(), 1))
+
+
 def gate_offset(global_logits: Floats, biases: Biases) -> Floats:
     """The log gate weights (B, 2) of Bayes' rule, up to a constant, from the global expert's logits (B, C)."""
     return np.stack([log_sum_exp(global_logits + biases.kept), log_sum_exp(global_logits + biases.given)], axis=1)

@@ -1,4 +1,7 @@
-"""Commands: typer applications that end with one line per error and the error's exit code."""
+"""Commands: typer applications that end with one line per error and the error's exit code.
+
+`console` prints with rich, which is imported when `console` is: daemon and server start without it.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +10,28 @@ import json
 import signal
 import sys
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.console import Console
 
 from fedfmsl.common.exit_codes import DISK, INTERRUPTED
 from fedfmsl.common.files import FAILING, FULL
 from fedfmsl.errors import FedFMSLError, InputError, no_permission
 
-# No wrapping at the terminal's width. No markup, because the text may come from other machines.
-console = Console(soft_wrap=True, markup=False, emoji=False)
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    console: Console
+
+
+def __getattr__(name: str) -> Any:
+    if name != "console":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from rich.console import Console
+
+    # No wrapping at the terminal's width. No markup, because the text may come from other machines.
+    globals()[name] = Console(soft_wrap=True, markup=False, emoji=False)
+    return globals()[name]
 
 
 def notice(text: str) -> None:

@@ -230,7 +230,7 @@ class Health(Message):
     `time` and `started` are unix seconds, sizes are bytes, temperatures °C. `others`: share of the processors that
     other processes use. `slowdown`: duration of a training step, relative to the measured one. `paused`: the reason.
     `provider`: the execution provider in use, and why not another. `disconnected`: why there is no connection to the
-    broker, `disconnected_since`: since when (unix seconds).
+    broker, `disconnected_since`: since when (unix seconds), `rejected`: because the broker refuses the certificate.
     `certificate_until` and `broker_certificate_until`: when they expire (unix seconds); 0 if there is none.
     `refused`: what the broker seems to refuse. `epsilon`: the privacy budget of all its runs at δ = 1e-5; None if it
     has sent no update with noise, or also some without.
@@ -267,6 +267,7 @@ class Health(Message):
     epsilon: Amount | None = None
     disconnected: Text = ""
     disconnected_since: Amount = 0
+    rejected: bool = False
     certificate_until: Amount = 0
     broker_certificate_until: Amount = 0
 

@@ -27,7 +27,7 @@ from fedfmsl.transport.address import parse_address, require_loopback
 from fedfmsl.transport.bounded_client import MAX_PAYLOAD, RECONNECT, BoundedClient
 from fedfmsl.transport.identity import client_context, read_identity
 from fedfmsl.transport.outage import Outage
-from fedfmsl.transport.tls_errors import explain, is_early
+from fedfmsl.transport.tls_errors import explain, is_early, is_rejection
 
 logger = logging.getLogger(__name__)
 
@@ -265,7 +265,7 @@ class Link:
         if refused or self._closing:  # the reason is known
             return
         if isinstance(error, ssl.SSLError):
-            self._lost(self._explain(error))
+            self._lost(self._explain(error), is_rejection(error))
         elif self._answered.is_set():
             self._lost(
                 f"{error or 'it closed the connection'}; check that it runs and that this identity has no other process"
@@ -278,11 +278,12 @@ class Link:
 
     def _on_connect_fail(self, client: paho.Client, data: object) -> None:
         error, self._client.last_error = self._client.last_error, None
-        self._lost(self._explain(error) if isinstance(error, ssl.SSLError) else f"{error}; check that it runs")
+        reason = self._explain(error) if isinstance(error, ssl.SSLError) else f"{error}; check that it runs"
+        self._lost(reason, is_rejection(error))
 
-    def _lost(self, reason: str) -> None:
+    def _lost(self, reason: str, rejected: bool = False) -> None:
         if self._answered.is_set():
-            self.outage.lost(reason)
+            self.outage.lost(reason, rejected)
         else:
             self._refusal = reason
             self._answered.set()

@@ -27,6 +27,7 @@ _ALERTS = {
     "WRONG_VERSION_NUMBER": "it does not speak TLS on this port; check the port",
     "EOF": "it closed the connection; check that it speaks TLS on this port and accepts this --identity",
 }
+_REJECTIONS = {"CERTIFICATE_REVOKED", "CERTIFICATE_EXPIRED", "UNKNOWN_CA", "BAD_CERTIFICATE", "DECRYPT_ERROR"}
 
 
 def explain(error: BaseException | None, valid_from: datetime | None = None) -> str:
@@ -36,8 +37,7 @@ def explain(error: BaseException | None, valid_from: datetime | None = None) -> 
             own = f"; this machine's own is valid from {valid_from:%Y-%m-%d}" if valid_from else ""
             return clock_behind(f"its certificate is not valid yet{own}")
         return _VERIFICATION.get(error.verify_code, f"{_UNKNOWN_CA} ({error.verify_message})")
-    name = str(getattr(error, "reason", "") or error).upper().replace(" ", "_")
-    return next((meaning for part, meaning in _ALERTS.items() if part in name), str(error))
+    return next((meaning for part, meaning in _ALERTS.items() if part in _name(error)), str(error))
 
 
 def is_early(error: BaseException) -> bool:
@@ -51,6 +51,13 @@ def clock_behind(what: str) -> str:
     return f"the clock of this machine says {now:%Y-%m-%d}, but {what}; set the clock, e.g. by NTP"
 
 
-def is_rejection(reason: str) -> bool:
-    """Whether a reason of `explain` is that the peer refuses this machine's certificate, which no retry changes."""
-    return _NEW_IDENTITY in reason
+def is_rejection(error: BaseException | None) -> bool:
+    """Whether the peer refuses this machine's certificate, which no retry changes."""
+    if error is None or isinstance(error, ssl.SSLCertVerificationError):
+        return False
+    return next((part in _REJECTIONS for part in _ALERTS if part in _name(error)), False)
+
+
+def _name(error: BaseException | None) -> str:
+    """The name of a peer's alert, as OpenSSL or Python write it."""
+    return str(getattr(error, "reason", "") or error).upper().replace(" ", "_")

@@ -22,9 +22,8 @@ from support.provisioned_fleet import write_identity
 from devices.provisioning.authority import CLIENT, SERVER, make_authority
 from edge_runtime.daemon.download import fetch_bundle, fetch_manifest
 from fedfmsl.errors import BundleError, ConfigError, RunError
-from fedfmsl.protocol.bundle import MANIFEST
+from fedfmsl.protocol.bundle import MANIFEST, Bundle
 from fedfmsl.protocol.messages import ServerStatus
-from fedfmsl.protocol.task_bundle import TaskBundle
 from fedfmsl.transport.identity import client_context
 from fedfmsl.transport.listening import listen
 from fedfmsl.transport.server_contexts import ServerContexts
@@ -45,13 +44,13 @@ class Fleet:
         self.identity = write_identity(folder / "server.pem", OURS.issue("server", [SERVER], ["localhost"]), OURS)
         self.revoked = folder / "revoked.crl"
         self.revoked.write_text(OURS.revocation_list([]))
-        self.port, self.bundle, self.folder = free_port(), TaskBundle.open(bundle), folder
+        self.port, self.bundle, self.folder = free_port(), Bundle.load(bundle), folder
         self.server = BundleServer(bundle, f"localhost:{self.port}", self.identity)
 
     def status(self, url: str) -> ServerStatus:
         return ServerStatus(online=True, run="x", session="1", bundle=self.bundle.sha256, bundle_url=url)
 
-    def fetch(self, name: str) -> TaskBundle:
+    def fetch(self, name: str) -> Bundle:
         return fetch_bundle(
             self.status(self.server.url), self.folder / "fetched" / name, self.devices[name], retry_delays=(0.0,)
         )

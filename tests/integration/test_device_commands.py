@@ -189,7 +189,7 @@ def announced_run(broker: Broker, bundle: Path) -> None:
         ({"images": __file__}, 3, ["error  samples", "is a file; pass its folder"]),
         ({"broker": "mqtt://127.0.0.1:9"}, 6, ["error  broker", "no MQTT broker at 127.0.0.1:9"]),
         ({"max_temperature": "75", "thermal_zones": "none"}, 2, ["error  governor", "no thermal zone can be read"]),
-        ({"watch": "nowhere"}, 2, ["error  watch", "not a folder that this user can read"]),
+        ({"watch": "nowhere"}, 3, ["error  watch", "nowhere does not exist; create or mount it"]),
         ({"memory": "1MB"}, 2, ["error  memory", "more than the budget of 1MB"]),
         ({"identity": "nowhere.pem"}, 2, ["error  identity", "not readable"]),
     ],

@@ -200,7 +200,8 @@ def test_an_update_without_an_acknowledgement_is_sent_again_until_there_is_one(
     server, topics = Link(broker.url, "server"), Topics(RUN)
     server.connect()
     server.subscribe(topics.update_chunk(device.device_name, "+", "+"))
-    status = ServerStatus(online=True, run=RUN, session="s", bundle=vit.bundle.sha256)
+    bundle, task_sha256 = vit.bundle.sha256, vit.bundle.task.sha256
+    status = ServerStatus(online=True, run=RUN, session="s", bundle=bundle, task=task_sha256)
     server.publish(topics.server_status, encode(status), retain=True)
     task = Round(
         run=RUN,

@@ -232,7 +232,10 @@ def test_nothing_imports_benchmarks_or_tests() -> None:
     [
         ("fedfmsl", {"pydantic", "safetensors", "onnxruntime", "torch", "paho", "typer"}),
         ("fedfmsl.protocol.bundle", {*EXPORT_ONLY, "onnx", "onnxruntime", "paho", "typer"}),
-        ("edge_runtime.__main__", {*EXPORT_ONLY, *SERVER_ONLY, "onnx", "tokenizers"}),
+        *(
+            (module, {*EXPORT_ONLY, *SERVER_ONLY, "onnx", "onnxruntime", "tokenizers", "PIL", "paho", "psutil", "rich"})
+            for module in ("edge_runtime.__main__", "edge_runtime.daemon.status")
+        ),
         (
             "edge_runtime.daemon.loop",
             {
@@ -250,7 +253,7 @@ def test_nothing_imports_benchmarks_or_tests() -> None:
         ("edge_runtime.engines.step_graph", {*EXPORT_ONLY, *SERVER_ONLY, "onnx", "paho", "typer"}),
         (
             "trainer_server.__main__",
-            {*EXPORT_ONLY, "onnx", "onnxruntime", "edge_runtime", "PIL", "starlette", "uvicorn", "jinja2"},
+            {*EXPORT_ONLY, "onnx", "onnxruntime", "edge_runtime", "PIL", "rich", "starlette", "uvicorn", "jinja2"},
         ),
         ("devices.install", {*EXPORT_ONLY, *SERVER_ONLY, "amqtt", "matplotlib", "onnx", "pyarrow", "tokenizers"}),
         ("devices.boards", {*EXPORT_ONLY, *SERVER_ONLY, "amqtt", "matplotlib", "onnx", "pyarrow", "tokenizers"}),

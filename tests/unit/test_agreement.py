@@ -54,6 +54,15 @@ def test_updates_against_the_others_are_left_out(devices: int, hostile: int, fac
     assert np.allclose(mean, rows[hostile:].mean(axis=0), atol=1e-6)
 
 
+def test_two_updates_of_one_device_are_not_each_others_support() -> None:
+    rows = updates(4, 0)
+    found = agreements(["a", "a", "b", "c"], 400, lambda index: rows[index])
+    for own in (0, 1):
+        alone = agreements(range(3), 400, lambda index, kept=rows[[own, 2, 3]]: kept[index])
+        assert found[own] == pytest.approx(alone[0])
+    assert found[2:] == agreements(range(4), 400, lambda index: rows[index])[2:]
+
+
 def test_a_device_that_never_agrees_is_left_out_from_the_second_round_on() -> None:
     """As one with wrong labels: its updates are not opposed to the others, only of another direction."""
     former: list[float | None] = [None] * 6
@@ -62,7 +71,7 @@ def test_a_device_that_never_agrees_is_left_out_from_the_second_round_on() -> No
         rows = updates(6, round_)
         rows[0] = NOISE * np.random.default_rng([round_, 1]).normal(size=400)
         bad.append(left_out(rows, former)[0])
-        found = agreements(6, 400, lambda index, rows=rows: rows[index])
+        found = agreements(range(6), 400, lambda index, rows=rows: rows[index])
         former = [*recent_agreements(found, former)]
     assert bad[1:] == [[0], [0]]
 
@@ -83,7 +92,7 @@ def test_at_least_half_of_the_devices_are_kept(values: list[float]) -> None:
 def test_an_update_of_zeros_and_a_lower_level_do_not_disturb_the_others() -> None:
     rows = [*updates(6, 0)]
     rows[0], rows[1] = np.zeros(400, np.float32), rows[1][:300]
-    found = agreements(6, 400, lambda index: rows[index])
+    found = agreements(range(6), 400, lambda index: rows[index])
     assert found[0] == 0.0
     assert min(found[1:]) > 0.2
     contributions = [Contribution.of(row) for row in rows]

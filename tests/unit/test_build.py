@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -56,10 +57,10 @@ def test_two_builds_are_byte_identical(vit: Built, vit_folder: Path, tmp_path: P
 @pytest.mark.ort_training
 def test_builds_in_new_processes_from_copies_of_the_weights_are_identical(clip_folder: Path, tmp_path: Path) -> None:
     """A bundle does not depend on paths, on the order of sets or on the number of threads."""
-    bundles = []
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     options = ["--classes", "fig,plum,kiwi", "--out", "out", *(["--ort-training"] if has_ort_training() else [])]
-    for name, threads in (("here", "1"), ("there", "2")):
+
+    def built(name: str, threads: str) -> TaskBundle:
         copy = shutil.copytree(clip_folder, tmp_path / name / "weights" / "clip")
         result = subprocess.run(
             [sys.executable, "-m", "export.build", "--model", str(copy), *options],
@@ -70,7 +71,10 @@ def test_builds_in_new_processes_from_copies_of_the_weights_are_identical(clip_f
             check=False,
         )
         assert result.returncode == 0, result.stderr
-        bundles.append(TaskBundle.open(tmp_path / name / "out"))
+        return TaskBundle.open(tmp_path / name / "out")
+
+    with ThreadPoolExecutor() as both:
+        bundles = list(both.map(built, ("here", "there"), ("1", "2")))
     assert bundles[0].sha256 == bundles[1].sha256
     assert bundles[0].task.zero_shot is not None
 

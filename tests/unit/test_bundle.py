@@ -50,7 +50,7 @@ def test_a_file_of_another_user_is_one_clear_error(vit: Built, monkeypatch: pyte
             read()
 
 
-@pytest.mark.parametrize("content", [None, b"", b"{}", b"\xff", b'{"schema_version": 2}'])
+@pytest.mark.parametrize("content", [None, b"", b"{}", b"\xff", b'{"schema_version": 3}'])
 def test_a_folder_without_a_valid_manifest_is_refused(tmp_path: Path, content: bytes | None) -> None:
     if content is not None:
         (tmp_path / "manifest.json").write_bytes(content)

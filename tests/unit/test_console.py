@@ -7,6 +7,7 @@ import io
 import re
 import resource
 import shutil
+import time
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,6 +59,10 @@ def with_devices(tmp_path: Path, built: Built, **devices: DeviceView) -> Snapsho
     return Snapshot("key", tmp_path, origin, devices=devices)
 
 
+def rows(run: Snapshot) -> list[views.Row]:
+    return [views.row(run, name) for name in views.names(run)]
+
+
 def status(device: str, **fields: object) -> DeviceStatus:
     return DeviceStatus.model_validate({"device": device, "online": True, **fields})
 
@@ -98,6 +103,17 @@ def test_several_runs_and_a_new_one_are_found(vit: Built, tmp_path: Path) -> Non
     assert states == [("good", "finished"), ("warn", "waiting for devices"), ("bad", "failed")]
 
 
+def test_a_run_that_waits_for_devices_says_for_which(vit: Built, tmp_path: Path) -> None:
+    folder = stored_run(tmp_path / "r", vit, devices=2, rounds=1)
+    waits = ServerView(seen=time.time(), waits="2 devices must answer and 1 can. Missing: b (offline)")
+    Observations(folder).save(waits, {})
+    with open_console(folder) as site:
+        page = ask(site, path_of(folder))[1]
+    assert (
+        "waiting for devices" in page and "The run waits: 2 devices must answer and 1 can. Missing: b (offline)" in page
+    )
+
+
 def test_the_state_of_a_device_has_its_reason(vit: Built, tmp_path: Path) -> None:
     run = with_devices(
         tmp_path,
@@ -114,7 +130,7 @@ def test_the_state_of_a_device_has_its_reason(vit: Built, tmp_path: Path) -> Non
     run = Snapshot(
         **{**vars(run), "left_out": left_out, "server": ServerView(seen=0, excluded=("g",)), "expected": {*"abg"}}
     )
-    found = {row.name: (row.state, row.why) for row in views.rows(run)}
+    found = {row.name: (row.state, row.why) for row in rows(run)}
     assert found == {
         "a": ("online", ""),
         "b": ("paused", "on battery"),
@@ -125,11 +141,11 @@ def test_the_state_of_a_device_has_its_reason(vit: Built, tmp_path: Path) -> Non
         "g": ("excluded", "by the operator"),
     }
     ended = Snapshot(**{**vars(run), "ended": "finished"})
-    after = {(row.state, row.why) for row in views.rows(ended)}
+    after = {(row.state, row.why) for row in rows(ended)}
     assert after == {("run ended", ""), ("excluded", "by the operator")}
     assert {state for state, _ in {*found.values(), *after}} == set(views.STATES)
-    assert [row.name for row in views.rows(run, only="error")] == ["c", "e"]
-    assert [row.name for row in views.rows(run, search="B")] == ["b"]
+    assert views.names(run, only="error") == ["c", "e"]
+    assert views.names(run, search="B") == ["b"]
     assert views.missing(run) == [("a", "is online and has not answered"), ("b", "paused: on battery")]
 
 
@@ -151,7 +167,7 @@ def test_a_missing_device_at_work_shows_what_was_refused_before(vit: Built, tmp_
     refused = {"a": [RefusalCount("a", "tensors", 3, "not finite")]}
     run = Snapshot(**{**vars(run), "expected": frozenset("a"), "refusals": refused})
     assert views.missing(run) == [("a", "is at work; refused before: not finite")]
-    assert views.rows(run)[0].refused == "tensors 3×: not finite"
+    assert rows(run)[0].refused == "tensors 3×: not finite"
 
 
 def test_an_action_is_confirmed_and_then_waits_for_the_server(vit: Built, tmp_path: Path) -> None:
@@ -238,7 +254,7 @@ def test_a_look_at_a_folder_reads_only_what_is_new(vit: Built, tmp_path: Path, m
     store.commit([], [closed_round("shops", 3, 3, ["device-0000", "device-0001"])])
     second = reader.snapshot()
     assert (second.took_part, second.trained) == ({"device-0001": 3, "device-0002": 2}, 3)
-    assert views.rows(second)[0].took_part == "0 of 3"
+    assert rows(second)[0].took_part == "0 of 3"
     assert [summary.round for summary, _ in second.closed] == [1, 2, 3]
     assert second.closed[0] is first.closed[0]
     observations = Observations(folder)

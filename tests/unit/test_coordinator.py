@@ -258,10 +258,43 @@ def test_the_head_of_the_sums_stays_unless_most_devices_are_worse_with_it(
     assert run.announced.stage is Stage.PERSONAL and not np.array_equal(run.state.expert[:size], former[:size])
     updates = [make_update(run.plan, run.announced, name, nll=each) for name, each in zip(ABC, nlls, strict=True)]
     logged = run.feed(*updates)
-    assert (run.announced.index, np.array_equal(run.state.expert, former)) == ((1, False) if stays else (0, True))
+    assert np.array_equal(run.state.expert, former) != stays
+    assert run.announced.stage is (Stage.PERSONAL if stays else Stage.GLOBAL)
     assert any(isinstance(note, Log) and "head of stage 1" in note.text for note in logged) != stays
+
+
+def test_after_a_rejected_head_stage_1_trains_on_without_sums_and_stage_2_begins_again(vit: Built) -> None:
+    run = started(vit, stage1_rounds=8, stage2_rounds=1, aggregation=MEAN)
+    while run.announced.stage is not Stage.PERSONAL:
+        run.answers(ABC, nll=1.0)
     run.answers(ABC, nll=9.0)
-    assert run.announced.stage is (Stage.EVALUATE if stays else Stage.PERSONAL)
+    found = []
+    while not run.of(Stop):
+        run.state = Checkpoint.of(run.state).state(vectors_of(run.state))
+        found.append((run.announced.stage, run.announced.index, run.announced.sums))
+        run.answers(ABC, nll=1.0)
+    retrained = [(Stage.GLOBAL, index, Sums.NONE) for index in range(2, 8)]
+    assert found == [*retrained, (Stage.PERSONAL, 0, Sums.NONE), (Stage.EVALUATE, 0, Sums.NONE)]
+
+
+@pytest.mark.parametrize("rule", [Rule.SCREENED_MEAN, Rule.MEAN])
+@pytest.mark.parametrize("secure_sums", [True, False])
+def test_a_device_whose_updates_were_left_out_of_two_rounds_is_not_asked_for_its_sums(
+    vit: Built, rule: Rule, secure_sums: bool
+) -> None:
+    names = ["a", "b", "c", "d"]
+    aggregation = Aggregation(rule=rule)
+    run = started(vit, names, stage1_rounds=3, head=Head.ZEROS, secure_sums=secure_sums, aggregation=aggregation)
+    while run.announced.stage is Stage.GLOBAL:
+        delta = vit.bundle.expert.split(np.ones(vit.bundle.expert.size(run.announced.level), np.float32))
+        away = {"b": 1, "c": int(run.announced.index == 1)}  # c points away only once
+        tensors = {name: {key: -t if away.get(name) else t for key, t in delta.items()} for name in names}
+        logged = run.feed(*(make_update(run.plan, run.announced, name, tensors=tensors[name]) for name in names))
+        run.state = Checkpoint.of(run.state).state(vectors_of(run.state))
+    assert run.plan.schedule[run.state.position].purpose is Stage.HEAD
+    is_asked = rule is Rule.MEAN
+    assert run.state.expected == ({*names} if is_asked else {"a", "c", "d"})
+    assert any(isinstance(note, Log) and "no sums of b" in note.text for note in logged) != is_asked
 
 
 def test_a_run_with_privacy_has_no_head_round(vit: Built) -> None:

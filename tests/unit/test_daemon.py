@@ -252,6 +252,13 @@ def test_a_run_with_another_bundle_is_an_error() -> None:
     assert isinstance(say, Log)
 
 
+def test_a_run_with_another_task_begins_anew() -> None:
+    other = HERE.status.model_copy(update={"task": "7" * 64})
+    _, (say, command) = drive([ServerSeen(other)])
+    assert isinstance(say, Log) and "another task (SHA-256 777777777777…)" in say.text
+    assert command == Stop(anew=True)
+
+
 def test_a_round_of_a_server_that_is_gone_waits_for_the_next_server() -> None:
     state, commands = drive([HERE, GONE, RoundSeen(round_(5, expert=E)), Idle()])
     assert [command for command in commands if not isinstance(command, Log)] == []

@@ -280,6 +280,9 @@ def test_start_names_the_command_that_changes_a_limit(vit: Built, config: RunCon
     store.commit([LoggedEvent(0.0, ClockTicked())])
     with pytest.raises(ConfigError, match="resume it with python -m trainer_server resume --round-timeout 7"):
         open_run(tmp_path / "run", config.model_copy(update={"round_timeout": 7.0}), vit.bundle)
+    store.commit([], ended="finished")
+    with pytest.raises(ConfigError, match="it has ended, so choose another --out for a new run"):
+        open_run(tmp_path / "run", config.model_copy(update={"round_timeout": 7.0}), vit.bundle)
 
 
 def test_participation_counts_training_rounds(vit: Built, config: RunConfig, tmp_path: Path) -> None:

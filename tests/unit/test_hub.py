@@ -20,6 +20,7 @@ from support.tiny_models import write_clip
 from export.weights import _is_hub_reachable, load_backbone
 from fedfmsl.errors import ConfigError, WeightsError
 from fedfmsl.protocol.bundle import Bundle
+from fedfmsl.protocol.task_bundle import TaskBundle
 
 ROOT = Path(__file__).parents[2]
 REPOSITORY = "openai/clip-vit-base-patch16"
@@ -86,7 +87,7 @@ def run_build(
     )
 
 
-def assert_same_commit(bundle: Bundle, expected: Bundle) -> None:
+def assert_same_commit(bundle: TaskBundle, expected: TaskBundle) -> None:
     """Equal weights and an equal zero-shot head: weights, tokenizer and text tower are of one commit."""
     file = "backbone.weights"
     assert bundle.manifest.files[file] == expected.manifest.files[file]
@@ -108,7 +109,7 @@ def test_all_files_are_of_one_commit_which_the_manifest_names(
     pin = ["--revision", revision] if revision else []
     result = run_build(hub.url, tmp_path / "home", tmp_path / "online", *pin)
     assert result.returncode == 0, result.stderr
-    bundle = Bundle.load(tmp_path / "online")
+    bundle = TaskBundle.open(tmp_path / "online")
     assert bundle.manifest.peft.revision == commit
     assert bundle.manifest.peft.base == REPOSITORY
     assert_same_commit(bundle, built_of[commit].bundle)

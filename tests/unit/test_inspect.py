@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from typer.testing import CliRunner
 
 from fedfmsl.algorithms.accounting import gaussian_epsilon
 from fedfmsl.algorithms.sal import AllAtOnce, Sal
+from fedfmsl.errors import RunError
 from fedfmsl.protocol.tensors import pack
 from trainer_server.__main__ import app
 from trainer_server.config import Aggregation, Rule
@@ -179,6 +181,20 @@ def test_status_says_whether_a_server_runs_in_the_folder(run: CoordinatorRun, st
     assert isinstance(server, dict) and server.items() >= {"runs": False, "pid": os.getpid()}.items()
     store.commit([], ended="finished")
     assert rows(store)["server"] == "does not run, last event 0:00:00 ago"
+
+
+def test_a_folder_that_may_not_be_written_to_is_read_as_it_is(
+    store: RunStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.commit([], ended="finished")
+    copy = shutil.copytree(store.folder, tmp_path / "copy")
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    with pytest.raises(RunError, match=r"may not write to .*run\.sqlite-wal has changes"):
+        RunStore(copy)
+    store.close()
+    before = sorted(path.name for path in store.folder.iterdir())
+    assert rows(RunStore(store.folder))["ended"] == "finished"
+    assert sorted(path.name for path in store.folder.iterdir()) == before and "run.sqlite-wal" not in before
 
 
 def test_at_the_end_status_shows_no_round(run: CoordinatorRun, store: RunStore) -> None:

@@ -265,6 +265,41 @@ def test_an_answer_that_fails_changes_nothing(desk: Desk, monkeypatch: pytest.Mo
     assert desk.answers.undoable() is None
 
 
+def test_an_answer_that_cannot_be_taken_back_either_says_so(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    number = desk.photo("x.jpg")
+
+    def fail(*_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(answers_module, "_move", fail)
+        patch.setattr(answers_module, "_move_back", fail)
+        with pytest.raises(InputError, match="not be moved back either, which the next start tries again"):
+            desk.answers.answer([number], Kind.LABEL, "apple")
+    desk.open()
+    assert desk.files() == {"inbox/x.jpg": b"x.jpg"}
+
+
+def test_an_answer_on_a_disk_with_coarse_times_can_be_undone(desk: Desk) -> None:
+    number = desk.photo("x.jpg")
+    desk.answers.answer([number], Kind.LABEL, "pear")
+    (moved,) = (desk.images / "pear").iterdir()
+    os.utime(moved, ns=(0, moved.stat().st_mtime_ns // 2_000_000_000 * 2_000_000_000))  # as FAT stores it
+    assert desk.answers.undo().files == 1
+    assert desk.files() == {"inbox/x.jpg": b"x.jpg"}
+
+
+def test_questions_about_a_disk_that_is_away_come_back_with_it(desk: Desk) -> None:
+    asking = Asking(desk.queue, desk.destination)
+    number = desk.photo("x.jpg")
+    away = desk.inbox.rename(desk.root / "away")
+    asking.again()
+    assert asking.next(1) == []
+    away.rename(desk.inbox)
+    asking.again()
+    assert [file.id for asked in asking.next(1) for file in asked.files] == [number]
+
+
 def test_an_answer_about_a_changed_file_or_another_class_is_refused(desk: Desk) -> None:
     number = desk.photo("x.jpg")
     with pytest.raises(InputError, match="not a class"):

@@ -90,6 +90,7 @@ class Scene:
     server: Link
     thermometer: Thermometer
     bundle: str
+    task: str
     errors: list[BaseException] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -103,7 +104,7 @@ class Scene:
 
     def start(self) -> None:
         self.server.connect()
-        status = ServerStatus(online=True, run=RUN, session="s", bundle=self.bundle)
+        status = ServerStatus(online=True, run=RUN, session="s", bundle=self.bundle, task=self.task)
         self.server.publish(TOPICS.server_status, encode(status), retain=True)
         self.announce(round_(1))
         self.serving.start()
@@ -131,7 +132,9 @@ def scene(vit: Built, photos: Path, tmp_path: Path, broker: Broker, request: pyt
         runner_type=request.param,
     )
     with Observer(broker, RUN) as observer:
-        scene = Scene(broker, daemon, observer, Link(broker.url, "server"), thermometer, vit.bundle.sha256)
+        scene = Scene(
+            broker, daemon, observer, Link(broker.url, "server"), thermometer, vit.bundle.sha256, vit.bundle.task.sha256
+        )
         scene.start()
         try:
             yield scene

@@ -17,6 +17,7 @@ from fedfmsl.algorithms.mixture import (
     class_mask,
     class_prior,
     gate_offset,
+    log_frequencies,
     log_softmax,
     log_sum_exp,
     mix,
@@ -55,6 +56,13 @@ def test_the_global_expert_gives_a_share_of_held_classes_only(
     assert not given_[~held].any()
     assert np.array_equal(biases.held, class_mask(counts))
     assert all(np.isfinite(getattr(biases, name)).all() for name in ("prior", "kept", "given", "held"))
+
+
+@given(COUNTS)
+def test_log_frequencies_are_the_class_prior_of_a_devices_own_samples(counts: NDArray[np.int64]) -> None:
+    found = log_frequencies(counts)
+    assert np.array_equal(found == NEVER, counts == 0)
+    assert np.exp(found[counts > 0]) == pytest.approx(counts[counts > 0] / max(counts.sum(), 1))
 
 
 def bayes(global_logits: Floats, local_logits: Floats, counts: NDArray[np.int64], share: float) -> NDArray[np.float64]:

@@ -20,6 +20,8 @@ from typer.testing import CliRunner
 from export.__main__ import app
 from fedfmsl.errors import FedFMSLError
 from fedfmsl.protocol.messages import Stage
+from fedfmsl.protocol.task import Task
+from fedfmsl.protocol.task_bundle import TaskBundle
 from trainer_server.coordinator.events import StoreRound
 from trainer_server.service.expert_folder import ExpertFolder
 from trainer_server.storage.model_card import model_card, result_of
@@ -96,14 +98,10 @@ def test_a_resumed_server_writes_the_folder_again(expert: Path, trained: Coordin
 
 
 def test_a_base_on_the_hub_and_strange_names_are_valid_metadata(vit: Built, trained: CoordinatorRun) -> None:
-    manifest = vit.bundle.manifest
-    peft = manifest.peft.model_copy(update={"base": "facebook/dinov2-small", "revision": "1" * 40})
-    strange = manifest.model_copy(update={"peft": peft, "classes": ("---", "a: b", '"', "```")})
-    vit.bundle.manifest, before = strange, vit.bundle.manifest
-    try:
-        card = ModelCard(model_card(vit.bundle, trained.plan.config, 2, None))
-    finally:
-        vit.bundle.manifest = before
+    bundle = TaskBundle(vit.bundle, Task(vit.bundle.sha256, ("---", "a: b", '"', "```")))
+    peft = bundle.manifest.peft.model_copy(update={"base": "facebook/dinov2-small", "revision": "1" * 40})
+    bundle.manifest = bundle.manifest.model_copy(update={"peft": peft})
+    card = ModelCard(model_card(bundle, trained.plan.config, 2, None))
     assert card.data.base_model == "facebook/dinov2-small"
     assert "base_model:adapter:facebook/dinov2-small" in card.data.tags
     assert '1 "a: b"' in card.text and "No accuracy was reported" in card.text

@@ -13,8 +13,8 @@ from support.training_contexts import announced_round
 
 from edge_runtime.daemon.download import wait_for_server
 from edge_runtime.daemon.health import HealthReporter
-from edge_runtime.daemon.launch import RunOverError, wait_for_next_run
 from edge_runtime.daemon.lock import locked
+from edge_runtime.daemon.prepare import RunOverError, wait_for_next_run
 from edge_runtime.daemon.status import check_alive, describe
 from edge_runtime.resources.governor import Readings
 from edge_runtime.settings import Settings
@@ -23,7 +23,7 @@ from fedfmsl.errors import BrokerError, RunError
 from fedfmsl.protocol.messages import MAX_HEARTBEAT_AGE, Activity, Health, Round, ServerStatus, Stage, encode
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.link import Link, Received
-from fedfmsl.transport.tls_errors import explain
+from fedfmsl.transport.tls_errors import explain, is_rejection
 
 
 @pytest.mark.parametrize(
@@ -71,9 +71,11 @@ def test_after_a_finished_run_it_says_what_the_device_waits_for_and_predicts_wit
 def test_a_device_whose_certificate_is_refused_fails(tmp_path: Path) -> None:
     health = Health(device="kitchen", started=1, time=time.time(), activity=Activity.WAITING, disconnected="timed out")
     check_alive(health, tmp_path)
+    assert not is_rejection(ssl.SSLError(1, "[SSL: WRONG_VERSION_NUMBER] wrong version number"))
     alert = ssl.SSLError(1, "[SSL: SSLV3_ALERT_CERTIFICATE_REVOKED] ssl/tls alert certificate revoked")
     with pytest.raises(BrokerError, match="the broker refuses this device: our certificate is revoked"):
-        check_alive(health.model_copy(update={"disconnected": explain(alert)}), tmp_path)
+        lost = {"disconnected": explain(alert), "rejected": is_rejection(alert)}
+        check_alive(health.model_copy(update=lost), tmp_path)
 
 
 def test_a_device_that_waits_for_the_bundle_of_the_next_run_knows_the_end_of_the_last(vit: Built) -> None:

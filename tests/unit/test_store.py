@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import sqlite3
@@ -12,25 +13,18 @@ from pathlib import Path
 import pytest
 from support.bundles import Built
 from support.coordinators import ABC, CoordinatorRun, make_update, plan_for
+from support.offline_server import OfflineServer
 from support.training_contexts import announced_round
 
-from fedfmsl.common.files import write_atomically
 from fedfmsl.errors import ConfigError, RunError
 from fedfmsl.protocol.messages import Stage
-from fedfmsl.protocol.tensors import pack
+from fedfmsl.protocol.task import Task
+from fedfmsl.protocol.task_bundle import TaskBundle
 from trainer_server.coordinator.advance import advance
-from trainer_server.coordinator.events import (
-    ClockTicked,
-    Event,
-    OperatorActed,
-    StatusSeen,
-    Stop,
-    StoreRound,
-    UpdateSeen,
-)
+from trainer_server.coordinator.events import ClockTicked, OperatorActed, StatusSeen, Stop, StoreRound
 from trainer_server.coordinator.operator import Action, Operation
 from trainer_server.coordinator.records import ClosedRound
-from trainer_server.coordinator.state import Plan, State
+from trainer_server.coordinator.state import State
 from trainer_server.service.lifecycle import make_plan, open_bundle, open_run, replay_rounds, restore_state
 from trainer_server.storage import run_store
 from trainer_server.storage.checkpoint import Checkpoint, vectors_of
@@ -43,57 +37,28 @@ def same(one: State, other: State) -> bool:
     return vectors[0] == vectors[1] and Checkpoint.of(one) == Checkpoint.of(other) and one.updates == other.updates
 
 
-class Server:
-    """The server's loop without a network: advance, commit, save a checkpoint."""
-
-    def __init__(self, store: RunStore, plan: Plan) -> None:
-        self.store, self.plan = store, plan
-        self.state, self.now = restore_state(store, plan)
-
-    def feed(self, event: Event) -> None:
-        self.now += 1.0
-        state, commands = advance(self.plan, self.state, event, self.now)
-        if isinstance(event, UpdateSeen) and state is not self.state:
-            write_atomically(self.store.tensors / event.sha256, pack(event.update, event.tensors))
-        if state is self.state:
-            return
-        rounds = [command.closed for command in commands if isinstance(command, StoreRound)]
-        ended = next((c.error or "finished" for c in commands if isinstance(c, Stop)), None)
-        self.store.commit([LoggedEvent(self.now, event)], rounds, ended=ended)
-        self.state = state
-        if isinstance(event, ClockTicked):
-            self.store.save_checkpoint(state, self.now)
-
-    def answers(self, nll: float) -> Iterator[Event]:
-        assert self.state.announced is not None
-        for device in ABC:
-            yield make_update(self.plan, self.state.announced, device, nll=nll)
-            yield ClockTicked()
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def opened(vit: Built, folder: Path, **config: object) -> Server:
+def opened(vit: Built, folder: Path, **config: object) -> OfflineServer:
     settings = plan_for(vit, stage1_rounds=2, stage2_rounds=1, **config).config
     store = open_run(folder, settings, vit.bundle)
-    return Server(store, make_plan(store, vit.bundle))
+    return OfflineServer(store, make_plan(store, vit.bundle))
 
 
-def run_to_its_end(server: Server, nll: Callable[[State], float] = lambda _: 1.0) -> Iterator[Server]:
+def run_to_its_end(server: OfflineServer, nll: Callable[[State], float] = lambda _: 1.0) -> Iterator[OfflineServer]:
     """Restarts the server from its folder after every event, and yields the new one. `nll`: what devices report."""
     folder, bundle = server.store.folder, server.plan.bundle
-    statuses = [StatusSeen(CoordinatorRun(server.plan).status(name)) for name in ABC]
-    todo: list[Event] = [*statuses, ClockTicked()]
+    todo = list(server.joins())
     while server.store.ended is None:
         for event in todo:
             server.feed(event)
             before = server.state
             server.store.close()
             store = RunStore(folder)
-            server = Server(store, make_plan(store, bundle))
+            server = OfflineServer(store, make_plan(store, bundle))
             assert same(server.state, before)
             yield server
         todo = list(server.answers(nll(server.state)))
@@ -130,7 +95,7 @@ def test_a_server_killed_at_any_step_of_a_rejection_goes_on_with_the_last_good_g
         undisturbed.answers(ABC, nll=of_a_poisoned_candidate(undisturbed.state))
     assert last.state.expert.tobytes() == undisturbed.state.expert.tobytes()
     rejected = [closed.round.stage for closed in last.store.rounds() if closed.rejected]
-    assert rejected == [Stage.GLOBAL, Stage.CANARY]
+    assert rejected == 2 * [Stage.GLOBAL, Stage.CANARY]  # the canaries reject the head of sums, so stage 1 is repeated
     again = list(replay_rounds(last.store, last.plan))
     assert again[:-1] == [closed.round for closed in last.store.rounds()]
 
@@ -147,7 +112,7 @@ def test_a_finished_run_that_is_rolled_back_goes_on_and_can_be_killed_and_replay
     last.now += 1.0
     state, _ = advance(last.plan, last.state, event, last.now)
     last.store.commit([LoggedEvent(last.now, event)], reopens=True)
-    again = Server(RunStore(folder), last.plan)
+    again = OfflineServer(RunStore(folder), last.plan)
     assert again.store.ended is None and again.state.rollback == state.rollback
     again.feed(ClockTicked())
     assert again.state.announced is not None and again.state.announced.stage is Stage.PERSONAL
@@ -184,7 +149,7 @@ def test_the_folder_of_a_run_is_not_a_file(vit: Built, folder: Path) -> None:
 
 def test_an_audited_run_keeps_only_its_latest_rounds_and_replays_them(vit: Built, folder: Path) -> None:
     whole = dict.fromkeys(("events", "tensors"), 0)
-    for server in run_to_its_end(opened(vit, folder, audit=True, audit_rounds=2)):
+    for server in run_to_its_end(opened(vit, folder, audit=True, keep_rounds=2)):
         last = server
         whole["tensors"] = max(whole["tensors"], len(list(server.store.tensors.iterdir())))
     assert whole["tensors"] <= 3 + 3 * len(ABC)  # three checkpoints, and the updates of two rounds and the present one
@@ -192,6 +157,7 @@ def test_an_audited_run_keeps_only_its_latest_rounds_and_replays_them(vit: Built
     assert [announced.round for announced in again] == [6, 7]
     assert again[:-1] == [closed.round for closed in last.store.rounds()][-1:]
     assert again[-1] == last.state.announced
+    assert [closed.round.round for closed in last.store.rounds()] == [5, 6]
 
 
 def test_records_of_old_rounds_have_no_values_of_single_devices(
@@ -227,7 +193,7 @@ def test_ten_thousand_rounds_of_a_thousand_devices_fit_on_a_small_disk(
     sizes = [len(record.model_dump_json()) for record in server.store.rounds()]
     assert len(set(sizes[:3])) == 1 and sizes[0] < 2000 < sizes[3] == sizes[4]
     assert 10_000 * sizes[0] + detailed * sizes[4] < 300e6  # bytes
-    assert server.store.closed_stages() == [(Stage.GLOBAL, "")] * 5
+    assert server.store.closed_counts() == {(Stage.GLOBAL, False): 5}
 
 
 def test_a_run_without_an_audit_cannot_be_replayed(vit: Built, folder: Path) -> None:
@@ -362,6 +328,32 @@ def test_a_run_of_an_earlier_version_is_refused(vit: Built, folder: Path) -> Non
         db.execute("ALTER TABLE rounds DROP COLUMN summary")
     with pytest.raises(RunError, match="is it a run of this version"):
         RunStore(folder)
+
+
+def test_a_run_without_a_task_is_refused(vit: Built, folder: Path) -> None:
+    """As before the class list left the bundle."""
+    store = open_run(folder, plan_for(vit).config, vit.bundle)
+    former = store.origin.model_dump(mode="json", exclude={"task"})
+    store.close()
+    with sqlite3.connect(folder / DATABASE) as db:
+        db.execute("UPDATE run SET origin = ?", (json.dumps(former),))
+    with pytest.raises(RunError, match=r"without a task; export its bundle again .*, and start a new run"):
+        RunStore(folder)
+
+
+def test_a_run_keeps_its_task(vit: Built, folder: Path) -> None:
+    config = plan_for(vit).config
+    store = open_run(folder, config, vit.bundle)
+    other = TaskBundle(vit.bundle, Task(vit.bundle.sha256, ("fig", "quince")))
+    open_run(folder, config, other).close()  # nothing has happened in the run yet
+    assert RunStore(folder).task().classes == ("fig", "quince")
+    store = open_run(folder, config, vit.bundle)
+    store.commit([LoggedEvent(0.0, ClockTicked())])
+    with pytest.raises(ConfigError, match=r"holds run 'r' with another task \(4 classes: 'apple', .*choose another"):
+        open_run(folder, config, other)
+    (folder / "tasks" / store.origin.task).write_bytes(other.task.blob)
+    with pytest.raises(RunError, match="was altered"):
+        store.task()
 
 
 def test_the_folder_of_a_run_belongs_to_its_owner(vit: Built, folder: Path) -> None:

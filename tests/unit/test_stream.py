@@ -35,6 +35,7 @@ from edge_runtime.training.stored_model import read_personal_model
 from fedfmsl.algorithms.calibration import UNKNOWN
 from fedfmsl.common.backoff import Backoff
 from fedfmsl.common.files import write_atomically
+from fedfmsl.common.folder_walk import FileVersion
 from fedfmsl.errors import BundleError, ConfigError, InputError
 from fedfmsl.protocol.messages import Prediction, Stage
 
@@ -132,10 +133,16 @@ def test_every_file_is_classified_once_oldest_first(vit: Built, store: DeviceSto
 
 
 def test_waiting_files_follow_the_newest_model_and_lost_ones_are_forgotten(
-    vit: Built, store: DeviceStore, files: list[Path], tmp_path: Path
+    vit: Built, store: DeviceStore, files: list[Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    classifier, queue = StateClassifier(store, vit.bundle.root), Queue(tmp_path / "questions.sqlite")
-    recorder = Recorder(queue, classifier)
+    classifier, questions = StateClassifier(store, vit.bundle.root), tmp_path / "questions.sqlite"
+    questions.write_bytes(b"no database, but long enough to be read as one" * 40)
+    recorder = Recorder(questions, classifier)
+    recorder.record(files[0], FileVersion(1, 1), classifier.classify(files[0]))  # the queue is damaged
+    recorder.improve()
+    assert "questions.sqlite is damaged" in capfd.readouterr().err
+    questions.unlink()
+    queue = Queue(questions)
     for path in files[:3]:
         version = version_of(path)
         assert version is not None

@@ -18,10 +18,12 @@ from typer.testing import CliRunner
 
 from export.build import app
 from export.reference import normalize_pixels
+from export.task import app as task_app
 from export.weights import load_backbone
 from export.zero_shot import TEMPLATES, zero_shot_head
 from fedfmsl.algorithms.class_means import direction_head
 from fedfmsl.errors import ConfigError, WeightsError
+from fedfmsl.protocol.task import Task
 from fedfmsl.protocol.task_bundle import TaskBundle
 
 
@@ -126,6 +128,20 @@ def test_the_command_makes_the_head_from_its_prompts(clip_folder: Path, clip: Bu
     zero_shot = TaskBundle.open(tmp_path / "b").task.zero_shot
     assert zero_shot is not None
     assert np.array_equal(zero_shot.rows, zero_shot_head(clip.source, CLASSES, ["{}", "the {}"]).rows)
+
+
+def test_a_task_made_after_the_export_is_that_of_the_export(clip_folder: Path, clip: Built, tmp_path: Path) -> None:
+    arguments = ["--bundle", str(clip.bundle.root), "--out", str(tmp_path / "task"), "--classes", ",".join(CLASSES)]
+    result = CliRunner().invoke(task_app, [*arguments, "--weights", str(clip_folder)], catch_exceptions=False)
+    assert result.exit_code == 0 and "with a zero-shot head" in result.stdout, result.output
+    assert Task.read(tmp_path / "task").sha256 == clip.bundle.task.sha256
+    weights = ["--weights", str(clip_folder)]
+    for options, message in (
+        ([], "weights of tiny-clip are not on the hub"),
+        ([*weights, "--prompt", "a"], "once, as the place"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            CliRunner().invoke(task_app, [*arguments, *options], catch_exceptions=False)
 
 
 def test_a_vision_tower_alone_gives_the_same_weights(clip: Built, tmp_path: Path) -> None:

@@ -164,8 +164,14 @@ def _classes(snapshot: Snapshot) -> tuple[str, ...]:
 def _devices_values(request: Request, snapshot: Snapshot) -> Mapping[str, Any]:
     query = request.query_params
     search, only = query.get("search", "")[:64], query.get("state", "")
-    shown, part = views.part(views.rows(snapshot, search, only), _number(query.get("page", "1")))
-    return {"rows": shown, "part": part, "search": search, "only": only, "unknown": _unknown(snapshot)}
+    shown, part = views.part(views.names(snapshot, search, only), _number(query.get("page", "1")))
+    return {
+        "rows": [views.row(snapshot, name) for name in shown],
+        "part": part,
+        "search": search,
+        "only": only,
+        "unknown": _unknown(snapshot),
+    }
 
 
 def _unknown(snapshot: Snapshot) -> list[Any]:

@@ -13,7 +13,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from fedfmsl.errors import RunError
-from fedfmsl.protocol.messages import Round
+from fedfmsl.protocol.messages import Round, Stage
 from trainer_server.coordinator.limits import Limits
 from trainer_server.coordinator.operator import Operation
 from trainer_server.coordinator.records import ClosedRound, RoundSummary
@@ -33,8 +33,9 @@ SILENT_SECONDS = 15.0  # after which a server has stopped, or is busy
 @dataclass(frozen=True)
 class Snapshot:
     """A run at one moment. `left_out`, `silent`: by device, until which round; the latter of secure sums only.
-    `took_part`: by device, in how many of the `trained` training rounds. `waiting`: actions that the server has not
-    carried out. `outage`: since when and why the server has no connection to the broker."""
+    `took_part`: by device, in how many of the `trained` training rounds. `counts`: see `RunStore.closed_counts`.
+    `waiting`: actions that the server has not carried out. `outage`: since when and why the server has no connection
+    to the broker."""
 
     key: str
     folder: Path
@@ -49,6 +50,7 @@ class Snapshot:
     silent: Mapping[str, int] = field(default_factory=dict)
     devices: Mapping[str, DeviceView] = field(default_factory=dict)
     closed: Sequence[tuple[RoundSummary, float]] = ()
+    counts: Mapping[tuple[Stage, bool], int] = field(default_factory=dict)
     took_part: Mapping[str, int] = field(default_factory=dict)
     trained: int = 0
     refusals: Mapping[str, Sequence[RefusalCount]] = field(default_factory=dict)
@@ -158,7 +160,8 @@ class RunReader:
                     if announced and is_left_out(refused, announced.round)
                 },
                 devices=devices | dict(last.devices) | changed,
-                closed=[*last.closed, *closed],
+                closed=[*last.closed, *closed][-store.origin.config.keep_rounds :],
+                counts=store.closed_counts() if store.origin.config.privacy else {},
                 took_part=Counter(last.took_part) + Counter(took_part),
                 trained=last.trained + trained,
                 refusals=refusals,

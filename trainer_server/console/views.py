@@ -163,14 +163,15 @@ def missing(snapshot: Snapshot) -> list[tuple[str, str]]:
     return found
 
 
-def rows(snapshot: Snapshot, search: str = "", only: str = "") -> list[Row]:
+def names(snapshot: Snapshot, search: str = "", only: str = "") -> list[str]:
     """The devices in the order of their names: those whose names contain `search` and whose state is `only`."""
-    found = (_row(snapshot, name, view) for name, view in sorted(snapshot.devices.items()))
     wanted = search.casefold()
-    return [row for row in found if wanted in row.name.casefold() and only in ("", row.state)]
+    found = [name for name in sorted(snapshot.devices) if wanted in name.casefold()]
+    return [name for name in found if only in ("", device_state(snapshot, name, snapshot.devices[name])[0])]
 
 
-def _row(snapshot: Snapshot, name: str, view: DeviceView) -> Row:
+def row(snapshot: Snapshot, name: str) -> Row:
+    view = snapshot.devices[name]
     state, why = device_state(snapshot, name, view)
     status, health = view.status, view.health
     refusals = snapshot.refusals.get(name, ())
@@ -265,8 +266,8 @@ def test_accuracy(snapshot: Snapshot) -> tuple[float | None, float | None]:
 def privacy_budgets(snapshot: Snapshot) -> list[tuple[str, float]]:
     """ε by observer, of a device that has answered all rounds; none without differential privacy."""
     if snapshot.origin.config.privacy is None:
-        return []  # without a look at all rounds
-    closed = NoisedRounds.of((summary.stage, summary.repeated) for summary, _ in snapshot.closed)
+        return []
+    closed = NoisedRounds.of(snapshot.counts, snapshot.origin.spent_before)
     announced = None if snapshot.ended else snapshot.announced
     return list(privacy_budget(snapshot.origin.config, closed, announced, bool(snapshot.answered)).items())
 

@@ -26,17 +26,16 @@ def rejection(plan: Plan, state: State, closing: Round) -> str:
     reason = why_rejected(state.good.nlls, _reports(state), plan.config.max_loss, plan.config.max_regressed)
     if not reason:
         return ""
-    return (
-        f"the candidate of round {state.made} is rejected: {reason}; the global expert of round {state.good.round} "
-        "comes back"
-    )
+    last_good = f"of round {state.good.round}" if state.good.round else "that the run started with"
+    return f"the candidate of round {state.made} is rejected: {reason}; the global expert {last_good} comes back"
 
 
 def with_last_good(state: State) -> State:
     """The state with the last good global expert in place of the candidate. SAL's level stays: no round has trained the
     blocks above that of the last good one, so they change nothing. The server optimizer starts without momentum."""
     good, moments = state.good, Moments.zeros(state.expert.size)
-    return replace(state, expert=good.expert, made=good.round, expert_moments=moments, former=FormerHead())
+    former = FormerHead(rejected=state.former.rejected or state.former.head.size > 0)
+    return replace(state, expert=good.expert, made=good.round, expert_moments=moments, former=former)
 
 
 def with_verdict(plan: Plan, state: State, closing: Round) -> State:

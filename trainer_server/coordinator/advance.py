@@ -51,7 +51,14 @@ from trainer_server.coordinator.refusals import (
     refuse,
 )
 from trainer_server.coordinator.rollback import restart_position, rolled_back
-from trainer_server.coordinator.round_update import apply_round, left_out, scaled_down, with_former_head, without_sums
+from trainer_server.coordinator.round_update import (
+    apply_round,
+    left_out,
+    scaled_down,
+    suspects,
+    with_former_head,
+    without_sums,
+)
 from trainer_server.coordinator.secure_sums import MAX_REPEATS, asked_devices, secure_level, shortage
 from trainer_server.coordinator.selection import eligible_devices, select_devices
 from trainer_server.coordinator.state import SUMS, TRAINING, Accepted, Part, Plan, State, Step
@@ -214,9 +221,9 @@ def _open_round(plan: Plan, state: State, position: int, now: float) -> tuple[St
     """Selects devices, publishes the globals and announces the round at `position` of the schedule."""
     config, number, step = plan.config, state.round + 1, plan.schedule[position]
     stage, level = step.stage, state.sal.level
+    starts = step.part is None or position == plan.positions_of(step.part).start
     selected = _selected(plan, state, step, number)
     if step.part is not None:
-        starts = position == plan.positions_of(step.part).start
         if starts and step.part[0] in SUMS and len(state.ready) < MIN_DEVICES:
             reason = f"{len(state.ready)} devices are online, and secure aggregation needs {MIN_DEVICES}"
             return _skip_part(plan, state, step.part, reason, now)
@@ -246,7 +253,7 @@ def _open_round(plan: Plan, state: State, position: int, now: float) -> tuple[St
         sal=sal_of(plan, state, stage),
         encoding=config.encoding,
         privacy=config.privacy,
-        sums=sums_of(plan, stage),
+        sums=sums_of(plan, state, stage),
         min_class_count=config.min_class_count if stage in COUNTED and config.privacy is None else 0,
         secure=step.part is not None,
         classes=state.secure.classes if stage in SUMS else (),
@@ -265,12 +272,16 @@ def _open_round(plan: Plan, state: State, position: int, now: float) -> tuple[St
         recent=tuple(closed[len(closed) - config.max_staleness :]) if config.max_staleness else (),
         counted=frozenset(key for key in state.counted if key[0] >= oldest),
     )
-    return state, announce(blobs, announced)
+    commands = announce(blobs, announced)
+    if step.purpose is Stage.HEAD and starts and (unasked := sorted(suspects(plan, state) - selected)):
+        about = "their updates often pointed away from the others; check these devices and their labels"
+        commands = [Log(f"no sums of {listed(unasked)}: {about}", warning=True), *commands]
+    return state, commands
 
 
 def _selected(plan: Plan, state: State, step: Step, number: int) -> frozenset[str]:
     """The devices that the round asks. A repeated round of training asks every device, because the same selection could
-    fail again."""
+    fail again. For the head only devices whose updates were not often left out are asked."""
     if step.part is not None and plan.masks and step.stage is not Stage.KEYS:
         return asked_devices(state, step.stage) - state.excluded
     ready, least = {name: state.devices[name] for name in state.ready}, state.limits.min_updates
@@ -278,10 +289,13 @@ def _selected(plan: Plan, state: State, step: Step, number: int) -> frozenset[st
     if step.part is not None:
         left_out_ones |= left_out_of_sums(state.silent, number).keys()
         least = max(least, MIN_DEVICES)
+    if step.purpose is Stage.HEAD:
+        left_out_ones |= suspects(plan, state)
+        least = max(least, MIN_DEVICES)
     eligible = eligible_devices(ready, left_out_ones, least)
     if step.stage is Stage.CANARY:
         return canaries(plan, state, eligible, number)
-    if (step.part[0] if step.part else step.stage) not in TRAINING or state.repeats:
+    if step.purpose not in TRAINING or state.repeats:
         return frozenset(eligible)
     return select_devices(plan.config, eligible, state.sal.level, number, least)
 
@@ -340,9 +354,10 @@ def _close_round(plan: Plan, state: State, closing: Round, now: float) -> tuple[
     limits, finish, step = state.limits, len(plan.schedule) - 1, plan.schedule[state.position]
     too_few = _too_few(plan, state, closing)
     if not too_few and (rejected := _rejected_head(plan, state, closing)):
-        text = f"{rejected}; stage 2 begins again with the head of stage 1"
+        text = f"{rejected}; the head of stage 1 comes back, its last rounds are repeated, then stage 2 begins again"
         record = _record(state, closing, now, text)
-        state, commands = _open_round(plan, replace(with_former_head(state), repeats=0, stretch=1), state.position, now)
+        state = replace(with_former_head(state), repeats=0, stretch=1)
+        state, commands = _open_round(plan, state, plan.retraining, now)
         return state, [record, Log(text, warning=True), *commands]
     if not too_few and (rejected := rejection(plan, state, closing)):
         return _reject_candidate(plan, state, closing, rejected, now)
@@ -363,7 +378,7 @@ def _close_round(plan: Plan, state: State, closing: Round, now: float) -> tuple[
             notes.append(f"this round trains at level {applied.secure.level}: {about}")
         quick = 2 * (now - state.since) < next_deadline(plan, state) - state.since
         stretch = max(state.stretch // 2, 1) if quick else state.stretch
-        position = state.position + 1
+        position = _following(plan, applied)
         # repeats of all rounds of a secure aggregation count together
         repeats = state.repeats if step.part is not None and plan.schedule[position].part == step.part else 0
         state, commands = _open_round(plan, replace(applied, repeats=repeats, stretch=stretch), position, now)
@@ -419,12 +434,20 @@ def _reject_candidate(
     plan: Plan, state: State, closing: Round, rejected: str, now: float
 ) -> tuple[State, list[Command]]:
     """Goes on with the last good global expert. A round that has trained from the candidate begins again, and no late
-    update of it counts."""
-    is_canary = closing.stage is Stage.CANARY
+    update of it counts. A head of sums is gone then, so rounds of stage 1 are repeated as after `_rejected_head`."""
+    is_canary, has_sums = closing.stage is Stage.CANARY, state.former.head.size > 0
     record = _record(state, closing, now, "" if is_canary else rejected, rejected)
-    position = state.position + 1 if is_canary else state.position
+    position = plan.retraining if has_sums else state.position + is_canary
     state, commands = _open_round(plan, replace(with_last_good(state), repeats=0, stretch=1), position, now)
     return replace(state, recent=()), [record, Log(f"round {closing.round}: {rejected}", warning=True), *commands]
+
+
+def _following(plan: Plan, state: State) -> int:
+    """The position of the next round. After a rejected head no sums replace the trained one."""
+    position = state.position + 1
+    while state.former.rejected and plan.schedule[position].purpose is Stage.HEAD:
+        position += 1
+    return position
 
 
 def _rejected_head(plan: Plan, state: State, closing: Round) -> str:

@@ -45,9 +45,9 @@ def pack_globals(plan: Plan, state: State, stage: Stage) -> Blobs:
     return {kind: (blob_hash(blob), blob) for kind, blob in blobs.items()}
 
 
-def sums_of(plan: Plan, stage: Stage) -> Sums:
+def sums_of(plan: Plan, state: State, stage: Stage) -> Sums:
     """What devices sum in a round of this stage, or in stage 1 what they will sum in the round of the head."""
-    if stage is Stage.HEAD or (stage is Stage.GLOBAL and _has_head_round(plan)):
+    if stage is Stage.HEAD or (stage is Stage.GLOBAL and _has_head_round(plan) and not state.former.rejected):
         return plan.config.head_sums
     return Sums.FEATURES if stage is Stage.STATISTICS and plan.config.head is Head.CLASS_MEANS else Sums.NONE
 

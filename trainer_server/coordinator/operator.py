@@ -106,7 +106,7 @@ def _include(state: State, operation: Operation, now: float) -> tuple[State, str
     if operation.device not in state.excluded:
         return state, f"{operation.device} is not excluded"
     after = replace(state, excluded=state.excluded - {operation.device})
-    return after, f"{operation.device} takes part again from the next round on"
+    return after, f"{operation.device} takes part again, from the next round on at the latest"
 
 
 def _deadline(state: State, operation: Operation, now: float) -> tuple[State, str]:

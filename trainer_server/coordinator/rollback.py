@@ -24,9 +24,9 @@ def restart_position(plan: Plan, position: int) -> int:
     """The position of the schedule from which a run goes on that is rolled back at `position`. Sums for the head are
     not asked for again: devices mask one sum of each kind in a session."""
     step = plan.schedule[position]
-    if (step.part[0] if step.part else step.stage) in (Stage.STATISTICS, Stage.GLOBAL):
+    if step.purpose in (Stage.STATISTICS, Stage.GLOBAL):
         return plan.positions_of(step.part).start if step.part else position
-    stages = [each.part[0] if each.part else each.stage for each in plan.schedule]
+    stages = [each.purpose for each in plan.schedule]
     return stages.index(Stage.PERSONAL)
 
 
@@ -40,12 +40,11 @@ def rolled_back(plan: Plan, state: State, position: int) -> State:
         expert_moments=Moments.zeros(state.expert.size),
         made=state.rollback.round,
         good=LastGood(),
-        former=FormerHead(),
+        former=FormerHead(rejected=state.former.rejected),
         norms=(),
         secure=NO_SUMS,
         rollback=None,
     )
-    step = plan.schedule[position]
-    if (step.part[0] if step.part else step.stage) is not Stage.PERSONAL:
+    if plan.schedule[position].purpose is not Stage.PERSONAL:
         return state
     return replace(state, gate=plan.bundle.initial()[1], gate_moments=Moments.zeros(state.gate.size))

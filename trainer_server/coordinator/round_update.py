@@ -33,6 +33,7 @@ from trainer_server.coordinator.state import NO_SUMS, TRAINING, Accepted, Part, 
 from trainer_server.coordinator.validation import class_statistics, expert_delta, gate_delta, head_statistics
 
 ROUNDING = 1e-6  # of an accuracy from fixed-point numbers
+OFTEN, LEAST_ROUNDS = 3, 2  # left out of a third of the rounds of stage 1, and at least of two
 
 
 def apply_round(plan: Plan, state: State, closing: Round) -> State:
@@ -74,13 +75,26 @@ def scaled_down(plan: Plan, state: State) -> str:
     )
 
 
+def suspects(plan: Plan, state: State) -> frozenset[str]:
+    """The devices that are not asked for the sums of the head round, because their updates did not enter many rounds of
+    stage 1: no rule can leave single sums out."""
+    least = max(plan.config.stage1_rounds / OFTEN, LEAST_ROUNDS)
+    return frozenset(device for device, rounds in state.left_out.items() if rounds >= least)
+
+
+def _outliers(plan: Plan, state: State) -> dict[str, float]:
+    """The agreements of the devices whose updates do not enter the average of the round."""
+    found = {name: each for name, each in sorted(state.agreements.items()) if name in state.answered}
+    if plan.config.aggregation.rule is not Rule.SCREENED_MEAN:
+        return {}
+    kept = agreeing([*found.values()])
+    return {name: each for (name, each), agrees in zip(found.items(), kept, strict=True) if not agrees}
+
+
 def left_out(plan: Plan, state: State, applied: State) -> str:
     """Names the devices whose updates did not enter the average of the round; "" if there are none."""
-    devices = sorted(state.answered & applied.agreements.keys())
-    if plan.config.aggregation.rule is not Rule.SCREENED_MEAN or not devices:
-        return ""
-    found = [applied.agreements[device] for device in devices]
-    low = [f"{name} ({each:.2f})" for name, each, kept in zip(devices, found, agreeing(found), strict=True) if not kept]
+    found = [applied.agreements[device] for device in sorted(state.answered & applied.agreements.keys())]
+    low = [f"{name} ({each:.2f})" for name, each in _outliers(plan, applied).items()]
     return (
         f"round {state.round}: updates that point away from the others were left out, with an agreement of "
         f"{median(found):.2f} in the median: {listed(low)}; if this repeats, check these devices and their labels"
@@ -157,9 +171,12 @@ def _with_first_head(plan: Plan, state: State, total: NDArray[np.floating[Any]])
 
 
 def _starting_from(plan: Plan, state: State, head: Vector) -> State:
-    expert = state.expert.copy()
+    """The state with this first head; in a warm start only its rows of new classes count."""
+    expert, level = state.expert.copy(), 1
+    if plan.warm:
+        head, level = plan.warm.with_new_rows(state.expert[: head.size], head), state.sal.level
     expert[: head.size] = head
-    return replace(state, expert=expert, start=expert[: plan.bundle.expert.size(1)])
+    return replace(state, expert=expert, start=expert[: plan.bundle.expert.size(level)])
 
 
 def _first_head(plan: Plan, sums: Mapping[str, Vector]) -> Vector:
@@ -174,7 +191,7 @@ def _first_head(plan: Plan, sums: Mapping[str, Vector]) -> Vector:
 
 def _expert(plan: Plan, state: State, closing: Round) -> State:
     combined = _combined(plan, state, plan.bundle.expert, expert_delta)
-    state = replace(state, agreements=_agreements(state, combined))
+    state = _screened(plan, state, combined)
     return _with_expert(plan, state, combined, closing.index, _held_out(state))
 
 
@@ -182,11 +199,13 @@ def _with_expert(plan: Plan, state: State, combined: Aggregate, index: int, accu
     """The state after round `index` of stage 1."""
     expert, moments = plan.config.aggregation.server_optimizer.step(state.expert, combined, state.expert_moments)
     # after the last round no device would train a newly activated block
-    last = index + 1 == plan.config.stage1_rounds
+    last = index + 1 == plan.config.stage1_rounds or state.former.rejected
     sal = state.sal if last else plan.config.stage1_sal.observe(state.sal, accuracy)
-    first = plan.config.head is Head.ZEROS and index == 0
+    is_cold = not (plan.warm and plan.warm.kept.any()) and not state.former.rejected
+    first = plan.config.head is Head.ZEROS and index == 0 and is_cold
     start = expert[: plan.bundle.expert.size(1)] if first else state.start
-    former = FormerHead(nlls=reported({key[1]: accepted.update for key, accepted in state.updates.items()}))
+    nlls = reported({key[1]: accepted.update for key, accepted in state.updates.items()})
+    former = replace(state.former, nlls=nlls)
     return replace(state, expert=expert, start=start, expert_moments=moments, sal=sal, former=former)
 
 
@@ -204,19 +223,19 @@ def _with_final_head(plan: Plan, state: State, total: NDArray[np.floating[Any]])
     expert[: head.size] = with_former_rows(head, former, counts)
     if np.array_equal(expert, state.expert):
         return state
-    return replace(state, expert=expert, former=replace(state.former, head=former))
+    return replace(state, expert=expert, former=replace(state.former, head=former, made=state.made))
 
 
 def with_former_head(state: State) -> State:
     """The state with the head of stage 1 in place of the one of the sums."""
     expert = state.expert.copy()
     expert[: state.former.head.size] = state.former.head
-    return replace(state, expert=expert, former=FormerHead())
+    return replace(state, expert=expert, made=state.former.made, former=FormerHead(rejected=True))
 
 
 def _gate(plan: Plan, state: State, closing: Round) -> State:
     combined = _combined(plan, state, plan.bundle.gate, gate_delta)
-    return _with_gate(plan, replace(state, agreements=_agreements(state, combined)), combined)
+    return _with_gate(plan, _screened(plan, state, combined), combined)
 
 
 def _with_gate(plan: Plan, state: State, combined: Aggregate) -> State:
@@ -257,18 +276,21 @@ def _combined(plan: Plan, state: State, layout: Layout, delta: Callable[[Plan, U
         late = state.round - update.round
         size = layout.size(update.level) if update.stage is Stage.GLOBAL else layout.total
         former = state.agreements.get(update.device) if state.announced and state.announced.index else None
-        contributions.append(Contribution(weight / (1 + late) ** 0.5, size, partial(read, accepted), former))
+        contributions.append(
+            Contribution(weight / (1 + late) ** 0.5, size, partial(read, accepted), former, update.device)
+        )
     least = privacy.shares if privacy else 1
     return aggregation.aggregation_rule.aggregate(contributions, layout.parts, least, plan.scratch)
 
 
-def _agreements(state: State, combined: Aggregate) -> dict[str, float]:
-    """`State.agreements` after a round: of the first round of a stage only its own."""
+def _screened(plan: Plan, state: State, combined: Aggregate) -> State:
+    """The state with the agreements after a round: of the first round of a stage only its own."""
     assert state.announced is not None
-    former = state.agreements if state.announced.index else {}
+    former, counts = (state.agreements, state.left_out) if state.announced.index else ({}, {})
     devices = [accepted.update.device for accepted in _in_order(state)]
     found = zip(devices, combined.agreements or [None] * len(devices), strict=True)
-    return {**former, **{device: each for device, each in found if each is not None}}
+    state = replace(state, agreements={**former, **{device: each for device, each in found if each is not None}})
+    return replace(state, left_out={**counts, **{name: counts.get(name, 0) + 1 for name in _outliers(plan, state)}})
 
 
 def _in_order(state: State) -> list[Accepted]:

@@ -24,9 +24,10 @@ from fedfmsl.protocol.secure_sums import SignedKeys
 from fedfmsl.protocol.task_bundle import TaskBundle
 from trainer_server.config import Head, RunConfig
 from trainer_server.coordinator.candidates import LastGood, Rollback
-from trainer_server.coordinator.former_head import FormerHead
+from trainer_server.coordinator.former_head import RETRAINED, FormerHead
 from trainer_server.coordinator.limits import Limits
 from trainer_server.coordinator.refusals import Refused
+from trainer_server.coordinator.warm_start import WarmStart
 
 TRAINING = (Stage.GLOBAL, Stage.PERSONAL)
 SUMS = (Stage.STATISTICS, Stage.HEAD)
@@ -50,6 +51,11 @@ class Step:
     of: int
     part: Part | None = None
 
+    @property
+    def purpose(self) -> Stage:
+        """The stage that the round is for: that of the vectors which a secure aggregation sums."""
+        return self.part[0] if self.part else self.stage
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -58,7 +64,7 @@ class Plan:
 
     `check_keys` raises MessageError if signed keys are not valid. Without `masks`, as in a simulation, the vectors of
     secure sums are not masked, and have the same sum. `scratch`: the folder for what of a round does not fit in memory;
-    None: that of temporary files.
+    None: that of temporary files. `warm`: what the run goes on from, if it does not start afresh.
     """
 
     config: RunConfig
@@ -68,17 +74,20 @@ class Plan:
     check_keys: CheckKeys = unsigned
     masks: bool = True
     scratch: Path | None = None
+    warm: WarmStart | None = None
 
     @cached_property
     def schedule(self) -> list[Step]:
         """Every round of the run in order. The last one is FINISHED."""
         config = self.config
+        has_new_rows = self.warm is None or not self.warm.kept.all()
+        # noise would drown the second moments
+        has_head_round = config.stage1_rounds and config.privacy is None and config.head_sums is not Sums.NONE
         rounds = {
-            Stage.STATISTICS: int(config.head is not Head.ZEROS),
+            Stage.STATISTICS: int(config.head is not Head.ZEROS and has_new_rows),
             Stage.GLOBAL: config.stage1_rounds,
-            # noise would drown the second moments
-            Stage.HEAD: int(config.privacy is None and config.head_sums is not Sums.NONE),
-            Stage.CANARY: int(config.canary is not None),
+            Stage.HEAD: int(has_head_round),
+            Stage.CANARY: int(config.canary is not None and config.stage1_rounds > 0),
             Stage.PERSONAL: config.stage2_rounds,
             Stage.BASELINE: int(config.baseline),
             Stage.EVALUATE: 1,
@@ -117,6 +126,12 @@ class Plan:
         """The positions of the schedule that belong to a secure aggregation."""
         positions = [position for position, step in enumerate(self.schedule) if step.part == part]
         return range(positions[0], positions[-1] + 1)
+
+    @property
+    def retraining(self) -> int:
+        """The position from which stage 1 is trained again after a rejected head."""
+        rounds = [position for position, step in enumerate(self.schedule) if step.stage is Stage.GLOBAL]
+        return rounds[-RETRAINED:][0]
 
     @cached_property
     def statistics(self) -> Layout:
@@ -185,13 +200,14 @@ Key = tuple[int, str]  # round and device: one update counts for each
 class State:
     """The state of a run between two events.
 
-    Globals: `expert` (P,) has the bundle's highest level, and its blocks above SAL's level are untrained. `start` (P₁,)
-    is the expert that stage 1 starts from; if its head is zeros, that of the first round of stage 1 replaces it. `gate`
-    (G,) is the gate adapter. `made`: the closed round that made the global expert. `good`: the last one that was not
-    rejected (`trainer_server.coordinator.candidates`).
+    Globals: `expert` (P,) has the bundle's highest level, and its blocks above SAL's level are untrained. `start` is
+    the expert that stage 1 starts from: (P₁,), or with the level of a warm start. If its head is zeros, that of the
+    first round of stage 1 replaces it. `gate` (G,) is the gate adapter. `made`: the closed round that made the global
+    expert. `good`: the last one that was not rejected (`trainer_server.coordinator.candidates`).
 
     `norms`: the median norms of the updates in the stage's last rounds. `agreements`: by device, how much its updates
-    of the stage agree with those of others (`fedfmsl.algorithms.agreement`).
+    of the stage agree with those of others (`fedfmsl.algorithms.agreement`). `left_out`: by device, how many rounds of
+    the stage left its update out.
 
     Round: `position` in the schedule is -1 while the server waits for devices. `since` is the time of the
     announcement. `expected` are the selected devices. `updates` are the accepted updates of the present round.
@@ -222,6 +238,7 @@ class State:
     limits: Limits
     norms: tuple[float, ...] = ()
     agreements: Mapping[str, float] = field(default_factory=dict)
+    left_out: Mapping[str, int] = field(default_factory=dict)
     stretch: int = 1
     slowest: Mapping[Stage, float] = field(default_factory=dict)
     position: int = -1
@@ -270,15 +287,19 @@ class State:
 
 
 def initial_state(plan: Plan, now: float) -> State:
-    expert, gate = plan.bundle.initial()  # its head is zeros
-    first = plan.bundle.expert.size(1) if plan.config.head is Head.ZEROS else 0
+    config, warm = plan.config, plan.warm
+    expert, gate = (warm.expert, warm.gate) if warm else plan.bundle.initial()  # without a warm start its head is zeros
+    sal = config.stage1_sal.start()
+    if warm:
+        sal = replace(sal, level=max(sal.level, warm.level))
+    first = plan.bundle.expert.size(1) if config.head is Head.ZEROS else 0
     return State(
         expert=expert,
         gate=gate,
-        start=expert[:first],
+        start=expert[: plan.bundle.expert.size(sal.level) if warm else first],
         expert_moments=Moments.zeros(expert.size),
         gate_moments=Moments.zeros(gate.size),
-        sal=plan.config.stage1_sal.start(),
+        sal=sal,
         since=now,
-        limits=Limits.of(plan.config),
+        limits=Limits.of(config),
     )

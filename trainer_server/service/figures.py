@@ -38,7 +38,8 @@ class Figures:
 
     @classmethod
     def of_run(cls, store: RunStore) -> Figures:
-        return cls(NoisedRounds.of(store.closed_stages()) if store.origin.config.privacy else NoisedRounds())
+        origin = store.origin
+        return cls(NoisedRounds.of(store.closed_counts() if origin.config.privacy else {}, origin.spent_before))
 
     def closed(self, record: ClosedRound, seconds: float) -> None:
         """`seconds`: how long the closing took."""
@@ -49,7 +50,7 @@ class Figures:
         self.updates += len(record.updates)
         self.stragglers += len(record.missing)
         self.bytes_up += sum(record.bytes_up.values())
-        self.noised.add(record.round.stage, record.repeated)
+        self.noised.add(record.round.stage, bool(record.repeated))
         self.held_out |= {name: value for name, value in record.held_out.items() if name in ACCURACIES}
 
 

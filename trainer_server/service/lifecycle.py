@@ -28,6 +28,7 @@ from trainer_server.coordinator.limits import check_change
 from trainer_server.coordinator.state import CheckKeys, Plan, State, initial_state, unsigned
 from trainer_server.service.loop import Service
 from trainer_server.service.run_log import LOG_BYTES, log_to_folder
+from trainer_server.service.start_from import read_start
 from trainer_server.service.stored import differing_settings
 from trainer_server.storage.run_store import DATABASE, LoggedEvent, Origin, RunStore, require_folder
 from trainer_server.tracking.tracker import Tracker
@@ -37,14 +38,18 @@ logger = logging.getLogger(__name__)
 NO_CHANGES: Mapping[str, Any] = MappingProxyType({})
 
 
-def open_run(folder: Path, config: RunConfig, bundle: TaskBundle) -> RunStore:
-    """Creates a run in `folder`, or opens the one that was started there with the same settings.
+def open_run(folder: Path, config: RunConfig, bundle: TaskBundle, source: Path | None = None) -> RunStore:
+    """Creates a run in `folder`, or opens the one that was started there with the same settings. `source`: the folder
+    of the run or adapter that it goes on from, which is read only once.
 
     Raises ConfigError naming the settings that differ, or if `folder` is a file. Raises RunError if the folder
     cannot be used.
     """
     require_folder(folder)
+    if not config.stage1_rounds and source is None:
+        raise ConfigError("--stage1-rounds 0 needs --from: without stage 1 there is no global expert; add one of them")
     if not (folder / DATABASE).is_file():
+        start = read_start(source, bundle, config) if source else None
         origin = Origin(
             config=config,
             session=secrets.token_hex(8),
@@ -53,15 +58,21 @@ def open_run(folder: Path, config: RunConfig, bundle: TaskBundle) -> RunStore:
             task=bundle.task.sha256,
         )
         try:
-            return RunStore.create(folder, origin, bundle.task)
+            return RunStore.create(folder, origin, bundle.task, start)
         except (OSError, sqlite3.Error) as error:
             raise RunError(
                 f"{folder} cannot be written ({error}); choose another --out, or free some disk space"
             ) from error
     store = RunStore(folder)
     if store.is_unstarted():  # an earlier start failed before its first event, for example without a broker
-        store.reset(config, bundle)
+        store.reset(config, bundle, read_start(source, bundle, config) if source else None)
     origin = store.origin
+    if (origin.start.source if origin.start else None) != (str(source.absolute()) if source else None):
+        raise ConfigError(
+            f"{folder} holds run {config.run!r}, which "
+            f"{f'goes on from {origin.start.source}' if origin.start else 'starts afresh'}; give the same --from, or "
+            "choose another --out"
+        )
     if origin.sha256 != bundle.sha256:
         raise ConfigError(f"{folder} holds a run with another bundle ({origin.bundle}); choose another --out")
     if origin.task != bundle.task.sha256:
@@ -71,6 +82,11 @@ def open_run(folder: Path, config: RunConfig, bundle: TaskBundle) -> RunStore:
         )
     if config != origin.config:
         differences, changes = differing_settings(origin.config, config)
+        if store.ended is not None:
+            raise ConfigError(
+                f"{folder} holds run {origin.config.run!r} with {differences}; it has ended, so choose another "
+                "--out for a new run"
+            )
         raise ConfigError(
             f"{folder} holds run {origin.config.run!r} with {differences}; resume it with python -m trainer_server "
             f"resume{changes} --out {folder}, or choose another --out"
@@ -175,7 +191,7 @@ def change_limits(store: RunStore, plan: Plan, state: State, at: float, changes:
 
 
 def make_plan(store: RunStore, bundle: TaskBundle) -> Plan:
-    return Plan(store.origin.config, bundle, store.origin.session, store.read)
+    return Plan(store.origin.config, bundle, store.origin.session, store.read, warm=store.warm_start())
 
 
 def restore_state(store: RunStore, plan: Plan) -> tuple[State, float]:
@@ -188,7 +204,7 @@ def restore_state(store: RunStore, plan: Plan) -> tuple[State, float]:
 
 
 def replay_rounds(store: RunStore, plan: Plan) -> Iterator[Round]:
-    """Announces every round again, computed from the event log alone, with --audit-rounds from the first kept state on.
+    """Announces every round again, computed from the event log alone, from the first kept state on (--keep-rounds).
 
     Raises RunError if the run was started without --audit, which keeps the whole log.
     """

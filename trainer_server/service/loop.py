@@ -143,8 +143,6 @@ class Service:
         try:
             self._keep_expert()
             self._obey()  # a finished run goes on if it is rolled back
-            if self._store.ended is not None:  # the previous server may have stopped before it announced the end
-                self._publish_state()
             if self._store.checkpoint_number():
                 self._expert_folder.resumed(self._state, last_result(self._store))
             while self._store.ended is None:
@@ -174,8 +172,9 @@ class Service:
             self._floods.use_chunks_of(size)
 
     def _connect(self, state: State) -> None:
-        """The start of a connection. The subscriptions come first: a retained answer to this server's status would be
-        no sign of life, and the guard counts only statuses before this server's own as earlier ones."""
+        """The start of a connection. It announces the round again, and the end of a run, which the previous server may
+        not have done. The subscriptions come first: a retained answer to this server's status would be no sign of life,
+        and the guard counts only statuses before this server's own as earlier ones."""
         self._save_certificates()
         self._guard.connected(self._clock.now())
         self._liveness.connected((status.device for status in _online(state)), self._clock.now())

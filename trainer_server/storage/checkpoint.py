@@ -32,6 +32,7 @@ class Checkpoint(BaseModel):
     since: float
     norms: tuple[float, ...]
     agreements: dict[str, float] = {}
+    left_out: dict[str, int] = {}
     limits: Limits
     stretch: int
     slowest: dict[Stage, float]
@@ -51,6 +52,8 @@ class Checkpoint(BaseModel):
     survivors: tuple[str, ...] = ()
     classes: tuple[int, ...] = ()
     former_nlls: dict[str, float] = {}
+    former_made: int = 0
+    head_rejected: bool = False
     waiting: bool = False
     made: int = 0
     good_round: int = 0
@@ -68,6 +71,7 @@ class Checkpoint(BaseModel):
             since=state.since,
             norms=state.norms,
             agreements=dict(state.agreements),
+            left_out=dict(state.left_out),
             limits=state.limits,
             stretch=state.stretch,
             slowest=dict(state.slowest),
@@ -87,6 +91,8 @@ class Checkpoint(BaseModel):
             survivors=state.secure.survivors,
             classes=state.secure.classes,
             former_nlls=dict(state.former.nlls),
+            former_made=state.former.made,
+            head_rejected=state.former.rejected,
             waiting=state.waiting,
             made=state.made,
             good_round=state.good.round,
@@ -120,6 +126,7 @@ class Checkpoint(BaseModel):
             since=self.since,
             norms=self.norms,
             agreements=self.agreements,
+            left_out=self.left_out,
             limits=self.limits,
             stretch=self.stretch,
             slowest=self.slowest,
@@ -134,7 +141,7 @@ class Checkpoint(BaseModel):
             silent=self.silent,
             counted=frozenset(self.counted),
             secure=secure,
-            former=FormerHead(vectors["former_head"], self.former_nlls),
+            former=FormerHead(vectors["former_head"], self.former_nlls, self.former_made, self.head_rejected),
             waiting=self.waiting,
             made=self.made,
             good=LastGood(vectors["good_expert"], self.good_round, self.good_nlls),

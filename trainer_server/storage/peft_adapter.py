@@ -29,6 +29,9 @@ from fedfmsl.protocol.image_processor import PREPROCESSOR, image_processor
 from fedfmsl.protocol.peft_names import to_peft
 from fedfmsl.protocol.task_bundle import TaskBundle
 
+ADAPTER_CONFIG, ADAPTER_TENSORS, LABELS = "adapter_config.json", "adapter_model.safetensors", "labels.json"
+BACKBONE = "backbone"  # metadata of the tensors: the SHA-256 of the frozen weights
+
 
 def adapter_files(bundle: TaskBundle, expert: Vector, level: int) -> dict[str, bytes]:
     """Content by name. `expert` (P,) or (P_level,): of it, the trainable parameters of `level` are used."""
@@ -54,10 +57,15 @@ def adapter_files(bundle: TaskBundle, expert: Vector, level: int) -> dict[str, b
     tensors = to_peft(manifest.peft, bundle.expert.split(expert[: bundle.expert.size(level)]))
     contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
     files: dict[str, object] = {
-        "adapter_config.json": config,
-        "labels.json": {str(index): name for index, name in enumerate(bundle.classes)},
+        ADAPTER_CONFIG: config,
+        LABELS: {str(index): name for index, name in enumerate(bundle.classes)},
     }
     if isinstance(manifest.preprocessing, ImagePreprocessing):
         files[PREPROCESSOR] = image_processor(manifest.preprocessing)
     texts = {name: json.dumps(value, indent=1).encode() for name, value in files.items()}
-    return {**texts, "adapter_model.safetensors": save(contiguous, {"format": "pt"})}
+    return {**texts, ADAPTER_TENSORS: save(contiguous, {"format": "pt", BACKBONE: backbone_of(bundle)})}
+
+
+def backbone_of(bundle: TaskBundle) -> str:
+    """The SHA-256 of the bundle's frozen weights."""
+    return bundle.manifest.files["backbone.weights"].sha256

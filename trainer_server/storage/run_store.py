@@ -7,7 +7,7 @@
     RUN/certificates.json  when the certificates of server and broker expire
     RUN/outage.json      since when and why there is no connection to the broker
     RUN/tasks/SHA256     the run's task
-    RUN/tensors/SHA256   the checkpoint's tensors, and the updates accepted after it
+    RUN/tensors/SHA256   the checkpoint's tensors, the updates accepted after it, and what the run goes on from
     RUN/experts/         see `trainer_server.storage.kept_experts`
 
 Order of writes: first the complete tensor file, then its event, then the acknowledgement. So a crash leaves at most a
@@ -50,7 +50,9 @@ from trainer_server.coordinator.limits import Limits
 from trainer_server.coordinator.operator import Operation, after_operations
 from trainer_server.coordinator.records import ClosedRound, RoundSummary
 from trainer_server.coordinator.state import TRAINING, State
+from trainer_server.coordinator.warm_start import WarmStart
 from trainer_server.storage.checkpoint import Checkpoint, vectors_of
+from trainer_server.storage.start_record import Start, StartOrigin, warm_start_of
 
 DATABASE = "run.sqlite"
 TASKS = "tasks"
@@ -72,6 +74,10 @@ CREATE TABLE IF NOT EXISTS checkpoints (
 CREATE TABLE IF NOT EXISTS rounds (
     round INTEGER PRIMARY KEY, closed_at REAL NOT NULL, record TEXT NOT NULL, summary TEXT NOT NULL
 );
+-- closed rounds whose records are deleted: how many of each stage were `repeated` (1) or not (0)
+CREATE TABLE IF NOT EXISTS deleted_rounds (
+    stage TEXT NOT NULL, repeated INTEGER NOT NULL, count INTEGER NOT NULL, PRIMARY KEY (stage, repeated)
+);
 CREATE TABLE IF NOT EXISTS refusals (
     device TEXT NOT NULL, kind TEXT NOT NULL, count INTEGER NOT NULL, last TEXT NOT NULL, PRIMARY KEY (device, kind)
 );
@@ -79,13 +85,27 @@ CREATE TABLE IF NOT EXISTS refusals (
 
 
 class Origin(BaseModel):
-    """What a run was started with. `bundle`: the bundle's folder. `sha256`: the bundle's hash. `task`: the task's."""
+    """What a run was started with. `bundle`: the bundle's folder. `sha256`: the bundle's hash. `task`: the task's.
+    `start`: what it goes on from; None if it starts afresh."""
 
     config: RunConfig
     session: str
     bundle: Path
     sha256: str
     task: str
+    start: StartOrigin | None = None
+
+    @property
+    def spent_before(self) -> dict[str, float]:
+        """The sums of μ² of earlier runs, by observer."""
+        return dict(self.start.mu_squared or {}) if self.start else {}
+
+    @property
+    def uncounted(self) -> str:
+        """What the privacy budget does not count of earlier runs; "" if it counts all."""
+        if self.start is None or self.config.privacy is None or self.start.mu_squared is not None:
+            return ""
+        return f"ε counts this run only: what was sent for {self.start.source} had no noise, or is unknown"
 
 
 @dataclass(frozen=True)
@@ -135,21 +155,23 @@ class RunStore:
             raise RunError(f"no run at {folder}: {DATABASE} is missing; start one with python -m trainer_server start")
         self.folder = folder
         try:
-            self._db = sqlite3.connect(path, timeout=busy_seconds, isolation_level=None)
+            self._db = _opened(path, busy_seconds)
             self._db.execute("PRAGMA synchronous = FULL")
             (origin, self.ended) = self._db.execute("SELECT origin, ended FROM run").fetchone()
             _check_version(path, origin)
             self.origin = Origin.model_validate_json(origin)
-            self._db.execute("SELECT summary FROM rounds LIMIT 0")  # a run of an earlier version has none
+            self._db.execute("SELECT summary, count FROM rounds, deleted_rounds LIMIT 0")  # not in earlier versions
         except (sqlite3.Error, TypeError, ValueError) as error:
             raise RunError(f"{path} cannot be read ({error}); is it a run of this version?") from error
 
     @classmethod
-    def create(cls, folder: Path, origin: Origin, task: Task) -> RunStore:
+    def create(cls, folder: Path, origin: Origin, task: Task, start: Start | None = None) -> RunStore:
         """Raises OSError or sqlite3.Error if it cannot be written."""
+        origin = origin.model_copy(update={"start": start.origin if start else None})
         folder.mkdir(0o700, parents=True, exist_ok=True)  # it holds updates of devices
         (folder / "tensors").mkdir(exist_ok=True)
         _write_task(folder, task)
+        _write_start(folder, start)
         with closing(sqlite3.connect(folder / DATABASE, timeout=BUSY_SECONDS, isolation_level=None)) as db:
             db.execute("PRAGMA journal_mode = WAL")
             db.execute("PRAGMA synchronous = FULL")
@@ -224,19 +246,26 @@ class RunStore:
             raise RunError(f"{path} was altered (wrong SHA-256); restore it from a backup")
         return blob
 
+    def warm_start(self) -> WarmStart | None:
+        """What the run goes on from. Raises RunError if its tensor file is missing or altered."""
+        start = self.origin.start
+        return warm_start_of(start, self._unpack(start.sha256, _Vectors)[1]) if start else None
+
     def is_unstarted(self) -> bool:
         """Whether no event has been stored yet."""
         query = "SELECT (SELECT count(*) FROM checkpoints) + (SELECT count(*) FROM events) = 0"
         return self.ended is None and bool(self._db.execute(query).fetchone()[0])
 
-    def reset(self, config: RunConfig, bundle: TaskBundle) -> None:
+    def reset(self, config: RunConfig, bundle: TaskBundle, start: Start | None = None) -> None:
         """Replaces the settings of an unstarted run."""
         _write_task(self.folder, bundle.task)
+        _write_start(self.folder, start)
         renewed = {
             "config": config,
             "bundle": bundle.root.absolute(),
             "sha256": bundle.sha256,
             "task": bundle.task.sha256,
+            "start": start.origin if start else None,
         }
         self.origin = self.origin.model_copy(update=renewed)
         self._db.execute("UPDATE run SET origin = ?", (self.origin.model_dump_json(),))
@@ -254,7 +283,8 @@ class RunStore:
         """Stores everything durably, in one transaction. `reopens`: the run has not ended any more. Raises
         sqlite3.Error if it cannot be written.
 
-        Records of rounds that are too old keep no values of single devices (see DETAILS).
+        Records of rounds that are too old keep no values of single devices (see DETAILS); those before --keep-rounds
+        are deleted, and only counted.
         """
         rounds = list(rounds)
         with self._transaction():
@@ -280,6 +310,8 @@ class RunStore:
             )
             kept = max(DETAILS // self.origin.config.devices, 1)
             self._db.executemany(without_details, [(closed.round.round - kept,) for closed in rounds])
+            if rounds:
+                self._delete_rounds(rounds[-1].round.round - self.origin.config.keep_rounds)
             self._db.executemany(
                 "INSERT INTO refusals VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE"
                 " SET count = count + excluded.count, last = excluded.last",
@@ -292,9 +324,19 @@ class RunStore:
         with contextlib.suppress(OSError):
             os.utime(self._lock)  # for `server`
 
+    def _delete_rounds(self, last: int) -> None:
+        """Deletes the records up to that round, and adds them to the counts of deleted rounds."""
+        count = (
+            "INSERT INTO deleted_rounds SELECT json_extract(record, '$.round.stage'),"
+            " json_extract(record, '$.repeated') != '', count(*) FROM rounds WHERE round <= ? GROUP BY 1, 2"
+            " ON CONFLICT DO UPDATE SET count = count + excluded.count"
+        )
+        self._db.execute(count, (last,))
+        self._db.execute("DELETE FROM rounds WHERE round <= ?", (last,))
+
     def save_checkpoint(self, state: State, at: float) -> None:
         """Stores the state. Deletes earlier events, checkpoints and tensors; with --audit only those of rounds before
-        --audit-rounds.
+        --keep-rounds.
 
         Raises OSError or sqlite3.Error if it cannot be written; the previous checkpoint is valid then.
         """
@@ -311,6 +353,7 @@ class RunStore:
         if first:
             query = "SELECT sha256 FROM checkpoints UNION SELECT sha256 FROM events WHERE sha256 IS NOT NULL"
             needed = {name for (name,) in self._db.execute(query)}
+            needed |= {self.origin.start.sha256} if self.origin.start else set()
             for path in self.tensors.iterdir():
                 if path.name not in needed:
                     path.unlink(missing_ok=True)
@@ -320,10 +363,8 @@ class RunStore:
         config = self.origin.config
         if not config.audit:
             return last
-        if config.audit_rounds is None:
-            return 0
         query = "SELECT seq FROM checkpoints ORDER BY seq DESC LIMIT 1 OFFSET ?"
-        row = self._db.execute(query, (config.audit_rounds,)).fetchone()
+        row = self._db.execute(query, (config.keep_rounds,)).fetchone()
         return int(row[0]) if row else 0
 
     def save_joined(self, devices: Iterable[str]) -> None:
@@ -469,11 +510,20 @@ class RunStore:
         row = self._db.execute("SELECT record FROM rounds WHERE round = ?", (number,)).fetchone()
         return ClosedRound.model_validate_json(row[0]) if row else None
 
-    def closed_stages(self) -> list[tuple[Stage, str]]:
-        """Of every closed round, without its record: its stage, and why it was repeated ("": it was not)."""
-        stage, repeated = (f"json_extract(record, '$.{path}')" for path in ("round.stage", "repeated"))
-        query = f"SELECT {stage}, {repeated} FROM rounds ORDER BY round"
-        return [(Stage(stage), repeated) for stage, repeated in self._db.execute(query).fetchall()]
+    def closed_counts(self) -> dict[tuple[Stage, bool], int]:
+        """How many rounds the run has closed, also those whose records are deleted, by stage and whether they were
+        repeated."""
+        stage, repeated = "json_extract(record, '$.round.stage')", "json_extract(record, '$.repeated') != ''"
+        query = (
+            f"SELECT stage, repeated, sum(count) FROM (SELECT {stage} AS stage, {repeated} AS repeated, 1 AS count"
+            " FROM rounds UNION ALL SELECT stage, repeated, count FROM deleted_rounds) GROUP BY 1, 2"
+        )
+        return {(Stage(stage), bool(repeated)): count for stage, repeated, count in self._db.execute(query).fetchall()}
+
+    def repetitions(self) -> list[str]:
+        """Why rounds were repeated, in order."""
+        query = "SELECT json_extract(record, '$.repeated') AS why FROM rounds WHERE why != '' ORDER BY round"
+        return [why for (why,) in self._db.execute(query).fetchall()]
 
     def rejections(self) -> dict[int, str]:
         """By closed round, why the global expert that its devices measured was rejected."""
@@ -495,6 +545,20 @@ class RunStore:
     def refusals(self) -> list[RefusalCount]:
         rows = self._db.execute("SELECT device, kind, count, last FROM refusals ORDER BY count DESC, device, kind")
         return [RefusalCount(*row) for row in rows]
+
+
+def _opened(path: Path, busy_seconds: float) -> sqlite3.Connection:
+    """A database in a folder that this user may not write to, as a backup, is read as it is: SQLite would make files
+    beside it. Raises RunError if it has changes that are in such a file only."""
+    if os.access(path.parent, os.W_OK):
+        return sqlite3.connect(path, timeout=busy_seconds, isolation_level=None)
+    log = path.with_name(f"{path.name}-wal")
+    if log.is_file() and log.stat().st_size:
+        raise RunError(
+            f"this user may not write to {path.parent}, and {log.name} has changes that are not in {path.name} yet; "
+            "run the command as the server's user, or on a copy that can be written"
+        )
+    return sqlite3.connect(f"{path.absolute().as_uri()}?immutable=1", uri=True, isolation_level=None)
 
 
 def _readable(folder: Path) -> bool:
@@ -527,6 +591,12 @@ def _write_task(folder: Path, task: Task) -> None:
     """Raises OSError."""
     (folder / TASKS).mkdir(exist_ok=True)
     write_atomically(folder / TASKS / task.sha256, task.blob, durable=True)
+
+
+def _write_start(folder: Path, start: Start | None) -> None:
+    """Raises OSError."""
+    if start:
+        write_atomically(folder / "tensors" / start.origin.sha256, start.blob, durable=True)
 
 
 def _check_version(path: Path, origin: str) -> None:
