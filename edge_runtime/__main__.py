@@ -61,6 +61,9 @@ def enroll(
     token: str | None = typer.Argument(
         None, envvar="FEDFMSL_TOKEN", help="What python -m devices.provision token printed. Not with --install."
     ),
+    renew: Path | None = typer.Option(
+        None, help="Instead of a token, this device's file: its present key signs the request for a new one."
+    ),
     authority: str | None = typer.Option(
         None, help="HOST:PORT of python -m devices.provision serve, which answers at once."
     ),
@@ -69,21 +72,26 @@ def enroll(
     folder: Path = typer.Option(Path(), help="Where the device's file is written, NAME.toml."),
 ) -> None:
     """Make this device's key, and get its certificate. The key stays on this device."""
-    from edge_runtime.enrollment import ask_authority, install_answer, write_request
+    from edge_runtime.enrollment import Applicant, ask_authority, install_answer, write_request
 
     if [authority, out, install].count(None) != 2:
         raise ConfigError("pass one of --authority HOST:PORT, --out REQUEST and --install ANSWER")
     if install is not None:
         written = install_answer(install, folder)
-    elif token is None:
-        raise ConfigError("the token is missing; pass what python -m devices.provision token NAME printed")
-    elif out is not None:
-        print(write_request(token, out, folder))
-        return
     else:
-        assert authority is not None
-        written = ask_authority(token, authority, folder)
-    print(f"wrote {written}; install the daemon with: python -m devices.install {written} --images DIR")
+        if (token is None) == (renew is None):
+            raise ConfigError(
+                "pass either what python -m devices.provision token NAME printed, or --renew with this device's file"
+            )
+        applicant = Applicant.with_token(token) if token is not None else Applicant.with_identity(renew or Path())
+        if out is not None:
+            print(write_request(applicant, out, folder))
+            return
+        written = ask_authority(applicant, authority or "", folder)
+    print(
+        f"wrote {written}; install the daemon with: python -m devices.install {written} --images DIR; if it is "
+        f"installed already: python -m devices.install --renew {written}"
+    )
 
 
 @app.command()
@@ -227,6 +235,7 @@ def rollback(
     """
     from edge_runtime.training import rollback as models
     from edge_runtime.training.stored_model import is_exported
+    from fedfmsl.common.cli import console
 
     store = DeviceStore(settings.state)
     header = (models.undo if undo else models.roll_back)(store)
