@@ -223,6 +223,27 @@ def personalize(
     print(path)
 
 
+@app.command()
+@with_settings(StateSettings, Settings)
+def rollback(
+    settings: StateSettings,
+    undo: bool = typer.Option(False, "--undo", help="Use the newer model again, and adopt new ones."),
+) -> None:
+    """Use the personalized model from before the present one for predictions, at once and without the server.
+
+    The daemon may run. It adopts no new model until --undo. Updates for the run are not affected.
+    """
+    from edge_runtime.training import rollback as models
+    from edge_runtime.training.stored_model import is_exported
+    from fedfmsl.common.cli import console
+
+    store = DeviceStore(settings.state)
+    header = (models.undo if undo else models.roll_back)(store)
+    console.print(f"predictions use the model of run {header.run}, round {header.round} now")
+    if store.personalized.is_file() and not is_exported(store):
+        console.print(f"{store.personalized} is still another model; write it with python -m edge_runtime personalize")
+
+
 @app.command(hidden=True)
 def probe(
     bundle: Path = typer.Option(),

@@ -24,7 +24,7 @@ from edge_runtime.resources.throttle import reported_and_checked
 from edge_runtime.settings import Settings
 from edge_runtime.store import DeviceStore
 from edge_runtime.training.personal_model import ModelHeader
-from edge_runtime.training.stored_model import read_personal_model
+from edge_runtime.training.stored_model import read_personal_model, tasks_of_models
 from fedfmsl.common.logs import fields
 from fedfmsl.errors import FedFMSLError, InputError, RunError
 from fedfmsl.protocol.bundle import Bundle
@@ -84,7 +84,7 @@ def prepare(
     of_model = _origin_of_model(store)
     if not settings.bundle:
         store.keep_bundles(bundle.sha256, of_model.bundle if of_model else "")
-    store.tasks.keep(bundle.task, of_model.task if of_model else "")
+    store.tasks.keep(bundle.task, *tasks_of_models(store))
     logger.info(f"task of run {settings.run!r}: {describe_classes(bundle.classes)}")
     engine = open_engine(settings.engine, bundle, threads).name
     reader = SampleReader(reader_of(bundle))

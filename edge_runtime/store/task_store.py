@@ -43,11 +43,11 @@ class TaskStore(GlobalStore):
         path = bundle.root / TASK
         return TaskBundle(bundle, Task.read(path), f"task {path}").task if path.is_file() else None
 
-    def keep(self, present: Task, of_model: str = "") -> None:
-        """Removes all tasks but the `present` one and that of the personalized model, whose SHA-256 is given. Does
+    def keep(self, present: Task, *of_models: str) -> None:
+        """Removes all tasks but the `present` one and those of the personalized models, whose SHA-256 are given. Does
         nothing on a disk that cannot be written."""
         with contextlib.suppress(OSError):
             if self.read(present.sha256) is None:
                 self.write(present.blob)
             write_atomically(self.path, present.sha256.encode())
-            self.keep_only({present.sha256, of_model})
+            self.keep_only({present.sha256, *of_models})
