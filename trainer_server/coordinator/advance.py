@@ -289,10 +289,9 @@ def _selected(plan: Plan, state: State, step: Step, number: int) -> frozenset[st
     if step.part is not None:
         left_out_ones |= left_out_of_sums(state.silent, number).keys()
         least = max(least, MIN_DEVICES)
-    if step.purpose is Stage.HEAD:
-        left_out_ones |= suspects(plan, state)
-        least = max(least, MIN_DEVICES)
     eligible = eligible_devices(ready, left_out_ones, least)
+    if step.purpose is Stage.HEAD:
+        eligible = eligible_devices(eligible, suspects(plan, state), max(least, MIN_DEVICES))
     if step.stage is Stage.CANARY:
         return canaries(plan, state, eligible, number)
     if step.purpose not in TRAINING or state.repeats:
