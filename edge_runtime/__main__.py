@@ -61,6 +61,9 @@ def enroll(
     token: str | None = typer.Argument(
         None, envvar="FEDFMSL_TOKEN", help="What python -m devices.provision token printed. Not with --install."
     ),
+    renew: Path | None = typer.Option(
+        None, help="Instead of a token, this device's file: its present key signs the request for a new one."
+    ),
     authority: str | None = typer.Option(
         None, help="HOST:PORT of python -m devices.provision serve, which answers at once."
     ),
@@ -69,21 +72,26 @@ def enroll(
     folder: Path = typer.Option(Path(), help="Where the device's file is written, NAME.toml."),
 ) -> None:
     """Make this device's key, and get its certificate. The key stays on this device."""
-    from edge_runtime.enrollment import ask_authority, install_answer, write_request
+    from edge_runtime.enrollment import Applicant, ask_authority, install_answer, write_request
 
     if [authority, out, install].count(None) != 2:
         raise ConfigError("pass one of --authority HOST:PORT, --out REQUEST and --install ANSWER")
     if install is not None:
         written = install_answer(install, folder)
-    elif token is None:
-        raise ConfigError("the token is missing; pass what python -m devices.provision token NAME printed")
-    elif out is not None:
-        print(write_request(token, out, folder))
-        return
     else:
-        assert authority is not None
-        written = ask_authority(token, authority, folder)
-    print(f"wrote {written}; install the daemon with: python -m devices.install {written} --images DIR")
+        if (token is None) == (renew is None):
+            raise ConfigError(
+                "pass either what python -m devices.provision token NAME printed, or --renew with this device's file"
+            )
+        applicant = Applicant.with_token(token) if token is not None else Applicant.with_identity(renew or Path())
+        if out is not None:
+            print(write_request(applicant, out, folder))
+            return
+        written = ask_authority(applicant, authority or "", folder)
+    print(
+        f"wrote {written}; install the daemon with: python -m devices.install {written} --images DIR; if it is "
+        f"installed already: python -m devices.install --renew {written}"
+    )
 
 
 @app.command()
@@ -213,6 +221,27 @@ def personalize(
     except OSError as error:
         raise ConfigError(f"{path} cannot be written ({error.strerror}); choose another path") from error
     print(path)
+
+
+@app.command()
+@with_settings(StateSettings, Settings)
+def rollback(
+    settings: StateSettings,
+    undo: bool = typer.Option(False, "--undo", help="Use the newer model again, and adopt new ones."),
+) -> None:
+    """Use the personalized model from before the present one for predictions, at once and without the server.
+
+    The daemon may run. It adopts no new model until --undo. Updates for the run are not affected.
+    """
+    from edge_runtime.training import rollback as models
+    from edge_runtime.training.stored_model import is_exported
+    from fedfmsl.common.cli import console
+
+    store = DeviceStore(settings.state)
+    header = (models.undo if undo else models.roll_back)(store)
+    console.print(f"predictions use the model of run {header.run}, round {header.round} now")
+    if store.personalized.is_file() and not is_exported(store):
+        console.print(f"{store.personalized} is still another model; write it with python -m edge_runtime personalize")
 
 
 @app.command(hidden=True)

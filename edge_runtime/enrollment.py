@@ -9,30 +9,67 @@ authority answers the same request in the same way.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from fedfmsl.common.files import why_no_file, write_atomically
 from fedfmsl.errors import ConfigError
 from fedfmsl.transport.authority_client import MAX_ANSWER_BYTES, fetch_authority, request_certificate
-from fedfmsl.transport.enrollment import Token, check_answer, fingerprint, first_request, name_in, new_key
+from fedfmsl.transport.enrollment import (
+    Token,
+    check_answer,
+    fingerprint,
+    first_request,
+    name_in,
+    new_key,
+    renewal_request,
+)
 from fedfmsl.transport.identity import pem_blocks, read_identity
+from fedfmsl.transport.listening import parse_listen
 
 _CERTIFICATE = "-----BEGIN CERTIFICATE-----"
 
 
-def ask_authority(token_text: str, address: str, folder: Path) -> Path:
-    """Asks HOST:PORT `address`. Returns the device's file. Raises ConfigError if the token is refused or the device has
-    its file already, RunError if there is no answer."""
-    token = Token.parse(token_text)
-    key = _key(token, folder)
-    authority = fetch_authority(address, token.fingerprint)
-    return _complete(request_certificate(address, first_request(key, token), authority), folder)
+@dataclass(frozen=True)
+class Applicant:
+    """Who asks for a certificate. `fingerprint`: of the CA. `request`: makes the request of a new key (both PEM)."""
+
+    name: str
+    fingerprint: str
+    request: Callable[[str], str]
+
+    @classmethod
+    def with_token(cls, text: str) -> Applicant:
+        """Raises ConfigError if it is no token."""
+        token = Token.parse(text)
+        return cls(token.name, token.fingerprint, lambda key: first_request(key, token))
+
+    @classmethod
+    def with_identity(cls, path: Path) -> Applicant:
+        """A device that has a certificate already. Raises ConfigError if `path` is no device's file."""
+        identity = read_identity(path)
+        if identity.name is None or not identity.authorities:
+            raise ConfigError(f"{path} has no key and certificate of a device; pass the device's file")
+        name = identity.name
+        blocks = pem_blocks(path.read_text("utf-8", errors="replace"))
+        present = next(block for kind, block in blocks if kind.endswith("PRIVATE KEY"))
+        _, authority = pem_blocks(identity.authorities)[0]
+        return cls(name, fingerprint(authority), lambda key: renewal_request(key, name, present))
 
 
-def write_request(token_text: str, out: Path, folder: Path) -> str:
+def ask_authority(applicant: Applicant, address: str, folder: Path) -> Path:
+    """Asks HOST:PORT `address`. Returns the device's file. Raises ConfigError if the request is refused or the device
+    has its file already, RunError if there is no answer."""
+    parse_listen(address)
+    key = _key(applicant, folder)
+    authority = fetch_authority(address, applicant.fingerprint)
+    return _complete(request_certificate(address, applicant.request(key), authority), folder)
+
+
+def write_request(applicant: Applicant, out: Path, folder: Path) -> str:
     """Writes the request to a file. Returns what to do next. Raises ConfigError."""
-    token = Token.parse(token_text)
-    write_atomically(out, first_request(_key(token, folder), token).encode(), durable=True)
+    write_atomically(out, applicant.request(_key(applicant, folder)).encode(), durable=True)
     return (
         f"wrote {out}; on the machine with the CA: python -m devices.provision sign {out.name}; then copy its answer "
         f"here, and run: python -m edge_runtime enroll --install {out.with_suffix('.toml').name}"
@@ -60,7 +97,7 @@ def _complete(answer: str, folder: Path) -> Path:
         raise ConfigError(f"{key_file} {reason}; pass the --folder in which {name} has made its request")
     expected, _, key = key_file.read_text("utf-8", errors="replace").partition("\n")
     if fingerprint(authority) != expected:
-        raise ConfigError(f"the answer for {name} is of another CA than its token; copy the right one")
+        raise ConfigError(f"the answer for {name} is of another CA than its request; copy the right one")
     check_answer(key, own, authority)
     text = answer.replace(_CERTIFICATE, key + _CERTIFICATE, 1)
     write_atomically(path, text.encode(), durable=True, private=True)
@@ -69,20 +106,18 @@ def _complete(answer: str, folder: Path) -> Path:
     return path
 
 
-def _key(token: Token, folder: Path) -> str:
+def _key(applicant: Applicant, folder: Path) -> str:
     """This device's private key in PEM; makes it if there is none. Raises ConfigError if the device has its file."""
-    path, key_file = folder / f"{token.name}.toml", folder / f"{token.name}.key"
+    path, key_file = folder / f"{applicant.name}.toml", folder / f"{applicant.name}.key"
     if path.exists():
         raise ConfigError(f"{path} already exists and is not overwritten; remove it, or choose another --folder")
     if key_file.exists():
         expected, _, key = key_file.read_text("utf-8", errors="replace").partition("\n")
-        if expected == token.fingerprint:
+        if expected == applicant.fingerprint:
             return key
-        raise ConfigError(
-            f"{key_file} is the key for another CA than the token's; remove it, or choose another --folder"
-        )
+        raise ConfigError(f"{key_file} is a key for another CA; remove it, or choose another --folder")
     if not folder.is_dir():
         raise ConfigError(f"--folder {folder} does not exist; create it first")
     key = new_key()
-    write_atomically(key_file, f"{token.fingerprint}\n{key}".encode(), durable=True, private=True)
+    write_atomically(key_file, f"{applicant.fingerprint}\n{key}".encode(), durable=True, private=True)
     return key

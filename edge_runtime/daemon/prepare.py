@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from edge_runtime.daemon.announce import Announcer, rate_limited
-from edge_runtime.daemon.download import Heartbeat, fetch_bundle, wait_for_server
+from edge_runtime.daemon.download import Heartbeat, fetch_bundle, receive_server_status, wait_for_server
 from edge_runtime.daemon.health import HealthReporter
 from edge_runtime.daemon.receive_task import receive_task
 from edge_runtime.daemon.state import other_bundle
@@ -24,9 +24,9 @@ from edge_runtime.resources.throttle import reported_and_checked
 from edge_runtime.settings import Settings
 from edge_runtime.store import DeviceStore
 from edge_runtime.training.personal_model import ModelHeader
-from edge_runtime.training.stored_model import read_personal_model
+from edge_runtime.training.stored_model import read_personal_model, tasks_of_models
 from fedfmsl.common.logs import fields
-from fedfmsl.errors import FedFMSLError, RunError
+from fedfmsl.errors import FedFMSLError, InputError, RunError
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.class_names import describe_classes
 from fedfmsl.protocol.messages import Activity, EngineName, Round, ServerStatus
@@ -37,6 +37,7 @@ from fedfmsl.transport.link import Link
 
 logger = logging.getLogger(__name__)
 
+HEAR_SECONDS = 3.0  # for the server to say that it has another task than the one that was known
 FIRST_SCAN_SECONDS = 3.0  # wait before the first scan if another process may still write a file
 
 
@@ -68,26 +69,35 @@ def prepare(
     announcer = Announcer(link, topics, name)
     report = reported_and_checked(rate_limited(announcer.progress), heartbeat)
     own = Bundle.load(settings.bundle) if settings.bundle else None
-    task = store.tasks.present() if own and not anew else None  # without waiting for the server
-    if own and task and task.bundle == own.sha256:
-        bundle = TaskBundle(own, task)
+    if own:
+        own.verify()
+    known = store.tasks.known_for(own) if own and not anew else None  # without waiting for the server
+    if own and known:
+        bundle = TaskBundle(own, known)
     else:
         server, task = _wait_for_task(settings, link, topics, store, name, health, heartbeat)
         if own and server.bundle != own.sha256:
             raise RunError(other_bundle(server, own.sha256))
         bundle = TaskBundle(own or fetch_bundle(server, store.bundles, settings.identity, heartbeat), task)
-    bundle.verify()
+    if not own:
+        bundle.verify()
     of_model = _origin_of_model(store)
     if not settings.bundle:
         store.keep_bundles(bundle.sha256, of_model.bundle if of_model else "")
-    store.tasks.keep(bundle.task, of_model.task if of_model else "")
+    store.tasks.keep(bundle.task, *tasks_of_models(store))
     logger.info(f"task of run {settings.run!r}: {describe_classes(bundle.classes)}")
     engine = open_engine(settings.engine, bundle, threads).name
     reader = SampleReader(reader_of(bundle))
     kind = reader.kind
     most = largest_extent(settings.memory)
     folder = SampleFolder(settings.images, bundle, store, settings.labels, reader, most)
-    scanned = folder.scan(FIRST_SCAN_SECONDS, report)
+    try:
+        scanned = folder.scan(FIRST_SCAN_SECONDS, report)
+    except InputError:
+        heard = receive_server_status(link, topics, HEAR_SECONDS, heartbeat) if known else None
+        if heard is None or heard.task == bundle.task.sha256:
+            raise
+        return prepare(settings, link, topics, store, name, health, anew=True)
     report("measuring", 0, 1)
     largest_sample = largest(scanned.samples, kind)
     provider = provider_for(engine, settings.provider, bundle, threads, store)

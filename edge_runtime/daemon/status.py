@@ -107,7 +107,8 @@ def describe_model(store: DeviceStore) -> str:
     except InputError:
         return "none yet"
     kept = f"; that of round {header.kept_at} is not used: {header.kept_because}" if header.kept_at else ""
-    return f"of run {header.run}, round {header.round}{kept}"
+    chosen = "; chosen by hand, python -m edge_runtime rollback --undo ends this" if header.by_hand else ""
+    return f"of run {header.run}, round {header.round}{kept}{chosen}"
 
 
 def describe_accuracy(store: DeviceStore) -> str:

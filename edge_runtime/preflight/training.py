@@ -20,7 +20,6 @@ from fedfmsl.common.class_folders import check_folder
 from fedfmsl.common.folder_walk import summarize
 from fedfmsl.errors import BundleError
 from fedfmsl.protocol.bundle import MANIFEST, Bundle
-from fedfmsl.protocol.task import TASK
 from fedfmsl.protocol.task_bundle import TaskBundle
 
 
@@ -38,11 +37,9 @@ def check_bundle(settings: Settings, context: Context) -> Iterator[Finding]:
             raise BundleError(
                 f"bundle {root} is not that of run {settings.run!r}; omit --bundle to download it from the server"
             )
-        task = context.task or store.tasks.present()
-        if task is not None and task.bundle == bundle.sha256:
+        task = context.task or store.tasks.known_for(bundle)
+        if task is not None:
             context.bundle = TaskBundle(bundle, task)
-        elif (root / TASK).is_file():
-            context.bundle = TaskBundle.open(root)
         yield Finding("bundle", f"{bundle.manifest.model} at {root}, checksums OK")
         return
     if context.server is None:

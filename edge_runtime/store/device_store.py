@@ -7,7 +7,7 @@ STATE/outbox/ROUND       updates that the server has not acknowledged
 STATE/globals/SHA256     global blobs that the device has received
 STATE/bundles/SHA256/    downloaded bundles: the present and the previous one, and that of STATE/mixture
 STATE/bundles/used       SHA-256 of the present and of the previous one, in lines
-STATE/tasks/SHA256       the task that the device last started with, and that of STATE/mixture
+STATE/tasks/SHA256       the task that the device last started with, and those of STATE/mixture and STATE/former
 STATE/task               SHA-256 of the former
 STATE/personal           the local expert; it never leaves the device
 STATE/residual           the encoding error of the last update (error feedback)
@@ -17,6 +17,8 @@ STATE/baseline           the expert trained alone, in a run with a baseline
 STATE/cache/             the feature cache
 STATE/results.json       the last evaluation
 STATE/mixture            the device's own part of the personalized model, as of the last round
+STATE/former             that of the model which predictions used before
+STATE/mixture.lock       held while one of the two is replaced
 STATE/personalized.onnx  the personalized model in one file
 STATE/exported           session and round of that file
 STATE/lock               held by the process that uses this directory
@@ -104,6 +106,14 @@ class DeviceStore:
     @property
     def mixture(self) -> Path:
         return self.root / "mixture"
+
+    @property
+    def former(self) -> Path:
+        return self.root / "former"
+
+    @property
+    def mixture_lock(self) -> Path:
+        return self.root / "mixture.lock"
 
     @property
     def personalized(self) -> Path:
@@ -198,8 +208,9 @@ class DeviceStore:
 
     def remove_temporary_files(self) -> None:
         """Removes the temporary files of a killed process. No other process may write at the same time."""
-        files = [self.personal, self.baseline, self.residual, self.results, self.mixture, self.personalized]
-        files += [self.health, self.skipped, self.exported, self.budget.path, self.secure.path, self.tasks.path]
+        files = [self.personal, self.baseline, self.residual, self.results, self.mixture, self.former]
+        files += [self.personalized, self.health, self.skipped, self.exported, self.budget.path, self.secure.path]
+        files += [self.tasks.path]
         files += [self.renewed.path, self.renewed.next_key]
         temporary = [path for folder in ("globals", "tasks", "outbox") for path in (self.root / folder).glob(".*")]
         temporary += [each for path in files for each in path.parent.glob(f".{path.name}.*")]

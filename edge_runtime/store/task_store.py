@@ -8,7 +8,9 @@ from pathlib import Path
 from edge_runtime.store.global_store import GlobalStore
 from fedfmsl.common.files import write_atomically
 from fedfmsl.errors import MessageError
-from fedfmsl.protocol.task import Task
+from fedfmsl.protocol.bundle import Bundle
+from fedfmsl.protocol.task import TASK, Task
+from fedfmsl.protocol.task_bundle import TaskBundle
 
 
 class TaskStore(GlobalStore):
@@ -32,9 +34,20 @@ class TaskStore(GlobalStore):
         except OSError:
             return None
 
-    def keep(self, present: Task, of_model: str = "") -> None:
-        """Removes all tasks but the `present` one and that of the personalized model, whose SHA-256 is given. Does
+    def known_for(self, bundle: Bundle) -> Task | None:
+        """What a device takes for the run's task until it hears the server: the task that it last started with, or the
+        one beside the bundle's files. Raises BundleError if the latter is not valid."""
+        present = self.present()
+        if present is not None and present.bundle == bundle.sha256:
+            return present
+        path = bundle.root / TASK
+        return TaskBundle(bundle, Task.read(path), f"task {path}").task if path.is_file() else None
+
+    def keep(self, present: Task, *of_models: str) -> None:
+        """Removes all tasks but the `present` one and those of the personalized models, whose SHA-256 are given. Does
         nothing on a disk that cannot be written."""
         with contextlib.suppress(OSError):
+            if self.read(present.sha256) is None:
+                self.write(present.blob)
             write_atomically(self.path, present.sha256.encode())
-            self.keep_only({present.sha256, of_model})
+            self.keep_only({present.sha256, *of_models})

@@ -23,7 +23,8 @@ class ModelScore(BaseModel):
     `has_head`: whether its global expert has a head; before, both experts know the device's own classes only. `nll`:
     mean negative log-likelihood in nats of the held-out samples with the fingerprint `held_out`. `best_nll`: the lowest
     one of the models that the device has used in this session. `kept_at`: the last round whose model was not adopted in
-    favour of this one, and why; 0 if there is none.
+    favour of this one, and why; 0 if there is none. `by_hand`: the device was returned to this model, and adopts no
+    other one (`edge_runtime.training.rollback`).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -37,6 +38,7 @@ class ModelScore(BaseModel):
     held_out: str = Field("", max_length=64)
     kept_at: Number = 0
     kept_because: Text = ""
+    by_hand: bool = False
 
 
 SCORES = frozenset(ModelScore.model_fields) - {"session", "bundle", "task"}  # fields for this decision only
@@ -47,8 +49,10 @@ def is_adopted(new: ModelScore, used: ModelScore | None) -> bool:
 
     Within a session the likelihood may fall MARGIN below the best one so far. Another session's model must not be worse
     than the one in use. A model of another bundle or task, or without a global head, is always replaced; a model
-    without a global head replaces no other.
+    without a global head replaces no other. One that was chosen by hand stays.
     """
+    if used is not None and used.by_hand:
+        return False
     if used is None or (used.bundle, used.task) != (new.bundle, new.task) or not used.has_head:
         return True
     if not new.has_head:

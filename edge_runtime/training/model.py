@@ -16,14 +16,19 @@ from edge_runtime.training.local_expert import LocalExpert, fingerprint
 from edge_runtime.training.mixture import expert_outputs, global_temperature, tempered
 from edge_runtime.training.personal_model import ModelHeader, PersonalModel
 from edge_runtime.training.stages import Globals, class_mean_expert
-from edge_runtime.training.stored_model import read_personal_model
+from edge_runtime.training.stored_model import (
+    model_chosen_by_hand,
+    read_personal_model,
+    stored_model,
+    write_personal_model,
+)
 from fedfmsl.algorithms.arrays import MIN_PROBABILITY, Floats
 from fedfmsl.algorithms.calibration import calibrate, fit_temperature, unknown_threshold
 from fedfmsl.algorithms.mixture import Biases, nll
-from fedfmsl.common.files import write_atomically
 from fedfmsl.errors import InputError
 from fedfmsl.protocol.messages import Round
-from fedfmsl.protocol.tensors import pack
+
+BY_HAND = "the device was returned to it by hand; python -m edge_runtime rollback --undo adopts new models again"
 
 
 def make_personal_model(context: TrainingContext, round_: Round, published: Globals) -> PersonalModel:
@@ -95,14 +100,21 @@ def save_personal_model(
 
     Raises OSError if the disk is full.
     """
+    chosen = model_chosen_by_hand(context.store)
+    if chosen is not None:
+        return f"predictions keep the model of run {chosen.header.run}, round {chosen.header.round}: {BY_HAND}"
     used, text = _model_in_use(context), ""
+    former = stored_model(context.store)
     try:
         model = model or make_personal_model(context, round_, published)
     except DivergedError as error:
         if used is not None:
-            _write(context, used.changed(kept_at=round_.round, kept_because="its values are not finite"))
+            kept = used.changed(kept_at=round_.round, kept_because="its values are not finite")
+            write_personal_model(context.store, kept)
         return f"{error}; predictions {'keep the earlier model' if used else 'have no model yet'}"
     new = model.header
+    if former is not None and (former.header.session, former.header.round) == (new.session, new.round):
+        former = None  # the round is computed again
     if is_adopted(new, used.header if used else None):
         if used and used.header.session == new.session and used.header.has_head:
             model = model.changed(best_nll=min(new.nll, used.header.best_nll))
@@ -115,25 +127,20 @@ def save_personal_model(
             else "there is no global head yet"
         )
         text = f"predictions keep the model of run {old.run}, round {old.round}, not that of round {new.round}: {why}"
-        model = used.changed(kept_at=new.round, kept_because=why)
-    _write(context, model)
+        model, former = used.changed(kept_at=new.round, kept_because=why), None
+    tasks, task = context.store.tasks, context.bundle.task
+    if tasks.read(task.sha256) is None:  # the model cannot be read without it
+        tasks.write(task.blob)
+    write_personal_model(context.store, model, former)
     return text
 
 
 def served_model(context: TrainingContext, new: PersonalModel | None) -> PersonalModel | None:
     """The model that predictions use once the device has decided about `new`, its model of this round; None if it has
     none. Writes nothing."""
-    used = _model_in_use(context)
-    is_new = new is not None and is_adopted(new.header, used.header if used else None)
+    used, chosen = _model_in_use(context), model_chosen_by_hand(context.store)
+    is_new = new is not None and chosen is None and is_adopted(new.header, used.header if used else None)
     return new if is_new else used
-
-
-def _write(context: TrainingContext, model: PersonalModel) -> None:
-    """Also the task, without which the model cannot be read."""
-    tasks, task = context.store.tasks, context.bundle.task
-    if tasks.read(task.sha256) is None:
-        tasks.write(task.blob)
-    write_atomically(context.store.mixture, pack(model.header, model.tensors), durable=True)
 
 
 def _model_in_use(context: TrainingContext) -> PersonalModel | None:

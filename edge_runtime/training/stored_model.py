@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -11,23 +12,71 @@ from pydantic import BaseModel
 from edge_runtime.store import DeviceStore
 from edge_runtime.training.personal_model import ModelHeader, PersonalModel
 from fedfmsl.common.files import write_atomically
-from fedfmsl.errors import BundleError, InputError, MessageError
+from fedfmsl.common.lock_file import held
+from fedfmsl.errors import BundleError, FedFMSLError, InputError, MessageError
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.task_bundle import TaskBundle
-from fedfmsl.protocol.tensors import unpack
+from fedfmsl.protocol.tensors import pack, unpack
 
 
 def read_personal_model(store: DeviceStore) -> PersonalModel:
     """Raises InputError if there is no personalized model or it is damaged, ConfigError if it may not be read."""
+    return _read(store, store.mixture, f"{store.root} has no personalized model yet; the first round creates it")
+
+
+def read_former_model(store: DeviceStore) -> PersonalModel:
+    """The model that predictions used before. Raises errors as `read_personal_model` does."""
+    return _read(store, store.former, f"{store.root} has no earlier personalized model; the second round keeps one")
+
+
+def _read(store: DeviceStore, path: Path, missing: str) -> PersonalModel:
     try:
-        header, tensors = unpack(store.mixture.read_bytes(), ModelHeader)
+        header, tensors = unpack(path.read_bytes(), ModelHeader)
     except PermissionError as error:
         raise store.permission_error() from error
     except OSError as error:
-        raise InputError(f"{store.root} has no personalized model yet; the first round creates it") from error
+        raise InputError(missing) from error
     except MessageError as error:
-        raise InputError(f"{store.mixture} is damaged ({error}); the device's next round replaces it") from error
+        raise InputError(f"{path} is damaged ({error}); the device's next round replaces it") from error
     return PersonalModel(header, {name: np.asarray(tensor, np.float32) for name, tensor in tensors.items()})
+
+
+def tasks_of_models(store: DeviceStore) -> list[str]:
+    """The SHA-256 of the tasks of the personalized model and of the earlier one, as far as they can be read."""
+    found = []
+    for read in (read_personal_model, read_former_model):
+        with contextlib.suppress(FedFMSLError):
+            found.append(read(store).header.task)
+    return found
+
+
+def stored_model(store: DeviceStore) -> PersonalModel | None:
+    """The personalized model; None if there is none or it is damaged. Raises ConfigError if it may not be read."""
+    with contextlib.suppress(InputError):
+        return read_personal_model(store)
+    return None
+
+
+def model_chosen_by_hand(store: DeviceStore) -> PersonalModel | None:
+    """The personalized model if the device was returned to it (`edge_runtime.training.rollback`)."""
+    model = stored_model(store)
+    return model if model and model.header.by_hand else None
+
+
+def write_personal_model(store: DeviceStore, model: PersonalModel, former: PersonalModel | None = None) -> None:
+    """Replaces the personalized model, unless it was chosen by hand meanwhile. `former`: the one that it replaces, for
+    a rollback. Raises OSError."""
+    with held(store.mixture_lock, wait=True):
+        if model_chosen_by_hand(store) is not None:
+            return
+        if former is not None:
+            write_model_file(store.former, former)
+        write_model_file(store.mixture, model)
+
+
+def write_model_file(path: Path, model: PersonalModel) -> None:
+    """Raises OSError."""
+    write_atomically(path, pack(model.header, model.tensors), durable=True)
 
 
 class Served(BaseModel):

@@ -126,10 +126,10 @@ def operator_of(certificate: bytes) -> str:
 
 def describe_expiry(until: float, now: float, name: str) -> tuple[str, bool]:
     """When the certificate of `name` expires, for a reader, and whether it has to be renewed soon. Unix seconds."""
-    day = f"until {datetime.fromtimestamp(until, timezone.utc):%Y-%m-%d}"
+    day, left = f"until {datetime.fromtimestamp(until, timezone.utc):%Y-%m-%d}", f"{(until - now) / 86400:.0f} days"
     if until - now >= NOTICE_SECONDS:
-        return day, False
-    when = "it has expired" if until <= now else f"only {(until - now) / 86400:.0f} days"
+        return f"{day}, {left}", False
+    when = "it has expired" if until <= now else f"only {left}"
     return f"{day}, {when}: renew it with python -m devices.provision --renew {name}", True
 
 

@@ -115,8 +115,8 @@ def test_messages_of_a_hostile_client_cost_nothing(
     with Observer(simulation.broker, RUN) as observer:
 
         def attack(number: int) -> None:
-            observer.catch_up()
-            begun = [message for message in observer.seen if isinstance(message, Round)][-1]
+            closed = RunStore(simulation.out).rounds()[-1].round.round
+            begun = observer.wait(Round, lambda announced: announced.round > closed, "the present round")
             assert (
                 publish(simulation.broker.url, [(TOPICS.status(HOSTILE), encode(introduction))], seconds) or not prompt
             )

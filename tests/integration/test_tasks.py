@@ -40,5 +40,5 @@ def test_a_device_takes_part_in_runs_with_other_classes_without_a_restart(
         assert (header.bundle, header.task, len(header.held)) == (vit.bundle.sha256, task.sha256, 3)
         pooled = {path for path in before if path.parent.name.endswith("float16-pooled")}
         assert pooled and all(files(store.cache)[path] == before[path] for path in pooled)
-        log = device.stderr
+        log = device.stdout
         assert (log.count("begins again"), log.count("fetching backbone.weights")) == (1, 1)

@@ -305,6 +305,12 @@ CASES = [
         INPUT,
         ("--watch folder", "nowhere does not exist", "create or mount it"),
     ),
+    Wrong(
+        "a port for the embedded broker that is taken",
+        lambda w: ["devices.trial.broker", "--port", str(w.taken)],
+        RUN,
+        ("cannot start a broker on 127.0.0.1:", "the port is in use", "choose another --port"),
+    ),
     *(
         Wrong(
             f"an address to serve on: {address}", lambda w, a=address: w.server(serve=a), CONFIG, (address, "--serve")

@@ -188,6 +188,18 @@ def test_the_present_key_asks_for_the_certificate_of_the_next(enrollment: Enroll
             enrollment.answer(renewal_request(new_key(), "kitchen", present).encode(), later)
 
 
+def test_a_renewal_by_hand_takes_the_devices_file_for_a_token(enrollment: Enrollment, tmp_path: Path) -> None:
+    key, path = new_key(), tmp_path / "installed.toml"
+    path.write_text(key + first(enrollment, key, now=NOW - timedelta(days=IDENTITY_DAYS * 2 // 3)))
+    path.chmod(0o600)
+    run(edge, "enroll", "--renew", path, "--out", tmp_path / "request.pem", "--folder", tmp_path)
+    run(provision, "sign", tmp_path / "request.pem", "--pki", enrollment.fleet.folder)
+    run(edge, "enroll", "--install", tmp_path / "request.toml", "--folder", tmp_path)
+    before, after = read_identity(path), read_identity(tmp_path / "kitchen.toml")
+    assert before.name == after.name and before.valid and after.valid and after.valid[1] > before.valid[1]
+    assert key_in(tmp_path / "kitchen.toml") != key_in(path)
+
+
 def test_a_revoked_device_gets_no_other_certificate(pki: Path, enrollment: Enrollment) -> None:
     key, later = new_key(), NOW + timedelta(days=IDENTITY_DAYS * 2 / 3)
     token = enrollment.make_token("kitchen", DAY, NOW)
@@ -230,7 +242,9 @@ def test_an_answer_for_another_key_is_not_installed(pki: Path, enrollment: Enrol
     [
         ((), "pass one of --authority HOST:PORT, --out REQUEST and --install ANSWER"),
         (("x", "--out", "a", "--install", "b"), "pass one of"),
-        (("--out", "a"), "the token is missing"),
+        (("--out", "a"), "pass either what python -m devices.provision token NAME printed, or --renew"),
+        (("x", "--renew", "y", "--out", "a"), "pass either what"),
+        (("kitchen." + "a" * 22 + "." + "b" * 43, "--authority", "x"), "'x' is not HOST:PORT"),
         (("kitchen.abc.def", "--out", "a"), "the token is not of the form NAME.SECRET.FINGERPRINT"),
         (("--install", "missing.toml"), "missing.toml does not exist"),
     ],

@@ -138,7 +138,7 @@ def test_a_pipe_is_named_and_not_waited_for(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("days", "says"),
-    [(31, "until 2030-02-01"), (10, "only 10 days: renew it with"), (-1, "it has expired: renew it with")],
+    [(31, "until 2030-02-01, 31 days"), (10, "only 10 days: renew it with"), (-1, "it has expired: renew it with")],
 )
 def test_an_expiry_is_announced_thirty_days_ahead(days: int, says: str) -> None:
     until = datetime(2030, 2, 1, 12, tzinfo=timezone.utc).timestamp()

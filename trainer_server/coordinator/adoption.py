@@ -26,10 +26,8 @@ def rejection(plan: Plan, state: State, closing: Round) -> str:
     reason = why_rejected(state.good.nlls, _reports(state), plan.config.max_loss, plan.config.max_regressed)
     if not reason:
         return ""
-    return (
-        f"the candidate of round {state.made} is rejected: {reason}; the global expert of round {state.good.round} "
-        "comes back"
-    )
+    last_good = f"of round {state.good.round}" if state.good.round else "that the run started with"
+    return f"the candidate of round {state.made} is rejected: {reason}; the global expert {last_good} comes back"
 
 
 def with_last_good(state: State) -> State:
