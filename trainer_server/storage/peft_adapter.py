@@ -63,7 +63,17 @@ def adapter_files(bundle: TaskBundle, expert: Vector, level: int) -> dict[str, b
     if isinstance(manifest.preprocessing, ImagePreprocessing):
         files[PREPROCESSOR] = image_processor(manifest.preprocessing)
     texts = {name: json.dumps(value, indent=1).encode() for name, value in files.items()}
-    return {**texts, ADAPTER_TENSORS: save(contiguous, {"format": "pt", BACKBONE: backbone_of(bundle)})}
+    blob = _with_ordered_header(save(contiguous, {"format": "pt", BACKBONE: backbone_of(bundle)}))
+    return {**texts, ADAPTER_TENSORS: blob}
+
+
+def _with_ordered_header(blob: bytes) -> bytes:
+    """The safetensors file with the keys of its header in order: safetensors writes those of the metadata in another
+    order in each process, and the same expert has to give the same bytes."""
+    end = 8 + int.from_bytes(blob[:8], "little")
+    header = json.dumps(json.loads(blob[8:end]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + blob[end:]
 
 
 def backbone_of(bundle: TaskBundle) -> str:
