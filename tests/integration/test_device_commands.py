@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from support.forked import fork_module
 from support.processes import (
     SECONDS,
     Broker,
@@ -24,6 +23,7 @@ from support.processes import (
     Process,
     Processes,
     free_port,
+    run_module,
     wait_until,
 )
 from support.samples import CLASSES
@@ -48,7 +48,7 @@ class Device:
     observer: Observer
 
     def ask(self, command: str, *arguments: str) -> Ended:
-        return fork_module("edge_runtime", command, "--config", str(self.config), *arguments)
+        return run_module("edge_runtime", command, "--config", str(self.config), *arguments)
 
     def a_photo(self) -> Path:
         return min((self.config.parent / "photos" / "kiwi").iterdir())
@@ -126,12 +126,12 @@ def test_a_killed_device_has_a_model_of_its_last_round(device: Device) -> None:
     device.observer.wait(Round, lambda r: r.stage is Stage.GLOBAL and r.index == 1, "a second round of stage 1")
     wait_until((device.state / "mixture").is_file, "its model")
     daemon.kill()
-    made = fork_module(
+    made = run_module(
         "edge_runtime", "personalize", "--state", str(device.state), "--bundle", str(device.federation.bundle)
     )
     assert made.code == 0, made.stderr
     model = str(device.state / "personalized.onnx")
-    predicted = fork_module("edge_runtime", "predict", "--model", model, str(device.a_photo()))
+    predicted = run_module("edge_runtime", "predict", "--model", model, str(device.a_photo()))
     assert predicted.code == 0 and any(name in predicted.stdout for name in (*CLASSES, "unknown"))
 
 

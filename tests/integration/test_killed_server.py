@@ -6,8 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from support.forked import fork_module
-from support.processes import Broker, Federation, Observer, Processes
+from support.processes import Broker, Federation, Observer, Processes, run_module
 
 from fedfmsl.protocol.messages import Ack, Globals, Round, ServerStatus, Stage, Verdict
 from fedfmsl.protocol.tensors import unpack
@@ -72,20 +71,20 @@ def test_a_killed_server_resumes_the_round_with_the_acknowledged_updates(
     assert not any(closed["missing"] or closed["repeated"] for closed in federation.rounds())
 
     out = ("--out", str(federation.server_folder))
-    replayed = fork_module("trainer_server", "replay", *out)
+    replayed = run_module("trainer_server", "replay", *out)
     assert (replayed.code, replayed.stderr) == (0, "")
     assert f"{CLOSED + 1} announced rounds replayed; the {CLOSED} closed ones equal" in replayed.stdout
-    status = json.loads(fork_module("trainer_server", "status", *out, "--json").stdout)
+    status = json.loads(run_module("trainer_server", "status", *out, "--json").stdout)
     assert (status["ended"], status["closed_rounds"], status["repeated"]) == ("finished", CLOSED, [])
-    adapter = fork_module("trainer_server", "export", *out, "--to", str(tmp_path / "adapter"))
+    adapter = run_module("trainer_server", "export", *out, "--to", str(tmp_path / "adapter"))
     assert adapter.code == 0
     for file in ("adapter_model.safetensors", "adapter_config.json"):
         assert (tmp_path / "adapter" / file).read_bytes() == (
             federation.server_folder / "global_expert" / file
         ).read_bytes()
-    listed = fork_module("trainer_server", "rounds", *out, "--json").stdout.splitlines()
+    listed = run_module("trainer_server", "rounds", *out, "--json").stdout.splitlines()
     assert [json.loads(line)["round"]["round"] for line in listed] == list(range(1, CLOSED + 1))
-    ended = fork_module("trainer_server", "resume", *out, "--broker", broker.url)
+    ended = run_module("trainer_server", "resume", *out, "--broker", broker.url)
     assert (ended.code, ended.stdout.splitlines()[-1]) == (0, "run finished")
     assert "run 'killed' has finished; announcing it again" in ended.stdout
 

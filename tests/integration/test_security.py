@@ -12,8 +12,7 @@ from pathlib import Path
 
 import paho.mqtt.client as paho
 import pytest
-from support.forked import fork_module
-from support.processes import RUN_SECONDS, Broker, Ended, Federation, Processes, free_port, wait_until
+from support.processes import RUN_SECONDS, Broker, Ended, Federation, Processes, free_port, run_module, wait_until
 from support.provisioned_fleet import (
     HOSTS,
     LONG_AGO,
@@ -119,7 +118,7 @@ def introduction(device: str) -> str:
 def join(url: str, photos: Path, state: Path, *arguments: str, environment: dict[str, str] | None = None) -> Ended:
     """Runs the device's command to its end."""
     command = ("run", "--run", "orchard", "--images", str(photos), "--broker", url, "--state", str(state))
-    return fork_module("edge_runtime", *command, *arguments, environment=environment)
+    return run_module("edge_runtime", *command, *arguments, environment=environment)
 
 
 def coordinate(url: str, bundle: Path, out: Path, *arguments: str) -> Ended:
@@ -136,7 +135,7 @@ def coordinate(url: str, bundle: Path, out: Path, *arguments: str) -> Ended:
         "--devices",
         "1",
     )
-    return fork_module("trainer_server", *command, *arguments)
+    return run_module("trainer_server", *command, *arguments)
 
 
 UNAUTHORIZED: dict[str, tuple[Callable[[Fleet, Path], Path], str]] = {

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.forked import fork_module
 from support.processes import Broker, free_port, run_module
 from support.samples import CLASSES
 
@@ -394,22 +393,16 @@ CASES = [
 
 @pytest.mark.parametrize("wrong", CASES, ids=lambda wrong: wrong.what)
 def test_an_invalid_option_is_one_line_of_error(world: World, wrong: Wrong) -> None:
-    fork_module(*wrong.command(world), cwd=world.scratch).assert_error(wrong.code, *wrong.parts)
-
-
-@pytest.mark.parametrize("command", [World.device, World.server, World.trial])
-def test_a_command_in_a_process_of_its_own_reports_the_same(world: World, command: Callable[..., list[str]]) -> None:
-    wrong = command(world, **{"name" if command == World.trial else "run": "a/b"})
-    run_module(*wrong, cwd=world.scratch).assert_error(CONFIG, "'a/b'", "letters, digits")
+    run_module(*wrong.command(world), cwd=world.scratch).assert_error(wrong.code, *wrong.parts)
 
 
 def test_predict_names_a_file_that_is_not_an_image(world: World, personalized: Path) -> None:
-    ended = fork_module(*world.predict(personalized, world.text_file()))
+    ended = run_module(*world.predict(personalized, world.text_file()))
     ended.assert_error(INPUT, "notes.jpg is not a readable image")
 
 
 def test_predict_names_a_folder_without_images(world: World, personalized: Path) -> None:
-    fork_module(*world.predict(personalized, world.folder("empty"))).assert_error(INPUT, "no images in", "empty")
+    run_module(*world.predict(personalized, world.folder("empty"))).assert_error(INPUT, "no images in", "empty")
 
 
 def test_an_unknown_model_is_an_error_with_the_known_ones(world: World) -> None:

@@ -16,10 +16,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.bundles import Built
-from support.forked import fork_module
 from support.in_process_daemon import make_daemon
 from support.personal_models import another_model, globals_of, keep, round_of
-from support.processes import SECONDS, Broker, Processes, wait_until
+from support.processes import SECONDS, Broker, Processes, run_module, wait_until
 from support.samples import CLASSES, write_photos
 
 from edge_runtime.daemon.lock import locked
@@ -69,11 +68,11 @@ def lines_of(output: str) -> list[Prediction]:
 
 
 def test_state_and_onnx_file_print_the_same_predictions(store: DeviceStore, inbox: Path, tmp_path: Path) -> None:
-    result = fork_module("edge_runtime", *arguments(store, str(inbox), "--json"))
+    result = run_module("edge_runtime", *arguments(store, str(inbox), "--json"))
     assert (result.code, result.stderr) == (0, "")
     out = tmp_path / "model.onnx"
-    assert fork_module("edge_runtime", "personalize", "--state", str(store.root), "--out", str(out)).code == 0
-    from_file = fork_module("edge_runtime", "predict", "--model", str(out), str(inbox), "--json")
+    assert run_module("edge_runtime", "personalize", "--state", str(store.root), "--out", str(out)).code == 0
+    from_file = run_module("edge_runtime", "predict", "--model", str(out), str(inbox), "--json")
     for one, other in zip(lines_of(result.stdout), lines_of(from_file.stdout), strict=True):
         assert (one.file, one.label, one.round, one.device) == (other.file, other.label, 3, "kitchen")
         assert tuple(one.probabilities) == CLASSES
@@ -81,7 +80,7 @@ def test_state_and_onnx_file_print_the_same_predictions(store: DeviceStore, inbo
 
 
 def test_predictions_below_the_threshold_are_unknown(store: DeviceStore, inbox: Path) -> None:
-    result = fork_module("edge_runtime", *arguments(store, str(inbox), "--unknown", "1", "--top", "1"))
+    result = run_module("edge_runtime", *arguments(store, str(inbox), "--unknown", "1", "--top", "1"))
     lines = result.stdout.splitlines()
     assert len(lines) == len(photos_in(inbox))
     assert all(": unknown (" in line and line.count("%") == 1 for line in lines)
@@ -210,7 +209,7 @@ def test_publishing_beside_a_daemon_is_refused(
     store: DeviceStore, inbox: Path, more: tuple[str, ...], text: str
 ) -> None:
     with locked(store.root, ""):
-        result = fork_module("edge_runtime", *arguments(store, str(inbox), "--publish", "--run", "stream", *more))
+        result = run_module("edge_runtime", *arguments(store, str(inbox), "--publish", "--run", "stream", *more))
     result.assert_error(CONFIG, text, "watch")
 
 
@@ -230,4 +229,4 @@ def test_an_invalid_call_is_one_line_of_error(
     store: DeviceStore, inbox: Path, more: tuple[str, ...], code: int, parts: tuple[str, ...]
 ) -> None:
     options = [str(inbox) if option == "INBOX" else option for option in more]
-    fork_module("edge_runtime", *arguments(store, *options)).assert_error(code, *parts)
+    run_module("edge_runtime", *arguments(store, *options)).assert_error(code, *parts)

@@ -9,8 +9,7 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 from devices.provisioning.authority import CLIENT, Authority, Issued, load_authority, make_authority
-from support.forked import fork_module
-from support.processes import Ended, Processes, answers, free_port, wait_until
+from support.processes import Ended, Processes, answers, free_port, run_module, wait_until
 from support.tools import require_tool
 
 LONG_AGO = datetime.now(timezone.utc) - timedelta(days=2000)
@@ -18,7 +17,7 @@ HOSTS = ("--host", "localhost", "--host", "127.0.0.1")
 
 
 def provision(pki: Path, *arguments: str) -> Ended:
-    ended = fork_module("devices.provision", "--pki", str(pki), *arguments)
+    ended = run_module("devices.provision", "--pki", str(pki), *arguments)
     assert ended.code == 0, ended.stderr
     return ended
 
