@@ -22,6 +22,8 @@ def write_folder(folder: Path, files: Mapping[str, bytes | Iterable[bytes]]) -> 
     """
     folder = folder.resolve()  # a link to a folder stays
     new, old = (folder.with_name(f".{shortened(folder.name)}.{end}") for end in ("new", "old"))
+    if old.exists() and not folder.exists():  # a process was killed between the two renames
+        old.rename(folder)
     for left in (new, old):  # of a process that was killed
         shutil.rmtree(left, ignore_errors=True)
     try:

@@ -91,7 +91,9 @@ def test_a_certificate_of_which_a_third_is_left_is_renewed_with_a_new_key(
     assert link.own_until == after.valid[1].timestamp()
     later = enrolled_again(enrollment, tmp_path)  # the operator has replaced the identity: its file counts again
     assert store.newest(later) == later
+    store.next_key.write_text(new_key())  # of an unanswered request of the earlier identity
     assert store.adopt(later) == store.path and key_in(store.path) == key_in(later)
+    assert not store.next_key.exists()
 
 
 def enrolled_again(enrollment: Enrollment, tmp_path: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,19 @@ def test_a_failure_at_any_step_leaves_the_old_folder(
     assert read_folder(folder) == version(1)
     write_folder(folder, version(3))
     assert read_folder(folder) == version(3)
+
+
+def test_a_folder_between_two_renames_comes_back(tmp_path: Path) -> None:
+    write_folder(tmp_path / "expert", version(1))
+    (tmp_path / "expert").rename(tmp_path / ".expert.old")  # the process was killed then
+
+    def full() -> Iterator[bytes]:
+        yield b"2"
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        write_folder(tmp_path / "expert", {"a.json": full()})
+    assert read_folder(tmp_path / "expert") == version(1)
 
 
 def test_a_folder_with_files_of_others_is_not_replaced(tmp_path: Path) -> None:
