@@ -34,7 +34,7 @@ class IdentityStore:
         if newest != self.path and read_identity(newest).name is not None:
             blocks = pem_blocks(newest.read_text("utf-8", errors="replace"))
             self.write("".join(f"{block}\n" for _, block in blocks))
-            self.next_key.unlink(missing_ok=True)  # whoever has the former key may have a copy of it
+            self.next_key.unlink(missing_ok=True)  # a thief of the former key may have it, too
         return self.path if read_identity(newest).name is not None else configured
 
     def write(self, pem: str) -> None:
