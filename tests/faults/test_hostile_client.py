@@ -24,7 +24,7 @@ from trainer_server.storage.run_store import RunStore
 
 DELAY = (0.4, 0.8)
 LONG_DELAY = (1.0, 1.6)  # a round lasts longer than the forging of messages for it
-LONGER = 3  # times as many rounds where sending takes several of them
+LONGER = 8  # times as many rounds where sending takes several of them
 HOSTILE, VICTIM = "hostile", "device-0000"
 TOPICS = Topics(RUN)
 NOISE = np.random.default_rng(0).bytes(5000)

@@ -20,6 +20,7 @@ from support.tools import find_tool
 
 from edge_runtime.data.inputs import reader_for
 from fedfmsl.errors import shown
+from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.messages import Globals, Round, Stage
 from fedfmsl.protocol.peft_names import from_peft
 from fedfmsl.protocol.task_bundle import TaskBundle
@@ -257,8 +258,8 @@ def test_a_corrupt_photo_is_skipped_and_named(run: Finished) -> None:
 
 
 def test_a_device_without_a_bundle_downloads_it(run: Finished) -> None:
-    sha256 = TaskBundle.open(run.federation.bundle).sha256
-    fetched = TaskBundle.open(run.federation.state(WITHOUT_BUNDLE) / "bundles" / sha256)
+    sha256 = Bundle.load(run.federation.bundle).sha256
+    fetched = Bundle.load(run.federation.state(WITHOUT_BUNDLE) / "bundles" / sha256)
     fetched.verify()
     assert fetched.sha256 == sha256
     assert not list(fetched.root.glob("*.part"))

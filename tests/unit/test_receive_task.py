@@ -74,11 +74,11 @@ def test_a_task_that_cannot_be_used_is_one_clear_error(tmp_path: Path, task: Tas
         receive_task(link_with(*parts(task.blob)), TOPICS, status(task), DeviceStore(tmp_path).tasks)
 
 
-def test_only_the_present_task_and_that_of_the_model_are_kept(tmp_path: Path) -> None:
+def test_only_the_present_task_and_those_of_the_models_are_kept(tmp_path: Path) -> None:
     store = DeviceStore(tmp_path).tasks
     tasks = [replace(TASK, version=version) for version in (1, 2, 3)]
     for task in tasks:
         store.write(task.blob)
-    store.keep(tasks[2], of_model=tasks[0].sha256)
+    store.keep(tasks[2], tasks[0].sha256)
     assert [store.task(task.sha256) is not None for task in tasks] == [True, False, True]
     assert (found := store.present()) is not None and found.version == 3
