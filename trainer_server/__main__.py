@@ -180,6 +180,11 @@ def rollback(
     kept = KeptExperts(out).rounds()
     if store.ended not in (None, FINISHED):
         raise RunError(f"the run at {out} has failed ({store.ended}), so it cannot go on; start a new run")
+    if store.ended == FINISHED and store.origin.config.secure:
+        raise RunError(
+            f"the run at {out} is finished, and with --secure devices send no update of stage 2 again; start a new run "
+            f"with --from {out}"
+        )
     if number not in kept:
         raise ConfigError(
             f"the global expert of round {number} is not kept; those of these rounds are: {', '.join(map(str, kept))}"

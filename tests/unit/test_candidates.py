@@ -23,6 +23,7 @@ from support.coordinators import (
     plan_for,
     started,
 )
+from support.secure_devices import SecureRun, secure_devices
 
 from fedfmsl.algorithms.sal import FixedSchedule
 from fedfmsl.protocol.messages import Stage, Sums
@@ -30,10 +31,11 @@ from fedfmsl.protocol.tensors import blob_hash
 from trainer_server.config import Head
 from trainer_server.coordinator.adoption import asked
 from trainer_server.coordinator.candidates import likelihoods, votes_to_reject, why_rejected
-from trainer_server.coordinator.events import AnnounceRound, Command, Log, OperatorActed, StoreRound
+from trainer_server.coordinator.events import AnnounceRound, Command, Log, OperatorActed, Stop, StoreRound
 from trainer_server.coordinator.operator import Action, Operation
 from trainer_server.coordinator.records import ClosedRound
 from trainer_server.coordinator.rollback import restart_position
+from trainer_server.coordinator.secure_sums import MAX_REPEATS
 from trainer_server.storage.checkpoint import Checkpoint, vectors_of
 from trainer_server.storage.kept_experts import KEPT, KeptExperts
 
@@ -240,11 +242,13 @@ def test_canaries_that_do_not_answer_are_replaced(vit: Built) -> None:
     assert "got 2 updates, fewer than 3" in closed(run)[-1].repeated
     assert run.announced.stage is Stage.CANARY and run.announced.round == first.round + 1
     drawn = {first.chosen}
-    for _ in range(5):
+    for _ in range(MAX_REPEATS):
         drawn.add(run.announced.chosen)
         run.now += ROUND_SECONDS
         run.feed()
     assert len(drawn) > 1
+    assert (run.announced.stage, run.announced.chosen, run.state.repeats) == (Stage.PERSONAL, (), 0)
+    assert run.of(Log)[-1].text == "no canary round: fewer than 3 devices answer it"
 
 
 def test_without_three_devices_there_is_no_canary_round(vit: Built) -> None:
@@ -340,6 +344,24 @@ def test_a_rollback_of_a_run_with_secure_updates_begins_its_sum_again(vit: Built
         if step.part == (Stage.GLOBAL, 0):
             assert start == first
     assert steps[restart_position(plan, len(steps) - 1)].part == (Stage.PERSONAL, 0)
+
+
+def test_no_rollback_asks_devices_again_for_updates_whose_masks_are_removed(vit: Built, tmp_path: Path) -> None:
+    run = SecureRun(vit, secure_devices(vit, tmp_path, 3), secure=True, min_holders=1)
+    for stage, index, is_possible in [
+        (Stage.GLOBAL, 0, True),
+        (Stage.UNMASK, None, False),
+        (Stage.PERSONAL, 0, True),
+        (Stage.EVALUATE, 0, False),
+    ]:
+        while run.announced.stage is not stage or index not in (None, run.announced.index):
+            run.step()
+        number = run.announced.round
+        roll_back(run, run.state.made or 1, kept(run))
+        assert (run.announced.round > number) is is_possible
+        assert is_possible or "no rollback now: with --secure" in run.of(Log)[-1].text
+    run.step()
+    assert not run.of(Stop)[0].error
 
 
 def test_the_latest_global_experts_are_kept(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from trainer_server.coordinator.events import (
     ClockTicked,
     Command,
     Event,
+    LimitsChanged,
     Log,
     OperatorActed,
     StatusSeen,
@@ -107,6 +108,16 @@ def test_with_max_repeats_such_a_run_ends(vit: Built) -> None:
     run.online("b", "c", online=False)
     for _ in range(WAITS_AFTER + 2):
         pass_deadline(run)
+    assert "times in a row; the run ends" in run.of(Stop)[0].error
+
+
+def test_a_run_that_waits_ends_once_it_is_resumed_with_max_repeats(vit: Built) -> None:
+    run = started(vit, min_updates=2)
+    lost(run, online=False)
+    run.now += 1e6
+    run.feed(LimitsChanged(run.state.limits.model_copy(update={"max_repeats": WAITS_AFTER})))
+    assert not run.of(Stop)  # a device that has come back meanwhile can answer
+    pass_deadline(run)
     assert "times in a row; the run ends" in run.of(Stop)[0].error
 
 

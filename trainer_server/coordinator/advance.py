@@ -40,7 +40,7 @@ from trainer_server.coordinator.events import (
 )
 from trainer_server.coordinator.former_head import why_rejected
 from trainer_server.coordinator.limits import MAX_STRETCH, UNMERGED, devices_in_share, round_seconds
-from trainer_server.coordinator.operator import act
+from trainer_server.coordinator.operator import Action, act
 from trainer_server.coordinator.records import ClosedRound, listed
 from trainer_server.coordinator.refusals import (
     LEFT_OUT_AFTER,
@@ -50,10 +50,11 @@ from trainer_server.coordinator.refusals import (
     left_out_of_sums,
     refuse,
 )
-from trainer_server.coordinator.rollback import restart_position, rolled_back
+from trainer_server.coordinator.rollback import restart_position, rolled_back, why_no_rollback
 from trainer_server.coordinator.round_update import (
     apply_round,
     left_out,
+    newest_updates,
     scaled_down,
     suspects,
     with_former_head,
@@ -85,8 +86,12 @@ def advance(plan: Plan, state: State, event: Event, now: float) -> tuple[State, 
         return _refuse(state, event.device)
     if isinstance(event, LimitsChanged):
         changes = [Log(text) for text in state.limits.differences(event.limits)]
+        if state.waiting and event.limits.max_repeats is not None:  # the run may end now instead
+            state = replace(state, waiting=False, since=now)
         return (replace(state, limits=event.limits), [*changes]) if changes else (state, [])
     if isinstance(event, OperatorActed):
+        if event.operation.action is Action.ROLLBACK and (impossible := why_no_rollback(plan, state)):
+            return state, [Log(f"operator: {impossible}", warning=True)]
         state, text = act(state, event.operation, now)
         return state, [Log(text)]
     if state.paused_at is not None:
@@ -230,11 +235,9 @@ def _open_round(plan: Plan, state: State, position: int, now: float) -> tuple[St
         if step.part[0] is Stage.GLOBAL:
             level = secure_level(state, selected) if starts else state.secure.level
     if stage is Stage.CANARY and not selected:
-        about = (
-            f"no canary round: fewer than {MIN_REPORTS} devices that are online have measured the last global expert"
-        )
-        state, commands = _open_round(plan, state, position + 1, now)
-        return state, [Log(about, warning=True), *commands]
+        able = "answer it" if state.repeats else "that are online have measured the last global expert"
+        state, commands = _open_round(plan, replace(state, repeats=0), position + 1, now)
+        return state, [Log(f"no canary round: fewer than {MIN_REPORTS} devices {able}", warning=True), *commands]
     oldest = number - max(config.max_staleness, REMEMBERED_ROUNDS)
     closed = [*state.recent, *([state.announced] if state.announced else [])]
     blobs = pack_globals(plan, state, stage)
@@ -293,7 +296,7 @@ def _selected(plan: Plan, state: State, step: Step, number: int) -> frozenset[st
     if step.purpose is Stage.HEAD:
         eligible = eligible_devices(eligible, suspects(plan, state), max(least, MIN_DEVICES))
     if step.stage is Stage.CANARY:
-        return canaries(plan, state, eligible, number)
+        return canaries(plan, state, eligible, number) if state.repeats <= MAX_REPEATS else frozenset()
     if step.purpose not in TRAINING or state.repeats:
         return frozenset(eligible)
     return select_devices(plan.config, eligible, state.sal.level, number, least)
@@ -454,7 +457,7 @@ def _rejected_head(plan: Plan, state: State, closing: Round) -> str:
     aggregation devices report no accuracies, so a report is a hostile device's."""
     if closing.stage is not Stage.PERSONAL or closing.index or plan.schedule[state.position].part is not None:
         return ""
-    return why_rejected(state.former, {key[1]: accepted.update for key, accepted in state.updates.items()})
+    return why_rejected(state.former, newest_updates(state))
 
 
 def _is_skipped(step: Step, part: Part, repeats: int) -> bool:

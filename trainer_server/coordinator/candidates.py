@@ -29,7 +29,8 @@ from trainer_server.coordinator.former_head import METRIC
 @dataclass(frozen=True)
 class LastGood:
     """The last global expert (P,) that was not rejected, and the closed round that made it. Empty and 0 before there is
-    one. `nlls`: by device, the mean negative log-likelihood of its held-out samples under it, in nats."""
+    one. `nlls`: by device, the mean negative log-likelihood of its held-out samples in nats, under the last good one
+    that the device has measured."""
 
     expert: Vector = field(default_factory=lambda: np.empty(0, np.float32))
     round: int = 0

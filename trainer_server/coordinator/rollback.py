@@ -15,7 +15,7 @@ from fedfmsl.algorithms.server_optimizers import Moments
 from fedfmsl.protocol.messages import Stage
 from trainer_server.coordinator.candidates import LastGood
 from trainer_server.coordinator.former_head import FormerHead
-from trainer_server.coordinator.state import NO_SUMS, Plan, State
+from trainer_server.coordinator.state import NO_SUMS, TRAINING, Plan, State
 
 EXPERT = "expert"  # name of the tensor in the file of a kept global expert
 
@@ -28,6 +28,20 @@ def restart_position(plan: Plan, position: int) -> int:
         return plan.positions_of(step.part).start if step.part else position
     stages = [each.purpose for each in plan.schedule]
     return stages.index(Stage.PERSONAL)
+
+
+def why_no_rollback(plan: Plan, state: State) -> str:
+    """Why the run cannot be rolled back now, or "". With --secure a device masks each update once in a session: of two
+    sums over different devices, the difference would reveal those that are only in one."""
+    if state.announced is None:
+        return ""
+    part = plan.schedule[restart_position(plan, state.position)].part
+    if part is None or part[0] not in TRAINING or state.position < plan.positions_of(part).stop - 1:
+        return ""
+    return (
+        f"no rollback now: with --secure devices do not send their updates of {part[0].value} {part[1] + 1} again. In "
+        "stage 1 repeat it in the next round; later start a new run with --from"
+    )
 
 
 def rolled_back(plan: Plan, state: State, position: int) -> State:

@@ -204,8 +204,7 @@ def _with_expert(plan: Plan, state: State, combined: Aggregate, index: int, accu
     is_cold = not (plan.warm and plan.warm.kept.any()) and not state.former.rejected
     first = plan.config.head is Head.ZEROS and index == 0 and is_cold
     start = expert[: plan.bundle.expert.size(1)] if first else state.start
-    nlls = reported({key[1]: accepted.update for key, accepted in state.updates.items()})
-    former = replace(state.former, nlls=nlls)
+    former = replace(state.former, nlls=reported(newest_updates(state)))
     return replace(state, expert=expert, start=start, expert_moments=moments, sal=sal, former=former)
 
 
@@ -291,6 +290,11 @@ def _screened(plan: Plan, state: State, combined: Aggregate) -> State:
     found = zip(devices, combined.agreements or [None] * len(devices), strict=True)
     state = replace(state, agreements={**former, **{device: each for device, each in found if each is not None}})
     return replace(state, left_out={**counts, **{name: counts.get(name, 0) + 1 for name in _outliers(plan, state)}})
+
+
+def newest_updates(state: State) -> dict[str, Update]:
+    """By device: with `--max-staleness` a round may have several updates of one device."""
+    return {accepted.update.device: accepted.update for accepted in _in_order(state)}
 
 
 def _in_order(state: State) -> list[Accepted]:

@@ -107,7 +107,9 @@ def check_update(plan: Plan, state: State, task: Round, update: Update, tensors:
         return
     if update.stage in (Stage.SHARES, Stage.UNMASK):
         roster = _roster(plan, state.secure)
-        device = _positions(roster)[update.device]
+        device = _positions(roster).get(update.device)
+        if device is None:
+            raise MessageError("its keys are not in the roster")
         if update.stage is Stage.SHARES:
             tensor_of(tensors, SHARES, np.uint8, (len(roster.holders(device)), SHARE_BYTES))
         else:

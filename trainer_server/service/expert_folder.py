@@ -39,7 +39,7 @@ class ExpertFolder:
         result = result_of(closed)
         self._result = result or self._result
         if announced.expert and changed:
-            self._level = announced.level
+            self._level = max(self._level, announced.level)  # with --secure a later round may be of a lower one
         if announced.expert and self._level and (changed or result):
             self._write(expert)
 
