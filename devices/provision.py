@@ -79,7 +79,7 @@ def members(
     revoke: list[str] = typer.Option(
         [],
         metavar="NAME",
-        help="Revoke a device's identity or password, or the identity of server or operator. Repeatable.",
+        help="Revoke a device's identity, password or unused token, or the identity of server or operator. Repeatable.",
     ),
     kit: Path | None = typer.Option(
         None,

@@ -12,7 +12,7 @@ from safetensors.numpy import save
 
 from export.backbone_onnx import write_backbone_onnx
 from export.graph import WEIGHTS_FILE, WeightFile
-from export.graphs import GraphWriter, expert_layout, gate_layout
+from export.graphs import GraphWriter, gate_layout, lora_layout
 from export.models import RANDOM
 from export.ort_training import write_artifacts
 from export.parity import check_parity
@@ -33,7 +33,7 @@ from fedfmsl.protocol.bundle import (
     Precision,
     file_sha256,
 )
-from fedfmsl.protocol.layout import Layout
+from fedfmsl.protocol.layout import Layout, expert_layout
 from fedfmsl.protocol.task_bundle import with_numbered_classes
 
 
@@ -149,7 +149,8 @@ class _Spec:
     @property
     def experts(self) -> Layout:
         """The layout of all blocks, also of those above `levels`."""
-        return expert_layout(self.source.family, self.geometry, self.lora.rank, self.outputs)
+        loras = lora_layout(self.source.family, self.geometry, self.lora.rank)
+        return expert_layout(self.outputs, self.geometry.feature, loras)
 
     @property
     def loras(self) -> Layout:

@@ -19,17 +19,14 @@ from export.frozen import PRECISIONS
 from export.graph import Array, Graph, WeightFile
 from export.transformer import Geometry, Lora, Transformer
 from fedfmsl.protocol.bundle import Precision, Preprocessing, TextPreprocessing
-from fedfmsl.protocol.layout import HEAD, Layout
+from fedfmsl.protocol.layout import Layout
 
 GATE_WIDTH = 16
 
 
-def expert_layout(family: Family, geometry: Geometry, rank: int, classes: int) -> Layout:
-    """The head first, then the LoRA of each block, from block L-1 to block 0. So a lower level is a prefix."""
-    shapes: list[tuple[str, str, tuple[int, ...]]] = [
-        (HEAD, "classifier.weight", (classes, geometry.feature)),
-        (HEAD, "classifier.bias", (classes,)),
-    ]
+def lora_layout(family: Family, geometry: Geometry, rank: int) -> Layout:
+    """The LoRA of each block, from block L-1 to block 0. So a lower level is a prefix."""
+    shapes: list[tuple[str, str, tuple[int, ...]]] = []
     for block in reversed(range(geometry.blocks)):
         for target in LORA_TARGETS:
             module = family.projection(block, target)

@@ -56,12 +56,16 @@ def make_task(
 def _zero_shot(
     bundle: Bundle, names: tuple[str, ...], prompts: list[str] | None, weights: str | None
 ) -> ZeroShot | None:
-    """None if the model has no text tower. Raises ConfigError if its weights are not known, or are of another model."""
+    """None if the model has no text tower. Raises ConfigError if its weights are not known, or if there is an option
+    for it and no text tower."""
     manifest = bundle.manifest
     if manifest.family not in WITH_TEXT_TOWER:
-        if prompts:
-            raise ConfigError(f"--prompt needs a text tower, which {manifest.model} does not have; omit it")
+        if prompts or weights:
+            option = "--prompt" if prompts else "--weights"
+            raise ConfigError(f"{option} needs a text tower, which {manifest.model} does not have; omit it")
         return None
+    if weights is not None and not Path(weights).is_dir():
+        raise ConfigError(f"--weights {weights} is not a folder; pass the transformers folder of {manifest.model}")
     if weights is None and (manifest.model not in MODELS or manifest.peft.base == RANDOM):
         raise ConfigError(
             f"the weights of {manifest.model} are not on the hub; pass their folder with --weights, or "

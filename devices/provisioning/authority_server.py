@@ -25,16 +25,17 @@ from starlette.routing import Route
 from devices.provisioning.authority import SERVER
 from devices.provisioning.enrollment import Enrollment
 from devices.provisioning.fleet import Fleet
-from fedfmsl.errors import ConfigError
+from fedfmsl.errors import ConfigError, one_line
 from fedfmsl.transport.authority_client import AUTHORITY, SIGN
 from fedfmsl.transport.enrollment import MAX_REQUEST_BYTES
-from fedfmsl.transport.listening import listen, parse_listen
+from fedfmsl.transport.listening import ANY, listen, parse_listen
 from fedfmsl.web.access import RateLimit
 from fedfmsl.web.serve import WebServer
 
 FLAG = "ADDRESS"  # of the command
 NAME = "authority"  # in the server's certificate
 RENEWAL_DAYS = 30
+DAY = 86400.0  # seconds
 BODY_SECONDS = 10.0  # for a request to arrive
 BURST, SECONDS = 20, 3.0  # requests of one address at once, and until it may send one more
 
@@ -45,27 +46,40 @@ def serve(enrollment: Enrollment, address: str, report: Report) -> WebServer:
     """`address`: HOST:PORT as devices reach it. `report` receives a line for each request. Raises ConfigError for an
     invalid address, RunError if it cannot listen there."""
     host, port = parse_listen(address)
-    contexts = _Contexts(enrollment.fleet, host)
+    if host in ANY:
+        raise ConfigError(f"{FLAG} {address}: devices cannot reach {host}; pass a name or an address of this machine")
+    contexts = Contexts(enrollment.fleet, host, report)
     contexts.current()
     return WebServer(application(enrollment, report), listen(FLAG, host, port), contexts.current)
 
 
 @dataclass
-class _Contexts:
+class Contexts:
     fleet: Fleet
     host: str
+    report: Report
     _context: ssl.SSLContext | None = None
-    _made: float = 0.0
+    _due: float = 0.0  # when its certificate is renewed
 
     def current(self) -> ssl.SSLContext:
-        """The TLS context for new connections."""
-        if self._context is None or time.time() > self._made + RENEWAL_DAYS * 86400:
-            self._context, self._made = _server_context(self.fleet, self.host), time.time()
+        """The TLS context for new connections. If its certificate cannot be renewed, the earlier one."""
+        if self._context is None or time.time() > self._due:
+            try:
+                self._context, self._due = _server_context(self.fleet, self.host), time.time() + RENEWAL_DAYS * DAY
+            except (ConfigError, OSError) as error:
+                if self._context is None:
+                    raise
+                self._due = time.time() + DAY
+                self.report(f"the certificate of this server is not renewed: {one_line(error)}; trying again in a day")
         return self._context
 
 
 def _server_context(fleet: Fleet, host: str) -> ssl.SSLContext:
-    issued = fleet.authority().issue(NAME, [SERVER], [host], 2 * RENEWAL_DAYS)
+    """Raises ConfigError, or OSError if the temporary file cannot be written."""
+    try:
+        issued = fleet.authority().issue(NAME, [SERVER], [host], 2 * RENEWAL_DAYS)
+    except ValueError as error:
+        raise ConfigError(f"{FLAG} {host}: {error}; pass a host's name or address") from error
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     with tempfile.NamedTemporaryFile("w", suffix=".pem") as file:  # readable by its owner only

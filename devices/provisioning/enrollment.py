@@ -80,8 +80,6 @@ class Enrollment:
         # the identities of these are made on this machine, and have other rights
         if name in RESERVED or name == HOME_ASSISTANT or self.fleet.is_operator(name):
             raise ConfigError(f"device name {name!r} is reserved; choose another")
-        if self.fleet.is_operator(name):
-            raise ConfigError(f"{name} is an operator; choose another name for the device")
         if self.fleet.has_passwords:
             raise ConfigError(
                 f"the broker of {self.fleet.folder} uses passwords, so devices have no keys; add them with --user"

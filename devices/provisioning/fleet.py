@@ -212,8 +212,8 @@ class Fleet:
         self.report(f"copy it to {name}, and run there: python -m devices.install --renew {path.name}")
 
     def revoke(self, names: Sequence[str]) -> None:
-        """Revokes the members' certificates or passwords, all that they ever had. Raises ConfigError for an unknown
-        name."""
+        """Revokes the members' certificates or passwords, all that they ever had, and their tokens. Raises ConfigError
+        for an unknown name."""
         if BROKER_NAME in names:
             raise ConfigError(
                 "devices read no revocation list; if the broker's key is stolen, make a new CA with --host in another "
@@ -221,12 +221,17 @@ class Fleet:
             )
         users = self._users() & set(names) if self.has_passwords else set()
         certified = [name for name in names if self.issued(name).is_file()]
-        if missing := [name for name in names if name not in users and name not in certified]:
+        asked = [name for name in names if self.token(name).is_file()]
+        if missing := [name for name in names if name not in (*users, *certified, *asked)]:
             places = f"{self.folder}/issued" + (f" and {self._passwords}" if self.has_passwords else "")
             raise ConfigError(
                 f"cannot revoke {', '.join(missing)}: it is revoked already or was never made; valid names are those "
                 f"in {places}"
             )
+        for name in asked:  # first: an interruption leaves no free name with a valid token
+            self.token(name).unlink()
+            if name not in certified:
+                self.report(f"the token of {name} is no longer valid")
         if users:
             self._remove_passwords(sorted(users))
             self.report(f"wrote {self._passwords}; copy it to the broker and restart the broker")
@@ -249,7 +254,6 @@ class Fleet:
         write_atomically(path, self.authority().revocation_list(serials).encode(), durable=True)
         for name, file in zip(names, certificates, strict=True):
             file.unlink()
-            self.token(name).unlink(missing_ok=True)
             self._remove_files(name)
         self.report(
             f"wrote {path}; copy it to the server, and to the broker and restart the broker, which also ends open "

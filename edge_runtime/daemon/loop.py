@@ -144,7 +144,9 @@ class DaemonLoop:
             if not (stop.quietly or stop.anew):
                 self._announcer.status(self._runner.device, online=False, error=stop.error)
                 self._heartbeat(Activity.STOPPED)
-            if not stop.anew:
+            if stop.anew:
+                self._globals.keep_only(set())  # unsubscribes
+            else:
                 self._link.close(self._announcer.last)
             self._worker.close()
         if stop.error:

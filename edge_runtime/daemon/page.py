@@ -12,11 +12,9 @@ from edge_runtime.store import DeviceStore
 from fedfmsl.common.token_file import stored_token
 from fedfmsl.transport.address import is_loopback, netloc, parse_address
 from fedfmsl.transport.identity import read_identity
-from fedfmsl.transport.listening import listen, parse_listen
+from fedfmsl.transport.listening import ANY, listen, parse_listen
 
 logger = logging.getLogger(__name__)
-
-ANY = {"0.0.0.0", "::"}
 
 
 def page_process(settings: Settings, store: DeviceStore) -> ChildProcess:

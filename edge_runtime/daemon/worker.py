@@ -40,7 +40,7 @@ class Worker:
         self.control = control
         self._post = post
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="worker")
-        self._jobs = 0
+        self._jobs: set[Future[Any]] = set()
         self._steps = -1  # at the last call of `is_alive`
 
     @property
@@ -54,13 +54,16 @@ class Worker:
 
     def submit(self, job: Callable[[], Result], then: Callable[[Future[Result]], object]) -> None:
         """Runs `job` after those that were submitted before."""
-        self._jobs += 1
         future = self._executor.submit(job)
+        self._jobs.add(future)
         future.add_done_callback(lambda done: self._post(JobEnded(done, then)))
 
     def end(self, event: JobEnded) -> None:
-        """Calls `then` with the job's result. Raises what `then` raises, usually the job's error."""
-        self._jobs -= 1
+        """Calls `then` with the job's result. Raises what `then` raises, usually the job's error. Does nothing if the
+        job is of an earlier worker, whose event was left in the queue."""
+        if event.future not in self._jobs:
+            return
+        self._jobs.remove(event.future)
         self.control.stop(False)
         event.then(event.future)
 

@@ -192,8 +192,9 @@ class Queue:
 
     def get(self, numbers: Sequence[int]) -> list[WaitingFile]:
         """The files with these numbers that are known, in this order."""
-        marks = ",".join("?" * len(numbers))
-        found = {file.id: file for file in self._files(f"WHERE id IN ({marks})", tuple(numbers))}
+        possible = tuple(number for number in numbers if abs(number) < 2**63)  # SQLite has no others
+        marks = ",".join("?" * len(possible))
+        found = {file.id: file for file in self._files(f"WHERE id IN ({marks})", possible)}
         return [found[number] for number in numbers if number in found]
 
     def forget(self, numbers: Sequence[int]) -> None:

@@ -26,8 +26,7 @@ class Finding:
 @dataclass
 class Context:
     """What earlier checks have found. `scratch`: a temporary directory. `config`: the file of the settings. `running`:
-    the device's daemon runs. `task`: the run's, or the
-    one that the device last started with. `largest`: the largest sample."""
+    the device's daemon runs. `task`: the run's, if its server is online. `largest`: the largest sample."""
 
     scratch: Path
     config: Path | None = None

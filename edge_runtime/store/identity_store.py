@@ -19,13 +19,13 @@ class IdentityStore:
         self.next_key = state / "next.key"
 
     def newest(self, configured: Path | None) -> Path | None:
-        """The `configured` identity, or the renewed one if that is of the same name and CA and valid for longer. Raises
+        """The `configured` identity, or the renewed one if that is of the same name and CA and was issued later. Raises
         ConfigError if the configured one cannot be used."""
         if configured is None or not (renewed := self._renewed()) or not renewed.valid:
             return configured
         known = read_identity(configured)
         same = (known.name, known.authorities) == (renewed.name, renewed.authorities)
-        return self.path if same and known.valid and renewed.valid[1] >= known.valid[1] else configured
+        return self.path if same and known.valid and renewed.valid >= known.valid else configured
 
     def adopt(self, configured: Path) -> Path:
         """Makes STATE/identity.pem the newest identity, and returns its path, which stays the same after a renewal.
@@ -34,6 +34,7 @@ class IdentityStore:
         if newest != self.path and read_identity(newest).name is not None:
             blocks = pem_blocks(newest.read_text("utf-8", errors="replace"))
             self.write("".join(f"{block}\n" for _, block in blocks))
+            self.next_key.unlink(missing_ok=True)  # a thief of the former key may have it, too
         return self.path if read_identity(newest).name is not None else configured
 
     def write(self, pem: str) -> None:

@@ -13,7 +13,6 @@ from edge_runtime.store import DeviceStore
 from edge_runtime.training.personal_model import ModelHeader, PersonalModel
 from edge_runtime.training.stored_model import (
     model_chosen_by_hand,
-    open_model_bundle,
     read_former_model,
     stored_model,
     write_model_file,
@@ -35,9 +34,10 @@ def roll_back(store: DeviceStore) -> ModelHeader:
                 "rollback --undo uses the newer one again"
             )
         former, used = read_former_model(store), stored_model(store)
-        if used is not None and used.header.bundle != former.header.bundle:
-            open_model_bundle(store, former.header)
-        elif store.tasks.task(former.header.task) is None:
+        bundle = store.bundles / former.header.bundle
+        if used is not None and used.header.bundle != former.header.bundle and not bundle.is_dir():
+            raise BundleError(f"the bundle of the earlier model is not at {bundle}, so it cannot be used")
+        if store.tasks.task(former.header.task) is None:
             raise BundleError(f"the task of the earlier model in {store.root} is missing, so it cannot be used")
         return _exchange(store, former.changed(by_hand=True), used)
 
@@ -62,6 +62,8 @@ def undo(store: DeviceStore) -> ModelHeader:
 def _writing(store: DeviceStore) -> Iterator[None]:
     if not store.root.is_dir():
         raise ConfigError(f"--state {store.root} does not exist; give the state directory of a device")
+    if not store.mixture_lock.is_file():  # it is the daemon's, which could not open one of another user
+        read_former_model(store)  # raises InputError
     try:
         with held(store.mixture_lock, wait=True):
             yield

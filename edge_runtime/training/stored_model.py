@@ -119,12 +119,13 @@ def _version(header: ModelHeader) -> str:
 
 
 def open_model_bundle(store: DeviceStore, header: ModelHeader, path: Path | None = None) -> TaskBundle:
-    """The bundle and the task that a model belongs to. `path`: the bundle's folder; default: the bundle that the device
-    downloaded.
+    """The bundle and the task that a model belongs to. `path`: the bundle's folder, if the device did not download it.
+    A model that was not replaced yet may be of an earlier bundle than a daemon's present one.
 
     Raises BundleError if the bundle does not exist or is another one, or if the task is missing.
     """
-    root = path or store.bundles / header.bundle
+    downloaded = store.bundles / header.bundle
+    root = path if path and not downloaded.is_dir() else downloaded
     if not root.is_dir():
         own = "" if path else "the device did not download it, so it was started with --bundle; "
         alone = f"; {store.personalized} needs no bundle (predict --model)" if store.personalized.is_file() else ""

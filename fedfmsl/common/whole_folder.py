@@ -22,6 +22,7 @@ def write_folder(folder: Path, files: Mapping[str, bytes | Iterable[bytes]]) -> 
     """
     folder = folder.resolve()  # a link to a folder stays
     new, old = (folder.with_name(f".{shortened(folder.name)}.{end}") for end in ("new", "old"))
+    _restore(old, folder)
     for left in (new, old):  # of a process that was killed
         shutil.rmtree(left, ignore_errors=True)
     try:
@@ -32,8 +33,7 @@ def write_folder(folder: Path, files: Mapping[str, bytes | Iterable[bytes]]) -> 
             folder.rename(old)
         new.rename(folder)
     except OSError:
-        if old.exists() and not folder.exists():
-            old.rename(folder)
+        _restore(old, folder)
         shutil.rmtree(new, ignore_errors=True)
         raise
     shutil.rmtree(old, ignore_errors=True)
@@ -59,6 +59,12 @@ def check_own(flag: str, folder: Path, names: Iterable[str]) -> None:
     others = sorted(path.name for path in folder.iterdir() if path.name not in own) if folder.is_dir() else []
     if others:
         raise ConfigError(f"{flag} {folder} has other files, like {others[0]}; pass a new or an empty folder")
+
+
+def _restore(old: Path, folder: Path) -> None:
+    """After an end between the two renames."""
+    if old.exists() and not folder.exists():
+        old.rename(folder)
 
 
 def _read(folder: Path) -> dict[str, bytes]:

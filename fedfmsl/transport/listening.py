@@ -11,6 +11,7 @@ from fedfmsl.errors import ConfigError, RunError
 from fedfmsl.transport.address import is_host, netloc
 
 BACKLOG = 128  # connections that wait to be accepted
+ANY = ("0.0.0.0", "::")  # hosts that mean all addresses of this machine
 BIND_SECONDS = 3.0  # for the port of a process that was killed to become free
 _ADDRESS = re.compile(r"(\[[0-9A-Za-z.:%_-]+\]|[^:\[\]]+):([0-9]{1,5})", re.ASCII)
 

@@ -97,10 +97,12 @@ class _Server(uvicorn.Server):
         await super().shutdown(sockets)
 
     async def on_tick(self, counter: int) -> bool:
-        """After a change of certificates all connections end, also those of revoked operators. Browsers connect
-        again."""
+        """After a change of certificates all connections and handshakes end, also those of revoked operators. Browsers
+        connect again."""
         if self._current and counter % TICKS == 0 and self._current() is not self._context:
             self._context = self._current()
+            for task in self._connecting:
+                task.cancel()
             for connection in list(self.server_state.connections):
                 connection.transport.close()
         return await super().on_tick(counter)

@@ -31,7 +31,7 @@ from export.class_options import class_names
 from export.families.family import Family
 from export.families.vit import VIT
 from export.graph import OPSET
-from export.graphs import expert_layout
+from export.graphs import lora_layout
 from export.models import MODELS, ModelSpec
 from export.parity import check_parity
 from export.pipeline import Options, export_bundle
@@ -41,6 +41,7 @@ from fedfmsl.common.onnx_runtime import has_ort_training
 from fedfmsl.errors import BundleError, ConfigError, InputError, WeightsError
 from fedfmsl.protocol.bundle import MANIFEST
 from fedfmsl.protocol.class_names import write_names
+from fedfmsl.protocol.layout import expert_layout
 from fedfmsl.protocol.task import TASK
 from fedfmsl.protocol.task_bundle import TaskBundle
 
@@ -126,7 +127,8 @@ def test_vit_b16_with_a_hundred_classes_tunes_less_than_a_third_of_a_percent() -
     config = ViTConfig(**MODELS["vit-b16"].config)
     with torch.device("meta"):
         backbone = AutoModel.from_config(config, add_pooling_layer=False)
-    layout = expert_layout(VIT, VIT.geometry(config, 224), rank=4, classes=100)
+    geometry = VIT.geometry(config, 224)
+    layout = expert_layout(100, geometry.feature, lora_layout(VIT, geometry, rank=4))
     assert layout.size(12) - layout.size(0) == 147_456  # the number in the paper
     assert layout.total / sum(p.numel() for p in backbone.parameters()) < 0.003
 

@@ -67,6 +67,7 @@ def test_predictions_use_the_earlier_model_at_once_until_the_rollback_is_undone(
 def test_the_earlier_model_is_the_last_other_one_that_predictions_used(vit: Built, device: TrainingContext) -> None:
     store = device.store
     assert isinstance(command(store).exception, InputError)  # there is no model at all
+    assert not store.mixture_lock.exists()  # the daemon could not open one that root has made
     save(vit, device, 1)
     assert "no earlier personalized model" in str(command(store).exception)
     save(vit, device, 2)
@@ -96,7 +97,7 @@ def test_a_model_of_another_bundle_needs_that_bundle(vit: Built, device: Trainin
     keep(store, former)
     store.mixture.rename(store.former)
     store.mixture.write_bytes(current)
-    assert "is not at" in str(command(store).exception)
+    assert "bundle of the earlier model is not at" in str(command(store).exception)
     assert store.mixture.read_bytes() == current
 
 

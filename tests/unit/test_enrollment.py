@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from devices.provision import app as provision
 from devices.provisioning.authority import IDENTITY_DAYS, make_authority, serials_of
-from devices.provisioning.authority_server import BURST, serve
+from devices.provisioning.authority_server import BURST, Contexts, serve
 from devices.provisioning.enrollment import MOST_VALID, Enrollment
 from devices.provisioning.fleet import Fleet
 from devices.provisioning.settings_file import read_table
@@ -168,6 +168,25 @@ def test_a_name_that_was_taken_after_its_token_was_made_is_refused(pki: Path, en
         enrollment.answer(first_request(new_key(), token).encode())
 
 
+def test_a_token_that_was_not_used_can_be_withdrawn(pki: Path, enrollment: Enrollment) -> None:
+    token = enrollment.make_token("kitchen", DAY)
+    assert "the token of kitchen is no longer valid" in run(provision, "--pki", pki, "--revoke", "kitchen")
+    with pytest.raises(ConfigError, match="is not one that was made for kitchen"):
+        enrollment.answer(first_request(new_key(), token).encode())
+    with pytest.raises(ConfigError, match="cannot revoke kitchen: it is revoked already or was never made"):
+        run(provision, "--pki", pki, "--revoke", "kitchen")
+
+
+def test_a_server_without_its_ca_keeps_its_certificate(enrollment: Enrollment, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    contexts = Contexts(enrollment.fleet, "localhost", lines.append)
+    before = contexts.current()
+    monkeypatch.setattr("time.time", lambda: 2e10)
+    (enrollment.fleet.folder / "ca.key").unlink()
+    assert contexts.current() is before and contexts.current() is before
+    assert len(lines) == 1 and "is not renewed" in lines[0] and "trying again in a day" in lines[0]
+
+
 def test_the_present_key_asks_for_the_certificate_of_the_next(enrollment: Enrollment) -> None:
     present, later = new_key(), NOW + timedelta(days=IDENTITY_DAYS * 2 / 3)
     first(enrollment, present)
@@ -260,6 +279,8 @@ def test_wrong_arguments_of_enroll_are_named(arguments: tuple[str, ...], says: s
         (("token", "server"), "device name 'server' is reserved"),
         (("token", "a/b"), "device name 'a/b' is invalid"),
         (("sign", "missing.pem"), "missing.pem does not exist"),
+        (("serve", "0.0.0.0:8444"), "devices cannot reach 0.0.0.0; pass a name or an address of this machine"),
+        (("serve", "münchen.example:8444"), "ADDRESS münchen.example: .*; pass a host's name or address"),
         (("serve", "localhost"), "is not HOST:PORT"),
     ],
 )

@@ -333,6 +333,8 @@ def test_the_page_takes_classes_by_name_and_names_the_fault_of_a_labels_file(tmp
         status, text, _ = ask(site, "/ask")
         desk.queue.describe(("pear", "apple"), "image")  # of a new run
         form = {"csrf": csrf_of(text), f"file-{number}": "on", "class": "pear"}
+        assert ask(site, f"/file/{10**30}/small.jpg")[0] == 404
+        assert ask(site, "/ask", {"csrf": csrf_of(text), f"file-{10**30}": "on", "class": "pear"})[0] == 409
         assert status == 200 and ask(site, "/ask", form)[0] == 303
         assert read_labels(labels)[0] == {"x.jpg": {"pear": 2}}
         labels.rename(tmp_path / "gone")

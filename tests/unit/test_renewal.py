@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from support.processes import free_port
 
-from devices.provisioning.authority import IDENTITY_DAYS, revoked_serials, serials_of
+from devices.provisioning.authority import CA_DAYS, IDENTITY_DAYS, revoked_serials, serials_of
 from devices.provisioning.authority_server import serve
 from devices.provisioning.enrollment import Enrollment
 from devices.provisioning.fleet import Fleet
@@ -91,7 +91,9 @@ def test_a_certificate_of_which_a_third_is_left_is_renewed_with_a_new_key(
     assert link.own_until == after.valid[1].timestamp()
     later = enrolled_again(enrollment, tmp_path)  # the operator has replaced the identity: its file counts again
     assert store.newest(later) == later
+    store.next_key.write_text(new_key())  # of an unanswered request of the earlier identity
     assert store.adopt(later) == store.path and key_in(store.path) == key_in(later)
+    assert not store.next_key.exists()
 
 
 def enrolled_again(enrollment: Enrollment, tmp_path: Path) -> Path:
@@ -100,6 +102,18 @@ def enrolled_again(enrollment: Enrollment, tmp_path: Path) -> Path:
     revoked = revoked_serials((enrollment.fleet.folder / "broker" / "revoked.crl").read_bytes())
     assert len(issued) == 2 and set(issued) == set(revoked)  # for broker and HTTPS
     return enrolled(enrollment, tmp_path / "again.toml", timedelta(days=-1))
+
+
+def test_the_identity_that_was_issued_last_counts_also_if_both_end_with_the_ca(
+    enrollment: Enrollment, tmp_path: Path
+) -> None:
+    store = IdentityStore(tmp_path / "state")
+    store.adopt(enrolled(enrollment, tmp_path / "first.toml", -timedelta(days=CA_DAYS - 300)))
+    enrollment.fleet.revoke(["kitchen"])
+    later = enrolled(enrollment, tmp_path / "later.toml", -timedelta(days=CA_DAYS - 200))
+    ends = [valid[1] for path in (store.path, later) if (valid := read_identity(path).valid)]
+    assert len(ends) == 2 and ends[0] == ends[1]
+    assert store.newest(later) == later
 
 
 def test_a_revoked_device_is_not_renewed_and_tries_again_later(

@@ -332,6 +332,7 @@ def test_the_default_bundle_is_the_downloaded_one(vit: Built, dinov2: Built, sto
         StateClassifier(store, dinov2.bundle.root)
     shutil.copytree(vit.bundle.root, store.bundles / vit.bundle.sha256)
     assert StateClassifier(store).classes == CLASSES
+    assert StateClassifier(store, dinov2.bundle.root).classes == CLASSES  # as a daemon that has another one now
 
 
 def test_a_file_that_is_no_onnx_model_is_an_error(tmp_path: Path) -> None:

@@ -271,8 +271,12 @@ def test_an_operators_certificate_opens_the_page_and_a_devices_does_not(
     tmp_path: Path, certified: Certified, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(serve, "TICKS", 1)
+    monkeypatch.setattr(serve, "HANDSHAKE_SECONDS", 60.0)
     certified.revoke("former")
-    with start(tmp_path, TOKEN, certified.server()) as site:
+    with (
+        start(tmp_path, TOKEN, certified.server()) as site,
+        socket.create_connection(("127.0.0.1", site.port), timeout=30) as silent,
+    ):
         for name in ("nobody", "device", "operator-by-name", "server"):
             context = certified.context(name)
             assert ask(site, context=context)[0] == 303
@@ -292,7 +296,8 @@ def test_an_operators_certificate_opens_the_page_and_a_devices_does_not(
         assert answer.status == 200
         certified.revoke("former", "anna")
         with pytest.raises(http.client.IncompleteRead):
-            answer.read()  # the revocation ends open connections
+            answer.read()  # the revocation ends open connections,
+        assert silent.recv(1) == b""  # and handshakes that began before it
         with pytest.raises(OSError):
             ask(site, context=certified.context("anna"))
 

@@ -75,6 +75,15 @@ def test_a_failure_at_any_step_leaves_the_old_folder(
     assert read_folder(folder) == version(3)
 
 
+def test_a_process_that_was_killed_between_the_renames_loses_no_version(tmp_path: Path) -> None:
+    folder = tmp_path / "expert"
+    write_folder(folder, version(1))
+    folder.rename(tmp_path / ".expert.old")
+    with pytest.raises(OSError):
+        write_folder(folder, {"x" * 300: b""})
+    assert read_folder(folder) == version(1)
+
+
 def test_a_folder_with_files_of_others_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(ConfigError, match=r"--to .* has other files, like thesis\.tex; pass a new or an empty folder"):

@@ -130,7 +130,9 @@ def test_the_command_makes_the_head_from_its_prompts(clip_folder: Path, clip: Bu
     assert np.array_equal(zero_shot.rows, zero_shot_head(clip.source, CLASSES, ["{}", "the {}"]).rows)
 
 
-def test_a_task_made_after_the_export_is_that_of_the_export(clip_folder: Path, clip: Built, tmp_path: Path) -> None:
+def test_a_task_made_after_the_export_is_that_of_the_export(
+    clip_folder: Path, clip: Built, vit: Built, tmp_path: Path
+) -> None:
     arguments = ["--bundle", str(clip.bundle.root), "--out", str(tmp_path / "task"), "--classes", ",".join(CLASSES)]
     result = CliRunner().invoke(task_app, [*arguments, "--weights", str(clip_folder)], catch_exceptions=False)
     assert result.exit_code == 0 and "with a zero-shot head" in result.stdout, result.output
@@ -139,9 +141,14 @@ def test_a_task_made_after_the_export_is_that_of_the_export(clip_folder: Path, c
     for options, message in (
         ([], "weights of tiny-clip are not on the hub"),
         ([*weights, "--prompt", "a"], "once, as the place"),
+        (["--weights", str(clip_folder / "nowhere")], "--weights .*nowhere is not a folder"),
     ):
         with pytest.raises(ConfigError, match=message):
             CliRunner().invoke(task_app, [*arguments, *options], catch_exceptions=False)
+    for option in ("--prompt", "--weights"):
+        arguments[1] = str(vit.bundle.root)
+        with pytest.raises(ConfigError, match=f"{option} needs a text tower"):
+            CliRunner().invoke(task_app, [*arguments, option, "{}"], catch_exceptions=False)
 
 
 def test_a_vision_tower_alone_gives_the_same_weights(clip: Built, tmp_path: Path) -> None:

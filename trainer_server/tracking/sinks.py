@@ -123,10 +123,11 @@ def parse(spec: str) -> tuple[str, str]:
     kind, _, target = spec.partition(":")
     if kind not in SINKS or not target:
         raise ConfigError(f"--track {spec!r} is not tensorboard:DIR, mlflow:URI or wandb:PROJECT")
-    folder = Path(target).expanduser()
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if kind == "tensorboard" and not there.is_dir():
-        raise ConfigError(f"--track {spec!r}: {there} is a file; give a folder")
+    if kind == "tensorboard":
+        folder = Path(target).expanduser()
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not there.is_dir():
+            raise ConfigError(f"--track {spec!r}: {there} is a file; give a folder")
     return kind, target
 
 
