@@ -24,7 +24,7 @@ from trainer_server.storage.run_store import RunStore
 
 DELAY = (0.4, 0.8)
 LONG_DELAY = (1.0, 1.6)  # a round lasts longer than the forging of messages for it
-LONGER = 8  # times as many rounds where sending takes several of them
+LONGER = 5  # times as many rounds where sending takes several of them
 HOSTILE, VICTIM = "hostile", "device-0000"
 TOPICS = Topics(RUN)
 NOISE = np.random.default_rng(0).bytes(5000)
@@ -86,7 +86,7 @@ def messages(bundle: TaskBundle, begun: Round) -> dict[str, tuple[str, Messages]
         "an update that is too long": ("tensors", filled(1e6)),
         "yesterday's update (another session)": ("other run", sent(begun, ones, session="yesterday")),
         "an update of an earlier round": ("late", sent(begun, ones, round=1)),
-        "an update of a round to come": ("other round", sent(begun, ones, round=begun.round + 5)),
+        "an update of a round to come": ("other round", sent(begun, ones, round=begun.round + 1000)),
         "another device's name in an update": ("unreadable", sent(begun, ones, device=VICTIM)),
         "an update on another device's topic": ("unreadable", [(victims, chunk) for _, chunk in sent(begun, ones)]),
         "100 MB in one message": ("flood", [(own, bytes(HUGE))]),
