@@ -22,6 +22,7 @@ from fedfmsl.common.cli import application, console
 from fedfmsl.common.files import why_no_file, write_atomically
 from fedfmsl.errors import ConfigError
 from fedfmsl.protocol.topics import ROOT, check_name
+from fedfmsl.transport.settings import HOME_ASSISTANT
 
 DEFAULT = "members"
 PKI = typer.Option(Path("pki"), help="Folder of the CA.")
@@ -102,7 +103,7 @@ def members(
             "in a call of their own"
         )
     for name in (*(names or ()), *operator):
-        if name in RESERVED:
+        if name in RESERVED or (name == HOME_ASSISTANT and name in operator):
             raise ConfigError(f"name {name!r} is the {name}'s; choose another")
     os.umask(0o077)  # most of the files are secret
     if not (names or operator or host or renew or revoke):

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedfmsl.common.files import why_no_file, write_atomically
+from fedfmsl.common.settings import parse_toml
 from fedfmsl.errors import ConfigError
 from fedfmsl.transport.authority_client import MAX_ANSWER_BYTES, fetch_authority, request_certificate
 from fedfmsl.transport.enrollment import (
@@ -28,6 +29,7 @@ from fedfmsl.transport.enrollment import (
 from fedfmsl.transport.identity import pem_blocks, read_identity
 from fedfmsl.transport.listening import parse_listen
 
+SETTINGS = {"identity", "run", "broker", "topic_prefix", "authority"}  # that an answer may set
 _CERTIFICATE = "-----BEGIN CERTIFICATE-----"
 
 
@@ -99,6 +101,8 @@ def _complete(answer: str, folder: Path) -> Path:
     if fingerprint(authority) != expected:
         raise ConfigError(f"the answer for {name} is of another CA than its request; copy the right one")
     check_answer(key, own, authority)
+    if others := sorted(parse_toml(answer, "the answer").keys() - SETTINGS):  # nobody has signed the settings
+        raise ConfigError(f"the answer sets {', '.join(others)}, which no authority does; check where it is from")
     text = answer.replace(_CERTIFICATE, key + _CERTIFICATE, 1)
     write_atomically(path, text.encode(), durable=True, private=True)
     read_identity(path)

@@ -63,6 +63,7 @@ class Renewal:
             if now < due(identity):
                 return min(due(identity) - now, CHECK_SECONDS)
             later = renew(self._store, identity, self._address)
+            self._renewed(self._store.path)
         except (FedFMSLError, OSError) as error:
             delay = RETRY.delay(self._failures, name)
             self._failures += 1
@@ -71,7 +72,6 @@ class Renewal:
         self._failures = 0
         assert later.valid is not None
         logger.info(f"renewed the certificate: {describe_expiry(later.valid[1].timestamp(), now, name)[0]}")
-        self._renewed(self._store.path)
         return CHECK_SECONDS
 
 

@@ -220,10 +220,15 @@ def load_toml(path: Path) -> tuple[str, dict[str, Any]]:
         raise ConfigError(f"--config {path} is not a TOML file; {EXAMPLE}") from error
     if "\0" in text:
         raise ConfigError(f"--config {path} is not a TOML file; {EXAMPLE}")
+    return text, parse_toml(text, path)
+
+
+def parse_toml(text: str, source: object) -> dict[str, Any]:
+    """The values of a TOML text. `source`: where it is from, for the error. Raises ConfigError."""
     try:
-        return text, tomllib.loads(text)
+        return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is not TOML: {_explain_toml(text, one_line(error))}") from None
+        raise ConfigError(f"{source} is not TOML: {_explain_toml(text, one_line(error))}") from None
 
 
 def _explain_toml(text: str, message: str) -> str:

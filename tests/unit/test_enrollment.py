@@ -256,6 +256,20 @@ def test_an_answer_for_another_key_is_not_installed(pki: Path, enrollment: Enrol
     assert (tmp_path / "kitchen.key").read_bytes() == before and not (tmp_path / "kitchen.toml").exists()
 
 
+def test_an_answer_that_sets_more_than_an_authority_does_is_not_installed(
+    enrollment: Enrollment, tmp_path: Path
+) -> None:
+    token = enrollment.make_token("kitchen", DAY)
+    run(edge, "enroll", token, "--out", tmp_path / "request.pem", "--folder", tmp_path)
+    answer = tmp_path / "answer.toml"
+    text = enrollment.answer((tmp_path / "request.pem").read_bytes())[1]
+    answer.write_text(f"insecure = true\n{text}")
+    with pytest.raises(ConfigError, match="the answer sets insecure, which no authority does"):
+        run(edge, "enroll", "--install", answer, "--folder", tmp_path)
+    answer.write_text(text)
+    run(edge, "enroll", "--install", answer, "--folder", tmp_path)
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

@@ -212,6 +212,7 @@ def test_no_certificate_is_valid_longer_than_its_ca() -> None:
         (("--renew", "kitchen", "--revoke", "balcony"), "--renew and --revoke exclude each other"),
         ((*HOSTS, "broker"), "is the broker's; choose another"),
         ((*HOSTS, "--operator", "server"), "is the server's; choose another"),
+        ((*HOSTS, "--operator", "homeassistant"), "is the homeassistant's; choose another"),
     ],
 )
 def test_invalid_arguments_are_named_and_write_nothing(tmp_path: Path, arguments: tuple[str, ...], says: str) -> None:

@@ -88,6 +88,19 @@ def test_the_card_has_what_the_hub_and_its_readers_need(expert: Path, trained: C
     assert result_of(evaluated) is None  # no accuracy of the test split was reported
 
 
+def test_the_folder_follows_a_rollback_during_the_evaluation(
+    vit: Built, trained: CoordinatorRun, tmp_path: Path
+) -> None:
+    folder, adapter = ExpertFolder(trained.plan, tmp_path / "expert"), tmp_path / "expert" / "adapter_model.safetensors"
+    rounds = [command.closed for command in trained.of(StoreRound)]
+    dropped = rounds[-1].model_copy(update={"updates": {}, "repeated": "rolled back to the global expert of round 2"})
+    contents = []
+    for seed, closed in enumerate([*rounds[:-1], dropped]):
+        folder.round_closed(closed, random_theta(vit.bundle, 2, seed))
+        contents.append(adapter.read_bytes() if adapter.is_file() else b"")
+    assert contents[-1] != contents[-2]
+
+
 def test_a_resumed_server_writes_the_folder_again(expert: Path, trained: CoordinatorRun) -> None:
     names = {path.name for path in expert.iterdir()}
     (expert / "adapter_model.safetensors").write_bytes(b"")  # after a power failure

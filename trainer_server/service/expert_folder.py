@@ -35,7 +35,8 @@ class ExpertFolder:
         """Writes the folder after rounds that change the global expert (P,), or that measure it."""
         announced = closed.round
         first = announced.stage is Stage.PERSONAL and announced.index == 0  # it may bring a former head back
-        changed = first or announced.stage in (Stage.GLOBAL, Stage.HEAD, Stage.UNMASK, Stage.CANARY)
+        is_dropped = bool(closed.repeated)  # perhaps by a rollback
+        changed = first or is_dropped or announced.stage in (Stage.GLOBAL, Stage.HEAD, Stage.UNMASK, Stage.CANARY)
         result = result_of(closed)
         self._result = result or self._result
         if announced.expert and changed:
