@@ -251,7 +251,7 @@ class Fleet:
                 f"cannot revoke {', '.join(names)}: {error}; valid names are those in {self.folder}/issued"
             ) from error
         # before the certificates are removed, so that an interrupted call can be repeated
-        write_atomically(path, self.authority().revocation_list(serials).encode(), durable=True)
+        write_atomically(path, self.authority().revocation_list(serials).encode(), durable=True, keep_owner=True)
         for name, file in zip(names, certificates, strict=True):
             file.unlink()
             self._remove_files(name)
@@ -299,7 +299,7 @@ class Fleet:
         return self._passwords.read_text("utf-8").splitlines(keepends=True)
 
     def _replace_passwords(self, lines: Sequence[str]) -> None:
-        write_atomically(self._passwords, "".join(lines).encode(), durable=True)
+        write_atomically(self._passwords, "".join(lines).encode(), durable=True, keep_owner=True)
 
     # files
 
@@ -358,7 +358,8 @@ class Fleet:
             self.report(f"wrote {browser}; import it in {name}'s browser, with the password {password}")
 
     def _replace(self, path: Path, text: str) -> None:
-        write_atomically(path, text.encode(), durable=True)
+        """Its owner may be the user of a broker or server that reads it here, as in containers."""
+        write_atomically(path, text.encode(), durable=True, keep_owner=True)
         self.report(f"wrote {path}")
 
     def _write(self, path: Path, text: str) -> None:

@@ -46,18 +46,25 @@ def why_no_file(path: Path) -> str:
     return FOLDER if stat.S_ISDIR(mode) else "is neither a file nor a folder"
 
 
-def write_atomically(path: Path, data: bytes | Iterable[bytes], durable: bool = False, private: bool = False) -> None:
+def write_atomically(
+    path: Path, data: bytes | Iterable[bytes], durable: bool = False, private: bool = False, keep_owner: bool = False
+) -> None:
     """Writes `path` so that a reader sees either the old or all of the new bytes, also after a crash.
 
     `data`: the bytes, or their parts. With `durable` the file survives a power failure right after the call. With
-    `private` its owner alone may read it.
+    `private` its owner alone may read it. With `keep_owner` owner, group and mode stay those of the file that it
+    replaces, if there is one. Raises OSError.
     """
+    former = path.stat() if keep_owner and path.exists() else None
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{shortened(path.name)}.{os.getpid()}")
     try:
         with temporary.open("wb") as file:
             if private:
                 os.fchmod(file.fileno(), 0o600)
+            if former:  # before the name changes: no reader finds a file that it may not read
+                os.fchown(file.fileno(), former.st_uid, former.st_gid)
+                os.fchmod(file.fileno(), stat.S_IMODE(former.st_mode))
             file.writelines([data] if isinstance(data, bytes) else data)
             if durable:
                 file.flush()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from fedfmsl.common.files import shortened, write_atomically
 from fedfmsl.errors import ConfigError
 
 ATTEMPTS = 5  # to read a folder that is replaced meanwhile
+PAUSE = 0.02  # seconds between them, for the writer's two renames
 
 
 def write_folder(folder: Path, files: Mapping[str, bytes | Iterable[bytes]]) -> None:
@@ -47,6 +49,7 @@ def read_folder(folder: Path) -> dict[str, bytes]:
         except FileNotFoundError:  # the folder was replaced meanwhile
             if attempt + 1 == ATTEMPTS:
                 raise
+            time.sleep(PAUSE)
     raise AssertionError
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import stat
 import subprocess
@@ -133,6 +134,33 @@ def test_renewed_certificates_replace_the_files_and_the_earlier_ones_can_be_revo
     ):
         with pytest.raises(ConfigError, match=says):
             provision(pki, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "changed"),
+    [
+        ((), ("--revoke", "kitchen"), ("broker/revoked.crl",)),
+        ((), ("--renew", "broker", "--renew", "server"), ("broker/broker.crt", "broker/broker.key", "server.pem")),
+        (("--user",), ("--user", "garden"), ("broker/passwords",)),
+    ],
+    ids=["revocation", "renewal", "password"],
+)
+def test_a_broker_that_uses_the_kit_in_place_can_still_read_it_after_a_change(
+    tmp_path: Path, kind: tuple[str, ...], changes: tuple[str, ...], changed: tuple[str, ...]
+) -> None:
+    """With a list that it cannot read, mosquitto lets a revoked device in, and does not start again."""
+    pki = tmp_path / "pki"
+    provision(pki, *HOSTS, *kind, "kitchen")
+    paths = [pki / name for name in changed]
+    for path in paths:
+        path.chmod(0o640)
+        if os.geteuid() == 0:
+            os.chown(path, 1883, 1884)
+    before = [(found.st_uid, found.st_gid, found.st_mode) for found in map(os.stat, paths)]
+    contents = [path.read_bytes() for path in paths]
+    provision(pki, *changes)
+    assert [(found.st_uid, found.st_gid, found.st_mode) for found in map(os.stat, paths)] == before
+    assert all(path.read_bytes() != content for path, content in zip(paths, contents, strict=True))
 
 
 @pytest.mark.parametrize("kind", [(), ("--user",)], ids=["certificates", "passwords"])
