@@ -1,4 +1,5 @@
-"""python -m export, or fedfmsl export: exports a backbone. `push` and `pull` are for a global expert and the hub."""
+"""python -m export, or fedfmsl export: exports a backbone, and makes tasks for it. `push` and `pull` are for a global
+expert and the hub."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from typer.core import TyperGroup
 
 from export.build import build
 from export.hub import pull, push
+from export.task import make_task
 from fedfmsl.common.cli import application
 
 
@@ -25,6 +27,7 @@ app = application(
 )
 for command in (build, push, pull):
     app.command()(command)
+app.command("task")(make_task)
 
 if __name__ == "__main__":
     app()
