@@ -213,7 +213,7 @@ def trial_bundle(folder: Path, classes: Sequence[str], seed: int) -> TaskBundle:
         command += ["--seed", str(seed), "--out", str(folder)]
         if subprocess.run([sys.executable, "-m", *command], check=False).returncode:
             raise RunError(f"the bundle {folder} could not be built; see the output above")
-    return TaskBundle.open(folder)
+    return TaskBundle.load(folder)
 
 
 def trial_photos() -> tuple[Files, Files]:

@@ -156,7 +156,7 @@ def build_bundle(folder: Path, images: Path, levels: int, precision: str = "fp32
         command = ["--model", "dinov2-s14", "--weights", str(weights), "--classes-file", str(names)]
         command += ["--precision", precision]
         _python("export.build", *command, "--image-size", str(size), "--levels", str(levels), "--out", str(folder))
-    return TaskBundle.open(folder)
+    return TaskBundle.load(folder)
 
 
 def classes_of(images: Path) -> list[str]:

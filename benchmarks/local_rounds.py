@@ -58,7 +58,7 @@ class Seconds:
 
 
 def edge(setting: Setting) -> Seconds:
-    bundle, spent = TaskBundle.open(Path(setting.bundle)), Seconds()
+    bundle, spent = TaskBundle.load(Path(setting.bundle)), Seconds()
     train_on, held_out = _split(setting, len(bundle.classes))
     cache = FeatureCache(DiskCache(Path(setting.scratch)), bundle, setting.threads)
     engine = StepGraphEngine(bundle, setting.threads)
@@ -91,7 +91,7 @@ def torch(setting: Setting) -> Seconds:
     from export.weights import load_backbone
 
     torch.set_num_threads(setting.threads)
-    bundle, spent = TaskBundle.open(Path(setting.bundle)), Seconds()
+    bundle, spent = TaskBundle.load(Path(setting.bundle)), Seconds()
     manifest = bundle.manifest
     preprocessing = manifest.preprocessing
     assert isinstance(preprocessing, ImagePreprocessing)

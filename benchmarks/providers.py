@@ -38,7 +38,7 @@ def main(
     seed: int = typer.Option(0, help="Seed of the samples."),
 ) -> None:
     """Print a Markdown table. Times are medians; errors are relative to the CPU's results in the Euclidean norm."""
-    loaded = TaskBundle.open(bundle)
+    loaded = TaskBundle.load(bundle)
     chosen = [level for level in map(int, levels.split(",")) if level <= loaded.manifest.levels]
     console.print(f"onnxruntime {onnxruntime.__version__}, {loaded.manifest.model}, batches of {BATCH}")
     print("| provider | computation | ms | × cpu | error | gradient cosine |\n|---|---|---|---|---|---|")

@@ -142,7 +142,7 @@ def simulate(
 ) -> None:
     """Simulate many devices of a run, in one process."""
     fleet = SimulatedFleet(
-        TaskBundle.open(bundle),
+        TaskBundle.load(bundle),
         run,
         broker,
         device_names(devices, first),

@@ -66,7 +66,7 @@ class LoadedJob:
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self.bundle = TaskBundle.open(Path(job.bundle))
+        self.bundle = TaskBundle.load(Path(job.bundle))
         self.data: Dataset = load_folder(Path(job.images), self.bundle, False, TEST_SHARE)
         names = sorted(sample.sha256 for sample in (*self.data.train, *self.data.test))
         self.features = Features(

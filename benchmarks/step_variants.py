@@ -66,7 +66,7 @@ def make(name: str, setting: Setting) -> Variant:
 def _engine(choice: EngineChoice, setting: Setting, level: int) -> Variant:
     from benchmarks.flops import graph_flops
 
-    bundle = TaskBundle.open(setting.bundle)
+    bundle = TaskBundle.load(setting.bundle)
     dims, size = bundle.manifest.dims, bundle.expert.size(level)
     rng = np.random.default_rng(setting.seed)
     targets = Targets.cross_entropy(rng.integers(0, len(bundle.classes), setting.batch))
@@ -88,7 +88,7 @@ def _torch(setting: Setting, level: int | None) -> Variant:
     from export.weights import load_backbone
 
     torch.set_num_threads(setting.threads)
-    bundle = TaskBundle.open(setting.bundle)
+    bundle = TaskBundle.load(setting.bundle)
     manifest = bundle.manifest
     assert isinstance(manifest.preprocessing, ImagePreprocessing)
     dims, size = manifest.dims, manifest.preprocessing.size

@@ -61,6 +61,6 @@ class TaskSettings(SettingsModel):
         else:
             names, source = list(self.classes), "--classes"
         if not names and self.classes_file is None:
-            return TaskBundle.open(bundle, self.task)
+            return TaskBundle.load(bundle, self.task)
         opened = Bundle.load(bundle)
         return TaskBundle(opened, Task.of(opened.sha256, names, source))

@@ -66,7 +66,7 @@ def evaluate_fleet(folder: Path, roots: Sequence[Path], unseen: Sequence[Path] =
     with tempfile.TemporaryDirectory(dir=folder, prefix="evaluation-") as scratch:
         for root in roots:
             _take_over(folder / "devices" / root.name / "cache", Path(scratch) / "cache")
-        opened = _Opener(TaskBundle.open(folder / "bundle"), Path(scratch) / "cache")
+        opened = _Opener(TaskBundle.load(folder / "bundle"), Path(scratch) / "cache")
         devices = [opened.device(root, folder / "devices" / root.name) for root in roots]
         others = [opened.device(root, Path(scratch) / root.name) for root in unseen]
         evaluated = [device for device in devices if device.device_name in closed.updates]

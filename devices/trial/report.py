@@ -44,7 +44,7 @@ def write_report(
     Raises RunError if the folder holds no run, or the run has no evaluation.
     """
     rounds = RunStore(folder).rounds()
-    report = build_report(rounds, TaskBundle.open(folder / "bundle"), evaluation, seed, alpha, seconds)
+    report = build_report(rounds, TaskBundle.load(folder / "bundle"), evaluation, seed, alpha, seconds)
     report["files"] = _files(folder, report)
     report["used_files"], report["skipped_files"] = used, skipped
     text = json.dumps(report, indent=1, sort_keys=True, ensure_ascii=False)

@@ -59,7 +59,7 @@ def run_trial(settings: TrialSettings) -> None:
     write_names(names, list(train))
     _python("export.build", *_export_arguments(settings, names), "--out", str(folder / "bundle"))
     seconds = {"export": time.monotonic() - exporting}
-    _check_kind(TaskBundle.open(folder / "bundle"), samples, kind)
+    _check_kind(TaskBundle.load(folder / "bundle"), samples, kind)
     _federate(settings, folder, roots)
     console.print(f"evaluating every device's models on all test {kind.noun}s")
     evaluating = time.monotonic()

@@ -32,7 +32,7 @@ class TaskBundle(Bundle):
         self.expert = expert_layout(len(task.classes), feature, self.lora)
 
     @classmethod
-    def open(cls, root: str | Path, task: Path | None = None) -> TaskBundle:
+    def load(cls, root: str | Path, task: Path | None = None) -> TaskBundle:
         """The bundle in a folder, with the task in a file. Default: the one beside the bundle's files.
 
         Raises BundleError if one of them cannot be used, or if they do not belong together.

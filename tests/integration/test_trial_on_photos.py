@@ -69,7 +69,7 @@ def test_the_report_has_every_documented_key(report: dict[str, Any]) -> None:
 
 
 def test_the_report_has_the_settings_of_the_run(report: dict[str, Any], folder: Path) -> None:
-    bundle = TaskBundle.open(folder / "bundle")
+    bundle = TaskBundle.load(folder / "bundle")
     assert (report["seed"], report["alpha"], report["model"]) == (0, 1.0, "tiny-vit")
     assert report["rounds"] == {"stage1": STAGE1, "stage2": STAGE2}
     assert report["engines"] == [ENGINE]

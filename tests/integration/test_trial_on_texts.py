@@ -75,7 +75,7 @@ def test_the_adapter_gives_the_global_experts_logits_on_transformers_own_class(f
     from peft import PeftModel
     from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
-    bundle = TaskBundle.open(folder / "bundle")
+    bundle = TaskBundle.load(folder / "bundle")
     paths = sorted((folder / "samples").rglob("*.txt"))[:16]
     tensors = from_peft(bundle.manifest.peft, load_file(folder / "global_expert" / "adapter_model.safetensors"))
     theta = bundle.expert.join(tensors)

@@ -112,7 +112,7 @@ def world(broker: Broker, bundle: Path, vit_folder: Path, photos: dict[str, Path
 @pytest.fixture(scope="module")
 def personalized(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A personalized model of untrained experts."""
-    opened, store = TaskBundle.open(bundle), DeviceStore(tmp_path_factory.mktemp("state"))
+    opened, store = TaskBundle.load(bundle), DeviceStore(tmp_path_factory.mktemp("state"))
     expert, gate = opened.initial()
     theta, biases = expert[: opened.expert.size(1)], Biases.of_counts(np.ones(len(CLASSES), np.int64))
     tensors = {"global_theta": theta, "local_theta": theta, "gate_theta": gate}

@@ -154,7 +154,7 @@ def test_the_federation_learns_the_colours(run: Finished) -> None:
 
 def test_a_device_sends_only_what_the_protocol_names(run: Finished) -> None:
     """Sums in the head round, gate adapters in stage 2, numbers in the evaluation. The local expert is not sent."""
-    bundle = TaskBundle.open(run.federation.bundle)
+    bundle = TaskBundle.load(run.federation.bundle)
     gate, classes = bundle.gate, len(bundle.classes)
     sums = classes * (classes + 1) + classes * (classes + 1) // 2
     for line in run.rounds:
@@ -169,11 +169,11 @@ def test_a_device_sends_only_what_the_protocol_names(run: Finished) -> None:
 def announced_expert(run: Finished) -> NDArray[np.float32]:
     """The global expert as the server announced it last, and devices received it."""
     _, tensors = unpack(run.blobs[run.last.expert], Globals)
-    return TaskBundle.open(run.federation.bundle).expert.join(tensors)
+    return TaskBundle.load(run.federation.bundle).expert.join(tensors)
 
 
 def test_the_adapter_is_the_announced_global_expert(run: Finished) -> None:
-    bundle = TaskBundle.open(run.federation.bundle)
+    bundle = TaskBundle.load(run.federation.bundle)
     tensors = from_peft(bundle.manifest.peft, load_file(run.adapter / "adapter_model.safetensors"))
     np.testing.assert_array_equal(bundle.expert.join(tensors), announced_expert(run))
 
@@ -183,7 +183,7 @@ def test_the_adapter_in_torch_gives_the_logits_of_the_global_expert(run: Finishe
     from peft import PeftModel
     from transformers import AutoModelForImageClassification
 
-    bundle = TaskBundle.open(run.federation.bundle)
+    bundle = TaskBundle.load(run.federation.bundle)
     manifest, level = bundle.manifest, run.last.level
     paths = sorted(run.federation.photos["device-2"].rglob("*.jpg"))
     pixels = reader_for(manifest.preprocessing).batch(paths)["pixels"]
@@ -218,7 +218,7 @@ def results(run: Finished, device: str) -> dict[str, list[float]]:
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_personalized_model_gives_the_probabilities_of_the_daemon(run: Finished, device: str, tmp_path: Path) -> None:
     alone = shutil.copy(run.federation.state(device) / "personalized.onnx", tmp_path)  # it needs no other file
-    model, preprocessing = session(Path(alone)), TaskBundle.open(run.federation.bundle).manifest.preprocessing
+    model, preprocessing = session(Path(alone)), TaskBundle.load(run.federation.bundle).manifest.preprocessing
     own = results(run, device)
     assert len(own) == run.rounds[-1]["updates"][device]["samples"] > 0
     pixels = reader_for(preprocessing).batch([Path(name) for name in own])["pixels"]
@@ -247,7 +247,7 @@ def test_predict_prints_json_for_a_folder(run: Finished) -> None:
     printed = {line["file"]: line["probabilities"] for line in map(json.loads, ended.stdout.splitlines())}
     assert set(printed) == set(own)
     for file, probabilities in printed.items():
-        assert list(probabilities) == list(TaskBundle.open(run.federation.bundle).classes)
+        assert list(probabilities) == list(TaskBundle.load(run.federation.bundle).classes)
         np.testing.assert_allclose(list(probabilities.values()), own[file], atol=1e-4, rtol=0)
 
 

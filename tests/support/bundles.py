@@ -105,7 +105,7 @@ def shared_bundle(name: str) -> Built:
     """Its bundle at every level. All workers and later runs use the same folder, which is built again when the code
     that it depends on changes. Read only: copy it to change it."""
     weights = shared_weights(name)
-    bundle = TaskBundle.open(made_once(_shared() / "bundles" / name, lambda folder: build(weights, folder)))
+    bundle = TaskBundle.load(made_once(_shared() / "bundles" / name, lambda folder: build(weights, folder)))
     bundle.verify()
     return Built(weights, bundle)
 

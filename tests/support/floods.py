@@ -75,7 +75,7 @@ def flooded(processes: Processes, bundle: Path, folder: Path, queued_bytes: int 
     )
     wait_until(lambda: "waiting" in server.stdout or not server.running, "the server")
     assert server.running, server.stderr
-    return Flooded(fleet, processes.started["mosquitto"], server, out, TaskBundle.open(bundle))
+    return Flooded(fleet, processes.started["mosquitto"], server, out, TaskBundle.load(bundle))
 
 
 def flood(scene: Flooded, seconds: float, name: str = "mallory") -> int:

@@ -28,7 +28,7 @@ def main(keepalive: int) -> None:
     @with_settings(ServerSettings)
     def start(settings: ServerSettings) -> None:
         set_up_logging()
-        bundle = TaskBundle.open(settings.bundle)
+        bundle = TaskBundle.load(settings.bundle)
         store = open_run(settings.folder, settings.run_config(bundle), bundle)
         run_server(store, bundle, settings.broker, "", settings.identity, settings.insecure, keepalive=keepalive)
 

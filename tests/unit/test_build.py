@@ -72,7 +72,7 @@ def test_builds_in_new_processes_from_copies_of_the_weights_are_identical(clip_f
             check=False,
         )
         assert result.returncode == 0, result.stderr
-        return TaskBundle.open(tmp_path / name / "out")
+        return TaskBundle.load(tmp_path / name / "out")
 
     with ThreadPoolExecutor() as both:
         bundles = list(both.map(built, ("here", "there"), ("1", "2")))
@@ -160,7 +160,7 @@ def test_the_parity_check_finds_slightly_wrong_weights(vit: Built, tmp_path: Pat
     raw[:1000] *= 1.01
     weights.write_bytes(raw.tobytes())
     with pytest.raises(BundleError, match="differ from torch"):
-        check_parity(TaskBundle.open(tmp_path / "bundle"), vit.source, LAYERS, seed=1)
+        check_parity(TaskBundle.load(tmp_path / "bundle"), vit.source, LAYERS, seed=1)
 
 
 def without(name: str) -> Callable[[Family], Family]:

@@ -335,7 +335,7 @@ def test_damaged_artifacts_are_one_clear_error(vit: Built, tmp_path: Path) -> No
     shutil.copytree(vit.bundle.root, tmp_path / "bundle")
     (tmp_path / "bundle" / "ort-training-1.onnx").write_bytes(b"not a graph")
     with pytest.raises(BundleError, match="onnxruntime-training cannot load level 1"):
-        TrainingSession(TaskBundle.open(tmp_path / "bundle"), 1, random_theta(vit.bundle, 1, 0), 1e-3, threads=1)
+        TrainingSession(TaskBundle.load(tmp_path / "bundle"), 1, random_theta(vit.bundle, 1, 0), 1e-3, threads=1)
 
 
 @with_ort_training

@@ -109,7 +109,7 @@ def test_all_files_are_of_one_commit_which_the_manifest_names(
     pin = ["--revision", revision] if revision else []
     result = run_build(hub.url, tmp_path / "home", tmp_path / "online", *pin)
     assert result.returncode == 0, result.stderr
-    bundle = TaskBundle.open(tmp_path / "online")
+    bundle = TaskBundle.load(tmp_path / "online")
     assert bundle.manifest.peft.revision == commit
     assert bundle.manifest.peft.base == REPOSITORY
     assert_same_commit(bundle, built_of[commit].bundle)

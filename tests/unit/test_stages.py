@@ -242,7 +242,7 @@ def test_splits_are_assigned_once_and_equal_after_the_next_scan(
     assert contents(before.splits) == contents(context.splits)
     root = shutil.copytree(context.bundle.root, tmp_path / "no-features")
     (root / "features.onnx").unlink()  # computing features again would fail
-    cache = FeatureCache(DiskCache(tmp_path / "empty"), TaskBundle.open(root), threads=1)
+    cache = FeatureCache(DiskCache(tmp_path / "empty"), TaskBundle.load(root), threads=1)
     after = replace(before, scanned=folder.scan(), cache=cache)
     assert after.splits == before.splits
 

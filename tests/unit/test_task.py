@@ -81,9 +81,9 @@ def test_a_file_that_is_no_task_is_one_clear_error(tmp_path: Path, content: byte
 
 def test_a_task_is_never_used_with_another_bundle(vit: Built, dinov2: Built, tmp_path: Path) -> None:
     (tmp_path / TASK).write_bytes(vit.bundle.task.blob)
-    assert TaskBundle.open(vit.bundle.root, tmp_path / TASK).classes == CLASSES
+    assert TaskBundle.load(vit.bundle.root, tmp_path / TASK).classes == CLASSES
     with pytest.raises(BundleError, match=rf"task {tmp_path / TASK} belongs to another bundle .*; pass its --bundle"):
-        TaskBundle.open(dinov2.bundle.root, tmp_path / TASK)
+        TaskBundle.load(dinov2.bundle.root, tmp_path / TASK)
 
 
 def test_a_head_of_another_width_is_refused(vit: Built) -> None:
@@ -95,7 +95,7 @@ def test_a_head_of_another_width_is_refused(vit: Built) -> None:
 def test_a_bundle_without_a_task_asks_for_the_classes(vit: Built, tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_bytes((vit.bundle.root / "manifest.json").read_bytes())
     with pytest.raises(BundleError, match=r"has no task\.safetensors; name the classes with --classes, or pass --task"):
-        TaskBundle.open(tmp_path)
+        TaskBundle.load(tmp_path)
 
 
 def test_the_layout_follows_from_bundle_and_task(vit: Built) -> None:

@@ -125,7 +125,7 @@ def test_the_command_makes_the_head_from_its_prompts(clip_folder: Path, clip: Bu
     result = CliRunner().invoke(app, [*arguments, *prompts, "--out", str(tmp_path / "b")], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     assert "zero-shot head" in result.stdout
-    zero_shot = TaskBundle.open(tmp_path / "b").task.zero_shot
+    zero_shot = TaskBundle.load(tmp_path / "b").task.zero_shot
     assert zero_shot is not None
     assert np.array_equal(zero_shot.rows, zero_shot_head(clip.source, CLASSES, ["{}", "the {}"]).rows)
 

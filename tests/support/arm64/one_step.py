@@ -23,7 +23,7 @@ THREADS = 2
 
 
 def main(folder: str, level: str, out: str, image: str = "") -> None:
-    bundle, k = TaskBundle.open(Path(folder)), int(level)
+    bundle, k = TaskBundle.load(Path(folder)), int(level)
     dims = bundle.manifest.dims
     hidden = np.random.default_rng(0).standard_normal((1, dims.tokens, dims.hidden), np.float32)
     if image:
