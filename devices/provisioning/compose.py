@@ -37,7 +37,7 @@ def compose_yaml(
     return f"""\
 # Written by devices.provision:
 #   chown -R {OWNER}:{OWNER} . ../server.pem     # the images' user must own the keys
-#   printf 'DEVICES=2\\nBUNDLE=/path/of/bundle\\n' > .env     # read by every command of docker compose
+#   printf 'DEVICES=3\\nBUNDLE=/path/of/bundle\\n' > .env     # read by every command of docker compose
 #   docker compose up --detach
 # To start only the broker, without ../server.pem: docker compose up --detach broker
 

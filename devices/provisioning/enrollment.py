@@ -108,7 +108,9 @@ class Enrollment:
         if token is None or not request.is_proved_by_token(bytes.fromhex(token.digest)):
             if other := self._name_of_token(request):
                 raise ConfigError(f"the request is for {name}, but its token is for {other}; {again}")
-            raise ConfigError(f"the token of the request is not one that was made for {name}; {again}")
+            raise ConfigError(
+                f"the token of the request is not the present one of {name}: mistyped, revoked or replaced; {again}"
+            )
         if token.used is not None:
             raise ConfigError(f"the token of {name} was used on {token.used:%Y-%m-%d %H:%M} UTC; {again}")
         if now > token.until:

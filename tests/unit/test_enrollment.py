@@ -131,7 +131,7 @@ def test_a_request_without_its_token_is_refused(enrollment: Enrollment) -> None:
     renamed = Token("balcony", token.secret, token.fingerprint)
     good = first_request(new_key(), token)
     for request, when, says in (
-        (first_request(new_key(), wrong), NOW, "is not one that was made for kitchen; make another one with"),
+        (first_request(new_key(), wrong), NOW, "is not the present one of kitchen: mistyped, revoked or replaced"),
         (first_request(new_key(), renamed), NOW, "the request is for balcony, but its token is for kitchen"),
         (good, NOW + 2 * DAY, "the token of kitchen expired on"),
         (renewal_request(new_key(), "kitchen", new_key()), NOW, "kitchen has no valid certificate"),
@@ -171,7 +171,7 @@ def test_a_name_that_was_taken_after_its_token_was_made_is_refused(pki: Path, en
 def test_a_token_that_was_not_used_can_be_withdrawn(pki: Path, enrollment: Enrollment) -> None:
     token = enrollment.make_token("kitchen", DAY)
     assert "the token of kitchen is no longer valid" in run(provision, "--pki", pki, "--revoke", "kitchen")
-    with pytest.raises(ConfigError, match="is not one that was made for kitchen"):
+    with pytest.raises(ConfigError, match="is not the present one of kitchen"):
         enrollment.answer(first_request(new_key(), token).encode())
     with pytest.raises(ConfigError, match="cannot revoke kitchen: it is revoked already or was never made"):
         run(provision, "--pki", pki, "--revoke", "kitchen")
@@ -228,7 +228,7 @@ def test_a_revoked_device_gets_no_other_certificate(pki: Path, enrollment: Enrol
     run(provision, "--pki", pki, "--revoke", "kitchen")
     renewal = renewal_request(new_key(), "kitchen", key).encode()
     for asked in (request, renewal):
-        with pytest.raises(ConfigError, match=r"was revoked|not one that was made"):
+        with pytest.raises(ConfigError, match=r"was revoked|not the present one"):
             enrollment.answer(asked, later)
     enrollment.fleet.issued("kitchen").write_bytes(issued)  # the revocation was interrupted after the list
     with pytest.raises(ConfigError, match="kitchen has no valid certificate: it was revoked"):
