@@ -253,6 +253,9 @@ def test_limits_that_do_not_fit_the_run_are_refused(vit: Built) -> None:
     private = run.plan.config.model_copy(update={"privacy": PRIVACY})
     with pytest.raises(ConfigError, match="with --dp-noise it stays 1"):
         check_change(private, run.state.limits.model_copy(update={"min_updates": 2}))
+    secure = run.plan.config.model_copy(update={"secure": True})
+    with pytest.raises(ConfigError, match="with --secure a sum needs at least 3 devices"):
+        check_change(secure, run.state.limits.model_copy(update={"min_updates": 2}))
 
 
 def test_a_resumed_run_may_change_its_limits_and_nothing_else(config: RunConfig, tmp_path: Path) -> None:

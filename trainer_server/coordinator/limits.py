@@ -65,6 +65,10 @@ def check_change(config: RunConfig, changed: Limits) -> None:
             f"--min-updates {changed.min_updates} is more than --devices {config.devices}: no round could close; "
             "lower it"
         )
+    if config.secure and changed.min_updates < MIN_DEVICES:
+        raise ConfigError(
+            f"--min-updates {changed.min_updates}: with --secure a sum needs at least {MIN_DEVICES} devices"
+        )
     least = least_updates(config.model_copy(update={"min_updates": changed.min_updates}))
     if config.privacy is not None and least != config.privacy.shares:
         raise ConfigError(
