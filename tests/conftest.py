@@ -6,9 +6,14 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 from support.bundles import Built, shared_bundle, shared_weights
 from support.samples import write_photos, write_texts
 from support.tools import require_tool, summary
+
+# no test may fail because the machine is slow
+settings.register_profile("any speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any speed")
 
 LONG_FILES = (  # of 10 s or more, by `pytest --durations`
     "test_device_faults.py",

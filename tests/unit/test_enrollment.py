@@ -23,7 +23,7 @@ from edge_runtime.settings import Settings
 from fedfmsl.common.settings import read_settings
 from fedfmsl.errors import ConfigError, RunError
 from fedfmsl.transport.authority_client import fetch_authority, request_certificate
-from fedfmsl.transport.enrollment import Request, Token, first_request, new_key, renewal_request
+from fedfmsl.transport.enrollment import MAX_REQUEST_BYTES, Request, Token, first_request, new_key, renewal_request
 from fedfmsl.transport.identity import pem_blocks, read_identity
 
 NOW = datetime.now(timezone.utc)
@@ -108,7 +108,7 @@ def test_a_refusal_over_https_is_one_line_and_too_many_requests_wait(pki: Path, 
         run(edge, "enroll", token, "--authority", address, "--folder", tmp_path)
     authority = fetch_authority(address, Token.parse(token).fingerprint)
     with pytest.raises(RunError, match="HTTP 413"):
-        request_certificate(address, "x" * 100_000, authority)
+        request_certificate(address, "x" * (MAX_REQUEST_BYTES + 1), authority)  # the server reads all of it
     with pytest.raises(RunError, match="HTTP 429"):
         for _ in range(BURST + 1):
             with pytest.raises(ConfigError):

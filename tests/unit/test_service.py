@@ -208,7 +208,7 @@ def test_a_flood_of_garbage_costs_no_round_and_fills_no_log(vit: Built, broker: 
 def test_a_round_lasts_longer_while_heartbeats_say_that_a_device_is_at_work(
     vit: Built, broker: Broker, tmp_path: Path
 ) -> None:
-    with scene(vit, broker, tmp_path / "run", "slow", round_timeout=0.5) as s:
+    with scene(vit, broker, tmp_path / "run", "slow", round_timeout=2.0) as s:
         health = Health(device="a", time=0, started=0, activity=Activity.WORKING)
         s.announce_device()
         s.observer.wait(Round, lambda r: True, "the first round")
