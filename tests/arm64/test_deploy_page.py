@@ -19,6 +19,8 @@ from support.processes import Broker, Federation, Process, Processes, free_port,
 from support.provisioned_fleet import Fleet, provision, start_fleet
 from support.samples import write_device_photos
 
+from fedfmsl.protocol.messages import Health, Stage, parse
+
 SECTION = "Put it on a Raspberry Pi"
 RUN, DEVICE, HOST = "orchard", "kitchen", "fleet.example"
 HOME = "/home/pi"
@@ -73,12 +75,16 @@ class Booted:
         service = parser["Service"]
         user, state = service["User"], f"/var/lib/{service['StateDirectory']}"
         board.run("install", "--directory", "--mode", service["StateDirectoryMode"], "--owner", user, state)
+        self._health = board.path(state) / "health.json"
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.bind(str(board.path("/run/notify")))
         board.path("/run/notify").chmod(0o666)
         as_user = ("setpriv", f"--reuid={user}", f"--regid={service['Group']}", "--init-groups", "--no-new-privs")
         command = board.command(*as_user, *shlex.split(service["ExecStart"]), NOTIFY_SOCKET="/run/notify", HOME=state)
         self.process: Process = processes.start(DEVICE, *command)
+
+    def health(self) -> Health:
+        return parse(Health, self._health.read_bytes())
 
     def wait_until_ready(self) -> None:
         self._socket.settimeout(TIMEOUT)
@@ -103,6 +109,8 @@ def test_the_deploy_page_puts_a_device_on_a_raspberry_pi(
     booted = Booted(pi, "/etc/systemd/system/fedfmsl.service", processes)
     booted.wait_until_ready()
     wait_until(lambda: len(federation.rounds()) > 1, "its updates to close rounds", TIMEOUT)
+    # a device writes its health when its activity changes, and every minute
+    wait_until(lambda: booted.health().stage == Stage.GLOBAL.value, "its health of a round of stage 1", TIMEOUT)
     for commands in after:
         output = pi.run("bash", "-euc", f"cd {HOME}\n{commands}", HOME=HOME)
     assert booted.process.running
