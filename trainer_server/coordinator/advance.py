@@ -17,10 +17,11 @@ import math
 from collections import Counter
 from dataclasses import replace
 
+from fedfmsl.algorithms.draw import lowest
 from fedfmsl.algorithms.secure_aggregation import MIN_DEVICES, SecureAggregationError
 from fedfmsl.errors import MessageError
-from fedfmsl.protocol.messages import Ack, DeviceStatus, Round, Stage, Verdict
-from trainer_server.config import MAX_DEVICES, MIN_REPORTS
+from fedfmsl.protocol.messages import MAX_NAMED, Ack, DeviceStatus, Round, Stage, Verdict
+from trainer_server.config import MIN_REPORTS
 from trainer_server.coordinator.adoption import canaries, rejection, with_last_good, with_verdict
 from trainer_server.coordinator.announce import COUNTED, announce, pack_globals, sal_of, sums_of
 from trainer_server.coordinator.candidates import Rollback
@@ -61,7 +62,7 @@ from trainer_server.coordinator.round_update import (
     without_sums,
 )
 from trainer_server.coordinator.secure_sums import MAX_REPEATS, asked_devices, secure_level, shortage
-from trainer_server.coordinator.selection import eligible_devices, select_devices
+from trainer_server.coordinator.selection import announced_as, at_most, eligible_devices, select_devices
 from trainer_server.coordinator.state import SUMS, TRAINING, Accepted, Part, Plan, State, Step
 from trainer_server.coordinator.validation import validate_update
 from trainer_server.coordinator.waiting import REMEDY, is_short, must_wait, needed_updates, reason
@@ -135,8 +136,8 @@ def is_complete(plan: Plan, state: State, announced: Round) -> bool:
 
 def _receive_status(plan: Plan, state: State, status: DeviceStatus) -> tuple[State, list[Command]]:
     before = state.devices.get(status.device)
-    if before is None and len(state.devices) >= MAX_DEVICES:
-        return state, [CountRefusal(status.device, "too many devices", f"more than {MAX_DEVICES} devices")]
+    if before is None and len(state.devices) >= (most := plan.config.most_devices):
+        return state, [CountRefusal(status.device, "too many devices", f"more than {most} devices")]
     stale = before is not None and not status.online and status.instance != before.instance
     known = before is not None and bool(before.error) and not (before.online or status.online or status.error)
     if stale or known:  # the last will of an earlier process, or of one that has said why it ends
@@ -241,6 +242,9 @@ def _open_round(plan: Plan, state: State, position: int, now: float) -> tuple[St
     oldest = number - max(config.max_staleness, REMEMBERED_ROUNDS)
     closed = [*state.recent, *([state.announced] if state.announced else [])]
     blobs = pack_globals(plan, state, stage)
+    asked = announced_as(selected, state.ready, state.excluded, config.seed, number)
+    if step.part is not None:  # the members of a secure aggregation are named
+        asked = {"chosen": tuple(sorted(selected))}
     announced = Round(
         run=config.run,
         session=plan.session,
@@ -249,8 +253,6 @@ def _open_round(plan: Plan, state: State, position: int, now: float) -> tuple[St
         index=step.index,
         of=step.of,
         level=level,
-        # without names, all devices are selected
-        chosen=tuple(sorted(selected)) if selected != state.ready or step.part is not None or state.excluded else (),
         repetitions=config.stage1_rounds if stage is Stage.BASELINE else 1,
         training=config.stage2 if stage is Stage.PERSONAL else config.stage1,
         sal=sal_of(plan, state, stage),
@@ -261,6 +263,7 @@ def _open_round(plan: Plan, state: State, position: int, now: float) -> tuple[St
         secure=step.part is not None,
         classes=state.secure.classes if stage in SUMS else (),
         **{kind: sha256 for kind, (sha256, _) in blobs.items()},
+        **asked,
     )
     state = replace(
         state,
@@ -296,10 +299,14 @@ def _selected(plan: Plan, state: State, step: Step, number: int) -> frozenset[st
     if step.purpose is Stage.HEAD:
         eligible = eligible_devices(eligible, suspects(plan, state), max(least, MIN_DEVICES))
     if step.stage is Stage.CANARY:
-        return canaries(plan, state, eligible, number) if state.repeats <= MAX_REPEATS else frozenset()
-    if step.purpose not in TRAINING or state.repeats:
-        return frozenset(eligible)
-    return select_devices(plan.config, eligible, state.sal.level, number, least)
+        selected = canaries(plan, state, eligible, number) if state.repeats <= MAX_REPEATS else frozenset()
+    elif step.purpose not in TRAINING or state.repeats:
+        selected = frozenset(eligible)
+    else:
+        selected = select_devices(plan.config, eligible, state.sal.level, number, least)
+    if step.part is not None:  # the same ones in all of its rounds
+        return frozenset(lowest(selected, MAX_NAMED, plan.config.seed, plan.positions_of(step.part).start))
+    return at_most(selected, state.ready, plan.config.seed, number)
 
 
 def _end_of_time(
@@ -411,7 +418,7 @@ def _close_round(plan: Plan, state: State, closing: Round, now: float) -> tuple[
 def _go_on(plan: Plan, state: State, waited: Round, now: float) -> tuple[State, list[Command]]:
     """The end of a wait. The open round gets its whole time, without the wait. If it does not ask enough of the devices
     that can answer, it is announced anew."""
-    able = state.ready & frozenset(waited.chosen) if waited.chosen else state.ready
+    able = frozenset(name for name in state.ready if waited.asks(name))
     state = replace(state, waiting=False, since=now, repeats=0)
     if len(able) >= needed_updates(plan, state):
         text = f"round {waited.round} goes on: {len(able)} devices can answer now"

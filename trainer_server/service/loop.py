@@ -95,8 +95,8 @@ class Service:
         self._decoder = Decoder(self._topics, self._uploads)
         self._publisher = Publisher(link, self._topics, status)
         self._guard = DuplicateServerGuard(plan.session)
-        self._liveness = Liveness()
-        self._floods = FloodGuard(blob_bytes(plan.largest_update))
+        self._liveness = Liveness(plan.config.most_devices)
+        self._floods = FloodGuard(blob_bytes(plan.largest_update), plan.config.most_devices)
         self._sweeper = Sweeper(link, topics, self._floods.dropped)
         self._refusals = Refusals()
         self._statuses: Statuses = {}  # not in the store yet
@@ -432,7 +432,7 @@ class Service:
         elif isinstance(command, AnnounceRound):
             self._floods.round_opened()
             self._publisher.announce_round(command.round)
-            log_round(command.round)
+            log_round(command.round, len(self._state.expected))
         elif isinstance(command, SendAck):
             self._publisher.send_ack(command.ack)
         elif isinstance(command, CountRefusal):
