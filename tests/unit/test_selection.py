@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-
-from fedfmsl.algorithms.draw import TICKET_BITS, Draw, lowest, ticket
-from fedfmsl.protocol.messages import MAX_NAMED, Round, Stage, encode
 from support.bundles import Built
 from support.coordinators import ROUND_SECONDS, CoordinatorRun, plan_for
 from support.wire import ROUND
+
+from fedfmsl.algorithms.draw import TICKET_BITS, Draw, lowest, ticket
+from fedfmsl.protocol.messages import MAX_NAMED, Round, Stage, encode
 from trainer_server.config import RunConfig, Selection
 from trainer_server.coordinator.events import StatusSeen
 from trainer_server.coordinator.selection import FEW, announced_as, at_most

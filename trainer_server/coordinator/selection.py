@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from fedfmsl.algorithms.draw import TICKET_BITS, Draw, lowest, ticket
+from fedfmsl.algorithms.draw import Draw, lowest, ticket
 from fedfmsl.protocol.messages import MAX_NAMED, DeviceStatus
 from trainer_server.config import RunConfig, Selection
 from trainer_server.coordinator.limits import devices_in_share

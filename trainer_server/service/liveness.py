@@ -22,8 +22,8 @@ SILENT = "no heartbeat; is it running?"
 
 class Liveness:
     def __init__(self, devices: int, silence: float = MAX_HEARTBEAT_AGE, answer: float = ANSWER_SECONDS) -> None:
-        """`devices`: how many are remembered at most. A device is lost `silence` seconds after its last message, or if it does not answer this server's status
-        within `answer` seconds."""
+        """`devices`: how many are remembered at most. A device is lost `silence` seconds after its last message, or if
+        it does not answer this server's status within `answer` seconds."""
         self._devices = devices
         self._silence = silence
         self._answer = answer
