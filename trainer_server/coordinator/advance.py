@@ -31,6 +31,7 @@ from trainer_server.coordinator.events import (
     LimitsChanged,
     Log,
     OperatorActed,
+    RestChanged,
     SendAck,
     StatusSeen,
     Stop,
@@ -62,7 +63,7 @@ from trainer_server.coordinator.round_update import (
 )
 from trainer_server.coordinator.secure_sums import MAX_REPEATS, asked_devices, secure_level, shortage
 from trainer_server.coordinator.selection import eligible_devices, select_devices
-from trainer_server.coordinator.state import SUMS, TRAINING, Accepted, Part, Plan, State, Step
+from trainer_server.coordinator.state import SUMS, TRAINING, Accepted, Part, Plan, State, Step, after_hold
 from trainer_server.coordinator.validation import validate_update
 from trainer_server.coordinator.waiting import REMEDY, is_short, must_wait, needed_updates, reason
 
@@ -94,7 +95,11 @@ def advance(plan: Plan, state: State, event: Event, now: float) -> tuple[State, 
             return state, [Log(f"operator: {impossible}", warning=True)]
         state, text = act(state, event.operation, now)
         return state, [Log(text)]
-    if state.paused_at is not None:
+    if isinstance(event, RestChanged):
+        if event.rests == (state.rests_at is not None):
+            return state, []
+        return replace(state, rests_at=now) if event.rests else after_hold(state, "rests_at", now), []
+    if state.held_at is not None:
         return state, []
     if state.rollback is not None:
         return _roll_back(plan, state, state.rollback, now)
@@ -110,9 +115,9 @@ def advance(plan: Plan, state: State, event: Event, now: float) -> tuple[State, 
 
 
 def next_deadline(plan: Plan, state: State) -> float:
-    """The latest time for the next ClockTicked. A paused or waiting run has none."""
+    """The latest time for the next ClockTicked. A run that is paused, rests or waits has none."""
     announced = state.announced
-    if state.paused_at is not None or state.waiting:
+    if state.held_at is not None or state.waiting:
         return math.inf
     if announced is None:
         return state.since + plan.config.join_timeout
@@ -185,7 +190,7 @@ def _receive_update(plan: Plan, state: State, event: UpdateSeen, now: float) -> 
         refused={name: refused for name, refused in state.refused.items() if name != update.device},
     )
     if update.round == state.round and update.stage not in UNMERGED and not state.waiting:
-        until = now if state.paused_at is None else state.paused_at
+        until = now if state.held_at is None else state.held_at
         seconds = max(state.slowest.get(update.stage, 0.0), until - state.since)
         state = replace(state, slowest={**state.slowest, update.stage: seconds})
     return state, [SendAck(ack)]
