@@ -14,7 +14,7 @@ from fedfmsl.algorithms.privacy import Privacy
 from fedfmsl.algorithms.sal import Sal
 from fedfmsl.errors import MessageError, one_line, shown
 from fedfmsl.protocol.chunks import CHUNK_BYTES, check_chunk_size
-from fedfmsl.protocol.class_names import MAX_CLASSES, valid_name
+from fedfmsl.protocol.class_names import MAX_CLASSES, proposable, valid_name
 from fedfmsl.protocol.topics import MAX_NUMBER, NAME
 
 Name = Annotated[str, Field(pattern=f"^{NAME}$")]  # run or device
@@ -24,6 +24,7 @@ Url = Annotated[str, Field(pattern=r"^(https?://[!-~]+)?$", max_length=2048)]
 Key = Annotated[str, Field(pattern=r"^[0-9A-Za-z._-]{1,64}$")]
 Text = Annotated[str, AfterValidator(one_line)]  # for people; a longer text is cut
 ClassName = Annotated[str, AfterValidator(valid_name)]
+ProposedName = Annotated[str, AfterValidator(proposable)]
 FileName = Annotated[str, AfterValidator(shown), Field(max_length=16_384)]  # the longest path, each byte as \xff
 Number = Annotated[int, Field(ge=0, le=MAX_NUMBER)]
 Positive = Annotated[int, Field(ge=1, le=MAX_NUMBER)]
@@ -31,6 +32,7 @@ Level = Annotated[int, Field(ge=0, le=1024)]
 ChunkBytes = Annotated[int, AfterValidator(check_chunk_size)]
 Count = Annotated[int, Field(ge=0, le=2**53)]  # also exact as a float
 MAX_AMOUNT = 2**53
+MAX_PROPOSED = 16  # classes that one device proposes
 Amount = Annotated[float, Field(ge=0, le=MAX_AMOUNT)]
 
 
@@ -189,7 +191,9 @@ class Globals(Message):
 class DeviceStatus(Message):
     """Retained, last will; also published whenever the server comes online. `instance` is random at each start and
     detects a duplicate device name. `paused`: why the device may not train now; new rounds do not wait for a paused
-    device. `error`: why it cannot take part; no round waits for it."""
+    device. `error`: why it cannot take part; no round waits for it. `proposed`: classes that the task lacks and this
+    device has labelled samples of, and how many. `new_samples`: training samples that no round of stage 1 or 2 has used
+    yet."""
 
     device: Name
     online: bool
@@ -199,6 +203,8 @@ class DeviceStatus(Message):
     train: Count = 0
     held_out: Count = 0
     test: Count = 0
+    new_samples: Count = 0
+    proposed: dict[ProposedName, Count] = Field(default={}, max_length=MAX_PROPOSED)
     paused: Text = ""
     error: Text = ""
 

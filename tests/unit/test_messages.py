@@ -113,6 +113,15 @@ def test_the_settings_of_a_round_have_bounds_and_no_unknown_fields(field: str, c
         parse(Round, json.dumps(announced).encode())
 
 
+@pytest.mark.parametrize(
+    "names", [["../fig"], ["fig\n"], [" "], ["Unknown"], ["e\u0301"], ["f" * 256], [f"c{i}" for i in range(17)]]
+)
+def test_a_device_proposes_at_most_sixteen_classes_with_valid_names(names: list[str]) -> None:
+    payload = json.dumps({"device": "d", "online": True, "proposed": dict.fromkeys(names, 1)}).encode()
+    with pytest.raises(MessageError, match="proposed"):
+        parse(DeviceStatus, payload)
+
+
 def test_untrusted_text_becomes_one_short_printable_line() -> None:
     hostile = "a\n\x1b[31mb\u202e" + "c" * 9000
     ack = Ack(run="r", session="s", round=1, device="d", verdict=Verdict.REJECTED, reason=hostile)

@@ -19,20 +19,18 @@ from dataclasses import replace
 
 from fedfmsl.algorithms.secure_aggregation import MIN_DEVICES, SecureAggregationError
 from fedfmsl.errors import MessageError
-from fedfmsl.protocol.messages import Ack, DeviceStatus, Round, Stage, Verdict
-from trainer_server.config import MAX_DEVICES, MIN_REPORTS
+from fedfmsl.protocol.messages import Round, Stage
+from trainer_server.config import MIN_REPORTS
 from trainer_server.coordinator.adoption import canaries, rejection, with_last_good, with_verdict
 from trainer_server.coordinator.announce import COUNTED, announce, pack_globals, sal_of, sums_of
 from trainer_server.coordinator.candidates import Rollback
 from trainer_server.coordinator.events import (
     Command,
-    CountRefusal,
     Event,
     LimitsChanged,
     Log,
     OperatorActed,
     RestChanged,
-    SendAck,
     StatusSeen,
     Stop,
     StoreRound,
@@ -42,14 +40,12 @@ from trainer_server.coordinator.events import (
 from trainer_server.coordinator.former_head import why_rejected
 from trainer_server.coordinator.limits import MAX_STRETCH, UNMERGED, devices_in_share, round_seconds
 from trainer_server.coordinator.operator import Action, act
+from trainer_server.coordinator.receive import receive_status, receive_update, refuse_update
 from trainer_server.coordinator.records import ClosedRound, listed
 from trainer_server.coordinator.refusals import (
-    LEFT_OUT_AFTER,
-    LEFT_OUT_ROUNDS,
     LEFT_OUT_SUMS,
     is_left_out,
     left_out_of_sums,
-    refuse,
 )
 from trainer_server.coordinator.rollback import restart_position, rolled_back, why_no_rollback
 from trainer_server.coordinator.round_update import (
@@ -63,8 +59,7 @@ from trainer_server.coordinator.round_update import (
 )
 from trainer_server.coordinator.secure_sums import MAX_REPEATS, asked_devices, secure_level, shortage
 from trainer_server.coordinator.selection import eligible_devices, select_devices
-from trainer_server.coordinator.state import SUMS, TRAINING, Accepted, Part, Plan, State, Step, after_hold
-from trainer_server.coordinator.validation import validate_update
+from trainer_server.coordinator.state import SUMS, TRAINING, Part, Plan, State, Step, after_hold
 from trainer_server.coordinator.waiting import REMEDY, is_short, must_wait, needed_updates, reason
 
 RAISE_TIMEOUT = "If this repeats, stop the server and resume with a longer --round-timeout"
@@ -80,11 +75,11 @@ REMEMBERED_ROUNDS = 2  # updates of older rounds are reported as late, also if t
 def advance(plan: Plan, state: State, event: Event, now: float) -> tuple[State, list[Command]]:
     """The next state, and the commands for the I/O loop in order."""
     if isinstance(event, StatusSeen):
-        return _receive_status(plan, state, event.status)
+        return receive_status(plan, state, event.status)
     if isinstance(event, UpdateSeen):
-        return _receive_update(plan, state, event, now)
+        return receive_update(plan, state, event, now)
     if isinstance(event, UpdateRefused):
-        return _refuse(state, event.device)
+        return refuse_update(state, event.device)
     if isinstance(event, LimitsChanged):
         changes = [Log(text) for text in state.limits.differences(event.limits)]
         if state.waiting and event.limits.max_repeats is not None:  # the run may end now instead
@@ -136,77 +131,6 @@ def is_complete(plan: Plan, state: State, announced: Round) -> bool:
         return True
     part = plan.schedule[state.position].part
     return answers >= len(state.awaited) and part is not None and part[0] not in TRAINING
-
-
-def _receive_status(plan: Plan, state: State, status: DeviceStatus) -> tuple[State, list[Command]]:
-    before = state.devices.get(status.device)
-    if before is None and len(state.devices) >= MAX_DEVICES:
-        return state, [CountRefusal(status.device, "too many devices", f"more than {MAX_DEVICES} devices")]
-    stale = before is not None and not status.online and status.instance != before.instance
-    known = before is not None and bool(before.error) and not (before.online or status.online or status.error)
-    if stale or known:  # the last will of an earlier process, or of one that has said why it ends
-        return state, []
-    commands: list[Command] = []
-    if status.online and status.bundle != plan.bundle.sha256:
-        error = f"it has another bundle ({status.bundle[:12]}…)"
-        status = status.model_copy(update={"online": False, "error": error})
-    if status == before:
-        return state, []
-    if status.error:
-        if before is None or not before.error:  # later texts explain the same error
-            commands.append(Log(f"{status.device} cannot take part: {status.error}"))
-    elif before is None or before.online != status.online or before.error:
-        commands.append(Log(f"{status.device} is {'online' if status.online else 'offline'}"))
-    elif bool(before.paused) != bool(status.paused):
-        commands.append(Log(f"{status.device} {f'paused: {status.paused}' if status.paused else 'resumes'}"))
-    return replace(state, devices={**state.devices, status.device: status}), commands
-
-
-def _receive_update(plan: Plan, state: State, event: UpdateSeen, now: float) -> tuple[State, list[Command]]:
-    update = event.update
-    validation = validate_update(plan, state, update, event.tensors)
-    ack = Ack(
-        run=update.run,
-        session=update.session,
-        round=update.round,
-        device=update.device,
-        verdict=validation.verdict,
-        reason=validation.reason,
-    )
-    if validation.verdict is not Verdict.ACCEPTED:
-        about = f"update for round {update.round}: {validation.reason}"
-        replies: list[Command] = [SendAck(ack), CountRefusal(update.device, validation.kind, about)]
-        here = (update.run, update.session, update.round) == (plan.config.run, plan.session, state.round)
-        if here and validation.verdict is Verdict.REJECTED:
-            state, commands = _refuse(state, update.device)
-            replies += commands
-        return state, replies
-    key = (update.round, update.device)
-    accepted = Accepted(update, event.sha256, event.size, validation.norm)
-    state = replace(
-        state,
-        updates={**state.updates, key: accepted},
-        counted=state.counted | {key},
-        refused={name: refused for name, refused in state.refused.items() if name != update.device},
-    )
-    if update.round == state.round and update.stage not in UNMERGED and not state.waiting:
-        until = now if state.held_at is None else state.held_at
-        seconds = max(state.slowest.get(update.stage, 0.0), until - state.since)
-        state = replace(state, slowest={**state.slowest, update.stage: seconds})
-    return state, [SendAck(ack)]
-
-
-def _refuse(state: State, device: str) -> tuple[State, list[Command]]:
-    """After a refused update for the present round. It counts against selected devices only."""
-    before = state.refused.get(device)
-    refused = refuse(before, state.round)
-    if device not in state.expected or refused == before:
-        return state, []
-    commands: list[Command] = []
-    if refused.times >= LEFT_OUT_AFTER:
-        about = f"its updates were refused in {refused.times} rounds in a row; see its log and the server's status"
-        commands = [Log(f"{device} is left out of the next {LEFT_OUT_ROUNDS} rounds: {about}", warning=True)]
-    return replace(state, refused={**state.refused, device: refused}), commands
 
 
 def _maybe_start(plan: Plan, state: State, now: float) -> tuple[State, list[Command]]:
