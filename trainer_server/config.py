@@ -15,7 +15,8 @@ from fedfmsl.algorithms.privacy import Privacy
 from fedfmsl.algorithms.sal import AllAtOnce, CapabilityQueue, FixedSchedule, Sal
 from fedfmsl.algorithms.secure_aggregation import MIN_DEVICES
 from fedfmsl.algorithms.server_optimizers import FedAdam, FedAvg, FedAvgM, ServerOptimizer
-from fedfmsl.common.settings import Fraction, panel
+from fedfmsl.common.hours import Hours
+from fedfmsl.common.settings import CommaSeparated, Fraction, panel
 from fedfmsl.errors import ConfigError
 from fedfmsl.protocol.messages import MAX_NAMED, Encoding, Sums, Training
 from fedfmsl.protocol.task_bundle import TaskBundle
@@ -167,6 +168,12 @@ class RunRules(BaseModel):
         json_schema_extra=RUN,
     )
 
+    schedule: Annotated[tuple[Hours, ...], CommaSeparated] = Field(
+        (),
+        description="Hours of the server's local time in which rounds open and close, like 22:00-06:00 or Sat-Sun "
+        "10:00-18:00; several with commas. Outside of them the run rests. Default: always.",
+        json_schema_extra=ROUNDS,
+    )
     stage1_rounds: int = Field(
         12,
         ge=0,

@@ -31,6 +31,7 @@ from trainer_server.coordinator.events import (
     LimitsChanged,
     Log,
     OperatorActed,
+    RestChanged,
     StatusSeen,
     Stop,
     StoreRound,
@@ -59,7 +60,7 @@ from trainer_server.coordinator.round_update import (
 )
 from trainer_server.coordinator.secure_sums import MAX_REPEATS, asked_devices, secure_level, shortage
 from trainer_server.coordinator.selection import announced_as, at_most, eligible_devices, select_devices
-from trainer_server.coordinator.state import SUMS, TRAINING, Part, Plan, State, Step
+from trainer_server.coordinator.state import SUMS, TRAINING, Part, Plan, State, Step, after_hold
 from trainer_server.coordinator.waiting import REMEDY, is_short, must_wait, needed_updates, reason
 
 RAISE_TIMEOUT = "If this repeats, stop the server and resume with a longer --round-timeout"
@@ -90,7 +91,11 @@ def advance(plan: Plan, state: State, event: Event, now: float) -> tuple[State, 
             return state, [Log(f"operator: {impossible}", warning=True)]
         state, text = act(state, event.operation, now)
         return state, [Log(text)]
-    if state.paused_at is not None:
+    if isinstance(event, RestChanged):
+        if event.rests == (state.rests_at is not None):
+            return state, []
+        return replace(state, rests_at=now) if event.rests else after_hold(state, "rests_at", now), []
+    if state.held_at is not None:
         return state, []
     if state.rollback is not None:
         return _roll_back(plan, state, state.rollback, now)
@@ -106,9 +111,9 @@ def advance(plan: Plan, state: State, event: Event, now: float) -> tuple[State, 
 
 
 def next_deadline(plan: Plan, state: State) -> float:
-    """The latest time for the next ClockTicked. A paused or waiting run has none."""
+    """The latest time for the next ClockTicked. A run that is paused, rests or waits has none."""
     announced = state.announced
-    if state.paused_at is not None or state.waiting:
+    if state.held_at is not None or state.waiting:
         return math.inf
     if announced is None:
         return state.since + plan.config.join_timeout

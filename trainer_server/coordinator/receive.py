@@ -64,7 +64,7 @@ def receive_update(plan: Plan, state: State, event: UpdateSeen, now: float) -> t
         refused={name: refused for name, refused in state.refused.items() if name != update.device},
     )
     if update.round == state.round and update.stage not in UNMERGED and not state.waiting:
-        until = now if state.paused_at is None else state.paused_at
+        until = now if state.held_at is None else state.held_at
         seconds = max(state.slowest.get(update.stage, 0.0), until - state.since)
         state = replace(state, slowest={**state.slowest, update.stage: seconds})
     return state, [SendAck(ack)]
