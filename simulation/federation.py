@@ -116,7 +116,7 @@ class Federation:
         Of the selected devices, those in `devices` answer; the others miss the round deadline. Default: all answer.
         Raises RunError if the server refuses an update of a device that is not hostile, or the run fails.
         """
-        selected = self.announced.chosen or self._fleet.names
+        selected = [name for name in self._fleet.names if self.announced.asks(name)]
         answering = [name for name in selected if devices is None or name in devices]
         task = Task(self.announced, self.received, self.config.seed, self._tamper, self._feedback)
         sizes = {}
