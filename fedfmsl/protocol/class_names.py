@@ -63,6 +63,14 @@ def valid_name(name: str) -> str:
     return name if name == UNKNOWN or not fault(name) else one_line(name)
 
 
+def proposable(name: str) -> str:
+    """The name as it is. Raises ValueError if it is not valid or not in NFC."""
+    problem = fault(name) or ("" if unicodedata.is_normalized("NFC", name) else "is not in Unicode's normal form NFC")
+    if problem:
+        raise ValueError(f"class {one_line(repr(name))} {problem}")
+    return name
+
+
 def split_names(text: str) -> list[str]:
     """The names in one line of CSV: separated by commas, with quotes around a name that has a comma or outer spaces.
 
