@@ -55,9 +55,10 @@ class RestChanged:
 @dataclass(frozen=True)
 class ClockTicked:
     """No message is waiting. Rounds open and close only at this event, so every message that arrived before counts.
-    `working`: devices whose heartbeats show that they are at work."""
+    `working`: devices whose heartbeats show that they are at work. `wall`: the clock on the wall, in unix seconds."""
 
     working: frozenset[str] = frozenset()
+    wall: float = 0.0
 
 
 Event = StatusSeen | UpdateSeen | UpdateRefused | LimitsChanged | OperatorActed | RestChanged | ClockTicked

@@ -33,7 +33,8 @@ def receive_status(plan: Plan, state: State, status: DeviceStatus) -> tuple[Stat
         commands.append(Log(f"{status.device} is {'online' if status.online else 'offline'}"))
     elif bool(before.paused) != bool(status.paused):
         commands.append(Log(f"{status.device} {f'paused: {status.paused}' if status.paused else 'resumes'}"))
-    return replace(state, devices={**state.devices, status.device: status}), commands
+    devices, standing = {**state.devices, status.device: status}, state.standing.seen(status)
+    return replace(state, devices=devices, standing=standing), commands
 
 
 def receive_update(plan: Plan, state: State, event: UpdateSeen, now: float) -> tuple[State, list[Command]]:
