@@ -173,8 +173,8 @@ class RunRules(BaseModel):
     schedule: Annotated[tuple[Hours, ...], CommaSeparated] = Field(
         (),
         description="Hours of the server's local time in which rounds open and close, like 22:00-06:00 or Sat-Sun "
-        "10:00-18:00; several with commas. Outside of them the run rests. The run is then standing: after its last round it begins "
-        "again once there are new samples. Default: always.",
+        "10:00-18:00; several with commas. Outside of them the run rests. The run is then standing: after its last "
+        "round it begins again once there are new samples. Default: always.",
         json_schema_extra=ROUNDS,
     )
     every: Every | None = Field(
@@ -314,9 +314,7 @@ class RunRules(BaseModel):
     @model_validator(mode="after")
     def _check_updates(self) -> RunRules:
         if self.min_new > 1 and not self.standing:
-            raise ValueError(
-                f"--min-new {self.min_new} needs --schedule or --every: other runs end after their last round"
-            )
+            raise ValueError(f"--min-new {self.min_new} needs --schedule or --every: other runs do not begin again")
         if self.min_updates is not None and self.min_updates > self.devices:
             raise ValueError(
                 f"--min-updates {self.min_updates} is more than --devices {self.devices}: no round could close; lower "

@@ -261,7 +261,7 @@ class State:
     former: FormerHead = field(default_factory=FormerHead)
     waiting: bool = False
     rests_at: float | None = None
-    standing: Standing = Standing()
+    standing: Standing = field(default_factory=Standing)
     made: int = 0
     good: LastGood = field(default_factory=LastGood)
     paused_at: float | None = None
