@@ -1,0 +1,119 @@
+"""A standing run in the test's process: its server, whose clock on the wall the test moves, and real devices."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edge_runtime.daemon import launch
+from edge_runtime.daemon.loop import DaemonLoop
+from edge_runtime.daemon.state import Stop
+from edge_runtime.daemon.timing import Timing
+from edge_runtime.settings import Settings
+from fedfmsl.protocol.task_bundle import TaskBundle
+from support.processes import SECONDS, Broker
+from trainer_server.config import RunConfig
+from trainer_server.service.lifecycle import open_run, run_server
+from trainer_server.storage.run_store import RunStore
+
+QUICK = Timing(tick=0.05, scan=0.2, scan_share=0.5, health=0.2)
+
+
+@dataclass
+class WallClock:
+    """The clock on the wall of the server, which a test moves."""
+
+    at: datetime
+
+    def __call__(self) -> float:
+        return self.at.timestamp()
+
+    def move(self, **time: float) -> None:
+        self.at += timedelta(**time)
+
+
+@dataclass
+class Thread:
+    """A call in a thread of its own, with the error that ends it."""
+
+    call: Callable[[], None]
+    error: BaseException | None = None
+
+    def __post_init__(self) -> None:
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        try:
+            self.call()
+        except BaseException as error:
+            self.error = error
+
+    def end(self) -> BaseException | None:
+        self.thread.join(SECONDS)
+        assert not self.thread.is_alive()
+        return self.error
+
+
+@dataclass
+class NightFleet:
+    bundle: TaskBundle
+    broker: Broker
+    folder: Path
+    config: RunConfig
+    clock: WallClock
+    devices: dict[str, Thread] = field(default_factory=dict)
+    loops: dict[str, DaemonLoop] = field(default_factory=dict)
+
+    @property
+    def out(self) -> Path:
+        return self.folder / "server"
+
+    @property
+    def notes(self) -> str:
+        path = self.out / "notes.log"
+        return path.read_text() if path.is_file() else ""
+
+    @property
+    def store(self) -> RunStore:
+        return RunStore(self.out)
+
+    def start_server(self) -> Thread:
+        store = open_run(self.out, self.config, self.bundle)
+        bundle = TaskBundle(self.bundle, store.task())
+        return Thread(partial(run_server, store, bundle, self.broker.url, "", None, insecure=False, wall=self.clock))
+
+    def start_device(self, name: str, photos: Path) -> None:
+        settings: Any = Settings(
+            run=self.config.run,
+            device=None if name in self.devices else name,
+            broker=self.broker.url,
+            images=photos,
+            state=self.folder / name,
+            bundle=self.bundle.root,
+            threads=1,
+            provider="cpu",
+        )
+        self.devices[name] = Thread(partial(launch.launch, settings))
+
+    def stop_device(self, name: str) -> None:
+        self.loops.pop(name)._stop = Stop()
+        assert self.devices[name].end() is None
+
+    def patch(self, patch: pytest.MonkeyPatch) -> None:
+        """Devices look for new photos at once, and do not change the logging of this process."""
+
+        def loop(topics: Any, link: Any, announcer: Any, health: Any, governor: Any, runner: Any, *more: Any, **named: Any) -> DaemonLoop:
+            made = DaemonLoop(topics, link, announcer, health, governor, runner, *more, **named, timing=QUICK)
+            self.loops[runner.device.device_name] = made
+            return made
+
+        patch.setattr(launch, "DaemonLoop", loop)
+        patch.setattr(launch, "set_up_logging", lambda *arguments: None)
