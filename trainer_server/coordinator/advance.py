@@ -17,21 +17,21 @@ import math
 from collections import Counter
 from dataclasses import replace
 
+from fedfmsl.algorithms.draw import lowest
 from fedfmsl.algorithms.secure_aggregation import MIN_DEVICES, SecureAggregationError
 from fedfmsl.errors import MessageError
-from fedfmsl.protocol.messages import Ack, DeviceStatus, Round, Stage, Verdict
-from trainer_server.config import MAX_DEVICES, MIN_REPORTS
+from fedfmsl.protocol.messages import MAX_NAMED, Round, Stage
+from trainer_server.config import MIN_REPORTS
 from trainer_server.coordinator.adoption import canaries, rejection, with_last_good, with_verdict
 from trainer_server.coordinator.announce import COUNTED, announce, pack_globals, sal_of, sums_of
 from trainer_server.coordinator.candidates import Rollback
 from trainer_server.coordinator.events import (
     Command,
-    CountRefusal,
     Event,
     LimitsChanged,
     Log,
     OperatorActed,
-    SendAck,
+    RestChanged,
     StatusSeen,
     Stop,
     StoreRound,
@@ -41,14 +41,12 @@ from trainer_server.coordinator.events import (
 from trainer_server.coordinator.former_head import why_rejected
 from trainer_server.coordinator.limits import MAX_STRETCH, UNMERGED, devices_in_share, round_seconds
 from trainer_server.coordinator.operator import Action, act
+from trainer_server.coordinator.receive import receive_status, receive_update, refuse_update
 from trainer_server.coordinator.records import ClosedRound, listed
 from trainer_server.coordinator.refusals import (
-    LEFT_OUT_AFTER,
-    LEFT_OUT_ROUNDS,
     LEFT_OUT_SUMS,
     is_left_out,
     left_out_of_sums,
-    refuse,
 )
 from trainer_server.coordinator.rollback import restart_position, rolled_back, why_no_rollback
 from trainer_server.coordinator.round_update import (
@@ -61,9 +59,8 @@ from trainer_server.coordinator.round_update import (
     without_sums,
 )
 from trainer_server.coordinator.secure_sums import MAX_REPEATS, asked_devices, secure_level, shortage
-from trainer_server.coordinator.selection import eligible_devices, select_devices
-from trainer_server.coordinator.state import SUMS, TRAINING, Accepted, Part, Plan, State, Step
-from trainer_server.coordinator.validation import validate_update
+from trainer_server.coordinator.selection import announced_as, at_most, eligible_devices, select_devices
+from trainer_server.coordinator.state import SUMS, TRAINING, Part, Plan, State, Step, after_hold
 from trainer_server.coordinator.waiting import REMEDY, is_short, must_wait, needed_updates, reason
 
 RAISE_TIMEOUT = "If this repeats, stop the server and resume with a longer --round-timeout"
@@ -79,11 +76,11 @@ REMEMBERED_ROUNDS = 2  # updates of older rounds are reported as late, also if t
 def advance(plan: Plan, state: State, event: Event, now: float) -> tuple[State, list[Command]]:
     """The next state, and the commands for the I/O loop in order."""
     if isinstance(event, StatusSeen):
-        return _receive_status(plan, state, event.status)
+        return receive_status(plan, state, event.status)
     if isinstance(event, UpdateSeen):
-        return _receive_update(plan, state, event, now)
+        return receive_update(plan, state, event, now)
     if isinstance(event, UpdateRefused):
-        return _refuse(state, event.device)
+        return refuse_update(state, event.device)
     if isinstance(event, LimitsChanged):
         changes = [Log(text) for text in state.limits.differences(event.limits)]
         if state.waiting and event.limits.max_repeats is not None:  # the run may end now instead
@@ -94,7 +91,11 @@ def advance(plan: Plan, state: State, event: Event, now: float) -> tuple[State, 
             return state, [Log(f"operator: {impossible}", warning=True)]
         state, text = act(state, event.operation, now)
         return state, [Log(text)]
-    if state.paused_at is not None:
+    if isinstance(event, RestChanged):
+        if event.rests == (state.rests_at is not None):
+            return state, []
+        return replace(state, rests_at=now) if event.rests else after_hold(state, "rests_at", now), []
+    if state.held_at is not None:
         return state, []
     if state.rollback is not None:
         return _roll_back(plan, state, state.rollback, now)
@@ -110,9 +111,9 @@ def advance(plan: Plan, state: State, event: Event, now: float) -> tuple[State, 
 
 
 def next_deadline(plan: Plan, state: State) -> float:
-    """The latest time for the next ClockTicked. A paused or waiting run has none."""
+    """The latest time for the next ClockTicked. A run that is paused, rests or waits has none."""
     announced = state.announced
-    if state.paused_at is not None or state.waiting:
+    if state.held_at is not None or state.waiting:
         return math.inf
     if announced is None:
         return state.since + plan.config.join_timeout
@@ -131,77 +132,6 @@ def is_complete(plan: Plan, state: State, announced: Round) -> bool:
         return True
     part = plan.schedule[state.position].part
     return answers >= len(state.awaited) and part is not None and part[0] not in TRAINING
-
-
-def _receive_status(plan: Plan, state: State, status: DeviceStatus) -> tuple[State, list[Command]]:
-    before = state.devices.get(status.device)
-    if before is None and len(state.devices) >= MAX_DEVICES:
-        return state, [CountRefusal(status.device, "too many devices", f"more than {MAX_DEVICES} devices")]
-    stale = before is not None and not status.online and status.instance != before.instance
-    known = before is not None and bool(before.error) and not (before.online or status.online or status.error)
-    if stale or known:  # the last will of an earlier process, or of one that has said why it ends
-        return state, []
-    commands: list[Command] = []
-    if status.online and status.bundle != plan.bundle.sha256:
-        error = f"it has another bundle ({status.bundle[:12]}…)"
-        status = status.model_copy(update={"online": False, "error": error})
-    if status == before:
-        return state, []
-    if status.error:
-        if before is None or not before.error:  # later texts explain the same error
-            commands.append(Log(f"{status.device} cannot take part: {status.error}"))
-    elif before is None or before.online != status.online or before.error:
-        commands.append(Log(f"{status.device} is {'online' if status.online else 'offline'}"))
-    elif bool(before.paused) != bool(status.paused):
-        commands.append(Log(f"{status.device} {f'paused: {status.paused}' if status.paused else 'resumes'}"))
-    return replace(state, devices={**state.devices, status.device: status}), commands
-
-
-def _receive_update(plan: Plan, state: State, event: UpdateSeen, now: float) -> tuple[State, list[Command]]:
-    update = event.update
-    validation = validate_update(plan, state, update, event.tensors)
-    ack = Ack(
-        run=update.run,
-        session=update.session,
-        round=update.round,
-        device=update.device,
-        verdict=validation.verdict,
-        reason=validation.reason,
-    )
-    if validation.verdict is not Verdict.ACCEPTED:
-        about = f"update for round {update.round}: {validation.reason}"
-        replies: list[Command] = [SendAck(ack), CountRefusal(update.device, validation.kind, about)]
-        here = (update.run, update.session, update.round) == (plan.config.run, plan.session, state.round)
-        if here and validation.verdict is Verdict.REJECTED:
-            state, commands = _refuse(state, update.device)
-            replies += commands
-        return state, replies
-    key = (update.round, update.device)
-    accepted = Accepted(update, event.sha256, event.size, validation.norm)
-    state = replace(
-        state,
-        updates={**state.updates, key: accepted},
-        counted=state.counted | {key},
-        refused={name: refused for name, refused in state.refused.items() if name != update.device},
-    )
-    if update.round == state.round and update.stage not in UNMERGED and not state.waiting:
-        until = now if state.paused_at is None else state.paused_at
-        seconds = max(state.slowest.get(update.stage, 0.0), until - state.since)
-        state = replace(state, slowest={**state.slowest, update.stage: seconds})
-    return state, [SendAck(ack)]
-
-
-def _refuse(state: State, device: str) -> tuple[State, list[Command]]:
-    """After a refused update for the present round. It counts against selected devices only."""
-    before = state.refused.get(device)
-    refused = refuse(before, state.round)
-    if device not in state.expected or refused == before:
-        return state, []
-    commands: list[Command] = []
-    if refused.times >= LEFT_OUT_AFTER:
-        about = f"its updates were refused in {refused.times} rounds in a row; see its log and the server's status"
-        commands = [Log(f"{device} is left out of the next {LEFT_OUT_ROUNDS} rounds: {about}", warning=True)]
-    return replace(state, refused={**state.refused, device: refused}), commands
 
 
 def _maybe_start(plan: Plan, state: State, now: float) -> tuple[State, list[Command]]:
@@ -241,6 +171,9 @@ def _open_round(plan: Plan, state: State, position: int, now: float) -> tuple[St
     oldest = number - max(config.max_staleness, REMEMBERED_ROUNDS)
     closed = [*state.recent, *([state.announced] if state.announced else [])]
     blobs = pack_globals(plan, state, stage)
+    asked = announced_as(selected, state.ready, state.excluded, config.seed, number)
+    if step.part is not None:  # the members of a secure aggregation are named
+        asked = {"chosen": tuple(sorted(selected))}
     announced = Round(
         run=config.run,
         session=plan.session,
@@ -249,8 +182,6 @@ def _open_round(plan: Plan, state: State, position: int, now: float) -> tuple[St
         index=step.index,
         of=step.of,
         level=level,
-        # without names, all devices are selected
-        chosen=tuple(sorted(selected)) if selected != state.ready or step.part is not None or state.excluded else (),
         repetitions=config.stage1_rounds if stage is Stage.BASELINE else 1,
         training=config.stage2 if stage is Stage.PERSONAL else config.stage1,
         sal=sal_of(plan, state, stage),
@@ -260,7 +191,7 @@ def _open_round(plan: Plan, state: State, position: int, now: float) -> tuple[St
         min_class_count=config.min_class_count if stage in COUNTED and config.privacy is None else 0,
         secure=step.part is not None,
         classes=state.secure.classes if stage in SUMS else (),
-        **{kind: sha256 for kind, (sha256, _) in blobs.items()},
+        **{**asked, **{kind: sha256 for kind, (sha256, _) in blobs.items()}},
     )
     state = replace(
         state,
@@ -296,10 +227,14 @@ def _selected(plan: Plan, state: State, step: Step, number: int) -> frozenset[st
     if step.purpose is Stage.HEAD:
         eligible = eligible_devices(eligible, suspects(plan, state), max(least, MIN_DEVICES))
     if step.stage is Stage.CANARY:
-        return canaries(plan, state, eligible, number) if state.repeats <= MAX_REPEATS else frozenset()
-    if step.purpose not in TRAINING or state.repeats:
-        return frozenset(eligible)
-    return select_devices(plan.config, eligible, state.sal.level, number, least)
+        selected = canaries(plan, state, eligible, number) if state.repeats <= MAX_REPEATS else frozenset()
+    elif step.purpose not in TRAINING or state.repeats:
+        selected = frozenset(eligible)
+    else:
+        selected = select_devices(plan.config, eligible, state.sal.level, number, least)
+    if step.part is not None:  # the same ones in all of its rounds
+        return frozenset(lowest(selected, MAX_NAMED, plan.config.seed, plan.positions_of(step.part).start))
+    return at_most(selected, state.ready, plan.config.seed, number)
 
 
 def _end_of_time(
@@ -411,7 +346,7 @@ def _close_round(plan: Plan, state: State, closing: Round, now: float) -> tuple[
 def _go_on(plan: Plan, state: State, waited: Round, now: float) -> tuple[State, list[Command]]:
     """The end of a wait. The open round gets its whole time, without the wait. If it does not ask enough of the devices
     that can answer, it is announced anew."""
-    able = state.ready & frozenset(waited.chosen) if waited.chosen else state.ready
+    able = frozenset(name for name in state.ready if waited.asks(name))
     state = replace(state, waiting=False, since=now, repeats=0)
     if len(able) >= needed_updates(plan, state):
         text = f"round {waited.round} goes on: {len(able)} devices can answer now"
