@@ -26,6 +26,7 @@ def test_three_nights(vit: Built, broker: Broker, tmp_path: Path, monkeypatch: p
         server = fleet.start_server()
         for name, folder in photos.items():
             fleet.start_device(name, folder)
+        wait_until(lambda: "rests" in fleet.notes, "the server rests")
         wait_until(lambda: len(fleet.store.joined()) == 3, "all devices are online")
         clock.move(hours=11)
         observer.wait(Round, lambda r: r.stage is Stage.FINISHED, "the end")

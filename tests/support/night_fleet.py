@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -55,6 +56,7 @@ class Thread:
             self.call()
         except BaseException as error:
             self.error = error
+            traceback.print_exc()
 
     def end(self) -> BaseException | None:
         self.thread.join(SECONDS)
@@ -86,9 +88,12 @@ class NightFleet:
         return RunStore(self.out)
 
     def start_server(self) -> Thread:
+        return Thread(self._serve)
+
+    def _serve(self) -> None:
         store = open_run(self.out, self.config, self.bundle)
         bundle = TaskBundle(self.bundle, store.task())
-        return Thread(partial(run_server, store, bundle, self.broker.url, "", None, insecure=False, wall=self.clock))
+        run_server(store, bundle, self.broker.url, "", None, insecure=False, wall=self.clock)
 
     def start_device(self, name: str, photos: Path) -> None:
         settings: Any = Settings(
