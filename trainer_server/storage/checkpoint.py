@@ -61,6 +61,7 @@ class Checkpoint(BaseModel):
     paused_at: float | None = None
     closing: int = 0
     excluded: list[str] = []
+    approved: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, state: State) -> Checkpoint:
@@ -100,6 +101,7 @@ class Checkpoint(BaseModel):
             paused_at=state.paused_at,
             closing=state.closing,
             excluded=sorted(state.excluded),
+            approved=state.approved,
         )
 
     def state(self, tensors: Tensors) -> State:
@@ -148,6 +150,7 @@ class Checkpoint(BaseModel):
             paused_at=self.paused_at,
             closing=self.closing,
             excluded=frozenset(self.excluded),
+            approved=self.approved,
         )
 
 
