@@ -16,13 +16,9 @@ from dataclasses import replace
 from enum import Enum
 from typing import Literal
 
-from pydantic import Field
-
-from fedfmsl.protocol.messages import Amount, Message, Name, Number, ProposedName, Sha256, Stage, Text
+from fedfmsl.protocol.messages import AddedNames, Amount, Message, Name, Number, Sha256, Stage, Text
 from trainer_server.coordinator.candidates import Rollback
 from trainer_server.coordinator.state import State
-
-MAX_ADDED = 64  # classes at once
 
 
 class Action(str, Enum):
@@ -47,7 +43,7 @@ class Operation(Message):
     device: Name | Literal[""] = ""
     seconds: Amount = 0.0
     sha256: Sha256 = ""
-    classes: tuple[ProposedName, ...] = Field(default=(), max_length=MAX_ADDED)
+    classes: AddedNames = ()
     by: Text = ""
     name: Text = ""
 

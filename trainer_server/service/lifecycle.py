@@ -97,8 +97,8 @@ def open_run(folder: Path, config: RunConfig, bundle: TaskBundle, source: Path |
 
 
 def open_bundle(store: RunStore) -> TaskBundle:
-    """The bundle that the run was started with, and the task of its present session. Raises BundleError if the bundle's folder is missing or
-    holds another one, RunError if the task is missing or altered."""
+    """The bundle that the run was started with, and the task of its present session. Raises BundleError if the bundle's
+    folder is missing or holds another one, RunError if the task is missing or altered."""
     bundle = Bundle.load(store.origin.bundle)
     if bundle.sha256 != store.origin.sha256:
         raise BundleError(f"{bundle.root} is not the bundle that the run was started with; restore that bundle")
@@ -120,8 +120,8 @@ def run_server(
     metrics: str | None = None,
     track: Sequence[str] = (),
 ) -> None:
-    """Coordinates all sessions until the run is finished. `changes`: fields of `Limits` that change from now on. `allowed`: the
-    devices that may take part; None: all. `metrics`: where Prometheus metrics are served.
+    """Coordinates all sessions until the run is finished. `changes`: fields of `Limits` that change from now on.
+    `allowed`: the devices that may take part; None: all. `metrics`: where Prometheus metrics are served.
     `track`: trackers that get the figures of every closed round (see `trainer_server.tracking`).
 
     Raises ConfigError if the run cannot have these limits or the metrics cannot be served, RunError if the run failed,

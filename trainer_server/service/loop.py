@@ -141,7 +141,7 @@ class Service:
         self._link.subscribe(self._topics.update_chunk("+", "+", "+"))
         self._link.subscribe(self._topics.server_status)
         self._connect(self._state)
-        if self._state.announced is None:
+        if self._state.announced is None and self._state.round == 0:
             config = self._plan.config
             count = f"{config.devices} device{'s' if config.devices > 1 else ''}"
             logger.info("waiting up to %.0f s for %s", config.join_timeout, count)

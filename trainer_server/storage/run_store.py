@@ -341,21 +341,21 @@ class RunStore:
         write_atomically(self.tensors / blob_hash(blob), blob, durable=True)
         row = (at, Checkpoint.of(state).model_dump_json(), blob_hash(blob))
         with self._transaction():
-            (last,) = self._db.execute(
-                "SELECT max(seq) FROM (SELECT seq FROM events UNION SELECT seq FROM checkpoints)"
-            )
+            numbers = "SELECT seq FROM events UNION SELECT seq FROM checkpoints"
+            (last,) = self._db.execute(f"SELECT coalesce(max(seq), 0) FROM ({numbers})").fetchone()
             self._db.execute("DELETE FROM events")
             self._db.execute("DELETE FROM checkpoints")
-            self._db.execute("INSERT INTO checkpoints VALUES (?, ?, ?, ?)", (last[0] or 0, *row))
+            self._db.execute("INSERT INTO checkpoints VALUES (?, ?, ?, ?)", (last, *row))
             self._add_rounds(closed)
             self._count(refusals or {})
             self._db.execute("UPDATE run SET origin = ?", (origin.model_dump_json(),))
         self.origin = origin
         self._touch()
-        self._sweep()
-        for path in (self.folder / TASKS).iterdir():
-            if path.name not in (origin.task, origin.first.task):
-                path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the session has begun
+            self._sweep()
+            for path in (self.folder / TASKS).iterdir():
+                if path.name not in (origin.task, origin.first.task):
+                    path.unlink(missing_ok=True)
 
     def _touch(self) -> None:
         with contextlib.suppress(OSError):
