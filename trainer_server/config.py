@@ -15,9 +15,10 @@ from fedfmsl.algorithms.privacy import Privacy
 from fedfmsl.algorithms.sal import AllAtOnce, CapabilityQueue, FixedSchedule, Sal
 from fedfmsl.algorithms.secure_aggregation import MIN_DEVICES
 from fedfmsl.algorithms.server_optimizers import FedAdam, FedAvg, FedAvgM, ServerOptimizer
-from fedfmsl.common.settings import Fraction, panel
+from fedfmsl.common.hours import Hours
+from fedfmsl.common.settings import CommaSeparated, Fraction, panel
 from fedfmsl.errors import ConfigError
-from fedfmsl.protocol.messages import Encoding, Sums, Training
+from fedfmsl.protocol.messages import MAX_NAMED, Encoding, Sums, Training
 from fedfmsl.protocol.task_bundle import TaskBundle
 from fedfmsl.protocol.topics import MAX_NUMBER
 from fedfmsl.transport.settings import RunName
@@ -30,7 +31,8 @@ RUN, ROUNDS, UPDATES, AGGREGATION, ADOPTION, PRIVACY = (
 
 MAX_ROUNDS = 100_000  # of a stage
 MIN_REPORTS = 3  # of devices about a global expert; with fewer, one could decide
-MAX_DEVICES = 2500  # an announcement can name all of them within `Round.max_bytes`
+MAX_DEVICES = 100_000
+MOST_DEVICES = 2500  # that a run accepts although it expects fewer
 
 
 class Head(str, Enum):
@@ -166,6 +168,12 @@ class RunRules(BaseModel):
         json_schema_extra=RUN,
     )
 
+    schedule: Annotated[tuple[Hours, ...], CommaSeparated] = Field(
+        (),
+        description="Hours of the server's local time in which rounds open and close, like 22:00-06:00 or Sat-Sun "
+        "10:00-18:00; several with commas. Outside of them the run rests. Default: always.",
+        json_schema_extra=ROUNDS,
+    )
     stage1_rounds: int = Field(
         12,
         ge=0,
@@ -278,6 +286,11 @@ class RunRules(BaseModel):
     )
     delta: float = Field(1e-5, gt=0, lt=1, description="δ of the reported privacy budget ε.", json_schema_extra=PRIVACY)
 
+    @property
+    def most_devices(self) -> int:
+        """The number of devices that the run accepts. More names are no devices of it."""
+        return max(2 * self.devices, MOST_DEVICES)
+
     @model_validator(mode="after")
     def _check_updates(self) -> RunRules:
         if self.min_updates is not None and self.min_updates > self.devices:
@@ -322,6 +335,11 @@ class RunConfig(RunRules):
         return settings
 
     @property
+    def replaces_head(self) -> bool:
+        """Whether sums of all devices replace the head of stage 1. Noise would drown their second moments."""
+        return self.stage1_rounds > 0 and self.privacy is None and self.head_sums is not Sums.NONE
+
+    @property
     def exposure(self) -> str:
         """Why one hostile device could steer this run; "" if the aggregation rule withstands a minority of them."""
         aggregation = self.aggregation
@@ -344,6 +362,12 @@ class RunConfig(RunRules):
         found = [option for option, is_set in excluded.items() if is_set]
         if self.secure and found:
             raise ValueError(f"with --secure the server sees no single update: leave out {', '.join(found)}")
+        asked = int(self.fraction * self.devices)
+        if self.secure and asked > MAX_NAMED:
+            raise ValueError(
+                f"--secure sums the updates of at most {MAX_NAMED} devices, and a round would ask {asked}: ask fewer "
+                f"with --select random --fraction {100 * MAX_NAMED // self.devices / 100}, or omit --secure"
+            )
         if self.secure and self.devices < MIN_DEVICES:
             raise ValueError(f"--secure needs at least {MIN_DEVICES} devices, not --devices {self.devices}")
         return self

@@ -63,6 +63,7 @@ def _facts(store: RunStore) -> dict[str, Any]:
     if store.ended is None:
         view, _ = read_observations(store.folder)
         facts |= {"paused": True} if paused else {}
+        facts |= {"rests": view.rests} if view and view.rests and not paused else {}
         facts |= {"waits": view.waits} if view and view.waits and not paused else {}
     facts |= {"excluded": sorted(excluded)} if excluded else {}
     if store.ended is not None:

@@ -10,6 +10,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from fedfmsl.algorithms.privacy import Privacy
 from fedfmsl.algorithms.sal import CapabilityQueue
+from fedfmsl.common.hours import Hours
 from fedfmsl.common.logs import LogSettings
 from fedfmsl.common.settings import CommaSeparated, File, Fraction, checked, panel
 from fedfmsl.errors import ConfigError
@@ -152,6 +153,11 @@ class ResumeSettings(ServiceSettings):
         None,
         description="Share of the selected devices whose updates close a round. Default: as stored.",
         json_schema_extra=UPDATES,
+    )
+    schedule: Annotated[tuple[Hours, ...] | None, CommaSeparated] = Field(
+        None,
+        description="Hours in which rounds open and close; 00:00-24:00: always. Default: as stored.",
+        json_schema_extra=ROUNDS,
     )
 
     @property

@@ -280,7 +280,7 @@ def _fetch_missing(state: State) -> list[Command]:
 
 def _is_for_this_device(state: State, announced: Round) -> bool:
     """Whether a round is from the online server, selects this device, and has not been computed."""
-    asked = announced.stage is not Stage.FINISHED and (not announced.chosen or state.device in announced.chosen)
+    asked = announced.stage is not Stage.FINISHED and announced.asks(state.device)
     new = announced.session != state.session or announced.round > state.last_started
     return asked and new and announced.session == state.online_session
 

@@ -10,6 +10,7 @@ from typing import Annotated, ClassVar, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from fedfmsl.algorithms.draw import Draw
 from fedfmsl.algorithms.privacy import Privacy
 from fedfmsl.algorithms.sal import Sal
 from fedfmsl.errors import MessageError, one_line, shown
@@ -17,7 +18,9 @@ from fedfmsl.protocol.chunks import CHUNK_BYTES, check_chunk_size
 from fedfmsl.protocol.class_names import MAX_CLASSES, proposable, valid_name
 from fedfmsl.protocol.topics import MAX_NUMBER, NAME
 
+MAX_NAMED = 2500  # devices in an announcement; with the longest names it has 170 KB
 Name = Annotated[str, Field(pattern=f"^{NAME}$")]  # run or device
+Names = Annotated[tuple[Name, ...], Field(max_length=MAX_NAMED, fail_fast=True)]
 Session = Annotated[str, Field(pattern=r"^[0-9A-Za-z-]{1,64}$")]
 Sha256 = Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")]  # "" if there is none; used as a file name
 Url = Annotated[str, Field(pattern=r"^(https?://[!-~]+)?$", max_length=2048)]
@@ -116,7 +119,10 @@ class Round(Message):
     """The announcement of a round, retained.
 
     `expert` (the global expert), `start` (the expert that stage 1 starts from) and `gate` are the SHA-256 of blobs of
-    globals; "" if there is none yet. `chosen`: the selected devices; empty if all are selected.
+    globals; "" if there is none yet.
+
+    Which devices are selected: those named in `chosen`. If it is empty, all that are in `draw` (None: all), except
+    those named in `unasked`. So the announcement to many devices stays short.
 
     Rounds of statistics and head: `sums` is what devices sum (in stage 1: what they will sum in the round of the head),
     `min_class_count` the number of samples from which a
@@ -135,7 +141,9 @@ class Round(Message):
     of: Number  # rounds of this stage
     repetitions: Positive = 1  # how many times a device trains its local epochs in the round
     level: Level
-    chosen: tuple[Name, ...] = Field(default=(), max_length=5000, fail_fast=True)
+    chosen: Names = ()
+    unasked: Names = ()
+    draw: Draw | None = None
     expert: Sha256 = ""
     start: Sha256 = ""
     gate: Sha256 = ""
@@ -151,6 +159,17 @@ class Round(Message):
     sal: Sal
     encoding: Encoding = Encoding.FP32
     privacy: Privacy | None = None
+
+    def asks(self, device: str) -> bool:
+        """Whether a device is selected."""
+        if self.chosen:
+            return device in self.chosen
+        return device not in self.unasked and (self.draw is None or self.draw.has(self.round, device))
+
+    @property
+    def selects(self) -> bool:
+        """Whether there may be devices that are not selected."""
+        return bool(self.chosen or self.unasked or self.draw)
 
     @property
     def blobs(self) -> frozenset[str]:

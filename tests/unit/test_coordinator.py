@@ -31,6 +31,7 @@ from fedfmsl.algorithms.class_means import class_mean_head
 from fedfmsl.algorithms.discriminant import discriminant_head, logit_head, with_former_rows
 from fedfmsl.algorithms.sal import AllAtOnce, CapabilityQueue, FixedSchedule
 from fedfmsl.protocol.messages import (
+    MAX_NAMED,
     Encoding,
     Globals,
     Round,
@@ -42,7 +43,7 @@ from fedfmsl.protocol.messages import (
     parse,
 )
 from fedfmsl.protocol.tensors import unpack
-from trainer_server.config import MAX_DEVICES, Aggregation, Head, Rule, Selection
+from trainer_server.config import Aggregation, Head, Rule, Selection
 from trainer_server.coordinator.advance import next_deadline
 from trainer_server.coordinator.events import (
     AnnounceRound,
@@ -951,7 +952,7 @@ def test_a_repeated_round_asks_every_device(vit: Built) -> None:
 
 
 def test_devices_can_read_the_longest_announcement(vit: Built) -> None:
-    names = [f"{number:064}" for number in range(MAX_DEVICES)]
+    names = [f"{number:064}" for number in range(MAX_NAMED)]
     longest = trained(started(vit)).announced.model_copy(update={"chosen": tuple(names)})
     assert parse(Round, encode(longest)) == longest
 

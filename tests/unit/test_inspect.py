@@ -103,9 +103,9 @@ def test_status_and_a_server_that_starts_show_what_the_operator_has_done(
     ]
     act(Action.INCLUDE, Action.RESUME)
     assert {"paused", "excluded"} & as_json(store).keys() == set()
-    waits = ServerView(seen=time.time(), waits="2 devices must answer and 1 can")
-    Observations(store.folder).save(waits, {})
-    assert rows(store)["waits"] == waits.waits
+    view = ServerView(seen=time.time(), waits="2 devices must answer and 1 can", rests="until 2026-11-27 22:00")
+    Observations(store.folder).save(view, {})
+    assert rows(store).items() >= {"waits": view.waits, "rests": view.rests}.items()
 
 
 def test_the_command_returns_to_a_kept_round_or_names_those_that_are_kept(store: RunStore) -> None:

@@ -17,9 +17,10 @@ import math
 from collections import Counter
 from dataclasses import replace
 
+from fedfmsl.algorithms.draw import lowest
 from fedfmsl.algorithms.secure_aggregation import MIN_DEVICES, SecureAggregationError
 from fedfmsl.errors import MessageError
-from fedfmsl.protocol.messages import Round, Stage
+from fedfmsl.protocol.messages import MAX_NAMED, Round, Stage
 from trainer_server.config import MIN_REPORTS
 from trainer_server.coordinator.adoption import canaries, rejection, with_last_good, with_verdict
 from trainer_server.coordinator.announce import COUNTED, announce, pack_globals, sal_of, sums_of
@@ -30,6 +31,7 @@ from trainer_server.coordinator.events import (
     LimitsChanged,
     Log,
     OperatorActed,
+    RestChanged,
     StatusSeen,
     Stop,
     StoreRound,
@@ -57,9 +59,9 @@ from trainer_server.coordinator.round_update import (
     without_sums,
 )
 from trainer_server.coordinator.secure_sums import MAX_REPEATS, asked_devices, secure_level, shortage
-from trainer_server.coordinator.selection import eligible_devices, select_devices
+from trainer_server.coordinator.selection import announced_as, at_most, eligible_devices, select_devices
 from trainer_server.coordinator.sessions import ending, why_no_classes
-from trainer_server.coordinator.state import SUMS, TRAINING, Part, Plan, State, Step
+from trainer_server.coordinator.state import SUMS, TRAINING, Part, Plan, State, Step, after_hold
 from trainer_server.coordinator.waiting import REMEDY, is_short, must_wait, needed_updates, reason
 
 RAISE_TIMEOUT = "If this repeats, stop the server and resume with a longer --round-timeout"
@@ -90,7 +92,11 @@ def advance(plan: Plan, state: State, event: Event, now: float) -> tuple[State, 
             return state, [Log(f"operator: {impossible}", warning=True)]
         state, text = act(state, event.operation, now)
         return state, [Log(text)]
-    if state.paused_at is not None:
+    if isinstance(event, RestChanged):
+        if event.rests == (state.rests_at is not None):
+            return state, []
+        return replace(state, rests_at=now) if event.rests else after_hold(state, "rests_at", now), []
+    if state.held_at is not None:
         return state, []
     if state.rollback is not None:
         return _roll_back(plan, state, state.rollback, now)
@@ -113,10 +119,10 @@ def _why_not(plan: Plan, state: State, operation: Operation) -> str:
 
 
 def next_deadline(plan: Plan, state: State) -> float:
-    """The latest time for the next ClockTicked. A paused or waiting run has none, and no later session has a time to
-    join."""
+    """The latest time for the next ClockTicked. A run that is paused, rests or waits has none, and a later session has
+    no time to join."""
     announced = state.announced
-    if state.paused_at is not None or state.waiting:
+    if state.held_at is not None or state.waiting:
         return math.inf
     if announced is None:
         return state.since + plan.config.join_timeout if state.round == 0 else math.inf
@@ -180,6 +186,9 @@ def _open_round(plan: Plan, state: State, position: int, now: float) -> tuple[St
     oldest = number - max(config.max_staleness, REMEMBERED_ROUNDS)
     closed = [*state.recent, *([state.announced] if state.announced else [])]
     blobs = pack_globals(plan, state, stage)
+    asked = announced_as(selected, state.ready, state.excluded, config.seed, number)
+    if step.part is not None:  # the members of a secure aggregation are named
+        asked = {"chosen": tuple(sorted(selected))}
     announced = Round(
         run=config.run,
         session=plan.session,
@@ -188,8 +197,6 @@ def _open_round(plan: Plan, state: State, position: int, now: float) -> tuple[St
         index=step.index,
         of=step.of,
         level=level,
-        # without names, all devices are selected
-        chosen=tuple(sorted(selected)) if selected != state.ready or step.part is not None or state.excluded else (),
         repetitions=config.stage1_rounds if stage is Stage.BASELINE else 1,
         training=config.stage2 if stage is Stage.PERSONAL else config.stage1,
         sal=sal_of(plan, state, stage),
@@ -199,7 +206,7 @@ def _open_round(plan: Plan, state: State, position: int, now: float) -> tuple[St
         min_class_count=config.min_class_count if stage in COUNTED and config.privacy is None else 0,
         secure=step.part is not None,
         classes=state.secure.classes if stage in SUMS else (),
-        **{kind: sha256 for kind, (sha256, _) in blobs.items()},
+        **{**asked, **{kind: sha256 for kind, (sha256, _) in blobs.items()}},
     )
     state = replace(
         state,
@@ -235,10 +242,14 @@ def _selected(plan: Plan, state: State, step: Step, number: int) -> frozenset[st
     if step.purpose is Stage.HEAD:
         eligible = eligible_devices(eligible, suspects(plan, state), max(least, MIN_DEVICES))
     if step.stage is Stage.CANARY:
-        return canaries(plan, state, eligible, number) if state.repeats <= MAX_REPEATS else frozenset()
-    if step.purpose not in TRAINING or state.repeats:
-        return frozenset(eligible)
-    return select_devices(plan.config, eligible, state.sal.level, number, least)
+        selected = canaries(plan, state, eligible, number) if state.repeats <= MAX_REPEATS else frozenset()
+    elif step.purpose not in TRAINING or state.repeats:
+        selected = frozenset(eligible)
+    else:
+        selected = select_devices(plan.config, eligible, state.sal.level, number, least)
+    if step.part is not None:  # the same ones in all of its rounds
+        return frozenset(lowest(selected, MAX_NAMED, plan.config.seed, plan.positions_of(step.part).start))
+    return at_most(selected, state.ready, plan.config.seed, number)
 
 
 def _end_of_time(
@@ -350,7 +361,7 @@ def _close_round(plan: Plan, state: State, closing: Round, now: float) -> tuple[
 def _go_on(plan: Plan, state: State, waited: Round, now: float) -> tuple[State, list[Command]]:
     """The end of a wait. The open round gets its whole time, without the wait. If it does not ask enough of the devices
     that can answer, it is announced anew."""
-    able = state.ready & frozenset(waited.chosen) if waited.chosen else state.ready
+    able = frozenset(name for name in state.ready if waited.asks(name))
     state = replace(state, waiting=False, since=now, repeats=0)
     if len(able) >= needed_updates(plan, state):
         text = f"round {waited.round} goes on: {len(able)} devices can answer now"

@@ -46,6 +46,13 @@ class OperatorActed:
 
 
 @dataclass(frozen=True)
+class RestChanged:
+    """The clock on the wall has left the hours of --schedule, and the run rests; or it has entered them."""
+
+    rests: bool
+
+
+@dataclass(frozen=True)
 class ClockTicked:
     """No message is waiting. Rounds open and close only at this event, so every message that arrived before counts.
     `working`: devices whose heartbeats show that they are at work."""
@@ -53,7 +60,7 @@ class ClockTicked:
     working: frozenset[str] = frozenset()
 
 
-Event = StatusSeen | UpdateSeen | UpdateRefused | LimitsChanged | OperatorActed | ClockTicked
+Event = StatusSeen | UpdateSeen | UpdateRefused | LimitsChanged | OperatorActed | RestChanged | ClockTicked
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import Literal
 
 from fedfmsl.protocol.messages import AddedNames, Amount, Message, Name, Number, Sha256, Stage, Text
 from trainer_server.coordinator.candidates import Rollback
-from trainer_server.coordinator.state import State
+from trainer_server.coordinator.state import State, after_hold
 
 
 class Action(str, Enum):
@@ -79,14 +79,14 @@ def _pause(state: State, operation: Operation, now: float) -> tuple[State, str]:
 def _resume(state: State, operation: Operation, now: float) -> tuple[State, str]:
     if state.paused_at is None:
         return state, "the run is not paused"
-    return replace(state, paused_at=None, since=state.since + now - state.paused_at), "the run is resumed"
+    return after_hold(state, "paused_at", now), f"the run is resumed{_RESTS if state.rests_at is not None else ''}"
 
 
 def _close(state: State, operation: Operation, now: float) -> tuple[State, str]:
     announced = state.announced
     if announced is None or announced.round != operation.round or announced.stage is Stage.FINISHED:
         return state, f"round {operation.round} is not open, so it cannot be closed"
-    when = "now" if state.paused_at is None else "when the run is resumed"
+    when = _when(state, "the run")
     return replace(state, closing=operation.round), f"round {operation.round} closes {when}"
 
 
@@ -124,23 +124,30 @@ def _rollback(state: State, operation: Operation, now: float) -> tuple[State, st
     last = state.round - (state.announced is not None)  # the last closed round
     if not 0 < operation.round <= last or not operation.sha256:
         return state, f"no global expert of round {operation.round} is kept, so the run cannot return to it"
-    when = "now" if state.paused_at is None else "when it is resumed"
+    when = _when(state, "it")
     rollback = Rollback(operation.round, operation.sha256)
     return replace(state, rollback=rollback), f"the run returns to the global expert of round {operation.round} {when}"
 
 
 def _classes(state: State, operation: Operation, now: float) -> tuple[State, str]:
-    when = f"after round {state.round}" if state.announced else "now"
-    when += "" if state.paused_at is None else ", once the run is resumed"
+    when = f"after round {state.round}" if state.announced else _when(state, "the run")
     names = operation.classes
     text = f"{len(names)} {'class is' if len(names) == 1 else 'classes are'} added {when}: {', '.join(names)}"
     return replace(state, approved=(*state.approved, *names)), text
+
+
+def _when(state: State, run: str) -> str:
+    """When an action takes effect."""
+    if state.paused_at is not None:
+        return f"when {run} is resumed"
+    return "now" if state.rests_at is None else f"when {run} rests no more"
 
 
 def _download(state: State, operation: Operation, now: float) -> tuple[State, str]:
     return state, "the global expert is downloaded"
 
 
+_RESTS = "; it rests outside of the hours of --schedule"
 _ACTS: dict[Action, Callable[[State, Operation, float], tuple[State, str]]] = {
     Action.PAUSE: _pause,
     Action.RESUME: _resume,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fedfmsl.protocol.messages import Ack, DeviceStatus, Verdict
-from trainer_server.config import MAX_DEVICES
 from trainer_server.coordinator.events import Command, CountRefusal, Log, SendAck, UpdateSeen
 from trainer_server.coordinator.limits import UNMERGED
 from trainer_server.coordinator.refusals import LEFT_OUT_AFTER, LEFT_OUT_ROUNDS, refuse
@@ -15,8 +14,8 @@ from trainer_server.coordinator.validation import validate_update
 
 def receive_status(plan: Plan, state: State, status: DeviceStatus) -> tuple[State, list[Command]]:
     before = state.devices.get(status.device)
-    if before is None and len(state.devices) >= MAX_DEVICES:
-        return state, [CountRefusal(status.device, "too many devices", f"more than {MAX_DEVICES} devices")]
+    if before is None and len(state.devices) >= (most := plan.config.most_devices):
+        return state, [CountRefusal(status.device, "too many devices", f"more than {most} devices")]
     stale = before is not None and not status.online and status.instance != before.instance
     known = before is not None and bool(before.error) and not (before.online or status.online or status.error)
     if stale or known:  # the last will of an earlier process, or of one that has said why it ends
@@ -65,7 +64,7 @@ def receive_update(plan: Plan, state: State, event: UpdateSeen, now: float) -> t
         refused={name: refused for name, refused in state.refused.items() if name != update.device},
     )
     if update.round == state.round and update.stage not in UNMERGED and not state.waiting:
-        until = now if state.paused_at is None else state.paused_at
+        until = now if state.held_at is None else state.held_at
         seconds = max(state.slowest.get(update.stage, 0.0), until - state.since)
         state = replace(state, slowest={**state.slowest, update.stage: seconds})
     return state, [SendAck(ack)]

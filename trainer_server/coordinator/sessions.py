@@ -15,7 +15,6 @@ from dataclasses import replace
 
 from fedfmsl.protocol.class_names import MAX_CLASSES, describe_classes
 from fedfmsl.protocol.messages import Stage
-from trainer_server.coordinator.candidates import LastGood
 from trainer_server.coordinator.events import BeginSession, Command, Log
 from trainer_server.coordinator.state import Plan, State, initial_state
 
@@ -52,9 +51,7 @@ def why_no_classes(plan: Plan, state: State, names: Sequence[str]) -> str:
 
 def first_state(plan: Plan, before: State, now: float) -> State:
     """The state in which the session of `plan` begins, after a session that has ended in the state `before`. It begins
-    with the devices that are online, like a round. The last good global expert stays only if the classes do: devices
-    measure likelihoods among all classes."""
-    has_same_classes = plan.warm is not None and bool(plan.warm.kept.all())
+    with the devices that are online, like a round, and with a global expert that is compared with none."""
     return replace(
         initial_state(plan, now),
         limits=before.limits,
@@ -63,7 +60,6 @@ def first_state(plan: Plan, before: State, now: float) -> State:
         devices=before.devices,
         refused=before.refused,
         silent=before.silent,
-        made=before.made,
-        good=before.good if has_same_classes else LastGood(),
+        made=before.former.made if before.former.head.size else before.made,  # as `trained`
         excluded=before.excluded,
     )

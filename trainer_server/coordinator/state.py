@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
@@ -81,12 +82,10 @@ class Plan:
         """Every round of the run in order. The last one is FINISHED."""
         config = self.config
         has_new_rows = self.warm is None or not self.warm.kept.all()
-        # noise would drown the second moments
-        has_head_round = config.stage1_rounds and config.privacy is None and config.head_sums is not Sums.NONE
         rounds = {
             Stage.STATISTICS: int(config.head is not Head.ZEROS and has_new_rows),
             Stage.GLOBAL: config.stage1_rounds,
-            Stage.HEAD: int(has_head_round),
+            Stage.HEAD: int(config.replaces_head),
             Stage.CANARY: int(config.canary is not None and config.stage1_rounds > 0),
             Stage.PERSONAL: config.stage2_rounds,
             Stage.BASELINE: int(config.baseline),
@@ -224,6 +223,8 @@ class State:
 
     `waiting`: the run waits until enough devices can answer (see `trainer_server.coordinator.waiting`).
 
+    `rests_at`: since when the run rests, outside of the hours of --schedule.
+
     What the operator has done: `paused_at` is when the run was paused, `rollback` where it returns to, `closing` the
     round to close now, `excluded` the devices that take part no more, `approved` the classes to add.
     """
@@ -255,6 +256,7 @@ class State:
     secure: SecureSums = NO_SUMS
     former: FormerHead = field(default_factory=FormerHead)
     waiting: bool = False
+    rests_at: float | None = None
     made: int = 0
     good: LastGood = field(default_factory=LastGood)
     paused_at: float | None = None
@@ -262,6 +264,18 @@ class State:
     closing: int = 0
     excluded: frozenset[str] = frozenset()
     approved: tuple[str, ...] = ()
+
+    @property
+    def trained(self) -> Vector:
+        """The global expert (P,) with the head that stage 1 has trained, also if one of sums has replaced it. Further
+        training changes it less (benchmarks/added_classes.md)."""
+        head = self.former.head
+        return np.concatenate([head, self.expert[head.size :]])
+
+    @property
+    def held_at(self) -> float | None:
+        """Since when the run is paused, or rests. No round opens or closes meanwhile, and no deadline passes."""
+        return min((at for at in (self.paused_at, self.rests_at) if at is not None), default=None)
 
     @property
     def online(self) -> frozenset[str]:
@@ -285,6 +299,15 @@ class State:
     @property
     def answered(self) -> frozenset[str]:
         return frozenset(device for _, device in self.updates)
+
+
+def after_hold(state: State, ended: Literal["paused_at", "rests_at"], now: float) -> State:
+    """The state after the end of a pause or of a rest. If the other one lasts, it has begun with the first of the two,
+    so that no second counts twice."""
+    begun, other = state.held_at, {"paused_at": "rests_at", "rests_at": "paused_at"}[ended]
+    assert begun is not None
+    goes_on: dict[str, Any] = {"since": state.since + now - begun} if getattr(state, other) is None else {other: begun}
+    return replace(state, **{ended: None, **goes_on})
 
 
 def initial_state(plan: Plan, now: float) -> State:

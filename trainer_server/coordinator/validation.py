@@ -64,7 +64,7 @@ def validate_update(plan: Plan, state: State, update: Update, tensors: Tensors) 
         return Validation(Verdict.LATE, "late", reason)
     if update.stage is not task.stage:
         return rejected("other stage", f"stage {update.stage.value}, but stage {task.stage.value} was announced")
-    if task.chosen and update.device not in task.chosen:
+    if not task.asks(update.device):
         return rejected("not selected", f"was not selected in round {update.round}")
     if update.samples > config.max_samples:
         return rejected("samples", f"claims {update.samples} samples, more than {config.max_samples}")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import secrets
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -119,10 +120,12 @@ def run_server(
     allowed: frozenset[str] | None = None,
     metrics: str | None = None,
     track: Sequence[str] = (),
+    wall: Callable[[], float] = time.time,
 ) -> None:
     """Coordinates all sessions until the run is finished. `changes`: fields of `Limits` that change from now on.
     `allowed`: the devices that may take part; None: all. `metrics`: where Prometheus metrics are served.
-    `track`: trackers that get the figures of every closed round (see `trainer_server.tracking`).
+    `track`: trackers that get the figures of every closed round (see `trainer_server.tracking`). `wall`: the clock on
+    the wall, in unix seconds, which decides when the run rests.
 
     Raises ConfigError if the run cannot have these limits or the metrics cannot be served, RunError if the run failed,
     another server runs in its folder, or a newer server took over.
@@ -152,7 +155,7 @@ def run_server(
         # a client id of its own: amqtt would not tell the older one of two servers with one client id
         client_id = topics.client_id("server", secrets.token_hex(8))
         link = Link(broker, client_id, will, identity=identity, insecure=insecure, keepalive=keepalive)
-        return Service(plan, state, at, store, link, status, topics, figures, allowed)
+        return Service(plan, state, at, store, link, status, topics, figures, allowed, wall)
 
     with store.locked(), log_to_folder(store.folder, log_bytes):
         figures = Figures.of_run(store)

@@ -13,7 +13,6 @@ import math
 from collections.abc import Iterable
 
 from fedfmsl.protocol.messages import MAX_HEARTBEAT_AGE, DeviceStatus
-from trainer_server.config import MAX_DEVICES
 from trainer_server.coordinator.events import StatusSeen
 
 ANSWER_SECONDS = 90.0  # for the answer to this server's status; a device may have to reconnect first
@@ -22,9 +21,10 @@ SILENT = "no heartbeat; is it running?"
 
 
 class Liveness:
-    def __init__(self, silence: float = MAX_HEARTBEAT_AGE, answer: float = ANSWER_SECONDS) -> None:
-        """A device is lost `silence` seconds after its last message, or if it does not answer this server's status
-        within `answer` seconds."""
+    def __init__(self, devices: int, silence: float = MAX_HEARTBEAT_AGE, answer: float = ANSWER_SECONDS) -> None:
+        """`devices`: how many are remembered at most. A device is lost `silence` seconds after its last message, or if
+        it does not answer this server's status within `answer` seconds."""
+        self._devices = devices
         self._silence = silence
         self._answer = answer
         self._due: dict[str, float] = {}  # by device: when it is lost, in seconds of listening
@@ -47,7 +47,7 @@ class Liveness:
 
     def status(self, status: DeviceStatus, retained: bool, now: float) -> StatusSeen | None:
         """The event of a received status; None if it does not show that its device is alive."""
-        if status.device in self._statuses or len(self._statuses) < MAX_DEVICES:
+        if status.device in self._statuses or len(self._statuses) < self._devices:
             self._statuses[status.device] = status
         if retained and status.online:
             return None

@@ -12,6 +12,7 @@ import logging
 import math
 import sqlite3
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 from fedfmsl.common.files import EXHAUSTED, NO_DESCRIPTORS, has_descriptors
@@ -36,6 +37,7 @@ from trainer_server.coordinator.events import (
     Log,
     OperatorActed,
     PublishGlobals,
+    RestChanged,
     SendAck,
     StatusSeen,
     Stop,
@@ -56,6 +58,7 @@ from trainer_server.service.liveness import Liveness
 from trainer_server.service.next_session import begin_session
 from trainer_server.service.publisher import Publisher
 from trainer_server.service.refusals import Refusals
+from trainer_server.service.rest import describe, rest_until
 from trainer_server.service.run_log import log_participation, log_round, log_stragglers
 from trainer_server.storage.expert_folder import last_result
 from trainer_server.storage.kept_experts import KeptExperts
@@ -85,22 +88,23 @@ class Service:
         topics: Topics,
         figures: Figures,
         allowed: frozenset[str] | None = None,
+        wall: Callable[[], float] = time.time,
     ) -> None:
         """`state` was the state at second `at` of the run's clock. `figures`: of all sessions since the server's start.
-        `allowed`: the devices that may take part."""
+        `allowed`: the devices that may take part. `wall`: the clock on the wall, in unix seconds."""
         self._allowed = allowed
         self._plan = plan
         self._state = state
         self._store = store
         self._link = link
         self._topics = topics
-        self._clock = RunClock(at)
+        self._clock = RunClock(at, wall)
         self._uploads = Uploads(store.folder / "uploads", blob_bytes(plan.largest_update))
         self._decoder = Decoder(self._topics, self._uploads)
         self._publisher = Publisher(link, self._topics, status)
         self._guard = DuplicateServerGuard(plan.session)
-        self._liveness = Liveness()
-        self._floods = FloodGuard(blob_bytes(plan.largest_update))
+        self._liveness = Liveness(plan.config.most_devices)
+        self._floods = FloodGuard(blob_bytes(plan.largest_update), plan.config.most_devices)
         self._sweeper = Sweeper(link, topics, self._floods.dropped)
         self._refusals = Refusals()
         self._statuses: Statuses = {}  # not in the store yet
@@ -110,6 +114,7 @@ class Service:
         self._outage = (-1.0, "")  # as stored
         self._observations = Observations(store.folder)
         self._operations = Operations(store.folder)
+        self._rests = ""  # until when, as logged
         self._acted: Acted | None = None  # the operator's last action
         self._figures = figures
         self._kept = KeptExperts(store.folder)
@@ -153,6 +158,7 @@ class Service:
             while self._store.ended is None and not self._next_begins:
                 self._process_messages()
                 self._obey()
+                self._rest()
                 self._tick()
                 self._observe()
         finally:
@@ -362,6 +368,28 @@ class Service:
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
 
+    def _rest(self) -> None:
+        """Begins or ends a rest, as an event of the log. Before the first round nothing is stored: a server that is
+        started again asks the clock again."""
+        schedule = self._state.limits.schedule
+        until = rest_until(schedule, self._clock.wall())
+        rests = "" if until is None else describe(schedule, until)
+        if bool(rests) != (self._state.rests_at is not None):
+            now = self._clock.now()
+            event = RestChanged(bool(rests))
+            state, _ = advance(self._plan, self._state, event, now)
+            try:
+                if state.announced is not None:
+                    self._store.commit([*flatten(self._statuses), LoggedEvent(now, event)])
+                    self._statuses = {}
+            except (OSError, sqlite3.Error) as error:
+                self._wait_for_disk(error)
+                return
+            self._state = state
+        if bool(rests) != bool(self._rests):
+            logger.info("the run rests %s", rests) if rests else logger.info("the run rests no more")
+        self._rests = rests
+
     def _with_expert(self, operation: Operation) -> Operation:
         """A rollback with the global expert that it needs, so that a replay finds it. Raises OSError."""
         if operation.action is not Action.ROLLBACK:
@@ -386,6 +414,7 @@ class Service:
                 seen=seen,
                 deadline=seen + left if math.isfinite(left) else None,
                 paused=state.paused_at is not None,
+                rests=self._rests,
                 waits=waiting.reason(self._plan, state) if state.waiting else "",
                 round_timeout=state.limits.round_timeout,
                 excluded=tuple(sorted(state.excluded)),
@@ -445,7 +474,7 @@ class Service:
         elif isinstance(command, AnnounceRound):
             self._floods.round_opened()
             self._publisher.announce_round(command.round)
-            log_round(command.round)
+            log_round(command.round, len(self._state.expected))
         elif isinstance(command, SendAck):
             self._publisher.send_ack(command.ack)
         elif isinstance(command, CountRefusal):

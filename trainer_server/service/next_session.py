@@ -43,7 +43,7 @@ def begin_session(
     )
     warm, start = None, None
     if state.expert[: before.expert.size(0)].any():  # else no round has made a head yet
-        warm = warm_start(bundle, before.classes, state.expert, state.sal.level, state.gate)
+        warm = warm_start(bundle, before.classes, state.trained, state.sal.level, state.gate)
         start = Start.of(
             warm,
             source="",

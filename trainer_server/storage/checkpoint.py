@@ -59,6 +59,7 @@ class Checkpoint(BaseModel):
     good_round: int = 0
     good_nlls: dict[str, float] = {}
     paused_at: float | None = None
+    rests_at: float | None = None
     closing: int = 0
     excluded: list[str] = []
     approved: tuple[str, ...] = ()
@@ -99,6 +100,7 @@ class Checkpoint(BaseModel):
             good_round=state.good.round,
             good_nlls=dict(state.good.nlls),
             paused_at=state.paused_at,
+            rests_at=state.rests_at,
             closing=state.closing,
             excluded=sorted(state.excluded),
             approved=state.approved,
@@ -148,6 +150,7 @@ class Checkpoint(BaseModel):
             made=self.made,
             good=LastGood(vectors["good_expert"], self.good_round, self.good_nlls),
             paused_at=self.paused_at,
+            rests_at=self.rests_at,
             closing=self.closing,
             excluded=frozenset(self.excluded),
             approved=self.approved,

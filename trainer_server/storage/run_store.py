@@ -42,6 +42,7 @@ from trainer_server.coordinator.events import (
     Event,
     LimitsChanged,
     OperatorActed,
+    RestChanged,
     StatusSeen,
     UpdateRefused,
     UpdateSeen,
@@ -534,6 +535,8 @@ class RunStore:
             return LimitsChanged(parse(Limits, body.encode()))
         if kind == "operator":
             return OperatorActed(parse(Operation, body.encode()))
+        if kind == "rest":
+            return RestChanged(json.loads(body))
         return ClockTicked(frozenset(json.loads(body)))
 
     def pending_updates(self) -> dict[str, int]:
@@ -656,6 +659,8 @@ def _to_row(logged: LoggedEvent) -> tuple[float, str, str, str | None, int | Non
         return logged.at, "limits", event.limits.model_dump_json(), None, None
     if isinstance(event, OperatorActed):
         return logged.at, "operator", event.operation.model_dump_json(), event.operation.sha256 or None, None
+    if isinstance(event, RestChanged):
+        return logged.at, "rest", json.dumps(event.rests), None, None
     return logged.at, "tick", json.dumps(sorted(event.working)), None, None
 
 
