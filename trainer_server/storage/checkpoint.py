@@ -64,6 +64,7 @@ class Checkpoint(BaseModel):
     standing: Standing = Standing()
     closing: int = 0
     excluded: list[str] = []
+    approved: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, state: State) -> Checkpoint:
@@ -105,6 +106,7 @@ class Checkpoint(BaseModel):
             standing=state.standing,
             closing=state.closing,
             excluded=sorted(state.excluded),
+            approved=state.approved,
         )
 
     def state(self, tensors: Tensors) -> State:
@@ -155,6 +157,7 @@ class Checkpoint(BaseModel):
             standing=self.standing,
             closing=self.closing,
             excluded=frozenset(self.excluded),
+            approved=self.approved,
         )
 
 
