@@ -115,7 +115,9 @@ class NightFleet:
     def patch(self, patch: pytest.MonkeyPatch) -> None:
         """Devices look for new photos at once, and do not change the logging of this process."""
 
-        def loop(topics: Any, link: Any, announcer: Any, health: Any, governor: Any, runner: Any, *more: Any, **named: Any) -> DaemonLoop:
+        def loop(
+            topics: Any, link: Any, announcer: Any, health: Any, governor: Any, runner: Any, *more: Any, **named: Any
+        ) -> DaemonLoop:
             made = DaemonLoop(topics, link, announcer, health, governor, runner, *more, **named, timing=QUICK)
             self.loops[runner.device.device_name] = made
             return made
