@@ -335,6 +335,11 @@ class RunConfig(RunRules):
         return settings
 
     @property
+    def replaces_head(self) -> bool:
+        """Whether sums of all devices replace the head of stage 1. Noise would drown their second moments."""
+        return self.stage1_rounds > 0 and self.privacy is None and self.head_sums is not Sums.NONE
+
+    @property
     def exposure(self) -> str:
         """Why one hostile device could steer this run; "" if the aggregation rule withstands a minority of them."""
         aggregation = self.aggregation

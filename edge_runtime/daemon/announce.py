@@ -97,4 +97,5 @@ def _status_of(device: TrainingContext, online: bool, paused: str, error: str) -
         train=len(scanned.train),
         held_out=len(scanned.held_out),
         test=len(scanned.test),
+        proposed=dict(scanned.proposed),
     )

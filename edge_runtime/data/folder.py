@@ -15,13 +15,13 @@ from edge_runtime.data.images import decoders
 from edge_runtime.data.inputs import DECODING, Kind, Reader, reader_of
 from edge_runtime.data.labels import walk_labelled
 from edge_runtime.data.ledger import Ledger, open_ledger
+from edge_runtime.data.proposals import NothingToTrainError, proposed_classes
 from edge_runtime.data.sample_reader import SampleReader
 from edge_runtime.data.samples import Sample, Split, Splits, assign_splits
 from edge_runtime.data.unreadable import UnreadableError
 from edge_runtime.store import DeviceStore
 from fedfmsl.common.class_folders import ClassFile, Listing, walk_classes
 from fedfmsl.common.folder_walk import SkippedFile, summarize, unreadable
-from fedfmsl.errors import InputError
 from fedfmsl.protocol.task_bundle import TaskBundle
 
 WRITE_SECONDS = 2.0  # after its last change, a file may still be written
@@ -68,7 +68,7 @@ class SampleFolder:
         first. The largest sample of the first scan decides the memory plan: later ones that need more memory are
         skipped.
 
-        Raises InputError if there is nothing to train on, ConfigError or OSError as `open_ledger` does.
+        Raises NothingToTrainError if there is nothing to train on, ConfigError or OSError as `open_ledger` does.
         """
         listing = self._walk()
         if wait and any(_is_recent(file) for file in listing.files):
@@ -125,7 +125,7 @@ def largest(samples: Sequence[Sample], kind: Kind) -> tuple[int, Path]:
 
 
 def scan_once(folder: Path, classes: Sequence[str], kind: Kind) -> Splits:
-    """The first scan of a folder, without a ledger. Raises InputError if there is nothing to train on."""
+    """The first scan of a folder, without a ledger. Raises NothingToTrainError if there is nothing to train on."""
     listing = walk_classes(folder, kind.suffixes, kind.noun, classes)
 
     def check(data: bytes) -> NDArray[np.uint8]:
@@ -180,7 +180,8 @@ def _assign(
             tests += [sample for sample, is_test in same if is_test][:1]
     tests.sort(key=lambda sample: (classes[sample.label], sample.sha256))
     splits = assign_splits(samples, None if listing.test is None else tests, kept)
-    return replace(splits, skipped=(*skipped, *splits.skipped))
+    proposed = proposed_classes(listing.unknown, classes)
+    return replace(splits, skipped=(*skipped, *splits.skipped), proposed=proposed)
 
 
 def _require_training_samples(splits: Splits, folder: Path, kind: Kind) -> None:
@@ -188,6 +189,8 @@ def _require_training_samples(splits: Splits, folder: Path, kind: Kind) -> None:
         return
     reasons = summarize((each for each in splits.skipped if not each.is_leftover), folder)
     if not reasons:
-        raise InputError(f"{kind.noun} folder {folder} holds no {kind.noun}s; put them into one subfolder per class")
+        text = f"{kind.noun} folder {folder} holds no {kind.noun}s; put them into one subfolder per class"
+        raise NothingToTrainError(text, splits.proposed)
     examples = "; ".join(reasons[:REASONS]) + ("; …" if len(reasons) > REASONS else "")
-    raise InputError(f"{kind.noun} folder {folder} holds no {kind.noun}s to train on: {examples}")
+    text = f"{kind.noun} folder {folder} holds no {kind.noun}s to train on: {examples}"
+    raise NothingToTrainError(text, splits.proposed)

@@ -83,12 +83,10 @@ class Plan:
         """Every round of the run in order. The last one is FINISHED."""
         config = self.config
         has_new_rows = self.warm is None or not self.warm.kept.all()
-        # noise would drown the second moments
-        has_head_round = config.stage1_rounds and config.privacy is None and config.head_sums is not Sums.NONE
         rounds = {
             Stage.STATISTICS: int(config.head is not Head.ZEROS and has_new_rows),
             Stage.GLOBAL: config.stage1_rounds,
-            Stage.HEAD: int(has_head_round),
+            Stage.HEAD: int(config.replaces_head),
             Stage.CANARY: int(config.canary is not None and config.stage1_rounds > 0),
             Stage.PERSONAL: config.stage2_rounds,
             Stage.BASELINE: int(config.baseline),
@@ -267,6 +265,13 @@ class State:
     rollback: Rollback | None = None
     closing: int = 0
     excluded: frozenset[str] = frozenset()
+
+    @property
+    def trained(self) -> Vector:
+        """The global expert (P,) with the head that stage 1 has trained, also if one of sums has replaced it. Further
+        training changes it less (benchmarks/added_classes.md)."""
+        head = self.former.head
+        return np.concatenate([head, self.expert[head.size :]])
 
     @property
     def held_at(self) -> float | None:
