@@ -71,9 +71,7 @@ def _add_direction(total: Doubles, vector: Vector, norm: float) -> None:
         total[: vector.size] += np.multiply(vector, 1 / norm, dtype=np.float64)
 
 
-def _without(
-    total: Doubles, indices: Iterable[int], norms: Sequence[float], read: Callable[[int], Vector]
-) -> Doubles:
+def _without(total: Doubles, indices: Iterable[int], norms: Sequence[float], read: Callable[[int], Vector]) -> Doubles:
     """`total` without the directions of these vectors."""
     if not (left_out := sorted(indices)):
         return total
