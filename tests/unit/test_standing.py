@@ -48,9 +48,10 @@ class Nights(OfflineServer):
         self.tick()
         while self.state.announced is not None and self.plan.session == session:
             stages.append(self.state.announced.stage)
-            for event in [*self.answers()]:
-                if self.plan.session == session:
+            for event in self.answers():
+                if not isinstance(event, ClockTicked):
                     self.feed(event)
+            self.tick()
         return stages
 
 

@@ -19,6 +19,7 @@ from dataclasses import replace
 
 from fedfmsl.algorithms.draw import lowest
 from fedfmsl.algorithms.secure_aggregation import MIN_DEVICES, SecureAggregationError
+from fedfmsl.common.persistent_map import PersistentMap
 from fedfmsl.errors import MessageError
 from fedfmsl.protocol.messages import MAX_NAMED, Round, Stage
 from trainer_server.config import MIN_REPORTS
@@ -134,6 +135,8 @@ def is_complete(plan: Plan, state: State, announced: Round) -> bool:
     not enough while it is too few for secure aggregation. If all have answered and are too few, a round of training
     waits for its deadline, because it is repeated without end; sums are soon given up."""
     share = state.limits.enough if announced.stage in TRAINING else 1.0
+    if len(state.updates) < devices_in_share(share, len(state.expected) - len(state.unable)):
+        return False  # without a look at each of ten thousand devices after every message
     answers = len(state.updates) if plan.config.max_staleness else len(state.answered & state.expected)
     if len(state.updates) < _least(state, announced) or answers < devices_in_share(share, len(state.awaited)):
         return False
@@ -147,11 +150,15 @@ def _maybe_start(plan: Plan, state: State, wall: float, now: float) -> tuple[Sta
     """A later session does not wait for all devices, like a round, and in a standing run for news."""
     if commands := ending(plan, state, 0):
         return state, commands
-    if state.standing.lacks(state.limits, map(state.devices.__getitem__, state.ready)):
+    timed_out, least = now >= next_deadline(plan, state), state.limits.min_updates
+    wanted = plan.config.devices if state.round == 0 else least
+    if len(state.devices) < wanted and not timed_out:
+        return state, []
+    if state.standing.needs_news and state.standing.lacks(state.limits, map(state.devices.__getitem__, state.ready)):
         return state, []
     begun = replace(state, standing=state.standing.opened(wall))
-    ready, timed_out, least = len(state.online), now >= next_deadline(plan, state), state.limits.min_updates
-    if ready >= (plan.config.devices if state.round == 0 else least):
+    ready = len(state.ready if state.round else state.online)
+    if ready >= wanted:
         return _open_round(plan, begun, 0, now)
     if timed_out and ready >= least:
         state, commands = _open_round(plan, begun, 0, now)
@@ -222,9 +229,9 @@ def _open_round(
         waiting=False,
         stretch=1 if stage in UNMERGED else state.stretch,  # their deadline follows measured time
         expected=selected,
-        updates={},
+        updates=PersistentMap(),
         recent=tuple(closed[len(closed) - config.max_staleness :]) if config.max_staleness else (),
-        counted=frozenset(key for key in state.counted if key[0] >= oldest),
+        counted=frozenset(key for key in (*state.counted, *state.updates) if key[0] >= oldest),
     )
     commands = announce(blobs, announced)
     if step.purpose is Stage.HEAD and starts and (unasked := sorted(suspects(plan, state) - selected)):

@@ -16,6 +16,7 @@ from dataclasses import replace
 from enum import Enum
 from typing import Literal
 
+from fedfmsl.common.persistent_map import PersistentMap
 from fedfmsl.protocol.messages import AddedNames, Amount, Message, Name, Number, Sha256, Stage, Text
 from trainer_server.coordinator.candidates import Rollback
 from trainer_server.coordinator.state import State, after_hold
@@ -96,11 +97,13 @@ def _exclude(state: State, operation: Operation, now: float) -> tuple[State, str
         return state, f"{device} has not announced itself, so it cannot be excluded"
     if device in state.excluded:
         return state, f"{device} is already excluded"
+    own = frozenset(key for key in state.updates if key[1] == device)
     excluded = replace(
         state,
         excluded=state.excluded | {device},
         expected=state.expected - {device},
-        updates={key: accepted for key, accepted in state.updates.items() if key[1] != device},
+        updates=PersistentMap({key: accepted for key, accepted in state.updates.items() if key not in own}),
+        counted=state.counted | own,
     )
     return excluded, f"{device} is excluded from this run; its updates are refused"
 

@@ -56,7 +56,7 @@ class Standing(Message):
         return self.begun + seconds_of(limits.every)
 
     def lacks(self, limits: Limits, ready: Iterable[DeviceStatus]) -> str:
-        """The news that the first round needs, or ""."""
+        """The news that the first round still needs, or ""."""
         if not self.needs_news:
             return ""
         new = sum(max(status.new_samples - self.unused.get(status.device, 0), 0) for status in ready)

@@ -19,6 +19,7 @@ from fedfmsl.algorithms.fixed_point import Words
 from fedfmsl.algorithms.sal import SalState
 from fedfmsl.algorithms.secure_aggregation import VECTORS, Bytes
 from fedfmsl.algorithms.server_optimizers import Moments
+from fedfmsl.common.persistent_map import PersistentMap, remembered
 from fedfmsl.protocol.layout import Layout
 from fedfmsl.protocol.messages import DeviceStatus, Round, Stage, Sums, Update
 from fedfmsl.protocol.secure_sums import SignedKeys
@@ -218,7 +219,8 @@ class State:
     lasts. `slowest`: by stage, the longest time from an announcement to an update, in seconds.
 
     Late updates: `recent` are closed rounds whose late updates still count. `counted` are the keys of the updates
-    accepted in these rounds and in the last REMEMBERED_ROUNDS. A second update with such a key is a duplicate.
+    accepted before the present round, in these rounds and in the last REMEMBERED_ROUNDS. A second update with a key of
+    `counted` or `updates` is a duplicate.
 
     `secure`: the secure aggregation in progress. `former`: what is known of the head of stage 1.
 
@@ -248,11 +250,11 @@ class State:
     round: int = 0
     repeats: int = 0
     announced: Round | None = None
-    devices: Mapping[str, DeviceStatus] = field(default_factory=dict)
+    devices: PersistentMap[str, DeviceStatus] = field(default_factory=PersistentMap)
     expected: frozenset[str] = frozenset()
     refused: Mapping[str, Refused] = field(default_factory=dict)
     silent: Mapping[str, int] = field(default_factory=dict)
-    updates: Mapping[Key, Accepted] = field(default_factory=dict)
+    updates: PersistentMap[Key, Accepted] = field(default_factory=PersistentMap)
     recent: tuple[Round, ...] = ()
     counted: frozenset[Key] = frozenset()
     secure: SecureSums = NO_SUMS
@@ -283,8 +285,7 @@ class State:
     @property
     def online(self) -> frozenset[str]:
         """Devices that can take part."""
-        able = frozenset(name for name, status in self.devices.items() if status.online and not status.error)
-        return able - self.excluded
+        return _online(self.devices) - self.excluded
 
     @property
     def ready(self) -> frozenset[str]:
@@ -295,9 +296,12 @@ class State:
     def awaited(self) -> frozenset[str]:
         """The selected devices whose answer the present round needs: not those that have said that they cannot, that
         are paused, or whose update was refused."""
-        unable = frozenset(name for name in self.expected if self.devices[name].error or self.devices[name].paused)
-        refused = frozenset(name for name, last in self.refused.items() if last.round == self.round)
-        return self.expected - ((unable | refused) - self.answered)
+        return self.expected - (self.unable - self.answered)
+
+    @property
+    def unable(self) -> frozenset[str]:
+        """The selected devices that have said that they cannot answer, are paused, or whose update was refused."""
+        return _unable(self.devices, self.expected, self.refused, self.round)
 
     @property
     def answered(self) -> frozenset[str]:
@@ -311,6 +315,19 @@ def after_hold(state: State, ended: Literal["paused_at", "rests_at"], now: float
     assert begun is not None
     goes_on: dict[str, Any] = {"since": state.since + now - begun} if getattr(state, other) is None else {other: begun}
     return replace(state, **{ended: None, **goes_on})
+
+
+@remembered
+def _online(devices: Mapping[str, DeviceStatus]) -> frozenset[str]:
+    return frozenset(name for name, status in devices.items() if status.online and not status.error)
+
+
+@remembered
+def _unable(
+    devices: Mapping[str, DeviceStatus], expected: frozenset[str], refused: Mapping[str, Refused], round_: int
+) -> frozenset[str]:
+    unable = {name for name in expected if devices[name].error or devices[name].paused}
+    return frozenset(unable | {name for name, last in refused.items() if last.round == round_ and name in expected})
 
 
 def initial_state(plan: Plan, now: float) -> State:

@@ -12,7 +12,7 @@ import logging
 import math
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from fedfmsl.common.files import EXHAUSTED, NO_DESCRIPTORS, has_descriptors
@@ -70,6 +70,7 @@ from trainer_server.storage.uploads import Upload, Uploads
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0  # longest wait for a message
+JOINED_SECONDS = 1.0  # between two lists of the devices that have joined
 BATCH = 64  # messages in one commit
 FINISHED = "finished"
 FLOODS = "it floods the server, which ignores it"
@@ -110,6 +111,7 @@ class Service:
         self._statuses: Statuses = {}  # not in the store yet
         self._unapplied: list[StatusSeen] = []  # of a batch that could not be stored
         self._disk_error = ("", "")
+        self._next_joined = 0.0
         self._joined: frozenset[str] | None = None  # the devices in the store's list before the first round
         self._outage = (-1.0, "")  # as stored
         self._observations = Observations(store.folder)
@@ -322,9 +324,9 @@ class Service:
             self._statuses, self._disk_error = {}, ("", "")
         else:
             self._statuses = batch.statuses
-        if batch.state.announced is None and batch.state.online != self._joined:
+        if batch.state.announced is None and batch.now >= self._next_joined and batch.state.online != self._joined:
             self._store.save_joined(batch.state.online)
-            self._joined = batch.state.online
+            self._joined, self._next_joined = batch.state.online, batch.now + JOINED_SECONDS
 
     def _receive_server_status(self, payload: bytes) -> None:
         """Raises RunError if a newer server has taken over the run."""
@@ -530,5 +532,5 @@ class Service:
         time.sleep(POLL_SECONDS)
 
 
-def _online(state: State) -> list[DeviceStatus]:
-    return [status for status in state.devices.values() if status.online]
+def _online(state: State) -> Iterator[DeviceStatus]:
+    return (status for status in state.devices.values() if status.online)

@@ -35,7 +35,8 @@ class Rest:
         now, opens = self._wall(), state.announced is None
         due = state.standing.due(state.limits, now) if opens else 0.0
         until = rest_until(state.limits.schedule, now, due)
-        lacks = state.standing.lacks(state.limits, map(state.devices.__getitem__, state.ready)) if opens else ""
+        needs = opens and state.standing.needs_news
+        lacks = state.standing.lacks(state.limits, map(state.devices.__getitem__, state.ready)) if needs else ""
         self.text = lacks if until is None else describe(state.limits, until, due)
         reason = "clock" if until is not None else "news" if lacks else ""
         if reason != self._reason:

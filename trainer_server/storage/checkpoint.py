@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from fedfmsl.algorithms.arrays import Tensors
 from fedfmsl.algorithms.sal import SalState
 from fedfmsl.algorithms.server_optimizers import Moments
+from fedfmsl.common.persistent_map import PersistentMap
 from fedfmsl.protocol.messages import DeviceStatus, Round, Stage
 from trainer_server.coordinator.candidates import LastGood
 from trainer_server.coordinator.former_head import FormerHead
@@ -142,7 +143,7 @@ class Checkpoint(BaseModel):
             repeats=self.repeats,
             announced=self.announced,
             recent=self.recent,
-            devices={status.device: status for status in self.devices},
+            devices=PersistentMap({status.device: status for status in self.devices}),
             expected=frozenset(self.expected),
             refused=self.refused,
             silent=self.silent,
