@@ -132,7 +132,6 @@ class DaemonLoop:
         self._echo_due = time.monotonic() + ECHO_SECONDS
         self._announcer.introduce()
         self._announce()
-        logger.info(f"waiting for the server of run {self._topics.run!r}")
         stop = Stop()
         try:
             stop = self._loop()

@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +23,8 @@ import numpy as np
 from edge_runtime.daemon.privacy_budget import PrivacyBudget
 from edge_runtime.data.features import Report
 from edge_runtime.data.folder import SampleFolder
+from edge_runtime.data.ledger import open_ledger
+from edge_runtime.data.proposals import NothingToTrainError, describe_proposed
 from edge_runtime.data.samples import SampleChangedError
 from edge_runtime.engines.memory import peak_rss_mb
 from edge_runtime.resources.throttle import LevelCapTracker, StepControl, WorkStoppedError
@@ -60,6 +63,7 @@ REQUIRED = {  # the stages that a device takes part in with secure aggregation o
     Secure.SUMS: (Stage.STATISTICS, Stage.HEAD),
     Secure.ALL: (Stage.STATISTICS, Stage.HEAD, Stage.GLOBAL, Stage.PERSONAL),
 }
+TRAINED = (Stage.GLOBAL, Stage.PERSONAL)  # stages after which the train samples are no longer new
 MEASURES = (Stage.CANARY, Stage.BASELINE, Stage.EVALUATE)  # stages whose updates are accuracies and counts
 STAGES: dict[Stage, StageFunction] = {
     Stage.HOLDERS: holders,
@@ -75,6 +79,12 @@ STAGES: dict[Stage, StageFunction] = {
 
 class NoSamplesError(Exception):
     """The sample folder has nothing to train on now."""
+
+
+def log_proposed(proposed: Mapping[str, int]) -> None:
+    if proposed:
+        about = "the operator adds them on the server with python -m trainer_server classes"
+        logger.info(f"proposes new classes: {describe_proposed(proposed)}; {about}")
 
 
 class RoundRunner:
@@ -104,6 +114,7 @@ class RoundRunner:
         self._required = secure
         self._skipped: frozenset[SkippedFile] = frozenset()
         self._list_skipped()
+        log_proposed(device.scanned.proposed)
 
     def scan(self) -> bool:
         """Updates `device` with the samples in the folder and the current level cap. Returns whether anything changed.
@@ -113,6 +124,9 @@ class RoundRunner:
         before, cap = self.device, self.tracker.cap.level
         try:
             scanned = self._folder.scan(report=self._scan_report)
+        except NothingToTrainError as error:
+            self._use(replace(before, scanned=replace(before.scanned, proposed=error.proposed)))
+            raise NoSamplesError(str(error)) from error
         except InputError as error:
             raise NoSamplesError(str(error)) from error
         if scanned == before.scanned and cap == before.level_cap:
@@ -122,9 +136,15 @@ class RoundRunner:
             logger.info(
                 f"level cap {cap} instead of {before.level_cap}: steps take {slowdown}", **fields(level_cap=cap)
             )
-        self.device = replace(before, scanned=scanned, level_cap=cap)
+        self._use(replace(before, scanned=scanned, level_cap=cap))
         self._list_skipped()
         return True
+
+    def _use(self, device: DeviceContext) -> None:
+        """Logs when other classes are proposed than before."""
+        before, self.device = self.device, device
+        if device.scanned.proposed != before.scanned.proposed:
+            log_proposed(device.scanned.proposed)
 
     def _list_skipped(self) -> None:
         """Writes all skipped files to STATE/skipped.txt, by reason and one by one, and logs the new ones."""
@@ -193,7 +213,11 @@ class RoundRunner:
         device.cache.drop_others(device.scanned.samples)
         if round_.stage is Stage.EVALUATE:
             self.write_personalized()
-        return self._write_update(round_, result, started, bytes_down)
+        seconds = self._write_update(round_, result, started, bytes_down)
+        if round_.stage in TRAINED:
+            with contextlib.suppress(OSError), open_ledger(device.store.samples) as ledger:  # a full disk: still new
+                ledger.mark_trained((sample.sha256 for sample in device.splits.train), round_.run)
+        return seconds
 
     def _write_update(self, round_: Round, result: StageResult, started: float, bytes_down: int) -> float:
         """Writes the update to the outbox. Returns the seconds since `started`."""

@@ -73,9 +73,10 @@ def _from_int8(layout: Layout, tensors: Tensors) -> Vector:
     values = np.asarray(scales, np.float32)
     if not ((values >= 0) & (values <= _LARGEST_SCALE)).all():
         raise MessageError(f"tensor {SCALES!r} has values that are not finite, negative or too large")
-    vector = layout.join(steps, np.int8)
-    for slot, scale in zip(layout.slots, values, strict=False):
-        vector[slot.offset : slot.end] *= scale
+    slots = layout.checked(steps, np.int8)
+    vector = np.empty(slots[-1].end if slots else 0, np.float32)
+    for slot, scale in zip(slots, values, strict=True):
+        np.multiply(steps[slot.name].ravel(), scale, out=vector[slot.offset : slot.end], dtype=np.float32)
     return vector
 
 
