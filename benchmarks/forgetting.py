@@ -41,8 +41,8 @@ Photos, backbone and shares of the trial, at one SAL level: {DEVICES} devices, D
 device's photos train a run of {FIRST[0]} rounds of stage 1 and {FIRST[1]} of stage 2. Then {NIGHTS} nights follow. A
 night has the other half of the photos of {SHOWN} classes, drawn for all devices, and {NIGHTLY[0]} rounds of stage 1,
 the head round and {NIGHTLY[1]} round of stage 2. All other photos are deleted. A *replay of n* keeps the hidden states
-of up to n deleted photos of each class on each device, of its training and of its held-out split; they take part in all
-that the device computes. Accuracy on the devices' own test photos: of the classes of the night (shown), and of all
+of up to n deleted photos of each class on each device, all of its training split; they take part in all that the device
+computes from that split. Accuracy on the devices' own test photos: of the classes of the night (shown), and of all
 others (old). Mean ± standard deviation over the seeds. Written by `python -m benchmarks.forgetting`.
 """
 
@@ -142,9 +142,8 @@ def _with_news(present: Splits, news: Splits, kept: int) -> Splits:
             ]
         return (*new, *former)
 
-    return replace(
-        news, train=part(news.train, present.train), held_out=part(news.held_out, present.held_out), test=news.test
-    )
+    held_out = part(news.held_out, present.held_out) if kept == EVERYTHING else news.held_out
+    return replace(news, train=part(news.train, present.train), held_out=held_out)
 
 
 def _chosen(splits: Splits, is_chosen: Callable[[Sample], bool]) -> Splits:

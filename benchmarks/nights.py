@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -36,6 +37,7 @@ from edge_runtime.training.gate import Gate
 from edge_runtime.training.stored_model import tasks_of_models
 from fedfmsl.common.cli import application
 from fedfmsl.common.files import write_atomically
+from fedfmsl.errors import RunError
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.messages import DeviceStatus, Round, Update
 from fedfmsl.protocol.task import Task
@@ -44,31 +46,34 @@ from fedfmsl.protocol.tensors import blob_hash, unpack
 from trainer_server.config import RunConfig, Trigger, sal_rules
 from trainer_server.coordinator.advance import advance
 from trainer_server.coordinator.events import (
+    AnnounceRound,
     BeginSession,
     ClockTicked,
+    CountRefusal,
     Event,
+    OperatorActed,
     PublishGlobals,
-    SendAck,
     StatusSeen,
-    Stop,
     StoreRound,
     UpdateSeen,
 )
+from trainer_server.coordinator.operator import Action, Operation
+from trainer_server.coordinator.state import Plan, State
 from trainer_server.service.lifecycle import make_plan, open_run, restore_state
 from trainer_server.service.next_session import begin_session
 from trainer_server.storage.kept_experts import KeptExperts
 from trainer_server.storage.run_store import LoggedEvent
 
-LEVELS = 2
+LEVEL = 1
 SIZE = 32  # pixels
-CLASSES, CLASS_EVERY, MAX_CLASSES = 4, 40, 8  # at first; nights until one is added; at last
-DEVICES, DEVICE_EVERY = 4, 20  # at once; nights until one is replaced by a new one
+CLASSES, CLASS_EVERY, MAX_CLASSES = 4, 15, 8  # at first; nights until one is added; at last
+DEVICES, DEVICE_EVERY = 3, 20  # at once; nights until one is replaced by a new one
 ONLINE = 0.75  # share of nights
-NEW_PHOTOS, MAX_PHOTOS = (1, 3), 20  # per night and device; beyond, the oldest are deleted
+NEW_PHOTOS, MAX_PHOTOS = (1, 3), 24  # per night and device; beyond, the oldest are deleted
 CACHE_BYTES = 2**20  # budget of each device
 KEEP_ROUNDS = 200
 SECONDS_PER_NIGHT = 86_400.0
-WINDOW = 10  # nights that a mark is the mean of
+WINDOW = 10  # nights with a session, of which a line has the medians
 
 app = application()
 
@@ -119,26 +124,39 @@ class NightDevice:
         for path in sorted(self.photos.glob("*/*.png"), key=lambda each: each.name)[:-MAX_PHOTOS]:
             path.unlink()
 
-    def status(self, bundle: TaskBundle, online: bool = True) -> DeviceStatus:
-        return DeviceStatus(device=self.name, online=online, bundle=bundle.sha256, level_cap=LEVELS)
+    def scan(self, bundle: TaskBundle) -> DeviceStatus:
+        self._started(bundle).scan()
+        return self.status(bundle)
+
+    def status(self, bundle: TaskBundle) -> DeviceStatus:
+        """As of the last scan."""
+        new = self._started(bundle).device.scanned.new
+        return DeviceStatus(device=self.name, online=True, bundle=bundle.sha256, level_cap=LEVEL, new_samples=new)
 
     def compute(self, bundle: TaskBundle, round_: Round, blobs: dict[str, bytes]) -> bytes:
         """The update of a round, whose published globals are `blobs`."""
-        if self._runner is None or self._task != bundle.task.sha256:
-            self._runner, self._task = self._start(bundle), bundle.task.sha256
+        runner = self._started(bundle)
         for sha256, blob in blobs.items():
             if self.store.globals.read(sha256) is None:
                 self.store.globals.write(blob)
-        self._runner.scan()
+        runner.scan()
         self.store.globals.keep_only(set(blobs))
-        self._runner.run(round_, sum(map(len, blobs.values())))
+        runner.run(round_, sum(map(len, blobs.values())))
         update = self.store.outbox.read(round_.round)
         assert update is not None
         return update
 
+    def acknowledged(self, round_: Round) -> None:
+        self.store.outbox.acknowledge(round_.round)
+
     def stop(self) -> None:
         """The device is switched off."""
         self._runner = None
+
+    def _started(self, bundle: TaskBundle) -> SimulatedRunner:
+        if self._runner is None or self._task != bundle.task.sha256:
+            self._runner, self._task = self._start(bundle), bundle.task.sha256
+        return self._runner
 
     def _start(self, bundle: TaskBundle) -> SimulatedRunner:
         """As the daemon does when it starts, or hears of another task."""
@@ -151,52 +169,69 @@ class NightDevice:
             device_name=self.name,
             bundle=bundle,
             scanned=folder.scan(),
-            cache=FeatureCache(cache, bundle, 1, free_memory=engine.release),
+            cache=FeatureCache(cache, bundle, 1),
             engine=engine,
             gate=Gate(bundle, 1),
             store=self.store,
-            level_cap=LEVELS,
+            level_cap=LEVEL,
             report=lambda *_: None,
         )
-        cap = LevelCap(LEVELS, dict.fromkeys(range(1, LEVELS + 1), 1.0), 1e9)
+        cap = LevelCap(LEVEL, {LEVEL: 1.0}, 1e9)
         return SimulatedRunner(device, folder, control, LevelCapTracker(cap), lambda *_: None)
 
 
 class NightServer:
-    """The run: coordinator and files, without a network. `published`: the globals of the present round, by SHA-256."""
+    """A standing run: coordinator and files, without a network. `published`: the globals of the present round, by
+    SHA-256. `wall`: the clock on the wall."""
+
+    plan: Plan
+    state: State
+    now: float
 
     def __init__(self, folder: Path, config: RunConfig, bundle: TaskBundle) -> None:
         self.store = open_run(folder, config, bundle)
         self.published: dict[str, bytes] = {}
-        self.finished = False
+        self.wall = 0.0
         self._kept, self._made = KeptExperts(folder), 0
         self._open(bundle)
 
-    def next_session(self, classes: Sequence[str]) -> None:
-        """Begins the next session, with these classes in addition."""
-        begins = BeginSession(tuple(classes), self.plan.config.stage1_rounds)
-        begin_session(self.store, self.plan, self.state, begins, self.now)
-        self._open(TaskBundle(self.plan.bundle, self.store.task()))
+    @property
+    def bundle(self) -> TaskBundle:
+        return self.plan.bundle
+
+    def approve(self, name: str) -> None:
+        """Adds a class. The next session begins with it."""
+        self.feed(OperatorActed(Operation(action=Action.CLASSES, classes=(name,))))
+        self.tick()
+
+    def tick(self) -> None:
+        self.feed(ClockTicked(wall=self.wall))
 
     def feed(self, event: Event) -> None:
+        """Raises RunError if the event is an update that is refused."""
         self.now += 1.0
         state, commands = advance(self.plan, self.state, event, self.now)
-        if state is self.state:
+        if refused := [each.text for each in commands if isinstance(each, CountRefusal)]:
+            raise RunError(refused[0])
+        if state is self.state and not commands:
             return
-        if isinstance(event, UpdateSeen):
-            assert any(isinstance(each, SendAck) and each.ack.reason == "" for each in commands)
         rounds = [each.closed for each in commands if isinstance(each, StoreRound)]
-        self.store.commit([LoggedEvent(self.now, event)], rounds)
+        begins = next((each for each in commands if isinstance(each, BeginSession)), None)
+        if begins is not None:
+            begin_session(self.store, self.plan, state, begins, self.now, rounds)
+        else:
+            self.store.commit([LoggedEvent(self.now, event)], rounds)
         self.state = state
         if rounds and state.made > self._made:
             self._made = state.made
             self._kept.write(state.made, state.expert)
-        published = {each.sha256: each.blob for each in commands if isinstance(each, PublishGlobals)}
-        if published:
-            self.published = published
-        if isinstance(event, ClockTicked):
+        self.published = {each.sha256: each.blob for each in commands if isinstance(each, PublishGlobals)} or (
+            self.published
+        )
+        if any(isinstance(each, AnnounceRound) for each in commands):
             self.store.save_checkpoint(state, self.now)
-        self.finished = any(isinstance(each, Stop) for each in commands)
+        if begins is not None:
+            self._open(TaskBundle(self.bundle, self.store.task()))
 
     def receive(self, blob: bytes) -> None:
         """An update of a device."""
@@ -208,11 +243,10 @@ class NightServer:
     def _open(self, bundle: TaskBundle) -> None:
         self.plan = make_plan(self.store, bundle)
         self.state, self.now = restore_state(self.store, self.plan)
-        self.finished = False
 
 
 @dataclass
-class Standing:
+class Nights:
     """The run and its devices, night by night."""
 
     folder: Path
@@ -222,47 +256,55 @@ class Standing:
     _made: int = 0
 
     def night(self, night: int) -> Figures:
+        server = self.server
+        server.wall = (night + 1) * SECONDS_PER_NIGHT
         while len(self.devices) < DEVICES:
             self._made += 1
             name = f"device-{self._made:04}"
             self.devices.append(NightDevice(name, self.folder / name))
-        names = self.server.plan.bundle.classes
+        names = server.bundle.classes
+        if night and night % CLASS_EVERY == 0 and len(names) < MAX_CLASSES:
+            server.approve(f"class-{len(names)}")
+            names = server.bundle.classes
         for device in self.devices:
             device.add_photos(names, night, self.rng)
         is_online = self.rng.random(DEVICES) < ONLINE
         is_online[:2] = True
-        online = [device for device, here in zip(self.devices, is_online, strict=True) if here]
-        for device, here in zip(self.devices, is_online, strict=True):
-            if not here:
-                device.stop()
-        if night:
-            adds = night % CLASS_EVERY == 0 and len(names) < MAX_CLASSES
-            self.server.next_session([f"class-{len(names)}"] if adds else [])
-        started, rounds = time.process_time(), self._session(online)
-        seconds = (time.process_time() - started) / rounds
-        figures = self._figures(seconds, rounds)
+        started, rounds = time.process_time(), self._session(is_online.tolist())
+        figures = self._figures((time.process_time() - started) / max(rounds, 1), rounds)
         if (night + 1) % DEVICE_EVERY == 0:
             gone = self.devices.pop(int(self.rng.integers(DEVICES)))
-            self.server.feed(StatusSeen(gone.status(self.server.plan.bundle, online=False)))
+            self._leaves(gone)
             shutil.rmtree(gone.folder)
         return figures
 
-    def _session(self, online: Sequence[NightDevice]) -> int:
-        """Returns the number of its rounds."""
-        server, rounds = self.server, 0
-        bundle = server.plan.bundle
+    def _session(self, is_online: Sequence[bool]) -> int:
+        """Returns the number of its rounds; 0 without news, such as photos that are only tested on."""
+        server, rounds, session = self.server, 0, self.server.plan.session
+        online = [device for device, here in zip(self.devices, is_online, strict=True) if here]
         for device in self.devices:
-            server.feed(StatusSeen(device.status(bundle, device in online)))
-        server.feed(ClockTicked())
-        while not server.finished:
+            if device in online:
+                server.feed(StatusSeen(device.scan(server.bundle)))
+            else:
+                self._leaves(device)
+        server.tick()
+        while server.plan.session == session:
             round_ = server.state.announced
-            assert round_ is not None
+            if round_ is None:  # no news
+                break
             for device in online:
-                server.receive(device.compute(bundle, round_, server.published))
-                device.store.outbox.acknowledge(round_.round)
-            server.feed(ClockTicked())
+                server.receive(device.compute(server.bundle, round_, server.published))
+                device.acknowledged(round_)
+                server.feed(StatusSeen(device.status(server.bundle)))
+            server.tick()
             rounds += 1
         return rounds
+
+    def _leaves(self, device: NightDevice) -> None:
+        known = self.server.state.devices.get(device.name)
+        if known is not None:
+            self.server.feed(StatusSeen(known.model_copy(update={"online": False})))
+        device.stop()
 
     def _figures(self, seconds: float, rounds: int) -> Figures:
         states = [_kilobytes(device.store.root) for device in self.devices]
@@ -282,33 +324,33 @@ def nights(
     with TemporaryDirectory(prefix="fedfmsl-nights-") as scratch:
         folder = Path(scratch)
         server = NightServer(folder / "run", _config(seed), bundle)
-        standing = Standing(folder, server, np.random.default_rng(seed))
+        every = Nights(folder, server, np.random.default_rng(seed))
         print("| night | rounds | MB of memory | kB of run folder | kB of a device | ms of processor per round |")
         print("|---|---|---|---|---|---|")
         found: list[Figures] = []
         for night in range(count):
-            found.append(standing.night(night))
+            found.append(every.night(night))
             if night + 1 in marks:
                 _print(night + 1, found)
         server.store.close()
 
 
 def _print(night: int, found: Sequence[Figures]) -> None:
-    def mean(value: Callable[[Figures], float]) -> float:
-        return statistics.median(map(value, found[-WINDOW:]))
+    def median(value: Callable[[Figures], float]) -> float:
+        return statistics.median(value(each) for each in [each for each in found if each.rounds][-WINDOW:])
 
     values = [
         f"{sum(each.rounds for each in found)}",
-        f"{mean(lambda each: each.rss) / 1000:.1f}",
-        f"{mean(lambda each: each.run_folder):.0f}",
-        f"{mean(lambda each: each.devices):.0f}",
-        f"{1000 * mean(lambda each: each.seconds_per_round):.1f}",
+        f"{median(lambda each: each.rss) / 1000:.1f}",
+        f"{median(lambda each: each.run_folder):.0f}",
+        f"{median(lambda each: each.devices):.0f}",
+        f"{1000 * median(lambda each: each.seconds_per_round):.1f}",
     ]
     print(f"| {night} | {' | '.join(values)} |", flush=True)
 
 
 def _config(seed: int) -> RunConfig:
-    stage1_sal, stage2_sal = sal_rules(Trigger.CAPABILITY_QUEUE, 0.02, LEVELS)
+    stage1_sal, stage2_sal = sal_rules(Trigger.CAPABILITY_QUEUE, 0.02, LEVEL)
     return RunConfig.model_validate(
         {
             "run": "nights",
@@ -322,6 +364,7 @@ def _config(seed: int) -> RunConfig:
             "min_class_count": 2,
             "keep_rounds": KEEP_ROUNDS,
             "join_timeout": 1.0,
+            "every": "24h",
             "seed": seed,
         }
     )
@@ -337,22 +380,28 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _tiny_bundle(folder: Path) -> TaskBundle:
-    """A ViT with random weights, built once."""
+    """A ViT with random weights, built once, in a process of its own: torch would count as memory of the nights."""
     if not folder.is_dir():
-        from transformers import ViTConfig, ViTForImageClassification
-
-        from export.bundle import build_bundle
-        from export.weights import load_backbone
-
-        shape = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64}
-        model = ViTForImageClassification(ViTConfig(**shape, image_size=SIZE, patch_size=8, num_labels=2))
-        weights = folder.with_name(f"{folder.name}-weights")
-        model.save_pretrained(weights)
-        source = load_backbone(str(weights), None, CLASSES, SIZE, None, 0)
-        for _ in build_bundle(source, LEVELS, source.family.lora(4), folder, 0):
-            pass
+        process = get_context("spawn").Process(target=_build, args=(folder,))
+        process.start()
+        process.join()
     bundle = Bundle.load(folder)
     return TaskBundle(bundle, Task(bundle.sha256, tuple(f"class-{index}" for index in range(CLASSES))))
+
+
+def _build(folder: Path) -> None:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    from export.bundle import build_bundle
+    from export.weights import load_backbone
+
+    shape = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64}
+    model = ViTForImageClassification(ViTConfig(**shape, image_size=SIZE, patch_size=8, num_labels=2))
+    weights = folder.with_name(f"{folder.name}-weights")
+    model.save_pretrained(weights)
+    source = load_backbone(str(weights), None, CLASSES, SIZE, None, 0)
+    for _ in build_bundle(source, LEVEL, source.family.lora(4), folder, 0):
+        pass
 
 
 if __name__ == "__main__":
