@@ -52,7 +52,8 @@ def start(settings: ServerSettings, source: Path | None = FROM) -> None:
     """Coordinate one run until it is finished. The same command resumes an interrupted run."""
     bundle = settings.open_task(settings.bundle)
     bundle.verify()
-    _coordinate(open_run(settings.folder, settings.run_config(bundle), bundle, source), bundle, settings)
+    store = open_run(settings.folder, settings.run_config(bundle), bundle, source)
+    _coordinate(store, TaskBundle(bundle, store.task()), settings)
 
 
 def _read_resume(config: Path | None, flags: Mapping[str, Any]) -> ResumeSettings:

@@ -110,4 +110,13 @@ class Stop:
     error: str = ""
 
 
-Command = PublishGlobals | AnnounceRound | SendAck | CountRefusal | StoreRound | Log | Stop
+@dataclass(frozen=True)
+class BeginSession:
+    """End this session, and begin the run's next one with the state that comes with this command. Its task has
+    `classes` in addition, and it has `stage1_rounds` rounds of stage 1."""
+
+    classes: tuple[str, ...]
+    stage1_rounds: int
+
+
+Command = PublishGlobals | AnnounceRound | SendAck | CountRefusal | StoreRound | Log | Stop | BeginSession

@@ -63,6 +63,7 @@ class Checkpoint(BaseModel):
     rests_at: float | None = None
     closing: int = 0
     excluded: list[str] = []
+    approved: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, state: State) -> Checkpoint:
@@ -103,6 +104,7 @@ class Checkpoint(BaseModel):
             rests_at=state.rests_at,
             closing=state.closing,
             excluded=sorted(state.excluded),
+            approved=state.approved,
         )
 
     def state(self, tensors: Tensors) -> State:
@@ -152,6 +154,7 @@ class Checkpoint(BaseModel):
             rests_at=self.rests_at,
             closing=self.closing,
             excluded=frozenset(self.excluded),
+            approved=self.approved,
         )
 
 
