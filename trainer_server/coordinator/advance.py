@@ -172,10 +172,13 @@ def _maybe_start(plan: Plan, state: State, now: float) -> tuple[State, list[Comm
 
 
 def _open_round(plan: Plan, state: State, position: int, now: float) -> tuple[State, list[Command]]:
-    """Selects devices, publishes the globals and announces the round at `position` of the schedule; or ends the
-    session instead."""
-    if ends := ending(plan, state, position):
-        return state, ends
+    """Opens the round at `position` of the schedule, or ends the session instead."""
+    ends = ending(plan, state, position)
+    return (state, ends) if ends else _opened(plan, state, position, now)
+
+
+def _opened(plan: Plan, state: State, position: int, now: float) -> tuple[State, list[Command]]:
+    """Selects devices, publishes the globals and announces the round at `position` of the schedule."""
     config, number, step = plan.config, state.round + 1, plan.schedule[position]
     stage, level = step.stage, state.sal.level
     starts = step.part is None or position == plan.positions_of(step.part).start
@@ -348,7 +351,7 @@ def _close_round(plan: Plan, state: State, closing: Round, now: float) -> tuple[
         return state, [record, *commands]
     if limits.max_repeats is not None and state.repeats >= limits.max_repeats:
         times = f"{state.repeats + 1} times in a row"
-        state, commands = _open_round(plan, replace(state, approved=()), finish, now)
+        state, commands = _opened(plan, state, finish, now)
         return state, [record, *commands, Stop(f"{too_few}, {times}; the run ends")]
     position = state.position
     if step.part is not None and step.stage is not Stage.UNMASK:  # again with fresh keys
