@@ -65,8 +65,8 @@ def _read_resume(config: Path | None, flags: Mapping[str, Any]) -> ResumeSetting
 def resume(settings: ResumeSettings) -> None:
     """Resume an interrupted run with its stored configuration.
 
-    Only --round-timeout, --min-updates, --max-repeats, --enough and --schedule may change. Connection and log settings
-    are not stored; pass them again or use --config.
+    Only --round-timeout, --min-updates, --max-repeats, --enough, --schedule, --every and --min-new may change.
+    Connection and log settings are not stored; pass them again or use --config.
     """
     store = RunStore(settings.out)
     bundle = open_bundle(store)

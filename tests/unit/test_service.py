@@ -304,7 +304,7 @@ def test_a_run_rests_outside_of_its_hours_as_its_log_says(vit: Built, broker: Br
 
     night = (Hours.parse("22:00-06:00"),)
     with scene(vit, broker, tmp_path / "run", "night", wall=lambda: clock[0], schedule=night) as s:
-        says("the run rests until 2026-11-27 22:00, outside of --schedule 22:00-06:00")
+        says("the run rests: until 2026-11-27 22:00 (--schedule 22:00-06:00)")
         s.announce_device()
         says("a is online")
         assert RunStore(s.folder).is_unstarted()  # another start may change its settings
@@ -312,7 +312,7 @@ def test_a_run_rests_outside_of_its_hours_as_its_log_says(vit: Built, broker: Br
         first = s.observer.wait(Round, lambda r: r.round == 1, "the first round")
         says("the run rests no more")
         clock[0] += 8 * 3600
-        says("the run rests until 2026-11-28 22:00")
+        says("the run rests: until 2026-11-28 22:00")
         s.send(make_update(s.plan, first, "a"))
         s.observer.wait(Ack, lambda ack: ack.round == 1, "its acknowledgement")
         state, _ = restore_state(RunStore(s.folder), s.plan)

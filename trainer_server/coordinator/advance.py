@@ -102,7 +102,7 @@ def advance(plan: Plan, state: State, event: Event, now: float) -> tuple[State, 
     if state.rollback is not None:
         return _roll_back(plan, state, state.rollback, now)
     if state.announced is None:
-        return _maybe_start(plan, state, now)
+        return _maybe_start(plan, state, event.wall, now)
     if state.closing == state.round or is_complete(plan, state, state.announced):
         return _close_round(plan, state, state.announced, now)
     if state.waiting:
@@ -146,19 +146,22 @@ def is_complete(plan: Plan, state: State, announced: Round) -> bool:
     return answers >= len(state.awaited) and part is not None and part[0] not in TRAINING
 
 
-def _maybe_start(plan: Plan, state: State, now: float) -> tuple[State, list[Command]]:
-    """A later session does not wait for all devices, like a round."""
+def _maybe_start(plan: Plan, state: State, wall: float, now: float) -> tuple[State, list[Command]]:
+    """A later session does not wait for all devices, like a round, and in a standing run for news."""
     if commands := ending(plan, state, 0):
         return state, commands
     timed_out, least = now >= next_deadline(plan, state), state.limits.min_updates
     wanted = plan.config.devices if state.round == 0 else least
     if len(state.devices) < wanted and not timed_out:
         return state, []
-    ready = len(state.online)
+    if state.standing.needs_news and state.standing.lacks(state.limits, map(state.devices.__getitem__, state.ready)):
+        return state, []
+    begun = replace(state, standing=state.standing.opened(wall))
+    ready = len(state.ready if state.round else state.online)
     if ready >= wanted:
-        return _open_round(plan, state, 0, now)
+        return _open_round(plan, begun, 0, now)
     if timed_out and ready >= least:
-        state, commands = _open_round(plan, state, 0, now)
+        state, commands = _open_round(plan, begun, 0, now)
         joined = f"only {ready} of {plan.config.devices} devices joined within {plan.config.join_timeout:.0f} s"
         return state, [Log(f"{joined}; the run starts without the others", warning=True), *commands]
     if timed_out:
@@ -171,14 +174,13 @@ def _maybe_start(plan: Plan, state: State, now: float) -> tuple[State, list[Comm
     return state, []
 
 
-def _open_round(plan: Plan, state: State, position: int, now: float) -> tuple[State, list[Command]]:
-    """Opens the round at `position` of the schedule, or ends the session instead."""
-    ends = ending(plan, state, position)
-    return (state, ends) if ends else _opened(plan, state, position, now)
-
-
-def _opened(plan: Plan, state: State, position: int, now: float) -> tuple[State, list[Command]]:
-    """Selects devices, publishes the globals and announces the round at `position` of the schedule."""
+def _open_round(
+    plan: Plan, state: State, position: int, now: float, is_end: bool = False
+) -> tuple[State, list[Command]]:
+    """Selects devices, publishes the globals and announces the round at `position` of the schedule; or ends the
+    session instead, if it is not the end of the run."""
+    if not is_end and (ends := ending(plan, state, position)):
+        return state, ends
     config, number, step = plan.config, state.round + 1, plan.schedule[position]
     stage, level = step.stage, state.sal.level
     starts = step.part is None or position == plan.positions_of(step.part).start
@@ -351,7 +353,7 @@ def _close_round(plan: Plan, state: State, closing: Round, now: float) -> tuple[
         return state, [record, *commands]
     if limits.max_repeats is not None and state.repeats >= limits.max_repeats:
         times = f"{state.repeats + 1} times in a row"
-        state, commands = _opened(plan, state, finish, now)
+        state, commands = _open_round(plan, state, finish, now, is_end=True)
         return state, [record, *commands, Stop(f"{too_few}, {times}; the run ends")]
     position = state.position
     if step.part is not None and step.stage is not Stage.UNMASK:  # again with fresh keys
@@ -385,7 +387,8 @@ def _roll_back(plan: Plan, state: State, rollback: Rollback, now: float) -> tupl
     """Goes on with the global expert of an earlier round. The updates of the present round fit another one."""
     text = f"rolled back to the global expert of round {rollback.round}"
     if state.announced is None:  # before the first round of a session
-        return rolled_back(plan, state, 0), [Log(text, warning=True)]
+        returned = rolled_back(plan, state, 0)
+        return replace(returned, standing=state.standing.with_news()), [Log(text, warning=True)]
     records = [] if state.announced.stage is Stage.FINISHED else [_record(state, state.announced, now, text)]
     position = restart_position(plan, state.position)
     returned = replace(rolled_back(plan, state, position), repeats=0, stretch=1)

@@ -6,6 +6,9 @@ folder. Round numbers go on, and so do the records of rounds and the privacy bud
 appended, so the index of a class never changes within a run.
 
 Stage 1 of the next session has the rounds that were left of it, and at least LEAST_ROUNDS. Then stage 2 begins again.
+
+A standing run begins its next session after the last round, too: with the same task, and with all rounds
+(`trainer_server.coordinator.standing`).
 """
 
 from __future__ import annotations
@@ -27,9 +30,11 @@ LEAST_ROUNDS = 3  # of stage 1, for new classes
 def ending(plan: Plan, state: State, position: int) -> list[Command]:
     """What ends the session in place of the round at `position` of the schedule; nothing if that round may open. No
     session ends within a secure aggregation."""
-    part, names = plan.schedule[position].part, approved(plan, state)
-    if not names or (part is not None and position != plan.positions_of(part).start):
+    step, names = plan.schedule[position], approved(plan, state)
+    if step.part is not None and position != plan.positions_of(step.part).start:
         return []
+    if not names:
+        return _begin_again(plan) if step.stage is Stage.FINISHED and plan.config.standing else []
     text = f"the run goes on with {describe_classes([*plan.bundle.classes, *names])}; new: {listed(names)}"
     return [Log(text), BeginSession(names, max(_left(plan, position), LEAST_ROUNDS))]
 
@@ -53,6 +58,10 @@ def _by_rule(
     return approved_by(rule, {*classes, *added}, devices.values(), excluded)
 
 
+def _begin_again(plan: Plan) -> list[Command]:
+    return [Log("the last round of this session is closed; the next session begins with new samples"), BeginSession()]
+
+
 def _left(plan: Plan, position: int) -> int:
     """Rounds of stage 1 that are not closed before the one at `position` opens."""
     return len({step.part or step for step in plan.schedule[position:] if step.purpose is Stage.GLOBAL})
@@ -70,11 +79,13 @@ def why_no_classes(plan: Plan, state: State, names: Sequence[str]) -> str:
     return ""
 
 
-def first_state(plan: Plan, before: State, now: float) -> State:
+def first_state(plan: Plan, before: State, begins: BeginSession, now: float) -> State:
     """The state in which the session of `plan` begins, after a session that has ended in the state `before`. It begins
     with the devices that are online, like a round, and with a global expert that is compared with none."""
+    ready = map(before.devices.__getitem__, before.ready)
     return replace(
         initial_state(plan, now),
+        standing=before.standing.with_news() if begins.classes else before.standing.next(ready),
         limits=before.limits,
         slowest=before.slowest,
         round=before.round,

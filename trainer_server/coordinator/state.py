@@ -29,6 +29,7 @@ from trainer_server.coordinator.candidates import LastGood, Rollback
 from trainer_server.coordinator.former_head import RETRAINED, FormerHead
 from trainer_server.coordinator.limits import Limits
 from trainer_server.coordinator.refusals import Refused
+from trainer_server.coordinator.standing import Standing
 from trainer_server.coordinator.warm_start import WarmStart
 
 TRAINING = (Stage.GLOBAL, Stage.PERSONAL)
@@ -225,7 +226,8 @@ class State:
 
     `waiting`: the run waits until enough devices can answer (see `trainer_server.coordinator.waiting`).
 
-    `rests_at`: since when the run rests, outside of the hours of --schedule.
+    `rests_at`: since when the run rests, outside of the hours of --schedule or before --every is over. `standing`: what
+    the first round of a session of a standing run waits for.
 
     What the operator has done: `paused_at` is when the run was paused, `rollback` where it returns to, `closing` the
     round to close now, `excluded` the devices that take part no more, `approved` the classes to add.
@@ -259,6 +261,7 @@ class State:
     former: FormerHead = field(default_factory=FormerHead)
     waiting: bool = False
     rests_at: float | None = None
+    standing: Standing = field(default_factory=Standing)
     made: int = 0
     good: LastGood = field(default_factory=LastGood)
     paused_at: float | None = None

@@ -59,7 +59,7 @@ from trainer_server.service.liveness import Liveness
 from trainer_server.service.next_session import begin_session
 from trainer_server.service.publisher import Publisher
 from trainer_server.service.refusals import Refusals
-from trainer_server.service.rest import describe, rest_until
+from trainer_server.service.rest import Rest
 from trainer_server.service.run_log import log_participation, log_round, log_stragglers
 from trainer_server.storage.expert_folder import last_result
 from trainer_server.storage.kept_experts import KeptExperts
@@ -117,7 +117,7 @@ class Service:
         self._outage = (-1.0, "")  # as stored
         self._observations = Observations(store.folder)
         self._operations = Operations(store.folder)
-        self._rests = ""  # until when, as logged
+        self._rest = Rest(wall)
         self._acted: Acted | None = None  # the operator's last action
         self._figures = figures
         self._kept = KeptExperts(store.folder)
@@ -161,7 +161,7 @@ class Service:
             while self._store.ended is None and not self._next_begins:
                 self._process_messages()
                 self._obey()
-                self._rest()
+                self._follow_clock()
                 self._tick()
                 self._observe()
         finally:
@@ -371,27 +371,22 @@ class Service:
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
 
-    def _rest(self) -> None:
+    def _follow_clock(self) -> None:
         """Begins or ends a rest, as an event of the log. Before the first round nothing is stored: a server that is
         started again asks the clock again."""
-        schedule = self._state.limits.schedule
-        until = rest_until(schedule, self._clock.wall())
-        rests = "" if until is None else describe(schedule, until)
-        if bool(rests) != (self._state.rests_at is not None):
-            now = self._clock.now()
-            event = RestChanged(bool(rests))
-            state, _ = advance(self._plan, self._state, event, now)
-            try:
-                if state.announced is not None:
-                    self._store.commit([*flatten(self._statuses), LoggedEvent(now, event)])
-                    self._statuses = {}
-            except (OSError, sqlite3.Error) as error:
-                self._wait_for_disk(error)
-                return
-            self._state = state
-        if bool(rests) != bool(self._rests):
-            logger.info("the run rests %s", rests) if rests else logger.info("the run rests no more")
-        self._rests = rests
+        rests = self._rest.look(self._state)
+        if rests == (self._state.rests_at is not None):
+            return
+        now, event = self._clock.now(), RestChanged(rests)
+        state, _ = advance(self._plan, self._state, event, now)
+        try:
+            if state.announced is not None:
+                self._store.commit([*flatten(self._statuses), LoggedEvent(now, event)])
+                self._statuses = {}
+        except (OSError, sqlite3.Error) as error:
+            self._wait_for_disk(error)
+            return
+        self._state = state
 
     def _with_expert(self, operation: Operation) -> Operation:
         """A rollback with the global expert that it needs, so that a replay finds it. Raises OSError."""
@@ -417,7 +412,7 @@ class Service:
                 seen=seen,
                 deadline=seen + left if math.isfinite(left) else None,
                 paused=state.paused_at is not None,
-                rests=self._rests,
+                rests=self._rest.text,
                 waits=waiting.reason(self._plan, state) if state.waiting else "",
                 round_timeout=state.limits.round_timeout,
                 excluded=tuple(sorted(state.excluded)),
@@ -438,7 +433,7 @@ class Service:
             logger.warning("the broker does not return this server's own status; check that --identity is the server's")
         started = time.monotonic()
         overdue = now >= next_deadline(self._plan, self._state)
-        ticked = ClockTicked(self._liveness.working(now) if overdue else frozenset())
+        ticked = ClockTicked(self._liveness.working(now) if overdue else frozenset(), self._clock.wall())
         try:
             state, commands = advance(self._plan, self._state, ticked, now)
         except OSError as error:  # no disk space for the aggregation, or no descriptor to read an update

@@ -56,4 +56,4 @@ def begin_session(
         )
         origin = origin.model_copy(update={"start": start.origin})
     following = replace(plan, config=origin.session_config, bundle=bundle, session=origin.session, warm=warm)
-    store.begin_session(origin, bundle.task, start, first_state(following, state, at), at, closed, refusals)
+    store.begin_session(origin, bundle.task, start, first_state(following, state, begins, at), at, closed, refusals)

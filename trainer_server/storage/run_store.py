@@ -537,7 +537,8 @@ class RunStore:
             return OperatorActed(parse(Operation, body.encode()))
         if kind == "rest":
             return RestChanged(json.loads(body))
-        return ClockTicked(frozenset(json.loads(body)))
+        wall, *working = json.loads(body)
+        return ClockTicked(frozenset(working), wall)
 
     def pending_updates(self) -> dict[str, int]:
         """Number of updates accepted since the last checkpoint, by device."""
@@ -661,7 +662,7 @@ def _to_row(logged: LoggedEvent) -> tuple[float, str, str, str | None, int | Non
         return logged.at, "operator", event.operation.model_dump_json(), event.operation.sha256 or None, None
     if isinstance(event, RestChanged):
         return logged.at, "rest", json.dumps(event.rests), None, None
-    return logged.at, "tick", json.dumps(sorted(event.working)), None, None
+    return logged.at, "tick", json.dumps([event.wall, *sorted(event.working)]), None, None
 
 
 def _write_task(folder: Path, task: Task) -> None:
