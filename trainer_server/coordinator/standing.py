@@ -25,7 +25,7 @@ class Standing(Message):
     begun: float = 0.0
     needs_time: bool = False
     needs_news: bool = False
-    unused: dict[str, int] = {}
+    unused: dict[str, int] = {}  # noqa: RUF012 (each instance gets a copy)
 
     def next(self, ready: Iterable[DeviceStatus]) -> Standing:
         """After the last round of a session. `ready`: the devices that could take part."""
