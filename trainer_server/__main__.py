@@ -52,7 +52,8 @@ def start(settings: ServerSettings, source: Path | None = FROM) -> None:
     """Coordinate one run until it is finished. The same command resumes an interrupted run."""
     bundle = settings.open_task(settings.bundle)
     bundle.verify()
-    _coordinate(open_run(settings.folder, settings.run_config(bundle), bundle, source), bundle, settings)
+    store = open_run(settings.folder, settings.run_config(bundle), bundle, source)
+    _coordinate(store, TaskBundle(bundle, store.task()), settings)
 
 
 def _read_resume(config: Path | None, flags: Mapping[str, Any]) -> ResumeSettings:
@@ -66,8 +67,8 @@ def _read_resume(config: Path | None, flags: Mapping[str, Any]) -> ResumeSetting
 def resume(settings: ResumeSettings) -> None:
     """Resume an interrupted run with its stored configuration.
 
-    Only --round-timeout, --min-updates, --max-repeats, --enough and --schedule may change. Connection and log settings
-    are not stored; pass them again or use --config.
+    Only --round-timeout, --min-updates, --max-repeats, --enough, --schedule, --every and --min-new may change.
+    Connection and log settings are not stored; pass them again or use --config.
     """
     store = RunStore(settings.out)
     bundle = open_bundle(store)

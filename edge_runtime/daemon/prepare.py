@@ -25,6 +25,7 @@ from edge_runtime.resources.providers import describe_choice, provider_for
 from edge_runtime.resources.throttle import reported_and_checked
 from edge_runtime.settings import Settings
 from edge_runtime.store import DeviceStore
+from edge_runtime.store.verified_bundle import verify_if_changed
 from edge_runtime.training.personal_model import ModelHeader
 from edge_runtime.training.stored_model import read_personal_model, tasks_of_models
 from fedfmsl.common.logs import fields
@@ -87,7 +88,7 @@ def prepare(daemon: Daemon, anew: bool) -> Prepared:
     report = reported_and_checked(rate_limited(announcer.progress), daemon.starting)
     own = Bundle.load(settings.bundle) if settings.bundle else None
     if own:
-        own.verify()
+        verify_if_changed(own, store.verified)
     known = store.tasks.known_for(own) if own and not anew else None  # without waiting for the server
     if own and known:
         bundle = TaskBundle(own, known)
@@ -97,7 +98,7 @@ def prepare(daemon: Daemon, anew: bool) -> Prepared:
             raise RunError(other_bundle(server, own.sha256))
         bundle = TaskBundle(own or fetch_bundle(server, store.bundles, settings.identity, daemon.starting), task)
     if not own:
-        bundle.verify()
+        verify_if_changed(bundle, store.verified)
     of_model = _origin_of_model(store)
     if not settings.bundle:
         store.keep_bundles(bundle.sha256, of_model.bundle if of_model else "")
@@ -107,7 +108,7 @@ def prepare(daemon: Daemon, anew: bool) -> Prepared:
     reader = SampleReader(reader_of(bundle))
     kind = reader.kind
     most = largest_extent(settings.memory)
-    folder = SampleFolder(settings.images, bundle, store, settings.labels, reader, most)
+    folder = SampleFolder(settings.images, bundle, store, settings.labels, reader, most, settings.run)
     try:
         scanned = folder.scan(FIRST_SCAN_SECONDS, report)
     except InputError as error:

@@ -23,6 +23,7 @@ import numpy as np
 from edge_runtime.daemon.privacy_budget import PrivacyBudget
 from edge_runtime.data.features import Report
 from edge_runtime.data.folder import SampleFolder
+from edge_runtime.data.ledger import open_ledger
 from edge_runtime.data.proposals import NothingToTrainError, describe_proposed
 from edge_runtime.data.samples import SampleChangedError
 from edge_runtime.engines.memory import peak_rss_mb
@@ -62,6 +63,7 @@ REQUIRED = {  # the stages that a device takes part in with secure aggregation o
     Secure.SUMS: (Stage.STATISTICS, Stage.HEAD),
     Secure.ALL: (Stage.STATISTICS, Stage.HEAD, Stage.GLOBAL, Stage.PERSONAL),
 }
+TRAINED = (Stage.GLOBAL, Stage.PERSONAL)  # stages after which the train samples are no longer new
 MEASURES = (Stage.CANARY, Stage.BASELINE, Stage.EVALUATE)  # stages whose updates are accuracies and counts
 STAGES: dict[Stage, StageFunction] = {
     Stage.HOLDERS: holders,
@@ -211,7 +213,11 @@ class RoundRunner:
         device.cache.drop_others(device.scanned.samples)
         if round_.stage is Stage.EVALUATE:
             self.write_personalized()
-        return self._write_update(round_, result, started, bytes_down)
+        seconds = self._write_update(round_, result, started, bytes_down)
+        if round_.stage in TRAINED:
+            with contextlib.suppress(OSError), open_ledger(device.store.samples) as ledger:  # a full disk: still new
+                ledger.mark_trained((sample.sha256 for sample in device.splits.train), round_.run)
+        return seconds
 
     def _write_update(self, round_: Round, result: StageResult, started: float, bytes_down: int) -> float:
         """Writes the update to the outbox. Returns the seconds since `started`."""

@@ -187,6 +187,9 @@ def test_a_round_on_a_full_disk_gives_the_same_update_to_the_bit(
                 perform(full, task)
         perform(full, task)
         assert kept(full.device.store.root, task) == kept(undisturbed.device.store.root, task)
+        full.scan()
+        is_new = task.stage is Stage.STATISTICS
+        assert full.device.scanned.new == (len(full.device.scanned.train) if is_new else 0)
 
 
 def test_a_full_disk_is_mentioned_once_and_tried_again_after_growing_delays(

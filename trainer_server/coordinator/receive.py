@@ -33,7 +33,8 @@ def receive_status(plan: Plan, state: State, status: DeviceStatus) -> tuple[Stat
         commands.append(Log(f"{status.device} is {'online' if status.online else 'offline'}"))
     elif bool(before.paused) != bool(status.paused):
         commands.append(Log(f"{status.device} {f'paused: {status.paused}' if status.paused else 'resumes'}"))
-    return replace(state, devices=state.devices.with_item(status.device, status)), commands
+    devices = state.devices.with_item(status.device, status)
+    return replace(state, devices=devices, standing=state.standing.seen(status)), commands
 
 
 def receive_update(plan: Plan, state: State, event: UpdateSeen, now: float) -> tuple[State, list[Command]]:

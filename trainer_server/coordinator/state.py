@@ -1,4 +1,4 @@
-"""The plan of a run, which never changes, and its state, which events change. Both are immutable values.
+"""The plan of a session, which never changes, and its state, which events change. Both are immutable values.
 
 Tensors of accepted updates are not part of the state. `Plan.read` loads them by SHA-256, so that a round with a
 thousand updates needs no more memory than one with ten.
@@ -29,6 +29,7 @@ from trainer_server.coordinator.candidates import LastGood, Rollback
 from trainer_server.coordinator.former_head import RETRAINED, FormerHead
 from trainer_server.coordinator.limits import Limits
 from trainer_server.coordinator.refusals import Refused
+from trainer_server.coordinator.standing import Standing
 from trainer_server.coordinator.warm_start import WarmStart
 
 TRAINING = (Stage.GLOBAL, Stage.PERSONAL)
@@ -61,8 +62,8 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is constant during a run. `read` loads the tensors of an accepted update, or of a global expert that the
-    operator returns to, by the SHA-256 of the blob.
+    """What is constant during a session of a run. `read` loads the tensors of an accepted update, or of a global expert
+    that the operator returns to, by the SHA-256 of the blob.
 
     `check_keys` raises MessageError if signed keys are not valid. Without `masks`, as in a simulation, the vectors of
     secure sums are not masked, and have the same sum. `scratch`: the folder for what of a round does not fit in memory;
@@ -209,10 +210,10 @@ class State:
     of the stage agree with those of others (`fedfmsl.algorithms.agreement`). `left_out`: by device, how many rounds of
     the stage left its update out.
 
-    Round: `position` in the schedule is -1 while the server waits for devices. `since` is the time of the
-    announcement. `expected` are the selected devices. `updates` are the accepted updates of the present round.
-    `refused`: devices whose latest updates were refused. `silent`: those that did not answer in a secure sum, each with
-    the last round that leaves it out.
+    Round: `position` in the schedule is -1 while the server waits for devices; `round` is then the last one of the
+    session before, or 0. `since` is the time of the announcement. `expected` are the selected devices. `updates` are
+    the accepted updates of the present round. `refused`: devices whose latest updates were refused. `silent`: those
+    that did not answer in a secure sum, each with the last round that leaves it out.
 
     Deadlines: `limits` are the settings that may change. `stretch`: how many times as long as `--round-timeout` a round
     lasts. `slowest`: by stage, the longest time from an announcement to an update, in seconds.
@@ -225,10 +226,11 @@ class State:
 
     `waiting`: the run waits until enough devices can answer (see `trainer_server.coordinator.waiting`).
 
-    `rests_at`: since when the run rests, outside of the hours of --schedule.
+    `rests_at`: since when the run rests, outside of the hours of --schedule or before --every is over. `standing`: what
+    the first round of a session of a standing run waits for.
 
     What the operator has done: `paused_at` is when the run was paused, `rollback` where it returns to, `closing` the
-    round to close now, `excluded` the devices that take part no more.
+    round to close now, `excluded` the devices that take part no more, `approved` the classes to add.
     """
 
     expert: Vector
@@ -259,12 +261,14 @@ class State:
     former: FormerHead = field(default_factory=FormerHead)
     waiting: bool = False
     rests_at: float | None = None
+    standing: Standing = field(default_factory=Standing)
     made: int = 0
     good: LastGood = field(default_factory=LastGood)
     paused_at: float | None = None
     rollback: Rollback | None = None
     closing: int = 0
     excluded: frozenset[str] = frozenset()
+    approved: tuple[str, ...] = ()
 
     @property
     def trained(self) -> Vector:

@@ -46,8 +46,16 @@ class Publisher:
         self._publish(self._topics.round, encode(announced), retain=True)
         task = set() if announced.stage is Stage.FINISHED else {self._status.task}
         for sha256 in set(self._retained) - announced.blobs - task:
-            for index in range(self._retained.pop(sha256)):  # an empty retained message deletes the old one
-                self._publish(self._topics.globals_chunk(sha256, index), b"", retain=True)
+            self._delete(sha256)
+
+    def delete_globals(self) -> None:
+        """Deletes all that this server has published as globals, its task as well."""
+        for sha256 in list(self._retained):
+            self._delete(sha256)
+
+    def _delete(self, sha256: str) -> None:
+        for index in range(self._retained.pop(sha256)):  # an empty retained message deletes the old one
+            self._publish(self._topics.globals_chunk(sha256, index), b"", retain=True)
 
     def send_ack(self, ack: Ack) -> None:
         self._publish(self._topics.ack(ack.device), encode(ack))

@@ -18,6 +18,7 @@ from trainer_server.coordinator.candidates import LastGood
 from trainer_server.coordinator.former_head import FormerHead
 from trainer_server.coordinator.limits import Limits
 from trainer_server.coordinator.refusals import Refused
+from trainer_server.coordinator.standing import Standing
 from trainer_server.coordinator.state import SecureSums, State
 
 SECURE = "secure_"  # start of the names of the tensors of the secure sums
@@ -61,8 +62,10 @@ class Checkpoint(BaseModel):
     good_nlls: dict[str, float] = {}
     paused_at: float | None = None
     rests_at: float | None = None
+    standing: Standing = Standing()
     closing: int = 0
     excluded: list[str] = []
+    approved: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, state: State) -> Checkpoint:
@@ -101,8 +104,10 @@ class Checkpoint(BaseModel):
             good_nlls=dict(state.good.nlls),
             paused_at=state.paused_at,
             rests_at=state.rests_at,
+            standing=state.standing,
             closing=state.closing,
             excluded=sorted(state.excluded),
+            approved=state.approved,
         )
 
     def state(self, tensors: Tensors) -> State:
@@ -150,8 +155,10 @@ class Checkpoint(BaseModel):
             good=LastGood(vectors["good_expert"], self.good_round, self.good_nlls),
             paused_at=self.paused_at,
             rests_at=self.rests_at,
+            standing=self.standing,
             closing=self.closing,
             excluded=frozenset(self.excluded),
+            approved=self.approved,
         )
 
 
