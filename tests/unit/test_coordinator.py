@@ -363,7 +363,8 @@ def test_personal_rounds_use_the_sal_rule_and_training_of_stage_2(vit: Built) ->
         assert (announced.sal.trigger.window == 7) == personal
         early = announced.stage in (Stage.STATISTICS, Stage.GLOBAL)
         assert announced.sal.max_level == (LAYERS if early else announced.level)  # no higher than the global expert
-        assert announced.repetitions == (4 if announced.stage is Stage.BASELINE else 1)
+        rounds = {Stage.BASELINE: run.plan.config.stage1_rounds, Stage.FINISHED: run.plan.config.stage2_rounds}
+        assert announced.repetitions == rounds.get(announced.stage, 1)
 
 
 # verdicts on updates
