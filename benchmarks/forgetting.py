@@ -1,9 +1,9 @@
-"""python -m benchmarks.forgetting: what a standing run forgets when users delete photos, and whether a replay helps.
+"""python -m benchmarks.forgetting: what a standing run forgets when users delete photos, and whether a rehearsal helps.
 
 Photos and model are those of the trial. A run is trained on half of the photos of all classes. Then each night is a
 session that goes on from the one before, with new photos of half of the classes only; all other photos are deleted. A
-replay keeps the hidden states and labels of a few deleted photos of each class on the device, and trains with them as
-with photos. Results are kept in runs/forgetting. Writes benchmarks/forgetting.md.
+rehearsal keeps the hidden states and labels of a few deleted photos of each class on the device, and trains with them
+as with photos. Results are kept in runs/forgetting. Writes benchmarks/forgetting.md.
 """
 
 from __future__ import annotations
@@ -31,7 +31,13 @@ LEVEL = 1
 NIGHTS, SHOWN = 8, 7  # classes that a night has photos of
 FIRST, NIGHTLY = (12, 5), (2, 1)  # rounds of stages 1 and 2, of the first run and of a night
 EVERYTHING = -1
-VARIANTS = {"nothing is deleted": EVERYTHING, "no replay": 0, "replay of 2": 2, "replay of 5": 5, "replay of 10": 10}
+VARIANTS = {
+    "nothing is deleted": EVERYTHING,
+    "no rehearsal": 0,
+    "rehearsal of 2": 2,
+    "rehearsal of 5": 5,
+    "rehearsal of 10": 10,
+}
 KINDS = ("shown", "old")
 
 INTRODUCTION = f"""\
@@ -40,10 +46,11 @@ INTRODUCTION = f"""\
 Photos, backbone and shares of the trial, at one SAL level: {DEVICES} devices, Dirichlet α = {ALPHA}. Half of each
 device's photos train a run of {FIRST[0]} rounds of stage 1 and {FIRST[1]} of stage 2. Then {NIGHTS} nights follow. A
 night has the other half of the photos of {SHOWN} classes, drawn for all devices, and {NIGHTLY[0]} rounds of stage 1,
-the head round and {NIGHTLY[1]} round of stage 2. All other photos are deleted. A *replay of n* keeps the hidden states
-of up to n deleted photos of each class on each device, all of its training split; they take part in all that the device
-computes from that split. Accuracy on the devices' own test photos: of the classes of the night (shown), and of all
-others (old). Mean ± standard deviation over the seeds. Written by `python -m benchmarks.forgetting`.
+the head round and {NIGHTLY[1]} round of stage 2. All other photos are deleted. A *rehearsal of n* (`--rehearse n`)
+keeps the hidden states of up to n deleted photos of each class on each device, all of its training split; they take
+part in all that the device computes from that split. Accuracy on the devices' own test photos: of the classes of the
+night (shown), and of all others (old). Mean ± standard deviation over the seeds.
+Written by `python -m benchmarks.forgetting`.
 """
 
 Night = dict[str, float]  # by model and kind: "global old"
@@ -129,7 +136,7 @@ def _of_night(photos: Photos, shown: frozenset[int]) -> dict[str, Splits]:
 
 
 def _with_news(present: Splits, news: Splits, kept: int) -> Splits:
-    """The photos of tonight, and those of the former ones that are not deleted or replayed."""
+    """The photos of tonight, and those of the former ones that are not deleted or are rehearsed."""
 
     def part(new: Sequence[Sample], old: Sequence[Sample]) -> tuple[Sample, ...]:
         contents = {sample.sha256 for sample in new}
