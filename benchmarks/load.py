@@ -1,7 +1,8 @@
 """python -m benchmarks.load: round time and resources of one server and one mosquitto, by number of devices.
 
-Each number of devices is a whole run with a real mosquitto, the real server and `benchmarks.simulated` as the fleet,
-each in its own process. Updates have the size of ViT-B/16 at level 1. The resources are read from /proc.
+Each number of devices is a whole run with a real mosquitto, the real server and a simulated fleet, each in its own
+process. The fleet is `benchmarks.simulated`, with a connection for each device, or with --shared `benchmarks.crowd`.
+Updates have the size of ViT-B/16 at level 1. The resources are read from /proc.
 """
 
 from __future__ import annotations
@@ -29,12 +30,25 @@ from devices.trial.processes import free_port, last_line, wait_for_port
 from fedfmsl.common.cli import application, console
 from fedfmsl.errors import BrokerError, ConfigError, RunError
 from fedfmsl.protocol.messages import Stage
-from trainer_server.coordinator.records import successful_rounds
 from trainer_server.storage.run_store import RunStore
 
 READ_SECONDS = 0.2
 BROKER_SECONDS = 10
 BROKER_SETTINGS = "allow_anonymous true\nmax_queued_messages 0\nmessage_size_limit 262144\n"
+
+COLUMNS = (
+    "devices",
+    "s per round",
+    "longest",
+    "server, ms per update",
+    "lost",
+    "server, peak MB",
+    "written, MB",
+    "wall, s",
+    "server CPU",
+    "broker",
+    "fleet",
+)
 
 app = application()
 
@@ -47,6 +61,7 @@ class MonitoredProcess:
     peak_rss_mb: float = 0.0
     cpu_seconds: float = 0.0
     written_mb: float = 0.0
+    readings: list[tuple[float, float]] = field(default_factory=list)  # seconds of the monotonic clock, CPU seconds
 
     def read(self) -> None:
         """Updates the figures. A process that has ended keeps those of the last reading."""
@@ -60,6 +75,12 @@ class MonitoredProcess:
         self.peak_rss_mb = int(peak.split()[0]) / 1024
         self.cpu_seconds = times.user + times.system
         self.written_mb = written / 1e6
+        self.readings.append((time.monotonic(), self.cpu_seconds))
+
+    def cpu_between(self, start: float, end: float) -> float:
+        """CPU seconds between two times of the monotonic clock, from the nearest readings."""
+        first, last = (min(self.readings, key=lambda one: abs(one[0] - moment)) for moment in (start, end))
+        return last[1] - first[1]
 
 
 @dataclass
@@ -67,13 +88,16 @@ class Measured:
     """The measurements of one run. `size`: bytes of an update of stage 1 on the wire.
 
     `rounds`: seconds of each round of stage 1, from its announcement to the next one. CPU seconds and `wall` are of the
-    whole run.
+    whole run. `ms`: the server's CPU milliseconds per update of stage 1, with its aggregation. `lost`: updates of
+    selected devices that did not count, in all rounds.
     """
 
     devices: int
     size: float
     rounds: list[float]
     wall: float
+    ms: float
+    lost: int
     processes: dict[str, MonitoredProcess] = field(repr=False)
 
     @property
@@ -87,6 +111,8 @@ class Measured:
             f"{self.devices:,}",
             f"{self.mean:.2f}",
             f"{max(self.rounds):.2f}",
+            f"{self.ms:.2f}",
+            str(self.lost),
             f"{server.peak_rss_mb:.0f}",
             f"{server.written_mb:.0f}",
             f"{self.wall:.1f}",
@@ -99,7 +125,8 @@ def load(
     devices: str = typer.Option("10,100,1000", help="Numbers of devices, separated by commas."),
     rounds: int = typer.Option(10, min=1, help="Rounds of stage 1."),
     server: list[str] = typer.Option([], help="Additional argument of the server; may be repeated."),
-    plot: Path = typer.Option(Path("docs/load.png"), help="Picture to write."),
+    shared: bool = typer.Option(False, help="All devices share one connection (`benchmarks.crowd`)."),
+    plot: Path | None = typer.Option(None, help="Picture to write, like docs/load.png."),
     work: Path | None = typer.Option(None, help="Folder for bundle, broker and runs. Default: a temporary folder."),
 ) -> None:
     """Measure round time and resources of the server, by number of devices."""
@@ -114,12 +141,15 @@ def load(
         results = []
         for count in counts:
             console.print(f"{count} devices", style="bold")
-            results.append(measure(folder, bundle.root, count, rounds, server))
+            results.append(measure(folder, bundle.root, count, rounds, server, shared))
     _show(results)
-    _plot(results, plot)
+    if plot is not None:
+        _plot(results, plot)
 
 
-def measure(folder: Path, bundle: Path, devices: int, rounds: int, extra: Sequence[str]) -> Measured:
+def measure(
+    folder: Path, bundle: Path, devices: int, rounds: int, extra: Sequence[str], shared: bool = False
+) -> Measured:
     """One run. Raises RunError if the server or the fleet fails, BrokerError if mosquitto does not start."""
     port = free_port()
     out = folder / f"{devices}-devices"
@@ -136,7 +166,8 @@ def measure(folder: Path, bundle: Path, devices: int, rounds: int, extra: Sequen
             raise BrokerError(f"mosquitto did not start: {last_line(out / 'broker.log')}")
         arguments = [*url, "--out", str(out / "server"), *stages, *extra]
         processes["server"] = _start(out, "server", [*module, "trainer_server", "start", *arguments])
-        processes["fleet"] = _start(out, "fleet", [*module, "benchmarks.simulated", *url])
+        fleet = "benchmarks.crowd" if shared else "benchmarks.simulated"
+        processes["fleet"] = _start(out, "fleet", [*module, fleet, *url])
         while any(processes[name].process.poll() is None for name in ("server", "fleet")):
             for name, monitored in processes.items():
                 monitored.read()
@@ -152,12 +183,22 @@ def measure(folder: Path, bundle: Path, devices: int, rounds: int, extra: Sequen
     order = ("server", "broker", "fleet")
     wall = time.monotonic() - started
     in_order = {name: processes[name] for name in order}
-    return Measured(devices, _update_size(out / "server"), _seconds(tally), wall, in_order)
+    closed = [summary for summary, _ in RunStore(out / "server").summaries()]
+    trained = [summary for summary in closed if summary.stage is Stage.GLOBAL]
+    updates = sum(summary.answered for summary in trained)
+    size = sum(summary.bytes_up for summary in trained) / updates
+    start, end = _stage1(tally)
+    ms = 1000 * processes["server"].cpu_between(start, end) / updates
+    lost = sum(summary.missing for summary in closed)
+    return Measured(devices, size, _seconds(tally), wall, ms, lost, in_order)
 
 
-def _update_size(run: Path) -> float:
-    sizes = [size for one in successful_rounds(RunStore(run).rounds(), Stage.GLOBAL) for size in one.bytes_up.values()]
-    return sum(sizes) / len(sizes)
+def _stage1(tally: dict[str, Any]) -> tuple[float, float]:
+    """When stage 1 began, and when the round after it was announced, on the monotonic clock."""
+    rounds = list(tally["rounds"].values())
+    trained = [index for index, one in enumerate(rounds) if one["stage"] == "global"]
+    start, end = rounds[trained[0]]["announced"], rounds[trained[-1] + 1]["announced"]
+    return tally["started"] + start, tally["started"] + end
 
 
 def _seconds(tally: dict[str, Any]) -> list[float]:
@@ -184,8 +225,8 @@ def _mosquitto() -> str:
 def _show(results: Sequence[Measured]) -> None:
     """Prints the Markdown table of docs/benchmarks.md."""
     print(f"Updates of {results[0].size / 1e3:.0f} KB; seconds per round of stage 1; CPU seconds of the whole run.\n")
-    print("| devices | s per round | longest | server, peak MB | written, MB | wall, s | server CPU | broker | fleet |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print(f"| {' | '.join(COLUMNS)} |")
+    print("|" + "---|" * len(COLUMNS))
     for result in results:
         print(f"| {' | '.join(result.cells())} |")
     first, last = (result.processes["server"].peak_rss_mb for result in (results[0], results[-1]))

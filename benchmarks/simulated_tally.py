@@ -20,7 +20,8 @@ class RoundTimes:
 @dataclass
 class Tally:
     """`updates`: updates computed; `sends`: including retransmits; bytes are of payloads. `acks`: by verdict.
-    `counted`: by round, the devices whose update was accepted, now or before."""
+    `counted`: by round, the devices whose update was accepted, now or before. `started`: of the system's monotonic
+    clock."""
 
     updates: int = 0
     sends: int = 0
@@ -30,9 +31,10 @@ class Tally:
     acks: dict[str, int] = field(default_factory=dict)
     counted: dict[int, list[str]] = field(default_factory=dict)
     rounds: dict[int, RoundTimes] = field(default_factory=dict)
+    started: float = 0.0
 
     def __post_init__(self) -> None:
-        self._started = time.monotonic()
+        self.started = time.monotonic()
 
     def add_round(self, announced: Round) -> None:
         self.rounds.setdefault(announced.round, RoundTimes(announced.stage.value, self._now()))
@@ -45,4 +47,4 @@ class Tally:
             self.rounds[ack.round].last_ack = self._now()
 
     def _now(self) -> float:
-        return round(time.monotonic() - self._started, 4)
+        return round(time.monotonic() - self.started, 4)

@@ -8,7 +8,8 @@ from typing import Annotated
 
 from pydantic import ByteSize, Field
 
-from edge_runtime.resources.governor import Hours, Limits
+from edge_runtime.resources.governor import Limits
+from fedfmsl.common.hours import Hours
 from fedfmsl.common.logs import LogSettings
 from fedfmsl.common.processors import usable_processors
 from fedfmsl.common.settings import MAX_THREADS, CommaSeparated, File, Fraction, SettingsModel, checked, panel

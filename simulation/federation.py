@@ -37,7 +37,8 @@ from trainer_server.coordinator.events import (
     UpdateSeen,
 )
 from trainer_server.coordinator.records import ClosedRound
-from trainer_server.coordinator.state import Plan, initial_state
+from trainer_server.coordinator.state import Plan, State, initial_state
+from trainer_server.coordinator.warm_start import WarmStart
 
 Tamper = Callable[[str, StageResult], StageResult]  # changes the result of a device before it is prepared for sending
 
@@ -84,9 +85,11 @@ class Federation:
         tamper: Tamper = honest,
         feedback: bool = True,
         hostile: Collection[str] = (),
+        warm: WarmStart | None = None,
     ) -> None:
         """The devices `fleet.names` take part. Opens the first round. Without `feedback`, the rounding error of the
-        encoding is dropped. The server may refuse updates of the devices `hostile`."""
+        encoding is dropped. The server may refuse updates of the devices `hostile`. `warm`: what the run goes on
+        from."""
         self.config = config
         self.history = History()
         self.finished = False
@@ -96,11 +99,16 @@ class Federation:
         self._feedback = feedback
         self._updates = StoredUpdates()
         self._now = 0.0
-        self._plan = Plan(config, fleet.bundle, str(uuid.uuid4()), self._updates.read, masks=False)
+        self._plan = Plan(config, fleet.bundle, str(uuid.uuid4()), self._updates.read, masks=False, warm=warm)
         self._state = initial_state(self._plan, self._now)
         for name in fleet.names:
             self._advance(StatusSeen(_status(fleet, name)))
         self._close()
+
+    @property
+    def state(self) -> State:
+        """The server's state."""
+        return self._state
 
     def step(self, devices: Collection[str] | None = None) -> Mapping[str, int]:
         """Computes the present round and opens the next one. Returns the bytes on the wire of each device's update.
@@ -108,7 +116,7 @@ class Federation:
         Of the selected devices, those in `devices` answer; the others miss the round deadline. Default: all answer.
         Raises RunError if the server refuses an update of a device that is not hostile, or the run fails.
         """
-        selected = self.announced.chosen or self._fleet.names
+        selected = [name for name in self._fleet.names if self.announced.asks(name)]
         answering = [name for name in selected if devices is None or name in devices]
         task = Task(self.announced, self.received, self.config.seed, self._tamper, self._feedback)
         sizes = {}

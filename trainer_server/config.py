@@ -15,9 +15,11 @@ from fedfmsl.algorithms.privacy import Privacy
 from fedfmsl.algorithms.sal import AllAtOnce, CapabilityQueue, FixedSchedule, Sal
 from fedfmsl.algorithms.secure_aggregation import MIN_DEVICES
 from fedfmsl.algorithms.server_optimizers import FedAdam, FedAvg, FedAvgM, ServerOptimizer
-from fedfmsl.common.settings import Fraction, panel
+from fedfmsl.common.duration import seconds_of
+from fedfmsl.common.hours import Hours
+from fedfmsl.common.settings import CommaSeparated, Fraction, checked, panel
 from fedfmsl.errors import ConfigError
-from fedfmsl.protocol.messages import Encoding, Sums, Training
+from fedfmsl.protocol.messages import MAX_NAMED, Encoding, Sums, Training
 from fedfmsl.protocol.task_bundle import TaskBundle
 from fedfmsl.protocol.topics import MAX_NUMBER
 from fedfmsl.transport.settings import RunName
@@ -30,7 +32,8 @@ RUN, ROUNDS, UPDATES, AGGREGATION, ADOPTION, PRIVACY = (
 
 MAX_ROUNDS = 100_000  # of a stage
 MIN_REPORTS = 3  # of devices about a global expert; with fewer, one could decide
-MAX_DEVICES = 2500  # an announcement can name all of them within `Round.max_bytes`
+MAX_DEVICES = 100_000
+MOST_DEVICES = 2500  # that a run accepts although it expects fewer
 
 
 class Head(str, Enum):
@@ -84,7 +87,17 @@ def _check_canary(text: str) -> str:
     return text.strip()
 
 
+Every = Annotated[str, checked(seconds_of)]
 Canary = Annotated[str, BeforeValidator(_number_as_text), AfterValidator(_check_canary)]
+
+
+def _check_approval(text: str) -> str:
+    if not re.fullmatch(r"min-devices=[1-9][0-9]{0,5}", text):
+        raise ValueError("is not like min-devices=2, which adds the classes that two devices propose")
+    return text
+
+
+Approval = Annotated[str, AfterValidator(_check_approval)]
 
 
 class Aggregation(BaseModel):
@@ -166,6 +179,31 @@ class RunRules(BaseModel):
         json_schema_extra=RUN,
     )
 
+    approve_classes: Approval | None = Field(
+        None,
+        description="Add the classes that so many devices propose, like min-devices=2. Default: the operator adds "
+        "classes, with the command classes or on the console.",
+        json_schema_extra=RUN,
+    )
+    schedule: Annotated[tuple[Hours, ...], CommaSeparated] = Field(
+        (),
+        description="Hours of the server's local time in which rounds open and close, like 22:00-06:00 or Sat-Sun "
+        "10:00-18:00; several with commas. Outside of them the run rests. The run is then standing: after its last "
+        "round it begins again once there are new samples. Default: always.",
+        json_schema_extra=ROUNDS,
+    )
+    every: Every | None = Field(
+        None,
+        description="Least time between the begins of two sessions, like 24h, 90m or 7d. The run is then standing, as "
+        "with --schedule. Default: none.",
+        json_schema_extra=ROUNDS,
+    )
+    min_new: int = Field(
+        1,
+        ge=1,
+        description="New labelled samples, on all devices together, that a session of a standing run begins with.",
+        json_schema_extra=ROUNDS,
+    )
     stage1_rounds: int = Field(
         12,
         ge=0,
@@ -278,8 +316,20 @@ class RunRules(BaseModel):
     )
     delta: float = Field(1e-5, gt=0, lt=1, description="δ of the reported privacy budget ε.", json_schema_extra=PRIVACY)
 
+    @property
+    def most_devices(self) -> int:
+        """The number of devices that the run accepts. More names are no devices of it."""
+        return max(2 * self.devices, MOST_DEVICES)
+
+    @property
+    def standing(self) -> bool:
+        """Whether the run begins again after its last round (`trainer_server.coordinator.standing`)."""
+        return bool(self.schedule) or self.every is not None
+
     @model_validator(mode="after")
     def _check_updates(self) -> RunRules:
+        if self.min_new > 1 and not self.standing:
+            raise ValueError(f"--min-new {self.min_new} needs --schedule or --every: other runs do not begin again")
         if self.min_updates is not None and self.min_updates > self.devices:
             raise ValueError(
                 f"--min-updates {self.min_updates} is more than --devices {self.devices}: no round could close; lower "
@@ -322,6 +372,11 @@ class RunConfig(RunRules):
         return settings
 
     @property
+    def replaces_head(self) -> bool:
+        """Whether sums of all devices replace the head of stage 1. Noise would drown their second moments."""
+        return self.stage1_rounds > 0 and self.privacy is None and self.head_sums is not Sums.NONE
+
+    @property
     def exposure(self) -> str:
         """Why one hostile device could steer this run; "" if the aggregation rule withstands a minority of them."""
         aggregation = self.aggregation
@@ -344,6 +399,12 @@ class RunConfig(RunRules):
         found = [option for option, is_set in excluded.items() if is_set]
         if self.secure and found:
             raise ValueError(f"with --secure the server sees no single update: leave out {', '.join(found)}")
+        asked = int(self.fraction * self.devices)
+        if self.secure and asked > MAX_NAMED:
+            raise ValueError(
+                f"--secure sums the updates of at most {MAX_NAMED} devices, and a round would ask {asked}: ask fewer "
+                f"with --select random --fraction {100 * MAX_NAMED // self.devices / 100}, or omit --secure"
+            )
         if self.secure and self.devices < MIN_DEVICES:
             raise ValueError(f"--secure needs at least {MIN_DEVICES} devices, not --devices {self.devices}")
         return self

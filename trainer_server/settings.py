@@ -10,6 +10,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from fedfmsl.algorithms.privacy import Privacy
 from fedfmsl.algorithms.sal import CapabilityQueue
+from fedfmsl.common.hours import Hours
 from fedfmsl.common.logs import LogSettings
 from fedfmsl.common.settings import CommaSeparated, File, Fraction, checked, panel
 from fedfmsl.errors import ConfigError
@@ -37,6 +38,7 @@ from trainer_server.config import (
     STAGE2,
     UPDATES,
     Aggregation,
+    Every,
     Head,
     Optimizer,
     Positive,
@@ -152,6 +154,22 @@ class ResumeSettings(ServiceSettings):
         None,
         description="Share of the selected devices whose updates close a round. Default: as stored.",
         json_schema_extra=UPDATES,
+    )
+    schedule: Annotated[tuple[Hours, ...] | None, CommaSeparated] = Field(
+        None,
+        description="Hours in which rounds open and close; 00:00-24:00: always. Default: as stored.",
+        json_schema_extra=ROUNDS,
+    )
+    every: Every | None = Field(
+        None,
+        description="Least time between the begins of two sessions, like 24h. Default: as stored.",
+        json_schema_extra=ROUNDS,
+    )
+    min_new: int | None = Field(
+        None,
+        ge=1,
+        description="New labelled samples that a session of a standing run begins with. Default: as stored.",
+        json_schema_extra=ROUNDS,
     )
 
     @property

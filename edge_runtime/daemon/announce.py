@@ -85,6 +85,7 @@ def rate_limited(report: Report, seconds: float = PROGRESS_SECONDS) -> Report:
 
 
 def _status_of(device: TrainingContext, online: bool, paused: str, error: str) -> DeviceStatus:
+    scanned = device.scanned
     return DeviceStatus(
         device=device.device_name,
         online=online,
@@ -93,5 +94,9 @@ def _status_of(device: TrainingContext, online: bool, paused: str, error: str) -
         level_cap=device.level_cap,
         paused=paused,
         error=error,
-        **device.scanned.sizes,
+        train=len(scanned.train),
+        held_out=len(scanned.held_out),
+        test=len(scanned.test),
+        new_samples=scanned.new,
+        proposed=dict(scanned.proposed),
     )

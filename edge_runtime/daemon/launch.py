@@ -13,7 +13,7 @@ from edge_runtime.daemon.health import HealthReporter
 from edge_runtime.daemon.lock import locked
 from edge_runtime.daemon.loop import STOPS, DaemonLoop
 from edge_runtime.daemon.page import address_of, page_process
-from edge_runtime.daemon.prepare import Prepared, RunOverError, prepare, stays
+from edge_runtime.daemon.prepare import Daemon, Prepared, RunOverError, prepare, stays
 from edge_runtime.daemon.round_runner import RoundRunner
 from edge_runtime.daemon.status import describe_model
 from edge_runtime.daemon.worker import Worker, progress_poster
@@ -73,9 +73,9 @@ def launch(settings: Settings) -> None:
             from edge_runtime.daemon.renewal import Renewal  # takes 8 MB of memory
 
             resources.enter_context(Renewal(store.renewed, settings.authority, link.renew_identity))
-        anew = False
+        anew, daemon = False, Daemon(settings, link, topics, store, name, health)
         try:
-            while _take_part(settings, link, topics, store, name, health, sensors, anew):
+            while _take_part(daemon, sensors, anew):
                 anew = True
         except RunOverError:
             logger.info(
@@ -85,29 +85,21 @@ def launch(settings: Settings) -> None:
             link.close()
 
 
-def _take_part(
-    settings: Settings,
-    link: Link,
-    topics: Topics,
-    store: DeviceStore,
-    name: str,
-    health: HealthReporter,
-    sensors: Sensors,
-    anew: bool,
-) -> bool:
+def _take_part(daemon: Daemon, sensors: Sensors, anew: bool) -> bool:
     """Prepares the device for a task, and takes part in the run until it has finished. `anew`: not for the first time.
-    True: the server has announced another task. Raises RunOverError as `wait_for_next_run` does."""
+    True: the server has announced another task. Raises RunOverError as `goes_on` does."""
+    settings, link, topics = daemon.settings, daemon.link, daemon.topics
     with contextlib.ExitStack() as resources:
-        prepared = prepare(settings, link, topics, store, name, health, anew)
-        bundle = prepared.bundle
-        announcer = Announcer(link, topics, name, _introduction(settings, topics, name, bundle), settings.frigate)
+        prepared = prepare(daemon, anew)
+        introduction = _introduction(settings, topics, daemon.name, prepared.bundle)
+        announcer = Announcer(link, topics, daemon.name, introduction, settings.frigate)
         control = StepControl()
-        runner = _runner(settings, prepared, store, name, link, control)
+        runner = _runner(daemon, prepared, control)
         loop = DaemonLoop(
             topics,
             link,
             announcer,
-            health,
+            daemon.health,
             Governor(settings.limits, sensors.read),
             runner,
             Worker(control, link.post),
@@ -116,8 +108,8 @@ def _take_part(
         if settings.watch:
             watcher = Watcher(
                 settings.watch,
-                store.root,
-                bundle.root,
+                daemon.store.root,
+                prepared.bundle.root,
                 announcer.prediction,
                 questions=settings.page is not None,
             )
@@ -153,12 +145,11 @@ def connect(link: Link, health: HealthReporter, backoff: Backoff = CLOCK) -> Non
             return
 
 
-def _runner(
-    settings: Settings, prepared: Prepared, store: DeviceStore, name: str, link: Link, control: StepControl
-) -> RoundRunner:
+def _runner(daemon: Daemon, prepared: Prepared, control: StepControl) -> RoundRunner:
     """Opens the engine, the caches and the gate. Progress is posted to the link's queue."""
+    settings, store = daemon.settings, daemon.store
     bundle, threads, plan = prepared.bundle, prepared.threads, prepared.plan
-    progress = rate_limited(progress_poster(link.post))
+    progress = rate_limited(progress_poster(daemon.link.post))
     report = reported_and_checked(progress, control.check)
     tracker = LevelCapTracker(LevelCap.planned(plan, settings.step_seconds))
     engine = ControlledEngine(
@@ -166,7 +157,7 @@ def _runner(
     )
     disk = DiskCache(store.cache, settings.cache, settings.keep_free)
     device = DeviceContext(
-        device_name=name,
+        device_name=daemon.name,
         bundle=bundle,
         scanned=prepared.scanned,
         cache=FeatureCache(

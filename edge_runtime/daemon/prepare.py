@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from dataclasses import dataclass
 from functools import partial
 
-from edge_runtime.daemon.announce import Announcer, rate_limited
-from edge_runtime.daemon.download import Heartbeat, fetch_bundle, receive_server_status, wait_for_server
+from edge_runtime.daemon.announce import INSTANCE, Announcer, rate_limited
+from edge_runtime.daemon.download import (
+    POLL_SECONDS,
+    fetch_bundle,
+    receive_server_status,
+    stored_bundle,
+    wait_for_server,
+)
 from edge_runtime.daemon.health import HealthReporter
 from edge_runtime.daemon.receive_task import receive_task
 from edge_runtime.daemon.state import other_bundle
 from edge_runtime.daemon.status import describe_model
 from edge_runtime.data.folder import SampleFolder, largest
 from edge_runtime.data.inputs import reader_of
+from edge_runtime.data.proposals import NothingToTrainError, describe_proposed
 from edge_runtime.data.sample_reader import SampleReader
 from edge_runtime.data.samples import Splits
 from edge_runtime.engines.factory import open_engine
@@ -23,13 +31,14 @@ from edge_runtime.resources.providers import describe_choice, provider_for
 from edge_runtime.resources.throttle import reported_and_checked
 from edge_runtime.settings import Settings
 from edge_runtime.store import DeviceStore
+from edge_runtime.store.verified_bundle import verify_if_changed
 from edge_runtime.training.personal_model import ModelHeader
 from edge_runtime.training.stored_model import read_personal_model, tasks_of_models
 from fedfmsl.common.logs import fields
 from fedfmsl.errors import FedFMSLError, InputError, RunError
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.class_names import describe_classes
-from fedfmsl.protocol.messages import Activity, EngineName, Round, ServerStatus
+from fedfmsl.protocol.messages import Activity, DeviceStatus, EngineName, Round, ServerStatus, encode
 from fedfmsl.protocol.task import Task
 from fedfmsl.protocol.task_bundle import TaskBundle
 from fedfmsl.protocol.topics import Topics
@@ -38,11 +47,28 @@ from fedfmsl.transport.link import Link
 logger = logging.getLogger(__name__)
 
 HEAR_SECONDS = 3.0  # for the server to say that it has another task than the one that was known
+SCAN_SECONDS = 5.0  # between scans of a folder with nothing to train on
 FIRST_SCAN_SECONDS = 3.0  # wait before the first scan if another process may still write a file
 
 
 class RunOverError(Exception):
     """The run has finished with this device."""
+
+
+@dataclass(frozen=True)
+class Daemon:
+    """What the process has from its start to its end. `name`: the device's."""
+
+    settings: Settings
+    link: Link
+    topics: Topics
+    store: DeviceStore
+    name: str
+    health: HealthReporter
+
+    def starting(self) -> None:
+        """The heartbeat before the first round."""
+        self.health.heartbeat(Activity.STARTING)
 
 
 @dataclass(frozen=True)
@@ -59,28 +85,28 @@ class Prepared:
     plan: Plan
 
 
-def prepare(
-    settings: Settings, link: Link, topics: Topics, store: DeviceStore, name: str, health: HealthReporter, anew: bool
-) -> Prepared:
+def prepare(daemon: Daemon, anew: bool) -> Prepared:
     """Fetches bundle and task, scans the samples and measures the machine. `anew`: not for the first time, because the
-    server has announced another task. Raises RunOverError as `wait_for_next_run` does."""
+    server has announced another task. Raises RunOverError as `goes_on` does."""
+    settings, store = daemon.settings, daemon.store
     threads = settings.thread_count
-    heartbeat = partial(health.heartbeat, Activity.STARTING)
-    announcer = Announcer(link, topics, name)
-    report = reported_and_checked(rate_limited(announcer.progress), heartbeat)
+    announcer = Announcer(daemon.link, daemon.topics, daemon.name)
+    report = reported_and_checked(rate_limited(announcer.progress), daemon.starting)
     own = Bundle.load(settings.bundle) if settings.bundle else None
     if own:
-        own.verify()
+        verify_if_changed(own, store.verified)
     known = store.tasks.known_for(own) if own and not anew else None  # without waiting for the server
     if own and known:
         bundle = TaskBundle(own, known)
     else:
-        server, task = _wait_for_task(settings, link, topics, store, name, health, heartbeat)
+        server, task = _wait_for_task(daemon, own.sha256 if own else "")
         if own and server.bundle != own.sha256:
             raise RunError(other_bundle(server, own.sha256))
-        bundle = TaskBundle(own or fetch_bundle(server, store.bundles, settings.identity, heartbeat), task)
+        stored = own or stored_bundle(store.bundles, server.bundle)
+        fetched = stored or fetch_bundle(server, store.bundles, settings.identity, daemon.starting)
+        bundle = TaskBundle(fetched, task)
     if not own:
-        bundle.verify()
+        verify_if_changed(bundle, store.verified)
     of_model = _origin_of_model(store)
     if not settings.bundle:
         store.keep_bundles(bundle.sha256, of_model.bundle if of_model else "")
@@ -90,64 +116,107 @@ def prepare(
     reader = SampleReader(reader_of(bundle))
     kind = reader.kind
     most = largest_extent(settings.memory)
-    folder = SampleFolder(settings.images, bundle, store, settings.labels, reader, most)
+    folder = SampleFolder(settings.images, bundle, store, settings.labels, reader, most, settings.run)
     try:
         scanned = folder.scan(FIRST_SCAN_SECONDS, report)
-    except InputError:
-        heard = receive_server_status(link, topics, HEAR_SECONDS, heartbeat) if known else None
-        if heard is None or heard.task == bundle.task.sha256:
-            raise
-        return prepare(settings, link, topics, store, name, health, anew=True)
+    except InputError as error:
+        if not (known and _has_another_task(daemon, bundle)):
+            if not (isinstance(error, NothingToTrainError) and error.proposed):
+                raise
+            wait_for_classes(daemon, bundle, folder, error)
+        return prepare(daemon, anew=True)
     report("measuring", 0, 1)
     largest_sample = largest(scanned.samples, kind)
     provider = provider_for(engine, settings.provider, bundle, threads, store)
     if provider.trials:
-        health.provider = describe_choice(provider)
-        logger.info(f"provider {health.provider}")
+        daemon.health.provider = describe_choice(provider)
+        logger.info(f"provider {daemon.health.provider}")
     plan = make_plan(
         bundle, store, engine, threads, provider.provider, largest_sample, settings.memory, settings.step_seconds
     )
     logger.info(
-        f"device {name}: {len(scanned.train)} {kind.noun}s to train on, {len(scanned.held_out)} held out, "
+        f"device {daemon.name}: {len(scanned.train)} {kind.noun}s to train on, {len(scanned.held_out)} held out, "
         f"{len(scanned.test)} to test on; engine {engine}, level cap {plan.level_cap}",
-        **fields(device=name, engine=engine, level_cap=plan.level_cap),
+        **fields(device=daemon.name, engine=engine, level_cap=plan.level_cap),
     )
+    if known:
+        logger.info(f"waiting for the server of run {settings.run!r}")
     return Prepared(bundle, engine, threads, provider.provider, reader, folder, scanned, plan)
 
 
-def _wait_for_task(
-    settings: Settings,
-    link: Link,
-    topics: Topics,
-    store: DeviceStore,
-    name: str,
-    health: HealthReporter,
-    heartbeat: Heartbeat,
-) -> tuple[ServerStatus, Task]:
-    """The server's status and its task. Waits for them without limit. Raises RunOverError, and RunError
-    if the server is of an earlier version."""
+def _has_another_task(daemon: Daemon, bundle: TaskBundle) -> bool:
+    """Whether the server, if it is online, has announced another task."""
+    heard = receive_server_status(daemon.link, daemon.topics, HEAR_SECONDS, daemon.starting)
+    return heard is not None and heard.task != bundle.task.sha256
+
+
+def wait_for_classes(daemon: Daemon, bundle: TaskBundle, folder: SampleFolder, error: NothingToTrainError) -> None:
+    """Proposes the classes of a device that has samples of no other ones, until the server announces another task or
+    there is something to train on. Raises InputError as `SampleFolder.scan` does."""
+    link, topics = daemon.link, daemon.topics
+    logger.warning(f"{error}; it proposes {describe_proposed(error.proposed)} and waits until one of them is added")
+    while True:
+        status = DeviceStatus(
+            device=daemon.name,
+            online=True,
+            instance=INSTANCE,
+            bundle=bundle.sha256,
+            error=str(error),
+            proposed=dict(error.proposed),
+        )
+        link.publish(topics.status(daemon.name), encode(status), retain=True)
+        until = time.monotonic() + SCAN_SECONDS
+        heard = receive_server_status(link, topics, SCAN_SECONDS, daemon.starting)
+        if heard is not None and heard.task != bundle.task.sha256:
+            return
+        while time.monotonic() < until:
+            link.next_event(POLL_SECONDS)
+            daemon.starting()
+        try:
+            folder.scan()
+        except NothingToTrainError as again:
+            error = again
+        else:
+            return
+
+
+def _wait_for_task(daemon: Daemon, own: str) -> tuple[ServerStatus, Task]:
+    """The server's status and its task. Waits for them without limit; a run that has finished will do if this device
+    can personalize itself from it. `own`: the SHA-256 of its --bundle, or "". Raises RunOverError, and RunError if the
+    server is of an earlier version."""
+    link, topics, store = daemon.link, daemon.topics, daemon.store
     logger.info(f"waiting for the server of run {topics.run!r}, which has the task")
+    finished = partial(goes_on, daemon.settings, store, daemon.health, own)
     task = None
     while task is None:
-        server = wait_for_server(link, topics, heartbeat, finished=partial(wait_for_next_run, settings, store, health))
-        health.run_finished = False
+        server = wait_for_server(link, topics, daemon.starting, finished=finished)
+        daemon.health.run_finished = False
         if not server.task:
             raise RunError(
                 f"the server of run {topics.run!r} announces no task, so it is of an earlier version; install the same "
                 "version on server and devices"
             )
-        task = receive_task(link, topics, server, store.tasks, name, heartbeat)
+        task = receive_task(link, topics, server, store.tasks, daemon.name, daemon.starting)
     return server, task
 
 
-def wait_for_next_run(settings: Settings, store: DeviceStore, health: HealthReporter, finished: Round) -> None:
-    """Raises RunOverError if this device took part in the run, and does not stay: as with a bundle of its own."""
+def goes_on(
+    settings: Settings, store: DeviceStore, health: HealthReporter, own: str, server: ServerStatus, end: Round
+) -> bool:
+    """Whether this device personalizes itself from the finished run of `server`: it took no part, and has the bundle.
+    `own`: the SHA-256 of its --bundle, or "". Otherwise it waits for the next run. Raises RunOverError if it took part
+    and does not stay."""
     health.run_finished = True
-    if finished.session == store.outbox.session and not stays(settings):
+    took_part = end.session == store.outbox.session
+    if took_part and not stays(settings):
         raise RunOverError
-    model = describe_model(store)
-    waiting = f"run {settings.run!r} has finished; waiting for a new run of this name"
-    logger.info(f"{waiting}; the model for predictions is {model}")
+    has_bundle = server.bundle == own if own else stored_bundle(store.bundles, server.bundle) is not None
+    if not took_part and end.expert and end.gate and has_bundle:
+        return True
+    lacks = "" if took_part else f", and this device lacks what it needs of it (bundle {server.bundle[:12]}…)"
+    waiting = f"run {settings.run!r} has finished{lacks}; waiting for a new run of this name"
+    logger.info(f"{waiting}; the model for predictions is {describe_model(store)}")
+    return False
 
 
 def stays(settings: Settings) -> bool:

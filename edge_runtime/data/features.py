@@ -31,6 +31,7 @@ from fedfmsl.protocol.task_bundle import TaskBundle
 BATCH = 4  # samples per pass; more are not faster and take more memory
 LIFTED_AT_ONCE = 16  # samples that go through a lift graph before the next graph is opened
 POOLED = "pooled"
+NO_LEVEL = 0
 Report = Callable[[str, int, int], None]  # activity, done, total
 Computed = Iterator[tuple[Sequence[Sample], Floats]]  # batches of samples and their states (B, N, D)
 
@@ -128,8 +129,10 @@ class Features(Generic[S_co]):
     def frozen(self, samples: Sequence[Sample], level: int) -> HiddenStates:
         """The states below the suffix of `level`, without LoRA in the prefix.
 
-        A pass over missing samples also stores the states of the next level and the pooled features, so that a change
-        of level needs no pass. Raises SampleChangedError if a sample's file has changed.
+        A pass over missing samples also stores the states of the other levels and the pooled features, so that a change
+        of level needs no pass: SAL raises the level, and stage 2 begins at the first one.
+
+        Raises SampleChangedError if a sample's file has changed.
         """
         folder = self._folders(level)[f"hidden_{level}"]
         for _ in self._extract(self._to_store(folder, samples), level):
@@ -169,13 +172,12 @@ class Features(Generic[S_co]):
         return folder
 
     def _folders(self, level: int) -> dict[str, str]:
-        """The folder for each output of a pass: states of the level, states of the next level, pooled features."""
-        ahead = min(level + 1, self._bundle.manifest.levels)
-        return {
-            f"hidden_{ahead}": self._folder(f"level-{ahead}", Priority.AHEAD),
-            f"hidden_{level}": self._folder(f"level-{level}", Priority.PRESENT),
-            POOLED: self._folder(POOLED, Priority.SMALL),
-        }
+        """The folder for each output of a pass: the states of every level, of which `level` is needed now, and pooled
+        features."""
+        levels = range(self._bundle.manifest.levels, 0, -1)
+        rank = {level: Priority.PRESENT}
+        states = {f"hidden_{k}": self._folder(f"level-{k}", rank.get(k, Priority.AHEAD)) for k in levels}
+        return {**states, POOLED: self._folder(POOLED, Priority.SMALL)}
 
     def _to_store(self, folder: str, samples: Sequence[Sample]) -> list[Sample]:
         """The missing samples, as many as fit in the store."""
@@ -252,8 +254,9 @@ class FeatureCache(Features[DiskCache]):
     """The features of a device, on its disk within a budget."""
 
     def drop_unused(self) -> None:
-        """Deletes every state that was not used since the last call. Pooled features are small and stay."""
-        self._folder(POOLED, Priority.SMALL)
+        """Deletes the states above an expert's LoRA that were not used since the last call. Those of the frozen
+        backbone and pooled features stay, because other levels come again."""
+        self._folders(NO_LEVEL)
         self._store.drop_unused()
 
     @property

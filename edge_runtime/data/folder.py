@@ -15,13 +15,13 @@ from edge_runtime.data.images import decoders
 from edge_runtime.data.inputs import DECODING, Kind, Reader, reader_of
 from edge_runtime.data.labels import walk_labelled
 from edge_runtime.data.ledger import Ledger, open_ledger
+from edge_runtime.data.proposals import NothingToTrainError, proposed_classes
 from edge_runtime.data.sample_reader import SampleReader
 from edge_runtime.data.samples import Sample, Split, Splits, assign_splits
 from edge_runtime.data.unreadable import UnreadableError
 from edge_runtime.store import DeviceStore
 from fedfmsl.common.class_folders import ClassFile, Listing, walk_classes
 from fedfmsl.common.folder_walk import SkippedFile, summarize, unreadable
-from fedfmsl.errors import InputError
 from fedfmsl.protocol.task_bundle import TaskBundle
 
 WRITE_SECONDS = 2.0  # after its last change, a file may still be written
@@ -48,10 +48,11 @@ class SampleFolder:
         labels: Path | None = None,
         reader: SampleReader | None = None,
         most: int = UNLIMITED,
+        run: str = "",
     ) -> None:
         """`labels` is a CSV file (see `edge_runtime.data.labels`). `reader` is shared with the feature cache; default:
-        a new one. A file that takes more than `most` bytes of memory to read is skipped. Raises ConfigError or
-        BundleError as `reader_of` does."""
+        a new one. A file that takes more than `most` bytes of memory to read is skipped. `run`: whose rounds
+        make samples old. Raises ConfigError or BundleError as `reader_of` does."""
         self.path = folder
         self._classes = {name: label for label, name in enumerate(bundle.classes)}
         self._preprocessing = f"{bundle.manifest.preprocessing.model_dump_json()} {DECODING}"
@@ -59,6 +60,7 @@ class SampleFolder:
         self._reader = reader or SampleReader(reader_of(bundle))
         self._labels = labels
         self._most = most
+        self._run = run
         self._largest: int | None = None  # extent of the largest sample that the memory plan covers
 
     def scan(self, wait: float = 0.0, report: Report = lambda *_: None) -> Splits:
@@ -68,7 +70,7 @@ class SampleFolder:
         first. The largest sample of the first scan decides the memory plan: later ones that need more memory are
         skipped.
 
-        Raises InputError if there is nothing to train on, ConfigError or OSError as `open_ledger` does.
+        Raises NothingToTrainError if there is nothing to train on, ConfigError or OSError as `open_ledger` does.
         """
         listing = self._walk()
         if wait and any(_is_recent(file) for file in listing.files):
@@ -80,10 +82,11 @@ class SampleFolder:
             kept = ledger.splits({result.sha256 for result in results if isinstance(result, Sample)})
             splits = _assign(listing, results, tuple(self._classes), kept)
             _require_training_samples(splits, self.path, self._reader.kind)
+            used = ledger.trained(self._run)
             ledger.forget_others({file.name for file in listing.files})  # after the check: an unmounted disk is empty
         if self._largest is None:
             self._largest, _ = largest(splits.samples, self._reader.kind)
-        return splits
+        return replace(splits, new=sum(sample.sha256 not in used for sample in splits.train))
 
     def forget(self, path: Path) -> None:
         """Makes the next scan read a file again. It changed but kept its size and date."""
@@ -125,7 +128,7 @@ def largest(samples: Sequence[Sample], kind: Kind) -> tuple[int, Path]:
 
 
 def scan_once(folder: Path, classes: Sequence[str], kind: Kind) -> Splits:
-    """The first scan of a folder, without a ledger. Raises InputError if there is nothing to train on."""
+    """The first scan of a folder, without a ledger. Raises NothingToTrainError if there is nothing to train on."""
     listing = walk_classes(folder, kind.suffixes, kind.noun, classes)
 
     def check(data: bytes) -> NDArray[np.uint8]:
@@ -180,7 +183,8 @@ def _assign(
             tests += [sample for sample, is_test in same if is_test][:1]
     tests.sort(key=lambda sample: (classes[sample.label], sample.sha256))
     splits = assign_splits(samples, None if listing.test is None else tests, kept)
-    return replace(splits, skipped=(*skipped, *splits.skipped))
+    proposed = proposed_classes(listing.unknown, classes)
+    return replace(splits, skipped=(*skipped, *splits.skipped), proposed=proposed)
 
 
 def _require_training_samples(splits: Splits, folder: Path, kind: Kind) -> None:
@@ -188,6 +192,8 @@ def _require_training_samples(splits: Splits, folder: Path, kind: Kind) -> None:
         return
     reasons = summarize((each for each in splits.skipped if not each.is_leftover), folder)
     if not reasons:
-        raise InputError(f"{kind.noun} folder {folder} holds no {kind.noun}s; put them into one subfolder per class")
+        text = f"{kind.noun} folder {folder} holds no {kind.noun}s; put them into one subfolder per class"
+        raise NothingToTrainError(text, splits.proposed)
     examples = "; ".join(reasons[:REASONS]) + ("; …" if len(reasons) > REASONS else "")
-    raise InputError(f"{kind.noun} folder {folder} holds no {kind.noun}s to train on: {examples}")
+    text = f"{kind.noun} folder {folder} holds no {kind.noun}s to train on: {examples}"
+    raise NothingToTrainError(text, splits.proposed)

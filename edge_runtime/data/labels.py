@@ -7,6 +7,7 @@ import csv
 import io
 import os
 import posixpath
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,6 +29,7 @@ def walk_labelled(folder: Path, kind: Kind, source: Path, classes: Sequence[str]
     labels, skipped = read_labels(source)
     known = {normal_name(name): name for name in classes}
     files: list[ClassFile] = []
+    unknown: Counter[str] = Counter()
     unlabelled = 0
     for name, version in files_below(folder, "", skipped):
         lines = labels.pop(normal_name(name), None)
@@ -44,13 +46,16 @@ def walk_labelled(folder: Path, kind: Kind, source: Path, classes: Sequence[str]
                 files.append(ClassFile(folder / name, name, known[label], version))
             else:
                 detail = " ".join(filter(None, (f"line {line}: {label!r}", similar(label, classes))))
-                skipped.append(SkippedFile(source, f"{unknown_class(classes)}; correct the line", detail))
+                unknown[label] += 1
+                skipped.append(
+                    SkippedFile(source, f"{unknown_class(classes)}; add it to the run, or correct the line", detail)
+                )
     for name, lines in labels.items():
         detail = f"line {min(lines.values())}: {name}"
         skipped.append(SkippedFile(source, f"names a file that is not below {folder}", detail))
     if unlabelled:
         skipped.append(SkippedFile(folder, f"no label in {source.name}", files=unlabelled))
-    return Listing(sorted(files, key=lambda file: file.label), skipped)
+    return Listing(sorted(files, key=lambda file: file.label), skipped, unknown=unknown)
 
 
 def read_labels(path: Path) -> tuple[Labels, list[SkippedFile]]:

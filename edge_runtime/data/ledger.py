@@ -1,5 +1,5 @@
 """The ledger of a device's samples, one SQLite file. It has the SHA-256 of each file, so that a restart reads no file
-again, and the split of each SHA-256, so that it never changes.
+again, and the split of each SHA-256, so that it never changes. It also knows which samples are new.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ CREATE TABLE IF NOT EXISTS file_versions (
 -- contents of deleted files stay, because the files may come back: the latest ABSENT of them; `place` is the order of
 -- assignment
 CREATE TABLE IF NOT EXISTS slices (place INTEGER PRIMARY KEY, sha256 TEXT NOT NULL UNIQUE, slice TEXT NOT NULL);
+-- train samples that a round of stage 1 or 2 of `run` has used
+CREATE TABLE IF NOT EXISTS trained (sha256 TEXT PRIMARY KEY, run TEXT NOT NULL) WITHOUT ROWID;
 """
 
 
@@ -96,6 +98,16 @@ class Ledger:
                 [(sample.sha256, part.value) for part, samples in parts for sample in samples],
             )
             self._forget_absent({sample.sha256 for _, samples in parts for sample in samples})
+
+    def mark_trained(self, contents: Iterable[str], run: str) -> None:
+        """Records that a round of `run` has used these train samples. Another run begins with none."""
+        with _full_disk_ignored(), self._db:
+            self._db.execute("DELETE FROM trained WHERE run != ? OR sha256 NOT IN (SELECT sha256 FROM slices)", (run,))
+            self._db.executemany("INSERT OR IGNORE INTO trained VALUES (?, ?)", [(sha256, run) for sha256 in contents])
+
+    def trained(self, run: str) -> set[str]:
+        """The SHA-256 of the samples that rounds of `run` have used."""
+        return {sha256 for (sha256,) in self._db.execute("SELECT sha256 FROM trained WHERE run = ?", (run,))}
 
     def _forget_absent(self, present: set[str]) -> None:
         """Forgets the splits that were assigned first, if more than ABSENT are of contents that are not `present`."""

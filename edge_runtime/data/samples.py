@@ -8,7 +8,7 @@ needs their features: `assign_splits`, then `assign_new_samples`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 
@@ -56,7 +56,9 @@ class Split(Enum):
 class Splits:
     """A device's samples. `held_out` chooses levels and the best expert and trains the gate; `test` only measures.
 
-    `unassigned` are the SHA-256 of samples in `train` and `held_out` whose split is provisional.
+    `unassigned` are the SHA-256 of samples in `train` and `held_out` whose split is provisional. `proposed`: new
+    classes and the numbers of their files (see `edge_runtime.data.proposals`). `new`: how many of `train` no round of
+    stage 1 or 2 has used yet.
     """
 
     train: tuple[Sample, ...]
@@ -64,6 +66,8 @@ class Splits:
     test: tuple[Sample, ...]
     skipped: tuple[SkippedFile, ...] = ()
     unassigned: frozenset[str] = frozenset()
+    proposed: Mapping[str, int] = field(default_factory=dict)
+    new: int = 0
 
     @property
     def samples(self) -> tuple[Sample, ...]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import hashlib
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -14,9 +15,9 @@ from edge_runtime.data.samples import Sample, Splits, assign_new_samples
 from edge_runtime.engines.base import Engine
 from edge_runtime.store import DeviceStore
 from edge_runtime.training.gate import Gate
-from edge_runtime.training.loop import predict_log_p
+from edge_runtime.training.memo import Memo
 from fedfmsl.algorithms.arrays import Floats, Vector
-from fedfmsl.algorithms.mixture import Biases, class_mask
+from fedfmsl.algorithms.mixture import Biases, class_mask, log_softmax
 from fedfmsl.algorithms.sal import Sal
 from fedfmsl.protocol.task_bundle import TaskBundle
 
@@ -25,7 +26,8 @@ Samples = tuple[Sample, ...]
 
 @dataclass(frozen=True)
 class TrainingContext:
-    """`scanned`: the samples of the last folder scan. `report`: receives the progress of long computations."""
+    """`scanned`: the samples of the last folder scan. `report`: receives the progress of long computations. `memo`: the
+    logits that were computed before."""
 
     device_name: str
     bundle: TaskBundle
@@ -36,6 +38,7 @@ class TrainingContext:
     store: DeviceStore
     level_cap: int
     report: Report
+    memo: Memo = field(default_factory=Memo)
 
     @property
     def classes(self) -> int:
@@ -89,10 +92,23 @@ class TrainingContext:
 
     def log_p(self, samples: Samples, expert: Vector, bias: Floats) -> Floats:
         """Class log-probabilities (n, C) of the expert's logits + `bias` (C,)."""
-        level = self.level_of(expert)
-        self.engine.load(level)
-        self.engine.set(expert)
-        return predict_log_p(self.engine, self.cache.frozen(samples, level), bias)
+        return log_softmax(self.logits(samples, expert, expert, self.level_of(expert)) + bias)
+
+    def logits(self, samples: Samples, prefix: Vector, theta: Vector, level: int) -> Floats:
+        """Class logits (n, C) of the expert `theta` (P,) at `level`. The LoRA of the expert `prefix` is applied in its
+        active blocks below. May change the engine's level and trainables."""
+        active = theta[: self.bundle.expert.size(level)]
+        hidden = self.hidden_states(samples, prefix, level)
+
+        def compute() -> Floats:
+            self.engine.load(level)
+            self.engine.set(active)
+            logits = [self.engine.predict(batch) for batch in hidden.batches()]
+            return np.concatenate(logits) if logits else np.empty((0, self.classes), np.float32)
+
+        names = "".join(sample.sha256 for sample in samples)
+        key = hashlib.sha256(f"{hidden.folder} {names} ".encode() + active.tobytes())
+        return self.memo.recall(key.hexdigest(), compute)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 
 from edge_runtime.data.samples import labels_of
 from edge_runtime.training.context import Samples, TrainingContext
-from edge_runtime.training.loop import predict_log_p
 from edge_runtime.training.stages import Globals
 from fedfmsl.algorithms.arrays import Floats, Labels, Vector
 from fedfmsl.algorithms.calibration import fit_temperature
@@ -73,13 +72,10 @@ def expert_outputs(
     """Of the global expert at its temperature, and of the local expert `theta` at `level`."""
     no_bias = np.zeros(context.classes, np.float32)
     global_logits = context.log_p(samples, published.expert, no_bias) / np.float32(temperature)
-    context.engine.load(level)
-    context.engine.set(theta[: context.bundle.expert.size(level)])
-    hidden = context.hidden_states(samples, published.expert, level)
     return ExpertOutputs(
         features=context.cache.pooled(samples, context.level_of(published.expert)),
         global_logits=global_logits,
-        local_logits=predict_log_p(context.engine, hidden, no_bias),
+        local_logits=log_softmax(context.logits(samples, published.expert, theta, level)),
     )
 
 

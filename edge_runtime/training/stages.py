@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 
 from edge_runtime.data.samples import labels_of
 from edge_runtime.training.context import TrainingContext
-from edge_runtime.training.loop import Targets, predict_log_p, train
+from edge_runtime.training.loop import Targets, train
 from edge_runtime.training.personal_model import PersonalModel
 from fedfmsl.algorithms.arrays import Bools, Tensors, Vector
 from fedfmsl.algorithms.calibration import calibrated_nll
 from fedfmsl.algorithms.class_means import class_mean_head, class_sums
 from fedfmsl.algorithms.discriminant import second_moments
-from fedfmsl.algorithms.mixture import accuracy, log_frequencies
+from fedfmsl.algorithms.mixture import accuracy, log_frequencies, log_softmax
 from fedfmsl.errors import RunError
 from fedfmsl.protocol.layout import Layout
 from fedfmsl.protocol.messages import Globals as GlobalsHeader
@@ -146,10 +146,10 @@ def train_global(context: TrainingContext, round_: Round, published: Globals) ->
     splits, engine, layout = context.splits, context.engine, context.bundle.expert
     level = min(round_.level, context.level_cap)
     theta = published.expert[: layout.size(level)]
-    engine.load(level)
-    engine.set(theta, round_.training)
     measured = _held_out_metrics(context, published.expert, level)
     hidden = context.hidden_states(splits.train, published.expert, level)
+    engine.load(level)
+    engine.set(theta, round_.training)
     targets = Targets.cross_entropy(labels_of(splits.train))
     seed = shuffle_seed(context, round_)
     adjusted = round_.sums is Sums.NONE
@@ -164,17 +164,14 @@ def measure_global(context: TrainingContext, round_: Round, published: Globals) 
     """Canary round: accuracy and likelihood of the held-out samples under a global expert that other devices do not
     have yet."""
     level = min(round_.level, context.level_cap)
-    context.engine.load(level)
-    context.engine.set(published.expert[: context.bundle.expert.size(level)])
     metrics = _held_out_metrics(context, published.expert, level)
     return StageResult(samples=len(context.splits.held_out), level=level, metrics=metrics)
 
 
 def _held_out_metrics(context: TrainingContext, expert: Vector, level: int) -> dict[str, float]:
-    """Of the engine's expert, which is the global `expert` (P,) at `level`. The likelihood is over all classes."""
+    """Of the global `expert` (P,), used at `level`. The likelihood is over all classes."""
     samples = context.splits.held_out
-    states = context.hidden_states(samples, expert, level)
-    log_p = predict_log_p(context.engine, states, np.zeros(context.classes, np.float32))
+    log_p = log_softmax(context.logits(samples, expert, expert, level))
     labels = labels_of(samples)
     return {
         "held_out_global": accuracy(log_p + context.class_mask, labels),

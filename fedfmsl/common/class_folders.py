@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import unicodedata
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,11 +53,13 @@ class ClassFile:
 
 @dataclass(frozen=True)
 class Listing:
-    """What a walk found. `test`: the name of the folder with the user's own test split; None: there is none."""
+    """What a walk found. `test`: the name of the folder with the user's own test split; None: there is none.
+    `unknown`: classes that are not in the task, and the number of their files, without the test split."""
 
     files: list[ClassFile]
     skipped: list[SkippedFile]
     test: str | None = None
+    unknown: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,7 @@ def walk_classes(folder: Path, suffixes: Collection[str], noun: str, classes: Se
     entries = _entries(folder, noun, skipped, classes or ())
     splits = _splits(folder, noun, entries, classes or ())
     files: list[ClassFile] = []
+    unknown: Counter[str] = Counter()
     known = None if classes is None else {normal_name(name): name for name in classes}
 
     def found_in(name: str) -> list[tuple[str, FileVersion]]:
@@ -102,12 +106,13 @@ def walk_classes(folder: Path, suffixes: Collection[str], noun: str, classes: Se
             if not found:
                 skipped.append(SkippedFile(folder / name, EMPTY, files=0))
         elif found:
-            reason = f"{unknown_class(classes or ())}; rename or remove the folder"
+            reason = f"{unknown_class(classes or ())}; add it to the run, rename or remove the folder"
             skipped.append(SkippedFile(folder / name, reason, similar(label, classes or ()), len(found)))
+            unknown[label] += 0 if is_test else len(found)
     for name, reason in splits.unused.items():
         if count := len(found_in(name)):
             skipped.append(SkippedFile(folder / name, reason, files=count))
-    return Listing(files, skipped, splits.test)
+    return Listing(files, skipped, splits.test, unknown)
 
 
 def check_folder(folder: Path, noun: str) -> None:
@@ -119,13 +124,13 @@ def check_folder(folder: Path, noun: str) -> None:
     raise InputError(f"{noun} folder {folder} does not exist; create or mount it, or pass another folder")
 
 
-def folder_classes(folder: Path, noun: str, skipped: list[SkippedFile]) -> list[str]:
+def folder_classes(folder: Path, noun: str, skipped: list[SkippedFile], classes: Sequence[str] = ()) -> list[str]:
     """The names of the class folders; those of the training folder if there is one. Other folders are added to
-    `skipped`. Raises as `walk_classes` does."""
-    entries = _entries(folder, noun, skipped, ())
-    splits = _splits(folder, noun, entries, ())
+    `skipped`. `classes`: those that are known. Raises as `walk_classes` does."""
+    entries = _entries(folder, noun, skipped, classes)
+    splits = _splits(folder, noun, entries, classes)
     skipped += [SkippedFile(folder / name, reason) for name, reason in splits.unused.items()]
-    found = _class_level(folder, entries, splits, skipped, ())
+    found = _class_level(folder, entries, splits, skipped, classes)
     names = [entry.name for _, entry, is_test in found if not is_test and is_folder(entry, follow=True)]
     return [*dict.fromkeys(map(normal_name, names))]
 

@@ -27,7 +27,7 @@ def check_names(names: Sequence[str], source: str) -> tuple[str, ...]:
     """
     if len(names) > MAX_CLASSES:
         raise ConfigError(f"{source}: {len(names)} classes are more than {MAX_CLASSES}; name fewer")
-    normal = tuple(unicodedata.normalize("NFC", name) for name in names)
+    normal = tuple(map(normal_form, names))
     for name in normal:
         if problem := fault(name):
             raise ConfigError(f"{source}: class {_quoted(name)} {problem}")
@@ -37,6 +37,10 @@ def check_names(names: Sequence[str], source: str) -> tuple[str, ...]:
     if len(normal) < 2:
         raise ConfigError(f"{source} needs at least two classes, got {len(normal)}; name more of them")
     return normal
+
+
+def normal_form(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
 
 
 def fault(name: str) -> str:
@@ -61,6 +65,14 @@ def fault(name: str) -> str:
 def valid_name(name: str) -> str:
     """The name as it is if it can be one of a class or UNKNOWN, otherwise as a text for people."""
     return name if name == UNKNOWN or not fault(name) else one_line(name)
+
+
+def proposable(name: str) -> str:
+    """The name as it is. Raises ValueError if it is not valid or not in NFC."""
+    problem = fault(name) or ("" if unicodedata.is_normalized("NFC", name) else "is not in Unicode's normal form NFC")
+    if problem:
+        raise ValueError(f"class {one_line(repr(name))} {problem}")
+    return name
 
 
 def split_names(text: str) -> list[str]:

@@ -10,20 +10,26 @@ from typing import Annotated, ClassVar, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from fedfmsl.algorithms.draw import Draw
 from fedfmsl.algorithms.privacy import Privacy
 from fedfmsl.algorithms.sal import Sal
 from fedfmsl.errors import MessageError, one_line, shown
 from fedfmsl.protocol.chunks import CHUNK_BYTES, check_chunk_size
-from fedfmsl.protocol.class_names import MAX_CLASSES, valid_name
+from fedfmsl.protocol.class_names import MAX_CLASSES, proposable, valid_name
 from fedfmsl.protocol.topics import MAX_NUMBER, NAME
 
+MAX_NAMED = 2500  # devices in an announcement; with the longest names it has 170 KB
 Name = Annotated[str, Field(pattern=f"^{NAME}$")]  # run or device
+Names = Annotated[tuple[Name, ...], Field(max_length=MAX_NAMED, fail_fast=True)]
 Session = Annotated[str, Field(pattern=r"^[0-9A-Za-z-]{1,64}$")]
 Sha256 = Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")]  # "" if there is none; used as a file name
 Url = Annotated[str, Field(pattern=r"^(https?://[!-~]+)?$", max_length=2048)]
 Key = Annotated[str, Field(pattern=r"^[0-9A-Za-z._-]{1,64}$")]
 Text = Annotated[str, AfterValidator(one_line)]  # for people; a longer text is cut
 ClassName = Annotated[str, AfterValidator(valid_name)]
+ProposedName = Annotated[str, AfterValidator(proposable)]
+MAX_ADDED = 64  # classes at once
+AddedNames = Annotated[tuple[ProposedName, ...], Field(max_length=MAX_ADDED, fail_fast=True)]
 FileName = Annotated[str, AfterValidator(shown), Field(max_length=16_384)]  # the longest path, each byte as \xff
 Number = Annotated[int, Field(ge=0, le=MAX_NUMBER)]
 Positive = Annotated[int, Field(ge=1, le=MAX_NUMBER)]
@@ -31,6 +37,7 @@ Level = Annotated[int, Field(ge=0, le=1024)]
 ChunkBytes = Annotated[int, AfterValidator(check_chunk_size)]
 Count = Annotated[int, Field(ge=0, le=2**53)]  # also exact as a float
 MAX_AMOUNT = 2**53
+MAX_PROPOSED = 16  # classes that one device proposes
 Amount = Annotated[float, Field(ge=0, le=MAX_AMOUNT)]
 
 
@@ -110,10 +117,14 @@ class ServerStatus(Message):
 
 
 class Round(Message):
-    """The announcement of a round, retained.
+    """The announcement of a round, retained. That of FINISHED describes stage 2, for devices that took no part in the
+    run: `training`, `sal`, and as `repetitions` its rounds.
 
     `expert` (the global expert), `start` (the expert that stage 1 starts from) and `gate` are the SHA-256 of blobs of
-    globals; "" if there is none yet. `chosen`: the selected devices; empty if all are selected.
+    globals; "" if there is none yet.
+
+    Which devices are selected: those named in `chosen`. If it is empty, all that are in `draw` (None: all), except
+    those named in `unasked`. So the announcement to many devices stays short.
 
     Rounds of statistics and head: `sums` is what devices sum (in stage 1: what they will sum in the round of the head),
     `min_class_count` the number of samples from which a
@@ -132,7 +143,9 @@ class Round(Message):
     of: Number  # rounds of this stage
     repetitions: Positive = 1  # how many times a device trains its local epochs in the round
     level: Level
-    chosen: tuple[Name, ...] = Field(default=(), max_length=5000, fail_fast=True)
+    chosen: Names = ()
+    unasked: Names = ()
+    draw: Draw | None = None
     expert: Sha256 = ""
     start: Sha256 = ""
     gate: Sha256 = ""
@@ -148,6 +161,17 @@ class Round(Message):
     sal: Sal
     encoding: Encoding = Encoding.FP32
     privacy: Privacy | None = None
+
+    def asks(self, device: str) -> bool:
+        """Whether a device is selected."""
+        if self.chosen:
+            return device in self.chosen
+        return device not in self.unasked and (self.draw is None or self.draw.has(self.round, device))
+
+    @property
+    def selects(self) -> bool:
+        """Whether there may be devices that are not selected."""
+        return bool(self.chosen or self.unasked or self.draw)
 
     @property
     def blobs(self) -> frozenset[str]:
@@ -189,7 +213,9 @@ class Globals(Message):
 class DeviceStatus(Message):
     """Retained, last will; also published whenever the server comes online. `instance` is random at each start and
     detects a duplicate device name. `paused`: why the device may not train now; new rounds do not wait for a paused
-    device. `error`: why it cannot take part; no round waits for it."""
+    device. `error`: why it cannot take part; no round waits for it. `proposed`: classes that the task lacks and this
+    device has labelled samples of, and how many. `new_samples`: training samples that no round of stage 1 or 2 has used
+    yet."""
 
     device: Name
     online: bool
@@ -199,6 +225,8 @@ class DeviceStatus(Message):
     train: Count = 0
     held_out: Count = 0
     test: Count = 0
+    new_samples: Count = 0
+    proposed: dict[ProposedName, Count] = Field(default={}, max_length=MAX_PROPOSED)
     paused: Text = ""
     error: Text = ""
 

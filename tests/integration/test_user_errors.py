@@ -318,9 +318,9 @@ CASES = [
     ),
     Wrong(
         "more devices than a run can have",
-        lambda w: w.server(devices="2501"),
+        lambda w: w.server(devices="100001"),
         CONFIG,
-        ("--devices '2501'", "is too large; it must be at most 2500"),
+        ("--devices '100001'", "is too large; it must be at most 100000"),
     ),
     Wrong(
         "a level above the bundle's",

@@ -161,7 +161,8 @@ def test_skipped_files_have_a_reason_and_are_counted_by_it(tmp_path: Path) -> No
     touch(tmp_path, "kiwi/1.jpg", "kiwi/movie.mp4", "Plum /2.jpg", "notes/a.txt", "lost.jpg", "README.md")
     touch(tmp_path, *(f"lime/{index}.jpg" for index in range(5)), *(f"kiwi/{index}.mov" for index in range(4)), "x")
     listing = walk_classes(tmp_path, IMAGES.suffixes, IMAGES.noun, CLASSES)
-    other = "class not in the task, whose classes are apple, kiwi, lemon, plum; rename or remove the folder"
+    remedy = "add it to the run, rename or remove the folder"
+    other = f"class not in the task, whose classes are apple, kiwi, lemon, plum; {remedy}"
     assert sorted(summarize(listing.skipped, tmp_path)) == sorted(
         [
             f"6 files: {other} (Plum  (did you mean 'plum'?), lime)",

@@ -31,6 +31,7 @@ from fedfmsl.algorithms.class_means import class_mean_head
 from fedfmsl.algorithms.discriminant import discriminant_head, logit_head, with_former_rows
 from fedfmsl.algorithms.sal import AllAtOnce, CapabilityQueue, FixedSchedule
 from fedfmsl.protocol.messages import (
+    MAX_NAMED,
     Encoding,
     Globals,
     Round,
@@ -42,7 +43,7 @@ from fedfmsl.protocol.messages import (
     parse,
 )
 from fedfmsl.protocol.tensors import unpack
-from trainer_server.config import MAX_DEVICES, Aggregation, Head, Rule, Selection
+from trainer_server.config import Aggregation, Head, Rule, Selection
 from trainer_server.coordinator.advance import next_deadline
 from trainer_server.coordinator.events import (
     AnnounceRound,
@@ -357,12 +358,13 @@ def test_personal_rounds_use_the_sal_rule_and_training_of_stage_2(vit: Built) ->
     run = started(vit, baseline=True, stage2=training, stage2_sal=rule)
     run.until_stop(ABC)
     for announced in (command.round for command in run.of(AnnounceRound)):
-        personal = announced.stage is Stage.PERSONAL
+        personal = announced.stage in (Stage.PERSONAL, Stage.FINISHED)  # late devices follow the end
         assert (announced.training == training) == personal
         assert (announced.sal.trigger.window == 7) == personal
         early = announced.stage in (Stage.STATISTICS, Stage.GLOBAL)
         assert announced.sal.max_level == (LAYERS if early else announced.level)  # no higher than the global expert
-        assert announced.repetitions == (4 if announced.stage is Stage.BASELINE else 1)
+        rounds = {Stage.BASELINE: run.plan.config.stage1_rounds, Stage.FINISHED: run.plan.config.stage2_rounds}
+        assert announced.repetitions == rounds.get(announced.stage, 1)
 
 
 # verdicts on updates
@@ -951,7 +953,7 @@ def test_a_repeated_round_asks_every_device(vit: Built) -> None:
 
 
 def test_devices_can_read_the_longest_announcement(vit: Built) -> None:
-    names = [f"{number:064}" for number in range(MAX_DEVICES)]
+    names = [f"{number:064}" for number in range(MAX_NAMED)]
     longest = trained(started(vit)).announced.model_copy(update={"chosen": tuple(names)})
     assert parse(Round, encode(longest)) == longest
 

@@ -22,6 +22,7 @@ from support.samples import CLASSES, LONG_AGO, set_dates, write_texts
 from edge_runtime.data.folder import SampleFolder, largest, scan_once
 from edge_runtime.data.inputs import IMAGES
 from edge_runtime.data.ledger import open_ledger
+from edge_runtime.data.proposals import NothingToTrainError
 from edge_runtime.data.samples import Sample, Splits, assign_new_samples
 from edge_runtime.data.unreadable import MAX_FILE_BYTES
 from edge_runtime.store import DeviceStore
@@ -288,6 +289,50 @@ def test_what_may_be_read_otherwise_is_read_again_and_changes_no_split(
     assert reads == []
 
 
+def test_new_class_folders_are_proposed_with_the_number_of_their_files(
+    vit: Built, photos: Path, store: DeviceStore
+) -> None:
+    folder = SampleFolder(photos, vit.bundle, store)
+    assert folder.scan().proposed == {}
+    for name, count in {"fig": 3, "li\u0301me": 2, "date": 1, "Apple ": 4, "dev": 4, "two\nlines": 4}.items():
+        for number in range(count):
+            put(photos / name / f"{number}.jpg", photo(number))
+    put(photos / "fig" / "notes.txt", b"no image")
+    assert folder.scan().proposed == {"fig": 3, "l\u00edme": 2}
+    for name in CLASSES:
+        shutil.rmtree(photos / name)
+    with pytest.raises(NothingToTrainError, match=r"class not in the task.*add it to the run") as caught:
+        folder.scan()
+    assert caught.value.proposed == {"fig": 3, "l\u00edme": 2}
+    for number in range(20):
+        for each in range(2 + number):
+            put(photos / f"new {number:02}" / f"{each}.jpg", photo(each))
+    with pytest.raises(NothingToTrainError) as caught:
+        folder.scan()
+    assert list(caught.value.proposed.values()) == list(range(6, 22))  # the sixteen with most files
+
+
+def test_a_sample_is_new_until_a_round_of_its_run_has_used_it_also_after_a_restart(
+    vit: Built, photos: Path, store: DeviceStore
+) -> None:
+    def scanned(run: str = "r") -> Splits:
+        return SampleFolder(photos, vit.bundle, store, run=run).scan()
+
+    first = assigned(SampleFolder(photos, vit.bundle, store, run="r"), store)
+    assert first.new == len(first.train) > 0
+    with open_ledger(store.samples) as ledger:
+        ledger.mark_trained((sample.sha256 for sample in first.train), "r")
+    assert scanned().new == 0
+    for number in range(20):
+        put(photos / "kiwi" / f"new-{number}.jpg", photo(number))
+    again = scanned()
+    assert again.new == len(again.train) - len(first.train) > 0
+    assert scanned("another").new == len(again.train)
+    with open_ledger(store.samples) as ledger:
+        ledger.mark_trained((sample.sha256 for sample in again.train), "another")
+        assert (len(ledger.trained("another")), len(ledger.trained("r"))) == (len(again.train), 0)
+
+
 def test_texts_come_and_go_like_images(bert: Built, store: DeviceStore, tmp_path: Path) -> None:
     texts = set_dates(write_texts(tmp_path / "texts"))
     folder = SampleFolder(texts, bert.bundle, store)
@@ -359,6 +404,8 @@ def test_labels_may_come_from_a_csv_file(
     assert {(s.sha256, s.label) for s in splits.samples} == {(s.sha256, s.label) for s in expected.samples}
     assert {s.sha256 for s in splits.test} == {s.sha256 for s in expected.test}
     assert splits.skipped == ()
+    write_csv(labels, [*((name, "fig") for name, _ in rows[:3]), *rows[3:]])
+    assert SampleFolder(root, vit.bundle, store, labels).scan().proposed == {"fig": 3}
 
 
 def test_a_wrong_row_of_a_csv_file_is_named_with_its_line(
@@ -384,7 +431,7 @@ def test_a_wrong_row_of_a_csv_file_is_named_with_its_line(
     reasons = [str(each) for each in splits.skipped]
     for words in (
         f"labels.csv: names a file that is not below {root} (line 40: gone.jpg)",
-        "classes are apple, kiwi, lemon, plum; correct the line (line 41: 'durian')",
+        "classes are apple, kiwi, lemon, plum; add it to the run, or correct the line (line 41: 'durian')",
         "day-1/01.jpg: several classes in labels.csv ('apple' in line 42 and 'plum' in line 43)",
         "movie.mp4: .mp4 is not a suffix of images",
         "labels.csv: without a file or a class (line 45)",

@@ -16,7 +16,7 @@ SILENCE, ANSWER = 200.0, 90.0
 
 @pytest.fixture
 def liveness() -> Liveness:
-    return Liveness(SILENCE, ANSWER)
+    return Liveness(3, SILENCE, ANSWER)
 
 
 def lost_at(liveness: Liveness, start: float) -> float:

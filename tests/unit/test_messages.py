@@ -83,8 +83,8 @@ def test_a_head_round_with_privacy_is_refused() -> None:
     assert parse(Round, encode(without)) == without
 
 
-def test_a_round_has_at_most_five_thousand_devices_with_valid_names() -> None:
-    asked = ROUND.model_copy(update={"chosen": tuple(f"device-{number}" for number in range(5000))})
+def test_a_round_has_at_most_2500_devices_with_valid_names() -> None:
+    asked = ROUND.model_copy(update={"chosen": tuple(f"device-{number}" for number in range(2500))})
     assert parse(Round, encode(asked)) == asked
     for chosen in ((*asked.chosen, "one-more"), ("a/b",), ("",)):
         with pytest.raises(MessageError, match="chosen"):
@@ -111,6 +111,15 @@ def test_the_settings_of_a_round_have_bounds_and_no_unknown_fields(field: str, c
     announced[field].update(changes)
     with pytest.raises(MessageError, match=f"{field}.*{next(iter(changes))}"):
         parse(Round, json.dumps(announced).encode())
+
+
+@pytest.mark.parametrize(
+    "names", [["../fig"], ["fig\n"], [" "], ["Unknown"], ["e\u0301"], ["f" * 256], [f"c{i}" for i in range(17)]]
+)
+def test_a_device_proposes_at_most_sixteen_classes_with_valid_names(names: list[str]) -> None:
+    payload = json.dumps({"device": "d", "online": True, "proposed": dict.fromkeys(names, 1)}).encode()
+    with pytest.raises(MessageError, match="proposed"):
+        parse(DeviceStatus, payload)
 
 
 def test_untrusted_text_becomes_one_short_printable_line() -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from pathlib import Path
 
 import pytest
 from support.bundles import Built
-from support.coordinators import ROUND_SECONDS, CoordinatorRun, started
+from support.coordinators import JOIN_SECONDS, ROUND_SECONDS, CoordinatorRun, plan_for, started
 
 from fedfmsl.protocol.messages import Stage, Verdict
 from trainer_server.coordinator.advance import next_deadline
-from trainer_server.coordinator.events import ClockTicked, CountRefusal, Log, OperatorActed, StoreRound
+from trainer_server.coordinator.events import ClockTicked, CountRefusal, Log, OperatorActed, RestChanged, StoreRound
 from trainer_server.coordinator.operator import Action, Operation
 from trainer_server.storage.checkpoint import Checkpoint, vectors_of
 from trainer_server.storage.operations import MOST, Operations
@@ -101,6 +103,47 @@ def test_a_checkpoint_keeps_what_the_operator_has_done(vit: Built) -> None:
     restored = Checkpoint.of(run.state).state(vectors_of(run.state))
     names = ("paused_at", "closing", "excluded")
     assert [getattr(restored, name) for name in names] == [getattr(run.state, name) for name in names]
+
+
+def test_a_run_that_rests_keeps_its_time_also_beside_a_pause(vit: Built) -> None:
+    """Seconds in which a run is paused and rests count once, whichever begins and ends first."""
+    orders = ([(Action.PAUSE, True), (True, Action.PAUSE)], [(Action.RESUME, False), (False, Action.RESUME)])
+    for begins, ends in itertools.product(*orders):
+        run = started(vit)
+        run.now += 10
+        left = next_deadline(run.plan, run.state) - run.now
+        for change in (*begins, *ends):
+            assert isinstance(change, bool) or act(run, change)
+            if isinstance(change, bool):
+                run.feed_only(RestChanged(change))
+            run.now += ROUND_SECONDS
+            if change in begins:
+                assert next_deadline(run.plan, run.state) == math.inf
+        run.now -= ROUND_SECONDS  # since the end
+        assert next_deadline(run.plan, run.state) - run.now == left
+
+
+def test_while_a_run_rests_updates_count_and_no_round_opens_or_closes(vit: Built) -> None:
+    run = started(vit)
+    run.feed_only(RestChanged(True), RestChanged(True))
+    assert act(run, Action.CLOSE, round=1) == "round 1 closes when the run rests no more"
+    run.answers("abc")
+    assert run.verdicts == [Verdict.ACCEPTED] * 3
+    assert Checkpoint.of(run.state).state(vectors_of(run.state)).rests_at == run.now
+    assert "it rests outside of the hours of --schedule" in (act(run, Action.PAUSE) and act(run, Action.RESUME))
+    assert (run.announced.round, run.of(StoreRound)) == (1, [])
+    run.feed(RestChanged(False))
+    assert run.announced.round == 2
+
+
+def test_a_run_that_rests_waits_for_devices_without_end(vit: Built) -> None:
+    run = CoordinatorRun(plan_for(vit))
+    run.feed_only(RestChanged(True))
+    run.now += 10 * JOIN_SECONDS
+    run.online("a", "b", "c")
+    assert run.state.announced is None
+    run.feed(RestChanged(False))
+    assert run.announced.round == 1
 
 
 def test_actions_wait_in_order_and_a_file_that_holds_none_is_found(tmp_path: Path) -> None:

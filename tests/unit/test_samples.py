@@ -128,13 +128,16 @@ def test_a_class_that_is_not_in_the_bundle_is_skipped_with_the_known_classes(fol
     splits = scan_once(folder, CLASSES, IMAGES)
     assert splits.class_counts(4).tolist() == [8, 8, 0, 8]
     assert reasons(splits, folder) == {
-        "lime": "class not in the task, whose classes are apple, kiwi, lemon, plum; rename or remove the folder",
+        "lime": "class not in the task, whose classes are apple, kiwi, lemon, plum; add it to the run, rename or "
+        "remove the folder",
         "notes/a.txt": ".txt is not a suffix of images",
     }
 
 
 def test_a_folder_of_unknown_classes_is_refused_with_the_known_ones(folder: Path) -> None:
-    with pytest.raises(InputError, match=r"no images to train on: 40 files: .* are pear, quince; rename.*\(apple, "):
+    with pytest.raises(
+        InputError, match=r"no images to train on: 40 files: .* are pear, quince; add.*rename.*\(apple, "
+    ):
         scan_once(folder, ("pear", "quince"), IMAGES)
 
 

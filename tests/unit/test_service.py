@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import sqlite3
 import threading
+import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +19,21 @@ from support.brokers import RestartableBroker
 from support.bundles import Built
 from support.coordinators import ROUND_SECONDS, CoordinatorRun, make_update, plan_for
 from support.processes import Broker, Observer, Processes, free_port, wait_until
+from support.samples import CLASSES
 
 from fedfmsl.algorithms.aggregation import Aggregate, ScreenedMean
+from fedfmsl.common.hours import Hours
 from fedfmsl.protocol.chunks import chunks
 from fedfmsl.protocol.messages import Ack, Activity, Health, Round, ServerStatus, Stage, Verdict, encode
+from fedfmsl.protocol.task import Task
 from fedfmsl.protocol.tensors import pack
 from fedfmsl.protocol.topics import Topics
-from fedfmsl.transport.link import Link
+from fedfmsl.transport.link import Link, Received
 from trainer_server.coordinator.events import UpdateRefused, UpdateSeen
 from trainer_server.coordinator.operator import Action, Operation
 from trainer_server.coordinator.state import Plan
 from trainer_server.service.floods import SPARE_MESSAGES
-from trainer_server.service.lifecycle import open_run, run_server
+from trainer_server.service.lifecycle import make_plan, open_bundle, open_run, restore_state, run_server
 from trainer_server.service.run_log import LOG_BYTES
 from trainer_server.storage.kept_experts import KeptExperts
 from trainer_server.storage.operations import Operations
@@ -97,15 +102,18 @@ def scene(
     allowed: frozenset[str] | None = None,
     metrics: str | None = None,
     round_timeout: float = ROUND_SECONDS,
+    wall: Callable[[], float] = time.time,
+    schedule: tuple[Hours, ...] = (),
 ) -> Iterator[Scene]:
-    plan = plan_for(vit, devices=1, run=run, stage1_rounds=1, stage2_rounds=1, round_timeout=round_timeout)
+    rounds = {"stage1_rounds": 1, "stage2_rounds": 1}
+    plan = plan_for(vit, devices=1, run=run, round_timeout=round_timeout, schedule=schedule, **rounds)
     config = plan.config
     folder.mkdir()
 
     def serve() -> None:
         open_run(folder, config, vit.bundle).close()
         store = RunStore(folder, busy_seconds=0.05)
-        options: dict[str, Any] = {"log_bytes": log_bytes, "allowed": allowed, "metrics": metrics}
+        options: dict[str, Any] = {"log_bytes": log_bytes, "allowed": allowed, "metrics": metrics, "wall": wall}
         run_server(store, vit.bundle, broker.url, "", None, insecure=False, **options)
 
     server = threading.Thread(target=serve, daemon=True)
@@ -170,6 +178,39 @@ def test_a_finished_run_goes_on_after_a_rollback(vit: Built, broker: Broker, tmp
         stages = [each.round.stage for each in RunStore(s.folder).rounds() if each.round.round > closed]
         assert stages == [Stage.PERSONAL, Stage.EVALUATE]
         assert KeptExperts(s.folder).rounds() == experts
+
+
+def test_the_next_session_of_a_run_begins_while_devices_stay(vit: Built, broker: Broker, tmp_path: Path) -> None:
+    """The server is never offline in between, and leaves no globals of the former session on the broker."""
+    with scene(vit, broker, tmp_path / "run", "classes") as s:
+        s.announce_device()
+        first = s.observer.wait(Round, lambda r: True, "the first round")
+        assert Operations(s.folder).add(Operation(action=Action.CLASSES, classes=("quince",)))
+        wait_until(lambda: "1 class is added after round 1: quince" in s.notes, "the server obeys")
+        s.send(make_update(s.plan, first, "a"))
+        former, seen = s.plan.session, s.observer.catch_up()
+        status = s.observer.wait(ServerStatus, lambda it: it.session != former, "the next session", seen)
+        store = RunStore(s.folder)
+        s.plan = make_plan(store, open_bundle(store))
+        assert (status.session, status.task) == (s.plan.session, s.plan.bundle.task.sha256)
+        s.announce_device()
+        s.run_to_its_end(since=first.round)
+        end = next(
+            n for n, each in enumerate(s.observer.seen) if isinstance(each, Round) and each.stage is Stage.FINISHED
+        )
+        assert all(each.online for each in s.observer.seen[:end] if isinstance(each, ServerStatus))
+        assert Task.unpack(s.observer.blobs[status.task]).classes == (*CLASSES, "quince")
+        retained = Link(broker.url, "later")
+        retained.connect()
+        retained.subscribe(s.topics.globals_chunk(vit.bundle.task.sha256, "+"))  # the broker answers in this order
+        retained.subscribe(s.topics.round)
+        topics = [""]
+        while topics[-1] != s.topics.round:
+            event = retained.next_event(30.0)
+            assert event is not None
+            topics += [event.topic] if isinstance(event, Received) else []
+        retained.close()
+        assert not any(s.topics.globals_of(topic) == vit.bundle.task.sha256 for topic in topics)
 
 
 def test_an_aggregation_that_finds_a_full_disk_is_tried_again(
@@ -252,6 +293,35 @@ def test_a_device_that_is_not_allowed_takes_no_part_and_metrics_count_it(
         assert f"{prefix}_round_seconds_sum {sum(closed.seconds for closed in records)}" in lines
         assert f'{prefix}_stage{{stage="finished"}} 1.0' in lines
         assert any(line.startswith(f'{prefix}_refused_messages_total{{reason="not allowed"}}') for line in lines)
+
+
+def test_a_run_rests_outside_of_its_hours_as_its_log_says(vit: Built, broker: Broker, tmp_path: Path) -> None:
+    """The clock on the wall is moved. Between the hours no round opens or closes, and an update is acknowledged."""
+    clock = [datetime(2026, 11, 27, 12).timestamp()]
+
+    def says(text: str) -> None:
+        wait_until(lambda: text in s.notes, text)
+
+    night = (Hours.parse("22:00-06:00"),)
+    with scene(vit, broker, tmp_path / "run", "night", wall=lambda: clock[0], schedule=night) as s:
+        says("the run rests: until 2026-11-27 22:00 (--schedule 22:00-06:00)")
+        s.announce_device()
+        says("a is online")
+        assert RunStore(s.folder).is_unstarted()  # another start may change its settings
+        clock[0] += 10.5 * 3600
+        first = s.observer.wait(Round, lambda r: r.round == 1, "the first round")
+        says("the run rests no more")
+        clock[0] += 8 * 3600
+        says("the run rests: until 2026-11-28 22:00")
+        s.send(make_update(s.plan, first, "a"))
+        s.observer.wait(Ack, lambda ack: ack.round == 1, "its acknowledgement")
+        state, _ = restore_state(RunStore(s.folder), s.plan)
+        assert state.rests_at is not None and state.answered == {"a"}
+        s.observer.catch_up()
+        assert not any(isinstance(message, Round) and message.round > 1 for message in s.observer.seen)
+        clock[0] += 16 * 3600
+        s.observer.wait(Round, lambda r: r.round == 2, "the second round")
+        s.run_to_its_end(since=1)
 
 
 def test_a_reconnection_is_logged(vit: Built, tmp_path: Path) -> None:

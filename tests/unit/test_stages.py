@@ -20,6 +20,7 @@ from edge_runtime.engines.base import Batch
 from edge_runtime.engines.step_graph import StepGraphEngine
 from edge_runtime.training.context import TrainingContext
 from edge_runtime.training.local_expert import LocalExpert, train_personal
+from edge_runtime.training.memo import Memo
 from edge_runtime.training.mixture import compute_mixture, global_temperature
 from edge_runtime.training.stages import (
     Globals,
@@ -30,7 +31,7 @@ from edge_runtime.training.stages import (
     train_global,
 )
 from edge_runtime.training.updates import prepare_update
-from fedfmsl.algorithms.arrays import Tensors, Vector
+from fedfmsl.algorithms.arrays import Floats, Tensors, Vector
 from fedfmsl.algorithms.class_means import class_mean_head
 from fedfmsl.algorithms.discriminant import second_moments
 from fedfmsl.algorithms.mixture import label_log_p
@@ -136,6 +137,33 @@ def test_without_class_sums_a_device_sends_only_counts_and_norms(context: Traini
     tensors = statistics(context, announced_round(Stage.STATISTICS, sums=Sums.NONE), nothing).tensors
     assert not np.asarray(tensors["class_sums"]).any()
     assert np.asarray(tensors["norm_sum"]).item() > 0
+
+
+def test_logits_are_computed_again_only_for_other_samples_or_trainables(context: TrainingContext) -> None:
+    predicted = list[int]()
+
+    class CountingEngine(StepGraphEngine):
+        def predict(self, hidden: Floats) -> Floats:
+            predicted.append(len(hidden))
+            return super().predict(hidden)
+
+    counting = replace(context, engine=CountingEngine(context.bundle, threads=1))
+    samples, globals_ = context.splits.held_out, initial_globals(context.bundle, level=2)
+    other = globals_.expert + np.float32(0.01)
+    for theta, part, level in (
+        (globals_.expert, samples, 2),
+        (other, samples, 2),
+        (other, samples[1:], 2),
+        (other, samples, 1),  # below a LoRA of `globals_.expert`, so other hidden states
+    ):
+        before = len(predicted)
+        first = counting.logits(part, globals_.expert, theta, level)
+        assert len(predicted) > before
+        before = len(predicted)
+        assert counting.logits(part, globals_.expert, theta, level) is first
+        assert len(predicted) == before
+        fresh = replace(context, memo=Memo())
+        assert np.array_equal(fresh.logits(part, globals_.expert, theta, level), first)
 
 
 def test_stage_2_returns_the_delta_of_the_gate_adapter(context: TrainingContext) -> None:

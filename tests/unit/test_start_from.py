@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import load, save
-from support.bundles import LAYERS, RANK, Built, hidden_of, random_samples, random_theta, run_graph
+from support.bundles import LAYERS, RANK, Built, hidden_of, random_samples, random_theta, run_graph, with_names
 from support.coordinators import PRIVACY, RULE, plan_for
 from support.offline_server import OfflineServer
 from support.samples import CLASSES
@@ -23,9 +22,7 @@ from fedfmsl.algorithms.accounting import Observer, epsilons
 from fedfmsl.algorithms.sal import AllAtOnce, Sal
 from fedfmsl.common.whole_folder import write_folder
 from fedfmsl.errors import ConfigError, RunError
-from fedfmsl.protocol.messages import Stage
-from fedfmsl.protocol.task import Task
-from fedfmsl.protocol.task_bundle import TaskBundle
+from fedfmsl.protocol.messages import Stage, Sums
 from trainer_server.config import Aggregation, Head, Rule
 from trainer_server.coordinator.privacy_budget import NoisedRounds, privacy_budget
 from trainer_server.coordinator.warm_start import warm_start
@@ -36,10 +33,6 @@ from trainer_server.storage.run_store import RunStore
 
 LEVEL = 2
 OTHERS = ("plum", "cherry", "apple")  # one class is new, two leave, and the order changes
-
-
-def with_names(built: Built, names: Sequence[str]) -> Built:
-    return replace(built, bundle=TaskBundle(built.bundle, Task.of(built.bundle.sha256, names, "the test")))
 
 
 def started(built: Built, folder: Path, source: Path | None = None, **config: Any) -> OfflineServer:
@@ -68,7 +61,7 @@ def last_state(folder: Path) -> Any:
 def test_the_same_classes_go_on_bit_by_bit(vit: Built, earlier: Path, tmp_path: Path) -> None:
     """A statistics round would have nothing to add."""
     before, server = last_state(earlier), started(vit, tmp_path / "run", earlier, head=Head.CLASS_MEANS)
-    assert server.state.expert.tobytes() == before.expert.tobytes()
+    assert server.state.expert.tobytes() == before.trained.tobytes()
     assert server.state.gate.tobytes() == before.gate.tobytes()
     assert server.state.sal.level == LEVEL
     for event in server.joins():
@@ -90,7 +83,7 @@ def test_other_classes_start_with_the_rows_of_the_kept_ones(vit: Built, earlier:
         (found,) = run_graph(built.bundle, f"predict-{LEVEL}.onnx", ["logits"], hidden=hidden, theta=theta)
         return dict(zip(built.bundle.classes, found.T, strict=True))
 
-    before, first = logits(vit, last_state(earlier).expert), logits(new, server.state.expert)
+    before, first = logits(vit, last_state(earlier).trained), logits(new, server.state.expert)
     for event in server.joins():
         server.feed(event)
     assert server.state.announced is not None and server.state.announced.stage is Stage.STATISTICS
@@ -127,6 +120,19 @@ def test_stage_2_can_start_at_once(vit: Built, earlier: Path, tmp_path: Path) ->
     assert stages == [Stage.PERSONAL, Stage.EVALUATE]
     with pytest.raises(ConfigError, match="--stage1-rounds 0 needs --from"):
         started(vit, tmp_path / "other", stage1_rounds=0)
+
+
+def test_training_goes_on_from_the_trained_head(vit: Built, tmp_path: Path) -> None:
+    """And not from that of the sums, which it would change too much; stage 2 alone needs the latter."""
+    sums = {"head_sums": Sums.LOGITS, "secure_sums": False}
+    server = started(vit, tmp_path / "earlier", **sums).run()
+    head, before = vit.bundle.expert.size(0), last_state(server.store.folder)
+    assert before.former.head.size and not np.array_equal(before.former.head, before.expert[:head])
+    expected = {0: before.expert[:head], 3: before.former.head}
+    for rounds, found in expected.items():
+        following = started(vit, tmp_path / str(rounds), server.store.folder, stage1_rounds=rounds, **sums)
+        assert np.array_equal(following.state.expert[:head], found)
+        assert np.array_equal(following.state.expert[head:], before.expert[head:])
 
 
 def test_without_sums_training_makes_the_row_of_a_new_class(vit: Built, earlier: Path, tmp_path: Path) -> None:

@@ -120,6 +120,8 @@ def state_of(snapshot: Snapshot) -> tuple[str, str]:
         return "no server", "bad"
     if snapshot.server and snapshot.server.paused:
         return "paused", "warn"
+    if snapshot.server and snapshot.server.rests:
+        return "rests", "muted"
     if snapshot.server and snapshot.server.waits:
         return "waiting for devices", "bad"
     return ("waiting for devices", "warn") if snapshot.announced is None else ("running", "good")

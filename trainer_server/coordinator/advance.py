@@ -17,21 +17,22 @@ import math
 from collections import Counter
 from dataclasses import replace
 
+from fedfmsl.algorithms.draw import lowest
 from fedfmsl.algorithms.secure_aggregation import MIN_DEVICES, SecureAggregationError
+from fedfmsl.common.persistent_map import PersistentMap
 from fedfmsl.errors import MessageError
-from fedfmsl.protocol.messages import Ack, DeviceStatus, Round, Stage, Verdict
-from trainer_server.config import MAX_DEVICES, MIN_REPORTS
+from fedfmsl.protocol.messages import MAX_NAMED, Round, Stage
+from trainer_server.config import MIN_REPORTS
 from trainer_server.coordinator.adoption import canaries, rejection, with_last_good, with_verdict
-from trainer_server.coordinator.announce import COUNTED, announce, pack_globals, sal_of, sums_of
+from trainer_server.coordinator.announce import COUNTED, PERSONALIZING, announce, pack_globals, sal_of, sums_of
 from trainer_server.coordinator.candidates import Rollback
 from trainer_server.coordinator.events import (
     Command,
-    CountRefusal,
     Event,
     LimitsChanged,
     Log,
     OperatorActed,
-    SendAck,
+    RestChanged,
     StatusSeen,
     Stop,
     StoreRound,
@@ -40,15 +41,13 @@ from trainer_server.coordinator.events import (
 )
 from trainer_server.coordinator.former_head import why_rejected
 from trainer_server.coordinator.limits import MAX_STRETCH, UNMERGED, devices_in_share, round_seconds
-from trainer_server.coordinator.operator import Action, act
+from trainer_server.coordinator.operator import Action, Operation, act
+from trainer_server.coordinator.receive import receive_status, receive_update, refuse_update
 from trainer_server.coordinator.records import ClosedRound, listed
 from trainer_server.coordinator.refusals import (
-    LEFT_OUT_AFTER,
-    LEFT_OUT_ROUNDS,
     LEFT_OUT_SUMS,
     is_left_out,
     left_out_of_sums,
-    refuse,
 )
 from trainer_server.coordinator.rollback import restart_position, rolled_back, why_no_rollback
 from trainer_server.coordinator.round_update import (
@@ -61,9 +60,9 @@ from trainer_server.coordinator.round_update import (
     without_sums,
 )
 from trainer_server.coordinator.secure_sums import MAX_REPEATS, asked_devices, secure_level, shortage
-from trainer_server.coordinator.selection import eligible_devices, select_devices
-from trainer_server.coordinator.state import SUMS, TRAINING, Accepted, Part, Plan, State, Step
-from trainer_server.coordinator.validation import validate_update
+from trainer_server.coordinator.selection import announced_as, at_most, eligible_devices, select_devices
+from trainer_server.coordinator.sessions import ending, why_no_classes
+from trainer_server.coordinator.state import SUMS, TRAINING, Part, Plan, State, Step, after_hold
 from trainer_server.coordinator.waiting import REMEDY, is_short, must_wait, needed_updates, reason
 
 RAISE_TIMEOUT = "If this repeats, stop the server and resume with a longer --round-timeout"
@@ -79,27 +78,31 @@ REMEMBERED_ROUNDS = 2  # updates of older rounds are reported as late, also if t
 def advance(plan: Plan, state: State, event: Event, now: float) -> tuple[State, list[Command]]:
     """The next state, and the commands for the I/O loop in order."""
     if isinstance(event, StatusSeen):
-        return _receive_status(plan, state, event.status)
+        return receive_status(plan, state, event.status)
     if isinstance(event, UpdateSeen):
-        return _receive_update(plan, state, event, now)
+        return receive_update(plan, state, event, now)
     if isinstance(event, UpdateRefused):
-        return _refuse(state, event.device)
+        return refuse_update(state, event.device)
     if isinstance(event, LimitsChanged):
         changes = [Log(text) for text in state.limits.differences(event.limits)]
         if state.waiting and event.limits.max_repeats is not None:  # the run may end now instead
             state = replace(state, waiting=False, since=now)
         return (replace(state, limits=event.limits), [*changes]) if changes else (state, [])
     if isinstance(event, OperatorActed):
-        if event.operation.action is Action.ROLLBACK and (impossible := why_no_rollback(plan, state)):
+        if impossible := _why_not(plan, state, event.operation):
             return state, [Log(f"operator: {impossible}", warning=True)]
         state, text = act(state, event.operation, now)
         return state, [Log(text)]
-    if state.paused_at is not None:
+    if isinstance(event, RestChanged):
+        if event.rests == (state.rests_at is not None):
+            return state, []
+        return replace(state, rests_at=now) if event.rests else after_hold(state, "rests_at", now), []
+    if state.held_at is not None:
         return state, []
     if state.rollback is not None:
         return _roll_back(plan, state, state.rollback, now)
     if state.announced is None:
-        return _maybe_start(plan, state, now)
+        return _maybe_start(plan, state, event.wall, now)
     if state.closing == state.round or is_complete(plan, state, state.announced):
         return _close_round(plan, state, state.announced, now)
     if state.waiting:
@@ -109,13 +112,21 @@ def advance(plan: Plan, state: State, event: Event, now: float) -> tuple[State, 
     return state, []
 
 
+def _why_not(plan: Plan, state: State, operation: Operation) -> str:
+    """Why an action of the operator is not possible, or "". Others are checked when they are carried out."""
+    if operation.action is Action.ROLLBACK:
+        return why_no_rollback(plan, state)
+    return why_no_classes(plan, state, operation.classes) if operation.action is Action.CLASSES else ""
+
+
 def next_deadline(plan: Plan, state: State) -> float:
-    """The latest time for the next ClockTicked. A paused or waiting run has none."""
+    """The latest time for the next ClockTicked. A run that is paused, rests or waits has none, and a later session has
+    no time to join."""
     announced = state.announced
-    if state.paused_at is not None or state.waiting:
+    if state.held_at is not None or state.waiting:
         return math.inf
     if announced is None:
-        return state.since + plan.config.join_timeout
+        return state.since + plan.config.join_timeout if state.round == 0 else math.inf
     return state.since + round_seconds(state.limits, announced, state.stretch, state.slowest)
 
 
@@ -124,6 +135,8 @@ def is_complete(plan: Plan, state: State, announced: Round) -> bool:
     not enough while it is too few for secure aggregation. If all have answered and are too few, a round of training
     waits for its deadline, because it is repeated without end; sums are soon given up."""
     share = state.limits.enough if announced.stage in TRAINING else 1.0
+    if len(state.updates) < devices_in_share(share, len(state.expected) - len(state.unable)):
+        return False  # without a look at each of ten thousand devices after every message
     answers = len(state.updates) if plan.config.max_staleness else len(state.answered & state.expected)
     if len(state.updates) < _least(state, announced) or answers < devices_in_share(share, len(state.awaited)):
         return False
@@ -133,83 +146,22 @@ def is_complete(plan: Plan, state: State, announced: Round) -> bool:
     return answers >= len(state.awaited) and part is not None and part[0] not in TRAINING
 
 
-def _receive_status(plan: Plan, state: State, status: DeviceStatus) -> tuple[State, list[Command]]:
-    before = state.devices.get(status.device)
-    if before is None and len(state.devices) >= MAX_DEVICES:
-        return state, [CountRefusal(status.device, "too many devices", f"more than {MAX_DEVICES} devices")]
-    stale = before is not None and not status.online and status.instance != before.instance
-    known = before is not None and bool(before.error) and not (before.online or status.online or status.error)
-    if stale or known:  # the last will of an earlier process, or of one that has said why it ends
+def _maybe_start(plan: Plan, state: State, wall: float, now: float) -> tuple[State, list[Command]]:
+    """A later session does not wait for all devices, like a round, and in a standing run for news."""
+    if commands := ending(plan, state, 0):
+        return state, commands
+    timed_out, least = now >= next_deadline(plan, state), state.limits.min_updates
+    wanted = plan.config.devices if state.round == 0 else least
+    if len(state.devices) < wanted and not timed_out:
         return state, []
-    commands: list[Command] = []
-    if status.online and status.bundle != plan.bundle.sha256:
-        error = f"it has another bundle ({status.bundle[:12]}…)"
-        status = status.model_copy(update={"online": False, "error": error})
-    if status == before:
+    if state.standing.needs_news and state.standing.lacks(state.limits, map(state.devices.__getitem__, state.ready)):
         return state, []
-    if status.error:
-        if before is None or not before.error:  # later texts explain the same error
-            commands.append(Log(f"{status.device} cannot take part: {status.error}"))
-    elif before is None or before.online != status.online or before.error:
-        commands.append(Log(f"{status.device} is {'online' if status.online else 'offline'}"))
-    elif bool(before.paused) != bool(status.paused):
-        commands.append(Log(f"{status.device} {f'paused: {status.paused}' if status.paused else 'resumes'}"))
-    return replace(state, devices={**state.devices, status.device: status}), commands
-
-
-def _receive_update(plan: Plan, state: State, event: UpdateSeen, now: float) -> tuple[State, list[Command]]:
-    update = event.update
-    validation = validate_update(plan, state, update, event.tensors)
-    ack = Ack(
-        run=update.run,
-        session=update.session,
-        round=update.round,
-        device=update.device,
-        verdict=validation.verdict,
-        reason=validation.reason,
-    )
-    if validation.verdict is not Verdict.ACCEPTED:
-        about = f"update for round {update.round}: {validation.reason}"
-        replies: list[Command] = [SendAck(ack), CountRefusal(update.device, validation.kind, about)]
-        here = (update.run, update.session, update.round) == (plan.config.run, plan.session, state.round)
-        if here and validation.verdict is Verdict.REJECTED:
-            state, commands = _refuse(state, update.device)
-            replies += commands
-        return state, replies
-    key = (update.round, update.device)
-    accepted = Accepted(update, event.sha256, event.size, validation.norm)
-    state = replace(
-        state,
-        updates={**state.updates, key: accepted},
-        counted=state.counted | {key},
-        refused={name: refused for name, refused in state.refused.items() if name != update.device},
-    )
-    if update.round == state.round and update.stage not in UNMERGED and not state.waiting:
-        until = now if state.paused_at is None else state.paused_at
-        seconds = max(state.slowest.get(update.stage, 0.0), until - state.since)
-        state = replace(state, slowest={**state.slowest, update.stage: seconds})
-    return state, [SendAck(ack)]
-
-
-def _refuse(state: State, device: str) -> tuple[State, list[Command]]:
-    """After a refused update for the present round. It counts against selected devices only."""
-    before = state.refused.get(device)
-    refused = refuse(before, state.round)
-    if device not in state.expected or refused == before:
-        return state, []
-    commands: list[Command] = []
-    if refused.times >= LEFT_OUT_AFTER:
-        about = f"its updates were refused in {refused.times} rounds in a row; see its log and the server's status"
-        commands = [Log(f"{device} is left out of the next {LEFT_OUT_ROUNDS} rounds: {about}", warning=True)]
-    return replace(state, refused={**state.refused, device: refused}), commands
-
-
-def _maybe_start(plan: Plan, state: State, now: float) -> tuple[State, list[Command]]:
-    ready, timed_out, least = len(state.online), now >= next_deadline(plan, state), state.limits.min_updates
-    if ready >= plan.config.devices:
-        return _open_round(plan, state, 0, now)
+    begun = replace(state, standing=state.standing.opened(wall))
+    ready = len(state.ready if state.round else state.online)
+    if ready >= wanted:
+        return _open_round(plan, begun, 0, now)
     if timed_out and ready >= least:
-        state, commands = _open_round(plan, state, 0, now)
+        state, commands = _open_round(plan, begun, 0, now)
         joined = f"only {ready} of {plan.config.devices} devices joined within {plan.config.join_timeout:.0f} s"
         return state, [Log(f"{joined}; the run starts without the others", warning=True), *commands]
     if timed_out:
@@ -222,8 +174,13 @@ def _maybe_start(plan: Plan, state: State, now: float) -> tuple[State, list[Comm
     return state, []
 
 
-def _open_round(plan: Plan, state: State, position: int, now: float) -> tuple[State, list[Command]]:
-    """Selects devices, publishes the globals and announces the round at `position` of the schedule."""
+def _open_round(
+    plan: Plan, state: State, position: int, now: float, is_end: bool = False
+) -> tuple[State, list[Command]]:
+    """Selects devices, publishes the globals and announces the round at `position` of the schedule; or ends the
+    session instead, if it is not the end of the run."""
+    if not is_end and (ends := ending(plan, state, position)):
+        return state, ends
     config, number, step = plan.config, state.round + 1, plan.schedule[position]
     stage, level = step.stage, state.sal.level
     starts = step.part is None or position == plan.positions_of(step.part).start
@@ -241,6 +198,9 @@ def _open_round(plan: Plan, state: State, position: int, now: float) -> tuple[St
     oldest = number - max(config.max_staleness, REMEMBERED_ROUNDS)
     closed = [*state.recent, *([state.announced] if state.announced else [])]
     blobs = pack_globals(plan, state, stage)
+    asked = announced_as(selected, state.ready, state.excluded, config.seed, number)
+    if step.part is not None:  # the members of a secure aggregation are named
+        asked = {"chosen": tuple(sorted(selected))}
     announced = Round(
         run=config.run,
         session=plan.session,
@@ -249,10 +209,8 @@ def _open_round(plan: Plan, state: State, position: int, now: float) -> tuple[St
         index=step.index,
         of=step.of,
         level=level,
-        # without names, all devices are selected
-        chosen=tuple(sorted(selected)) if selected != state.ready or step.part is not None or state.excluded else (),
-        repetitions=config.stage1_rounds if stage is Stage.BASELINE else 1,
-        training=config.stage2 if stage is Stage.PERSONAL else config.stage1,
+        repetitions={Stage.BASELINE: config.stage1_rounds, Stage.FINISHED: config.stage2_rounds}.get(stage, 1),
+        training=config.stage2 if stage in PERSONALIZING else config.stage1,
         sal=sal_of(plan, state, stage),
         encoding=config.encoding,
         privacy=config.privacy,
@@ -260,7 +218,7 @@ def _open_round(plan: Plan, state: State, position: int, now: float) -> tuple[St
         min_class_count=config.min_class_count if stage in COUNTED and config.privacy is None else 0,
         secure=step.part is not None,
         classes=state.secure.classes if stage in SUMS else (),
-        **{kind: sha256 for kind, (sha256, _) in blobs.items()},
+        **{**asked, **{kind: sha256 for kind, (sha256, _) in blobs.items()}},
     )
     state = replace(
         state,
@@ -271,9 +229,9 @@ def _open_round(plan: Plan, state: State, position: int, now: float) -> tuple[St
         waiting=False,
         stretch=1 if stage in UNMERGED else state.stretch,  # their deadline follows measured time
         expected=selected,
-        updates={},
+        updates=PersistentMap(),
         recent=tuple(closed[len(closed) - config.max_staleness :]) if config.max_staleness else (),
-        counted=frozenset(key for key in state.counted if key[0] >= oldest),
+        counted=frozenset(key for key in (*state.counted, *state.updates) if key[0] >= oldest),
     )
     commands = announce(blobs, announced)
     if step.purpose is Stage.HEAD and starts and (unasked := sorted(suspects(plan, state) - selected)):
@@ -296,10 +254,14 @@ def _selected(plan: Plan, state: State, step: Step, number: int) -> frozenset[st
     if step.purpose is Stage.HEAD:
         eligible = eligible_devices(eligible, suspects(plan, state), max(least, MIN_DEVICES))
     if step.stage is Stage.CANARY:
-        return canaries(plan, state, eligible, number) if state.repeats <= MAX_REPEATS else frozenset()
-    if step.purpose not in TRAINING or state.repeats:
-        return frozenset(eligible)
-    return select_devices(plan.config, eligible, state.sal.level, number, least)
+        selected = canaries(plan, state, eligible, number) if state.repeats <= MAX_REPEATS else frozenset()
+    elif step.purpose not in TRAINING or state.repeats:
+        selected = frozenset(eligible)
+    else:
+        selected = select_devices(plan.config, eligible, state.sal.level, number, least)
+    if step.part is not None:  # the same ones in all of its rounds
+        return frozenset(lowest(selected, MAX_NAMED, plan.config.seed, plan.positions_of(step.part).start))
+    return at_most(selected, state.ready, plan.config.seed, number)
 
 
 def _end_of_time(
@@ -391,7 +353,7 @@ def _close_round(plan: Plan, state: State, closing: Round, now: float) -> tuple[
         return state, [record, *commands]
     if limits.max_repeats is not None and state.repeats >= limits.max_repeats:
         times = f"{state.repeats + 1} times in a row"
-        state, commands = _open_round(plan, state, finish, now)
+        state, commands = _open_round(plan, state, finish, now, is_end=True)
         return state, [record, *commands, Stop(f"{too_few}, {times}; the run ends")]
     position = state.position
     if step.part is not None and step.stage is not Stage.UNMASK:  # again with fresh keys
@@ -411,7 +373,7 @@ def _close_round(plan: Plan, state: State, closing: Round, now: float) -> tuple[
 def _go_on(plan: Plan, state: State, waited: Round, now: float) -> tuple[State, list[Command]]:
     """The end of a wait. The open round gets its whole time, without the wait. If it does not ask enough of the devices
     that can answer, it is announced anew."""
-    able = state.ready & frozenset(waited.chosen) if waited.chosen else state.ready
+    able = frozenset(name for name in state.ready if waited.asks(name))
     state = replace(state, waiting=False, since=now, repeats=0)
     if len(able) >= needed_updates(plan, state):
         text = f"round {waited.round} goes on: {len(able)} devices can answer now"
@@ -423,8 +385,10 @@ def _go_on(plan: Plan, state: State, waited: Round, now: float) -> tuple[State, 
 
 def _roll_back(plan: Plan, state: State, rollback: Rollback, now: float) -> tuple[State, list[Command]]:
     """Goes on with the global expert of an earlier round. The updates of the present round fit another one."""
-    assert state.announced is not None
     text = f"rolled back to the global expert of round {rollback.round}"
+    if state.announced is None:  # before the first round of a session
+        returned = rolled_back(plan, state, 0)
+        return replace(returned, standing=state.standing.with_news()), [Log(text, warning=True)]
     records = [] if state.announced.stage is Stage.FINISHED else [_record(state, state.announced, now, text)]
     position = restart_position(plan, state.position)
     returned = replace(rolled_back(plan, state, position), repeats=0, stretch=1)

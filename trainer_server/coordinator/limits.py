@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from fedfmsl.algorithms.secure_aggregation import MIN_DEVICES
+from fedfmsl.common.hours import Hours
 from fedfmsl.common.settings import flag_of
 from fedfmsl.errors import ConfigError
 from fedfmsl.protocol.messages import Message, Round, Stage
@@ -18,7 +20,7 @@ ROUNDING = 1e-9  # tolerance for products like 0.07 · 100, which is above 7 in 
 
 
 class Limits(Message):
-    """When a round closes. Each field is the setting of this name; `min_updates` has its default's value.
+    """When rounds open and close. Each field is the setting of this name; `min_updates` has its default's value.
 
     They are part of the state and change by an event, so that a replay closes every round as the server did.
     """
@@ -27,6 +29,9 @@ class Limits(Message):
     min_updates: int
     max_repeats: int | None
     enough: float
+    schedule: tuple[Hours, ...] = ()
+    every: str | None = None
+    min_new: int = 1
 
     @classmethod
     def of(cls, config: RunConfig) -> Limits:
@@ -35,14 +40,23 @@ class Limits(Message):
             min_updates=least_updates(config),
             max_repeats=config.max_repeats,
             enough=config.enough,
+            schedule=config.schedule,
+            every=config.every,
+            min_new=config.min_new,
         )
 
     def differences(self, other: Limits) -> Iterator[str]:
         """A text for each field in which `other` differs."""
         for name, value in other:
             if value != getattr(self, name):
-                now, before = ("unlimited" if each is None else each for each in (value, getattr(self, name)))
+                now, before = (_shown(each) for each in (value, getattr(self, name)))
                 yield f"{flag_of(name)} is {now} from now on, it was {before}"
+
+
+def _shown(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return ",".join(map(str, value)) or "always"
+    return "unlimited" if value is None else value
 
 
 def devices_in_share(share: float, count: int) -> int:

@@ -1,16 +1,17 @@
-"""Client selection (ours)."""
+"""Client selection (ours), and how an announcement says whom it selects."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
-import numpy as np
-
-from fedfmsl.protocol.messages import DeviceStatus
+from fedfmsl.algorithms.draw import Draw, lowest, ticket
+from fedfmsl.protocol.messages import MAX_NAMED, DeviceStatus
 from trainer_server.config import RunConfig, Selection
 from trainer_server.coordinator.limits import devices_in_share
 
 Devices = Mapping[str, DeviceStatus]
+FEW = 100  # devices that an announcement names although another form is possible
 
 
 def eligible_devices(ready: Devices, left_out: Collection[str], least: int) -> Devices:
@@ -25,6 +26,33 @@ def select_devices(config: RunConfig, ready: Devices, level: int, round_: int, l
     return SELECTIONS[config.select](config, ready, level, round_, least)
 
 
+def announced_as(
+    selected: frozenset[str], ready: Collection[str], excluded: Collection[str], seed: int, round_: int
+) -> dict[str, Any]:
+    """The fields of `Round` that select exactly these of the devices that are ready, and none that is `excluded`.
+
+    They name the selected devices only if these are few, or are no draw. Then they may be MAX_NAMED at most (see
+    `at_most`).
+    """
+    others = {*ready, *excluded} - selected
+    if not others:
+        return {}
+    if len(selected) <= FEW:
+        return {"chosen": tuple(sorted(selected))}
+    bound = max(ticket(seed, round_, name) for name in selected)
+    unasked = sorted(name for name in others if ticket(seed, round_, name) <= bound)
+    if len(unasked) > FEW:
+        return {"chosen": tuple(sorted(selected))}
+    is_draw = len(unasked) < len(others)
+    return {"unasked": tuple(unasked), "draw": Draw(seed, bound) if is_draw else None}
+
+
+def at_most(selected: frozenset[str], ready: Collection[str], seed: int, round_: int) -> frozenset[str]:
+    """These of the ready devices, or a draw of MAX_NAMED of them if an announcement can select no more."""
+    is_short = "chosen" not in announced_as(selected, ready, (), seed, round_)
+    return selected if is_short else frozenset(lowest(selected, MAX_NAMED, seed, round_))
+
+
 def _all(config: RunConfig, ready: Devices, level: int, round_: int, least: int) -> frozenset[str]:
     return frozenset(ready)
 
@@ -32,8 +60,7 @@ def _all(config: RunConfig, ready: Devices, level: int, round_: int, least: int)
 def _random(config: RunConfig, ready: Devices, level: int, round_: int, least: int) -> frozenset[str]:
     """A random share, but at least `least`."""
     wanted = max(devices_in_share(config.fraction, len(ready)), least)
-    drawn = np.random.default_rng([config.seed, round_]).permutation(sorted(ready))[:wanted]
-    return frozenset(str(name) for name in drawn)
+    return frozenset(lowest(ready, wanted, config.seed, round_))
 
 
 def _capable(config: RunConfig, ready: Devices, level: int, round_: int, least: int) -> frozenset[str]:

@@ -50,7 +50,8 @@ def validate_update(plan: Plan, state: State, update: Update, tensors: Tensors) 
         return rejected("unknown device", "has not announced itself")
     if update.device in state.excluded:
         return rejected("excluded", "the operator has excluded this device from the run")
-    if (update.round, update.device) in state.counted:
+    key = (update.round, update.device)
+    if key in state.counted or key in state.updates:
         return Validation(Verdict.DUPLICATE, "repeated", "already counted")
     if announced is None or update.round > state.round:
         return rejected("other round", f"round {update.round} has not been announced")
@@ -64,7 +65,7 @@ def validate_update(plan: Plan, state: State, update: Update, tensors: Tensors) 
         return Validation(Verdict.LATE, "late", reason)
     if update.stage is not task.stage:
         return rejected("other stage", f"stage {update.stage.value}, but stage {task.stage.value} was announced")
-    if task.chosen and update.device not in task.chosen:
+    if not task.asks(update.device):
         return rejected("not selected", f"was not selected in round {update.round}")
     if update.samples > config.max_samples:
         return rejected("samples", f"claims {update.samples} samples, more than {config.max_samples}")

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from fedfmsl.protocol.chunks import CHUNK_BYTES, chunk_count
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.link import Link, Oversize, Received
-from trainer_server.config import MAX_DEVICES
 
 WINDOW_SECONDS = 60.0
 UPDATES, UPDATES_PER_ROUND = 8, 2  # without effect, of the largest size, that a device may send in a window
@@ -28,10 +27,10 @@ class _Waste:
 class FloodGuard:
     """Counts what devices send. `dropped`: the devices that are ignored."""
 
-    def __init__(self, largest_update: int) -> None:
-        """`largest_update`: bytes of its blob."""
+    def __init__(self, largest_update: int, devices: int) -> None:
+        """`largest_update`: bytes of its blob. `devices`: the most names that are counted in a window."""
         self.dropped: set[str] = set()
-        self._largest = largest_update
+        self._largest, self._devices = largest_update, devices
         self._chunk_bytes = CHUNK_BYTES
         self._waste: dict[str, _Waste] = {}
         self._rounds = 0
@@ -50,12 +49,12 @@ class FloodGuard:
         waste.messages -= chunk_count(size, self._chunk_bytes)
 
     def received(self, device: str, size: int, now: float) -> str:
-        """Counts a message of `size` bytes. If it is too many, drops the device and returns what it has sent. Only the
-        first MAX_DEVICES names in a window are counted: more are no devices of this run."""
+        """Counts a message of `size` bytes. If it is too many, drops the device and returns what it has sent. More
+        names in a window than this run may have devices are not counted."""
         if now >= self._since + WINDOW_SECONDS:
             self._since, self._rounds = now, 0
             self._waste.clear()
-        if device not in self._waste and len(self._waste) >= MAX_DEVICES:
+        if device not in self._waste and len(self._waste) >= self._devices:
             return ""
         waste = self._waste.setdefault(device, _Waste())
         waste.size += size

@@ -13,18 +13,19 @@ import math
 from collections.abc import Iterable
 
 from fedfmsl.protocol.messages import MAX_HEARTBEAT_AGE, DeviceStatus
-from trainer_server.config import MAX_DEVICES
 from trainer_server.coordinator.events import StatusSeen
 
 ANSWER_SECONDS = 90.0  # for the answer to this server's status; a device may have to reconnect first
+LOOK_SECONDS = 1.0  # between two looks for lost devices, of which there may be ten thousands
 BUSY_SECONDS = 10.0  # between two looks at the messages, above which this server was busy
 SILENT = "no heartbeat; is it running?"
 
 
 class Liveness:
-    def __init__(self, silence: float = MAX_HEARTBEAT_AGE, answer: float = ANSWER_SECONDS) -> None:
-        """A device is lost `silence` seconds after its last message, or if it does not answer this server's status
-        within `answer` seconds."""
+    def __init__(self, devices: int, silence: float = MAX_HEARTBEAT_AGE, answer: float = ANSWER_SECONDS) -> None:
+        """`devices`: how many are remembered at most. A device is lost `silence` seconds after its last message, or if
+        it does not answer this server's status within `answer` seconds."""
+        self._devices = devices
         self._silence = silence
         self._answer = answer
         self._due: dict[str, float] = {}  # by device: when it is lost, in seconds of listening
@@ -33,6 +34,7 @@ class Liveness:
         self._deaf = 0.0  # seconds without a connection, or without a look at the messages
         self._since = math.inf  # when the connection was lost
         self._looked = math.inf  # when `lost` was called last
+        self._next_look = 0.0
 
     def connected(self, online: Iterable[str], now: float) -> None:
         """This server has connected and publishes its status, which the `online` devices answer."""
@@ -47,7 +49,7 @@ class Liveness:
 
     def status(self, status: DeviceStatus, retained: bool, now: float) -> StatusSeen | None:
         """The event of a received status; None if it does not show that its device is alive."""
-        if status.device in self._statuses or len(self._statuses) < MAX_DEVICES:
+        if status.device in self._statuses or len(self._statuses) < self._devices:
             self._statuses[status.device] = status
         if retained and status.online:
             return None
@@ -77,7 +79,9 @@ class Liveness:
         if now - self._looked > BUSY_SECONDS and self._since > now:  # their messages may still wait
             self._deaf += now - self._looked
         self._looked = now
-        heard = self._heard(now)
+        if now < self._next_look:
+            return []
+        self._next_look, heard = now + LOOK_SECONDS, self._heard(now)
         return [
             StatusSeen(status.model_copy(update={"online": False, "error": SILENT}))
             for status in online

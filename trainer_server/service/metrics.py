@@ -39,6 +39,7 @@ def families(now: Snapshot) -> Iterator[Metric]:
     if announced:
         yield _gauge("level", "The SAL level of the present round.", announced.level)
     yield _gauge("paused", "1 if the operator has paused the run.", state.paused_at is not None)
+    yield _gauge("resting", "1 if the run rests, outside of the hours of --schedule.", state.rests_at is not None)
     yield _gauge("waiting", "1 if the run waits, because too few devices can answer a round.", state.waiting)
     yield from _participation(now)
     yield from _rounds(now)

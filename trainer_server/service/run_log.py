@@ -45,11 +45,12 @@ def log_to_folder(folder: Path, max_bytes: int = LOG_BYTES) -> Iterator[None]:
         handler.close()
 
 
-def log_round(announced: Round) -> None:
+def log_round(announced: Round, selected: int) -> None:
+    """`selected`: the number of devices that it asks."""
     number, of = announced.ordinal
     where = f"{announced.stage.value} {number}/{of}"
-    selected = f", selected devices: {len(announced.chosen)}" if announced.chosen else ""
-    logger.info("round %d: %s, level %d%s", announced.round, where, announced.level, selected)
+    asked = f", selected devices: {selected}" if announced.selects else ""
+    logger.info("round %d: %s, level %d%s", announced.round, where, announced.level, asked)
 
 
 def log_standing(paused: bool, excluded: Collection[str]) -> None:

@@ -23,7 +23,7 @@ def read_start(source: Path, bundle: TaskBundle, config: RunConfig) -> Start:
     or is at a higher level than the new run may reach. Raises RunError if the run there cannot be read.
     """
     if (source / DATABASE).is_file():
-        start = _of_run(source, bundle)
+        start = _of_run(source, bundle, config)
     elif (source / ADAPTER_CONFIG).is_file():
         adapter = read_adapter(source, bundle)
         warm = warm_start(bundle, adapter.classes, adapter.expert, adapter.level)
@@ -41,7 +41,7 @@ def read_start(source: Path, bundle: TaskBundle, config: RunConfig) -> Start:
     return start
 
 
-def _of_run(source: Path, bundle: TaskBundle) -> Start:
+def _of_run(source: Path, bundle: TaskBundle, config: RunConfig) -> Start:
     store = RunStore(source)
     try:
         if store.origin.sha256 != bundle.sha256:
@@ -54,7 +54,8 @@ def _of_run(source: Path, bundle: TaskBundle) -> Start:
         if stored is None or not stored[0].expert[: bundle.manifest.dims.feature * len(classes)].any():
             raise RunError(f"--from {source} has no global expert yet: no round of stage 1 is closed; try again later")
         state = stored[0]
-        warm = warm_start(bundle, classes, state.expert, state.sal.level, state.gate)
+        expert = state.trained if config.replaces_head else state.expert
+        warm = warm_start(bundle, classes, expert, state.sal.level, state.gate)
         announced = state.announced
         return _start(
             source,

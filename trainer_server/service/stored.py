@@ -62,4 +62,6 @@ def stored_settings(config: RunConfig) -> Mapping[str, Any]:
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, tuple):
+        return repr(",".join(map(str, value)))
     return "none" if value is None else repr(getattr(value, "value", value))
