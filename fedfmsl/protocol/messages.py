@@ -28,7 +28,8 @@ Key = Annotated[str, Field(pattern=r"^[0-9A-Za-z._-]{1,64}$")]
 Text = Annotated[str, AfterValidator(one_line)]  # for people; a longer text is cut
 ClassName = Annotated[str, AfterValidator(valid_name)]
 ProposedName = Annotated[str, AfterValidator(proposable)]
-AddedNames = Annotated[tuple[ProposedName, ...], Field(max_length=64, fail_fast=True)]  # classes added at once
+MAX_ADDED = 64  # classes at once
+AddedNames = Annotated[tuple[ProposedName, ...], Field(max_length=MAX_ADDED, fail_fast=True)]
 FileName = Annotated[str, AfterValidator(shown), Field(max_length=16_384)]  # the longest path, each byte as \xff
 Number = Annotated[int, Field(ge=0, le=MAX_NUMBER)]
 Positive = Annotated[int, Field(ge=1, le=MAX_NUMBER)]
