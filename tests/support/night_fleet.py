@@ -20,21 +20,27 @@ from edge_runtime.daemon.timing import Timing
 from edge_runtime.settings import Settings
 from fedfmsl.common.settings import read_settings
 from fedfmsl.protocol.task_bundle import TaskBundle
-from support.processes import SECONDS, Broker
+from support.processes import RUN_SECONDS, SECONDS, Broker, wait_until
 from trainer_server.config import RunConfig
 from trainer_server.service.lifecycle import open_run, run_server
-from trainer_server.storage.run_store import RunStore
 
 QUICK = Timing(tick=0.05, scan=0.2, scan_share=0.5, health=0.2)
 
 
+class Killed(BaseException):
+    """A server ends as at a crash."""
+
+
 @dataclass
 class WallClock:
-    """The clock on the wall of the server."""
+    """The clock on the wall of the server. `broken`: the server ends when it looks at it."""
 
     at: datetime
+    broken: bool = False
 
     def __call__(self) -> float:
+        if self.broken:
+            raise Killed
         return self.at.timestamp()
 
     def move_to(self, hour: int) -> None:
@@ -71,6 +77,7 @@ class NightFleet:
     folder: Path
     config: RunConfig
     clock: WallClock
+    server: Thread = field(init=False)
     devices: dict[str, Thread] = field(default_factory=dict)
     loops: dict[str, DaemonLoop] = field(default_factory=dict)
 
@@ -89,8 +96,22 @@ class NightFleet:
     def state(self, name: str) -> Path:
         return self.folder / "devices" / name
 
-    def start_server(self) -> Thread:
-        return Thread(self._serve)
+    def says(self, text: str, times: int = 1) -> None:
+        """Waits until the server's log says it so often."""
+
+        def has_said() -> bool:
+            failed = [error for thread in (self.server, *self.devices.values()) if (error := thread.error)]
+            assert not failed, failed
+            return self.notes.count(text) >= times
+
+        wait_until(has_said, f"the log says {text!r}, {times} times", RUN_SECONDS)
+
+    def start_server(self) -> None:
+        self.server = Thread(self._serve)
+
+    def stop_server(self) -> None:
+        self.clock.broken = True
+        assert isinstance(self.server.end(), Killed)
 
     def _serve(self) -> None:
         store = open_run(self.out, self.config, self.bundle)
