@@ -18,10 +18,10 @@ from fedfmsl.protocol.messages import EngineName, Training
 from fedfmsl.protocol.task_bundle import TaskBundle
 
 ACTIVATION_BYTES = 128 * 2**20  # on the CPU
-# Rows of a product with all tokens of the samples, on the CPU. With fewer than 200 or more than 800 products are up to a
-# tenth slower. Above 400 the passes between them read more from memory instead of the caches. Measured on x86-64.
-PRODUCT_ROWS = 400
 ACCELERATOR_BYTES = 2**31  # a GPU needs many rows: at level 12 a step of 16 samples takes 198 ms with 1, 42 with 16
+# Tokens of a micro-batch on the CPU, which are the rows of its products. Products with 200 to 800 rows are fastest, and
+# with more than 400 the operators between them read from memory instead of the caches. Measured on x86-64.
+PRODUCT_ROWS = 400
 # Activations that a block keeps for the backward pass, in hidden states (B, N, D). Measured on ViT-B/16.
 BLOCK_STATES, LAST_BLOCK_STATES = 15, 4
 
