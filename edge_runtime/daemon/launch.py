@@ -87,7 +87,7 @@ def launch(settings: Settings) -> None:
 
 def _take_part(daemon: Daemon, sensors: Sensors, anew: bool) -> bool:
     """Prepares the device for a task, and takes part in the run until it has finished. `anew`: not for the first time.
-    True: the server has announced another task. Raises RunOverError as `wait_for_next_run` does."""
+    True: the server has announced another task. Raises RunOverError as `goes_on` does."""
     settings, link, topics = daemon.settings, daemon.link, daemon.topics
     with contextlib.ExitStack() as resources:
         prepared = prepare(daemon, anew)

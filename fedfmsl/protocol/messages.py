@@ -117,7 +117,8 @@ class ServerStatus(Message):
 
 
 class Round(Message):
-    """The announcement of a round, retained.
+    """The announcement of a round, retained. That of FINISHED describes stage 2, for devices that took no part in the
+    run: `training`, `sal`, and as `repetitions` its rounds.
 
     `expert` (the global expert), `start` (the expert that stage 1 starts from) and `gate` are the SHA-256 of blobs of
     globals; "" if there is none yet.
