@@ -46,6 +46,7 @@ from trainer_server.coordinator.events import (
     UpdateSeen,
 )
 from trainer_server.coordinator.operator import Action, Operation
+from trainer_server.coordinator.sessions import approved
 from trainer_server.coordinator.state import Plan, State
 from trainer_server.service.batch import Batch, Statuses, flatten
 from trainer_server.service.clock import RunClock
@@ -216,9 +217,6 @@ class Service:
             # The batch has no effect: devices retransmit their updates, and the next batch repeats their statuses.
             self._wait_for_disk(error)
             self._unapplied = [one.event for one in flatten(batch.statuses) if isinstance(one.event, StatusSeen)]
-            for path in batch.files:
-                with contextlib.suppress(OSError):
-                    path.unlink(missing_ok=True)
             return
         self._state, self._unapplied = batch.state, []
         for command in batch.commands:
@@ -302,8 +300,6 @@ class Service:
         after, commands = advance(self._plan, batch.state, event, batch.now)
         batch.commands += commands
         accepted = isinstance(event, UpdateSeen) and (event.update.round, event.update.device) in after.updates
-        if upload is not None and (after is batch.state or not accepted):
-            self._uploads.discard(upload)
         if after is batch.state:
             return
         batch.state = after
@@ -315,12 +311,11 @@ class Service:
             self._floods.counted(event.update.device, event.size)
             batch.updates.append(LoggedEvent(batch.now, replace(event, tensors={})))
             if upload is not None:
-                batch.files[upload.path] = self._store.tensors / upload.sha256
+                batch.blobs[upload.sha256] = self._store.updates.append(upload.blob)
 
     def _store_batch(self, batch: Batch) -> None:
         if batch.updates:
-            self._uploads.store(batch.files)
-            self._store.commit(batch.events)
+            self._store.commit(batch.events, blobs=batch.blobs)
             self._statuses, self._disk_error = {}, ("", "")
         else:
             self._statuses = batch.statuses
@@ -416,6 +411,7 @@ class Service:
                 round_timeout=state.limits.round_timeout,
                 excluded=tuple(sorted(state.excluded)),
                 acted=self._acted,
+                adds=approved(self._plan, state),
             ),
             state.devices,
         )

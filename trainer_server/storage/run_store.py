@@ -7,11 +7,12 @@
     RUN/certificates.json  when the certificates of server and broker expire
     RUN/outage.json      since when and why there is no connection to the broker
     RUN/tasks/SHA256     the tasks of the run's first and present session
-    RUN/tensors/SHA256   the checkpoint's tensors, the updates accepted after it, and what the run goes on from
+    RUN/tensors/SHA256   the checkpoint's tensors, and what the run goes on from
+    RUN/tensors/updates-N  the updates accepted after it (see `trainer_server.storage.update_files`)
     RUN/experts/         see `trainer_server.storage.kept_experts`
 
-Order of writes: first the complete tensor file, then its event, then the acknowledgement. So a crash leaves at most a
-file that no row names.
+Order of writes: first the tensors, then their event, then the acknowledgement. So a crash leaves at most tensors that
+no row names.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from fedfmsl.errors import BundleError, ConfigError, MessageError, RunError
 from fedfmsl.protocol.messages import DeviceStatus, Stage, Update, parse
 from fedfmsl.protocol.task import Task
 from fedfmsl.protocol.task_bundle import TaskBundle
-from fedfmsl.protocol.tensors import Header, blob_hash, pack, unpack
+from fedfmsl.protocol.tensors import Header, blob_hash, pack, tensors_of, unpack
 from trainer_server.config import RunConfig
 from trainer_server.coordinator.events import (
     ClockTicked,
@@ -54,6 +55,7 @@ from trainer_server.coordinator.state import TRAINING, State
 from trainer_server.coordinator.warm_start import WarmStart
 from trainer_server.storage.checkpoint import Checkpoint, vectors_of
 from trainer_server.storage.start_record import Start, StartOrigin, warm_start_of
+from trainer_server.storage.update_files import Place, UpdateFiles
 
 DATABASE = "run.sqlite"
 TASKS = "tasks"
@@ -69,6 +71,10 @@ CREATE TABLE IF NOT EXISTS events (
     seq INTEGER PRIMARY KEY AUTOINCREMENT, at REAL NOT NULL, kind TEXT NOT NULL, body TEXT NOT NULL,
     sha256 TEXT, size INTEGER
 );
+-- where the blobs of updates are
+CREATE TABLE IF NOT EXISTS blobs (
+    sha256 TEXT PRIMARY KEY, file INTEGER NOT NULL, start INTEGER NOT NULL, size INTEGER NOT NULL
+) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS checkpoints (
     seq INTEGER PRIMARY KEY, at REAL NOT NULL, state TEXT NOT NULL, sha256 TEXT NOT NULL
 );
@@ -177,13 +183,16 @@ class RunStore:
         if not path.is_file():
             raise RunError(f"no run at {folder}: {DATABASE} is missing; start one with python -m trainer_server start")
         self.folder = folder
+        self.updates = UpdateFiles(self.tensors)
+        self._verified: set[str] = set()  # SHA-256 of blobs of updates that this process has read
         try:
             self._db = _opened(path, busy_seconds)
             self._db.execute("PRAGMA synchronous = FULL")
             (origin, self.ended) = self._db.execute("SELECT origin, ended FROM run").fetchone()
             _check_version(path, origin)
             self.origin = Origin.model_validate_json(origin)
-            self._db.execute("SELECT summary, count FROM rounds, deleted_rounds LIMIT 0")  # not in earlier versions
+            new = "SELECT summary, count, start FROM rounds, deleted_rounds, blobs LIMIT 0"  # not in earlier versions
+            self._db.execute(new)
         except (sqlite3.Error, TypeError, ValueError) as error:
             raise RunError(f"{path} cannot be read ({error}); is it a run of this version?") from error
 
@@ -205,6 +214,7 @@ class RunStore:
         return cls(folder)
 
     def close(self) -> None:
+        self.updates.close()
         self._db.close()
 
     @contextmanager
@@ -249,7 +259,7 @@ class RunStore:
     def read(self, sha256: str) -> Tensors:
         """The tensors of an accepted update or a kept global expert. Raises RunError if its file is missing or altered,
         OSError if no file can be opened."""
-        return self._unpack(sha256, _Vectors)[1]
+        return tensors_of(self._blob(sha256))
 
     def _unpack(self, sha256: str, header_type: type[Header]) -> tuple[Header, Tensors]:
         try:
@@ -258,15 +268,18 @@ class RunStore:
             raise RunError(f"{self.tensors / sha256}: {error}") from error
 
     def _blob(self, sha256: str) -> bytes:
-        path = self.tensors / sha256
+        row = self._db.execute("SELECT file, start, size FROM blobs WHERE sha256 = ?", (sha256,)).fetchone()
+        path = self.tensors / (UpdateFiles.name(row[0]) if row else sha256)
         try:
-            blob = path.read_bytes()
+            blob = self.updates.read(Place(*row)) if row else path.read_bytes()
         except OSError as error:
             if error.errno in EXHAUSTED:  # the file is not what fails
                 raise
             raise RunError(f"{path} cannot be read ({error.strerror}); restore it from a backup") from error
-        if blob_hash(blob) != sha256:
+        if sha256 not in self._verified and blob_hash(blob) != sha256:
             raise RunError(f"{path} was altered (wrong SHA-256); restore it from a backup")
+        if row:
+            self._verified.add(sha256)
         return blob
 
     def warm_start(self) -> WarmStart | None:
@@ -302,14 +315,19 @@ class RunStore:
         refusals: Mapping[tuple[str, str], tuple[int, str]] | None = None,
         ended: str | None = None,
         reopens: bool = False,
+        blobs: Mapping[str, Place] | None = None,
     ) -> None:
-        """Stores everything durably, in one transaction. `reopens`: the run has not ended any more. Raises
-        sqlite3.Error if it cannot be written.
+        """Stores everything durably, in one transaction. `reopens`: the run has not ended any more. `blobs`: where
+        those of the updates among the events are, by SHA-256. Raises sqlite3.Error or OSError if it cannot be written.
 
         Records of rounds that are too old keep no values of single devices (see DETAILS); those before --keep-rounds
         are deleted, and only counted.
         """
+        if blobs:
+            self.updates.sync()
         with self._transaction():
+            places = [(sha256, *place) for sha256, place in (blobs or {}).items()]
+            self._db.executemany("INSERT OR REPLACE INTO blobs VALUES (?, ?, ?, ?)", places)
             self._db.executemany(
                 "INSERT INTO events (at, kind, body, sha256, size) VALUES (?, ?, ?, ?, ?)", map(_to_row, events)
             )
@@ -345,12 +363,14 @@ class RunStore:
             numbers = "SELECT seq FROM events UNION SELECT seq FROM checkpoints"
             (last,) = self._db.execute(f"SELECT coalesce(max(seq), 0) FROM ({numbers})").fetchone()
             self._db.execute("DELETE FROM events")
+            self._db.execute("DELETE FROM blobs")
             self._db.execute("DELETE FROM checkpoints")
             self._db.execute("INSERT INTO checkpoints VALUES (?, ?, ?, ?)", (last, *row))
             self._add_rounds(closed)
             self._count(refusals or {})
             self._db.execute("UPDATE run SET origin = ?", (origin.model_dump_json(),))
         self.origin = origin
+        self.updates.begin()
         self._touch()
         with contextlib.suppress(OSError):  # the session has begun
             self._sweep()
@@ -419,6 +439,10 @@ class RunStore:
             first = self._first_needed(last)
             self._db.execute("DELETE FROM events WHERE seq <= ?", (first,))
             self._db.execute("DELETE FROM checkpoints WHERE seq < ?", (first,))
+            unused = "DELETE FROM blobs WHERE sha256 NOT IN (SELECT sha256 FROM events WHERE sha256 IS NOT NULL)"
+            self._db.execute(unused)
+        self.updates.begin()
+        self._verified.clear()
         if first:
             self._sweep()
 
@@ -427,6 +451,7 @@ class RunStore:
         query = "SELECT sha256 FROM checkpoints UNION SELECT sha256 FROM events WHERE sha256 IS NOT NULL"
         needed = {name for (name,) in self._db.execute(query)}
         needed |= {self.origin.start.sha256} if self.origin.start else set()
+        needed |= {UpdateFiles.name(file) for (file,) in self._db.execute("SELECT DISTINCT file FROM blobs")}
         for path in self.tensors.iterdir():
             if path.name not in needed:
                 path.unlink(missing_ok=True)
