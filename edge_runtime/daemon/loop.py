@@ -132,6 +132,7 @@ class DaemonLoop:
         self._subscribe()
         self._echo_due = time.monotonic() + ECHO_SECONDS
         self._announcer.introduce()
+        self._check_sensors()  # so that no round waits for a device that is too hot when another task comes
         self._announce()
         stop = Stop()
         try:
@@ -267,14 +268,17 @@ class DaemonLoop:
             logger.warning(f"{NO_ECHO}. {IF_REPEATED}")
         self._globals.fetch_missing()
         if now >= self._next_sensors:
-            self._next_sensors = now + self._timing.sensors
-            self._pause(self._governor.check())
+            self._check_sensors()
         if self._worker.idle:
             self._runner.device.cache.keep_free()
             self._jobs.scan_if_due()
         self._store_globals()
         working = Activity.WAITING if self._state.running is None else Activity.WORKING
         self._heartbeat(Activity.PAUSED if self._not_working else working)
+
+    def _check_sensors(self) -> None:
+        self._next_sensors = time.monotonic() + self._timing.sensors
+        self._pause(self._governor.check())
 
     def _pause(self, reason: str) -> None:
         """Pauses the computation if there is a reason. The server does not wait for a paused device."""

@@ -260,6 +260,7 @@ class Health(Message):
     `provider`: the execution provider in use, and why not another. `disconnected`: why there is no connection to the
     broker, `disconnected_since`: since when (unix seconds), `rejected`: because the broker refuses the certificate.
     `certificate_until` and `broker_certificate_until`: when they expire (unix seconds); 0 if there is none.
+    `not_renewed`: why the last try to renew the certificate failed. `new_samples` and `proposed`: as in DeviceStatus.
     `refused`: what the broker seems to refuse. `epsilon`: the privacy budget of all its runs at δ = 1e-5; None if it
     has sent no update with noise, or also some without.
     """
@@ -288,6 +289,8 @@ class Health(Message):
     train: Count = 0
     held_out: Count = 0
     test: Count = 0
+    new_samples: Count = 0
+    proposed: dict[ProposedName, Count] = Field(default={}, max_length=MAX_PROPOSED)
     skipped: Count = 0
     unacknowledged: Count = 0
     rounds_done: Count = 0
@@ -298,6 +301,7 @@ class Health(Message):
     rejected: bool = False
     certificate_until: Amount = 0
     broker_certificate_until: Amount = 0
+    not_renewed: Text = ""
 
 
 class Prediction(Message):
