@@ -91,6 +91,15 @@ Every = Annotated[str, checked(seconds_of)]
 Canary = Annotated[str, BeforeValidator(_number_as_text), AfterValidator(_check_canary)]
 
 
+def _check_approval(text: str) -> str:
+    if not re.fullmatch(r"min-devices=[1-9][0-9]{0,5}", text):
+        raise ValueError("is not like min-devices=2, which adds the classes that two devices propose")
+    return text
+
+
+Approval = Annotated[str, AfterValidator(_check_approval)]
+
+
 class Aggregation(BaseModel):
     """How updates are combined and applied. `fedfmsl.algorithms` defines defaults and bounds.
 
@@ -170,6 +179,12 @@ class RunRules(BaseModel):
         json_schema_extra=RUN,
     )
 
+    approve_classes: Approval | None = Field(
+        None,
+        description="Add the classes that so many devices propose, like min-devices=2. Default: the operator adds "
+        "classes, with the command classes or on the console.",
+        json_schema_extra=RUN,
+    )
     schedule: Annotated[tuple[Hours, ...], CommaSeparated] = Field(
         (),
         description="Hours of the server's local time in which rounds open and close, like 22:00-06:00 or Sat-Sun "

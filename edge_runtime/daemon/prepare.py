@@ -9,7 +9,13 @@ from dataclasses import dataclass
 from functools import partial
 
 from edge_runtime.daemon.announce import INSTANCE, Announcer, rate_limited
-from edge_runtime.daemon.download import POLL_SECONDS, fetch_bundle, receive_server_status, wait_for_server
+from edge_runtime.daemon.download import (
+    POLL_SECONDS,
+    fetch_bundle,
+    receive_server_status,
+    stored_bundle,
+    wait_for_server,
+)
 from edge_runtime.daemon.health import HealthReporter
 from edge_runtime.daemon.receive_task import receive_task
 from edge_runtime.daemon.state import other_bundle
@@ -81,7 +87,7 @@ class Prepared:
 
 def prepare(daemon: Daemon, anew: bool) -> Prepared:
     """Fetches bundle and task, scans the samples and measures the machine. `anew`: not for the first time, because the
-    server has announced another task. Raises RunOverError as `wait_for_next_run` does."""
+    server has announced another task. Raises RunOverError as `goes_on` does."""
     settings, store = daemon.settings, daemon.store
     threads = settings.thread_count
     announcer = Announcer(daemon.link, daemon.topics, daemon.name)
@@ -93,10 +99,12 @@ def prepare(daemon: Daemon, anew: bool) -> Prepared:
     if own and known:
         bundle = TaskBundle(own, known)
     else:
-        server, task = _wait_for_task(daemon)
+        server, task = _wait_for_task(daemon, own.sha256 if own else "")
         if own and server.bundle != own.sha256:
             raise RunError(other_bundle(server, own.sha256))
-        bundle = TaskBundle(own or fetch_bundle(server, store.bundles, settings.identity, daemon.starting), task)
+        stored = own or stored_bundle(store.bundles, server.bundle)
+        fetched = stored or fetch_bundle(server, store.bundles, settings.identity, daemon.starting)
+        bundle = TaskBundle(fetched, task)
     if not own:
         verify_if_changed(bundle, store.verified)
     of_model = _origin_of_model(store)
@@ -172,12 +180,13 @@ def wait_for_classes(daemon: Daemon, bundle: TaskBundle, folder: SampleFolder, e
             return
 
 
-def _wait_for_task(daemon: Daemon) -> tuple[ServerStatus, Task]:
-    """The server's status and its task. Waits for them without limit. Raises RunOverError, and RunError
-    if the server is of an earlier version."""
+def _wait_for_task(daemon: Daemon, own: str) -> tuple[ServerStatus, Task]:
+    """The server's status and its task. Waits for them without limit; a run that has finished will do if this device
+    can personalize itself from it. `own`: the SHA-256 of its --bundle, or "". Raises RunOverError, and RunError if the
+    server is of an earlier version."""
     link, topics, store = daemon.link, daemon.topics, daemon.store
     logger.info(f"waiting for the server of run {topics.run!r}, which has the task")
-    finished = partial(wait_for_next_run, daemon.settings, store, daemon.health)
+    finished = partial(goes_on, daemon.settings, store, daemon.health, own)
     task = None
     while task is None:
         server = wait_for_server(link, topics, daemon.starting, finished=finished)
@@ -191,14 +200,23 @@ def _wait_for_task(daemon: Daemon) -> tuple[ServerStatus, Task]:
     return server, task
 
 
-def wait_for_next_run(settings: Settings, store: DeviceStore, health: HealthReporter, finished: Round) -> None:
-    """Raises RunOverError if this device took part in the run, and does not stay: as with a bundle of its own."""
+def goes_on(
+    settings: Settings, store: DeviceStore, health: HealthReporter, own: str, server: ServerStatus, end: Round
+) -> bool:
+    """Whether this device personalizes itself from the finished run of `server`: it took no part, and has the bundle.
+    `own`: the SHA-256 of its --bundle, or "". Otherwise it waits for the next run. Raises RunOverError if it took part
+    and does not stay."""
     health.run_finished = True
-    if finished.session == store.outbox.session and not stays(settings):
+    took_part = end.session == store.outbox.session
+    if took_part and not stays(settings):
         raise RunOverError
-    model = describe_model(store)
-    waiting = f"run {settings.run!r} has finished; waiting for a new run of this name"
-    logger.info(f"{waiting}; the model for predictions is {model}")
+    has_bundle = server.bundle == own if own else stored_bundle(store.bundles, server.bundle) is not None
+    if not took_part and end.expert and end.gate and has_bundle:
+        return True
+    lacks = "" if took_part else f", and this device lacks what it needs of it (bundle {server.bundle[:12]}…)"
+    waiting = f"run {settings.run!r} has finished{lacks}; waiting for a new run of this name"
+    logger.info(f"{waiting}; the model for predictions is {describe_model(store)}")
+    return False
 
 
 def stays(settings: Settings) -> bool:

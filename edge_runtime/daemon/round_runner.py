@@ -29,11 +29,14 @@ from edge_runtime.data.samples import SampleChangedError
 from edge_runtime.engines.memory import peak_rss_mb
 from edge_runtime.resources.throttle import LevelCapTracker, StepControl, WorkStoppedError
 from edge_runtime.settings import Secure
+from edge_runtime.training.alone import personalize_alone
 from edge_runtime.training.context import DeviceContext
 from edge_runtime.training.evaluation import evaluate, train_baseline
 from edge_runtime.training.local_expert import train_personal
 from edge_runtime.training.model import save_personal_model
+from edge_runtime.training.personal_model import PersonalModel
 from edge_runtime.training.stages import (
+    Globals,
     StageFunction,
     StageResult,
     head_statistics,
@@ -167,23 +170,23 @@ class RoundRunner:
             )
 
     def run(self, round_: Round, bytes_down: int) -> float:
-        """Computes a round, to be called after a scan. Returns the seconds that it took.
+        """Computes a round, to be called after a scan. Returns the seconds that it took. FINISHED: personalizes this
+        device alone.
 
         Writes the update to the outbox, and the personalized model as of this round. Raises SampleChangedError if a
         file has changed since the scan, OSError if the disk is full, WorkStoppedError if the loop stops it. After an
         error the round can be computed again, with the same result. Raises RunError if it refuses secure sums, or if
         the round would pass its privacy budget.
         """
+        if round_.stage is Stage.FINISHED:
+            return self._personalize_alone(round_)
         if round_.stage in REQUIRED[self._required] and not round_.secure:
             raise RunError(
                 f"--secure {self._required.value}: the server asks for round {round_.round} ({round_.stage.value}) "
                 "without secure aggregation; start the run with --secure-sums or --secure"
             )
         store = self.device.store
-        if round_.session != store.outbox.session:  # a server that comes back to a session could ask for a round again
-            store.secure.forget()
-            self.budget.forget_round()
-        store.outbox.enter(round_.session, round_.run)
+        self._enter(round_)
         self.control.check()
         started, device = time.perf_counter(), self.device
         if round_.stage in EXCHANGE:
@@ -206,18 +209,51 @@ class RoundRunner:
             result = self._secure.mask(round_, result)
         if round_.stage is Stage.CANARY:  # predictions do not use a global expert that may be rejected
             return self._write_update(round_, result, started, bytes_down)
-        kept = save_personal_model(device, round_, global_values, model)
-        if kept:
-            logger.warning(kept, **fields(round=round_.round))
-        device.cache.drop_unused()
-        device.cache.drop_others(device.scanned.samples)
+        self._save_model(device, round_, global_values, model)
         if round_.stage is Stage.EVALUATE:
             self.write_personalized()
         seconds = self._write_update(round_, result, started, bytes_down)
         if round_.stage in TRAINED:
-            with contextlib.suppress(OSError), open_ledger(device.store.samples) as ledger:  # a full disk: still new
-                ledger.mark_trained((sample.sha256 for sample in device.splits.train), round_.run)
+            self._mark_trained(device, round_)
         return seconds
+
+    def _personalize_alone(self, finished: Round) -> float:
+        """Personalizes this device from a finished run in which it took no part. It enters the run's session last, so
+        that a device that ends before goes on with this when it is started again."""
+        self.control.check()
+        started, device = time.perf_counter(), self.device
+        published = read_globals(device.bundle, device.store.globals.read, finished)
+        try:
+            model = personalize_alone(device, finished, published).model
+        except SampleChangedError as error:
+            self._folder.forget(error.path)
+            raise
+        self._save_model(device, finished, published, model)
+        self.write_personalized()
+        self._mark_trained(device, finished)
+        self._enter(finished)
+        return time.perf_counter() - started
+
+    def _enter(self, round_: Round) -> None:
+        """Enters the session of a round."""
+        store = self.device.store
+        if round_.session != store.outbox.session:  # a server that comes back to a session could ask for a round again
+            store.secure.forget()
+            self.budget.forget_round()
+        store.outbox.enter(round_.session, round_.run)
+
+    def _save_model(
+        self, device: DeviceContext, round_: Round, published: Globals, model: PersonalModel | None
+    ) -> None:
+        kept = save_personal_model(device, round_, published, model)
+        if kept:
+            logger.warning(kept, **fields(round=round_.round))
+        device.cache.drop_unused()
+        device.cache.drop_others(device.scanned.samples)
+
+    def _mark_trained(self, device: DeviceContext, round_: Round) -> None:
+        with contextlib.suppress(OSError), open_ledger(device.store.samples) as ledger:  # a full disk: still new
+            ledger.mark_trained((sample.sha256 for sample in device.splits.train), round_.run)
 
     def _write_update(self, round_: Round, result: StageResult, started: float, bytes_down: int) -> float:
         """Writes the update to the outbox. Returns the seconds since `started`."""

@@ -28,7 +28,8 @@ Key = Annotated[str, Field(pattern=r"^[0-9A-Za-z._-]{1,64}$")]
 Text = Annotated[str, AfterValidator(one_line)]  # for people; a longer text is cut
 ClassName = Annotated[str, AfterValidator(valid_name)]
 ProposedName = Annotated[str, AfterValidator(proposable)]
-AddedNames = Annotated[tuple[ProposedName, ...], Field(max_length=64, fail_fast=True)]  # classes added at once
+MAX_ADDED = 64  # classes at once
+AddedNames = Annotated[tuple[ProposedName, ...], Field(max_length=MAX_ADDED, fail_fast=True)]
 FileName = Annotated[str, AfterValidator(shown), Field(max_length=16_384)]  # the longest path, each byte as \xff
 Number = Annotated[int, Field(ge=0, le=MAX_NUMBER)]
 Positive = Annotated[int, Field(ge=1, le=MAX_NUMBER)]
@@ -116,7 +117,8 @@ class ServerStatus(Message):
 
 
 class Round(Message):
-    """The announcement of a round, retained.
+    """The announcement of a round, retained. That of FINISHED describes stage 2, for devices that took no part in the
+    run: `training`, `sal`, and as `repetitions` its rounds.
 
     `expert` (the global expert), `start` (the expert that stage 1 starts from) and `gate` are the SHA-256 of blobs of
     globals; "" if there is none yet.
@@ -258,6 +260,7 @@ class Health(Message):
     `provider`: the execution provider in use, and why not another. `disconnected`: why there is no connection to the
     broker, `disconnected_since`: since when (unix seconds), `rejected`: because the broker refuses the certificate.
     `certificate_until` and `broker_certificate_until`: when they expire (unix seconds); 0 if there is none.
+    `not_renewed`: why the last try to renew the certificate failed. `new_samples` and `proposed`: as in DeviceStatus.
     `refused`: what the broker seems to refuse. `epsilon`: the privacy budget of all its runs at δ = 1e-5; None if it
     has sent no update with noise, or also some without.
     """
@@ -286,6 +289,8 @@ class Health(Message):
     train: Count = 0
     held_out: Count = 0
     test: Count = 0
+    new_samples: Count = 0
+    proposed: dict[ProposedName, Count] = Field(default={}, max_length=MAX_PROPOSED)
     skipped: Count = 0
     unacknowledged: Count = 0
     rounds_done: Count = 0
@@ -296,6 +301,7 @@ class Health(Message):
     rejected: bool = False
     certificate_until: Amount = 0
     broker_certificate_until: Amount = 0
+    not_renewed: Text = ""
 
 
 class Prediction(Message):

@@ -22,7 +22,8 @@ def files(folder: Path) -> dict[Path, int]:
 def test_a_device_takes_part_in_runs_with_other_classes_without_a_restart(
     vit: Built, photos: dict[str, Path], broker: Broker, tmp_path: Path
 ) -> None:
-    """It fetches the bundle once, and features that it has cached stay valid."""
+    """It fetches the bundle once, and features that it has cached stay valid. Another device, which comes after the
+    end with the bundle of other classes, personalizes itself from what the run has left on the broker."""
     name, serve = "device-0", ("--serve", f"127.0.0.1:{free_port()}")
     with Processes(tmp_path / "logs") as processes:
         first = Federation("tasks", broker, vit.bundle.root, {name: photos[name]}, tmp_path, processes)
@@ -42,3 +43,10 @@ def test_a_device_takes_part_in_runs_with_other_classes_without_a_restart(
         assert pooled and all(files(store.cache)[path] == before[path] for path in pooled)
         log = device.stdout
         assert (log.count("begins again"), log.count("fetching backbone.weights")) == (1, 1)
+
+        late = replace(second, photos=photos, folder=tmp_path / "late", devices={})
+        ended = late.start_device("device-1", "--bundle", str(vit.bundle.root)).wait()
+        assert ended.code == 0 and "stage 2 alone done" in ended.stdout, ended
+        header = read_personal_model(DeviceStore(late.state("device-1"))).header
+        assert (header.task, header.session) == (task.sha256, RunStore(second.server_folder).origin.session)
+        assert DeviceStore(late.state("device-1")).personalized.is_file()

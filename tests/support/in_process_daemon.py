@@ -44,9 +44,9 @@ class InProcessDaemon:
     loop: DaemonLoop
     link: Link
 
-    def connect_and_serve(self) -> None:
+    def connect_and_serve(self) -> bool:
         self.link.connect()
-        self.loop.serve()
+        return self.loop.serve()
 
 
 def make_daemon(

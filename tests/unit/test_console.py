@@ -3,6 +3,7 @@ in tests/integration/test_console_in_chromium.py."""
 
 from __future__ import annotations
 
+import html
 import io
 import re
 import resource
@@ -192,6 +193,30 @@ def test_an_action_is_confirmed_and_then_waits_for_the_server(vit: Built, tmp_pa
             {"round": "x"},
         ):
             assert ask(site, path, form={**form, **wrong})[0] == 400
+
+
+def test_proposed_classes_are_shown_and_added(vit: Built, tmp_path: Path) -> None:
+    """Names come from devices. The server shows when it adds one."""
+    names = {HOSTILE: 3, 'a, "b"': 2, "quince": 7, "apple": 9}
+    folder = stored_run(tmp_path / "shops", vit, devices=2, rounds=1)
+    observations = Observations(folder)
+    observations.save(ServerView(seen=time.time(), adds=("quince",)), {"x": status("x", proposed=names)})
+    observations.close()
+    with open_console(folder) as site:
+        path = path_of(folder)
+        text = ask(site, path)[1]
+        assert HOSTILE not in text and "apple</bdi></th>" not in text
+        assert "is added after the present round" in text
+        (link, _) = sorted(re.findall(r'href="([^"]*action=classes[^"]*)"', text), key=len)
+        confirm = ask(site, html.unescape(link))[1]
+        assert "Add a, &#34;b&#34; after the present round?" in confirm
+        (value,) = re.findall(r'name="classes" value="([^"]*)"', confirm)
+        form = {"csrf": csrf_of(confirm), "action": "classes", "round": "0"}
+        assert ask(site, f"{path}action", form={**form, "classes": html.unescape(value)})[0] == 303
+        (waiting,) = (operation for _, operation in Operations(folder).waiting())
+        assert waiting == Operation(action=Action.CLASSES, classes=('a, "b"',), by="127.0.0.1")
+        for wrong in ("", '"', "unknown", "a/../b"):
+            assert ask(site, f"{path}action", form={**form, "classes": wrong})[0] == 400
 
 
 def test_the_page_of_a_round_offers_to_return_to_its_global_expert_if_it_is_kept(vit: Built, tmp_path: Path) -> None:

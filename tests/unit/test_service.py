@@ -321,7 +321,6 @@ def test_a_run_rests_outside_of_its_hours_as_its_log_says(vit: Built, broker: Br
         assert not any(isinstance(message, Round) and message.round > 1 for message in s.observer.seen)
         clock[0] += 16 * 3600
         s.observer.wait(Round, lambda r: r.round == 2, "the second round")
-        s.run_to_its_end(since=1)
 
 
 def test_a_reconnection_is_logged(vit: Built, tmp_path: Path) -> None:

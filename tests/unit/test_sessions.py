@@ -6,11 +6,13 @@ import os
 import shutil
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 from support.bundles import LAYERS, Built, with_names
 from support.coordinators import ABC, MEAN, PRIVACY, CoordinatorRun, plan_for, started
 from support.offline_server import OfflineServer
@@ -23,9 +25,10 @@ from fedfmsl.errors import ConfigError
 from fedfmsl.protocol.class_names import MAX_CLASSES
 from fedfmsl.protocol.messages import Stage
 from trainer_server.coordinator.advance import next_deadline
-from trainer_server.coordinator.events import BeginSession, ClockTicked, Log, OperatorActed, Stop
+from trainer_server.coordinator.events import BeginSession, ClockTicked, Log, OperatorActed, StatusSeen, Stop
 from trainer_server.coordinator.operator import Action, Operation
 from trainer_server.coordinator.privacy_budget import NoisedRounds, privacy_budget
+from trainer_server.coordinator.sessions import approved
 from trainer_server.service.lifecycle import make_plan, open_bundle, open_run, replay_rounds
 from trainer_server.service.next_session import begin_session
 from trainer_server.service.start_from import read_start
@@ -127,6 +130,24 @@ def test_names_that_cannot_be_added_change_nothing(vit: Built, names: tuple[str,
     run.feed_only(OperatorActed(Operation(action=Action.CLASSES, classes=names)))
     assert text in run.of(Log)[-1].text and run.of(Log)[-1].warning
     assert run.state is before
+
+
+def test_the_rule_adds_what_enough_devices_propose(vit: Built) -> None:
+    run = started(vit, approve_classes="min-devices=2", max_repeats=0, min_updates=3)
+    proposed = {"a": {"quince": 5, "fig": 1}, "b": {"quince": 3}, "c": {"fig": 9}, "d": {"pear": 2}}
+    run.feed(OperatorActed(Operation(action=Action.EXCLUDE, device="c")))
+    run.feed_only(*(StatusSeen(run.status(name, proposed=counts)) for name, counts in proposed.items()))
+    assert approved(run.plan, run.state) == NEW
+    run.feed_only(ADD)  # the operator adds it as well
+    assert approved(run.plan, run.state) == NEW
+    run.answers(ABC)
+    run.now = next_deadline(run.plan, run.state)
+    run.feed()
+    assert run.of(Stop)[0].error and not run.of(BeginSession)  # a run that fails ends
+    run.state = replace(run.state, excluded=frozenset())
+    assert approved(run.plan, run.state) == ("quince", "fig")
+    with pytest.raises(ValidationError, match="is not like min-devices=2"):
+        plan_for(vit, approve_classes="2")
 
 
 def test_a_run_has_no_more_classes_than_messages_allow(vit: Built) -> None:

@@ -24,7 +24,7 @@ from fedfmsl.errors import MessageError
 from fedfmsl.protocol.messages import MAX_NAMED, Round, Stage
 from trainer_server.config import MIN_REPORTS
 from trainer_server.coordinator.adoption import canaries, rejection, with_last_good, with_verdict
-from trainer_server.coordinator.announce import COUNTED, announce, pack_globals, sal_of, sums_of
+from trainer_server.coordinator.announce import COUNTED, PERSONALIZING, announce, pack_globals, sal_of, sums_of
 from trainer_server.coordinator.candidates import Rollback
 from trainer_server.coordinator.events import (
     Command,
@@ -209,8 +209,8 @@ def _open_round(
         index=step.index,
         of=step.of,
         level=level,
-        repetitions=config.stage1_rounds if stage is Stage.BASELINE else 1,
-        training=config.stage2 if stage is Stage.PERSONAL else config.stage1,
+        repetitions={Stage.BASELINE: config.stage1_rounds, Stage.FINISHED: config.stage2_rounds}.get(stage, 1),
+        training=config.stage2 if stage in PERSONALIZING else config.stage1,
         sal=sal_of(plan, state, stage),
         encoding=config.encoding,
         privacy=config.privacy,

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from pydantic import Field
-
 from fedfmsl.common.duration import seconds_of
 from fedfmsl.protocol.messages import DeviceStatus, Message
 from trainer_server.coordinator.limits import Limits
@@ -27,7 +25,7 @@ class Standing(Message):
     begun: float = 0.0
     needs_time: bool = False
     needs_news: bool = False
-    unused: dict[str, int] = Field(default_factory=dict)
+    unused: dict[str, int] = {}  # noqa: RUF012 (each instance gets a copy)
 
     def next(self, ready: Iterable[DeviceStatus]) -> Standing:
         """After the last round of a session. `ready`: the devices that could take part."""

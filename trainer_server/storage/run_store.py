@@ -370,6 +370,7 @@ class RunStore:
             self._count(refusals or {})
             self._db.execute("UPDATE run SET origin = ?", (origin.model_dump_json(),))
         self.origin = origin
+        self.updates.begin()
         self._touch()
         with contextlib.suppress(OSError):  # the session has begun
             self._sweep()
