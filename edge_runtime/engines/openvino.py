@@ -16,9 +16,11 @@ from typing import Any
 from numpy.typing import NDArray
 
 from fedfmsl.algorithms.arrays import Floats
+from fedfmsl.common.onnx_runtime import every_processor_has
 
 OPENVINO = "openvino"  # its name among the execution providers
 DEVICE = "CPU"
+BF16 = {"avx512_bf16", "amx_bf16"}  # Linux names
 
 
 def openvino_version() -> str:
@@ -29,10 +31,9 @@ def openvino_version() -> str:
         return ""
 
 
-@cache
 def offers_openvino() -> bool:
-    """Whether OpenVINO is installed, and this processor multiplies in bfloat16."""
-    return bool(openvino_version()) and "BF16" in _core().get_property(DEVICE, "OPTIMIZATION_CAPABILITIES")
+    """Whether OpenVINO is installed, and this processor multiplies in bfloat16. Does not import OpenVINO."""
+    return bool(openvino_version()) and every_processor_has(BF16)
 
 
 class OpenVinoSession:

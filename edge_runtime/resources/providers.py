@@ -196,6 +196,8 @@ def disagreement(reference: Outputs, outputs: Outputs, bounds: Bounds) -> str:
     """Why `outputs` are not those of the CPU within the bounds, or ""."""
     for name in reference:
         expected, found = (np.asarray(each[name], np.float64) for each in (reference, outputs))
+        if found.shape != expected.shape:
+            return f"its {name} has shape {found.shape}, not {expected.shape}"
         if not np.isfinite(found).all():
             return f"its {name} is not finite"
         if name.startswith(GRADIENT):

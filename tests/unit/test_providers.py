@@ -40,6 +40,7 @@ with_openvino = pytest.mark.skipif(not offers_openvino(), reason="needs OpenVINO
         ("loss", np.array([np.nan]), "its loss is not finite"),
         (GRADIENT, np.array([1.0, 2.0, 3.01]), ""),
         (GRADIENT, np.array([1.0, 2.0, 4.0]), "its gradient of block 3 has cosine 0.99"),
+        (GRADIENT, np.zeros(0), "its gradient of block 3 has shape (0,), not (3,)"),
         (GRADIENT, np.zeros(3), "its gradient of block 3 has cosine 0.0"),
     ],
 )
