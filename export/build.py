@@ -46,13 +46,6 @@ def build(
     max_tokens: int | None = typer.Option(
         None, min=3, max=MAX_TOKENS, help="Tokens per text, text models only. Default: 128."
     ),
-    merge_to: int | None = typer.Option(
-        None,
-        min=2,
-        max=MAX_TOKENS,
-        help="Merge similar patches of an image in the blocks below the highest level, until so many tokens are left. "
-        "Steps are faster and the feature cache is smaller. Default: no merging.",
-    ),
     tokenizer: Path | None = typer.Option(
         None, help="A tokenizer.json, text models only. Default: the one beside the weights."
     ),
@@ -88,7 +81,6 @@ def build(
         levels=levels,
         image_size=image_size,
         max_tokens=max_tokens,
-        merge_to=merge_to,
         tokenizer=tokenizer,
         rank=rank,
         precision=precision,
@@ -107,8 +99,6 @@ def _print_summary(bundle: Bundle) -> None:
     console.print(f"bundle            {bundle.root}  ({size / 1e6:.1f} MB, SHA-256 {bundle.sha256[:12]}…)")
     console.print(f"model             {m.model}, {m.dims.blocks} blocks, levels 1–{levels}")
     console.print(f"backbone          {m.backbone_parameters:,} parameters, frozen")
-    if m.merged_from:
-        console.print(f"tokens            {m.dims.tokens} of {m.merged_from} are left below level {levels}")
     if not isinstance(bundle, TaskBundle):
         lora, row = bundle.lora.total, m.dims.feature + 1
         console.print("task              none; name the classes with python -m trainer_server start --classes")

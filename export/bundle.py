@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,6 @@ from safetensors.numpy import save
 from export.backbone_onnx import write_backbone_onnx
 from export.graph import WEIGHTS_FILE, WeightFile
 from export.graphs import GraphWriter, gate_layout, lora_layout
-from export.merging import schedule
 from export.models import RANDOM
 from export.ort_training import write_artifacts
 from export.parity import check_parity
@@ -46,18 +45,14 @@ def build_bundle(
     seed: int,
     precision: Precision = "fp32",
     ort_training: bool = False,
-    merge_to: int | None = None,
 ) -> Iterator[tuple[int, int, str]]:
     """Writes the bundle to `out`, as a whole or not at all. Yields (steps done, all steps, current step).
-
-    `merge_to`: the tokens of a hidden state, fewer than those of an image.
 
     A bundle that is there already stays: a server or a device may use it. Raises ConfigError if it is another one, and
     for invalid levels, precision or `out`. Raises BundleError if a graph differs from torch + PEFT.
     """
     geometry = source.family.geometry(source.model.config, source.size)
     levels = check_levels(levels, geometry)
-    geometry = merged(geometry, levels, merge_to)
     if ort_training and precision != "fp32":
         raise ConfigError(f"--ort-training needs --precision fp32, not {precision}; omit one of them")
     check_out(out, precision, levels)
@@ -86,7 +81,7 @@ def build_bundle(
             (root / TOKENIZER).write_text(source.tokenizer, encoding="utf-8")
         # not save_file, which lets nobody but the owner read the file
         (root / "init.safetensors").write_bytes(save(_initial_tensors(spec, seed)))
-        (root / MANIFEST).write_text(_manifest(spec, root).as_json(), encoding="utf-8")
+        (root / MANIFEST).write_text(_manifest(spec, root).model_dump_json(indent=1), encoding="utf-8")
         for level in sorted({1, levels}):
             yield done + 1, steps, f"compare with PEFT, level {level}"
             check_parity(with_numbered_classes(Bundle.load(root), spec.outputs), source, level, seed)
@@ -99,17 +94,6 @@ def check_levels(levels: int | None, geometry: Geometry) -> int:
     if levels and levels > geometry.blocks:
         raise ConfigError(f"--levels {levels} is more than the {geometry.blocks} blocks of the model; lower it")
     return levels or geometry.blocks
-
-
-def merged(geometry: Geometry, levels: int, left: int | None) -> Geometry:
-    """The geometry that merges tokens below the highest level until so many are left. Raises ConfigError if it cannot.
-    None: it merges none."""
-    if left is None:
-        return geometry
-    if geometry.patch is None:
-        raise ConfigError("--merge-to is for images and not valid for a text model; remove it")
-    merges = schedule(geometry.tokens, geometry.special, geometry.blocks - levels, left)
-    return replace(geometry, merges=merges)
 
 
 def check_out(out: Path, precision: Precision, levels: int | None = None) -> None:
@@ -233,7 +217,7 @@ def _manifest(spec: _Spec, root: Path) -> Manifest:
         precision=spec.precision,
         preprocessing=source.preprocessing,
         dims=Dims(
-            tokens=geometry.left,
+            tokens=geometry.tokens,
             hidden=geometry.hidden,
             feature=geometry.feature,
             blocks=geometry.blocks,
@@ -244,7 +228,6 @@ def _manifest(spec: _Spec, root: Path) -> Manifest:
         gate_layout=spec.gate.slots,
         peft=spec.peft,
         backbone_parameters=source.parameters,
-        merged_from=geometry.tokens if geometry.merges else None,
         files={
             path.name: FileEntry(size=path.stat().st_size, sha256=file_sha256(path)) for path in sorted(root.iterdir())
         },

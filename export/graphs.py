@@ -101,8 +101,8 @@ class GraphWriter:
         """
         g, graph = self.transformer.geometry, self._graph("features")
         tape = self._tape(graph)
-        x, padding = self._samples(graph, tape)
-        for block in range(len(g.merges), g.blocks):
+        x, padding = self._samples(graph)
+        for block in range(g.blocks):
             level = g.blocks - block
             if level <= self.levels:
                 self._output_state(graph, x, padding, f"hidden_{level}")
@@ -158,9 +158,9 @@ class GraphWriter:
         """
         g, graph = self.transformer.geometry, self._graph(f"personal-{level}")
         tape = self._tape(graph)
-        x, padding = self._samples(graph, tape)
+        x, padding = self._samples(graph)
         first = g.blocks - level
-        for block in range(len(g.merges), first):
+        for block in range(first):
             x = self.transformer.block(tape, x, block, {}, mask=_mask(padding))
         kept, given, held = (graph.input(f"{n}_bias", np.float32, ["C"]) for n in ("kept", "given", "held"))
         logits = {}
@@ -211,8 +211,8 @@ class GraphWriter:
         onnx.checker.check_model(str(self.root / name))
         return name
 
-    def _samples(self, graph: Graph, tape: Tape) -> tuple[Var, Padding | None]:
-        """The input for a batch of images or texts → what the first block that merges no tokens receives (B·N, D)."""
+    def _samples(self, graph: Graph) -> tuple[Var, Padding | None]:
+        """The input for a batch of images or texts → embedded tokens (B·N, D)."""
         preprocessing = self.preprocessing
         if isinstance(preprocessing, TextPreprocessing):
             tokens = graph.input("tokens", np.int64, ["B", preprocessing.max_tokens])
@@ -221,12 +221,12 @@ class GraphWriter:
             return self.transformer.embed_tokens(graph, tokens), self._padding(graph, real)
         size = preprocessing.size
         pixels = graph.input("pixels", np.uint8, ["B", size, size, 3])
-        return self.transformer.prefix(tape, self.transformer.embed(graph, pixels, preprocessing)), None
+        return self.transformer.embed(graph, pixels, preprocessing), None
 
     def _hidden(self, graph: Graph) -> tuple[Var, Padding | None]:
         """The input for a batch of hidden states → (B·N, D)."""
         g, padding = self.transformer.geometry, None
-        hidden = graph.input("hidden", np.float32, ["B", g.left, g.hidden])
+        hidden = graph.input("hidden", np.float32, ["B", g.tokens, g.hidden])
         if isinstance(self.preprocessing, TextPreprocessing):
             largest = graph.op("ReduceMax", graph.op("Abs", hidden), graph.ints(2))
             padding = self._padding(graph, graph.op("Greater", largest, graph.const(0.0)))
@@ -235,8 +235,8 @@ class GraphWriter:
     def _output_state(self, graph: Graph, x: Var, padding: Padding | None, name: str) -> None:
         """Makes the hidden state x (B·N, D) the output `name` (B, N, D), with zeros for padded tokens."""
         g = self.transformer.geometry
-        state = graph.op("Reshape", x.name, graph.ints(-1, g.left, g.hidden))
-        graph.output(graph.op("Mul", state, padding.rows) if padding else state, name, ["B", g.left, g.hidden])
+        state = graph.op("Reshape", x.name, graph.ints(-1, g.tokens, g.hidden))
+        graph.output(graph.op("Mul", state, padding.rows) if padding else state, name, ["B", g.tokens, g.hidden])
 
     def _padding(self, graph: Graph, real: str) -> Padding:
         """From the mask of real tokens (B, N, 1), boolean."""

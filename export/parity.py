@@ -8,7 +8,6 @@ import numpy as np
 import onnxruntime
 import torch
 
-from export.merging_reference import merging
 from export.reference import loss_and_gradient, random_samples, torch_inputs
 from export.weights import Backbone
 from fedfmsl.algorithms.arrays import Vector
@@ -40,17 +39,16 @@ def check_parity(bundle: TaskBundle, source: Backbone, level: int, seed: int) ->
     labels = rng.integers(0, len(bundle.classes), BATCH)
     theta: Vector = bundle.initial()[0][: bundle.expert.size(level)]
     theta = (theta + rng.normal(0, 0.02, theta.size)).astype(np.float32)
-    with merging(source, manifest):
-        loss, gradient, logits = loss_and_gradient(
-            source,
-            manifest.lora,
-            manifest.peft,
-            bundle.expert,
-            level,
-            theta,
-            torch_inputs(samples, manifest.preprocessing),
-            torch.from_numpy(labels),
-        )
+    loss, gradient, logits = loss_and_gradient(
+        source,
+        manifest.lora,
+        manifest.peft,
+        bundle.expert,
+        level,
+        theta,
+        torch_inputs(samples, manifest.preprocessing),
+        torch.from_numpy(labels),
+    )
     (hidden,) = _run(bundle, "features.onnx", [f"hidden_{level}"], **{source.family.input: samples})
     ours_loss, ours_gradient = _run(
         bundle,

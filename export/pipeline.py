@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from export.bundle import build_bundle, check_levels, check_out, merged
+from export.bundle import build_bundle, check_levels, check_out
 from export.weights import Found, find_backbone, load_weights
 from export.zero_shot import make_zero_shot
 from fedfmsl.common.cli import console
@@ -30,7 +30,6 @@ class Options:
     levels: int | None
     image_size: int | None
     max_tokens: int | None
-    merge_to: int | None
     tokenizer: Path | None
     rank: int
     precision: Precision
@@ -56,14 +55,7 @@ def export_bundle(options: Options) -> Bundle:
         zero_shot = make_zero_shot(source, options.classes, options.prompts) if options.classes else None
         lora = source.family.lora(options.rank)
         for done, total, what in build_bundle(
-            source,
-            options.levels,
-            lora,
-            out,
-            options.seed,
-            options.precision,
-            options.ort_training,
-            options.merge_to,
+            source, options.levels, lora, out, options.seed, options.precision, options.ort_training
         ):
             progress.update(step, completed=done, total=total, description=what)
     bundle = Bundle.load(out)
@@ -89,5 +81,4 @@ def _check_input(source: Found, options: Options) -> None:
     hidden = source.config.hidden_size
     if options.rank > hidden:
         raise ConfigError(f"--rank {options.rank} is more than the hidden size {hidden} of {source.name}; lower it")
-    geometry = source.family.geometry(source.config, source.size)
-    merged(geometry, check_levels(options.levels, geometry), options.merge_to)
+    check_levels(options.levels, source.family.geometry(source.config, source.size))

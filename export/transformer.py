@@ -23,7 +23,6 @@ import numpy as np
 from export.autodiff import Tape, Var
 from export.frozen import Float32
 from export.graph import Graph
-from export.merging import merge
 from fedfmsl.protocol.bundle import ImagePreprocessing
 
 
@@ -32,8 +31,7 @@ class Geometry:
     """Sizes and variants. `tokens` N, `hidden` D, `feature` F, `blocks` L.
 
     `special`: number of tokens before the patches; the class token is the first. `patch`: pixels per side, None for
-    texts. `norm`: LayerNorm before ("pre") or after ("post") attention and MLP. `merges`: how many tokens each of the
-    first blocks merges away; only with norm "pre".
+    texts. `norm`: LayerNorm before ("pre") or after ("post") attention and MLP.
     """
 
     tokens: int
@@ -46,16 +44,6 @@ class Geometry:
     special: int = 1
     activation: Literal["gelu", "quick_gelu"] = "gelu"
     norm: Literal["pre", "post"] = "pre"
-    merges: tuple[int, ...] = ()
-
-    def tokens_below(self, block: int) -> int:
-        """Tokens that `block` receives."""
-        return self.tokens - sum(self.merges[:block])
-
-    @property
-    def left(self) -> int:
-        """Tokens of a hidden state: those that are left after all merges."""
-        return self.tokens_below(self.blocks)
 
 
 # LoRA of one block: projection name → (A (r, D), B (D, r))
@@ -87,30 +75,10 @@ class Transformer:
         padded = graph.op("Pad", graph.op("Transpose", columns, perm=[0, 2, 1]), graph.ints(0, g.special, 0, 0, 0, 0))
         return self._embedded(graph, graph.op("Add", padded, graph.frozen("position")))
 
-    def prefix(self, tape: Tape, x: Var) -> Var:
-        """The blocks that merge tokens, without LoRA: embedded tokens (B·N, D) → (B·N', D), N' tokens left."""
-        g, graph, mask = self.geometry, tape.graph, None
-        if not g.merges:
-            return x
-        rows = graph.op("Shape", x.name, end=1)
-        sizes = graph.op("Expand", graph.const([[1.0]]), graph.op("Concat", rows, graph.ints(1), axis=0))
-        for index, count in enumerate(g.merges):
-            key, tokens = f"blocks.{index}", g.tokens_below(index)
-            normal = tape.layer_norm(x, f"{key}.norm1", g.norm_eps)
-            q, k, v = (tape.linear(normal, f"{key}.{name}") for name in ("query", "key", "value"))
-            mixed = tape.attention(q, k, v, g.heads, tokens, g.hidden, mask)
-            x = self._residual(tape, x, tape.linear(mixed, f"{key}.output"), f"{key}.scale1")
-            if count:
-                name, sizes = merge(graph, x.name, k.name, sizes, tokens, g.special, g.heads, g.hidden, count)
-                x = Var(name)
-                mask = graph.op("Reshape", graph.op("Log", sizes), graph.ints(-1, 1, 1, tokens - count))
-            x = self._mlp(tape, x, key)
-        return x
-
     def block(
         self, tape: Tape, x: Var, index: int, lora: Lora, class_token_only: bool = False, mask: str | None = None
     ) -> Var:
-        """Block `index`, above all merges, on x (B·N, D).
+        """Block `index` on x (B·N, D).
 
         With `class_token_only` the result is the class token (B, D). This is exact for the last block, because the tail
         reads only the class token. `mask` (B, 1, 1, N) excludes padded tokens.
@@ -119,22 +87,16 @@ class Transformer:
         post = g.norm == "post"
         normal = x if post else tape.layer_norm(x, f"{key}.norm1", g.norm_eps)
         if class_token_only:
-            x = tape.class_token(x, g.left, g.hidden)
+            x = tape.class_token(x, g.tokens, g.hidden)
             mixed = self._class_token_attention(tape, normal, key, lora, mask)
         else:
             q = self._project(tape, normal, f"{key}.query", lora.get("query"))
             k = tape.linear(normal, f"{key}.key")
             v = self._project(tape, normal, f"{key}.value", lora.get("value"))
-            mixed = tape.attention(q, k, v, g.heads, g.left, g.hidden, mask)
+            mixed = tape.attention(q, k, v, g.heads, g.tokens, g.hidden, mask)
         x = self._residual(tape, x, tape.linear(mixed, f"{key}.output"), f"{key}.scale1")
         if post:
             x = tape.layer_norm(x, f"{key}.norm1", g.norm_eps)
-        return self._mlp(tape, x, key)
-
-    def _mlp(self, tape: Tape, x: Var, key: str) -> Var:
-        """The second half of the block `key`."""
-        g = self.geometry
-        post = g.norm == "post"
         normal = x if post else tape.layer_norm(x, f"{key}.norm2", g.norm_eps)
         inner = self._activate(tape, tape.linear(normal, f"{key}.up"))
         x = self._residual(tape, x, tape.linear(inner, f"{key}.down"), f"{key}.scale2")
@@ -148,9 +110,9 @@ class Transformer:
         are summed before the value projection.
         """
         g = self.geometry
-        q = self._project(tape, tape.class_token(normal, g.left, g.hidden), f"{key}.query", lora.get("query"))
+        q = self._project(tape, tape.class_token(normal, g.tokens, g.hidden), f"{key}.query", lora.get("query"))
         query = tape.linear_transposed(tape.spread_heads(q, g.heads, g.hidden), f"{key}.key")
-        pooled = tape.pool(query, normal, g.heads, g.left, g.hidden, mask)
+        pooled = tape.pool(query, normal, g.heads, g.tokens, g.hidden, mask)
         v = self._project(tape, pooled, f"{key}.value", lora.get("value"))
         return tape.join_heads(v, g.heads, g.hidden)
 

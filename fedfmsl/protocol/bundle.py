@@ -91,7 +91,7 @@ Preprocessing = Annotated[ImagePreprocessing | TextPreprocessing, Field(discrimi
 
 
 class Dims(_Frozen):
-    """`tokens` N of a hidden state, `hidden` D, `feature` F (input of head and gate), `blocks` L."""
+    """`tokens` N, `hidden` D, `feature` F (input of head and gate), `blocks` L."""
 
     tokens: Positive
     hidden: Positive
@@ -126,10 +126,7 @@ class FileEntry(_Frozen):
 
 
 class Manifest(_Frozen):
-    """`lora_layout`: the LoRA of the highest level. The head comes before it, as a task has it.
-
-    `merged_from`: the tokens of an image, of which the prefix makes N by merging similar ones. None: it merges none.
-    """
+    """`lora_layout`: the LoRA of the highest level. The head comes before it, as a task has it."""
 
     schema_version: Literal[4] = 4
     model: str
@@ -143,12 +140,7 @@ class Manifest(_Frozen):
     gate_layout: tuple[Slot, ...]
     peft: PeftSpec
     backbone_parameters: int = Field(ge=1)
-    merged_from: Positive | None = None
     files: dict[FileName, FileEntry]
-
-    def as_json(self) -> str:
-        """The text of the file. Without merging it has no `merged_from`, so such a bundle keeps its SHA-256."""
-        return self.model_dump_json(indent=1, exclude={"merged_from"} if self.merged_from is None else None)
 
 
 class Bundle:

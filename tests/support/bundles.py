@@ -65,7 +65,6 @@ def build(
     classes: Sequence[str] = CLASSES,
     seed: int = 0,
     precision: Precision = "fp32",
-    merge_to: int | None = None,
 ) -> Built:
     """Builds the bundle of a transformers folder, at IMAGE_SIZE or MAX_TOKENS. It has a zero-shot head if the model has
     a text tower, and the files of onnxruntime-training if the tests run with that engine."""
@@ -78,7 +77,7 @@ def build(
     zero_shot = zero_shot_head(source, classes, TEMPLATES) if source.family.text_tower else None
     lora = source.family.lora(RANK)
     ort_training = precision == "fp32" and has_ort_training()
-    for _ in build_bundle(source, levels, lora, out, seed, precision, ort_training, merge_to):
+    for _ in build_bundle(source, levels, lora, out, seed, precision, ort_training):
         pass
     bundle = Bundle.load(out)
     return Built(weights, write_task(bundle, Task.of(bundle.sha256, classes, "the test", zero_shot)), seed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from support.bundles import (
     LAYERS,
     Built,
@@ -16,12 +17,12 @@ from support.bundles import (
     run_graph,
     with_classes,
 )
-from support.personal_graph import check_the_personalized_graph
 from support.samples import CLASSES
 from support.torch_reference import features_of, hidden_states, torch_expert
 
 from export.reference import torch_inputs
-from fedfmsl.algorithms.mixture import log_softmax
+from fedfmsl.algorithms.calibration import calibrate
+from fedfmsl.algorithms.mixture import Biases, gate_offset, log_softmax, mix
 
 TOLERANCE = 1e-5
 LEVELS = [1, 2, LAYERS]
@@ -118,3 +119,37 @@ def test_the_personalized_graph_equals_the_mixture_of_its_experts_and_gate(
 @pytest.mark.parametrize("classes", [2, 9])
 def test_the_personalized_graph_takes_any_number_of_classes(vit: Built, classes: int) -> None:
     check_the_personalized_graph(with_classes(vit, classes), 2, 0.4, np.arange(classes))
+
+
+def check_the_personalized_graph(built: Built, level: int, temperature: float, counts: NDArray[np.int64]) -> None:
+    """`counts` (C,): the device's samples of each class."""
+    bundle, rng = built.bundle, np.random.default_rng(level)
+    samples = as_input(built, random_samples(built, 5, seed=13))
+    thetas = {expert: random_theta(bundle, level, seed) for seed, expert in enumerate(("global", "local"))}
+    biases = Biases.of_counts(counts)
+    gate_theta = rng.normal(0, 0.5, bundle.gate.total).astype(np.float32)
+    hidden, pooled = run_graph(bundle, "features.onnx", [f"hidden_{level}", "pooled"], **samples)
+    logits = {
+        expert: run_graph(bundle, f"predict-{level}.onnx", ["logits"], hidden=hidden, theta=theta)[0]
+        for expert, theta in thetas.items()
+    }
+    log_p = log_softmax(logits["global"] + biases.kept), log_softmax(logits["local"] + biases.held)
+    offset = gate_offset(logits["global"], biases)
+    (log_gate,) = run_graph(
+        bundle, "gate-predict.onnx", ["log_gate"], pooled=pooled, offset=offset, gate_theta=gate_theta
+    )
+    probabilities, gate = run_graph(
+        bundle,
+        f"personal-{level}.onnx",
+        ["probabilities", "gate"],
+        **samples,
+        gate_theta=gate_theta,
+        temperature=np.array([temperature], np.float32),
+        **{f"{expert}_theta": theta for expert, theta in thetas.items()},
+        kept_bias=biases.kept,
+        given_bias=biases.given,
+        held_bias=biases.held,
+    )
+    assert np.allclose(gate, np.exp(log_gate), atol=1e-6)
+    assert np.allclose(probabilities, np.exp(calibrate(mix(log_gate, *log_p), temperature)), atol=1e-5)
+    assert np.allclose(probabilities.sum(axis=1), 1, atol=1e-5)
