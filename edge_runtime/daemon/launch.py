@@ -188,6 +188,7 @@ def _runner(daemon: Daemon, prepared: Prepared, control: StepControl) -> RoundRu
         settings.identity,
         settings.secure,
         settings.max_epsilon,
+        settings.rehearse,
     )
 
 
