@@ -224,8 +224,8 @@ def required_globals(announced: Round | None) -> set[str]:
 
 
 def joins_late(state: State, announced: Round) -> bool:
-    """Whether this device personalizes itself from a finished run in which it took no part. A run without a gate
-    adapter has ended before stage 2 could begin."""
+    """Whether this device personalizes itself from a finished run in which it took no part. A run that has
+    ended before stage 1 has no global expert."""
     ended = announced.stage is Stage.FINISHED and bool(announced.expert and announced.gate)
     return ended and announced.session == state.server_session != state.session and state.server_task is not None
 
