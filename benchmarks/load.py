@@ -88,8 +88,8 @@ class Measured:
     """The measurements of one run. `size`: bytes of an update of stage 1 on the wire.
 
     `rounds`: seconds of each round of stage 1, from its announcement to the next one. CPU seconds and `wall` are of the
-    whole run. `ms`: the server's CPU milliseconds per update of stage 1, with its aggregation. `lost`: updates of
-    selected devices that did not count, in all rounds.
+    whole run. `ms` and `broker_ms`: CPU milliseconds of server and broker per update of stage 1, with its aggregation.
+    `lost`: updates of selected devices that did not count, in all rounds.
     """
 
     devices: int
@@ -97,6 +97,7 @@ class Measured:
     rounds: list[float]
     wall: float
     ms: float
+    broker_ms: float
     lost: int
     processes: dict[str, MonitoredProcess] = field(repr=False)
 
@@ -188,9 +189,9 @@ def measure(
     updates = sum(summary.answered for summary in trained)
     size = sum(summary.bytes_up for summary in trained) / updates
     start, end = _stage1(tally)
-    ms = 1000 * processes["server"].cpu_between(start, end) / updates
+    ms, broker_ms = (1000 * processes[name].cpu_between(start, end) / updates for name in ("server", "broker"))
     lost = sum(summary.missing for summary in closed)
-    return Measured(devices, size, _seconds(tally), wall, ms, lost, in_order)
+    return Measured(devices, size, _seconds(tally), wall, ms, broker_ms, lost, in_order)
 
 
 def _stage1(tally: dict[str, Any]) -> tuple[float, float]:

@@ -1,6 +1,7 @@
 """FedFMSL Edge's public API: the algorithms over numpy arrays, and bundles.
 
-Importing it needs numpy only. Bundles, tasks and `Training` need pydantic, which is imported at first use.
+A name's module is imported at first use, so that commands which need none of them start quickly. Algorithms need numpy
+only; bundles, tasks and `Training` also need pydantic.
 """
 
 from __future__ import annotations
@@ -8,57 +9,56 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from fedfmsl.algorithms.accounting import Observer, epsilon, epsilons
-from fedfmsl.algorithms.aggregation import (
-    Aggregate,
-    Contribution,
-    CoordinateMedian,
-    ScreenedMean,
-    TrimmedMean,
-    WeightedMean,
-)
-from fedfmsl.algorithms.calibration import UNKNOWN, calibrate, fit_temperature, unknown_threshold
-from fedfmsl.algorithms.class_means import class_mean_head, direction_head
-from fedfmsl.algorithms.discriminant import discriminant_head, logit_head, second_moments, with_former_rows
-from fedfmsl.algorithms.evaluation import (
-    DeviceAccuracy,
-    FleetAccuracy,
-    device_accuracy,
-    novel_samples,
-    stream_accuracy,
-    stream_order,
-    summarize,
-)
-from fedfmsl.algorithms.label_shift import adapted_prior, prior_shift
-from fedfmsl.algorithms.mixture import (
-    Biases,
-    accuracy,
-    class_dropout,
-    class_mask,
-    class_prior,
-    gate_offset,
-    gate_statistics,
-    label_log_p,
-    log_softmax,
-    mix,
-    nll,
-)
-from fedfmsl.algorithms.privacy import Privacy, privatize, privatize_statistics
-from fedfmsl.algorithms.sal import AllAtOnce, CapabilityQueue, FixedSchedule, Sal, SalState
-from fedfmsl.algorithms.server_optimizers import FedAdam, FedAvg, FedAvgM, Moments
-from fedfmsl.errors import (
-    BrokerError,
-    BundleError,
-    ConfigError,
-    FedFMSLError,
-    InputError,
-    MessageError,
-    RunError,
-    WeightsError,
-)
-
 if TYPE_CHECKING:
     __version__: str
+    from fedfmsl.algorithms.accounting import Observer, epsilon, epsilons
+    from fedfmsl.algorithms.aggregation import (
+        Aggregate,
+        Contribution,
+        CoordinateMedian,
+        ScreenedMean,
+        TrimmedMean,
+        WeightedMean,
+    )
+    from fedfmsl.algorithms.calibration import UNKNOWN, calibrate, fit_temperature, unknown_threshold
+    from fedfmsl.algorithms.class_means import class_mean_head, direction_head
+    from fedfmsl.algorithms.discriminant import discriminant_head, logit_head, second_moments, with_former_rows
+    from fedfmsl.algorithms.evaluation import (
+        DeviceAccuracy,
+        FleetAccuracy,
+        device_accuracy,
+        novel_samples,
+        stream_accuracy,
+        stream_order,
+        summarize,
+    )
+    from fedfmsl.algorithms.label_shift import adapted_prior, prior_shift
+    from fedfmsl.algorithms.mixture import (
+        Biases,
+        accuracy,
+        class_dropout,
+        class_mask,
+        class_prior,
+        gate_offset,
+        gate_statistics,
+        label_log_p,
+        log_softmax,
+        mix,
+        nll,
+    )
+    from fedfmsl.algorithms.privacy import Privacy, privatize, privatize_statistics
+    from fedfmsl.algorithms.sal import AllAtOnce, CapabilityQueue, FixedSchedule, Sal, SalState
+    from fedfmsl.algorithms.server_optimizers import FedAdam, FedAvg, FedAvgM, Moments
+    from fedfmsl.errors import (
+        BrokerError,
+        BundleError,
+        ConfigError,
+        FedFMSLError,
+        InputError,
+        MessageError,
+        RunError,
+        WeightsError,
+    )
     from fedfmsl.protocol.bundle import Bundle
     from fedfmsl.protocol.messages import Training
     from fedfmsl.protocol.task import Task
@@ -130,19 +130,103 @@ __all__ = [
     "with_former_rows",
 ]
 
-_LAZY = {
-    "Bundle": "fedfmsl.protocol.bundle",
-    "Task": "fedfmsl.protocol.task",
-    "TaskBundle": "fedfmsl.protocol.task_bundle",
-    "Training": "fedfmsl.protocol.messages",
+_MODULES = {
+    "fedfmsl.algorithms.accounting": (
+        "Observer",
+        "epsilon",
+        "epsilons",
+    ),
+    "fedfmsl.algorithms.aggregation": (
+        "Aggregate",
+        "Contribution",
+        "CoordinateMedian",
+        "ScreenedMean",
+        "TrimmedMean",
+        "WeightedMean",
+    ),
+    "fedfmsl.algorithms.calibration": (
+        "UNKNOWN",
+        "calibrate",
+        "fit_temperature",
+        "unknown_threshold",
+    ),
+    "fedfmsl.algorithms.class_means": (
+        "class_mean_head",
+        "direction_head",
+    ),
+    "fedfmsl.algorithms.discriminant": (
+        "discriminant_head",
+        "logit_head",
+        "second_moments",
+        "with_former_rows",
+    ),
+    "fedfmsl.algorithms.evaluation": (
+        "DeviceAccuracy",
+        "FleetAccuracy",
+        "device_accuracy",
+        "novel_samples",
+        "stream_accuracy",
+        "stream_order",
+        "summarize",
+    ),
+    "fedfmsl.algorithms.label_shift": (
+        "adapted_prior",
+        "prior_shift",
+    ),
+    "fedfmsl.algorithms.mixture": (
+        "Biases",
+        "accuracy",
+        "class_dropout",
+        "class_mask",
+        "class_prior",
+        "gate_offset",
+        "gate_statistics",
+        "label_log_p",
+        "log_softmax",
+        "mix",
+        "nll",
+    ),
+    "fedfmsl.algorithms.privacy": (
+        "Privacy",
+        "privatize",
+        "privatize_statistics",
+    ),
+    "fedfmsl.algorithms.sal": (
+        "AllAtOnce",
+        "CapabilityQueue",
+        "FixedSchedule",
+        "Sal",
+        "SalState",
+    ),
+    "fedfmsl.algorithms.server_optimizers": (
+        "FedAdam",
+        "FedAvg",
+        "FedAvgM",
+        "Moments",
+    ),
+    "fedfmsl.errors": (
+        "BrokerError",
+        "BundleError",
+        "ConfigError",
+        "FedFMSLError",
+        "InputError",
+        "MessageError",
+        "RunError",
+        "WeightsError",
+    ),
+    "fedfmsl.protocol.bundle": ("Bundle",),
+    "fedfmsl.protocol.messages": ("Training",),
+    "fedfmsl.protocol.task": ("Task",),
+    "fedfmsl.protocol.task_bundle": ("TaskBundle",),
 }
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 
 def __getattr__(name: str) -> object:
     if name == "__version__":
         return import_module("importlib.metadata").version("fedfmsl-edge")
-    if name in _LAZY:
-        return getattr(import_module(_LAZY[name]), name)
+    if name in _MODULE_OF:
+        return getattr(import_module(_MODULE_OF[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -22,6 +22,7 @@ LONG_FILES = (  # of 10 s or more, by `pytest --durations`
     "test_console_in_chromium.py",
     "test_device_commands.py",
     "test_killed_daemon.py",
+    "test_three_nights.py",
     "test_trial_on_texts.py",
     "test_device_kill_points.py",
     "test_whole_run.py",

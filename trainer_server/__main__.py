@@ -21,8 +21,8 @@ from fedfmsl.errors import ConfigError, RunError
 from fedfmsl.protocol.task_bundle import TaskBundle
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.link import Link
-from trainer_server.coordinator.operator import Action, Operation
-from trainer_server.inspect import OUT, export, replay, rounds, status
+from trainer_server.inspect import export, replay, rounds, status
+from trainer_server.operate import classes, rollback
 from trainer_server.service.bundle_http import BundleServer
 from trainer_server.service.console_job import console_job, start_console
 from trainer_server.service.lifecycle import NO_CHANGES, open_bundle, open_run, run_server
@@ -31,8 +31,6 @@ from trainer_server.service.purge import purge as remove_retained
 from trainer_server.service.run_log import log_standing
 from trainer_server.service.stored import require_unchanged
 from trainer_server.settings import ConsoleSettings, PurgeSettings, ResumeSettings, ServerSettings, ServiceSettings
-from trainer_server.storage.kept_experts import KeptExperts
-from trainer_server.storage.operations import Operations
 from trainer_server.storage.run_store import RunStore, require_folder
 
 logger = logging.getLogger("trainer_server")  # __name__ is __main__ here
@@ -52,7 +50,8 @@ def start(settings: ServerSettings, source: Path | None = FROM) -> None:
     """Coordinate one run until it is finished. The same command resumes an interrupted run."""
     bundle = settings.open_task(settings.bundle)
     bundle.verify()
-    _coordinate(open_run(settings.folder, settings.run_config(bundle), bundle, source), bundle, settings)
+    store = open_run(settings.folder, settings.run_config(bundle), bundle, source)
+    _coordinate(store, TaskBundle(bundle, store.task()), settings)
 
 
 def _read_resume(config: Path | None, flags: Mapping[str, Any]) -> ResumeSettings:
@@ -66,8 +65,8 @@ def _read_resume(config: Path | None, flags: Mapping[str, Any]) -> ResumeSetting
 def resume(settings: ResumeSettings) -> None:
     """Resume an interrupted run with its stored configuration.
 
-    Only --round-timeout, --min-updates, --max-repeats, --enough and --schedule may change. Connection and log settings
-    are not stored; pass them again or use --config.
+    Only --round-timeout, --min-updates, --max-repeats, --enough, --schedule, --every and --min-new may change.
+    Connection and log settings are not stored; pass them again or use --config.
     """
     store = RunStore(settings.out)
     bundle = open_bundle(store)
@@ -164,46 +163,7 @@ def purge(settings: PurgeSettings) -> None:
     console.print(f"removed {removed} retained messages of run {settings.run!r} from the broker")
 
 
-@app.command()
-def rollback(
-    number: int = typer.Argument(min=1, metavar="ROUND", help="Closed round whose global expert the run returns to."),
-    out: Path = OUT,
-) -> None:
-    """Return a run, in progress or finished, to the global expert that an earlier round has made.
-
-    The updates of the present round do not count. After stage 1, stage 2 begins again, with new local experts. The
-    server carries it out and logs it; a server that does not run does so when it is started again.
-    """
-    from fedfmsl.common.cli import console
-
-    store = RunStore(out)
-    kept = KeptExperts(out).rounds()
-    if store.ended not in (None, FINISHED):
-        raise RunError(f"the run at {out} has failed ({store.ended}), so it cannot go on; start a new run")
-    if store.ended == FINISHED and store.origin.config.secure:
-        raise RunError(
-            f"the run at {out} is finished, and with --secure devices send no update of stage 2 again; start a new run "
-            f"with --from {out}"
-        )
-    if number not in kept:
-        raise ConfigError(
-            f"the global expert of round {number} is not kept; those of these rounds are: {', '.join(map(str, kept))}"
-            if kept
-            else f"{out} keeps no global expert yet: no round that makes one is closed"
-        )
-    try:
-        if not Operations(out).add(Operation(action=Action.ROLLBACK, round=number, by="the command line")):
-            raise RunError(f"too many actions wait for the server of {out}; is it running?")
-    except OSError as error:
-        raise ConfigError(
-            f"{out} cannot be written ({error.strerror}); run the command as the server's user"
-        ) from error
-    runs = store.ended is None and store.server().runs
-    when = "now" if runs else f"when its server is started again: python -m trainer_server resume --out {out}"
-    console.print(f"run {store.origin.config.run!r} returns to the global expert of round {number} {when}")
-
-
-for command in (status, rounds, export, replay):
+for command in (status, rounds, export, replay, rollback, classes):
     app.command()(command)
 
 

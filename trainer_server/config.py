@@ -15,8 +15,9 @@ from fedfmsl.algorithms.privacy import Privacy
 from fedfmsl.algorithms.sal import AllAtOnce, CapabilityQueue, FixedSchedule, Sal
 from fedfmsl.algorithms.secure_aggregation import MIN_DEVICES
 from fedfmsl.algorithms.server_optimizers import FedAdam, FedAvg, FedAvgM, ServerOptimizer
+from fedfmsl.common.duration import seconds_of
 from fedfmsl.common.hours import Hours
-from fedfmsl.common.settings import CommaSeparated, Fraction, panel
+from fedfmsl.common.settings import CommaSeparated, Fraction, checked, panel
 from fedfmsl.errors import ConfigError
 from fedfmsl.protocol.messages import MAX_NAMED, Encoding, Sums, Training
 from fedfmsl.protocol.task_bundle import TaskBundle
@@ -86,7 +87,17 @@ def _check_canary(text: str) -> str:
     return text.strip()
 
 
+Every = Annotated[str, checked(seconds_of)]
 Canary = Annotated[str, BeforeValidator(_number_as_text), AfterValidator(_check_canary)]
+
+
+def _check_approval(text: str) -> str:
+    if not re.fullmatch(r"min-devices=[1-9][0-9]{0,5}", text):
+        raise ValueError("is not like min-devices=2, which adds the classes that two devices propose")
+    return text
+
+
+Approval = Annotated[str, AfterValidator(_check_approval)]
 
 
 class Aggregation(BaseModel):
@@ -168,10 +179,29 @@ class RunRules(BaseModel):
         json_schema_extra=RUN,
     )
 
+    approve_classes: Approval | None = Field(
+        None,
+        description="Add the classes that so many devices propose, like min-devices=2. Default: the operator adds "
+        "classes, with the command classes or on the console.",
+        json_schema_extra=RUN,
+    )
     schedule: Annotated[tuple[Hours, ...], CommaSeparated] = Field(
         (),
         description="Hours of the server's local time in which rounds open and close, like 22:00-06:00 or Sat-Sun "
-        "10:00-18:00; several with commas. Outside of them the run rests. Default: always.",
+        "10:00-18:00; several with commas. Outside of them the run rests. The run is then standing: after its last "
+        "round it begins again once there are new samples. Default: always.",
+        json_schema_extra=ROUNDS,
+    )
+    every: Every | None = Field(
+        None,
+        description="Least time between the begins of two sessions, like 24h, 90m or 7d. The run is then standing, as "
+        "with --schedule. Default: none.",
+        json_schema_extra=ROUNDS,
+    )
+    min_new: int = Field(
+        1,
+        ge=1,
+        description="New labelled samples, on all devices together, that a session of a standing run begins with.",
         json_schema_extra=ROUNDS,
     )
     stage1_rounds: int = Field(
@@ -291,8 +321,15 @@ class RunRules(BaseModel):
         """The number of devices that the run accepts. More names are no devices of it."""
         return max(2 * self.devices, MOST_DEVICES)
 
+    @property
+    def standing(self) -> bool:
+        """Whether the run begins again after its last round (`trainer_server.coordinator.standing`)."""
+        return bool(self.schedule) or self.every is not None
+
     @model_validator(mode="after")
     def _check_updates(self) -> RunRules:
+        if self.min_new > 1 and not self.standing:
+            raise ValueError(f"--min-new {self.min_new} needs --schedule or --every: other runs do not begin again")
         if self.min_updates is not None and self.min_updates > self.devices:
             raise ValueError(
                 f"--min-updates {self.min_updates} is more than --devices {self.devices}: no round could close; lower "

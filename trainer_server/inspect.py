@@ -15,6 +15,7 @@ from fedfmsl.common.whole_folder import check_own, write_folder
 from fedfmsl.errors import ConfigError, RunError
 from fedfmsl.transport.identity import describe_expiry
 from trainer_server.coordinator.privacy_budget import NoisedRounds, privacy_budget
+from trainer_server.coordinator.proposals import Proposal, proposals
 from trainer_server.coordinator.records import NAMES, listed, rare_devices
 from trainer_server.coordinator.refusals import LEFT_OUT_AFTER, is_left_out, left_out_of_sums
 from trainer_server.service.lifecycle import make_plan, open_bundle, replay_rounds
@@ -65,7 +66,12 @@ def _facts(store: RunStore) -> dict[str, Any]:
         facts |= {"paused": True} if paused else {}
         facts |= {"rests": view.rests} if view and view.rests and not paused else {}
         facts |= {"waits": view.waits} if view and view.waits and not paused else {}
+        facts |= {"adds": list(view.adds)} if view and view.adds else {}
     facts |= {"excluded": sorted(excluded)} if excluded else {}
+    task = store.task()
+    facts |= {"classes": len(task.classes), "classes_version": task.version}
+    if store.ended is None and (found := proposed_classes(store)):
+        facts["proposed_classes"] = {each.name: len(each.devices) for each in found}
     if store.ended is not None:
         facts["ended"] = store.ended
     elif checkpoint is None or announced is None:
@@ -115,6 +121,16 @@ def _facts(store: RunStore) -> dict[str, Any]:
     return facts
 
 
+def proposed_classes(store: RunStore) -> list[Proposal]:
+    """What devices propose with their latest statuses."""
+    checkpoint = store.checkpoint()
+    statuses = {status.device: status for status in checkpoint[0].devices} if checkpoint else {}
+    _, seen = read_observations(store.folder)
+    statuses |= {name: view.status for name, view in seen.items() if view.status}
+    _, excluded = store.standing()
+    return proposals(store.task().classes, statuses.values(), excluded)
+
+
 def _rows(facts: dict[str, Any]) -> dict[str, str]:
     """The facts as text, by label."""
     rows = {name.replace("_", " "): _text(value) for name, value in facts.items()}
@@ -141,6 +157,10 @@ def _rows(facts: dict[str, Any]) -> dict[str, str]:
     del rows["bytes"]
     if "stage" in facts:
         rows["stage"] = f"{facts['stage']}, round {rows.pop('stage round')} of {rows.pop('stage rounds')}"
+    rows["classes"] += f", version {rows.pop('classes version')}"
+    if "proposed_classes" in facts:
+        texts = [f"{name} by {count} device{'s' * (count > 1)}" for name, count in facts["proposed_classes"].items()]
+        rows["proposed classes"] = f"{listed(texts)}; add them with python -m trainer_server classes"
     if "rollback_to" in facts:
         rows["rollback to"] = f"round {', '.join(map(str, facts['rollback_to']))}"
     if "rejected" in facts:

@@ -38,6 +38,7 @@ from trainer_server.config import (
     STAGE2,
     UPDATES,
     Aggregation,
+    Every,
     Head,
     Optimizer,
     Positive,
@@ -157,6 +158,17 @@ class ResumeSettings(ServiceSettings):
     schedule: Annotated[tuple[Hours, ...] | None, CommaSeparated] = Field(
         None,
         description="Hours in which rounds open and close; 00:00-24:00: always. Default: as stored.",
+        json_schema_extra=ROUNDS,
+    )
+    every: Every | None = Field(
+        None,
+        description="Least time between the begins of two sessions, like 24h. Default: as stored.",
+        json_schema_extra=ROUNDS,
+    )
+    min_new: int | None = Field(
+        None,
+        ge=1,
+        description="New labelled samples that a session of a standing run begins with. Default: as stored.",
         json_schema_extra=ROUNDS,
     )
 

@@ -97,5 +97,6 @@ def _status_of(device: TrainingContext, online: bool, paused: str, error: str) -
         train=len(scanned.train),
         held_out=len(scanned.held_out),
         test=len(scanned.test),
+        new_samples=scanned.new,
         proposed=dict(scanned.proposed),
     )

@@ -42,8 +42,11 @@ def no_heartbeat() -> None:
     pass
 
 
-def _nothing(_: Round) -> None:
-    pass
+def _waits_on(_: ServerStatus, __: Round) -> bool:
+    return False
+
+
+AtEnd = Callable[[ServerStatus, Round], bool]  # whether to go on with the run that has finished
 
 
 def wait_for_server(
@@ -51,16 +54,16 @@ def wait_for_server(
     topics: Topics,
     heartbeat: Heartbeat = no_heartbeat,
     report_seconds: float = REPORT_SECONDS,
-    finished: Callable[[Round], None] = _nothing,
+    finished: AtEnd = _waits_on,
 ) -> ServerStatus:
     """The status of the run's server. Waits without limit, and logs that after `report_seconds`. `finished` is called
-    with the end of the run if the broker has it."""
+    once with the last status and the end of the run if the broker has them; if it returns True, that is the status."""
     ended: list[bool] = []
 
-    def end(round_: Round) -> None:
+    def end(server: ServerStatus, round_: Round) -> bool:
         if not ended:
-            ended.append(True)
-            finished(round_)
+            ended.append(finished(server, round_))
+        return ended[0]
 
     status = receive_server_status(link, topics, report_seconds, heartbeat, end)
     if status is None:
@@ -77,11 +80,13 @@ def receive_server_status(
     topics: Topics,
     timeout: float,
     heartbeat: Heartbeat = no_heartbeat,
-    finished: Callable[[Round], None] = _nothing,
+    finished: AtEnd = _waits_on,
 ) -> ServerStatus | None:
     """The status of the run's server if it is online within `timeout` seconds. `finished` as for `wait_for_server`,
     but it may be called several times."""
     deadline, subscribed = time.monotonic() + timeout, -math.inf
+    offline: ServerStatus | None = None
+    end: Round | None = None
     while time.monotonic() < deadline:
         if time.monotonic() > subscribed + RESUBSCRIBE_SECONDS:  # amqtt can lose a message during a subscription
             subscribed = time.monotonic()
@@ -93,8 +98,8 @@ def receive_server_status(
             raise BrokerError(event.error)
         if isinstance(event, Received) and event.topic == topics.round and event.payload:
             with contextlib.suppress(MessageError):
-                if (round_ := parse(Round, event.payload)).stage is Stage.FINISHED:
-                    finished(round_)
+                round_ = parse(Round, event.payload)
+                end = round_ if round_.stage is Stage.FINISHED else None
         if isinstance(event, Received) and event.topic == topics.server_status and event.payload:
             try:
                 status = parse(ServerStatus, event.payload)
@@ -102,6 +107,19 @@ def receive_server_status(
                 continue
             if status.online:
                 return status
+            offline = status
+        if offline is not None and end is not None and offline.session == end.session and finished(offline, end):
+            return offline
+    return None
+
+
+def stored_bundle(folder: Path, sha256: str) -> Bundle | None:
+    """The bundle with this SHA-256 below `folder` if all of its files were downloaded; they are not verified."""
+    with contextlib.suppress(BundleError):
+        bundle = Bundle.load(folder / sha256)
+        files = ((bundle.path(name), entry.size) for name, entry in bundle.manifest.files.items())
+        if bundle.sha256 == sha256 and all(path.is_file() and path.stat().st_size == size for path, size in files):
+            return bundle
     return None
 
 

@@ -24,7 +24,7 @@ from edge_runtime.store.secure_store import NoKeysError
 from edge_runtime.training.stored_model import is_exported
 from fedfmsl.common.logs import fields
 from fedfmsl.errors import ClockError, RunError
-from fedfmsl.protocol.messages import Round
+from fedfmsl.protocol.messages import Round, Stage
 
 logger = logging.getLogger(__name__)
 
@@ -142,8 +142,9 @@ class Jobs:
             self._disk.succeeded()
             self._received.bytes_down -= bytes_down
             self._health.rounds_done += 1
+            what = "stage 2 alone" if round_.stage is Stage.FINISHED else round_.stage.value
             logger.info(
-                f"round {round_.round}: {round_.stage.value} done in {seconds:.1f} s",
+                f"round {round_.round}: {what} done in {seconds:.1f} s",
                 **fields(
                     round=round_.round, stage=round_.stage.value, sal_level=round_.level, seconds=round(seconds, 3)
                 ),

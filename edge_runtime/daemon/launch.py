@@ -72,7 +72,9 @@ def launch(settings: Settings) -> None:
         if settings.authority and settings.identity == store.renewed.path:
             from edge_runtime.daemon.renewal import Renewal  # takes 8 MB of memory
 
-            resources.enter_context(Renewal(store.renewed, settings.authority, link.renew_identity))
+            resources.enter_context(
+                Renewal(store.renewed, settings.authority, link.renew_identity, health.renewal_failed)
+            )
         anew, daemon = False, Daemon(settings, link, topics, store, name, health)
         try:
             while _take_part(daemon, sensors, anew):
@@ -87,7 +89,7 @@ def launch(settings: Settings) -> None:
 
 def _take_part(daemon: Daemon, sensors: Sensors, anew: bool) -> bool:
     """Prepares the device for a task, and takes part in the run until it has finished. `anew`: not for the first time.
-    True: the server has announced another task. Raises RunOverError as `wait_for_next_run` does."""
+    True: the server has announced another task. Raises RunOverError as `goes_on` does."""
     settings, link, topics = daemon.settings, daemon.link, daemon.topics
     with contextlib.ExitStack() as resources:
         prepared = prepare(daemon, anew)
@@ -186,6 +188,7 @@ def _runner(daemon: Daemon, prepared: Prepared, control: StepControl) -> RoundRu
         settings.identity,
         settings.secure,
         settings.max_epsilon,
+        settings.rehearse,
     )
 
 

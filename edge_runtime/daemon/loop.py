@@ -38,6 +38,7 @@ from edge_runtime.daemon.state import (
     Work,
     advance,
     is_outdated,
+    joins_late,
     required_globals,
 )
 from edge_runtime.daemon.status import describe_model
@@ -131,6 +132,7 @@ class DaemonLoop:
         self._subscribe()
         self._echo_due = time.monotonic() + ECHO_SECONDS
         self._announcer.introduce()
+        self._check_sensors()  # so that no round waits for a device that is too hot when another task comes
         self._announce()
         stop = Stop()
         try:
@@ -197,15 +199,16 @@ class DaemonLoop:
         if message.topic == topics.server_status:
             status = parse(ServerStatus, message.payload)
             self._updates.reset_backoff()
+            self._updates.chunk_bytes = self._globals.chunk_bytes = status.chunk_bytes
             if status.online:
-                self._updates.chunk_bytes = self._globals.chunk_bytes = status.chunk_bytes
                 self._announce()  # the server counts only devices that answer
             self._handle(ServerSeen(status))
+            self._log_end()
         elif message.topic == topics.round:
             round_ = parse(Round, message.payload)
             self._check_budget(round_)
             self._handle(RoundSeen(round_))
-            self._log_end(round_)
+            self._log_end()
         elif message.topic == topics.ack(self._name):
             self._handle(AckSeen(parse(Ack, message.payload)))
         elif message.topic == topics.status(self._name):
@@ -265,14 +268,17 @@ class DaemonLoop:
             logger.warning(f"{NO_ECHO}. {IF_REPEATED}")
         self._globals.fetch_missing()
         if now >= self._next_sensors:
-            self._next_sensors = now + self._timing.sensors
-            self._pause(self._governor.check())
+            self._check_sensors()
         if self._worker.idle:
             self._runner.device.cache.keep_free()
             self._jobs.scan_if_due()
         self._store_globals()
         working = Activity.WAITING if self._state.running is None else Activity.WORKING
         self._heartbeat(Activity.PAUSED if self._not_working else working)
+
+    def _check_sensors(self) -> None:
+        self._next_sensors = time.monotonic() + self._timing.sensors
+        self._pause(self._governor.check())
 
     def _pause(self, reason: str) -> None:
         """Pauses the computation if there is a reason. The server does not wait for a paused device."""
@@ -306,8 +312,10 @@ class DaemonLoop:
 
     def _stop_outdated_work(self) -> None:
         """During a pause, stops a round when a newer one is announced. Without a pause the round is completed: its
-        update is late and counts with a lower weight."""
-        if self._paused and is_outdated(self._state):
+        update is late and counts with a lower weight. Stage 2 alone is stopped, because it has no update."""
+        running = self._state.running
+        alone = running is not None and running.stage is Stage.FINISHED
+        if (self._paused or alone) and is_outdated(self._state):
             self._worker.control.stop()
 
     def _heartbeat(self, activity: Activity) -> None:
@@ -348,10 +356,13 @@ class DaemonLoop:
             self._finished_session = self._state.session
             self._jobs.write_missing_model(then=self._finished)
 
-    def _log_end(self, announced: Round) -> None:
-        """Logs that a run has finished in which this device did not take part."""
-        is_other = announced.session not in (self._state.session, self._finished_session)
-        if announced.stage is Stage.FINISHED and is_other:
+    def _log_end(self) -> None:
+        """Logs that a run has finished in which this device did not take part, and which it cannot use."""
+        state, announced = self._state, self._state.announced
+        if announced is None or announced.stage is not Stage.FINISHED or announced.session != state.server_session:
+            return
+        is_other = announced.session not in (state.session, self._finished_session)
+        if is_other and not joins_late(state, announced):
             self._finished_session = announced.session
             logger.info(
                 f"run {announced.run!r} has finished without this device; waiting for a new run of this name; the "

@@ -9,7 +9,13 @@ from dataclasses import dataclass
 from functools import partial
 
 from edge_runtime.daemon.announce import INSTANCE, Announcer, rate_limited
-from edge_runtime.daemon.download import POLL_SECONDS, fetch_bundle, receive_server_status, wait_for_server
+from edge_runtime.daemon.download import (
+    POLL_SECONDS,
+    fetch_bundle,
+    receive_server_status,
+    stored_bundle,
+    wait_for_server,
+)
 from edge_runtime.daemon.health import HealthReporter
 from edge_runtime.daemon.receive_task import receive_task
 from edge_runtime.daemon.state import other_bundle
@@ -25,6 +31,7 @@ from edge_runtime.resources.providers import describe_choice, provider_for
 from edge_runtime.resources.throttle import reported_and_checked
 from edge_runtime.settings import Settings
 from edge_runtime.store import DeviceStore
+from edge_runtime.store.verified_bundle import verify_if_changed
 from edge_runtime.training.personal_model import ModelHeader
 from edge_runtime.training.stored_model import read_personal_model, tasks_of_models
 from fedfmsl.common.logs import fields
@@ -80,24 +87,26 @@ class Prepared:
 
 def prepare(daemon: Daemon, anew: bool) -> Prepared:
     """Fetches bundle and task, scans the samples and measures the machine. `anew`: not for the first time, because the
-    server has announced another task. Raises RunOverError as `wait_for_next_run` does."""
+    server has announced another task. Raises RunOverError as `goes_on` does."""
     settings, store = daemon.settings, daemon.store
     threads = settings.thread_count
     announcer = Announcer(daemon.link, daemon.topics, daemon.name)
     report = reported_and_checked(rate_limited(announcer.progress), daemon.starting)
     own = Bundle.load(settings.bundle) if settings.bundle else None
     if own:
-        own.verify()
+        verify_if_changed(own, store.verified)
     known = store.tasks.known_for(own) if own and not anew else None  # without waiting for the server
     if own and known:
         bundle = TaskBundle(own, known)
     else:
-        server, task = _wait_for_task(daemon)
+        server, task = _wait_for_task(daemon, own.sha256 if own else "")
         if own and server.bundle != own.sha256:
             raise RunError(other_bundle(server, own.sha256))
-        bundle = TaskBundle(own or fetch_bundle(server, store.bundles, settings.identity, daemon.starting), task)
+        stored = own or stored_bundle(store.bundles, server.bundle)
+        fetched = stored or fetch_bundle(server, store.bundles, settings.identity, daemon.starting)
+        bundle = TaskBundle(fetched, task)
     if not own:
-        bundle.verify()
+        verify_if_changed(bundle, store.verified)
     of_model = _origin_of_model(store)
     if not settings.bundle:
         store.keep_bundles(bundle.sha256, of_model.bundle if of_model else "")
@@ -107,7 +116,7 @@ def prepare(daemon: Daemon, anew: bool) -> Prepared:
     reader = SampleReader(reader_of(bundle))
     kind = reader.kind
     most = largest_extent(settings.memory)
-    folder = SampleFolder(settings.images, bundle, store, settings.labels, reader, most)
+    folder = SampleFolder(settings.images, bundle, store, settings.labels, reader, most, settings.run)
     try:
         scanned = folder.scan(FIRST_SCAN_SECONDS, report)
     except InputError as error:
@@ -156,13 +165,14 @@ def wait_for_classes(daemon: Daemon, bundle: TaskBundle, folder: SampleFolder, e
             proposed=dict(error.proposed),
         )
         link.publish(topics.status(daemon.name), encode(status), retain=True)
+        heartbeat = partial(daemon.health.heartbeat, Activity.PAUSED, paused=str(error))
         until = time.monotonic() + SCAN_SECONDS
-        heard = receive_server_status(link, topics, SCAN_SECONDS, daemon.starting)
+        heard = receive_server_status(link, topics, SCAN_SECONDS, heartbeat)
         if heard is not None and heard.task != bundle.task.sha256:
             return
         while time.monotonic() < until:
             link.next_event(POLL_SECONDS)
-            daemon.starting()
+            heartbeat()
         try:
             folder.scan()
         except NothingToTrainError as again:
@@ -171,12 +181,13 @@ def wait_for_classes(daemon: Daemon, bundle: TaskBundle, folder: SampleFolder, e
             return
 
 
-def _wait_for_task(daemon: Daemon) -> tuple[ServerStatus, Task]:
-    """The server's status and its task. Waits for them without limit. Raises RunOverError, and RunError
-    if the server is of an earlier version."""
+def _wait_for_task(daemon: Daemon, own: str) -> tuple[ServerStatus, Task]:
+    """The server's status and its task. Waits for them without limit; a run that has finished will do if this device
+    can personalize itself from it. `own`: the SHA-256 of its --bundle, or "". Raises RunOverError, and RunError if the
+    server is of an earlier version."""
     link, topics, store = daemon.link, daemon.topics, daemon.store
     logger.info(f"waiting for the server of run {topics.run!r}, which has the task")
-    finished = partial(wait_for_next_run, daemon.settings, store, daemon.health)
+    finished = partial(goes_on, daemon.settings, store, daemon.health, own)
     task = None
     while task is None:
         server = wait_for_server(link, topics, daemon.starting, finished=finished)
@@ -190,14 +201,23 @@ def _wait_for_task(daemon: Daemon) -> tuple[ServerStatus, Task]:
     return server, task
 
 
-def wait_for_next_run(settings: Settings, store: DeviceStore, health: HealthReporter, finished: Round) -> None:
-    """Raises RunOverError if this device took part in the run, and does not stay: as with a bundle of its own."""
+def goes_on(
+    settings: Settings, store: DeviceStore, health: HealthReporter, own: str, server: ServerStatus, end: Round
+) -> bool:
+    """Whether this device personalizes itself from the finished run of `server`: it took no part, and has the bundle.
+    `own`: the SHA-256 of its --bundle, or "". Otherwise it waits for the next run. Raises RunOverError if it took part
+    and does not stay."""
     health.run_finished = True
-    if finished.session == store.outbox.session and not stays(settings):
+    took_part = end.session == store.outbox.session
+    if took_part and not stays(settings):
         raise RunOverError
-    model = describe_model(store)
-    waiting = f"run {settings.run!r} has finished; waiting for a new run of this name"
-    logger.info(f"{waiting}; the model for predictions is {model}")
+    has_bundle = server.bundle == own if own else stored_bundle(store.bundles, server.bundle) is not None
+    if not took_part and end.expert and end.gate and has_bundle:
+        return True
+    lacks = "" if took_part else f", and this device lacks what it needs of it (bundle {server.bundle[:12]}…)"
+    waiting = f"run {settings.run!r} has finished{lacks}; waiting for a new run of this name"
+    logger.info(f"{waiting}; the model for predictions is {describe_model(store)}")
+    return False
 
 
 def stays(settings: Settings) -> bool:

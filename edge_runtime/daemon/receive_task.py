@@ -28,8 +28,8 @@ def receive_task(
     heartbeat: Heartbeat = no_heartbeat,
     timeout: float = math.inf,
 ) -> Task | None:
-    """The task that `server` has announced. None if the server goes offline or announces another one meanwhile, or
-    after `timeout` seconds. A stored task is not received again.
+    """The task that `server` has announced. None if the server goes offline, comes back or announces another one
+    meanwhile, or after `timeout` seconds. A stored task is not received again.
 
     Raises BundleError if the task is not valid or belongs to another bundle, BrokerError if the broker refuses it.
     """
@@ -75,4 +75,4 @@ def _is_another(server: ServerStatus, payload: bytes) -> bool:
     except MessageError:
         return False
     now = (status.online, status.task, status.bundle, status.bundle_url, status.chunk_bytes)
-    return now != (True, server.task, server.bundle, server.bundle_url, server.chunk_bytes)
+    return now != (server.online, server.task, server.bundle, server.bundle_url, server.chunk_bytes)

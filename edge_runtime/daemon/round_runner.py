@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,16 +23,21 @@ import numpy as np
 from edge_runtime.daemon.privacy_budget import PrivacyBudget
 from edge_runtime.data.features import Report
 from edge_runtime.data.folder import SampleFolder
+from edge_runtime.data.ledger import open_ledger
 from edge_runtime.data.proposals import NothingToTrainError, describe_proposed
+from edge_runtime.data.rehearsal import with_rehearsal
 from edge_runtime.data.samples import SampleChangedError
 from edge_runtime.engines.memory import peak_rss_mb
 from edge_runtime.resources.throttle import LevelCapTracker, StepControl, WorkStoppedError
 from edge_runtime.settings import Secure
+from edge_runtime.training.alone import personalize_alone
 from edge_runtime.training.context import DeviceContext
 from edge_runtime.training.evaluation import evaluate, train_baseline
 from edge_runtime.training.local_expert import train_personal
 from edge_runtime.training.model import save_personal_model
+from edge_runtime.training.personal_model import PersonalModel
 from edge_runtime.training.stages import (
+    Globals,
     StageFunction,
     StageResult,
     head_statistics,
@@ -62,6 +67,7 @@ REQUIRED = {  # the stages that a device takes part in with secure aggregation o
     Secure.SUMS: (Stage.STATISTICS, Stage.HEAD),
     Secure.ALL: (Stage.STATISTICS, Stage.HEAD, Stage.GLOBAL, Stage.PERSONAL),
 }
+TRAINED = (Stage.GLOBAL, Stage.PERSONAL)  # stages after which the train samples are no longer new
 MEASURES = (Stage.CANARY, Stage.BASELINE, Stage.EVALUATE)  # stages whose updates are accuracies and counts
 STAGES: dict[Stage, StageFunction] = {
     Stage.HOLDERS: holders,
@@ -98,9 +104,11 @@ class RoundRunner:
         identity: Path | None = None,
         secure: Secure = Secure.OFF,
         max_epsilon: float | None = None,
+        rehearse: int = 0,
     ) -> None:
         """`scan_report` receives the progress of scans. `identity`: the file whose key signs keys of secure sums.
-        `secure`: what leaves the device with secure aggregation only. `max_epsilon`: its privacy budget.
+        `secure`: what leaves the device with secure aggregation only. `max_epsilon`: its privacy budget. `rehearse`:
+        how many deleted samples of each class training goes on with (`edge_runtime.data.rehearsal`).
         """
         self.device = device
         self.control = control
@@ -110,6 +118,7 @@ class RoundRunner:
         self._scan_report = scan_report
         self._identity = identity
         self._required = secure
+        self._rehearse = rehearse
         self._skipped: frozenset[SkippedFile] = frozenset()
         self._list_skipped()
         log_proposed(device.scanned.proposed)
@@ -165,23 +174,23 @@ class RoundRunner:
             )
 
     def run(self, round_: Round, bytes_down: int) -> float:
-        """Computes a round, to be called after a scan. Returns the seconds that it took.
+        """Computes a round, to be called after a scan. Returns the seconds that it took. FINISHED: personalizes this
+        device alone.
 
         Writes the update to the outbox, and the personalized model as of this round. Raises SampleChangedError if a
         file has changed since the scan, OSError if the disk is full, WorkStoppedError if the loop stops it. After an
         error the round can be computed again, with the same result. Raises RunError if it refuses secure sums, or if
         the round would pass its privacy budget.
         """
+        if round_.stage is Stage.FINISHED:
+            return self._personalize_alone(round_)
         if round_.stage in REQUIRED[self._required] and not round_.secure:
             raise RunError(
                 f"--secure {self._required.value}: the server asks for round {round_.round} ({round_.stage.value}) "
                 "without secure aggregation; start the run with --secure-sums or --secure"
             )
         store = self.device.store
-        if round_.session != store.outbox.session:  # a server that comes back to a session could ask for a round again
-            store.secure.forget()
-            self.budget.forget_round()
-        store.outbox.enter(round_.session, round_.run)
+        self._enter(round_)
         self.control.check()
         started, device = time.perf_counter(), self.device
         if round_.stage in EXCHANGE:
@@ -189,8 +198,10 @@ class RoundRunner:
         if round_.secure:  # the level cap may have changed since
             device = replace(device, level_cap=self._secure.level(round_))
         global_values = read_globals(device.bundle, store.globals.read, round_)
+        # the baseline trains at levels of which deleted samples have no states
+        trained, device = device, self._with_rehearsal(device, round_, global_values)
         try:
-            result = STAGES[round_.stage](device, round_, global_values)
+            result = STAGES[round_.stage](trained if round_.stage is Stage.BASELINE else device, round_, global_values)
         except SampleChangedError as error:
             self._folder.forget(error.path)
             raise
@@ -204,14 +215,66 @@ class RoundRunner:
             result = self._secure.mask(round_, result)
         if round_.stage is Stage.CANARY:  # predictions do not use a global expert that may be rejected
             return self._write_update(round_, result, started, bytes_down)
-        kept = save_personal_model(device, round_, global_values, model)
+        self._save_model(device, round_, global_values, model)
+        if round_.stage is Stage.EVALUATE:
+            self.write_personalized()
+        seconds = self._write_update(round_, result, started, bytes_down)
+        if round_.stage in TRAINED:
+            self._mark_trained(device, round_)
+        return seconds
+
+    def _with_rehearsal(self, device: DeviceContext, round_: Round, published: Globals) -> DeviceContext:
+        """The device with deleted samples to train with."""
+        if not self._rehearse:
+            return device
+        level = device.level_of(published.expert) if published.expert.size else round_.level
+        with open_ledger(device.store.samples) as ledger:
+            kept = ledger.kept_for_rehearsal()
+        is_stored = partial(device.cache.has, level=level)
+        scanned = with_rehearsal(
+            device.scanned, kept, device.bundle.classes, self._rehearse, self._folder.path, is_stored
+        )
+        return replace(device, scanned=scanned)
+
+    def _personalize_alone(self, finished: Round) -> float:
+        """Personalizes this device from a finished run in which it took no part. It enters the run's session last, so
+        that a device that ends before goes on with this when it is started again."""
+        self.control.check()
+        started, device = time.perf_counter(), self.device
+        published = read_globals(device.bundle, device.store.globals.read, finished)
+        try:
+            model = personalize_alone(device, finished, published).model
+        except SampleChangedError as error:
+            self._folder.forget(error.path)
+            raise
+        self._save_model(device, finished, published, model)
+        self.write_personalized()
+        self._mark_trained(device, finished)
+        self._enter(finished)
+        return time.perf_counter() - started
+
+    def _enter(self, round_: Round) -> None:
+        """Enters the session of a round."""
+        store = self.device.store
+        if round_.session != store.outbox.session:  # a server that comes back to a session could ask for a round again
+            store.secure.forget()
+            self.budget.forget_round()
+        store.outbox.enter(round_.session, round_.run)
+
+    def _save_model(
+        self, device: DeviceContext, round_: Round, published: Globals, model: PersonalModel | None
+    ) -> None:
+        kept = save_personal_model(device, round_, published, model)
         if kept:
             logger.warning(kept, **fields(round=round_.round))
         device.cache.drop_unused()
         device.cache.drop_others(device.scanned.samples)
-        if round_.stage is Stage.EVALUATE:
-            self.write_personalized()
-        return self._write_update(round_, result, started, bytes_down)
+
+    def _mark_trained(self, device: DeviceContext, round_: Round) -> None:
+        with contextlib.suppress(OSError), open_ledger(device.store.samples) as ledger:  # a full disk: still new
+            names = {sample.sha256: device.bundle.classes[sample.label] for sample in device.splits.train}
+            ledger.mark_trained(names, round_.run)
+            ledger.keep_for_rehearsal(names if self._rehearse else {})
 
     def _write_update(self, round_: Round, result: StageResult, started: float, bytes_down: int) -> float:
         """Writes the update to the outbox. Returns the seconds since `started`."""

@@ -35,7 +35,7 @@ class GlobalArrived:
 
 @dataclass(frozen=True)
 class WorkDone:
-    """The update of this round is in the outbox."""
+    """The update of this round is in the outbox. Of FINISHED: this device has personalized itself alone."""
 
     round: int
 
@@ -151,7 +151,7 @@ Command = Fetch | Work | Send | Acknowledge | PublishStatus | Log | Stop
 class State:
     """`bundle` and `task`: what this device is prepared for. `session`: the session that this device last worked in, of
     `run` ("": unknown). `server_session`: that of the server's last status. `online_session`: the same while the server
-    is online, else "".
+    is online, else "". `server_task`: that of the last status; None if its bundle is another one.
 
     `announced`: the newest announced round. `running`: the round that is being computed. `last_started`: the last round
     whose computation was started. `stored`: SHA-256 of the global blobs on disk. `unacknowledged`: rounds of `session`
@@ -168,6 +168,7 @@ class State:
     run: str = ""
     server_session: str = ""
     online_session: str = ""
+    server_task: str | None = None
     announced: Round | None = None
     last_started: int = 0
     stored: frozenset[str] = frozenset()
@@ -188,12 +189,17 @@ def advance(state: State, event: Event) -> tuple[State, list[Command]]:
         return state, _fetch_missing(state)
     if isinstance(event, GlobalArrived):
         return replace(state, stored=state.stored | {event.sha256}), []
+    if isinstance(event, WorkDone) and state.running is not None and state.running.stage is Stage.FINISHED:
+        session, run = state.running.session, state.running.run
+        state = replace(state, session=session, run=run, last_started=event.round, running=None)
+        return replace(state, unacknowledged=frozenset()), []
     if isinstance(event, WorkDone):
         latest = sorted(state.unacknowledged | {event.round})[-UNACKNOWLEDGED:]  # as in the outbox
         state = replace(state, unacknowledged=frozenset(latest), running=None)
         return state, [Send(event.round)] if state.online_session == state.session else []
     if isinstance(event, WorkFailed):
-        return replace(state, last_started=event.round - 1, running=None), []
+        alone = state.running is not None and state.running.stage is Stage.FINISHED
+        return replace(state, last_started=state.last_started if alone else event.round - 1, running=None), []
     if isinstance(event, WorkSkipped):
         return replace(state, running=None), []
     if isinstance(event, Reconnected):
@@ -217,21 +223,33 @@ def required_globals(announced: Round | None) -> set[str]:
     return set(announced.blobs) if announced else set()
 
 
+def joins_late(state: State, announced: Round) -> bool:
+    """Whether this device personalizes itself from a finished run in which it took no part. A run that has
+    ended before stage 1 has no global expert."""
+    ended = announced.stage is Stage.FINISHED and bool(announced.expert and announced.gate)
+    return ended and announced.session == state.server_session != state.session and state.server_task is not None
+
+
 def _see_server(state: State, status: ServerStatus) -> tuple[State, list[Command]]:
+    state = replace(state, server_task=status.task if status.bundle == state.bundle else None)
     if not status.online:
         finished = state.announced is not None and state.announced.stage is Stage.FINISHED
         offline = Log(f"the server of run {status.run} is offline; waiting for it")
         report = not finished and not state.offline_logged
         state = replace(state, server_session=status.session, online_session="", offline_logged=not finished)
-        return state, [offline] if report else []
+        return state, [*([offline] if report else []), *_fetch_missing(state)]
     if status.bundle != state.bundle:
         return state, [Stop(other_bundle(status, state.bundle))]
     if status.task != state.task:
-        anew = f"run {status.run!r} has another task (SHA-256 {status.task[:12]}…); this device begins again with it"
-        return state, [Log(anew), Stop(anew=True)]
+        return state, _begin_anew(status.run, status.task)
     online = [Log(f"the server of run {status.run} is online")] if state.offline_logged else []
     state = replace(state, server_session=status.session, online_session=status.session, offline_logged=False)
     return state, [*online, *_send_unacknowledged(state), *_fetch_missing(state)]
+
+
+def _begin_anew(run: str, task: str) -> list[Command]:
+    text = f"run {run!r} has another task (SHA-256 {task[:12]}…); this device begins again with it"
+    return [Log(text), Stop(anew=True)]
 
 
 def other_bundle(status: ServerStatus, own: str) -> str:
@@ -273,9 +291,15 @@ def _send_unacknowledged(state: State) -> list[Command]:
 
 
 def _fetch_missing(state: State) -> list[Command]:
-    if state.announced is None or not _is_for_this_device(state, state.announced):
+    announced = state.announced
+    if announced is None or not (_is_for_this_device(state, announced) or _is_late_for(state, announced)):
         return []
-    return [Fetch(sha256) for sha256 in sorted(required_globals(state.announced) - state.stored)]
+    return [Fetch(sha256) for sha256 in sorted(required_globals(announced) - state.stored)]
+
+
+def _is_late_for(state: State, announced: Round) -> bool:
+    """`joins_late`, and the device is prepared for the run's task."""
+    return joins_late(state, announced) and state.server_task == state.task
 
 
 def _is_for_this_device(state: State, announced: Round) -> bool:
@@ -294,18 +318,20 @@ def _acknowledge(state: State, ack: Ack) -> tuple[State, list[Command]]:
 
 
 def _act(state: State) -> tuple[State, list[Command]]:
-    """Starts the announced round if it is new and its globals are on disk. Stops if the run has finished, unless this
-    device did not take part, or a server of another session has come since: then it waits for the next run of that
-    name. The broker keeps the end of a run until the next run's first round."""
+    """Starts the announced round if it is new and its globals are on disk. Stops if the run has finished, unless a
+    server of another session has come since: then it waits for the next run of that name. A device that did not take
+    part personalizes itself first. The broker keeps the end of a run until the next run's first round."""
     announced = state.announced
     if announced is None or state.running is not None:
         return state, []
     if announced.stage is Stage.FINISHED:
-        return state, [Stop()] if announced.session == state.session == state.server_session else []
+        return _end(state, announced)
     if not _is_for_this_device(state, announced) or not required_globals(announced) <= state.stored:
         return state, []
     anew = state.session not in ("", announced.session)
-    what = f"run {announced.run!r} was started anew (session {announced.session})"
+    goes_on = announced.round > state.last_started  # round numbers go on in the next session of a run
+    what = "goes on" if goes_on else "was started anew"
+    what = f"run {announced.run!r} {what} (session {announced.session})"
     if state.run not in ("", announced.run):
         what = f"this device changed from run {state.run!r} to {announced.run!r}"
     log = f"{what}; starting with round {announced.round}"
@@ -319,3 +345,16 @@ def _act(state: State) -> tuple[State, list[Command]]:
         running=announced,
     )
     return state, [Log(log), Work(announced)] if anew else [Work(announced)]
+
+
+def _end(state: State, finished: Round) -> tuple[State, list[Command]]:
+    if finished.session == state.session == state.server_session:
+        return state, [Stop()]
+    if not joins_late(state, finished):
+        return state, []
+    if state.server_task != state.task:
+        return state, _begin_anew(finished.run, state.server_task or "")
+    if not required_globals(finished) <= state.stored:
+        return state, []
+    text = f"run {finished.run!r} has finished without this device; it personalizes itself from the run's global expert"
+    return replace(state, running=finished), [Log(text), Work(finished)]

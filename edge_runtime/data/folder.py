@@ -48,10 +48,11 @@ class SampleFolder:
         labels: Path | None = None,
         reader: SampleReader | None = None,
         most: int = UNLIMITED,
+        run: str = "",
     ) -> None:
         """`labels` is a CSV file (see `edge_runtime.data.labels`). `reader` is shared with the feature cache; default:
-        a new one. A file that takes more than `most` bytes of memory to read is skipped. Raises ConfigError or
-        BundleError as `reader_of` does."""
+        a new one. A file that takes more than `most` bytes of memory to read is skipped. `run`: whose rounds
+        make samples old. Raises ConfigError or BundleError as `reader_of` does."""
         self.path = folder
         self._classes = {name: label for label, name in enumerate(bundle.classes)}
         self._preprocessing = f"{bundle.manifest.preprocessing.model_dump_json()} {DECODING}"
@@ -59,6 +60,7 @@ class SampleFolder:
         self._reader = reader or SampleReader(reader_of(bundle))
         self._labels = labels
         self._most = most
+        self._run = run
         self._largest: int | None = None  # extent of the largest sample that the memory plan covers
 
     def scan(self, wait: float = 0.0, report: Report = lambda *_: None) -> Splits:
@@ -80,10 +82,11 @@ class SampleFolder:
             kept = ledger.splits({result.sha256 for result in results if isinstance(result, Sample)})
             splits = _assign(listing, results, tuple(self._classes), kept)
             _require_training_samples(splits, self.path, self._reader.kind)
+            used = ledger.trained(self._run)
             ledger.forget_others({file.name for file in listing.files})  # after the check: an unmounted disk is empty
         if self._largest is None:
             self._largest, _ = largest(splits.samples, self._reader.kind)
-        return splits
+        return replace(splits, new=sum(sample.sha256 not in used for sample in splits.train))
 
     def forget(self, path: Path) -> None:
         """Makes the next scan read a file again. It changed but kept its size and date."""

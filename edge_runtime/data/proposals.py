@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from edge_runtime.data.samples import LEAST
 from fedfmsl.common.class_folders import similar
+from fedfmsl.common.folder_walk import THUMBNAIL_FOLDERS
 from fedfmsl.common.split_names import role_of
 from fedfmsl.errors import InputError
 from fedfmsl.protocol.class_names import fault
@@ -38,8 +39,8 @@ def name_fault(name: str, classes: Sequence[str]) -> str:
     """Why a name cannot be that of a new class beside `classes`, and the remedy. "": it can."""
     if hint := similar(name, classes):
         return f"is like that of a known class; {hint}"
-    if role_of(name):
-        return "is that of a split, like train and test; choose another one"
+    if role_of(name) or name.casefold() in THUMBNAIL_FOLDERS:
+        return "is that of a folder of a split or of thumbnails; choose another one"
     return fault(name)
 
 

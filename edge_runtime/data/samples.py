@@ -57,7 +57,8 @@ class Splits:
     """A device's samples. `held_out` chooses levels and the best expert and trains the gate; `test` only measures.
 
     `unassigned` are the SHA-256 of samples in `train` and `held_out` whose split is provisional. `proposed`: new
-    classes and the numbers of their files (see `edge_runtime.data.proposals`).
+    classes and the numbers of their files (see `edge_runtime.data.proposals`). `new`: how many of `train` no round of
+    stage 1 or 2 has used yet.
     """
 
     train: tuple[Sample, ...]
@@ -66,6 +67,7 @@ class Splits:
     skipped: tuple[SkippedFile, ...] = ()
     unassigned: frozenset[str] = frozenset()
     proposed: Mapping[str, int] = field(default_factory=dict)
+    new: int = 0
 
     @property
     def samples(self) -> tuple[Sample, ...]:

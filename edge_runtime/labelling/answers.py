@@ -21,7 +21,7 @@ from edge_runtime.labelling.destination import Destination, reserved
 from edge_runtime.labelling.queue import Queue, WaitingFile, version_of
 from fedfmsl.common.files import shortened, sync
 from fedfmsl.common.folder_walk import FileVersion
-from fedfmsl.errors import InputError, no_permission, one_line, shown
+from fedfmsl.errors import InputError, no_permission, shown
 
 UNDOABLE = 100  # answers that can be taken back
 TRASH_FILES = 200
@@ -68,14 +68,15 @@ class Answers:
             with contextlib.suppress(OSError, InputError):  # a full or missing disk: the next start tries again
                 (self._complete if state == "begun" else self._take_back)(number)
 
-    def answer(self, numbers: Sequence[int], kind: Kind, label: str = "") -> Answered:
-        """Gives the waiting files with these numbers one answer. `label` is the class for Kind.LABEL.
+    def answer(self, numbers: Sequence[int], kind: Kind, label: str = "", is_new: bool = False) -> Answered:
+        """Gives the waiting files with these numbers one answer. `label` is the class for Kind.LABEL; `is_new`: it may
+        be one that nobody knows yet, which the device then proposes for the run.
 
         A file that has changed, is gone, or has an answer already is left out. Raises InputError if nothing is left or
         a file cannot be moved; then nothing has changed, unless the text says otherwise.
         """
-        if kind is Kind.LABEL and label not in self._destination.classes:
-            raise InputError(f"{one_line(label)!r} is not a class of the list; choose one of it")
+        if kind is Kind.LABEL:
+            self._destination.check_label(label, is_new)
         with self._lock:
             files = [
                 file for file in self._queue.get(numbers) if not file.answered and version_of(file.path) == file.version

@@ -11,16 +11,19 @@ import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
-from edge_runtime.data.labels import labelled_names, line_of
+from edge_runtime.data.labels import labelled_names, line_of, read_labels
+from edge_runtime.data.proposals import name_fault
 from edge_runtime.labelling.queue import Queue
-from fedfmsl.common.class_folders import class_folder, normal_name
+from fedfmsl.common.class_folders import class_folder, folder_classes, normal_name
 from fedfmsl.common.files import shortened
-from fedfmsl.errors import InputError, shown
+from fedfmsl.errors import InputError, one_line, shown
+from fedfmsl.protocol.messages import MAX_PROPOSED
 
 
 @dataclass(frozen=True)
 class Destination:
-    """The sample folder and the labels file of a device. Its classes are those of its newest model."""
+    """The sample folder and the labels file of a device. Its classes are those of its newest model; `new_classes` are
+    not in the run's task yet."""
 
     images: Path
     labels: Path | None
@@ -29,6 +32,29 @@ class Destination:
     @property
     def classes(self) -> tuple[str, ...]:
         return self.queue.classes
+
+    @property
+    def new_classes(self) -> tuple[str, ...]:
+        """At most MAX_PROPOSED classes that have a folder or a line, without those of the model. Raises InputError as
+        `folder_classes` and `read_labels` do."""
+        classes = self.classes
+        if self.labels is None:
+            found = folder_classes(self.images, self.queue.noun, [], classes)
+        else:
+            found = sorted({label for lines in read_labels(self.labels)[0].values() for label in lines})
+        new = [name for name in found if name not in classes and not name_fault(name, classes)]
+        return tuple(new[:MAX_PROPOSED])
+
+    def check_label(self, label: str, is_new: bool) -> None:
+        """Raises InputError unless a file may have this class. `is_new`: it need not be known."""
+        classes = self.classes
+        if label in classes:
+            return
+        if is_new:
+            if reason := name_fault(label, classes):
+                raise InputError(f"the name {one_line(repr(label))} {reason}")
+        elif label not in self.new_classes:
+            raise InputError(f"{one_line(repr(label))} is not a class of the list; choose one of it")
 
     def reserve(self, source: Path, label: str) -> tuple[Path, str | None]:
         """Where a file with this class belongs, as an empty file until it is moved there, and its line in the labels

@@ -46,9 +46,8 @@ def serve(settings: Settings) -> None:
 def open_desk(store: DeviceStore, images: Path, labels: Path | None, watched: bool) -> Desk:
     queue = Queue(store.questions)
     destination = Destination(images, labels, queue)
-    return Desk(
-        store, queue, Asking(queue, destination), Answers(queue, destination, store.trash), Thumbnails(), watched
-    )
+    asking, answers = Asking(queue, destination), Answers(queue, destination, store.trash)
+    return Desk(store, queue, destination, asking, answers, Thumbnails(), watched)
 
 
 def _wait_for_closed_output() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from starlette.routing import Route
 from edge_runtime.data.unreadable import UnreadableError
 from edge_runtime.labelling.answers import Answered, Answers, Kind
 from edge_runtime.labelling.asking import Asked, Asking
+from edge_runtime.labelling.destination import Destination
 from edge_runtime.labelling.queue import Queue, WaitingFile
 from edge_runtime.page.device import skipped_files, state_of
 from edge_runtime.page.thumbnails import SIZES, Thumbnails
@@ -39,6 +41,7 @@ class Desk:
 
     store: DeviceStore
     queue: Queue
+    destination: Destination
     asking: Asking
     answers: Answers
     thumbnails: Thumbnails
@@ -110,24 +113,28 @@ def _undo(desk: Desk, request: Request) -> Response:
 
 
 def _answer(desk: Desk, form: dict[str, str]) -> None:
-    """Fields: `file-NUMBER` for each file, and `class` (its name) or `answer` (unlisted or delete).
+    """Fields: `file-NUMBER` for each file, and `class` (its name) or `answer` (unlisted, delete, or new: then `new` is
+    the name of a class).
 
     Raises InputError if the form is not of this page, or as `Answers.answer` does.
     """
     try:
         numbers = [int(name.removeprefix("file-")) for name in form if name.startswith("file-")]
-        kind = Kind.LABEL if "class" in form else Kind(form["answer"])
+        is_new = form.get("answer") == "new"
+        kind = Kind.LABEL if is_new or "class" in form else Kind(form["answer"])
+        label = unicodedata.normalize("NFC", form["new"].strip()) if is_new else form.get("class", "")
     except (ValueError, KeyError) as error:
         raise InputError("this answer is of another page; reload it and answer again") from error
     if not numbers:
         raise InputError("no picture is chosen; tick at least one")
-    desk.answers.answer(numbers, kind, form.get("class", ""))
+    desk.answers.answer(numbers, kind, label, is_new)
 
 
 def _question(desk: Desk, request: Request, problem: str = "", status: int = 200) -> Response:
     classes = desk.queue.classes
     asked = desk.asking.next(1) if desk.watched and classes else []
     last = desk.answers.undoable()
+    names = (*classes, *desk.destination.new_classes) if classes else ()
     values: dict[str, Any] = {
         "problem": problem,
         "watched": desk.watched,
@@ -137,8 +144,8 @@ def _question(desk: Desk, request: Request, problem: str = "", status: int = 200
         "last": _describe(last) if last else "",
         "files": [_shown_file(desk, file) for file in asked[0].files] if asked else [],
         "guess": _guess(asked[0], classes) if asked else None,
-        "classes": [(name, str(index + 1) if index < KEYS else "") for index, name in enumerate(classes)],
-        "as_list": len(classes) > BUTTONS,
+        "classes": [(name, str(index + 1) if index < KEYS else "") for index, name in enumerate(names)],
+        "as_list": len(names) > BUTTONS,
     }
     return page(request, "ask.html", status, **values)
 

@@ -23,6 +23,7 @@ STATE/personalized.onnx  the personalized model in one file
 STATE/exported           session and round of that file
 STATE/lock               held by the process that uses this directory
 STATE/plan.json          the measured memory plan
+STATE/verified.json      see `edge_runtime.store.verified_bundle`
 STATE/health.json        the last health message
 STATE/skipped.txt        files that are not used, and why
 STATE/questions.sqlite   files of the watched folder that wait for an answer, and the last answers
@@ -118,6 +119,10 @@ class DeviceStore:
     @property
     def personalized(self) -> Path:
         return self.root / "personalized.onnx"
+
+    @property
+    def verified(self) -> Path:
+        return self.root / "verified.json"
 
     @property
     def health(self) -> Path:

@@ -100,7 +100,7 @@ def evaluate(context: TrainingContext, round_: Round, published: Globals) -> Sta
     models, mixture = _predict(context, round_, published, samples)
     weight, entropy = gate_statistics(mixture.log_gate) if samples else (0.0, 0.0)
     metrics = {name: accuracy(log_p, labels) for name, log_p in models.items()}
-    expert, outputs = _outputs(context, round_, published, held_out)
+    expert, outputs = _outputs(context, round_, published, context, held_out)
     dropped = dropped_class_log_p(context, published.gate, outputs, labels_of(held_out))
     if len(dropped):
         metrics["mofm_novel_estimate"] = accuracy(dropped, labels_of(held_out))
@@ -135,9 +135,9 @@ def evaluate(context: TrainingContext, round_: Round, published: Globals) -> Sta
 def _predict(
     context: TrainingContext, round_: Round, published: Globals, samples: Samples
 ) -> tuple[dict[str, Floats], Mixture]:
-    outputs = _outputs(context, round_, published, samples)[1]
-    mixture = outputs.mixture(context, published.gate, context.biases)
     precise, no_bias = context.precise(), np.zeros(context.classes, np.float32)
+    outputs = _outputs(context, round_, published, precise, samples)[1]
+    mixture = outputs.mixture(context, published.gate, context.biases)
     models = {
         "start": precise.log_p(samples, published.start, no_bias),
         "global": log_softmax(outputs.global_logits),
@@ -152,14 +152,15 @@ def _predict(
 
 
 def _outputs(
-    context: TrainingContext, round_: Round, published: Globals, samples: Samples
+    context: TrainingContext, round_: Round, published: Globals, states: TrainingContext, samples: Samples
 ) -> tuple[LocalExpert, ExpertOutputs]:
-    """The local expert, and both experts' outputs. Before stage 2 the local expert is made from the global one."""
+    """The local expert, and both experts' outputs with the hidden states that `states` has. Before stage 2 the local
+    expert is made from the global one."""
     temperature = global_temperature(context, published)
     expert = LocalExpert.load(context, round_.session) or LocalExpert.from_global(
         context, tempered(context, published.expert, temperature), round_.sal
     )
-    return expert, expert_outputs(context.precise(), samples, published, temperature, expert.best, expert.best_level)
+    return expert, expert_outputs(states, samples, published, temperature, expert.best, expert.best_level)
 
 
 def _per_class(context: TrainingContext, labels: Labels) -> list[int]:

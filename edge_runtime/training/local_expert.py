@@ -111,7 +111,14 @@ class LocalExpert:
 
 def train_personal(context: TrainingContext, round_: Round, published: Globals) -> StageResult:
     """Trains the local expert on the mixture's likelihood, then the gate adapter on the held-out split."""
-    splits, temperature = context.splits, global_temperature(context, published)
+    temperature = global_temperature(context, published)
+    return _train_gate(context, published, temperature, train_local(context, round_, published, temperature))
+
+
+def train_local(context: TrainingContext, round_: Round, published: Globals, temperature: float) -> LocalExpert:
+    """The local expert after this round, and on the disk. `temperature`: of the global expert. A round that is computed
+    again does not train it twice."""
+    splits = context.splits
     expert = LocalExpert.load(context, round_.session)
     if expert is None or round_.index == 0:
         expert = LocalExpert.from_global(context, tempered(context, published.expert, temperature), round_.sal)
@@ -121,12 +128,12 @@ def train_personal(context: TrainingContext, round_: Round, published: Globals) 
         score = nll(before.log_p, labels_of(splits.held_out))
         expert = replace(expert, best_nll=score, held_out=samples)
     if expert.round < round_.index:
-        expert = _train_local(context, round_, published, temperature, expert)
+        expert = _train(context, round_, published, temperature, expert)
         expert.save(context, round_.session)
-    return _train_gate(context, published, temperature, expert)
+    return expert
 
 
-def _train_local(
+def _train(
     context: TrainingContext, round_: Round, published: Globals, temperature: float, expert: LocalExpert
 ) -> LocalExpert:
     engine, layout, samples, level = context.engine, context.bundle.expert, context.splits.train, expert.sal.level

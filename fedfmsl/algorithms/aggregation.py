@@ -1,4 +1,4 @@
-"""Aggregation rules: how client updates become one update. Each update is read once, one at a time.
+"""Aggregation rules: how client updates become one update. They are read one at a time.
 
     rule = TrimmedMean(trim=0.1)
     combined = rule.aggregate([Contribution.of(update, weight=samples), ...], parts)
@@ -25,6 +25,7 @@ from fedfmsl.algorithms.bounds import l2_norm
 from fedfmsl.algorithms.checks import check_range
 from fedfmsl.algorithms.stored_rows import stored_rows
 
+FLOAT_BYTES = 4
 SORT_BYTES = 4 * 1024 * 1024  # memory for the values that a robust rule keeps or sorts at a time
 
 
@@ -188,7 +189,8 @@ class CoordinateMedian(_InnerMean):
 class ScreenedMean(WeightedMean):
     """The weighted mean of the contributions that agree with the others (see `fedfmsl.algorithms.agreement`).
 
-    Works through the contributions three times. Those of more than `memory_bytes` wait in a file.
+    Works through the contributions three times. Those of more than `memory_bytes` are read each time: a file for them
+    would take as long to read, and longer to write.
     """
 
     memory_bytes: int = SORT_BYTES
@@ -198,21 +200,20 @@ class ScreenedMean(WeightedMean):
     ) -> Aggregate:
         size = _checked_size(contributions, parts)
         used = [index for index, contribution in enumerate(contributions) if contribution.weight > 0]
-        with stored_rows(len(used), size, self.memory_bytes, scratch) as rows:
-            for index in used:
-                rows.append(self._read(contributions[index]))
+        is_small = len(used) * size * FLOAT_BYTES <= self.memory_bytes
+        rows = [self._read(contributions[index]) for index in used] if is_small else []
 
-            def read(row: int) -> Vector:
-                return rows.read(row, slice(0, contributions[used[row]].size))
+        def read(row: int) -> Vector:
+            return rows[row] if is_small else self._read(contributions[used[row]])
 
-            former = [contributions[index].agreement for index in used]
-            owners = [contributions[index].owner or index for index in used]
-            recent = recent_agreements(agreements(owners, size, read), former)
-            kept = list(contributions)
-            for row, (index, agrees) in enumerate(zip(used, agreeing(recent), strict=True)):
-                weight = contributions[index].weight if agrees else 0.0
-                kept[index] = Contribution(weight, contributions[index].size, partial(read, row))
-            combined = WeightedMean().aggregate(kept, parts, least)
+        former = [contributions[index].agreement for index in used]
+        owners = [contributions[index].owner or index for index in used]
+        recent = recent_agreements(agreements(owners, size, read), former)
+        kept = list(contributions)
+        for row, (index, agrees) in enumerate(zip(used, agreeing(recent), strict=True)):
+            weight = contributions[index].weight if agrees else 0.0
+            kept[index] = Contribution(weight, contributions[index].size, partial(read, row))
+        combined = WeightedMean().aggregate(kept, parts, least)
         found = dict(zip(used, recent, strict=True))
         return replace(combined, agreements=tuple(found.get(index) for index in range(len(contributions))))
 

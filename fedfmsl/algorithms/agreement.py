@@ -31,14 +31,24 @@ def agreements(owners: Sequence[Hashable], size: int, read: Callable[[int], Vect
     `owners`: of each vector. `read` returns a vector by its index, and is called twice for each, and more often for
     those of an owner of several. 0 for a vector of zeros, or without others.
     """
-    total, of_owner = np.zeros(size), defaultdict(list)
+    total, of_owner, norms = np.zeros(size), defaultdict(list), []
     for index, owner in enumerate(owners):
-        _add_direction(total, read(index), 1.0)
+        vector = read(index)
+        norms.append(l2_norm(vector))
+        _add_direction(total, vector, norms[-1])
         of_owner[owner].append(index)
-    return [
-        _agreement(read(index), _without(total, set(of_owner[owner]) - {index}, read))
-        for index, owner in enumerate(owners)
-    ]
+    squares: dict[int, float] = {}  # of the first n values of `total`, by n
+    found = []
+    for index, owner in enumerate(owners):
+        vector, others = read(index), set(of_owner[owner]) - {index}
+        rest = _without(total, others, norms, read)[: vector.size]
+        square = None if others else squares.get(vector.size)
+        if square is None:
+            square = float(np.square(rest).sum())
+        if not others:
+            squares[vector.size] = square
+        found.append(_agreement(vector, norms[index], rest, square))
+    return found
 
 
 def recent_agreements(found: Sequence[float], former: Sequence[float | None]) -> list[float]:
@@ -55,28 +65,26 @@ def agreeing(recent: Sequence[float]) -> list[bool]:
     return [each >= usual - max((1 - LEAST) * usual, CHANCE) for each in recent]
 
 
-def _add_direction(total: Doubles, vector: Vector, sign: float) -> None:
-    """Adds the direction of a vector (n,) to the first n values of `total`."""
-    norm = l2_norm(vector)
-    if norm > 0:
-        total[: vector.size] += sign * (vector / np.float64(norm))
+def _add_direction(total: Doubles, vector: Vector, norm: float) -> None:
+    """Adds the direction of a vector (n,) of this norm to the first n values of `total`; with -norm, subtracts it."""
+    if norm != 0:
+        total[: vector.size] += np.multiply(vector, 1 / norm, dtype=np.float64)
 
 
-def _without(total: Doubles, indices: Iterable[int], read: Callable[[int], Vector]) -> Doubles:
+def _without(total: Doubles, indices: Iterable[int], norms: Sequence[float], read: Callable[[int], Vector]) -> Doubles:
     """`total` without the directions of these vectors."""
     if not (left_out := sorted(indices)):
         return total
     rest = total.copy()
     for index in left_out:
-        _add_direction(rest, read(index), -1.0)
+        _add_direction(rest, read(index), -norms[index])
     return rest
 
 
-def _agreement(vector: Vector, total: Doubles) -> float:
-    """The cosine of a vector (n,) and the first n values of `total` without its own direction."""
-    norm, total = l2_norm(vector), total[: vector.size]
+def _agreement(vector: Vector, norm: float, total: Doubles, square: float) -> float:
+    """The cosine of a vector (n,) of this norm and `total` (n,) without the vector's direction. `square`: Σ total²."""
     if norm == 0:
         return 0.0
     along = float((vector * total).sum()) / norm
-    others = float(np.square(total).sum()) - 2 * along + 1
+    others = square - 2 * along + 1
     return (along - 1) / others**0.5 if others > ROUNDING else 0.0

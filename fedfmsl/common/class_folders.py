@@ -124,13 +124,13 @@ def check_folder(folder: Path, noun: str) -> None:
     raise InputError(f"{noun} folder {folder} does not exist; create or mount it, or pass another folder")
 
 
-def folder_classes(folder: Path, noun: str, skipped: list[SkippedFile]) -> list[str]:
+def folder_classes(folder: Path, noun: str, skipped: list[SkippedFile], classes: Sequence[str] = ()) -> list[str]:
     """The names of the class folders; those of the training folder if there is one. Other folders are added to
-    `skipped`. Raises as `walk_classes` does."""
-    entries = _entries(folder, noun, skipped, ())
-    splits = _splits(folder, noun, entries, ())
+    `skipped`. `classes`: those that are known. Raises as `walk_classes` does."""
+    entries = _entries(folder, noun, skipped, classes)
+    splits = _splits(folder, noun, entries, classes)
     skipped += [SkippedFile(folder / name, reason) for name, reason in splits.unused.items()]
-    found = _class_level(folder, entries, splits, skipped, ())
+    found = _class_level(folder, entries, splits, skipped, classes)
     names = [entry.name for _, entry, is_test in found if not is_test and is_folder(entry, follow=True)]
     return [*dict.fromkeys(map(normal_name, names))]
 

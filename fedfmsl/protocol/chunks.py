@@ -79,6 +79,13 @@ class Chunk:
         return cls(size, index, count, digest, payload[_HEADER.size :])
 
 
+def checked(blob: bytes, digest: bytes) -> bytes:
+    """The blob. Raises MessageError unless it has this SHA-256."""
+    if hashlib.sha256(blob).digest() != digest:
+        raise MessageError("the chunks do not add up to the announced SHA-256")
+    return blob
+
+
 @dataclass(slots=True)
 class PartialBlob(ABC):
     """The received chunks of one blob, in any order, repeated or not."""
@@ -95,10 +102,7 @@ class PartialBlob(ABC):
             self._received |= 1 << chunk.index
         if self._received.bit_count() < chunk.count:
             return None
-        blob = self._read()
-        if hashlib.sha256(blob).digest() != chunk.digest:
-            raise MessageError("the chunks do not add up to the announced SHA-256")
-        return blob
+        return checked(self._read(), chunk.digest)
 
     def missing(self, count: int) -> list[int]:
         """The indices of the `count` chunks that have not been received, in order."""

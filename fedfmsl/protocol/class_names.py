@@ -27,7 +27,7 @@ def check_names(names: Sequence[str], source: str) -> tuple[str, ...]:
     """
     if len(names) > MAX_CLASSES:
         raise ConfigError(f"{source}: {len(names)} classes are more than {MAX_CLASSES}; name fewer")
-    normal = tuple(unicodedata.normalize("NFC", name) for name in names)
+    normal = tuple(map(normal_form, names))
     for name in normal:
         if problem := fault(name):
             raise ConfigError(f"{source}: class {_quoted(name)} {problem}")
@@ -37,6 +37,10 @@ def check_names(names: Sequence[str], source: str) -> tuple[str, ...]:
     if len(normal) < 2:
         raise ConfigError(f"{source} needs at least two classes, got {len(normal)}; name more of them")
     return normal
+
+
+def normal_form(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
 
 
 def fault(name: str) -> str:

@@ -70,12 +70,15 @@ def _from_int8(layout: Layout, tensors: Tensors) -> Vector:
     if scales is None or scales.dtype != np.float32 or scales.shape != (len(steps),):
         found = "missing" if scales is None else f"{scales.dtype}{list(scales.shape)}"
         raise MessageError(f"tensor {SCALES!r} is {found}, expected float32[{len(steps)}]")
-    values = np.asarray(scales, np.float32)
-    if not ((values >= 0) & (values <= _LARGEST_SCALE)).all():
+    factors = np.asarray(scales, np.float32)
+    if not ((factors >= 0) & (factors <= _LARGEST_SCALE)).all():
         raise MessageError(f"tensor {SCALES!r} has values that are not finite, negative or too large")
-    vector = layout.join(steps, np.int8)
-    for slot, scale in zip(layout.slots, values, strict=False):
-        vector[slot.offset : slot.end] *= scale
+    slots = layout.checked(steps, np.int8)
+    vector = np.empty(slots[-1].end if slots else 0, np.float32)
+    for slot, scale in zip(slots, factors, strict=True):
+        values = vector[slot.offset : slot.end]
+        values[:] = steps[slot.name].ravel()  # twice as fast as a product of mixed types
+        values *= scale
     return vector
 
 

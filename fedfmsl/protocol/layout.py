@@ -84,6 +84,16 @@ class Layout:
     def join(self, tensors: Mapping[str, NDArray[np.generic]], dtype: type[np.generic] = np.float32) -> Vector:
         """The inverse of `split`.
 
+        Raises MessageError as `checked` does.
+        """
+        slots = self.checked(tensors, dtype)
+        if not slots:
+            return np.empty(0, np.float32)
+        return np.concatenate([np.asarray(tensors[s.name], np.float32).ravel() for s in slots])
+
+    def checked(self, tensors: Mapping[str, NDArray[np.generic]], dtype: type[np.generic]) -> tuple[Slot, ...]:
+        """The slots of these tensors.
+
         Raises MessageError unless the tensors are the first slots of this layout, with the right shapes, of type
         `dtype`, and finite.
         """
@@ -97,11 +107,9 @@ class Layout:
             if tensor.dtype != dtype or tensor.shape != slot.shape:
                 expected = f"{np.dtype(dtype)}{list(slot.shape)}"
                 raise MessageError(f"tensor {slot.name!r} is {tensor.dtype}{list(tensor.shape)}, expected {expected}")
-            if not np.isfinite(tensor).all():
+            if dtype is not np.int8 and not np.isfinite(tensor).all():
                 raise MessageError(f"tensor {slot.name!r} has values that are not finite")
-        if not slots:
-            return np.empty(0, np.float32)
-        return np.concatenate([np.asarray(tensors[s.name], np.float32).ravel() for s in slots])
+        return slots
 
 
 def expert_layout(classes: int, feature: int, lora: Layout) -> Layout:

@@ -28,6 +28,8 @@ Key = Annotated[str, Field(pattern=r"^[0-9A-Za-z._-]{1,64}$")]
 Text = Annotated[str, AfterValidator(one_line)]  # for people; a longer text is cut
 ClassName = Annotated[str, AfterValidator(valid_name)]
 ProposedName = Annotated[str, AfterValidator(proposable)]
+MAX_ADDED = 64  # classes at once
+AddedNames = Annotated[tuple[ProposedName, ...], Field(max_length=MAX_ADDED, fail_fast=True)]
 FileName = Annotated[str, AfterValidator(shown), Field(max_length=16_384)]  # the longest path, each byte as \xff
 Number = Annotated[int, Field(ge=0, le=MAX_NUMBER)]
 Positive = Annotated[int, Field(ge=1, le=MAX_NUMBER)]
@@ -115,7 +117,8 @@ class ServerStatus(Message):
 
 
 class Round(Message):
-    """The announcement of a round, retained.
+    """The announcement of a round, retained. That of FINISHED describes stage 2, for devices that took no part in the
+    run: `training`, `sal`, and as `repetitions` its rounds.
 
     `expert` (the global expert), `start` (the expert that stage 1 starts from) and `gate` are the SHA-256 of blobs of
     globals; "" if there is none yet.
@@ -257,6 +260,7 @@ class Health(Message):
     `provider`: the execution provider in use, and why not another. `disconnected`: why there is no connection to the
     broker, `disconnected_since`: since when (unix seconds), `rejected`: because the broker refuses the certificate.
     `certificate_until` and `broker_certificate_until`: when they expire (unix seconds); 0 if there is none.
+    `not_renewed`: why the last try to renew the certificate failed. `new_samples` and `proposed`: as in DeviceStatus.
     `refused`: what the broker seems to refuse. `epsilon`: the privacy budget of all its runs at δ = 1e-5; None if it
     has sent no update with noise, or also some without.
     """
@@ -285,6 +289,8 @@ class Health(Message):
     train: Count = 0
     held_out: Count = 0
     test: Count = 0
+    new_samples: Count = 0
+    proposed: dict[ProposedName, Count] = Field(default={}, max_length=MAX_PROPOSED)
     skipped: Count = 0
     unacknowledged: Count = 0
     rounds_done: Count = 0
@@ -295,6 +301,7 @@ class Health(Message):
     rejected: bool = False
     certificate_until: Amount = 0
     broker_certificate_until: Amount = 0
+    not_renewed: Text = ""
 
 
 class Prediction(Message):
@@ -355,6 +362,7 @@ class Ack(Message):
 
 
 M = TypeVar("M", bound=Message)
+_FIELDS: dict[type[Message], set[str]] = {}
 
 
 def parse(message_type: type[M], payload: bytes) -> M:
@@ -362,9 +370,17 @@ def parse(message_type: type[M], payload: bytes) -> M:
     if len(payload) > message_type.max_bytes:
         raise MessageError(f"{message_type.__name__} of {len(payload)} bytes: more than {message_type.max_bytes}")
     try:
-        return message_type.model_validate_json(payload)
+        return compact(message_type.model_validate_json(payload))
     except ValidationError as error:
         raise MessageError(f"not a valid {message_type.__name__}: {first_error(error)}") from None
+
+
+def compact(message: M) -> M:
+    """The message in half of the memory: all messages of a type share pydantic's set of the fields that were given. It
+    is used nowhere, and a message is never changed."""
+    fields = _FIELDS.setdefault(type(message), set(type(message).model_fields))
+    object.__setattr__(message, "__pydantic_fields_set__", fields)
+    return message
 
 
 def first_error(error: ValidationError) -> str:

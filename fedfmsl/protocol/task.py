@@ -11,7 +11,7 @@ head starts from zeros.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal
@@ -70,6 +70,16 @@ class Task:
         Raises ConfigError as `check_names` does.
         """
         return cls(bundle, check_names(classes, source), zero_shot)
+
+    def with_classes(self, added: Sequence[str]) -> Task:
+        """The next version of the task, with further classes after the present ones. The zero-shot head has no row for
+        them (zeros). Raises ConfigError as `check_names` does."""
+        head = self.zero_shot
+        if head is not None:
+            rows = np.zeros((len(added), head.rows.shape[1]), np.float32)
+            head = replace(head, rows=np.concatenate([head.rows, rows]))
+        names = check_names([*self.classes, *added], "the task")
+        return Task(self.bundle, names, head, self.version + 1)
 
     @cached_property
     def blob(self) -> bytes:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from typing import TypeVar
 
 import numpy as np
@@ -26,6 +27,7 @@ MAX_HEADER_BYTES = 512 * 1024
 MAX_TENSORS = 4096
 # Of encoded values (see `fedfmsl.protocol.encoding`), and of secure sums (see `fedfmsl.protocol.secure_sums`).
 DTYPES = (np.float32, np.float16, np.int8, np.uint64, np.uint8)
+_DTYPES = dict(zip(("F32", "F16", "I8", "U64", "U8"), map(np.dtype, DTYPES), strict=True))  # names of safetensors
 
 
 def pack(header: BaseModel, tensors: Tensors) -> bytes:
@@ -60,6 +62,18 @@ def unpack(
             known = ", ".join(np.dtype(each).name for each in DTYPES)
             raise MessageError(one_line(f"tensor {name!r} is {tensor.dtype}, not one of {known}"))
     return header, tensors
+
+
+def tensors_of(blob: bytes) -> dict[str, NDArray[np.generic]]:
+    """The tensors of a blob that `unpack` has accepted before, as views. Nothing is checked again."""
+    start = 8 + int.from_bytes(blob[:8], "little")
+    entries = json.loads(blob[8:start])
+    del entries["__metadata__"]
+    found = {}
+    for name, entry in entries.items():
+        dtype, shape = _DTYPES[entry["dtype"]], entry["shape"]
+        found[name] = np.frombuffer(blob, dtype, math.prod(shape), start + entry["data_offsets"][0]).reshape(shape)
+    return found
 
 
 def blob_bytes(values: int) -> int:

@@ -44,9 +44,9 @@ class InProcessDaemon:
     loop: DaemonLoop
     link: Link
 
-    def connect_and_serve(self) -> None:
+    def connect_and_serve(self) -> bool:
         self.link.connect()
-        self.loop.serve()
+        return self.loop.serve()
 
 
 def make_daemon(
@@ -71,7 +71,7 @@ def make_daemon(
     link = device_link(broker, topics, name)
     control, tracker = StepControl(), LevelCapTracker(LevelCap.planned(plan, step_seconds=60.0))
     report = reported_and_checked(progress_poster(link.post) if broker != NOWHERE else no_report, control.check)
-    samples = SampleFolder(photos, bundle, store)
+    samples = SampleFolder(photos, bundle, store, run=run)
     device = DeviceContext(
         device_name=name,
         bundle=bundle,

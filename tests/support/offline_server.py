@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fedfmsl.common.files import write_atomically
+from fedfmsl.protocol.task_bundle import TaskBundle
 from fedfmsl.protocol.tensors import pack
 from support.coordinators import ABC, CoordinatorRun, make_update
 from trainer_server.coordinator.advance import advance
-from trainer_server.coordinator.events import ClockTicked, Event, StatusSeen, Stop, StoreRound, UpdateSeen
+from trainer_server.coordinator.events import BeginSession, ClockTicked, Event, StatusSeen, Stop, StoreRound, UpdateSeen
 from trainer_server.coordinator.state import Plan
-from trainer_server.service.lifecycle import restore_state
+from trainer_server.service.lifecycle import make_plan, restore_state
+from trainer_server.service.next_session import begin_session
 from trainer_server.storage.run_store import LoggedEvent, RunStore
 
 
@@ -24,11 +26,17 @@ class OfflineServer:
     def feed(self, event: Event) -> None:
         self.now += 1.0
         state, commands = advance(self.plan, self.state, event, self.now)
+        rounds = [command.closed for command in commands if isinstance(command, StoreRound)]
+        for begins in commands:
+            if isinstance(begins, BeginSession):
+                begin_session(self.store, self.plan, state, begins, self.now, rounds)
+                self.plan = make_plan(self.store, TaskBundle(self.plan.bundle, self.store.task()))
+                self.state, self.now = restore_state(self.store, self.plan)
+                return
         if isinstance(event, UpdateSeen) and state is not self.state:
             write_atomically(self.store.tensors / event.sha256, pack(event.update, event.tensors))
         if state is self.state:
             return
-        rounds = [command.closed for command in commands if isinstance(command, StoreRound)]
         ended = next((c.error or "finished" for c in commands if isinstance(c, Stop)), None)
         self.store.commit([LoggedEvent(self.now, event)], rounds, ended=ended)
         self.state = state
@@ -42,8 +50,10 @@ class OfflineServer:
         yield ClockTicked()
 
     def answers(self, nll: float = 1.0) -> Iterator[Event]:
-        """All devices answer the present round. `nll`: what they report."""
-        assert self.state.announced is not None
+        """All devices answer the present round; between two sessions the next one begins. `nll`: what they report."""
+        if self.state.announced is None:
+            yield ClockTicked()
+            return
         for device in ABC:
             yield make_update(self.plan, self.state.announced, device, nll=nll)
             yield ClockTicked()

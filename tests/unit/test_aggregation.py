@@ -91,12 +91,13 @@ def test_the_ranges_of_coordinates_do_not_change_the_result(
     "rule",
     [
         WeightedMean(),
+        ScreenedMean(),
         ScreenedMean(memory_bytes=40),
         TrimmedMean(sort_bytes=40),
         CoordinateMedian(sort_bytes=40),
     ],
 )
-def test_each_contribution_is_read_once_and_nothing_is_left_on_the_disk(rule: AggregationRule, tmp_path: Path) -> None:
+def test_contributions_are_read_in_turn_and_nothing_is_left_on_the_disk(rule: AggregationRule, tmp_path: Path) -> None:
     reads: list[int] = []
 
     def read(device: int) -> Vector:
@@ -106,7 +107,8 @@ def test_each_contribution_is_read_once_and_nothing_is_left_on_the_disk(rule: Ag
     sizes = [7 - 2 * (device % 3) for device in range(9)]
     contributions = [Contribution(1.0, size, partial(read, device)) for device, size in enumerate(sizes)]
     result = rule.aggregate(contributions, PARTS, scratch=tmp_path).delta
-    assert reads == list(range(9))
+    often = isinstance(rule, ScreenedMean) and rule.memory_bytes == 40
+    assert reads == list(range(9)) * (3 if often else 1)
     assert not any(tmp_path.iterdir())
     assert result.tolist() == [5.0] * 3 + [4.5] * 2 + [4.0] * 2
 

@@ -18,6 +18,7 @@ from edge_runtime.daemon.disk_retry import DiskRetry
 from edge_runtime.daemon.round_runner import RoundRunner
 from edge_runtime.store import DeviceStore
 from edge_runtime.training.context import TrainingContext
+from edge_runtime.training.stored_model import read_personal_model
 from fedfmsl.algorithms.sal import CapabilityQueue, Sal
 from fedfmsl.common.backoff import Backoff
 from fedfmsl.protocol.messages import Globals, Round, Stage, Training, Update
@@ -187,6 +188,34 @@ def test_a_round_on_a_full_disk_gives_the_same_update_to_the_bit(
                 perform(full, task)
         perform(full, task)
         assert kept(full.device.store.root, task) == kept(undisturbed.device.store.root, task)
+        full.scan()
+        is_new = task.stage is Stage.STATISTICS
+        assert full.device.scanned.new == (len(full.device.scanned.train) if is_new else 0)
+
+
+def test_a_device_that_is_late_gets_the_local_expert_that_it_would_have_in_the_run_also_if_it_is_killed(
+    vit: Built, photos: Path, tmp_path: Path, writes: Writes
+) -> None:
+    tasks, blobs = rounds(vit)
+    member, late = (start(vit, photos, tmp_path / name) for name in ("member", "late"))
+    for device in (member.device, late.device):
+        give(device, blobs)
+    for task in tasks:
+        if task.stage is Stage.PERSONAL:
+            perform(member, task)
+    end = tasks[-1].model_copy(update={"round": 9, "stage": Stage.FINISHED, "repetitions": 3})
+    killed = writes.failing(lambda _, name: Path(name).name == "personal", Killed(), after=True)
+    with killed, pytest.raises(Killed):
+        perform(late, end)
+    store = late.device.store
+    assert store.outbox.session == ""  # so that it begins again when it is started again
+    late = start(vit, photos, tmp_path / "late")
+    perform(late, end)
+    late.scan()
+    assert store.personal.read_bytes() == member.device.store.personal.read_bytes()
+    assert (store.outbox.session, store.outbox.unacknowledged(SESSION)) == (SESSION, frozenset())
+    assert late.device.scanned.new == 0
+    assert read_personal_model(store).header.round == 9 and store.results.is_file()
 
 
 def test_a_full_disk_is_mentioned_once_and_tried_again_after_growing_delays(

@@ -226,9 +226,34 @@ def test_a_device_that_took_part_stops_when_the_run_has_finished() -> None:
     finished = RoundSeen(round_(9, Stage.FINISHED))
     state, _ = drive([HERE, RoundSeen(round_(1)), Idle(), WorkDone(1)])
     assert drive([finished, Idle()], state)[1] == [Stop()]
-    assert (
-        drive([HERE, finished, Idle()])[1] == []
-    )  # a device that did not take part waits for the next run of that name
+    assert drive([HERE, finished, Idle()])[1] == []  # without globals, it waits for the next run of that name
+
+
+@pytest.mark.parametrize("end", [HERE, GONE])
+@pytest.mark.parametrize("earlier", ["", "before"])
+def test_a_device_that_took_no_part_personalizes_itself_from_the_finished_run(end: ServerSeen, earlier: str) -> None:
+    finished = round_(9, Stage.FINISHED, expert=E, gate=G)
+    before = device(session=earlier, last_started=4, unacknowledged=frozenset({4}))
+    for order in ([end, RoundSeen(finished)], [RoundSeen(finished), end]):
+        state, commands = drive([*order, Idle()], before)
+        assert [each for each in commands if isinstance(each, Fetch)] == [Fetch(E), Fetch(G)]
+        state, (say, work) = drive([GlobalArrived(E), Idle(), GlobalArrived(G), Idle()], state)
+        assert isinstance(say, Log) and work == Work(finished)
+        failed, commands = drive([WorkFailed(9), Idle()], state)
+        assert commands == [say, work] and failed.last_started == 4  # again
+        assert is_outdated(drive([RoundSeen(round_(1, session="s2"))], state)[0])
+        state, commands = drive([WorkDone(9), Idle()], state)
+        assert commands == [Stop()]  # nothing is sent
+        assert (state.session, state.run, state.last_started, state.unacknowledged) == ("s", "r", 9, frozenset())
+
+
+def test_a_late_device_needs_the_bundle_and_the_task_of_the_finished_run() -> None:
+    finished = RoundSeen(round_(9, Stage.FINISHED, expert=E, gate=G))
+    for change in ({"bundle": OTHER_BUNDLE}, {"session": "s2"}):
+        gone = ServerSeen(GONE.status.model_copy(update=change))
+        assert not any(isinstance(each, Fetch | Stop) for each in drive([finished, gone, Idle()])[1])
+    _, commands = drive([finished, ServerSeen(GONE.status.model_copy(update={"task": "7" * 64})), Idle()])
+    assert commands[-1] == Stop(anew=True)
 
 
 def test_the_end_of_an_earlier_run_does_not_end_a_device_of_the_next_one() -> None:
@@ -273,6 +298,8 @@ def test_a_run_that_is_started_anew_is_logged() -> None:
         Log("run 'r' was started anew (session s2); starting with round 1"),
         Work(round_(1, session="s2")),
     ]
+    _, (log, _) = drive([OTHER_SESSION, RoundSeen(round_(4, session="s2")), Idle()], state)
+    assert log == Log("run 'r' goes on (session s2); starting with round 4")
     _, (log, _) = drive([OTHER_SESSION, RoundSeen(round_(1, session="s2")), Idle()], device(session="s", run="other"))
     assert log == Log("this device changed from run 'other' to 'r'; starting with round 1")
 

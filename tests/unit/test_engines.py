@@ -34,6 +34,7 @@ from support.training_contexts import announced_round, initial_globals, training
 from edge_runtime.engines import Batch, Engine, MemoryPlan, StepGraphEngine, open_engine
 from edge_runtime.engines.base import expert_decay
 from edge_runtime.engines.ort_training import OrtTrainingEngine, TrainingSession
+from edge_runtime.engines.step_graph import default_micro_batch
 from edge_runtime.training.local_expert import train_personal
 from edge_runtime.training.stages import train_global
 from export.bundle import build_bundle
@@ -42,6 +43,7 @@ from fedfmsl.algorithms.adamw import AdamW
 from fedfmsl.algorithms.arrays import NEVER
 from fedfmsl.common.onnx_runtime import has_ort_training
 from fedfmsl.errors import BundleError, ConfigError
+from fedfmsl.protocol.bundle import Dims
 from fedfmsl.protocol.messages import Stage, Training
 from fedfmsl.protocol.peft_names import from_peft
 from fedfmsl.protocol.task_bundle import TaskBundle
@@ -355,6 +357,23 @@ def test_artifacts_for_int8_are_refused(vit: Built, tmp_path: Path) -> None:
     steps = build_bundle(vit.source, 1, vit.bundle.manifest.lora, tmp_path / "b", 0, "int8", ort_training=True)
     with pytest.raises(ConfigError, match="needs --precision fp32"):
         list(steps)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "hidden", "level", "cpu", "cuda"),
+    [
+        pytest.param(197, 768, 1, 55, 887, id="level 1 multiplies class tokens only, so memory is the limit"),
+        pytest.param(197, 768, 2, 2, 186, id="394 rows"),
+        pytest.param(101, 384, 2, 4, 728, id="404 rows"),
+        pytest.param(197, 768, 12, 1, 20, id="one sample takes 102 MB"),
+        pytest.param(1025, 384, 2, 1, 71, id="never less than one sample"),
+    ],
+)
+def test_the_default_micro_batch_is_large_enough_for_products_and_no_larger(
+    tokens: int, hidden: int, level: int, cpu: int, cuda: int
+) -> None:
+    dims = Dims(tokens=tokens, hidden=hidden, feature=hidden, blocks=12)
+    assert [default_micro_batch(dims, level, provider) for provider in ("cpu", "cuda")] == [cpu, cuda]
 
 
 def test_a_step_graph_engine_needs_only_a_bundle(vit: Built) -> None:

@@ -312,6 +312,27 @@ def test_new_class_folders_are_proposed_with_the_number_of_their_files(
     assert list(caught.value.proposed.values()) == list(range(6, 22))  # the sixteen with most files
 
 
+def test_a_sample_is_new_until_a_round_of_its_run_has_used_it_also_after_a_restart(
+    vit: Built, photos: Path, store: DeviceStore
+) -> None:
+    def scanned(run: str = "r") -> Splits:
+        return SampleFolder(photos, vit.bundle, store, run=run).scan()
+
+    first = assigned(SampleFolder(photos, vit.bundle, store, run="r"), store)
+    assert first.new == len(first.train) > 0
+    with open_ledger(store.samples) as ledger:
+        ledger.mark_trained((sample.sha256 for sample in first.train), "r")
+    assert scanned().new == 0
+    for number in range(20):
+        put(photos / "kiwi" / f"new-{number}.jpg", photo(number))
+    again = scanned()
+    assert again.new == len(again.train) - len(first.train) > 0
+    assert scanned("another").new == len(again.train)
+    with open_ledger(store.samples) as ledger:
+        ledger.mark_trained((sample.sha256 for sample in again.train), "another")
+        assert (len(ledger.trained("another")), len(ledger.trained("r"))) == (len(again.train), 0)
+
+
 def test_texts_come_and_go_like_images(bert: Built, store: DeviceStore, tmp_path: Path) -> None:
     texts = set_dates(write_texts(tmp_path / "texts"))
     folder = SampleFolder(texts, bert.bundle, store)

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 from fedfmsl.common.hours import DAY, DAYS, Hours, next_within
+from trainer_server.coordinator.limits import Limits
 from trainer_server.service.rest import describe, rest_until
 
+LIMITS = Limits(round_timeout=1, min_updates=1, max_repeats=None, enough=1)
 MONDAY = datetime(2026, 11, 23)
 MINUTES = st.integers(0, DAY - 1)
 HOURS = st.builds(Hours, st.tuples(st.integers(0, 6), st.integers(0, 6)), MINUTES, st.integers(0, DAY))
@@ -103,16 +105,29 @@ def berlin(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 )
 def test_a_run_rests_until_the_clock_on_the_wall_shows_its_hours(hours: str, now: str, begin: str | None) -> None:
     spans = tuple(map(Hours.parse, hours.split(",")))
+    limits = LIMITS.model_copy(update={"schedule": spans})
     moment = datetime.fromisoformat(now).timestamp()
     expected = None if begin is None else datetime.fromisoformat(begin).timestamp()
     assert rest_until(spans, moment) == expected
     assert next_within(spans, moment) == (moment if expected is None else expected)
     if expected is not None:
         when = datetime.fromtimestamp(expected)
-        assert describe(spans, expected) == f"until {when:%Y-%m-%d %H:%M}, outside of --schedule {hours}"
+        assert describe(limits, expected) == f"until {when:%Y-%m-%d %H:%M} (--schedule {hours})"
         assert rest_until(spans, expected) is None
         assert rest_until(spans, moment) == expected  # the clock was set back
 
 
-def test_without_hours_a_run_never_rests() -> None:
-    assert rest_until((), 0.0) is None
+def test_without_hours_a_run_rests_only_before_every_is_over() -> None:
+    assert rest_until((), 100.0) is None
+    assert rest_until((), 100.0, due=100.0) is None
+    assert rest_until((), 100.0, due=110.5) == 110.5
+
+
+@pytest.mark.usefixtures("berlin")
+def test_every_may_end_outside_of_the_hours() -> None:
+    limits = LIMITS.model_copy(update={"schedule": (Hours.parse("22:00-06:00"),), "every": "24h"})
+    now, due, at_night = (datetime(2026, 11, 27, hour, 30).timestamp() for hour in (2, 7, 4))
+    evening = datetime(2026, 11, 27, 22).timestamp()
+    assert rest_until(limits.schedule, now, due) == evening
+    assert rest_until(limits.schedule, now, at_night) == at_night
+    assert describe(limits, evening, due) == "until 2026-11-27 22:00 (--schedule 22:00-06:00, --every 24h)"

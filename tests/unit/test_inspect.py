@@ -13,12 +13,14 @@ import pytest
 from click.testing import Result
 from support.bundles import Built
 from support.coordinators import PRIVACY, CoordinatorRun, make_update, plan_for
+from support.samples import CLASSES
 from support.stored_runs import closed_round
 from typer.testing import CliRunner
 
 from fedfmsl.algorithms.accounting import gaussian_epsilon
 from fedfmsl.algorithms.sal import AllAtOnce, Sal
 from fedfmsl.errors import RunError
+from fedfmsl.protocol.messages import MAX_ADDED
 from fedfmsl.protocol.tensors import pack
 from trainer_server.__main__ import app
 from trainer_server.config import Aggregation, Rule
@@ -122,6 +124,42 @@ def test_the_command_returns_to_a_kept_round_or_names_those_that_are_kept(store:
     assert operation is not None and (operation.action, operation.round) == (Action.ROLLBACK, 3)
     store.commit([], ended="too few updates")
     assert "has failed (too few updates)" in str(rollback(3).exception)
+
+
+def test_the_command_lists_what_devices_propose_and_adds_classes(run: CoordinatorRun, store: RunStore) -> None:
+    def classes(*options: str) -> Result:
+        return CliRunner().invoke(app, ["classes", "--out", str(store.folder), *options])
+
+    assert "no device proposes another class" in classes().stdout
+    assert rows(store)["classes"] == f"{len(CLASSES)}, version 1"
+    proposed = {"a": {"quince": 5, "apple": 2}, "b": {"quince": 3, "fig [x]": 1}}
+    run.online("a", "b")
+    store.save_checkpoint(run.state, 0.0)
+    statuses = {name: run.status(name, proposed=counts) for name, counts in proposed.items()}
+    Observations(store.folder).save(ServerView(seen=time.time(), adds=("pear",)), statuses)
+    assert [line.split() for line in classes().stdout.splitlines()[2:]] == [
+        ["quince", "2", "8", "a,", "b"],
+        ["fig", "[x]", "1", "1", "b"],
+    ]
+    assert json.loads(classes("--json").stdout)["proposed"][1] == {"name": "fig [x]", "devices": ["b"], "samples": 1}
+    shown = rows(store)
+    assert shown["proposed classes"].startswith("quince by 2 devices, fig [x] by 1 device; add them with")
+    assert shown["adds"] == "1: pear"
+    for wrong, text in (
+        ("apple", "the run has the class 'apple' already"),
+        ("fig,fig", "class 'fig' is named twice"),
+        ("unknown", "'unknown' has the name that predictions use"),
+        (",".join(map(str, range(MAX_ADDED + 1))), f"more than {MAX_ADDED}; add the others later"),
+    ):
+        assert text in str(classes("--add", wrong).exception)
+    assert Operations(store.folder).waiting() == []
+    added = classes("--add", "quince, fi\u0301g").stdout
+    assert "warning: no device proposes f\u00edg; check the spelling" in added
+    assert "adds quince, f\u00edg after its present round, when its server is started again" in added
+    ((_, operation),) = Operations(store.folder).waiting()
+    assert operation is not None and operation.classes == ("quince", "f\u00edg")
+    store.commit([], ended="finished")
+    assert "has ended (finished); start a new run with --from" in str(classes("--add", "quince").exception)
 
 
 def test_status_names_rejected_candidates(store: RunStore) -> None:

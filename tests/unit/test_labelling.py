@@ -12,6 +12,7 @@ from support.web import ask, csrf_of
 
 from edge_runtime.data.inputs import IMAGES
 from edge_runtime.data.labels import read_labels, walk_labelled
+from edge_runtime.data.proposals import proposed_classes
 from edge_runtime.labelling import answers as answers_module
 from edge_runtime.labelling.answers import Answers, Kind
 from edge_runtime.labelling.asking import Asking
@@ -311,6 +312,25 @@ def test_an_answer_about_a_changed_file_or_another_class_is_refused(desk: Desk) 
     assert desk.photo("x.jpg") != number
 
 
+@pytest.mark.parametrize("labels", [None, "file,class\n"], ids=("folders", "csv"))
+def test_a_new_class_is_one_that_the_device_proposes(tmp_path: Path, labels: str | None) -> None:
+    desk = Desk(tmp_path, labels)
+    for number, name in enumerate(("x.jpg", "y.jpg")):
+        desk.answers.answer([desk.photo(name)], Kind.LABEL, "fig", is_new=number == 0)
+        assert desk.destination.new_classes == ("fig",)  # and an answer of the list from now on
+    for name, fault in (("Apple", "did you mean 'apple'"), ("a\nb", "control"), ("dev", "split"), ("", "no letters")):
+        with pytest.raises(InputError, match=fault):
+            desk.answers.answer([desk.photo("z.jpg")], Kind.LABEL, name, is_new=True)
+    if desk.labels is None:
+        with pytest.raises(InputError, match="no folder can have the name"):
+            desk.answers.answer([desk.photo("z.jpg")], Kind.LABEL, "a/b", is_new=True)
+        found = walk_classes(desk.images, IMAGES.suffixes, "image", CLASSES)
+    else:
+        found = walk_labelled(desk.images, IMAGES, desk.labels, CLASSES)
+    assert proposed_classes(found.unknown, CLASSES) == {"fig": 2}
+    assert desk.answers.undo().label == "fig"
+
+
 def test_a_labels_file_keeps_its_mode_and_stays_a_link(tmp_path: Path) -> None:
     desk = Desk(tmp_path, "file,class\n")
     assert desk.labels is not None
@@ -335,6 +355,13 @@ def test_the_page_takes_classes_by_name_and_names_the_fault_of_a_labels_file(tmp
         form = {"csrf": csrf_of(text), f"file-{number}": "on", "class": "pear"}
         assert ask(site, f"/file/{10**30}/small.jpg")[0] == 404
         assert ask(site, "/ask", {"csrf": csrf_of(text), f"file-{10**30}": "on", "class": "pear"})[0] == 409
+        new = {"csrf": csrf_of(text), f"file-{number}": "on", "answer": "new", "new": " Apple"}
+        status_of_new, said, _ = ask(site, "/ask", new)
+        assert status_of_new == 409 and "did you mean &#39;apple&#39;?" in said
+        assert ask(site, "/ask", {**new, "new": " Fi\u0301g "})[0] == 303 and read_labels(labels)[0]["x.jpg"] == {
+            "Fíg": 2
+        }
+        assert ask(site, "/undo", {"csrf": csrf_of(text)})[0] == 303
         assert status == 200 and ask(site, "/ask", form)[0] == 303
         assert read_labels(labels)[0] == {"x.jpg": {"pear": 2}}
         labels.rename(tmp_path / "gone")

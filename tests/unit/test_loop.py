@@ -92,13 +92,14 @@ class Scene:
     bundle: str
     task: str
     errors: list[BaseException] = field(default_factory=list)
+    anew: bool = False  # the daemon begins again with another task
 
     def __post_init__(self) -> None:
         self.serving = threading.Thread(target=self._serve)
 
     def _serve(self) -> None:
         try:
-            self.daemon.connect_and_serve()
+            self.anew = self.daemon.connect_and_serve()
         except BaseException as error:
             self.errors.append(error)
 
@@ -317,6 +318,24 @@ def test_a_device_that_must_leave_stops_its_computation(scene: Scene) -> None:
     scene.end()
     (error,) = scene.errors
     assert isinstance(error, RunError) and "--device" in str(error)
+
+
+@pytest.mark.parametrize("paused", [False, True])
+@pytest.mark.parametrize("scene", [Endless], indirect=True)
+def test_a_task_with_a_new_class_ends_the_round_in_work_at_once_and_the_device_stays_online(
+    scene: Scene, paused: bool
+) -> None:
+    scene.observer.wait(Health, lambda h: h.activity is Activity.WORKING, "the round's start")
+    if paused:
+        scene.thermometer.celsius = LIMIT + 10
+        scene.observer.wait(DeviceStatus, lambda s: bool(s.paused), "the pause")
+    following = ServerStatus(online=True, run=RUN, session="s2", bundle=scene.bundle, task="7" * 64)
+    scene.server.publish(TOPICS.server_status, encode(following), retain=True)
+    scene.end()
+    assert scene.anew and not scene.errors
+    scene.observer.catch_up()
+    assert all(status.online for status in scene.observer.seen if isinstance(status, DeviceStatus))
+    scene.daemon.link.close()
 
 
 class Unanswered(Runner):

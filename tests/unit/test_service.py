@@ -19,19 +19,21 @@ from support.brokers import RestartableBroker
 from support.bundles import Built
 from support.coordinators import ROUND_SECONDS, CoordinatorRun, make_update, plan_for
 from support.processes import Broker, Observer, Processes, free_port, wait_until
+from support.samples import CLASSES
 
 from fedfmsl.algorithms.aggregation import Aggregate, ScreenedMean
 from fedfmsl.common.hours import Hours
 from fedfmsl.protocol.chunks import chunks
 from fedfmsl.protocol.messages import Ack, Activity, Health, Round, ServerStatus, Stage, Verdict, encode
+from fedfmsl.protocol.task import Task
 from fedfmsl.protocol.tensors import pack
 from fedfmsl.protocol.topics import Topics
-from fedfmsl.transport.link import Link
+from fedfmsl.transport.link import Link, Received
 from trainer_server.coordinator.events import UpdateRefused, UpdateSeen
 from trainer_server.coordinator.operator import Action, Operation
 from trainer_server.coordinator.state import Plan
 from trainer_server.service.floods import SPARE_MESSAGES
-from trainer_server.service.lifecycle import open_run, restore_state, run_server
+from trainer_server.service.lifecycle import make_plan, open_bundle, open_run, restore_state, run_server
 from trainer_server.service.run_log import LOG_BYTES
 from trainer_server.storage.kept_experts import KeptExperts
 from trainer_server.storage.operations import Operations
@@ -178,6 +180,39 @@ def test_a_finished_run_goes_on_after_a_rollback(vit: Built, broker: Broker, tmp
         assert KeptExperts(s.folder).rounds() == experts
 
 
+def test_the_next_session_of_a_run_begins_while_devices_stay(vit: Built, broker: Broker, tmp_path: Path) -> None:
+    """The server is never offline in between, and leaves no globals of the former session on the broker."""
+    with scene(vit, broker, tmp_path / "run", "classes") as s:
+        s.announce_device()
+        first = s.observer.wait(Round, lambda r: True, "the first round")
+        assert Operations(s.folder).add(Operation(action=Action.CLASSES, classes=("quince",)))
+        wait_until(lambda: "1 class is added after round 1: quince" in s.notes, "the server obeys")
+        s.send(make_update(s.plan, first, "a"))
+        former, seen = s.plan.session, s.observer.catch_up()
+        status = s.observer.wait(ServerStatus, lambda it: it.session != former, "the next session", seen)
+        store = RunStore(s.folder)
+        s.plan = make_plan(store, open_bundle(store))
+        assert (status.session, status.task) == (s.plan.session, s.plan.bundle.task.sha256)
+        s.announce_device()
+        s.run_to_its_end(since=first.round)
+        end = next(
+            n for n, each in enumerate(s.observer.seen) if isinstance(each, Round) and each.stage is Stage.FINISHED
+        )
+        assert all(each.online for each in s.observer.seen[:end] if isinstance(each, ServerStatus))
+        assert Task.unpack(s.observer.blobs[status.task]).classes == (*CLASSES, "quince")
+        retained = Link(broker.url, "later")
+        retained.connect()
+        retained.subscribe(s.topics.globals_chunk(vit.bundle.task.sha256, "+"))  # the broker answers in this order
+        retained.subscribe(s.topics.round)
+        topics = [""]
+        while topics[-1] != s.topics.round:
+            event = retained.next_event(30.0)
+            assert event is not None
+            topics += [event.topic] if isinstance(event, Received) else []
+        retained.close()
+        assert not any(s.topics.globals_of(topic) == vit.bundle.task.sha256 for topic in topics)
+
+
 def test_an_aggregation_that_finds_a_full_disk_is_tried_again(
     vit: Built, broker: Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -269,7 +304,7 @@ def test_a_run_rests_outside_of_its_hours_as_its_log_says(vit: Built, broker: Br
 
     night = (Hours.parse("22:00-06:00"),)
     with scene(vit, broker, tmp_path / "run", "night", wall=lambda: clock[0], schedule=night) as s:
-        says("the run rests until 2026-11-27 22:00, outside of --schedule 22:00-06:00")
+        says("the run rests: until 2026-11-27 22:00 (--schedule 22:00-06:00)")
         s.announce_device()
         says("a is online")
         assert RunStore(s.folder).is_unstarted()  # another start may change its settings
@@ -277,7 +312,7 @@ def test_a_run_rests_outside_of_its_hours_as_its_log_says(vit: Built, broker: Br
         first = s.observer.wait(Round, lambda r: r.round == 1, "the first round")
         says("the run rests no more")
         clock[0] += 8 * 3600
-        says("the run rests until 2026-11-28 22:00")
+        says("the run rests: until 2026-11-28 22:00")
         s.send(make_update(s.plan, first, "a"))
         s.observer.wait(Ack, lambda ack: ack.round == 1, "its acknowledgement")
         state, _ = restore_state(RunStore(s.folder), s.plan)
@@ -286,7 +321,6 @@ def test_a_run_rests_outside_of_its_hours_as_its_log_says(vit: Built, broker: Br
         assert not any(isinstance(message, Round) and message.round > 1 for message in s.observer.seen)
         clock[0] += 16 * 3600
         s.observer.wait(Round, lambda r: r.round == 2, "the second round")
-        s.run_to_its_end(since=1)
 
 
 def test_a_reconnection_is_logged(vit: Built, tmp_path: Path) -> None:

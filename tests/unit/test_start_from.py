@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import load, save
-from support.bundles import LAYERS, RANK, Built, hidden_of, random_samples, random_theta, run_graph
+from support.bundles import LAYERS, RANK, Built, hidden_of, random_samples, random_theta, run_graph, with_names
 from support.coordinators import PRIVACY, RULE, plan_for
 from support.offline_server import OfflineServer
 from support.samples import CLASSES
@@ -24,8 +23,6 @@ from fedfmsl.algorithms.sal import AllAtOnce, Sal
 from fedfmsl.common.whole_folder import write_folder
 from fedfmsl.errors import ConfigError, RunError
 from fedfmsl.protocol.messages import Stage, Sums
-from fedfmsl.protocol.task import Task
-from fedfmsl.protocol.task_bundle import TaskBundle
 from trainer_server.config import Aggregation, Head, Rule
 from trainer_server.coordinator.privacy_budget import NoisedRounds, privacy_budget
 from trainer_server.coordinator.warm_start import warm_start
@@ -36,10 +33,6 @@ from trainer_server.storage.run_store import RunStore
 
 LEVEL = 2
 OTHERS = ("plum", "cherry", "apple")  # one class is new, two leave, and the order changes
-
-
-def with_names(built: Built, names: Sequence[str]) -> Built:
-    return replace(built, bundle=TaskBundle(built.bundle, Task.of(built.bundle.sha256, names, "the test")))
 
 
 def started(built: Built, folder: Path, source: Path | None = None, **config: Any) -> OfflineServer:

@@ -14,16 +14,18 @@ from support.training_contexts import announced_round
 from edge_runtime.daemon.download import wait_for_server
 from edge_runtime.daemon.health import HealthReporter
 from edge_runtime.daemon.lock import locked
-from edge_runtime.daemon.prepare import RunOverError, wait_for_next_run
+from edge_runtime.daemon.prepare import RunOverError, goes_on
 from edge_runtime.daemon.status import check_alive, describe
 from edge_runtime.resources.governor import Readings
 from edge_runtime.settings import Settings
 from edge_runtime.store import DeviceStore
 from fedfmsl.errors import BrokerError, RunError
-from fedfmsl.protocol.messages import MAX_HEARTBEAT_AGE, Activity, Health, Round, ServerStatus, Stage, encode
+from fedfmsl.protocol.messages import MAX_HEARTBEAT_AGE, Activity, Health, ServerStatus, Stage, encode
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.link import Link, Received
 from fedfmsl.transport.tls_errors import explain, is_rejection
+
+BUNDLE, HASH = "a" * 64, "e" * 64
 
 
 @pytest.mark.parametrize(
@@ -68,6 +70,14 @@ def test_after_a_finished_run_it_says_what_the_device_waits_for_and_predicts_wit
         check_alive(health.model_copy(update={"activity": Activity.STOPPED}), tmp_path)
 
 
+def test_it_shows_new_samples_proposed_classes_and_a_renewal_that_failed(tmp_path: Path) -> None:
+    known = {"train": 12, "new_samples": 3, "proposed": {"fig": 5}, "not_renewed": "it was revoked"}
+    health = Health(device="kitchen", started=1, time=time.time(), activity=Activity.WAITING, **known)
+    shown = dict(describe(health, DeviceStore(tmp_path), time.time()))
+    assert shown["samples"].startswith("12 train (3 new), ") and "fig (5)" in shown["proposes"]
+    assert shown["renewal"] == "failed: it was revoked; the daemon tries again"
+
+
 def test_a_device_whose_certificate_is_refused_fails(tmp_path: Path) -> None:
     health = Health(device="kitchen", started=1, time=time.time(), activity=Activity.WAITING, disconnected="timed out")
     check_alive(health, tmp_path)
@@ -79,27 +89,38 @@ def test_a_device_whose_certificate_is_refused_fails(tmp_path: Path) -> None:
 
 
 def test_a_device_that_waits_for_the_bundle_of_the_next_run_knows_the_end_of_the_last(vit: Built) -> None:
-    topics, ends = Topics("r"), list[Round]()
+    topics, ends = Topics("r"), list[str]()
     link = Link("mqtt://127.0.0.1:9", "d")  # not connected
     server = ServerStatus(online=True, run="r", session="s2", bundle=vit.bundle.sha256)
-    finished = announced_round(Stage.FINISHED)
-    for topic, message in ((topics.round, finished), (topics.round, finished), (topics.server_status, server)):
+    gone = server.model_copy(update={"online": False, "session": "s"})
+    finished, last = (topics.round, announced_round(Stage.FINISHED, session="s")), (topics.server_status, gone)
+    for topic, message in (finished, last, finished, (topics.server_status, server)):
         link.events.put(Received(topic, encode(message)))
-    assert wait_for_server(link, topics, finished=ends.append) == server
-    assert ends == [finished]
+    assert wait_for_server(link, topics, finished=lambda _, end: bool(ends.append(end.session))) == server
+    assert ends == ["s"]
 
 
 @pytest.mark.parametrize(
-    ("session", "stay", "stops"), [("s", False, True), ("s", True, False), ("other", False, False)]
+    ("session", "own", "expert", "stay", "expected"),
+    [
+        ("s", BUNDLE, HASH, False, None),
+        ("s", BUNDLE, HASH, True, False),
+        ("other", BUNDLE, HASH, False, True),
+        ("other", "b" * 64, HASH, False, False),
+        ("other", "", HASH, False, False),  # the server, which has the bundle, has gone
+        ("other", BUNDLE, "", False, False),
+    ],
 )
-def test_a_device_that_has_finished_its_run_waits_for_the_next_one_only_if_it_stays(
-    tmp_path: Path, session: str, stay: bool, stops: bool
+def test_a_device_uses_a_finished_run_without_it_and_waits_for_the_next_one_only_if_it_stays(
+    tmp_path: Path, session: str, own: str, expert: str, stay: bool, expected: bool | None
 ) -> None:
-    """As with a bundle of its own, where the loop decides."""
+    """None: it ends. As with a bundle of its own, where the loop decides."""
     settings = Settings(run="r", images=tmp_path, broker="mqtt://127.0.0.1:9", stay=stay)
     store = DeviceStore(tmp_path)
     store.outbox.enter(session, "r")
     health = HealthReporter(Link(settings.broker, "d"), Topics("r"), "d", store, Readings)
-    with pytest.raises(RunOverError) if stops else nullcontext():
-        wait_for_next_run(settings, store, health, announced_round(Stage.FINISHED, session="s"))
+    server = ServerStatus(online=False, run="r", session="s", bundle=BUNDLE)
+    end = announced_round(Stage.FINISHED, session="s", expert=expert, gate=HASH)
+    with pytest.raises(RunOverError) if expected is None else nullcontext():
+        assert goes_on(settings, store, health, own, server, end) is expected
     assert health.run_finished

@@ -15,7 +15,7 @@ from support.wire import JSON, UPDATE, layouts, vector_of
 from fedfmsl.errors import MessageError
 from fedfmsl.protocol.layout import Layout
 from fedfmsl.protocol.messages import Update
-from fedfmsl.protocol.tensors import MAX_HEADER_BYTES, MAX_TENSORS, pack, unpack
+from fedfmsl.protocol.tensors import DTYPES, MAX_HEADER_BYTES, MAX_TENSORS, pack, tensors_of, unpack
 
 
 @given(layouts(), st.integers(0, 9))
@@ -148,3 +148,16 @@ def test_the_types_of_encodings_are_kept(dtype: type[np.generic]) -> None:
     _, found = unpack(pack(UPDATE, {"t": tensor}), Update)
     assert found["t"].dtype == dtype
     assert np.array_equal(found["t"], tensor)
+
+
+def test_the_tensors_of_an_accepted_blob_are_those_of_unpack() -> None:
+    rng = np.random.default_rng(0)
+    tensors = {
+        np.dtype(dtype).name: (100 * rng.random((2, 3, index))).astype(dtype) for index, dtype in enumerate(DTYPES)
+    }
+    blob = pack(UPDATE, {**tensors, "scalar": np.array(7, np.uint64)})
+    found, (_, expected) = tensors_of(blob), unpack(blob, Update)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape)
+        assert np.array_equal(found[name], tensor)

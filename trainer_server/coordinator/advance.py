@@ -19,11 +19,12 @@ from dataclasses import replace
 
 from fedfmsl.algorithms.draw import lowest
 from fedfmsl.algorithms.secure_aggregation import MIN_DEVICES, SecureAggregationError
+from fedfmsl.common.persistent_map import PersistentMap
 from fedfmsl.errors import MessageError
 from fedfmsl.protocol.messages import MAX_NAMED, Round, Stage
 from trainer_server.config import MIN_REPORTS
 from trainer_server.coordinator.adoption import canaries, rejection, with_last_good, with_verdict
-from trainer_server.coordinator.announce import COUNTED, announce, pack_globals, sal_of, sums_of
+from trainer_server.coordinator.announce import COUNTED, PERSONALIZING, announce, pack_globals, sal_of, sums_of
 from trainer_server.coordinator.candidates import Rollback
 from trainer_server.coordinator.events import (
     Command,
@@ -40,7 +41,7 @@ from trainer_server.coordinator.events import (
 )
 from trainer_server.coordinator.former_head import why_rejected
 from trainer_server.coordinator.limits import MAX_STRETCH, UNMERGED, devices_in_share, round_seconds
-from trainer_server.coordinator.operator import Action, act
+from trainer_server.coordinator.operator import Action, Operation, act
 from trainer_server.coordinator.receive import receive_status, receive_update, refuse_update
 from trainer_server.coordinator.records import ClosedRound, listed
 from trainer_server.coordinator.refusals import (
@@ -60,6 +61,7 @@ from trainer_server.coordinator.round_update import (
 )
 from trainer_server.coordinator.secure_sums import MAX_REPEATS, asked_devices, secure_level, shortage
 from trainer_server.coordinator.selection import announced_as, at_most, eligible_devices, select_devices
+from trainer_server.coordinator.sessions import ending, why_no_classes
 from trainer_server.coordinator.state import SUMS, TRAINING, Part, Plan, State, Step, after_hold
 from trainer_server.coordinator.waiting import REMEDY, is_short, must_wait, needed_updates, reason
 
@@ -87,7 +89,7 @@ def advance(plan: Plan, state: State, event: Event, now: float) -> tuple[State, 
             state = replace(state, waiting=False, since=now)
         return (replace(state, limits=event.limits), [*changes]) if changes else (state, [])
     if isinstance(event, OperatorActed):
-        if event.operation.action is Action.ROLLBACK and (impossible := why_no_rollback(plan, state)):
+        if impossible := _why_not(plan, state, event.operation):
             return state, [Log(f"operator: {impossible}", warning=True)]
         state, text = act(state, event.operation, now)
         return state, [Log(text)]
@@ -100,7 +102,7 @@ def advance(plan: Plan, state: State, event: Event, now: float) -> tuple[State, 
     if state.rollback is not None:
         return _roll_back(plan, state, state.rollback, now)
     if state.announced is None:
-        return _maybe_start(plan, state, now)
+        return _maybe_start(plan, state, event.wall, now)
     if state.closing == state.round or is_complete(plan, state, state.announced):
         return _close_round(plan, state, state.announced, now)
     if state.waiting:
@@ -110,13 +112,21 @@ def advance(plan: Plan, state: State, event: Event, now: float) -> tuple[State, 
     return state, []
 
 
+def _why_not(plan: Plan, state: State, operation: Operation) -> str:
+    """Why an action of the operator is not possible, or "". Others are checked when they are carried out."""
+    if operation.action is Action.ROLLBACK:
+        return why_no_rollback(plan, state)
+    return why_no_classes(plan, state, operation.classes) if operation.action is Action.CLASSES else ""
+
+
 def next_deadline(plan: Plan, state: State) -> float:
-    """The latest time for the next ClockTicked. A run that is paused, rests or waits has none."""
+    """The latest time for the next ClockTicked. A run that is paused, rests or waits has none, and a later session has
+    no time to join."""
     announced = state.announced
     if state.held_at is not None or state.waiting:
         return math.inf
     if announced is None:
-        return state.since + plan.config.join_timeout
+        return state.since + plan.config.join_timeout if state.round == 0 else math.inf
     return state.since + round_seconds(state.limits, announced, state.stretch, state.slowest)
 
 
@@ -125,6 +135,8 @@ def is_complete(plan: Plan, state: State, announced: Round) -> bool:
     not enough while it is too few for secure aggregation. If all have answered and are too few, a round of training
     waits for its deadline, because it is repeated without end; sums are soon given up."""
     share = state.limits.enough if announced.stage in TRAINING else 1.0
+    if len(state.updates) < devices_in_share(share, len(state.expected) - len(state.unable)):
+        return False  # without a look at each of ten thousand devices after every message
     answers = len(state.updates) if plan.config.max_staleness else len(state.answered & state.expected)
     if len(state.updates) < _least(state, announced) or answers < devices_in_share(share, len(state.awaited)):
         return False
@@ -134,12 +146,22 @@ def is_complete(plan: Plan, state: State, announced: Round) -> bool:
     return answers >= len(state.awaited) and part is not None and part[0] not in TRAINING
 
 
-def _maybe_start(plan: Plan, state: State, now: float) -> tuple[State, list[Command]]:
-    ready, timed_out, least = len(state.online), now >= next_deadline(plan, state), state.limits.min_updates
-    if ready >= plan.config.devices:
-        return _open_round(plan, state, 0, now)
+def _maybe_start(plan: Plan, state: State, wall: float, now: float) -> tuple[State, list[Command]]:
+    """A later session does not wait for all devices, like a round, and in a standing run for news."""
+    if commands := ending(plan, state, 0):
+        return state, commands
+    timed_out, least = now >= next_deadline(plan, state), state.limits.min_updates
+    wanted = plan.config.devices if state.round == 0 else least
+    if len(state.devices) < wanted and not timed_out:
+        return state, []
+    if state.standing.needs_news and state.standing.lacks(state.limits, map(state.devices.__getitem__, state.ready)):
+        return state, []
+    begun = replace(state, standing=state.standing.opened(wall))
+    ready = len(state.ready if state.round else state.online)
+    if ready >= wanted:
+        return _open_round(plan, begun, 0, now)
     if timed_out and ready >= least:
-        state, commands = _open_round(plan, state, 0, now)
+        state, commands = _open_round(plan, begun, 0, now)
         joined = f"only {ready} of {plan.config.devices} devices joined within {plan.config.join_timeout:.0f} s"
         return state, [Log(f"{joined}; the run starts without the others", warning=True), *commands]
     if timed_out:
@@ -152,8 +174,13 @@ def _maybe_start(plan: Plan, state: State, now: float) -> tuple[State, list[Comm
     return state, []
 
 
-def _open_round(plan: Plan, state: State, position: int, now: float) -> tuple[State, list[Command]]:
-    """Selects devices, publishes the globals and announces the round at `position` of the schedule."""
+def _open_round(
+    plan: Plan, state: State, position: int, now: float, is_end: bool = False
+) -> tuple[State, list[Command]]:
+    """Selects devices, publishes the globals and announces the round at `position` of the schedule; or ends the
+    session instead, if it is not the end of the run."""
+    if not is_end and (ends := ending(plan, state, position)):
+        return state, ends
     config, number, step = plan.config, state.round + 1, plan.schedule[position]
     stage, level = step.stage, state.sal.level
     starts = step.part is None or position == plan.positions_of(step.part).start
@@ -182,8 +209,8 @@ def _open_round(plan: Plan, state: State, position: int, now: float) -> tuple[St
         index=step.index,
         of=step.of,
         level=level,
-        repetitions=config.stage1_rounds if stage is Stage.BASELINE else 1,
-        training=config.stage2 if stage is Stage.PERSONAL else config.stage1,
+        repetitions={Stage.BASELINE: config.stage1_rounds, Stage.FINISHED: config.stage2_rounds}.get(stage, 1),
+        training=config.stage2 if stage in PERSONALIZING else config.stage1,
         sal=sal_of(plan, state, stage),
         encoding=config.encoding,
         privacy=config.privacy,
@@ -202,9 +229,9 @@ def _open_round(plan: Plan, state: State, position: int, now: float) -> tuple[St
         waiting=False,
         stretch=1 if stage in UNMERGED else state.stretch,  # their deadline follows measured time
         expected=selected,
-        updates={},
+        updates=PersistentMap(),
         recent=tuple(closed[len(closed) - config.max_staleness :]) if config.max_staleness else (),
-        counted=frozenset(key for key in state.counted if key[0] >= oldest),
+        counted=frozenset(key for key in (*state.counted, *state.updates) if key[0] >= oldest),
     )
     commands = announce(blobs, announced)
     if step.purpose is Stage.HEAD and starts and (unasked := sorted(suspects(plan, state) - selected)):
@@ -326,7 +353,7 @@ def _close_round(plan: Plan, state: State, closing: Round, now: float) -> tuple[
         return state, [record, *commands]
     if limits.max_repeats is not None and state.repeats >= limits.max_repeats:
         times = f"{state.repeats + 1} times in a row"
-        state, commands = _open_round(plan, state, finish, now)
+        state, commands = _open_round(plan, state, finish, now, is_end=True)
         return state, [record, *commands, Stop(f"{too_few}, {times}; the run ends")]
     position = state.position
     if step.part is not None and step.stage is not Stage.UNMASK:  # again with fresh keys
@@ -358,8 +385,10 @@ def _go_on(plan: Plan, state: State, waited: Round, now: float) -> tuple[State, 
 
 def _roll_back(plan: Plan, state: State, rollback: Rollback, now: float) -> tuple[State, list[Command]]:
     """Goes on with the global expert of an earlier round. The updates of the present round fit another one."""
-    assert state.announced is not None
     text = f"rolled back to the global expert of round {rollback.round}"
+    if state.announced is None:  # before the first round of a session
+        returned = rolled_back(plan, state, 0)
+        return replace(returned, standing=state.standing.with_news()), [Log(text, warning=True)]
     records = [] if state.announced.stage is Stage.FINISHED else [_record(state, state.announced, now, text)]
     position = restart_position(plan, state.position)
     returned = replace(rolled_back(plan, state, position), repeats=0, stretch=1)

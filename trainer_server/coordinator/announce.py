@@ -15,6 +15,7 @@ from trainer_server.coordinator.events import AnnounceRound, Command, PublishGlo
 from trainer_server.coordinator.state import Plan, State
 
 COUNTED = (Stage.HOLDERS, Stage.STATISTICS, Stage.HEAD)  # rounds that follow `min_class_count`
+PERSONALIZING = (Stage.PERSONAL, Stage.FINISHED)  # stage 2; after the end, of devices that took no part
 Blobs = dict[str, tuple[str, bytes]]  # kind of globals → SHA-256 and blob
 
 
@@ -64,5 +65,5 @@ def sal_of(plan: Plan, state: State, stage: Stage) -> Sal:
     config = plan.config
     if stage in (Stage.STATISTICS, Stage.GLOBAL, Stage.HOLDERS, *EXCHANGE):
         return config.stage1_sal
-    rule = config.stage2_sal if stage is Stage.PERSONAL else config.stage1_sal
+    rule = config.stage2_sal if stage in PERSONALIZING else config.stage1_sal
     return replace(rule, max_level=state.sal.level)

@@ -55,9 +55,10 @@ class RestChanged:
 @dataclass(frozen=True)
 class ClockTicked:
     """No message is waiting. Rounds open and close only at this event, so every message that arrived before counts.
-    `working`: devices whose heartbeats show that they are at work."""
+    `working`: devices whose heartbeats show that they are at work. `wall`: the clock on the wall, in unix seconds."""
 
     working: frozenset[str] = frozenset()
+    wall: float = 0.0
 
 
 Event = StatusSeen | UpdateSeen | UpdateRefused | LimitsChanged | OperatorActed | RestChanged | ClockTicked
@@ -110,4 +111,13 @@ class Stop:
     error: str = ""
 
 
-Command = PublishGlobals | AnnounceRound | SendAck | CountRefusal | StoreRound | Log | Stop
+@dataclass(frozen=True)
+class BeginSession:
+    """End this session, and begin the run's next one with the state that comes with this command. Its task has
+    `classes` in addition, and it has `stage1_rounds` rounds of stage 1; None: as many as the first session."""
+
+    classes: tuple[str, ...] = ()
+    stage1_rounds: int | None = None
+
+
+Command = PublishGlobals | AnnounceRound | SendAck | CountRefusal | StoreRound | Log | Stop | BeginSession

@@ -30,6 +30,8 @@ class Limits(Message):
     max_repeats: int | None
     enough: float
     schedule: tuple[Hours, ...] = ()
+    every: str | None = None
+    min_new: int = 1
 
     @classmethod
     def of(cls, config: RunConfig) -> Limits:
@@ -39,6 +41,8 @@ class Limits(Message):
             max_repeats=config.max_repeats,
             enough=config.enough,
             schedule=config.schedule,
+            every=config.every,
+            min_new=config.min_new,
         )
 
     def differences(self, other: Limits) -> Iterator[str]:

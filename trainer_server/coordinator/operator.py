@@ -5,6 +5,7 @@ close                the present round closes now, with the updates that it has
 exclude, include     a device takes part in no round any more; its update of the present round does not count
 deadline             --round-timeout from now on
 rollback             to the global expert that an earlier round has made (`trainer_server.coordinator.rollback`)
+classes              are added after the present round (`trainer_server.coordinator.sessions`)
 download             of the global expert; the log has it, and nothing changes
 """
 
@@ -15,7 +16,8 @@ from dataclasses import replace
 from enum import Enum
 from typing import Literal
 
-from fedfmsl.protocol.messages import Amount, Message, Name, Number, Sha256, Stage, Text
+from fedfmsl.common.persistent_map import PersistentMap
+from fedfmsl.protocol.messages import AddedNames, Amount, Message, Name, Number, Sha256, Stage, Text
 from trainer_server.coordinator.candidates import Rollback
 from trainer_server.coordinator.state import State, after_hold
 
@@ -28,19 +30,21 @@ class Action(str, Enum):
     INCLUDE = "include"
     DEADLINE = "deadline"
     ROLLBACK = "rollback"
+    CLASSES = "classes"
     DOWNLOAD = "download"
 
 
 class Operation(Message):
     """One action. `round`: the round to close; if it is not the present one any more, nothing happens. Or the round to
     return to; the server adds `sha256`, the blob of its global expert. `device`: to exclude or include. `seconds`: the
-    new deadline. `by`: where it comes from. `name`: of the operator, if its certificate tells."""
+    new deadline. `classes`: to add. `by`: where it comes from. `name`: of the operator, if its certificate tells."""
 
     action: Action
     round: Number = 0
     device: Name | Literal[""] = ""
     seconds: Amount = 0.0
     sha256: Sha256 = ""
+    classes: AddedNames = ()
     by: Text = ""
     name: Text = ""
 
@@ -93,11 +97,13 @@ def _exclude(state: State, operation: Operation, now: float) -> tuple[State, str
         return state, f"{device} has not announced itself, so it cannot be excluded"
     if device in state.excluded:
         return state, f"{device} is already excluded"
+    own = frozenset(key for key in state.updates if key[1] == device)
     excluded = replace(
         state,
         excluded=state.excluded | {device},
         expected=state.expected - {device},
-        updates={key: accepted for key, accepted in state.updates.items() if key[1] != device},
+        updates=PersistentMap({key: accepted for key, accepted in state.updates.items() if key not in own}),
+        counted=state.counted | own,
     )
     return excluded, f"{device} is excluded from this run; its updates are refused"
 
@@ -118,11 +124,19 @@ def _deadline(state: State, operation: Operation, now: float) -> tuple[State, st
 
 
 def _rollback(state: State, operation: Operation, now: float) -> tuple[State, str]:
-    if state.announced is None or operation.round >= state.round or not operation.sha256:
+    last = state.round - (state.announced is not None)  # the last closed round
+    if not 0 < operation.round <= last or not operation.sha256:
         return state, f"no global expert of round {operation.round} is kept, so the run cannot return to it"
     when = _when(state, "it")
     rollback = Rollback(operation.round, operation.sha256)
     return replace(state, rollback=rollback), f"the run returns to the global expert of round {operation.round} {when}"
+
+
+def _classes(state: State, operation: Operation, now: float) -> tuple[State, str]:
+    when = f"after round {state.round}" if state.announced else _when(state, "the run")
+    names = operation.classes
+    text = f"{len(names)} {'class is' if len(names) == 1 else 'classes are'} added {when}: {', '.join(names)}"
+    return replace(state, approved=(*state.approved, *names)), text
 
 
 def _when(state: State, run: str) -> str:
@@ -145,5 +159,6 @@ _ACTS: dict[Action, Callable[[State, Operation, float], tuple[State, str]]] = {
     Action.INCLUDE: _include,
     Action.DEADLINE: _deadline,
     Action.ROLLBACK: _rollback,
+    Action.CLASSES: _classes,
     Action.DOWNLOAD: _download,
 }

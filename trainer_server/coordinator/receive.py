@@ -33,7 +33,8 @@ def receive_status(plan: Plan, state: State, status: DeviceStatus) -> tuple[Stat
         commands.append(Log(f"{status.device} is {'online' if status.online else 'offline'}"))
     elif bool(before.paused) != bool(status.paused):
         commands.append(Log(f"{status.device} {f'paused: {status.paused}' if status.paused else 'resumes'}"))
-    return replace(state, devices={**state.devices, status.device: status}), commands
+    devices = state.devices.with_item(status.device, status)
+    return replace(state, devices=devices, standing=state.standing.seen(status)), commands
 
 
 def receive_update(plan: Plan, state: State, event: UpdateSeen, now: float) -> tuple[State, list[Command]]:
@@ -59,10 +60,11 @@ def receive_update(plan: Plan, state: State, event: UpdateSeen, now: float) -> t
     accepted = Accepted(update, event.sha256, event.size, validation.norm)
     state = replace(
         state,
-        updates={**state.updates, key: accepted},
-        counted=state.counted | {key},
-        refused={name: refused for name, refused in state.refused.items() if name != update.device},
+        updates=state.updates.with_item(key, accepted),
     )
+    if update.device in state.refused:
+        refused = {name: refused for name, refused in state.refused.items() if name != update.device}
+        state = replace(state, refused=refused)
     if update.round == state.round and update.stage not in UNMERGED and not state.waiting:
         until = now if state.held_at is None else state.held_at
         seconds = max(state.slowest.get(update.stage, 0.0), until - state.since)

@@ -11,6 +11,8 @@ from dataclasses import replace
 
 import numpy as np
 
+from fedfmsl.algorithms.arrays import Vector
+from fedfmsl.algorithms.class_mapping import NEW, mapped_head
 from fedfmsl.algorithms.server_optimizers import Moments
 from fedfmsl.protocol.messages import Stage
 from trainer_server.coordinator.candidates import LastGood
@@ -50,7 +52,7 @@ def rolled_back(plan: Plan, state: State, position: int) -> State:
     assert state.rollback is not None
     state = replace(
         state,
-        expert=np.asarray(plan.read(state.rollback.sha256)[EXPERT], np.float32),
+        expert=_with_all_classes(plan, state.expert, np.asarray(plan.read(state.rollback.sha256)[EXPERT], np.float32)),
         expert_moments=Moments.zeros(state.expert.size),
         made=state.rollback.round,
         good=LastGood(),
@@ -62,3 +64,13 @@ def rolled_back(plan: Plan, state: State, position: int) -> State:
     if plan.schedule[position].purpose is not Stage.PERSONAL:
         return state
     return replace(state, gate=plan.bundle.initial()[1], gate_moments=Moments.zeros(state.gate.size))
+
+
+def _with_all_classes(plan: Plan, present: Vector, earlier: Vector) -> Vector:
+    """The `earlier` global expert (P',), perhaps of a session with fewer classes, in the layout of the `present` one
+    (P,). Names are only ever appended, so its classes are the first ones. The others keep how they stand to them."""
+    head, width = plan.bundle.expert.size(0), plan.bundle.manifest.dims.feature + 1
+    before = (head - present.size + earlier.size) // width
+    indices = np.where(np.arange(head // width) < before, np.arange(head // width), NEW)
+    mapped = mapped_head(earlier[: before * width], indices, present[:head])
+    return np.concatenate([mapped, earlier[before * width :]])

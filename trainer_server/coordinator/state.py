@@ -1,4 +1,4 @@
-"""The plan of a run, which never changes, and its state, which events change. Both are immutable values.
+"""The plan of a session, which never changes, and its state, which events change. Both are immutable values.
 
 Tensors of accepted updates are not part of the state. `Plan.read` loads them by SHA-256, so that a round with a
 thousand updates needs no more memory than one with ten.
@@ -19,6 +19,7 @@ from fedfmsl.algorithms.fixed_point import Words
 from fedfmsl.algorithms.sal import SalState
 from fedfmsl.algorithms.secure_aggregation import VECTORS, Bytes
 from fedfmsl.algorithms.server_optimizers import Moments
+from fedfmsl.common.persistent_map import PersistentMap, remembered
 from fedfmsl.protocol.layout import Layout
 from fedfmsl.protocol.messages import DeviceStatus, Round, Stage, Sums, Update
 from fedfmsl.protocol.secure_sums import SignedKeys
@@ -28,6 +29,7 @@ from trainer_server.coordinator.candidates import LastGood, Rollback
 from trainer_server.coordinator.former_head import RETRAINED, FormerHead
 from trainer_server.coordinator.limits import Limits
 from trainer_server.coordinator.refusals import Refused
+from trainer_server.coordinator.standing import Standing
 from trainer_server.coordinator.warm_start import WarmStart
 
 TRAINING = (Stage.GLOBAL, Stage.PERSONAL)
@@ -60,8 +62,8 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is constant during a run. `read` loads the tensors of an accepted update, or of a global expert that the
-    operator returns to, by the SHA-256 of the blob.
+    """What is constant during a session of a run. `read` loads the tensors of an accepted update, or of a global expert
+    that the operator returns to, by the SHA-256 of the blob.
 
     `check_keys` raises MessageError if signed keys are not valid. Without `masks`, as in a simulation, the vectors of
     secure sums are not masked, and have the same sum. `scratch`: the folder for what of a round does not fit in memory;
@@ -162,7 +164,7 @@ class Plan:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Accepted:
     """Header of an accepted update, SHA-256 of its blob, bytes on the wire, L2 norm of what it trained."""
 
@@ -208,25 +210,27 @@ class State:
     of the stage agree with those of others (`fedfmsl.algorithms.agreement`). `left_out`: by device, how many rounds of
     the stage left its update out.
 
-    Round: `position` in the schedule is -1 while the server waits for devices. `since` is the time of the
-    announcement. `expected` are the selected devices. `updates` are the accepted updates of the present round.
-    `refused`: devices whose latest updates were refused. `silent`: those that did not answer in a secure sum, each with
-    the last round that leaves it out.
+    Round: `position` in the schedule is -1 while the server waits for devices; `round` is then the last one of the
+    session before, or 0. `since` is the time of the announcement. `expected` are the selected devices. `updates` are
+    the accepted updates of the present round. `refused`: devices whose latest updates were refused. `silent`: those
+    that did not answer in a secure sum, each with the last round that leaves it out.
 
     Deadlines: `limits` are the settings that may change. `stretch`: how many times as long as `--round-timeout` a round
     lasts. `slowest`: by stage, the longest time from an announcement to an update, in seconds.
 
     Late updates: `recent` are closed rounds whose late updates still count. `counted` are the keys of the updates
-    accepted in these rounds and in the last REMEMBERED_ROUNDS. A second update with such a key is a duplicate.
+    accepted before the present round, in these rounds and in the last REMEMBERED_ROUNDS. A second update with a key of
+    `counted` or `updates` is a duplicate.
 
     `secure`: the secure aggregation in progress. `former`: what is known of the head of stage 1.
 
     `waiting`: the run waits until enough devices can answer (see `trainer_server.coordinator.waiting`).
 
-    `rests_at`: since when the run rests, outside of the hours of --schedule.
+    `rests_at`: since when the run rests, outside of the hours of --schedule or before --every is over. `standing`: what
+    the first round of a session of a standing run waits for.
 
     What the operator has done: `paused_at` is when the run was paused, `rollback` where it returns to, `closing` the
-    round to close now, `excluded` the devices that take part no more.
+    round to close now, `excluded` the devices that take part no more, `approved` the classes to add.
     """
 
     expert: Vector
@@ -246,23 +250,25 @@ class State:
     round: int = 0
     repeats: int = 0
     announced: Round | None = None
-    devices: Mapping[str, DeviceStatus] = field(default_factory=dict)
+    devices: PersistentMap[str, DeviceStatus] = field(default_factory=PersistentMap)
     expected: frozenset[str] = frozenset()
     refused: Mapping[str, Refused] = field(default_factory=dict)
     silent: Mapping[str, int] = field(default_factory=dict)
-    updates: Mapping[Key, Accepted] = field(default_factory=dict)
+    updates: PersistentMap[Key, Accepted] = field(default_factory=PersistentMap)
     recent: tuple[Round, ...] = ()
     counted: frozenset[Key] = frozenset()
     secure: SecureSums = NO_SUMS
     former: FormerHead = field(default_factory=FormerHead)
     waiting: bool = False
     rests_at: float | None = None
+    standing: Standing = field(default_factory=Standing)
     made: int = 0
     good: LastGood = field(default_factory=LastGood)
     paused_at: float | None = None
     rollback: Rollback | None = None
     closing: int = 0
     excluded: frozenset[str] = frozenset()
+    approved: tuple[str, ...] = ()
 
     @property
     def trained(self) -> Vector:
@@ -279,8 +285,7 @@ class State:
     @property
     def online(self) -> frozenset[str]:
         """Devices that can take part."""
-        able = frozenset(name for name, status in self.devices.items() if status.online and not status.error)
-        return able - self.excluded
+        return _online(self.devices) - self.excluded
 
     @property
     def ready(self) -> frozenset[str]:
@@ -291,9 +296,12 @@ class State:
     def awaited(self) -> frozenset[str]:
         """The selected devices whose answer the present round needs: not those that have said that they cannot, that
         are paused, or whose update was refused."""
-        unable = frozenset(name for name in self.expected if self.devices[name].error or self.devices[name].paused)
-        refused = frozenset(name for name, last in self.refused.items() if last.round == self.round)
-        return self.expected - ((unable | refused) - self.answered)
+        return self.expected - (self.unable - self.answered)
+
+    @property
+    def unable(self) -> frozenset[str]:
+        """The selected devices that have said that they cannot answer, are paused, or whose update was refused."""
+        return _unable(self.devices, self.expected, self.refused, self.round)
 
     @property
     def answered(self) -> frozenset[str]:
@@ -307,6 +315,19 @@ def after_hold(state: State, ended: Literal["paused_at", "rests_at"], now: float
     assert begun is not None
     goes_on: dict[str, Any] = {"since": state.since + now - begun} if getattr(state, other) is None else {other: begun}
     return replace(state, **{ended: None, **goes_on})
+
+
+@remembered
+def _online(devices: Mapping[str, DeviceStatus]) -> frozenset[str]:
+    return frozenset(name for name, status in devices.items() if status.online and not status.error)
+
+
+@remembered
+def _unable(
+    devices: Mapping[str, DeviceStatus], expected: frozenset[str], refused: Mapping[str, Refused], round_: int
+) -> frozenset[str]:
+    unable = {name for name in expected if devices[name].error or devices[name].paused}
+    return frozenset(unable | {name for name, last in refused.items() if last.round == round_ and name in expected})
 
 
 def initial_state(plan: Plan, now: float) -> State:

@@ -50,7 +50,8 @@ def validate_update(plan: Plan, state: State, update: Update, tensors: Tensors) 
         return rejected("unknown device", "has not announced itself")
     if update.device in state.excluded:
         return rejected("excluded", "the operator has excluded this device from the run")
-    if (update.round, update.device) in state.counted:
+    key = (update.round, update.device)
+    if key in state.counted or key in state.updates:
         return Validation(Verdict.DUPLICATE, "repeated", "already counted")
     if announced is None or update.round > state.round:
         return rejected("other round", f"round {update.round} has not been announced")

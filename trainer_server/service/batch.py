@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from trainer_server.coordinator.events import Command, StatusSeen
 from trainer_server.coordinator.state import State
 from trainer_server.storage.run_store import LoggedEvent
+from trainer_server.storage.update_files import Place
 
 # By device: its latest status that changed the state. An offline status follows the latest online one, because only the
 # instance in that one shows whether the offline status belongs to the same process.
@@ -18,7 +18,7 @@ Statuses = dict[str, list[LoggedEvent]]
 class Batch:
     """Events of messages that arrived together, and their commands. They take effect when the batch is on disk.
 
-    `state` is the state after its events, `files` maps the temporary files of accepted updates to their final paths.
+    `state` is the state after its events, `blobs` is where those of the accepted updates are, by SHA-256.
     `statuses` are kept in memory until the next commit: the broker retains them as well, and a device that
     reconnects repeatedly must not fill the event log.
     """
@@ -28,7 +28,7 @@ class Batch:
     statuses: Statuses
     updates: list[LoggedEvent] = field(default_factory=list)
     commands: list[Command] = field(default_factory=list)
-    files: dict[Path, Path] = field(default_factory=dict)
+    blobs: dict[str, Place] = field(default_factory=dict)
 
     def add_status(self, event: StatusSeen) -> None:
         status = event.status

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Container
 
 from fedfmsl.errors import MessageError
-from fedfmsl.protocol.messages import Activity, DeviceStatus, Health, Update, parse
+from fedfmsl.protocol.messages import Activity, DeviceStatus, Health, Update, compact, parse
 from fedfmsl.protocol.tensors import unpack
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.link import Received
@@ -19,7 +19,7 @@ class Decoder:
         self._uploads = uploads
 
     def decode(self, received: Received, known: Container[str]) -> tuple[StatusSeen | UpdateSeen | None, Upload | None]:
-        """The event that a message completes, and the file of its update. `known` are the announced devices.
+        """The event that a message completes, and the blob of its update. `known` are the announced devices.
 
         Messages on other topics give no event: amqtt sends a new client retained messages that it did not subscribe to.
         Raises MessageError if the message is invalid, OSError if a chunk cannot be written.
@@ -64,11 +64,7 @@ class Decoder:
 
     def _update(self, source: tuple[str, int], upload: Upload) -> UpdateSeen:
         """`source` are the device and the round in the topic; the update's header must name the same."""
-        try:
-            update, tensors = unpack(upload.blob, Update)
-            if (update.device, update.round) != source:
-                raise MessageError(f"the update inside is of {update.device!r}, round {update.round}")
-        except MessageError:
-            self._uploads.discard(upload)
-            raise
-        return UpdateSeen(update, tensors, upload.sha256, upload.size)
+        update, tensors = unpack(upload.blob, Update)
+        if (update.device, update.round) != source:
+            raise MessageError(f"the update inside is of {update.device!r}, round {update.round}")
+        return UpdateSeen(compact(update), tensors, upload.sha256, upload.size)

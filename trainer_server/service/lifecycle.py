@@ -27,11 +27,13 @@ from trainer_server.coordinator.advance import advance
 from trainer_server.coordinator.events import AnnounceRound, LimitsChanged, Log
 from trainer_server.coordinator.limits import check_change
 from trainer_server.coordinator.state import CheckKeys, Plan, State, initial_state, unsigned
+from trainer_server.service.figures import Figures
 from trainer_server.service.loop import Service
 from trainer_server.service.run_log import LOG_BYTES, log_to_folder
 from trainer_server.service.start_from import read_start
 from trainer_server.service.stored import differing_settings
-from trainer_server.storage.run_store import DATABASE, LoggedEvent, Origin, RunStore, require_folder
+from trainer_server.storage.origin import Origin
+from trainer_server.storage.run_store import DATABASE, LoggedEvent, RunStore, require_folder
 from trainer_server.tracking.tracker import Tracker
 
 logger = logging.getLogger(__name__)
@@ -68,15 +70,16 @@ def open_run(folder: Path, config: RunConfig, bundle: TaskBundle, source: Path |
     if store.is_unstarted():  # an earlier start failed before its first event, for example without a broker
         store.reset(config, bundle, read_start(source, bundle, config) if source else None)
     origin = store.origin
-    if (origin.start.source if origin.start else None) != (str(source.absolute()) if source else None):
+    first = origin.first
+    if first.source != (str(source.absolute()) if source else None):
         raise ConfigError(
             f"{folder} holds run {config.run!r}, which "
-            f"{f'goes on from {origin.start.source}' if origin.start else 'starts afresh'}; give the same --from, or "
+            f"{f'goes on from {first.source}' if first.source else 'starts afresh'}; give the same --from, or "
             "choose another --out"
         )
     if origin.sha256 != bundle.sha256:
         raise ConfigError(f"{folder} holds a run with another bundle ({origin.bundle}); choose another --out")
-    if origin.task != bundle.task.sha256:
+    if bundle.task.sha256 not in (first.task, origin.task):
         raise ConfigError(
             f"{folder} holds run {origin.config.run!r} with another task ({describe_classes(store.task().classes)}); "
             f"resume it with python -m trainer_server resume --out {folder}, or choose another --out"
@@ -96,8 +99,8 @@ def open_run(folder: Path, config: RunConfig, bundle: TaskBundle, source: Path |
 
 
 def open_bundle(store: RunStore) -> TaskBundle:
-    """The bundle and the task that the run was started with. Raises BundleError if the bundle's folder is missing or
-    holds another one, RunError if the task is missing or altered."""
+    """The bundle that the run was started with, and the task of its present session. Raises BundleError if the bundle's
+    folder is missing or holds another one, RunError if the task is missing or altered."""
     bundle = Bundle.load(store.origin.bundle)
     if bundle.sha256 != store.origin.sha256:
         raise BundleError(f"{bundle.root} is not the bundle that the run was started with; restore that bundle")
@@ -120,15 +123,17 @@ def run_server(
     track: Sequence[str] = (),
     wall: Callable[[], float] = time.time,
 ) -> None:
-    """Coordinates until the run is finished. `changes`: fields of `Limits` that change from now on. `allowed`: the
-    devices that may take part; None: all. `metrics`: where Prometheus metrics are served.
+    """Coordinates all sessions until the run is finished. `changes`: fields of `Limits` that change from now on.
+    `allowed`: the devices that may take part; None: all. `metrics`: where Prometheus metrics are served.
     `track`: trackers that get the figures of every closed round (see `trainer_server.tracking`). `wall`: the clock on
     the wall, in unix seconds, which decides when the run rests.
 
     Raises ConfigError if the run cannot have these limits or the metrics cannot be served, RunError if the run failed,
     another server runs in its folder, or a newer server took over.
     """
-    with store.locked(), log_to_folder(store.folder, log_bytes):
+
+    def opened(bundle: TaskBundle, changes: Mapping[str, Any] = NO_CHANGES) -> Service:
+        """The service of the present session."""
         # a file of a crashed server in this folder is removed with the next checkpoint
         plan = replace(make_plan(store, bundle), scratch=store.tensors)
         state, at = restore_state(store, plan)
@@ -151,7 +156,11 @@ def run_server(
         # a client id of its own: amqtt would not tell the older one of two servers with one client id
         client_id = topics.client_id("server", secrets.token_hex(8))
         link = Link(broker, client_id, will, identity=identity, insecure=insecure, keepalive=keepalive)
-        service = Service(plan, state, at, store, link, status, topics, allowed, wall)
+        return Service(plan, state, at, store, link, status, topics, figures, allowed, wall)
+
+    with store.locked(), log_to_folder(store.folder, log_bytes):
+        figures = Figures.of_run(store)
+        service = opened(bundle, changes)
         if metrics:
             from fedfmsl.transport.metrics import serve_metrics
             from trainer_server.service.metrics import families  # takes 12 MB of memory
@@ -159,7 +168,8 @@ def run_server(
             serve_metrics(metrics, lambda: families(service.snapshot()), insecure)
         tracker = Tracker(store.folder, track, bundle.manifest.model) if track else None
         try:
-            service.run()
+            while service.run():  # until the last session
+                service = opened(TaskBundle(bundle, store.task()))
         finally:
             if tracker:
                 tracker.close()
@@ -194,7 +204,7 @@ def change_limits(store: RunStore, plan: Plan, state: State, at: float, changes:
 
 
 def make_plan(store: RunStore, bundle: TaskBundle) -> Plan:
-    return Plan(store.origin.config, bundle, store.origin.session, store.read, warm=store.warm_start())
+    return Plan(store.origin.session_config, bundle, store.origin.session, store.read, warm=store.warm_start())
 
 
 def restore_state(store: RunStore, plan: Plan) -> tuple[State, float]:

@@ -16,6 +16,7 @@ from fedfmsl.protocol.messages import MAX_HEARTBEAT_AGE, DeviceStatus
 from trainer_server.coordinator.events import StatusSeen
 
 ANSWER_SECONDS = 90.0  # for the answer to this server's status; a device may have to reconnect first
+LOOK_SECONDS = 1.0  # between two looks for lost devices, of which there may be ten thousands
 BUSY_SECONDS = 10.0  # between two looks at the messages, above which this server was busy
 SILENT = "no heartbeat; is it running?"
 
@@ -33,6 +34,7 @@ class Liveness:
         self._deaf = 0.0  # seconds without a connection, or without a look at the messages
         self._since = math.inf  # when the connection was lost
         self._looked = math.inf  # when `lost` was called last
+        self._next_look = 0.0
 
     def connected(self, online: Iterable[str], now: float) -> None:
         """This server has connected and publishes its status, which the `online` devices answer."""
@@ -77,7 +79,9 @@ class Liveness:
         if now - self._looked > BUSY_SECONDS and self._since > now:  # their messages may still wait
             self._deaf += now - self._looked
         self._looked = now
-        heard = self._heard(now)
+        if now < self._next_look:
+            return []
+        self._next_look, heard = now + LOOK_SECONDS, self._heard(now)
         return [
             StatusSeen(status.model_copy(update={"online": False, "error": SILENT}))
             for status in online

@@ -12,7 +12,7 @@ import logging
 import math
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from fedfmsl.common.files import EXHAUSTED, NO_DESCRIPTORS, has_descriptors
@@ -30,6 +30,7 @@ from trainer_server.coordinator.advance import advance, next_deadline
 from trainer_server.coordinator.announce import announcement
 from trainer_server.coordinator.events import (
     AnnounceRound,
+    BeginSession,
     ClockTicked,
     Command,
     CountRefusal,
@@ -45,6 +46,7 @@ from trainer_server.coordinator.events import (
     UpdateSeen,
 )
 from trainer_server.coordinator.operator import Action, Operation
+from trainer_server.coordinator.sessions import approved
 from trainer_server.coordinator.state import Plan, State
 from trainer_server.service.batch import Batch, Statuses, flatten
 from trainer_server.service.clock import RunClock
@@ -54,9 +56,10 @@ from trainer_server.service.expert_folder import ExpertFolder
 from trainer_server.service.figures import Figures, Snapshot
 from trainer_server.service.floods import FloodGuard, Sweeper
 from trainer_server.service.liveness import Liveness
+from trainer_server.service.next_session import begin_session
 from trainer_server.service.publisher import Publisher
 from trainer_server.service.refusals import Refusals
-from trainer_server.service.rest import describe, rest_until
+from trainer_server.service.rest import Rest
 from trainer_server.service.run_log import log_participation, log_round, log_stragglers
 from trainer_server.storage.expert_folder import last_result
 from trainer_server.storage.kept_experts import KeptExperts
@@ -68,6 +71,7 @@ from trainer_server.storage.uploads import Upload, Uploads
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0  # longest wait for a message
+JOINED_SECONDS = 1.0  # between two lists of the devices that have joined
 BATCH = 64  # messages in one commit
 FINISHED = "finished"
 FLOODS = "it floods the server, which ignores it"
@@ -84,11 +88,12 @@ class Service:
         link: Link,
         status: ServerStatus,
         topics: Topics,
+        figures: Figures,
         allowed: frozenset[str] | None = None,
         wall: Callable[[], float] = time.time,
     ) -> None:
-        """`state` was the state at second `at` of the run's clock. `allowed`: the devices that may take part. `wall`:
-        the clock on the wall, in unix seconds."""
+        """`state` was the state at second `at` of the run's clock. `figures`: of all sessions since the server's start.
+        `allowed`: the devices that may take part. `wall`: the clock on the wall, in unix seconds."""
         self._allowed = allowed
         self._plan = plan
         self._state = state
@@ -107,15 +112,17 @@ class Service:
         self._statuses: Statuses = {}  # not in the store yet
         self._unapplied: list[StatusSeen] = []  # of a batch that could not be stored
         self._disk_error = ("", "")
+        self._next_joined = 0.0
         self._joined: frozenset[str] | None = None  # the devices in the store's list before the first round
         self._outage = (-1.0, "")  # as stored
         self._observations = Observations(store.folder)
         self._operations = Operations(store.folder)
-        self._rests = ""  # until when, as logged
+        self._rest = Rest(wall)
         self._acted: Acted | None = None  # the operator's last action
-        self._figures = Figures.of_run(store)
+        self._figures = figures
         self._kept = KeptExperts(store.folder)
         self._expert_folder = ExpertFolder(plan, store.folder / "global_expert")
+        self._next_begins = False  # this session has ended, and the next one is in the store
 
     def snapshot(self) -> Snapshot:
         """What metrics show now. For any thread."""
@@ -132,9 +139,9 @@ class Service:
             broker_certificate_until=link.broker_until,
         )
 
-    def run(self) -> None:
-        """Returns when the run is finished. Raises BrokerError, and RunError if the run failed or a newer server took
-        over."""
+    def run(self) -> bool:
+        """Returns whether the next session of the run begins; if not, the run is finished. Raises BrokerError, and
+        RunError if the run failed or a newer server took over."""
         self._link.connect()
         self._measure_chunks()
         self._link.subscribe(self._topics.status("+"))
@@ -142,7 +149,7 @@ class Service:
         self._link.subscribe(self._topics.update_chunk("+", "+", "+"))
         self._link.subscribe(self._topics.server_status)
         self._connect(self._state)
-        if self._state.announced is None:
+        if self._state.announced is None and self._state.round == 0:
             config = self._plan.config
             count = f"{config.devices} device{'s' if config.devices > 1 else ''}"
             logger.info("waiting up to %.0f s for %s", config.join_timeout, count)
@@ -151,19 +158,22 @@ class Service:
             self._obey()  # a finished run goes on if it is rolled back
             if self._store.checkpoint_number():
                 self._expert_folder.resumed(self._state, last_result(self._store))
-            while self._store.ended is None:
+            while self._store.ended is None and not self._next_begins:
                 self._process_messages()
                 self._obey()
-                self._rest()
+                self._follow_clock()
                 self._tick()
                 self._observe()
         finally:
             self._observations.close()
-            if not self._guard.superseded:  # else the retained status is the newer server's
+            if self._next_begins:  # its server is online at once
+                self._publisher.delete_globals()
+            elif not self._guard.superseded:  # else the retained status is the newer server's
                 self._publisher.publish_status(online=False)
             self._link.close(self._publisher.last)
-        if self._store.ended != FINISHED:
+        if not self._next_begins and self._store.ended != FINISHED:
             raise RunError(self._store.ended)
+        return self._next_begins
 
     def _measure_chunks(self) -> None:
         """Chooses the largest chunks that the broker takes. A broker that returns nothing is logged."""
@@ -207,9 +217,6 @@ class Service:
             # The batch has no effect: devices retransmit their updates, and the next batch repeats their statuses.
             self._wait_for_disk(error)
             self._unapplied = [one.event for one in flatten(batch.statuses) if isinstance(one.event, StatusSeen)]
-            for path in batch.files:
-                with contextlib.suppress(OSError):
-                    path.unlink(missing_ok=True)
             return
         self._state, self._unapplied = batch.state, []
         for command in batch.commands:
@@ -293,8 +300,6 @@ class Service:
         after, commands = advance(self._plan, batch.state, event, batch.now)
         batch.commands += commands
         accepted = isinstance(event, UpdateSeen) and (event.update.round, event.update.device) in after.updates
-        if upload is not None and (after is batch.state or not accepted):
-            self._uploads.discard(upload)
         if after is batch.state:
             return
         batch.state = after
@@ -306,18 +311,17 @@ class Service:
             self._floods.counted(event.update.device, event.size)
             batch.updates.append(LoggedEvent(batch.now, replace(event, tensors={})))
             if upload is not None:
-                batch.files[upload.path] = self._store.tensors / upload.sha256
+                batch.blobs[upload.sha256] = self._store.updates.append(upload.blob)
 
     def _store_batch(self, batch: Batch) -> None:
         if batch.updates:
-            self._uploads.store(batch.files)
-            self._store.commit(batch.events)
+            self._store.commit(batch.events, blobs=batch.blobs)
             self._statuses, self._disk_error = {}, ("", "")
         else:
             self._statuses = batch.statuses
-        if batch.state.announced is None and batch.state.online != self._joined:
+        if batch.state.announced is None and batch.now >= self._next_joined and batch.state.online != self._joined:
             self._store.save_joined(batch.state.online)
-            self._joined = batch.state.online
+            self._joined, self._next_joined = batch.state.online, batch.now + JOINED_SECONDS
 
     def _receive_server_status(self, payload: bytes) -> None:
         """Raises RunError if a newer server has taken over the run."""
@@ -361,27 +365,22 @@ class Service:
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
 
-    def _rest(self) -> None:
+    def _follow_clock(self) -> None:
         """Begins or ends a rest, as an event of the log. Before the first round nothing is stored: a server that is
         started again asks the clock again."""
-        schedule = self._state.limits.schedule
-        until = rest_until(schedule, self._clock.wall())
-        rests = "" if until is None else describe(schedule, until)
-        if bool(rests) != (self._state.rests_at is not None):
-            now = self._clock.now()
-            event = RestChanged(bool(rests))
-            state, _ = advance(self._plan, self._state, event, now)
-            try:
-                if state.announced is not None:
-                    self._store.commit([*flatten(self._statuses), LoggedEvent(now, event)])
-                    self._statuses = {}
-            except (OSError, sqlite3.Error) as error:
-                self._wait_for_disk(error)
-                return
-            self._state = state
-        if bool(rests) != bool(self._rests):
-            logger.info("the run rests %s", rests) if rests else logger.info("the run rests no more")
-        self._rests = rests
+        rests = self._rest.look(self._state)
+        if rests == (self._state.rests_at is not None):
+            return
+        now, event = self._clock.now(), RestChanged(rests)
+        state, _ = advance(self._plan, self._state, event, now)
+        try:
+            if state.announced is not None:
+                self._store.commit([*flatten(self._statuses), LoggedEvent(now, event)])
+                self._statuses = {}
+        except (OSError, sqlite3.Error) as error:
+            self._wait_for_disk(error)
+            return
+        self._state = state
 
     def _with_expert(self, operation: Operation) -> Operation:
         """A rollback with the global expert that it needs, so that a replay finds it. Raises OSError."""
@@ -407,14 +406,21 @@ class Service:
                 seen=seen,
                 deadline=seen + left if math.isfinite(left) else None,
                 paused=state.paused_at is not None,
-                rests=self._rests,
-                waits=waiting.reason(self._plan, state) if state.waiting else "",
+                rests=self._rest.text,
+                waits=waiting.reason(self._plan, state) if state.waiting or self._is_short else "",
                 round_timeout=state.limits.round_timeout,
                 excluded=tuple(sorted(state.excluded)),
                 acted=self._acted,
+                adds=approved(self._plan, state),
             ),
             state.devices,
         )
+
+    @property
+    def _is_short(self) -> bool:
+        """Whether a later session cannot begin, because too few devices can answer."""
+        begins = self._state.announced is None and self._state.round > 0 and not self._rest.text
+        return begins and waiting.is_short(self._plan, self._state)
 
     def _tick(self) -> None:
         """Opens and closes rounds."""
@@ -427,7 +433,7 @@ class Service:
             logger.warning("the broker does not return this server's own status; check that --identity is the server's")
         started = time.monotonic()
         overdue = now >= next_deadline(self._plan, self._state)
-        ticked = ClockTicked(self._liveness.working(now) if overdue else frozenset())
+        ticked = ClockTicked(self._liveness.working(now) if overdue else frozenset(), self._clock.wall())
         try:
             state, commands = advance(self._plan, self._state, ticked, now)
         except OSError as error:  # no disk space for the aggregation, or no descriptor to read an update
@@ -440,9 +446,14 @@ class Service:
             raise RunError(stop.error)
         ended = (stop.error or FINISHED) if stop else None
         rounds = [command.closed for command in commands if isinstance(command, StoreRound)]
+        begins = next((command for command in commands if isinstance(command, BeginSession)), None)
         try:
-            events = [*flatten(self._statuses), LoggedEvent(now, ticked)]
-            self._store.commit(events, rounds, self._refusals.pending(), ended)
+            if begins is not None:
+                begin_session(self._store, self._plan, state, begins, now, rounds, self._refusals.pending())
+                self._next_begins = True
+            else:
+                events = [*flatten(self._statuses), LoggedEvent(now, ticked)]
+                self._store.commit(events, rounds, self._refusals.pending(), ended)
             self._refusals.clear()
             self._state, self._statuses, self._disk_error = state, {}, ("", "")
             if any(isinstance(command, AnnounceRound) for command in commands):  # it holds no updates
@@ -523,5 +534,5 @@ class Service:
         time.sleep(POLL_SECONDS)
 
 
-def _online(state: State) -> list[DeviceStatus]:
-    return [status for status in state.devices.values() if status.online]
+def _online(state: State) -> Iterator[DeviceStatus]:
+    return (status for status in state.devices.values() if status.online)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import paho.mqtt.client as paho
 
 from fedfmsl.protocol.chunks import chunks
-from fedfmsl.protocol.messages import Ack, Round, ServerStatus, Stage, Verdict, encode
+from fedfmsl.protocol.messages import Ack, Round, ServerStatus, Verdict, encode
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.link import Link
 from trainer_server.storage.uploads import Gap
@@ -42,12 +42,19 @@ class Publisher:
         self._retained[sha256] = count
 
     def announce_round(self, announced: Round) -> None:
-        """Also deletes the globals that this round does not use. A device may ask for the task until the end."""
+        """Also deletes the globals that this round does not use. A device may ask for the task at any time."""
         self._publish(self._topics.round, encode(announced), retain=True)
-        task = set() if announced.stage is Stage.FINISHED else {self._status.task}
-        for sha256 in set(self._retained) - announced.blobs - task:
-            for index in range(self._retained.pop(sha256)):  # an empty retained message deletes the old one
-                self._publish(self._topics.globals_chunk(sha256, index), b"", retain=True)
+        for sha256 in set(self._retained) - announced.blobs - {self._status.task}:
+            self._delete(sha256)
+
+    def delete_globals(self) -> None:
+        """Deletes all that this server has published as globals, its task as well."""
+        for sha256 in list(self._retained):
+            self._delete(sha256)
+
+    def _delete(self, sha256: str) -> None:
+        for index in range(self._retained.pop(sha256)):  # an empty retained message deletes the old one
+            self._publish(self._topics.globals_chunk(sha256, index), b"", retain=True)
 
     def send_ack(self, ack: Ack) -> None:
         self._publish(self._topics.ack(ack.device), encode(ack))

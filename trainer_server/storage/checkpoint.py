@@ -12,11 +12,13 @@ from pydantic import BaseModel
 from fedfmsl.algorithms.arrays import Tensors
 from fedfmsl.algorithms.sal import SalState
 from fedfmsl.algorithms.server_optimizers import Moments
+from fedfmsl.common.persistent_map import PersistentMap
 from fedfmsl.protocol.messages import DeviceStatus, Round, Stage
 from trainer_server.coordinator.candidates import LastGood
 from trainer_server.coordinator.former_head import FormerHead
 from trainer_server.coordinator.limits import Limits
 from trainer_server.coordinator.refusals import Refused
+from trainer_server.coordinator.standing import Standing
 from trainer_server.coordinator.state import SecureSums, State
 
 SECURE = "secure_"  # start of the names of the tensors of the secure sums
@@ -60,8 +62,10 @@ class Checkpoint(BaseModel):
     good_nlls: dict[str, float] = {}
     paused_at: float | None = None
     rests_at: float | None = None
+    standing: Standing = Standing()
     closing: int = 0
     excluded: list[str] = []
+    approved: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, state: State) -> Checkpoint:
@@ -100,8 +104,10 @@ class Checkpoint(BaseModel):
             good_nlls=dict(state.good.nlls),
             paused_at=state.paused_at,
             rests_at=state.rests_at,
+            standing=state.standing,
             closing=state.closing,
             excluded=sorted(state.excluded),
+            approved=state.approved,
         )
 
     def state(self, tensors: Tensors) -> State:
@@ -137,7 +143,7 @@ class Checkpoint(BaseModel):
             repeats=self.repeats,
             announced=self.announced,
             recent=self.recent,
-            devices={status.device: status for status in self.devices},
+            devices=PersistentMap({status.device: status for status in self.devices}),
             expected=frozenset(self.expected),
             refused=self.refused,
             silent=self.silent,
@@ -149,8 +155,10 @@ class Checkpoint(BaseModel):
             good=LastGood(vectors["good_expert"], self.good_round, self.good_nlls),
             paused_at=self.paused_at,
             rests_at=self.rests_at,
+            standing=self.standing,
             closing=self.closing,
             excluded=frozenset(self.excluded),
+            approved=self.approved,
         )
 
 

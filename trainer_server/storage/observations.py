@@ -37,7 +37,8 @@ class ServerView(BaseModel):
     """The server at the moment `seen` (unix seconds). `deadline`: that of the present round, or of the wait for
     devices; None if there is none now. `waits`: what the run waits for, if too few devices can answer. `excluded`:
     devices that the operator has excluded. `acted`: the operator's last action that this server has carried out or
-    refused. `rests`: until when the run rests, outside of the hours of --schedule."""
+    refused. `adds`: the classes that are added after the present round. `rests`: until when the run rests, outside of
+    the hours of --schedule."""
 
     seen: float
     deadline: float | None = None
@@ -47,6 +48,7 @@ class ServerView(BaseModel):
     round_timeout: float = 0.0
     excluded: tuple[str, ...] = ()
     acted: Acted | None = None
+    adds: tuple[str, ...] = ()
 
 
 class DeviceView(BaseModel):

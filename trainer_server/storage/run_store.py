@@ -1,17 +1,18 @@
 """The server's files. The server may be killed at any time.
 
-    RUN/run.sqlite       settings, events since the present round opened (with --audit all events), records of closed
-                         rounds, counts of refused messages
+    RUN/run.sqlite       settings, events since the present round opened (with --audit all of the session), records of
+                         closed rounds, counts of refused messages
     RUN/lock             held by the server of the run; names its process, and was changed at its last event
     RUN/joined.json      before the first round: the devices that are online
     RUN/certificates.json  when the certificates of server and broker expire
     RUN/outage.json      since when and why there is no connection to the broker
-    RUN/tasks/SHA256     the run's task
-    RUN/tensors/SHA256   the checkpoint's tensors, the updates accepted after it, and what the run goes on from
+    RUN/tasks/SHA256     the tasks of the run's first and present session
+    RUN/tensors/SHA256   the checkpoint's tensors, and what the run goes on from
+    RUN/tensors/updates-N  the updates accepted after it (see `trainer_server.storage.update_files`)
     RUN/experts/         see `trainer_server.storage.kept_experts`
 
-Order of writes: first the complete tensor file, then its event, then the acknowledgement. So a crash leaves at most a
-file that no row names.
+Order of writes: first the tensors, then their event, then the acknowledgement. So a crash leaves at most tensors that
+no row names.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from fedfmsl.errors import BundleError, ConfigError, MessageError, RunError
 from fedfmsl.protocol.messages import DeviceStatus, Stage, Update, parse
 from fedfmsl.protocol.task import Task
 from fedfmsl.protocol.task_bundle import TaskBundle
-from fedfmsl.protocol.tensors import Header, blob_hash, pack, unpack
+from fedfmsl.protocol.tensors import Header, blob_hash, pack, tensors_of, unpack
 from trainer_server.config import RunConfig
 from trainer_server.coordinator.events import (
     ClockTicked,
@@ -53,7 +54,10 @@ from trainer_server.coordinator.records import ClosedRound, RoundSummary
 from trainer_server.coordinator.state import TRAINING, State
 from trainer_server.coordinator.warm_start import WarmStart
 from trainer_server.storage.checkpoint import Checkpoint, vectors_of
-from trainer_server.storage.start_record import Start, StartOrigin, warm_start_of
+from trainer_server.storage.database import SCHEMA, check_version, is_readable, open_database
+from trainer_server.storage.origin import Origin
+from trainer_server.storage.start_record import Start, warm_start_of
+from trainer_server.storage.update_files import Place, UpdateFiles
 
 DATABASE = "run.sqlite"
 TASKS = "tasks"
@@ -62,51 +66,6 @@ OUTAGE = "outage.json"
 CERTIFICATES = "certificates.json"
 BUSY_SECONDS = 10.0
 DETAILS = 500_000  # headers of updates in the records of rounds, of about 400 bytes each; older records have none
-SCHEMA = """
-CREATE TABLE IF NOT EXISTS run (origin TEXT NOT NULL, ended TEXT);
--- AUTOINCREMENT: a number is never used again, also after the events before a checkpoint were deleted
-CREATE TABLE IF NOT EXISTS events (
-    seq INTEGER PRIMARY KEY AUTOINCREMENT, at REAL NOT NULL, kind TEXT NOT NULL, body TEXT NOT NULL,
-    sha256 TEXT, size INTEGER
-);
-CREATE TABLE IF NOT EXISTS checkpoints (
-    seq INTEGER PRIMARY KEY, at REAL NOT NULL, state TEXT NOT NULL, sha256 TEXT NOT NULL
-);
-CREATE TABLE IF NOT EXISTS rounds (
-    round INTEGER PRIMARY KEY, closed_at REAL NOT NULL, record TEXT NOT NULL, summary TEXT NOT NULL
-);
--- closed rounds whose records are deleted: how many of each stage were `repeated` (1) or not (0)
-CREATE TABLE IF NOT EXISTS deleted_rounds (
-    stage TEXT NOT NULL, repeated INTEGER NOT NULL, count INTEGER NOT NULL, PRIMARY KEY (stage, repeated)
-);
-CREATE TABLE IF NOT EXISTS refusals (
-    device TEXT NOT NULL, kind TEXT NOT NULL, count INTEGER NOT NULL, last TEXT NOT NULL, PRIMARY KEY (device, kind)
-);
-"""
-
-
-class Origin(BaseModel):
-    """What a run was started with. `bundle`: the bundle's folder. `sha256`: the bundle's hash. `task`: the task's.
-    `start`: what it goes on from; None if it starts afresh."""
-
-    config: RunConfig
-    session: str
-    bundle: Path
-    sha256: str
-    task: str
-    start: StartOrigin | None = None
-
-    @property
-    def spent_before(self) -> dict[str, float]:
-        """The sums of μ² of earlier runs, by observer."""
-        return dict(self.start.mu_squared or {}) if self.start else {}
-
-    @property
-    def uncounted(self) -> str:
-        """What the privacy budget does not count of earlier runs; "" if it counts all."""
-        if self.start is None or self.config.privacy is None or self.start.mu_squared is not None:
-            return ""
-        return f"ε counts this run only: what was sent for {self.start.source} had no noise, or is unknown"
 
 
 @dataclass(frozen=True)
@@ -150,18 +109,21 @@ class RunStore:
         """
         require_folder(folder)
         path = folder / DATABASE
-        if not _readable(folder):
+        if not is_readable(folder):
             raise RunError(f"this user may not read {folder}; run the command as the server's user")
         if not path.is_file():
             raise RunError(f"no run at {folder}: {DATABASE} is missing; start one with python -m trainer_server start")
         self.folder = folder
+        self.updates = UpdateFiles(self.tensors)
+        self._verified: set[str] = set()  # SHA-256 of blobs of updates that this process has read
         try:
-            self._db = _opened(path, busy_seconds)
+            self._db = open_database(path, busy_seconds)
             self._db.execute("PRAGMA synchronous = FULL")
             (origin, self.ended) = self._db.execute("SELECT origin, ended FROM run").fetchone()
-            _check_version(path, origin)
+            check_version(path, origin)
             self.origin = Origin.model_validate_json(origin)
-            self._db.execute("SELECT summary, count FROM rounds, deleted_rounds LIMIT 0")  # not in earlier versions
+            new = "SELECT summary, count, start FROM rounds, deleted_rounds, blobs LIMIT 0"  # not in earlier versions
+            self._db.execute(new)
         except (sqlite3.Error, TypeError, ValueError) as error:
             raise RunError(f"{path} cannot be read ({error}); is it a run of this version?") from error
 
@@ -183,6 +145,7 @@ class RunStore:
         return cls(folder)
 
     def close(self) -> None:
+        self.updates.close()
         self._db.close()
 
     @contextmanager
@@ -208,7 +171,7 @@ class RunStore:
         return ServerProcess(is_held(self._lock), process_of(self._lock), at)
 
     def task(self) -> Task:
-        """The run's task. Raises RunError if its file is missing or altered."""
+        """The task of the present session. Raises RunError if its file is missing or altered."""
         path = self.folder / TASKS / self.origin.task
         try:
             task = Task.read(path)
@@ -227,7 +190,7 @@ class RunStore:
     def read(self, sha256: str) -> Tensors:
         """The tensors of an accepted update or a kept global expert. Raises RunError if its file is missing or altered,
         OSError if no file can be opened."""
-        return self._unpack(sha256, _Vectors)[1]
+        return tensors_of(self._blob(sha256))
 
     def _unpack(self, sha256: str, header_type: type[Header]) -> tuple[Header, Tensors]:
         try:
@@ -236,15 +199,18 @@ class RunStore:
             raise RunError(f"{self.tensors / sha256}: {error}") from error
 
     def _blob(self, sha256: str) -> bytes:
-        path = self.tensors / sha256
+        row = self._db.execute("SELECT file, start, size FROM blobs WHERE sha256 = ?", (sha256,)).fetchone()
+        path = self.tensors / (UpdateFiles.name(row[0]) if row else sha256)
         try:
-            blob = path.read_bytes()
+            blob = self.updates.read(Place(*row)) if row else path.read_bytes()
         except OSError as error:
             if error.errno in EXHAUSTED:  # the file is not what fails
                 raise
             raise RunError(f"{path} cannot be read ({error.strerror}); restore it from a backup") from error
-        if blob_hash(blob) != sha256:
+        if sha256 not in self._verified and blob_hash(blob) != sha256:
             raise RunError(f"{path} was altered (wrong SHA-256); restore it from a backup")
+        if row:
+            self._verified.add(sha256)
         return blob
 
     def warm_start(self) -> WarmStart | None:
@@ -280,50 +246,103 @@ class RunStore:
         refusals: Mapping[tuple[str, str], tuple[int, str]] | None = None,
         ended: str | None = None,
         reopens: bool = False,
+        blobs: Mapping[str, Place] | None = None,
     ) -> None:
-        """Stores everything durably, in one transaction. `reopens`: the run has not ended any more. Raises
-        sqlite3.Error if it cannot be written.
+        """Stores everything durably, in one transaction. `reopens`: the run has not ended any more. `blobs`: where
+        those of the updates among the events are, by SHA-256. Raises sqlite3.Error or OSError if it cannot be written.
 
         Records of rounds that are too old keep no values of single devices (see DETAILS); those before --keep-rounds
         are deleted, and only counted.
         """
-        rounds = list(rounds)
+        if blobs:
+            self.updates.sync()
         with self._transaction():
+            places = [(sha256, *place) for sha256, place in (blobs or {}).items()]
+            self._db.executemany("INSERT OR REPLACE INTO blobs VALUES (?, ?, ?, ?)", places)
             self._db.executemany(
                 "INSERT INTO events (at, kind, body, sha256, size) VALUES (?, ?, ?, ?, ?)", map(_to_row, events)
             )
-            self._db.executemany(
-                "INSERT INTO rounds VALUES (?, ?, ?, ?)",
-                [
-                    (
-                        closed.round.round,
-                        time.time(),
-                        closed.model_dump_json(),
-                        RoundSummary.of_record(closed).model_dump_json(),
-                    )
-                    for closed in rounds
-                ],
-            )
-            chosen = "" if self.origin.config.audit else ", '$.round.chosen', json('[]')"  # a replay compares it
-            without_details = (
-                "UPDATE rounds SET record = json_set(record, '$.updates', json('{}'), '$.bytes_up', json('{}'),"
-                f" '$.missing', json('[]'){chosen}) WHERE round = ?"
-            )
-            kept = max(DETAILS // self.origin.config.devices, 1)
-            self._db.executemany(without_details, [(closed.round.round - kept,) for closed in rounds])
-            if rounds:
-                self._delete_rounds(rounds[-1].round.round - self.origin.config.keep_rounds)
-            self._db.executemany(
-                "INSERT INTO refusals VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE"
-                " SET count = count + excluded.count, last = excluded.last",
-                [(*key, count, last) for key, (count, last) in (refusals or {}).items()],
-            )
+            self._add_rounds(rounds)
+            self._count(refusals or {})
             if ended is not None or reopens:
                 self._db.execute("UPDATE run SET ended = ?", (ended,))
         if ended is not None or reopens:
             self.ended = ended
+        self._touch()
+
+    def begin_session(
+        self,
+        origin: Origin,
+        task: Task,
+        start: Start | None,
+        state: State,
+        at: float,
+        closed: Sequence[ClosedRound] = (),
+        refusals: Mapping[tuple[str, str], tuple[int, str]] | None = None,
+    ) -> None:
+        """Replaces the present session by the next one, in one transaction: with its first `state`, without the events
+        and checkpoints of the former session. Records of rounds stay, and those of `closed` are added.
+
+        Raises OSError or sqlite3.Error if it cannot be written; the former session goes on then.
+        """
+        blob = pack(_Vectors(), vectors_of(state))
+        _write_task(self.folder, task)
+        _write_start(self.folder, start)
+        write_atomically(self.tensors / blob_hash(blob), blob, durable=True)
+        row = (at, Checkpoint.of(state).model_dump_json(), blob_hash(blob))
+        with self._transaction():
+            numbers = "SELECT seq FROM events UNION SELECT seq FROM checkpoints"
+            (last,) = self._db.execute(f"SELECT coalesce(max(seq), 0) FROM ({numbers})").fetchone()
+            self._db.execute("DELETE FROM events")
+            self._db.execute("DELETE FROM blobs")
+            self._db.execute("DELETE FROM checkpoints")
+            self._db.execute("INSERT INTO checkpoints VALUES (?, ?, ?, ?)", (last, *row))
+            self._add_rounds(closed)
+            self._count(refusals or {})
+            self._db.execute("UPDATE run SET origin = ?", (origin.model_dump_json(),))
+        self.origin = origin
+        self.updates.begin()
+        self._touch()
+        with contextlib.suppress(OSError):  # the session has begun
+            self._sweep()
+            for path in (self.folder / TASKS).iterdir():
+                if path.name not in (origin.task, origin.first.task):
+                    path.unlink(missing_ok=True)
+
+    def _touch(self) -> None:
         with contextlib.suppress(OSError):
             os.utime(self._lock)  # for `server`
+
+    def _add_rounds(self, rounds: Iterable[ClosedRound]) -> None:
+        rounds = list(rounds)
+        self._db.executemany(
+            "INSERT INTO rounds VALUES (?, ?, ?, ?)",
+            [
+                (
+                    closed.round.round,
+                    time.time(),
+                    closed.model_dump_json(),
+                    RoundSummary.of_record(closed).model_dump_json(),
+                )
+                for closed in rounds
+            ],
+        )
+        chosen = "" if self.origin.config.audit else ", '$.round.chosen', json('[]')"  # a replay compares it
+        without_details = (
+            "UPDATE rounds SET record = json_set(record, '$.updates', json('{}'), '$.bytes_up', json('{}'),"
+            f" '$.missing', json('[]'){chosen}) WHERE round = ?"
+        )
+        kept = max(DETAILS // self.origin.config.devices, 1)
+        self._db.executemany(without_details, [(closed.round.round - kept,) for closed in rounds])
+        if rounds:
+            self._delete_rounds(rounds[-1].round.round - self.origin.config.keep_rounds)
+
+    def _count(self, refusals: Mapping[tuple[str, str], tuple[int, str]]) -> None:
+        self._db.executemany(
+            "INSERT INTO refusals VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE"
+            " SET count = count + excluded.count, last = excluded.last",
+            [(*key, count, last) for key, (count, last) in refusals.items()],
+        )
 
     def _delete_rounds(self, last: int) -> None:
         """Deletes the records up to that round, and adds them to the counts of deleted rounds."""
@@ -351,13 +370,22 @@ class RunStore:
             first = self._first_needed(last)
             self._db.execute("DELETE FROM events WHERE seq <= ?", (first,))
             self._db.execute("DELETE FROM checkpoints WHERE seq < ?", (first,))
+            unused = "DELETE FROM blobs WHERE sha256 NOT IN (SELECT sha256 FROM events WHERE sha256 IS NOT NULL)"
+            self._db.execute(unused)
+        self.updates.begin()
+        self._verified.clear()
         if first:
-            query = "SELECT sha256 FROM checkpoints UNION SELECT sha256 FROM events WHERE sha256 IS NOT NULL"
-            needed = {name for (name,) in self._db.execute(query)}
-            needed |= {self.origin.start.sha256} if self.origin.start else set()
-            for path in self.tensors.iterdir():
-                if path.name not in needed:
-                    path.unlink(missing_ok=True)
+            self._sweep()
+
+    def _sweep(self) -> None:
+        """Deletes the tensors that neither a checkpoint nor an event nor the start of the session names."""
+        query = "SELECT sha256 FROM checkpoints UNION SELECT sha256 FROM events WHERE sha256 IS NOT NULL"
+        needed = {name for (name,) in self._db.execute(query)}
+        needed |= {self.origin.start.sha256} if self.origin.start else set()
+        needed |= {UpdateFiles.name(file) for (file,) in self._db.execute("SELECT DISTINCT file FROM blobs")}
+        for path in self.tensors.iterdir():
+            if path.name not in needed:
+                path.unlink(missing_ok=True)
 
     def _first_needed(self, last: int) -> int:
         """Number of the checkpoint from which the run has to be kept; 0 if all of it."""
@@ -465,7 +493,8 @@ class RunStore:
             return OperatorActed(parse(Operation, body.encode()))
         if kind == "rest":
             return RestChanged(json.loads(body))
-        return ClockTicked(frozenset(json.loads(body)))
+        wall, *working = json.loads(body)
+        return ClockTicked(frozenset(working), wall)
 
     def pending_updates(self) -> dict[str, int]:
         """Number of updates accepted since the last checkpoint, by device."""
@@ -550,25 +579,6 @@ class RunStore:
         return [RefusalCount(*row) for row in rows]
 
 
-def _opened(path: Path, busy_seconds: float) -> sqlite3.Connection:
-    """A database in a folder that this user may not write to, as a backup, is read as it is: SQLite would make files
-    beside it. Raises RunError if it has changes that are in such a file only."""
-    if os.access(path.parent, os.W_OK):
-        return sqlite3.connect(path, timeout=busy_seconds, isolation_level=None)
-    log = path.with_name(f"{path.name}-wal")
-    if log.is_file() and log.stat().st_size:
-        raise RunError(
-            f"this user may not write to {path.parent}, and {log.name} has changes that are not in {path.name} yet; "
-            "run the command as the server's user, or on a copy that can be written"
-        )
-    return sqlite3.connect(f"{path.absolute().as_uri()}?immutable=1", uri=True, isolation_level=None)
-
-
-def _readable(folder: Path) -> bool:
-    """Whether this user may read a folder. True if it does not exist."""
-    return not folder.exists() or os.access(folder, os.R_OK | os.X_OK)
-
-
 def require_folder(folder: Path) -> None:
     """Raises ConfigError if `folder` is a file."""
     if folder.is_file():
@@ -589,7 +599,7 @@ def _to_row(logged: LoggedEvent) -> tuple[float, str, str, str | None, int | Non
         return logged.at, "operator", event.operation.model_dump_json(), event.operation.sha256 or None, None
     if isinstance(event, RestChanged):
         return logged.at, "rest", json.dumps(event.rests), None, None
-    return logged.at, "tick", json.dumps(sorted(event.working)), None, None
+    return logged.at, "tick", json.dumps([event.wall, *sorted(event.working)]), None, None
 
 
 def _write_task(folder: Path, task: Task) -> None:
@@ -602,13 +612,3 @@ def _write_start(folder: Path, start: Start | None) -> None:
     """Raises OSError."""
     if start:
         write_atomically(folder / "tensors" / start.origin.sha256, start.blob, durable=True)
-
-
-def _check_version(path: Path, origin: str) -> None:
-    """Raises RunError for a run whose bundle held its class list."""
-    stored = json.loads(origin)
-    if isinstance(stored, dict) and "sha256" in stored and "task" not in stored:
-        raise RunError(
-            f"{path} is a run of an earlier version, without a task; export its bundle again with python -m "
-            "export.build, and start a new run with another --out"
-        )

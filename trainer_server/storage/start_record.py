@@ -1,4 +1,4 @@
-"""What a run that goes on from an earlier one stores of it, so that it never needs the earlier folder again."""
+"""What a session that goes on from an earlier run or session stores of it, so that it needs nothing else of it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from trainer_server.coordinator.warm_start import WarmStart
 
 
 class StartOrigin(BaseModel):
-    """Where a run starts from.
+    """Where a session starts from.
 
-    `source`: the folder, of a run or of an adapter. `run`, `session` and `round`: of an earlier run, up to its last
-    closed round. `level`: SAL's. `added` and `removed`: names of classes. `mu_squared`: by observer, the sums of μ² of
-    all earlier runs; None if updates without noise are in the start, or if it is unknown. `sha256`: of the tensors.
+    `source`: the folder, of a run or of an adapter; "" for the session before of the same run. `run`, `session` and
+    `round`: of an earlier run or session, up to its last closed round. `level`: SAL's. `added` and `removed`: names of
+    classes. `mu_squared`: by observer, the sums of μ² of all earlier runs, but not of the earlier sessions of this run,
+    whose rounds the run counts; None if updates without noise are in the start, or if it is unknown. `sha256`: of the
+    tensors.
     """
 
     source: str
@@ -35,9 +37,10 @@ class StartOrigin(BaseModel):
     def text(self) -> str:
         """One line for the operator."""
         whole = f"run {self.run!r} after round {self.round}" if self.run else "an adapter"
+        where = f"{self.source}, {whole}" if self.source else f"its session before, after round {self.round}"
         changes = {"new": self.added, "removed": self.removed}
         classes = "".join(f"; {what}: {', '.join(names)}" for what, names in changes.items() if names)
-        return f"{self.source}, {whole}, at level {self.level}{classes}"
+        return f"{where}, at level {self.level}{classes}"
 
 
 class _Header(BaseModel):

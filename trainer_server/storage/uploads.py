@@ -1,33 +1,28 @@
 """Collects the chunks of updates in files, so that unfinished updates need no memory.
 
-UPLOADS/N                the N-th blob, with each received chunk at its offset
+UPLOADS/N                a blob, with each received chunk at its offset; an update of one chunk needs no file
 
-The folder is emptied at every start, because devices retransmit unfinished updates.
+A file is used again for a later blob: to make and to delete one takes longer than to write it. The folder is emptied at
+every start, because devices retransmit unfinished updates.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 
 from fedfmsl.common.backoff import GAP, Backoff, Timeout
-from fedfmsl.common.files import sync
 from fedfmsl.errors import MessageError
-from fedfmsl.protocol.chunks import Chunk, PartialBlob
+from fedfmsl.protocol.chunks import Chunk, PartialBlob, checked
 
 PARTIALS = 2  # of one device: a late update and one of the next round
-SYNCS = 8  # files that are synced at the same time
 GAP_CHUNKS = 16  # asked for at once; a broker that has dropped chunks may drop more of a burst
 
 
 @dataclass(frozen=True)
 class Upload:
-    """A complete blob and its file. `size` is its bytes on the wire, including repeated chunks."""
+    """A complete blob. `size` is its bytes on the wire, including repeated chunks."""
 
-    path: Path
     blob: bytes
     sha256: str
     size: int
@@ -35,19 +30,22 @@ class Upload:
 
 @dataclass(slots=True)
 class _InFile(PartialBlob):
-    """`size` is the bytes on the wire so far."""
+    """`size` is the bytes on the wire so far, `end` the position behind the last byte of the blob so far."""
 
     path: Path
     gap: Timeout  # until missing chunks are asked for
     size: int = 0
+    end: int = 0
 
     def _write(self, index: int, size: int, body: bytes) -> None:
-        with self.path.open("r+b" if self._received else "wb") as file:
+        with self.path.open("r+b") as file:  # it may have the bytes of an earlier blob, perhaps a longer one
             file.seek(index * size)
             file.write(body)
+        self.end = max(self.end, index * size + len(body))
 
     def _read(self) -> bytes:
-        return self.path.read_bytes()
+        with self.path.open("rb") as file:
+            return file.read(self.end)
 
 
 _Blob = tuple[int, bytes, int, int]  # round, SHA-256, number and size of chunks
@@ -70,34 +68,42 @@ class Uploads:
         self._gap = gap
         self._folder = folder
         self._cap_bytes = cap_bytes
-        self._numbers = count()
-        self._syncs = ThreadPoolExecutor(SYNCS)
+        self._files = 0
+        self._free: list[Path] = []  # files that are not in use
         self._partials: dict[str, dict[_Blob, _InFile]] = {}  # by device, the least recently used one first
         folder.mkdir(parents=True, exist_ok=True)
         for path in folder.iterdir():
             path.unlink()
 
     def add(self, device: str, round_: int, payload: bytes) -> Upload | None:
-        """The complete blob after its last chunk, else None. Chunks may come in any order and repeatedly. The caller
-        must `store` or `discard` the result.
+        """The complete blob after its last chunk, else None. Chunks may come in any order and repeatedly.
 
         Raises MessageError if the payload is no valid chunk or the blob does not have its announced SHA-256, OSError
-        if it cannot be written. Both delete the partial blob, which frees space on a full disk. It can be sent again.
+        if it cannot be written. Both give up the partial blob; after an OSError, files that are not in use are deleted,
+        which frees space on a full disk. The blob can be sent again.
         """
         chunk = Chunk.read(payload, self._cap_bytes)
+        if chunk.count == 1:
+            return Upload(checked(chunk.body, chunk.digest), chunk.digest.hex(), len(payload))
         blob = (round_, *chunk.blob)
         partial = self._remove(device, blob)
         partial.size += len(payload)
         partial.gap.restart()
         try:
             whole = partial.add(chunk)
-        except (OSError, MessageError):
-            partial.path.unlink(missing_ok=True)
+        except OSError:
+            for path in (partial.path, *self._free):
+                path.unlink(missing_ok=True)
+            self._free.clear()
+            raise
+        except MessageError:
+            self._free.append(partial.path)
             raise
         if whole is None:
             self._insert(device, blob, partial)
             return None
-        return Upload(partial.path, whole, chunk.digest.hex(), partial.size)
+        self._free.append(partial.path)
+        return Upload(whole, chunk.digest.hex(), partial.size)
 
     @property
     def incomplete(self) -> int:
@@ -114,32 +120,26 @@ class Uploads:
             if partial.gap.expired()
         ]
 
-    def store(self, files: Mapping[Path, Path]) -> None:
-        """Moves files of complete blobs to their targets on the same disk. They survive a power cut after this call.
-
-        Files are synced together, because this takes hardly longer than the sync of one file. Raises OSError.
-        """
-        list(self._syncs.map(sync, files))
-        for path, target in files.items():
-            path.replace(target)
-        for folder in {target.parent for target in files.values()}:
-            sync(folder)
-
-    @staticmethod
-    def discard(upload: Upload) -> None:
-        upload.path.unlink(missing_ok=True)
-
     def _remove(self, device: str, blob: _Blob) -> _InFile:
         """Removes and returns the partial blob, or a new one."""
         partials = self._partials.get(device, {})
         partial = partials.pop(blob, None)
         if not partials:
             self._partials.pop(device, None)
-        return partial or _InFile(self._folder / str(next(self._numbers)), Timeout(self._gap, device))
+        return partial or _InFile(self._file(), Timeout(self._gap, device))
+
+    def _file(self) -> Path:
+        """A file that is not in use. Raises OSError if it cannot be made."""
+        if not self._free:
+            path = self._folder / str(self._files)
+            path.touch()
+            self._files += 1
+            return path
+        return self._free.pop()
 
     def _insert(self, device: str, blob: _Blob, partial: _InFile) -> None:
         """Inserts it as the most recently used one."""
         partials = self._partials.setdefault(device, {})
         partials[blob] = partial
         if len(partials) > PARTIALS:
-            partials.pop(next(iter(partials))).path.unlink()
+            self._free.append(partials.pop(next(iter(partials))).path)

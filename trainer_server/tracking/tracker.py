@@ -122,7 +122,7 @@ class Tracker:
             return
         if spec not in self._sinks:
             config = store.origin.config
-            origin = Origin(config.run, store.origin.session, facts_of(config, self._model))
+            origin = Origin(config.run, store.origin.first.session, facts_of(config, self._model))
             self._sinks[spec] = self._open(spec, origin, last)
         for summary, _ in closed:
             self._sinks[spec].write(summary.round, points(summary))

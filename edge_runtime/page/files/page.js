@@ -13,8 +13,8 @@ function press(button) {
 // What is unticked is left out of every answer.
 document.addEventListener("change", (event) => {
   if (event.target.type !== "checkbox") return;
-  const other = document.querySelector(`.others [name="${CSS.escape(event.target.name)}"]`);
-  if (other) other.disabled = !event.target.checked;
+  const others = document.querySelectorAll(`.others [name="${CSS.escape(event.target.name)}"]`);
+  others.forEach((other) => (other.disabled = !event.target.checked));
 });
 
 document.addEventListener("keydown", (event) => {

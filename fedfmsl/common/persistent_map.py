@@ -1,0 +1,66 @@
+"""An immutable map of which a changed copy is cheap (ours).
+
+With ten thousand items a copy of a dict for each change would cost more than all else that the change needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from typing import Any, ParamSpec, TypeVar
+
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
+R = TypeVar("R")
+P = ParamSpec("P")
+BUCKETS = 256  # a changed copy copies the list of buckets and one of them
+
+
+class PersistentMap(Mapping[K, V]):
+    """In no particular order."""
+
+    __slots__ = ("_buckets", "_count")
+
+    def __init__(self, items: Mapping[K, V] | None = None) -> None:
+        buckets: list[dict[K, V]] = [{} for _ in range(BUCKETS)] if items else [{}] * BUCKETS
+        for key, value in (items or {}).items():
+            buckets[hash(key) % BUCKETS][key] = value
+        self._buckets, self._count = buckets, len(items or ())
+
+    def with_item(self, key: K, value: V) -> PersistentMap[K, V]:
+        """This map with a new or another value of `key`."""
+        changed: PersistentMap[K, V] = PersistentMap.__new__(PersistentMap)
+        changed._buckets, index = self._buckets.copy(), hash(key) % BUCKETS
+        changed._buckets[index] = {**self._buckets[index], key: value}
+        changed._count = self._count + (key not in self._buckets[index])
+        return changed
+
+    def __getitem__(self, key: K) -> V:
+        return self._buckets[hash(key) % BUCKETS][key]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._buckets[hash(key) % BUCKETS]
+
+    def __iter__(self) -> Iterator[K]:
+        for bucket in self._buckets:
+            yield from bucket
+
+    def __len__(self) -> int:
+        return self._count
+
+
+def remembered(function: Callable[P, R]) -> Callable[P, R]:
+    """A function of large immutable values that keeps its latest result, for calls with the same objects."""
+    latest: list[tuple[tuple[Any, ...], R]] = []
+
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if latest and len(args) == len(latest[0][0]) and all(map(_is, args, latest[0][0])):
+            return latest[0][1]
+        result = function(*args, **kwargs)
+        latest[:] = [(args, result)]
+        return result
+
+    return call
+
+
+def _is(one: object, other: object) -> bool:
+    return one is other

@@ -1,0 +1,36 @@
+"""Tests of `fedfmsl.common.persistent_map`."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from fedfmsl.common.persistent_map import PersistentMap, remembered
+
+
+def test_each_version_keeps_its_items() -> None:
+    rng, expected = np.random.default_rng(0), {}
+    versions: list[tuple[PersistentMap[int, int], dict[int, int]]] = [(PersistentMap(), {})]
+    for value, key in enumerate(map(int, rng.integers(0, 700, 1500))):
+        expected = {**expected, key: value}
+        versions.append((versions[-1][0].with_item(key, value), expected))
+    for found, items in versions[::50]:
+        assert (dict(found), len(found), found) == (items, len(items), PersistentMap(items))
+        assert all(key in found and found[key] == value for key, value in items.items())
+    latest = versions[-1][0]
+    assert (-1 in latest, latest.get(-1)) == (False, None)
+    with pytest.raises(KeyError):
+        latest[-1]
+
+
+def test_a_remembered_function_sees_other_objects_but_not_the_same_ones() -> None:
+    seen: list[object] = []
+
+    @remembered
+    def count(items: list[int], more: int) -> int:
+        seen.append(items)
+        return len(items) + more
+
+    first, second = [1], [1]
+    assert [count(first, 0), count(first, 0), count(second, 0), count(first, 1)] == [1, 1, 1, 2]
+    assert len(seen) == 3

@@ -1,0 +1,97 @@
+"""A run as a sequence of sessions (ours).
+
+A plan never changes. So if the operator or a rule approves a class, the present round closes, and the next session of
+the run begins: with another task, from the global expert, the gate adapter and the level of the one before, in the same
+folder. Round numbers go on, and so do the records of rounds and the privacy budget. Names of classes are only ever
+appended, so the index of a class never changes within a run.
+
+Stage 1 of the next session has the rounds that were left of it, and at least LEAST_ROUNDS. Then stage 2 begins again.
+
+A standing run begins its next session after the last round, too: with the same task, and with all rounds
+(`trainer_server.coordinator.standing`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from fedfmsl.common.persistent_map import remembered
+from fedfmsl.protocol.class_names import MAX_CLASSES, describe_classes
+from fedfmsl.protocol.messages import DeviceStatus, Stage
+from trainer_server.coordinator.events import BeginSession, Command, Log
+from trainer_server.coordinator.proposals import approved_by
+from trainer_server.coordinator.records import listed
+from trainer_server.coordinator.state import Plan, State, initial_state
+
+LEAST_ROUNDS = 3  # of stage 1, for new classes
+
+
+def ending(plan: Plan, state: State, position: int) -> list[Command]:
+    """What ends the session in place of the round at `position` of the schedule; nothing if that round may open. No
+    session ends within a secure aggregation."""
+    step, names = plan.schedule[position], approved(plan, state)
+    if step.part is not None and position != plan.positions_of(step.part).start:
+        return []
+    if not names:
+        return _begin_again(plan) if step.stage is Stage.FINISHED and plan.config.standing else []
+    text = f"the run goes on with {describe_classes([*plan.bundle.classes, *names])}; new: {listed(names)}"
+    return [Log(text), BeginSession(names, max(_left(plan, position), LEAST_ROUNDS))]
+
+
+def approved(plan: Plan, state: State) -> tuple[str, ...]:
+    """The classes to add: those of the operator, then those that the rule approves."""
+    rule = plan.config.approve_classes
+    if rule is None:
+        return state.approved
+    return (*state.approved, *_by_rule(rule, plan.bundle.classes, state.approved, state.devices, state.excluded))
+
+
+@remembered
+def _by_rule(
+    rule: str,
+    classes: tuple[str, ...],
+    added: tuple[str, ...],
+    devices: Mapping[str, DeviceStatus],
+    excluded: frozenset[str],
+) -> tuple[str, ...]:
+    return approved_by(rule, {*classes, *added}, devices.values(), excluded)
+
+
+def _begin_again(plan: Plan) -> list[Command]:
+    return [Log("the last round of this session is closed; the next session begins with new samples"), BeginSession()]
+
+
+def _left(plan: Plan, position: int) -> int:
+    """Rounds of stage 1 that are not closed before the one at `position` opens."""
+    return len({step.part or step for step in plan.schedule[position:] if step.purpose is Stage.GLOBAL})
+
+
+def why_no_classes(plan: Plan, state: State, names: Sequence[str]) -> str:
+    """Why these classes cannot be added now, or ""."""
+    known = {*plan.bundle.classes, *state.approved}
+    if not names:
+        return "no class is named, so none is added"
+    if twice := [name for index, name in enumerate(names) if name in known or name in names[:index]]:
+        return f"the run has the class {twice[0]!r} already, so nothing is added"
+    if len(known) + len(names) > MAX_CLASSES:
+        return f"{len(known) + len(names)} classes are more than {MAX_CLASSES}, so none is added"
+    return ""
+
+
+def first_state(plan: Plan, before: State, begins: BeginSession, now: float) -> State:
+    """The state in which the session of `plan` begins, after a session that has ended in the state `before`. It begins
+    with the devices that are online, like a round, and with a global expert that is compared with none."""
+    ready = map(before.devices.__getitem__, before.ready)
+    return replace(
+        initial_state(plan, now),
+        standing=before.standing.with_news() if begins.classes else before.standing.next(ready),
+        limits=before.limits,
+        slowest=before.slowest,
+        round=before.round,
+        devices=before.devices,
+        refused=before.refused,
+        silent=before.silent,
+        made=before.former.made if before.former.head.size else before.made,  # as `trained`
+        excluded=before.excluded,
+    )

@@ -1,0 +1,124 @@
+"""Commands that ask the server of a run for an action. The server carries it out and logs it; one that does not run
+does so when it is started again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from fedfmsl.common.cli import print_json
+from fedfmsl.errors import ConfigError, RunError
+from fedfmsl.protocol.class_names import check_names, describe_classes, normal_form, split_names
+from fedfmsl.protocol.messages import MAX_ADDED
+from trainer_server.coordinator.operator import Action, Operation
+from trainer_server.coordinator.proposals import Proposal
+from trainer_server.coordinator.records import listed
+from trainer_server.inspect import OUT, proposed_classes
+from trainer_server.service.loop import FINISHED
+from trainer_server.storage.kept_experts import KeptExperts
+from trainer_server.storage.operations import Operations
+from trainer_server.storage.run_store import RunStore
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+NOW = "now"
+SHOWN = 100  # proposed classes in the table
+
+
+def rollback(
+    number: int = typer.Argument(min=1, metavar="ROUND", help="Closed round whose global expert the run returns to."),
+    out: Path = OUT,
+) -> None:
+    """Return a run, in progress or finished, to the global expert that an earlier round has made.
+
+    The updates of the present round do not count. After stage 1, stage 2 begins again, with new local experts. The
+    server carries it out and logs it; a server that does not run does so when it is started again.
+    """
+    from fedfmsl.common.cli import console
+
+    store = RunStore(out)
+    kept = KeptExperts(out).rounds()
+    if store.ended not in (None, FINISHED):
+        raise RunError(f"the run at {out} has failed ({store.ended}), so it cannot go on; start a new run")
+    if store.ended == FINISHED and store.origin.config.secure:
+        raise RunError(
+            f"the run at {out} is finished, and with --secure devices send no update of stage 2 again; start a new run "
+            f"with --from {out}"
+        )
+    if number not in kept:
+        raise ConfigError(
+            f"the global expert of round {number} is not kept; those of these rounds are: {', '.join(map(str, kept))}"
+            if kept
+            else f"{out} keeps no global expert yet: no round that makes one is closed"
+        )
+    when = _ask(store, Operation(action=Action.ROLLBACK, round=number, by="the command line"))
+    console.print(f"run {store.origin.config.run!r} returns to the global expert of round {number} {when}")
+
+
+def classes(
+    out: Path = OUT,
+    add: str = typer.Option("", metavar="NAME,NAME", help="Add these classes to the run in progress."),
+    as_json: bool = typer.Option(False, "--json", help="One JSON object."),
+) -> None:
+    """List the classes that devices propose to a run, or add classes to it.
+
+    A device proposes a class that it has labelled samples of. The present round closes, then the run goes on with the
+    added classes: devices that have samples of them train them. No device is restarted, and no bundle is downloaded.
+    """
+    from fedfmsl.common.cli import console
+
+    store = RunStore(out)
+    run, task, found = store.origin.config.run, store.task(), proposed_classes(store)
+    if not add:
+        if as_json:
+            print_json({"classes": task.classes, "version": task.version, "proposed": [vars(each) for each in found]})
+            return
+        console.print(f"run {run!r} has {describe_classes(task.classes)}")
+        console.print(_table(found) if found else "no device proposes another class")
+        return
+    names = _checked(task.classes, add)
+    if store.ended is not None:
+        raise RunError(f"the run at {out} has ended ({store.ended}); start a new run with --from {out}")
+    when = _ask(store, Operation(action=Action.CLASSES, classes=names, by="the command line"))
+    if unknown := sorted({*names} - {each.name for each in found}):
+        console.print(f"warning: no device proposes {listed(unknown)}; check the spelling")
+    later = "" if when == NOW else f", {when}"
+    console.print(f"run {run!r} adds {listed(names)} after its present round{later}")
+
+
+def _ask(store: RunStore, operation: Operation) -> str:
+    """Asks the server, and returns when it acts."""
+    try:
+        if not Operations(store.folder).add(operation):
+            raise RunError(f"too many actions wait for the server of {store.folder}; is it running?")
+    except OSError as error:
+        raise ConfigError(
+            f"{store.folder} cannot be written ({error.strerror}); run the command as the server's user"
+        ) from error
+    runs = store.ended is None and store.server().runs
+    return NOW if runs else f"when its server is started again: python -m trainer_server resume --out {store.folder}"
+
+
+def _checked(present: Sequence[str], text: str) -> tuple[str, ...]:
+    """The names in a line of CSV, in NFC. Raises ConfigError unless they can be added to the `present` classes."""
+    names = split_names(text)
+    if known := [name for name in names if normal_form(name) in present]:
+        raise ConfigError(f"--add: the run has the class {known[0]!r} already; name another one")
+    if len(names) > MAX_ADDED:
+        raise ConfigError(f"--add has {len(names)} names, more than {MAX_ADDED}; add the others later")
+    return check_names([*present, *names], "--add")[len(present) :]
+
+
+def _table(found: Sequence[Proposal]) -> Table:
+    from rich.table import Table
+
+    table = Table("proposed class", "devices", "samples", "by", box=None)
+    for each in found[:SHOWN]:
+        table.add_row(each.name, str(len(each.devices)), str(each.samples), listed(each.devices))
+    if (more := len(found) - SHOWN) > 0:
+        table.add_row(f"and {more} more")
+    return table
