@@ -34,7 +34,8 @@ from trainer_server.coordinator.operator import Action, Operation
 from trainer_server.storage.kept_experts import KeptExperts
 from trainer_server.storage.observations import DeviceView, Observations, ServerView, read_observations
 from trainer_server.storage.operations import Operations
-from trainer_server.storage.run_store import LoggedEvent, Origin, RefusalCount, RunStore
+from trainer_server.storage.origin import Origin
+from trainer_server.storage.run_store import LoggedEvent, RefusalCount, RunStore
 
 HOSTILE = "<script>alert(1)</script>"
 
@@ -104,15 +105,19 @@ def test_several_runs_and_a_new_one_are_found(vit: Built, tmp_path: Path) -> Non
     assert states == [("good", "finished"), ("warn", "waiting for devices"), ("bad", "failed")]
 
 
-def test_a_run_that_waits_for_devices_says_for_which(vit: Built, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("field", "text", "word"),
+    [
+        ("waits", "2 devices must answer and 1 can. Missing: b (offline)", "waiting for devices"),
+        ("rests", "until 2026-11-27 22:00 (--schedule 22:00-06:00)", "rests"),
+    ],
+)
+def test_a_run_that_waits_or_rests_says_for_what(vit: Built, tmp_path: Path, field: str, text: str, word: str) -> None:
     folder = stored_run(tmp_path / "r", vit, devices=2, rounds=1)
-    waits = ServerView(seen=time.time(), waits="2 devices must answer and 1 can. Missing: b (offline)")
-    Observations(folder).save(waits, {})
+    Observations(folder).save(ServerView(seen=time.time()).model_copy(update={field: text}), {})
     with open_console(folder) as site:
         page = ask(site, path_of(folder))[1]
-    assert (
-        "waiting for devices" in page and "The run waits: 2 devices must answer and 1 can. Missing: b (offline)" in page
-    )
+    assert f">{word}</small>" in page and f"The run {field}: {text}." in page
 
 
 def test_the_state_of_a_device_has_its_reason(vit: Built, tmp_path: Path) -> None:

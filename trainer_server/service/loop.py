@@ -407,7 +407,7 @@ class Service:
                 deadline=seen + left if math.isfinite(left) else None,
                 paused=state.paused_at is not None,
                 rests=self._rest.text,
-                waits=waiting.reason(self._plan, state) if state.waiting else "",
+                waits=waiting.reason(self._plan, state) if state.waiting or self._is_short else "",
                 round_timeout=state.limits.round_timeout,
                 excluded=tuple(sorted(state.excluded)),
                 acted=self._acted,
@@ -415,6 +415,12 @@ class Service:
             ),
             state.devices,
         )
+
+    @property
+    def _is_short(self) -> bool:
+        """Whether a later session cannot begin, because too few devices can answer."""
+        begins = self._state.announced is None and self._state.round > 0 and not self._rest.text
+        return begins and waiting.is_short(self._plan, self._state)
 
     def _tick(self) -> None:
         """Opens and closes rounds."""
