@@ -112,6 +112,7 @@ def _trial(alpha: float, seed: int) -> Report:
     name = f"accuracy-{alpha}-{seed}"
     path = Path("runs") / name / "report.json"
     command = [sys.executable, "-m", "devices.trial", "--name", name, "--alpha", str(alpha), "--seed", str(seed)]
+    command += ["--precision", "fp32"]
     if not path.is_file() and subprocess.run(command, check=False).returncode:
         raise RunError(f"the trial {name} failed; its logs are in runs/{name}/logs")
     report: Report = json.loads(path.read_text())

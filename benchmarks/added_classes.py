@@ -10,37 +10,26 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import typer
 
-from benchmarks.evidence import build_bundle
-from benchmarks.sessions import MODELS, of_classes, predict, with_classes
+from benchmarks.sessions import ALPHA, DEVICES, LEVELS, MODELS, TrialPhotos, config, of_classes, predict, with_classes
 from benchmarks.tables import spread
-from devices.trial.assets import ASSETS, PHOTOS, fetch
-from devices.trial.groceries import unpack_groceries
-from edge_runtime.data.features import Features, Inputs
-from edge_runtime.data.samples import Splits, assign_splits, labels_of
-from fedfmsl.algorithms.sal import CapabilityQueue
+from edge_runtime.data.samples import Splits
 from fedfmsl.common.cli import application
 from fedfmsl.common.files import write_atomically
 from fedfmsl.protocol.messages import Stage
 from fedfmsl.protocol.task_bundle import TaskBundle
-from simulation.datasets import load_folder
 from simulation.federation import Federation
-from simulation.fleet import LocalFleet, compute_features
-from simulation.partition import by_dirichlet
-from simulation.run import TEST_SHARE
-from simulation.store import FileStore
-from trainer_server.config import STAGE1, STAGE2, Head, RunConfig, Trigger, sal_rules
+from simulation.fleet import LocalFleet
+from trainer_server.config import Head, RunConfig
 from trainer_server.coordinator.warm_start import WarmStart, warm_start
 
 REPORT, RUNS = Path(__file__).with_name("added_classes.md"), Path("runs/added-classes")
-LEVELS, DEVICES, ALPHA = 3, 6, 0.5  # as in the trial
 ADDED, HOLDERS = 2, 2  # classes, and the devices that hold each of them at least
 STAGE1_ROUNDS, ROUNDS_AFTER, STAGE2_ROUNDS = 12, 3, 5
 START, BEFORE = "all classes from the start", "before the classes are added"
@@ -49,8 +38,8 @@ VARIANTS: dict[str, tuple[Head, str]] = {
     "class means of the new classes, trained head": (Head.CLASS_MEANS, TRAINED),
     "class means of the new classes, head of the sums": (Head.CLASS_MEANS, SUMS),
     "no class means, trained head (default)": (Head.ZEROS, TRAINED),
-    "no class means, head of the sums": (Head.ZEROS, SUMS),
 }
+SPLITS = ("held_out", "test")
 COLUMNS = [(model, kind) for model in MODELS for kind in ("new", "old")]
 TARGET_NEW, TARGET_OLD = 0.9, 0.01
 
@@ -69,7 +58,7 @@ Written by `python -m benchmarks.added_classes`.
 that was computed from sums after stage 1.
 """
 
-Row = dict[str, float | None]  # by model and kind of class: "global new"
+Row = dict[str, float | None]  # by split, model and kind of class: "test global new"
 Rows = dict[str, Row]  # by what has just ended
 
 app = application()
@@ -77,28 +66,32 @@ app = application()
 
 @dataclass(frozen=True)
 class Photos:
-    """All photos with their devices. `splits`: of all classes. `added`: indices of the classes that come later."""
+    """The photos of one seed. `splits`: by device, of all classes. `added`: indices of the classes that come later."""
 
-    bundle: TaskBundle
-    store: FileStore
-    inputs: Inputs
+    all: TrialPhotos
     splits: Mapping[str, Splits]
     added: tuple[int, ...]
     seed: int
-    threads: int
+
+    @classmethod
+    def drawn(cls, photos: TrialPhotos, seed: int) -> Photos:
+        splits = photos.splits(seed, LEVELS)
+        holders = np.sum([each.class_counts(len(photos.bundle.classes)) > 0 for each in splits.values()], axis=0)
+        drawn = np.random.default_rng([seed, ADDED]).choice(np.flatnonzero(holders >= HOLDERS), ADDED, replace=False)
+        return cls(photos, splits, tuple(sorted(drawn.tolist())), seed)
+
+    @property
+    def bundle(self) -> TaskBundle:
+        return self.all.bundle
 
     @property
     def others(self) -> list[str]:
         return [name for index, name in enumerate(self.bundle.classes) if index not in self.added]
 
-    @contextmanager
-    def fleet(self, classes: Sequence[str]) -> Iterator[LocalFleet]:
+    def fleet(self, classes: Sequence[str]) -> AbstractContextManager[LocalFleet]:
         """The devices with their photos of these classes."""
-        bundle = with_classes(self.bundle, classes)
-        features = Features(self.store, bundle, self.threads, reader=self.inputs)
         splits = {name: of_classes(each, self.bundle.classes, classes) for name, each in self.splits.items()}
-        with TemporaryDirectory(prefix="fedfmsl-added-") as states:
-            yield LocalFleet(bundle, features, splits, Path(states), self.threads)
+        return self.all.fleet(with_classes(self.bundle, classes), splits)
 
 
 @app.command()
@@ -108,7 +101,8 @@ def added_classes(
     split: str = typer.Option("test", help="test; held_out to choose between variants, without a report."),
 ) -> None:
     """Measure classes that are added, and write the report."""
-    found = [_results(photos, split) for photos in _all_photos(seeds, threads)]
+    photos = TrialPhotos.load(threads)
+    found = [_of_split(_results(Photos.drawn(photos, seed)), split) for seed in range(seeds)]
     text = _report(found)
     if split == "test":
         write_atomically(REPORT, text.encode())
@@ -117,102 +111,84 @@ def added_classes(
         print(text)
 
 
-def _all_photos(seeds: int, threads: int) -> Iterator[Photos]:
-    images = unpack_groceries(fetch(PHOTOS), ASSETS / "groceries")
-    bundle = build_bundle(Path(f"{RUNS}-bundle"), images, LEVELS)
-    data = load_folder(images, bundle, False, TEST_SHARE)
-    names = sorted(sample.sha256 for sample in (*data.train, *data.test))
-    store = FileStore(Path(f"{RUNS}-features"), names)
-    features = Features(store, bundle, threads, reader=data.inputs)
-    for seed in range(seeds):
-        partition = by_dirichlet(labels_of(data.train), labels_of(data.test), DEVICES, ALPHA, seed)
-        splits = {
-            f"device-{index}": assign_splits([data.train[row] for row in own], [data.test[row] for row in tests], {})
-            for index, (own, tests) in enumerate(zip(partition.train, partition.test, strict=True))
-        }
-        splits = compute_features(features, splits, LEVELS)
-        holders = sum((each.class_counts(len(bundle.classes)) > 0).astype(np.int64) for each in splits.values())
-        drawn = np.random.default_rng([seed, ADDED]).choice(np.flatnonzero(holders >= HOLDERS), ADDED, replace=False)
-        yield Photos(bundle, store, data.inputs, splits, tuple(sorted(drawn.tolist())), seed, threads)
-
-
-def _results(photos: Photos, split: str) -> dict[str, Rows]:
+def _results(photos: Photos) -> dict[str, Rows]:
     """By variant. Reads what is known."""
-    path = RUNS / f"{photos.seed}-{split}.json"
+    path = RUNS / f"{photos.seed}.json"
     if not path.is_file():
-        found = {START: _from_start(photos, split), **_added(photos, split)}
+        found = {START: _from_start(photos), **_added(photos)}
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(found).encode())
     known: dict[str, Rows] = json.loads(path.read_bytes())
     return known
 
 
-def _from_start(photos: Photos, split: str) -> Rows:
+def _from_start(photos: Photos) -> Rows:
     with photos.fleet(photos.bundle.classes) as fleet:
         run = Federation(_config(photos, STAGE1_ROUNDS, Head.ZEROS), fleet)
-        return {name: row for name, row in _rows(run, fleet, photos, split) if "round" not in name}
+        return {name: row for name, row in _rows(run, fleet, photos) if "round" not in name}
 
 
-def _added(photos: Photos, split: str) -> dict[str, Rows]:
+def _added(photos: Photos) -> dict[str, Rows]:
     with photos.fleet(photos.others) as fleet:
         run = Federation(_config(photos, STAGE1_ROUNDS, Head.ZEROS), fleet)
         while run.announced.stage is not Stage.PERSONAL:
             run.step()
-        before = _measured(run, fleet, photos, split)
+        before = _measured(run, fleet, photos)
     found = {}
     for title, (head, goes_on) in VARIANTS.items():
         state = run.state
         expert = state.trained if goes_on == TRAINED else state.expert
         warm = warm_start(photos.bundle, photos.others, expert, state.sal.level, state.gate)
-        found[title] = {BEFORE: before, **_second_session(photos, head, warm, split)}
+        found[title] = {BEFORE: before, **_second_session(photos, head, warm)}
     return found
 
 
-def _second_session(photos: Photos, head: Head, warm: WarmStart, split: str) -> Rows:
+def _second_session(photos: Photos, head: Head, warm: WarmStart) -> Rows:
     with photos.fleet(photos.bundle.classes) as fleet:
         run = Federation(_config(photos, ROUNDS_AFTER, head), fleet, warm=warm)
-        return dict(_rows(run, fleet, photos, split))
+        return dict(_rows(run, fleet, photos))
 
 
-def _rows(run: Federation, fleet: LocalFleet, photos: Photos, split: str) -> Iterator[tuple[str, Row]]:
+def _rows(run: Federation, fleet: LocalFleet, photos: Photos) -> Iterator[tuple[str, Row]]:
     """After the class means, each round of stage 1, the head round, and stage 2."""
     while run.announced.stage is not Stage.EVALUATE:
         ended = run.announced
         run.step()
         titles = {Stage.STATISTICS: "class means", Stage.HEAD: "head", Stage.GLOBAL: f"round {ended.index + 1}"}
         if ended.stage in titles:
-            yield titles[ended.stage], _measured(run, fleet, photos, split)
-    yield "stage 2", _measured(run, fleet, photos, split)
+            yield titles[ended.stage], _measured(run, fleet, photos)
+    yield "stage 2", _measured(run, fleet, photos)
 
 
-def _measured(run: Federation, fleet: LocalFleet, photos: Photos, split: str) -> Row:
-    predicted, names = predict(run, fleet, split), fleet.bundle.classes
+def _measured(run: Federation, fleet: LocalFleet, photos: Photos) -> Row:
+    names = fleet.bundle.classes
     added = [photos.bundle.classes[index] for index in photos.added]
     kinds = {
         "new": [index for index, name in enumerate(names) if name in added],
         "old": [index for index, name in enumerate(names) if name not in added],
     }
+    row: Row = {}
+    for split in SPLITS:
+        predicted = predict(run, fleet, split)
+        for model, kind in COLUMNS:
+            found = predicted.accuracy(model, kinds[kind]) if kinds[kind] else None
+            row[f"{split} {model} {kind}"] = found
+    return row
+
+
+def _of_split(found: Mapping[str, Rows], split: str) -> dict[str, Rows]:
+    """The columns of this split, without its name."""
     return {
-        f"{model} {kind}": predicted.accuracy(model, kinds[kind]) if kinds[kind] else None for model, kind in COLUMNS
+        title: {
+            name: {f"{model} {kind}": row[f"{split} {model} {kind}"] for model, kind in COLUMNS}
+            for name, row in rows.items()
+        }
+        for title, rows in found.items()
     }
 
 
 def _config(photos: Photos, stage1_rounds: int, head: Head) -> RunConfig:
-    stage1_sal, stage2_sal = sal_rules(Trigger.CAPABILITY_QUEUE, CapabilityQueue().min_gain, LEVELS)
-    return RunConfig.model_validate(
-        {
-            "run": "added-classes",
-            "devices": DEVICES,
-            "seed": photos.seed,
-            "stage1_rounds": stage1_rounds,
-            "stage2_rounds": STAGE2_ROUNDS,
-            "stage1": STAGE1.model_copy(update={"seed": photos.seed}),
-            "stage2": STAGE2.model_copy(update={"seed": photos.seed}),
-            "stage1_sal": stage1_sal,
-            "stage2_sal": stage2_sal,
-            "head": head,
-        }
-    )
+    return config(photos.seed, LEVELS, stage1_rounds=stage1_rounds, stage2_rounds=STAGE2_ROUNDS, head=head)
 
 
 def _report(found: Sequence[Mapping[str, Rows]]) -> str:

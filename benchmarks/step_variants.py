@@ -1,9 +1,10 @@
-"""The variants that `benchmarks.step` compares. Each is a training step on random images, in its own process.
+"""The variants that `benchmarks.step` compares. Each is a training step on random samples, in its own process.
 
-torch-whole        transformers + PEFT over the whole model, LoRA on all blocks: a federated client written in torch
-torch-suffix-{k}   transformers + PEFT over the last `k` blocks, from the cached hidden state
-{engine}-{k}       the engine of that name at level k, from the same cached state
-product            ONNX Runtime's product of two 2048 × 2048 matrices, for the speed of the machine
+torch-whole[-P][-compile]  transformers + PEFT over the whole model, LoRA on all blocks: a federated client in torch; in
+                           fp32, or P: `autocast` or `bf16` (see `benchmarks.torch_model.Precision`)
+torch-suffix[-bf16]-{k}    the same over the last `k` blocks of an image model, from the cached hidden state
+{engine}-{k}               the engine of that name at level k, from the same cached state
+product                    ONNX Runtime's product of two 2048 × 2048 matrices, for the speed of the machine
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from edge_runtime.engines.base import Batch
 from edge_runtime.engines.factory import open_engine
 from edge_runtime.engines.memory import peak_rss_mb
 from edge_runtime.training.loop import Targets
-from fedfmsl.protocol.bundle import ImagePreprocessing
 from fedfmsl.protocol.messages import EngineChoice, Training
 from fedfmsl.protocol.task_bundle import TaskBundle
 
 LEARNING_RATE = 1e-3
 PRODUCT_SIDE = 2048
 TURN_SECONDS = 0.5
+COMPILED = "-compile"
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,17 @@ class Variant:
 def make(name: str, setting: Setting) -> Variant:
     if name == "product":
         return _product(setting)
-    if name == "torch-whole":
-        return _torch(setting, level=None)
+    if name.startswith("torch-whole"):
+        return _torch_whole(setting, precision_of(name), compiled=name.endswith(COMPILED))
     kind, _, level = name.rpartition("-")
-    if kind == "torch-suffix":
-        return _torch(setting, int(level))
+    if kind.startswith("torch-suffix"):
+        return _torch_suffix(setting, int(level), precision_of(name))
     return _engine("ort-training" if kind == "ort-training" else "step-graph", setting, int(level))
+
+
+def precision_of(name: str) -> str:
+    """Name of the `benchmarks.torch_model.Precision` of a variant in torch."""
+    return "AUTOCAST" if "-autocast" in name else "BF16" if "-bf16" in name else "FP32"
 
 
 def _engine(choice: EngineChoice, setting: Setting, level: int) -> Variant:
@@ -79,46 +85,71 @@ def _engine(choice: EngineChoice, setting: Setting, level: int) -> Variant:
     return Variant(lambda: engine.step(batch), flops)
 
 
-def _torch(setting: Setting, level: int | None) -> Variant:
-    """The whole model on pixels, or its `level` last blocks on a hidden state."""
+def _torch_whole(setting: Setting, precision: str, compiled: bool) -> Variant:
+    """Pixels or tokens through the whole model."""
     import torch
-    from torch.utils.flop_counter import FlopCounterMode
 
-    from export.reference import add_lora
-    from export.weights import load_backbone
+    from benchmarks.torch_model import Precision, load_model, load_source
+    from export.reference import random_samples, torch_inputs
 
-    torch.set_num_threads(setting.threads)
     bundle = TaskBundle.load(setting.bundle)
-    manifest = bundle.manifest
-    assert isinstance(manifest.preprocessing, ImagePreprocessing)
-    dims, size = manifest.dims, manifest.preprocessing.size
-    source = load_backbone(setting.model, setting.weights, len(bundle.classes), size, None, setting.seed)
-    source.model.set_attn_implementation("sdpa")  # the default of transformers
-    model = add_lora(source, manifest.lora, level or dims.blocks, setting.seed)
-    model.train()
-    labels = torch.randint(0, len(bundle.classes), (setting.batch,))
-    pixels = torch.randn(setting.batch, 3, size, size)
-    hidden = torch.randn(setting.batch, dims.tokens, dims.hidden)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
-    backbone = source.backbone
+    torch.set_num_threads(setting.threads)
+    source = load_source(bundle, setting.model, setting.weights, setting.seed)
+    model = load_model(source, bundle, bundle.manifest.dims.blocks, Precision[precision], setting.seed)
+    preprocessing = bundle.manifest.preprocessing
+    samples = random_samples(source, preprocessing, setting.batch, np.random.default_rng(setting.seed))
+    inputs = torch_inputs(samples, preprocessing)
+    run = torch.compile(model) if compiled else model
+    return _torch_variant(
+        setting, Precision[precision], model, lambda: model(**inputs).logits, lambda: run(**inputs).logits
+    )
+
+
+def _torch_suffix(setting: Setting, level: int, precision: str) -> Variant:
+    """A hidden state through the last `level` blocks."""
+    import torch
+
+    from benchmarks.torch_model import Precision, load_model, load_source
+
+    bundle = TaskBundle.load(setting.bundle)
+    torch.set_num_threads(setting.threads)
+    source = load_source(bundle, setting.model, setting.weights, setting.seed)
+    model = load_model(source, bundle, level, Precision[precision], setting.seed)
+    backbone, dims = source.backbone, bundle.manifest.dims
+    states = torch.bfloat16 if Precision[precision] is Precision.BF16 else torch.float32
+    hidden = torch.randn(setting.batch, dims.tokens, dims.hidden, dtype=states)
     classify = torch.nn.Linear(dims.hidden, len(bundle.classes))
 
     def logits() -> Any:
-        if level is None:
-            return model(pixel_values=pixels).logits
         state = hidden
         for block in backbone.encoder.layer[-level:]:
             out = block(state)
             state = out[0] if isinstance(out, tuple) else out
-        return classify(backbone.layernorm(state)[:, 0])
+        return classify(backbone.layernorm(state)[:, 0].float())
 
-    def step() -> None:
+    return _torch_variant(setting, Precision[precision], model, logits, logits)
+
+
+def _torch_variant(
+    setting: Setting, precision: Any, model: Any, counted: Callable[[], Any], logits: Callable[[], Any]
+) -> Variant:
+    """Steps on `logits`, whose products are counted in `counted`: the counter does not see compiled ones."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    classes = len(TaskBundle.load(setting.bundle).classes)
+    labels = torch.randint(0, classes, (setting.batch,))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
+
+    def step(compute: Callable[[], Any] = logits) -> None:
         optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(logits(), labels).backward()
+        with precision.products():
+            loss = torch.nn.functional.cross_entropy(compute(), labels)
+        loss.backward()
         optimizer.step()
 
     with FlopCounterMode(display=False) as counter:
-        step()
+        step(counted)
     return Variant(step, counter.get_total_flops())
 
 

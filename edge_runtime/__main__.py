@@ -19,7 +19,7 @@ from edge_runtime.store import DeviceStore
 from fedfmsl.common.cli import application, print_json
 from fedfmsl.common.options import with_settings
 from fedfmsl.common.settings import read_settings
-from fedfmsl.errors import ConfigError
+from fedfmsl.errors import ConfigError, FedFMSLError
 from fedfmsl.protocol.messages import EngineChoice, Prediction
 
 if TYPE_CHECKING:
@@ -231,7 +231,8 @@ def rollback(
 ) -> None:
     """Use the personalized model from before the present one for predictions, at once and without the server.
 
-    The daemon may run. It adopts no new model until --undo. Updates for the run are not affected.
+    The daemon may run. It adopts no new model until --undo. Updates for the run are not affected. A personalized.onnx
+    is written again.
     """
     from edge_runtime.training import rollback as models
     from edge_runtime.training.stored_model import is_exported
@@ -241,7 +242,16 @@ def rollback(
     header = (models.undo if undo else models.roll_back)(store)
     console.print(f"predictions use the model of run {header.run}, round {header.round} now")
     if store.personalized.is_file() and not is_exported(store):
-        console.print(f"{store.personalized} is still another model; write it with python -m edge_runtime personalize")
+        from edge_runtime.inference.export_onnx import write_model  # needs the onnx package
+
+        try:
+            write_model(store, store.personalized)
+        except (FedFMSLError, OSError) as error:
+            raise ConfigError(
+                f"predictions use that model, but {store.personalized} is still another one ({error}); write it with "
+                "python -m edge_runtime personalize, with --bundle if the device was started with one"
+            ) from error
+        console.print(f"wrote {store.personalized}")
 
 
 @app.command(hidden=True)

@@ -111,6 +111,14 @@ class Settings(PredictSettings, LogSettings):
         json_schema_extra=SAMPLES,
     )
 
+    rehearse: int = Field(
+        0,
+        ge=0,
+        le=10_000,
+        description="Deleted samples of each class that training goes on with, so that the class is not forgotten. "
+        "Their hidden states stay in the feature cache; they tell much about a photo.",
+        json_schema_extra=SAMPLES,
+    )
     engine: EngineChoice = Field(
         "auto",
         description="Training engine. auto: onnxruntime-training if it is installed and the bundle supports it.",

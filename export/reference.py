@@ -68,17 +68,29 @@ def loss_and_gradient(
 ) -> tuple[float, Vector, Array]:
     """Mean cross-entropy, its gradient (P,) and the logits (B, C) of the whole model at `theta`."""
     with peft_model(source, lora, level, seed=0) as model:
-        state = {key: torch.from_numpy(array.copy()) for key, array in to_peft(peft, layout.split(theta)).items()}
-        set_peft_model_state_dict(model, state)
-        logits = model(**inputs).logits
-        loss = torch.nn.functional.cross_entropy(logits, labels)
-        loss.backward()
-        gradients = {
-            name.replace(".default", "").replace(".modules_to_save", ""): parameter.grad.numpy()
-            for name, parameter in model.named_parameters()
-            if parameter.requires_grad
-        }
-    return float(loss.detach()), layout.join(from_peft(peft, gradients)), logits.detach().numpy()
+        return model_gradient(model, peft, layout, theta, inputs, labels)
+
+
+def model_gradient(
+    model: Any,
+    peft: PeftSpec,
+    layout: Layout,
+    theta: Vector,
+    inputs: Mapping[str, torch.Tensor],
+    labels: torch.Tensor,
+) -> tuple[float, Vector, Array]:
+    """As `loss_and_gradient`, of a model with LoRA."""
+    state = {key: torch.from_numpy(array.copy()) for key, array in to_peft(peft, layout.split(theta)).items()}
+    set_peft_model_state_dict(model, state)
+    logits = model(**inputs).logits
+    loss = torch.nn.functional.cross_entropy(logits, labels)
+    loss.backward()
+    gradients = {
+        name.replace(".default", "").replace(".modules_to_save", ""): parameter.grad.numpy()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+    return float(loss.detach()), layout.join(from_peft(peft, gradients)), logits.detach().float().numpy()
 
 
 def torch_inputs(samples: Array, preprocessing: Preprocessing) -> dict[str, torch.Tensor]:

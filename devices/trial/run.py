@@ -72,20 +72,22 @@ def run_trial(settings: TrialSettings) -> None:
 
 
 def _with_model(settings: TrialSettings) -> TrialSettings:
-    """The default model is DINOv2 ViT-S/14, rebuilt once from the downloaded ONNX file."""
+    """The default model is DINOv2 ViT-S/14, rebuilt once from the downloaded ONNX file, with int8 weights."""
     if settings.model is not None:
-        return settings
+        return settings.model_copy(update={"precision": settings.precision or "fp32"})
+    precision = settings.precision or ("fp32" if settings.engine == "ort-training" else "int8")
     folder = ASSETS / "dinov2-s14"
     if not (folder / "model.safetensors").is_file():
         _python("export.rebuild", str(fetch(WEIGHTS)), str(folder))
     size = settings.image_size or IMAGE_SIZE
-    return settings.model_copy(update={"model": "dinov2-s14", "weights": str(folder), "image_size": size})
+    chosen = {"model": "dinov2-s14", "weights": str(folder), "image_size": size, "precision": precision}
+    return settings.model_copy(update=chosen)
 
 
 def _export_arguments(settings: TrialSettings, names: Path) -> list[str]:
     return [
         *("--model", str(settings.model), "--classes-file", str(names), "--levels", str(settings.levels)),
-        *("--seed", str(settings.seed), "--precision", settings.precision),
+        *("--seed", str(settings.seed), "--precision", str(settings.precision)),
         *(["--ort-training"] if settings.engine == "ort-training" else []),
         *(["--weights", settings.weights] if settings.weights else []),
         *(["--image-size", str(settings.image_size)] if settings.image_size else []),

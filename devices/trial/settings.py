@@ -80,7 +80,12 @@ class TrialSettings(AccessSettings):
     image_size: int | None = Field(
         None, ge=1, description="Pixels per side. Default: 140, or that of --model.", json_schema_extra=MODEL
     )
-    precision: Precision = Field("fp32", description="As for export.build.", json_schema_extra=MODEL)
+    precision: Precision | None = Field(
+        None,
+        description="As for export.build. Default: int8 for the default model, where it is as accurate and twice as "
+        "fast; else, and with --engine ort-training, fp32.",
+        json_schema_extra=MODEL,
+    )
     levels: int = Field(3, ge=1, description="Highest SAL level.", json_schema_extra=MODEL)
     engine: EngineChoice = Field(
         "auto",

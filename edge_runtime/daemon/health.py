@@ -43,6 +43,7 @@ class HealthReporter:
         self.rounds_done = 0  # since the start
         self.provider = ""  # see `describe_choice`
         self.run_finished = False  # before the loop knows the round
+        self.not_renewed = ""  # why the certificate is not; set in the thread of `Renewal`
         self._link = link
         self._topic = topics.health(name)
         self._store = store
@@ -52,6 +53,10 @@ class HealthReporter:
         self._seconds = seconds
         self._watchdog = Watchdog()
         self._due = 0.0
+
+    def renewal_failed(self, reason: str) -> None:
+        """`reason`: "" after a success."""
+        self.not_renewed = reason
 
     def ready(self) -> None:
         notify("READY=1")
@@ -78,7 +83,7 @@ class HealthReporter:
             return
         self._due = time.monotonic() + self._seconds
         now = {"activity": activity, "paused": paused, "rounds_done": self.rounds_done, "slowdown": slowdown}
-        now |= {"provider": self.provider, "refused": refused}
+        now |= {"provider": self.provider, "refused": refused, "not_renewed": self.not_renewed}
         now |= {"stage": Stage.FINISHED.value} if self.run_finished else {}
         lost = {"disconnected": outage.reason, "disconnected_since": outage.since, "rejected": outage.rejected}
         now |= {**lost, **self._measured()}
@@ -133,6 +138,8 @@ def _of_device(device: DeviceContext) -> Mapping[str, Any]:
         "cache": device.cache.used,
         "skipped": count_files(device.scanned.skipped),
         **device.scanned.sizes,
+        "new_samples": device.scanned.new,
+        "proposed": dict(device.scanned.proposed),
     }
 
 

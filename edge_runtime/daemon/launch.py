@@ -72,7 +72,9 @@ def launch(settings: Settings) -> None:
         if settings.authority and settings.identity == store.renewed.path:
             from edge_runtime.daemon.renewal import Renewal  # takes 8 MB of memory
 
-            resources.enter_context(Renewal(store.renewed, settings.authority, link.renew_identity))
+            resources.enter_context(
+                Renewal(store.renewed, settings.authority, link.renew_identity, health.renewal_failed)
+            )
         anew, daemon = False, Daemon(settings, link, topics, store, name, health)
         try:
             while _take_part(daemon, sensors, anew):
@@ -186,6 +188,7 @@ def _runner(daemon: Daemon, prepared: Prepared, control: StepControl) -> RoundRu
         settings.identity,
         settings.secure,
         settings.max_epsilon,
+        settings.rehearse,
     )
 
 

@@ -165,13 +165,14 @@ def wait_for_classes(daemon: Daemon, bundle: TaskBundle, folder: SampleFolder, e
             proposed=dict(error.proposed),
         )
         link.publish(topics.status(daemon.name), encode(status), retain=True)
+        heartbeat = partial(daemon.health.heartbeat, Activity.PAUSED, paused=str(error))
         until = time.monotonic() + SCAN_SECONDS
-        heard = receive_server_status(link, topics, SCAN_SECONDS, daemon.starting)
+        heard = receive_server_status(link, topics, SCAN_SECONDS, heartbeat)
         if heard is not None and heard.task != bundle.task.sha256:
             return
         while time.monotonic() < until:
             link.next_event(POLL_SECONDS)
-            daemon.starting()
+            heartbeat()
         try:
             folder.scan()
         except NothingToTrainError as again:

@@ -31,13 +31,21 @@ RETRY = Backoff(first=600.0, longest=6 * 3600.0, jitter=0.5)
 
 
 class Renewal:
-    """A thread that renews the identity in STATE/identity.pem. `renewed` is called, in that thread, with its path."""
+    """A thread that renews the identity in STATE/identity.pem. In that thread `renewed` is called with its path, and
+    `failed` with the reason of a failure, or with "" after a success."""
 
-    def __init__(self, store: IdentityStore, address: str, renewed: Callable[[Path], None]) -> None:
+    def __init__(
+        self,
+        store: IdentityStore,
+        address: str,
+        renewed: Callable[[Path], None],
+        failed: Callable[[str], None],
+    ) -> None:
         """`address`: HOST:PORT of the authority."""
         self._store = store
         self._address = address
         self._renewed = renewed
+        self._failed = failed
         self._failures = 0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="renewal", daemon=True)
@@ -67,9 +75,11 @@ class Renewal:
         except (FedFMSLError, OSError) as error:
             delay = RETRY.delay(self._failures, name)
             self._failures += 1
+            self._failed(str(error))
             logger.warning(f"the certificate is not renewed: {error}; trying again in {delay / 60:.0f} min")
             return delay
         self._failures = 0
+        self._failed("")
         assert later.valid is not None
         logger.info(f"renewed the certificate: {describe_expiry(later.valid[1].timestamp(), now, name)[0]}")
         return CHECK_SECONDS

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,7 @@ from edge_runtime.data.features import Report
 from edge_runtime.data.folder import SampleFolder
 from edge_runtime.data.ledger import open_ledger
 from edge_runtime.data.proposals import NothingToTrainError, describe_proposed
+from edge_runtime.data.rehearsal import with_rehearsal
 from edge_runtime.data.samples import SampleChangedError
 from edge_runtime.engines.memory import peak_rss_mb
 from edge_runtime.resources.throttle import LevelCapTracker, StepControl, WorkStoppedError
@@ -103,9 +104,11 @@ class RoundRunner:
         identity: Path | None = None,
         secure: Secure = Secure.OFF,
         max_epsilon: float | None = None,
+        rehearse: int = 0,
     ) -> None:
         """`scan_report` receives the progress of scans. `identity`: the file whose key signs keys of secure sums.
-        `secure`: what leaves the device with secure aggregation only. `max_epsilon`: its privacy budget.
+        `secure`: what leaves the device with secure aggregation only. `max_epsilon`: its privacy budget. `rehearse`:
+        how many deleted samples of each class training goes on with (`edge_runtime.data.rehearsal`).
         """
         self.device = device
         self.control = control
@@ -115,6 +118,7 @@ class RoundRunner:
         self._scan_report = scan_report
         self._identity = identity
         self._required = secure
+        self._rehearse = rehearse
         self._skipped: frozenset[SkippedFile] = frozenset()
         self._list_skipped()
         log_proposed(device.scanned.proposed)
@@ -194,8 +198,10 @@ class RoundRunner:
         if round_.secure:  # the level cap may have changed since
             device = replace(device, level_cap=self._secure.level(round_))
         global_values = read_globals(device.bundle, store.globals.read, round_)
+        # the baseline trains at levels of which deleted samples have no states
+        trained, device = device, self._with_rehearsal(device, round_, global_values)
         try:
-            result = STAGES[round_.stage](device, round_, global_values)
+            result = STAGES[round_.stage](trained if round_.stage is Stage.BASELINE else device, round_, global_values)
         except SampleChangedError as error:
             self._folder.forget(error.path)
             raise
@@ -216,6 +222,19 @@ class RoundRunner:
         if round_.stage in TRAINED:
             self._mark_trained(device, round_)
         return seconds
+
+    def _with_rehearsal(self, device: DeviceContext, round_: Round, published: Globals) -> DeviceContext:
+        """The device with deleted samples to train with."""
+        if not self._rehearse:
+            return device
+        level = device.level_of(published.expert) if published.expert.size else round_.level
+        with open_ledger(device.store.samples) as ledger:
+            kept = ledger.kept_for_rehearsal()
+        is_stored = partial(device.cache.has, level=level)
+        scanned = with_rehearsal(
+            device.scanned, kept, device.bundle.classes, self._rehearse, self._folder.path, is_stored
+        )
+        return replace(device, scanned=scanned)
 
     def _personalize_alone(self, finished: Round) -> float:
         """Personalizes this device from a finished run in which it took no part. It enters the run's session last, so
@@ -253,7 +272,9 @@ class RoundRunner:
 
     def _mark_trained(self, device: DeviceContext, round_: Round) -> None:
         with contextlib.suppress(OSError), open_ledger(device.store.samples) as ledger:  # a full disk: still new
-            ledger.mark_trained((sample.sha256 for sample in device.splits.train), round_.run)
+            names = {sample.sha256: device.bundle.classes[sample.label] for sample in device.splits.train}
+            ledger.mark_trained(names, round_.run)
+            ledger.keep_for_rehearsal(names if self._rehearse else {})
 
     def _write_update(self, round_: Round, result: StageResult, started: float, bytes_down: int) -> float:
         """Writes the update to the outbox. Returns the seconds since `started`."""

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from edge_runtime.daemon.lock import is_locked
 from edge_runtime.daemon.privacy_budget import describe_budget
+from edge_runtime.data.proposals import describe_proposed
 from edge_runtime.store import DeviceStore
 from edge_runtime.training.stored_model import read_personal_model, served_accuracy
 from fedfmsl.errors import BrokerError, InputError, RunError
@@ -70,6 +71,8 @@ def describe(health: Health, store: DeviceStore, now: float) -> Iterator[tuple[s
     ):
         if until:
             yield label, f"certificate of {who} valid {describe_expiry(until, now, who)[0]}"
+    if health.not_renewed:
+        yield "renewal", f"failed: {health.not_renewed}; the daemon tries again"
     if health.stage == Stage.FINISHED.value:
         waits = "; this device waits for a new run of this name" if _is_alive(health, now) else ""
         yield "round", f"the run has finished{waits}"
@@ -83,7 +86,10 @@ def describe(health: Health, store: DeviceStore, now: float) -> Iterator[tuple[s
         yield "provider", health.provider
     if budget := describe_budget(store.budget.read()):
         yield "privacy", budget
-    yield "samples", f"{health.train} train, {health.held_out} held-out, {health.test} test"
+    new = f" ({health.new_samples} new)" if health.new_samples else ""
+    yield "samples", f"{health.train} train{new}, {health.held_out} held-out, {health.test} test"
+    if health.proposed:
+        yield "proposes", f"new classes: {describe_proposed(health.proposed)}; the operator can add them to the run"
     yield "updates", f"{health.rounds_done} rounds done, {health.unacknowledged} updates not acknowledged yet"
     facts = [f"{health.temperature:.1f} °C"] if health.temperature is not None else []
     facts += ["on battery"] if health.on_battery else []

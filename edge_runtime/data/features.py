@@ -253,6 +253,11 @@ class Features(Generic[S_co]):
 class FeatureCache(Features[DiskCache]):
     """The features of a device, on its disk within a budget."""
 
+    def has(self, sample: Sample, level: int) -> bool:
+        """Whether a sample's state at the level and its pooled features are stored, so that its file is not needed."""
+        folders = self._folders(level)
+        return all(self._store.has(folders[name], sample.sha256) for name in (f"hidden_{level}", POOLED))
+
     def drop_unused(self) -> None:
         """Deletes the states above an expert's LoRA that were not used since the last call. Those of the frozen
         backbone and pooled features stay, because other levels come again."""

@@ -58,11 +58,17 @@ Pixels = NDArray[np.uint8]
 
 def decoders() -> str:
     """What decides which images can be read: the versions of the packages that decode them, and the memory for one."""
+    return f"{_versions()}, {MAX_BYTES} bytes"
+
+
+@cache
+def _versions() -> str:
+    """Of the packages of this process. To look for them takes as long as the scan of a small folder."""
     found = []
     for name in ("fedfmsl-edge", "pillow", "pillow-heif"):
         with suppress(PackageNotFoundError):
             found.append(f"{name} {version(name)}")
-    return f"{', '.join(found)}, {MAX_BYTES} bytes"
+    return ", ".join(found)
 
 
 @decoding()

@@ -1,5 +1,6 @@
 """The ledger of a device's samples, one SQLite file. It has the SHA-256 of each file, so that a restart reads no file
-again, and the split of each SHA-256, so that it never changes. It also knows which samples are new.
+again, and the split of each SHA-256, so that it never changes. It also knows which samples are new, and with --rehearse
+which ones are kept for it.
 """
 
 from __future__ import annotations
@@ -7,7 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from pathlib import Path
 
@@ -30,6 +31,8 @@ CREATE TABLE IF NOT EXISTS file_versions (
 CREATE TABLE IF NOT EXISTS slices (place INTEGER PRIMARY KEY, sha256 TEXT NOT NULL UNIQUE, slice TEXT NOT NULL);
 -- train samples that a round of stage 1 or 2 of `run` has used
 CREATE TABLE IF NOT EXISTS trained (sha256 TEXT PRIMARY KEY, run TEXT NOT NULL) WITHOUT ROWID;
+-- train samples of the last round with their classes, with --rehearse: what can be rehearsed when its file is gone
+CREATE TABLE IF NOT EXISTS rehearsal (place INTEGER PRIMARY KEY, sha256 TEXT NOT NULL UNIQUE, class TEXT NOT NULL);
 """
 
 
@@ -108,6 +111,23 @@ class Ledger:
     def trained(self, run: str) -> set[str]:
         """The SHA-256 of the samples that rounds of `run` have used."""
         return {sha256 for (sha256,) in self._db.execute("SELECT sha256 FROM trained WHERE run = ?", (run,))}
+
+    def keep_for_rehearsal(self, samples: Mapping[str, str]) -> None:
+        """Keeps the classes of these samples, by SHA-256, and forgets all others."""
+        with _full_disk_ignored(), self._db:
+            known = {sha256 for (sha256,) in self._db.execute("SELECT sha256 FROM rehearsal")}
+            self._db.executemany(
+                "DELETE FROM rehearsal WHERE sha256 = ?", [(sha256,) for sha256 in known - samples.keys()]
+            )
+            self._db.executemany(
+                "INSERT INTO rehearsal (sha256, class) VALUES (?, ?) ON CONFLICT (sha256) DO UPDATE SET class ="
+                " excluded.class WHERE class != excluded.class",
+                samples.items(),
+            )
+
+    def kept_for_rehearsal(self) -> list[tuple[str, str]]:
+        """SHA-256 and class of the samples that `keep_for_rehearsal` has kept, the latest first."""
+        return self._db.execute("SELECT sha256, class FROM rehearsal ORDER BY place DESC").fetchall()
 
     def _forget_absent(self, present: set[str]) -> None:
         """Forgets the splits that were assigned first, if more than ABSENT are of contents that are not `present`."""

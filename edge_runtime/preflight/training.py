@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from edge_runtime.daemon.download import fetch_manifest
 from edge_runtime.data.folder import SampleFolder, largest
 from edge_runtime.data.inputs import reader_of
+from edge_runtime.data.proposals import NothingToTrainError, describe_proposed
 from edge_runtime.data.sample_reader import SampleReader
 from edge_runtime.engines.factory import open_engine
 from edge_runtime.preflight.context import Context, Finding, format_size
@@ -64,10 +65,20 @@ def check_samples(settings: Settings, context: Context) -> Iterator[Finding]:
     reader = SampleReader(reader_of(context.bundle))
     scratch = DeviceStore(context.scratch)
     most = largest_extent(settings.memory)
-    splits = SampleFolder(settings.images, context.bundle, scratch, settings.labels, reader, most).scan()
+    folder = SampleFolder(settings.images, context.bundle, scratch, settings.labels, reader, most)
+    try:
+        splits = folder.scan()
+    except NothingToTrainError as error:
+        if not error.proposed:
+            raise
+        waits = f"the daemon proposes {describe_proposed(error.proposed)} and waits until one of them is added"
+        yield Finding("samples", f"{error}; {waits}", warning=True)
+        return
     _, context.largest = largest(splits.samples, reader.kind)
     classes = len({sample.label for sample in splits.samples})
     yield Finding("samples", f"{len(splits.samples)} {reader.kind.noun}s of {classes} classes in {settings.images}")
+    if splits.proposed:
+        yield Finding("proposes", f"new classes: {describe_proposed(splits.proposed)}", warning=True)
     missed = [each for each in splits.skipped if not each.is_leftover]
     leftovers = [each for each in splits.skipped if each.is_leftover]
     for group in (missed, leftovers):

@@ -260,6 +260,7 @@ class Health(Message):
     `provider`: the execution provider in use, and why not another. `disconnected`: why there is no connection to the
     broker, `disconnected_since`: since when (unix seconds), `rejected`: because the broker refuses the certificate.
     `certificate_until` and `broker_certificate_until`: when they expire (unix seconds); 0 if there is none.
+    `not_renewed`: why the last try to renew the certificate failed. `new_samples` and `proposed`: as in DeviceStatus.
     `refused`: what the broker seems to refuse. `epsilon`: the privacy budget of all its runs at δ = 1e-5; None if it
     has sent no update with noise, or also some without.
     """
@@ -288,6 +289,8 @@ class Health(Message):
     train: Count = 0
     held_out: Count = 0
     test: Count = 0
+    new_samples: Count = 0
+    proposed: dict[ProposedName, Count] = Field(default={}, max_length=MAX_PROPOSED)
     skipped: Count = 0
     unacknowledged: Count = 0
     rounds_done: Count = 0
@@ -298,6 +301,7 @@ class Health(Message):
     rejected: bool = False
     certificate_until: Amount = 0
     broker_certificate_until: Amount = 0
+    not_renewed: Text = ""
 
 
 class Prediction(Message):
@@ -358,6 +362,7 @@ class Ack(Message):
 
 
 M = TypeVar("M", bound=Message)
+_FIELDS: dict[type[Message], set[str]] = {}
 
 
 def parse(message_type: type[M], payload: bytes) -> M:
@@ -365,9 +370,17 @@ def parse(message_type: type[M], payload: bytes) -> M:
     if len(payload) > message_type.max_bytes:
         raise MessageError(f"{message_type.__name__} of {len(payload)} bytes: more than {message_type.max_bytes}")
     try:
-        return message_type.model_validate_json(payload)
+        return compact(message_type.model_validate_json(payload))
     except ValidationError as error:
         raise MessageError(f"not a valid {message_type.__name__}: {first_error(error)}") from None
+
+
+def compact(message: M) -> M:
+    """The message in half of the memory: all messages of a type share pydantic's set of the fields that were given. It
+    is used nowhere, and a message is never changed."""
+    fields = _FIELDS.setdefault(type(message), set(type(message).model_fields))
+    object.__setattr__(message, "__pydantic_fields_set__", fields)
+    return message
 
 
 def first_error(error: ValidationError) -> str:

@@ -12,7 +12,7 @@ import pytest
 from support.bundles import Built, with_names
 from support.coordinators import plan_for
 from support.night_fleet import Killed, NightFleet, WallClock
-from support.processes import RUN_SECONDS, Observer, Processes
+from support.processes import RUN_SECONDS, Observer, Processes, wait_until
 from support.samples import write_device_photos
 
 from edge_runtime.store import DeviceStore
@@ -128,13 +128,14 @@ def test_a_fleet_learns_over_three_nights(
             assert (task.version, task.classes) == (2, ("apple", "kiwi", "lemon"))
 
             clock.move_to(12)
-            since = observer.catch_up()
             fleet.start_device("d2")
+            wait_until(lambda: fleet.task_of("d2") == task.sha256, "d2 has caught up", RUN_SECONDS)
+            since = observer.catch_up()
             for name, photos in (("d2", {"apple": 8}), ("d0", {"kiwi": 24})):
                 write_device_photos(fleet.photos(name), photos, seed=20)
                 observer.wait(
                     DeviceStatus,
-                    lambda s, name=name: s.device == name and s.online and s.new_samples > 0,
+                    lambda s, name=name: s.device == name and s.online and not s.paused and s.new_samples > 0,
                     f"{name} is online, and has new photos",
                     since,
                     RUN_SECONDS,

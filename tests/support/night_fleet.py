@@ -133,6 +133,10 @@ class NightFleet:
         settings = read_settings(Settings, flags=values, environment=False)
         self.devices[name] = Thread(partial(launch.launch, settings))
 
+    def task_of(self, name: str) -> str:
+        """SHA-256 of the task that the device takes part with; "" while it prepares."""
+        return self.loops[name]._runner.device.bundle.task.sha256 if name in self.loops else ""
+
     def stop_device(self, name: str) -> None:
         self.loops.pop(name)._stop = Stop()
         assert self.devices[name].end() is None

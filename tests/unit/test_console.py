@@ -3,6 +3,7 @@ in tests/integration/test_console_in_chromium.py."""
 
 from __future__ import annotations
 
+import html
 import io
 import re
 import resource
@@ -33,7 +34,8 @@ from trainer_server.coordinator.operator import Action, Operation
 from trainer_server.storage.kept_experts import KeptExperts
 from trainer_server.storage.observations import DeviceView, Observations, ServerView, read_observations
 from trainer_server.storage.operations import Operations
-from trainer_server.storage.run_store import LoggedEvent, Origin, RefusalCount, RunStore
+from trainer_server.storage.origin import Origin
+from trainer_server.storage.run_store import LoggedEvent, RefusalCount, RunStore
 
 HOSTILE = "<script>alert(1)</script>"
 
@@ -103,15 +105,19 @@ def test_several_runs_and_a_new_one_are_found(vit: Built, tmp_path: Path) -> Non
     assert states == [("good", "finished"), ("warn", "waiting for devices"), ("bad", "failed")]
 
 
-def test_a_run_that_waits_for_devices_says_for_which(vit: Built, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("field", "text", "word"),
+    [
+        ("waits", "2 devices must answer and 1 can. Missing: b (offline)", "waiting for devices"),
+        ("rests", "until 2026-11-27 22:00 (--schedule 22:00-06:00)", "rests"),
+    ],
+)
+def test_a_run_that_waits_or_rests_says_for_what(vit: Built, tmp_path: Path, field: str, text: str, word: str) -> None:
     folder = stored_run(tmp_path / "r", vit, devices=2, rounds=1)
-    waits = ServerView(seen=time.time(), waits="2 devices must answer and 1 can. Missing: b (offline)")
-    Observations(folder).save(waits, {})
+    Observations(folder).save(ServerView(seen=time.time()).model_copy(update={field: text}), {})
     with open_console(folder) as site:
         page = ask(site, path_of(folder))[1]
-    assert (
-        "waiting for devices" in page and "The run waits: 2 devices must answer and 1 can. Missing: b (offline)" in page
-    )
+    assert f">{word}</small>" in page and f"The run {field}: {text}." in page
 
 
 def test_the_state_of_a_device_has_its_reason(vit: Built, tmp_path: Path) -> None:
@@ -192,6 +198,30 @@ def test_an_action_is_confirmed_and_then_waits_for_the_server(vit: Built, tmp_pa
             {"round": "x"},
         ):
             assert ask(site, path, form={**form, **wrong})[0] == 400
+
+
+def test_proposed_classes_are_shown_and_added(vit: Built, tmp_path: Path) -> None:
+    """Names come from devices. The server shows when it adds one."""
+    names = {HOSTILE: 3, 'a, "b"': 2, "quince": 7, "apple": 9}
+    folder = stored_run(tmp_path / "shops", vit, devices=2, rounds=1)
+    observations = Observations(folder)
+    observations.save(ServerView(seen=time.time(), adds=("quince",)), {"x": status("x", proposed=names)})
+    observations.close()
+    with open_console(folder) as site:
+        path = path_of(folder)
+        text = ask(site, path)[1]
+        assert HOSTILE not in text and "apple</bdi></th>" not in text
+        assert "is added after the present round" in text
+        (link, _) = sorted(re.findall(r'href="([^"]*action=classes[^"]*)"', text), key=len)
+        confirm = ask(site, html.unescape(link))[1]
+        assert "Add a, &#34;b&#34; after the present round?" in confirm
+        (value,) = re.findall(r'name="classes" value="([^"]*)"', confirm)
+        form = {"csrf": csrf_of(confirm), "action": "classes", "round": "0"}
+        assert ask(site, f"{path}action", form={**form, "classes": html.unescape(value)})[0] == 303
+        (waiting,) = (operation for _, operation in Operations(folder).waiting())
+        assert waiting == Operation(action=Action.CLASSES, classes=('a, "b"',), by="127.0.0.1")
+        for wrong in ("", '"', "unknown", "a/../b"):
+            assert ask(site, f"{path}action", form={**form, "classes": wrong})[0] == 400
 
 
 def test_the_page_of_a_round_offers_to_return_to_its_global_expert_if_it_is_kept(vit: Built, tmp_path: Path) -> None:

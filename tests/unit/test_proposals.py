@@ -18,7 +18,7 @@ from edge_runtime.data.proposals import NothingToTrainError
 from edge_runtime.resources.governor import Readings
 from edge_runtime.settings import Settings
 from edge_runtime.store import DeviceStore
-from fedfmsl.protocol.messages import DeviceStatus, ServerStatus, encode, parse
+from fedfmsl.protocol.messages import Activity, DeviceStatus, ServerStatus, encode, parse
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.link import Link, Received
 
@@ -62,3 +62,5 @@ def test_a_device_with_new_classes_only_proposes_them_until_it_can_train(daemon:
     status = daemon.link.statuses[0]
     assert status.proposed == {"fig": 3}
     assert "no images to train on" in status.error
+    shown = daemon.health.newest
+    assert shown is not None and shown.activity is Activity.PAUSED and "no images to train on" in shown.paused

@@ -74,13 +74,15 @@ def test_a_certificate_of_which_a_third_is_left_is_renewed_with_a_new_key(
     enrollment: Enrollment, configured: Path, store: IdentityStore, address: str, tmp_path: Path
 ) -> None:
     used: list[Path] = []
-    ours = Renewal(store, address, used.append)
+    reasons: list[str] = []
+    ours = Renewal(store, address, used.append, reasons.append)
     before, now = read_identity(store.path), NOW.timestamp()
     assert ours.step(due(before) - DAY) == renewal.CHECK_SECONDS
     assert ours.step(due(before) - 5.0) == pytest.approx(5.0)
     assert not used
     ours.step(now)
     after = read_identity(store.path)
+    assert reasons == [""]
     assert used == [store.path] and store.path.stat().st_mode & 0o777 == 0o600 and not store.next_key.exists()
     assert after.name == "kitchen" and after.valid and after.valid[1] > NOW + timedelta(days=IDENTITY_DAYS - 2)
     assert after.authorities == before.authorities and key_in(store.path) != key_in(configured)
@@ -120,7 +122,7 @@ def test_a_revoked_device_is_not_renewed_and_tries_again_later(
     enrollment: Enrollment, store: IdentityStore, address: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     enrollment.fleet.revoke(["kitchen"])
-    ours, before = Renewal(store, address, lambda path: None), store.path.read_bytes()
+    ours, before = Renewal(store, address, lambda path: None, lambda reason: None), store.path.read_bytes()
     delays = [ours.step(NOW.timestamp()) for _ in range(8)]
     assert delays[0] < 1000 and renewal.RETRY.longest <= delays[-1] <= 1.5 * renewal.RETRY.longest
     assert "kitchen has no valid certificate: it was revoked" in caplog.messages[0]
@@ -131,12 +133,15 @@ def test_an_authority_that_does_not_answer_is_named(
     store: IdentityStore, caplog: pytest.LogCaptureFixture, enrollment: Enrollment
 ) -> None:
     address = f"127.0.0.1:{free_port()}"
-    ours = Renewal(store, address, lambda path: None)
+    reasons: list[str] = []
+    ours = Renewal(store, address, lambda path: None, reasons.append)
     ours.step(NOW.timestamp())
+    assert f"no answer from the authority at {address}" in reasons[0]
     assert f"the certificate is not renewed: no answer from the authority at {address}" in caplog.text
     unanswered = store.next_key.read_text()
     with serve(enrollment, address, lambda line: None):
         ours.step(NOW.timestamp())
+    assert reasons[1] == ""
     assert key_in(store.path) == unanswered.strip()
     assert len(serials_of(enrollment.fleet.issued("kitchen").read_bytes())) == 2
 
@@ -146,13 +151,13 @@ def test_a_crash_after_the_answer_leaves_no_key_that_is_used_again(
 ) -> None:
     present = key_in(store.path)
     store.next_key.write_text(present + "\n")  # the process ended before it was removed
-    Renewal(store, address, lambda path: None).step(NOW.timestamp())
+    Renewal(store, address, lambda path: None, lambda reason: None).step(NOW.timestamp())
     assert key_in(store.path) != present
 
 
 def test_the_thread_renews_at_its_start(store: IdentityStore, address: str) -> None:
     renewed = threading.Event()
-    with Renewal(store, address, lambda path: renewed.set()):
+    with Renewal(store, address, lambda path: renewed.set(), lambda reason: None):
         assert renewed.wait(60.0)
 
 

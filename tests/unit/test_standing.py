@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from trainer_server.coordinator.limits import Limits
 from trainer_server.coordinator.operator import Action, Operation
 from trainer_server.coordinator.standing import Standing
 from trainer_server.service.lifecycle import make_plan, open_run, restore_state
+from trainer_server.service.rest import Rest
 from trainer_server.storage.kept_experts import KeptExperts
 
 DAY = 86_400.0
@@ -130,6 +133,27 @@ def test_every_counts_from_the_begin_of_the_session_before(vit: Built, tmp_path:
     server.wall += DAY + 60
     server.night()
     assert server.state.standing.due(limits, server.wall) == begun + 2 * DAY + 60
+
+
+def test_the_log_says_what_the_next_session_waits_for(
+    vit: Built, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    server = opened(vit, tmp_path / "run", schedule=(), every="24h", min_new=5)
+    rest = Rest(lambda: server.wall)
+    server.night()
+    server.sees("a", new_samples=2)
+    until = datetime.fromtimestamp(server.wall + DAY).isoformat(" ", "minutes")
+    assert (rest.look(server.state), rest.text) == (True, f"until {until} (--every 24h)")
+    server.wall += DAY
+    assert (rest.look(server.state), rest.text) == (False, "2 new labelled samples, fewer than --min-new 5")
+    server.sees("b", new_samples=3)
+    assert (rest.look(server.state), rest.text) == (False, "")
+    assert [record.message for record in caplog.records if "rests" in record.message] == [
+        f"the run rests: until {until} (--every 24h)",
+        "the run rests: 2 new labelled samples, fewer than --min-new 5",
+        "the run rests no more",
+    ]
 
 
 def test_a_class_that_is_added_during_a_session_does_not_move_the_next_one() -> None:

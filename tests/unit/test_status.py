@@ -70,6 +70,14 @@ def test_after_a_finished_run_it_says_what_the_device_waits_for_and_predicts_wit
         check_alive(health.model_copy(update={"activity": Activity.STOPPED}), tmp_path)
 
 
+def test_it_shows_new_samples_proposed_classes_and_a_renewal_that_failed(tmp_path: Path) -> None:
+    known = {"train": 12, "new_samples": 3, "proposed": {"fig": 5}, "not_renewed": "it was revoked"}
+    health = Health(device="kitchen", started=1, time=time.time(), activity=Activity.WAITING, **known)
+    shown = dict(describe(health, DeviceStore(tmp_path), time.time()))
+    assert shown["samples"].startswith("12 train (3 new), ") and "fig (5)" in shown["proposes"]
+    assert shown["renewal"] == "failed: it was revoked; the daemon tries again"
+
+
 def test_a_device_whose_certificate_is_refused_fails(tmp_path: Path) -> None:
     health = Health(device="kitchen", started=1, time=time.time(), activity=Activity.WAITING, disconnected="timed out")
     check_alive(health, tmp_path)

@@ -7,7 +7,6 @@ import sqlite3
 import tempfile
 import zipfile
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import closing
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,6 +20,7 @@ from starlette.routing import Route
 
 from fedfmsl.common.whole_folder import read_folder
 from fedfmsl.errors import ConfigError, RunError
+from fedfmsl.protocol.class_names import normal_form, split_names
 from fedfmsl.web.access import Access
 from fedfmsl.web.application import application, fragment, page
 from fedfmsl.web.stream import stream
@@ -29,7 +29,6 @@ from trainer_server.console.snapshot import RunReader, Runs, Snapshot
 from trainer_server.coordinator.operator import Action, Operation
 from trainer_server.storage.kept_experts import KeptExperts
 from trainer_server.storage.operations import Operations
-from trainer_server.storage.run_store import RunStore
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +48,8 @@ QUESTIONS = {
     Action.DEADLINE: "Change the round deadline to {seconds:g} seconds, also of the present round?",
     Action.ROLLBACK: "Return to the global expert that round {round} has made? The updates of the present round do not "
     "count. After stage 1, stage 2 begins again.",
+    Action.CLASSES: "Add {classes} after the present round? Devices take it up without a restart, and a class is never "
+    "removed within a run.",
     Action.DOWNLOAD: "Download the global expert as a PEFT adapter?",
 }
 Values = Callable[[Request, Snapshot], Mapping[str, Any]]
@@ -129,6 +130,7 @@ def _overview_values(request: Request, snapshot: Snapshot) -> Mapping[str, Any]:
         "down": sum(summary.bytes_down for summary, _ in snapshot.closed),
         "budgets": views.privacy_budgets(snapshot),
         "charts": views.charts(snapshot),
+        "proposed": views.proposed(snapshot),
         "has_expert": (snapshot.folder / EXPERT).is_dir(),
         "refused": sum(each.count for counts in snapshot.refusals.values() for each in counts),
     }
@@ -139,23 +141,13 @@ async def _overview(request: Request) -> Response:
         return {
             **_overview_values(request, snapshot),
             "settings": views.settings(snapshot),
-            "classes": _classes(snapshot),
         }
 
     return await _show(request, "overview.html", values)
 
 
 async def _live_overview(request: Request) -> Response:
-    return await _live(request, _overview_values, "facts", "missing", "charts", "actions")
-
-
-def _classes(snapshot: Snapshot) -> tuple[str, ...]:
-    """The names of the run's classes; none if its folder cannot be read."""
-    try:
-        with closing(RunStore(snapshot.folder)) as store:
-            return store.task().classes
-    except (RunError, ConfigError):
-        return ()
+    return await _live(request, _overview_values, "facts", "missing", "proposed", "charts", "actions")
 
 
 # devices
@@ -283,7 +275,9 @@ async def _action(request: Request) -> Response:
             request,
             "confirm.html",
             run=snapshot,
-            question=QUESTIONS[operation.action].format(**operation.model_dump()),
+            question=QUESTIONS[operation.action].format(
+                **{**operation.model_dump(), "classes": ", ".join(operation.classes)}
+            ),
             operation=operation,
         )
     archive = await run_in_threadpool(_archive, snapshot) if operation.action is Action.DOWNLOAD else None
@@ -301,11 +295,14 @@ async def _action(request: Request) -> Response:
 def _operation(form: Mapping[str, str], by: str, name: str) -> Operation:
     fields = {name: form[name] for name in ("action", "device", "round", "seconds") if form.get(name)}
     try:
-        operation = Operation.model_validate({**fields, "by": by, "name": name})
-    except ValidationError as error:
+        classes = tuple(map(normal_form, split_names(form.get("classes", ""))))
+        operation = Operation.model_validate({**fields, "classes": classes, "by": by, "name": name})
+    except (ValidationError, ConfigError) as error:
         raise HTTPException(400, "This is no action, or one of its values is not possible.") from error
     if operation.action in (Action.EXCLUDE, Action.INCLUDE) and not operation.device:
         raise HTTPException(400, "Name a device.")
+    if operation.action is Action.CLASSES and not operation.classes:
+        raise HTTPException(400, "Name a class.")
     if operation.action is Action.DEADLINE and operation.seconds < 1:
         raise HTTPException(400, "A round lasts at least a second.")
     return operation

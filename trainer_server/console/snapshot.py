@@ -22,7 +22,8 @@ from trainer_server.storage import observations
 from trainer_server.storage.checkpoint import Checkpoint
 from trainer_server.storage.observations import DeviceView, ServerView, read_observations
 from trainer_server.storage.operations import Operations
-from trainer_server.storage.run_store import DATABASE, Origin, RefusalCount, RunStore
+from trainer_server.storage.origin import Origin
+from trainer_server.storage.run_store import DATABASE, RefusalCount, RunStore
 
 BUSY_SECONDS = 2.0
 FRESH_SECONDS = 0.2  # between two looks at a folder
@@ -35,7 +36,7 @@ class Snapshot:
     """A run at one moment. `left_out`, `silent`: by device, until which round; the latter of secure sums only.
     `took_part`: by device, in how many of the `trained` training rounds. `counts`: see `RunStore.closed_counts`.
     `waiting`: actions that the server has not carried out. `outage`: since when and why the server has no connection
-    to the broker."""
+    to the broker. `classes`: of the present session; none if they cannot be read."""
 
     key: str
     folder: Path
@@ -56,6 +57,7 @@ class Snapshot:
     refusals: Mapping[str, Sequence[RefusalCount]] = field(default_factory=dict)
     waiting: Sequence[Operation] = ()
     outage: tuple[float, str] = (0.0, "")
+    classes: tuple[str, ...] = ()
 
     @property
     def is_running(self) -> bool:
@@ -167,10 +169,18 @@ class RunReader:
                 refusals=refusals,
                 waiting=[operation for _, operation in Operations(self.folder).waiting() if operation],
                 outage=store.outage(),
+                classes=last.classes or _classes(store),
             )
         if server is not None:
             self._since = server.seen
         return snapshot
+
+
+def _classes(store: RunStore) -> tuple[str, ...]:
+    try:
+        return store.task().classes
+    except RunError:
+        return ()
 
 
 class Runs:

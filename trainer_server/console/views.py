@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any, TypeVar
 
+from fedfmsl.protocol.class_names import joined_names
 from fedfmsl.protocol.messages import Activity, Round, Stage
 from trainer_server.console.snapshot import Snapshot
 from trainer_server.coordinator.privacy_budget import NoisedRounds, privacy_budget
+from trainer_server.coordinator.proposals import Proposal, proposals
 from trainer_server.coordinator.records import ClosedRound, RoundSummary
 from trainer_server.storage.observations import DeviceView
 
@@ -165,6 +167,12 @@ def missing(snapshot: Snapshot) -> list[tuple[str, str]]:
     return found
 
 
+def proposed(snapshot: Snapshot) -> list[Proposal]:
+    """The classes that devices propose, those of most devices first."""
+    statuses = [view.status for view in snapshot.devices.values() if view.status is not None]
+    return proposals(snapshot.classes, statuses, snapshot.excluded)
+
+
 def names(snapshot: Snapshot, search: str = "", only: str = "") -> list[str]:
     """The devices in the order of their names: those whose names contain `search` and whose state is `only`."""
     wanted = search.casefold()
@@ -311,6 +319,7 @@ def metrics_of(record: ClosedRound) -> list[str]:
 
 
 FILTERS: Mapping[str, Callable[..., str]] = {
+    "line": joined_names,
     "moment": moment,
     "number": number,
     "percent": percent,

@@ -84,7 +84,8 @@ def suspects(plan: Plan, state: State) -> frozenset[str]:
 
 def _outliers(plan: Plan, state: State) -> dict[str, float]:
     """The agreements of the devices whose updates do not enter the average of the round."""
-    found = {name: each for name, each in sorted(state.agreements.items()) if name in state.answered}
+    answered = state.answered
+    found = {name: each for name, each in sorted(state.agreements.items()) if name in answered}
     if plan.config.aggregation.rule is not Rule.SCREENED_MEAN:
         return {}
     kept = agreeing([*found.values()])

@@ -164,7 +164,7 @@ class Plan:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Accepted:
     """Header of an accepted update, SHA-256 of its blob, bytes on the wire, L2 norm of what it trained."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Container
 
 from fedfmsl.errors import MessageError
-from fedfmsl.protocol.messages import Activity, DeviceStatus, Health, Update, parse
+from fedfmsl.protocol.messages import Activity, DeviceStatus, Health, Update, compact, parse
 from fedfmsl.protocol.tensors import unpack
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.link import Received
@@ -67,4 +67,4 @@ class Decoder:
         update, tensors = unpack(upload.blob, Update)
         if (update.device, update.round) != source:
             raise MessageError(f"the update inside is of {update.device!r}, round {update.round}")
-        return UpdateSeen(update, tensors, upload.sha256, upload.size)
+        return UpdateSeen(compact(update), tensors, upload.sha256, upload.size)

@@ -1,0 +1,108 @@
+"""Deleted samples that training goes on with, with --rehearse."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.bundles import Built
+from support.in_process_daemon import make_daemon, no_report
+from support.samples import CLASSES
+from support.training_contexts import announced_round, initial_globals
+
+from edge_runtime.daemon.round_runner import RoundRunner
+from edge_runtime.data.folder import SampleFolder
+from edge_runtime.data.ledger import open_ledger
+from fedfmsl.protocol.messages import Globals, Round, Stage, Update
+from fedfmsl.protocol.tensors import blob_hash, pack, unpack
+
+GONE = CLASSES[0]
+
+
+class Device:
+    """A device with --rehearse that computes rounds of stage 1."""
+
+    def __init__(self, built: Built, photos: Path, folder: Path, rehearse: int) -> None:
+        self.photos = shutil.copytree(photos, folder / "photos")
+        self.bundle, self.round = built.bundle, 0
+        self._daemon = make_daemon(built, self.photos, folder / "state")
+        self.start(rehearse)
+
+    def start(self, rehearse: int) -> None:
+        device, before = self._daemon.device, self._daemon.runner
+        samples = SampleFolder(self.photos, self.bundle, device.store, run="r")
+        self.runner = RoundRunner(device, samples, before.control, before.tracker, no_report, rehearse=rehearse)
+
+    def train(self, level: int = 1, stage: Stage = Stage.GLOBAL) -> Update:
+        """The header of the update of the next round."""
+        store, named = self.runner.device.store, {}
+        values = initial_globals(self.bundle, level)
+        for kind in ("expert", "start", "gate"):
+            layout = self.bundle.gate if kind == "gate" else self.bundle.expert
+            blob = pack(Globals(run="r", kind=kind), layout.split(getattr(values, kind)))
+            store.globals.write(blob)
+            named[kind] = blob_hash(blob)
+        self.round += 1
+        round_ = Round.model_validate({**announced_round(stage, level, round=self.round, **named).model_dump()})
+        self.runner.scan()
+        self.runner.run(round_, bytes_down=0)
+        blob_ = store.outbox.read(self.round)
+        assert blob_ is not None
+        return unpack(blob_, Update)[0]
+
+    def delete(self, name: str) -> None:
+        for path in self.photos.rglob(f"{name}/*"):
+            path.unlink()
+
+    def kept(self) -> Counter[str]:
+        """How many samples the ledger keeps, by class."""
+        with open_ledger(self.runner.device.store.samples) as ledger:
+            return Counter(name for _, name in ledger.kept_for_rehearsal())
+
+
+@pytest.mark.parametrize(("rehearse", "kept"), [(0, 0), (1, 1), (100, None)])
+def test_training_goes_on_with_deleted_samples(
+    vit: Built, photos: Path, tmp_path: Path, rehearse: int, kept: int
+) -> None:
+    device = Device(vit, photos, tmp_path, rehearse)
+    first = device.train()
+    labels = [device.bundle.classes[sample.label] for sample in device.runner.device.splits.train]
+    before = Counter(labels)
+    assert before[GONE] > 1
+    device.delete(GONE)
+    expected = before[GONE] if kept is None else kept
+    for _ in range(2):  # and on
+        assert device.train().samples == first.samples - before[GONE] + expected
+        assert device.kept()[GONE] == expected
+    device.runner.device.cache.evict_all()  # the files cannot be read again
+    assert device.train().samples == first.samples - before[GONE]
+    assert device.kept()[GONE] == 0
+
+
+def test_rehearsal_that_is_switched_off_forgets_the_samples(vit: Built, photos: Path, tmp_path: Path) -> None:
+    device = Device(vit, photos, tmp_path, rehearse=2)
+    device.train()
+    device.delete(GONE)
+    device.train()
+    gone = {sha256 for sha256, name in _ledger(device) if name == GONE}
+    device.start(rehearse=0)
+    device.train()
+    assert not _ledger(device)
+    stored = {path.name for path in device.runner.device.store.cache.rglob("*")}
+    assert gone and not gone & stored
+
+
+def _ledger(device: Device) -> list[tuple[str, str]]:
+    with open_ledger(device.runner.device.store.samples) as ledger:
+        return ledger.kept_for_rehearsal()
+
+
+def test_a_higher_level_uses_the_states_that_were_computed_ahead(vit: Built, photos: Path, tmp_path: Path) -> None:
+    device = Device(vit, photos, tmp_path, rehearse=100)
+    first = device.train(level=1)
+    device.delete(GONE)
+    assert device.train(level=2).samples == first.samples
+    assert np.isfinite(device.train(level=2, stage=Stage.PERSONAL).metrics["held_out_mofm"])
