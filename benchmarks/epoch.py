@@ -19,12 +19,14 @@ import typer
 from PIL import Image
 
 from benchmarks.local_rounds import Seconds, Setting
+from benchmarks.machine import describe_machine
 from benchmarks.step import bundle_of
 from fedfmsl.common.cli import application
 from fedfmsl.errors import RunError
 from fedfmsl.protocol.bundle import Bundle
 
 SIDE = 256  # pixels of the random images, before resizing
+TORCH = {"torch": "torch + PEFT, fp32", "torch-bf16": "torch + PEFT, bf16"}  # sides of `benchmarks.local_rounds`
 
 app = application()
 
@@ -59,17 +61,21 @@ def epoch(
             results[f"edge, {Bundle.load(root).manifest.precision}"] = _row(
                 _run("edge", Setting(str(root), *common, rounds, *schedule)), 1.0
             )
-        measured = _run("torch", Setting(str(folders[0]), *common, rounds[:torch_rounds], *schedule))
-        results["torch + PEFT"] = _row(measured, len(rounds) / torch_rounds)
-    theirs = results["torch + PEFT"]["total"]
+        for side, name in TORCH.items():
+            measured = _run(side, Setting(str(folders[0]), *common, rounds[:torch_rounds], *schedule))
+            results[name] = _row(measured, len(rounds) / torch_rounds)
+    theirs = [results[name]["total"] for name in TORCH.values()]
+    machine = describe_machine(threads or os.cpu_count() or 1)
+    print(f"{machine['processor']}, {machine['features']}, without {machine['missing_features']}")
     print(f"{images} images, {len(rounds)} rounds of {epochs} epochs at levels {levels}; ", end="")
     print(f"torch ran {torch_rounds} of the rounds, scaled to {len(rounds)}\n")
-    print("| | features, s | training, s | evaluation, s | total, s | × torch | peak MB |")
-    print("|---|---|---|---|---|---|---|")
+    print("| | features, s | training, s | evaluation, s | total, s | × torch fp32 | × best torch | peak MB |")
+    print("|---|---|---|---|---|---|---|---|")
     for name, row in results.items():
-        row["times_faster"] = theirs / row["total"]
+        row["times_faster"], row["times_best_torch"] = theirs[0] / row["total"], min(theirs) / row["total"]
         parts = " | ".join(f"{row[part]:.1f}" for part in ("features", "training", "evaluation", "total"))
-        print(f"| {name} | {parts} | {row['times_faster']:.1f} | {row['peak_rss_mb']:.0f} |")
+        ratios = f"{row['times_faster']:.1f} | {row['times_best_torch']:.1f}"
+        print(f"| {name} | {parts} | {ratios} | {row['peak_rss_mb']:.0f} |")
     if out:
         out.write_text(json.dumps(results, indent=1) + "\n")
 

@@ -1,7 +1,8 @@
-"""The local computation of a device in some rounds of stage 1, in two variants, with a process for each.
+"""The local computation of a device in some rounds of stage 1, in three variants, with a process for each.
 
-    edge     this project: features of new images once, epochs on cached states, evaluation on held-out images
-    torch    transformers + PEFT over the whole model, with decoded images in memory: a federated client in torch
+    edge          this project: features of new images once, epochs on cached states, evaluation on held-out images
+    torch         transformers + PEFT over the whole model, with decoded images in memory: a federated client in torch
+    torch-bf16    the same with frozen weights and products in bf16
 
 `benchmarks.epoch` starts this module. It prints the seconds of each part as JSON.
 """
@@ -11,7 +12,9 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,11 +87,12 @@ def edge(setting: Setting) -> Seconds:
     return spent
 
 
-def torch(setting: Setting) -> Seconds:
+def torch(setting: Setting, kind: str = "FP32") -> Seconds:
+    """`kind`: the name of a `benchmarks.torch_model.Precision`."""
     import torch
 
-    from export.reference import add_lora, torch_inputs
-    from export.weights import load_backbone
+    from benchmarks.torch_model import Precision, load_model, load_source
+    from export.reference import torch_inputs
 
     torch.set_num_threads(setting.threads)
     bundle, spent = TaskBundle.load(Path(setting.bundle)), Seconds()
@@ -96,9 +100,8 @@ def torch(setting: Setting) -> Seconds:
     preprocessing = manifest.preprocessing
     assert isinstance(preprocessing, ImagePreprocessing)
     train_on, held_out = _split(setting, len(bundle.classes))
-    source = load_backbone(setting.model, setting.weights, len(bundle.classes), preprocessing.size, None, setting.seed)
-    source.model.set_attn_implementation("sdpa")  # the default of transformers
-    model = add_lora(source, manifest.lora, manifest.dims.blocks, setting.seed)
+    source, precision = load_source(bundle, setting.model, setting.weights, setting.seed), Precision[kind]
+    model = load_model(source, bundle, manifest.dims.blocks, precision, setting.seed)
     started = time.perf_counter()
     reader = reader_for(preprocessing)
     pixels = {s.sha256: reader.load(s.path) for s in (*train_on, *held_out)}
@@ -117,12 +120,14 @@ def torch(setting: Setting) -> Seconds:
                 samples = [train_on[index] for index in chosen]
                 optimizer.zero_grad()
                 labels = torch.from_numpy(labels_of(samples))
-                torch.nn.functional.cross_entropy(model(**batch(samples)).logits, labels).backward()
+                with precision.products():
+                    loss = torch.nn.functional.cross_entropy(model(**batch(samples)).logits, labels)
+                loss.backward()
                 optimizer.step()
         spent.training += time.perf_counter() - started
         started = time.perf_counter()
         model.eval()
-        with torch.inference_mode():
+        with torch.inference_mode(), precision.products():
             for start in range(0, len(held_out), setting.batch):
                 model(**batch(held_out[start : start + setting.batch]))
         spent.evaluation += time.perf_counter() - started
@@ -137,6 +142,11 @@ def _split(setting: Setting, classes: int) -> tuple[list[Sample], list[Sample]]:
 
 
 if __name__ == "__main__":
-    spent = {"edge": edge, "torch": torch}[sys.argv[1]](Setting(**json.loads(sys.argv[2])))
+    sides: dict[str, Callable[[Setting], Seconds]] = {
+        "edge": edge,
+        "torch": torch,
+        "torch-bf16": partial(torch, kind="BF16"),
+    }
+    spent = sides[sys.argv[1]](Setting(**json.loads(sys.argv[2])))
     spent.peak_rss_mb = peak_rss_mb()
     print(json.dumps(asdict(spent)))

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from fnmatch import fnmatch
 from pathlib import Path
@@ -30,6 +31,7 @@ from fedfmsl.protocol.bundle import Bundle, TextPreprocessing
 
 LEVELS = (1, 2, 4, 8, 12)
 WHOLE = (REFERENCE, *(f"{REFERENCE}{kind}" for kind in ("-autocast", "-bf16", "-compile", "-bf16-compile")))
+SET_UP_AT_ONCE = 2  # processes; compilation and imports use one core each
 PRECISIONS = {"FP32": "fp32", "AUTOCAST": "bf16 products", "BF16": "bf16 weights and products"}
 TOKENIZER = Path("bundles") / "benchmark-tokenizer.json"
 
@@ -74,7 +76,8 @@ def step(
     asked = [each for each in [*planned, *engines] if any(fnmatch(each[0], pattern) for pattern in patterns)]
     reason = why_not_compiled()
     missing = {name: reason for name, _, _ in asked if reason and name.endswith(COMPILED)}
-    workers = [Worker(*each) for each in asked if each[0] not in missing]
+    with ThreadPoolExecutor(SET_UP_AT_ONCE) as pool:
+        workers = [*pool.map(lambda each: Worker(*each), [each for each in asked if each[0] not in missing])]
     turns = take_turns(workers, rounds)
     found = gradient_cosines(folders, settings[0], chosen)
     rows = rows_of(turns, {worker.name: worker.flops for worker in workers}, precisions, found)
@@ -94,7 +97,7 @@ def _suffixes(bundle: Path, levels: Sequence[int]) -> list[str]:
     """Variants on cached hidden states in torch. A text's padding is not in its hidden state as torch has it."""
     if isinstance(Bundle.load(bundle).manifest.preprocessing, TextPreprocessing):
         return []
-    return [f"torch-suffix{kind}-{k}" for kind in ("", "-bf16") for k in levels]
+    return [f"torch-suffix-{k}" for k in levels] + [f"torch-suffix-bf16-{k}" for k in levels if k <= 2]
 
 
 def why_not_compiled() -> str:

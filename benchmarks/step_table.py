@@ -77,11 +77,11 @@ def table(results: Mapping[str, Any]) -> str:
     lines += [_line(_cells(name, row, rows.get(REFERENCE))) for name, row in rows.items()]
     lines += [f"\n`{name}` is missing: {reason}." for name, reason in results["missing"].items()]
     machine = results["machine"]
-    packages = ", ".join(f"{name} {number}" for name, number in machine["packages"].items())
+    packages = "".join(f", {name} {number}" for name, number in machine["packages"].items())
     lacks = f", without {', '.join(machine['missing_features'])}" if machine["missing_features"] else ""
     lines += [
         f"\nMeasured on {results['date']}, {machine['threads']} threads of {machine['processor']}, with "
-        f"{', '.join(machine['features'])}{lacks}; {packages}."
+        f"{', '.join(machine['features'])}{lacks}{packages}."
     ]
     return "\n".join(lines)
 

@@ -116,7 +116,8 @@ def _torch_suffix(setting: Setting, level: int, precision: str) -> Variant:
     source = load_source(bundle, setting.model, setting.weights, setting.seed)
     model = load_model(source, bundle, level, Precision[precision], setting.seed)
     backbone, dims = source.backbone, bundle.manifest.dims
-    hidden = torch.randn(setting.batch, dims.tokens, dims.hidden)
+    states = torch.bfloat16 if Precision[precision] is Precision.BF16 else torch.float32
+    hidden = torch.randn(setting.batch, dims.tokens, dims.hidden, dtype=states)
     classify = torch.nn.Linear(dims.hidden, len(bundle.classes))
 
     def logits() -> Any:
