@@ -1,10 +1,10 @@
 """python -m benchmarks.crowd: ten thousands of devices on one MQTT connection, without a model.
 
 For numbers of devices whose connections one machine cannot hold beside broker and server. Each device has its own
-topics, retained status and update, and computes itself whether a round asks it; connection and process are shared. Its
-values are one of PROTOTYPES random updates. At most `--window` updates are on their way at a time, so that the messages
-wait in the devices, as with devices that need different times. An update without an acknowledgement is sent again.
-Prints the counts as JSON when the run has finished.
+topics, retained status, heartbeat and update, and computes itself whether a round asks it; connection and process are
+shared. Its values are one of PROTOTYPES random updates. At most `--window` updates are on their way at a time, so that
+the messages wait in the devices, as with devices that need different times. An update without an acknowledgement is
+sent again. Prints the counts as JSON when the run has finished.
 """
 
 from __future__ import annotations
@@ -28,7 +28,20 @@ from fedfmsl.algorithms.arrays import Tensors
 from fedfmsl.common.cli import application
 from fedfmsl.errors import BrokerError, MessageError
 from fedfmsl.protocol.chunks import chunks
-from fedfmsl.protocol.messages import Ack, DeviceStatus, Round, ServerStatus, Stage, Update, Verdict, encode, parse
+from fedfmsl.protocol.messages import (
+    HEALTH_SECONDS,
+    Ack,
+    Activity,
+    DeviceStatus,
+    Health,
+    Round,
+    ServerStatus,
+    Stage,
+    Update,
+    Verdict,
+    encode,
+    parse,
+)
 from fedfmsl.protocol.task_bundle import TaskBundle
 from fedfmsl.protocol.tensors import pack
 from fedfmsl.protocol.topics import Topics
@@ -47,6 +60,7 @@ class Crowd:
         self.tally = Tally()
         self._bundle, self._topics, self._names, self._window = bundle, Topics(run), names, window
         self._chunk_bytes = 0  # as the server's status says
+        self._started, self._heartbeats = time.monotonic(), 0
         self._greets = False
         self._announced: Round | None = None
         self._prototypes: list[tuple[Update, Tensors]] = []
@@ -74,6 +88,7 @@ class Crowd:
             overdue = [device for device, due in self._sent.items() if now >= due] if self._sent else []
             for device in overdue:
                 self._send(device, now)
+            self._send_heartbeats(now)
             while self._waiting and len(self._sent) < self._window:
                 self._send(self._waiting.popleft(), now)
         self._publish_statuses(online=False)
@@ -86,6 +101,15 @@ class Crowd:
             self._client.publish(self._topics.status(name), encode(status), QOS, retain=True)
             while self._client.want_write():
                 self._client.loop_write()
+
+    def _send_heartbeats(self, now: float) -> None:
+        """Heartbeats of the devices, one after the other, so that each has one in HEALTH_SECONDS."""
+        due = int((now - self._started) * len(self._names) / HEALTH_SECONDS)
+        for number in range(self._heartbeats, due):
+            name = self._names[number % len(self._names)]
+            health = Health(device=name, time=time.time(), started=0, activity=Activity.WAITING)
+            self._client.publish(self._topics.health(name), encode(health), QOS, retain=True)
+        self._heartbeats = due
 
     def _on_message(self, client: paho.Client, data: object, message: paho.MQTTMessage) -> None:
         topic, payload = message.topic, bytes(message.payload)

@@ -20,7 +20,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import psutil
 import typer
 
@@ -127,7 +126,6 @@ def load(
     rounds: int = typer.Option(10, min=1, help="Rounds of stage 1."),
     server: list[str] = typer.Option([], help="Additional argument of the server; may be repeated."),
     shared: bool = typer.Option(False, help="All devices share one connection (`benchmarks.crowd`)."),
-    plot: Path | None = typer.Option(None, help="Picture to write, like docs/load.png."),
     work: Path | None = typer.Option(None, help="Folder for bundle, broker and runs. Default: a temporary folder."),
 ) -> None:
     """Measure round time and resources of the server, by number of devices."""
@@ -135,7 +133,7 @@ def load(
         counts = [int(count) for count in devices.split(",")]
     except ValueError as error:
         raise ConfigError(f"--devices {devices!r} is not a list of numbers like 10,100,1000") from error
-    allow_files(max(counts) + SPARE_FILES)  # mosquitto inherits the limit
+    allow_files(SPARE_FILES + (0 if shared else max(counts)))  # mosquitto inherits the limit
     with tempfile.TemporaryDirectory() as scratch:
         folder = work or Path(scratch)
         bundle = layout_bundle(folder / "bundle")
@@ -144,8 +142,6 @@ def load(
             console.print(f"{count} devices", style="bold")
             results.append(measure(folder, bundle.root, count, rounds, server, shared))
     _show(results)
-    if plot is not None:
-        _plot(results, plot)
 
 
 def measure(
@@ -235,21 +231,6 @@ def _show(results: Sequence[Measured]) -> None:
     print(f"\nServer's peak memory, {results[-1].devices} devices to {results[0].devices}: {last / first:.2f} times.")
     share = busiest[1].cpu_seconds / results[-1].wall
     print(f"Busiest at {results[-1].devices} devices: {busiest[0]}, {share:.0%} of one core over the run.")
-
-
-def _plot(results: Sequence[Measured], path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(6, 4), dpi=150)
-    counts = [result.devices for result in results]
-    axes.loglog(counts, [result.mean for result in results], "o-", label="mean")
-    axes.loglog(counts, [max(result.rounds) for result in results], "v:", label="longest")
-    axes.set_xlabel("devices")
-    axes.set_ylabel("seconds per round")
-    axes.set_title(f"Updates of {results[0].size / 1e3:.0f} KB, mosquitto, {os.cpu_count()} cores", fontsize=10)
-    axes.grid(True, which="both", alpha=0.3)
-    axes.legend()
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
 
 
 if __name__ == "__main__":

@@ -329,7 +329,9 @@ def _act(state: State) -> tuple[State, list[Command]]:
     if not _is_for_this_device(state, announced) or not required_globals(announced) <= state.stored:
         return state, []
     anew = state.session not in ("", announced.session)
-    what = f"run {announced.run!r} was started anew (session {announced.session})"
+    goes_on = announced.round > state.last_started  # round numbers go on in the next session of a run
+    what = "goes on" if goes_on else "was started anew"
+    what = f"run {announced.run!r} {what} (session {announced.session})"
     if state.run not in ("", announced.run):
         what = f"this device changed from run {state.run!r} to {announced.run!r}"
     log = f"{what}; starting with round {announced.round}"

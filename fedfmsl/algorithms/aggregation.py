@@ -29,7 +29,7 @@ FLOAT_BYTES = 4
 SORT_BYTES = 4 * 1024 * 1024  # memory for the values that a robust rule keeps or sorts at a time
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Contribution:
     """One client update. `read` returns its first `size` values. `agreement`: that of the device's former rounds, for
     `ScreenedMean`; None of a new one. `owner`: its device, if a round may have several of one; "": nobody else's.

@@ -21,7 +21,8 @@ from trainer_server.coordinator.advance import advance
 from trainer_server.coordinator.events import ClockTicked, Event, StatusSeen, StoreRound, UpdateSeen
 from trainer_server.coordinator.state import Key, State, initial_state
 from trainer_server.service.lifecycle import make_plan
-from trainer_server.storage.run_store import DATABASE, LoggedEvent, Origin, RunStore
+from trainer_server.storage.origin import Origin
+from trainer_server.storage.run_store import DATABASE, LoggedEvent, RunStore
 
 DEVICES = device_names(3)
 SAL = Sal(CapabilityQueue(3, 0.02), max_level=1)

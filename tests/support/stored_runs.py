@@ -12,7 +12,8 @@ from support.bundles import Built
 from support.coordinators import RULE, plan_for
 from trainer_server.coordinator.records import ClosedRound
 from trainer_server.storage.observations import Observations, ServerView
-from trainer_server.storage.run_store import Origin, RunStore
+from trainer_server.storage.origin import Origin
+from trainer_server.storage.run_store import RunStore
 
 ANSWERING = 20  # devices in the records of rounds, so that a long run is soon written
 

@@ -34,7 +34,8 @@ from trainer_server.coordinator.operator import Action, Operation
 from trainer_server.storage.kept_experts import KeptExperts
 from trainer_server.storage.observations import DeviceView, Observations, ServerView, read_observations
 from trainer_server.storage.operations import Operations
-from trainer_server.storage.run_store import LoggedEvent, Origin, RefusalCount, RunStore
+from trainer_server.storage.origin import Origin
+from trainer_server.storage.run_store import LoggedEvent, RefusalCount, RunStore
 
 HOSTILE = "<script>alert(1)</script>"
 

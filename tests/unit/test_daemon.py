@@ -298,6 +298,8 @@ def test_a_run_that_is_started_anew_is_logged() -> None:
         Log("run 'r' was started anew (session s2); starting with round 1"),
         Work(round_(1, session="s2")),
     ]
+    _, (log, _) = drive([OTHER_SESSION, RoundSeen(round_(4, session="s2")), Idle()], state)
+    assert log == Log("run 'r' goes on (session s2); starting with round 4")
     _, (log, _) = drive([OTHER_SESSION, RoundSeen(round_(1, session="s2")), Idle()], device(session="s", run="other"))
     assert log == Log("this device changed from run 'other' to 'r'; starting with round 1")
 

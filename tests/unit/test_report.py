@@ -22,7 +22,8 @@ from fedfmsl.protocol.messages import Round, Stage, Training, Update
 from fedfmsl.protocol.task import TASK, Task
 from trainer_server.config import RunConfig
 from trainer_server.coordinator.records import ClosedRound
-from trainer_server.storage.run_store import Origin, RunStore
+from trainer_server.storage.origin import Origin
+from trainer_server.storage.run_store import RunStore
 
 SECONDS = {"export": 30.0, "fleet_evaluation": 3.0, "total": 100.0}
 KEYS = {

@@ -17,7 +17,7 @@ from support.tools import not_tested
 from fedfmsl.errors import ConfigError
 from trainer_server.coordinator.events import StoreRound
 from trainer_server.coordinator.records import ClosedRound
-from trainer_server.storage.run_store import Origin as RunOrigin
+from trainer_server.storage.origin import Origin as RunOrigin
 from trainer_server.storage.run_store import RunStore
 from trainer_server.tracking import sinks
 from trainer_server.tracking.sinks import Origin, Sink

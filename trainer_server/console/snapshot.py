@@ -22,7 +22,8 @@ from trainer_server.storage import observations
 from trainer_server.storage.checkpoint import Checkpoint
 from trainer_server.storage.observations import DeviceView, ServerView, read_observations
 from trainer_server.storage.operations import Operations
-from trainer_server.storage.run_store import DATABASE, Origin, RefusalCount, RunStore
+from trainer_server.storage.origin import Origin
+from trainer_server.storage.run_store import DATABASE, RefusalCount, RunStore
 
 BUSY_SECONDS = 2.0
 FRESH_SECONDS = 0.2  # between two looks at a folder

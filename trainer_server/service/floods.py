@@ -18,7 +18,7 @@ SPARE_BYTES, SPARE_MESSAGES = 4_000_000, 1000  # also allowed
 SWEEP_SECONDS = 20.0  # between two looks for retained messages of a device that is ignored
 
 
-@dataclass
+@dataclass(slots=True)
 class _Waste:
     size: int = 0
     messages: int = 0

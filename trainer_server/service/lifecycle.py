@@ -32,7 +32,8 @@ from trainer_server.service.loop import Service
 from trainer_server.service.run_log import LOG_BYTES, log_to_folder
 from trainer_server.service.start_from import read_start
 from trainer_server.service.stored import differing_settings
-from trainer_server.storage.run_store import DATABASE, LoggedEvent, Origin, RunStore, require_folder
+from trainer_server.storage.origin import Origin
+from trainer_server.storage.run_store import DATABASE, LoggedEvent, RunStore, require_folder
 from trainer_server.tracking.tracker import Tracker
 
 logger = logging.getLogger(__name__)

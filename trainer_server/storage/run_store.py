@@ -54,7 +54,9 @@ from trainer_server.coordinator.records import ClosedRound, RoundSummary
 from trainer_server.coordinator.state import TRAINING, State
 from trainer_server.coordinator.warm_start import WarmStart
 from trainer_server.storage.checkpoint import Checkpoint, vectors_of
-from trainer_server.storage.start_record import Start, StartOrigin, warm_start_of
+from trainer_server.storage.database import SCHEMA, check_version, is_readable, open_database
+from trainer_server.storage.origin import Origin
+from trainer_server.storage.start_record import Start, warm_start_of
 from trainer_server.storage.update_files import Place, UpdateFiles
 
 DATABASE = "run.sqlite"
@@ -64,77 +66,6 @@ OUTAGE = "outage.json"
 CERTIFICATES = "certificates.json"
 BUSY_SECONDS = 10.0
 DETAILS = 500_000  # headers of updates in the records of rounds, of about 400 bytes each; older records have none
-SCHEMA = """
-CREATE TABLE IF NOT EXISTS run (origin TEXT NOT NULL, ended TEXT);
--- AUTOINCREMENT: a number is never used again, also after the events before a checkpoint were deleted
-CREATE TABLE IF NOT EXISTS events (
-    seq INTEGER PRIMARY KEY AUTOINCREMENT, at REAL NOT NULL, kind TEXT NOT NULL, body TEXT NOT NULL,
-    sha256 TEXT, size INTEGER
-);
--- where the blobs of updates are
-CREATE TABLE IF NOT EXISTS blobs (
-    sha256 TEXT PRIMARY KEY, file INTEGER NOT NULL, start INTEGER NOT NULL, size INTEGER NOT NULL
-) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS checkpoints (
-    seq INTEGER PRIMARY KEY, at REAL NOT NULL, state TEXT NOT NULL, sha256 TEXT NOT NULL
-);
-CREATE TABLE IF NOT EXISTS rounds (
-    round INTEGER PRIMARY KEY, closed_at REAL NOT NULL, record TEXT NOT NULL, summary TEXT NOT NULL
-);
--- closed rounds whose records are deleted: how many of each stage were `repeated` (1) or not (0)
-CREATE TABLE IF NOT EXISTS deleted_rounds (
-    stage TEXT NOT NULL, repeated INTEGER NOT NULL, count INTEGER NOT NULL, PRIMARY KEY (stage, repeated)
-);
-CREATE TABLE IF NOT EXISTS refusals (
-    device TEXT NOT NULL, kind TEXT NOT NULL, count INTEGER NOT NULL, last TEXT NOT NULL, PRIMARY KEY (device, kind)
-);
-"""
-
-
-class First(BaseModel):
-    """What the first session of a run was started with. `source`: the folder of --from."""
-
-    session: str
-    task: str
-    source: str | None
-
-
-class Origin(BaseModel):
-    """What the present session of a run was started with. `config`: of the whole run. `bundle`: the bundle's folder.
-    `sha256`: the bundle's hash. `task`: the task's. `start`: what it goes on from; None if it starts afresh.
-    `stage1_rounds`: of this session, if there is a choice. `before`: of the first session, if it is another one."""
-
-    config: RunConfig
-    session: str
-    bundle: Path
-    sha256: str
-    task: str
-    start: StartOrigin | None = None
-    stage1_rounds: int | None = None
-    before: First | None = None
-
-    @property
-    def first(self) -> First:
-        source = self.start.source if self.start else None
-        return self.before or First(session=self.session, task=self.task, source=source)
-
-    @property
-    def session_config(self) -> RunConfig:
-        """What the coordinator follows in this session."""
-        rounds = self.stage1_rounds
-        return self.config if rounds is None else self.config.model_copy(update={"stage1_rounds": rounds})
-
-    @property
-    def spent_before(self) -> dict[str, float]:
-        """The sums of μ² of earlier runs, by observer."""
-        return dict(self.start.mu_squared or {}) if self.start else {}
-
-    @property
-    def uncounted(self) -> str:
-        """What the privacy budget does not count of earlier runs; "" if it counts all."""
-        if self.start is None or self.config.privacy is None or self.start.mu_squared is not None:
-            return ""
-        return f"ε counts this run only: what was sent for {self.first.source} had no noise, or is unknown"
 
 
 @dataclass(frozen=True)
@@ -178,7 +109,7 @@ class RunStore:
         """
         require_folder(folder)
         path = folder / DATABASE
-        if not _readable(folder):
+        if not is_readable(folder):
             raise RunError(f"this user may not read {folder}; run the command as the server's user")
         if not path.is_file():
             raise RunError(f"no run at {folder}: {DATABASE} is missing; start one with python -m trainer_server start")
@@ -186,10 +117,10 @@ class RunStore:
         self.updates = UpdateFiles(self.tensors)
         self._verified: set[str] = set()  # SHA-256 of blobs of updates that this process has read
         try:
-            self._db = _opened(path, busy_seconds)
+            self._db = open_database(path, busy_seconds)
             self._db.execute("PRAGMA synchronous = FULL")
             (origin, self.ended) = self._db.execute("SELECT origin, ended FROM run").fetchone()
-            _check_version(path, origin)
+            check_version(path, origin)
             self.origin = Origin.model_validate_json(origin)
             new = "SELECT summary, count, start FROM rounds, deleted_rounds, blobs LIMIT 0"  # not in earlier versions
             self._db.execute(new)
@@ -648,25 +579,6 @@ class RunStore:
         return [RefusalCount(*row) for row in rows]
 
 
-def _opened(path: Path, busy_seconds: float) -> sqlite3.Connection:
-    """A database in a folder that this user may not write to, as a backup, is read as it is: SQLite would make files
-    beside it. Raises RunError if it has changes that are in such a file only."""
-    if os.access(path.parent, os.W_OK):
-        return sqlite3.connect(path, timeout=busy_seconds, isolation_level=None)
-    log = path.with_name(f"{path.name}-wal")
-    if log.is_file() and log.stat().st_size:
-        raise RunError(
-            f"this user may not write to {path.parent}, and {log.name} has changes that are not in {path.name} yet; "
-            "run the command as the server's user, or on a copy that can be written"
-        )
-    return sqlite3.connect(f"{path.absolute().as_uri()}?immutable=1", uri=True, isolation_level=None)
-
-
-def _readable(folder: Path) -> bool:
-    """Whether this user may read a folder. True if it does not exist."""
-    return not folder.exists() or os.access(folder, os.R_OK | os.X_OK)
-
-
 def require_folder(folder: Path) -> None:
     """Raises ConfigError if `folder` is a file."""
     if folder.is_file():
@@ -700,13 +612,3 @@ def _write_start(folder: Path, start: Start | None) -> None:
     """Raises OSError."""
     if start:
         write_atomically(folder / "tensors" / start.origin.sha256, start.blob, durable=True)
-
-
-def _check_version(path: Path, origin: str) -> None:
-    """Raises RunError for a run whose bundle held its class list."""
-    stored = json.loads(origin)
-    if isinstance(stored, dict) and "sha256" in stored and "task" not in stored:
-        raise RunError(
-            f"{path} is a run of an earlier version, without a task; export its bundle again with python -m "
-            "export.build, and start a new run with another --out"
-        )
