@@ -17,6 +17,7 @@ import typer
 from numpy.typing import NDArray
 
 from edge_runtime.engines.base import Batch
+from edge_runtime.engines.openvino import OPENVINO
 from edge_runtime.engines.runtime import onnxruntime
 from edge_runtime.engines.sessions import CPU, open_session, run
 from edge_runtime.engines.step_graph import StepGraphEngine
@@ -34,18 +35,20 @@ BATCH = 16
 def main(
     bundle: Path = typer.Option(help="Bundle folder, like bundles/benchmark-vit-b16-fp32."),
     levels: str = typer.Option("1,2,4,12", help="Levels to measure, separated by commas."),
+    threads: int = typer.Option(0, min=0, help="0: one per core."),
     repeats: int = typer.Option(10, min=3, help="Measured turns of each computation."),
     seed: int = typer.Option(0, help="Seed of the samples."),
 ) -> None:
-    """Print a Markdown table. Times are medians; errors are relative to the CPU's results in the Euclidean norm."""
+    """Print a Markdown table. Times are medians; errors are relative to the CPU's results in the Euclidean norm.
+    The cosine to them is that of the whole result, or for a step the least one of the head and of each block."""
     loaded = TaskBundle.load(bundle)
     chosen = [level for level in map(int, levels.split(",")) if level <= loaded.manifest.levels]
     console.print(f"onnxruntime {onnxruntime.__version__}, {loaded.manifest.model}, batches of {BATCH}")
-    print("| provider | computation | ms | × cpu | error | gradient cosine |\n|---|---|---|---|---|---|")
+    print("| provider | computation | ms | × cpu | error | cosine |\n|---|---|---|---|---|---|")
     reference: dict[str, tuple[float, NDArray[Any]]] = {}
     for provider in sorted(offered_providers(), key=lambda name: name != CPU):
         try:
-            named = list(computations(loaded, provider, chosen, seed))
+            named = list(computations(loaded, provider, chosen, threads, seed))
         except BundleError as reason:
             console.print(f"{provider}: {reason}")
             continue
@@ -55,19 +58,21 @@ def main(
             if provider == CPU:
                 reference[name] = milliseconds, result
             before, expected = reference[name]
+            parts = [at for at in loaded.expert.parts.values() if at.stop <= result.size]
+            similarities = [cosine(result[at], expected[at]) for at in parts if name.startswith("step")]
             row = [
                 provider,
                 name,
                 f"{milliseconds:.2f}",
                 f"{before / milliseconds:.1f}",
                 f"{relative_error(result, expected):.1e}",
-                f"{cosine(result, expected):.7f}",
+                f"{min(similarities, default=cosine(result, expected)):.7f}",
             ]
             print(f"| {' | '.join(row)} |")
 
 
 def computations(
-    bundle: TaskBundle, provider: str, levels: list[int], seed: int
+    bundle: TaskBundle, provider: str, levels: list[int], threads: int, seed: int
 ) -> Iterator[tuple[str, Callable[[], NDArray[Any]]]]:
     """Names and computations of one provider. Each returns one vector: pooled features, or a gradient."""
     dims = bundle.manifest.dims
@@ -75,24 +80,25 @@ def computations(
     samples = random_inputs(bundle, BATCH, rng)
     hidden = rng.standard_normal((BATCH, dims.tokens, dims.hidden), np.float32)
     batch = Batch.cross_entropy(hidden, rng.integers(0, len(bundle.classes), BATCH), len(bundle.classes))
-    session = open_session(bundle, "features.onnx", 0, provider=provider)
+    session = open_session(bundle, "features.onnx", threads, provider=provider)
     yield "features", lambda: run(session, ["pooled"], samples)[0].ravel()
     for level in levels:
         initial = bundle.initial()[0][: bundle.expert.size(level)]
         theta = initial + SPREAD * np.random.default_rng(level).standard_normal(initial.size, np.float32)
-        engine = StepGraphEngine(bundle, provider=provider)
+        engine = StepGraphEngine(bundle, threads, provider=provider)
         engine.load(level)
         engine.set(theta)
         yield f"step, level {level}", lambda engine=engine: engine.gradient(batch)[1]  # type: ignore[misc]
         (inputs,) = batch.micro_batches(BATCH)
-        step = open_session(bundle, f"step-{level}.onnx", 0, provider=provider)
+        step = open_session(bundle, f"step-{level}.onnx", threads, provider=provider)
         yield (
             f"step, level {level}, one micro-batch",
             lambda step=step, inputs=inputs, theta=theta: run(  # type: ignore[misc]
                 step, ["loss", "gradient"], {**inputs, "theta": theta}
             )[1],
         )
-        yield f"step, level {level}, bound", bound(step, {**inputs, "theta": theta}, provider)
+        if provider != OPENVINO:
+            yield f"step, level {level}, bound", bound(step, {**inputs, "theta": theta}, provider)
 
 
 def bound(session: Any, inputs: dict[str, NDArray[Any]], provider: str) -> Callable[[], NDArray[Any]]:

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 from numpy.typing import NDArray
 
+from edge_runtime.engines.openvino import OPENVINO, OpenVinoSession, offers_openvino
 from edge_runtime.engines.runtime import onnxruntime
 from fedfmsl.algorithms.arrays import Floats
 from fedfmsl.common.onnx_runtime import keep_int8_exact
@@ -15,6 +16,7 @@ from fedfmsl.errors import BundleError
 from fedfmsl.protocol.bundle import Bundle
 
 CPU = "cpu"
+ON_PROCESSOR = (CPU, OPENVINO)  # providers that compute in the memory and with the caches of the processor
 PROVIDER_OPTIONS = {"CUDAExecutionProvider": {"use_tf32": "0"}}  # TF32 keeps 10 bits; states agree with the CPU's
 
 UNAVAILABLE = ("the installed ONNX Runtime has no execution provider", "ONNX Runtime cannot start")  # errors begin so
@@ -31,9 +33,15 @@ def open_session(
 
 def open_model(path: Path, threads: int, prepack: bool = True, provider: str = CPU) -> InferenceSession:
     """A session of an ONNX file. `threads` = 0 uses all cores. Nodes that `provider` does not support run on the CPU.
+    `prepack`: see `session_options`.
 
-    Raises BundleError if ONNX Runtime cannot read the file or start the provider.
+    Raises BundleError if ONNX Runtime or OpenVINO cannot read the file or start the provider.
     """
+    if provider == OPENVINO and offers_openvino():
+        try:
+            return OpenVinoSession(path, threads)
+        except RuntimeError as error:
+            raise BundleError(f"OpenVINO cannot load {path}: {_last_line(error)}") from error
     options = session_options(threads, prepack)
     if provider != CPU and hasattr(onnxruntime, "preload_dlls"):
         onnxruntime.preload_dlls()  # CUDA's libraries from Python packages, where the system has none
@@ -48,6 +56,11 @@ def open_model(path: Path, threads: int, prepack: bool = True, provider: str = C
     if session.get_providers()[0] != wanted[0]:  # ONNX Runtime goes on with the CPU and only logs why
         raise BundleError(f"{UNAVAILABLE[1]} {wanted[0]}; its libraries or the device are missing")
     return session
+
+
+def _last_line(error: Exception) -> str:
+    """OpenVINO's errors name its own source files first, and the reason last."""
+    return [line for line in str(error).splitlines() if line.strip()][-1].strip()
 
 
 def onnx_runtime_name(provider: str) -> str:

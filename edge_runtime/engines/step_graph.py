@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from edge_runtime.engines.base import Batch, MemoryPlan, expert_decay
 from edge_runtime.engines.memory import release_free_memory
-from edge_runtime.engines.sessions import CPU, InferenceSession, open_session, run
+from edge_runtime.engines.sessions import CPU, ON_PROCESSOR, InferenceSession, open_session, run
 from fedfmsl.algorithms.adamw import AdamW
 from fedfmsl.algorithms.arrays import Floats, Vector
 from fedfmsl.protocol.bundle import Dims
@@ -48,7 +48,7 @@ class StepGraphEngine:
         provider: str = CPU,
     ) -> None:
         """`threads` = 0 uses all cores. `memory_plans` by level; see `memory_plan_of` for the default. `provider`: the
-        execution provider of ONNX Runtime."""
+        execution provider of ONNX Runtime, or `openvino`."""
         self._bundle = bundle
         self._threads = threads
         self._provider = provider
@@ -128,11 +128,11 @@ def memory_plan_of(
 def default_micro_batch(dims: Dims, level: int, provider: str = CPU) -> int:
     """Samples whose activations for the backward pass take at most ACTIVATION_BYTES, or ACCELERATOR_BYTES.
 
-    On the CPU also at most about PRODUCT_ROWS tokens from level 2 on. At level 1 only class tokens are multiplied.
+    On the processor also about PRODUCT_ROWS tokens at most from level 2 on. Level 1 multiplies class tokens only.
     """
     state = 4 * dims.tokens * dims.hidden
-    available = ACTIVATION_BYTES if provider == CPU else ACCELERATOR_BYTES
+    available = ACTIVATION_BYTES if provider in ON_PROCESSOR else ACCELERATOR_BYTES
     fitting = int(available / (state * (LAST_BLOCK_STATES + BLOCK_STATES * (level - 1))))
-    if level > 1 and provider == CPU:
+    if level > 1 and provider in ON_PROCESSOR:
         fitting = min(fitting, round(PRODUCT_ROWS / dims.tokens))
     return max(1, fitting)

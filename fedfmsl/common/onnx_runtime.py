@@ -30,12 +30,17 @@ def keep_int8_exact(options: Any, version: str, cpuinfo: Path = CPUINFO) -> None
 
 def has_vnni(cpuinfo: Path = CPUINFO) -> bool:
     """Whether every processor in `cpuinfo` lists a VNNI instruction set."""
+    return every_processor_has(VNNI, cpuinfo)
+
+
+def every_processor_has(names: set[str], cpuinfo: Path = CPUINFO) -> bool:
+    """Whether every processor in `cpuinfo` lists one of the instruction sets `names`; False if it cannot be read."""
     try:
         lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return False
     flags = [set(line.partition(":")[2].split()) for line in lines if line.startswith("flags")]
-    return bool(flags) and all(VNNI & each for each in flags)
+    return bool(flags) and all(names & each for each in flags)
 
 
 def has_ort_training() -> bool:

@@ -136,6 +136,7 @@ OPTIONAL = {
     "trainer_server.tracking.sinks": {"tensorboardX", "mlflow", "wandb"},
     "edge_runtime.data.images": {"pillow_heif"},
     "edge_runtime.data.texts": {"tokenizers"},
+    "edge_runtime.engines.openvino": {"openvino"},
     "edge_runtime.inference.export_onnx": {"onnx"},
     "edge_runtime.inference.model_folder": {"onnx"},
     "simulation.datasets": {"datasets"},

@@ -7,9 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_runtime.engines.sessions import CPU, open_session
+from edge_runtime.engines.openvino import OPENVINO, offers_openvino
+from edge_runtime.engines.sessions import CPU, open_model, open_session
 from edge_runtime.resources import providers
 from edge_runtime.resources.providers import (
+    BOUNDS,
+    Bounds,
     Trial,
     choose_provider,
     describe_choice,
@@ -22,9 +25,11 @@ from edge_runtime.store import DeviceStore
 from fedfmsl.errors import BundleError, ConfigError
 from fedfmsl.protocol.task_bundle import TaskBundle
 from fedfmsl.protocol.tensors import pack
-from tests.support.bundles import Built
+from tests.support.bundles import LAYERS, Built
 
-OUTPUTS = {"hidden": np.ones((2, 3)), "loss": np.array([2.0]), "gradient": np.array([1.0, 2.0, 3.0])}
+GRADIENT = "gradient of block 3"
+OUTPUTS = {"hidden": np.ones((2, 3)), "loss": np.array([2.0]), GRADIENT: np.array([1.0, 2.0, 3.0])}
+with_openvino = pytest.mark.skipif(not offers_openvino(), reason="needs OpenVINO and a processor with bfloat16")
 
 
 @pytest.mark.parametrize(
@@ -33,13 +38,14 @@ OUTPUTS = {"hidden": np.ones((2, 3)), "loss": np.array([2.0]), "gradient": np.ar
         ("hidden", np.full((2, 3), 1.0005), ""),
         ("hidden", np.full((2, 3), 1.01), "its hidden differs from the CPU's by 0.01"),
         ("loss", np.array([np.nan]), "its loss is not finite"),
-        ("gradient", np.array([1.0, 2.0, 3.01]), ""),
-        ("gradient", np.array([1.0, 2.0, 4.0]), "its gradient has cosine 0.99"),
-        ("gradient", np.zeros(3), "its gradient has cosine 0.0"),
+        (GRADIENT, np.array([1.0, 2.0, 3.01]), ""),
+        (GRADIENT, np.array([1.0, 2.0, 4.0]), "its gradient of block 3 has cosine 0.99"),
+        (GRADIENT, np.zeros(0), "its gradient of block 3 has shape (0,), not (3,)"),
+        (GRADIENT, np.zeros(3), "its gradient of block 3 has cosine 0.0"),
     ],
 )
 def test_results_must_be_those_of_the_cpu_within_bounds(name: str, value: np.ndarray, reason: str) -> None:
-    found = disagreement(OUTPUTS, {**OUTPUTS, name: value})
+    found = disagreement(OUTPUTS, {**OUTPUTS, name: value}, Bounds())
     assert found.startswith(reason) if reason else found == ""
 
 
@@ -98,8 +104,10 @@ def test_a_provider_that_failed_for_the_moment_is_tried_again_at_the_next_start(
 def test_a_process_of_a_provider_computes_the_same_as_the_cpu_does_here(vit: Built, tmp_path: Path) -> None:
     assert not try_providers(vit.bundle, [CPU], 1, tmp_path)[CPU].refused
     first, second = (providers.try_provider(vit.bundle, CPU, 1)[1] for _ in range(2))
-    assert disagreement(first, second) == ""
-    assert np.abs(first["gradient"]).max() > 0
+    assert disagreement(first, second, Bounds()) == ""
+    gradients = {name: value for name, value in first.items() if name.startswith("gradient")}
+    assert list(gradients) == ["gradient of the head", "gradient of block 2", "gradient of block 1"]
+    assert all(np.abs(gradient).max() > 0 for gradient in gradients.values())
 
 
 def test_without_a_result_of_the_cpu_no_other_provider_is_used(
@@ -119,12 +127,34 @@ def test_texts_are_computed_too(bert: Built) -> None:
     assert np.isfinite(providers.try_provider(bert.bundle, CPU, 1)[1]["loss"]).all()
 
 
-def test_no_provider_but_the_cpu_needs_no_measurement(vit: Built, tmp_path: Path) -> None:
+@with_openvino
+@pytest.mark.parametrize("level", [1, LAYERS])
+def test_openvino_in_bfloat16_steps_and_predicts_like_the_cpu(
+    vit: Built, level: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(providers, "LEVEL", level)
+    (_, expected), (trial, found) = (providers.try_provider(vit.bundle, name, 1) for name in (CPU, OPENVINO))
+    assert trial.seconds > 0
+    assert disagreement(expected, found, BOUNDS[OPENVINO]) == ""
+    assert not np.array_equal(found["hidden"], expected["hidden"])  # it was computed in another precision
+
+
+@with_openvino
+def test_openvino_names_what_it_cannot_read(vit: Built, tmp_path: Path) -> None:
+    (tmp_path / "step-1.onnx").write_bytes(b"not a graph")
+    with pytest.raises(BundleError, match=r"OpenVINO cannot load .*step-1.onnx: "):
+        open_model(tmp_path / "step-1.onnx", 1, provider=OPENVINO)
+
+
+def test_no_provider_but_the_cpu_needs_no_measurement(
+    vit: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(providers, "offered_providers", lambda: (CPU,))
     assert choose_provider("auto", vit.bundle, 1, DeviceStore(tmp_path / "missing")).trials == {}
 
 
 def test_an_unknown_provider_is_refused_with_those_that_are_offered(vit: Built, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="--provider gpu: the installed onnxruntime offers cpu"):
+    with pytest.raises(ConfigError, match=r"--provider gpu: the installed onnxruntime offers .*cpu"):
         choose_provider("gpu", vit.bundle, 1, DeviceStore(tmp_path))
     with pytest.raises(ConfigError, match="ort-training has cpu only"):
         provider_for("ort-training", "cuda", vit.bundle, 1, DeviceStore(tmp_path))

@@ -213,6 +213,22 @@ def test_the_next_session_of_a_run_begins_while_devices_stay(vit: Built, broker:
         assert not any(s.topics.globals_of(topic) == vit.bundle.task.sha256 for topic in topics)
 
 
+def test_the_next_session_waits_for_the_broker(vit: Built, tmp_path: Path) -> None:
+    with Processes(tmp_path / "logs") as processes:
+        broker = RestartableBroker(processes, tmp_path / "broker", kind="amqtt")
+        with scene(vit, Broker(broker.kind, broker.url), tmp_path / "run", "later", round_timeout=1.0) as s:
+            s.announce_device()
+            s.observer.wait(Round, lambda r: True, "the first round")
+            broker.kill()
+            assert Operations(s.folder).add(Operation(action=Action.CLASSES, classes=("quince",)))
+            wait_until(lambda: "the next session begins when the broker is back" in s.notes, "a deadline passes")
+            assert RunStore(s.folder).task().version == 1
+            seen = s.observer.catch_up()
+            broker.start()
+            s.observer.wait(ServerStatus, lambda it: it.session != s.plan.session, "the next session", seen)
+            assert RunStore(s.folder).task().version == 2
+
+
 def test_an_aggregation_that_finds_a_full_disk_is_tried_again(
     vit: Built, broker: Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

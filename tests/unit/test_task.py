@@ -42,6 +42,16 @@ def test_a_task_is_its_bytes(task: Task, tmp_path: Path) -> None:
     assert replace(task, version=8).sha256 != task.sha256
 
 
+def test_added_classes_follow_the_others_and_have_no_zero_shot_row() -> None:
+    task = Task(SHA, ("apple", "pear", "plum"), ZeroShot(ROWS, 100.0), version=2)
+    again = Task.unpack(task.with_classes(["Öl", "fig"]).blob)
+    assert (again.classes, again.version) == ((*task.classes, "Öl", "fig"), 3)
+    assert again.zero_shot is not None and again.zero_shot.scale == 100.0
+    np.testing.assert_array_equal(again.zero_shot.rows, np.concatenate([ROWS, np.zeros((2, 20))]))
+    with pytest.raises(ConfigError, match="'plum' is named twice"):
+        task.with_classes(["plum"])
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [

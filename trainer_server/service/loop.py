@@ -122,6 +122,7 @@ class Service:
         self._figures = figures
         self._kept = KeptExperts(store.folder)
         self._expert_folder = ExpertFolder(plan, store.folder / "global_expert")
+        self._must_connect = False  # before this session ends
         self._next_begins = False  # this session has ended, and the next one is in the store
 
     def snapshot(self) -> Snapshot:
@@ -431,6 +432,8 @@ class Service:
             self._publisher.ask_for_chunks(gap)
         if self._guard.echo_is_missing(now):
             logger.warning("the broker does not return this server's own status; check that --identity is the server's")
+        if self._must_connect and self._link.outage.since:
+            return
         started = time.monotonic()
         overdue = now >= next_deadline(self._plan, self._state)
         ticked = ClockTicked(self._liveness.working(now) if overdue else frozenset(), self._clock.wall())
@@ -447,6 +450,10 @@ class Service:
         ended = (stop.error or FINISHED) if stop else None
         rounds = [command.closed for command in commands if isinstance(command, StoreRound)]
         begins = next((command for command in commands if isinstance(command, BeginSession)), None)
+        self._must_connect = begins is not None and self._link.outage.since > 0  # the next one connects anew
+        if self._must_connect:
+            logger.info("the next session begins when the broker is back")
+            return
         try:
             if begins is not None:
                 begin_session(self._store, self._plan, state, begins, now, rounds, self._refusals.pending())
