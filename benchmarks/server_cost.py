@@ -12,6 +12,7 @@ globals. The CPU seconds are those between the first round and the last one, wit
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -128,8 +129,12 @@ def _flower(folder: Path, python: Path, nodes: int, rounds: int, values: int) ->
     except StopIteration as error:
         raise RunError(f"Flower's nodes ended early: {_tail(log.name)}") from error
     finally:
+        for child in [child for process in started for child in _descendants(process.pid)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.terminate()  # the SuperLink does not end its ServerApp
         for process in reversed(started):
             process.terminate()
+        for process in started:
             process.wait()
         log.close()
 
@@ -161,6 +166,13 @@ def _cost(
     tree.add_memory()
     ms = 1000 * (seconds[last] - seconds[1]) / (config["nodes"] * (last - 1))
     return Cost("Flower's SuperLink and ServerApp", ms, 0.0, tree.peak_mb)
+
+
+def _descendants(pid: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
 
 
 def _tail(log: str) -> str:

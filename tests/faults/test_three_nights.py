@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import os
+import threading
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -153,3 +156,36 @@ def test_a_fleet_learns_over_three_nights(
                 fleet.stop_device(name)
                 header = read_personal_model(DeviceStore(fleet.state(name))).header
                 assert (header.task, len(header.held)) == (task.sha256, 3)
+
+
+def test_many_nights_leave_as_much_as_a_few(
+    vit: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: bool
+) -> None:
+    """Memory, threads, open files and disk of a server and a device, in one process."""
+    if not full:
+        pytest.skip("forty nights in the long form only (--full)")
+    rules = {"stage1_rounds": 1, "stage2_rounds": 1, "keep_rounds": 20, "round_timeout": RUN_SECONDS}
+    plan = plan_for(vit, 1, run="many", schedule=(Hours.parse("22:00-06:00"),), join_timeout=RUN_SECONDS, **rules)
+    with Processes(tmp_path / "logs") as processes:
+        broker, clock = processes.start_broker(), WallClock(datetime(2026, 11, 27, 12))
+        fleet = NightFleet(vit.bundle, broker, tmp_path, plan.config, clock)
+        fleet.patch(monkeypatch, with_models=False)
+        write_device_photos(fleet.photos("d"), {"apple": 8, "kiwi": 8}, seed=0)
+        fleet.start_server()
+        fleet.start_device("d")
+        fleet.says("is online")
+        uses = {}
+        for night in range(1, 41):
+            clock.move_to(23)
+            fleet.says(ENDS, night)
+            clock.move_to(12)
+            write_device_photos(fleet.photos("d"), {"apple": 6}, seed=night)
+            fleet.says("the run rests: until", night + 1)
+            gc.collect()
+            files, disk = len([*Path("/proc/self/fd").iterdir()]), sum(RunStore(fleet.out).sizes().values())
+            memory = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+            uses[night] = {"memory": memory, "threads": threading.active_count(), "files": files, "disk": disk}
+        for what, bound in {"memory": 20e6, "threads": 1, "files": 6, "disk": 1e6}.items():
+            assert uses[40][what] < uses[24][what] + bound, uses
+        fleet.stop_server()
+        fleet.stop_device("d")
