@@ -93,7 +93,7 @@ class Service:
         wall: Callable[[], float] = time.time,
     ) -> None:
         """`state` was the state at second `at` of the run's clock. `figures`: of all sessions since the server's start.
-        `allowed`: the devices that may take part. `wall`: the clock on the wall, in unix seconds."""
+        `allowed`: the devices that may take part. `wall`: the wall clock, in unix seconds."""
         self._allowed = allowed
         self._plan = plan
         self._state = state
