@@ -132,9 +132,9 @@ def test_a_provider_that_hangs_is_stopped_and_the_watchdog_is_reset_meanwhile(
     monkeypatch.setattr(providers.sys, "executable", str(hangs))
     monkeypatch.setattr(providers, "SECONDS", 0.05)
     monkeypatch.setattr(providers, "POLL_SECONDS", 0.01)
-    beats = list[int]()
-    trials = try_providers(vit.bundle, [CPU], 1, tmp_path, lambda: beats.append(1))
-    assert trials[CPU].refused.startswith("it took longer than") and trials[CPU].temporary and beats
+    called = list[int]()
+    trials = try_providers(vit.bundle, [CPU], 1, tmp_path, lambda: called.append(1))
+    assert trials[CPU].refused.startswith("it took longer than") and trials[CPU].temporary and called
 
 
 def test_texts_are_computed_too(bert: Built) -> None:
