@@ -131,7 +131,15 @@ def prepare(daemon: Daemon, anew: bool) -> Prepared:
         daemon.health.provider = describe_choice(provider)
         logger.info(f"provider {daemon.health.provider}")
     plan = make_plan(
-        bundle, store, engine, threads, provider.provider, largest_sample, settings.memory, settings.step_seconds
+        bundle,
+        store,
+        engine,
+        threads,
+        provider.provider,
+        largest_sample,
+        settings.memory,
+        settings.step_seconds,
+        daemon.starting,
     )
     logger.info(
         f"device {daemon.name}: {len(scanned.train)} {kind.noun}s to train on, {len(scanned.held_out)} held out, "
