@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 from edge_runtime.data.features import BATCH as FEATURE_BATCH
 from edge_runtime.engines.base import MemoryPlan
 from edge_runtime.engines.memory import usable_memory
+from edge_runtime.engines.runtime import onnxruntime
 from edge_runtime.engines.sessions import CPU
 from edge_runtime.engines.step_graph import default_micro_batch
 from edge_runtime.resources.probe import BATCH, FEATURES, Measure, Measurement, ProbeProcess, measured_classes
@@ -51,6 +52,7 @@ class _Conditions(BaseModel):
     engine: EngineName
     threads: int
     provider: str
+    onnxruntime: str
     memory: int
     step_seconds: float
     largest: int
@@ -88,6 +90,7 @@ def make_plan(
         engine=engine,
         threads=threads,
         provider=provider,
+        onnxruntime=onnxruntime.__version__,
         memory=budget,
         step_seconds=step_seconds,
         largest=largest[0],
