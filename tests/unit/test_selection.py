@@ -63,10 +63,14 @@ def test_no_form_asks_a_device_that_the_operator_has_excluded() -> None:
 
 def test_a_selection_that_can_only_be_named_is_cut_to_what_an_announcement_holds() -> None:
     half = frozenset(NAMES[:3000])
-    cut = at_most(half, NAMES, 1, 7)
+    cut = at_most(half, NAMES, (), 1, 7)
     assert len(cut) == MAX_NAMED and cut < half
     assert asked(announced(cut, frozenset(NAMES), frozenset())) == cut
-    assert at_most(frozenset(NAMES[5:]), NAMES, 1, 7) == frozenset(NAMES[5:])
+    assert at_most(frozenset(NAMES[5:]), NAMES, (), 1, 7) == frozenset(NAMES[5:])
+    many = frozenset(NAMES[: FEW + 1])  # excluded
+    rest = frozenset(NAMES) - many
+    cut = at_most(rest, rest, many, 1, 7)
+    assert len(cut) == MAX_NAMED and asked(announced(cut, rest, many)) == cut
 
 
 def test_a_bound_that_is_no_ticket_is_refused() -> None:

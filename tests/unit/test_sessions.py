@@ -231,6 +231,8 @@ def test_the_run_returns_to_a_global_expert_of_fewer_classes(vit: Built, tmp_pat
         assert np.array_equal(weights[: len(CLASSES)], vit.bundle.expert.split(earlier)["classifier.weight"])
         assert weights[len(CLASSES) :].any(axis=1).all()
         assert np.array_equal(server.state.expert[layout.size(0) :], earlier[vit.bundle.expert.size(0) :])
+    start = server.state.expert[: server.plan.bundle.expert.size(server.state.sal.level)]
+    assert np.array_equal(server.state.start, start)  # of the session that has not begun
     server.feed(ClockTicked())
     assert finished(server).store.ended == "finished"
 

@@ -261,7 +261,7 @@ def _selected(plan: Plan, state: State, step: Step, number: int) -> frozenset[st
         selected = select_devices(plan.config, eligible, state.sal.level, number, least)
     if step.part is not None:  # the same ones in all of its rounds
         return frozenset(lowest(selected, MAX_NAMED, plan.config.seed, plan.positions_of(step.part).start))
-    return at_most(selected, state.ready, plan.config.seed, number)
+    return at_most(selected, state.ready, state.excluded, plan.config.seed, number)
 
 
 def _end_of_time(
@@ -388,7 +388,8 @@ def _roll_back(plan: Plan, state: State, rollback: Rollback, now: float) -> tupl
     text = f"rolled back to the global expert of round {rollback.round}"
     if state.announced is None:  # before the first round of a session
         returned = rolled_back(plan, state, 0)
-        return replace(returned, standing=state.standing.with_news()), [Log(text, warning=True)]
+        start = returned.expert[: plan.bundle.expert.size(returned.sal.level)]
+        return replace(returned, start=start, standing=state.standing.with_news()), [Log(text, warning=True)]
     records = [] if state.announced.stage is Stage.FINISHED else [_record(state, state.announced, now, text)]
     position = restart_position(plan, state.position)
     returned = replace(rolled_back(plan, state, position), repeats=0, stretch=1)

@@ -439,7 +439,7 @@ class Service:
         ticked = ClockTicked(self._liveness.working(now) if overdue else frozenset(), self._clock.wall())
         try:
             state, commands = advance(self._plan, self._state, ticked, now)
-        except OSError as error:  # no disk space for the aggregation, or no descriptor to read an update
+        except (OSError, sqlite3.Error) as error:  # no disk space for the aggregation, or an update cannot be read now
             self._wait_for_disk(error)
             return
         if not commands:

@@ -301,9 +301,9 @@ class RunStore:
             self._count(refusals or {})
             self._db.execute("UPDATE run SET origin = ?", (origin.model_dump_json(),))
         self.origin = origin
-        self.updates.begin()
         self._touch()
         with contextlib.suppress(OSError):  # the session has begun
+            self.updates.begin()
             self._sweep()
             for path in (self.folder / TASKS).iterdir():
                 if path.name not in (origin.task, origin.first.task):
