@@ -80,8 +80,9 @@ def _coordinate(
     os.umask(0o027)  # the run's files hold updates of devices
     set_up_logging(settings.log, settings.log_file)
     run = store.origin.config.run
-    if store.ended is None and store.origin.config.exposure:
-        logger.warning(store.origin.config.exposure)
+    if store.ended is None:
+        for text in filter(None, (store.origin.config.exposure, store.origin.config.lacks_sums)):
+            logger.warning(text)
     if store.ended == FINISHED:
         logger.info(f"run {run!r} has finished; announcing it again")
     elif store.ended is not None:

@@ -48,9 +48,7 @@ def test_a_round_with_too_few_updates_lasts_longer_while_devices_are_at_work(vit
     run.answers(A)
     at_deadline(run, "bc")
     assert (run.announced.round, seconds(run)) == (1, 2 * ROUND_SECONDS)
-    assert "round 1 got 1 updates, fewer than 2 after 100 s; still at work: b, c; it lasts up to 200 s now" in notes(
-        run
-    )
+    assert "round 1 got 1 update, fewer than 2 after 100 s; still at work: b, c; it lasts up to 200 s now" in notes(run)
     assert "resume with a longer --round-timeout" in notes(run)
     run.answers(["b", "c"])
     assert run.verdicts == [Verdict.ACCEPTED] * 3  # nothing was computed twice

@@ -46,6 +46,7 @@ from trainer_server.coordinator.events import (
     UpdateSeen,
 )
 from trainer_server.coordinator.operator import Action, Operation
+from trainer_server.coordinator.records import number_of
 from trainer_server.coordinator.sessions import approved
 from trainer_server.coordinator.state import Plan, State
 from trainer_server.service.batch import Batch, Statuses, flatten
@@ -152,8 +153,7 @@ class Service:
         self._connect(self._state)
         if self._state.announced is None and self._state.round == 0:
             config = self._plan.config
-            count = f"{config.devices} device{'s' if config.devices > 1 else ''}"
-            logger.info("waiting up to %.0f s for %s", config.join_timeout, count)
+            logger.info("waiting up to %.0f s for %s", config.join_timeout, number_of(config.devices, "device"))
         try:
             self._keep_expert()
             self._obey()  # a finished run goes on if it is rolled back
