@@ -28,17 +28,28 @@ class PersistentMap(Mapping[K, V]):
 
     def with_item(self, key: K, value: V) -> PersistentMap[K, V]:
         """This map with a new or another value of `key`."""
+        return self._with_bucket(key, {**self._bucket(key), key: value})
+
+    def without(self, key: K) -> PersistentMap[K, V]:
+        """This map without `key`."""
+        return self._with_bucket(key, {other: value for other, value in self._bucket(key).items() if other != key})
+
+    def _with_bucket(self, key: K, bucket: dict[K, V]) -> PersistentMap[K, V]:
+        """This map with another bucket in place of that of `key`."""
         changed: PersistentMap[K, V] = PersistentMap.__new__(PersistentMap)
-        changed._buckets, index = self._buckets.copy(), hash(key) % BUCKETS
-        changed._buckets[index] = {**self._buckets[index], key: value}
-        changed._count = self._count + (key not in self._buckets[index])
+        changed._buckets = self._buckets.copy()
+        changed._buckets[hash(key) % BUCKETS] = bucket
+        changed._count = self._count + len(bucket) - len(self._bucket(key))
         return changed
 
+    def _bucket(self, key: object) -> dict[K, V]:
+        return self._buckets[hash(key) % BUCKETS]
+
     def __getitem__(self, key: K) -> V:
-        return self._buckets[hash(key) % BUCKETS][key]
+        return self._bucket(key)[key]
 
     def __contains__(self, key: object) -> bool:
-        return key in self._buckets[hash(key) % BUCKETS]
+        return key in self._bucket(key)
 
     def __iter__(self) -> Iterator[K]:
         for bucket in self._buckets:

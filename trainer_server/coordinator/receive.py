@@ -15,7 +15,12 @@ from trainer_server.coordinator.validation import validate_update
 def receive_status(plan: Plan, state: State, status: DeviceStatus) -> tuple[State, list[Command]]:
     before = state.devices.get(status.device)
     if before is None and len(state.devices) >= (most := plan.config.most_devices):
-        return state, [CountRefusal(status.device, "too many devices", f"more than {most} devices")]
+        forgettable = (name for name, known in state.devices.items() if not known.online and name not in state.expected)
+        offline = min(forgettable, default=None)
+        if offline is None:
+            return state, [CountRefusal(status.device, "too many devices", f"more than {most} devices")]
+        # a run that lasts for years sees devices come and go; one that is forgotten announces itself when it comes back
+        state = replace(state, devices=state.devices.without(offline))
     stale = before is not None and not status.online and status.instance != before.instance
     known = before is not None and bool(before.error) and not (before.online or status.online or status.error)
     if stale or known:  # the last will of an earlier process, or of one that has said why it ends
