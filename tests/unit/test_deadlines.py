@@ -248,6 +248,9 @@ def test_limits_that_do_not_fit_the_run_are_refused(vit: Built) -> None:
     run = started(vit)
     with pytest.raises(ConfigError, match="--min-updates 4 is more than --devices 3"):
         check_change(run.plan.config, run.state.limits.model_copy(update={"min_updates": 4}))
+    for change, option in (({"every": "24h"}, "--every 24h"), ({"min_new": 5}, "--min-new 5")):
+        with pytest.raises(ConfigError, match=f"{option}: the run does not begin again"):
+            check_change(run.plan.config, run.state.limits.model_copy(update=change))
     private = run.plan.config.model_copy(update={"privacy": PRIVACY})
     with pytest.raises(ConfigError, match="with --dp-noise it stays 1"):
         check_change(private, run.state.limits.model_copy(update={"min_updates": 2}))

@@ -101,6 +101,8 @@ def test_a_new_device_takes_the_place_of_one_that_is_offline_when_the_run_knows_
     run.feed(StatusSeen(run.status(NAMES[5]).model_copy(update={"online": False})))
     run.now += ROUND_SECONDS  # the round that expects it ends without an answer
     run.feed()
+    run.feed(StatusSeen(run.status(NAMES[most], online=False)))
+    assert NAMES[most] not in run.state.devices  # a last will of one that has gone takes no place
     run.feed(StatusSeen(run.status(NAMES[most])))
     assert NAMES[most] in run.state.devices and NAMES[5] not in run.state.devices
     assert len(run.state.devices) == most

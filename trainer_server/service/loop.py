@@ -90,11 +90,13 @@ class Service:
         status: ServerStatus,
         topics: Topics,
         figures: Figures,
+        flooding: set[str],
         allowed: frozenset[str] | None = None,
         wall: Callable[[], float] = time.time,
     ) -> None:
-        """`state` was the state at second `at` of the run's clock. `figures`: of all sessions since the server's start.
-        `allowed`: the devices that may take part. `wall`: the clock on the wall, in unix seconds."""
+        """`state` was the state at second `at` of the run's clock. `figures` and `flooding`, the devices that are
+        ignored: of all sessions since the server's start; the service adds to them. `allowed`: the devices that may
+        take part. `wall`: the clock on the wall, in unix seconds."""
         self._allowed = allowed
         self._plan = plan
         self._state = state
@@ -107,8 +109,8 @@ class Service:
         self._publisher = Publisher(link, self._topics, status)
         self._guard = DuplicateServerGuard(plan.session)
         self._liveness = Liveness(plan.config.most_devices)
-        self._floods = FloodGuard(blob_bytes(plan.largest_update), plan.config.most_devices)
-        self._sweeper = Sweeper(link, topics, self._floods.dropped)
+        self._floods = FloodGuard(blob_bytes(plan.largest_update), plan.config.most_devices, flooding)
+        self._sweeper = Sweeper(link, topics, flooding)
         self._refusals = Refusals()
         self._statuses: Statuses = {}  # not in the store yet
         self._unapplied: list[StatusSeen] = []  # of a batch that could not be stored
