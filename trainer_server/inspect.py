@@ -248,13 +248,18 @@ def replay(out: Path = OUT) -> None:
     store = RunStore(out)
     bundle = open_bundle(store)
     recorded = {closed.round.round: closed.round for closed in store.rounds()}
-    replayed = compared = 0
+    replayed = set()
     for announced in replay_rounds(store, make_plan(store, bundle)):
-        replayed += 1
-        compared += announced.round in recorded
+        replayed.add(announced.round)
         if announced.round in recorded and announced != recorded[announced.round]:
             raise RunError(f"round {announced.round} differs from its record; was {out} altered?")
+    first = store.first_state()
+    begin = first[0].round if first else 0
+    logged = {number for number, each in recorded.items() if each.session == store.origin.session and number > begin}
+    if missing := sorted(logged - replayed):
+        raise RunError(f"round {missing[0]} has a record, but does not follow from the event log; was {out} altered?")
     if not recorded:
         console.print("no closed rounds to compare yet")
         return
-    console.print(f"{replayed} announced rounds replayed; the {compared} closed ones equal their records")
+    closed = len(replayed & recorded.keys())
+    console.print(f"{len(replayed)} announced rounds replayed; the {closed} closed ones equal their records")
