@@ -56,7 +56,7 @@ def _facts(store: RunStore) -> dict[str, Any]:
     announced = checkpoint[0].announced if checkpoint else None
     closed = store.closed_counts()
     since, reason = store.outage()
-    paused, excluded = store.standing()
+    paused, excluded = store.paused_and_excluded()
     facts: dict[str, Any] = {"run": config.run, "session": store.origin.session, "server": vars(store.server())}
     if store.origin.start is not None:
         facts["goes_on_from"] = store.origin.start.text
@@ -127,7 +127,7 @@ def proposed_classes(store: RunStore) -> list[Proposal]:
     statuses = {status.device: status for status in checkpoint[0].devices} if checkpoint else {}
     _, seen = read_observations(store.folder)
     statuses |= {name: view.status for name, view in seen.items() if view.status}
-    _, excluded = store.standing()
+    _, excluded = store.paused_and_excluded()
     return proposals(store.task().classes, statuses.values(), excluded)
 
 
