@@ -112,6 +112,7 @@ def test_the_log_says_that_a_device_has_used_samples_also_if_it_has_others_now(
 ) -> None:
     """Statuses are stored with the next commit, and a replay computes the same news from those that are stored."""
     run = started(vit)
+    run.feed_only(StatusSeen(run.status("a", new_samples=40)))
     first = replace(run.state, standing=Standing(needs_news=True, unused={"a": 40}))
     batch = Batch(first, 1.0, {})
     for count in counts:  # None: its last will
